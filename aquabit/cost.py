@@ -1,0 +1,110 @@
+"""Bits, bytes and BOPs of a configuration from graph and schemes. This is the one size function; tests hold it equal to what is packed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil, prod
+from typing import Any
+
+import networkx as nx
+import numpy as np
+
+from aquabit.graph import layers as graph_layers
+from aquabit.scheme import AquabitError, Budget, QuantConfig, Scheme
+from aquabit.space import SearchSpace
+
+FULL_BITS = 32  # BOPs count what is not quantized at 32 bits (PTQD, section 4.1)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Exact cost of one configuration."""
+
+    bits_per_weight: float  # of all Linear and Conv2d weights, codebooks, scales and offsets included
+    bytes: int  # of the saved denoiser's tensors
+    bops: float  # multiply-adds x weight bits x activation bits, of one image in one denoiser call
+
+
+def weight_bytes(shape: tuple[int, ...], scheme: Scheme) -> int:
+    """Bytes of one stored weight [out, in] or [out, in, kh, kw]: packed codes, codebooks, scales and offsets in float16.
+
+    ``usq``: scale and offset per row (or per group of inputs), its codebook {0 .. 2^b - 1} is implied; ``vq``: one table of 2^b
+    values per tensor or per row; ``aq``: M tables of 2^B vectors and one scale a row. ``fp`` takes two bytes a weight.
+    """
+    out, row = shape[0], prod(shape[1:])
+    if scheme.kind == "fp":
+        return 2 * out * row
+    if scheme.kind == "usq":
+        return ceil(out * row * scheme.bits / 8) + 2 * 2 * out * ceil(row / (scheme.group or row))
+    if scheme.kind == "vq":
+        return ceil(out * row * scheme.bits / 8) + 2 * 2**scheme.bits * (out if scheme.per_channel else 1)
+    size = scheme.group or prod(shape[2:])
+    groups = ceil(row / size)
+    return ceil(out * groups * scheme.codebooks * scheme.bits / 8) + 2 * scheme.codebooks * 2**scheme.bits * size + 2 * out
+
+
+class CostModel:
+    """Cost tables of a space: bytes [layers, schemes] and BOPs per (layer, scheme, activation bits)."""
+
+    def __init__(self, graph: nx.DiGraph, space: SearchSpace):
+        nodes = graph_layers(graph)
+        self.space, schemes = space, space.schemes
+        shapes = [tuple(nodes[k]["shape"]) for k in space.choices]
+        self.bytes = np.array([[weight_bytes(s, q) for q in schemes] for s in shapes], dtype=np.int64)
+        self.macs = np.array([float(nodes[k]["macs"]) for k in space.choices])
+        areas = [prod(s[2:]) for s in shapes]
+        self.weight_bits = np.array([[FULL_BITS if q.kind == "fp" else q.code_bits(a) for q in schemes] for a in areas])
+        self.weights = sum(prod(s) for s in shapes)
+        self.other_bytes = 2 * int(graph.graph["other_elements"])
+
+    @staticmethod
+    def act_bits(acts: np.ndarray) -> np.ndarray:
+        return np.where(acts == 16, FULL_BITS, acts)
+
+    def totals(self, weights: np.ndarray, acts: np.ndarray) -> dict[str, np.ndarray]:
+        """bits, bytes and bops, each [n], of index matrices [n, layers]."""
+        rows = np.arange(weights.shape[1])
+        weight_bytes = self.bytes[rows, weights].sum(1)
+        bops = (self.macs * self.weight_bits[rows, weights] * self.act_bits(acts)).sum(1)
+        return {"bits": 8 * weight_bytes / self.weights, "bytes": weight_bytes + self.other_bytes, "bops": bops}
+
+    def __call__(self, config: QuantConfig) -> Cost:
+        totals = self.totals(*self.space.indices([config]))
+        return Cost(float(totals["bits"][0]), int(totals["bytes"][0]), float(totals["bops"][0]))
+
+    def totals_of(self, config: QuantConfig) -> dict[str, float]:
+        """bits, bytes and bops of one configuration as plain numbers."""
+        cost = self(config)
+        return {"bits": cost.bits_per_weight, "bytes": cost.bytes, "bops": cost.bops}
+
+    def limits(self, act: int | None = None) -> dict[str, tuple[float, float]]:
+        """Smallest and largest possible value of each cost, ``act`` fixing the activation bits of all layers."""
+        allowed = self.space.allowed()
+        acts = [act] if act else list(self.space.activations)
+        size = np.where(allowed, self.bytes, -1)
+        low, high = np.where(allowed, self.bytes, 1 << 60).min(1).sum(), size.max(1).sum()
+        excluded = allowed[:, 0] & (allowed.sum(1) == 1)
+        per_act = [np.where(excluded, FULL_BITS, FULL_BITS if a == 16 else a) for a in (min(acts), max(acts))]
+        bops_low = (self.macs * per_act[0] * np.where(allowed, self.weight_bits, np.inf).min(1)).sum()
+        bops_high = (self.macs * per_act[1] * np.where(allowed, self.weight_bits, 0).max(1)).sum()
+        return {
+            "bits": (8 * low / self.weights, 8 * high / self.weights),
+            "bytes": (int(low + self.other_bytes), int(high + self.other_bytes)),
+            "bops": (float(bops_low), float(bops_high)),
+        }
+
+    def check(self, budget: Budget, act: int | None = None) -> None:
+        """Raise AquabitError, naming both ends, where a budget is below the smallest or above the largest possible cost."""
+        for name, value in budget.limits().items():
+            if name not in ("bits", "bytes", "bops"):
+                raise AquabitError(f"a {name} budget needs measured kernel timings, which arrive with the kernels")
+            low, high = self.limits(act)[name]
+            if value < low * (1 - 1e-12) or value > high * (1 + 1e-12):
+                raise AquabitError(f"budget {name} = {value:g} is out of range: this space can reach {low:.6g} to {high:.6g}")
+
+    def within(self, totals: dict[str, np.ndarray], budget: Budget) -> np.ndarray:
+        """Boolean [n]: which configurations keep every limit."""
+        keep: Any = True
+        for name, value in budget.limits().items():
+            keep = keep & (totals[name] <= value * (1 + 1e-12))
+        return np.asarray(keep)

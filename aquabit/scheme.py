@@ -1,0 +1,298 @@
+"""Plain values without torch: Scheme, QuantConfig, Protocol, Measurement, Budget, AquabitError."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+ACTIVATION_BITS = (16, 8, 6)
+SCHEMA_VERSION = 1
+Progress = Callable[[str, int, int], None]  # called as progress(what, done, total)
+
+
+class AquabitError(ValueError):
+    """The input was wrong: the message names the thing, its value and what would be right."""
+
+
+def no_progress(what: str, done: int, total: int) -> None:
+    """The silent progress callback."""
+
+
+_SCHEME = re.compile(
+    r"fp|usq(?P<usq>\d+)(?:g(?P<usq_group>\d+))?(?P<usq_h>h?)|vq(?P<vq>\d+)(?P<vq_c>c?)(?P<vq_h>h?)"
+    r"|aq(?P<aq_m>\d+)x(?P<aq_b>\d+)(?:g(?P<aq_group>\d+)|(?P<aq_k>k))"
+)
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How one weight is stored; ``Scheme.parse(str(s)) == s``.
+
+    ``fp`` full precision at 16 bits; ``usq4`` uniform per output channel, ``usq4g64`` per 64 inputs; ``vq3`` k-means over
+    the tensor, ``vq3c`` per output channel; ``aq2x8g8`` two codebooks of 2^8 vectors of 8 weights, ``aq2x8k`` one k x k
+    kernel slice a group. A final ``h`` means fitted output-aware.
+    """
+
+    kind: Literal["fp", "usq", "vq", "aq"] = "fp"
+    bits: int = 16  # bits of one code
+    codebooks: int = 1
+    group: int | None = None  # usq: inputs that share a scale; aq: weights a codeword covers; None: the whole row / kernel
+    per_channel: bool = False
+    output_aware: bool = False
+
+    @staticmethod
+    def parse(text: str | Scheme) -> Scheme:
+        """The scheme that ``text`` names; raises AquabitError where it names none."""
+        if isinstance(text, Scheme):
+            return text
+        match = _SCHEME.fullmatch(text)
+        known = "known forms: fp, usq4, usq4g64, vq3, vq3c, aq2x8g8, aq2x8k, and usq3h, vq3h"
+        if not match:
+            raise AquabitError(f"unknown scheme {text!r}; {known}")
+        part = match.groupdict()
+        if text == "fp":
+            return Scheme()
+        if part["usq"]:
+            group = int(part["usq_group"]) if part["usq_group"] else None
+            scheme = Scheme("usq", int(part["usq"]), group=group, output_aware=bool(part["usq_h"]))
+        elif part["vq"]:
+            scheme = Scheme("vq", int(part["vq"]), per_channel=bool(part["vq_c"]), output_aware=bool(part["vq_h"]))
+        else:
+            group = int(part["aq_group"]) if part["aq_group"] else None
+            scheme = Scheme("aq", int(part["aq_b"]), codebooks=int(part["aq_m"]), group=group)
+        limit = 16 if scheme.kind == "aq" else 8
+        if not 1 <= scheme.bits <= limit or scheme.group == 0 or scheme.codebooks < 1 or str(scheme) != text:
+            raise AquabitError(f"scheme {text!r} is out of range: codes have 1 to {limit} bits, counts start at 1; {known}")
+        return scheme
+
+    def __str__(self) -> str:
+        if self.kind == "fp":
+            return "fp"
+        tail = "h" if self.output_aware else ""
+        if self.kind == "usq":
+            return f"usq{self.bits}" + (f"g{self.group}" if self.group else "") + tail
+        if self.kind == "vq":
+            return f"vq{self.bits}" + ("c" if self.per_channel else "") + tail
+        return f"aq{self.codebooks}x{self.bits}" + (f"g{self.group}" if self.group else "k")
+
+    def code_bits(self, kernel_area: int = 1) -> float:
+        """Bits of codes per weight, without codebooks and scales; ``kernel_area`` = kh * kw serves the ``k`` form."""
+        if self.kind != "aq":
+            return float(self.bits)
+        return self.codebooks * self.bits / (self.group or kernel_area)
+
+
+FP = Scheme()
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """What one layer gets: a weight scheme, activation bits (16 = off), and the name of a shared codebook."""
+
+    weight: Scheme = FP
+    act: int = 16
+    codebook: str | None = None
+
+
+def digest(value: Any) -> str:
+    """Sixteen hex digits of SHA-256 over the canonical JSON of ``value``."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """Which scheme and activation bits each layer of one model gets; layers not named stay in full precision."""
+
+    fingerprint: str
+    layers: Mapping[str, LayerChoice]
+    model: str = ""
+    steps: Any = None
+    correction: str | None = None
+
+    def __post_init__(self) -> None:
+        kept = {k: v for k, v in sorted(self.layers.items()) if v != LayerChoice()}
+        object.__setattr__(self, "layers", kept)
+
+    def __getitem__(self, layer: str) -> LayerChoice:
+        return self.layers.get(layer, LayerChoice())
+
+    @property
+    def digest(self) -> str:
+        """Equal for equal configurations, whatever name the model goes by."""
+        body = self.to_dict()
+        return digest({k: v for k, v in body.items() if k not in ("model", "schema")})
+
+    def with_layer(self, layer: str, weight: Scheme | str, act: int | None = None) -> QuantConfig:
+        """The same configuration with one layer changed (its activation bits kept unless given)."""
+        choice = LayerChoice(Scheme.parse(weight), self[layer].act if act is None else act)
+        return replace(self, layers={**self.layers, layer: choice})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The value of ``config.json``."""
+        layers = {k: {"weight": str(v.weight), "act": v.act, "codebook": v.codebook} for k, v in self.layers.items()}
+        return {"schema": SCHEMA_VERSION, "model": self.model, "fingerprint": self.fingerprint, "layers": layers, "steps": self.steps, "correction": self.correction}  # fmt: skip
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
+
+    @staticmethod
+    def from_dict(value: Any, source: str = "configuration") -> QuantConfig:
+        """Validate untrusted JSON; raises AquabitError with the place and the value that is wrong."""
+        file = _validated(_config_model(), value, source)
+        layers = {k: LayerChoice(Scheme.parse(v.weight), v.act, v.codebook) for k, v in file.layers.items()}
+        return QuantConfig(file.fingerprint, layers, file.model, file.steps, file.correction)
+
+    @staticmethod
+    def load(path: str | Path) -> QuantConfig:
+        """Read ``config.json``; raises AquabitError for a missing, truncated or invalid file."""
+        return QuantConfig.from_dict(read_json(path), str(path))
+
+
+def read_json(path: str | Path) -> Any:
+    """Parsed JSON of a file; raises AquabitError with the reason in one sentence."""
+    try:
+        return json.loads(Path(path).read_text())
+    except OSError as error:
+        raise AquabitError(f"cannot read {path}: {error.strerror or error}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise AquabitError(f"{path} is not valid JSON ({error}); it may be truncated") from error
+
+
+def _config_model() -> Any:
+    from pydantic import BaseModel, ConfigDict  # pydantic costs 0.1 s to import: only where a file is read
+
+    class Layer(BaseModel):
+        model_config = ConfigDict(extra="forbid")
+        weight: str
+        act: Literal[16, 8, 6]
+        codebook: str | None = None
+
+    class ConfigFile(BaseModel):
+        model_config = ConfigDict(extra="forbid")
+        schema_: Literal[1]
+        model: str
+        fingerprint: str
+        layers: dict[str, Layer]
+        steps: Any = None
+        correction: str | None = None
+
+    return ConfigFile
+
+
+def _validated(model: Any, value: Any, source: str) -> Any:
+    from pydantic import ValidationError
+
+    if isinstance(value, dict) and "schema" in value:
+        value = {("schema_" if k == "schema" else k): v for k, v in value.items()}
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(p) for p in first["loc"]).replace("schema_", "schema") or "the top level"
+        raise AquabitError(f"{source} is not a configuration: {place}: {first['msg']} (got {first.get('input')!r:.60})") from error
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How quality is measured; its digest keys every measurement, so numbers of different protocols never mix."""
+
+    images: int = 128
+    steps: int = 10
+    seed: int = 0  # image i is made from seed + i
+    scheduler: str = "default"
+    eta: float = 0.0
+    guidance: float = 1.0
+    resolution: int | None = None
+    conditions: tuple[str | int, ...] | None = None  # prompts or class labels, repeated in order; None: the model's own
+    micro_batch: int = 64  # the last one padded, so that images do not depend on the number of images
+    objective: str = "fid"
+    reference: str = "bundled"  # digest or name of the real images
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        for name in ("images", "steps", "micro_batch"):
+            if getattr(self, name) < 1:
+                raise AquabitError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.conditions is not None:
+            object.__setattr__(self, "conditions", tuple(self.conditions))
+
+    @property
+    def digest(self) -> str:
+        """Changes with everything but the objective (all metrics are always stored)."""
+        return digest({k: v for k, v in asdict(self).items() if k != "objective"})
+
+    def block(self, index: int) -> Protocol:
+        """The same protocol on the ``index``-th block of fresh seeds (index 0 = this protocol itself)."""
+        return replace(self, seed=self.seed + 1_000_003 * index)
+
+    @staticmethod
+    def from_dict(value: Mapping[str, Any]) -> Protocol:
+        return Protocol(**value)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One configuration measured under one protocol; ``status`` is "ok" or "failed" (then ``reason`` says why)."""
+
+    config: str
+    protocol: str
+    metrics: Mapping[str, float]
+    seconds: float
+    environment: Mapping[str, str] = field(default_factory=dict)
+    status: Literal["ok", "failed"] = "ok"
+    reason: str = ""
+
+
+LOWER_IS_BETTER: Mapping[str, bool] = {
+    "fid": True, "sfid": True, "kid": True, "is": False, "precision": False, "recall": False, "accuracy": False,
+    "mse": True, "psnr": False, "ssim": False, "feature_distance": True,
+}  # fmt: skip
+
+
+def direction(metric: str) -> Literal["min", "max"]:
+    """Whether lower ("min") or higher ("max") values of a metric are better; an unknown metric is an error."""
+    if metric not in LOWER_IS_BETTER:
+        raise AquabitError(f"unknown metric {metric!r}; known: {', '.join(LOWER_IS_BETTER)}")
+    return "min" if LOWER_IS_BETTER[metric] else "max"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Hard upper limits, together where several are given: bits per weight, bytes, BOPs, milliseconds per denoiser call."""
+
+    bits: float | None = None
+    bytes: int | None = None
+    bops: float | None = None
+    latency_ms: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.limits():
+            raise AquabitError("a budget needs at least one of bits, bytes, bops or latency")
+        for name, value in self.limits().items():
+            if not value > 0:
+                raise AquabitError(f"budget {name} is {value}; it must be positive")
+
+    def limits(self) -> dict[str, float]:
+        """Only the limits that are set."""
+        return {k: v for k, v in asdict(self).items() if v is not None}
+
+    def __str__(self) -> str:
+        return ", ".join(f"{k} <= {v:g}" for k, v in self.limits().items())
+
+
+def parse_swap(text: str) -> tuple[Scheme, Scheme]:
+    """``"usq4:usq2"`` as two schemes."""
+    parts: Iterable[str] = text.split(":")
+    schemes = tuple(Scheme.parse(p) for p in parts)
+    if len(schemes) != 2 or schemes[0] == schemes[1]:
+        raise AquabitError(f"swap {text!r} must name two different schemes, as in usq4:usq2")
+    return schemes[0], schemes[1]

@@ -1,0 +1,286 @@
+"""SearchSpace: which schemes each layer may take; sampling, and encoding for the surrogate."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import networkx as nx
+import numpy as np
+
+from aquabit.graph import layers as graph_layers
+from aquabit.scheme import ACTIVATION_BITS, FP, AquabitError, LayerChoice, QuantConfig, Scheme, read_json
+
+DEFAULT_SCHEMES = ("usq2", "usq3", "usq4", "usq8", "vq2", "vq3", "vq4", "vq2c", "vq3c", "vq4c")
+DEFAULT_ACTIVATIONS = (8, 6)
+BITS_RANGE = (2.0, 4.5)  # mean bits of a random sample: the budgets that people ask for
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """The weight schemes and activation bits each layer may take, layers in execution order.
+
+    A pinned layer has one choice; an excluded one stays in full precision with its activations off.
+    """
+
+    fingerprint: str
+    choices: Mapping[str, tuple[Scheme, ...]]
+    activations: tuple[int, ...] = DEFAULT_ACTIVATIONS
+    operators: Mapping[str, str] | None = None  # layer -> operator type, for stratified sampling
+    kernel_area: Mapping[str, int] | None = None
+    model: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.choices:
+            raise AquabitError("the search space is empty: the model has no Linear or Conv2d layer")
+        bad = [a for a in self.activations if a not in ACTIVATION_BITS]
+        if bad or not self.activations:
+            raise AquabitError(f"activation bits {list(self.activations)} are not supported; known: {list(ACTIVATION_BITS)}")
+
+    @property
+    def layers(self) -> list[str]:
+        return list(self.choices)
+
+    @property
+    def schemes(self) -> list[Scheme]:
+        """Every scheme that some layer may take, ``fp`` first: the columns of index matrices."""
+        found = {s: None for row in self.choices.values() for s in row}
+        return [FP, *(s for s in found if s != FP)]
+
+    def free_layers(self) -> list[str]:
+        """Layers that have more than one weight scheme to choose from."""
+        return [k for k, row in self.choices.items() if len(row) > 1]
+
+    def code_bits(self, layer: str, scheme: Scheme) -> float:
+        """Nominal bits of codes per weight of one layer."""
+        return scheme.code_bits((self.kernel_area or {}).get(layer, 1))
+
+    def bit_levels(self, layer: str) -> dict[float, list[Scheme]]:
+        """The layer's schemes by nominal bits, rounded to halves so that 2.25 and 2 bits are one level."""
+        levels: dict[float, list[Scheme]] = {}
+        for scheme in self.choices[layer]:
+            levels.setdefault(round(2 * self.code_bits(layer, scheme)) / 2, []).append(scheme)
+        return dict(sorted(levels.items()))
+
+    def indices(self, configs: Iterable[QuantConfig]) -> tuple[np.ndarray, np.ndarray]:
+        """Weight-scheme indices into ``schemes`` and activation bits, each [configurations, layers] int."""
+        column = {s: i for i, s in enumerate(self.schemes)}
+        weight_rows, act_rows = [], []
+        for config in configs:
+            self.check(config, extra_schemes=True)
+            picked = [config[layer] for layer in self.choices]
+            missing = [str(p.weight) for p in picked if p.weight not in column]
+            if missing:
+                raise AquabitError(f"scheme {missing[0]} is in no layer's choices; the space has {', '.join(map(str, self.schemes))}")
+            weight_rows.append([column[p.weight] for p in picked])
+            act_rows.append([p.act for p in picked])
+        shape = (len(weight_rows), len(self.choices))
+        return np.array(weight_rows, int).reshape(shape), np.array(act_rows, int).reshape(shape)
+
+    def configs(self, weights: np.ndarray, acts: np.ndarray) -> list[QuantConfig]:
+        """The inverse of ``indices``."""
+        schemes, names = self.schemes, self.layers
+        return [
+            QuantConfig(self.fingerprint, {n: LayerChoice(schemes[w], int(a)) for n, w, a in zip(names, wr, ar, strict=True)}, self.model)
+            for wr, ar in zip(weights, acts, strict=True)
+        ]
+
+    def allowed(self) -> np.ndarray:
+        """Boolean [layers, schemes]: what each layer may take."""
+        schemes = self.schemes
+        return np.array([[s in row for s in schemes] for row in self.choices.values()])
+
+    def uniform(self, scheme: Scheme | str, act: int = 8) -> QuantConfig:
+        """Every free layer with one scheme, pinned and excluded layers as they are."""
+        scheme = Scheme.parse(scheme)
+        picked = {}
+        for layer, row in self.choices.items():
+            weight = scheme if len(row) > 1 else row[0]
+            picked[layer] = LayerChoice(weight, 16 if row == (FP,) else act)
+        return QuantConfig(self.fingerprint, picked, self.model)
+
+    def full_precision(self) -> QuantConfig:
+        return QuantConfig(self.fingerprint, {}, self.model)
+
+    def check(self, config: QuantConfig, extra_schemes: bool = False) -> None:
+        """Raise AquabitError where a configuration is of another model, names an unknown layer or a scheme outside the space."""
+        if config.fingerprint != self.fingerprint:
+            raise AquabitError(f"the configuration is for model {config.fingerprint}, this is model {self.fingerprint}")
+        unknown = [k for k in config.layers if k not in self.choices]
+        if unknown:
+            raise AquabitError(f"unknown layer {unknown[0]!r}; the model's layers are listed by `aquabit inspect`")
+        for layer, choice in config.layers.items():
+            if not extra_schemes and choice.weight not in self.choices[layer]:
+                raise AquabitError(f"layer {layer!r} may not take {choice.weight}; its choices are {', '.join(map(str, self.choices[layer]))}")
+
+    def sample(
+        self, count: int, seed: int = 0, bits_range: tuple[float, float] = BITS_RANGE, stratify: str | None = None
+    ) -> list[QuantConfig]:
+        """``count`` random configurations that cover the range of mean bits evenly.
+
+        A target mean is drawn uniformly over ``bits_range``; each layer's bits come from the maximum-entropy distribution with
+        that mean over the layer's levels; the method is uniform among the schemes of a level. Activations are all at the highest
+        bits in half of the configurations, else each layer takes the lowest with a probability drawn per configuration.
+        ``stratify="operator"`` draws a mean per operator type. Configuration i depends on (seed, i) alone.
+        """
+        if stratify not in (None, "operator"):
+            raise AquabitError(f"unknown stratification {stratify!r}; known: operator")
+        return [self._draw(np.random.default_rng([seed, i]), bits_range, stratify) for i in range(count)]
+
+    def _draw(self, rng: np.random.Generator, bits_range: tuple[float, float], stratify: str | None) -> QuantConfig:
+        target = rng.uniform(*bits_range)
+        operators = self.operators or {}
+        groups = {operators.get(k, "") for k in self.choices} if stratify else set()
+        spread = {g: float(np.clip(target + rng.uniform(-1, 1), *bits_range)) for g in sorted(groups)}
+        share = rng.uniform(0, 1) if rng.random() < 0.5 else 0.0
+        picked = {}
+        for layer, row in self.choices.items():
+            levels = self.bit_levels(layer)
+            mean = spread[operators.get(layer, "")] if stratify else target
+            level = rng.choice(list(levels), p=maximum_entropy(tuple(levels), mean))
+            methods = levels[float(level)]
+            scheme = methods[int(rng.integers(len(methods)))]
+            act = min(self.activations) if rng.random() < share else max(self.activations)
+            picked[layer] = LayerChoice(scheme, 16 if row == (FP,) else act)
+        return QuantConfig(self.fingerprint, picked, self.model)
+
+    def to_dict(self) -> dict[str, Any]:
+        choices = {k: [str(s) for s in v] for k, v in self.choices.items()}
+        return {
+            "fingerprint": self.fingerprint, "choices": choices, "activations": list(self.activations),
+            "operators": dict(self.operators or {}), "kernel_area": dict(self.kernel_area or {}), "model": self.model,
+        }  # fmt: skip
+
+    @staticmethod
+    def from_dict(value: Mapping[str, Any]) -> SearchSpace:
+        choices = {k: tuple(Scheme.parse(s) for s in v) for k, v in value["choices"].items()}
+        return SearchSpace(value["fingerprint"], choices, tuple(value["activations"]), value["operators"], value["kernel_area"], value["model"])
+
+
+def maximum_entropy(levels: Sequence[float], mean: float) -> np.ndarray:
+    """Probabilities over ``levels`` of largest entropy with the given mean: p ~ exp(lambda * level); the mean is clipped inside."""
+    values = np.asarray(levels, float)
+    if len(values) == 1:
+        return np.ones(1)
+    mean = float(np.clip(mean, values.min() + 1e-3, values.max() - 1e-3))
+
+    def weights(rate: float) -> np.ndarray:
+        exponent = rate * (values - mean)
+        w = np.exp(exponent - exponent.max())
+        return np.asarray(w / w.sum())
+
+    low, high = -1e4, 1e4
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if weights(middle) @ values < mean else (low, middle)
+    return weights((low + high) / 2)
+
+
+def _matching(patterns: Iterable[str], names: Sequence[str], what: str) -> dict[str, str]:
+    """layer -> the last pattern that names it; a pattern that names no layer is an error."""
+    found: dict[str, str] = {}
+    for pattern in patterns:
+        hits = fnmatch.filter(names, pattern)
+        if not hits:
+            raise AquabitError(f"{what} pattern {pattern!r} matches no layer; for example the first layer is {names[0]!r}")
+        found.update(dict.fromkeys(hits, pattern))
+    return found
+
+
+def make_space(
+    graph: nx.DiGraph, fingerprint: str, model: str = "", *, schemes: Sequence[str] = DEFAULT_SCHEMES,
+    activations: Sequence[int] = DEFAULT_ACTIVATIONS, pinned: Mapping[str, str] | None = None, excluded: Sequence[str] = (),
+) -> SearchSpace:  # fmt: skip
+    """The space of a traced model. ``pinned`` maps layer patterns (as in shells) to one scheme; ``excluded`` layers stay ``fp``."""
+    nodes = graph_layers(graph)
+    names, default = list(nodes), tuple(dict.fromkeys(Scheme.parse(s) for s in schemes))
+    if not default:
+        raise AquabitError("the list of schemes is empty; give at least one, as in usq4")
+    pins = _matching(pinned or {}, names, "pinned")
+    out = _matching(excluded, names, "excluded")
+    choices: dict[str, tuple[Scheme, ...]] = {}
+    for name in names:
+        choices[name] = (FP,) if name in out else (Scheme.parse((pinned or {})[pins[name]]),) if name in pins else default
+    operators = {n: str(a["operator"]) for n, a in nodes.items()}
+    area = {n: int(np.prod(a["shape"][2:])) for n, a in nodes.items()}
+    return SearchSpace(fingerprint, choices, tuple(activations), operators, area, model)
+
+
+def read_space(path: str | Path) -> dict[str, Any]:
+    """The keyword arguments of ``make_space`` from a JSON file: schemes, activations, pinned, excluded."""
+    value = read_json(path)
+    known = {"schemes": list, "activations": list, "pinned": dict, "excluded": list}
+    if not isinstance(value, dict):
+        raise AquabitError(f"{path} must hold a JSON object with any of {', '.join(known)}")
+    for key, entry in value.items():
+        if key not in known:
+            raise AquabitError(f"{path}: unknown key {key!r}; known: {', '.join(known)}")
+        if not isinstance(entry, known[key]):
+            raise AquabitError(f"{path}: {key} is {entry!r:.60}; it must be a {known[key].__name__}")
+    for scheme in [*value.get("schemes", []), *value.get("pinned", {}).values()]:
+        if not isinstance(scheme, str):
+            raise AquabitError(f"{path}: scheme {scheme!r} must be text, as in usq4")
+        Scheme.parse(scheme)
+    return value
+
+
+class Encoder:
+    """Configurations to surrogate features: per-layer weight error and activation bits, operator and block aggregates.
+
+    ``errors`` maps (layer, scheme) to the relative squared weight error. Columns of one layer are ``weight:NAME`` (log10 of the error)
+    and ``act:NAME`` (bits below 8); aggregates sum the layers' errors over an operator type, a block, or the model. ``members`` names
+    the layers behind every column.
+    """
+
+    FLOOR = 1e-7  # relative error of 16-bit storage, so that log10 is finite
+
+    def __init__(self, space: SearchSpace, graph: nx.DiGraph, errors: Mapping[tuple[str, str], float]):
+        self.space, nodes, schemes = space, graph_layers(graph), space.schemes
+        allowed = space.allowed()
+        self.error = np.full(allowed.shape, np.nan)
+        for i, layer in enumerate(space.choices):
+            for j, scheme in enumerate(schemes):
+                known = 0.0 if scheme == FP else errors.get((layer, str(scheme)))
+                if known is None and allowed[i, j]:
+                    raise AquabitError(f"no weight error is known for layer {layer!r} at {scheme}; run measure first")
+                self.error[i, j] = np.nan if known is None else max(known, self.FLOOR)
+        self.bits = np.array([[space.code_bits(k, s) for s in schemes] for k in space.choices])
+        sizes = np.array([float(np.prod(nodes[k]["shape"])) for k in space.choices])
+        self.size_share = sizes / sizes.sum()
+        groups: dict[str, list[int]] = {"model": list(range(len(sizes)))}
+        for i, layer in enumerate(space.choices):
+            groups.setdefault(f"operator:{nodes[layer]['operator']}", []).append(i)
+            groups.setdefault(f"block:{nodes[layer]['block']}", []).append(i)
+        self.groups = {k: v for k, v in groups.items() if len(v) > 1}
+        self.incidence = np.zeros((len(sizes), len(self.groups)))
+        for g, rows in enumerate(self.groups.values()):
+            self.incidence[rows, g] = 1.0
+        names = space.layers
+        self.columns = [f"weight:{n}" for n in names] + [f"act:{n}" for n in names]
+        self.columns += [f"error:{g}" for g in self.groups] + [f"actshare:{g}" for g in self.groups] + ["bits"]
+        own = [(i,) for i in range(len(names))]
+        grouped = [tuple(rows) for rows in self.groups.values()]
+        self.members: list[tuple[int, ...]] = [*own, *own, *grouped, *grouped, tuple(range(len(names)))]
+
+    def __call__(self, weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
+        """Index matrices [n, layers] to features [n, columns], float32."""
+        rows = np.arange(weights.shape[1])
+        error = self.error[rows, weights]
+        low = np.maximum(8 - acts, -1) / 2.0  # a6 = 1, a8 = 0, a16 = -1/2
+        bits = (self.bits[rows, weights] * self.size_share).sum(1, keepdims=True)
+        size = self.incidence.sum(0)
+        parts = [np.log10(error), low, np.log10(error @ self.incidence / size), low @ self.incidence / size, bits]
+        return np.concatenate(parts, 1).astype(np.float32)
+
+    def encode(self, configs: Iterable[QuantConfig]) -> np.ndarray:
+        return self(*self.space.indices(configs))
+
+    def one_hot(self, weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
+        """The additive encoding of integer-programming peers: one column per (layer, scheme) and (layer, activation)."""
+        schemes = np.eye(len(self.space.schemes))[weights].reshape(len(weights), -1)
+        low = np.eye(len(ACTIVATION_BITS))[np.searchsorted(sorted(ACTIVATION_BITS), acts)].reshape(len(acts), -1)
+        both = np.concatenate([schemes, low], 1)
+        return np.asarray(both)

@@ -1,0 +1,276 @@
+"""Study: one SQLite file that holds all that a report needs. Each measurement is one committed transaction."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import sqlite3
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from aquabit.scheme import AquabitError, Measurement, Protocol, QuantConfig
+
+APPLICATION_ID = 0x61714269  # "aqBi"
+VERSION = 1
+TABLES = """
+CREATE TABLE facts(name TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE configs(digest TEXT PRIMARY KEY, value TEXT NOT NULL, bits REAL, bytes INTEGER, bops REAL);
+CREATE TABLE protocols(digest TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE measurements(config TEXT NOT NULL, protocol TEXT NOT NULL, kind TEXT NOT NULL, status TEXT NOT NULL, reason TEXT NOT NULL,
+  metrics TEXT NOT NULL, seconds REAL NOT NULL, environment TEXT NOT NULL, created REAL NOT NULL, UNIQUE(config, protocol));
+CREATE TABLE features(layer TEXT NOT NULL, scheme TEXT NOT NULL, value TEXT NOT NULL, UNIQUE(layer, scheme));
+CREATE TABLE flips(layer TEXT NOT NULL, before TEXT NOT NULL, after TEXT NOT NULL, config_before TEXT NOT NULL, config_after TEXT NOT NULL,
+  protocol TEXT NOT NULL, UNIQUE(config_before, config_after, protocol));
+CREATE TABLE thumbnails(config TEXT NOT NULL, protocol TEXT NOT NULL, png BLOB NOT NULL, UNIQUE(config, protocol));
+"""
+
+
+@contextmanager
+def _clear_errors(path: Path) -> Iterator[None]:
+    """SQLite's failures as one sentence that names the file."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        if "full" in str(error) or "disk I/O" in str(error):
+            raise AquabitError(f"{path} could not be written ({error}); free some space and run the same command: nothing measured is lost") from error
+        if "locked" in str(error):
+            raise AquabitError(f"{path} is being written by another process; wait for it or stop it") from error
+        raise AquabitError(f"{path} cannot be used as a study: {error}") from error
+    except sqlite3.DatabaseError as error:
+        raise AquabitError(f"{path} is not a readable study ({error}); it may be truncated: restore a copy or start a new one") from error
+
+
+class Study:
+    """Open (or create) a study file; reading needs no lock, writing takes ``with study.writing():``.
+
+    Raises AquabitError for a file that is no study, is truncated, was written by a newer version, or does not exist when
+    ``create`` is false.
+    """
+
+    def __init__(self, path: str | Path, create: bool = True):
+        self.path = Path(path)
+        if not self.path.exists() and not create:
+            raise AquabitError(f"there is no study at {self.path}; `aquabit measure MODEL --study {self.path}` makes one")
+        if not self.path.parent.is_dir():
+            raise AquabitError(f"the folder {self.path.parent} of the study does not exist")
+        self._held = 0
+        with _clear_errors(self.path):
+            self._db = sqlite3.connect(self.path, isolation_level=None, timeout=10)
+            self._open()
+
+    def _open(self) -> None:
+        if self._db.execute("PRAGMA schema_version").fetchone()[0] == 0:
+            self._db.execute("BEGIN IMMEDIATE")
+            if not self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:  # nobody was faster
+                self._db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+                self._db.execute(f"PRAGMA user_version = {VERSION}")
+                for statement in TABLES.split(";")[:-1]:
+                    self._db.execute(statement)
+            self._db.execute("COMMIT")
+        if self._db.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
+            raise AquabitError(f"{self.path} is a database, but not a study of aquabit")
+        version = self._db.execute("PRAGMA user_version").fetchone()[0]
+        if version > VERSION:
+            raise AquabitError(f"{self.path} has format {version}, this version reads up to {VERSION}; update aquabit")
+        problem = self._db.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if problem != "ok":
+            raise AquabitError(f"{self.path} is damaged ({problem.splitlines()[0]}); restore a copy or start a new one")
+
+    def close(self) -> None:
+        self._db.close()
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Hold the study's writer lock; a second writer is refused by its process number. Nested use is fine."""
+        if self._held:
+            self._held += 1
+            try:
+                yield
+            finally:
+                self._held -= 1
+            return
+        lock = self.path.with_name(self.path.name + ".lock")
+        with open(lock, "a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                file.seek(0)
+                owner = file.read().strip() or "another process"
+                raise AquabitError(f"{self.path} is being written by {owner}; wait for it or stop it") from None
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {os.uname().nodename}")
+            file.flush()
+            self._held = 1
+            try:
+                yield
+            finally:
+                self._held = 0
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with _clear_errors(self.path), self.writing():
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+            except BaseException:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise
+            self._db.execute("COMMIT")
+
+    def _rows(self, query: str, values: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+        with _clear_errors(self.path):
+            return self._db.execute(query, values).fetchall()
+
+    def __contains__(self, name: str) -> bool:
+        return bool(self._rows("SELECT 1 FROM facts WHERE name = ?", (name,)))
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """A stored fact (JSON value): model, fingerprint, graph, space, protocol, sensitivity, front, validation, ..."""
+        rows = self._rows("SELECT value FROM facts WHERE name = ?", (name,))
+        return json.loads(rows[0][0]) if rows else default
+
+    def need(self, name: str, hint: str) -> Any:
+        """A stored fact that must be there; ``hint`` says which command makes it."""
+        value = self.get(name)
+        if value is None:
+            raise AquabitError(f"{self.path} holds no {name} yet; {hint}")
+        return value
+
+    def set(self, **facts: Any) -> None:
+        """Store JSON values in one transaction; undefined numbers must already be None."""
+        with self._transaction() as db:
+            for name, value in facts.items():
+                db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, json.dumps(value, allow_nan=False)))
+
+    def begin(self, model: str, fingerprint: str, graph: Any, space: Any, protocol: Protocol) -> None:
+        """Bind an empty study to a model, space and protocol; one that is bound must agree with all three."""
+        known = self.get("fingerprint")
+        if known is None:
+            self.set(model=model, fingerprint=fingerprint, graph=graph, space=space, protocol=protocol.to_dict())
+            self.add_protocol(protocol)
+            return
+        if known != fingerprint:
+            raise AquabitError(f"{self.path} is a study of {self.get('model')} ({known}), not of {model} ({fingerprint}); use another file")
+        stored = Protocol.from_dict(self.get("protocol"))
+        if stored.digest != protocol.digest:
+            old, new = stored.to_dict(), protocol.to_dict()
+            what = ", ".join(f"{k} {old[k]} instead of {new[k]}" for k in old if old[k] != new[k] and k != "objective")
+            raise AquabitError(f"{self.path} was measured under another protocol ({what}); use the same options or another file")
+        if self.get("space") != space:
+            raise AquabitError(f"{self.path} was begun with another search space; use the same --space or another file")
+        if stored.objective != protocol.objective:
+            self.set(protocol=protocol.to_dict())
+
+    @property
+    def protocol(self) -> Protocol:
+        return Protocol.from_dict(self.need("protocol", "run `aquabit measure` first"))
+
+    def add_protocol(self, protocol: Protocol) -> None:
+        with self._transaction() as db:
+            db.execute("INSERT OR IGNORE INTO protocols VALUES (?, ?)", (protocol.digest, json.dumps(protocol.to_dict())))
+
+    def protocols(self) -> dict[str, Protocol]:
+        return {d: Protocol.from_dict(json.loads(v)) for d, v in self._rows("SELECT digest, value FROM protocols")}
+
+    def record(
+        self, config: QuantConfig, measurement: Measurement, kind: str, cost: Mapping[str, float], thumbnail: bytes | None = None
+    ) -> None:
+        """One measurement with its configuration, as one transaction; measured again, the first one stays.
+
+        ``kind`` says why it was made: reference, uniform, sample, flip, candidate or fresh. ``cost`` has bits, bytes and bops.
+        """
+        m = measurement
+        row = (m.config, m.protocol, kind, m.status, m.reason, json.dumps(dict(m.metrics)), m.seconds, json.dumps(dict(m.environment)), time.time())
+        with self._transaction() as db:
+            body = json.dumps(config.to_dict(), allow_nan=False)
+            db.execute("INSERT OR IGNORE INTO configs VALUES (?, ?, ?, ?, ?)", (config.digest, body, cost["bits"], cost["bytes"], cost["bops"]))
+            db.execute("INSERT OR IGNORE INTO measurements VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+            if thumbnail is not None:
+                db.execute("INSERT OR IGNORE INTO thumbnails VALUES (?, ?, ?)", (m.config, m.protocol, thumbnail))
+
+    def known(self, protocol: Protocol) -> set[str]:
+        """Digests of the configurations that were measured (or failed) under a protocol."""
+        return {r[0] for r in self._rows("SELECT config FROM measurements WHERE protocol = ?", (protocol.digest,))}
+
+    def measurements(self, protocol: Protocol | None = None, kind: str | None = None, failed: bool = False) -> pd.DataFrame:
+        """One row a measurement in the order of recording: config, protocol, kind, status, reason, seconds, created, bits, bytes, bops, one
+        column a metric. Failed ones only where ``failed``."""
+        query = (
+            "SELECT m.config, m.protocol, m.kind, m.status, m.reason, m.seconds, m.created, c.bits, c.bytes, c.bops, m.metrics "
+            "FROM measurements m JOIN configs c ON c.digest = m.config WHERE (? OR m.status = 'ok') ORDER BY m.rowid"
+        )
+        names = ["config", "protocol", "kind", "status", "reason", "seconds", "created", "bits", "bytes", "bops"]
+        rows = [(*r[:-1], json.loads(r[-1])) for r in self._rows(query, (failed,))]
+        table = pd.DataFrame([{**dict(zip(names, r[:-1], strict=True)), **r[-1]} for r in rows])
+        if table.empty:
+            return pd.DataFrame(columns=names)
+        if protocol is not None:
+            table = table[table.protocol == protocol.digest]
+        if kind is not None:
+            table = table[table.kind == kind]
+        return table.reset_index(drop=True)
+
+    def configs(self) -> dict[str, QuantConfig]:
+        """Every configuration by its digest."""
+        return {d: QuantConfig.from_dict(json.loads(v), f"{self.path}, configuration {d}") for d, v in self._rows("SELECT digest, value FROM configs")}
+
+    def add_features(self, values: Mapping[tuple[str, str], Mapping[str, float]]) -> None:
+        """Facts per (layer, scheme), such as {"error": relative squared weight error}."""
+        with self._transaction() as db:
+            for (layer, scheme), value in values.items():
+                db.execute("INSERT OR REPLACE INTO features VALUES (?, ?, ?)", (layer, scheme, json.dumps(dict(value), allow_nan=False)))
+
+    def features(self) -> dict[tuple[str, str], dict[str, float]]:
+        return {(a, b): json.loads(v) for a, b, v in self._rows("SELECT layer, scheme, value FROM features")}
+
+    def errors(self) -> dict[tuple[str, str], float]:
+        """(layer, scheme) -> relative squared weight error, as ``space.Encoder`` takes it."""
+        return {k: v["error"] for k, v in self.features().items()}
+
+    def add_flip(self, layer: str, before: str, after: str, config_before: str, config_after: str, protocol: Protocol) -> None:
+        """Two measured configurations that differ in one layer."""
+        with self._transaction() as db:
+            db.execute("INSERT OR IGNORE INTO flips VALUES (?, ?, ?, ?, ?, ?)", (layer, before, after, config_before, config_after, protocol.digest))
+
+    def flips(self, objective: str) -> pd.DataFrame:
+        """One row a real swap whose both ends were measured: layer, before, after, config_before, config_after, protocol, value_before,
+        value_after of the objective."""
+        columns = ["layer", "before", "after", "config_before", "config_after", "protocol"]
+        rows = self._rows(f"SELECT {', '.join(columns)} FROM flips ORDER BY rowid")
+        table = self.measurements()
+        if not rows or table.empty:
+            return pd.DataFrame(columns=[*columns, "value_before", "value_after"])
+        value = table.set_index(["config", "protocol"])[objective].to_dict()
+        out = pd.DataFrame(rows, columns=columns)
+        out["value_before"] = [value.get((c, p)) for c, p in zip(out.config_before, out.protocol, strict=True)]
+        out["value_after"] = [value.get((c, p)) for c, p in zip(out.config_after, out.protocol, strict=True)]
+        return out.dropna(subset=["value_before", "value_after"]).reset_index(drop=True)
+
+    def thumbnails(self) -> dict[tuple[str, str], bytes]:
+        """(config, protocol) -> PNG of the first images."""
+        return {(c, p): png for c, p, png in self._rows("SELECT config, protocol, png FROM thumbnails")}
+
+    def copy_from(self, source: Study) -> None:
+        """Every row of another study that is not here yet, in one transaction."""
+        with self._transaction() as db:
+            for table in ("configs", "protocols", "measurements", "features", "flips", "thumbnails"):
+                rows = source._rows(f"SELECT * FROM {table} ORDER BY rowid")
+                if rows:
+                    db.executemany(f"INSERT OR IGNORE INTO {table} VALUES ({', '.join('?' * len(rows[0]))})", rows)
+
+
+def merge(sources: list[Study], out: Study) -> int:
+    """Copy every measurement of ``sources`` (same model, space and protocol) into ``out``; the number of new ones."""
+    before = len(out.measurements(failed=True))
+    for source in sources:
+        facts = [source.need(k, "it is empty") for k in ("model", "fingerprint", "graph", "space")]
+        out.begin(*facts, source.protocol)
+        out.copy_from(source)
+    return len(out.measurements(failed=True)) - before
