@@ -1,0 +1,193 @@
+"""CodebookWeight: the format of every quantized weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from math import ceil, gcd, prod
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from aquabit.scheme import AquabitError
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Integer codes of any shape, each below 2^bits, as a little-endian bit stream: uint8 [ceil(n * bits / 8)]."""
+    flat = codes.reshape(-1).to(torch.int32)
+    if flat.numel() and (int(flat.min()) < 0 or int(flat.max()) >= 1 << bits):
+        raise AquabitError(f"codes range from {int(flat.min())} to {int(flat.max())}; {bits} bits hold 0 to {(1 << bits) - 1}")
+    per_period, period_bytes = 8 // gcd(bits, 8), bits // gcd(bits, 8)
+    size = ceil(flat.numel() * bits / 8)
+    padded = torch.zeros(ceil(flat.numel() / per_period) * per_period, dtype=torch.int32, device=codes.device)
+    padded[: flat.numel()] = flat
+    columns = padded.reshape(-1, per_period)
+    out = torch.zeros(len(columns), period_bytes + 2, dtype=torch.int32, device=codes.device)
+    for i in range(per_period):
+        byte, shift = divmod(i * bits, 8)
+        word = columns[:, i] << shift
+        for k in range(ceil((shift + bits) / 8)):
+            out[:, byte + k] |= (word >> (8 * k)) & 255
+    return out[:, :period_bytes].to(torch.uint8).reshape(-1)[:size].contiguous()
+
+
+def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
+    """The first ``count`` codes of a bit stream, uint8 [count] (int32 above 8 bits)."""
+    dtype = torch.uint8 if bits <= 8 else torch.int32
+    if bits == 8:
+        return packed[:count]
+    per_period, period_bytes = 8 // gcd(bits, 8), bits // gcd(bits, 8)
+    periods = ceil(count / per_period)
+    full = packed
+    if packed.numel() < periods * period_bytes:
+        full = torch.zeros(periods * period_bytes, dtype=torch.uint8, device=packed.device)
+        full[: packed.numel()] = packed
+    source = full.reshape(periods, period_bytes)
+    wide = torch.uint8 if bits in (1, 2, 4) else torch.int32
+    parts = source.to(wide)
+    out = torch.empty(periods, per_period, dtype=dtype, device=packed.device)
+    mask = (1 << bits) - 1
+    for i in range(per_period):
+        byte, shift = divmod(i * bits, 8)
+        word = parts[:, byte] >> shift
+        for k in range(1, ceil((shift + bits) / 8)):
+            word = word | (parts[:, byte + k] << (8 * k - shift))
+        out[:, i] = word & mask
+    return out.reshape(-1)[:count]
+
+
+@dataclass(frozen=True, eq=False)
+class CodebookWeight:
+    """W[o, group j] = scale[o] * sum_m codebooks[c, m, codes[j, m, o]] + offset[o], stored packed.
+
+    ``packed`` holds codes [groups, M, out] at ``bits`` bits each; ``codebooks`` [C, M, K, g] float16 with C = 1, or C = out for
+    tables per channel, or None for the implied scalar table {0 .. 2^bits - 1} of uniform quantization; ``scale`` and ``offset``
+    [out] or [out, n] float16 (n groups of inputs). Groups of a Linear run along the inputs; those of a convolution along
+    (kh, kw, cin), cin fastest (``order="inputs"``), or are one kernel slice per input channel (``order="kernel"``). A last group
+    that does not divide is padded; the padding is cut on decoding.
+    """
+
+    packed: Tensor
+    codebooks: Tensor | None
+    scale: Tensor | None
+    offset: Tensor | None
+    shape: tuple[int, ...]
+    bits: int
+    order: Literal["inputs", "kernel"] = "inputs"
+
+    def __post_init__(self) -> None:
+        expected = ceil(self.groups * self.codebook_count * self.shape[0] * self.bits / 8)
+        if self.packed.dtype != torch.uint8 or tuple(self.packed.shape) != (expected,):
+            raise AquabitError(
+                f"codes are {self.packed.dtype} {list(self.packed.shape)}; a weight {list(self.shape)} needs uint8 [{expected}]"
+            )
+        if self.codebooks is not None and (self.codebooks.ndim != 4 or self.codebooks.shape[0] not in (1, self.shape[0]) or self.codebooks.shape[2] != 1 << self.bits):  # fmt: skip
+            raise AquabitError(f"codebooks are {list(self.codebooks.shape)}; needed are [1 or {self.shape[0]}, M, {1 << self.bits}, g]")
+        for name in ("scale", "offset"):
+            value = getattr(self, name)
+            if value is not None and value.shape[0] != self.shape[0]:
+                raise AquabitError(f"{name} is {list(value.shape)}; it needs {self.shape[0]} rows")
+
+    @staticmethod
+    def from_codes(
+        codes: Tensor, codebooks: Tensor | None, scale: Tensor | None, offset: Tensor | None, shape: tuple[int, ...], bits: int,
+        order: Literal["inputs", "kernel"] = "inputs",
+    ) -> CodebookWeight:  # fmt: skip
+        """Pack integer codes [groups, M, out]; tables and scales are rounded to float16."""
+        halves = [None if t is None else t.to(torch.float16).contiguous() for t in (codebooks, scale, offset)]
+        return CodebookWeight(pack(codes, bits), *halves, tuple(shape), bits, order)
+
+    @property
+    def group(self) -> int:
+        """Weights that one code covers (g)."""
+        return 1 if self.codebooks is None else int(self.codebooks.shape[3])
+
+    @property
+    def codebook_count(self) -> int:
+        """Codebooks that are added (M)."""
+        return 1 if self.codebooks is None else int(self.codebooks.shape[1])
+
+    @property
+    def groups(self) -> int:
+        return self.shape[1] if self.order == "kernel" else ceil(prod(self.shape[1:]) / self.group)
+
+    @property
+    def codes(self) -> Tensor:
+        """Unpacked codes [groups, M, out], uint8 (int32 above 8 bits)."""
+        count = self.groups * self.codebook_count * self.shape[0]
+        return unpack(self.packed, self.bits, count).reshape(self.groups, self.codebook_count, self.shape[0])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is stored, by name: codes, codebooks, scale, offset."""
+        named = {"codes": self.packed, "codebooks": self.codebooks, "scale": self.scale, "offset": self.offset}
+        return {k: v for k, v in named.items() if v is not None}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all stored tensors."""
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.nbytes / prod(self.shape)
+
+    def to(self, device: torch.device | str) -> CodebookWeight:
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved |= {k: v.to(device) for k, v in moved.items() if isinstance(v, Tensor)}
+        return CodebookWeight(**moved)
+
+    def dequantize(self) -> Tensor:
+        """The weight in its original shape, float32."""
+        values = self._decoded_rows()  # [groups * g, out]
+        row = prod(self.shape[1:])
+        if self.order == "kernel":
+            if self.scale is not None:
+                values = values * self.scale.float()
+            return values.reshape(*self.shape[1:], self.shape[0]).movedim(-1, 0).contiguous()
+        values = self._scaled(values[:row])
+        if len(self.shape) == 2:
+            return values.t().contiguous()
+        out, cin, kh, kw = self.shape
+        return values.reshape(kh, kw, cin, out).permute(3, 2, 0, 1).contiguous()
+
+    def _decoded_rows(self) -> Tensor:
+        """Sums of codewords without scale and offset: [groups * g, out] float32."""
+        codes = self.codes
+        if self.codebooks is None:
+            return codes[:, 0].float()
+        tables = self.codebooks.float()
+        if tables.shape[0] == 1 and self.group == 1 and self.codebook_count == 1:
+            return tables[0, 0, :, 0][codes[:, 0].int()]
+        if tables.shape[0] == 1:
+            total = sum(tables[0, m][codes[:, m].int()] for m in range(self.codebook_count))  # [groups, out, g]
+        else:
+            rows = torch.arange(self.shape[0], device=codes.device)
+            total = sum(tables[rows, m, codes[:, m].long()] for m in range(self.codebook_count))
+        assert isinstance(total, Tensor)
+        return total.permute(0, 2, 1).reshape(-1, self.shape[0])
+
+    def _scaled(self, values: Tensor) -> Tensor:
+        """scale * values + offset, group-wise where scale and offset are [out, n]."""
+        row = values.shape[0]
+        for name, apply in (("scale", torch.mul), ("offset", torch.add)):
+            factor: Tensor | None = getattr(self, name)
+            if factor is None:
+                continue
+            wide = factor.float()
+            if wide.ndim == 2:
+                wide = wide.t().repeat_interleave(ceil_divide(row, wide.shape[1]), 0)[:row] if wide.shape[1] > 1 else wide.t()
+            values = apply(values, wide)
+        return values
+
+
+def ceil_divide(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def from_tensors(tensors: Mapping[str, Tensor], shape: tuple[int, ...], bits: int, order: str = "inputs") -> CodebookWeight:
+    """A weight from what ``CodebookWeight.tensors`` stored; raises AquabitError where something is missing or of another size."""
+    if "codes" not in tensors or order not in ("inputs", "kernel"):
+        raise AquabitError(f"a stored weight needs codes and an order of inputs or kernel; it has {sorted(tensors)} and {order!r}")
+    kept = [tensors.get(k) for k in ("codebooks", "scale", "offset")]
+    return CodebookWeight(tensors["codes"], *kept, tuple(shape), bits, order)  # type: ignore[arg-type]

@@ -1,0 +1,177 @@
+"""Distances between sets of features: exact, float64, deterministic functions of numpy arrays [n, d].
+
+The ``*_root``, ``*_sum`` and ``*_radii`` parts are public so that a Reference computes its side once.
+Undefined values (too few rows) are NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from aquabit.scheme import AquabitError
+
+Array = npt.NDArray[np.float64]
+NEIGHBOURS = 3
+_BLOCK = 2048  # rows of a pairwise matrix held at a time
+
+
+def _rows(features: npt.ArrayLike) -> Array:
+    rows = np.asarray(features, dtype=np.float64)
+    if rows.ndim != 2:
+        raise AquabitError(f"features have shape {list(rows.shape)}; expected [n, d]")
+    return rows
+
+
+def _same_width(a: Array, b: Array) -> None:
+    if a.shape[1] != b.shape[1]:
+        raise AquabitError(f"features have {a.shape[1]} and {b.shape[1]} dimensions; expected the same extractor for both")
+
+
+def _blocks(rows: Array) -> Iterator[Array]:
+    return (rows[i : i + _BLOCK] for i in range(0, len(rows), _BLOCK))
+
+
+# Frechet distance ------------------------------------------------------------------------------------------------
+
+
+def covariance_root(covariance: npt.ArrayLike) -> Array:
+    """The symmetric positive semidefinite R [d, d] with R R = covariance.
+
+    Eigenvalues at the level of rounding (below d eps times the largest, or negative) are those of a singular covariance and count as 0:
+    the root would raise them from 1e-16 to 1e-8.
+    """
+    values, vectors = np.linalg.eigh(np.asarray(covariance, dtype=np.float64))
+    values[values < len(values) * np.finfo(np.float64).eps * values[-1]] = 0.0
+    scaled: Array = vectors * np.sqrt(values.clip(0.0))
+    root: Array = scaled @ vectors.T
+    return root
+
+
+def frechet_from_roots(mean_a: Array, root_a: Array, mean_b: Array, root_b: Array) -> float:
+    """``frechet_distance`` where the covariances' roots are known.
+
+    tr sqrt(sqrt(A) B sqrt(A)) is the sum of the singular values of sqrt(A) sqrt(B), which keeps twice the digits that the
+    eigenvalues of the squared product keep: it matters where a covariance is singular (n <= d).
+    """
+    shift = mean_a - mean_b
+    cross = np.linalg.svd(root_a @ root_b, compute_uv=False).sum()
+    value = shift @ shift + (root_a**2).sum() + (root_b**2).sum() - 2.0 * cross
+    return max(float(value), 0.0)  # rounding may leave -1e-15
+
+
+def frechet_distance(mean_a: npt.ArrayLike, cov_a: npt.ArrayLike, mean_b: npt.ArrayLike, cov_b: npt.ArrayLike) -> float:
+    """|mean_a - mean_b|^2 + tr(A + B - 2 sqrt(A B)) of two Gaussians (Dowson and Landau 1982; Heusel et al. 2017, eq. 6)."""
+    means = [np.asarray(m, dtype=np.float64) for m in (mean_a, mean_b)]
+    return frechet_from_roots(means[0], covariance_root(cov_a), means[1], covariance_root(cov_b))
+
+
+def fid(real: npt.ArrayLike, generated: npt.ArrayLike) -> float:
+    """Frechet distance of pooled features [m, d] and [n, d] (Heusel et al. 2017), with covariances over n - 1 as in their code."""
+    a, b = _rows(real), _rows(generated)
+    _same_width(a, b)
+    if min(len(a), len(b)) < 2:
+        return float("nan")
+    cov_a, cov_b = (np.atleast_2d(np.cov(x, rowvar=False)) for x in (a, b))
+    return frechet_distance(a.mean(0), cov_a, b.mean(0), cov_b)
+
+
+def sfid(real_spatial: npt.ArrayLike, generated_spatial: npt.ArrayLike) -> float:
+    """FID on spatial features [m, s] and [n, s], which see where things are (Nash et al. 2021)."""
+    return fid(real_spatial, generated_spatial)
+
+
+# Kernel distance -------------------------------------------------------------------------------------------------
+
+
+def polynomial_kernel_sum(x: Array, y: Array) -> float:
+    """Sum over all pairs of k(x, y) = (x . y / d + 1)^3 for x [m, d] and y [n, d] (Binkowski et al. 2018, section 4)."""
+    total = 0.0
+    for block in _blocks(x):
+        kernel = block @ y.T
+        kernel /= x.shape[1]
+        kernel += 1.0
+        total += float((kernel * kernel * kernel).sum())
+    return total
+
+
+def within_kernel_sum(x: Array) -> float:
+    """``polynomial_kernel_sum(x, x)`` without the pairs of a row with itself."""
+    own = ((x * x).sum(1) / x.shape[1] + 1.0) ** 3
+    return polynomial_kernel_sum(x, x) - float(own.sum())
+
+
+def kid_from_sums(real_sum: float, real: Array, generated: Array) -> float:
+    """``kid`` where ``within_kernel_sum(real)`` is known."""
+    m, n = len(real), len(generated)
+    if min(m, n) < 2:
+        return float("nan")
+    return real_sum / (m * (m - 1)) + within_kernel_sum(generated) / (n * (n - 1)) - 2.0 * polynomial_kernel_sum(real, generated) / (m * n)
+
+
+def kid(real: npt.ArrayLike, generated: npt.ArrayLike) -> float:
+    """Unbiased squared MMD of features [m, d] and [n, d] under the cubic kernel (Gretton et al. 2012, eq. 3; Binkowski et al. 2018).
+
+    Over the full samples, not over random subsets, so it is deterministic; unbiased, so it may be negative.
+    """
+    a, b = _rows(real), _rows(generated)
+    _same_width(a, b)
+    return kid_from_sums(within_kernel_sum(a), a, b)
+
+
+# Precision and recall --------------------------------------------------------------------------------------------
+
+
+def _distances(x: Array, y: Array) -> Array:
+    """Euclidean distances [m, n] from differences, so that equal rows are exactly 0 apart."""
+    result = torch.cdist(torch.from_numpy(x), torch.from_numpy(y), compute_mode="donot_use_mm_for_euclid_dist")
+    distances: Array = result.numpy()
+    return distances
+
+
+def neighbour_radii(x: Array, k: int = NEIGHBOURS) -> Array:
+    """Distance [n] of each row of x [n, d] to its k-th nearest other row; NaN where there are no k others."""
+    if len(x) <= k:
+        return np.full(len(x), np.nan)
+    return np.concatenate([np.partition(_distances(block, x), k, axis=1)[:, k] for block in _blocks(x)])  # place 0 is the row itself
+
+
+def fraction_inside(points: Array, centres: Array, radii: Array) -> float:
+    """Share of points [n, d] that lie in at least one ball around centres [m, d] with radii [m]; NaN where a radius is."""
+    if np.isnan(radii).any() or not len(points):
+        return float("nan")
+    inside = [(_distances(block, centres) <= radii).any(axis=1) for block in _blocks(points)]
+    return float(np.concatenate(inside).mean())
+
+
+def precision_recall(real: npt.ArrayLike, generated: npt.ArrayLike, k: int = NEIGHBOURS) -> tuple[float, float]:
+    """Improved precision and recall of features [m, d] and [n, d] (Kynkaanniemi et al. 2019, eq. 1 and 2), k-th nearest neighbour balls."""
+    a, b = _rows(real), _rows(generated)
+    _same_width(a, b)
+    return fraction_inside(b, a, neighbour_radii(a, k)), fraction_inside(a, b, neighbour_radii(b, k))
+
+
+# Logits ----------------------------------------------------------------------------------------------------------
+
+
+def inception_score(logits: npt.ArrayLike) -> float:
+    """exp of the mean KL(p(y|x) || p(y)) over images, logits [n, classes], one split: 1 to classes (Salimans et al. 2016, section 4)."""
+    z = _rows(logits)
+    log_p = z - z.max(1, keepdims=True)
+    log_p -= np.log(np.exp(log_p).sum(1, keepdims=True))
+    p = np.exp(log_p)
+    marginal = p.mean(0)
+    log_marginal = np.log(np.maximum(marginal, np.finfo(np.float64).tiny))  # p log p = 0 at p = 0
+    return float(np.exp((p * log_p).sum(1).mean() - (marginal * log_marginal).sum()))
+
+
+def accuracy(logits: npt.ArrayLike, labels: Any) -> float:
+    """Share of images whose highest logit [n, classes] is the class [n] that was asked for."""
+    z, wanted = _rows(logits), np.asarray(labels)
+    if wanted.shape != (len(z),):
+        raise AquabitError(f"labels have shape {list(wanted.shape)}; expected [{len(z)}]")
+    return float((z.argmax(1) == wanted).mean())

@@ -1,0 +1,128 @@
+"""Packed artifacts: a diffusers pipeline directory whose denoiser is stored as codes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import networkx as nx
+import torch
+from accelerate import init_empty_weights
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from aquabit.graph import trace
+from aquabit.kernels.codebook import CodebookWeight, from_tensors
+from aquabit.quant.layers import QuantConv2d, QuantLinear, quant_layer
+from aquabit.quant.model import QuantizedDenoiser, storage_dtype
+from aquabit.scheme import FP, AquabitError, QuantConfig, read_json
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+RECIPE = "quantization.json"  # configuration and, for each coded layer, how its codes are to be read
+
+
+def is_packed(folder: Path) -> bool:
+    return (folder / RECIPE).is_file()
+
+
+def packed_tensors(model: QuantizedDenoiser) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """All tensors to store, full-precision ones at 16 bits, and per coded layer its shape, code bits and order."""
+    tensors: dict[str, Tensor] = {}
+    specs: dict[str, Any] = {}
+    coded = {n: layer.coded for n, layer in model.layers.items() if layer.coded is not None}
+    for name, tensor in model.denoiser.state_dict().items():
+        if name.removesuffix(".weight") not in coded:
+            tensors[name] = tensor.detach().to(storage_dtype(tensor)).contiguous().cpu()
+    for name, weight in coded.items():
+        specs[name] = {"shape": list(weight.shape), "bits": weight.bits, "order": weight.order}
+        tensors |= {f"{name}.weight.{k}": v.contiguous().cpu() for k, v in weight.tensors().items()}
+    return tensors, specs
+
+
+def save_packed_denoiser(model: QuantizedDenoiser, config: QuantConfig, folder: Path) -> int:
+    """Write a packed denoiser into a component folder; the bytes of its tensors, which are the file's size without its header."""
+    tensors, specs = packed_tensors(model)
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.safetensors"):
+        old.unlink()
+    try:
+        save_file(tensors, folder / WEIGHTS)
+        recipe = {"config": config.to_dict(), "layers": specs, "class": type(model.denoiser).__name__}
+        (folder / RECIPE).write_text(json.dumps(recipe, indent=1) + "\n")
+        model.denoiser.save_config(folder)  # type: ignore[operator]
+    except (OSError, SafetensorError) as error:
+        raise AquabitError(f"the packed model could not be written to {folder}: {error}") from error
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def load_packed_denoiser(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A denoiser that runs from its codes; raises AquabitError for missing, truncated or inconsistent files."""
+    recipe = read_json(folder / RECIPE)
+    if not isinstance(recipe, dict) or not {"config", "layers", "class"} <= set(recipe):
+        raise AquabitError(f"{folder / RECIPE} needs config, layers and class")
+    config = QuantConfig.from_dict(recipe["config"], str(folder / RECIPE))
+    cls = getattr(diffusers, str(recipe["class"]), None)
+    if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):
+        raise AquabitError(f"{folder / RECIPE}: {recipe['class']!r} is no model class of diffusers")
+    with init_empty_weights(include_buffers=False):
+        denoiser = cls.from_config(read_json(folder / "config.json"))
+    graph = trace(denoiser)
+    try:
+        with safe_open(folder / WEIGHTS, "pt") as file:
+            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise AquabitError(f"{folder / WEIGHTS} cannot be read ({error}); it may be truncated: quantize again") from error
+    _fill(denoiser, graph, config, recipe["layers"], tensors, dtype, folder)
+    return denoiser.eval().requires_grad_(False)
+
+
+def _fill(
+    denoiser: nn.Module, graph: nx.DiGraph, config: QuantConfig, specs: dict[str, Any], tensors: dict[str, Tensor], dtype: torch.dtype, folder: Path
+) -> None:
+    """Quantized layers and every other tensor from the file, none left over and none missing."""
+    from aquabit.quant.attention import patch_attention_
+
+    coded = {name: _coded(name, spec, tensors, folder) for name, spec in specs.items()}
+    nodes = {n: a for n, a in graph.nodes(data=True) if a["kind"] != "merge"}
+    wrong = [n for n in (*coded, *config.layers) if n not in nodes]
+    if wrong:
+        raise AquabitError(f"{folder}: layer {wrong[0]!r} is not in this model")
+    for name, node in nodes.items():
+        layer = quant_layer(denoiser.get_submodule(name), node.get("split"))
+        if name in coded and tuple(coded[name].shape) != tuple(layer.shape):
+            raise AquabitError(f"{folder}: layer {name!r} is stored as {list(coded[name].shape)}, the model has {list(layer.shape)}")
+        _place(denoiser, name, layer, coded.get(name), config)
+        layer.act = config[name].act
+        layer.act_output = layer.act if node.get("attention") else 16
+    left = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items() if not _is_code(k, coded)}
+    missing, unexpected = denoiser.load_state_dict(left, strict=False, assign=True)
+    missing = [m for m in missing if m.removesuffix(".weight") not in coded]
+    if missing or unexpected:
+        raise AquabitError(f"{folder / WEIGHTS} does not fit the model: missing {missing[:2]}, unexpected {list(unexpected)[:2]}")
+    patch_attention_(denoiser)
+
+
+def _place(denoiser: nn.Module, name: str, layer: QuantLinear | QuantConv2d, coded: CodebookWeight | None, config: QuantConfig) -> None:
+    if coded is not None:
+        layer.weight = torch.empty(0)
+        layer.set_packed_(coded, config[name].weight)
+    elif config[name].weight != FP:
+        raise AquabitError(f"layer {name!r} should be {config[name].weight}, but no codes are stored for it")
+    owner, _, leaf = name.rpartition(".")
+    setattr(denoiser.get_submodule(owner), leaf, layer)
+
+
+def _is_code(key: str, coded: dict[str, CodebookWeight]) -> bool:
+    layer, _, part = key.rpartition(".weight.")
+    return part in ("codes", "codebooks", "scale", "offset") and layer in coded
+
+
+def _coded(name: str, spec: Any, tensors: dict[str, Tensor], folder: Path) -> CodebookWeight:
+    own = {k: tensors[f"{name}.weight.{k}"] for k in ("codes", "codebooks", "scale", "offset") if f"{name}.weight.{k}" in tensors}
+    try:
+        return from_tensors(own, tuple(int(s) for s in spec["shape"]), int(spec["bits"]), str(spec["order"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise AquabitError(f"{folder}: the codes of layer {name!r} are not usable: {error}") from error

@@ -1,0 +1,107 @@
+"""Bank: a cache on disk of (layer weight, scheme) -> CodebookWeight; a scheme is fitted to a layer once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from aquabit.kernels.codebook import CodebookWeight, from_tensors
+from aquabit.quant.weights import quantize_weight, relative_error
+from aquabit.scheme import AquabitError, Scheme
+
+FORMAT = 1
+DEFAULT_LIMIT = 20 * 2**30  # bytes
+
+
+def default_folder() -> Path:
+    """``$AQUABIT_BANK``, or ``~/.cache/aquabit/bank``."""
+    return Path(os.environ.get("AQUABIT_BANK") or Path.home() / ".cache" / "aquabit" / "bank")
+
+
+def weight_hash(weight: Tensor) -> str:
+    """Hash of a weight's values and shape."""
+    data = weight.detach().cpu().contiguous()
+    body = hashlib.sha256(f"{data.dtype} {list(data.shape)}".encode())
+    body.update(data.reshape(-1).view(dtype=_bytes_of(data)).numpy().data)
+    return body.hexdigest()[:24]
+
+
+def _bytes_of(data: Tensor) -> Any:
+    import torch
+
+    return {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[data.element_size()]
+
+
+class Bank:
+    """Safetensors files named by weight hash and scheme, written atomically (a killed writer leaves at most a temporary file).
+
+    Several processes may share a folder. ``limit`` bytes are kept: ``trim`` evicts what was used longest ago, never what this process
+    used. Files are memory-mapped on reading.
+    """
+
+    def __init__(self, folder: str | Path | None = None, limit: int = DEFAULT_LIMIT):
+        self.folder, self.limit = Path(folder) if folder else default_folder(), limit
+        self._used: set[Path] = set()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise AquabitError(f"the bank folder {self.folder} cannot be made: {error.strerror}") from error
+
+    def path(self, key: str, scheme: Scheme) -> Path:
+        return self.folder / f"{key}-{scheme}.safetensors"
+
+    def get(self, key: str, scheme: Scheme) -> tuple[CodebookWeight, float] | None:
+        """A stored weight and its relative squared error; None where it is missing or unreadable."""
+        path = self.path(key, scheme)
+        try:
+            with safe_open(path, "pt") as file:
+                spec = json.loads(file.metadata()["aquabit"])
+                tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+            coded = from_tensors(tensors, tuple(spec["shape"]), spec["bits"], spec["order"])
+        except (FileNotFoundError, SafetensorError, OSError, KeyError, TypeError, ValueError):
+            return None  # missing, or damaged: it is fitted again
+        self._used.add(path)
+        return coded, float(spec["error"])
+
+    def fit(self, weight: Tensor, key: str, scheme: Scheme) -> tuple[CodebookWeight, float]:
+        """The stored weight, fitted and stored first where it is missing."""
+        found = self.get(key, scheme)
+        if found is None:
+            coded = quantize_weight(weight, scheme)
+            found = coded, relative_error(weight, coded)
+            self._store(self.path(key, scheme), coded, found[1])
+        else:
+            os.utime(self.path(key, scheme))
+        return found
+
+    def _store(self, path: Path, coded: CodebookWeight, error: float) -> None:
+        spec = {"format": FORMAT, "shape": coded.shape, "bits": coded.bits, "order": coded.order, "error": error}
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            save_file(coded.tensors(), temporary, {"aquabit": json.dumps(spec)})
+            temporary.replace(path)
+        except (OSError, SafetensorError) as failure:
+            temporary.unlink(missing_ok=True)
+            raise AquabitError(f"the bank {self.folder} could not be written ({failure}); free some space or choose another with --bank") from failure
+        self._used.add(path)
+
+    def trim(self) -> int:
+        """Evict down to the limit, least recently used first; the number of files removed."""
+        files = sorted((p.stat().st_mtime, p) for p in self.folder.glob("*.safetensors"))
+        excess = sum(p.stat().st_size for _, p in files) - self.limit
+        removed = 0
+        for _, path in files:
+            if excess <= 0:
+                break
+            if path not in self._used:
+                excess -= path.stat().st_size
+                path.unlink(missing_ok=True)
+                removed += 1
+        return removed
