@@ -1,0 +1,56 @@
+"""aquabit: where quantization hurts a diffusion model, which bits each layer should get, and the result, packed and run."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AquabitError": "scheme", "Budget": "scheme", "Protocol": "scheme", "QuantConfig": "scheme", "Scheme": "scheme",
+    "SearchSpace": "space", "Study": "study", "load": "pipelines", "trace": "pipelines", "measure": "sensitivity.measure",
+    "explain": "sensitivity.attribution", "Sensitivity": "sensitivity.attribution", "validate": "flow", "find": "flow", "Front": "search",
+    "quantize": "flow", "generate": "flow", "run": "flow", "report": "reports", "quantize_weight": "quant.weights",
+    "CodebookWeight": "kernels",
+}  # fmt: skip
+
+if TYPE_CHECKING:
+    from aquabit.flow import find as find
+    from aquabit.flow import generate as generate
+    from aquabit.flow import quantize as quantize
+    from aquabit.flow import run as run
+    from aquabit.flow import validate as validate
+    from aquabit.kernels import CodebookWeight as CodebookWeight
+    from aquabit.pipelines import load as load
+    from aquabit.pipelines import trace as trace
+    from aquabit.quant.weights import quantize_weight as quantize_weight
+    from aquabit.reports import report as report
+    from aquabit.scheme import AquabitError as AquabitError
+    from aquabit.scheme import Budget as Budget
+    from aquabit.scheme import Protocol as Protocol
+    from aquabit.scheme import QuantConfig as QuantConfig
+    from aquabit.scheme import Scheme as Scheme
+    from aquabit.search import Front as Front
+    from aquabit.sensitivity.attribution import Sensitivity as Sensitivity
+    from aquabit.sensitivity.attribution import explain as explain
+    from aquabit.sensitivity.measure import measure as measure
+    from aquabit.space import SearchSpace as SearchSpace
+    from aquabit.study import Study as Study
+
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    """Public names are imported on first use, so that `aquabit --help` is quick."""
+    if name in _HOMES:
+        value = getattr(importlib.import_module(f"aquabit.{_HOMES[name]}"), name)
+        globals()[name] = value
+        return value
+    if name in ("kernels", "quant", "sensitivity", "search", "reports", "pipelines", "quality", "graph", "space", "cost", "scheme", "study", "flow"):
+        return importlib.import_module(f"aquabit.{name}")
+    raise AttributeError(f"module 'aquabit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

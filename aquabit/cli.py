@@ -1,0 +1,472 @@
+"""The command line: one short function per verb; all printing and progress bars live here."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from aquabit.scheme import AquabitError, Progress, Protocol, QuantConfig
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False,
+                  help="Where does quantization hurt a diffusion model, which bits should each layer get, and what does the result look like?\n\n"
+                  "Start with `aquabit run digits-dit --out demo`.")  # fmt: skip
+console, errors = Console(), Console(stderr=True)
+
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A bundled name (see `aquabit models`), a diffusers directory, or a hub id.")]
+StudyArgument = Annotated[Path, typer.Argument(metavar="S.db", help="A study made by `aquabit measure`.")]
+Json = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write JSON for machines to FILE, or to standard output for -.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback for errors.")]
+Bits = Annotated[float, typer.Option("--bits", help="Budget in bits per weight; codebooks and scales count.")]
+Samples = Annotated[int, typer.Option("--samples", min=1, help="Random configurations, in total.")]
+Images = Annotated[int, typer.Option("--images", min=2, help="Images per configuration.")]
+Steps = Annotated[int, typer.Option("--steps", min=1, help="Denoising steps.")]
+SchedulerOption = Annotated[str, typer.Option("--scheduler", help="default, ddim, ddpm, euler, euler-ancestral, dpm, flow-euler.")]
+Eta = Annotated[float, typer.Option("--eta", help="DDIM's noise: 0 is deterministic.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of the first image, and of the random configurations.")]
+Workers = Annotated[int | None, typer.Option("--workers", min=1, help="Processes; default: the processor's cores on a CPU, else 1.")]
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
+Dtype = Annotated[str, typer.Option("--dtype", help="float32, float16 or bfloat16.")]
+Prompts = Annotated[Path | None, typer.Option("--prompts", help="One prompt a line (UTF-8).")]
+Guidance = Annotated[float, typer.Option("--guidance", help="Classifier-free guidance; 1 is off.")]
+SpaceFile = Annotated[Path | None, typer.Option("--space", help="JSON: schemes, activations, pinned, excluded.")]
+Objective = Annotated[str, typer.Option("--objective", help="fid, sfid, kid, is, precision, recall, accuracy, mse, psnr, ssim, feature_distance.")]
+BankOption = Annotated[Path | None, typer.Option("--bank", help="Folder of fitted weights; default: AQUABIT_BANK, or ~/.cache/aquabit/bank.")]
+Reference = Annotated[Path | None, typer.Option("--reference", help="Folder of real images (arrives with real pipelines and metrics).")]
+Preset = Annotated[str | None, typer.Option("--preset", help="Settings of a paper (arrives with real pipelines and metrics).")]
+MetricOption = Annotated[str | None, typer.Option("--metric", help="module:function (arrives with real pipelines and metrics).")]
+
+
+def shielded(verb: Callable[..., None]) -> Callable[..., None]:
+    """Bad input: one sentence and exit code 2. Ctrl-C: a study that continues. Anything else is our fault: exit code 1."""
+
+    @wraps(verb)
+    def call(*args: Any, debug: bool = False, **kwargs: Any) -> None:
+        try:
+            verb(*args, **kwargs)
+        except AquabitError as error:
+            if debug:
+                raise
+            errors.print(f"[bold red]error:[/] {_plain(str(error))}", highlight=False, soft_wrap=True)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            errors.print("interrupted; nothing measured is lost: run the same command to continue")
+            os._exit(130)
+        except OSError as error:
+            if debug:
+                raise
+            errors.print(f"[bold red]error:[/] {_plain(str(error))}", highlight=False, soft_wrap=True)
+            raise typer.Exit(2) from None
+        except Exception as error:
+            if debug:
+                raise
+            errors.print(f"[bold red]internal error:[/] {type(error).__name__}: {_plain(str(error))}\nPlease report it; --debug shows where.", highlight=False)
+            raise typer.Exit(1) from None
+
+    call.__annotations__ = {**verb.__annotations__, "debug": Debug}
+    import inspect
+
+    signature = inspect.signature(verb)
+    extra = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Debug)
+    call.__signature__ = signature.replace(parameters=[*signature.parameters.values(), extra])  # type: ignore[attr-defined]
+    return call
+
+
+def _plain(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+@contextmanager
+def bars() -> Iterator[Progress]:
+    """Progress bars with the time that is left; none when the output is no terminal."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    columns = (TextColumn("{task.description:32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Bars(*columns, console=errors, disable=not errors.is_terminal) as drawn:
+        known: dict[str, Any] = {}
+
+        def progress(what: str, done: int, total: int) -> None:
+            if total <= 0:
+                return
+            if what not in known or drawn.tasks[known[what]].completed > done:
+                known[what] = drawn.add_task(what, total=total)
+            drawn.update(known[what], completed=done, total=total)
+
+        yield progress
+
+
+def _emit(value: Any, target: str | None) -> bool:
+    """Write JSON where a machine would read it; whether anything was written to standard output."""
+    if target is None:
+        return False
+    if target == "-":
+        sys.stdout.write(json.dumps(value, allow_nan=False) + "\n")
+        return True
+    from aquabit.flow import write_json
+
+    write_json(Path(target), value)
+    return False
+
+
+def _later(**options: Any) -> None:
+    """Options whose capability is not here yet are refused, never ignored."""
+    for name, value in options.items():
+        if value not in (None, False):
+            raise AquabitError(f"--{name.replace('_', '-')} is not available yet: it arrives with real pipelines, metrics and clusters")
+
+
+def _quiet() -> None:
+    """Libraries' own warnings and bars are not ours to show."""
+    import logging
+    import warnings
+
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+
+
+def _workers(workers: int | None, device: str) -> int:
+    return workers or ((os.cpu_count() or 1) if device == "cpu" else 1)
+
+
+def _prompts(path: Path | None) -> tuple[str, ...] | None:
+    if path is None:
+        return None
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise AquabitError(f"prompts file {path} cannot be read as UTF-8 text: {error}") from error
+    kept = tuple(line for line in lines if line)
+    if not kept:
+        raise AquabitError(f"prompts file {path} is empty; it needs one prompt a line")
+    return kept
+
+
+@app.command()
+@shielded
+def run(
+    model: ModelArgument, out: Annotated[Path, typer.Option("--out", help="Folder for everything; run again, it continues.")], bits: Bits = 3.0,
+    samples: Samples = 120, flips: Annotated[int, typer.Option("--flips", min=1, help="Real swaps that check the explanation.")] = 40,
+    images: Images = 128, steps: Steps = 10, scheduler: SchedulerOption = "default", eta: Eta = 0.0, seed: Seed = 0, workers: Workers = None,
+    device: Device = "cpu", dtype: Dtype = "float32", prompts: Prompts = None, guidance: Guidance = 1.0, space: SpaceFile = None,
+    objective: Objective = "fid", bank: BankOption = None, reference: Reference = None, preset: Preset = None, metric: MetricOption = None,
+    json_: Json = None,
+) -> None:  # fmt: skip
+    """The whole flow: measure, explain, check, search, pack, report."""
+    _later(reference=reference, preset=preset, metric=metric)
+    _quiet()
+    from aquabit import flow
+    from aquabit.space import read_space
+    from aquabit.study import Study
+
+    protocol = Protocol(images, steps, seed, scheduler, eta, guidance, conditions=_prompts(prompts), objective=objective, dtype=dtype)
+    with bars() as progress:
+        front = flow.run(
+            model, out, bits, samples, flips, protocol=protocol, space=read_space(space) if space else None, workers=_workers(workers, device),
+            device=device, dtype=dtype, bank=str(bank) if bank else None, sample_seed=seed, progress=progress,
+        )  # fmt: skip
+    if not _emit(front.to_list(), json_):
+        _show_sensitivity(Study(out / "study.db").get("sensitivity"), 10)
+        _show_front(front)
+        console.print(f"report: {out / 'report' / 'index.html'}   images: {out / 'samples.png'}   packed model: {out / 'packed'}")
+
+
+@app.command()
+@shielded
+def models(json_: Json = None) -> None:
+    """Bundled models and supported families."""
+    from aquabit.pipelines import BUNDLED, bundled_models
+    from aquabit.scheme import read_json
+
+    rows = []
+    for name in bundled_models():
+        file = next((BUNDLED / name / "denoiser").glob("*.safetensors"))
+        rows.append({"name": name, "denoiser": read_json(BUNDLED / name / "model_index.json")["denoiser"][1], "bytes": file.stat().st_size})
+    families = ["UNet2DModel", "UNet2DConditionModel (SD 1.5, SDXL)", "DiTTransformer2DModel", "PixArtTransformer2DModel", "SD3Transformer2DModel", "FluxTransformer2DModel"]  # fmt: skip
+    if not _emit({"bundled": rows, "families": families}, json_):
+        for row in rows:
+            console.print(f"{row['name']:14} {row['denoiser']}, {row['bytes'] / 1e6:.1f} MB, trained on scikit-learn's digits")
+        console.print("families with operator types: " + ", ".join(families), highlight=False)
+
+
+@app.command()
+@shielded
+def inspect(model: ModelArgument, memory: Annotated[bool, typer.Option("--memory", help="Peak memory (arrives with real pipelines).")] = False, json_: Json = None) -> None:  # fmt: skip
+    """Layers, operator types, sizes and multiply-adds."""
+    _later(memory=memory)
+    _quiet()
+    from aquabit.graph import layers, to_json
+    from aquabit.pipelines import load, trace
+
+    graph = trace(load(model))
+    if _emit(to_json(graph), json_):
+        return
+    from rich.table import Table
+
+    table = Table("layer", "operator", "block", "shape", "MACs", box=None)
+    for name, node in layers(graph).items():
+        table.add_row(_plain(name), node["operator"], _plain(node["block"]), "x".join(map(str, node["shape"])), f"{node['macs'] / 1e6:.2f} M")
+    console.print(table)
+    nodes = layers(graph).values()
+    console.print(f"{len(nodes)} layers, {graph.graph['weights'] / 1e6:.2f} M weights, {sum(n['macs'] for n in nodes) / 1e6:.1f} M multiply-adds an image and denoiser call")  # fmt: skip
+
+
+@app.command()
+@shielded
+def measure(
+    model: ModelArgument, study: Annotated[Path, typer.Option("--study", metavar="S.db", help="Study file, created or continued.")],
+    samples: Samples = 120, images: Images = 128, steps: Steps = 10, scheduler: SchedulerOption = "default", eta: Eta = 0.0, seed: Seed = 0,
+    workers: Workers = None, device: Device = "cpu", dtype: Dtype = "float32", prompts: Prompts = None, guidance: Guidance = 1.0,
+    space: SpaceFile = None, objective: Objective = "fid", bank: BankOption = None, reference: Reference = None, preset: Preset = None,
+    metric: MetricOption = None,
+    design: Annotated[str, typer.Option("--design", help="even (over bits), or operator (stratified by operator type).")] = "even",
+    shard: Annotated[str | None, typer.Option("--shard", help="i/n: every n-th configuration, for batch schedulers.")] = None,
+    ray: Annotated[str | None, typer.Option("--ray", help="Ray address (arrives with clusters).")] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Time and disk needed (arrives with clusters).")] = False,
+    json_: Json = None,
+) -> None:  # fmt: skip
+    """Measure random configurations into a study; run again, it continues."""
+    _later(reference=reference, preset=preset, metric=metric, ray=ray, plan=plan)
+    if design not in ("even", "operator"):
+        raise AquabitError(f"design {design!r} is unknown; known: even, operator")
+    _quiet()
+    from aquabit.sensitivity.measure import measure as measure_model
+    from aquabit.space import read_space
+    from aquabit.study import Study
+
+    protocol = Protocol(images, steps, seed, scheduler, eta, guidance, conditions=_prompts(prompts), objective=objective, dtype=dtype)
+    with bars() as progress:
+        opened = Study(study)
+        count = measure_model(
+            model, opened, samples, protocol=protocol, space=read_space(space) if space else None, workers=_workers(workers, device), device=device,
+            dtype=dtype, bank=str(bank) if bank else None, sample_seed=seed, stratify=None if design == "even" else design, shard=shard, progress=progress,
+        )  # fmt: skip
+    if not _emit({"new": count, **_counts(opened)}, json_):
+        console.print(f"{count} new measurements; {study} holds {_counts(opened)['measurements']}")
+        _show_failures(opened)
+
+
+def _counts(study: Any) -> dict[str, Any]:
+    table = study.measurements(failed=True)
+    return {"measurements": len(table), "failed": int((table.status == "failed").sum()) if len(table) else 0,
+            "kinds": {str(k): int(v) for k, v in table.kind.value_counts().items()} if len(table) else {}}  # fmt: skip
+
+
+def _show_failures(study: Any) -> None:
+    table = study.measurements(failed=True)
+    for reason, count in table[table.status == "failed"].reason.value_counts().head(5).items():
+        console.print(f"[yellow]{count} failed:[/] {_plain(str(reason))}")
+
+
+@app.command()
+@shielded
+def status(study: StudyArgument, json_: Json = None) -> None:
+    """What a study holds."""
+    from aquabit.study import Study
+
+    opened = Study(study, create=False)
+    facts = {"model": opened.get("model"), "fingerprint": opened.get("fingerprint"), "protocol": opened.get("protocol"), **_counts(opened),
+             "explained": "sensitivity" in opened, "searched": "front" in opened}  # fmt: skip
+    if not _emit(facts, json_):
+        for key, value in facts.items():
+            console.print(f"{key:14} {_plain(str(value))}", highlight=False)
+
+
+@app.command()
+@shielded
+def merge(sources: Annotated[list[Path], typer.Argument(metavar="A.db B.db", help="Studies of one model, space and protocol.")], out: Annotated[Path, typer.Option("--out", help="The study to write.")]) -> None:  # fmt: skip
+    """Join the studies of several shards."""
+    from aquabit.study import Study
+    from aquabit.study import merge as merge_studies
+
+    count = merge_studies([Study(s, create=False) for s in sources], Study(out))
+    console.print(f"{count} measurements joined into {out}")
+
+
+@app.command()
+@shielded
+def explain(study: StudyArgument, top: Annotated[int, typer.Option("--top", min=1, help="Layers to list.")] = 20, bits: Bits = 3.0, swap: Annotated[str, typer.Option("--swap", help="A:B, the two schemes a layer is swapped between.")] = "usq4:usq2", json_: Json = None) -> None:  # fmt: skip
+    """How good the surrogate is, then which layers hurt most, with intervals."""
+    _quiet()
+    from aquabit.flow import explained
+    from aquabit.study import Study
+
+    with bars() as progress:
+        result = explained(Study(study, create=False), bits, swap, progress).to_dict()
+    if not _emit(result, json_):
+        _show_sensitivity(result, top)
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _show_sensitivity(result: Any, top: int) -> None:
+    from rich.table import Table
+
+    scores = Table("surrogate (out-of-fold)", "within-budget SRCC", "SRCC", "Kendall", "NDCG@10", "R2", box=None)
+    rows = {"gradient-boosted trees": result["surrogate"], **{f"baseline: {k}": v for k, v in result["surrogate"]["baselines"].items()}}
+    for name, row in rows.items():
+        scores.add_row(name, *(_number(row.get(k)) for k in ("within_budget_srcc", "srcc", "kendall", "ndcg10", "r2")))
+    console.print(f"{result['measurements']} measurements, objective {result['objective']} ({result['direction']})")
+    console.print(scores)
+    table = Table("layer", "operator", f"predicted effect of {result.get('swap', '')}", "90 % interval", box=None)
+    for row in sorted(result["layers"], key=lambda r: -(r["effect"] or 0))[:top]:
+        table.add_row(_plain(row["name"]), row["operator"], _number(row["effect"]), f"{_number(row['low'])} to {_number(row['high'])}")
+    console.print(table)
+    check = result.get("validation")
+    if check:
+        console.print(f"checked against {check['flips']} real swaps: SRCC {_number(check['srcc'])}, sign agreement {_number(check['sign_agreement'], 2)}")
+    else:
+        console.print("not checked against real swaps yet: `aquabit validate` measures some")
+
+
+@app.command()
+@shielded
+def validate(
+    study: StudyArgument, flips: Annotated[int, typer.Option("--flips", min=1, help="(layer, context) swaps, two measurements each.")] = 40,
+    swap: Annotated[str, typer.Option("--swap", help="A:B, the two schemes.")] = "usq4:usq2", bits: Bits = 3.0, workers: Workers = None,
+    device: Device = "cpu", seed: Annotated[int, typer.Option("--seed", help="Which layers and contexts.")] = 0, bank: BankOption = None, json_: Json = None,
+) -> None:  # fmt: skip
+    """Measure real layer swaps and set them beside the predicted effects."""
+    _quiet()
+    from aquabit import flow
+    from aquabit.study import Study
+
+    with bars() as progress:
+        opened = Study(study, create=False)
+        options = {"workers": _workers(workers, device), "device": device, "bank": str(bank) if bank else None}
+        result = flow.validate(opened, flips, swap, bits, seed=seed, progress=progress, **options).to_dict()
+    if not _emit(result, json_):
+        _show_sensitivity(result, 10)
+
+
+@app.command()
+@shielded
+def search(
+    study: StudyArgument, bits: Annotated[float | None, typer.Option("--bits", help="Bits per weight, everything counted (default 3.0).")] = None,
+    bytes_: Annotated[int | None, typer.Option("--bytes", help="Bytes of the saved denoiser.")] = None,
+    bops: Annotated[float | None, typer.Option("--bops", help="Bit operations of one image in one denoiser call.")] = None,
+    latency: Annotated[float | None, typer.Option("--latency", help="Milliseconds per denoiser call (arrives with the kernels).")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Write the winner here, as config.json.")] = None,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Rounds of proposing, measuring and refitting.")] = 2,
+    per_round: Annotated[int, typer.Option("--per-round", min=1, help="New candidates a round.")] = 8,
+    workers: Workers = None, device: Device = "cpu", seed: Annotated[int, typer.Option("--seed")] = 0, bank: BankOption = None, json_: Json = None,
+) -> None:  # fmt: skip
+    """Find the best configuration under a hard budget; several budgets hold at once."""
+    _later(latency=latency)
+    _quiet()
+    from aquabit import flow
+    from aquabit.study import Study
+
+    with bars() as progress:
+        opened = Study(study, create=False)
+        options = {"workers": _workers(workers, device), "device": device, "bank": str(bank) if bank else None}
+        front = flow.find(opened, bits, bytes=bytes_, bops=bops, rounds=rounds, per_round=per_round, seed=seed, progress=progress, **options)
+    if out:
+        out.write_text(front.best.to_json())
+    if not _emit(front.to_list(), json_):
+        _show_front(front)
+
+
+def _show_front(front: Any) -> None:
+    from rich.table import Table
+
+    metrics = list(front.best_member.predicted)
+    table = Table("", "bits/weight", "bytes", *(h for m in metrics for h in (f"{m} predicted", f"{m} measured, fresh seeds (90 %)")), box=None)
+    for member in front.members:
+        cells = []
+        for m in metrics:
+            found = member.measured[m]
+            cells += [_number(member.predicted[m], 2), f"{found['value']:.2f} ({found['low']:.2f} to {found['high']:.2f})"]
+        table.add_row("*" if member.config.digest == front.winner else "", f"{member.bits_per_weight:.3f}", f"{member.bytes:,}", *cells)
+    console.print(table)
+    c = front.comparison
+    if c:
+        d = c["difference"]
+        console.print(f"winner (*): {c['winner']['bytes']:,} bytes, {c['metric']} {c['winner']['value']:.2f}; uniform {c['uniform']['scheme']}: {c['uniform']['bytes']:,} bytes, "
+                      f"{c['metric']} {c['uniform']['value']:.2f}; difference {d['value']:+.2f} ({d['low']:+.2f} to {d['high']:+.2f}, 95 %, {c['blocks']} blocks of fresh seeds)", highlight=False)  # fmt: skip
+
+
+@app.command()
+@shielded
+def quantize(
+    model: ModelArgument, config: Annotated[Path, typer.Argument(metavar="config.json", help="A configuration, as `aquabit search --out` writes it.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the packed pipeline.")],
+    correct: Annotated[bool, typer.Option("--correct", help="Noise correction (arrives with PTQD's corrections).")] = False,
+    finetune: Annotated[bool, typer.Option("--finetune", help="Fine-tuning (arrives with SeMI-PV).")] = False,
+    device: Device = "cpu", bank: BankOption = None,
+) -> None:  # fmt: skip
+    """Pack a model: a diffusers pipeline directory whose denoiser is stored as codes."""
+    _later(correct=correct, finetune=finetune)
+    _quiet()
+    from aquabit import flow
+
+    packed = flow.quantize(model, QuantConfig.load(config), bank=str(bank) if bank else None, device=device)
+    console.print(f"{out}: {packed.save(out):,} bytes of tensors in the denoiser")
+
+
+@app.command()
+@shielded
+def generate(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="A packed artifact (or any pipeline).")],
+    out: Annotated[Path, typer.Option("--out", help="PNG grid.")], images: Annotated[int, typer.Option("--images", min=1)] = 16,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the first image.")] = 0, steps: Steps = 10, prompts: Prompts = None, device: Device = "cpu",
+    memory: Annotated[str, typer.Option("--memory", help="packed; auto arrives with the kernels.")] = "packed",
+) -> None:  # fmt: skip
+    """Make images from a packed artifact."""
+    if memory not in ("packed", "auto"):
+        raise AquabitError(f"memory {memory!r} is unknown; it must be packed or auto")
+    if memory == "auto":
+        raise AquabitError("--memory auto is not available yet: it arrives with the kernels; packed is the default")
+    _quiet()
+    from aquabit import flow
+    from aquabit.sensitivity.evaluator import thumbnail
+
+    try:
+        out.write_bytes(thumbnail(flow.generate(folder, images, seed, steps, _prompts(prompts), device)))
+    except OSError as error:
+        raise AquabitError(f"{out} cannot be written: {error.strerror or error}") from error
+    console.print(f"{out}: {images} images, seeds {seed} to {seed + images - 1}")
+
+
+@app.command()
+@shielded
+def report(studies: Annotated[list[Path], typer.Argument(metavar="S.db", help="A study; a second one beside it arrives with the full report.")], out: Annotated[Path, typer.Option("--out", help="Folder for index.html, figures and tables.")]) -> None:  # fmt: skip
+    """One page, its figures for print, and its tables."""
+    if len(studies) > 1:
+        raise AquabitError(f"{len(studies)} studies were given; comparing studies is not available yet: it arrives with the full report")
+    _quiet()
+    from aquabit.reports import report as write_report
+    from aquabit.study import Study
+
+    with bars() as progress:
+        page = write_report(Study(studies[0], create=False), out, progress=progress)
+    console.print(f"{page}")
+
+
+@app.command()
+@shielded
+def bench() -> None:
+    """This machine's kernel timings (arrives with the kernels)."""
+    raise AquabitError("bench is not available yet: it arrives with the kernels; until then packed models run on the reference kernel")
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,266 @@
+"""The verbs that join the packages: validate, find, quantize, generate, run. The command line and ``import aquabit`` both call these."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from aquabit.pipelines import Adapter, denoiser_name, load, trace
+from aquabit.quant.artifact import save_packed_denoiser
+from aquabit.quant.bank import Bank
+from aquabit.quant.model import QuantizedDenoiser, fingerprint
+from aquabit.reports import report as write_report
+from aquabit.scheme import AquabitError, Budget, Progress, Protocol, QuantConfig, direction, no_progress
+from aquabit.search import Front, FrontMember, choose, interval, paired_difference, remeasure_plan, smallest_uniform
+from aquabit.search.loop import search as search_loop
+from aquabit.sensitivity.attribution import Sensitivity, explain, save
+from aquabit.sensitivity.evaluator import thumbnail
+from aquabit.sensitivity.measure import Session, open_session
+from aquabit.sensitivity.surrogate import fit_from_study
+from aquabit.sensitivity.validation import validate_in
+from aquabit.study import Study
+
+FINALISTS, SELECTION_BLOCKS = 4, (2, 3)  # the best few are told apart on seeds that nothing was fitted to
+FRESH_BLOCKS = (11, 12, 13, 14, 15)  # what is reported; block 1 belongs to validation
+Model = str | DiffusionPipeline
+
+
+def _source(study: Study, pipe: Model | None) -> Model:
+    return pipe if pipe is not None else str(study.need("model", "run `aquabit measure MODEL --study` first"))
+
+
+def validate(
+    study: Study, flips: int = 40, swap: str = "usq4:usq2", bits: float = 3.0, *, pipe: Model | None = None, seed: int = 0,
+    progress: Progress = no_progress, **options: Any,
+) -> Sensitivity:  # fmt: skip
+    """Measure ``flips`` real (layer, context) swaps on seeds of their own and set them beside the predicted effects.
+
+    ``pipe`` is needed where the study's model was an object; ``options`` are ``open_session``'s (workers, device, bank).
+    """
+    with open_session(_source(study, pipe), study, progress=progress, **options) as session:
+        validate_in(session, flips, swap, bits, seed, progress)
+    return explained(study, bits, swap, progress)
+
+
+def explained(study: Study, bits: float = 3.0, swap: str = "usq4:usq2", progress: Progress = no_progress) -> Sensitivity:
+    """Sensitivities of a study, stored in it."""
+    result = explain(study, bits, swap, progress=progress)
+    with study.writing():
+        save(study, result)
+    return result
+
+
+def find(
+    study: Study, bits: float | None = None, *, bytes: int | None = None, bops: float | None = None, latency_ms: float | None = None,
+    pipe: Model | None = None, rounds: int = 2, per_round: int = 8, seed: int = 0, progress: Progress = no_progress, **options: Any,
+) -> Front:  # fmt: skip
+    """Search under a hard budget, measure the candidates, refit, repeat; then measure the front on fresh seeds. Stored in the study.
+
+    Raises AquabitError for a budget that the space cannot meet (both ends are named) and for a study with too few measurements.
+    """
+    budget = Budget(bits=3.0 if not any((bits, bytes, bops, latency_ms)) else bits, bytes=bytes, bops=bops, latency_ms=latency_ms)
+    with open_session(_source(study, pipe), study, progress=progress, **options) as session:
+        return find_in(session, budget, rounds, per_round, seed, progress)
+
+
+def find_in(session: Session, budget: Budget, rounds: int, per_round: int, seed: int, progress: Progress) -> Front:
+    study, space, costs = session.study, session.space, session.costs
+    costs.check(budget, None if budget.bops is not None else max(space.activations))
+    metric = session.protocol.objective
+    sign = 1.0 if direction(metric) == "min" else -1.0
+    uniform = [space.uniform(s, max(space.activations)) for s in space.schemes if s.kind == "usq" and all(s in space.choices[k] for k in space.free_layers())]
+
+    def predict_factory() -> Any:
+        fitted = fit_from_study(study)
+        return lambda weights, acts: fitted.surrogate.predict(fitted.encoder(weights, acts))
+
+    def measured() -> list[tuple[QuantConfig, float]]:
+        table, configs = study.measurements(session.protocol, failed=True), study.configs()
+        ours = table[table.kind != "reference"]
+        values = sign * ours[metric].to_numpy(float)
+        return [(configs[c], float(v)) for c, v in zip(ours.config, values, strict=True)]
+
+    def measure(configs: list[QuantConfig]) -> None:
+        session.measure(configs, "candidate", progress, what="measuring candidates")
+
+    search_loop(space, costs, budget, predict_factory, measure, measured, uniform, rounds=rounds, per_round=per_round, seed=seed, progress=progress)
+    pairs = [(c, v) for c, v in measured() if np.isfinite(v)]
+    chosen = _finalists(session, [c for c, _ in pairs], np.array([v for _, v in pairs]), budget, metric, sign, progress)
+    front = _front(session, *chosen, budget, metric, progress)
+    study.set(front=front.to_dict())
+    return front
+
+
+def _finalists(
+    session: Session, configs: list[QuantConfig], values: np.ndarray, budget: Budget, metric: str, sign: float, progress: Progress
+) -> tuple[list[QuantConfig], QuantConfig]:
+    """The front's configurations and its winner: the best few within the budget are measured again before one is chosen."""
+    left, best = values.copy(), []
+    for _ in range(FINALISTS):
+        if not np.isfinite(left).any():
+            break
+        try:
+            best.append(choose(configs, list(left), session.costs, budget))
+        except AquabitError:
+            break
+        left[best[-1]] = np.nan
+    if not best:
+        choose(configs, list(values), session.costs, budget)  # raises with the reason
+    protocols = [session.protocol.block(b) for b in SELECTION_BLOCKS]
+    session.measure([session.space.full_precision()], "reference", progress, protocols, "full precision, selection seeds")
+    session.measure([configs[i] for i in best], "selection", progress, protocols, "telling finalists apart")
+    blocks = _blocks(session, [configs[i] for i in best], protocols, metric)
+    mean = [float(np.mean([values[i], *(sign * v for v in blocks[configs[i].digest])])) for i in best]
+    winner = configs[best[int(np.argmin(mean))]]
+    refined = values.copy()
+    refined[best] = mean
+    planned = [configs[i] for i in remeasure_plan(configs, list(refined), session.costs, budget)]
+    return ([winner] if winner not in planned else []) + planned, winner
+
+
+def _blocks(session: Session, configs: Sequence[QuantConfig], protocols: Sequence[Protocol], metric: str) -> dict[str, list[float]]:
+    """digest -> the metric on each block of seeds (NaN where it failed)."""
+    table = session.study.measurements(failed=True)
+    value = {(c, p): v for c, p, v in zip(table.config, table.protocol, table[metric], strict=True)}
+    return {c.digest: [float(value.get((c.digest, p.digest), np.nan)) for p in protocols] for c in configs}
+
+
+def _front(session: Session, members: list[QuantConfig], winner: QuantConfig, budget: Budget, metric: str, progress: Progress) -> Front:
+    """Measure members, uniform baselines and full precision on fresh seeds."""
+    space, costs = session.space, session.costs
+    protocols = [session.protocol.block(b) for b in FRESH_BLOCKS]
+    baseline = smallest_uniform(costs, space, "usq", costs(winner).bytes)
+    uniforms = [space.uniform(s, max(space.activations)) for s in ("usq2", "usq3", "usq4")]
+    every = list({c.digest: c for c in (*members, *([baseline] if baseline else []), *uniforms)}.values())
+    session.measure([space.full_precision()], "reference", progress, protocols, "full precision, fresh seeds")
+    session.measure(every, "fresh", progress, protocols, "the front on fresh seeds")
+    fitted = fit_from_study(session.study)
+    rows = []
+    for config in members:
+        predicted = fitted.surrogate.to_units(fitted.surrogate.predict(fitted.encoder.encode([config])))
+        found = {m: interval(_blocks(session, [config], protocols, m)[config.digest]) for m in _metrics(session)}
+        rows.append(FrontMember.of(costs, config, {metric: float(np.ravel(predicted)[0])}, found))
+    comparison = _comparison(session, winner, baseline, protocols, metric) if baseline else {}
+    return Front(rows, budget, winner.digest, comparison).pruned(metric, direction(metric) == "min")
+
+
+def _metrics(session: Session) -> list[str]:
+    known = set(session.study.measurements().columns)
+    return [m for m in ("fid", "sfid", "kid", "is", "precision", "recall", "accuracy", "psnr", "ssim", "mse", "feature_distance") if m in known]
+
+
+def _comparison(session: Session, winner: QuantConfig, uniform: QuantConfig, protocols: Sequence[Protocol], metric: str) -> dict[str, Any]:
+    """The winner against the smallest uniform USQ that is no smaller, in paired differences over fresh blocks."""
+    blocks = _blocks(session, [winner, uniform], protocols, metric)
+    psnr = _blocks(session, [winner, uniform], protocols, "psnr")
+
+    def side(config: QuantConfig) -> dict[str, Any]:
+        cost = session.costs(config)
+        mean = interval(blocks[config.digest])
+        return {"config": config.digest, "bytes": cost.bytes, "bits": cost.bits_per_weight, "blocks": blocks[config.digest],
+                "value": mean.value, "low": mean.low, "high": mean.high, "psnr": float(np.mean(psnr[config.digest]))}  # fmt: skip
+
+    difference = paired_difference(blocks[winner.digest], blocks[uniform.digest])
+    name = next((str(c.weight) for c in uniform.layers.values()), "fp")
+    return {"metric": metric, "blocks": len(protocols), "winner": side(winner), "uniform": {"scheme": name, **side(uniform)},
+            "difference": {"value": difference.value, "low": difference.low, "high": difference.high}}  # fmt: skip
+
+
+class Packed:
+    """A pipeline whose denoiser runs from codes. ``pipe`` makes images; ``save`` writes the artifact; ``nbytes`` is its size on disk without headers."""
+
+    def __init__(self, pipe: DiffusionPipeline, model: QuantizedDenoiser, config: QuantConfig):
+        self.pipe, self.model, self.config = pipe, model, config
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.pipe(*args, **kwargs)
+
+    def save(self, folder: str | Path) -> int:
+        """Write a diffusers pipeline directory; the bytes of the denoiser's tensors."""
+        folder, name = Path(folder), denoiser_name(self.pipe)
+        folder.mkdir(parents=True, exist_ok=True)
+        for component, value in self.pipe.components.items():
+            if component != name and hasattr(value, "save_pretrained"):
+                value.save_pretrained(folder / component)
+        self.pipe.save_config(folder)
+        return save_packed_denoiser(self.model, self.config, folder / name)
+
+
+def quantize(pipe: Model, config: QuantConfig, *, bank: str | None = None, device: str = "cpu", accuracy: str = "fast") -> Packed:
+    """A copy of the pipeline with its denoiser packed; raises AquabitError for a configuration of another model."""
+    import copy
+
+    source = load(pipe, device)
+    name = denoiser_name(source)
+    own = fingerprint(getattr(source, name))
+    if config.fingerprint != own:
+        raise AquabitError(f"the configuration is for model {config.fingerprint} ({config.model}), this is model {own}")
+    graph = trace(source)
+    if isinstance(pipe, DiffusionPipeline):
+        kept = {**source.components, name: copy.deepcopy(getattr(source, name))}
+        source = type(source)(**kept, **{k: v for k, v in source.config.items() if k in ("classes", "real_images")})
+        source.set_progress_bar_config(disable=True)
+    model = QuantizedDenoiser(getattr(source, name).eval(), graph, Bank(bank))
+    model.pack(config, accuracy)
+    return Packed(source, model, config)
+
+
+def generate(pipe: Model, images: int = 16, seed: int = 0, steps: int = 10, conditions: Sequence[Any] | None = None, device: str = "cpu") -> Tensor:
+    """Images [n, c, h, w] in [0, 1] from a pipeline or packed artifact, image i from seed + i."""
+    import torch
+
+    protocol = Protocol(images=images, steps=steps, seed=seed, conditions=tuple(conditions) if conditions else None, micro_batch=min(images, 64))
+    adapter = Adapter(load(pipe, device))
+    return torch.cat([adapter.images(protocol, b) for b in adapter.batches(protocol)])
+
+
+def write_json(path: Path, value: Any) -> None:
+    """JSON with undefined numbers refused, written atomically."""
+    temporary = path.with_name(path.name + ".part")
+    try:
+        temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise AquabitError(f"{path} could not be written: {error.strerror or error}") from error
+
+
+def run(
+    model: Model, out: str | Path, bits: float = 3.0, samples: int = 120, flips: int = 40, *, protocol: Protocol | None = None,
+    space: Mapping[str, Any] | None = None, workers: int = 1, device: str = "cpu", dtype: str = "float32", bank: str | None = None,
+    sample_seed: int = 0, progress: Progress = no_progress,
+) -> Front:  # fmt: skip
+    """The whole flow into a folder; run again, it continues where it stopped.
+
+    Writes study.db, sensitivity.json, front.json, config.json, packed/, samples.png and report/index.html.
+    """
+    out = Path(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AquabitError(f"the folder {out} cannot be made: {error.strerror}") from error
+    study, swap = Study(out / "study.db"), "usq4:usq2"
+    given: dict[str, Any] = {"protocol": protocol, "space_options": dict(space) if space else None}
+    with open_session(model, study, workers=workers, device=device, dtype=dtype, bank=bank, progress=progress, **given) as session:
+        session.costs.check(Budget(bits=bits), max(session.space.activations))
+        session.references(progress)
+        session.measure(session.space.sample(samples, sample_seed), "sample", progress)
+        validate_in(session, flips, swap, bits, sample_seed, progress)
+        front = find_in(session, Budget(bits=bits), 2, 8, sample_seed, progress)
+        sensitivity = explained(study, bits, swap, progress)
+    write_json(out / "sensitivity.json", sensitivity.to_dict())
+    write_json(out / "front.json", front.to_list())
+    (out / "config.json").write_text(front.best.to_json())
+    progress("packing", 0, 1)
+    quantize(model, front.best, bank=bank, device=device).save(out / "packed")
+    (out / "samples.png").write_bytes(thumbnail(generate(str(out / "packed"), 32, study.protocol.seed, study.protocol.steps, study.protocol.conditions, device)))
+    progress("packing", 1, 1)
+    write_report(study, out / "report", progress=progress)
+    return front
+

@@ -1,0 +1,9 @@
+"""Adapters from diffusers pipelines to "make images from these seeds"; the bundled models."""
+
+from aquabit.pipelines.adapter import SCHEDULERS, Adapter, check_scheduler, denoiser_name, denoiser_of, set_scheduler, trace
+from aquabit.pipelines.class_conditional import ClassConditionalPipeline
+from aquabit.pipelines.loading import BUNDLED, bundled_models, load
+
+__all__ = [
+    "BUNDLED", "SCHEDULERS", "Adapter", "ClassConditionalPipeline", "bundled_models", "check_scheduler", "denoiser_name", "denoiser_of", "load", "set_scheduler", "trace",
+]  # fmt: skip

@@ -1,0 +1,114 @@
+"""Adapter: where a pipeline's denoiser is, and how it makes images from seeds and conditions."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import diffusers
+import networkx as nx
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from aquabit.graph import trace as trace_denoiser
+from aquabit.quality import DigitsFeatures, Reference, bundled_reference
+from aquabit.scheme import AquabitError, Protocol
+
+DENOISERS = ("denoiser", "transformer", "unet")
+SCHEDULERS = {
+    "ddim": "DDIMScheduler", "ddpm": "DDPMScheduler", "euler": "EulerDiscreteScheduler", "euler-ancestral": "EulerAncestralDiscreteScheduler",
+    "dpm": "DPMSolverMultistepScheduler", "flow-euler": "FlowMatchEulerDiscreteScheduler",
+}  # fmt: skip
+
+
+def denoiser_name(pipe: DiffusionPipeline) -> str:
+    """The attribute that holds the denoiser; raises AquabitError where there is none."""
+    for name in DENOISERS:
+        if isinstance(getattr(pipe, name, None), nn.Module):
+            return name
+    raise AquabitError(f"{type(pipe).__name__} has no denoiser: none of {', '.join(DENOISERS)} is a network")
+
+
+def denoiser_of(pipe: DiffusionPipeline | nn.Module) -> nn.Module:
+    module = pipe if isinstance(pipe, nn.Module) else getattr(pipe, denoiser_name(pipe))
+    assert isinstance(module, nn.Module)
+    return module
+
+
+def trace(model: DiffusionPipeline | nn.Module) -> nx.DiGraph:
+    """The layer graph of a pipeline's denoiser, or of a bare denoiser (inputs made from its config)."""
+    return trace_denoiser(denoiser_of(model))
+
+
+def check_scheduler(name: str) -> None:
+    if name != "default" and name not in SCHEDULERS:
+        raise AquabitError(f"scheduler {name!r} is unknown; known: default, {', '.join(SCHEDULERS)}")
+
+
+def set_scheduler(pipe: DiffusionPipeline, name: str) -> None:
+    """Replace the sampler by name ("default" keeps the pipeline's own)."""
+    check_scheduler(name)
+    if name == "default":
+        return
+    pipe.scheduler = getattr(diffusers, SCHEDULERS[name]).from_config(pipe.scheduler.config)
+
+
+class Adapter:
+    """Makes images [n, c, h, w] float32 in [0, 1]: image i from its own seed, so that it depends on no other image."""
+
+    def __init__(self, pipe: DiffusionPipeline):
+        self.pipe = pipe
+        self.parameters = inspect.signature(type(pipe).__call__).parameters
+        self.kind = next((k for k in ("class_labels", "prompt", "batch_size") if k in self.parameters), None)
+        if self.kind is None or "generator" not in self.parameters:
+            raise AquabitError(f"{type(pipe).__name__} takes neither class_labels, prompt nor batch_size with a generator; it cannot be measured")
+
+    @property
+    def denoiser(self) -> nn.Module:
+        return denoiser_of(self.pipe)
+
+    def conditions(self, protocol: Protocol) -> list[Any]:
+        """One condition an image, repeated in order: the protocol's, else every class in turn."""
+        given: Sequence[Any] | None = protocol.conditions
+        if given is None and self.kind == "prompt":
+            raise AquabitError(f"{type(self.pipe).__name__} makes images from text; give --prompts FILE with one prompt a line")
+        if given is None:
+            classes = getattr(self.pipe.config, "classes", None) or getattr(self.denoiser.config, "num_embeds_ada_norm", None) or 1
+            given = range(int(classes))
+        return [given[i % len(given)] for i in range(protocol.images)]
+
+    def batches(self, protocol: Protocol) -> list[range]:
+        return [range(i, min(i + protocol.micro_batch, protocol.images)) for i in range(0, protocol.images, protocol.micro_batch)]
+
+    def images(self, protocol: Protocol, indices: range) -> Tensor:
+        """The images of some indices as one micro-batch, padded to its full size so that arithmetic does not depend on the count."""
+        conditions = self.conditions(protocol)
+        padded = [*indices, *[indices[-1]] * (protocol.micro_batch - len(indices))]
+        generators = [torch.Generator("cpu").manual_seed(protocol.seed + i) for i in padded]
+        arguments: dict[str, Any] = {
+            "generator": generators, "num_inference_steps": protocol.steps, "guidance_scale": protocol.guidance, "eta": protocol.eta,
+            "output_type": "pt", "height": protocol.resolution, "width": protocol.resolution,
+        }  # fmt: skip
+        arguments = {k: v for k, v in arguments.items() if k in self.parameters and v is not None}
+        arguments[str(self.kind)] = len(padded) if self.kind == "batch_size" else [conditions[i] for i in padded]
+        if self.kind == "batch_size" and "output_type" in arguments:
+            arguments["output_type"] = "np"  # DDPM and DDIM pipelines know no tensors
+        with torch.inference_mode():
+            images = self.pipe(**arguments).images
+        if not isinstance(images, Tensor):
+            images = torch.from_numpy(images).permute(0, 3, 1, 2)
+        return images[: len(indices)].float().cpu()
+
+    def labels(self, protocol: Protocol, indices: range) -> list[int] | None:
+        """Class labels of some images; None where the conditions are no classes."""
+        conditions = self.conditions(protocol)
+        return [int(conditions[i]) for i in indices] if self.kind == "class_labels" else None
+
+    def reference(self) -> tuple[DigitsFeatures, Reference] | tuple[None, None]:
+        """Feature extractor and statistics of the real images that belong to the pipeline; none where it names no such set."""
+        if getattr(self.pipe.config, "real_images", "") != "digits":
+            return None, None
+        extractor = DigitsFeatures()
+        return extractor, bundled_reference(extractor)

@@ -1,0 +1,79 @@
+"""load: a diffusers pipeline from a bundled name, a directory (dense or packed), a hub id, or an object."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from aquabit.pipelines.class_conditional import ClassConditionalPipeline
+from aquabit.scheme import AquabitError, read_json
+
+BUNDLED = Path(__file__).parent / "bundled"
+
+
+def bundled_models() -> list[str]:
+    return sorted(p.parent.name for p in BUNDLED.glob("*/model_index.json"))
+
+
+def load(model: str | Path | DiffusionPipeline, device: str | torch.device = "cpu", dtype: torch.dtype | str = "float32") -> DiffusionPipeline:
+    """The pipeline that ``model`` names, on a device and in a dtype; a packed artifact comes back running packed.
+
+    Raises AquabitError for an unknown name, a folder that is no pipeline, or files that are damaged.
+    """
+    if isinstance(model, DiffusionPipeline):
+        return model
+    dtype = _dtype(dtype)
+    name = str(model)
+    folder = BUNDLED / name if name in bundled_models() else Path(name)
+    if folder.is_dir():
+        return _from_folder(folder, device, dtype)
+    if "/" not in name or folder.is_absolute() or name.startswith("."):
+        raise AquabitError(f"unknown model {name!r}; bundled are {', '.join(bundled_models())}, else give a diffusers directory or a hub id")
+    return _guarded(name, lambda: DiffusionPipeline.from_pretrained(name, torch_dtype=dtype)).to(device)
+
+
+def _dtype(dtype: torch.dtype | str) -> torch.dtype:
+    known = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    if isinstance(dtype, str) and dtype not in known:
+        raise AquabitError(f"dtype {dtype!r} is unknown; it must be one of {', '.join(known)}")
+    return known[dtype] if isinstance(dtype, str) else dtype
+
+
+def _from_folder(folder: Path, device: str | torch.device, dtype: torch.dtype) -> DiffusionPipeline:
+    index = folder / "model_index.json"
+    if not index.exists():
+        raise AquabitError(f"{folder} is not a diffusers pipeline: it has no model_index.json")
+    described = read_json(index)
+    if not isinstance(described, dict) or not isinstance(described.get("_class_name"), str):
+        raise AquabitError(f"{index} names no pipeline class (_class_name)")
+    from aquabit.quant.artifact import is_packed, load_packed_denoiser
+
+    cls: Any = ClassConditionalPipeline if described["_class_name"] == "ClassConditionalPipeline" else DiffusionPipeline
+    given = {}
+    for component, entry in described.items():
+        if isinstance(entry, list) and is_packed(folder / component):
+            given[component] = load_packed_denoiser(folder / component, dtype)
+    pipe = _guarded(str(folder), lambda: cls.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, **given))
+    return pipe if given and str(device) == "cpu" else pipe.to(device)
+
+
+def _guarded(name: str, loader: Any) -> Any:
+    """Loading failures as one sentence."""
+    logger = logging.getLogger("diffusers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        pipe = loader()
+    except AquabitError:
+        raise
+    except Exception as error:  # diffusers, safetensors and the hub raise many types: all mean that it cannot be loaded
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise AquabitError(f"{name} cannot be loaded as a diffusers pipeline: {reason}") from error
+    finally:
+        logger.setLevel(level)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

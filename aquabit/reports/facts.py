@@ -1,0 +1,150 @@
+"""What a study holds, read once; whatever it lacks is empty, and ``missing`` says which command makes it."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from aquabit.scheme import LOWER_IS_BETTER, AquabitError, Protocol, QuantConfig, Scheme
+from aquabit.study import Study
+
+METRIC_NAMES = {
+    "fid": "FID", "sfid": "sFID", "kid": "KID", "is": "IS", "mse": "MSE", "psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS",
+    "clip": "CLIP score", "feature_distance": "feature distance",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Facts:
+    """One study as a report sees it. ``measured`` has failed measurements too; ``layers`` are the graph's, in execution order."""
+
+    source: str
+    model: str
+    fingerprint: str
+    protocol: Protocol | None
+    protocols: Mapping[str, Protocol]
+    objective: str
+    direction: str  # "min" or "max": which values of the objective are better
+    layers: Mapping[str, Mapping[str, Any]]
+    space: Mapping[str, Any]
+    sensitivity: Mapping[str, Any]
+    front: Mapping[str, Any]
+    validation: Mapping[str, Any]
+    measured: pd.DataFrame
+    configs: Mapping[str, QuantConfig]
+    environments: list[Mapping[str, Any]]
+    thumbnails: Mapping[tuple[str, str], bytes]
+
+    @property
+    def metric(self) -> str:
+        """The objective as people write it."""
+        return METRIC_NAMES.get(self.objective, self.objective)
+
+    @property
+    def swap(self) -> str:
+        """The named swap all effects speak of, as text; empty where it is not stored."""
+        swap = self.sensitivity.get("swap") or ""
+        return swap if isinstance(swap, str) else ":".join(map(str, swap))
+
+    def rows(self, kind: str) -> pd.DataFrame:
+        """The successful measurements of a kind, with the objective as ``value``; those without it left out."""
+        table = self.measured
+        value = table[self.objective] if self.objective in table else pd.Series(index=table.index, dtype=float)
+        table = table.assign(value=pd.to_numeric(value, errors="coerce"))
+        return table[(table.kind == kind) & (table.status == "ok") & table.value.notna()].reset_index(drop=True)
+
+    def winner(self) -> QuantConfig | None:
+        """The configuration that the search chose."""
+        digest = self.front.get("winner")
+        for member in self.front.get("members") or []:
+            if isinstance(member.get("config"), dict):
+                config = QuantConfig.from_dict(member["config"], "a member of the front")
+                if config.digest == digest:
+                    return config
+        return self.configs.get(str(digest))
+
+
+def read(study: Study) -> Facts:
+    """Everything a report shows of ``study``."""
+    protocol = study.get("protocol")
+    found = Protocol.from_dict(protocol) if protocol else None
+    sensitivity = study.get("sensitivity") or {}
+    objective = sensitivity.get("objective") or (found.objective if found else "fid")
+    environments = study._rows("SELECT DISTINCT environment FROM measurements")
+    return Facts(
+        source=study.path.name, model=str(study.get("model") or ""), fingerprint=str(study.get("fingerprint") or ""),
+        protocol=found, protocols=study.protocols(), objective=objective,
+        direction=sensitivity.get("direction") or ("min" if LOWER_IS_BETTER.get(objective, True) else "max"),
+        layers=_layers(study.get("graph")), space=study.get("space") or {}, sensitivity=sensitivity,
+        front=study.get("front") or {}, validation=study.get("validation") or {}, measured=study.measurements(failed=True),
+        configs=study.configs(), environments=[_json_object(row[0]) for row in environments], thumbnails=study.thumbnails(),
+    )  # fmt: skip
+
+
+def _layers(value: Any) -> Mapping[str, Mapping[str, Any]]:
+    if not value:
+        return {}
+    from aquabit.graph import from_json, layers  # brings torch: only where a graph is read
+
+    return layers(from_json(value, "the study's graph"))
+
+
+def _json_object(text: str) -> Mapping[str, Any]:
+    import json
+
+    value = json.loads(text)
+    return value if isinstance(value, dict) else {}
+
+
+def number(value: Any) -> float:
+    """A finite number as float, anything else as NaN."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return math.nan
+    return float(value) if math.isfinite(value) else math.nan
+
+
+def scheme_name(config: QuantConfig) -> str:
+    """``usq3`` where every quantized layer has that scheme, ``full precision`` without any, else ``mixed``."""
+    schemes = {str(choice.weight) for choice in config.layers.values() if choice.weight != Scheme()}
+    return "full precision" if not schemes else schemes.pop() if len(schemes) == 1 else "mixed"
+
+
+def missing(facts: Facts) -> dict[str, tuple[str, str]]:
+    """What the study lacks: name -> (one sentence, the command that makes it)."""
+    model, source = shlex.quote(facts.model or "MODEL"), shlex.quote(facts.source)
+    measure = f"aquabit measure {model} --study {source}"
+    protocol = facts.protocol.digest if facts.protocol else ""
+    surrogate = facts.sensitivity.get("surrogate") or {}
+    checks: Iterable[tuple[str, bool, str, str]] = (
+        ("graph", bool(facts.layers), "The study holds no layer graph, so layers have no operator type, size or place.", measure),
+        ("reference", len(facts.rows("reference")) > 0, "The full-precision model was not measured.", measure),
+        ("uniform", len(facts.rows("uniform")) > 0, "No uniform configuration was measured.", measure),
+        ("samples", len(facts.rows("sample")) > 0, "No random configuration was measured.", f"{measure} --samples 120"),
+        ("layers", bool(facts.sensitivity.get("layers")), "The effects of layers were not estimated.", f"aquabit explain {source}"),
+        ("operators", bool(facts.sensitivity.get("operators")), "There are no effects by operator type.", f"aquabit explain {source}"),
+        ("blocks", bool(facts.sensitivity.get("blocks")), "There are no effects by block.", f"aquabit explain {source}"),
+        ("surrogate", bool(surrogate), "The surrogate's held-out scores are not stored.", f"aquabit explain {source}"),
+        ("scatter", bool(facts.sensitivity.get("scatter")), "There are no out-of-fold predictions.", f"aquabit explain {source}"),
+        ("swaps", bool(facts.validation.get("rows")), "No predicted effect was checked against real swaps.",
+         f"aquabit validate {source} --flips 40"),
+        ("front", bool(facts.front.get("members")), "No configuration was searched for.", f"aquabit search {source} --bits 3.0"),
+        ("winner", bool(facts.front.get("winner")), "No configuration was chosen.", f"aquabit search {source} --bits 3.0"),
+        ("comparison", bool(facts.front.get("comparison")), "The winner was not compared with a uniform configuration on fresh seeds.",
+         f"aquabit search {source} --bits 3.0"),
+        ("images", any(p == protocol for _, p in facts.thumbnails), "No images are stored.", measure),
+    )  # fmt: skip
+    return {name: (sentence, command) for name, there, sentence, command in checks if not there}
+
+
+def require_metric(facts: Facts) -> None:
+    """Raise AquabitError where measurements exist and none has the objective."""
+    done = facts.measured[facts.measured.status == "ok"] if len(facts.measured) else facts.measured
+    if len(done) and facts.objective not in done:
+        raise AquabitError(
+            f"the objective {facts.objective!r} of {facts.source} is in none of its measurements; `aquabit measure` makes them"
+        )

@@ -1,0 +1,134 @@
+"""The look of our figures: sizes for print, fonts that embed, colours that the colour-blind and a grey printer keep apart.
+
+with style.use():
+    figure, axes = style.canvas(style.SINGLE, 2.4)
+    figures.surrogate_scatter(table, axes, "fid")
+    style.save(figure, Path("figures"), "surrogate")
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator
+
+from aquabit.scheme import Scheme
+
+SINGLE, DOUBLE = 3.35, 6.9  # inches: one and two columns of a paper
+
+# Okabe and Ito (2008), with a grey; lightness differs, so that order survives a grey printer
+BLACK, BLUE, VERMILLION, GREEN = "#000000", "#0072B2", "#D55E00", "#009E73"
+ORANGE, SKY, PURPLE, GREY = "#E69F00", "#56B4E9", "#CC79A7", "#8C8C8C"
+
+RC: dict[str, Any] = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib: the same layout on every machine
+    "font.size": 7.5, "axes.labelsize": 7.5, "xtick.labelsize": 7, "ytick.labelsize": 7, "legend.fontsize": 7,
+    "figure.dpi": 100, "savefig.dpi": 200, "figure.facecolor": "white", "axes.facecolor": "white",
+    "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6, "axes.axisbelow": True,
+    "axes.grid": True, "grid.color": "#E4E4E4", "grid.linewidth": 0.5,
+    "xtick.major.width": 0.6, "ytick.major.width": 0.6, "xtick.major.size": 2.5, "ytick.major.size": 2.5,
+    "lines.linewidth": 1.2, "lines.markersize": 4.5, "hatch.linewidth": 0.5,
+    "legend.frameon": False, "legend.handlelength": 1.6, "legend.borderaxespad": 0.2,
+    "pdf.fonttype": 42, "ps.fonttype": 42, "svg.fonttype": "none", "svg.hashsalt": "aquabit", "axes.unicode_minus": True,
+}  # fmt: skip
+
+BIT_COLOURS = {2: "#B33C00", 3: ORANGE, 4: SKY, 8: BLUE, 16: "#1B1B1B"}  # nominal bits of codes, nearest one
+HATCHES = {"usq": "", "vq": "////", "vqc": "xxxx", "aq": "....", "fp": ""}
+
+
+@contextmanager
+def use() -> Iterator[None]:
+    """Our style inside a ``with`` block; nothing global stays changed."""
+    with matplotlib.rc_context(RC), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # a name in a script the font lacks
+        yield
+
+
+def canvas(width: float, height: float) -> tuple[Figure, Axes]:
+    """A figure of that many inches with one pair of axes, without pyplot's global state."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def save(figure: Figure, folder: Path, name: str) -> str:
+    """Write ``name``.pdf, .svg and .png into ``folder``; returns the SVG text."""
+    logging.getLogger("fontTools").setLevel(logging.ERROR)
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # the layout is found once, not once per format
+    figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None, "Creator": None, "Producer": None})
+    figure.savefig(folder / f"{name}.png", metadata={"Software": None})
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    (folder / f"{name}.svg").write_text(text, encoding="utf-8")
+    return text
+
+
+def label(name: str, limit: int = 56) -> str:
+    """A name as matplotlib shall show it: no mathematics, no control characters, the middle left out where it is long."""
+    text = "".join(c if c.isprintable() else "\ufffd" for c in str(name))
+    if len(text) > limit:
+        head = (limit - 3) // 2  # three dots: every sign beyond Latin-1 costs a second font in each PDF
+        text = f"{text[:head]}...{text[head + 3 - limit :]}"
+    return text.replace("$", r"\$")
+
+
+def scheme_look(scheme: str) -> tuple[str, str]:
+    """Colour (by nominal bits) and hatch (by method) of a weight scheme."""
+    parsed = Scheme.parse(scheme)
+    bits = parsed.code_bits(9)
+    method = "vqc" if parsed.kind == "vq" and parsed.per_channel else parsed.kind
+    return BIT_COLOURS[min(BIT_COLOURS, key=lambda b: abs(b - bits))], HATCHES[method]
+
+
+def symmetric_axis(axes: Axes, which: str, values: Any, ticks_most: int = 4) -> None:
+    """An axis over ``values`` and zero: linear, or linear near zero and logarithmic beyond where few values dwarf the rest."""
+    size = np.abs(np.asarray(values, float))
+    size = size[np.isfinite(size) & (size > 0)]
+    seen = np.asarray(values, float)
+    low, high = min(0.0, float(np.nanmin(seen))), max(0.0, float(np.nanmax(seen)))
+    if not len(size) or size.max() < 12 * np.median(size):
+        pad = 0.06 * (high - low) or 1.0
+        getattr(axes, f"set_{which}lim")(low - pad if low < 0 else -0.5 * pad, high + pad)
+        return
+    near = 10.0 ** math.floor(math.log10(float(np.median(size))))
+    getattr(axes, f"set_{which}scale")("symlog", linthresh=near, linscale=0.6)
+    getattr(axes, f"set_{which}lim")(1.6 * low if low < -near else -0.4 * near + min(low, 0.0), 1.6 * high)
+    powers = [near * 10.0**k for k in range(ticks_most + 2) if near * 10.0**k <= 1.6 * max(high, -low)]
+    axis = getattr(axes, f"{which}axis")
+    axis.set_major_locator(FixedLocator([-p for p in powers if -p >= 1.6 * low] + [0.0] + [p for p in powers if p <= 1.6 * high]))
+    axis.set_major_formatter(FuncFormatter(_tick))
+    axis.set_minor_locator(FixedLocator([]))
+
+
+def _tick(value: float, _: int = 0) -> str:
+    text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.6g}"
+    return text.replace("-", "\N{MINUS SIGN}")
+
+
+def log_axis(axes: Axes, which: str, low: float, high: float) -> None:
+    """A logarithmic axis from ``low`` to ``high`` whose ticks are plain numbers, as many as can be read."""
+    getattr(axes, f"set_{which}scale")("log")
+    getattr(axes, f"set_{which}lim")(low, high)
+    axis = getattr(axes, f"{which}axis")
+    ticks: list[float] = []
+    for subs in ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)):
+        ticks = [float(t) for t in LogLocator(subs=subs, numticks=50).tick_values(low, high) if low <= t <= high]
+        if len(ticks) >= 4:
+            break
+    if len(ticks) < 3:
+        ticks = [float(t) for t in MaxNLocator(5).tick_values(low, high) if low <= t <= high]
+    axis.set_major_locator(FixedLocator(ticks))
+    axis.set_major_formatter(FuncFormatter(_tick))
+    axis.set_minor_locator(FixedLocator([]))

@@ -1,0 +1,40 @@
+"""Search under hard budgets: integer program on additive scores, local search on the surrogate, measurement, and again."""
+
+from aquabit.search.front import (
+    Front,
+    FrontMember,
+    Interval,
+    choose,
+    interval,
+    paired_difference,
+    pareto,
+    remeasure_plan,
+    smallest_uniform,
+)
+from aquabit.search.integer_program import Solution, additive_scores, choice_effects, solve
+from aquabit.search.local import Improved, improve
+from aquabit.search.loop import Candidate, ladder
+from aquabit.search.options import Columns, Options, activation_choices
+
+__all__ = [
+    "Candidate",
+    "Columns",
+    "Front",
+    "FrontMember",
+    "Improved",
+    "Interval",
+    "Options",
+    "Solution",
+    "activation_choices",
+    "additive_scores",
+    "choice_effects",
+    "choose",
+    "improve",
+    "interval",
+    "ladder",
+    "paired_difference",
+    "pareto",
+    "remeasure_plan",
+    "smallest_uniform",
+    "solve",
+]

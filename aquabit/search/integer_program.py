@@ -1,0 +1,206 @@
+"""One (scheme, activation bits) per layer of least total score under hard limits: a multiple-choice knapsack, solved by HiGHS."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_matrix
+
+from aquabit.cost import CostModel
+from aquabit.scheme import AquabitError, Budget
+from aquabit.search.options import Columns, Options, Predict, activation_choices
+from aquabit.space import SearchSpace
+
+SCALE = 1e4  # the largest difference between two scores of a layer: HiGHS's absolute gap of 1e-6 is then one in 10^10
+NODES = 20_000  # a limit on nodes, not on seconds, so that the same seed gives the same answer
+BATCH = 4096
+
+
+@dataclass(frozen=True)
+class Solution:
+    """``weights`` and ``acts`` [L] (scheme indices, activation bits), their total ``score``, and a proven lower ``bound`` on any total.
+
+    ``gap`` is score - bound relative to the largest difference between two totals: 0 where the optimum is proven.
+    """
+
+    weights: np.ndarray
+    acts: np.ndarray
+    score: float
+    bound: float
+    gap: float
+
+
+Cut = tuple[np.ndarray, np.ndarray, int]  # (weights [L], acts [L], layers that must differ)
+
+
+def solve(
+    scores: np.ndarray, cost_model: CostModel, budget: Budget, *, cuts: Sequence[Cut] = (), relative_gap: float = 0.0, nodes: int = NODES
+) -> Solution:
+    """The configuration of least total score within every limit of ``budget``, exactly (bytes are whole numbers).
+
+    ``scores`` is [L, schemes, A] over ``space.schemes`` and ``activation_choices(space, budget)``; cells that a layer may not take
+    are ignored. ``cuts`` ask for solutions that differ from known ones. Raises AquabitError with the smallest and the largest
+    possible cost where the limits cannot be kept, alone or together, and for scores that are not finite or of the wrong shape.
+    """
+    options = Options.of(cost_model, budget)
+    table = _table(scores, cost_model, options)
+    spans = _spans(table, options)
+    unit = SCALE / spans.max() if spans.max() > 0 else 1.0
+    scaled = (table - np.where(options.columns.allowed, table, np.inf).min(1, keepdims=True)) * unit
+    scaled = np.where(options.columns.allowed, scaled, 0.0)
+    excluded = [(options.columns.join(w, a), d) for w, a, d in cuts]
+    found = _exact(scaled, options, excluded, cost_model, budget, relative_gap, nodes)
+    if found is None:
+        raise AquabitError(_infeasible(options, cost_model, budget, bool(cuts)))
+    choice, bound = found
+    rows = np.arange(len(choice))
+    score, above = float(table[rows, choice].sum()), float(scaled[rows, choice].sum())
+    missing = max(above - bound, 0.0)  # in scaled units; bound counts from the sum of the layers' smallest scores
+    weights, acts = options.columns.split(choice)
+    return Solution(weights, acts, score, score - missing / unit, missing / max(unit * float(spans.sum()), 1e-300))
+
+
+def _exact(
+    scores: np.ndarray, options: Options, excluded: list[tuple[np.ndarray, int]], cost_model: CostModel, budget: Budget,
+    relative_gap: float, nodes: int,
+) -> tuple[np.ndarray, float] | None:  # fmt: skip
+    """``_milp`` whose answer keeps the budget exactly: HiGHS rounds within tolerances, which may slip over a limit by some bytes.
+
+    An answer that slipped is forbidden, which keeps the optimum; after eight, the last is repaired and the bound given up.
+    """
+    choice = None
+    for _ in range(8):
+        choice, bound = _milp(scores, options, excluded, relative_gap, nodes)
+        if choice is None:
+            return None
+        if _within(choice, options, cost_model, budget):
+            return choice, bound
+        excluded = [*excluded, (choice, 1)]
+    mended = None if choice is None else options.repair(choice, scores)
+    return None if mended is None or not _within(mended, options, cost_model, budget) else (mended, 0.0)  # scores here are never negative
+
+
+def _table(scores: np.ndarray, cost_model: CostModel, options: Options) -> np.ndarray:
+    """Scores as float64 [L, C], checked."""
+    shape = (len(cost_model.space.choices), len(cost_model.space.schemes), len(options.columns.activations))
+    if scores.shape != shape:
+        raise AquabitError(f"scores have shape {scores.shape}; this space and budget take [layers, schemes, activations] = {shape}")
+    table = np.asarray(scores, float).reshape(shape[0], -1)
+    bad = np.argwhere(options.columns.allowed & ~np.isfinite(table))
+    if len(bad):
+        layer, column = bad[0]
+        name, scheme = cost_model.space.layers[layer], cost_model.space.schemes[column // shape[2]]
+        raise AquabitError(f"the score of layer {name!r} at {scheme} is {table[layer, column]}; scores must be finite")
+    return table
+
+
+def _spans(table: np.ndarray, options: Options) -> np.ndarray:
+    """Largest less smallest score of each layer, [L]."""
+    allowed = options.columns.allowed
+    return np.asarray(np.where(allowed, table, -np.inf).max(1) - np.where(allowed, table, np.inf).min(1))
+
+
+def _within(choice: np.ndarray, options: Options, cost_model: CostModel, budget: Budget) -> bool:
+    weights, acts = options.columns.split(choice[None])
+    return bool(cost_model.within(cost_model.totals(weights, acts), budget)[0]) and bool(options.keeps(choice))
+
+
+def _milp(
+    scores: np.ndarray, options: Options, cuts: Sequence[tuple[np.ndarray, int]], relative_gap: float, nodes: int,
+    limits: Sequence[int] | None = None,
+) -> tuple[np.ndarray | None, float]:  # fmt: skip
+    """Columns [L] and a lower bound on the total of ``scores`` [L, C]; (None, inf) where no choice keeps the limits.
+
+    ``limits`` names the rows of ``options.costs`` to keep (default: all). Costs enter as the excess over the layer's smallest, divided
+    by the largest excess, so that rows of bytes and of BOPs are alike to HiGHS.
+    """
+    cells = np.argwhere(options.columns.allowed)
+    layer, column = cells.T
+    variables = np.arange(len(cells))
+    rows: list[Any] = [csr_matrix((np.ones(len(cells)), (layer, variables)))]
+    low, high = [np.ones(len(scores))], [np.ones(len(scores))]
+    for r in range(len(options.caps)) if limits is None else limits:
+        least = np.where(options.columns.allowed, options.costs[r], np.inf).min(1)
+        excess = options.costs[r][layer, column] - least[layer]
+        unit = 1e3 / max(float(excess.max()), 1e-300)
+        rows.append(csr_matrix(excess[None] * unit))
+        low.append(np.array([-np.inf]))
+        high.append(np.array([(options.caps[r] - least.sum()) * unit]))
+    for known, differ in cuts:
+        rows.append(csr_matrix((known[layer] == column).astype(float)[None]))
+        low.append(np.array([-np.inf]))
+        high.append(np.array([len(scores) - float(differ)]))
+    constraints = [LinearConstraint(a, lo, hi) for a, lo, hi in zip(rows, low, high, strict=True)]
+    found = milp(
+        scores[layer, column], integrality=np.ones(len(cells)), bounds=Bounds(0, 1), constraints=constraints,
+        options={"mip_rel_gap": relative_gap, "node_limit": nodes},
+    )  # fmt: skip
+    if found.x is None and found.status == 1:
+        raise AquabitError(f"the integer program stopped after {nodes} nodes without a solution; raise `nodes`")
+    if found.x is None:
+        return None, np.inf
+    share = np.full(scores.shape, -1.0)
+    share[layer, column] = found.x
+    bound = found.mip_dual_bound if found.mip_dual_bound is not None else found.fun
+    return share.argmax(1), float(bound)
+
+
+def _infeasible(options: Options, cost_model: CostModel, budget: Budget, cut: bool) -> str:
+    """One sentence that says what each limit can reach while the others are kept."""
+    if cut and _milp(np.zeros(options.costs.shape[1:]), options, (), 0.0, NODES)[0] is not None:
+        return f"no further configuration within {budget} differs enough from those that are known"
+    fixed = options.columns.activations[0] if len(options.columns.activations) == 1 else None
+    reach = []
+    for r, name in enumerate(options.names):
+        others = [k for k in range(len(options.names)) if k != r]
+        unit = SCALE / max(float(options.costs[r].max()), 1e-300)
+        choice, _ = _milp(options.costs[r] * unit, options, (), 0.0, NODES, others)
+        high = cost_model.limits(fixed)[name][1]
+        if choice is None:
+            continue
+        totals = cost_model.totals(*options.columns.split(choice[None]))
+        beside = f" with {' and '.join(options.names[k] for k in others)} kept" if others else ""
+        reach.append(f"{name} can reach {float(totals[name][0]):.6g}{beside}, and at most {high:.6g}")
+    return f"the budget ({budget}) cannot be kept: {'; '.join(reach)}"
+
+
+def choice_effects(
+    predict: Predict, space: SearchSpace, contexts: tuple[np.ndarray, np.ndarray], activations: tuple[int, ...] | None = None
+) -> np.ndarray:
+    """Predicted change [n, L, schemes, A] when one layer of context n takes a choice instead of its first (see ``additive_scores``).
+
+    Cells that a layer may not take are infinite.
+    """
+    columns = Columns.of(space, activations or activation_choices(space))
+    weights, acts = (np.asarray(c, int) for c in contexts)
+    layer, column = np.argwhere(columns.allowed).T
+    out = np.full((len(weights), *columns.allowed.shape), np.inf)
+    base = columns.allowed.argmax(1)
+    picked, bits = columns.split(np.broadcast_to(np.arange(columns.allowed.shape[1])[:, None], columns.allowed.T.shape))
+    for n in range(len(weights)):
+        many_weights, many_acts = np.repeat(weights[n : n + 1], len(layer), 0), np.repeat(acts[n : n + 1], len(layer), 0)
+        cell = np.arange(len(layer))
+        many_weights[cell, layer], many_acts[cell, layer] = picked[column, layer], bits[column, layer]
+        for start in range(0, len(layer), BATCH):
+            part = slice(start, start + BATCH)
+            out[n, layer[part], column[part]] = predict(many_weights[part], many_acts[part])
+        out[n] -= out[n, np.arange(len(base)), base][:, None]
+    return out.reshape(len(weights), len(base), -1, len(columns.activations))
+
+
+def additive_scores(
+    predict: Predict, space: SearchSpace, contexts: tuple[np.ndarray, np.ndarray], activations: tuple[int, ...] | None = None
+) -> np.ndarray:
+    """Scores [L, schemes, A] for ``solve``: mean predicted change for each single choice over ``contexts``, (weights [n, L], acts [n, L]).
+
+    A change is relative to the layer's first allowed choice (a constant per layer, which no optimum depends on); the axis A is
+    ``activations``, by default the fixed one of a budget in bits or bytes. Cells that a layer may not take are infinite. Costs
+    n x sum of the layers' choices rows of ``predict``.
+    """
+    if not len(contexts[0]):
+        raise AquabitError("additive scores need at least one context configuration, got none")
+    return np.asarray(choice_effects(predict, space, contexts, activations).mean(0))

@@ -1,0 +1,139 @@
+"""Local search on the surrogate: single-layer changes and exchanges between two layers that never leave the budget."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from aquabit.cost import CostModel
+from aquabit.scheme import AquabitError, Budget
+from aquabit.search.options import Options, Predict
+
+BATCH = 4096
+LIFTS = 256  # first halves of pairs that are ranked against every other change; more only slows the ranking
+
+
+@dataclass(frozen=True)
+class Improved:
+    """``weights`` and ``acts`` [L], the ``predicted`` value there and at the start, and the ``rows`` of prediction it took."""
+
+    weights: np.ndarray
+    acts: np.ndarray
+    predicted: float
+    start: float
+    rows: int
+
+
+class _Counted:
+    """``predict`` over columns [n, L] in batches, counting rows against a limit; values that are not numbers count as infinitely bad."""
+
+    def __init__(self, predict: Predict, options: Options, limit: int):
+        self.predict, self.options, self.left, self.rows = predict, options, limit, 0
+
+    def __call__(self, choice: np.ndarray) -> np.ndarray:
+        self.rows += len(choice)
+        self.left -= len(choice)
+        parts = [self.predict(*self.options.columns.split(choice[i : i + BATCH])) for i in range(0, len(choice), BATCH)]
+        values = np.concatenate([np.asarray(p, float) for p in parts])
+        return np.where(np.isnan(values), np.inf, values)
+
+
+def improve(
+    weights: np.ndarray, acts: np.ndarray, predict: Predict, cost_model: CostModel, budget: Budget, seed: int = 0, *,
+    rows: int = 60_000, pairs: int = 1000, restarts: int = 4,
+) -> Improved:  # fmt: skip
+    """The best predicted configuration found from ``weights``, ``acts`` [L] by steepest descent and ``restarts`` perturbations of the best.
+
+    Each step predicts every single-layer change and the ``pairs`` most promising exchanges within the budget, and takes the best;
+    at most ``rows`` rows are predicted in all. Never outside the budget, never predicted worse than the start, equal under equal
+    seeds. Raises AquabitError where the start is outside the budget or the space.
+    """
+    options = Options.of(cost_model, budget)
+    choice = options.columns.join(np.asarray(weights, int), np.asarray(acts, int))
+    if (choice < 0).any():
+        layer = int(np.argmax(choice < 0))
+        name, scheme = cost_model.space.layers[layer], cost_model.space.schemes[int(weights[layer])]
+        raise AquabitError(f"the start gives layer {name!r} {scheme} and a{int(acts[layer])}, which it may not take under {budget}")
+    if not options.keeps(choice):
+        raise AquabitError(f"the start is outside the budget ({budget}); start from the integer program's solution")
+    counted, rng = _Counted(predict, options, max(rows, 1)), np.random.default_rng(seed)
+    start = float(counted(choice[None])[0])
+    best, value, singles = _descend(choice, start, counted, pairs)
+    for _ in range(restarts):
+        kicked = _kick(best, singles, options, rng)
+        if kicked is None or counted.left < 1:
+            continue
+        trial, reached, table = _descend(kicked, float(counted(kicked[None])[0]), counted, pairs)
+        if reached < value:
+            best, value, singles = trial, reached, table
+    out_weights, out_acts = options.columns.split(best)
+    return Improved(out_weights, out_acts, value, start, counted.rows)
+
+
+def _descend(choice: np.ndarray, value: float, counted: _Counted, pairs: int) -> tuple[np.ndarray, float, np.ndarray]:
+    """Columns [L] where no considered change is predicted better, their value, and the value [L, C] of every single change there."""
+    options, rows = counted.options, np.arange(len(choice))
+    table = np.where(options.columns.allowed, value, np.inf)
+    while True:
+        changes = options.columns.allowed.copy()
+        changes[rows, choice] = False
+        layer, column = np.argwhere(changes).T
+        if counted.left < len(layer) or not len(layer):
+            return choice, value, table
+        single = np.repeat(choice[None], len(layer), 0)
+        single[np.arange(len(layer)), layer] = column
+        values = counted(single)
+        table = np.full(changes.shape, np.inf)
+        table[rows, choice], table[layer, column] = value, values
+        inside = np.where(options.keeps(single), values, np.inf)
+        best, reached = single[inside.argmin()], float(inside.min())
+        first, second = _exchanges(choice, value, layer, column, values, options, min(pairs, counted.left))
+        if len(first):
+            double = single[first]
+            double[np.arange(len(first)), layer[second]] = column[second]
+            paired = counted(double)
+            if paired.min() < reached:
+                best, reached = double[paired.argmin()], float(paired.min())
+        if not reached < value:
+            return choice, value, table
+        choice, value = best, reached
+
+
+def _exchanges(
+    choice: np.ndarray, value: float, layer: np.ndarray, column: np.ndarray, values: np.ndarray, options: Options, count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Indices (first, second) into the single changes: the ``count`` pairs within the budget whose values have the least sum.
+
+    First halves are the changes predicted better (at most LIFTS of them, by gain per cost), or the least bad where none is.
+    """
+    change = options.costs[:, layer, column] - options.costs[:, layer, choice[layer]]
+    slack = options.caps - options.used(choice)
+    weight = np.maximum((change / np.maximum(options.caps, 1)[:, None]).max(0), 1e-9)
+    better = np.flatnonzero(values < value)
+    if len(better) > LIFTS:
+        gain = np.minimum(value - values[better], 1e300) / weight[better]
+        better = np.sort(better[np.argsort(-gain, kind="stable")[:LIFTS]])
+    elif not len(better):
+        better = np.sort(np.argsort(values, kind="stable")[:64])
+    total = values[better][:, None] + values[None]
+    good = np.isfinite(total) & (layer[better][:, None] != layer[None])
+    for r in range(len(slack)):
+        good &= change[r][better][:, None] + change[r][None] <= slack[r]
+    first, second = np.nonzero(good)
+    order = total[first, second]
+    if len(order) > count:
+        keep = np.sort(np.argpartition(order, count - 1)[:count]) if count else np.array([], int)
+        first, second = first[keep], second[keep]
+    return better[first], second
+
+
+def _kick(choice: np.ndarray, singles: np.ndarray, options: Options, rng: np.random.Generator) -> np.ndarray | None:
+    """``choice`` with a few layers changed at random, brought back within the budget where ``singles`` [L, C] says it hurts least."""
+    free = options.columns.free
+    if not len(free):
+        return None
+    moved = choice.copy()
+    for layer in rng.choice(free, size=min(len(free), max(2, len(free) // 15)), replace=False):
+        moved[layer] = rng.choice(np.flatnonzero(options.columns.allowed[layer]))
+    return options.repair(moved, singles)

@@ -1,0 +1,222 @@
+"""The search: surrogate, integer program, local search, measurement, and again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from aquabit.cost import CostModel
+from aquabit.scheme import AquabitError, Budget, Progress, QuantConfig, no_progress
+from aquabit.search.integer_program import Cut, choice_effects, solve
+from aquabit.search.local import improve
+from aquabit.search.options import Options, Predict
+from aquabit.space import BITS_RANGE, SearchSpace
+
+SPREAD = (0.9, 1.1, 0.8, 1.25)  # limits of the front's other targets relative to the budget's, the nearest first
+Measured = Iterable[tuple[QuantConfig, float]]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A configuration that the search proposed in ``round`` under ``target``, and the surrogate's value for it then (larger = worse)."""
+
+    config: QuantConfig
+    target: Budget
+    round: int
+    predicted: float
+
+
+def search(
+    space: SearchSpace, cost_model: CostModel, budget: Budget, predict_factory: Callable[[], Predict],
+    measure: Callable[[list[QuantConfig]], None], measured: Callable[[], Measured], uniform: Sequence[QuantConfig] = (), *,
+    rounds: int = 2, per_round: int = 8, spread: Sequence[float] = SPREAD, contexts: int = 16, rows: int = 40_000, seed: int = 0,
+    progress: Progress = no_progress,
+) -> list[Candidate]:  # fmt: skip
+    """Propose, measure and learn from configurations within ``budget`` and, for the front, within targets scaled by ``spread``.
+
+    Each round fits a fresh surrogate (``predict_factory()``), and solves the integer program on its additive part and improves that
+    by local search for ``per_round`` configurations that were never measured: five in eight under the budget, the rest along the
+    front. ``measure(configs)`` measures and stores them; ``measured()`` gives every (configuration, value) so far, larger = worse,
+    NaN = failed. ``uniform`` configurations within some target and not measured yet are measured first. Fewer than ``per_round``
+    are proposed only where the space has no more. Raises AquabitError where the budget cannot be kept.
+    """
+    targets = [budget, *ladder(cost_model, budget, spread)]
+    _check(cost_model, budget)
+    known = {c.digest for c, _ in measured()}
+    totals = [(c, cost_model.totals(*space.indices([c]))) for c in uniform if c.digest not in known]
+    baselines = [c for c, t in totals if any(cost_model.within(t, b)[0] for b in targets)]
+    if baselines:
+        measure(baselines)
+    found: list[Candidate] = []
+    for number in range(rounds):
+        proposer = _Proposer(space, cost_model, predict_factory(), list(measured()), number, contexts, rows, seed)
+        for slot, target in enumerate(schedule(targets, per_round, number)):
+            progress("search", number * per_round + slot, rounds * per_round)
+            if not proposer.add(target) and target is not budget:
+                proposer.add(budget)
+        if not proposer.candidates:
+            break
+        measure([c.config for c in proposer.candidates])
+        found += proposer.candidates
+    progress("search", rounds * per_round, rounds * per_round)
+    return found
+
+
+def ladder(cost_model: CostModel, budget: Budget, spread: Sequence[float] = SPREAD) -> list[Budget]:
+    """The budget with all limits scaled by each factor of ``spread``, kept within what the space can reach; none twice."""
+    fixed = Options.of(cost_model, budget).columns.activations
+    limits = cost_model.limits(fixed[0] if len(fixed) == 1 else None)
+    found: list[Budget] = []
+    for factor in spread:
+        scaled: dict[str, float] = {}
+        for name, value in budget.limits().items():
+            rest = cost_model.other_bytes if name == "bytes" else 0  # biases and norms are not quantized
+            goal = min(rest + (value - rest) * factor, limits[name][1])
+            scaled[name] = int(goal) if name == "bytes" else goal
+        target = Budget(**scaled)  # type: ignore[arg-type]
+        if all(scaled[k] > limits[k][0] for k in scaled) and target not in (budget, *found):
+            found.append(target)
+    return found
+
+
+def schedule(targets: Sequence[Budget], per_round: int, number: int) -> list[Budget]:
+    """The target of each of a round's proposals: five in eight the budget (``targets[0]``), the others in turn over the rounds."""
+    others = list(targets[1:])
+    share = per_round * 3 // 8 if others else 0
+    return [targets[0]] * (per_round - share) + [others[(number * share + i) % len(others)] for i in range(share)]
+
+
+def _check(cost_model: CostModel, budget: Budget) -> None:
+    """Raise AquabitError where limits cannot be kept together."""
+    options = Options.of(cost_model, budget)
+    shape = (len(options.columns.allowed), len(cost_model.space.schemes), len(options.columns.activations))
+    solve(np.zeros(shape), cost_model, budget)
+
+
+@dataclass
+class _Aim:
+    """What a round knows of one target: effects [n, L, S, A] of single choices in n contexts, and the best measured (weights, acts)."""
+
+    options: Options
+    effects: np.ndarray
+    warm: tuple[np.ndarray, np.ndarray] | None
+    tries: int = 0
+
+
+@dataclass
+class _Proposer:
+    """One round's proposals, each new and apart from the others of its round."""
+
+    space: SearchSpace
+    cost_model: CostModel
+    predict: Predict
+    measured: list[tuple[QuantConfig, float]]
+    round: int
+    contexts: int
+    rows: int
+    seed: int
+    candidates: list[Candidate] = field(default_factory=list)
+    aims: dict[Budget, _Aim] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        known = set(self.space.schemes)
+        inside = [(c, v) for c, v in self.measured if all(c[k].weight in known for k in self.space.choices)]
+        self.known_digests = {c.digest for c, _ in self.measured}
+        self.known = self.space.indices([c for c, _ in inside])
+        self.values = np.array([v for _, v in inside], float)
+        self.picked: list[tuple[np.ndarray, np.ndarray]] = []  # this round's proposals
+        self.known_hashes = self._hash(*self.known)
+
+    def add(self, target: Budget) -> bool:
+        """One more candidate under ``target``; False where none is left."""
+        aim = self.aims.get(target) or self.aims.setdefault(target, self._aim(target))
+        rng = np.random.default_rng([self.seed, self.round, len(self.candidates)])
+        apart = max(1, len(aim.options.columns.free) // 20)
+        aim.tries += 1
+        start = aim.warm if aim.tries == 2 and aim.warm is not None else self._start(aim, target, apart, rng)
+        if start is not None:
+            found = improve(*start, self._avoiding(apart), self.cost_model, target, int(rng.integers(1 << 31)), rows=self.rows)
+            start = (found.weights, found.acts)
+        if start is None or not self._new(*start):
+            start = self._perturbed(aim, target, rng)
+        if start is None:
+            return False
+        predicted = float(self.predict(start[0][None], start[1][None])[0])
+        self.candidates.append(Candidate(self.space.configs(start[0][None], start[1][None])[0], target, self.round, predicted))
+        self.picked.append(start)
+        return True
+
+    def _aim(self, target: Budget) -> _Aim:
+        """Effects in the measured configurations nearest to the target, filled up with random ones; and the best measured within it."""
+        options = Options.of(self.cost_model, target)
+        weights, acts = self.known[0], options.columns.settle(self.known[1])
+        choice = options.columns.join(weights, acts)
+        usable = np.flatnonzero((choice >= 0).all(1) & np.isfinite(self.values))
+        weights, acts, values, choice = weights[usable], acts[usable], self.values[usable], choice[usable]
+        distance = np.abs(options.used(choice) / options.caps[:, None] - 1).max(0)
+        near = np.argsort(distance, kind="stable")[: self.contexts]
+        missing = self.contexts - len(near)
+        center = 8 * options.caps[0] / self.cost_model.weights if options.names[0] != "bops" else None
+        bits_range = BITS_RANGE if center is None else (center * 0.9, center)
+        more_weights, more_acts = self.space.indices(self.space.sample(max(missing, 0), self.seed, bits_range))
+        both = (np.concatenate([weights[near], more_weights]), np.concatenate([acts[near], options.columns.settle(more_acts)]))
+        effects = choice_effects(self.predict, self.space, both, options.columns.activations)
+        kept = np.flatnonzero(options.keeps(choice))
+        best = kept[np.argmin(values[kept])] if len(kept) else None
+        return _Aim(options, effects, None if best is None else (weights[best], acts[best]))
+
+    def _start(self, aim: _Aim, target: Budget, apart: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray] | None:
+        """The integer program's optimum for the mean effects over all contexts, later over a bootstrap; None where cuts leave none."""
+        count = len(aim.effects)
+        rows = np.arange(count) if aim.tries == 1 else rng.integers(count, size=count)
+        cuts: list[Cut] = []
+        for weights, acts in self.picked:
+            if (aim.options.columns.join(weights, acts) >= 0).all():
+                cuts.append((weights, acts, apart))
+        try:
+            found = solve(aim.effects[rows].mean(0), self.cost_model, target, cuts=cuts, relative_gap=1e-3)
+        except AquabitError:
+            return None
+        return found.weights, found.acts
+
+    @staticmethod
+    def _hash(weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
+        """One integer [n] for each row of [n, L]; equal only by a chance of one in 2^60."""
+        factors = np.random.default_rng(0).integers(1 << 62, size=(2, weights.shape[1]))
+        return np.asarray((weights * factors[0] + acts * factors[1]).sum(-1))  # wraps around
+
+    def _avoiding(self, apart: int) -> Predict:
+        """The surrogate with infinity on what is known already and on what is close to this round's other proposals."""
+
+        def predict(weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
+            values = np.array(self.predict(weights, acts), float)
+            values[np.isin(self._hash(weights, acts), self.known_hashes)] = np.inf
+            for other_weights, other_acts in self.picked:
+                values[((weights != other_weights) | (acts != other_acts)).sum(1) < apart] = np.inf
+            return values
+
+        return predict
+
+    def _new(self, weights: np.ndarray, acts: np.ndarray) -> bool:
+        digest = self.space.configs(weights[None], acts[None])[0].digest
+        return digest not in self.known_digests and digest not in {c.config.digest for c in self.candidates}
+
+    def _perturbed(self, aim: _Aim, target: Budget, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray] | None:
+        """The first new configuration among 300 random changes, ever wider, of the integer program's optimum; None where all are known."""
+        scores = aim.effects.mean(0)
+        try:
+            origin = solve(scores, self.cost_model, target, relative_gap=1e-3)
+        except AquabitError:
+            return None
+        columns, free = aim.options.columns, aim.options.columns.free
+        center = columns.join(origin.weights, origin.acts)
+        for attempt in range(300 if len(free) else 0):
+            moved = center.copy()
+            for layer in rng.choice(free, size=min(len(free), 1 + attempt // 20), replace=False):
+                moved[layer] = rng.choice(np.flatnonzero(columns.allowed[layer]))
+            mended = aim.options.repair(moved, scores.reshape(len(scores), -1))
+            if mended is not None and self._new(*columns.split(mended)):
+                return columns.split(mended)
+        return None

@@ -1,0 +1,131 @@
+"""Options: what each layer may take under a budget, as columns of one matrix, with the exact cost of every cell."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import floor
+
+import numpy as np
+
+from aquabit.cost import CostModel
+from aquabit.scheme import FP, Budget
+from aquabit.space import SearchSpace
+
+Predict = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (weights [n, L], acts [n, L]) -> [n], larger = worse
+
+
+def activation_choices(space: SearchSpace, budget: Budget | None = None) -> tuple[int, ...]:
+    """Activation bits open to a search: all of the space's where BOPs are limited, else a8 alone (or the highest the space has)."""
+    if budget is not None and budget.bops is not None:
+        return tuple(sorted(set(space.activations), reverse=True))
+    return (8,) if 8 in space.activations else (max(space.activations),)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Column c = s * len(activations) + a stands for scheme s (index into ``space.schemes``) with activation bits ``activations[a]``.
+
+    ``allowed`` and ``acts`` are [L, C]. An excluded layer has one allowed column, whose activation bits are 16.
+    """
+
+    activations: tuple[int, ...]
+    allowed: np.ndarray
+    acts: np.ndarray
+
+    @staticmethod
+    def of(space: SearchSpace, activations: tuple[int, ...]) -> Columns:
+        allowed = np.repeat(space.allowed(), len(activations), axis=1)
+        acts = np.tile(np.array(activations), (len(allowed), len(space.schemes)))
+        for i, row in enumerate(space.choices.values()):
+            if row == (FP,):
+                allowed[i, 1:] = False  # schemes start with fp
+                acts[i, 0] = 16
+        return Columns(activations, allowed, acts)
+
+    @property
+    def free(self) -> np.ndarray:
+        """Layers [F] that have more than one column to choose from."""
+        return np.flatnonzero(self.allowed.sum(1) > 1)
+
+    def settle(self, acts: np.ndarray) -> np.ndarray:
+        """Activation bits [..., L] as they are where there is a choice, else the fixed ones."""
+        return acts if len(self.activations) > 1 else np.broadcast_to(self.acts[:, 0], acts.shape)
+
+    def split(self, choice: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Columns [..., L] to weight-scheme indices and activation bits, each [..., L]."""
+        return choice // len(self.activations), self.acts[np.arange(len(self.acts)), choice]
+
+    def join(self, weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
+        """The inverse of ``split``; -1 where a layer may not take that pair."""
+        found = np.full(weights.shape, -1)
+        rows = np.arange(len(self.acts))
+        for a in range(len(self.activations)):
+            column = weights * len(self.activations) + a
+            match = self.allowed[rows, column] & (self.acts[rows, column] == acts)
+            found = np.where(match & (found < 0), column, found)
+        return found
+
+
+@dataclass(frozen=True)
+class Options:
+    """Columns with their exact costs [R, L, C] and the R upper limits ``caps`` [R]: bytes of all weights, and BOPs where limited."""
+
+    columns: Columns
+    names: tuple[str, ...]  # of the R limits
+    costs: np.ndarray
+    caps: np.ndarray
+
+    @staticmethod
+    def of(cost_model: CostModel, budget: Budget) -> Options:
+        """Raises AquabitError, naming both ends, where one limit alone cannot be kept or exceeds what the space can reach."""
+        space = cost_model.space
+        activations = activation_choices(space, budget)
+        cost_model.check(budget, activations[0] if len(activations) == 1 else None)
+        columns = Columns.of(space, activations)
+        every = np.arange(columns.allowed.shape[1]) // len(activations)
+        names, costs, caps = [], [], []
+        if budget.bits is not None or budget.bytes is not None:
+            by_bits = np.inf if budget.bits is None else floor(budget.bits * cost_model.weights / 8 * (1 + 1e-12))
+            by_bytes = np.inf if budget.bytes is None else floor(budget.bytes * (1 + 1e-12)) - cost_model.other_bytes
+            names.append("bits" if by_bits <= by_bytes else "bytes")
+            costs.append(cost_model.bytes[:, every].astype(float))  # whole numbers below 2^53: sums are exact
+            caps.append(float(min(by_bits, by_bytes)))
+        if budget.bops is not None:
+            names.append("bops")
+            costs.append(cost_model.macs[:, None] * cost_model.weight_bits[:, every] * cost_model.act_bits(columns.acts))
+            caps.append(budget.bops * (1 + 5e-13))  # inside the tolerance of CostModel.within
+        return Options(columns, tuple(names), np.stack(costs), np.array(caps))
+
+    def used(self, choice: np.ndarray) -> np.ndarray:
+        """Costs [R, ...] of columns [..., L]."""
+        return np.asarray(self.costs[:, np.arange(choice.shape[-1]), choice].sum(-1))
+
+    def keeps(self, choice: np.ndarray) -> np.ndarray:
+        """Boolean [...]: which rows of columns [..., L] keep every limit."""
+        used = self.used(choice)
+        return np.asarray((used <= self.caps.reshape(-1, *[1] * (used.ndim - 1))).all(0))
+
+    def overrun(self, used: np.ndarray) -> np.ndarray:
+        """How far costs [R, ...] exceed their limits, as the sum over limits of the excess relative to the limit, [...]."""
+        caps = self.caps.reshape(-1, *[1] * (used.ndim - 1))
+        return np.asarray((np.maximum(used - caps, 0) / np.maximum(caps, 1)).sum(0))
+
+    def repair(self, choice: np.ndarray, scores: np.ndarray) -> np.ndarray | None:
+        """Change single layers of ``choice`` [L] until every limit is kept.
+
+        Each time the change with the least rise of ``scores`` [L, C] per overrun removed; None where none reduces the overrun.
+        """
+        choice, rows = choice.copy(), np.arange(len(choice))
+        while not self.keeps(choice):
+            used = self.used(choice)
+            change = self.costs - self.costs[:, rows, choice][:, :, None]
+            gain = self.overrun(used) - self.overrun(used[:, None, None] + change)
+            rise = np.maximum(scores - scores[rows, choice][:, None], 0)
+            useful = self.columns.allowed & (gain > 1e-15) & np.isfinite(rise)
+            if not useful.any():
+                return None
+            price = np.where(useful, (rise + 1e-12) / np.where(useful, gain, 1), np.inf)
+            layer, column = np.unravel_index(int(np.argmin(price)), price.shape)
+            choice[layer] = column
+        return choice

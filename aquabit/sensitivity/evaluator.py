@@ -1,0 +1,162 @@
+"""Evaluator: one process that measures configurations of one model."""
+
+from __future__ import annotations
+
+import copy
+import io
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import networkx as nx
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from aquabit.pipelines import Adapter, denoiser_name, load, set_scheduler
+from aquabit.quality import Quality
+from aquabit.quality.paired import mse, psnr_from_mse, ssim
+from aquabit.quant.bank import Bank
+from aquabit.quant.model import QuantizedDenoiser
+from aquabit.scheme import AquabitError, Measurement, Protocol, QuantConfig, Scheme
+
+THUMBNAILS = 16  # images of the grid that a measurement keeps
+
+
+@contextmanager
+def single_thread(device: str) -> Iterator[None]:
+    """One torch thread on the CPU: results do not depend on how many cores or workers there are."""
+    before = torch.get_num_threads()
+    if device == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def environment(device: str) -> dict[str, str]:
+    """What numbers may depend on: versions, processor, device."""
+    import diffusers
+
+    gpu = torch.cuda.get_device_name(device) if device.startswith("cuda") else ""
+    return {"torch": torch.__version__, "diffusers": diffusers.__version__, "machine": platform.machine(), "capability": torch.backends.cpu.get_cpu_capability(), "device": gpu or device}  # fmt: skip
+
+
+class Evaluator:
+    """Fits schemes and measures configurations; every result is plain data that crosses process borders.
+
+    The pipeline's denoiser is quantized in place: a model given as an object is copied first. ``bank`` also keeps the full-precision
+    images of each protocol, which paired metrics compare with.
+    """
+
+    def __init__(self, model: str | DiffusionPipeline, graph: nx.DiGraph, bank: Bank, fingerprint: str, device: str = "cpu", dtype: str = "float32"):
+        pipe = load(model, device, dtype)
+        if isinstance(model, DiffusionPipeline):
+            own = {**pipe.components, denoiser_name(pipe): copy.deepcopy(getattr(pipe, denoiser_name(pipe)))}
+            pipe = type(pipe)(**own, **{k: pipe.config[k] for k in ("classes", "real_images") if k in pipe.config})
+            pipe.set_progress_bar_config(disable=True)
+        self.pipe, self.bank, self.fingerprint, self.device = pipe, bank, fingerprint, device
+        self.scheduler = pipe.scheduler
+        self.adapter = Adapter(pipe)
+        self.quantized = QuantizedDenoiser(self.adapter.denoiser.eval(), graph, bank)
+        self.extractor, self.reference = self.adapter.reference()
+        self._full: tuple[str, Tensor] | None = None
+
+    def fit(self, layer: str, schemes: list[str]) -> dict[str, float]:
+        """Fit schemes to a layer in the bank; scheme -> relative squared weight error."""
+        with single_thread(self.device):
+            return self.quantized.fit(layer, [Scheme.parse(s) for s in schemes])
+
+    def generate(self, config: QuantConfig, protocol: Protocol) -> Tensor:
+        """All images of a configuration [n, c, h, w] in [0, 1]."""
+        if config.fingerprint != self.fingerprint:
+            raise AquabitError(f"the configuration is for model {config.fingerprint}, this is model {self.fingerprint}")
+        self.quantized.apply(config)
+        self.pipe.scheduler = self.scheduler
+        set_scheduler(self.pipe, protocol.scheduler)
+        return torch.cat([self.adapter.images(protocol, b) for b in self.adapter.batches(protocol)])
+
+    def measure(self, config: QuantConfig, protocol: Protocol) -> tuple[Measurement, bytes | None]:
+        """A measurement and a PNG of its first images; a failure is a measurement too, with its reason."""
+        started = time.perf_counter()
+        facts = environment(self.device)
+        try:
+            with single_thread(self.device):
+                full = None if not config.layers else self.full_precision(protocol)
+                started = time.perf_counter()  # full-precision images are made once per protocol, not per configuration
+                images = self.generate(config, protocol)
+                if full is None:
+                    self._keep(protocol, images)
+                metrics = self._metrics(images, images if full is None else full, protocol)
+        except AquabitError as error:
+            seconds = time.perf_counter() - started
+            return Measurement(config.digest, protocol.digest, {}, seconds, facts, "failed", str(error)), None
+        seconds = time.perf_counter() - started
+        return Measurement(config.digest, protocol.digest, metrics, seconds, facts), thumbnail(images[:THUMBNAILS])
+
+    def _metrics(self, images: Tensor, full: Tensor, protocol: Protocol) -> dict[str, float]:
+        if self.extractor is None or self.reference is None:
+            bad = int((~torch.isfinite(images)).flatten(1).any(1).sum())
+            if bad:
+                raise AquabitError(f"{bad} of {len(images)} images are not finite")
+            error = mse(images, full)
+            return {"mse": float(error.mean()), "psnr": float(psnr_from_mse(error).mean()), "ssim": float(ssim(images, full).mean())}
+        quality = Quality(self.extractor, self.reference)
+        for batch in self.adapter.batches(protocol):
+            quality.update(images[batch.start : batch.stop], full[batch.start : batch.stop], self.adapter.labels(protocol, batch))
+        return quality.compute()
+
+    def _path(self, protocol: Protocol) -> Path:
+        return self.bank.folder / f"images-{self.fingerprint}-{protocol.digest}.safetensors"
+
+    def full_precision(self, protocol: Protocol) -> Tensor:
+        """The full-precision images of a protocol, from the bank where they are kept."""
+        if self._full is None or self._full[0] != protocol.digest:
+            try:
+                images = load_file(self._path(protocol))["images"].float()
+            except (OSError, SafetensorError, KeyError):
+                images = self.generate(QuantConfig(self.fingerprint, {}), protocol)
+                self._keep(protocol, images)
+            self._full = (protocol.digest, images)
+        return self._full[1]
+
+    def _keep(self, protocol: Protocol, images: Tensor) -> None:
+        path = self._path(protocol)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            save_file({"images": images.contiguous()}, temporary)
+            temporary.replace(path)
+        except (OSError, SafetensorError) as error:
+            temporary.unlink(missing_ok=True)
+            raise OSError(f"the bank {self.bank.folder} could not be written: {error}") from error
+
+
+def thumbnail(images: Tensor, columns: int = 8, least: int = 32, most: int = 128) -> bytes:
+    """A PNG grid of images [n, c, h, w] in [0, 1], each enlarged (or shrunk) to a side of ``least`` to ``most`` pixels."""
+    n, c, h, w = images.shape
+    side = max(h, w)
+    factor = -(-least // side) if side < least else 1
+    pixels = (images.nan_to_num().clamp(0, 1) * 255).round().to(torch.uint8)
+    pixels = pixels.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    h, w, rows = h * factor, w * factor, -(-n // columns)
+    sheet = torch.full((c, rows * (h + 2) + 2, columns * (w + 2) + 2), 128, dtype=torch.uint8)
+    for i, image in enumerate(pixels):
+        y, x = 2 + (i // columns) * (h + 2), 2 + (i % columns) * (w + 2)
+        sheet[:, y : y + h, x : x + w] = image
+    array: Any = sheet[0].numpy() if c == 1 else sheet[:3].permute(1, 2, 0).numpy()
+    picture = Image.fromarray(array)
+    if side > most:
+        picture = picture.resize((picture.width * most // side, picture.height * most // side), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
+
+

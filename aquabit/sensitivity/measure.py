@@ -1,0 +1,192 @@
+"""measure: random configurations (or given ones) of a model into a study, in one process or several."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import networkx as nx
+from diffusers import DiffusionPipeline
+
+from aquabit.cost import CostModel
+from aquabit.graph import to_json
+from aquabit.pipelines import Adapter, check_scheduler, denoiser_of, load, trace
+from aquabit.quant.bank import Bank
+from aquabit.quant.model import fingerprint
+from aquabit.scheme import FP, AquabitError, Progress, Protocol, QuantConfig, direction, no_progress
+from aquabit.sensitivity.evaluator import Evaluator
+from aquabit.sensitivity.pool import InlinePool, Task, WorkerPool
+from aquabit.space import SearchSpace, make_space
+from aquabit.study import Study
+
+UNIFORM = ("usq2", "usq3", "usq4", "usq8")  # always measured beside random samples
+PAIRED_OBJECTIVE = "mse"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A traced model, ready to be measured."""
+
+    reference: str
+    fingerprint: str
+    graph: nx.DiGraph
+    source: str | DiffusionPipeline  # what workers load
+    real_images: str  # digest of the real images, "none" where there are none
+
+
+def open_model(model: str | DiffusionPipeline) -> Model:
+    """Load, check and trace a model; raises AquabitError for one that cannot be measured."""
+    pipe = load(model)
+    _, real = Adapter(pipe).reference()
+    name = str(model) if isinstance(model, str) else type(pipe).__name__
+    return Model(name, fingerprint(denoiser_of(pipe)), trace(pipe), model, real.digest if real else "none")
+
+
+def protocol_for(model: Model, protocol: Protocol | None = None) -> Protocol:
+    """A protocol with the model's real images; without any, quality is the distance to the full-precision images."""
+    given = protocol or Protocol()
+    direction(given.objective)
+    check_scheduler(given.scheduler)
+    objective = given.objective
+    if model.real_images == "none" and objective not in ("mse", "psnr", "ssim"):
+        if objective != Protocol.objective:
+            raise AquabitError(f"objective {objective!r} needs real images, and {model.reference} names none; use mse, psnr or ssim")
+        objective = PAIRED_OBJECTIVE
+    return replace(given, reference=model.real_images, objective=objective)
+
+
+@contextmanager
+def pool_for(model: Model, bank: Bank, workers: int, device: str, dtype: str) -> Iterator[InlinePool | WorkerPool]:
+    """An inline pool for one worker, else fresh processes; an in-memory model reaches them through a temporary folder."""
+    if workers < 1:
+        raise AquabitError(f"workers is {workers}; it must be at least 1")
+    if workers == 1:
+        yield InlinePool(Evaluator(model.source, model.graph, bank, model.fingerprint, device, dtype))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        source = model.source
+        if isinstance(source, DiffusionPipeline):
+            source.save_pretrained(folder)
+            source = folder
+        begin = {"task": "begin", "model": source, "graph": to_json(model.graph), "bank": str(bank.folder),
+                 "fingerprint": model.fingerprint, "device": device, "dtype": dtype}  # fmt: skip
+        pool = WorkerPool(workers, begin)
+        try:
+            yield pool
+        finally:
+            pool.close()
+
+
+def fit_all(pool: InlinePool | WorkerPool, study: Study, space: SearchSpace, progress: Progress = no_progress) -> None:
+    """Every (layer, scheme) of the space into the bank, their weight errors into the study; what is known is skipped."""
+    known = study.features()
+    tasks: list[Task] = []
+    for layer, row in space.choices.items():
+        uniform = [s for s in map(str, (*row, *UNIFORM)) if s != "fp"] if row != (FP,) else []
+        missing = [s for s in dict.fromkeys(uniform) if (layer, s) not in known]
+        if missing:
+            tasks.append({"task": "fit", "layer": layer, "schemes": missing})
+    for done, (task, errors) in enumerate(pool.run(tasks), 1):
+        study.add_features({(task["layer"], scheme): {"error": error} for scheme, error in errors.items()})
+        progress("fitting schemes", done, len(tasks))
+
+
+def measure_configs(
+    pool: InlinePool | WorkerPool, study: Study, costs: CostModel, configs: Iterable[QuantConfig], protocols: Sequence[Protocol], kind: str,
+    progress: Progress = no_progress, what: str = "measuring",
+) -> int:  # fmt: skip
+    """Measure what the study does not have yet, one transaction each; the number of new measurements."""
+    tasks: list[Task] = []
+    pending: dict[tuple[str, str], QuantConfig] = {}
+    listed = {c.digest: c for c in configs}
+    for protocol in protocols:
+        study.add_protocol(protocol)
+        known = study.known(protocol)
+        for key, config in listed.items():
+            if key not in known:
+                pending[key, protocol.digest] = config
+                tasks.append({"task": "measure", "config": config.to_dict(), "protocol": protocol.to_dict()})
+    progress(what, 0, len(tasks))
+    for done, (_, (measurement, png)) in enumerate(pool.run(tasks), 1):
+        config = pending[measurement.config, measurement.protocol]
+        study.record(config, measurement, kind, costs.totals_of(config), png)
+        progress(what, done, len(tasks))
+    return len(tasks)
+
+
+class Session:
+    """A model, a study bound to it, and a pool: what every verb that makes images works with. Use ``open_session``."""
+
+    def __init__(self, model: Model, study: Study, space: SearchSpace, protocol: Protocol, pool: InlinePool | WorkerPool, bank: Bank):
+        self.model, self.study, self.space, self.protocol, self.pool, self.bank = model, study, space, protocol, pool, bank
+        self.costs = CostModel(model.graph, space)
+
+    def measure(
+        self, configs: Iterable[QuantConfig], kind: str, progress: Progress = no_progress, protocols: Sequence[Protocol] | None = None, what: str = "measuring"
+    ) -> int:  # fmt: skip
+        return measure_configs(self.pool, self.study, self.costs, configs, protocols or [self.protocol], kind, progress, what)
+
+    def references(self, progress: Progress = no_progress, protocols: Sequence[Protocol] | None = None) -> None:
+        """Full precision first (paired metrics need its images), then uniform configurations."""
+        self.measure([self.space.full_precision()], "reference", progress, protocols, "full precision")
+        uniforms = [self.space.uniform(s, max(self.space.activations)) for s in UNIFORM]
+        self.measure(uniforms, "uniform", progress, protocols, "uniform references")
+
+
+@contextmanager
+def open_session(
+    model: str | DiffusionPipeline, study: Study, *, protocol: Protocol | None = None, space_options: dict[str, Any] | None = None,
+    workers: int = 1, device: str = "cpu", dtype: str = "float32", bank: str | None = None, progress: Progress = no_progress,
+) -> Iterator[Session]:  # fmt: skip
+    """Bind ``study`` to the model, hold its writer lock, start the pool, and see that every scheme is fitted.
+
+    ``protocol=None`` continues the study's own. Raises AquabitError for a study of another model, protocol or space.
+    """
+    opened = open_model(model)
+    with study.writing():
+        given = study.protocol if protocol is None and "protocol" in study else protocol_for(opened, replace(protocol or Protocol(), dtype=dtype))
+        if space_options is None and "space" in study and study.get("fingerprint") == opened.fingerprint:
+            space = SearchSpace.from_dict(study.get("space"))
+        else:
+            space = make_space(opened.graph, opened.fingerprint, opened.reference, **(space_options or {}))
+        study.begin(opened.reference, opened.fingerprint, to_json(opened.graph), space.to_dict(), given)
+        store = Bank(bank)
+        with pool_for(opened, store, workers, device, given.dtype) as pool:
+            session = Session(opened, study, space, given, pool, store)
+            fit_all(pool, study, space, progress)
+            yield session
+            store.trim()
+
+
+def shard_of(configs: Sequence[QuantConfig], shard: str | None) -> list[QuantConfig]:
+    """Every n-th configuration for ``i/n`` (i from 1)."""
+    if shard is None:
+        return list(configs)
+    part, _, count = shard.partition("/")
+    if not (part.isdigit() and count.isdigit() and 1 <= int(part) <= int(count)):
+        raise AquabitError(f"shard {shard!r} must be i/n with 1 <= i <= n, as in 2/4")
+    return list(configs)[int(part) - 1 :: int(count)]
+
+
+def measure(
+    model: str | DiffusionPipeline, study: Study, samples: int = 120, *, configs: Sequence[QuantConfig] | None = None, protocol: Protocol | None = None,
+    space: dict[str, Any] | None = None, workers: int = 1, device: str = "cpu", dtype: str = "float32", bank: str | None = None,
+    sample_seed: int = 0, stratify: str | None = None, shard: str | None = None, progress: Progress = no_progress,
+) -> int:  # fmt: skip
+    """Measure ``samples`` random configurations in total (or ``configs``), references first; the number of new measurements.
+
+    Measured again, only what is missing is made: interrupted anywhere, the same call continues.
+    """
+    with open_session(
+        model, study, protocol=protocol, space_options=space, workers=workers, device=device, dtype=dtype, bank=bank, progress=progress
+    ) as session:  # fmt: skip
+        before = len(study.known(session.protocol))
+        session.references(progress)
+        drawn = list(configs) if configs is not None else session.space.sample(samples, sample_seed, stratify=stratify)
+        for config in drawn:
+            session.space.check(config, extra_schemes=True)
+        session.measure(shard_of(drawn, shard), "sample", progress)
+        return len(study.known(session.protocol)) - before

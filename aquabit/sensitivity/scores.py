@@ -1,0 +1,132 @@
+"""Scores of predictions, all oriented larger = worse; within-budget SRCC is the one to quote (DESIGN section 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from scipy import stats
+
+from aquabit.scheme import AquabitError
+
+FLAT = 1e-9  # residuals below this share of what they were taken from are rounding, not ranking
+
+
+def srcc(a: np.ndarray, b: np.ndarray) -> float:
+    """Spearman rank correlation; 0 where either side is constant, since a constant ranks nothing."""
+    a, b = _paired(a, b)
+    if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
+        return 0.0
+    return float(stats.spearmanr(a, b).statistic)
+
+
+def kendall(a: np.ndarray, b: np.ndarray) -> float:
+    """Kendall's tau-b; 0 where either side is constant."""
+    a, b = _paired(a, b)
+    if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
+        return 0.0
+    return float(stats.kendalltau(a, b).statistic)
+
+
+def ndcg10(y: np.ndarray, predicted: np.ndarray) -> float:
+    """NDCG@10 with linear gains: a configuration gains (worst - its value) / (worst - best), ranked by prediction, smallest first.
+
+    Configurations predicted equal share the mean gain of their tie, so that the order of the rows does not matter. 1 where all are equal.
+    """
+    y, predicted = _paired(y, predicted)
+    if len(y) == 0 or np.ptp(y) == 0:
+        return 1.0
+    gain = (y.max() - y) / np.ptp(y)
+    _, tie = np.unique(predicted, return_inverse=True)
+    shared = (np.bincount(tie, gain) / np.bincount(tie))[tie]
+    top = min(10, len(y))
+    discount = 1 / np.log2(np.arange(2, top + 2))
+    reached = shared[np.argsort(predicted, kind="stable")[:top]] @ discount
+    return float(reached / (np.sort(gain)[::-1][:top] @ discount))
+
+
+def r2(y: np.ndarray, predicted: np.ndarray) -> float:
+    """Coefficient of determination; NaN where ``y`` is constant."""
+    y, predicted = _paired(y, predicted)
+    total = float(((y - y.mean()) ** 2).sum()) if len(y) else 0.0
+    return float(1 - ((y - predicted) ** 2).sum() / total) if total > 0 else float("nan")
+
+
+def budget_terms(bits: np.ndarray, mean_act: np.ndarray) -> np.ndarray:
+    """The ten terms [n, 10] of a cubic in (real weight bits, mean activation bits), both standardised; a constant one becomes 0."""
+    bits, acts = (_standardised(np.asarray(v, float)) for v in (bits, mean_act))
+    return np.stack([bits**i * acts**j for i in range(4) for j in range(4 - i)], 1)
+
+
+def budget_residuals(values: np.ndarray, bits: np.ndarray, mean_act: np.ndarray, fold: np.ndarray) -> np.ndarray:
+    """``values`` minus a cubic in bits and activation bits, each row's cubic fitted on the rows of the other folds.
+
+    ``values`` [n] are labels or out-of-fold predictions. With ``values`` [folds, n], row f being what the model fitted without
+    fold f says of every configuration, the cubic is fitted to that same model's predictions of the training folds.
+    """
+    values, terms = np.asarray(values, float), budget_terms(bits, mean_act)
+    per_fold = np.broadcast_to(values, (int(fold.max()) + 1, len(fold)))
+    out = np.zeros(len(fold))
+    for f, row in enumerate(per_fold):
+        train, test = fold != f, fold == f
+        if not train.any():
+            raise AquabitError("within-budget SRCC needs at least two folds")
+        center = row[train].mean()
+        cubic, *_ = np.linalg.lstsq(terms[train], row[train] - center, rcond=1e-9)
+        out[test] = row[test] - center - terms[test] @ cubic
+    return out
+
+
+def within_budget_srcc(y: np.ndarray, predicted: np.ndarray, bits: np.ndarray, mean_act: np.ndarray, fold: np.ndarray) -> float:
+    """SRCC of what is left of raw labels and of predictions once the budget explains its part (DESIGN section 2).
+
+    From both a cubic (all ten terms) in real weight bits and mean activation bits is subtracted, fitted on the training
+    folds; the residuals of all folds are pooled. Constant residuals score 0. ``predicted`` is [n], out of fold, or
+    [folds, n] (see ``budget_residuals``); ``fold`` [n] numbers the folds from 0.
+    """
+    fold = np.asarray(fold, int)
+    left = []
+    for values in (np.asarray(y, float), np.asarray(predicted, float)):
+        residual = budget_residuals(values, bits, mean_act, fold)
+        if not np.isfinite(residual).all() or np.ptp(residual) <= FLAT * max(float(np.abs(values).max()), np.finfo(float).tiny):
+            return 0.0
+        left.append(residual)
+    return srcc(*left)
+
+
+def all_scores(
+    y: np.ndarray, predicted: np.ndarray, bits: np.ndarray, mean_act: np.ndarray, fold: np.ndarray, target: np.ndarray | None = None
+) -> dict[str, float]:
+    """The five scores of out-of-fold predictions; ``y`` the oriented labels, ``target`` the scale R2 speaks of (default ``y``)."""
+    fold = np.asarray(fold, int)
+    predicted = np.asarray(predicted, float)
+    held_out = predicted if predicted.ndim == 1 else predicted[fold, np.arange(len(fold))]
+    return {
+        "within_budget_srcc": within_budget_srcc(y, predicted, bits, mean_act, fold),
+        "srcc": srcc(y, held_out),
+        "kendall": kendall(y, held_out),
+        "ndcg10": ndcg10(y, held_out),
+        "r2": r2(y if target is None else target, held_out),
+    }
+
+
+def noise_ceiling(first: Mapping[str, float], second: Mapping[str, float], least: int = 20) -> float | None:
+    """sqrt(reliability) from two seed sets' values by configuration: the highest correlation with one set that any predictor can
+    expect; None where fewer than ``least`` configurations have both."""
+    both = sorted(first.keys() & second.keys())
+    if len(both) < least:
+        return None
+    return float(np.sqrt(max(0.0, srcc(np.array([first[c] for c in both]), np.array([second[c] for c in both])))))
+
+
+def _paired(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    a, b = np.asarray(a, float), np.asarray(b, float)
+    if a.shape != b.shape or a.ndim != 1:
+        raise AquabitError(f"scores compare two lists of one length, not shapes {a.shape} and {b.shape}")
+    return a, b
+
+
+def _standardised(values: np.ndarray) -> np.ndarray:
+    spread = values.std() if len(values) else 0.0
+    flat = spread <= 1e-9 * max(1.0, float(np.abs(values).max(initial=0.0)))
+    return np.zeros_like(values) if flat else (values - values.mean()) / spread

@@ -1,0 +1,66 @@
+"""A worker process: reads one JSON task a line, answers with one JSON line, and is gone when its parent is gone."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import sys
+import threading
+import traceback
+from dataclasses import asdict
+from queue import SimpleQueue
+from typing import Any
+
+
+def main() -> None:
+    """Run as ``python -m aquabit.sensitivity.worker``; the first line describes the model."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what libraries print must not mix with the answers
+    tasks: SimpleQueue[dict[str, Any]] = SimpleQueue()
+    threading.Thread(target=_read, args=(tasks,), daemon=True).start()
+    from aquabit.scheme import AquabitError
+
+    evaluator: Any = None
+    while True:
+        task = tasks.get()
+        try:
+            if task["task"] == "begin":
+                evaluator, answer = _begin(task), {}
+            else:
+                answer = _answer(evaluator, task)
+        except AquabitError as error:
+            answer = {"error": str(error)}
+        except Exception as error:  # the parent reports it as a fault of ours, with this traceback
+            answer = {"fault": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+        answers.write(json.dumps(answer) + "\n")
+
+
+def _read(tasks: SimpleQueue[dict[str, Any]]) -> None:
+    for line in sys.stdin:
+        tasks.put(json.loads(line))
+    os._exit(0)  # the parent closed the pipe, or died
+
+
+def _begin(task: dict[str, Any]) -> Any:
+    import torch
+
+    torch.set_num_threads(1)
+    from aquabit.graph import from_json
+    from aquabit.quant.bank import Bank
+    from aquabit.sensitivity.evaluator import Evaluator
+
+    return Evaluator(task["model"], from_json(task["graph"]), Bank(task["bank"]), task["fingerprint"], task["device"], task["dtype"])
+
+
+def _answer(evaluator: Any, task: dict[str, Any]) -> dict[str, Any]:
+    from aquabit.scheme import Protocol, QuantConfig
+
+    if task["task"] == "fit":
+        return {"errors": evaluator.fit(task["layer"], task["schemes"])}
+    measurement, png = evaluator.measure(QuantConfig.from_dict(task["config"]), Protocol.from_dict(task["protocol"]))
+    return {"measurement": asdict(measurement), "png": png and base64.b64encode(png).decode()}
+
+
+if __name__ == "__main__":
+    main()
