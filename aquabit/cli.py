@@ -74,7 +74,7 @@ def shielded(verb: Callable[..., None]) -> Callable[..., None]:
     call.__annotations__ = {**verb.__annotations__, "debug": Debug}
     import inspect
 
-    signature = inspect.signature(verb)
+    signature = inspect.signature(verb, eval_str=True)
     extra = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Debug)
     call.__signature__ = signature.replace(parameters=[*signature.parameters.values(), extra])  # type: ignore[attr-defined]
     return call

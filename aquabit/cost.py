@@ -49,7 +49,7 @@ class CostModel:
     def __init__(self, graph: nx.DiGraph, space: SearchSpace):
         nodes = graph_layers(graph)
         self.space, schemes = space, space.schemes
-        shapes = [tuple(nodes[k]["shape"]) for k in space.choices]
+        shapes = self.shapes = [tuple(nodes[k]["shape"]) for k in space.choices]
         self.bytes = np.array([[weight_bytes(s, q) for q in schemes] for s in shapes], dtype=np.int64)
         self.macs = np.array([float(nodes[k]["macs"]) for k in space.choices])
         areas = [prod(s[2:]) for s in shapes]
@@ -69,8 +69,15 @@ class CostModel:
         return {"bits": 8 * weight_bytes / self.weights, "bytes": weight_bytes + self.other_bytes, "bops": bops}
 
     def __call__(self, config: QuantConfig) -> Cost:
-        totals = self.totals(*self.space.indices([config]))
-        return Cost(float(totals["bits"][0]), int(totals["bytes"][0]), float(totals["bops"][0]))
+        """Of any configuration of the model, also one with schemes outside the space."""
+        self.space.check(config, extra_schemes=True)
+        size, bops = 0, 0.0
+        for layer, shape, macs in zip(self.space.choices, self.shapes, self.macs, strict=True):
+            choice = config[layer]
+            size += weight_bytes(shape, choice.weight)
+            weight_bits = FULL_BITS if choice.weight.kind == "fp" else choice.weight.code_bits(prod(shape[2:]))
+            bops += float(macs) * weight_bits * (FULL_BITS if choice.act == 16 else choice.act)
+        return Cost(8 * size / self.weights, size + self.other_bytes, bops)
 
     def totals_of(self, config: QuantConfig) -> dict[str, float]:
         """bits, bytes and bops of one configuration as plain numbers."""

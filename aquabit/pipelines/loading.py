@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils import logging
 
 from aquabit.pipelines.class_conditional import ClassConditionalPipeline
 from aquabit.scheme import AquabitError, read_json
@@ -33,7 +34,7 @@ def load(model: str | Path | DiffusionPipeline, device: str | torch.device = "cp
         return _from_folder(folder, device, dtype)
     if "/" not in name or folder.is_absolute() or name.startswith("."):
         raise AquabitError(f"unknown model {name!r}; bundled are {', '.join(bundled_models())}, else give a diffusers directory or a hub id")
-    return _guarded(name, lambda: DiffusionPipeline.from_pretrained(name, torch_dtype=dtype)).to(device)
+    return _guarded(name, lambda: DiffusionPipeline.from_pretrained(name, dtype=dtype)).to(device)
 
 
 def _dtype(dtype: torch.dtype | str) -> torch.dtype:
@@ -57,15 +58,15 @@ def _from_folder(folder: Path, device: str | torch.device, dtype: torch.dtype) -
     for component, entry in described.items():
         if isinstance(entry, list) and is_packed(folder / component):
             given[component] = load_packed_denoiser(folder / component, dtype)
-    pipe = _guarded(str(folder), lambda: cls.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, **given))
+    pipe = _guarded(str(folder), lambda: cls.from_pretrained(folder, dtype=dtype, use_safetensors=True, **given))
     return pipe if given and str(device) == "cpu" else pipe.to(device)
 
 
-def _guarded(name: str, loader: Any) -> Any:
-    """Loading failures as one sentence."""
-    logger = logging.getLogger("diffusers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+def _guarded(name: str, loader: Callable[[], Any]) -> Any:
+    """The loaded pipeline, without diffusers' own bars and warnings; failures as one sentence."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         pipe = loader()
     except AquabitError:
@@ -74,6 +75,8 @@ def _guarded(name: str, loader: Any) -> Any:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise AquabitError(f"{name} cannot be loaded as a diffusers pipeline: {reason}") from error
     finally:
-        logger.setLevel(level)
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
     pipe.set_progress_bar_config(disable=True)
     return pipe

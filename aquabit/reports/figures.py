@@ -16,8 +16,8 @@ from matplotlib.patches import Patch
 from aquabit.reports import style
 from aquabit.scheme import Scheme
 
-MEASURED = {"color": style.VERMILLION, "marker": "D", "markerfacecolor": "white"}  # hollow diamonds, everywhere
-PREDICTED = {"color": style.BLUE, "marker": "o"}  # filled circles, everywhere
+MEASURED: dict[str, Any] = {"color": style.VERMILLION, "marker": "D", "markerfacecolor": "white"}  # hollow diamonds, everywhere
+PREDICTED: dict[str, Any] = {"color": style.BLUE, "marker": "o"}  # filled circles, everywhere
 
 
 def _errors(table: pd.DataFrame, value: str, low: str, high: str) -> np.ndarray:
@@ -53,7 +53,7 @@ def _better(metric: str, direction: str) -> str:
 
 def quality_vs_bits(table: pd.DataFrame, axes: Axes, metric: str = "FID", direction: str = "min") -> None:
     """Measured quality against bits per weight: random samples and their frontier, uniform, found front, full precision, budget."""
-    group = {name: part for name, part in table.groupby("group", sort=False)}
+    group = dict(list(table.groupby("group", sort=False)))
     shown = table[~table.group.isin(["budget"])]
     core = table[table.group.isin(["random", "found", "budget"])].bits
     core = core if len(core) else table[table.group == "uniform"].bits
@@ -89,7 +89,7 @@ def quality_vs_bits(table: pd.DataFrame, axes: Axes, metric: str = "FID", direct
 
 def _uniform_points(uniform: pd.DataFrame, axes: Axes, right: float) -> None:
     inside = uniform[uniform.bits <= right]
-    look = {
+    look: dict[str, Any] = {
         "ls": "",
         "marker": "s",
         "ms": 5,
@@ -111,7 +111,15 @@ def _uniform_points(uniform: pd.DataFrame, axes: Axes, right: float) -> None:
 def _found_points(found: pd.DataFrame, axes: Axes) -> None:
     found = found.sort_values("bits")
     bars = _errors(found, "value", "low", "high")
-    look = {"color": style.BLUE, "marker": "D", "ms": 4.5, "mec": style.BLACK, "mew": 0.6, "ecolor": style.BLUE, "elinewidth": 1.0}
+    look: dict[str, Any] = {
+        "color": style.BLUE,
+        "marker": "D",
+        "ms": 4.5,
+        "mec": style.BLACK,
+        "mew": 0.6,
+        "ecolor": style.BLUE,
+        "elinewidth": 1.0,
+    }
     axes.errorbar(found.bits, found.value, yerr=bars, ls="-", lw=0.8, capsize=2, label="found (fresh seeds)", zorder=4, **look)
     best = found[found.label == "winner"]
     if len(best):
@@ -156,7 +164,7 @@ def group_effects(
     members = [layers.loc[(layers[key] == n) & layers.effect.notna(), "effect"].to_numpy(float) for n in table.name]
     boxed = [i for i, m in enumerate(members) if len(m) >= 5]
     if boxed:
-        line = {"color": "#8C8C8C", "lw": 0.7}
+        line: dict[str, Any] = {"color": "#8C8C8C", "lw": 0.7}
         axes.boxplot(
             [members[i] for i in boxed], positions=at[boxed], orientation="horizontal", widths=0.62, showfliers=False, patch_artist=True,
             manage_ticks=False, boxprops={"facecolor": "#EFEFEF", "edgecolor": "#8C8C8C", "lw": 0.7},
@@ -232,8 +240,8 @@ def swaps_scatter(
     table: pd.DataFrame, axes: Axes, metric: str = "FID", srcc: float = math.nan, sign_agreement: float = math.nan, flips: int = 0
 ) -> None:
     """Predicted effects of layers against the mean of real swaps, with the intervals of the latter."""
-    style.symmetric_axis(axes, "x", table.predicted)
-    style.symmetric_axis(axes, "y", table[["real", "low", "high"]])
+    for which in ("x", "y"):  # one scale, so that agreement is a straight line
+        style.symmetric_axis(axes, which, table[["predicted", "real", "low", "high"]])
     ends = np.linspace(*axes.get_xlim(), 400)
     axes.plot(ends, ends, color=style.BLACK, lw=0.7, ls="--", scalex=False, scaley=False)
     axes.axhline(0, color="#8C8C8C", lw=0.6)

@@ -61,8 +61,8 @@ def _plans(facts: Facts) -> list[Plan]:
     return [
         Plan("quality_vs_bits", "points", "quality_vs_bits", lambda table: (style.DOUBLE, 3.3),
              lambda f, t, a: figures.quality_vs_bits(t["quality_vs_bits"], a, metric, f.direction),
-             f"Measured {metric} against bits per weight. Found configurations, and whatever else was measured on fresh seeds, are means over "
-             "blocks of seeds that the search never saw, with their intervals; random configurations were measured on the study's own seeds."),
+             f"Measured {metric} against bits per weight. Found configurations, and whatever else was measured on fresh seeds, are means "
+             "over blocks of seeds that the search never saw, with intervals; random ones were measured on the study's own seeds."),
         Plan("layer_ranking", "layers", "layers", _rows_high(style.DOUBLE, 0.2, 20, "layer"),
              lambda f, t, a: figures.layer_ranking(t["layers"], a, metric, swap),
              "The most harmful layers: predicted effects with their intervals, and measured swaps of the same layer in random contexts."),
@@ -158,7 +158,7 @@ def inline_svg(text: str, name: str, caption: str) -> Markup:
     root.set("style", f"width: {width / 72:.2f}in")
     root.set("role", "img")
     root.set("aria-label", caption)
-    return Markup(ET.tostring(root, encoding="unicode"))  # noqa: S704 - an XML writer escaped it
+    return Markup(ET.tostring(root, encoding="unicode"))
 
 
 @dataclass(frozen=True)

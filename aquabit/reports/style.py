@@ -31,7 +31,7 @@ SINGLE, DOUBLE = 3.35, 6.9  # inches: one and two columns of a paper
 BLACK, BLUE, VERMILLION, GREEN = "#000000", "#0072B2", "#D55E00", "#009E73"
 ORANGE, SKY, PURPLE, GREY = "#E69F00", "#56B4E9", "#CC79A7", "#8C8C8C"
 
-RC: dict[str, Any] = {
+RC: Any = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same layout on every machine
     "font.size": 7.5, "axes.labelsize": 7.5, "xtick.labelsize": 7, "ytick.labelsize": 7, "legend.fontsize": 7,
     "figure.dpi": 100, "savefig.dpi": 200, "figure.facecolor": "white", "axes.facecolor": "white",
@@ -96,8 +96,8 @@ def symmetric_axis(axes: Axes, which: str, values: Any, ticks_most: int = 4) -> 
     """An axis over ``values`` and zero: linear, or linear near zero and logarithmic beyond where few values dwarf the rest."""
     size = np.abs(np.asarray(values, float))
     size = size[np.isfinite(size) & (size > 0)]
-    seen = np.asarray(values, float)
-    low, high = min(0.0, float(np.nanmin(seen))), max(0.0, float(np.nanmax(seen)))
+    seen = np.nan_to_num(np.asarray(values, float), nan=0.0, posinf=0.0, neginf=0.0)
+    low, high = min(0.0, float(seen.min())), max(0.0, float(seen.max()))
     if not len(size) or size.max() < 12 * np.median(size):
         pad = 0.06 * (high - low) or 1.0
         getattr(axes, f"set_{which}lim")(low - pad if low < 0 else -0.5 * pad, high + pad)

@@ -28,10 +28,7 @@ def figures(value: Any, digits: int = 3) -> str:
     if not math.isfinite(value):
         return "–"
     size = math.floor(math.log10(abs(value))) if value else 0
-    if size < -4:
-        text = f"{value:.{digits - 1}e}"
-    else:
-        text = f"{value:,.{max(0, digits - 1 - size)}f}" if value else "0"
+    text = "0" if not value else f"{value:.{digits - 1}e}" if size < -4 else f"{value:,.{max(0, digits - 1 - size)}f}"
     return text.replace("-", "\N{MINUS SIGN}")
 
 
@@ -116,11 +113,13 @@ def _which(facts: Facts, comparison: pd.DataFrame) -> Sentence | None:
             verdict = "the uniform configuration wins"
         else:
             verdict = "the interval includes zero, so neither is shown to win"
-        verdict = f"a paired difference of {figures(change.value)}{interval(change.low, change.high)} over {found.blocks} blocks of fresh seeds: {verdict}"
+        gap = f"{figures(change.value)}{interval(change.low, change.high)}"
+        verdict = f"a paired difference of {gap} over {found.blocks} blocks of fresh seeds: {verdict}"
     text = f"Within {budget}, the found" if budget else "The found"
+    ours, theirs = (f"{count(r.bytes)} bytes, {figures(r.bits, 4)} bits a weight" for r in (found, uniform))
     return Sentence(
-        f"{text} configuration ({count(found.bytes)} bytes, {figures(found.bits)} bits a weight) measures {facts.metric} {figures(found.value)} "
-        f"and uniform {uniform.scheme} ({count(uniform.bytes)} bytes, {figures(uniform.bits)} bits) {figures(uniform.value)}, {verdict}."
+        f"{text} configuration ({ours}) measures {facts.metric} {figures(found.value)} and uniform {uniform.scheme} ({theirs}) "
+        f"{figures(uniform.value)}, {verdict}."
     )
 
 
@@ -168,7 +167,7 @@ def run_card(facts: Facts) -> list[tuple[str, str]]:
         card.append(("effect", f"the swap {' to '.join(facts.swap.split(':'))}{around}"))
     ok = table[table.status == "ok"]
     kinds = tables.counts(facts)
-    listed = ", ".join(f"{r.measured} {r.kind}" + (f" and {r.failed} failed" if r.failed else "") for r in kinds.itertuples())
+    listed = ", ".join(f"{r.measured} {r.kind}" + (f" ({r.failed} more failed)" if r.failed else "") for r in kinds.itertuples())
     card.append(("measurements", f"{len(ok)}: {listed}" if len(table) else "none"))
     card.append(
         (

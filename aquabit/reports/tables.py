@@ -236,14 +236,16 @@ def comparison(facts: Facts) -> pd.DataFrame:
 def all_tables(facts: Facts) -> dict[str, pd.DataFrame]:
     """Every table by the name of its files."""
     functions = (
-        counts, failures, quality_vs_bits, front, comparison, layers, operators, blocks, chosen_schemes, surrogate, surrogate_scatter, swaps,
+        counts, failures, quality_vs_bits, front, comparison, layers, operators, blocks, chosen_schemes, surrogate, surrogate_scatter,
+        swaps,
     )  # fmt: skip
     return {f.__name__: f(facts) for f in functions}
 
 
 _LATEX = {
-    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_", "^": r"\textasciicircum{}",
-    "~": r"\textasciitilde{}", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "`": r"\textasciigrave{}", "-": "{-}",
+    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",
+    "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
+    "`": r"\textasciigrave{}", "-": "{-}",
     "\N{MINUS SIGN}": "$-$", "\N{MULTIPLICATION SIGN}": r"$\times$", "[": "{[}", "]": "{]}", "*": "{*}",
 }  # fmt: skip
 
@@ -265,13 +267,14 @@ def latex(table: pd.DataFrame) -> str:
     """The table as a booktabs ``tabular``: numbers to four digits and right-aligned, undefined ones as a dash."""
 
     def cell(value: Any) -> str:
-        if value is None or (isinstance(value, float) and not math.isfinite(value)):
-            return "--"
         if isinstance(value, bool | np.bool_):
             return "yes" if value else "no"
         if isinstance(value, float | np.floating):
-            text = f"{value:.0f}" if value == round(value) and abs(value) < 1e12 else f"{value:.4g}"
-            return text.replace("-", "$-$", 1) if text.startswith("-") else text
+            exact = float(value)
+            if not math.isfinite(exact):
+                return "--"
+            text = f"{exact:.0f}" if exact == round(exact) and abs(exact) < 1e12 else f"{exact:.4g}"
+            return text.replace("-", "$-$")
         return latex_text(value)
 
     columns = "".join("r" if pd.api.types.is_numeric_dtype(t) and not pd.api.types.is_bool_dtype(t) else "l" for t in table.dtypes)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import ctypes
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,10 +138,11 @@ def _milp(
         low.append(np.array([-np.inf]))
         high.append(np.array([len(scores) - float(differ)]))
     constraints = [LinearConstraint(a, lo, hi) for a, lo, hi in zip(rows, low, high, strict=True)]
-    found = milp(
-        scores[layer, column], integrality=np.ones(len(cells)), bounds=Bounds(0, 1), constraints=constraints,
-        options={"mip_rel_gap": relative_gap, "node_limit": nodes},
-    )  # fmt: skip
+    with _silent():
+        found = milp(
+            scores[layer, column], integrality=np.ones(len(cells)), bounds=Bounds(0, 1), constraints=constraints,
+            options={"mip_rel_gap": relative_gap, "node_limit": nodes},
+        )  # fmt: skip
     if found.x is None and found.status == 1:
         raise AquabitError(f"the integer program stopped after {nodes} nodes without a solution; raise `nodes`")
     if found.x is None:
@@ -147,6 +151,29 @@ def _milp(
     share[layer, column] = found.x
     bound = found.mip_dual_bound if found.mip_dual_bound is not None else found.fun
     return share.argmax(1), float(bound)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Drop what C code prints: the HiGHS of scipy 1.17 leaves a debug line on stdout, whatever its options say, amid ``--json -``."""
+    flush = ctypes.CDLL(None).fflush if os.name == "posix" else None
+    try:
+        stdout = os.dup(1) if flush else -1
+    except OSError:  # closed
+        stdout = -1
+    if flush is None or stdout < 0:
+        yield
+        return
+    flush(None)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        flush(None)
+        os.dup2(stdout, 1)
+        os.close(stdout)
+        os.close(nowhere)
 
 
 def _infeasible(options: Options, cost_model: CostModel, budget: Budget, cut: bool) -> str:

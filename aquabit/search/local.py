@@ -112,7 +112,7 @@ def _exchanges(
     weight = np.maximum((change / np.maximum(options.caps, 1)[:, None]).max(0), 1e-9)
     better = np.flatnonzero(values < value)
     if len(better) > LIFTS:
-        gain = np.minimum(value - values[better], 1e300) / weight[better]
+        gain = np.minimum(value - values[better], 1e290) / weight[better]  # weights are 1e-9 and more
         better = np.sort(better[np.argsort(-gain, kind="stable")[:LIFTS]])
     elif not len(better):
         better = np.sort(np.argsort(values, kind="stable")[:64])

@@ -106,7 +106,7 @@ class Evaluator:
         if self.extractor is None or self.reference is None:
             bad = int((~torch.isfinite(images)).flatten(1).any(1).sum())
             if bad:
-                raise AquabitError(f"{bad} of {len(images)} images are not finite")
+                raise AquabitError(f"{bad} of {len(images)} images are non-finite (NaN or infinite)")
             error = mse(images, full)
             return {"mse": float(error.mean()), "psnr": float(psnr_from_mse(error).mean()), "ssim": float(ssim(images, full).mean())}
         quality = Quality(self.extractor, self.reference)

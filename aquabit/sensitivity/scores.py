@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 from scipy import stats
 
@@ -52,9 +50,11 @@ def r2(y: np.ndarray, predicted: np.ndarray) -> float:
     return float(1 - ((y - predicted) ** 2).sum() / total) if total > 0 else float("nan")
 
 
-def budget_terms(bits: np.ndarray, mean_act: np.ndarray) -> np.ndarray:
-    """The ten terms [n, 10] of a cubic in (real weight bits, mean activation bits), both standardised; a constant one becomes 0."""
-    bits, acts = (_standardised(np.asarray(v, float)) for v in (bits, mean_act))
+def budget_terms(bits: np.ndarray, mean_act: np.ndarray, standardise: bool = True) -> np.ndarray:
+    """The ten terms [n, 10] of a cubic in (real weight bits, mean activation bits), both standardised first; a constant one becomes 0."""
+    bits, acts = np.asarray(bits, float), np.asarray(mean_act, float)
+    if standardise:
+        bits, acts = _standardised(bits), _standardised(acts)
     return np.stack([bits**i * acts**j for i in range(4) for j in range(4 - i)], 1)
 
 
@@ -94,29 +94,29 @@ def within_budget_srcc(y: np.ndarray, predicted: np.ndarray, bits: np.ndarray, m
     return srcc(*left)
 
 
-def all_scores(
-    y: np.ndarray, predicted: np.ndarray, bits: np.ndarray, mean_act: np.ndarray, fold: np.ndarray, target: np.ndarray | None = None
-) -> dict[str, float]:
-    """The five scores of out-of-fold predictions; ``y`` the oriented labels, ``target`` the scale R2 speaks of (default ``y``)."""
-    fold = np.asarray(fold, int)
-    predicted = np.asarray(predicted, float)
+def all_scores(y: np.ndarray, predicted: np.ndarray, bits: np.ndarray, mean_act: np.ndarray, fold: np.ndarray) -> dict[str, float]:
+    """The five scores of out-of-fold predictions (forms as in ``within_budget_srcc``), labels and predictions in the same units."""
+    fold, predicted = np.asarray(fold, int), np.asarray(predicted, float)
     held_out = predicted if predicted.ndim == 1 else predicted[fold, np.arange(len(fold))]
     return {
         "within_budget_srcc": within_budget_srcc(y, predicted, bits, mean_act, fold),
         "srcc": srcc(y, held_out),
         "kendall": kendall(y, held_out),
         "ndcg10": ndcg10(y, held_out),
-        "r2": r2(y if target is None else target, held_out),
+        "r2": r2(y, held_out),
     }
 
 
-def noise_ceiling(first: Mapping[str, float], second: Mapping[str, float], least: int = 20) -> float | None:
-    """sqrt(reliability) from two seed sets' values by configuration: the highest correlation with one set that any predictor can
-    expect; None where fewer than ``least`` configurations have both."""
-    both = sorted(first.keys() & second.keys())
-    if len(both) < least:
+def noise_ceiling(first: np.ndarray, second: np.ndarray, bits: np.ndarray, mean_act: np.ndarray) -> float | None:
+    """sqrt(reliability) of labels from two seed sets: the within-budget SRCC that a perfect predictor of the mean could reach.
+
+    The reliability is the SRCC between the two sets after the cubic is subtracted from each; None below 20 configurations.
+    """
+    if len(first) < 20:
         return None
-    return float(np.sqrt(max(0.0, srcc(np.array([first[c] for c in both]), np.array([second[c] for c in both])))))
+    terms = budget_terms(bits, mean_act)
+    left = [v - terms @ np.linalg.lstsq(terms, v, rcond=1e-9)[0] for v in (np.asarray(first, float), np.asarray(second, float))]
+    return float(np.sqrt(max(0.0, srcc(*left))))
 
 
 def _paired(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,175 @@
+"""Sensitivity: what a swap in each layer does to the objective, with intervals and TreeSHAP, by layer, operator type and block."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from aquabit.graph import layers as graph_layers
+from aquabit.scheme import AquabitError, Progress, no_progress, parse_swap
+from aquabit.sensitivity.effects import (
+    Effects,
+    bootstrap,
+    draw_contexts,
+    find_players,
+    interval,
+    member_parts,
+    predict_effects,
+    shap_by_layer,
+    signed_shap,
+)
+from aquabit.sensitivity.flips import predict_flips, study_flips, validation_scores
+from aquabit.sensitivity.surrogate import FittedSurrogate, fit_from_study
+from aquabit.study import Study
+
+__all__ = ["Sensitivity", "explain", "predict_flips", "save", "validation_scores"]
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Effects of one swap a layer on the objective, in its units, positive = worse; tables sorted by effect, largest first.
+
+    ``layers``: name, operator, block, swap, effect, low, high (90 % interval), shap (mean |SHAP|, log units), shap_signed (mean
+    SHAP above the layer's median weight error less that below), schemes ({scheme: effect of going there from the swap's first}).
+    ``operators`` and ``blocks``: their name, layers, effect (sum), low, high, mean (per layer), mean_low, mean_high, shap.
+    """
+
+    objective: str
+    direction: str
+    protocol: str
+    measurements: int
+    bits: float
+    swap: str
+    layers: pd.DataFrame
+    operators: pd.DataFrame
+    blocks: pd.DataFrame
+    surrogate: Mapping[str, Any]
+    validation: Mapping[str, Any] | None = None
+    scatter: list[dict[str, Any]] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The value of ``sensitivity.json``: undefined numbers are None."""
+        value = {
+            "objective": self.objective, "direction": self.direction, "protocol": self.protocol, "measurements": self.measurements,
+            "bits": self.bits, "swap": self.swap, "surrogate": dict(self.surrogate), "layers": self.layers.to_dict("records"),
+            "operators": self.operators.to_dict("records"), "blocks": self.blocks.to_dict("records"),
+            "validation": self.validation and dict(self.validation), "scatter": self.scatter,
+        }  # fmt: skip
+        return dict(_plain(value))
+
+    @staticmethod
+    def from_dict(value: Mapping[str, Any]) -> Sensitivity:
+        """The inverse of ``to_dict``; raises AquabitError where a part is missing."""
+        missing = [k for k in Sensitivity.__dataclass_fields__ if k not in value]
+        if missing:
+            raise AquabitError(f"this is no sensitivity table: it has no {missing[0]!r}; run `aquabit explain` again")
+        tables = {k: _table(value[k]) for k in ("layers", "operators", "blocks")}
+        return Sensitivity(**{k: tables.get(k, value[k]) for k in Sensitivity.__dataclass_fields__})
+
+    def _repr_html_(self) -> str:
+        score = self.surrogate.get("within_budget_srcc")
+        quality = "unknown" if score is None else f"{score:.2f}"
+        title = f"{self.objective}, {self.swap} at {self.bits:g} bits: {self.measurements} measurements, within-budget SRCC {quality}"
+        shown = self.layers[["name", "operator", "effect", "low", "high"]].head(20)
+        return f"<p>{html.escape(title)}</p>" + str(shown.to_html(index=False, float_format="{:.3g}".format))
+
+
+def explain(
+    study: Study, bits: float = 3.0, swap: str = "usq4:usq2", contexts: int = 64, replicates: int = 20, seed: int = 0,
+    progress: Progress = no_progress, objective: str | None = None, fitted: FittedSurrogate | None = None,
+) -> Sensitivity:  # fmt: skip
+    """Fit the surrogate (or take ``fitted``), predict what swapping each layer does near ``bits``, and compare with real swaps
+    where the study has some. Nothing is stored; see ``save``.
+
+    Raises AquabitError for a study with too few measurements, an unknown swap, or ``bits`` out of reach.
+    """
+    pair = parse_swap(swap)
+    fitted = fitted or fit_from_study(study, objective, seed, progress=progress)
+    players = find_players(fitted.space, pair)
+    drawn = draw_contexts(fitted, bits, contexts, np.random.default_rng([seed, 0]))
+    models = bootstrap(fitted, replicates, seed, progress)
+    effects = predict_effects(fitted, players, drawn, models, seed, progress)
+    layers = _layer_table(fitted, effects)
+    operators, blocks = (_rolled(layers, fitted, effects, key) for key in ("operator", "block"))
+    return Sensitivity(
+        fitted.objective, fitted.direction, fitted.protocol, len(fitted.y), bits, swap, layers, operators, blocks,
+        fitted.scores, _validation(study, fitted, layers), _scatter(fitted),
+    )  # fmt: skip
+
+
+def save(study: Study, sensitivity: Sensitivity) -> None:
+    """Store the sensitivity in the study."""
+    with study.writing():
+        study.set(sensitivity=sensitivity.to_dict())
+
+
+def _layer_table(fitted: FittedSurrogate, effects: Effects) -> pd.DataFrame:
+    nodes, schemes = graph_layers(fitted.graph), fitted.space.schemes
+    values, base = shap_by_layer(fitted)
+    predicted = fitted.badness(fitted.weights, fitted.acts)
+    worst = float(np.abs(values.sum(1) + base - predicted).max())
+    if worst > 1e-4 * max(1.0, float(np.abs(predicted).max())):
+        raise RuntimeError(f"SHAP values miss the prediction by {worst:.2g}; this is an error of ours")
+    signed = signed_shap(values, member_parts(fitted.encoder, fitted.weights, fitted.acts)["error"])
+    effect = effects.effect(schemes)
+    low, high = interval(effect, effects.replicates)
+    rows = []
+    for i, player in enumerate(effects.players):
+        node = nodes[player.layer]
+        rows.append({
+            "name": player.layer, "operator": node["operator"], "block": node["block"], "swap": f"{player.before}:{player.after}",
+            "effect": float(effect[i]), "low": float(low[i]), "high": float(high[i]),
+            "shap": float(np.abs(values[:, player.column]).mean()), "shap_signed": float(signed[player.column]), "schemes": effects.of_schemes(i, schemes),
+        })  # fmt: skip
+    return pd.DataFrame(rows).sort_values("effect", ascending=False, kind="stable").reset_index(drop=True)
+
+
+def _rolled(layers: pd.DataFrame, fitted: FittedSurrogate, effects: Effects, key: str) -> pd.DataFrame:
+    """Sum and mean of effects over an operator type or block, with intervals of the sum from the replicates."""
+    place = {p.layer: i for i, p in enumerate(effects.players)}
+    rows = []
+    for name, group in layers.groupby(key, sort=False):
+        index = [place[n] for n in group.name]
+        total, count = float(group.effect.sum()), len(group)
+        low, high = (float(v[0]) for v in interval(np.array([total]), effects.replicates[:, index].sum(1, keepdims=True)))
+        sums = {"effect": total, "low": low, "high": high, "shap": float(group["shap"].sum())}
+        rows.append({key: str(name), "layers": count, **sums, "mean": total / count, "mean_low": low / count, "mean_high": high / count})
+    return pd.DataFrame(rows).sort_values("mean", ascending=False, kind="stable").reset_index(drop=True)
+
+
+def _validation(study: Study, fitted: FittedSurrogate, layers: pd.DataFrame) -> dict[str, Any] | None:
+    flips = study_flips(study, fitted.objective, fitted.protocol)
+    if flips.empty:
+        return None
+    result = validation_scores(layers, flips, fitted.direction)
+    per_flip = predict_flips(fitted, flips, study.configs())
+    return {**result, "srcc_flips": per_flip.attrs["srcc_flips"]}
+
+
+def _scatter(fitted: FittedSurrogate) -> list[dict[str, Any]]:
+    rows = zip(fitted.configs, fitted.out_of_fold, fitted.y, fitted.bits, strict=True)
+    return [{"config": c, "predicted": float(p), "measured": float(y), "bits": float(b)} for c, p, y, b in rows]
+
+
+def _plain(value: Any) -> Any:
+    """JSON values: numpy scalars as Python's, undefined numbers as None."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _table(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    table = pd.DataFrame(rows)
+    for name in table.columns.intersection(["effect", "low", "high", "mean", "mean_low", "mean_high", "shap", "shap_signed"]):
+        table[name] = table[name].astype(float)
+    return table

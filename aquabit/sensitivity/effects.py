@@ -1,0 +1,212 @@
+"""Predicted effects of swaps in random contexts, their intervals, and TreeSHAP by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+from aquabit.scheme import FP, AquabitError, Progress, Scheme, no_progress
+from aquabit.sensitivity.estimators import Surrogate
+from aquabit.sensitivity.surrogate import FittedSurrogate
+from aquabit.space import Encoder, SearchSpace, maximum_entropy
+
+REACH = 0.25  # contexts lie within this many real bits per weight of the budget
+CONTEXT_ACT = 8
+CHUNK = 8192  # configurations encoded at once: bounds memory on large models
+REPLICATE = {"rounds": 120, "rate": 0.08, "members": 1}  # a third of the cost of the full fit
+
+
+@dataclass(frozen=True)
+class Player:
+    """One layer with a choice, and the swap that its effect speaks of."""
+
+    layer: str
+    column: int  # of index matrices
+    before: Scheme
+    after: Scheme
+    schemes: tuple[Scheme, ...]
+
+
+@dataclass(frozen=True)
+class Effects:
+    """Mean predicted objective per (player, scheme) over the contexts, positive = worse; replicates in the leading axis."""
+
+    players: list[Player]
+    value: np.ndarray  # [players, schemes of the space], NaN where a layer may not take it
+    replicates: np.ndarray  # [replicates, players] effects
+
+    def of_schemes(self, index: int, space_schemes: Sequence[Scheme]) -> dict[str, float]:
+        """Effect of going from the swap's first scheme to each other one of the layer."""
+        player, column = self.players[index], {s: j for j, s in enumerate(space_schemes)}
+        start = self.value[index, column[player.before]]
+        return {str(s): float(self.value[index, column[s]] - start) for s in player.schemes if s != player.before}
+
+    def effect(self, space_schemes: Sequence[Scheme]) -> np.ndarray:
+        return np.array([self.of_schemes(i, space_schemes)[str(p.after)] for i, p in enumerate(self.players)])
+
+
+def find_players(space: SearchSpace, swap: tuple[Scheme, Scheme]) -> list[Player]:
+    """The layers with a choice. One that lacks a named scheme uses its own nearest in bits, of the same kind where it can;
+    a layer whose two nearest are one scheme has no swap and is left out."""
+    found = []
+    for column, (layer, row) in enumerate(space.choices.items()):
+
+        def nearest(wanted: Scheme, layer: str = layer, row: tuple[Scheme, ...] = row) -> Scheme:
+            bits = space.code_bits(layer, wanted)
+            return min(row, key=lambda s: (s != wanted, abs(space.code_bits(layer, s) - bits), s.kind != wanted.kind))
+
+        before, after = nearest(swap[0]), nearest(swap[1])
+        if before != after:
+            found.append(Player(layer, column, before, after, row))
+    if not found:
+        raise AquabitError(f"no layer has both ends of the swap {swap[0]}:{swap[1]}; the space has {', '.join(map(str, space.schemes))}")
+    return found
+
+
+def draw_contexts(fitted: FittedSurrogate, bits: float, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Index matrices of ``count`` random configurations within 0.25 real bits per weight of ``bits``, activations at 8 bits.
+
+    Drawn as ``SearchSpace.sample`` draws (maximum entropy over bit levels, then a method), the nominal mean adjusted until the
+    real one fits, the rest rejected. Raises AquabitError where the space cannot reach ``bits``.
+    """
+    space, cost = fitted.space, fitted.cost
+    low, high = cost.limits(CONTEXT_ACT)["bits"]
+    if not low - REACH <= bits <= high + REACH:
+        raise AquabitError(f"bits = {bits:g} is out of reach: this space has {low:.3g} to {high:.3g} bits per weight")
+    excluded = np.array([row == (FP,) for row in space.choices.values()])
+    acts = np.tile(np.where(excluded, 16, CONTEXT_ACT), (count, 1))
+    mean, kept, have = bits, [], 0
+    for _ in range(200):
+        drawn = _draw(space, mean, 4 * count, rng)
+        real = cost.totals(drawn, acts[:1].repeat(len(drawn), 0))["bits"]
+        fits = drawn[np.abs(real - bits) <= REACH]
+        kept.append(fits)
+        have += len(fits)
+        if have >= count:
+            return np.concatenate(kept)[:count], acts
+        mean += float(np.clip(bits - real.mean(), -0.5, 0.5))
+    raise AquabitError(f"no random configuration comes within {REACH} of {bits:g} bits per weight; this space has {low:.3g} to {high:.3g}")
+
+
+def _draw(space: SearchSpace, mean: float, count: int, rng: np.random.Generator) -> np.ndarray:
+    column = {s: j for j, s in enumerate(space.schemes)}
+    odds: dict[tuple[float, ...], np.ndarray] = {}
+    out = np.empty((count, len(space.choices)), int)
+    for i, layer in enumerate(space.choices):
+        levels = space.bit_levels(layer)
+        key = tuple(levels)
+        if key not in odds:
+            odds[key] = maximum_entropy(key, mean)
+        chance = {s: p / len(row) for (_, row), p in zip(levels.items(), odds[key], strict=True) for s in row}
+        out[:, i] = rng.choice([column[s] for s in chance], count, p=np.array(list(chance.values())))
+    return out
+
+
+def swapped(
+    fitted: FittedSurrogate, players: list[Player], weights: np.ndarray, acts: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Features of every context with every scheme of every player, in chunks: (features, players, scheme columns), contexts innermost."""
+    column = {s: j for j, s in enumerate(fitted.space.schemes)}
+    pairs = [(i, column[s]) for i, p in enumerate(players) for s in p.schemes]
+    step = max(1, CHUNK // len(weights))
+    for start in range(0, len(pairs), step):
+        part = pairs[start : start + step]
+        changed = np.tile(weights, (len(part), 1, 1))
+        for k, (player, scheme) in enumerate(part):
+            changed[k, :, players[player].column] = scheme
+        features = fitted.encoder(changed.reshape(-1, weights.shape[1]), np.tile(acts, (len(part), 1)))
+        yield features, np.array([p for p, _ in part]), np.array([s for _, s in part])
+
+
+def bootstrap(fitted: FittedSurrogate, replicates: int, seed: int, progress: Progress = no_progress) -> list[Surrogate]:
+    """The surrogate refitted to measurements drawn with replacement, with fewer and larger boosting steps."""
+    features, models = fitted.encoder(fitted.weights, fitted.acts), []
+    for r in range(replicates):
+        rng = np.random.default_rng([seed, 1, r])
+        rows = rng.integers(len(fitted.y), size=len(fitted.y))
+        options = {**fitted.surrogate.get_params(), **REPLICATE, "seed": seed + 1 + r}
+        models.append(Surrogate(**options).fit(features[rows], fitted.y[rows]))
+        progress("refit for intervals", r + 1, replicates)
+    return models
+
+
+def predict_effects(
+    fitted: FittedSurrogate, players: list[Player], contexts: tuple[np.ndarray, np.ndarray], models: Sequence[Surrogate],
+    seed: int = 0, progress: Progress = no_progress,
+) -> Effects:  # fmt: skip
+    """Mean predicted objective of each (player, scheme), in units, positive = worse; each replicate also redraws the contexts."""
+    weights, acts = contexts
+    n, shape = len(weights), (len(models) + 1, len(players), len(fitted.space.schemes))
+    share = np.full((len(models) + 1, n), 1.0 / n)
+    for r in range(len(models)):
+        share[r + 1] = np.random.default_rng([seed, 2, r]).multinomial(n, share[0]) / n
+    value = np.full(shape, np.nan)
+    for features, player, scheme in swapped(fitted, players, weights, acts):
+        for m, model in enumerate((fitted.surrogate, *models)):
+            units = model.to_units(model.predict(features)).reshape(len(player), n)
+            value[m, player, scheme] = fitted.sign * (units @ share[m])
+        progress("predict swaps", int(player[-1]) + 1, len(players))
+    column = {s: j for j, s in enumerate(fitted.space.schemes)}
+    rows = np.arange(len(players))
+    before, after = [column[p.before] for p in players], [column[p.after] for p in players]
+    return Effects(players, value[0], value[1:, rows, after] - value[1:, rows, before])
+
+
+def interval(effect: np.ndarray, replicates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """90 % interval [n] around ``effect`` from bootstrap replicates [r, n]; NaN below two replicates.
+
+    The 5th and 95th percentiles of the replicates about their own mean, moved onto the effect (replicates use a cheaper fit, whose
+    shrinkage is not ours), widened by Student's t for few replicates; the effect always lies inside.
+    """
+    count = len(replicates)
+    if count < 2:
+        return np.full(len(effect), np.nan), np.full(len(effect), np.nan)
+    widen = float(stats.t.ppf(0.95, count - 1) / stats.norm.ppf(0.95)) * np.sqrt(1 + 1 / count)
+    low, high = np.percentile(replicates - replicates.mean(0), [5, 95], axis=0) * widen
+    return effect + np.minimum(low, 0), effect + np.maximum(high, 0)
+
+
+def shap_by_layer(fitted: FittedSurrogate) -> tuple[np.ndarray, float]:
+    """SHAP values [n, layers] of the training configurations in log units, and their base; rows sum to the prediction.
+
+    What a layer's own columns get is its own; an aggregate's value is split among its members by their share of its deviation from
+    the mean. Members that deviate the other way get none, so shares lie in [0, 1] and sum to 1.
+    """
+    values, base = fitted.surrogate.contributions(fitted.encoder(fitted.weights, fitted.acts))
+    parts = member_parts(fitted.encoder, fitted.weights, fitted.acts)
+    out = np.zeros(fitted.weights.shape)
+    for c, (name, members) in enumerate(zip(fitted.encoder.columns, fitted.encoder.members, strict=True)):
+        if len(members) == 1:
+            out[:, members[0]] += values[:, c]
+            continue
+        index = list(members)
+        part = parts[name.split(":")[0]][:, index]
+        deviation = part - part.mean(0)
+        toward = np.maximum(deviation * np.sign(deviation.sum(1, keepdims=True)), 0)
+        total = toward.sum(1, keepdims=True)
+        share = np.where(total > 0, toward / np.where(total > 0, total, 1), 1 / len(index))
+        out[:, index] += values[:, [c]] * share
+    return out, base
+
+
+def member_parts(encoder: Encoder, weights: np.ndarray, acts: np.ndarray) -> Mapping[str, np.ndarray]:
+    """What each layer adds to the aggregates, [n, layers] by kind of column."""
+    rows = np.arange(weights.shape[1])
+    return {
+        "error": encoder.error[rows, weights],
+        "actshare": np.maximum(8 - acts, -1) / 2.0,
+        "bits": encoder.bits[rows, weights] * encoder.size_share,
+    }
+
+
+def signed_shap(values: np.ndarray, error: np.ndarray) -> np.ndarray:
+    """Per layer: mean SHAP value where the layer's weight error is above its median, less the mean elsewhere; 0 without both."""
+    out = np.zeros(values.shape[1])
+    for i in range(values.shape[1]):
+        high = error[:, i] > np.median(error[:, i])
+        if high.any() and not high.all():
+            out[i] = values[high, i].mean() - values[~high, i].mean()
+    return out

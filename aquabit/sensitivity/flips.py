@@ -1,0 +1,81 @@
+"""Predicted effects beside real swaps; the two are compared and never mixed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from aquabit.scheme import AquabitError, QuantConfig
+from aquabit.sensitivity.scores import srcc
+from aquabit.sensitivity.surrogate import FittedSurrogate
+from aquabit.study import Study
+
+
+def study_flips(study: Study, objective: str, protocol: str) -> pd.DataFrame:
+    """The measured swaps of a study under one protocol."""
+    flips = study.flips(objective)
+    return flips[flips.protocol == protocol].reset_index(drop=True)
+
+
+def validation_scores(layers: pd.DataFrame, flips: pd.DataFrame, direction: str = "min") -> dict[str, Any]:
+    """How the predicted effects of ``Sensitivity.layers`` agree with real swaps (the table of ``Study.flips``).
+
+    ``srcc`` and ``sign_agreement`` compare, over (layer, swap), the predicted effect with the mean real one; ``flips`` counts the
+    real swaps compared, ``contexts_per_layer`` is their median number; ``rows`` has name, swap, predicted, real, low, high (90 % t
+    interval over contexts, None below two) and n. Swaps whose schemes have no prediction are left out.
+    """
+    schemes = {r["name"]: {**r["schemes"], r["swap"].split(":")[0]: 0.0} for r in layers.to_dict("records")}
+    rows: list[dict[str, Any]] = []
+    for (layer, before, after), group in flips.groupby(["layer", "before", "after"], sort=False):
+        known = schemes.get(str(layer), {})
+        if before not in known or after not in known:
+            continue
+        real = _worsening(group, direction)
+        mean, half = float(real.mean()), _half_width(real)
+        rows.append({
+            "name": layer, "swap": f"{before}:{after}", "predicted": known[after] - known[before], "real": mean,
+            "low": None if half is None else mean - half, "high": None if half is None else mean + half, "n": len(real),
+        })  # fmt: skip
+    predicted, truth = np.array([r["predicted"] for r in rows]), np.array([r["real"] for r in rows])
+    enough = len(rows) > 2
+    return {
+        "srcc": srcc(predicted, truth) if enough else None,
+        "sign_agreement": float((np.sign(predicted) == np.sign(truth)).mean()) if rows else None,
+        "flips": int(sum(r["n"] for r in rows)),
+        "contexts_per_layer": float(np.median([r["n"] for r in rows])) if rows else None,
+        "rows": rows,
+    }
+
+
+def predict_flips(fitted: FittedSurrogate, flips: pd.DataFrame, configs: Mapping[str, QuantConfig]) -> pd.DataFrame:
+    """Each real swap beside the surrogate's prediction in that swap's own context: the table with ``predicted`` and ``real``
+    (positive = worse) added; ``.attrs["srcc_flips"]`` is their SRCC (None below three).
+
+    Raises AquabitError where the surrogate was trained on one of the ends, since that would not be a test.
+    """
+    ends = [*flips.config_before, *flips.config_after]
+    seen = set(fitted.configs).intersection(ends)
+    if seen:
+        raise AquabitError(f"{len(seen)} ends of swaps were training configurations, such as {sorted(seen)[0]}; leave them out of one side")
+    out = flips.copy()
+    if len(flips):
+        values = fitted.predict([configs[c] for c in ends])
+        out["predicted"] = fitted.sign * (values[len(flips) :] - values[: len(flips)])
+        out["real"] = _worsening(flips, fitted.direction)
+    out.attrs["srcc_flips"] = srcc(out.predicted.to_numpy(), out.real.to_numpy()) if len(flips) > 2 else None
+    return out
+
+
+def _worsening(flips: pd.DataFrame, direction: str) -> np.ndarray:
+    change = (flips.value_after - flips.value_before).to_numpy(float)
+    return np.asarray(change if direction == "min" else -change)
+
+
+def _half_width(values: np.ndarray) -> float | None:
+    if len(values) < 2:
+        return None
+    return float(stats.t.ppf(0.95, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))

@@ -1,0 +1,172 @@
+"""Fit the surrogate to a study, with its out-of-fold scores beside two baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import networkx as nx
+import numpy as np
+import pandas as pd
+from sklearn.base import clone
+
+from aquabit.cost import CostModel
+from aquabit.graph import from_json
+from aquabit.scheme import AquabitError, Progress, QuantConfig, direction, no_progress
+from aquabit.sensitivity.estimators import AverageBits, OneHotRidge, Surrogate, Target
+from aquabit.sensitivity.scores import all_scores, noise_ceiling
+from aquabit.space import Encoder, SearchSpace
+from aquabit.study import Study
+
+__all__ = ["AverageBits", "FittedSurrogate", "OneHotRidge", "Surrogate", "cross_validate", "fit_from_study", "fold_numbers"]
+
+LEAST = 20  # measurements below which nothing is fitted
+TRAINING_KINDS = ("sample", "uniform", "candidate")  # flips stay apart as the truth, fresh seeds as the final check
+
+
+@dataclass(frozen=True)
+class FittedSurrogate:
+    """A surrogate trained on all measurements of a study, and what it was trained on."""
+
+    surrogate: Surrogate
+    encoder: Encoder
+    cost: CostModel
+    graph: nx.DiGraph
+    space: SearchSpace
+    configs: tuple[str, ...]  # digests of the training configurations
+    weights: np.ndarray  # [n, layers] indices into space.schemes
+    acts: np.ndarray  # [n, layers] activation bits
+    y: np.ndarray  # [n] objective, in its own units
+    bits: np.ndarray  # [n] real bits per weight
+    out_of_fold: np.ndarray  # [n] held-out predictions, in the objective's units
+    scores: dict[str, Any]
+    objective: str
+    direction: Literal["min", "max"]
+    protocol: str
+
+    @property
+    def sign(self) -> float:
+        """Multiplies a difference in units so that positive = worse."""
+        return 1.0 if self.direction == "min" else -1.0
+
+    def badness(self, weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
+        """Oriented prediction [n] of index matrices, larger = worse: what a search minimises."""
+        return self.surrogate.predict(self.encoder(weights, acts))
+
+    def values(self, weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
+        """Predicted objective [n] of index matrices, in its own units."""
+        return self.surrogate.to_units(self.badness(weights, acts))
+
+    def predict(self, configs: Iterable[QuantConfig]) -> np.ndarray:
+        """Predicted objective [n] of configurations, in its own units."""
+        return self.values(*self.space.indices(configs))
+
+
+def fold_numbers(count: int, folds: int = 5, seed: int = 0) -> np.ndarray:
+    """A random fold number for each of ``count`` rows, sizes equal within one."""
+    if not 2 <= folds <= count:
+        raise AquabitError(f"{folds} folds do not fit {count} measurements; use 2 to {count}")
+    return np.random.default_rng(seed).permutation(np.arange(count) % folds)
+
+
+def cross_validate(
+    encoder: Encoder, weights: np.ndarray, acts: np.ndarray, y: np.ndarray, bits: np.ndarray, mean_act: np.ndarray | None = None,
+    folds: int = 5, seed: int = 0, direction: Literal["min", "max"] = "min", surrogate: Surrogate | None = None,
+    progress: Progress = no_progress,
+) -> dict[str, Any]:  # fmt: skip
+    """Out-of-fold scores: within_budget_srcc, srcc, kendall, ndcg10, r2 (all on the objective in its units), and the same under
+    "baselines" for "average_bits" and "ridge_one_hot".
+
+    ``bits`` are real bits per weight, ``mean_act`` mean activation bits (default: the mean of ``acts`` over layers). "out_of_fold"
+    holds the surrogate's held-out predictions [n] and "fold" the fold of each row. Average bits is a cubic of the budget itself,
+    and its residual is taken from the same fold's cubic: exactly constant, so it scores 0 within budget.
+    """
+    y, bits = np.asarray(y, float), np.asarray(bits, float)
+    mean_act = acts.mean(1) if mean_act is None else np.asarray(mean_act, float)
+    target, fold = Target.of(y, direction), fold_numbers(len(y), folds, seed)
+    options: dict[str, Any] = {"direction": direction, "log": target.log}
+    models: dict[str, tuple[Any, np.ndarray]] = {
+        "surrogate": ((surrogate or Surrogate(seed=seed)).set_params(**options), encoder(weights, acts)),
+        "average_bits": (AverageBits(direction=direction), np.stack([bits, mean_act], 1)),
+        "ridge_one_hot": (OneHotRidge(**options), encoder.one_hot(weights, acts)),
+    }
+    predicted = {name: np.empty((folds, len(y))) for name in models}
+    for f in range(folds):
+        for name, (model, features) in models.items():
+            fitted = clone(model).fit(features[fold != f], y[fold != f])
+            predicted[name][f] = fitted.to_units(fitted.predict(features))
+        progress("cross-validate the surrogate", f + 1, folds)
+    rows = np.arange(len(y))
+    held_out = {name: p if name == "average_bits" else p[fold, rows] for name, p in predicted.items()}
+    scores = {name: all_scores(target.sign * y, target.sign * p, bits, mean_act, fold) for name, p in held_out.items()}
+    own = scores.pop("surrogate")
+    return {**own, "baselines": scores, "out_of_fold": held_out["surrogate"], "fold": fold}
+
+
+def training_table(study: Study, objective: str) -> pd.DataFrame:
+    """The measurements that a surrogate may learn from: under the study's protocol, of the training kinds, no end of a real swap.
+
+    Raises AquabitError where there are fewer than 20, or none of them has the objective.
+    """
+    table = study.measurements(study.protocol)
+    ends: set[str] = set()
+    if len(table):
+        table = table[table.kind.isin(TRAINING_KINDS)]
+        if objective in table:
+            flips = study.flips(objective)
+            ends = {*flips.config_before, *flips.config_after}
+    if len(table) and objective not in table:
+        raise AquabitError(f"no measurement of {study.path} has the metric {objective!r}; choose another --objective")
+    if len(table):
+        table = table[table[objective].notna() & np.isfinite(table[objective].astype(float)) & ~table.config.isin(ends)]
+    if len(table) < LEAST:
+        raise AquabitError(
+            f"{study.path} has {len(table)} usable measurements of {objective}, the surrogate needs at least {LEAST}; "
+            f"`aquabit measure MODEL --study {study.path} --samples {max(120, LEAST)}` adds more"
+        )
+    return table.reset_index(drop=True)
+
+
+def fit_from_study(
+    study: Study, objective: str | None = None, seed: int = 0, folds: int = 5, progress: Progress = no_progress
+) -> FittedSurrogate:
+    """The surrogate of a study's objective (default: the protocol's), trained on all training measurements, with held-out scores.
+
+    Raises AquabitError with the number there is and the command that adds more where fewer than 20 can be used.
+    """
+    objective = objective or study.protocol.objective
+    oriented = direction(objective)
+    table = training_table(study, objective)
+    graph = from_json(study.need("graph", "run `aquabit measure` first"))
+    space = SearchSpace.from_dict(study.need("space", "run `aquabit measure` first"))
+    encoder, cost = Encoder(space, graph, study.errors()), CostModel(graph, space)
+    known = study.configs()
+    weights, acts = space.indices([known[c] for c in table.config])
+    y, bits = table[objective].to_numpy(float), cost.totals(weights, acts)["bits"]
+    model = Surrogate(seed=seed, direction=oriented, log=Target.of(y, oriented).log)
+    scores = cross_validate(encoder, weights, acts, y, bits, None, folds, seed, oriented, model, progress)
+    out_of_fold = scores.pop("out_of_fold")
+    scores.pop("fold")
+    scores["noise_ceiling"] = _ceiling(study, objective, table, bits, acts.mean(1))
+    model.fit(encoder(weights, acts), y)
+    return FittedSurrogate(
+        model, encoder, cost, graph, space, tuple(table.config), weights, acts, y, bits, out_of_fold, scores,
+        objective, oriented, study.protocol.digest,
+    )  # fmt: skip
+
+
+def _ceiling(study: Study, objective: str, table: pd.DataFrame, bits: np.ndarray, mean_act: np.ndarray) -> float | None:
+    """The noise ceiling against the fresh seed set that shares most configurations with the training table."""
+    fresh = study.measurements(kind="fresh")
+    if fresh.empty or objective not in fresh:
+        return None
+    fresh = fresh[fresh.config.isin(table.config) & fresh[objective].notna() & (fresh.protocol != study.protocol.digest)]
+    if fresh.empty:
+        return None
+    most = fresh.protocol.value_counts().index[0]
+    second: Mapping[str, float] = fresh[fresh.protocol == most].set_index("config")[objective].to_dict()
+    both = np.array([c in second for c in table.config])
+    values: Callable[[str], float] = second.__getitem__
+    again = np.array([values(c) for c in table.config[both]])
+    return noise_ceiling(table[objective].to_numpy(float)[both], again, bits[both], mean_act[both])

@@ -1,0 +1,133 @@
+"""Modules import only what stands below them; checked over the source, so that an import inside a function counts too."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "aquabit"
+
+_SENSITIVITY = {"scheme", "graph", "kernels", "quality", "study", "space", "cost", "quant", "pipelines"}
+ALLOWED: dict[str, set[str]] = {
+    "scheme": set(),
+    "kernels": {"scheme"},
+    "graph": {"scheme"},
+    "quality": {"scheme"},
+    "study": {"scheme"},
+    "space": {"scheme", "graph"},
+    "cost": {"scheme", "graph", "space"},
+    "quant": {"scheme", "kernels", "graph"},
+    "pipelines": {"scheme", "graph", "quant", "quality", "kernels"},
+    "sensitivity": _SENSITIVITY,
+    "search": {"scheme", "space", "cost", "graph"},
+    "reports": {"scheme", "graph", "study", "space", "cost"},
+}
+PRIVATE = {"_operators": "graph"}  # private top-level modules, and the one they belong to
+TOP = {"__init__", "__main__", "cli", "flow"}  # may import everything
+
+
+def part_of(module: str) -> str | None:
+    """``aquabit.kernels.fake_quant`` -> ``kernels``; ``aquabit`` -> ``__init__``; None for what is not ours."""
+    names = module.split(".")
+    if names[0] != "aquabit":
+        return None
+    name = names[1] if len(names) > 1 else "__init__"
+    return PRIVATE.get(name, name)
+
+
+def imported(source: str, module: str, is_package: bool) -> Iterator[tuple[int, str]]:
+    """(line, full module name) of each import in ``source``, those under ``if TYPE_CHECKING`` left out."""
+    package = module.split(".") if is_package else module.split(".")[:-1]
+    waiting: list[ast.AST] = [ast.parse(source)]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in {
+            n.id if isinstance(n, ast.Name) else getattr(n, "attr", "") for n in [node.test]
+        }:
+            waiting.extend(node.orelse)
+            continue
+        waiting.extend(ast.iter_child_nodes(node))
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            origin = ".".join(base + ([node.module] if node.module else []))
+            # ``from aquabit import cost`` names a module, ``from aquabit.cost import size`` its content: the first two names decide.
+            yield from ((node.lineno, f"{origin}.{alias.name}" if origin == "aquabit" else origin) for alias in node.names)
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant) and isinstance(node.args[0].value, str):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if called in ("import_module", "__import__") and not node.args[0].value.startswith("."):
+                yield node.lineno, node.args[0].value
+
+
+def violations(source: str, module: str, is_package: bool = False) -> list[str]:
+    """One sentence for each import of ``module`` that points the wrong way."""
+    importer = part_of(module)
+    assert importer is not None
+    if importer in TOP:
+        return []
+    if importer not in ALLOWED:
+        return [f"{module}: {importer} has no place in the table of allowed imports"]
+    found = []
+    for line, name in imported(source, module, is_package):
+        target = part_of(name)
+        if target is not None and target != importer and target not in ALLOWED[importer]:
+            found.append(
+                f"{module}:{line} imports {name}; {importer} may import {', '.join(sorted(ALLOWED[importer])) or 'nothing of ours'}"
+            )
+    return found
+
+
+def test_the_table_has_no_cycle() -> None:
+    placed: set[str] = set()
+    while len(placed) < len(ALLOWED):
+        ready = {name for name, below in ALLOWED.items() if below <= placed} - placed
+        assert ready, set(ALLOWED) - placed
+        placed |= ready
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_one_way(path: Path) -> None:
+    parts = ("aquabit", *path.relative_to(PACKAGE).with_suffix("").parts)
+    is_package = parts[-1] == "__init__"
+    assert violations(path.read_text(), ".".join(parts[:-1] if is_package else parts), is_package) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("aquabit.scheme", "import aquabit.graph"),
+        ("aquabit.scheme", "from aquabit import cost"),
+        ("aquabit.graph", "def f():\n    from aquabit.cost import size"),
+        ("aquabit.kernels.lut", "from aquabit.quant.usq import fit"),
+        ("aquabit.kernels.lut", "from ..quant import usq"),
+        ("aquabit.kernels.lut", "from .. import quant"),
+        ("aquabit.search.milp", "import numpy, aquabit.sensitivity.surrogate as s"),
+        ("aquabit.study", "import importlib\nimportlib.import_module('aquabit.cli')"),
+        ("aquabit.cost", "from aquabit import load"),
+        ("aquabit.cost", "import aquabit"),
+        ("aquabit.space", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    pass\nelse:\n    import aquabit.cli"),
+        ("aquabit.newcomer", "import os"),
+        ("aquabit._operators", "from aquabit.study import Study"),
+    ],
+)
+def test_the_checker_sees_a_violation(module: str, source: str) -> None:
+    assert len(violations(source, module)) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("aquabit.scheme", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from aquabit.graph import LayerGraph"),
+        ("aquabit.scheme", "import typing\nif typing.TYPE_CHECKING:\n    import aquabit.cli"),
+        ("aquabit.kernels.lut", "from . import fake_quant\nfrom ..scheme import Scheme\nfrom aquabit.kernels import _native"),
+        ("aquabit.graph", "from aquabit._operators import TABLE"),
+        ("aquabit.cli", "from aquabit.reports.page import write"),
+        ("aquabit.search.milp", "import scipy.optimize, graph, quant"),
+    ],
+)
+def test_the_checker_lets_pass_what_is_allowed(module: str, source: str) -> None:
+    assert violations(source, module) == []

@@ -1,0 +1,427 @@
+"""The report of synthetic studies: tables, figures and the page, whole or with parts missing, with hostile names."""
+
+from __future__ import annotations
+
+import io
+import re
+import shutil
+import subprocess
+import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import networkx as nx
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from aquabit.cost import CostModel
+from aquabit.graph import to_json
+from aquabit.reports import facts as facts_of
+from aquabit.reports import figures, report, style, summary, tables
+from aquabit.scheme import AquabitError, Measurement, Protocol, QuantConfig
+from aquabit.space import SearchSpace, make_space
+from aquabit.study import Study
+
+EVIL = ["<img src=x onerror=alert(1)>", r"$\alpha$_%&"]
+PROTOCOL = Protocol()
+OPERATORS = ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.out", "cross_attn.k", "ff.up", "ff.down", "adaln")
+
+
+def make_graph(count: int, names: list[str]) -> nx.DiGraph:
+    """A chain of ``count`` layers in blocks of eight; ``names`` replace the first ones."""
+    graph = nx.DiGraph(family="dit", model_class="Synthetic", config={}, weights=count * 192 * 192, other_elements=5000)
+    for depth in range(count):
+        block, operator = f"transformer_blocks.{depth // 8}", OPERATORS[depth % 8]
+        name = names[depth] if depth < len(names) else f"{block}.{operator}.to_out_{depth}.proj"
+        graph.add_node(
+            name, kind="linear", operator=operator, block=block, depth=depth, shape=(192, 192), bias=True, groups=1, tokens=64,
+            macs=64 * 192 * 192, step_invariant=False, split=None, attention=None,
+        )  # fmt: skip
+        if depth:
+            graph.add_edge(list(graph)[-2], name)
+    return graph
+
+
+def png(rng: np.random.Generator) -> bytes:
+    pixels = (rng.random((2 * 32, 8 * 32)) * 255).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+class Synthetic:
+    """A study whose FID is a sum of per-layer damages with noise."""
+
+    def __init__(self, path: Path, layers: int = 24, samples: int = 40, names: list[str] | None = None, model: str = "synthetic-dit"):
+        self.rng = np.random.default_rng(0)
+        graph = make_graph(layers, names or [])
+        self.space: SearchSpace = make_space(graph, "f" * 16, model)
+        self.cost = CostModel(graph, self.space)
+        self.damage = np.exp(self.rng.normal(-2.5, 1.8, layers))
+        self.study, self.model = Study(path), model
+        self.study._db.execute("PRAGMA synchronous = OFF")  # hundreds of transactions that need not survive a power cut
+        self.study.begin(model, "f" * 16, to_json(graph), self.space.to_dict(), PROTOCOL)
+        self.configs = self.space.sample(samples)
+        self.uniform = {s: self.space.uniform(s) for s in ("usq2", "usq3", "usq4", "usq8")}
+        self.found = [self.greedy(bits) for bits in (2.4, 2.8, 3.15, 3.6)]
+        self.winner = self.found[2]
+
+    def greedy(self, bits: float) -> QuantConfig:
+        config, order = self.space.uniform("usq2"), np.argsort(-self.damage)
+        for layer in [self.space.layers[i] for i in order]:
+            changed = config.with_layer(layer, "vq4")
+            config = changed if self.cost(changed).bits_per_weight <= bits else config
+        return config
+
+    def fid(self, config: QuantConfig, noise: float = 0.02) -> float:
+        lost = sum(d * 4.0 ** (3 - config[n].weight.code_bits()) for n, d in zip(self.space.layers, self.damage, strict=True))
+        return float((1.5 + lost) * np.exp(self.rng.normal(0, noise)))
+
+    def record(self, config: QuantConfig, kind: str, protocol: Protocol = PROTOCOL, picture: bool = False) -> float:
+        cost, value = self.cost(config), self.fid(config)
+        m = Measurement(config.digest, protocol.digest, {"fid": value, "psnr": 20.0, "is": 8.0}, 0.8, {"torch": "2.13.0", "python": "3.11"})
+        totals = {"bits": cost.bits_per_weight, "bytes": cost.bytes, "bops": cost.bops}
+        self.study.record(config, m, kind, totals, png(self.rng) if picture else None)
+        return value
+
+    def measure(self) -> Synthetic:
+        self.record(self.space.full_precision(), "reference", picture=True)
+        for config in self.uniform.values():
+            self.record(config, "uniform", picture=True)
+        self.values = [self.record(config, "sample") for config in self.configs]
+        bad = self.space.sample(2, seed=99)
+        for config in bad:
+            m = Measurement(config.digest, PROTOCOL.digest, {}, 0.5, {}, "failed", "images 3 to 9 are not finite <b>")
+            self.study.record(config, m, "sample", {"bits": 3.0, "bytes": 1, "bops": 1.0})
+        return self
+
+    def explain(self) -> Synthetic:
+        effect = self.damage * 10
+        nodes = [
+            {"name": n, "operator": self.space.operators[n], "block": f"transformer_blocks.{i // 8}", "effect": e,
+             "low": 0.7 * e, "high": 1.4 * e,
+             "schemes": {"usq4": 0.0, "usq2": e}}
+            for i, (n, e) in enumerate(zip(self.space.layers, effect.tolist(), strict=True))
+        ]  # fmt: skip
+        self.study.set(sensitivity={
+            "objective": "fid", "direction": "min", "protocol": PROTOCOL.digest, "measurements": len(self.configs), "bits": 3.0,
+            "swap": "usq4:usq2",
+            "surrogate": {
+                "within_budget_srcc": 0.83, "srcc": 0.96, "kendall": 0.85, "ndcg10": 0.97, "r2": 0.9, "noise_ceiling": None,
+                "baselines": {"average bits": {"within_budget_srcc": 0.02, "srcc": 0.93},
+                              "ridge one-hot": {"within_budget_srcc": 0.61, "srcc": None}},
+            },
+            "layers": nodes, "operators": self.groups(nodes, "operator"), "blocks": self.groups(nodes, "block"),
+            "scatter": [
+                {"config": c.digest, "measured": v, "bits": self.cost(c).bits_per_weight,
+                 "predicted": v * float(np.exp(self.rng.normal(0, 0.12)))}
+                for c, v in zip(self.configs, self.values, strict=True)
+            ],
+        })  # fmt: skip
+        return self
+
+    @staticmethod
+    def groups(nodes: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
+        table = (
+            pd.DataFrame(nodes)
+            .groupby(key)
+            .agg(effect=("effect", "mean"), low=("low", "mean"), high=("high", "mean"), layers=("name", "count"))
+        )
+        return [{"name": r.Index, "effect": r.effect, "low": r.low, "high": r.high, "layers": r.layers} for r in table.itertuples()]
+
+    def validate(self) -> Synthetic:
+        rows = []
+        for i in range(0, len(self.damage), max(1, len(self.damage) // 20)):
+            real = float(self.damage[i] * 10 * np.exp(self.rng.normal(0, 0.3)))
+            rows.append(
+                {
+                    "layer": self.space.layers[i],
+                    "predicted": self.damage[i] * 10,
+                    "real": real,
+                    "low": 0.6 * real,
+                    "high": 1.4 * real,
+                    "n": 2,
+                }
+            )
+        self.study.set(validation={"srcc": 0.71, "sign_agreement": 0.95, "flips": 2 * len(rows), "rows": rows})
+        return self
+
+    def search(self) -> Synthetic:
+        blocks = [PROTOCOL.block(i) for i in range(1, 6)]
+        self.record(self.winner, "candidate", picture=True)
+        fresh: dict[str, list[float]] = {}
+        for protocol in blocks:
+            self.study.add_protocol(protocol)
+            for config in [*self.found, self.uniform["usq3"]]:
+                fresh.setdefault(config.digest, []).append(self.record(config, "fresh", protocol))
+        members = []
+        for config in self.found:
+            cost, v = self.cost(config), np.array(fresh[config.digest])
+            members.append({
+                "bits_per_weight": cost.bits_per_weight, "bytes": cost.bytes, "bops": cost.bops, "operations": None, "latency_ms": None,
+                "predicted": {"fid": v.mean() * 0.9},
+                "measured": {"fid": {"value": v.mean(), "low": v.mean() - 0.5, "high": v.mean() + 0.5}},
+                "config": config.to_dict(),
+            })  # fmt: skip
+        sides = {}
+        for name, config in (("winner", self.winner), ("uniform", self.uniform["usq3"])):
+            cost = self.cost(config)
+            sides[name] = {"config": config.digest, "bytes": cost.bytes, "bits": cost.bits_per_weight, "fid blocks": fresh[config.digest]}
+        sides["uniform"]["scheme"] = "usq3"
+        gap = float(np.mean(sides["winner"]["fid blocks"]) - np.mean(sides["uniform"]["fid blocks"]))
+        difference = {"value": gap, "low": gap - 0.4, "high": gap + 0.4}
+        comparison = {**sides, "difference": difference, "metric": "fid", "blocks": 5}
+        self.study.set(front={"budget": {"bits": 3.17}, "winner": self.winner.digest, "members": members, "comparison": comparison})
+        return self
+
+    def whole(self) -> Synthetic:
+        return self.measure().explain().validate().search()
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, Path]:
+    """A whole study with hostile names, and its page."""
+    folder = tmp_path_factory.mktemp("report")
+    study = Synthetic(folder / "S.db", names=EVIL, model=EVIL[0] + EVIL[1]).whole().study
+    return study, report(study, folder / "out")
+
+
+class Loads(HTMLParser):
+    """What a page loads by itself, what it links to, its visible text, and its tags."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loads: list[str] = []
+        self.links: list[str] = []
+        self.text: list[str] = []
+        self.tags: list[str] = []
+        self.handlers: list[str] = []
+        self.ids: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        for key, value in attrs:
+            self.handlers += [key] if key.startswith("on") else []
+            self.ids += [value or ""] if key == "id" else []
+            if key in ("href", "xlink:href"):
+                (self.links if tag == "a" else self.loads).append(value or "")
+            elif key in ("src", "srcset", "data", "poster", "action", "background"):
+                self.loads.append(value or "")
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def parsed(page: Path) -> Loads:
+    reader = Loads()
+    reader.feed(page.read_text(encoding="utf-8"))
+    return reader
+
+
+def test_page_loads_nothing_and_links_only_to_its_own_files(built: tuple[Study, Path]) -> None:
+    page = built[1]
+    reader = parsed(page)
+    assert all(address.startswith(("#", "data:image/png;base64,")) for address in reader.loads)
+    assert sum(address.startswith("data:") for address in reader.loads) == 3  # full precision, uniform, found
+    source = page.read_text(encoding="utf-8")
+    assert not re.search(r"@import|url\((?!#)|https?://(?!www\.w3\.org/)", source)
+    for link in reader.links:
+        assert (link[1:] in reader.ids) if link.startswith("#") else (page.parent / link).is_file(), link
+    assert len(reader.ids) == len(set(reader.ids))
+
+
+def test_hostile_names_are_text_everywhere(built: tuple[Study, Path]) -> None:
+    page = built[1]
+    reader = parsed(page)
+    assert reader.tags.count("img") == 3 and not reader.handlers and reader.tags.count("b") == 3
+    assert all(any(name in text for text in reader.text) for name in EVIL)
+    assert any("not finite <b>" in text for text in reader.text)
+    for name in ("layer_ranking", "swaps", "operators"):
+        root = ET.parse(page.parent / "figures" / f"{name}.svg").getroot()
+        assert not [e for e in root.iter() if e.tag.endswith("img")]
+    words = {
+        "".join(e.itertext()).strip()
+        for e in ET.parse(page.parent / "figures/layer_ranking.svg").getroot().iter()
+        if e.tag.endswith("text")
+    }
+    assert set(EVIL) <= words
+    latex = (page.parent / "tables/layers.tex").read_text()
+    assert r"\textless{}img src=x onerror=alert(1)\textgreater{}" in latex
+    assert r"\$\textbackslash{}alpha\$\_\%\&" in latex
+
+
+def test_latex_rows_have_one_cell_a_column() -> None:
+    table = pd.DataFrame({"a_b": ["x & y", "[2pt]", "--", "日本"], "n": [1.5, float("nan"), -2.0, 1e6], "ok": [True, False, True, False]})
+    lines = tables.latex(table).splitlines()
+    assert lines[0] == r"\begin{tabular}{lrl}"
+    assert lines[2] == r"a\_b & n & ok \\"
+    assert lines[4:8] == [
+        r"x \& y & 1.5 & yes \\", r"{[}2pt{]} & -- & no \\", r"{-}{-} & $-$2 & yes \\", r"(U+65E5)(U+672C) & 1000000 & no \\",
+    ]  # fmt: skip
+
+
+def test_files_beside_the_page_are_its_tables(built: tuple[Study, Path]) -> None:
+    study, page = built
+    found = tables.all_tables(facts_of.read(study))
+    for name, table in found.items():
+        assert (page.parent / "tables" / f"{name}.tex").is_file()
+        stored = pd.read_csv(page.parent / "tables" / f"{name}.csv")
+        pd.testing.assert_frame_equal(stored, table.replace("", np.nan), check_dtype=False)
+    assert len(found["quality_vs_bits"]) == 40 + 4 + 1 + 4 + 1
+    assert list(found["counts"].set_index("kind").failed[["sample"]]) == [2]
+    for name in ("quality_vs_bits", "layer_ranking", "operators", "blocks", "chosen_schemes", "surrogate_scatter", "swaps"):
+        assert {f.suffix for f in (page.parent / "figures").glob(f"{name}.*")} == {".pdf", ".svg", ".png"}
+
+
+def test_the_summary_names_worst_layer_winner_and_trust(built: tuple[Study, Path]) -> None:
+    study, _ = built
+    facts = facts_of.read(study)
+    found = tables.all_tables(facts)
+    where, which, trust = (s.text for s in summary.summary(facts, found, facts_of.missing(facts)))
+    assert found["layers"].layer[0] in where and "predicted" in where
+    assert "usq3" in which and "the found configuration wins" in which and f"{int(found['comparison'].bytes[0]):,} bytes" in which
+    assert "within-budget SRCC of 0.83 (average bits 0.02; ridge one-hot 0.61)" in trust and "0.71" in trust and "0.96" not in trust
+
+
+def test_fresh_seeds_replace_search_seeds_and_the_interval_is_students(built: tuple[Study, Path]) -> None:
+    facts = facts_of.read(built[0])
+    table = tables.quality_vs_bits(facts)
+    usq3 = table[table.label == "usq3"].iloc[0]
+    values = facts.rows("fresh").query("config == @usq3.config").value
+    assert usq3.blocks == 5 and usq3.value == pytest.approx(values.mean())
+    assert usq3.high - usq3.value == pytest.approx(2.7764451 * values.std(ddof=1) / 5**0.5)
+    assert table[table.label == "usq2"].iloc[0].blocks == 0
+
+
+@pytest.mark.parametrize(("direction", "kept"), [("min", [True, False, True, False]), ("max", [True, True, False, False])])
+def test_frontier(direction: str, kept: list[bool]) -> None:
+    bits, value = np.array([2.0, 2.5, 3.0, 3.5]), np.array([5.0, 6.0, 4.0, 4.5])
+    assert tables.frontier(bits, value, direction).tolist() == kept
+
+
+STAGES = [
+    ("", ["measure", "samples 120"]),
+    ("measure", ["explain", "validate", "search"]),
+    ("measure explain", ["validate", "search"]),
+    ("measure search", ["explain", "validate"]),
+]
+
+
+@pytest.mark.parametrize(("stages", "commands"), STAGES)
+def test_what_is_missing_is_named_with_its_command(tmp_path: Path, stages: str, commands: list[str]) -> None:
+    made = Synthetic(tmp_path / "S.db", layers=9, samples=12)
+    for stage in stages.split():
+        getattr(made, stage)()
+    text = " ".join(parsed(report(made.study, tmp_path / "out")).text)
+    for command in commands:
+        assert command in text
+    for verb in {"explain", "validate", "search"} - set(commands) if stages else set():
+        assert f"aquabit {verb} S.db" not in text
+
+
+def test_empty_study_and_failures_only(tmp_path: Path) -> None:
+    text = " ".join(parsed(report(Study(tmp_path / "E.db"), tmp_path / "empty")).text)
+    assert "aquabit measure MODEL --study E.db" in text
+    made = Synthetic(tmp_path / "F.db", layers=1, samples=1)
+    config = made.space.uniform("usq2")
+    made.study.record(
+        config, Measurement(config.digest, PROTOCOL.digest, {}, 0.5, {}, "failed", "NaN"), "sample", {"bits": 2.0, "bytes": 1, "bops": 1}
+    )
+    assert "NaN" in " ".join(parsed(report(made.study, tmp_path / "failed")).text)
+
+
+def test_odd_facts(tmp_path: Path) -> None:
+    """One layer, one scheme, undefined numbers, a higher-is-better objective, a front that was never measured, a damaged thumbnail."""
+    made = Synthetic(tmp_path / "S.db", layers=1, samples=3).measure()
+    row = {"name": made.space.layers[0], "operator": "adaln", "block": "b", "effect": None, "low": None, "high": None, "schemes": {}}
+    made.study.set(
+        sensitivity={"objective": "is", "direction": "max", "layers": [row], "surrogate": {"within_budget_srcc": None}, "scatter": [{}]},
+        front={"members": [{"predicted": {"is": 3.0}, "measured": None, "config": None}], "comparison": {"winner": {}}},
+        validation={"rows": [{"layer": "gone", "real": 1.0}], "srcc": None},
+    )  # fmt: skip
+    made.study.record(
+        made.winner, Measurement(made.winner.digest, PROTOCOL.digest, {"is": 1.0}, 1.0), "fresh", {"bits": 2, "bytes": 1, "bops": 1}, b"no"
+    )
+    text = " ".join(parsed(report(made.study, tmp_path / "out")).text)
+    assert "higher is better" in text
+    made.study.set(sensitivity={"objective": "beauty"})
+    with pytest.raises(AquabitError, match="beauty"):
+        report(made.study, tmp_path / "out")
+
+
+def test_a_shorter_study_leaves_no_old_figures(tmp_path: Path) -> None:
+    made = Synthetic(tmp_path / "S.db", layers=3, samples=4).whole()
+    report(made.study, tmp_path / "out")
+    made.study.set(validation=None)
+    report(made.study, tmp_path / "out")
+    assert not list((tmp_path / "out/figures").glob("swaps.*"))
+
+
+def test_out_must_be_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("")
+    with pytest.raises(AquabitError, match="could not be written"):
+        report(Study(tmp_path / "S.db"), tmp_path / "out")
+
+
+def test_style_changes_nothing_global_and_embeds_fonts(tmp_path: Path) -> None:
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    with style.use():
+        figure, axes = style.canvas(style.SINGLE, 2.0)
+        table = pd.DataFrame({"config": ["a"], "bits": [3.0], "predicted": [1.0], "measured": [2.0]})
+        figures.surrogate_scatter(table, axes, "$x_1$", 0.5)
+        text = style.save(figure, tmp_path, "one")
+    assert dict(matplotlib.rcParams) == before
+    assert b"/Subtype /CIDFontType2" in (tmp_path / "one.pdf").read_bytes() or b"/FontFile2" in (tmp_path / "one.pdf").read_bytes()
+    assert "within-budget SRCC 0.50" in text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"),
+        (1, "1.00"),
+        (12, "12.0"),
+        (-0.01234, "−0.0123"),
+        (9.6, "9.60"),
+        (123.4, "123"),
+        (1e-7, "1.00e−07"),
+        (1234567, "1,234,567"),
+        (float("nan"), "–"),
+    ],
+)
+def test_numbers(value: float, text: str) -> None:
+    assert summary.figures(value) == text
+
+
+def browser() -> str | None:
+    return next((p for name in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(name))), None)
+
+
+@pytest.mark.skipif(browser() is None, reason="no chromium, chromium-browser or google-chrome on PATH")
+def test_browser_opens_the_page_without_errors(built: tuple[Study, Path], tmp_path: Path) -> None:
+    page, shot = built[1], tmp_path / "page.png"
+    command = [
+        str(browser()), "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+        "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr",
+        "--window-size=1280,4000", "--virtual-time-budget=2000",
+    ]  # fmt: skip
+    run = subprocess.run([*command, f"--screenshot={shot}", page.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    assert "CONSOLE" not in run.stderr, run.stderr
+    pixels = np.asarray(Image.open(shot).convert("L"))
+    assert pixels.shape == (4000, 1280) and pixels.std() > 5
+    # the same page, driven: sort by the first number column, then filter
+    driver = "document.querySelectorAll('th button')[3].click(); const f = document.getElementById('layer-filter'); f.value = 'adaln';" \
+        "f.dispatchEvent(new Event('input')); document.title = document.getElementById('layer-count').textContent;"  # fmt: skip
+    source = page.read_text(encoding="utf-8")
+    driven = page.with_name("driven.html")
+    driven.write_text(
+        re.sub(r"script-src '[^']*'", "script-src 'unsafe-inline'", source).replace("</body>", f"<script>{driver}</script></body>")
+    )
+    run = subprocess.run([*command, "--dump-dom", driven.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    driven.unlink()
+    assert "CONSOLE" not in run.stderr and "<title>3 of 24 layers</title>" in run.stdout and 'aria-sort="descending"' in run.stdout

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import kstest
+
+from aquabit.cost import CostModel
+from aquabit.pipelines import trace
+from aquabit.scheme import AquabitError, QuantConfig, Scheme
+from aquabit.space import BITS_RANGE, Encoder, SearchSpace, make_space, maximum_entropy, read_space
+from tests.conftest import tiny_pipeline
+
+GRAPH = trace(tiny_pipeline("unet"))
+SPACE = make_space(GRAPH, "f" * 16, "tiny")
+
+
+@given(st.lists(st.integers(1, 16), min_size=2, max_size=6, unique=True), st.floats(0, 1))
+def test_maximum_entropy_has_the_mean(levels: list[int], share: float) -> None:
+    mean = min(levels) + share * (max(levels) - min(levels))
+    p = maximum_entropy(levels, mean)
+    assert p.sum() == pytest.approx(1) and (p >= 0).all()
+    assert p @ np.array(levels) == pytest.approx(mean, abs=2e-3)
+
+
+def test_maximum_entropy_is_geometric() -> None:
+    p = maximum_entropy((2, 3, 4), 2.5)  # p ~ exp(rate * level): neighbouring ratios agree, as no other distribution has more entropy
+    assert p[1] / p[0] == pytest.approx(p[2] / p[1], rel=1e-6)
+
+
+def test_samples_cover_the_range_evenly_and_are_reproducible() -> None:
+    drawn = SPACE.sample(300, seed=3)
+    assert [c.digest for c in drawn] == [c.digest for c in SPACE.sample(300, seed=3)]
+    assert [c.digest for c in SPACE.sample(7, seed=3)] == [c.digest for c in drawn[:7]]
+    assert drawn[0].digest != SPACE.sample(1, seed=4)[0].digest
+    means = np.array([np.mean([c.weight.bits for c in config.layers.values()]) for config in drawn])
+    low, high = BITS_RANGE
+    assert kstest(np.clip((means - low) / (high - low), 0, 1), "uniform").statistic < 0.12
+    lows = [np.mean([c.act == 6 for c in config.layers.values()]) for config in drawn]
+    assert 0.35 < np.mean(np.array(lows) == 0) < 0.65 and max(lows) > 0.9
+
+
+def test_stratified_samples_differ_by_operator() -> None:
+    config = SPACE.sample(1, seed=0, stratify="operator")[0]
+    assert config.digest != SPACE.sample(1, seed=0)[0].digest
+    with pytest.raises(AquabitError, match="colour"):
+        SPACE.sample(1, stratify="colour")
+
+
+def test_indices_and_configs_are_inverse() -> None:
+    drawn = SPACE.sample(20)
+    assert [c.digest for c in SPACE.configs(*SPACE.indices(drawn))] == [c.digest for c in drawn]
+
+
+def test_json_round_trip() -> None:
+    again = SearchSpace.from_dict(json.loads(json.dumps(SPACE.to_dict())))
+    assert again.to_dict() == SPACE.to_dict()
+    assert [c.digest for c in again.sample(5)] == [c.digest for c in SPACE.sample(5)]
+
+
+def test_pinned_and_excluded_layers() -> None:
+    space = make_space(GRAPH, "f", schemes=["usq2", "usq4"], pinned={"conv_in": "usq8"}, excluded=["time_embedding.*"])
+    for config in (*space.sample(10), space.uniform("usq2")):
+        assert config["conv_in"].weight == Scheme.parse("usq8")
+        assert str(config["time_embedding.linear_1"].weight) == "fp" and config["time_embedding.linear_1"].act == 16
+    assert "conv_in" not in space.free_layers()
+    with pytest.raises(AquabitError, match="nonsense"):
+        make_space(GRAPH, "f", excluded=["nonsense*"])
+
+
+def test_space_file(tmp_path) -> None:
+    path = tmp_path / "space.json"
+    path.write_text('{"schemes": ["usq4"], "excluded": ["conv_out"]}')
+    assert read_space(path) == {"schemes": ["usq4"], "excluded": ["conv_out"]}
+    for text, word in (('{"scheme": []}', "scheme"), ('{"schemes": "usq4"}', "list"), ("[]", "object"), ('{"schemes": ["usq99"]}', "usq99")):
+        path.write_text(text)
+        with pytest.raises(AquabitError, match=word):
+            read_space(path)
+
+
+def test_configurations_of_other_models_are_refused() -> None:
+    with pytest.raises(AquabitError, match="is for model other"):
+        SPACE.check(QuantConfig("other", {}))
+    with pytest.raises(AquabitError, match="no.such.layer"):
+        SPACE.check(SPACE.full_precision().with_layer("no.such.layer", "usq4"))
+    with pytest.raises(AquabitError, match="may not take usq5"):
+        SPACE.check(SPACE.full_precision().with_layer("conv_in", "usq5"))
+
+
+def test_encoder_aggregates_follow_a_swap() -> None:
+    errors = {(k, str(s)): 4.0**-s.bits for k, row in SPACE.choices.items() for s in row}
+    encoder = Encoder(SPACE, GRAPH, errors)
+    base = SPACE.uniform("usq4")
+    layer = SPACE.layers[5]
+    a, b = encoder.encode([base, base.with_layer(layer, "usq2")])
+    changed = {encoder.columns[i] for i in np.flatnonzero(a != b)}
+    assert {f"weight:{layer}", "error:model", "bits"} <= changed and not any(c.startswith("act") for c in changed)
+    assert sum(c.startswith("weight:") for c in changed) == 1
+    column = encoder.columns.index("error:model")
+    assert b[column] == pytest.approx(np.log10(((len(SPACE.layers) - 1) * 4.0**-4 + 4.0**-2) / len(SPACE.layers)), rel=1e-5)
+    with pytest.raises(AquabitError, match="no weight error"):
+        Encoder(SPACE, GRAPH, {})
+
+
+def test_cost_limits_are_reached_and_hold() -> None:
+    costs = CostModel(GRAPH, SPACE)
+    totals = costs.totals(*SPACE.indices(SPACE.sample(200)))
+    for name, (low, high) in costs.limits().items():
+        assert (totals[name] >= low * (1 - 1e-12)).all() and (totals[name] <= high * (1 + 1e-12)).all()
+    smallest = min(costs(SPACE.uniform(s)).bytes for s in ("usq2", "vq2"))
+    assert costs.limits()["bytes"][0] <= smallest

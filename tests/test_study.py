@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import sqlite3
+import subprocess
+import sys
+import time
+
+import pytest
+
+from aquabit.scheme import AquabitError, LayerChoice, Measurement, Protocol, QuantConfig, Scheme
+from aquabit.study import Study, merge
+
+PROTOCOL = Protocol()
+COST = {"bits": 3.0, "bytes": 100, "bops": 1e9}
+
+
+def config(i: int) -> QuantConfig:
+    return QuantConfig("f", {f"layer{i}": LayerChoice(Scheme.parse("usq4"), 8)})
+
+
+def filled(path, indices, protocol: Protocol = PROTOCOL) -> Study:
+    study = Study(path)
+    study.begin("model", "f", {}, {}, protocol)
+    for i in indices:
+        study.record(config(i), Measurement(config(i).digest, protocol.digest, {"fid": float(i)}, 1.0), "sample", COST, b"png")
+    return study
+
+
+def test_measurements_round_trip_and_stay_unique(tmp_path) -> None:
+    study = filled(tmp_path / "s.db", [1, 2, 2])
+    study.record(config(1), Measurement(config(1).digest, PROTOCOL.digest, {"fid": 99.0}, 1.0), "candidate", COST)
+    failed = Measurement(config(3).digest, PROTOCOL.digest, {}, 1.0, status="failed", reason="2 of 8 images are not finite")
+    study.record(config(3), failed, "sample", COST)
+    table = Study(tmp_path / "s.db").measurements()
+    assert table.fid.tolist() == [1.0, 2.0] and table.bits.tolist() == [3.0, 3.0]
+    everything = study.measurements(failed=True)
+    assert everything.status.tolist() == ["ok", "ok", "failed"] and everything.reason.iloc[2].startswith("2 of 8")
+    assert study.configs()[config(2).digest] == config(2)
+    assert study.known(PROTOCOL) == {config(i).digest for i in (1, 2, 3)} and not study.known(PROTOCOL.block(1))
+    assert study.thumbnails()[config(1).digest, PROTOCOL.digest] == b"png"
+
+
+def test_a_study_belongs_to_one_model_protocol_and_space(tmp_path) -> None:
+    study = filled(tmp_path / "s.db", [1])
+    with pytest.raises(AquabitError, match="is a study of model"):
+        study.begin("other", "g", {}, {}, PROTOCOL)
+    with pytest.raises(AquabitError, match="steps 10 instead of 20"):
+        study.begin("model", "f", {}, {}, Protocol(steps=20))
+    with pytest.raises(AquabitError, match="another search space"):
+        study.begin("model", "f", {}, {"x": 1}, PROTOCOL)
+    study.begin("renamed", "f", {}, {}, Protocol(objective="psnr"))
+    assert study.protocol.objective == "psnr"
+
+
+def test_flips_pair_up(tmp_path) -> None:
+    study = filled(tmp_path / "s.db", [1, 2])
+    study.add_flip("layer1", "usq4", "usq2", config(1).digest, config(2).digest, PROTOCOL)
+    study.add_flip("layer1", "usq4", "usq2", config(1).digest, "not measured", PROTOCOL)
+    table = study.flips("fid")
+    assert (table.value_before.tolist(), table.value_after.tolist()) == ([1.0], [2.0])
+
+
+def test_merge(tmp_path) -> None:
+    a, b = filled(tmp_path / "a.db", [1, 2]), filled(tmp_path / "b.db", [2, 3])
+    out = Study(tmp_path / "c.db")
+    assert merge([a, b], out) == 3 and len(out.measurements()) == 3
+    assert merge([a], out) == 0
+    with pytest.raises(AquabitError, match="another protocol"):
+        merge([filled(tmp_path / "d.db", [1], Protocol(images=5))], out)
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.4, 0.9])
+def test_truncated_files_are_named(tmp_path, keep: float) -> None:
+    path = tmp_path / "s.db"
+    filled(path, range(200)).close()
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * keep)] if keep else b"this is no database, but it is long enough to have a header" * 3)
+    with pytest.raises(AquabitError, match=r"s\.db") as caught:
+        Study(path).measurements()
+    assert "\n" not in str(caught.value)
+
+
+def test_other_files_are_no_studies(tmp_path) -> None:
+    path = tmp_path / "other.db"
+    with sqlite3.connect(path) as db:
+        db.execute("CREATE TABLE x(y)")
+    with pytest.raises(AquabitError, match="not a study"):
+        Study(path)
+    with pytest.raises(AquabitError, match="there is no study"):
+        Study(tmp_path / "missing.db", create=False)
+    with pytest.raises(AquabitError, match="does not exist"):
+        Study(tmp_path / "no" / "folder.db")
+
+
+def test_a_second_writer_is_refused_by_name(tmp_path) -> None:
+    path = tmp_path / "s.db"
+    filled(path, [1])
+    code = "import sys, time; from aquabit.study import Study\nwith Study(sys.argv[1]).writing():\n    print('held', flush=True); time.sleep(60)"
+    other = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        with pytest.raises(AquabitError, match=f"process {other.pid}"):
+            filled(path, [5])
+        assert len(Study(path).measurements()) == 1, "readers are not refused"
+    finally:
+        other.kill()
+        other.wait()
+    assert len(filled(path, [5]).measurements()) == 2, "a killed writer holds nothing"
+
+
+def test_a_full_disk_loses_nothing(tmp_path) -> None:
+    study = filled(tmp_path / "s.db", range(3))
+    study._db.execute(f"PRAGMA max_page_count = {study._db.execute('PRAGMA page_count').fetchone()[0]}")
+    with pytest.raises(AquabitError, match="free some space"):
+        for i in range(3, 3000):
+            study.record(config(i), Measurement(config(i).digest, PROTOCOL.digest, {"fid": float(i)}, 1.0), "sample", COST, b"x" * 5000)
+    study.close()
+    again = Study(tmp_path / "s.db")
+    kept = again.measurements().fid.tolist()
+    assert kept[:3] == [0.0, 1.0, 2.0] and kept == sorted(kept)
+    assert len(filled(tmp_path / "s.db", [5000]).measurements()) == len(kept) + 1
+
+
+def test_killed_at_random_instants_every_recorded_measurement_is_whole(tmp_path) -> None:
+    path = tmp_path / "s.db"
+    code = (
+        "import sys; sys.path.insert(0, '.'); from tests.test_study import *\n"
+        "s = filled(sys.argv[1], []); k = len(s.measurements(failed=True)); print('go', flush=True)\n"
+        "for i in range(k, 100000): filled(sys.argv[1], []) if i % 50 == 0 else None; "
+        "s.record(config(i), Measurement(config(i).digest, PROTOCOL.digest, {'fid': float(i)}, 1.0), 'sample', COST, b'x' * 3000)"
+    )
+    counts = []
+    for i in range(5):
+        process = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None and process.stdout.readline() == "go\n"
+        time.sleep(0.05 + 0.07 * i)
+        process.kill()
+        process.wait()
+        table = Study(path).measurements()
+        assert table.fid.tolist() == [float(k) for k in range(len(table))]
+        counts.append(len(table))
+    assert counts == sorted(counts) and counts[-1] > 5

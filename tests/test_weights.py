@@ -1,0 +1,171 @@
+"""CodebookWeight, the scalar quantizers and the size function."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.cluster import KMeans
+
+from aquabit.cost import weight_bytes
+from aquabit.kernels import CodebookWeight, codebook_conv2d, codebook_linear
+from aquabit.kernels.codebook import from_tensors, pack, unpack
+from aquabit.quant.bank import Bank, weight_hash
+from aquabit.quant.weights import quantize_weight, relative_error
+from aquabit.scheme import AquabitError, Scheme
+
+SHAPES = st.one_of(st.tuples(st.integers(1, 17), st.integers(1, 19)), st.tuples(st.integers(1, 7), st.integers(1, 5), st.integers(1, 3), st.integers(1, 3)))
+SCHEMES = st.sampled_from(["usq1", "usq2", "usq3", "usq4", "usq8", "usq4g4", "usq3g5", "vq1", "vq2", "vq3", "vq4", "vq2c", "vq3c", "vq5c"])
+
+
+@given(st.integers(1, 16), st.integers(1, 77), st.integers(0, 2**32 - 1))
+def test_packing_round_trip(bits: int, count: int, seed: int) -> None:
+    codes = torch.from_numpy(np.random.default_rng(seed).integers(0, 1 << bits, count))
+    packed = pack(codes, bits)
+    assert packed.dtype == torch.uint8 and len(packed) == -(-count * bits // 8)
+    assert torch.equal(unpack(packed, bits, count).long(), codes)
+
+
+def test_codes_out_of_range_are_refused() -> None:
+    with pytest.raises(AquabitError, match="2 bits hold 0 to 3"):
+        pack(torch.tensor([0, 4]), 2)
+
+
+@given(SHAPES, SCHEMES, st.integers(0, 100))
+def test_size_function_equals_the_packed_bytes(shape: tuple[int, ...], scheme: str, seed: int) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    coded = quantize_weight(weight, scheme)
+    assert coded.nbytes == weight_bytes(shape, Scheme.parse(scheme)) == sum(t.numel() * t.element_size() for t in coded.tensors().values())
+    assert coded.dequantize().shape == weight.shape
+    again = from_tensors(coded.tensors(), coded.shape, coded.bits, coded.order)
+    assert torch.equal(again.dequantize(), coded.dequantize())
+
+
+def plain_decode(coded: CodebookWeight) -> np.ndarray:
+    """An independent decoder: loops over output rows and positions in the documented order, in float64."""
+    codes, out = coded.codes.numpy(), np.zeros((coded.shape[0], int(np.prod(coded.shape[1:]))))
+    tables = None if coded.codebooks is None else coded.codebooks.double().numpy()
+    for o in range(out.shape[0]):
+        for i in range(out.shape[1]):
+            j, k = divmod(i, coded.group)
+            value = float(codes[j, 0, o]) if tables is None else sum(tables[o if len(tables) > 1 else 0, m, codes[j, m, o], k] for m in range(coded.codebook_count))
+            for name in ("scale", "offset"):
+                factor = getattr(coded, name)
+                if factor is not None:
+                    rows = factor.double().numpy().reshape(out.shape[0], -1)
+                    size = -(-out.shape[1] // rows.shape[1])
+                    value = value * rows[o, i // size] if name == "scale" else value + rows[o, i // size]
+            out[o, i] = value
+    if len(coded.shape) == 2:
+        return out
+    n, cin, kh, kw = coded.shape
+    return out.reshape(n, kh, kw, cin).transpose(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("shape", [(5, 12), (4, 3, 3, 2)])
+@pytest.mark.parametrize("scheme", ["usq3", "usq4g4", "vq3", "vq2c"])
+def test_decoding_follows_the_documented_order(shape: tuple[int, ...], scheme: str) -> None:
+    coded = quantize_weight(torch.randn(shape, generator=torch.Generator().manual_seed(0)), scheme)
+    np.testing.assert_allclose(coded.dequantize().numpy(), plain_decode(coded), rtol=1e-6, atol=1e-6)
+
+
+def test_additive_codes_decode_in_order() -> None:
+    g = torch.Generator().manual_seed(1)
+    codes = torch.randint(0, 4, (3, 2, 5), generator=g)
+    coded = CodebookWeight.from_codes(codes, torch.randn(1, 2, 4, 4, generator=g), torch.rand(5, generator=g), None, (5, 10), 2)
+    np.testing.assert_allclose(coded.dequantize().numpy(), plain_decode(coded), rtol=1e-6, atol=1e-6)
+    kernel = CodebookWeight.from_codes(codes, torch.randn(1, 2, 4, 4, generator=g), torch.rand(5, generator=g), None, (5, 3, 2, 2), 2, "kernel")
+    tables = kernel.codebooks[0].float()
+    expected = (tables[0][codes[:, 0]] + tables[1][codes[:, 1]]).permute(1, 0, 2).reshape(5, 3, 2, 2) * kernel.scale.float()[:, None, None, None]
+    torch.testing.assert_close(kernel.dequantize(), expected)
+
+
+def test_uniform_beats_the_plain_range_and_is_near_the_best_clip() -> None:
+    weight = torch.randn(16, 256, generator=torch.Generator().manual_seed(0))
+    low, high = weight.amin(1, keepdim=True), weight.amax(1, keepdim=True)
+
+    def error(shrink: float) -> torch.Tensor:
+        middle, half = (low + high) / 2, (high - low) / 2 * shrink
+        step = 2 * half / 3
+        decoded = ((weight - middle + half) / step).round().clamp(0, 3) * step + middle - half
+        return (decoded - weight).square().sum(1)
+
+    grid = torch.stack([error(s) for s in np.linspace(0.3, 1, 141)])
+    ours = (quantize_weight(weight, "usq2").dequantize() - weight).square().sum(1)
+    assert (ours < error(1.0)).all()
+    assert (ours <= grid.amin(0) * 1.05).all()
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_kmeans_is_as_good_as_scikit_learn(bits: int) -> None:
+    weight = torch.randn(12, 150, generator=torch.Generator().manual_seed(0))
+    theirs = KMeans(1 << bits, n_init=10, random_state=0).fit(weight.reshape(-1, 1).numpy()).inertia_
+    ours = float((quantize_weight(weight, f"vq{bits}").dequantize() - weight).square().sum())
+    assert ours <= theirs * 1.03
+    assert relative_error(weight, quantize_weight(weight, f"vq{bits}c")) < relative_error(weight, quantize_weight(weight, f"vq{bits}"))
+
+
+def test_more_bits_less_error() -> None:
+    weight = torch.randn(24, 64, generator=torch.Generator().manual_seed(0))
+    for family in ("usq{}", "vq{}", "vq{}c"):
+        errors = [relative_error(weight, quantize_weight(weight, family.format(b))) for b in (1, 2, 3, 4)]
+        assert errors == sorted(errors, reverse=True) and errors[-1] < 0.02
+
+
+@pytest.mark.parametrize("scheme", ["usq2", "vq2", "vq2c"])
+@pytest.mark.parametrize("value", [0.0, 3.0, -1e-9])
+def test_constant_weights_are_exact(scheme: str, value: float) -> None:
+    weight = torch.full((4, 6), value)
+    torch.testing.assert_close(quantize_weight(weight, scheme).dequantize(), weight, rtol=1e-3, atol=1e-7)
+
+
+def test_bad_weights_and_schemes() -> None:
+    with pytest.raises(AquabitError, match="1 of 4 weights are not finite"):
+        quantize_weight(torch.tensor([[1.0, float("nan")], [0.0, 1.0]]), "usq4")
+    for scheme in ("aq2x8g8", "usq3h"):
+        with pytest.raises(AquabitError, match=scheme):
+            quantize_weight(torch.randn(4, 8), scheme)
+    with pytest.raises(AquabitError, match="shape"):
+        quantize_weight(torch.randn(4), "usq4")
+
+
+def test_kernels_equal_the_dense_layer_and_refuse_misfits() -> None:
+    weight = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
+    coded, x, bias = quantize_weight(weight, "vq3"), torch.randn(2, 3, 10), torch.randn(6)
+    torch.testing.assert_close(codebook_linear(x, coded, bias), torch.nn.functional.linear(x, coded.dequantize(), bias))
+    conv = quantize_weight(torch.randn(6, 4, 3, 3), "usq4")
+    images = torch.randn(2, 8, 5, 5)
+    torch.testing.assert_close(
+        codebook_conv2d(images, conv, None, 2, 1, 1, 2), torch.nn.functional.conv2d(images, conv.dequantize(), None, 2, 1, 1, 2)
+    )
+    for bad in (lambda: codebook_linear(x[..., :9], coded), lambda: codebook_linear(x, conv), lambda: codebook_linear(x, coded, backend="lut")):
+        with pytest.raises(AquabitError):
+            bad()
+
+
+def test_bank_fits_once_survives_damage_and_keeps_its_limit(tmp_path, monkeypatch) -> None:
+    calls = []
+    original = quantize_weight
+    monkeypatch.setattr("aquabit.quant.bank.quantize_weight", lambda w, s: calls.append(str(s)) or original(w, s))
+    weight = torch.randn(8, 32)
+    bank, key, scheme = Bank(tmp_path), weight_hash(weight), Scheme.parse("usq4")
+    first, error = bank.fit(weight, key, scheme)
+    again, error_again = Bank(tmp_path).fit(weight, key, scheme)
+    assert calls == ["usq4"] and error == error_again and torch.equal(first.packed, again.packed)
+    path = bank.path(key, scheme)
+    path.write_bytes(path.read_bytes()[:-7])
+    assert Bank(tmp_path).get(key, scheme) is None
+    assert torch.equal(Bank(tmp_path).fit(weight, key, scheme)[0].packed, first.packed) and calls == ["usq4", "usq4"]
+    small = Bank(tmp_path, limit=0)
+    small.fit(weight, key, scheme)
+    assert small.trim() == 0 and path.exists(), "what this process used stays"
+    assert Bank(tmp_path, limit=0).trim() == 1 and not path.exists()
+    assert weight_hash(weight) != weight_hash(weight.reshape(32, 8))
+
+
+def test_a_bank_that_cannot_be_made_says_so(tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(AquabitError, match="cannot be made"):
+        Bank(tmp_path / "file" / "bank")
