@@ -97,7 +97,9 @@ def _fill(
         _place(denoiser, name, layer, coded.get(name), config)
         layer.act = config[name].act
         layer.act_output = layer.act if node.get("attention") else 16
-    left = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items() if not _is_code(k, coded)}
+    own = {f"{n}.{part}" for n in nodes for part in ("weight", "bias")}  # layers widen their own 16-bit tensors as they use them
+    rest = {k: v for k, v in tensors.items() if not _is_code(k, coded)}
+    left = {k: v.to(dtype) if v.is_floating_point() and k not in own else v for k, v in rest.items()}
     missing, unexpected = denoiser.load_state_dict(left, strict=False, assign=True)
     missing = [m for m in missing if m.removesuffix(".weight") not in coded]
     if missing or unexpected:

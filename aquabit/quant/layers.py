@@ -38,9 +38,17 @@ class _QuantLayer(nn.Module):
         self.weight = torch.empty(0, dtype=self.weight.dtype, device=self.weight.device)
         self.coded, self.scheme = coded, scheme
 
-    def weight_bytes(self) -> int:
-        """Resident bytes of the weight."""
-        own = self.weight.untyped_storage().nbytes()
+    def shrink_(self, dtype: torch.dtype = torch.float16) -> None:
+        """Keep the bias, and a weight that is not coded, at 16 bits; both are widened as they are used."""
+        self.bias = None if self.bias is None else self.bias.to(dtype)
+        self.weight = self.weight.to(dtype)
+
+    def bias_for(self, x: Tensor) -> Tensor | None:
+        return None if self.bias is None else self.bias.to(x.dtype)
+
+    def resident_bytes(self) -> int:
+        """Bytes that the layer's weight and bias hold in memory."""
+        own = self.weight.untyped_storage().nbytes() + (0 if self.bias is None else self.bias.untyped_storage().nbytes())
         return own if self.coded is None else own + sum(t.untyped_storage().nbytes() for t in self.coded.tensors().values())
 
     def extra_repr(self) -> str:
@@ -67,9 +75,9 @@ class QuantLinear(_QuantLayer):
     def forward(self, x: Tensor, *_: object) -> Tensor:
         x = fake_quantize(x, self.act, "token")
         if self.coded is None:
-            y = functional.linear(x, self.weight, self.bias)
+            y = functional.linear(x, self.weight.to(x.dtype), self.bias_for(x))
         else:
-            y = codebook_linear(x, self.coded, self.bias, self.accuracy)
+            y = codebook_linear(x, self.coded, self.bias_for(x), self.accuracy)
         return fake_quantize(y, self.act_output, "token")
 
 
@@ -89,8 +97,8 @@ class QuantConv2d(_QuantLayer):
     def forward(self, x: Tensor, *_: object) -> Tensor:
         x = fake_quantize(x, self.act, "sample", self.split)
         if self.coded is None:
-            return functional.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
-        return codebook_conv2d(x, self.coded, self.bias, self.stride, self.padding, self.dilation, self.groups, self.accuracy)
+            return functional.conv2d(x, self.weight.to(x.dtype), self.bias_for(x), self.stride, self.padding, self.dilation, self.groups)
+        return codebook_conv2d(x, self.coded, self.bias_for(x), self.stride, self.padding, self.dilation, self.groups, self.accuracy)
 
 
 def quantizable(module: nn.Module) -> bool:

@@ -51,13 +51,14 @@ class QuantizedDenoiser:
         self.denoiser, self.bank = denoiser, bank
         self.layers: dict[str, QuantLinear | QuantConv2d] = {}
         self._full: dict[str, Tensor] = {}
+        self._stored: dict[str, torch.dtype] = {}
         self._keys: dict[str, str] = {}
         self._attention = {n: a["attention"] for n, a in graph.nodes(data=True) if a.get("attention")}
         bad = [n for n, p in denoiser.named_parameters() if not bool(torch.isfinite(p).all())]
         if bad:
             raise AquabitError(f"{bad[0]} holds NaN or Inf ({len(bad)} such tensors); the model file is damaged or overflowed its dtype")
         with torch.no_grad():
-            for tensor in (*denoiser.parameters(), *denoiser.buffers()):
+            for tensor in denoiser.state_dict().values():  # buffers that are not saved are made anew on loading, unrounded
                 tensor.copy_(rounded(tensor))
         for name, node in graph.nodes(data=True):
             if node["kind"] != "merge":
@@ -74,6 +75,8 @@ class QuantizedDenoiser:
         owner, _, leaf = name.rpartition(".")
         setattr(self.denoiser.get_submodule(owner), leaf, layer)
         self.layers[name], self._full[name] = layer, layer.weight
+        both = [storage_dtype(t) for t in (layer.weight, layer.bias) if t is not None]
+        self._stored[name] = torch.bfloat16 if torch.bfloat16 in both else torch.float16
 
     def key(self, name: str) -> str:
         """The bank's key of a layer's full-precision weight."""
@@ -121,4 +124,5 @@ class QuantizedDenoiser:
             layer.accuracy = accuracy
             if choice.weight != FP:
                 layer.set_packed_(self._coded(name, choice.weight), choice.weight)
+            layer.shrink_(self._stored[name])
         self._full.clear()

@@ -43,7 +43,8 @@ RC: Any = {
     "pdf.fonttype": 42, "ps.fonttype": 42, "svg.fonttype": "none", "svg.hashsalt": "aquabit", "axes.unicode_minus": True,
 }  # fmt: skip
 
-BIT_COLOURS = {2: "#B33C00", 3: ORANGE, 4: SKY, 8: BLUE, 16: "#1B1B1B"}  # nominal bits of codes, nearest one
+# by nominal bits, nearest one: the more bits the lighter, so that a grey print keeps the order; full precision is black
+BIT_COLOURS = {2: "#7A2500", 3: VERMILLION, 4: "#7CC4EE", 8: "#D5EAF7", 16: "#1B1B1B"}
 HATCHES = {"usq": "", "vq": "////", "vqc": "xxxx", "aq": "....", "fp": ""}
 
 

@@ -41,7 +41,7 @@ class _Counted:
 
 def improve(
     weights: np.ndarray, acts: np.ndarray, predict: Predict, cost_model: CostModel, budget: Budget, seed: int = 0, *,
-    rows: int = 60_000, pairs: int = 1000, restarts: int = 4,
+    rows: int = 60_000, pairs: int = 1000, restarts: int = 8,
 ) -> Improved:  # fmt: skip
     """The best predicted configuration found from ``weights``, ``acts`` [L] by steepest descent and ``restarts`` perturbations of the best.
 
@@ -134,6 +134,7 @@ def _kick(choice: np.ndarray, singles: np.ndarray, options: Options, rng: np.ran
     if not len(free):
         return None
     moved = choice.copy()
-    for layer in rng.choice(free, size=min(len(free), max(2, len(free) // 15)), replace=False):
+    count = min(len(free), int(rng.integers(2, max(3, len(free) // 8) + 1)))
+    for layer in rng.choice(free, size=count, replace=False):
         moved[layer] = rng.choice(np.flatnonzero(options.columns.allowed[layer]))
     return options.repair(moved, singles)

@@ -31,7 +31,7 @@ class Candidate:
 def search(
     space: SearchSpace, cost_model: CostModel, budget: Budget, predict_factory: Callable[[], Predict],
     measure: Callable[[list[QuantConfig]], None], measured: Callable[[], Measured], uniform: Sequence[QuantConfig] = (), *,
-    rounds: int = 2, per_round: int = 8, spread: Sequence[float] = SPREAD, contexts: int = 16, rows: int = 40_000, seed: int = 0,
+    rounds: int = 2, per_round: int = 8, spread: Sequence[float] = SPREAD, contexts: int = 16, rows: int = 15_000, seed: int = 0,
     progress: Progress = no_progress,
 ) -> list[Candidate]:  # fmt: skip
     """Propose, measure and learn from configurations within ``budget`` and, for the front, within targets scaled by ``spread``.

@@ -121,7 +121,8 @@ class Options:
             used = self.used(choice)
             change = self.costs - self.costs[:, rows, choice][:, :, None]
             gain = self.overrun(used) - self.overrun(used[:, None, None] + change)
-            rise = np.maximum(scores - scores[rows, choice][:, None], 0)
+            with np.errstate(invalid="ignore"):  # from infinitely bad to infinitely bad is no rise that can be weighed
+                rise = np.maximum(scores - scores[rows, choice][:, None], 0)
             useful = self.columns.allowed & (gain > 1e-15) & np.isfinite(rise)
             if not useful.any():
                 return None

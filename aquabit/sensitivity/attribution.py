@@ -125,7 +125,8 @@ def _layer_table(fitted: FittedSurrogate, effects: Effects) -> pd.DataFrame:
         rows.append({
             "name": player.layer, "operator": node["operator"], "block": node["block"], "swap": f"{player.before}:{player.after}",
             "effect": float(effect[i]), "low": float(low[i]), "high": float(high[i]),
-            "shap": float(np.abs(values[:, player.column]).mean()), "shap_signed": float(signed[player.column]), "schemes": effects.of_schemes(i, schemes),
+            "shap": float(np.abs(values[:, player.column]).mean()), "shap_signed": float(signed[player.column]),
+            "schemes": effects.of_schemes(i, schemes),
         })  # fmt: skip
     return pd.DataFrame(rows).sort_values("effect", ascending=False, kind="stable").reset_index(drop=True)
 
@@ -144,7 +145,7 @@ def _rolled(layers: pd.DataFrame, fitted: FittedSurrogate, effects: Effects, key
 
 
 def _validation(study: Study, fitted: FittedSurrogate, layers: pd.DataFrame) -> dict[str, Any] | None:
-    flips = study_flips(study, fitted.objective, fitted.protocol)
+    flips = study_flips(study, fitted.objective)
     if flips.empty:
         return None
     result = validation_scores(layers, flips, fitted.direction)

@@ -14,7 +14,7 @@ from aquabit.sensitivity.surrogate import FittedSurrogate
 from aquabit.space import Encoder, SearchSpace, maximum_entropy
 
 REACH = 0.25  # contexts lie within this many real bits per weight of the budget
-CONTEXT_ACT = 8
+CONTEXT_ACT = 8  # where the space has it, else its highest
 CHUNK = 8192  # configurations encoded at once: bounds memory on large models
 REPLICATE = {"rounds": 120, "rate": 0.08, "members": 1}  # a third of the cost of the full fit
 
@@ -73,11 +73,12 @@ def draw_contexts(fitted: FittedSurrogate, bits: float, count: int, rng: np.rand
     real one fits, the rest rejected. Raises AquabitError where the space cannot reach ``bits``.
     """
     space, cost = fitted.space, fitted.cost
-    low, high = cost.limits(CONTEXT_ACT)["bits"]
+    act = CONTEXT_ACT if CONTEXT_ACT in space.activations else max(space.activations)
+    low, high = cost.limits(act)["bits"]
     if not low - REACH <= bits <= high + REACH:
         raise AquabitError(f"bits = {bits:g} is out of reach: this space has {low:.3g} to {high:.3g} bits per weight")
     excluded = np.array([row == (FP,) for row in space.choices.values()])
-    acts = np.tile(np.where(excluded, 16, CONTEXT_ACT), (count, 1))
+    acts = np.tile(np.where(excluded, 16, act), (count, 1))
     mean, kept, have = bits, [], 0
     for _ in range(200):
         drawn = _draw(space, mean, 4 * count, rng)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,11 @@ from aquabit.sensitivity.surrogate import FittedSurrogate
 from aquabit.study import Study
 
 
-def study_flips(study: Study, objective: str, protocol: str) -> pd.DataFrame:
-    """The measured swaps of a study under one protocol."""
+def study_flips(study: Study, objective: str) -> pd.DataFrame:
+    """The measured swaps of a study under its protocol or that protocol on other seeds: each swap's two ends share their seeds."""
+    same = {d for d, p in study.protocols().items() if replace(p, seed=0).digest == replace(study.protocol, seed=0).digest}
     flips = study.flips(objective)
-    return flips[flips.protocol == protocol].reset_index(drop=True)
+    return flips[flips.protocol.isin(same)].reset_index(drop=True)
 
 
 def validation_scores(layers: pd.DataFrame, flips: pd.DataFrame, direction: str = "min") -> dict[str, Any]:

@@ -1,0 +1,151 @@
+"""Packed artifacts: bytes on disk and in memory, equality with dense mode, damaged files, and loading in general."""
+
+from __future__ import annotations
+
+import json
+import struct
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from aquabit import flow
+from aquabit.cost import CostModel
+from aquabit.pipelines import Adapter, bundled_models, load, set_scheduler, trace
+from aquabit.quant.bank import Bank
+from aquabit.quant.layers import QuantConv2d, QuantLinear
+from aquabit.quant.model import QuantizedDenoiser, fingerprint
+from aquabit.scheme import AquabitError, Protocol, QuantConfig
+from aquabit.space import make_space
+
+PROTOCOL = Protocol(images=4, steps=3, micro_batch=4)
+WEIGHTS = "denoiser/diffusion_pytorch_model.safetensors"
+
+
+def mixed(pipe, act: int) -> QuantConfig:
+    """Every kind of scheme somewhere, one layer left in full precision."""
+    space = make_space(trace(pipe), fingerprint(pipe.denoiser))
+    names, config = space.layers, space.uniform("usq4", act)
+    for i, name in enumerate(names):
+        config = config.with_layer(name, ("usq3", "usq8", "vq4", "vq3c", "usq4g8")[i % 5])
+    return config.with_layer(names[7], "fp", 16)
+
+
+def images(pipe) -> torch.Tensor:
+    adapter = Adapter(pipe)
+    return torch.cat([adapter.images(PROTOCOL, b) for b in adapter.batches(PROTOCOL)])
+
+
+def test_artifact_size_is_exact_on_disk_and_in_memory(pipe, tmp_path) -> None:
+    config, graph = mixed(pipe, 8), trace(pipe)
+    written = flow.quantize(pipe, config, bank=str(tmp_path / "bank")).save(tmp_path / "packed")
+    file = tmp_path / "packed" / WEIGHTS
+    header = 8 + struct.unpack("<Q", file.read_bytes()[:8])[0]
+    assert file.stat().st_size - header == written == CostModel(graph, make_space(graph, config.fingerprint))(config).bytes
+    loaded = load(str(tmp_path / "packed"))
+    stored = load_file(file)
+    layers = {n: m for n, m in loaded.denoiser.named_modules() if isinstance(m, QuantLinear | QuantConv2d)}
+    for name, layer in layers.items():
+        on_disk = sum(t.numel() * t.element_size() for k, t in stored.items() if k.startswith((f"{name}.weight", f"{name}.bias")))
+        assert layer.resident_bytes() == on_disk > 0, "what is resident is what is stored: no dense copy"
+        assert layer.coded is None or layer.weight.numel() == 0
+    assert sum(layer.coded is not None for layer in layers.values()) == len(layers) - 1
+    packed = flow.quantize(pipe, config, bank=str(tmp_path / "bank"))
+    assert sum(m.resident_bytes() for m in packed.model.layers.values()) == sum(m.resident_bytes() for m in layers.values())
+
+
+@pytest.mark.parametrize("act", [16, 8])
+def test_packed_equals_dense(pipe, tmp_path, act: int) -> None:
+    config = mixed(pipe, act)
+    packed = flow.quantize(pipe, config, bank=str(tmp_path / "bank"), accuracy="exact")
+    packed.save(tmp_path / "packed")
+    model = QuantizedDenoiser(pipe.denoiser, trace(pipe), Bank(tmp_path / "bank"))
+    model.apply(config)
+    dense = images(pipe)
+    model.apply(make_space(trace(load(str(tmp_path / "packed"))), config.fingerprint).full_precision())
+    full = images(pipe)
+    assert (dense - full).abs().max() > 1e-3, "the test must see a difference"
+    for other in (images(packed.pipe), images(load(str(tmp_path / "packed")))):
+        torch.testing.assert_close(other, dense, rtol=0, atol=1e-4)
+
+
+def test_grid_of_an_artifact(dit, tmp_path) -> None:
+    flow.quantize(dit, mixed(dit, 8), bank=str(tmp_path / "bank")).save(tmp_path / "packed")
+    made = flow.generate(str(tmp_path / "packed"), images=5, seed=3, steps=2)
+    assert made.shape == (5, 1, 8, 8) and torch.equal(made, flow.generate(str(tmp_path / "packed"), images=5, seed=3, steps=2))
+    assert json.loads((tmp_path / "packed" / "model_index.json").read_text())["classes"] == 10
+
+
+def test_configurations_of_other_models_are_refused(dit, unet, tmp_path) -> None:
+    with pytest.raises(AquabitError, match="is for model"):
+        flow.quantize(dit, mixed(unet, 8), bank=str(tmp_path))
+
+
+@pytest.mark.parametrize("damage", ["truncate", "recipe", "class", "missing", "shape"])
+def test_damaged_artifacts_give_one_sentence(dit, tmp_path, damage: str) -> None:
+    flow.quantize(dit, mixed(dit, 8), bank=str(tmp_path / "bank")).save(tmp_path / "packed")
+    file, recipe = tmp_path / "packed" / WEIGHTS, tmp_path / "packed" / "denoiser" / "quantization.json"
+    value = json.loads(recipe.read_text())
+    if damage == "truncate":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif damage == "recipe":
+        recipe.write_text(recipe.read_text()[:-30])
+    elif damage == "class":
+        recipe.write_text(json.dumps({**value, "class": "os.system"}))
+    elif damage == "missing":
+        value["layers"].popitem()
+        recipe.write_text(json.dumps(value))
+    else:
+        next(iter(value["layers"].values()))["shape"] = [3, 3]
+        recipe.write_text(json.dumps(value))
+    with pytest.raises(AquabitError) as caught:
+        load(str(tmp_path / "packed"))
+    assert str(tmp_path) in str(caught.value) or "layer" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_loading_says_what_is_wrong(tmp_path) -> None:
+    with pytest.raises(AquabitError, match="bundled are digits-dit, digits-unet"):
+        load("digits-foo")
+    with pytest.raises(AquabitError, match=r"no model_index\.json"):
+        load(str(tmp_path))
+    (tmp_path / "model_index.json").write_text("[]")
+    with pytest.raises(AquabitError, match="names no pipeline class"):
+        load(str(tmp_path))
+    with pytest.raises(AquabitError, match="float64"):
+        load("digits-dit", dtype="float64")
+    (tmp_path / "model_index.json").write_text('{"_class_name": "NoSuchPipeline"}')
+    with pytest.raises(AquabitError, match="cannot be loaded"):
+        load(str(tmp_path))
+
+
+def test_bundled_models_make_digits() -> None:
+    assert bundled_models() == ["digits-dit", "digits-unet"]
+    for name in bundled_models():
+        pipe = load(name)
+        layers = [n for n, a in trace(pipe).nodes(data=True) if a["kind"] != "merge"]
+        assert len(layers) == (57 if name == "digits-dit" else 51)
+        adapter = Adapter(pipe)
+        protocol = Protocol(images=40, micro_batch=40)
+        extractor, _ = adapter.reference()
+        assert extractor is not None
+        made = adapter.images(protocol, range(40))
+        right = (extractor(made).logits.argmax(1) == torch.arange(40) % 10).float().mean()
+        assert right >= 0.9
+
+
+def test_schedulers_by_name(dit) -> None:
+    for name in ("ddpm", "euler", "dpm"):
+        set_scheduler(dit, name)
+        assert torch.isfinite(images(dit)).all()
+    with pytest.raises(AquabitError, match="known: default, ddim"):
+        set_scheduler(dit, "heun2")
+    with pytest.raises(AquabitError, match="no denoiser"):
+        from aquabit.pipelines import denoiser_name
+
+        denoiser_name(object())  # type: ignore[arg-type]
+
+
+def test_guidance_and_other_sizes_change_images(dit) -> None:
+    plain, guided = Protocol(images=2, steps=2, micro_batch=2), Protocol(images=2, steps=2, micro_batch=2, guidance=3.0)
+    assert not torch.allclose(Adapter(dit).images(plain, range(2)), Adapter(dit).images(guided, range(2)))

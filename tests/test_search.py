@@ -1,0 +1,622 @@
+"""Search against brute force on spaces small enough to enumerate, and the laws that hold on every space."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from typing import Any
+
+import networkx as nx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aquabit.cost import CostModel
+from aquabit.scheme import AquabitError, Budget, QuantConfig
+from aquabit.search import (
+    Front,
+    FrontMember,
+    Interval,
+    Options,
+    activation_choices,
+    additive_scores,
+    choose,
+    improve,
+    integer_program,
+    interval,
+    ladder,
+    paired_difference,
+    pareto,
+    remeasure_plan,
+    smallest_uniform,
+    solve,
+)
+from aquabit.search.loop import Candidate, schedule, search
+from aquabit.space import SearchSpace, make_space
+
+
+def model(count: int, seed: int = 0, **options: Any) -> tuple[SearchSpace, CostModel]:
+    """A space of ``count`` layers of odd sizes, Linear and Conv2d in turn, and its costs."""
+    rng, graph = np.random.default_rng(seed), nx.DiGraph(other_elements=101)
+    for i in range(count):
+        shape = (int(rng.integers(5, 40)), int(rng.integers(7, 60)), *((3, 3) if i % 2 else ()))
+        macs = int(np.prod(shape)) * int(rng.integers(1, 9))
+        graph.add_node(f"l{i}", kind="layer", depth=i, operator=f"o{i % 3}", block=f"b{i % 2}", shape=shape, macs=macs)
+    space = make_space(graph, "print", "toy", **options)
+    return space, CostModel(graph, space)
+
+
+def every(space: SearchSpace, activations: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Index matrices of all configurations of a small space."""
+    column = {s: i for i, s in enumerate(space.schemes)}
+    pairs = [[(column[s], 16 if str(row[0]) == "fp" else a) for s in row for a in activations] for row in space.choices.values()]
+    table = np.array(list(itertools.product(*pairs)))
+    return table[..., 0], table[..., 1]
+
+
+def total(scores: np.ndarray, activations: tuple[int, ...], weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
+    place = np.array([activations.index(a) if a in activations else 0 for a in acts.ravel()]).reshape(acts.shape)
+    return np.asarray(scores[np.arange(weights.shape[1]), weights, place].sum(1))
+
+
+def middle(cost: CostModel, share: float, *names: str) -> Budget:
+    """Limits at a share of the way from the smallest to the largest possible cost."""
+    limits = cost.limits(None if "bops" in names else 8)
+    values = {n: limits[n][0] + share * (limits[n][1] - limits[n][0]) for n in names}
+    return Budget(**{n: int(v) if n == "bytes" else v for n, v in values.items()})  # type: ignore[arg-type]
+
+
+TOY = {"schemes": ["usq2", "usq3", "usq4", "vq2", "vq4c"]}
+LIMITS = [("bits",), ("bytes",), ("bops",), ("bits", "bops"), ("bits", "bytes", "bops")]
+
+
+# ---- integer program -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("names", LIMITS)
+@pytest.mark.parametrize("seed", range(3))
+def test_solve_finds_the_optimum_of_brute_force(names: tuple[str, ...], seed: int) -> None:
+    space, cost = model(4, seed, **TOY, pinned={"l1": "usq8"})
+    budget = middle(cost, 0.4, *names)
+    activations = activation_choices(space, budget)
+    scores = np.random.default_rng(seed).normal(size=(4, len(space.schemes), len(activations)))
+    weights, acts = every(space, activations)
+    inside = cost.within(cost.totals(weights, acts), budget)
+    truth = total(scores, activations, weights, acts)[inside].min()
+    found = solve(scores, cost, budget)
+    assert found.score == pytest.approx(truth, abs=1e-6)
+    assert found.gap < 1e-6 and found.bound <= truth + 1e-6
+    assert cost.within(cost.totals(found.weights[None], found.acts[None]), budget).all()
+    assert total(scores, activations, found.weights[None], found.acts[None])[0] == pytest.approx(found.score)
+
+
+@pytest.mark.parametrize("names", [("bits",), ("bits", "bops")])
+@pytest.mark.parametrize("unit", [1e-12, 1e-6, 1e12])
+def test_the_scale_of_the_scores_does_not_matter(unit: float, names: tuple[str, ...]) -> None:
+    space, cost = model(24, 3)
+    budget = middle(cost, 0.15, *names)
+    bits = np.array([s.bits for s in space.schemes])
+    rng = np.random.default_rng(5)
+    scores = (
+        rng.lognormal(0, 1, (24, 1, 1))
+        * 4.0 ** -bits[:, None]
+        * rng.uniform(0.8, 1.2, (24, len(bits), len(activation_choices(space, budget))))
+    )
+    one, other = solve(scores, cost, budget), solve(scores * unit, cost, budget)
+    assert other.score == pytest.approx(one.score * unit, rel=1e-5)
+    assert other.gap < 1e-5 and other.bound == pytest.approx(one.bound * unit, rel=1e-5)
+
+
+def test_exact_bytes_are_reachable_and_one_byte_less_is_another_answer() -> None:
+    space, cost = model(6, 1, **TOY)
+    scores = -cost.bytes[:, :, None].astype(float)  # the largest configuration within the limit
+    weights, acts = every(space, (8,))
+    sizes = np.unique(cost.totals(weights, acts)["bytes"])
+    for size in sizes[[0, 1, len(sizes) // 2, -1]]:
+        found = solve(scores, cost, Budget(bytes=int(size)))
+        assert cost.totals(found.weights[None], found.acts[None])["bytes"][0] == size
+        if size > sizes[0]:
+            below = solve(scores, cost, Budget(bytes=int(size) - 1))
+            assert cost.totals(below.weights[None], below.acts[None])["bytes"][0] == sizes[np.searchsorted(sizes, size) - 1]
+
+
+@pytest.mark.parametrize("limits", [{"bits": 0.5}, {"bits": 30.0}, {"bytes": 10}, {"bops": 10.0}])
+def test_a_budget_out_of_reach_names_both_ends(limits: dict[str, Any]) -> None:
+    space, cost = model(4)
+    budget = Budget(**limits)
+    low, high = cost.limits(None if "bops" in limits else 8)[next(iter(limits))]
+    with pytest.raises(AquabitError) as error:
+        solve(np.zeros((4, len(space.schemes), len(activation_choices(space, budget)))), cost, budget)
+    assert f"{low:.6g}" in str(error.value) and f"{high:.6g}" in str(error.value)
+
+
+def test_limits_that_cannot_be_kept_together_say_what_each_can_reach() -> None:
+    # usq2g2 has a scale for every 2 inputs: fewer BOPs than usq3 but more bytes
+    space, cost = model(5, schemes=["usq2g2", "usq3"], activations=[8])
+    weights, acts = every(space, (8,))
+    totals = cost.totals(weights, acts)
+    budget = Budget(bytes=int(totals["bytes"].min()) + 5, bops=float(totals["bops"].min()) * 1.01)
+    assert not cost.within(totals, budget).any()
+    with pytest.raises(AquabitError) as error:
+        solve(np.zeros((5, len(space.schemes), 1)), cost, budget)
+    for name, other in (("bytes", "bops"), ("bops", "bytes")):
+        reachable = totals[name][totals[other] <= budget.limits()[other]].min()
+        assert f"{name} can reach {reachable:.6g} with {other} kept, and at most {totals[name].max():.6g}" in str(error.value)
+
+
+def test_cuts_ask_for_other_solutions_until_none_is_left() -> None:
+    space, cost = model(3, schemes=["usq2", "usq4"])
+    budget, scores = middle(cost, 0.6, "bits"), np.random.default_rng(0).normal(size=(3, 3, 1))
+    weights, acts = every(space, (8,))
+    inside = cost.within(cost.totals(weights, acts), budget)
+    ordered = np.sort(total(scores, (8,), weights, acts)[inside])
+    cuts: list[Any] = []
+    for value in ordered:
+        found = solve(scores, cost, budget, cuts=cuts)
+        assert found.score == pytest.approx(value, abs=1e-6)
+        cuts.append((found.weights, found.acts, 1))
+    with pytest.raises(AquabitError, match="no further configuration"):
+        solve(scores, cost, budget, cuts=cuts)
+
+
+def test_a_rounding_that_slips_over_the_limit_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    space, cost = model(4, **TOY)
+    budget, scores = middle(cost, 0.4, "bits"), np.random.default_rng(0).normal(size=(4, len(space.schemes), 1))
+    honest, whole = integer_program._milp, solve(scores, cost, budget)
+    largest = Options.of(cost, budget).costs[0] * Options.of(cost, budget).columns.allowed
+
+    def slips(*args: Any) -> Any:
+        return honest(*args) if len(args[2]) > patience else (largest.argmax(1), 0.0)
+
+    monkeypatch.setattr(integer_program, "_milp", slips)
+    for patience in (0, 100):  # slips once; slips always
+        found = solve(scores, cost, budget)
+        assert cost.within(cost.totals(found.weights[None], found.acts[None]), budget).all()
+        if not patience:
+            assert found.score == pytest.approx(whole.score)
+
+
+def test_scores_that_cannot_be_used_are_refused(capfd: pytest.CaptureFixture[str]) -> None:
+    space, cost = model(3)
+    budget, scores = middle(cost, 0.5, "bits"), np.zeros((3, len(space.schemes), 1))
+    solve(scores, cost, budget)
+    assert capfd.readouterr().out == ""
+    with pytest.raises(AquabitError, match="shape"):
+        solve(scores[:2], cost, budget)
+    scores[1, 2] = np.nan
+    with pytest.raises(AquabitError, match=r"layer 'l1' at usq3 is nan"):
+        solve(scores, cost, budget)
+
+
+def test_what_c_code_prints_is_dropped_and_python_output_stays(capfd: pytest.CaptureFixture[str]) -> None:
+    import os
+
+    print("before", flush=True)
+    with integer_program._silent():
+        os.write(1, b"noise")
+    print("after", flush=True)
+    assert capfd.readouterr().out == "before\nafter\n"
+
+
+def test_additive_scores_recover_an_additive_function() -> None:
+    space, _ = model(5, excluded=["l2"], pinned={"l3": "usq3"})
+    rng = np.random.default_rng(0)
+    table = rng.normal(size=(5, len(space.schemes), 17))
+
+    def predict(weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
+        assert (acts[:, 2] == 16).all() and (weights[:, 2] == 0).all()
+        return np.asarray(table[np.arange(5), weights, acts].sum(1))
+
+    contexts = space.indices(space.sample(3, 1))
+    scores = additive_scores(predict, space, contexts, (8, 6))
+    assert scores.shape == (5, len(space.schemes), 2)
+    allowed = space.allowed()
+    allowed[2] = False
+    for layer, scheme in np.argwhere(allowed):
+        first = int(allowed[layer].argmax())
+        for a, bits in enumerate((8, 6)):
+            assert scores[layer, scheme, a] == pytest.approx(table[layer, scheme, bits] - table[layer, first, 8])
+    assert np.isinf(scores[3]).sum() == scores[3].size - 2 and np.isinf(scores[2]).sum() == scores[2].size - 1
+    assert additive_scores(predict, space, contexts).shape == (5, len(space.schemes), 1)
+    with pytest.raises(AquabitError, match="at least one context"):
+        additive_scores(predict, space, (contexts[0][:0], contexts[1][:0]))
+
+
+# ---- local search ----------------------------------------------------------------------------------------------------------------------
+
+
+def rough(seed: int) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """A function without any structure, some of whose values are not numbers."""
+
+    def predict(weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
+        key = (weights * 7 + acts + np.arange(weights.shape[1])) * np.random.default_rng(seed).integers(1, 1 << 40, weights.shape[1])
+        value = np.sin(key.sum(1) % 100003)
+        return np.where(value > 0.95, np.nan, value)
+
+    return predict
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), names=st.sampled_from(LIMITS), share=st.floats(0.05, 0.95), rows=st.integers(1, 3000))
+def test_local_search_never_leaves_the_budget_nor_gets_worse(seed: int, names: tuple[str, ...], share: float, rows: int) -> None:
+    space, cost = model(6, seed % 7, pinned={"l1": "vq3"}, excluded=["l4"])
+    budget = middle(cost, share, *names)
+    activations, used = activation_choices(space, budget), 0
+    start = solve(np.random.default_rng(seed).normal(size=(6, len(space.schemes), len(activations))), cost, budget)
+
+    def predict(weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
+        nonlocal used
+        used += len(weights)
+        return rough(seed)(weights, acts)
+
+    found = improve(start.weights, start.acts, predict, cost, budget, seed, rows=rows)
+    assert cost.within(cost.totals(found.weights[None], found.acts[None]), budget).all()
+    space.check(space.configs(found.weights[None], found.acts[None])[0])
+    assert found.predicted <= found.start and found.rows == used <= rows
+    value = float(rough(seed)(found.weights[None], found.acts[None])[0])
+    assert found.predicted == (value if np.isfinite(value) else np.inf)
+    assert set(found.acts.tolist()) <= {*activations, 16} and found.acts[4] == 16 and found.weights[4] == 0
+
+
+def interacting(space: SearchSpace, seed: int = 0) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """log of summed layer errors with strong products of distant layers: no additive score tells its optimum."""
+    rng = np.random.default_rng(seed)
+    layers = len(space.choices)
+    error = np.array([[2.0 ** -space.code_bits(k, s) * rng.uniform(0.7, 1.3) for s in space.schemes] for k in space.choices])
+    alone, pair = rng.lognormal(0, 1, layers), rng.lognormal(1, 1, layers)
+
+    def predict(weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
+        e = error[np.arange(layers), weights] * np.where(acts == 6, 1.2, 1.0)
+        return np.asarray(np.log(0.05 + e @ alone + 4 * (e * np.roll(e, layers // 2, axis=1)) @ pair))
+
+    return predict
+
+
+@pytest.mark.parametrize("names", [("bits",), ("bits", "bops")])
+def test_local_search_improves_on_the_integer_program(names: tuple[str, ...]) -> None:
+    space, cost = model(30, 2)
+    predict, budget = interacting(space), middle(cost, 0.2, *names)
+    scores = additive_scores(predict, space, space.indices(space.sample(4, 0)), activation_choices(space, budget))
+    start = solve(scores, cost, budget)
+    found = improve(start.weights, start.acts, predict, cost, budget, rows=40_000)
+    assert found.start == pytest.approx(float(predict(start.weights[None], start.acts[None])[0]))
+    assert found.predicted < found.start - 0.01
+    again = improve(start.weights, start.acts, predict, cost, budget, rows=40_000)
+    assert (again.weights == found.weights).all() and (again.acts == found.acts).all()
+
+
+def test_local_search_reaches_the_optimum_of_a_small_space() -> None:
+    space, cost = model(6, 4, **TOY)
+    predict, budget = interacting(space, 4), middle(cost, 0.35, "bits")
+    weights, acts = every(space, (8,))
+    inside = cost.within(cost.totals(weights, acts), budget)
+    low = cost.bytes + np.where(space.allowed(), 0, 1 << 40)
+    found = improve(low.argmin(1), np.full(6, 8), predict, cost, budget, restarts=20)
+    assert found.predicted == pytest.approx(predict(weights[inside], acts[inside]).min())
+
+
+def test_exchanges_cross_what_single_changes_cannot() -> None:
+    _, cost = model(2, schemes=["usq2", "usq4"])
+    shapes = cost.bytes[:, 1]
+    up, down = int(shapes.argmin()), int(shapes.argmax())
+    budget = Budget(bytes=int(cost.bytes[down, 2] + cost.bytes[up, 1] + cost.other_bytes))  # one layer at 4 bits, not both
+
+    def predict(weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
+        return np.asarray(
+            (weights[:, down] == 1) * -1.0 - 3.0 * ((weights[:, up] == 2) & (weights[:, down] == 1)) + 2.0 * (weights.sum(1) == 2)
+        )
+
+    start = np.where(np.arange(2) == down, 2, 1)
+    found = improve(start, np.full(2, 8), predict, cost, budget, restarts=0)
+    assert found.weights[up] == 2 and found.weights[down] == 1
+    assert improve(start, np.full(2, 8), predict, cost, budget, restarts=0, pairs=0).predicted == found.start
+
+
+def test_a_start_outside_the_budget_or_the_space_is_refused() -> None:
+    space, cost = model(4, pinned={"l2": "usq4"})
+    budget = middle(cost, 0.3, "bits")
+    weights, acts = space.indices([space.uniform("usq8"), space.uniform("usq2"), space.uniform("usq2", act=6)])
+    for row, reason in ((0, "outside the budget"), (2, "'l0' usq2 and a6")):
+        with pytest.raises(AquabitError, match=reason):
+            improve(weights[row], acts[row], rough(0), cost, budget)
+    weights[1, 2] = 1
+    with pytest.raises(AquabitError, match="'l2' usq2"):
+        improve(weights[1], acts[1], rough(0), cost, budget)
+
+
+def test_repair_gives_up_where_no_change_helps() -> None:
+    _, cost = model(3, schemes=["usq2", "usq4"])
+    options = Options.of(cost, middle(cost, 0.5, "bits"))
+    impossible = Options(options.columns, options.names, options.costs, np.array([1.0]))
+    assert impossible.repair(np.array([2, 2, 2]), np.zeros((3, 3))) is None
+    mended = options.repair(np.array([2, 2, 2]), np.zeros((3, 3)))
+    assert mended is not None and options.keeps(mended)
+
+
+# ---- the loop --------------------------------------------------------------------------------------------------------------------------
+
+
+class Lab:
+    """A fake study: measures a known function, and fits a quadratic model of layer errors to what it measured."""
+
+    def __init__(self, space: SearchSpace, count: int, failing: int = 0):
+        self.space, self.truth, self.failing = space, interacting(space, 1), failing
+        self.values: dict[str, tuple[QuantConfig, float]] = {}
+        self.batches: list[list[QuantConfig]] = []
+        self.measure(space.sample(count, seed=3))
+        self.batches.clear()
+
+    def measure(self, configs: list[QuantConfig]) -> None:
+        assert len({c.digest for c in configs}) == len(configs) and not {c.digest for c in configs} & set(self.values)
+        self.batches.append(configs)
+        for config, value in zip(configs, self.truth(*self.space.indices(configs)), strict=True):
+            bad = self.failing and len(self.values) % self.failing == 0
+            self.values[config.digest] = (config, float("nan") if bad else float(value))
+
+    def predict_factory(self) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+        from sklearn.kernel_ridge import KernelRidge
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+
+        bits = np.array([[self.space.code_bits(k, s) for s in self.space.schemes] for k in self.space.choices])
+        rows = np.arange(len(bits))
+
+        def features(weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
+            return np.concatenate([2.0 ** -bits[rows, weights], weights / 10, acts / 8], 1)
+
+        good = [(c, v) for c, v in self.values.values() if np.isfinite(v)]
+        fitted = make_pipeline(StandardScaler(), KernelRidge(kernel="poly", degree=2, alpha=0.01))
+        fitted.fit(features(*self.space.indices([c for c, _ in good])), [v for _, v in good])
+        return lambda weights, acts: np.asarray(fitted.predict(features(weights, acts)))
+
+    def search(self, cost: CostModel, budget: Budget, **options: Any) -> list[Candidate]:
+        return search(self.space, cost, budget, self.predict_factory, self.measure, lambda: list(self.values.values()), **options)
+
+    def best(self, cost: CostModel, budget: Budget) -> float:
+        configs, values = zip(*self.values.values(), strict=True)
+        return float(values[choose(configs, values, cost, budget)])
+
+
+@pytest.mark.parametrize("names", [("bits",), ("bits", "bops")])
+def test_the_loop_finds_the_known_optimum_and_never_repeats(names: tuple[str, ...]) -> None:
+    space, cost = model(8 if names == ("bits",) else 6, 6, schemes=["usq2", "usq3", "usq4", "vq3"])
+    budget = middle(cost, 0.4, *names)
+    lab = Lab(space, 80)
+    weights, acts = every(space, activation_choices(space, budget))
+    inside = cost.within(cost.totals(weights, acts), budget)
+    values = lab.truth(weights[inside], acts[inside])
+    seen: list[tuple[str, int, int]] = []
+    found = lab.search(cost, budget, progress=lambda *step: seen.append(step))
+    assert [len(batch) for batch in lab.batches] == [8, 8] and len({c.config.digest for c in found}) == 16
+    assert lab.best(cost, budget) <= values.min() + 0.02 * (np.median(values) - values.min())
+    assert sum(c.target == budget for c in found) == 10 and seen[-1] == ("search", 16, 16)
+    for c in found:
+        space.check(c.config)
+        assert cost.within(cost.totals(*space.indices([c.config])), c.target).all()
+    assert {c.target for c in found} == {budget, *ladder(cost, budget)[:4]} and {c.round for c in found} == {0, 1}
+
+
+def test_the_loop_is_deterministic_under_its_seed_and_survives_failures() -> None:
+    space, cost = model(8, 1, pinned={"l5": "usq8"}, excluded=["l2"], **TOY)
+    budget = middle(cost, 0.4, "bits")
+    runs = [[c.config.digest for c in Lab(space, 40, failing=5).search(cost, budget, seed=s)] for s in (1, 1, 2)]
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_pins_exclusions_and_the_fixed_activations_are_kept() -> None:
+    space, cost = model(8, 1, pinned={"l5": "usq8"}, excluded=["l2"], **TOY)
+    for c in Lab(space, 30).search(cost, middle(cost, 0.4, "bytes"), rounds=1):
+        assert str(c.config["l5"].weight) == "usq8" and "l2" not in c.config.layers
+        assert {choice.act for choice in c.config.layers.values()} == {8}
+
+
+def test_a_small_space_is_exhausted_and_a_study_without_measurements_is_served() -> None:
+    space, cost = model(2, schemes=["usq2", "usq4"])
+    weights, acts = every(space, (8,))
+    budget = Budget(bits=float(cost.totals(weights, acts)["bits"].max()))
+    values: dict[str, tuple[QuantConfig, float]] = {}
+    truth = interacting(space)
+
+    def measure(configs: list[QuantConfig]) -> None:
+        values.update({c.digest: (c, 1.0) for c in configs})
+
+    found = search(space, cost, budget, lambda: truth, measure, lambda: list(values.values()), rounds=3)
+    assert len(values) == len(found) == 4
+
+
+def test_uniform_configurations_within_a_target_are_measured_first() -> None:
+    space, cost = model(6, 1, **TOY)
+    lab, budget = Lab(space, 30), middle(cost, 0.5, "bits")
+    lab.search(cost, budget, uniform=[space.uniform(s) for s in ("usq2", "usq3")], rounds=1)
+    assert [len(batch) for batch in lab.batches] == [2, 8]
+    assert lab.best(cost, budget) <= min(lab.values[space.uniform(s).digest][1] for s in ("usq2", "usq3"))
+
+
+def test_a_budget_that_cannot_be_kept_is_refused_before_anything_is_measured() -> None:
+    space, cost = model(5, schemes=["usq2g2", "usq3"], activations=[8])
+    lab, limits = Lab(space, 5), cost.limits(8)
+    with pytest.raises(AquabitError, match="cannot be kept"):
+        lab.search(cost, Budget(bytes=limits["bytes"][0] + 5, bops=limits["bops"][0] * 1.01))  # type: ignore[arg-type]
+    assert not lab.batches
+
+
+def test_the_ladder_scales_every_limit_within_reach() -> None:
+    _, cost = model(6)
+    budget = middle(cost, 0.3, "bits", "bytes", "bops")
+    assert ladder(cost, budget, (1.0, 1e-3)) == []
+    (target,) = ladder(cost, budget, (1.1, 1.1))
+    assert target.bits == pytest.approx(budget.bits * 1.1) and target.bops == pytest.approx(budget.bops * 1.1)  # type: ignore[operator]
+    assert target.bytes == int(cost.other_bytes + (budget.bytes - cost.other_bytes) * 1.1)  # type: ignore[operator]
+    (top,) = ladder(cost, budget, (1e6,))
+    assert top.bits == cost.limits()["bits"][1]
+    steps = [schedule([budget, target, top], 8, n) for n in (0, 1)]
+    assert all(s.count(budget) == 5 and len(s) == 8 for s in steps) and {*steps[0], *steps[1]} == {budget, target, top}
+
+
+# ---- front -----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_pareto_keeps_what_nothing_dominates() -> None:
+    values = np.array([3.0, 1.0, 2.0, 2.0, 5.0, np.nan, 1.0])
+    costs = np.array([1.0, 4.0, 2.0, 2.0, 0.5, 0.1, 5.0])
+    assert pareto(values, costs).tolist() == [True, True, True, False, True, False, False]
+    rng = np.random.default_rng(0)
+    table = rng.integers(0, 5, (60, 3)).astype(float)
+    kept = pareto(table[:, 0], table[:, 1:])
+    for i in range(60):
+        dominated = any((table[j] <= table[i]).all() and (table[j] < table[i]).any() for j in range(60))
+        twin = any((table[j] == table[i]).all() for j in range(i))
+        assert kept[i] == (not dominated and not twin)
+
+
+def test_intervals_are_student_t() -> None:
+    x = [1.0, 2.0, 4.0, 7.0]
+    found = interval(x)
+    half = 2.353363434801824 * np.std(x, ddof=1) / 2  # t(3) at 95 %, tables
+    assert found.value == 3.5 and found.low == pytest.approx(3.5 - half) and found.high == pytest.approx(3.5 + half)
+    difference = paired_difference([1.0, 2.0, 3.0], [0.5, 1.0, 2.5])
+    half = 4.302652729911275 * np.std([0.5, 1.0, 0.5], ddof=1) / np.sqrt(3)
+    assert difference.value == pytest.approx(2 / 3) and difference.high - difference.low == pytest.approx(2 * half)
+    assert np.isnan(interval([1.0]).low) and interval([1.0]).value == 1.0
+    for bad in (lambda: interval([]), lambda: paired_difference([1.0], [1.0, 2.0])):
+        with pytest.raises(AquabitError):
+            bad()
+
+
+def test_the_choice_is_the_best_measured_within_the_budget() -> None:
+    space, cost = model(6, 1, pinned={"l0": "usq4"}, **TOY)
+    budget = Budget(bits=cost(space.uniform("usq3")).bits_per_weight)
+    good, a16, unpinned, large = (
+        space.uniform("usq3"),
+        space.uniform("usq2", 16),
+        space.uniform("usq2").with_layer("l0", "usq2"),
+        space.uniform("usq4"),
+    )
+    failed, worse, twin = space.uniform("vq2"), space.uniform("usq2"), space.uniform("usq3").with_layer("l1", "usq2")
+    configs = [a16, unpinned, large, failed, worse, good, twin]
+    assert choose(configs, [0, 0, 0, np.nan, 9, 1, 2], cost, budget) == 5
+    assert choose(configs, [0, 0, 0, np.nan, 9, 1, 1], cost, budget) == 6  # as good and smaller
+    with pytest.raises(AquabitError, match="no measured configuration keeps"):
+        choose(configs[:4], [0, 0, 0, np.nan], cost, budget)
+    foreign = good.with_layer("l2", "usq7")
+    assert choose([foreign, good], [0, 1], cost, budget) == 1
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10**6), share=st.floats(0.1, 0.9))
+def test_the_winner_is_never_worse_than_a_known_uniform_one_of_no_more_bytes(seed: int, share: float) -> None:
+    space, cost = model(5, seed % 5, **TOY)
+    budget = middle(cost, share, "bits")
+    uniform = [space.uniform(s) for s in TOY["schemes"]]
+    configs = [*space.sample(20, seed), *uniform, *space.configs(*space.indices(uniform))]
+    values = np.random.default_rng(seed).normal(size=len(configs))
+    winner = choose(configs, values.tolist(), cost, budget)
+    assert cost(configs[winner]).bits_per_weight <= budget.bits * (1 + 1e-9)  # type: ignore[operator]
+    for config, value in zip(configs[20:], values[20:], strict=True):
+        if cost(config).bytes <= cost(configs[winner]).bytes:
+            assert values[winner] <= value
+
+
+def test_the_plan_measures_again_the_winner_and_a_spread_of_pareto_members() -> None:
+    space, cost = model(6, 1, **TOY)
+    configs = [space.uniform(s) for s in TOY["schemes"]] + [space.uniform("usq4", 16)]
+    values = [4.0, 2.0, 1.0, 5.0, 1.5, 0.0]
+    budget = Budget(bits=cost(configs[1]).bits_per_weight)
+    bits = [cost(c).bits_per_weight for c in configs]
+    plan = remeasure_plan(configs, values, cost, budget)
+    front = [i for i in range(5) if not any(bits[j] <= bits[i] and values[j] < values[i] for j in range(5))]
+    assert sorted(plan) == front and 1 in plan and [bits[i] for i in plan] == sorted(bits[i] for i in plan)
+    assert len(remeasure_plan(configs, values, cost, budget, members=2)) == 2
+
+
+def test_the_uniform_baseline_is_the_smallest_that_is_no_smaller() -> None:
+    space, cost = model(6, 1, pinned={"l0": "usq4"}, schemes=["usq2", "usq3", "usq3g4", "usq8", "vq4"])
+    sizes = {s: cost(space.uniform(s)).bytes for s in ("usq2", "usq3", "usq3g4", "usq8")}
+    for at_least, expected in ((0, "usq2"), (sizes["usq2"], "usq2"), (sizes["usq2"] + 1, "usq3"), (sizes["usq3g4"] + 1, "usq8")):
+        found = smallest_uniform(cost, space, at_least_bytes=at_least)
+        assert found == space.uniform(expected)
+    assert smallest_uniform(cost, space, at_least_bytes=sizes["usq8"] + 1) is None
+    assert smallest_uniform(cost, space, kind="vq") == space.uniform("vq4")
+
+
+def front() -> Front:
+    space, cost = model(4, **TOY)
+    members = [
+        FrontMember.of(cost, space.uniform(s), {"fid": 2.0}, {"fid": Interval(np.float64(1.5), 1.0, 2.0), "psnr": interval([20.0])})
+        for s in ("usq4", "usq2", "usq3")
+    ]
+    return Front(members, Budget(bits=3.4), space.uniform("usq3").digest, {"scheme": "usq3", "low": float("nan"), "n": np.int64(5)})
+
+
+def test_the_front_in_json_and_back() -> None:
+    here = front()
+    bits = [m.bits_per_weight for m in here.members]
+    assert bits == sorted(bits) and here.best.digest == here.winner
+    rows = json.loads(json.dumps(here.to_list(), allow_nan=False))
+    keys = ["bits_per_weight", "bytes", "bops", "operations", "latency_ms", "predicted", "measured", "config"]
+    assert all(list(row) == keys for row in rows)
+    assert rows[0]["measured"] == {"fid": {"value": 1.5, "low": 1.0, "high": 2.0}, "psnr": {"value": 20.0, "low": None, "high": None}}
+    assert rows[0]["operations"] is None and QuantConfig.from_dict(rows[0]["config"]) == here.members[0].config
+    assert Front.from_list(rows).to_list() == rows
+    with pytest.raises(AquabitError, match="names no winner"):
+        _ = Front.from_list(rows).best
+    stored = json.loads(json.dumps(here.to_dict(), allow_nan=False))
+    again = Front.from_dict(stored)
+    assert again.to_dict() == stored and again.best == here.best and again.budget == here.budget
+    assert stored["comparison"] == {"scheme": "usq3", "low": None, "n": 5}
+    html = here._repr_html_()
+    assert html.count("<tr") == 4 and html.count("bold") == 2 and "1.5 (1 to 2)" in html
+
+
+def broken(change: Callable[[list[Any]], Any]) -> Any:
+    rows = json.loads(json.dumps(front().to_list()))
+    return change(rows) or rows
+
+
+BROKEN: dict[str, tuple[Callable[[list[Any]], Any], str]] = {
+    "no list": (lambda rows: {"members": rows}, "top level"),
+    "missing": (lambda rows: rows[1].pop("bytes") and None, r"1\.bytes"),
+    "extra": (lambda rows: rows[1].update(color=1), r"1\.color"),
+    "text": (lambda rows: rows[2].update(bits_per_weight="3"), r"2\.bits_per_weight"),
+    "infinite": (lambda rows: rows[2]["measured"]["fid"].update(low=float("inf")), r"2\.measured\.fid\.low"),
+    "negative": (lambda rows: rows[0].update(bytes=-1), r"0\.bytes"),
+    "config": (lambda rows: rows[0]["config"]["layers"]["l1"].update(act=7), r"entry 0, config.*layers\.l1\.act"),
+    "scheme": (lambda rows: rows[0]["config"]["layers"]["l1"].update(weight="usq99"), "usq99"),
+    "not a row": (lambda rows: rows.append(3), "3:"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_bad_json_is_refused_with_its_place(case: str) -> None:
+    change, place = BROKEN[case]
+    with pytest.raises(AquabitError, match=place):
+        Front.from_list(broken(change))
+
+
+def test_a_bad_stored_front_is_refused() -> None:
+    stored = front().to_dict()
+    with pytest.raises(AquabitError, match="must be an object"):
+        Front.from_dict([stored])
+    with pytest.raises(AquabitError, match="winner nobody is not among"):
+        Front.from_dict({**stored, "winner": "nobody"})
+
+
+def test_pruning_drops_dominated_members_but_never_the_winner() -> None:
+    space, cost = model(4, **TOY)
+    quality = {"usq2": 5.0, "vq2": 6.0, "usq3": 7.0, "usq4": 1.0}
+    members = [FrontMember.of(cost, space.uniform(s), {}, {"fid": Interval(v, v, v)}) for s, v in quality.items()]
+    members.append(FrontMember.of(cost, space.uniform("vq4c"), {}, {"fid": Interval(8.0, 8.0, 8.0)}))
+    here = Front(members, None, space.uniform("usq3").digest)
+    bits = {m.config.digest: m.bits_per_weight for m in members}
+    kept = {m.config.digest for m in here.pruned("fid").members}
+    expected = {space.uniform("usq3").digest, space.uniform("usq4").digest}
+    small = [
+        s
+        for s in ("usq2", "vq2")
+        if not any(quality[o] < quality[s] and bits[space.uniform(o).digest] <= bits[space.uniform(s).digest] for o in quality)
+    ]
+    assert kept == expected | {space.uniform(s).digest for s in small}
+    upward = {m.config.digest for m in here.pruned("fid", lower_is_better=False).members}
+    assert space.uniform("vq4c").digest in upward and space.uniform("usq4").digest not in upward
