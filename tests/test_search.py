@@ -345,7 +345,7 @@ class Lab:
         self.space, self.truth, self.failing = space, interacting(space, 1), failing
         self.values: dict[str, tuple[QuantConfig, float]] = {}
         self.batches: list[list[QuantConfig]] = []
-        self.measure(space.sample(count, seed=3))
+        self.measure(list({c.digest: c for c in space.sample(count, seed=3)}.values()))
         self.batches.clear()
 
     def measure(self, configs: list[QuantConfig]) -> None:
@@ -532,9 +532,9 @@ def test_the_plan_measures_again_the_winner_and_a_spread_of_pareto_members() -> 
 
 
 def test_the_uniform_baseline_is_the_smallest_that_is_no_smaller() -> None:
-    space, cost = model(6, 1, pinned={"l0": "usq4"}, schemes=["usq2", "usq3", "usq3g4", "usq8", "vq4"])
-    sizes = {s: cost(space.uniform(s)).bytes for s in ("usq2", "usq3", "usq3g4", "usq8")}
-    for at_least, expected in ((0, "usq2"), (sizes["usq2"], "usq2"), (sizes["usq2"] + 1, "usq3"), (sizes["usq3g4"] + 1, "usq8")):
+    space, cost = model(6, 1, pinned={"l0": "usq4"}, schemes=["usq2", "usq3", "usq3g16", "usq8", "vq4"])
+    sizes = {s: cost(space.uniform(s)).bytes for s in ("usq2", "usq3", "usq3g16", "usq8")}
+    for at_least, expected in ((0, "usq2"), (sizes["usq2"], "usq2"), (sizes["usq2"] + 1, "usq3"), (sizes["usq3g16"] + 1, "usq8")):
         found = smallest_uniform(cost, space, at_least_bytes=at_least)
         assert found == space.uniform(expected)
     assert smallest_uniform(cost, space, at_least_bytes=sizes["usq8"] + 1) is None

@@ -1,0 +1,203 @@
+"""The figures of the whole flow: python benchmarks/flow.py overhead|analysis|quality|all [--folder DIR] [--models ...]
+
+overhead   measuring a configuration against generating the same images in full precision, in pairs, one thread
+analysis   fit + explain + one search of 300 configurations of 73 layers (synthetic labels), one process
+quality    300 measurements a model: within-budget SRCC, real swaps, and the winner at uniform usq3's exact bytes on fresh seeds
+
+Tables go to benchmarks/results/flow.json and flow.md. Studies are kept in --folder and continue where they stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+MODELS = ("digits-unet", "digits-dit")
+
+
+def machine() -> dict[str, Any]:
+    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), platform.processor())
+    return {"cpu": cpu, "cores": torch.get_num_threads(), "capability": torch.backends.cpu.get_cpu_capability(), "torch": torch.__version__}
+
+
+def overhead(folder: Path, models: list[str], pairs: int = 15) -> list[dict[str, Any]]:
+    """Median seconds and the median of paired ratios. Full precision is the untouched pipeline."""
+    from aquabit.pipelines import Adapter, load
+    from aquabit.quant.bank import Bank
+    from aquabit.scheme import Protocol
+    from aquabit.sensitivity.evaluator import Evaluator, single_thread
+    from aquabit.sensitivity.measure import open_model
+    from aquabit.space import make_space
+
+    rows, protocol = [], Protocol()
+    for name in models:
+        opened = open_model(name)
+        space = make_space(opened.graph, opened.fingerprint, name)
+        evaluator = Evaluator(name, opened.graph, Bank(folder / "bank"), opened.fingerprint)
+        plain = Adapter(load(name))
+        configs = space.sample(pairs, seed=5)
+        for config in configs:  # schemes are fitted once per model: amortised
+            for layer, choice in config.layers.items():
+                evaluator.fit(layer, [str(choice.weight)])
+        evaluator.full_precision(protocol)
+        dense, ours = [], []
+        for config in configs:
+            started = time.perf_counter()
+            with single_thread("cpu"):
+                for batch in plain.batches(protocol):
+                    plain.images(protocol, batch)
+            dense.append(time.perf_counter() - started)
+            ours.append(evaluator.measure(config, protocol)[0].seconds)
+        ratios = [b / a for a, b in zip(dense, ours, strict=True)]
+        rows.append({"model": name, "full_precision_s": statistics.median(dense), "measurement_s": statistics.median(ours),
+                     "ratio": statistics.median(ratios), "ratio_low": float(np.quantile(ratios, 0.25)), "ratio_high": float(np.quantile(ratios, 0.75)),
+                     "pairs": pairs, "target": 1.15})  # fmt: skip
+    return rows
+
+
+def analysis(folder: Path, models: list[str]) -> list[dict[str, Any]]:
+    """A synthetic study of 300 configurations of a 73-layer U-Net: one fit, one explanation, one search with two rounds."""
+    from diffusers import UNet2DModel
+
+    from aquabit.cost import CostModel
+    from aquabit.graph import to_json
+    from aquabit.pipelines import trace
+    from aquabit.scheme import Budget, Measurement, Protocol
+    from aquabit.search.loop import search
+    from aquabit.sensitivity.attribution import explain
+    from aquabit.sensitivity.surrogate import fit_from_study
+    from aquabit.space import make_space
+    from aquabit.study import Study
+
+    net = UNet2DModel(sample_size=8, in_channels=1, out_channels=1, block_out_channels=(64, 128), layers_per_block=2, norm_num_groups=16, attention_head_dim=32,
+                      down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"), num_class_embeds=11)  # fmt: skip
+    graph = trace(net)
+    space, rng = make_space(graph, "s" * 16, "synthetic"), np.random.default_rng(0)
+    path = folder / "synthetic.db"
+    path.unlink(missing_ok=True)
+    study, protocol, costs = Study(path), Protocol(), CostModel(graph, space)
+    study.begin("synthetic", space.fingerprint, to_json(graph), space.to_dict(), protocol)
+    errors = {(k, str(s)): float(0.6 * 4.0**-s.bits * rng.uniform(0.7, 1.3)) for k, row in space.choices.items() for s in row}
+    study.add_features({k: {"error": v} for k, v in errors.items()})
+    gain = np.exp(rng.normal(0, 1.2, len(space.layers)))
+
+    def label(config: Any) -> float:
+        damage = sum(g * errors[k, str(config[k].weight)] for k, g in zip(space.layers, gain, strict=True))
+        return float(5 + 60 * damage**0.8 / (1 + damage**0.8))
+
+    def put(configs: list[Any], kind: str) -> None:
+        for config in configs:
+            study.record(config, Measurement(config.digest, protocol.digest, {"fid": label(config)}, 1.0), kind, costs.totals_of(config))
+
+    with study.writing():
+        put(space.sample(300), "sample")
+        seconds, started = {}, time.perf_counter()
+        fitted = fit_from_study(study)
+        seconds["fit_and_cross_validate"] = time.perf_counter() - started
+        started = time.perf_counter()
+        explain(study, fitted=fitted)
+        seconds["explain"] = time.perf_counter() - started
+        started = time.perf_counter()
+        known = study.configs()
+
+        def measured() -> list[tuple[Any, float]]:
+            table = study.measurements(protocol)
+            known.update({c: q for c, q in study.configs().items() if c not in known}) if len(known) < len(table) else None
+            return [(known[c], float(np.log(v))) for c, v in zip(table.config, table.fid, strict=True)]
+
+        search(space, costs, Budget(bits=3.0), lambda: fit_from_study(study, score=False).badness, lambda configs: put(configs, "candidate"), measured)
+        seconds["search_two_rounds"] = time.perf_counter() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return [{"layers": len(space.layers), "configurations": 300, **seconds, "total_s": sum(seconds.values()), "target_s": 30.0, "peak_gib": peak}]
+
+
+def quality(folder: Path, models: list[str], samples: int = 300, flips: int = 114) -> list[dict[str, Any]]:
+    """What the surrogate and the search reach on the real models, on seeds that neither saw."""
+    from aquabit import flow
+    from aquabit.sensitivity.measure import measure
+    from aquabit.study import Study
+
+    rows = []
+    for name in models:
+        study, options = Study(folder / f"{name}.db"), {"workers": 2, "bank": str(folder / "bank")}
+        measure(name, study, samples, **options)
+        sensitivity = flow.validate(study, flips, **options)
+        space_costs = _uniform_bytes(study)
+        front = flow.find(study, bytes=space_costs["usq3"], **options)
+        c, v = front.comparison, sensitivity.validation or {}
+        rows.append({
+            "model": name, "measurements": sensitivity.measurements, "within_budget_srcc": sensitivity.surrogate["within_budget_srcc"],
+            "baselines": {k: b["within_budget_srcc"] for k, b in sensitivity.surrogate["baselines"].items()}, "srcc": sensitivity.surrogate["srcc"],
+            "swap_srcc": v.get("srcc"), "swap_sign_agreement": v.get("sign_agreement"), "swaps": v.get("flips"),
+            "bytes_budget": space_costs["usq3"], "winner": c["winner"], "uniform": c["uniform"], "difference": c["difference"], "fresh_blocks": c["blocks"],
+            "full_precision_fid": _fresh_reference(study),
+        })  # fmt: skip
+    return rows
+
+
+def _uniform_bytes(study: Any) -> dict[str, int]:
+    from aquabit.cost import CostModel
+    from aquabit.graph import from_json
+    from aquabit.space import SearchSpace
+
+    space = SearchSpace.from_dict(study.get("space"))
+    costs = CostModel(from_json(study.get("graph")), space)
+    return {s: costs(space.uniform(s)).bytes for s in ("usq2", "usq3", "usq4")}
+
+
+def _fresh_reference(study: Any) -> float:
+    from aquabit.flow import FRESH_BLOCKS
+
+    digests = {study.protocol.block(b).digest for b in FRESH_BLOCKS}
+    table = study.measurements(kind="reference")
+    return float(table[table.protocol.isin(digests)].fid.mean())
+
+
+def markdown(found: dict[str, Any]) -> str:
+    lines = [f"# The whole flow\n\n{found['machine']['cpu']}, {found['machine']['cores']} cores, torch {found['machine']['torch']}. Made by `{found['command']}`.\n"]
+    if "overhead" in found:
+        lines.append("## Measuring against generating in full precision (one thread, pairs in one run)\n\n| model | full precision, s | measurement, s | ratio (quartiles) | target |\n|---|---|---|---|---|")
+        lines += [f"| {r['model']} | {r['full_precision_s']:.2f} | {r['measurement_s']:.2f} | {r['ratio']:.3f} ({r['ratio_low']:.3f} to {r['ratio_high']:.3f}) | {r['target']} |" for r in found["overhead"]]
+    if "analysis" in found:
+        lines.append("\n## Fit, explain, search\n\n| layers | configurations | fit, s | explain, s | search, s | total, s | target, s | peak, GiB |\n|---|---|---|---|---|---|---|---|")
+        lines += [f"| {r['layers']} | {r['configurations']} | {r['fit_and_cross_validate']:.1f} | {r['explain']:.1f} | {r['search_two_rounds']:.1f} | {r['total_s']:.1f} | {r['target_s']:.0f} | {r['peak_gib']:.2f} |" for r in found["analysis"]]
+    if "quality" in found:
+        lines.append("\n## Surrogate and search, objective FID (128 images, 10 DDIM steps)\n\n| model | measurements | within-budget SRCC (ridge one-hot) | SRCC | real swaps: SRCC, sign agreement (n) | winner: bytes, FID | uniform usq3: bytes, FID | difference (95 %) | full precision |\n|---|---|---|---|---|---|---|---|---|")
+        for r in found["quality"]:
+            w, u, d = r["winner"], r["uniform"], r["difference"]
+            lines.append(f"| {r['model']} | {r['measurements']} | {r['within_budget_srcc']:.3f} ({r['baselines'].get('ridge_one_hot', float('nan')):.3f}) | {r['srcc']:.3f} | {r['swap_srcc']:.2f}, {r['swap_sign_agreement']:.2f} ({r['swaps']}) | {w['bytes']:,}, {w['value']:.2f} | {u['bytes']:,}, {u['value']:.2f} | {d['value']:+.2f} ({d['low']:+.2f} to {d['high']:+.2f}) | {r['full_precision_fid']:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = {"overhead": overhead, "analysis": analysis, "quality": quality}
+    parser.add_argument("part", choices=[*parts, "all"])
+    parser.add_argument("--folder", type=Path, default=Path("benchmarks/work"))
+    parser.add_argument("--models", nargs="*", default=list(MODELS))
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / "flow.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    found |= {"machine": machine(), "command": f"python benchmarks/flow.py {options.part}"}
+    for name in parts if options.part == "all" else [options.part]:
+        found[name] = parts[name](options.folder, options.models)
+        path.write_text(json.dumps(found, indent=1) + "\n")
+        (RESULTS / "flow.md").write_text(markdown(found))
+        print(json.dumps(found[name], indent=1), file=sys.stderr)
+    print((RESULTS / "flow.md").read_text())
+
+
+if __name__ == "__main__":
+    main()
