@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +61,14 @@ class SearchSpace:
 
     def bit_levels(self, layer: str) -> dict[float, list[Scheme]]:
         """The layer's schemes by nominal bits, rounded to halves so that 2.25 and 2 bits are one level."""
+        return self._levels(self.choices[layer], (self.kernel_area or {}).get(layer, 1))
+
+    @staticmethod
+    @lru_cache(maxsize=4096)
+    def _levels(row: tuple[Scheme, ...], kernel_area: int) -> dict[float, list[Scheme]]:
         levels: dict[float, list[Scheme]] = {}
-        for scheme in self.choices[layer]:
-            levels.setdefault(round(2 * self.code_bits(layer, scheme)) / 2, []).append(scheme)
+        for scheme in row:
+            levels.setdefault(round(2 * scheme.code_bits(kernel_area)) / 2, []).append(scheme)
         return dict(sorted(levels.items()))
 
     def indices(self, configs: Iterable[QuantConfig]) -> tuple[np.ndarray, np.ndarray]:
@@ -136,11 +142,14 @@ class SearchSpace:
         groups = {operators.get(k, "") for k in self.choices} if stratify else set()
         spread = {g: float(np.clip(target + rng.uniform(-1, 1), *bits_range)) for g in sorted(groups)}
         share = rng.uniform(0, 1) if rng.random() < 0.5 else 0.0
-        picked = {}
+        picked, odds = {}, {}
         for layer, row in self.choices.items():
-            levels = self.bit_levels(layer)
+            levels = self._levels(row, (self.kernel_area or {}).get(layer, 1))
             mean = spread[operators.get(layer, "")] if stratify else target
-            level = rng.choice(list(levels), p=maximum_entropy(tuple(levels), mean))
+            key = (tuple(levels), mean)
+            if key not in odds:
+                odds[key] = maximum_entropy(*key)
+            level = rng.choice(list(levels), p=odds[key])
             methods = levels[float(level)]
             scheme = methods[int(rng.integers(len(methods)))]
             act = min(self.activations) if rng.random() < share else max(self.activations)
