@@ -221,18 +221,23 @@ class Study:
         """Every configuration by its digest."""
         return {d: QuantConfig.from_dict(json.loads(v), f"{self.path}, configuration {d}") for d, v in self._rows("SELECT digest, value FROM configs")}
 
-    def add_features(self, values: Mapping[tuple[str, str], Mapping[str, float]]) -> None:
-        """Facts per (layer, scheme), such as {"error": relative squared weight error}."""
+    def add_features(self, values: Mapping[tuple[str, str], Mapping[str, Any]]) -> None:
+        """Facts per (layer, scheme): "error" (relative squared weight error), "damage" and "sketch" (see ``Evaluator.fit``)."""
         with self._transaction() as db:
             for (layer, scheme), value in values.items():
                 db.execute("INSERT OR REPLACE INTO features VALUES (?, ?, ?)", (layer, scheme, json.dumps(dict(value), allow_nan=False)))
 
-    def features(self) -> dict[tuple[str, str], dict[str, float]]:
+    def features(self) -> dict[tuple[str, str], dict[str, Any]]:
+        """(layer, scheme or activation as a6) -> facts, as ``space.Encoder`` takes them."""
         return {(a, b): json.loads(v) for a, b, v in self._rows("SELECT layer, scheme, value FROM features")}
 
     def errors(self) -> dict[tuple[str, str], float]:
         """(layer, scheme) -> relative squared weight error, as ``space.Encoder`` takes it."""
-        return {k: v["error"] for k, v in self.features().items()}
+        return {k: v["error"] for k, v in self.features().items() if "error" in v}
+
+    def probes(self) -> dict[tuple[str, str], dict[str, Any]]:
+        """(layer, scheme or a6) -> damage and sketch, as ``space.Encoder`` takes them."""
+        return {k: v for k, v in self.features().items() if "damage" in v}
 
     def add_flip(self, layer: str, before: str, after: str, config_before: str, config_after: str, protocol: Protocol) -> None:
         """Two measured configurations that differ in one layer."""

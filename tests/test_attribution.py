@@ -73,7 +73,7 @@ def found(study: Study, fitted: FittedSurrogate) -> Sensitivity:
 def test_planted_layers_are_recovered(world: World, fitted: FittedSurrogate, found: Sensitivity) -> None:
     names = world.space.layers
     assert set(found.layers.name[:3]) == {names[i] for i in PLANTED}
-    truth = pd.Series(true_effects(world, draw_contexts(fitted, 3.0, 200, np.random.default_rng(5))), names)
+    truth = pd.Series(true_effects(world, draw_contexts(fitted.space, fitted.cost, 3.0, 200, np.random.default_rng(5))), names)
     assert srcc(found.layers.effect.to_numpy(), truth[found.layers.name].to_numpy()) > 0.5
     assert found.layers.effect[0] == pytest.approx(truth[found.layers.name[0]], rel=0.5)
 
@@ -81,7 +81,7 @@ def test_planted_layers_are_recovered(world: World, fitted: FittedSurrogate, fou
 def test_intervals_hold_most_true_effects(world: World, fitted: FittedSurrogate, found: Sensitivity) -> None:
     table = found.layers
     assert (table.low <= table.effect).all() and (table.effect <= table.high).all()
-    contexts = draw_contexts(fitted, 3.0, 200, np.random.default_rng(5))
+    contexts = draw_contexts(fitted.space, fitted.cost, 3.0, 200, np.random.default_rng(5))
     truth = pd.Series(true_effects(world, contexts), world.space.layers)[table.name].to_numpy()
     assert ((table.low <= truth) & (truth <= table.high)).mean() >= 0.75
     assert (table.low[:3] > 0).all()  # and are not so wide that they say nothing
@@ -95,17 +95,17 @@ def test_scheme_effects_belong_to_the_swap(found: Sensitivity) -> None:
     assert mean["usq2"] > mean["usq3"] > mean["usq8"] and mean["vq2"] < mean["usq2"]
 
 
-def test_roll_ups_are_sums(found: Sensitivity) -> None:
+def test_roll_ups_are_means_and_totals(found: Sensitivity) -> None:
     for table, key, size in ((found.operators, "operator", 10), (found.blocks, "block", 6)):
-        assert (table.layers == size).all() and table.effect.sum() == pytest.approx(found.layers.effect.sum())
-        sums = found.layers.groupby(key).effect.sum()
-        assert np.allclose(table.effect, sums[table[key]]) and np.allclose(table["mean"] * table.layers, table.effect)
+        assert (table.layers == size).all() and table.total.sum() == pytest.approx(found.layers.effect.sum())
+        means = found.layers.groupby(key).effect.mean()
+        assert np.allclose(table.effect, means[table.name]) and np.allclose(table.effect * table.layers, table.total)
         assert (table.low <= table.effect).all() and (table.effect <= table.high).all()
 
 
 def test_reencoding_reaches_the_aggregates(world: World, fitted: FittedSurrogate, found: Sensitivity) -> None:
     """One effect, computed by encoding two configurations at a time."""
-    weights, acts = draw_contexts(fitted, 3.0, 64, np.random.default_rng([0, 0]))
+    weights, acts = draw_contexts(fitted.space, fitted.cost, 3.0, 64, np.random.default_rng([0, 0]))
     layer = world.space.layers[PLANTED[0]]
     changes = []
     for config in world.space.configs(weights, acts):
@@ -116,12 +116,12 @@ def test_reencoding_reaches_the_aggregates(world: World, fitted: FittedSurrogate
 
 def test_contexts_lie_at_the_budget(fitted: FittedSurrogate) -> None:
     for bits in (2.3, 3.0, 4.0, 6.0):
-        weights, acts = draw_contexts(fitted, bits, 40, np.random.default_rng(0))
+        weights, acts = draw_contexts(fitted.space, fitted.cost, bits, 40, np.random.default_rng(0))
         real = fitted.cost.totals(weights, acts)["bits"]
         assert np.abs(real - bits).max() <= 0.25 and abs(real.mean() - bits) < 0.15 and (acts == 8).all()
         assert fitted.space.allowed()[np.arange(60), weights].all()
     with pytest.raises(AquabitError, match="out of reach"):
-        draw_contexts(fitted, 1.2, 10, np.random.default_rng(0))
+        draw_contexts(fitted.space, fitted.cost, 1.2, 10, np.random.default_rng(0))
 
 
 def test_layers_without_a_choice_are_no_players(world: World) -> None:

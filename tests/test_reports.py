@@ -146,7 +146,8 @@ class Synthetic:
                     "n": 2,
                 }
             )
-        self.study.set(validation={"srcc": 0.71, "sign_agreement": 0.95, "flips": 2 * len(rows), "rows": rows})
+        truth = {"srcc": 0.71, "sign_agreement": 0.95, "flips": 2 * len(rows), "rows": rows}
+        self.study.set(sensitivity={**(self.study.get("sensitivity") or {}), "validation": truth})
         return self
 
     def search(self) -> Synthetic:
@@ -338,9 +339,9 @@ def test_odd_facts(tmp_path: Path) -> None:
     made = Synthetic(tmp_path / "S.db", layers=1, samples=3).measure()
     row = {"name": made.space.layers[0], "operator": "adaln", "block": "b", "effect": None, "low": None, "high": None, "schemes": {}}
     made.study.set(
-        sensitivity={"objective": "is", "direction": "max", "layers": [row], "surrogate": {"within_budget_srcc": None}, "scatter": [{}]},
+        sensitivity={"objective": "is", "direction": "max", "layers": [row], "surrogate": {"within_budget_srcc": None}, "scatter": [{}],
+                     "validation": {"rows": [{"layer": "gone", "real": 1.0}], "srcc": None}},
         front={"members": [{"predicted": {"is": 3.0}, "measured": None, "config": None}], "comparison": {"winner": {}}},
-        validation={"rows": [{"layer": "gone", "real": 1.0}], "srcc": None},
     )  # fmt: skip
     made.study.record(
         made.winner, Measurement(made.winner.digest, PROTOCOL.digest, {"is": 1.0}, 1.0), "fresh", {"bits": 2, "bytes": 1, "bops": 1}, b"no"
@@ -355,7 +356,7 @@ def test_odd_facts(tmp_path: Path) -> None:
 def test_a_shorter_study_leaves_no_old_figures(tmp_path: Path) -> None:
     made = Synthetic(tmp_path / "S.db", layers=3, samples=4).whole()
     report(made.study, tmp_path / "out")
-    made.study.set(validation=None)
+    made.study.set(sensitivity={**made.study.get("sensitivity"), "validation": None})
     report(made.study, tmp_path / "out")
     assert not list((tmp_path / "out/figures").glob("swaps.*"))
 

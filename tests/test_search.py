@@ -72,6 +72,33 @@ TOY = {"schemes": ["usq2", "usq3", "usq4", "vq2", "vq4c"]}
 LIMITS = [("bits",), ("bytes",), ("bops",), ("bits", "bops"), ("bits", "bytes", "bops")]
 
 
+# ---- options ---------------------------------------------------------------------------------------------------------------------------
+
+
+def test_budgets_in_bits_or_bytes_fix_the_activations() -> None:
+    space, _ = model(3, activations=[16, 8, 6])
+    small, _ = model(3, activations=[6])
+    for budget in (None, Budget(bits=3), Budget(bytes=999)):
+        assert activation_choices(space, budget) == (8,)
+        assert activation_choices(small, budget) == (6,)
+        assert activation_choices(model(3, activations=[16, 6])[0], budget) == (16,)
+    assert activation_choices(space, Budget(bits=3, bops=1e9)) == (16, 8, 6)
+
+
+@pytest.mark.parametrize("shares", [(0.2, 0.7), (0.7, 0.2), (0.5, 0.5)])
+def test_options_agree_with_the_cost_model_on_every_configuration(shares: tuple[float, float]) -> None:
+    space, cost = model(4, 2, schemes=["usq2", "usq3", "vq4c"], excluded=["l3"])
+    bits, bops = middle(cost, shares[0], "bits").bits, middle(cost, shares[1], "bops").bops
+    budget = Budget(bits=bits, bops=bops)
+    options, (weights, acts) = Options.of(cost, budget), every(space, (8, 6))
+    choice = options.columns.join(weights, acts)
+    assert (choice >= 0).all() and all((a == b).all() for a, b in zip(options.columns.split(choice), (weights, acts), strict=True))
+    inside = cost.within(cost.totals(weights, acts), budget)
+    assert (options.keeps(choice) == inside).all() and 0 < inside.sum() < len(inside)
+    assert ((options.overrun(options.used(choice)) <= 0) == inside).all()
+    assert (options.columns.join(weights * 0 + 1, acts)[:, 3] == -1).all()
+
+
 # ---- integer program -------------------------------------------------------------------------------------------------------------------
 
 

@@ -81,7 +81,7 @@ def read(study: Study) -> Facts:
         protocol=found, protocols=study.protocols(), objective=objective,
         direction=sensitivity.get("direction") or ("min" if LOWER_IS_BETTER.get(objective, True) else "max"),
         layers=_layers(study.get("graph")), space=study.get("space") or {}, sensitivity=sensitivity,
-        front=study.get("front") or {}, validation=study.get("validation") or {}, measured=study.measurements(failed=True),
+        front=study.get("front") or {}, validation=sensitivity.get("validation") or {}, measured=study.measurements(failed=True),
         configs=study.configs(), environments=[_json_object(row[0]) for row in environments], thumbnails=study.thumbnails(),
     )  # fmt: skip
 

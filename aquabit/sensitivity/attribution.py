@@ -24,7 +24,7 @@ from aquabit.sensitivity.effects import (
     shap_by_layer,
     signed_shap,
 )
-from aquabit.sensitivity.flips import predict_flips, study_flips, validation_scores
+from aquabit.sensitivity.flips import predict_flips, validation_scores
 from aquabit.sensitivity.surrogate import FittedSurrogate, fit_from_study
 from aquabit.study import Study
 
@@ -37,7 +37,7 @@ class Sensitivity:
 
     ``layers``: name, operator, block, swap, effect, low, high (90 % interval), shap (mean |SHAP|, log units), shap_signed (mean
     SHAP above the layer's median weight error less that below), schemes ({scheme: effect of going there from the swap's first}).
-    ``operators`` and ``blocks``: their name, layers, effect (sum), low, high, mean (per layer), mean_low, mean_high, shap.
+    ``operators`` and ``blocks``: name, layers (their number), effect (mean of a layer), low, high, total (sum over layers), shap (sum).
     """
 
     objective: str
@@ -92,7 +92,7 @@ def explain(
     pair = parse_swap(swap)
     fitted = fitted or fit_from_study(study, objective, seed, progress=progress)
     players = find_players(fitted.space, pair)
-    drawn = draw_contexts(fitted, bits, contexts, np.random.default_rng([seed, 0]))
+    drawn = draw_contexts(fitted.space, fitted.cost, bits, contexts, np.random.default_rng([seed, 0]))
     models = bootstrap(fitted, replicates, seed, progress)
     effects = predict_effects(fitted, players, drawn, models, seed, progress)
     layers = _layer_table(fitted, effects)
@@ -132,16 +132,16 @@ def _layer_table(fitted: FittedSurrogate, effects: Effects) -> pd.DataFrame:
 
 
 def _rolled(layers: pd.DataFrame, fitted: FittedSurrogate, effects: Effects, key: str) -> pd.DataFrame:
-    """Sum and mean of effects over an operator type or block, with intervals of the sum from the replicates."""
+    """Mean effect of a layer of each operator type or block, its interval from the replicates, and the sum over its layers."""
     place = {p.layer: i for i, p in enumerate(effects.players)}
     rows = []
     for name, group in layers.groupby(key, sort=False):
         index = [place[n] for n in group.name]
-        total, count = float(group.effect.sum()), len(group)
-        low, high = (float(v[0]) for v in interval(np.array([total]), effects.replicates[:, index].sum(1, keepdims=True)))
-        sums = {"effect": total, "low": low, "high": high, "shap": float(group["shap"].sum())}
-        rows.append({key: str(name), "layers": count, **sums, "mean": total / count, "mean_low": low / count, "mean_high": high / count})
-    return pd.DataFrame(rows).sort_values("mean", ascending=False, kind="stable").reset_index(drop=True)
+        mean = float(group.effect.mean())
+        low, high = (float(v[0]) for v in interval(np.array([mean]), effects.replicates[:, index].mean(1, keepdims=True)))
+        rows.append({"name": str(name), "layers": len(group), "effect": mean, "low": low, "high": high,
+                     "total": float(group.effect.sum()), "shap": float(group["shap"].sum())})  # fmt: skip
+    return pd.DataFrame(rows).sort_values("effect", ascending=False, kind="stable").reset_index(drop=True)
 
 
 def _validation(study: Study, fitted: FittedSurrogate, layers: pd.DataFrame) -> dict[str, Any] | None:
@@ -171,6 +171,6 @@ def _plain(value: Any) -> Any:
 
 def _table(rows: list[dict[str, Any]]) -> pd.DataFrame:
     table = pd.DataFrame(rows)
-    for name in table.columns.intersection(["effect", "low", "high", "mean", "mean_low", "mean_high", "shap", "shap_signed"]):
+    for name in table.columns.intersection(["effect", "low", "high", "total", "shap", "shap_signed"]):
         table[name] = table[name].astype(float)
     return table

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
+from aquabit.cost import CostModel
 from aquabit.scheme import FP, AquabitError, Progress, Scheme, no_progress
 from aquabit.sensitivity.estimators import Surrogate
 from aquabit.sensitivity.surrogate import FittedSurrogate
@@ -67,13 +68,14 @@ def find_players(space: SearchSpace, swap: tuple[Scheme, Scheme]) -> list[Player
     return found
 
 
-def draw_contexts(fitted: FittedSurrogate, bits: float, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def draw_contexts(
+    space: SearchSpace, cost: CostModel, bits: float, count: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
     """Index matrices of ``count`` random configurations within 0.25 real bits per weight of ``bits``, activations at 8 bits.
 
     Drawn as ``SearchSpace.sample`` draws (maximum entropy over bit levels, then a method), the nominal mean adjusted until the
     real one fits, the rest rejected. Raises AquabitError where the space cannot reach ``bits``.
     """
-    space, cost = fitted.space, fitted.cost
     act = CONTEXT_ACT if CONTEXT_ACT in space.activations else max(space.activations)
     low, high = cost.limits(act)["bits"]
     if not low - REACH <= bits <= high + REACH:
@@ -205,11 +207,14 @@ def shap_by_layer(fitted: FittedSurrogate) -> tuple[np.ndarray, float]:
 def member_parts(encoder: Encoder, weights: np.ndarray, acts: np.ndarray) -> Mapping[str, np.ndarray]:
     """What each layer adds to the aggregates, [n, layers] by kind of column."""
     rows = np.arange(weights.shape[1])
-    return {
+    parts = {
         "error": encoder.error[rows, weights],
         "actshare": np.maximum(8 - acts, -1) / 2.0,
         "bits": encoder.bits[rows, weights] * encoder.size_share,
     }
+    if encoder.probed:
+        parts["damage"] = parts["shift"] = encoder.damages(weights, acts)
+    return parts
 
 
 def signed_shap(values: np.ndarray, error: np.ndarray) -> np.ndarray:

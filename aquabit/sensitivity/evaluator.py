@@ -9,6 +9,7 @@ import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 
 from aquabit.pipelines import Adapter, denoiser_name, load, set_scheduler
 from aquabit.quality import Quality
@@ -26,7 +28,9 @@ from aquabit.quality.paired import mse, psnr_from_mse, ssim
 from aquabit.quant.bank import Bank
 from aquabit.quant.model import QuantizedDenoiser
 from aquabit.scheme import AquabitError, Measurement, Protocol, QuantConfig, Scheme
+from aquabit.space import SKETCH
 
+PROBE_IMAGES, PROBE_SEED = 8, 700_000_001  # seeds that no measurement uses
 THUMBNAILS = 16  # images of the grid that a measurement keeps
 
 
@@ -69,11 +73,27 @@ class Evaluator:
         self.quantized = QuantizedDenoiser(self.adapter.denoiser.eval(), graph, bank)
         self.extractor, self.reference = self.adapter.reference()
         self._full: tuple[str, Tensor] | None = None
+        self._probed: tuple[str, Tensor] | None = None
 
-    def fit(self, layer: str, schemes: list[str]) -> dict[str, float]:
-        """Fit schemes to a layer in the bank; scheme -> relative squared weight error."""
+    def fit(self, layer: str, schemes: list[str], acts: list[int], protocol: Protocol) -> dict[str, dict[str, Any]]:
+        """Fit schemes to a layer in the bank; what each of them, and each of ``acts`` as ``a6`` or ``a8``, does when it is the only one.
+
+        ``error`` is the relative squared weight error. ``damage`` is the mean squared deviation of PROBE_IMAGES images from full precision,
+        ``sketch`` a fixed random projection of the deviations, SKETCH numbers: sketches add up as deviations do to first order.
+        """
         with single_thread(self.device):
-            return self.quantized.fit(layer, [Scheme.parse(s) for s in schemes])
+            errors = self.quantized.fit(layer, [Scheme.parse(s) for s in schemes])
+            base = QuantConfig(self.fingerprint, {})
+            found = {s: {"error": e, **self._probe(base.with_layer(layer, s, 16), protocol)} for s, e in errors.items()}
+            return found | {f"a{a}": self._probe(base.with_layer(layer, "fp", a), protocol) for a in acts if a < 16}
+
+    def _probe(self, config: QuantConfig, protocol: Protocol) -> dict[str, Any]:
+        few = replace(protocol, images=PROBE_IMAGES, micro_batch=PROBE_IMAGES, seed=PROBE_SEED)
+        if self._probed is None or self._probed[0] != protocol.digest:
+            self._probed = protocol.digest, self.generate(QuantConfig(self.fingerprint, {}), few)
+        change = (self.generate(config, few) - self._probed[1]).nan_to_num(nan=1.0)  # images lie in [0, 1]: NaN is as bad as can be
+        coarse = adaptive_avg_pool2d(change, min(8, *change.shape[-2:])).flatten(1)
+        return {"damage": float(change.square().mean()), "sketch": sketch(coarse)}
 
     def generate(self, config: QuantConfig, protocol: Protocol) -> Tensor:
         """All images of a configuration [n, c, h, w] in [0, 1]."""
@@ -137,6 +157,16 @@ class Evaluator:
         except (OSError, SafetensorError) as error:
             temporary.unlink(missing_ok=True)
             raise OSError(f"the bank {self.bank.folder} could not be written: {error}") from error
+
+
+def sketch(change: Tensor) -> list[float]:
+    """Deviations [images, pixels] as SKETCH numbers: three quarters a random projection of all of them, the rest one of their mean over
+    images (what shifts every image alike); squared lengths are those of the deviations, in expectation."""
+    generator, parts = torch.Generator().manual_seed(0), []
+    for vector, size in ((change.flatten(), SKETCH * 3 // 4), (change.mean(0), SKETCH // 4)):
+        projection = torch.randn(size, vector.numel(), generator=generator) / size**0.5
+        parts.append(projection @ vector.float() / vector.numel() ** 0.5)
+    return [round(float(v), 8) for v in torch.cat(parts)]
 
 
 def thumbnail(images: Tensor, columns: int = 8, least: int = 32, most: int = 128) -> bytes:

@@ -13,21 +13,13 @@ from scipy import stats
 from aquabit.scheme import AquabitError, QuantConfig
 from aquabit.sensitivity.scores import srcc
 from aquabit.sensitivity.surrogate import FittedSurrogate
-from aquabit.study import Study
-
-
-def study_flips(study: Study, objective: str) -> pd.DataFrame:
-    """The measured swaps of a study under its protocol or that protocol on other seeds: each swap's two ends share their seeds."""
-    same = {d for d, p in study.protocols().items() if replace(p, seed=0).digest == replace(study.protocol, seed=0).digest}
-    flips = study.flips(objective)
-    return flips[flips.protocol.isin(same)].reset_index(drop=True)
 
 
 def validation_scores(layers: pd.DataFrame, flips: pd.DataFrame, direction: str = "min") -> dict[str, Any]:
     """How the predicted effects of ``Sensitivity.layers`` agree with real swaps (the table of ``Study.flips``).
 
     ``srcc`` and ``sign_agreement`` compare, over (layer, swap), the predicted effect with the mean real one; ``flips`` counts the
-    real swaps compared, ``contexts_per_layer`` is their median number; ``rows`` has name, swap, predicted, real, low, high (90 % t
+    real swaps compared, ``contexts_per_layer`` is their median number; ``rows`` has layer, swap, predicted, real, low, high (90 % t
     interval over contexts, None below two) and n. Swaps whose schemes have no prediction are left out.
     """
     schemes = {r["name"]: {**r["schemes"], r["swap"].split(":")[0]: 0.0} for r in layers.to_dict("records")}
@@ -39,7 +31,7 @@ def validation_scores(layers: pd.DataFrame, flips: pd.DataFrame, direction: str 
         real = _worsening(group, direction)
         mean, half = float(real.mean()), _half_width(real)
         rows.append({
-            "name": layer, "swap": f"{before}:{after}", "predicted": known[after] - known[before], "real": mean,
+            "layer": layer, "swap": f"{before}:{after}", "predicted": known[after] - known[before], "real": mean,
             "low": None if half is None else mean - half, "high": None if half is None else mean + half, "n": len(real),
         })  # fmt: skip
     predicted, truth = np.array([r["predicted"] for r in rows]), np.array([r["real"] for r in rows])

@@ -80,18 +80,20 @@ def pool_for(model: Model, bank: Bank, workers: int, device: str, dtype: str) ->
             pool.close()
 
 
-def fit_all(pool: InlinePool | WorkerPool, study: Study, space: SearchSpace, progress: Progress = no_progress) -> None:
-    """Every (layer, scheme) of the space into the bank, their weight errors into the study; what is known is skipped."""
+def fit_all(pool: InlinePool | WorkerPool, study: Study, space: SearchSpace, protocol: Protocol, progress: Progress = no_progress) -> None:
+    """Every (layer, scheme) of the space into the bank, and what it does alone into the study; what is known is skipped."""
     known = study.features()
     tasks: list[Task] = []
     for layer, row in space.choices.items():
-        uniform = [s for s in map(str, (*row, *UNIFORM)) if s != "fp"] if row != (FP,) else []
-        missing = [s for s in dict.fromkeys(uniform) if (layer, s) not in known]
-        if missing:
-            tasks.append({"task": "fit", "layer": layer, "schemes": missing})
-    for done, (task, errors) in enumerate(pool.run(tasks), 1):
-        study.add_features({(task["layer"], scheme): {"error": error} for scheme, error in errors.items()})
-        progress("fitting schemes", done, len(tasks))
+        if row == (FP,):
+            continue
+        schemes = [str(s) for s in row if s != FP and "damage" not in known.get((layer, str(s)), {})]
+        acts = [a for a in space.activations if a < 16 and (layer, f"a{a}") not in known]
+        if schemes or acts:
+            tasks.append({"task": "fit", "layer": layer, "schemes": schemes, "acts": acts, "protocol": protocol.to_dict()})
+    for done, (task, facts) in enumerate(pool.run(tasks), 1):
+        study.add_features({(task["layer"], scheme): value for scheme, value in facts.items()})
+        progress("fitting and probing layers", done, len(tasks))
 
 
 def measure_configs(
@@ -156,7 +158,7 @@ def open_session(
         store = Bank(bank)
         with pool_for(opened, store, workers, device, given.dtype) as pool:
             session = Session(opened, study, space, given, pool, store)
-            fit_all(pool, study, space, progress)
+            fit_all(pool, study, space, given, progress)
             yield session
             store.trim()
 

@@ -25,10 +25,10 @@ class InlinePool:
         self.evaluator = evaluator
 
     def run(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Any]]:
-        """(task, result) pairs: errors per scheme for "fit", (Measurement, PNG) for "measure"."""
+        """(task, result) pairs: facts per scheme for "fit", (Measurement, PNG) for "measure"."""
         for task in tasks:
             if task["task"] == "fit":
-                yield task, self.evaluator.fit(task["layer"], task["schemes"])
+                yield task, self.evaluator.fit(task["layer"], task["schemes"], task["acts"], Protocol.from_dict(task["protocol"]))
             else:
                 yield task, self.evaluator.measure(QuantConfig.from_dict(task["config"]), Protocol.from_dict(task["protocol"]))
 
@@ -65,7 +65,7 @@ class _Worker:
             raise WorkerFault(f"{answer['fault']}\n{answer['traceback']}")
         if "measurement" in answer:
             return Measurement(**answer["measurement"]), answer["png"] and base64.b64decode(answer["png"])
-        return answer.get("errors")
+        return answer.get("facts")
 
     def stop(self) -> None:
         self.process.kill()

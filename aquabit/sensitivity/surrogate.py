@@ -140,7 +140,7 @@ def fit_from_study(
     table = training_table(study, objective)
     graph = from_json(study.need("graph", "run `aquabit measure` first"))
     space = SearchSpace.from_dict(study.need("space", "run `aquabit measure` first"))
-    encoder, cost = Encoder(space, graph, study.errors()), CostModel(graph, space)
+    encoder, cost = Encoder(space, graph, study.errors(), study.probes()), CostModel(graph, space)
     known = study.configs()
     weights, acts = space.indices([known[c] for c in table.config])
     y, bits = table[objective].to_numpy(float), cost.totals(weights, acts)["bits"]

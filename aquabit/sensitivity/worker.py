@@ -57,7 +57,7 @@ def _answer(evaluator: Any, task: dict[str, Any]) -> dict[str, Any]:
     from aquabit.scheme import Protocol, QuantConfig
 
     if task["task"] == "fit":
-        return {"errors": evaluator.fit(task["layer"], task["schemes"])}
+        return {"facts": evaluator.fit(task["layer"], task["schemes"], task["acts"], Protocol.from_dict(task["protocol"]))}
     measurement, png = evaluator.measure(QuantConfig.from_dict(task["config"]), Protocol.from_dict(task["protocol"]))
     return {"measurement": asdict(measurement), "png": png and base64.b64encode(png).decode()}
 
