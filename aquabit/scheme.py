@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -164,6 +165,7 @@ def read_json(path: str | Path) -> Any:
         raise AquabitError(f"{path} is not valid JSON ({error}); it may be truncated") from error
 
 
+@lru_cache(1)
 def _config_model() -> Any:
     from pydantic import BaseModel, ConfigDict  # pydantic costs 0.1 s to import: only where a file is read
 

@@ -21,7 +21,7 @@ def child(pipeline: str, folder: Path) -> int:
     pid = os.fork()
     if pid == 0:
         protocol = Protocol(images=4, steps=2, micro_batch=4)
-        measure(pipeline, Study(folder / "study.db"), 12, protocol=protocol, space=SPACE, bank=str(folder / "bank"))
+        measure(pipeline, Study(folder / "study.db"), 36, protocol=protocol, space=SPACE, bank=str(folder / "bank"))
         os._exit(0)
     return pid
 
@@ -39,7 +39,7 @@ def main() -> None:
     rng, died = random.Random(0), 0
     for i in range(kills):
         pid = child(pipeline, folder / "killed")
-        time.sleep(rng.uniform(0.02, 0.45) * whole if i else 0.15 * whole)
+        time.sleep(rng.uniform(0.02, 0.2) * whole)
         os.kill(pid, signal.SIGKILL)
         died += os.WIFSIGNALED(os.waitpid(pid, 0)[1])
         Study(folder / "killed" / "study.db").close() if (folder / "killed" / "study.db").exists() else None

@@ -145,7 +145,7 @@ def _rolled(layers: pd.DataFrame, fitted: FittedSurrogate, effects: Effects, key
 
 
 def _validation(study: Study, fitted: FittedSurrogate, layers: pd.DataFrame) -> dict[str, Any] | None:
-    flips = study_flips(study, fitted.objective)
+    flips = study.flips(fitted.objective)
     if flips.empty:
         return None
     result = validation_scores(layers, flips, fitted.direction)
