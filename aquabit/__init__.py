@@ -47,7 +47,21 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(f"aquabit.{_HOMES[name]}"), name)
         globals()[name] = value
         return value
-    if name in ("kernels", "quant", "sensitivity", "search", "reports", "pipelines", "quality", "graph", "space", "cost", "scheme", "study", "flow"):
+    if name in (
+        "kernels",
+        "quant",
+        "sensitivity",
+        "search",
+        "reports",
+        "pipelines",
+        "quality",
+        "graph",
+        "space",
+        "cost",
+        "scheme",
+        "study",
+        "flow",
+    ):
         return importlib.import_module(f"aquabit.{name}")
     raise AttributeError(f"module 'aquabit' has no attribute {name!r}")
 

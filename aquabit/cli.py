@@ -21,7 +21,9 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="
                   "Start with `aquabit run digits-dit --out demo`.")  # fmt: skip
 console, errors = Console(), Console(stderr=True)
 
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A bundled name (see `aquabit models`), a diffusers directory, or a hub id.")]
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A bundled name (see `aquabit models`), a diffusers directory, or a hub id.")
+]
 StudyArgument = Annotated[Path, typer.Argument(metavar="S.db", help="A study made by `aquabit measure`.")]
 Json = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write JSON for machines to FILE, or to standard output for -.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback for errors.")]
@@ -38,8 +40,12 @@ Dtype = Annotated[str, typer.Option("--dtype", help="float32, float16 or bfloat1
 Prompts = Annotated[Path | None, typer.Option("--prompts", help="One prompt a line (UTF-8).")]
 Guidance = Annotated[float, typer.Option("--guidance", help="Classifier-free guidance; 1 is off.")]
 SpaceFile = Annotated[Path | None, typer.Option("--space", help="JSON: schemes, activations, pinned, excluded.")]
-Objective = Annotated[str, typer.Option("--objective", help="fid, sfid, kid, is, precision, recall, accuracy, mse, psnr, ssim, feature_distance.")]
-BankOption = Annotated[Path | None, typer.Option("--bank", help="Folder of fitted weights; default: AQUABIT_BANK, or ~/.cache/aquabit/bank.")]
+Objective = Annotated[
+    str, typer.Option("--objective", help="fid, sfid, kid, is, precision, recall, accuracy, mse, psnr, ssim, feature_distance.")
+]
+BankOption = Annotated[
+    Path | None, typer.Option("--bank", help="Folder of fitted weights; default: AQUABIT_BANK, or ~/.cache/aquabit/bank.")
+]
 Reference = Annotated[Path | None, typer.Option("--reference", help="Folder of real images (arrives with real pipelines and metrics).")]
 Preset = Annotated[str | None, typer.Option("--preset", help="Settings of a paper (arrives with real pipelines and metrics).")]
 MetricOption = Annotated[str | None, typer.Option("--metric", help="module:function (arrives with real pipelines and metrics).")]
@@ -68,7 +74,10 @@ def shielded(verb: Callable[..., None]) -> Callable[..., None]:
         except Exception as error:
             if debug:
                 raise
-            errors.print(f"[bold red]internal error:[/] {type(error).__name__}: {_plain(str(error))}\nPlease report it; --debug shows where.", highlight=False)
+            errors.print(
+                f"[bold red]internal error:[/] {type(error).__name__}: {_plain(str(error))}\nPlease report it; --debug shows where.",
+                highlight=False,
+            )
             raise typer.Exit(1) from None
 
     call.__annotations__ = {**verb.__annotations__, "debug": Debug}
@@ -217,7 +226,9 @@ def inspect(model: ModelArgument, memory: Annotated[bool, typer.Option("--memory
 
     table = Table("layer", "operator", "block", "shape", "MACs", box=None)
     for name, node in layers(graph).items():
-        table.add_row(_plain(name), node["operator"], _plain(node["block"]), "x".join(map(str, node["shape"])), f"{node['macs'] / 1e6:.2f} M")
+        table.add_row(
+            _plain(name), node["operator"], _plain(node["block"]), "x".join(map(str, node["shape"])), f"{node['macs'] / 1e6:.2f} M"
+        )
     console.print(table)
     nodes = layers(graph).values()
     console.print(f"{len(nodes)} layers, {graph.graph['weights'] / 1e6:.2f} M weights, {sum(n['macs'] for n in nodes) / 1e6:.1f} M multiply-adds an image and denoiser call")  # fmt: skip
@@ -328,7 +339,9 @@ def _show_sensitivity(result: Any, top: int) -> None:
     console.print(table)
     check = result.get("validation")
     if check:
-        console.print(f"checked against {check['flips']} real swaps: SRCC {_number(check['srcc'])}, sign agreement {_number(check['sign_agreement'], 2)}")
+        console.print(
+            f"checked against {check['flips']} real swaps: SRCC {_number(check['srcc'])}, sign agreement {_number(check['sign_agreement'], 2)}"
+        )
     else:
         console.print("not checked against real swaps yet: `aquabit validate` measures some")
 
@@ -347,7 +360,7 @@ def validate(
 
     with bars() as progress:
         opened = Study(study, create=False)
-        options = {"workers": _workers(workers, device), "device": device, "bank": str(bank) if bank else None}
+        options: dict[str, Any] = {"workers": _workers(workers, device), "device": device, "bank": str(bank) if bank else None}
         result = flow.validate(opened, flips, swap, bits, seed=seed, progress=progress, **options).to_dict()
     if not _emit(result, json_):
         _show_sensitivity(result, 10)
@@ -373,8 +386,10 @@ def search(
 
     with bars() as progress:
         opened = Study(study, create=False)
-        options = {"workers": _workers(workers, device), "device": device, "bank": str(bank) if bank else None}
-        front = flow.find(opened, bits, bytes=bytes_, bops=bops, rounds=rounds, per_round=per_round, seed=seed, progress=progress, **options)
+        options: dict[str, Any] = {"workers": _workers(workers, device), "device": device, "bank": str(bank) if bank else None}
+        front = flow.find(
+            opened, bits, bytes=bytes_, bops=bops, rounds=rounds, per_round=per_round, seed=seed, progress=progress, **options
+        )
     if out:
         out.write_text(front.best.to_json())
     if not _emit(front.to_list(), json_):
@@ -385,7 +400,9 @@ def _show_front(front: Any) -> None:
     from rich.table import Table
 
     metrics = list(front.best_member.predicted)
-    table = Table("", "bits/weight", "bytes", *(h for m in metrics for h in (f"{m} predicted", f"{m} measured, fresh seeds (90 %)")), box=None)
+    table = Table(
+        "", "bits/weight", "bytes", *(h for m in metrics for h in (f"{m} predicted", f"{m} measured, fresh seeds (90 %)")), box=None
+    )
     for member in front.members:
         cells = []
         for m in metrics:

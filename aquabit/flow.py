@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from aquabit.kernels.reference import Accuracy
 from aquabit.pipelines import Adapter, denoiser_name, load, trace
 from aquabit.quant.artifact import save_packed_denoiser
 from aquabit.quant.bank import Bank
@@ -28,7 +29,7 @@ from aquabit.study import Study
 
 FINALISTS, SELECTION_BLOCKS = 4, (2, 3)  # the best few are told apart on seeds that nothing was fitted to
 FRESH_BLOCKS = (11, 12, 13, 14, 15)  # what is reported; block 1 belongs to validation
-Model = str | DiffusionPipeline
+Model: TypeAlias = str | DiffusionPipeline
 
 
 def _source(study: Study, pipe: Model | None) -> Model:
@@ -74,7 +75,11 @@ def find_in(session: Session, budget: Budget, rounds: int, per_round: int, seed:
     costs.check(budget, None if budget.bops is not None else max(space.activations))
     metric = session.protocol.objective
     sign = 1.0 if direction(metric) == "min" else -1.0
-    uniform = [space.uniform(s, max(space.activations)) for s in space.schemes if s.kind == "usq" and all(s in space.choices[k] for k in space.free_layers())]
+    uniform = [
+        space.uniform(s, max(space.activations))
+        for s in space.schemes
+        if s.kind == "usq" and all(s in space.choices[k] for k in space.free_layers())
+    ]
 
     def predict_factory() -> Any:
         fitted = fit_from_study(study)
@@ -89,7 +94,9 @@ def find_in(session: Session, budget: Budget, rounds: int, per_round: int, seed:
     def measure(configs: list[QuantConfig]) -> None:
         session.measure(configs, "candidate", progress, what="measuring candidates")
 
-    search_loop(space, costs, budget, predict_factory, measure, measured, uniform, rounds=rounds, per_round=per_round, seed=seed, progress=progress)
+    search_loop(
+        space, costs, budget, predict_factory, measure, measured, uniform, rounds=rounds, per_round=per_round, seed=seed, progress=progress
+    )
     pairs = [(c, v) for c, v in measured() if np.isfinite(v)]
     chosen = _finalists(session, [c for c, _ in pairs], np.array([v for _, v in pairs]), budget, metric, sign, progress)
     front = _front(session, *chosen, budget, metric, progress)
@@ -152,7 +159,9 @@ def _front(session: Session, members: list[QuantConfig], winner: QuantConfig, bu
 
 def _metrics(session: Session) -> list[str]:
     known = set(session.study.measurements().columns)
-    return [m for m in ("fid", "sfid", "kid", "is", "precision", "recall", "accuracy", "psnr", "ssim", "mse", "feature_distance") if m in known]
+    return [
+        m for m in ("fid", "sfid", "kid", "is", "precision", "recall", "accuracy", "psnr", "ssim", "mse", "feature_distance") if m in known
+    ]
 
 
 def _comparison(session: Session, winner: QuantConfig, uniform: QuantConfig, protocols: Sequence[Protocol], metric: str) -> dict[str, Any]:
@@ -173,7 +182,7 @@ def _comparison(session: Session, winner: QuantConfig, uniform: QuantConfig, pro
 
 
 class Packed:
-    """A pipeline whose denoiser runs from codes. ``pipe`` makes images; ``save`` writes the artifact; ``nbytes`` is its size on disk without headers."""
+    """A pipeline whose denoiser runs from codes. ``pipe`` makes images; ``save`` writes the artifact."""
 
     def __init__(self, pipe: DiffusionPipeline, model: QuantizedDenoiser, config: QuantConfig):
         self.pipe, self.model, self.config = pipe, model, config
@@ -192,7 +201,7 @@ class Packed:
         return save_packed_denoiser(self.model, self.config, folder / name)
 
 
-def quantize(pipe: Model, config: QuantConfig, *, bank: str | None = None, device: str = "cpu", accuracy: str = "fast") -> Packed:
+def quantize(pipe: Model, config: QuantConfig, *, bank: str | None = None, device: str = "cpu", accuracy: Accuracy = "fast") -> Packed:
     """A copy of the pipeline with its denoiser packed; raises AquabitError for a configuration of another model."""
     import copy
 
@@ -211,11 +220,15 @@ def quantize(pipe: Model, config: QuantConfig, *, bank: str | None = None, devic
     return Packed(source, model, config)
 
 
-def generate(pipe: Model, images: int = 16, seed: int = 0, steps: int = 10, conditions: Sequence[Any] | None = None, device: str = "cpu") -> Tensor:
+def generate(
+    pipe: Model, images: int = 16, seed: int = 0, steps: int = 10, conditions: Sequence[Any] | None = None, device: str = "cpu"
+) -> Tensor:
     """Images [n, c, h, w] in [0, 1] from a pipeline or packed artifact, image i from seed + i."""
     import torch
 
-    protocol = Protocol(images=images, steps=steps, seed=seed, conditions=tuple(conditions) if conditions else None, micro_batch=min(images, 64))
+    protocol = Protocol(
+        images=images, steps=steps, seed=seed, conditions=tuple(conditions) if conditions else None, micro_batch=min(images, 64)
+    )
     adapter = Adapter(load(pipe, device))
     return torch.cat([adapter.images(protocol, b) for b in adapter.batches(protocol)])
 
@@ -259,8 +272,9 @@ def run(
     (out / "config.json").write_text(front.best.to_json())
     progress("packing", 0, 1)
     quantize(model, front.best, bank=bank, device=device).save(out / "packed")
-    (out / "samples.png").write_bytes(thumbnail(generate(str(out / "packed"), 32, study.protocol.seed, study.protocol.steps, study.protocol.conditions, device)))
+    (out / "samples.png").write_bytes(
+        thumbnail(generate(str(out / "packed"), 32, study.protocol.seed, study.protocol.steps, study.protocol.conditions, device))
+    )
     progress("packing", 1, 1)
     write_report(study, out / "report", progress=progress)
     return front
-

@@ -137,7 +137,14 @@ class QuantConfig:
     def to_dict(self) -> dict[str, Any]:
         """The value of ``config.json``."""
         layers = {k: {"weight": str(v.weight), "act": v.act, "codebook": v.codebook} for k, v in self.layers.items()}
-        return {"schema": SCHEMA_VERSION, "model": self.model, "fingerprint": self.fingerprint, "layers": layers, "steps": self.steps, "correction": self.correction}  # fmt: skip
+        return {
+            "schema": SCHEMA_VERSION,
+            "model": self.model,
+            "fingerprint": self.fingerprint,
+            "layers": layers,
+            "steps": self.steps,
+            "correction": self.correction,
+        }
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"

@@ -121,7 +121,9 @@ class SearchSpace:
             raise AquabitError(f"unknown layer {unknown[0]!r}; the model's layers are listed by `aquabit inspect`")
         for layer, choice in config.layers.items():
             if not extra_schemes and choice.weight not in self.choices[layer]:
-                raise AquabitError(f"layer {layer!r} may not take {choice.weight}; its choices are {', '.join(map(str, self.choices[layer]))}")
+                raise AquabitError(
+                    f"layer {layer!r} may not take {choice.weight}; its choices are {', '.join(map(str, self.choices[layer]))}"
+                )
 
     def sample(
         self, count: int, seed: int = 0, bits_range: tuple[float, float] = BITS_RANGE, stratify: str | None = None
@@ -167,7 +169,9 @@ class SearchSpace:
     @staticmethod
     def from_dict(value: Mapping[str, Any]) -> SearchSpace:
         choices = {k: tuple(Scheme.parse(s) for s in v) for k, v in value["choices"].items()}
-        return SearchSpace(value["fingerprint"], choices, tuple(value["activations"]), value["operators"], value["kernel_area"], value["model"])
+        return SearchSpace(
+            value["fingerprint"], choices, tuple(value["activations"]), value["operators"], value["kernel_area"], value["model"]
+        )
 
 
 def maximum_entropy(levels: Sequence[float], mean: float) -> np.ndarray:
@@ -273,7 +277,9 @@ class Encoder:
         self.members: list[tuple[int, ...]] = [*own, *own, *grouped, *grouped, everyone]
         self.probed = probes is not None and self._probe_tables(probes)
         if self.probed:
-            self.columns += [f"damage:{n}" for n in names] + [f"damage:{g}" for g in self.groups] + ["damage:roots", "shift:all", "shift:common"]
+            self.columns += (
+                [f"damage:{n}" for n in names] + [f"damage:{g}" for g in self.groups] + ["damage:roots", "shift:all", "shift:common"]
+            )
             self.members += [*own, *grouped, everyone, everyone, everyone]
 
     def _table(self, errors: Mapping[tuple[str, str], float]) -> np.ndarray:

@@ -38,7 +38,9 @@ def _clear_errors(path: Path) -> Iterator[None]:
         yield
     except sqlite3.OperationalError as error:
         if "full" in str(error) or "disk I/O" in str(error):
-            raise AquabitError(f"{path} could not be written ({error}); free some space and run the same command: nothing measured is lost") from error
+            raise AquabitError(
+                f"{path} could not be written ({error}); free some space and run the same command: nothing measured is lost"
+            ) from error
         if "locked" in str(error):
             raise AquabitError(f"{path} is being written by another process; wait for it or stop it") from error
         raise AquabitError(f"{path} cannot be used as a study: {error}") from error
@@ -187,17 +189,29 @@ class Study:
         ``kind`` says why it was made: reference, uniform, sample, flip, candidate or fresh. ``cost`` has bits, bytes and bops.
         """
         m = measurement
-        row = (m.config, m.protocol, kind, m.status, m.reason, json.dumps(dict(m.metrics)), m.seconds, json.dumps(dict(m.environment)), time.time())
+        row = (
+            m.config,
+            m.protocol,
+            kind,
+            m.status,
+            m.reason,
+            json.dumps(dict(m.metrics)),
+            m.seconds,
+            json.dumps(dict(m.environment)),
+            time.time(),
+        )
         with self._transaction() as db:
             body = json.dumps(config.to_dict(), allow_nan=False)
-            db.execute("INSERT OR IGNORE INTO configs VALUES (?, ?, ?, ?, ?)", (config.digest, body, cost["bits"], cost["bytes"], cost["bops"]))
+            db.execute(
+                "INSERT OR IGNORE INTO configs VALUES (?, ?, ?, ?, ?)", (config.digest, body, cost["bits"], cost["bytes"], cost["bops"])
+            )
             db.execute("INSERT OR IGNORE INTO measurements VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
             if thumbnail is not None:
                 db.execute("INSERT OR IGNORE INTO thumbnails VALUES (?, ?, ?)", (m.config, m.protocol, thumbnail))
 
-    def known(self, protocol: Protocol) -> set[str]:
+    def known(self, protocol: Protocol) -> frozenset[str]:
         """Digests of the configurations that were measured (or failed) under a protocol."""
-        return {r[0] for r in self._rows("SELECT config FROM measurements WHERE protocol = ?", (protocol.digest,))}
+        return frozenset(r[0] for r in self._rows("SELECT config FROM measurements WHERE protocol = ?", (protocol.digest,)))
 
     def measurements(self, protocol: Protocol | None = None, kind: str | None = None, failed: bool = False) -> pd.DataFrame:
         """One row a measurement in the order of recording: config, protocol, kind, status, reason, seconds, created, bits, bytes, bops, one
@@ -219,7 +233,10 @@ class Study:
 
     def configs(self) -> dict[str, QuantConfig]:
         """Every configuration by its digest."""
-        return {d: QuantConfig.from_dict(json.loads(v), f"{self.path}, configuration {d}") for d, v in self._rows("SELECT digest, value FROM configs")}
+        return {
+            d: QuantConfig.from_dict(json.loads(v), f"{self.path}, configuration {d}")
+            for d, v in self._rows("SELECT digest, value FROM configs")
+        }
 
     def add_features(self, values: Mapping[tuple[str, str], Mapping[str, Any]]) -> None:
         """Facts per (layer, scheme): "error" (relative squared weight error), "damage" and "sketch" (see ``Evaluator.fit``)."""
@@ -242,7 +259,10 @@ class Study:
     def add_flip(self, layer: str, before: str, after: str, config_before: str, config_after: str, protocol: Protocol) -> None:
         """Two measured configurations that differ in one layer."""
         with self._transaction() as db:
-            db.execute("INSERT OR IGNORE INTO flips VALUES (?, ?, ?, ?, ?, ?)", (layer, before, after, config_before, config_after, protocol.digest))
+            db.execute(
+                "INSERT OR IGNORE INTO flips VALUES (?, ?, ?, ?, ?, ?)",
+                (layer, before, after, config_before, config_after, protocol.digest),
+            )
 
     def flips(self, objective: str) -> pd.DataFrame:
         """One row a real swap whose both ends were measured: layer, before, after, config_before, config_after, protocol, value_before,
@@ -275,7 +295,7 @@ def merge(sources: list[Study], out: Study) -> int:
     """Copy every measurement of ``sources`` (same model, space and protocol) into ``out``; the number of new ones."""
     before = len(out.measurements(failed=True))
     for source in sources:
-        facts = [source.need(k, "it is empty") for k in ("model", "fingerprint", "graph", "space")]
-        out.begin(*facts, source.protocol)
+        facts = {k: source.need(k, "it is empty") for k in ("model", "fingerprint", "graph", "space")}
+        out.begin(**facts, protocol=source.protocol)
         out.copy_from(source)
     return len(out.measurements(failed=True)) - before

@@ -1,8 +1,9 @@
-"""The figures of the whole flow: python benchmarks/flow.py overhead|analysis|quality|all [--folder DIR] [--models ...]
+"""The figures of the whole flow: python benchmarks/flow.py overhead|analysis|quality|packed|all [--folder DIR] [--models ...]
 
 overhead   measuring a configuration against generating the same images in full precision, in pairs, one thread
 analysis   fit + explain + one search of 300 configurations of 73 layers (synthetic labels), one process
 quality    300 measurements a model: within-budget SRCC, real swaps, and the winner at uniform usq3's exact bytes on fresh seeds
+packed     the winner's packed artifact against its dense measurement: FID on the fresh seeds (after quality)
 
 Tables go to benchmarks/results/flow.json and flow.md. Studies are kept in --folder and continue where they stopped.
 """
@@ -27,7 +28,10 @@ MODELS = ("digits-unet", "digits-dit")
 
 
 def machine() -> dict[str, Any]:
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), platform.processor())
+    cpu = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.processor(),
+    )
     return {"cpu": cpu, "cores": torch.get_num_threads(), "capability": torch.backends.cpu.get_cpu_capability(), "torch": torch.__version__}
 
 
@@ -62,7 +66,8 @@ def overhead(folder: Path, models: list[str], pairs: int = 15) -> list[dict[str,
         ratios = [b / a for a, b in zip(dense, ours, strict=True)]
         rows.append({"model": name, "full_precision_s": statistics.median(dense), "measurement_s": statistics.median(ours),
                      "ratio": statistics.median(ratios), "ratio_low": float(np.quantile(ratios, 0.25)), "ratio_high": float(np.quantile(ratios, 0.75)),
-                     "pairs": pairs, "target": 1.15})  # fmt: skip
+                     "pairs": pairs, "target": 1.15,
+                     "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20})  # fmt: skip
     return rows
 
 
@@ -116,13 +121,22 @@ def analysis(folder: Path, models: list[str]) -> list[dict[str, Any]]:
             known.update({c: q for c, q in study.configs().items() if c not in known}) if len(known) < len(table) else None
             return [(known[c], float(np.log(v))) for c, v in zip(table.config, table.fid, strict=True)]
 
-        search(space, costs, Budget(bits=3.0), lambda: fit_from_study(study, score=False).badness, lambda configs: put(configs, "candidate"), measured)
+        search(space, costs, Budget(bits=3.0), lambda: fit_from_study(study).badness, lambda configs: put(configs, "candidate"), measured)
         seconds["search_two_rounds"] = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return [{"layers": len(space.layers), "configurations": 300, **seconds, "total_s": sum(seconds.values()), "target_s": 30.0, "peak_gib": peak}]
+    return [
+        {
+            "layers": len(space.layers),
+            "configurations": 300,
+            **seconds,
+            "total_s": sum(seconds.values()),
+            "target_s": 30.0,
+            "peak_gib": peak,
+        }
+    ]
 
 
-def quality(folder: Path, models: list[str], samples: int = 300, flips: int = 114) -> list[dict[str, Any]]:
+def quality(folder: Path, models: list[str], samples: int = 300, flips: int = 60) -> list[dict[str, Any]]:
     """What the surrogate and the search reach on the real models, on seeds that neither saw."""
     from aquabit import flow
     from aquabit.sensitivity.measure import measure
@@ -146,6 +160,38 @@ def quality(folder: Path, models: list[str], samples: int = 300, flips: int = 11
     return rows
 
 
+def packed(folder: Path, models: list[str]) -> list[dict[str, Any]]:
+    """FID of images from the packed artifact and of the dense measurement, on the same fresh seeds."""
+    from aquabit import flow
+    from aquabit.pipelines import Adapter, load
+    from aquabit.quality import Quality
+    from aquabit.scheme import QuantConfig
+    from aquabit.search import interval, paired_difference
+    from aquabit.sensitivity.evaluator import single_thread
+    from aquabit.study import Study
+
+    rows = []
+    for name in models:
+        study = Study(folder / f"{name}.db", create=False)
+        front = study.need("front", "run the quality part first")
+        config = next(c for c in (QuantConfig.from_dict(m["config"]) for m in front["members"]) if c.digest == front["winner"])
+        size = flow.quantize(name, config, bank=str(folder / "bank"), accuracy="exact").save(folder / f"packed-{name}")
+        adapter = Adapter(load(str(folder / f"packed-{name}")))
+        extractor, real = adapter.reference()
+        values = []
+        for block in flow.FRESH_BLOCKS:
+            protocol, quality = study.protocol.block(block), Quality(extractor, real, ["fid"])
+            with single_thread("cpu"):
+                for batch in adapter.batches(protocol):
+                    quality.update(adapter.images(protocol, batch))
+            values.append(quality.compute()["fid"])
+        dense = front["comparison"]["winner"]["blocks"]
+        difference = paired_difference(values, dense)
+        rows.append({"model": name, "bytes": size, "study_bytes": front["comparison"]["winner"]["bytes"], "dense": interval(dense)._asdict(),
+                     "packed": interval(values)._asdict(), "difference": difference._asdict()})  # fmt: skip
+    return rows
+
+
 def _uniform_bytes(study: Any) -> dict[str, int]:
     from aquabit.cost import CostModel
     from aquabit.graph import from_json
@@ -165,24 +211,48 @@ def _fresh_reference(study: Any) -> float:
 
 
 def markdown(found: dict[str, Any]) -> str:
-    lines = [f"# The whole flow\n\n{found['machine']['cpu']}, {found['machine']['cores']} cores, torch {found['machine']['torch']}. Made by `{found['command']}`.\n"]
+    lines = [
+        f"# The whole flow\n\n{found['machine']['cpu']}, {found['machine']['cores']} cores, torch {found['machine']['torch']}. Made by `{found['command']}`.\n"
+    ]
     if "overhead" in found:
-        lines.append("## Measuring against generating in full precision (one thread, pairs in one run)\n\n| model | full precision, s | measurement, s | ratio (quartiles) | target |\n|---|---|---|---|---|")
-        lines += [f"| {r['model']} | {r['full_precision_s']:.2f} | {r['measurement_s']:.2f} | {r['ratio']:.3f} ({r['ratio_low']:.3f} to {r['ratio_high']:.3f}) | {r['target']} |" for r in found["overhead"]]
+        lines.append(
+            "## Measuring against generating in full precision (one thread, pairs in one run)\n\n| model | full precision, s | measurement, s | ratio (quartiles) | target | peak memory, GiB |\n|---|---|---|---|---|---|"
+        )
+        lines += [
+            f"| {r['model']} | {r['full_precision_s']:.2f} | {r['measurement_s']:.2f} | {r['ratio']:.3f} ({r['ratio_low']:.3f} to {r['ratio_high']:.3f}) | {r['target']} | {r['peak_gib']:.2f} |"
+            for r in found["overhead"]
+        ]
     if "analysis" in found:
-        lines.append("\n## Fit, explain, search\n\n| layers | configurations | fit, s | explain, s | search, s | total, s | target, s | peak, GiB |\n|---|---|---|---|---|---|---|---|")
-        lines += [f"| {r['layers']} | {r['configurations']} | {r['fit_and_cross_validate']:.1f} | {r['explain']:.1f} | {r['search_two_rounds']:.1f} | {r['total_s']:.1f} | {r['target_s']:.0f} | {r['peak_gib']:.2f} |" for r in found["analysis"]]
+        lines.append(
+            "\n## Fit, explain, search\n\n| layers | configurations | fit, s | explain, s | search, s | total, s | target, s | peak, GiB |\n|---|---|---|---|---|---|---|---|"
+        )
+        lines += [
+            f"| {r['layers']} | {r['configurations']} | {r['fit_and_cross_validate']:.1f} | {r['explain']:.1f} | {r['search_two_rounds']:.1f} | {r['total_s']:.1f} | {r['target_s']:.0f} | {r['peak_gib']:.2f} |"
+            for r in found["analysis"]
+        ]
     if "quality" in found:
-        lines.append("\n## Surrogate and search, objective FID (128 images, 10 DDIM steps)\n\n| model | measurements | within-budget SRCC (ridge one-hot) | SRCC | real swaps: SRCC, sign agreement (n) | winner: bytes, FID | uniform usq3: bytes, FID | difference (95 %) | full precision |\n|---|---|---|---|---|---|---|---|---|")
+        lines.append(
+            "\n## Surrogate and search, objective FID (128 images, 10 DDIM steps)\n\n| model | measurements | within-budget SRCC (ridge one-hot) | SRCC | real swaps: SRCC, sign agreement (n) | winner: bytes, FID | uniform usq3: bytes, FID | difference (95 %) | full precision |\n|---|---|---|---|---|---|---|---|---|"
+        )
         for r in found["quality"]:
             w, u, d = r["winner"], r["uniform"], r["difference"]
-            lines.append(f"| {r['model']} | {r['measurements']} | {r['within_budget_srcc']:.3f} ({r['baselines'].get('ridge_one_hot', float('nan')):.3f}) | {r['srcc']:.3f} | {r['swap_srcc']:.2f}, {r['swap_sign_agreement']:.2f} ({r['swaps']}) | {w['bytes']:,}, {w['value']:.2f} | {u['bytes']:,}, {u['value']:.2f} | {d['value']:+.2f} ({d['low']:+.2f} to {d['high']:+.2f}) | {r['full_precision_fid']:.2f} |")
+            lines.append(
+                f"| {r['model']} | {r['measurements']} | {r['within_budget_srcc']:.3f} ({r['baselines'].get('ridge_one_hot', float('nan')):.3f}) | {r['srcc']:.3f} | {r['swap_srcc']:.2f}, {r['swap_sign_agreement']:.2f} ({r['swaps']}) | {w['bytes']:,}, {w['value']:.2f} | {u['bytes']:,}, {u['value']:.2f} | {d['value']:+.2f} ({d['low']:+.2f} to {d['high']:+.2f}) | {r['full_precision_fid']:.2f} |"
+            )
+    if "packed" in found:
+        lines.append(
+            "\n## The winner, packed and dense, on the same fresh seeds (a8)\n\n| model | bytes on disk (study) | FID dense | FID packed | difference (95 %) |\n|---|---|---|---|---|"
+        )
+        lines += [
+            f"| {r['model']} | {r['bytes']:,} ({r['study_bytes']:,}) | {r['dense']['value']:.3f} | {r['packed']['value']:.3f} | {r['difference']['value']:+.4f} ({r['difference']['low']:+.4f} to {r['difference']['high']:+.4f}) |"
+            for r in found["packed"]
+        ]
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = {"overhead": overhead, "analysis": analysis, "quality": quality}
+    parts = {"overhead": overhead, "analysis": analysis, "quality": quality, "packed": packed}
     parser.add_argument("part", choices=[*parts, "all"])
     parser.add_argument("--folder", type=Path, default=Path("benchmarks/work"))
     parser.add_argument("--models", nargs="*", default=list(MODELS))

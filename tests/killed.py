@@ -37,7 +37,7 @@ def main() -> None:
     whole = time.perf_counter() - started
     (folder / "killed").mkdir()
     rng, died = random.Random(0), 0
-    for i in range(kills):
+    for _ in range(kills):
         pid = child(pipeline, folder / "killed")
         time.sleep(rng.uniform(0.02, 0.2) * whole)
         os.kill(pid, signal.SIGKILL)

@@ -52,7 +52,15 @@ def fails(out: Path, *words: str) -> str:
 
 def test_run_writes_everything_and_continues(folder) -> None:
     whole = folder / "whole"
-    for name in ("study.db", "sensitivity.json", "front.json", "config.json", "packed/model_index.json", "report/index.html", "samples.png"):
+    for name in (
+        "study.db",
+        "sensitivity.json",
+        "front.json",
+        "config.json",
+        "packed/model_index.json",
+        "report/index.html",
+        "samples.png",
+    ):
         assert (whole / name).stat().st_size > 0, name
     sensitivity = json.loads((whole / "sensitivity.json").read_text())
     assert {"objective", "direction", "protocol", "measurements", "surrogate", "layers", "validation"} <= set(sensitivity)
@@ -71,7 +79,9 @@ def test_run_writes_everything_and_continues(folder) -> None:
     before = len(study.measurements(failed=True))
     run(folder, "run", "pipe", "--out", "whole", "--samples", "24", "--flips", "6", "--bits", "5", "--space", "space.json", *SMALL)
     again = study.measurements(failed=True)
-    assert len(again[again.kind.isin(["sample", "uniform", "flip"])]) == len(again[again.kind.isin(["sample", "uniform", "flip"])].drop_duplicates(["config", "protocol"]))
+    assert len(again[again.kind.isin(["sample", "uniform", "flip"])]) == len(
+        again[again.kind.isin(["sample", "uniform", "flip"])].drop_duplicates(["config", "protocol"])
+    )
     assert len(again) >= before
 
 
@@ -86,13 +96,38 @@ def test_verbs_one_by_one(folder) -> None:
     s = "steps.db"
     out = run(folder, "measure", "pipe", "--study", s, "--samples", "30", "--space", "space.json", "--json", "-", *SMALL)
     assert json.loads(out)["measurements"] >= 30
-    assert json.loads(run(folder, "measure", "pipe", "--study", s, "--samples", "30", "--space", "space.json", "--json", "-", *SMALL))["new"] == 0
+    assert (
+        json.loads(run(folder, "measure", "pipe", "--study", s, "--samples", "30", "--space", "space.json", "--json", "-", *SMALL))["new"]
+        == 0
+    )
     assert json.loads(run(folder, "status", s, "--json", "-"))["explained"] is False
     text = run(folder, "explain", s, "--bits", "5", "--top", "3")
     assert "within-budget" in text and "not checked against real swaps yet" in text
-    assert json.loads(run(folder, "validate", s, "--flips", "4", "--bits", "5", "--workers", "1", "--json", "-"))["validation"]["flips"] == 4
+    assert (
+        json.loads(run(folder, "validate", s, "--flips", "4", "--bits", "5", "--workers", "1", "--json", "-"))["validation"]["flips"] == 4
+    )
     bops = str(Study(folder / s).measurements(kind="uniform").bops.max() * 0.9)
-    front = json.loads(run(folder, "search", s, "--bits", "5", "--bops", bops, "--rounds", "1", "--per-round", "3", "--workers", "1", "--out", "c.json", "--json", "-"))
+    front = json.loads(
+        run(
+            folder,
+            "search",
+            s,
+            "--bits",
+            "5",
+            "--bops",
+            bops,
+            "--rounds",
+            "1",
+            "--per-round",
+            "3",
+            "--workers",
+            "1",
+            "--out",
+            "c.json",
+            "--json",
+            "-",
+        )
+    )
     assert min(m["bits_per_weight"] for m in front) <= 5
     assert "bytes of tensors" in run(folder, "quantize", "pipe", "c.json", "--out", "packed")
     assert "4 images" in run(folder, "generate", "packed", "--images", "4", "--steps", "2", "--out", "grid.png")
@@ -128,7 +163,20 @@ def test_bad_input_is_one_sentence(folder) -> None:
         "smallest|reach": ["search", "whole/study.db", "--bits", "0.5"],
         "largest|reach 2": ["search", "whole/study.db", "--bits", "17"],
         "whole/study.db is a study of": ["measure", "digits-unet", "--study", "whole/study.db", *SMALL],
-        "another protocol": ["measure", "pipe", "--study", "whole/study.db", "--images", "7", "--steps", "2", "--workers", "1", "--space", "space.json"],
+        "another protocol": [
+            "measure",
+            "pipe",
+            "--study",
+            "whole/study.db",
+            "--images",
+            "7",
+            "--steps",
+            "2",
+            "--workers",
+            "1",
+            "--space",
+            "space.json",
+        ],
         "there is no study": ["explain", "nothing.db"],
         "truncated|not a readable study|damaged": ["explain", "broken.db"],
         "valid JSON": ["quantize", "pipe", "cut.json", "--out", "x"],
@@ -170,7 +218,20 @@ def test_interrupted_work_says_how_to_continue(folder, tmp_path) -> None:
     import signal
     import time
 
-    command = [sys.executable, "-m", "aquabit.cli", "measure", str(folder / "pipe"), "--study", str(tmp_path / "s.db"), "--samples", "1000", "--bank", str(tmp_path / "bank"), *SMALL]
+    command = [
+        sys.executable,
+        "-m",
+        "aquabit.cli",
+        "measure",
+        str(folder / "pipe"),
+        "--study",
+        str(tmp_path / "s.db"),
+        "--samples",
+        "1000",
+        "--bank",
+        str(tmp_path / "bank"),
+        *SMALL,
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for _ in range(600):
         time.sleep(0.1)
@@ -183,5 +244,7 @@ def test_interrupted_work_says_how_to_continue(folder, tmp_path) -> None:
 
 
 def test_help_is_quick_and_imports_no_torch() -> None:
-    code = "import sys; import aquabit.cli; sys.exit(any(m in sys.modules for m in ('torch', 'diffusers', 'pandas', 'matplotlib', 'numpy')))"
+    code = (
+        "import sys; import aquabit.cli; sys.exit(any(m in sys.modules for m in ('torch', 'diffusers', 'pandas', 'matplotlib', 'numpy')))"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -53,8 +53,10 @@ def test_workers_give_the_same_numbers_and_shards_join(tmp_path, dit) -> None:
     measure(dit, Study(tmp_path / "two.db"), 6, protocol=protocol, space=SPACE, bank=str(tmp_path / "bank2"), workers=2)
     assert table(tmp_path / "one.db").equals(table(tmp_path / "two.db"))
     assert measure(dit, Study(tmp_path / "one.db"), 6, protocol=protocol, space=SPACE, bank=bank) == 0, "measured again, nothing is new"
-    assert fingerprint(dit.denoiser) == before and not any(isinstance(m, QuantLinear) for m in dit.denoiser.modules()), "the user's model stays"
-    parts = [set(c.digest for c in shard_of(make_space(trace(dit), "f").sample(6), f"{i}/3")) for i in (1, 2, 3)]
+    assert fingerprint(dit.denoiser) == before and not any(isinstance(m, QuantLinear) for m in dit.denoiser.modules()), (
+        "the user's model stays"
+    )
+    parts = [{c.digest for c in shard_of(make_space(trace(dit), "f").sample(6), f"{i}/3")} for i in (1, 2, 3)]
     assert len(set.union(*parts)) == 6 == sum(map(len, parts))
     for bad in ("0/2", "3/2", "x", "1"):
         with pytest.raises(AquabitError, match="shard"):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from aquabit import flow
 from aquabit.cost import CostModel
-from aquabit.pipelines import Adapter, bundled_models, load, set_scheduler, trace
+from aquabit.pipelines import Adapter, bundled_models, denoiser_name, load, set_scheduler, trace
 from aquabit.quant.bank import Bank
 from aquabit.quant.layers import QuantConv2d, QuantLinear
 from aquabit.quant.model import QuantizedDenoiser, fingerprint
@@ -141,8 +141,6 @@ def test_schedulers_by_name(dit) -> None:
     with pytest.raises(AquabitError, match="known: default, ddim"):
         set_scheduler(dit, "heun2")
     with pytest.raises(AquabitError, match="no denoiser"):
-        from aquabit.pipelines import denoiser_name
-
         denoiser_name(object())  # type: ignore[arg-type]
 
 

@@ -22,7 +22,9 @@ def test_text_round_trip(text: str) -> None:
     assert Scheme.parse(str(Scheme.parse(text))) == Scheme.parse(text)
 
 
-@pytest.mark.parametrize("text", ["", "usq", "usq0", "usq9", "usq4g0", "usq04", "vq4g8", "aq2x8", "aq0x8g8", "aq2x17k", "int4", "usq4 ", "aq2x8g8h"])
+@pytest.mark.parametrize(
+    "text", ["", "usq", "usq0", "usq9", "usq4g0", "usq04", "vq4g8", "aq2x8", "aq0x8g8", "aq2x17k", "int4", "usq4 ", "aq2x8g8h"]
+)
 def test_unknown_schemes_are_named(text: str) -> None:
     with pytest.raises(AquabitError, match="scheme") as caught:
         Scheme.parse(text)

@@ -555,7 +555,11 @@ def test_the_plan_measures_again_the_winner_and_a_spread_of_pareto_members() -> 
     plan = remeasure_plan(configs, values, cost, budget)
     front = [i for i in range(5) if not any(bits[j] <= bits[i] and values[j] < values[i] for j in range(5))]
     assert sorted(plan) == front and 1 in plan and [bits[i] for i in plan] == sorted(bits[i] for i in plan)
-    assert len(remeasure_plan(configs, values, cost, budget, members=2)) == 2
+    line = [space.uniform("usq2").with_layer(f"l{i}", "usq3") for i in range(5)]  # one winner and many members: the far ends come first
+    line_values, size = [float(-cost(c).bytes) for c in line], [cost(c).bytes for c in line]
+    pair = remeasure_plan(line, line_values, cost, Budget(bytes=int(np.median(size))), members=2)
+    middle_, far = int(np.argsort(size)[2]), int(np.argmax(np.abs(np.array(size) - np.median(size))))
+    assert set(pair) == {middle_, far}
 
 
 def test_the_uniform_baseline_is_the_smallest_that_is_no_smaller() -> None:

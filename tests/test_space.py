@@ -75,7 +75,12 @@ def test_space_file(tmp_path) -> None:
     path = tmp_path / "space.json"
     path.write_text('{"schemes": ["usq4"], "excluded": ["conv_out"]}')
     assert read_space(path) == {"schemes": ["usq4"], "excluded": ["conv_out"]}
-    for text, word in (('{"scheme": []}', "scheme"), ('{"schemes": "usq4"}', "list"), ("[]", "object"), ('{"schemes": ["usq99"]}', "usq99")):
+    for text, word in (
+        ('{"scheme": []}', "scheme"),
+        ('{"schemes": "usq4"}', "list"),
+        ("[]", "object"),
+        ('{"schemes": ["usq99"]}', "usq99"),
+    ):
         path.write_text(text)
         with pytest.raises(AquabitError, match=word):
             read_space(path)
@@ -84,7 +89,7 @@ def test_space_file(tmp_path) -> None:
 def test_configurations_of_other_models_are_refused() -> None:
     with pytest.raises(AquabitError, match="is for model other"):
         SPACE.check(QuantConfig("other", {}))
-    with pytest.raises(AquabitError, match="no.such.layer"):
+    with pytest.raises(AquabitError, match=r"no\.such\.layer"):
         SPACE.check(SPACE.full_precision().with_layer("no.such.layer", "usq4"))
     with pytest.raises(AquabitError, match="may not take usq5"):
         SPACE.check(SPACE.full_precision().with_layer("conv_in", "usq5"))

@@ -111,7 +111,7 @@ def test_a_second_writer_is_refused_by_name(tmp_path) -> None:
 def test_a_full_disk_loses_nothing(tmp_path) -> None:
     study = filled(tmp_path / "s.db", range(3))
     study._db.execute(f"PRAGMA max_page_count = {study._db.execute('PRAGMA page_count').fetchone()[0]}")
-    with pytest.raises(AquabitError, match="free some space"):
+    with pytest.raises(AquabitError, match="free some space"):  # noqa: PT012
         for i in range(3, 3000):
             study.record(config(i), Measurement(config(i).digest, PROTOCOL.digest, {"fid": float(i)}, 1.0), "sample", COST, b"x" * 5000)
     study.close()

@@ -16,7 +16,9 @@ from aquabit.quant.bank import Bank, weight_hash
 from aquabit.quant.weights import quantize_weight, relative_error
 from aquabit.scheme import AquabitError, Scheme
 
-SHAPES = st.one_of(st.tuples(st.integers(1, 17), st.integers(1, 19)), st.tuples(st.integers(1, 7), st.integers(1, 5), st.integers(1, 3), st.integers(1, 3)))
+SHAPES = st.one_of(
+    st.tuples(st.integers(1, 17), st.integers(1, 19)), st.tuples(st.integers(1, 7), st.integers(1, 5), st.integers(1, 3), st.integers(1, 3))
+)
 SCHEMES = st.sampled_from(["usq1", "usq2", "usq3", "usq4", "usq8", "usq4g4", "usq3g5", "vq1", "vq2", "vq3", "vq4", "vq2c", "vq3c", "vq5c"])
 
 
@@ -50,7 +52,11 @@ def plain_decode(coded: CodebookWeight) -> np.ndarray:
     for o in range(out.shape[0]):
         for i in range(out.shape[1]):
             j, k = divmod(i, coded.group)
-            value = float(codes[j, 0, o]) if tables is None else sum(tables[o if len(tables) > 1 else 0, m, codes[j, m, o], k] for m in range(coded.codebook_count))
+            value = (
+                float(codes[j, 0, o])
+                if tables is None
+                else sum(tables[o if len(tables) > 1 else 0, m, codes[j, m, o], k] for m in range(coded.codebook_count))
+            )
             for name in ("scale", "offset"):
                 factor = getattr(coded, name)
                 if factor is not None:
@@ -76,9 +82,13 @@ def test_additive_codes_decode_in_order() -> None:
     codes = torch.randint(0, 4, (3, 2, 5), generator=g)
     coded = CodebookWeight.from_codes(codes, torch.randn(1, 2, 4, 4, generator=g), torch.rand(5, generator=g), None, (5, 10), 2)
     np.testing.assert_allclose(coded.dequantize().numpy(), plain_decode(coded), rtol=1e-6, atol=1e-6)
-    kernel = CodebookWeight.from_codes(codes, torch.randn(1, 2, 4, 4, generator=g), torch.rand(5, generator=g), None, (5, 3, 2, 2), 2, "kernel")
+    kernel = CodebookWeight.from_codes(
+        codes, torch.randn(1, 2, 4, 4, generator=g), torch.rand(5, generator=g), None, (5, 3, 2, 2), 2, "kernel"
+    )
     tables = kernel.codebooks[0].float()
-    expected = (tables[0][codes[:, 0]] + tables[1][codes[:, 1]]).permute(1, 0, 2).reshape(5, 3, 2, 2) * kernel.scale.float()[:, None, None, None]
+    expected = (tables[0][codes[:, 0]] + tables[1][codes[:, 1]]).permute(1, 0, 2).reshape(5, 3, 2, 2) * kernel.scale.float()[
+        :, None, None, None
+    ]
     torch.testing.assert_close(kernel.dequantize(), expected)
 
 
@@ -140,7 +150,11 @@ def test_kernels_equal_the_dense_layer_and_refuse_misfits() -> None:
     torch.testing.assert_close(
         codebook_conv2d(images, conv, None, 2, 1, 1, 2), torch.nn.functional.conv2d(images, conv.dequantize(), None, 2, 1, 1, 2)
     )
-    for bad in (lambda: codebook_linear(x[..., :9], coded), lambda: codebook_linear(x, conv), lambda: codebook_linear(x, coded, backend="lut")):
+    for bad in (
+        lambda: codebook_linear(x[..., :9], coded),
+        lambda: codebook_linear(x, conv),
+        lambda: codebook_linear(x, coded, backend="lut"),
+    ):
         with pytest.raises(AquabitError):
             bad()
 

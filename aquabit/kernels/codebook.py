@@ -82,7 +82,9 @@ class CodebookWeight:
             raise AquabitError(
                 f"codes are {self.packed.dtype} {list(self.packed.shape)}; a weight {list(self.shape)} needs uint8 [{expected}]"
             )
-        if self.codebooks is not None and (self.codebooks.ndim != 4 or self.codebooks.shape[0] not in (1, self.shape[0]) or self.codebooks.shape[2] != 1 << self.bits):  # fmt: skip
+        if self.codebooks is not None and (
+            self.codebooks.ndim != 4 or self.codebooks.shape[0] not in (1, self.shape[0]) or self.codebooks.shape[2] != 1 << self.bits
+        ):
             raise AquabitError(f"codebooks are {list(self.codebooks.shape)}; needed are [1 or {self.shape[0]}, M, {1 << self.bits}, g]")
         for name in ("scale", "offset"):
             value = getattr(self, name)
@@ -95,8 +97,8 @@ class CodebookWeight:
         order: Literal["inputs", "kernel"] = "inputs",
     ) -> CodebookWeight:  # fmt: skip
         """Pack integer codes [groups, M, out]; tables and scales are rounded to float16."""
-        halves = [None if t is None else t.to(torch.float16).contiguous() for t in (codebooks, scale, offset)]
-        return CodebookWeight(pack(codes, bits), *halves, tuple(shape), bits, order)
+        tables, scales, offsets = (None if t is None else t.to(torch.float16).contiguous() for t in (codebooks, scale, offset))
+        return CodebookWeight(pack(codes, bits), tables, scales, offsets, tuple(shape), bits, order)
 
     @property
     def group(self) -> int:
@@ -189,5 +191,5 @@ def from_tensors(tensors: Mapping[str, Tensor], shape: tuple[int, ...], bits: in
     """A weight from what ``CodebookWeight.tensors`` stored; raises AquabitError where something is missing or of another size."""
     if "codes" not in tensors or order not in ("inputs", "kernel"):
         raise AquabitError(f"a stored weight needs codes and an order of inputs or kernel; it has {sorted(tensors)} and {order!r}")
-    kept = [tensors.get(k) for k in ("codebooks", "scale", "offset")]
-    return CodebookWeight(tensors["codes"], *kept, tuple(shape), bits, order)  # type: ignore[arg-type]
+    tables, scale, offset = (tensors.get(k) for k in ("codebooks", "scale", "offset"))
+    return CodebookWeight(tensors["codes"], tables, scale, offset, tuple(shape), bits, "kernel" if order == "kernel" else "inputs")

@@ -5,5 +5,15 @@ from aquabit.pipelines.class_conditional import ClassConditionalPipeline
 from aquabit.pipelines.loading import BUNDLED, bundled_models, load
 
 __all__ = [
-    "BUNDLED", "SCHEDULERS", "Adapter", "ClassConditionalPipeline", "bundled_models", "check_scheduler", "denoiser_name", "denoiser_of", "load", "set_scheduler", "trace",
-]  # fmt: skip
+    "BUNDLED",
+    "SCHEDULERS",
+    "Adapter",
+    "ClassConditionalPipeline",
+    "bundled_models",
+    "check_scheduler",
+    "denoiser_name",
+    "denoiser_of",
+    "load",
+    "set_scheduler",
+    "trace",
+]

@@ -18,9 +18,13 @@ from aquabit.scheme import AquabitError, Protocol
 
 DENOISERS = ("denoiser", "transformer", "unet")
 SCHEDULERS = {
-    "ddim": "DDIMScheduler", "ddpm": "DDPMScheduler", "euler": "EulerDiscreteScheduler", "euler-ancestral": "EulerAncestralDiscreteScheduler",
-    "dpm": "DPMSolverMultistepScheduler", "flow-euler": "FlowMatchEulerDiscreteScheduler",
-}  # fmt: skip
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler-ancestral": "EulerAncestralDiscreteScheduler",
+    "dpm": "DPMSolverMultistepScheduler",
+    "flow-euler": "FlowMatchEulerDiscreteScheduler",
+}
 
 
 def denoiser_name(pipe: DiffusionPipeline) -> str:
@@ -63,7 +67,9 @@ class Adapter:
         self.parameters = inspect.signature(type(pipe).__call__).parameters
         self.kind = next((k for k in ("class_labels", "prompt", "batch_size") if k in self.parameters), None)
         if self.kind is None or "generator" not in self.parameters:
-            raise AquabitError(f"{type(pipe).__name__} takes neither class_labels, prompt nor batch_size with a generator; it cannot be measured")
+            raise AquabitError(
+                f"{type(pipe).__name__} takes neither class_labels, prompt nor batch_size with a generator; it cannot be measured"
+            )
 
     @property
     def denoiser(self) -> nn.Module:

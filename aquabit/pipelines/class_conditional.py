@@ -11,7 +11,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 
-class ClassConditionalPipeline(DiffusionPipeline):  # type: ignore[misc]
+class ClassConditionalPipeline(DiffusionPipeline):
     """Images [n, c, h, w] in [0, 1] from class labels; the label after the last class stands for "no condition"."""
 
     def __init__(self, denoiser: Any, scheduler: Any, classes: int = 10, real_images: str = ""):

@@ -20,7 +20,9 @@ def bundled_models() -> list[str]:
     return sorted(p.parent.name for p in BUNDLED.glob("*/model_index.json"))
 
 
-def load(model: str | Path | DiffusionPipeline, device: str | torch.device = "cpu", dtype: torch.dtype | str = "float32") -> DiffusionPipeline:
+def load(
+    model: str | Path | DiffusionPipeline, device: str | torch.device = "cpu", dtype: torch.dtype | str = "float32"
+) -> DiffusionPipeline:
     """The pipeline that ``model`` names, on a device and in a dtype; a packed artifact comes back running packed.
 
     Raises AquabitError for an unknown name, a folder that is no pipeline, or files that are damaged.
@@ -33,7 +35,9 @@ def load(model: str | Path | DiffusionPipeline, device: str | torch.device = "cp
     if folder.is_dir():
         return _from_folder(folder, device, dtype)
     if "/" not in name or folder.is_absolute() or name.startswith("."):
-        raise AquabitError(f"unknown model {name!r}; bundled are {', '.join(bundled_models())}, else give a diffusers directory or a hub id")
+        raise AquabitError(
+            f"unknown model {name!r}; bundled are {', '.join(bundled_models())}, else give a diffusers directory or a hub id"
+        )
     return _guarded(name, lambda: DiffusionPipeline.from_pretrained(name, dtype=dtype)).to(device)
 
 

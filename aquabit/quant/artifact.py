@@ -64,11 +64,12 @@ def load_packed_denoiser(folder: Path, dtype: torch.dtype = torch.float32) -> nn
     if not isinstance(recipe, dict) or not {"config", "layers", "class"} <= set(recipe):
         raise AquabitError(f"{folder / RECIPE} needs config, layers and class")
     config = QuantConfig.from_dict(recipe["config"], str(folder / RECIPE))
-    cls = getattr(diffusers, str(recipe["class"]), None)
-    if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):
+    cls: Any = getattr(diffusers, str(recipe["class"]), None)
+    known = isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)
+    if not known:
         raise AquabitError(f"{folder / RECIPE}: {recipe['class']!r} is no model class of diffusers")
     with init_empty_weights(include_buffers=False):
-        denoiser = cls.from_config(read_json(folder / "config.json"))
+        denoiser: nn.Module = cls.from_config(read_json(folder / "config.json"))
     graph = trace(denoiser)
     try:
         with safe_open(folder / WEIGHTS, "pt") as file:
@@ -80,7 +81,13 @@ def load_packed_denoiser(folder: Path, dtype: torch.dtype = torch.float32) -> nn
 
 
 def _fill(
-    denoiser: nn.Module, graph: nx.DiGraph, config: QuantConfig, specs: dict[str, Any], tensors: dict[str, Tensor], dtype: torch.dtype, folder: Path
+    denoiser: nn.Module,
+    graph: nx.DiGraph,
+    config: QuantConfig,
+    specs: dict[str, Any],
+    tensors: dict[str, Tensor],
+    dtype: torch.dtype,
+    folder: Path,
 ) -> None:
     """Quantized layers and every other tensor from the file, none left over and none missing."""
     from aquabit.quant.attention import patch_attention_

@@ -22,7 +22,7 @@ def quantized_attention(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
     scale: float | None = None, enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
-    """softmax(q k^T scale + mask) rounded to 8 bits per query, times v. q [..., n, d], k [..., m, d], v [..., m, e]; in blocks of queries."""
+    """softmax(q k^T scale + mask) rounded to 8 bits per query, times v. q [..., n, d], k [..., m, d], v [..., m, e]."""
     if dropout_p or is_causal or enable_gqa:
         return functional.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     factor = 1 / math.sqrt(q.shape[-1]) if scale is None else scale

@@ -89,7 +89,9 @@ class Bank:
             temporary.replace(path)
         except (OSError, SafetensorError) as failure:
             temporary.unlink(missing_ok=True)
-            raise AquabitError(f"the bank {self.folder} could not be written ({failure}); free some space or choose another with --bank") from failure
+            raise AquabitError(
+                f"the bank {self.folder} could not be written ({failure}); free some space or choose another with --bank"
+            ) from failure
         self._used.add(path)
 
     def trim(self) -> int:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from math import prod
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from aquabit.kernels import codebook_conv2d, codebook_linear, fake_quantize
 from aquabit.kernels.codebook import CodebookWeight
+from aquabit.kernels.reference import Accuracy
 from aquabit.scheme import FP, Scheme
 
 
@@ -21,11 +20,14 @@ class _QuantLayer(nn.Module):
     the coded tensors are buffers and ``weight`` is an empty tensor that carries dtype and device only.
     """
 
+    weight: Tensor
+    bias: Tensor | None
+
     def __init__(self, weight: Tensor, bias: Tensor | None, split: int | None = None):
         super().__init__()
         self.shape, self.split, self.scheme = tuple(weight.shape), split, FP
         self.act, self.act_output = 16, 16
-        self.accuracy = "fast"
+        self.accuracy: Accuracy = "fast"
         self.coded: CodebookWeight | None = None
         self.register_buffer("weight", weight.detach())
         self.register_buffer("bias", None if bias is None else bias.detach())
@@ -55,7 +57,7 @@ class _QuantLayer(nn.Module):
         return f"{'x'.join(map(str, self.shape))}, {self.scheme}, a{self.act}, {'dense' if self.coded is None else 'packed'}"
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.coded is not None:  # codes keep their dtype: only the device moves
             self.coded = self.coded.to(fn(torch.empty(0, device=self.coded.packed.device)).device)
         return self
@@ -87,7 +89,7 @@ class QuantConv2d(_QuantLayer):
     def __init__(self, weight: Tensor, bias: Tensor | None, split: int | None, like: nn.Conv2d):
         super().__init__(weight, bias, split)
         self.out_channels, self.in_channels = like.out_channels, like.in_channels
-        self.stride, self.padding, self.dilation, self.groups = like.stride, like.padding, like.dilation, like.groups
+        self.stride, self.padding, self.dilation, self.groups = pair(like.stride), _padding(like.padding), pair(like.dilation), like.groups
         self.kernel_size = like.kernel_size
 
     @staticmethod
@@ -101,9 +103,12 @@ class QuantConv2d(_QuantLayer):
         return codebook_conv2d(x, self.coded, self.bias_for(x), self.stride, self.padding, self.dilation, self.groups, self.accuracy)
 
 
-def quantizable(module: nn.Module) -> bool:
-    """Whether a module is a layer that takes a scheme: Linear or Conv2d with more than one weight."""
-    return isinstance(module, nn.Linear | nn.Conv2d | _QuantLayer) and prod(getattr(module, "shape", None) or module.weight.shape) > 1
+def _padding(values: str | tuple[int, ...]) -> str | tuple[int, int]:
+    return values if isinstance(values, str) else pair(values)
+
+
+def pair(values: tuple[int, ...]) -> tuple[int, int]:
+    return values[0], values[1]
 
 
 def quant_layer(module: nn.Module, split: int | None) -> QuantLinear | QuantConv2d:

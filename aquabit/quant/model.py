@@ -11,6 +11,7 @@ import networkx as nx
 import torch
 from torch import Tensor, nn
 
+from aquabit.kernels.reference import Accuracy
 from aquabit.quant.attention import patch_attention_
 from aquabit.quant.bank import Bank, weight_hash
 from aquabit.quant.layers import QuantConv2d, QuantLinear, quant_layer
@@ -115,7 +116,7 @@ class QuantizedDenoiser:
                 dense = full if choice.weight == FP else self._coded(name, choice.weight).dequantize().to(full.dtype)
                 layer.set_dense_(dense, choice.weight)
 
-    def pack(self, config: QuantConfig, accuracy: str = "fast") -> None:
+    def pack(self, config: QuantConfig, accuracy: Accuracy = "fast") -> None:
         """Packed mode: coded weights on the kernels; layers at ``fp`` keep their weight at 16 bits. Full weights are dropped."""
         self._check(config)
         for name, layer in self.layers.items():

@@ -68,11 +68,13 @@ def kmeans(weight: Tensor, scheme: Scheme) -> CodebookWeight:
     centres = lloyd(data, 1 << scheme.bits).half().float().sort(1).values
     boundaries = (centres[:, 1:] + centres[:, :-1]) / 2
     codes = torch.searchsorted(boundaries.contiguous(), data.contiguous()).reshape(rows.shape)
-    return CodebookWeight.from_codes(codes.t().to(torch.int32)[:, None], centres[:, None, :, None], None, None, tuple(weight.shape), scheme.bits)
+    return CodebookWeight.from_codes(
+        codes.t().to(torch.int32)[:, None], centres[:, None, :, None], None, None, tuple(weight.shape), scheme.bits
+    )
 
 
 def lloyd(data: Tensor, k: int) -> Tensor:
-    """Centres [n, k] of a one-dimensional k-means per row of ``data`` [n, m], started from quantiles and from an even grid, the better kept.
+    """Centres [n, k] of a one-dimensional k-means per row of ``data`` [n, m], from quantiles and from an even grid, the better kept.
 
     On sorted values a cluster is an interval, so an iteration costs k binary searches in prefix sums (float64), not n * m * k.
     """

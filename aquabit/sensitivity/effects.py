@@ -68,9 +68,7 @@ def find_players(space: SearchSpace, swap: tuple[Scheme, Scheme]) -> list[Player
     return found
 
 
-def draw_contexts(
-    space: SearchSpace, cost: CostModel, bits: float, count: int, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
+def draw_contexts(space: SearchSpace, cost: CostModel, bits: float, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Index matrices of ``count`` random configurations within 0.25 real bits per weight of ``bits``, activations at 8 bits.
 
     Drawn as ``SearchSpace.sample`` draws (maximum entropy over bit levels, then a method), the nominal mean adjusted until the

@@ -40,7 +40,7 @@ class Target:
         return np.exp(self.sign * z) if self.log else self.sign * np.asarray(z)
 
 
-class _OrientedRegressor(RegressorMixin, BaseEstimator):  # type: ignore[misc]
+class _OrientedRegressor(RegressorMixin, BaseEstimator):
     """``fit`` takes raw objective values; ``predict`` gives the oriented target."""
 
     direction: Literal["min", "max"]

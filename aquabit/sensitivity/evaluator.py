@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from aquabit.pipelines import Adapter, denoiser_name, load, set_scheduler
-from aquabit.quality import Quality
+from aquabit.quality import DigitsFeatures, Quality, Reference
 from aquabit.quality.paired import mse, psnr_from_mse, ssim
 from aquabit.quant.bank import Bank
 from aquabit.quant.model import QuantizedDenoiser
@@ -51,7 +51,13 @@ def environment(device: str) -> dict[str, str]:
     import diffusers
 
     gpu = torch.cuda.get_device_name(device) if device.startswith("cuda") else ""
-    return {"torch": torch.__version__, "diffusers": diffusers.__version__, "machine": platform.machine(), "capability": torch.backends.cpu.get_cpu_capability(), "device": gpu or device}  # fmt: skip
+    return {
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "machine": platform.machine(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "device": gpu or device,
+    }
 
 
 class Evaluator:
@@ -61,7 +67,9 @@ class Evaluator:
     images of each protocol, which paired metrics compare with.
     """
 
-    def __init__(self, model: str | DiffusionPipeline, graph: nx.DiGraph, bank: Bank, fingerprint: str, device: str = "cpu", dtype: str = "float32"):
+    def __init__(
+        self, model: str | DiffusionPipeline, graph: nx.DiGraph, bank: Bank, fingerprint: str, device: str = "cpu", dtype: str = "float32"
+    ):
         pipe = load(model, device, dtype)
         if isinstance(model, DiffusionPipeline):
             own = {**pipe.components, denoiser_name(pipe): copy.deepcopy(getattr(pipe, denoiser_name(pipe)))}
@@ -71,6 +79,8 @@ class Evaluator:
         self.scheduler = pipe.scheduler
         self.adapter = Adapter(pipe)
         self.quantized = QuantizedDenoiser(self.adapter.denoiser.eval(), graph, bank)
+        self.extractor: DigitsFeatures | None
+        self.reference: Reference | None
         self.extractor, self.reference = self.adapter.reference()
         self._full: tuple[str, Tensor] | None = None
         self._probed: tuple[str, Tensor] | None = None
@@ -188,5 +198,3 @@ def thumbnail(images: Tensor, columns: int = 8, least: int = 32, most: int = 128
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     return buffer.getvalue()
-
-

@@ -127,8 +127,13 @@ class Session:
         self.costs = CostModel(model.graph, space)
 
     def measure(
-        self, configs: Iterable[QuantConfig], kind: str, progress: Progress = no_progress, protocols: Sequence[Protocol] | None = None, what: str = "measuring"
-    ) -> int:  # fmt: skip
+        self,
+        configs: Iterable[QuantConfig],
+        kind: str,
+        progress: Progress = no_progress,
+        protocols: Sequence[Protocol] | None = None,
+        what: str = "measuring",
+    ) -> int:
         return measure_configs(self.pool, self.study, self.costs, configs, protocols or [self.protocol], kind, progress, what)
 
     def references(self, progress: Progress = no_progress, protocols: Sequence[Protocol] | None = None) -> None:
@@ -149,7 +154,11 @@ def open_session(
     """
     opened = open_model(model)
     with study.writing():
-        given = study.protocol if protocol is None and "protocol" in study else protocol_for(opened, replace(protocol or Protocol(), dtype=dtype))
+        given = (
+            study.protocol
+            if protocol is None and "protocol" in study
+            else protocol_for(opened, replace(protocol or Protocol(), dtype=dtype))
+        )
         if space_options is None and "space" in study and study.get("fingerprint") == opened.fingerprint:
             space = SearchSpace.from_dict(study.get("space"))
         else:
@@ -174,10 +183,22 @@ def shard_of(configs: Sequence[QuantConfig], shard: str | None) -> list[QuantCon
 
 
 def measure(
-    model: str | DiffusionPipeline, study: Study, samples: int = 120, *, configs: Sequence[QuantConfig] | None = None, protocol: Protocol | None = None,
-    space: dict[str, Any] | None = None, workers: int = 1, device: str = "cpu", dtype: str = "float32", bank: str | None = None,
-    sample_seed: int = 0, stratify: str | None = None, shard: str | None = None, progress: Progress = no_progress,
-) -> int:  # fmt: skip
+    model: str | DiffusionPipeline,
+    study: Study,
+    samples: int = 120,
+    *,
+    configs: Sequence[QuantConfig] | None = None,
+    protocol: Protocol | None = None,
+    space: dict[str, Any] | None = None,
+    workers: int = 1,
+    device: str = "cpu",
+    dtype: str = "float32",
+    bank: str | None = None,
+    sample_seed: int = 0,
+    stratify: str | None = None,
+    shard: str | None = None,
+    progress: Progress = no_progress,
+) -> int:
     """Measure ``samples`` random configurations in total (or ``configs``), references first; the number of new measurements.
 
     Measured again, only what is missing is made: interrupted anywhere, the same call continues.

@@ -15,6 +15,7 @@ from typing import Any
 from aquabit.scheme import AquabitError, Measurement, Protocol, QuantConfig
 
 Task = dict[str, Any]
+DIED = "a worker process died twice on the same task, most likely out of memory; use fewer --workers or a smaller --images"
 TRIES = 2  # a task whose worker died (out of memory, say) is given to another once
 
 
@@ -88,7 +89,9 @@ class WorkerPool:
             waiting.put((task, 1))
             pending += 1
         stop = threading.Event()
-        threads = [threading.Thread(target=self._serve, args=(i, waiting, finished, stop), daemon=True) for i in range(min(self.count, pending))]
+        threads = [
+            threading.Thread(target=self._serve, args=(i, waiting, finished, stop), daemon=True) for i in range(min(self.count, pending))
+        ]
         for thread in threads:
             thread.start()
         try:
@@ -100,7 +103,9 @@ class WorkerPool:
         finally:
             stop.set()
 
-    def _serve(self, index: int, waiting: SimpleQueue[tuple[Task, int]], finished: SimpleQueue[tuple[Task, Any]], stop: threading.Event) -> None:
+    def _serve(
+        self, index: int, waiting: SimpleQueue[tuple[Task, int]], finished: SimpleQueue[tuple[Task, Any]], stop: threading.Event
+    ) -> None:
         while not stop.is_set():
             try:
                 task, attempt = waiting.get_nowait()
@@ -114,7 +119,12 @@ class WorkerPool:
                 if attempt < TRIES:
                     waiting.put((task, attempt + 1))
                 else:
-                    finished.put((task, AquabitError("a worker process died twice on the same task, most likely out of memory; use fewer --workers or a smaller --images")))  # fmt: skip
+                    finished.put(
+                        (
+                            task,
+                            AquabitError(DIED),
+                        )
+                    )
             except BaseException as error:
                 finished.put((task, error))
 

@@ -37,7 +37,9 @@ def plan_flips(space: SearchSpace, costs: CostModel, count: int, swap: str, bits
     if not players:
         raise AquabitError(f"no layer may take both {before} and {after}; choose a --swap of schemes in the space")
     order = [players[i] for i in np.random.default_rng([seed, 71]).permutation(len(players))]
-    pairs = [(layer, c) for start in range(0, count, CONTEXTS) for layer in [order[(start // CONTEXTS) % len(order)]] for c in range(CONTEXTS)]
+    pairs = [
+        (layer, c) for start in range(0, count, CONTEXTS) for layer in [order[(start // CONTEXTS) % len(order)]] for c in range(CONTEXTS)
+    ]
     contexts = space.configs(*draw_contexts(space, costs, bits, len(pairs[:count]), np.random.default_rng([seed, 72])))
     return [Flip(layer, before, after, context) for (layer, _), context in zip(pairs[:count], contexts, strict=True)]
 
