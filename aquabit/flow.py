@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -18,8 +19,7 @@ from aquabit.quant.bank import Bank
 from aquabit.quant.model import QuantizedDenoiser, fingerprint
 from aquabit.reports import report as write_report
 from aquabit.scheme import AquabitError, Budget, Progress, Protocol, QuantConfig, direction, no_progress
-from aquabit.search import Front, FrontMember, choose, interval, paired_difference, remeasure_plan, smallest_uniform
-from aquabit.search.loop import search as search_loop
+from aquabit.search import Front, FrontMember, choose, find_candidates, interval, paired_difference, remeasure_plan, smallest_uniform
 from aquabit.sensitivity.attribution import Sensitivity, explain, save
 from aquabit.sensitivity.evaluator import thumbnail
 from aquabit.sensitivity.measure import Session, open_session
@@ -94,7 +94,7 @@ def find_in(session: Session, budget: Budget, rounds: int, per_round: int, seed:
     def measure(configs: list[QuantConfig]) -> None:
         session.measure(configs, "candidate", progress, what="measuring candidates")
 
-    search_loop(
+    find_candidates(
         space, costs, budget, predict_factory, measure, measured, uniform, rounds=rounds, per_round=per_round, seed=seed, progress=progress
     )
     pairs = [(c, v) for c, v in measured() if np.isfinite(v)]
@@ -263,9 +263,13 @@ def run(
     with open_session(model, study, workers=workers, device=device, dtype=dtype, bank=bank, progress=progress, **given) as session:
         session.costs.check(Budget(bits=bits), max(session.space.activations))
         session.references(progress)
-        session.measure(session.space.sample(samples, sample_seed), "sample", progress)
+        new = session.measure(session.space.sample(samples, sample_seed), "sample", progress)
         validate_in(session, flips, swap, bits, sample_seed, progress)
-        front = find_in(session, Budget(bits=bits), 2, 8, sample_seed, progress)
+        found = study.get("front")
+        if found is not None and not new and found["budget"] == asdict(Budget(bits=bits)):
+            front = Front.from_dict(found)  # everything was there: nothing is searched twice
+        else:
+            front = find_in(session, Budget(bits=bits), 2, 8, sample_seed, progress)
         sensitivity = explained(study, bits, swap, progress)
     write_json(out / "sensitivity.json", sensitivity.to_dict())
     write_json(out / "front.json", front.to_list())

@@ -79,7 +79,7 @@ def analysis(folder: Path, models: list[str]) -> list[dict[str, Any]]:
     from aquabit.graph import to_json
     from aquabit.pipelines import trace
     from aquabit.scheme import Budget, Measurement, Protocol
-    from aquabit.search.loop import search
+    from aquabit.search import find_candidates
     from aquabit.sensitivity.attribution import explain
     from aquabit.sensitivity.surrogate import fit_from_study
     from aquabit.space import make_space
@@ -121,7 +121,9 @@ def analysis(folder: Path, models: list[str]) -> list[dict[str, Any]]:
             known.update({c: q for c, q in study.configs().items() if c not in known}) if len(known) < len(table) else None
             return [(known[c], float(np.log(v))) for c, v in zip(table.config, table.fid, strict=True)]
 
-        search(space, costs, Budget(bits=3.0), lambda: fit_from_study(study).badness, lambda configs: put(configs, "candidate"), measured)
+        find_candidates(
+            space, costs, Budget(bits=3.0), lambda: fit_from_study(study).badness, lambda configs: put(configs, "candidate"), measured
+        )
         seconds["search_two_rounds"] = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return [

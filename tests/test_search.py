@@ -33,7 +33,7 @@ from aquabit.search import (
     smallest_uniform,
     solve,
 )
-from aquabit.search.loop import Candidate, schedule, search
+from aquabit.search.loop import Candidate, find_candidates, schedule
 from aquabit.space import SearchSpace, make_space
 
 
@@ -399,7 +399,7 @@ class Lab:
         return lambda weights, acts: np.asarray(fitted.predict(features(weights, acts)))
 
     def search(self, cost: CostModel, budget: Budget, **options: Any) -> list[Candidate]:
-        return search(self.space, cost, budget, self.predict_factory, self.measure, lambda: list(self.values.values()), **options)
+        return find_candidates(self.space, cost, budget, self.predict_factory, self.measure, lambda: list(self.values.values()), **options)
 
     def best(self, cost: CostModel, budget: Budget) -> float:
         configs, values = zip(*self.values.values(), strict=True)
@@ -449,7 +449,7 @@ def test_a_small_space_is_exhausted_and_a_study_without_measurements_is_served()
     def measure(configs: list[QuantConfig]) -> None:
         values.update({c.digest: (c, 1.0) for c in configs})
 
-    found = search(space, cost, budget, lambda: truth, measure, lambda: list(values.values()), rounds=3)
+    found = find_candidates(space, cost, budget, lambda: truth, measure, lambda: list(values.values()), rounds=3)
     assert len(values) == len(found) == 4
 
 

@@ -13,7 +13,7 @@ from aquabit.search.front import (
 )
 from aquabit.search.integer_program import Solution, additive_scores, choice_effects, solve
 from aquabit.search.local import Improved, improve
-from aquabit.search.loop import Candidate, ladder
+from aquabit.search.loop import Candidate, find_candidates, ladder
 from aquabit.search.options import Columns, Options, activation_choices
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "additive_scores",
     "choice_effects",
     "choose",
+    "find_candidates",
     "improve",
     "interval",
     "ladder",

@@ -28,7 +28,7 @@ class Candidate:
     predicted: float
 
 
-def search(
+def find_candidates(
     space: SearchSpace, cost_model: CostModel, budget: Budget, predict_factory: Callable[[], Predict],
     measure: Callable[[list[QuantConfig]], None], measured: Callable[[], Measured], uniform: Sequence[QuantConfig] = (), *,
     rounds: int = 2, per_round: int = 8, spread: Sequence[float] = SPREAD, contexts: int = 16, rows: int = 15_000, seed: int = 0,
