@@ -218,3 +218,23 @@ def test_the_bank_keeps_full_precision_images(tmp_path, dit) -> None:
     images = evaluator.full_precision(PROTOCOL)
     evaluator._full = None
     assert torch.equal(evaluator.full_precision(PROTOCOL), images)
+
+
+def test_a_full_disk_is_no_failed_measurement(tmp_path, dit, monkeypatch) -> None:
+    """What cannot be stored is an error that names the bank; nothing false gets into the study, and the same command continues."""
+    study, full = Study(tmp_path / "s.db"), []
+
+    def write(*_: object) -> None:
+        full.append(1)
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("aquabit.quant.bank.save_file", write)
+        with pytest.raises(AquabitError, match=r"bank .* could not be written .*No space left"):
+            measure(dit, study, 2, protocol=PROTOCOL, space=SPACE, bank=str(tmp_path / "bank"))
+    with monkeypatch.context() as patch:
+        patch.setattr("aquabit.sensitivity.evaluator.save_file", write)
+        with pytest.raises(AquabitError, match=r"bank .* could not be written"):
+            measure(dit, study, 2, protocol=PROTOCOL, space=SPACE, bank=str(tmp_path / "bank"))
+    assert full and study.measurements(failed=True).empty and not [f for f in os.listdir(tmp_path / "bank") if f.startswith(".")]
+    assert measure(dit, study, 2, protocol=PROTOCOL, space=SPACE, bank=str(tmp_path / "bank")) >= 6

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from aquabit.pipelines import Adapter, denoiser_name, load, set_scheduler
-from aquabit.quality import DigitsFeatures, Quality, Reference
+from aquabit.quality import DigitsFeatures, NonFiniteImages, Quality, Reference
 from aquabit.quality.paired import mse, psnr_from_mse, ssim
 from aquabit.quant.bank import Bank
 from aquabit.quant.model import QuantizedDenoiser
@@ -126,7 +126,7 @@ class Evaluator:
                 if full is None:
                     self._keep(protocol, images)
                 metrics = self._metrics(images, images if full is None else full, protocol)
-        except AquabitError as error:
+        except NonFiniteImages as error:  # what else goes wrong (a full disk, say) is no property of the configuration
             seconds = time.perf_counter() - started
             return Measurement(config.digest, protocol.digest, {}, seconds, facts, "failed", str(error)), None
         seconds = time.perf_counter() - started
@@ -136,7 +136,7 @@ class Evaluator:
         if self.extractor is None or self.reference is None:
             bad = int((~torch.isfinite(images)).flatten(1).any(1).sum())
             if bad:
-                raise AquabitError(f"{bad} of {len(images)} images are non-finite (NaN or infinite)")
+                raise NonFiniteImages(bad, len(images))
             error = mse(images, full)
             return {"mse": float(error.mean()), "psnr": float(psnr_from_mse(error).mean()), "ssim": float(ssim(images, full).mean())}
         quality = Quality(self.extractor, self.reference)
@@ -166,7 +166,9 @@ class Evaluator:
             temporary.replace(path)
         except (OSError, SafetensorError) as error:
             temporary.unlink(missing_ok=True)
-            raise OSError(f"the bank {self.bank.folder} could not be written: {error}") from error
+            raise AquabitError(
+                f"the bank {self.bank.folder} could not be written ({error}); free some space or choose another with --bank"
+            ) from error
 
 
 def sketch(change: Tensor) -> list[float]:
