@@ -18,7 +18,7 @@ from aquabit.scheme import AquabitError, Progress, Protocol, QuantConfig
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False,
                   help="Where does quantization hurt a diffusion model, which bits should each layer get, and what does the result look like?\n\n"
-                  "Start with `aquabit run digits-dit --out demo`.")  # fmt: skip
+                  "Start with `aquabit run digits-unet --out demo`.")  # fmt: skip
 console, errors = Console(), Console(stderr=True)
 
 ModelArgument = Annotated[
