@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import resource
 import statistics
@@ -32,7 +33,7 @@ def machine() -> dict[str, Any]:
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
         platform.processor(),
     )
-    return {"cpu": cpu, "cores": torch.get_num_threads(), "capability": torch.backends.cpu.get_cpu_capability(), "torch": torch.__version__}
+    return {"cpu": cpu, "cores": os.cpu_count(), "capability": torch.backends.cpu.get_cpu_capability(), "torch": torch.__version__}
 
 
 def overhead(folder: Path, models: list[str], pairs: int = 15) -> list[dict[str, Any]]:
@@ -53,7 +54,7 @@ def overhead(folder: Path, models: list[str], pairs: int = 15) -> list[dict[str,
         configs = space.sample(pairs, seed=5)
         for config in configs:  # schemes are fitted once per model: amortised
             for layer, choice in config.layers.items():
-                evaluator.fit(layer, [str(choice.weight)])
+                evaluator.quantized.fit(layer, [choice.weight])
         evaluator.full_precision(protocol)
         dense, ours = [], []
         for config in configs:
@@ -214,7 +215,7 @@ def _fresh_reference(study: Any) -> float:
 
 def markdown(found: dict[str, Any]) -> str:
     lines = [
-        f"# The whole flow\n\n{found['machine']['cpu']}, {found['machine']['cores']} cores, torch {found['machine']['torch']}. Made by `{found['command']}`.\n"
+        f"# The whole flow\n\n{found['machine']['cpu']}, {found['machine']['cores']} cores, torch {found['machine']['torch']}. Made by `{found['command']}` (each part also runs alone, by its name).\n"
     ]
     if "overhead" in found:
         lines.append(
@@ -262,7 +263,7 @@ def main() -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     path = RESULTS / "flow.json"
     found = json.loads(path.read_text()) if path.exists() else {}
-    found |= {"machine": machine(), "command": f"python benchmarks/flow.py {options.part}"}
+    found |= {"machine": machine(), "command": "python benchmarks/flow.py all"}
     for name in parts if options.part == "all" else [options.part]:
         found[name] = parts[name](options.folder, options.models)
         path.write_text(json.dumps(found, indent=1) + "\n")
