@@ -170,6 +170,23 @@ def test_layers_compute_what_they_say(tmp_path, unet) -> None:
     assert all(torch.equal(layer.weight, plain[n]) and layer.act == layer.act_output == 16 for n, layer in model.layers.items())
 
 
+def test_decoded_weights_are_kept_within_a_limit(tmp_path, dit, monkeypatch) -> None:
+    model, graph = quantized(dit, tmp_path)
+    space, calls = make_space(graph, "f"), []
+    original = model._coded
+    monkeypatch.setattr(model, "_coded", lambda name, scheme: calls.append(name) or original(name, scheme))
+    for scheme in ("usq4", "usq3", "usq4", "usq3"):
+        model.apply(space.uniform(scheme))
+    assert len(calls) == 2 * len(model.layers), "the second time nothing is decoded"
+    size = sum(layer.weight.nbytes for layer in model.layers.values())
+    monkeypatch.setattr("aquabit.quant.model.DECODED_LIMIT", size // 2)
+    model.apply(space.uniform("usq2"))
+    kept = sum(t.nbytes for t in model._recent.values())
+    assert kept == model._recent_bytes <= size // 2
+    expected = {n: Bank(tmp_path).get(model.key(n), layer.scheme)[0].dequantize() for n, layer in model.layers.items()}
+    assert all(torch.equal(layer.weight, expected[n]) for n, layer in model.layers.items())
+
+
 def test_softmax_outputs_are_quantized_unless_v_is_not(tmp_path, dit, monkeypatch) -> None:
     model, graph = quantized(dit, tmp_path)
     space, rounded = make_space(graph, "f"), []
