@@ -17,7 +17,6 @@ from aquabit.quant.bank import Bank, weight_hash
 from aquabit.quant.layers import QuantConv2d, QuantLinear, quant_layer
 from aquabit.scheme import FP, AquabitError, QuantConfig, Scheme
 
-
 DECODED_LIMIT = 1 << 28  # bytes of decoded weights that a denoiser keeps
 
 
@@ -101,7 +100,7 @@ class QuantizedDenoiser:
         return self.bank.fit(full, self.key(name), scheme)[0].to(full.device)
 
     def _decoded(self, name: str, scheme: Scheme) -> Tensor:
-        """A decoded weight; the last ones used, up to DECODED_LIMIT bytes, are kept (decoding costs 3 % of a measurement on a small model)."""
+        """A decoded weight; the last ones used, up to DECODED_LIMIT bytes, are kept (decoding is 3 % of a small measurement)."""
         found = self._recent.pop((name, scheme), None)
         if found is None:
             found = self._coded(name, scheme).dequantize().to(self._full[name].dtype)
