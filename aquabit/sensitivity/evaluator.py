@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import io
 import os
 import platform
@@ -10,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,20 @@ def single_thread(device: str) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@cache
+def reuse_memory() -> None:
+    """Let glibc keep freed activations for the next operation: giving them back and faulting them in again costs a tenth of a measurement.
+
+    Changes the process: blocks up to 32 MB come from the heap, of which up to 256 MB stay when they are freed. Elsewhere nothing happens.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return
+    mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
+    mallopt(-1, 256 << 20)  # M_TRIM_THRESHOLD
+
+
 def environment(device: str) -> dict[str, str]:
     """What numbers may depend on: versions, processor, device."""
     import diffusers
@@ -70,6 +86,8 @@ class Evaluator:
     def __init__(
         self, model: str | DiffusionPipeline, graph: nx.DiGraph, bank: Bank, fingerprint: str, device: str = "cpu", dtype: str = "float32"
     ):
+        if device == "cpu":
+            reuse_memory()
         pipe = load(model, device, dtype)
         if isinstance(model, DiffusionPipeline):
             own = {**pipe.components, denoiser_name(pipe): copy.deepcopy(getattr(pipe, denoiser_name(pipe)))}
