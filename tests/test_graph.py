@@ -12,12 +12,12 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from families import DIGITS_DIT, DIGITS_UNET, FAMILIES, TINY
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from aquabit import graph as g
 from aquabit.scheme import AquabitError
+from tests.families import DIGITS_DIT, DIGITS_UNET, FAMILIES, TINY
 
 QUANTIZABLE = (nn.Linear, nn.Conv2d)
 
