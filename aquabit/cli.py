@@ -1,32 +1,25 @@
-"""The command line: one short function per verb; all printing and progress bars live here."""
+"""The command line: one short function per verb; what they show is in _terminal."""
 
 from __future__ import annotations
 
-import json
 import os
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-from aquabit.scheme import AquabitError, Progress, Protocol, QuantConfig
+from aquabit._terminal import bars, console, emit, plain, shielded, show_failures, show_front, show_sensitivity
+from aquabit.scheme import AquabitError, Protocol, QuantConfig
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False,
                   help="Where does quantization hurt a diffusion model, which bits should each layer get, and what does the result look like?\n\n"
                   "Start with `aquabit run digits-unet --out demo`.")  # fmt: skip
-console, errors = Console(), Console(stderr=True)
 
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="A bundled name (see `aquabit models`), a diffusers directory, or a hub id.")
 ]
 StudyArgument = Annotated[Path, typer.Argument(metavar="S.db", help="A study made by `aquabit measure`.")]
 Json = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write JSON for machines to FILE, or to standard output for -.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback for errors.")]
 Bits = Annotated[float, typer.Option("--bits", help="Budget in bits per weight; codebooks and scales count.")]
 Samples = Annotated[int, typer.Option("--samples", min=1, help="Random configurations, in total.")]
 Images = Annotated[int, typer.Option("--images", min=2, help="Images per configuration.")]
@@ -49,83 +42,6 @@ BankOption = Annotated[
 Reference = Annotated[Path | None, typer.Option("--reference", help="Folder of real images (arrives with real pipelines and metrics).")]
 Preset = Annotated[str | None, typer.Option("--preset", help="Settings of a paper (arrives with real pipelines and metrics).")]
 MetricOption = Annotated[str | None, typer.Option("--metric", help="module:function (arrives with real pipelines and metrics).")]
-
-
-def shielded(verb: Callable[..., None]) -> Callable[..., None]:
-    """Bad input: one sentence and exit code 2. Ctrl-C: a study that continues. Anything else is our fault: exit code 1."""
-
-    @wraps(verb)
-    def call(*args: Any, debug: bool = False, **kwargs: Any) -> None:
-        try:
-            verb(*args, **kwargs)
-        except AquabitError as error:
-            if debug:
-                raise
-            errors.print(f"[bold red]error:[/] {_plain(str(error))}", highlight=False, soft_wrap=True)
-            raise typer.Exit(2) from None
-        except KeyboardInterrupt:
-            errors.print("interrupted; nothing measured is lost: run the same command to continue")
-            os._exit(130)
-        except OSError as error:
-            if debug:
-                raise
-            errors.print(f"[bold red]error:[/] {_plain(str(error))}", highlight=False, soft_wrap=True)
-            raise typer.Exit(2) from None
-        except Exception as error:
-            if debug:
-                raise
-            errors.print(
-                f"[bold red]internal error:[/] {type(error).__name__}: {_plain(str(error))}\nPlease report it; --debug shows where.",
-                highlight=False,
-            )
-            raise typer.Exit(1) from None
-
-    call.__annotations__ = {**verb.__annotations__, "debug": Debug}
-    import inspect
-
-    signature = inspect.signature(verb, eval_str=True)
-    extra = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Debug)
-    call.__signature__ = signature.replace(parameters=[*signature.parameters.values(), extra])  # type: ignore[attr-defined]
-    return call
-
-
-def _plain(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
-
-
-@contextmanager
-def bars() -> Iterator[Progress]:
-    """Progress bars with the time that is left; none when the output is no terminal."""
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bars
-
-    columns = (TextColumn("{task.description:32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Bars(*columns, console=errors, disable=not errors.is_terminal) as drawn:
-        known: dict[str, Any] = {}
-
-        def progress(what: str, done: int, total: int) -> None:
-            if total <= 0:
-                return
-            if what not in known or drawn.tasks[known[what]].completed > done:
-                known[what] = drawn.add_task(what, total=total)
-            drawn.update(known[what], completed=done, total=total)
-
-        yield progress
-
-
-def _emit(value: Any, target: str | None) -> bool:
-    """Write JSON where a machine would read it; whether anything was written to standard output."""
-    if target is None:
-        return False
-    if target == "-":
-        sys.stdout.write(json.dumps(value, allow_nan=False) + "\n")
-        return True
-    from aquabit.flow import write_json
-
-    write_json(Path(target), value)
-    return False
 
 
 def _later(**options: Any) -> None:
@@ -186,9 +102,9 @@ def run(
             model, out, bits, samples, flips, protocol=protocol, space=read_space(space) if space else None, workers=_workers(workers, device),
             device=device, dtype=dtype, bank=str(bank) if bank else None, sample_seed=seed, progress=progress,
         )  # fmt: skip
-    if not _emit(front.to_list(), json_):
-        _show_sensitivity(Study(out / "study.db").get("sensitivity"), 10)
-        _show_front(front)
+    if not emit(front.to_list(), json_):
+        show_sensitivity(Study(out / "study.db").get("sensitivity"), 10)
+        show_front(front)
         console.print(f"report: {out / 'report' / 'index.html'}   images: {out / 'samples.png'}   packed model: {out / 'packed'}")
 
 
@@ -204,7 +120,7 @@ def models(json_: Json = None) -> None:
         file = next((BUNDLED / name / "denoiser").glob("*.safetensors"))
         rows.append({"name": name, "denoiser": read_json(BUNDLED / name / "model_index.json")["denoiser"][1], "bytes": file.stat().st_size})
     families = ["UNet2DModel", "UNet2DConditionModel (SD 1.5, SDXL)", "DiTTransformer2DModel", "PixArtTransformer2DModel", "SD3Transformer2DModel", "FluxTransformer2DModel"]  # fmt: skip
-    if not _emit({"bundled": rows, "families": families}, json_):
+    if not emit({"bundled": rows, "families": families}, json_):
         for row in rows:
             console.print(f"{row['name']:14} {row['denoiser']}, {row['bytes'] / 1e6:.1f} MB, trained on scikit-learn's digits")
         console.print("families with operator types: " + ", ".join(families), highlight=False)
@@ -220,15 +136,13 @@ def inspect(model: ModelArgument, memory: Annotated[bool, typer.Option("--memory
     from aquabit.pipelines import load, trace
 
     graph = trace(load(model))
-    if _emit(to_json(graph), json_):
+    if emit(to_json(graph), json_):
         return
     from rich.table import Table
 
     table = Table("layer", "operator", "block", "shape", "MACs", box=None)
     for name, node in layers(graph).items():
-        table.add_row(
-            _plain(name), node["operator"], _plain(node["block"]), "x".join(map(str, node["shape"])), f"{node['macs'] / 1e6:.2f} M"
-        )
+        table.add_row(plain(name), node["operator"], plain(node["block"]), "x".join(map(str, node["shape"])), f"{node['macs'] / 1e6:.2f} M")
     console.print(table)
     nodes = layers(graph).values()
     console.print(f"{len(nodes)} layers, {graph.graph['weights'] / 1e6:.2f} M weights, {sum(n['macs'] for n in nodes) / 1e6:.1f} M multiply-adds an image and denoiser call")  # fmt: skip
@@ -264,21 +178,15 @@ def measure(
             model, opened, samples, protocol=protocol, space=read_space(space) if space else None, workers=_workers(workers, device), device=device,
             dtype=dtype, bank=str(bank) if bank else None, sample_seed=seed, stratify=None if design == "even" else design, shard=shard, progress=progress,
         )  # fmt: skip
-    if not _emit({"new": count, **_counts(opened)}, json_):
+    if not emit({"new": count, **_counts(opened)}, json_):
         console.print(f"{count} new measurements; {study} holds {_counts(opened)['measurements']}")
-        _show_failures(opened)
+        show_failures(opened)
 
 
 def _counts(study: Any) -> dict[str, Any]:
     table = study.measurements(failed=True)
     return {"measurements": len(table), "failed": int((table.status == "failed").sum()) if len(table) else 0,
             "kinds": {str(k): int(v) for k, v in table.kind.value_counts().items()} if len(table) else {}}  # fmt: skip
-
-
-def _show_failures(study: Any) -> None:
-    table = study.measurements(failed=True)
-    for reason, count in table[table.status == "failed"].reason.value_counts().head(5).items():
-        console.print(f"[yellow]{count} failed:[/] {_plain(str(reason))}")
 
 
 @app.command()
@@ -290,9 +198,9 @@ def status(study: StudyArgument, json_: Json = None) -> None:
     opened = Study(study, create=False)
     facts = {"model": opened.get("model"), "fingerprint": opened.get("fingerprint"), "protocol": opened.get("protocol"), **_counts(opened),
              "explained": "sensitivity" in opened, "searched": "front" in opened}  # fmt: skip
-    if not _emit(facts, json_):
+    if not emit(facts, json_):
         for key, value in facts.items():
-            console.print(f"{key:14} {_plain(str(value))}", highlight=False)
+            console.print(f"{key:14} {plain(str(value))}", highlight=False)
 
 
 @app.command()
@@ -316,34 +224,8 @@ def explain(study: StudyArgument, top: Annotated[int, typer.Option("--top", min=
 
     with bars() as progress:
         result = explained(Study(study, create=False), bits, swap, progress).to_dict()
-    if not _emit(result, json_):
-        _show_sensitivity(result, top)
-
-
-def _number(value: float | None, digits: int = 3) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
-def _show_sensitivity(result: Any, top: int) -> None:
-    from rich.table import Table
-
-    scores = Table("surrogate (out-of-fold)", "within-budget SRCC", "SRCC", "Kendall", "NDCG@10", "R2", box=None)
-    rows = {"gradient-boosted trees": result["surrogate"], **{f"baseline: {k}": v for k, v in result["surrogate"]["baselines"].items()}}
-    for name, row in rows.items():
-        scores.add_row(name, *(_number(row.get(k)) for k in ("within_budget_srcc", "srcc", "kendall", "ndcg10", "r2")))
-    console.print(f"{result['measurements']} measurements, objective {result['objective']} ({result['direction']})")
-    console.print(scores)
-    table = Table("layer", "operator", f"predicted effect of {result.get('swap', '')}", "90 % interval", box=None)
-    for row in sorted(result["layers"], key=lambda r: -(r["effect"] or 0))[:top]:
-        table.add_row(_plain(row["name"]), row["operator"], _number(row["effect"]), f"{_number(row['low'])} to {_number(row['high'])}")
-    console.print(table)
-    check = result.get("validation")
-    if check:
-        console.print(
-            f"checked against {check['flips']} real swaps: SRCC {_number(check['srcc'])}, sign agreement {_number(check['sign_agreement'], 2)}"
-        )
-    else:
-        console.print("not checked against real swaps yet: `aquabit validate` measures some")
+    if not emit(result, json_):
+        show_sensitivity(result, top)
 
 
 @app.command()
@@ -362,8 +244,8 @@ def validate(
         opened = Study(study, create=False)
         options: dict[str, Any] = {"workers": _workers(workers, device), "device": device, "bank": str(bank) if bank else None}
         result = flow.validate(opened, flips, swap, bits, seed=seed, progress=progress, **options).to_dict()
-    if not _emit(result, json_):
-        _show_sensitivity(result, 10)
+    if not emit(result, json_):
+        show_sensitivity(result, 10)
 
 
 @app.command()
@@ -392,29 +274,8 @@ def search(
         )
     if out:
         out.write_text(front.best.to_json())
-    if not _emit(front.to_list(), json_):
-        _show_front(front)
-
-
-def _show_front(front: Any) -> None:
-    from rich.table import Table
-
-    metrics = list(front.best_member.predicted)
-    table = Table(
-        "", "bits/weight", "bytes", *(h for m in metrics for h in (f"{m} predicted", f"{m} measured, fresh seeds (90 %)")), box=None
-    )
-    for member in front.members:
-        cells = []
-        for m in metrics:
-            found = member.measured[m]
-            cells += [_number(member.predicted[m], 2), f"{found['value']:.2f} ({found['low']:.2f} to {found['high']:.2f})"]
-        table.add_row("*" if member.config.digest == front.winner else "", f"{member.bits_per_weight:.3f}", f"{member.bytes:,}", *cells)
-    console.print(table)
-    c = front.comparison
-    if c:
-        d = c["difference"]
-        console.print(f"winner (*): {c['winner']['bytes']:,} bytes, {c['metric']} {c['winner']['value']:.2f}; uniform {c['uniform']['scheme']}: {c['uniform']['bytes']:,} bytes, "
-                      f"{c['metric']} {c['uniform']['value']:.2f}; difference {d['value']:+.2f} ({d['low']:+.2f} to {d['high']:+.2f}, 95 %, {c['blocks']} blocks of fresh seeds)", highlight=False)  # fmt: skip
+    if not emit(front.to_list(), json_):
+        show_front(front)
 
 
 @app.command()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -239,19 +240,21 @@ def test_the_bank_keeps_full_precision_images(tmp_path, dit) -> None:
 
 def test_a_full_disk_is_no_failed_measurement(tmp_path, dit, monkeypatch) -> None:
     """What cannot be stored is an error that names the bank; nothing false gets into the study, and the same command continues."""
-    study, full = Study(tmp_path / "s.db"), []
+    from aquabit.quant import bank
 
-    def write(*_: object) -> None:
-        full.append(1)
-        raise OSError(28, "No space left on device")
+    study, full, save = Study(tmp_path / "s.db"), [], bank.save_file
 
-    with monkeypatch.context() as patch:
-        patch.setattr("aquabit.quant.bank.save_file", write)
-        with pytest.raises(AquabitError, match=r"bank .* could not be written .*No space left"):
-            measure(dit, study, 2, protocol=PROTOCOL, space=SPACE, bank=str(tmp_path / "bank"))
-    with monkeypatch.context() as patch:
-        patch.setattr("aquabit.sensitivity.evaluator.save_file", write)
-        with pytest.raises(AquabitError, match=r"bank .* could not be written"):
-            measure(dit, study, 2, protocol=PROTOCOL, space=SPACE, bank=str(tmp_path / "bank"))
-    assert full and study.measurements(failed=True).empty and not [f for f in os.listdir(tmp_path / "bank") if f.startswith(".")]
+    def write(kind: str, tensors: dict[str, torch.Tensor], *rest: object) -> None:
+        if kind in tensors:
+            full.append(kind)
+            raise OSError(28, "No space left on device")
+        save(tensors, *rest)
+
+    for kind in ("codes", "images"):
+        with monkeypatch.context() as patch:
+            patch.setattr(bank, "save_file", partial(write, kind))
+            with pytest.raises(AquabitError, match=r"bank .* could not be written .*No space left"):
+                measure(dit, study, 2, protocol=PROTOCOL, space=SPACE, bank=str(tmp_path / "bank"))
+    assert full == ["codes", "images"]
+    assert study.measurements(failed=True).empty and not [f for f in os.listdir(tmp_path / "bank") if f.startswith(".")]
     assert measure(dit, study, 2, protocol=PROTOCOL, space=SPACE, bank=str(tmp_path / "bank")) >= 6

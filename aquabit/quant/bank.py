@@ -83,9 +83,13 @@ class Bank:
 
     def _store(self, path: Path, coded: CodebookWeight, error: float) -> None:
         spec = {"format": FORMAT, "shape": coded.shape, "bits": coded.bits, "order": coded.order, "error": error}
+        self.write(path, coded.tensors(), {"aquabit": json.dumps(spec)})
+
+    def write(self, path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+        """A safetensors file in the bank, whole or not at all; raises AquabitError where it cannot be written."""
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            save_file(coded.tensors(), temporary, {"aquabit": json.dumps(spec)})
+            save_file(tensors, temporary, metadata)
             temporary.replace(path)
         except (OSError, SafetensorError) as failure:
             temporary.unlink(missing_ok=True)

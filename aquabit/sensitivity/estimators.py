@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
@@ -40,7 +41,7 @@ class Target:
         return np.exp(self.sign * z) if self.log else self.sign * np.asarray(z)
 
 
-class _OrientedRegressor(RegressorMixin, BaseEstimator):
+class _OrientedRegressor(RegressorMixin, BaseEstimator, ABC):
     """``fit`` takes raw objective values; ``predict`` gives the oriented target."""
 
     direction: Literal["min", "max"]
@@ -68,11 +69,13 @@ class _OrientedRegressor(RegressorMixin, BaseEstimator):
         """R2 on the scale that is fitted."""
         return r2(self.target_(np.asarray(y, float)), self.predict(X))
 
+    @abstractmethod
     def _fit(self, X: np.ndarray, z: np.ndarray) -> None:
-        raise NotImplementedError
+        """Fit the standardised target."""
 
+    @abstractmethod
     def _predict(self, X: np.ndarray) -> np.ndarray:
-        raise NotImplementedError
+        """The standardised target [n]."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import ctypes
 import io
-import os
 import platform
 import time
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
@@ -177,16 +176,7 @@ class Evaluator:
         return self._full[1]
 
     def _keep(self, protocol: Protocol, images: Tensor) -> None:
-        path = self._path(protocol)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            save_file({"images": images.contiguous()}, temporary)
-            temporary.replace(path)
-        except (OSError, SafetensorError) as error:
-            temporary.unlink(missing_ok=True)
-            raise AquabitError(
-                f"the bank {self.bank.folder} could not be written ({error}); free some space or choose another with --bank"
-            ) from error
+        self.bank.write(self._path(protocol), {"images": images.contiguous()})
 
 
 def sketch(change: Tensor) -> list[float]:

@@ -1,0 +1,150 @@
+"""What the command line shows: errors, progress bars, JSON and tables."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from aquabit.scheme import AquabitError, Progress
+
+console, errors = Console(), Console(stderr=True)
+Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback for errors.")]
+
+
+def shielded(verb: Callable[..., None]) -> Callable[..., None]:
+    """Bad input: one sentence and exit code 2. Ctrl-C: a study that continues. Anything else is our fault: exit code 1."""
+
+    @wraps(verb)
+    def call(*args: Any, debug: bool = False, **kwargs: Any) -> None:
+        try:
+            verb(*args, **kwargs)
+        except AquabitError as error:
+            if debug:
+                raise
+            errors.print(f"[bold red]error:[/] {plain(str(error))}", highlight=False, soft_wrap=True)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            errors.print("interrupted; nothing measured is lost: run the same command to continue")
+            os._exit(130)
+        except OSError as error:
+            if debug:
+                raise
+            errors.print(f"[bold red]error:[/] {plain(str(error))}", highlight=False, soft_wrap=True)
+            raise typer.Exit(2) from None
+        except Exception as error:
+            if debug:
+                raise
+            errors.print(
+                f"[bold red]internal error:[/] {type(error).__name__}: {plain(str(error))}\nPlease report it; --debug shows where.",
+                highlight=False,
+            )
+            raise typer.Exit(1) from None
+
+    call.__annotations__ = {**verb.__annotations__, "debug": Debug}
+    signature = inspect.signature(verb, eval_str=True)
+    extra = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Debug)
+    call.__signature__ = signature.replace(parameters=[*signature.parameters.values(), extra])  # type: ignore[attr-defined]
+    return call
+
+
+def plain(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+@contextmanager
+def bars() -> Iterator[Progress]:
+    """Progress bars with the time that is left; none when the output is no terminal."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    columns = (TextColumn("{task.description:32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Bars(*columns, console=errors, disable=not errors.is_terminal) as drawn:
+        known: dict[str, Any] = {}
+
+        def progress(what: str, done: int, total: int) -> None:
+            if total <= 0:
+                return
+            if what not in known or drawn.tasks[known[what]].completed > done:
+                known[what] = drawn.add_task(what, total=total)
+            drawn.update(known[what], completed=done, total=total)
+
+        yield progress
+
+
+def emit(value: Any, target: str | None) -> bool:
+    """Write JSON where a machine would read it; whether anything was written to standard output."""
+    if target is None:
+        return False
+    if target == "-":
+        sys.stdout.write(json.dumps(value, allow_nan=False) + "\n")
+        return True
+    from aquabit.flow import write_json
+
+    write_json(Path(target), value)
+    return False
+
+
+def show_failures(study: Any) -> None:
+    table = study.measurements(failed=True)
+    for reason, count in table[table.status == "failed"].reason.value_counts().head(5).items():
+        console.print(f"[yellow]{count} failed:[/] {plain(str(reason))}")
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def show_sensitivity(result: Any, top: int) -> None:
+    from rich.table import Table
+
+    scores = Table("surrogate (out-of-fold)", "within-budget SRCC", "SRCC", "Kendall", "NDCG@10", "R2", box=None)
+    rows = {"gradient-boosted trees": result["surrogate"], **{f"baseline: {k}": v for k, v in result["surrogate"]["baselines"].items()}}
+    for name, row in rows.items():
+        scores.add_row(name, *(number(row.get(k)) for k in ("within_budget_srcc", "srcc", "kendall", "ndcg10", "r2")))
+    console.print(f"{result['measurements']} measurements, objective {result['objective']} ({result['direction']})")
+    console.print(scores)
+    table = Table("layer", "operator", f"predicted effect of {result.get('swap', '')}", "90 % interval", box=None)
+    for row in sorted(result["layers"], key=lambda r: -(r["effect"] or 0))[:top]:
+        table.add_row(plain(row["name"]), row["operator"], number(row["effect"]), f"{number(row['low'])} to {number(row['high'])}")
+    console.print(table)
+    check = result.get("validation")
+    if check:
+        agreement = f"SRCC {number(check['srcc'])}, sign agreement {number(check['sign_agreement'], 2)}"
+        console.print(f"checked against {check['flips']} real swaps: {agreement}")
+    else:
+        console.print("not checked against real swaps yet: `aquabit validate` measures some")
+
+
+def show_front(front: Any) -> None:
+    from rich.table import Table
+
+    metrics = list(front.best_member.predicted)
+    table = Table(
+        "", "bits/weight", "bytes", *(h for m in metrics for h in (f"{m} predicted", f"{m} measured, fresh seeds (90 %)")), box=None
+    )
+    for member in front.members:
+        cells = []
+        for m in metrics:
+            found = member.measured[m]
+            cells += [number(member.predicted[m], 2), f"{found['value']:.2f} ({found['low']:.2f} to {found['high']:.2f})"]
+        table.add_row("*" if member.config.digest == front.winner else "", f"{member.bits_per_weight:.3f}", f"{member.bytes:,}", *cells)
+    console.print(table)
+    c = front.comparison
+    if c:
+        winner, uniform, d = c["winner"], c["uniform"], c["difference"]
+        sides = f"winner (*): {winner['bytes']:,} bytes, {c['metric']} {winner['value']:.2f}; "
+        sides += f"uniform {uniform['scheme']}: {uniform['bytes']:,} bytes, {c['metric']} {uniform['value']:.2f}; "
+        change = f"difference {d['value']:+.2f} ({d['low']:+.2f} to {d['high']:+.2f}, 95 %, {c['blocks']} blocks of fresh seeds)"
+        console.print(sides + change, highlight=False)
