@@ -1,9 +1,10 @@
-"""The figures of the whole flow: python benchmarks/flow.py overhead|analysis|quality|packed|all [--folder DIR] [--models ...]
+"""The figures of the whole flow: python benchmarks/flow.py overhead|analysis|quality|packed|demo|all [--folder DIR] [--models ...]
 
 overhead   measuring a configuration against generating the same images in full precision, in pairs, one thread
 analysis   fit + explain + one search of 300 configurations of 73 layers (synthetic labels), one process
 quality    300 measurements a model: within-budget SRCC, real swaps, and the winner at uniform usq3's exact bytes on fresh seeds
 packed     the winner's packed artifact against its dense measurement: FID on the fresh seeds (after quality)
+demo       the main job at its defaults in fresh processes with an empty bank, as `make demo` runs it after installation
 
 Tables go to benchmarks/results/flow.json and flow.md. Studies are kept in --folder and continue where they stopped.
 """
@@ -15,7 +16,9 @@ import json
 import os
 import platform
 import resource
+import shutil
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -195,6 +198,25 @@ def packed(folder: Path, models: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
+def demo(folder: Path, models: list[str]) -> list[dict[str, Any]]:
+    """Wall-clock time from nothing to the report, and the peak memory of the largest process."""
+    from aquabit.study import Study
+
+    rows = []
+    for name in models:
+        out, bank = folder / f"demo-{name}", folder / f"demo-bank-{name}"
+        for old in (out, bank):
+            shutil.rmtree(old, ignore_errors=True)
+        started = time.perf_counter()
+        command = [sys.executable, "-m", "aquabit.cli", "run", name, "--out", str(out), "--bank", str(bank)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        seconds = time.perf_counter() - started
+        kinds = Study(out / "study.db").measurements(failed=True).kind.value_counts()
+        rows.append({"model": name, "seconds": seconds, "target_s": 600.0, "measurements": int(kinds.sum()), "samples": int(kinds["sample"]),
+                     "swaps": int(kinds["flip"]) // 2, "peak_gib": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20})  # fmt: skip
+    return rows
+
+
 def _uniform_bytes(study: Any) -> dict[str, int]:
     from aquabit.cost import CostModel
     from aquabit.graph import from_json
@@ -250,12 +272,20 @@ def markdown(found: dict[str, Any]) -> str:
             f"| {r['model']} | {r['bytes']:,} ({r['study_bytes']:,}) | {r['dense']['value']:.3f} | {r['packed']['value']:.3f} | {r['difference']['value']:+.4f} ({r['difference']['low']:+.4f} to {r['difference']['high']:+.4f}) |"
             for r in found["packed"]
         ]
+    if "demo" in found:
+        lines.append(
+            "\n## The main job at its defaults, from nothing to the report\n\n| model | wall clock, s | target, s | configurations | swaps | measurements | peak of a process, GiB |\n|---|---|---|---|---|---|---|"
+        )
+        lines += [
+            f"| {r['model']} | {r['seconds']:.0f} | {r['target_s']:.0f} | {r['samples']} | {r['swaps']} | {r['measurements']} | {r['peak_gib']:.2f} |"
+            for r in found["demo"]
+        ]
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = {"overhead": overhead, "analysis": analysis, "quality": quality, "packed": packed}
+    parts = {"overhead": overhead, "analysis": analysis, "quality": quality, "packed": packed, "demo": demo}
     parser.add_argument("part", choices=[*parts, "all"])
     parser.add_argument("--folder", type=Path, default=Path("benchmarks/work"))
     parser.add_argument("--models", nargs="*", default=list(MODELS))
