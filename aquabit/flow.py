@@ -23,7 +23,7 @@ from aquabit.search import Front, FrontMember, choose, find_candidates, interval
 from aquabit.sensitivity.attribution import Sensitivity, explain, save
 from aquabit.sensitivity.evaluator import thumbnail
 from aquabit.sensitivity.measure import Session, open_session
-from aquabit.sensitivity.surrogate import fit_from_study
+from aquabit.sensitivity.surrogate import fit_from_study, training_table
 from aquabit.sensitivity.validation import validate_in
 from aquabit.study import Study
 
@@ -74,6 +74,7 @@ def find_in(session: Session, budget: Budget, rounds: int, per_round: int, seed:
     study, space, costs = session.study, session.space, session.costs
     costs.check(budget, None if budget.bops is not None else max(space.activations))
     metric = session.protocol.objective
+    training_table(study, metric)  # too few measurements are said before anything is searched
     sign = 1.0 if direction(metric) == "min" else -1.0
     uniform = [
         space.uniform(s, max(space.activations))

@@ -258,3 +258,39 @@ def test_a_full_disk_is_no_failed_measurement(tmp_path, dit, monkeypatch) -> Non
     assert full == ["codes", "images"]
     assert study.measurements(failed=True).empty and not [f for f in os.listdir(tmp_path / "bank") if f.startswith(".")]
     assert measure(dit, study, 2, protocol=PROTOCOL, space=SPACE, bank=str(tmp_path / "bank")) >= 6
+
+
+def other_pipeline(kind: str):
+    """Tiny pipelines of diffusers' own classes: unconditional pixels, and classes in a latent space."""
+    from diffusers import AutoencoderKL, DDIMPipeline, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+    torch.manual_seed(0)
+    if kind == "ddim":
+        pipe = DDIMPipeline(
+            tiny_pipeline("unet").denoiser.from_config({**tiny_pipeline("unet").denoiser.config, "num_class_embeds": None}), DDIMScheduler()
+        )
+    else:
+        vae = AutoencoderKL(block_out_channels=(8,), latent_channels=4, norm_num_groups=4, sample_size=8)
+        net = DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=1, sample_size=8)
+        pipe = DiTPipeline(net, vae, DDIMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("kind", ["ddim", "dit"])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_pipelines_of_diffusers_itself(tmp_path, kind: str, workers: int) -> None:
+    study, protocol = Study(tmp_path / "s.db"), replace(PROTOCOL, conditions=None if kind == "ddim" else (1, 2), guidance=2.0)
+    made = measure(
+        other_pipeline(kind),
+        study,
+        3,
+        protocol=protocol,
+        space={"schemes": ["usq2", "usq4", "usq8"]},
+        bank=str(tmp_path / "bank"),
+        workers=workers,
+    )
+    found = study.measurements()
+    assert made == len(found) >= 7 and study.protocol.objective == "mse"
+    by_bits = found[found.kind == "uniform"].sort_values("bits").psnr.tolist()
+    assert by_bits[0] < by_bits[-1] < 100 and (found[found.kind == "reference"].psnr == 100).all()
