@@ -86,7 +86,7 @@ def analysis(folder: Path, models: list[str]) -> list[dict[str, Any]]:
     from aquabit.search import find_candidates
     from aquabit.sensitivity.attribution import explain
     from aquabit.sensitivity.surrogate import fit_from_study
-    from aquabit.space import make_space
+    from aquabit.space import SKETCH, make_space
     from aquabit.study import Study
 
     net = UNet2DModel(sample_size=8, in_channels=1, out_channels=1, block_out_channels=(64, 128), layers_per_block=2, norm_num_groups=16, attention_head_dim=32,
@@ -98,7 +98,12 @@ def analysis(folder: Path, models: list[str]) -> list[dict[str, Any]]:
     study, protocol, costs = Study(path), Protocol(), CostModel(graph, space)
     study.begin("synthetic", space.fingerprint, to_json(graph), space.to_dict(), protocol)
     errors = {(k, str(s)): float(0.6 * 4.0**-s.bits * rng.uniform(0.7, 1.3)) for k, row in space.choices.items() for s in row}
-    study.add_features({k: {"error": v} for k, v in errors.items()})
+    facts: dict[tuple[str, str], dict[str, Any]] = {k: {"error": v} for k, v in errors.items()}
+    facts |= {(k, a): {} for k in space.choices for a in ("a6", "a8")}
+    for (layer, level), value in facts.items():  # as probes make them: a direction per layer and level, its length from the error
+        size = errors.get((layer, level), 1e-4 if level == "a6" else 1e-5)
+        value |= {"damage": size, "sketch": (rng.normal(size=SKETCH) * (size / SKETCH) ** 0.5).tolist()}
+    study.add_features(facts)
     gain = np.exp(rng.normal(0, 1.2, len(space.layers)))
 
     def label(config: Any) -> float:
