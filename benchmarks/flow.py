@@ -75,17 +75,14 @@ def overhead(folder: Path, models: list[str], pairs: int = 15) -> list[dict[str,
     return rows
 
 
-def analysis(folder: Path, models: list[str]) -> list[dict[str, Any]]:
-    """A synthetic study of 300 configurations of a 73-layer U-Net: one fit, one explanation, one search with two rounds."""
+def synthetic_study(path: Path) -> tuple[Any, Any, Any, Any]:
+    """A study of a 73-layer U-Net with made-up errors, probes and labels: (study, space, costs, put), ``put`` records configurations."""
     from diffusers import UNet2DModel
 
     from aquabit.cost import CostModel
     from aquabit.graph import to_json
     from aquabit.pipelines import trace
-    from aquabit.scheme import Budget, Measurement, Protocol
-    from aquabit.search import find_candidates
-    from aquabit.sensitivity.attribution import explain
-    from aquabit.sensitivity.surrogate import fit_from_study
+    from aquabit.scheme import Measurement, Protocol
     from aquabit.space import SKETCH, make_space
     from aquabit.study import Study
 
@@ -93,7 +90,6 @@ def analysis(folder: Path, models: list[str]) -> list[dict[str, Any]]:
                       down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"), num_class_embeds=11)  # fmt: skip
     graph = trace(net)
     space, rng = make_space(graph, "s" * 16, "synthetic"), np.random.default_rng(0)
-    path = folder / "synthetic.db"
     path.unlink(missing_ok=True)
     study, protocol, costs = Study(path), Protocol(), CostModel(graph, space)
     study.begin("synthetic", space.fingerprint, to_json(graph), space.to_dict(), protocol)
@@ -106,13 +102,27 @@ def analysis(folder: Path, models: list[str]) -> list[dict[str, Any]]:
     study.add_features(facts)
     gain = np.exp(rng.normal(0, 1.2, len(space.layers)))
 
-    def label(config: Any) -> float:
-        damage = sum(g * errors[k, str(config[k].weight)] for k, g in zip(space.layers, gain, strict=True))
-        return float(5 + 60 * damage**0.8 / (1 + damage**0.8))
-
     def put(configs: list[Any], kind: str) -> None:
         for config in configs:
-            study.record(config, Measurement(config.digest, protocol.digest, {"fid": label(config)}, 1.0), kind, costs.totals_of(config))
+            damage = sum(g * errors[k, str(config[k].weight)] for k, g in zip(space.layers, gain, strict=True))
+            metrics = {"fid": float(5 + 60 * damage**0.8 / (1 + damage**0.8))}
+            study.record(config, Measurement(config.digest, protocol.digest, metrics, 1.0), kind, costs.totals_of(config))
+
+    return study, space, costs, put
+
+
+def analysis(folder: Path, models: list[str]) -> list[dict[str, Any]]:
+    """300 configurations of the synthetic study: one fit, one explanation, one search with two rounds."""
+    from aquabit.scheme import Budget
+    from aquabit.search import find_candidates
+    from aquabit.sensitivity.attribution import explain
+    from aquabit.sensitivity.surrogate import fit_from_study
+
+    study, space, costs, put = synthetic_study(folder / "synthetic.db")
+
+    def measured() -> list[tuple[Any, float]]:
+        table, known = study.measurements(study.protocol), study.configs()
+        return [(known[c], float(np.log(v))) for c, v in zip(table.config, table.fid, strict=True)]
 
     with study.writing():
         put(space.sample(300), "sample")
@@ -123,28 +133,10 @@ def analysis(folder: Path, models: list[str]) -> list[dict[str, Any]]:
         explain(study, fitted=fitted)
         seconds["explain"] = time.perf_counter() - started
         started = time.perf_counter()
-        known = study.configs()
-
-        def measured() -> list[tuple[Any, float]]:
-            table = study.measurements(protocol)
-            known.update({c: q for c, q in study.configs().items() if c not in known}) if len(known) < len(table) else None
-            return [(known[c], float(np.log(v))) for c, v in zip(table.config, table.fid, strict=True)]
-
-        find_candidates(
-            space, costs, Budget(bits=3.0), lambda: fit_from_study(study).badness, lambda configs: put(configs, "candidate"), measured
-        )
+        find_candidates(space, costs, Budget(bits=3.0), lambda: fit_from_study(study).badness, lambda c: put(c, "candidate"), measured)
         seconds["search_two_rounds"] = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return [
-        {
-            "layers": len(space.layers),
-            "configurations": 300,
-            **seconds,
-            "total_s": sum(seconds.values()),
-            "target_s": 30.0,
-            "peak_gib": peak,
-        }
-    ]
+    return [{"layers": len(space.layers), "configurations": 300, **seconds, "total_s": sum(seconds.values()), "target_s": 30.0, "peak_gib": peak}]  # fmt: skip
 
 
 def quality(folder: Path, models: list[str], samples: int = 300, flips: int = 60) -> list[dict[str, Any]]:

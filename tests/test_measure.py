@@ -280,7 +280,10 @@ def other_pipeline(kind: str):
 @pytest.mark.parametrize("kind", ["ddim", "dit"])
 @pytest.mark.parametrize("workers", [1, 2])
 def test_pipelines_of_diffusers_itself(tmp_path, kind: str, workers: int) -> None:
-    study, protocol = Study(tmp_path / "s.db"), replace(PROTOCOL, conditions=None if kind == "ddim" else (1, 2), guidance=2.0)
+    study, protocol = (
+        Study(tmp_path / "s.db"),
+        replace(PROTOCOL, conditions=None if kind == "ddim" else (1, 2), guidance=1.0 if kind == "ddim" else 2.0),
+    )
     made = measure(
         other_pipeline(kind),
         study,
@@ -294,3 +297,27 @@ def test_pipelines_of_diffusers_itself(tmp_path, kind: str, workers: int) -> Non
     assert made == len(found) >= 7 and study.protocol.objective == "mse"
     by_bits = found[found.kind == "uniform"].sort_values("bits").psnr.tolist()
     assert by_bits[0] < by_bits[-1] < 100 and (found[found.kind == "reference"].psnr == 100).all()
+
+
+def test_what_a_pipeline_would_ignore_is_refused(dit) -> None:
+    from aquabit.pipelines import set_scheduler
+
+    cases = [({"conditions": ("a cat",)}, "'a cat' is no class label"), ({"conditions": (3, 10)}, "class label 10 is out of range")]
+    for change, said in cases:
+        with pytest.raises(AquabitError, match=said):
+            Adapter(dit).images(replace(PROTOCOL, **change), range(2))
+    assert Adapter(dit).conditions(replace(PROTOCOL, conditions=("3", 4)))[:2] == [3, 4]
+    unconditional = Adapter(other_pipeline("ddim"))
+    for change, said in (({"guidance": 2.0}, "has no guidance"), ({"conditions": (1,)}, "is unconditional")):
+        with pytest.raises(AquabitError, match=said):
+            unconditional.images(replace(PROTOCOL, **change), range(2))
+    set_scheduler(dit, "euler")
+    with pytest.raises(AquabitError, match="has no eta"):
+        Adapter(dit).images(replace(PROTOCOL, eta=1.0), range(2))
+
+
+@pytest.mark.parametrize("part", [{"steps": [5, 5]}, {"correction": "noise.safetensors"}])
+def test_configurations_beyond_this_version_are_refused(tmp_path, dit, part) -> None:
+    model, graph = quantized(dit, tmp_path)
+    with pytest.raises(AquabitError, match="cannot run"):
+        model.apply(replace(make_space(graph, "f").uniform("usq4"), **part))

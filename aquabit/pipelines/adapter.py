@@ -83,13 +83,36 @@ class Adapter:
         if given is None:
             classes = getattr(self.pipe.config, "classes", None) or getattr(self.denoiser.config, "num_embeds_ada_norm", None) or 1
             given = range(int(classes))
+        if self.kind == "class_labels":
+            given = [self._label(c) for c in given]
         return [given[i % len(given)] for i in range(protocol.images)]
+
+    def _label(self, condition: Any) -> int:
+        text = str(condition).strip()
+        if not text.isdigit():
+            raise AquabitError(f"condition {text!r} is no class label; {type(self.pipe).__name__} takes whole numbers from 0")
+        classes = getattr(self.pipe.config, "classes", None) or getattr(self.denoiser.config, "num_embeds_ada_norm", None)
+        if classes and int(text) >= int(classes):
+            raise AquabitError(f"class label {text} is out of range; {type(self.pipe).__name__} has classes 0 to {int(classes) - 1}")
+        return int(text)
+
+    def check(self, protocol: Protocol) -> None:
+        """Raise AquabitError where the pipeline or its sampler would ignore what the protocol asks for."""
+        name, sampler = type(self.pipe).__name__, type(self.pipe.scheduler).__name__
+        step = inspect.signature(self.pipe.scheduler.step).parameters
+        if protocol.eta and not ("eta" in self.parameters and "eta" in step):
+            raise AquabitError(f"eta is {protocol.eta:g}, but {name} with {sampler} has no eta; use --scheduler ddim or eta 0")
+        if protocol.guidance != 1.0 and "guidance_scale" not in self.parameters:
+            raise AquabitError(f"guidance is {protocol.guidance:g}, but {name} has no guidance; use 1")
+        if protocol.conditions is not None and self.kind == "batch_size":
+            raise AquabitError(f"{name} is unconditional; it takes no prompts or classes")
 
     def batches(self, protocol: Protocol) -> list[range]:
         return [range(i, min(i + protocol.micro_batch, protocol.images)) for i in range(0, protocol.images, protocol.micro_batch)]
 
     def images(self, protocol: Protocol, indices: range) -> Tensor:
         """The images of some indices as one micro-batch, padded to its full size so that arithmetic does not depend on the count."""
+        self.check(protocol)
         conditions = self.conditions(protocol)
         padded = [*indices, *[indices[-1]] * (protocol.micro_batch - len(indices))]
         generators = [torch.Generator("cpu").manual_seed(protocol.seed + i) for i in padded]

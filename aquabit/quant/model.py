@@ -114,6 +114,11 @@ class QuantizedDenoiser:
         unknown = [n for n in config.layers if n not in self.layers]
         if unknown:
             raise AquabitError(f"unknown layer {unknown[0]!r} in the configuration; the model's layers are listed by `aquabit inspect`")
+        shared = [n for n, choice in config.layers.items() if choice.codebook is not None]
+        later = {"step groups": config.steps, "a noise correction": config.correction, "shared codebooks": shared}
+        asked = [what for what, value in later.items() if value]
+        if asked:
+            raise AquabitError(f"the configuration asks for {asked[0]}, which this version cannot run; remove it from the configuration")
 
     def _set_activations(self, name: str, act: int) -> None:
         layer = self.layers[name]
