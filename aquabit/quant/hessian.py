@@ -1,0 +1,74 @@
+"""Second moments of a layer's input (H): their form, their checks, and the output error they measure.
+
+H belongs to a weight as ``weight.flatten(1)`` sees its inputs: [R, R] with R = in, or (cin / groups) * kh * kw in that order; one per
+group of a grouped convolution, [groups, R, R]; or its diagonal alone, [R]. With dW = W - W_hat the expected squared output error is
+tr(dW H dW^T) (AQLM, eq. 3).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from aquabit.scheme import AquabitError
+
+DAMPING = 0.01  # of the mean diagonal, added to the diagonal of measured moments (GPTQ, section 3.3)
+TOLERANCE = 1e-4  # an eigenvalue more negative than this share of the largest is no rounding error
+
+
+def check_hessian(hessian: Tensor | None, weight: Tensor) -> Tensor:
+    """H as float32 [groups, R, R], or [groups, R] for a diagonal or no H at all (identity); symmetrised.
+
+    Rounding noise is lifted to positive semi-definite. Raises AquabitError for NaN, a wrong shape, negative diagonal entries or a
+    matrix that is not positive semi-definite.
+    """
+    row = weight[0].numel()
+    if hessian is None:
+        return torch.ones(1, row, device=weight.device)
+    h = hessian.detach().to(weight.device, torch.float32)
+    if h.ndim not in (1, 2, 3) or any(n != row for n in h.shape[-2:] if h.ndim > 1) or h.shape[-1] != row:
+        raise AquabitError(f"H is {list(hessian.shape)}; a weight {list(weight.shape)} needs [{row}, {row}] or its diagonal [{row}]")
+    h = h[None] if h.ndim < 3 else h
+    if weight.shape[0] % len(h):
+        raise AquabitError(f"H has {len(h)} groups, which do not divide the {weight.shape[0]} outputs of a weight {list(weight.shape)}")
+    bad = int((~torch.isfinite(h)).sum())
+    if bad:
+        raise AquabitError(f"{bad} of {h.numel()} entries of H are not finite; a calibration input overflowed or holds NaN")
+    diagonal = h if hessian.ndim == 1 else h.diagonal(dim1=1, dim2=2)
+    if float(diagonal.min()) < 0:
+        raise AquabitError(f"H has a negative diagonal entry ({float(diagonal.min()):.3g}); second moments are never negative")
+    return h if hessian.ndim == 1 else _semi_definite((h + h.transpose(1, 2)) / 2)
+
+
+def _semi_definite(h: Tensor) -> Tensor:
+    mean = h.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    eye = torch.eye(h.shape[-1], device=h.device)
+    if bool((torch.linalg.cholesky_ex(h + 1e-6 * mean * eye).info == 0).all()) or not float(mean.max()):
+        return h
+    values = torch.linalg.eigvalsh(h.double())
+    low, high = float(values.min()), float(values.max())
+    if low < -TOLERANCE * high:
+        raise AquabitError(f"H is not positive semi-definite: its smallest eigenvalue is {low:.3g}, its largest {high:.3g}")
+    return h + (1e-6 * mean - values.min(1).values.clamp_max(0)[:, None, None].float() * 1.01) * eye
+
+
+def damped(hessian: Tensor, damping: float = DAMPING) -> Tensor:
+    """H with ``damping`` times its mean diagonal added to the diagonal; H of inputs that are all zero becomes the identity."""
+    if hessian.ndim == 1:
+        mean = hessian.mean()
+        return hessian + damping * mean if float(mean) > 0 else torch.ones_like(hessian)
+    mean = hessian.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    eye = torch.eye(hessian.shape[-1], device=hessian.device, dtype=hessian.dtype)
+    return torch.where(mean > 0, hessian + damping * mean * eye, eye)
+
+
+def output_error(weight: Tensor, decoded: Tensor, hessian: Tensor | None = None) -> float:
+    """tr(dW H dW^T) / tr(W H W^T), the relative squared output error (relative weight error without H); in float64."""
+    h = check_hessian(hessian, weight).double()
+    rows = weight.detach().double().reshape(len(h), -1, weight[0].numel())
+    difference = rows - decoded.detach().to(weight.device).double().reshape(rows.shape)
+    if h.ndim == 2:
+        error, norm = ((d.square() * h[:, None]).sum() for d in (difference, rows))
+    else:
+        error, norm = (((d @ h) * d).sum() for d in (difference, rows))
+    return float(error / norm) if float(norm) > 0 else 0.0
