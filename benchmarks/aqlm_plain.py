@@ -19,7 +19,7 @@ from aquabit.scheme import AquabitError
 
 KMEANS_ITERATIONS = 100
 KMEANS_CHECK = 10  # iterations between two tests of convergence
-KMEANS_BLOCK = 1 << 24  # distances held at once
+KMEANS_BLOCK = 1 << 19  # distances held at once: within a cache
 EPSILON = 1e-9  # added to a row's norm
 BETAS = (0.0, 0.95)
 
