@@ -38,7 +38,7 @@ def weight_bytes(shape: tuple[int, ...], scheme: Scheme) -> int:
         return ceil(out * row * scheme.bits / 8) + 2 * 2 * out * ceil(row / (scheme.group or row))
     if scheme.kind == "vq":
         return ceil(out * row * scheme.bits / 8) + 2 * 2**scheme.bits * (out if scheme.per_channel else 1)
-    size = scheme.group or prod(shape[2:])
+    size = scheme.group_size(prod(shape[2:]))
     groups = ceil(row / size)
     return ceil(out * groups * scheme.codebooks * scheme.bits / 8) + 2 * scheme.codebooks * 2**scheme.bits * size + 2 * out
 

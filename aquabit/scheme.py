@@ -85,7 +85,11 @@ class Scheme:
         """Bits of codes per weight, without codebooks and scales; ``kernel_area`` = kh * kw serves the ``k`` form."""
         if self.kind != "aq":
             return float(self.bits)
-        return self.codebooks * self.bits / (self.group or kernel_area)
+        return self.codebooks * self.bits / self.group_size(kernel_area)
+
+    def group_size(self, kernel_area: int = 1) -> int:
+        """Weights that one additive codeword covers; ``k`` is a kernel slice, and 8 inputs where the kernel is 1 x 1 (AQUATIC-Diff)."""
+        return self.group or (kernel_area if kernel_area > 1 else 8)
 
 
 FP = Scheme()

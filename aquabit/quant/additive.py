@@ -1,0 +1,165 @@
+"""Additive quantization of Linear and Conv2d weights (AQLM, arXiv 2401.06118; AQUATIC-Diff, arXiv 2506.05960), layer by layer.
+
+A group of g weights is the sum of M codewords of 2^B vectors each, times a scale per output row; ``k`` groups are one k x k kernel
+slice (KAQ). What is minimised is AQLM's loss tr(dW H dW^T), by other means:
+
+1. scales = root mean square of a row; tables by residual k-means in the metric of H's diagonal blocks (``additive_init``);
+2. codes group after group, each group's error fed into the later ones, as GPTQ does with columns (``additive_codes.feedback``);
+3. rounds of tables by conjugate gradients, scales in closed form (``additive_tables``), and codes by searching each group on the residual
+   gradient (W - W_hat) H (``additive_codes.sweep``), until the loss improves by less than TOLERANCE;
+4. tables and scales rounded to float16 as they are stored, and a last search of the codes against what was rounded.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import ceil, prod
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from aquabit.kernels.codebook import CodebookWeight
+from aquabit.quant.additive_codes import feedback, sweep
+from aquabit.quant.additive_init import initial_tables
+from aquabit.quant.additive_state import Problem, State
+from aquabit.quant.additive_tables import fit_scales, fit_tables
+from aquabit.quant.hessian import check_hessian
+from aquabit.scheme import AquabitError, Scheme
+
+TOLERANCE = 2e-3  # relative improvement of a round below which the alternation stops
+ROUNDS = 12
+WIDE_BEAM = 4  # of the last sweeps
+
+
+@dataclass(frozen=True)
+class Step:
+    """What progress callbacks get: the phase, the relative loss tr(dW H dW^T) / tr(W H W^T) after it, seconds since the start."""
+
+    phase: Literal["init", "round", "final"]
+    number: int
+    loss: float
+    seconds: float
+
+
+Report = Callable[[Step], None]
+
+
+def _silent(step: Step) -> None:
+    """No report."""
+
+
+def additive(
+    weights: Sequence[Tensor], scheme: Scheme, hessians: Sequence[Tensor | None], seed: int = 0, *, shared: bool = False,
+    rounds: int = ROUNDS, beam: int = WIDE_BEAM, report: Report = _silent,
+) -> list[CodebookWeight]:  # fmt: skip
+    """Quantize weights of one shape [out, in] or [out, in, kh, kw] together, each with its H (see ``hessian``), or identity.
+
+    Each weight gets tables of its own; with ``shared`` all of them use the same tables (the very same tensor). ``beam`` is the width of the
+    search over the M codes of a group in the last sweeps. Groups that do not divide a row are padded. Warns where a format has more codewords
+    than the layer has groups (the rest stay zero) or groups longer than a row. Raises AquabitError for weights or H that are not finite, H that
+    is not positive semi-definite, and weights of different shapes.
+    """
+    shapes = {tuple(w.shape) for w in weights}
+    if len(shapes) != 1:
+        raise AquabitError(f"weights quantized together must have one shape, got {sorted(shapes)}")
+    shape = shapes.pop()
+    for weight in weights:
+        bad = int((~torch.isfinite(weight)).sum())
+        if bad:
+            raise AquabitError(f"{bad} of {weight.numel()} weights are not finite (NaN or Inf); the model file is damaged or overflowed")
+    problem = _problem(weights, shape, scheme, hessians, shared)
+    _warn(problem, shape, scheme)
+    state = _solve(problem, seed, rounds, beam, report)
+    return _packed(problem, state, shape, scheme)
+
+
+def _problem(weights: Sequence[Tensor], shape: tuple[int, ...], scheme: Scheme, hessians: Sequence[Tensor | None], shared: bool) -> Problem:
+    """Rows in the order of their groups, padded, with H in the same order."""
+    area = prod(shape[2:])
+    size, order, row = scheme.group_size(area), group_order(scheme, area), prod(shape[1:])
+    checked = [check_hessian(h, w) for w, h in zip(weights, hessians, strict=True)]
+    if len({h.ndim for h in checked}) > 1:
+        raise AquabitError("weights quantized together need H of one kind: all full, or all diagonal")
+    moments = max(len(h) for h in checked)
+    index = input_order(shape, order).to(weights[0].device)
+    extra = -row % size
+    rows, metrics = [], []
+    for weight, h in zip(weights, checked, strict=True):
+        h = h.expand(moments, *h.shape[1:])
+        h = h[:, index] if h.ndim == 2 else h[:, index][:, :, index]
+        wide = weight.detach().float().reshape(moments, -1, row)[:, :, index]
+        rows.append(pad(wide, (0, extra)))
+        metrics.append(pad(h, (0, extra) if h.ndim == 2 else (0, extra, 0, extra)))
+    tables = 1 if shared else len(weights)
+    return Problem(torch.cat(rows), torch.cat(metrics), tables, scheme.codebooks, 1 << scheme.bits, size)
+
+
+def group_order(scheme: Scheme, area: int) -> Literal["inputs", "kernel"]:
+    """"kernel" where a group is one kernel slice; a 1 x 1 kernel has none, and takes groups of inputs."""
+    return "kernel" if scheme.group is None and area > 1 else "inputs"
+
+
+def input_order(shape: tuple[int, ...], order: str) -> Tensor:
+    """Positions in ``weight.flatten(1)`` of a row's weights in the order of their groups: (cin, kh, kw), or (kh, kw, cin)."""
+    index = torch.arange(prod(shape[1:]))
+    if len(shape) == 2 or order == "kernel":
+        return index
+    return index.reshape(shape[1:]).permute(1, 2, 0).reshape(-1)
+
+
+def _warn(problem: Problem, shape: tuple[int, ...], scheme: Scheme) -> None:
+    row, groups = prod(shape[1:]), problem.groups * problem.weight.shape[1] * problem.per_table
+    if problem.size > row:
+        warnings.warn(f"{scheme} on a weight {list(shape)}: groups of {problem.size} are longer than a row, which is padded", stacklevel=3)
+    if groups < problem.codewords:
+        text = f"{scheme} on a weight {list(shape)}: {groups} groups use at most {groups} of {problem.codewords} codewords, the others are zero"
+        warnings.warn(text, stacklevel=3)
+
+
+def _solve(problem: Problem, seed: int, rounds: int, beam: int, report: Report) -> State:
+    started = time.perf_counter()
+    norm = max(problem.norm(), 1e-30)
+
+    def tell(phase: Literal["init", "round", "final"], number: int, loss: float) -> None:
+        report(Step(phase, number, loss / norm, time.perf_counter() - started))
+
+    state = initial_tables(problem, seed)
+    feedback(problem, state)
+    best = fit_tables(problem, state)
+    tell("init", 0, best)
+    for number in range(rounds):
+        sweep(problem, state)
+        fit_scales(problem, state)
+        loss = fit_tables(problem, state)
+        tell("round", number + 1, loss)
+        done = loss > best * (1 - TOLERANCE)
+        best = min(best, loss)
+        if done:
+            break
+    state.round_()
+    for number in range(2):
+        loss = sweep(problem, state, beam if problem.codebooks > 1 else 1)
+        tell("final", number + 1, loss)
+    return state
+
+
+def _packed(problem: Problem, state: State, shape: tuple[int, ...], scheme: Scheme) -> list[CodebookWeight]:
+    """CodebookWeights from the state; those that share tables hold one tensor."""
+    out, order = shape[0], group_order(scheme, prod(shape[2:]))
+    count = len(problem.weight) * problem.weight.shape[1] // out
+    codes = state.codes.reshape(count, out, problem.groups, problem.codebooks)
+    scales = state.scale.reshape(count, out).half()
+    tables = state.tables.half()
+    shared = [t[None].contiguous() for t in tables]
+    packed = []
+    for i in range(count):
+        table = shared[i * len(shared) // count]
+        packed.append(
+            CodebookWeight.from_codes(codes[i].permute(1, 2, 0).contiguous(), table, scales[i], None, shape, scheme.bits, order)
+        )
+    return packed
