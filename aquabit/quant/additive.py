@@ -4,10 +4,14 @@ A group of g weights is the sum of M codewords of 2^B vectors each, times a scal
 slice (KAQ). What is minimised is AQLM's loss tr(dW H dW^T), by other means:
 
 1. scales = root mean square of a row; tables by residual k-means in the metric of H's diagonal blocks (``additive_init``);
-2. codes group after group, each group's error fed into the later ones, as GPTQ does with columns (``additive_codes.feedback``);
-3. rounds of tables by conjugate gradients, scales in closed form (``additive_tables``), and codes by searching each group on the residual
-   gradient (W - W_hat) H (``additive_codes.sweep``), until the loss improves by less than TOLERANCE;
+2. codes group after group, each group's error fed into the later ones, as GPTQ does with columns (``additive_codes.feedback``), and
+   tables by conjugate gradients and scales in closed form (``additive_tables``), PASSES times. On correlated inputs feedback finds codes that
+   no search from other codes reaches: a quarter less loss at 4x4;
+3. rounds of codes, searching each group on the residual gradient (W - W_hat) H (``additive_codes.sweep``), scales and tables, until the
+   loss improves by less than TOLERANCE;
 4. tables and scales rounded to float16 as they are stored, and a last search of the codes against what was rounded.
+
+The M codes of a group are searched by a beam in all of them.
 """
 
 from __future__ import annotations
@@ -31,16 +35,17 @@ from aquabit.quant.additive_tables import fit_scales, fit_tables
 from aquabit.quant.hessian import check_hessian
 from aquabit.scheme import AquabitError, Scheme
 
-TOLERANCE = 2e-3  # relative improvement of a round below which the alternation stops
-ROUNDS = 12
-WIDE_BEAM = 4  # of the last sweeps
+TOLERANCE = 5e-3  # relative improvement of a round below which the alternation stops
+PASSES = 3
+ROUNDS = 8
+BEAM = 8
 
 
 @dataclass(frozen=True)
 class Step:
     """What progress callbacks get: the phase, the relative loss tr(dW H dW^T) / tr(W H W^T) after it, seconds since the start."""
 
-    phase: Literal["init", "round", "final"]
+    phase: Literal["feedback", "round", "final"]
     number: int
     loss: float
     seconds: float
@@ -55,12 +60,12 @@ def _silent(step: Step) -> None:
 
 def additive(
     weights: Sequence[Tensor], scheme: Scheme, hessians: Sequence[Tensor | None], seed: int = 0, *, shared: bool = False,
-    rounds: int = ROUNDS, beam: int = WIDE_BEAM, report: Report = _silent,
+    rounds: int = ROUNDS, beam: int = BEAM, report: Report = _silent,
 ) -> list[CodebookWeight]:  # fmt: skip
     """Quantize weights of one shape [out, in] or [out, in, kh, kw] together, each with its H (see ``hessian``), or identity.
 
     Each weight gets tables of its own; with ``shared`` all of them use the same tables (the very same tensor). ``beam`` is the width of the
-    search over the M codes of a group in the last sweeps. Groups that do not divide a row are padded. Warns where a format has more codewords
+    search over the M codes of a group. Groups that do not divide a row are padded. Warns where a format has more codewords
     than the layer has groups (the rest stay zero) or groups longer than a row. Raises AquabitError for weights or H that are not finite, H that
     is not positive semi-definite, and weights of different shapes.
     """
@@ -100,7 +105,7 @@ def _problem(weights: Sequence[Tensor], shape: tuple[int, ...], scheme: Scheme, 
 
 
 def group_order(scheme: Scheme, area: int) -> Literal["inputs", "kernel"]:
-    """"kernel" where a group is one kernel slice; a 1 x 1 kernel has none, and takes groups of inputs."""
+    """ "kernel" where a group is one kernel slice; a 1 x 1 kernel has none, and takes groups of inputs."""
     return "kernel" if scheme.group is None and area > 1 else "inputs"
 
 
@@ -125,26 +130,26 @@ def _solve(problem: Problem, seed: int, rounds: int, beam: int, report: Report) 
     started = time.perf_counter()
     norm = max(problem.norm(), 1e-30)
 
-    def tell(phase: Literal["init", "round", "final"], number: int, loss: float) -> None:
+    def tell(phase: Literal["feedback", "round", "final"], number: int, loss: float) -> None:
         report(Step(phase, number, loss / norm, time.perf_counter() - started))
 
     state = initial_tables(problem, seed)
-    feedback(problem, state)
-    best = fit_tables(problem, state)
-    tell("init", 0, best)
+    beam = beam if problem.codebooks > 1 else 1
+    for number in range(PASSES):
+        feedback(problem, state, beam)
+        fit_scales(problem, state)
+        best = fit_tables(problem, state)
+        tell("feedback", number + 1, best)
     for number in range(rounds):
-        sweep(problem, state)
+        sweep(problem, state, beam)
         fit_scales(problem, state)
         loss = fit_tables(problem, state)
         tell("round", number + 1, loss)
-        done = loss > best * (1 - TOLERANCE)
-        best = min(best, loss)
-        if done:
+        best, before = min(best, loss), best
+        if loss > before * (1 - TOLERANCE):
             break
     state.round_()
-    for number in range(2):
-        loss = sweep(problem, state, beam if problem.codebooks > 1 else 1)
-        tell("final", number + 1, loss)
+    tell("final", 1, sweep(problem, state, beam))
     return state
 
 
@@ -159,7 +164,5 @@ def _packed(problem: Problem, state: State, shape: tuple[int, ...], scheme: Sche
     packed = []
     for i in range(count):
         table = shared[i * len(shared) // count]
-        packed.append(
-            CodebookWeight.from_codes(codes[i].permute(1, 2, 0).contiguous(), table, scales[i], None, shape, scheme.bits, order)
-        )
+        packed.append(CodebookWeight.from_codes(codes[i].permute(1, 2, 0).contiguous(), table, scales[i], None, shape, scheme.bits, order))
     return packed

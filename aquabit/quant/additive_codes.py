@@ -13,7 +13,7 @@ JITTER = 1e-3  # of the mean diagonal: error feedback inverts H, the loss does n
 SMALL = 1e-30
 
 
-def feedback(problem: Problem, state: State) -> None:
+def feedback(problem: Problem, state: State, beam: int = 1) -> None:
     """Codes group after group in the metric that is left once later groups make up for the error, which they then are given.
 
     GPTQ's update for vectors: with H^-1 = U^T U, group n costs ||(w - q) U_nn^-1||^2, and later inputs move by -(w - q) U_nn^-1 U_n,rest.
@@ -21,7 +21,7 @@ def feedback(problem: Problem, state: State) -> None:
     if problem.diagonal or problem.weight.shape[2] > FEEDBACK_LIMIT:
         for n in range(problem.groups):
             at = slice(n * problem.size, (n + 1) * problem.size)
-            _choose(problem, state, n, _unscaled(problem.weight[..., at], state.scale), problem.block(n), 1, fresh=True)
+            _choose(problem, state, n, _unscaled(problem.weight[..., at], state.scale), problem.block(n), beam, fresh=True)
         return
     upper = _inverse_factor(problem.hessian)
     rows, size, total = problem.weight.clone(), problem.size, problem.weight.shape[2]
@@ -33,7 +33,7 @@ def feedback(problem: Problem, state: State) -> None:
             at = slice(begin, begin + size)
             inverse = torch.linalg.solve_triangular(upper[:, at, at], torch.eye(size, device=rows.device), upper=True)
             metric = inverse @ inverse.transpose(1, 2)
-            chosen = _choose(problem, state, begin // size, _unscaled(rows[..., at], state.scale), metric, 1, fresh=True)
+            chosen = _choose(problem, state, begin // size, _unscaled(rows[..., at], state.scale), metric, beam, fresh=True)
             error = torch.bmm(rows[..., at] - chosen * state.scale[..., None], inverse)
             errors[..., begin - start : begin - start + size] = error
             if begin + size < stop:

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from aquabit.quant.additive_state import Problem, State
 
-ITERATIONS = 12
-ROWS = 384  # rows of weights (per set of tables) that k-means looks at, at least; more where codewords are many
+ITERATIONS = 8
+ROWS = 256  # rows of weights (per set of tables) that k-means looks at, at least; more where codewords are many
 PER_CODEWORD = 48  # groups a codeword, at least, where there are as many
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from aquabit.quant.additive_state import Problem, State
 
-ITERATIONS = 5
+ITERATIONS = 3  # from the last tables; more change the outcome by less than one in a thousand
 STOP = 1e-4  # of the first residual norm (squared, in the preconditioner's metric)
 
 

@@ -74,8 +74,12 @@ class QuantLinear(_QuantLayer):
     def of(layer: nn.Linear, split: int | None = None) -> QuantLinear:
         return QuantLinear(layer.weight, layer.bias, split)
 
+    def quantized_input(self, x: Tensor, bits: int) -> Tensor:
+        """x [..., in] as the layer reads it at ``bits`` (16: x itself)."""
+        return fake_quantize(x, bits, "token")
+
     def forward(self, x: Tensor, *_: object) -> Tensor:
-        x = fake_quantize(x, self.act, "token")
+        x = self.quantized_input(x, self.act)
         if self.coded is None:
             y = functional.linear(x, self.weight.to(x.dtype), self.bias_for(x))
         else:
@@ -96,8 +100,12 @@ class QuantConv2d(_QuantLayer):
     def of(layer: nn.Conv2d, split: int | None = None) -> QuantConv2d:
         return QuantConv2d(layer.weight, layer.bias, split, layer)
 
+    def quantized_input(self, x: Tensor, bits: int) -> Tensor:
+        """x [n, cin, h, w] as the layer reads it at ``bits`` (16: x itself)."""
+        return fake_quantize(x, bits, "sample", self.split)
+
     def forward(self, x: Tensor, *_: object) -> Tensor:
-        x = fake_quantize(x, self.act, "sample", self.split)
+        x = self.quantized_input(x, self.act)
         if self.coded is None:
             return functional.conv2d(x, self.weight.to(x.dtype), self.bias_for(x), self.stride, self.padding, self.dilation, self.groups)
         return codebook_conv2d(x, self.coded, self.bias_for(x), self.stride, self.padding, self.dilation, self.groups, self.accuracy)
