@@ -1,7 +1,7 @@
 """AQLM's layer-wise procedure in plain torch, as published: the baseline of the additive quantizer's benchmark.
 
-Extreme Compression of Large Language Models via Additive Quantization (arXiv 2401.06118), section 3 and algorithm 1, written from the
-paper; defaults and the order of phases are those of the authors' released program.
+The procedure is that of Extreme Compression of Large Language Models via Additive Quantization (arXiv 2401.06118); defaults, order of
+phases and stopping rule were read off the authors' released program (github.com/Vahe1994/AQLM), and the code is our own.
 """
 
 from __future__ import annotations
