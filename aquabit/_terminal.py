@@ -76,9 +76,10 @@ def bars() -> Iterator[Progress]:
         def progress(what: str, done: int, total: int) -> None:
             if total <= 0:
                 return
-            if what not in known or drawn.tasks[known[what]].completed > done:
-                known[what] = drawn.add_task(what, total=total)
-            drawn.update(known[what], completed=done, total=total)
+            name = what.split(": ")[0]  # what comes after it changes from step to step
+            if name not in known or drawn.tasks[known[name]].completed > done:
+                known[name] = drawn.add_task(what, total=total)
+            drawn.update(known[name], completed=done, total=total, description=plain(what))
 
         yield progress
 

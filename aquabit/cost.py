@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil, prod
+from itertools import product
+from math import prod
 from typing import Any
 
 import networkx as nx
@@ -23,28 +24,32 @@ class Cost:
     bits_per_weight: float  # of all Linear and Conv2d weights, codebooks, scales and offsets included
     bytes: int  # of the saved denoiser's tensors
     bops: float  # multiply-adds x weight bits x activation bits, of one image in one denoiser call
+    operations: float  # multiply-adds of the table kernel, of one image in one denoiser call; decoded layers count as dense
 
 
 def weight_bytes(shape: tuple[int, ...], scheme: Scheme) -> int:
-    """Bytes of one stored weight [out, in] or [out, in, kh, kw]: packed codes, codebooks, scales and offsets in float16.
+    """Bytes of one stored weight [out, in] or [out, in, kh, kw], without codebooks that it shares with other layers."""
+    codes, codebooks = scheme.stored_bytes(shape)
+    return codes if scheme.shared else codes + codebooks
 
-    ``usq``: scale and offset per row (or per group of inputs), its codebook {0 .. 2^b - 1} is implied; ``vq``: one table of 2^b
-    values per tensor or per row; ``aq``: M tables of 2^B vectors and one scale a row. ``fp`` takes two bytes a weight.
-    """
-    out, row = shape[0], prod(shape[1:])
-    if scheme.kind == "fp":
-        return 2 * out * row
-    if scheme.kind == "usq":
-        return ceil(out * row * scheme.bits / 8) + 2 * 2 * out * ceil(row / (scheme.group or row))
-    if scheme.kind == "vq":
-        return ceil(out * row * scheme.bits / 8) + 2 * 2**scheme.bits * (out if scheme.per_channel else 1)
-    size = scheme.group_size(prod(shape[2:]))
-    groups = ceil(row / size)
-    return ceil(out * groups * scheme.codebooks * scheme.bits / 8) + 2 * scheme.codebooks * 2**scheme.bits * size + 2 * out
+
+@dataclass(frozen=True)
+class SharedTables:
+    """The codebooks ``name``, which count once where any of ``layers`` (indices) takes the scheme in ``column``."""
+
+    name: str
+    layers: np.ndarray
+    column: int
+    bytes: int
+
+    def used(self, weights: np.ndarray) -> np.ndarray:
+        """Boolean [...] for scheme indices [..., layers of the model]."""
+        return np.asarray((weights[..., self.layers] == self.column).any(-1))
 
 
 class CostModel:
-    """Cost tables of a space: bytes [layers, schemes] and BOPs per (layer, scheme, activation bits)."""
+    """Cost tables of a space: bytes [layers, schemes] without shared codebooks, which are ``shared``; BOPs per (layer, scheme, activation
+    bits)."""
 
     def __init__(self, graph: nx.DiGraph, space: SearchSpace):
         nodes = graph_layers(graph)
@@ -54,8 +59,19 @@ class CostModel:
         self.macs = np.array([float(nodes[k]["macs"]) for k in space.choices])
         areas = [prod(s[2:]) for s in shapes]
         self.weight_bits = np.array([[FULL_BITS if q.kind == "fp" else q.code_bits(a) for q in schemes] for a in areas])
+        self.operations = np.array([[q.operations(s) for q in schemes] for s in shapes])
+        self.shared = self._shared()
         self.weights = sum(prod(s) for s in shapes)
         self.other_bytes = 2 * int(graph.graph["other_elements"])
+
+    def _shared(self) -> list[SharedTables]:
+        members: dict[tuple[str, int], list[int]] = {}
+        for i, (layer, row) in enumerate(self.space.choices.items()):
+            for scheme in row:
+                if scheme.shared:
+                    members.setdefault((self.space.codebook(layer), self.space.schemes.index(scheme)), []).append(i)
+        schemes = self.space.schemes
+        return [SharedTables(n, np.array(m), c, schemes[c].stored_bytes(self.shapes[m[0]])[1]) for (n, c), m in members.items()]
 
     @staticmethod
     def act_bits(acts: np.ndarray) -> np.ndarray:
@@ -65,19 +81,25 @@ class CostModel:
         """bits, bytes and bops, each [n], of index matrices [n, layers]."""
         rows = np.arange(weights.shape[1])
         weight_bytes = self.bytes[rows, weights].sum(1)
+        for tables in self.shared:
+            weight_bytes = weight_bytes + tables.bytes * tables.used(weights)
         bops = (self.macs * self.weight_bits[rows, weights] * self.act_bits(acts)).sum(1)
         return {"bits": 8 * weight_bytes / self.weights, "bytes": weight_bytes + self.other_bytes, "bops": bops}
 
     def __call__(self, config: QuantConfig) -> Cost:
         """Of any configuration of the model, also one with schemes outside the space."""
         self.space.check(config, extra_schemes=True)
-        size, bops = 0, 0.0
+        size, bops, operations, tables = 0, 0.0, 0.0, {}
         for layer, shape, macs in zip(self.space.choices, self.shapes, self.macs, strict=True):
             choice = config[layer]
             size += weight_bytes(shape, choice.weight)
+            operations += float(macs) * choice.weight.operations(shape)
+            if choice.weight.shared:
+                tables[choice.codebook, choice.weight] = choice.weight.stored_bytes(shape)[1]
             weight_bits = FULL_BITS if choice.weight.kind == "fp" else choice.weight.code_bits(prod(shape[2:]))
             bops += float(macs) * weight_bits * (FULL_BITS if choice.act == 16 else choice.act)
-        return Cost(8 * size / self.weights, size + self.other_bytes, bops)
+        size += sum(tables.values())
+        return Cost(8 * size / self.weights, size + self.other_bytes, bops, operations)
 
     def totals_of(self, config: QuantConfig) -> dict[str, float]:
         """bits, bytes and bops of one configuration as plain numbers."""
@@ -88,8 +110,7 @@ class CostModel:
         """Smallest and largest possible value of each cost, ``act`` fixing the activation bits of all layers."""
         allowed = self.space.allowed()
         acts = [act] if act else list(self.space.activations)
-        size = np.where(allowed, self.bytes, -1)
-        low, high = np.where(allowed, self.bytes, 1 << 60).min(1).sum(), size.max(1).sum()
+        low, high = self._size_limits(allowed)
         excluded = allowed[:, 0] & (allowed.sum(1) == 1)
         per_act = [np.where(excluded, FULL_BITS, FULL_BITS if a == 16 else a) for a in (min(acts), max(acts))]
         bops_low = (self.macs * per_act[0] * np.where(allowed, self.weight_bits, np.inf).min(1)).sum()
@@ -99,6 +120,34 @@ class CostModel:
             "bytes": (int(low + self.other_bytes), int(high + self.other_bytes)),
             "bops": (float(bops_low), float(bops_high)),
         }
+
+    def _size_limits(self, allowed: np.ndarray) -> tuple[int, int]:
+        """Smallest and largest bytes of all weights, for every combination of the codebooks of one name that are there or not."""
+        own = allowed.copy()
+        for tables in self.shared:
+            own[tables.layers, tables.column] = False
+        low, high = np.where(own, self.bytes, 1 << 60).min(1), np.where(own, self.bytes, -1).max(1)
+        names: dict[str, list[SharedTables]] = {}
+        for tables in self.shared:
+            names.setdefault(tables.name, []).append(tables)
+        apart = np.ones(len(low), bool)
+        least = most = 0
+        for group in names.values():
+            index = np.unique(np.concatenate([t.layers for t in group]))
+            apart[index] = False
+            picks = product((False, True), repeat=len(group))
+            both = [self._opened(low, high, index, [t for t, k in zip(group, pick, strict=True) if k]) for pick in picks]
+            least, most = least + min(b[0] for b in both), most + max(b[1] for b in both)
+        return int(low[apart].sum()) + least, int(high[apart].sum()) + most
+
+    def _opened(self, low: np.ndarray, high: np.ndarray, index: np.ndarray, group: list[SharedTables]) -> tuple[int, int]:
+        """Smallest and largest bytes of the layers ``index`` where exactly the codebooks of ``group`` are there."""
+        low, high = low.copy(), high.copy()
+        for t in group:
+            size = self.bytes[t.layers, t.column]
+            low[t.layers], high[t.layers] = np.minimum(low[t.layers], size), np.maximum(high[t.layers], size)
+        extra = sum(t.bytes for t in group)
+        return int(low[index].sum()) + extra, int(high[index].sum()) + extra
 
     def check(self, budget: Budget, act: int | None = None) -> None:
         """Raise AquabitError, naming both ends, where a budget is below the smallest or above the largest possible cost."""

@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from aquabit.kernels.reference import Accuracy
-from aquabit.pipelines import Adapter, denoiser_name, load, trace
+from aquabit.pipelines import Adapter, denoiser_name, load, recorder, trace
 from aquabit.quant.artifact import save_packed_denoiser
 from aquabit.quant.bank import Bank
 from aquabit.quant.model import QuantizedDenoiser, fingerprint
@@ -21,7 +21,7 @@ from aquabit.reports import report as write_report
 from aquabit.scheme import AquabitError, Budget, Progress, Protocol, QuantConfig, direction, no_progress
 from aquabit.search import Front, FrontMember, choose, find_candidates, interval, paired_difference, remeasure_plan, smallest_uniform
 from aquabit.sensitivity.attribution import Sensitivity, explain, save
-from aquabit.sensitivity.evaluator import thumbnail
+from aquabit.sensitivity.evaluator import single_thread, thumbnail
 from aquabit.sensitivity.measure import Session, open_session
 from aquabit.sensitivity.surrogate import fit_from_study, training_table
 from aquabit.sensitivity.validation import validate_in
@@ -202,8 +202,14 @@ class Packed:
         return save_packed_denoiser(self.model, self.config, folder / name)
 
 
-def quantize(pipe: Model, config: QuantConfig, *, bank: str | None = None, device: str = "cpu", accuracy: Accuracy = "fast") -> Packed:
-    """A copy of the pipeline with its denoiser packed; raises AquabitError for a configuration of another model."""
+def quantize(
+    pipe: Model, config: QuantConfig, *, bank: str | None = None, device: str = "cpu", accuracy: Accuracy = "fast",
+    progress: Progress = no_progress,
+) -> Packed:  # fmt: skip
+    """A copy of the pipeline with its denoiser packed; what the bank lacks is fitted, calibrated schemes on images that the pipeline makes.
+
+    Raises AquabitError for a configuration of another model.
+    """
     import copy
 
     source = load(pipe, device)
@@ -216,8 +222,9 @@ def quantize(pipe: Model, config: QuantConfig, *, bank: str | None = None, devic
         kept = {**source.components, name: copy.deepcopy(getattr(source, name))}
         source = type(source)(**kept, **{k: v for k, v in source.config.items() if k in ("classes", "real_images")})
         source.set_progress_bar_config(disable=True)
-    model = QuantizedDenoiser(getattr(source, name).eval(), graph, Bank(bank))
-    model.pack(config, accuracy)
+    model = QuantizedDenoiser(getattr(source, name).eval(), graph, Bank(bank), own, recorder(source))
+    with single_thread(device):
+        model.pack(config, accuracy, progress)
     return Packed(source, model, config)
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from aquabit._operators import attention_role, block_of, example_inputs, family_of, operator_of
 from aquabit.scheme import AquabitError
 
-__all__ = ["LayerGraph", "example_inputs", "from_json", "layers", "meta_denoiser", "to_json", "trace"]
+__all__ = ["LayerGraph", "codebook_names", "example_inputs", "from_json", "layers", "meta_denoiser", "to_json", "trace"]
 
 LayerGraph: TypeAlias = nx.DiGraph
 STEP_INPUTS = ("sample", "hidden_states", "x", "timestep", "timesteps", "t")  # what changes from one denoising step to the next
@@ -100,6 +100,14 @@ def layers(graph: LayerGraph) -> dict[str, dict[str, Any]]:
     """Name -> attributes of the layer nodes, in execution order."""
     found = ((name, data) for name, data in graph.nodes(data=True) if data["kind"] != "merge")
     return dict(sorted(found, key=lambda item: int(item[1]["depth"])))
+
+
+def codebook_names(graph: LayerGraph) -> dict[str, str]:
+    """Layer -> the name of the codebooks it may share: its operator type and weight shape; only layers that share them with another."""
+    found: dict[str, list[str]] = {}
+    for name, node in layers(graph).items():
+        found.setdefault(f"{node['operator']} {'x'.join(map(str, node['shape']))}", []).append(name)
+    return {layer: name for name, members in found.items() if len(members) > 1 for layer in members}
 
 
 def meta_denoiser(class_name: str, config: Mapping[str, Any]) -> nn.Module:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
+from math import ceil, prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +27,7 @@ def no_progress(what: str, done: int, total: int) -> None:
 
 _SCHEME = re.compile(
     r"fp|usq(?P<usq>\d+)(?:g(?P<usq_group>\d+))?(?P<usq_h>h?)|vq(?P<vq>\d+)(?P<vq_c>c?)(?P<vq_h>h?)"
-    r"|aq(?P<aq_m>\d+)x(?P<aq_b>\d+)(?:g(?P<aq_group>\d+)|(?P<aq_k>k))"
+    r"|aq(?P<aq_m>\d+)x(?P<aq_b>\d+)(?:g(?P<aq_group>\d+)|(?P<aq_k>k))(?P<aq_s>s?)"
 )
 
 
@@ -36,7 +37,8 @@ class Scheme:
 
     ``fp`` full precision at 16 bits; ``usq4`` uniform per output channel, ``usq4g64`` per 64 inputs; ``vq3`` k-means over
     the tensor, ``vq3c`` per output channel; ``aq2x8g8`` two codebooks of 2^8 vectors of 8 weights, ``aq2x8k`` one k x k
-    kernel slice a group. A final ``h`` means fitted output-aware.
+    kernel slice a group (where the kernel is 1 x 1, 8 inputs); ``aq2x8g8s`` the same with its codebooks shared by the layers of one
+    operator type and shape. A final ``h`` means fitted output-aware; ``aq`` always is.
     """
 
     kind: Literal["fp", "usq", "vq", "aq"] = "fp"
@@ -45,6 +47,7 @@ class Scheme:
     group: int | None = None  # usq: inputs that share a scale; aq: weights a codeword covers; None: the whole row / kernel
     per_channel: bool = False
     output_aware: bool = False
+    shared: bool = False
 
     @staticmethod
     def parse(text: str | Scheme) -> Scheme:
@@ -52,7 +55,7 @@ class Scheme:
         if isinstance(text, Scheme):
             return text
         match = _SCHEME.fullmatch(text)
-        known = "known forms: fp, usq4, usq4g64, vq3, vq3c, aq2x8g8, aq2x8k, and usq3h, vq3h"
+        known = "known forms: fp, usq4, usq4g64, vq3, vq3c, aq2x8g8, aq2x8k, aq2x8g8s, and usq3h, vq3h"
         if not match:
             raise AquabitError(f"unknown scheme {text!r}; {known}")
         part = match.groupdict()
@@ -65,7 +68,7 @@ class Scheme:
             scheme = Scheme("vq", int(part["vq"]), per_channel=bool(part["vq_c"]), output_aware=bool(part["vq_h"]))
         else:
             group = int(part["aq_group"]) if part["aq_group"] else None
-            scheme = Scheme("aq", int(part["aq_b"]), codebooks=int(part["aq_m"]), group=group)
+            scheme = Scheme("aq", int(part["aq_b"]), codebooks=int(part["aq_m"]), group=group, shared=bool(part["aq_s"]))
         limit = 16 if scheme.kind == "aq" else 8
         if not 1 <= scheme.bits <= limit or scheme.group == 0 or scheme.codebooks < 1 or str(scheme) != text:
             raise AquabitError(f"scheme {text!r} is out of range: codes have 1 to {limit} bits, counts start at 1; {known}")
@@ -79,7 +82,12 @@ class Scheme:
             return f"usq{self.bits}" + (f"g{self.group}" if self.group else "") + tail
         if self.kind == "vq":
             return f"vq{self.bits}" + ("c" if self.per_channel else "") + tail
-        return f"aq{self.codebooks}x{self.bits}" + (f"g{self.group}" if self.group else "k")
+        return f"aq{self.codebooks}x{self.bits}" + (f"g{self.group}" if self.group else "k") + ("s" if self.shared else "")
+
+    @property
+    def calibrated(self) -> bool:
+        """Fitted with the second moments of the layer's input (H), so that a fit belongs to a calibration."""
+        return self.kind == "aq" or self.output_aware
 
     def code_bits(self, kernel_area: int = 1) -> float:
         """Bits of codes per weight, without codebooks and scales; ``kernel_area`` = kh * kw serves the ``k`` form."""
@@ -90,6 +98,32 @@ class Scheme:
     def group_size(self, kernel_area: int = 1) -> int:
         """Weights that one additive codeword covers; ``k`` is a kernel slice, and 8 inputs where the kernel is 1 x 1 (AQUATIC-Diff)."""
         return self.group or (kernel_area if kernel_area > 1 else 8)
+
+    def stored_bytes(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """Bytes of one stored weight [out, in] or [out, in, kh, kw]: (packed codes with float16 scales and offsets, float16 codebooks).
+
+        ``usq``: scale and offset per row (or per group of inputs), its codebook {0 .. 2^b - 1} is implied; ``vq``: one table of 2^b
+        values per tensor or per row; ``aq``: M tables of 2^B vectors and one scale a row. ``fp`` takes two bytes a weight.
+        """
+        out, row = shape[0], prod(shape[1:])
+        if self.kind == "fp":
+            return 2 * out * row, 0
+        if self.kind == "usq":
+            return ceil(out * row * self.bits / 8) + 2 * 2 * out * ceil(row / (self.group or row)), 0
+        if self.kind == "vq":
+            return ceil(out * row * self.bits / 8), 2 * 2**self.bits * (out if self.per_channel else 1)
+        size = self.group_size(prod(shape[2:]))
+        codes = ceil(out * ceil(row / size) * self.codebooks * self.bits / 8)
+        return codes + 2 * out, 2 * self.codebooks * 2**self.bits * size
+
+    def operations(self, shape: tuple[int, ...]) -> float:
+        """Multiply-adds of the table kernel relative to the dense layer's: (M K / out + M / (2 g)), the first part divided by the kernel's
+        area where its taps share tables (AQUATIC-Diff; groups of ``gN``). 1 for schemes that are decoded and multiplied."""
+        if self.kind != "aq":
+            return 1.0
+        area = prod(shape[2:])
+        size, taps = self.group_size(area), 1 if self.group is None else area
+        return self.codebooks * 2**self.bits / (taps * shape[0]) + self.codebooks / (2 * size)
 
 
 FP = Scheme()
@@ -111,14 +145,52 @@ def digest(value: Any) -> str:
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """The full-precision images whose denoiser inputs H is made of: seeds that nothing is measured on, the sampler as it is measured."""
+
+    images: int = 64
+    seed: int = 600_000_001
+    steps: int = 10
+    scheduler: str = "default"
+    eta: float = 0.0
+    guidance: float = 1.0
+    resolution: int | None = None
+    conditions: tuple[str | int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.images < 1 or self.steps < 1:
+            raise AquabitError(f"calibration with {self.images} images and {self.steps} steps has no input; give at least one of each")
+        if self.conditions is not None:
+            object.__setattr__(self, "conditions", tuple(self.conditions))
+
+    @staticmethod
+    def of(protocol: Protocol) -> Calibration:
+        """Sampled as ``protocol`` samples."""
+        kept = ("steps", "scheduler", "eta", "guidance", "resolution", "conditions")
+        return Calibration(**{k: getattr(protocol, k) for k in kept})
+
+    def protocol(self, micro_batch: int) -> Protocol:
+        """As a protocol, to make images by."""
+        return Protocol(**{**asdict(self), "micro_batch": micro_batch})
+
+    @property
+    def digest(self) -> str:
+        return digest(asdict(self))
+
+
+@dataclass(frozen=True)
 class QuantConfig:
-    """Which scheme and activation bits each layer of one model gets; layers not named stay in full precision."""
+    """Which scheme and activation bits each layer of one model gets; layers not named stay in full precision.
+
+    ``calibration`` says what H the calibrated schemes are fitted with (None: ``Calibration()``).
+    """
 
     fingerprint: str
     layers: Mapping[str, LayerChoice]
     model: str = ""
     steps: Any = None
     correction: str | None = None
+    calibration: Calibration | None = None
 
     def __post_init__(self) -> None:
         kept = {k: v for k, v in sorted(self.layers.items()) if v != LayerChoice()}
@@ -130,12 +202,14 @@ class QuantConfig:
     @property
     def digest(self) -> str:
         """Equal for equal configurations, whatever name the model goes by."""
-        body = self.to_dict()
-        return digest({k: v for k, v in body.items() if k not in ("model", "schema")})
+        body = {k: v for k, v in self.to_dict().items() if k not in ("model", "schema", "calibration")}
+        if any(choice.weight.calibrated for choice in self.layers.values()):
+            body["calibration"] = asdict(self.calibration or Calibration())
+        return digest(body)
 
-    def with_layer(self, layer: str, weight: Scheme | str, act: int | None = None) -> QuantConfig:
-        """The same configuration with one layer changed (its activation bits kept unless given)."""
-        choice = LayerChoice(Scheme.parse(weight), self[layer].act if act is None else act)
+    def with_layer(self, layer: str, weight: Scheme | str, act: int | None = None, codebook: str | None = None) -> QuantConfig:
+        """The same configuration with one layer changed (its activation bits kept unless given); ``codebook`` names a shared one."""
+        choice = LayerChoice(Scheme.parse(weight), self[layer].act if act is None else act, codebook)
         return replace(self, layers={**self.layers, layer: choice})
 
     def to_dict(self) -> dict[str, Any]:
@@ -148,6 +222,7 @@ class QuantConfig:
             "layers": layers,
             "steps": self.steps,
             "correction": self.correction,
+            "calibration": None if self.calibration is None else asdict(self.calibration),
         }
 
     def to_json(self) -> str:
@@ -158,7 +233,16 @@ class QuantConfig:
         """Validate untrusted JSON; raises AquabitError with the place and the value that is wrong."""
         file = _validated(_config_model(), value, source)
         layers = {k: LayerChoice(Scheme.parse(v.weight), v.act, v.codebook) for k, v in file.layers.items()}
-        return QuantConfig(file.fingerprint, layers, file.model, file.steps, file.correction)
+        for name, choice in layers.items():
+            if choice.weight.shared != (choice.codebook is not None):
+                what = (
+                    "shares its codebooks and must name them"
+                    if choice.weight.shared
+                    else f"has codebooks of its own, not {choice.codebook!r}"
+                )
+                raise AquabitError(f"{source}: layer {name!r} at {choice.weight} {what}")
+        calibration = None if file.calibration is None else Calibration(**file.calibration.model_dump())
+        return QuantConfig(file.fingerprint, layers, file.model, file.steps, file.correction, calibration)
 
     @staticmethod
     def load(path: str | Path) -> QuantConfig:
@@ -178,13 +262,24 @@ def read_json(path: str | Path) -> Any:
 
 @lru_cache(1)
 def _config_model() -> Any:
-    from pydantic import BaseModel, ConfigDict  # pydantic costs 0.1 s to import: only where a file is read
+    from pydantic import BaseModel, ConfigDict, Field  # pydantic costs 0.1 s to import: only where a file is read
 
     class Layer(BaseModel):
         model_config = ConfigDict(extra="forbid")
         weight: str
         act: Literal[16, 8, 6]
         codebook: str | None = None
+
+    class CalibrationPart(BaseModel):
+        model_config = ConfigDict(extra="forbid")
+        images: int = Field(ge=1)
+        seed: int
+        steps: int = Field(ge=1)
+        scheduler: str
+        eta: float
+        guidance: float
+        resolution: int | None
+        conditions: list[str | int] | None
 
     class ConfigFile(BaseModel):
         model_config = ConfigDict(extra="forbid")
@@ -194,6 +289,7 @@ def _config_model() -> Any:
         layers: dict[str, Layer]
         steps: Any = None
         correction: str | None = None
+        calibration: CalibrationPart | None = None
 
     return ConfigFile
 

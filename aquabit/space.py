@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ from typing import Any
 import networkx as nx
 import numpy as np
 
+from aquabit.formats import FORMATS, LEVELS, layer_formats
+from aquabit.graph import codebook_names
 from aquabit.graph import layers as graph_layers
-from aquabit.scheme import ACTIVATION_BITS, FP, AquabitError, LayerChoice, QuantConfig, Scheme, read_json
+from aquabit.scheme import ACTIVATION_BITS, FP, AquabitError, Calibration, LayerChoice, QuantConfig, Scheme, read_json
 
-DEFAULT_SCHEMES = ("usq2", "usq3", "usq4", "usq8", "vq2", "vq3", "vq4", "vq2c", "vq3c", "vq4c")
+DEFAULT_SCHEMES = ("usq2", "usq3", "usq4", "usq8", "vq2", "vq3", "vq4", "vq2c", "vq3c", "vq4c", "usq2h", "usq3h", "usq4h")
 DEFAULT_ACTIVATIONS = (8, 6)
 SKETCH = 256  # numbers that stand for the deviation of a few images
 BITS_RANGE = (2.0, 4.5)  # mean bits of a random sample: the budgets that people ask for
@@ -34,6 +37,8 @@ class SearchSpace:
     operators: Mapping[str, str] | None = None  # layer -> operator type, for stratified sampling
     kernel_area: Mapping[str, int] | None = None
     model: str = ""
+    codebooks: Mapping[str, str] | None = None  # layer -> name of the codebooks that its shared schemes use
+    calibration: Calibration | None = None
 
     def __post_init__(self) -> None:
         if not self.choices:
@@ -51,6 +56,20 @@ class SearchSpace:
         """Every scheme that some layer may take, ``fp`` first: the columns of index matrices."""
         found = {s: None for row in self.choices.values() for s in row}
         return [FP, *(s for s in found if s != FP)]
+
+    def codebook(self, layer: str) -> str:
+        """The name of the codebooks that a layer may share."""
+        name = (self.codebooks or {}).get(layer)
+        if name is None:
+            raise AquabitError(f"layer {layer!r} shares its operator type and shape with no other: it cannot share codebooks")
+        return name
+
+    def choice(self, layer: str, weight: Scheme, act: int) -> LayerChoice:
+        """What a layer gets, with the name of its codebooks where the scheme shares them."""
+        return LayerChoice(weight, act, self.codebook(layer) if weight.shared else None)
+
+    def config(self, choices: Mapping[str, LayerChoice]) -> QuantConfig:
+        return QuantConfig(self.fingerprint, choices, self.model, calibration=self.calibration)
 
     def free_layers(self) -> list[str]:
         """Layers that have more than one weight scheme to choose from."""
@@ -91,7 +110,7 @@ class SearchSpace:
         """The inverse of ``indices``."""
         schemes, names = self.schemes, self.layers
         return [
-            QuantConfig(self.fingerprint, {n: LayerChoice(schemes[w], int(a)) for n, w, a in zip(names, wr, ar, strict=True)}, self.model)
+            self.config({n: self.choice(n, schemes[w], int(a)) for n, w, a in zip(names, wr, ar, strict=True)})
             for wr, ar in zip(weights, acts, strict=True)
         ]
 
@@ -106,11 +125,23 @@ class SearchSpace:
         picked = {}
         for layer, row in self.choices.items():
             weight = scheme if len(row) > 1 else row[0]
-            picked[layer] = LayerChoice(weight, 16 if row == (FP,) else act)
-        return QuantConfig(self.fingerprint, picked, self.model)
+            picked[layer] = self.choice(layer, weight, 16 if row == (FP,) else act)
+        return self.config(picked)
+
+    def level(self, kind: str, bits: float, act: int = 8) -> QuantConfig:
+        """Every free layer with its scheme of a kind nearest to ``bits`` of code, the cheapest fallback where it has none of that kind: an
+        output-aware uniform one, else any."""
+        picked = {}
+        for layer, row in self.choices.items():
+
+            def distance(s: Scheme, layer: str = layer) -> tuple[bool, bool, float]:
+                return s.kind != kind, not s.calibrated, abs(self.code_bits(layer, s) - bits)
+
+            picked[layer] = self.choice(layer, min(row, key=distance), 16 if row == (FP,) else act)
+        return self.config(picked)
 
     def full_precision(self) -> QuantConfig:
-        return QuantConfig(self.fingerprint, {}, self.model)
+        return self.config({})
 
     def check(self, config: QuantConfig, extra_schemes: bool = False) -> None:
         """Raise AquabitError where a configuration is of another model, names an unknown layer or a scheme outside the space."""
@@ -156,22 +187,26 @@ class SearchSpace:
             methods = levels[float(level)]
             scheme = methods[int(rng.integers(len(methods)))]
             act = min(self.activations) if rng.random() < share else max(self.activations)
-            picked[layer] = LayerChoice(scheme, 16 if row == (FP,) else act)
-        return QuantConfig(self.fingerprint, picked, self.model)
+            picked[layer] = self.choice(layer, scheme, 16 if row == (FP,) else act)
+        return self.config(picked)
 
     def to_dict(self) -> dict[str, Any]:
         choices = {k: [str(s) for s in v] for k, v in self.choices.items()}
         return {
             "fingerprint": self.fingerprint, "choices": choices, "activations": list(self.activations),
             "operators": dict(self.operators or {}), "kernel_area": dict(self.kernel_area or {}), "model": self.model,
+            **({"codebooks": dict(self.codebooks)} if self.codebooks else {}),
+            **({"calibration": asdict(self.calibration)} if self.calibration else {}),
         }  # fmt: skip
 
     @staticmethod
     def from_dict(value: Mapping[str, Any]) -> SearchSpace:
         choices = {k: tuple(Scheme.parse(s) for s in v) for k, v in value["choices"].items()}
+        calibration = Calibration(**value["calibration"]) if value.get("calibration") else None
         return SearchSpace(
-            value["fingerprint"], choices, tuple(value["activations"]), value["operators"], value["kernel_area"], value["model"]
-        )
+            value["fingerprint"], choices, tuple(value["activations"]), value["operators"], value["kernel_area"], value["model"],
+            value.get("codebooks"), calibration,
+        )  # fmt: skip
 
 
 def maximum_entropy(levels: Sequence[float], mean: float) -> np.ndarray:
@@ -205,28 +240,48 @@ def _matching(patterns: Iterable[str], names: Sequence[str], what: str) -> dict[
 
 
 def make_space(
-    graph: nx.DiGraph, fingerprint: str, model: str = "", *, schemes: Sequence[str] = DEFAULT_SCHEMES,
-    activations: Sequence[int] = DEFAULT_ACTIVATIONS, pinned: Mapping[str, str] | None = None, excluded: Sequence[str] = (),
+    graph: nx.DiGraph, fingerprint: str, model: str = "", *, schemes: Sequence[str] | None = None, levels: Sequence[float] | None = None,
+    formats: Mapping[str, Sequence[str]] | None = None, activations: Sequence[int] = DEFAULT_ACTIVATIONS,
+    pinned: Mapping[str, str] | None = None, excluded: Sequence[str] = (), calibration: Calibration | None = None,
 ) -> SearchSpace:  # fmt: skip
-    """The space of a traced model. ``pinned`` maps layer patterns (as in shells) to one scheme; ``excluded`` layers stay ``fp``."""
+    """The space of a traced model. ``pinned`` maps layer patterns (as in shells) to one scheme; ``excluded`` layers stay ``fp``.
+
+    Beside ``schemes`` each layer gets the additive format that suits its operator type and shape (``formats``, a table as
+    ``formats.FORMATS``) at each of ``levels`` code bits; levels are given by default where schemes are not. A scheme that shares
+    codebooks is left out for layers that have no partner. ``calibration``: what H is measured on (default: ``Calibration()``).
+    """
     nodes = graph_layers(graph)
-    names, default = list(nodes), tuple(dict.fromkeys(Scheme.parse(s) for s in schemes))
-    if not default:
+    names = list(nodes)
+    default = tuple(dict.fromkeys(Scheme.parse(s) for s in (DEFAULT_SCHEMES if schemes is None else schemes)))
+    chosen = (LEVELS if schemes is None else ()) if levels is None else levels
+    if not default and not chosen:
         raise AquabitError("the list of schemes is empty; give at least one, as in usq4")
     pins = _matching(pinned or {}, names, "pinned")
     out = _matching(excluded, names, "excluded")
+    partners = codebook_names(graph)
+    sharers = Counter(partners.values())
     choices: dict[str, tuple[Scheme, ...]] = {}
-    for name in names:
-        choices[name] = (FP,) if name in out else (Scheme.parse((pinned or {})[pins[name]]),) if name in pins else default
+    for name, node in nodes.items():
+        additive = layer_formats(node["operator"], tuple(node["shape"]), chosen, sharers.get(partners.get(name, ""), 1), formats or FORMATS)
+        open_ = [s for s in (*default, *additive) if name in partners or not s.shared]
+        free = tuple(dict.fromkeys(open_))
+        choices[name] = (FP,) if name in out else (Scheme.parse((pinned or {})[pins[name]]),) if name in pins else free
+        if not choices[name]:
+            raise AquabitError(f"no scheme is left for layer {name!r} {node['shape']}; give one that fits it, as in usq4, or exclude it")
     operators = {n: str(a["operator"]) for n, a in nodes.items()}
     area = {n: int(np.prod(a["shape"][2:])) for n, a in nodes.items()}
-    return SearchSpace(fingerprint, choices, tuple(activations), operators, area, model)
+    calibrated = any(s.calibrated for row in choices.values() for s in row)
+    shared = {s for row in choices.values() for s in row if s.shared}
+    return SearchSpace(
+        fingerprint, choices, tuple(activations), operators, area, model, partners if shared else None,
+        (calibration or Calibration()) if calibrated else None,
+    )  # fmt: skip
 
 
 def read_space(path: str | Path) -> dict[str, Any]:
-    """The keyword arguments of ``make_space`` from a JSON file: schemes, activations, pinned, excluded."""
+    """The keyword arguments of ``make_space`` from a JSON file: schemes, levels, formats, activations, pinned, excluded."""
     value = read_json(path)
-    known = {"schemes": list, "activations": list, "pinned": dict, "excluded": list}
+    known = {"schemes": list, "levels": list, "formats": dict, "activations": list, "pinned": dict, "excluded": list}
     if not isinstance(value, dict):
         raise AquabitError(f"{path} must hold a JSON object with any of {', '.join(known)}")
     for key, entry in value.items():
@@ -234,7 +289,13 @@ def read_space(path: str | Path) -> dict[str, Any]:
             raise AquabitError(f"{path}: unknown key {key!r}; known: {', '.join(known)}")
         if not isinstance(entry, known[key]):
             raise AquabitError(f"{path}: {key} is {entry!r:.60}; it must be a {known[key].__name__}")
-    for scheme in [*value.get("schemes", []), *value.get("pinned", {}).values()]:
+    for level in value.get("levels", []):
+        if not isinstance(level, int | float) or not 0 < level <= 16:
+            raise AquabitError(f"{path}: level {level!r} must be a number of code bits per weight, as in 2 or 1.5")
+    rows = value.get("formats", {}).values()
+    if any(not isinstance(row, list) for row in rows):
+        raise AquabitError(f"{path}: formats must map operator patterns to lists of additive schemes")
+    for scheme in [*value.get("schemes", []), *value.get("pinned", {}).values(), *(s for row in rows for s in row)]:
         if not isinstance(scheme, str):
             raise AquabitError(f"{path}: scheme {scheme!r} must be text, as in usq4")
         Scheme.parse(scheme)

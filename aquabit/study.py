@@ -249,8 +249,12 @@ class Study:
         return {(a, b): json.loads(v) for a, b, v in self._rows("SELECT layer, scheme, value FROM features")}
 
     def errors(self) -> dict[tuple[str, str], float]:
-        """(layer, scheme) -> relative squared weight error, as ``space.Encoder`` takes it."""
-        return {k: v["error"] for k, v in self.features().items() if "error" in v}
+        """(layer, scheme) -> relative squared output error where H is known, else weight error, as ``space.Encoder`` takes it."""
+        return {k: v.get("output", v["error"]) for k, v in self.features().items() if "error" in v}
+
+    def notes(self) -> list[str]:
+        """What is to be said of the fits: (unused codewords, a diagonal H), each with its layer and scheme."""
+        return [f"{layer} at {scheme}: {note}" for (layer, scheme), v in self.features().items() for note in v.get("notes", ())]
 
     def probes(self) -> dict[tuple[str, str], dict[str, Any]]:
         """(layer, scheme or a6) -> damage and sketch, as ``space.Encoder`` takes them."""

@@ -88,11 +88,17 @@ class Convs(nn.Module):
         return self.conv(torch.sin(3 * self.before(x)) + 0.3)
 
 
-def convolution(split: int | None = None, **options) -> QuantizedDenoiser:
+def quantized(net: nn.Module, split: dict[str, int] | None = None) -> QuantizedDenoiser:
+    """A network under a hand-made graph of its layers."""
     graph = nx.DiGraph()
-    graph.add_node("before", kind="linear")
-    graph.add_node("conv", kind="conv", split=split)
-    return QuantizedDenoiser(Convs(**options), graph)
+    for name, layer in net.named_children():
+        kind = "conv" if isinstance(layer, nn.Conv2d) else "linear"
+        graph.add_node(name, kind=kind, operator=name, shape=tuple(layer.weight.shape), split=(split or {}).get(name))
+    return QuantizedDenoiser(net, graph)
+
+
+def convolution(split: int | None = None, **options) -> QuantizedDenoiser:
+    return quantized(Convs(**options), {} if split is None else {"conv": split})
 
 
 def calls_of_convolution(count: int = 2, samples: int = 3) -> list:
@@ -130,6 +136,7 @@ def patch_gram(inputs: np.ndarray, kernel, stride, pads, dilation, groups: int) 
 )
 def test_convolutions_equal_numpy(options, pads, bits: int, monkeypatch) -> None:
     monkeypatch.setattr(calibrate, "PATCHES", 1000)  # several parts a call
+    monkeypatch.setattr(calibrate, "BLOCK", 7)  # several blocks
     model, calls = convolution(**options), calls_of_convolution()
     layer, split = model.layers["conv"], options.get("split", 0)
     inputs = np.concatenate(inputs_of(model, calls, "conv"))
@@ -208,25 +215,27 @@ def test_groups_of_a_unet(unet) -> None:
 
 
 class Fork(nn.Module):
-    """Layers that read the same values in some calls only, or with another geometry."""
+    """Layers that read the same values: all, in some calls only, twice, or with one property of their own."""
 
     def __init__(self):
         super().__init__()
-        self.a, self.b, self.c, self.twice = (nn.Conv2d(2, 2, 3, padding=1) for _ in range(4))
-        self.strided = nn.Conv2d(2, 2, 3, stride=2)
+        usual = {"kernel_size": 3, "padding": 1}
+        self.a, self.b, self.c, self.twice, self.split = (nn.Conv2d(4, 4, **usual) for _ in range(5))
+        self.strided, self.dilated = nn.Conv2d(4, 4, **usual, stride=2), nn.Conv2d(4, 4, **usual, dilation=2)
+        self.unpadded, self.grouped, self.other = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, **usual, groups=2), nn.Conv2d(4, 8, **usual)
 
     def forward(self, x, t):
-        self.strided(x)
+        for layer in (self.strided, self.dilated, self.unpadded, self.grouped, self.split, self.other):
+            layer(x)
         return self.a(x) + self.b(x) + self.c(x * t) + self.twice(self.twice(x))
 
 
 def test_members_of_a_group_agree_in_every_call_and_in_geometry() -> None:
-    graph = nx.DiGraph()
-    graph.add_nodes_from([(n, {"kind": "conv"}) for n in ("a", "b", "c", "twice", "strided")])
-    model = QuantizedDenoiser(Fork(), graph)
-    calls = [((torch.randn(1, 2, 5, 5), torch.tensor(float(t))), {}) for t in (1, 1, 2)]
-    assert input_groups(model, calls) == [("strided",), ("a", "b"), ("c",), ("twice",)]
-    assert input_groups(model, calls[:2]) == [("strided",), ("a", "b", "c"), ("twice",)]
+    model = quantized(Fork(), {"split": 2})
+    calls = [((torch.randn(1, 4, 5, 5), torch.tensor(float(t))), {}) for t in (1, 1, 2)]
+    alone = [("strided",), ("dilated",), ("unpadded",), ("grouped",), ("split",)]
+    assert input_groups(model, calls) == [*alone, ("other", "a", "b"), ("c",), ("twice",)]
+    assert input_groups(model, calls[:2]) == [*alone, ("other", "a", "b", "c"), ("twice",)]
     assert moments(model, calls, [("twice",)], [16])["twice", 16].rows == 2 * 3 * 25
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import diffusers
@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from aquabit.graph import trace as trace_denoiser
 from aquabit.quality import DigitsFeatures, Reference, bundled_reference
-from aquabit.scheme import AquabitError, Protocol
+from aquabit.quant.calibrate import Call, record_calls
+from aquabit.scheme import AquabitError, Calibration, Protocol
 
+CALIBRATION_BATCH, CALIBRATION_CALLS = 16, 64  # images of a denoiser call that is kept, and how many are kept
 DENOISERS = ("denoiser", "transformer", "unet")
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
@@ -57,6 +59,23 @@ def set_scheduler(pipe: DiffusionPipeline, name: str) -> None:
     if name == "default":
         return
     pipe.scheduler = getattr(diffusers, SCHEDULERS[name]).from_config(pipe.scheduler.config)
+
+
+def recorder(pipe: DiffusionPipeline) -> Callable[[Calibration], list[Call]]:
+    """What records the denoiser's calls while the pipeline makes calibration images, stratified over steps and conditions."""
+    scheduler = pipe.scheduler
+
+    def record(calibration: Calibration) -> list[Call]:
+        protocol, adapter = calibration.protocol(CALIBRATION_BATCH), Adapter(pipe)
+        now, pipe.scheduler = pipe.scheduler, scheduler
+        try:
+            set_scheduler(pipe, calibration.scheduler)
+            runs = [lambda batch=batch: adapter.images(protocol, batch) for batch in adapter.batches(protocol)]
+            return record_calls(adapter.denoiser, runs, CALIBRATION_CALLS)
+        finally:
+            pipe.scheduler = now
+
+    return record
 
 
 class Adapter:

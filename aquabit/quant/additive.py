@@ -5,8 +5,8 @@ slice (KAQ). What is minimised is AQLM's loss tr(dW H dW^T), by other means:
 
 1. scales = root mean square of a row; tables by residual k-means in the metric of H's diagonal blocks (``additive_init``);
 2. codes group after group, each group's error fed into the later ones, as GPTQ does with columns (``additive_codes.feedback``), and
-   tables by conjugate gradients and scales in closed form (``additive_tables``), PASSES times. On correlated inputs feedback finds codes that
-   no search from other codes reaches: a quarter less loss at 4x4;
+   tables by conjugate gradients and scales in closed form (``additive_tables``), PASSES times. On correlated inputs feedback finds codes
+   that no search from other codes reaches: a quarter less loss at 4x4;
 3. rounds of codes, searching each group on the residual gradient (W - W_hat) H (``additive_codes.sweep``), scales and tables, until the
    loss improves by less than TOLERANCE;
 4. tables and scales rounded to float16 as they are stored, and a last search of the codes against what was rounded.
@@ -20,7 +20,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import ceil, prod
+from math import prod
 from typing import Literal
 
 import torch
@@ -66,17 +66,13 @@ def additive(
 
     Each weight gets tables of its own; with ``shared`` all of them use the same tables (the very same tensor). ``beam`` is the width of the
     search over the M codes of a group. Groups that do not divide a row are padded. Warns where a format has more codewords
-    than the layer has groups (the rest stay zero) or groups longer than a row. Raises AquabitError for weights or H that are not finite, H that
-    is not positive semi-definite, and weights of different shapes.
+    than the layer has groups (the rest stay zero) or groups longer than a row. Raises AquabitError for H that is not finite or not positive
+    semi-definite, and for weights of different shapes.
     """
     shapes = {tuple(w.shape) for w in weights}
     if len(shapes) != 1:
         raise AquabitError(f"weights quantized together must have one shape, got {sorted(shapes)}")
     shape = shapes.pop()
-    for weight in weights:
-        bad = int((~torch.isfinite(weight)).sum())
-        if bad:
-            raise AquabitError(f"{bad} of {weight.numel()} weights are not finite (NaN or Inf); the model file is damaged or overflowed")
     problem = _problem(weights, shape, scheme, hessians, shared)
     _warn(problem, shape, scheme)
     state = _solve(problem, seed, rounds, beam, report)
@@ -122,7 +118,7 @@ def _warn(problem: Problem, shape: tuple[int, ...], scheme: Scheme) -> None:
     if problem.size > row:
         warnings.warn(f"{scheme} on a weight {list(shape)}: groups of {problem.size} are longer than a row, which is padded", stacklevel=3)
     if groups < problem.codewords:
-        text = f"{scheme} on a weight {list(shape)}: {groups} groups use at most {groups} of {problem.codewords} codewords, the others are zero"
+        text = f"{scheme} on a weight {list(shape)}: {groups} groups use at most as many of {problem.codewords} codewords, the others are 0"
         warnings.warn(text, stacklevel=3)
 
 

@@ -21,6 +21,7 @@ from aquabit.quant.model import QuantizedDenoiser, storage_dtype
 from aquabit.scheme import FP, AquabitError, QuantConfig, read_json
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+SHARED = "codebooks/"  # before the names of tensors that several layers use
 RECIPE = "quantization.json"  # configuration and, for each coded layer, how its codes are to be read
 
 
@@ -28,8 +29,9 @@ def is_packed(folder: Path) -> bool:
     return (folder / RECIPE).is_file()
 
 
-def packed_tensors(model: QuantizedDenoiser) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """All tensors to store, full-precision ones at 16 bits, and per coded layer its shape, code bits and order."""
+def packed_tensors(model: QuantizedDenoiser, config: QuantConfig) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """All tensors to store, full-precision ones at 16 bits, and per coded layer its shape, code bits and order, and the name of the tensor
+    that holds its codebooks where it shares them."""
     tensors: dict[str, Tensor] = {}
     specs: dict[str, Any] = {}
     coded = {n: layer.coded for n, layer in model.layers.items() if layer.coded is not None}
@@ -37,14 +39,20 @@ def packed_tensors(model: QuantizedDenoiser) -> tuple[dict[str, Tensor], dict[st
         if name.removesuffix(".weight") not in coded:
             tensors[name] = tensor.detach().to(storage_dtype(tensor)).contiguous().cpu()
     for name, weight in coded.items():
-        specs[name] = {"shape": list(weight.shape), "bits": weight.bits, "order": weight.order}
-        tensors |= {f"{name}.weight.{k}": v.contiguous().cpu() for k, v in weight.tensors().items()}
+        choice = config[name]
+        own = {f"{name}.weight.{k}": v for k, v in weight.tensors().items() if k != "codebooks" or not choice.weight.shared}
+        shared = f"{SHARED}{choice.codebook}: {choice.weight}" if choice.weight.shared else None
+        specs[name] = {"shape": list(weight.shape), "bits": weight.bits, "order": weight.order, "codebooks": shared}
+        if shared is not None:
+            assert weight.codebooks is not None
+            own[shared] = weight.codebooks
+        tensors |= {k: v.contiguous().cpu() for k, v in own.items()}
     return tensors, specs
 
 
 def save_packed_denoiser(model: QuantizedDenoiser, config: QuantConfig, folder: Path) -> int:
     """Write a packed denoiser into a component folder; the bytes of its tensors, which are the file's size without its header."""
-    tensors, specs = packed_tensors(model)
+    tensors, specs = packed_tensors(model, config)
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.safetensors"):
         old.unlink()
@@ -126,11 +134,16 @@ def _place(denoiser: nn.Module, name: str, layer: QuantLinear | QuantConv2d, cod
 
 def _is_code(key: str, coded: dict[str, CodebookWeight]) -> bool:
     layer, _, part = key.rpartition(".weight.")
-    return part in ("codes", "codebooks", "scale", "offset") and layer in coded
+    return key.startswith(SHARED) or (part in ("codes", "codebooks", "scale", "offset") and layer in coded)
 
 
 def _coded(name: str, spec: Any, tensors: dict[str, Tensor], folder: Path) -> CodebookWeight:
     own = {k: tensors[f"{name}.weight.{k}"] for k in ("codes", "codebooks", "scale", "offset") if f"{name}.weight.{k}" in tensors}
+    shared = spec.get("codebooks") if isinstance(spec, dict) else None
+    if shared is not None:
+        if shared not in tensors or not str(shared).startswith(SHARED):
+            raise AquabitError(f"{folder}: layer {name!r} shares the codebooks {shared!r}, which are not stored")
+        own["codebooks"] = tensors[shared]
     try:
         return from_tensors(own, tuple(int(s) for s in spec["shape"]), int(spec["bits"]), str(spec["order"]))
     except (KeyError, TypeError, ValueError) as error:

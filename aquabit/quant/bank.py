@@ -1,10 +1,11 @@
-"""Bank: a cache on disk of (layer weight, scheme) -> CodebookWeight; a scheme is fitted to a layer once."""
+"""Bank: a cache on disk of (layer weight, scheme, context of its fit) -> CodebookWeight; a scheme is fitted to a layer once."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from aquabit.kernels.codebook import CodebookWeight, from_tensors
-from aquabit.quant.weights import quantize_weight, relative_error
 from aquabit.scheme import AquabitError, Scheme
 
 FORMAT = 1
@@ -39,8 +39,19 @@ def _bytes_of(data: Tensor) -> Any:
     return {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[data.element_size()]
 
 
+@dataclass(frozen=True)
+class Fit:
+    """A coded weight with its relative squared weight error, its relative output error under the H it was fitted with (None without), and
+    what is to be said of the fit (unused codewords, a diagonal H)."""
+
+    coded: CodebookWeight
+    error: float
+    output: float | None = None
+    notes: tuple[str, ...] = ()
+
+
 class Bank:
-    """Safetensors files named by weight hash and scheme, written atomically (a killed writer leaves at most a temporary file).
+    """Safetensors files named by weight hash, scheme and context, written atomically (a killed writer leaves at most a temporary file).
 
     Several processes may share a folder. ``limit`` bytes are kept: ``trim`` evicts what was used longest ago, never what this process
     used. Files are memory-mapped on reading.
@@ -54,36 +65,30 @@ class Bank:
         except OSError as error:
             raise AquabitError(f"the bank folder {self.folder} cannot be made: {error.strerror}") from error
 
-    def path(self, key: str, scheme: Scheme) -> Path:
-        return self.folder / f"{key}-{scheme}.safetensors"
+    def path(self, key: str, scheme: Scheme, context: str = "") -> Path:
+        return self.folder / ("-".join(filter(None, (key, str(scheme), context))) + ".safetensors")
 
-    def get(self, key: str, scheme: Scheme) -> tuple[CodebookWeight, float] | None:
-        """A stored weight and its relative squared error; None where it is missing or unreadable."""
-        path = self.path(key, scheme)
+    def get(self, key: str, scheme: Scheme, context: str = "") -> Fit | None:
+        """A stored fit; None where it is missing or unreadable. ``context`` is what else than weight and scheme it depends on."""
+        path = self.path(key, scheme, context)
         try:
             with safe_open(path, "pt") as file:
                 spec = json.loads(file.metadata()["aquabit"])
                 tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
             coded = from_tensors(tensors, tuple(spec["shape"]), spec["bits"], spec["order"])
+            fit = Fit(coded, float(spec["error"]), spec.get("output"), tuple(spec.get("notes", ())))
+            os.utime(path)
         except (FileNotFoundError, SafetensorError, OSError, KeyError, TypeError, ValueError):
             return None  # missing, or damaged: it is fitted again
         self._used.add(path)
-        return coded, float(spec["error"])
+        return fit
 
-    def fit(self, weight: Tensor, key: str, scheme: Scheme) -> tuple[CodebookWeight, float]:
-        """The stored weight, fitted and stored first where it is missing."""
-        found = self.get(key, scheme)
-        if found is None:
-            coded = quantize_weight(weight, scheme)
-            found = coded, relative_error(weight, coded)
-            self._store(self.path(key, scheme), coded, found[1])
-        else:
-            os.utime(self.path(key, scheme))
-        return found
-
-    def _store(self, path: Path, coded: CodebookWeight, error: float) -> None:
-        spec = {"format": FORMAT, "shape": coded.shape, "bits": coded.bits, "order": coded.order, "error": error}
-        self.write(path, coded.tensors(), {"aquabit": json.dumps(spec)})
+    def put(self, key: str, scheme: Scheme, context: str, fit: Fit) -> None:
+        """Store a fit."""
+        coded = fit.coded
+        spec = {"format": FORMAT, "shape": coded.shape, "bits": coded.bits, "order": coded.order}
+        facts = {"error": fit.error, "output": fit.output, "notes": fit.notes}
+        self.write(self.path(key, scheme, context), coded.tensors(), {"aquabit": json.dumps({**spec, **facts})})
 
     def write(self, path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
         """A safetensors file in the bank, whole or not at all; raises AquabitError where it cannot be written."""

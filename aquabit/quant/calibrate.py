@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,10 @@ from torch.nn import functional
 
 from aquabit.quant.hessian import damped
 from aquabit.quant.layers import QuantConv2d, QuantLinear
-from aquabit.quant.model import QuantizedDenoiser
 from aquabit.scheme import AquabitError, Progress, QuantConfig, no_progress
+
+if TYPE_CHECKING:
+    from aquabit.quant.model import QuantizedDenoiser
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # arguments of one denoiser call, tensors on the CPU
 Group = tuple[str, ...]  # layers that read the same tensor

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import networkx as nx
 import torch
 from torch import Tensor, nn
 
+from aquabit.graph import codebook_names
+from aquabit.kernels.codebook import CodebookWeight
 from aquabit.kernels.reference import Accuracy
 from aquabit.quant.attention import patch_attention_
 from aquabit.quant.bank import Bank, weight_hash
+from aquabit.quant.fitting import Fitter, Need, Record
 from aquabit.quant.layers import QuantConv2d, QuantLinear, quant_layer
-from aquabit.scheme import FP, AquabitError, QuantConfig, Scheme
+from aquabit.scheme import FP, AquabitError, Calibration, LayerChoice, Progress, QuantConfig, no_progress
 
 DECODED_LIMIT = 1 << 28  # bytes of decoded weights that a denoiser keeps
 
@@ -46,17 +49,23 @@ class QuantizedDenoiser:
     """Wraps a denoiser in place: every layer of ``graph`` becomes a QuantLinear or QuantConv2d under its own name.
 
     ``apply`` switches the layers that differ from the last configuration to decoded weights from the bank (dense mode);
-    ``pack`` switches to coded ones. Other tensors are rounded to their 16-bit storage, so that dense and packed agree.
-    Raises AquabitError for layers that the model does not have.
+    ``pack`` switches to coded ones. Weights that the bank lacks are fitted, which for calibrated schemes takes ``record``, the denoiser
+    calls of a full-precision run. Other tensors are rounded to their 16-bit storage, so that dense and packed agree. Raises AquabitError
+    for layers that the model does not have.
     """
 
-    def __init__(self, denoiser: nn.Module, graph: nx.DiGraph, bank: Bank | None = None):
-        self.denoiser, self.bank = denoiser, bank
+    def __init__(
+        self, denoiser: nn.Module, graph: nx.DiGraph, bank: Bank | None = None, fingerprint: str = "", record: Record | None = None
+    ):  # fmt: skip
+        self.denoiser = denoiser
+        self.partners = codebook_names(graph)
+        self._fitter = None if bank is None else Fitter(self, bank, fingerprint, record, self.partners)
         self.layers: dict[str, QuantLinear | QuantConv2d] = {}
         self._full: dict[str, Tensor] = {}
         self._stored: dict[str, torch.dtype] = {}
         self._keys: dict[str, str] = {}
-        self._recent: dict[tuple[str, Scheme], Tensor] = {}
+        self._held: dict[str, tuple[Any, ...]] = {}  # what each layer's weight was last set to
+        self._recent: dict[tuple[Any, ...], Tensor] = {}
         self._recent_bytes = 0
         self._attention = {n: a["attention"] for n, a in graph.nodes(data=True) if a.get("attention")}
         bad = [n for n, p in denoiser.named_parameters() if not bool(torch.isfinite(p).all())]
@@ -89,33 +98,57 @@ class QuantizedDenoiser:
             self._keys[name] = weight_hash(self._full[name])
         return self._keys[name]
 
-    def fit(self, name: str, schemes: Iterable[Scheme]) -> dict[str, float]:
-        """Fit schemes to one layer in the bank; scheme text -> relative squared error."""
-        assert self.bank is not None
-        return {str(s): self.bank.fit(self._full[name], self.key(name), s)[1] for s in schemes if s != FP}
+    def full(self, name: str) -> Tensor:
+        """A layer's full-precision weight."""
+        return self._full[name]
 
-    def _coded(self, name: str, scheme: Scheme) -> Any:
-        assert self.bank is not None
-        full = self._full[name]
-        return self.bank.fit(full, self.key(name), scheme)[0].to(full.device)
+    @property
+    def fitter(self) -> Fitter:
+        if self._fitter is None:
+            raise AquabitError("this model was opened without a bank; it can run in full precision only")
+        return self._fitter
 
-    def _decoded(self, name: str, scheme: Scheme) -> Tensor:
+    def _identity(self, name: str, choice: LayerChoice, calibration: Calibration | None) -> tuple[Any, ...]:
+        """What a layer's weight depends on: H is of the activations as they are rounded."""
+        if not choice.weight.calibrated:
+            return name, choice.weight
+        return name, choice.weight, choice.act, calibration or Calibration()
+
+    def _decoded(self, name: str, choice: LayerChoice, calibration: Calibration | None) -> Tensor:
         """A decoded weight; the last ones used, up to DECODED_LIMIT bytes, are kept (decoding is 3 % of a small measurement)."""
-        found = self._recent.pop((name, scheme), None)
+        key = self._identity(name, choice, calibration)
+        found = self._recent.pop(key, None)
         if found is None:
-            found = self._coded(name, scheme).dequantize().to(self._full[name].dtype)
+            full = self._full[name]
+            coded = self.fitter.coded(Need(name, choice.weight, choice.act), calibration)
+            found = coded.to(full.device).dequantize().to(full.dtype)
             self._recent_bytes += found.nbytes
-        self._recent[name, scheme] = found  # the newest last
+        self._recent[key] = found  # the newest last
         while self._recent_bytes > DECODED_LIMIT and len(self._recent) > 1:
             self._recent_bytes -= self._recent.pop(next(iter(self._recent))).nbytes
         return found
+
+    def prepare(self, config: QuantConfig, progress: Progress = no_progress) -> None:
+        """Fit what the bank lacks for a configuration, together: calibration runs once for many layers."""
+        wanted = [
+            (n, c) for n, c in config.layers.items() if c.weight != FP and self._identity(n, c, config.calibration) not in self._recent
+        ]
+        needs = [Need(n, c.weight, c.act) for n, c in wanted]
+        absent = [need for need in needs if not self.fitter.has(need, config.calibration)]
+        if absent:
+            self.fitter.fit(absent, config.calibration, progress)
 
     def _check(self, config: QuantConfig) -> None:
         unknown = [n for n in config.layers if n not in self.layers]
         if unknown:
             raise AquabitError(f"unknown layer {unknown[0]!r} in the configuration; the model's layers are listed by `aquabit inspect`")
-        shared = [n for n, choice in config.layers.items() if choice.codebook is not None]
-        later = {"step groups": config.steps, "a noise correction": config.correction, "shared codebooks": shared}
+        for name, choice in config.layers.items():
+            if choice.codebook != (self.partners.get(name) if choice.weight.shared else None):
+                known = (
+                    f"its codebooks are {self.partners[name]!r}" if name in self.partners else "it has no partner to share codebooks with"
+                )
+                raise AquabitError(f"layer {name!r} at {choice.weight} names codebooks {choice.codebook!r}; {known}")
+        later = {"step groups": config.steps, "a noise correction": config.correction}
         asked = [what for what, value in later.items() if value]
         if asked:
             raise AquabitError(f"the configuration asks for {asked[0]}, which this version cannot run; remove it from the configuration")
@@ -128,22 +161,39 @@ class QuantizedDenoiser:
     def apply(self, config: QuantConfig) -> None:
         """Dense mode: decoded weights and fake-quantized activations."""
         self._check(config)
+        if config.layers:
+            self.prepare(config)
         for name, layer in self.layers.items():
             choice = config[name]
             self._set_activations(name, choice.act)
-            if layer.scheme != choice.weight or layer.coded is not None:
+            held = self._identity(name, choice, config.calibration)
+            if self._held.get(name) != held or layer.coded is not None:
                 full = self._full[name]
-                layer.set_dense_(full if choice.weight == FP else self._decoded(name, choice.weight), choice.weight)
+                weight = full if choice.weight == FP else self._decoded(name, choice, config.calibration)
+                layer.set_dense_(weight, choice.weight)
+                self._held[name] = held
 
-    def pack(self, config: QuantConfig, accuracy: Accuracy = "fast") -> None:
-        """Packed mode: coded weights on the kernels; layers at ``fp`` keep their weight at 16 bits. Full weights are dropped."""
+    def pack(self, config: QuantConfig, accuracy: Accuracy = "fast", progress: Progress = no_progress) -> None:
+        """Packed mode: coded weights on the kernels; layers at ``fp`` keep their weight at 16 bits. Full weights are dropped.
+
+        Layers that share codebooks hold the same tensor.
+        """
         self._check(config)
+        self.prepare(config, progress)
+        tables: dict[tuple[str | None, str], Tensor | None] = {}
+        coded: dict[str, CodebookWeight] = {}
+        for name, choice in config.layers.items():
+            if choice.weight == FP:
+                continue
+            weight = self.fitter.coded(Need(name, choice.weight, choice.act), config.calibration).to(self._full[name].device)
+            if choice.weight.shared:
+                weight = replace(weight, codebooks=tables.setdefault((choice.codebook, str(choice.weight)), weight.codebooks))
+            coded[name] = weight
         for name, layer in self.layers.items():
-            choice = config[name]
-            self._set_activations(name, choice.act)
+            self._set_activations(name, config[name].act)
             layer.accuracy = accuracy
-            if choice.weight != FP:
-                layer.set_packed_(self._coded(name, choice.weight), choice.weight)
+            if name in coded:
+                layer.set_packed_(coded[name], config[name].weight)
             layer.shrink_(self._stored[name])
         self._full.clear()
         self._recent.clear()

@@ -1,32 +1,64 @@
-"""quantize_weight: one weight, one scheme, one CodebookWeight."""
+"""quantize_weight: one weight, one scheme, one CodebookWeight; quantize_weights: several of one shape together."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from aquabit.kernels.codebook import CodebookWeight
+from aquabit.quant.additive import additive
+from aquabit.quant.feedback import kmeans_with_feedback, uniform_with_feedback
 from aquabit.quant.scalar import kmeans, uniform
 from aquabit.scheme import AquabitError, Scheme
 
-QUANTIZERS: dict[str, Callable[[Tensor, Scheme], CodebookWeight]] = {"usq": uniform, "vq": kmeans}
+PLAIN: dict[str, Callable[[Tensor, Scheme], CodebookWeight]] = {"usq": uniform, "vq": kmeans}
+OUTPUT_AWARE: dict[str, Callable[[Tensor, Scheme, Tensor | None], CodebookWeight]] = {
+    "usq": uniform_with_feedback, "vq": kmeans_with_feedback,
+}  # fmt: skip
 
 
 def quantize_weight(weight: Tensor, scheme: str | Scheme, hessian: Tensor | None = None, seed: int = 0) -> CodebookWeight:
     """Fit ``scheme`` to a weight [out, in] or [out, in, kh, kw].
 
-    The scalar quantizers are deterministic and minimise the weight's squared error; ``hessian`` and ``seed`` belong to the output-aware
-    schemes. Raises AquabitError for a weight that is not finite, and for schemes that this version cannot fit.
+    ``usq`` and ``vq`` minimise the weight's squared error; ``usq3h``, ``vq3h`` and ``aq`` the output error tr(dW H dW^T) with ``hessian``,
+    the second moments of the layer's input: [R, R] over ``weight.flatten(1)``, [groups, R, R] for a grouped convolution, or a diagonal
+    [R]. ``aq`` takes the identity where none is given. Only ``aq`` draws from ``seed``. Raises AquabitError for weights or H that are not
+    finite, H of the wrong shape or not positive semi-definite, ``h`` schemes without H, and H for a scheme that does not use it.
     """
     parsed = Scheme.parse(scheme)
-    if parsed.kind not in QUANTIZERS or parsed.output_aware or hessian is not None:
-        raise AquabitError(f"scheme {parsed} cannot be fitted yet: additive and output-aware quantizers arrive later; usq and vq are here")
+    if parsed.shared:
+        raise AquabitError(
+            f"scheme {parsed} shares its codebooks: fit the layers together with quantize_weights, or name {str(parsed)[:-1]}"
+        )
+    return quantize_weights([weight], parsed, [hessian], seed)[0]
+
+
+def quantize_weights(
+    weights: Sequence[Tensor], scheme: str | Scheme, hessians: Sequence[Tensor | None] | None = None, seed: int = 0
+) -> list[CodebookWeight]:
+    """``quantize_weight`` for weights of one shape, together; where the scheme shares codebooks, all hold the same tensor."""
+    parsed, moments = Scheme.parse(scheme), list(hessians or [None] * len(weights))
+    if parsed.kind == "fp":
+        raise AquabitError("scheme fp stores the weight as it is; there is nothing to fit")
+    for weight, hessian in zip(weights, moments, strict=True):
+        _check(weight, parsed, hessian)
+    if parsed.kind == "aq":
+        return additive(weights, parsed, moments, seed, shared=parsed.shared)
+    if parsed.output_aware:
+        return [OUTPUT_AWARE[parsed.kind](w, parsed, h) for w, h in zip(weights, moments, strict=True)]
+    return [PLAIN[parsed.kind](w, parsed) for w in weights]
+
+
+def _check(weight: Tensor, scheme: Scheme, hessian: Tensor | None) -> None:
     bad = int((~torch.isfinite(weight)).sum())
     if bad:
         raise AquabitError(f"{bad} of {weight.numel()} weights are not finite (NaN or Inf); the model file is damaged or overflowed")
-    return QUANTIZERS[parsed.kind](weight, parsed)
+    if scheme.output_aware and hessian is None:
+        raise AquabitError(f"scheme {scheme} is fitted with H, and none is given; give hessian=, or name {str(scheme)[:-1]}")
+    if not scheme.calibrated and hessian is not None:
+        raise AquabitError(f"scheme {scheme} is fitted to the weight alone and would ignore H; name {scheme}h to use it")
 
 
 def relative_error(weight: Tensor, coded: CodebookWeight) -> float:

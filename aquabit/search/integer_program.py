@@ -114,41 +114,52 @@ def _within(choice: np.ndarray, options: Options, cost_model: CostModel, budget:
 
 def _milp(
     scores: np.ndarray, options: Options, cuts: Sequence[tuple[np.ndarray, int]], relative_gap: float, nodes: int,
-    limits: Sequence[int] | None = None,
+    limits: Sequence[int] | None = None, opening_scores: np.ndarray | None = None,
 ) -> tuple[np.ndarray | None, float]:  # fmt: skip
     """Columns [L] and a lower bound on the total of ``scores`` [L, C]; (None, inf) where no choice keeps the limits.
 
     ``limits`` names the rows of ``options.costs`` to keep (default: all). Costs enter as the excess over the layer's smallest, divided
-    by the largest excess, so that rows of bytes and of BOPs are alike to HiGHS.
+    by the largest excess, so that rows of bytes and of BOPs are alike to HiGHS. Shared codebooks are further variables, each 1 where a
+    layer uses them; ``opening_scores`` are theirs (default: none).
     """
     cells = np.argwhere(options.columns.allowed)
     layer, column = cells.T
-    variables = np.arange(len(cells))
-    rows: list[Any] = [csr_matrix((np.ones(len(cells)), (layer, variables)))]
-    low, high = [np.ones(len(scores))], [np.ones(len(scores))]
+    count, openings = len(cells), options.openings
+
+    def row(of_cells: np.ndarray, of_openings: np.ndarray | None = None) -> Any:
+        return csr_matrix(np.concatenate([of_cells, np.zeros(len(openings)) if of_openings is None else of_openings])[None])
+
+    picks = csr_matrix((np.ones(count), (layer, np.arange(count))), shape=(len(scores), count + len(openings)))
+    rows, low, high = [picks], [np.ones(len(scores))], [np.ones(len(scores))]
+
+    def at_most(left: Any, right: float) -> None:
+        rows.append(left)
+        low.append(np.array([-np.inf]))
+        high.append(np.array([right]))
+
     for r in range(len(options.caps)) if limits is None else limits:
         least = np.where(options.columns.allowed, options.costs[r], np.inf).min(1)
         excess = options.costs[r][layer, column] - least[layer]
         unit = 1e3 / max(float(excess.max()), 1e-300)
-        rows.append(csr_matrix(excess[None] * unit))
-        low.append(np.array([-np.inf]))
-        high.append(np.array([(options.caps[r] - least.sum()) * unit]))
+        at_most(row(excess * unit, np.array([o.costs[r] * unit for o in openings])), (options.caps[r] - least.sum()) * unit)
+    for k, opening in enumerate(openings):
+        for member in opening.layers:
+            at_most(row(((layer == member) & opening.columns[column]).astype(float), -np.eye(len(openings))[k]), 0.0)
     for known, differ in cuts:
-        rows.append(csr_matrix((known[layer] == column).astype(float)[None]))
-        low.append(np.array([-np.inf]))
-        high.append(np.array([len(scores) - float(differ)]))
+        at_most(row((known[layer] == column).astype(float)), len(scores) - float(differ))
     constraints = [LinearConstraint(a, lo, hi) for a, lo, hi in zip(rows, low, high, strict=True)]
+    extra = np.zeros(len(openings)) if opening_scores is None else opening_scores
     with _silent():
         found = milp(
-            scores[layer, column], integrality=np.ones(len(cells)), bounds=Bounds(0, 1), constraints=constraints,
-            options={"mip_rel_gap": relative_gap, "node_limit": nodes},
+            np.concatenate([scores[layer, column], extra]), integrality=np.ones(count + len(openings)), bounds=Bounds(0, 1),
+            constraints=constraints, options={"mip_rel_gap": relative_gap, "node_limit": nodes},
         )  # fmt: skip
     if found.x is None and found.status == 1:
         raise AquabitError(f"the integer program stopped after {nodes} nodes without a solution; raise `nodes`")
     if found.x is None:
         return None, np.inf
     share = np.full(scores.shape, -1.0)
-    share[layer, column] = found.x
+    share[layer, column] = found.x[:count]
     bound = found.mip_dual_bound if found.mip_dual_bound is not None else found.fun
     return share.argmax(1), float(bound)
 
@@ -185,7 +196,8 @@ def _infeasible(options: Options, cost_model: CostModel, budget: Budget, cut: bo
     for r, name in enumerate(options.names):
         others = [k for k in range(len(options.names)) if k != r]
         unit = SCALE / max(float(options.costs[r].max()), 1e-300)
-        choice, _ = _milp(options.costs[r] * unit, options, (), 0.0, NODES, others)
+        tables = np.array([opening.costs[r] * unit for opening in options.openings])
+        choice, _ = _milp(options.costs[r] * unit, options, (), 0.0, NODES, others, tables)
         high = cost_model.limits(fixed)[name][1]
         if choice is None:
             continue

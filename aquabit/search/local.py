@@ -34,6 +34,8 @@ class _Counted:
     def __call__(self, choice: np.ndarray) -> np.ndarray:
         self.rows += len(choice)
         self.left -= len(choice)
+        if not len(choice):
+            return np.zeros(0)
         parts = [self.predict(*self.options.columns.split(choice[i : i + BATCH])) for i in range(0, len(choice), BATCH)]
         values = np.concatenate([np.asarray(p, float) for p in parts])
         return np.where(np.isnan(values), np.inf, values)
@@ -92,8 +94,9 @@ def _descend(choice: np.ndarray, value: float, counted: _Counted, pairs: int) ->
         if len(first):
             double = single[first]
             double[np.arange(len(first)), layer[second]] = column[second]
+            double = double[options.keeps(double)]  # two changes that share codebooks do not cost what each does alone
             paired = counted(double)
-            if paired.min() < reached:
+            if len(double) and paired.min() < reached:
                 best, reached = double[paired.argmin()], float(paired.min())
         if not reached < value:
             return choice, value, table
@@ -107,7 +110,7 @@ def _exchanges(
 
     First halves are the changes predicted better (at most LIFTS of them, by gain per cost), or the least bad where none is.
     """
-    change = options.costs[:, layer, column] - options.costs[:, layer, choice[layer]]
+    change = options.changes(choice)[:, layer, column]
     slack = options.caps - options.used(choice)
     weight = np.maximum((change / np.maximum(options.caps, 1)[:, None]).max(0), 1e-9)
     better = np.flatnonzero(values < value)

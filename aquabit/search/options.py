@@ -68,13 +68,30 @@ class Columns:
 
 
 @dataclass(frozen=True)
+class Opening:
+    """What costs [R] once where any of ``layers`` [k] takes one of ``columns`` (boolean [C]): codebooks that layers share."""
+
+    layers: np.ndarray
+    columns: np.ndarray
+    costs: np.ndarray
+
+    def users(self, choice: np.ndarray) -> np.ndarray:
+        """Boolean [..., k] for columns [..., L]."""
+        return np.asarray(self.columns[choice[..., self.layers]])
+
+
+@dataclass(frozen=True)
 class Options:
-    """Columns with their exact costs [R, L, C] and the R upper limits ``caps`` [R]: bytes of all weights, and BOPs where limited."""
+    """Columns with their exact costs [R, L, C] and the R upper limits ``caps`` [R]: bytes of all weights, and BOPs where limited.
+
+    ``openings`` cost on top of ``costs``, once each.
+    """
 
     columns: Columns
     names: tuple[str, ...]  # of the R limits
     costs: np.ndarray
     caps: np.ndarray
+    openings: tuple[Opening, ...] = ()
 
     @staticmethod
     def of(cost_model: CostModel, budget: Budget) -> Options:
@@ -95,11 +112,27 @@ class Options:
             names.append("bops")
             costs.append(cost_model.macs[:, None] * cost_model.weight_bits[:, every] * cost_model.act_bits(columns.acts))
             caps.append(budget.bops * (1 + 5e-13))  # inside the tolerance of CostModel.within
-        return Options(columns, tuple(names), np.stack(costs), np.array(caps))
+        sized = np.array([name in ("bits", "bytes") for name in names], float)
+        tables = cost_model.shared if sized.any() else []
+        openings = tuple(Opening(t.layers, every == t.column, sized * t.bytes) for t in tables)
+        return Options(columns, tuple(names), np.stack(costs), np.array(caps), openings)
 
     def used(self, choice: np.ndarray) -> np.ndarray:
         """Costs [R, ...] of columns [..., L]."""
-        return np.asarray(self.costs[:, np.arange(choice.shape[-1]), choice].sum(-1))
+        total = self.costs[:, np.arange(choice.shape[-1]), choice].sum(-1)
+        for opening in self.openings:
+            total = total + np.multiply.outer(opening.costs, opening.users(choice).any(-1))
+        return np.asarray(total)
+
+    def changes(self, choice: np.ndarray) -> np.ndarray:
+        """What each single change of ``choice`` [L] adds to the costs, exactly: [R, L, C]."""
+        change = self.costs - self.costs[:, np.arange(len(choice)), choice][:, :, None]
+        for opening in self.openings:
+            users = opening.users(choice)
+            others = (users.sum() - users)[:, None] > 0
+            after = (opening.columns[None] | others).astype(float)
+            change[:, opening.layers] += opening.costs[:, None, None] * (after - float(users.any()))
+        return np.asarray(change)
 
     def keeps(self, choice: np.ndarray) -> np.ndarray:
         """Boolean [...]: which rows of columns [..., L] keep every limit."""
@@ -118,8 +151,7 @@ class Options:
         """
         choice, rows = choice.copy(), np.arange(len(choice))
         while not self.keeps(choice):
-            used = self.used(choice)
-            change = self.costs - self.costs[:, rows, choice][:, :, None]
+            used, change = self.used(choice), self.changes(choice)
             gain = self.overrun(used) - self.overrun(used[:, None, None] + change)
             with np.errstate(invalid="ignore"):  # from infinitely bad to infinitely bad is no rise that can be weighed
                 rise = np.maximum(scores - scores[rows, choice][:, None], 0)

@@ -23,12 +23,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from aquabit.pipelines import Adapter, denoiser_name, load, set_scheduler
+from aquabit.pipelines import Adapter, denoiser_name, load, recorder, set_scheduler
 from aquabit.quality import DigitsFeatures, NonFiniteImages, Quality, Reference
 from aquabit.quality.paired import mse, psnr_from_mse, ssim
 from aquabit.quant.bank import Bank
 from aquabit.quant.model import QuantizedDenoiser
-from aquabit.scheme import AquabitError, Measurement, Protocol, QuantConfig, Scheme
+from aquabit.scheme import AquabitError, Calibration, Measurement, Protocol, QuantConfig, Scheme
 from aquabit.space import SKETCH
 
 PROBE_IMAGES, PROBE_SEED = 8, 700_000_001  # seeds that no measurement uses
@@ -95,32 +95,53 @@ class Evaluator:
         self.pipe, self.bank, self.fingerprint, self.device = pipe, bank, fingerprint, device
         self.scheduler = pipe.scheduler
         self.adapter = Adapter(pipe)
-        self.quantized = QuantizedDenoiser(self.adapter.denoiser.eval(), graph, bank)
+        self.quantized = QuantizedDenoiser(self.adapter.denoiser.eval(), graph, bank, fingerprint, recorder(pipe))
         self.extractor: DigitsFeatures | None
         self.reference: Reference | None
         self.extractor, self.reference = self.adapter.reference()
         self._full: tuple[str, Tensor] | None = None
         self._probed: tuple[str, Tensor] | None = None
 
-    def fit(self, layer: str, schemes: list[str], acts: list[int], protocol: Protocol) -> dict[str, dict[str, Any]]:
-        """Fit schemes to a layer in the bank; what each of them, and each of ``acts`` as ``a6`` or ``a8``, does when it is the only one.
+    def chunks(self, layers: list[str], acts: list[int], calibration: Calibration) -> list[list[str]]:
+        """Layers in portions whose H fit into memory together."""
+        with single_thread(self.device):
+            portions = self.quantized.fitter.chunks(layers, acts, calibration)
+        return [[layer for group in portion for layer in group] for portion in portions]
 
-        ``error`` is the relative squared weight error. ``damage`` is the mean squared deviation of PROBE_IMAGES images from full precision,
-        ``sketch`` a fixed random projection of the deviations, SKETCH numbers: sketches add up as deviations do to first order.
+    def fit(
+        self, schemes: dict[str, list[str]], probes: dict[str, list[int]], acts: list[int], protocol: Protocol,
+        calibration: Calibration | None,
+    ) -> dict[str, dict[str, dict[str, Any]]]:  # fmt: skip
+        """Fit schemes (layer -> schemes) in the bank, calibrated ones for each of ``acts``; layer -> scheme -> facts, and what activations
+        do alone ("a8", "a6") where ``probes`` (layer -> activation bits) asks for it.
+
+        ``error`` is the relative squared weight error, ``output`` (with a calibration) the relative output error under H at the first of
+        ``acts``. ``damage`` is the mean squared deviation of PROBE_IMAGES images from full precision where it is the only change,
+        ``sketch`` a fixed random projection of the deviations, SKETCH numbers: sketches add up as deviations do to first order. A scheme
+        that is fitted for rounded activations is probed with them, against images with that layer's activations rounded alone.
         """
         with single_thread(self.device):
-            errors = self.quantized.fit(layer, [Scheme.parse(s) for s in schemes])
-            base = QuantConfig(self.fingerprint, {})
-            found = {s: {"error": e, **self._probe(base.with_layer(layer, s, 16), protocol)} for s, e in errors.items()}
-            return found | {f"a{a}": self._probe(base.with_layer(layer, "fp", a), protocol) for a in acts if a < 16}
+            wanted = {layer: [Scheme.parse(s) for s in row] for layer, row in schemes.items() if row}
+            facts = self.quantized.fitter.facts(list(wanted), wanted, acts, calibration) if wanted else {}
+            base = QuantConfig(self.fingerprint, {}, calibration=calibration)
+            return {layer: self._probe(layer, facts.get(layer, {}), probes[layer], acts[0], protocol, base) for layer in schemes}
 
-    def _probe(self, config: QuantConfig, protocol: Protocol) -> dict[str, Any]:
+    def _probe(
+        self, layer: str, facts: dict[str, dict[str, Any]], probes: list[int], act: int, protocol: Protocol, base: QuantConfig
+    ) -> dict[str, dict[str, Any]]:
+        """``facts`` of one layer with what each scheme, and each activation width of ``probes``, does to images."""
         few = replace(protocol, images=PROBE_IMAGES, micro_batch=PROBE_IMAGES, seed=PROBE_SEED)
         if self._probed is None or self._probed[0] != protocol.digest:
             self._probed = protocol.digest, self.generate(QuantConfig(self.fingerprint, {}), few)
-        change = (self.generate(config, few) - self._probed[1]).nan_to_num(nan=1.0)  # images lie in [0, 1]: NaN is as bad as can be
-        coarse = adaptive_avg_pool2d(change, min(8, *change.shape[-2:])).flatten(1)
-        return {"damage": float(change.square().mean()), "sketch": sketch(coarse)}
+        full = self._probed[1]
+        rounded = {a: self.generate(base.with_layer(layer, "fp", a), few) for a in {*probes, act} if a < 16} | {16: full}
+        found = {f"a{a}": _deviation(rounded[a], full) for a in probes if a < 16}
+        for text, value in facts.items():
+            scheme = Scheme.parse(text)
+            own = act if scheme.calibrated else 16
+            images = self.generate(base.with_layer(layer, scheme, own, self.quantized.partners[layer] if scheme.shared else None), few)
+            found[text] = {**value, **_deviation(images, rounded[own])}
+        return found
 
     def generate(self, config: QuantConfig, protocol: Protocol) -> Tensor:
         """All images of a configuration [n, c, h, w] in [0, 1]."""
@@ -177,6 +198,12 @@ class Evaluator:
 
     def _keep(self, protocol: Protocol, images: Tensor) -> None:
         self.bank.write(self._path(protocol), {"images": images.contiguous()})
+
+
+def _deviation(images: Tensor, reference: Tensor) -> dict[str, Any]:
+    change = (images - reference).nan_to_num(nan=1.0)  # images lie in [0, 1]: NaN is as bad as can be
+    coarse = adaptive_avg_pool2d(change, min(8, *change.shape[-2:])).flatten(1)
+    return {"damage": float(change.square().mean()), "sketch": sketch(coarse)}
 
 
 def sketch(change: Tensor) -> list[float]:

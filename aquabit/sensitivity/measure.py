@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import networkx as nx
@@ -16,7 +16,7 @@ from aquabit.graph import to_json
 from aquabit.pipelines import Adapter, check_scheduler, denoiser_of, load, trace
 from aquabit.quant.bank import Bank
 from aquabit.quant.model import fingerprint
-from aquabit.scheme import FP, AquabitError, Progress, Protocol, QuantConfig, direction, no_progress
+from aquabit.scheme import FP, AquabitError, Calibration, Progress, Protocol, QuantConfig, Scheme, direction, no_progress
 from aquabit.sensitivity.evaluator import Evaluator
 from aquabit.sensitivity.pool import InlinePool, Task, WorkerPool
 from aquabit.space import SearchSpace, make_space
@@ -83,17 +83,39 @@ def pool_for(model: Model, bank: Bank, workers: int, device: str, dtype: str) ->
 def fit_all(pool: InlinePool | WorkerPool, study: Study, space: SearchSpace, protocol: Protocol, progress: Progress = no_progress) -> None:
     """Every (layer, scheme) of the space into the bank, and what it does alone into the study; what is known is skipped."""
     known = study.features()
-    tasks: list[Task] = []
-    for layer, row in space.choices.items():
-        if row == (FP,):
-            continue
-        schemes = [str(s) for s in row if s != FP and "damage" not in known.get((layer, str(s)), {})]
-        acts = [a for a in space.activations if a < 16 and (layer, f"a{a}") not in known]
-        if schemes or acts:
-            tasks.append({"task": "fit", "layer": layer, "schemes": schemes, "acts": acts, "protocol": protocol.to_dict()})
-    for done, (task, facts) in enumerate(pool.run(tasks), 1):
-        study.add_features({(task["layer"], scheme): value for scheme, value in facts.items()})
-        progress("fitting and probing layers", done, len(tasks))
+    schemes = {k: [s for s in row if s != FP and "damage" not in known.get((k, str(s)), {})] for k, row in space.choices.items()}
+    probes = {
+        k: [a for a in space.activations if a < 16 and row != (FP,) and (k, f"a{a}") not in known] for k, row in space.choices.items()
+    }
+    acts = sorted(space.activations, reverse=True)
+    calibration = None if space.calibration is None else asdict(space.calibration)
+    common = {"task": "fit", "acts": acts, "protocol": protocol.to_dict(), "calibration": calibration}
+    layers = [k for k in space.choices if schemes[k] or probes[k]]
+    if not layers:
+        return
+    portions: list[list[str]] = [[k] for k in layers]
+    if calibration is not None:  # H of a portion is measured in one run
+        progress("calibrating", 0, 1)
+        request: Task = {"task": "chunks", "layers": layers, "acts": acts, "calibration": calibration}
+        portions = [part for _, found in pool.run([request]) for whole in found for part in _parts(whole)]
+        progress("calibrating", 1, 1)
+    own = {k: [str(s) for s in schemes[k] if not s.shared] for k in layers}
+    tasks: list[Task] = [{**common, "schemes": {k: own[k] for k in part}, "probes": {k: probes[k] for k in part}} for part in portions]
+    together: dict[tuple[str, str], list[str]] = {}
+    for k in layers:
+        for scheme in schemes[k]:
+            if scheme.shared:
+                together.setdefault((space.codebook(k), str(scheme)), []).append(k)
+    tasks += [{**common, "schemes": {k: [scheme] for k in row}, "probes": {k: [] for k in row}} for (_, scheme), row in together.items()]
+    for done, (task, found) in enumerate(pool.run(tasks), 1):
+        study.add_features({(layer, scheme): value for layer, facts in found.items() for scheme, value in facts.items()})
+        worst = max((v.get("output", v.get("error", 0.0)) for facts in found.values() for v in facts.values()), default=0.0)
+        progress(f"fitting and probing: {next(iter(task['schemes']))}, largest error {worst:.3f}", done, len(tasks))
+
+
+def _parts(layers: list[str], size: int = 6) -> list[list[str]]:
+    """Small portions, so that workers share the work evenly and an interruption loses little."""
+    return [layers[i : i + size] for i in range(0, len(layers), size)]
 
 
 def measure_configs(
@@ -119,6 +141,15 @@ def measure_configs(
     return len(tasks)
 
 
+def uniform_references(space: SearchSpace) -> list[QuantConfig]:
+    """What random configurations are seen beside: one scheme for all layers, and the layers' additive formats at each level they have."""
+    act = max(space.activations)
+    levels = sorted({round(2 * space.code_bits(k, s)) / 2 for k, row in space.choices.items() for s in row if s.kind == "aq"})
+    aware = [s for s in space.schemes if s.output_aware and all(s in space.choices[k] for k in space.free_layers())]
+    plain = [Scheme.parse(s) for s in UNIFORM]
+    return [*(space.uniform(s, act) for s in (*plain, *aware)), *(space.level("aq", b, act) for b in levels)]
+
+
 class Session:
     """A model, a study bound to it, and a pool: what every verb that makes images works with. Use ``open_session``."""
 
@@ -139,8 +170,7 @@ class Session:
     def references(self, progress: Progress = no_progress, protocols: Sequence[Protocol] | None = None) -> None:
         """Full precision first (paired metrics need its images), then uniform configurations."""
         self.measure([self.space.full_precision()], "reference", progress, protocols, "full precision")
-        uniforms = [self.space.uniform(s, max(self.space.activations)) for s in UNIFORM]
-        self.measure(uniforms, "uniform", progress, protocols, "uniform references")
+        self.measure(uniform_references(self.space), "uniform", progress, protocols, "uniform references")
 
 
 @contextmanager
@@ -162,7 +192,8 @@ def open_session(
         if space_options is None and "space" in study and study.get("fingerprint") == opened.fingerprint:
             space = SearchSpace.from_dict(study.get("space"))
         else:
-            space = make_space(opened.graph, opened.fingerprint, opened.reference, **(space_options or {}))
+            options = {"calibration": Calibration.of(given), **(space_options or {})}
+            space = make_space(opened.graph, opened.fingerprint, opened.reference, **options)
         study.begin(opened.reference, opened.fingerprint, to_json(opened.graph), space.to_dict(), given)
         store = Bank(bank)
         with pool_for(opened, store, workers, device, given.dtype) as pool:

@@ -12,11 +12,21 @@ from collections.abc import Iterable, Iterator
 from queue import SimpleQueue
 from typing import Any
 
-from aquabit.scheme import AquabitError, Measurement, Protocol, QuantConfig
+from aquabit.scheme import AquabitError, Calibration, Measurement, Protocol, QuantConfig
 
 Task = dict[str, Any]
 DIED = "a worker process died twice on the same task, most likely out of memory; use fewer --workers or a smaller --images"
 TRIES = 2  # a task whose worker died (out of memory, say) is given to another once
+
+
+def answer(evaluator: Any, task: Task) -> Any:
+    """What a task asks of an evaluator: portions of layers for "chunks", facts for "fit", (Measurement, PNG) for "measure"."""
+    if task["task"] == "measure":
+        return evaluator.measure(QuantConfig.from_dict(task["config"]), Protocol.from_dict(task["protocol"]))
+    calibration = None if task["calibration"] is None else Calibration(**task["calibration"])
+    if task["task"] == "chunks":
+        return evaluator.chunks(task["layers"], task["acts"], calibration)
+    return evaluator.fit(task["schemes"], task["probes"], task["acts"], Protocol.from_dict(task["protocol"]), calibration)
 
 
 class InlinePool:
@@ -26,12 +36,9 @@ class InlinePool:
         self.evaluator = evaluator
 
     def run(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Any]]:
-        """(task, result) pairs: facts per scheme for "fit", (Measurement, PNG) for "measure"."""
+        """(task, result) pairs, see ``answer``."""
         for task in tasks:
-            if task["task"] == "fit":
-                yield task, self.evaluator.fit(task["layer"], task["schemes"], task["acts"], Protocol.from_dict(task["protocol"]))
-            else:
-                yield task, self.evaluator.measure(QuantConfig.from_dict(task["config"]), Protocol.from_dict(task["protocol"]))
+            yield task, answer(self.evaluator, task)
 
     def close(self) -> None:
         """Nothing to stop."""
@@ -66,7 +73,7 @@ class _Worker:
             raise WorkerFault(f"{answer['fault']}\n{answer['traceback']}")
         if "measurement" in answer:
             return Measurement(**answer["measurement"]), answer["png"] and base64.b64decode(answer["png"])
-        return answer.get("facts")
+        return answer.get("result")
 
     def stop(self) -> None:
         self.process.kill()

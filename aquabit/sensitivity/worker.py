@@ -54,11 +54,12 @@ def _begin(task: dict[str, Any]) -> Any:
 
 
 def _answer(evaluator: Any, task: dict[str, Any]) -> dict[str, Any]:
-    from aquabit.scheme import Protocol, QuantConfig
+    from aquabit.sensitivity.pool import answer
 
-    if task["task"] == "fit":
-        return {"facts": evaluator.fit(task["layer"], task["schemes"], task["acts"], Protocol.from_dict(task["protocol"]))}
-    measurement, png = evaluator.measure(QuantConfig.from_dict(task["config"]), Protocol.from_dict(task["protocol"]))
+    result = answer(evaluator, task)
+    if task["task"] != "measure":
+        return {"result": result}
+    measurement, png = result
     return {"measurement": asdict(measurement), "png": png and base64.b64encode(png).decode()}
 
 
