@@ -22,7 +22,7 @@ from aquabit.scheme import AquabitError, Budget, Progress, Protocol, QuantConfig
 from aquabit.search import Front, FrontMember, choose, find_candidates, interval, paired_difference, remeasure_plan, smallest_uniform
 from aquabit.sensitivity.attribution import Sensitivity, explain, save
 from aquabit.sensitivity.evaluator import single_thread, thumbnail
-from aquabit.sensitivity.measure import Session, open_session
+from aquabit.sensitivity.measure import Session, open_session, uniform_references
 from aquabit.sensitivity.surrogate import fit_from_study, training_table
 from aquabit.sensitivity.validation import validate_in
 from aquabit.study import Study
@@ -144,7 +144,7 @@ def _front(session: Session, members: list[QuantConfig], winner: QuantConfig, bu
     space, costs = session.space, session.costs
     protocols = [session.protocol.block(b) for b in FRESH_BLOCKS]
     baseline = smallest_uniform(costs, space, "usq", costs(winner).bytes)
-    uniforms = [space.uniform(s, max(space.activations)) for s in ("usq2", "usq3", "usq4")]
+    uniforms = uniform_references(space)  # what each family reaches, beside the front
     every = list({c.digest: c for c in (*members, *([baseline] if baseline else []), *uniforms)}.values())
     session.measure([space.full_precision()], "reference", progress, protocols, "full precision, fresh seeds")
     session.measure(every, "fresh", progress, protocols, "the front on fresh seeds")

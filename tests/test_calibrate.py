@@ -91,9 +91,9 @@ class Convs(nn.Module):
 def quantized(net: nn.Module, split: dict[str, int] | None = None) -> QuantizedDenoiser:
     """A network under a hand-made graph of its layers."""
     graph = nx.DiGraph()
-    for name, layer in net.named_children():
-        kind = "conv" if isinstance(layer, nn.Conv2d) else "linear"
-        graph.add_node(name, kind=kind, operator=name, shape=tuple(layer.weight.shape), split=(split or {}).get(name))
+    for depth, (name, layer) in enumerate(net.named_children()):
+        kind, shape = "conv" if isinstance(layer, nn.Conv2d) else "linear", tuple(layer.weight.shape)
+        graph.add_node(name, kind=kind, operator=name, shape=shape, depth=depth, split=(split or {}).get(name))
     return QuantizedDenoiser(net, graph)
 
 

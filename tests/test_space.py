@@ -36,7 +36,7 @@ def test_samples_cover_the_range_evenly_and_are_reproducible() -> None:
     assert [c.digest for c in drawn] == [c.digest for c in SPACE.sample(300, seed=3)]
     assert [c.digest for c in SPACE.sample(7, seed=3)] == [c.digest for c in drawn[:7]]
     assert drawn[0].digest != SPACE.sample(1, seed=4)[0].digest
-    means = np.array([np.mean([c.weight.bits for c in config.layers.values()]) for config in drawn])
+    means = np.array([np.mean([round(2 * SPACE.code_bits(k, c.weight)) / 2 for k, c in config.layers.items()]) for config in drawn])
     low, high = BITS_RANGE
     assert kstest(np.clip((means - low) / (high - low), 0, 1), "uniform").statistic < 0.12
     lows = [np.mean([c.act == 6 for c in config.layers.values()]) for config in drawn]

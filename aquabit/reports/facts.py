@@ -114,6 +114,15 @@ def scheme_name(config: QuantConfig) -> str:
     return "full precision" if not schemes else schemes.pop() if len(schemes) == 1 else "mixed"
 
 
+def family(config: QuantConfig) -> str:
+    """Of a configuration that treats all layers alike: ``usq``, ``usq h`` (output-aware), ``vq``, ``vq h`` or ``aq``; tiny layers for which no
+    additive format is worth its codebooks do not count."""
+    schemes = [choice.weight for choice in config.layers.values() if choice.weight != Scheme()]
+    if not schemes or any(s.kind == "aq" for s in schemes):
+        return "aq" if schemes else ""
+    return schemes[0].kind + (" h" if schemes[0].output_aware else "")
+
+
 def missing(facts: Facts) -> dict[str, tuple[str, str]]:
     """What the study lacks: name -> (one sentence, the command that makes it)."""
     model, source = shlex.quote(facts.model or "MODEL"), shlex.quote(facts.source)

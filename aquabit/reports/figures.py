@@ -19,6 +19,15 @@ from aquabit.scheme import Scheme
 MEASURED: dict[str, Any] = {"color": style.VERMILLION, "marker": "D", "markerfacecolor": "white"}  # hollow diamonds, everywhere
 PREDICTED: dict[str, Any] = {"color": style.BLUE, "marker": "o"}  # filled circles, everywhere
 
+FAMILIES = {  # of uniform configurations: legend, marker, colour
+    "aq": ("additive, a format per layer", "o", style.GREEN),
+    "usq h": ("uniform usq, output-aware", "s", style.SKY),
+    "usq": ("uniform usq", "s", style.ORANGE),
+    "vq h": ("uniform vq, output-aware", "^", style.PURPLE),
+    "vq": ("uniform vq", "^", style.GREY),
+    "": ("uniform", "s", style.ORANGE),
+}
+
 
 def _errors(table: pd.DataFrame, value: str, low: str, high: str) -> np.ndarray:
     """[2, n] distances for ``errorbar``; an unknown end is no bar."""
@@ -82,26 +91,21 @@ def quality_vs_bits(table: pd.DataFrame, axes: Axes, metric: str = "FID", direct
     axes.set_xlabel("bits per weight, codebooks and scales included")
     axes.set_ylabel(_better(metric, direction))
     handles, labels = axes.get_legend_handles_labels()
-    order = ["found (fresh seeds)", "winner", "uniform", "random configurations", "their frontier", "full precision", "budget"]
+    families = [name for name, _, _ in FAMILIES.values()]
+    order = ["found (fresh seeds)", "winner", *families, "random configurations", "their frontier", "full precision", "budget"]
     legend = sorted(zip(labels, handles, strict=True), key=lambda item: order.index(item[0]))
     axes.legend([h for _, h in legend], [t for t, _ in legend], loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
 def _uniform_points(uniform: pd.DataFrame, axes: Axes, right: float) -> None:
     inside = uniform[uniform.bits <= right]
-    look: dict[str, Any] = {
-        "ls": "",
-        "marker": "s",
-        "ms": 5,
-        "color": style.ORANGE,
-        "mec": style.BLACK,
-        "mew": 0.6,
-        "ecolor": style.BLACK,
-        "elinewidth": 0.8,
-    }
-    axes.errorbar(inside.bits, inside.value, yerr=_errors(inside, "value", "low", "high"), label="uniform", zorder=3, **look)
-    for r in inside.itertuples():
-        axes.annotate(style.label(r.label), (r.bits, r.value), (5, 4), textcoords="offset points", fontsize=6.5, annotation_clip=True)
+    for family, part in inside.sort_values("bits").groupby("family", sort=False):
+        name, marker, colour = FAMILIES.get(family, FAMILIES[""])
+        look: dict[str, Any] = {"color": colour, "marker": marker, "ms": 4.5, "mec": style.BLACK, "mew": 0.5, "ecolor": style.BLACK}
+        bars = _errors(part, "value", "low", "high")
+        axes.errorbar(part.bits, part.value, yerr=bars, label=name, ls="-", lw=0.8, elinewidth=0.8, zorder=3, **look)
+        for r in part.itertuples():
+            axes.annotate(style.label(r.label), (r.bits, r.value), (5, 4), textcoords="offset points", fontsize=6, annotation_clip=True)
     outside = uniform[uniform.bits > right].sort_values("bits")
     if len(outside):
         text = "\n".join(f"{style.label(r.label)}: {r.bits:.2f} bits, {r.value:.3g}" for r in outside.itertuples())

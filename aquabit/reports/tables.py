@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from aquabit.reports.facts import Facts, number, scheme_name
+from aquabit.reports.facts import Facts, family, number, scheme_name
 from aquabit.scheme import QuantConfig, Scheme
 
 LEVEL = 0.95  # of the intervals that are computed here
@@ -64,34 +64,38 @@ def frontier(bits: np.ndarray, value: np.ndarray, direction: str) -> np.ndarray:
 
 
 def quality_vs_bits(facts: Facts) -> pd.DataFrame:
-    """group, label, config, bits, bytes, value, low, high, blocks, frontier: what the scatter of quality against bits shows.
+    """group, label, family, config, bits, bytes, value, low, high, blocks, frontier: what the scatter of quality against bits shows.
 
     Groups: random, uniform, full precision, found (measured values of the front), and budget (its bits). Where a configuration was
     measured on blocks of fresh seeds, value and interval are theirs and ``blocks`` counts them; 0 blocks are the study's own seeds.
+    ``family`` is that of uniform configurations: usq, usq h, vq, aq.
     """
-    columns = ["group", "label", "config", "bits", "bytes", "value", "low", "high", "blocks", "frontier"]
+    columns = ["group", "label", "family", "config", "bits", "bytes", "value", "low", "high", "blocks", "frontier"]
     better = fresh(facts).set_index("config")
     rows: list[tuple[Any, ...]] = []
     samples = facts.rows("sample")
     edge = frontier(samples.bits.to_numpy(float), samples.value.to_numpy(float), facts.direction)
     rows += [
-        ("random", "random", r.config, r.bits, r.bytes, r.value, math.nan, math.nan, 0, bool(e))
+        ("random", "random", "", r.config, r.bits, r.bytes, r.value, math.nan, math.nan, 0, bool(e))
         for r, e in zip(samples.itertuples(), edge, strict=True)
     ]
-    for group, kind in (("uniform", "uniform"), ("full precision", "reference")):
-        for r in facts.rows(kind).drop_duplicates("config").itertuples():
-            name = scheme_name(facts.configs[r.config])
+    for group, source in (("uniform", "uniform"), ("full precision", "reference")):
+        for r in facts.rows(source).drop_duplicates("config").itertuples():
+            kind = family(facts.configs[r.config]) if group == "uniform" else ""
+            name = f"aq {round(2 * r.bits) / 2:g}" if kind == "aq" else scheme_name(facts.configs[r.config])
             value = (r.value, math.nan, math.nan, 0)
             if r.config in better.index:
                 f = better.loc[r.config]
                 value = (f.value, f.low, f.high, int(f.blocks))
-            rows.append((group, name, r.config, r.bits, r.bytes, *value, False))
+            rows.append((group, name, kind, r.config, r.bits, r.bytes, *value, False))
     for m in front(facts).itertuples():
         if not math.isnan(m.measured):
-            rows.append(("found", "winner" if m.winner else "found", m.config, m.bits, m.bytes, m.measured, m.low, m.high, m.blocks, False))
+            rows.append(
+                ("found", "winner" if m.winner else "found", "", m.config, m.bits, m.bytes, m.measured, m.low, m.high, m.blocks, False)
+            )
     limit = number((facts.front.get("budget") or {}).get("bits"))
     if not math.isnan(limit):
-        rows.append(("budget", "budget", "", limit, math.nan, math.nan, math.nan, math.nan, 0, False))
+        rows.append(("budget", "budget", "", "", limit, math.nan, math.nan, math.nan, math.nan, 0, False))
     return _table(rows, columns)
 
 
