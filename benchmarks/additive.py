@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,14 +59,16 @@ class Case:
         return f"{self.name} {self.format}".replace(" ", "-").replace(">", "")
 
 
-def synthetic(shape: tuple[int, ...], seed: int = 0) -> tuple[Tensor, Tensor]:
+def synthetic(shape: tuple[int, ...], seed: int = 0, quick: bool = False) -> tuple[Tensor, Tensor]:
     """Gaussian weights with rows of different size, and H = X^T X / n + 1 % of its mean diagonal from 4 R inputs whose spectrum falls as
-    a power law, mixed by a random rotation, with channels of different size."""
+    a power law, mixed by a random rotation, with channels of different size. ``quick``: R inputs, mixed by permutation."""
     g, row = torch.Generator().manual_seed(seed), int(torch.tensor(shape[1:]).prod())
     weight = torch.randn(shape[0], row, generator=g) * torch.exp(0.3 * torch.randn(shape[0], 1, generator=g)) * 0.02
-    inputs = torch.randn(4 * row, row, generator=g) * torch.arange(1, row + 1).float() ** -0.5
-    rotation = torch.linalg.qr(torch.randn(row, row, generator=g))[0]
-    inputs = inputs @ rotation * torch.exp(0.5 * torch.randn(row, generator=g))
+    inputs = torch.randn(row if quick else 4 * row, row, generator=g) * torch.arange(1, row + 1).float() ** -0.5
+    if quick:
+        inputs = inputs[:, torch.randperm(row, generator=g)]
+    else:
+        inputs = inputs @ torch.linalg.qr(torch.randn(row, row, generator=g))[0] * torch.exp(0.5 * torch.randn(row, generator=g))
     hessian = inputs.T @ inputs / len(inputs)
     return weight.reshape(shape), hessian + 0.01 * hessian.diagonal().mean() * torch.eye(row)
 
@@ -82,11 +86,22 @@ def cases(trained: bool = True) -> Iterator[Case]:
             yield Case(name, form, weight, hessian)
 
 
-def trained_layers(model: str, names: tuple[str, ...]) -> dict[str, tuple[Tensor, Tensor]]:
-    raise NotImplementedError
+def trained_layers(model: str, names: tuple[str, ...], bank: str | None = None) -> dict[str, tuple[Tensor, Tensor]]:
+    """Weights and H (activations at 8 bits) of some layers of a bundled model."""
+    from aquabit.quant.bank import Bank
+    from aquabit.scheme import Calibration
+    from aquabit.sensitivity.evaluator import Evaluator
+    from aquabit.sensitivity.measure import open_model
+
+    opened = open_model(model)
+    quantized = Evaluator(model, opened.graph, Bank(bank), opened.fingerprint).quantized
+    known = quantized.fitter.moments(names, [8], Calibration())
+    return {name: (quantized.full(name).float(), known[name, 8].hessian) for name in names}
 
 
-def baseline(folder: Path, models: list[str], trained: bool = True) -> None:
+def baseline(folder: Path, trained: bool = True) -> None:
+    """AQLM on every case that has no result yet."""
+    aqlm(torch.randn(16, 16), torch.eye(16), 1, 2, 8, max_rounds=1)  # what torch loads on first use is not timed
     for case in cases(trained):
         path = folder / f"aqlm-{case.file}.json"
         if path.exists():
@@ -94,26 +109,246 @@ def baseline(folder: Path, models: list[str], trained: bool = True) -> None:
         m, b = map(int, case.format.split("x"))
         size = case.weight[0, 0].numel() if case.scheme.endswith("k") else 8
         rows = case.weight.reshape(len(case.weight), -1)
-        if case.weight.ndim == 4 and size == 8:
-            raise ValueError(f"{case.name}: groups across the channels of a convolution are not in AQLM's order")
-        started = time.perf_counter()
-        found = aqlm(rows, case.hessian, m, b, size, callback=lambda *p: print(case.file, *p, flush=True))
+        found = aqlm(
+            rows, case.hessian, m, b, size, callback=lambda phase, s, loss, case=case: print(case.file, phase, s, loss, flush=True)
+        )
         norm = output_loss(rows, case.hessian.double())
-        row = {"error": found.loss / norm, "cpu_s": found.history[-1][1], "wall_s": time.perf_counter() - started, "rounds": found.rounds,
-               "history": [(p, s, loss / norm) for p, s, loss in found.history]}  # fmt: skip
-        path.write_text(json.dumps(row))
+        history = [(phase, s, loss / norm) for phase, s, loss in found.history]
+        path.write_text(json.dumps({"error": found.loss / norm, "cpu_s": found.history[-1][1], "rounds": found.rounds, "history": history}))
+
+
+def layers(folder: Path, models: list[str]) -> list[dict[str, Any]]:
+    """Ours beside the baseline. AQLM's tables and scales stay in float32; ours are rounded as they are stored."""
+    from aquabit.quant.hessian import output_error
+    from aquabit.quant.weights import quantize_weight
+
+    baseline(folder)
+    quantize_weight(torch.randn(64, 64), "aq2x4g8", torch.eye(64))
+    rows = []
+    for case in cases():
+        seconds, error = [], 0.0
+        for _ in range(3):
+            started = time.process_time()
+            coded = quantize_weight(case.weight, case.scheme, case.hessian)
+            seconds.append(time.process_time() - started)
+            error = output_error(case.weight, coded.dequantize(), case.hessian)
+        theirs = json.loads((folder / f"aqlm-{case.file}.json").read_text())
+        rows.append({"layer": case.name, "shape": list(case.weight.shape), "scheme": case.scheme, "error": error, "cpu_s": statistics.median(seconds),
+                     "aqlm_error": theirs["error"], "aqlm_cpu_s": theirs["cpu_s"], "aqlm_rounds": theirs["rounds"],
+                     "error_ratio": error / theirs["error"], "time_ratio": statistics.median(seconds) / theirs["cpu_s"]})  # fmt: skip
+        print(rows[-1], flush=True)
+    return rows
+
+
+LDM4 = {"class": "UNet2DConditionModel", "sample_size": 64, "in_channels": 3, "out_channels": 3, "block_out_channels": (192, 384, 576, 960),
+        "layers_per_block": 2, "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), "cross_attention_dim": 512,
+        "attention_head_dim": 32}  # fmt: skip
+
+
+def large(folder: Path, models: list[str], scheme: str = "aq2x8g8", samples: int = 3) -> list[dict[str, Any]]:
+    """Layers of a U-Net with LDM-4's shapes by class (kind, kernel, and inputs by powers of two): the median CPU seconds a weight of three
+    random layers of a class (fewer where it has no more shapes), times the class's weights; two cores take half where both are busy."""
+    import math
+    import random
+
+    from aquabit.graph import layers as graph_layers
+    from aquabit.graph import meta_denoiser, trace
+    from aquabit.quant.weights import quantize_weight
+
+    config = {k: v for k, v in LDM4.items() if k != "class"}
+    nodes = graph_layers(trace(meta_denoiser(str(LDM4["class"]), config)))
+    classes: dict[tuple[str, int], list[tuple[int, ...]]] = {}
+    for node in nodes.values():
+        shape = tuple(node["shape"])
+        classes.setdefault(("x".join(map(str, shape[2:])) or "linear", round(math.log2(math.prod(shape[1:])))), []).append(shape)
+    rows = []
+    for (kind, size), shapes in sorted(classes.items()):
+        path = folder / f"large-{kind}-{size}.json"
+        if not path.exists():
+            picked = random.Random(0).sample(shapes, min(samples, len(shapes)))
+            rates = []
+            for i, shape in enumerate(picked):
+                weight, hessian = synthetic(shape, i, quick=True)
+                started = time.process_time()
+                quantize_weight(weight, scheme.replace("g8", "k") if kind == "3x3" else scheme, hessian)
+                rates.append((time.process_time() - started) / weight.numel())
+                print(kind, shape, rates[-1] * weight.numel(), flush=True)
+            path.write_text(json.dumps({"rates": rates, "picked": picked}))
+        found = json.loads(path.read_text())
+        weights = sum(math.prod(s) for s in shapes)
+        rows.append({"kernel": kind, "inputs": 2**size, "layers": len(shapes), "weights": weights, "timed": found["picked"],
+                     "s_per_million": 1e6 * statistics.median(found["rates"]), "cpu_s": weights * statistics.median(found["rates"])})  # fmt: skip
+    return rows
+
+
+def session_of(folder: Path, model: str) -> Any:
+    """A study of everything that the comparisons choose from, each fitted with H at a8 and probed."""
+    from aquabit.sensitivity.measure import open_session
+    from aquabit.study import Study
+
+    space = {"schemes": [*(f"{k}{b}h" for k in ("usq", "vq") for b in (1, 2, 3, 4, 5)), "aq2x8g8", "aq2x8k", "aq2x6g8", "aq2x6k", "aq4x4g8", "aq4x4k"],
+             "levels": [1.5, 2, 3, 4], "activations": [8]}  # fmt: skip
+    return open_session(model, Study(folder / f"families-{model}.db"), space_options=space, workers=2, bank=str(folder / "bank"))
+
+
+BLOCKS = (21, 22, 23, 24, 25, 26, 27, 28)  # of fresh seeds; the flow's are 11 to 15
+
+
+def measured(session: Any, configs: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
+    """name -> metric -> values on each block of fresh seeds."""
+    protocols = [session.protocol.block(b) for b in BLOCKS]
+    session.measure([session.space.full_precision()], "reference", protocols=protocols)
+    session.measure(list(configs.values()), "fresh", protocols=protocols)
+    table = session.study.measurements().set_index(["config", "protocol"])
+    return {n: {m: [float(table.loc[(c.digest, p.digest), m]) for p in protocols] for m in ("fid", "psnr")} for n, c in configs.items()}
+
+
+def described(session: Any, name: str, config: Any, values: dict[str, dict[str, list[float]]], against: str | None) -> dict[str, Any]:
+    from aquabit.search import interval, paired_difference
+
+    cost = session.costs(config)
+    row = {"name": name, "bytes": cost.bytes, "bits": cost.bits_per_weight, "operations": cost.operations / float(session.costs.macs.sum()),
+           "fid": interval(values[name]["fid"], 0.95), "psnr": interval(values[name]["psnr"], 0.95),
+           "formats": dict(Counter(str(c.weight) for c in config.layers.values()))}  # fmt: skip
+    if against is not None:
+        row |= {"against": against, **{f"{m}_difference": paired_difference(values[name][m], values[against][m]) for m in ("fid", "psnr")}}
+    return row
+
+
+def families(folder: Path, models: list[str]) -> list[dict[str, Any]]:
+    """At the bytes of uniform usq2h, usq3h and usq4h: each family's formats mixed by one integer program on the same errors (the damage that
+    probes saw), never more bytes. Uniform usq itself is there too. The interval is of the paired difference to the mixed USQ."""
+    from aquabit.scheme import Budget
+    from aquabit.search import assign
+
+    rows = []
+    for model in models:
+        with session_of(folder, model) as session:
+            errors = {k: v["damage"] for k, v in session.study.features().items() if "damage" in v}
+            for bits in (2, 3, 4):
+                uniform = session.space.uniform(f"usq{bits}h")
+                budget = Budget(bytes=session.costs(uniform).bytes)
+                configs = {f"USQ uniform {bits}": uniform}
+                for kind in ("usq", "vq", "aq"):
+                    keep = lambda layer, s, kind=kind: s.kind == kind  # noqa: E731
+                    configs[f"{kind.upper()} {bits}"] = assign(session.model.graph, session.space, budget, errors, keep)
+                values = measured(session, configs)
+                for name, config in configs.items():
+                    against = None if name == f"USQ {bits}" else f"USQ {bits}"
+                    rows.append({"model": model, "target": bits, **described(session, name, config, values, against)})
+                    print(rows[-1], flush=True)
+    return rows
+
+
+def ablation(folder: Path, models: list[str]) -> list[dict[str, Any]]:
+    """At one format's exact bytes: formats per layer (LAQ; by expected error on Gaussian weights, and by probes) against that format in all
+    layers; and kernel slices (KAQ) against groups across channels in the k x k convolutions, everything else free in both."""
+    from aquabit.scheme import Budget
+    from aquabit.search import assign
+
+    rows = []
+    for model in models:
+        with session_of(folder, model) as session:
+            graph, space = session.model.graph, session.space
+            errors = {k: v["damage"] for k, v in session.study.features().items() if "damage" in v}
+            for scheme in ("aq2x6g8", "aq4x4g8", "aq2x8g8"):
+                one = space.uniform(scheme)
+                budget = Budget(bytes=session.costs(one).bytes)
+                configs = {f"{scheme} everywhere": one, f"LAQ, expected errors ({scheme})": assign(graph, space, budget),
+                           f"LAQ, probed errors ({scheme})": assign(graph, space, budget, errors)}  # fmt: skip
+                values = measured(session, configs)
+                rows += [
+                    {"model": model, "question": "LAQ", **described(session, n, c, values, None if c is one else f"{scheme} everywhere")}
+                    for n, c in configs.items()
+                ]
+            if not any(a > 1 for a in (space.kernel_area or {}).values()):
+                continue
+            for bits in (2, 3):
+                budget = Budget(bytes=session.costs(space.uniform(f"usq{bits}h")).bytes)
+
+                def kernels(layer: str, s: Any, slices: bool, space: Any = space) -> bool:
+                    return s.kind == "aq" and (space.kernel_area[layer] == 1 or (s.group is None) == slices)
+
+                configs = {f"KAQ {bits}": assign(graph, space, budget, errors, lambda k, s: kernels(k, s, True)),
+                           f"across channels {bits}": assign(graph, space, budget, errors, lambda k, s: kernels(k, s, False))}  # fmt: skip
+                values = measured(session, configs)
+                rows += [
+                    {
+                        "model": model,
+                        "question": "KAQ",
+                        **described(session, n, c, values, None if n.startswith("across") else f"across channels {bits}"),
+                    }
+                    for n, c in configs.items()
+                ]
+    return rows
+
+
+def markdown(found: dict[str, Any]) -> str:
+    m = found["machine"]
+    lines = [
+        f"# Additive quantization\n\n{m['cpu']}, {m['cores']} cores, torch {m['torch']}. Made by `{found['command']}` (each part also runs alone, by its name).\n"
+    ]
+    if "layers" in found:
+        lines.append(
+            "## One layer, against AQLM's published procedure\n\nRelative output error tr(dW H dW^T) / tr(W H W^T); CPU seconds of one thread. AQLM's tables are float32, ours float16 as stored.\n\n| layer | scheme | error | AQLM | ratio | CPU s | AQLM | ratio |\n|---|---|---|---|---|---|---|---|"
+        )
+        lines += [
+            f"| {r['layer']} | {r['scheme']} | {r['error']:.5f} | {r['aqlm_error']:.5f} | {r['error_ratio']:.3f} | {r['cpu_s']:.2f} | {r['aqlm_cpu_s']:.1f} | 1/{1 / r['time_ratio']:.0f} |"
+            for r in found["layers"]
+        ]
+    if "large" in found:
+        rows = found["large"]
+        lines.append(
+            "\n## All layers of a U-Net with LDM-4's shapes at 2x8: an estimate\n\nCPU seconds of one thread from up to three random layers of each class (random weights, synthetic H).\n\n| kernel | inputs, about | layers | weights, M | CPU s a million weights | CPU s |\n|---|---|---|---|---|---|"
+        )
+        lines += [
+            f"| {r['kernel']} | {r['inputs']} | {r['layers']} | {r['weights'] / 1e6:.1f} | {r['s_per_million']:.2f} | {r['cpu_s']:.0f} |"
+            for r in rows
+        ]
+        total = sum(r["cpu_s"] for r in rows)
+        lines.append(
+            f"| all | | {sum(r['layers'] for r in rows)} | {sum(r['weights'] for r in rows) / 1e6:.1f} | | {total:.0f} |\n\nTwo busy cores: about {total / 120:.0f} minutes (half of the CPU time)."
+        )
+
+    def number(v: Any) -> str:
+        return f"{v[0]:.2f} ({v[1]:.2f} to {v[2]:.2f})"
+
+    for part, title, first in (
+        ("families", "Families at equal bytes, a8", "target"),
+        ("ablation", "Ablations at equal bytes, a8", "question"),
+    ):
+        if part in found:
+            lines.append(
+                f"\n## {title}\n\nMeans over {len(BLOCKS)} blocks of 128 fresh seeds with 95 % intervals; differences are paired.\n\n| model | {first} | configuration | bytes | bits | operations / dense | FID | PSNR | FID difference | PSNR difference | to |\n|---|---|---|---|---|---|---|---|---|---|---|"
+            )
+            for r in found[part]:
+                ends = [number(r["fid_difference"]), number(r["psnr_difference"]), r["against"]] if "against" in r else ["", "", ""]
+                lines.append(
+                    f"| {r['model']} | {r[first]} | {r['name']} | {r['bytes']:,} | {r['bits']:.3f} | {r['operations']:.2f} | {number(r['fid'])} | {number(r['psnr'])} | {' | '.join(ends)} |"
+                )
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="+")
+    known = {"layers": layers, "large": large, "families": families, "ablation": ablation}
+    parser.add_argument("parts", nargs="+", choices=["baseline", *known, "all"])
     parser.add_argument("--folder", type=Path, default=Path("additive-runs"))
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    if arguments.parts == ["baseline-synthetic"]:
-        baseline(arguments.folder, arguments.models, False)
+    path = RESULTS / "additive.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    found |= {"machine": machine(), "command": "python benchmarks/additive.py all"}
+    for part in known if "all" in arguments.parts else arguments.parts:
+        if part == "baseline":
+            baseline(arguments.folder)
+            continue
+        found[part] = known[part](arguments.folder, arguments.models)
+        path.write_text(json.dumps(found, indent=1) + "\n")
+        (RESULTS / "additive.md").write_text(markdown(found))
 
 
 if __name__ == "__main__":

@@ -17,12 +17,13 @@ ALLOWED: dict[str, set[str]] = {
     "graph": {"scheme"},
     "quality": {"scheme"},
     "study": {"scheme"},
-    "space": {"scheme", "graph"},
+    "formats": {"scheme"},
+    "space": {"scheme", "graph", "formats"},
     "cost": {"scheme", "graph", "space"},
     "quant": {"scheme", "kernels", "graph"},
     "pipelines": {"scheme", "graph", "quant", "quality", "kernels"},
     "sensitivity": _SENSITIVITY,
-    "search": {"scheme", "space", "cost", "graph"},
+    "search": {"scheme", "space", "cost", "graph", "formats"},
     "reports": {"scheme", "graph", "study", "space", "cost"},
 }
 PRIVATE = {"_operators": "graph", "_terminal": "cli"}  # private top-level modules, and the one they belong to

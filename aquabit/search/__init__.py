@@ -1,5 +1,6 @@
 """Search under hard budgets: integer program on additive scores, local search on the surrogate, measurement, and again."""
 
+from aquabit.search.assign import assign
 from aquabit.search.front import (
     Front,
     FrontMember,
@@ -27,6 +28,7 @@ __all__ = [
     "Solution",
     "activation_choices",
     "additive_scores",
+    "assign",
     "choice_effects",
     "choose",
     "find_candidates",
