@@ -155,7 +155,7 @@ def test_layers_compute_what_they_say(tmp_path, unet) -> None:
     g = torch.Generator().manual_seed(0)
     for name, layer in model.layers.items():
         coded = Bank(tmp_path).get(model.key(name), layer.scheme)
-        assert coded is not None and torch.equal(coded[0].dequantize(), layer.weight) and not torch.equal(layer.weight, plain[name])
+        assert coded is not None and torch.equal(coded.coded.dequantize(), layer.weight) and not torch.equal(layer.weight, plain[name])
         if isinstance(layer, QuantConv2d):
             x = torch.randn(2, layer.in_channels, 4, 4, generator=g)
             expected = torch.nn.functional.conv2d(
@@ -174,8 +174,8 @@ def test_layers_compute_what_they_say(tmp_path, unet) -> None:
 def test_decoded_weights_are_kept_within_a_limit(tmp_path, dit, monkeypatch) -> None:
     model, graph = quantized(dit, tmp_path)
     space, calls = make_space(graph, "f"), []
-    original = model._coded
-    monkeypatch.setattr(model, "_coded", lambda name, scheme: calls.append(name) or original(name, scheme))
+    original = model.fitter.coded
+    monkeypatch.setattr(model.fitter, "coded", lambda need, calibration: calls.append(need) or original(need, calibration))
     for scheme in ("usq4", "usq3", "usq4", "usq3"):
         model.apply(space.uniform(scheme))
     assert len(calls) == 2 * len(model.layers), "the second time nothing is decoded"
@@ -184,7 +184,7 @@ def test_decoded_weights_are_kept_within_a_limit(tmp_path, dit, monkeypatch) -> 
     model.apply(space.uniform("usq2"))
     kept = sum(t.nbytes for t in model._recent.values())
     assert kept == model._recent_bytes <= size // 2
-    expected = {n: Bank(tmp_path).get(model.key(n), layer.scheme)[0].dequantize() for n, layer in model.layers.items()}
+    expected = {n: Bank(tmp_path).get(model.key(n), layer.scheme).coded.dequantize() for n, layer in model.layers.items()}
     assert all(torch.equal(layer.weight, expected[n]) for n, layer in model.layers.items())
 
 

@@ -11,23 +11,31 @@ from safetensors.torch import load_file
 
 from aquabit import flow
 from aquabit.cost import CostModel
+from aquabit.graph import codebook_names
 from aquabit.pipelines import Adapter, bundled_models, denoiser_name, load, set_scheduler, trace
 from aquabit.quant.bank import Bank
 from aquabit.quant.layers import QuantConv2d, QuantLinear
 from aquabit.quant.model import QuantizedDenoiser, fingerprint
-from aquabit.scheme import AquabitError, Protocol, QuantConfig
+from aquabit.scheme import AquabitError, Calibration, Protocol, QuantConfig
 from aquabit.space import make_space
 
+CALIBRATION = Calibration(images=4, steps=2)
+SCHEMES = ("usq3", "usq8", "vq4", "vq3c", "usq4g8", "aq2x4g4", "usq3h", "aq2x3k", "vq3h", "usq4g8h", "vq2ch")
 PROTOCOL = Protocol(images=4, steps=3, micro_batch=4)
 WEIGHTS = "denoiser/diffusion_pytorch_model.safetensors"
 
 
 def mixed(pipe, act: int) -> QuantConfig:
     """Every kind of scheme somewhere, one layer left in full precision."""
-    space = make_space(trace(pipe), fingerprint(pipe.denoiser))
+    graph = trace(pipe)
+    space, partners = make_space(graph, fingerprint(pipe.denoiser), calibration=CALIBRATION), codebook_names(graph)
     names, config = space.layers, space.uniform("usq4", act)
     for i, name in enumerate(names):
-        config = config.with_layer(name, ("usq3", "usq8", "vq4", "vq3c", "usq4g8")[i % 5])
+        scheme = SCHEMES[i % len(SCHEMES)]
+        config = config.with_layer(name, scheme)
+        if name in partners and i % 2:
+            config = config.with_layer(name, "aq2x3g4s", codebook=partners[name])
+    assert sum(c.weight.shared for c in config.layers.values()) >= 4
     return config.with_layer(names[7], "fp", 16)
 
 
@@ -47,9 +55,13 @@ def test_artifact_size_is_exact_on_disk_and_in_memory(pipe, tmp_path) -> None:
     layers = {n: m for n, m in loaded.denoiser.named_modules() if isinstance(m, QuantLinear | QuantConv2d)}
     for name, layer in layers.items():
         on_disk = sum(t.numel() * t.element_size() for k, t in stored.items() if k.startswith((f"{name}.weight", f"{name}.bias")))
+        if layer.scheme.shared:
+            on_disk += layer.scheme.stored_bytes(layer.shape)[1]
         assert layer.resident_bytes() == on_disk > 0, "what is resident is what is stored: no dense copy"
         assert layer.coded is None or layer.weight.numel() == 0
     assert sum(layer.coded is not None for layer in layers.values()) == len(layers) - 1
+    shared = {id(layer.coded.codebooks) for layer in layers.values() if layer.scheme.shared}
+    assert len(shared) == sum(k.startswith("codebooks/") for k in stored) > 0, "layers that share codebooks hold one tensor"
     packed = flow.quantize(pipe, config, bank=str(tmp_path / "bank"))
     assert sum(m.resident_bytes() for m in packed.model.layers.values()) == sum(m.resident_bytes() for m in layers.values())
 
@@ -59,8 +71,8 @@ def test_packed_equals_dense(pipe, tmp_path, act: int) -> None:
     config = mixed(pipe, act)
     packed = flow.quantize(pipe, config, bank=str(tmp_path / "bank"), accuracy="exact")
     packed.save(tmp_path / "packed")
-    model = QuantizedDenoiser(pipe.denoiser, trace(pipe), Bank(tmp_path / "bank"))
-    model.apply(config)
+    model = QuantizedDenoiser(pipe.denoiser, trace(pipe), Bank(tmp_path / "bank"), config.fingerprint)
+    model.apply(config)  # everything is in the bank: nothing is calibrated, for which it has no pipeline
     dense = images(pipe)
     model.apply(make_space(trace(load(str(tmp_path / "packed"))), config.fingerprint).full_precision())
     full = images(pipe)

@@ -12,7 +12,7 @@ from sklearn.cluster import KMeans
 from aquabit.cost import weight_bytes
 from aquabit.kernels import CodebookWeight, codebook_conv2d, codebook_linear
 from aquabit.kernels.codebook import from_tensors, pack, unpack
-from aquabit.quant.bank import Bank, weight_hash
+from aquabit.quant.bank import Bank, Fit, weight_hash
 from aquabit.quant.weights import quantize_weight, relative_error
 from aquabit.scheme import AquabitError, Scheme
 
@@ -134,9 +134,11 @@ def test_constant_weights_are_exact(scheme: str, value: float) -> None:
 def test_bad_weights_and_schemes() -> None:
     with pytest.raises(AquabitError, match="1 of 4 weights are not finite"):
         quantize_weight(torch.tensor([[1.0, float("nan")], [0.0, 1.0]]), "usq4")
-    for scheme in ("aq2x8g8", "usq3h"):
+    for scheme in ("aq2x8g8s", "usq3h", "vq2h", "fp"):
         with pytest.raises(AquabitError, match=scheme):
             quantize_weight(torch.randn(4, 8), scheme)
+    with pytest.raises(AquabitError, match="would ignore H; name usq3h"):
+        quantize_weight(torch.randn(4, 8), "usq3", torch.eye(8))
     with pytest.raises(AquabitError, match="shape"):
         quantize_weight(torch.randn(4), "usq4")
 
@@ -159,21 +161,20 @@ def test_kernels_equal_the_dense_layer_and_refuse_misfits() -> None:
             bad()
 
 
-def test_bank_fits_once_survives_damage_and_keeps_its_limit(tmp_path, monkeypatch) -> None:
-    calls = []
-    original = quantize_weight
-    monkeypatch.setattr("aquabit.quant.bank.quantize_weight", lambda w, s: calls.append(str(s)) or original(w, s))
+def test_bank_keeps_fits_apart_survives_damage_and_keeps_its_limit(tmp_path) -> None:
     weight = torch.randn(8, 32)
     bank, key, scheme = Bank(tmp_path), weight_hash(weight), Scheme.parse("usq4")
-    first, error = bank.fit(weight, key, scheme)
-    again, error_again = Bank(tmp_path).fit(weight, key, scheme)
-    assert calls == ["usq4"] and error == error_again and torch.equal(first.packed, again.packed)
+    fit = Fit(quantize_weight(weight, scheme), 0.25, 0.125, ("a note",))
+    bank.put(key, scheme, "", fit)
+    again = Bank(tmp_path).get(key, scheme)
+    assert again is not None and torch.equal(again.coded.packed, fit.coded.packed)
+    assert (again.error, again.output, again.notes) == (0.25, 0.125, ("a note",))
+    assert bank.get(key, scheme, "another context") is None and bank.get(key, Scheme.parse("usq4h")) is None
     path = bank.path(key, scheme)
     path.write_bytes(path.read_bytes()[:-7])
     assert Bank(tmp_path).get(key, scheme) is None
-    assert torch.equal(Bank(tmp_path).fit(weight, key, scheme)[0].packed, first.packed) and calls == ["usq4", "usq4"]
     small = Bank(tmp_path, limit=0)
-    small.fit(weight, key, scheme)
+    small.put(key, scheme, "", fit)
     assert small.trim() == 0 and path.exists(), "what this process used stays"
     assert Bank(tmp_path, limit=0).trim() == 1 and not path.exists()
     assert weight_hash(weight) != weight_hash(weight.reshape(32, 8))

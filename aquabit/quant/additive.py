@@ -4,11 +4,11 @@ A group of g weights is the sum of M codewords of 2^B vectors each, times a scal
 slice (KAQ). What is minimised is AQLM's loss tr(dW H dW^T), by other means:
 
 1. scales = root mean square of a row; tables by residual k-means in the metric of H's diagonal blocks (``additive_init``);
-2. codes group after group, each group's error fed into the later ones, as GPTQ does with columns (``additive_codes.feedback``), and
-   tables by conjugate gradients and scales in closed form (``additive_tables``), PASSES times. On correlated inputs feedback finds codes
-   that no search from other codes reaches: a quarter less loss at 4x4;
-3. rounds of codes, searching each group on the residual gradient (W - W_hat) H (``additive_codes.sweep``), scales and tables, until the
-   loss improves by less than TOLERANCE;
+2. codes group after group, each group's error fed into the later ones, as GPTQ does with columns (``additive_codes.feedback``), then
+   SETTLE rounds of 3; again from the tables that gives, up to PASSES times, as long as it helps. On correlated inputs feedback finds
+   codes that no search from other codes reaches: a quarter less loss at 4x4;
+3. rounds of codes, searching each group on the residual gradient (W - W_hat) H (``additive_codes.sweep``), scales in closed form and
+   tables by conjugate gradients (``additive_tables``), until the loss improves by less than TOLERANCE;
 4. tables and scales rounded to float16 as they are stored, and a last search of the codes against what was rounded.
 
 The M codes of a group are searched by a beam in all of them.
@@ -37,6 +37,7 @@ from aquabit.scheme import AquabitError, Scheme
 
 TOLERANCE = 5e-3  # relative improvement of a round below which the alternation stops
 PASSES = 3
+SETTLE = 2  # rounds after which a pass is judged
 ROUNDS = 8
 BEAM = 8
 
@@ -63,6 +64,8 @@ def additive(
     rounds: int = ROUNDS, beam: int = BEAM, report: Report = _silent,
 ) -> list[CodebookWeight]:  # fmt: skip
     """Quantize weights of one shape [out, in] or [out, in, kh, kw] together, each with its H (see ``hessian``), or identity.
+
+    Together means in batched operations: the result is what each weight would get alone, up to rounding.
 
     Each weight gets tables of its own; with ``shared`` all of them use the same tables (the very same tensor). ``beam`` is the width of the
     search over the M codes of a group. Groups that do not divide a row are padded. Warns where a format has more codewords
@@ -129,20 +132,34 @@ def _solve(problem: Problem, seed: int, rounds: int, beam: int, report: Report) 
     def tell(phase: Literal["feedback", "round", "final"], number: int, loss: float) -> None:
         report(Step(phase, number, loss / norm, time.perf_counter() - started))
 
+    def search_round(trial: State) -> Tensor:
+        sweep(problem, trial, beam)
+        fit_scales(problem, trial)
+        return fit_tables(problem, trial)
+
     state = initial_tables(problem, seed)
     beam = beam if problem.codebooks > 1 else 1
-    for number in range(PASSES):
-        feedback(problem, state, beam)
-        fit_scales(problem, state)
-        best = fit_tables(problem, state)
-        tell("feedback", number + 1, best)
-    for number in range(rounds):
-        sweep(problem, state, beam)
-        fit_scales(problem, state)
-        loss = fit_tables(problem, state)
-        tell("round", number + 1, loss)
-        best, before = min(best, loss), best
-        if loss > before * (1 - TOLERANCE):
+    best = torch.full((problem.tables,), torch.inf, dtype=torch.float64, device=state.tables.device)
+    for number in range(PASSES):  # from the tables so far, codes anew: kept where that is better
+        trial = state.copy()
+        feedback(problem, trial, beam)
+        fit_scales(problem, trial)
+        fit_tables(problem, trial)
+        losses = [search_round(trial) for _ in range(SETTLE)][-1]
+        better = losses < best
+        state.take_(trial, better)
+        best = torch.where(better, losses, best)
+        tell("feedback", number + 1, float(best.sum()))
+        if not bool(better.any()):
+            break
+    trial, running = state.copy(), torch.ones_like(best, dtype=torch.bool)
+    for number in range(rounds):  # each set of tables until it has settled
+        losses = search_round(trial)
+        better, settled = running & (losses < best), losses > best * (1 - TOLERANCE)
+        state.take_(trial, better)
+        best, running = torch.where(better, losses, best), running & ~settled
+        tell("round", number + 1, float(best.sum()))
+        if not bool(running.any()):
             break
     state.round_()
     tell("final", 1, sweep(problem, state, beam))

@@ -22,8 +22,8 @@ def initial_tables(problem: Problem, seed: int) -> State:
     tables = torch.zeros(problem.tables, problem.codebooks, problem.codewords, problem.size, device=scale.device)
     codes = torch.zeros(z, o, problem.groups, problem.codebooks, dtype=torch.int64, device=scale.device)
     blocks = problem.blocks()
-    generator = torch.Generator().manual_seed(seed)
     for t in range(problem.tables):
+        generator = torch.Generator().manual_seed(seed)  # anew: a weight is fitted as it would be alone
         part = slice(t * problem.per_table, (t + 1) * problem.per_table)
         rows = _sampled(problem, generator).to(scale.device)
         w, s = problem.weight[part, rows], scale[part, rows]

@@ -79,6 +79,17 @@ class State:
         """The weights that the state stands for, [Z, O, R]."""
         return self.unscaled() * self.scale[..., None]
 
+    def copy(self) -> State:
+        """A state of its own; tables and scales are replaced, never written into, so only codes are copied."""
+        return State(self.tables, self.scale, self.codes.clone())
+
+    def take_(self, other: State, tables: Tensor) -> None:
+        """The other's state for the sets of tables where the mask [T] is true."""
+        blocks = tables.repeat_interleave(len(self.scale) // len(self.tables))
+        self.tables = torch.where(tables[:, None, None, None], other.tables, self.tables)
+        self.scale = torch.where(blocks[:, None], other.scale, self.scale)
+        self.codes = torch.where(blocks[:, None, None, None], other.codes, self.codes)
+
     def round_(self) -> None:
         """Tables and scales as float16 stores them. Tables are brought to a largest entry of 1 first, so that neither overflows."""
         top = self.tables.abs().amax(dim=(1, 2, 3)).clamp_min(1e-30)

@@ -8,11 +8,10 @@ from torch import Tensor
 from aquabit.quant.additive_state import Problem, State
 
 ITERATIONS = 3  # from the last tables; more change the outcome by less than one in a thousand
-STOP = 1e-4  # of the first residual norm (squared, in the preconditioner's metric)
 
 
-def fit_tables(problem: Problem, state: State, iterations: int = ITERATIONS) -> float:
-    """Least squares for the tables by preconditioned conjugate gradients from where they are; the loss tr(dW H dW^T) afterwards.
+def fit_tables(problem: Problem, state: State, iterations: int = ITERATIONS) -> Tensor:
+    """Least squares for the tables by preconditioned conjugate gradients from where they are; the losses tr(dW H dW^T) afterwards, [T].
 
     The normal operator C -> A^T(s (s A(C)) H) decodes, multiplies by H, and adds up by code; the preconditioner is its diagonal block per
     codeword. Unused codewords have no gradient and stay.
@@ -24,8 +23,6 @@ def fit_tables(problem: Problem, state: State, iterations: int = ITERATIONS) -> 
     inverse = _preconditioner(problem, state)
     z = torch.einsum("tmkij,tmkj->tmki", inverse, right)
     direction, power = z, (right * z).sum(dim=(1, 2, 3))
-    first = power.clone()
-    loss = (residual * gradient).sum(dtype=torch.float64)
     for _ in range(iterations):
         step_rows = state.unscaled(direction) * scale
         by_h = problem.times(step_rows)
@@ -37,12 +34,9 @@ def fit_tables(problem: Problem, state: State, iterations: int = ITERATIONS) -> 
         right = _adjoint(problem, state, gradient * scale)
         z = torch.einsum("tmkij,tmkj->tmki", inverse, right)
         renewed = (right * z).sum(dim=(1, 2, 3))
-        if bool((renewed <= STOP * first).all()):
-            break
         direction = z + (renewed / power.clamp_min(1e-30))[:, None, None, None] * direction
         power = renewed
-    loss = (residual * gradient).sum(dtype=torch.float64)
-    return float(loss)
+    return (residual * gradient).reshape(problem.tables, -1).sum(1, dtype=torch.float64)
 
 
 def _adjoint(problem: Problem, state: State, rows: Tensor) -> Tensor:

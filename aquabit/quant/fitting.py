@@ -148,9 +148,12 @@ class Fitter:
         """Fit needs whose H are known, those of one shape together; yields each with its relative output error."""
         batches: dict[Any, list[Need]] = defaultdict(list)
         for need in needs:
-            shape = tuple(self.model.full(need.layer).shape)
-            batches[shape, need.scheme, need.act, known[need.layer, need.act].diagonal].append(need)
-        for (_, scheme, act, diagonal), batch in batches.items():
+            weight = self.model.full(need.layer)
+            alone = weight.device.type == "cpu" and not need.scheme.shared  # batches save time on a GPU only, and a CPU's results are exact
+            kind = (need.layer if alone else tuple(weight.shape), known[need.layer, need.act].diagonal)
+            batches[kind, need.scheme, need.act].append(need)
+        for (_, scheme, act), batch in batches.items():
+            diagonal = known[batch[0].layer, act].diagonal
             layers = self.members(batch[0].layer, scheme) if scheme.shared else [n.layer for n in batch]
             weights, hessians = [self.model.full(n) for n in layers], [known[n, act].hessian for n in layers]
             with warnings.catch_warnings(record=True) as caught:

@@ -57,9 +57,11 @@ def damped(hessian: Tensor, damping: float = DAMPING) -> Tensor:
     if hessian.ndim == 1:
         mean = hessian.mean()
         return hessian + damping * mean if float(mean) > 0 else torch.ones_like(hessian)
-    mean = hessian.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-    eye = torch.eye(hessian.shape[-1], device=hessian.device, dtype=hessian.dtype)
-    return torch.where(mean > 0, hessian + damping * mean * eye, eye)
+    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
+    mean = diagonal.mean(-1, keepdim=True)
+    out = hessian.clone()
+    out.diagonal(dim1=-2, dim2=-1).add_(torch.where(mean > 0, damping * mean, torch.ones_like(mean)).expand_as(diagonal))
+    return out
 
 
 def output_error(weight: Tensor, decoded: Tensor, hessian: Tensor | None = None) -> float:
