@@ -1,7 +1,7 @@
 """Output-aware scalar quantizers: the format of ``usq`` and ``vq``, fitted to tr(dW H dW^T) instead of the weight's own error.
 
-Codes come from sequential error feedback (GPTQ, in the equal form of QuIP's LDLQ, theorem 1); then least squares for the grid alternates
-with coordinate descent over the codes (QuantEase, algorithm 2). Inside this file a weight is [G, R, P]: G groups of a grouped
+Codes come from sequential error feedback (GPTQ, in the form that QuIP calls LDLQ and shows to be equal); then least squares for the grid
+alternates with coordinate descent over the codes (QuantEase). Inside this file a weight is [G, R, P]: G groups of a grouped
 convolution, R inputs in decreasing order of H's diagonal, P outputs; parameters of the grid are [G, P, m], or [1, 1, m] where all
 outputs share them.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial, reduce
 from math import ceil, prod
 from typing import NamedTuple
 
@@ -19,12 +20,13 @@ from torch.nn.functional import one_hot, pad
 
 from aquabit.kernels.codebook import CodebookWeight
 from aquabit.quant.hessian import check_hessian, damped
-from aquabit.quant.scalar import CLIP_LEAST, LLOYD_ITERATIONS, as_rows, kmeans, uniform
+from aquabit.quant.scalar import LLOYD_ITERATIONS, as_rows, kmeans, uniform
 from aquabit.scheme import Scheme
 
 BLOCK = 64  # columns whose feedback is summed one by one; the others hear of them in one product
-CLIPS = 16  # shrunken ranges tried for a grid that starts
-RANGES = (1.0, 0.95, 1.05)  # of the best of them, tried with error feedback: every row keeps its best
+SHARES = (1.0, 0.94, 0.88, 0.82, 0.76, 0.7, 0.64, 0.58, 0.52, 0.46, 0.4)  # of the full range, tried for a first grid
+DEVIATIONS = (1.0, 1.25, 1.5, 1.75, 2.0, 2.3, 2.6, 3.0, 3.5, 4.2)  # half ranges tried, in weighted standard deviations
+RANGES = (0.95, 1.05)  # of the best of them, tried with error feedback too: every row keeps its best
 FEEDS, LEAST_FEED = 6, 3e-3  # fresh feedback on a refitted grid, and the relative improvement below which it stops
 ROUNDS, LEAST_ROUND = 8, 1e-3  # refit and descent in turns
 POLISHES, LEAST_POLISH = 20, 2e-4  # descent alone, on the grid as stored
@@ -181,6 +183,28 @@ class Affine:
     def sorted(self, parameters: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
         return parameters, codes
 
+    def grid(self, weight: Tensor, mass: Tensor) -> Tensor:
+        """For each row and part the range of least squared error weighted by ``mass`` [G, R]: of the full range and shares of it
+        around its middle, and of multiples of the weighted deviation around the weighted mean (outliers may weigh nothing).
+        """
+        g, _, p = weight.shape
+        index, empty, h = self.part[..., None].expand_as(weight), weight.new_zeros(g, self.n, p), mass[..., None]
+        low, high = (empty.scatter_reduce(1, index, weight, r, include_self=False).transpose(1, 2) for r in ("amin", "amax"))
+        total, mean, square = ((self.members @ (h * weight**i)).transpose(1, 2) for i in range(3))
+        mean, square = torch.where(total > 0, mean / total, 0.0), torch.where(total > 0, square / total, 0.0)
+        deviation = (square - mean.square()).clamp_min(0).sqrt()
+        full, normal = (
+            torch.cat([2 * half / self.steps, m - half], 2) for m, half in (((low + high) / 2, (high - low) / 2), (mean, deviation))
+        )
+        best, least = halves(full), torch.full_like(low, torch.inf)
+        for around, factor in [(full, f) for f in SHARES] + [(normal, f) for f in DEVIATIONS]:
+            grid = self.scaled(around, factor)
+            error = (self.decode(grid, self.nearest(grid, weight)) - weight).square() * h
+            error = (self.members @ error).transpose(1, 2)
+            won = error < least
+            best, least = torch.where(won.repeat(1, 1, 2), grid, best), torch.where(won, error, least)
+        return best
+
 
 class Table:
     """Levels from a table of K values; parameters [G, P, K], or [1, 1, K] where the tensor shares it."""
@@ -244,6 +268,13 @@ class Table:
         table, order = parameters.sort(-1)
         return (table, codes) if torch.equal(table, parameters) else (table, self.decode(order.argsort(dim=-1), codes).long())
 
+    def grid(self, weight: Tensor, mass: Tensor) -> Tensor:
+        """Centres of a k-means weighted by ``mass`` [G, R]."""
+        g, _, p = weight.shape
+        tables = (1, 1) if self.shared else (g, p)
+        data, mass = (t.transpose(1, 2).reshape(prod(tables), -1) for t in (weight, mass[..., None].expand_as(weight)))
+        return halves(weighted_lloyd(data, mass, self.k)).reshape(*tables, self.k)
+
 
 Levels = Affine | Table
 
@@ -252,27 +283,29 @@ def halves(x: Tensor) -> Tensor:
     return x.float().clamp(-65504.0, 65504.0).half().float()
 
 
-def feedback_gain(problem: Problem) -> Tensor:
-    """A of LDLQ, strictly lower triangular: the target of column j is w_j + A_j dW, with dW of the columns before it; [G, R, R].
+def feedback_gain(problem: Problem) -> tuple[Tensor | None, Tensor]:
+    """A of LDLQ [G, R, R], strictly lower triangular: the target of column j is w_j + A_j dW, with dW of the columns before it.
 
-    H = U D U^T with a unit upper U, and A = U^T - 1: the Cholesky factor of H with its columns reversed.
+    H = U D U^T with a unit upper U, and A = U^T - 1: the Cholesky factor of H with its columns reversed. Also D [G, R]: with targets
+    t_j the loss is sum_j D_j (t_j - level)^2, so that D, not H's diagonal, is what weighs a column. A is None for a diagonal H.
     """
     h = problem.hessian
+    if h.ndim == 2:
+        return None, h
     mean = problem.diagonal.mean(1)[:, None, None]
     eye = torch.eye(h.shape[1], device=h.device)
     for jitter in (1e-6, 1e-5, 1e-4, 1e-3, 1e-2):
         factor, info = torch.linalg.cholesky_ex(h.flip(1, 2) + jitter * mean * eye)
         if not bool(info.any()):
             upper = factor.flip(1, 2)
-            return (upper / upper.diagonal(dim1=1, dim2=2)[:, None]).transpose(1, 2).tril(-1).contiguous()
-    return torch.zeros_like(h)
+            scale = upper.diagonal(dim1=1, dim2=2)
+            return (upper / scale[:, None]).transpose(1, 2).tril(-1).contiguous(), scale.square()
+    return torch.zeros_like(h), problem.diagonal
 
 
 def descent_gain(problem: Problem) -> Tensor:
-    """A of coordinate descent: H_jk / H_jj without the diagonal."""
-    gain = problem.hessian * problem.inverse_diagonal[..., None]
-    gain.diagonal(dim1=1, dim2=2).zero_()
-    return gain
+    """A of coordinate descent: H_jk / H_jj; a sweep never reads its diagonal."""
+    return problem.hessian * problem.inverse_diagonal[..., None]
 
 
 def sweep(target: Tensor, values: Tensor, gain: Tensor, encode: Encoder) -> None:
@@ -356,7 +389,7 @@ def fed(problem: Problem, levels: Levels, gain: Tensor | None, parameters: Tenso
 
 
 def descended(problem: Problem, levels: Levels, gain: Tensor | None, state: State) -> State:
-    """Every code in turn the best one given all others: one sweep of coordinate descent (QuantEase, eq. 12)."""
+    """Every code in turn the best one given all others: one sweep of coordinate descent (QuantEase)."""
     if gain is None:
         return fed(problem, levels, None, state.parameters)
     values = levels.decode(state.parameters, state.codes)
@@ -366,23 +399,27 @@ def descended(problem: Problem, levels: Levels, gain: Tensor | None, state: Stat
     return state_of(problem, levels, state.parameters, codes)
 
 
-def started(problem: Problem, levels: Levels, gain: Tensor | None, parameters: Tensor) -> State:
-    """Feedback on the grid given and, where rows have their own, on RANGES of it side by side, each row keeping its best."""
+def started(problem: Problem, levels: Levels, gain: Tensor | None, grids: list[Tensor]) -> State:
+    """Feedback on each grid, side by side where rows have their own, then each row keeping its best."""
     if levels.shared:
-        return fed(problem, levels, gain, parameters)
-    n, p = len(RANGES), problem.weight.shape[2]
+        return reduce(partial(better, levels), (fed(problem, levels, gain, grid) for grid in grids))
+    n, p = len(grids), problem.weight.shape[2]
     wide = replace(problem, weight=problem.weight.repeat(1, 1, n), product=problem.product.repeat(1, 1, n))
-    state = fed(wide, levels, gain, torch.cat([levels.scaled(parameters, r) for r in RANGES], 1))
+    state = fed(wide, levels, gain, torch.cat(grids, 1))
     best = state.loss.reshape(-1, n, p).argmin(1) * p + torch.arange(p, device=state.loss.device)  # [G, P]
     grid = state.parameters.gather(1, best[..., None].expand(-1, -1, state.parameters.shape[2]))
     return state_of(problem, levels, grid, state.codes.gather(2, best[:, None].expand_as(problem.weight)))
 
 
-def fitted(problem: Problem, levels: Levels, parameters: Tensor, plain: State) -> State:
+def fitted(problem: Problem, levels: Levels, plain: State) -> State:
     """Feedback, feedback again on refitted grids, then refit and descent in turns, then descent; never worse than ``plain``."""
     dense = problem.hessian.ndim == 3
-    gain = feedback_gain(problem) if dense else None
-    best = current = started(problem, levels, gain, parameters)
+    gain, mass = feedback_gain(problem)
+    grid = levels.grid(problem.weight, mass)
+    grids = [grid, plain.parameters]
+    if not levels.shared:
+        grids += [levels.scaled(grid, r) for r in RANGES]
+    current = best = started(problem, levels, gain, grids)
     for _ in range(FEEDS):
         old = refitted(problem, levels, current)
         current = fed(problem, levels, gain, old.parameters)
@@ -423,23 +460,6 @@ def no_worse(problem: Problem, levels: Levels, state: State, plain: State) -> St
     return better(levels, exact(plain), exact(state))
 
 
-def clipped(problem: Problem, levels: Affine) -> Tensor:
-    """Ranges around their middle, of CLIPS tried for each row and part, of least squared error weighted by H's diagonal."""
-    w = problem.weight
-    g, _, p = w.shape
-    index, empty = levels.part[..., None].expand_as(w), w.new_zeros(g, levels.n, p)
-    low, high = (empty.scatter_reduce(1, index, w, r, include_self=False).transpose(1, 2) for r in ("amin", "amax"))
-    full = torch.cat([(high - low) / levels.steps, low], 2)
-    best, least = full, torch.full_like(low, torch.inf)
-    for shrink in torch.linspace(1.0, CLIP_LEAST, CLIPS).tolist():
-        grid = levels.scaled(full, shrink)
-        error = (levels.decode(grid, levels.nearest(grid, w)) - w).square() * problem.diagonal[..., None]
-        error = (levels.members @ error).transpose(1, 2)
-        won = error < least
-        best, least = torch.where(won.repeat(1, 1, 2), grid, best), torch.where(won, error, least)
-    return best
-
-
 def weighted_lloyd(data: Tensor, mass: Tensor, k: int) -> Tensor:
     """Centres [n, k] of a one-dimensional k-means of ``data`` [n, m] whose points weigh ``mass`` [n, m]; see scalar.lloyd."""
     ordered, index = data.double().contiguous().sort(1)
@@ -476,7 +496,7 @@ def uniform_with_feedback(weight: Tensor, scheme: Scheme, hessian: Tensor | None
     levels = Affine(problem.order // ceil(row / n), n, (1 << scheme.bits) - 1)
     grid = torch.cat([t.float().reshape(g, -1, n) for t in (plain.scale, plain.offset)], 2)
     begin = state_of(problem, levels, grid, problem.ordered(plain.codes[:, 0].float()))
-    state = fitted(problem, levels, clipped(problem, levels), begin)
+    state = fitted(problem, levels, begin)
     scale, offset = state.parameters.reshape(out, 2, n).unbind(1)
     codes = problem.stored(state.codes).to(torch.int32)[:, None]
     shape = (out,) if n == 1 else (out, n)
@@ -491,7 +511,6 @@ def kmeans_with_feedback(weight: Tensor, scheme: Scheme, hessian: Tensor | None)
     levels, w = Table(k, shared), problem.weight
     tables = (1, 1, k) if shared else (w.shape[0], w.shape[2], k)
     begin = state_of(problem, levels, halves(plain.codebooks).reshape(tables), problem.ordered(plain.codes[:, 0].long()))
-    data, mass = (t.transpose(1, 2).reshape(prod(tables[:2]), -1) for t in (w, problem.diagonal[..., None].expand_as(w)))
-    state = fitted(problem, levels, halves(weighted_lloyd(data, mass, k)).reshape(tables), begin)
+    state = fitted(problem, levels, begin)
     codes, books = problem.stored(state.codes).to(torch.int32)[:, None], state.parameters.reshape(-1, 1, k, 1)
     return CodebookWeight.from_codes(codes, books, None, None, tuple(weight.shape), scheme.bits)
