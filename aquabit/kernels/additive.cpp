@@ -43,9 +43,26 @@ struct Block {
     int64_t blocks, rows, groups, table_sets, codebooks, codewords, size, beam;
 };
 
-#if defined(__clang__)
-#define PUSH_TARGET(options) _Pragma(options)
-#endif
+// Of one metric and one set of tables; all of it shared by the rows.
+struct Group {
+    const float* codewords;  // [M * K, size padded]
+    const float* by_size;    // [size, M * K padded]: the same transposed
+    const float* images;     // [size, M * K padded]: codewords times the metric
+    const float* own;        // [M * K padded]: c metric c^T; infinite where there is no codeword
+    const float* pairs;      // 2 c_j metric c_m^T at [m (m - 1) / 2 + j][k_j][k_m padded], or null: then products are made row by row
+    const float* metric;     // [size, size padded]
+    const float* inverse;    // the same, or null
+};
+
+// What additive_level.h compiles for one instruction set.
+struct Level {
+    int64_t lanes;
+    void (*arrange)(const Block&, const float* tables, float* codewords, float* by_size);
+    void (*project)(const Block&, const float* metric, const float* by_size, float* images, float* own, int64_t from, int64_t to);
+    void (*pair_up)(const Block&, const Group&, float* pairs, int64_t from, int64_t to);
+    int64_t (*scratch_floats)(const Block&);
+    void (*search_rows)(const Block&, const Group&, int64_t z, int64_t n, int64_t from, int64_t to, float* room);
+};
 
 #if defined(__x86_64__)
 #define AQUABIT_X86
@@ -106,7 +123,7 @@ Buffer zeros(int64_t count) {
     return Buffer(x);
 }
 
-int64_t rounded_up(int64_t n) { return (n + 15) / 16 * 16; }
+int64_t rounded_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 // fn(from, to, part) over [0, count) in contiguous parts.
 template <class Function>
@@ -122,80 +139,72 @@ bool keeps_pairs(const Block& b, int64_t floats) {
     return b.codebooks > 1 && floats <= kPairFloats && b.rows * std::max<int64_t>(b.beam, 1) * 2 >= b.codebooks * b.codewords;
 }
 
-#define AQUABIT_RUN(LEVEL)                                                                                                              \
-    namespace LEVEL {                                                                                                                   \
-    void run_block(const Block& b, int64_t z, int threads, const float* codewords, const float* by_size) {                              \
-        const int64_t wide = padded(b.codewords), tall = padded(b.size), g = b.size, all = b.codebooks * wide;                         \
-        const int64_t pair_rows = b.codebooks * (b.codebooks - 1) / 2 * b.codewords;                                                    \
-        const bool with_pairs = keeps_pairs(b, pair_rows * wide);                                                                       \
-        const Buffer images = zeros(g * all), own = zeros(all), metric = zeros(g * tall), inverse = zeros(g * tall);                    \
-        const Buffer pairs = zeros(with_pairs ? pair_rows * wide : 0);                                                                  \
-        const int64_t room_size = rounded_up(scratch_floats(b));                                                                        \
-        const Buffer room = zeros(room_size * threads);                                                                                 \
-        const Group group{codewords, by_size, images.get(), own.get(), with_pairs ? pairs.get() : nullptr, metric.get(),                \
-                          b.inverse ? inverse.get() : nullptr};                                                                         \
-        for (int64_t n = 0; n < b.groups; ++n) {                                                                                        \
-            const float* of_group = b.metric + (z * b.groups + n) * g * g;                                                              \
-            const float* inverse_of_group = b.inverse ? b.inverse + (z * b.groups + n) * g * g : nullptr;                               \
-            for (int64_t i = 0; i < g * g; ++i) {                                                                                       \
-                metric[i / g * tall + i % g] = of_group[i];                                                                             \
-                if (inverse_of_group) inverse[i / g * tall + i % g] = inverse_of_group[i];                                              \
-            }                                                                                                                           \
-            in_parts(all / kLanes, all * g * g > kParallel ? threads : 1, 1, [&](int64_t from, int64_t to, int64_t) {                   \
-                project(b, of_group, by_size, images.get(), own.get(), from, to);                                                       \
-            });                                                                                                                         \
-            if (with_pairs)                                                                                                             \
-                in_parts(pair_rows, pair_rows * wide * g > kParallel ? threads : 1, 1, [&](int64_t from, int64_t to, int64_t) {         \
-                    pair_up(b, group, pairs.get(), from, to);                                                                           \
-                });                                                                                                                     \
-            in_parts(b.rows, b.rows * all * (g + b.beam) > kParallel ? threads : 1, kTile, [&](int64_t from, int64_t to, int64_t part) { \
-                search_rows(b, group, z, n, from, to, room.get() + part * room_size);                                                   \
-            });                                                                                                                         \
-        }                                                                                                                               \
-    }                                                                                                                                   \
-    void run(const Block& b, int threads) {                                                                                             \
-        const int64_t wide = padded(b.codewords), tall = padded(b.size), all = b.codebooks * wide;                                      \
-        const int64_t one = rounded_up(b.codebooks * b.codewords * tall), other = rounded_up(b.size * all);                             \
-        const Buffer tables = zeros(b.table_sets * (one + other));                                                                      \
-        for (int64_t t = 0; t < b.table_sets; ++t) {                                                                                    \
-            float* here = tables.get() + t * (one + other);                                                                             \
-            arrange(b, b.tables + t * b.codebooks * b.codewords * b.size, here, here + one);                                            \
-        }                                                                                                                               \
-        const bool many = b.blocks >= 2 * threads;                                                                                      \
-        in_parts(b.blocks, many ? threads : 1, 1, [&](int64_t from, int64_t to, int64_t) {                                              \
-            for (int64_t z = from; z < to; ++z) {                                                                                       \
-                const float* here = tables.get() + z / (b.blocks / b.table_sets) * (one + other);                                       \
-                run_block(b, z, many ? 1 : threads, here, here + one);                                                                  \
-            }                                                                                                                           \
-        });                                                                                                                             \
-    }                                                                                                                                   \
+// Block z, group after group: what the rows share, then the rows.
+void run_block(const Level& level, const Block& b, int64_t z, int threads, const float* codewords, const float* by_size) {
+    const int64_t g = b.size, wide = rounded_up(b.codewords, level.lanes), tall = rounded_up(g, level.lanes), all = b.codebooks * wide;
+    const int64_t pair_rows = b.codebooks * (b.codebooks - 1) / 2 * b.codewords;
+    const bool with_pairs = keeps_pairs(b, pair_rows * wide);
+    const Buffer images = zeros(g * all), own = zeros(all), metric = zeros(g * tall), inverse = zeros(g * tall);
+    const Buffer pairs = zeros(with_pairs ? pair_rows * wide : 0);
+    const int64_t room_size = rounded_up(level.scratch_floats(b), 16);
+    const Buffer room = zeros(room_size * threads);
+    const Group group{codewords, by_size, images.get(), own.get(), with_pairs ? pairs.get() : nullptr, metric.get(),
+                      b.inverse ? inverse.get() : nullptr};
+    const auto threads_for = [&](int64_t work) { return work > kParallel ? threads : 1; };
+    for (int64_t n = 0; n < b.groups; ++n) {
+        const int64_t at = (z * b.groups + n) * g * g;
+        for (int64_t i = 0; i < g * g; ++i) {
+            metric[i / g * tall + i % g] = b.metric[at + i];
+            if (b.inverse) inverse[i / g * tall + i % g] = b.inverse[at + i];
+        }
+        in_parts(all / level.lanes, threads_for(all * g * g), 1, [&](int64_t from, int64_t to, int64_t) {
+            level.project(b, b.metric + at, by_size, images.get(), own.get(), from, to);
+        });
+        if (with_pairs)
+            in_parts(pair_rows, threads_for(pair_rows * wide * g), 1,
+                     [&](int64_t from, int64_t to, int64_t) { level.pair_up(b, group, pairs.get(), from, to); });
+        in_parts(b.rows, threads_for(b.rows * all * (g + b.beam)), kTile, [&](int64_t from, int64_t to, int64_t part) {
+            level.search_rows(b, group, z, n, from, to, room.get() + part * room_size);
+        });
     }
+}
 
-#ifdef AQUABIT_X86
-AQUABIT_RUN(avx512)
-AQUABIT_RUN(avx2)
-#endif
-AQUABIT_RUN(baseline)
+void run(const Level& level, const Block& b, int threads) {
+    const int64_t all = b.codebooks * rounded_up(b.codewords, level.lanes);
+    const int64_t rows = b.codebooks * b.codewords * rounded_up(b.size, level.lanes), columns = b.size * all;
+    const int64_t stride = rounded_up(rows, 16) + rounded_up(columns, 16);
+    const Buffer tables = zeros(b.table_sets * stride);
+    for (int64_t t = 0; t < b.table_sets; ++t) {
+        float* here = tables.get() + t * stride;
+        level.arrange(b, b.tables + t * b.codebooks * b.codewords * b.size, here, here + rounded_up(rows, 16));
+    }
+    const bool many = b.blocks >= 2 * threads;  // each thread its own blocks
+    in_parts(b.blocks, many ? threads : 1, 1, [&](int64_t from, int64_t to, int64_t) {
+        for (int64_t z = from; z < to; ++z) {
+            const float* here = tables.get() + z / (b.blocks / b.table_sets) * stride;
+            run_block(level, b, z, many ? 1 : threads, here, here + rounded_up(rows, 16));
+        }
+    });
+}
 
-struct Level {
+struct Choice {
     const char* name;
-    void (*run)(const Block&, int);
-    bool usable;
+    const Level* level;
 };
 
-// Best first.
-const std::vector<Level>& levels() {
-    static const std::vector<Level> all = [] {
-        std::vector<Level> found;
+// What this processor can run, best first.
+const std::vector<Choice>& levels() {
+    static const std::vector<Choice> all = [] {
+        std::vector<Choice> found;
 #ifdef AQUABIT_X86
         __builtin_cpu_init();
         const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
         const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-        if (v4) found.push_back({"avx512", avx512::run, true});
-        if (v3) found.push_back({"avx2", avx2::run, true});
+        if (v4) found.push_back({"avx512", &avx512::kLevel});
+        if (v3) found.push_back({"avx2", &avx2::kLevel});
 #endif
-        found.push_back({"baseline", baseline::run, true});
+        found.push_back({"baseline", &baseline::kLevel});
         return found;
     }();
     return all;
@@ -203,7 +212,7 @@ const std::vector<Level>& levels() {
 
 std::vector<std::string> level_names() {
     std::vector<std::string> names;
-    for (const Level& level : levels()) names.emplace_back(level.name);
+    for (const Choice& choice : levels()) names.emplace_back(choice.name);
     return names;
 }
 
@@ -222,7 +231,7 @@ void define_additive(nb::module_& m) {
             const Block block{reinterpret_cast<float*>(target), floats(before), floats(metric), floats(inverse), floats(coupling),
                               floats(scale), floats(tables), reinterpret_cast<int64_t*>(codes), reinterpret_cast<float*>(moved),
                               blocks, rows, groups, table_sets, codebooks, codewords, size, beam};
-            levels().at(level).run(block, threads);
+            run(*levels().at(level).level, block, threads);
         },
         "target"_a, "before"_a, "metric"_a, "inverse"_a, "coupling"_a, "scale"_a, "tables"_a, "codes"_a, "moved"_a, "blocks"_a, "rows"_a,
         "groups"_a, "table_sets"_a, "codebooks"_a, "codewords"_a, "size"_a, "beam"_a, "threads"_a, "level"_a,

@@ -52,19 +52,8 @@ INLINE float least(Floats v) {
 
 INLINE int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
-// Of one metric and one set of tables; all of it shared by the rows.
-struct Group {
-    const float* codewords;  // [M * K, size padded]
-    const float* by_size;    // [size, M * K padded]: the same transposed
-    const float* images;     // [size, M * K padded]: codewords times the metric
-    const float* own;        // [M * K padded]: c metric c^T; infinite where there is no codeword
-    const float* pairs;      // 2 c_j metric c_m^T at [m (m - 1) / 2 + j][k_j][k_m padded], or null: then products are made row by row
-    const float* metric;     // [size, size padded]
-    const float* inverse;    // the same, or null
-};
-
 // Codewords of one set of tables [M, K, size], padded and transposed.
-void arrange(const Block& b, const float* tables, float* codewords, float* by_size) {
+static void arrange(const Block& b, const float* tables, float* codewords, float* by_size) {
     const int64_t k = b.codewords, wide = padded(k), g = b.size, tall = padded(g), stride = b.codebooks * wide;
     for (int64_t m = 0; m < b.codebooks; ++m)
         for (int64_t c = 0; c < k; ++c)
@@ -76,7 +65,7 @@ void arrange(const Block& b, const float* tables, float* codewords, float* by_si
 }
 
 // Columns [from, to) of images and own, in vectors.
-void project(const Block& b, const float* metric, const float* by_size, float* images, float* own, int64_t from, int64_t to) {
+static void project(const Block& b, const float* metric, const float* by_size, float* images, float* own, int64_t from, int64_t to) {
     const int64_t wide = padded(b.codewords), g = b.size, stride = b.codebooks * wide;
     for (int64_t v = from; v < to; ++v) {
         const int64_t at = v * kLanes;
@@ -94,7 +83,7 @@ void project(const Block& b, const float* metric, const float* by_size, float* i
 }
 
 // Rows [from, to) of the pairs: row (m (m - 1) / 2 + j) K + k is codeword k of codebook j with all of codebook m.
-void pair_up(const Block& b, const Group& group, float* pairs, int64_t from, int64_t to) {
+static void pair_up(const Block& b, const Group& group, float* pairs, int64_t from, int64_t to) {
     const int64_t k = b.codewords, wide = padded(k), g = b.size, tall = padded(g), stride = b.codebooks * wide;
     for (int64_t row = from; row < to; ++row) {
         int64_t j = row / k, m = 1;
@@ -490,40 +479,41 @@ INLINE void spread(const float* moved, int64_t tall, const float* coupling, int6
 
 INLINE float divisor(float scale) { return __builtin_fabsf(scale) > kSmall ? scale : 1.0f; }
 
+INLINE float* part_of(float** room, int64_t count) {
+    float* here = *room;
+    *room += count;
+    return here;
+}
+
 // Floats of scratch that search_rows needs.
-int64_t scratch_floats(const Block& b) {
+static int64_t scratch_floats(const Block& b) {
     const int64_t wide = padded(b.codewords), tall = padded(b.size), books = b.codebooks;
     return lows_of(b) * kLanes + b.beam * wide + 3 * (b.beam * wide + kLanes) + padded(b.beam) * 3 + 2 * padded(b.beam * books) + 2 * (b.beam + 1) * tall +
            books * tall + wide + kTile * books * wide + 3 * kTile * tall + padded(books);
 }
 
 // Rows [from, to) of block z: codes of its n-th group, and what follows for the groups after it.
-void search_rows(const Block& b, const Group& group, int64_t z, int64_t n, int64_t from, int64_t to, float* room) {
+static void search_rows(const Block& b, const Group& group, int64_t z, int64_t n, int64_t from, int64_t to, float* room) {
     const int64_t wide = padded(b.codewords), g = b.size, tall = padded(g), books = b.codebooks, width = b.groups * g;
     Scratch s;
-    const auto floats = [](float** next, int64_t count) {
-        float* here = *next;
-        *next += count;
-        return here;
-    };
-    s.low = reinterpret_cast<Floats*>(floats(&room, lows_of(b) * kLanes));
-    s.scores = floats(&room, b.beam * wide);
-    s.values = floats(&room, b.beam * wide + kLanes);
-    s.index = reinterpret_cast<int32_t*>(floats(&room, b.beam * wide + kLanes));
-    s.ranks = reinterpret_cast<int32_t*>(floats(&room, b.beam * wide + kLanes));
-    s.order = reinterpret_cast<int32_t*>(floats(&room, padded(b.beam)));
+    s.low = reinterpret_cast<Floats*>(part_of(&room, lows_of(b) * kLanes));
+    s.scores = part_of(&room, b.beam * wide);
+    s.values = part_of(&room, b.beam * wide + kLanes);
+    s.index = reinterpret_cast<int32_t*>(part_of(&room, b.beam * wide + kLanes));
+    s.ranks = reinterpret_cast<int32_t*>(part_of(&room, b.beam * wide + kLanes));
+    s.order = reinterpret_cast<int32_t*>(part_of(&room, padded(b.beam)));
     for (Beam* beam : {&s.beam, &s.next}) {
-        beam->value = floats(&room, padded(b.beam));
-        beam->codes = reinterpret_cast<int32_t*>(floats(&room, padded(b.beam * books)));
-        beam->left = floats(&room, (b.beam + 1) * tall);
+        beam->value = part_of(&room, padded(b.beam));
+        beam->codes = reinterpret_cast<int32_t*>(part_of(&room, padded(b.beam * books)));
+        beam->left = part_of(&room, (b.beam + 1) * tall);
     }
-    s.later = floats(&room, books * tall);
-    s.base = floats(&room, wide);
-    s.tile = floats(&room, kTile * books * wide);
-    s.pull = floats(&room, kTile * tall);
-    s.moved = floats(&room, kTile * tall);
-    float* total = floats(&room, kTile * tall);
-    int32_t* codes = reinterpret_cast<int32_t*>(floats(&room, padded(books)));
+    s.later = part_of(&room, books * tall);
+    s.base = part_of(&room, wide);
+    s.tile = part_of(&room, kTile * books * wide);
+    s.pull = part_of(&room, kTile * tall);
+    s.moved = part_of(&room, kTile * tall);
+    float* total = part_of(&room, kTile * tall);
+    int32_t* codes = reinterpret_cast<int32_t*>(part_of(&room, padded(books)));
     const bool fresh = !b.before;
     for (int64_t first = from; first < to; first += kTile) {
         float* rows[kTile];
@@ -553,9 +543,9 @@ void search_rows(const Block& b, const Group& group, int64_t z, int64_t n, int64
             const float scale = b.scale[row];
             const float* start = fresh ? rows[r] + n * g : b.before + row * width + n * g;
             float* moved = s.moved + r * tall;
-            for (int64_t i = 0; i < g; ++i) moved[i] = total[i] * scale - start[i];
-            if (fresh && group.inverse) {  // the error (w - q) U_nn^-1
-                for (int64_t i = 0; i < g; ++i) total[i] = -moved[i];
+            for (int64_t i = 0; i < g; ++i) moved[i] = fresh ? start[i] - total[i] * scale : total[i] * scale - start[i];
+            if (group.inverse) {
+                for (int64_t i = 0; i < g; ++i) total[i] = moved[i];
                 for (int64_t i = 0; i < tall; i += kLanes) {
                     Floats sum = splat(0);
                     for (int64_t j = 0; j < g; ++j) sum += total[j] * load(group.inverse + j * tall + i);
@@ -568,5 +558,7 @@ void search_rows(const Block& b, const Group& group, int64_t z, int64_t n, int64
             spread(s.moved, tall, b.coupling + (z * width + n * g) * width, g, (n + 1) * g, width, rows);
     }
 }
+
+constexpr Level kLevel = {kLanes, arrange, project, pair_up, scratch_floats, search_rows};
 
 #undef INLINE
