@@ -22,6 +22,9 @@ namespace nb = nanobind;
 
 namespace {
 
+// As a macro: its users take on the instruction set of where they are.
+#define INLINE static inline __attribute__((always_inline))
+
 constexpr float kInfinity = __builtin_inff(), kLargest = FLT_MAX, kSmall = 1e-30f;
 constexpr int kTile = 4;                     // rows that share what is loaded
 constexpr int64_t kCodebooks = 64;           // at most
@@ -68,28 +71,30 @@ struct Level {
 #define AQUABIT_X86
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,popcnt"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,popcnt")
 #endif
 namespace avx512 {
 constexpr int kLanes = 16;
 #define AQUABIT_LEVEL 4
+#include "additive_lowest.h"
 #include "additive_level.h"
 #undef AQUABIT_LEVEL
 }  // namespace avx512
 #if defined(__clang__)
 #pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,bmi,popcnt"))), apply_to = function)
 #else
 #pragma GCC pop_options
 #pragma GCC push_options
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,bmi,popcnt")
 #endif
 namespace avx2 {
 constexpr int kLanes = 8;
 #define AQUABIT_LEVEL 3
+#include "additive_lowest.h"
 #include "additive_level.h"
 #undef AQUABIT_LEVEL
 }  // namespace avx2
@@ -107,6 +112,7 @@ constexpr int kLanes = 4;
 #else
 #define AQUABIT_LEVEL 0
 #endif
+#include "additive_lowest.h"
 #include "additive_level.h"
 #undef AQUABIT_LEVEL
 }  // namespace baseline
@@ -198,7 +204,8 @@ const std::vector<Choice>& levels() {
         std::vector<Choice> found;
 #ifdef AQUABIT_X86
         __builtin_cpu_init();
-        const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+        const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+                        __builtin_cpu_supports("popcnt");
         const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
         if (v4) found.push_back({"avx512", &avx512::kLevel});

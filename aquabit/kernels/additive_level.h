@@ -1,56 +1,11 @@
 // The additive quantizer's code search for one instruction set; included by additive.cpp once per level, inside a namespace and under a
-// target pragma of its own, with kLanes (floats of a vector) and AQUABIT_LEVEL (4: AVX-512, 3: AVX2, 2: SSE2, 0: others). No library
-// code and no templates in here: what the linker shares between levels must not be compiled for one of them.
+// target pragma of its own, after additive_lowest.h. No library code and no templates in either: what the linker shares between
+// levels must not be compiled for one of them.
 //
 // Minimised over the codes k_1..k_M of a group: c metric c^T - 2 c pull^T with c the sum of its codewords. Expanded, that is
 //     sum_m own_m[k_m] - 2 c_m . pull   +   sum_{j<m} 2 c_j metric c_m^T :
 // scores that depend on the row, and pairs that do not and are computed once for all rows. Every vector of codewords is padded to
 // whole vectors with own = infinity, and what is infinite is never picked.
-
-typedef float Floats __attribute__((vector_size(4 * kLanes)));
-typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
-typedef float Unaligned __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
-typedef int32_t UnalignedInts __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
-
-#define INLINE static inline __attribute__((always_inline))
-
-INLINE Floats load(const float* x) { return *reinterpret_cast<const Unaligned*>(x); }
-INLINE void store(float* x, Floats v) { *reinterpret_cast<Unaligned*>(x) = v; }
-INLINE Floats splat(float x) { return x - Floats{}; }
-INLINE Floats smaller(Floats a, Floats b) { return a < b ? a : b; }
-
-INLINE Ints lane_numbers() {
-    Ints lanes;
-    for (int i = 0; i < kLanes; ++i) lanes[i] = i;
-    return lanes;
-}
-
-// Bit i: a[i] <= b[i].
-INLINE uint32_t at_most(Floats a, Floats b) {
-#if AQUABIT_LEVEL == 4
-    return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ);
-#elif AQUABIT_LEVEL == 3
-    return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_LE_OQ));
-#elif AQUABIT_LEVEL == 2
-    return _mm_movemask_ps(_mm_cmple_ps(a, b));
-#else
-    uint32_t bits = 0;
-    for (int i = 0; i < kLanes; ++i) bits |= static_cast<uint32_t>(a[i] <= b[i]) << i;
-    return bits;
-#endif
-}
-
-INLINE float least(Floats v) {
-#if AQUABIT_LEVEL == 4
-    return _mm512_reduce_min_ps(v);
-#else
-    float low = v[0];
-    for (int i = 1; i < kLanes; ++i) low = v[i] < low ? v[i] : low;
-    return low;
-#endif
-}
-
-INLINE int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
 // Codewords of one set of tables [M, K, size], padded and transposed.
 static void arrange(const Block& b, const float* tables, float* codewords, float* by_size) {
@@ -98,155 +53,6 @@ static void pair_up(const Block& b, const Group& group, float* pairs, int64_t fr
     }
 }
 
-// What scores of codebook m are made of for one partial sum: base + rows[0] + ... + rows[count - 1].
-struct Terms {
-    const float* base;
-    const float* rows[kCodebooks];
-    int count;
-};
-
-INLINE Floats sum_at(const Terms& terms, int count, int64_t at) {
-    Floats sum = load(terms.base + at);
-    for (int i = 0; i < count; ++i) sum += load(terms.rows[i] + at);
-    return sum;
-}
-
-INLINE int64_t lowest_of(const Terms& terms, int count, int64_t wide, float* value) {
-    Floats low = splat(kInfinity);
-    Ints where = {}, now = lane_numbers();
-    for (int64_t at = 0; at < wide; at += kLanes, now += kLanes) {
-        const Floats score = sum_at(terms, count, at);
-        const Ints below = score < low;
-        low = below ? score : low;
-        where = below ? now : where;
-    }
-    *value = least(low);
-    int32_t first = where[0];
-    uint32_t bits = at_most(low, splat(*value));
-    if (!bits) return 0;
-    for (first = where[__builtin_ctz(bits)]; bits; bits &= bits - 1) {
-        const int32_t index = where[__builtin_ctz(bits)];
-        first = index < first ? index : first;
-    }
-    return first;
-}
-
-// The code with the lowest score, the first of equals.
-static int64_t lowest(const Terms& terms, int64_t wide, float* value) {
-    switch (terms.count) {
-        case 0: return lowest_of(terms, 0, wide, value);
-        case 1: return lowest_of(terms, 1, wide, value);
-        case 2: return lowest_of(terms, 2, wide, value);
-        case 3: return lowest_of(terms, 3, wide, value);
-        default: return lowest_of(terms, terms.count, wide, value);
-    }
-}
-
-INLINE Floats lowest_values_of(const Terms& terms, int count, int64_t wide) {
-    Floats low = splat(kInfinity);
-    for (int64_t at = 0; at < wide; at += kLanes) low = smaller(sum_at(terms, count, at), low);
-    return low;
-}
-
-static Floats lowest_values(const Terms& terms, int64_t wide) {
-    switch (terms.count) {
-        case 1: return lowest_values_of(terms, 1, wide);
-        case 2: return lowest_values_of(terms, 2, wide);
-        case 3: return lowest_values_of(terms, 3, wide);
-        default: return lowest_values_of(terms, terms.count, wide);
-    }
-}
-
-INLINE void write_scores_of(const Terms& terms, int count, float value, int64_t wide, float* scores, Floats* low, int64_t lows, int64_t* turn) {
-    int64_t next = *turn;
-    for (int64_t at = 0; at < wide; at += kLanes) {
-        const Floats score = sum_at(terms, count, at) + value;
-        store(scores + at, score);
-        low[next] = smaller(score, low[next]);
-        next = next + 1 == lows ? 0 : next + 1;
-    }
-    *turn = next;
-}
-
-// Scores of all codes, and the lowest of each lane in ``lows`` vectors taken in turns.
-static void write_scores(const Terms& terms, float value, int64_t wide, float* scores, Floats* low, int64_t lows, int64_t* turn) {
-    switch (terms.count) {
-        case 0: return write_scores_of(terms, 0, value, wide, scores, low, lows, turn);
-        case 1: return write_scores_of(terms, 1, value, wide, scores, low, lows, turn);
-        case 2: return write_scores_of(terms, 2, value, wide, scores, low, lows, turn);
-        case 3: return write_scores_of(terms, 3, value, wide, scores, low, lows, turn);
-        default: return write_scores_of(terms, terms.count, value, wide, scores, low, lows, turn);
-    }
-}
-
-// A bound that at least ``keep`` of all scores keep to: the keep-th lowest of the lanes' lowest, each of which is a score.
-INLINE float bound(const Floats* low, int64_t lows, int64_t keep) {
-    Floats found = splat(kLargest);
-    const float* lanes = reinterpret_cast<const float*>(low);
-    for (int64_t v = 0; v < lows; ++v) {
-        Ints not_above = {};
-        for (int64_t i = 0; i < lows * kLanes; ++i) not_above -= splat(lanes[i]) <= low[v];
-        const Floats enough = not_above >= static_cast<int32_t>(keep) ? low[v] : found;
-        found = smaller(enough, found);
-    }
-    return least(found);
-}
-
-// Values that keep to the bound, with their index, in order; how many.
-INLINE int64_t collect(const float* scores, int64_t n, float limit, float* values, int32_t* index) {
-    const Floats limits = splat(limit);
-    int64_t count = 0;
-#if AQUABIT_LEVEL == 4
-    Ints now = lane_numbers();
-#endif
-    for (int64_t at = 0; at < n; at += kLanes) {
-        const Floats score = load(scores + at);
-        uint32_t bits = at_most(score, limits);
-#if AQUABIT_LEVEL == 4
-        store(values + count, _mm512_maskz_compress_ps(static_cast<__mmask16>(bits), score));
-        *reinterpret_cast<UnalignedInts*>(index + count) =
-            reinterpret_cast<Ints>(_mm512_maskz_compress_epi32(static_cast<__mmask16>(bits), reinterpret_cast<__m512i>(now)));
-        count += __builtin_popcount(bits);
-        now += kLanes;
-#else
-        for (; bits; bits &= bits - 1) {
-            const int64_t i = at + __builtin_ctz(bits);
-            values[count] = scores[i];
-            index[count++] = static_cast<int32_t>(i);
-        }
-#endif
-    }
-    return count;
-}
-
-// The ``keep`` lowest of ``count`` values in ascending order, the first of equals first: their places in order[0..keep).
-INLINE void rank_all(float* values, int64_t count, int64_t keep, int32_t* ranks, int32_t* order) {
-    for (int64_t i = count; i < padded(count); ++i) values[i] = kInfinity;
-    for (int64_t i = 0; i < keep; ++i) order[i] = -1;
-    for (int64_t at = 0; at < count; at += kLanes) {
-        const Floats mine = load(values + at);
-        Ints below = {};
-        for (int64_t i = 0; i < count; ++i) below -= splat(values[i]) < mine;
-        *reinterpret_cast<UnalignedInts*>(ranks + at) = below;
-    }
-    for (int64_t i = 0; i < count; ++i) {
-        int64_t rank = ranks[i];
-        while (rank < keep && order[rank] >= 0) ++rank;
-        if (rank < keep) order[rank] = static_cast<int32_t>(i);
-    }
-}
-
-// The same by insertion, for many values (equal ones, most of all).
-INLINE void insert_all(const float* values, int64_t count, int64_t keep, int32_t* order) {
-    int64_t held = 0;
-    for (int64_t i = 0; i < count; ++i) {
-        if (held == keep && !(values[i] < values[order[keep - 1]])) continue;
-        int64_t place = held < keep ? held++ : keep - 1;
-        for (; place > 0 && values[i] < values[order[place - 1]]; --place) order[place] = order[place - 1];
-        order[place] = static_cast<int32_t>(i);
-    }
-}
-
 // Partial sums of the beam: their value, codes, and (without pairs) what is left of the pull.
 struct Beam {
     float* value;    // [beam]
@@ -254,19 +60,26 @@ struct Beam {
     float* left;     // [beam, size padded]
 };
 
-struct Scratch {
-    float* scores;    // [beam * K padded]
-    float* values;    // [beam * K padded + a vector]
-    int32_t* index;   // the same
-    int32_t* ranks;   // the same
-    Floats* low;      // [lows]
-    int32_t* order;   // [beam]
-    Beam beam, next;  // taken in turns
-    float* later;     // [M, size padded]
-    float* base;      // [K padded]
-    float* tile;      // [kTile, M * K padded]: scores of the rows of a tile before any sum
-    float* pull;      // [kTile, size padded]
-    float* moved;     // the same
+// A row whose group is searched, and what the search works with. The rows of a tile go through each step together: the steps of one
+// wait for the last, those of different rows do not.
+struct Row {
+    float* pull;       // [size padded]
+    float* scores;     // [M * K padded]: own - 2 c . pull of all codewords
+    int32_t* codes;    // [M], before and after
+    float* total;      // [size padded]: sum of their codewords
+    float* moved;      // [size padded]
+    float* target;     // this row of Block::target; null: there is no such row
+    int64_t width;     // of the beam; 0: nothing finite was found
+    Beam beam, next;   // taken in turns
+    Floats* low;       // [lows]
+    float* sums;       // [beam * K padded]
+    float* values;     // [beam * K padded + a vector]: candidates, in order
+    int32_t* index;    // the same
+    int64_t count;     // of candidates
+    int32_t* ranks;    // [kRanked]
+    int32_t* order;    // [kRanked, or beam if that is more]
+    float* later;      // [M, size padded]
+    float* base;       // [K padded]
 };
 
 INLINE int64_t lows_of(const Block& b) { return (2 * b.beam + kLanes - 1) / kLanes; }
@@ -305,36 +118,100 @@ INLINE void set_terms(const Block& b, const Group& group, int64_t m, const int32
     }
 }
 
-// One codeword after another replaced by the best given the others; from nothing where ``fresh``. The cost of the outcome.
-static float descend(const Block& b, const Group& group, const float* scores, const float* pull, bool fresh, const Scratch& s, int32_t* codes) {
-    const int64_t wide = padded(b.codewords), g = b.size, tall = padded(g), stride = b.codebooks * wide;
-    float* left = s.next.left;
-    if (!fresh && b.codebooks > 1) {  // later[m]: the sum of the codewords after m
-        for (int64_t i = 0; i < tall; ++i) s.later[(b.codebooks - 1) * tall + i] = 0;
-        for (int64_t m = b.codebooks - 1; m > 0; --m) {
-            const float* codeword = group.codewords + (m * b.codewords + codes[m]) * tall;
+// Each codeword replaced by the best given the others, one after another; from nothing where ``fresh``.
+static void descend(const Block& b, const Group& group, bool fresh, Row* rows, int count) {
+    const int64_t wide = padded(b.codewords), g = b.size, tall = padded(g), books = b.codebooks, stride = books * wide;
+    for (Row* row = rows; row < rows + count; ++row) {
+        for (int64_t i = 0; i < g; ++i) row->next.left[i] = row->pull[i];
+        if (fresh) continue;
+        for (int64_t i = 0; i < tall; ++i) row->later[(books - 1) * tall + i] = 0;  // later[m]: the sum of the codewords after m
+        for (int64_t m = books - 1; m > 0; --m) {
+            const float* codeword = group.codewords + (m * b.codewords + row->codes[m]) * tall;
             for (int64_t i = 0; i < tall; i += kLanes)
-                store(s.later + (m - 1) * tall + i, load(s.later + m * tall + i) + load(codeword + i));
+                store(row->later + (m - 1) * tall + i, load(row->later + m * tall + i) + load(codeword + i));
         }
     }
-    for (int64_t i = 0; i < g; ++i) left[i] = pull[i];
-    float value = 0;
-    for (int64_t m = 0; m < b.codebooks; ++m) {
-        Terms terms;
-        set_terms(b, group, m, codes, left, scores, s.scores, &terms);
-        if (!fresh && m + 1 < b.codebooks) {
-            const float* later = s.later + m * tall;
-            for (int64_t at = 0; at < wide; at += kLanes) {
-                Floats sum = splat(0);
-                for (int64_t i = 0; i < g; ++i) sum += later[i] * load(group.images + i * stride + m * wide + at);
-                store(s.base + at, load(terms.base + at) + 2 * sum);
+    for (int64_t m = 0; m < books; ++m)
+        for (Row* row = rows; row < rows + count; ++row) {
+            Terms terms;
+            set_terms(b, group, m, row->codes, row->next.left, row->scores, row->sums, &terms);
+            if (!fresh && m + 1 < books) {
+                const float* later = row->later + m * tall;
+                for (int64_t at = 0; at < wide; at += kLanes) {
+                    Floats sum = splat(0);
+                    for (int64_t i = 0; i < g; ++i) sum += later[i] * load(group.images + i * stride + m * wide + at);
+                    store(row->base + at, load(terms.base + at) + 2 * sum);
+                }
+                terms.base = row->base;
             }
-            terms.base = s.base;
+            row->codes[m] = static_cast<int32_t>(lowest(terms, wide));
+            if (!group.pairs && m + 1 < books) take(b, group, m, row->codes[m], row->next.left, row->next.left);
         }
-        codes[m] = static_cast<int32_t>(lowest(terms, wide, &value));
-        if (!group.pairs && m + 1 < b.codebooks) take(b, group, m, codes[m], left, left);
+}
+
+// Candidates for the best sums over codebooks up to m: those at or below a bound that at least ``beam`` keep to.
+INLINE void find_candidates(const Block& b, const Group& group, int64_t m, int shift, Row* row) {
+    const int64_t wide = padded(b.codewords), tall = padded(b.size), lows = lows_of(b);
+    for (int64_t v = 0; v < lows; ++v) row->low[v] = splat(kInfinity);
+    int64_t turn = 0;
+    for (int64_t e = 0; e < row->width; ++e) {
+        Terms terms;
+        set_terms(b, group, m, row->beam.codes + e * b.codebooks, row->beam.left + e * tall, row->scores, row->base, &terms);
+        write_sums(terms, row->beam.value[e], wide, row->sums + e * wide, row->low, lows, &turn);
     }
-    return value;
+    const float limit = row->width * wide <= kLanes ? kLargest : bound(row->low, lows, smaller_of(b.beam, row->width * b.codewords));
+    row->count = collect(row->sums, row->width, wide, shift, limit, row->values, row->index);
+}
+
+// The best of the candidates become the beam.
+INLINE void keep_best(const Block& b, const Group& group, int64_t m, int shift, Row* row) {
+    const int64_t tall = padded(b.size), books = b.codebooks, kept = smaller_of(b.beam, smaller_of(row->width * b.codewords, row->count));
+    if (row->count > kRanked || !rank_all(row->values, row->count, kept, row->ranks, row->order))
+        insert_all(row->values, row->count, kept, row->order);
+    for (int64_t e = 0; e < kept; ++e) {
+        const int32_t place = row->order[e], parent = row->index[place] >> shift, code = row->index[place] & ((1 << shift) - 1);
+        row->next.value[e] = row->values[place];
+        for (int64_t j = 0; j < m; ++j) row->next.codes[e * books + j] = row->beam.codes[parent * books + j];
+        row->next.codes[e * books + m] = code;
+        if (!group.pairs) take(b, group, m, code, row->beam.left + parent * tall, row->next.left + e * tall);
+    }
+    const Beam other = row->beam;
+    row->beam = row->next;
+    row->next = other;
+    row->width = kept;
+}
+
+// The best sum over all codebooks from one of the beam; its codes are the beam's first.
+INLINE void finish(const Block& b, const Group& group, Row* row) {
+    const int64_t wide = padded(b.codewords), tall = padded(b.size), books = b.codebooks, m = books - 1;
+    const Beam& beam = row->beam;
+    Lowest found = {splat(kInfinity), {}};
+    Terms terms;
+    for (int64_t e = 0; e < row->width; ++e) {
+        set_terms(b, group, m, beam.codes + e * books, beam.left + e * tall, row->scores, row->base, &terms);
+        update_lowest(terms, beam.value[e], wide, static_cast<int32_t>(e), &found);
+    }
+    const int64_t parent = first_of_lowest(found.value, found.entry);
+    row->width = parent >= 0;
+    if (parent < 0) return;
+    set_terms(b, group, m, beam.codes + parent * books, beam.left + parent * tall, row->scores, row->base, &terms);
+    for (int64_t j = 0; j < m; ++j) beam.codes[j] = beam.codes[parent * books + j];
+    beam.codes[m] = static_cast<int32_t>(lowest(terms, wide));
+}
+
+// The ``beam`` best sums of codewords grown codebook by codebook from nothing; the codes of the best are the beam's first.
+static void grow(const Block& b, const Group& group, Row* rows, int count) {
+    const int shift = 64 - __builtin_clzll(static_cast<uint64_t>(padded(b.codewords) - 1) | 1);
+    for (Row* row = rows; row < rows + count; ++row) {
+        row->width = 1;
+        row->beam.value[0] = 0;
+        for (int64_t i = 0; i < b.size; ++i) row->beam.left[i] = row->pull[i];
+    }
+    for (int64_t m = 0; m + 1 < b.codebooks; ++m) {
+        for (Row* row = rows; row < rows + count; ++row) find_candidates(b, group, m, shift, row);
+        for (Row* row = rows; row < rows + count; ++row) keep_best(b, group, m, shift, row);
+    }
+    for (Row* row = rows; row < rows + count; ++row) finish(b, group, row);
 }
 
 // c metric c^T - 2 c pull^T.
@@ -347,59 +224,6 @@ INLINE float cost_of(const Block& b, const Group& group, const float* pull, cons
         cost += (image - 2 * pull[i]) * total[i];
     }
     return cost;
-}
-
-// The best ``beam`` sums over the first codebooks grown codebook by codebook; the codes of the best, if any is finite, in s.beam.codes.
-static bool grow(const Block& b, const Group& group, const float* scores, const float* pull, Scratch& s, float* value) {
-    const int64_t wide = padded(b.codewords), g = b.size, tall = padded(g), lows = lows_of(b), books = b.codebooks;
-    int64_t width = 1;
-    s.beam.value[0] = 0;
-    for (int64_t i = 0; i < g; ++i) s.beam.left[i] = pull[i];
-    Terms terms;
-    for (int64_t m = 0; m + 1 < books; ++m) {
-        for (int64_t v = 0; v < lows; ++v) s.low[v] = splat(kInfinity);
-        int64_t turn = 0;
-        for (int64_t e = 0; e < width; ++e) {
-            set_terms(b, group, m, s.beam.codes + e * books, s.beam.left + e * tall, scores, s.base, &terms);
-            write_scores(terms, s.beam.value[e], wide, s.scores + e * wide, s.low, lows, &turn);
-        }
-        const int64_t keep = b.beam < width * b.codewords ? b.beam : width * b.codewords;
-        const int64_t count = collect(s.scores, width * wide, bound(s.low, lows, keep), s.values, s.index);
-        const int64_t kept = keep < count ? keep : count;
-        if (!kept) return false;
-        if (count <= kRanked)
-            rank_all(s.values, count, kept, s.ranks, s.order);
-        else
-            insert_all(s.values, count, kept, s.order);
-        for (int64_t e = 0; e < kept; ++e) {
-            const int64_t place = s.order[e], parent = s.index[place] / wide, code = s.index[place] % wide;
-            s.next.value[e] = s.values[place];
-            for (int64_t j = 0; j < m; ++j) s.next.codes[e * books + j] = s.beam.codes[parent * books + j];
-            s.next.codes[e * books + m] = static_cast<int32_t>(code);
-            if (!group.pairs) take(b, group, m, code, s.beam.left + parent * tall, s.next.left + e * tall);
-        }
-        const Beam other = s.beam;
-        s.beam = s.next;
-        s.next = other;
-        width = kept;
-    }
-    float best = kInfinity;
-    int64_t parent = -1;
-    const int64_t m = books - 1;
-    for (int64_t e = 0; e < width; ++e) {
-        set_terms(b, group, m, s.beam.codes + e * books, s.beam.left + e * tall, scores, s.base, &terms);
-        const float low = least(lowest_values(terms, wide)) + s.beam.value[e];
-        if (low < best) {
-            best = low;
-            parent = e;
-        }
-    }
-    if (parent < 0) return false;
-    set_terms(b, group, m, s.beam.codes + parent * books, s.beam.left + parent * tall, scores, s.base, &terms);
-    for (int64_t j = 0; j < m; ++j) s.beam.codes[j] = s.beam.codes[parent * books + j];
-    s.beam.codes[m] = static_cast<int32_t>(lowest(terms, wide, value));
-    *value = best;
-    return true;
 }
 
 INLINE float pair_cost(const Block& b, const Group& group, const float* scores, const int32_t* codes) {
@@ -421,144 +245,160 @@ INLINE void add_codewords(const Block& b, const Group& group, const int32_t* cod
     }
 }
 
-// Codes of one row's group, in place; their sum.
-static void choose(const Block& b, const Group& group, const float* scores, const float* pull, bool fresh, Scratch& s, int32_t* codes,
-                   float* total) {
-    float grown = 0;
-    descend(b, group, scores, pull, fresh, s, codes);
-    add_codewords(b, group, codes, total);
-    if (b.beam < 2 || b.codebooks < 2 || !grow(b, group, scores, pull, s, &grown)) return;
-    const int32_t* other = s.beam.codes;
-    if (group.pairs) {
-        if (!(pair_cost(b, group, scores, other) < pair_cost(b, group, scores, codes))) return;
-        add_codewords(b, group, other, total);
-    } else {
-        float* sum = s.next.left;
+// Codes of the rows' groups, in place, and their sums.
+static void choose(const Block& b, const Group& group, bool fresh, Row* rows, int count) {
+    descend(b, group, fresh, rows, count);
+    for (Row* row = rows; row < rows + count; ++row) add_codewords(b, group, row->codes, row->total);
+    if (b.beam < 2 || b.codebooks < 2) return;
+    grow(b, group, rows, count);
+    for (Row* row = rows; row < rows + count; ++row) {
+        if (!row->width) continue;
+        const int32_t* other = row->beam.codes;
+        float* sum = row->next.left;
         add_codewords(b, group, other, sum);
-        if (!(cost_of(b, group, pull, sum) < cost_of(b, group, pull, total))) return;
-        for (int64_t i = 0; i < padded(b.size); ++i) total[i] = sum[i];
+        const bool better = group.pairs ? pair_cost(b, group, row->scores, other) < pair_cost(b, group, row->scores, row->codes)
+                                        : cost_of(b, group, row->pull, sum) < cost_of(b, group, row->pull, row->total);
+        if (!better) continue;
+        for (int64_t i = 0; i < padded(b.size); ++i) row->total[i] = sum[i];
+        for (int64_t m = 0; m < b.codebooks; ++m) row->codes[m] = other[m];
     }
-    for (int64_t m = 0; m < b.codebooks; ++m) codes[m] = other[m];
 }
 
 // Scores of a tile's rows for all codes of all codebooks: own - 2 c . pull.
-INLINE void score_tile(const Block& b, const Group& group, const float* pull, float* out) {
-    const int64_t stride = b.codebooks * padded(b.codewords), tall = padded(b.size);
+INLINE void score_tile(const Block& b, const Group& group, const Row* rows) {
+    const int64_t stride = b.codebooks * padded(b.codewords);
     for (int64_t at = 0; at < stride; at += kLanes) {
         Floats sum[kTile];
         for (int r = 0; r < kTile; ++r) sum[r] = splat(0);
         for (int64_t i = 0; i < b.size; ++i) {
             const Floats column = load(group.by_size + i * stride + at);
-            for (int r = 0; r < kTile; ++r) sum[r] += pull[r * tall + i] * column;
+            for (int r = 0; r < kTile; ++r) sum[r] += rows[r].pull[i] * column;
         }
         const Floats own = load(group.own + at);
-        for (int r = 0; r < kTile; ++r) store(out + r * stride + at, own - 2 * sum[r]);
+        for (int r = 0; r < kTile; ++r) store(rows[r].scores + at, own - 2 * sum[r]);
     }
 }
 
-// rows[from..) -= moved @ coupling[group's rows, from..), for a tile of rows.
-INLINE void spread(const float* moved, int64_t tall, const float* coupling, int64_t g, int64_t from, int64_t width, float* const* rows) {
+// What a tile's moves mean for the inputs from ``from`` on: target -= moved @ coupling.
+INLINE void spread(const Row* rows, const float* coupling, int64_t g, int64_t from, int64_t width) {
     int64_t at = from;
     for (; at + kLanes <= width; at += kLanes) {
         Floats sum[kTile];
         for (int r = 0; r < kTile; ++r) sum[r] = splat(0);
         for (int64_t i = 0; i < g; ++i) {
             const Floats line = load(coupling + i * width + at);
-            for (int r = 0; r < kTile; ++r) sum[r] += moved[r * tall + i] * line;
+            for (int r = 0; r < kTile; ++r) sum[r] += rows[r].moved[i] * line;
         }
         for (int r = 0; r < kTile; ++r)
-            if (rows[r]) store(rows[r] + at, load(rows[r] + at) - sum[r]);
+            if (rows[r].target) store(rows[r].target + at, load(rows[r].target + at) - sum[r]);
     }
     for (; at < width; ++at)
-        for (int r = 0; r < kTile; ++r) {
+        for (int r = 0; r < kTile && rows[r].target; ++r) {
             float sum = 0;
-            for (int64_t i = 0; i < g; ++i) sum += moved[r * tall + i] * coupling[i * width + at];
-            if (rows[r]) rows[r][at] -= sum;
+            for (int64_t i = 0; i < g; ++i) sum += rows[r].moved[i] * coupling[i * width + at];
+            rows[r].target[at] -= sum;
         }
 }
 
-INLINE float divisor(float scale) { return __builtin_fabsf(scale) > kSmall ? scale : 1.0f; }
+// The next ``count`` floats or integers, in whole cache lines.
+INLINE float* part_of(uintptr_t* room, int64_t count) {
+    const uintptr_t here = *room;
+    *room += (count + 15) / 16 * 64;
+    return reinterpret_cast<float*>(here);
+}
 
-INLINE float* part_of(float** room, int64_t count) {
-    float* here = *room;
-    *room += count;
-    return here;
+INLINE int32_t* integers_of(uintptr_t* room, int64_t count) { return reinterpret_cast<int32_t*>(part_of(room, count)); }
+
+INLINE void lay_out(const Block& b, Row* row, uintptr_t* room) {
+    const int64_t wide = padded(b.codewords), tall = padded(b.size), books = b.codebooks;
+    row->low = reinterpret_cast<Floats*>(part_of(room, lows_of(b) * kLanes));
+    row->pull = part_of(room, tall);
+    row->total = part_of(room, tall);
+    row->moved = part_of(room, tall);
+    row->scores = part_of(room, books * wide);
+    row->codes = integers_of(room, books);
+    row->sums = part_of(room, b.beam * wide);
+    row->values = part_of(room, b.beam * wide + kLanes);
+    row->index = integers_of(room, b.beam * wide + kLanes);
+    row->ranks = integers_of(room, kRanked);
+    row->order = integers_of(room, b.beam + kRanked);
+    row->later = part_of(room, books * tall);
+    row->base = part_of(room, wide);
+    for (Beam* beam : {&row->beam, &row->next}) {
+        beam->value = part_of(room, b.beam);
+        beam->codes = integers_of(room, b.beam * books);
+        beam->left = part_of(room, b.beam * tall);
+    }
 }
 
 // Floats of scratch that search_rows needs.
 static int64_t scratch_floats(const Block& b) {
-    const int64_t wide = padded(b.codewords), tall = padded(b.size), books = b.codebooks;
-    return lows_of(b) * kLanes + b.beam * wide + 3 * (b.beam * wide + kLanes) + padded(b.beam) * 3 + 2 * padded(b.beam * books) + 2 * (b.beam + 1) * tall +
-           books * tall + wide + kTile * books * wide + 3 * kTile * tall + padded(books);
+    uintptr_t room = 0;
+    Row row;
+    for (int r = 0; r < kTile; ++r) lay_out(b, &row, &room);
+    return static_cast<int64_t>(room / sizeof(float));
+}
+
+INLINE float divisor(float scale) { return __builtin_fabsf(scale) > kSmall ? scale : 1.0f; }
+
+// Where a row's group starts from: feedback from the weights as they are by now, sweep from what is decoded.
+INLINE const float* start_of(const Block& b, const Row* row, int64_t number, int64_t n) {
+    const int64_t width = b.groups * b.size;
+    return (b.before ? b.before + number * width : row->target) + n * b.size;
+}
+
+// Row ``number`` of all: its pull and its codes.
+INLINE void fetch(const Block& b, const Group& group, int64_t number, int64_t n, Row* row) {
+    const int64_t g = b.size, tall = padded(g);
+    const float by = 1 / divisor(b.scale[number]);
+    const float* start = start_of(b, row, number, n);
+    for (int64_t i = 0; i < tall; i += kLanes) {
+        Floats sum = splat(0);
+        for (int64_t j = 0; j < g; ++j) sum += start[j] * load(group.metric + j * tall + i);
+        store(row->pull + i, sum * by);
+    }
+    if (b.before)
+        for (int64_t i = 0; i < g; ++i) row->pull[i] += row->target[n * g + i] * by;
+    const int64_t* codes = b.codes + (number * b.groups + n) * b.codebooks;
+    for (int64_t m = 0; m < b.codebooks; ++m) row->codes[m] = static_cast<int32_t>(codes[m]);
+}
+
+// Its codes, and what they move: feedback's error (w - q) inverse, or a sweep's change.
+INLINE void put(const Block& b, const Group& group, int64_t number, int64_t n, Row* row) {
+    const int64_t g = b.size, tall = padded(g);
+    int64_t* codes = b.codes + (number * b.groups + n) * b.codebooks;
+    for (int64_t m = 0; m < b.codebooks; ++m) codes[m] = row->codes[m];
+    const float scale = b.scale[number];
+    const float* start = start_of(b, row, number, n);
+    float* change = group.inverse ? row->total : row->moved;
+    for (int64_t i = 0; i < g; ++i) change[i] = b.before ? row->total[i] * scale - start[i] : start[i] - row->total[i] * scale;
+    for (int64_t i = 0; group.inverse && i < tall; i += kLanes) {
+        Floats sum = splat(0);
+        for (int64_t j = 0; j < g; ++j) sum += change[j] * load(group.inverse + j * tall + i);
+        store(row->moved + i, sum);
+    }
+    for (int64_t i = 0; i < g; ++i) b.moved[number * b.groups * g + n * g + i] = row->moved[i];
 }
 
 // Rows [from, to) of block z: codes of its n-th group, and what follows for the groups after it.
 static void search_rows(const Block& b, const Group& group, int64_t z, int64_t n, int64_t from, int64_t to, float* room) {
-    const int64_t wide = padded(b.codewords), g = b.size, tall = padded(g), books = b.codebooks, width = b.groups * g;
-    Scratch s;
-    s.low = reinterpret_cast<Floats*>(part_of(&room, lows_of(b) * kLanes));
-    s.scores = part_of(&room, b.beam * wide);
-    s.values = part_of(&room, b.beam * wide + kLanes);
-    s.index = reinterpret_cast<int32_t*>(part_of(&room, b.beam * wide + kLanes));
-    s.ranks = reinterpret_cast<int32_t*>(part_of(&room, b.beam * wide + kLanes));
-    s.order = reinterpret_cast<int32_t*>(part_of(&room, padded(b.beam)));
-    for (Beam* beam : {&s.beam, &s.next}) {
-        beam->value = part_of(&room, padded(b.beam));
-        beam->codes = reinterpret_cast<int32_t*>(part_of(&room, padded(b.beam * books)));
-        beam->left = part_of(&room, (b.beam + 1) * tall);
-    }
-    s.later = part_of(&room, books * tall);
-    s.base = part_of(&room, wide);
-    s.tile = part_of(&room, kTile * books * wide);
-    s.pull = part_of(&room, kTile * tall);
-    s.moved = part_of(&room, kTile * tall);
-    float* total = part_of(&room, kTile * tall);
-    int32_t* codes = reinterpret_cast<int32_t*>(part_of(&room, padded(books)));
-    const bool fresh = !b.before;
+    const int64_t g = b.size, width = b.groups * g;
+    Row rows[kTile];
+    uintptr_t next = reinterpret_cast<uintptr_t>(room);
+    for (Row& row : rows) lay_out(b, &row, &next);
     for (int64_t first = from; first < to; first += kTile) {
-        float* rows[kTile];
+        const int count = static_cast<int>(smaller_of(kTile, to - first));
+        const int64_t number = z * b.rows + first;
         for (int r = 0; r < kTile; ++r) {  // a tile always counts the same rows, those beyond the last as nothing
-            float* pull = s.pull + r * tall;
-            for (int64_t i = 0; i < tall; ++i) pull[i] = s.moved[r * tall + i] = 0;
-            rows[r] = first + r < to ? b.target + (z * b.rows + first + r) * width : nullptr;
-            if (!rows[r]) continue;
-            const float by = divisor(b.scale[z * b.rows + first + r]);
-            const float* target = rows[r] + n * g;
-            const float* start = fresh ? target : b.before + (z * b.rows + first + r) * width + n * g;
-            for (int64_t i = 0; i < tall; i += kLanes) {
-                Floats sum = splat(0);
-                for (int64_t j = 0; j < g; ++j) sum += (start[j] / by) * load(group.metric + j * tall + i);
-                store(pull + i, sum);
-            }
-            if (!fresh)
-                for (int64_t i = 0; i < g; ++i) pull[i] += target[i] / by;
+            rows[r].target = r < count ? b.target + (number + r) * width : nullptr;
+            for (int64_t i = 0; i < padded(g); ++i) rows[r].pull[i] = rows[r].moved[i] = 0;
         }
-        score_tile(b, group, s.pull, s.tile);
-        for (int r = 0; r < kTile && rows[r]; ++r) {
-            const int64_t row = z * b.rows + first + r;
-            int64_t* kept = b.codes + (row * b.groups + n) * books;
-            for (int64_t m = 0; m < books; ++m) codes[m] = static_cast<int32_t>(kept[m]);
-            choose(b, group, s.tile + r * books * wide, s.pull + r * tall, fresh, s, codes, total);
-            for (int64_t m = 0; m < books; ++m) kept[m] = codes[m];
-            const float scale = b.scale[row];
-            const float* start = fresh ? rows[r] + n * g : b.before + row * width + n * g;
-            float* moved = s.moved + r * tall;
-            for (int64_t i = 0; i < g; ++i) moved[i] = fresh ? start[i] - total[i] * scale : total[i] * scale - start[i];
-            if (group.inverse) {
-                for (int64_t i = 0; i < g; ++i) total[i] = moved[i];
-                for (int64_t i = 0; i < tall; i += kLanes) {
-                    Floats sum = splat(0);
-                    for (int64_t j = 0; j < g; ++j) sum += total[j] * load(group.inverse + j * tall + i);
-                    store(moved + i, sum);
-                }
-            }
-            for (int64_t i = 0; i < g; ++i) b.moved[row * width + n * g + i] = moved[i];
-        }
-        if (b.coupling && n + 1 < b.groups)
-            spread(s.moved, tall, b.coupling + (z * width + n * g) * width, g, (n + 1) * g, width, rows);
+        for (int r = 0; r < count; ++r) fetch(b, group, number + r, n, rows + r);
+        score_tile(b, group, rows);
+        choose(b, group, !b.before, rows, count);
+        for (int r = 0; r < count; ++r) put(b, group, number + r, n, rows + r);
+        if (b.coupling && n + 1 < b.groups) spread(rows, b.coupling + (z * width + n * g) * width, g, (n + 1) * g, width);
     }
 }
 
 constexpr Level kLevel = {kLanes, arrange, project, pair_up, scratch_floats, search_rows};
-
-#undef INLINE

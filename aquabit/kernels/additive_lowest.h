@@ -1,0 +1,236 @@
+// Vectors of floats for one instruction set, and what is lowest among many sums: with additive_level.h part of additive.cpp, included once
+// per level with kLanes (floats of a vector) and AQUABIT_LEVEL (4: AVX-512, 3: AVX2, 2: SSE2, 0: others).
+
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+typedef float Unaligned __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef int32_t UnalignedInts __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+
+INLINE Floats load(const float* x) { return *reinterpret_cast<const Unaligned*>(x); }
+INLINE void store(float* x, Floats v) { *reinterpret_cast<Unaligned*>(x) = v; }
+INLINE Floats splat(float x) { return x - Floats{}; }
+INLINE int64_t smaller_of(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE Floats smaller(Floats a, Floats b) { return a < b ? a : b; }
+
+INLINE Ints lane_numbers() {
+    Ints lanes;
+    for (int i = 0; i < kLanes; ++i) lanes[i] = i;
+    return lanes;
+}
+
+// Bit i: a[i] <= b[i], and a[i] < b[i].
+#if AQUABIT_LEVEL == 4
+INLINE uint32_t at_most(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ); }
+INLINE uint32_t below(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+#elif AQUABIT_LEVEL == 3
+INLINE uint32_t at_most(Floats a, Floats b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_LE_OQ)); }
+INLINE uint32_t below(Floats a, Floats b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
+#elif AQUABIT_LEVEL == 2
+INLINE uint32_t at_most(Floats a, Floats b) { return _mm_movemask_ps(_mm_cmple_ps(a, b)); }
+#else
+INLINE uint32_t at_most(Floats a, Floats b) {
+    uint32_t bits = 0;
+    for (int i = 0; i < kLanes; ++i) bits |= static_cast<uint32_t>(a[i] <= b[i]) << i;
+    return bits;
+}
+#endif
+
+INLINE float least(Floats v) {
+#if AQUABIT_LEVEL == 4
+    return _mm512_reduce_min_ps(v);
+#else
+    float low = v[0];
+    for (int i = 1; i < kLanes; ++i) low = v[i] < low ? v[i] : low;
+    return low;
+#endif
+}
+
+INLINE int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+
+// What scores of codebook m are made of for one partial sum: base + rows[0] + ... + rows[count - 1].
+struct Terms {
+    const float* base;
+    const float* rows[kCodebooks];
+    int count;
+};
+
+INLINE Floats sum_at(const Terms& terms, int count, int64_t at) {
+    Floats sum = load(terms.base + at);
+    for (int i = 0; i < count; ++i) sum += load(terms.rows[i] + at);
+    return sum;
+}
+
+// Of the lanes with the lowest value the lowest number; -1 where no lane is below infinity.
+INLINE int32_t first_of_lowest(Floats low, Ints numbers) {
+    const float value = least(low);
+    if (!(value <= kLargest)) return -1;
+    uint32_t bits = at_most(low, splat(value));
+    int32_t first = numbers[__builtin_ctz(bits)];
+    for (bits &= bits - 1; bits; bits &= bits - 1) {
+        const int32_t number = numbers[__builtin_ctz(bits)];
+        first = number < first ? number : first;
+    }
+    return first;
+}
+
+INLINE int64_t lowest_of(const Terms& terms, int count, int64_t wide) {
+    Floats low = splat(kInfinity);
+    Ints where = {}, now = lane_numbers();
+    for (int64_t at = 0; at < wide; at += kLanes, now += kLanes) {
+        const Floats score = sum_at(terms, count, at);
+        const Ints lower = score < low;
+        low = lower ? score : low;
+        where = lower ? now : where;
+    }
+    const int32_t first = first_of_lowest(low, where);
+    return first < 0 ? 0 : first;
+}
+
+// The code with the lowest score, the first of equals.
+static int64_t lowest(const Terms& terms, int64_t wide) {
+    switch (terms.count) {
+        case 0: return lowest_of(terms, 0, wide);
+        case 1: return lowest_of(terms, 1, wide);
+        case 2: return lowest_of(terms, 2, wide);
+        case 3: return lowest_of(terms, 3, wide);
+        default: return lowest_of(terms, terms.count, wide);
+    }
+}
+
+// What the lanes' lowest scores are, and the partial sum they come from.
+struct Lowest {
+    Floats value;
+    Ints entry;
+};
+
+INLINE void update_lowest_of(const Terms& terms, int count, float value, int64_t wide, int32_t entry, Lowest* found) {
+    Floats low = splat(kInfinity);
+    for (int64_t at = 0; at < wide; at += kLanes) low = smaller(sum_at(terms, count, at), low);
+    low += value;
+    const Ints lower = low < found->value;
+    found->value = lower ? low : found->value;
+    found->entry = lower ? entry + Ints{} : found->entry;
+}
+
+static void update_lowest(const Terms& terms, float value, int64_t wide, int32_t entry, Lowest* found) {
+    switch (terms.count) {
+        case 0: return update_lowest_of(terms, 0, value, wide, entry, found);
+        case 1: return update_lowest_of(terms, 1, value, wide, entry, found);
+        case 2: return update_lowest_of(terms, 2, value, wide, entry, found);
+        case 3: return update_lowest_of(terms, 3, value, wide, entry, found);
+        default: return update_lowest_of(terms, terms.count, value, wide, entry, found);
+    }
+}
+
+INLINE void write_sums_of(const Terms& terms, int count, float value, int64_t wide, float* sums, Floats* low, int64_t lows, int64_t* turn) {
+    int64_t next = *turn;
+    for (int64_t at = 0; at < wide; at += kLanes) {
+        const Floats score = sum_at(terms, count, at) + value;
+        store(sums + at, score);
+        low[next] = smaller(score, low[next]);
+        next = next + 1 == lows ? 0 : next + 1;
+    }
+    *turn = next;
+}
+
+// Scores of all codes, and the lowest of each lane in ``lows`` vectors taken in turns.
+static void write_sums(const Terms& terms, float value, int64_t wide, float* sums, Floats* low, int64_t lows, int64_t* turn) {
+    switch (terms.count) {
+        case 0: return write_sums_of(terms, 0, value, wide, sums, low, lows, turn);
+        case 1: return write_sums_of(terms, 1, value, wide, sums, low, lows, turn);
+        case 2: return write_sums_of(terms, 2, value, wide, sums, low, lows, turn);
+        case 3: return write_sums_of(terms, 3, value, wide, sums, low, lows, turn);
+        default: return write_sums_of(terms, terms.count, value, wide, sums, low, lows, turn);
+    }
+}
+
+// A bound that at least ``keep`` of all scores keep to: the keep-th lowest of the lanes' lowest, each of which is a score.
+INLINE float bound_of(const Floats* low, int64_t lows, int64_t keep) {
+    Floats found = splat(kLargest);
+    const float* lanes = reinterpret_cast<const float*>(low);
+    for (int64_t v = 0; v < lows; ++v) {
+        Ints not_above = {};
+        for (int64_t i = 0; i < lows * kLanes; ++i) not_above -= splat(lanes[i]) <= low[v];
+        const Floats enough = not_above >= static_cast<int32_t>(keep) ? low[v] : found;
+        found = smaller(enough, found);
+    }
+    return least(found);
+}
+
+INLINE float bound(const Floats* low, int64_t lows, int64_t keep) {
+    switch (lows) {
+        case 1: return bound_of(low, 1, keep);
+        case 2: return bound_of(low, 2, keep);
+        case 4: return bound_of(low, 4, keep);
+        default: return bound_of(low, lows, keep);
+    }
+}
+
+// Values that keep to the bound, in order, each with the number of its partial sum times 2^shift plus its code; how many.
+INLINE int64_t collect(const float* sums, int64_t width, int64_t wide, int shift, float limit, float* values, int32_t* index) {
+    const Floats limits = splat(limit);
+    int64_t count = 0;
+    for (int64_t e = 0; e < width; ++e, sums += wide) {
+        Ints now = lane_numbers() + static_cast<int32_t>(e << shift);
+        for (int64_t at = 0; at < wide; at += kLanes, now += kLanes) {
+            const Floats score = load(sums + at);
+            uint32_t bits = at_most(score, limits);
+#if AQUABIT_LEVEL == 4
+            const __mmask16 mask = static_cast<__mmask16>(bits);
+            store(values + count, _mm512_maskz_compress_ps(mask, score));
+            *reinterpret_cast<UnalignedInts*>(index + count) =
+                reinterpret_cast<Ints>(_mm512_maskz_compress_epi32(mask, reinterpret_cast<__m512i>(now)));
+            count += __builtin_popcount(bits);
+#else
+            for (; bits; bits &= bits - 1) {
+                const int lane = __builtin_ctz(bits);
+                values[count] = sums[at + lane];
+                index[count++] = static_cast<int32_t>((e << shift) + at + lane);
+            }
+#endif
+        }
+    }
+    return count;
+}
+
+// Sorts at most kRanked values by counting how many are lower: places of the lowest first in order, as far as values differ.
+// Whether the first ``keep`` places are there; they are not where some are equal.
+INLINE bool rank_all(float* values, int64_t count, int64_t keep, int32_t* ranks, int32_t* order) {
+    store(values + count, splat(kInfinity));
+    for (int64_t i = 0; i < keep; ++i) order[i] = -1;
+#if AQUABIT_LEVEL >= 3
+    if (count <= kLanes) {
+        const Floats all = load(values);
+        for (int64_t i = 0; i < count; ++i) order[__builtin_popcount(below(all, splat(values[i])))] = static_cast<int32_t>(i);
+    } else if (count <= 2 * kLanes) {
+        const Floats first = load(values), second = load(values + kLanes);
+        for (int64_t i = 0; i < count; ++i) {
+            const Floats mine = splat(values[i]);
+            order[__builtin_popcount(below(first, mine)) + __builtin_popcount(below(second, mine))] = static_cast<int32_t>(i);
+        }
+    } else
+#endif
+    {
+        for (int64_t at = 0; at < count; at += kLanes) {
+            const Floats mine = load(values + at);
+            Ints lower = {};
+            for (int64_t i = 0; i < count; ++i) lower -= splat(values[i]) < mine;
+            *reinterpret_cast<UnalignedInts*>(ranks + at) = lower;
+        }
+        for (int64_t i = 0; i < count; ++i) order[ranks[i]] = static_cast<int32_t>(i);
+    }
+    int32_t all = 0;
+    for (int64_t i = 0; i < keep; ++i) all |= order[i];
+    return all >= 0;
+}
+
+// The ``keep`` lowest of the values in ascending order, the first of equals first, by insertion: for many values, and for equal ones.
+INLINE void insert_all(const float* values, int64_t count, int64_t keep, int32_t* order) {
+    int64_t held = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        if (held == keep && !(values[i] < values[order[keep - 1]])) continue;
+        int64_t place = held < keep ? held++ : keep - 1;
+        for (; place > 0 && values[i] < values[order[place - 1]]; --place) order[place] = order[place - 1];
+        order[place] = static_cast<int32_t>(i);
+    }
+}
