@@ -13,7 +13,7 @@ from torch import Tensor
 
 from aquabit.cost import weight_bytes
 from aquabit.quant.additive import _problem, additive, input_order
-from aquabit.quant.additive_codes import feedback, sweep
+from aquabit.quant.additive_codes import Feedback, feedback, sweep
 from aquabit.quant.additive_init import initial_tables
 from aquabit.quant.additive_tables import fit_scales, fit_tables
 from aquabit.quant.hessian import check_hessian, output_error
@@ -50,9 +50,11 @@ def test_any_shape_is_coded_at_exactly_its_bytes(shape: tuple[int, ...], scheme:
 
 def test_the_loss_never_rises_and_parts_are_optimal() -> None:
     weight, hessian = layer((24, 40), rank=6)
-    problem = _problem([weight], (24, 40), Scheme.parse("aq2x4g8"), [hessian], False)
-    state = initial_tables(problem, 0)
-    feedback(problem, state, 4)
+    problem, order = _problem([weight], (24, 40), Scheme.parse("aq2x4g8"), [hessian], False)
+    assert sorted(order[0].tolist()) == list(range(5))
+    factor = Feedback.of(problem)
+    state = initial_tables(problem, factor.metric, 0)
+    feedback(problem, state, factor, 4)
     losses = [float(fit_tables(problem, state))]
     for _ in range(4):
         losses.append(sweep(problem, state, 4))

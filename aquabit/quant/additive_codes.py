@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -14,27 +16,45 @@ JITTER = 1e-3  # of the mean diagonal: error feedback inverts H, the loss does n
 SMALL = 1e-30
 
 
-def feedback(problem: Problem, state: State, beam: int = 1) -> None:
+@dataclass(frozen=True)
+class Feedback:
+    """What error feedback needs of H, once for a problem: with H^-1 = U^T U the ``coupling`` U [Z, R, R], ``inverse`` of its corners U_nn
+    [Z, groups, g, g], and the ``metric`` U_nn^-1 U_nn^-T, in which an error counts when later groups make up for it. Without coupling
+    (diagonal H, or too wide to invert) the metric is H_nn."""
+
+    metric: Tensor
+    inverse: Tensor | None = None
+    coupling: Tensor | None = None
+
+    @staticmethod
+    def of(problem: Problem) -> Feedback:
+        size, total = problem.size, problem.weight.shape[2]
+        if problem.diagonal or total > FEEDBACK_LIMIT:
+            return Feedback(problem.blocks())
+        upper = _inverse_factor(problem.hessian)
+        corners = torch.stack([upper[:, i : i + size, i : i + size] for i in range(0, total, size)], 1)
+        inverse = torch.linalg.solve_triangular(corners, torch.eye(size, device=upper.device).expand_as(corners), upper=True)
+        return Feedback(inverse @ inverse.transpose(2, 3), inverse, upper)
+
+
+def feedback(problem: Problem, state: State, factor: Feedback, beam: int = 1) -> None:
     """Codes group after group in the metric that is left once later groups make up for the error, which they then are given.
 
     GPTQ's update for vectors: with H^-1 = U^T U, group n costs ||(w - q) U_nn^-1||^2, and later inputs move by -(w - q) U_nn^-1 U_n,rest.
     """
-    if problem.diagonal or problem.weight.shape[2] > FEEDBACK_LIMIT:
-        state.codes = feedback_search(problem.weight, problem.blocks(), state.tables, state.scale, beam).codes
+    if factor.coupling is None or factor.inverse is None:
+        state.codes = feedback_search(problem.weight, factor.metric, state.tables, state.scale, beam).codes
         return
-    upper = _inverse_factor(problem.hessian)
     rows, size, total = problem.weight.clone(), problem.size, problem.weight.shape[2]
-    corners = torch.stack([upper[:, i : i + size, i : i + size] for i in range(0, total, size)], 1)
-    inverse = torch.linalg.solve_triangular(corners, torch.eye(size, device=rows.device).expand_as(corners), upper=True)
-    metric = inverse @ inverse.transpose(2, 3)
     span = max(LAZY // size, 1) * size
     for start in range(0, total, span):
         at, rest, groups = slice(start, start + span), slice(start + span, None), slice(start // size, (start + span) // size)
+        inverse, coupling = factor.inverse[:, groups], factor.coupling
         found = feedback_search(
-            rows[..., at], metric[:, groups], state.tables, state.scale, beam, inverse=inverse[:, groups], coupling=upper[:, at, at]
+            rows[..., at], factor.metric[:, groups], state.tables, state.scale, beam, inverse=inverse, coupling=coupling[:, at, at]
         )
         state.codes[:, :, groups] = found.codes
-        rows[..., rest] -= torch.bmm(found.moved, upper[:, at, rest])
+        rows[..., rest] -= torch.bmm(found.moved, coupling[:, at, rest])
 
 
 def _inverse_factor(hessian: Tensor) -> Tensor:

