@@ -15,6 +15,7 @@ from aquabit.kernels.codebook import CodebookWeight
 from aquabit.quant import feedback
 from aquabit.quant.feedback import kmeans_with_feedback, uniform_with_feedback
 from aquabit.quant.hessian import output_error
+from aquabit.quant.levels import Affine, Levels, Table, problem_of, weighted_lloyd
 from aquabit.quant.scalar import kmeans, uniform
 from aquabit.scheme import AquabitError, Scheme
 
@@ -106,9 +107,9 @@ def test_at_most_the_error_of_plain_gptq(bits: int, seed: int) -> None:
 
 def test_one_sweep_of_feedback_is_gptq() -> None:
     weight, h = normal(20, 150), moments(150, 3)  # more than one block of columns
-    problem = feedback.problem_of(weight, h)
+    problem = problem_of(weight, h)
     coded = plain(weight, "usq3")
-    levels = feedback.Affine(problem.order * 0, 1, 7)
+    levels = Affine(problem.order * 0, 1, 7)
     grid = torch.stack([coded.scale, coded.offset], 1).float()[None]
     state = feedback.fed(problem, levels, feedback.feedback_gain(problem)[0], grid)
     ours = problem.stored(levels.decode(grid, state.codes)).t()
@@ -133,24 +134,24 @@ def test_no_change_of_one_code_lowers_the_error(text: str, seed: int, rounds: in
 
 
 GRIDS = {
-    "row": feedback.Affine(torch.zeros(1, 12, dtype=torch.long), 1, 7),
-    "groups": feedback.Affine(torch.arange(12)[None] // 4, 3, 7),
-    "tensor table": feedback.Table(4, True),
-    "row tables": feedback.Table(4, False),
+    "row": Affine(torch.zeros(1, 12, dtype=torch.long), 1, 7),
+    "groups": Affine(torch.arange(12)[None] // 4, 3, 7),
+    "tensor table": Table(4, True),
+    "row tables": Table(4, False),
 }
 
 
 @pytest.mark.parametrize("levels", GRIDS.values(), ids=GRIDS.keys())
 @pytest.mark.parametrize("diagonal", [False, True])
-def test_the_refitted_grid_is_stationary(levels: feedback.Levels, diagonal: bool) -> None:
+def test_the_refitted_grid_is_stationary(levels: Levels, diagonal: bool) -> None:
     h = moments(12, 0, decay=0.5)[0]
-    problem = feedback.problem_of(normal(6, 12), h.diagonal() if diagonal else h)
-    if isinstance(levels, feedback.Affine):
+    problem = problem_of(normal(6, 12), h.diagonal() if diagonal else h)
+    if isinstance(levels, Affine):
         grid = torch.cat([torch.full((1, 6, levels.n), 0.5), torch.full((1, 6, levels.n), -1.5)], 2)
     else:
         grid = torch.tensor([-1.5, -0.4, 0.3, 1.2]).expand(1, 1 if levels.shared else 6, 4)
     state = feedback.state_of(problem, levels, grid, levels.nearest(grid, problem.weight))
-    exact = 1 if diagonal else 2 * levels.n if isinstance(levels, feedback.Affine) else levels.k
+    exact = 1 if diagonal else 2 * levels.n if isinstance(levels, Affine) else levels.k
     best = feedback.refit(problem, levels, state, steps=exact, least=0.0)
 
     def loss(parameters: torch.Tensor) -> torch.Tensor:
@@ -166,11 +167,11 @@ def test_the_first_grid_heeds_only_inputs_that_matter(text: str) -> None:
     weight, diagonal = normal(8, 64), torch.ones(64)
     weight[:, ::16] *= 50
     diagonal[::16] = 1e-7
-    problem = feedback.problem_of(weight, diagonal)
-    levels: feedback.Levels = feedback.Table(8, text == "vq3h")
+    problem = problem_of(weight, diagonal)
+    levels: Levels = Table(8, text == "vq3h")
     if text[0] == "u":
         n = 4 if "g" in text else 1
-        levels = feedback.Affine(problem.order // (64 // n), n, 7)
+        levels = Affine(problem.order // (64 // n), n, 7)
     grid = levels.grid(problem.weight, diagonal[None].gather(1, problem.order))
     decoded = problem.stored(levels.decode(grid, levels.nearest(grid, problem.weight))).t()
     assert output_error(weight, decoded, diagonal) < 0.1
@@ -198,7 +199,7 @@ def test_a_group_without_inputs_does_not_spoil_the_others() -> None:
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_sorting_a_table_keeps_what_it_decodes_to(shared: bool) -> None:
-    levels, table = feedback.Table(4, shared), normal(1, 1 if shared else 3, 4)
+    levels, table = Table(4, shared), normal(1, 1 if shared else 3, 4)
     codes = torch.randint(0, 4, (1, 9, 3), generator=torch.Generator().manual_seed(0))
     ascending, renamed = levels.sorted(table, codes)
     assert bool((ascending.diff() >= 0).all()) and not torch.equal(ascending, table)
@@ -264,9 +265,9 @@ def test_weighted_kmeans_counts_a_point_as_often_as_it_weighs() -> None:
     data, mass = normal(3, 50), torch.randint(0, 4, (3, 50), generator=torch.Generator().manual_seed(0))
     for row, m in zip(data, mass, strict=True):
         repeated = row.repeat_interleave(m)
-        ours = feedback.weighted_lloyd(row[None], m[None].float(), 4)
+        ours = weighted_lloyd(row[None], m[None].float(), 4)
         distance = (repeated[:, None] - ours).abs().amin(1).square().sum()
-        from_repeated = feedback.weighted_lloyd(repeated[None], torch.ones(1, len(repeated)), 4)
+        from_repeated = weighted_lloyd(repeated[None], torch.ones(1, len(repeated)), 4)
         assert distance <= 1.05 * (repeated[:, None] - from_repeated).abs().amin(1).square().sum()
         nearest = (repeated[:, None] - ours).abs().argmin(1)
         for k in nearest.unique():

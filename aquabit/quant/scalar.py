@@ -42,7 +42,7 @@ def uniform(weight: Tensor, scheme: Scheme) -> CodebookWeight:
     scale, offset = torch.ones_like(low), torch.zeros_like(low)
     for shrink in torch.linspace(1.0, CLIP_LEAST, CLIP_STEPS).tolist():
         middle, half = (low + high) / 2, (high - low) / 2 * shrink
-        s, o = _halves(2 * half / steps), _halves(middle - half)
+        s, o = halves(2 * half / steps), halves(middle - half)
         error = (_codes(padded, s, o, steps) * s + o - padded).nan_to_num().square().sum(1, keepdim=True)
         better = error < best
         best, scale, offset = torch.where(better, error, best), torch.where(better, s, scale), torch.where(better, o, offset)
@@ -53,8 +53,9 @@ def uniform(weight: Tensor, scheme: Scheme) -> CodebookWeight:
     )
 
 
-def _halves(x: Tensor) -> Tensor:
-    return x.clamp(-65504.0, 65504.0).half().float()
+def halves(x: Tensor) -> Tensor:
+    """Rounded to float16 as it is stored, the largest finite one where that is exceeded; float32."""
+    return x.float().clamp(-65504.0, 65504.0).half().float()
 
 
 def _codes(x: Tensor, scale: Tensor, offset: Tensor, steps: int) -> Tensor:
