@@ -103,6 +103,16 @@ def show_failures(study: Any) -> None:
         console.print(f"[yellow]{count} failed:[/] {plain(str(reason))}")
 
 
+def show_notes(study: Any) -> None:
+    """What is to be said of fits: a diagonal H, codewords that nothing uses; by kind, with how many layers and one of them."""
+    notes = study.notes()
+    kinds: dict[str, list[str]] = {}
+    for note in notes:
+        kinds.setdefault(note.split(": ")[-1], []).append(note.split(": ")[0])
+    for text, places in list(kinds.items())[:5]:
+        console.print(f"[yellow]{len(places)} fits:[/] {plain(text)}, for example {plain(places[0])}", highlight=False)
+
+
 def number(value: float | None, digits: int = 3) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from aquabit._terminal import bars, console, emit, plain, shielded, show_failures, show_front, show_sensitivity
+from aquabit._terminal import bars, console, emit, plain, shielded, show_failures, show_front, show_notes, show_sensitivity
 from aquabit.scheme import AquabitError, Protocol, QuantConfig
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False,
@@ -105,6 +105,7 @@ def run(
     if not emit(front.to_list(), json_):
         show_sensitivity(Study(out / "study.db").get("sensitivity"), 10)
         show_front(front)
+        show_notes(Study(out / "study.db"))
         console.print(f"report: {out / 'report' / 'index.html'}   images: {out / 'samples.png'}   packed model: {out / 'packed'}")
 
 
@@ -181,6 +182,7 @@ def measure(
     if not emit({"new": count, **_counts(opened)}, json_):
         console.print(f"{count} new measurements; {study} holds {_counts(opened)['measurements']}")
         show_failures(opened)
+        show_notes(opened)
 
 
 def _counts(study: Any) -> dict[str, Any]:
@@ -292,7 +294,8 @@ def quantize(
     _quiet()
     from aquabit import flow
 
-    packed = flow.quantize(model, QuantConfig.load(config), bank=str(bank) if bank else None, device=device)
+    with bars() as progress:
+        packed = flow.quantize(model, QuantConfig.load(config), bank=str(bank) if bank else None, device=device, progress=progress)
     console.print(f"{out}: {packed.save(out):,} bytes of tensors in the denoiser")
 
 

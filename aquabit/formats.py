@@ -18,8 +18,9 @@ REACH = 0.35  # code bits of a format lie within this of the level it stands for
 WORTH = 2.0  # a format stores at most this many times its code bits: below that, codebooks and scales outweigh the codes
 
 LOSS: Mapping[str, float] = {  # measured on 512 x 576 Gaussian weights without H
-    "aq1x8g8": 1.24, "aq3x4g8": 1.41, "aq2x6g8": 1.36, "aq4x4g8": 1.48, "aq2x8g8": 1.31, "aq2x4g4": 1.68, "aq3x4g4": 1.90, "aq2x6g4": 1.83, "aq4x4g4": 2.13,
-    "aq2x8g4": 1.87, "aq6x4g8": 1.63, "aq4x6g8": 1.50, "aq1x8g4": 1.52, "aq1x6g4": 1.48, "aq8x4g8": 1.86, "aq5x6g8": 1.64, "aq3x6g8": 1.43,
+    "aq1x8g8": 1.24, "aq3x4g8": 1.41, "aq2x6g8": 1.36, "aq4x4g8": 1.48, "aq2x8g8": 1.31, "aq2x4g4": 1.68, "aq3x4g4": 1.90,
+    "aq2x6g4": 1.83, "aq4x4g4": 2.13, "aq2x8g4": 1.87, "aq6x4g8": 1.63, "aq4x6g8": 1.50, "aq1x8g4": 1.52, "aq1x6g4": 1.48,
+    "aq8x4g8": 1.86, "aq5x6g8": 1.64, "aq3x6g8": 1.43,
     "aq3x4k": 1.36, "aq2x6k": 1.31, "aq4x4k": 1.41, "aq2x8k": 1.26, "aq7x4k": 1.60, "aq5x6k": 1.51, "aq9x4k": 1.81, "aq6x6k": 1.64,
 }  # fmt: skip
 LINEAR = tuple(text + tail for text in LOSS if not text.endswith("k") for tail in ("", "s"))

@@ -39,6 +39,7 @@ class Facts:
     configs: Mapping[str, QuantConfig]
     environments: list[Mapping[str, Any]]
     thumbnails: Mapping[tuple[str, str], bytes]
+    notes: list[str]  # what is to be said of fits
 
     @property
     def metric(self) -> str:
@@ -83,6 +84,7 @@ def read(study: Study) -> Facts:
         layers=_layers(study.get("graph")), space=study.get("space") or {}, sensitivity=sensitivity,
         front=study.get("front") or {}, validation=sensitivity.get("validation") or {}, measured=study.measurements(failed=True),
         configs=study.configs(), environments=[_json_object(row[0]) for row in environments], thumbnails=study.thumbnails(),
+        notes=study.notes(),
     )  # fmt: skip
 
 

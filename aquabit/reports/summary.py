@@ -175,6 +175,8 @@ def run_card(facts: Facts) -> list[tuple[str, str]]:
             f"{span(float(table.seconds.sum()))} of measuring, {figures(ok.seconds.median())} s a configuration" if len(ok) else "none",
         )
     )
+    if facts.notes:
+        card.append(("fits", f"{len(facts.notes)} with a remark, the first: {facts.notes[0]}"))
     return [*card, *_environment(facts)]
 
 

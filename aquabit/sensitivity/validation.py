@@ -24,10 +24,14 @@ class Flip:
     before: Scheme
     after: Scheme
     context: QuantConfig
+    codebook: str | None  # the codebooks that the layer may share
 
     @property
     def ends(self) -> tuple[QuantConfig, QuantConfig]:
-        return self.context.with_layer(self.layer, self.before), self.context.with_layer(self.layer, self.after)
+        before, after = (
+            self.context.with_layer(self.layer, s, codebook=self.codebook if s.shared else None) for s in (self.before, self.after)
+        )
+        return before, after
 
 
 def plan_flips(space: SearchSpace, costs: CostModel, count: int, swap: str, bits: float, seed: int) -> list[Flip]:
@@ -41,7 +45,8 @@ def plan_flips(space: SearchSpace, costs: CostModel, count: int, swap: str, bits
         (layer, c) for start in range(0, count, CONTEXTS) for layer in [order[(start // CONTEXTS) % len(order)]] for c in range(CONTEXTS)
     ]
     contexts = space.configs(*draw_contexts(space, costs, bits, len(pairs[:count]), np.random.default_rng([seed, 72])))
-    return [Flip(layer, before, after, context) for (layer, _), context in zip(pairs[:count], contexts, strict=True)]
+    names = space.codebooks or {}
+    return [Flip(layer, before, after, context, names.get(layer)) for (layer, _), context in zip(pairs[:count], contexts, strict=True)]
 
 
 def validate_in(session: Session, count: int, swap: str, bits: float, seed: int, progress: Progress = no_progress) -> None:
