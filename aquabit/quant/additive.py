@@ -56,13 +56,13 @@ class Step:
 Report = Callable[[Step], None]
 
 
-def _silent(step: Step) -> None:
-    """No report."""
+def no_report(step: Step) -> None:
+    """The silent report."""
 
 
 def additive(
     weights: Sequence[Tensor], scheme: Scheme, hessians: Sequence[Tensor | None], seed: int = 0, *, shared: bool = False,
-    beam: int = BEAM, report: Report = _silent,
+    beam: int = BEAM, report: Report = no_report,
 ) -> list[CodebookWeight]:  # fmt: skip
     """Quantize weights of one shape [out, in] or [out, in, kh, kw] together, each with its H (see ``hessian``), or identity.
 

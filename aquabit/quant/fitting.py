@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from aquabit.kernels.codebook import CodebookWeight
+from aquabit.quant.additive import Report
 from aquabit.quant.bank import Bank, Fit
 from aquabit.quant.calibrate import Call, Group, Moments, input_groups, moments, plan
 from aquabit.quant.hessian import output_error
@@ -30,6 +31,20 @@ class Need:
     layer: str
     scheme: Scheme
     act: int
+
+
+class _Told:
+    """Progress of a run of fits: the text changes from step to step, the count from fit to fit."""
+
+    def __init__(self, progress: Progress, total: int):
+        self.progress, self.total, self.done = progress, total, 0
+
+    def next(self, text: str) -> None:
+        self.done += 1
+        self.progress(f"quantizing: {text}", self.done, self.total)
+
+    def report(self, text: str) -> Report:
+        return lambda step: self.progress(f"quantizing: {text}, loss {step.loss:.4f}", self.done, self.total)
 
 
 class Fitter:
@@ -80,24 +95,20 @@ class Fitter:
     def fit(self, needs: Iterable[Need], calibration: Calibration | None, progress: Progress = no_progress) -> None:
         """Fit what is missing, a few layers' H in memory at a time. Leaves the model in full precision where H was measured."""
         missing = [n for n in dict.fromkeys(needs) if self.found(n, calibration) is None]
-        plain = [n for n in missing if not n.scheme.calibrated]
-        done = 0
-        for need in plain:
-            weight = self.model.full(need.layer)
-            self._store(need, None, quantize_weight(weight, need.scheme), [], None)
-            done += 1
-            progress(f"quantizing: {need.layer} {need.scheme}", done, len(missing))
+        told = _Told(progress, len(missing))
+        for need in missing:
+            if not need.scheme.calibrated:
+                weight = self.model.full(need.layer)
+                self._store(need, None, quantize_weight(weight, need.scheme), [], None)
+                told.next(f"{need.layer} {need.scheme}")
         waiting = [n for n in missing if n.scheme.calibrated]
+        acts = sorted({n.act for n in waiting}, reverse=True)
         while waiting:
-            part, waiting = self._next(waiting, calibration)
-            acts = sorted({n.act for n in part}, reverse=True)
+            part, waiting = self._next(waiting, acts, calibration)
             layers = {m for n in part for m in self.members(n.layer, n.scheme)}
-            known = self.moments(layers, acts, calibration)
-            for need, loss in self._fit_calibrated(part, known, calibration):
-                done += 1
-                progress(f"quantizing: {need.layer} {need.scheme} a{need.act}, loss {loss:.4f}", done, len(missing))
+            self._fit_calibrated(part, self.moments(layers, acts, calibration), calibration, told)
 
-    def _next(self, waiting: list[Need], calibration: Calibration | None) -> tuple[list[Need], list[Need]]:
+    def _next(self, waiting: list[Need], acts: Sequence[int], calibration: Calibration | None) -> tuple[list[Need], list[Need]]:
         """The needs to fit next, and the rest: one set of shared codebooks, or the layers whose H fit into memory together."""
         first = waiting[0]
         if first.scheme.shared:
@@ -105,7 +116,6 @@ class Fitter:
             part = [n for n in waiting if n.layer in together and n.scheme == first.scheme and n.act == first.act]
         else:
             alone = [n for n in waiting if not n.scheme.shared]
-            acts = sorted({n.act for n in alone})
             chunk = self.chunks({n.layer for n in alone}, acts, calibration)[0]
             inside = {layer for group in chunk for layer in group}
             part = [n for n in alone if n.layer in inside]
@@ -143,9 +153,9 @@ class Fitter:
         return self._calls[1], self._calls[2]
 
     def _fit_calibrated(
-        self, needs: list[Need], known: dict[tuple[str, int], Moments], calibration: Calibration | None
-    ) -> Iterable[tuple[Need, float]]:
-        """Fit needs whose H are known, those of one shape together; yields each with its relative output error."""
+        self, needs: list[Need], known: dict[tuple[str, int], Moments], calibration: Calibration | None, told: _Told
+    ) -> None:
+        """Fit needs whose H are known, those of one shape together where that saves time."""
         batches: dict[Any, list[Need]] = defaultdict(list)
         for need in needs:
             weight = self.model.full(need.layer)
@@ -153,21 +163,19 @@ class Fitter:
             kind = (need.layer if alone else tuple(weight.shape), known[need.layer, need.act].diagonal)
             batches[kind, need.scheme, need.act].append(need)
         for (_, scheme, act), batch in batches.items():
-            diagonal = known[batch[0].layer, act].diagonal
             layers = self.members(batch[0].layer, scheme) if scheme.shared else [n.layer for n in batch]
             weights, hessians = [self.model.full(n) for n in layers], [known[n, act].hessian for n in layers]
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                coded = quantize_weights(weights, scheme, hessians)
+                coded = quantize_weights(weights, scheme, hessians, report=told.report(f"{layers[0]} {scheme} a{act}"))
             notes = [str(w.message) for w in caught if not issubclass(w.category, DeprecationWarning)]
-            if diagonal:
+            if known[layers[0], act].diagonal:
                 notes.append(f"H of {weights[0][0].numel()} inputs is kept as its diagonal only")
             for layer, weight, hessian, result in zip(layers, weights, hessians, coded, strict=True):
-                error = output_error(weight, result.dequantize(), hessian)
-                need = Need(layer, scheme, act)
+                error, need = output_error(weight, result.dequantize(), hessian), Need(layer, scheme, act)
                 self._store(need, calibration, result, notes, error)
                 if need in batch:
-                    yield need, error
+                    told.next(f"{layer} {scheme} a{act}, loss {error:.4f}")
 
     def _store(self, need: Need, calibration: Calibration | None, coded: CodebookWeight, notes: list[str], output: float | None) -> None:
         weight = self.model.full(need.layer)

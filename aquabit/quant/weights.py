@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from aquabit.kernels.codebook import CodebookWeight
-from aquabit.quant.additive import additive
+from aquabit.quant.additive import Report, additive, no_report
 from aquabit.quant.feedback import kmeans_with_feedback, uniform_with_feedback
 from aquabit.quant.scalar import kmeans, uniform
 from aquabit.scheme import AquabitError, Scheme
@@ -36,16 +36,20 @@ def quantize_weight(weight: Tensor, scheme: str | Scheme, hessian: Tensor | None
 
 
 def quantize_weights(
-    weights: Sequence[Tensor], scheme: str | Scheme, hessians: Sequence[Tensor | None] | None = None, seed: int = 0
-) -> list[CodebookWeight]:
-    """``quantize_weight`` for weights of one shape, together; where the scheme shares codebooks, all hold the same tensor."""
+    weights: Sequence[Tensor], scheme: str | Scheme, hessians: Sequence[Tensor | None] | None = None, seed: int = 0,
+    report: Report = no_report,
+) -> list[CodebookWeight]:  # fmt: skip
+    """``quantize_weight`` for weights of one shape, together; where the scheme shares codebooks, all hold the same tensor.
+
+    ``report`` hears of every step of an additive fit.
+    """
     parsed, moments = Scheme.parse(scheme), list(hessians or [None] * len(weights))
     if parsed.kind == "fp":
         raise AquabitError("scheme fp stores the weight as it is; there is nothing to fit")
     for weight, hessian in zip(weights, moments, strict=True):
         _check(weight, parsed, hessian)
     if parsed.kind == "aq":
-        return additive(weights, parsed, moments, seed, shared=parsed.shared)
+        return additive(weights, parsed, moments, seed, shared=parsed.shared, report=report)
     if parsed.output_aware:
         return [OUTPUT_AWARE[parsed.kind](w, parsed, h) for w, h in zip(weights, moments, strict=True)]
     return [PLAIN[parsed.kind](w, parsed) for w in weights]

@@ -101,12 +101,12 @@ def fit_all(pool: InlinePool | WorkerPool, study: Study, space: SearchSpace, pro
         progress("calibrating", 1, 1)
     own = {k: [str(s) for s in schemes[k] if not s.shared] for k in layers}
     tasks: list[Task] = [{**common, "schemes": {k: own[k] for k in part}, "probes": {k: probes[k] for k in part}} for part in portions]
-    together: dict[tuple[str, str], list[str]] = {}
+    together: dict[str, dict[str, list[str]]] = {}  # layers that share codebooks are fitted together
     for k in layers:
         for scheme in schemes[k]:
             if scheme.shared:
-                together.setdefault((space.codebook(k), str(scheme)), []).append(k)
-    tasks += [{**common, "schemes": {k: [scheme] for k in row}, "probes": {k: [] for k in row}} for (_, scheme), row in together.items()]
+                together.setdefault(space.codebook(k), {}).setdefault(k, []).append(str(scheme))
+    tasks += [{**common, "schemes": row, "probes": {k: [] for k in row}} for row in together.values()]
     for done, (task, found) in enumerate(pool.run(tasks), 1):
         study.add_features({(layer, scheme): value for layer, facts in found.items() for scheme, value in facts.items()})
         worst = max((v.get("output", v.get("error", 0.0)) for facts in found.values() for v in facts.values()), default=0.0)
