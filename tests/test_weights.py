@@ -124,6 +124,15 @@ def test_more_bits_less_error() -> None:
         assert errors == sorted(errors, reverse=True) and errors[-1] < 0.02
 
 
+@pytest.mark.parametrize(("scheme", "ragged", "even"), [("usq4g4", 9, 8), ("usq4g64", 147, 128), ("usq3g5", (4, 3, 1), (5, 3, 1))])
+def test_groups_that_do_not_divide_a_row_are_coded_as_well(scheme: str, ragged: int | tuple[int, ...], even: int | tuple[int, ...]) -> None:
+    def error(row: int | tuple[int, ...]) -> float:
+        weight = torch.randn(64, *np.atleast_1d(row).tolist(), generator=torch.Generator().manual_seed(0))
+        return relative_error(weight, quantize_weight(weight, scheme))
+
+    assert error(ragged) < 1.1 * error(even)
+
+
 @pytest.mark.parametrize("scheme", ["usq2", "vq2", "vq2c"])
 @pytest.mark.parametrize("value", [0.0, 3.0, -1e-9])
 def test_constant_weights_are_exact(scheme: str, value: float) -> None:

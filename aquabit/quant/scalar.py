@@ -24,16 +24,16 @@ def as_rows(weight: Tensor) -> Tensor:
 
 
 def uniform(weight: Tensor, scheme: Scheme) -> CodebookWeight:
-    """Affine codes {0 .. 2^b - 1} with a scale and an offset per row, or per ``scheme.group`` inputs.
+    """Affine codes {0 .. 2^b - 1} with a scale and an offset per row, or for each of n = ceil(row / ``scheme.group``) groups of inputs.
 
+    Groups are as decoding has them, ceil(row / n) inputs each: where ``scheme.group`` does not divide a row, they come out more even.
     Each range is shrunk towards its middle by the factor, of CLIP_STEPS tried, with the least squared error after scale and offset
     are rounded to float16.
     """
     rows = as_rows(weight)
     out, row = rows.shape
-    size = scheme.group or row
-    n = ceil(row / size)
-    size = ceil(row / n) if scheme.group is None else size
+    n = ceil(row / (scheme.group or row))
+    size = ceil(row / n)
     padded = torch.nn.functional.pad(rows, (0, n * size - row), value=float("nan")).reshape(out * n, size)
     low = padded.nan_to_num(nan=torch.inf).amin(1, keepdim=True)
     high = padded.nan_to_num(nan=-torch.inf).amax(1, keepdim=True)
