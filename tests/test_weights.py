@@ -133,6 +133,12 @@ def test_groups_that_do_not_divide_a_row_are_coded_as_well(scheme: str, ragged: 
     assert error(ragged) < 1.1 * error(even)
 
 
+@pytest.mark.parametrize("scheme", ["vq2", "vq2c"])
+def test_a_table_holds_the_largest_float16_for_what_lies_beyond(scheme: str) -> None:
+    weight = torch.tensor([[-1e6, -1e6, 0.0, 0.0, 100.0, 100.0, 1e6, 1e6]])
+    assert torch.equal(quantize_weight(weight, scheme).dequantize(), weight.clamp(-65504, 65504))
+
+
 @pytest.mark.parametrize("scheme", ["usq2", "vq2", "vq2c"])
 @pytest.mark.parametrize("value", [0.0, 3.0, -1e-9])
 def test_constant_weights_are_exact(scheme: str, value: float) -> None:

@@ -230,7 +230,7 @@ def kmeans_with_feedback(weight: Tensor, scheme: Scheme, hessian: Tensor | None)
     k, shared = 1 << scheme.bits, not scheme.per_channel
     levels, w = Table(k, shared), problem.weight
     tables = (1, 1, k) if shared else (w.shape[0], w.shape[2], k)
-    begin = state_of(problem, levels, halves(plain.codebooks).reshape(tables), problem.ordered(plain.codes[:, 0].long()))
+    begin = state_of(problem, levels, plain.codebooks.float().reshape(tables), problem.ordered(plain.codes[:, 0].long()))
     state = fitted(problem, levels, begin)
     codes, books = problem.stored(state.codes).to(torch.int32)[:, None], state.parameters.reshape(-1, 1, k, 1)
     return CodebookWeight.from_codes(codes, books, None, None, tuple(weight.shape), scheme.bits)

@@ -66,7 +66,7 @@ def kmeans(weight: Tensor, scheme: Scheme) -> CodebookWeight:
     """2^b values chosen by one-dimensional k-means, shared by the tensor or, for ``vq*c``, by an output channel."""
     rows = as_rows(weight)
     data = rows if scheme.per_channel else rows.reshape(1, -1)
-    centres = lloyd(data, 1 << scheme.bits).half().float().sort(1).values
+    centres = halves(lloyd(data, 1 << scheme.bits)).sort(1).values
     boundaries = (centres[:, 1:] + centres[:, :-1]) / 2
     codes = torch.searchsorted(boundaries.contiguous(), data.contiguous()).reshape(rows.shape)
     return CodebookWeight.from_codes(
