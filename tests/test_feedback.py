@@ -15,8 +15,8 @@ from aquabit.kernels.codebook import CodebookWeight
 from aquabit.quant import feedback
 from aquabit.quant.feedback import kmeans_with_feedback, uniform_with_feedback
 from aquabit.quant.hessian import output_error
-from aquabit.quant.levels import Affine, Levels, Table, problem_of, weighted_lloyd
-from aquabit.quant.scalar import kmeans, uniform
+from aquabit.quant.levels import Affine, Levels, Table, problem_of
+from aquabit.quant.scalar import kmeans, lloyd, uniform
 from aquabit.scheme import AquabitError, Scheme
 
 SHAPES = st.one_of(
@@ -265,9 +265,9 @@ def test_weighted_kmeans_counts_a_point_as_often_as_it_weighs() -> None:
     data, mass = normal(3, 50), torch.randint(0, 4, (3, 50), generator=torch.Generator().manual_seed(0))
     for row, m in zip(data, mass, strict=True):
         repeated = row.repeat_interleave(m)
-        ours = weighted_lloyd(row[None], m[None].float(), 4)
+        ours = lloyd(row[None], 4, m[None].float())
         distance = (repeated[:, None] - ours).abs().amin(1).square().sum()
-        from_repeated = weighted_lloyd(repeated[None], torch.ones(1, len(repeated)), 4)
+        from_repeated = lloyd(repeated[None], 4)
         assert distance <= 1.05 * (repeated[:, None] - from_repeated).abs().amin(1).square().sum()
         nearest = (repeated[:, None] - ours).abs().argmin(1)
         for k in nearest.unique():

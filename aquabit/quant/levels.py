@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot, pad
+from torch.nn.functional import one_hot
 
 from aquabit.quant.hessian import check_hessian, damped
-from aquabit.quant.scalar import LLOYD_ITERATIONS, as_rows, halves
+from aquabit.quant.scalar import as_rows, halves, lloyd
 
 SHARES = (1.0, 0.94, 0.88, 0.82, 0.76, 0.7, 0.64, 0.58, 0.52, 0.46, 0.4)  # of the full range, tried for a first grid
 DEVIATIONS = (1.0, 1.25, 1.5, 1.75, 2.0, 2.3, 2.6, 3.0, 3.5, 4.2)  # half ranges tried, in weighted standard deviations
@@ -265,30 +265,7 @@ class Table:
         g, _, p = weight.shape
         tables = (1, 1) if self.shared else (g, p)
         data, mass = (t.transpose(1, 2).reshape(prod(tables), -1) for t in (weight, mass[..., None].expand_as(weight)))
-        return halves(weighted_lloyd(data, mass, self.k)).reshape(*tables, self.k)
+        return halves(lloyd(data, self.k, mass)).reshape(*tables, self.k)
 
 
 Levels = Affine | Table
-
-
-def weighted_lloyd(data: Tensor, mass: Tensor, k: int) -> Tensor:
-    """Centres [n, k] of a one-dimensional k-means of ``data`` [n, m] whose points weigh ``mass`` [n, m]; see scalar.lloyd."""
-    ordered, index = data.double().contiguous().sort(1)
-    mass = mass.double().gather(1, index)
-    total, first, second = (pad((mass * ordered**i).cumsum(1), (1, 0)) for i in range(3))
-    n, m = data.shape
-    fraction = ((torch.arange(k, device=data.device, dtype=torch.float64) + 0.5) / k).expand(n, k)
-    quantile = torch.searchsorted(total[:, 1:].contiguous(), fraction * total[:, -1:]).clamp_max(m - 1)
-    best, least = ordered[:, :1].expand(n, k), torch.full((n, 1), torch.inf, dtype=torch.float64, device=data.device)
-    for centres in (ordered.gather(1, quantile), ordered[:, :1] + (ordered[:, -1:] - ordered[:, :1]) * fraction):
-        for _ in range(LLOYD_ITERATIONS):
-            cuts = torch.searchsorted(ordered, ((centres[:, 1:] + centres[:, :-1]) / 2).contiguous())
-            edges = pad(pad(cuts, (1, 0)), (0, 1), value=m)
-            weights, sums, squares = (t.gather(1, edges).diff(dim=1) for t in (total, first, second))
-            error = (squares - 2 * centres * sums + centres.square() * weights).sum(1, keepdim=True)
-            best, least = torch.where(error < least, centres, best), torch.minimum(error, least)
-            moved = torch.where(weights > 0, sums / weights, centres).sort(1).values
-            if torch.equal(moved, centres):
-                break
-            centres = moved
-    return best.float()

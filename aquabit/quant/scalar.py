@@ -6,6 +6,7 @@ from math import ceil
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from aquabit.kernels.codebook import CodebookWeight
 from aquabit.scheme import AquabitError, Scheme
@@ -34,7 +35,7 @@ def uniform(weight: Tensor, scheme: Scheme) -> CodebookWeight:
     out, row = rows.shape
     n = ceil(row / (scheme.group or row))
     size = ceil(row / n)
-    padded = torch.nn.functional.pad(rows, (0, n * size - row), value=float("nan")).reshape(out * n, size)
+    padded = pad(rows, (0, n * size - row), value=float("nan")).reshape(out * n, size)
     low = padded.nan_to_num(nan=torch.inf).amin(1, keepdim=True)
     high = padded.nan_to_num(nan=-torch.inf).amax(1, keepdim=True)
     steps = (1 << scheme.bits) - 1
@@ -74,29 +75,30 @@ def kmeans(weight: Tensor, scheme: Scheme) -> CodebookWeight:
     )
 
 
-def lloyd(data: Tensor, k: int) -> Tensor:
+def lloyd(data: Tensor, k: int, mass: Tensor | None = None) -> Tensor:
     """Centres [n, k] of a one-dimensional k-means per row of ``data`` [n, m], from quantiles and from an even grid, the better kept.
 
-    On sorted values a cluster is an interval, so an iteration costs k binary searches in prefix sums (float64), not n * m * k.
+    Points weigh ``mass`` [n, m], one each where it is None. On sorted values a cluster is an interval, so an iteration costs k binary
+    searches in prefix sums (float64), not n * m * k.
     """
-    ordered = data.sort(1).values.double()
-    total = torch.nn.functional.pad(ordered.cumsum(1), (1, 0))
-    squares = torch.nn.functional.pad(ordered.square().cumsum(1), (1, 0))
+    ordered, index = data.contiguous().sort(1)
+    ordered = ordered.double()
+    weights = torch.ones_like(ordered) if mass is None else mass.double().gather(1, index)
+    total, first, second = (pad((weights * ordered**i).cumsum(1), (1, 0)) for i in range(3))
     n, m = data.shape
-    at = ((torch.arange(k, device=data.device) + 0.5) / k * m).long().clamp_max(m - 1)
-    fraction = (torch.arange(k, device=data.device, dtype=torch.float64) + 0.5) / k
-    grid = ordered[:, :1] + (ordered[:, -1:] - ordered[:, :1]) * fraction
+    fraction = ((torch.arange(k, device=data.device, dtype=torch.float64) + 0.5) / k).expand(n, k)
+    at = torch.searchsorted(total[:, 1:].contiguous(), fraction * total[:, -1:], right=True).clamp_max(m - 1)
     results = []
-    for centres in (ordered[:, at], grid):
+    for centres in (ordered.gather(1, at), ordered[:, :1] + (ordered[:, -1:] - ordered[:, :1]) * fraction):
         for _ in range(LLOYD_ITERATIONS):
             cuts = torch.searchsorted(ordered, ((centres[:, 1:] + centres[:, :-1]) / 2).contiguous())
-            edges = torch.cat([torch.zeros(n, 1, dtype=cuts.dtype, device=data.device), cuts, torch.full((n, 1), m, device=data.device)], 1)
-            counts, sums = edges.diff(dim=1), total.gather(1, edges).diff(dim=1)
-            moved = torch.where(counts > 0, sums / counts.clamp_min(1), centres).sort(1).values
+            edges = pad(pad(cuts, (1, 0)), (0, 1), value=m)
+            masses, sums, squares = (t.gather(1, edges).diff(dim=1) for t in (total, first, second))
+            moved = torch.where(masses > 0, sums / masses, centres).sort(1).values
             if torch.equal(moved, centres):
                 break
             centres = moved
-        cluster = squares.gather(1, edges).diff(dim=1) - 2 * centres * sums + centres.square() * counts
-        results.append((centres, cluster.sum(1, keepdim=True)))
+        error = (squares - 2 * centres * sums + centres.square() * masses).sum(1, keepdim=True)
+        results.append((centres, error))
     (a, error_a), (b, error_b) = results
     return torch.where(error_a <= error_b, a, b).float()
