@@ -28,7 +28,7 @@ namespace {
 constexpr float kInfinity = __builtin_inff(), kLargest = FLT_MAX, kSmall = 1e-30f;
 constexpr int kTile = 4;                     // rows that share what is loaded
 constexpr int64_t kCodebooks = 64;           // at most
-constexpr int64_t kRanked = 64;              // candidates that are ranked by counting; more are inserted one by one
+constexpr int kBisections = 20;               // more would only tell apart what is as good as equal
 constexpr int64_t kPairFloats = 4 << 20;     // products of pairs of codewords are kept up to 16 MiB
 constexpr int64_t kParallel = 1 << 17;       // multiply-adds below which other threads are not woken
 

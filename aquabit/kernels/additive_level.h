@@ -76,11 +76,13 @@ struct Row {
     float* values;     // [beam * K padded + a vector]: candidates, in order
     int32_t* index;    // the same
     int64_t count;     // of candidates
-    int32_t* ranks;    // [kRanked]
-    int32_t* order;    // [kRanked, or beam if that is more]
+    int32_t* order;    // [ranked]
     float* later;      // [M, size padded]
     float* base;       // [K padded]
 };
+
+// Candidates that are ranked by counting; more (equal ones) are inserted one by one.
+INLINE int64_t ranked(const Block& b) { return 2 * b.beam + 2 * kLanes; }
 
 INLINE int64_t lows_of(const Block& b) { return (2 * b.beam + kLanes - 1) / kLanes; }
 
@@ -110,7 +112,9 @@ INLINE void set_terms(const Block& b, const Group& group, int64_t m, const int32
     terms->base = scores + m * padded(b.codewords);
     terms->count = 0;
     if (m > 0 && group.pairs) {
-        for (int64_t j = 0; j < m; ++j) terms->rows[j] = pair_row(b, group, j, codes[j], m);
+        const int64_t wide = padded(b.codewords), stride = b.codewords * wide;
+        const float* pairs = group.pairs + m * (m - 1) / 2 * stride;
+        for (int64_t j = 0; j < m; ++j, pairs += stride) terms->rows[j] = pairs + codes[j] * wide;
         terms->count = static_cast<int>(m);
     } else if (m > 0) {
         direct_scores(b, group, m, left, room);
@@ -153,20 +157,26 @@ static void descend(const Block& b, const Group& group, bool fresh, Row* rows, i
 INLINE void find_candidates(const Block& b, const Group& group, int64_t m, int shift, Row* row) {
     const int64_t wide = padded(b.codewords), tall = padded(b.size), lows = lows_of(b);
     for (int64_t v = 0; v < lows; ++v) row->low[v] = splat(kInfinity);
+    const int64_t keep = smaller_of(b.beam, row->width * b.codewords);
     int64_t turn = 0;
     for (int64_t e = 0; e < row->width; ++e) {
         Terms terms;
         set_terms(b, group, m, row->beam.codes + e * b.codebooks, row->beam.left + e * tall, row->scores, row->base, &terms);
         write_sums(terms, row->beam.value[e], wide, row->sums + e * wide, row->low, lows, &turn);
     }
-    const float limit = row->width * wide <= kLanes ? kLargest : bound(row->low, lows, smaller_of(b.beam, row->width * b.codewords));
-    row->count = collect(row->sums, row->width, wide, shift, limit, row->values, row->index);
+    Bounds bounds = {0, kLargest};
+    if (row->width * wide > kLanes) bounds = bounds_of(row->low, lows, keep);
+    row->count = collect(row->sums, row->width, wide, shift, bounds.high, row->values, row->index);
+    if (row->count <= keep + keep / 2 || row->width * wide <= kLanes) return;
+    store(row->values + row->count, splat(kInfinity));
+    bisect(row->values, row->count, keep, bounds, &bounds.high);
+    row->count = narrow(row->count, bounds.high, row->values, row->index);
 }
 
 // The best of the candidates become the beam.
 INLINE void keep_best(const Block& b, const Group& group, int64_t m, int shift, Row* row) {
     const int64_t tall = padded(b.size), books = b.codebooks, kept = smaller_of(b.beam, smaller_of(row->width * b.codewords, row->count));
-    if (row->count > kRanked || !rank_all(row->values, row->count, kept, row->ranks, row->order))
+    if (row->count > ranked(b) || !rank_all(row->values, row->count, kept, row->order))
         insert_all(row->values, row->count, kept, row->order);
     for (int64_t e = 0; e < kept; ++e) {
         const int32_t place = row->order[e], parent = row->index[place] >> shift, code = row->index[place] & ((1 << shift) - 1);
@@ -320,8 +330,7 @@ INLINE void lay_out(const Block& b, Row* row, uintptr_t* room) {
     row->sums = part_of(room, b.beam * wide);
     row->values = part_of(room, b.beam * wide + kLanes);
     row->index = integers_of(room, b.beam * wide + kLanes);
-    row->ranks = integers_of(room, kRanked);
-    row->order = integers_of(room, b.beam + kRanked);
+    row->order = integers_of(room, ranked(b));
     row->later = part_of(room, books * tall);
     row->base = part_of(room, wide);
     for (Beam* beam : {&row->beam, &row->next}) {

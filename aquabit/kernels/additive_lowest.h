@@ -144,26 +144,59 @@ static void write_sums(const Terms& terms, float value, int64_t wide, float* sum
     }
 }
 
-// A bound that at least ``keep`` of all scores keep to: the keep-th lowest of the lanes' lowest, each of which is a score.
-INLINE float bound_of(const Floats* low, int64_t lows, int64_t keep) {
-    Floats found = splat(kLargest);
-    const float* lanes = reinterpret_cast<const float*>(low);
-    for (int64_t v = 0; v < lows; ++v) {
-        Ints not_above = {};
-        for (int64_t i = 0; i < lows * kLanes; ++i) not_above -= splat(lanes[i]) <= low[v];
-        const Floats enough = not_above >= static_cast<int32_t>(keep) ? low[v] : found;
-        found = smaller(enough, found);
-    }
-    return least(found);
+// How many of n values (whole vectors) are at most ``limit``.
+INLINE int64_t count_at_most(const float* values, int64_t n, float limit) {
+#if AQUABIT_LEVEL >= 3
+    int64_t count = 0;
+    for (int64_t at = 0; at < n; at += kLanes) count += __builtin_popcount(at_most(load(values + at), splat(limit)));
+    return count;
+#else
+    Ints lanes = {};
+    for (int64_t at = 0; at < n; at += kLanes) lanes -= load(values + at) <= limit;
+    int64_t count = 0;
+    for (int i = 0; i < kLanes; ++i) count += lanes[i];
+    return count;
+#endif
 }
 
-INLINE float bound(const Floats* low, int64_t lows, int64_t keep) {
-    switch (lows) {
-        case 1: return bound_of(low, 1, keep);
-        case 2: return bound_of(low, 2, keep);
-        case 4: return bound_of(low, 4, keep);
-        default: return bound_of(low, lows, keep);
+// ``high`` is what enough values keep to, ``low`` is not above any.
+struct Bounds {
+    float low, high;
+};
+
+// High brought down by bisection, until not more than an eighth too many of n values keep to it.
+INLINE void bisect(const float* values, int64_t n, int64_t keep, Bounds bounds, float* high) {
+    for (int i = 0; i < kBisections; ++i) {
+        const float middle = bounds.low * 0.5f + bounds.high * 0.5f;
+        const int64_t count = count_at_most(values, n, middle);
+        bounds.low = count < keep ? middle : bounds.low;
+        bounds.high = count < keep ? bounds.high : middle;
+        if (count >= keep && count <= keep + keep / 8) break;
     }
+    *high = bounds.high;
+}
+
+// Bounds for all values from the lanes' lowest, each of which is a value: high is what ``keep`` of these keep to, and more of all.
+INLINE Bounds bounds_of(const Floats* low, int64_t lows, int64_t keep) {
+    const float* lanes = reinterpret_cast<const float*>(low);
+    if (lows == 1) {
+        Ints not_above = {};
+        for (int64_t i = 0; i < kLanes; ++i) not_above -= splat(lanes[i]) <= low[0];
+        const Floats enough = not_above >= static_cast<int32_t>(keep) ? low[0] : splat(kLargest);
+        return {least(low[0]), least(smaller(enough, splat(kLargest)))};
+    }
+    Floats lowest = low[0], highest = splat(-kLargest);
+    for (int64_t v = 0; v < lows; ++v) {
+        lowest = smaller(low[v], lowest);
+        const Floats finite = low[v] <= kLargest ? low[v] : splat(-kLargest);
+        highest = highest < finite ? finite : highest;
+    }
+    Bounds bounds = {least(lowest), -least(-highest)};
+    if (count_at_most(lanes, lows * kLanes, bounds.high) < keep)
+        bounds.high = kLargest;
+    else
+        bisect(lanes, lows * kLanes, keep, bounds, &bounds.high);
+    return bounds;
 }
 
 // Values that keep to the bound, in order, each with the number of its partial sum times 2^shift plus its code; how many.
@@ -193,32 +226,44 @@ INLINE int64_t collect(const float* sums, int64_t width, int64_t wide, int shift
     return count;
 }
 
-// Sorts at most kRanked values by counting how many are lower: places of the lowest first in order, as far as values differ.
+// The same for what was collected, in place; values are padded to whole vectors with infinity.
+INLINE int64_t narrow(int64_t n, float limit, float* values, int32_t* index) {
+    int64_t count = 0;
+    for (int64_t i = 0; i < n; ++i) {
+        const float value = values[i];
+        const int32_t number = index[i];
+        values[count] = value;
+        index[count] = number;
+        count += value <= limit;
+    }
+    return count;
+}
+
+// Sorts values by counting how many are lower: places of the lowest first in order, as far as values differ.
 // Whether the first ``keep`` places are there; they are not where some are equal.
-INLINE bool rank_all(float* values, int64_t count, int64_t keep, int32_t* ranks, int32_t* order) {
+INLINE bool rank_all(float* values, int64_t count, int64_t keep, int32_t* order) {
     store(values + count, splat(kInfinity));
     for (int64_t i = 0; i < keep; ++i) order[i] = -1;
 #if AQUABIT_LEVEL >= 3
     if (count <= kLanes) {
         const Floats all = load(values);
         for (int64_t i = 0; i < count; ++i) order[__builtin_popcount(below(all, splat(values[i])))] = static_cast<int32_t>(i);
-    } else if (count <= 2 * kLanes) {
-        const Floats first = load(values), second = load(values + kLanes);
+    } else {
         for (int64_t i = 0; i < count; ++i) {
             const Floats mine = splat(values[i]);
-            order[__builtin_popcount(below(first, mine)) + __builtin_popcount(below(second, mine))] = static_cast<int32_t>(i);
+            int rank = 0;
+            for (int64_t at = 0; at < count; at += kLanes) rank += __builtin_popcount(below(load(values + at), mine));
+            order[rank] = static_cast<int32_t>(i);
         }
-    } else
-#endif
-    {
-        for (int64_t at = 0; at < count; at += kLanes) {
-            const Floats mine = load(values + at);
-            Ints lower = {};
-            for (int64_t i = 0; i < count; ++i) lower -= splat(values[i]) < mine;
-            *reinterpret_cast<UnalignedInts*>(ranks + at) = lower;
-        }
-        for (int64_t i = 0; i < count; ++i) order[ranks[i]] = static_cast<int32_t>(i);
     }
+#else
+    for (int64_t at = 0; at < count; at += kLanes) {
+        const Floats mine = load(values + at);
+        Ints lower = {};
+        for (int64_t i = 0; i < count; ++i) lower -= splat(values[i]) < mine;
+        for (int64_t lane = 0; lane < kLanes && at + lane < count; ++lane) order[lower[lane]] = static_cast<int32_t>(at + lane);
+    }
+#endif
     int32_t all = 0;
     for (int64_t i = 0; i < keep; ++i) all |= order[i];
     return all >= 0;
