@@ -9,6 +9,7 @@ from typing import Any
 
 import networkx as nx
 import numpy as np
+from scipy.optimize import linear_sum_assignment
 
 from aquabit.graph import layers as graph_layers
 from aquabit.scheme import AquabitError, Budget, QuantConfig, Scheme
@@ -137,17 +138,25 @@ class CostModel:
             apart[index] = False
             picks = product((False, True), repeat=len(group))
             both = [self._opened(low, high, index, [t for t, k in zip(group, pick, strict=True) if k]) for pick in picks]
-            least, most = least + min(b[0] for b in both), most + max(b[1] for b in both)
+            ends = [b for b in both if b is not None]
+            least, most = least + min(b[0] for b in ends), most + max(b[1] for b in ends)
         return int(low[apart].sum()) + least, int(high[apart].sum()) + most
 
-    def _opened(self, low: np.ndarray, high: np.ndarray, index: np.ndarray, group: list[SharedTables]) -> tuple[int, int]:
-        """Smallest and largest bytes of the layers ``index`` where exactly the codebooks of ``group`` are there."""
+    def _opened(self, low: np.ndarray, high: np.ndarray, index: np.ndarray, group: list[SharedTables]) -> tuple[int, int] | None:
+        """Smallest and largest bytes of the layers ``index`` where exactly the codebooks of ``group`` are there; None where they cannot be.
+
+        The smallest may leave some of them unused: without those it is smaller still. The largest has a user for each, whoever loses least.
+        """
         low, high = low.copy(), high.copy()
         for t in group:
             size = self.bytes[t.layers, t.column]
             low[t.layers], high[t.layers] = np.minimum(low[t.layers], size), np.maximum(high[t.layers], size)
+        if (high[index] < 0).any() or len(group) > len(index):
+            return None
         extra = sum(t.bytes for t in group)
-        return int(low[index].sum()) + extra, int(high[index].sum()) + extra
+        loss = np.array([np.where(np.isin(index, t.layers), (high - self.bytes[:, t.column])[index], 1e18) for t in group])
+        least_loss = loss[linear_sum_assignment(loss)].sum() if group else 0
+        return int(low[index].sum()) + extra, int(high[index].sum() - least_loss) + extra
 
     def check(self, budget: Budget, act: int | None = None) -> None:
         """Raise AquabitError, naming both ends, where a budget is below the smallest or above the largest possible cost."""

@@ -43,6 +43,7 @@ struct Block {
     const float* tables;    // [tables, codebooks, codewords, size]
     int64_t* codes;         // [blocks, rows, groups, codebooks]
     float* moved;           // out: feedback's errors, the change of a sweep
+    double* gain;           // sweep: [blocks, rows], what the loss changes by is added; else null
     int64_t blocks, rows, groups, table_sets, codebooks, codewords, size, beam;
 };
 
@@ -233,14 +234,14 @@ void define_additive(nb::module_& m) {
     m.def(
         "additive_search",
         [](uintptr_t target, uintptr_t before, uintptr_t metric, uintptr_t inverse, uintptr_t coupling, uintptr_t scale, uintptr_t tables,
-           uintptr_t codes, uintptr_t moved, int64_t blocks, int64_t rows, int64_t groups, int64_t table_sets, int64_t codebooks,
-           int64_t codewords, int64_t size, int64_t beam, int threads, int64_t level) {
+           uintptr_t codes, uintptr_t moved, uintptr_t gain, int64_t blocks, int64_t rows, int64_t groups, int64_t table_sets,
+           int64_t codebooks, int64_t codewords, int64_t size, int64_t beam, int threads, int64_t level) {
             const Block block{reinterpret_cast<float*>(target), floats(before), floats(metric), floats(inverse), floats(coupling),
                               floats(scale), floats(tables), reinterpret_cast<int64_t*>(codes), reinterpret_cast<float*>(moved),
-                              blocks, rows, groups, table_sets, codebooks, codewords, size, beam};
+                              reinterpret_cast<double*>(gain), blocks, rows, groups, table_sets, codebooks, codewords, size, beam};
             run(*levels().at(level).level, block, threads);
         },
-        "target"_a, "before"_a, "metric"_a, "inverse"_a, "coupling"_a, "scale"_a, "tables"_a, "codes"_a, "moved"_a, "blocks"_a, "rows"_a,
-        "groups"_a, "table_sets"_a, "codebooks"_a, "codewords"_a, "size"_a, "beam"_a, "threads"_a, "level"_a,
+        "target"_a, "before"_a, "metric"_a, "inverse"_a, "coupling"_a, "scale"_a, "tables"_a, "codes"_a, "moved"_a, "gain"_a, "blocks"_a,
+        "rows"_a, "groups"_a, "table_sets"_a, "codebooks"_a, "codewords"_a, "size"_a, "beam"_a, "threads"_a, "level"_a,
         nb::call_guard<nb::gil_scoped_release>());
 }

@@ -372,6 +372,18 @@ INLINE void fetch(const Block& b, const Group& group, int64_t number, int64_t n,
     for (int64_t m = 0; m < b.codebooks; ++m) row->codes[m] = static_cast<int32_t>(codes[m]);
 }
 
+// What moving a group by ``moved`` does to the loss: moved metric moved^T - 2 moved . gradient.
+INLINE float gain_of(const Block& b, const Group& group, const float* moved, const float* gradient) {
+    float gain = 0;
+    const int64_t tall = padded(b.size);
+    for (int64_t i = 0; i < tall; i += kLanes) {
+        Floats image = splat(0);
+        for (int64_t j = 0; j < b.size; ++j) image += moved[j] * load(group.metric + j * tall + i);
+        for (int64_t k = i; k < smaller_of(i + kLanes, b.size); ++k) gain += moved[k] * (image[k - i] - 2 * gradient[k]);
+    }
+    return gain;
+}
+
 // Its codes, and what they move: feedback's error (w - q) inverse, or a sweep's change.
 INLINE void put(const Block& b, const Group& group, int64_t number, int64_t n, Row* row) {
     const int64_t g = b.size, tall = padded(g);
@@ -387,6 +399,7 @@ INLINE void put(const Block& b, const Group& group, int64_t number, int64_t n, R
         store(row->moved + i, sum);
     }
     for (int64_t i = 0; i < g; ++i) b.moved[number * b.groups * g + n * g + i] = row->moved[i];
+    if (b.gain) b.gain[number] += gain_of(b, group, row->moved, row->target + n * g);
 }
 
 // Rows [from, to) of block z: codes of its n-th group, and what follows for the groups after it.

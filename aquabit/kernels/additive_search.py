@@ -28,10 +28,14 @@ SMALL = 1e-30  # scales up to this are as good as none
 
 
 class Found(NamedTuple):
-    """``codes`` [Z, O, n, M] int64; ``moved`` [Z, O, R]: what later blocks have to hear of, times their part of the coupling."""
+    """``codes`` [Z, O, n, M] int64; ``moved`` [Z, O, R]: what later blocks have to hear of, times their part of the coupling.
+
+    ``gain`` [Z, O] float64: the change of each row's loss by a sweep, which is not positive, up to rounding; 0 with feedback.
+    """
 
     codes: Tensor
     moved: Tensor
+    gain: Tensor
 
 
 def feedback_search(
@@ -96,12 +100,12 @@ def _search_natively(
            codes=(codes, (z, o, r // g, m)), inverse=(inverse, (z, r // g, g, g)), coupling=(coupling, (z, r, r)))  # fmt: skip
     changed = target.clone(memory_format=torch.contiguous_format)  # later groups' part of it is changed on the way
     found = target.new_zeros(z, o, r // g, m, dtype=torch.int64) if codes is None else codes.clone(memory_format=torch.contiguous_format)
-    moved = torch.empty_like(changed)
+    moved, gain = torch.empty_like(changed), target.new_zeros(z, o, dtype=torch.float64)
     held = [None if x is None else x.float().contiguous() for x in (decoded, metric, inverse, coupling, scale, tables)]
     if changed.numel():
         _native.additive_search(changed.data_ptr(), *(0 if x is None else x.data_ptr() for x in held), found.data_ptr(), moved.data_ptr(),
-                                z, o, r // g, t, m, k, g, beam, torch.get_num_threads(), level)  # fmt: skip
-    return Found(found, moved)
+                                gain.data_ptr() if decoded is not None else 0, z, o, r // g, t, m, k, g, beam, torch.get_num_threads(), level)  # fmt: skip
+    return Found(found, moved, gain)
 
 
 def _check(target: Tensor, tables: Tensor, beam: int, **shapes: tuple[Tensor | None, tuple[int, ...]]) -> None:
@@ -132,7 +136,7 @@ def _feedback_reference(
         errors[..., at] = error if inverse is None else torch.bmm(error, inverse[:, n])
         if coupling is not None:
             rows[..., rest] -= torch.bmm(errors[..., at], coupling[:, at, rest])
-    return Found(torch.stack(codes, 2), errors)
+    return Found(torch.stack(codes, 2), errors, weight.new_zeros(weight.shape[:2], dtype=torch.float64))
 
 
 def _sweep_reference(
@@ -140,16 +144,17 @@ def _sweep_reference(
 ) -> Found:  # fmt: skip
     gradient, codes, size = gradient.clone(), codes.clone(), tables.shape[3]
     of_blocks = _of_blocks(tables, len(gradient))
-    moved = torch.empty_like(gradient)
+    moved, gain = torch.empty_like(gradient), gradient.new_zeros(gradient.shape[:2], dtype=torch.float64)
     for n in range(gradient.shape[2] // size):
         at, rest = slice(n * size, (n + 1) * size), slice((n + 1) * size, None)
         before = decoded[..., at]
         pull = _unscaled(gradient[..., at], scale) + torch.bmm(_unscaled(before, scale), metric[:, n])
         codes[:, :, n], total = _choose(pull, metric[:, n], of_blocks, codes[:, :, n], beam)
         moved[..., at] = total * scale[..., None] - before
+        gain += _cost(moved[..., at], gradient[..., at], metric[:, n])
         if coupling is not None:
             gradient[..., rest] -= torch.bmm(moved[..., at], coupling[:, at, rest])
-    return Found(codes, moved)
+    return Found(codes, moved, gain)
 
 
 def _of_blocks(tables: Tensor, blocks: int) -> list[Tensor]:

@@ -11,7 +11,6 @@ from aquabit.kernels.additive_search import feedback_search, sweep_search
 from aquabit.quant.additive_state import Problem, State
 
 LAZY = 256  # inputs that hear of each other's changes at once; the rest follows once a block
-FEEDBACK_LIMIT = 8192  # inputs above which the inverse of H costs more than the sweeps it saves
 JITTER = 1e-3  # of the mean diagonal: error feedback inverts H, the loss does not see it
 SMALL = 1e-30
 
@@ -20,7 +19,7 @@ SMALL = 1e-30
 class Feedback:
     """What error feedback needs of H, once for a problem: with H^-1 = U^T U the ``coupling`` U [Z, R, R], ``inverse`` of its corners U_nn
     [Z, groups, g, g], and the ``metric`` U_nn^-1 U_nn^-T, in which an error counts when later groups make up for it. Without coupling
-    (diagonal H, or too wide to invert) the metric is H_nn."""
+    (diagonal H) the metric is H_nn."""
 
     metric: Tensor
     inverse: Tensor | None = None
@@ -29,7 +28,7 @@ class Feedback:
     @staticmethod
     def of(problem: Problem) -> Feedback:
         size, total = problem.size, problem.weight.shape[2]
-        if problem.diagonal or total > FEEDBACK_LIMIT:
+        if problem.diagonal:
             return Feedback(problem.blocks())
         upper = _inverse_factor(problem.hessian)
         corners = torch.stack([upper[:, i : i + size, i : i + size] for i in range(0, total, size)], 1)
@@ -59,15 +58,14 @@ def feedback(problem: Problem, state: State, factor: Feedback, beam: int = 1) ->
 
 def _inverse_factor(hessian: Tensor) -> Tensor:
     """Upper U with (H + jitter)^-1 = U^T U, [Z, R, R]; jitter grows until the factorisation holds."""
-    mean = hessian.diagonal(dim1=1, dim2=2).mean(1).clamp_min(SMALL)
-    eye = torch.eye(hessian.shape[-1], device=hessian.device)
+    diagonal = hessian.diagonal(dim1=1, dim2=2)
     for jitter in (JITTER, 1e-2, 1e-1, 1.0):
-        lower, info = torch.linalg.cholesky_ex(hessian + (jitter * mean)[:, None, None] * eye)
-        if not bool(info.any()):
-            inverse = torch.cholesky_inverse(lower)
-            upper, info = torch.linalg.cholesky_ex((inverse + inverse.transpose(1, 2)) / 2, upper=True)
-            if not bool(info.any()):
-                return upper
+        flipped = hessian.flip(1, 2)
+        flipped.diagonal(dim1=1, dim2=2).add_(jitter * diagonal.mean(1, keepdim=True).clamp_min(SMALL))
+        lower, info = torch.linalg.cholesky_ex(flipped)
+        if not bool(info.any()):  # H + jitter = V V^T with V upper, and U = V^-1
+            eye = torch.eye(hessian.shape[-1], device=hessian.device).expand_as(hessian)
+            return torch.linalg.solve_triangular(lower.flip(1, 2), eye, upper=True)
     return torch.diag_embed(hessian.diagonal(dim1=1, dim2=2).clamp_min(SMALL).rsqrt())
 
 
@@ -77,7 +75,9 @@ def sweep(problem: Problem, state: State, beam: int = 1) -> float:
     G = (W - W_hat) H is kept up to date: replacing a group's vector by one that differs by d costs d H_nn d^T - 2 d G_n^T.
     """
     decoded, metric = state.decoded(), problem.blocks()
-    gradient = problem.times(problem.weight - decoded)
+    left = problem.weight - decoded
+    gradient = problem.times(left)
+    loss = (left * gradient).sum(dtype=torch.float64)
     size, total = problem.size, problem.weight.shape[2]
     span = total if problem.diagonal else max(LAZY // size, 1) * size
     for start in range(0, total, span):
@@ -94,8 +94,7 @@ def sweep(problem: Problem, state: State, beam: int = 1) -> float:
             coupling=coupling,
         )
         state.codes[:, :, groups] = found.codes
-        decoded[..., at] += found.moved
-        if not problem.diagonal:
+        loss += found.gain.sum()
+        if coupling is not None:
             gradient[..., rest] -= torch.bmm(found.moved, problem.hessian[:, at, rest])
-    left = problem.weight - decoded
-    return float((problem.times(left) * left).sum(dtype=torch.float64))
+    return float(loss)

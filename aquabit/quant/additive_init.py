@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from aquabit.kernels.additive_search import feedback_search
 from aquabit.quant.additive_state import Problem, State
 
 ITERATIONS = 8
@@ -18,10 +19,8 @@ def initial_tables(problem: Problem, blocks: Tensor, seed: int) -> State:
     k-means minimises sum s^2 (w - c)^T B_n (w - c) over the groups of a sample of rows, one codebook after another on the residual.
     ``blocks`` B [Z, groups, g, g] are the metric of ``Feedback``, up to a tenth better than H_nn on inputs that are correlated.
     """
-    scale = problem.weight.square().mean(2).sqrt()
-    z, o = scale.shape
-    tables = torch.zeros(problem.tables, problem.codebooks, problem.codewords, problem.size, device=scale.device)
-    codes = torch.zeros(z, o, problem.groups, problem.codebooks, dtype=torch.int64, device=scale.device)
+    state = start(problem, torch.zeros(problem.tables, problem.codebooks, problem.codewords, problem.size, device=problem.weight.device))
+    scale, tables = state.scale, state.tables
     for t in range(problem.tables):
         generator = torch.Generator().manual_seed(seed)  # anew: a weight is fitted as it would be alone
         part = slice(t * problem.per_table, (t + 1) * problem.per_table)
@@ -30,7 +29,14 @@ def initial_tables(problem: Problem, blocks: Tensor, seed: int) -> State:
         points = (w / s.clamp_min(1e-30)[..., None]).reshape(problem.per_table, len(rows), problem.groups, problem.size)
         for m in range(problem.codebooks):
             tables[t, m], points = _kmeans(points, s.square(), blocks[part], problem.codewords, generator)
-    return State(tables, scale, codes)
+    return state
+
+
+def start(problem: Problem, tables: Tensor) -> State:
+    """A state with some tables, scales that are the root mean squares of rows, and codes zero."""
+    z, o, _ = problem.weight.shape
+    codes = torch.zeros(z, o, problem.groups, problem.codebooks, dtype=torch.int64, device=tables.device)
+    return State(tables, problem.weight.square().mean(2).sqrt(), codes)
 
 
 def _sampled(problem: Problem, generator: torch.Generator) -> Tensor:
@@ -52,7 +58,7 @@ def _kmeans(points: Tensor, weight: Tensor, blocks: Tensor, k: int, generator: t
     by_metric = torch.bmm(flat, metric)  # w H
     eye = torch.eye(g, device=points.device)
     for _ in range(ITERATIONS):
-        assigned = _nearest(flat, by_metric, metric, centres)
+        assigned = _nearest(flat, metric, centres)
         share = torch.zeros(p * n, k, device=points.device).scatter_add_(1, assigned, mass)
         weights = torch.einsum("bk,bij->kij", share, metric)
         sums = torch.zeros(k, g, device=points.device).index_add_(0, assigned.reshape(-1), (by_metric * mass[..., None]).reshape(-1, g))
@@ -63,7 +69,7 @@ def _kmeans(points: Tensor, weight: Tensor, blocks: Tensor, k: int, generator: t
         empty = torch.nonzero(share.sum(0) == 0)[:, 0]
         if len(empty) and p * n * o >= k:
             _refill(centres, empty, flat, assigned, generator)
-    assigned = _nearest(flat, by_metric, metric, centres)
+    assigned = _nearest(flat, metric, centres)
     counts = torch.bincount(assigned.reshape(-1), minlength=k)
     centres = torch.where(counts[:, None] > 0, centres, torch.zeros_like(centres))
     left = (flat - centres[assigned]).reshape(p, n, o, g).transpose(1, 2)
@@ -78,12 +84,12 @@ def _first(flat: Tensor, k: int, generator: torch.Generator) -> Tensor:
     return points[torch.randperm(len(points), generator=generator)[:k].to(points.device)].clone()
 
 
-def _nearest(flat: Tensor, by_metric: Tensor, metric: Tensor, centres: Tensor) -> Tensor:
+def _nearest(flat: Tensor, metric: Tensor, centres: Tensor) -> Tensor:
     """Index [B, O] of the nearest centre of each point in its metric, in chunks that bound memory."""
-    own = torch.einsum("kg,bgh,kh->bk", centres, metric, centres)[:, None]
-    step = max(1, (1 << 24) // max(1, flat.shape[1] * len(centres)))
+    step, tables = max(1, (1 << 24) // max(1, flat.shape[1] * len(centres))), centres[None, None]
+    ones = flat.new_ones(flat.shape[:2])
     parts = [
-        torch.baddbmm(own[i : i + step], by_metric[i : i + step], centres.t().expand(len(own[i : i + step]), -1, -1), alpha=-2).argmin(2)
+        feedback_search(flat[i : i + step], metric[i : i + step, None], tables, ones[i : i + step]).codes[..., 0, 0]
         for i in range(0, len(flat), step)
     ]
     return torch.cat(parts)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from aquabit.quant.scalar import halves
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -95,4 +97,4 @@ class State:
         top = self.tables.abs().amax(dim=(1, 2, 3)).clamp_min(1e-30)
         self.tables = (self.tables / top[:, None, None, None]).half().float()
         factor = top.repeat_interleave(len(self.scale) // len(self.tables))
-        self.scale = (self.scale * factor[:, None]).clamp(-65504.0, 65504.0).half().float()
+        self.scale = halves(self.scale * factor[:, None])

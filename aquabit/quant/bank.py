@@ -16,7 +16,7 @@ from torch import Tensor
 from aquabit.kernels.codebook import CodebookWeight, from_tensors
 from aquabit.scheme import AquabitError, Scheme
 
-FORMAT = 1
+FORMAT = 2  # raised when the same key would be fitted otherwise: older fits are made again
 DEFAULT_LIMIT = 20 * 2**30  # bytes
 
 
@@ -74,6 +74,8 @@ class Bank:
         try:
             with safe_open(path, "pt") as file:
                 spec = json.loads(file.metadata()["aquabit"])
+                if spec["format"] != FORMAT:
+                    return None
                 tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
             coded = from_tensors(tensors, tuple(spec["shape"]), spec["bits"], spec["order"])
             fit = Fit(coded, float(spec["error"]), spec.get("output"), tuple(spec.get("notes", ())))

@@ -143,10 +143,10 @@ class QuantizedDenoiser:
         if unknown:
             raise AquabitError(f"unknown layer {unknown[0]!r} in the configuration; the model's layers are listed by `aquabit inspect`")
         for name, choice in config.layers.items():
-            if choice.codebook != (self.partners.get(name) if choice.weight.shared else None):
-                known = (
-                    f"its codebooks are {self.partners[name]!r}" if name in self.partners else "it has no partner to share codebooks with"
-                )
+            shared, own = choice.weight.shared, self.partners.get(name)
+            if choice.codebook != (own if shared else None) or (shared and own is None):
+                known = f"its codebooks are {own!r}" if own else "it has no partner to share codebooks with"
+                known = known if shared else f"{choice.weight} shares none"
                 raise AquabitError(f"layer {name!r} at {choice.weight} names codebooks {choice.codebook!r}; {known}")
         later = {"step groups": config.steps, "a noise correction": config.correction}
         asked = [what for what, value in later.items() if value]

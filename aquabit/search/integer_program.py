@@ -119,7 +119,7 @@ def _milp(
     """Columns [L] and a lower bound on the total of ``scores`` [L, C]; (None, inf) where no choice keeps the limits.
 
     ``limits`` names the rows of ``options.costs`` to keep (default: all). Costs enter as the excess over the layer's smallest, divided
-    by the largest excess, so that rows of bytes and of BOPs are alike to HiGHS. Shared codebooks are further variables, each 1 where a
+    by the largest of them, so that rows of bytes and of BOPs are alike to HiGHS. Shared codebooks are further variables, each 1 where a
     layer uses them; ``opening_scores`` are theirs (default: none).
     """
     cells = np.argwhere(options.columns.allowed)
@@ -140,8 +140,9 @@ def _milp(
     for r in range(len(options.caps)) if limits is None else limits:
         least = np.where(options.columns.allowed, options.costs[r], np.inf).min(1)
         excess = options.costs[r][layer, column] - least[layer]
-        unit = 1e3 / max(float(excess.max()), 1e-300)
-        at_most(row(excess * unit, np.array([o.costs[r] * unit for o in openings])), (options.caps[r] - least.sum()) * unit)
+        once = np.array([o.costs[r] for o in openings])
+        unit = 1e3 / max(float(excess.max()), float(once.max(initial=0.0)), 1e-300)
+        at_most(row(excess * unit, once * unit), (options.caps[r] - least.sum()) * unit)
     for k, opening in enumerate(openings):
         for member in opening.layers:
             at_most(row(((layer == member) & opening.columns[column]).astype(float), -np.eye(len(openings))[k]), 0.0)
