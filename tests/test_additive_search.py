@@ -220,6 +220,7 @@ def test_no_change_raises_the_loss(backend: Backend, c: Case, beam: int) -> None
     found = swept(c, beam, backend)
     before, after = loss(c, decoded(c, c.codes)), loss(c, decoded(c, found.codes))
     assert bool((after <= before * (1 + 1e-5) + 1e-7).all())
+    torch.testing.assert_close(found.gain, after - before, rtol=1e-4, atol=1e-4 * float(before.max()))
     torch.testing.assert_close(found.moved, decoded(c, found.codes) - decoded(c, c.codes), rtol=1e-4, atol=1e-5)
 
 

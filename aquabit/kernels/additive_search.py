@@ -103,8 +103,8 @@ def _search_natively(
     moved, gain = torch.empty_like(changed), target.new_zeros(z, o, dtype=torch.float64)
     held = [None if x is None else x.float().contiguous() for x in (decoded, metric, inverse, coupling, scale, tables)]
     if changed.numel():
-        _native.additive_search(changed.data_ptr(), *(0 if x is None else x.data_ptr() for x in held), found.data_ptr(), moved.data_ptr(),
-                                gain.data_ptr() if decoded is not None else 0, z, o, r // g, t, m, k, g, beam, torch.get_num_threads(), level)  # fmt: skip
+        addresses = [0 if x is None else x.data_ptr() for x in (changed, *held, found, moved, None if decoded is None else gain)]
+        _native.additive_search(*addresses, z, o, r // g, t, m, k, g, beam, torch.get_num_threads(), level)
     return Found(found, moved, gain)
 
 

@@ -23,7 +23,7 @@ def fit_tables(problem: Problem, state: State, iterations: int = ITERATIONS) -> 
     inverse = _preconditioner(problem, state)
     z = torch.einsum("tmkij,tmkj->tmki", inverse, right)
     direction, power = z, (right * z).sum(dim=(1, 2, 3))
-    for _ in range(iterations):
+    for left in reversed(range(iterations)):
         step_rows = state.unscaled(direction) * scale
         by_h = problem.times(step_rows)
         curvature = (step_rows * by_h).reshape(problem.tables, -1).sum(1)
@@ -31,6 +31,8 @@ def fit_tables(problem: Problem, state: State, iterations: int = ITERATIONS) -> 
         state.tables = state.tables + alpha[:, None, None, None] * direction
         by_row = alpha.repeat_interleave(problem.per_table)[:, None, None]
         residual, gradient = residual - by_row * step_rows, gradient - by_row * by_h
+        if not left:
+            break
         right = _adjoint(problem, state, gradient * scale)
         z = torch.einsum("tmkij,tmkj->tmki", inverse, right)
         renewed = (right * z).sum(dim=(1, 2, 3))
