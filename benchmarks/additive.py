@@ -187,7 +187,7 @@ def session_of(folder: Path, model: str) -> Any:
     from aquabit.sensitivity.measure import open_session
     from aquabit.study import Study
 
-    space = {"schemes": [*(f"{k}{b}h" for k in ("usq", "vq") for b in (1, 2, 3, 4, 5)), "aq2x8g8", "aq2x8k", "aq2x6g8", "aq2x6k", "aq4x4g8", "aq4x4k"],
+    space = {"schemes": [*(f"{k}{b}h" for k in ("usq", "vq") for b in (1, 2, 3, 4)), "aq2x8g8", "aq2x8k", "aq2x6g8", "aq2x6k", "aq4x4g8", "aq4x4k"],
              "levels": [1.5, 2, 3, 4], "activations": [8]}  # fmt: skip
     return open_session(model, Study(folder / f"families-{model}.db"), space_options=space, workers=2, bank=str(folder / "bank"))
 
