@@ -105,14 +105,15 @@ def smallest_uniform(
 ) -> QuantConfig | None:
     """The smallest uniform configuration of a kind that is no smaller than ``at_least_bytes``; None where even the largest is smaller.
 
-    ``act`` defaults to the activation bits that budgets in bits fix. A scheme counts when every free layer may take it.
+    ``act`` defaults to the activation bits that budgets in bits fix. A scheme counts when every free layer may take it; of two of one size
+    the output-aware one is taken, which is the harder to beat.
     """
     act = activation_choices(space)[0] if act is None else act
     free = [space.choices[k] for k in space.free_layers()]
     schemes: list[Scheme] = [s for s in space.schemes if s.kind == kind and all(s in row for row in free)]
-    sized = [(cost_model(config).bytes, i, config) for i, config in enumerate(space.uniform(s, act) for s in schemes)]
+    sized = [(cost_model(space.uniform(s, act)).bytes, not s.output_aware, i) for i, s in enumerate(schemes)]
     large = [row for row in sized if row[0] >= at_least_bytes]
-    return min(large)[2] if large else None
+    return space.uniform(schemes[min(large)[2]], act) if large else None
 
 
 @dataclass(frozen=True)
