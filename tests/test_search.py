@@ -589,7 +589,7 @@ def test_the_front_in_json_and_back() -> None:
     keys = ["bits_per_weight", "bytes", "bops", "operations", "latency_ms", "predicted", "measured", "config"]
     assert all(list(row) == keys for row in rows)
     assert rows[0]["measured"] == {"fid": {"value": 1.5, "low": 1.0, "high": 2.0}, "psnr": {"value": 20.0, "low": None, "high": None}}
-    assert rows[0]["operations"] is None and QuantConfig.from_dict(rows[0]["config"]) == here.members[0].config
+    assert rows[0]["operations"] == model(4, **TOY)[1].macs.sum() and QuantConfig.from_dict(rows[0]["config"]) == here.members[0].config
     assert Front.from_list(rows).to_list() == rows
     with pytest.raises(AquabitError, match="names no winner"):
         _ = Front.from_list(rows).best

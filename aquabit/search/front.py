@@ -133,7 +133,8 @@ class FrontMember:
     def of(cost_model: CostModel, config: QuantConfig, predicted: Mapping[str, float], measured: Mapping[str, Interval]) -> FrontMember:
         cost = cost_model(config)
         values = {metric: dict(found._asdict()) for metric, found in measured.items()}
-        return FrontMember(config, cost.bits_per_weight, cost.bytes, cost.bops, predicted=dict(predicted), measured=values)
+        sizes = (cost.bits_per_weight, cost.bytes, cost.bops, cost.operations)
+        return FrontMember(config, *sizes, predicted=dict(predicted), measured=values)
 
     def to_dict(self) -> dict[str, Any]:
         """One entry of ``front.json``; undefined numbers are None."""
