@@ -260,6 +260,8 @@ def test_rows_without_a_scale(backend: Backend) -> None:
     for found in (swept(c, 8, backend), fed(c, 8, backend)):
         assert bool(found.moved.isfinite().all()) and are_codes(found.codes, 16)
     assert bool((swept(c, 8, backend).moved[0, ::2].abs() < 1e-29).all())
+    as_one = c._replace(scale=torch.where(c.scale.abs() > 1e-30, c.scale, 1.0))
+    assert torch.equal(fed(c, 8, backend).codes[:, :, 0], fed(as_one, 8, backend).codes[:, :, 0])
 
 
 @both
@@ -278,6 +280,15 @@ def test_equal_codewords_give_the_first(backend: Backend) -> None:
     assert not bool(fed(c, 8, backend).codes.any())
     c.tables[:] = 0
     assert not bool(swept(c, 8, backend).codes.any())
+
+
+@needs_native
+@pytest.mark.parametrize("level", range(len(LEVELS)), ids=LEVELS)
+@pytest.mark.parametrize("beam", [3, 8, 32])
+def test_of_pairs_of_equal_codewords_the_first_is_taken(level: int, beam: int) -> None:
+    c = case(1, 30, 4, 4, codebooks=3, codewords=40)
+    twice = c._replace(tables=torch.cat([c.tables[:, :, :20]] * 2, 2))
+    assert are_codes(fed(twice, beam, level=level).codes, 20)
 
 
 @both
