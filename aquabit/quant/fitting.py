@@ -22,15 +22,20 @@ if TYPE_CHECKING:
     from aquabit.quant.model import QuantizedDenoiser
 
 Record = Callable[[Calibration], list[Call]]  # denoiser calls of a full-precision run
+SHARED_ACT = 8  # bits of the inputs that shared codebooks are fitted for: one set of tables serves layers of different activation bits
 
 
 @dataclass(frozen=True)
 class Need:
-    """A layer's weight at a scheme, for inputs at ``act`` bits."""
+    """A layer's weight at a scheme, for inputs at ``act`` bits: SHARED_ACT where codebooks are shared, whatever is asked for."""
 
     layer: str
     scheme: Scheme
     act: int
+
+    def __post_init__(self) -> None:
+        if self.scheme.shared:
+            object.__setattr__(self, "act", SHARED_ACT)
 
 
 class _Told:

@@ -112,7 +112,7 @@ class QuantizedDenoiser:
         """What a layer's weight depends on: H is of the activations as they are rounded."""
         if not choice.weight.calibrated:
             return name, choice.weight
-        return name, choice.weight, choice.act, calibration or Calibration()
+        return Need(name, choice.weight, choice.act), calibration or Calibration()
 
     def _decoded(self, name: str, choice: LayerChoice, calibration: Calibration | None) -> Tensor:
         """A decoded weight; the last ones used, up to DECODED_LIMIT bytes, are kept (decoding is 3 % of a small measurement)."""
@@ -172,6 +172,15 @@ class QuantizedDenoiser:
                 weight = full if choice.weight == FP else self._decoded(name, choice, config.calibration)
                 layer.set_dense_(weight, choice.weight)
                 self._held[name] = held
+        if not self._holds(config):  # a file of the bank was unreadable: fitting anew, with H, left full precision in the layers before
+            self.apply(config)
+
+    def _holds(self, config: QuantConfig) -> bool:
+        """Whether every layer is as ``apply`` leaves it."""
+        return all(
+            layer.act == config[n].act and self._held[n] == self._identity(n, config[n], config.calibration)
+            for n, layer in self.layers.items()
+        )
 
     def pack(self, config: QuantConfig, accuracy: Accuracy = "fast", progress: Progress = no_progress) -> None:
         """Packed mode: coded weights on the kernels; layers at ``fp`` keep their weight at 16 bits. Full weights are dropped.

@@ -1,0 +1,510 @@
+"""Fits in the bank: found again wherever they are needed, the same whoever makes them, under keys of all that they depend on."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from aquabit import flow
+from aquabit.pipelines import Adapter, recorder, trace
+from aquabit.quant import calibrate, fitting
+from aquabit.quant.bank import Bank
+from aquabit.quant.calibrate import input_groups, moments
+from aquabit.quant.fitting import Need
+from aquabit.quant.hessian import output_error
+from aquabit.quant.model import QuantizedDenoiser, fingerprint
+from aquabit.quant.weights import quantize_weight, quantize_weights
+from aquabit.scheme import AquabitError, Calibration, Protocol, QuantConfig, Scheme
+from aquabit.sensitivity.evaluator import Evaluator
+from aquabit.sensitivity.measure import measure, open_model
+from aquabit.space import SearchSpace, make_space
+from aquabit.study import Study
+
+PROTOCOL = Protocol(images=4, steps=2, micro_batch=4)
+CALIBRATION = Calibration(images=4, steps=2)
+Q0, Q1, V0 = (f"transformer_blocks.{i}.attn1.to_{x}" for i, x in ((0, "q"), (1, "q"), (0, "v")))
+DOWN0, DOWN1 = (f"transformer_blocks.{i}.ff.net.2" for i in (0, 1))
+KEPT = (Q0, Q1, V0, DOWN0, DOWN1)
+SCHEMES = ("usq2", "usq3h", "vq2h", "aq2x3g4", "aq1x4g4s")
+SPACE: dict[str, Any] = {"schemes": list(SCHEMES), "calibration": CALIBRATION}
+AWARE = tuple(Scheme.parse(s) for s in SCHEMES if s != "usq2")
+USQ, VQ, AQ, SHARED = AWARE
+
+
+def excluded(pipe) -> list[str]:
+    return [n for n, a in trace(pipe).nodes(data=True) if a["kind"] != "merge" and n not in KEPT]
+
+
+def opened(pipe, bank: Path | str, record: bool = True) -> QuantizedDenoiser:
+    """A pipeline's denoiser, quantized in a copy."""
+    own = type(pipe)(copy.deepcopy(pipe.denoiser), pipe.scheduler, **{k: pipe.config[k] for k in ("classes", "real_images")})
+    own.set_progress_bar_config(disable=True)
+    return QuantizedDenoiser(own.denoiser, trace(own), Bank(bank), fingerprint(own.denoiser), recorder(own) if record else None)
+
+
+def space_of(pipe, **options: Any) -> SearchSpace:
+    return make_space(trace(pipe), fingerprint(pipe.denoiser), **{**SPACE, "excluded": excluded(pipe), **options})
+
+
+def mixed(space: SearchSpace, acts: tuple[int, ...] = (8, 6)) -> QuantConfig:
+    """Every scheme on some layer, at several activation bits."""
+    choices = zip(KEPT, (SHARED, SHARED, USQ, AQ, VQ), [acts[i % len(acts)] for i in range(len(KEPT))], strict=True)
+    return space.config({n: space.choice(n, s, a) for n, s, a in choices})
+
+
+class Fits(list[tuple[str, int]]):
+    """(scheme, how many weights) of every fit that is made."""
+
+
+@pytest.fixture
+def fits(monkeypatch: pytest.MonkeyPatch) -> Iterator[Fits]:
+    made, one, many = Fits(), fitting.quantize_weight, fitting.quantize_weights
+
+    def quantize_one(weight: Tensor, scheme: Scheme, *rest: Any, **options: Any) -> Any:
+        made.append((str(scheme), 1))
+        return one(weight, scheme, *rest, **options)
+
+    def quantize_many(weights: list[Tensor], scheme: Scheme, *rest: Any, **options: Any) -> Any:
+        made.append((str(scheme), len(weights)))
+        return many(weights, scheme, *rest, **options)
+
+    monkeypatch.setattr(fitting, "quantize_weight", quantize_one)
+    monkeypatch.setattr(fitting, "quantize_weights", quantize_many)
+    return made
+
+
+def weights(model: QuantizedDenoiser) -> dict[str, Tensor]:
+    return {n: layer.weight.clone() for n, layer in model.layers.items()}
+
+
+def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+
+
+# ---- found again -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_what_measuring_fitted_is_found_again(dit, tmp_path, fits) -> None:
+    study, bank = Study(tmp_path / "s.db"), str(tmp_path / "bank")
+    measure(dit, study, 6, protocol=PROTOCOL, space={**SPACE, "excluded": excluded(dit)}, bank=bank)
+    space = SearchSpace.from_dict(study.get("space"))
+    assert space.activations == (8, 6) and space.calibration == CALIBRATION
+    made = [(s, n) for s, n in fits if s in ("usq3h", "vq2h", "aq2x3g4")]
+    assert len(made) == 3 * len(KEPT) * 2, "each layer at each scheme once for a8 and once for a6"
+    assert [f for f in fits if f[0] == "aq1x4g4s"] == [("aq1x4g4s", 2)] * 3, "one fit of all members for each of q, v and down"
+    assert sum(s == "usq2" for s, _ in fits) == len(KEPT), "plain schemes once, whatever the activations"
+    fits.clear()
+    model = opened(dit, bank, record=False)  # could fit nothing with H
+    drawn = [c for c in study.configs().values() if c.layers]
+    assert {str(c.weight) for config in drawn for c in config.layers.values()} >= {*SCHEMES}
+    for config in (*drawn, mixed(space), mixed(space, (6, 8))):
+        model.apply(config)
+        packed = flow.quantize(dit, config, bank=bank).model
+        for name, choice in config.layers.items():
+            if choice.weight.kind != "fp":
+                assert torch.equal(packed.layers[name].coded.dequantize(), model.layers[name].weight)  # type: ignore[union-attr]
+    assert not fits
+    assert measure(dit, study, 8, protocol=PROTOCOL, bank=bank) == 2 and not fits
+
+
+def test_each_activation_width_has_its_own_fit(dit, tmp_path) -> None:
+    model, space = opened(dit, tmp_path), space_of(dit, activations=(16, 8, 6))
+    for act in (16, 8, 6):
+        model.apply(mixed(space, (act,)))
+    fitter = model.fitter
+    for name, scheme in zip(KEPT, (SHARED, SHARED, USQ, AQ, VQ), strict=True):
+        needs = [Need(name, scheme, a) for a in (16, 8, 6)]
+        decoded = [f.coded.dequantize() for f in (fitter.found(n, CALIBRATION) for n in needs) if f]
+        differ = not torch.equal(decoded[1], decoded[2]) and not torch.equal(decoded[0], decoded[2])
+        assert len({fitter.context(n, CALIBRATION) for n in needs}) == (1 if scheme.shared else 3)
+        assert differ != scheme.shared, "one set of tables serves layers of different activation bits"
+        for act in (6, 8, 16):
+            model.apply(mixed(space, (act,)))
+            assert torch.equal(model.layers[name].weight, decoded[(16, 8, 6).index(act)]) and model.layers[name].act == act
+    assert {fitter.context(Need(Q0, Scheme.parse("usq2"), a), CALIBRATION) for a in (16, 8, 6)} == {""}
+
+
+def test_layers_that_share_codebooks_may_differ_in_activation_bits(dit, tmp_path) -> None:
+    space = space_of(dit)
+    config = space.config({n: space.choice(n, SHARED, a) for n, a in ((Q0, 8), (Q1, 6), (DOWN0, 6), (DOWN1, 16))})
+    model = opened(dit, tmp_path)
+    model.apply(config)
+    packed = flow.quantize(dit, config, bank=str(tmp_path)).model
+    for name, choice in config.layers.items():
+        layer = packed.layers[name]
+        assert layer.coded is not None and torch.equal(layer.coded.dequantize(), model.layers[name].weight), name
+        assert layer.act == model.layers[name].act == choice.act
+
+
+def test_a_fit_is_that_of_the_layers_own_input(dit, tmp_path) -> None:
+    """Against H made by hand: full precision before the layer, its own input rounded."""
+    model, space = opened(dit, tmp_path), space_of(dit)
+    model.apply(mixed(space))
+    other = copy.deepcopy(dit)
+    plain = QuantizedDenoiser(other.denoiser, trace(other))
+    calls = recorder(other)(CALIBRATION)
+    for name, scheme, act in ((V0, USQ, 8), (DOWN0, AQ, 6), (DOWN1, VQ, 8)):
+        hessian = moments(plain, calls, [(name,)], [act])[name, act].hessian
+        expected = quantize_weight(plain.full(name), scheme, hessian)
+        fit = model.fitter.found(Need(name, scheme, act), CALIBRATION)
+        assert fit is not None and torch.equal(fit.coded.dequantize(), expected.dequantize()), name
+        assert fit.output == pytest.approx(output_error(plain.full(name), expected.dequantize(), hessian), rel=1e-6)
+        assert torch.equal(model.layers[name].weight, expected.dequantize())
+    known = [moments(plain, calls, [(n,)], [8])[n, 8].hessian for n in (Q0, Q1)]  # for a8, whatever the layers' own bits
+    together = quantize_weights([plain.full(Q0), plain.full(Q1)], SHARED, known)
+    for name, expected in zip((Q0, Q1), together, strict=True):
+        assert torch.equal(model.layers[name].weight, expected.dequantize())
+    assert (model.layers[Q0].act, model.layers[Q1].act) == (8, 6)
+
+
+# ---- keys ------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_keys_hold_all_that_a_fit_depends_on(dit, tmp_path) -> None:
+    model, need = opened(dit, tmp_path).fitter, Need(Q0, USQ, 8)
+    contexts = {"": model.context(need, CALIBRATION), "act": model.context(replace(need, act=6), CALIBRATION)}
+    for change in (
+        {"steps": 3},
+        {"images": 5},
+        {"seed": 1},
+        {"guidance": 2.0},
+        {"conditions": (1, 2)},
+        {"scheduler": "euler"},
+        {"eta": 0.1},
+    ):
+        contexts[str(change)] = model.context(need, replace(CALIBRATION, **change))
+    contexts["shared"] = model.context(Need(Q0, SHARED, 8), CALIBRATION)
+    assert len(set(contexts.values())) == len(contexts)
+    assert model.context(need, None) == model.context(need, Calibration()) != contexts[""]
+    assert model.context(Need(Q0, VQ, 8), CALIBRATION) == contexts[""], "the scheme's text is in the file's name"
+    paths = {model.bank.path(model.model.key(Q0), s, contexts[""]) for s in (USQ, VQ, AQ, Scheme.parse("usq3"))}
+    assert len(paths) == 4
+    assert model.context(Need(Q0, SHARED, 8), CALIBRATION) == model.context(Need(Q1, SHARED, 8), CALIBRATION)
+
+    with torch.no_grad():
+        dit.denoiser.pos_embed.proj.weight.mul_(1.01)  # upstream: the layer's weight stays, what it reads does not
+    upstream = opened(dit, tmp_path).fitter
+    assert upstream.model.key(Q0) == model.model.key(Q0) and upstream.context(need, CALIBRATION) != contexts[""]
+    assert upstream.context(Need(Q0, Scheme.parse("usq3"), 8), CALIBRATION) == "", (
+        "what sees the weight alone is found whatever is upstream"
+    )
+
+
+def test_shared_fits_depend_on_every_member(dit, tmp_path) -> None:
+    model = opened(dit, tmp_path)
+    one = model.fitter.context(Need(Q0, SHARED, 8), CALIBRATION)
+    model._keys[Q1] = "another"
+    assert model.fitter.context(Need(Q0, SHARED, 8), CALIBRATION) != one
+    assert model.fitter.context(Need(Q0, AQ, 8), CALIBRATION) == opened(dit, tmp_path).fitter.context(Need(Q0, AQ, 8), CALIBRATION)
+
+
+@pytest.mark.parametrize("change", ["calibration", "upstream"])
+def test_what_depends_on_something_else_is_fitted_again(dit, tmp_path, fits, change: str) -> None:
+    opened(dit, tmp_path).apply(mixed(space_of(dit)))
+    before = sorted(fits)
+    fits.clear()
+    calibration = CALIBRATION
+    if change == "upstream":
+        with torch.no_grad():
+            dit.denoiser.pos_embed.proj.weight.mul_(1.5)
+    else:
+        calibration = replace(CALIBRATION, steps=3)
+    model, config = opened(dit, tmp_path), mixed(space_of(dit, calibration=calibration))
+    model.apply(config)
+    assert sorted(fits) == before
+    assert {p.name.split("-")[0] for p in tmp_path.iterdir()} == {model.key(n) for n in KEPT}, "the same weights"
+    assert len(list(tmp_path.iterdir())) == 2 * len(KEPT), "the fits of before stay"
+
+
+def test_one_model_switches_between_calibrations(dit, tmp_path) -> None:
+    model, other = opened(dit, tmp_path), replace(CALIBRATION, steps=3)
+    seen = []
+    for calibration in (CALIBRATION, other, CALIBRATION):
+        model.apply(mixed(space_of(dit, calibration=calibration)))
+        seen.append(weights(model))
+    assert equal(seen[0], seen[2]) and all(not torch.equal(seen[0][n], seen[1][n]) for n in KEPT)
+    alone = opened(dit, tmp_path / "two")
+    alone.apply(mixed(space_of(dit, calibration=other)))
+    assert equal(weights(alone), seen[1])
+
+
+# ---- the same whoever makes them -------------------------------------------------------------------------------------------------------
+
+
+def test_evicted_fits_come_back_to_the_bit(dit, tmp_path) -> None:
+    space = space_of(dit)
+    config = mixed(space)
+    first = opened(dit, tmp_path / "one")
+    first.apply(config)
+    expected = weights(first)
+    for path in (tmp_path / "one").iterdir():
+        path.unlink()
+    first._recent.clear()
+    first._held.clear()
+    first.apply(config)
+    assert equal(weights(first), expected)
+    alone = opened(dit, tmp_path / "two")
+    for name in reversed(KEPT):  # one at a time, the last first
+        alone.apply(space.config({name: config[name]}))
+        assert torch.equal(alone.layers[name].weight, expected[name]), name
+    more = opened(dit, tmp_path / "three")  # among many others
+    more.fitter.fit(
+        [Need(n, s, a) for n in KEPT for s in (*AWARE, Scheme.parse("usq2")) if n != V0 or not s.shared for a in (16, 8, 6)], CALIBRATION
+    )
+    more.apply(config)
+    assert equal(weights(more), expected)
+
+
+def test_portions_of_memory_change_nothing(dit, tmp_path, monkeypatch) -> None:
+    config = mixed(space_of(dit))
+    whole = opened(dit, tmp_path / "one")
+    whole.apply(config)
+    replays = []
+    monkeypatch.setattr(fitting, "plan", lambda groups, model, acts: calibrate.plan(groups, model, acts, limit_bytes=1))
+    monkeypatch.setattr(fitting, "moments", lambda *rest: replays.append(rest[2]) or moments(*rest))
+    parts = opened(dit, tmp_path / "two")
+    parts.apply(config)
+    assert len(replays) >= 4 and equal(weights(parts), weights(whole))
+
+
+def test_a_fresh_bank_quantizes_to_what_was_measured(pipe, tmp_path) -> None:
+    """The artifact's images are those that the measurement saw, though another bank made the fits."""
+    graph = trace(pipe)
+    names = [n for n, a in graph.nodes(data=True) if a["kind"] != "merge"]
+    space = make_space(graph, fingerprint(pipe.denoiser), schemes=["usq2", "usq3h", "aq1x4g4", "aq1x4g4s"], calibration=CALIBRATION)
+    picked = {n: space.choices[n][-1 - (i % 2)] for i, n in enumerate(names)}
+    config = space.config({n: space.choice(n, s, (8, 6)[i // 2 % 2]) for i, (n, s) in enumerate(picked.items())})
+    assert {str(c.weight) for c in config.layers.values()} >= {"aq1x4g4", "aq1x4g4s"}
+    model = open_model(pipe)
+    evaluator = Evaluator(pipe, model.graph, Bank(tmp_path / "one"), model.fingerprint)
+    measured = evaluator.generate(config, PROTOCOL)
+    packed = flow.quantize(pipe, config, bank=str(tmp_path / "two"), accuracy="exact")
+    for name, layer in packed.model.layers.items():
+        assert layer.coded is not None and torch.equal(layer.coded.dequantize(), evaluator.quantized.layers[name].weight), name
+        assert (layer.act, layer.act_output) == (evaluator.quantized.layers[name].act, evaluator.quantized.layers[name].act_output)
+    made = Adapter(packed.pipe).images(PROTOCOL, range(4))
+    full = evaluator.generate(QuantConfig(model.fingerprint, {}), PROTOCOL)
+    assert (measured - full).abs().max() > 1e-2, "the test must see a difference"
+    close = (made - measured).abs().flatten(1).amax(1)  # a rounding of activations that falls the other way moves an image a little
+    assert float(close.median()) < 1e-4 and float(close.max()) < 0.05
+
+
+def test_dense_equals_packed_for_shared_codebooks(pipe, tmp_path) -> None:
+    graph = trace(pipe)
+    space = make_space(graph, fingerprint(pipe.denoiser), schemes=["usq4", "aq1x4g4s"], calibration=CALIBRATION)
+    config = space.config({n: space.choice(n, row[-1], 16) for n, row in space.choices.items()})
+    packed = flow.quantize(pipe, config, bank=str(tmp_path), accuracy="exact")
+    tables: dict[str, set[int]] = {}
+    for name, choice in config.layers.items():
+        if choice.weight.shared:
+            tables.setdefault(str(choice.codebook), set()).add(packed.model.layers[name].coded.codebooks.data_ptr())  # type: ignore[union-attr]
+    assert len(tables) >= 4 and all(len(pointers) == 1 for pointers in tables.values()), "one tensor for all members"
+    assert len({p for pointers in tables.values() for p in pointers}) == len(tables)
+    dense = opened(pipe, tmp_path, record=False)
+    dense.apply(config)
+    pipe.denoiser = dense.denoiser
+    torch.testing.assert_close(Adapter(packed.pipe).images(PROTOCOL, range(4)), Adapter(pipe).images(PROTOCOL, range(4)), rtol=0, atol=1e-4)
+
+
+def test_workers_find_the_same_features(dit, tmp_path) -> None:
+    options: dict[str, Any] = {"protocol": PROTOCOL, "space": {**SPACE, "excluded": excluded(dit)}}
+    one, two = Study(tmp_path / "one.db"), Study(tmp_path / "two.db")
+    measure(dit, one, 2, bank=str(tmp_path / "bank1"), **options)
+    measure(dit, two, 2, bank=str(tmp_path / "bank2"), workers=2, **options)
+    assert one.features() == two.features() and len(one.features()) > 5 * len(KEPT)
+    columns = ["config", "status", "mse", "fid"]
+    assert one.measurements()[columns].sort_values("config").reset_index(drop=True).equals(
+        two.measurements()[columns].sort_values("config").reset_index(drop=True)
+    )  # fmt: skip
+    names = ({p.name for p in (tmp_path / b).iterdir()} for b in ("bank1", "bank2"))
+    assert len({frozenset(n) for n in names}) == 1
+
+
+# ---- interruptions and damage ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_interrupted_fit_continues(dit, tmp_path, fits, monkeypatch) -> None:
+    options: dict[str, Any] = {"protocol": PROTOCOL, "space": {**SPACE, "excluded": excluded(dit)}}
+    whole = Study(tmp_path / "whole.db")
+    measure(dit, whole, 1, bank=str(tmp_path / "bank1"), **options)
+    total, last = len(fits), max(i for i, (scheme, _) in enumerate(fits) if scheme == "aq1x4g4s")
+    fits.clear()
+    study, counted = Study(tmp_path / "s.db"), fitting.quantize_weights
+
+    def broken(*rest: Any, **given: Any) -> Any:
+        if len(fits) >= broken.limit:  # type: ignore[attr-defined]
+            raise KeyboardInterrupt
+        return counted(*rest, **given)
+
+    monkeypatch.setattr(fitting, "quantize_weights", broken)
+    for limit in (7, 19, last):
+        broken.limit = limit  # type: ignore[attr-defined]
+        with pytest.raises(KeyboardInterrupt):
+            measure(dit, study, 1, bank=str(tmp_path / "bank2"), **options)
+        assert study.measurements(failed=True).empty
+        assert len(list((tmp_path / "bank2").glob("[!i]*.safetensors"))) >= limit, "what was fitted is kept"
+    broken.limit = 10**6  # type: ignore[attr-defined]
+    measure(dit, study, 1, bank=str(tmp_path / "bank2"), **options)
+    assert len(fits) == total, "nothing is fitted twice"
+    assert study.features() == whole.features()
+    assert not [p for p in (tmp_path / "bank2").iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "older"])
+def test_unreadable_fits_are_made_again_and_leave_the_other_layers_alone(dit, tmp_path, damage: str, monkeypatch) -> None:
+    space = space_of(dit)
+    config = mixed(space)
+    model = opened(dit, tmp_path)
+    model.apply(config)
+    expected, acts = weights(model), {n: layer.act for n, layer in model.layers.items()}
+    files = sorted(tmp_path.iterdir())
+    if damage == "older":
+        monkeypatch.setattr("aquabit.quant.bank.FORMAT", 10**6)
+    else:
+        for path in files:
+            path.write_bytes(path.read_bytes()[:-9])
+    again = opened(dit, tmp_path)
+    again.apply(config)
+    assert equal(weights(again), expected) and {n: layer.act for n, layer in again.layers.items()} == acts
+    if damage == "truncated":
+        one = opened(dit, tmp_path)
+        one.fitter.bank.path(one.key(DOWN1), VQ, one.fitter.context(Need(DOWN1, VQ, 8), CALIBRATION)).write_bytes(b"nothing")
+        one.apply(config)  # all others are found
+        assert equal(weights(one), expected) and {n: layer.act for n, layer in one.layers.items()} == acts
+    assert sorted(tmp_path.iterdir()) == files
+
+
+def test_a_fit_of_a_member_is_a_fit_of_all(dit, tmp_path, fits) -> None:
+    model = opened(dit, tmp_path)
+    one = model.fitter.coded(Need(Q0, SHARED, 8), CALIBRATION)
+    assert fits == [("aq1x4g4s", 2)]
+    assert model.fitter.has(Need(Q1, SHARED, 8), CALIBRATION) and not model.fitter.has(Need(DOWN1, SHARED, 8), CALIBRATION)
+    other = model.fitter.coded(Need(Q1, SHARED, 8), CALIBRATION)
+    assert fits == [("aq1x4g4s", 2)] and one.codebooks is not None and other.codebooks is not None
+    assert torch.equal(one.codebooks, other.codebooks) and not torch.equal(one.packed, other.packed)
+    for path in tmp_path.glob(f"{model.key(Q1)}*"):
+        path.unlink()
+    assert torch.equal(model.fitter.coded(Need(Q1, SHARED, 8), CALIBRATION).packed, other.packed), "one lost member is the same again"
+    assert torch.equal(model.fitter.coded(Need(Q0, SHARED, 8), CALIBRATION).packed, one.packed)
+
+
+# ---- what is said ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_diagonal_h_is_noted(dit, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(calibrate, "WIDEST", 32)
+    study = Study(tmp_path / "s.db")
+    measure(dit, study, 1, protocol=PROTOCOL, space={**SPACE, "excluded": excluded(dit)}, bank=str(tmp_path / "bank"))
+    features = study.features()
+    for name in KEPT:
+        for scheme in SCHEMES:
+            if (name, scheme) in features:
+                said = [n for n in features[name, scheme].get("notes", []) if n == "H of 64 inputs is kept as its diagonal only"]
+                assert len(said) == (name in (DOWN0, DOWN1) and scheme != "usq2"), (name, scheme)
+    assert f"{DOWN0} at usq3h: H of 64 inputs is kept as its diagonal only" in study.notes()
+    assert f"{DOWN1} at aq1x4g4s: H of 64 inputs is kept as its diagonal only" in study.notes()
+    again = Study(tmp_path / "t.db")  # from the bank, without a fit
+    measure(dit, again, 1, protocol=PROTOCOL, space={**SPACE, "excluded": excluded(dit)}, bank=str(tmp_path / "bank"))
+    assert again.notes() == study.notes() and again.features() == features
+
+
+def test_warnings_of_fits_are_notes_not_noise(dit, tmp_path, recwarn) -> None:
+    study, space = Study(tmp_path / "s.db"), {"schemes": ["usq2", "aq1x8g16"], "calibration": CALIBRATION, "excluded": excluded(dit)}
+    measure(dit, study, 1, protocol=PROTOCOL, space=space, bank=str(tmp_path / "bank"))
+    noted = {line.split(":")[0] for line in study.notes()}
+    assert noted == {f"{n} at aq1x8g16" for n in KEPT} and all("codeword" in line for line in study.notes())
+    assert not [w for w in recwarn if "codeword" in str(w.message)]
+
+
+def test_without_images_calibrated_schemes_are_refused_in_one_sentence(dit, tmp_path) -> None:
+    model, space = opened(dit, tmp_path, record=False), space_of(dit)
+    before = weights(model)
+    model.apply(space.uniform("usq2"))
+    for scheme in AWARE:
+        with pytest.raises(AquabitError, match="need images to measure H on") as error:
+            model.apply(space.config({Q0: space.choice(Q0, scheme, 8)}))
+        assert "\n" not in str(error.value) and "without a pipeline" in str(error.value)
+    model.apply(space.full_precision())
+    assert equal(weights(model), before)
+    bare = QuantizedDenoiser(copy.deepcopy(dit.denoiser), trace(dit))
+    with pytest.raises(AquabitError, match="without a bank"):
+        bare.apply(space.uniform("usq2"))
+
+
+def test_layers_that_did_not_run_are_named(dit, tmp_path) -> None:
+    fitter = opened(dit, tmp_path).fitter
+    calls = fitter.record(CALIBRATION)  # type: ignore[misc]
+    fitter._calls = (CALIBRATION, calls, [g for g in input_groups(fitter.model, calls) if DOWN1 not in g])
+    with pytest.raises(AquabitError, match=rf"'{DOWN1}' did not run during calibration") as error:
+        fitter.coded(Need(DOWN1, USQ, 8), CALIBRATION)
+    assert "\n" not in str(error.value)
+    fitter.coded(Need(DOWN0, USQ, 8), CALIBRATION)
+
+
+@pytest.mark.parametrize("way", ["prepare", "quantize"])
+def test_progress_names_layer_and_loss(dit, tmp_path, way: str) -> None:
+    config = mixed(space_of(dit)).with_layer(V0, "usq2")
+    told: list[tuple[str, int, int]] = []
+
+    def progress(*step: Any) -> None:
+        told.append(step)
+
+    model = opened(dit, tmp_path)
+    if way == "prepare":
+        model.prepare(config, progress)
+    else:
+        flow.quantize(dit, config, bank=str(tmp_path), progress=progress)
+    total = {t for _, _, t in told}
+    counts = [done for _, done, _ in told]
+    assert total == {len(KEPT)} and counts == sorted(counts) and counts[-1] == len(KEPT)
+    for name, choice in config.layers.items():
+        lines = [text for text, _, _ in told if name in text and str(choice.weight) in text]
+        assert lines, name
+        if choice.weight.calibrated:
+            fit = model.fitter.found(Need(name, choice.weight, choice.act), CALIBRATION)
+            assert fit is not None and fit.output is not None
+            act = 8 if choice.weight.shared else choice.act
+            assert f"quantizing: {name} {choice.weight} a{act}, loss {fit.output:.4f}" == lines[-1]
+        else:
+            assert lines == [f"quantizing: {name} {choice.weight}"]
+
+
+# ---- end to end ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_default_space_of_a_tiny_model_is_measured(dit, tmp_path) -> None:
+    study, told = Study(tmp_path / "s.db"), []
+    measure(dit, study, 4, protocol=PROTOCOL, bank=str(tmp_path / "bank"), progress=lambda *step: told.append(step))
+    space, features = SearchSpace.from_dict(study.get("space")), study.features()
+    assert any(s.shared for s in space.schemes) and any(s.output_aware for s in space.schemes)
+    assert space.calibration == Calibration.of(PROTOCOL)
+    for layer, row in space.choices.items():
+        for scheme in row:
+            facts = features[layer, str(scheme)]
+            assert 0 <= facts["output"] < 1 and 0 <= facts["error"] < 2 and facts["damage"] >= 0, (layer, scheme)
+        assert features[layer, "usq2h"]["output"] <= features[layer, "usq2"]["output"] * 1.01, layer
+    table = study.measurements(failed=True)
+    assert (table.status == "ok").all() and (table.kind == "sample").sum() == 4
+    assert {"calibrating"} == {w for w, _, total in told if total == 1 and w.startswith("calib")}
+    assert any(text.startswith("fitting and probing: ") and "largest error" in text for text, _, _ in told)
+    again = [c for c in study.configs().values() if c.layers]
+    model = opened(dit, tmp_path / "bank", record=False)
+    for config in again:
+        model.apply(config)
+
+
+def test_images_for_calibration_are_made_once(dit, tmp_path, monkeypatch) -> None:
+    made: list[Any] = []
+    original = calibrate.record_calls
+    monkeypatch.setattr("aquabit.pipelines.adapter.record_calls", lambda *rest: made.append(rest) or original(*rest))
+    model, space = opened(dit, tmp_path), space_of(dit)
+    for act in (8, 6):
+        model.apply(mixed(space, (act,)))
+    assert len(made) == 1
