@@ -258,11 +258,11 @@ def make_space(
         raise AquabitError("the list of schemes is empty; give at least one, as in usq4")
     pins = _matching(pinned or {}, names, "pinned")
     out = _matching(excluded, names, "excluded")
-    partners = codebook_names(graph)
+    partners, table = codebook_names(graph), FORMATS if formats is None else formats
     sharers = Counter(partners.values())
     choices: dict[str, tuple[Scheme, ...]] = {}
     for name, node in nodes.items():
-        additive = layer_formats(node["operator"], tuple(node["shape"]), chosen, sharers.get(partners.get(name, ""), 1), formats or FORMATS)
+        additive = layer_formats(node["operator"], tuple(node["shape"]), chosen, sharers.get(partners.get(name, ""), 1), table)
         open_ = [s for s in (*default, *additive) if name in partners or not s.shared]
         free = tuple(dict.fromkeys(open_))
         choices[name] = (FP,) if name in out else (Scheme.parse((pinned or {})[pins[name]]),) if name in pins else free
@@ -290,7 +290,7 @@ def read_space(path: str | Path) -> dict[str, Any]:
         if not isinstance(entry, known[key]):
             raise AquabitError(f"{path}: {key} is {entry!r:.60}; it must be a {known[key].__name__}")
     for level in value.get("levels", []):
-        if not isinstance(level, int | float) or not 0 < level <= 16:
+        if not isinstance(level, int | float) or isinstance(level, bool) or not 0 < level <= 16:
             raise AquabitError(f"{path}: level {level!r} must be a number of code bits per weight, as in 2 or 1.5")
     rows = value.get("formats", {}).values()
     if any(not isinstance(row, list) for row in rows):
@@ -299,6 +299,12 @@ def read_space(path: str | Path) -> dict[str, Any]:
         if not isinstance(scheme, str):
             raise AquabitError(f"{path}: scheme {scheme!r} must be text, as in usq4")
         Scheme.parse(scheme)
+    for pattern in value.get("excluded", []):
+        if not isinstance(pattern, str):
+            raise AquabitError(f"{path}: excluded pattern {pattern!r} must be text, as in conv_in")
+    for bits in value.get("activations", []):
+        if type(bits) is not int or bits not in ACTIVATION_BITS:
+            raise AquabitError(f"{path}: activation bits {bits!r} are not supported; known: {list(ACTIVATION_BITS)}")
     return value
 
 
