@@ -217,7 +217,7 @@ def described(session: Any, name: str, config: Any, values: dict[str, dict[str, 
 
 
 def families(folder: Path, models: list[str]) -> list[dict[str, Any]]:
-    """At the bytes of uniform usq2h, usq3h and usq4h: each family's formats mixed by one integer program on the same errors (the damage that
+    """At the bytes of uniform usq2h, usq3h and usq4h, and at 3/4 of the first: each family's formats mixed by one integer program on the same errors (the damage that
     probes saw), never more bytes. Uniform usq itself is there too. The interval is of the paired difference to the mixed USQ."""
     from aquabit.scheme import Budget
     from aquabit.search import assign
@@ -226,10 +226,13 @@ def families(folder: Path, models: list[str]) -> list[dict[str, Any]]:
     for model in models:
         with session_of(folder, model) as session:
             errors = {k: v["damage"] for k, v in session.study.features().items() if "damage" in v}
-            for bits in (2, 3, 4):
-                uniform = session.space.uniform(f"usq{bits}h")
-                budget = Budget(bytes=session.costs(uniform).bytes)
-                configs = {f"USQ uniform {bits}": uniform}
+            for bits in (1.5, 2, 3, 4):
+                configs: dict[str, Any] = {}
+                if bits == 1.5:  # where no uniform usq is: three quarters of usq2h's weights
+                    budget = Budget(bits=0.75 * session.costs(session.space.uniform("usq2h")).bits_per_weight)
+                else:
+                    configs[f"USQ uniform {bits}"] = session.space.uniform(f"usq{bits}h")
+                    budget = Budget(bytes=session.costs(configs[f"USQ uniform {bits}"]).bytes)
                 for kind in ("usq", "vq", "aq"):
                     keep = lambda layer, s, kind=kind: s.kind == kind  # noqa: E731
                     configs[f"{kind.upper()} {bits}"] = assign(session.model.graph, session.space, budget, errors, keep)

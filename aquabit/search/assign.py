@@ -25,7 +25,8 @@ def assign(
 
     ``errors`` maps (layer, scheme) to what the scheme alone does (relative output error, or the damage of probes); by default it is what
     is expected of an additive format on Gaussian weights. A layer with no accepted scheme keeps its output-aware uniform ones, else all.
-    Raises AquabitError for a budget that the schemes cannot meet, and for a scheme without an error.
+    A limit above what the schemes can cost is none. Raises AquabitError for a budget that they cannot meet, and for a scheme without an
+    error.
     """
     choices = {}
     for layer, row in space.choices.items():
@@ -39,7 +40,9 @@ def assign(
     for i, (layer, row) in enumerate(choices.items()):
         for scheme in row:
             scores[i, restricted.schemes.index(scheme)] = _error(space, errors, layer, scheme)
-    found = solve(scores, cost_model, budget)
+    limits = cost_model.limits(activations[0] if len(activations) == 1 else None)
+    open_ = {k: min(v, limits[k][1]) if k in limits else v for k, v in budget.limits().items()}  # more than all can cost is no limit
+    found = solve(scores, cost_model, Budget(**open_))  # type: ignore[arg-type]
     config: QuantConfig = restricted.configs(found.weights[None], found.acts[None])[0]
     return config
 
