@@ -17,7 +17,7 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -204,21 +204,20 @@ def measured(session: Any, configs: dict[str, Any]) -> dict[str, dict[str, list[
     return {n: {m: [float(table.loc[(c.digest, p.digest), m]) for p in protocols] for m in ("fid", "psnr")} for n, c in configs.items()}
 
 
-def described(session: Any, name: str, config: Any, values: dict[str, dict[str, list[float]]], against: str | None) -> dict[str, Any]:
+def described(session: Any, name: str, config: Any, values: dict[str, dict[str, list[float]]], against: Sequence[str]) -> dict[str, Any]:
     from aquabit.search import interval, paired_difference
 
     cost = session.costs(config)
     row = {"name": name, "bytes": cost.bytes, "bits": cost.bits_per_weight, "operations": cost.operations / float(session.costs.macs.sum()),
            "fid": interval(values[name]["fid"], 0.95), "psnr": interval(values[name]["psnr"], 0.95),
            "formats": dict(Counter(str(c.weight) for c in config.layers.values()))}  # fmt: skip
-    if against is not None:
-        row |= {"against": against, **{f"{m}_difference": paired_difference(values[name][m], values[against][m]) for m in ("fid", "psnr")}}
-    return row
+    others = [other for other in against if other != name and other in values]
+    return {**row, "differences": {o: {m: paired_difference(values[name][m], values[o][m]) for m in ("fid", "psnr")} for o in others}}
 
 
 def families(folder: Path, models: list[str]) -> list[dict[str, Any]]:
-    """At the bytes of uniform usq2h, usq3h and usq4h, and at 3/4 of the first: each family's formats mixed by one integer program on the same errors (the damage that
-    probes saw), never more bytes. Uniform usq itself is there too. The interval is of the paired difference to the mixed USQ."""
+    """At the bytes of uniform usq2h, usq3h and usq4h, and at 3/4 of the first: each family's formats mixed by one integer program on the same
+    errors (the damage that probes saw), never more bytes; uniform usq and full precision are there too."""
     from aquabit.scheme import Budget
     from aquabit.search import assign
 
@@ -227,7 +226,7 @@ def families(folder: Path, models: list[str]) -> list[dict[str, Any]]:
         with session_of(folder, model) as session:
             errors = {k: v["damage"] for k, v in session.study.features().items() if "damage" in v}
             for bits in (1.5, 2, 3, 4):
-                configs: dict[str, Any] = {}
+                configs: dict[str, Any] = {"full precision": session.space.full_precision()}
                 if bits == 1.5:  # where no uniform usq is: three quarters of usq2h's weights
                     budget = Budget(bits=0.75 * session.costs(session.space.uniform("usq2h")).bits_per_weight)
                 else:
@@ -238,7 +237,7 @@ def families(folder: Path, models: list[str]) -> list[dict[str, Any]]:
                     configs[f"{kind.upper()} {bits}"] = assign(session.model.graph, session.space, budget, errors, keep)
                 values = measured(session, configs)
                 for name, config in configs.items():
-                    against = None if name == f"USQ {bits}" else f"USQ {bits}"
+                    against = (f"USQ {bits}", f"USQ uniform {bits}")
                     rows.append({"model": model, "target": bits, **described(session, name, config, values, against)})
                     print(rows[-1], flush=True)
     return rows
@@ -262,13 +261,13 @@ def ablation(folder: Path, models: list[str]) -> list[dict[str, Any]]:
                            f"LAQ, probed errors ({scheme})": assign(graph, space, budget, errors)}  # fmt: skip
                 values = measured(session, configs)
                 rows += [
-                    {"model": model, "question": "LAQ", **described(session, n, c, values, None if c is one else f"{scheme} everywhere")}
+                    {"model": model, "question": "LAQ", **described(session, n, c, values, [f"{scheme} everywhere"])}
                     for n, c in configs.items()
                 ]
             if not any(a > 1 for a in (space.kernel_area or {}).values()):
                 continue
-            for bits in (2, 3):
-                budget = Budget(bytes=session.costs(space.uniform(f"usq{bits}h")).bytes)
+            for bits in (1.5, 2):
+                budget = Budget(bits=session.costs(space.uniform("usq2h")).bits_per_weight * bits / 2)
 
                 def kernels(layer: str, s: Any, slices: bool, space: Any = space) -> bool:
                     return s.kind == "aq" and (space.kernel_area[layer] == 1 or (s.group is None) == slices)
@@ -280,7 +279,7 @@ def ablation(folder: Path, models: list[str]) -> list[dict[str, Any]]:
                     {
                         "model": model,
                         "question": "KAQ",
-                        **described(session, n, c, values, None if n.startswith("across") else f"across channels {bits}"),
+                        **described(session, n, c, values, [f"across channels {bits}"]),
                     }
                     for n, c in configs.items()
                 ]
@@ -323,12 +322,12 @@ def markdown(found: dict[str, Any]) -> str:
     ):
         if part in found:
             lines.append(
-                f"\n## {title}\n\nMeans over {len(BLOCKS)} blocks of 128 fresh seeds with 95 % intervals; differences are paired.\n\n| model | {first} | configuration | bytes | bits | operations / dense | FID | PSNR | FID difference | PSNR difference | to |\n|---|---|---|---|---|---|---|---|---|---|---|"
+                f"\n## {title}\n\nMeans over {len(BLOCKS)} blocks of 128 fresh seeds with 95 % intervals; differences are paired.\n\n| model | {first} | configuration | bytes | bits | operations / dense | FID | PSNR | differences: FID; PSNR |\n|---|---|---|---|---|---|---|---|---|"
             )
             for r in found[part]:
-                ends = [number(r["fid_difference"]), number(r["psnr_difference"]), r["against"]] if "against" in r else ["", "", ""]
+                ends = "<br>".join(f"to {o}: {number(d['fid'])}; {number(d['psnr'])}" for o, d in r["differences"].items())
                 lines.append(
-                    f"| {r['model']} | {r[first]} | {r['name']} | {r['bytes']:,} | {r['bits']:.3f} | {r['operations']:.2f} | {number(r['fid'])} | {number(r['psnr'])} | {' | '.join(ends)} |"
+                    f"| {r['model']} | {r[first]} | {r['name']} | {r['bytes']:,} | {r['bits']:.3f} | {r['operations']:.2f} | {number(r['fid'])} | {number(r['psnr'])} | {ends} |"
                 )
     return "\n".join(lines) + "\n"
 
