@@ -500,6 +500,20 @@ def test_the_default_space_of_a_tiny_model_is_measured(dit, tmp_path) -> None:
         model.apply(config)
 
 
+def test_h_is_measured_where_it_is_needed_and_once_for_all_schemes_of_a_layer(dit, tmp_path, monkeypatch) -> None:
+    asked: list[tuple[set[str], list[int]]] = []
+
+    def watched(model: Any, calls: Any, groups: list[tuple[str, ...]], acts: list[int]) -> Any:
+        asked.append(({n for group in groups for n in group}, list(acts)))
+        return moments(model, calls, groups, acts)
+
+    monkeypatch.setattr(fitting, "moments", watched)
+    model, other = opened(dit, tmp_path), Scheme.parse("aq2x3g4s")
+    model.fitter.fit([Need(n, s, a) for n in (Q0, V0) for s in (USQ, AQ, SHARED, other) for a in (8, 6)], CALIBRATION)
+    v1 = V0.replace("blocks.0", "blocks.1")
+    assert asked == [({Q0, V0}, [8, 6]), ({Q0, Q1}, [8]), ({V0, v1}, [8])]
+
+
 def test_images_for_calibration_are_made_once(dit, tmp_path, monkeypatch) -> None:
     made: list[Any] = []
     original = calibrate.record_calls

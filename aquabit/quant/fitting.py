@@ -107,11 +107,12 @@ class Fitter:
                 self._store(need, None, quantize_weight(weight, need.scheme), [], None)
                 told.next(f"{need.layer} {need.scheme}")
         waiting = [n for n in missing if n.scheme.calibrated]
-        acts = sorted({n.act for n in waiting}, reverse=True)
+        acts = sorted({n.act for n in waiting if not n.scheme.shared}, reverse=True)
         while waiting:
             part, waiting = self._next(waiting, acts, calibration)
             layers = {m for n in part for m in self.members(n.layer, n.scheme)}
-            self._fit_calibrated(part, self.moments(layers, acts, calibration), calibration, told)
+            known = self.moments(layers, [SHARED_ACT] if part[0].scheme.shared else acts, calibration)
+            self._fit_calibrated(part, known, calibration, told)
 
     def _next(self, waiting: list[Need], acts: Sequence[int], calibration: Calibration | None) -> tuple[list[Need], list[Need]]:
         """The needs to fit next, and the rest: one set of shared codebooks, or the layers whose H fit into memory together."""
