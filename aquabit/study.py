@@ -245,11 +245,11 @@ class Study:
                 db.execute("INSERT OR REPLACE INTO features VALUES (?, ?, ?)", (layer, scheme, json.dumps(dict(value), allow_nan=False)))
 
     def features(self) -> dict[tuple[str, str], dict[str, Any]]:
-        """(layer, scheme or activation as a6) -> facts, as ``space.Encoder`` takes them."""
+        """(layer, scheme or activation as a6) -> facts, as ``sensitivity.encoder.Encoder`` takes them."""
         return {(a, b): json.loads(v) for a, b, v in self._rows("SELECT layer, scheme, value FROM features")}
 
     def errors(self) -> dict[tuple[str, str], float]:
-        """(layer, scheme) -> relative squared output error where H is known, else weight error, as ``space.Encoder`` takes it."""
+        """(layer, scheme) -> relative squared output error where H is known, else weight error, as ``Encoder`` takes it."""
         return {k: v.get("output", v["error"]) for k, v in self.features().items() if "error" in v}
 
     def notes(self) -> list[str]:
@@ -257,7 +257,7 @@ class Study:
         return [f"{layer} at {scheme}: {note}" for (layer, scheme), v in self.features().items() for note in v.get("notes", ())]
 
     def probes(self) -> dict[tuple[str, str], dict[str, Any]]:
-        """(layer, scheme or a6) -> damage and sketch, as ``space.Encoder`` takes them."""
+        """(layer, scheme or a6) -> damage and sketch, as ``sensitivity.encoder.Encoder`` takes them."""
         return {k: v for k, v in self.features().items() if "damage" in v}
 
     def add_flip(self, layer: str, before: str, after: str, config_before: str, config_after: str, protocol: Protocol) -> None:

@@ -83,7 +83,8 @@ def synthetic_study(path: Path) -> tuple[Any, Any, Any, Any]:
     from aquabit.graph import to_json
     from aquabit.pipelines import trace
     from aquabit.scheme import Measurement, Protocol
-    from aquabit.space import SKETCH, make_space
+    from aquabit.sensitivity.encoder import SKETCH
+    from aquabit.space import make_space
     from aquabit.study import Study
 
     net = UNet2DModel(sample_size=8, in_channels=1, out_channels=1, block_out_channels=(64, 128), layers_per_block=2, norm_num_groups=16, attention_head_dim=32,

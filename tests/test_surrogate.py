@@ -14,9 +14,10 @@ from aquabit.cost import CostModel
 from aquabit.graph import to_json
 from aquabit.scheme import AquabitError, Measurement, Protocol
 from aquabit.sensitivity import scores
+from aquabit.sensitivity.encoder import Encoder
 from aquabit.sensitivity.estimators import AverageBits, Surrogate, Target
 from aquabit.sensitivity.surrogate import cross_validate, fit_from_study, fold_numbers
-from aquabit.space import Encoder, SearchSpace, make_space
+from aquabit.space import SearchSpace, make_space
 from aquabit.study import Study
 
 OPERATORS = ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.out", "ff.up", "ff.down")

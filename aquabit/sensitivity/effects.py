@@ -10,9 +10,10 @@ from scipy import stats
 
 from aquabit.cost import CostModel
 from aquabit.scheme import FP, AquabitError, Progress, Scheme, no_progress
+from aquabit.sensitivity.encoder import Encoder
 from aquabit.sensitivity.estimators import Surrogate
 from aquabit.sensitivity.surrogate import FittedSurrogate
-from aquabit.space import Encoder, SearchSpace, maximum_entropy
+from aquabit.space import SearchSpace, maximum_entropy
 
 REACH = 0.25  # contexts lie within this many real bits per weight of the budget
 CONTEXT_ACT = 8  # where the space has it, else its highest

@@ -107,7 +107,7 @@ class _Linear:
 
 
 class Surrogate(_OrientedRegressor):
-    """Gradient-boosted trees over ``space.Encoder`` features, on top of ``linear`` times a ridge fit.
+    """Gradient-boosted trees over ``sensitivity.encoder.Encoder`` features, on top of ``linear`` times a ridge fit.
 
     The trees learn what the ridge misses of rows that it was not fitted on (its leave-one-out residuals), since residuals of an
     overfitted ridge hold nothing to learn. ``members`` boosters of different seeds are averaged. Deterministic, one thread.

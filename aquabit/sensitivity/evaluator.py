@@ -29,7 +29,7 @@ from aquabit.quality.paired import mse, psnr_from_mse, ssim
 from aquabit.quant.bank import Bank
 from aquabit.quant.model import QuantizedDenoiser
 from aquabit.scheme import AquabitError, Calibration, Measurement, Protocol, QuantConfig, Scheme
-from aquabit.space import SKETCH
+from aquabit.sensitivity.encoder import SKETCH
 
 PROBE_IMAGES, PROBE_SEED = 8, 700_000_001  # seeds that no measurement uses
 THUMBNAILS = 16  # images of the grid that a measurement keeps

@@ -14,9 +14,10 @@ from sklearn.base import clone
 from aquabit.cost import CostModel
 from aquabit.graph import from_json
 from aquabit.scheme import AquabitError, Progress, QuantConfig, direction, no_progress
+from aquabit.sensitivity.encoder import Encoder
 from aquabit.sensitivity.estimators import AverageBits, OneHotRidge, Surrogate, Target
 from aquabit.sensitivity.scores import all_scores, noise_ceiling
-from aquabit.space import Encoder, SearchSpace
+from aquabit.space import SearchSpace
 from aquabit.study import Study
 
 __all__ = ["AverageBits", "FittedSurrogate", "OneHotRidge", "Surrogate", "cross_validate", "fit_from_study", "fold_numbers"]
