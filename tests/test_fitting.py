@@ -111,7 +111,9 @@ def test_what_measuring_fitted_is_found_again(dit, tmp_path, fits) -> None:
             if choice.weight.kind != "fp":
                 assert torch.equal(packed.layers[name].coded.dequantize(), model.layers[name].weight)  # type: ignore[union-attr]
     assert not fits
-    assert measure(dit, study, 8, protocol=PROTOCOL, bank=bank) == 2 and not fits
+    told: list[str] = []
+    assert measure(dit, study, 8, protocol=PROTOCOL, bank=bank, progress=lambda text, *_: told.append(text)) == 2 and not fits
+    assert not [text for text in told if "fitting" in text or "calibrating" in text], "what the study knows of each scheme is kept"
 
 
 def test_each_activation_width_has_its_own_fit(dit, tmp_path) -> None:
@@ -359,8 +361,8 @@ def test_an_interrupted_fit_continues(dit, tmp_path, fits, monkeypatch) -> None:
 
 @pytest.mark.parametrize("damage", ["truncated", "older"])
 def test_unreadable_fits_are_made_again_and_leave_the_other_layers_alone(dit, tmp_path, damage: str, monkeypatch) -> None:
-    space = space_of(dit)
-    config = mixed(space)
+    space = space_of(dit, excluded=[])
+    config = mixed(space).with_layer("pos_embed.proj", "fp", 8)  # a layer before them that has activation bits alone
     model = opened(dit, tmp_path)
     model.apply(config)
     expected, acts = weights(model), {n: layer.act for n, layer in model.layers.items()}
@@ -461,8 +463,7 @@ def test_progress_names_layer_and_loss(dit, tmp_path, way: str) -> None:
         model.prepare(config, progress)
     else:
         flow.quantize(dit, config, bank=str(tmp_path), progress=progress)
-    total = {t for _, _, t in told}
-    counts = [done for _, done, _ in told]
+    counts, total = [done for _, done, _ in told], {t for _, _, t in told}
     assert total == {len(KEPT)} and counts == sorted(counts) and counts[-1] == len(KEPT)
     for name, choice in config.layers.items():
         lines = [text for text, _, _ in told if name in text and str(choice.weight) in text]
@@ -474,6 +475,28 @@ def test_progress_names_layer_and_loss(dit, tmp_path, way: str) -> None:
             assert f"quantizing: {name} {choice.weight} a{act}, loss {fit.output:.4f}" == lines[-1]
         else:
             assert lines == [f"quantizing: {name} {choice.weight}"]
+
+
+def test_progress_counts_what_was_asked_for(dit, tmp_path) -> None:
+    told: list[tuple[str, int, int]] = []
+    opened(dit, tmp_path).prepare(QuantConfig("", {}, calibration=CALIBRATION).with_layer(Q0, SHARED, 8), lambda *step: told.append(step))
+    assert {t for _, _, t in told} == {1} and max(done for _, done, _ in told) == 1, "partners are fitted too, and not counted"
+
+
+def test_calibration_images_are_made_as_asked(dit) -> None:
+    asked = Calibration(images=20, steps=3, seed=5, guidance=2.0, conditions=(7, 3))
+    scheduler = dit.scheduler
+    calls = recorder(dit)(asked)
+    assert len(calls) == 2 * 3 and dit.scheduler is scheduler, "two micro-batches of 16"
+    labels = {tuple(kwargs["class_labels"].tolist()) for _, kwargs in calls}
+    assert labels <= {(*([7, 3] * 8), *[10] * 16), (7, 3, 7, *[3] * 13, *[10] * 16)} and len(labels) == 2, "guidance doubles them"
+
+    few = Calibration(images=2, steps=3)
+    ddim, euler = recorder(dit)(few), recorder(dit)(replace(few, scheduler="euler"))
+    assert not torch.equal(ddim[1][0][0], euler[1][0][0]), "what the second step reads depends on the sampler"
+    assert len(recorder(dit)(replace(few, steps=4))) == 4
+    first, other = (recorder(dit)(Calibration(images=2, steps=1, seed=s))[0][0][0] for s in (1, 2))
+    assert not torch.equal(first[0], other[0]) and torch.equal(first[1], other[0]), "image i is made from seed + i"
 
 
 # ---- end to end ------------------------------------------------------------------------------------------------------------------------
@@ -512,6 +535,9 @@ def test_h_is_measured_where_it_is_needed_and_once_for_all_schemes_of_a_layer(di
     model.fitter.fit([Need(n, s, a) for n in (Q0, V0) for s in (USQ, AQ, SHARED, other) for a in (8, 6)], CALIBRATION)
     v1 = V0.replace("blocks.0", "blocks.1")
     assert asked == [({Q0, V0}, [8, 6]), ({Q0, Q1}, [8]), ({V0, v1}, [8])]
+    asked.clear()
+    opened(dit, tmp_path / "two").apply(mixed(space_of(dit)))
+    assert [layers for layers, _ in asked] == [{Q0, Q1}, {V0, DOWN0, DOWN1}], "a configuration's layers are fitted together"
 
 
 def test_images_for_calibration_are_made_once(dit, tmp_path, monkeypatch) -> None:

@@ -133,7 +133,7 @@ def test_one_configuration_is_found_at_its_exact_size() -> None:
 
 
 def test_a_codebook_is_paid_for_by_its_first_user_alone() -> None:
-    _, space, cost = model(only("q0", "q1", "q2", "c0", "c1"))
+    _, space, cost = model({**only("q0", "q1", "q2", "c0", "c1"), "k0": ("k", (16, 24)), "k1": ("k", (16, 24))})
     scheme, base = Scheme.parse("aq2x4g8s"), space.uniform("usq2")
     codes, tables = scheme.stored_bytes((16, 24))
     plain = Scheme.parse("usq2").stored_bytes((16, 24))[0]
@@ -145,7 +145,9 @@ def test_a_codebook_is_paid_for_by_its_first_user_alone() -> None:
     other = config.with_layer("c0", scheme, codebook=space.codebook("c0"))  # the same scheme, other codebooks
     conv = scheme.stored_bytes((8, 6, 3, 3))
     assert cost(other).bytes - cost(config).bytes == sum(conv) - Scheme.parse("usq2").stored_bytes((8, 6, 3, 3))[0]
-    assert space.codebook("q0") == space.codebook("q2") != space.codebook("c0")
+    other = config.with_layer("k0", scheme, codebook=space.codebook("k0"))  # another operator type of the same shape
+    assert cost(other).bytes - cost(config).bytes == codes + tables - plain
+    assert space.codebook("q0") == space.codebook("q2") and len({space.codebook(k) for k in ("q0", "k0", "c0")}) == 3
 
 
 @spaces
@@ -331,31 +333,6 @@ def rough(seed: int) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
     return predict
 
 
-@settings(max_examples=40, deadline=None)
-@given(
-    seed=st.integers(0, 10**6), names=st.sampled_from(BUDGETS), share=st.floats(0.02, 0.98), rows=st.integers(1, 3000),
-    name=st.sampled_from(["shared", "two names", "pinned, excluded", "codebooks that are worth it", "more codebooks than layers"]),
-)  # fmt: skip
-def test_local_search_never_leaves_the_budget_nor_gets_worse(seed: int, names: tuple[str, ...], share: float, rows: int, name: str) -> None:
-    graph, space, cost = model(**SPACES[name])
-    budget = middle(cost, share, *names)
-    activations = activation_choices(space, budget)
-    scores = np.random.default_rng(seed).normal(size=(len(space.choices), len(space.schemes), len(activations)))
-    weights, acts = every(space, activations)
-    if not cost.within(cost.totals(weights, acts), budget).any():  # each limit alone can be kept, all of them cannot
-        with pytest.raises(AquabitError, match="cannot be kept"):
-            solve(scores, cost, budget)
-        return
-    start = solve(scores, cost, budget)
-    found = improve(start.weights, start.acts, rough(seed), cost, budget, seed, rows=rows)
-    config = space.configs(found.weights[None], found.acts[None])[0]
-    space.check(config)
-    truth = counted(graph, {n: (config[n].weight, config[n].act) for n in space.layers})
-    assert all(truth[k] <= limit * (1 + 1e-9) for k, limit in budget.limits().items())
-    assert cost.within(cost.totals(found.weights[None], found.acts[None]), budget).all()
-    assert found.predicted <= found.start and found.rows <= rows
-
-
 @settings(max_examples=200, deadline=None)
 @given(
     seed=st.integers(0, 10**6), names=st.sampled_from(BUDGETS), share=st.floats(0, 0.98),
@@ -393,6 +370,31 @@ def test_repair_weighs_that_the_last_user_frees_the_codebook() -> None:
     mended = options.repair(np.array([1, 1]), np.zeros((2, 3)))
     assert mended is not None and options.keeps(mended) and not (mended == 1).any()
     assert options.used(np.array([[1, 1], [1, 2], [2, 2]])).tolist() == [[120.0, 119.0, 18.0]]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10**6), names=st.sampled_from(BUDGETS), share=st.floats(0.02, 0.98), rows=st.integers(1, 3000),
+    name=st.sampled_from(["shared", "two names", "pinned, excluded", "codebooks that are worth it", "more codebooks than layers"]),
+)  # fmt: skip
+def test_local_search_never_leaves_the_budget_nor_gets_worse(seed: int, names: tuple[str, ...], share: float, rows: int, name: str) -> None:
+    graph, space, cost = model(**SPACES[name])
+    budget = middle(cost, share, *names)
+    activations = activation_choices(space, budget)
+    scores = np.random.default_rng(seed).normal(size=(len(space.choices), len(space.schemes), len(activations)))
+    weights, acts = every(space, activations)
+    if not cost.within(cost.totals(weights, acts), budget).any():  # each limit alone can be kept, all of them cannot
+        with pytest.raises(AquabitError, match="cannot be kept"):
+            solve(scores, cost, budget)
+        return
+    start = solve(scores, cost, budget)
+    found = improve(start.weights, start.acts, rough(seed), cost, budget, seed, rows=rows)
+    config = space.configs(found.weights[None], found.acts[None])[0]
+    space.check(config)
+    truth = counted(graph, {n: (config[n].weight, config[n].act) for n in space.layers})
+    assert all(truth[k] <= limit * (1 + 1e-9) for k, limit in budget.limits().items())
+    assert cost.within(cost.totals(found.weights[None], found.acts[None]), budget).all()
+    assert found.predicted <= found.start and found.rows <= rows
 
 
 def test_exchanges_that_seem_to_fit_but_do_not_are_dropped() -> None:
@@ -485,8 +487,21 @@ def test_assign_finds_the_least_error_of_one_family(share: float, given_errors: 
 def test_assign_weighs_what_formats_of_equal_bits_lose() -> None:
     graph, space, _ = model(only("q0", "q1"), schemes=["usq1", "aq3x4g8", "aq2x6g8"])
     assert LOSS["aq2x6g8"] < LOSS["aq3x4g8"]
-    found = assign(graph, space, Budget(bits=CostModel(graph, space).limits(8)["bits"][1]))
+    found = assign(graph, space, Budget(bits=100.0))  # more than the family can cost is no limit
     assert {str(c.weight) for c in found.layers.values()} == {"aq2x6g8"}
+
+
+def test_assign_expects_a_quarter_of_the_error_for_each_bit() -> None:
+    """One layer at 3 bits and one at 1, or both at 2: worse where errors fall fourfold a bit, not where they halve."""
+    graph, space, cost = model({f"w{i}": ("w", (64, 64)) for i in range(2)}, schemes=["aq1x4g4", "aq2x4g4", "aq3x4g4"])
+    even = space.uniform("aq2x4g4")
+    uneven = space.uniform("aq3x4g4").with_layer("w1", "aq1x4g4")
+
+    def error(config: QuantConfig, base: float) -> float:
+        return sum(LOSS.get(str(c.weight), 1.0) * base ** -c.weight.code_bits() for c in config.layers.values())
+
+    assert cost(even).bytes == cost(uneven).bytes and error(even, 4) < error(uneven, 4) and error(even, 2) > error(uneven, 2)
+    assert assign(graph, space, Budget(bytes=cost(even).bytes)).layers == even.layers
 
 
 def test_assign_falls_back_as_it_says() -> None:
