@@ -211,7 +211,7 @@ def described(session: Any, name: str, config: Any, values: dict[str, dict[str, 
     row = {"name": name, "bytes": cost.bytes, "bits": cost.bits_per_weight, "operations": cost.operations / float(session.costs.macs.sum()),
            "fid": interval(values[name]["fid"], 0.95), "psnr": interval(values[name]["psnr"], 0.95),
            "formats": dict(Counter(str(c.weight) for c in config.layers.values()))}  # fmt: skip
-    others = [other for other in against if other != name and other in values]
+    others = [other for other in against if other != name and other in values and config.layers]
     return {**row, "differences": {o: {m: paired_difference(values[name][m], values[o][m]) for m in ("fid", "psnr")} for o in others}}
 
 
@@ -266,7 +266,7 @@ def ablation(folder: Path, models: list[str]) -> list[dict[str, Any]]:
                 ]
             if not any(a > 1 for a in (space.kernel_area or {}).values()):
                 continue
-            for bits in (1.5, 2):
+            for bits in (1.8, 2):
                 budget = Budget(bits=session.costs(space.uniform("usq2h")).bits_per_weight * bits / 2)
 
                 def kernels(layer: str, s: Any, slices: bool, space: Any = space) -> bool:
