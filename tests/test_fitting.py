@@ -235,6 +235,9 @@ def test_one_model_switches_between_calibrations(dit, tmp_path) -> None:
     alone = opened(dit, tmp_path / "two")
     alone.apply(mixed(space_of(dit, calibration=other)))
     assert equal(weights(alone), seen[1])
+    for calibration in (replace(CALIBRATION, seed=1), replace(CALIBRATION, seed=2)):  # the same layer, one right after the other
+        fresh = opened(dit, tmp_path / "three").fitter.coded(Need(V0, USQ, 8), calibration)
+        assert torch.equal(model.fitter.coded(Need(V0, USQ, 8), calibration).dequantize(), fresh.dequantize())
 
 
 # ---- the same whoever makes them -------------------------------------------------------------------------------------------------------
@@ -377,9 +380,14 @@ def test_unreadable_fits_are_made_again_and_leave_the_other_layers_alone(dit, tm
     assert equal(weights(again), expected) and {n: layer.act for n, layer in again.layers.items()} == acts
     if damage == "truncated":
         one = opened(dit, tmp_path)
-        one.fitter.bank.path(one.key(DOWN1), VQ, one.fitter.context(Need(DOWN1, VQ, 8), CALIBRATION)).write_bytes(b"nothing")
+        path = one.fitter.bank.path(one.key(DOWN1), VQ, one.fitter.context(Need(DOWN1, VQ, 8), CALIBRATION))
+        path.write_bytes(b"nothing")
         one.apply(config)  # all others are found
         assert equal(weights(one), expected) and {n: layer.act for n, layer in one.layers.items()} == acts
+        path.write_bytes(b"nothing")
+        two = opened(dit, tmp_path)
+        two.apply(space.config({n: config[n] for n in ("pos_embed.proj", DOWN1)}))
+        assert two.layers["pos_embed.proj"].act == 8 and torch.equal(two.layers[DOWN1].weight, expected[DOWN1])
     assert sorted(tmp_path.iterdir()) == files
 
 

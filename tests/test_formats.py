@@ -196,7 +196,7 @@ def nearest(space: SearchSpace, layer: str, kind: str, bits: float) -> float:
     return min(abs(space.code_bits(layer, s) - bits) for s in space.choices[layer] if s.kind == kind)
 
 
-@pytest.mark.parametrize("bits", [1.0, 1.5, 2.2, 3.0, 8.0])
+@pytest.mark.parametrize("bits", [1.0, 1.5, 2.2, 2.7, 3.0, 8.0])
 @pytest.mark.parametrize("name", ["tiny", "digits-unet"])
 def test_a_level_is_each_layers_nearest_additive_format(name: str, bits: float) -> None:
     graph = trace(tiny_pipeline("unet") if name == "tiny" else load(name))
