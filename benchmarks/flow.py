@@ -2,7 +2,8 @@
 
 overhead   measuring a configuration against generating the same images in full precision, in pairs, one thread
 analysis   fit + explain + one search of 300 configurations of 73 layers (synthetic labels), one process
-quality    300 measurements a model: within-budget SRCC, real swaps, and the winner at uniform usq3's exact bytes on fresh seeds
+quality    300 measurements a model, of schemes fitted to weights alone (benchmarks/additive.py has the others): within-budget SRCC, real swaps,
+           and the winner at uniform usq3's exact bytes on fresh seeds
 packed     the winner's packed artifact against its dense measurement: FID on the fresh seeds (after quality)
 demo       the main job at its defaults in fresh processes with an empty bank, as `make demo` runs it after installation
 
@@ -29,6 +30,7 @@ import torch
 
 RESULTS = Path(__file__).parent / "results"
 MODELS = ("digits-unet", "digits-dit")
+WEIGHT_ONLY = ("usq2", "usq3", "usq4", "usq8", "vq2", "vq3", "vq4", "vq2c", "vq3c", "vq4c")  # what the quality part chooses from
 
 
 def machine() -> dict[str, Any]:
@@ -149,7 +151,7 @@ def quality(folder: Path, models: list[str], samples: int = 300, flips: int = 60
     rows = []
     for name in models:
         study, options = Study(folder / f"{name}.db"), {"workers": 2, "bank": str(folder / "bank")}
-        measure(name, study, samples, **options)
+        measure(name, study, samples, space={"schemes": list(WEIGHT_ONLY)}, **options)
         sensitivity = flow.validate(study, flips, **options)
         space_costs = _uniform_bytes(study)
         front = flow.find(study, bytes=space_costs["usq3"], **options)
@@ -255,7 +257,7 @@ def markdown(found: dict[str, Any]) -> str:
         ]
     if "quality" in found:
         lines.append(
-            "\n## Surrogate and search, objective FID (128 images, 10 DDIM steps)\n\n| model | measurements | within-budget SRCC (ridge one-hot) | SRCC | real swaps: SRCC, sign agreement (n) | winner: bytes, FID | uniform usq3: bytes, FID | difference (95 %) | full precision |\n|---|---|---|---|---|---|---|---|---|"
+            "\n## Surrogate and search among weight-only schemes, objective FID (128 images, 10 DDIM steps)\n\n| model | measurements | within-budget SRCC (ridge one-hot) | SRCC | real swaps: SRCC, sign agreement (n) | winner: bytes, FID | uniform usq3: bytes, FID | difference (95 %) | full precision |\n|---|---|---|---|---|---|---|---|---|"
         )
         for r in found["quality"]:
             w, u, d = r["winner"], r["uniform"], r["difference"]
