@@ -26,11 +26,11 @@ namespace {
 #define INLINE static inline __attribute__((always_inline))
 
 constexpr float kInfinity = __builtin_inff(), kLargest = FLT_MAX, kSmall = 1e-30f;
-constexpr int kTile = 4;                     // rows that share what is loaded
-constexpr int64_t kCodebooks = 64;           // at most
-constexpr int kBisections = 20;               // more would only tell apart what is as good as equal
-constexpr int64_t kPairFloats = 4 << 20;     // products of pairs of codewords are kept up to 16 MiB
-constexpr int64_t kParallel = 1 << 17;       // multiply-adds below which other threads are not woken
+constexpr int kTile = 4;                  // rows that share what is loaded
+constexpr int64_t kCodebooks = 64;        // at most
+constexpr int kBisections = 20;           // more would only tell apart what is as good as equal
+constexpr int64_t kPairFloats = 4 << 20;  // products of pairs of codewords are kept up to 16 MiB
+constexpr int64_t kParallel = 1 << 17;    // multiply-adds below which other threads are not woken
 
 // One call. Rows are [blocks, rows, groups * size], C-contiguous.
 struct Block {
@@ -58,9 +58,9 @@ struct Group {
     const float* inverse;    // the same, or null
 };
 
-// What additive_level.h compiles for one instruction set.
+// What is compiled for one instruction set: additive_shared.h, additive_level.h.
 struct Level {
-    int64_t lanes;
+    int64_t lanes;  // floats of a vector
     void (*arrange)(const Block&, const float* tables, float* codewords, float* by_size);
     void (*project)(const Block&, const float* metric, const float* by_size, float* images, float* own, int64_t from, int64_t to);
     void (*pair_up)(const Block&, const Group&, float* pairs, int64_t from, int64_t to);
@@ -81,6 +81,7 @@ namespace avx512 {
 constexpr int kLanes = 16;
 #define AQUABIT_LEVEL 4
 #include "additive_lowest.h"
+#include "additive_shared.h"
 #include "additive_level.h"
 #undef AQUABIT_LEVEL
 }  // namespace avx512
@@ -96,6 +97,7 @@ namespace avx2 {
 constexpr int kLanes = 8;
 #define AQUABIT_LEVEL 3
 #include "additive_lowest.h"
+#include "additive_shared.h"
 #include "additive_level.h"
 #undef AQUABIT_LEVEL
 }  // namespace avx2
@@ -114,6 +116,7 @@ constexpr int kLanes = 4;
 #define AQUABIT_LEVEL 0
 #endif
 #include "additive_lowest.h"
+#include "additive_shared.h"
 #include "additive_level.h"
 #undef AQUABIT_LEVEL
 }  // namespace baseline
@@ -146,50 +149,75 @@ bool keeps_pairs(const Block& b, int64_t floats) {
     return b.codebooks > 1 && floats <= kPairFloats && b.rows * std::max<int64_t>(b.beam, 1) * 2 >= b.codebooks * b.codewords;
 }
 
+// Lengths in floats, padded for a level's vectors.
+struct Sizes {
+    int64_t wide, tall, all;  // codewords of one codebook, a group, codewords of all codebooks
+    int64_t pair_rows;
+    bool with_pairs;
+
+    Sizes(const Level& level, const Block& b)
+        : wide(rounded_up(b.codewords, level.lanes)),
+          tall(rounded_up(b.size, level.lanes)),
+          all(b.codebooks * wide),
+          pair_rows(b.codebooks * (b.codebooks - 1) / 2 * b.codewords),
+          with_pairs(keeps_pairs(b, pair_rows * wide)) {}
+};
+
+// What rows share while one group is searched, and room for the search of as many parts of the rows as there are threads.
+struct Workspace {
+    Buffer images, own, metric, inverse, pairs, room;
+    int64_t room_size;
+
+    Workspace(const Level& level, const Block& b, const Sizes& sizes, int threads)
+        : images(zeros(b.size * sizes.all)),
+          own(zeros(sizes.all)),
+          metric(zeros(b.size * sizes.tall)),
+          inverse(zeros(b.size * sizes.tall)),
+          pairs(zeros(sizes.with_pairs ? sizes.pair_rows * sizes.wide : 0)),
+          room(zeros(level.scratch_floats(b) * threads)),
+          room_size(level.scratch_floats(b)) {}
+};
+
 // Block z, group after group: what the rows share, then the rows.
-void run_block(const Level& level, const Block& b, int64_t z, int threads, const float* codewords, const float* by_size) {
-    const int64_t g = b.size, wide = rounded_up(b.codewords, level.lanes), tall = rounded_up(g, level.lanes), all = b.codebooks * wide;
-    const int64_t pair_rows = b.codebooks * (b.codebooks - 1) / 2 * b.codewords;
-    const bool with_pairs = keeps_pairs(b, pair_rows * wide);
-    const Buffer images = zeros(g * all), own = zeros(all), metric = zeros(g * tall), inverse = zeros(g * tall);
-    const Buffer pairs = zeros(with_pairs ? pair_rows * wide : 0);
-    const int64_t room_size = rounded_up(level.scratch_floats(b), 16);
-    const Buffer room = zeros(room_size * threads);
-    const Group group{codewords, by_size, images.get(), own.get(), with_pairs ? pairs.get() : nullptr, metric.get(),
-                      b.inverse ? inverse.get() : nullptr};
-    const auto threads_for = [&](int64_t work) { return work > kParallel ? threads : 1; };
+void run_block(const Level& level, const Block& b, const Sizes& sizes, int64_t z, int threads, const float* codewords, const float* by_size,
+               Workspace& work) {
+    const int64_t g = b.size;
+    const Group group{codewords, by_size, work.images.get(), work.own.get(), sizes.with_pairs ? work.pairs.get() : nullptr,
+                      work.metric.get(), b.inverse ? work.inverse.get() : nullptr};
+    const auto threads_for = [&](int64_t operations) { return operations > kParallel ? threads : 1; };
     for (int64_t n = 0; n < b.groups; ++n) {
         const int64_t at = (z * b.groups + n) * g * g;
         for (int64_t i = 0; i < g * g; ++i) {
-            metric[i / g * tall + i % g] = b.metric[at + i];
-            if (b.inverse) inverse[i / g * tall + i % g] = b.inverse[at + i];
+            work.metric[i / g * sizes.tall + i % g] = b.metric[at + i];
+            if (b.inverse) work.inverse[i / g * sizes.tall + i % g] = b.inverse[at + i];
         }
-        in_parts(all / level.lanes, threads_for(all * g * g), 1, [&](int64_t from, int64_t to, int64_t) {
-            level.project(b, b.metric + at, by_size, images.get(), own.get(), from, to);
+        in_parts(sizes.all / level.lanes, threads_for(sizes.all * g * g), 1, [&](int64_t from, int64_t to, int64_t) {
+            level.project(b, b.metric + at, by_size, work.images.get(), work.own.get(), from, to);
         });
-        if (with_pairs)
-            in_parts(pair_rows, threads_for(pair_rows * wide * g), 1,
-                     [&](int64_t from, int64_t to, int64_t) { level.pair_up(b, group, pairs.get(), from, to); });
-        in_parts(b.rows, threads_for(b.rows * all * (g + b.beam)), kTile, [&](int64_t from, int64_t to, int64_t part) {
-            level.search_rows(b, group, z, n, from, to, room.get() + part * room_size);
+        if (sizes.with_pairs)
+            in_parts(sizes.pair_rows, threads_for(sizes.pair_rows * sizes.wide * g), 1,
+                     [&](int64_t from, int64_t to, int64_t) { level.pair_up(b, group, work.pairs.get(), from, to); });
+        in_parts(b.rows, threads_for(b.rows * sizes.all * (g + b.beam)), kTile, [&](int64_t from, int64_t to, int64_t part) {
+            level.search_rows(b, group, z, n, from, to, work.room.get() + part * work.room_size);
         });
     }
 }
 
 void run(const Level& level, const Block& b, int threads) {
-    const int64_t all = b.codebooks * rounded_up(b.codewords, level.lanes);
-    const int64_t rows = b.codebooks * b.codewords * rounded_up(b.size, level.lanes), columns = b.size * all;
-    const int64_t stride = rounded_up(rows, 16) + rounded_up(columns, 16);
+    const Sizes sizes(level, b);
+    const int64_t by_size = rounded_up(b.codebooks * b.codewords * sizes.tall, 16), stride = by_size + rounded_up(b.size * sizes.all, 16);
     const Buffer tables = zeros(b.table_sets * stride);
     for (int64_t t = 0; t < b.table_sets; ++t) {
         float* here = tables.get() + t * stride;
-        level.arrange(b, b.tables + t * b.codebooks * b.codewords * b.size, here, here + rounded_up(rows, 16));
+        level.arrange(b, b.tables + t * b.codebooks * b.codewords * b.size, here, here + by_size);
     }
     const bool many = b.blocks >= 2 * threads;  // each thread its own blocks
-    in_parts(b.blocks, many ? threads : 1, 1, [&](int64_t from, int64_t to, int64_t) {
+    std::vector<Workspace> work;
+    for (int i = 0; i < (many ? threads : 1); ++i) work.emplace_back(level, b, sizes, many ? 1 : threads);
+    in_parts(b.blocks, many ? threads : 1, 1, [&](int64_t from, int64_t to, int64_t part) {
         for (int64_t z = from; z < to; ++z) {
             const float* here = tables.get() + z / (b.blocks / b.table_sets) * stride;
-            run_block(level, b, z, many ? 1 : threads, here, here + rounded_up(rows, 16));
+            run_block(level, b, sizes, z, many ? 1 : threads, here, here + by_size, work[part]);
         }
     });
 }

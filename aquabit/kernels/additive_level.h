@@ -1,57 +1,11 @@
 // The additive quantizer's code search for one instruction set; included by additive.cpp once per level, inside a namespace and under a
-// target pragma of its own, after additive_lowest.h. No library code and no templates in either: what the linker shares between
-// levels must not be compiled for one of them.
+// target pragma of its own, after additive_lowest.h and additive_shared.h. No library code and no templates in any of them: what the
+// linker shares between levels must not be compiled for one of them.
 //
 // Minimised over the codes k_1..k_M of a group: c metric c^T - 2 c pull^T with c the sum of its codewords. Expanded, that is
 //     sum_m own_m[k_m] - 2 c_m . pull   +   sum_{j<m} 2 c_j metric c_m^T :
 // scores that depend on the row, and pairs that do not and are computed once for all rows. Every vector of codewords is padded to
 // whole vectors with own = infinity, and what is infinite is never picked.
-
-// Codewords of one set of tables [M, K, size], padded and transposed.
-static void arrange(const Block& b, const float* tables, float* codewords, float* by_size) {
-    const int64_t k = b.codewords, wide = padded(k), g = b.size, tall = padded(g), stride = b.codebooks * wide;
-    for (int64_t m = 0; m < b.codebooks; ++m)
-        for (int64_t c = 0; c < k; ++c)
-            for (int64_t i = 0; i < g; ++i) {
-                const float value = tables[(m * k + c) * g + i];
-                codewords[(m * k + c) * tall + i] = value;
-                by_size[i * stride + m * wide + c] = value;
-            }
-}
-
-// Columns [from, to) of images and own, in vectors.
-static void project(const Block& b, const float* metric, const float* by_size, float* images, float* own, int64_t from, int64_t to) {
-    const int64_t wide = padded(b.codewords), g = b.size, stride = b.codebooks * wide;
-    for (int64_t v = from; v < to; ++v) {
-        const int64_t at = v * kLanes;
-        Floats sum = splat(0);
-        for (int64_t i = 0; i < g; ++i) {
-            Floats image = splat(0);
-            for (int64_t j = 0; j < g; ++j) image += metric[j * g + i] * load(by_size + j * stride + at);
-            store(images + i * stride + at, image);
-            sum += image * load(by_size + i * stride + at);
-        }
-        for (int64_t lane = 0; lane < kLanes; ++lane)
-            if ((at + lane) % wide >= b.codewords) sum[lane] = kInfinity;
-        store(own + at, sum);
-    }
-}
-
-// Rows [from, to) of the pairs: row (m (m - 1) / 2 + j) K + k is codeword k of codebook j with all of codebook m.
-static void pair_up(const Block& b, const Group& group, float* pairs, int64_t from, int64_t to) {
-    const int64_t k = b.codewords, wide = padded(k), g = b.size, tall = padded(g), stride = b.codebooks * wide;
-    for (int64_t row = from; row < to; ++row) {
-        int64_t j = row / k, m = 1;
-        for (; j >= m; ++m) j -= m;
-        const float* codeword = group.codewords + (j * k + row % k) * tall;
-        const float* images = group.images + m * wide;
-        for (int64_t at = 0; at < wide; at += kLanes) {
-            Floats sum = splat(0);
-            for (int64_t i = 0; i < g; ++i) sum += (2 * codeword[i]) * load(images + i * stride + at);
-            store(pairs + row * wide + at, sum);
-        }
-    }
-}
 
 // Partial sums of the beam: their value, codes, and (without pairs) what is left of the pull.
 struct Beam {
@@ -107,8 +61,8 @@ INLINE void take(const Block& b, const Group& group, int64_t m, int64_t code, co
 }
 
 // What scores of codebook m are made of for a partial sum with these codes (with pairs), or for what it leaves of the pull (without).
-INLINE void set_terms(const Block& b, const Group& group, int64_t m, const int32_t* codes, const float* left, const float* scores, float* room,
-                      Terms* terms) {
+INLINE void set_terms(const Block& b, const Group& group, int64_t m, const int32_t* codes, const float* left, const float* scores,
+                      float* room, Terms* terms) {
     terms->base = scores + m * padded(b.codewords);
     terms->count = 0;
     if (m > 0 && group.pairs) {

@@ -24,6 +24,7 @@ except ImportError:
 Backend = Literal["native", "reference"]
 
 CODEBOOKS = 64  # the most that the extension serves
+LARGEST = 1 << 28  # product of beam and codewords that is still counted in 32 bits
 SMALL = 1e-30  # scales up to this are as good as none
 
 
@@ -98,6 +99,7 @@ def _search_natively(
     t, m, k, g = tables.shape
     _check(target, tables, beam, metric=(metric, (z, r // g, g, g)), scale=(scale, (z, o)), decoded=(decoded, (z, o, r)),
            codes=(codes, (z, o, r // g, m)), inverse=(inverse, (z, r // g, g, g)), coupling=(coupling, (z, r, r)))  # fmt: skip
+    beam = beam if m > 1 else 1  # it makes no difference, but takes room
     changed = target.clone(memory_format=torch.contiguous_format)  # later groups' part of it is changed on the way
     found = target.new_zeros(z, o, r // g, m, dtype=torch.int64) if codes is None else codes.clone(memory_format=torch.contiguous_format)
     moved, gain = torch.empty_like(changed), target.new_zeros(z, o, dtype=torch.float64)
@@ -111,8 +113,10 @@ def _search_natively(
 def _check(target: Tensor, tables: Tensor, beam: int, **shapes: tuple[Tensor | None, tuple[int, ...]]) -> None:
     """The extension reads what it is told to: shapes and codes must be right."""
     t, _, k, g = tables.shape
-    if target.shape[2] % g or len(target) % t or beam < 1:
-        raise AquabitError(f"rows {tuple(target.shape)} do not fit tables {tuple(tables.shape)}, or {beam=} is below 1")
+    if target.shape[2] % g or len(target) % t or not 1 <= beam <= LARGEST // k:
+        raise AquabitError(
+            f"rows {tuple(target.shape)} do not fit tables {tuple(tables.shape)}, or {beam=} is not from 1 to {LARGEST // k}"
+        )
     for name, (tensor, shape) in shapes.items():
         if tensor is not None and tuple(tensor.shape) != shape:
             raise AquabitError(f"{name} is {tuple(tensor.shape)}, but rows and tables need {shape}")
