@@ -30,6 +30,7 @@ constexpr int kTile = 4;                  // rows that share what is loaded
 constexpr int64_t kCodebooks = 64;        // at most
 constexpr int kBisections = 20;           // more would only tell apart what is as good as equal
 constexpr int64_t kPairFloats = 4 << 20;  // products of pairs of codewords are kept up to 16 MiB
+constexpr int64_t kBatchFloats = 8 << 20;  // of pairs and images that threads prepare together
 constexpr int64_t kParallel = 1 << 17;    // multiply-adds below which other threads are not woken
 
 // One call. Rows are [blocks, rows, groups * size], C-contiguous.
@@ -62,8 +63,8 @@ struct Group {
 struct Level {
     int64_t lanes;  // floats of a vector
     void (*arrange)(const Block&, const float* tables, float* codewords, float* by_size);
-    void (*project)(const Block&, const float* metric, const float* by_size, float* images, float* own, int64_t from, int64_t to);
-    void (*pair_up)(const Block&, const Group&, float* pairs, int64_t from, int64_t to);
+    void (*project)(const Block&, const float* metric, const float* by_size, float* images, float* own);
+    void (*pair_up)(const Block&, const Group&, float* pairs);
     int64_t (*scratch_floats)(const Block&);
     void (*search_rows)(const Block&, const Group&, int64_t z, int64_t n, int64_t from, int64_t to, float* room);
 };
@@ -149,75 +150,101 @@ bool keeps_pairs(const Block& b, int64_t floats) {
     return b.codebooks > 1 && floats <= kPairFloats && b.rows * std::max<int64_t>(b.beam, 1) * 2 >= b.codebooks * b.codewords;
 }
 
-// Lengths in floats, padded for a level's vectors.
+// Lengths in floats, padded for a level's vectors, and how many groups are prepared together.
 struct Sizes {
     int64_t wide, tall, all;  // codewords of one codebook, a group, codewords of all codebooks
-    int64_t pair_rows;
-    bool with_pairs;
+    int64_t pair_rows, pairs, batch;
 
-    Sizes(const Level& level, const Block& b)
+    Sizes(const Level& level, const Block& b, int threads)
         : wide(rounded_up(b.codewords, level.lanes)),
           tall(rounded_up(b.size, level.lanes)),
           all(b.codebooks * wide),
           pair_rows(b.codebooks * (b.codebooks - 1) / 2 * b.codewords),
-          with_pairs(keeps_pairs(b, pair_rows * wide)) {}
+          pairs(keeps_pairs(b, pair_rows * wide) ? pair_rows * wide : 0),
+          batch(1) {  // one thread finds the pairs of one group in its cache; several meet less often
+        if (threads > 1) batch = std::clamp<int64_t>(kBatchFloats / (pairs + b.size * all), 1, b.groups);
+    }
 };
 
-// What rows share while one group is searched, and room for the search of as many parts of the rows as there are threads.
+// What rows share while a batch of groups is searched, and room for the search of as many parts of the rows as there are threads.
 struct Workspace {
     Buffer images, own, metric, inverse, pairs, room;
     int64_t room_size;
 
     Workspace(const Level& level, const Block& b, const Sizes& sizes, int threads)
-        : images(zeros(b.size * sizes.all)),
-          own(zeros(sizes.all)),
-          metric(zeros(b.size * sizes.tall)),
-          inverse(zeros(b.size * sizes.tall)),
-          pairs(zeros(sizes.with_pairs ? sizes.pair_rows * sizes.wide : 0)),
+        : images(zeros(sizes.batch * b.size * sizes.all)),
+          own(zeros(sizes.batch * sizes.all)),
+          metric(zeros(sizes.batch * b.size * sizes.tall)),
+          inverse(zeros(sizes.batch * b.size * sizes.tall)),
+          pairs(zeros(sizes.batch * sizes.pairs)),
           room(zeros(level.scratch_floats(b) * threads)),
           room_size(level.scratch_floats(b)) {}
 };
 
-// Block z, group after group: what the rows share, then the rows.
-void run_block(const Level& level, const Block& b, const Sizes& sizes, int64_t z, int threads, const float* codewords, const float* by_size,
-               Workspace& work) {
-    const int64_t g = b.size;
-    const Group group{codewords, by_size, work.images.get(), work.own.get(), sizes.with_pairs ? work.pairs.get() : nullptr,
-                      work.metric.get(), b.inverse ? work.inverse.get() : nullptr};
-    const auto threads_for = [&](int64_t operations) { return operations > kParallel ? threads : 1; };
-    for (int64_t n = 0; n < b.groups; ++n) {
-        const int64_t at = (z * b.groups + n) * g * g;
-        for (int64_t i = 0; i < g * g; ++i) {
-            work.metric[i / g * sizes.tall + i % g] = b.metric[at + i];
-            if (b.inverse) work.inverse[i / g * sizes.tall + i % g] = b.inverse[at + i];
-        }
-        in_parts(sizes.all / level.lanes, threads_for(sizes.all * g * g), 1, [&](int64_t from, int64_t to, int64_t) {
-            level.project(b, b.metric + at, by_size, work.images.get(), work.own.get(), from, to);
-        });
-        if (sizes.with_pairs)
-            in_parts(sizes.pair_rows, threads_for(sizes.pair_rows * sizes.wide * g), 1,
-                     [&](int64_t from, int64_t to, int64_t) { level.pair_up(b, group, work.pairs.get(), from, to); });
-        in_parts(b.rows, threads_for(b.rows * sizes.all * (g + b.beam)), kTile, [&](int64_t from, int64_t to, int64_t part) {
-            level.search_rows(b, group, z, n, from, to, work.room.get() + part * work.room_size);
-        });
+// The search of one block of rows.
+struct Job {
+    const Level& level;
+    const Block& block;
+    const Sizes& sizes;
+    const float *codewords, *by_size;
+    Workspace& work;
+
+    Group group(int64_t slot) const {
+        const int64_t square = slot * block.size * sizes.tall;
+        return {codewords,
+                by_size,
+                work.images.get() + slot * block.size * sizes.all,
+                work.own.get() + slot * sizes.all,
+                sizes.pairs ? work.pairs.get() + slot * sizes.pairs : nullptr,
+                work.metric.get() + square,
+                block.inverse ? work.inverse.get() + square : nullptr};
     }
-}
+
+    // What the rows share in group n of block z.
+    void prepare(int64_t z, int64_t n, int64_t slot) const {
+        const int64_t g = block.size, at = (z * block.groups + n) * g * g, square = slot * g * sizes.tall;
+        for (int64_t i = 0; i < g * g; ++i) {
+            work.metric[square + i / g * sizes.tall + i % g] = block.metric[at + i];
+            if (block.inverse) work.inverse[square + i / g * sizes.tall + i % g] = block.inverse[at + i];
+        }
+        level.project(block, block.metric + at, by_size, work.images.get() + slot * g * sizes.all, work.own.get() + slot * sizes.all);
+        if (sizes.pairs) level.pair_up(block, group(slot), work.pairs.get() + slot * sizes.pairs);
+    }
+
+    // Block z, batch after batch: what the rows share, then the rows.
+    void run(int64_t z, int threads) const {
+        const Block& b = block;
+        const int64_t for_pairs = sizes.pairs * b.size, for_rows = b.rows * sizes.all * (b.size + b.beam);
+        const auto threads_for = [&](int64_t operations) { return operations > kParallel ? threads : 1; };
+        for (int64_t start = 0; start < b.groups; start += sizes.batch) {
+            const int64_t count = std::min(sizes.batch, b.groups - start);
+            in_parts(count, threads_for(count * (for_pairs + sizes.all * b.size * b.size)), 1, [&](int64_t from, int64_t to, int64_t) {
+                for (int64_t slot = from; slot < to; ++slot) prepare(z, start + slot, slot);
+            });
+            in_parts(b.rows, threads_for(count * for_rows), kTile, [&](int64_t from, int64_t to, int64_t part) {
+                for (int64_t slot = 0; slot < count; ++slot)
+                    level.search_rows(b, group(slot), z, start + slot, from, to, work.room.get() + part * work.room_size);
+            });
+        }
+    }
+};
 
 void run(const Level& level, const Block& b, int threads) {
-    const Sizes sizes(level, b);
+    const bool many = b.blocks >= 2 * threads;  // each thread its own blocks
+    const int workers = many ? threads : 1, team = many ? 1 : threads;
+    const Sizes sizes(level, b, team);
     const int64_t by_size = rounded_up(b.codebooks * b.codewords * sizes.tall, 16), stride = by_size + rounded_up(b.size * sizes.all, 16);
     const Buffer tables = zeros(b.table_sets * stride);
     for (int64_t t = 0; t < b.table_sets; ++t) {
         float* here = tables.get() + t * stride;
         level.arrange(b, b.tables + t * b.codebooks * b.codewords * b.size, here, here + by_size);
     }
-    const bool many = b.blocks >= 2 * threads;  // each thread its own blocks
     std::vector<Workspace> work;
-    for (int i = 0; i < (many ? threads : 1); ++i) work.emplace_back(level, b, sizes, many ? 1 : threads);
-    in_parts(b.blocks, many ? threads : 1, 1, [&](int64_t from, int64_t to, int64_t part) {
+    for (int i = 0; i < workers; ++i) work.emplace_back(level, b, sizes, team);
+    in_parts(b.blocks, workers, 1, [&](int64_t from, int64_t to, int64_t part) {
         for (int64_t z = from; z < to; ++z) {
             const float* here = tables.get() + z / (b.blocks / b.table_sets) * stride;
-            run_block(level, b, sizes, z, many ? 1 : threads, here, here + by_size, work[part]);
+            Job{level, b, sizes, here, here + by_size, work[part]}.run(z, team);
         }
     });
 }

@@ -12,11 +12,10 @@ static void arrange(const Block& b, const float* tables, float* codewords, float
             }
 }
 
-// Columns [from, to) of images and own, in vectors.
-static void project(const Block& b, const float* metric, const float* by_size, float* images, float* own, int64_t from, int64_t to) {
+// Codewords times the metric, and times themselves.
+static void project(const Block& b, const float* metric, const float* by_size, float* images, float* own) {
     const int64_t wide = padded(b.codewords), g = b.size, stride = b.codebooks * wide;
-    for (int64_t v = from; v < to; ++v) {
-        const int64_t at = v * kLanes;
+    for (int64_t at = 0; at < stride; at += kLanes) {
         Floats sum = splat(0);
         for (int64_t i = 0; i < g; ++i) {
             Floats image = splat(0);
@@ -30,18 +29,17 @@ static void project(const Block& b, const float* metric, const float* by_size, f
     }
 }
 
-// Rows [from, to) of the pairs: row (m (m - 1) / 2 + j) K + k is codeword k of codebook j with all of codebook m.
-static void pair_up(const Block& b, const Group& group, float* pairs, int64_t from, int64_t to) {
+// Pairs of codewords: row (m (m - 1) / 2 + j) K + k is codeword k of codebook j with all of codebook m.
+static void pair_up(const Block& b, const Group& group, float* pairs) {
     const int64_t k = b.codewords, wide = padded(k), g = b.size, tall = padded(g), stride = b.codebooks * wide;
-    for (int64_t row = from; row < to; ++row) {
-        int64_t j = row / k, m = 1;
-        for (; j >= m; ++m) j -= m;
-        const float* codeword = group.codewords + (j * k + row % k) * tall;
-        const float* images = group.images + m * wide;
-        for (int64_t at = 0; at < wide; at += kLanes) {
-            Floats sum = splat(0);
-            for (int64_t i = 0; i < g; ++i) sum += (2 * codeword[i]) * load(images + i * stride + at);
-            store(pairs + row * wide + at, sum);
+    for (int64_t m = 1; m < b.codebooks; ++m)
+        for (int64_t row = 0; row < m * k; ++row, pairs += wide) {
+            const float* codeword = group.codewords + row * tall;
+            const float* images = group.images + m * wide;
+            for (int64_t at = 0; at < wide; at += kLanes) {
+                Floats sum = splat(0);
+                for (int64_t i = 0; i < g; ++i) sum += (2 * codeword[i]) * load(images + i * stride + at);
+                store(pairs + at, sum);
+            }
         }
-    }
 }
