@@ -23,6 +23,7 @@ LOSS: Mapping[str, float] = {  # measured on 512 x 576 Gaussian weights without 
     "aq8x4g8": 1.86, "aq5x6g8": 1.64, "aq3x6g8": 1.43,
     "aq3x4k": 1.36, "aq2x6k": 1.31, "aq4x4k": 1.41, "aq2x8k": 1.26, "aq7x4k": 1.60, "aq5x6k": 1.51, "aq9x4k": 1.81, "aq6x6k": 1.64,
 }  # fmt: skip
+UNKNOWN_LOSS = 2.4  # what 4 uniform bits leave: a format that was not measured is not preferred
 LINEAR = tuple(text + tail for text in LOSS if not text.endswith("k") for tail in ("", "s"))
 KERNEL = tuple(text + tail for text in LOSS if text.endswith("k") for tail in ("", "s"))
 FORMATS: Mapping[str, tuple[str, ...]] = {"* 1x1": LINEAR, "*": KERNEL + LINEAR}  # "operator kernel" -> formats; the first match counts
@@ -64,5 +65,5 @@ def stored_bits(scheme: Scheme, shape: tuple[int, ...], sharers: int = 1) -> flo
 
 
 def expected_loss(scheme: Scheme) -> float:
-    """Relative squared error on Gaussian weights over 4^-(code bits); 1 for a format that was not measured."""
-    return LOSS.get(str(scheme).removesuffix("s"), 1.0)
+    """Relative squared error on Gaussian weights over 4^-(code bits); UNKNOWN_LOSS for a format that was not measured."""
+    return LOSS.get(str(scheme).removesuffix("s"), UNKNOWN_LOSS)

@@ -160,8 +160,10 @@ class Calibration:
     def __post_init__(self) -> None:
         if self.images < 1 or self.steps < 1:
             raise AquabitError(f"calibration with {self.images} images and {self.steps} steps has no input; give at least one of each")
+        for name in ("eta", "guidance"):
+            object.__setattr__(self, name, float(getattr(self, name)))  # 2 and 2.0 have one digest
         if self.conditions is not None:
-            object.__setattr__(self, "conditions", tuple(self.conditions))
+            object.__setattr__(self, "conditions", tuple(self.conditions[: self.images]))  # no more are used
 
     @staticmethod
     def of(protocol: Protocol) -> Calibration:

@@ -128,8 +128,8 @@ class SearchSpace:
         return self.config(picked)
 
     def level(self, kind: str, bits: float, act: int = 8) -> QuantConfig:
-        """Every free layer with its scheme of a kind nearest to ``bits`` of code, the cheapest fallback where it has none of that kind: an
-        output-aware uniform one, else any."""
+        """Every free layer with its scheme of a kind nearest to ``bits`` of code, of output-aware ones where it has some; where it has none
+        of that kind, the nearest output-aware one, else any."""
         picked = {}
         for layer, row in self.choices.items():
 

@@ -71,7 +71,7 @@ def test_run_writes_everything_and_continues(folder) -> None:
     assert {"bits_per_weight", "bytes", "bops", "operations", "latency_ms", "predicted", "measured", "config"} == set(front[0])
     assert all(m["measured"]["fid"]["low"] <= m["measured"]["fid"]["value"] <= m["measured"]["fid"]["high"] for m in front)
     config = json.loads((whole / "config.json").read_text())
-    assert set(config) == {"schema", "model", "fingerprint", "layers", "steps", "correction"}
+    assert set(config) == {"schema", "model", "fingerprint", "layers", "steps", "correction", "calibration"}
     study = Study(whole / "study.db")
     assert study.get("front")["comparison"]["blocks"] == 5
     kinds = study.measurements(failed=True).kind.value_counts()

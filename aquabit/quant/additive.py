@@ -157,7 +157,7 @@ def _solve(problem: Problem, seed: int, beam: int, report: Report) -> State:
     part = _sampled(problem, seed)
 
     def rounds(on: Problem, state: State, codes: Codes, most: int, phase: Phase | None = None) -> Tensor:
-        norm = max(on.norm(), 1e-30)
+        norm = max(on.norm, 1e-30)
 
         def tell(number: int, loss: float) -> None:
             if phase is not None:
@@ -183,7 +183,7 @@ def _solve(problem: Problem, seed: int, beam: int, report: Report) -> State:
         rounds(problem, state, assign, 2, "feedback")
     rounds(problem, state, search, ROUNDS, "round")
     state.round_()
-    report(Step("final", 1, sweep(problem, state, beam) / max(problem.norm(), 1e-30), time.perf_counter() - started))
+    report(Step("final", 1, sweep(problem, state, beam) / max(problem.norm, 1e-30), time.perf_counter() - started))
     return state
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -52,6 +53,7 @@ class Problem:
         """All diagonal blocks, [Z, groups, g, g]."""
         return torch.stack([self.block(n) for n in range(self.groups)], 1)
 
+    @cached_property
     def norm(self) -> float:
         """tr(W H W^T)."""
         return float((self.times(self.weight) * self.weight).sum(dtype=torch.float64))

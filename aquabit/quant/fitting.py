@@ -201,11 +201,11 @@ class Fitter:
         known = {} if calibration is None else self.moments(layers, acts[:1], calibration)
         found: dict[str, dict[str, dict[str, Any]]] = {}
         for layer in layers:
-            for scheme in schemes[layer]:
+            for scheme in schemes[layer]:  # a layer that never ran has no H
                 fit = self.found(Need(layer, scheme, acts[0]), calibration)
                 assert fit is not None
                 value: dict[str, Any] = {"error": fit.error}
-                if calibration is not None:
+                if (layer, acts[0]) in known:
                     hessian: Tensor = known[layer, acts[0]].hessian
                     value["output"] = output_error(self.model.full(layer), fit.coded.dequantize(), hessian)
                 if fit.notes:

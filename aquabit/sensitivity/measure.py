@@ -96,8 +96,10 @@ def fit_all(pool: InlinePool | WorkerPool, study: Study, space: SearchSpace, pro
     portions: list[list[str]] = [[k] for k in layers]
     if calibration is not None:  # H of a portion is measured in one run
         progress("calibrating", 0, 1)
-        request: Task = {"task": "chunks", "layers": layers, "acts": acts, "calibration": calibration}
+        aware = [k for k in layers if any(s.calibrated for s in space.choices[k])]
+        request: Task = {"task": "chunks", "layers": aware, "acts": acts, "calibration": calibration}
         portions = [part for _, found in pool.run([request]) for whole in found for part in _parts(whole)]
+        portions += [[k] for k in layers if k not in aware]
         progress("calibrating", 1, 1)
     own = {k: [str(s) for s in schemes[k] if not s.shared] for k in layers}
     tasks: list[Task] = [{**common, "schemes": {k: own[k] for k in part}, "probes": {k: probes[k] for k in part}} for part in portions]
