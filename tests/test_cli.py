@@ -224,6 +224,8 @@ def test_interrupted_work_says_how_to_continue(folder, tmp_path) -> None:
         str(tmp_path / "s.db"),
         "--samples",
         "1000",
+        "--space",
+        str(folder / "space.json"),
         "--bank",
         str(tmp_path / "bank"),
         *SMALL,

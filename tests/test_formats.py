@@ -123,7 +123,7 @@ def test_losses_are_told_of_formats_that_were_measured() -> None:
     for text, loss in LOSS.items():
         assert expected_loss(Scheme.parse(text)) == loss == expected_loss(Scheme.parse(f"{text}s")) > 1
         assert str(Scheme.parse(text)) == text
-    assert expected_loss(Scheme.parse("aq2x5g4")) == 1.0
+    assert expected_loss(Scheme.parse("aq2x5g4")) == expected_loss(Scheme.parse("usq4")) == 2.4
     assert {s.removesuffix("s") for row in FORMATS.values() for s in row} == set(LOSS)
     for level in LEVELS:
         assert any(abs(parts(Scheme.parse(f), (64, 64))[3] - level) <= REACH for f in FORMATS["* 1x1"])

@@ -23,6 +23,8 @@ from aquabit.study import Study
 OPERATORS = ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.out", "ff.up", "ff.down")
 PLANTED = (7, 22, 41)  # layers made far more sensitive than the others
 
+SCHEMES = ("usq2", "usq3", "usq4", "usq8", "vq2", "vq3", "vq4", "vq2c", "vq3c", "vq4c")
+
 
 class World:
     """A made-up model of 60 layers whose objective is a known, non-additive function of weight errors and activation bits."""
@@ -35,7 +37,7 @@ class World:
                 f"b{i // 6}.{OPERATORS[i % 6]}", kind="linear", operator=OPERATORS[i % 6], block=f"b{i // 6}", depth=i, shape=(192, 192),
                 bias=True, groups=1, tokens=16, macs=16 * 192 * 192, step_invariant=False, split=None, attention=None,
             )  # fmt: skip
-        self.space = make_space(self.graph, "f" * 16, "made")
+        self.space = make_space(self.graph, "f" * 16, "made", schemes=SCHEMES)
         self.errors = {
             (n, str(s)): float(min(0.9, 2.5 * 4.0**-s.bits * (0.7 if s.kind == "vq" else 1.0) * rng.lognormal(0, 0.1)))
             for n in self.space.layers
@@ -268,7 +270,7 @@ def test_noise_ceiling_needs_a_second_seed_set(world: World, tmp_path) -> None:
 def test_space_of_one_layer_is_served() -> None:
     graph = nx.DiGraph(other_elements=0)
     graph.add_node("only", kind="linear", operator="q", block="b", depth=0, shape=(8, 8), macs=64)
-    space: SearchSpace = make_space(graph, "f" * 16)
+    space: SearchSpace = make_space(graph, "f" * 16, schemes=SCHEMES)
     encoder = Encoder(space, graph, {("only", str(s)): 4.0**-s.bits for s in space.schemes[1:]})
     weights = 1 + np.arange(30)[:, None] % (len(space.schemes) - 1)
     acts = np.full((30, 1), 8)
