@@ -104,8 +104,9 @@ def _uniform_points(uniform: pd.DataFrame, axes: Axes, right: float) -> None:
         look: dict[str, Any] = {"color": colour, "marker": marker, "ms": 4.5, "mec": style.BLACK, "mew": 0.5, "ecolor": style.BLACK}
         bars = _errors(part, "value", "low", "high")
         axes.errorbar(part.bits, part.value, yerr=bars, label=name, ls="-", lw=0.8, elinewidth=0.8, zorder=3, **look)
+        place = (-4, -11) if family == "aq" else (5, 4)  # families of nearly one quality do not write over each other
         for r in part.itertuples():
-            axes.annotate(style.label(r.label), (r.bits, r.value), (5, 4), textcoords="offset points", fontsize=6, annotation_clip=True)
+            axes.annotate(style.label(r.label), (r.bits, r.value), place, textcoords="offset points", fontsize=6, annotation_clip=True)
     outside = uniform[uniform.bits > right].sort_values("bits")
     if len(outside):
         text = "\n".join(f"{style.label(r.label)}: {r.bits:.2f} bits, {r.value:.3g}" for r in outside.itertuples())
