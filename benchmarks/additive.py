@@ -2,8 +2,9 @@
 
 baseline   AQLM's published procedure (benchmarks/aqlm_plain.py) on every layer below; hours, each layer kept in --folder
 layers     ours on the same layers, H and formats: weighted error and CPU seconds, one thread each, beside the baseline's
-large      all layers of a 400 M-parameter U-Net with LDM-4's shapes, extrapolated from three layers of each class (an estimate)
-families   USQ, VQ and AQ, output-aware, at the same bytes near 2, 3 and 4 bits: FID and PSNR on fresh seeds, both bundled models
+large      all layers of a 400 M-parameter U-Net with LDM-4's shapes, extrapolated from up to three layers of each class (an
+           estimate; the widest class is not timed)
+families   USQ, VQ and AQ, output-aware, at the same bytes near 1.5, 2, 3 and 4 bits: FID and PSNR on fresh seeds, both bundled models
 ablation   kernel slices (KAQ) against groups across channels, and formats per layer (LAQ) against one for all, at the same bytes
 
 Tables go to benchmarks/results/additive.json and additive.md. Everything continues where it stopped.
@@ -155,7 +156,8 @@ LDM4 = {"class": "UNet2DConditionModel", "sample_size": 64, "in_channels": 3, "o
 
 def large(folder: Path, models: list[str], scheme: str = "aq2x8g8", samples: int = 3) -> list[dict[str, Any]]:
     """Layers of a U-Net with LDM-4's shapes by class (kind, kernel, and inputs by powers of two): the median CPU seconds a weight of three
-    random layers of a class (fewer where it has no more shapes), times the class's weights; two cores take half where both are busy."""
+    random layers of a class (fewer where it has no more shapes), times the class's weights; two cores take half where both are busy. A class
+    above LARGEST has twice the rate of the class of half its inputs."""
     import math
     import random
 
@@ -301,7 +303,7 @@ def ablation(folder: Path, models: list[str]) -> list[dict[str, Any]]:
 def markdown(found: dict[str, Any]) -> str:
     m = found["machine"]
     lines = [
-        f"# Additive quantization\n\n{m['cpu']}, {m['cores']} cores, torch {m['torch']}. Made by `{found['command']}` (each part also runs alone, by its name).\n"
+        f"# Additive quantization\n\n{m['cpu']}, {m['cores']} cores, torch {m['torch']}. Made by `{found['command']}`, part by part.\n"
     ]
     if "layers" in found:
         lines.append(
@@ -311,6 +313,9 @@ def markdown(found: dict[str, Any]) -> str:
             f"| {r['layer']} | {r['scheme']} | {r['aqlm_error']:.5f} | {r['error']:.5f} ({r['error'] / r['aqlm_error']:.2f}) | {r['quick_error']:.5f} ({r['quick_error'] / r['aqlm_error']:.2f}) | {r['aqlm_cpu_s']:.1f} | {r['cpu_s']:.2f} (1/{r['aqlm_cpu_s'] / r['cpu_s']:.0f}) | {r['quick_cpu_s']:.2f} (1/{r['aqlm_cpu_s'] / r['quick_cpu_s']:.0f}) |"
             for r in found["layers"]
         ]
+        here = {(r["layer"], r["scheme"].removeprefix("aq").rstrip("k").removesuffix("g8")) for r in found["layers"]}
+        absent = [f"{name} at {form}" for name in SYNTHETIC for form in FORMATS if (name, form) not in here]
+        lines += [f"\nNot here, since the baseline did not come to its end: {', '.join(absent)}."] if absent else []
     if "large" in found:
         rows = found["large"]
         lines.append(
