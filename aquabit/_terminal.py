@@ -34,14 +34,18 @@ def shielded(verb: Callable[..., None]) -> Callable[..., None]:
             errors.print(f"[bold red]error:[/] {plain(str(error))}", highlight=False, soft_wrap=True)
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
-            errors.print("interrupted; nothing measured is lost: run the same command to continue")
-            os._exit(130)
+            _interrupted()
         except OSError as error:
             if debug:
                 raise
             errors.print(f"[bold red]error:[/] {plain(str(error))}", highlight=False, soft_wrap=True)
             raise typer.Exit(2) from None
         except Exception as error:
+            cause: BaseException | None = error
+            while cause is not None:  # what was left half done on Ctrl-C may fail in its own way (torch's mode stack does)
+                if isinstance(cause, KeyboardInterrupt):
+                    _interrupted()
+                cause = cause.__context__
             if debug:
                 raise
             errors.print(
@@ -55,6 +59,11 @@ def shielded(verb: Callable[..., None]) -> Callable[..., None]:
     extra = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Debug)
     call.__signature__ = signature.replace(parameters=[*signature.parameters.values(), extra])  # type: ignore[attr-defined]
     return call
+
+
+def _interrupted() -> None:
+    errors.print("interrupted; nothing measured is lost: run the same command to continue")
+    os._exit(130)
 
 
 def plain(text: str) -> str:

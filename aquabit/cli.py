@@ -32,7 +32,10 @@ Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
 Dtype = Annotated[str, typer.Option("--dtype", help="float32, float16 or bfloat16.")]
 Prompts = Annotated[Path | None, typer.Option("--prompts", help="One prompt a line (UTF-8).")]
 Guidance = Annotated[float, typer.Option("--guidance", help="Classifier-free guidance; 1 is off.")]
-SpaceFile = Annotated[Path | None, typer.Option("--space", help="JSON: schemes, levels (code bits of additive formats), formats, activations, pinned, excluded.")]
+SpaceFile = Annotated[
+    Path | None,
+    typer.Option("--space", help="JSON: schemes, levels (code bits of additive formats), formats, activations, pinned, excluded."),
+]
 Objective = Annotated[
     str, typer.Option("--objective", help="fid, sfid, kid, is, precision, recall, accuracy, mse, psnr, ssim, feature_distance.")
 ]
