@@ -1,0 +1,189 @@
+"""A CodebookWeight as the native kernels read it, made once at load: rows of whole bytes, scalar codes fused, groups in reading order.
+
+A row of weights is cut into segments that lie within one tap of the kernel and one group of scales. Each is a run of *lookups*: a lookup is a
+code of one codebook, or ``fused`` neighbouring scalar codes as one, the first in the lowest bits (2 bits by 4, 3 and 4 bits by 2). A
+lookup takes a byte, or half of one (the first in the low half) where its codebook has at most 16 codewords. Nothing is lost:
+``restore`` gives the stored weight back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from math import ceil, prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from aquabit.kernels.codebook import CodebookWeight, ceil_divide, pack
+from aquabit.scheme import AquabitError
+
+FUSED = {1: 8, 2: 4, 3: 2, 4: 2}  # scalar codes that one lookup takes, by their bits
+NIBBLE = 4  # bits of a lookup of which two share a byte
+
+
+class Segment(NamedTuple):
+    """Inputs [start, start + count) at one tap of the kernel, under one group of scales."""
+
+    tap: int
+    start: int
+    count: int
+    scales: int
+
+
+@dataclass(frozen=True, eq=False)
+class Arranged:
+    """``codes`` uint8 [out, bytes]; ``tables`` float32 [C, M, K, g] as stored, C = 1 or out, None for uniform codes {0 .. 2^bits - 1};
+    ``scale`` float32 [out, n] (ones where none is stored), ``offset`` [out, n] or None; ``stored`` are the float16 codebooks, scale and
+    offset that they came from."""
+
+    codes: Tensor
+    tables: Tensor | None
+    scale: Tensor
+    offset: Tensor | None
+    stored: tuple[Tensor | None, Tensor | None, Tensor | None]
+    shape: tuple[int, ...]
+    bits: int
+    codebooks: int  # M
+    group: int  # inputs of a codeword: g
+    fused: int
+    order: str
+    segments: tuple[Segment, ...]
+
+    @property
+    def width(self) -> int:
+        """Bits that a lookup takes: 4 or 8."""
+        return NIBBLE if self.bits * self.fused <= NIBBLE else 8
+
+    @property
+    def span(self) -> int:
+        """Inputs of a lookup: g, or the fused codes (kernel order: the kernel's area, of one channel)."""
+        return self.group * self.fused
+
+    @property
+    def channels(self) -> int:
+        """Input channels that one lookup covers."""
+        return 1 if self.order == "kernel" else self.span
+
+    @property
+    def scalar(self) -> bool:
+        """Whether codes stand for single weights."""
+        return self.group == 1 and self.codebooks == 1 and self.order == "inputs"
+
+    def lookups(self, segment: Segment) -> int:
+        return ceil(segment.count / self.channels) * self.codebooks
+
+    def segment_bytes(self, segment: Segment) -> int:
+        return ceil(self.lookups(segment) * self.width / 8)
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Resident bytes: everything held, each storage once."""
+        held = [self.codes, self.tables, self.scale, self.offset, *self.stored]
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held if t is not None}
+        return sum(storages.values())
+
+    def to(self, device: torch.device | str) -> Arranged:
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved |= {k: v.to(device) for k, v in moved.items() if isinstance(v, Tensor)}
+        moved["stored"] = tuple(None if t is None else t.to(device) for t in self.stored)
+        return Arranged(**moved)
+
+    def restore(self) -> CodebookWeight:
+        """The weight that was arranged, to the bit."""
+        codes = _unlaid(self).permute(1, 2, 0)  # [groups, M, out]
+        tables, scale, offset = self.stored
+        return CodebookWeight(pack(codes, self.bits), tables, scale, offset, self.shape, self.bits, "kernel" if self.order == "kernel" else "inputs")  # fmt: skip
+
+
+def arranges(weight: CodebookWeight) -> str | None:
+    """Why ``weight`` cannot be arranged, or None: lookups have at most 8 bits, and groups of a convolution lie within a tap."""
+    if weight.bits > 8:
+        return f"codes of {weight.bits} bits do not fit a byte"
+    if weight.order == "inputs" and weight.group > 1 and any(s.count % weight.group for s in _segments(weight)):
+        return f"groups of {weight.group} inputs do not fit into {weight.shape[1]} channels or a group of scales"
+    return None
+
+
+def arrange(weight: CodebookWeight) -> Arranged:
+    """``weight`` laid out for the native kernels; raises AquabitError where ``arranges`` says why not."""
+    why = arranges(weight)
+    if why:
+        raise AquabitError(f"a weight {list(weight.shape)} cannot be arranged for the native kernels: {why}")
+    single = weight.group == 1 and weight.codebook_count == 1 and weight.order == "inputs"
+    like = weight.packed.device
+    ones = torch.ones(weight.shape[0], 1, device=like)
+    scale = ones if weight.scale is None else weight.scale.float().reshape(weight.shape[0], -1).contiguous()
+    offset = None if weight.offset is None else weight.offset.float().reshape(weight.shape[0], -1).contiguous()
+    tables = None if weight.codebooks is None else weight.codebooks.float().contiguous()
+    empty = Arranged(
+        ones, tables, scale, offset, (weight.codebooks, weight.scale, weight.offset), tuple(weight.shape), weight.bits,
+        weight.codebook_count, weight.group, FUSED.get(weight.bits, 1) if single else 1, weight.order, _segments(weight),
+    )  # fmt: skip
+    return replace(empty, codes=_laid(empty, weight.codes.to(torch.uint8).permute(2, 0, 1)))
+
+
+def _segments(weight: CodebookWeight) -> tuple[Segment, ...]:
+    channels, area = weight.shape[1], prod(weight.shape[2:])
+    groups = [t.shape[1] for t in (weight.scale, weight.offset) if t is not None and t.ndim == 2]
+    count = max(groups, default=1)
+    if weight.order == "kernel":
+        return (Segment(0, 0, channels, 0),)
+    size = ceil_divide(channels * area, count)
+    found = []
+    for tap in range(area):
+        at = tap * channels
+        while at < (tap + 1) * channels:
+            end = min((tap + 1) * channels, (at // size + 1) * size)
+            found.append(Segment(tap, at - tap * channels, end - at, at // size))
+            at = end
+    return tuple(found)
+
+
+def _places(arranged: Arranged, segment: Segment) -> slice:
+    """The groups of a segment among the groups of a row, as they are stored."""
+    if arranged.order == "kernel":
+        return slice(0, segment.count)
+    first = (segment.tap * arranged.shape[1] + segment.start) // arranged.group
+    return slice(first, first + segment.count // arranged.group)
+
+
+def _laid(arranged: Arranged, codes: Tensor) -> Tensor:
+    """codes [out, groups, M] uint8 as rows of bytes."""
+    out, parts = len(codes), []
+    for segment in arranged.segments:
+        run = codes[:, _places(arranged, segment)]
+        if arranged.fused > 1:
+            run = torch.nn.functional.pad(run[..., 0], (0, -segment.count % arranged.fused)).reshape(out, -1, arranged.fused)
+            run = _joined(run, arranged.bits)
+        run = run.reshape(out, -1)
+        if arranged.width == NIBBLE:
+            run = _joined(torch.nn.functional.pad(run, (0, run.shape[1] % 2)).reshape(out, -1, 2), NIBBLE)
+        parts.append(run)
+    return torch.cat(parts, 1).contiguous()
+
+
+def _joined(parts: Tensor, bits: int) -> Tensor:
+    """[..., f] codes as one each, the first in the lowest bits."""
+    whole = torch.zeros_like(parts[..., 0])
+    for i in range(parts.shape[-1]):
+        whole |= parts[..., i] << (bits * i)
+    return whole
+
+
+def _unlaid(arranged: Arranged) -> Tensor:
+    """Codes [out, groups, M] from rows of bytes."""
+    out, at, parts = arranged.shape[0], 0, []
+    for segment in arranged.segments:
+        size = arranged.segment_bytes(segment)
+        run = arranged.codes[:, at : at + size]
+        at += size
+        if arranged.width == NIBBLE:
+            run = torch.stack([run & 15, run >> 4], 2).reshape(out, -1)
+        run = run[:, : arranged.lookups(segment)]
+        if arranged.fused > 1:
+            shifts = torch.arange(arranged.fused, device=run.device, dtype=torch.uint8) * arranged.bits
+            run = ((run[..., None] >> shifts) & ((1 << arranged.bits) - 1)).reshape(out, -1)[:, : segment.count]
+        parts.append(run.reshape(out, -1, arranged.codebooks))
+    return torch.cat(parts, 1)
