@@ -1,0 +1,263 @@
+# mypy: ignore-errors
+# ruff: noqa: N803, N806
+"""The device code of the Triton backend; imported only where Triton is. ``triton_kernels`` launches it.
+
+All kernels read a weight as rows of lookups, as ``Arranged`` lays them out but in one run over the whole row: lookup ``j * M + m`` is group
+``j`` of codebook ``m``, 8 or 4 bits wide, or ``FUSED`` scalar codes in one byte. Position ``k`` of a row counts weights in stored order.
+Codes are masked to ``BITS`` bits and tables have 2^BITS entries, so no code can read past a table.
+
+Tables are gathered through L1, where they stay (2 x 256 x 8 float16 are 8 KB): Triton has no indexable shared memory, and a codeword of a
+power-of-two group is one vector load. Decoded tiles go through shared memory into the matrix units.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _lookup(codes_ptr, n64, n_ok, lookup, row_bytes, BITS: tl.constexpr, WIDTH: tl.constexpr, FUSED: tl.constexpr):
+    """Codes [N, L] int32 of rows ``n64`` [N] at ``lookup`` [L]; zero past the row's end. Fused codes stay together."""
+    if WIDTH == 4:
+        byte = lookup // 2
+    else:
+        byte = lookup
+    where = codes_ptr + n64[:, None] * row_bytes + byte[None, :]
+    code = tl.load(where, mask=n_ok[:, None] & (byte < row_bytes)[None, :], other=0).to(tl.int32)
+    if WIDTH == 4:
+        code = code >> ((lookup % 2) * 4)[None, :]
+    return code & ((1 << (BITS * FUSED)) - 1)
+
+
+@triton.jit
+def _values(
+    codes_ptr, tables_ptr, n64, n_ok, k0, row_bytes,
+    BITS: tl.constexpr, WIDTH: tl.constexpr, FUSED: tl.constexpr, GROUP: tl.constexpr, BOOKS: tl.constexpr,
+    UNIFORM: tl.constexpr, PER_ROW: tl.constexpr, BY_GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """sum_m tables[m, code[n, k // GROUP, m], k % GROUP] for k in [k0, k0 + BLOCK_K): float32 [BLOCK_N, BLOCK_K].
+
+    ``BY_GROUP``: GROUP * FUSED is a power of two that divides BLOCK_K, so each code is read once and its codeword is one vector load.
+    """
+    SIZE: tl.constexpr = GROUP << BITS  # entries of a table
+    MASK: tl.constexpr = (1 << BITS) - 1
+    base = n64 * (BOOKS * SIZE) if PER_ROW else n64 * 0
+    if BY_GROUP:
+        SPAN: tl.constexpr = GROUP * FUSED
+        COUNT: tl.constexpr = BLOCK_K // SPAN
+        group = k0 // SPAN + tl.arange(0, COUNT)
+        inside = tl.arange(0, SPAN)
+        total = tl.zeros([BLOCK_N, COUNT, SPAN], dtype=tl.float32)
+        for m in tl.static_range(BOOKS):
+            code = _lookup(codes_ptr, n64, n_ok, group * BOOKS + m, row_bytes, BITS, WIDTH, FUSED)[:, :, None]
+            if FUSED > 1:
+                code = (code >> (inside * BITS)[None, None, :]) & MASK
+            if UNIFORM:
+                total += code.to(tl.float32)
+            elif FUSED > 1:
+                total += tl.load(tables_ptr + base[:, None, None] + code, mask=n_ok[:, None, None], other=0.0).to(tl.float32)
+            else:
+                at = base[:, None, None] + (code * GROUP + m * SIZE + inside[None, None, :])
+                total += tl.load(tables_ptr + at, mask=n_ok[:, None, None], other=0.0).to(tl.float32)
+        values = tl.reshape(total, [BLOCK_N, BLOCK_K])
+    else:
+        k = k0 + tl.arange(0, BLOCK_K)
+        values = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
+        for m in tl.static_range(BOOKS):
+            code = _lookup(codes_ptr, n64, n_ok, (k // GROUP) * BOOKS + m, row_bytes, BITS, WIDTH, FUSED)
+            at = base[:, None] + (code * GROUP + m * SIZE + (k % GROUP)[None, :])
+            values += tl.load(tables_ptr + at, mask=n_ok[:, None], other=0.0).to(tl.float32)
+    return values
+
+
+@triton.jit
+def _factor(ptr, n64, n_ok, k0, row, count, SIZE: tl.constexpr, BLOCK_K: tl.constexpr):
+    """A scale or offset [out, count] for a tile of rows and positions; SIZE inputs share one (0: the whole row)."""
+    if SIZE == 0:
+        return tl.load(ptr + n64, mask=n_ok, other=0.0).to(tl.float32)[:, None]
+    elif SIZE % BLOCK_K == 0:
+        return tl.load(ptr + n64 * count + k0 // SIZE, mask=n_ok & (k0 < row), other=0.0).to(tl.float32)[:, None]
+    else:
+        k = k0 + tl.arange(0, BLOCK_K)
+        mask = n_ok[:, None] & (k < row)[None, :]
+        return tl.load(ptr + n64[:, None] * count + (k // SIZE)[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _weights(
+    codes_ptr, tables_ptr, scale_ptr, offset_ptr, n64, n_ok, k0, row, row_bytes, scales, offsets,
+    BITS: tl.constexpr, WIDTH: tl.constexpr, FUSED: tl.constexpr, GROUP: tl.constexpr, BOOKS: tl.constexpr,
+    UNIFORM: tl.constexpr, PER_ROW: tl.constexpr, BY_GROUP: tl.constexpr, IN_TILE: tl.constexpr, HAS_SCALE: tl.constexpr,
+    HAS_OFFSET: tl.constexpr, SCALE_SIZE: tl.constexpr, OFFSET_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Weights [BLOCK_N, BLOCK_K] float32, zero past the row's end; with scale and offset if ``IN_TILE``."""
+    values = _values(
+        codes_ptr, tables_ptr, n64, n_ok, k0, row_bytes,
+        BITS, WIDTH, FUSED, GROUP, BOOKS, UNIFORM, PER_ROW, BY_GROUP, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    if IN_TILE and HAS_SCALE:
+        values *= _factor(scale_ptr, n64, n_ok, k0, row, scales, SCALE_SIZE, BLOCK_K)
+    if IN_TILE and HAS_OFFSET:
+        values += _factor(offset_ptr, n64, n_ok, k0, row, offsets, OFFSET_SIZE, BLOCK_K)
+    k = k0 + tl.arange(0, BLOCK_K)
+    return tl.where((k < row)[None, :], values, 0.0)
+
+
+@triton.jit
+def _to_tf32(values):
+    """float32 rounded to nearest at 10 bits of mantissa: the matrix units would truncate, twice the error and one-sided."""
+    bits = values.to(tl.int32, bitcast=True)
+    rounded = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return tl.where(values == values, rounded, values)
+
+
+@triton.jit
+def _finished(total, scale_ptr, bias_ptr, n64, n_ok, IN_TILE: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """Sums [tokens, N] with the row scale, where the tile has not got it, and the bias."""
+    if HAS_SCALE and not IN_TILE:
+        total = total * tl.load(scale_ptr + n64, mask=n_ok, other=0.0).to(tl.float32)[None, :]
+    if HAS_BIAS:
+        total = total + tl.load(bias_ptr + n64, mask=n_ok, other=0.0).to(tl.float32)[None, :]
+    return total
+
+
+@triton.jit
+def matmul(
+    x_ptr, y_ptr, codes_ptr, tables_ptr, scale_ptr, offset_ptr, bias_ptr,
+    tokens, out, row, row_bytes, scales, offsets, tuned_tokens,
+    x_b, x_c, x_h, x_w, y_b, y_c, y_h, y_w,
+    channels, height, width, out_h, out_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
+    BITS: tl.constexpr, WIDTH: tl.constexpr, FUSED: tl.constexpr, GROUP: tl.constexpr, BOOKS: tl.constexpr,
+    UNIFORM: tl.constexpr, PER_ROW: tl.constexpr, BY_GROUP: tl.constexpr, IN_TILE: tl.constexpr, HAS_SCALE: tl.constexpr,
+    HAS_OFFSET: tl.constexpr, SCALE_SIZE: tl.constexpr, OFFSET_SIZE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    CONV: tl.constexpr, KERNEL_ORDER: tl.constexpr, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, EXACT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWIZZLE: tl.constexpr,
+):  # fmt: skip
+    """y[t, n] = sum_k x[t, k] * w[n, k]: x a matrix, or (``CONV``) the patches of x [b, c, h, w], t = (b, out_h, out_w), never stored.
+
+    Grid: (tiles of tokens x tiles of outputs, groups of the convolution); ``out`` and ``channels`` are those of one group.
+    ``tuned_tokens`` only tells the tuner which token counts share a choice.
+    """
+    tiles_m, tiles_n = tl.cdiv(tokens, BLOCK_M), tl.cdiv(out, BLOCK_N)
+    tile, part = tl.program_id(0), tl.program_id(1)
+    first = tile // (SWIZZLE * tiles_n) * SWIZZLE  # SWIZZLE tiles of tokens go together: decoded rows and x stay in L2
+    high = tl.minimum(tiles_m - first, SWIZZLE)
+    m = (first + tile % (SWIZZLE * tiles_n) % high) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tile % (SWIZZLE * tiles_n) // high * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_ok, n_ok = m < tokens, n < out
+    n64 = (part * out + n).to(tl.int64)
+    if CONV:
+        oy, ox, b = m // out_w % out_h, m % out_w, (m // (out_w * out_h)).to(tl.int64)
+        y0, x0 = oy * stride_h - pad_h, ox * stride_w - pad_w
+        y_rows = y_ptr + b * y_b + oy.to(tl.int64) * y_h + ox * y_w
+        x_rows = x_ptr + b * x_b + part.to(tl.int64) * channels * x_c
+    else:
+        y_rows = y_ptr + m.to(tl.int64) * y_b
+        x_rows = x_ptr + m.to(tl.int64) * x_b
+    total = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    for k0 in range(0, row, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        ok = m_ok[:, None] & (k < row)[None, :]
+        if CONV:
+            AREA: tl.constexpr = KERNEL_H * KERNEL_W
+            if KERNEL_ORDER:
+                c, tap = k // AREA, k % AREA
+            else:
+                c, tap = k % channels, k // channels
+            yy = y0[:, None] + (tap // KERNEL_W * dilation_h)[None, :]
+            xx = x0[:, None] + (tap % KERNEL_W * dilation_w)[None, :]
+            ok = ok & (yy >= 0) & (yy < height) & (xx >= 0) & (xx < width)
+            at = x_rows[:, None] + (c.to(tl.int64) * x_c)[None, :] + yy.to(tl.int64) * x_h + xx * x_w
+        else:
+            at = x_rows[:, None] + (k.to(tl.int64) * x_c)[None, :]
+        xs = tl.load(at, mask=ok, other=0.0)
+        ws = _weights(
+            codes_ptr, tables_ptr, scale_ptr, offset_ptr, n64, n_ok, k0, row, row_bytes, scales, offsets,
+            BITS, WIDTH, FUSED, GROUP, BOOKS, UNIFORM, PER_ROW, BY_GROUP, IN_TILE, HAS_SCALE, HAS_OFFSET, SCALE_SIZE, OFFSET_SIZE,
+            BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        if EXACT:
+            total = tl.dot(xs.to(tl.float32), tl.trans(ws), total, input_precision="ieee")
+        elif xs.dtype == tl.float32:
+            total = tl.dot(_to_tf32(xs), tl.trans(_to_tf32(ws)), total, input_precision="tf32")
+        else:
+            total = tl.dot(xs, tl.trans(ws.to(xs.dtype)), total)
+    total = _finished(total, scale_ptr, bias_ptr, n64, n_ok, IN_TILE, HAS_SCALE, HAS_BIAS)
+    tl.store(y_rows[:, None] + (n64 * y_c)[None, :], total.to(y_ptr.dtype.element_ty), mask=m_ok[:, None] & n_ok[None, :])
+
+
+@triton.jit
+def few_tokens(
+    x_ptr, y_ptr, parts_ptr, codes_ptr, tables_ptr, scale_ptr, offset_ptr, bias_ptr,
+    tokens, out, row, row_bytes, scales, offsets, x_b, x_c, steps,
+    BITS: tl.constexpr, WIDTH: tl.constexpr, FUSED: tl.constexpr, GROUP: tl.constexpr, BOOKS: tl.constexpr,
+    UNIFORM: tl.constexpr, PER_ROW: tl.constexpr, BY_GROUP: tl.constexpr, IN_TILE: tl.constexpr, HAS_SCALE: tl.constexpr,
+    HAS_OFFSET: tl.constexpr, SCALE_SIZE: tl.constexpr, OFFSET_SIZE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SPLIT: tl.constexpr, TOKENS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """y [tokens, out] for at most TOKENS (8) tokens: one pass over the codes in float32, without matrix units.
+
+    Grid: (tiles of outputs, splits of the row). Each split takes ``steps`` blocks of the row; with several splits (``SPLIT``) it writes
+    parts [splits, tokens, out], which ``add_parts`` adds in a fixed order, so that results do not depend on timing.
+    """
+    split = tl.program_id(1)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    t = tl.arange(0, TOKENS)
+    n_ok, t_ok, n64 = n < out, t < tokens, n.to(tl.int64)
+    total = tl.zeros([TOKENS, BLOCK_N, BLOCK_K], dtype=tl.float32)
+    for step in range(0, steps):
+        k0 = (split * steps + step) * BLOCK_K
+        k = k0 + tl.arange(0, BLOCK_K)
+        at = x_ptr + t.to(tl.int64)[:, None] * x_b + k.to(tl.int64)[None, :] * x_c
+        xs = tl.load(at, mask=t_ok[:, None] & (k < row)[None, :], other=0.0).to(tl.float32)
+        ws = _weights(
+            codes_ptr, tables_ptr, scale_ptr, offset_ptr, n64, n_ok, k0, row, row_bytes, scales, offsets,
+            BITS, WIDTH, FUSED, GROUP, BOOKS, UNIFORM, PER_ROW, BY_GROUP, IN_TILE, HAS_SCALE, HAS_OFFSET, SCALE_SIZE, OFFSET_SIZE,
+            BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        total += xs[:, None, :] * ws[None, :, :]
+    sums = tl.sum(total, axis=2)
+    ok = t_ok[:, None] & n_ok[None, :]
+    at = t.to(tl.int64)[:, None] * out + n64[None, :]
+    if SPLIT:
+        tl.store(parts_ptr + split.to(tl.int64) * tokens * out + at, sums, mask=ok)
+    else:
+        sums = _finished(sums, scale_ptr, bias_ptr, n64, n_ok, IN_TILE, HAS_SCALE, HAS_BIAS)
+        tl.store(y_ptr + at, sums.to(y_ptr.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def add_parts(
+    parts_ptr, y_ptr, scale_ptr, bias_ptr, tokens, out, splits,
+    IN_TILE: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, TOKENS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """y [tokens, out] = sum of parts [splits, tokens, out], first to last, with row scale and bias."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    t = tl.arange(0, TOKENS)
+    n_ok, n64 = n < out, n.to(tl.int64)
+    ok = (t < tokens)[:, None] & n_ok[None, :]
+    at = t.to(tl.int64)[:, None] * out + n64[None, :]
+    total = tl.zeros([TOKENS, BLOCK_N], dtype=tl.float32)
+    for split in range(0, splits):
+        total += tl.load(parts_ptr + tl.cast(split, tl.int64) * tokens * out + at, mask=ok, other=0.0)
+    total = _finished(total, scale_ptr, bias_ptr, n64, n_ok, IN_TILE, HAS_SCALE, HAS_BIAS)
+    tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), mask=ok)
+
+
+def _few_enough(configs, positional, **named):
+    """Tiles not taller than the tokens: a tile of 128 for 16 of them would multiply zeros."""
+    tokens = (positional | named)["tuned_tokens"]
+    return [c for c in configs if c.kwargs["BLOCK_M"] <= max(16, tokens)]
+
+
+_CONFIGS = [
+    triton.Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "SWIZZLE": 8}, num_warps=warps, num_stages=stages)
+    for m, n, k, warps, stages in (
+        (16, 32, 128, 4, 3), (16, 64, 64, 4, 4), (32, 64, 64, 4, 4), (64, 64, 32, 4, 4), (64, 128, 32, 4, 3), (64, 64, 64, 4, 3),
+        (128, 64, 32, 4, 3), (128, 128, 32, 8, 3), (128, 128, 64, 8, 3), (128, 64, 64, 8, 3), (256, 64, 32, 8, 3),
+    )
+]  # fmt: skip
+_KEY = ["tuned_tokens", "out", "row", "BITS", "GROUP", "BOOKS", "UNIFORM", "PER_ROW", "IN_TILE", "SCALE_SIZE", "CONV", "KERNEL_ORDER",
+        "KERNEL_H", "KERNEL_W", "EXACT"]  # fmt: skip
+INTERPRETED = not isinstance(matmul, triton.JITFunction)
+MIXED = INTERPRETED and isinstance(tl.sum, triton.JITFunction)  # its own library was made for a GPU, our kernels for the interpreter
+tuned_matmul = matmul if INTERPRETED else triton.autotune(_CONFIGS, _KEY, prune_configs_by={"early_config_prune": _few_enough})(matmul)

@@ -1,0 +1,105 @@
+"""A coded weight as the Triton kernels read it.
+
+``Arranged`` cuts a row where a tap or a group of scales ends and pads each piece to whole bytes. A GPU computes addresses per element, so a
+row in one run is simpler and faster: the lookup of position k is k // span, whatever the piece. Where the pieces fill their bytes (all Linear
+layers with row scales, kernel slices, almost all others) both are the same bytes, and an ``Arranged`` weight is used as it is, without
+a copy. Groups that reach across taps, which ``Arranged`` has not, are served too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import prod
+
+import torch
+from torch import Tensor
+
+from aquabit.kernels.arranged import FUSED, Arranged, Segment, _laid, _unlaid
+from aquabit.kernels.codebook import CodebookWeight
+from aquabit.scheme import AquabitError
+
+_FLOAT16_MAX = 65504.0
+
+
+@dataclass(frozen=True, eq=False)
+class TritonWeight:
+    """``codes`` uint8 [out, bytes], one run of lookups a row; ``tables`` float16 [C, M, K, g] (C = 1 or out) or None for uniform codes;
+    ``scale`` and ``offset`` float16 [out] or [out, n] or None. ``wide``: sums of codewords may leave float16."""
+
+    codes: Tensor
+    tables: Tensor | None
+    scale: Tensor | None
+    offset: Tensor | None
+    shape: tuple[int, ...]
+    bits: int
+    codebooks: int  # M
+    group: int  # weights of a codeword: g
+    fused: int  # scalar codes in a lookup
+    width: int  # bits of a lookup: 4 or 8
+    kernel_order: bool
+    wide: bool
+
+    @property
+    def arguments(self) -> tuple[Tensor | None | list[int], ...]:
+        """As the ops take a weight: codes, tables, scale, offset, shape, facts."""
+        facts = [self.bits, self.width, self.fused, self.group, self.codebooks, int(self.kernel_order), int(self.wide)]
+        return self.codes, self.tables, self.scale, self.offset, list(self.shape), facts
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors; those of an ``Arranged`` weight may be shared with it."""
+        return sum(t.numel() * t.element_size() for t in (self.codes, self.tables, self.scale, self.offset) if t is not None)
+
+    def to(self, device: torch.device | str) -> TritonWeight:
+        moved = {name: getattr(self, name) for name in ("codes", "tables", "scale", "offset")}
+        return replace(self, **{name: None if t is None else t.to(device) for name, t in moved.items()})
+
+
+def why_not_laid_out(weight: CodebookWeight | Arranged | TritonWeight) -> str | None:
+    """Why the kernels cannot read ``weight``, or None."""
+    if weight.bits > 8:
+        return f"codes of {weight.bits} bits do not fit a byte"
+    if isinstance(weight, CodebookWeight) and weight.order == "kernel":
+        if weight.offset is not None or (weight.scale is not None and weight.scale.numel() != weight.shape[0]):
+            return "kernel slices take one scale a row and no offset"
+        if weight.group != prod(weight.shape[2:]):
+            return f"codewords of {weight.group} weights do not cover kernels of {list(weight.shape[2:])}"
+    return None
+
+
+def lay_out(weight: CodebookWeight | Arranged) -> TritonWeight:
+    """``weight`` for the Triton kernels, on its device; raises AquabitError where ``why_not_laid_out`` says why not."""
+    why = why_not_laid_out(weight)
+    if why:
+        raise AquabitError(f"a weight {list(weight.shape)} cannot be laid out for the triton kernels: {why}")
+    run = _one_run(weight)
+    tables, scale, offset = run.stored
+    known = tables is not None and not tables.is_meta
+    wide = known and float(tables.float().abs().amax((0, 2, 3)).sum()) > _FLOAT16_MAX
+    return TritonWeight(
+        run.codes, *(None if t is None else t.contiguous() for t in (tables, scale, offset)), run.shape, run.bits, run.codebooks,
+        run.group, run.fused, run.width, run.order == "kernel", wide,
+    )  # fmt: skip
+
+
+def _one_run(weight: CodebookWeight | Arranged) -> Arranged:
+    """``weight`` arranged with one segment over the whole row."""
+    if isinstance(weight, Arranged):
+        whole = Segment(0, 0, weight.shape[1] if weight.order == "kernel" else prod(weight.shape[1:]), 0)
+        joined = replace(weight, segments=(whole,))
+        if joined.segment_bytes(whole) == weight.codes.shape[1] and all(_seamless(weight, s) for s in weight.segments[:-1]):
+            return joined
+        return replace(joined, codes=_laid(joined, _unlaid(weight)))
+    single = weight.group == 1 and weight.codebook_count == 1 and weight.order == "inputs"
+    count = weight.groups if weight.order == "kernel" else weight.groups * weight.group
+    empty = Arranged(
+        weight.packed, weight.codebooks, weight.packed, None, (weight.codebooks, weight.scale, weight.offset), tuple(weight.shape),
+        weight.bits, weight.codebook_count, weight.group, FUSED.get(weight.bits, 1) if single else 1, weight.order,
+        (Segment(0, 0, count, 0),),
+    )  # fmt: skip
+    return replace(empty, codes=_laid(empty, weight.codes.permute(2, 0, 1)))
+
+
+def _seamless(weight: Arranged, segment: Segment) -> bool:
+    """Whether a segment fills its bytes, so that the next one's lookups follow without a gap."""
+    return segment.count % weight.channels == 0 and weight.lookups(segment) * weight.width % 8 == 0
