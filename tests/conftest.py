@@ -8,6 +8,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+
+# Before anything imports triton, as diffusers does: its own library is then made for the interpreter, or never.
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+
 from diffusers import DDIMScheduler, DiTTransformer2DModel, UNet2DModel
 from hypothesis import settings
 

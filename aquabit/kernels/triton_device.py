@@ -1,5 +1,4 @@
 # mypy: ignore-errors
-# ruff: noqa: N803, N806
 """The device code of the Triton backend; imported only where Triton is. ``triton_kernels`` launches it.
 
 All kernels read a weight as rows of lookups, as ``Arranged`` lays them out but in one run over the whole row: lookup ``j * M + m`` is group
@@ -17,10 +16,7 @@ import triton.language as tl
 @triton.jit
 def _lookup(codes_ptr, n64, n_ok, lookup, row_bytes, BITS: tl.constexpr, WIDTH: tl.constexpr, FUSED: tl.constexpr):
     """Codes [N, L] int32 of rows ``n64`` [N] at ``lookup`` [L]; zero past the row's end. Fused codes stay together."""
-    if WIDTH == 4:
-        byte = lookup // 2
-    else:
-        byte = lookup
+    byte = lookup // 2 if WIDTH == 4 else lookup
     where = codes_ptr + n64[:, None] * row_bytes + byte[None, :]
     code = tl.load(where, mask=n_ok[:, None] & (byte < row_bytes)[None, :], other=0).to(tl.int32)
     if WIDTH == 4:
@@ -70,21 +66,29 @@ def _values(
 
 
 @triton.jit
+def _row_factor(ptr, n64, n_ok, HAS: tl.constexpr, SIZE: tl.constexpr):
+    """The scales or offsets [N, 1] of rows, loaded once before the loop; a placeholder where there is none or one for each SIZE inputs."""
+    factor = tl.zeros(n64.shape, dtype=tl.float32)
+    if HAS and SIZE == 0:
+        factor = tl.load(ptr + n64, mask=n_ok, other=0.0).to(tl.float32)
+    return factor[:, None]
+
+
+@triton.jit
 def _factor(ptr, n64, n_ok, k0, row, count, SIZE: tl.constexpr, BLOCK_K: tl.constexpr):
-    """A scale or offset [out, count] for a tile of rows and positions; SIZE inputs share one (0: the whole row)."""
-    if SIZE == 0:
-        return tl.load(ptr + n64, mask=n_ok, other=0.0).to(tl.float32)[:, None]
-    elif SIZE % BLOCK_K == 0:
-        return tl.load(ptr + n64 * count + k0 // SIZE, mask=n_ok & (k0 < row), other=0.0).to(tl.float32)[:, None]
+    """Scales or offsets [out, count], each for SIZE inputs, at a tile of rows and positions."""
+    if SIZE % BLOCK_K == 0:
+        factor = tl.load(ptr + n64 * count + k0 // SIZE, mask=n_ok & (k0 < row), other=0.0).to(tl.float32)[:, None]
     else:
         k = k0 + tl.arange(0, BLOCK_K)
         mask = n_ok[:, None] & (k < row)[None, :]
-        return tl.load(ptr + n64[:, None] * count + (k // SIZE)[None, :], mask=mask, other=0.0).to(tl.float32)
+        factor = tl.load(ptr + n64[:, None] * count + (k // SIZE)[None, :], mask=mask, other=0.0).to(tl.float32)
+    return factor
 
 
 @triton.jit
 def _weights(
-    codes_ptr, tables_ptr, scale_ptr, offset_ptr, n64, n_ok, k0, row, row_bytes, scales, offsets,
+    codes_ptr, tables_ptr, scale_ptr, offset_ptr, row_scale, row_offset, n64, n_ok, k0, row, row_bytes, scales, offsets,
     BITS: tl.constexpr, WIDTH: tl.constexpr, FUSED: tl.constexpr, GROUP: tl.constexpr, BOOKS: tl.constexpr,
     UNIFORM: tl.constexpr, PER_ROW: tl.constexpr, BY_GROUP: tl.constexpr, IN_TILE: tl.constexpr, HAS_SCALE: tl.constexpr,
     HAS_OFFSET: tl.constexpr, SCALE_SIZE: tl.constexpr, OFFSET_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -95,19 +99,46 @@ def _weights(
         BITS, WIDTH, FUSED, GROUP, BOOKS, UNIFORM, PER_ROW, BY_GROUP, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     if IN_TILE and HAS_SCALE:
-        values *= _factor(scale_ptr, n64, n_ok, k0, row, scales, SCALE_SIZE, BLOCK_K)
+        values *= row_scale if SCALE_SIZE == 0 else _factor(scale_ptr, n64, n_ok, k0, row, scales, SCALE_SIZE, BLOCK_K)
     if IN_TILE and HAS_OFFSET:
-        values += _factor(offset_ptr, n64, n_ok, k0, row, offsets, OFFSET_SIZE, BLOCK_K)
+        values += row_offset if OFFSET_SIZE == 0 else _factor(offset_ptr, n64, n_ok, k0, row, offsets, OFFSET_SIZE, BLOCK_K)
     k = k0 + tl.arange(0, BLOCK_K)
     return tl.where((k < row)[None, :], values, 0.0)
 
 
 @triton.jit
-def _to_tf32(values):
-    """float32 rounded to nearest at 10 bits of mantissa: the matrix units would truncate, twice the error and one-sided."""
-    bits = values.to(tl.int32, bitcast=True)
-    rounded = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+def _without(values, BITS: tl.constexpr):
+    """float32 rounded to nearest without the lowest BITS bits of its mantissa: 13 makes tf32, 16 bfloat16."""
+    raw = values.to(tl.int32, bitcast=True)
+    rounded = ((raw + (1 << (BITS - 1))) & -(1 << BITS)).to(tl.float32, bitcast=True)
     return tl.where(values == values, rounded, values)
+
+
+INTERPRETED = not isinstance(_without, triton.JITFunction)
+MIXED = INTERPRETED and isinstance(tl.sum, triton.JITFunction)  # its own library was made for a GPU, our kernels for the interpreter
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
+
+@triton.jit
+def _narrow(values, dtype: tl.constexpr):
+    """float32 values as ``dtype``, rounded to nearest; the interpreter by itself would truncate to bfloat16."""
+    if _INTERPRETED and dtype == tl.bfloat16:
+        values = _without(values, 16)
+    return values.to(dtype)
+
+
+@triton.jit
+def _dot(xs, ws, total, EXACT: tl.constexpr):
+    """total + xs [M, K] times the transposed float32 ws [N, K], which are rounded to the dtype that is multiplied."""
+    if EXACT:
+        total = tl.dot(xs.to(tl.float32), tl.trans(ws), total, input_precision="ieee")
+    elif xs.dtype == tl.float32:  # the matrix units would truncate to tf32: twice the error, and one-sided
+        total = tl.dot(_without(xs, 13), tl.trans(_without(ws, 13)), total, input_precision="tf32")
+    elif _INTERPRETED:  # it multiplies the bits of bfloat16 as if they were integers
+        total = tl.dot(xs.to(tl.float32), tl.trans(_narrow(ws, xs.dtype).to(tl.float32)), total)
+    else:
+        total = tl.dot(xs, tl.trans(_narrow(ws, xs.dtype)), total)
+    return total
 
 
 @triton.jit
@@ -153,6 +184,8 @@ def matmul(
     else:
         y_rows = y_ptr + m.to(tl.int64) * y_b
         x_rows = x_ptr + m.to(tl.int64) * x_b
+    row_scale = _row_factor(scale_ptr, n64, n_ok, HAS_SCALE, SCALE_SIZE)
+    row_offset = _row_factor(offset_ptr, n64, n_ok, HAS_OFFSET, OFFSET_SIZE)
     total = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     for k0 in range(0, row, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
@@ -171,18 +204,13 @@ def matmul(
             at = x_rows[:, None] + (k.to(tl.int64) * x_c)[None, :]
         xs = tl.load(at, mask=ok, other=0.0)
         ws = _weights(
-            codes_ptr, tables_ptr, scale_ptr, offset_ptr, n64, n_ok, k0, row, row_bytes, scales, offsets,
+            codes_ptr, tables_ptr, scale_ptr, offset_ptr, row_scale, row_offset, n64, n_ok, k0, row, row_bytes, scales, offsets,
             BITS, WIDTH, FUSED, GROUP, BOOKS, UNIFORM, PER_ROW, BY_GROUP, IN_TILE, HAS_SCALE, HAS_OFFSET, SCALE_SIZE, OFFSET_SIZE,
             BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        if EXACT:
-            total = tl.dot(xs.to(tl.float32), tl.trans(ws), total, input_precision="ieee")
-        elif xs.dtype == tl.float32:
-            total = tl.dot(_to_tf32(xs), tl.trans(_to_tf32(ws)), total, input_precision="tf32")
-        else:
-            total = tl.dot(xs, tl.trans(ws.to(xs.dtype)), total)
+        total = _dot(xs, ws, total, EXACT)
     total = _finished(total, scale_ptr, bias_ptr, n64, n_ok, IN_TILE, HAS_SCALE, HAS_BIAS)
-    tl.store(y_rows[:, None] + (n64 * y_c)[None, :], total.to(y_ptr.dtype.element_ty), mask=m_ok[:, None] & n_ok[None, :])
+    tl.store(y_rows[:, None] + (n64 * y_c)[None, :], _narrow(total, y_ptr.dtype.element_ty), mask=m_ok[:, None] & n_ok[None, :])
 
 
 @triton.jit
@@ -203,6 +231,8 @@ def few_tokens(
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     t = tl.arange(0, TOKENS)
     n_ok, t_ok, n64 = n < out, t < tokens, n.to(tl.int64)
+    row_scale = _row_factor(scale_ptr, n64, n_ok, HAS_SCALE, SCALE_SIZE)
+    row_offset = _row_factor(offset_ptr, n64, n_ok, HAS_OFFSET, OFFSET_SIZE)
     total = tl.zeros([TOKENS, BLOCK_N, BLOCK_K], dtype=tl.float32)
     for step in range(0, steps):
         k0 = (split * steps + step) * BLOCK_K
@@ -210,7 +240,7 @@ def few_tokens(
         at = x_ptr + t.to(tl.int64)[:, None] * x_b + k.to(tl.int64)[None, :] * x_c
         xs = tl.load(at, mask=t_ok[:, None] & (k < row)[None, :], other=0.0).to(tl.float32)
         ws = _weights(
-            codes_ptr, tables_ptr, scale_ptr, offset_ptr, n64, n_ok, k0, row, row_bytes, scales, offsets,
+            codes_ptr, tables_ptr, scale_ptr, offset_ptr, row_scale, row_offset, n64, n_ok, k0, row, row_bytes, scales, offsets,
             BITS, WIDTH, FUSED, GROUP, BOOKS, UNIFORM, PER_ROW, BY_GROUP, IN_TILE, HAS_SCALE, HAS_OFFSET, SCALE_SIZE, OFFSET_SIZE,
             BLOCK_N, BLOCK_K,
         )  # fmt: skip
@@ -222,7 +252,7 @@ def few_tokens(
         tl.store(parts_ptr + split.to(tl.int64) * tokens * out + at, sums, mask=ok)
     else:
         sums = _finished(sums, scale_ptr, bias_ptr, n64, n_ok, IN_TILE, HAS_SCALE, HAS_BIAS)
-        tl.store(y_ptr + at, sums.to(y_ptr.dtype.element_ty), mask=ok)
+        tl.store(y_ptr + at, _narrow(sums, y_ptr.dtype.element_ty), mask=ok)
 
 
 @triton.jit
@@ -240,24 +270,24 @@ def add_parts(
     for split in range(0, splits):
         total += tl.load(parts_ptr + tl.cast(split, tl.int64) * tokens * out + at, mask=ok, other=0.0)
     total = _finished(total, scale_ptr, bias_ptr, n64, n_ok, IN_TILE, HAS_SCALE, HAS_BIAS)
-    tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), mask=ok)
+    tl.store(y_ptr + at, _narrow(total, y_ptr.dtype.element_ty), mask=ok)
 
 
-def _few_enough(configs, positional, **named):
-    """Tiles not taller than the tokens: a tile of 128 for 16 of them would multiply zeros."""
-    tokens = (positional | named)["tuned_tokens"]
-    return [c for c in configs if c.kwargs["BLOCK_M"] <= max(16, tokens)]
+def _suited(configs, positional, **named):
+    """Tiles not taller than the tokens; without matrix units (exact float32) small ones, as large ones spill thousands of bytes."""
+    arguments = positional | named
+    low = [c for c in configs if c.kwargs["BLOCK_M"] <= max(16, arguments["tuned_tokens"])]
+    return [c for c in low if (c.kwargs["BLOCK_K"] <= 16) == bool(arguments["EXACT"])]
 
 
 _CONFIGS = [
     triton.Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "SWIZZLE": 8}, num_warps=warps, num_stages=stages)
     for m, n, k, warps, stages in (
-        (16, 32, 128, 4, 3), (16, 64, 64, 4, 4), (32, 64, 64, 4, 4), (64, 64, 32, 4, 4), (64, 128, 32, 4, 3), (64, 64, 64, 4, 3),
-        (128, 64, 32, 4, 3), (128, 128, 32, 8, 3), (128, 128, 64, 8, 3), (128, 64, 64, 8, 3), (256, 64, 32, 8, 3),
+        (16, 32, 128, 4, 3), (16, 64, 64, 4, 4), (32, 64, 64, 4, 4), (64, 64, 32, 4, 4), (64, 128, 32, 8, 3), (64, 64, 64, 4, 3),
+        (128, 64, 32, 8, 3), (128, 128, 32, 8, 3), (128, 128, 64, 8, 3), (128, 64, 64, 8, 3),
+        (16, 64, 16, 4, 2), (32, 64, 16, 4, 2), (64, 64, 16, 4, 2), (64, 64, 16, 8, 2), (128, 64, 16, 8, 2),
     )
 ]  # fmt: skip
 _KEY = ["tuned_tokens", "out", "row", "BITS", "GROUP", "BOOKS", "UNIFORM", "PER_ROW", "IN_TILE", "SCALE_SIZE", "CONV", "KERNEL_ORDER",
         "KERNEL_H", "KERNEL_W", "EXACT"]  # fmt: skip
-INTERPRETED = not isinstance(matmul, triton.JITFunction)
-MIXED = INTERPRETED and isinstance(tl.sum, triton.JITFunction)  # its own library was made for a GPU, our kernels for the interpreter
-tuned_matmul = matmul if INTERPRETED else triton.autotune(_CONFIGS, _KEY, prune_configs_by={"early_config_prune": _few_enough})(matmul)
+tuned_matmul = matmul if INTERPRETED else triton.autotune(_CONFIGS, _KEY, prune_configs_by={"early_config_prune": _suited})(matmul)

@@ -60,8 +60,9 @@ def triton_refuses(weight: Weight, device: torch.device | str, dtype: torch.dtyp
     if why:
         return why
     kind = torch.device(device).type
-    if kind != ("cpu" if _device().INTERPRETED else "cuda"):
-        return f"the input is on {device}; " + ("the interpreter takes CPU tensors" if _device().INTERPRETED else "it must be on a CUDA device")
+    needed = "cpu" if _device().INTERPRETED else "cuda"
+    if kind != needed:
+        return f"the input is on {device}; it must be on {needed}" + (", which the interpreter takes" if needed == "cpu" else "")
     if dtype not in DTYPES:
         return f"the input is {dtype}; it must be float32, bfloat16 or float16"
     return why_not_laid_out(weight)
@@ -71,7 +72,7 @@ _laid_out: WeakKeyDictionary[CodebookWeight | Arranged, TritonWeight] = WeakKeyD
 
 
 def triton_weight(weight: Weight) -> TritonWeight:
-    """``weight`` as the kernels read it, made at the first call and kept as long as ``weight`` lives; raises AquabitError where it cannot be."""
+    """``weight`` as the kernels read it, made at the first call, kept while ``weight`` lives; raises AquabitError where it cannot be."""
     if isinstance(weight, TritonWeight):
         return weight
     if weight not in _laid_out:
@@ -113,7 +114,8 @@ def triton_conv2d(
     before, after = _pads(padding, reach, steps)
     sizes = [(x.shape[2 + i] + before[i] + after[i] - reach[i] - 1) // steps[i] + 1 for i in (0, 1)]
     if min(sizes) < 1:
-        raise AquabitError(f"an image of {list(x.shape[2:])} with padding {padding} is smaller than the kernel, which reaches {[r + 1 for r in reach]}")
+        image, extent = list(x.shape[2:]), [r + 1 for r in reach]
+        raise AquabitError(f"an image of {image} with padding {padding} is smaller than the kernel, which reaches over {extent}")
     y: Tensor = torch.ops.aquabit.triton_conv2d(x, *laid.arguments, bias, steps, before, spread, sizes, groups, accuracy == "exact")
     return y
 
@@ -156,9 +158,8 @@ def _pads(padding: Pair | str, reach: tuple[int, int], steps: tuple[int, int]) -
 _WEIGHT = "Tensor codes, Tensor? tables, Tensor? scale, Tensor? offset, int[] shape, int[] facts"
 _library = torch.library.Library("aquabit", "FRAGMENT")
 _library.define(f"triton_linear(Tensor x, {_WEIGHT}, Tensor? bias, bool exact) -> Tensor")
-_library.define(
-    f"triton_conv2d(Tensor x, {_WEIGHT}, Tensor? bias, int[] stride, int[] padding, int[] dilation, int[] size, int groups, bool exact) -> Tensor"
-)
+_GEOMETRY = "int[] stride, int[] padding, int[] dilation, int[] size, int groups"
+_library.define(f"triton_conv2d(Tensor x, {_WEIGHT}, Tensor? bias, {_GEOMETRY}, bool exact) -> Tensor")
 
 
 def _linear(
@@ -173,8 +174,8 @@ def _linear(
         if tokens <= FEW_TOKENS:
             _launch_few(x, y, codes, tables, scale, offset, bias, facts)
         else:
-            geometry = (shape[1], 1, 1, 1, 1, 1, 1, 0, 0, 1, 1)
-            _launch(x, y, codes, tables, scale, offset, bias, facts, exact, tokens, 1, (*x.stride(), 0, 0, *y.stride(), 0, 0), geometry, None)
+            strides, geometry = (*x.stride(), 0, 0, *y.stride(), 0, 0), (shape[1], 1, 1, 1, 1, 1, 1, 0, 0, 1, 1)
+            _launch(x, y, codes, tables, scale, offset, bias, facts, exact, tokens, 1, strides, geometry, None)
     return y
 
 
@@ -225,7 +226,7 @@ def _constants(
     """What the kernels are specialised for."""
     bits, width, fused, group, books, _, wide = facts
     span = group * fused
-    counts = [1 if t is None or t.ndim == 1 else t.shape[1] for t in (scale, offset)]
+    counts = _counts(scale, offset)
     # A row scale alone is applied to sums: decoded codewords then stay as they are stored, exact in half precision where there is one
     # codebook. Not where sums of codewords leave float16.
     in_tile = offset is not None or counts[0] > 1 or (dtype == torch.float16 and bool(wide))
@@ -233,7 +234,8 @@ def _constants(
         "BITS": bits, "WIDTH": width, "FUSED": fused, "GROUP": group, "BOOKS": books, "UNIFORM": tables is None,
         "PER_ROW": tables is not None and len(tables) > 1, "BY_GROUP": span & (span - 1) == 0 and span <= _BY_GROUP, "IN_TILE": in_tile,
         "HAS_SCALE": scale is not None, "HAS_OFFSET": offset is not None,
-        "SCALE_SIZE": ceil_divide(row, counts[0]) if counts[0] > 1 else 0, "OFFSET_SIZE": ceil_divide(row, counts[1]) if counts[1] > 1 else 0,
+        "SCALE_SIZE": ceil_divide(row, counts[0]) if counts[0] > 1 else 0,
+        "OFFSET_SIZE": ceil_divide(row, counts[1]) if counts[1] > 1 else 0,
     }  # fmt: skip
 
 
@@ -260,6 +262,7 @@ def _launch(
 
 
 def _counts(*factors: Tensor | None) -> tuple[int, ...]:
+    """How many scales (offsets) each row has."""
     return tuple(1 if t is None or t.ndim == 1 else t.shape[1] for t in factors)
 
 

@@ -1,9 +1,9 @@
 """A coded weight as the Triton kernels read it.
 
-``Arranged`` cuts a row where a tap or a group of scales ends and pads each piece to whole bytes. A GPU computes addresses per element, so a
-row in one run is simpler and faster: the lookup of position k is k // span, whatever the piece. Where the pieces fill their bytes (all Linear
-layers with row scales, kernel slices, almost all others) both are the same bytes, and an ``Arranged`` weight is used as it is, without
-a copy. Groups that reach across taps, which ``Arranged`` has not, are served too.
+``Arranged`` cuts a row where a tap or a group of scales ends and pads each piece to whole bytes. A GPU computes addresses per element, so
+a row in one run is simpler and faster: the lookup of position k is k // span, whatever the piece. Where the pieces fill their bytes (all
+Linear layers with row scales, kernel slices, almost all others) both are the same bytes, and an ``Arranged`` weight is used as it is,
+without a copy. Groups that reach across taps, which ``Arranged`` has not, are served too.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class TritonWeight:
     wide: bool
 
     @property
-    def arguments(self) -> tuple[Tensor | None | list[int], ...]:
+    def arguments(self) -> tuple[Tensor | list[int] | None, ...]:
         """As the ops take a weight: codes, tables, scale, offset, shape, facts."""
         facts = [self.bits, self.width, self.fused, self.group, self.codebooks, int(self.kernel_order), int(self.wide)]
         return self.codes, self.tables, self.scale, self.offset, list(self.shape), facts
@@ -51,8 +51,8 @@ class TritonWeight:
         return sum(t.numel() * t.element_size() for t in (self.codes, self.tables, self.scale, self.offset) if t is not None)
 
     def to(self, device: torch.device | str) -> TritonWeight:
-        moved = {name: getattr(self, name) for name in ("codes", "tables", "scale", "offset")}
-        return replace(self, **{name: None if t is None else t.to(device) for name, t in moved.items()})
+        tables, scale, offset = (None if t is None else t.to(device) for t in (self.tables, self.scale, self.offset))
+        return replace(self, codes=self.codes.to(device), tables=tables, scale=scale, offset=offset)
 
 
 def why_not_laid_out(weight: CodebookWeight | Arranged | TritonWeight) -> str | None:
@@ -73,13 +73,11 @@ def lay_out(weight: CodebookWeight | Arranged) -> TritonWeight:
     if why:
         raise AquabitError(f"a weight {list(weight.shape)} cannot be laid out for the triton kernels: {why}")
     run = _one_run(weight)
-    tables, scale, offset = run.stored
-    known = tables is not None and not tables.is_meta
-    wide = known and float(tables.float().abs().amax((0, 2, 3)).sum()) > _FLOAT16_MAX
+    tables, scale, offset = (None if t is None else t.contiguous() for t in run.stored)
+    wide = tables is not None and not tables.is_meta and float(tables.float().abs().amax((0, 2, 3)).sum()) > _FLOAT16_MAX
     return TritonWeight(
-        run.codes, *(None if t is None else t.contiguous() for t in (tables, scale, offset)), run.shape, run.bits, run.codebooks,
-        run.group, run.fused, run.width, run.order == "kernel", wide,
-    )  # fmt: skip
+        run.codes, tables, scale, offset, run.shape, run.bits, run.codebooks, run.group, run.fused, run.width, run.order == "kernel", wide
+    )
 
 
 def _one_run(weight: CodebookWeight | Arranged) -> Arranged:
