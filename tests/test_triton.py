@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from math import ceil, prod
+from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
@@ -24,6 +25,11 @@ from aquabit.kernels.triton_kernels import triton_available, triton_conv2d, trit
 from aquabit.scheme import AquabitError
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:invalid value encountered in matmul",
+    "ignore:Using padding='same' with even kernel",
+    "ignore:Dynamo detected a call to a `functools",
+)
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 served = pytest.mark.skipif(triton_available() is not None, reason=f"triton cannot run: {triton_available()}")
@@ -156,6 +162,12 @@ def test_rows_are_split_over_programs_and_added_in_order() -> None:
 
 
 @served
+def test_long_rows_are_summed_in_parts() -> None:
+    weight, decoded = made(FORMATS["vq3"], (16, 600))  # with tiles of 32: two sums of 8 blocks and a rest
+    check_linear(weight, decoded, noise(16, 600), None)
+
+
+@served
 def test_inputs_of_any_layout() -> None:
     weight, decoded = made(FORMATS["usq3"], (7, 24))
     expected = torch.from_numpy(decoded).T
@@ -206,6 +218,15 @@ def test_what_is_not_finite_stays_in_its_token() -> None:
     rest = [i for i in range(17) if i not in (3, 4)]
     assert bool(y[3].isnan().all()) and not bool(y[4].isfinite().any())
     assert error(y[rest], x[rest].double() @ torch.from_numpy(decoded).T) <= 1e-3
+
+
+@served
+def test_worst_case_of_tf32_stays_within_the_bound() -> None:
+    """Inputs and weights half a step of tf32 above a number that it has: rounding errs most, truncation would err twice as much."""
+    weight = CodebookWeight.from_codes(torch.zeros(64, 1, 16), torch.tensor([1 + 2**-10, 0.0]).reshape(1, 1, 2, 1), torch.full((16,), 1.5), torch.full((16,), 2**-10), (16, 64), 1)  # fmt: skip
+    x = torch.full((16, 64), 1 + 2**-11 + 2**-13)
+    expected = x.double() @ weight.dequantize().double().T
+    assert 0 < error(triton_linear(x.to(DEVICE), weight.to(DEVICE)), expected) <= 1e-3
 
 
 # stride, padding, dilation, groups, kernel, image
@@ -390,3 +411,46 @@ def test_the_module_imports_without_triton() -> None:
 def test_an_interpreter_set_too_late_is_named() -> None:
     program = "import os, triton; os.environ['TRITON_INTERPRET'] = '1'; from aquabit.kernels.triton_kernels import triton_available as f; print(f())"
     assert "TRITON_INTERPRET was set after triton was imported" in _python(program, TRITON_INTERPRET=None)
+
+
+def test_the_kernels_compile_for_gpus_that_are_not_here(tmp_path: Path) -> None:
+    """Ampere and Hopper: matrix units (mma.sync, wgmma) in all fast products, none in exact ones and for few tokens."""
+    lines = _python("from tests.triton_compiles import main; main()", TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path)).splitlines()
+    assert len(lines) == 18
+    for line in lines:
+        unit = "none" if "exact" in line or " few " in line or " add " in line else "mma.sync" if line.startswith("80") else "wgmma.mma"
+        assert f"unit='{unit}'" in line, line
+
+
+# Shapes of DiT-XL/2 and LDM-4, where there is a GPU.
+
+
+@gpu
+@served
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 8, 16, 256, 1000])
+@pytest.mark.parametrize("name", ["usq2", "usq4", "usq8", "vq3", "vq4c", "aq2x8g8", "aq1x8g16", "aq2x6g3"])
+def test_large_linear(name: str, tokens: int, dtype: torch.dtype) -> None:
+    weight, decoded = made(FORMATS[name], (1152, 1152))
+    check_linear(weight, decoded, noise(tokens, 1152, dtype=dtype), noise(1152, seed=2, dtype=dtype))
+
+
+@gpu
+@served
+@pytest.mark.parametrize(("shape", "tokens"), [((4608, 1152), 256), ((1152, 4608), 256), ((1152, 4608), 1), ((4608, 1152), 4096)])
+def test_large_linear_with_scales_per_64_inputs(shape: tuple[int, int], tokens: int) -> None:
+    weight, decoded = made(Format(4, C=0, n=shape[1] // 64, offset=True), shape)
+    check_linear(weight, decoded, noise(tokens, shape[1]), None)
+
+
+@gpu
+@served
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("channels", "size", "stride"), [(192, 32, 1), (384, 32, 2), (960, 16, 1)])
+@pytest.mark.parametrize("name", ["usq4", "aq2x8g8", "kernel"])
+def test_large_conv2d(name: str, channels: int, size: int, stride: int, memory_format: torch.memory_format, dtype: torch.dtype) -> None:
+    format, order = (Format(8, 9), "kernel") if name == "kernel" else (FORMATS[name], "inputs")
+    weight, decoded = made(format, (channels, channels, 3, 3), order=order)
+    x = noise(2, channels, size, size, dtype=dtype).contiguous(memory_format=memory_format)
+    check_conv(weight, decoded, x, noise(channels, seed=4, dtype=dtype), stride, 1)

@@ -25,6 +25,25 @@ def _lookup(codes_ptr, n64, n_ok, lookup, row_bytes, BITS: tl.constexpr, WIDTH: 
 
 
 @triton.jit
+def _unfused(codes, BITS: tl.constexpr, FUSED: tl.constexpr):
+    """[N, L] fused codes as [N, L * FUSED] single ones; joined, so that a thread keeps the codes of the bytes that it reads."""
+    MASK: tl.constexpr = (1 << BITS) - 1
+    if FUSED == 2:
+        single = tl.join(codes & MASK, codes >> BITS)
+    elif FUSED == 4:
+        even = tl.join(codes & MASK, (codes >> (2 * BITS)) & MASK)
+        single = tl.join(even, tl.join((codes >> BITS) & MASK, codes >> (3 * BITS)))
+    else:
+        tl.static_assert(FUSED == 8)
+        first = tl.join(
+            tl.join(codes & MASK, (codes >> (4 * BITS)) & MASK), tl.join((codes >> (2 * BITS)) & MASK, (codes >> (6 * BITS)) & MASK)
+        )
+        third = tl.join((codes >> (3 * BITS)) & MASK, codes >> (7 * BITS))
+        single = tl.join(first, tl.join(tl.join((codes >> BITS) & MASK, (codes >> (5 * BITS)) & MASK), third))
+    return tl.reshape(single, [codes.shape[0], codes.shape[1] * FUSED])
+
+
+@triton.jit
 def _values(
     codes_ptr, tables_ptr, n64, n_ok, k0, row_bytes,
     BITS: tl.constexpr, WIDTH: tl.constexpr, FUSED: tl.constexpr, GROUP: tl.constexpr, BOOKS: tl.constexpr,
@@ -32,35 +51,33 @@ def _values(
 ):  # fmt: skip
     """sum_m tables[m, code[n, k // GROUP, m], k % GROUP] for k in [k0, k0 + BLOCK_K): float32 [BLOCK_N, BLOCK_K].
 
-    ``BY_GROUP``: GROUP * FUSED is a power of two that divides BLOCK_K, so each code is read once and its codeword is one vector load.
+    ``BY_GROUP``: GROUP is a power of two that divides BLOCK_K, so each code is read once and its codeword is one vector load.
     """
     SIZE: tl.constexpr = GROUP << BITS  # entries of a table
-    MASK: tl.constexpr = (1 << BITS) - 1
     base = n64 * (BOOKS * SIZE) if PER_ROW else n64 * 0
-    if BY_GROUP:
-        SPAN: tl.constexpr = GROUP * FUSED
-        COUNT: tl.constexpr = BLOCK_K // SPAN
-        group = k0 // SPAN + tl.arange(0, COUNT)
-        inside = tl.arange(0, SPAN)
-        total = tl.zeros([BLOCK_N, COUNT, SPAN], dtype=tl.float32)
+    if FUSED > 1 or UNIFORM:
+        codes = _lookup(codes_ptr, n64, n_ok, k0 // FUSED + tl.arange(0, BLOCK_K // FUSED), row_bytes, BITS, WIDTH, FUSED)
+        if FUSED > 1:
+            codes = _unfused(codes, BITS, FUSED)
+        if UNIFORM:
+            values = codes.to(tl.float32)
+        else:
+            values = tl.load(tables_ptr + base[:, None] + codes, mask=n_ok[:, None], other=0.0).to(tl.float32)
+    elif BY_GROUP:
+        COUNT: tl.constexpr = BLOCK_K // GROUP
+        inside = tl.arange(0, GROUP)[None, None, :]
+        total = tl.zeros([BLOCK_N, COUNT, GROUP], dtype=tl.float32)
         for m in tl.static_range(BOOKS):
-            code = _lookup(codes_ptr, n64, n_ok, group * BOOKS + m, row_bytes, BITS, WIDTH, FUSED)[:, :, None]
-            if FUSED > 1:
-                code = (code >> (inside * BITS)[None, None, :]) & MASK
-            if UNIFORM:
-                total += code.to(tl.float32)
-            elif FUSED > 1:
-                total += tl.load(tables_ptr + base[:, None, None] + code, mask=n_ok[:, None, None], other=0.0).to(tl.float32)
-            else:
-                at = base[:, None, None] + (code * GROUP + m * SIZE + inside[None, None, :])
-                total += tl.load(tables_ptr + at, mask=n_ok[:, None, None], other=0.0).to(tl.float32)
+            codes = _lookup(codes_ptr, n64, n_ok, (k0 // GROUP + tl.arange(0, COUNT)) * BOOKS + m, row_bytes, BITS, WIDTH, FUSED)
+            at = base[:, None, None] + (codes[:, :, None] * GROUP + m * SIZE + inside)
+            total += tl.load(tables_ptr + at, mask=n_ok[:, None, None], other=0.0).to(tl.float32)
         values = tl.reshape(total, [BLOCK_N, BLOCK_K])
     else:
         k = k0 + tl.arange(0, BLOCK_K)
         values = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
         for m in tl.static_range(BOOKS):
-            code = _lookup(codes_ptr, n64, n_ok, (k // GROUP) * BOOKS + m, row_bytes, BITS, WIDTH, FUSED)
-            at = base[:, None] + (code * GROUP + m * SIZE + (k % GROUP)[None, :])
+            codes = _lookup(codes_ptr, n64, n_ok, k // GROUP * BOOKS + m, row_bytes, BITS, WIDTH, FUSED)
+            at = base[:, None] + (codes * GROUP + m * SIZE + (k % GROUP)[None, :])
             values += tl.load(tables_ptr + at, mask=n_ok[:, None], other=0.0).to(tl.float32)
     return values
 
@@ -187,6 +204,7 @@ def matmul(
     row_scale = _row_factor(scale_ptr, n64, n_ok, HAS_SCALE, SCALE_SIZE)
     row_offset = _row_factor(offset_ptr, n64, n_ok, HAS_OFFSET, OFFSET_SIZE)
     total = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    part = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     for k0 in range(0, row, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
         ok = m_ok[:, None] & (k < row)[None, :]
@@ -208,7 +226,15 @@ def matmul(
             BITS, WIDTH, FUSED, GROUP, BOOKS, UNIFORM, PER_ROW, BY_GROUP, IN_TILE, HAS_SCALE, HAS_OFFSET, SCALE_SIZE, OFFSET_SIZE,
             BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        total = _dot(xs, ws, total, EXACT)
+        if EXACT:  # sums of 8 blocks are added apart: the error of one long sum of float32 passes 1e-6 from some thousand inputs on
+            part = _dot(xs, ws, part, EXACT)
+            full = k0 // BLOCK_K % 8 == 7
+            total = tl.where(full, total + part, total)
+            part = tl.where(full, 0.0, part)
+        else:
+            total = _dot(xs, ws, total, EXACT)
+    if EXACT:
+        total += part
     total = _finished(total, scale_ptr, bias_ptr, n64, n_ok, IN_TILE, HAS_SCALE, HAS_BIAS)
     tl.store(y_rows[:, None] + (n64 * y_c)[None, :], _narrow(total, y_ptr.dtype.element_ty), mask=m_ok[:, None] & n_ok[None, :])
 

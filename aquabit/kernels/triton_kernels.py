@@ -28,7 +28,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FEW_TOKENS = 8  # up to here one pass over the codes without matrix units
 _ROWS_FEW, _BLOCK_FEW = 8, 128  # outputs and inputs that a program of the path for few tokens takes at a time
 _TILE_INTERPRETED = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 32, "SWIZZLE": 2}
-_BY_GROUP = 16  # widest power-of-two codeword that is loaded as a vector
+_BY_GROUP = (2, 4, 8, 16)  # lengths of codewords that are loaded as vectors
 
 
 @cache
@@ -225,14 +225,13 @@ def _constants(
 ) -> dict[str, Any]:
     """What the kernels are specialised for."""
     bits, width, fused, group, books, _, wide = facts
-    span = group * fused
     counts = _counts(scale, offset)
     # A row scale alone is applied to sums: decoded codewords then stay as they are stored, exact in half precision where there is one
     # codebook. Not where sums of codewords leave float16.
     in_tile = offset is not None or counts[0] > 1 or (dtype == torch.float16 and bool(wide))
     return {
         "BITS": bits, "WIDTH": width, "FUSED": fused, "GROUP": group, "BOOKS": books, "UNIFORM": tables is None,
-        "PER_ROW": tables is not None and len(tables) > 1, "BY_GROUP": span & (span - 1) == 0 and span <= _BY_GROUP, "IN_TILE": in_tile,
+        "PER_ROW": tables is not None and len(tables) > 1, "BY_GROUP": group in _BY_GROUP, "IN_TILE": in_tile,
         "HAS_SCALE": scale is not None, "HAS_OFFSET": offset is not None,
         "SCALE_SIZE": ceil_divide(row, counts[0]) if counts[0] > 1 else 0,
         "OFFSET_SIZE": ceil_divide(row, counts[1]) if counts[1] > 1 else 0,
