@@ -6,6 +6,7 @@ import gc
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from math import ceil, prod
 from pathlib import Path
 from typing import NamedTuple
@@ -178,6 +179,8 @@ def test_inputs_of_any_layout() -> None:
     assert error(triton_linear(x.to(DEVICE), weight, accuracy="exact"), x.double() @ expected) <= 1e-6
     assert triton_linear(noise(24).to(DEVICE), weight).shape == (7,)
     assert triton_linear(noise(0, 24).to(DEVICE), weight).shape == (0, 7)
+    bias = noise(14, seed=5)[::2]
+    assert error(triton_linear(x.to(DEVICE), weight, bias.to(DEVICE), "exact"), x.double() @ expected + bias.double()) <= 1e-6
     one = noise(1, 24).to(DEVICE).expand(20, 24)
     assert error(triton_linear(one, weight, accuracy="exact"), one.cpu().double() @ expected) <= 1e-6
 
@@ -386,6 +389,23 @@ def test_weights_that_it_refuses() -> None:
         triton_conv2d(torch.zeros(1, 20, 2, 2), linear)
     elsewhere = "cpu" if CUDA else "cuda:1"
     assert triton_available() is not None or elsewhere in str(triton_refuses(linear, elsewhere, torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"codes": torch.zeros(5, 9, dtype=torch.uint8)}, r"uint8 \[5, 9\]"), ({"codes": torch.zeros(5, 20)}, "float32"), ({"bits": 5}, "needs uint8"),
+        ({"scale": torch.zeros(4)}, r"scale is \[4\]"), ({"offset": torch.zeros(5, 0)}, r"offset is \[5, 0\]"), ({"group": 2}, "needs uint8"),
+        ({"tables": torch.zeros(1, 1, 8, 1)}, r"tables are \[1, 1, 8, 1\]"), ({"scale": torch.zeros(10)[::2]}, "strides"),
+        ({"scale": torch.zeros(5, device="meta")}, "on meta"),
+    ],
+)  # fmt: skip
+def test_a_layout_that_would_be_read_past_its_end_is_refused(change: dict, message: str) -> None:
+    laid = triton_weight(made(FORMATS["usq4"], (5, 20))[0])
+    with pytest.raises(AquabitError, match=message):
+        replace(
+            laid, **{k: v.to(DEVICE) if isinstance(v, Tensor) and not v.is_meta and v.is_contiguous() else v for k, v in change.items()}
+        )
 
 
 def test_without_triton_it_says_so() -> None:

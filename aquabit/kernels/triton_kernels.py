@@ -91,7 +91,7 @@ def triton_linear(x: Tensor, weight: Weight, bias: Tensor | None = None, accurac
     if x.ndim == 0 or x.shape[-1] != laid.shape[1]:
         raise AquabitError(f"the input is {list(x.shape)}; a weight {list(laid.shape)} takes [..., {laid.shape[1]}]")
     rows = x.reshape(-1, x.shape[-1])
-    y: Tensor = torch.ops.aquabit.triton_linear(rows, *laid.arguments, bias, accuracy == "exact")
+    y: Tensor = torch.ops.aquabit.triton_linear(rows, *laid.arguments, _contiguous(bias), accuracy == "exact")
     return y.reshape(*x.shape[:-1], laid.shape[0])
 
 
@@ -116,7 +116,9 @@ def triton_conv2d(
     if min(sizes) < 1:
         image, extent = list(x.shape[2:]), [r + 1 for r in reach]
         raise AquabitError(f"an image of {image} with padding {padding} is smaller than the kernel, which reaches over {extent}")
-    y: Tensor = torch.ops.aquabit.triton_conv2d(x, *laid.arguments, bias, steps, before, spread, sizes, groups, accuracy == "exact")
+    y: Tensor = torch.ops.aquabit.triton_conv2d(
+        x, *laid.arguments, _contiguous(bias), steps, before, spread, sizes, groups, accuracy == "exact"
+    )
     return y
 
 
@@ -135,6 +137,10 @@ def _checked(x: Tensor, weight: Weight, bias: Tensor | None, accuracy: str, ndim
         if other is not None and other.device != x.device:
             raise AquabitError(f"the input is on {x.device}, the {name} on {other.device}; move one of them")
     return laid
+
+
+def _contiguous(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.contiguous()
 
 
 def _pair(value: Pair, name: str, least: int) -> tuple[int, int]:

@@ -39,6 +39,29 @@ class TritonWeight:
     kernel_order: bool
     wide: bool
 
+    def __post_init__(self) -> None:
+        """Everything that the kernels take on trust; they would read past the end of tensors that are too small."""
+        out, places = self.shape[0], -(-prod(self.shape[1:]) // self.group)
+        lookups = -(-places // self.fused) * self.codebooks
+        expected = (out, -(-lookups * self.width // 8))
+        if self.codes.dtype != torch.uint8 or tuple(self.codes.shape) != expected or self.bits * self.fused > self.width or self.width > 8:
+            raise AquabitError(
+                f"codes are {self.codes.dtype} {list(self.codes.shape)}; a weight {list(self.shape)} needs uint8 {list(expected)}"
+            )
+        tail = (self.codebooks, 1 << self.bits, self.group)
+        if self.tables is not None and tuple(self.tables.shape) not in ((1, *tail), (out, *tail)):
+            raise AquabitError(f"tables are {list(self.tables.shape)}; needed are [1 or {out}, {', '.join(map(str, tail))}]")
+        if (self.tables is None or self.fused > 1) and self.group * self.codebooks != 1:
+            raise AquabitError(f"scalar codes have one codebook of single weights, not {self.codebooks} of {self.group}")
+        for name in ("scale", "offset"):
+            value = getattr(self, name)
+            if value is not None and (value.ndim not in (1, 2) or len(value) != out or value.numel() < out):
+                raise AquabitError(f"{name} is {list(value.shape)}; needed is [{out}] or [{out}, n]")
+        for name in ("codes", "tables", "scale", "offset"):
+            value = getattr(self, name)
+            if value is not None and (value.device != self.codes.device or not value.is_contiguous()):
+                raise AquabitError(f"{name} is on {value.device} with strides {value.stride()}; needed is {self.codes.device}, contiguous")
+
     @property
     def arguments(self) -> tuple[Tensor | list[int] | None, ...]:
         """As the ops take a weight: codes, tables, scale, offset, shape, facts."""
@@ -76,7 +99,18 @@ def lay_out(weight: CodebookWeight | Arranged) -> TritonWeight:
     tables, scale, offset = (None if t is None else t.contiguous() for t in run.stored)
     wide = tables is not None and not tables.is_meta and float(tables.float().abs().amax((0, 2, 3)).sum()) > _FLOAT16_MAX
     return TritonWeight(
-        run.codes, tables, scale, offset, run.shape, run.bits, run.codebooks, run.group, run.fused, run.width, run.order == "kernel", wide
+        run.codes.contiguous(),
+        tables,
+        scale,
+        offset,
+        run.shape,
+        run.bits,
+        run.codebooks,
+        run.group,
+        run.fused,
+        run.width,
+        run.order == "kernel",
+        wide,
     )
 
 
