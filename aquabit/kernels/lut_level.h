@@ -1,0 +1,378 @@
+// The table kernel for one instruction set; included by lut.cpp once per level, inside a namespace and under a target pragma of its own. No
+// library code and no templates: what the linker shares between levels must not be compiled for one of them.
+//
+// Columns are tokens, or the pixels of padded planes in one long row. A table row holds the product of one codeword with a group of inputs
+// for every column, so that a code of a weight costs one load and one add for a whole vector of columns.
+
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+typedef int16_t Shorts __attribute__((vector_size(4 * kLanes)));      // 2 kLanes
+typedef int16_t HalfShorts __attribute__((vector_size(2 * kLanes)));  // kLanes
+typedef float UnalignedFloats __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef int16_t UnalignedShorts __attribute__((vector_size(4 * kLanes), aligned(2), may_alias));
+
+INLINE Floats load(const float* x) { return *reinterpret_cast<const UnalignedFloats*>(x); }
+INLINE void store(float* x, Floats v) { *reinterpret_cast<UnalignedFloats*>(x) = v; }
+INLINE Shorts load(const int16_t* x) { return *reinterpret_cast<const UnalignedShorts*>(x); }
+INLINE void store(int16_t* x, Shorts v) { *reinterpret_cast<UnalignedShorts*>(x) = v; }
+INLINE Floats splat(float x) { return x - Floats{}; }
+
+// To the nearest integers, in the low half of each lane: adding 1.5 * 2^23 leaves them in the mantissa.
+INLINE Ints rounded(Floats x) { return reinterpret_cast<Ints>(x + 12582912.0f); }
+
+INLINE Shorts narrowed(Ints low, Ints high) {
+#if AQUABIT_LEVEL == 4
+    return reinterpret_cast<Shorts>(_mm512_permutex2var_epi16(
+        reinterpret_cast<__m512i>(low),
+        _mm512_set_epi16(62, 60, 58, 56, 54, 52, 50, 48, 46, 44, 42, 40, 38, 36, 34, 32, 30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4,
+                         2, 0),
+        reinterpret_cast<__m512i>(high)));
+#else
+    const HalfShorts a = __builtin_convertvector(low, HalfShorts), b = __builtin_convertvector(high, HalfShorts);
+    Shorts both;
+    __builtin_memcpy(&both, &a, sizeof a);
+    __builtin_memcpy(reinterpret_cast<char*>(&both) + sizeof a, &b, sizeof b);
+    return both;
+#endif
+}
+
+INLINE void widened(Shorts x, Floats* low, Floats* high) {
+    HalfShorts a, b;
+    __builtin_memcpy(&a, &x, sizeof a);
+    __builtin_memcpy(&b, reinterpret_cast<const char*>(&x) + sizeof a, sizeof b);
+    *low = __builtin_convertvector(a, Floats);
+    *high = __builtin_convertvector(b, Floats);
+}
+
+#if defined(__clang__)
+INLINE Floats shuffled(Floats a, Floats b, Ints from) {
+    Floats out;
+    for (int i = 0; i < kLanes; ++i) out[i] = from[i] < kLanes ? a[from[i]] : b[from[i] - kLanes];
+    return out;
+}
+#else
+INLINE Floats shuffled(Floats a, Floats b, Ints from) { return __builtin_shuffle(a, b, from); }
+#endif
+
+// kLanes vectors, as a square, transposed.
+INLINE void transpose(Floats* v) {
+    Floats w[kLanes];
+    Ints low, high;
+    for (int i = 0; i < kLanes; ++i) {
+        low[i] = i / 2 + (i % 2) * kLanes;
+        high[i] = low[i] + kLanes / 2;
+    }
+    for (int step = 1; step < kLanes; step *= 2) {  // interleaving row i with row i + kLanes / 2, log2(kLanes) times
+        for (int i = 0; i < kLanes / 2; ++i) {
+            w[2 * i] = shuffled(v[i], v[i + kLanes / 2], low);
+            w[2 * i + 1] = shuffled(v[i], v[i + kLanes / 2], high);
+        }
+        for (int i = 0; i < kLanes; ++i) v[i] = w[i];
+    }
+}
+
+// Tokens [count, stride] at channels [0, channels) to columns: out [channels, width]; columns past count are zero.
+static void columns_of(const float* x, int64_t stride, int64_t count, int64_t channels, int64_t width, float* out) {
+    for (int64_t t = 0; t < width; t += kLanes)
+        for (int64_t c = 0; c < channels; c += kLanes) {
+            if (t + kLanes <= count && c + kLanes <= channels) {
+                Floats v[kLanes];
+                for (int i = 0; i < kLanes; ++i) v[i] = load(x + (t + i) * stride + c);
+                transpose(v);
+                for (int i = 0; i < kLanes; ++i) store(out + (c + i) * width + t, v[i]);
+            } else {
+                for (int64_t i = c; i < c + kLanes && i < channels; ++i)
+                    for (int64_t j = t; j < t + kLanes; ++j) out[i * width + j] = j < count ? x[j * stride + i] : 0.0f;
+            }
+        }
+}
+
+// Squared length of the inputs of each column: of all (added to total) and of the longest group (largest).
+static void squares(const float* const* streams, int64_t span, int64_t width, float* total, float* largest) {
+    for (int64_t q = 0; q < width; q += kLanes) {
+        Floats sum = splat(0);
+        for (int64_t i = 0; i < span; ++i) {
+            const Floats x = load(streams[i] + q);
+            sum += x * x;
+        }
+        store(total + q, load(total + q) + sum);
+        const Floats most = load(largest + q);
+        store(largest + q, sum > most || sum != sum ? sum : most);
+    }
+}
+
+// aux += sum of weights times streams.
+static void weigh(const float* const* streams, const float* weights, int64_t span, int64_t width, float* aux) {
+    for (int64_t q = 0; q < width; q += kLanes) {
+        Floats sum = load(aux + q);
+        for (int64_t i = 0; i < span; ++i) sum += weights[i] * load(streams[i] + q);
+        store(aux + q, sum);
+    }
+}
+
+// Rows of codewords [count, span] times the streams, each column times inverse where rows are int16; rows are ``stride`` columns apart.
+// A register block of four rows by two vectors; ``exact`` is a constant where this is called.
+INLINE void product_rows(const float* codewords, int64_t count, const float* const* streams, int64_t span, const float* inverse,
+                         int64_t width, int64_t stride, void* rows, const bool exact) {
+    for (int64_t q = 0; q < width; q += 2 * kLanes) {
+        Floats x[2 * kSpan];
+        const Floats a = exact ? splat(1) : load(inverse + q), b = exact ? splat(1) : load(inverse + q + kLanes);
+        for (int64_t i = 0; i < span; ++i) {
+            x[2 * i] = exact ? load(streams[i] + q) : load(streams[i] + q) * a;
+            x[2 * i + 1] = exact ? load(streams[i] + q + kLanes) : load(streams[i] + q + kLanes) * b;
+        }
+        int64_t k = 0;
+        for (; k + 4 <= count; k += 4) {
+            const float* c = codewords + k * span;
+            Floats sum[8];
+            for (int r = 0; r < 4; ++r) {
+                sum[2 * r] = c[r * span] * x[0];
+                sum[2 * r + 1] = c[r * span] * x[1];
+            }
+            for (int64_t i = 1; i < span; ++i)
+                for (int r = 0; r < 4; ++r) {
+                    sum[2 * r] += c[r * span + i] * x[2 * i];
+                    sum[2 * r + 1] += c[r * span + i] * x[2 * i + 1];
+                }
+            for (int r = 0; r < 4; ++r) {
+                if (exact) {
+                    float* row = static_cast<float*>(rows) + (k + r) * stride + q;
+                    store(row, sum[2 * r]);
+                    store(row + kLanes, sum[2 * r + 1]);
+                } else {
+                    store(static_cast<int16_t*>(rows) + (k + r) * stride + q, narrowed(rounded(sum[2 * r]), rounded(sum[2 * r + 1])));
+                }
+            }
+        }
+        for (; k < count; ++k) {
+            Floats low = splat(0), high = splat(0);
+            for (int64_t i = 0; i < span; ++i) {
+                low += codewords[k * span + i] * x[2 * i];
+                high += codewords[k * span + i] * x[2 * i + 1];
+            }
+            if (exact) {
+                float* row = static_cast<float*>(rows) + k * stride + q;
+                store(row, low);
+                store(row + kLanes, high);
+            } else {
+                store(static_cast<int16_t*>(rows) + k * stride + q, narrowed(rounded(low), rounded(high)));
+            }
+        }
+    }
+}
+
+static void product_rows_exact(const float* codewords, int64_t count, const float* const* streams, int64_t span, const float*,
+                               int64_t width, int64_t stride, void* rows) {
+    product_rows(codewords, count, streams, span, nullptr, width, stride, rows, true);
+}
+
+static void product_rows_fast(const float* codewords, int64_t count, const float* const* streams, int64_t span, const float* inverse,
+                              int64_t width, int64_t stride, void* rows) {
+    if (span == 8) return product_rows(codewords, count, streams, 8, inverse, width, stride, rows, false);
+    if (span == 9) return product_rows(codewords, count, streams, 9, inverse, width, stride, rows, false);
+    product_rows(codewords, count, streams, span, inverse, width, stride, rows, false);
+}
+
+// Fused scalar codes: row high * count + low is the sum of one row of each half.
+static void sum_rows(const void* low, int64_t lows, const void* high, int64_t highs, int64_t width, void* rows, bool exact) {
+    for (int64_t h = 0; h < highs; ++h)
+        for (int64_t l = 0; l < lows; ++l) {
+            if (exact) {
+                const float *a = static_cast<const float*>(low) + l * width, *b = static_cast<const float*>(high) + h * width;
+                float* to = static_cast<float*>(rows) + (h * lows + l) * width;
+                for (int64_t q = 0; q < width; q += kLanes) store(to + q, load(a + q) + load(b + q));
+            } else {
+                const int16_t *a = static_cast<const int16_t*>(low) + l * width, *b = static_cast<const int16_t*>(high) + h * width;
+                int16_t* to = static_cast<int16_t*>(rows) + (h * lows + l) * width;
+                for (int64_t q = 0; q < width; q += 2 * kLanes) store(to + q, load(a + q) + load(b + q));
+            }
+        }
+}
+
+// Sums of table rows over a run of lookups, V vectors of columns. V, wide (a byte a lookup, else two) are constants where this is called.
+#define AQUABIT_GATHER(NAME, TYPE, VECTOR)                                                                                          \
+    INLINE void NAME(const TYPE* table, int64_t width, int64_t stride, const uint8_t* codes, int64_t lookups, VECTOR* sum, const int V, \
+                     const bool wide) {                                                                                             \
+        VECTOR other[4] = {};                                                                                                       \
+        const int64_t pairs = lookups / 2;                                                                                          \
+        for (int64_t i = 0; i < pairs; ++i) {                                                                                       \
+            const int64_t first = wide ? codes[2 * i] : codes[i] & 15, second = wide ? codes[2 * i + 1] : codes[i] >> 4;            \
+            const TYPE *a = table + first * width, *b = table + stride + second * width;                                            \
+            for (int v = 0; v < V; ++v) {                                                                                           \
+                sum[v] += load(a + v * (64 / sizeof(TYPE)) * kLanes / 16);                                                          \
+                other[v] += load(b + v * (64 / sizeof(TYPE)) * kLanes / 16);                                                        \
+            }                                                                                                                       \
+            table += 2 * stride;                                                                                                    \
+        }                                                                                                                           \
+        if (lookups % 2) {                                                                                                          \
+            const int64_t last = wide ? codes[lookups - 1] : codes[pairs] & 15;                                                     \
+            for (int v = 0; v < V; ++v) sum[v] += load(table + last * width + v * (64 / sizeof(TYPE)) * kLanes / 16);               \
+        }                                                                                                                           \
+        for (int v = 0; v < V; ++v) sum[v] += other[v];                                                                             \
+    }
+AQUABIT_GATHER(gather_shorts, int16_t, Shorts)
+AQUABIT_GATHER(gather_floats, float, Floats)
+#undef AQUABIT_GATHER
+
+// sums += factor * unit * what was gathered + offset * aux, at V vectors of columns.
+INLINE void flush_shorts(const Shorts* found, const float* unit, float factor, float offset, const float* aux, float* sums, bool first,
+                         const int V) {
+    for (int v = 0; v < V; ++v) {
+        Floats part[2];
+        widened(found[v], part, part + 1);
+        for (int half = 0; half < 2; ++half) {
+            const int64_t q = (2 * v + half) * kLanes;
+            Floats sum = part[half] * load(unit + q) * factor + offset * load(aux + q);
+            if (!first) sum += load(sums + q);
+            store(sums + q, sum);
+        }
+    }
+}
+
+INLINE void flush_plain(const Shorts* found, const float* unit, float* sums, bool first, const int V) {
+    for (int v = 0; v < V; ++v) {
+        Floats part[2];
+        widened(found[v], part, part + 1);
+        for (int half = 0; half < 2; ++half) {
+            const int64_t q = (2 * v + half) * kLanes;
+            const Floats sum = part[half] * load(unit + q);
+            store(sums + q, first ? sum : sum + load(sums + q));
+        }
+    }
+}
+
+INLINE void flush_floats(const Floats* found, float factor, float offset, const float* aux, float* sums, bool first, const int V) {
+    for (int v = 0; v < V; ++v) {
+        Floats sum = found[v] * factor + offset * load(aux + v * kLanes);
+        if (!first) sum += load(sums + v * kLanes);
+        store(sums + v * kLanes, sum);
+    }
+}
+
+// One block of lookups for rows [from, to): sums [to - from, width of the tile].
+INLINE void rows_shorts(const Call& c, const Block& b, const Tile& t, int64_t from, int64_t to, const int V, const bool wide) {
+    const int16_t* table = static_cast<const int16_t*>(t.table);
+    const int64_t lookups = b.groups * c.codebooks, stride = c.codeword_count * t.table_width;
+    const bool scaled = c.scale_groups > 1;
+    for (int64_t o = from; o < to; ++o) {
+        const uint8_t* codes = c.codes + o * c.row_bytes;
+        float* sums = t.sums + (o - t.first_row) * t.width;
+        for (int64_t q = 0; q < t.width; q += V * 2 * kLanes) {
+            Shorts found[4] = {};
+            bool first = t.first;
+            for (int64_t r = 0; r < b.runs; ++r) {
+                const Run& run = b.run[r];
+                gather_shorts(table + t.offsets[run.tap] + q, t.table_width, stride, codes + run.codes, lookups, found, V, wide);
+                if (scaled) {
+                    const int64_t n = o * c.scale_groups + run.scales;
+                    flush_shorts(found, t.unit + q, c.scale[n], c.aux_scale[n], t.aux_block + r * t.width + q, sums + q, first, V);
+                    first = false;
+                    for (int v = 0; v < V; ++v) found[v] = Shorts{};
+                }
+            }
+            if (!scaled) flush_plain(found, t.unit + q, sums + q, first, V);
+        }
+    }
+}
+
+INLINE void rows_floats(const Call& c, const Block& b, const Tile& t, int64_t from, int64_t to, const int V, const bool wide) {
+    const float* table = static_cast<const float*>(t.table);
+    const int64_t lookups = b.groups * c.codebooks, stride = c.codeword_count * t.table_width;
+    const bool scaled = c.scale_groups > 1;
+    for (int64_t o = from; o < to; ++o) {
+        const uint8_t* codes = c.codes + o * c.row_bytes;
+        float* sums = t.sums + (o - t.first_row) * t.width;
+        for (int64_t q = 0; q < t.width; q += V * kLanes) {
+            Floats found[4] = {};
+            bool first = t.first;
+            for (int64_t r = 0; r < b.runs; ++r) {
+                const Run& run = b.run[r];
+                gather_floats(table + t.offsets[run.tap] + q, t.table_width, stride, codes + run.codes, lookups, found, V, wide);
+                if (scaled) {
+                    const int64_t n = o * c.scale_groups + run.scales;
+                    flush_floats(found, c.scale[n], c.aux_scale[n], t.aux_block + r * t.width + q, sums + q, first, V);
+                    first = false;
+                    for (int v = 0; v < V; ++v) found[v] = splat(0);
+                }
+            }
+            if (!scaled)
+                for (int v = 0; v < V; ++v) store(sums + q + v * kLanes, first ? found[v] : found[v] + load(sums + q + v * kLanes));
+        }
+    }
+}
+
+static void gather_rows(const Call& c, const Block& b, const Tile& t, int64_t from, int64_t to) {
+    const int64_t vectors = t.width / (c.exact ? kLanes : 2 * kLanes);
+#define AQUABIT_ROWS(FUNCTION)                                                                                  \
+    (vectors % 4 == 0   ? (c.width == 8 ? FUNCTION(c, b, t, from, to, 4, true) : FUNCTION(c, b, t, from, to, 4, false)) \
+     : vectors % 3 == 0 ? (c.width == 8 ? FUNCTION(c, b, t, from, to, 3, true) : FUNCTION(c, b, t, from, to, 3, false)) \
+     : vectors % 2 == 0 ? (c.width == 8 ? FUNCTION(c, b, t, from, to, 2, true) : FUNCTION(c, b, t, from, to, 2, false)) \
+                        : (c.width == 8 ? FUNCTION(c, b, t, from, to, 1, true) : FUNCTION(c, b, t, from, to, 1, false)))
+    if (c.exact)
+        AQUABIT_ROWS(rows_floats);
+    else
+        AQUABIT_ROWS(rows_shorts);
+#undef AQUABIT_ROWS
+}
+
+// y = scale * sums + aux_scale * aux + bias, in place (factors of rows: 1, 0 where the blocks have applied them).
+static void finish(const Call& c, const Tile& t, int64_t from, int64_t to) {
+    for (int64_t o = from; o < to; ++o) {
+        const bool done = c.scale_groups > 1;
+        const float scale = done ? 1 : c.scale[o], offset = done ? 0 : c.aux_scale[o], bias = c.bias ? c.bias[o] : 0;
+        float* sums = t.sums + (o - t.first_row) * t.width;
+        for (int64_t q = 0; q < t.width; q += kLanes)
+            store(sums + q, load(sums + q) * scale + (load(t.aux + q) * offset + bias));
+    }
+}
+
+// Columns to tokens: sums [rows, width] to y [count, stride].
+static void tokens_of(const float* sums, int64_t rows, int64_t width, int64_t count, int64_t stride, float* y) {
+    for (int64_t o = 0; o < rows; o += kLanes)
+        for (int64_t t = 0; t < count; t += kLanes) {
+            if (o + kLanes <= rows) {
+                Floats v[kLanes];
+                for (int i = 0; i < kLanes; ++i) v[i] = load(sums + (o + i) * width + t);
+                transpose(v);
+                for (int i = 0; i < kLanes && t + i < count; ++i) store(y + (t + i) * stride + o, v[i]);
+            } else {
+                for (int64_t i = o; i < rows; ++i)
+                    for (int64_t j = t; j < t + kLanes && j < count; ++j) y[j * stride + i] = sums[i * width + j];
+            }
+        }
+}
+
+// One token: a table of 256 products (or as many as there are codewords) for every byte of a row, [bytes, size], then scalar sums.
+static void token_products(const float* by_input, int64_t padded, const float* x, int64_t inputs, float* products) {
+    for (int64_t k = 0; k < padded; k += kLanes) {
+        Floats sum = splat(0);
+        for (int64_t i = 0; i < inputs; ++i) sum += x[i] * load(by_input + i * padded + k);
+        store(products + k, sum);
+    }
+}
+
+static void token_pairs(const float* low, int64_t lows, const float* high, int64_t highs, float* products) {
+    for (int64_t h = 0; h < highs; ++h)
+        for (int64_t l = 0; l < lows; ++l) products[h * lows + l] = low[l] + high[h];
+}
+
+static void token_rows(const uint8_t* codes, int64_t row_bytes, int64_t bytes, const float* products, int64_t size, int64_t from,
+                       int64_t to, float* sums) {
+    for (int64_t o = from; o < to; ++o) {
+        const uint8_t* row = codes + o * row_bytes;
+        float a = 0, b = 0, c = 0, d = 0;
+        int64_t i = 0;
+        for (; i + 4 <= bytes; i += 4) {
+            const float* at = products + i * size;
+            a += at[row[i]];
+            b += at[size + row[i + 1]];
+            c += at[2 * size + row[i + 2]];
+            d += at[3 * size + row[i + 3]];
+        }
+        for (; i < bytes; ++i) a += products[i * size + row[i]];
+        sums[o] = (a + b) + (c + d);
+    }
+}
+
+static const Level kLevel = {kLanes,     columns_of,  squares, weigh,     product_rows_fast, product_rows_exact, sum_rows,
+                             gather_rows, finish,     tokens_of, token_products, token_pairs, token_rows};
