@@ -33,6 +33,7 @@ constexpr int64_t kSpan = 64;       // inputs of a lookup, at most
 constexpr int64_t kTapTile = 320;   // columns of a tile whose taps share tables
 constexpr int64_t kTile = 32;       // columns of any other tile
 constexpr int64_t kTokens = 2;      // up to so many tokens are looked up one by one
+constexpr int64_t kAhead = 16;      // rows whose codes are fetched before their turn
 constexpr int64_t kShorts = 32767;
 
 struct Run {
@@ -55,7 +56,8 @@ struct Call {
     int64_t out, inputs, row_bytes, width, codebooks, codeword_count, span, channels, scale_groups, half;
     float longest;  // of all codewords
     bool exact, kernel_order;
-    int64_t codewords_of_lookup() const { return codeword_count; }
+    int64_t table_rows() const { return width == 4 ? 256 : codeword_count; }  // that a byte of codes tells apart
+    int64_t bytes(const Block& b) const { return width == 4 ? (b.groups * codebooks + 1) / 2 : b.groups * codebooks; }
 };
 
 struct Tile {
@@ -122,7 +124,11 @@ constexpr int kLanes = 8;
 
 namespace lut_baseline {
 constexpr int kLanes = 4;
+#if defined(__x86_64__)
 #define AQUABIT_LEVEL 2
+#else
+#define AQUABIT_LEVEL 0
+#endif
 #include "lut_level.h"
 #undef AQUABIT_LEVEL
 }  // namespace lut_baseline
@@ -158,9 +164,9 @@ struct Room {
     Buffer<char> table;
     Buffer<float> halves, columns, total, largest, inverse, unit, aux_table, aux, aux_block, sums, zeros;
 
-    Room(const Call& c, const Planes& p, int64_t rows, int64_t lookups, int64_t groups, int64_t runs)
-        : table(lookups * c.codeword_count * p.table_width * (c.exact ? 4 : 2)),
-          halves(2 * c.half * p.table_width),
+    Room(const Call& c, const Planes& p, int64_t rows, int64_t bytes, int64_t groups, int64_t runs)
+        : table(bytes * c.table_rows() * p.table_width * (c.exact ? 4 : 2)),
+          halves(2 * std::max<int64_t>(c.half, 16) * p.table_width),
           columns(p.tokens ? groups * c.channels * p.width : 0),
           total(p.table_width), largest(p.table_width), inverse(p.table_width), unit(p.width), aux_table(p.table_width), aux(p.width),
           aux_block(c.scale_groups > 1 ? runs * p.width : 0),
@@ -242,7 +248,7 @@ class Task {
     // table its columns serve many outputs, so that one unit serves the tile.
     void choose_units(const Block& b) {
         const float *total = r_.total.get(), *largest = r_.largest.get();
-        const float room = static_cast<float>(kShorts - 1 - b.groups * c_.codebooks * b.runs * (c_.half ? 2 : 1));
+        const float room = static_cast<float>(kShorts - 1 - b.groups * c_.codebooks * b.runs);
         if (b.runs == 1) {
             for (int64_t q = 0; q < p_.width; ++q) set_unit(q, std::sqrt(total[q]) * b.norm, std::sqrt(largest[q]) * c_.longest, room);
             return;
@@ -267,28 +273,40 @@ class Task {
         r_.inverse.get()[q] = finite && bound > 1e-33f ? room / bound : 0;
     }
 
-    void fill(const Block& b, int64_t q0) {
-        const int64_t row = p_.table_width * (c_.exact ? 4 : 2), book = c_.codeword_count * row;
-        char* table = r_.table.get();
+    // Rows of one lookup (or of half a lookup of fused codes, which starts at input ``skip`` of the group) into ``to``.
+    void products(const Block& b, int64_t group, const float* words, int64_t count, int64_t skip, int64_t span, int64_t q0, char* to) {
         const auto product = c_.exact ? level_.product_rows_exact : level_.product_rows_fast;
-        if (!c_.half) {
-            each(b, q0, [&](int64_t g, const float* const* from, int64_t at, int64_t width) {
-                for (int64_t m = 0; m < c_.codebooks; ++m)
-                    product(c_.codewords + m * c_.codeword_count * c_.span, c_.codeword_count, from, c_.span, r_.inverse.get() + at, width,
-                            p_.table_width, table + (g * c_.codebooks + m) * book + at * (c_.exact ? 4 : 2));
-            });
-            return;
+        const float* from[kSpan];
+        for (size_t range = 0, at = 0; range < p_.widths.size(); at += p_.widths[range++]) {
+            streams(b, group, range, q0, from);
+            product(words, count, from + skip, span, r_.inverse.get() + at, p_.widths[range], p_.table_width, to + at * (c_.exact ? 4 : 2));
         }
-        char *low = reinterpret_cast<char*>(r_.halves.get()), *high = low + c_.half * row;
-        for (int64_t g = 0; g < b.groups; ++g) {
-            const float* from[kSpan];
-            for (size_t range = 0, at = 0; range < p_.widths.size(); at += p_.widths[range++]) {
-                streams(b, g, range, q0, from);
-                const int64_t shift = at * (c_.exact ? 4 : 2), part = c_.span / 2;
-                product(c_.codewords, c_.half, from, part, r_.inverse.get() + at, p_.widths[range], p_.table_width, low + shift);
-                product(c_.codewords, c_.half, from + part, part, r_.inverse.get() + at, p_.widths[range], p_.table_width, high + shift);
+    }
+
+    void lookup(const Block& b, int64_t index, int64_t q0, char* to) {
+        const float* words = c_.codewords + index % c_.codebooks * c_.codeword_count * c_.span;
+        products(b, index / c_.codebooks, words, c_.codeword_count, 0, c_.span, q0, to);
+    }
+
+    void fill(const Block& b, int64_t q0) {
+        const int64_t row = p_.table_width * (c_.exact ? 4 : 2), lookups = b.groups * c_.codebooks, part = c_.half ? c_.half : 16;
+        char *to = r_.table.get(), *low = reinterpret_cast<char*>(r_.halves.get()), *high = low + part * row;
+        for (int64_t i = 0; i < c_.bytes(b); ++i, to += c_.table_rows() * row) {
+            if (c_.width == 8 && !c_.half) {
+                lookup(b, i, q0, to);
+                continue;
             }
-            level_.sum_rows(low, c_.half, high, c_.half, p_.table_width, table + g * book, c_.exact);
+            if (c_.half) {
+                products(b, i, c_.codewords, part, 0, c_.span / 2, q0, low);
+                products(b, i, c_.codewords, part, c_.span / 2, c_.span / 2, q0, high);
+            } else {
+                lookup(b, 2 * i, q0, low);
+                if (2 * i + 1 < lookups)
+                    lookup(b, 2 * i + 1, q0, high);
+                else
+                    std::fill(high, high + part * row, 0);
+            }
+            level_.sum_rows(low, part, high, part, p_.table_width, to, c_.exact);
         }
     }
 
@@ -328,16 +346,16 @@ void run_tiles(const Level& level, const Call& c, const Planes& p, const std::ve
     const int64_t tiles = ceil_divide(p.columns, p.width);
     const int64_t chunks = std::clamp<int64_t>(ceil_divide(threads, tiles), 1, ceil_divide(c.out, 64)), rows = up(ceil_divide(c.out, chunks), 16);
     const int64_t parts = ceil_divide(c.out, rows), tasks = tiles * parts;
-    int64_t lookups = 1, groups = 1, runs = 1;
+    int64_t bytes = 1, groups = 1, runs = 1;
     for (const Block& b : blocks) {
-        lookups = std::max(lookups, b.groups * c.codebooks);
+        bytes = std::max(bytes, c.bytes(b));
         groups = std::max(groups, b.groups);
         runs = std::max(runs, b.runs);
     }
     const int team = static_cast<int>(std::min<int64_t>(threads, tasks));
 #pragma omp parallel num_threads(team) if (team > 1)
     {
-        Room room(c, p, std::min(rows, c.out), lookups, groups, runs);
+        Room room(c, p, std::min(rows, c.out), bytes, groups, runs);
         Task task(level, c, p, room);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < tasks; ++i) {

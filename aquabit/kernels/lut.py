@@ -22,8 +22,8 @@ except ImportError:
     _native = None
 
 SPAN = 64  # inputs of a lookup, at most
-LOOKUPS = 32  # of a block: more have less to write between blocks, and a larger error in int16
-TABLE_BYTES = 1 << 18  # of a block at 32 columns of int16: a share of the second-level cache
+LOOKUPS = 32
+TABLE_BYTES = 1 << 18
 TAP_LOOKUPS = 40  # of a block whose taps share tables
 
 

@@ -36,12 +36,27 @@ INLINE Shorts narrowed(Ints low, Ints high) {
 #endif
 }
 
+// By intrinsics: a copy through memory would keep the sums of the inner loop there too.
 INLINE void widened(Shorts x, Floats* low, Floats* high) {
+#if AQUABIT_LEVEL == 4
+    const __m512i v = reinterpret_cast<__m512i>(x);
+    *low = reinterpret_cast<Floats>(_mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm512_castsi512_si256(v))));
+    *high = reinterpret_cast<Floats>(_mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm512_extracti64x4_epi64(v, 1))));
+#elif AQUABIT_LEVEL == 3
+    const __m256i v = reinterpret_cast<__m256i>(x);
+    *low = reinterpret_cast<Floats>(_mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(_mm256_castsi256_si128(v))));
+    *high = reinterpret_cast<Floats>(_mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(_mm256_extracti128_si256(v, 1))));
+#elif AQUABIT_LEVEL == 2
+    const __m128i v = reinterpret_cast<__m128i>(x);
+    *low = reinterpret_cast<Floats>(_mm_cvtepi32_ps(_mm_srai_epi32(_mm_unpacklo_epi16(v, v), 16)));
+    *high = reinterpret_cast<Floats>(_mm_cvtepi32_ps(_mm_srai_epi32(_mm_unpackhi_epi16(v, v), 16)));
+#else
     HalfShorts a, b;
     __builtin_memcpy(&a, &x, sizeof a);
     __builtin_memcpy(&b, reinterpret_cast<const char*>(&x) + sizeof a, sizeof b);
     *low = __builtin_convertvector(a, Floats);
     *high = __builtin_convertvector(b, Floats);
+#endif
 }
 
 #if defined(__clang__)
@@ -173,146 +188,149 @@ static void product_rows_fast(const float* codewords, int64_t count, const float
     product_rows(codewords, count, streams, span, inverse, width, stride, rows, false);
 }
 
-// Fused scalar codes: row high * count + low is the sum of one row of each half.
+// Two lookups in one: row high * lows + low is the sum of a row of each.
+#define AQUABIT_SUMS(NAME, TYPE, VECTOR)                                                                                    \
+    static void NAME(const void* low, int64_t lows, const void* high, int64_t highs, int64_t width, void* rows) {           \
+        const int64_t lanes = sizeof(VECTOR) / sizeof(TYPE);                                                                \
+        for (int64_t q = 0; q < width; q += lanes)                                                                          \
+            for (int64_t h = 0; h < highs; ++h) {                                                                           \
+                const VECTOR b = load(static_cast<const TYPE*>(high) + h * width + q);                                      \
+                const TYPE* a = static_cast<const TYPE*>(low) + q;                                                          \
+                TYPE* to = static_cast<TYPE*>(rows) + h * lows * width + q;                                                 \
+                for (int64_t l = 0; l < lows; ++l) store(to + l * width, load(a + l * width) + b);                          \
+            }                                                                                                               \
+    }
+AQUABIT_SUMS(sum_shorts, int16_t, Shorts)
+AQUABIT_SUMS(sum_floats, float, Floats)
+#undef AQUABIT_SUMS
+
 static void sum_rows(const void* low, int64_t lows, const void* high, int64_t highs, int64_t width, void* rows, bool exact) {
-    for (int64_t h = 0; h < highs; ++h)
-        for (int64_t l = 0; l < lows; ++l) {
-            if (exact) {
-                const float *a = static_cast<const float*>(low) + l * width, *b = static_cast<const float*>(high) + h * width;
-                float* to = static_cast<float*>(rows) + (h * lows + l) * width;
-                for (int64_t q = 0; q < width; q += kLanes) store(to + q, load(a + q) + load(b + q));
-            } else {
-                const int16_t *a = static_cast<const int16_t*>(low) + l * width, *b = static_cast<const int16_t*>(high) + h * width;
-                int16_t* to = static_cast<int16_t*>(rows) + (h * lows + l) * width;
-                for (int64_t q = 0; q < width; q += 2 * kLanes) store(to + q, load(a + q) + load(b + q));
-            }
-        }
+    return exact ? sum_floats(low, lows, high, highs, width, rows) : sum_shorts(low, lows, high, highs, width, rows);
 }
 
-// Sums of table rows over a run of lookups, V vectors of columns. V, wide (a byte a lookup, else two) are constants where this is called.
-#define AQUABIT_GATHER(NAME, TYPE, VECTOR)                                                                                          \
-    INLINE void NAME(const TYPE* table, int64_t width, int64_t stride, const uint8_t* codes, int64_t lookups, VECTOR* sum, const int V, \
-                     const bool wide) {                                                                                             \
-        VECTOR other[4] = {};                                                                                                       \
-        const int64_t pairs = lookups / 2;                                                                                          \
-        for (int64_t i = 0; i < pairs; ++i) {                                                                                       \
-            const int64_t first = wide ? codes[2 * i] : codes[i] & 15, second = wide ? codes[2 * i + 1] : codes[i] >> 4;            \
-            const TYPE *a = table + first * width, *b = table + stride + second * width;                                            \
-            for (int v = 0; v < V; ++v) {                                                                                           \
-                sum[v] += load(a + v * (64 / sizeof(TYPE)) * kLanes / 16);                                                          \
-                other[v] += load(b + v * (64 / sizeof(TYPE)) * kLanes / 16);                                                        \
-            }                                                                                                                       \
-            table += 2 * stride;                                                                                                    \
-        }                                                                                                                           \
-        if (lookups % 2) {                                                                                                          \
-            const int64_t last = wide ? codes[lookups - 1] : codes[pairs] & 15;                                                     \
-            for (int v = 0; v < V; ++v) sum[v] += load(table + last * width + v * (64 / sizeof(TYPE)) * kLanes / 16);               \
-        }                                                                                                                           \
-        for (int v = 0; v < V; ++v) sum[v] += other[v];                                                                             \
+// Sums of the table rows that a run of bytes names, V <= 4 vectors of columns, which the optimizer keeps in registers: named, not an array.
+// V is a constant where this is called, and so are width and stride where they can be.
+#define AQUABIT_GATHER(STRUCT, NAME, TYPE, VECTOR)                                                                                    \
+    struct STRUCT {                                                                                                                   \
+        VECTOR a, b, c, d;                                                                                                            \
+    };                                                                                                                                \
+    INLINE void NAME##_one(const TYPE* row, STRUCT* s, const int V) {                                                                 \
+        const int lanes = sizeof(VECTOR) / sizeof(TYPE);                                                                              \
+        s->a += load(row);                                                                                                            \
+        if (V > 1) s->b += load(row + lanes);                                                                                         \
+        if (V > 2) s->c += load(row + 2 * lanes);                                                                                     \
+        if (V > 3) s->d += load(row + 3 * lanes);                                                                                     \
+    }                                                                                                                                 \
+    INLINE STRUCT NAME(const TYPE* table, int64_t width, int64_t stride, const uint8_t* codes, int64_t bytes, STRUCT sum, const int V) { \
+        STRUCT other = {};                                                                                                            \
+        int64_t i = 0;                                                                                                                \
+        for (; i + 4 <= bytes; i += 4, table += 4 * stride) {                                                                         \
+            NAME##_one(table + codes[i] * width, &sum, V);                                                                            \
+            NAME##_one(table + stride + codes[i + 1] * width, &other, V);                                                             \
+            NAME##_one(table + 2 * stride + codes[i + 2] * width, &sum, V);                                                           \
+            NAME##_one(table + 3 * stride + codes[i + 3] * width, &other, V);                                                         \
+        }                                                                                                                             \
+        for (; i < bytes; ++i, table += stride) NAME##_one(table + codes[i] * width, &sum, V);                                        \
+        sum.a += other.a;                                                                                                             \
+        if (V > 1) sum.b += other.b;                                                                                                  \
+        if (V > 2) sum.c += other.c;                                                                                                  \
+        if (V > 3) sum.d += other.d;                                                                                                  \
+        return sum;                                                                                                                   \
     }
-AQUABIT_GATHER(gather_shorts, int16_t, Shorts)
-AQUABIT_GATHER(gather_floats, float, Floats)
+AQUABIT_GATHER(FourShorts, gather_shorts, int16_t, Shorts)
+AQUABIT_GATHER(FourFloats, gather_floats, float, Floats)
 #undef AQUABIT_GATHER
 
-// sums += factor * unit * what was gathered + offset * aux, at V vectors of columns.
-INLINE void flush_shorts(const Shorts* found, const float* unit, float factor, float offset, const float* aux, float* sums, bool first,
-                         const int V) {
-    for (int v = 0; v < V; ++v) {
-        Floats part[2];
-        widened(found[v], part, part + 1);
-        for (int half = 0; half < 2; ++half) {
-            const int64_t q = (2 * v + half) * kLanes;
-            Floats sum = part[half] * load(unit + q) * factor + offset * load(aux + q);
-            if (!first) sum += load(sums + q);
-            store(sums + q, sum);
-        }
-    }
+// sums (+)= part, at one vector of columns: plain, or with the factors of a group of scales.
+struct Factors {
+    const float *unit, *aux;
+    float scale, offset;
+    bool scaled;
+};
+
+INLINE void flush(Floats part, const Factors& f, int64_t q, float* sums, bool first) {
+    if (f.scaled) part = part * f.scale + f.offset * load(f.aux + q);
+    store(sums + q, first ? part : part + load(sums + q));
 }
 
-INLINE void flush_plain(const Shorts* found, const float* unit, float* sums, bool first, const int V) {
-    for (int v = 0; v < V; ++v) {
-        Floats part[2];
-        widened(found[v], part, part + 1);
-        for (int half = 0; half < 2; ++half) {
-            const int64_t q = (2 * v + half) * kLanes;
-            const Floats sum = part[half] * load(unit + q);
-            store(sums + q, first ? sum : sum + load(sums + q));
-        }
-    }
+INLINE void flush(Shorts part, const Factors& f, int64_t q, float* sums, bool first) {
+    Floats low, high;
+    widened(part, &low, &high);
+    flush(low * load(f.unit + q), f, q, sums, first);
+    flush(high * load(f.unit + q + kLanes), f, q + kLanes, sums, first);
 }
 
-INLINE void flush_floats(const Floats* found, float factor, float offset, const float* aux, float* sums, bool first, const int V) {
-    for (int v = 0; v < V; ++v) {
-        Floats sum = found[v] * factor + offset * load(aux + v * kLanes);
-        if (!first) sum += load(sums + v * kLanes);
-        store(sums + v * kLanes, sum);
+// One block of lookups for rows [from, to): of one run, without scales of groups, which is the common case; and in general.
+#define AQUABIT_ROWS(NAME, STRUCT, GATHER, TYPE, VECTOR)                                                                              \
+    INLINE void NAME##_plain(const Call& c, const Block& b, const Tile& t, int64_t from, int64_t to, const int64_t table_rows,        \
+                             const int64_t width, const int V) {                                                                      \
+        const TYPE* table = static_cast<const TYPE*>(t.table) + t.offsets[b.run->tap];                                                \
+        const int64_t bytes = c.bytes(b), lanes = sizeof(VECTOR) / sizeof(TYPE), row = c.row_bytes;                                   \
+        const uint8_t* codes = c.codes + from * row + b.run->codes;                                                                   \
+        float* sums = t.sums + (from - t.first_row) * t.width;                                                                        \
+        const Factors f = {t.unit, t.unit, 1, 0, false};                                                                              \
+        const bool first = t.first;                                                                                                   \
+        const int64_t columns = t.width;                                                                                              \
+        for (int64_t o = from; o < to; ++o, codes += row, sums += columns) {                                                          \
+            __builtin_prefetch(codes + kAhead * row);                                                                                 \
+            __builtin_prefetch(codes + kAhead * row + bytes - 1);                                                                     \
+            for (int64_t q = 0; q < columns; q += V * lanes) {                                                                        \
+                const STRUCT found = GATHER(table + q, width, table_rows * width, codes, bytes, STRUCT{}, V);                         \
+                flush(found.a, f, q, sums, first);                                                                                    \
+                if (V > 1) flush(found.b, f, q + lanes, sums, first);                                                                 \
+                if (V > 2) flush(found.c, f, q + 2 * lanes, sums, first);                                                             \
+                if (V > 3) flush(found.d, f, q + 3 * lanes, sums, first);                                                             \
+            }                                                                                                                         \
+        }                                                                                                                             \
+    }                                                                                                                                 \
+    INLINE void NAME(const Call& c, const Block& b, const Tile& t, int64_t from, int64_t to, const int V) {                           \
+        const TYPE* table = static_cast<const TYPE*>(t.table);                                                                        \
+        const int64_t bytes = c.bytes(b), width = t.table_width, lanes = sizeof(VECTOR) / sizeof(TYPE);                 \
+        const bool scaled = c.scale_groups > 1;                                                                                       \
+        for (int64_t o = from; o < to; ++o) {                                                                                         \
+            const uint8_t* codes = c.codes + o * c.row_bytes;                                                                         \
+            float* sums = t.sums + (o - t.first_row) * t.width;                                                                       \
+            for (int64_t q = 0; q < t.width; q += V * lanes) {                                                                        \
+                STRUCT found = {};                                                                                                    \
+                bool first = t.first;                                                                                                 \
+                for (int64_t r = 0; r < b.runs; ++r) {                                                                                \
+                    const Run& run = b.run[r];                                                                                        \
+                    found = GATHER(table + t.offsets[run.tap] + q, width, c.table_rows() * width, codes + run.codes, bytes, found, V);                                                                                          \
+                    if (!scaled && r + 1 < b.runs) continue;                                                                          \
+                    const int64_t n = o * c.scale_groups + run.scales;                                                                \
+                    const Factors f = {t.unit, scaled ? t.aux_block + r * t.width : t.unit, scaled ? c.scale[n] : 1,                  \
+                                       scaled ? c.aux_scale[n] : 0, scaled};                                                          \
+                    flush(found.a, f, q, sums, first);                                                                                \
+                    if (V > 1) flush(found.b, f, q + lanes, sums, first);                                                             \
+                    if (V > 2) flush(found.c, f, q + 2 * lanes, sums, first);                                                         \
+                    if (V > 3) flush(found.d, f, q + 3 * lanes, sums, first);                                                         \
+                    first = false;                                                                                                    \
+                    found = STRUCT{};                                                                                                 \
+                }                                                                                                                     \
+            }                                                                                                                         \
+        }                                                                                                                             \
+    }                                                                                                                                 \
+    INLINE void NAME##_at(const Call& c, const Block& b, const Tile& t, int64_t from, int64_t to, const int V) {                      \
+        const int64_t lanes = sizeof(VECTOR) / sizeof(TYPE), tile = V * lanes;                                                        \
+        if (b.runs == 1 && c.scale_groups == 1 && t.table_width == tile) {                                                            \
+            if (c.table_rows() == 64) return NAME##_plain(c, b, t, from, to, 64, tile, V);                                            \
+            if (c.table_rows() == 256) return NAME##_plain(c, b, t, from, to, 256, tile, V);                                          \
+        }                                                                                                                             \
+        NAME(c, b, t, from, to, V);                                                                                                   \
+    }                                                                                                                                 \
+    static void NAME##_by_vectors(const Call& c, const Block& b, const Tile& t, int64_t from, int64_t to) {                           \
+        const int64_t vectors = t.width * sizeof(TYPE) / sizeof(VECTOR);                                                              \
+        if (vectors % 4 == 0) return NAME##_at(c, b, t, from, to, 4);                                                                 \
+        if (vectors % 3 == 0) return NAME##_at(c, b, t, from, to, 3);                                                                 \
+        if (vectors % 2 == 0) return NAME##_at(c, b, t, from, to, 2);                                                                 \
+        NAME##_at(c, b, t, from, to, 1);                                                                                              \
     }
-}
-
-// One block of lookups for rows [from, to): sums [to - from, width of the tile].
-INLINE void rows_shorts(const Call& c, const Block& b, const Tile& t, int64_t from, int64_t to, const int V, const bool wide) {
-    const int16_t* table = static_cast<const int16_t*>(t.table);
-    const int64_t lookups = b.groups * c.codebooks, stride = c.codeword_count * t.table_width;
-    const bool scaled = c.scale_groups > 1;
-    for (int64_t o = from; o < to; ++o) {
-        const uint8_t* codes = c.codes + o * c.row_bytes;
-        float* sums = t.sums + (o - t.first_row) * t.width;
-        for (int64_t q = 0; q < t.width; q += V * 2 * kLanes) {
-            Shorts found[4] = {};
-            bool first = t.first;
-            for (int64_t r = 0; r < b.runs; ++r) {
-                const Run& run = b.run[r];
-                gather_shorts(table + t.offsets[run.tap] + q, t.table_width, stride, codes + run.codes, lookups, found, V, wide);
-                if (scaled) {
-                    const int64_t n = o * c.scale_groups + run.scales;
-                    flush_shorts(found, t.unit + q, c.scale[n], c.aux_scale[n], t.aux_block + r * t.width + q, sums + q, first, V);
-                    first = false;
-                    for (int v = 0; v < V; ++v) found[v] = Shorts{};
-                }
-            }
-            if (!scaled) flush_plain(found, t.unit + q, sums + q, first, V);
-        }
-    }
-}
-
-INLINE void rows_floats(const Call& c, const Block& b, const Tile& t, int64_t from, int64_t to, const int V, const bool wide) {
-    const float* table = static_cast<const float*>(t.table);
-    const int64_t lookups = b.groups * c.codebooks, stride = c.codeword_count * t.table_width;
-    const bool scaled = c.scale_groups > 1;
-    for (int64_t o = from; o < to; ++o) {
-        const uint8_t* codes = c.codes + o * c.row_bytes;
-        float* sums = t.sums + (o - t.first_row) * t.width;
-        for (int64_t q = 0; q < t.width; q += V * kLanes) {
-            Floats found[4] = {};
-            bool first = t.first;
-            for (int64_t r = 0; r < b.runs; ++r) {
-                const Run& run = b.run[r];
-                gather_floats(table + t.offsets[run.tap] + q, t.table_width, stride, codes + run.codes, lookups, found, V, wide);
-                if (scaled) {
-                    const int64_t n = o * c.scale_groups + run.scales;
-                    flush_floats(found, c.scale[n], c.aux_scale[n], t.aux_block + r * t.width + q, sums + q, first, V);
-                    first = false;
-                    for (int v = 0; v < V; ++v) found[v] = splat(0);
-                }
-            }
-            if (!scaled)
-                for (int v = 0; v < V; ++v) store(sums + q + v * kLanes, first ? found[v] : found[v] + load(sums + q + v * kLanes));
-        }
-    }
-}
+AQUABIT_ROWS(rows_shorts, FourShorts, gather_shorts, int16_t, Shorts)
+AQUABIT_ROWS(rows_floats, FourFloats, gather_floats, float, Floats)
+#undef AQUABIT_ROWS
 
 static void gather_rows(const Call& c, const Block& b, const Tile& t, int64_t from, int64_t to) {
-    const int64_t vectors = t.width / (c.exact ? kLanes : 2 * kLanes);
-#define AQUABIT_ROWS(FUNCTION)                                                                                  \
-    (vectors % 4 == 0   ? (c.width == 8 ? FUNCTION(c, b, t, from, to, 4, true) : FUNCTION(c, b, t, from, to, 4, false)) \
-     : vectors % 3 == 0 ? (c.width == 8 ? FUNCTION(c, b, t, from, to, 3, true) : FUNCTION(c, b, t, from, to, 3, false)) \
-     : vectors % 2 == 0 ? (c.width == 8 ? FUNCTION(c, b, t, from, to, 2, true) : FUNCTION(c, b, t, from, to, 2, false)) \
-                        : (c.width == 8 ? FUNCTION(c, b, t, from, to, 1, true) : FUNCTION(c, b, t, from, to, 1, false)))
-    if (c.exact)
-        AQUABIT_ROWS(rows_floats);
-    else
-        AQUABIT_ROWS(rows_shorts);
-#undef AQUABIT_ROWS
+    return c.exact ? rows_floats_by_vectors(c, b, t, from, to) : rows_shorts_by_vectors(c, b, t, from, to);
 }
 
 // y = scale * sums + aux_scale * aux + bias, in place (factors of rows: 1, 0 where the blocks have applied them).
