@@ -30,6 +30,7 @@ namespace {
 #define INLINE static inline __attribute__((always_inline))
 
 constexpr int64_t kSpan = 64;       // inputs of a lookup, at most
+constexpr int64_t kTaps = 64;       // of a kernel, on the fast path
 constexpr int64_t kTapTile = 320;   // columns of a tile whose taps share tables
 constexpr int64_t kTile = 32;       // columns of any other tile
 constexpr int64_t kTokens = 2;      // up to so many tokens are looked up one by one

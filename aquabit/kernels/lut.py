@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch  # before the extension: one libgomp then serves both
 from torch import Tensor
 
-from aquabit.kernels.arranged import Arranged, Segment
+from aquabit.kernels.arranged import NIBBLE, Arranged, Segment
 from aquabit.scheme import AquabitError
 
 try:
@@ -132,8 +132,11 @@ def _blocks(weight: Arranged) -> list[_Block]:
         starts[segment] = at
         at += weight.segment_bytes(segment)
     shared = len(taps) > 1
-    most = TAP_LOOKUPS // (len(taps) * weight.codebooks) if shared else min(LOOKUPS, TABLE_BYTES // (64 << weight.bits * weight.fused)) // weight.codebooks
-    even = 2 if weight.width == 4 and weight.codebooks % 2 else 1
+    per_byte = 2 if weight.width == NIBBLE else 1
+    rows = 256 if weight.width == NIBBLE else 1 << weight.bits * weight.fused
+    most = TAP_LOOKUPS // len(taps) if shared else min(LOOKUPS, TABLE_BYTES // (64 * rows) * per_byte)
+    most //= weight.codebooks
+    even = 2 if weight.width == NIBBLE and weight.codebooks % 2 else 1
     most = max(most // even, 1) * even
     blocks = []
     for column in zip(*taps, strict=True):

@@ -283,6 +283,35 @@ INLINE void flush(Shorts part, const Factors& f, int64_t q, float* sums, bool fi
             }                                                                                                                         \
         }                                                                                                                             \
     }                                                                                                                                 \
+    INLINE void NAME##_taps(const Call& c, const Block& b, const Tile& t, int64_t from, int64_t to, const int64_t bytes, const int V) { \
+        const TYPE* tables[kTaps];                                                                                                    \
+        int64_t at[kTaps];                                                                                                            \
+        for (int64_t r = 0; r < b.runs; ++r) {                                                                                        \
+            tables[r] = static_cast<const TYPE*>(t.table) + t.offsets[b.run[r].tap];                                                  \
+            at[r] = b.run[r].codes;                                                                                                   \
+        }                                                                                                                             \
+        const int64_t width = t.table_width, stride = c.table_rows() * width, lanes = sizeof(VECTOR) / sizeof(TYPE), runs = b.runs;   \
+        const int64_t columns = t.width, row = c.row_bytes;                                                                           \
+        const Factors f = {t.unit, t.unit, 1, 0, false};                                                                              \
+        const bool first = t.first;                                                                                                   \
+        for (int64_t o = from; o < to; ++o) {                                                                                         \
+            const uint8_t* codes = c.codes + o * row;                                                                                 \
+            float* sums = t.sums + (o - t.first_row) * columns;                                                                       \
+            for (int64_t r = 0; r < runs; ++r) __builtin_prefetch(codes + 2 * row + at[r]);                                           \
+            for (int64_t q = 0; q < columns; q += V * lanes) {                                                                        \
+                STRUCT found = {};                                                                                                    \
+                for (int64_t r = 0; r < runs; ++r) {                                                                                  \
+                    const TYPE* table = tables[r] + q;                                                                                \
+                    const uint8_t* own = codes + at[r];                                                                               \
+                    for (int64_t i = 0; i < bytes; ++i, table += stride) GATHER##_one(table + own[i] * width, &found, V);             \
+                }                                                                                                                     \
+                flush(found.a, f, q, sums, first);                                                                                    \
+                if (V > 1) flush(found.b, f, q + lanes, sums, first);                                                                 \
+                if (V > 2) flush(found.c, f, q + 2 * lanes, sums, first);                                                             \
+                if (V > 3) flush(found.d, f, q + 3 * lanes, sums, first);                                                             \
+            }                                                                                                                         \
+        }                                                                                                                             \
+    }                                                                                                                                 \
     INLINE void NAME(const Call& c, const Block& b, const Tile& t, int64_t from, int64_t to, const int V) {                           \
         const TYPE* table = static_cast<const TYPE*>(t.table);                                                                        \
         const int64_t bytes = c.bytes(b), width = t.table_width, lanes = sizeof(VECTOR) / sizeof(TYPE);                 \
@@ -315,6 +344,12 @@ INLINE void flush(Shorts part, const Factors& f, int64_t q, float* sums, bool fi
         if (b.runs == 1 && c.scale_groups == 1 && t.table_width == tile) {                                                            \
             if (c.table_rows() == 64) return NAME##_plain(c, b, t, from, to, 64, tile, V);                                            \
             if (c.table_rows() == 256) return NAME##_plain(c, b, t, from, to, 256, tile, V);                                          \
+        }                                                                                                                             \
+        if (b.runs > 1 && b.runs <= kTaps && c.scale_groups == 1) {                                                                   \
+            if (c.bytes(b) == 1) return NAME##_taps(c, b, t, from, to, 1, V);                                                         \
+            if (c.bytes(b) == 2) return NAME##_taps(c, b, t, from, to, 2, V);                                                         \
+            if (c.bytes(b) == 4) return NAME##_taps(c, b, t, from, to, 4, V);                                                         \
+            return NAME##_taps(c, b, t, from, to, c.bytes(b), V);                                                                     \
         }                                                                                                                             \
         NAME(c, b, t, from, to, V);                                                                                                   \
     }                                                                                                                                 \
