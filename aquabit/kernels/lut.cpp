@@ -55,7 +55,9 @@ struct Call {
     const float* bias;         // [out] or null
     const float* codewords;    // [codebooks, codewords, span]; fused: the half tables [half, span / 2], for both halves
     int64_t out, inputs, row_bytes, width, codebooks, codeword_count, span, channels, scale_groups, half;
-    float longest;  // of all codewords
+    const int32_t* words;  // the codewords as pairs of int16 [codebooks, codewords, (span + 1) / 2], or null
+    float word_unit;       // a codeword over this is its integers
+    float longest;         // of all codewords
     bool exact, kernel_order;
     int64_t table_rows() const { return width == 4 ? 256 : codeword_count; }  // that a byte of codes tells apart
     int64_t bytes(const Block& b) const { return width == 4 ? (b.groups * codebooks + 1) / 2 : b.groups * codebooks; }
@@ -86,6 +88,7 @@ struct Level {
     void (*token_products)(const float*, int64_t, const float*, int64_t, float*);
     void (*token_pairs)(const float*, int64_t, const float*, int64_t, float*);
     void (*token_rows)(const uint8_t*, int64_t, int64_t, const float*, int64_t, int64_t, int64_t, float*);
+    void (*product_rows_dots)(const int32_t*, int64_t, const float* const*, int64_t, const float*, float, int64_t, int64_t, int16_t*);  // or null
 };
 
 #if defined(__x86_64__)
@@ -250,8 +253,10 @@ class Task {
     void choose_units(const Block& b) {
         const float *total = r_.total.get(), *largest = r_.largest.get();
         const float room = static_cast<float>(kShorts - 1 - b.groups * c_.codebooks * b.runs);
+        // With 16-bit dot products the inputs themselves, times 65536 word_unit over the unit, have to fit as well.
+        const float most = c_.words && level_.product_rows_dots ? std::max(c_.longest, 2 * room * c_.word_unit) : c_.longest;
         if (b.runs == 1) {
-            for (int64_t q = 0; q < p_.width; ++q) set_unit(q, std::sqrt(total[q]) * b.norm, std::sqrt(largest[q]) * c_.longest, room);
+            for (int64_t q = 0; q < p_.width; ++q) set_unit(q, std::sqrt(total[q]) * b.norm, std::sqrt(largest[q]) * most, room);
             return;
         }
         float sum = 0, single = 0;
@@ -262,7 +267,7 @@ class Task {
         }
         for (int64_t q = 0; q < p_.table_width; ++q)
             if (!(largest[q] <= single)) single = largest[q];
-        set_unit(0, std::sqrt(sum) * b.norm, std::sqrt(single) * c_.longest, room);
+        set_unit(0, std::sqrt(sum) * b.norm, std::sqrt(single) * most, room);
         std::fill(r_.unit.get(), r_.unit.get() + p_.width, r_.unit.get()[0]);
         std::fill(r_.inverse.get(), r_.inverse.get() + p_.table_width, r_.inverse.get()[0]);
     }
@@ -285,6 +290,16 @@ class Task {
     }
 
     void lookup(const Block& b, int64_t index, int64_t q0, char* to) {
+        if (c_.words && level_.product_rows_dots && !c_.exact) {
+            const int32_t* pairs = c_.words + index % c_.codebooks * c_.codeword_count * ((c_.span + 1) / 2);
+            const float* from[kSpan];
+            for (size_t range = 0, at = 0; range < p_.widths.size(); at += p_.widths[range++]) {
+                streams(b, index / c_.codebooks, range, q0, from);
+                level_.product_rows_dots(pairs, c_.codeword_count, from, c_.span, r_.inverse.get() + at, 65536 * c_.word_unit,
+                                         p_.widths[range], p_.table_width, reinterpret_cast<int16_t*>(to) + at);
+            }
+            return;
+        }
         const float* words = c_.codewords + index % c_.codebooks * c_.codeword_count * c_.span;
         products(b, index / c_.codebooks, words, c_.codeword_count, 0, c_.span, q0, to);
     }
@@ -332,6 +347,7 @@ const std::vector<Choice>& levels() {
                         __builtin_cpu_supports("popcnt");
         const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+        if (v4 && __builtin_cpu_supports("avx512vnni")) found.push_back({"avx512vnni", &lut_avx512::kDotsLevel});
         if (v4) found.push_back({"avx512", &lut_avx512::kLevel});
         if (v3) found.push_back({"avx2", &lut_avx2::kLevel});
 #endif
@@ -630,9 +646,10 @@ std::vector<std::string> level_names() {
 }
 
 // The order of these fields is that of _NUMBERS and _TENSORS in lut.py.
-Call call_of(const std::vector<int64_t>& n, const std::vector<uintptr_t>& a, double longest) {
+Call call_of(const std::vector<int64_t>& n, const std::vector<uintptr_t>& a, double longest, double word_unit) {
     return {reinterpret_cast<const uint8_t*>(a[0]), floats(a[1]), floats(a[2]), floats(a[3]), floats(a[4]), floats(a[5]),
-            n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], static_cast<float>(longest), n[10] != 0, n[11] != 0};
+            n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9],
+            reinterpret_cast<const int32_t*>(a[6]), static_cast<float>(word_unit), static_cast<float>(longest), n[10] != 0, n[11] != 0};
 }
 
 }  // namespace
@@ -643,24 +660,24 @@ void define_lut(nb::module_& m) {
     m.def("lut_norms", [](const std::vector<int64_t>& n, const std::vector<uintptr_t>& a, uintptr_t blocks, int64_t count, uintptr_t runs,
                           uintptr_t norms) {
         const nb::gil_scoped_release released;
-        const Call call = call_of(n, a, 0);
+        const Call call = call_of(n, a, 0, 1);
         lut_norms(call, blocks_of(reinterpret_cast<const int64_t*>(blocks), count, reinterpret_cast<const Run*>(runs), nullptr),
                   reinterpret_cast<float*>(norms));
     });
-    m.def("lut_linear", [](const std::vector<int64_t>& n, const std::vector<uintptr_t>& a, double longest, uintptr_t blocks, int64_t count,
+    m.def("lut_linear", [](const std::vector<int64_t>& n, const std::vector<uintptr_t>& a, double longest, double word_unit, uintptr_t blocks, int64_t count,
                            uintptr_t runs, uintptr_t norms, uintptr_t by_input, int64_t padded, uintptr_t x, uintptr_t y, int64_t tokens,
                            int threads, int64_t level) {
         const nb::gil_scoped_release released;
-        const Call call = call_of(n, a, longest);
+        const Call call = call_of(n, a, longest, word_unit);
         lut_linear(*levels().at(level).level, call,
                    blocks_of(reinterpret_cast<const int64_t*>(blocks), count, reinterpret_cast<const Run*>(runs), floats(norms)),
                    floats(by_input), padded, floats(x), reinterpret_cast<float*>(y), tokens, threads);
     });
-    m.def("lut_conv2d", [](const std::vector<int64_t>& n, const std::vector<uintptr_t>& a, double longest, uintptr_t blocks, int64_t count,
+    m.def("lut_conv2d", [](const std::vector<int64_t>& n, const std::vector<uintptr_t>& a, double longest, double word_unit, uintptr_t blocks, int64_t count,
                            uintptr_t runs, uintptr_t norms, const std::vector<int64_t>& s, uintptr_t x, uintptr_t y, int threads,
                            int64_t level) {
         const nb::gil_scoped_release released;
-        const Call call = call_of(n, a, longest);
+        const Call call = call_of(n, a, longest, word_unit);
         const Image image{s[0], s[1], s[2], {s[3], s[4]}, {s[5], s[6]}, {s[7], s[8]}, {s[9], s[10]}, s[11], s[12]};
         lut_conv2d(*levels().at(level).level, call,
                    blocks_of(reinterpret_cast<const int64_t*>(blocks), count, reinterpret_cast<const Run*>(runs), floats(norms)), image,

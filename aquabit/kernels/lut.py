@@ -24,7 +24,8 @@ except ImportError:
 SPAN = 64  # inputs of a lookup, at most
 LOOKUPS = 32
 TABLE_BYTES = 1 << 18
-TAP_LOOKUPS = 40  # of a block whose taps share tables
+DOTS = 4  # inputs of a lookup from which on tables are made by 16-bit dot products
+TAP_LOOKUPS = 40  # roundings of a block, of a block whose taps share tables
 
 
 class _Block(NamedTuple):
@@ -40,6 +41,7 @@ class _Plan:
     """What the extension is told of an arranged weight besides its codes."""
 
     codewords: Tensor  # [M, K, span], centred; fused: [half, span / 2], which serves both halves
+    words: Tensor  # the same in int16, in units of word_unit, an even number of them to a codeword; empty where fused
     by_input: Tensor  # the same [M, span, K padded]
     aux_weights: Tensor  # [span]: what centring took away is a sum of inputs, which aux_scale multiplies
     aux_scale: Tensor  # [out, n]
@@ -48,9 +50,10 @@ class _Plan:
     norms: Tensor  # [blocks]: length of the longest row of weights
     numbers: list[int]
     longest: float
+    word_unit: float
 
     def tensors(self) -> list[Tensor]:
-        return [self.codewords, self.by_input, self.aux_weights, self.aux_scale, self.blocks, self.runs, self.norms]
+        return [self.codewords, self.words, self.by_input, self.aux_weights, self.aux_scale, self.blocks, self.runs, self.norms]
 
 
 def lut_refuses(weight: Arranged) -> str | None:
@@ -73,7 +76,7 @@ def lut_linear(x: Tensor, weight: Arranged, bias: Tensor | None = None, exact: b
     _check(x, weight, bias, 2, x.shape[-1] if x.ndim else 0)
     plan = _plan(weight)
     y: Tensor = torch.ops.aquabit.lut_linear(
-        x, weight.codes, weight.scale, _float(bias), *plan.tensors(), plan.numbers, plan.longest, exact, level
+        x, weight.codes, weight.scale, _float(bias), *plan.tensors(), plan.numbers, plan.longest, plan.word_unit, exact, level
     )
     return y
 
@@ -91,7 +94,7 @@ def lut_conv2d(
         raise AquabitError(f"an image of {x.shape[2]} x {x.shape[3]} with {padding=} is smaller than a kernel of {list(weight.shape[2:])}")
     plan = _plan(weight)
     y: Tensor = torch.ops.aquabit.lut_conv2d(
-        x, weight.codes, weight.scale, _float(bias), *plan.tensors(), plan.numbers, plan.longest, exact, level,
+        x, weight.codes, weight.scale, _float(bias), *plan.tensors(), plan.numbers, plan.longest, plan.word_unit, exact, level,
         list(stride), list(padding), list(dilation), list(weight.shape[2:]), size, groups,
     )  # fmt: skip
     return y
@@ -134,7 +137,7 @@ def _blocks(weight: Arranged) -> list[_Block]:
     shared = len(taps) > 1
     per_byte = 2 if weight.width == NIBBLE else 1
     rows = 256 if weight.width == NIBBLE else 1 << weight.bits * weight.fused
-    most = TAP_LOOKUPS // len(taps) if shared else min(LOOKUPS, TABLE_BYTES // (64 * rows) * per_byte)
+    most = TAP_LOOKUPS // len(taps) // (2 if weight.fused > 1 else 1) if shared else min(LOOKUPS, TABLE_BYTES // (64 * rows) * per_byte)
     most //= weight.codebooks
     even = 2 if weight.width == NIBBLE and weight.codebooks % 2 else 1
     most = max(most // even, 1) * even
@@ -167,10 +170,18 @@ def _planned(weight: Arranged) -> _Plan:
     numbers = [weight.shape[0], weight.shape[1], weight.codes.shape[1], weight.width, weight.codebooks, 1 << weight.bits * weight.fused,
                weight.span, weight.channels, weight.scale.shape[1], half]  # fmt: skip
     norms = torch.empty(len(blocks))
-    addresses = [t.data_ptr() for t in (weight.codes, weight.scale, aux_scale, aux_weights)] + [0, codewords.data_ptr()]
+    addresses = [t.data_ptr() for t in (weight.codes, weight.scale, aux_scale, aux_weights)] + [0, codewords.data_ptr(), 0]
     _native.lut_norms([*numbers, 0, int(weight.order == "kernel")], addresses, table.data_ptr(), len(blocks), runs.data_ptr(), norms.data_ptr())
     longest = float(codewords.double().norm(dim=2).max()) * (2**0.5 if half else 1)
-    return _Plan(codewords, by_input, aux_weights, aux_scale, table, runs, norms, numbers, longest)
+    words, word_unit = _integers(codewords) if not half and weight.span >= DOTS else (torch.empty(0, dtype=torch.int16), 1.0)
+    return _Plan(codewords, words, by_input, aux_weights, aux_scale, table, runs, norms, numbers, longest, word_unit)
+
+
+def _integers(codewords: Tensor) -> tuple[Tensor, float]:
+    """[M, K, span] in int16 of 15 bits, padded to an even span, and their unit: inputs get the bits that are left."""
+    unit = float(codewords.abs().max()) / 16383 or 1.0
+    words = (codewords / unit).round().to(torch.int16)
+    return torch.nn.functional.pad(words, (0, words.shape[2] % 2)).contiguous(), unit
 
 
 def _centred(weight: Arranged) -> tuple[Tensor, Tensor, Tensor]:
@@ -190,8 +201,8 @@ def _centred(weight: Arranged) -> tuple[Tensor, Tensor, Tensor]:
 
 
 _COMMON = (
-    "Tensor x, Tensor codes, Tensor scale, Tensor? bias, Tensor codewords, Tensor by_input, Tensor aux_weights, Tensor aux_scale, "
-    "Tensor blocks, Tensor runs, Tensor norms, int[] numbers, float longest, bool exact, int level"
+    "Tensor x, Tensor codes, Tensor scale, Tensor? bias, Tensor codewords, Tensor words, Tensor by_input, Tensor aux_weights, Tensor aux_scale, "
+    "Tensor blocks, Tensor runs, Tensor norms, int[] numbers, float longest, float word_unit, bool exact, int level"
 )
 _library = torch.library.Library("aquabit", "FRAGMENT")
 _library.define(f"lut_linear({_COMMON}) -> Tensor")
@@ -200,14 +211,15 @@ _library.define(f"lut_conv2d({_COMMON}, int[] stride, int[] padding, int[] dilat
 
 @torch.library.impl(_library, "lut_linear", "CPU")
 def _linear_cpu(
-    x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, codewords: Tensor, by_input: Tensor, aux_weights: Tensor, aux_scale: Tensor,
-    blocks: Tensor, runs: Tensor, norms: Tensor, numbers: list[int], longest: float, exact: bool, level: int,
+    x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, codewords: Tensor, words: Tensor, by_input: Tensor, aux_weights: Tensor,
+    aux_scale: Tensor, blocks: Tensor, runs: Tensor, norms: Tensor, numbers: list[int], longest: float, word_unit: float,
+    exact: bool, level: int,
 ) -> Tensor:  # fmt: skip
     rows = x.float().contiguous()
     y = torch.empty(*x.shape[:-1], numbers[0])
     if y.numel():
-        addresses = [0 if t is None else t.data_ptr() for t in (codes, scale, aux_scale, aux_weights, bias, codewords)]
-        _native.lut_linear([*numbers, int(exact), 0], addresses, longest, blocks.data_ptr(), len(blocks), runs.data_ptr(), norms.data_ptr(),
+        addresses = [0 if t is None else t.data_ptr() for t in (codes, scale, aux_scale, aux_weights, bias, codewords, words if len(words) else None)]
+        _native.lut_linear([*numbers, int(exact), 0], addresses, longest, word_unit, blocks.data_ptr(), len(blocks), runs.data_ptr(), norms.data_ptr(),
                            by_input.data_ptr(), by_input.shape[2], rows.data_ptr(), y.data_ptr(), y.numel() // numbers[0],
                            torch.get_num_threads(), level)  # fmt: skip
     return y.to(x.dtype)
@@ -220,8 +232,9 @@ def _linear_fake(x: Tensor, codes: Tensor, *_: object) -> Tensor:
 
 @torch.library.impl(_library, "lut_conv2d", "CPU")
 def _conv2d_cpu(
-    x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, codewords: Tensor, by_input: Tensor, aux_weights: Tensor, aux_scale: Tensor,
-    blocks: Tensor, runs: Tensor, norms: Tensor, numbers: list[int], longest: float, exact: bool, level: int,
+    x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, codewords: Tensor, words: Tensor, by_input: Tensor, aux_weights: Tensor,
+    aux_scale: Tensor, blocks: Tensor, runs: Tensor, norms: Tensor, numbers: list[int], longest: float, word_unit: float,
+    exact: bool, level: int,
     stride: list[int], padding: list[int], dilation: list[int], kernel: list[int], size: list[int], groups: int,
 ) -> Tensor:  # fmt: skip
     y = torch.empty(len(x), numbers[0], *size)
@@ -233,10 +246,10 @@ def _conv2d_cpu(
     for g in range(groups):  # a group is a convolution of its own
         own = slice(g * rows, (g + 1) * rows)
         part, out = (image, y) if groups == 1 else (image[:, g * channels : (g + 1) * channels].contiguous(), torch.empty(len(x), rows, *size))
-        held = (codes[own], scale[own], aux_scale[own], aux_weights, None if bias is None else bias[own], codewords)
+        held = (codes[own], scale[own], aux_scale[own], aux_weights, None if bias is None else bias[own], codewords, words if len(words) else None)
         addresses = [0 if t is None else t.data_ptr() for t in held]
         shape = [len(x), *x.shape[2:], *stride, *padding, *dilation, *kernel, *size]
-        _native.lut_conv2d([rows, *numbers[1:], int(exact), int(kernel_order)], addresses, longest, blocks.data_ptr(), len(blocks), runs.data_ptr(),
+        _native.lut_conv2d([rows, *numbers[1:], int(exact), int(kernel_order)], addresses, longest, word_unit, blocks.data_ptr(), len(blocks), runs.data_ptr(),
                            norms.data_ptr(), shape, part.data_ptr(), out.data_ptr(), torch.get_num_threads(), level)  # fmt: skip
         if groups > 1:
             y[:, own] = out
