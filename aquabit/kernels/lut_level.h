@@ -313,26 +313,32 @@ INLINE void flush(Shorts part, const Factors& f, int64_t q, float* sums, bool fi
 
 // One block of lookups for rows [from, to): of one run, without scales of groups, which is the common case; and in general.
 #define AQUABIT_ROWS(NAME, STRUCT, GATHER, TYPE, VECTOR)                                                                              \
-    INLINE void NAME##_plain(const Call& c, const Block& b, const Tile& t, int64_t from, int64_t to, const int64_t table_rows,        \
-                             const int64_t width, const int V) {                                                                      \
-        const TYPE* table = static_cast<const TYPE*>(t.table) + t.offsets[b.run->tap];                                                \
-        const int64_t bytes = c.bytes(b), lanes = sizeof(VECTOR) / sizeof(TYPE), row = c.row_bytes;                                   \
+    INLINE void NAME##_plain(const Call& c, const Block& b, const Tile& t, int64_t from, int64_t to, const int64_t table_rows, const int V) {\
+        const int64_t bytes = c.bytes(b), lanes = sizeof(VECTOR) / sizeof(TYPE), row = c.row_bytes, width = V * lanes;                \
+        const TYPE* const table = static_cast<const TYPE*>(t.table);                                                                  \
         const uint8_t* codes = c.codes + from * row + b.run->codes;                                                                   \
-        float* sums = t.sums + (from - t.first_row) * t.width;                                                                        \
+        float* sums = t.sums + (from - t.first_row) * width;                                                                          \
+        const float* const stop = sums + (to - from) * width;                                                                         \
         const Factors f = {t.unit, t.unit, 1, 0, false};                                                                              \
-        const bool first = t.first;                                                                                                   \
-        const int64_t columns = t.width;                                                                                              \
-        for (int64_t o = from; o < to; ++o, codes += row, sums += columns) {                                                          \
+        for (const bool first = t.first; sums < stop; codes += row, sums += width) {                                                  \
             __builtin_prefetch(codes + kAhead * row);                                                                                 \
             __builtin_prefetch(codes + kAhead * row + bytes - 1);                                                                     \
-            for (int64_t q = 0; q < columns; q += V * lanes) {                                                                        \
-                const STRUCT found = GATHER(table + q, width, table_rows * width, codes, bytes, STRUCT{}, V);                         \
-                flush(found.a, f, q, sums, first);                                                                                    \
-                if (V > 1) flush(found.b, f, q + lanes, sums, first);                                                                 \
-                if (V > 2) flush(found.c, f, q + 2 * lanes, sums, first);                                                             \
-                if (V > 3) flush(found.d, f, q + 3 * lanes, sums, first);                                                             \
-            }                                                                                                                         \
+            const STRUCT found = GATHER(table, width, table_rows * width, codes, bytes, STRUCT{}, V);                                 \
+            flush(found.a, f, 0, sums, first);                                                                                        \
+            if (V > 1) flush(found.b, f, lanes, sums, first);                                                                         \
+            if (V > 2) flush(found.c, f, 2 * lanes, sums, first);                                                                     \
+            if (V > 3) flush(found.d, f, 3 * lanes, sums, first);                                                                     \
         }                                                                                                                             \
+    }                                                                                                                                 \
+    __attribute__((noinline)) static void NAME##_64(const Call& c, const Block& b, const Tile& t, int64_t from, int64_t to, int vectors) {\
+        if (vectors == 1) return NAME##_plain(c, b, t, from, to, 64, 1);                                                              \
+        if (vectors == 2) return NAME##_plain(c, b, t, from, to, 64, 2);                                                              \
+        NAME##_plain(c, b, t, from, to, 64, 4);                                                                                       \
+    }                                                                                                                                 \
+    __attribute__((noinline)) static void NAME##_256(const Call& c, const Block& b, const Tile& t, int64_t from, int64_t to, int vectors) {\
+        if (vectors == 1) return NAME##_plain(c, b, t, from, to, 256, 1);                                                             \
+        if (vectors == 2) return NAME##_plain(c, b, t, from, to, 256, 2);                                                             \
+        NAME##_plain(c, b, t, from, to, 256, 4);                                                                                      \
     }                                                                                                                                 \
     INLINE void NAME##_taps(const Call& c, const Block& b, const Tile& t, int64_t from, int64_t to, const int64_t bytes, const int V) { \
         const TYPE* tables[kTaps];                                                                                                    \
@@ -392,9 +398,9 @@ INLINE void flush(Shorts part, const Factors& f, int64_t q, float* sums, bool fi
     }                                                                                                                                 \
     INLINE void NAME##_at(const Call& c, const Block& b, const Tile& t, int64_t from, int64_t to, const int V) {                      \
         const int64_t lanes = sizeof(VECTOR) / sizeof(TYPE), tile = V * lanes;                                                        \
-        if (b.runs == 1 && c.scale_groups == 1 && t.table_width == tile) {                                                            \
-            if (c.table_rows() == 64) return NAME##_plain(c, b, t, from, to, 64, tile, V);                                            \
-            if (c.table_rows() == 256) return NAME##_plain(c, b, t, from, to, 256, tile, V);                                          \
+        if (b.runs == 1 && c.scale_groups == 1 && t.table_width == tile && V != 3) {                                                          \
+            if (c.table_rows() == 64) return NAME##_64(c, b, t, from, to, V);                                                         \
+            if (c.table_rows() == 256) return NAME##_256(c, b, t, from, to, V);                                                       \
         }                                                                                                                             \
         if (b.runs > 1 && b.runs <= kTaps && c.scale_groups == 1) {                                                                   \
             if (c.bytes(b) == 1) return NAME##_taps(c, b, t, from, to, 1, V);                                                         \
