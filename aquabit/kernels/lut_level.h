@@ -470,6 +470,7 @@ static void token_rows(const uint8_t* codes, int64_t row_bytes, int64_t bytes, c
                        int64_t to, float* sums) {
     for (int64_t o = from; o < to; ++o) {
         const uint8_t* row = codes + o * row_bytes;
+        for (int64_t ahead = 0; ahead < bytes; ahead += 64) __builtin_prefetch(row + kAhead * row_bytes + ahead);
         float a = 0, b = 0, c = 0, d = 0;
         int64_t i = 0;
         for (; i + 4 <= bytes; i += 4) {
