@@ -8,10 +8,10 @@ lookup takes a byte, or half of one (the first in the low half) where its codebo
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from math import ceil, prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,6 +50,7 @@ class Arranged:
     fused: int
     order: str
     segments: tuple[Segment, ...]
+    derived: dict[str, Any] = field(default_factory=dict)  # what each backend made of it for itself: anything with ``tensors()``
 
     @property
     def width(self) -> int:
@@ -77,16 +78,20 @@ class Arranged:
     def segment_bytes(self, segment: Segment) -> int:
         return ceil(self.lookups(segment) * self.width / 8)
 
-    @cached_property
+    def held(self) -> Mapping[int, int]:
+        """Bytes of every storage that is held, by address: layers may share some."""
+        mine = [self.codes, self.tables, self.scale, self.offset, *self.stored, *(t for d in self.derived.values() for t in d.tensors())]
+        return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in mine if t is not None}
+
+    @property
     def nbytes(self) -> int:
-        """Resident bytes: everything held, each storage once."""
-        held = [self.codes, self.tables, self.scale, self.offset, *self.stored]
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held if t is not None}
-        return sum(storages.values())
+        """Resident bytes."""
+        return sum(self.held().values())
 
     def to(self, device: torch.device | str) -> Arranged:
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
         moved |= {k: v.to(device) for k, v in moved.items() if isinstance(v, Tensor)}
+        moved["derived"] = {}
         moved["stored"] = tuple(None if t is None else t.to(device) for t in self.stored)
         return Arranged(**moved)
 
@@ -118,7 +123,7 @@ def arrange(weight: CodebookWeight) -> Arranged:
     offset = None if weight.offset is None else weight.offset.float().reshape(weight.shape[0], -1).contiguous()
     tables = None if weight.codebooks is None else weight.codebooks.float().contiguous()
     empty = Arranged(
-        ones, tables, scale, offset, (weight.codebooks, weight.scale, weight.offset), tuple(weight.shape), weight.bits,
+        weight.packed, tables, scale, offset, (weight.codebooks, weight.scale, weight.offset), tuple(weight.shape), weight.bits,
         weight.codebook_count, weight.group, FUSED.get(weight.bits, 1) if single else 1, weight.order, _segments(weight),
     )  # fmt: skip
     return replace(empty, codes=_laid(empty, weight.codes.to(torch.uint8).permute(2, 0, 1)))

@@ -1,0 +1,493 @@
+// The table kernel for one instruction set; included by lut.cpp once per level, inside a namespace and under a target pragma of its own. No
+// library code and no templates: what the linker shares between levels must not be compiled for one of them.
+//
+// Columns are tokens, or the pixels of padded planes in one long row. A table row holds the product of one codeword with a group of inputs
+// for every column, so that a code of a weight costs one load and one add for a whole vector of columns.
+
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+typedef int16_t Shorts __attribute__((vector_size(4 * kLanes)));      // 2 kLanes
+typedef int16_t HalfShorts __attribute__((vector_size(2 * kLanes)));  // kLanes
+typedef float UnalignedFloats __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef int16_t UnalignedShorts __attribute__((vector_size(4 * kLanes), aligned(2), may_alias));
+
+INLINE Floats load(const float* x) { return *reinterpret_cast<const UnalignedFloats*>(x); }
+INLINE void store(float* x, Floats v) { *reinterpret_cast<UnalignedFloats*>(x) = v; }
+INLINE Shorts load(const int16_t* x) { return *reinterpret_cast<const UnalignedShorts*>(x); }
+INLINE void store(int16_t* x, Shorts v) { *reinterpret_cast<UnalignedShorts*>(x) = v; }
+INLINE Floats splat(float x) { return x - Floats{}; }
+
+// To the nearest integers, in the low half of each lane: adding 1.5 * 2^23 leaves them in the mantissa.
+INLINE Ints rounded(Floats x) { return reinterpret_cast<Ints>(x + 12582912.0f); }
+
+INLINE Shorts narrowed(Ints low, Ints high) {
+#if AQUABIT_LEVEL == 4
+    return reinterpret_cast<Shorts>(_mm512_permutex2var_epi16(
+        reinterpret_cast<__m512i>(low),
+        _mm512_set_epi16(62, 60, 58, 56, 54, 52, 50, 48, 46, 44, 42, 40, 38, 36, 34, 32, 30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4,
+                         2, 0),
+        reinterpret_cast<__m512i>(high)));
+#else
+    const HalfShorts a = __builtin_convertvector(low, HalfShorts), b = __builtin_convertvector(high, HalfShorts);
+    Shorts both;
+    __builtin_memcpy(&both, &a, sizeof a);
+    __builtin_memcpy(reinterpret_cast<char*>(&both) + sizeof a, &b, sizeof b);
+    return both;
+#endif
+}
+
+// By intrinsics: a copy through memory would keep the sums of the inner loop there too.
+INLINE void widened(Shorts x, Floats* low, Floats* high) {
+#if AQUABIT_LEVEL == 4
+    const __m512i v = reinterpret_cast<__m512i>(x);
+    *low = reinterpret_cast<Floats>(_mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm512_castsi512_si256(v))));
+    *high = reinterpret_cast<Floats>(_mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm512_extracti64x4_epi64(v, 1))));
+#elif AQUABIT_LEVEL == 3
+    const __m256i v = reinterpret_cast<__m256i>(x);
+    *low = reinterpret_cast<Floats>(_mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(_mm256_castsi256_si128(v))));
+    *high = reinterpret_cast<Floats>(_mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(_mm256_extracti128_si256(v, 1))));
+#elif AQUABIT_LEVEL == 2
+    const __m128i v = reinterpret_cast<__m128i>(x);
+    *low = reinterpret_cast<Floats>(_mm_cvtepi32_ps(_mm_srai_epi32(_mm_unpacklo_epi16(v, v), 16)));
+    *high = reinterpret_cast<Floats>(_mm_cvtepi32_ps(_mm_srai_epi32(_mm_unpackhi_epi16(v, v), 16)));
+#else
+    HalfShorts a, b;
+    __builtin_memcpy(&a, &x, sizeof a);
+    __builtin_memcpy(&b, reinterpret_cast<const char*>(&x) + sizeof a, sizeof b);
+    *low = __builtin_convertvector(a, Floats);
+    *high = __builtin_convertvector(b, Floats);
+#endif
+}
+
+#if defined(__clang__)
+INLINE Floats shuffled(Floats a, Floats b, Ints from) {
+    Floats out;
+    for (int i = 0; i < kLanes; ++i) out[i] = from[i] < kLanes ? a[from[i]] : b[from[i] - kLanes];
+    return out;
+}
+#else
+INLINE Floats shuffled(Floats a, Floats b, Ints from) { return __builtin_shuffle(a, b, from); }
+#endif
+
+// kLanes vectors, as a square, transposed.
+INLINE void transpose(Floats* v) {
+    Floats w[kLanes];
+    Ints low, high;
+    for (int i = 0; i < kLanes; ++i) {
+        low[i] = i / 2 + (i % 2) * kLanes;
+        high[i] = low[i] + kLanes / 2;
+    }
+    for (int step = 1; step < kLanes; step *= 2) {  // interleaving row i with row i + kLanes / 2, log2(kLanes) times
+        for (int i = 0; i < kLanes / 2; ++i) {
+            w[2 * i] = shuffled(v[i], v[i + kLanes / 2], low);
+            w[2 * i + 1] = shuffled(v[i], v[i + kLanes / 2], high);
+        }
+        for (int i = 0; i < kLanes; ++i) v[i] = w[i];
+    }
+}
+
+// Tokens [count, stride] at channels [0, channels) to columns: out [channels, width]; columns past count are zero.
+static void columns_of(const float* x, int64_t stride, int64_t count, int64_t channels, int64_t width, float* out) {
+    for (int64_t t = 0; t < width; t += kLanes)
+        for (int64_t c = 0; c < channels; c += kLanes) {
+            if (t + kLanes <= count && c + kLanes <= channels) {
+                Floats v[kLanes];
+                for (int i = 0; i < kLanes; ++i) v[i] = load(x + (t + i) * stride + c);
+                transpose(v);
+                for (int i = 0; i < kLanes; ++i) store(out + (c + i) * width + t, v[i]);
+            } else {
+                for (int64_t i = c; i < c + kLanes && i < channels; ++i)
+                    for (int64_t j = t; j < t + kLanes; ++j) out[i * width + j] = j < count ? x[j * stride + i] : 0.0f;
+            }
+        }
+}
+
+// Squared length of the inputs of each column: of all (added to total) and of the longest group (largest).
+static void squares(const float* const* streams, int64_t span, int64_t width, float* total, float* largest) {
+    for (int64_t q = 0; q < width; q += kLanes) {
+        Floats sum = splat(0);
+        for (int64_t i = 0; i < span; ++i) {
+            const Floats x = load(streams[i] + q);
+            sum += x * x;
+        }
+        store(total + q, load(total + q) + sum);
+        const Floats most = load(largest + q);
+        store(largest + q, sum > most || sum != sum ? sum : most);
+    }
+}
+
+// aux += sum of weights times streams.
+static void weigh(const float* const* streams, const float* weights, int64_t span, int64_t width, float* aux) {
+    for (int64_t q = 0; q < width; q += kLanes) {
+        Floats sum = load(aux + q);
+        for (int64_t i = 0; i < span; ++i) sum += weights[i] * load(streams[i] + q);
+        store(aux + q, sum);
+    }
+}
+
+// Rows of codewords [count, span] times the streams, each column times inverse where rows are int16; rows are ``stride`` columns apart.
+// A register block of four rows by two vectors; ``exact`` is a constant where this is called.
+INLINE void product_rows(const float* codewords, int64_t count, const float* const* streams, int64_t span, const float* inverse,
+                         int64_t width, int64_t stride, void* rows, const bool exact) {
+    for (int64_t q = 0; q < width; q += 2 * kLanes) {
+        Floats x[2 * kSpan];
+        const Floats a = exact ? splat(1) : load(inverse + q), b = exact ? splat(1) : load(inverse + q + kLanes);
+        for (int64_t i = 0; i < span; ++i) {
+            x[2 * i] = exact ? load(streams[i] + q) : load(streams[i] + q) * a;
+            x[2 * i + 1] = exact ? load(streams[i] + q + kLanes) : load(streams[i] + q + kLanes) * b;
+        }
+        int64_t k = 0;
+        for (; k + 4 <= count; k += 4) {
+            const float* c = codewords + k * span;
+            Floats sum[8];
+            for (int r = 0; r < 4; ++r) {
+                sum[2 * r] = c[r * span] * x[0];
+                sum[2 * r + 1] = c[r * span] * x[1];
+            }
+            for (int64_t i = 1; i < span; ++i)
+                for (int r = 0; r < 4; ++r) {
+                    sum[2 * r] += c[r * span + i] * x[2 * i];
+                    sum[2 * r + 1] += c[r * span + i] * x[2 * i + 1];
+                }
+            for (int r = 0; r < 4; ++r) {
+                if (exact) {
+                    float* row = static_cast<float*>(rows) + (k + r) * stride + q;
+                    store(row, sum[2 * r]);
+                    store(row + kLanes, sum[2 * r + 1]);
+                } else {
+                    store(static_cast<int16_t*>(rows) + (k + r) * stride + q, narrowed(rounded(sum[2 * r]), rounded(sum[2 * r + 1])));
+                }
+            }
+        }
+        for (; k < count; ++k) {
+            Floats low = splat(0), high = splat(0);
+            for (int64_t i = 0; i < span; ++i) {
+                low += codewords[k * span + i] * x[2 * i];
+                high += codewords[k * span + i] * x[2 * i + 1];
+            }
+            if (exact) {
+                float* row = static_cast<float*>(rows) + k * stride + q;
+                store(row, low);
+                store(row + kLanes, high);
+            } else {
+                store(static_cast<int16_t*>(rows) + k * stride + q, narrowed(rounded(low), rounded(high)));
+            }
+        }
+    }
+}
+
+static void product_rows_exact(const float* codewords, int64_t count, const float* const* streams, int64_t span, const float*,
+                               int64_t width, int64_t stride, void* rows) {
+    product_rows(codewords, count, streams, span, nullptr, width, stride, rows, true);
+}
+
+static void product_rows_fast(const float* codewords, int64_t count, const float* const* streams, int64_t span, const float* inverse,
+                              int64_t width, int64_t stride, void* rows) {
+    if (span == 8) return product_rows(codewords, count, streams, 8, inverse, width, stride, rows, false);
+    if (span == 9) return product_rows(codewords, count, streams, 9, inverse, width, stride, rows, false);
+    product_rows(codewords, count, streams, span, inverse, width, stride, rows, false);
+}
+
+#if AQUABIT_LEVEL == 4
+// The same with 16-bit dot products: words [count, pairs] of two int16 each, in units of which 65536 times the sums are 32 bits, whose upper
+// half is the table's. Half as many multiply-adds as with floats; both roundings are far below the table's own.
+__attribute__((target("avx512vnni"))) static void product_rows_dots(const int32_t* words, int64_t count, const float* const* streams,
+                                                                    int64_t span, const float* inverse, float factor, int64_t width,
+                                                                    int64_t stride, int16_t* rows) {
+    const int64_t pairs = (span + 1) / 2;
+    const __m512i half = _mm512_set1_epi32(1 << 15);
+    const __m512i upper = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25, 23, 21, 19, 17, 15,
+                                           13, 11, 9, 7, 5, 3, 1);
+    for (int64_t q = 0; q < width; q += 2 * kLanes) {
+        __m512i x[kSpan + 2];
+        for (int64_t side = 0; side < 2; ++side) {
+            const int64_t at = q + side * kLanes;
+            const Floats unit = load(inverse + at) * factor;
+            for (int64_t i = 0; i < pairs; ++i) {
+                const Floats a = load(streams[2 * i] + at) * unit, b = 2 * i + 1 < span ? load(streams[2 * i + 1] + at) * unit : splat(0);
+                const __m512i low = _mm512_cvtps_epi32(reinterpret_cast<__m512>(a)), high = _mm512_cvtps_epi32(reinterpret_cast<__m512>(b));
+                x[2 * i + side] = _mm512_mask_blend_epi16(0xaaaaaaaa, low, _mm512_slli_epi32(high, 16));
+            }
+        }
+        int64_t k = 0;
+        for (; k + 4 <= count; k += 4) {
+            const int32_t* w = words + k * pairs;
+            __m512i a0 = half, a1 = half, b0 = half, b1 = half, c0 = half, c1 = half, d0 = half, d1 = half;
+            for (int64_t i = 0; i < pairs; ++i) {
+                const __m512i x0 = x[2 * i], x1 = x[2 * i + 1], wa = _mm512_set1_epi32(w[i]), wb = _mm512_set1_epi32(w[pairs + i]);
+                const __m512i wc = _mm512_set1_epi32(w[2 * pairs + i]), wd = _mm512_set1_epi32(w[3 * pairs + i]);
+                a0 = _mm512_dpwssd_epi32(a0, x0, wa), a1 = _mm512_dpwssd_epi32(a1, x1, wa);
+                b0 = _mm512_dpwssd_epi32(b0, x0, wb), b1 = _mm512_dpwssd_epi32(b1, x1, wb);
+                c0 = _mm512_dpwssd_epi32(c0, x0, wc), c1 = _mm512_dpwssd_epi32(c1, x1, wc);
+                d0 = _mm512_dpwssd_epi32(d0, x0, wd), d1 = _mm512_dpwssd_epi32(d1, x1, wd);
+            }
+            int16_t* to = rows + k * stride + q;
+            store(to, reinterpret_cast<Shorts>(_mm512_permutex2var_epi16(a0, upper, a1)));
+            store(to + stride, reinterpret_cast<Shorts>(_mm512_permutex2var_epi16(b0, upper, b1)));
+            store(to + 2 * stride, reinterpret_cast<Shorts>(_mm512_permutex2var_epi16(c0, upper, c1)));
+            store(to + 3 * stride, reinterpret_cast<Shorts>(_mm512_permutex2var_epi16(d0, upper, d1)));
+        }
+        for (; k < count; ++k) {
+            __m512i a = half, b = half;
+            for (int64_t i = 0; i < pairs; ++i) {
+                const __m512i w = _mm512_set1_epi32(words[k * pairs + i]);
+                a = _mm512_dpwssd_epi32(a, x[2 * i], w), b = _mm512_dpwssd_epi32(b, x[2 * i + 1], w);
+            }
+            store(rows + k * stride + q, reinterpret_cast<Shorts>(_mm512_permutex2var_epi16(a, upper, b)));
+        }
+    }
+}
+#endif
+
+// Two lookups in one: row high * lows + low is the sum of a row of each.
+#define AQUABIT_SUMS(NAME, TYPE, VECTOR)                                                                                    \
+    static void NAME(const void* low, int64_t lows, const void* high, int64_t highs, int64_t width, void* rows) {           \
+        const int64_t lanes = sizeof(VECTOR) / sizeof(TYPE);                                                                \
+        for (int64_t q = 0; q < width; q += lanes)                                                                          \
+            for (int64_t h = 0; h < highs; ++h) {                                                                           \
+                const VECTOR b = load(static_cast<const TYPE*>(high) + h * width + q);                                      \
+                const TYPE* a = static_cast<const TYPE*>(low) + q;                                                          \
+                TYPE* to = static_cast<TYPE*>(rows) + h * lows * width + q;                                                 \
+                for (int64_t l = 0; l < lows; ++l) store(to + l * width, load(a + l * width) + b);                          \
+            }                                                                                                               \
+    }
+AQUABIT_SUMS(sum_shorts, int16_t, Shorts)
+AQUABIT_SUMS(sum_floats, float, Floats)
+#undef AQUABIT_SUMS
+
+static void sum_rows(const void* low, int64_t lows, const void* high, int64_t highs, int64_t width, void* rows, bool exact) {
+    return exact ? sum_floats(low, lows, high, highs, width, rows) : sum_shorts(low, lows, high, highs, width, rows);
+}
+
+// Sums of the table rows that a run of bytes names, V <= 4 vectors of columns, which the optimizer keeps in registers: named, not an array.
+// V is a constant where this is called, and so are width and stride where they can be.
+#define AQUABIT_GATHER(STRUCT, NAME, TYPE, VECTOR)                                                                                    \
+    struct STRUCT {                                                                                                                   \
+        VECTOR a, b, c, d;                                                                                                            \
+    };                                                                                                                                \
+    INLINE void NAME##_one(const TYPE* row, STRUCT* s, const int V) {                                                                 \
+        const int lanes = sizeof(VECTOR) / sizeof(TYPE);                                                                              \
+        s->a += load(row);                                                                                                            \
+        if (V > 1) s->b += load(row + lanes);                                                                                         \
+        if (V > 2) s->c += load(row + 2 * lanes);                                                                                     \
+        if (V > 3) s->d += load(row + 3 * lanes);                                                                                     \
+    }                                                                                                                                 \
+    INLINE STRUCT NAME(const TYPE* table, int64_t width, int64_t stride, const uint8_t* codes, int64_t bytes, STRUCT sum, const int V) { \
+        STRUCT other = {};                                                                                                            \
+        int64_t i = 0;                                                                                                                \
+        for (; i + 4 <= bytes; i += 4, table += 4 * stride) {                                                                         \
+            NAME##_one(table + codes[i] * width, &sum, V);                                                                            \
+            NAME##_one(table + stride + codes[i + 1] * width, &other, V);                                                             \
+            NAME##_one(table + 2 * stride + codes[i + 2] * width, &sum, V);                                                           \
+            NAME##_one(table + 3 * stride + codes[i + 3] * width, &other, V);                                                         \
+        }                                                                                                                             \
+        for (; i < bytes; ++i, table += stride) NAME##_one(table + codes[i] * width, &sum, V);                                        \
+        sum.a += other.a;                                                                                                             \
+        if (V > 1) sum.b += other.b;                                                                                                  \
+        if (V > 2) sum.c += other.c;                                                                                                  \
+        if (V > 3) sum.d += other.d;                                                                                                  \
+        return sum;                                                                                                                   \
+    }
+AQUABIT_GATHER(FourShorts, gather_shorts, int16_t, Shorts)
+AQUABIT_GATHER(FourFloats, gather_floats, float, Floats)
+#undef AQUABIT_GATHER
+
+// sums (+)= part, at one vector of columns: plain, or with the factors of a group of scales.
+struct Factors {
+    const float *unit, *aux;
+    float scale, offset;
+    bool scaled;
+};
+
+INLINE void flush(Floats part, const Factors& f, int64_t q, float* sums, bool first) {
+    if (f.scaled) part = part * f.scale + f.offset * load(f.aux + q);
+    store(sums + q, first ? part : part + load(sums + q));
+}
+
+INLINE void flush(Shorts part, const Factors& f, int64_t q, float* sums, bool first) {
+    Floats low, high;
+    widened(part, &low, &high);
+    flush(low * load(f.unit + q), f, q, sums, first);
+    flush(high * load(f.unit + q + kLanes), f, q + kLanes, sums, first);
+}
+
+// One block of lookups for rows [from, to): of one run, without scales of groups, which is the common case; and in general.
+#define AQUABIT_ROWS(NAME, STRUCT, GATHER, TYPE, VECTOR)                                                                              \
+    INLINE void NAME##_plain(const Call& c, const Block& b, const Tile& t, int64_t from, int64_t to, const int64_t table_rows, const int V) {\
+        const int64_t bytes = c.bytes(b), lanes = sizeof(VECTOR) / sizeof(TYPE), row = c.row_bytes, width = V * lanes;                \
+        const TYPE* const table = static_cast<const TYPE*>(t.table);                                                                  \
+        const uint8_t* codes = c.codes + from * row + b.run->codes;                                                                   \
+        float* sums = t.sums + (from - t.first_row) * width;                                                                          \
+        const float* const stop = sums + (to - from) * width;                                                                         \
+        const Factors f = {t.unit, t.unit, 1, 0, false};                                                                              \
+        for (const bool first = t.first; sums < stop; codes += row, sums += width) {                                                  \
+            __builtin_prefetch(codes + kAhead * row);                                                                                 \
+            __builtin_prefetch(codes + kAhead * row + bytes - 1);                                                                     \
+            const STRUCT found = GATHER(table, width, table_rows * width, codes, bytes, STRUCT{}, V);                                 \
+            flush(found.a, f, 0, sums, first);                                                                                        \
+            if (V > 1) flush(found.b, f, lanes, sums, first);                                                                         \
+            if (V > 2) flush(found.c, f, 2 * lanes, sums, first);                                                                     \
+            if (V > 3) flush(found.d, f, 3 * lanes, sums, first);                                                                     \
+        }                                                                                                                             \
+    }                                                                                                                                 \
+    __attribute__((noinline)) static void NAME##_64(const Call& c, const Block& b, const Tile& t, int64_t from, int64_t to, int vectors) {\
+        if (vectors == 1) return NAME##_plain(c, b, t, from, to, 64, 1);                                                              \
+        if (vectors == 2) return NAME##_plain(c, b, t, from, to, 64, 2);                                                              \
+        NAME##_plain(c, b, t, from, to, 64, 4);                                                                                       \
+    }                                                                                                                                 \
+    __attribute__((noinline)) static void NAME##_256(const Call& c, const Block& b, const Tile& t, int64_t from, int64_t to, int vectors) {\
+        if (vectors == 1) return NAME##_plain(c, b, t, from, to, 256, 1);                                                             \
+        if (vectors == 2) return NAME##_plain(c, b, t, from, to, 256, 2);                                                             \
+        NAME##_plain(c, b, t, from, to, 256, 4);                                                                                      \
+    }                                                                                                                                 \
+    INLINE void NAME##_taps(const Call& c, const Block& b, const Tile& t, int64_t from, int64_t to, const int64_t bytes, const int V) { \
+        const TYPE* tables[kTaps];                                                                                                    \
+        int64_t at[kTaps];                                                                                                            \
+        for (int64_t r = 0; r < b.runs; ++r) {                                                                                        \
+            tables[r] = static_cast<const TYPE*>(t.table) + t.offsets[b.run[r].tap];                                                  \
+            at[r] = b.run[r].codes;                                                                                                   \
+        }                                                                                                                             \
+        const int64_t width = t.table_width, stride = c.table_rows() * width, lanes = sizeof(VECTOR) / sizeof(TYPE), runs = b.runs;   \
+        const int64_t columns = t.width, row = c.row_bytes;                                                                           \
+        const Factors f = {t.unit, t.unit, 1, 0, false};                                                                              \
+        const bool first = t.first;                                                                                                   \
+        for (int64_t o = from; o < to; ++o) {                                                                                         \
+            const uint8_t* codes = c.codes + o * row;                                                                                 \
+            float* sums = t.sums + (o - t.first_row) * columns;                                                                       \
+            for (int64_t r = 0; r < runs; ++r) __builtin_prefetch(codes + 2 * row + at[r]);                                           \
+            for (int64_t q = 0; q < columns; q += V * lanes) {                                                                        \
+                STRUCT found = {};                                                                                                    \
+                for (int64_t r = 0; r < runs; ++r) {                                                                                  \
+                    const TYPE* table = tables[r] + q;                                                                                \
+                    const uint8_t* own = codes + at[r];                                                                               \
+                    for (int64_t i = 0; i < bytes; ++i, table += stride) GATHER##_one(table + own[i] * width, &found, V);             \
+                }                                                                                                                     \
+                flush(found.a, f, q, sums, first);                                                                                    \
+                if (V > 1) flush(found.b, f, q + lanes, sums, first);                                                                 \
+                if (V > 2) flush(found.c, f, q + 2 * lanes, sums, first);                                                             \
+                if (V > 3) flush(found.d, f, q + 3 * lanes, sums, first);                                                             \
+            }                                                                                                                         \
+        }                                                                                                                             \
+    }                                                                                                                                 \
+    INLINE void NAME(const Call& c, const Block& b, const Tile& t, int64_t from, int64_t to, const int V) {                           \
+        const TYPE* table = static_cast<const TYPE*>(t.table);                                                                        \
+        const int64_t bytes = c.bytes(b), width = t.table_width, lanes = sizeof(VECTOR) / sizeof(TYPE);                 \
+        const bool scaled = c.scale_groups > 1;                                                                                       \
+        for (int64_t o = from; o < to; ++o) {                                                                                         \
+            const uint8_t* codes = c.codes + o * c.row_bytes;                                                                         \
+            float* sums = t.sums + (o - t.first_row) * t.width;                                                                       \
+            for (int64_t q = 0; q < t.width; q += V * lanes) {                                                                        \
+                STRUCT found = {};                                                                                                    \
+                bool first = t.first;                                                                                                 \
+                for (int64_t r = 0; r < b.runs; ++r) {                                                                                \
+                    const Run& run = b.run[r];                                                                                        \
+                    found = GATHER(table + t.offsets[run.tap] + q, width, c.table_rows() * width, codes + run.codes, bytes, found, V);                                                                                          \
+                    if (!scaled && r + 1 < b.runs) continue;                                                                          \
+                    const int64_t n = o * c.scale_groups + run.scales;                                                                \
+                    const Factors f = {t.unit, scaled ? t.aux_block + r * t.width : t.unit, scaled ? c.scale[n] : 1,                  \
+                                       scaled ? c.aux_scale[n] : 0, scaled};                                                          \
+                    flush(found.a, f, q, sums, first);                                                                                \
+                    if (V > 1) flush(found.b, f, q + lanes, sums, first);                                                             \
+                    if (V > 2) flush(found.c, f, q + 2 * lanes, sums, first);                                                         \
+                    if (V > 3) flush(found.d, f, q + 3 * lanes, sums, first);                                                         \
+                    first = false;                                                                                                    \
+                    found = STRUCT{};                                                                                                 \
+                }                                                                                                                     \
+            }                                                                                                                         \
+        }                                                                                                                             \
+    }                                                                                                                                 \
+    INLINE void NAME##_at(const Call& c, const Block& b, const Tile& t, int64_t from, int64_t to, const int V) {                      \
+        const int64_t lanes = sizeof(VECTOR) / sizeof(TYPE), tile = V * lanes;                                                        \
+        if (b.runs == 1 && c.scale_groups == 1 && t.table_width == tile && V != 3) {                                                          \
+            if (c.table_rows() == 64) return NAME##_64(c, b, t, from, to, V);                                                         \
+            if (c.table_rows() == 256) return NAME##_256(c, b, t, from, to, V);                                                       \
+        }                                                                                                                             \
+        if (b.runs > 1 && b.runs <= kTaps && c.scale_groups == 1) {                                                                   \
+            if (c.bytes(b) == 1) return NAME##_taps(c, b, t, from, to, 1, V);                                                         \
+            if (c.bytes(b) == 2) return NAME##_taps(c, b, t, from, to, 2, V);                                                         \
+            if (c.bytes(b) == 4) return NAME##_taps(c, b, t, from, to, 4, V);                                                         \
+            return NAME##_taps(c, b, t, from, to, c.bytes(b), V);                                                                     \
+        }                                                                                                                             \
+        NAME(c, b, t, from, to, V);                                                                                                   \
+    }                                                                                                                                 \
+    static void NAME##_by_vectors(const Call& c, const Block& b, const Tile& t, int64_t from, int64_t to) {                           \
+        const int64_t vectors = t.width * sizeof(TYPE) / sizeof(VECTOR);                                                              \
+        if (vectors % 4 == 0) return NAME##_at(c, b, t, from, to, 4);                                                                 \
+        if (vectors % 3 == 0) return NAME##_at(c, b, t, from, to, 3);                                                                 \
+        if (vectors % 2 == 0) return NAME##_at(c, b, t, from, to, 2);                                                                 \
+        NAME##_at(c, b, t, from, to, 1);                                                                                              \
+    }
+AQUABIT_ROWS(rows_shorts, FourShorts, gather_shorts, int16_t, Shorts)
+AQUABIT_ROWS(rows_floats, FourFloats, gather_floats, float, Floats)
+#undef AQUABIT_ROWS
+
+static void gather_rows(const Call& c, const Block& b, const Tile& t, int64_t from, int64_t to) {
+    return c.exact ? rows_floats_by_vectors(c, b, t, from, to) : rows_shorts_by_vectors(c, b, t, from, to);
+}
+
+// y = scale * sums + aux_scale * aux + bias, in place (factors of rows: 1, 0 where the blocks have applied them).
+static void finish(const Call& c, const Tile& t, int64_t from, int64_t to) {
+    for (int64_t o = from; o < to; ++o) {
+        const bool done = c.scale_groups > 1;
+        const float scale = done ? 1 : c.scale[o], offset = done ? 0 : c.aux_scale[o], bias = c.bias ? c.bias[o] : 0;
+        float* sums = t.sums + (o - t.first_row) * t.width;
+        for (int64_t q = 0; q < t.width; q += kLanes)
+            store(sums + q, load(sums + q) * scale + (load(t.aux + q) * offset + bias));
+    }
+}
+
+// Columns to tokens: sums [rows, width] to y [count, stride].
+static void tokens_of(const float* sums, int64_t rows, int64_t width, int64_t count, int64_t stride, float* y) {
+    for (int64_t o = 0; o < rows; o += kLanes)
+        for (int64_t t = 0; t < count; t += kLanes) {
+            if (o + kLanes <= rows) {
+                Floats v[kLanes];
+                for (int i = 0; i < kLanes; ++i) v[i] = load(sums + (o + i) * width + t);
+                transpose(v);
+                for (int i = 0; i < kLanes && t + i < count; ++i) store(y + (t + i) * stride + o, v[i]);
+            } else {
+                for (int64_t i = o; i < rows; ++i)
+                    for (int64_t j = t; j < t + kLanes && j < count; ++j) y[j * stride + i] = sums[i * width + j];
+            }
+        }
+}
+
+// One token: a table of 256 products (or as many as there are codewords) for every byte of a row, [bytes, size], then scalar sums.
+static void token_products(const float* by_input, int64_t padded, const float* x, int64_t inputs, float* products) {
+    for (int64_t k = 0; k < padded; k += kLanes) {
+        Floats sum = splat(0);
+        for (int64_t i = 0; i < inputs; ++i) sum += x[i] * load(by_input + i * padded + k);
+        store(products + k, sum);
+    }
+}
+
+static void token_pairs(const float* low, int64_t lows, const float* high, int64_t highs, float* products) {
+    for (int64_t h = 0; h < highs; ++h)
+        for (int64_t l = 0; l < lows; ++l) products[h * lows + l] = low[l] + high[h];
+}
+
+static void token_rows(const uint8_t* codes, int64_t row_bytes, int64_t bytes, const float* products, int64_t size, int64_t from,
+                       int64_t to, float* sums) {
+    for (int64_t o = from; o < to; ++o) {
+        const uint8_t* row = codes + o * row_bytes;
+        for (int64_t ahead = 0; ahead < bytes; ahead += 64) __builtin_prefetch(row + kAhead * row_bytes + ahead);
+        float a = 0, b = 0, c = 0, d = 0;
+        int64_t i = 0;
+        for (; i + 4 <= bytes; i += 4) {
+            const float* at = products + i * size;
+            a += at[row[i]];
+            b += at[size + row[i + 1]];
+            c += at[2 * size + row[i + 2]];
+            d += at[3 * size + row[i + 3]];
+        }
+        for (; i < bytes; ++i) a += products[i * size + row[i]];
+        sums[o] = (a + b) + (c + d);
+    }
+}
+
+static const Level kLevel = {kLanes,     columns_of,  squares, weigh,     product_rows_fast, product_rows_exact, sum_rows,
+                             gather_rows, finish,     tokens_of, token_products, token_pairs, token_rows, nullptr};
+#if AQUABIT_LEVEL == 4
+static const Level kDotsLevel = {kLanes,     columns_of,  squares, weigh,     product_rows_fast, product_rows_exact, sum_rows,
+                                 gather_rows, finish,     tokens_of, token_products, token_pairs, token_rows, product_rows_dots};
+#endif
