@@ -1,0 +1,208 @@
+// A tile of columns for a range of rows: block after block, a table is filled and the rows that the codes name are added up. Part of lut.cpp.
+
+// Columns: where the inputs of a tile lie and what of the outputs it makes.
+struct Planes {
+    const float* x;  // tokens [count, inputs], or planes [inputs, pitch]
+    bool tokens;
+    int64_t columns, pitch;
+    std::vector<int64_t> taps;    // offset of each tap in a plane
+    std::vector<int64_t> starts;  // of ranges of a plane that tables cover, before the tile's first column is added
+    std::vector<int64_t> widths;  // of the same
+    std::vector<int64_t> offsets; // of each tap in a table row
+    int64_t width, table_width;   // columns of a tile, of a table row
+};
+
+// What a thread works in.
+struct Room {
+    Buffer<char> table;
+    Buffer<float> halves, columns, total, largest, inverse, unit, aux_table, aux, aux_block, sums, zeros;
+
+    Room(const Call& c, const Planes& p, int64_t rows, int64_t bytes, int64_t groups, int64_t runs)
+        : table(bytes * c.table_rows() * p.table_width * (c.exact ? 4 : 2)),
+          halves(2 * std::max<int64_t>(c.half, 16) * p.table_width),
+          columns(p.tokens ? groups * c.channels * p.width : 0),
+          total(p.table_width), largest(p.table_width), inverse(p.table_width), unit(p.width), aux_table(p.table_width), aux(p.width),
+          aux_block(c.scale_groups > 1 ? runs * p.width : 0),
+          sums(rows * p.width),
+          zeros(p.table_width) {
+        std::fill(zeros.get(), zeros.get() + p.table_width, 0.0f);
+    }
+};
+
+class Task {
+  public:
+    Task(const Level& level, const Call& call, const Planes& planes, Room& room) : level_(level), c_(call), p_(planes), r_(room) {}
+
+    // Sums of rows [from, to) for the tile at column q0, finished, in room.sums.
+    void run(const std::vector<Block>& blocks, int64_t q0, int64_t from, int64_t to) {
+        Tile tile{r_.table.get(), p_.offsets.data(), r_.unit.get(), r_.aux.get(), r_.aux_block.get(), r_.sums.get(),
+                  p_.table_width, p_.width, from, true};
+        std::fill(r_.aux.get(), r_.aux.get() + p_.width, 0.0f);
+        for (const Block& b : blocks) {
+            if (p_.tokens) fetch(b, q0);
+            measure(b, q0);
+            fill(b, q0);
+            level_.gather_rows(c_, b, tile, from, to);
+            tile.first = false;
+        }
+        level_.finish(c_, tile, from, to);
+    }
+
+  private:
+    int64_t channels_of(const Block& b) const { return std::min(b.groups * c_.channels, c_.inputs - b.first); }
+
+    void fetch(const Block& b, int64_t q0) {
+        const int64_t count = std::min(p_.width, p_.columns - q0);
+        level_.columns_of(p_.x + q0 * c_.inputs + b.first, c_.inputs, count, channels_of(b), p_.width, r_.columns.get());
+    }
+
+    // The inputs of one group at one range of columns: pointers to span rows of columns.
+    void streams(const Block& b, int64_t group, size_t range, int64_t q0, const float** to) const {
+        const float* base = p_.tokens ? r_.columns.get() : p_.x + b.first * p_.pitch + q0 + (c_.kernel_order ? 0 : p_.starts[range]);
+        const int64_t pitch = p_.tokens ? p_.width : p_.pitch, held = channels_of(b);
+        for (int64_t i = 0; i < c_.span; ++i) {
+            const int64_t channel = group * c_.channels + (c_.kernel_order ? 0 : i);
+            to[i] = channel < held ? base + channel * pitch + (c_.kernel_order ? p_.taps[i] : 0) : r_.zeros.get();
+        }
+    }
+
+    template <class Function>
+    void each(const Block& b, int64_t q0, const Function& fn) const {
+        const float* from[kSpan];
+        for (int64_t g = 0; g < b.groups; ++g)
+            for (size_t range = 0, at = 0; range < p_.widths.size(); at += p_.widths[range++]) {
+                streams(b, g, range, q0, from);
+                fn(g, from, static_cast<int64_t>(at), p_.widths[range]);
+            }
+    }
+
+    // aux of the block, and the units of its columns.
+    void measure(const Block& b, int64_t q0) {
+        float *total = r_.total.get(), *largest = r_.largest.get(), *aux = r_.aux_table.get();
+        std::fill(total, total + p_.table_width, 0.0f);
+        std::fill(largest, largest + p_.table_width, 0.0f);
+        std::fill(aux, aux + p_.table_width, 0.0f);
+        each(b, q0, [&](int64_t, const float* const* from, int64_t at, int64_t width) {
+            level_.weigh(from, c_.aux_weights, c_.span, width, aux + at);
+            if (!c_.exact) level_.squares(from, c_.span, width, total + at, largest + at);
+        });
+        for (int64_t r = 0; r < b.runs; ++r) {
+            const float* from = aux + p_.offsets[b.run[r].tap];
+            float* to = c_.scale_groups > 1 ? r_.aux_block.get() + r * p_.width : r_.aux.get();
+            if (c_.scale_groups > 1)
+                std::copy(from, from + p_.width, to);
+            else
+                for (int64_t q = 0; q < p_.width; ++q) to[q] += from[q];
+        }
+        if (!c_.exact) choose_units(b);
+    }
+
+    // The bound of a column's sum over this block, in float: |x| times the longest row, or the largest single product. Where taps share a
+    // table its columns serve many outputs, so that one unit serves the tile.
+    void choose_units(const Block& b) {
+        const float *total = r_.total.get(), *largest = r_.largest.get();
+        const float room = static_cast<float>(kShorts - 1 - b.groups * c_.codebooks * b.runs);
+        // With 16-bit dot products the inputs themselves, times 65536 word_unit over the unit, have to fit as well.
+        const float most = c_.words && level_.product_rows_dots ? std::max(c_.longest, 2 * room * c_.word_unit) : c_.longest;
+        if (b.runs == 1) {
+            for (int64_t q = 0; q < p_.width; ++q) set_unit(q, std::sqrt(total[q]) * b.norm, std::sqrt(largest[q]) * most, room);
+            return;
+        }
+        float sum = 0, single = 0;
+        for (int64_t q = 0; q < p_.width; ++q) {
+            float here = 0;
+            for (int64_t r = 0; r < b.runs; ++r) here += total[p_.offsets[b.run[r].tap] + q];
+            if (!(here <= sum)) sum = here;
+        }
+        for (int64_t q = 0; q < p_.table_width; ++q)
+            if (!(largest[q] <= single)) single = largest[q];
+        set_unit(0, std::sqrt(sum) * b.norm, std::sqrt(single) * most, room);
+        std::fill(r_.unit.get(), r_.unit.get() + p_.width, r_.unit.get()[0]);
+        std::fill(r_.inverse.get(), r_.inverse.get() + p_.table_width, r_.inverse.get()[0]);
+    }
+
+    void set_unit(int64_t q, float sum, float single, float room) {
+        const float bound = sum > single ? sum : single;
+        const bool finite = sum - sum == 0 && single - single == 0;
+        r_.unit.get()[q] = finite ? bound / room : __builtin_nanf("");
+        r_.inverse.get()[q] = finite && bound > 1e-33f ? room / bound : 0;
+    }
+
+    // Rows of one lookup (or of half a lookup of fused codes, which starts at input ``skip`` of the group) into ``to``.
+    void products(const Block& b, int64_t group, const float* words, int64_t count, int64_t skip, int64_t span, int64_t q0, char* to) {
+        const auto product = c_.exact ? level_.product_rows_exact : level_.product_rows_fast;
+        const float* from[kSpan];
+        for (size_t range = 0, at = 0; range < p_.widths.size(); at += p_.widths[range++]) {
+            streams(b, group, range, q0, from);
+            product(words, count, from + skip, span, r_.inverse.get() + at, p_.widths[range], p_.table_width, to + at * (c_.exact ? 4 : 2));
+        }
+    }
+
+    void lookup(const Block& b, int64_t index, int64_t q0, char* to) {
+        if (c_.words && level_.product_rows_dots && !c_.exact) {
+            const int32_t* pairs = c_.words + index % c_.codebooks * c_.codeword_count * ((c_.span + 1) / 2);
+            const float* from[kSpan];
+            for (size_t range = 0, at = 0; range < p_.widths.size(); at += p_.widths[range++]) {
+                streams(b, index / c_.codebooks, range, q0, from);
+                level_.product_rows_dots(pairs, c_.codeword_count, from, c_.span, r_.inverse.get() + at, 65536 * c_.word_unit,
+                                         p_.widths[range], p_.table_width, reinterpret_cast<int16_t*>(to) + at);
+            }
+            return;
+        }
+        const float* words = c_.codewords + index % c_.codebooks * c_.codeword_count * c_.span;
+        products(b, index / c_.codebooks, words, c_.codeword_count, 0, c_.span, q0, to);
+    }
+
+    void fill(const Block& b, int64_t q0) {
+        const int64_t row = p_.table_width * (c_.exact ? 4 : 2), lookups = b.groups * c_.codebooks, part = c_.half ? c_.half : 16;
+        char *to = r_.table.get(), *low = reinterpret_cast<char*>(r_.halves.get()), *high = low + part * row;
+        for (int64_t i = 0; i < c_.bytes(b); ++i, to += c_.table_rows() * row) {
+            if (c_.width == 8 && !c_.half) {
+                lookup(b, i, q0, to);
+                continue;
+            }
+            if (c_.half) {
+                products(b, i, c_.codewords, part, 0, c_.span / 2, q0, low);
+                products(b, i, c_.codewords, part, c_.span / 2, c_.span / 2, q0, high);
+            } else {
+                lookup(b, 2 * i, q0, low);
+                if (2 * i + 1 < lookups)
+                    lookup(b, 2 * i + 1, q0, high);
+                else
+                    std::fill(high, high + part * row, 0);
+            }
+            level_.sum_rows(low, part, high, part, p_.table_width, to, c_.exact);
+        }
+    }
+
+    const Level& level_;
+    const Call& c_;
+    const Planes& p_;
+    Room& r_;
+};
+
+// store(task's room, q0, from, to) for every tile and range of rows.
+template <class Store>
+void run_tiles(const Level& level, const Call& c, const Planes& p, const std::vector<Block>& blocks, int threads, const Store& keep) {
+    const int64_t tiles = ceil_divide(p.columns, p.width);
+    const int64_t chunks = std::clamp<int64_t>(ceil_divide(threads, tiles), 1, ceil_divide(c.out, 64)), rows = up(ceil_divide(c.out, chunks), 16);
+    const int64_t parts = ceil_divide(c.out, rows), tasks = tiles * parts;
+    int64_t bytes = 1, groups = 1, runs = 1;
+    for (const Block& b : blocks) {
+        bytes = std::max(bytes, c.bytes(b));
+        groups = std::max(groups, b.groups);
+        runs = std::max(runs, b.runs);
+    }
+    const int team = static_cast<int>(std::min<int64_t>(threads, tasks));
+#pragma omp parallel num_threads(team) if (team > 1)
+    {
+        Room room(c, p, std::min(rows, c.out), bytes, groups, runs);
+        Task task(level, c, p, room);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < tasks; ++i) {
+            const int64_t q0 = i / parts * p.width, from = i % parts * rows, to = std::min(c.out, from + rows);
+            task.run(blocks, q0, from, to);
+            keep(room.sums.get(), q0, from, to);
+        }
+    }
+}
