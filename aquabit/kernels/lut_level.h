@@ -191,9 +191,9 @@ static void product_rows_fast(const float* codewords, int64_t count, const float
 #if AQUABIT_LEVEL == 4
 // The same with 16-bit dot products: words [count, pairs] of two int16 each, in units of which 65536 times the sums are 32 bits, whose upper
 // half is the table's. Half as many multiply-adds as with floats; both roundings are far below the table's own.
-__attribute__((target("avx512vnni"))) static void product_rows_dots(const int32_t* words, int64_t count, const float* const* streams,
-                                                                    int64_t span, const float* inverse, float factor, int64_t width,
-                                                                    int64_t stride, int16_t* rows) {
+__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,bmi,popcnt"))) static void product_rows_dots(
+    const int32_t* words, int64_t count, const float* const* streams, int64_t span, const float* inverse, float factor, int64_t width,
+    int64_t stride, int16_t* rows) {
     const int64_t pairs = (span + 1) / 2;
     const __m512i half = _mm512_set1_epi32(1 << 15);
     const __m512i upper = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25, 23, 21, 19, 17, 15,

@@ -193,7 +193,7 @@ void run_tiles(const Level& level, const Call& c, const Planes& p, const std::ve
         groups = std::max(groups, b.groups);
         runs = std::max(runs, b.runs);
     }
-    const int team = static_cast<int>(std::min<int64_t>(threads, tasks));
+    [[maybe_unused]] const int team = static_cast<int>(std::min<int64_t>(threads, tasks));
 #pragma omp parallel num_threads(team) if (team > 1)
     {
         Room room(c, p, std::min(rows, c.out), bytes, groups, runs);
