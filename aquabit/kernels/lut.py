@@ -22,6 +22,7 @@ except ImportError:
     _native = None
 
 SPAN = 64  # inputs of a lookup, at most
+TAPS = 64  # of a kernel, at most
 LOOKUPS = 32
 TABLE_BYTES = 1 << 18
 DOTS = 4  # inputs of a lookup from which on tables are made by 16-bit dot products
@@ -66,6 +67,8 @@ def lut_refuses(weight: Arranged) -> str | None:
         return "needs codebooks that all rows share"
     if weight.span > SPAN or (weight.offset is not None and not weight.scalar):
         return f"takes groups of at most {SPAN} inputs, and offsets with scalar codes only"
+    if prod(weight.shape[2:]) > TAPS:
+        return f"takes kernels of at most {TAPS} taps, not {prod(weight.shape[2:])}"
     if weight.order == "inputs" and _taps(weight) is None:
         return "needs the groups of scales of a convolution to be the same at every tap"
     return None

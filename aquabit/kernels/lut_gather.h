@@ -52,7 +52,8 @@ INLINE void flush(Shorts part, const Factors& f, int64_t q, float* sums, bool fi
     flush(high * load(f.unit + q + kLanes), f, q + kLanes, sums, first);
 }
 
-// One block of lookups for rows [from, to): of one run, without scales of groups, which is the common case; and in general.
+// One block of lookups for rows [from, to): of one run, without scales of groups, at a table of known size, which is the common case; and in
+// general.
 #define AQUABIT_ROWS(NAME, STRUCT, GATHER, TYPE, VECTOR)                                                                              \
     INLINE void NAME##_plain(const Call& c, const Block& b, const Tile& t, int64_t from, int64_t to, const int64_t table_rows, const int V) {\
         const int64_t bytes = c.bytes(b), lanes = sizeof(VECTOR) / sizeof(TYPE), row = c.row_bytes, width = V * lanes;                \
@@ -81,87 +82,61 @@ INLINE void flush(Shorts part, const Factors& f, int64_t q, float* sums, bool fi
         if (vectors == 2) return NAME##_plain(c, b, t, from, to, 256, 2);                                                             \
         NAME##_plain(c, b, t, from, to, 256, 4);                                                                                      \
     }                                                                                                                                 \
-    INLINE void NAME##_taps(const Call& c, const Block& b, const Tile& t, int64_t from, int64_t to, const int64_t bytes, const int V) { \
-        const TYPE* tables[kTaps];                                                                                                    \
-        int64_t at[kTaps];                                                                                                            \
-        for (int64_t r = 0; r < b.runs; ++r) {                                                                                        \
-            tables[r] = static_cast<const TYPE*>(t.table) + t.offsets[b.run[r].tap];                                                  \
-            at[r] = b.run[r].codes;                                                                                                   \
-        }                                                                                                                             \
-        const int64_t width = t.table_width, stride = c.table_rows() * width, lanes = sizeof(VECTOR) / sizeof(TYPE), runs = b.runs;   \
-        const int64_t columns = t.width, row = c.row_bytes;                                                                           \
-        const Factors f = {t.unit, t.unit, 1, 0, false};                                                                              \
-        const bool first = t.first;                                                                                                   \
-        for (int64_t o = from; o < to; ++o) {                                                                                         \
-            const uint8_t* codes = c.codes + o * row;                                                                                 \
-            float* sums = t.sums + (o - t.first_row) * columns;                                                                       \
-            for (int64_t r = 0; r < runs; ++r) __builtin_prefetch(codes + 2 * row + at[r]);                                           \
-            for (int64_t q = 0; q < columns; q += V * lanes) {                                                                        \
-                STRUCT found = {};                                                                                                    \
-                for (int64_t r = 0; r < runs; ++r) {                                                                                  \
-                    const TYPE* table = tables[r] + q;                                                                                \
-                    const uint8_t* own = codes + at[r];                                                                               \
-                    for (int64_t i = 0; i < bytes; ++i, table += stride) GATHER##_one(table + own[i] * width, &found, V);             \
-                }                                                                                                                     \
-                flush(found.a, f, q, sums, first);                                                                                    \
-                if (V > 1) flush(found.b, f, q + lanes, sums, first);                                                                 \
-                if (V > 2) flush(found.c, f, q + 2 * lanes, sums, first);                                                             \
-                if (V > 3) flush(found.d, f, q + 3 * lanes, sums, first);                                                             \
-            }                                                                                                                         \
-        }                                                                                                                             \
-    }                                                                                                                                 \
-    INLINE void NAME(const Call& c, const Block& b, const Tile& t, int64_t from, int64_t to, const int V) {                           \
-        const TYPE* table = static_cast<const TYPE*>(t.table);                                                                        \
-        const int64_t bytes = c.bytes(b), width = t.table_width, lanes = sizeof(VECTOR) / sizeof(TYPE);                 \
-        const bool scaled = c.scale_groups > 1;                                                                                       \
-        for (int64_t o = from; o < to; ++o) {                                                                                         \
-            const uint8_t* codes = c.codes + o * c.row_bytes;                                                                         \
-            float* sums = t.sums + (o - t.first_row) * t.width;                                                                       \
-            for (int64_t q = 0; q < t.width; q += V * lanes) {                                                                        \
-                STRUCT found = {};                                                                                                    \
-                bool first = t.first;                                                                                                 \
-                for (int64_t r = 0; r < b.runs; ++r) {                                                                                \
-                    const Run& run = b.run[r];                                                                                        \
-                    found = GATHER(table + t.offsets[run.tap] + q, width, c.table_rows() * width, codes + run.codes, bytes, found, V);                                                                                          \
-                    if (!scaled && r + 1 < b.runs) continue;                                                                          \
-                    const int64_t n = o * c.scale_groups + run.scales;                                                                \
-                    const Factors f = {t.unit, scaled ? t.aux_block + r * t.width : t.unit, scaled ? c.scale[n] : 1,                  \
-                                       scaled ? c.aux_scale[n] : 0, scaled};                                                          \
-                    flush(found.a, f, q, sums, first);                                                                                \
-                    if (V > 1) flush(found.b, f, q + lanes, sums, first);                                                             \
-                    if (V > 2) flush(found.c, f, q + 2 * lanes, sums, first);                                                         \
-                    if (V > 3) flush(found.d, f, q + 3 * lanes, sums, first);                                                         \
-                    first = false;                                                                                                    \
-                    found = STRUCT{};                                                                                                 \
-                }                                                                                                                     \
-            }                                                                                                                         \
-        }                                                                                                                             \
-    }                                                                                                                                 \
-    INLINE void NAME##_at(const Call& c, const Block& b, const Tile& t, int64_t from, int64_t to, const int V) {                      \
-        const int64_t lanes = sizeof(VECTOR) / sizeof(TYPE), tile = V * lanes;                                                        \
-        if (b.runs == 1 && c.scale_groups == 1 && t.table_width == tile && V != 3) {                                                          \
-            if (c.table_rows() == 64) return NAME##_64(c, b, t, from, to, V);                                                         \
-            if (c.table_rows() == 256) return NAME##_256(c, b, t, from, to, V);                                                       \
-        }                                                                                                                             \
-        if (b.runs > 1 && b.runs <= kTaps && c.scale_groups == 1) {                                                                   \
-            if (c.bytes(b) == 1) return NAME##_taps(c, b, t, from, to, 1, V);                                                         \
-            if (c.bytes(b) == 2) return NAME##_taps(c, b, t, from, to, 2, V);                                                         \
-            if (c.bytes(b) == 4) return NAME##_taps(c, b, t, from, to, 4, V);                                                         \
-            return NAME##_taps(c, b, t, from, to, c.bytes(b), V);                                                                     \
-        }                                                                                                                             \
-        NAME(c, b, t, from, to, V);                                                                                                   \
-    }                                                                                                                                 \
-    static void NAME##_by_vectors(const Call& c, const Block& b, const Tile& t, int64_t from, int64_t to) {                           \
-        const int64_t vectors = t.width * sizeof(TYPE) / sizeof(VECTOR);                                                              \
-        if (vectors % 4 == 0) return NAME##_at(c, b, t, from, to, 4);                                                                 \
-        if (vectors % 3 == 0) return NAME##_at(c, b, t, from, to, 3);                                                                 \
-        if (vectors % 2 == 0) return NAME##_at(c, b, t, from, to, 2);                                                                 \
-        NAME##_at(c, b, t, from, to, 1);                                                                                              \
+    /* V vectors of columns of one row, over all runs of the block. */                                                                                      \
+    INLINE void NAME##_chunk(const Call& c, const Block& b, const Tile& t, const TYPE* const* tables, int64_t o, int64_t q, const int64_t bytes, const int V) {\
+        const int64_t width = t.table_width, stride = c.table_rows() * width, lanes = sizeof(VECTOR) / sizeof(TYPE);                                        \
+        const bool scaled = c.scale_groups > 1;                                                                                                             \
+        const uint8_t* codes = c.codes + o * c.row_bytes;                                                                                                   \
+        float* sums = t.sums + (o - t.first_row) * t.width;                                                                                                 \
+        bool first = t.first;                                                                                                                               \
+        STRUCT found = {};                                                                                                                                  \
+        for (int64_t r = 0; r < b.runs; ++r) {                                                                                                              \
+            const TYPE* table = tables[r] + q;                                                                                                              \
+            const uint8_t* own = codes + b.run[r].codes;                                                                                                    \
+            for (int64_t i = 0; i < bytes; ++i, table += stride) GATHER##_one(table + own[i] * width, &found, V);                                           \
+            if (!scaled && r + 1 < b.runs) continue;                                                                                                        \
+            const int64_t n = o * c.scale_groups + b.run[r].scales;                                                                                         \
+            const Factors f = {t.unit, scaled ? t.aux_block + r * t.width : t.unit, scaled ? c.scale[n] : 1, scaled ? c.aux_scale[n] : 0, scaled};          \
+            flush(found.a, f, q, sums, first);                                                                                                              \
+            if (V > 1) flush(found.b, f, q + lanes, sums, first);                                                                                           \
+            if (V > 2) flush(found.c, f, q + 2 * lanes, sums, first);                                                                                       \
+            if (V > 3) flush(found.d, f, q + 3 * lanes, sums, first);                                                                                       \
+            first = false;                                                                                                                                  \
+            found = STRUCT{};                                                                                                                               \
+        }                                                                                                                                                   \
+    }                                                                                                                                                       \
+    INLINE void NAME##_chunks(const Call& c, const Block& b, const Tile& t, int64_t from, int64_t to, const int64_t bytes) {                                \
+        const TYPE* tables[kTaps];                                                                                                                          \
+        for (int64_t r = 0; r < b.runs; ++r) tables[r] = static_cast<const TYPE*>(t.table) + t.offsets[b.run[r].tap];                                       \
+        const int64_t lanes = sizeof(VECTOR) / sizeof(TYPE);                                                                                                \
+        for (int64_t o = from; o < to; ++o) {                                                                                                               \
+            for (int64_t r = 0; r < b.runs; ++r) __builtin_prefetch(c.codes + (o + 2) * c.row_bytes + b.run[r].codes);                                      \
+            for (int64_t q = 0, left = t.width / lanes; left > 0;) {                                                                                        \
+                const int V = left > 5 || left == 4 ? 4 : left < 3 ? static_cast<int>(left) : 3;                                                            \
+                if (V == 4) NAME##_chunk(c, b, t, tables, o, q, bytes, 4);                                                                                  \
+                if (V == 3) NAME##_chunk(c, b, t, tables, o, q, bytes, 3);                                                                                  \
+                if (V == 2) NAME##_chunk(c, b, t, tables, o, q, bytes, 2);                                                                                  \
+                if (V == 1) NAME##_chunk(c, b, t, tables, o, q, bytes, 1);                                                                                  \
+                left -= V;                                                                                                                                  \
+                q += V * lanes;                                                                                                                             \
+            }                                                                                                                                               \
+        }                                                                                                                                                   \
+    }                                                                                                                                                       \
+    static void NAME(const Call& c, const Block& b, const Tile& t, int64_t from, int64_t to) {                                                              \
+        const int64_t vectors = t.width * sizeof(TYPE) / sizeof(VECTOR), bytes = c.bytes(b);                                                                \
+        if (b.runs == 1 && c.scale_groups == 1 && t.table_width == t.width && (vectors < 3 || vectors == 4)) {                                              \
+            if (c.table_rows() == 64) return NAME##_64(c, b, t, from, to, static_cast<int>(vectors));                                                       \
+            if (c.table_rows() == 256) return NAME##_256(c, b, t, from, to, static_cast<int>(vectors));                                                     \
+        }                                                                                                                                                   \
+        if (bytes == 1) return NAME##_chunks(c, b, t, from, to, 1);                                                                                         \
+        if (bytes == 2) return NAME##_chunks(c, b, t, from, to, 2);                                                                                         \
+        if (bytes == 4) return NAME##_chunks(c, b, t, from, to, 4);                                                                                         \
+        NAME##_chunks(c, b, t, from, to, bytes);                                                                                                            \
     }
 AQUABIT_ROWS(rows_shorts, FourShorts, gather_shorts, int16_t, Shorts)
 AQUABIT_ROWS(rows_floats, FourFloats, gather_floats, float, Floats)
 #undef AQUABIT_ROWS
 
 static void gather_rows(const Call& c, const Block& b, const Tile& t, int64_t from, int64_t to) {
-    return c.exact ? rows_floats_by_vectors(c, b, t, from, to) : rows_shorts_by_vectors(c, b, t, from, to);
+    return c.exact ? rows_floats(c, b, t, from, to) : rows_shorts(c, b, t, from, to);
 }

@@ -1,7 +1,7 @@
 // What the parts of the table kernel (lut.cpp) tell each other; included once, in its unnamed namespace.
 
 constexpr int64_t kSpan = 64;       // inputs of a lookup, at most
-constexpr int64_t kTaps = 64;       // of a kernel, on the fast path
+constexpr int64_t kTaps = 64;       // of a kernel, at most
 constexpr int64_t kTapTile = 320;   // columns of a tile whose taps share tables
 constexpr int64_t kTile = 32;       // columns of any other tile
 constexpr int64_t kTokens = 1;      // up to so many tokens are looked up one by one
