@@ -168,7 +168,7 @@ Outcome few_tokens(const Method& m, const Weight& w, const float* x, float* y, i
 
 // Rows [first, last) in the weight's own order [.., cin, area], float32.
 void decoded_rows(const Level& level, const Weight& w, int64_t first, int64_t last, int64_t threads, float* out) {
-    const bool turned = !w.kernel_order && w.area > 1;
+    const bool turned = w.area > 1;
     in_parts(last - first, (last - first) * w.length() > 65536 ? threads : 1, [&](int64_t from, int64_t to, int64_t) {
         Buffer<float> room = room_for<float>(w.length() * 5 / 4 + 16);
         for (int64_t r = from; r < to; ++r) {

@@ -43,9 +43,8 @@ inline void make_plan(const Weight& w, const Place& place, int64_t per, int64_t 
                 const int64_t here = static_cast<int64_t>(out->pieces.size());
                 if (fresh) out->runs.push_back({here, here, scales, 0});
                 const int64_t lead = at % per, steps = (lead + count + per - 1) / per;
-                const int64_t from = w.kernel_order ? at * w.area + s.tap : s.tap * w.cin + at;
                 out->pieces.push_back(
-                    {place.taps[s.tap] + (place.first_step + at / per) * place.step_bytes, steps, slot, lead, from, count});
+                    {place.taps[s.tap] + (place.first_step + at / per) * place.step_bytes, steps, slot, lead, s.tap * w.cin + at, count});
                 out->runs.back().last = here + 1;
                 out->runs.back().inputs += count;
                 slot += 4 * steps;
@@ -56,7 +55,7 @@ inline void make_plan(const Weight& w, const Place& place, int64_t per, int64_t 
         if (last_run > first_run) out->ranges.push_back({first_run, last_run, number});
     }
     out->plan = {out->pieces.data(), out->runs.data(), out->ranges.data(), static_cast<int64_t>(out->runs.size()),
-                 static_cast<int64_t>(out->ranges.size()), slot, w.kernel_order ? w.area : 1};
+                 static_cast<int64_t>(out->ranges.size()), slot};
 }
 
 // A convolution; ``split`` 0: one range of activations.

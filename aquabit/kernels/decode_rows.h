@@ -4,11 +4,21 @@ constexpr int kBytes = 4 * kLanes;  // of a vector
 typedef uint8_t Codes __attribute__((vector_size(kBytes)));
 typedef uint8_t UnalignedCodes __attribute__((vector_size(kBytes), aligned(1), may_alias));
 typedef uint8_t Half __attribute__((vector_size(kBytes / 2), aligned(1), may_alias));
-typedef uint8_t Quarter __attribute__((vector_size(kBytes / 4), aligned(1), may_alias));
 typedef uint16_t Shorts __attribute__((vector_size(kBytes)));
 typedef uint32_t Words __attribute__((vector_size(kBytes)));
-typedef float UnalignedEight __attribute__((vector_size(32), aligned(4), may_alias));
-typedef float UnalignedFour __attribute__((vector_size(16), aligned(4), may_alias));
+
+// Bytes as dwords: what the compilers make of a conversion of vectors goes lane by lane.
+INLINE Words widened(const uint8_t* from) {
+#if AQUABIT_LEVEL == 4
+    return (Words)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#elif AQUABIT_LEVEL == 3
+    return (Words)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+#else
+    Words wide;
+    for (int lane = 0; lane < kLanes; ++lane) wide[lane] = from[lane];
+    return wide;
+#endif
+}
 
 INLINE Codes splat_code(int64_t code) { return static_cast<uint8_t>(code) - Codes{}; }
 
@@ -19,7 +29,7 @@ INLINE Codes spread(const uint8_t* from, int64_t bits, int64_t fused, Codes mask
         const Shorts wide = __builtin_convertvector(*reinterpret_cast<const Half*>(from), Shorts);
         return (Codes)(wide | (wide << (8 - bits))) & mask;
     }
-    const Words wide = __builtin_convertvector(*reinterpret_cast<const Quarter*>(from), Words);
+    const Words wide = widened(from);
     return (Codes)(wide | (wide << 6) | (wide << 12) | (wide << 18)) & mask;
 }
 
@@ -56,12 +66,13 @@ INLINE float offset_at(const Weight& w, int64_t row, int64_t n) {
 }
 
 INLINE int64_t sum_of(const int8_t* x, int64_t n) {
-    int64_t total = 0;
-    for (int64_t from = 0; from < n; from += 1 << 20) {
-        int32_t part = 0;
-        for (int64_t i = from; i < smaller_of(n, from + (1 << 20)); ++i) part += x[i];
-        total += part;
-    }
+    int64_t total = 0, i = 0;
+#if AQUABIT_LEVEL >= 3
+    Ints sums = {};
+    for (; i + kBytes <= n; i += kBytes) sums = dot(sums, 0x01010101 - Ints{}, load_ints(x + i), false);
+    for (int lane = 0; lane < kLanes; ++lane) total += sums[lane];
+#endif
+    for (; i < n; ++i) total += x[i];
     return total;
 }
 
@@ -100,154 +111,267 @@ static void fill_codes(const Weight& w, const Plan& plan, bool wide, int64_t row
 INLINE void look_up_codes(const float* table, const uint8_t* codes, int64_t count, int64_t bits, float* to) {
     int64_t i = 0;
 #if AQUABIT_LEVEL == 4
-    const __m512 low = bits < 4 ? _mm512_maskz_loadu_ps((1 << (1 << bits)) - 1, table) : _mm512_loadu_ps(table);
-    const __m512 high = bits == 5 ? _mm512_loadu_ps(table + 16) : low;
-    for (; i + 16 <= count; i += 16) {
-        const __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i)));
-        const __m512 found = bits <= 4   ? _mm512_permutexvar_ps(index, low)
-                             : bits == 5 ? _mm512_permutex2var_ps(low, index, high)
-                                         : _mm512_i32gather_ps(index, table, 4);
-        _mm512_storeu_ps(to + i, found);
+    if (bits <= 6) {  // tables that four registers hold; gathers cost more than loads one by one
+        const int64_t size = int64_t(1) << bits;
+        Floats part[4];
+        for (int64_t v = 0; v < 4; ++v)
+            part[v] = (Floats)_mm512_maskz_loadu_ps(16 * v + 16 <= size ? 0xffff : v ? 0 : (1 << size) - 1, table + (16 * v < size ? 16 * v : 0));
+        for (; i + 16 <= count; i += 16) {
+            const __m512i index = (__m512i)widened(codes + i);
+            __m512 found = _mm512_permutex2var_ps((__m512)part[0], index, (__m512)part[1]);
+            if (bits == 6) {
+                const __m512 other = _mm512_permutex2var_ps((__m512)part[2], index, (__m512)part[3]);
+                found = _mm512_mask_mov_ps(found, _mm512_test_epi32_mask(index, _mm512_set1_epi32(32)), other);
+            }
+            _mm512_storeu_ps(to + i, found);
+        }
     }
 #endif
     for (; i < count; ++i) to[i] = table[codes[i]];
 }
 
-// Lookup i of a row, as a code: one that is out of range is cut, and never read beyond the tables.
-INLINE int64_t code_at(const Weight& w, const uint8_t* from, int64_t i, bool nibbles) {
-    return (nibbles ? from[i / 2] >> (i % 2 * 4) & 15 : from[i]) & (w.codewords - 1);
-}
-
-// Sums of codewords of one segment's groups, [groups, g].
-INLINE void add_codewords(const Weight& w, const float* table, const uint8_t* from, int64_t groups, bool nibbles, float* to) {
-    const int64_t g = w.group, books = w.books, size = w.codewords * g;
+// Adds up codewords of one segment's groups, [groups, g]; sizes that are constants where it is inlined make it fast. Codes that are
+// out of range are cut, and never read beyond the tables.
+INLINE void add_codewords_of(const float* table, const uint8_t* from, int64_t groups, const int64_t g, const int64_t books,
+                             const bool nibbles, int64_t codewords, float* to) {
+    const uint32_t mask = static_cast<uint32_t>(codewords - 1);
+    const int64_t size = codewords * g;
     for (int64_t j = 0; j < groups; ++j, to += g) {
-        const float* first = table + code_at(w, from, j * books, nibbles) * g;
-        if (g == 8) {
-            UnalignedEight sum = *reinterpret_cast<const UnalignedEight*>(first);
-            for (int64_t m = 1; m < books; ++m)
-                sum += *reinterpret_cast<const UnalignedEight*>(table + m * size + code_at(w, from, j * books + m, nibbles) * 8);
-            *reinterpret_cast<UnalignedEight*>(to) = sum;
-        } else if (g == 4) {
-            UnalignedFour sum = *reinterpret_cast<const UnalignedFour*>(first);
-            for (int64_t m = 1; m < books; ++m)
-                sum += *reinterpret_cast<const UnalignedFour*>(table + m * size + code_at(w, from, j * books + m, nibbles) * 4);
-            *reinterpret_cast<UnalignedFour*>(to) = sum;
-        } else {
-            for (int64_t i = 0; i < g; ++i) to[i] = first[i];
-            for (int64_t m = 1; m < books; ++m) {
-                const float* next = table + m * size + code_at(w, from, j * books + m, nibbles) * g;
-                for (int64_t i = 0; i < g; ++i) to[i] += next[i];
-            }
+        for (int64_t m = 0; m < books; ++m) {
+            const int64_t i = j * books + m;
+            const uint32_t code = (nibbles ? from[i / 2] >> (i % 2 * 4) & 15 : from[i]) & mask;
+            const float* next = table + m * size + code * g;
+            for (int64_t k = 0; k < g; ++k) to[k] = m ? to[k] + next[k] : next[k];
         }
     }
 }
 
-// Row ``row`` of the weight, float32, in its order; the codes of scalar formats are kept behind its end while they are looked up.
+typedef float Eight __attribute__((vector_size(32), aligned(4), may_alias));
+
+// The same for groups of 8 times ``vectors``.
+INLINE void add_eights(const float* table, const uint8_t* from, int64_t groups, const int vectors, const int64_t books, const bool nibbles,
+                       int64_t codewords, float* to) {
+    const uint32_t mask = static_cast<uint32_t>(codewords - 1);
+    const int64_t g = 8 * vectors, size = codewords * g;
+    for (int64_t j = 0; j < groups; ++j, to += g) {
+        Eight sum[2];
+#pragma GCC unroll 8
+        for (int64_t m = 0; m < books; ++m) {
+            const int64_t i = j * books + m;
+            const uint32_t code = (nibbles ? from[i / 2] >> (i % 2 * 4) & 15 : from[i]) & mask;
+            const float* next = table + m * size + code * g;
+            for (int v = 0; v < vectors; ++v) {
+                const Eight part = *reinterpret_cast<const Eight*>(next + 8 * v);
+                sum[v] = m ? sum[v] + part : part;
+            }
+        }
+        for (int v = 0; v < vectors; ++v) *reinterpret_cast<Eight*>(to + 8 * v) = sum[v];
+    }
+}
+
+#define EIGHTS(count)                                                                                                \
+    if (w.books == count)                                                                                            \
+        return nibbles ? add_eights(table, from, groups, vectors, count, true, w.codewords, to)                      \
+                       : add_eights(table, from, groups, vectors, count, false, w.codewords, to);
+
+INLINE void add_eights_of(const Weight& w, const float* table, const uint8_t* from, int64_t groups, const int vectors, float* to) {
+    const bool nibbles = w.bits <= 4;
+    EIGHTS(1)
+    EIGHTS(2)
+    EIGHTS(3)
+    EIGHTS(4)
+    add_eights(table, from, groups, vectors, w.books, nibbles, w.codewords, to);
+}
+#undef EIGHTS
+
+static void add_codewords(const Weight& w, const float* table, const uint8_t* from, int64_t groups, float* to) {
+    const bool nibbles = w.bits <= 4;
+    if (w.group == 8)
+        add_eights_of(w, table, from, groups, 1, to);
+    else if (w.group == 16)
+        add_eights_of(w, table, from, groups, 2, to);
+    else if (w.group == 4)
+        add_codewords_of(table, from, groups, 4, w.books, nibbles, w.codewords, to);
+    else
+        add_codewords_of(table, from, groups, w.group, w.books, nibbles, w.codewords, to);
+}
+
+// Kernel slices of one channel each, to [area, cin].
+INLINE void add_slices(const Weight& w, const float* table, const uint8_t* from, float* to) {
+    const uint32_t mask = static_cast<uint32_t>(w.codewords - 1);
+    for (int64_t c = 0; c < w.cin; ++c)
+        for (int64_t m = 0; m < w.books; ++m) {
+            const int64_t i = c * w.books + m;
+            const uint32_t code = (w.bits <= 4 ? from[i / 2] >> (i % 2 * 4) & 15 : from[i]) & mask;
+            const float* next = table + (m * w.codewords + code) * w.group;
+            for (int64_t k = 0; k < w.area; ++k) to[k * w.cin + c] = m ? to[k * w.cin + c] + next[k] : next[k];
+        }
+}
+
+// Row ``row`` of the weight, float32, [area, cin]; the codes of scalar formats are kept behind its end while they are looked up.
 static void decode_row(const Weight& w, int64_t row, float* room) {
     const float* table = w.tables ? w.tables + (w.table_sets > 1 ? row : 0) * w.books * w.codewords * w.group : nullptr;
-    const bool scalar = w.group == 1 && w.books == 1 && !w.kernel_order, nibbles = !scalar && w.bits <= 4;
+    const bool scalar = w.group == 1 && w.books == 1 && !w.kernel_order;
     uint8_t* codes = reinterpret_cast<uint8_t*>(room + w.length());
     if (scalar) expand_row(w, row, 0, reinterpret_cast<int8_t*>(codes));
     for (const Segment* s = w.segments; s < w.segments + w.segment_count; ++s) {
         const int64_t at = w.kernel_order ? 0 : s->tap * w.cin + s->start, count = w.kernel_order ? w.length() : s->count;
         float* here = room + at;
-        if (!scalar)
-            add_codewords(w, table, w.codes + row * w.row_bytes + s->at, count / w.group, nibbles, here);
+        if (w.kernel_order)
+            add_slices(w, table, w.codes + row * w.row_bytes + s->at, here);
+        else if (!scalar)
+            add_codewords(w, table, w.codes + row * w.row_bytes + s->at, count / w.group, here);
         else if (table)
             look_up_codes(table, codes + at, count, w.bits, here);
-        else
-            for (int64_t i = 0; i < count; ++i) here[i] = codes[at + i];
-        const float scale = scale_at(w, row, s->scales), offset = offset_at(w, row, s->scales);
-        if (w.offset)
-            for (int64_t i = 0; i < count; ++i) here[i] = here[i] * scale + offset;
-        else
-            for (int64_t i = 0; i < count; ++i) here[i] *= scale;
+        const Floats scale = scale_at(w, row, s->scales) - Floats{}, offset = offset_at(w, row, s->scales) - Floats{};
+        int64_t i = 0;
+        if (scalar && !table) {
+            for (; i + kLanes <= count; i += kLanes) store(here + i, to_floats((Ints)widened(codes + at + i)) * scale + offset);
+            for (; i < count; ++i) here[i] = codes[at + i] * scale[0] + offset[0];
+        }
+        for (; i + kLanes <= count; i += kLanes) store(here + i, load(here + i) * scale + offset);
+        for (; i < count; ++i) here[i] = here[i] * scale[0] + offset[0];
     }
 }
 
-struct Size {
-    float sum, most;
-};
-
-INLINE Size size_of(const float* x, int64_t n, int64_t stride) {
-    float sum = 0, most = 0;
-#pragma omp simd reduction(+ : sum) reduction(max : most)
-    for (int64_t i = 0; i < n; ++i) {
-        const float size = __builtin_fabsf(x[i * stride]);
-        sum += size;
-        most = size > most ? size : most;
-    }
-    return {sum, most};
+// Rounded to nearest, of what fits 31 bits.
+INLINE Ints nearest(Floats x) {
+#if AQUABIT_LEVEL == 4
+    return (Ints)_mm512_cvtps_epi32((__m512)x);
+#elif AQUABIT_LEVEL == 3
+    return (Ints)_mm256_cvtps_epi32((__m256)x);
+#elif AQUABIT_LEVEL == 2
+    return (Ints)_mm_cvtps_epi32((__m128)x);
+#else
+    Ints y;
+    for (int lane = 0; lane < kLanes; ++lane) y[lane] = static_cast<int32_t>(__builtin_rintf(x[lane]));
+    return y;
+#endif
 }
 
-// Rounded to 16 bits; what that lost is added to the errors.
-INLINE void round_to(const float* x, int64_t n, int64_t stride, float inverse, float scale, int16_t* to, float* sums) {
-    float error = 0, all = 0, total = 0;
-#pragma omp simd reduction(+ : error, all, total)
-    for (int64_t i = 0; i < n; ++i) {
-        const float value = x[i * stride];
-        const int32_t q = static_cast<int32_t>(__builtin_rintf(value * inverse));
-        const float lost = value * inverse - q;
-        to[i] = static_cast<int16_t>(q);
-        error += lost * lost;
-        all += value * inverse * (value * inverse);
-        total += q;
-    }
-    sums[0] += error, sums[1] += all, sums[2] += total;
+INLINE void store_shorts(int16_t* to, Ints x) {
+#if AQUABIT_LEVEL == 4
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16((__m512i)x));
+#elif AQUABIT_LEVEL == 3
+    const __m256i both = _mm256_permute4x64_epi64(_mm256_packs_epi32((__m256i)x, (__m256i)x), 8);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(both));
+#else
+    for (int lane = 0; lane < kLanes; ++lane) to[lane] = static_cast<int16_t>(x[lane]);
+#endif
 }
 
-// Row ``row`` of any weight as 16-bit integers of one scale, such that no run can overflow with activations of up to ``most``.
+INLINE float total_of(Floats x) {
+#if AQUABIT_LEVEL == 4
+    return _mm512_reduce_add_ps((__m512)x);
+#else
+    float total = 0;
+    for (int lane = 0; lane < kLanes; ++lane) total += x[lane];
+    return total;
+#endif
+}
+
+// The next lanes of a row, and zeros beyond its end.
+INLINE Floats load_some(const float* x, int64_t left) {
+    if (left >= kLanes) return load(x);
+    Floats some = {};
+    for (int64_t i = 0; i < left; ++i) some[i] = x[i];
+    return some;
+}
+
+// The scale at which no run of a row can overflow with activations of up to ``most``, and the row's squares: the sum of n weights' sizes is
+// at most sqrt(n) times the root of their squares, and none is larger than that root.
+INLINE float scale_of(const Plan& plan, int64_t most, const float* row, double* squares) {
+    double most_needed = 0, factor = 0;  // squared
+    int64_t inputs = 0;
+    for (const Run* run = plan.runs; run < plan.runs + plan.run_count; ++run) {
+        Floats sum = {}, other = {};
+        for (const Piece* p = plan.pieces + run->first; p < plan.pieces + run->last; ++p) {
+            const float* from = row + p->from;
+            int64_t i = 0;
+            for (; i + 2 * kLanes <= p->count; i += 2 * kLanes) {
+                const Floats x = load(from + i), y = load(from + i + kLanes);
+                sum += x * x;
+                other += y * y;
+            }
+            for (; i < p->count; i += kLanes) {
+                const Floats x = load_some(from + i, p->count - i);
+                sum += x * x;
+            }
+        }
+        if (run->inputs != inputs) {
+            inputs = run->inputs;
+            const double left = 2147483000.0 / most - inputs;  // rounding adds at most half of each
+            const double sized = 1.0 / (32766.0 * 32766.0), summed = inputs / (left * left);
+            factor = 1.0002 * (sized > summed ? sized : summed);
+        }
+        const double all = total_of(sum + other), needed = all * factor;
+        most_needed = needed > most_needed || needed != needed ? needed : most_needed;
+        *squares += all;
+    }
+    return static_cast<float>(__builtin_sqrt(most_needed));
+}
+
+// ``count`` weights rounded to 16 bits; returns their sum.
+INLINE int64_t round_to(const float* from, int64_t count, float inverse, int16_t* to, Floats* error) {
+    Ints sums = {};
+    int64_t i = 0, total = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+        const Floats x = load(from + i) * inverse;
+        const Ints q = nearest(x);
+        const Floats lost = x - to_floats(q);
+        *error += lost * lost;
+        sums += q;
+        store_shorts(to + i, q);
+    }
+    if (i < count) {
+        const Floats x = load_some(from + i, count - i) * inverse;
+        const Ints q = nearest(x);
+        const Floats lost = x - to_floats(q);
+        *error += lost * lost;
+        sums += q;
+        for (int64_t lane = 0; lane < count - i; ++lane) to[i + lane] = static_cast<int16_t>(q[lane]);
+    }
+    for (int lane = 0; lane < kLanes; ++lane) total += sums[lane];
+    return total;
+}
+
+// Row ``row`` of any weight as 16-bit integers of one scale.
 static void fill_values(const Weight& w, const Plan& plan, int64_t most, int64_t row, float* room, uint8_t* slot, float* factor, float* total,
                         int64_t stride, Errors* errors) {
     decode_row(w, row, room);
     __builtin_memset(slot, 0, plan.slot_bytes);
-    float scale = 0;
-    for (const Run* run = plan.runs; run < plan.runs + plan.run_count; ++run) {
-        float sum = 0;
-        for (const Piece* p = plan.pieces + run->first; p < plan.pieces + run->last; ++p) {
-            const Size size = plan.stride == 1 ? size_of(room + p->from, p->count, 1) : size_of(room + p->from, p->count, plan.stride);
-            sum += size.sum;
-            if (size.most > scale * 32766) scale = size.most / 32766;
-        }
-        const float room_left = 2147483000.0f / most - run->inputs;  // rounding adds at most half of each
-        if (sum * 1.0001f > scale * room_left) scale = sum * 1.0001f / room_left;
-    }
-    const bool usable = scale >= 1e-37f && scale <= 3e38f;  // else zeros, or not finite: then so is the result
-    const float inverse = usable ? 1 / scale : 0;
+    double squares = 0;
+    const float scale = scale_of(plan, most, room, &squares), inverse = 1 / scale;
+    const bool usable = scale >= 1e-30f && scale <= 1e30f;  // else zeros, or nothing that integers can stand for
+    Floats error = {};
     for (int64_t r = 0; r < plan.range_count; ++r) {
-        double all = 0;
+        int64_t sum = 0;
         for (int64_t i = plan.ranges[r].first; i < plan.ranges[r].last; ++i) {
-            float sums[3] = {0, 0, 0};
-            for (const Piece* p = plan.pieces + plan.runs[i].first; usable && p < plan.pieces + plan.runs[i].last; ++p) {
-                int16_t* to = reinterpret_cast<int16_t*>(slot + p->slot) + p->lead;
-                if (plan.stride == 1)
-                    round_to(room + p->from, p->count, 1, inverse, scale, to, sums);
-                else
-                    round_to(room + p->from, p->count, plan.stride, inverse, scale, to, sums);
-            }
-            errors->error += double(sums[0]) * scale * scale;
-            errors->all += double(sums[1]) * scale * scale;
-            all += sums[2];
-            factor[i * stride] = scale;
+            for (const Piece* p = plan.pieces + plan.runs[i].first; usable && p < plan.pieces + plan.runs[i].last; ++p)
+                sum += round_to(room + p->from, p->count, inverse, reinterpret_cast<int16_t*>(slot + p->slot) + p->lead, &error);
+            factor[i * stride] = usable ? scale : 0;
         }
-        total[r * stride] = static_cast<float>(all * scale);
+        total[r * stride] = usable ? static_cast<float>(sum * double(scale)) : 0;
     }
+    errors->error += double(total_of(error)) * scale * scale;
+    errors->all += squares;
     if (!usable && scale != 0) errors->error = errors->all = __builtin_inf();
 }
 
 // ---- Few tokens: a row is decoded and multiplied at once
 
 // Dot products of a segment's integers [count] with those of ``tokens`` tokens, and with ones.
-INLINE void dot_bytes(const int8_t* w, const uint8_t* x, int64_t stride, int64_t tokens, int64_t count, bool narrow, int32_t* sums) {
+INLINE void dot_bytes(const int8_t* w, const uint8_t* x, int64_t stride, const int64_t tokens, int64_t count, bool narrow, int32_t* sums) {
     int64_t done = 0;
     for (int64_t t = 0; t <= tokens; ++t) sums[t] = 0;
 #if AQUABIT_LEVEL >= 3
     if (narrow) {
         Ints acc[kDotRows + 1] = {};
         const Ints ones = 0x01010101 - Ints{};
+#pragma GCC unroll 2
         for (; done + kBytes <= count; done += kBytes) {
             const Ints weight = load_ints(w + done);
+#pragma GCC unroll 4
             for (int64_t t = 0; t < tokens; ++t) acc[t] = dot(acc[t], load_ints(x + t * stride + done), weight, false);
             acc[tokens] = dot(acc[tokens], ones, weight, false);
         }
@@ -260,24 +384,35 @@ INLINE void dot_bytes(const int8_t* w, const uint8_t* x, int64_t stride, int64_t
     for (int64_t i = done; i < count; ++i) sums[tokens] += w[i];
 }
 
-// Row ``row`` of uniform codes times quantized tokens [tokens, cin]; ``sums`` [segments, tokens] of their integers.
-static void dot_codes(const Weight& w, int64_t row, const uint8_t* x, const Grid* grids, const int32_t* sums, int64_t tokens, int8_t* room,
-                      float* y, int64_t y_stride) {
-    const int64_t center = w.center();
-    expand_row(w, row, center, room);
+INLINE void dot_codes_of(const Weight& w, int64_t row, const uint8_t* x, const Grid* grids, const int32_t* sums, const int64_t tokens,
+                         const int8_t* decoded, float* y, int64_t y_stride) {
     float result[kDotRows] = {};
     double total = 0;
     for (int64_t n = 0; n < w.segment_count; ++n) {
         const Segment& s = w.segments[n];
         int32_t products[kDotRows + 1];
-        dot_bytes(room + s.start, x + s.start, w.cin, tokens, s.count, AQUABIT_LEVEL == 4 || w.bits <= 7, products);
-        const double scale = scale_at(w, row, s.scales), shifted = offset_at(w, row, s.scales) + scale * center;
+        dot_bytes(decoded + s.start, x + s.start, w.cin, tokens, s.count, AQUABIT_LEVEL == 4 || w.bits <= 7, products);
+        const double scale = scale_at(w, row, s.scales), shifted = offset_at(w, row, s.scales) + scale * w.center();
         for (int64_t t = 0; t < tokens; ++t)
             result[t] += static_cast<float>(scale) * products[t] + static_cast<float>(shifted) * sums[n * tokens + t];
         total += scale * products[tokens] + shifted * s.count;
     }
     for (int64_t t = 0; t < tokens; ++t)
         y[t * y_stride] = (w.bias ? w.bias[row] : 0) + grids[t].scale * (result[t] + grids[t].base * static_cast<float>(total));
+}
+
+// Row ``row`` of uniform codes times quantized tokens [tokens, cin]; ``sums`` [segments, tokens] of their integers.
+static void dot_codes(const Weight& w, int64_t row, const uint8_t* x, const Grid* grids, const int32_t* sums, int64_t tokens, int8_t* room,
+                      float* y, int64_t y_stride) {
+    expand_row(w, row, w.center(), room);
+    if (tokens == 1)
+        dot_codes_of(w, row, x, grids, sums, 1, room, y, y_stride);
+    else if (tokens == 2)
+        dot_codes_of(w, row, x, grids, sums, 2, room, y, y_stride);
+    else if (tokens == 3)
+        dot_codes_of(w, row, x, grids, sums, 3, room, y, y_stride);
+    else
+        dot_codes_of(w, row, x, grids, sums, 4, room, y, y_stride);
 }
 
 // Row ``row`` of any weight, decoded, times tokens [tokens, cin].

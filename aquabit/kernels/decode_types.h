@@ -11,7 +11,7 @@ constexpr int64_t kDotRows = 4;        // at most so many tokens are multiplied 
 constexpr int kActivation = 16383;     // of activations that are not quantized: 15 bits
 constexpr int64_t kWideRun = 128;      // inputs between flushes then; 2^31 / 16383 / 128 leaves the mean weight 10 bits
 constexpr double kMostLost = 7e-4;     // relative error of activations that are rounded to them
-constexpr int64_t kByteRun = 1024;     // inputs between flushes where activations have at most 8 bits and weights up to 16
+constexpr int64_t kByteRun = 512;      // inputs between flushes where activations have at most 8 bits and weights up to 16
 constexpr int64_t kLongestRun = 32768;  // of 8 bits times 8 bits: 255 * 128 * 32768 < 2^31
 
 // Inputs [start, start + count) at one tap of the kernel; codes from byte ``at`` of a row (arranged.py).
@@ -19,7 +19,7 @@ struct Segment {
     int64_t tap, start, count, scales, at;
 };
 
-// An arranged weight. Rows decoded are [area, cin] (order "inputs") or [cin, area] ("kernel").
+// An arranged weight. Rows are decoded to [area, cin].
 struct Weight {
     const uint8_t* codes;
     const float *tables, *scale, *offset, *bias;  // tables, offset and bias may be null
@@ -54,7 +54,6 @@ struct Plan {
     const Run* runs;
     const Range* ranges;
     int64_t run_count, range_count, slot_bytes;
-    int64_t stride;  // from source input to source input of a piece: 1, or the area in kernel order
 };
 
 // Integers that stand for activations: q = clamp(rint(x * inverse), low, high) - base, x ~ (q + base) * scale.
