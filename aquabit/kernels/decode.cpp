@@ -136,6 +136,7 @@ struct Method {
     const Level* level;
     bool codes;     // uniform codes as they are; else decoded values rounded to 16 bits
     bool wide;      // 16 bits
+    bool by_scale;  // runs end where a group of scales does
     int64_t most;   // of the activations' integers
     int64_t limit;  // inputs of a run
     int64_t bits;   // of activations
@@ -148,7 +149,8 @@ Method method_of(const Weight& w, int64_t level, int64_t bits, int64_t threads) 
     const Level* l = levels().at(level).level;
     const bool codes = bits <= 8 && !w.tables, wide = !codes || !l->bytes || w.bits > l->byte_bits;
     const int64_t limit = codes ? kLongestRun : bits <= 8 ? kByteRun : kWideRun;
-    return {l, codes, wide, bits <= 8 ? 256 : kActivation, limit, bits, threads};
+    const bool by_scale = codes || w.length() / std::max(w.scales, w.offsets) >= kOwnRun;
+    return {l, codes, wide, by_scale, bits <= 8 ? 256 : kActivation, limit, bits, threads};
 }
 
 // A thread's room for decoded rows and results.

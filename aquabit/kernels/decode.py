@@ -35,12 +35,13 @@ FEW = 4  # tokens
 MOST_LOST = 1e-3  # relative error of "fast"
 DTYPES = (torch.float32, torch.bfloat16)
 Pair = int | tuple[int, int]
+_LEVELS: tuple[str, ...] = tuple(_native.decode_levels()) if hasattr(_native, "decode_levels") else ()
 _segments: WeakKeyDictionary[Arranged, Tensor] = WeakKeyDictionary()
 
 
 def decode_levels() -> list[str]:
     """Instruction sets that this machine can run, best first; none without the extension."""
-    return list(_native.decode_levels()) if hasattr(_native, "decode_levels") else []
+    return list(_LEVELS)
 
 
 def decode_refuses(weight: CodebookWeight | Arranged, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> str | None:

@@ -27,7 +27,7 @@ Outcome linear_product(const Method& m, const Weight& w, const float* x, float* 
     }
     if (ratio_of(lost) > kMostLost) return {0, ratio_of(lost), 0, 0};
     Planned planned;
-    make_plan(w, {{0}, step_bytes, 0, w.cin}, m.per(), m.limit, m.codes, &planned);
+    make_plan(w, {{0}, step_bytes, 0, w.cin}, m.per(), m.limit, m.by_scale, &planned);
     std::vector<float> scale(positions), base(positions);
     for (int64_t t = 0; t < positions; ++t) scale[t] = grids[t].scale, base[t] = grids[t].base;
     Buffer<float> sums = room_for<float>(m.codes ? planned.plan.run_count * positions : 0);
@@ -124,7 +124,7 @@ Outcome conv_product(const Method& m, const Weight& w, const Convolution& c, con
     for (int64_t group = 0; group < c.groups; ++group) {
         Planned planned;
         const int64_t split = c.split ? std::clamp<int64_t>(c.split - group * w.cin, 0, w.cin) : w.cin;
-        make_plan(w, {l.taps, l.step_bytes, group * l.group_steps, split}, m.per(), m.limit, m.codes, &planned);
+        make_plan(w, {l.taps, l.step_bytes, group * l.group_steps, split}, m.per(), m.limit, m.by_scale, &planned);
         Buffer<float> sums = room_for<float>(m.codes ? planned.plan.run_count * positions : 0);
         const Activations a = {images.values.get(), l.starts.data(), l.step_bytes, positions, scale.data(), base.data(), sums.get()};
         const Product product = {m, w, planned, a, vectors, group * rows, rows};

@@ -76,6 +76,7 @@ INLINE void multiply_block(const Plan& plan, const Tile& tile, int64_t row, cons
                 }
             }
             const float* factor = tile.factor + i * tile.rows + row;
+            const float* offset = tile.offset ? tile.offset + i * tile.rows + row : nullptr;
             const bool first = i == range->first;
 #pragma GCC unroll 8
             for (int r = 0; r < kRows; ++r)
@@ -83,8 +84,9 @@ INLINE void multiply_block(const Plan& plan, const Tile& tile, int64_t row, cons
                 for (int v = 0; v < vectors; ++v) {
                     float* sum = sums + (r * vectors + v) * kLanes;
                     Floats value = to_floats(acc[r][v]) * factor[r];
-                    if (tile.offset) value += load(a.sums + i * a.positions + at + v * kLanes) * tile.offset[i * tile.rows + row + r];
-                    store(sum, first ? value : load(sum) + value);
+                    if (!first) value = to_floats(acc[r][v]) * factor[r] + load(sum);
+                    if (offset) value = load(a.sums + i * a.positions + at + v * kLanes) * offset[r] + value;
+                    store(sum, value);
                 }
         }
         const int64_t place = range->number * a.positions + at;

@@ -33,30 +33,32 @@ INLINE Codes spread(const uint8_t* from, int64_t bits, int64_t fused, Codes mask
     return (Codes)(wide | (wide << 6) | (wide << 12) | (wide << 18)) & mask;
 }
 
-// ``count`` scalar codes less ``center``; nothing beyond them is read or written.
-INLINE void expand(const uint8_t* from, int64_t count, int64_t bits, int64_t fused, int64_t center, int8_t* to) {
+// ``count`` scalar codes times ``step`` (1 or 2) less ``center``; nothing beyond them is read or written.
+INLINE void expand(const uint8_t* from, int64_t count, int64_t bits, const int64_t fused, int64_t step, int64_t center, int8_t* to) {
     const int64_t mask = (1 << bits) - 1;
     if (fused < 8) {
-        const Codes masks = splat_code(mask), centers = splat_code(center);
-        for (; count >= kBytes; count -= kBytes, from += kBytes / fused, to += kBytes)
-            *reinterpret_cast<UnalignedCodes*>(to) = spread(from, bits, fused, masks) - centers;
+        const Codes masks = splat_code(mask), centers = splat_code(center), again = splat_code(step == 2 ? 255 : 0);
+        for (; count >= kBytes; count -= kBytes, from += kBytes / fused, to += kBytes) {
+            const Codes codes = spread(from, bits, fused, masks);
+            *reinterpret_cast<UnalignedCodes*>(to) = codes + (codes & again) - centers;
+        }
     }
     for (int64_t i = 0; i < count; ++i)
-        to[i] = static_cast<int8_t>(((from[i / fused] >> (i % fused * bits)) & mask) - center);
+        to[i] = static_cast<int8_t>(((from[i / fused] >> (i % fused * bits)) & mask) * step - center);
 }
 
-INLINE void expand_row(const Weight& w, int64_t row, int64_t center, int8_t* to) {
+INLINE void expand_row(const Weight& w, int64_t row, int64_t step, int64_t center, int8_t* to) {
     for (const Segment* s = w.segments; s < w.segments + w.segment_count; ++s) {
         const uint8_t* from = w.codes + row * w.row_bytes + s->at;
         int8_t* here = to + s->tap * w.cin + s->start;
         if (w.fused == 1)
-            expand(from, s->count, w.bits, 1, center, here);
+            expand(from, s->count, w.bits, 1, step, center, here);
         else if (w.fused == 2)
-            expand(from, s->count, w.bits, 2, center, here);
+            expand(from, s->count, w.bits, 2, step, center, here);
         else if (w.fused == 4)
-            expand(from, s->count, w.bits, 4, center, here);
+            expand(from, s->count, w.bits, 4, step, center, here);
         else
-            expand(from, s->count, w.bits, 8, center, here);
+            expand(from, s->count, w.bits, 8, step, center, here);
     }
 }
 
@@ -79,14 +81,14 @@ INLINE int64_t sum_of(const int8_t* x, int64_t n) {
 // Row ``row`` of uniform codes into its slot, as bytes or (``wide``) 16 bits.
 static void fill_codes(const Weight& w, const Plan& plan, bool wide, int64_t row, int8_t* room, uint8_t* slot, float* factor, float* offset,
                        float* total, int64_t stride) {
-    const int64_t center = w.center();
-    expand_row(w, row, center, room);
+    expand_row(w, row, w.step(), w.center(), room);
     __builtin_memset(slot, 0, plan.slot_bytes);
     for (int64_t r = 0; r < plan.range_count; ++r) {
         double all = 0;
         for (int64_t i = plan.ranges[r].first; i < plan.ranges[r].last; ++i) {
             const Run& run = plan.runs[i];
-            const double scale = scale_at(w, row, run.scales), shifted = offset_at(w, row, run.scales) + scale * center;
+            const double scale = scale_at(w, row, run.scales) / double(w.step());
+            const double shifted = offset_at(w, row, run.scales) + scale * w.center();
             int64_t sum = 0;
             for (const Piece* p = plan.pieces + run.first; p < plan.pieces + run.last; ++p) {
                 const int8_t* from = room + p->from;
@@ -213,7 +215,7 @@ static void decode_row(const Weight& w, int64_t row, float* room) {
     const float* table = w.tables ? w.tables + (w.table_sets > 1 ? row : 0) * w.books * w.codewords * w.group : nullptr;
     const bool scalar = w.group == 1 && w.books == 1 && !w.kernel_order;
     uint8_t* codes = reinterpret_cast<uint8_t*>(room + w.length());
-    if (scalar) expand_row(w, row, 0, reinterpret_cast<int8_t*>(codes));
+    if (scalar) expand_row(w, row, 1, 0, reinterpret_cast<int8_t*>(codes));
     for (const Segment* s = w.segments; s < w.segments + w.segment_count; ++s) {
         const int64_t at = w.kernel_order ? 0 : s->tap * w.cin + s->start, count = w.kernel_order ? w.length() : s->count;
         float* here = room + at;
@@ -278,37 +280,30 @@ INLINE Floats load_some(const float* x, int64_t left) {
     return some;
 }
 
-// The scale at which no run of a row can overflow with activations of up to ``most``, and the row's squares: the sum of n weights' sizes is
-// at most sqrt(n) times the root of their squares, and none is larger than that root.
-INLINE float scale_of(const Plan& plan, int64_t most, const float* row, double* squares) {
-    double most_needed = 0, factor = 0;  // squared
-    int64_t inputs = 0;
-    for (const Run* run = plan.runs; run < plan.runs + plan.run_count; ++run) {
-        Floats sum = {}, other = {};
-        for (const Piece* p = plan.pieces + run->first; p < plan.pieces + run->last; ++p) {
-            const float* from = row + p->from;
-            int64_t i = 0;
-            for (; i + 2 * kLanes <= p->count; i += 2 * kLanes) {
-                const Floats x = load(from + i), y = load(from + i + kLanes);
-                sum += x * x;
-                other += y * y;
-            }
-            for (; i < p->count; i += kLanes) {
-                const Floats x = load_some(from + i, p->count - i);
-                sum += x * x;
-            }
+// Sum of the squares of a run's weights.
+INLINE float squares_of(const Plan& plan, const Run& run, const float* row) {
+    Floats sum = {}, other = {};
+    for (const Piece* p = plan.pieces + run.first; p < plan.pieces + run.last; ++p) {
+        const float* from = row + p->from;
+        int64_t i = 0;
+        for (; i + 2 * kLanes <= p->count; i += 2 * kLanes) {
+            const Floats x = load(from + i), y = load(from + i + kLanes);
+            sum += x * x;
+            other += y * y;
         }
-        if (run->inputs != inputs) {
-            inputs = run->inputs;
-            const double left = 2147483000.0 / most - inputs;  // rounding adds at most half of each
-            const double sized = 1.0 / (32766.0 * 32766.0), summed = inputs / (left * left);
-            factor = 1.0002 * (sized > summed ? sized : summed);
+        for (; i < p->count; i += kLanes) {
+            const Floats x = load_some(from + i, p->count - i);
+            sum += x * x;
         }
-        const double all = total_of(sum + other), needed = all * factor;
-        most_needed = needed > most_needed || needed != needed ? needed : most_needed;
-        *squares += all;
     }
-    return static_cast<float>(__builtin_sqrt(most_needed));
+    return total_of(sum + other);
+}
+
+INLINE bool zeros(const Plan& plan, const Run& run, const float* row) {
+    for (const Piece* p = plan.pieces + run.first; p < plan.pieces + run.last; ++p)
+        for (int64_t i = 0; i < p->count; ++i)
+            if (row[p->from + i] != 0) return false;
+    return true;
 }
 
 // ``count`` weights rounded to 16 bits; returns their sum.
@@ -335,27 +330,34 @@ INLINE int64_t round_to(const float* from, int64_t count, float inverse, int16_t
     return total;
 }
 
-// Row ``row`` of any weight as 16-bit integers of one scale.
+// Row ``row`` of any weight as 16-bit integers, each run at the scale at which it cannot overflow with activations of up to ``most``: the
+// sum of n weights' sizes is at most sqrt(n) times the root of their squares, and none is larger than that root.
 static void fill_values(const Weight& w, const Plan& plan, int64_t most, int64_t row, float* room, uint8_t* slot, float* factor, float* total,
                         int64_t stride, Errors* errors) {
     decode_row(w, row, room);
     __builtin_memset(slot, 0, plan.slot_bytes);
-    double squares = 0;
-    const float scale = scale_of(plan, most, room, &squares), inverse = 1 / scale;
-    const bool usable = scale >= 1e-30f && scale <= 1e30f;  // else zeros, or nothing that integers can stand for
-    Floats error = {};
     for (int64_t r = 0; r < plan.range_count; ++r) {
-        int64_t sum = 0;
+        double all = 0;
         for (int64_t i = plan.ranges[r].first; i < plan.ranges[r].last; ++i) {
-            for (const Piece* p = plan.pieces + plan.runs[i].first; usable && p < plan.pieces + plan.runs[i].last; ++p)
-                sum += round_to(room + p->from, p->count, inverse, reinterpret_cast<int16_t*>(slot + p->slot) + p->lead, &error);
-            factor[i * stride] = usable ? scale : 0;
+            const Run& run = plan.runs[i];
+            const float inputs = static_cast<float>(run.inputs), left = 2147480000.0f / most - inputs;  // rounding adds at most half of each
+            const float squares = squares_of(plan, run, room), root = __builtin_sqrtf(squares) * 1.0001f;
+            const float sized = root * (1 / 32766.0f), summed = root * __builtin_sqrtf(inputs) / left, scale = sized > summed ? sized : summed;
+            Floats error = {};
+            int64_t sum = 0;
+            if (scale > 1e-18f && scale < 1e18f) {  // their squares are numbers
+                for (const Piece* p = plan.pieces + run.first; p < plan.pieces + run.last; ++p)
+                    sum += round_to(room + p->from, p->count, 1 / scale, reinterpret_cast<int16_t*>(slot + p->slot) + p->lead, &error);
+            } else if (!zeros(plan, run, room)) {  // tiny, huge or not finite: not for integers
+                errors->error = __builtin_inf();
+            }
+            factor[i * stride] = scale;
+            errors->error += total_of(error) * double(scale) * scale;
+            errors->all += squares;
+            all += sum * double(scale);
         }
-        total[r * stride] = usable ? static_cast<float>(sum * double(scale)) : 0;
+        total[r * stride] = static_cast<float>(all);
     }
-    errors->error += double(total_of(error)) * scale * scale;
-    errors->all += squares;
-    if (!usable && scale != 0) errors->error = errors->all = __builtin_inf();
 }
 
 // ---- Few tokens: a row is decoded and multiplied at once
@@ -392,7 +394,7 @@ INLINE void dot_codes_of(const Weight& w, int64_t row, const uint8_t* x, const G
         const Segment& s = w.segments[n];
         int32_t products[kDotRows + 1];
         dot_bytes(decoded + s.start, x + s.start, w.cin, tokens, s.count, AQUABIT_LEVEL == 4 || w.bits <= 7, products);
-        const double scale = scale_at(w, row, s.scales), shifted = offset_at(w, row, s.scales) + scale * w.center();
+        const double scale = scale_at(w, row, s.scales) / double(w.step()), shifted = offset_at(w, row, s.scales) + scale * w.center();
         for (int64_t t = 0; t < tokens; ++t)
             result[t] += static_cast<float>(scale) * products[t] + static_cast<float>(shifted) * sums[n * tokens + t];
         total += scale * products[tokens] + shifted * s.count;
@@ -404,7 +406,7 @@ INLINE void dot_codes_of(const Weight& w, int64_t row, const uint8_t* x, const G
 // Row ``row`` of uniform codes times quantized tokens [tokens, cin]; ``sums`` [segments, tokens] of their integers.
 static void dot_codes(const Weight& w, int64_t row, const uint8_t* x, const Grid* grids, const int32_t* sums, int64_t tokens, int8_t* room,
                       float* y, int64_t y_stride) {
-    expand_row(w, row, w.center(), room);
+    expand_row(w, row, w.step(), w.center(), room);
     if (tokens == 1)
         dot_codes_of(w, row, x, grids, sums, 1, room, y, y_stride);
     else if (tokens == 2)

@@ -12,6 +12,7 @@ constexpr int kActivation = 16383;     // of activations that are not quantized:
 constexpr int64_t kWideRun = 128;      // inputs between flushes then; 2^31 / 16383 / 128 leaves the mean weight 10 bits
 constexpr double kMostLost = 7e-4;     // relative error of activations that are rounded to them
 constexpr int64_t kByteRun = 512;      // inputs between flushes where activations have at most 8 bits and weights up to 16
+constexpr int64_t kOwnRun = 64;        // groups of scales of so many inputs or more get integers of their own size
 constexpr int64_t kLongestRun = 32768;  // of 8 bits times 8 bits: 255 * 128 * 32768 < 2^31
 
 // Inputs [start, start + count) at one tap of the kernel; codes from byte ``at`` of a row (arranged.py).
@@ -27,7 +28,10 @@ struct Weight {
     int64_t segment_count, row_bytes, out, cin, area, bits, books, group, fused, kernel_order, table_sets, codewords, scales, offsets;
 
     int64_t length() const { return cin * area; }
-    int64_t center() const { return int64_t(1) << (bits - 1); }
+    // Uniform codes are multiplied as code * step - center, about zero: what cancels later need not be summed. 7 and 8 bits have no room
+    // for the exact middle.
+    int64_t step() const { return bits <= 6 ? 2 : 1; }
+    int64_t center() const { return bits <= 6 ? (int64_t(1) << bits) - 1 : int64_t(1) << (bits - 1); }
 };
 
 // Weights at one tap that are multiplied in one go: ``steps`` dwords (4 inputs of 8 bits, 2 of 16) of a row, aligned to whole steps of
