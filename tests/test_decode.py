@@ -168,7 +168,14 @@ def test_a_stored_weight_is_arranged() -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 40), st.integers(1, 150), st.integers(1, 90), st.sampled_from([*USQ, *GROUPED]), st.integers(2, 8), st.sampled_from(LEVELS or [""]))
+@given(
+    st.integers(1, 40),
+    st.integers(1, 150),
+    st.integers(1, 90),
+    st.sampled_from([*USQ, *GROUPED]),
+    st.integers(2, 8),
+    st.sampled_from(LEVELS or [""]),
+)
 def test_any_linear_shape(out: int, width: int, tokens: int, form: Format, act: int, level: str) -> None:
     weight, x = make((out, width), form), inputs(tokens, width)
     assert error(decode_linear(x, arrange(weight), None, act, level=level), linear64(x, weight, None, act)) <= 2 * EXACT
@@ -224,7 +231,11 @@ def test_layouts(form: Format, act: int) -> None:
     image = make((6, 8, 3, 3), form._replace(order="kernel", books=form.books or 1, group=1) if form.books else form)
     x = inputs(2, 8, 9, 10)
     plain = decode_conv2d(x, arrange(image), None, padding=1, act=act)
-    for other in (x.contiguous(memory_format=torch.channels_last), x.transpose(2, 3).contiguous().transpose(2, 3), x.repeat(1, 2, 1, 1)[:, :8]):
+    for other in (
+        x.contiguous(memory_format=torch.channels_last),
+        x.transpose(2, 3).contiguous().transpose(2, 3),
+        x.repeat(1, 2, 1, 1)[:, :8],
+    ):
         assert torch.equal(decode_conv2d(other, arrange(image), None, padding=1, act=act), plain)
     last = decode_conv2d(x.contiguous(memory_format=torch.channels_last), arrange(image), None, padding=1, act=act)
     assert last.is_contiguous(memory_format=torch.channels_last) and plain.is_contiguous()

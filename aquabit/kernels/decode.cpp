@@ -33,7 +33,8 @@ namespace {
 #define AQUABIT_X86
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,bmi,popcnt"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,bmi,popcnt"))), \
+                             apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,bmi,popcnt")
@@ -44,6 +45,7 @@ constexpr int kLanes = 16, kRows = 6, kVectors = 4;
 #include "decode_level.h"
 #include "decode_rows.h"
 #include "decode_pack.h"
+#include "decode_few.h"
 #undef AQUABIT_LEVEL
 }  // namespace vnni
 #if defined(__clang__)
@@ -60,6 +62,7 @@ constexpr int kLanes = 8, kRows = 4, kVectors = 2;
 #include "decode_level.h"
 #include "decode_rows.h"
 #include "decode_pack.h"
+#include "decode_few.h"
 #undef AQUABIT_LEVEL
 }  // namespace avx2
 #if defined(__clang__)
@@ -79,6 +82,7 @@ constexpr int kLanes = 4, kRows = 4, kVectors = 2;
 #include "decode_level.h"
 #include "decode_rows.h"
 #include "decode_pack.h"
+#include "decode_few.h"
 #undef AQUABIT_LEVEL
 }  // namespace baseline
 
@@ -276,10 +280,10 @@ Weight weight_of(const std::vector<int64_t>& f) {
     const int64_t width = w.bits * w.fused <= 4 ? 4 : 8, span = w.kernel_order ? 1 : w.group * w.fused;
     for (const Segment* s = w.segments; s < w.segments + w.segment_count; ++s) {
         const int64_t bytes = ((s->count + span - 1) / span * w.books * width + 7) / 8;
-        const bool inside = s->tap >= 0 && s->tap < w.area && s->start >= 0 && s->count > 0 && s->start + s->count <= w.cin &&
-                            s->count % (w.kernel_order ? 1 : w.group) == 0 && s->at >= 0 && s->at + bytes <= w.row_bytes && s->scales >= 0 &&
-                            (w.scales == 1 || s->scales < w.scales) && (w.offsets <= 1 || s->scales < w.offsets) &&
-                            (!w.kernel_order || (w.segment_count == 1 && s->count == w.cin));
+        const bool inputs = s->tap >= 0 && s->tap < w.area && s->start >= 0 && s->count > 0 && s->start + s->count <= w.cin;
+        const bool whole = w.kernel_order ? w.segment_count == 1 && s->count == w.cin : s->count % w.group == 0;
+        const bool scaled = s->scales >= 0 && (w.scales == 1 || s->scales < w.scales) && (w.offsets <= 1 || s->scales < w.offsets);
+        const bool inside = inputs && whole && scaled && s->at >= 0 && s->at + bytes <= w.row_bytes;
         if (!inside) throw std::invalid_argument("a segment of the arranged weight lies outside its row of codes, inputs or scales");
     }
     return w;
@@ -315,7 +319,8 @@ void define_decode(nb::module_& m) {
         [](const std::vector<int64_t>& weight, const std::vector<int64_t>& convolution, uintptr_t x, uintptr_t y, int64_t bits,
            int64_t threads, int64_t level) {
             const Weight w = weight_of(weight);
-            return conv_product(method_of(w, level, bits, threads), w, convolution_of(convolution), pointer<const float>(x), pointer<float>(y));
+            const Method method = method_of(w, level, bits, threads);
+            return conv_product(method, w, convolution_of(convolution), pointer<const float>(x), pointer<float>(y));
         },
         "weight"_a, "convolution"_a, "x"_a, "y"_a, "bits"_a, "threads"_a, "level"_a, nb::call_guard<nb::gil_scoped_release>());
     m.def(

@@ -9,8 +9,10 @@ Three ways, by what is asked:
   above 1e-3 (outliers that leave nothing for the rest) makes the call "exact".
 - *tiles*: "exact", and weights that cannot be arranged: tiles of rows in the activations' dtype for the dense library.
 
-At most FEW tokens are multiplied row by row, by the bytes or in float32. Decoded weights take at most 1/16 of the dense weight in bfloat16 in all
-threads together (tiles: in the activations' dtype), but at least one row and one block of rows (6, or 4 below AVX-512) a thread.
+At most FEW tokens are multiplied row by row, by the bytes or in float32. Decoded weights take at most 1/16 of the dense weight in
+bfloat16 in all threads together (tiles: in the activations' dtype), but a thread needs a row and a block of rows (6, or 4 below AVX-512;
+tiles 8): that is the floor for layers of fewer than about 60 outputs a thread by bytes, 140 by shorts. The activations' integers take 1 or
+2 bytes each.
 """
 
 from __future__ import annotations
@@ -22,16 +24,21 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from aquabit.kernels.arranged import Arranged, arrange, arranges
 from aquabit.kernels.codebook import CodebookWeight
 from aquabit.kernels.decode_tiles import Decoder, conv_by_tiles, linear_by_tiles, rows_of
-from aquabit.kernels.fake_quant import _native, fake_quantize
+from aquabit.kernels.fake_quant import fake_quantize
 from aquabit.kernels.reference import Accuracy
 from aquabit.scheme import AquabitError
 
+try:
+    from aquabit.kernels import _native  # type: ignore[attr-defined]  # built by CMake
+except ImportError:
+    _native = None
+
 FEW = 4  # tokens
+LONGEST = 32768  # inputs that int32 holds the products of
 MOST_LOST = 1e-3  # relative error of "fast"
 DTYPES = (torch.float32, torch.bfloat16)
 Pair = int | tuple[int, int]
@@ -89,11 +96,12 @@ def decode_conv2d(
     if split is not None and not 0 < split < x.shape[1]:
         raise AquabitError(f"{split=} needs 0 < split < channels; got shape {tuple(x.shape)}")
     pads = _pads(padding, weight.shape[2:], stride, dilation)
-    if min(_conv_shape(x, weight.shape, stride, pads, dilation)) < 0 or any(s < 1 for s in _conv_shape(x, weight.shape, stride, pads, dilation)[2:]):
+    if min(_conv_shape(x, weight.shape, stride, pads, dilation)[2:]) < 1:
         raise AquabitError(f"an input {list(x.shape)} is smaller than the kernel {list(weight.shape[2:])}; pad it more")
     prepared = _prepared(weight)
     if isinstance(prepared, CodebookWeight):
-        return conv_by_tiles(fake_quantize(x, act, "sample", split), prepared.shape, rows_of(prepared), bias, stride, pads, dilation, groups)
+        quantized = fake_quantize(x, act, "sample", split)
+        return conv_by_tiles(quantized, prepared.shape, rows_of(prepared), bias, stride, pads, dilation, groups)
     y: Tensor = torch.ops.aquabit.decode_conv2d(
         x, *_operands(prepared, bias), stride, pads, dilation, groups, act, split or 0, accuracy == "exact", _level(level)
     )
@@ -114,7 +122,7 @@ def _check(x: Tensor, weight: CodebookWeight | Arranged, bias: Tensor | None, ac
     if held != x.device:
         raise AquabitError(f"the input is on {x.device}, the weight on {held}; move one of them")
     if bias is not None and (tuple(bias.shape) != (weight.shape[0],) or bias.device != x.device):
-        raise AquabitError(f"bias is {list(bias.shape)} on {bias.device}; a weight {list(weight.shape)} needs [{weight.shape[0]}] on {x.device}")
+        raise AquabitError(f"bias is {list(bias.shape)} on {bias.device}; needed is [{weight.shape[0]}] on {x.device}")
 
 
 def _level(name: str | None) -> int:
@@ -162,9 +170,9 @@ def _operands(weight: Arranged, bias: Tensor | None) -> tuple[Any, ...]:
     if torch.compiler.is_compiling():
         segments = _segment_table(weight)
     else:
-        segments = _segments.get(weight)
-        if segments is None:
-            segments = _segments[weight] = _segment_table(weight)
+        if weight not in _segments:
+            _segments[weight] = _segment_table(weight)
+        segments = _segments[weight]
     return weight.codes, weight.tables, weight.scale, weight.offset, bias, segments, facts
 
 
@@ -188,33 +196,36 @@ _library.define(
 )
 
 
+def _fits(name: str, tensor: Tensor | None, dtype: torch.dtype, size: list[int], shape: list[int]) -> None:
+    if tensor is not None and (tensor.dtype != dtype or list(tensor.shape) != size or not tensor.is_contiguous()):
+        raise AquabitError(f"{name} is {tensor.dtype} {list(tensor.shape)}; a weight {shape} needs contiguous {dtype} {size}")
+
+
 class _Weight:
     """An op's weight as the extension takes it; keeps what the pointers point to."""
 
     def __init__(
-        self, codes: Tensor, tables: Tensor | None, scale: Tensor, offset: Tensor | None, bias: Tensor | None, segments: Tensor, facts: list[int]
-    ) -> None:
+        self, codes: Tensor, tables: Tensor | None, scale: Tensor, offset: Tensor | None, bias: Tensor | None, segments: Tensor,
+        facts: list[int],
+    ) -> None:  # fmt: skip
         bits, books, group, fused, kernel, *shape = facts
-        out, sizes = shape[0], [1 << bits, prod(shape[2:])]
+        out, codewords, area = shape[0], 1 << bits, prod(shape[2:])
         self.shape, self.scalar = tuple(shape), tables is None
         self.bias = None if bias is None else bias.detach().float().contiguous()
-        wanted = {
-            "codes": (codes, torch.uint8, [out, codes.shape[-1]]),
-            "tables": (tables, torch.float32, [tables.shape[0] if tables is not None and tables.shape[0] == out else 1, books, sizes[0], group]),
-            "scale": (scale, torch.float32, [out, scale.shape[-1]]),
-            "offset": (offset, torch.float32, [out, 1 if offset is None else offset.shape[-1]]),
-            "segments": (segments, torch.int64, [len(segments), 5]),
-        }
-        for name, (tensor, dtype, size) in wanted.items():
-            if tensor is not None and (tensor.dtype != dtype or list(tensor.shape) != size or not tensor.is_contiguous()):
-                raise AquabitError(f"{name} is {tensor.dtype} {list(tensor.shape)}; a weight {shape} needs contiguous {dtype} {size}")
-        if bits > 8 or (kernel and group != sizes[1]) or (tables is None and group * books != 1) or fused not in (1, 2, 4, 8) or bits * fused > 8:
+        sets = out if tables is not None and len(tables) == out else 1
+        _fits("codes", codes, torch.uint8, [out, codes.shape[-1]], shape)
+        _fits("tables", tables, torch.float32, [sets, books, codewords, group], shape)
+        _fits("scale", scale, torch.float32, [out, scale.shape[-1]], shape)
+        _fits("offset", offset, torch.float32, [out, 1 if offset is None else offset.shape[-1]], shape)
+        _fits("segments", segments, torch.int64, [len(segments), 5], shape)
+        plain = tables is not None or group * books == 1
+        if not plain or bits > 8 or (kernel and group != area) or fused not in (1, 2, 4, 8) or bits * fused > 8:
             raise AquabitError(f"a weight {shape} cannot have {bits} bits, {books} codebooks, groups of {group} and {fused} codes a lookup")
         self.held = [codes, tables, scale, offset, self.bias, segments]
         pointers = [0 if t is None else t.data_ptr() for t in self.held]
-        widths = [0 if tables is None else tables.shape[0], sizes[0], scale.shape[1], 0 if offset is None else offset.shape[1]]
+        widths = [0 if tables is None else sets, codewords, scale.shape[1], 0 if offset is None else offset.shape[1]]
         self.numbers = [
-            *pointers, len(segments), codes.shape[1], out, shape[1], sizes[1], bits, books, group, fused, int(kernel), *widths
+            *pointers, len(segments), codes.shape[1], out, shape[1], area, bits, books, group, fused, int(kernel), *widths
         ]  # fmt: skip
 
     def rows(self, level: int) -> Decoder:
@@ -235,45 +246,44 @@ def _good(outcome: tuple[int, float, float, int]) -> bool:
 @torch.library.impl(_library, "decode_linear", "CPU")
 def _decode_linear_cpu(x: Tensor, *args: Any) -> Tensor:
     *parts, act, exact, level = args
-    weight = _Weight(*parts)
-    bytes_serve = weight.scalar and act <= 8
-    tokens = x.numel() // max(x.shape[-1], 1)
-    if bytes_serve or not exact or tokens <= FEW:
-        wide = x.detach().float() if bytes_serve else fake_quantize(x.detach(), act).float() if act > 8 or tokens <= FEW else x.detach().float()
-        rows = wide.reshape(-1, weight.shape[1]).contiguous()
+    weight, x = _Weight(*parts), x.detach()
+    tokens, shape = x.numel() // max(x.shape[-1], 1), (*x.shape[:-1], weight.shape[0])
+    if tokens * weight.shape[0] == 0:
+        return x.new_empty(shape)
+    few = tokens <= FEW and weight.shape[1] <= LONGEST
+    fused = act <= 8 and (weight.scalar or not (few or exact))  # the kernel quantizes
+    if fused or few or not exact:
+        rows = (x if fused else fake_quantize(x, act)).float().reshape(tokens, -1).contiguous()
         y = torch.empty(tokens, weight.shape[0])
-        if y.numel() == 0:
-            return y.reshape(*x.shape[:-1], weight.shape[0]).to(x.dtype)
-        bits = act if bytes_serve or (act <= 8 and tokens > FEW) else 16
-        outcome = _native.decode_linear(
-            weight.numbers, rows.data_ptr(), y.data_ptr(), tokens, bits, tokens <= FEW, torch.get_num_threads(), level
-        )
-        if _good(outcome):
-            return y.reshape(*x.shape[:-1], weight.shape[0]).to(x.dtype)
-    bias = None if weight.bias is None else weight.bias.to(x.dtype)
-    return linear_by_tiles(fake_quantize(x.detach(), act), weight.shape, weight.rows(level), bias)
+        threads, bits = torch.get_num_threads(), act if fused else 16
+        if _good(_native.decode_linear(weight.numbers, rows.data_ptr(), y.data_ptr(), tokens, bits, few, threads, level)):
+            return y.reshape(shape).to(x.dtype)
+    return linear_by_tiles(fake_quantize(x, act), weight.shape, weight.rows(level), weight.bias)
 
 
 @torch.library.impl(_library, "decode_conv2d", "CPU")
 def _decode_conv2d_cpu(x: Tensor, *args: Any) -> Tensor:
     *parts, stride, pads, dilation, groups, act, split, exact, level = args
-    weight = _Weight(*parts)
-    shape = _conv_shape(x, weight.shape, stride, pads, dilation)
-    last = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous() else torch.contiguous_format
-    y = torch.empty(shape)
-    if y.numel() == 0:
-        return y.to(x.dtype)
-    if (weight.scalar and act <= 8) or not exact:
-        image = (x.detach() if act <= 8 else fake_quantize(x.detach(), act, "sample", split or None)).float().contiguous()
-        numbers = [*image.shape, *shape[2:], groups, *weight.shape[2:], *stride, pads[0], pads[2], *dilation, split if act <= 8 else 0]
-        outcome = _native.decode_conv2d(
-            weight.numbers, numbers, image.data_ptr(), y.data_ptr(), act if act <= 8 else 16, torch.get_num_threads(), level
-        )
-        if _good(outcome):
-            return y.to(x.dtype, memory_format=last)
-    bias = None if weight.bias is None else weight.bias.to(x.dtype)
-    quantized = fake_quantize(x.detach(), act, "sample", split or None)
-    return conv_by_tiles(quantized, weight.shape, weight.rows(level), bias, stride, pads, dilation, groups).contiguous(memory_format=last)
+    weight, x = _Weight(*parts), x.detach()
+    shape, form = _conv_shape(x, weight.shape, stride, pads, dilation), _memory_format(x)
+    if prod(shape) == 0:
+        return x.new_empty(shape)
+    fused = act <= 8  # the kernel quantizes
+    if not exact or (fused and weight.scalar):
+        image = (x if fused else fake_quantize(x, act, "sample", split or None)).float().contiguous()
+        y = torch.empty(shape)
+        numbers = [*image.shape, *shape[2:], groups, *weight.shape[2:], *stride, pads[0], pads[2], *dilation, split if fused else 0]
+        threads, bits = torch.get_num_threads(), act if fused else 16
+        if _good(_native.decode_conv2d(weight.numbers, numbers, image.data_ptr(), y.data_ptr(), bits, threads, level)):
+            return y.to(x.dtype, memory_format=form)
+    quantized = fake_quantize(x, act, "sample", split or None)
+    y = conv_by_tiles(quantized, weight.shape, weight.rows(level), weight.bias, stride, pads, dilation, groups)
+    return y.contiguous(memory_format=form)
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
 
 
 @torch.library.register_fake("aquabit::decode_linear", lib=_library)
@@ -284,6 +294,4 @@ def _decode_linear_fake(x: Tensor, *args: Any) -> Tensor:
 @torch.library.register_fake("aquabit::decode_conv2d", lib=_library)
 def _decode_conv2d_fake(x: Tensor, *args: Any) -> Tensor:
     *_, facts, stride, pads, dilation, _groups, _act, _split, _exact, _level = args
-    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    y = x.new_empty(_conv_shape(x, facts[5:], stride, pads, dilation))
-    return y.contiguous(memory_format=torch.channels_last) if last else y
+    return x.new_empty(_conv_shape(x, facts[5:], stride, pads, dilation)).contiguous(memory_format=_memory_format(x))

@@ -33,10 +33,11 @@ Outcome linear_product(const Method& m, const Weight& w, const float* x, float* 
     Buffer<float> sums = room_for<float>(m.codes ? planned.plan.run_count * positions : 0);
     const Activations a = {values.get(), starts.data(), step_bytes, positions, scale.data(), base.data(), sums.get()};
     const Product product = {m, w, planned, a, vectors, 0, w.out};
-    const int64_t bytes = product.run(&rounded, [&](const float* tile, int64_t stride, int64_t row, int64_t rows, int64_t vector, int64_t n) {
+    const auto sink = [&](const float* tile, int64_t stride, int64_t row, int64_t rows, int64_t vector, int64_t n) {
         const int64_t first = vector * lanes;
         m.level->put_tokens(tile, stride, rows, std::min(n * lanes, tokens - first), y + first * w.out + row, w.out);
-    });
+    };
+    const int64_t bytes = product.run(&rounded, sink);
     return {1, ratio_of(lost), ratio_of(rounded), bytes};
 }
 
@@ -99,8 +100,9 @@ Images pack_images(const Method& m, const Convolution& c, const Layout& l, const
             const int64_t channel = group * inputs + step * per, count = std::min(per, inputs - step * per);
             const Grid* grids[4];
             for (int64_t k = 0; k < count; ++k) grids[k] = &all.grids[(c.split && channel + k >= c.split ? c.samples : 0) + n];
-            int32_t* out = reinterpret_cast<int32_t*>(all.values.get() + n * l.sample_bytes + (group * l.group_steps + step) * l.step_bytes);
-            pack_step(m, c, l, x + (n * c.channels + channel) * area, grids, count, out, line.data(), m.bits < 16 ? nullptr : &errors[job]);
+            uint8_t* out = all.values.get() + n * l.sample_bytes + (group * l.group_steps + step) * l.step_bytes;
+            pack_step(m, c, l, x + (n * c.channels + channel) * area, grids, count, reinterpret_cast<int32_t*>(out), line.data(),
+                      m.bits < 16 ? nullptr : &errors[job]);
         }
     });
     for (const Errors& e : errors) all.errors.error += e.error, all.errors.all += e.all;
@@ -158,8 +160,8 @@ Outcome few_tokens(const Method& m, const Weight& w, const float* x, float* y, i
         Buffer<float> decoded = room_for<float>(room / 4 + 1);
         for (int64_t row = from; row < to; ++row)
             if (m.codes)
-                m.level->dot_codes(w, row, values.data(), grids.data(), sums.data(), tokens, reinterpret_cast<int8_t*>(decoded.get()), y + row,
-                                   w.out);
+                m.level->dot_codes(w, row, values.data(), grids.data(), sums.data(), tokens, reinterpret_cast<int8_t*>(decoded.get()),
+                                   y + row, w.out);
             else
                 m.level->dot_values(w, row, x, tokens, decoded.get(), y + row, w.out);
     });

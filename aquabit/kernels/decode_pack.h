@@ -176,7 +176,3 @@ static void put_tokens(const float* tile, int64_t stride, int64_t rows, int64_t 
                     __builtin_memcpy(y + (t + i) * y_stride + r, part + i, down * sizeof(float));
         }
 }
-
-constexpr Level kLevel = {
-    kLanes,     kRows,       kVectors,    AQUABIT_LEVEL >= 3, AQUABIT_LEVEL == 4 ? 8 : 7, multiply,   sum,       fill_codes, fill_values,
-    decode_row, token_grid, sample_grid, pack_tokens,        quantize_token,             pack_line,  put_tokens, dot_codes,  dot_values};
