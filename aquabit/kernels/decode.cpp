@@ -1,0 +1,332 @@
+// The tile-decode backend: rows of an arranged weight are decoded, a few at a time, to integers of 8 or 16 bits and multiplied with
+// quantized activations by the integer dot products of the processor; or decoded to floats for a dense library.
+//
+// The same source serves every instruction set; which one runs is chosen at run time. Every result is one sum in one order, however many
+// threads share the rows.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "decode_plan.h"
+#include "decode_types.h"
+
+namespace nb = nanobind;
+
+namespace {
+
+#if defined(__x86_64__)
+#define AQUABIT_X86
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,bmi,popcnt"))), \
+                             apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,bmi,popcnt")
+#endif
+namespace vnni {
+constexpr int kLanes = 16, kRows = 6, kVectors = 4;
+#define AQUABIT_LEVEL 4
+#include "decode_level.h"
+#include "decode_rows.h"
+#include "decode_pack.h"
+#include "decode_few.h"
+#undef AQUABIT_LEVEL
+}  // namespace vnni
+#if defined(__clang__)
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx2,fma,bmi,popcnt"))), apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,bmi,popcnt")
+#endif
+namespace avx2 {
+constexpr int kLanes = 8, kRows = 4, kVectors = 2;
+#define AQUABIT_LEVEL 3
+#include "decode_level.h"
+#include "decode_rows.h"
+#include "decode_pack.h"
+#include "decode_few.h"
+#undef AQUABIT_LEVEL
+}  // namespace avx2
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
+
+namespace baseline {
+constexpr int kLanes = 4, kRows = 4, kVectors = 2;
+#if defined(__x86_64__)
+#define AQUABIT_LEVEL 2
+#else
+#define AQUABIT_LEVEL 0
+#endif
+#include "decode_level.h"
+#include "decode_rows.h"
+#include "decode_pack.h"
+#include "decode_few.h"
+#undef AQUABIT_LEVEL
+}  // namespace baseline
+
+constexpr int64_t kParallel = 1 << 18;  // multiply-adds below which other threads are not woken
+
+struct Free {
+    void operator()(void* x) const { ::operator delete[](x, std::align_val_t(64)); }
+};
+template <class T>
+using Buffer = std::unique_ptr<T[], Free>;
+
+// Uninitialised, aligned to the longest vectors.
+template <class T>
+Buffer<T> room_for(int64_t count) {
+    return Buffer<T>(static_cast<T*>(::operator new[](std::max<int64_t>(count, 1) * sizeof(T), std::align_val_t(64))));
+}
+
+int64_t rounded_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+// fn(from, to, part) over [0, count) in contiguous parts.
+template <class Function>
+void in_parts(int64_t count, int64_t threads, const Function& fn) {
+    const int64_t parts = std::min(threads, count);
+    if (parts <= 1) return fn(int64_t(0), count, int64_t(0));
+#pragma omp parallel for num_threads(static_cast<int>(parts)) schedule(static, 1)
+    for (int64_t part = 0; part < parts; ++part) fn(count * part / parts, count * (part + 1) / parts, part);
+}
+
+struct Choice {
+    const char* name;
+    const Level* level;
+};
+
+// What this processor can run, best first.
+const std::vector<Choice>& levels() {
+    static const std::vector<Choice> all = [] {
+        std::vector<Choice> found;
+#ifdef AQUABIT_X86
+        __builtin_cpu_init();
+        const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+                        __builtin_cpu_supports("popcnt");
+        const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+        if (v4) found.push_back({"vnni", &vnni::kLevel});
+        if (v3) found.push_back({"avx2", &avx2::kLevel});
+#endif
+        found.push_back({"baseline", &baseline::kLevel});
+        return found;
+    }();
+    return all;
+}
+
+// How a call multiplies.
+struct Method {
+    const Level* level;
+    bool codes;     // uniform codes as they are; else decoded values rounded to 16 bits
+    bool wide;      // 16 bits
+    bool by_scale;  // runs end where a group of scales does
+    int64_t most;   // of the activations' integers
+    int64_t limit;  // inputs of a run
+    int64_t bits;   // of activations
+    int64_t threads;
+
+    int64_t per() const { return wide ? 2 : 4; }
+};
+
+Method method_of(const Weight& w, int64_t level, int64_t bits, int64_t threads) {
+    const Level* l = levels().at(level).level;
+    const bool codes = bits <= 8 && !w.tables, wide = !codes || !l->bytes || w.bits > l->byte_bits;
+    const int64_t limit = codes ? kLongestRun : bits <= 8 ? kByteRun : kWideRun;
+    const bool by_scale = codes || w.length() / std::max(w.scales, w.offsets) >= kOwnRun;
+    return {l, codes, wide, by_scale, bits <= 8 ? 256 : kActivation, limit, bits, threads};
+}
+
+// A thread's room for decoded rows and results.
+struct Scratch {
+    Buffer<uint8_t> slots, room;
+    Buffer<float> factor, offset, total, bias, y;
+    Errors errors = {0, 0};
+};
+
+// What is multiplied with one group's rows: [first_row, first_row + rows) of the weight.
+struct Product {
+    const Method& method;
+    const Weight& weight;
+    const Planned& planned;
+    Activations activations;
+    int64_t vectors, first_row, rows;
+
+    int64_t row_bytes() const { return rounded_up(planned.plan.slot_bytes, 64) + 64; }
+    int64_t room_bytes() const { return weight.length() * (method.codes ? 1 : 5) + 64; }
+
+    // Rows of a tile: all threads' scratch within 1/16 of the dense weight in bfloat16, but at least one block of rows each.
+    int64_t tile_rows() const {
+        const int64_t block = method.level->rows, budget = weight.out * weight.length() / 8 / method.threads - room_bytes();
+        const int64_t share = rounded_up((rows + method.threads - 1) / method.threads, block);
+        return std::clamp(budget / row_bytes() / block * block, block, std::max(block, std::min(share, kMostTile / block * block)));
+    }
+
+    Scratch scratch(int64_t tile) const {
+        const Plan& p = planned.plan;
+        return {room_for<uint8_t>(tile * row_bytes()), room_for<uint8_t>(room_bytes()),      room_for<float>(tile * p.run_count),
+                room_for<float>(tile * p.run_count),   room_for<float>(tile * p.range_count), room_for<float>(tile),
+                room_for<float>(tile * kMostVectors * method.level->lanes)};
+    }
+
+    int64_t scratch_bytes(int64_t tile) const { return tile * row_bytes() + room_bytes(); }
+
+    // Rows [from, from + count) of the group, decoded; the rows that fill up the tile are zero.
+    Tile fill(int64_t from, int64_t count, Scratch* s) const {
+        const int64_t padded = rounded_up(count, method.level->rows);
+        for (int64_t r = 0; r < padded; ++r) {
+            const int64_t row = first_row + from + r;
+            uint8_t* slot = s->slots.get() + r * row_bytes();
+            s->bias[r] = r < count && weight.bias ? weight.bias[row] : 0;
+            if (r >= count) {
+                std::memset(slot, 0, row_bytes());
+                for (int64_t i = 0; i < planned.plan.run_count; ++i) s->factor[i * padded + r] = s->offset[i * padded + r] = 0;
+                for (int64_t i = 0; i < planned.plan.range_count; ++i) s->total[i * padded + r] = 0;
+            } else if (method.codes) {
+                method.level->fill_codes(weight, planned.plan, method.wide, row, reinterpret_cast<int8_t*>(s->room.get()), slot,
+                                         s->factor.get() + r, s->offset.get() + r, s->total.get() + r, padded);
+            } else {
+                method.level->fill_values(weight, planned.plan, method.most, row, reinterpret_cast<float*>(s->room.get()), slot,
+                                          s->factor.get() + r, s->total.get() + r, padded, &s->errors);
+            }
+        }
+        return {s->slots.get(), row_bytes(), padded, s->factor.get(), method.codes ? s->offset.get() : nullptr, s->total.get(),
+                s->bias.get()};
+    }
+
+    // Sums of the activations' integers of each run, which offsets need.
+    void sum(int64_t threads) const {
+        const Plan& p = planned.plan;
+        Buffer<uint8_t> ones = room_for<uint8_t>(p.slot_bytes);
+        std::memset(ones.get(), 0, p.slot_bytes);
+        for (const Piece& piece : planned.pieces)
+            for (int64_t k = piece.lead; k < piece.lead + piece.count; ++k) ones[piece.slot + k * (method.wide ? 2 : 1)] = 1;
+        const int64_t size = method.level->vectors, blocks = (vectors + size - 1) / size;
+        in_parts(blocks, threads, [&](int64_t from, int64_t to, int64_t) {
+            for (int64_t b = from; b < to; ++b)
+                method.level->sum(p, activations, ones.get(), method.wide, b * size, std::min(size, vectors - b * size));
+        });
+    }
+
+    // All of it; sink(results, stride, row, rows, vector, vectors) takes what is done. Returns scratch bytes of all threads.
+    template <class Sink>
+    int64_t run(Errors* errors, const Sink& sink) const {
+        const int64_t threads = rows * vectors * method.level->lanes * weight.length() > kParallel ? method.threads : 1;
+        if (method.codes) sum(threads);
+        const int64_t tile = tile_rows(), tiles = (rows + tile - 1) / tile, size = method.level->vectors;
+        const int64_t blocks = (vectors + size - 1) / size, chunks = std::min(blocks, tiles < threads ? threads : 1), jobs = tiles * chunks;
+        std::vector<Scratch> scratch;
+        for (int64_t i = 0; i < std::min(threads, jobs); ++i) scratch.push_back(this->scratch(tile));
+        const int64_t stride = kMostVectors * method.level->lanes;
+        in_parts(jobs, threads, [&](int64_t from, int64_t to, int64_t part) {
+            Scratch& s = scratch[part];
+            for (int64_t job = from; job < to; ++job) {
+                const int64_t row = job / chunks * tile, count = std::min(tile, rows - row), chunk = job % chunks;
+                const Tile decoded = fill(row, count, &s);
+                for (int64_t b = blocks * chunk / chunks; b < blocks * (chunk + 1) / chunks; ++b) {
+                    const int64_t n = std::min(size, vectors - b * size);
+                    method.level->multiply(planned.plan, decoded, activations, method.wide, b * size, n, s.y.get());
+                    sink(s.y.get(), stride, first_row + row, count, b * size, n);
+                }
+            }
+        });
+        for (const Scratch& s : scratch) errors->error += s.errors.error, errors->all += s.errors.all;
+        return scratch_bytes(tile) * static_cast<int64_t>(scratch.size());
+    }
+};
+
+double ratio_of(const Errors& e) { return e.error > 0 ? std::sqrt(e.error / e.all) : 0; }
+
+// Whether it was done (0: no integers stand for the activations), relative errors of activations and of weights, bytes of scratch.
+using Outcome = std::tuple<int64_t, double, double, int64_t>;
+
+#include "decode_drivers.h"
+
+}  // namespace
+
+namespace {
+
+template <class T>
+T* pointer(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+// codes, tables, scale, offset, bias, segments; then segment_count .. offsets as Weight has them.
+Weight weight_of(const std::vector<int64_t>& f) {
+    const auto floats = [&](int i) { return pointer<const float>(f.at(i)); };
+    const Weight w = {pointer<const uint8_t>(f.at(0)), floats(1), floats(2), floats(3), floats(4), pointer<const Segment>(f.at(5)),
+            f.at(6), f.at(7), f.at(8), f.at(9), f.at(10), f.at(11), f.at(12), f.at(13), f.at(14), f.at(15), f.at(16), f.at(17), f.at(18),
+            f.at(19)};
+    const int64_t width = w.bits * w.fused <= 4 ? 4 : 8, span = w.kernel_order ? 1 : w.group * w.fused;
+    for (const Segment* s = w.segments; s < w.segments + w.segment_count; ++s) {
+        const int64_t bytes = ((s->count + span - 1) / span * w.books * width + 7) / 8;
+        const bool inputs = s->tap >= 0 && s->tap < w.area && s->start >= 0 && s->count > 0 && s->start + s->count <= w.cin;
+        const bool whole = w.kernel_order ? w.segment_count == 1 && s->count == w.cin : s->count % w.group == 0;
+        const bool scaled = s->scales >= 0 && (w.scales == 1 || s->scales < w.scales) && (w.offsets <= 1 || s->scales < w.offsets);
+        const bool inside = inputs && whole && scaled && s->at >= 0 && s->at + bytes <= w.row_bytes;
+        if (!inside) throw std::invalid_argument("a segment of the arranged weight lies outside its row of codes, inputs or scales");
+    }
+    return w;
+}
+
+Convolution convolution_of(const std::vector<int64_t>& f) {
+    return {f.at(0), f.at(1), f.at(2), f.at(3), f.at(4), f.at(5), f.at(6), f.at(7), f.at(8), f.at(9), f.at(10), f.at(11), f.at(12),
+            f.at(13), f.at(14), f.at(15)};
+}
+
+std::vector<std::string> level_names() {
+    std::vector<std::string> names;
+    for (const Choice& choice : levels()) names.emplace_back(choice.name);
+    return names;
+}
+
+}  // namespace
+
+void define_decode(nb::module_& m) {
+    using namespace nb::literals;
+    m.def("decode_levels", &level_names);
+    m.def(
+        "decode_linear",
+        [](const std::vector<int64_t>& weight, uintptr_t x, uintptr_t y, int64_t tokens, int64_t bits, bool few, int64_t threads,
+           int64_t level) {
+            const Weight w = weight_of(weight);
+            const Method method = method_of(w, level, bits, threads);
+            return (few ? few_tokens : linear_product)(method, w, pointer<const float>(x), pointer<float>(y), tokens);
+        },
+        "weight"_a, "x"_a, "y"_a, "tokens"_a, "bits"_a, "few"_a, "threads"_a, "level"_a, nb::call_guard<nb::gil_scoped_release>());
+    m.def(
+        "decode_conv2d",
+        [](const std::vector<int64_t>& weight, const std::vector<int64_t>& convolution, uintptr_t x, uintptr_t y, int64_t bits,
+           int64_t threads, int64_t level) {
+            const Weight w = weight_of(weight);
+            const Method method = method_of(w, level, bits, threads);
+            return conv_product(method, w, convolution_of(convolution), pointer<const float>(x), pointer<float>(y));
+        },
+        "weight"_a, "convolution"_a, "x"_a, "y"_a, "bits"_a, "threads"_a, "level"_a, nb::call_guard<nb::gil_scoped_release>());
+    m.def(
+        "decode_rows",
+        [](const std::vector<int64_t>& weight, int64_t first, int64_t last, uintptr_t out, int64_t threads, int64_t level) {
+            decoded_rows(*levels().at(level).level, weight_of(weight), first, last, threads, pointer<float>(out));
+        },
+        "weight"_a, "first"_a, "last"_a, "out"_a, "threads"_a, "level"_a, nb::call_guard<nb::gil_scoped_release>());
+}

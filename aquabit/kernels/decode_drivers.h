@@ -1,0 +1,184 @@
+// What Python calls: products with tokens and with images, decoded rows (decode.cpp).
+
+// x [tokens, in] to y [tokens, out].
+Outcome linear_product(const Method& m, const Weight& w, const float* x, float* y, int64_t tokens) {
+    const int64_t lanes = m.level->lanes, size = m.level->vectors, vectors = (tokens + lanes - 1) / lanes, positions = vectors * lanes;
+    const int64_t step_bytes = 4 * lanes * size, steps = (w.cin + m.per() - 1) / m.per(), block_bytes = steps * step_bytes;
+    std::vector<int64_t> starts;
+    for (int64_t v = 0; v < vectors; ++v) starts.push_back(v / size * block_bytes + v % size * 4 * lanes);
+    Buffer<uint8_t> values = room_for<uint8_t>((vectors + size - 1) / size * block_bytes);
+    std::vector<Grid> grids(positions, Grid{0, 0, 0, 0, 0});
+    std::vector<Errors> errors(vectors, Errors{0, 0});
+    std::vector<char> usable(vectors, 1);
+    in_parts(vectors, tokens * w.cin > 32768 ? m.threads : 1, [&](int64_t from, int64_t to, int64_t) {
+        for (int64_t v = from; v < to; ++v) {
+            const int64_t first = v * lanes, count = std::min(lanes, tokens - first);
+            for (int64_t t = first; t < first + count; ++t)
+                usable[v] &= m.level->token_grid(x + t * w.cin, w.cin, m.bits, m.wide, &grids[t]);
+            if (usable[v])
+                m.level->pack_tokens(x + first * w.cin, count, w.cin, &grids[first], m.wide, values.get() + starts[v], step_bytes,
+                                     m.bits < 16 ? nullptr : &errors[v]);
+        }
+    });
+    Errors lost = {0, 0}, rounded = {0, 0};
+    for (int64_t v = 0; v < vectors; ++v) {
+        if (!usable[v]) return {0, 0, 0, 0};
+        lost.error += errors[v].error, lost.all += errors[v].all;
+    }
+    if (ratio_of(lost) > kMostLost) return {0, ratio_of(lost), 0, 0};
+    Planned planned;
+    make_plan(w, {{0}, step_bytes, 0, w.cin}, m.per(), m.limit, m.by_scale, &planned);
+    std::vector<float> scale(positions), base(positions);
+    for (int64_t t = 0; t < positions; ++t) scale[t] = grids[t].scale, base[t] = grids[t].base;
+    Buffer<float> sums = room_for<float>(m.codes ? planned.plan.run_count * positions : 0);
+    const Activations a = {values.get(), starts.data(), step_bytes, positions, scale.data(), base.data(), sums.get()};
+    const Product product = {m, w, planned, a, vectors, 0, w.out};
+    const auto sink = [&](const float* tile, int64_t stride, int64_t row, int64_t rows, int64_t vector, int64_t n) {
+        const int64_t first = vector * lanes;
+        m.level->put_tokens(tile, stride, rows, std::min(n * lanes, tokens - first), y + first * w.out + row, w.out);
+    };
+    const int64_t bytes = product.run(&rounded, sink);
+    return {1, ratio_of(lost), ratio_of(rounded), bytes};
+}
+
+// The quantized images of a convolution, and the grids of their samples' ranges.
+struct Images {
+    Buffer<uint8_t> values;
+    std::vector<Grid> grids;  // [ranges, samples]
+    Errors errors;
+    bool usable;
+};
+
+// One step (up to 4 or 2 channels of a group) of one sample: padding, then the lines.
+void pack_step(const Method& m, const Convolution& c, const Layout& l, const float* x, const Grid* const* grids, int64_t channels,
+               int32_t* out, int32_t* line, Errors* errors) {
+    int32_t padding = 0;
+    for (int64_t k = 0; k < channels; ++k) {
+        const int64_t zero = std::clamp<int64_t>(static_cast<int64_t>(-grids[k]->base), 0, m.wide ? 32767 : 255);
+        padding |= static_cast<int32_t>(static_cast<uint32_t>(zero) << (m.wide ? 16 * k : 8 * k));
+    }
+    std::fill(out, out + l.step_bytes / 4, padding);
+    for (int64_t y = 0; y < c.height; ++y) {
+        const int64_t row = (y + c.top) / c.stride_y, *phases = &l.phases[(y + c.top) % c.stride_y * c.stride_x];
+        if (row >= l.rows || std::all_of(phases, phases + c.stride_x, [](int64_t phase) { return phase < 0; })) continue;
+        const float* lines[4];
+        for (int64_t k = 0; k < channels; ++k) lines[k] = x + (k * c.height + y) * c.width;
+        m.level->pack_line(lines, channels, c.width, grids, m.wide, line, errors);
+        for (int64_t i = 0; i < c.stride_x; ++i) {  // pixels whose padded column has phase i
+            if (phases[i] < 0) continue;
+            int64_t from = ((i - c.left) % c.stride_x + c.stride_x) % c.stride_x, column = (from + c.left) / c.stride_x;
+            int32_t* to = out + phases[i] * l.plane + row * l.columns;
+            if (c.stride_x == 1)
+                std::memcpy(to + column, line, std::max<int64_t>(0, std::min(c.width, l.columns - column)) * 4);
+            else
+                for (; from < c.width && column < l.columns; from += c.stride_x) to[column++] = line[from];
+        }
+    }
+}
+
+Images pack_images(const Method& m, const Convolution& c, const Layout& l, const float* x) {
+    const int64_t ranges = c.split ? 2 : 1, area = c.height * c.width, per = m.per(), inputs = c.channels / c.groups;
+    const int64_t tail = 4 * m.level->lanes * (m.level->vectors + 1), threads = c.samples * c.channels * area > 32768 ? m.threads : 1;
+    Images all = {room_for<uint8_t>(c.samples * l.sample_bytes + tail), std::vector<Grid>(ranges * c.samples), {0, 0}, true};
+    std::memset(all.values.get() + c.samples * l.sample_bytes, 0, tail);
+    std::vector<char> usable(ranges * c.samples, 1);
+    in_parts(ranges * c.samples, threads, [&](int64_t from, int64_t to, int64_t) {
+        for (int64_t i = from; i < to; ++i) {
+            const int64_t first = i / c.samples ? c.split : 0, last = c.split && i < c.samples ? c.split : c.channels;
+            const float* here = x + (i % c.samples * c.channels + first) * area;
+            usable[i] = m.level->sample_grid(here, (last - first) * area, m.bits, m.wide, &all.grids[i]);
+        }
+    });
+    all.usable = std::all_of(usable.begin(), usable.end(), [](char u) { return u; });
+    if (!all.usable) return all;
+    const int64_t jobs = c.samples * c.groups * l.group_steps;
+    std::vector<Errors> errors(jobs, Errors{0, 0});
+    in_parts(jobs, threads, [&](int64_t from, int64_t to, int64_t) {
+        std::vector<int32_t> line(c.width);
+        for (int64_t job = from; job < to; ++job) {
+            const int64_t n = job / (c.groups * l.group_steps), group = job / l.group_steps % c.groups, step = job % l.group_steps;
+            const int64_t channel = group * inputs + step * per, count = std::min(per, inputs - step * per);
+            const Grid* grids[4];
+            for (int64_t k = 0; k < count; ++k) grids[k] = &all.grids[(c.split && channel + k >= c.split ? c.samples : 0) + n];
+            uint8_t* out = all.values.get() + n * l.sample_bytes + (group * l.group_steps + step) * l.step_bytes;
+            pack_step(m, c, l, x + (n * c.channels + channel) * area, grids, count, reinterpret_cast<int32_t*>(out), line.data(),
+                      m.bits < 16 ? nullptr : &errors[job]);
+        }
+    });
+    for (const Errors& e : errors) all.errors.error += e.error, all.errors.all += e.all;
+    return all;
+}
+
+// x [samples, channels, height, width] to y [samples, out, out_height, out_width].
+Outcome conv_product(const Method& m, const Weight& w, const Convolution& c, const float* x, float* y) {
+    const Layout l = lay_out(c, m.per(), m.level->lanes);
+    const Images images = pack_images(m, c, l, x);
+    Errors rounded = {0, 0};
+    if (!images.usable || ratio_of(images.errors) > kMostLost) return {0, ratio_of(images.errors), 0, 0};
+    const int64_t vectors = static_cast<int64_t>(l.starts.size()), lanes = m.level->lanes, positions = vectors * lanes;
+    const int64_t ranges = c.split ? 2 : 1, area = c.out_height * c.out_width, rows = w.out / c.groups;
+    std::vector<float> scale(ranges * positions), base(ranges * positions);
+    for (int64_t i = 0; i < ranges * positions; ++i) {
+        const Grid& grid = images.grids[i / positions * c.samples + l.sample[i % positions / lanes]];
+        scale[i] = grid.scale, base[i] = grid.base;
+    }
+    int64_t bytes = 0;
+    for (int64_t group = 0; group < c.groups; ++group) {
+        Planned planned;
+        const int64_t split = c.split ? std::clamp<int64_t>(c.split - group * w.cin, 0, w.cin) : w.cin;
+        make_plan(w, {l.taps, l.step_bytes, group * l.group_steps, split}, m.per(), m.limit, m.by_scale, &planned);
+        Buffer<float> sums = room_for<float>(m.codes ? planned.plan.run_count * positions : 0);
+        const Activations a = {images.values.get(), l.starts.data(), l.step_bytes, positions, scale.data(), base.data(), sums.get()};
+        const Product product = {m, w, planned, a, vectors, group * rows, rows};
+        const auto sink = [&](const float* tile, int64_t stride, int64_t row, int64_t count, int64_t vector, int64_t n) {
+            for (int64_t r = 0; r < count; ++r)
+                for (int64_t v = 0; v < n; ++v) {
+                    float* to = y + (l.sample[vector + v] * w.out + row + r) * area;
+                    const float* from = tile + r * stride + v * lanes;
+                    for (int64_t s = l.first_span[vector + v]; s < l.first_span[vector + v + 1]; ++s)
+                        std::memcpy(to + l.spans[s].to, from + l.spans[s].lane, l.spans[s].count * sizeof(float));
+                }
+        };
+        bytes = std::max(bytes, product.run(&rounded, sink));
+    }
+    return {1, ratio_of(images.errors), ratio_of(rounded), bytes};
+}
+
+// Few tokens: x [tokens, in] to y [tokens, out], row by row.
+Outcome few_tokens(const Method& m, const Weight& w, const float* x, float* y, int64_t tokens) {
+    std::vector<Grid> grids(tokens);
+    std::vector<uint8_t> values(m.codes ? tokens * w.cin : 0);
+    std::vector<int32_t> sums(w.segment_count * tokens, 0);
+    for (int64_t t = 0; m.codes && t < tokens; ++t) {
+        if (!m.level->token_grid(x + t * w.cin, w.cin, m.bits, false, &grids[t])) return {0, 0, 0, 0};
+        m.level->quantize_token(x + t * w.cin, w.cin, &grids[t], values.data() + t * w.cin);
+        for (int64_t n = 0; n < w.segment_count; ++n)
+            for (int64_t i = 0; i < w.segments[n].count; ++i) sums[n * tokens + t] += values[t * w.cin + w.segments[n].start + i];
+    }
+    const int64_t threads = w.out * w.cin > kParallel ? m.threads : 1, room = w.cin * (m.codes ? 1 : 5) + 64;
+    in_parts(w.out, threads, [&](int64_t from, int64_t to, int64_t) {
+        Buffer<float> decoded = room_for<float>(room / 4 + 1);
+        for (int64_t row = from; row < to; ++row)
+            if (m.codes)
+                m.level->dot_codes(w, row, values.data(), grids.data(), sums.data(), tokens, reinterpret_cast<int8_t*>(decoded.get()),
+                                   y + row, w.out);
+            else
+                m.level->dot_values(w, row, x, tokens, decoded.get(), y + row, w.out);
+    });
+    return {1, 0, 0, room * std::min(threads, w.out)};
+}
+
+// Rows [first, last) in the weight's own order [.., cin, area], float32.
+void decoded_rows(const Level& level, const Weight& w, int64_t first, int64_t last, int64_t threads, float* out) {
+    const bool turned = w.area > 1;
+    in_parts(last - first, (last - first) * w.length() > 65536 ? threads : 1, [&](int64_t from, int64_t to, int64_t) {
+        Buffer<float> room = room_for<float>(w.length() * 5 / 4 + 16);
+        for (int64_t r = from; r < to; ++r) {
+            level.decode_row(w, first + r, room.get());
+            float* here = out + r * w.length();
+            if (!turned) std::memcpy(here, room.get(), w.length() * sizeof(float));
+            for (int64_t c = 0; turned && c < w.cin; ++c)
+                for (int64_t tap = 0; tap < w.area; ++tap) here[c * w.area + tap] = room[tap * w.cin + c];
+        }
+    });
+}

@@ -1,0 +1,178 @@
+// Activations to integers, laid out for multiply_block, and its results to tokens; for one instruction set (see decode_level.h).
+
+struct Limits {
+    float low, high;
+    bool finite;
+};
+
+INLINE Limits limits_of(const float* x, int64_t n) {
+    float low = __builtin_inff(), high = -low;
+    int32_t magnitude = 0;  // the largest |x| as bits: a NaN is above infinity
+#pragma omp simd reduction(min : low) reduction(max : high) reduction(max : magnitude)
+    for (int64_t i = 0; i < n; ++i) {
+        int32_t bits;
+        __builtin_memcpy(&bits, x + i, sizeof bits);
+        bits &= 0x7fffffff;
+        low = x[i] < low ? x[i] : low;
+        high = x[i] > high ? x[i] : high;
+        magnitude = bits > magnitude ? bits : magnitude;
+    }
+    return {low, high, magnitude < 0x7f800000};
+}
+
+// Grids as fake_quantize's (fakequant.cpp); false where no integers stand for the values: they are left as they are, or not finite
+// with unquantized activations.
+INLINE bool grid_of(Limits limits, int64_t bits, bool wide, bool zero_in_range, Grid* grid) {
+    if (!limits.finite) {
+        *grid = {0, 0, 0, 0, __builtin_nanf("")};
+        return bits < 16;
+    }
+    if (bits >= 16) {
+        const float most = limits.high > -limits.low ? limits.high : -limits.low;
+        *grid = {0, 0, 0, 0, 0};
+        if (most == 0) return true;
+        *grid = {kActivation / most, -kActivation, kActivation, 0, most / kActivation};
+        return most > 1e-30f && most < 1e30f;
+    }
+    if (zero_in_range) {
+        limits.low = limits.low < 0 ? limits.low : 0;
+        limits.high = limits.high > 0 ? limits.high : 0;
+    }
+    if (limits.low == limits.high) {  // constant: one step of its own size
+        *grid = {0, 1, 1, 0, limits.low};
+        return true;
+    }
+    const float levels = static_cast<float>((1 << bits) - 1);
+    const float scale = (limits.high * 0.5f - limits.low * 0.5f) / (levels * 0.5f), inverse = 1 / scale;
+    const float zero = __builtin_rintf(-limits.low * inverse), base = wide && zero >= 0 && zero <= levels ? 0 : -zero;
+    *grid = {inverse, -zero, levels - zero, base, scale};
+    return scale >= 1.17549435e-38f;
+}
+
+static bool token_grid(const float* x, int64_t n, int64_t bits, bool wide, Grid* grid) {
+    return grid_of(limits_of(x, n), bits, wide, false, grid);
+}
+static bool sample_grid(const float* x, int64_t n, int64_t bits, bool wide, Grid* grid) {
+    return grid_of(limits_of(x, n), bits, wide, true, grid);
+}
+
+INLINE int32_t quantized(float x, const Grid& grid) {
+    float steps = __builtin_rintf(x * grid.inverse);
+    steps = steps > grid.low ? steps : grid.low;
+    steps = steps < grid.high ? steps : grid.high;
+    return static_cast<int32_t>(steps - grid.base);
+}
+
+INLINE void add_errors(const float* x, int64_t n, const Grid& grid, Errors* errors) {
+    float error = 0, all = 0;
+#pragma omp simd reduction(+ : error, all)
+    for (int64_t i = 0; i < n; ++i) {
+        const float steps = x[i] * grid.inverse, lost = steps - __builtin_rintf(steps);
+        error += lost * lost;
+        all += steps * steps;
+    }
+    errors->error += double(error) * grid.scale * grid.scale;
+    errors->all += double(all) * grid.scale * grid.scale;
+}
+
+INLINE void quantize_bytes(const float* x, int64_t n, const Grid grid, uint8_t* to) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+        const int32_t q = quantized(x[i], grid);
+        to[i] = static_cast<uint8_t>(q < 255 ? q : 255);
+    }
+}
+
+INLINE void quantize_shorts(const float* x, int64_t n, const Grid grid, int16_t* to) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) to[i] = static_cast<int16_t>(quantized(x[i], grid));
+}
+
+static void quantize_token(const float* x, int64_t n, const Grid* grid, uint8_t* to) { quantize_bytes(x, n, *grid, to); }
+
+// rows[i][j] becomes rows[j][i], of dwords.
+INLINE void transpose(Ints* rows) {
+#if AQUABIT_LEVEL == 4
+    Ints number, other;
+    for (int lane = 0; lane < kLanes; ++lane) number[lane] = lane;
+#pragma GCC unroll 4
+    for (int s = 1; s < kLanes; s *= 2) {
+        // Lanes with bit s come from the other row, s before; of the other row's those without it, s after.
+        const Ints bit = number & s;
+        const Ints low = bit == 0 ? number : number - s + kLanes;
+        other = bit == 0 ? number + s : number + kLanes;
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) {
+            if (i & s) continue;
+            const __m512i a = (__m512i)rows[i], b = (__m512i)rows[i + s];
+            rows[i] = (Ints)_mm512_permutex2var_epi32(a, (__m512i)low, b);
+            rows[i + s] = (Ints)_mm512_permutex2var_epi32(a, (__m512i)other, b);
+        }
+    }
+#else
+    for (int i = 0; i < kLanes; ++i)
+        for (int j = 0; j < i; ++j) {
+            const int32_t kept = rows[i][j];
+            rows[i][j] = rows[j][i];
+            rows[j][i] = kept;
+        }
+#endif
+}
+
+// ``count`` (at most kLanes) tokens of ``length`` inputs as [step][kLanes] dwords, steps ``step_bytes`` apart.
+static void pack_tokens(const float* x, int64_t count, int64_t length, const Grid* grids, bool wide, uint8_t* out, int64_t step_bytes,
+                        Errors* errors) {
+    const int64_t per = wide ? 2 : 4, most = per * kLanes, steps = (length + per - 1) / per;
+    Ints rows[kLanes];
+    for (int64_t t = count; t < kLanes; ++t) rows[t] = Ints{};
+    for (int64_t from = 0; from < length; from += most) {
+        const int64_t n = smaller_of(most, length - from);
+        if (n < most || count < kLanes)
+            for (int64_t t = 0; t < kLanes; ++t) rows[t] = Ints{};
+        for (int64_t t = 0; t < count; ++t) {
+            if (wide)
+                quantize_shorts(x + t * length + from, n, grids[t], reinterpret_cast<int16_t*>(rows + t));
+            else if (n == most)
+                quantize_bytes(x + t * length + from, 4 * kLanes, grids[t], reinterpret_cast<uint8_t*>(rows + t));
+            else
+                quantize_bytes(x + t * length + from, n, grids[t], reinterpret_cast<uint8_t*>(rows + t));
+        }
+        transpose(rows);
+        for (int64_t s = 0; s < smaller_of(kLanes, steps - from / per); ++s) store_ints(out + (from / per + s) * step_bytes, rows[s]);
+    }
+    for (int64_t t = 0; errors && t < count; ++t) add_errors(x + t * length, length, grids[t], errors);
+}
+
+// One line of an image, ``channels`` (at most 4 or 2) as [count] dwords.
+static void pack_line(const float* const* lines, int64_t channels, int64_t count, const Grid* const* grids, bool wide, int32_t* out,
+                      Errors* errors) {
+    for (int64_t i = 0; i < count; ++i) out[i] = 0;
+    for (int64_t c = 0; c < channels; ++c) {
+        const Grid grid = *grids[c];
+        const float* x = lines[c];
+        const int shift = static_cast<int>(wide ? 16 * c : 8 * c);
+        const int32_t mask = wide ? 0xffff : 0xff, most = wide ? 0x7fff : 0xff;
+#pragma omp simd
+        for (int64_t i = 0; i < count; ++i) {
+            const int32_t q = quantized(x[i], grid);
+            out[i] |= ((q < most ? q : most) & mask) << shift;
+        }
+        if (errors) add_errors(x, count, grid, errors);
+    }
+}
+
+// A tile [rows][stride] of results, transposed into y [tokens, y_stride].
+static void put_tokens(const float* tile, int64_t stride, int64_t rows, int64_t tokens, float* y, int64_t y_stride) {
+    for (int64_t r = 0; r < rows; r += kLanes)
+        for (int64_t t = 0; t < tokens; t += kLanes) {
+            Ints part[kLanes];
+            const int64_t down = smaller_of(kLanes, rows - r), across = smaller_of(kLanes, tokens - t);
+            for (int64_t i = 0; i < kLanes; ++i) part[i] = i < down ? load_ints(tile + (r + i) * stride + t) : Ints{};
+            transpose(part);
+            for (int64_t i = 0; i < across; ++i)
+                if (down == kLanes)
+                    store_ints(y + (t + i) * y_stride + r, part[i]);
+                else
+                    __builtin_memcpy(y + (t + i) * y_stride + r, part + i, down * sizeof(float));
+        }
+}

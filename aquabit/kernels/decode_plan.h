@@ -1,0 +1,120 @@
+// How rows of a weight meet the activations: pieces, runs and ranges of a plan, and where a convolution's activations lie (decode.cpp).
+#pragma once
+#include <algorithm>
+#include <vector>
+
+#include "decode_types.h"
+
+// A plan and what it points to.
+struct Planned {
+    std::vector<Piece> pieces;
+    std::vector<Run> runs;
+    std::vector<Range> ranges;
+    Plan plan;
+};
+
+// Which activations a plan multiplies.
+struct Place {
+    std::vector<int64_t> taps;  // bytes
+    int64_t step_bytes, first_step;
+    int64_t split;  // inputs of the first range; the others are of the second
+};
+
+inline std::vector<Segment> plan_segments(const Weight& w) {
+    if (!w.kernel_order) return {w.segments, w.segments + w.segment_count};
+    std::vector<Segment> all;
+    for (int64_t tap = 0; tap < w.area; ++tap) all.push_back({tap, 0, w.cin, 0, 0});
+    return all;
+}
+
+// Runs of at most ``limit`` inputs, under one scale where ``by_scale``; steps of ``per`` inputs.
+inline void make_plan(const Weight& w, const Place& place, int64_t per, int64_t limit, bool by_scale, Planned* out) {
+    int64_t slot = 0;
+    const std::vector<Segment> segments = plan_segments(w);
+    for (int64_t number = 0; number < 2; ++number) {
+        const int64_t low = number ? place.split : 0, high = number ? w.cin : place.split;
+        const int64_t first_run = static_cast<int64_t>(out->runs.size());
+        for (const Segment& s : segments) {
+            const int64_t end = std::min(s.start + s.count, high);
+            for (int64_t at = std::max(s.start, low); at < end;) {
+                const int64_t next = std::min(end, at / per * per + limit), count = next - at, scales = by_scale ? s.scales : 0;
+                const bool fresh = static_cast<int64_t>(out->runs.size()) == first_run || out->runs.back().scales != scales ||
+                                   out->runs.back().inputs + count > limit;
+                const int64_t here = static_cast<int64_t>(out->pieces.size());
+                if (fresh) out->runs.push_back({here, here, scales, 0});
+                const int64_t lead = at % per, steps = (lead + count + per - 1) / per;
+                out->pieces.push_back(
+                    {place.taps[s.tap] + (place.first_step + at / per) * place.step_bytes, steps, slot, lead, s.tap * w.cin + at, count});
+                out->runs.back().last = here + 1;
+                out->runs.back().inputs += count;
+                slot += 4 * steps;
+                at = next;
+            }
+        }
+        const int64_t last_run = static_cast<int64_t>(out->runs.size());
+        if (last_run > first_run) out->ranges.push_back({first_run, last_run, number});
+    }
+    out->plan = {out->pieces.data(), out->runs.data(), out->ranges.data(), static_cast<int64_t>(out->runs.size()),
+                 static_cast<int64_t>(out->ranges.size()), slot};
+}
+
+// A convolution; ``split`` 0: one range of activations.
+struct Convolution {
+    int64_t samples, channels, height, width, out_height, out_width, groups, kernel_height, kernel_width, stride_y, stride_x, top, left,
+        dilation_y, dilation_x, split;
+};
+
+// Results of a vector's lanes [lane, lane + count) go to ``to`` on in a channel of a sample.
+struct Span {
+    int64_t lane, count, to;
+};
+
+// Where the activations of a convolution lie: for each sample, group and step one plane for each phase of the stride, rows of
+// padded lines, so that neighbouring outputs read neighbouring dwords at every tap.
+struct Layout {
+    std::vector<int64_t> phases;  // [stride_y, stride_x]: its number, or -1 where no tap reads it
+    int64_t phase_count, rows, columns, plane, step_bytes, group_steps, sample_bytes;
+    std::vector<int64_t> taps;
+    std::vector<int64_t> starts, sample;  // of each vector
+    std::vector<Span> spans;
+    std::vector<int64_t> first_span;  // [vectors + 1]
+};
+
+inline Layout lay_out(const Convolution& c, int64_t per, int64_t lanes) {
+    Layout l;
+    l.phases.assign(c.stride_y * c.stride_x, -1);
+    l.phase_count = 0;
+    l.rows = c.out_height + (c.kernel_height - 1) * c.dilation_y / c.stride_y;
+    l.columns = c.out_width + (c.kernel_width - 1) * c.dilation_x / c.stride_x;
+    l.plane = l.rows * l.columns;
+    for (int64_t i = 0; i < c.kernel_height; ++i)
+        for (int64_t j = 0; j < c.kernel_width; ++j) {
+            const int64_t y = i * c.dilation_y, x = j * c.dilation_x;
+            int64_t& phase = l.phases[y % c.stride_y * c.stride_x + x % c.stride_x];
+            if (phase < 0) phase = l.phase_count++;
+            l.taps.push_back(4 * (phase * l.plane + y / c.stride_y * l.columns + x / c.stride_x));
+        }
+    l.step_bytes = (4 * l.phase_count * l.plane + 63) / 64 * 64;
+    if (l.step_bytes % 128 == 0) l.step_bytes += 64;  // an odd number of cache lines: steps do not compete for the same ones
+    l.group_steps = (c.channels / c.groups + per - 1) / per;
+    l.sample_bytes = c.groups * l.group_steps * l.step_bytes;
+    const int64_t flat = ((c.out_height - 1) * l.columns + c.out_width + lanes - 1) / lanes;
+    const int64_t by_line = c.out_height * ((c.out_width + lanes - 1) / lanes);
+    l.first_span.push_back(0);
+    for (int64_t n = 0; n < c.samples; ++n)
+        for (int64_t v = 0; v < std::min(flat, by_line); ++v) {
+            const int64_t in_line = (c.out_width + lanes - 1) / lanes;
+            const int64_t start = flat < by_line ? v * lanes : v / in_line * l.columns + v % in_line * lanes;
+            const int64_t end = flat < by_line ? start + lanes : std::min(start + lanes, v / in_line * l.columns + c.out_width);
+            l.starts.push_back(n * l.sample_bytes + 4 * start);
+            l.sample.push_back(n);
+            for (int64_t at = start; at < end;) {
+                const int64_t y = at / l.columns, x = at % l.columns, next = std::min(end, (y + 1) * l.columns);
+                const int64_t count = std::min(next - at, c.out_width - x);
+                if (y < c.out_height && count > 0) l.spans.push_back({at - start, count, y * c.out_width + x});
+                at = next;
+            }
+            l.first_span.push_back(static_cast<int64_t>(l.spans.size()));
+        }
+    return l;
+}

@@ -1,0 +1,364 @@
+// Rows of codes to rows of integers or floats, for one instruction set (see decode_level.h, which comes before this).
+
+constexpr int kBytes = 4 * kLanes;  // of a vector
+typedef uint8_t Codes __attribute__((vector_size(kBytes)));
+typedef uint8_t UnalignedCodes __attribute__((vector_size(kBytes), aligned(1), may_alias));
+typedef uint8_t Half __attribute__((vector_size(kBytes / 2), aligned(1), may_alias));
+typedef uint16_t Shorts __attribute__((vector_size(kBytes)));
+typedef uint32_t Words __attribute__((vector_size(kBytes)));
+
+// Bytes as dwords: what the compilers make of a conversion of vectors goes lane by lane.
+INLINE Words widened(const uint8_t* from) {
+#if AQUABIT_LEVEL == 4
+    return (Words)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#elif AQUABIT_LEVEL == 3
+    return (Words)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+#else
+    Words wide;
+    for (int lane = 0; lane < kLanes; ++lane) wide[lane] = from[lane];
+    return wide;
+#endif
+}
+
+INLINE Codes splat_code(int64_t code) { return static_cast<uint8_t>(code) - Codes{}; }
+
+// One vector of codes: ``fused`` of each byte, the first in the lowest bits.
+INLINE Codes spread(const uint8_t* from, int64_t bits, int64_t fused, Codes mask) {
+    if (fused == 1) return *reinterpret_cast<const UnalignedCodes*>(from) & mask;
+    if (fused == 2) {
+        const Shorts wide = __builtin_convertvector(*reinterpret_cast<const Half*>(from), Shorts);
+        return (Codes)(wide | (wide << (8 - bits))) & mask;
+    }
+    const Words wide = widened(from);
+    return (Codes)(wide | (wide << 6) | (wide << 12) | (wide << 18)) & mask;
+}
+
+// ``count`` scalar codes times ``step`` (1 or 2) less ``center``; nothing beyond them is read or written.
+INLINE void expand(const uint8_t* from, int64_t count, int64_t bits, const int64_t fused, int64_t step, int64_t center, int8_t* to) {
+    const int64_t mask = (1 << bits) - 1;
+    if (fused < 8) {
+        const Codes masks = splat_code(mask), centers = splat_code(center), again = splat_code(step == 2 ? 255 : 0);
+        for (; count >= kBytes; count -= kBytes, from += kBytes / fused, to += kBytes) {
+            const Codes codes = spread(from, bits, fused, masks);
+            *reinterpret_cast<UnalignedCodes*>(to) = codes + (codes & again) - centers;
+        }
+    }
+    for (int64_t i = 0; i < count; ++i)
+        to[i] = static_cast<int8_t>(((from[i / fused] >> (i % fused * bits)) & mask) * step - center);
+}
+
+INLINE void expand_row(const Weight& w, int64_t row, int64_t step, int64_t center, int8_t* to) {
+    for (const Segment* s = w.segments; s < w.segments + w.segment_count; ++s) {
+        const uint8_t* from = w.codes + row * w.row_bytes + s->at;
+        int8_t* here = to + s->tap * w.cin + s->start;
+        if (w.fused == 1)
+            expand(from, s->count, w.bits, 1, step, center, here);
+        else if (w.fused == 2)
+            expand(from, s->count, w.bits, 2, step, center, here);
+        else if (w.fused == 4)
+            expand(from, s->count, w.bits, 4, step, center, here);
+        else
+            expand(from, s->count, w.bits, 8, step, center, here);
+    }
+}
+
+INLINE float scale_at(const Weight& w, int64_t row, int64_t n) { return w.scale[row * w.scales + (w.scales > 1 ? n : 0)]; }
+INLINE float offset_at(const Weight& w, int64_t row, int64_t n) {
+    return w.offset ? w.offset[row * w.offsets + (w.offsets > 1 ? n : 0)] : 0;
+}
+
+INLINE int64_t sum_of(const int8_t* x, int64_t n) {
+    int64_t total = 0, i = 0;
+#if AQUABIT_LEVEL >= 3
+    Ints sums = {};
+    for (; i + kBytes <= n; i += kBytes) sums = dot(sums, 0x01010101 - Ints{}, load_ints(x + i), false);
+    for (int lane = 0; lane < kLanes; ++lane) total += sums[lane];
+#endif
+    for (; i < n; ++i) total += x[i];
+    return total;
+}
+
+// Row ``row`` of uniform codes into its slot, as bytes or (``wide``) 16 bits.
+static void fill_codes(const Weight& w, const Plan& plan, bool wide, int64_t row, int8_t* room, uint8_t* slot, float* factor, float* offset,
+                       float* total, int64_t stride) {
+    expand_row(w, row, w.step(), w.center(), room);
+    __builtin_memset(slot, 0, plan.slot_bytes);
+    for (int64_t r = 0; r < plan.range_count; ++r) {
+        double all = 0;
+        for (int64_t i = plan.ranges[r].first; i < plan.ranges[r].last; ++i) {
+            const Run& run = plan.runs[i];
+            const double scale = scale_at(w, row, run.scales) / double(w.step());
+            const double shifted = offset_at(w, row, run.scales) + scale * w.center();
+            int64_t sum = 0;
+            for (const Piece* p = plan.pieces + run.first; p < plan.pieces + run.last; ++p) {
+                const int8_t* from = room + p->from;
+                if (wide) {
+                    int16_t* to = reinterpret_cast<int16_t*>(slot + p->slot) + p->lead;
+                    for (int64_t k = 0; k < p->count; ++k) to[k] = from[k];
+                } else {
+                    __builtin_memcpy(slot + p->slot + p->lead, from, p->count);
+                }
+                sum += sum_of(from, p->count);
+            }
+            factor[i * stride] = static_cast<float>(scale);
+            offset[i * stride] = static_cast<float>(shifted);
+            all += scale * sum + shifted * run.inputs;
+        }
+        total[r * stride] = static_cast<float>(all);
+    }
+}
+
+// ---- Rows of floats
+
+INLINE void look_up_codes(const float* table, const uint8_t* codes, int64_t count, int64_t bits, float* to) {
+    int64_t i = 0;
+#if AQUABIT_LEVEL == 4
+    if (bits <= 6) {  // tables that four registers hold; gathers cost more than loads one by one
+        const int64_t size = int64_t(1) << bits;
+        Floats part[4];
+        for (int64_t v = 0; v < 4; ++v) {
+            const __mmask16 mask = 16 * v + 16 <= size ? 0xffff : v ? 0 : (1 << size) - 1;
+            part[v] = (Floats)_mm512_maskz_loadu_ps(mask, table + (mask ? 16 * v : 0));
+        }
+        for (; i + 16 <= count; i += 16) {
+            const __m512i index = (__m512i)widened(codes + i);
+            __m512 found = _mm512_permutex2var_ps((__m512)part[0], index, (__m512)part[1]);
+            if (bits == 6) {
+                const __m512 other = _mm512_permutex2var_ps((__m512)part[2], index, (__m512)part[3]);
+                found = _mm512_mask_mov_ps(found, _mm512_test_epi32_mask(index, _mm512_set1_epi32(32)), other);
+            }
+            _mm512_storeu_ps(to + i, found);
+        }
+    }
+#endif
+    for (; i < count; ++i) to[i] = table[codes[i]];
+}
+
+// Adds up codewords of one segment's groups, [groups, g]; sizes that are constants where it is inlined make it fast. Codes that are
+// out of range are cut, and never read beyond the tables.
+INLINE void add_codewords_of(const float* table, const uint8_t* from, int64_t groups, const int64_t g, const int64_t books,
+                             const bool nibbles, int64_t codewords, float* to) {
+    const uint32_t mask = static_cast<uint32_t>(codewords - 1);
+    const int64_t size = codewords * g;
+    for (int64_t j = 0; j < groups; ++j, to += g) {
+        for (int64_t m = 0; m < books; ++m) {
+            const int64_t i = j * books + m;
+            const uint32_t code = (nibbles ? from[i / 2] >> (i % 2 * 4) & 15 : from[i]) & mask;
+            const float* next = table + m * size + code * g;
+            for (int64_t k = 0; k < g; ++k) to[k] = m ? to[k] + next[k] : next[k];
+        }
+    }
+}
+
+typedef float Eight __attribute__((vector_size(32), aligned(4), may_alias));
+
+// The same for groups of 8 times ``vectors``.
+INLINE void add_eights(const float* table, const uint8_t* from, int64_t groups, const int vectors, const int64_t books, const bool nibbles,
+                       int64_t codewords, float* to) {
+    const uint32_t mask = static_cast<uint32_t>(codewords - 1);
+    const int64_t g = 8 * vectors, size = codewords * g;
+    for (int64_t j = 0; j < groups; ++j, to += g) {
+        Eight sum[2];
+#pragma GCC unroll 8
+        for (int64_t m = 0; m < books; ++m) {
+            const int64_t i = j * books + m;
+            const uint32_t code = (nibbles ? from[i / 2] >> (i % 2 * 4) & 15 : from[i]) & mask;
+            const float* next = table + m * size + code * g;
+            for (int v = 0; v < vectors; ++v) {
+                const Eight part = *reinterpret_cast<const Eight*>(next + 8 * v);
+                sum[v] = m ? sum[v] + part : part;
+            }
+        }
+        for (int v = 0; v < vectors; ++v) *reinterpret_cast<Eight*>(to + 8 * v) = sum[v];
+    }
+}
+
+#define EIGHTS(count)                                                                                                \
+    if (w.books == count)                                                                                            \
+        return nibbles ? add_eights(table, from, groups, vectors, count, true, w.codewords, to)                      \
+                       : add_eights(table, from, groups, vectors, count, false, w.codewords, to);
+
+INLINE void add_eights_of(const Weight& w, const float* table, const uint8_t* from, int64_t groups, const int vectors, float* to) {
+    const bool nibbles = w.bits <= 4;
+    EIGHTS(1)
+    EIGHTS(2)
+    EIGHTS(3)
+    EIGHTS(4)
+    add_eights(table, from, groups, vectors, w.books, nibbles, w.codewords, to);
+}
+#undef EIGHTS
+
+static void add_codewords(const Weight& w, const float* table, const uint8_t* from, int64_t groups, float* to) {
+    const bool nibbles = w.bits <= 4;
+    if (w.group == 8)
+        add_eights_of(w, table, from, groups, 1, to);
+    else if (w.group == 16)
+        add_eights_of(w, table, from, groups, 2, to);
+    else if (w.group == 4)
+        add_codewords_of(table, from, groups, 4, w.books, nibbles, w.codewords, to);
+    else
+        add_codewords_of(table, from, groups, w.group, w.books, nibbles, w.codewords, to);
+}
+
+// Kernel slices of one channel each, to [area, cin].
+INLINE void add_slices(const Weight& w, const float* table, const uint8_t* from, float* to) {
+    const uint32_t mask = static_cast<uint32_t>(w.codewords - 1);
+    for (int64_t c = 0; c < w.cin; ++c)
+        for (int64_t m = 0; m < w.books; ++m) {
+            const int64_t i = c * w.books + m;
+            const uint32_t code = (w.bits <= 4 ? from[i / 2] >> (i % 2 * 4) & 15 : from[i]) & mask;
+            const float* next = table + (m * w.codewords + code) * w.group;
+            for (int64_t k = 0; k < w.area; ++k) to[k * w.cin + c] = m ? to[k * w.cin + c] + next[k] : next[k];
+        }
+}
+
+// Row ``row`` of the weight, float32, [area, cin]; the codes of scalar formats are kept behind its end while they are looked up.
+static void decode_row(const Weight& w, int64_t row, float* room) {
+    const float* table = w.tables ? w.tables + (w.table_sets > 1 ? row : 0) * w.books * w.codewords * w.group : nullptr;
+    const bool scalar = w.group == 1 && w.books == 1 && !w.kernel_order;
+    uint8_t* codes = reinterpret_cast<uint8_t*>(room + w.length());
+    if (scalar) expand_row(w, row, 1, 0, reinterpret_cast<int8_t*>(codes));
+    for (const Segment* s = w.segments; s < w.segments + w.segment_count; ++s) {
+        const int64_t at = w.kernel_order ? 0 : s->tap * w.cin + s->start, count = w.kernel_order ? w.length() : s->count;
+        float* here = room + at;
+        if (w.kernel_order)
+            add_slices(w, table, w.codes + row * w.row_bytes + s->at, here);
+        else if (!scalar)
+            add_codewords(w, table, w.codes + row * w.row_bytes + s->at, count / w.group, here);
+        else if (table)
+            look_up_codes(table, codes + at, count, w.bits, here);
+        const Floats scale = scale_at(w, row, s->scales) - Floats{}, offset = offset_at(w, row, s->scales) - Floats{};
+        int64_t i = 0;
+        if (scalar && !table) {
+            for (; i + kLanes <= count; i += kLanes) store(here + i, to_floats((Ints)widened(codes + at + i)) * scale + offset);
+            for (; i < count; ++i) here[i] = codes[at + i] * scale[0] + offset[0];
+        }
+        for (; i + kLanes <= count; i += kLanes) store(here + i, load(here + i) * scale + offset);
+        for (; i < count; ++i) here[i] = here[i] * scale[0] + offset[0];
+    }
+}
+
+// Rounded to nearest, of what fits 31 bits.
+INLINE Ints nearest(Floats x) {
+#if AQUABIT_LEVEL == 4
+    return (Ints)_mm512_cvtps_epi32((__m512)x);
+#elif AQUABIT_LEVEL == 3
+    return (Ints)_mm256_cvtps_epi32((__m256)x);
+#elif AQUABIT_LEVEL == 2
+    return (Ints)_mm_cvtps_epi32((__m128)x);
+#else
+    Ints y;
+    for (int lane = 0; lane < kLanes; ++lane) y[lane] = static_cast<int32_t>(__builtin_rintf(x[lane]));
+    return y;
+#endif
+}
+
+INLINE void store_shorts(int16_t* to, Ints x) {
+#if AQUABIT_LEVEL == 4
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16((__m512i)x));
+#elif AQUABIT_LEVEL == 3
+    const __m256i both = _mm256_permute4x64_epi64(_mm256_packs_epi32((__m256i)x, (__m256i)x), 8);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(both));
+#else
+    for (int lane = 0; lane < kLanes; ++lane) to[lane] = static_cast<int16_t>(x[lane]);
+#endif
+}
+
+INLINE float total_of(Floats x) {
+#if AQUABIT_LEVEL == 4
+    return _mm512_reduce_add_ps((__m512)x);
+#else
+    float total = 0;
+    for (int lane = 0; lane < kLanes; ++lane) total += x[lane];
+    return total;
+#endif
+}
+
+// The next lanes of a row, and zeros beyond its end.
+INLINE Floats load_some(const float* x, int64_t left) {
+    if (left >= kLanes) return load(x);
+    Floats some = {};
+    for (int64_t i = 0; i < left; ++i) some[i] = x[i];
+    return some;
+}
+
+// Sum of the squares of a run's weights.
+INLINE float squares_of(const Plan& plan, const Run& run, const float* row) {
+    Floats sum = {}, other = {};
+    for (const Piece* p = plan.pieces + run.first; p < plan.pieces + run.last; ++p) {
+        const float* from = row + p->from;
+        int64_t i = 0;
+        for (; i + 2 * kLanes <= p->count; i += 2 * kLanes) {
+            const Floats x = load(from + i), y = load(from + i + kLanes);
+            sum += x * x;
+            other += y * y;
+        }
+        for (; i < p->count; i += kLanes) {
+            const Floats x = load_some(from + i, p->count - i);
+            sum += x * x;
+        }
+    }
+    return total_of(sum + other);
+}
+
+INLINE bool zeros(const Plan& plan, const Run& run, const float* row) {
+    for (const Piece* p = plan.pieces + run.first; p < plan.pieces + run.last; ++p)
+        for (int64_t i = 0; i < p->count; ++i)
+            if (row[p->from + i] != 0) return false;
+    return true;
+}
+
+// ``count`` weights rounded to 16 bits; returns their sum.
+INLINE int64_t round_to(const float* from, int64_t count, float inverse, int16_t* to, Floats* error) {
+    Ints sums = {};
+    int64_t i = 0, total = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+        const Floats x = load(from + i) * inverse;
+        const Ints q = nearest(x);
+        const Floats lost = x - to_floats(q);
+        *error += lost * lost;
+        sums += q;
+        store_shorts(to + i, q);
+    }
+    if (i < count) {
+        const Floats x = load_some(from + i, count - i) * inverse;
+        const Ints q = nearest(x);
+        const Floats lost = x - to_floats(q);
+        *error += lost * lost;
+        sums += q;
+        for (int64_t lane = 0; lane < count - i; ++lane) to[i + lane] = static_cast<int16_t>(q[lane]);
+    }
+    for (int lane = 0; lane < kLanes; ++lane) total += sums[lane];
+    return total;
+}
+
+// Row ``row`` of any weight as 16-bit integers, each run at the scale at which it cannot overflow with activations of up to ``most``: the
+// sum of n weights' sizes is at most sqrt(n) times the root of their squares, and none is larger than that root.
+static void fill_values(const Weight& w, const Plan& plan, int64_t most, int64_t row, float* room, uint8_t* slot, float* factor,
+                        float* total, int64_t stride, Errors* errors) {
+    decode_row(w, row, room);
+    __builtin_memset(slot, 0, plan.slot_bytes);
+    for (int64_t r = 0; r < plan.range_count; ++r) {
+        double all = 0;
+        for (int64_t i = plan.ranges[r].first; i < plan.ranges[r].last; ++i) {
+            const Run& run = plan.runs[i];
+            const float inputs = static_cast<float>(run.inputs), left = 2147480000.0f / most - inputs;  // what rounding may add
+            const float squares = squares_of(plan, run, room), root = __builtin_sqrtf(squares) * 1.0001f;
+            const float sized = root * (1 / 32766.0f), summed = root * __builtin_sqrtf(inputs) / left;
+            const float scale = sized > summed ? sized : summed;
+            Floats error = {};
+            int64_t sum = 0;
+            if (scale > 1e-18f && scale < 1e18f) {  // their squares are numbers
+                for (const Piece* p = plan.pieces + run.first; p < plan.pieces + run.last; ++p)
+                    sum += round_to(room + p->from, p->count, 1 / scale, reinterpret_cast<int16_t*>(slot + p->slot) + p->lead, &error);
+            } else if (!zeros(plan, run, room)) {  // tiny, huge or not finite: not for integers
+                errors->error = __builtin_inf();
+            }
+            factor[i * stride] = scale;
+            errors->error += total_of(error) * double(scale) * scale;
+            errors->all += squares;
+            all += sum * double(scale);
+        }
+        total[r * stride] = static_cast<float>(all);
+    }
+}

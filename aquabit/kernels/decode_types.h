@@ -1,0 +1,111 @@
+// What the tile-decode backend passes between its driver (decode.cpp) and its levels: plain values, no library code.
+#pragma once
+#include <cstdint>
+
+// As a macro: its users take on the instruction set of where they are.
+#define INLINE static inline __attribute__((always_inline))
+
+constexpr int kMostLanes = 16, kMostRows = 6, kMostVectors = 4;
+constexpr int64_t kMostTile = 48;      // rows of weights that a thread decodes at once
+constexpr int64_t kDotRows = 4;        // at most so many tokens are multiplied row by row
+constexpr int kActivation = 16383;     // of activations that are not quantized: 15 bits
+constexpr int64_t kWideRun = 128;      // inputs between flushes then; 2^31 / 16383 / 128 leaves the mean weight 10 bits
+constexpr double kMostLost = 7e-4;     // relative error of activations that are rounded to them
+constexpr int64_t kByteRun = 512;      // inputs between flushes where activations have at most 8 bits and weights up to 16
+constexpr int64_t kOwnRun = 64;        // groups of scales of so many inputs or more get integers of their own size
+constexpr int64_t kLongestRun = 32768;  // of 8 bits times 8 bits: 255 * 128 * 32768 < 2^31
+
+// Inputs [start, start + count) at one tap of the kernel; codes from byte ``at`` of a row (arranged.py).
+struct Segment {
+    int64_t tap, start, count, scales, at;
+};
+
+// An arranged weight. Rows are decoded to [area, cin].
+struct Weight {
+    const uint8_t* codes;
+    const float *tables, *scale, *offset, *bias;  // tables, offset and bias may be null
+    const Segment* segments;
+    int64_t segment_count, row_bytes, out, cin, area, bits, books, group, fused, kernel_order, table_sets, codewords, scales, offsets;
+
+    int64_t length() const { return cin * area; }
+    // Uniform codes are multiplied as code * step - center, about zero: what cancels later need not be summed. 7 and 8 bits have no room
+    // for the exact middle.
+    int64_t step() const { return bits <= 6 ? 2 : 1; }
+    int64_t center() const { return bits <= 6 ? (int64_t(1) << bits) - 1 : int64_t(1) << (bits - 1); }
+};
+
+// Weights at one tap that are multiplied in one go: ``steps`` dwords (4 inputs of 8 bits, 2 of 16) of a row, aligned to whole steps of
+// the activations; what lies before ``lead`` and after ``count`` is zero.
+struct Piece {
+    int64_t offset;  // bytes from where a vector of positions starts to its first step
+    int64_t steps;
+    int64_t slot;  // bytes from the start of the row
+    int64_t lead, from, count;  // inputs; ``from`` in the decoded row
+};
+
+// Pieces that are accumulated in integers, under one scale.
+struct Run {
+    int64_t first, last, scales, inputs;
+};
+
+// Runs whose activations share a scale and a zero point.
+struct Range {
+    int64_t first, last, number;
+};
+
+struct Plan {
+    const Piece* pieces;
+    const Run* runs;
+    const Range* ranges;
+    int64_t run_count, range_count, slot_bytes;
+};
+
+// Integers that stand for activations: q = clamp(rint(x * inverse), low, high) - base, x ~ (q + base) * scale.
+struct Grid {
+    float inverse, low, high, base, scale;
+};
+
+// Quantized activations, as [step][position] dwords from each vector's start on.
+struct Activations {
+    const uint8_t* values;
+    const int64_t* starts;  // [vectors]: bytes
+    int64_t step_bytes, positions;
+    const float *scale, *base;  // [ranges, positions]
+    float* sums;                // [runs, positions] of integers
+};
+
+// Decoded rows.
+struct Tile {
+    const uint8_t* slots;
+    int64_t row_bytes, rows;          // rows: padded to whole blocks; the stride of what follows
+    const float *factor, *offset;     // [runs, rows]; offset null: there is none
+    const float *total;               // [ranges, rows]: what a one in each input gives
+    const float *bias;                // [rows]
+};
+
+// Squares of errors and of what they are errors of.
+struct Errors {
+    double error, all;
+};
+
+struct Level {
+    int64_t lanes, rows, vectors;
+    bool bytes;  // whether there are products of 8 bits (for codes of up to ``byte_bits`` bits)
+    int64_t byte_bits;
+    void (*multiply)(const Plan&, const Tile&, const Activations&, bool wide, int64_t vector, int64_t vectors, float* y);
+    void (*sum)(const Plan&, const Activations&, const uint8_t* ones, bool wide, int64_t vector, int64_t vectors);
+    void (*fill_codes)(const Weight&, const Plan&, bool wide, int64_t row, int8_t* room, uint8_t* slot, float* factor, float* offset,
+                       float* total, int64_t stride);
+    void (*fill_values)(const Weight&, const Plan&, int64_t most, int64_t row, float* room, uint8_t* slot, float* factor, float* total,
+                        int64_t stride, Errors*);
+    void (*decode_row)(const Weight&, int64_t row, float* room);
+    bool (*token_grid)(const float* x, int64_t n, int64_t bits, bool wide, Grid*);
+    bool (*sample_grid)(const float* x, int64_t n, int64_t bits, bool wide, Grid*);
+    void (*pack_tokens)(const float* x, int64_t count, int64_t length, const Grid*, bool wide, uint8_t* out, int64_t step_bytes, Errors*);
+    void (*quantize_token)(const float* x, int64_t n, const Grid*, uint8_t* out);
+    void (*pack_line)(const float* const* lines, int64_t channels, int64_t count, const Grid* const*, bool wide, int32_t* out, Errors*);
+    void (*put_tokens)(const float* tile, int64_t stride, int64_t rows, int64_t tokens, float* y, int64_t y_stride);
+    void (*dot_codes)(const Weight&, int64_t row, const uint8_t* x, const Grid*, const int32_t* sums, int64_t tokens, int8_t* room,
+                      float* y, int64_t y_stride);
+    void (*dot_values)(const Weight&, int64_t row, const float* x, int64_t tokens, float* room, float* y, int64_t y_stride);
+};
