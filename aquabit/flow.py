@@ -12,7 +12,7 @@ import numpy as np
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from aquabit.kernels.reference import Accuracy
+from aquabit.kernels import Accuracy
 from aquabit.pipelines import Adapter, denoiser_name, load, recorder, trace
 from aquabit.quant.artifact import save_packed_denoiser
 from aquabit.quant.bank import Bank

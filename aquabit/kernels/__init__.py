@@ -5,4 +5,14 @@ from aquabit.kernels.dispatch import codebook_conv2d, codebook_linear, select
 from aquabit.kernels.fake_quant import fake_quantize, fake_quantize_reference, native_available
 from aquabit.kernels.request import Accuracy, Request
 
-__all__ = ["Accuracy", "CodebookWeight", "Request", "codebook_conv2d", "codebook_linear", "fake_quantize", "fake_quantize_reference", "native_available", "select"]  # fmt: skip
+__all__ = [
+    "Accuracy",
+    "CodebookWeight",
+    "Request",
+    "codebook_conv2d",
+    "codebook_linear",
+    "fake_quantize",
+    "fake_quantize_reference",
+    "native_available",
+    "select",
+]

@@ -65,13 +65,13 @@ def _lut_refuses(request: Request) -> str | None:
     form = request.format
     if form.tables == "channel":
         return "every output has codebooks of its own: it needs shared ones"
-    return form.unarranged or _native_refuses(request) or _lut.lut_refuses(form, request.groups)  # type: ignore[no-any-return]
+    return form.unarranged or _native_refuses(request) or _lut.lut_refuses(form, request.groups)
 
 
 def _decode_refuses(request: Request) -> str | None:
     if _decode is None:
         return "this version has none"
-    return _native_refuses(request) or _decode.decode_refuses(request.format, request.groups)  # type: ignore[no-any-return]
+    return _native_refuses(request) or _decode.decode_refuses(request.format, request.groups)
 
 
 def _triton_refuses(request: Request) -> str | None:
@@ -79,7 +79,7 @@ def _triton_refuses(request: Request) -> str | None:
         return "this version has none"
     if request.device != "cuda":
         return f"it runs on CUDA, the input is on {request.device}"
-    return _no_gradient(request) or _triton.triton_refuses(request.format, request.groups)  # type: ignore[no-any-return]
+    return _no_gradient(request) or _triton.triton_refuses(request.format, request.groups)
 
 
 def _dense_refuses(request: Request) -> str | None:

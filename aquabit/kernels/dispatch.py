@@ -1,4 +1,4 @@
-"""Which kernel runs a coded layer: the fastest measured one of those that can, else a fixed order. And the functions that everyone calls."""
+"""Which kernel runs a coded layer: the fastest measured one of those that can, else a fixed order; the functions that everyone calls."""
 
 from __future__ import annotations
 
@@ -36,10 +36,14 @@ def serving(request: Request) -> dict[str, str | None]:
 
 
 def static_order(request: Request) -> tuple[str, ...]:
-    """The order in which backends are tried where nothing was measured: a dense copy where one is kept; on a GPU, Triton; scalar codes with
-    activations of at most 8 bits on the integer dot products of ``decode``, all else on tables; a few tokens on tables; the reference last."""
+    """The order in which backends are tried where nothing was measured.
+
+    A dense copy where one is kept; on a GPU, Triton; scalar codes with activations of at most 8 bits on the integer dot products of
+    ``decode`` (unless there are only a few tokens), all else on tables before decoded tiles; the reference last.
+    """
     integers = request.format.scalar and request.act <= 8 and (request.rows > FEW or request.kind == "conv2d")
-    return ("dense", "triton", *(("decode", "lut") if integers else ("lut", "decode")), "reference")
+    native = ("decode", "lut") if integers else ("lut", "decode")
+    return ("dense", "triton", *native, "reference")
 
 
 def select(request: Request, timings: Table, backend: str | None = None) -> str:
@@ -54,10 +58,10 @@ def select(request: Request, timings: Table, backend: str | None = None) -> str:
             can = ", ".join(name for name, reason in serving(request).items() if reason is None)
             raise AquabitError(f"backend {backend!r} cannot run {request.kind} {request.format} at a{request.act}: {why}; these can: {can}")
         return backend
-    can = [name for name in static_order(request) if backend_named(name, BACKENDS).refuses(request) is None]
+    order = [name for name in static_order(request) if backend_named(name, BACKENDS).refuses(request) is None]
     measured = timings.get(request.key, {})
-    timed = [name for name in can if name in measured]
-    return min(timed, key=lambda name: measured[name]) if timed else can[0]
+    timed = [name for name in order if name in measured]
+    return min(timed, key=lambda name: measured[name]) if timed else order[0]
 
 
 class _Choices:
@@ -130,7 +134,7 @@ _moved: Any = WeakIdKeyDictionary()  # codebooks -> {device: the same there}
 
 
 def held(weight: Weight) -> Weight:
-    """``weight`` as kernels read it: arranged where it can be (a new object that shares nothing but codebooks, scales and offset with it)."""
+    """``weight`` as kernels read it: arranged where it can be. Weights that share codebooks share their float32 form too."""
     if isinstance(weight, Arranged) or arranges(weight) is not None:
         return weight
     arranged = arrange(weight)
@@ -187,19 +191,15 @@ def codebook_linear(
 ) -> Tensor:  # fmt: skip
     """x [..., in] times a coded weight [out, in], plus bias [out]: [..., out] in x's dtype.
 
-    ``accuracy``: "exact" is float32 arithmetic (relative error 1e-6), "fast" stays within 1e-3. ``act``: x is rounded to so many bits first,
-    per token (16: off). ``backend`` names a kernel (default: see ``select``); ``dense`` is the decoded weight where the caller keeps it. A
-    CodebookWeight is arranged for the kernels at its first call and remembered. Raises AquabitError for shapes, devices, accuracies or
-    backends that do not fit.
+    ``accuracy``: "exact" is float32 arithmetic (relative error 1e-6), "fast" stays within 1e-3. ``act``: x is rounded to so many bits
+    first, per token (16: off). ``backend`` names a kernel (default: see ``select``); ``dense`` is the decoded weight where the caller keeps
+    it. A CodebookWeight is arranged for the kernels at its first call and remembered. Raises AquabitError for shapes, devices, accuracies
+    or backends that do not fit.
     """
     _check(x, weight, x.shape[-1] if x.ndim else 0, accuracy, 2)
     own, form = _known(weight)
-    rows = x.numel() // form.shape[1]
-    request = Request(
-        "linear", form, bucket(rows), act=act, accuracy=accuracy, dtype=_DTYPES.get(x.dtype, str(x.dtype)), device=x.device.type,
-        threads=torch.get_num_threads(), dense=dense is not None, gradient=torch.is_grad_enabled() and x.requires_grad,
-    )  # fmt: skip
-    chosen = _chosen(own, request, backend, rows)
+    request = linear_request(x, form, accuracy, act, dense is not None)
+    chosen = _chosen(own, request, backend, x.numel())
     if act < 16 and not chosen.quantizes:
         x = fake_quantize(x, act, "token")
     return chosen.linear(x, own, bias, request, dense)
@@ -210,30 +210,46 @@ def codebook_conv2d(
     dilation: int | Pair = 1, groups: int = 1, accuracy: Accuracy = "fast", backend: str | None = None, *, act: int = 16,
     split: int | None = None, dense: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """x [n, cin, h, w] (or [cin, h, w]) convolved with a coded weight [out, cin / groups, kh, kw]; arguments as ``torch.nn.functional.conv2d``.
+    """x [n, cin, h, w] or [cin, h, w] convolved with a coded weight [out, cin / groups, kh, kw]; as ``torch.nn.functional.conv2d``.
 
     ``act``: x is rounded to so many bits first, per sample with zero in its range; ``split`` makes it two ranges, over channels
     ``[:split]`` and ``[split:]``. The rest as ``codebook_linear``.
     """
     if x.ndim == 3:
-        one = codebook_conv2d(x[None], weight, bias, stride, padding, dilation, groups, accuracy, backend, act=act, split=split, dense=dense)
-        return one[0]
+        options: dict[str, Any] = {"act": act, "split": split, "dense": dense}
+        return codebook_conv2d(x[None], weight, bias, stride, padding, dilation, groups, accuracy, backend, **options)[0]
     if x.ndim != 4:
         raise AquabitError(f"an input of shape {list(x.shape)} does not fit a convolution; it takes [n, channels, height, width]")
     _check(x, weight, x.shape[1] // groups, accuracy, 4)
     own, form = _known(weight)
     if x.shape[1] % groups or form.shape[0] % groups:
         raise AquabitError(f"{groups} groups do not divide {x.shape[1]} input and {form.shape[0]} output channels")
-    x, edges = _padded(x, padding, pair(dilation), form.shape[2:])
-    request = Request(
-        "conv2d", form, bucket(len(x), x.shape[2] * x.shape[3]), (x.shape[2], x.shape[3]), pair(stride), edges, pair(dilation), groups,
-        act, split, accuracy, _DTYPES.get(x.dtype, str(x.dtype)), x.device.type, torch.get_num_threads(), dense is not None,
-        torch.is_grad_enabled() and x.requires_grad,
-    )  # fmt: skip
+    x, edges = padded(x, padding, pair(dilation), form.shape[2:])
+    request = conv2d_request(x, form, pair(stride), edges, pair(dilation), groups, accuracy, act, split, dense is not None)
     chosen = _chosen(own, request, backend, x.numel())
     if act < 16 and not chosen.quantizes:
         x = fake_quantize(x, act, "sample", split)
     return chosen.conv2d(x, own, bias, request, dense)
+
+
+def linear_request(x: Tensor, form: Format, accuracy: Accuracy, act: int, dense: bool = False) -> Request:
+    """What ``codebook_linear`` asks for."""
+    return Request(
+        "linear", form, bucket(x.numel() // form.shape[1]), act=act, accuracy=accuracy, dtype=_DTYPES.get(x.dtype, str(x.dtype)),
+        device=x.device.type, threads=torch.get_num_threads(), dense=dense, gradient=torch.is_grad_enabled() and x.requires_grad,
+    )  # fmt: skip
+
+
+def conv2d_request(
+    x: Tensor, form: Format, stride: Pair, padding: Pair, dilation: Pair, groups: int, accuracy: Accuracy, act: int, split: int | None,
+    dense: bool = False,
+) -> Request:  # fmt: skip
+    """What ``codebook_conv2d`` asks for."""
+    n, _, height, width = x.shape
+    return Request(
+        "conv2d", form, bucket(n, height * width), (height, width), stride, padding, dilation, groups, act, split, accuracy,
+        _DTYPES.get(x.dtype, str(x.dtype)), x.device.type, torch.get_num_threads(), dense, torch.is_grad_enabled() and x.requires_grad,
+    )  # fmt: skip
 
 
 def _chosen(weight: Weight, request: Request, backend: str | None, size: int) -> Backend:
@@ -244,7 +260,7 @@ def _chosen(weight: Weight, request: Request, backend: str | None, size: int) ->
     return found if size else backend_named("reference")  # nothing to multiply
 
 
-def _padded(x: Tensor, padding: int | str | Pair, dilation: Pair, kernel: tuple[int, ...]) -> tuple[Tensor, Pair]:
+def padded(x: Tensor, padding: int | str | Pair, dilation: Pair, kernel: tuple[int, ...]) -> tuple[Tensor, Pair]:
     """Padding as two numbers; where "same" takes one pixel more on one side, x is given it."""
     if not isinstance(padding, str):
         return x, pair(padding)

@@ -48,9 +48,11 @@ def random_input(request: Request, seed: int = 1) -> Tensor:
     return x.to(request.device, getattr(torch, request.dtype))
 
 
-def interleaved(runs: Mapping[str, Run], device: str = "cpu", rounds: tuple[int, int] = ROUNDS, seconds: float = SECONDS) -> dict[str, list[float]]:  # fmt: skip
+def interleaved(
+    runs: Mapping[str, Run], device: str = "cpu", rounds: tuple[int, int] = ROUNDS, seconds: float = SECONDS
+) -> dict[str, list[float]]:
     """Seconds of each run, taken in turn after one that is not counted; those far behind stop early."""
-    wait = torch.cuda.synchronize if device == "cuda" else (lambda: None)
+    wait: Run = torch.cuda.synchronize if device == "cuda" else _no_wait
     for run in runs.values():
         run()
     wait()
@@ -69,6 +71,10 @@ def interleaved(runs: Mapping[str, Run], device: str = "cpu", rounds: tuple[int,
         if number + 1 >= rounds[0] and last > seconds:
             break
     return found
+
+
+def _no_wait() -> None:
+    """On a CPU a call is done when it returns."""
 
 
 def measure(request: Request, rounds: tuple[int, int] = ROUNDS, seconds: float = SECONDS) -> dict[str, float]:
@@ -116,7 +122,9 @@ def _layer(request: Request, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return conv2d(x, weight, bias, request.stride, request.padding, request.dilation, request.groups)
 
 
-def measure_missing(requests: Iterable[Request], progress: Progress = no_progress, what: str = "timing kernels") -> dict[str, dict[str, float]]:  # fmt: skip
+def measure_missing(
+    requests: Iterable[Request], progress: Progress = no_progress, what: str = "timing kernels"
+) -> dict[str, dict[str, float]]:
     """Times of all requests: those that this machine's table lacks are measured and kept in it. Requests are of torch's threads now."""
     table = machine_timings()
     by_key = {r.key: r for r in requests}
@@ -135,5 +143,3 @@ def best_of(times: Mapping[str, float], packed: bool = True) -> float:
     """Seconds of the fastest way to run a coded layer that keeps no dense copy (or of any, where ``packed`` is false)."""
     known = [b.name for b in BACKENDS if not (packed and b.name == "dense")]
     return min(times[name] for name in (*known, "full") if name in times)
-
-

@@ -62,8 +62,8 @@ def format_of(weight: CodebookWeight | Arranged) -> Format:
 
 @dataclass(frozen=True)
 class Request:
-    """One call of a layer. ``rows`` are tokens (linear) or images (convolution), as ``bucket`` counts them; ``size`` is the height and width of
-    a convolution's input. ``dense`` says that a dense copy of the weight is kept, ``gradient`` that one is wanted."""
+    """One call of a layer. ``rows`` are tokens (linear) or images (convolution), as ``bucket`` counts them; ``size`` is the height and
+    width of a convolution's input. ``dense`` says that a dense copy of the weight is kept, ``gradient`` that one is wanted."""
 
     kind: Literal["linear", "conv2d"]
     format: Format

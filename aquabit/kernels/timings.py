@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import importlib.util
 import json
 import os
 import platform
@@ -16,7 +17,6 @@ from typing import Any
 
 import torch
 
-from aquabit.kernels import fake_quant
 from aquabit.scheme import AquabitError
 
 FORMAT = 1  # raised when a key means something else than before
@@ -55,7 +55,8 @@ def _cpu() -> str:
 @cache
 def _extension() -> str:
     """A digest of the extension's file: built anew, it is timed anew."""
-    file = getattr(fake_quant._native, "__file__", None)
+    spec = importlib.util.find_spec("aquabit.kernels._native")
+    file = spec.origin if spec else None
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12] if file else "none"
 
 
@@ -75,7 +76,7 @@ class Timings:
     def _read(self) -> dict[str, dict[str, float]]:
         try:
             value = json.loads(self.path.read_text())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return {}
         except (OSError, ValueError) as error:
             return self._damaged(str(error))
