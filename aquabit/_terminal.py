@@ -152,14 +152,25 @@ def show_front(front: Any) -> None:
 
     metrics = list(front.best_member.predicted)
     table = Table(
-        "", "bits/weight", "bytes", *(h for m in metrics for h in (f"{m} predicted", f"{m} measured, fresh seeds (90 %)")), box=None
+        "",
+        "bits/weight",
+        "bytes",
+        "ms a call",
+        *(h for m in metrics for h in (f"{m} predicted", f"{m} measured, fresh seeds (90 %)")),
+        box=None,
     )
     for member in front.members:
         cells = []
         for m in metrics:
             found = member.measured[m]
             cells += [number(member.predicted[m], 2), f"{found['value']:.2f} ({found['low']:.2f} to {found['high']:.2f})"]
-        table.add_row("*" if member.config.digest == front.winner else "", f"{member.bits_per_weight:.3f}", f"{member.bytes:,}", *cells)
+        table.add_row(
+            "*" if member.config.digest == front.winner else "",
+            f"{member.bits_per_weight:.3f}",
+            f"{member.bytes:,}",
+            number(member.latency_ms),
+            *cells,
+        )
     console.print(table)
     c = front.comparison
     if c:
@@ -168,3 +179,11 @@ def show_front(front: Any) -> None:
         sides += f"uniform {uniform['scheme']}: {uniform['bytes']:,} bytes, {c['metric']} {uniform['value']:.2f}; "
         change = f"difference {d['value']:+.2f} ({d['low']:+.2f} to {d['high']:+.2f}, 95 %, {c['blocks']} blocks of fresh seeds)"
         console.print(sides + change, highlight=False)
+
+
+def show_placement(placement: Any) -> None:
+    """Which kernels run how many layers, and what their weights hold in memory."""
+    kernels = ", ".join(f"{name} {count}" for name, count in placement.backends.items())
+    share = f"{placement.resident / 1e6:.2f} MB resident of {placement.dense / 1e6:.2f} MB dense"
+    copies = f", {len(placement.copies)} dense copies among them" if placement.copies else ""
+    console.print(f"layers by kernel: {kernels}; weights: {share}{copies}", highlight=False)

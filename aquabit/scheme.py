@@ -117,8 +117,8 @@ class Scheme:
         return codes + 2 * out, 2 * self.codebooks * 2**self.bits * size
 
     def table_operations(self, shape: tuple[int, ...]) -> tuple[float, float]:
-        """(multiply-adds, adds) of the table kernel relative to the dense layer's multiply-adds: M K / out to make the tables, divided by the
-        kernel's area where its taps share them (groups of ``gN``), and M / g table entries added (AQUATIC-Diff). (1, 0) for schemes
+        """(multiply-adds, adds) of the table kernel relative to the dense layer's multiply-adds: M K / out to make the tables, divided by
+        the kernel's area where its taps share them (groups of ``gN``), and M / g table entries added (AQUATIC-Diff). (1, 0) for schemes
         that are counted as decoded and multiplied: ``fp``, ``usq`` and ``vq``."""
         if self.kind != "aq":
             return 1.0, 0.0

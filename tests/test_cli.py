@@ -186,9 +186,9 @@ def test_bad_input_is_one_sentence(folder) -> None:
         "shard '3/2'": ["measure", "pipe", "--shard", "3/2", *study],
         "--correct is not available yet": ["quantize", "pipe", "whole/config.json", "--out", "x", "--correct"],
         "is for model": ["quantize", "digits-unet", "whole/config.json", "--out", "x"],
-        "bench is not available yet": ["bench"],
+        "formats of bench|scheme .usq99. is out of range": ["bench", "--formats", "usq99"],
         "no model_index.json": ["generate", ".", "--out", "x.png"],
-        "--latency is not available yet": ["search", "whole/study.db", "--latency", "3"],
+        "budget latency_ms = 1e-05 is out of range": ["search", "whole/study.db", "--latency", "0.00001", "--workers", "1"],
         "comparing studies is not available yet": ["report", "whole/study.db", "whole/study.db", "--out", "x"],
     }
     import re

@@ -21,7 +21,7 @@ from aquabit.kernels.arranged import Arranged, arrange
 from aquabit.kernels.backends import BACKENDS, Backend
 from aquabit.kernels.dispatch import held, moved, observed, select, serving, static_order, using
 from aquabit.kernels.measuring import measure, random_weight
-from aquabit.kernels.request import Format, Request, bucket, format_of
+from aquabit.kernels.request import Format, Request, bucket, format_of, hollow
 from aquabit.kernels.timings import Timings
 from aquabit.scheme import AquabitError
 
@@ -155,7 +155,9 @@ def test_buckets_are_powers_of_two_nearby(rows: int, pixels: int) -> None:
 @pytest.mark.parametrize("form", FORMATS, ids=str)
 def test_the_facts_of_a_weight_survive_its_arrangement(form: Format) -> None:
     weight = random_weight(form)
-    assert format_of(weight) == form
+    assert format_of(weight) == form == format_of(hollow(form))
+    for name in ("shape", "span", "width", "segments", "scalar", "channels") if form.unarranged is None else ("shape", "groups"):
+        assert getattr(hollow(form), name) == getattr(held(weight), name), "what has no numbers is otherwise the same"
     assert (form.unarranged is None) == isinstance(held(weight), Arranged)
     assert format_of(held(weight)) == form
     assert not isinstance(held(weight), Arranged) or torch.equal(held(weight).restore().packed, weight.packed)

@@ -7,13 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
 from aquabit.kernels.arranged import Arranged
 from aquabit.kernels.codebook import CodebookWeight
 from aquabit.kernels.reference import reference_conv2d, reference_linear
-from aquabit.kernels.request import Request
+from aquabit.kernels.request import Request, hollow
 from aquabit.scheme import AquabitError
 
 Weight: TypeAlias = CodebookWeight | Arranged
@@ -65,13 +66,13 @@ def _lut_refuses(request: Request) -> str | None:
     form = request.format
     if form.tables == "channel":
         return "every output has codebooks of its own: it needs shared ones"
-    return form.unarranged or _native_refuses(request) or _lut.lut_refuses(form, request.groups)
+    return form.unarranged or _native_refuses(request) or _lut.lut_refuses(hollow(form))
 
 
 def _decode_refuses(request: Request) -> str | None:
     if _decode is None:
         return "this version has none"
-    return _native_refuses(request) or _decode.decode_refuses(request.format, request.groups)
+    return _native_refuses(request) or _decode.decode_refuses(hollow(request.format))
 
 
 def _triton_refuses(request: Request) -> str | None:
@@ -79,7 +80,7 @@ def _triton_refuses(request: Request) -> str | None:
         return "this version has none"
     if request.device != "cuda":
         return f"it runs on CUDA, the input is on {request.device}"
-    return _no_gradient(request) or _triton.triton_refuses(request.format, request.groups)
+    return _no_gradient(request) or _triton.triton_refuses(hollow(request.format), request.device, getattr(torch, request.dtype))
 
 
 def _dense_refuses(request: Request) -> str | None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from math import log2, prod
 from typing import Literal
 
-from aquabit.kernels.arranged import Arranged, arranges
+import torch
+
+from aquabit.kernels.arranged import FUSED, Arranged, arranges
+from aquabit.kernels.arranged import _segments as segments_of
 from aquabit.kernels.codebook import CodebookWeight
 
 Accuracy = Literal["fast", "exact"]
@@ -23,7 +27,7 @@ class Format:
     codebooks: int  # M
     group: int  # g
     order: Literal["inputs", "kernel"]
-    tables: Literal["uniform", "shared", "channel", "none"]  # implied {0 .. 2^bits - 1}; one set for all outputs, or an output; not coded
+    tables: Literal["uniform", "shared", "channel", "none"]  # implied {0 .. 2^bits - 1}; one set for all, or an output; not coded
     scales: int | None  # groups of inputs with a scale each, 1 for one a row; None where nothing is scaled
     offset: bool
     unarranged: str | None = None
@@ -42,6 +46,37 @@ class Format:
 def full_format(shape: tuple[int, ...]) -> Format:
     """Of a weight that is not coded but kept at 16 bits."""
     return Format(shape, 16, 1, 1, "inputs", "none", None, False, "it is not coded")
+
+
+@cache
+def hollow_weight(form: Format) -> CodebookWeight:
+    """A weight of that format with no numbers in it (all zeros, which take no memory), for those who ask only what it is."""
+    out, row = form.shape[0], prod(form.shape[1:])
+    groups = form.shape[1] if form.order == "kernel" else -(-row // form.group)
+    tables = {"shared": 1, "channel": out}.get(form.tables)
+    half = torch.zeros((), dtype=torch.float16)
+    codebooks = None if tables is None else half.expand(tables, form.codebooks, 1 << form.bits, form.group)
+    many = (out, form.scales) if form.scales and form.scales > 1 else (out,)
+    scale, offset = (half.expand(many) if there else None for there in (form.scales is not None, form.offset))
+    codes = torch.zeros((), dtype=torch.uint8).expand(-(-groups * form.codebooks * out * form.bits // 8))
+    return CodebookWeight(codes, codebooks, scale, offset, form.shape, form.bits, form.order)
+
+
+@cache
+def hollow(form: Format) -> CodebookWeight | Arranged:
+    """``hollow_weight`` as kernels would read it."""
+    weight = hollow_weight(form)
+    if form.unarranged is not None:
+        return weight
+    out = form.shape[0]
+    many = (out, form.scales or 1)
+    return Arranged(
+        codes=torch.zeros((), dtype=torch.uint8).expand(out, 0),
+        tables=None if weight.codebooks is None else torch.zeros(()).expand(weight.codebooks.shape),
+        scale=torch.zeros(()).expand(many), offset=torch.zeros(()).expand(many) if form.offset else None,
+        stored=(weight.codebooks, weight.scale, weight.offset), shape=form.shape, bits=form.bits, codebooks=form.codebooks, group=form.group,
+        fused=FUSED.get(form.bits, 1) if form.scalar else 1, order=form.order, segments=segments_of(weight),
+    )  # fmt: skip
 
 
 def format_of(weight: CodebookWeight | Arranged) -> Format:

@@ -7,16 +7,16 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from aquabit.graph import example_inputs
-from aquabit.kernels.codebook import CodebookWeight
+from aquabit.kernels.arranged import arranges
 from aquabit.kernels.dispatch import conv2d_request, linear_request, observed, padded
 from aquabit.kernels.measuring import best_of, measure_missing
-from aquabit.kernels.request import Format, Request, format_of, full_format
+from aquabit.kernels.request import Format, Request, format_of, full_format, hollow_weight
 from aquabit.quant.layers import QuantConv2d, QuantLinear, resident_bytes
 from aquabit.scheme import AquabitError, Progress, Scheme, no_progress
 
@@ -170,24 +170,15 @@ def format_for(scheme: Scheme, shape: tuple[int, ...]) -> Format:
     """The format of a weight of ``shape`` at ``scheme``, without fitting one."""
     if scheme.kind == "fp":
         return full_format(shape)
-    out, row, area = shape[0], prod(shape[1:]), prod(shape[2:])
-
-    def hollow(*size: int, dtype: torch.dtype = torch.float16) -> Tensor:
-        return torch.empty(size, dtype=dtype, device="meta")
-
-    codebooks = scale = offset = None
-    groups, order = row, "inputs"
+    row, area = prod(shape[1:]), prod(shape[2:])
     if scheme.kind == "usq":
-        scale = offset = hollow(out, -(-row // scheme.group)) if scheme.group else hollow(out)
+        form = Format(shape, scheme.bits, 1, 1, "inputs", "uniform", -(-row // (scheme.group or row)), True)
     elif scheme.kind == "vq":
-        codebooks = hollow(out if scheme.per_channel else 1, 1, 1 << scheme.bits, 1)
+        form = Format(shape, scheme.bits, 1, 1, "inputs", "channel" if scheme.per_channel else "shared", None, False)
     else:
-        order = "kernel" if scheme.group is None and area > 1 else "inputs"
-        size = scheme.group_size(area)
-        groups = shape[1] if order == "kernel" else -(-row // size)
-        codebooks, scale = hollow(1, scheme.codebooks, 1 << scheme.bits, size), hollow(out)
-    codes = hollow(-(-groups * scheme.codebooks * out * scheme.bits // 8), dtype=torch.uint8)
-    return format_of(CodebookWeight(codes, codebooks, scale, offset, shape, scheme.bits, "kernel" if order == "kernel" else "inputs"))
+        order: Literal["inputs", "kernel"] = "kernel" if scheme.group is None and area > 1 else "inputs"
+        form = Format(shape, scheme.bits, scheme.codebooks, scheme.group_size(area), order, "shared", 1, False)
+    return replace(form, unarranged=arranges(hollow_weight(form)))
 
 
 def at_scheme(request: Request, scheme: Scheme, act: int) -> Request:
