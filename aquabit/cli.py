@@ -8,7 +8,20 @@ from typing import Annotated, Any
 
 import typer
 
-from aquabit._terminal import bars, console, emit, plain, shielded, show_failures, show_front, show_notes, show_placement, show_sensitivity
+from aquabit._terminal import (
+    bars,
+    console,
+    emit,
+    plain,
+    shielded,
+    show_calls,
+    show_failures,
+    show_front,
+    show_notes,
+    show_placement,
+    show_sensitivity,
+    show_timings,
+)
 from aquabit.scheme import AquabitError, Protocol, QuantConfig
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False,
@@ -352,9 +365,24 @@ def report(studies: Annotated[list[Path], typer.Argument(metavar="S.db", help="A
 
 @app.command()
 @shielded
-def bench() -> None:
-    """This machine's kernel timings (arrives with the kernels)."""
-    raise AquabitError("bench is not available yet: it arrives with the kernels; until then packed models run on the reference kernel")
+def bench(
+    folder: Annotated[Path | None, typer.Argument(metavar="[DIR]", help="A packed artifact: whole denoiser calls instead of single layers.")] = None,
+    formats: Annotated[str | None, typer.Option("--formats", help="Comma-separated schemes, as usq4,aq2x8g8.")] = None,
+    shapes: Annotated[str | None, typer.Option("--shapes", help="Comma-separated OUTxIN@TOKENS and OUTxINxKHxKW@SIDE.")] = None,
+    act: Annotated[int, typer.Option("--act", min=2, help="Activation bits of the coded layers; 16 is off.")] = 8,
+    threads: Annotated[int | None, typer.Option("--threads", min=1, help="Threads; default: torch's.")] = None, dtype: Dtype = "float32",
+    json_: Json = None,
+) -> None:  # fmt: skip
+    """This machine's kernels against dense float32 and bfloat16: medians of interleaved runs."""
+    if folder is not None and (formats or shapes):
+        raise AquabitError(f"formats and shapes are those of the packed model {folder}; give them without it")
+    _quiet()
+    from aquabit.quant.bench import bench_artifact, bench_formats, torch_threads
+
+    with torch_threads(threads), bars() as progress:
+        rows: Any = bench_artifact(folder, dtype, progress) if folder else bench_formats(formats, shapes, act, progress)
+    if not emit({"rows": [r.to_dict() for r in rows]}, json_):
+        show_calls(rows) if folder else show_timings(rows)
 
 
 def main() -> None:

@@ -68,14 +68,14 @@ def hollow(form: Format) -> CodebookWeight | Arranged:
     weight = hollow_weight(form)
     if form.unarranged is not None:
         return weight
-    out = form.shape[0]
+    out, zero = form.shape[0], torch.zeros(())
     many = (out, form.scales or 1)
+    tables = None if weight.codebooks is None else zero.expand(weight.codebooks.shape)
+    fused = FUSED.get(form.bits, 1) if form.scalar else 1
     return Arranged(
-        codes=torch.zeros((), dtype=torch.uint8).expand(out, 0),
-        tables=None if weight.codebooks is None else torch.zeros(()).expand(weight.codebooks.shape),
-        scale=torch.zeros(()).expand(many), offset=torch.zeros(()).expand(many) if form.offset else None,
-        stored=(weight.codebooks, weight.scale, weight.offset), shape=form.shape, bits=form.bits, codebooks=form.codebooks, group=form.group,
-        fused=FUSED.get(form.bits, 1) if form.scalar else 1, order=form.order, segments=segments_of(weight),
+        torch.zeros((), dtype=torch.uint8).expand(out, 0), tables, zero.expand(many), zero.expand(many) if form.offset else None,
+        (weight.codebooks, weight.scale, weight.offset), form.shape, form.bits, form.codebooks, form.group, fused, form.order,
+        segments_of(weight),
     )  # fmt: skip
 
 
