@@ -72,7 +72,7 @@ def _lut_refuses(request: Request) -> str | None:
 def _decode_refuses(request: Request) -> str | None:
     if _decode is None:
         return "this version has none"
-    return _native_refuses(request) or _decode.decode_refuses(hollow(request.format))
+    return _native_refuses(request) or _decode.decode_refuses(hollow(request.format), request.device, getattr(torch, request.dtype))
 
 
 def _triton_refuses(request: Request) -> str | None:
