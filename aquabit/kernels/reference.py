@@ -7,6 +7,7 @@ from torch.nn import functional
 
 from aquabit.kernels.arranged import Arranged
 from aquabit.kernels.codebook import CodebookWeight
+from aquabit.kernels.request import Accuracy as Accuracy
 from aquabit.kernels.request import Pair
 
 
