@@ -338,19 +338,26 @@ def test_measured_times_are_kept_and_used(log, tmp_path: Path, monkeypatch: pyte
         dispatch.forget()
 
 
-def test_a_compiled_layer_calls_the_same_kernels() -> None:
+@pytest.mark.parametrize("form", [USQ, CONV], ids=str)
+def test_compiled_layers_have_no_graph_breaks_and_choose_as_they_run(log, form: Format) -> None:
     class Layer(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.held = held(random_weight(USQ))
+            self.held = held(random_weight(form))
 
         def forward(self, x: Tensor) -> Tensor:
+            if form is CONV:
+                return codebook_conv2d(x, self.held, None, 2, 1, act=8, split=1) * 2
             return codebook_linear(x, self.held, act=8) * 2
 
-    x = torch.randn(5, 16)
-    layer = Layer()
-    compiled = torch.compile(layer, backend="eager")
-    torch.testing.assert_close(compiled(x), layer(x))
+    layer, x = Layer(), torch.randn(2, 4, 8, 8) if form is CONV else torch.randn(5, 16)
+    expected = layer(x)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    log.clear()
+    torch.testing.assert_close(compiled(x), expected)
+    assert len(log) == 1
+    other = torch.cat([x, x, x])
+    torch.testing.assert_close(compiled(other), layer(other))
 
 
 def test_the_weight_type_is_public() -> None:

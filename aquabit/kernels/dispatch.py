@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from itertools import count
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -129,6 +130,8 @@ def observed(seen: Seen) -> Iterator[None]:
 
 _arranged: WeakKeyDictionary[CodebookWeight, Arranged] = WeakKeyDictionary()
 _formats: WeakKeyDictionary[Weight, Format] = WeakKeyDictionary()
+_by_number: WeakValueDictionary[int, Arranged] = WeakValueDictionary()
+_count = count()
 _tables: Any = WeakIdKeyDictionary()  # stored codebooks -> as float32: layers that share the ones share the others
 _moved: Any = WeakIdKeyDictionary()  # codebooks -> {device: the same there}
 
@@ -140,6 +143,14 @@ def held(weight: Weight) -> Weight:
     arranged = arrange(weight)
     if arranged.tables is not None:
         object.__setattr__(arranged, "tables", _tables.setdefault(weight.codebooks, arranged.tables))
+    return _numbered(arranged)
+
+
+def _numbered(arranged: Arranged) -> Arranged:
+    """``arranged`` under a number, by which compiled code refers to it."""
+    number = next(_count)
+    object.__setattr__(arranged, "number", number)
+    _by_number[number] = arranged
     return arranged
 
 
@@ -150,6 +161,7 @@ def moved(weight: Weight, device: torch.device) -> Weight:
         assert isinstance(weight, Arranged)
         object.__setattr__(there, "tables", _once(weight.tables, there.tables, device))
         object.__setattr__(there, "stored", (_once(weight.stored[0], there.stored[0], device), *there.stored[1:]))
+        _numbered(there)
     else:
         assert isinstance(weight, CodebookWeight)
         object.__setattr__(there, "codebooks", _once(weight.codebooks, there.codebooks, device))
@@ -197,6 +209,9 @@ def codebook_linear(
     or backends that do not fit.
     """
     _check(x, weight, x.shape[-1] if x.ndim else 0, accuracy, 2)
+    number = _compiled(weight, backend)
+    if number is not None:
+        return torch.ops.aquabit.coded_linear(x, bias, dense, number, weight.shape[0], accuracy, act)  # type: ignore[no-any-return]
     own, form = _known(weight)
     request = linear_request(x, form, accuracy, act, dense is not None)
     chosen = _chosen(own, request, backend, x.numel())
@@ -221,15 +236,25 @@ def codebook_conv2d(
     if x.ndim != 4:
         raise AquabitError(f"an input of shape {list(x.shape)} does not fit a convolution; it takes [n, channels, height, width]")
     _check(x, weight, x.shape[1] // groups, accuracy, 4)
+    if x.shape[1] % groups or weight.shape[0] % groups:
+        raise AquabitError(f"{groups} groups do not divide {x.shape[1]} input and {weight.shape[0]} output channels")
+    x, edges = padded(x, padding, pair(dilation), weight.shape[2:])
+    number = _compiled(weight, backend)
+    if number is not None:
+        window = [pair(stride), edges, pair(dilation)]
+        y: Tensor = torch.ops.aquabit.coded_conv2d(x, bias, dense, number, weight.shape, *window, groups, accuracy, act, split)
+        return y
     own, form = _known(weight)
-    if x.shape[1] % groups or form.shape[0] % groups:
-        raise AquabitError(f"{groups} groups do not divide {x.shape[1]} input and {form.shape[0]} output channels")
-    x, edges = padded(x, padding, pair(dilation), form.shape[2:])
     request = conv2d_request(x, form, pair(stride), edges, pair(dilation), groups, accuracy, act, split, dense is not None)
     chosen = _chosen(own, request, backend, x.numel())
     if act < 16 and not chosen.quantizes:
         x = fake_quantize(x, act, "sample", split)
     return chosen.conv2d(x, own, bias, request, dense)
+
+
+def _compiled(weight: Weight, backend: str | None) -> int | None:
+    """The number of a weight while torch.compile traces: compiled code calls one op, which chooses when it runs. None elsewhere."""
+    return getattr(weight, "number", None) if torch.compiler.is_compiling() and backend is None else None
 
 
 def linear_request(x: Tensor, form: Format, accuracy: Accuracy, act: int, dense: bool = False) -> Request:
@@ -287,3 +312,42 @@ def _check(x: Tensor, weight: Weight, inputs: int, accuracy: str, ndim: int) -> 
 def known_backends() -> Mapping[str, str]:
     """Name -> what it does, of all backends."""
     return {b.name: b.does for b in BACKENDS}
+
+
+# ---- what compiled code calls ----------------------------------------------------------------------------------------------------------
+
+_library = torch.library.Library("aquabit", "FRAGMENT")
+_library.define("coded_linear(Tensor x, Tensor? bias, Tensor? dense, int number, int outputs, str accuracy, int act) -> Tensor")
+_library.define(
+    "coded_conv2d(Tensor x, Tensor? bias, Tensor? dense, int number, int[] shape, int[] stride, int[] padding, int[] dilation, int groups, "
+    "str accuracy, int act, int? split) -> Tensor"
+)
+
+
+@torch.library.impl(_library, "coded_linear", "CompositeExplicitAutograd")
+def _coded_linear(x: Tensor, bias: Tensor | None, dense: Tensor | None, number: int, _: int, accuracy: Accuracy, act: int) -> Tensor:
+    return codebook_linear(x, _by_number[number], bias, accuracy, act=act, dense=dense)
+
+
+@torch.library.register_fake("aquabit::coded_linear", lib=_library)
+def _coded_linear_fake(x: Tensor, bias: Tensor | None, dense: Tensor | None, number: int, outputs: int, *_: object) -> Tensor:
+    return x.new_empty(*x.shape[:-1], outputs)
+
+
+@torch.library.impl(_library, "coded_conv2d", "CompositeExplicitAutograd")
+def _coded_conv2d(
+    x: Tensor, bias: Tensor | None, dense: Tensor | None, number: int, _: list[int], stride: list[int], padding: list[int],
+    dilation: list[int], groups: int, accuracy: Accuracy, act: int, split: int | None,
+) -> Tensor:  # fmt: skip
+    step, edge, spread = ((a, b) for a, b in (stride, padding, dilation))
+    y = codebook_conv2d(x, _by_number[number], bias, step, edge, spread, groups, accuracy, act=act, split=split, dense=dense)
+    return y.contiguous()  # as the fake says
+
+
+@torch.library.register_fake("aquabit::coded_conv2d", lib=_library)
+def _coded_conv2d_fake(
+    x: Tensor, bias: Tensor | None, dense: Tensor | None, number: int, shape: list[int], stride: list[int], padding: list[int],
+    dilation: list[int], *_: object,
+) -> Tensor:  # fmt: skip
+    size = [(x.shape[2 + d] + 2 * padding[d] - dilation[d] * (shape[2 + d] - 1) - 1) // stride[d] + 1 for d in (0, 1)]
+    return x.new_empty(len(x), shape[0], *size)
