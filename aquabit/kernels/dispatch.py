@@ -130,7 +130,7 @@ def observed(seen: Seen) -> Iterator[None]:
 
 _arranged: WeakKeyDictionary[CodebookWeight, Arranged] = WeakKeyDictionary()
 _formats: WeakKeyDictionary[Weight, Format] = WeakKeyDictionary()
-_by_number: WeakValueDictionary[int, Arranged] = WeakValueDictionary()
+_by_number: WeakValueDictionary[int, Weight] = WeakValueDictionary()
 _count = count()
 _tables: Any = WeakIdKeyDictionary()  # stored codebooks -> as float32: layers that share the ones share the others
 _moved: Any = WeakIdKeyDictionary()  # codebooks -> {device: the same there}
@@ -139,19 +139,19 @@ _moved: Any = WeakIdKeyDictionary()  # codebooks -> {device: the same there}
 def held(weight: Weight) -> Weight:
     """``weight`` as kernels read it: arranged where it can be. Weights that share codebooks share their float32 form too."""
     if isinstance(weight, Arranged) or arranges(weight) is not None:
-        return weight
+        return _numbered(weight)
     arranged = arrange(weight)
     if arranged.tables is not None:
         object.__setattr__(arranged, "tables", _tables.setdefault(weight.codebooks, arranged.tables))
     return _numbered(arranged)
 
 
-def _numbered(arranged: Arranged) -> Arranged:
-    """``arranged`` under a number, by which compiled code refers to it."""
-    number = next(_count)
-    object.__setattr__(arranged, "number", number)
-    _by_number[number] = arranged
-    return arranged
+def _numbered(weight: Weight) -> Weight:
+    """``weight`` under a number of its own (a copy has that of its original), by which compiled code refers to it."""
+    if _by_number.get(getattr(weight, "number", -1)) is not weight:
+        object.__setattr__(weight, "number", next(_count))
+        _by_number[weight.number] = weight  # type: ignore[union-attr]  # set above
+    return weight
 
 
 def moved(weight: Weight, device: torch.device) -> Weight:
@@ -161,11 +161,10 @@ def moved(weight: Weight, device: torch.device) -> Weight:
         assert isinstance(weight, Arranged)
         object.__setattr__(there, "tables", _once(weight.tables, there.tables, device))
         object.__setattr__(there, "stored", (_once(weight.stored[0], there.stored[0], device), *there.stored[1:]))
-        _numbered(there)
     else:
         assert isinstance(weight, CodebookWeight)
         object.__setattr__(there, "codebooks", _once(weight.codebooks, there.codebooks, device))
-    return there
+    return _numbered(there)
 
 
 def _once(here: Tensor | None, there: Tensor | None, device: torch.device) -> Tensor | None:
@@ -185,7 +184,7 @@ def _known(weight: Weight) -> tuple[Weight, Format]:
     found = _arranged.get(weight)
     if found is None:
         arranged = held(weight)
-        assert isinstance(arranged, Arranged)
+        assert isinstance(weight, CodebookWeight) and isinstance(arranged, Arranged)
         found = _arranged[weight] = arranged
     return found, form
 
@@ -211,7 +210,7 @@ def codebook_linear(
     _check(x, weight, x.shape[-1] if x.ndim else 0, accuracy, 2)
     number = _compiled(weight, backend)
     if number is not None:
-        return torch.ops.aquabit.coded_linear(x, bias, dense, number, weight.shape[0], accuracy, act)  # type: ignore[no-any-return]
+        return torch.ops.aquabit.coded_linear(x, bias, dense, number, weight.shape[0], accuracy, act)
     own, form = _known(weight)
     request = linear_request(x, form, accuracy, act, dense is not None)
     chosen = _chosen(own, request, backend, x.numel())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +79,10 @@ class _QuantLayer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{'x'.join(map(str, self.shape))}, {self.scheme}, a{self.act}, {'dense' if self.held is None else 'packed'}"
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.held = None if self.held is None else held(self.held)  # a copy is a weight of its own to the kernels
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
