@@ -152,14 +152,25 @@ def show_front(front: Any) -> None:
 
     metrics = list(front.best_member.predicted)
     table = Table(
-        "", "bits/weight", "bytes", *(h for m in metrics for h in (f"{m} predicted", f"{m} measured, fresh seeds (90 %)")), box=None
+        "",
+        "bits/weight",
+        "bytes",
+        "ms a call",
+        *(h for m in metrics for h in (f"{m} predicted", f"{m} measured, fresh seeds (90 %)")),
+        box=None,
     )
     for member in front.members:
         cells = []
         for m in metrics:
             found = member.measured[m]
             cells += [number(member.predicted[m], 2), f"{found['value']:.2f} ({found['low']:.2f} to {found['high']:.2f})"]
-        table.add_row("*" if member.config.digest == front.winner else "", f"{member.bits_per_weight:.3f}", f"{member.bytes:,}", *cells)
+        table.add_row(
+            "*" if member.config.digest == front.winner else "",
+            f"{member.bits_per_weight:.3f}",
+            f"{member.bytes:,}",
+            number(member.latency_ms),
+            *cells,
+        )
     console.print(table)
     c = front.comparison
     if c:
@@ -168,3 +179,44 @@ def show_front(front: Any) -> None:
         sides += f"uniform {uniform['scheme']}: {uniform['bytes']:,} bytes, {c['metric']} {uniform['value']:.2f}; "
         change = f"difference {d['value']:+.2f} ({d['low']:+.2f} to {d['high']:+.2f}, 95 %, {c['blocks']} blocks of fresh seeds)"
         console.print(sides + change, highlight=False)
+
+
+def show_placement(placement: Any) -> None:
+    """Which kernels run how many layers, and what their weights hold in memory."""
+    kernels = ", ".join(f"{name} {count}" for name, count in placement.backends.items())
+    share = f"{placement.resident / 1e6:.2f} MB resident of {placement.dense / 1e6:.2f} MB dense"
+    copies = f", {len(placement.copies)} dense copies among them" if placement.copies else ""
+    console.print(f"layers by kernel: {kernels}; weights: {share}{copies}", highlight=False)
+
+
+def _machine(rows: Any) -> None:
+    console.print(", ".join(f"{k} {v}" for k, v in rows[0].machine.items() if v), highlight=False, soft_wrap=True)
+
+
+def show_timings(rows: Any) -> None:
+    """Milliseconds per format and shape, and how many times as long dense layers take as the best kernel."""
+    from rich.table import Table
+
+    _machine(rows)
+    console.print(f"median milliseconds; coded layers at a{rows[0].act}; dense layers over the best kernel")
+    names = list(dict.fromkeys(name for r in rows for name in r.milliseconds))
+    table = Table("shape", "format", *names, "fp32", "bf16", "fp32/best", "bf16/best", box=None, padding=(0, 1, 0, 0))
+    for r in rows:
+        times = [f"{'*' if n == r.best else ''}{number(r.milliseconds.get(n), 2)}" for n in names]
+        dense = [number(r.dense[d], 2) for d in ("float32", "bfloat16")]
+        table.add_row(r.shape, r.format, *times, *dense, *(f"{r.ratio[d]:.2f}" for d in ("float32", "bfloat16")))
+    console.print(table)
+
+
+def show_calls(rows: Any) -> None:
+    """Whole denoiser calls: milliseconds, ratio to dense float32 and bfloat16, resident weights, layers by kernel."""
+    from rich.table import Table
+
+    _machine(rows)
+    table = Table("denoiser", "ms a call", "fp32/this", "bf16/this", "weights MB", "layers by kernel", box=None, padding=(0, 1, 0, 0))
+    dense = {r.name: r.milliseconds for r in rows}
+    for r in rows:
+        ratios = [f"{dense[f'dense {d}'] / r.milliseconds:.2f}" for d in ("float32", "bfloat16")]
+        kernels = ", ".join(f"{name} {count}" for name, count in r.backends.items())
+        table.add_row(r.name, number(r.milliseconds, 2), *ratios, f"{r.resident / 1e6:.2f}", kernels)
+    console.print(table)

@@ -8,7 +8,20 @@ from typing import Annotated, Any
 
 import typer
 
-from aquabit._terminal import bars, console, emit, plain, shielded, show_failures, show_front, show_notes, show_sensitivity
+from aquabit._terminal import (
+    bars,
+    console,
+    emit,
+    plain,
+    shielded,
+    show_calls,
+    show_failures,
+    show_front,
+    show_notes,
+    show_placement,
+    show_sensitivity,
+    show_timings,
+)
 from aquabit.scheme import AquabitError, Protocol, QuantConfig
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False,
@@ -259,14 +272,13 @@ def search(
     study: StudyArgument, bits: Annotated[float | None, typer.Option("--bits", help="Bits per weight, everything counted (default 3.0).")] = None,
     bytes_: Annotated[int | None, typer.Option("--bytes", help="Bytes of the saved denoiser.")] = None,
     bops: Annotated[float | None, typer.Option("--bops", help="Bit operations of one image in one denoiser call.")] = None,
-    latency: Annotated[float | None, typer.Option("--latency", help="Milliseconds per denoiser call (arrives with the kernels).")] = None,
+    latency: Annotated[float | None, typer.Option("--latency", help="Milliseconds per denoiser call with one image, packed, on this machine.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Write the winner here, as config.json.")] = None,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Rounds of proposing, measuring and refitting.")] = 2,
     per_round: Annotated[int, typer.Option("--per-round", min=1, help="New candidates a round.")] = 8,
     workers: Workers = None, device: Device = "cpu", seed: Annotated[int, typer.Option("--seed")] = 0, bank: BankOption = None, json_: Json = None,
 ) -> None:  # fmt: skip
     """Find the best configuration under a hard budget; several budgets hold at once."""
-    _later(latency=latency)
     _quiet()
     from aquabit import flow
     from aquabit.study import Study
@@ -275,7 +287,16 @@ def search(
         opened = Study(study, create=False)
         options: dict[str, Any] = {"workers": _workers(workers, device), "device": device, "bank": str(bank) if bank else None}
         front = flow.find(
-            opened, bits, bytes=bytes_, bops=bops, rounds=rounds, per_round=per_round, seed=seed, progress=progress, **options
+            opened,
+            bits,
+            bytes=bytes_,
+            bops=bops,
+            latency_ms=latency,
+            rounds=rounds,
+            per_round=per_round,
+            seed=seed,
+            progress=progress,
+            **options,
         )
     if out:
         out.write_text(front.best.to_json())
@@ -308,22 +329,23 @@ def generate(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="A packed artifact (or any pipeline).")],
     out: Annotated[Path, typer.Option("--out", help="PNG grid.")], images: Annotated[int, typer.Option("--images", min=1)] = 16,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the first image.")] = 0, steps: Steps = 10, prompts: Prompts = None, device: Device = "cpu",
-    memory: Annotated[str, typer.Option("--memory", help="packed; auto arrives with the kernels.")] = "packed",
+    memory: Annotated[str, typer.Option("--memory", help="packed: no dense weights; auto: up to a quarter of them, where that saves most time.")] = "packed",
 ) -> None:  # fmt: skip
     """Make images from a packed artifact."""
-    if memory not in ("packed", "auto"):
-        raise AquabitError(f"memory {memory!r} is unknown; it must be packed or auto")
-    if memory == "auto":
-        raise AquabitError("--memory auto is not available yet: it arrives with the kernels; packed is the default")
     _quiet()
     from aquabit import flow
     from aquabit.sensitivity.evaluator import thumbnail
 
+    placed: list[Any] = []
+    with bars() as progress:
+        made = flow.generate(folder, images, seed, steps, _prompts(prompts), device, memory, progress, placed.append)
     try:
-        out.write_bytes(thumbnail(flow.generate(folder, images, seed, steps, _prompts(prompts), device)))
+        out.write_bytes(thumbnail(made))
     except OSError as error:
         raise AquabitError(f"{out} cannot be written: {error.strerror or error}") from error
     console.print(f"{out}: {images} images, seeds {seed} to {seed + images - 1}")
+    for placement in placed:
+        show_placement(placement)
 
 
 @app.command()
@@ -343,9 +365,24 @@ def report(studies: Annotated[list[Path], typer.Argument(metavar="S.db", help="A
 
 @app.command()
 @shielded
-def bench() -> None:
-    """This machine's kernel timings (arrives with the kernels)."""
-    raise AquabitError("bench is not available yet: it arrives with the kernels; until then packed models run on the reference kernel")
+def bench(
+    folder: Annotated[Path | None, typer.Argument(metavar="[DIR]", help="A packed artifact: whole denoiser calls instead of single layers.")] = None,
+    formats: Annotated[str | None, typer.Option("--formats", help="Comma-separated schemes, as usq4,aq2x8g8.")] = None,
+    shapes: Annotated[str | None, typer.Option("--shapes", help="Comma-separated OUTxIN@TOKENS and OUTxINxKHxKW@SIDE.")] = None,
+    act: Annotated[int, typer.Option("--act", min=2, help="Activation bits of the coded layers; 16 is off.")] = 8,
+    threads: Annotated[int | None, typer.Option("--threads", min=1, help="Threads; default: torch's.")] = None, dtype: Dtype = "float32",
+    json_: Json = None,
+) -> None:  # fmt: skip
+    """This machine's kernels against dense float32 and bfloat16: medians of interleaved runs."""
+    if folder is not None and (formats or shapes):
+        raise AquabitError(f"formats and shapes are those of the packed model {folder}; give them without it")
+    _quiet()
+    from aquabit.quant.bench import bench_artifact, bench_formats, torch_threads
+
+    with torch_threads(threads), bars() as progress:
+        rows: Any = bench_artifact(folder, dtype, progress) if folder else bench_formats(formats, shapes, act, progress)
+    if not emit({"rows": [r.to_dict() for r in rows]}, json_):
+        show_calls(rows) if folder else show_timings(rows)
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
-"""Bits, bytes and BOPs of a configuration from graph and schemes. This is the one size function; tests hold it equal to what is packed."""
+"""Bits, bytes, BOPs and latency of a configuration. This is the one size function; tests hold it equal to what is packed."""
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from itertools import product
 from math import prod
@@ -12,7 +13,7 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from aquabit.graph import layers as graph_layers
-from aquabit.scheme import AquabitError, Budget, QuantConfig, Scheme
+from aquabit.scheme import ACTIVATION_BITS, AquabitError, Budget, QuantConfig, Scheme
 from aquabit.space import SearchSpace
 
 FULL_BITS = 32  # BOPs count what is not quantized at 32 bits (PTQD, section 4.1)
@@ -25,7 +26,32 @@ class Cost:
     bits_per_weight: float  # of all Linear and Conv2d weights, codebooks, scales and offsets included
     bytes: int  # of the saved denoiser's tensors
     bops: float  # multiply-adds x weight bits x activation bits, of one image in one denoiser call
-    operations: float  # multiply-adds of the table kernel, of one image in one denoiser call; decoded layers count as dense
+    multiply_adds: float  # of the table kernel, of one image in one denoiser call; decoded layers count as dense
+    lut_adds: float  # table entries that the table kernel adds
+
+    @property
+    def operations(self) -> float:
+        """Multiply-adds, an add counted as half of one."""
+        return self.multiply_adds + self.lut_adds / 2
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Measured milliseconds of one denoiser call: ``layers`` [layers, schemes, activations] over ``space.schemes`` and ``activations`` (NaN
+    where a layer may not take it), and ``rest``, what the call takes besides. A configuration takes their sum."""
+
+    layers: np.ndarray
+    activations: tuple[int, ...]
+    rest: float
+
+    def of(self, weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
+        """Milliseconds of scheme indices and activation bits, each [..., layers]: [..., layers]."""
+        column = np.full(ACTIVATION_BITS[0] + 1, -1)
+        column[list(self.activations)] = range(len(self.activations))
+        if (column[acts] < 0).any():
+            asked = sorted(set(np.ravel(acts).tolist()))
+            raise AquabitError(f"latency is known for activations of {list(self.activations)} bits only, not for all of {asked}")
+        return np.asarray(self.layers[np.arange(acts.shape[-1]), weights, column[acts]])
 
 
 def weight_bytes(shape: tuple[int, ...], scheme: Scheme) -> int:
@@ -49,8 +75,10 @@ class SharedTables:
 
 
 class CostModel:
-    """Cost tables of a space: bytes [layers, schemes] without shared codebooks, which are ``shared``; BOPs per (layer, scheme, activation
-    bits)."""
+    """Cost tables of a space: bytes [layers, schemes] without shared codebooks, which are ``shared``; BOPs and, once it was measured
+    (``timed``), latency per (layer, scheme, activation bits)."""
+
+    latency: Latency | None = None
 
     def __init__(self, graph: nx.DiGraph, space: SearchSpace):
         nodes = graph_layers(graph)
@@ -79,28 +107,41 @@ class CostModel:
         return np.where(acts == 16, FULL_BITS, acts)
 
     def totals(self, weights: np.ndarray, acts: np.ndarray) -> dict[str, np.ndarray]:
-        """bits, bytes and bops, each [n], of index matrices [n, layers]."""
+        """bits, bytes and bops, each [n], of index matrices [n, layers]; latency_ms where it was measured."""
         rows = np.arange(weights.shape[1])
         weight_bytes = self.bytes[rows, weights].sum(1)
         for tables in self.shared:
             weight_bytes = weight_bytes + tables.bytes * tables.used(weights)
         bops = (self.macs * self.weight_bits[rows, weights] * self.act_bits(acts)).sum(1)
-        return {"bits": 8 * weight_bytes / self.weights, "bytes": weight_bytes + self.other_bytes, "bops": bops}
+        found = {"bits": 8 * weight_bytes / self.weights, "bytes": weight_bytes + self.other_bytes, "bops": bops}
+        if self.latency is not None:
+            found["latency_ms"] = self.latency.of(weights, acts).sum(1) + self.latency.rest
+        return found
+
+    def timed(self, latency: Latency) -> CostModel:
+        """The same model with measured latency as a further cost."""
+        shape = (len(self.shapes), len(self.space.schemes), len(latency.activations))
+        if latency.layers.shape != shape:
+            raise AquabitError(f"latency has shape {latency.layers.shape}; this space takes [layers, schemes, activations] = {shape}")
+        other = copy.copy(self)
+        other.latency = latency
+        return other
 
     def __call__(self, config: QuantConfig) -> Cost:
         """Of any configuration of the model, also one with schemes outside the space."""
         self.space.check(config, extra_schemes=True)
-        size, bops, operations, tables = 0, 0.0, 0.0, {}
+        size, bops, multiply_adds, lut_adds, tables = 0, 0.0, 0.0, 0.0, {}
         for layer, shape, macs in zip(self.space.choices, self.shapes, self.macs, strict=True):
             choice = config[layer]
             size += weight_bytes(shape, choice.weight)
-            operations += float(macs) * choice.weight.operations(shape)
+            own = choice.weight.table_operations(shape)
+            multiply_adds, lut_adds = multiply_adds + float(macs) * own[0], lut_adds + float(macs) * own[1]
             if choice.weight.shared:
                 tables[choice.codebook, choice.weight] = choice.weight.stored_bytes(shape)[1]
             weight_bits = FULL_BITS if choice.weight.kind == "fp" else choice.weight.code_bits(prod(shape[2:]))
             bops += float(macs) * weight_bits * (FULL_BITS if choice.act == 16 else choice.act)
         size += sum(tables.values())
-        return Cost(8 * size / self.weights, size + self.other_bytes, bops, operations)
+        return Cost(8 * size / self.weights, size + self.other_bytes, bops, multiply_adds, lut_adds)
 
     def totals_of(self, config: QuantConfig) -> dict[str, float]:
         """bits, bytes and bops of one configuration as plain numbers."""
@@ -116,11 +157,21 @@ class CostModel:
         per_act = [np.where(excluded, FULL_BITS, FULL_BITS if a == 16 else a) for a in (min(acts), max(acts))]
         bops_low = (self.macs * per_act[0] * np.where(allowed, self.weight_bits, np.inf).min(1)).sum()
         bops_high = (self.macs * per_act[1] * np.where(allowed, self.weight_bits, 0).max(1)).sum()
-        return {
+        found = {
             "bits": (8 * low / self.weights, 8 * high / self.weights),
             "bytes": (int(low + self.other_bytes), int(high + self.other_bytes)),
             "bops": (float(bops_low), float(bops_high)),
         }
+        if self.latency is not None:
+            found["latency_ms"] = self._latency_limits(self.latency, acts, allowed, excluded)
+        return found
+
+    @staticmethod
+    def _latency_limits(latency: Latency, acts: list[int], allowed: np.ndarray, excluded: np.ndarray) -> tuple[float, float]:
+        kept = np.array([a in acts for a in latency.activations])
+        open_ = allowed[:, :, None] & np.where(excluded[:, None], np.array(latency.activations) == 16, kept)[:, None, :]
+        low, high = (np.where(open_, latency.layers, worst) for worst in (np.inf, -np.inf))
+        return float(low.min((1, 2)).sum() + latency.rest), float(high.max((1, 2)).sum() + latency.rest)
 
     def _size_limits(self, allowed: np.ndarray) -> tuple[int, int]:
         """Smallest and largest bytes of all weights, for every combination of the codebooks of one name that are there or not."""
@@ -161,9 +212,12 @@ class CostModel:
     def check(self, budget: Budget, act: int | None = None) -> None:
         """Raise AquabitError, naming both ends, where a budget is below the smallest or above the largest possible cost."""
         for name, value in budget.limits().items():
-            if name not in ("bits", "bytes", "bops"):
-                raise AquabitError(f"a {name} budget needs measured kernel timings, which arrive with the kernels")
-            low, high = self.limits(act)[name]
+            reach = self.limits(act)
+            if name not in reach:
+                raise AquabitError(
+                    f"a budget in {name} needs latencies that were measured on this machine: search with --latency measures them"
+                )
+            low, high = reach[name]
             if value < low * (1 - 1e-12) or value > high * (1 + 1e-12):
                 raise AquabitError(f"budget {name} = {value:g} is out of range: this space can reach {low:.6g} to {high:.6g}")
 

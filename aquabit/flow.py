@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -12,22 +12,34 @@ import numpy as np
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from aquabit.kernels.reference import Accuracy
+from aquabit.kernels import Accuracy
 from aquabit.pipelines import Adapter, denoiser_name, load, recorder, trace
 from aquabit.quant.artifact import save_packed_denoiser
 from aquabit.quant.bank import Bank
 from aquabit.quant.model import QuantizedDenoiser, fingerprint
+from aquabit.quant.tuning import MEMORY, Placement, layers_of, place_
 from aquabit.reports import report as write_report
 from aquabit.scheme import AquabitError, Budget, Progress, Protocol, QuantConfig, direction, no_progress
-from aquabit.search import Front, FrontMember, choose, find_candidates, interval, paired_difference, remeasure_plan, smallest_uniform
+from aquabit.search import (
+    Front,
+    FrontMember,
+    activation_choices,
+    choose,
+    find_candidates,
+    interval,
+    paired_difference,
+    remeasure_plan,
+    smallest_uniform,
+)
 from aquabit.sensitivity.attribution import Sensitivity, explain, save
 from aquabit.sensitivity.evaluator import single_thread, thumbnail
+from aquabit.sensitivity.latency import latency_table, packed_latencies
 from aquabit.sensitivity.measure import Session, open_session, uniform_references
 from aquabit.sensitivity.surrogate import fit_from_study, training_table
 from aquabit.sensitivity.validation import validate_in
 from aquabit.study import Study
 
-FINALISTS, SELECTION_BLOCKS = 4, (2, 3)  # the best few are told apart on seeds that nothing was fitted to
+FINALISTS, SELECTION_BLOCKS, TRIES = 4, (2, 3), 3  # the best few are told apart on seeds that nothing was fitted to
 FRESH_BLOCKS = (11, 12, 13, 14, 15)  # what is reported; block 1 belongs to validation
 Model: TypeAlias = str | DiffusionPipeline
 
@@ -61,9 +73,11 @@ def find(
     study: Study, bits: float | None = None, *, bytes: int | None = None, bops: float | None = None, latency_ms: float | None = None,
     pipe: Model | None = None, rounds: int = 2, per_round: int = 8, seed: int = 0, progress: Progress = no_progress, **options: Any,
 ) -> Front:  # fmt: skip
-    """Search under a hard budget, measure the candidates, refit, repeat; then measure the front on fresh seeds. Stored in the study.
+    """Search under a hard budget, measure the candidates, refit, repeat; then the front packed, on fresh seeds. Stored in the study.
 
-    Raises AquabitError for a budget that the space cannot meet (both ends are named) and for a study with too few measurements.
+    ``latency_ms`` limits a denoiser call with one sample at the model's own size, on this machine with torch's threads: the search adds up
+    measured times of layers, and the winner's whole call is measured. Raises AquabitError for a budget that the space cannot meet (both
+    ends are named) and for a study with too few measurements.
     """
     budget = Budget(bits=3.0 if not any((bits, bytes, bops, latency_ms)) else bits, bytes=bytes, bops=bops, latency_ms=latency_ms)
     with open_session(_source(study, pipe), study, progress=progress, **options) as session:
@@ -71,10 +85,12 @@ def find(
 
 
 def find_in(session: Session, budget: Budget, rounds: int, per_round: int, seed: int, progress: Progress) -> Front:
-    study, space, costs = session.study, session.space, session.costs
-    costs.check(budget, None if budget.bops is not None else max(space.activations))
-    metric = session.protocol.objective
+    study, space, metric = session.study, session.space, session.protocol.objective
     training_table(study, metric)  # too few measurements are said before anything is searched
+    if budget.latency_ms is not None:
+        session.costs = session.costs.timed(latency_table(session.here, space, progress))
+    costs, open_ = session.costs, activation_choices(space, budget)
+    costs.check(budget, max(open_) if len(open_) == 1 else None)
     sign = 1.0 if direction(metric) == "min" else -1.0
     uniform = [
         space.uniform(s, max(space.activations))
@@ -109,17 +125,7 @@ def _finalists(
     session: Session, configs: list[QuantConfig], values: np.ndarray, budget: Budget, metric: str, sign: float, progress: Progress
 ) -> tuple[list[QuantConfig], QuantConfig]:
     """The front's configurations and its winner: the best few within the budget are measured again before one is chosen."""
-    left, best = values.copy(), []
-    for _ in range(FINALISTS):
-        if not np.isfinite(left).any():
-            break
-        try:
-            best.append(choose(configs, list(left), session.costs, budget))
-        except AquabitError:
-            break
-        left[best[-1]] = np.nan
-    if not best:
-        choose(configs, list(values), session.costs, budget)  # raises with the reason
+    best = _best_few(session, configs, values, budget, progress)
     protocols = [session.protocol.block(b) for b in SELECTION_BLOCKS]
     session.measure([session.space.full_precision()], "reference", progress, protocols, "full precision, selection seeds")
     session.measure([configs[i] for i in best], "selection", progress, protocols, "telling finalists apart")
@@ -130,6 +136,34 @@ def _finalists(
     refined[best] = mean
     planned = [configs[i] for i in remeasure_plan(configs, list(refined), session.costs, budget)]
     return ([winner] if winner not in planned else []) + planned, winner
+
+
+def _best_few(session: Session, configs: list[QuantConfig], values: np.ndarray, budget: Budget, progress: Progress) -> list[int]:
+    """The best measured configurations within the budget, at most FINALISTS; each keeps a limit of latency in a whole measured call too.
+
+    Raises AquabitError, saying why, where there is none.
+    """
+    left, best, calls = values.copy(), list[int](), list[float]()
+    while len(best) < FINALISTS and len(calls) < TRIES * FINALISTS and np.isfinite(left).any():
+        try:
+            found = choose(configs, list(left), session.costs, budget)
+        except AquabitError:
+            break
+        left[found] = np.nan
+        if budget.latency_ms is not None:
+            calls += packed_latencies(session.here, [configs[found]], progress)
+        if budget.latency_ms is None or calls[-1] <= budget.latency_ms:
+            best.append(found)
+    if best:
+        return best
+    if budget.latency_ms is not None and calls:
+        least = min(calls)
+        raise AquabitError(
+            f"the layers of {len(calls)} configurations add up to {budget.latency_ms:g} ms or less, but whole calls take {least:.3g} ms "
+            f"or more; allow a latency of {1.05 * least:.3g}"
+        )
+    choose(configs, list(values), session.costs, budget)  # raises with the reason
+    return best
 
 
 def _blocks(session: Session, configs: Sequence[QuantConfig], protocols: Sequence[Protocol], metric: str) -> dict[str, list[float]]:
@@ -147,13 +181,14 @@ def _front(session: Session, members: list[QuantConfig], winner: QuantConfig, bu
     uniforms = uniform_references(space)  # what each family reaches, beside the front
     every = list({c.digest: c for c in (*members, *([baseline] if baseline else []), *uniforms)}.values())
     session.measure([space.full_precision()], "reference", progress, protocols, "full precision, fresh seeds")
-    session.measure(every, "fresh", progress, protocols, "the front on fresh seeds")
+    session.measure(every, "fresh", progress, protocols, "the front on fresh seeds", packed=True)
+    latency = packed_latencies(session.here, members, progress)
     fitted = fit_from_study(session.study)
     rows = []
-    for config in members:
+    for config, call in zip(members, latency, strict=True):
         predicted = fitted.surrogate.to_units(fitted.surrogate.predict(fitted.encoder.encode([config])))
         found = {m: interval(_blocks(session, [config], protocols, m)[config.digest]) for m in _metrics(session)}
-        rows.append(FrontMember.of(costs, config, {metric: float(np.ravel(predicted)[0])}, found))
+        rows.append(FrontMember.of(costs, config, {metric: float(np.ravel(predicted)[0])}, found, call))
     comparison = _comparison(session, winner, baseline, protocols, metric) if baseline else {}
     return Front(rows, budget, winner.digest, comparison).pruned(metric, direction(metric) == "min")
 
@@ -229,15 +264,27 @@ def quantize(
 
 
 def generate(
-    pipe: Model, images: int = 16, seed: int = 0, steps: int = 10, conditions: Sequence[Any] | None = None, device: str = "cpu"
-) -> Tensor:
-    """Images [n, c, h, w] in [0, 1] from a pipeline or packed artifact, image i from seed + i."""
+    pipe: Model, images: int = 16, seed: int = 0, steps: int = 10, conditions: Sequence[Any] | None = None, device: str = "cpu",
+    memory: str = "packed", progress: Progress = no_progress, told: Callable[[Placement], None] | None = None,
+) -> Tensor:  # fmt: skip
+    """Images [n, c, h, w] in [0, 1] from a pipeline or packed artifact, image i from seed + i.
+
+    A packed one runs on the kernels that are fastest on this machine, timed first where that is missing. ``memory``: "packed" keeps no
+    dense weight, "auto" up to a quarter of them, where they save most time. ``told`` hears which kernels run and what is resident.
+    """
     import torch
 
+    if memory not in MEMORY:
+        raise AquabitError(f"memory {memory!r} is unknown; it must be {' or '.join(MEMORY)}")
     protocol = Protocol(
         images=images, steps=steps, seed=seed, conditions=tuple(conditions) if conditions else None, micro_batch=min(images, 64)
     )
     adapter = Adapter(load(pipe, device))
+    layers = layers_of(adapter.denoiser)
+    if any(layer.held is not None for layer in layers.values()):
+        placed = place_(layers, adapter.first_call(protocol), memory, progress)
+        if told is not None:
+            told(placed)
     return torch.cat([adapter.images(protocol, b) for b in adapter.batches(protocol)])
 
 
@@ -285,7 +332,11 @@ def run(
     progress("packing", 0, 1)
     quantize(model, front.best, bank=bank, device=device).save(out / "packed")
     (out / "samples.png").write_bytes(
-        thumbnail(generate(str(out / "packed"), 32, study.protocol.seed, study.protocol.steps, study.protocol.conditions, device))
+        thumbnail(
+            generate(
+                str(out / "packed"), 32, study.protocol.seed, study.protocol.steps, study.protocol.conditions, device, progress=progress
+            )
+        )
     )
     progress("packing", 1, 1)
     write_report(study, out / "report", progress=progress)

@@ -116,14 +116,20 @@ class Scheme:
         codes = ceil(out * ceil(row / size) * self.codebooks * self.bits / 8)
         return codes + 2 * out, 2 * self.codebooks * 2**self.bits * size
 
-    def operations(self, shape: tuple[int, ...]) -> float:
-        """Multiply-adds of the table kernel relative to the dense layer's: (M K / out + M / (2 g)), the first part divided by the kernel's
-        area where its taps share tables (AQUATIC-Diff; groups of ``gN``). 1 for schemes that are decoded and multiplied."""
+    def table_operations(self, shape: tuple[int, ...]) -> tuple[float, float]:
+        """(multiply-adds, adds) of the table kernel relative to the dense layer's multiply-adds: M K / out to make the tables, divided by
+        the kernel's area where its taps share them (groups of ``gN``), and M / g table entries added (AQUATIC-Diff). (1, 0) for schemes
+        that are counted as decoded and multiplied: ``fp``, ``usq`` and ``vq``."""
         if self.kind != "aq":
-            return 1.0
+            return 1.0, 0.0
         area = prod(shape[2:])
         size, taps = self.group_size(area), 1 if self.group is None else area
-        return self.codebooks * 2**self.bits / (taps * shape[0]) + self.codebooks / (2 * size)
+        return self.codebooks * 2**self.bits / (taps * shape[0]), self.codebooks / size
+
+    def operations(self, shape: tuple[int, ...]) -> float:
+        """Both parts of ``table_operations`` as one number: an add is half a multiply-add."""
+        multiply_adds, adds = self.table_operations(shape)
+        return multiply_adds + adds / 2
 
 
 FP = Scheme()

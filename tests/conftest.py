@@ -43,6 +43,12 @@ def tiny_pipeline(kind: str, seed: int = 0) -> ClassConditionalPipeline:
     return pipe
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_timings(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tests neither read nor write this machine's kernel timings."""
+    os.environ["AQUABIT_TIMINGS"] = str(tmp_path_factory.mktemp("timings"))
+
+
 @pytest.fixture(params=["dit", "unet"])
 def pipe(request: pytest.FixtureRequest) -> ClassConditionalPipeline:
     return tiny_pipeline(request.param)

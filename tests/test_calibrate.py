@@ -354,7 +354,7 @@ def test_what_cannot_be_calibrated(dit) -> None:
         moments(model, calls, [(TO_Q,)], [8], rows=0)
     with pytest.raises(AquabitError, match=f"{TO_Q} read nothing"):
         moments(model, [], [(TO_Q,)], [8])
-    model.layers[TO_Q].coded = object()
+    model.layers[TO_Q].held = object()
     with pytest.raises(AquabitError, match="packed"):
         moments(model, calls, [(TO_Q,)], [8])
 

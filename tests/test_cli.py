@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -126,10 +129,52 @@ def test_verbs_one_by_one(folder) -> None:
     )
     assert min(m["bits_per_weight"] for m in front) <= 5
     assert "bytes of tensors" in run(folder, "quantize", "pipe", "c.json", "--out", "packed")
-    assert "4 images" in run(folder, "generate", "packed", "--images", "4", "--steps", "2", "--out", "grid.png")
+    said = run(folder, "generate", "packed", "--images", "4", "--steps", "2", "--out", "grid.png")
+    assert "4 images" in said and "layers by kernel: " in said and "MB resident of" in said
+    assert "layers by kernel: " in run(
+        folder, "generate", "packed", "--images", "4", "--steps", "2", "--out", "grid.png", "--memory", "auto"
+    )
     assert (folder / "grid.png").read_bytes().startswith(b"\x89PNG")
     run(folder, "report", s, "--out", "page")
     assert "<html" in (folder / "page" / "index.html").read_text()
+
+
+def test_search_under_a_latency(folder, monkeypatch) -> None:
+    """Latencies are made up, so that nothing hangs on how busy the machine is; tests/test_tuning.py measures some."""
+    from aquabit import flow
+    from aquabit.cost import Latency
+
+    def table(evaluator, space, progress) -> Latency:
+        bits = np.array([s.bits for s in space.schemes], float)
+        layers = np.broadcast_to(bits[None, :, None], (len(space.choices), len(bits), 3)).copy()
+        return Latency(layers, (16, 8, 6), 10.0)
+
+    def call_of(config) -> float:
+        return 11.0 + sum(16 if str(c.weight) == "fp" else c.weight.bits for c in config.layers.values())
+
+    monkeypatch.setattr(flow, "latency_table", table)
+    monkeypatch.setattr(flow, "packed_latencies", lambda evaluator, configs, progress: [call_of(c) for c in configs])
+    shutil.copy(folder / "whole" / "study.db", folder / "fast.db")
+    said = fails(folder, "search", "fast.db", "--latency", "1", "--workers", "1")
+    low, high = (float(n) for n in re.search(r"latency_ms = 1 is out of range: this space can reach ([\d.]+) to ([\d.]+)", said).groups())
+    words = ["--rounds", "1", "--per-round", "3", "--workers", "1"]
+    middle = str((low + high) / 2)
+    front = json.loads(run(folder, "search", "fast.db", "--latency", middle, "--bits", "6", "--out", "fast.json", "--json", "-", *words))
+    winner = next(m for m in front if m["config"] == json.loads((folder / "fast.json").read_text()))
+    assert winner["bits_per_weight"] <= 6 and winner["latency_ms"] <= float(middle)
+    assert all(m["latency_ms"] > 0 and set(m["operations"]) == {"multiply_adds", "lut_adds"} for m in front)
+    monkeypatch.setattr(flow, "packed_latencies", lambda evaluator, configs, progress: [1e4 for _ in configs])
+    assert "whole calls take 1e+04 ms or more" in fails(folder, "search", "fast.db", "--latency", middle, *words)
+
+
+def test_bench(folder) -> None:
+    rows = json.loads(run(folder, "bench", "--formats", "usq4,aq2x3g4", "--shapes", "12x16@5", "--act", "16", "--json", "-"))["rows"]
+    assert [r["format"] for r in rows] == ["usq4", "aq2x3g4"] and all(r["milliseconds"]["reference"] > 0 for r in rows)
+    said = run(folder, "bench", "--formats", "usq4", "--shapes", "12x16@5", "--threads", "1")
+    assert "threads 1" in said and "fp32/best" in said and "usq4" in said
+    calls = json.loads(run(folder, "bench", "whole/packed", "--json", "-"))["rows"]
+    assert [r["name"] for r in calls] == ["packed, memory=packed", "packed, memory=auto", "dense float32", "dense bfloat16"]
+    assert "layers by kernel" in run(folder, "bench", "whole/packed")
 
 
 def test_shards_merge_to_the_same_numbers(folder) -> None:
@@ -176,7 +221,7 @@ def test_bad_input_is_one_sentence(folder) -> None:
         "there is no study": ["explain", "nothing.db"],
         "truncated|not a readable study|damaged": ["explain", "broken.db"],
         "valid JSON": ["quantize", "pipe", "cut.json", "--out", "x"],
-        "scheme 'usq99' is out of range": ["explain", "whole/study.db", "--swap", "usq99:usq2"],
+        "scheme 'usq99' is out of": ["explain", "whole/study.db", "--swap", "usq99:usq2"],
         "prompts file": ["measure", "pipe", "--prompts", "empty.txt", *study],
         "unknown metric 'beauty'": ["measure", "pipe", "--objective", "beauty", *study],
         "scheduler 'magic'": ["measure", "pipe", "--scheduler", "magic", *study],
@@ -186,13 +231,13 @@ def test_bad_input_is_one_sentence(folder) -> None:
         "shard '3/2'": ["measure", "pipe", "--shard", "3/2", *study],
         "--correct is not available yet": ["quantize", "pipe", "whole/config.json", "--out", "x", "--correct"],
         "is for model": ["quantize", "digits-unet", "whole/config.json", "--out", "x"],
-        "bench is not available yet": ["bench"],
+        "scheme 'usq99' is out of range": ["bench", "--formats", "usq99"],
+        "must be OUTxIN@TOKENS": ["bench", "--shapes", "wide"],
+        "give them without it": ["bench", "whole/packed", "--formats", "usq4"],
+        "memory 'all' is unknown": ["generate", "whole/packed", "--out", "x.png", "--memory", "all"],
         "no model_index.json": ["generate", ".", "--out", "x.png"],
-        "--latency is not available yet": ["search", "whole/study.db", "--latency", "3"],
         "comparing studies is not available yet": ["report", "whole/study.db", "whole/study.db", "--out", "x"],
     }
-    import re
-
     for expected, words in cases.items():
         said = fails(folder, *words)
         assert re.search(expected, said), (words, said)

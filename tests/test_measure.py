@@ -73,7 +73,7 @@ def test_workers_are_gone_when_the_parent_is_gone_and_replaced_when_they_die(tmp
              "fingerprint": model.fingerprint, "device": "cpu", "dtype": "float32"}  # fmt: skip
     workers = pool.WorkerPool(1, begin)
     config = make_space(model.graph, model.fingerprint).uniform("usq4")
-    task = {"task": "measure", "config": config.to_dict(), "protocol": PROTOCOL.to_dict()}
+    task = {"task": "measure", "config": config.to_dict(), "protocol": PROTOCOL.to_dict(), "packed": False}
     first = next(workers.run([task]))[1]
     assert workers._workers[0] is not None
     process = workers._workers[0].process

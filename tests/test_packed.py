@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import struct
+from math import prod
 
 import pytest
 import torch
@@ -12,10 +14,12 @@ from safetensors.torch import load_file
 from aquabit import flow
 from aquabit.cost import CostModel
 from aquabit.graph import codebook_names
+from aquabit.kernels.arranged import Arranged
 from aquabit.pipelines import Adapter, bundled_models, denoiser_name, load, set_scheduler, trace
 from aquabit.quant.bank import Bank
-from aquabit.quant.layers import QuantConv2d, QuantLinear
+from aquabit.quant.layers import QuantConv2d, QuantLinear, resident_bytes
 from aquabit.quant.model import QuantizedDenoiser, fingerprint
+from aquabit.quant.tuning import layers_of
 from aquabit.scheme import AquabitError, Calibration, Protocol, QuantConfig
 from aquabit.space import make_space
 
@@ -57,13 +61,18 @@ def test_artifact_size_is_exact_on_disk_and_in_memory(pipe, tmp_path) -> None:
         on_disk = sum(t.numel() * t.element_size() for k, t in stored.items() if k.startswith((f"{name}.weight", f"{name}.bias")))
         if layer.scheme.shared:
             on_disk += layer.scheme.stored_bytes(layer.shape)[1]
-        assert layer.resident_bytes() == on_disk > 0, "what is resident is what is stored: no dense copy"
-        assert layer.coded is None or layer.weight.numel() == 0
-    assert sum(layer.coded is not None for layer in layers.values()) == len(layers) - 1
+        dense = 4 * prod(layer.shape)
+        assert on_disk <= resident_bytes([layer]) < on_disk + (dense if layer.held is None else dense / 8) + 16 * 1024, "no dense copy"
+        assert layer.held is None or layer.weight.numel() == 0
+    assert sum(layer.held is not None for layer in layers.values()) == len(layers) - 1
     shared = {id(layer.coded.codebooks) for layer in layers.values() if layer.scheme.shared}
-    assert len(shared) == sum(k.startswith("codebooks/") for k in stored) > 0, "layers that share codebooks hold one tensor"
+    tables = {id(layer.held.tables) for layer in layers.values() if layer.scheme.shared}
+    assert len(shared) == len(tables) == sum(k.startswith("codebooks/") for k in stored) > 0, "layers that share codebooks hold one tensor"
     packed = flow.quantize(pipe, config, bank=str(tmp_path / "bank"))
-    assert sum(m.resident_bytes() for m in packed.model.layers.values()) == sum(m.resident_bytes() for m in layers.values())
+    assert resident_bytes(packed.model.layers.values()) == resident_bytes(layers.values())
+    loaded.denoiser.to("meta")
+    moved = {id(t) for layer in layers.values() if layer.scheme.shared for t in (layer.held.tables, layer.held.stored[0])}
+    assert len(moved) == 2 * len(shared), "moved to another device, they still share"
 
 
 @pytest.mark.parametrize("act", [16, 8])
@@ -77,8 +86,28 @@ def test_packed_equals_dense(pipe, tmp_path, act: int) -> None:
     model.apply(make_space(trace(load(str(tmp_path / "packed"))), config.fingerprint).full_precision())
     full = images(pipe)
     assert (dense - full).abs().max() > 1e-3, "the test must see a difference"
-    for other in (images(packed.pipe), images(load(str(tmp_path / "packed")))):
-        torch.testing.assert_close(other, dense, rtol=0, atol=1e-4)
+    loaded = load(str(tmp_path / "packed"))
+    effect = (dense - full).square().mean().sqrt()
+    assert (images(loaded) - dense).square().mean().sqrt() < 0.2 * effect, "fast kernels stay within 1e-3 a layer"
+    for layer in layers_of(loaded.denoiser).values():
+        layer.accuracy = "exact"
+    for other in (images(packed.pipe), images(loaded)):
+        if act == 16:
+            torch.testing.assert_close(other, dense, rtol=0, atol=1e-4)
+        assert (other - dense).square().mean().sqrt() < 0.05 * effect, "a value between two steps may be rounded to the other one"
+
+
+def test_copies_run_on_their_own_weights(dit, tmp_path) -> None:
+    packed = flow.quantize(dit, mixed(dit, 8), bank=str(tmp_path / "bank"))
+    name, layer = next((n, m) for n, m in packed.model.layers.items() if isinstance(m.held, Arranged))
+    other = copy.deepcopy(layer)
+    assert other.held is not layer.held and torch.equal(other.coded.packed, layer.coded.packed), name
+    x = torch.randn(2, layer.shape[1]) if len(layer.shape) == 2 else torch.randn(2, layer.shape[1], 8, 8)
+    expected = layer(x)
+    other.held.codes.zero_()
+    assert torch.equal(layer(x), expected) and not torch.equal(other(x), expected)
+    compiled = torch.compile(other, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), other(x))
 
 
 def test_grid_of_an_artifact(dit, tmp_path) -> None:

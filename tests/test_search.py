@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aquabit.cost import CostModel
+from aquabit.cost import CostModel, Latency
 from aquabit.scheme import AquabitError, Budget, QuantConfig
 from aquabit.search import (
     Front,
@@ -45,7 +45,15 @@ def model(count: int, seed: int = 0, **options: Any) -> tuple[SearchSpace, CostM
         macs = int(np.prod(shape)) * int(rng.integers(1, 9))
         graph.add_node(f"l{i}", kind="layer", depth=i, operator=f"o{i % 3}", block=f"b{i % 2}", shape=shape, macs=macs)
     space = make_space(graph, "print", "toy", **options)
-    return space, CostModel(graph, space)
+    return space, timed(CostModel(graph, space), seed)
+
+
+def timed(cost: CostModel, seed: int) -> CostModel:
+    """Random milliseconds of the choices that layers may take; they know neither bits nor bytes."""
+    activations = tuple({16: 0, **dict.fromkeys(cost.space.activations)})
+    layers = np.random.default_rng(seed).lognormal(0, 1, (len(cost.shapes), len(cost.space.schemes), len(activations)))
+    allowed = cost.space.allowed()[:, :, None] & np.ones(len(activations), bool)
+    return cost.timed(Latency(np.where(allowed, layers, np.nan), activations, 0.5))
 
 
 def every(space: SearchSpace, activations: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
@@ -63,13 +71,21 @@ def total(scores: np.ndarray, activations: tuple[int, ...], weights: np.ndarray,
 
 def middle(cost: CostModel, share: float, *names: str) -> Budget:
     """Limits at a share of the way from the smallest to the largest possible cost."""
-    limits = cost.limits(None if "bops" in names else 8)
+    limits = cost.limits(None if {"bops", "latency_ms"} & set(names) else 8)
     values = {n: limits[n][0] + share * (limits[n][1] - limits[n][0]) for n in names}
     return Budget(**{n: int(v) if n == "bytes" else v for n, v in values.items()})  # type: ignore[arg-type]
 
 
 TOY = {"schemes": ["usq2", "usq3", "usq4", "vq2", "vq4c"]}
-LIMITS = [("bits",), ("bytes",), ("bops",), ("bits", "bops"), ("bits", "bytes", "bops")]
+LIMITS = [
+    ("bits",),
+    ("bytes",),
+    ("bops",),
+    ("latency_ms",),
+    ("bits", "bops"),
+    ("bits", "latency_ms"),
+    ("bits", "bytes", "bops", "latency_ms"),
+]
 
 
 # ---- options ---------------------------------------------------------------------------------------------------------------------------
@@ -82,7 +98,8 @@ def test_budgets_in_bits_or_bytes_fix_the_activations() -> None:
         assert activation_choices(space, budget) == (8,)
         assert activation_choices(small, budget) == (6,)
         assert activation_choices(model(3, activations=[16, 6])[0], budget) == (16,)
-    assert activation_choices(space, Budget(bits=3, bops=1e9)) == (16, 8, 6)
+    for more in ({"bops": 1e9}, {"latency_ms": 9.0}):
+        assert activation_choices(space, Budget(bits=3, **more)) == (16, 8, 6)
 
 
 @pytest.mark.parametrize("shares", [(0.2, 0.7), (0.7, 0.2), (0.5, 0.5)])
@@ -97,6 +114,38 @@ def test_options_agree_with_the_cost_model_on_every_configuration(shares: tuple[
     assert (options.keeps(choice) == inside).all() and 0 < inside.sum() < len(inside)
     assert ((options.overrun(options.used(choice)) <= 0) == inside).all()
     assert (options.columns.join(weights * 0 + 1, acts)[:, 3] == -1).all()
+
+
+def test_latency_is_the_sum_of_what_was_measured() -> None:
+    space, cost = model(4, 3, schemes=["usq2", "usq3"], excluded=["l3"])
+    weights, acts = every(space, (8, 6))
+    latency = cost.latency
+    assert latency is not None
+    place = {a: i for i, a in enumerate(latency.activations)}
+    found = cost.totals(weights, acts)["latency_ms"]
+    for n in range(len(weights)):
+        own = [latency.layers[i, w, place[a]] for i, (w, a) in enumerate(zip(weights[n], acts[n], strict=True))]
+        assert found[n] == pytest.approx(sum(own) + 0.5)
+    assert cost.limits()["latency_ms"] == pytest.approx((found.min(), found.max()))
+    fixed = found[(acts[:, :3] == 8).all(1)]
+    assert cost.limits(8)["latency_ms"] == pytest.approx((fixed.min(), fixed.max()))
+    budget = Budget(latency_ms=float(np.median(found)))
+    options = Options.of(cost, budget)
+    choice = options.columns.join(weights, acts)
+    np.testing.assert_allclose(options.used(choice)[0] + latency.rest, found)
+    assert (options.keeps(choice) == cost.within(cost.totals(weights, acts), budget)).all()
+
+
+def test_a_latency_budget_needs_measured_times() -> None:
+    space, cost = model(3)
+    cost.latency = None
+    assert "latency_ms" not in cost.limits() and "latency_ms" not in cost.totals(*space.indices([space.uniform("usq2")]))
+    with pytest.raises(AquabitError, match="measured on this machine: search with --latency"):
+        cost.check(Budget(latency_ms=3.0))
+    with pytest.raises(AquabitError, match=r"latency has shape \(1, 1, 1\)"):
+        cost.timed(Latency(np.zeros((1, 1, 1)), (8,), 0.0))
+    with pytest.raises(AquabitError, match=r"activations of \[8\] bits only, not for all of \[6, 8\]"):
+        Latency(np.zeros((2, 1, 1)), (8,), 0.0).of(np.array([0, 0]), np.array([6, 8]))
 
 
 # ---- integer program -------------------------------------------------------------------------------------------------------------------
@@ -406,7 +455,7 @@ class Lab:
         return float(values[choose(configs, values, cost, budget)])
 
 
-@pytest.mark.parametrize("names", [("bits",), ("bits", "bops")])
+@pytest.mark.parametrize("names", [("bits",), ("bits", "latency_ms")])
 def test_the_loop_finds_the_known_optimum_and_never_repeats(names: tuple[str, ...]) -> None:
     space, cost = model(8 if names == ("bits",) else 6, 6, schemes=["usq2", "usq3", "usq4", "vq3"])
     budget = middle(cost, 0.4, *names)
@@ -589,7 +638,8 @@ def test_the_front_in_json_and_back() -> None:
     keys = ["bits_per_weight", "bytes", "bops", "operations", "latency_ms", "predicted", "measured", "config"]
     assert all(list(row) == keys for row in rows)
     assert rows[0]["measured"] == {"fid": {"value": 1.5, "low": 1.0, "high": 2.0}, "psnr": {"value": 20.0, "low": None, "high": None}}
-    assert rows[0]["operations"] == model(4, **TOY)[1].macs.sum() and QuantConfig.from_dict(rows[0]["config"]) == here.members[0].config
+    assert rows[0]["operations"] == {"multiply_adds": model(4, **TOY)[1].macs.sum(), "lut_adds": 0}
+    assert QuantConfig.from_dict(rows[0]["config"]) == here.members[0].config
     assert Front.from_list(rows).to_list() == rows
     with pytest.raises(AquabitError, match="names no winner"):
         _ = Front.from_list(rows).best

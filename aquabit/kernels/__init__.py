@@ -1,7 +1,18 @@
 """CodebookWeight and the kernels that run it; fused activation fake-quantization."""
 
 from aquabit.kernels.codebook import CodebookWeight
+from aquabit.kernels.dispatch import codebook_conv2d, codebook_linear, select
 from aquabit.kernels.fake_quant import fake_quantize, fake_quantize_reference, native_available
-from aquabit.kernels.reference import codebook_conv2d, codebook_linear
+from aquabit.kernels.request import Accuracy, Request
 
-__all__ = ["CodebookWeight", "codebook_conv2d", "codebook_linear", "fake_quantize", "fake_quantize_reference", "native_available"]
+__all__ = [
+    "Accuracy",
+    "CodebookWeight",
+    "Request",
+    "codebook_conv2d",
+    "codebook_linear",
+    "fake_quantize",
+    "fake_quantize_reference",
+    "native_available",
+    "select",
+]

@@ -78,6 +78,10 @@ def recorder(pipe: DiffusionPipeline) -> Callable[[Calibration], list[Call]]:
     return record
 
 
+class _Seen(Exception):
+    """The denoiser was reached."""
+
+
 class Adapter:
     """Makes images [n, c, h, w] float32 in [0, 1]: image i from its own seed, so that it depends on no other image."""
 
@@ -148,6 +152,30 @@ class Adapter:
         if not isinstance(images, Tensor):
             images = torch.from_numpy(images).permute(0, 3, 1, 2)
         return images[: len(indices)].float().cpu()
+
+    def first_call(self, protocol: Protocol) -> Callable[[], object]:
+        """The first denoiser call of ``protocol``'s first micro-batch, to be made again; no image is finished."""
+        found: list[Call] = []
+
+        def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found.append((args, kwargs))
+            raise _Seen
+
+        handle = self.denoiser.register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            self.images(protocol, self.batches(protocol)[0])
+        except _Seen:
+            pass
+        finally:
+            handle.remove()
+        args, kwargs = found[0]
+        denoiser = self.denoiser
+
+        def call() -> object:
+            with torch.inference_mode():
+                return denoiser(*args, **kwargs)
+
+        return call
 
     def labels(self, protocol: Protocol, indices: range) -> list[int] | None:
         """Class labels of some images; None where the conditions are no classes."""

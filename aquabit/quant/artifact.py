@@ -34,7 +34,7 @@ def packed_tensors(model: QuantizedDenoiser, config: QuantConfig) -> tuple[dict[
     that holds its codebooks where it shares them."""
     tensors: dict[str, Tensor] = {}
     specs: dict[str, Any] = {}
-    coded = {n: layer.coded for n, layer in model.layers.items() if layer.coded is not None}
+    coded = {n: weight for n, layer in model.layers.items() if (weight := layer.coded) is not None}
     for name, tensor in model.denoiser.state_dict().items():
         if name.removesuffix(".weight") not in coded:
             tensors[name] = tensor.detach().to(storage_dtype(tensor)).contiguous().cpu()

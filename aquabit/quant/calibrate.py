@@ -119,7 +119,7 @@ def _watching(layers: Mapping[str, Layer], see: Callable[[str, Tensor], None]) -
 
 def _replay(model: QuantizedDenoiser, calls: Sequence[Call]) -> Iterator[int]:
     """Run recorded calls in full precision; yields the index of each before it runs."""
-    if any(layer.coded is not None for layer in model.layers.values()):
+    if any(layer.held is not None for layer in model.layers.values()):
         raise AquabitError("the model is packed; calibration needs its full-precision weights")
     model.apply(QuantConfig("", {}))
     device = next(iter(model.layers.values())).weight.device

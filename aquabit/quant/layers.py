@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from aquabit.kernels import codebook_conv2d, codebook_linear, fake_quantize
+from aquabit.kernels import Accuracy, codebook_conv2d, codebook_linear, fake_quantize
+from aquabit.kernels.arranged import Arranged
 from aquabit.kernels.codebook import CodebookWeight
-from aquabit.kernels.reference import Accuracy
+from aquabit.kernels.dispatch import device_of, held, moved
 from aquabit.scheme import FP, Scheme
 
 
@@ -17,7 +21,8 @@ class _QuantLayer(nn.Module):
 
     ``act`` are the bits of the layer's input (16 = off), ``act_output`` those of its output (Q, K and V), ``split`` the channel where a
     concatenated skip begins: then the input has two ranges. In dense mode ``weight`` is a tensor of the original shape; in packed mode
-    the coded tensors are buffers and ``weight`` is an empty tensor that carries dtype and device only.
+    ``held`` is the coded weight as kernels read it and ``weight`` an empty tensor that carries dtype and device only. ``dense`` is a
+    decoded copy beside it, which memory=auto keeps where it saves time.
     """
 
     weight: Tensor
@@ -28,17 +33,28 @@ class _QuantLayer(nn.Module):
         self.shape, self.split, self.scheme = tuple(weight.shape), split, FP
         self.act, self.act_output = 16, 16
         self.accuracy: Accuracy = "fast"
-        self.coded: CodebookWeight | None = None
+        self.held: CodebookWeight | Arranged | None = None
+        self.dense: Tensor | None = None
         self.register_buffer("weight", weight.detach())
         self.register_buffer("bias", None if bias is None else bias.detach())
 
-    def set_dense_(self, weight: Tensor, scheme: Scheme) -> None:
-        self.coded, self.weight, self.scheme = None, weight, scheme
+    @property
+    def coded(self) -> CodebookWeight | None:
+        """The weight as it is stored, restored from what the kernels read; None in dense mode."""
+        return self.held.restore() if isinstance(self.held, Arranged) else self.held
 
-    def set_packed_(self, coded: CodebookWeight, scheme: Scheme) -> None:
-        """Run from the coded tensors; the dense weight is dropped."""
+    def set_dense_(self, weight: Tensor, scheme: Scheme) -> None:
+        self.held, self.dense, self.weight, self.scheme = None, None, weight, scheme
+
+    def set_packed_(self, coded: CodebookWeight | Arranged, scheme: Scheme) -> None:
+        """Run from the coded tensors, arranged for the kernels; the dense weight is dropped."""
         self.weight = torch.empty(0, dtype=self.weight.dtype, device=self.weight.device)
-        self.coded, self.scheme = coded, scheme
+        self.held, self.dense, self.scheme = held(coded), None, scheme
+
+    def keep_dense_(self, dtype: torch.dtype | None) -> None:
+        """Keep a decoded copy of the coded weight in ``dtype``; None drops it."""
+        coded = None if dtype is None else self.coded
+        self.dense = None if coded is None else coded.dequantize().to(dtype)
 
     def shrink_(self, dtype: torch.dtype = torch.float16) -> None:
         """Keep the bias, and a weight that is not coded, at 16 bits; both are widened as they are used."""
@@ -48,19 +64,39 @@ class _QuantLayer(nn.Module):
     def bias_for(self, x: Tensor) -> Tensor | None:
         return None if self.bias is None else self.bias.to(x.dtype)
 
-    def resident_bytes(self) -> int:
-        """Bytes that the layer's weight and bias hold in memory."""
-        own = self.weight.untyped_storage().nbytes() + (0 if self.bias is None else self.bias.untyped_storage().nbytes())
-        return own if self.coded is None else own + sum(t.untyped_storage().nbytes() for t in self.coded.tensors().values())
+    def dense_for(self, x: Tensor) -> Tensor | None:
+        return self.dense if self.dense is not None and self.dense.dtype == x.dtype else None
+
+    def resident(self) -> list[Tensor]:
+        """The tensors that the layer's weight and bias hold in memory; layers may share some."""
+        parts: list[Tensor | None] = [self.weight, self.bias, self.dense]
+        if isinstance(self.held, Arranged):
+            parts += [self.held.codes, self.held.tables, self.held.scale, self.held.offset, *self.held.stored]
+            parts += [t for made in getattr(self.held, "derived", {}).values() for t in made.tensors()]  # what kernels made of it
+        elif self.held is not None:
+            parts += self.held.tensors().values()
+        return [t for t in parts if t is not None]
 
     def extra_repr(self) -> str:
-        return f"{'x'.join(map(str, self.shape))}, {self.scheme}, a{self.act}, {'dense' if self.coded is None else 'packed'}"
+        return f"{'x'.join(map(str, self.shape))}, {self.scheme}, a{self.act}, {'dense' if self.held is None else 'packed'}"
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.held = None if self.held is None else held(self.held)  # a copy is a weight of its own to the kernels
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.coded is not None:  # codes keep their dtype: only the device moves
-            self.coded = self.coded.to(fn(torch.empty(0, device=self.coded.packed.device)).device)
+        if self.held is not None:  # codes keep their dtype: only the device moves
+            device = fn(torch.empty(0, device=device_of(self.held))).device
+            self.held = moved(self.held, device)
+            self.dense = None if self.dense is None else self.dense.to(device)
         return self
+
+
+def resident_bytes(layers: Iterable[_QuantLayer]) -> int:
+    """Bytes that weights and biases of layers hold in memory, what they share once."""
+    storages = {s.data_ptr(): s.nbytes() for layer in layers for t in layer.resident() if (s := t.untyped_storage()).nbytes()}
+    return sum(storages.values())
 
 
 class QuantLinear(_QuantLayer):
@@ -79,11 +115,10 @@ class QuantLinear(_QuantLayer):
         return fake_quantize(x, bits, "token")
 
     def forward(self, x: Tensor, *_: object) -> Tensor:
-        x = self.quantized_input(x, self.act)
-        if self.coded is None:
-            y = functional.linear(x, self.weight.to(x.dtype), self.bias_for(x))
+        if self.held is None:
+            y = functional.linear(self.quantized_input(x, self.act), self.weight.to(x.dtype), self.bias_for(x))
         else:
-            y = codebook_linear(x, self.coded, self.bias_for(x), self.accuracy)
+            y = codebook_linear(x, self.held, self.bias_for(x), self.accuracy, act=self.act, dense=self.dense_for(x))
         return fake_quantize(y, self.act_output, "token")
 
 
@@ -105,10 +140,13 @@ class QuantConv2d(_QuantLayer):
         return fake_quantize(x, bits, "sample", self.split)
 
     def forward(self, x: Tensor, *_: object) -> Tensor:
-        x = self.quantized_input(x, self.act)
-        if self.coded is None:
+        if self.held is None:
+            x = self.quantized_input(x, self.act)
             return functional.conv2d(x, self.weight.to(x.dtype), self.bias_for(x), self.stride, self.padding, self.dilation, self.groups)
-        return codebook_conv2d(x, self.coded, self.bias_for(x), self.stride, self.padding, self.dilation, self.groups, self.accuracy)
+        return codebook_conv2d(
+            x, self.held, self.bias_for(x), self.stride, self.padding, self.dilation, self.groups, self.accuracy, act=self.act,
+            split=self.split, dense=self.dense_for(x),
+        )  # fmt: skip
 
 
 def _padding(values: str | tuple[int, ...]) -> str | tuple[int, int]:

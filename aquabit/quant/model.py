@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from aquabit.graph import codebook_names
+from aquabit.kernels import Accuracy
 from aquabit.kernels.codebook import CodebookWeight
-from aquabit.kernels.reference import Accuracy
 from aquabit.quant.attention import patch_attention_
 from aquabit.quant.bank import Bank, weight_hash
 from aquabit.quant.fitting import Fitter, Need, Record
@@ -167,7 +167,7 @@ class QuantizedDenoiser:
             choice = config[name]
             self._set_activations(name, choice.act)
             held = self._identity(name, choice, config.calibration)
-            if self._held.get(name) != held or layer.coded is not None:
+            if self._held.get(name) != held or layer.held is not None:
                 full = self._full[name]
                 weight = full if choice.weight == FP else self._decoded(name, choice, config.calibration)
                 layer.set_dense_(weight, choice.weight)
@@ -182,13 +182,22 @@ class QuantizedDenoiser:
             for n, layer in self.layers.items()
         )
 
-    def pack(self, config: QuantConfig, accuracy: Accuracy = "fast", progress: Progress = no_progress) -> None:
-        """Packed mode: coded weights on the kernels; layers at ``fp`` keep their weight at 16 bits. Full weights are dropped.
-
-        Layers that share codebooks hold the same tensor.
-        """
+    def apply_packed(self, config: QuantConfig, accuracy: Accuracy = "fast") -> None:
+        """Packed mode for a while: as ``pack``, but full weights stay, so that ``apply`` leads back to dense mode."""
         self._check(config)
-        self.prepare(config, progress)
+        self.prepare(config)
+        for name, weight in self._coded(config).items():
+            self.layers[name].set_packed_(weight, config[name].weight)
+            self._held.pop(name, None)
+        for name, layer in self.layers.items():
+            self._set_activations(name, config[name].act)
+            layer.accuracy = accuracy
+            if config[name].weight == FP:
+                layer.set_dense_(self._full[name], FP)
+                self._held[name] = self._identity(name, config[name], config.calibration)
+
+    def _coded(self, config: QuantConfig) -> dict[str, CodebookWeight]:
+        """The coded weights of a configuration; layers that share codebooks get the same tensor."""
         tables: dict[tuple[str | None, str], Tensor | None] = {}
         coded: dict[str, CodebookWeight] = {}
         for name, choice in config.layers.items():
@@ -198,6 +207,16 @@ class QuantizedDenoiser:
             if choice.weight.shared:
                 weight = replace(weight, codebooks=tables.setdefault((choice.codebook, str(choice.weight)), weight.codebooks))
             coded[name] = weight
+        return coded
+
+    def pack(self, config: QuantConfig, accuracy: Accuracy = "fast", progress: Progress = no_progress) -> None:
+        """Packed mode: coded weights on the kernels; layers at ``fp`` keep their weight at 16 bits. Full weights are dropped.
+
+        Layers that share codebooks hold the same tensor.
+        """
+        self._check(config)
+        self.prepare(config, progress)
+        coded = self._coded(config)
         for name, layer in self.layers.items():
             self._set_activations(name, config[name].act)
             layer.accuracy = accuracy

@@ -100,17 +100,17 @@ def quality_vs_bits(facts: Facts) -> pd.DataFrame:
 
 
 def front(facts: Facts) -> pd.DataFrame:
-    """config, winner, bits, bytes, bops, predicted, measured, low, high, blocks of every member, smallest first."""
+    """config, winner, bits, bytes, bops, latency_ms, predicted, measured, low, high, blocks of every member, smallest first."""
     rows, blocks = [], _count((facts.front.get("comparison") or {}).get("blocks"))
     for member in facts.front.get("members") or []:
         body = member.get("config")
         config = QuantConfig.from_dict(body, "a member of the front").digest if isinstance(body, dict) else ""
         measured = (member.get("measured") or {}).get(facts.objective) or {}
         predicted = number((member.get("predicted") or {}).get(facts.objective))
-        cost = [number(member.get(k)) for k in ("bits_per_weight", "bytes", "bops")]
+        cost = [number(member.get(k)) for k in ("bits_per_weight", "bytes", "bops", "latency_ms")]
         values = [number(measured.get(k)) for k in ("value", "low", "high")]
         rows.append((config, bool(config) and config == facts.front.get("winner"), *cost, predicted, *values, blocks))
-    columns = ["config", "winner", "bits", "bytes", "bops", "predicted", "measured", "low", "high", "blocks"]
+    columns = ["config", "winner", "bits", "bytes", "bops", "latency_ms", "predicted", "measured", "low", "high", "blocks"]
     return _table(rows, columns).sort_values("bits", kind="stable", ignore_index=True)
 
 

@@ -79,7 +79,8 @@ def remeasure_plan(
 ) -> list[int]:
     """Indices to measure again on fresh seeds, by bits: the winner of ``choose``, and Pareto members (bits, value) spread over the bits."""
     winner = choose(configs, values, cost_model, budget)
-    relaxed = Budget(bits=1e9, bops=1e300 if budget.bops is not None else None)  # any size, the budget's activation bits
+    bops, latency = (None if value is None else 1e300 for value in (budget.bops, budget.latency_ms))
+    relaxed = Budget(bits=1e9, bops=bops, latency_ms=latency)  # any size, the budget's activation bits
     totals, open_ = _totals(configs, cost_model, relaxed)
     measured = np.where(open_, np.asarray(values, float), np.nan)
     others = [int(i) for i in np.flatnonzero(pareto(measured, totals["bits"])) if i != winner]
@@ -124,16 +125,20 @@ class FrontMember:
     bits_per_weight: float
     bytes: int
     bops: float
-    operations: float | None = None
-    latency_ms: float | None = None
+    operations: Mapping[str, float] | float | None = None  # {"multiply_adds", "lut_adds"} of one image; older files have one number
+    latency_ms: float | None = None  # measured, of the packed denoiser
     predicted: Mapping[str, float] = field(default_factory=dict)
     measured: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # metric -> {"value", "low", "high"}
 
     @staticmethod
-    def of(cost_model: CostModel, config: QuantConfig, predicted: Mapping[str, float], measured: Mapping[str, Interval]) -> FrontMember:
+    def of(
+        cost_model: CostModel, config: QuantConfig, predicted: Mapping[str, float], measured: Mapping[str, Interval],
+        latency_ms: float | None = None,
+    ) -> FrontMember:  # fmt: skip
         cost = cost_model(config)
         values = {metric: dict(found._asdict()) for metric, found in measured.items()}
-        sizes = (cost.bits_per_weight, cost.bytes, cost.bops, cost.operations)
+        operations = {"multiply_adds": cost.multiply_adds, "lut_adds": cost.lut_adds}
+        sizes = (cost.bits_per_weight, cost.bytes, cost.bops, operations, latency_ms)
         return FrontMember(config, *sizes, predicted=dict(predicted), measured=values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -222,13 +227,13 @@ class Front:
         head = "".join(f"<th>{escape(k)} predicted</th><th>{escape(k)} measured</th>" for k in metrics)
         rows = []
         for m in self.members:
-            cells = [f"{m.bits_per_weight:.3f}", f"{m.bytes:,}", f"{m.bops:.4g}"]
+            cells = [f"{m.bits_per_weight:.3f}", f"{m.bytes:,}", f"{m.bops:.4g}", _shown(m.latency_ms)]
             for k in metrics:
                 cells += [_shown(m.predicted.get(k)), _shown_interval(m.measured.get(k, {}))]
             mark = ' style="font-weight: bold"' if m.config.digest == self.winner else ""
             rows.append(f"<tr{mark}>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>")
         budget = f"<caption>budget: {escape(str(self.budget))}; the winner is bold</caption>" if self.budget else ""
-        return f"<table>{budget}<tr><th>bits per weight</th><th>bytes</th><th>BOPs</th>{head}</tr>{''.join(rows)}</table>"
+        return f"<table>{budget}<tr><th>bits per weight</th><th>bytes</th><th>BOPs</th><th>ms a call</th>{head}</tr>{''.join(rows)}</table>"
 
 
 def _number(value: float | None) -> float:
@@ -266,11 +271,15 @@ def _members_model() -> Any:
         low: float | None
         high: float | None
 
+    class Operations(Part):
+        multiply_adds: float = Field(ge=0)
+        lut_adds: float = Field(ge=0)
+
     class Member(Part):
         bits_per_weight: float = Field(gt=0)
         bytes: int = Field(gt=0)
         bops: float = Field(ge=0)
-        operations: float | None
+        operations: Operations | float | None
         latency_ms: float | None
         predicted: dict[str, float | None]
         measured: dict[str, Measured]

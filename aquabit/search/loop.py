@@ -72,7 +72,9 @@ def ladder(cost_model: CostModel, budget: Budget, spread: Sequence[float] = SPRE
     for factor in spread:
         scaled: dict[str, float] = {}
         for name, value in budget.limits().items():
-            rest = cost_model.other_bytes if name == "bytes" else 0  # biases and norms are not quantized
+            rest = float(cost_model.other_bytes) if name == "bytes" else 0.0  # biases and norms are not quantized
+            if name == "latency_ms" and cost_model.latency is not None:
+                rest = cost_model.latency.rest
             goal = min(rest + (value - rest) * factor, limits[name][1])
             scaled[name] = int(goal) if name == "bytes" else goal
         target = Budget(**scaled)  # type: ignore[arg-type]
@@ -158,7 +160,7 @@ class _Proposer:
         distance = np.abs(options.used(choice) / options.caps[:, None] - 1).max(0)
         near = np.argsort(distance, kind="stable")[: self.contexts]
         missing = self.contexts - len(near)
-        center = 8 * options.caps[0] / self.cost_model.weights if options.names[0] != "bops" else None
+        center = 8 * options.caps[0] / self.cost_model.weights if options.names[0] in ("bits", "bytes") else None
         bits_range = BITS_RANGE if center is None else (center * 0.9, center)
         more_weights, more_acts = self.space.indices(self.space.sample(max(missing, 0), self.seed, bits_range))
         both = (np.concatenate([weights[near], more_weights]), np.concatenate([acts[near], options.columns.settle(more_acts)]))

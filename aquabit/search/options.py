@@ -16,8 +16,9 @@ Predict = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (weights [n, L], act
 
 
 def activation_choices(space: SearchSpace, budget: Budget | None = None) -> tuple[int, ...]:
-    """Activation bits open to a search: all of the space's where BOPs are limited, else a8 alone (or the highest the space has)."""
-    if budget is not None and budget.bops is not None:
+    """Activation bits open to a search: all of the space's where BOPs or latency are limited, which depend on them, else a8 alone (or the
+    highest the space has)."""
+    if budget is not None and (budget.bops is not None or budget.latency_ms is not None):
         return tuple(sorted(set(space.activations), reverse=True))
     return (8,) if 8 in space.activations else (max(space.activations),)
 
@@ -82,7 +83,7 @@ class Opening:
 
 @dataclass(frozen=True)
 class Options:
-    """Columns with their exact costs [R, L, C] and the R upper limits ``caps`` [R]: bytes of all weights, and BOPs where limited.
+    """Columns with their exact costs [R, L, C] and the R upper limits ``caps`` [R]: bytes of all weights, BOPs and latency where limited.
 
     ``openings`` cost on top of ``costs``, once each.
     """
@@ -112,6 +113,12 @@ class Options:
             names.append("bops")
             costs.append(cost_model.macs[:, None] * cost_model.weight_bits[:, every] * cost_model.act_bits(columns.acts))
             caps.append(budget.bops * (1 + 5e-13))  # inside the tolerance of CostModel.within
+        if budget.latency_ms is not None:
+            assert cost_model.latency is not None  # checked above
+            names.append("latency_ms")
+            per_column = cost_model.latency.of(np.tile(every[:, None], len(columns.acts)), columns.acts.T).T
+            costs.append(np.where(columns.allowed, per_column, 0.0))  # what a layer may not take was not measured
+            caps.append(budget.latency_ms * (1 + 5e-13) - cost_model.latency.rest)
         sized = np.array([name in ("bits", "bytes") for name in names], float)
         tables = cost_model.shared if sized.any() else []
         openings = tuple(Opening(t.layers, every == t.column, sized * t.bytes) for t in tables)

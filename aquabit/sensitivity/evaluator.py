@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
+from aquabit.kernels.dispatch import using
 from aquabit.pipelines import Adapter, denoiser_name, load, recorder, set_scheduler
 from aquabit.quality import DigitsFeatures, NonFiniteImages, Quality, Reference
 from aquabit.quality.paired import mse, psnr_from_mse, ssim
@@ -143,24 +144,40 @@ class Evaluator:
             found[text] = {**value, **_deviation(images, rounded[own])}
         return found
 
-    def generate(self, config: QuantConfig, protocol: Protocol) -> Tensor:
-        """All images of a configuration [n, c, h, w] in [0, 1]."""
+    def generate(self, config: QuantConfig, protocol: Protocol, packed: bool = False) -> Tensor:
+        """All images of a configuration [n, c, h, w] in [0, 1]; ``packed``: made by the kernels from coded weights, chosen in their static
+        order, so that images depend neither on timings nor on the number of workers."""
         if config.fingerprint != self.fingerprint:
             raise AquabitError(f"the configuration is for model {config.fingerprint}, this is model {self.fingerprint}")
-        self.quantized.apply(config)
         self.pipe.scheduler = self.scheduler
         set_scheduler(self.pipe, protocol.scheduler)
+        if packed:
+            with self.packed(config), using({}):
+                return self._images(protocol)
+        self.quantized.apply(config)
+        return self._images(protocol)
+
+    def _images(self, protocol: Protocol) -> Tensor:
         return torch.cat([self.adapter.images(protocol, b) for b in self.adapter.batches(protocol)])
 
-    def measure(self, config: QuantConfig, protocol: Protocol) -> tuple[Measurement, bytes | None]:
-        """A measurement and a PNG of its first images; a failure is a measurement too, with its reason."""
+    @contextmanager
+    def packed(self, config: QuantConfig) -> Iterator[QuantizedDenoiser]:
+        """The denoiser in packed mode; in full precision afterwards, as fitting needs it."""
+        try:
+            self.quantized.apply_packed(config)
+            yield self.quantized
+        finally:
+            self.quantized.apply(QuantConfig(self.fingerprint, {}))
+
+    def measure(self, config: QuantConfig, protocol: Protocol, packed: bool = False) -> tuple[Measurement, bytes | None]:
+        """A measurement and a PNG of its first images; a failure is a measurement too, with its reason. ``packed`` as for ``generate``."""
         started = time.perf_counter()
-        facts = environment(self.device)
+        facts = environment(self.device) | {"weights": "packed" if packed else "decoded"}
         try:
             with single_thread(self.device):
                 full = None if not config.layers else self.full_precision(protocol)
                 started = time.perf_counter()  # full-precision images are made once per protocol, not per configuration
-                images = self.generate(config, protocol)
+                images = self.generate(config, protocol, packed and bool(config.layers))
                 if full is None:
                     self._keep(protocol, images)
                 metrics = self._metrics(images, images if full is None else full, protocol)

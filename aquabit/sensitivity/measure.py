@@ -122,9 +122,10 @@ def _parts(layers: list[str], size: int = 6) -> list[list[str]]:
 
 def measure_configs(
     pool: InlinePool | WorkerPool, study: Study, costs: CostModel, configs: Iterable[QuantConfig], protocols: Sequence[Protocol], kind: str,
-    progress: Progress = no_progress, what: str = "measuring",
+    progress: Progress = no_progress, what: str = "measuring", packed: bool = False,
 ) -> int:  # fmt: skip
-    """Measure what the study does not have yet, one transaction each; the number of new measurements."""
+    """Measure what the study does not have yet, one transaction each; the number of new measurements. ``packed``: as it runs in the end,
+    from codes on the kernels; else with decoded weights, which is quicker to set up."""
     tasks: list[Task] = []
     pending: dict[tuple[str, str], QuantConfig] = {}
     listed = {c.digest: c for c in configs}
@@ -134,7 +135,7 @@ def measure_configs(
         for key, config in listed.items():
             if key not in known:
                 pending[key, protocol.digest] = config
-                tasks.append({"task": "measure", "config": config.to_dict(), "protocol": protocol.to_dict()})
+                tasks.append({"task": "measure", "config": config.to_dict(), "protocol": protocol.to_dict(), "packed": packed})
     progress(what, 0, len(tasks))
     for done, (_, (measurement, png)) in enumerate(pool.run(tasks), 1):
         config = pending[measurement.config, measurement.protocol]
@@ -155,9 +156,22 @@ def uniform_references(space: SearchSpace) -> list[QuantConfig]:
 class Session:
     """A model, a study bound to it, and a pool: what every verb that makes images works with. Use ``open_session``."""
 
-    def __init__(self, model: Model, study: Study, space: SearchSpace, protocol: Protocol, pool: InlinePool | WorkerPool, bank: Bank):
+    def __init__(
+        self, model: Model, study: Study, space: SearchSpace, protocol: Protocol, pool: InlinePool | WorkerPool, bank: Bank,
+        device: str = "cpu",
+    ):  # fmt: skip
         self.model, self.study, self.space, self.protocol, self.pool, self.bank = model, study, space, protocol, pool, bank
-        self.costs = CostModel(model.graph, space)
+        self.costs, self.device = CostModel(model.graph, space), device
+        self._here: Evaluator | None = pool.evaluator if isinstance(pool, InlinePool) else None
+
+    @property
+    def here(self) -> Evaluator:
+        """An evaluator in this process (workers have their own), made when it is first needed: latencies are measured where nothing else
+        runs."""
+        if self._here is None:
+            model = self.model
+            self._here = Evaluator(model.source, model.graph, self.bank, model.fingerprint, self.device, self.protocol.dtype)
+        return self._here
 
     def measure(
         self,
@@ -166,8 +180,9 @@ class Session:
         progress: Progress = no_progress,
         protocols: Sequence[Protocol] | None = None,
         what: str = "measuring",
+        packed: bool = False,
     ) -> int:
-        return measure_configs(self.pool, self.study, self.costs, configs, protocols or [self.protocol], kind, progress, what)
+        return measure_configs(self.pool, self.study, self.costs, configs, protocols or [self.protocol], kind, progress, what, packed)
 
     def references(self, progress: Progress = no_progress, protocols: Sequence[Protocol] | None = None) -> None:
         """Full precision first (paired metrics need its images), then uniform configurations."""
@@ -199,7 +214,7 @@ def open_session(
         study.begin(opened.reference, opened.fingerprint, to_json(opened.graph), space.to_dict(), given)
         store = Bank(bank)
         with pool_for(opened, store, workers, device, given.dtype) as pool:
-            session = Session(opened, study, space, given, pool, store)
+            session = Session(opened, study, space, given, pool, store, device)
             fit_all(pool, study, space, given, progress)
             yield session
             store.trim()
