@@ -1,9 +1,9 @@
 """A CodebookWeight as the native kernels read it, made once at load: rows of whole bytes, scalar codes fused, groups in reading order.
 
-A row of weights is cut into segments that lie within one tap of the kernel and one group of scales. Each is a run of *lookups*: a lookup is a
-code of one codebook, or ``fused`` neighbouring scalar codes as one, the first in the lowest bits (2 bits by 4, 3 and 4 bits by 2). A
-lookup takes a byte, or half of one (the first in the low half) where its codebook has at most 16 codewords. Nothing is lost:
-``restore`` gives the stored weight back.
+A row of weights is cut into segments that lie within one tap of the kernel and one group of scales. Each is a run of *lookups*: a lookup
+is a code of one codebook, or ``fused`` neighbouring scalar codes as one, the first in the lowest bits (2 bits by 4, 3 and 4 bits by 2). A
+lookup takes a byte, or half of one (the first in the low half) where its codebook has at most 16 codewords. Nothing is lost: ``restore``
+gives the stored weight back.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from math import ceil, prod
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,11 +24,11 @@ NIBBLE = 4  # bits of a lookup of which two share a byte
 
 
 class Segment(NamedTuple):
-    """Inputs [start, start + count) at one tap of the kernel, under one group of scales."""
+    """Inputs [start, start + inputs) at one tap of the kernel, under one group of scales."""
 
     tap: int
     start: int
-    count: int
+    inputs: int
     scales: int
 
 
@@ -73,7 +73,7 @@ class Arranged:
         return self.group == 1 and self.codebooks == 1 and self.order == "inputs"
 
     def lookups(self, segment: Segment) -> int:
-        return ceil(segment.count / self.channels) * self.codebooks
+        return ceil(segment.inputs / self.channels) * self.codebooks
 
     def segment_bytes(self, segment: Segment) -> int:
         return ceil(self.lookups(segment) * self.width / 8)
@@ -99,14 +99,15 @@ class Arranged:
         """The weight that was arranged, to the bit."""
         codes = _unlaid(self).permute(1, 2, 0)  # [groups, M, out]
         tables, scale, offset = self.stored
-        return CodebookWeight(pack(codes, self.bits), tables, scale, offset, self.shape, self.bits, "kernel" if self.order == "kernel" else "inputs")  # fmt: skip
+        order: Literal["inputs", "kernel"] = "kernel" if self.order == "kernel" else "inputs"
+        return CodebookWeight(pack(codes, self.bits), tables, scale, offset, self.shape, self.bits, order)
 
 
 def arranges(weight: CodebookWeight) -> str | None:
     """Why ``weight`` cannot be arranged, or None: lookups have at most 8 bits, and groups of a convolution lie within a tap."""
     if weight.bits > 8:
         return f"codes of {weight.bits} bits do not fit a byte"
-    if weight.order == "inputs" and weight.group > 1 and any(s.count % weight.group for s in _segments(weight)):
+    if weight.order == "inputs" and weight.group > 1 and any(s.inputs % weight.group for s in _segments(weight)):
         return f"groups of {weight.group} inputs do not fit into {weight.shape[1]} channels or a group of scales"
     return None
 
@@ -149,9 +150,9 @@ def _segments(weight: CodebookWeight) -> tuple[Segment, ...]:
 def _places(arranged: Arranged, segment: Segment) -> slice:
     """The groups of a segment among the groups of a row, as they are stored."""
     if arranged.order == "kernel":
-        return slice(0, segment.count)
+        return slice(0, segment.inputs)
     first = (segment.tap * arranged.shape[1] + segment.start) // arranged.group
-    return slice(first, first + segment.count // arranged.group)
+    return slice(first, first + segment.inputs // arranged.group)
 
 
 def _laid(arranged: Arranged, codes: Tensor) -> Tensor:
@@ -160,7 +161,7 @@ def _laid(arranged: Arranged, codes: Tensor) -> Tensor:
     for segment in arranged.segments:
         run = codes[:, _places(arranged, segment)]
         if arranged.fused > 1:
-            run = torch.nn.functional.pad(run[..., 0], (0, -segment.count % arranged.fused)).reshape(out, -1, arranged.fused)
+            run = torch.nn.functional.pad(run[..., 0], (0, -segment.inputs % arranged.fused)).reshape(out, -1, arranged.fused)
             run = _joined(run, arranged.bits)
         run = run.reshape(out, -1)
         if arranged.width == NIBBLE:
@@ -189,6 +190,6 @@ def _unlaid(arranged: Arranged) -> Tensor:
         run = run[:, : arranged.lookups(segment)]
         if arranged.fused > 1:
             shifts = torch.arange(arranged.fused, device=run.device, dtype=torch.uint8) * arranged.bits
-            run = ((run[..., None] >> shifts) & ((1 << arranged.bits) - 1)).reshape(out, -1)[:, : segment.count]
+            run = ((run[..., None] >> shifts) & ((1 << arranged.bits) - 1)).reshape(out, -1)[:, : segment.inputs]
         parts.append(run.reshape(out, -1, arranged.codebooks))
     return torch.cat(parts, 1)

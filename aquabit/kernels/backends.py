@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,8 +12,11 @@ from torch.nn import functional
 
 from aquabit.kernels.arranged import Arranged
 from aquabit.kernels.codebook import CodebookWeight
+from aquabit.kernels.decode import decode_conv2d, decode_linear, decode_refuses
+from aquabit.kernels.lut import lut_conv2d, lut_linear, lut_refuses
 from aquabit.kernels.reference import reference_conv2d, reference_linear
 from aquabit.kernels.request import Request, hollow
+from aquabit.kernels.triton_kernels import triton_conv2d, triton_linear, triton_refuses
 from aquabit.scheme import AquabitError
 
 Weight: TypeAlias = CodebookWeight | Arranged
@@ -34,19 +36,6 @@ class Backend:
     quantizes: bool = False
 
 
-def _optional(name: str) -> Any:
-    """A kernel's module, or None where this version has none."""
-    try:
-        return importlib.import_module(f"aquabit.kernels.{name}")
-    except ModuleNotFoundError as error:
-        if error.name != f"aquabit.kernels.{name}":
-            raise
-        return None
-
-
-_lut, _decode, _triton = (_optional(name) for name in ("lut", "decode", "triton_kernels"))
-
-
 def _native_refuses(request: Request) -> str | None:
     """What no native CPU kernel serves."""
     if request.device != "cpu":
@@ -61,26 +50,21 @@ def _no_gradient(request: Request) -> str | None:
 
 
 def _lut_refuses(request: Request) -> str | None:
-    if _lut is None:
-        return "this version has none"
     form = request.format
     if form.tables == "channel":
         return "every output has codebooks of its own: it needs shared ones"
-    return form.unarranged or _native_refuses(request) or _lut.lut_refuses(hollow(form))
+    own = hollow(form)
+    return _native_refuses(request) or (lut_refuses(own) if isinstance(own, Arranged) else form.unarranged)
 
 
 def _decode_refuses(request: Request) -> str | None:
-    if _decode is None:
-        return "this version has none"
-    return _native_refuses(request) or _decode.decode_refuses(hollow(request.format), request.device, getattr(torch, request.dtype))
+    return _native_refuses(request) or decode_refuses(hollow(request.format), request.device, getattr(torch, request.dtype))
 
 
 def _triton_refuses(request: Request) -> str | None:
-    if _triton is None:
-        return "this version has none"
     if request.device != "cuda":
         return f"it runs on CUDA, the input is on {request.device}"
-    return _no_gradient(request) or _triton.triton_refuses(hollow(request.format), request.device, getattr(torch, request.dtype))
+    return _no_gradient(request) or triton_refuses(hollow(request.format), request.device, getattr(torch, request.dtype))
 
 
 def _dense_refuses(request: Request) -> str | None:
@@ -88,36 +72,32 @@ def _dense_refuses(request: Request) -> str | None:
 
 
 def _lut_linear(x: Tensor, weight: Weight, bias: Tensor | None, request: Request, _: Tensor | None) -> Tensor:
-    y: Tensor = _lut.lut_linear(x, weight, bias, request.accuracy == "exact")
-    return y
+    assert isinstance(weight, Arranged)
+    return lut_linear(x, weight, bias, request.accuracy == "exact")
 
 
 def _lut_conv2d(x: Tensor, weight: Weight, bias: Tensor | None, request: Request, _: Tensor | None) -> Tensor:
     r = request
-    y: Tensor = _lut.lut_conv2d(x, weight, bias, r.stride, r.padding, r.dilation, r.groups, r.accuracy == "exact")
-    return y
+    assert isinstance(weight, Arranged)
+    return lut_conv2d(x, weight, bias, r.stride, r.padding, r.dilation, r.groups, r.accuracy == "exact")
 
 
 def _decode_linear(x: Tensor, weight: Weight, bias: Tensor | None, request: Request, _: Tensor | None) -> Tensor:
-    y: Tensor = _decode.decode_linear(x, weight, bias, request.act, request.accuracy)
-    return y
+    return decode_linear(x, weight, bias, request.act, request.accuracy)
 
 
 def _decode_conv2d(x: Tensor, weight: Weight, bias: Tensor | None, request: Request, _: Tensor | None) -> Tensor:
     r = request
-    y: Tensor = _decode.decode_conv2d(x, weight, bias, r.stride, r.padding, r.dilation, r.groups, r.act, r.split, r.accuracy)
-    return y
+    return decode_conv2d(x, weight, bias, r.stride, r.padding, r.dilation, r.groups, r.act, r.split, r.accuracy)
 
 
 def _triton_linear(x: Tensor, weight: Weight, bias: Tensor | None, request: Request, _: Tensor | None) -> Tensor:
-    y: Tensor = _triton.triton_linear(x, weight, bias, request.accuracy)
-    return y
+    return triton_linear(x, weight, bias, request.accuracy)
 
 
 def _triton_conv2d(x: Tensor, weight: Weight, bias: Tensor | None, request: Request, _: Tensor | None) -> Tensor:
     r = request
-    y: Tensor = _triton.triton_conv2d(x, weight, bias, r.stride, r.padding, r.dilation, r.groups, r.accuracy)
-    return y
+    return triton_conv2d(x, weight, bias, r.stride, r.padding, r.dilation, r.groups, r.accuracy)
 
 
 def _reference_linear(x: Tensor, weight: Weight, bias: Tensor | None, _: Request, __: Tensor | None) -> Tensor:

@@ -134,4 +134,4 @@ def _one_run(weight: CodebookWeight | Arranged) -> Arranged:
 
 def _seamless(weight: Arranged, segment: Segment) -> bool:
     """Whether a segment fills its bytes, so that the next one's lookups follow without a gap."""
-    return segment.count % weight.channels == 0 and weight.lookups(segment) * weight.width % 8 == 0
+    return segment.inputs % weight.channels == 0 and weight.lookups(segment) * weight.width % 8 == 0
