@@ -72,7 +72,7 @@ class _QuantLayer(nn.Module):
         parts: list[Tensor | None] = [self.weight, self.bias, self.dense]
         if isinstance(self.held, Arranged):
             parts += [self.held.codes, self.held.tables, self.held.scale, self.held.offset, *self.held.stored]
-            parts += [t for made in getattr(self.held, "derived", {}).values() for t in made.tensors()]  # what kernels made of it
+            parts += [t for made in self.held.derived.values() for t in made.tensors()]  # what kernels made of it
         elif self.held is not None:
             parts += self.held.tensors().values()
         return [t for t in parts if t is not None]
