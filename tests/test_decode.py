@@ -398,7 +398,7 @@ def test_damaged_weights_raise() -> None:
     refused(replace(good, codes=good.codes[:, :-1].contiguous()), "outside")
     refused(replace(good, codes=good.codes.int()), "codes is torch.int32")
     refused(replace(good, codes=good.codes[:4]), "codes is")
-    refused(replace(good, segments=(good.segments[0]._replace(count=18),)), "outside")
+    refused(replace(good, segments=(good.segments[0]._replace(inputs=18),)), "outside")
     refused(replace(good, segments=(good.segments[0]._replace(start=2),)), "outside")
     refused(replace(good, tables=good.tables[:, :, :32].contiguous()), "tables is")  # type: ignore[index]
     refused(replace(good, scale=good.scale[:3]), "scale is")

@@ -161,11 +161,11 @@ def test_bad_weights_and_schemes() -> None:
 def test_kernels_equal_the_dense_layer_and_refuse_misfits() -> None:
     weight = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
     coded, x, bias = quantize_weight(weight, "vq3"), torch.randn(2, 3, 10), torch.randn(6)
-    torch.testing.assert_close(codebook_linear(x, coded, bias), torch.nn.functional.linear(x, coded.dequantize(), bias))
+    torch.testing.assert_close(codebook_linear(x, coded, bias, "exact"), torch.nn.functional.linear(x, coded.dequantize(), bias))
     conv = quantize_weight(torch.randn(6, 4, 3, 3), "usq4")
     images = torch.randn(2, 8, 5, 5)
     torch.testing.assert_close(
-        codebook_conv2d(images, conv, None, 2, 1, 1, 2), torch.nn.functional.conv2d(images, conv.dequantize(), None, 2, 1, 1, 2)
+        codebook_conv2d(images, conv, None, 2, 1, 1, 2, "exact"), torch.nn.functional.conv2d(images, conv.dequantize(), None, 2, 1, 1, 2)
     )
     for bad in (
         lambda: codebook_linear(x[..., :9], coded),
