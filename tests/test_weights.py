@@ -170,7 +170,7 @@ def test_kernels_equal_the_dense_layer_and_refuse_misfits() -> None:
     for bad in (
         lambda: codebook_linear(x[..., :9], coded),
         lambda: codebook_linear(x, conv),
-        lambda: codebook_linear(x, coded, backend="lut"),
+        lambda: codebook_linear(x, coded, backend="abacus"),
     ):
         with pytest.raises(AquabitError):
             bad()
