@@ -342,6 +342,20 @@ def test_scratch_is_a_sixteenth(threads: int, level: str) -> None:
         assert scratch((16, 10), dtype) <= 8 * 10 * 6
 
 
+@levels
+@pytest.mark.parametrize("tokens", [3, 20])
+def test_zero_points_cancel(tokens: int, level: str) -> None:
+    """Weights that are not about zero, activations that mostly are: what the zero point adds is a thousand times the result."""
+    x = inputs(tokens, 512) * 0.01
+    x[:, 3], x[:, 4] = 1, -1
+    for form in (USQ[0], USQ[3], USQ[7]):
+        weight = make((20, 512), form)
+        assert weight.scale is not None
+        shifted = replace(weight, offset=weight.scale * 0.5)
+        x[:, 5:] -= x[:, 5:].mean(1, keepdim=True)
+        assert error(decode_linear(x, arrange(shifted), None, 8, level=level), linear64(x, shifted, None, 8)) <= EXACT
+
+
 def test_empty_batches() -> None:
     weight = make((5, 16), USQ[3])
     assert decode_linear(torch.empty(0, 16), arrange(weight), None, 8).shape == (0, 5)

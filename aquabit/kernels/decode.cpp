@@ -161,6 +161,7 @@ Method method_of(const Weight& w, int64_t level, int64_t bits, int64_t threads) 
 struct Scratch {
     Buffer<uint8_t> slots, room;
     Buffer<float> factor, offset, total, bias, y;
+    Buffer<int32_t> shift;
     Errors errors = {0, 0};
 };
 
@@ -186,7 +187,7 @@ struct Product {
         const Plan& p = planned.plan;
         return {room_for<uint8_t>(tile * row_bytes()), room_for<uint8_t>(room_bytes()),      room_for<float>(tile * p.run_count),
                 room_for<float>(tile * p.run_count),   room_for<float>(tile * p.range_count), room_for<float>(tile),
-                room_for<float>(tile * kMostVectors * method.level->lanes)};
+                room_for<float>(tile * kMostVectors * method.level->lanes), room_for<int32_t>(tile * p.run_count)};
     }
 
     int64_t scratch_bytes(int64_t tile) const { return tile * row_bytes() + room_bytes(); }
@@ -200,18 +201,19 @@ struct Product {
             s->bias[r] = r < count && weight.bias ? weight.bias[row] : 0;
             if (r >= count) {
                 std::memset(slot, 0, row_bytes());
-                for (int64_t i = 0; i < planned.plan.run_count; ++i) s->factor[i * padded + r] = s->offset[i * padded + r] = 0;
+                for (int64_t i = 0; i < planned.plan.run_count; ++i)
+                    s->factor[i * padded + r] = s->offset[i * padded + r] = 0, s->shift[i * padded + r] = 0;
                 for (int64_t i = 0; i < planned.plan.range_count; ++i) s->total[i * padded + r] = 0;
             } else if (method.codes) {
                 method.level->fill_codes(weight, planned.plan, method.wide, row, reinterpret_cast<int8_t*>(s->room.get()), slot,
-                                         s->factor.get() + r, s->offset.get() + r, s->total.get() + r, padded);
+                                         s->factor.get() + r, s->offset.get() + r, s->shift.get() + r, s->total.get() + r, padded);
             } else {
                 method.level->fill_values(weight, planned.plan, method.most, row, reinterpret_cast<float*>(s->room.get()), slot,
                                           s->factor.get() + r, s->total.get() + r, padded, &s->errors);
             }
         }
         return {s->slots.get(), row_bytes(), padded, s->factor.get(), method.codes ? s->offset.get() : nullptr, s->total.get(),
-                s->bias.get()};
+                s->bias.get(),  s->shift.get()};
     }
 
     // Sums of the activations' integers of each run, which offsets need.

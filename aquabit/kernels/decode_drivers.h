@@ -7,7 +7,7 @@ Outcome linear_product(const Method& m, const Weight& w, const float* x, float* 
     std::vector<int64_t> starts;
     for (int64_t v = 0; v < vectors; ++v) starts.push_back(v / size * block_bytes + v % size * 4 * lanes);
     Buffer<uint8_t> values = room_for<uint8_t>((vectors + size - 1) / size * block_bytes);
-    std::vector<Grid> grids(positions, Grid{0, 0, 0, 0, 0});
+    std::vector<Grid> grids(positions, Grid{0, 0, 0, 0, 0, 0, 0});
     std::vector<Errors> errors(vectors, Errors{0, 0});
     std::vector<char> usable(vectors, 1);
     in_parts(vectors, tokens * w.cin > 32768 ? m.threads : 1, [&](int64_t from, int64_t to, int64_t) {
@@ -28,10 +28,11 @@ Outcome linear_product(const Method& m, const Weight& w, const float* x, float* 
     if (ratio_of(lost) > kMostLost) return {0, ratio_of(lost), 0, 0};
     Planned planned;
     make_plan(w, {{0}, step_bytes, 0, w.cin}, m.per(), m.limit, m.by_scale, &planned);
-    std::vector<float> scale(positions), base(positions);
-    for (int64_t t = 0; t < positions; ++t) scale[t] = grids[t].scale, base[t] = grids[t].base;
+    std::vector<float> scale(positions), rest(positions);
+    std::vector<int32_t> zero(positions);
+    for (int64_t t = 0; t < positions; ++t) scale[t] = grids[t].scale, rest[t] = grids[t].rest, zero[t] = grids[t].zero * 0x00800001;
     Buffer<float> sums = room_for<float>(m.codes ? planned.plan.run_count * positions : 0);
-    const Activations a = {values.get(), starts.data(), step_bytes, positions, scale.data(), base.data(), sums.get()};
+    const Activations a = {values.get(), starts.data(), step_bytes, positions, scale.data(), rest.data(), zero.data(), sums.get()};
     const Product product = {m, w, planned, a, vectors, 0, w.out};
     const auto sink = [&](const float* tile, int64_t stride, int64_t row, int64_t rows, int64_t vector, int64_t n) {
         const int64_t first = vector * lanes;
@@ -117,10 +118,11 @@ Outcome conv_product(const Method& m, const Weight& w, const Convolution& c, con
     if (!images.usable || ratio_of(images.errors) > kMostLost) return {0, ratio_of(images.errors), 0, 0};
     const int64_t vectors = static_cast<int64_t>(l.starts.size()), lanes = m.level->lanes, positions = vectors * lanes;
     const int64_t ranges = c.split ? 2 : 1, area = c.out_height * c.out_width, rows = w.out / c.groups;
-    std::vector<float> scale(ranges * positions), base(ranges * positions);
+    std::vector<float> scale(ranges * positions), rest(ranges * positions);
+    std::vector<int32_t> zero(ranges * positions);
     for (int64_t i = 0; i < ranges * positions; ++i) {
         const Grid& grid = images.grids[i / positions * c.samples + l.sample[i % positions / lanes]];
-        scale[i] = grid.scale, base[i] = grid.base;
+        scale[i] = grid.scale, rest[i] = grid.rest, zero[i] = grid.zero * 0x00800001;
     }
     int64_t bytes = 0;
     for (int64_t group = 0; group < c.groups; ++group) {
@@ -128,7 +130,8 @@ Outcome conv_product(const Method& m, const Weight& w, const Convolution& c, con
         const int64_t split = c.split ? std::clamp<int64_t>(c.split - group * w.cin, 0, w.cin) : w.cin;
         make_plan(w, {l.taps, l.step_bytes, group * l.group_steps, split}, m.per(), m.limit, m.by_scale, &planned);
         Buffer<float> sums = room_for<float>(m.codes ? planned.plan.run_count * positions : 0);
-        const Activations a = {images.values.get(), l.starts.data(), l.step_bytes, positions, scale.data(), base.data(), sums.get()};
+        const Activations a = {images.values.get(), l.starts.data(), l.step_bytes, positions,
+                               scale.data(),        rest.data(),     zero.data(),  sums.get()};
         const Product product = {m, w, planned, a, vectors, group * rows, rows};
         const auto sink = [&](const float* tile, int64_t stride, int64_t row, int64_t count, int64_t vector, int64_t n) {
             for (int64_t r = 0; r < count; ++r)

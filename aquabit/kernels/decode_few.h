@@ -34,11 +34,12 @@ INLINE void dot_codes_of(const Weight& w, int64_t row, const uint8_t* x, const G
         dot_bytes(decoded + s.start, x + s.start, w.cin, tokens, s.count, AQUABIT_LEVEL == 4 || w.bits <= 7, products);
         const double scale = scale_at(w, row, s.scales) / double(w.step()), shifted = offset_at(w, row, s.scales) + scale * w.center();
         for (int64_t t = 0; t < tokens; ++t)
-            result[t] += static_cast<float>(scale) * products[t] + static_cast<float>(shifted) * sums[n * tokens + t];
+            result[t] += static_cast<float>(scale) * (products[t] - grids[t].zero * products[tokens]) +
+                         static_cast<float>(shifted) * (sums[n * tokens + t] - grids[t].zero * static_cast<int32_t>(s.count));
         total += scale * products[tokens] + shifted * s.count;
     }
     for (int64_t t = 0; t < tokens; ++t)
-        y[t * y_stride] = (w.bias ? w.bias[row] : 0) + grids[t].scale * (result[t] + grids[t].base * static_cast<float>(total));
+        y[t * y_stride] = (w.bias ? w.bias[row] : 0) + grids[t].scale * (result[t] + grids[t].rest * static_cast<float>(total));
 }
 
 // Row ``row`` of uniform codes times quantized tokens [tokens, cin]; ``sums`` [segments, tokens] of their integers.

@@ -75,6 +75,14 @@ INLINE void multiply_block(const Plan& plan, const Tile& tile, int64_t row, cons
                     }
                 }
             }
+            if (!wide)  // zero points times the sums of the weights, in one more step of 16 bits
+#pragma GCC unroll 8
+                for (int v = 0; v < vectors; ++v) {
+                    const Ints zero = load_ints(a.zero + range->number * a.positions + at + v * kLanes);
+#pragma GCC unroll 8
+                    for (int r = 0; r < kRows; ++r)
+                        acc[r][v] = dot(acc[r][v], zero, tile.shift[i * tile.rows + row + r] - Ints{}, true);
+                }
             const float* factor = tile.factor + i * tile.rows + row;
             const float* offset = tile.offset ? tile.offset + i * tile.rows + row : nullptr;
             const bool first = i == range->first;
@@ -94,9 +102,9 @@ INLINE void multiply_block(const Plan& plan, const Tile& tile, int64_t row, cons
         for (int r = 0; r < kRows; ++r)
             for (int v = 0; v < vectors; ++v) {
                 float* here = y + (r * kMostVectors + v) * kLanes;
-                const Floats base = load(a.base + place + v * kLanes), sum = load(sums + (r * vectors + v) * kLanes);
+                const Floats rest = load(a.rest + place + v * kLanes), sum = load(sums + (r * vectors + v) * kLanes);
                 const Floats before = range == plan.ranges ? tile.bias[row + r] - Floats{} : load(here);
-                store(here, before + load(a.scale + place + v * kLanes) * (sum + base * total[r]));
+                store(here, before + load(a.scale + place + v * kLanes) * (sum + rest * total[r]));
             }
     }
 }
@@ -128,8 +136,10 @@ static void multiply(const Plan& plan, const Tile& tile, const Activations& a, b
 
 // Sums of the integers of each run, which offsets are multiplied with; ``ones`` is a row of ones.
 static void sum(const Plan& plan, const Activations& a, const uint8_t* ones, bool wide, int64_t vector, int64_t vectors) {
+    const Range* range = plan.ranges;
     for (int64_t i = 0; i < plan.run_count; ++i) {
         Ints acc[kMostVectors] = {};
+        if (i == range->last) ++range;
         for (const Piece* piece = plan.pieces + plan.runs[i].first; piece < plan.pieces + plan.runs[i].last; ++piece)
             for (int64_t step = 0; step < piece->steps; ++step) {
                 const Ints w = broadcast(ones + piece->slot + 4 * step);
@@ -137,6 +147,10 @@ static void sum(const Plan& plan, const Activations& a, const uint8_t* ones, boo
                     acc[v] = dot(acc[v], load_ints(a.values + a.starts[vector + v] + piece->offset + step * a.step_bytes), w,
                                  wide);
             }
-        for (int64_t v = 0; v < vectors; ++v) store(a.sums + i * a.positions + (vector + v) * kLanes, to_floats(acc[v]));
+        for (int64_t v = 0; v < vectors; ++v) {
+            const int64_t at = (vector + v) * kLanes;
+            if (!wide) acc[v] -= (load_ints(a.zero + range->number * a.positions + at) & 255) * static_cast<int32_t>(plan.runs[i].inputs);
+            store(a.sums + i * a.positions + at, to_floats(acc[v]));
+        }
     }
 }

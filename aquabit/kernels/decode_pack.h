@@ -24,14 +24,14 @@ INLINE Limits limits_of(const float* x, int64_t n) {
 // with unquantized activations.
 INLINE bool grid_of(Limits limits, int64_t bits, bool wide, bool zero_in_range, Grid* grid) {
     if (!limits.finite) {
-        *grid = {0, 0, 0, 0, __builtin_nanf("")};
+        *grid = {0, 0, 0, 0, __builtin_nanf(""), 0, 0};
         return bits < 16;
     }
     if (bits >= 16) {
         const float most = limits.high > -limits.low ? limits.high : -limits.low;
-        *grid = {0, 0, 0, 0, 0};
+        *grid = {0, 0, 0, 0, 0, 0, 0};
         if (most == 0) return true;
-        *grid = {kActivation / most, -kActivation, kActivation, 0, most / kActivation};
+        *grid = {kActivation / most, -kActivation, kActivation, 0, most / kActivation, 0, 0};
         return most > 1e-30f && most < 1e30f;
     }
     if (zero_in_range) {
@@ -39,13 +39,15 @@ INLINE bool grid_of(Limits limits, int64_t bits, bool wide, bool zero_in_range, 
         limits.high = limits.high > 0 ? limits.high : 0;
     }
     if (limits.low == limits.high) {  // constant: one step of its own size
-        *grid = {0, 1, 1, 0, limits.low};
+        *grid = {0, 1, 1, 0, limits.low, 0, 0};
         return true;
     }
     const float levels = static_cast<float>((1 << bits) - 1);
     const float scale = (limits.high * 0.5f - limits.low * 0.5f) / (levels * 0.5f), inverse = 1 / scale;
-    const float zero = __builtin_rintf(-limits.low * inverse), base = wide && zero >= 0 && zero <= levels ? 0 : -zero;
-    *grid = {inverse, -zero, levels - zero, base, scale};
+    const float zero = __builtin_rintf(-limits.low * inverse);
+    const bool inside = zero >= 0 && zero <= levels;
+    *grid = {inverse, -zero, levels - zero, inside && wide ? 0 : -zero, scale, inside ? 0 : -zero, 0};
+    if (inside && !wide) grid->zero = static_cast<int32_t>(zero);
     return scale >= 1.17549435e-38f;
 }
 

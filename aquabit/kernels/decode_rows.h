@@ -80,7 +80,7 @@ INLINE int64_t sum_of(const int8_t* x, int64_t n) {
 
 // Row ``row`` of uniform codes into its slot, as bytes or (``wide``) 16 bits.
 static void fill_codes(const Weight& w, const Plan& plan, bool wide, int64_t row, int8_t* room, uint8_t* slot, float* factor, float* offset,
-                       float* total, int64_t stride) {
+                       int32_t* shift, float* total, int64_t stride) {
     expand_row(w, row, w.step(), w.center(), room);
     __builtin_memset(slot, 0, plan.slot_bytes);
     for (int64_t r = 0; r < plan.range_count; ++r) {
@@ -100,6 +100,8 @@ static void fill_codes(const Weight& w, const Plan& plan, bool wide, int64_t row
                 }
                 sum += sum_of(from, p->count);
             }
+            const int64_t high = (64 - sum) >> 7, low = -sum - 128 * high;
+            shift[i * stride] = static_cast<int32_t>((static_cast<uint32_t>(high) << 16) | (static_cast<uint32_t>(low) & 0xffff));
             factor[i * stride] = static_cast<float>(scale);
             offset[i * stride] = static_cast<float>(shifted);
             all += scale * sum + shifted * run.inputs;

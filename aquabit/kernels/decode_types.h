@@ -10,10 +10,10 @@ constexpr int64_t kMostTile = 48;      // rows of weights that a thread decodes 
 constexpr int64_t kDotRows = 4;        // at most so many tokens are multiplied row by row
 constexpr int kActivation = 16383;     // of activations that are not quantized: 15 bits
 constexpr int64_t kWideRun = 128;      // inputs between flushes then; 2^31 / 16383 / 128 leaves the mean weight 10 bits
-constexpr double kMostLost = 7e-4;     // relative error of activations that are rounded to them
+constexpr double kMostLost = 4e-4;     // relative error of activations that are rounded to them
 constexpr int64_t kByteRun = 512;      // inputs between flushes where activations have at most 8 bits and weights up to 16
 constexpr int64_t kOwnRun = 64;        // groups of scales of so many inputs or more get integers of their own size
-constexpr int64_t kLongestRun = 32768;  // of 8 bits times 8 bits: 255 * 128 * 32768 < 2^31
+constexpr int64_t kLongestRun = 16384;  // of 8 bits times 8 bits: their sums fit 128 times 16 bits
 
 // Inputs [start, start + count) at one tap of the kernel; codes from byte ``at`` of a row (arranged.py).
 struct Segment {
@@ -60,9 +60,11 @@ struct Plan {
     int64_t run_count, range_count, slot_bytes;
 };
 
-// Integers that stand for activations: q = clamp(rint(x * inverse), low, high) - base, x ~ (q + base) * scale.
+// Integers that stand for activations: q = clamp(rint(x * inverse), low, high) - base, x ~ (q - zero + rest) * scale. A zero point that is
+// one of the integers is taken off in integers (``zero``): what it adds to a sum is often far larger than the sum. Else it is ``rest``.
 struct Grid {
-    float inverse, low, high, base, scale;
+    float inverse, low, high, base, scale, rest;
+    int32_t zero;
 };
 
 // Quantized activations, as [step][position] dwords from each vector's start on.
@@ -70,8 +72,9 @@ struct Activations {
     const uint8_t* values;
     const int64_t* starts;  // [vectors]: bytes
     int64_t step_bytes, positions;
-    const float *scale, *base;  // [ranges, positions]
-    float* sums;                // [runs, positions] of integers
+    const float *scale, *rest;  // [ranges, positions]
+    const int32_t* zero;        // [ranges, positions]: pairs of 16 bits (zero, 128 zero), or null
+    float* sums;                // [runs, positions] of integers less zero
 };
 
 // Decoded rows.
@@ -81,6 +84,7 @@ struct Tile {
     const float *factor, *offset;     // [runs, rows]; offset null: there is none
     const float *total;               // [ranges, rows]: what a one in each input gives
     const float *bias;                // [rows]
+    const int32_t* shift;             // [runs, rows]: less the sum of the integers, as pairs of 16 bits (low, high / 128)
 };
 
 // Squares of errors and of what they are errors of.
@@ -95,7 +99,7 @@ struct Level {
     void (*multiply)(const Plan&, const Tile&, const Activations&, bool wide, int64_t vector, int64_t vectors, float* y);
     void (*sum)(const Plan&, const Activations&, const uint8_t* ones, bool wide, int64_t vector, int64_t vectors);
     void (*fill_codes)(const Weight&, const Plan&, bool wide, int64_t row, int8_t* room, uint8_t* slot, float* factor, float* offset,
-                       float* total, int64_t stride);
+                       int32_t* shift, float* total, int64_t stride);
     void (*fill_values)(const Weight&, const Plan&, int64_t most, int64_t row, float* room, uint8_t* slot, float* factor, float* total,
                         int64_t stride, Errors*);
     void (*decode_row)(const Weight&, int64_t row, float* room);
