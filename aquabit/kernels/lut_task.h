@@ -49,17 +49,15 @@ class Task {
     }
 
   private:
-    int64_t channels_of(const Block& b) const { return std::min(b.groups * c_.channels, c_.inputs - b.first); }
-
     void fetch(const Block& b, int64_t q0) {
         const int64_t count = std::min(p_.width, p_.columns - q0);
-        level_.columns_of(p_.x + q0 * c_.inputs + b.first, c_.inputs, count, channels_of(b), p_.width, r_.columns.get());
+        level_.columns_of(p_.x + q0 * c_.inputs + b.first, c_.inputs, count, b.inputs, p_.width, r_.columns.get());
     }
 
     // The inputs of one group at one range of columns: pointers to span rows of columns.
     void streams(const Block& b, int64_t group, size_t range, int64_t q0, const float** to) const {
         const float* base = p_.tokens ? r_.columns.get() : p_.x + b.first * p_.pitch + q0 + (c_.kernel_order ? 0 : p_.starts[range]);
-        const int64_t pitch = p_.tokens ? p_.width : p_.pitch, held = channels_of(b);
+        const int64_t pitch = p_.tokens ? p_.width : p_.pitch, held = b.inputs;
         for (int64_t i = 0; i < c_.span; ++i) {
             const int64_t channel = group * c_.channels + (c_.kernel_order ? 0 : i);
             to[i] = channel < held ? base + channel * pitch + (c_.kernel_order ? p_.taps[i] : 0) : r_.zeros.get();
