@@ -100,8 +100,9 @@ class Task {
     void choose_units(const Block& b) {
         const float *total = r_.total.get(), *largest = r_.largest.get();
         const float room = static_cast<float>(kShorts - 1 - b.groups * c_.codebooks * b.runs);
-        // With 16-bit dot products the inputs themselves, times 65536 word_unit over the unit, have to fit as well.
-        const float most = c_.words && level_.product_rows_dots ? std::max(c_.longest, 2 * room * c_.word_unit) : c_.longest;
+        // With 16-bit dot products the inputs themselves, times 65536 word_unit over the unit, have to stay below 32768 as well: a little
+        // more than twice word_unit, for a group with a single input that is not zero.
+        const float most = c_.words && level_.product_rows_dots ? std::max(c_.longest, 2.001f * room * c_.word_unit) : c_.longest;
         if (b.runs == 1) {
             for (int64_t q = 0; q < p_.width; ++q) set_unit(q, std::sqrt(total[q]) * b.norm, std::sqrt(largest[q]) * most, room);
             return;
