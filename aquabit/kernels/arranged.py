@@ -107,6 +107,9 @@ def arranges(weight: CodebookWeight) -> str | None:
     """Why ``weight`` cannot be arranged, or None: lookups have at most 8 bits, and groups of a convolution lie within a tap."""
     if weight.bits > 8:
         return f"codes of {weight.bits} bits do not fit a byte"
+    counts = {n for n in (_columns(weight.scale), _columns(weight.offset)) if n > 1}
+    if len(counts) > 1:
+        return f"scales and offsets have different groups of inputs: {sorted(counts)}"
     if weight.order == "inputs" and weight.group > 1 and any(s.inputs % weight.group for s in _segments(weight)):
         return f"groups of {weight.group} inputs do not fit into {weight.shape[1]} channels or a group of scales"
     return None
@@ -118,10 +121,9 @@ def arrange(weight: CodebookWeight) -> Arranged:
     if why:
         raise AquabitError(f"a weight {list(weight.shape)} cannot be arranged for the native kernels: {why}")
     single = weight.group == 1 and weight.codebook_count == 1 and weight.order == "inputs"
-    like = weight.packed.device
-    ones = torch.ones(weight.shape[0], 1, device=like)
-    scale = ones if weight.scale is None else weight.scale.float().reshape(weight.shape[0], -1).contiguous()
-    offset = None if weight.offset is None else weight.offset.float().reshape(weight.shape[0], -1).contiguous()
+    out, count = weight.shape[0], max(_columns(weight.scale), _columns(weight.offset))
+    scale = _spread(torch.ones(out, device=weight.packed.device) if weight.scale is None else weight.scale, out, count)
+    offset = None if weight.offset is None else _spread(weight.offset, out, count)
     tables = None if weight.codebooks is None else weight.codebooks.float().contiguous()
     empty = Arranged(
         weight.packed, tables, scale, offset, (weight.codebooks, weight.scale, weight.offset), tuple(weight.shape), weight.bits,
@@ -130,10 +132,18 @@ def arrange(weight: CodebookWeight) -> Arranged:
     return replace(empty, codes=_laid(empty, weight.codes.to(torch.uint8).permute(2, 0, 1)))
 
 
+def _columns(factor: Tensor | None) -> int:
+    return 1 if factor is None or factor.ndim == 1 else factor.shape[1]
+
+
+def _spread(factor: Tensor, out: int, count: int) -> Tensor:
+    """[out] or [out, 1 or count] as float32 [out, count]: kernels read scale and offset of a segment at the same place."""
+    return factor.float().reshape(out, -1).expand(out, count).contiguous()
+
+
 def _segments(weight: CodebookWeight) -> tuple[Segment, ...]:
     channels, area = weight.shape[1], prod(weight.shape[2:])
-    groups = [t.shape[1] for t in (weight.scale, weight.offset) if t is not None and t.ndim == 2]
-    count = max(groups, default=1)
+    count = max(_columns(weight.scale), _columns(weight.offset))
     if weight.order == "kernel":
         return (Segment(0, 0, channels, 0),)
     size = ceil_divide(channels * area, count)

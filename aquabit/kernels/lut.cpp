@@ -138,9 +138,9 @@ const float* floats(uintptr_t address) { return reinterpret_cast<const float*>(a
 
 std::vector<Block> blocks_of(const int64_t* blocks, int64_t count, const Run* runs, const float* norms) {
     std::vector<Block> found;
-    for (int64_t i = 0; i < count; ++i, blocks += 3) {
-        found.push_back({blocks[0], blocks[1], blocks[2], runs, norms ? norms[i] : 0});
-        runs += blocks[2];
+    for (int64_t i = 0; i < count; ++i, blocks += 4) {
+        found.push_back({blocks[0], blocks[1], blocks[2], blocks[3], runs, norms ? norms[i] : 0});
+        runs += blocks[3];
     }
     return found;
 }

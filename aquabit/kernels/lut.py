@@ -30,9 +30,11 @@ TAP_LOOKUPS = 40  # roundings of a block, of a block whose taps share tables
 
 
 class _Block(NamedTuple):
-    """Groups of inputs from a first channel on, and the runs of codes that refer to them: (tap, byte in a row, group of scales)."""
+    """Groups of inputs from a first channel on, and the runs of codes that refer to them: (tap, byte in a row, group of scales). The last
+    group may reach beyond the inputs: what lies there belongs to other scales, or is not there at all."""
 
     first: int
+    inputs: int
     groups: int
     runs: tuple[tuple[int, int, int], ...]
 
@@ -46,7 +48,7 @@ class _Plan:
     by_input: Tensor  # the same [M, span, K padded]
     aux_weights: Tensor  # [span]: what centring took away is a sum of inputs, which aux_scale multiplies
     aux_scale: Tensor  # [out, n]
-    blocks: Tensor  # int64 [blocks, 3]: first channel, groups, runs
+    blocks: Tensor  # int64 [blocks, 4]: first channel, channels, groups, runs
     runs: Tensor  # int64 [runs, 3]
     norms: Tensor  # [blocks]: length of the longest row of weights
     numbers: list[int]
@@ -151,7 +153,9 @@ def _blocks(weight: Arranged) -> list[_Block]:
         for group in range(0, count, most):
             byte = group * weight.codebooks * weight.width // 8
             runs = tuple((s.tap, starts[s] + byte, s.scales) for s in column)
-            blocks.append(_Block(column[0].start + group * weight.channels, min(most, count - group), runs))
+            first, held = group * weight.channels, min(most, count - group)
+            inputs = min(held * weight.channels, column[0].inputs - first)
+            blocks.append(_Block(column[0].start + first, inputs, held, runs))
     return blocks
 
 
@@ -169,7 +173,7 @@ def _planned(weight: Arranged) -> _Plan:
     padded = ceil(codewords.shape[1] / 16) * 16
     by_input = torch.nn.functional.pad(codewords.transpose(1, 2), (0, padded - codewords.shape[1])).contiguous()
     blocks = _blocks(weight)
-    table = torch.tensor([[b.first, b.groups, len(b.runs)] for b in blocks])
+    table = torch.tensor([[b.first, b.inputs, b.groups, len(b.runs)] for b in blocks])
     runs = torch.tensor([r for b in blocks for r in b.runs])
     numbers = [weight.shape[0], weight.shape[1], weight.codes.shape[1], weight.width, weight.codebooks, 1 << weight.bits * weight.fused,
                weight.span, weight.channels, weight.scale.shape[1], half]  # fmt: skip

@@ -42,7 +42,7 @@ void to_planes(const Image& m, const Layout& l, const float* x, int64_t inputs, 
     }
 }
 
-Planes planes_of(const Level& level, const Call& c, const Image& m, int64_t threads, std::vector<int64_t>* phase_of_tap) {
+Planes planes_of(const Level& level, const Call& c, const Image& m, std::vector<int64_t>* phase_of_tap) {
     Planes p{};
     const int64_t unit = 2 * level.lanes, reach0 = (m.kernel[0] - 1) * m.dilation[0], reach1 = (m.kernel[1] - 1) * m.dilation[1];
     const int64_t rows = m.out_height + reach0 / m.stride[0], pitch = m.out_width + reach1 / m.stride[1];
@@ -50,7 +50,8 @@ Planes planes_of(const Level& level, const Call& c, const Image& m, int64_t thre
     const bool shared = !c.kernel_order && m.kernel[0] * m.kernel[1] > 1;
     if (shared) {
         int64_t tiles = ceil_divide(p.columns, kTapTile);
-        if (tiles % threads && p.columns / up(tiles, threads) >= 128) tiles = up(tiles, threads);
+        // An even number suits two threads; by the number of threads, units, and so results, would depend on it.
+        if (tiles % 2 && p.columns / (tiles + 1) >= 128) ++tiles;
         p.width = up(ceil_divide(p.columns, tiles), unit);
     } else {
         p.width = std::max<int64_t>(c.exact ? kTile / 2 : kTile, unit);
@@ -90,7 +91,7 @@ void cover(const Level& level, const Call& c, const Layout& l, const std::vector
 
 void lut_conv2d(const Level& level, const Call& c, const std::vector<Block>& blocks, const Image& m, const float* x, float* y, int threads) {
     std::vector<int64_t> phase_of_tap;
-    Planes p = planes_of(level, c, m, threads, &phase_of_tap);
+    Planes p = planes_of(level, c, m, &phase_of_tap);
     const int64_t reach = *std::max_element(p.taps.begin(), p.taps.end());
     const Layout layout(m, p.width + reach + 4 * level.lanes);
     const Buffer<float> planes(c.inputs * layout.phases * layout.phase);

@@ -49,17 +49,15 @@ class Task {
     }
 
   private:
-    int64_t channels_of(const Block& b) const { return std::min(b.groups * c_.channels, c_.inputs - b.first); }
-
     void fetch(const Block& b, int64_t q0) {
         const int64_t count = std::min(p_.width, p_.columns - q0);
-        level_.columns_of(p_.x + q0 * c_.inputs + b.first, c_.inputs, count, channels_of(b), p_.width, r_.columns.get());
+        level_.columns_of(p_.x + q0 * c_.inputs + b.first, c_.inputs, count, b.inputs, p_.width, r_.columns.get());
     }
 
     // The inputs of one group at one range of columns: pointers to span rows of columns.
     void streams(const Block& b, int64_t group, size_t range, int64_t q0, const float** to) const {
         const float* base = p_.tokens ? r_.columns.get() : p_.x + b.first * p_.pitch + q0 + (c_.kernel_order ? 0 : p_.starts[range]);
-        const int64_t pitch = p_.tokens ? p_.width : p_.pitch, held = channels_of(b);
+        const int64_t pitch = p_.tokens ? p_.width : p_.pitch, held = b.inputs;
         for (int64_t i = 0; i < c_.span; ++i) {
             const int64_t channel = group * c_.channels + (c_.kernel_order ? 0 : i);
             to[i] = channel < held ? base + channel * pitch + (c_.kernel_order ? p_.taps[i] : 0) : r_.zeros.get();
@@ -94,28 +92,53 @@ class Task {
             else
                 for (int64_t q = 0; q < p_.width; ++q) to[q] += from[q];
         }
-        if (!c_.exact) choose_units(b);
+        if (c_.exact) return;
+        if (squares_hold(b, q0)) return choose_units(b, total, largest);
+        std::vector<double> totals(p_.table_width), most(p_.table_width);
+        each(b, q0, [&](int64_t, const float* const* from, int64_t at, int64_t width) {
+            for (int64_t q = 0; q < width; ++q) {
+                double sum = 0;
+                for (int64_t i = 0; i < c_.span; ++i) sum += static_cast<double>(from[i][q]) * from[i][q];
+                totals[at + q] += sum;
+                most[at + q] = std::max(most[at + q], sum);
+            }
+        });
+        choose_units(b, totals.data(), most.data());
+    }
+
+    // Whether float32 holds the squares of these inputs: neither of 1e30 nor of 1e-30. A column of zeros is told from one of tiny inputs by
+    // its aux; one of infinities does not matter.
+    bool squares_hold(const Block& b, int64_t q0) const {
+        const float *total = r_.total.get(), *aux = r_.aux_table.get();
+        const int64_t columns = p_.tokens ? std::min(p_.width, p_.columns - q0) : p_.table_width;
+        float longest = 0;
+        for (int64_t q = 0; q < columns; ++q) {
+            if (b.runs == 1 && total[q] < 1e-30f && aux[q] != 0) return false;
+            if (total[q] > longest || total[q] != total[q]) longest = total[q];
+        }
+        return longest < 1e36f && (b.runs == 1 || longest > 1e-30f || std::all_of(aux, aux + columns, [](float x) { return x == 0; }));
     }
 
     // The bound of a column's sum over this block, in float: |x| times the longest row, or the largest single product. Where taps share a
     // table its columns serve many outputs, so that one unit serves the tile.
-    void choose_units(const Block& b) {
-        const float *total = r_.total.get(), *largest = r_.largest.get();
+    template <class Square>
+    void choose_units(const Block& b, const Square* total, const Square* largest) {
         const float room = static_cast<float>(kShorts - 1 - b.groups * c_.codebooks * b.runs);
-        // With 16-bit dot products the inputs themselves, times 65536 word_unit over the unit, have to fit as well.
-        const float most = c_.words && level_.product_rows_dots ? std::max(c_.longest, 2 * room * c_.word_unit) : c_.longest;
+        // With 16-bit dot products the inputs themselves, times 65536 word_unit over the unit, have to stay below 32768 as well: a little
+        // more than twice word_unit, for a group with a single input that is not zero.
+        const float most = c_.words && level_.product_rows_dots ? std::max(c_.longest, 2.001f * room * c_.word_unit) : c_.longest;
         if (b.runs == 1) {
             for (int64_t q = 0; q < p_.width; ++q) set_unit(q, std::sqrt(total[q]) * b.norm, std::sqrt(largest[q]) * most, room);
             return;
         }
-        float sum = 0, single = 0;
+        Square sum = 0, single = 0;
         for (int64_t q = 0; q < p_.width; ++q) {
-            float here = 0;
+            Square here = 0;
             for (int64_t r = 0; r < b.runs; ++r) here += total[p_.offsets[b.run[r].tap] + q];
-            if (!(here <= sum)) sum = here;
+            if (here > sum || here != here) sum = here;  // NaN stays
         }
         for (int64_t q = 0; q < p_.table_width; ++q)
-            if (!(largest[q] <= single)) single = largest[q];
+            if (largest[q] > single || largest[q] != largest[q]) single = largest[q];
         set_unit(0, std::sqrt(sum) * b.norm, std::sqrt(single) * most, room);
         std::fill(r_.unit.get(), r_.unit.get() + p_.width, r_.unit.get()[0]);
         std::fill(r_.inverse.get(), r_.inverse.get() + p_.table_width, r_.inverse.get()[0]);

@@ -30,7 +30,7 @@ class Token {
 
   private:
     void one(const Block& b, const float* x, int64_t lookup, float* to) {
-        const int64_t group = lookup / c_.codebooks, first = b.first + group * c_.channels, inputs = std::min(c_.span, c_.inputs - first);
+        const int64_t group = lookup / c_.codebooks, first = b.first + group * c_.channels, inputs = std::min(c_.span, b.first + b.inputs - first);
         Buffer<float> padded_inputs(kSpan);
         float* own = padded_inputs.get();
         std::fill(own, own + kSpan, 0.0f);
@@ -73,8 +73,7 @@ void run_token(const Level& level, const Call& c, const std::vector<Block>& bloc
     for (const Block& b : blocks) {
         token.fill(b, x, products.get());
         float aux = 0;
-        const int64_t inputs = std::min(b.groups * c.channels, c.inputs - b.first);
-        for (int64_t i = 0; i < inputs; ++i) aux += c.aux_weights[i % c.span] * x[b.first + i];
+        for (int64_t i = 0; i < b.inputs; ++i) aux += c.aux_weights[i % c.span] * x[b.first + i];
         aux_total += aux;
         const int64_t bytes = ceil_divide(b.groups * c.codebooks * c.width, 8), scales = b.run->scales, n = c.scale_groups;
         const int64_t part = up(ceil_divide(c.out, threads), 64);

@@ -13,7 +13,7 @@ struct Run {
 };
 
 struct Block {
-    int64_t first, groups, runs;  // first input channel; groups of every run
+    int64_t first, inputs, groups, runs;  // input channels, which the last group may reach beyond; groups of every run
     const Run* run;
     float norm;  // length of the longest row of weights in this block, without scales
 };
