@@ -216,7 +216,8 @@ void run_tiles(const Level& level, const Call& c, const Planes& p, const std::ve
         groups = std::max(groups, b.groups);
         runs = std::max(runs, b.runs);
     }
-    [[maybe_unused]] const int team = static_cast<int>(std::min<int64_t>(threads, tasks));
+    const bool much = c.out * c.row_bytes * p.columns > kParallel;
+    [[maybe_unused]] const int team = much ? static_cast<int>(std::min<int64_t>(threads, tasks)) : 1;
 #pragma omp parallel num_threads(team) if (team > 1)
     {
         Room room(c, p, std::min(rows, c.out), bytes, groups, runs);

@@ -6,6 +6,7 @@ constexpr int64_t kTapTile = 320;   // columns of a tile whose taps share tables
 constexpr int64_t kTile = 32;       // columns of any other tile
 constexpr int64_t kTokens = 1;      // up to so many tokens are looked up one by one
 constexpr int64_t kAhead = 16;      // rows whose codes are fetched before their turn
+constexpr int64_t kParallel = 2 << 20;  // bytes of codes times columns below which other threads are not woken: 40 us
 constexpr int64_t kShorts = 32767;
 
 struct Run {
