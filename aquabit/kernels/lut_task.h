@@ -207,6 +207,7 @@ class Task {
 // store(task's room, q0, from, to) for every tile and range of rows.
 template <class Store>
 void run_tiles(const Level& level, const Call& c, const Planes& p, const std::vector<Block>& blocks, int threads, const Store& keep) {
+    if (c.out * c.row_bytes * p.columns < kParallel) threads = 1;
     const int64_t tiles = ceil_divide(p.columns, p.width);
     const int64_t chunks = std::clamp<int64_t>(ceil_divide(threads, tiles), 1, ceil_divide(c.out, 64)), rows = up(ceil_divide(c.out, chunks), 16);
     const int64_t parts = ceil_divide(c.out, rows), tasks = tiles * parts;
@@ -216,8 +217,7 @@ void run_tiles(const Level& level, const Call& c, const Planes& p, const std::ve
         groups = std::max(groups, b.groups);
         runs = std::max(runs, b.runs);
     }
-    const bool much = c.out * c.row_bytes * p.columns > kParallel;
-    [[maybe_unused]] const int team = much ? static_cast<int>(std::min<int64_t>(threads, tasks)) : 1;
+    [[maybe_unused]] const int team = static_cast<int>(std::min<int64_t>(threads, tasks));
 #pragma omp parallel num_threads(team) if (team > 1)
     {
         Room room(c, p, std::min(rows, c.out), bytes, groups, runs);
