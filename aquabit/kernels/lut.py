@@ -6,12 +6,14 @@ own for every block of lookups; their error was measured at 1e-4 to 8e-4 of the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, prod
 from typing import NamedTuple
 
 import torch  # before the extension: one libgomp then serves both
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from aquabit.kernels.arranged import NIBBLE, Arranged, Segment
 from aquabit.scheme import AquabitError
@@ -94,7 +96,7 @@ def lut_conv2d(
     _check(x, weight, bias, 4, x.shape[1] if x.ndim == 4 else 0, groups)
     if min(stride) < 1 or min(dilation) < 1 or min(padding) < 0 or groups < 1 or weight.shape[0] % groups:
         raise AquabitError(f"{stride=}, {padding=}, {dilation=} and {groups=} do not fit a weight {list(weight.shape)}")
-    size = [(x.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i] + 1 for i in (0, 1)]
+    size = _size(x, weight.shape[2:], stride, padding, dilation)
     if min(size) < 1:
         raise AquabitError(f"an image of {x.shape[2]} x {x.shape[3]} with {padding=} is smaller than a kernel of {list(weight.shape[2:])}")
     plan = _plan(weight)
@@ -103,6 +105,11 @@ def lut_conv2d(
         list(stride), list(padding), list(dilation), list(weight.shape[2:]), size, groups,
     )  # fmt: skip
     return y
+
+
+def _size(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> list[int]:
+    """Height and width of the result."""
+    return [(x.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)]
 
 
 def _float(bias: Tensor | None) -> Tensor | None:
@@ -122,6 +129,8 @@ def _check(x: Tensor, weight: Arranged, bias: Tensor | None, ndim: int, channels
         raise AquabitError(f"the table kernel takes float32 and bfloat16 on {weight.codes.device}, not {x.dtype} on {x.device}")
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
         raise AquabitError(f"bias is {list(bias.shape)}; a weight {list(weight.shape)} needs [{weight.shape[0]}]")
+    if bias is not None and bias.device != x.device:
+        raise AquabitError(f"bias is on {bias.device}, the input on {x.device}; move one of them")
 
 
 def _taps(weight: Arranged) -> list[list[Segment]] | None:
@@ -162,7 +171,8 @@ def _blocks(weight: Arranged) -> list[_Block]:
 def _plan(weight: Arranged) -> _Plan:
     plan = weight.derived.get("lut")
     if plan is None:
-        plan = weight.derived["lut"] = _planned(weight)
+        with unset_fake_temporarily():  # the weight is real, whatever the input is
+            plan = weight.derived["lut"] = _planned(weight)
     assert isinstance(plan, _Plan)
     return plan
 
@@ -177,6 +187,8 @@ def _planned(weight: Arranged) -> _Plan:
     runs = torch.tensor([r for b in blocks for r in b.runs])
     numbers = [weight.shape[0], weight.shape[1], weight.codes.shape[1], weight.width, weight.codebooks, 1 << weight.bits * weight.fused,
                weight.span, weight.channels, weight.scale.shape[1], half]  # fmt: skip
+    if not weight.codes.data_ptr():
+        raise AquabitError(f"a weight {list(weight.shape)} has no numbers in it: the table kernel cannot be prepared")
     norms = torch.empty(len(blocks))
     addresses = [t.data_ptr() for t in (weight.codes, weight.scale, aux_scale, aux_weights)] + [0, codewords.data_ptr(), 0]
     settings = [*numbers, 0, int(weight.order == "kernel")]
@@ -218,12 +230,43 @@ _library.define(f"lut_linear({_COMMON}) -> Tensor")
 _library.define(f"lut_conv2d({_COMMON}, int[] stride, int[] padding, int[] dilation, int[] kernel, int[] size, int groups) -> Tensor")
 
 
+def _trust(
+    op: str, codes: Tensor, scale: Tensor, bias: Tensor | None, codewords: Tensor, words: Tensor, by_input: Tensor, aux_weights: Tensor,
+    aux_scale: Tensor, blocks: Tensor, runs: Tensor, norms: Tensor, numbers: list[int], taps: int, level: int,
+) -> None:  # fmt: skip
+    """Raises AquabitError where the extension would read beyond a tensor: it sees addresses only."""
+    if len(numbers) != 10 or numbers[3] not in (NIBBLE, 8):
+        raise AquabitError(f"{op}: numbers are {numbers}; they come from the weight, ten of them")
+    out, _, row_bytes, width, codebooks, count, span, channels, scales, half = numbers
+    table = (1, half, span // 2) if half else (codebooks, count, span)
+    runs_of_block = taps if channels > 1 or span == 1 or taps != span else 1
+    real, whole = torch.float32, torch.int64
+    for name, held, dtype, shape in (
+        ("codes", codes, torch.uint8, (out, row_bytes)), ("scale", scale, real, (out, scales)),
+        ("aux_scale", aux_scale, real, (out, scales)),
+        ("bias", bias, real, (out,)), ("codewords", codewords, real, table), ("aux_weights", aux_weights, real, (span,)),
+        ("by_input", by_input, real, (table[0], table[2], ceil(table[1] / 16) * 16)),
+        ("words", words, torch.int16, (codebooks, count, span + span % 2) if len(words) else (0,)),
+        ("blocks", blocks, whole, (len(norms), 4)), ("runs", runs, whole, (len(norms) * runs_of_block, 3)),
+        ("norms", norms, real, (len(blocks),)),
+    ):  # fmt: skip
+        if held is not None and (held.dtype != dtype or held.shape != shape or not held.is_contiguous()):
+            raise AquabitError(f"{op}: {name} is {held.dtype} {list(held.shape)}; needed is {dtype} {list(shape)}, contiguous")
+    if count > (16 if width == NIBBLE else 256) or not 0 < span <= SPAN or (half and half * half != count):
+        raise AquabitError(f"{op}: numbers are {numbers}; they do not belong together")
+    if not 0 <= level < len(_native.lut_levels()):
+        raise AquabitError(f"{op}: level {level} is not there; this processor has {', '.join(_native.lut_levels())}")
+
+
 @torch.library.impl(_library, "lut_linear", "CPU")
 def _linear_cpu(
     x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, codewords: Tensor, words: Tensor, by_input: Tensor, aux_weights: Tensor,
     aux_scale: Tensor, blocks: Tensor, runs: Tensor, norms: Tensor, numbers: list[int], longest: float, word_unit: float,
     exact: bool, level: int,
 ) -> Tensor:  # fmt: skip
+    _trust("lut_linear", codes, scale, bias, codewords, words, by_input, aux_weights, aux_scale, blocks, runs, norms, numbers, 1, level)
+    if not x.ndim or x.shape[-1] != numbers[1]:
+        raise AquabitError(f"lut_linear: x is {list(x.shape)}; its rows need {numbers[1]} inputs")
     rows = x.float().contiguous()
     y = torch.empty(*x.shape[:-1], numbers[0])
     if y.numel():
@@ -248,6 +291,16 @@ def _conv2d_cpu(
     exact: bool, level: int,
     stride: list[int], padding: list[int], dilation: list[int], kernel: list[int], size: list[int], groups: int,
 ) -> Tensor:  # fmt: skip
+    taps = prod(kernel)
+    _trust("lut_conv2d", codes, scale, bias, codewords, words, by_input, aux_weights, aux_scale, blocks, runs, norms, numbers, taps, level)
+    if groups < 1 or numbers[0] % groups or x.ndim != 4 or x.shape[1] != numbers[1] * groups:
+        raise AquabitError(
+            f"lut_conv2d: x is {list(x.shape)}; {groups} groups of {numbers[1]} channels are needed, for {numbers[0]} outputs"
+        )
+    if [len(p) for p in (stride, padding, dilation, kernel)] != [2] * 4 or min(*stride, *dilation, *kernel) < 1 or min(padding) < 0:
+        raise AquabitError(f"lut_conv2d: {stride=}, {padding=}, {dilation=} and {kernel=} do not fit an image")
+    if size != _size(x, kernel, stride, padding, dilation) or min(size) < 1:
+        raise AquabitError(f"lut_conv2d: the result of x {list(x.shape)} cannot be of {size=}")
     y = torch.empty(len(x), numbers[0], *size)
     if not y.numel():
         return y.to(x.dtype)

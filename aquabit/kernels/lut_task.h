@@ -93,7 +93,9 @@ class Task {
                 for (int64_t q = 0; q < p_.width; ++q) to[q] += from[q];
         }
         if (c_.exact) return;
-        if (squares_hold(b, q0)) return choose_units(b, total, largest);
+        const auto fits = [](float square) { return square >= 1e-30f && square < 1e36f; };
+        choose_units(b, total, largest, [](int64_t) { return true; });
+        if (squares_hold(b, q0)) return;
         std::vector<double> totals(p_.table_width), most(p_.table_width);
         each(b, q0, [&](int64_t, const float* const* from, int64_t at, int64_t width) {
             for (int64_t q = 0; q < width; ++q) {
@@ -103,11 +105,11 @@ class Task {
                 most[at + q] = std::max(most[at + q], sum);
             }
         });
-        choose_units(b, totals.data(), most.data());
+        choose_units(b, totals.data(), most.data(), [&](int64_t q) { return b.runs > 1 || !fits(total[q]); });
     }
 
     // Whether float32 holds the squares of these inputs: neither of 1e30 nor of 1e-30. A column of zeros is told from one of tiny inputs by
-    // its aux; one of infinities does not matter.
+    // its aux. Columns whose squares it holds keep their units, so that a token does not depend on the others.
     bool squares_hold(const Block& b, int64_t q0) const {
         const float *total = r_.total.get(), *aux = r_.aux_table.get();
         const int64_t columns = p_.tokens ? std::min(p_.width, p_.columns - q0) : p_.table_width;
@@ -121,14 +123,15 @@ class Task {
 
     // The bound of a column's sum over this block, in float: |x| times the longest row, or the largest single product. Where taps share a
     // table its columns serve many outputs, so that one unit serves the tile.
-    template <class Square>
-    void choose_units(const Block& b, const Square* total, const Square* largest) {
+    template <class Square, class Chosen>
+    void choose_units(const Block& b, const Square* total, const Square* largest, const Chosen& chosen) {
         const float room = static_cast<float>(kShorts - 1 - b.groups * c_.codebooks * b.runs);
         // With 16-bit dot products the inputs themselves, times 65536 word_unit over the unit, have to stay below 32768 as well: a little
         // more than twice word_unit, for a group with a single input that is not zero.
         const float most = c_.words && level_.product_rows_dots ? std::max(c_.longest, 2.001f * room * c_.word_unit) : c_.longest;
         if (b.runs == 1) {
-            for (int64_t q = 0; q < p_.width; ++q) set_unit(q, std::sqrt(total[q]) * b.norm, std::sqrt(largest[q]) * most, room);
+            for (int64_t q = 0; q < p_.width; ++q)
+                if (chosen(q)) set_unit(q, std::sqrt(total[q]) * b.norm, std::sqrt(largest[q]) * most, room);
             return;
         }
         Square sum = 0, single = 0;
