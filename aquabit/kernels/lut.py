@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil, prod
+from math import ceil, isqrt, prod
 from typing import NamedTuple
 
 import torch  # before the extension: one libgomp then serves both
@@ -28,7 +28,8 @@ TAPS = 64  # of a kernel, at most
 LOOKUPS = 32
 TABLE_BYTES = 1 << 18
 DOTS = 4  # inputs of a lookup from which on tables are made by 16-bit dot products
-TAP_LOOKUPS = 40  # roundings of a block, of a block whose taps share tables
+TAP_LOSS = 3500  # of a block whose taps share tables, where it can be chosen: see _tap_loss
+TAP_LOSS_MOST = 6500  # above it convolutions take float32 tables
 
 
 class _Block(NamedTuple):
@@ -100,6 +101,7 @@ def lut_conv2d(
     if min(size) < 1:
         raise AquabitError(f"an image of {x.shape[2]} x {x.shape[3]} with {padding=} is smaller than a kernel of {list(weight.shape[2:])}")
     plan = _plan(weight)
+    exact = exact or _rough(weight)
     y: Tensor = torch.ops.aquabit.lut_conv2d(
         x, weight.codes, weight.scale, _float(bias), *plan.tensors(), plan.numbers, plan.longest, plan.word_unit, exact, level,
         list(stride), list(padding), list(dilation), list(weight.shape[2:]), size, groups,
@@ -152,9 +154,10 @@ def _blocks(weight: Arranged) -> list[_Block]:
     shared = len(taps) > 1
     per_byte = 2 if weight.width == NIBBLE else 1
     rows = 256 if weight.width == NIBBLE else 1 << weight.bits * weight.fused
-    most = TAP_LOOKUPS // len(taps) // (2 if weight.fused > 1 else 1) if shared else min(LOOKUPS, TABLE_BYTES // (64 * rows) * per_byte)
-    most //= weight.codebooks
-    even = 2 if weight.width == NIBBLE and weight.codebooks % 2 else 1
+    most = min(LOOKUPS, TABLE_BYTES // (64 * rows) * per_byte) // weight.codebooks
+    if shared:
+        most = isqrt(TAP_LOSS // _tap_loss(weight))
+    even = _even(weight)
     most = max(most // even, 1) * even
     blocks = []
     for column in zip(*taps, strict=True):
@@ -166,6 +169,23 @@ def _blocks(weight: Arranged) -> list[_Block]:
             inputs = min(held * weight.channels, column[0].inputs - first)
             blocks.append(_Block(column[0].start + first, inputs, held, runs))
     return blocks
+
+
+def _tap_loss(weight: Arranged) -> int:
+    """Roundings times inputs of one group at all taps; a block of n groups has n^2 as many, and a relative error of about 1.2e-5 times the
+    root of that (measured with Gaussian inputs)."""
+    taps = prod(weight.shape[2:])
+    return taps * weight.codebooks * (2 if weight.fused > 1 else 1) * taps * weight.span
+
+
+def _even(weight: Arranged) -> int:
+    """Groups that blocks have a multiple of, to end at whole bytes."""
+    return 2 if weight.width == NIBBLE and weight.codebooks % 2 else 1
+
+
+def _rough(weight: Arranged) -> bool:
+    """Whether even the smallest block would lose too much in int16."""
+    return weight.order == "inputs" and prod(weight.shape[2:]) > 1 and _tap_loss(weight) * _even(weight) ** 2 > TAP_LOSS_MOST
 
 
 def _plan(weight: Arranged) -> _Plan:

@@ -38,6 +38,8 @@ class Task {
         Tile tile{r_.table.get(), p_.offsets.data(), r_.unit.get(), r_.aux.get(), r_.aux_block.get(), r_.sums.get(),
                   p_.table_width, p_.width, from, true};
         std::fill(r_.aux.get(), r_.aux.get() + p_.width, 0.0f);
+        noise_ = 0;
+        coarse_.clear();
         for (const Block& b : blocks) {
             if (p_.tokens) fetch(b, q0);
             measure(b, q0);
@@ -45,10 +47,40 @@ class Task {
             level_.gather_rows(c_, b, tile, from, to);
             tile.first = false;
         }
+        if (noise_ > 0) find_coarse(tile, from, to);
         level_.finish(c_, tile, from, to);
     }
 
+    // Runs of rows, by kRows, that the last tile's rounding has cost more than kMostLost of: one unit serves a tile whose taps share tables,
+    // and a few large pixels take the precision of the others.
+    const std::vector<std::pair<int64_t, int64_t>>& coarse() const { return coarse_; }
+
   private:
+    // The expected square of the rounding errors against that of the results, without bias, which finish() has not yet added.
+    void find_coarse(const Tile& tile, int64_t from, int64_t to) {
+        for (int64_t begin = from; begin < to; begin += kRows) {
+            const int64_t end = std::min(to, begin + kRows);
+            double lost = 0, power = 0;
+            for (int64_t o = begin; o < end; ++o) {
+                const bool done = c_.scale_groups > 1;
+                const float row = c_.scale[o * c_.scale_groups], scale = done ? 1 : row, offset = done ? 0 : c_.aux_scale[o];
+                const float* sums = tile.sums + (o - tile.first_row) * tile.width;
+                float square = 0;
+                for (int64_t q = 0; q < tile.width; ++q) {
+                    const float y = sums[q] * scale + offset * tile.aux[q];
+                    square += y * y;
+                }
+                power += square;
+                lost += noise_ * row * row * static_cast<double>(tile.width);
+            }
+            if (!(lost > kMostLost * kMostLost * power)) continue;
+            if (!coarse_.empty() && coarse_.back().second == begin)
+                coarse_.back().second = end;
+            else
+                coarse_.emplace_back(begin, end);
+        }
+    }
+
     void fetch(const Block& b, int64_t q0) {
         const int64_t count = std::min(p_.width, p_.columns - q0);
         level_.columns_of(p_.x + q0 * c_.inputs + b.first, c_.inputs, count, b.inputs, p_.width, r_.columns.get());
@@ -143,6 +175,8 @@ class Task {
         for (int64_t q = 0; q < p_.table_width; ++q)
             if (largest[q] > single || largest[q] != largest[q]) single = largest[q];
         set_unit(0, std::sqrt(sum) * b.norm, std::sqrt(single) * most, room);
+        const double unit = r_.unit.get()[0];
+        if (unit == unit) noise_ += static_cast<double>(b.groups * c_.codebooks * b.runs * (c_.half ? 2 : 1)) * unit * unit / 12;
         std::fill(r_.unit.get(), r_.unit.get() + p_.width, r_.unit.get()[0]);
         std::fill(r_.inverse.get(), r_.inverse.get() + p_.table_width, r_.inverse.get()[0]);
     }
@@ -205,6 +239,8 @@ class Task {
     const Call& c_;
     const Planes& p_;
     Room& r_;
+    double noise_ = 0;  // expected square of the rounding errors of a sum, without scales of rows
+    std::vector<std::pair<int64_t, int64_t>> coarse_;
 };
 
 // store(task's room, q0, from, to) for every tile and range of rows.
@@ -212,7 +248,7 @@ template <class Store>
 void run_tiles(const Level& level, const Call& c, const Planes& p, const std::vector<Block>& blocks, int threads, const Store& keep) {
     if (c.out * c.row_bytes * p.columns < kParallel) threads = 1;
     const int64_t tiles = ceil_divide(p.columns, p.width);
-    const int64_t chunks = std::clamp<int64_t>(ceil_divide(threads, tiles), 1, ceil_divide(c.out, 64)), rows = up(ceil_divide(c.out, chunks), 16);
+    const int64_t chunks = std::clamp<int64_t>(ceil_divide(threads, tiles), 1, ceil_divide(c.out, 64)), rows = up(ceil_divide(c.out, chunks), kRows);
     const int64_t parts = ceil_divide(c.out, rows), tasks = tiles * parts;
     int64_t bytes = 1, groups = 1, runs = 1;
     for (const Block& b : blocks) {
@@ -225,11 +261,18 @@ void run_tiles(const Level& level, const Call& c, const Planes& p, const std::ve
     {
         Room room(c, p, std::min(rows, c.out), bytes, groups, runs);
         Task task(level, c, p, room);
+        Call exact = c;
+        exact.exact = true;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < tasks; ++i) {
             const int64_t q0 = i / parts * p.width, from = i % parts * rows, to = std::min(c.out, from + rows);
             task.run(blocks, q0, from, to);
             keep(room.sums.get(), q0, from, to);
+            for (const auto& [begin, end] : task.coarse()) {
+                Room wide(exact, p, end - begin, bytes, groups, runs);
+                Task(level, exact, p, wide).run(blocks, q0, begin, end);
+                keep(wide.sums.get(), q0, begin, end);
+            }
         }
     }
 }
