@@ -1,4 +1,5 @@
-# make demo: set up and run the main job on a bundled model; make test: the tests; make check: lint, format, types.
+# make demo: set up and run the main job on a bundled model; make test: the tests; make check: lint, format, types; make sanitize: the tests
+# of the C++ kernels on a build of their own that finds reads and writes out of bounds and undefined behaviour (gcc).
 # On a machine where the default torch is not wanted: make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 
 PYTHON ?= python3
@@ -8,9 +9,13 @@ INSTALLED := $(VENV)/.installed
 MODEL ?= digits-unet
 DEMO ?= demo
 JOBS ?= 2
+SANITIZED := build/sanitize
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1
+SANITIZED_TESTS ?= test_lut test_arranged test_decode test_fake_quant test_additive_search
+BUILD_TOOLS ?= $(SANITIZED)/tools
 PIP_FLAGS := --disable-pip-version-check --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo test check clean
+.PHONY: demo test check sanitize clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -23,6 +28,23 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# A copy of the package around an extension of its own. Python runs without its site module, whose editable install would find the package
+# here instead; sys.path is handed over by hand. Exceptions need libstdc++ loaded before the sanitizers' runtime looks for it.
+sanitize: $(INSTALLED)
+	test -d $(BUILD_TOOLS)/nanobind || $(BIN)/python -m pip install $(PIP_FLAGS) --target $(BUILD_TOOLS) cmake nanobind
+	PYTHONPATH=$(BUILD_TOOLS) $(BIN)/python -m cmake -S . -B $(SANITIZED)/cmake -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
+		-DCMAKE_CXX_COMPILER=g++ -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_FLAGS="$(SANITIZERS)"
+	PYTHONPATH=$(BUILD_TOOLS) $(BIN)/python -m cmake --build $(SANITIZED)/cmake
+	rm -rf $(SANITIZED)/tree && mkdir $(SANITIZED)/tree
+	cp -R aquabit tests pyproject.toml $(SANITIZED)/tree
+	rm -f $(SANITIZED)/tree/aquabit/kernels/_native*
+	cp $(SANITIZED)/cmake/_native* $(SANITIZED)/tree/aquabit/kernels
+	paths=$$($(BIN)/python -c 'import sys; print(":".join(p for p in sys.path if p))') && cd $(SANITIZED)/tree && \
+		PYTHONPATH=$$PWD:$$paths PYTHONDONTWRITEBYTECODE=1 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		OMP_NUM_THREADS=1 AQUABIT_REQUIRE_NATIVE=1 \
+		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(gcc -print-file-name=libstdc++.so)" \
+		$(abspath $(BIN)/python) -S -m pytest -p no:cacheprovider $(SANITIZED_TESTS:%=tests/%.py) $(PYTEST_ARGS)
 
 # Installed from the source tree, so Python files are seen at once; the extension is built again when one of its sources changes.
 $(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(wildcard aquabit/kernels/*.cpp aquabit/kernels/*.h)

@@ -453,11 +453,12 @@ def test_convolutions_called_directly_refuse_what_would_be_read_out_of_bounds(na
 
 
 def shorter(value: Any, name: str) -> list[Any]:
-    """The same of other sizes and types."""
+    """The same of other sizes and types, and with gaps in memory."""
     if name == "x":
         return [value[..., :-1], value[:, :-1], value[0, 0] if value.ndim == 4 else value[0, 0, None]]
     if value is None or (isinstance(value, Tensor) and not value.numel()):
         return []
     if isinstance(value, list):
         return [value[:-1], [*value, 1], [value[0] + 64, *value[1:]]]
-    return [value[:-1], value[..., :-1], value.to(torch.float64)]
+    apart = [value.repeat_interleave(2, -1)[..., ::2]] if value.numel() > 1 else []
+    return [value[:-1], value[..., :-1], value.to(torch.float64), *apart]

@@ -8,10 +8,10 @@
     };                                                                                                                                \
     INLINE void NAME##_one(const TYPE* row, STRUCT* s, const int V) {                                                                 \
         const int lanes = sizeof(VECTOR) / sizeof(TYPE);                                                                              \
-        s->a += load(row);                                                                                                            \
-        if (V > 1) s->b += load(row + lanes);                                                                                         \
-        if (V > 2) s->c += load(row + 2 * lanes);                                                                                     \
-        if (V > 3) s->d += load(row + 3 * lanes);                                                                                     \
+        s->a = plus(s->a, load(row));                                                                                                            \
+        if (V > 1) s->b = plus(s->b, load(row + lanes));                                                                                         \
+        if (V > 2) s->c = plus(s->c, load(row + 2 * lanes));                                                                                     \
+        if (V > 3) s->d = plus(s->d, load(row + 3 * lanes));                                                                                     \
     }                                                                                                                                 \
     INLINE STRUCT NAME(const TYPE* table, int64_t width, int64_t stride, const uint8_t* codes, int64_t bytes, STRUCT sum, const int V) { \
         STRUCT other = {};                                                                                                            \
@@ -23,10 +23,10 @@
             NAME##_one(table + 3 * stride + codes[i + 3] * width, &other, V);                                                         \
         }                                                                                                                             \
         for (; i < bytes; ++i, table += stride) NAME##_one(table + codes[i] * width, &sum, V);                                        \
-        sum.a += other.a;                                                                                                             \
-        if (V > 1) sum.b += other.b;                                                                                                  \
-        if (V > 2) sum.c += other.c;                                                                                                  \
-        if (V > 3) sum.d += other.d;                                                                                                  \
+        sum.a = plus(sum.a, other.a);                                                                                                             \
+        if (V > 1) sum.b = plus(sum.b, other.b);                                                                                                  \
+        if (V > 2) sum.c = plus(sum.c, other.c);                                                                                                  \
+        if (V > 3) sum.d = plus(sum.d, other.d);                                                                                                  \
         return sum;                                                                                                                   \
     }
 AQUABIT_GATHER(FourShorts, gather_shorts, int16_t, Shorts)

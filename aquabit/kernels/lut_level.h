@@ -7,6 +7,7 @@
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
 typedef int16_t Shorts __attribute__((vector_size(4 * kLanes)));      // 2 kLanes
+typedef uint16_t Wrapping __attribute__((vector_size(4 * kLanes)));   // Shorts whose sums may leave 16 bits on the way
 typedef int16_t HalfShorts __attribute__((vector_size(2 * kLanes)));  // kLanes
 typedef float UnalignedFloats __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 typedef int16_t UnalignedShorts __attribute__((vector_size(4 * kLanes), aligned(2), may_alias));
@@ -15,6 +16,8 @@ INLINE Floats load(const float* x) { return *reinterpret_cast<const UnalignedFlo
 INLINE void store(float* x, Floats v) { *reinterpret_cast<UnalignedFloats*>(x) = v; }
 INLINE Shorts load(const int16_t* x) { return *reinterpret_cast<const UnalignedShorts*>(x); }
 INLINE void store(int16_t* x, Shorts v) { *reinterpret_cast<UnalignedShorts*>(x) = v; }
+INLINE Floats plus(Floats a, Floats b) { return a + b; }
+INLINE Shorts plus(Shorts a, Shorts b) { return reinterpret_cast<Shorts>(reinterpret_cast<Wrapping>(a) + reinterpret_cast<Wrapping>(b)); }
 INLINE Floats splat(float x) { return x - Floats{}; }
 
 // To the nearest integers, in the low half of each lane: adding 1.5 * 2^23 leaves them in the mantissa.
@@ -248,7 +251,7 @@ __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,bm
                 const VECTOR b = load(static_cast<const TYPE*>(high) + h * width + q);                                      \
                 const TYPE* a = static_cast<const TYPE*>(low) + q;                                                          \
                 TYPE* to = static_cast<TYPE*>(rows) + h * lows * width + q;                                                 \
-                for (int64_t l = 0; l < lows; ++l) store(to + l * width, load(a + l * width) + b);                          \
+                for (int64_t l = 0; l < lows; ++l) store(to + l * width, plus(load(a + l * width), b));                          \
             }                                                                                                               \
     }
 AQUABIT_SUMS(sum_shorts, int16_t, Shorts)
