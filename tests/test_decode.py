@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from aquabit.kernels.arranged import Arranged, arrange
 from aquabit.kernels.codebook import CodebookWeight
-from aquabit.kernels.decode import decode_conv2d, decode_levels, decode_linear, decode_refuses
+from aquabit.kernels.decode import _native, _operands, _Weight, decode_conv2d, decode_levels, decode_linear, decode_refuses
 from aquabit.kernels.decode_tiles import scratch
 from aquabit.kernels.fake_quant import fake_quantize
 from aquabit.scheme import AquabitError
@@ -322,7 +322,21 @@ def test_outliers_are_served_exactly(level: str) -> None:
             assert error(y, expected) <= FAST
 
 
-def test_scratch_is_a_sixteenth() -> None:
+@levels
+@pytest.mark.parametrize("threads", [1, 2])
+def test_scratch_is_a_sixteenth(threads: int, level: str) -> None:
+    """Of all threads together, by what the extension says it took."""
+    torch.set_num_threads(threads)
+    try:
+        for form, act, tokens in ((USQ[3], 8, 64), (USQ[3], 16, 64), (USQ[3], 8, 1), (OTHER[7], 16, 64), (OTHER[7], 16, 1)):
+            arranged, x, y = arrange(make((640, 256), form)), inputs(tokens, 256), torch.empty(tokens, 640)
+            numbers = _Weight(*_operands(arranged, None)).numbers
+            done, _, _, scratch_bytes = _native.decode_linear(
+                numbers, x.data_ptr(), y.data_ptr(), tokens, act, tokens == 1, threads, LEVELS.index(level)
+            )
+            assert done and 0 < scratch_bytes <= 640 * 256 * 2 // 16
+    finally:
+        torch.set_num_threads(1)
     for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
         assert scratch((4608, 1152), dtype) <= 4608 * 1152 * size // 16
         assert scratch((16, 10), dtype) <= 8 * 10 * 6

@@ -21,6 +21,7 @@ from aquabit.kernels.arranged import Arranged, arrange
 from aquabit.kernels.backends import BACKENDS, Backend
 from aquabit.kernels.dispatch import held, moved, observed, select, serving, static_order, using
 from aquabit.kernels.measuring import measure, random_weight
+from aquabit.kernels.reference import decoded
 from aquabit.kernels.request import Format, Request, bucket, format_of, hollow
 from aquabit.kernels.timings import Timings
 from aquabit.scheme import AquabitError
@@ -160,6 +161,8 @@ def test_the_facts_of_a_weight_survive_its_arrangement(form: Format) -> None:
         assert getattr(hollow(form), name) == getattr(held(weight), name), "what has no numbers is otherwise the same"
     assert (form.unarranged is None) == isinstance(held(weight), Arranged)
     assert format_of(held(weight)) == form
+    for like in (torch.zeros(1), torch.zeros(1, dtype=torch.bfloat16)):
+        assert torch.equal(decoded(held(weight), like), weight.dequantize().to(like.dtype))
     assert not isinstance(held(weight), Arranged) or torch.equal(held(weight).restore().packed, weight.packed)
 
 

@@ -139,9 +139,9 @@ class CodebookWeight:
         moved |= {k: v.to(device) for k, v in moved.items() if isinstance(v, Tensor)}
         return CodebookWeight(**moved)
 
-    def dequantize(self) -> Tensor:
-        """The weight in its original shape, float32."""
-        values = self._decoded_rows()  # [groups * g, out]
+    def dequantize(self, codes: Tensor | None = None) -> Tensor:
+        """The weight in its original shape, float32; ``codes`` are its unpacked ones where the caller has them."""
+        values = self._decoded_rows(self.codes if codes is None else codes)  # [groups * g, out]
         row = prod(self.shape[1:])
         if self.order == "kernel":
             if self.scale is not None:
@@ -153,9 +153,8 @@ class CodebookWeight:
         out, cin, kh, kw = self.shape
         return values.reshape(kh, kw, cin, out).permute(3, 2, 0, 1).contiguous()
 
-    def _decoded_rows(self) -> Tensor:
+    def _decoded_rows(self, codes: Tensor) -> Tensor:
         """Sums of codewords without scale and offset: [groups * g, out] float32."""
-        codes = self.codes
         if self.codebooks is None:
             return codes[:, 0].float()
         tables = self.codebooks.float()

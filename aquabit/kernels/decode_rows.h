@@ -308,28 +308,25 @@ INLINE bool zeros(const Plan& plan, const Run& run, const float* row) {
     return true;
 }
 
-// ``count`` weights rounded to 16 bits; returns their sum.
-INLINE int64_t round_to(const float* from, int64_t count, float inverse, int16_t* to, Floats* error) {
-    Ints sums = {};
-    int64_t i = 0, total = 0;
-    for (; i + kLanes <= count; i += kLanes) {
-        const Floats x = load(from + i) * inverse;
-        const Ints q = nearest(x);
-        const Floats lost = x - to_floats(q);
-        *error += lost * lost;
-        sums += q;
-        store_shorts(to + i, q);
-    }
-    if (i < count) {
+// What rounding a run's weights adds up to, in units of its scale.
+struct Rounded {
+    Floats error;
+    Ints sum;
+};
+
+// ``count`` weights rounded to 16 bits.
+INLINE void round_to(const float* from, int64_t count, float inverse, int16_t* to, Rounded* rounded) {
+    for (int64_t i = 0; i < count; i += kLanes) {
         const Floats x = load_some(from + i, count - i) * inverse;
         const Ints q = nearest(x);
         const Floats lost = x - to_floats(q);
-        *error += lost * lost;
-        sums += q;
-        for (int64_t lane = 0; lane < count - i; ++lane) to[i + lane] = static_cast<int16_t>(q[lane]);
+        rounded->error += lost * lost;
+        rounded->sum += q;
+        if (count - i >= kLanes)
+            store_shorts(to + i, q);
+        else
+            for (int64_t lane = 0; lane < count - i; ++lane) to[i + lane] = static_cast<int16_t>(q[lane]);
     }
-    for (int lane = 0; lane < kLanes; ++lane) total += sums[lane];
-    return total;
 }
 
 // Row ``row`` of any weight as 16-bit integers, each run at the scale at which it cannot overflow with activations of up to ``most``: the
@@ -338,27 +335,31 @@ static void fill_values(const Weight& w, const Plan& plan, int64_t most, int64_t
                         float* total, int64_t stride, Errors* errors) {
     decode_row(w, row, room);
     __builtin_memset(slot, 0, plan.slot_bytes);
+    for (int64_t i = 0; i < plan.run_count; ++i) {
+        const Run& run = plan.runs[i];
+        const float inputs = static_cast<float>(run.inputs), left = 2147480000.0f / most - inputs;  // what rounding may add
+        const float by_sum = __builtin_sqrtf(inputs) / left, by = by_sum > 1 / 32766.0f ? by_sum : 1 / 32766.0f;
+        const float squares = squares_of(plan, run, room);
+        factor[i * stride] = __builtin_sqrtf(squares) * (1.0001f * by);
+        errors->all += squares;
+    }
+    Floats error = {};
     for (int64_t r = 0; r < plan.range_count; ++r) {
-        double all = 0;
+        Floats all = {};
         for (int64_t i = plan.ranges[r].first; i < plan.ranges[r].last; ++i) {
             const Run& run = plan.runs[i];
-            const float inputs = static_cast<float>(run.inputs), left = 2147480000.0f / most - inputs;  // what rounding may add
-            const float squares = squares_of(plan, run, room), root = __builtin_sqrtf(squares) * 1.0001f;
-            const float sized = root * (1 / 32766.0f), summed = root * __builtin_sqrtf(inputs) / left;
-            const float scale = sized > summed ? sized : summed;
-            Floats error = {};
-            int64_t sum = 0;
-            if (scale > 1e-18f && scale < 1e18f) {  // their squares are numbers
-                for (const Piece* p = plan.pieces + run.first; p < plan.pieces + run.last; ++p)
-                    sum += round_to(room + p->from, p->count, 1 / scale, reinterpret_cast<int16_t*>(slot + p->slot) + p->lead, &error);
-            } else if (!zeros(plan, run, room)) {  // tiny, huge or not finite: not for integers
-                errors->error = __builtin_inf();
+            const float scale = factor[i * stride];
+            if (!(scale > 1e-18f && scale < 1e18f)) {  // their squares are no numbers: zeros, or not for integers
+                if (!zeros(plan, run, room)) errors->error = __builtin_inf();
+                continue;
             }
-            factor[i * stride] = scale;
-            errors->error += total_of(error) * double(scale) * scale;
-            errors->all += squares;
-            all += sum * double(scale);
+            Rounded rounded = {};
+            for (const Piece* p = plan.pieces + run.first; p < plan.pieces + run.last; ++p)
+                round_to(room + p->from, p->count, 1 / scale, reinterpret_cast<int16_t*>(slot + p->slot) + p->lead, &rounded);
+            error += rounded.error * (scale * scale);
+            all += to_floats(rounded.sum) * scale;
         }
-        total[r * stride] = static_cast<float>(all);
+        total[r * stride] = total_of(all);
     }
+    errors->error += total_of(error);
 }

@@ -17,7 +17,7 @@ from aquabit.kernels.dispatch import codebook_conv2d, codebook_linear, machine_t
 from aquabit.kernels.request import Format, Request
 from aquabit.scheme import Progress, no_progress
 
-ROUNDS = (5, 40)  # timed runs of each contender: at least, at most
+ROUNDS = (5, 100)  # timed runs of each contender: at least, at most
 SECONDS = 0.15  # after which no further round begins, once there are enough
 HOPELESS = 3.0  # what takes so many times as long as the fastest is not run again
 PLAIN = ("float32", "bfloat16")  # types of the dense layer that coded ones are compared with
