@@ -49,11 +49,12 @@ def threads(count: int) -> Iterator[None]:
 
 
 def paired(
-    runs: Mapping[str, Callable[[], object]], seconds: float, rounds: tuple[int, int] = ROUNDS, seed: int = 0
+    runs: Mapping[str, Callable[[], object]], seconds: float, rounds: tuple[int, int] = ROUNDS, pause: float = 0.0, seed: int = 0
 ) -> dict[str, list[float]]:
     """Seconds of every run in every round: each round takes them all, in an order of its own, so that none always follows the same one.
 
-    A round that is not counted comes first. No round begins after ``seconds``, once there were as many as the least of ``rounds``.
+    A round that is not counted comes first. No round begins after ``seconds``, once there were as many as the least of ``rounds``. ``pause``
+    seconds pass before each run: threads of another library may spin for a while after theirs.
     """
     for run in runs.values():
         run()
@@ -64,6 +65,7 @@ def paired(
             break
         shuffle.shuffle(order)
         for name in order:
+            time.sleep(pause)
             started = time.perf_counter()
             runs[name]()
             found[name].append(time.perf_counter() - started)
