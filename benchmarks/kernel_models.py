@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,10 +16,10 @@ from torch import Tensor, nn
 from aquabit.graph import example_inputs, trace
 from aquabit.kernels.arranged import Arranged
 from aquabit.kernels.backends import Weight
+from aquabit.kernels.codebook import CodebookWeight
 from aquabit.kernels.dispatch import held
 from aquabit.kernels.measuring import random_weight
 from aquabit.quant.attention import patch_attention_
-from aquabit.quant.bench import decoded_
 from aquabit.quant.layers import quant_layer, resident_bytes
 from aquabit.quant.tuning import format_for, layers_of, place_
 from aquabit.scheme import Progress, Scheme
@@ -29,7 +28,11 @@ from benchmarks.kernel_timing import paired, ratio, threads
 
 DIT = {"class": "DiTTransformer2DModel", "sample_size": 32, "num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 72,
        "in_channels": 4, "out_channels": 8}  # fmt: skip  # facebook/DiT-XL-2-256
-SCHEMES = (("usq2", 8), ("aq4x4k", 16), ("aq2x6k", 16))  # with activation bits; k is groups of 8 where there is no kernel: 2, 2 and 1.5 bits
+SCHEMES = (
+    ("usq2", 8),
+    ("aq4x4k", 16),
+    ("aq2x6k", 16),
+)  # with activation bits; k is groups of 8 where there is no kernel: 2, 2 and 1.5 bits
 CASES = {  # name: config, samples in a call (guidance takes two), threads, seconds, schemes
     "DiT-XL/2, one block": (DIT | {"num_layers": 1}, 2, (1, 2), 5.0, SCHEMES),
     "DiT-XL/2, 28 blocks": (DIT, 2, (2,), 30.0, SCHEMES[:2]),
@@ -57,45 +60,75 @@ def models(progress: Progress, quick: bool) -> list[dict[str, Any]]:
 
 
 def built(config: dict[str, Any], schemes: tuple[tuple[str, int], ...], progress: Progress) -> dict[str, nn.Module]:
-    """Packed denoisers, one of each scheme with memory packed and auto in float32 and one in bfloat16; and the first one's weights dense."""
+    """Packed denoisers of each scheme, to run with memory packed and auto; the first one's codes in bfloat16 too, and decoded in both types."""
+    made = Maker(config)
+    (scheme, act), names = schemes[0], [(f"{s} a{a} {memory}", s, a) for s, a in schemes for memory in ("packed", "auto")]
     found: dict[str, nn.Module] = {}
-    for done, (scheme, act) in enumerate(schemes):
-        progress("making models", done, len(schemes) + 1)
-        model = found[f"{scheme} a{act} packed"] = packed(config, scheme, act)
-        found[f"{scheme} a{act} auto"] = copied(model)
-        found[f"{scheme} a{act} packed bfloat16"] = copied(model).bfloat16()
-    dense = found[DENSE] = decoded_(copied(next(iter(found.values()))), torch.float32)
-    found["dense bfloat16"] = decoded_(copied(next(iter(found.values()))), torch.bfloat16).bfloat16()
-    assert dense is not None
-    progress("making models", len(schemes) + 1, len(schemes) + 1)
+    for done, (name, s, a) in enumerate(names):
+        progress("making models", done, len(names) + 1)
+        found[name] = made(s, a)
+    found[f"{scheme} a{act} packed bfloat16"] = made(scheme, act).bfloat16()
+    found[DENSE] = made(scheme, 16, dense=True)
+    found["dense bfloat16"] = made(scheme, 16, dense=True).bfloat16()
+    progress("making models", len(names) + 1, len(names) + 1)
     return found
 
 
-def packed(config: dict[str, Any], scheme: str, act: int) -> nn.Module:
-    """A denoiser whose Linear and Conv2d layers all hold random codes of a scheme; nothing else of it is quantized but, below 16 bits of
-    activations, what packed artifacts quantize (softmax outputs, Q, K and V)."""
-    with init_empty_weights(include_buffers=False):
-        denoiser: nn.Module = getattr(diffusers, config["class"])(**{k: v for k, v in config.items() if k != "class"})
-    made: dict[tuple[int, ...], Weight] = {}
-    for name, node in trace(denoiser).nodes(data=True):
-        if node["kind"] == "merge":
-            continue
-        layer = quant_layer(denoiser.get_submodule(name), node.get("split"))
-        layer.weight, layer.bias = torch.empty(0), None if layer.bias is None else torch.zeros(layer.shape[0])
-        shape = tuple(layer.shape)
-        if shape not in made:
-            made[shape] = held(random_weight(format_for(Scheme.parse(scheme), shape), seed=len(made)))
-        layer.set_packed_(own(made[shape]), Scheme.parse(scheme))
-        layer.act = act
-        layer.act_output = act if node.get("attention") else 16
-        owner, _, leaf = name.rpartition(".")
-        setattr(denoiser.get_submodule(owner), leaf, layer)
-    for name, parameter in list(denoiser.named_parameters()):  # norms and embeddings
-        owner, _, leaf = name.rpartition(".")
-        value = torch.ones(parameter.shape) if leaf == "weight" and parameter.ndim == 1 else 0.02 * torch.randn(parameter.shape)
-        setattr(denoiser.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
-    patch_attention_(denoiser)
-    return denoiser.eval().requires_grad_(False)
+class Maker:
+    """Makes denoisers whose Linear and Conv2d layers all hold random codes, the same for equal schemes. Nothing else is quantized but, below
+    16 bits of activations, what packed artifacts quantize (softmax outputs, Q, K and V)."""
+
+    def __init__(self, config: dict[str, Any]):
+        self.config = config
+        self.nodes = [(n, a) for n, a in trace(self._empty()).nodes(data=True) if a["kind"] != "merge"]
+        self.codes: dict[tuple[str, tuple[int, ...]], CodebookWeight] = {}
+        self.weights: dict[tuple[str, tuple[int, ...]], Weight] = {}
+        self.decoded: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+
+    def _empty(self) -> nn.Module:
+        with init_empty_weights(include_buffers=False):
+            denoiser: nn.Module = getattr(diffusers, self.config["class"])(**{k: v for k, v in self.config.items() if k != "class"})
+        return denoiser
+
+    def __call__(self, scheme: str, act: int, dense: bool = False) -> nn.Module:
+        denoiser, rng = self._empty(), torch.Generator().manual_seed(0)
+        for name, node in self.nodes:
+            layer = quant_layer(denoiser.get_submodule(name), node.get("split"))
+            layer.weight, layer.bias = torch.empty(0), None if layer.bias is None else torch.zeros(layer.shape[0])
+            key = (scheme, tuple(layer.shape))
+            if dense:
+                layer.set_dense_(self._decoded(key), Scheme.parse(scheme))
+            else:
+                layer.set_packed_(self._weight(key), Scheme.parse(scheme))
+            layer.act, layer.act_output = act, act if node.get("attention") else 16
+            _put(denoiser, name, layer)
+        for name, parameter in list(denoiser.named_parameters()):  # norms and embeddings
+            norm = parameter.ndim == 1 and name.endswith("weight")
+            value = torch.ones(parameter.shape) if norm else 0.02 * torch.randn(parameter.shape, generator=rng)
+            _put(denoiser, name, nn.Parameter(value, requires_grad=False))
+        patch_attention_(denoiser)
+        return denoiser.eval().requires_grad_(False)
+
+    def _coded(self, key: tuple[str, tuple[int, ...]]) -> CodebookWeight:
+        if key not in self.codes:
+            self.codes[key] = random_weight(format_for(Scheme.parse(key[0]), key[1]), seed=len(key[1]) + sum(key[1]))
+        return self.codes[key]
+
+    def _weight(self, key: tuple[str, tuple[int, ...]]) -> Weight:
+        """Codes of one layer are those of all of its shape, but in memory of their own, as in a real model."""
+        if key not in self.weights:
+            self.weights[key] = held(self._coded(key))
+        return own(self.weights[key])
+
+    def _decoded(self, key: tuple[str, tuple[int, ...]]) -> Tensor:
+        if key not in self.decoded:
+            self.decoded[key] = self._coded(key).dequantize()
+        return self.decoded[key].clone()
+
+
+def _put(denoiser: nn.Module, name: str, value: nn.Module) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(denoiser.get_submodule(owner), leaf, value)
 
 
 def own(weight: Weight) -> Weight:
@@ -103,10 +136,6 @@ def own(weight: Weight) -> Weight:
     if isinstance(weight, Arranged):
         return replace(weight, codes=weight.codes.clone(), derived={})
     return replace(weight, packed=weight.packed.clone())
-
-
-def copied(denoiser: nn.Module) -> nn.Module:
-    return copy.deepcopy(denoiser)
 
 
 def call_of(denoiser: nn.Module, batch: int, dtype: torch.dtype) -> Call:
@@ -148,7 +177,7 @@ def timed(variants: dict[str, nn.Module], batch: int, seconds: float, facts: dic
         y, place, model = calls[name]().float(), placed[name], variants[name]
         layers = layers_of(model)
         size = sum(prod(layer.shape) for layer in layers.values())
-        stored = sum(layer.coded.nbytes for layer in layers.values() if layer.coded is not None)
+        stored = sum(sum(layer.scheme.stored_bytes(layer.shape)) for layer in layers.values() if layer.held is not None)
         alike = name.split()[0] in (first, "dense")
         rows.append({
             **facts, "variant": name, "ms": 1e3 * statistics.median(own_times), "rounds": len(own_times),

@@ -42,7 +42,9 @@ def peers(progress: Progress, quick: bool) -> list[dict[str, Any]]:
         if name not in layers:
             layers[name] = [Layer(scheme, SHAPES[name], seed) for seed, scheme in enumerate(FORMATS)]
         with threads(count):
-            rows += _against_torchao(layers[name], tokens, 0.0 if quick else SECONDS[tokens], {"shape": name, "tokens": tokens, "threads": count})
+            rows += _against_torchao(
+                layers[name], tokens, 0.0 if quick else SECONDS[tokens], {"shape": name, "tokens": tokens, "threads": count}
+            )
     for done, (tokens, count) in enumerate(AQLM_CASES, len(cases)):
         progress("peers", done, total)
         with threads(count):
@@ -86,7 +88,9 @@ def _against_torchao(layers: list[Layer], tokens: int, seconds: float, facts: di
     with torch.inference_mode():
         dense, which = dense_runs(x, decoded, bias)
         which = {**which, "torchao": [f"{TORCHAO} float32"]}
-        ours = {f"{layer.scheme} {name}": run for layer in layers for name, run in contenders(layer, x, bias).items() if name != "lut exact"}
+        ours = {
+            f"{layer.scheme} {name}": run for layer in layers for name, run in contenders(layer, x, bias).items() if name != "lut exact"
+        }
     with torch.no_grad():  # compiled for it: inference mode would compile again
         times = paired({**dense, **theirs, **ours}, seconds)
         plain = {**dense, **theirs}
@@ -134,7 +138,11 @@ def _against_aqlm(tokens: int, rounds: int) -> list[dict[str, Any]]:
         started = time.perf_counter()
         theirs(x[:1])
         compiling = time.perf_counter() - started
-        runs: dict[str, Run] = {"aqlm": lambda: theirs(x), **contenders(layer, x, bias), "float32": dense_runs(x, layer.decoded, bias)[0]["float32"]}
+        runs: dict[str, Run] = {
+            "aqlm": lambda: theirs(x),
+            **contenders(layer, x, bias),
+            "float32": dense_runs(x, layer.decoded, bias)[0]["float32"],
+        }
         times = paired(runs, 0.0, (rounds, rounds), PAUSE)
         rows = []
         for name, own in times.items():

@@ -80,7 +80,7 @@ def measured(native: ctypes.CDLL, threads: int, repeats: int = 20) -> Machine:
     rates = {kind: rate or rates["float32"] for kind, rate in rates.items()}  # no such instruction: as floats
     return Machine(
         threads, load, rates, each(lambda: native.store_seconds(wide(1 << 18), repeats)), each(lambda: native.read_seconds(wide(1 << 28), 3)),
-        each(lambda: native.scalar_lookup_seconds(wide(1152), repeats)),
+        min(each(lambda n=n: native.scalar_lookup_seconds(wide(n), repeats)) for n in (16, 24, 144)),
     )  # fmt: skip
 
 
@@ -111,10 +111,8 @@ def work(scheme: str, shape: tuple[int, ...], columns: int, accuracy: str = "fas
     bits = own.bits * own.fused
     rows = 256 if own.width == NIBBLE else 1 << bits
     tables = row_bytes if own.order == "kernel" else row_bytes // prod(shape[2:])
-    if own.fused > 1:
-        products = 2 * (1 << bits // 2) * (own.span // 2)
-    else:
-        products = (2 * 16 if own.width == NIBBLE else rows) * own.span
+    halves = 2 * (1 << bits // 2) * (own.span // 2)
+    products = halves if own.fused > 1 else (2 * 16 if own.width == NIBBLE else rows) * own.span
     lanes = vectors * LANES[accuracy]
     return Work(
         shape[0] * row_bytes * vectors, tables * products * lanes, tables * rows * vectors, prod(shape) * columns, shape[0] * row_bytes, rows,

@@ -146,7 +146,11 @@ def expected(layer: Layer, x: Tensor, bias: Tensor, act: int) -> Tensor:
     """The layer in float64, of activations rounded to ``act`` bits."""
     x = fake_quantize(x, act, "sample" if x.ndim == 4 else "token").double()
     weight = layer.decoded.double()
-    return functional.conv2d(x, weight, bias.double(), padding=layer.shape[2] // 2) if x.ndim == 4 else functional.linear(x, weight, bias.double())
+    return (
+        functional.conv2d(x, weight, bias.double(), padding=layer.shape[2] // 2)
+        if x.ndim == 4
+        else functional.linear(x, weight, bias.double())
+    )
 
 
 def dense_runs(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[dict[str, Run], dict[str, list[str]]]:
@@ -158,7 +162,9 @@ def dense_runs(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[dict[str, Run],
     runs = {
         "float32": _conv(x, weight, bias),
         "float32 channels_last": _conv(x.to(memory_format=last), weight.to(memory_format=last), bias),
-        "bfloat16 channels_last": _conv(x.to(torch.bfloat16, memory_format=last), weight.to(torch.bfloat16, memory_format=last), bias.bfloat16()),
+        "bfloat16 channels_last": _conv(
+            x.to(torch.bfloat16, memory_format=last), weight.to(torch.bfloat16, memory_format=last), bias.bfloat16()
+        ),
     }
     return runs, {"float32": ["float32", "float32 channels_last"], "bfloat16": ["bfloat16 channels_last"]}
 
@@ -171,7 +177,9 @@ def _conv(x: Tensor, weight: Tensor, bias: Tensor) -> Run:
     return lambda: functional.conv2d(x, weight, bias, padding=weight.shape[2] // 2)
 
 
-def case(layers: list[Layer], x: Tensor, seconds: float, exact: Mapping[tuple[str, int], Tensor], facts: dict[str, Any]) -> list[dict[str, Any]]:
+def case(
+    layers: list[Layer], x: Tensor, seconds: float, exact: Mapping[tuple[str, int], Tensor], facts: dict[str, Any]
+) -> list[dict[str, Any]]:
     """Every kernel of every layer and the dense ones in one paired run; ``exact`` holds the float64 results by (format, activation bits)."""
     bias = torch.zeros(layers[0].shape[0])
     runs, dense = dense_runs(x, layers[0].decoded, bias)

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -67,7 +69,9 @@ def conv(progress: Progress, quick: bool) -> Rows:
         layers = [Layer(scheme, (channels, channels, 3, 3), seed) for seed, scheme in enumerate(CONV_FORMATS)]
         x = torch.randn(1, channels, side, side)
         total = len(shapes) * len(THREADS)
-        rows += _cases("conv", name, layers, x, {"channels": channels, "side": side}, 0.0 if quick else CONV_SECONDS, progress, not rows, total)
+        rows += _cases(
+            "conv", name, layers, x, {"channels": channels, "side": side}, 0.0 if quick else CONV_SECONDS, progress, not rows, total
+        )
     return rows
 
 
@@ -109,7 +113,13 @@ def roofline(progress: Progress, quick: bool) -> Rows:
     return run(progress, quick, *(_section(_read(), part) for part in ("linear", "conv")))
 
 
-PARTS: dict[str, Callable[[Progress, bool], Rows]] = {"linear": linear, "conv": conv, "peers": peers, "models": models, "roofline": roofline}
+PARTS: dict[str, Callable[[Progress, bool], Rows]] = {
+    "linear": linear,
+    "conv": conv,
+    "peers": peers,
+    "models": models,
+    "roofline": roofline,
+}
 
 
 def _read() -> dict[str, Any]:
@@ -136,14 +146,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", nargs="+", choices=[*PARTS, "all", "tables"], help="tables: only the Markdown, from what was measured")
     parser.add_argument("--quick", action="store_true", help="a few rounds of fewer cases, to see that it runs")
+    parser.add_argument(
+        "--retime", action="store_true", help="models: measure anew what chooses the kernels, which is kept in benchmarks/work/timings"
+    )
     options = parser.parse_args()
+    folder = Path(os.environ.setdefault("AQUABIT_TIMINGS", str(Path(__file__).parent / "work" / "timings")))
+    if options.retime:
+        shutil.rmtree(folder, ignore_errors=True)
     for part in PARTS if "all" in options.part else [p for p in options.part if p != "tables"]:
         started, before = time.perf_counter(), load()
         with bars() as progress:
             rows = PARTS[part](progress, options.quick)
         about = {k: v for k, v in machine(torch.get_num_threads()).items() if k not in ("threads", "gpu")}
         command = f"python benchmarks/kernels.py {part}{' --quick' if options.quick else ''}"
-        _write(_read() | {part: {"command": command, "machine": about, "load": before, "seconds": time.perf_counter() - started, "rows": rows}})
+        _write(
+            _read() | {part: {"command": command, "machine": about, "load": before, "seconds": time.perf_counter() - started, "rows": rows}}
+        )
         print(f"{part}: {len(rows)} rows in {time.perf_counter() - started:.0f} s (load before: {before:.1f})", flush=True)
     _write(_read())
     print((RESULTS / "kernels.md").read_text())
