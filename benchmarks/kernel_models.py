@@ -21,7 +21,7 @@ from aquabit.kernels.dispatch import held
 from aquabit.kernels.measuring import random_weight
 from aquabit.quant.attention import patch_attention_
 from aquabit.quant.layers import quant_layer, resident_bytes
-from aquabit.quant.tuning import format_for, layers_of, place_
+from aquabit.quant.tuning import Placement, format_for, layers_of, place_
 from aquabit.scheme import Progress, Scheme
 from benchmarks.additive import LDM4
 from benchmarks.kernel_timing import paired, ratio, threads
@@ -44,10 +44,12 @@ DENSE = "dense float32"
 Call = Callable[[], Tensor]
 
 
-def models(progress: Progress, quick: bool) -> list[dict[str, Any]]:
-    """Every case; ``quick``: only the block, on two threads."""
+def models(progress: Progress, quick: bool, only: str = "") -> list[dict[str, Any]]:
+    """Every case whose name holds ``only``; ``quick``: only the block, on two threads."""
     rows: list[dict[str, Any]] = []
     for name, (config, batch, counts, seconds, schemes) in list(CASES.items())[: 1 if quick else None]:
+        if only not in name:
+            continue
         variants = built(config, schemes, progress)
         for count in counts[-1:] if quick else counts:
             with threads(count):
@@ -163,19 +165,20 @@ def call_of(denoiser: nn.Module, batch: int, dtype: torch.dtype) -> Call:
 
 
 def timed(variants: dict[str, nn.Module], batch: int, seconds: float, facts: dict[str, Any], progress: Progress) -> list[dict[str, Any]]:
-    """A row a variant: milliseconds of a call, ratios, bytes that its layers hold, layers by kernel, dense copies, and how far its output
+    """A row a variant (one with memory=auto that keeps no copy has its packed twin's times): milliseconds of a call, ratios, bytes that its layers hold, layers by kernel, dense copies, and how far its output
     is from the dense model of the same weights (rounded activations included)."""
-    calls, placed = {}, {}
+    calls, placed, outputs = dict[str, Call](), dict[str, Placement](), dict[str, Tensor]()
     for name, model in variants.items():
-        calls[name] = call_of(model, batch, torch.bfloat16 if "bfloat16" in name else torch.float32)
-        placed[name] = place_(layers_of(model), calls[name], "auto" if name.endswith("auto") else "packed", progress)
+        call = call_of(model, batch, torch.bfloat16 if "bfloat16" in name else torch.float32)
+        placed[name] = place_(layers_of(model), call, "auto" if name.endswith("auto") else "packed", progress)
+        calls[name] = lambda name=name, call=call: outputs.__setitem__(name, call())  # type: ignore[misc]
+    same = {n: n.replace("auto", "packed") for n, p in placed.items() if n.endswith("auto") and not p.copies}  # runs as packed does
     progress(f"timing {facts['model']}", 0, 1)
-    times = paired(calls, seconds, ROUNDS)
+    times = paired({n: call for n, call in calls.items() if n not in same}, seconds, ROUNDS)
     progress(f"timing {facts['model']}", 1, 1)
-    reference, first, rows = calls[DENSE]().float(), next(iter(variants)).split()[0], []
-    for name, own_times in times.items():
-        y, place, model = calls[name]().float(), placed[name], variants[name]
-        layers = layers_of(model)
+    reference, first, rows = outputs[DENSE].float(), next(iter(variants)).split()[0], []
+    for name, model in variants.items():
+        own_times, y, place, layers = times[same.get(name, name)], outputs[same.get(name, name)].float(), placed[name], layers_of(model)
         size = sum(prod(layer.shape) for layer in layers.values())
         stored = sum(sum(layer.scheme.stored_bytes(layer.shape)) for layer in layers.values() if layer.held is not None)
         alike = name.split()[0] in (first, "dense")

@@ -101,10 +101,12 @@ def peers(progress: Progress, quick: bool) -> Rows:
     return run(progress, quick)
 
 
-def models(progress: Progress, quick: bool) -> Rows:
+def models(progress: Progress, quick: bool, only: str = "") -> Rows:
     from benchmarks.kernel_models import models as run
 
-    return run(progress, quick)
+    fresh = run(progress, quick, only)
+    done = {row["model"] for row in fresh}
+    return [row for row in _section(_read(), "models") if only and row["model"] not in done] + fresh
 
 
 def roofline(progress: Progress, quick: bool) -> Rows:
@@ -149,6 +151,7 @@ def main() -> None:
     parser.add_argument(
         "--retime", action="store_true", help="models: measure anew what chooses the kernels, which is kept in benchmarks/work/timings"
     )
+    parser.add_argument("--only", default="", metavar="TEXT", help="models: those whose name holds TEXT; the others keep their rows")
     options = parser.parse_args()
     folder = Path(os.environ.setdefault("AQUABIT_TIMINGS", str(Path(__file__).parent / "work" / "timings")))
     if options.retime:
@@ -156,7 +159,7 @@ def main() -> None:
     for part in PARTS if "all" in options.part else [p for p in options.part if p != "tables"]:
         started, before = time.perf_counter(), load()
         with bars() as progress:
-            rows = PARTS[part](progress, options.quick)
+            rows = models(progress, options.quick, options.only) if part == "models" else PARTS[part](progress, options.quick)
         about = {k: v for k, v in machine(torch.get_num_threads()).items() if k not in ("threads", "gpu")}
         command = f"python benchmarks/kernels.py {part}{' --quick' if options.quick else ''}"
         _write(
