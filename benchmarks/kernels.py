@@ -133,10 +133,29 @@ def _section(found: dict[str, Any], part: str) -> Rows:
     return found.get(part, {}).get("rows", [])
 
 
+def _text(found: dict[str, Any]) -> str:
+    """JSON with a line for each row."""
+    parts = []
+    for part, about in found.items():
+        rows = ",\n".join(json.dumps(_short(row), allow_nan=False) for row in about["rows"])
+        rest = json.dumps({k: _short(v) for k, v in about.items() if k != "rows"}, allow_nan=False)
+        parts.append(f'{json.dumps(part)}: {rest[:-1]}, "rows": [\n{rows}\n]}}')
+    return "{" + ",\n".join(parts) + "}\n"
+
+
+def _short(value: Any) -> Any:
+    """Five digits of every number with a fraction."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {k: _short(v) for k, v in value.items()}
+    return [_short(v) for v in value] if isinstance(value, list) else value
+
+
 def _write(found: dict[str, Any]) -> None:
     from benchmarks.kernel_tables import markdown
 
-    for name, text in {"kernels.json": json.dumps(found, indent=1, allow_nan=False) + "\n", "kernels.md": markdown(found)}.items():
+    for name, text in {"kernels.json": _text(found), "kernels.md": markdown(found)}.items():
         (RESULTS / f".{name}").write_text(text)
         (RESULTS / f".{name}").replace(RESULTS / name)
 
