@@ -40,7 +40,7 @@ def test_kernels_of_a_case_compute_what_they_are_compared_with(scheme: str, shap
         act, limit = 8 if name.endswith("a8") else 16, 1e-6 if "exact" in name else 3e-3
         assert errors(run(), expected(layer, x, bias, act))["error"] < limit, name
     runs, which = dense_runs(x, layer.decoded, bias)
-    assert set(which) == set(DENSE) and sorted(sum(which.values(), [])) == sorted(runs)
+    assert set(which) == set(DENSE) and sorted(n for names in which.values() for n in names) == sorted(runs)
     for name, run in runs.items():
         assert errors(run(), expected(layer, x, bias, 16))["error"] < (1e-5 if name.startswith("float32") else 3e-2), name
 
