@@ -48,7 +48,7 @@ def peers(progress: Progress, quick: bool) -> list[dict[str, Any]]:
     for done, (tokens, count) in enumerate(AQLM_CASES, len(cases)):
         progress("peers", done, total)
         with threads(count):
-            rows += _against_aqlm(tokens, 1 if quick else AQLM_ROUNDS[tokens])
+            rows += _against_aqlm(tokens, count, 1 if quick else AQLM_ROUNDS[tokens])
     progress("peers", total, total)
     return rows
 
@@ -123,13 +123,13 @@ def aqlm_layer(layer: Layer) -> nn.Module:
     return theirs
 
 
-def _against_aqlm(tokens: int, rounds: int) -> list[dict[str, Any]]:
+def _against_aqlm(tokens: int, count: int, rounds: int) -> list[dict[str, Any]]:
     """Its LUT kernel, compiled by Numba in its first call, beside ours of the same codes. Its threads add to the same outputs without a
     lock: with more than one its errors are not its arithmetic's."""
     import numba
 
     torch.manual_seed(0)
-    numba.set_num_threads(torch.get_num_threads())
+    numba.set_num_threads(count)
     layer = Layer(AQLM_FORMAT, SHAPES[AQLM_SHAPE])
     x, bias = torch.randn(tokens, layer.shape[1]), torch.zeros(layer.shape[0])
     theirs = aqlm_layer(layer)
@@ -138,6 +138,7 @@ def _against_aqlm(tokens: int, rounds: int) -> list[dict[str, Any]]:
         started = time.perf_counter()
         theirs(x[:1])
         compiling = time.perf_counter() - started
+        torch.set_num_threads(count)  # Numba's first parallel call sets OpenMP's own number, which is torch's too
         runs: dict[str, Run] = {
             "aqlm": lambda: theirs(x),
             **contenders(layer, x, bias),
@@ -147,7 +148,7 @@ def _against_aqlm(tokens: int, rounds: int) -> list[dict[str, Any]]:
         rows = []
         for name, own in times.items():
             y = theirs(few) if name == "aqlm" else runs[name]()[:CHECKED]
-            row = {"shape": AQLM_SHAPE, "tokens": tokens, "threads": torch.get_num_threads(), "format": None if name == "float32" else AQLM_FORMAT,
+            row = {"shape": AQLM_SHAPE, "tokens": tokens, "threads": count, "format": None if name == "float32" else AQLM_FORMAT,
                    "kernel": name, "ms": 1e3 * statistics.median(own), "rounds": rounds, "over_aqlm": ratio(times["aqlm"], own)}  # fmt: skip
             rows.append(row | errors(y, expected(layer, few, bias, KERNELS.get(name, ("", "", 16))[2])))
         rows[0]["compiling_s"] = compiling

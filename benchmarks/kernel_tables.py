@@ -43,7 +43,7 @@ def figure(claim: str, target: float, cases: Iterable[Rows], ratio: str, at_leas
 
 def _where(row: dict[str, Any]) -> str:
     parts = [row.get("format") or row.get("variant"), row.get("kernel"), row.get("shape") or row.get("model")]
-    parts += [f"{row['tokens']} tokens"] if "tokens" in row else []
+    parts += [count(row["tokens"], "token")] if "tokens" in row else []
     return ", ".join(str(p) for p in (*parts, f"{row['threads']} thread{'s' if row['threads'] > 1 else ''}") if p)
 
 
