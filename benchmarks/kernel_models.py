@@ -69,6 +69,7 @@ def built(config: dict[str, Any], schemes: tuple[tuple[str, int], ...], progress
     for done, (name, s, a) in enumerate(names):
         progress("making models", done, len(names) + 1)
         found[name] = made(s, a)
+    found[f"{scheme} a{act}, V a16 packed"] = with_plain_softmax_(made(scheme, act))
     found[f"{scheme} a{act} packed bfloat16"] = made(scheme, act).bfloat16()
     found[DENSE] = made(scheme, 16, dense=True)
     found["dense bfloat16"] = made(scheme, 16, dense=True).bfloat16()
@@ -131,6 +132,14 @@ class Maker:
         return self.decoded[key].clone()
 
 
+def with_plain_softmax_(denoiser: nn.Module) -> nn.Module:
+    """V layers at 16 bits of activations, so that softmax outputs are not rounded and torch's own fused attention runs."""
+    for name, layer in layers_of(denoiser).items():
+        if name.endswith("to_v"):
+            layer.act = layer.act_output = 16
+    return denoiser
+
+
 def _put(denoiser: nn.Module, name: str, value: nn.Module) -> None:
     owner, _, leaf = name.rpartition(".")
     setattr(denoiser.get_submodule(owner), leaf, value)
@@ -168,8 +177,9 @@ def call_of(denoiser: nn.Module, batch: int, dtype: torch.dtype) -> Call:
 
 
 def timed(variants: dict[str, nn.Module], batch: int, seconds: float, facts: dict[str, Any], progress: Progress) -> list[dict[str, Any]]:
-    """A row a variant (one with memory=auto that keeps no copy has its packed twin's times): milliseconds of a call, ratios, bytes that its layers hold, layers by kernel, dense copies, and how far its output
-    is from the dense model of the same weights (rounded activations included)."""
+    """A row a variant: milliseconds of a call, ratios, bytes that its layers hold, layers by kernel, dense copies, and how far its output is
+    from the dense model of the same weights (rounded activations included). One with memory=auto that keeps no copy has its packed twin's
+    times."""
     calls, placed, outputs = dict[str, Call](), dict[str, Placement](), dict[str, Tensor]()
     for name, model in variants.items():
         call = call_of(model, batch, torch.bfloat16 if "bfloat16" in name else torch.float32)

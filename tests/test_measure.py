@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import subprocess
@@ -321,3 +322,20 @@ def test_configurations_beyond_this_version_are_refused(tmp_path, dit, part) -> 
     model, graph = quantized(dit, tmp_path)
     with pytest.raises(AquabitError, match="cannot run"):
         model.apply(replace(make_space(graph, "f").uniform("usq4"), **part))
+
+
+def test_a_copied_denoiser_rounds_its_own_softmax(dit) -> None:
+    """The copy's attention runs the copy's layers, not those of the model that it was copied from."""
+    model = QuantizedDenoiser(dit.denoiser, trace(dit))
+    twin = copy.deepcopy(model.denoiser)
+    seen = []
+    for name, module in twin.named_modules():
+        if name.endswith("to_v"):
+            module.register_forward_hook(lambda *_: seen.append(1))
+    attention = next(m for m in twin.modules() if hasattr(m, "to_v"))
+    x = torch.randn(1, 5, attention.to_v.in_features)
+    plain = attention(x)
+    assert seen
+    for layer in (attention.to_q, attention.to_k, attention.to_v):
+        layer.act = 4
+    assert not torch.equal(attention(x), plain)

@@ -243,29 +243,45 @@ class Task {
     std::vector<std::pair<int64_t, int64_t>> coarse_;
 };
 
+struct Part {
+    int64_t tile, from, to;  // rows [from, to) of a tile
+};
+
+// Every tile as it is, but for those that do not go around among the threads: they share each of them by rows, and each makes its tables.
+std::vector<Part> parts_of(int64_t tiles, int64_t out, int64_t threads) {
+    std::vector<Part> parts;
+    const int64_t left = tiles % threads;
+    const int64_t shares = left ? std::clamp<int64_t>(threads / left, 1, ceil_divide(out, kRows)) : 1, rows = up(ceil_divide(out, shares), kRows);
+    for (int64_t tile = 0; tile < tiles - left; ++tile) parts.push_back({tile, 0, out});
+    for (int64_t tile = tiles - left; tile < tiles; ++tile)
+        for (int64_t from = 0; from < out; from += rows) parts.push_back({tile, from, std::min(out, from + rows)});
+    return parts;
+}
+
 // store(task's room, q0, from, to) for every tile and range of rows.
 template <class Store>
 void run_tiles(const Level& level, const Call& c, const Planes& p, const std::vector<Block>& blocks, int threads, const Store& keep) {
     if (c.out * c.row_bytes * p.columns < kParallel) threads = 1;
-    const int64_t tiles = ceil_divide(p.columns, p.width);
-    const int64_t chunks = std::clamp<int64_t>(ceil_divide(threads, tiles), 1, ceil_divide(c.out, 64)), rows = up(ceil_divide(c.out, chunks), kRows);
-    const int64_t parts = ceil_divide(c.out, rows), tasks = tiles * parts;
+    const std::vector<Part> parts = parts_of(ceil_divide(p.columns, p.width), c.out, threads);
     int64_t bytes = 1, groups = 1, runs = 1;
     for (const Block& b : blocks) {
         bytes = std::max(bytes, c.bytes(b));
         groups = std::max(groups, b.groups);
         runs = std::max(runs, b.runs);
     }
-    [[maybe_unused]] const int team = static_cast<int>(std::min<int64_t>(threads, tasks));
+    const int64_t count = static_cast<int64_t>(parts.size());
+    int64_t rows = 1;
+    for (const Part& part : parts) rows = std::max(rows, part.to - part.from);
+    [[maybe_unused]] const int team = static_cast<int>(std::min<int64_t>(threads, count));
 #pragma omp parallel num_threads(team) if (team > 1)
     {
-        Room room(c, p, std::min(rows, c.out), bytes, groups, runs);
+        Room room(c, p, rows, bytes, groups, runs);
         Task task(level, c, p, room);
         Call exact = c;
         exact.exact = true;
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < tasks; ++i) {
-            const int64_t q0 = i / parts * p.width, from = i % parts * rows, to = std::min(c.out, from + rows);
+        for (int64_t i = 0; i < count; ++i) {
+            const int64_t q0 = parts[i].tile * p.width, from = parts[i].from, to = parts[i].to;
             task.run(blocks, q0, from, to);
             keep(room.sums.get(), q0, from, to);
             for (const auto& [begin, end] : task.coarse()) {
