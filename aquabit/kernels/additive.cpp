@@ -18,6 +18,8 @@
 #include <immintrin.h>
 #endif
 
+#include "processor.h"
+
 namespace nb = nanobind;
 
 namespace {
@@ -259,13 +261,9 @@ const std::vector<Choice>& levels() {
     static const std::vector<Choice> all = [] {
         std::vector<Choice> found;
 #ifdef AQUABIT_X86
-        __builtin_cpu_init();
-        const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
-                        __builtin_cpu_supports("popcnt");
-        const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-        if (v4) found.push_back({"avx512", &avx512::kLevel});
-        if (v3) found.push_back({"avx2", &avx2::kLevel});
+        const Processor own = processor();
+        if (own.avx512) found.push_back({"avx512", &avx512::kLevel});
+        if (own.avx2) found.push_back({"avx2", &avx2::kLevel});
 #endif
         found.push_back({"baseline", &baseline::kLevel});
         return found;

@@ -28,8 +28,9 @@ TAPS = 64  # of a kernel, at most
 LOOKUPS = 32
 TABLE_BYTES = 1 << 18
 DOTS = 4  # inputs of a lookup from which on tables are made by 16-bit dot products
-TAP_LOSS = 3500  # of a block whose taps share tables, where it can be chosen: see _tap_loss
-TAP_LOSS_MOST = 6500  # above it convolutions take float32 tables
+LOSS = 4608  # of a block, at most: see _loss
+TAP_LOSS = 3500  # the same where taps share tables: one unit serves a tile
+TAP_LOSS_MOST = 5000  # above it convolutions take float32 tables
 
 
 class _Block(NamedTuple):
@@ -155,8 +156,7 @@ def _blocks(weight: Arranged) -> list[_Block]:
     per_byte = 2 if weight.width == NIBBLE else 1
     rows = 256 if weight.width == NIBBLE else 1 << weight.bits * weight.fused
     most = min(LOOKUPS, TABLE_BYTES // (64 * rows) * per_byte) // weight.codebooks
-    if shared:
-        most = isqrt(TAP_LOSS // _tap_loss(weight))
+    most = isqrt(TAP_LOSS // _loss(weight)) if shared else min(most, isqrt(LOSS // _loss(weight)))
     even = _even(weight)
     most = max(most // even, 1) * even
     blocks = []
@@ -171,11 +171,11 @@ def _blocks(weight: Arranged) -> list[_Block]:
     return blocks
 
 
-def _tap_loss(weight: Arranged) -> int:
-    """Roundings times inputs of one group at all taps; a block of n groups has n^2 as many, and a relative error of about 1.2e-5 times the
-    root of that (measured with Gaussian inputs)."""
-    taps = prod(weight.shape[2:])
-    return taps * weight.codebooks * (2 if weight.fused > 1 else 1) * taps * weight.span
+def _loss(weight: Arranged) -> int:
+    """Roundings times inputs of one group (at all taps, where they share tables); a block of n groups has n^2 as many, and a relative
+    error of about 1.2e-5 times the root of that (measured with Gaussian inputs)."""
+    runs = prod(weight.shape[2:]) if weight.order == "inputs" else 1
+    return runs * weight.codebooks * (2 if weight.fused > 1 else 1) * runs * weight.span
 
 
 def _even(weight: Arranged) -> int:
@@ -185,7 +185,7 @@ def _even(weight: Arranged) -> int:
 
 def _rough(weight: Arranged) -> bool:
     """Whether even the smallest block would lose too much in int16."""
-    return weight.order == "inputs" and prod(weight.shape[2:]) > 1 and _tap_loss(weight) * _even(weight) ** 2 > TAP_LOSS_MOST
+    return weight.order == "inputs" and prod(weight.shape[2:]) > 1 and _loss(weight) * _even(weight) ** 2 > TAP_LOSS_MOST
 
 
 def _plan(weight: Arranged) -> _Plan:
