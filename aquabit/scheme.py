@@ -12,7 +12,9 @@ from math import ceil, prod
 from pathlib import Path
 from typing import Any, Literal
 
-ACTIVATION_BITS = (16, 8, 6)
+ACTIVATION_BITS = (16, 8, 6, 4)
+CORRECTIONS = ("cnc", "bc", "vsc", "match", "qdrift")
+RANGES = ("dynamic", "static", "step")
 SCHEMA_VERSION = 1
 Progress = Callable[[str, int, int], None]  # called as progress(what, done, total)
 
@@ -135,13 +137,62 @@ class Scheme:
 FP = Scheme()
 
 
+Act = int | tuple[int, ...]  # activation bits (16 = off), or those of each group of steps
+
+
 @dataclass(frozen=True)
 class LayerChoice:
-    """What one layer gets: a weight scheme, activation bits (16 = off), and the name of a shared codebook."""
+    """What one layer gets: a weight scheme, activation bits (16 = off; a tuple: one number per group of steps), and the name of a shared
+    codebook."""
 
     weight: Scheme = FP
-    act: int = 16
+    act: Act = 16
     codebook: str | None = None
+
+
+@dataclass(frozen=True)
+class StepGroups:
+    """Contiguous groups of the ``total`` denoising steps: ``starts`` are the first steps of the groups, in order of sampling."""
+
+    total: int
+    starts: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "starts", tuple(self.starts))
+        rising = all(a < b for a, b in zip(self.starts, self.starts[1:], strict=False))
+        if not 2 <= len(self.starts) <= 5 or self.starts[0] != 0 or not rising or self.starts[-1] >= self.total:
+            raise AquabitError(
+                f"step groups that start at {list(self.starts)} of {self.total} steps are not usable; give 2 to 5 rising starts from 0"
+            )
+
+    def of(self, step: int) -> int:
+        """The group that a step (from 0) belongs to."""
+        return sum(start <= step for start in self.starts) - 1
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Each group's share of the steps; they add up to 1."""
+        ends = (*self.starts[1:], self.total)
+        return tuple((end - start) / self.total for start, end in zip(self.starts, ends, strict=True))
+
+
+def parse_correction(text: str | None) -> tuple[str, ...]:
+    """The corrections that ``text`` joins by "+", in the order of ``CORRECTIONS``; none for None and "none".
+
+    Raises AquabitError for unknown ones and for those that exclude each other.
+    """
+    parts = [] if text in (None, "none") else str(text).split("+")
+    unknown = [p for p in parts if p not in CORRECTIONS]
+    if unknown or len(set(parts)) < len(parts):
+        raise AquabitError(f"correction {text!r} is unknown; it joins some of {', '.join(CORRECTIONS)} by +, as cnc+bc, or is none")
+    if len([p for p in parts if p in ("vsc", "match", "qdrift")]) > 1 or ("qdrift" in parts and len(parts) > 1):
+        raise AquabitError(f"correction {text!r} treats the residual twice; vsc and match exclude each other, and qdrift stands alone")
+    return tuple(p for p in CORRECTIONS if p in parts)
+
+
+def plain_act(act: Act) -> Act:
+    """Activation bits as they are kept: groups that are all equal are one number."""
+    return act if isinstance(act, int) or len(set(act)) > 1 else act[0]
 
 
 def digest(value: Any) -> str:
@@ -190,19 +241,33 @@ class Calibration:
 class QuantConfig:
     """Which scheme and activation bits each layer of one model gets; layers not named stay in full precision.
 
-    ``calibration`` says what H the calibrated schemes are fitted with (None: ``Calibration()``).
+    ``calibration`` says what H the calibrated schemes are fitted with, and what a correction's statistics and static ranges are measured
+    on (None: ``Calibration()``). ``steps`` are the groups that activation bits given as a tuple refer to. ``correction`` joins the noise
+    corrections that act while sampling by "+" (``CORRECTIONS``). ``tuned`` is the digest of fine-tuned tensors that replace the fitted
+    ones. ``ranges`` are those of activations: "dynamic" (per token or sample), "static" (one per layer) or "step" (one per layer and step).
     """
 
     fingerprint: str
     layers: Mapping[str, LayerChoice]
     model: str = ""
-    steps: Any = None
+    steps: StepGroups | None = None
     correction: str | None = None
     calibration: Calibration | None = None
+    tuned: str | None = None
+    ranges: str = "dynamic"
 
     def __post_init__(self) -> None:
-        kept = {k: v for k, v in sorted(self.layers.items()) if v != LayerChoice()}
-        object.__setattr__(self, "layers", kept)
+        kept = {k: replace(v, act=plain_act(v.act)) for k, v in sorted(self.layers.items())}
+        object.__setattr__(self, "layers", {k: v for k, v in kept.items() if v != LayerChoice()})
+        object.__setattr__(self, "correction", "+".join(parse_correction(self.correction)) or None)
+        if self.ranges not in RANGES:
+            raise AquabitError(f"ranges {self.ranges!r} are unknown; known: {', '.join(RANGES)}")
+        groups = 1 if self.steps is None else len(self.steps.starts)
+        wrong = [(k, v.act) for k, v in self.layers.items() if isinstance(v.act, tuple) and len(v.act) != groups]
+        if wrong:
+            raise AquabitError(f"layer {wrong[0][0]!r} has activation bits {list(wrong[0][1])} for {groups} groups of steps; give one each")
+        if not any(isinstance(v.act, tuple) for v in self.layers.values()):
+            object.__setattr__(self, "steps", None)  # groups that nothing refers to
 
     def __getitem__(self, layer: str) -> LayerChoice:
         return self.layers.get(layer, LayerChoice())
@@ -211,26 +276,31 @@ class QuantConfig:
     def digest(self) -> str:
         """Equal for equal configurations, whatever name the model goes by."""
         body = {k: v for k, v in self.to_dict().items() if k not in ("model", "schema", "calibration")}
-        if any(choice.weight.calibrated for choice in self.layers.values()):
+        if self.correction or self.ranges != "dynamic" or any(choice.weight.calibrated for choice in self.layers.values()):
             body["calibration"] = asdict(self.calibration or Calibration())
         return digest(body)
 
-    def with_layer(self, layer: str, weight: Scheme | str, act: int | None = None, codebook: str | None = None) -> QuantConfig:
+    def with_layer(self, layer: str, weight: Scheme | str, act: Act | None = None, codebook: str | None = None) -> QuantConfig:
         """The same configuration with one layer changed (its activation bits kept unless given); ``codebook`` names a shared one."""
         choice = LayerChoice(Scheme.parse(weight), self[layer].act if act is None else act, codebook)
         return replace(self, layers={**self.layers, layer: choice})
 
     def to_dict(self) -> dict[str, Any]:
         """The value of ``config.json``."""
-        layers = {k: {"weight": str(v.weight), "act": v.act, "codebook": v.codebook} for k, v in self.layers.items()}
+        layers = {
+            k: {"weight": str(v.weight), "act": list(v.act) if isinstance(v.act, tuple) else v.act, "codebook": v.codebook}
+            for k, v in self.layers.items()
+        }
+        later = {"tuned": self.tuned, "ranges": None if self.ranges == "dynamic" else self.ranges}  # absent: digests stay what they were
         return {
             "schema": SCHEMA_VERSION,
             "model": self.model,
             "fingerprint": self.fingerprint,
             "layers": layers,
-            "steps": self.steps,
+            "steps": None if self.steps is None else {"total": self.steps.total, "starts": list(self.steps.starts)},
             "correction": self.correction,
             "calibration": None if self.calibration is None else asdict(self.calibration),
+            **{k: v for k, v in later.items() if v is not None},
         }
 
     def to_json(self) -> str:
@@ -240,7 +310,8 @@ class QuantConfig:
     def from_dict(value: Any, source: str = "configuration") -> QuantConfig:
         """Validate untrusted JSON; raises AquabitError with the place and the value that is wrong."""
         file = _validated(_config_model(), value, source)
-        layers = {k: LayerChoice(Scheme.parse(v.weight), v.act, v.codebook) for k, v in file.layers.items()}
+        acts = {k: tuple(v.act) if isinstance(v.act, list) else v.act for k, v in file.layers.items()}
+        layers = {k: LayerChoice(Scheme.parse(v.weight), acts[k], v.codebook) for k, v in file.layers.items()}
         for name, choice in layers.items():
             if choice.weight.shared != (choice.codebook is not None):
                 what = (
@@ -250,7 +321,8 @@ class QuantConfig:
                 )
                 raise AquabitError(f"{source}: layer {name!r} at {choice.weight} {what}")
         calibration = None if file.calibration is None else Calibration(**file.calibration.model_dump())
-        return QuantConfig(file.fingerprint, layers, file.model, file.steps, file.correction, calibration)
+        steps = None if file.steps is None else StepGroups(file.steps.total, tuple(file.steps.starts))
+        return QuantConfig(file.fingerprint, layers, file.model, steps, file.correction, calibration, file.tuned, file.ranges)
 
     @staticmethod
     def load(path: str | Path) -> QuantConfig:
@@ -275,8 +347,13 @@ def _config_model() -> Any:
     class Layer(BaseModel):
         model_config = ConfigDict(extra="forbid")
         weight: str
-        act: Literal[16, 8, 6]
+        act: Literal[16, 8, 6, 4] | list[Literal[16, 8, 6, 4]]
         codebook: str | None = None
+
+    class Groups(BaseModel):
+        model_config = ConfigDict(extra="forbid")
+        total: int = Field(ge=2)
+        starts: list[int]
 
     class CalibrationPart(BaseModel):
         model_config = ConfigDict(extra="forbid")
@@ -295,9 +372,11 @@ def _config_model() -> Any:
         model: str
         fingerprint: str
         layers: dict[str, Layer]
-        steps: Any = None
+        steps: Groups | None = None
         correction: str | None = None
         calibration: CalibrationPart | None = None
+        tuned: str | None = Field(None, pattern="^[0-9a-f]{16}$")
+        ranges: str = "dynamic"
 
     return ConfigFile
 

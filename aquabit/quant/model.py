@@ -148,7 +148,7 @@ class QuantizedDenoiser:
                 known = f"its codebooks are {own!r}" if own else "it has no partner to share codebooks with"
                 known = known if shared else f"{choice.weight} shares none"
                 raise AquabitError(f"layer {name!r} at {choice.weight} names codebooks {choice.codebook!r}; {known}")
-        later = {"step groups": config.steps, "a noise correction": config.correction}
+        later = {"step groups": config.steps, "fine-tuned tensors": config.tuned, "static ranges": config.ranges != "dynamic"}
         asked = [what for what, value in later.items() if value]
         if asked:
             raise AquabitError(f"the configuration asks for {asked[0]}, which this version cannot run; remove it from the configuration")

@@ -1,0 +1,143 @@
+"""Following a pipeline's sampler: which step runs, what the denoiser returns in it, and what the scheduler makes of that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+from torch import Tensor, nn
+
+FOLLOWED = "_aquabit_sampling"  # the attribute of a denoiser that holds what follows it for good
+
+
+class Watcher:
+    """What takes part in sampling. Every method does nothing unless it is replaced."""
+
+    def begin(self, scheduler: Any) -> None:
+        """The scheduler's timesteps were set: an image, or a batch of them, begins."""
+
+    def before(self, step: int) -> None:
+        """The denoiser is about to run in ``step`` (from 0)."""
+
+    def output(self, step: int, call: int, output: Tensor) -> Tensor:
+        """The denoiser's raw output of its ``call``-th call (from 0) in ``step``, or what is to replace it."""
+        return output
+
+    def advance(self, step: int, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The scheduler's step; ``run`` is the one to call, with its own arguments (model_output, timestep, sample, ...)."""
+        return run(*args, **kwargs)
+
+
+class Sampling:
+    """Tells watchers about the sampling of one pipeline: ``attach`` to its scheduler and denoiser, ``detach`` from both.
+
+    Steps are counted: they are the calls of the scheduler's ``step`` since its ``set_timesteps``. Watchers see the denoiser's output in
+    order, and wrap the scheduler's step so that the first is the outermost.
+    """
+
+    def __init__(self, watchers: Sequence[Watcher]):
+        self.watchers, self.step, self.calls = list(watchers), 0, 0
+        self._handles: list[Any] = []
+        self._scheduler: Any = None
+
+    def attach(self, denoiser: nn.Module, scheduler: Any) -> None:
+        self.detach()
+        self._handles = [denoiser.register_forward_pre_hook(self._before), denoiser.register_forward_hook(self._after)]
+        self._scheduler = scheduler
+        scheduler.set_timesteps = self._setting(scheduler.set_timesteps)
+        scheduler.step = self._stepping(scheduler.step)
+
+    def detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if self._scheduler is not None:
+            del self._scheduler.set_timesteps, self._scheduler.step  # the class's own are seen again
+        self._scheduler = None
+
+    def _before(self, module: nn.Module, args: Any) -> None:
+        for watcher in self.watchers:
+            watcher.before(self.step)
+
+    def _after(self, module: nn.Module, args: Any, result: Any) -> Any:
+        """The denoiser's result with the tensor in it passed through all watchers."""
+        bare = isinstance(result, Tensor)
+        first: Tensor = result if bare else result[0]
+        seen = first
+        for watcher in self.watchers:
+            seen = watcher.output(self.step, self.calls, seen)
+        self.calls += 1
+        if seen is first:
+            return None
+        if bare:
+            return seen
+        if isinstance(result, tuple):
+            return (seen, *result[1:])
+        result[next(iter(result))] = seen  # diffusers' outputs are ordered dictionaries
+        return result
+
+    def _setting(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(original)
+        def set_timesteps(*args: Any, **kwargs: Any) -> Any:
+            found = original(*args, **kwargs)
+            self.step = self.calls = 0
+            for watcher in self.watchers:
+                watcher.begin(self._scheduler)
+            return found
+
+        return set_timesteps
+
+    def _stepping(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def through(watcher: Watcher, run: Callable[..., Any]) -> Callable[..., Any]:
+            return lambda *args, **kwargs: watcher.advance(self.step, run, *args, **kwargs)
+
+        @wraps(original)  # pipelines read the signature
+        def step(*args: Any, **kwargs: Any) -> Any:
+            run = original
+            for watcher in reversed(self.watchers):
+                run = through(watcher, run)
+            found = run(*args, **kwargs)
+            self.step, self.calls = self.step + 1, 0
+            return found
+
+        return step
+
+
+@contextmanager
+def following(denoiser: nn.Module, scheduler: Any, watchers: Sequence[Watcher]) -> Iterator[Sampling | None]:
+    """Watchers take part in sampling for a while; nothing is touched where there are none."""
+    if not watchers:
+        yield None
+        return
+    sampling = Sampling(watchers)
+    sampling.attach(denoiser, scheduler)
+    try:
+        yield sampling
+    finally:
+        sampling.detach()
+
+
+def follow_(denoiser: nn.Module, scheduler: Any, watchers: Sequence[Watcher]) -> None:
+    """Watchers take part in sampling for good, instead of those that did; ``refollow_`` after the scheduler was replaced."""
+    found: Sampling | None = getattr(denoiser, FOLLOWED, None)
+    if found is not None:
+        found.detach()
+    sampling = Sampling(watchers)
+    object.__setattr__(denoiser, FOLLOWED, sampling)  # no module or parameter of it
+    if watchers:
+        sampling.attach(denoiser, scheduler)
+
+
+def refollow_(denoiser: nn.Module, scheduler: Any) -> None:
+    """Attach what follows a denoiser for good to its new scheduler."""
+    found: Sampling | None = getattr(denoiser, FOLLOWED, None)
+    if found is not None and found.watchers and found._scheduler is not scheduler:
+        found.attach(denoiser, scheduler)
+
+
+def watchers_of(denoiser: nn.Module) -> list[Watcher]:
+    """What follows a denoiser for good."""
+    found: Sampling | None = getattr(denoiser, FOLLOWED, None)
+    return [] if found is None else found.watchers
