@@ -18,6 +18,7 @@ from aquabit.quant.artifact import config_of, save_packed_denoiser
 from aquabit.quant.bank import Bank
 from aquabit.quant.correct import corrected_, statistics_of
 from aquabit.quant.model import QuantizedDenoiser, fingerprint
+from aquabit.quant.sampling import unfollowed
 from aquabit.quant.statistics import FILE, Statistics
 from aquabit.quant.tuning import MEMORY, Placement, layers_of, place_
 from aquabit.reports import report as write_report
@@ -319,7 +320,8 @@ def generate(
         _switch_correction(adapter, correction)
     layers = layers_of(adapter.denoiser)
     if any(layer.held is not None for layer in layers.values()):
-        placed = place_(layers, adapter.first_call(protocol), memory, progress)
+        with unfollowed(adapter.denoiser):
+            placed = place_(layers, adapter.first_call(protocol), memory, progress)
         if told is not None:
             told(placed)
     return torch.cat([adapter.images(protocol, b) for b in adapter.batches(protocol)])
