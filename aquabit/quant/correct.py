@@ -100,8 +100,8 @@ class Corrector(Watcher):
         wanted = self.statistics.about.weights[step]
         if len(self.seen) != len(wanted) or self.seen[0].shape[0] != output.shape[0]:
             raise AquabitError(
-                f"the noise statistics are of guidance {self.statistics.about.guidance:g} with {len(wanted)} outputs a step, sampling combines "
-                "another number; use that guidance, or measure them anew"
+                f"the noise statistics are of guidance {self.statistics.about.guidance:g} with {len(wanted)} outputs a step, sampling "
+                "combines another number; use that guidance, or measure them anew"
             )
         found, error = guidance_weights(self.seen, output)
         if len(found) == 1:
