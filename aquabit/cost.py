@@ -13,7 +13,7 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from aquabit.graph import layers as graph_layers
-from aquabit.scheme import ACTIVATION_BITS, AquabitError, Budget, QuantConfig, Scheme
+from aquabit.scheme import ACTIVATION_BITS, Act, AquabitError, Budget, QuantConfig, Scheme, StepGroups
 from aquabit.space import SearchSpace
 
 FULL_BITS = 32  # BOPs count what is not quantized at 32 bits (PTQD, section 4.1)
@@ -52,6 +52,14 @@ class Latency:
             asked = sorted(set(np.ravel(acts).tolist()))
             raise AquabitError(f"latency is known for activations of {list(self.activations)} bits only, not for all of {asked}")
         return np.asarray(self.layers[np.arange(acts.shape[-1]), weights, column[acts]])
+
+
+def mean_act_bits(act: Act, steps: StepGroups | None) -> float:
+    """Activation bits as BOPs count them (FULL_BITS for 16), averaged over the steps."""
+    if isinstance(act, int):
+        return float(FULL_BITS if act == 16 else act)
+    assert steps is not None  # a configuration with groups names them
+    return sum(s * (FULL_BITS if bits == 16 else bits) for s, bits in zip(steps.shares, act, strict=True))
 
 
 def weight_bytes(shape: tuple[int, ...], scheme: Scheme) -> int:
@@ -139,7 +147,7 @@ class CostModel:
             if choice.weight.shared:
                 tables[choice.codebook, choice.weight] = choice.weight.stored_bytes(shape)[1]
             weight_bits = FULL_BITS if choice.weight.kind == "fp" else choice.weight.code_bits(prod(shape[2:]))
-            bops += float(macs) * weight_bits * (FULL_BITS if choice.act == 16 else choice.act)
+            bops += float(macs) * weight_bits * mean_act_bits(choice.act, config.steps)
         size += sum(tables.values())
         return Cost(8 * size / self.weights, size + self.other_bytes, bops, multiply_adds, lut_adds)
 

@@ -17,6 +17,7 @@ from aquabit.pipelines import Adapter, denoiser_name, load, recorder, trace
 from aquabit.quant.artifact import save_packed_denoiser
 from aquabit.quant.bank import Bank
 from aquabit.quant.model import QuantizedDenoiser, fingerprint
+from aquabit.quant.sampling import follow_
 from aquabit.quant.tuning import MEMORY, Placement, layers_of, place_
 from aquabit.reports import report as write_report
 from aquabit.scheme import AquabitError, Budget, Progress, Protocol, QuantConfig, direction, no_progress
@@ -260,6 +261,7 @@ def quantize(
     model = QuantizedDenoiser(getattr(source, name).eval(), graph, Bank(bank), own, recorder(source))
     with single_thread(device):
         model.pack(config, accuracy, progress)
+    follow_(model.denoiser, source.scheduler, model.watchers(config))
     return Packed(source, model, config)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from aquabit.graph import trace as trace_denoiser
 from aquabit.quality import DigitsFeatures, Reference, bundled_reference
 from aquabit.quant.calibrate import Call, record_calls
+from aquabit.quant.sampling import refollow_
 from aquabit.scheme import AquabitError, Calibration, Protocol
 
 CALIBRATION_BATCH, CALIBRATION_CALLS = 16, 64  # images of a denoiser call that is kept, and how many are kept
@@ -59,6 +60,7 @@ def set_scheduler(pipe: DiffusionPipeline, name: str) -> None:
     if name == "default":
         return
     pipe.scheduler = getattr(diffusers, SCHEDULERS[name]).from_config(pipe.scheduler.config)
+    refollow_(denoiser_of(pipe), pipe.scheduler)
 
 
 def recorder(pipe: DiffusionPipeline) -> Callable[[Calibration], list[Call]]:
@@ -136,6 +138,7 @@ class Adapter:
     def images(self, protocol: Protocol, indices: range) -> Tensor:
         """The images of some indices as one micro-batch, padded to its full size so that arithmetic does not depend on the count."""
         self.check(protocol)
+        refollow_(self.denoiser, self.pipe.scheduler)  # it may have been replaced
         conditions = self.conditions(protocol)
         padded = [*indices, *[indices[-1]] * (protocol.micro_batch - len(indices))]
         generators = [torch.Generator("cpu").manual_seed(protocol.seed + i) for i in padded]

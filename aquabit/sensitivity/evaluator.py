@@ -29,6 +29,7 @@ from aquabit.quality import DigitsFeatures, NonFiniteImages, Quality, Reference
 from aquabit.quality.paired import mse, psnr_from_mse, ssim
 from aquabit.quant.bank import Bank
 from aquabit.quant.model import QuantizedDenoiser
+from aquabit.quant.sampling import following
 from aquabit.scheme import AquabitError, Calibration, Measurement, Protocol, QuantConfig, Scheme
 from aquabit.sensitivity.encoder import SKETCH
 
@@ -153,12 +154,14 @@ class Evaluator:
         set_scheduler(self.pipe, protocol.scheduler)
         if packed:
             with self.packed(config), using({}):
-                return self._images(protocol)
+                return self._images(config, protocol)
         self.quantized.apply(config)
-        return self._images(protocol)
+        return self._images(config, protocol)
 
-    def _images(self, protocol: Protocol) -> Tensor:
-        return torch.cat([self.adapter.images(protocol, b) for b in self.adapter.batches(protocol)])
+    def _images(self, config: QuantConfig, protocol: Protocol) -> Tensor:
+        """Images of the configuration that is applied; what depends on the step follows the sampler."""
+        with following(self.adapter.denoiser, self.pipe.scheduler, self.quantized.watchers(config)):
+            return torch.cat([self.adapter.images(protocol, b) for b in self.adapter.batches(protocol)])
 
     @contextmanager
     def packed(self, config: QuantConfig) -> Iterator[QuantizedDenoiser]:
