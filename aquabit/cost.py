@@ -38,14 +38,19 @@ class Cost:
 @dataclass(frozen=True)
 class Latency:
     """Measured milliseconds of one denoiser call: ``layers`` [layers, schemes, activations] over ``space.schemes`` and ``activations`` (NaN
-    where a layer may not take it), and ``rest``, what the call takes besides. A configuration takes their sum."""
+    where a layer may not take it), and ``rest``, what the call takes besides. A configuration takes their sum, averaged over the steps
+    where its activation bits change."""
 
     layers: np.ndarray
     activations: tuple[int, ...]
     rest: float
 
-    def of(self, weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
-        """Milliseconds of scheme indices and activation bits, each [..., layers]: [..., layers]."""
+    def of(self, weights: np.ndarray, acts: np.ndarray, space: SearchSpace | None = None) -> np.ndarray:
+        """Milliseconds of scheme indices and activation choices, each [..., layers]: [..., layers]. ``space`` knows the groups of steps
+        that choices may refer to."""
+        if space is not None and space.steps is not None:
+            parts = space.group_bits(acts)
+            return space.over_steps(np.stack([self.of(weights, parts[..., g]) for g in range(parts.shape[-1])], -1))
         column = np.full(ACTIVATION_BITS[0] + 1, -1)
         column[list(self.activations)] = range(len(self.activations))
         if (column[acts] < 0).any():
@@ -110,9 +115,10 @@ class CostModel:
         schemes = self.space.schemes
         return [SharedTables(n, np.array(m), c, schemes[c].stored_bytes(self.shapes[m[0]])[1]) for (n, c), m in members.items()]
 
-    @staticmethod
-    def act_bits(acts: np.ndarray) -> np.ndarray:
-        return np.where(acts == 16, FULL_BITS, acts)
+    def act_bits(self, acts: np.ndarray) -> np.ndarray:
+        """Activation bits as BOPs count them, averaged over the steps, of activation choices."""
+        parts = self.space.group_bits(acts)
+        return self.space.over_steps(np.where(parts == 16, FULL_BITS, parts))
 
     def totals(self, weights: np.ndarray, acts: np.ndarray) -> dict[str, np.ndarray]:
         """bits, bytes and bops, each [n], of index matrices [n, layers]; latency_ms where it was measured."""
@@ -123,7 +129,7 @@ class CostModel:
         bops = (self.macs * self.weight_bits[rows, weights] * self.act_bits(acts)).sum(1)
         found = {"bits": 8 * weight_bytes / self.weights, "bytes": weight_bytes + self.other_bytes, "bops": bops}
         if self.latency is not None:
-            found["latency_ms"] = self.latency.of(weights, acts).sum(1) + self.latency.rest
+            found["latency_ms"] = self.latency.of(weights, acts, self.space).sum(1) + self.latency.rest
         return found
 
     def timed(self, latency: Latency) -> CostModel:

@@ -307,6 +307,11 @@ class QuantConfig:
         assert self.steps is not None  # checked when it was made
         return max(set(act), key=lambda bits: (round(self.share(layer, bits), 9), bits))
 
+    def mean_act(self, layer: str) -> float:
+        """The activation bits of a layer, averaged over the steps."""
+        act = self[layer].act
+        return act if isinstance(act, int) else sum(bits * self.share(layer, bits) for bits in set(act))
+
     def share(self, layer: str, bits: int) -> float:
         """The share of steps in which a layer has so many activation bits."""
         act = self[layer].act

@@ -61,8 +61,8 @@ def fake_quantize_static(x: torch.Tensor, bits: int, low: float, high: float) ->
     """``x`` rounded to the grid of 2^bits points over [low, high], what lies outside clamped; ``x`` itself where ``bits`` is 16 or more.
 
     The grid is that of ``fake_quantize`` for these ends: zero is a point of it (outside [low, high] it is only where the grid continues
-    to). Infinities are clamped too, NaN stays; where ``low`` equals ``high`` nothing is left to round. Raises AquabitError for bits below 2 and ends that
-    are not finite or not in order.
+    to). Infinities are clamped too, NaN stays; where ``low`` equals ``high`` nothing is left to round. Raises AquabitError for bits below 2
+    and ends that are not finite or not in order.
     """
     if bits >= 16:
         return x

@@ -15,13 +15,12 @@ from aquabit.kernels.codebook import CodebookWeight
 from aquabit.kernels.dispatch import device_of, held, moved
 from aquabit.scheme import FP, Scheme
 
-
 Range = tuple[float, float]  # the smallest and the largest value of a static quantizer
 
 
 class Setting(NamedTuple):
-    """How a layer's activations are quantized in a step: bits of its input and of its output, and their ranges where those are static (two of
-    an input with ``split``)."""
+    """How a layer's activations are quantized in a step: bits of its input and of its output, and their ranges where those are static (two
+    of an input with ``split``)."""
 
     act: int = 16
     act_output: int = 16
@@ -34,9 +33,9 @@ class _QuantLayer(nn.Module):
 
     ``act`` are the bits of the layer's input (16 = off), ``act_output`` those of its output (Q, K and V), ``split`` the channel where a
     concatenated skip begins: then the input has two ranges. ``ranges`` and ``range_output`` are those of static quantizers (None: each
-    token or sample has its own), ``shares`` the activation bits that the layer has while sampling, by share of the steps. In dense mode ``weight`` is a tensor of the original shape; in packed mode
-    ``held`` is the coded weight as kernels read it and ``weight`` an empty tensor that carries dtype and device only. ``dense`` is a
-    decoded copy beside it, which memory=auto keeps where it saves time.
+    token or sample has its own), ``shares`` the activation bits that the layer has while sampling, by share of the steps. In dense mode
+    ``weight`` is a tensor of the original shape; in packed mode ``held`` is the coded weight as kernels read it and ``weight`` an empty
+    tensor that carries dtype and device only. ``dense`` is a decoded copy beside it, which memory=auto keeps where it saves time.
     """
 
     weight: Tensor
@@ -61,7 +60,7 @@ class _QuantLayer(nn.Module):
     def kernel_acts(self) -> dict[int, float]:
         """The activation bits that kernels are asked for, by share of the steps: 16 where ranges are static, since then they read what is
         rounded already."""
-        return {16: 1.0} if self.ranges is not None else self.shares or {self.act: 1.0}
+        return {16: 1} if self.ranges is not None else self.shares or {self.act: 1}
 
     def quantized_output(self, y: Tensor) -> Tensor:
         """An output [..., out] as what follows reads it."""

@@ -120,8 +120,8 @@ def following(denoiser: nn.Module, scheduler: Any, watchers: Sequence[Watcher]) 
 
 
 def follow_(denoiser: nn.Module, scheduler: Any, watchers: Sequence[Watcher]) -> None:
-    """Watchers take part in sampling for good, instead of those that did; ``refollow_`` after the scheduler was replaced, or where there was
-    none yet (None)."""
+    """Watchers take part in sampling for good, instead of those that did; ``refollow_`` after the scheduler was replaced, or where there
+    was none yet (None)."""
     found: Sampling | None = getattr(denoiser, FOLLOWED, None)
     if found is not None:
         found.detach()

@@ -17,8 +17,8 @@ Layers = Mapping[str, QuantLinear | QuantConv2d]
 def settings_of(
     config: QuantConfig, layers: Layers, attention: Collection[str], ranges: Mapping[str, Tensor] | None = None
 ) -> dict[str, list[Setting]]:
-    """Layer -> its settings in each step, or one where they never change. ``attention`` names the layers whose outputs are quantized too (Q,
-    K, V); ``ranges`` maps layers to static ranges [1 or parts, inputs + outputs, 2] as ``stored_ranges`` counts them."""
+    """Layer -> its settings in each step, or one where they never change. ``attention`` names the layers whose outputs are quantized too
+    (Q, K, V); ``ranges`` maps layers to static ranges [1 or parts, inputs + outputs, 2] as ``stored_ranges`` counts them."""
     total = config.total_steps
     return {name: _rows(config, name, layer, name in attention, (ranges or {}).get(name), total) for name, layer in layers.items()}
 
@@ -79,7 +79,9 @@ class StepSwitch(Watcher):
     def begin(self, scheduler: Any) -> None:
         count = len(scheduler.timesteps)
         if count != self.total:
-            raise AquabitError(f"this configuration's activations are set for {self.total} steps, not for {count}; sample with {self.total} steps")
+            raise AquabitError(
+                f"this configuration's activations are set for {self.total} steps, not for {count}; sample with {self.total} steps"
+            )
         self.current = -1
 
     def before(self, step: int) -> None:
