@@ -17,6 +17,7 @@ from aquabit._terminal import (
     show_calls,
     show_failures,
     show_front,
+    show_noise,
     show_notes,
     show_placement,
     show_sensitivity,
@@ -328,18 +329,28 @@ def search(
 def quantize(
     model: ModelArgument, config: Annotated[Path, typer.Argument(metavar="config.json", help="A configuration, as `aquabit search --out` writes it.")],
     out: Annotated[Path, typer.Option("--out", help="Folder of the packed pipeline.")],
-    correct: Annotated[bool, typer.Option("--correct", help="Noise correction (arrives with PTQD's corrections).")] = False,
+    correct: Annotated[bool, typer.Option("--correct", help="Correct the noise of quantization (PTQD), as the configuration or --correction says.")] = False,
+    correction: Annotated[str | None, typer.Option("--correction", help="cnc, bc, vsc, match, joined by +; or qdrift. Default: cnc+bc.")] = None,
     finetune: Annotated[bool, typer.Option("--finetune", help="Fine-tuning (arrives with SeMI-PV).")] = False,
     device: Device = "cpu", bank: BankOption = None,
 ) -> None:  # fmt: skip
     """Pack a model: a diffusers pipeline directory whose denoiser is stored as codes."""
-    _later(correct=correct, finetune=finetune)
+    _later(finetune=finetune)
     _quiet()
     from aquabit import flow
 
     with bars() as progress:
-        packed = flow.quantize(model, QuantConfig.load(config), bank=str(bank) if bank else None, device=device, progress=progress)
+        packed = flow.quantize(
+            model,
+            QuantConfig.load(config),
+            correct=correction or correct,
+            bank=str(bank) if bank else None,
+            device=device,
+            progress=progress,
+        )
     console.print(f"{out}: {packed.save(out):,} bytes of tensors in the denoiser")
+    if packed.statistics is not None:
+        show_noise(packed.statistics, packed.config.correction)
 
 
 @app.command()
@@ -347,7 +358,12 @@ def quantize(
 def generate(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="A packed artifact (or any pipeline).")],
     out: Annotated[Path, typer.Option("--out", help="PNG grid.")], images: Annotated[int, typer.Option("--images", min=1)] = 16,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the first image.")] = 0, steps: Steps = 10, prompts: Prompts = None, device: Device = "cpu",
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the first image.")] = 0,
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Denoising steps; default: those the artifact was calibrated for, else 10.")] = None,
+    eta: Annotated[float | None, typer.Option("--eta", help="DDIM's noise; default: as calibrated, else 0.")] = None,
+    guidance: Annotated[float | None, typer.Option("--guidance", help="Classifier-free guidance; default: as calibrated, else 1 (off).")] = None,
+    prompts: Prompts = None, device: Device = "cpu",
+    correction: Annotated[str | None, typer.Option("--correction", help="none, or some of cnc, bc, vsc, match joined by +, or qdrift; default: the artifact's own.")] = None,
     memory: Annotated[str, typer.Option("--memory", help="packed: no dense weights; auto: up to a quarter of them, where that saves most time.")] = "packed",
 ) -> None:  # fmt: skip
     """Make images from a packed artifact."""
@@ -357,7 +373,9 @@ def generate(
 
     placed: list[Any] = []
     with bars() as progress:
-        made = flow.generate(folder, images, seed, steps, _prompts(prompts), device, memory, progress, placed.append)
+        made = flow.generate(
+            folder, images, seed, steps, _prompts(prompts), device, memory, progress, placed.append, correction, eta, guidance
+        )  # fmt: skip
     try:
         out.write_bytes(thumbnail(made))
     except OSError as error:

@@ -1,6 +1,16 @@
 """Adapters from diffusers pipelines to "make images from these seeds"; the bundled models."""
 
-from aquabit.pipelines.adapter import SCHEDULERS, Adapter, check_scheduler, denoiser_name, denoiser_of, recorder, set_scheduler, trace
+from aquabit.pipelines.adapter import (
+    SCHEDULERS,
+    Adapter,
+    check_scheduler,
+    denoiser_name,
+    denoiser_of,
+    noise_statistics,
+    recorder,
+    set_scheduler,
+    trace,
+)
 from aquabit.pipelines.class_conditional import ClassConditionalPipeline
 from aquabit.pipelines.loading import BUNDLED, bundled_models, load
 
@@ -14,6 +24,7 @@ __all__ = [
     "denoiser_name",
     "denoiser_of",
     "load",
+    "noise_statistics",
     "recorder",
     "set_scheduler",
     "trace",

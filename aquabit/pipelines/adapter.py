@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import diffusers
@@ -15,8 +17,10 @@ from torch import Tensor, nn
 from aquabit.graph import trace as trace_denoiser
 from aquabit.quality import DigitsFeatures, Reference, bundled_reference
 from aquabit.quant.calibrate import Call, record_calls
-from aquabit.quant.sampling import refollow_
-from aquabit.scheme import AquabitError, Calibration, Protocol
+from aquabit.quant.model import QuantizedDenoiser
+from aquabit.quant.sampling import Watcher, refollow_
+from aquabit.quant.statistics import Statistics, measure_noise
+from aquabit.scheme import AquabitError, Calibration, Progress, Protocol, QuantConfig, no_progress
 
 CALIBRATION_BATCH, CALIBRATION_CALLS = 16, 64  # images of a denoiser call that is kept, and how many are kept
 DENOISERS = ("denoiser", "transformer", "unet")
@@ -78,6 +82,30 @@ def recorder(pipe: DiffusionPipeline) -> Callable[[Calibration], list[Call]]:
             pipe.scheduler = now
 
     return record
+
+
+def noise_statistics(
+    pipe: DiffusionPipeline, model: QuantizedDenoiser, config: QuantConfig, calibration: Calibration, watchers: Sequence[Watcher] = (),
+    progress: Progress = no_progress,
+) -> Statistics:  # fmt: skip
+    """Statistics of the noise that ``config`` adds while the pipeline makes calibration images with the quantized denoiser.
+
+    ``model`` wraps the pipeline's denoiser, in dense mode; it is left as ``config`` says.
+    """
+    plain = replace(config, correction=None)
+    batch = min(CALIBRATION_BATCH, calibration.images)
+    protocol, adapter = calibration.protocol(batch), Adapter(pipe)
+    now = pipe.scheduler
+    try:
+        set_scheduler(pipe, calibration.scheduler)
+        runs = [(lambda batch=batch: adapter.images(protocol, batch), len(batch)) for batch in adapter.batches(protocol)]
+        model.apply(plain)
+        full = partial(model.in_full_precision, plain)
+        owner = (config.fingerprint, plain.digest)
+        switches = model.watchers(plain)  # of activations that change between steps
+        return measure_noise(adapter.denoiser, pipe.scheduler, runs, full, *owner, [*switches, *watchers], progress)
+    finally:
+        pipe.scheduler = now
 
 
 class _Seen(Exception):

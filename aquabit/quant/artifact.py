@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,13 @@ from aquabit.kernels.codebook import CodebookWeight, from_tensors
 from aquabit.quant.layers import QuantConv2d, QuantLinear, quant_layer
 from aquabit.quant.model import QuantizedDenoiser, storage_dtype
 from aquabit.quant.sampling import follow_
+from aquabit.quant.statistics import FILE, Statistics
 from aquabit.quant.switch import settings_of, share_out_, switches
 from aquabit.scheme import FP, AquabitError, QuantConfig, read_json
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SHARED = "codebooks/"  # before the names of tensors that several layers use
+CONFIG = "_aquabit_quantization"  # the attribute of a loaded denoiser that holds its configuration
 RECIPE = "quantization.json"  # configuration and, for each coded layer, how its codes are to be read
 
 
@@ -87,7 +90,24 @@ def load_packed_denoiser(folder: Path, dtype: torch.dtype = torch.float32) -> nn
     except (OSError, SafetensorError) as error:
         raise AquabitError(f"{folder / WEIGHTS} cannot be read ({error}); it may be truncated: quantize again") from error
     _fill(denoiser, graph, config, recipe["layers"], tensors, dtype, folder)
+    object.__setattr__(denoiser, CONFIG, config)  # no module or parameter of it
     return denoiser.eval().requires_grad_(False)
+
+
+def config_of(denoiser: nn.Module) -> QuantConfig | None:
+    """The configuration that a denoiser was packed by; None where it was not loaded from an artifact."""
+    return getattr(denoiser, CONFIG, None)
+
+
+def load_statistics(folder: Path, config: QuantConfig) -> Statistics:
+    """The noise statistics beside a packed denoiser; raises AquabitError where they are missing or of another configuration."""
+    if not (folder / FILE).is_file():
+        raise AquabitError(
+            f"{folder} is to be corrected ({config.correction}), but {FILE} is missing; run `aquabit quantize --correct` again"
+        )
+    statistics = Statistics.load(folder / FILE)
+    statistics.check(config.fingerprint, replace(config, correction=None).digest)
+    return statistics
 
 
 def _fill(

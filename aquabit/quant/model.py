@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -184,6 +186,15 @@ class QuantizedDenoiser:
                 layer.set_dense_(full if choice.weight == FP else self._decoded(name, config), choice.weight)
                 self._held[name] = held
         if not self._holds(config):  # a file of the bank was unreadable: fitting anew, with H, left full precision in the layers before
+            self.apply(config)
+
+    @contextmanager
+    def in_full_precision(self, config: QuantConfig) -> Iterator[nn.Module]:
+        """The denoiser in full precision for a while, then as ``config`` says, in dense mode."""
+        try:
+            self.apply(QuantConfig(config.fingerprint, {}))
+            yield self.denoiser
+        finally:
             self.apply(config)
 
     def _holds(self, config: QuantConfig) -> bool:

@@ -14,16 +14,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from aquabit.kernels import fake_quantize_static
-from aquabit.quant.bank import Bank
 from aquabit.quant.layers import QuantConv2d, QuantLinear
 from aquabit.quant.sampling import Watcher
-from aquabit.quant.switch import stored_ranges
-from aquabit.scheme import AquabitError, Calibration, QuantConfig
+from aquabit.scheme import Calibration
 
 Layer = QuantLinear | QuantConv2d
 Sample = Callable[[Calibration, Sequence[Watcher]], None]  # makes the calibration's images in the model as it is, followed by watchers

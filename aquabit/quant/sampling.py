@@ -131,6 +131,21 @@ def follow_(denoiser: nn.Module, scheduler: Any, watchers: Sequence[Watcher]) ->
         sampling.attach(denoiser, scheduler)
 
 
+@contextmanager
+def unfollowed(denoiser: nn.Module) -> Iterator[None]:
+    """Nothing follows a denoiser for a while: its calls are no sampling (they are timed, say)."""
+    found: Sampling | None = getattr(denoiser, FOLLOWED, None)
+    scheduler = None if found is None else found._scheduler
+    if found is None or scheduler is None:
+        yield
+        return
+    found.detach()
+    try:
+        yield
+    finally:
+        found.attach(denoiser, scheduler)
+
+
 def refollow_(denoiser: nn.Module, scheduler: Any) -> None:
     """Attach what follows a denoiser for good to its new scheduler."""
     found: Sampling | None = getattr(denoiser, FOLLOWED, None)

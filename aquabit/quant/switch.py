@@ -73,7 +73,7 @@ class StepSwitch(Watcher):
     """
 
     def __init__(self, total: int, layers: Layers, settings: Mapping[str, list[Setting]]):
-        self.total, self.current = total, -1
+        self.total = total
         self.changing = [(layers[name], rows) for name, rows in settings.items() if len(rows) > 1]
 
     def begin(self, scheduler: Any) -> None:
@@ -82,14 +82,11 @@ class StepSwitch(Watcher):
             raise AquabitError(
                 f"this configuration's activations are set for {self.total} steps, not for {count}; sample with {self.total} steps"
             )
-        self.current = -1
 
     def before(self, step: int) -> None:
-        step = min(step, self.total - 1)
-        if step != self.current:
-            for layer, rows in self.changing:
-                layer.set_activations_(rows[step])
-            self.current = step
+        """Set at every call: a layer may have been set otherwise since the last one (full precision sees the same inputs, say)."""
+        for layer, rows in self.changing:
+            layer.set_activations_(rows[min(step, self.total - 1)])
 
 
 def switches(config: QuantConfig, layers: Layers, settings: Mapping[str, list[Setting]]) -> list[Watcher]:

@@ -7,8 +7,8 @@ import ctypes
 import io
 import platform
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -24,13 +24,26 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from aquabit.kernels.dispatch import using
-from aquabit.pipelines import Adapter, denoiser_name, load, recorder, set_scheduler
+from aquabit.pipelines import Adapter, denoiser_name, load, noise_statistics, recorder, set_scheduler
 from aquabit.quality import DigitsFeatures, NonFiniteImages, Quality, Reference
 from aquabit.quality.paired import mse, psnr_from_mse, ssim
 from aquabit.quant.bank import Bank
+from aquabit.quant.correct import Corrector
 from aquabit.quant.model import QuantizedDenoiser
-from aquabit.quant.sampling import following
-from aquabit.scheme import AquabitError, Calibration, Measurement, Protocol, QuantConfig, Scheme, StepGroups, act_of, act_text
+from aquabit.quant.sampling import Watcher, following
+from aquabit.quant.statistics import Statistics
+from aquabit.scheme import (
+    AquabitError,
+    Calibration,
+    Measurement,
+    Protocol,
+    QuantConfig,
+    Scheme,
+    StepGroups,
+    act_of,
+    act_text,
+    digest,
+)
 from aquabit.sensitivity.encoder import SKETCH
 
 PROBE_IMAGES, PROBE_SEED = 8, 700_000_001  # seeds that no measurement uses
@@ -153,18 +166,37 @@ class Evaluator:
         order, so that images depend neither on timings nor on the number of workers."""
         if config.fingerprint != self.fingerprint:
             raise AquabitError(f"the configuration is for model {config.fingerprint}, this is model {self.fingerprint}")
+        watchers = self._watchers(config, protocol)
         self.pipe.scheduler = self.scheduler
         set_scheduler(self.pipe, protocol.scheduler)
         if packed:
             with self.packed(config), using({}):
-                return self._images(config, protocol)
+                return self._images(config, protocol, watchers)
         self.quantized.apply(config)
-        return self._images(config, protocol)
+        return self._images(config, protocol, watchers)
 
-    def _images(self, config: QuantConfig, protocol: Protocol) -> Tensor:
+    def _images(self, config: QuantConfig, protocol: Protocol, watchers: Sequence[Watcher]) -> Tensor:
         """Images of the configuration that is applied; what depends on the step follows the sampler."""
-        with following(self.adapter.denoiser, self.pipe.scheduler, self.quantized.watchers(config)):
+        with following(self.adapter.denoiser, self.pipe.scheduler, [*self.quantized.watchers(config), *watchers]):
             return torch.cat([self.adapter.images(protocol, b) for b in self.adapter.batches(protocol)])
+
+    def _watchers(self, config: QuantConfig, protocol: Protocol) -> list[Watcher]:
+        """What takes part in sampling with a configuration."""
+        if not config.correction or not config.layers:
+            return []
+        return [Corrector(self.noise(config, Calibration.of(protocol)), config.correction)]
+
+    def noise(self, config: QuantConfig, calibration: Calibration) -> Statistics:
+        """The statistics of the noise that a configuration adds, sampled as ``calibration`` says; from the bank where they are kept."""
+        plain = replace(config, correction=None)
+        path = self.bank.folder / f"noise-{digest([self.fingerprint, plain.digest, calibration.digest])}.safetensors"
+        if path.exists():
+            with suppress(AquabitError):  # damaged: measured again
+                return Statistics.load(path)
+        self.pipe.scheduler = self.scheduler
+        found = noise_statistics(self.pipe, self.quantized, plain, calibration)
+        self.bank.write(path, *found.tensors())
+        return found
 
     @contextmanager
     def packed(self, config: QuantConfig) -> Iterator[QuantizedDenoiser]:
