@@ -48,13 +48,21 @@ Prompts = Annotated[Path | None, typer.Option("--prompts", help="One prompt a li
 Guidance = Annotated[float, typer.Option("--guidance", help="Classifier-free guidance; 1 is off.")]
 SpaceFile = Annotated[
     Path | None,
-    typer.Option("--space", help="JSON: schemes, levels (code bits of additive formats), formats, activations, pinned, excluded."),
+    typer.Option(
+        "--space", help="JSON: schemes, levels (code bits of additive formats), formats, activations, pinned, excluded, step_groups."
+    ),
 ]
 Objective = Annotated[
     str, typer.Option("--objective", help="fid, sfid, kid, is, precision, recall, accuracy, mse, psnr, ssim, feature_distance.")
 ]
 BankOption = Annotated[
     Path | None, typer.Option("--bank", help="Folder of fitted weights; default: AQUABIT_BANK, or ~/.cache/aquabit/bank.")
+]
+StepGroupsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--step-groups", help="First steps of 2 to 5 groups of steps, as 0,5: activation bits may change between them (search --bops)."
+    ),
 ]
 Reference = Annotated[Path | None, typer.Option("--reference", help="Folder of real images (arrives with real pipelines and metrics).")]
 Preset = Annotated[str | None, typer.Option("--preset", help="Settings of a paper (arrives with real pipelines and metrics).")]
@@ -96,6 +104,19 @@ def _prompts(path: Path | None) -> tuple[str, ...] | None:
     return kept
 
 
+def _space(path: Path | None, step_groups: str | None, steps: int) -> dict[str, Any] | None:
+    """The options of the search space; None where there are none, which continues a study's own."""
+    from aquabit.space import read_space
+
+    options = read_space(path) if path else {}
+    if step_groups is None:
+        return options or None
+    starts = [part.strip() for part in step_groups.split(",")]
+    if not all(part.isdigit() for part in starts):
+        raise AquabitError(f"step groups {step_groups!r} must be the first steps of the groups, from 0 and separated by commas, as in 0,5")
+    return {**options, "step_groups": {"total": steps, "starts": [int(part) for part in starts]}}
+
+
 @app.command()
 @shielded
 def run(
@@ -104,19 +125,18 @@ def run(
     images: Images = 128, steps: Steps = 10, scheduler: SchedulerOption = "default", eta: Eta = 0.0, seed: Seed = 0, workers: Workers = None,
     device: Device = "cpu", dtype: Dtype = "float32", prompts: Prompts = None, guidance: Guidance = 1.0, space: SpaceFile = None,
     objective: Objective = "fid", bank: BankOption = None, reference: Reference = None, preset: Preset = None, metric: MetricOption = None,
-    json_: Json = None,
+    step_groups: StepGroupsOption = None, json_: Json = None,
 ) -> None:  # fmt: skip
     """The whole flow: measure, explain, check, search, pack, report."""
     _later(reference=reference, preset=preset, metric=metric)
     _quiet()
     from aquabit import flow
-    from aquabit.space import read_space
     from aquabit.study import Study
 
     protocol = Protocol(images, steps, seed, scheduler, eta, guidance, conditions=_prompts(prompts), objective=objective, dtype=dtype)
     with bars() as progress:
         front = flow.run(
-            model, out, bits, samples, flips, protocol=protocol, space=read_space(space) if space else None, workers=_workers(workers, device),
+            model, out, bits, samples, flips, protocol=protocol, space=_space(space, step_groups, steps), workers=_workers(workers, device),
             device=device, dtype=dtype, bank=str(bank) if bank else None, sample_seed=seed, progress=progress,
         )  # fmt: skip
     if not emit(front.to_list(), json_):
@@ -173,7 +193,7 @@ def measure(
     samples: Samples = 120, images: Images = 128, steps: Steps = 10, scheduler: SchedulerOption = "default", eta: Eta = 0.0, seed: Seed = 0,
     workers: Workers = None, device: Device = "cpu", dtype: Dtype = "float32", prompts: Prompts = None, guidance: Guidance = 1.0,
     space: SpaceFile = None, objective: Objective = "fid", bank: BankOption = None, reference: Reference = None, preset: Preset = None,
-    metric: MetricOption = None,
+    metric: MetricOption = None, step_groups: StepGroupsOption = None,
     design: Annotated[str, typer.Option("--design", help="even (over bits), or operator (stratified by operator type).")] = "even",
     shard: Annotated[str | None, typer.Option("--shard", help="i/n: every n-th configuration, for batch schedulers.")] = None,
     ray: Annotated[str | None, typer.Option("--ray", help="Ray address (arrives with clusters).")] = None,
@@ -186,14 +206,13 @@ def measure(
         raise AquabitError(f"design {design!r} is unknown; known: even, operator")
     _quiet()
     from aquabit.sensitivity.measure import measure as measure_model
-    from aquabit.space import read_space
     from aquabit.study import Study
 
     protocol = Protocol(images, steps, seed, scheduler, eta, guidance, conditions=_prompts(prompts), objective=objective, dtype=dtype)
     with bars() as progress:
         opened = Study(study)
         count = measure_model(
-            model, opened, samples, protocol=protocol, space=read_space(space) if space else None, workers=_workers(workers, device), device=device,
+            model, opened, samples, protocol=protocol, space=_space(space, step_groups, steps), workers=_workers(workers, device), device=device,
             dtype=dtype, bank=str(bank) if bank else None, sample_seed=seed, stratify=None if design == "even" else design, shard=shard, progress=progress,
         )  # fmt: skip
     if not emit({"new": count, **_counts(opened)}, json_):
