@@ -208,6 +208,18 @@ def refuses(scheduler: Any, corrections: tuple[str, ...]) -> str | None:
     return None
 
 
+def refuses_eta(scheduler: Any, corrections: tuple[str, ...], eta: float) -> str | None:
+    """Why DDIM with ``eta`` cannot be corrected so, or None; other samplers have no eta."""
+    if type(scheduler).__name__ != "DDIMScheduler":
+        return None
+    if "vsc" in corrections and not eta:
+        return "vsc takes variance from the noise that a sampler adds, and DDIM with eta 0 adds none; use cnc+bc or match"
+    residual = [c for c in corrections if c in ("match", "qdrift")]
+    if residual and eta:
+        return f"{residual[0]} is defined for a deterministic sampler, but eta is {eta:g}; use eta 0, or vsc"
+    return None
+
+
 def _refuses_vsc(scheduler: Any, name: str) -> str | None:
     if name not in ADDS_NOISE:
         return f"vsc takes variance from the noise that a sampler adds, and {name} adds none; use cnc+bc"
