@@ -106,8 +106,8 @@ class Corrector(Watcher):
         wanted, found = self.statistics.about.timesteps[step], float(torch.as_tensor(timestep).flatten()[0])
         if abs(found - wanted) > 1e-3 * max(1.0, abs(wanted)):
             raise AquabitError(
-                f"the noise statistics of step {step + 1} are of timestep {wanted:g}, sampling is at {found:g}; start from noise, or sample "
-                "without correction"
+                f"the noise statistics of step {step + 1} are of timestep {wanted:g}, sampling is at {found:g}; start from noise, or "
+                "sample without correction"
             )
 
     def _check_guidance(self, step: int, output: Tensor, sample: Tensor) -> None:

@@ -27,7 +27,8 @@ SAME = 0.02  # relative difference of guidance weights that rounding may make
 def sampler_facts(scheduler: Any) -> dict[str, Any]:
     """What identifies a sampler: its class and a digest of its configuration."""
     config = {k: v for k, v in dict(scheduler.config).items() if not k.startswith("_")}
-    return {"sampler": type(scheduler).__name__, "settings": digest(json.loads(json.dumps(config, default=str)))}
+    settings = json.dumps(config, default=str, sort_keys=True)  # a text: DPM-Solver has a setting of -inf, which ``digest`` refuses
+    return {"sampler": type(scheduler).__name__, "settings": digest(settings)}
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class Statistics:
     def checked(self) -> Statistics:
         """Itself; raises AquabitError where shapes do not fit or numbers are not finite (the SNR may be infinite)."""
         steps, (branches, channels) = len(self.about.timesteps), self.estimate.bias.shape[1:]
-        shapes = dict.fromkeys(("k", "r2", "kurtosis", "snr"), (steps, branches))
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("k", "r2", "kurtosis", "snr"), (steps, branches))
         shapes |= {"covariance": (steps, branches, branches, channels)}
         for part in (self.estimate, self.low, self.high):
             for field in fields(NoiseEstimate):
