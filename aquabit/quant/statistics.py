@@ -96,7 +96,7 @@ class Statistics:
         """What is stored: tensors, and the metadata beside them."""
         parts = {"": self.estimate, "low.": self.low, "high.": self.high}
         named = {f"{head}{f.name}": getattr(p, f.name) for head, p in parts.items() for f in fields(NoiseEstimate)}
-        return {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in named.items()}, {"about": json.dumps(asdict(self.about))}
+        return {k: torch.from_numpy(np.array(v)) for k, v in named.items()}, {"about": json.dumps(asdict(self.about))}
 
     @staticmethod
     def load(path: Path) -> Statistics:
