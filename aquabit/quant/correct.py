@@ -86,6 +86,8 @@ class Corrector(Watcher):
 
     def advance(self, step: int, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         output, timestep, sample = step_arguments(args, kwargs)
+        if self.which and self.scheduler is None:
+            raise AquabitError("the sampler's timesteps were set before corrections were attached to it; set them again")
         if self._idle(step):
             return run(*args, **kwargs)
         self._check_time(step, timestep)

@@ -110,8 +110,8 @@ class _Followed:
     """
 
     def __init__(self, run: Any, original: Callable[..., Any], before: Any):
+        update_wrapper(self, original, updated=())  # pipelines read the signature
         self.run, self.original, self.before = run, original, before
-        update_wrapper(self, original)  # pipelines read the signature
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.run(self.original, *args, **kwargs)
