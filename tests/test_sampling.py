@@ -182,6 +182,17 @@ def test_calls_that_are_no_sampling() -> None:
         pass
 
 
+def test_images_that_are_made_while_nothing_follows_are_no_sampling(dit) -> None:
+    """Adapters look for replaced schedulers; that must not attach what is to stay away, as when kernels are timed."""
+    log = Log()
+    follow_(dit.denoiser, dit.scheduler, [log])
+    with unfollowed(dit.denoiser), unfollowed(dit.denoiser):
+        Adapter(dit).images(PROTOCOL, range(4))
+        assert not log.seen and untouched(dit.denoiser, dit.scheduler)
+    Adapter(dit).images(PROTOCOL, range(4))
+    assert [e[0] for e in log.seen].count("advance") == 3
+
+
 def corrected_pipeline() -> Any:
     pipe = tiny_pipeline("dit")
     for p in pipe.denoiser.parameters():

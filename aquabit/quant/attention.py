@@ -21,10 +21,14 @@ VALUE_PROJECTIONS = ("to_v", "to_qkv", "add_v_proj")
 
 
 def quantized_attention(
-    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
     scale: float | None = None, enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
-    """softmax(q k^T scale + mask) rounded to 8 bits per query, times v. q [..., n, d], k [..., m, d], v [..., m, e]."""
+    """softmax(q k^T scale + mask) rounded to 8 bits per query, times v. q [..., n, d], k [..., m, d], v [..., m, e].
+
+    Arguments are named as torch's own, since some processors give them by name.
+    """
+    q, k, v = query, key, value
     if dropout_p or is_causal or enable_gqa:
         return functional.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     factor = 1 / math.sqrt(q.shape[-1]) if scale is None else scale

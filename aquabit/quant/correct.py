@@ -115,7 +115,7 @@ class Corrector(Watcher):
     def _check_guidance(self, step: int, output: Tensor, sample: Tensor) -> None:
         """Raise AquabitError where the branches were combined by other weights than the statistics'."""
         wanted = self.statistics.about.weights[step]
-        if len(self.seen) == len(wanted) == 2 and doubled(output, sample) and len(output) == 2 * len(self.seen[0]):
+        if doubled(self.seen, output, sample):
             output = output[: len(output) // 2]
         if len(self.seen) != len(wanted) or self.seen[0].shape[0] != output.shape[0]:
             raise AquabitError(

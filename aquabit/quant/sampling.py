@@ -41,6 +41,7 @@ class Sampling:
         self.watchers, self.step, self.calls = list(watchers), 0, 0
         self._handles: list[Any] = []
         self._scheduler: Any = None
+        self.paused = False  # ``refollow_`` is to wait
 
     def attach(self, denoiser: nn.Module, scheduler: Any) -> None:
         self.detach()
@@ -159,21 +160,24 @@ def follow_(denoiser: nn.Module, scheduler: Any, watchers: Sequence[Watcher]) ->
 def unfollowed(denoiser: nn.Module) -> Iterator[None]:
     """Nothing follows a denoiser for a while: its calls are no sampling (they are timed, say)."""
     found: Sampling | None = getattr(denoiser, FOLLOWED, None)
-    scheduler = None if found is None else found._scheduler
-    if found is None or scheduler is None:
+    if found is None or found.paused:
         yield
         return
+    scheduler = found._scheduler
     found.detach()
+    found.paused = True
     try:
         yield
     finally:
-        found.attach(denoiser, scheduler)
+        found.paused = False
+        if scheduler is not None:
+            found.attach(denoiser, scheduler)
 
 
 def refollow_(denoiser: nn.Module, scheduler: Any) -> None:
     """Attach what follows a denoiser for good to its new scheduler."""
     found: Sampling | None = getattr(denoiser, FOLLOWED, None)
-    if found is not None and found.watchers and found._scheduler is not scheduler:
+    if found is not None and found.watchers and not found.paused and found._scheduler is not scheduler:
         found.attach(denoiser, scheduler)
 
 

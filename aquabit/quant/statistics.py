@@ -202,10 +202,14 @@ def guidance_weights(branches: Sequence[Tensor], combined: Tensor) -> tuple[tupl
     return (1 - sum(rest), *rest), error
 
 
-def doubled(combined: Tensor, sample: Tensor) -> bool:
-    """Whether a pipeline steps every image twice, once for each branch of guidance (DiTPipeline): both halves of its batch are one."""
+def doubled(outputs: Sequence[Tensor], combined: Tensor, sample: Tensor) -> bool:
+    """Whether a pipeline steps every image twice (DiTPipeline): both halves of its batch are one image, each output a branch of guidance."""
     half = len(sample) // 2
-    return len(sample) % 2 == 0 and all(torch.equal(x[:half], x[half:]) for x in (combined, sample))
+    if len(sample) % 2 or sum(map(len, outputs)) != len(sample):
+        return False
+    whole = torch.cat(list(outputs))
+    same = all(torch.equal(x[:half], x[half:]) for x in (sample, combined))
+    return same and not torch.equal(whole[:half], whole[half:])
 
 
 def noise_channels(output: Tensor, sample_channels: int) -> int:
@@ -266,8 +270,7 @@ class _Recorder(Watcher):
         combined, _, sample = step_arguments(args, kwargs)
         self.channels = noise_channels(self.calls[-1][0][2], sample.shape[-1] if sample.ndim == 3 else sample.shape[1])
         combined, *outputs = (noise_part(x, self.channels) for x in (combined, *(output for _, _, output in self.calls[-1])))
-        twice = len(outputs) == 1 and len(outputs[0]) == len(sample) and doubled(combined, sample) and not doubled(outputs[0], sample)
-        self.images = len(sample) // 2 if twice else len(sample)
+        self.images = len(sample) // 2 if doubled(outputs, combined, sample) else len(sample)
         branches = [part for output in outputs for part in output.split(self.images)]
         self.weights.append(guidance_weights(branches, combined[: self.images])[0])
         return run(*args, **kwargs)
