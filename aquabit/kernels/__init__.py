@@ -2,7 +2,7 @@
 
 from aquabit.kernels.codebook import CodebookWeight
 from aquabit.kernels.dispatch import codebook_conv2d, codebook_linear, select
-from aquabit.kernels.fake_quant import fake_quantize, fake_quantize_reference, native_available
+from aquabit.kernels.fake_quant import fake_quantize, fake_quantize_reference, native_available, straight_through
 from aquabit.kernels.request import Accuracy, Request
 
 __all__ = [
@@ -15,4 +15,5 @@ __all__ = [
     "fake_quantize_reference",
     "native_available",
     "select",
+    "straight_through",
 ]

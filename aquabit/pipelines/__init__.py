@@ -1,6 +1,16 @@
 """Adapters from diffusers pipelines to "make images from these seeds"; the bundled models."""
 
-from aquabit.pipelines.adapter import SCHEDULERS, Adapter, check_scheduler, denoiser_name, denoiser_of, recorder, set_scheduler, trace
+from aquabit.pipelines.adapter import (
+    SCHEDULERS,
+    Adapter,
+    check_scheduler,
+    denoiser_name,
+    denoiser_of,
+    recorder,
+    replay_recorder,
+    set_scheduler,
+    trace,
+)
 from aquabit.pipelines.class_conditional import ClassConditionalPipeline
 from aquabit.pipelines.loading import BUNDLED, bundled_models, load
 
@@ -15,6 +25,7 @@ __all__ = [
     "denoiser_of",
     "load",
     "recorder",
+    "replay_recorder",
     "set_scheduler",
     "trace",
 ]

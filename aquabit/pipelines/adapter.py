@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from aquabit.graph import trace as trace_denoiser
 from aquabit.quality import DigitsFeatures, Reference, bundled_reference
 from aquabit.quant.calibrate import Call, record_calls
+from aquabit.quant.replay import Recording, record_outputs
 from aquabit.scheme import AquabitError, Calibration, Protocol
 
 CALIBRATION_BATCH, CALIBRATION_CALLS = 16, 64  # images of a denoiser call that is kept, and how many are kept
@@ -72,6 +73,24 @@ def recorder(pipe: DiffusionPipeline) -> Callable[[Calibration], list[Call]]:
             set_scheduler(pipe, calibration.scheduler)
             runs = [lambda batch=batch: adapter.images(protocol, batch) for batch in adapter.batches(protocol)]
             return record_calls(adapter.denoiser, runs, CALIBRATION_CALLS)
+        finally:
+            pipe.scheduler = now
+
+    return record
+
+
+def replay_recorder(pipe: DiffusionPipeline) -> Callable[[Calibration, int], Recording]:
+    """What records every denoiser call and its output while the pipeline makes images, in batches of so many (for fine-tuning)."""
+    scheduler = pipe.scheduler
+
+    def record(calibration: Calibration, batch: int) -> Recording:
+        protocol, adapter = calibration.protocol(batch), Adapter(pipe)
+        now, pipe.scheduler = pipe.scheduler, scheduler
+        try:
+            set_scheduler(pipe, calibration.scheduler)
+            runs = [lambda batch=batch: adapter.images(protocol, batch) for batch in adapter.batches(protocol)]
+            # pipelines of classes put the conditional half of a guided call first, those of texts the unconditional one
+            return Recording(record_outputs(adapter.denoiser, runs), adapter.kind != "prompt")
         finally:
             pipe.scheduler = now
 

@@ -1,4 +1,7 @@
-"""QuantLinear and QuantConv2d: layers whose weight is dense (decoded) or packed, and whose activations are fake-quantized."""
+"""QuantLinear and QuantConv2d: layers whose weight is dense (decoded) or packed, and whose activations are fake-quantized.
+
+In dense mode gradients pass through: to the weight, and to the input as if it were not rounded.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from aquabit.kernels import Accuracy, codebook_conv2d, codebook_linear, fake_quantize
+from aquabit.kernels import Accuracy, codebook_conv2d, codebook_linear, straight_through
 from aquabit.kernels.arranged import Arranged
 from aquabit.kernels.codebook import CodebookWeight
 from aquabit.kernels.dispatch import device_of, held, moved
@@ -112,14 +115,14 @@ class QuantLinear(_QuantLayer):
 
     def quantized_input(self, x: Tensor, bits: int) -> Tensor:
         """x [..., in] as the layer reads it at ``bits`` (16: x itself)."""
-        return fake_quantize(x, bits, "token")
+        return straight_through(x, bits, "token")
 
     def forward(self, x: Tensor, *_: object) -> Tensor:
         if self.held is None:
             y = functional.linear(self.quantized_input(x, self.act), self.weight.to(x.dtype), self.bias_for(x))
         else:
             y = codebook_linear(x, self.held, self.bias_for(x), self.accuracy, act=self.act, dense=self.dense_for(x))
-        return fake_quantize(y, self.act_output, "token")
+        return straight_through(y, self.act_output, "token")
 
 
 class QuantConv2d(_QuantLayer):
@@ -137,7 +140,7 @@ class QuantConv2d(_QuantLayer):
 
     def quantized_input(self, x: Tensor, bits: int) -> Tensor:
         """x [n, cin, h, w] as the layer reads it at ``bits`` (16: x itself)."""
-        return fake_quantize(x, bits, "sample", self.split)
+        return straight_through(x, bits, "sample", self.split)
 
     def forward(self, x: Tensor, *_: object) -> Tensor:
         if self.held is None:

@@ -16,9 +16,10 @@ from aquabit.kernels import Accuracy
 from aquabit.kernels.codebook import CodebookWeight
 from aquabit.quant.attention import patch_attention_
 from aquabit.quant.bank import Bank, weight_hash
+from aquabit.quant.finetune_store import load_tuned
 from aquabit.quant.fitting import Fitter, Need, Record
 from aquabit.quant.layers import QuantConv2d, QuantLinear, quant_layer
-from aquabit.scheme import FP, AquabitError, Calibration, LayerChoice, Progress, QuantConfig, no_progress
+from aquabit.scheme import FP, AquabitError, Calibration, Progress, QuantConfig, Scheme, no_progress
 
 DECODED_LIMIT = 1 << 28  # bytes of decoded weights that a denoiser keeps
 
@@ -65,6 +66,7 @@ class QuantizedDenoiser:
         self._stored: dict[str, torch.dtype] = {}
         self._keys: dict[str, str] = {}
         self._held: dict[str, tuple[Any, ...]] = {}  # what each layer's weight was last set to
+        self._tuned: tuple[str, dict[str, CodebookWeight]] | None = None  # the last ones
         self._recent: dict[tuple[Any, ...], Tensor] = {}
         self._recent_bytes = 0
         self._attention = {n: a["attention"] for n, a in graph.nodes(data=True) if a.get("attention")}
@@ -108,20 +110,41 @@ class QuantizedDenoiser:
             raise AquabitError("this model was opened without a bank; it can run in full precision only")
         return self._fitter
 
-    def _identity(self, name: str, choice: LayerChoice, calibration: Calibration | None) -> tuple[Any, ...]:
+    def _identity(self, name: str, config: QuantConfig) -> tuple[Any, ...]:
         """What a layer's weight depends on: H is of the activations as they are rounded."""
+        choice = config[name]
+        if config.tuned and choice.weight != FP:
+            return name, choice.weight, config.tuned
         if not choice.weight.calibrated:
             return name, choice.weight
-        return Need(name, choice.weight, choice.act), calibration or Calibration()
+        return Need(name, choice.weight, choice.act), config.calibration or Calibration()
 
-    def _decoded(self, name: str, choice: LayerChoice, calibration: Calibration | None) -> Tensor:
+    def coded(self, name: str, config: QuantConfig) -> CodebookWeight:
+        """A layer's coded weight: fine-tuned where the configuration is, else from the bank, fitted first where it is missing there."""
+        choice = config[name]
+        if not config.tuned:
+            return self.fitter.coded(Need(name, choice.weight, choice.act), config.calibration)
+        return self._fine_tuned(config)[name]
+
+    def _fine_tuned(self, config: QuantConfig) -> dict[str, CodebookWeight]:
+        """The weights that a configuration was tuned to, from the bank; the last ones are kept."""
+        if self._tuned is None or self._tuned[0] != config.digest:
+            shapes = {n: tuple(layer.shape) for n, layer in self.layers.items()}
+            self._tuned = config.digest, load_tuned(self.fitter.bank, config, shapes)
+        return self._tuned[1]
+
+    def hold_(self, name: str, weight: Tensor, scheme: Scheme) -> None:
+        """Give a layer a dense weight from elsewhere, until the next ``apply``."""
+        self.layers[name].set_dense_(weight, scheme)
+        self._held.pop(name, None)
+
+    def _decoded(self, name: str, config: QuantConfig) -> Tensor:
         """A decoded weight; the last ones used, up to DECODED_LIMIT bytes, are kept (decoding is 3 % of a small measurement)."""
-        key = self._identity(name, choice, calibration)
+        key = self._identity(name, config)
         found = self._recent.pop(key, None)
         if found is None:
             full = self._full[name]
-            coded = self.fitter.coded(Need(name, choice.weight, choice.act), calibration)
-            found = coded.to(full.device).dequantize().to(full.dtype)
+            found = self.coded(name, config).to(full.device).dequantize().to(full.dtype)
             self._recent_bytes += found.nbytes
         self._recent[key] = found  # the newest last
         while self._recent_bytes > DECODED_LIMIT and len(self._recent) > 1:
@@ -130,9 +153,10 @@ class QuantizedDenoiser:
 
     def prepare(self, config: QuantConfig, progress: Progress = no_progress) -> None:
         """Fit what the bank lacks for a configuration, together: calibration runs once for many layers."""
-        wanted = [
-            (n, c) for n, c in config.layers.items() if c.weight != FP and self._identity(n, c, config.calibration) not in self._recent
-        ]
+        if config.tuned:
+            self._fine_tuned(config)  # nothing of it is fitted
+            return
+        wanted = [(n, c) for n, c in config.layers.items() if c.weight != FP and self._identity(n, config) not in self._recent]
         needs = [Need(n, c.weight, c.act) for n, c in wanted]
         absent = [need for need in needs if not self.fitter.has(need, config.calibration)]
         if absent:
@@ -148,7 +172,7 @@ class QuantizedDenoiser:
                 known = f"its codebooks are {own!r}" if own else "it has no partner to share codebooks with"
                 known = known if shared else f"{choice.weight} shares none"
                 raise AquabitError(f"layer {name!r} at {choice.weight} names codebooks {choice.codebook!r}; {known}")
-        later = {"step groups": config.steps, "fine-tuned tensors": config.tuned, "static ranges": config.ranges != "dynamic"}
+        later = {"step groups": config.steps, "static ranges": config.ranges != "dynamic"}
         asked = [what for what, value in later.items() if value]
         if asked:
             raise AquabitError(f"the configuration asks for {asked[0]}, which this version cannot run; remove it from the configuration")
@@ -166,10 +190,10 @@ class QuantizedDenoiser:
         for name, layer in self.layers.items():
             choice = config[name]
             self._set_activations(name, choice.act)
-            held = self._identity(name, choice, config.calibration)
+            held = self._identity(name, config)
             if self._held.get(name) != held or layer.held is not None:
                 full = self._full[name]
-                weight = full if choice.weight == FP else self._decoded(name, choice, config.calibration)
+                weight = full if choice.weight == FP else self._decoded(name, config)
                 layer.set_dense_(weight, choice.weight)
                 self._held[name] = held
         if not self._holds(config):  # a file of the bank was unreadable: fitting anew, with H, left full precision in the layers before
@@ -177,16 +201,13 @@ class QuantizedDenoiser:
 
     def _holds(self, config: QuantConfig) -> bool:
         """Whether every layer is as ``apply`` leaves it."""
-        return all(
-            layer.act == config[n].act and self._held[n] == self._identity(n, config[n], config.calibration)
-            for n, layer in self.layers.items()
-        )
+        return all(layer.act == config[n].act and self._held[n] == self._identity(n, config) for n, layer in self.layers.items())
 
     def apply_packed(self, config: QuantConfig, accuracy: Accuracy = "fast") -> None:
         """Packed mode for a while: as ``pack``, but full weights stay, so that ``apply`` leads back to dense mode."""
         self._check(config)
         self.prepare(config)
-        for name, weight in self._coded(config).items():
+        for name, weight in self.coded_weights(config).items():
             self.layers[name].set_packed_(weight, config[name].weight)
             self._held.pop(name, None)
         for name, layer in self.layers.items():
@@ -194,16 +215,16 @@ class QuantizedDenoiser:
             layer.accuracy = accuracy
             if config[name].weight == FP:
                 layer.set_dense_(self._full[name], FP)
-                self._held[name] = self._identity(name, config[name], config.calibration)
+                self._held[name] = self._identity(name, config)
 
-    def _coded(self, config: QuantConfig) -> dict[str, CodebookWeight]:
-        """The coded weights of a configuration; layers that share codebooks get the same tensor."""
+    def coded_weights(self, config: QuantConfig) -> dict[str, CodebookWeight]:
+        """The coded weights of a configuration, on the model's device; layers that share codebooks get the same tensor."""
         tables: dict[tuple[str | None, str], Tensor | None] = {}
         coded: dict[str, CodebookWeight] = {}
         for name, choice in config.layers.items():
             if choice.weight == FP:
                 continue
-            weight = self.fitter.coded(Need(name, choice.weight, choice.act), config.calibration).to(self._full[name].device)
+            weight = self.coded(name, config).to(self._full[name].device)
             if choice.weight.shared:
                 weight = replace(weight, codebooks=tables.setdefault((choice.codebook, str(choice.weight)), weight.codebooks))
             coded[name] = weight
@@ -216,7 +237,7 @@ class QuantizedDenoiser:
         """
         self._check(config)
         self.prepare(config, progress)
-        coded = self._coded(config)
+        coded = self.coded_weights(config)
         for name, layer in self.layers.items():
             self._set_activations(name, config[name].act)
             layer.accuracy = accuracy
