@@ -13,9 +13,11 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from aquabit.kernels import Accuracy
-from aquabit.pipelines import Adapter, denoiser_name, load, recorder, trace
+from aquabit.pipelines import Adapter, denoiser_name, load, recorder, replay_recorder, trace
 from aquabit.quant.artifact import save_packed_denoiser
 from aquabit.quant.bank import Bank
+from aquabit.quant.finetune import FineTuning, Tuned
+from aquabit.quant.finetune import finetune as tune
 from aquabit.quant.model import QuantizedDenoiser, fingerprint
 from aquabit.quant.tuning import MEMORY, Placement, layers_of, place_
 from aquabit.reports import report as write_report
@@ -239,11 +241,13 @@ class Packed:
 
 def quantize(
     pipe: Model, config: QuantConfig, *, bank: str | None = None, device: str = "cpu", accuracy: Accuracy = "fast",
-    progress: Progress = no_progress,
+    finetune: FineTuning | bool = False, progress: Progress = no_progress, told: Callable[[Tuned], None] | None = None,
 ) -> Packed:  # fmt: skip
     """A copy of the pipeline with its denoiser packed; what the bank lacks is fitted, calibrated schemes on images that the pipeline makes.
 
-    Raises AquabitError for a configuration of another model.
+    ``finetune``: the coded weights are tuned against the full-precision model first, with these settings (True: the defaults), with torch's
+    threads; ``told`` hears how that went, and the result's ``config`` names the tuned tensors. Raises AquabitError for a configuration of
+    another model.
     """
     import copy
 
@@ -258,6 +262,14 @@ def quantize(
         source = type(source)(**kept, **{k: v for k, v in source.config.items() if k in ("classes", "real_images")})
         source.set_progress_bar_config(disable=True)
     model = QuantizedDenoiser(getattr(source, name).eval(), graph, Bank(bank), own, recorder(source))
+    if finetune:
+        with single_thread(device):
+            model.prepare(config, progress)
+        settings = finetune if isinstance(finetune, FineTuning) else FineTuning()
+        tuned = tune(model, config, replay_recorder(source), settings, progress)
+        config = tuned.config
+        if told is not None:
+            told(tuned)
     with single_thread(device):
         model.pack(config, accuracy, progress)
     return Packed(source, model, config)

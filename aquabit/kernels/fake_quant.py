@@ -63,15 +63,15 @@ class _StraightThrough(torch.autograd.Function):
         return fake_quantize(x, bits, per, split)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         return gradient, None, None, None
 
 
 def straight_through(x: torch.Tensor, bits: int, per: Per = "token", split: int | None = None) -> torch.Tensor:
-    """``fake_quantize`` to the bit, whose gradient is that of ``x`` itself where one is asked for: a dynamic range cuts nothing off, so that
+    """``fake_quantize`` to the bit, with the gradient of ``x`` itself where one is asked for: a dynamic range cuts nothing off, so that
     rounding alone is passed over (the straight-through estimator)."""
     if bits < 16 and x.requires_grad and torch.is_grad_enabled():
-        return _StraightThrough.apply(x, bits, per, split)  # type: ignore[no-any-return,no-untyped-call]
+        return _StraightThrough.apply(x, bits, per, split)  # type: ignore[no-untyped-call]
     return fake_quantize(x, bits, per, split)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import diffusers
@@ -64,35 +66,40 @@ def set_scheduler(pipe: DiffusionPipeline, name: str) -> None:
 
 def recorder(pipe: DiffusionPipeline) -> Callable[[Calibration], list[Call]]:
     """What records the denoiser's calls while the pipeline makes calibration images, stratified over steps and conditions."""
-    scheduler = pipe.scheduler
+    runs = _runs(pipe)
 
     def record(calibration: Calibration) -> list[Call]:
-        protocol, adapter = calibration.protocol(CALIBRATION_BATCH), Adapter(pipe)
-        now, pipe.scheduler = pipe.scheduler, scheduler
-        try:
-            set_scheduler(pipe, calibration.scheduler)
-            runs = [lambda batch=batch: adapter.images(protocol, batch) for batch in adapter.batches(protocol)]
-            return record_calls(adapter.denoiser, runs, CALIBRATION_CALLS)
-        finally:
-            pipe.scheduler = now
+        with runs(calibration, CALIBRATION_BATCH) as made:
+            return record_calls(denoiser_of(pipe), made, CALIBRATION_CALLS)
 
     return record
 
 
-def replay_recorder(pipe: DiffusionPipeline) -> Callable[[Calibration, int], Recording]:
-    """What records every denoiser call and its output while the pipeline makes images, in batches of so many (for fine-tuning)."""
+def _runs(pipe: DiffusionPipeline) -> Callable[[Calibration, int], AbstractContextManager[list[Callable[[], object]]]]:
+    """What gives the runs that make a calibration's images in batches of so many, with the pipeline's scheduler of now."""
     scheduler = pipe.scheduler
 
-    def record(calibration: Calibration, batch: int) -> Recording:
+    @contextmanager
+    def runs(calibration: Calibration, batch: int) -> Iterator[list[Callable[[], object]]]:
         protocol, adapter = calibration.protocol(batch), Adapter(pipe)
         now, pipe.scheduler = pipe.scheduler, scheduler
         try:
             set_scheduler(pipe, calibration.scheduler)
-            runs = [lambda batch=batch: adapter.images(protocol, batch) for batch in adapter.batches(protocol)]
-            # pipelines of classes put the conditional half of a guided call first, those of texts the unconditional one
-            return Recording(record_outputs(adapter.denoiser, runs), adapter.kind != "prompt")
+            yield [partial(adapter.images, protocol, part) for part in adapter.batches(protocol)]
         finally:
             pipe.scheduler = now
+
+    return runs
+
+
+def replay_recorder(pipe: DiffusionPipeline) -> Callable[[Calibration, int], Recording]:
+    """What records every denoiser call and its output while the pipeline makes images, in batches of so many (for fine-tuning)."""
+    runs = _runs(pipe)
+
+    def record(calibration: Calibration, batch: int) -> Recording:
+        with runs(calibration, batch) as made:
+            # pipelines of classes put the conditional half of a guided call first, those of texts the unconditional one
+            return Recording(record_outputs(denoiser_of(pipe), made), Adapter(pipe).kind != "prompt")
 
     return record
 

@@ -1,4 +1,4 @@
-"""Fine-tuning a quantized denoiser against its full-precision teacher, without data: PV-Tuning over a replay buffer (SeMI-PV, AQUATIC-Diff).
+"""Fine-tuning a quantized denoiser against its full-precision teacher, without data: PV-Tuning over a replay buffer (AQUATIC-Diff).
 
 The teacher makes images; its inputs and outputs are the buffer. The student runs in dense mode with decoded weights as leaves, so that
 one backward pass gives dL/dW of every coded layer; codes, codebooks, scales and offsets are moved by that (quant/finetune_step.py).
@@ -201,8 +201,8 @@ class _Run:
         facts["bad"] = facts["bad"] + 1 if bad else 0
         if facts["bad"] >= PATIENCE:
             facts["notes"].append(
-                f"the loss on held-out samples was {value:.3g} in step {facts['step']}, above {DIVERGED:g} times the start's for {PATIENCE} "
-                "checks: stopped there, and the best weights before are kept; try lower rates"
+                f"the loss on held-out samples was {value:.3g} in step {facts['step']}, for {PATIENCE} checks above {DIVERGED:g} times that "
+                "of the start: stopped there, and the best weights before are kept; try lower rates"
             )
         share = facts["flipped"] / (self.optimizer.groups * facts["count"])
         facts["changed"] = self.optimizer.changed

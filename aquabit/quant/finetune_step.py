@@ -1,7 +1,7 @@
 """PV-Tuning's step over all layers: codebooks, scales and a dense proxy of the codes by Adam, then codes of few groups searched anew.
 
-Per step (PV-Tuning, algorithm 1, as its authors' code has it): the gradient of the decoded weight moves a dense proxy (no first moment) and,
-summed up, codebooks and scales; the groups whose proxy is farthest from what they now decode to are searched, nearest to the proxy.
+Per step (PV-Tuning, algorithm 1, as its authors' code has it): the gradient of the decoded weight moves a dense proxy (no first moment)
+and, summed up, codebooks and scales; the groups whose proxy is farthest from what they now decode to are searched, nearest to the proxy.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ class Optimizer:
 
 
 def within_trust(squares: Tensor, weight: Tensor, ratio: float) -> Tensor:
-    """Which of the changes, in order and of squared size ``squares`` [k], keep the accumulated change within ``ratio`` of a weight's norm."""
+    """Which changes, in order and of squared size ``squares`` [k], keep what they add up to within ``ratio`` of a weight's norm."""
     return squares.cumsum(0) <= ratio**2 * weight.square().sum()
 
 

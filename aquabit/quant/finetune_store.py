@@ -67,7 +67,7 @@ def load_tuned(bank: Bank, config: QuantConfig, shapes: Mapping[str, tuple[int, 
             tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
     except FileNotFoundError as error:
         raise AquabitError(
-            f"the bank {bank.folder} has no fine-tuned tensors {config.tuned}; name the bank that they were tuned in, or tune again without them"
+            f"the bank {bank.folder} has no fine-tuned tensors {config.tuned}; name the bank that they were tuned in, or fine-tune again"
         ) from error
     except (OSError, SafetensorError) as error:
         raise AquabitError(f"{path} cannot be read ({error}); it is damaged: fine-tune again") from error

@@ -1,4 +1,4 @@
-"""A coded weight while it is trained: float32 codebooks, scale and offset, integer codes, and the gradients of each from the dense weight's.
+"""A coded weight while it is trained: float32 codebooks, scale and offset, integer codes, and their gradients from the dense weight's.
 
 W[o, n] = scale[o] * sum_m codebooks[codes[o, n, m]] + offset[o] over groups n of g weights, so with G = dL/dW, taken apart into groups:
 dL/dcodebook[k] = sum of scale * G over the groups that use k, dL/dscale = sum of G * (sum of codewords), dL/doffset = sum of G.
@@ -132,7 +132,7 @@ class TrainedWeight:
     def decode_(self) -> None:
         """``values`` and ``decoded`` from codes, tables, scale and offset as they are now."""
         self.values = self.looked_up(self.index)
-        self.decoded = self._affine(self.values, self.scale and self.scale.value, self.offset and self.offset.value)
+        self.decoded = self._affine(self.values, *(None if p is None else p.value for p in (self.scale, self.offset)))
 
     def _affine(self, values: Tensor, scale: Tensor | None, offset: Tensor | None) -> Tensor:
         scaled = values if scale is None else values * self.spread(scale)

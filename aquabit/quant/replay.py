@@ -1,4 +1,4 @@
-"""Replay buffer: what a full-precision denoiser was asked while images were made, and what it answered; batches of it, shuffled or in order.
+"""Replay buffer: what a full-precision denoiser was asked while images were made, and what it answered, in batches, shuffled or in order.
 
 A denoiser call is nested tensors. Those whose first dimension is the batch are taken apart into samples; the others belong to the whole
 call, and only samples whose calls agree in them share a batch. A timestep given once for a call is one number a sample where the denoiser
