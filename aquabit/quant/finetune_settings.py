@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, fields
+from math import cos, pi
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,8 +82,6 @@ class FineTuning:
 
     def rate_at(self, step: int) -> float:
         """The factor of all rates in a step (from 0): a linear rise, then half a cosine down to zero."""
-        from math import cos, pi
-
         if step < self.warmup:
             return (step + 1) / self.warmup
         return 0.5 * (1 + cos(pi * (step - self.warmup) / max(1, self.steps - self.warmup)))
@@ -89,8 +89,7 @@ class FineTuning:
     @staticmethod
     def from_dict(value: Any, source: str = "fine-tuning settings") -> FineTuning:
         """Validate untrusted JSON, whose absent fields keep their defaults; raises AquabitError with the field and the value."""
-        from pydantic import ConfigDict, TypeAdapter, ValidationError
-        from pydantic.dataclasses import dataclass as checked
+        from pydantic import TypeAdapter, ValidationError
 
         known = {f.name for f in fields(FineTuning)}
         if not isinstance(value, dict):
@@ -98,20 +97,15 @@ class FineTuning:
         if unknown := sorted(set(value) - known):
             raise AquabitError(f"{source} names {unknown[0]!r}, which is no setting; known: {', '.join(sorted(known))}")
         try:
-            TypeAdapter(checked(FineTuning, config=ConfigDict(strict=True))).validate_json(_json(value))
+            checked = TypeAdapter(FineTuning).validate_json(json.dumps(value), strict=True)
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(str(p) for p in first["loc"]) or "the top level"
             raise AquabitError(f"{source}: {place}: {first['msg']} (got {first.get('input')!r:.60})") from error
-        return FineTuning(**value)
+        return checked
 
     @staticmethod
     def load(path: str | Path) -> FineTuning:
         """Read settings from a JSON file; raises AquabitError for one that is missing or wrong."""
         return FineTuning.from_dict(read_json(path), str(path))
 
-
-def _json(value: Any) -> str:
-    import json
-
-    return json.dumps(value)
