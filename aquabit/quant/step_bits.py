@@ -131,8 +131,10 @@ class Mix:
         bits = pattern(count)
         rows = dict.fromkeys(self.costs, bits)
         if exact - count > 1e-9:
-            more = list(bits)
-            more[next(iter(_edge(bits, self.high, self.low)))] = self.low
+            more = pattern(count + 1)
+            if sum(a != b for a, b in zip(bits, more, strict=True)) != 1:
+                more = list(bits)
+                more[_edge(bits, self.high, self.low)[0]] = self.low
             rows |= dict.fromkeys(chosen_layers(self.costs, exact - count, self.seed), more)
         return stepped(self.base, rows)
 
