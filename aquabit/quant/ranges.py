@@ -124,17 +124,22 @@ class RangeTables:
         calibration = config.calibration or Calibration()
         widths = {bits for c in config.layers.values() for bits in ((c.act,) if isinstance(c.act, int) else c.act) if bits < 16}
         self._find(calibration, widths)
-        found = {}
-        for name, choice in config.layers.items():
-            rows = []
-            for part in range(config.range_parts(name)):
-                bits = choice.act if isinstance(choice.act, int) else choice.act[config.group_of_part(part)]
-                table = self._known[calibration.digest, bits].get(name) if bits < 16 else None
-                rows.append(torch.zeros(0) if table is None else table[1 + part if config.ranges == "step" else 0])
-            shape = next((row.shape for row in rows if row.numel()), None)
-            if shape is not None:
-                found[name] = torch.stack([row if row.numel() else torch.zeros(shape) for row in rows])
-        return found
+        return {name: self._table(config, name, calibration) for name in config.layers if config.range_parts(name)}
+
+    def _table(self, config: QuantConfig, name: str, calibration: Calibration) -> Tensor:
+        act, rows = config[name].act, []
+        for part in range(config.range_parts(name)):
+            bits = act if isinstance(act, int) else act[config.group_of_part(part)]
+            known = min(b for b in ((act,) if isinstance(act, int) else act)) if bits == 16 else bits  # a16 rounds to no range: any will do
+            table = self._known[calibration.digest, known].get(name)
+            if table is None:
+                raise AquabitError(f"layer {name!r} did not run during calibration, so that its static range is not known; give it a16")
+            if config.ranges == "step" and part + 1 >= len(table):
+                raise AquabitError(
+                    f"calibration took {len(table) - 1} steps, ranges are asked for {config.total_steps}; give both the same number"
+                )
+            rows.append(table[1 + part if config.ranges == "step" else 0])
+        return torch.stack(rows)
 
     def _find(self, calibration: Calibration, widths: Collection[int]) -> None:
         for bits in sorted(widths):
