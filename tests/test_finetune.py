@@ -276,7 +276,15 @@ def test_the_command_line_tunes(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(config_for(pipe).to_json())
     settings = {"batch": 4, "images": 16, "check_every": 2, "warmup": 0}
     (tmp_path / "settings.json").write_text(json.dumps(settings))
-    call = ["quantize", str(tmp_path / "model"), str(tmp_path / "config.json"), "--out", str(tmp_path / "out"), "--bank", str(tmp_path / "bank")]
+    call = [
+        "quantize",
+        str(tmp_path / "model"),
+        str(tmp_path / "config.json"),
+        "--out",
+        str(tmp_path / "out"),
+        "--bank",
+        str(tmp_path / "bank"),
+    ]
     done = CliRunner().invoke(app, [*call, "--finetune-steps", "4", "--finetune-settings", str(tmp_path / "settings.json")])
     assert done.exit_code == 0, done.output
     assert "difference from the teacher" in done.output and "of codes changed" in done.output

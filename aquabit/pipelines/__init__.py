@@ -9,6 +9,7 @@ from aquabit.pipelines.adapter import (
     noise_statistics,
     recorder,
     replay_recorder,
+    sampler,
     set_scheduler,
     trace,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "noise_statistics",
     "recorder",
     "replay_recorder",
+    "sampler",
     "set_scheduler",
     "trace",
 ]
