@@ -48,13 +48,22 @@ Prompts = Annotated[Path | None, typer.Option("--prompts", help="One prompt a li
 Guidance = Annotated[float, typer.Option("--guidance", help="Classifier-free guidance; 1 is off.")]
 SpaceFile = Annotated[
     Path | None,
-    typer.Option("--space", help="JSON: schemes, levels (code bits of additive formats), formats, activations, pinned, excluded."),
+    typer.Option(
+        "--space", help="JSON: schemes, levels (code bits of additive formats), formats, activations, pinned, excluded, correction."
+    ),
 ]
 Objective = Annotated[
     str, typer.Option("--objective", help="fid, sfid, kid, is, precision, recall, accuracy, mse, psnr, ssim, feature_distance.")
 ]
 BankOption = Annotated[
     Path | None, typer.Option("--bank", help="Folder of fitted weights; default: AQUABIT_BANK, or ~/.cache/aquabit/bank.")
+]
+CorrectionOption = Annotated[
+    str | None,
+    typer.Option(
+        "--correction",
+        help="Measure every configuration after this correction of its noise, as cnc+bc; twice the time. Default: none, or as the study was begun.",
+    ),
 ]
 Reference = Annotated[Path | None, typer.Option("--reference", help="Folder of real images (arrives with real pipelines and metrics).")]
 Preset = Annotated[str | None, typer.Option("--preset", help="Settings of a paper (arrives with real pipelines and metrics).")]
@@ -96,6 +105,14 @@ def _prompts(path: Path | None) -> tuple[str, ...] | None:
     return kept
 
 
+def _space(path: Path | None, correction: str | None) -> dict[str, Any] | None:
+    """The options of the search space; None where there are none, which continues a study's own."""
+    from aquabit.space import read_space
+
+    options = read_space(path) if path else {}
+    return {**options, **({} if correction is None else {"correction": correction})} or None
+
+
 @app.command()
 @shielded
 def run(
@@ -104,19 +121,18 @@ def run(
     images: Images = 128, steps: Steps = 10, scheduler: SchedulerOption = "default", eta: Eta = 0.0, seed: Seed = 0, workers: Workers = None,
     device: Device = "cpu", dtype: Dtype = "float32", prompts: Prompts = None, guidance: Guidance = 1.0, space: SpaceFile = None,
     objective: Objective = "fid", bank: BankOption = None, reference: Reference = None, preset: Preset = None, metric: MetricOption = None,
-    json_: Json = None,
+    correction: CorrectionOption = None, json_: Json = None,
 ) -> None:  # fmt: skip
     """The whole flow: measure, explain, check, search, pack, report."""
     _later(reference=reference, preset=preset, metric=metric)
     _quiet()
     from aquabit import flow
-    from aquabit.space import read_space
     from aquabit.study import Study
 
     protocol = Protocol(images, steps, seed, scheduler, eta, guidance, conditions=_prompts(prompts), objective=objective, dtype=dtype)
     with bars() as progress:
         front = flow.run(
-            model, out, bits, samples, flips, protocol=protocol, space=read_space(space) if space else None, workers=_workers(workers, device),
+            model, out, bits, samples, flips, protocol=protocol, space=_space(space, correction), workers=_workers(workers, device),
             device=device, dtype=dtype, bank=str(bank) if bank else None, sample_seed=seed, progress=progress,
         )  # fmt: skip
     if not emit(front.to_list(), json_):
@@ -173,7 +189,7 @@ def measure(
     samples: Samples = 120, images: Images = 128, steps: Steps = 10, scheduler: SchedulerOption = "default", eta: Eta = 0.0, seed: Seed = 0,
     workers: Workers = None, device: Device = "cpu", dtype: Dtype = "float32", prompts: Prompts = None, guidance: Guidance = 1.0,
     space: SpaceFile = None, objective: Objective = "fid", bank: BankOption = None, reference: Reference = None, preset: Preset = None,
-    metric: MetricOption = None,
+    metric: MetricOption = None, correction: CorrectionOption = None,
     design: Annotated[str, typer.Option("--design", help="even (over bits), or operator (stratified by operator type).")] = "even",
     shard: Annotated[str | None, typer.Option("--shard", help="i/n: every n-th configuration, for batch schedulers.")] = None,
     ray: Annotated[str | None, typer.Option("--ray", help="Ray address (arrives with clusters).")] = None,
@@ -186,14 +202,13 @@ def measure(
         raise AquabitError(f"design {design!r} is unknown; known: even, operator")
     _quiet()
     from aquabit.sensitivity.measure import measure as measure_model
-    from aquabit.space import read_space
     from aquabit.study import Study
 
     protocol = Protocol(images, steps, seed, scheduler, eta, guidance, conditions=_prompts(prompts), objective=objective, dtype=dtype)
     with bars() as progress:
         opened = Study(study)
         count = measure_model(
-            model, opened, samples, protocol=protocol, space=read_space(space) if space else None, workers=_workers(workers, device), device=device,
+            model, opened, samples, protocol=protocol, space=_space(space, correction), workers=_workers(workers, device), device=device,
             dtype=dtype, bank=str(bank) if bank else None, sample_seed=seed, stratify=None if design == "even" else design, shard=shard, progress=progress,
         )  # fmt: skip
     if not emit({"new": count, **_counts(opened)}, json_):
@@ -216,7 +231,7 @@ def status(study: StudyArgument, json_: Json = None) -> None:
 
     opened = Study(study, create=False)
     facts = {"model": opened.get("model"), "fingerprint": opened.get("fingerprint"), "protocol": opened.get("protocol"), **_counts(opened),
-             "explained": "sensitivity" in opened, "searched": "front" in opened}  # fmt: skip
+             "correction": (opened.get("space") or {}).get("correction"), "explained": "sensitivity" in opened, "searched": "front" in opened}  # fmt: skip
     if not emit(facts, json_):
         for key, value in facts.items():
             console.print(f"{key:14} {plain(str(value))}", highlight=False)

@@ -16,7 +16,7 @@ import numpy as np
 from aquabit.formats import FORMATS, LEVELS, layer_formats
 from aquabit.graph import codebook_names
 from aquabit.graph import layers as graph_layers
-from aquabit.scheme import ACTIVATION_BITS, FP, AquabitError, Calibration, LayerChoice, QuantConfig, Scheme, read_json
+from aquabit.scheme import ACTIVATION_BITS, FP, AquabitError, Calibration, LayerChoice, QuantConfig, Scheme, parse_correction, read_json
 
 DEFAULT_SCHEMES = ("usq2", "usq3", "usq4", "usq8", "vq2", "vq3", "vq4", "vq2c", "vq3c", "vq4c", "usq2h", "usq3h", "usq4h")
 DEFAULT_ACTIVATIONS = (8, 6)
@@ -38,8 +38,10 @@ class SearchSpace:
     model: str = ""
     codebooks: Mapping[str, str] | None = None  # layer -> name of the codebooks that its shared schemes use
     calibration: Calibration | None = None
+    correction: str | None = None  # of every configuration that quantizes: it is measured after correction
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "correction", "+".join(parse_correction(self.correction)) or None)
         if not self.choices:
             raise AquabitError("the search space is empty: the model has no Linear or Conv2d layer")
         bad = [a for a in self.activations if a not in ACTIVATION_BITS]
@@ -68,7 +70,9 @@ class SearchSpace:
         return LayerChoice(weight, act, self.codebook(layer) if weight.shared else None)
 
     def config(self, choices: Mapping[str, LayerChoice]) -> QuantConfig:
-        return QuantConfig(self.fingerprint, choices, self.model, calibration=self.calibration)
+        quantizes = any(choice != LayerChoice() for choice in choices.values())  # full precision has no noise to correct
+        correction = self.correction if quantizes else None
+        return QuantConfig(self.fingerprint, choices, self.model, correction=correction, calibration=self.calibration)
 
     def free_layers(self) -> list[str]:
         """Layers that have more than one weight scheme to choose from."""
@@ -196,6 +200,7 @@ class SearchSpace:
             "operators": dict(self.operators or {}), "kernel_area": dict(self.kernel_area or {}), "model": self.model,
             **({"codebooks": dict(self.codebooks)} if self.codebooks else {}),
             **({"calibration": asdict(self.calibration)} if self.calibration else {}),
+            **({"correction": self.correction} if self.correction else {}),
         }  # fmt: skip
 
     @staticmethod
@@ -204,7 +209,7 @@ class SearchSpace:
         calibration = Calibration(**value["calibration"]) if value.get("calibration") else None
         return SearchSpace(
             value["fingerprint"], choices, tuple(value["activations"]), value["operators"], value["kernel_area"], value["model"],
-            value.get("codebooks"), calibration,
+            value.get("codebooks"), calibration, value.get("correction"),
         )  # fmt: skip
 
 
@@ -242,12 +247,14 @@ def make_space(
     graph: nx.DiGraph, fingerprint: str, model: str = "", *, schemes: Sequence[str] | None = None, levels: Sequence[float] | None = None,
     formats: Mapping[str, Sequence[str]] | None = None, activations: Sequence[int] = DEFAULT_ACTIVATIONS,
     pinned: Mapping[str, str] | None = None, excluded: Sequence[str] = (), calibration: Calibration | None = None,
+    correction: str | None = None,
 ) -> SearchSpace:  # fmt: skip
     """The space of a traced model. ``pinned`` maps layer patterns (as in shells) to one scheme; ``excluded`` layers stay ``fp``.
 
     Beside ``schemes`` each layer gets the additive format that suits its operator type and shape (``formats``, a table as
     ``formats.FORMATS``) at each of ``levels`` code bits; levels are given by default where schemes are not. A scheme that shares
-    codebooks is left out for layers that have no partner. ``calibration``: what H is measured on (default: ``Calibration()``).
+    codebooks is left out for layers that have no partner. ``calibration``: what H, and the noise that ``correction`` (as "cnc+bc") takes
+    away, are measured on (default: ``Calibration()``).
     """
     nodes = graph_layers(graph)
     names = list(nodes)
@@ -273,14 +280,14 @@ def make_space(
     shared = {s for row in choices.values() for s in row if s.shared}
     return SearchSpace(
         fingerprint, choices, tuple(activations), operators, area, model, partners if shared else None,
-        (calibration or Calibration()) if calibrated else None,
+        (calibration or Calibration()) if calibrated or parse_correction(correction) else None, correction,
     )  # fmt: skip
 
 
 def read_space(path: str | Path) -> dict[str, Any]:
-    """The keyword arguments of ``make_space`` from a JSON file: schemes, levels, formats, activations, pinned, excluded."""
+    """The keyword arguments of ``make_space`` from a JSON file: schemes, levels, formats, activations, pinned, excluded, correction."""
     value = read_json(path)
-    known = {"schemes": list, "levels": list, "formats": dict, "activations": list, "pinned": dict, "excluded": list}
+    known = {"schemes": list, "levels": list, "formats": dict, "activations": list, "pinned": dict, "excluded": list, "correction": str}
     if not isinstance(value, dict):
         raise AquabitError(f"{path} must hold a JSON object with any of {', '.join(known)}")
     for key, entry in value.items():
@@ -304,4 +311,5 @@ def read_space(path: str | Path) -> dict[str, Any]:
     for bits in value.get("activations", []):
         if type(bits) is not int or bits not in ACTIVATION_BITS:
             raise AquabitError(f"{path}: activation bits {bits!r} are not supported; known: {list(ACTIVATION_BITS)}")
+    parse_correction(value.get("correction"))
     return value

@@ -8,6 +8,7 @@ from aquabit.pipelines.adapter import (
     denoiser_of,
     noise_statistics,
     recorder,
+    scheduler_named,
     set_scheduler,
     trace,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "load",
     "noise_statistics",
     "recorder",
+    "scheduler_named",
     "set_scheduler",
     "trace",
 ]
