@@ -49,7 +49,8 @@ Guidance = Annotated[float, typer.Option("--guidance", help="Classifier-free gui
 SpaceFile = Annotated[
     Path | None,
     typer.Option(
-        "--space", help="JSON: schemes, levels (code bits of additive formats), formats, activations, pinned, excluded, correction."
+        "--space",
+        help="JSON: schemes, levels (code bits of additive formats), formats, activations, pinned, excluded, correction, step_groups.",
     ),
 ]
 Objective = Annotated[
@@ -63,6 +64,12 @@ CorrectionOption = Annotated[
     typer.Option(
         "--correction",
         help="Measure every configuration after this correction of its noise, as cnc+bc; twice the time. Default: none, or as the study was begun.",
+    ),
+]
+StepGroupsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--step-groups", help="First steps of 2 to 5 groups of steps, as 0,5: activation bits may change between them (search --bops)."
     ),
 ]
 Reference = Annotated[Path | None, typer.Option("--reference", help="Folder of real images (arrives with real pipelines and metrics).")]
@@ -105,12 +112,19 @@ def _prompts(path: Path | None) -> tuple[str, ...] | None:
     return kept
 
 
-def _space(path: Path | None, correction: str | None) -> dict[str, Any] | None:
+def _space(path: Path | None, correction: str | None, step_groups: str | None, steps: int) -> dict[str, Any] | None:
     """The options of the search space; None where there are none, which continues a study's own."""
     from aquabit.space import read_space
 
     options = read_space(path) if path else {}
-    return {**options, **({} if correction is None else {"correction": correction})} or None
+    if correction is not None:
+        options["correction"] = correction
+    if step_groups is None:
+        return options or None
+    starts = [part.strip() for part in step_groups.split(",")]
+    if not all(part.isdigit() for part in starts):
+        raise AquabitError(f"step groups {step_groups!r} must be the first steps of the groups, from 0 and separated by commas, as in 0,5")
+    return {**options, "step_groups": {"total": steps, "starts": [int(part) for part in starts]}}
 
 
 @app.command()
@@ -121,7 +135,7 @@ def run(
     images: Images = 128, steps: Steps = 10, scheduler: SchedulerOption = "default", eta: Eta = 0.0, seed: Seed = 0, workers: Workers = None,
     device: Device = "cpu", dtype: Dtype = "float32", prompts: Prompts = None, guidance: Guidance = 1.0, space: SpaceFile = None,
     objective: Objective = "fid", bank: BankOption = None, reference: Reference = None, preset: Preset = None, metric: MetricOption = None,
-    correction: CorrectionOption = None, json_: Json = None,
+    correction: CorrectionOption = None, step_groups: StepGroupsOption = None, json_: Json = None,
 ) -> None:  # fmt: skip
     """The whole flow: measure, explain, check, search, pack, report."""
     _later(reference=reference, preset=preset, metric=metric)
@@ -132,7 +146,8 @@ def run(
     protocol = Protocol(images, steps, seed, scheduler, eta, guidance, conditions=_prompts(prompts), objective=objective, dtype=dtype)
     with bars() as progress:
         front = flow.run(
-            model, out, bits, samples, flips, protocol=protocol, space=_space(space, correction), workers=_workers(workers, device),
+            model, out, bits, samples, flips, protocol=protocol, space=_space(space, correction, step_groups, steps),
+            workers=_workers(workers, device),
             device=device, dtype=dtype, bank=str(bank) if bank else None, sample_seed=seed, progress=progress,
         )  # fmt: skip
     if not emit(front.to_list(), json_):
@@ -189,7 +204,7 @@ def measure(
     samples: Samples = 120, images: Images = 128, steps: Steps = 10, scheduler: SchedulerOption = "default", eta: Eta = 0.0, seed: Seed = 0,
     workers: Workers = None, device: Device = "cpu", dtype: Dtype = "float32", prompts: Prompts = None, guidance: Guidance = 1.0,
     space: SpaceFile = None, objective: Objective = "fid", bank: BankOption = None, reference: Reference = None, preset: Preset = None,
-    metric: MetricOption = None, correction: CorrectionOption = None,
+    metric: MetricOption = None, correction: CorrectionOption = None, step_groups: StepGroupsOption = None,
     design: Annotated[str, typer.Option("--design", help="even (over bits), or operator (stratified by operator type).")] = "even",
     shard: Annotated[str | None, typer.Option("--shard", help="i/n: every n-th configuration, for batch schedulers.")] = None,
     ray: Annotated[str | None, typer.Option("--ray", help="Ray address (arrives with clusters).")] = None,
@@ -208,7 +223,7 @@ def measure(
     with bars() as progress:
         opened = Study(study)
         count = measure_model(
-            model, opened, samples, protocol=protocol, space=_space(space, correction), workers=_workers(workers, device), device=device,
+            model, opened, samples, protocol=protocol, space=_space(space, correction, step_groups, steps), workers=_workers(workers, device), device=device,
             dtype=dtype, bank=str(bank) if bank else None, sample_seed=seed, stratify=None if design == "even" else design, shard=shard, progress=progress,
         )  # fmt: skip
     if not emit({"new": count, **_counts(opened)}, json_):

@@ -18,7 +18,7 @@ from aquabit.quant.artifact import config_of, save_packed_denoiser
 from aquabit.quant.bank import Bank
 from aquabit.quant.correct import corrected_, statistics_of
 from aquabit.quant.model import QuantizedDenoiser, fingerprint
-from aquabit.quant.sampling import unfollowed
+from aquabit.quant.sampling import follow_, unfollowed
 from aquabit.quant.statistics import FILE, Statistics
 from aquabit.quant.tuning import MEMORY, Placement, layers_of, place_
 from aquabit.reports import report as write_report
@@ -286,6 +286,7 @@ def quantize(
             set_scheduler(source, calibration.scheduler)
             statistics = noise_statistics(source, model, config, replace(calibration, scheduler="default"), progress=progress)
         model.pack(config, accuracy, progress)
+    follow_(model.denoiser, source.scheduler, model.watchers(config))
     if statistics is not None:
         corrected_(model.denoiser, source.scheduler, statistics, config.correction)
     return Packed(source, model, config, statistics)

@@ -108,7 +108,8 @@ def noise_statistics(
         model.apply(plain)
         full = partial(model.in_full_precision, plain)
         owner = (config.fingerprint, plain.digest)
-        return measure_noise(adapter.denoiser, pipe.scheduler, runs, full, *owner, watchers, progress)
+        switches = model.watchers(plain)  # of activations that change between steps
+        return measure_noise(adapter.denoiser, pipe.scheduler, runs, full, *owner, [*switches, *watchers], progress)
     finally:
         pipe.scheduler = now
 
@@ -171,6 +172,7 @@ class Adapter:
     def images(self, protocol: Protocol, indices: range) -> Tensor:
         """The images of some indices as one micro-batch, padded to its full size so that arithmetic does not depend on the count."""
         self.check(protocol)
+        refollow_(self.denoiser, self.pipe.scheduler)  # it may have been replaced
         conditions = self.conditions(protocol)
         padded = [*indices, *[indices[-1]] * (protocol.micro_batch - len(indices))]
         generators = [torch.Generator("cpu").manual_seed(protocol.seed + i) for i in padded]

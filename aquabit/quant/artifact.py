@@ -19,7 +19,9 @@ from aquabit.graph import trace
 from aquabit.kernels.codebook import CodebookWeight, from_tensors
 from aquabit.quant.layers import QuantConv2d, QuantLinear, quant_layer
 from aquabit.quant.model import QuantizedDenoiser, storage_dtype
+from aquabit.quant.sampling import follow_
 from aquabit.quant.statistics import FILE, Statistics
+from aquabit.quant.switch import settings_of, share_out_, switches
 from aquabit.scheme import FP, AquabitError, QuantConfig, read_json
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -121,7 +123,7 @@ def _fill(
     from aquabit.quant.attention import patch_attention_
 
     coded = {name: _coded(name, spec, tensors, folder) for name, spec in specs.items()}
-    nodes = {n: a for n, a in graph.nodes(data=True) if a["kind"] != "merge"}
+    nodes, placed = {n: a for n, a in graph.nodes(data=True) if a["kind"] != "merge"}, dict[str, QuantLinear | QuantConv2d]()
     wrong = [n for n in (*coded, *config.layers) if n not in nodes]
     if wrong:
         raise AquabitError(f"{folder}: layer {wrong[0]!r} is not in this model")
@@ -130,8 +132,7 @@ def _fill(
         if name in coded and tuple(coded[name].shape) != tuple(layer.shape):
             raise AquabitError(f"{folder}: layer {name!r} is stored as {list(coded[name].shape)}, the model has {list(layer.shape)}")
         _place(denoiser, name, layer, coded.get(name), config)
-        layer.act = config[name].act
-        layer.act_output = layer.act if node.get("attention") else 16
+        placed[name] = layer
     own = {f"{n}.{part}" for n in nodes for part in ("weight", "bias")}  # layers widen their own 16-bit tensors as they use them
     rest = {k: v for k, v in tensors.items() if not _is_code(k, coded)}
     left = {k: v.to(dtype) if v.is_floating_point() and k not in own else v for k, v in rest.items()}
@@ -140,6 +141,9 @@ def _fill(
     if missing or unexpected:
         raise AquabitError(f"{folder / WEIGHTS} does not fit the model: missing {missing[:2]}, unexpected {list(unexpected)[:2]}")
     patch_attention_(denoiser)
+    settings = settings_of(config, placed, {n for n, a in nodes.items() if a.get("attention")})
+    share_out_(config, placed, settings)
+    follow_(denoiser, None, switches(config, placed, settings))  # the pipeline's scheduler comes later
 
 
 def _place(denoiser: nn.Module, name: str, layer: QuantLinear | QuantConv2d, coded: CodebookWeight | None, config: QuantConfig) -> None:

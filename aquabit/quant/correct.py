@@ -101,8 +101,8 @@ class Corrector(Watcher):
         wanted = self.statistics.about.weights[step]
         if len(self.seen) != len(wanted) or self.seen[0].shape[0] != output.shape[0]:
             raise AquabitError(
-                f"the noise statistics are of guidance {self.statistics.about.guidance:g} with {len(wanted)} outputs a step, sampling combines "
-                "another number; use that guidance, or measure them anew"
+                f"the noise statistics are of guidance {self.statistics.about.guidance:g} with {len(wanted)} outputs a step, sampling "
+                "combines another number; use that guidance, or measure them anew"
             )
         found, error = guidance_weights(self.seen, output)
         if len(found) == 1:
@@ -140,9 +140,9 @@ class Corrector(Watcher):
             dtype = output.dtype if name == "DDIMScheduler" else torch.float32
             noise = randn_tensor(output.shape, generator=generator, device=output.device, dtype=dtype)
             return run(*args, **{**kwargs, "generator": None, "variance_noise": noise * ratio.to(dtype)})
-        states = _states(generator)
+        states = _states(generator, like.device)
         noise = randn_tensor(like.shape, generator=generator, device=like.device, dtype=like.dtype)
-        _restore(generator, states)
+        _restore(generator, states, like.device)
         result = run(*args, **kwargs)  # draws the same noise
         return _replaced(result, (result[0].double() + (wanted - own.double()) * noise).to(result[0].dtype))
 
@@ -219,14 +219,17 @@ def _per_channel(values: np.ndarray, like: Tensor) -> Tensor:
     return tensor if like.ndim == 3 else tensor.view(1, -1, *[1] * (like.ndim - 2))
 
 
-def _states(generator: Any) -> list[Tensor]:
-    """The states of generators, or torch's own."""
+def _states(generator: Any, device: torch.device) -> list[Tensor]:
+    """The states of generators, or torch's own for a device."""
     if generator is None:
-        return [torch.get_rng_state()]
+        return [torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()]
     return [g.get_state() for g in (generator if isinstance(generator, list | tuple) else [generator])]
 
 
-def _restore(generator: Any, states: Sequence[Tensor]) -> None:
+def _restore(generator: Any, states: Sequence[Tensor], device: torch.device) -> None:
+    if generator is None and device.type == "cuda":
+        torch.cuda.set_rng_state(states[0], device)
+        return
     if generator is None:
         torch.set_rng_state(states[0])
         return

@@ -19,8 +19,10 @@ from aquabit.kernels.codebook import CodebookWeight
 from aquabit.quant.attention import patch_attention_
 from aquabit.quant.bank import Bank, weight_hash
 from aquabit.quant.fitting import Fitter, Need, Record
-from aquabit.quant.layers import QuantConv2d, QuantLinear, quant_layer
-from aquabit.scheme import FP, AquabitError, Calibration, LayerChoice, Progress, QuantConfig, no_progress
+from aquabit.quant.layers import QuantConv2d, QuantLinear, Setting, quant_layer
+from aquabit.quant.sampling import Watcher
+from aquabit.quant.switch import settings_of, share_out_, switches
+from aquabit.scheme import FP, AquabitError, Calibration, Progress, QuantConfig, no_progress
 
 DECODED_LIMIT = 1 << 28  # bytes of decoded weights that a denoiser keeps
 
@@ -110,19 +112,23 @@ class QuantizedDenoiser:
             raise AquabitError("this model was opened without a bank; it can run in full precision only")
         return self._fitter
 
-    def _identity(self, name: str, choice: LayerChoice, calibration: Calibration | None) -> tuple[Any, ...]:
-        """What a layer's weight depends on: H is of the activations as they are rounded."""
-        if not choice.weight.calibrated:
-            return name, choice.weight
-        return Need(name, choice.weight, choice.act), calibration or Calibration()
+    @staticmethod
+    def _need(name: str, config: QuantConfig) -> Need:
+        return Need(name, config[name].weight, config.main_act(name))
 
-    def _decoded(self, name: str, choice: LayerChoice, calibration: Calibration | None) -> Tensor:
+    def _identity(self, name: str, config: QuantConfig) -> tuple[Any, ...]:
+        """What a layer's weight depends on: H is of the activations as they are rounded in most steps."""
+        if not config[name].weight.calibrated:
+            return name, config[name].weight
+        return self._need(name, config), config.calibration or Calibration()
+
+    def _decoded(self, name: str, config: QuantConfig) -> Tensor:
         """A decoded weight; the last ones used, up to DECODED_LIMIT bytes, are kept (decoding is 3 % of a small measurement)."""
-        key = self._identity(name, choice, calibration)
+        key = self._identity(name, config)
         found = self._recent.pop(key, None)
         if found is None:
             full = self._full[name]
-            coded = self.fitter.coded(Need(name, choice.weight, choice.act), calibration)
+            coded = self.fitter.coded(self._need(name, config), config.calibration)
             found = coded.to(full.device).dequantize().to(full.dtype)
             self._recent_bytes += found.nbytes
         self._recent[key] = found  # the newest last
@@ -132,10 +138,8 @@ class QuantizedDenoiser:
 
     def prepare(self, config: QuantConfig, progress: Progress = no_progress) -> None:
         """Fit what the bank lacks for a configuration, together: calibration runs once for many layers."""
-        wanted = [
-            (n, c) for n, c in config.layers.items() if c.weight != FP and self._identity(n, c, config.calibration) not in self._recent
-        ]
-        needs = [Need(n, c.weight, c.act) for n, c in wanted]
+        wanted = [n for n, c in config.layers.items() if c.weight != FP and self._identity(n, config) not in self._recent]
+        needs = [self._need(n, config) for n in wanted]
         absent = [need for need in needs if not self.fitter.has(need, config.calibration)]
         if absent:
             self.fitter.fit(absent, config.calibration, progress)
@@ -150,29 +154,36 @@ class QuantizedDenoiser:
                 known = f"its codebooks are {own!r}" if own else "it has no partner to share codebooks with"
                 known = known if shared else f"{choice.weight} shares none"
                 raise AquabitError(f"layer {name!r} at {choice.weight} names codebooks {choice.codebook!r}; {known}")
-        later = {"step groups": config.steps, "fine-tuned tensors": config.tuned, "static ranges": config.ranges != "dynamic"}
-        asked = [what for what, value in later.items() if value]
+        asked = [what for what, value in {"fine-tuned tensors": config.tuned}.items() if value]
         if asked:
             raise AquabitError(f"the configuration asks for {asked[0]}, which this version cannot run; remove it from the configuration")
 
-    def _set_activations(self, name: str, act: int) -> None:
-        layer = self.layers[name]
-        layer.act = act
-        layer.act_output = act if name in self._attention else 16
+    def ranges(self, config: QuantConfig) -> dict[str, Tensor] | None:
+        """The static ranges of a configuration's layers, measured where the bank lacks them; None where ranges are dynamic."""
+        return None
+
+    def _settings(self, config: QuantConfig) -> dict[str, list[Setting]]:
+        return settings_of(config, self.layers, self._attention, self.ranges(config))
+
+    def _activate(self, config: QuantConfig) -> None:
+        """Activations as they are in the first step; ``watchers`` switch them while sampling."""
+        share_out_(config, self.layers, self._settings(config))
+
+    def watchers(self, config: QuantConfig) -> list[Watcher]:
+        """What has to follow the sampler while a configuration runs that was applied or packed; none where nothing depends on the step."""
+        return switches(config, self.layers, self._settings(config)) if config.total_steps is not None else []
 
     def apply(self, config: QuantConfig) -> None:
         """Dense mode: decoded weights and fake-quantized activations."""
         self._check(config)
         if config.layers:
             self.prepare(config)
+        self._activate(config)
         for name, layer in self.layers.items():
-            choice = config[name]
-            self._set_activations(name, choice.act)
-            held = self._identity(name, choice, config.calibration)
+            choice, held = config[name], self._identity(name, config)
             if self._held.get(name) != held or layer.held is not None:
                 full = self._full[name]
-                weight = full if choice.weight == FP else self._decoded(name, choice, config.calibration)
-                layer.set_dense_(weight, choice.weight)
+                layer.set_dense_(full if choice.weight == FP else self._decoded(name, config), choice.weight)
                 self._held[name] = held
         if not self._holds(config):  # a file of the bank was unreadable: fitting anew, with H, left full precision in the layers before
             self.apply(config)
@@ -188,10 +199,8 @@ class QuantizedDenoiser:
 
     def _holds(self, config: QuantConfig) -> bool:
         """Whether every layer is as ``apply`` leaves it."""
-        return all(
-            layer.act == config[n].act and self._held[n] == self._identity(n, config[n], config.calibration)
-            for n, layer in self.layers.items()
-        )
+        acts = {n: c.act if isinstance(c.act, int) else c.act[0] for n in self.layers for c in [config[n]]}
+        return all(layer.act == acts[n] and self._held[n] == self._identity(n, config) for n, layer in self.layers.items())
 
     def apply_packed(self, config: QuantConfig, accuracy: Accuracy = "fast") -> None:
         """Packed mode for a while: as ``pack``, but full weights stay, so that ``apply`` leads back to dense mode."""
@@ -200,12 +209,12 @@ class QuantizedDenoiser:
         for name, weight in self._coded(config).items():
             self.layers[name].set_packed_(weight, config[name].weight)
             self._held.pop(name, None)
+        self._activate(config)
         for name, layer in self.layers.items():
-            self._set_activations(name, config[name].act)
             layer.accuracy = accuracy
             if config[name].weight == FP:
                 layer.set_dense_(self._full[name], FP)
-                self._held[name] = self._identity(name, config[name], config.calibration)
+                self._held[name] = self._identity(name, config)
 
     def _coded(self, config: QuantConfig) -> dict[str, CodebookWeight]:
         """The coded weights of a configuration; layers that share codebooks get the same tensor."""
@@ -214,7 +223,7 @@ class QuantizedDenoiser:
         for name, choice in config.layers.items():
             if choice.weight == FP:
                 continue
-            weight = self.fitter.coded(Need(name, choice.weight, choice.act), config.calibration).to(self._full[name].device)
+            weight = self.fitter.coded(self._need(name, config), config.calibration).to(self._full[name].device)
             if choice.weight.shared:
                 weight = replace(weight, codebooks=tables.setdefault((choice.codebook, str(choice.weight)), weight.codebooks))
             coded[name] = weight
@@ -228,8 +237,8 @@ class QuantizedDenoiser:
         self._check(config)
         self.prepare(config, progress)
         coded = self._coded(config)
+        self._activate(config)
         for name, layer in self.layers.items():
-            self._set_activations(name, config[name].act)
             layer.accuracy = accuracy
             if name in coded:
                 layer.set_packed_(coded[name], config[name].weight)

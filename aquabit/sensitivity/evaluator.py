@@ -33,7 +33,18 @@ from aquabit.quant.model import QuantizedDenoiser
 from aquabit.quant.noise import Uncorrectable
 from aquabit.quant.sampling import Watcher, following
 from aquabit.quant.statistics import Statistics
-from aquabit.scheme import AquabitError, Calibration, Measurement, Protocol, QuantConfig, Scheme, digest
+from aquabit.scheme import (
+    AquabitError,
+    Calibration,
+    Measurement,
+    Protocol,
+    QuantConfig,
+    Scheme,
+    StepGroups,
+    act_of,
+    act_text,
+    digest,
+)
 from aquabit.sensitivity.encoder import SKETCH
 
 PROBE_IMAGES, PROBE_SEED = 8, 700_000_001  # seeds that no measurement uses
@@ -115,10 +126,11 @@ class Evaluator:
 
     def fit(
         self, schemes: dict[str, list[str]], probes: dict[str, list[int]], acts: list[int], protocol: Protocol,
-        calibration: Calibration | None,
+        calibration: Calibration | None, steps: StepGroups | None = None,
     ) -> dict[str, dict[str, dict[str, Any]]]:  # fmt: skip
         """Fit schemes (layer -> schemes) in the bank, calibrated ones for each of ``acts``; layer -> scheme -> facts, and what activations
-        do alone ("a8", "a6") where ``probes`` (layer -> activation bits) asks for it.
+        do alone ("a8", "a6/8") where ``probes`` (layer -> activation choices as ``act_code`` writes them, of groups of ``steps``) asks for
+        it.
 
         ``error`` is the relative squared weight error, ``output`` (with a calibration) the relative output error under H at the first of
         ``acts``. ``damage`` is the mean squared deviation of PROBE_IMAGES images from full precision where it is the only change,
@@ -129,18 +141,20 @@ class Evaluator:
             wanted = {layer: [Scheme.parse(s) for s in row] for layer, row in schemes.items() if row}
             facts = self.quantized.fitter.facts(list(wanted), wanted, acts, calibration) if wanted else {}
             base = QuantConfig(self.fingerprint, {}, calibration=calibration)
-            return {layer: self._probe(layer, facts.get(layer, {}), probes[layer], acts[0], protocol, base) for layer in schemes}
+            return {layer: self._probe(layer, facts.get(layer, {}), probes[layer], acts[0], protocol, base, steps) for layer in schemes}
 
     def _probe(
-        self, layer: str, facts: dict[str, dict[str, Any]], probes: list[int], act: int, protocol: Protocol, base: QuantConfig
-    ) -> dict[str, dict[str, Any]]:
-        """``facts`` of one layer with what each scheme, and each activation width of ``probes``, does to images."""
+        self, layer: str, facts: dict[str, dict[str, Any]], probes: list[int], act: int, protocol: Protocol, base: QuantConfig,
+        steps: StepGroups | None,
+    ) -> dict[str, dict[str, Any]]:  # fmt: skip
+        """``facts`` of one layer with what each scheme, and each activation choice of ``probes``, does to images."""
         few = replace(protocol, images=PROBE_IMAGES, micro_batch=PROBE_IMAGES, seed=PROBE_SEED)
         if self._probed is None or self._probed[0] != protocol.digest:
             self._probed = protocol.digest, self.generate(QuantConfig(self.fingerprint, {}), few)
         full = self._probed[1]
-        rounded = {a: self.generate(base.with_layer(layer, "fp", a), few) for a in {*probes, act} if a < 16} | {16: full}
-        found = {f"a{a}": _deviation(rounded[a], full) for a in probes if a < 16}
+        asked = {a: base.with_layer(layer, "fp", act_of(a), steps=steps) for a in {*probes, act} if a != 16}
+        rounded = {a: self.generate(config, few) for a, config in asked.items()} | {16: full}
+        found = {act_text(act_of(a)): _deviation(rounded[a], full) for a in probes if a != 16}
         for text, value in facts.items():
             scheme = Scheme.parse(text)
             own = act if scheme.calibrated else 16
@@ -158,12 +172,13 @@ class Evaluator:
         set_scheduler(self.pipe, protocol.scheduler)
         if packed:
             with self.packed(config), using({}):
-                return self._images(protocol, watchers)
+                return self._images(config, protocol, watchers)
         self.quantized.apply(config)
-        return self._images(protocol, watchers)
+        return self._images(config, protocol, watchers)
 
-    def _images(self, protocol: Protocol, watchers: Sequence[Watcher]) -> Tensor:
-        with following(self.adapter.denoiser, self.pipe.scheduler, watchers):
+    def _images(self, config: QuantConfig, protocol: Protocol, watchers: Sequence[Watcher]) -> Tensor:
+        """Images of the configuration that is applied; what depends on the step follows the sampler."""
+        with following(self.adapter.denoiser, self.pipe.scheduler, [*self.quantized.watchers(config), *watchers]):
             return torch.cat([self.adapter.images(protocol, b) for b in self.adapter.batches(protocol)])
 
     def _watchers(self, config: QuantConfig, protocol: Protocol) -> list[Watcher]:
