@@ -22,6 +22,7 @@ from aquabit._terminal import (
     show_placement,
     show_sensitivity,
     show_timings,
+    show_tuned,
 )
 from aquabit.scheme import AquabitError, Protocol, QuantConfig
 
@@ -342,26 +343,39 @@ def quantize(
     out: Annotated[Path, typer.Option("--out", help="Folder of the packed pipeline.")],
     correct: Annotated[bool, typer.Option("--correct", help="Correct the noise of quantization (PTQD), as the configuration or --correction says.")] = False,
     correction: Annotated[str | None, typer.Option("--correction", help="cnc, bc, vsc, match, joined by +; or qdrift. Default: cnc+bc.")] = None,
-    finetune: Annotated[bool, typer.Option("--finetune", help="Fine-tuning (arrives with SeMI-PV).")] = False,
+    finetune: Annotated[bool, typer.Option("--finetune", help="Tune the codes, codebooks and scales against the full-precision model first.")] = False,
+    finetune_steps: Annotated[int | None, typer.Option("--finetune-steps", min=1, help="Steps of the tuning; implies --finetune.")] = None,
+    finetune_settings: Annotated[Path | None, typer.Option("--finetune-settings", metavar="FILE.json", help="Settings of the tuning; implies --finetune.")] = None,
     device: Device = "cpu", bank: BankOption = None,
 ) -> None:  # fmt: skip
     """Pack a model: a diffusers pipeline directory whose denoiser is stored as codes."""
-    _later(finetune=finetune)
     _quiet()
     from aquabit import flow
 
+    tuning = _tuning(finetune, finetune_steps, finetune_settings)
+    told: list[Any] = []
     with bars() as progress:
         packed = flow.quantize(
-            model,
-            QuantConfig.load(config),
-            correct=correction or correct,
-            bank=str(bank) if bank else None,
-            device=device,
-            progress=progress,
-        )
+            model, QuantConfig.load(config), correct=correction or correct, finetune=tuning, bank=str(bank) if bank else None, device=device,
+            progress=progress, told=told.append,
+        )  # fmt: skip
+    for tuned in told:
+        show_tuned(tuned)
     console.print(f"{out}: {packed.save(out):,} bytes of tensors in the denoiser")
     if packed.statistics is not None:
         show_noise(packed.statistics, packed.config.correction)
+
+
+def _tuning(asked: bool, steps: int | None, path: Path | None) -> Any:
+    """Settings of fine-tuning, or False where it is not asked for."""
+    if not asked and steps is None and path is None:
+        return False
+    from dataclasses import replace
+
+    from aquabit.quant.finetune_settings import FineTuning
+
+    settings = FineTuning() if path is None else FineTuning.load(path)
+    return settings if steps is None else replace(settings, steps=steps)
 
 
 @app.command()

@@ -13,10 +13,12 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from aquabit.kernels import Accuracy
-from aquabit.pipelines import Adapter, denoiser_name, load, noise_statistics, recorder, set_scheduler, trace
+from aquabit.pipelines import Adapter, denoiser_name, load, noise_statistics, recorder, replay_recorder, set_scheduler, trace
 from aquabit.quant.artifact import config_of, save_packed_denoiser
 from aquabit.quant.bank import Bank
 from aquabit.quant.correct import corrected_, statistics_of
+from aquabit.quant.finetune import FineTuning, Tuned
+from aquabit.quant.finetune import finetune as tune
 from aquabit.quant.model import QuantizedDenoiser, fingerprint
 from aquabit.quant.sampling import follow_, unfollowed
 from aquabit.quant.statistics import FILE, Statistics
@@ -257,14 +259,15 @@ class Packed:
 
 
 def quantize(
-    pipe: Model, config: QuantConfig, *, correct: bool | str = False, bank: str | None = None, device: str = "cpu",
-    accuracy: Accuracy = "fast", progress: Progress = no_progress,
+    pipe: Model, config: QuantConfig, *, correct: bool | str = False, finetune: FineTuning | bool = False, bank: str | None = None,
+    device: str = "cpu", accuracy: Accuracy = "fast", progress: Progress = no_progress, told: Callable[[Tuned], None] | None = None,
 ) -> Packed:  # fmt: skip
     """A copy of the pipeline with its denoiser packed; what the bank lacks is fitted, calibrated schemes on images that the pipeline makes.
 
-    ``correct`` (True: what the configuration names, else cnc+bc; or a text as "cnc+bc+vsc") corrects the noise of quantization, whose
-    statistics are measured as ``config.calibration`` samples; the pipeline then keeps that sampler. Raises AquabitError for a
-    configuration of another model.
+    ``finetune``: the coded weights are tuned against the full-precision model first, with these settings (True: the defaults), with torch's
+    threads; ``told`` hears how that went, and the result's ``config`` names the tuned tensors. ``correct`` (True: what the configuration
+    names, else cnc+bc; or a text as "cnc+bc+vsc") corrects the noise of quantization, whose statistics are measured as
+    ``config.calibration`` samples; the pipeline then keeps that sampler. Raises AquabitError for a configuration of another model.
     """
     import copy
 
@@ -279,6 +282,14 @@ def quantize(
         source = type(source)(**kept, **{k: v for k, v in source.config.items() if k in ("classes", "real_images")})
         source.set_progress_bar_config(disable=True)
     model = QuantizedDenoiser(getattr(source, name).eval(), graph, Bank(bank), own, recorder(source))
+    if finetune:
+        with single_thread(device):
+            model.prepare(config, progress)
+        settings = finetune if isinstance(finetune, FineTuning) else FineTuning()
+        tuned = tune(model, config, replay_recorder(source), settings, progress)
+        config = tuned.config
+        if told is not None:
+            told(tuned)
     if correct:
         config = replace(config, correction=correct if isinstance(correct, str) else config.correction or DEFAULT_CORRECTION)
     statistics = None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,6 +19,7 @@ from aquabit.graph import trace as trace_denoiser
 from aquabit.quality import DigitsFeatures, Reference, bundled_reference
 from aquabit.quant.calibrate import Call, record_calls
 from aquabit.quant.model import QuantizedDenoiser
+from aquabit.quant.replay import Recording, record_outputs
 from aquabit.quant.sampling import Watcher, refollow_
 from aquabit.quant.statistics import Statistics, measure_noise
 from aquabit.scheme import AquabitError, Calibration, Progress, Protocol, QuantConfig, no_progress
@@ -75,17 +77,40 @@ def set_scheduler(pipe: DiffusionPipeline, name: str) -> None:
 
 def recorder(pipe: DiffusionPipeline) -> Callable[[Calibration], list[Call]]:
     """What records the denoiser's calls while the pipeline makes calibration images, stratified over steps and conditions."""
-    scheduler = pipe.scheduler
+    runs = _runs(pipe)
 
     def record(calibration: Calibration) -> list[Call]:
-        protocol, adapter = calibration.protocol(CALIBRATION_BATCH), Adapter(pipe)
+        with runs(calibration, CALIBRATION_BATCH) as made:
+            return record_calls(denoiser_of(pipe), made, CALIBRATION_CALLS)
+
+    return record
+
+
+def _runs(pipe: DiffusionPipeline) -> Callable[[Calibration, int], AbstractContextManager[list[Callable[[], object]]]]:
+    """What gives the runs that make a calibration's images in batches of so many, with the pipeline's scheduler of now."""
+    scheduler = pipe.scheduler
+
+    @contextmanager
+    def runs(calibration: Calibration, batch: int) -> Iterator[list[Callable[[], object]]]:
+        protocol, adapter = calibration.protocol(batch), Adapter(pipe)
         now, pipe.scheduler = pipe.scheduler, scheduler
         try:
             set_scheduler(pipe, calibration.scheduler)
-            runs = [lambda batch=batch: adapter.images(protocol, batch) for batch in adapter.batches(protocol)]
-            return record_calls(adapter.denoiser, runs, CALIBRATION_CALLS)
+            yield [partial(adapter.images, protocol, part) for part in adapter.batches(protocol)]
         finally:
             pipe.scheduler = now
+
+    return runs
+
+
+def replay_recorder(pipe: DiffusionPipeline) -> Callable[[Calibration, int], Recording]:
+    """What records every denoiser call and its output while the pipeline makes images, in batches of so many (for fine-tuning)."""
+    runs = _runs(pipe)
+
+    def record(calibration: Calibration, batch: int) -> Recording:
+        with runs(calibration, batch) as made:
+            # pipelines of classes put the conditional half of a guided call first, those of texts the unconditional one
+            return Recording(record_outputs(denoiser_of(pipe), made), Adapter(pipe).kind != "prompt")
 
     return record
 

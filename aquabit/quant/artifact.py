@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from aquabit.graph import trace
 from aquabit.kernels.codebook import CodebookWeight, from_tensors
+from aquabit.quant.finetune_store import SHARED, shared_name
 from aquabit.quant.layers import QuantConv2d, QuantLinear, quant_layer
 from aquabit.quant.model import QuantizedDenoiser, storage_dtype
 from aquabit.quant.sampling import follow_
@@ -25,7 +26,6 @@ from aquabit.quant.switch import settings_of, share_out_, switches
 from aquabit.scheme import FP, AquabitError, QuantConfig, read_json
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-SHARED = "codebooks/"  # before the names of tensors that several layers use
 CONFIG = "_aquabit_quantization"  # the attribute of a loaded denoiser that holds its configuration
 RECIPE = "quantization.json"  # configuration and, for each coded layer, how its codes are to be read
 
@@ -46,7 +46,7 @@ def packed_tensors(model: QuantizedDenoiser, config: QuantConfig) -> tuple[dict[
     for name, weight in coded.items():
         choice = config[name]
         own = {f"{name}.weight.{k}": v for k, v in weight.tensors().items() if k != "codebooks" or not choice.weight.shared}
-        shared = f"{SHARED}{choice.codebook}: {choice.weight}" if choice.weight.shared else None
+        shared = shared_name(choice)
         specs[name] = {"shape": list(weight.shape), "bits": weight.bits, "order": weight.order, "codebooks": shared}
         if shared is not None:
             assert weight.codebooks is not None
