@@ -47,6 +47,7 @@ from aquabit.search import (
     smallest_uniform,
 )
 from aquabit.sensitivity.attribution import Sensitivity, explain, save
+from aquabit.sensitivity.correction import DEFAULT_CORRECTION, noise_facts
 from aquabit.sensitivity.evaluator import single_thread, thumbnail
 from aquabit.sensitivity.latency import latency_table, packed_latencies
 from aquabit.sensitivity.measure import Session, open_session, uniform_references
@@ -55,7 +56,6 @@ from aquabit.sensitivity.validation import validate_in
 from aquabit.study import Study
 
 FINALISTS, SELECTION_BLOCKS, TRIES = 4, (2, 3), 3  # the best few are told apart on seeds that nothing was fitted to
-DEFAULT_CORRECTION = "cnc+bc"  # defined for every sampler
 FRESH_BLOCKS = (11, 12, 13, 14, 15)  # what is reported; block 1 belongs to validation
 Model: TypeAlias = str | DiffusionPipeline
 
@@ -89,7 +89,8 @@ def find(
     study: Study, bits: float | None = None, *, bytes: int | None = None, bops: float | None = None, latency_ms: float | None = None,
     pipe: Model | None = None, rounds: int = 2, per_round: int = 8, seed: int = 0, progress: Progress = no_progress, **options: Any,
 ) -> Front:  # fmt: skip
-    """Search under a hard budget, measure the candidates, refit, repeat; then the front packed, on fresh seeds. Stored in the study.
+    """Search under a hard budget, measure the candidates, refit, repeat; then the front packed, on fresh seeds, and the winner without and
+    with noise correction. Stored in the study.
 
     ``latency_ms`` limits a denoiser call with one sample at the model's own size, on this machine with torch's threads: the search adds up
     measured times of layers, and the winner's whole call is measured. Raises AquabitError for a budget that the space cannot meet (both
@@ -133,7 +134,8 @@ def find_in(session: Session, budget: Budget, rounds: int, per_round: int, seed:
     pairs = [(c, v) for c, v in measured() if np.isfinite(v)]
     chosen = _finalists(session, [c for c, _ in pairs], np.array([v for _, v in pairs]), budget, metric, sign, progress)
     front = _front(session, *chosen, budget, metric, progress)
-    study.set(front=front.to_dict())
+    noise = noise_facts(session, front.best, [session.protocol.block(b) for b in FRESH_BLOCKS], progress)
+    study.set(front=front.to_dict(), noise=noise)
     return front
 
 
@@ -332,8 +334,9 @@ def generate(
         _switch_correction(adapter, correction)
     layers = layers_of(adapter.denoiser)
     if any(layer.held is not None for layer in layers.values()):
+        call = adapter.first_call(protocol)  # this is sampling, and follows the scheduler; the timed calls are not
         with unfollowed(adapter.denoiser):
-            placed = place_(layers, adapter.first_call(protocol), memory, progress)
+            placed = place_(layers, call, memory, progress)
         if told is not None:
             told(placed)
     return torch.cat([adapter.images(protocol, b) for b in adapter.batches(protocol)])

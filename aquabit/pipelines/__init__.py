@@ -10,6 +10,7 @@ from aquabit.pipelines.adapter import (
     recorder,
     replay_recorder,
     sampler,
+    scheduler_named,
     set_scheduler,
     trace,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "recorder",
     "replay_recorder",
     "sampler",
+    "scheduler_named",
     "set_scheduler",
     "trace",
 ]

@@ -61,12 +61,18 @@ def check_scheduler(name: str) -> None:
         raise AquabitError(f"scheduler {name!r} is unknown; known: default, {', '.join(SCHEDULERS)}")
 
 
+def scheduler_named(own: Any, name: str) -> Any:
+    """The sampler of that name with the settings of a pipeline's own ("default": that one itself)."""
+    check_scheduler(name)
+    return own if name == "default" else getattr(diffusers, SCHEDULERS[name]).from_config(own.config)
+
+
 def set_scheduler(pipe: DiffusionPipeline, name: str) -> None:
     """Replace the sampler by name ("default" keeps the pipeline's own)."""
-    check_scheduler(name)
-    if name == "default":
+    found = scheduler_named(pipe.scheduler, name)
+    if found is pipe.scheduler:
         return
-    pipe.scheduler = getattr(diffusers, SCHEDULERS[name]).from_config(pipe.scheduler.config)
+    pipe.scheduler = found
     refollow_(denoiser_of(pipe), pipe.scheduler)
 
 

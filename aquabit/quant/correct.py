@@ -16,8 +16,8 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
-from aquabit.quant.noise import NoiseEstimate
-from aquabit.quant.samplers import StepFacts, prediction_type, refuses, step_facts
+from aquabit.quant.noise import NoiseEstimate, Uncorrectable
+from aquabit.quant.samplers import StepFacts, prediction_type, refuses, refuses_eta, step_facts
 from aquabit.quant.sampling import Watcher, follow_, watchers_of
 from aquabit.quant.statistics import SAME, Statistics, guidance_weights, noise_part, step_arguments
 from aquabit.scheme import AquabitError, parse_correction
@@ -88,10 +88,11 @@ class Corrector(Watcher):
             return run(*args, **kwargs)
         eta = float(kwargs.get("eta", args[3] if len(args) > 3 and type(self.scheduler).__name__ == "DDIMScheduler" else 0.0))
         facts = step_facts(self.scheduler, timestep, eta, output)
+        reason = refuses_eta(self.scheduler, self.which, eta)
+        if reason:
+            raise AquabitError(reason)
         if residual == "vsc":
-            return self._less_noise(step, facts, eta, run, args, kwargs, output, sample)
-        if eta:
-            raise AquabitError(f"{residual} is defined for a deterministic sampler, but eta is {eta:g}; use eta 0, or vsc")
+            return self._less_noise(step, facts, run, args, kwargs, output, sample)
         change = self._matched if residual == "match" else self._drifted
         return change(step, facts, run(*args, **kwargs), noise_part(output, self.slope.shape[2]), sample)
 
@@ -123,13 +124,11 @@ class Corrector(Watcher):
         return _per_channel(self.statistics.combined(step, "cnc" in self.which), like)
 
     def _less_noise(
-        self, step: int, facts: StepFacts, eta: float, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any],
+        self, step: int, facts: StepFacts, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any],
         output: Tensor, sample: Tensor,
     ) -> Any:  # fmt: skip
         """VSC. DDIM and DPM-Solver take the smaller noise as an argument: DDIM's own ``_get_variance`` feeds its direction term as well."""
         name = type(self.scheduler).__name__
-        if name == "DDIMScheduler" and not eta:
-            raise AquabitError("vsc takes variance from the noise that a sampler adds, and DDIM with eta 0 adds none; use cnc+bc or match")
         like = noise_part(output, self.slope.shape[2])
         own = facts.noise if isinstance(facts.noise, Tensor) else torch.full((1,) * like.ndim, facts.noise, device=like.device)
         wanted = (own.double() ** 2 - (facts.coefficient**2 * self._variance(step, like)).double()).clamp(min=0).sqrt()
@@ -193,7 +192,7 @@ def _output_correction(statistics: Statistics, which: tuple[str, ...]) -> tuple[
         near = np.argwhere(1 + e.k < LEAST)
         if len(near):
             step, branch = near[0]
-            raise AquabitError(
+            raise Uncorrectable(
                 f"k is {e.k[step, branch]:.3g} in step {step + 1}: cnc would divide by 1 + k = {1 + e.k[step, branch]:.3g}; leave it out"
             )
         slope = slope * (1 + e.k)[..., None]

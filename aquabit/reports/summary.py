@@ -160,6 +160,8 @@ def run_card(facts: Facts) -> list[tuple[str, str]]:
         schemes = list(dict.fromkeys(s for row in facts.space.get("choices", {}).values() for s in row))
         card.append(("search space", f"{', '.join(schemes)}; activations {', '.join(f'a{a}' for a in facts.space.get('activations', []))}"))
     card += _protocol(facts)
+    if facts.correction:
+        card.append(("noise correction", f"{facts.correction}, of every quantized configuration"))
     card.append(("objective", f"{facts.metric} ({'lower' if facts.direction == 'min' else 'higher'} is better)"))
     if facts.swap:
         bits = number(facts.sensitivity.get("bits"))

@@ -30,6 +30,7 @@ from aquabit.quality.paired import mse, psnr_from_mse, ssim
 from aquabit.quant.bank import Bank
 from aquabit.quant.correct import Corrector
 from aquabit.quant.model import QuantizedDenoiser
+from aquabit.quant.noise import Uncorrectable
 from aquabit.quant.sampling import Watcher, following
 from aquabit.quant.statistics import Statistics
 from aquabit.scheme import (
@@ -219,7 +220,7 @@ class Evaluator:
                 if full is None:
                     self._keep(protocol, images)
                 metrics = self._metrics(images, images if full is None else full, protocol)
-        except NonFiniteImages as error:  # what else goes wrong (a full disk, say) is no property of the configuration
+        except (NonFiniteImages, Uncorrectable) as error:  # what else goes wrong (a full disk, say) is no property of the configuration
             seconds = time.perf_counter() - started
             return Measurement(config.digest, protocol.digest, {}, seconds, facts, "failed", str(error)), None
         seconds = time.perf_counter() - started
