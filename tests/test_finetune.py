@@ -86,12 +86,12 @@ def test_a_run_that_was_interrupted_ends_with_the_same_tensors(tmp_path: Path, m
 
         with pytest.raises(KeyboardInterrupt):
             tuned_in(tmp_path / "parts", scheme="aq2x4g4", progress=stopping)
-        assert list((tmp_path / "parts").glob("tuned-checkpoint-*"))
+        assert list((tmp_path / "parts").glob("tuning-*"))
     steps: list[int] = []
     parts = tuned_in(tmp_path / "parts", scheme="aq2x4g4", progress=lambda what, done, total: steps.append(done))
     assert next(s for s in steps if s) in (24, 25) and parts.config.tuned == whole.config.tuned
     assert parts.history == whole.history and (parts.before, parts.after) == (whole.before, whole.after)
-    assert not list((tmp_path / "parts").glob("tuned-checkpoint-*"))
+    assert not list((tmp_path / "parts").glob("tuning-*"))
 
 
 def test_a_finished_run_is_found_again_and_others_are_not(tmp_path: Path) -> None:
@@ -218,6 +218,11 @@ def test_what_cannot_be_tuned_is_refused(tmp_path: Path) -> None:
     grouped = replace(config, layers={n: replace(c, act=(8, 6)) for n, c in config.layers.items()}, steps=StepGroups(4, (0, 2)))
     with pytest.raises(AquabitError, match="depend on the step"):
         finetune(model, grouped, record, SETTINGS)
+    with pytest.raises(AquabitError, match="has static ranges"):
+        finetune(model, replace(config, ranges="static"), record, SETTINGS)
+    model.pack(config)
+    with pytest.raises(AquabitError, match="model is packed"):
+        finetune(model, config, record, SETTINGS)
     for wrong, message in (
         ({"tau": 0}, "tau 0 .* above 0"), ({"order": "random"}, "order 'random' .* shuffled or walking"), ({"images": 4}, "two batches of 4"),
         ({"betas": (0.9, 1.0)}, "betas"), ({"steps": 0}, "steps 0"), ({"trust_ratio": -1.0}, "trust_ratio -1"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -78,8 +79,8 @@ def test_walking_goes_along_trajectories() -> None:
     net = Net()
     replay = Replay(Recording(recorded(net)), net)
     walk = [replay.training(step, "walking", 4, 0) for step in range(10)]
-    assert [[replay.places[s][::2] for s in batch][0] for batch in walk] == [(r, s) for r in range(3) for s in range(3)] + [(0, 0)]
-    follows = [replay.continues(a, b) for a, b in zip(walk, walk[1:], strict=False)]
+    assert [replay.places[batch[0]][::2] for batch in walk] == [(r, s) for r in range(3) for s in range(3)] + [(0, 0)]
+    follows = [replay.continues(a, b) for a, b in pairwise(walk)]
     assert follows == [True, True, False] * 3
     assert not replay.continues(walk[0], walk[1][::-1])  # row by row
 

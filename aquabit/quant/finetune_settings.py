@@ -108,4 +108,3 @@ class FineTuning:
     def load(path: str | Path) -> FineTuning:
         """Read settings from a JSON file; raises AquabitError for one that is missing or wrong."""
         return FineTuning.from_dict(read_json(path), str(path))
-

@@ -155,8 +155,8 @@ class TrainedWeight:
             self._add_to_tables_(scaled.reshape(-1, self.size), self.tables.gradient)
 
     def _add_to_tables_(self, rows: Tensor, into: Tensor) -> None:
-        """Add each group's row [O * n, g] to the codewords that it uses, in ``into`` [C, M, K, g]: over the joint codes of as many codebooks
-        as JOINT allows, then over what they share (half to a third of the time of one codebook after another)."""
+        """Add each group's row [O * n, g] to the codewords that it uses, in ``into`` [C, M, K, g]: over joint codes of as many codebooks as
+        JOINT allows, then over what they share (half to a third of the time of one codebook after another)."""
         c, count, k, _ = into.shape
         if c > 1:
             into.view(-1, self.size).index_add_(0, self.index.view(-1), rows)
