@@ -181,6 +181,20 @@ def show_front(front: Any) -> None:
         console.print(sides + change, highlight=False)
 
 
+def show_noise(statistics: Any, correction: str | None) -> None:
+    """What the noise of quantization is like at the first, the middle and the last step."""
+    table = statistics.table()
+    kept = sorted({0, int(table.step.max()) // 2, int(table.step.max())})
+    console.print(f"noise of quantization, corrected by {correction} (95 % intervals over {statistics.about.images} images):")
+    for row in table[table.step.isin(kept)].itertuples():
+        branch = f", branch {row.branch + 1}" if statistics.branches > 1 else ""
+        console.print(
+            f"  step {row.step + 1}{branch}: k {row.k:.4f} ({row.k_low:.4f} to {row.k_high:.4f}), R2 {row.r2:.2f}, "
+            f"||eps|| / ||Delta|| {row.snr:.3g}, bias {row.bias:.3g}, residual variance {row.variance:.3g}",
+            highlight=False,
+        )
+
+
 def show_placement(placement: Any) -> None:
     """Which kernels run how many layers, and what their weights hold in memory."""
     kernels = ", ".join(f"{name} {count}" for name, count in placement.backends.items())

@@ -17,6 +17,7 @@ from aquabit._terminal import (
     show_calls,
     show_failures,
     show_front,
+    show_noise,
     show_notes,
     show_placement,
     show_sensitivity,
@@ -48,13 +49,21 @@ Prompts = Annotated[Path | None, typer.Option("--prompts", help="One prompt a li
 Guidance = Annotated[float, typer.Option("--guidance", help="Classifier-free guidance; 1 is off.")]
 SpaceFile = Annotated[
     Path | None,
-    typer.Option("--space", help="JSON: schemes, levels (code bits of additive formats), formats, activations, pinned, excluded."),
+    typer.Option(
+        "--space", help="JSON: schemes, levels (code bits of additive formats), formats, activations, pinned, excluded, step_groups."
+    ),
 ]
 Objective = Annotated[
     str, typer.Option("--objective", help="fid, sfid, kid, is, precision, recall, accuracy, mse, psnr, ssim, feature_distance.")
 ]
 BankOption = Annotated[
     Path | None, typer.Option("--bank", help="Folder of fitted weights; default: AQUABIT_BANK, or ~/.cache/aquabit/bank.")
+]
+StepGroupsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--step-groups", help="First steps of 2 to 5 groups of steps, as 0,5: activation bits may change between them (search --bops)."
+    ),
 ]
 Reference = Annotated[Path | None, typer.Option("--reference", help="Folder of real images (arrives with real pipelines and metrics).")]
 Preset = Annotated[str | None, typer.Option("--preset", help="Settings of a paper (arrives with real pipelines and metrics).")]
@@ -96,6 +105,19 @@ def _prompts(path: Path | None) -> tuple[str, ...] | None:
     return kept
 
 
+def _space(path: Path | None, step_groups: str | None, steps: int) -> dict[str, Any] | None:
+    """The options of the search space; None where there are none, which continues a study's own."""
+    from aquabit.space import read_space
+
+    options = read_space(path) if path else {}
+    if step_groups is None:
+        return options or None
+    starts = [part.strip() for part in step_groups.split(",")]
+    if not all(part.isdigit() for part in starts):
+        raise AquabitError(f"step groups {step_groups!r} must be the first steps of the groups, from 0 and separated by commas, as in 0,5")
+    return {**options, "step_groups": {"total": steps, "starts": [int(part) for part in starts]}}
+
+
 @app.command()
 @shielded
 def run(
@@ -104,19 +126,18 @@ def run(
     images: Images = 128, steps: Steps = 10, scheduler: SchedulerOption = "default", eta: Eta = 0.0, seed: Seed = 0, workers: Workers = None,
     device: Device = "cpu", dtype: Dtype = "float32", prompts: Prompts = None, guidance: Guidance = 1.0, space: SpaceFile = None,
     objective: Objective = "fid", bank: BankOption = None, reference: Reference = None, preset: Preset = None, metric: MetricOption = None,
-    json_: Json = None,
+    step_groups: StepGroupsOption = None, json_: Json = None,
 ) -> None:  # fmt: skip
     """The whole flow: measure, explain, check, search, pack, report."""
     _later(reference=reference, preset=preset, metric=metric)
     _quiet()
     from aquabit import flow
-    from aquabit.space import read_space
     from aquabit.study import Study
 
     protocol = Protocol(images, steps, seed, scheduler, eta, guidance, conditions=_prompts(prompts), objective=objective, dtype=dtype)
     with bars() as progress:
         front = flow.run(
-            model, out, bits, samples, flips, protocol=protocol, space=read_space(space) if space else None, workers=_workers(workers, device),
+            model, out, bits, samples, flips, protocol=protocol, space=_space(space, step_groups, steps), workers=_workers(workers, device),
             device=device, dtype=dtype, bank=str(bank) if bank else None, sample_seed=seed, progress=progress,
         )  # fmt: skip
     if not emit(front.to_list(), json_):
@@ -173,7 +194,7 @@ def measure(
     samples: Samples = 120, images: Images = 128, steps: Steps = 10, scheduler: SchedulerOption = "default", eta: Eta = 0.0, seed: Seed = 0,
     workers: Workers = None, device: Device = "cpu", dtype: Dtype = "float32", prompts: Prompts = None, guidance: Guidance = 1.0,
     space: SpaceFile = None, objective: Objective = "fid", bank: BankOption = None, reference: Reference = None, preset: Preset = None,
-    metric: MetricOption = None,
+    metric: MetricOption = None, step_groups: StepGroupsOption = None,
     design: Annotated[str, typer.Option("--design", help="even (over bits), or operator (stratified by operator type).")] = "even",
     shard: Annotated[str | None, typer.Option("--shard", help="i/n: every n-th configuration, for batch schedulers.")] = None,
     ray: Annotated[str | None, typer.Option("--ray", help="Ray address (arrives with clusters).")] = None,
@@ -186,14 +207,13 @@ def measure(
         raise AquabitError(f"design {design!r} is unknown; known: even, operator")
     _quiet()
     from aquabit.sensitivity.measure import measure as measure_model
-    from aquabit.space import read_space
     from aquabit.study import Study
 
     protocol = Protocol(images, steps, seed, scheduler, eta, guidance, conditions=_prompts(prompts), objective=objective, dtype=dtype)
     with bars() as progress:
         opened = Study(study)
         count = measure_model(
-            model, opened, samples, protocol=protocol, space=read_space(space) if space else None, workers=_workers(workers, device), device=device,
+            model, opened, samples, protocol=protocol, space=_space(space, step_groups, steps), workers=_workers(workers, device), device=device,
             dtype=dtype, bank=str(bank) if bank else None, sample_seed=seed, stratify=None if design == "even" else design, shard=shard, progress=progress,
         )  # fmt: skip
     if not emit({"new": count, **_counts(opened)}, json_):
@@ -310,14 +330,14 @@ def search(
 def quantize(
     model: ModelArgument, config: Annotated[Path, typer.Argument(metavar="config.json", help="A configuration, as `aquabit search --out` writes it.")],
     out: Annotated[Path, typer.Option("--out", help="Folder of the packed pipeline.")],
-    correct: Annotated[bool, typer.Option("--correct", help="Noise correction (arrives with PTQD's corrections).")] = False,
+    correct: Annotated[bool, typer.Option("--correct", help="Correct the noise of quantization (PTQD), as the configuration or --correction says.")] = False,
+    correction: Annotated[str | None, typer.Option("--correction", help="cnc, bc, vsc, match, joined by +; or qdrift. Default: cnc+bc.")] = None,
     finetune: Annotated[bool, typer.Option("--finetune", help="Tune the codes, codebooks and scales against the full-precision model first.")] = False,
     finetune_steps: Annotated[int | None, typer.Option("--finetune-steps", min=1, help="Steps of the tuning; implies --finetune.")] = None,
     finetune_settings: Annotated[Path | None, typer.Option("--finetune-settings", metavar="FILE.json", help="Settings of the tuning; implies --finetune.")] = None,
     device: Device = "cpu", bank: BankOption = None,
 ) -> None:  # fmt: skip
     """Pack a model: a diffusers pipeline directory whose denoiser is stored as codes."""
-    _later(correct=correct)
     _quiet()
     from aquabit import flow
 
@@ -325,11 +345,14 @@ def quantize(
     told: list[Any] = []
     with bars() as progress:
         packed = flow.quantize(
-            model, QuantConfig.load(config), bank=str(bank) if bank else None, device=device, finetune=tuning, progress=progress, told=told.append
+            model, QuantConfig.load(config), correct=correction or correct, finetune=tuning, bank=str(bank) if bank else None, device=device,
+            progress=progress, told=told.append,
         )  # fmt: skip
     for tuned in told:
         show_tuned(tuned)
     console.print(f"{out}: {packed.save(out):,} bytes of tensors in the denoiser")
+    if packed.statistics is not None:
+        show_noise(packed.statistics, packed.config.correction)
 
 
 def _tuning(asked: bool, steps: int | None, path: Path | None) -> Any:
@@ -349,7 +372,12 @@ def _tuning(asked: bool, steps: int | None, path: Path | None) -> Any:
 def generate(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="A packed artifact (or any pipeline).")],
     out: Annotated[Path, typer.Option("--out", help="PNG grid.")], images: Annotated[int, typer.Option("--images", min=1)] = 16,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the first image.")] = 0, steps: Steps = 10, prompts: Prompts = None, device: Device = "cpu",
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the first image.")] = 0,
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Denoising steps; default: those the artifact was calibrated for, else 10.")] = None,
+    eta: Annotated[float | None, typer.Option("--eta", help="DDIM's noise; default: as calibrated, else 0.")] = None,
+    guidance: Annotated[float | None, typer.Option("--guidance", help="Classifier-free guidance; default: as calibrated, else 1 (off).")] = None,
+    prompts: Prompts = None, device: Device = "cpu",
+    correction: Annotated[str | None, typer.Option("--correction", help="none, or some of cnc, bc, vsc, match joined by +, or qdrift; default: the artifact's own.")] = None,
     memory: Annotated[str, typer.Option("--memory", help="packed: no dense weights; auto: up to a quarter of them, where that saves most time.")] = "packed",
 ) -> None:  # fmt: skip
     """Make images from a packed artifact."""
@@ -359,7 +387,9 @@ def generate(
 
     placed: list[Any] = []
     with bars() as progress:
-        made = flow.generate(folder, images, seed, steps, _prompts(prompts), device, memory, progress, placed.append)
+        made = flow.generate(
+            folder, images, seed, steps, _prompts(prompts), device, memory, progress, placed.append, correction, eta, guidance
+        )  # fmt: skip
     try:
         out.write_bytes(thumbnail(made))
     except OSError as error:

@@ -13,7 +13,7 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from aquabit.graph import layers as graph_layers
-from aquabit.scheme import ACTIVATION_BITS, AquabitError, Budget, QuantConfig, Scheme
+from aquabit.scheme import ACTIVATION_BITS, Act, AquabitError, Budget, QuantConfig, Scheme, StepGroups
 from aquabit.space import SearchSpace
 
 FULL_BITS = 32  # BOPs count what is not quantized at 32 bits (PTQD, section 4.1)
@@ -38,20 +38,33 @@ class Cost:
 @dataclass(frozen=True)
 class Latency:
     """Measured milliseconds of one denoiser call: ``layers`` [layers, schemes, activations] over ``space.schemes`` and ``activations`` (NaN
-    where a layer may not take it), and ``rest``, what the call takes besides. A configuration takes their sum."""
+    where a layer may not take it), and ``rest``, what the call takes besides. A configuration takes their sum, averaged over the steps
+    where its activation bits change."""
 
     layers: np.ndarray
     activations: tuple[int, ...]
     rest: float
 
-    def of(self, weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
-        """Milliseconds of scheme indices and activation bits, each [..., layers]: [..., layers]."""
+    def of(self, weights: np.ndarray, acts: np.ndarray, space: SearchSpace | None = None) -> np.ndarray:
+        """Milliseconds of scheme indices and activation choices, each [..., layers]: [..., layers]. ``space`` knows the groups of steps
+        that choices may refer to."""
+        if space is not None and space.steps is not None:
+            parts = space.group_bits(acts)
+            return space.over_steps(np.stack([self.of(weights, parts[..., g]) for g in range(parts.shape[-1])], -1))
         column = np.full(ACTIVATION_BITS[0] + 1, -1)
         column[list(self.activations)] = range(len(self.activations))
         if (column[acts] < 0).any():
             asked = sorted(set(np.ravel(acts).tolist()))
             raise AquabitError(f"latency is known for activations of {list(self.activations)} bits only, not for all of {asked}")
         return np.asarray(self.layers[np.arange(acts.shape[-1]), weights, column[acts]])
+
+
+def mean_act_bits(act: Act, steps: StepGroups | None) -> float:
+    """Activation bits as BOPs count them (FULL_BITS for 16), averaged over the steps."""
+    if isinstance(act, int):
+        return float(FULL_BITS if act == 16 else act)
+    assert steps is not None  # a configuration with groups names them
+    return sum(s * (FULL_BITS if bits == 16 else bits) for s, bits in zip(steps.shares, act, strict=True))
 
 
 def weight_bytes(shape: tuple[int, ...], scheme: Scheme) -> int:
@@ -102,9 +115,10 @@ class CostModel:
         schemes = self.space.schemes
         return [SharedTables(n, np.array(m), c, schemes[c].stored_bytes(self.shapes[m[0]])[1]) for (n, c), m in members.items()]
 
-    @staticmethod
-    def act_bits(acts: np.ndarray) -> np.ndarray:
-        return np.where(acts == 16, FULL_BITS, acts)
+    def act_bits(self, acts: np.ndarray) -> np.ndarray:
+        """Activation bits as BOPs count them, averaged over the steps, of activation choices."""
+        parts = self.space.group_bits(acts)
+        return self.space.over_steps(np.where(parts == 16, FULL_BITS, parts))
 
     def totals(self, weights: np.ndarray, acts: np.ndarray) -> dict[str, np.ndarray]:
         """bits, bytes and bops, each [n], of index matrices [n, layers]; latency_ms where it was measured."""
@@ -115,7 +129,7 @@ class CostModel:
         bops = (self.macs * self.weight_bits[rows, weights] * self.act_bits(acts)).sum(1)
         found = {"bits": 8 * weight_bytes / self.weights, "bytes": weight_bytes + self.other_bytes, "bops": bops}
         if self.latency is not None:
-            found["latency_ms"] = self.latency.of(weights, acts).sum(1) + self.latency.rest
+            found["latency_ms"] = self.latency.of(weights, acts, self.space).sum(1) + self.latency.rest
         return found
 
     def timed(self, latency: Latency) -> CostModel:
@@ -139,7 +153,7 @@ class CostModel:
             if choice.weight.shared:
                 tables[choice.codebook, choice.weight] = choice.weight.stored_bytes(shape)[1]
             weight_bits = FULL_BITS if choice.weight.kind == "fp" else choice.weight.code_bits(prod(shape[2:]))
-            bops += float(macs) * weight_bits * (FULL_BITS if choice.act == 16 else choice.act)
+            bops += float(macs) * weight_bits * mean_act_bits(choice.act, config.steps)
         size += sum(tables.values())
         return Cost(8 * size / self.weights, size + self.other_bytes, bops, multiply_adds, lut_adds)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -13,15 +13,28 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from aquabit.kernels import Accuracy
-from aquabit.pipelines import Adapter, denoiser_name, load, recorder, replay_recorder, trace
-from aquabit.quant.artifact import save_packed_denoiser
+from aquabit.pipelines import Adapter, denoiser_name, load, noise_statistics, recorder, replay_recorder, set_scheduler, trace
+from aquabit.quant.artifact import config_of, save_packed_denoiser
 from aquabit.quant.bank import Bank
+from aquabit.quant.correct import corrected_, statistics_of
 from aquabit.quant.finetune import FineTuning, Tuned
 from aquabit.quant.finetune import finetune as tune
 from aquabit.quant.model import QuantizedDenoiser, fingerprint
+from aquabit.quant.sampling import follow_, unfollowed
+from aquabit.quant.statistics import FILE, Statistics
 from aquabit.quant.tuning import MEMORY, Placement, layers_of, place_
 from aquabit.reports import report as write_report
-from aquabit.scheme import AquabitError, Budget, Progress, Protocol, QuantConfig, direction, no_progress
+from aquabit.scheme import (
+    AquabitError,
+    Budget,
+    Calibration,
+    Progress,
+    Protocol,
+    QuantConfig,
+    direction,
+    no_progress,
+    parse_correction,
+)
 from aquabit.search import (
     Front,
     FrontMember,
@@ -42,6 +55,7 @@ from aquabit.sensitivity.validation import validate_in
 from aquabit.study import Study
 
 FINALISTS, SELECTION_BLOCKS, TRIES = 4, (2, 3), 3  # the best few are told apart on seeds that nothing was fitted to
+DEFAULT_CORRECTION = "cnc+bc"  # defined for every sampler
 FRESH_BLOCKS = (11, 12, 13, 14, 15)  # what is reported; block 1 belongs to validation
 Model: TypeAlias = str | DiffusionPipeline
 
@@ -222,8 +236,8 @@ def _comparison(session: Session, winner: QuantConfig, uniform: QuantConfig, pro
 class Packed:
     """A pipeline whose denoiser runs from codes. ``pipe`` makes images; ``save`` writes the artifact."""
 
-    def __init__(self, pipe: DiffusionPipeline, model: QuantizedDenoiser, config: QuantConfig):
-        self.pipe, self.model, self.config = pipe, model, config
+    def __init__(self, pipe: DiffusionPipeline, model: QuantizedDenoiser, config: QuantConfig, statistics: Statistics | None = None):
+        self.pipe, self.model, self.config, self.statistics = pipe, model, config, statistics
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.pipe(*args, **kwargs)
@@ -236,18 +250,22 @@ class Packed:
             if component != name and hasattr(value, "save_pretrained"):
                 value.save_pretrained(folder / component)
         self.pipe.save_config(folder)
-        return save_packed_denoiser(self.model, self.config, folder / name)
+        size = save_packed_denoiser(self.model, self.config, folder / name)
+        if self.statistics is not None:
+            self.statistics.save(folder / name / FILE)
+        return size
 
 
 def quantize(
-    pipe: Model, config: QuantConfig, *, bank: str | None = None, device: str = "cpu", accuracy: Accuracy = "fast",
-    finetune: FineTuning | bool = False, progress: Progress = no_progress, told: Callable[[Tuned], None] | None = None,
+    pipe: Model, config: QuantConfig, *, correct: bool | str = False, finetune: FineTuning | bool = False, bank: str | None = None,
+    device: str = "cpu", accuracy: Accuracy = "fast", progress: Progress = no_progress, told: Callable[[Tuned], None] | None = None,
 ) -> Packed:  # fmt: skip
     """A copy of the pipeline with its denoiser packed; what the bank lacks is fitted, calibrated schemes on images that the pipeline makes.
 
     ``finetune``: the coded weights are tuned against the full-precision model first, with these settings (True: the defaults), with torch's
-    threads; ``told`` hears how that went, and the result's ``config`` names the tuned tensors. Raises AquabitError for a configuration of
-    another model.
+    threads; ``told`` hears how that went, and the result's ``config`` names the tuned tensors. ``correct`` (True: what the configuration
+    names, else cnc+bc; or a text as "cnc+bc+vsc") corrects the noise of quantization, whose statistics are measured as
+    ``config.calibration`` samples; the pipeline then keeps that sampler. Raises AquabitError for a configuration of another model.
     """
     import copy
 
@@ -270,16 +288,30 @@ def quantize(
         config = tuned.config
         if told is not None:
             told(tuned)
+    if correct:
+        config = replace(config, correction=correct if isinstance(correct, str) else config.correction or DEFAULT_CORRECTION)
+    statistics = None
     with single_thread(device):
+        if config.correction:
+            calibration = config.calibration or Calibration()
+            set_scheduler(source, calibration.scheduler)
+            statistics = noise_statistics(source, model, config, replace(calibration, scheduler="default"), progress=progress)
         model.pack(config, accuracy, progress)
-    return Packed(source, model, config)
+    follow_(model.denoiser, source.scheduler, model.watchers(config))
+    if statistics is not None:
+        corrected_(model.denoiser, source.scheduler, statistics, config.correction)
+    return Packed(source, model, config, statistics)
 
 
 def generate(
-    pipe: Model, images: int = 16, seed: int = 0, steps: int = 10, conditions: Sequence[Any] | None = None, device: str = "cpu",
+    pipe: Model, images: int = 16, seed: int = 0, steps: int | None = None, conditions: Sequence[Any] | None = None, device: str = "cpu",
     memory: str = "packed", progress: Progress = no_progress, told: Callable[[Placement], None] | None = None,
+    correction: str | None = None, eta: float | None = None, guidance: float | None = None,
 ) -> Tensor:  # fmt: skip
     """Images [n, c, h, w] in [0, 1] from a pipeline or packed artifact, image i from seed + i.
+
+    ``steps``, ``eta`` and ``guidance`` default to what the artifact's configuration was calibrated for (else 10, 0 and 1), ``correction``
+    to the artifact's own; "none" switches it off.
 
     A packed one runs on the kernels that are fastest on this machine, timed first where that is missing. ``memory``: "packed" keeps no
     dense weight, "auto" up to a quarter of them, where they save most time. ``told`` hears which kernels run and what is resident.
@@ -288,16 +320,34 @@ def generate(
 
     if memory not in MEMORY:
         raise AquabitError(f"memory {memory!r} is unknown; it must be {' or '.join(MEMORY)}")
-    protocol = Protocol(
-        images=images, steps=steps, seed=seed, conditions=tuple(conditions) if conditions else None, micro_batch=min(images, 64)
-    )
     adapter = Adapter(load(pipe, device))
+    config = config_of(adapter.denoiser)
+    usual = (None if config is None else config.calibration) or Calibration()
+    protocol = Protocol(
+        images=images, steps=usual.steps if steps is None else steps, seed=seed, eta=usual.eta if eta is None else eta,
+        guidance=usual.guidance if guidance is None else guidance, conditions=tuple(conditions) if conditions else None,
+        micro_batch=min(images, 64),
+    )  # fmt: skip
+    if correction is not None:
+        _switch_correction(adapter, correction)
     layers = layers_of(adapter.denoiser)
     if any(layer.held is not None for layer in layers.values()):
-        placed = place_(layers, adapter.first_call(protocol), memory, progress)
+        with unfollowed(adapter.denoiser):
+            placed = place_(layers, adapter.first_call(protocol), memory, progress)
         if told is not None:
             told(placed)
     return torch.cat([adapter.images(protocol, b) for b in adapter.batches(protocol)])
+
+
+def _switch_correction(adapter: Adapter, correction: str) -> None:
+    """Correct otherwise than the artifact says; raises AquabitError where it holds no statistics."""
+    statistics = statistics_of(adapter.denoiser)
+    if statistics is not None:
+        corrected_(adapter.denoiser, adapter.pipe.scheduler, statistics, correction)
+    elif parse_correction(correction):
+        raise AquabitError(
+            f"correction {correction!r} needs noise statistics, which this model has none of; run `aquabit quantize --correct`"
+        )
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 ACTIVATION_BITS = (16, 8, 6, 4)
 CORRECTIONS = ("cnc", "bc", "vsc", "match", "qdrift")
+CODE_SHIFT = 5  # bits of a code that one group of steps takes: widths are below 32
 RANGES = ("dynamic", "static", "step")
 SCHEMA_VERSION = 1
 Progress = Callable[[str, int, int], None]  # called as progress(what, done, total)
@@ -195,6 +196,26 @@ def plain_act(act: Act) -> Act:
     return act if isinstance(act, int) or len(set(act)) > 1 else act[0]
 
 
+def act_code(act: Act) -> int:
+    """Activation bits as one whole number, for index matrices: themselves, and for groups of steps a number above all widths."""
+    act = plain_act(act)
+    return act if isinstance(act, int) else sum(bits << CODE_SHIFT * g for g, bits in enumerate(act))
+
+
+def act_of(code: int) -> Act:
+    """The inverse of ``act_code``."""
+    parts = []
+    while code:
+        parts.append(code & (1 << CODE_SHIFT) - 1)
+        code >>= CODE_SHIFT
+    return parts[0] if len(parts) == 1 else tuple(parts)
+
+
+def act_text(act: Act) -> str:
+    """``a8``, or ``a6/8`` where groups of steps differ: how an activation choice is named."""
+    return f"a{act}" if isinstance(act, int) else "a" + "/".join(map(str, act))
+
+
 def digest(value: Any) -> str:
     """Sixteen hex digits of SHA-256 over the canonical JSON of ``value``."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
@@ -268,9 +289,42 @@ class QuantConfig:
             raise AquabitError(f"layer {wrong[0][0]!r} has activation bits {list(wrong[0][1])} for {groups} groups of steps; give one each")
         if not any(isinstance(v.act, tuple) for v in self.layers.values()):
             object.__setattr__(self, "steps", None)  # groups that nothing refers to
+        measured = (self.calibration or Calibration()).steps
+        if self.ranges == "step" and self.steps is not None and self.steps.total != measured:
+            raise AquabitError(
+                f"ranges per step are measured over the calibration's {measured} steps, and the step groups are of {self.steps.total}; "
+                "give both the same number"
+            )
 
     def __getitem__(self, layer: str) -> LayerChoice:
         return self.layers.get(layer, LayerChoice())
+
+    def main_act(self, layer: str) -> int:
+        """The activation bits that a layer has in most steps, the higher of two that share them: what its weight is fitted for."""
+        act = self[layer].act
+        if isinstance(act, int):
+            return act
+        assert self.steps is not None  # checked when it was made
+        return max(set(act), key=lambda bits: (round(self.share(layer, bits), 9), bits))
+
+    def mean_act(self, layer: str) -> float:
+        """The activation bits of a layer, averaged over the steps."""
+        act = self[layer].act
+        return act if isinstance(act, int) else sum(bits * self.share(layer, bits) for bits in set(act))
+
+    def share(self, layer: str, bits: int) -> float:
+        """The share of steps in which a layer has so many activation bits."""
+        act = self[layer].act
+        if isinstance(act, int) or self.steps is None:
+            return float(act == bits)
+        return sum(s for s, b in zip(self.steps.shares, act, strict=True) if b == bits)
+
+    @property
+    def total_steps(self) -> int | None:
+        """The number of steps that it can be sampled with; None where any will do."""
+        if self.steps is not None:
+            return self.steps.total
+        return (self.calibration or Calibration()).steps if self.ranges == "step" else None
 
     @property
     def digest(self) -> str:
@@ -280,10 +334,13 @@ class QuantConfig:
             body["calibration"] = asdict(self.calibration or Calibration())
         return digest(body)
 
-    def with_layer(self, layer: str, weight: Scheme | str, act: Act | None = None, codebook: str | None = None) -> QuantConfig:
-        """The same configuration with one layer changed (its activation bits kept unless given); ``codebook`` names a shared one."""
+    def with_layer(
+        self, layer: str, weight: Scheme | str, act: Act | None = None, codebook: str | None = None, steps: StepGroups | None = None
+    ) -> QuantConfig:
+        """The same configuration with one layer changed (its activation bits kept unless given); ``codebook`` names a shared one, ``steps``
+        the groups of activation bits where the configuration has none yet."""
         choice = LayerChoice(Scheme.parse(weight), self[layer].act if act is None else act, codebook)
-        return replace(self, layers={**self.layers, layer: choice})
+        return replace(self, layers={**self.layers, layer: choice}, steps=self.steps or steps)
 
     def to_dict(self) -> dict[str, Any]:
         """The value of ``config.json``."""

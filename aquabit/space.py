@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,21 @@ import numpy as np
 from aquabit.formats import FORMATS, LEVELS, layer_formats
 from aquabit.graph import codebook_names
 from aquabit.graph import layers as graph_layers
-from aquabit.scheme import ACTIVATION_BITS, FP, AquabitError, Calibration, LayerChoice, QuantConfig, Scheme, read_json
+from aquabit.scheme import (
+    ACTIVATION_BITS,
+    CODE_SHIFT,
+    FP,
+    Act,
+    AquabitError,
+    Calibration,
+    LayerChoice,
+    QuantConfig,
+    Scheme,
+    StepGroups,
+    act_code,
+    act_of,
+    read_json,
+)
 
 DEFAULT_SCHEMES = ("usq2", "usq3", "usq4", "usq8", "vq2", "vq3", "vq4", "vq2c", "vq3c", "vq4c", "usq2h", "usq3h", "usq4h")
 DEFAULT_ACTIVATIONS = (8, 6)
@@ -27,7 +42,9 @@ BITS_RANGE = (2.0, 4.5)  # mean bits of a random sample: the budgets that people
 class SearchSpace:
     """The weight schemes and activation bits each layer may take, layers in execution order.
 
-    A pinned layer has one choice; an excluded one stays in full precision with its activations off.
+    A pinned layer has one choice; an excluded one stays in full precision with its activations off. With ``steps`` activation bits may
+    change once while sampling (``act_choices``). Index matrices hold activation choices as ``scheme.act_code`` writes them: bits, and for
+    groups of steps numbers above all bits.
     """
 
     fingerprint: str
@@ -38,6 +55,7 @@ class SearchSpace:
     model: str = ""
     codebooks: Mapping[str, str] | None = None  # layer -> name of the codebooks that its shared schemes use
     calibration: Calibration | None = None
+    steps: StepGroups | None = None
 
     def __post_init__(self) -> None:
         if not self.choices:
@@ -49,6 +67,36 @@ class SearchSpace:
     @property
     def layers(self) -> list[str]:
         return list(self.choices)
+
+    @property
+    def act_choices(self) -> tuple[Act, ...]:
+        """What activations may be: the widths, high to low; with groups of steps also a low width followed by the next higher one, and the
+        reverse, from each boundary on."""
+        widths = tuple(sorted(set(self.activations), reverse=True))
+        groups = 0 if self.steps is None else len(self.steps.starts)
+        pairs = [pair for high, low in pairwise(widths) for pair in ((low, high), (high, low))]
+        return *widths, *((a,) * b + (z,) * (groups - b) for a, z in pairs for b in range(1, groups))
+
+    @property
+    def act_codes(self) -> tuple[int, ...]:
+        """``act_choices`` as index matrices hold them."""
+        return tuple(act_code(a) for a in self.act_choices)
+
+    def group_bits(self, acts: np.ndarray) -> np.ndarray:
+        """Activation choices [...] as the bits in each group of steps, [..., groups] (one group where there are none)."""
+        if self.steps is None:
+            return np.asarray(acts)[..., None]
+        code = np.asarray(acts, np.int64)[..., None]
+        parts = code >> CODE_SHIFT * np.arange(len(self.steps.starts)) & (1 << CODE_SHIFT) - 1
+        return np.where(code < 1 << CODE_SHIFT, code, parts)
+
+    def over_steps(self, values: np.ndarray) -> np.ndarray:
+        """Values [..., groups] averaged over the steps, [...]."""
+        return values[..., 0] if self.steps is None else np.asarray(values @ np.array(self.steps.shares))
+
+    def mean_bits(self, acts: np.ndarray) -> np.ndarray:
+        """Activation bits [...] of activation choices, averaged over the steps."""
+        return self.over_steps(self.group_bits(acts))
 
     @property
     def schemes(self) -> list[Scheme]:
@@ -63,12 +111,12 @@ class SearchSpace:
             raise AquabitError(f"layer {layer!r} shares its operator type and shape with no other: it cannot share codebooks")
         return name
 
-    def choice(self, layer: str, weight: Scheme, act: int) -> LayerChoice:
+    def choice(self, layer: str, weight: Scheme, act: Act) -> LayerChoice:
         """What a layer gets, with the name of its codebooks where the scheme shares them."""
         return LayerChoice(weight, act, self.codebook(layer) if weight.shared else None)
 
     def config(self, choices: Mapping[str, LayerChoice]) -> QuantConfig:
-        return QuantConfig(self.fingerprint, choices, self.model, calibration=self.calibration)
+        return QuantConfig(self.fingerprint, choices, self.model, self.steps, calibration=self.calibration)
 
     def free_layers(self) -> list[str]:
         """Layers that have more than one weight scheme to choose from."""
@@ -91,17 +139,19 @@ class SearchSpace:
         return dict(sorted(levels.items()))
 
     def indices(self, configs: Iterable[QuantConfig]) -> tuple[np.ndarray, np.ndarray]:
-        """Weight-scheme indices into ``schemes`` and activation bits, each [configurations, layers] int."""
+        """Weight-scheme indices into ``schemes`` and activation choices, each [configurations, layers] int."""
         column = {s: i for i, s in enumerate(self.schemes)}
         weight_rows, act_rows = [], []
         for config in configs:
             self.check(config, extra_schemes=True)
+            if config.steps not in (None, self.steps):
+                raise AquabitError(f"the configuration has other groups of steps ({config.steps}) than the space ({self.steps})")
             picked = [config[layer] for layer in self.choices]
             missing = [str(p.weight) for p in picked if p.weight not in column]
             if missing:
                 raise AquabitError(f"scheme {missing[0]} is in no layer's choices; the space has {', '.join(map(str, self.schemes))}")
             weight_rows.append([column[p.weight] for p in picked])
-            act_rows.append([p.act for p in picked])
+            act_rows.append([act_code(p.act) for p in picked])
         shape = (len(weight_rows), len(self.choices))
         return np.array(weight_rows, int).reshape(shape), np.array(act_rows, int).reshape(shape)
 
@@ -109,7 +159,7 @@ class SearchSpace:
         """The inverse of ``indices``."""
         schemes, names = self.schemes, self.layers
         return [
-            self.config({n: self.choice(n, schemes[w], int(a)) for n, w, a in zip(names, wr, ar, strict=True)})
+            self.config({n: self.choice(n, schemes[w], act_of(int(a))) for n, w, a in zip(names, wr, ar, strict=True)})
             for wr, ar in zip(weights, acts, strict=True)
         ]
 
@@ -118,7 +168,7 @@ class SearchSpace:
         schemes = self.schemes
         return np.array([[s in row for s in schemes] for row in self.choices.values()])
 
-    def uniform(self, scheme: Scheme | str, act: int = 8) -> QuantConfig:
+    def uniform(self, scheme: Scheme | str, act: Act = 8) -> QuantConfig:
         """Every free layer with one scheme, pinned and excluded layers as they are."""
         scheme = Scheme.parse(scheme)
         picked = {}
@@ -127,7 +177,7 @@ class SearchSpace:
             picked[layer] = self.choice(layer, weight, 16 if row == (FP,) else act)
         return self.config(picked)
 
-    def level(self, kind: str, bits: float, act: int = 8) -> QuantConfig:
+    def level(self, kind: str, bits: float, act: Act = 8) -> QuantConfig:
         """Every free layer with its scheme of a kind nearest to ``bits`` of code, of output-aware ones where it has some; where it has none
         of that kind, the nearest output-aware one, else any."""
         picked = {}
@@ -162,7 +212,8 @@ class SearchSpace:
 
         A target mean is drawn uniformly over ``bits_range``; each layer's bits come from the maximum-entropy distribution with
         that mean over the layer's levels; the method is uniform among the schemes of a level. Activations are all at the highest
-        bits in half of the configurations, else each layer takes the lowest with a probability drawn per configuration.
+        bits in half of the configurations, else each layer takes the lowest with a probability drawn per configuration;
+        with groups of steps every second of these lets it take any of the lower widths and patterns instead.
         ``stratify="operator"`` draws a mean per operator type. Configuration i depends on (seed, i) alone.
         """
         if stratify not in (None, "operator"):
@@ -175,6 +226,9 @@ class SearchSpace:
         groups = {operators.get(k, "") for k in self.choices} if stratify else set()
         spread = {g: float(np.clip(target + rng.uniform(-1, 1), *bits_range)) for g in sorted(groups)}
         share = rng.uniform(0, 1) if rng.random() < 0.5 else 0.0
+        others: tuple[Act, ...] = (min(self.activations),)
+        if self.steps is not None and share and rng.random() < 0.5:
+            others = tuple(a for a in self.act_choices if a != max(self.activations)) or others
         picked, odds = {}, {}
         for layer, row in self.choices.items():
             levels = self._levels(row, (self.kernel_area or {}).get(layer, 1))
@@ -185,7 +239,8 @@ class SearchSpace:
             level = rng.choice(list(levels), p=odds[key])
             methods = levels[float(level)]
             scheme = methods[int(rng.integers(len(methods)))]
-            act = min(self.activations) if rng.random() < share else max(self.activations)
+            low = others[int(rng.integers(len(others)))] if len(others) > 1 else others[0]
+            act = low if rng.random() < share else max(self.activations)
             picked[layer] = self.choice(layer, scheme, 16 if row == (FP,) else act)
         return self.config(picked)
 
@@ -196,6 +251,7 @@ class SearchSpace:
             "operators": dict(self.operators or {}), "kernel_area": dict(self.kernel_area or {}), "model": self.model,
             **({"codebooks": dict(self.codebooks)} if self.codebooks else {}),
             **({"calibration": asdict(self.calibration)} if self.calibration else {}),
+            **({"step_groups": {"total": self.steps.total, "starts": list(self.steps.starts)}} if self.steps else {}),
         }  # fmt: skip
 
     @staticmethod
@@ -204,7 +260,7 @@ class SearchSpace:
         calibration = Calibration(**value["calibration"]) if value.get("calibration") else None
         return SearchSpace(
             value["fingerprint"], choices, tuple(value["activations"]), value["operators"], value["kernel_area"], value["model"],
-            value.get("codebooks"), calibration,
+            value.get("codebooks"), calibration, read_groups(value.get("step_groups"), "the stored space"),
         )  # fmt: skip
 
 
@@ -242,12 +298,14 @@ def make_space(
     graph: nx.DiGraph, fingerprint: str, model: str = "", *, schemes: Sequence[str] | None = None, levels: Sequence[float] | None = None,
     formats: Mapping[str, Sequence[str]] | None = None, activations: Sequence[int] = DEFAULT_ACTIVATIONS,
     pinned: Mapping[str, str] | None = None, excluded: Sequence[str] = (), calibration: Calibration | None = None,
+    step_groups: Mapping[str, Any] | None = None,
 ) -> SearchSpace:  # fmt: skip
     """The space of a traced model. ``pinned`` maps layer patterns (as in shells) to one scheme; ``excluded`` layers stay ``fp``.
 
     Beside ``schemes`` each layer gets the additive format that suits its operator type and shape (``formats``, a table as
     ``formats.FORMATS``) at each of ``levels`` code bits; levels are given by default where schemes are not. A scheme that shares
     codebooks is left out for layers that have no partner. ``calibration``: what H is measured on (default: ``Calibration()``).
+    ``step_groups``: {"total": steps, "starts": [0, ...]}, groups of steps between which activation bits may change.
     """
     nodes = graph_layers(graph)
     names = list(nodes)
@@ -273,14 +331,26 @@ def make_space(
     shared = {s for row in choices.values() for s in row if s.shared}
     return SearchSpace(
         fingerprint, choices, tuple(activations), operators, area, model, partners if shared else None,
-        (calibration or Calibration()) if calibrated else None,
+        (calibration or Calibration()) if calibrated else None, read_groups(step_groups, "the space"),
     )  # fmt: skip
 
 
+def read_groups(value: Any, source: str) -> StepGroups | None:
+    """Groups of steps from untrusted JSON ({"total": 10, "starts": [0, 5]}; None stays None); raises AquabitError naming ``source``."""
+    if value is None:
+        return None
+    numbers = (
+        [value.get("total"), *starts] if isinstance(value, Mapping) and isinstance(starts := value.get("starts"), list | tuple) else []
+    )
+    if not numbers or set(value) != {"total", "starts"} or any(type(n) is not int for n in numbers):
+        raise AquabitError(f'{source}: step_groups {value!r:.60} must be as {{"total": 10, "starts": [0, 5]}}')
+    return StepGroups(numbers[0], tuple(numbers[1:]))
+
+
 def read_space(path: str | Path) -> dict[str, Any]:
-    """The keyword arguments of ``make_space`` from a JSON file: schemes, levels, formats, activations, pinned, excluded."""
+    """The keyword arguments of ``make_space`` from a JSON file: schemes, levels, formats, activations, pinned, excluded, step_groups."""
     value = read_json(path)
-    known = {"schemes": list, "levels": list, "formats": dict, "activations": list, "pinned": dict, "excluded": list}
+    known = {"schemes": list, "levels": list, "formats": dict, "activations": list, "pinned": dict, "excluded": list, "step_groups": dict}
     if not isinstance(value, dict):
         raise AquabitError(f"{path} must hold a JSON object with any of {', '.join(known)}")
     for key, entry in value.items():
@@ -304,4 +374,5 @@ def read_space(path: str | Path) -> dict[str, Any]:
     for bits in value.get("activations", []):
         if type(bits) is not int or bits not in ACTIVATION_BITS:
             raise AquabitError(f"{path}: activation bits {bits!r} are not supported; known: {list(ACTIVATION_BITS)}")
+    read_groups(value.get("step_groups"), str(path))
     return value

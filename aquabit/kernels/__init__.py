@@ -2,7 +2,13 @@
 
 from aquabit.kernels.codebook import CodebookWeight
 from aquabit.kernels.dispatch import codebook_conv2d, codebook_linear, select
-from aquabit.kernels.fake_quant import fake_quantize, fake_quantize_reference, native_available, straight_through
+from aquabit.kernels.fake_quant import (
+    fake_quantize,
+    fake_quantize_reference,
+    fake_quantize_static,
+    native_available,
+    straight_through,
+)
 from aquabit.kernels.request import Accuracy, Request
 
 __all__ = [
@@ -13,6 +19,7 @@ __all__ = [
     "codebook_linear",
     "fake_quantize",
     "fake_quantize_reference",
+    "fake_quantize_static",
     "native_available",
     "select",
     "straight_through",

@@ -57,6 +57,26 @@ def fake_quantize(x: torch.Tensor, bits: int, per: Per = "token", split: int | N
     return _narrow(y, x.dtype)
 
 
+def fake_quantize_static(x: torch.Tensor, bits: int, low: float, high: float) -> torch.Tensor:
+    """``x`` rounded to the grid of 2^bits points over [low, high], what lies outside clamped; ``x`` itself where ``bits`` is 16 or more.
+
+    The grid is that of ``fake_quantize`` for these ends: zero is a point of it (outside [low, high] it is only where the grid continues
+    to). Infinities are clamped too, NaN stays; where ``low`` equals ``high`` nothing is left to round. Raises AquabitError for bits below 2
+    and ends that are not finite or not in order.
+    """
+    if bits >= 16:
+        return x
+    _check(x, bits, "token", None)
+    if not -torch.inf < low <= high < torch.inf:
+        raise AquabitError(f"a static range needs finite ends in order, not [{low:g}, {high:g}]")
+    wide = x.detach() if x.dtype == torch.float64 else x.detach().float()
+    levels, scale = 2**bits - 1, (high - low) / (2**bits - 1)
+    if scale < torch.finfo(torch.float32).tiny:
+        return wide.clamp(low, high).to(x.dtype)
+    zero = round(-low / scale)
+    return _narrow(wide.mul(1 / scale).round_().clamp_(-zero, levels - zero).mul_(scale), x.dtype)
+
+
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, bits: int, per: Per, split: int | None) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,8 +18,11 @@ from torch import Tensor, nn
 from aquabit.graph import trace as trace_denoiser
 from aquabit.quality import DigitsFeatures, Reference, bundled_reference
 from aquabit.quant.calibrate import Call, record_calls
+from aquabit.quant.model import QuantizedDenoiser
 from aquabit.quant.replay import Recording, record_outputs
-from aquabit.scheme import AquabitError, Calibration, Protocol
+from aquabit.quant.sampling import Watcher, refollow_
+from aquabit.quant.statistics import Statistics, measure_noise
+from aquabit.scheme import AquabitError, Calibration, Progress, Protocol, QuantConfig, no_progress
 
 CALIBRATION_BATCH, CALIBRATION_CALLS = 16, 64  # images of a denoiser call that is kept, and how many are kept
 DENOISERS = ("denoiser", "transformer", "unet")
@@ -62,6 +66,7 @@ def set_scheduler(pipe: DiffusionPipeline, name: str) -> None:
     if name == "default":
         return
     pipe.scheduler = getattr(diffusers, SCHEDULERS[name]).from_config(pipe.scheduler.config)
+    refollow_(denoiser_of(pipe), pipe.scheduler)
 
 
 def recorder(pipe: DiffusionPipeline) -> Callable[[Calibration], list[Call]]:
@@ -102,6 +107,30 @@ def replay_recorder(pipe: DiffusionPipeline) -> Callable[[Calibration, int], Rec
             return Recording(record_outputs(denoiser_of(pipe), made), Adapter(pipe).kind != "prompt")
 
     return record
+
+
+def noise_statistics(
+    pipe: DiffusionPipeline, model: QuantizedDenoiser, config: QuantConfig, calibration: Calibration, watchers: Sequence[Watcher] = (),
+    progress: Progress = no_progress,
+) -> Statistics:  # fmt: skip
+    """Statistics of the noise that ``config`` adds while the pipeline makes calibration images with the quantized denoiser.
+
+    ``model`` wraps the pipeline's denoiser, in dense mode; it is left as ``config`` says.
+    """
+    plain = replace(config, correction=None)
+    batch = min(CALIBRATION_BATCH, calibration.images)
+    protocol, adapter = calibration.protocol(batch), Adapter(pipe)
+    now = pipe.scheduler
+    try:
+        set_scheduler(pipe, calibration.scheduler)
+        runs = [(lambda batch=batch: adapter.images(protocol, batch), len(batch)) for batch in adapter.batches(protocol)]
+        model.apply(plain)
+        full = partial(model.in_full_precision, plain)
+        owner = (config.fingerprint, plain.digest)
+        switches = model.watchers(plain)  # of activations that change between steps
+        return measure_noise(adapter.denoiser, pipe.scheduler, runs, full, *owner, [*switches, *watchers], progress)
+    finally:
+        pipe.scheduler = now
 
 
 class _Seen(Exception):
@@ -162,6 +191,7 @@ class Adapter:
     def images(self, protocol: Protocol, indices: range) -> Tensor:
         """The images of some indices as one micro-batch, padded to its full size so that arithmetic does not depend on the count."""
         self.check(protocol)
+        refollow_(self.denoiser, self.pipe.scheduler)  # it may have been replaced
         conditions = self.conditions(protocol)
         padded = [*indices, *[indices[-1]] * (protocol.micro_batch - len(indices))]
         generators = [torch.Generator("cpu").manual_seed(protocol.seed + i) for i in padded]

@@ -55,7 +55,9 @@ def _from_folder(folder: Path, device: str | torch.device, dtype: torch.dtype) -
     described = read_json(index)
     if not isinstance(described, dict) or not isinstance(described.get("_class_name"), str):
         raise AquabitError(f"{index} names no pipeline class (_class_name)")
-    from aquabit.quant.artifact import is_packed, load_packed_denoiser
+    from aquabit.quant.artifact import config_of, is_packed, load_packed_denoiser, load_statistics
+    from aquabit.quant.correct import corrected_
+    from aquabit.quant.sampling import refollow_
 
     cls: Any = ClassConditionalPipeline if described["_class_name"] == "ClassConditionalPipeline" else DiffusionPipeline
     given = {}
@@ -63,6 +65,11 @@ def _from_folder(folder: Path, device: str | torch.device, dtype: torch.dtype) -
         if isinstance(entry, list) and is_packed(folder / component):
             given[component] = load_packed_denoiser(folder / component, dtype)
     pipe = _guarded(str(folder), lambda: cls.from_pretrained(folder, dtype=dtype, use_safetensors=True, **given))
+    for component, denoiser in given.items():
+        refollow_(denoiser, pipe.scheduler)
+        config = config_of(denoiser)
+        if config is not None and config.correction:
+            corrected_(denoiser, pipe.scheduler, load_statistics(folder / component, config), config.correction)
     return pipe if given and str(device) == "cpu" else pipe.to(device)
 
 

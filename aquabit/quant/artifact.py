@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,13 @@ from aquabit.kernels.codebook import CodebookWeight, from_tensors
 from aquabit.quant.finetune_store import SHARED, shared_name
 from aquabit.quant.layers import QuantConv2d, QuantLinear, quant_layer
 from aquabit.quant.model import QuantizedDenoiser, storage_dtype
+from aquabit.quant.sampling import follow_
+from aquabit.quant.statistics import FILE, Statistics
+from aquabit.quant.switch import settings_of, share_out_, switches
 from aquabit.scheme import FP, AquabitError, QuantConfig, read_json
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+CONFIG = "_aquabit_quantization"  # the attribute of a loaded denoiser that holds its configuration
 RECIPE = "quantization.json"  # configuration and, for each coded layer, how its codes are to be read
 
 
@@ -85,7 +90,24 @@ def load_packed_denoiser(folder: Path, dtype: torch.dtype = torch.float32) -> nn
     except (OSError, SafetensorError) as error:
         raise AquabitError(f"{folder / WEIGHTS} cannot be read ({error}); it may be truncated: quantize again") from error
     _fill(denoiser, graph, config, recipe["layers"], tensors, dtype, folder)
+    object.__setattr__(denoiser, CONFIG, config)  # no module or parameter of it
     return denoiser.eval().requires_grad_(False)
+
+
+def config_of(denoiser: nn.Module) -> QuantConfig | None:
+    """The configuration that a denoiser was packed by; None where it was not loaded from an artifact."""
+    return getattr(denoiser, CONFIG, None)
+
+
+def load_statistics(folder: Path, config: QuantConfig) -> Statistics:
+    """The noise statistics beside a packed denoiser; raises AquabitError where they are missing or of another configuration."""
+    if not (folder / FILE).is_file():
+        raise AquabitError(
+            f"{folder} is to be corrected ({config.correction}), but {FILE} is missing; run `aquabit quantize --correct` again"
+        )
+    statistics = Statistics.load(folder / FILE)
+    statistics.check(config.fingerprint, replace(config, correction=None).digest)
+    return statistics
 
 
 def _fill(
@@ -101,7 +123,7 @@ def _fill(
     from aquabit.quant.attention import patch_attention_
 
     coded = {name: _coded(name, spec, tensors, folder) for name, spec in specs.items()}
-    nodes = {n: a for n, a in graph.nodes(data=True) if a["kind"] != "merge"}
+    nodes, placed = {n: a for n, a in graph.nodes(data=True) if a["kind"] != "merge"}, dict[str, QuantLinear | QuantConv2d]()
     wrong = [n for n in (*coded, *config.layers) if n not in nodes]
     if wrong:
         raise AquabitError(f"{folder}: layer {wrong[0]!r} is not in this model")
@@ -110,8 +132,7 @@ def _fill(
         if name in coded and tuple(coded[name].shape) != tuple(layer.shape):
             raise AquabitError(f"{folder}: layer {name!r} is stored as {list(coded[name].shape)}, the model has {list(layer.shape)}")
         _place(denoiser, name, layer, coded.get(name), config)
-        layer.act = config[name].act
-        layer.act_output = layer.act if node.get("attention") else 16
+        placed[name] = layer
     own = {f"{n}.{part}" for n in nodes for part in ("weight", "bias")}  # layers widen their own 16-bit tensors as they use them
     rest = {k: v for k, v in tensors.items() if not _is_code(k, coded)}
     left = {k: v.to(dtype) if v.is_floating_point() and k not in own else v for k, v in rest.items()}
@@ -120,6 +141,9 @@ def _fill(
     if missing or unexpected:
         raise AquabitError(f"{folder / WEIGHTS} does not fit the model: missing {missing[:2]}, unexpected {list(unexpected)[:2]}")
     patch_attention_(denoiser)
+    settings = settings_of(config, placed, {n for n, a in nodes.items() if a.get("attention")})
+    share_out_(config, placed, settings)
+    follow_(denoiser, None, switches(config, placed, settings))  # the pipeline's scheduler comes later
 
 
 def _place(denoiser: nn.Module, name: str, layer: QuantLinear | QuantConv2d, coded: CodebookWeight | None, config: QuantConfig) -> None:

@@ -20,6 +20,7 @@ from aquabit.kernels.measuring import PLAIN, best_of, interleaved, measure
 from aquabit.kernels.request import Request, bucket
 from aquabit.kernels.timings import machine
 from aquabit.quant.artifact import is_packed, load_packed_denoiser
+from aquabit.quant.layers import Setting
 from aquabit.quant.tuning import MEMORY, example_call, format_for, layers_of, place_
 from aquabit.scheme import FP, AquabitError, Progress, Scheme, no_progress
 
@@ -159,5 +160,6 @@ def decoded_(denoiser: nn.Module, dtype: torch.dtype) -> nn.Module:
         coded = layer.coded
         layer.set_dense_((layer.weight if coded is None else coded.dequantize()).to(dtype), layer.scheme)
         layer.bias = None if layer.bias is None else layer.bias.to(dtype)
-        layer.act = layer.act_output = 16
+        layer.set_activations_(Setting())
+        layer.shares = {}
     return denoiser

@@ -6,26 +6,39 @@ In dense mode gradients pass through: to the weight, and to the input as if it w
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from aquabit.kernels import Accuracy, codebook_conv2d, codebook_linear, straight_through
+from aquabit.kernels import Accuracy, codebook_conv2d, codebook_linear, fake_quantize_static, straight_through
 from aquabit.kernels.arranged import Arranged
 from aquabit.kernels.codebook import CodebookWeight
 from aquabit.kernels.dispatch import device_of, held, moved
 from aquabit.scheme import FP, Scheme
+
+Range = tuple[float, float]  # the smallest and the largest value of a static quantizer
+
+
+class Setting(NamedTuple):
+    """How a layer's activations are quantized in a step: bits of its input and of its output, and their ranges where those are static (two
+    of an input with ``split``)."""
+
+    act: int = 16
+    act_output: int = 16
+    ranges: tuple[Range, ...] | None = None
+    range_output: Range | None = None
 
 
 class _QuantLayer(nn.Module):
     """State that both kinds share.
 
     ``act`` are the bits of the layer's input (16 = off), ``act_output`` those of its output (Q, K and V), ``split`` the channel where a
-    concatenated skip begins: then the input has two ranges. In dense mode ``weight`` is a tensor of the original shape; in packed mode
-    ``held`` is the coded weight as kernels read it and ``weight`` an empty tensor that carries dtype and device only. ``dense`` is a
-    decoded copy beside it, which memory=auto keeps where it saves time.
+    concatenated skip begins: then the input has two ranges. ``ranges`` and ``range_output`` are those of static quantizers (None: each
+    token or sample has its own), ``shares`` the activation bits that the layer has while sampling, by share of the steps. In dense mode
+    ``weight`` is a tensor of the original shape; in packed mode ``held`` is the coded weight as kernels read it and ``weight`` an empty
+    tensor that carries dtype and device only. ``dense`` is a decoded copy beside it, which memory=auto keeps where it saves time.
     """
 
     weight: Tensor
@@ -35,11 +48,28 @@ class _QuantLayer(nn.Module):
         super().__init__()
         self.shape, self.split, self.scheme = tuple(weight.shape), split, FP
         self.act, self.act_output = 16, 16
+        self.ranges: tuple[Range, ...] | None = None
+        self.range_output: Range | None = None
+        self.shares: dict[int, float] = {}
         self.accuracy: Accuracy = "fast"
         self.held: CodebookWeight | Arranged | None = None
         self.dense: Tensor | None = None
         self.register_buffer("weight", weight.detach())
         self.register_buffer("bias", None if bias is None else bias.detach())
+
+    def set_activations_(self, setting: Setting) -> None:
+        self.act, self.act_output, self.ranges, self.range_output = setting
+
+    def kernel_acts(self) -> dict[int, float]:
+        """The activation bits that kernels are asked for, by share of the steps: 16 where ranges are static, since then they read what is
+        rounded already."""
+        return {16: 1} if self.ranges is not None else self.shares or {self.act: 1}
+
+    def quantized_output(self, y: Tensor) -> Tensor:
+        """An output [..., out] as what follows reads it."""
+        if self.range_output is None:
+            return straight_through(y, self.act_output, "token")
+        return fake_quantize_static(y, self.act_output, *self.range_output)
 
     @property
     def coded(self) -> CodebookWeight | None:
@@ -115,14 +145,17 @@ class QuantLinear(_QuantLayer):
 
     def quantized_input(self, x: Tensor, bits: int) -> Tensor:
         """x [..., in] as the layer reads it at ``bits`` (16: x itself)."""
-        return straight_through(x, bits, "token")
+        return straight_through(x, bits, "token") if self.ranges is None else fake_quantize_static(x, bits, *self.ranges[0])
 
     def forward(self, x: Tensor, *_: object) -> Tensor:
+        act = self.act
+        if self.held is None or self.ranges is not None:  # kernels know dynamic ranges only
+            x, act = self.quantized_input(x, act), 16
         if self.held is None:
-            y = functional.linear(self.quantized_input(x, self.act), self.weight.to(x.dtype), self.bias_for(x))
+            y = functional.linear(x, self.weight.to(x.dtype), self.bias_for(x))
         else:
-            y = codebook_linear(x, self.held, self.bias_for(x), self.accuracy, act=self.act, dense=self.dense_for(x))
-        return straight_through(y, self.act_output, "token")
+            y = codebook_linear(x, self.held, self.bias_for(x), self.accuracy, act=act, dense=self.dense_for(x))
+        return self.quantized_output(y)
 
 
 class QuantConv2d(_QuantLayer):
@@ -140,14 +173,20 @@ class QuantConv2d(_QuantLayer):
 
     def quantized_input(self, x: Tensor, bits: int) -> Tensor:
         """x [n, cin, h, w] as the layer reads it at ``bits`` (16: x itself)."""
-        return straight_through(x, bits, "sample", self.split)
+        if self.ranges is None:
+            return straight_through(x, bits, "sample", self.split)
+        parts = (x,) if self.split is None else (x[:, : self.split], x[:, self.split :])
+        rounded = [fake_quantize_static(part, bits, *ends) for part, ends in zip(parts, self.ranges, strict=True)]
+        return rounded[0] if len(rounded) == 1 else torch.cat(rounded, 1)
 
     def forward(self, x: Tensor, *_: object) -> Tensor:
+        act = self.act
+        if self.held is None or self.ranges is not None:
+            x, act = self.quantized_input(x, act), 16
         if self.held is None:
-            x = self.quantized_input(x, self.act)
             return functional.conv2d(x, self.weight.to(x.dtype), self.bias_for(x), self.stride, self.padding, self.dilation, self.groups)
         return codebook_conv2d(
-            x, self.held, self.bias_for(x), self.stride, self.padding, self.dilation, self.groups, self.accuracy, act=self.act,
+            x, self.held, self.bias_for(x), self.stride, self.padding, self.dilation, self.groups, self.accuracy, act=act,
             split=self.split, dense=self.dense_for(x),
         )  # fmt: skip
 

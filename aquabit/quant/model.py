@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +20,9 @@ from aquabit.quant.attention import patch_attention_
 from aquabit.quant.bank import Bank, weight_hash
 from aquabit.quant.finetune_store import load_tuned
 from aquabit.quant.fitting import Fitter, Need, Record
-from aquabit.quant.layers import QuantConv2d, QuantLinear, quant_layer
+from aquabit.quant.layers import QuantConv2d, QuantLinear, Setting, quant_layer
+from aquabit.quant.sampling import Watcher
+from aquabit.quant.switch import settings_of, share_out_, switches
 from aquabit.scheme import FP, AquabitError, Calibration, Progress, QuantConfig, Scheme, no_progress
 
 DECODED_LIMIT = 1 << 28  # bytes of decoded weights that a denoiser keeps
@@ -110,21 +114,22 @@ class QuantizedDenoiser:
             raise AquabitError("this model was opened without a bank; it can run in full precision only")
         return self._fitter
 
+    @staticmethod
+    def _need(name: str, config: QuantConfig) -> Need:
+        return Need(name, config[name].weight, config.main_act(name))
+
     def _identity(self, name: str, config: QuantConfig) -> tuple[Any, ...]:
-        """What a layer's weight depends on: H is of the activations as they are rounded."""
-        choice = config[name]
-        if config.tuned and choice.weight != FP:
-            return name, choice.weight, config.tuned
-        if not choice.weight.calibrated:
-            return name, choice.weight
-        return Need(name, choice.weight, choice.act), config.calibration or Calibration()
+        """What a layer's weight depends on: H is of the activations as they are rounded in most steps."""
+        scheme = config[name].weight
+        if config.tuned and scheme != FP:
+            return name, scheme, config.tuned
+        if not scheme.calibrated:
+            return name, scheme
+        return self._need(name, config), config.calibration or Calibration()
 
     def coded(self, name: str, config: QuantConfig) -> CodebookWeight:
         """A layer's coded weight: fine-tuned where the configuration is, else from the bank, fitted first where it is missing there."""
-        choice = config[name]
-        if not config.tuned:
-            return self.fitter.coded(Need(name, choice.weight, choice.act), config.calibration)
-        return self._fine_tuned(config)[name]
+        return self._fine_tuned(config)[name] if config.tuned else self.fitter.coded(self._need(name, config), config.calibration)
 
     def _fine_tuned(self, config: QuantConfig) -> dict[str, CodebookWeight]:
         """The weights that a configuration was tuned to, from the bank; the last ones are kept."""
@@ -156,8 +161,8 @@ class QuantizedDenoiser:
         if config.tuned:
             self._fine_tuned(config)  # nothing of it is fitted
             return
-        wanted = [(n, c) for n, c in config.layers.items() if c.weight != FP and self._identity(n, config) not in self._recent]
-        needs = [Need(n, c.weight, c.act) for n, c in wanted]
+        wanted = [n for n, c in config.layers.items() if c.weight != FP and self._identity(n, config) not in self._recent]
+        needs = [self._need(n, config) for n in wanted]
         absent = [need for need in needs if not self.fitter.has(need, config.calibration)]
         if absent:
             self.fitter.fit(absent, config.calibration, progress)
@@ -172,36 +177,50 @@ class QuantizedDenoiser:
                 known = f"its codebooks are {own!r}" if own else "it has no partner to share codebooks with"
                 known = known if shared else f"{choice.weight} shares none"
                 raise AquabitError(f"layer {name!r} at {choice.weight} names codebooks {choice.codebook!r}; {known}")
-        later = {"step groups": config.steps, "static ranges": config.ranges != "dynamic"}
-        asked = [what for what, value in later.items() if value]
-        if asked:
-            raise AquabitError(f"the configuration asks for {asked[0]}, which this version cannot run; remove it from the configuration")
 
-    def _set_activations(self, name: str, act: int) -> None:
-        layer = self.layers[name]
-        layer.act = act
-        layer.act_output = act if name in self._attention else 16
+    def ranges(self, config: QuantConfig) -> dict[str, Tensor] | None:
+        """The static ranges of a configuration's layers, measured where the bank lacks them; None where ranges are dynamic."""
+        return None
+
+    def _settings(self, config: QuantConfig) -> dict[str, list[Setting]]:
+        return settings_of(config, self.layers, self._attention, self.ranges(config))
+
+    def _activate(self, config: QuantConfig) -> None:
+        """Activations as they are in the first step; ``watchers`` switch them while sampling."""
+        share_out_(config, self.layers, self._settings(config))
+
+    def watchers(self, config: QuantConfig) -> list[Watcher]:
+        """What has to follow the sampler while a configuration runs that was applied or packed; none where nothing depends on the step."""
+        return switches(config, self.layers, self._settings(config)) if config.total_steps is not None else []
 
     def apply(self, config: QuantConfig) -> None:
         """Dense mode: decoded weights and fake-quantized activations."""
         self._check(config)
         if config.layers:
             self.prepare(config)
+        self._activate(config)
         for name, layer in self.layers.items():
-            choice = config[name]
-            self._set_activations(name, choice.act)
-            held = self._identity(name, config)
+            choice, held = config[name], self._identity(name, config)
             if self._held.get(name) != held or layer.held is not None:
                 full = self._full[name]
-                weight = full if choice.weight == FP else self._decoded(name, config)
-                layer.set_dense_(weight, choice.weight)
+                layer.set_dense_(full if choice.weight == FP else self._decoded(name, config), choice.weight)
                 self._held[name] = held
         if not self._holds(config):  # a file of the bank was unreadable: fitting anew, with H, left full precision in the layers before
             self.apply(config)
 
+    @contextmanager
+    def in_full_precision(self, config: QuantConfig) -> Iterator[nn.Module]:
+        """The denoiser in full precision for a while, then as ``config`` says, in dense mode."""
+        try:
+            self.apply(QuantConfig(config.fingerprint, {}))
+            yield self.denoiser
+        finally:
+            self.apply(config)
+
     def _holds(self, config: QuantConfig) -> bool:
         """Whether every layer is as ``apply`` leaves it."""
-        return all(layer.act == config[n].act and self._held[n] == self._identity(n, config) for n, layer in self.layers.items())
+        acts = {n: c.act if isinstance(c.act, int) else c.act[0] for n in self.layers for c in [config[n]]}
+        return all(layer.act == acts[n] and self._held[n] == self._identity(n, config) for n, layer in self.layers.items())
 
     def apply_packed(self, config: QuantConfig, accuracy: Accuracy = "fast") -> None:
         """Packed mode for a while: as ``pack``, but full weights stay, so that ``apply`` leads back to dense mode."""
@@ -210,8 +229,8 @@ class QuantizedDenoiser:
         for name, weight in self.coded_weights(config).items():
             self.layers[name].set_packed_(weight, config[name].weight)
             self._held.pop(name, None)
+        self._activate(config)
         for name, layer in self.layers.items():
-            self._set_activations(name, config[name].act)
             layer.accuracy = accuracy
             if config[name].weight == FP:
                 layer.set_dense_(self._full[name], FP)
@@ -238,8 +257,8 @@ class QuantizedDenoiser:
         self._check(config)
         self.prepare(config, progress)
         coded = self.coded_weights(config)
+        self._activate(config)
         for name, layer in self.layers.items():
-            self._set_activations(name, config[name].act)
             layer.accuracy = accuracy
             if name in coded:
                 layer.set_packed_(coded[name], config[name].weight)

@@ -120,14 +120,30 @@ def following(denoiser: nn.Module, scheduler: Any, watchers: Sequence[Watcher]) 
 
 
 def follow_(denoiser: nn.Module, scheduler: Any, watchers: Sequence[Watcher]) -> None:
-    """Watchers take part in sampling for good, instead of those that did; ``refollow_`` after the scheduler was replaced."""
+    """Watchers take part in sampling for good, instead of those that did; ``refollow_`` after the scheduler was replaced, or where there
+    was none yet (None)."""
     found: Sampling | None = getattr(denoiser, FOLLOWED, None)
     if found is not None:
         found.detach()
     sampling = Sampling(watchers)
     object.__setattr__(denoiser, FOLLOWED, sampling)  # no module or parameter of it
-    if watchers:
+    if watchers and scheduler is not None:
         sampling.attach(denoiser, scheduler)
+
+
+@contextmanager
+def unfollowed(denoiser: nn.Module) -> Iterator[None]:
+    """Nothing follows a denoiser for a while: its calls are no sampling (they are timed, say)."""
+    found: Sampling | None = getattr(denoiser, FOLLOWED, None)
+    scheduler = None if found is None else found._scheduler
+    if found is None or scheduler is None:
+        yield
+        return
+    found.detach()
+    try:
+        yield
+    finally:
+        found.attach(denoiser, scheduler)
 
 
 def refollow_(denoiser: nn.Module, scheduler: Any) -> None:

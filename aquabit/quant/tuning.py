@@ -25,7 +25,7 @@ COPIES = 0.25  # of the dense size: at most so much for copies
 GAIN = 1.03  # a copy is kept where coded kernels take so many times as long
 
 Layers = Mapping[str, QuantLinear | QuantConv2d]
-Asked = dict[str, Counter[Request]]  # layer -> its requests in one denoiser call, and how often
+Asked = dict[str, dict[Request, float]]  # layer -> its requests in one denoiser call, and how often (on average over the steps)
 
 
 def layers_of(denoiser: nn.Module) -> dict[str, QuantLinear | QuantConv2d]:
@@ -59,11 +59,17 @@ def example_call(denoiser: nn.Module) -> Callable[[], object]:
 
 
 def requests_of(layers: Layers, call: Callable[[], object]) -> Asked:
-    """What ``call`` asks of the kernels: for coded layers as they run, for others with the format "not coded"."""
-    found: Asked = {name: Counter() for name in layers}
+    """What ``call`` asks of the kernels: for coded layers as they run, for others with the format "not coded"; where activation bits change
+    while sampling, at all of them by their share of the steps."""
+    found: Asked = {name: {} for name in layers}
 
     def see(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        return lambda layer, inputs: found[name].update([_request(layer, inputs[0])])  # type: ignore[arg-type]
+        def count(layer: Any, inputs: tuple[Any, ...]) -> None:
+            for act, share in layer.kernel_acts().items():
+                request = _request(layer, inputs[0], act)
+                found[name][request] = found[name].get(request, 0) + share
+
+        return count
 
     handles = [layer.register_forward_pre_hook(see(name)) for name, layer in layers.items()]
     try:
@@ -75,12 +81,12 @@ def requests_of(layers: Layers, call: Callable[[], object]) -> Asked:
     return found
 
 
-def _request(layer: QuantLinear | QuantConv2d, x: Tensor) -> Request:
+def _request(layer: QuantLinear | QuantConv2d, x: Tensor, act: int) -> Request:
     form = full_format(layer.shape) if layer.held is None else format_of(layer.held)
     if isinstance(layer, QuantLinear):
-        return linear_request(x, form, layer.accuracy, layer.act)
+        return linear_request(x, form, layer.accuracy, act)
     x, padding = padded(x if x.ndim == 4 else x[None], layer.padding, layer.dilation, layer.shape[2:])
-    return conv2d_request(x, form, layer.stride, padding, layer.dilation, layer.groups, layer.accuracy, layer.act, layer.split)
+    return conv2d_request(x, form, layer.stride, padding, layer.dilation, layer.groups, layer.accuracy, act, layer.split)
 
 
 def tune(layers: Layers, call: Callable[[], object], progress: Progress = no_progress) -> Asked:
@@ -90,7 +96,7 @@ def tune(layers: Layers, call: Callable[[], object], progress: Progress = no_pro
     return asked
 
 
-def milliseconds(asked: Mapping[Request, int], times: Mapping[str, Mapping[str, float]], packed: bool = True) -> float:
+def milliseconds(asked: Mapping[Request, float], times: Mapping[str, Mapping[str, float]], packed: bool = True) -> float:
     """What a layer takes in one denoiser call."""
     return 1e3 * sum(count * best_of(times[r.key], packed) for r, count in asked.items())
 

@@ -127,7 +127,7 @@ def layers(facts: Facts) -> pd.DataFrame:
         rows.append((
             name, operator, block, size, number(node.get("macs")), *(number(effect.get(k)) for k in ("effect", "low", "high")),
             *(number(swap.get(k)) for k in ("real", "low", "high")), _count(swap.get("n")),
-            str(chosen.weight) if chosen else "", chosen.act if chosen else math.nan,
+            str(chosen.weight) if chosen else "", winner.mean_act(name) if winner else math.nan,
         ))  # fmt: skip
     columns = [
         "layer",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from aquabit.cost import CostModel
-from aquabit.scheme import AquabitError, Budget
+from aquabit.scheme import AquabitError, Budget, act_of, act_text
 from aquabit.search.options import Options, Predict
 
 BATCH = 4096
@@ -56,7 +56,9 @@ def improve(
     if (choice < 0).any():
         layer = int(np.argmax(choice < 0))
         name, scheme = cost_model.space.layers[layer], cost_model.space.schemes[int(weights[layer])]
-        raise AquabitError(f"the start gives layer {name!r} {scheme} and a{int(acts[layer])}, which it may not take under {budget}")
+        raise AquabitError(
+            f"the start gives layer {name!r} {scheme} and {act_text(act_of(int(acts[layer])))}, which it may not take under {budget}"
+        )
     if not options.keeps(choice):
         raise AquabitError(f"the start is outside the budget ({budget}); start from the integer program's solution")
     counted, rng = _Counted(predict, options, max(rows, 1)), np.random.default_rng(seed)

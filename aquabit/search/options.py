@@ -16,16 +16,17 @@ Predict = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (weights [n, L], act
 
 
 def activation_choices(space: SearchSpace, budget: Budget | None = None) -> tuple[int, ...]:
-    """Activation bits open to a search: all of the space's where BOPs or latency are limited, which depend on them, else a8 alone (or the
-    highest the space has)."""
+    """Activation choices open to a search: all of the space's, those that change between groups of steps included, where BOPs or latency
+    are limited, which depend on them, else a8 alone (or the highest the space has)."""
     if budget is not None and (budget.bops is not None or budget.latency_ms is not None):
-        return tuple(sorted(set(space.activations), reverse=True))
+        return space.act_codes
     return (8,) if 8 in space.activations else (max(space.activations),)
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Column c = s * len(activations) + a stands for scheme s (index into ``space.schemes``) with activation bits ``activations[a]``.
+    """Column c = s * len(activations) + a stands for scheme s (index into ``space.schemes``) with the activation choice ``activations[a]``
+    (bits, or the code of bits that change between groups of steps).
 
     ``allowed`` and ``acts`` are [L, C]. An excluded layer has one allowed column, whose activation bits are 16.
     """
@@ -116,7 +117,7 @@ class Options:
         if budget.latency_ms is not None:
             assert cost_model.latency is not None  # checked above
             names.append("latency_ms")
-            per_column = cost_model.latency.of(np.tile(every[:, None], len(columns.acts)), columns.acts.T).T
+            per_column = cost_model.latency.of(np.tile(every[:, None], len(columns.acts)), columns.acts.T, space).T
             costs.append(np.where(columns.allowed, per_column, 0.0))  # what a layer may not take was not measured
             caps.append(budget.latency_ms * (1 + 5e-13) - cost_model.latency.rest)
         sized = np.array([name in ("bits", "bytes") for name in names], float)

@@ -206,9 +206,11 @@ def shap_by_layer(fitted: FittedSurrogate) -> tuple[np.ndarray, float]:
 def member_parts(encoder: Encoder, weights: np.ndarray, acts: np.ndarray) -> Mapping[str, np.ndarray]:
     """What each layer adds to the aggregates, [n, layers] by kind of column."""
     rows = np.arange(weights.shape[1])
+    low, order = encoder.lowness(acts)
     parts = {
         "error": encoder.error[rows, weights],
-        "actshare": np.maximum(8 - acts, -1) / 2.0,
+        "actshare": low,
+        "ordershare": order,
         "bits": encoder.bits[rows, weights] * encoder.size_share,
     }
     if encoder.probed:

@@ -9,7 +9,7 @@ import networkx as nx
 import numpy as np
 
 from aquabit.graph import layers as graph_layers
-from aquabit.scheme import ACTIVATION_BITS, FP, AquabitError, QuantConfig
+from aquabit.scheme import ACTIVATION_BITS, FP, AquabitError, QuantConfig, act_of, act_text
 from aquabit.space import SearchSpace
 
 SKETCH = 256  # numbers that stand for the deviation of a few images
@@ -22,7 +22,9 @@ class Encoder:
     and ``act:NAME`` (bits below 8); ``error:`` and ``actshare:`` columns are their means over an operator type, a block, or the model.
     ``probes`` maps (layer, scheme) and (layer, "a6") to what happens to a few images when it is the only change: then ``damage:``
     columns are added for layers and groups, and ``shift:`` columns, squared lengths of the summed sketches, which see where layers
-    amplify or cancel each other. ``members`` names the layers behind every column.
+    amplify or cancel each other. Where activation bits may change between groups of steps, ``act:`` is their mean over steps, and
+    ``order:`` (with ``ordershare:`` means) how much lower they are in the last steps than in the first. ``members`` names the layers behind
+    every column.
     """
 
     FLOOR = 1e-7  # relative error of 16-bit storage, so that log10 is finite
@@ -49,6 +51,10 @@ class Encoder:
         self.columns = [f"weight:{n}" for n in names] + [f"act:{n}" for n in names]
         self.columns += [f"error:{g}" for g in self.groups] + [f"actshare:{g}" for g in self.groups] + ["bits"]
         self.members: list[tuple[int, ...]] = [*own, *own, *grouped, *grouped, everyone]
+        if space.steps is not None:
+            self.columns += [f"order:{n}" for n in names] + [f"ordershare:{g}" for g in self.groups]
+            self.members += [*own, *grouped]
+        self.levels = np.array(sorted({*ACTIVATION_BITS, *space.act_codes}))  # activation choices that are known
         self.probed = probes is not None and self._probe_tables(probes)
         if self.probed:
             self.columns += (
@@ -70,11 +76,11 @@ class Encoder:
     def _probe_tables(self, probes: Mapping[tuple[str, str], Mapping[str, Any]]) -> bool:
         """damage [layers, schemes], sketch [layers, schemes, SKETCH] and the same per activation bits; False where some are missing."""
         layers, schemes = self.space.layers, self.space.schemes
-        levels = [*map(str, schemes), *(f"a{a}" for a in ACTIVATION_BITS)]
+        levels = [*map(str, schemes), *(act_text(act_of(int(code))) for code in self.levels)]
         self.damage, self.sketch = np.zeros((len(layers), len(levels))), np.zeros((len(layers), len(levels), SKETCH), np.float32)
         for i, layer in enumerate(layers):
             row = self.space.choices[layer]
-            needed = {*map(str, row), *(f"a{a}" for a in self.space.activations if row != (FP,))} - {"fp", "a16"}
+            needed = {*map(str, row), *(act_text(a) for a in self.space.act_choices if row != (FP,))} - {"fp", "a16"}
             for j, level in enumerate(levels):
                 found = probes.get((layer, level))
                 if found is None and level in needed:
@@ -89,17 +95,24 @@ class Encoder:
         return np.asarray(self.damage[rows, weights] + self.damage[rows, activation])
 
     def _activation_columns(self, acts: np.ndarray) -> np.ndarray:
-        order = np.argsort(ACTIVATION_BITS)
-        return len(self.space.schemes) + order[np.searchsorted(np.sort(ACTIVATION_BITS), acts)]
+        return len(self.space.schemes) + np.searchsorted(self.levels, acts)
+
+    def lowness(self, acts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """How low activation bits are, [n, layers]: a6 = 1, a8 = 0, a16 = -1/2, as the mean over steps, and in the last group of steps less
+        that in the first."""
+        low = np.maximum(8 - self.space.group_bits(acts), -1) / 2.0
+        return self.space.over_steps(low), low[..., -1] - low[..., 0]
 
     def __call__(self, weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
         """Index matrices [n, layers] to features [n, columns], float32."""
         rows = np.arange(weights.shape[1])
         error = self.error[rows, weights]
-        low = np.maximum(8 - acts, -1) / 2.0  # a6 = 1, a8 = 0, a16 = -1/2
+        low, order = self.lowness(acts)
         bits = (self.bits[rows, weights] * self.size_share).sum(1, keepdims=True)
         size = self.incidence.sum(0)
         parts = [np.log10(error), low, np.log10(error @ self.incidence / size), low @ self.incidence / size, bits]
+        if self.space.steps is not None:
+            parts += [order, order @ self.incidence / size]
         if self.probed:
             damage = self.damages(weights, acts)
             roots = np.sqrt(damage).sum(1, keepdims=True) ** 2
@@ -121,6 +134,6 @@ class Encoder:
     def one_hot(self, weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
         """The additive encoding of integer-programming peers: one column per (layer, scheme) and (layer, activation)."""
         schemes = np.eye(len(self.space.schemes))[weights].reshape(len(weights), -1)
-        low = np.eye(len(ACTIVATION_BITS))[np.searchsorted(sorted(ACTIVATION_BITS), acts)].reshape(len(acts), -1)
+        low = np.eye(len(self.levels))[np.searchsorted(self.levels, acts)].reshape(len(acts), -1)
         both = np.concatenate([schemes, low], 1)
         return np.asarray(both)

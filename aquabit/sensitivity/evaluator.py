@@ -7,8 +7,8 @@ import ctypes
 import io
 import platform
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -24,12 +24,26 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from aquabit.kernels.dispatch import using
-from aquabit.pipelines import Adapter, denoiser_name, load, recorder, set_scheduler
+from aquabit.pipelines import Adapter, denoiser_name, load, noise_statistics, recorder, set_scheduler
 from aquabit.quality import DigitsFeatures, NonFiniteImages, Quality, Reference
 from aquabit.quality.paired import mse, psnr_from_mse, ssim
 from aquabit.quant.bank import Bank
+from aquabit.quant.correct import Corrector
 from aquabit.quant.model import QuantizedDenoiser
-from aquabit.scheme import AquabitError, Calibration, Measurement, Protocol, QuantConfig, Scheme
+from aquabit.quant.sampling import Watcher, following
+from aquabit.quant.statistics import Statistics
+from aquabit.scheme import (
+    AquabitError,
+    Calibration,
+    Measurement,
+    Protocol,
+    QuantConfig,
+    Scheme,
+    StepGroups,
+    act_of,
+    act_text,
+    digest,
+)
 from aquabit.sensitivity.encoder import SKETCH
 
 PROBE_IMAGES, PROBE_SEED = 8, 700_000_001  # seeds that no measurement uses
@@ -111,10 +125,11 @@ class Evaluator:
 
     def fit(
         self, schemes: dict[str, list[str]], probes: dict[str, list[int]], acts: list[int], protocol: Protocol,
-        calibration: Calibration | None,
+        calibration: Calibration | None, steps: StepGroups | None = None,
     ) -> dict[str, dict[str, dict[str, Any]]]:  # fmt: skip
         """Fit schemes (layer -> schemes) in the bank, calibrated ones for each of ``acts``; layer -> scheme -> facts, and what activations
-        do alone ("a8", "a6") where ``probes`` (layer -> activation bits) asks for it.
+        do alone ("a8", "a6/8") where ``probes`` (layer -> activation choices as ``act_code`` writes them, of groups of ``steps``) asks for
+        it.
 
         ``error`` is the relative squared weight error, ``output`` (with a calibration) the relative output error under H at the first of
         ``acts``. ``damage`` is the mean squared deviation of PROBE_IMAGES images from full precision where it is the only change,
@@ -125,18 +140,20 @@ class Evaluator:
             wanted = {layer: [Scheme.parse(s) for s in row] for layer, row in schemes.items() if row}
             facts = self.quantized.fitter.facts(list(wanted), wanted, acts, calibration) if wanted else {}
             base = QuantConfig(self.fingerprint, {}, calibration=calibration)
-            return {layer: self._probe(layer, facts.get(layer, {}), probes[layer], acts[0], protocol, base) for layer in schemes}
+            return {layer: self._probe(layer, facts.get(layer, {}), probes[layer], acts[0], protocol, base, steps) for layer in schemes}
 
     def _probe(
-        self, layer: str, facts: dict[str, dict[str, Any]], probes: list[int], act: int, protocol: Protocol, base: QuantConfig
-    ) -> dict[str, dict[str, Any]]:
-        """``facts`` of one layer with what each scheme, and each activation width of ``probes``, does to images."""
+        self, layer: str, facts: dict[str, dict[str, Any]], probes: list[int], act: int, protocol: Protocol, base: QuantConfig,
+        steps: StepGroups | None,
+    ) -> dict[str, dict[str, Any]]:  # fmt: skip
+        """``facts`` of one layer with what each scheme, and each activation choice of ``probes``, does to images."""
         few = replace(protocol, images=PROBE_IMAGES, micro_batch=PROBE_IMAGES, seed=PROBE_SEED)
         if self._probed is None or self._probed[0] != protocol.digest:
             self._probed = protocol.digest, self.generate(QuantConfig(self.fingerprint, {}), few)
         full = self._probed[1]
-        rounded = {a: self.generate(base.with_layer(layer, "fp", a), few) for a in {*probes, act} if a < 16} | {16: full}
-        found = {f"a{a}": _deviation(rounded[a], full) for a in probes if a < 16}
+        asked = {a: base.with_layer(layer, "fp", act_of(a), steps=steps) for a in {*probes, act} if a != 16}
+        rounded = {a: self.generate(config, few) for a, config in asked.items()} | {16: full}
+        found = {act_text(act_of(a)): _deviation(rounded[a], full) for a in probes if a != 16}
         for text, value in facts.items():
             scheme = Scheme.parse(text)
             own = act if scheme.calibrated else 16
@@ -149,16 +166,37 @@ class Evaluator:
         order, so that images depend neither on timings nor on the number of workers."""
         if config.fingerprint != self.fingerprint:
             raise AquabitError(f"the configuration is for model {config.fingerprint}, this is model {self.fingerprint}")
+        watchers = self._watchers(config, protocol)
         self.pipe.scheduler = self.scheduler
         set_scheduler(self.pipe, protocol.scheduler)
         if packed:
             with self.packed(config), using({}):
-                return self._images(protocol)
+                return self._images(config, protocol, watchers)
         self.quantized.apply(config)
-        return self._images(protocol)
+        return self._images(config, protocol, watchers)
 
-    def _images(self, protocol: Protocol) -> Tensor:
-        return torch.cat([self.adapter.images(protocol, b) for b in self.adapter.batches(protocol)])
+    def _images(self, config: QuantConfig, protocol: Protocol, watchers: Sequence[Watcher]) -> Tensor:
+        """Images of the configuration that is applied; what depends on the step follows the sampler."""
+        with following(self.adapter.denoiser, self.pipe.scheduler, [*self.quantized.watchers(config), *watchers]):
+            return torch.cat([self.adapter.images(protocol, b) for b in self.adapter.batches(protocol)])
+
+    def _watchers(self, config: QuantConfig, protocol: Protocol) -> list[Watcher]:
+        """What takes part in sampling with a configuration."""
+        if not config.correction or not config.layers:
+            return []
+        return [Corrector(self.noise(config, Calibration.of(protocol)), config.correction)]
+
+    def noise(self, config: QuantConfig, calibration: Calibration) -> Statistics:
+        """The statistics of the noise that a configuration adds, sampled as ``calibration`` says; from the bank where they are kept."""
+        plain = replace(config, correction=None)
+        path = self.bank.folder / f"noise-{digest([self.fingerprint, plain.digest, calibration.digest])}.safetensors"
+        if path.exists():
+            with suppress(AquabitError):  # damaged: measured again
+                return Statistics.load(path)
+        self.pipe.scheduler = self.scheduler
+        found = noise_statistics(self.pipe, self.quantized, plain, calibration)
+        self.bank.write(path, *found.tensors())
+        return found
 
     @contextmanager
     def packed(self, config: QuantConfig) -> Iterator[QuantizedDenoiser]:

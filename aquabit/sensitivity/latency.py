@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import median
 
 import numpy as np
 
 from aquabit.cost import Latency
 from aquabit.kernels.measuring import interleaved, measure_missing
+from aquabit.quant.model import QuantizedDenoiser
 from aquabit.quant.tuning import Asked, at_scheme, example_call, milliseconds, requests_of, tune
 from aquabit.scheme import FP, Progress, QuantConfig, no_progress
 from aquabit.sensitivity.evaluator import Evaluator
@@ -48,15 +49,28 @@ def _layer_table(asked: Asked, space: SearchSpace, activations: tuple[int, ...],
     return table
 
 
+def _phases(config: QuantConfig) -> list[tuple[int, float]]:
+    """A step of each group of steps, and the group's share."""
+    return [(0, 1.0)] if config.steps is None else list(zip(config.steps.starts, config.steps.shares, strict=True))
+
+
+def _seconds(evaluator: Evaluator, model: QuantizedDenoiser, config: QuantConfig, call: Callable[[], object], step: int) -> float:
+    """Median seconds of ``call`` as it is in a step."""
+    for watcher in model.watchers(config):
+        watcher.before(step)
+    return median(interleaved({"call": call}, evaluator.device.split(":")[0], CALLS, SECONDS)["call"])
+
+
 def packed_latencies(evaluator: Evaluator, configs: Sequence[QuantConfig], progress: Progress = no_progress) -> list[float]:
     """Median milliseconds of a denoiser call with one sample at the model's own size, for each configuration packed, on the kernels that
-    are fastest on this machine with torch's threads. They are timed first where that is missing."""
+    are fastest on this machine with torch's threads; averaged over steps between which activation bits change. Kernels are timed first
+    where that is missing."""
     found = []
     for done, config in enumerate(configs):
         progress("latency of packed models", done, len(configs))
         with evaluator.packed(config) as model:
             call = example_call(model.denoiser)
             tune(model.layers, call)
-            found.append(1e3 * median(interleaved({"call": call}, evaluator.device.split(":")[0], CALLS, SECONDS)["call"]))
+            found.append(1e3 * sum(share * _seconds(evaluator, model, config, call, step) for step, share in _phases(config)))
     progress("latency of packed models", len(configs), len(configs))
     return found

@@ -16,7 +16,19 @@ from aquabit.graph import to_json
 from aquabit.pipelines import Adapter, check_scheduler, denoiser_of, load, trace
 from aquabit.quant.bank import Bank
 from aquabit.quant.model import fingerprint
-from aquabit.scheme import FP, AquabitError, Calibration, Progress, Protocol, QuantConfig, Scheme, direction, no_progress
+from aquabit.scheme import (
+    FP,
+    AquabitError,
+    Calibration,
+    Progress,
+    Protocol,
+    QuantConfig,
+    Scheme,
+    act_code,
+    act_text,
+    direction,
+    no_progress,
+)
 from aquabit.sensitivity.evaluator import Evaluator
 from aquabit.sensitivity.pool import InlinePool, Task, WorkerPool
 from aquabit.space import SearchSpace, make_space
@@ -84,12 +96,12 @@ def fit_all(pool: InlinePool | WorkerPool, study: Study, space: SearchSpace, pro
     """Every (layer, scheme) of the space into the bank, and what it does alone into the study; what is known is skipped."""
     known = study.features()
     schemes = {k: [s for s in row if s != FP and "damage" not in known.get((k, str(s)), {})] for k, row in space.choices.items()}
-    probes = {
-        k: [a for a in space.activations if a < 16 and row != (FP,) and (k, f"a{a}") not in known] for k, row in space.choices.items()
-    }
+    choices = [a for a in space.act_choices if a != 16]
+    probes = {k: [act_code(a) for a in choices if row != (FP,) and (k, act_text(a)) not in known] for k, row in space.choices.items()}
     acts = sorted(space.activations, reverse=True)
     calibration = None if space.calibration is None else asdict(space.calibration)
-    common = {"task": "fit", "acts": acts, "protocol": protocol.to_dict(), "calibration": calibration}
+    common = {"task": "fit", "acts": acts, "protocol": protocol.to_dict(), "calibration": calibration,
+              "step_groups": space.to_dict().get("step_groups")}  # fmt: skip
     layers = [k for k in space.choices if schemes[k] or probes[k]]
     if not layers:
         return
@@ -211,6 +223,10 @@ def open_session(
         else:
             options = {"calibration": Calibration.of(given), **(space_options or {})}
             space = make_space(opened.graph, opened.fingerprint, opened.reference, **options)
+        if space.steps is not None and space.steps.total != given.steps:
+            raise AquabitError(
+                f"the step groups are of {space.steps.total} steps, the images are made in {given.steps}; give both the same number"
+            )
         study.begin(opened.reference, opened.fingerprint, to_json(opened.graph), space.to_dict(), given)
         store = Bank(bank)
         with pool_for(opened, store, workers, device, given.dtype) as pool:

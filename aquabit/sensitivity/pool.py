@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from queue import SimpleQueue
 from typing import Any
 
-from aquabit.scheme import AquabitError, Calibration, Measurement, Protocol, QuantConfig
+from aquabit.scheme import AquabitError, Calibration, Measurement, Protocol, QuantConfig, StepGroups
 
 Task = dict[str, Any]
 DIED = "a worker process died twice on the same task, most likely out of memory; use fewer --workers or a smaller --images"
@@ -26,7 +26,8 @@ def answer(evaluator: Any, task: Task) -> Any:
     calibration = None if task["calibration"] is None else Calibration(**task["calibration"])
     if task["task"] == "chunks":
         return evaluator.chunks(task["layers"], task["acts"], calibration)
-    return evaluator.fit(task["schemes"], task["probes"], task["acts"], Protocol.from_dict(task["protocol"]), calibration)
+    groups = task["step_groups"] and StepGroups(**task["step_groups"])
+    return evaluator.fit(task["schemes"], task["probes"], task["acts"], Protocol.from_dict(task["protocol"]), calibration, groups)
 
 
 class InlinePool:

@@ -79,12 +79,12 @@ def cross_validate(
     """Out-of-fold scores: within_budget_srcc, srcc, kendall, ndcg10, r2 (all on the objective in its units), and the same under
     "baselines" for "average_bits" and "ridge_one_hot".
 
-    ``bits`` are real bits per weight, ``mean_act`` mean activation bits (default: the mean of ``acts`` over layers). "out_of_fold"
-    holds the surrogate's held-out predictions [n] and "fold" the fold of each row. Average bits is a cubic of the budget itself,
-    and its residual is taken from the same fold's cubic: exactly constant, so it scores 0 within budget.
+    ``bits`` are real bits per weight, ``mean_act`` mean activation bits (default: the mean of ``acts`` over layers and steps).
+    "out_of_fold" holds the surrogate's held-out predictions [n] and "fold" the fold of each row. Average bits is a cubic of the budget
+    itself, and its residual is taken from the same fold's cubic: exactly constant, so it scores 0 within budget.
     """
     y, bits = np.asarray(y, float), np.asarray(bits, float)
-    mean_act = acts.mean(1) if mean_act is None else np.asarray(mean_act, float)
+    mean_act = encoder.space.mean_bits(acts).mean(1) if mean_act is None else np.asarray(mean_act, float)
     target, fold = Target.of(y, direction), fold_numbers(len(y), folds, seed)
     options: dict[str, Any] = {"direction": direction, "log": target.log}
     models: dict[str, tuple[Any, np.ndarray]] = {
@@ -149,7 +149,7 @@ def fit_from_study(
     scores = cross_validate(encoder, weights, acts, y, bits, None, folds, seed, oriented, model, progress)
     out_of_fold = scores.pop("out_of_fold")
     scores.pop("fold")
-    scores["noise_ceiling"] = _ceiling(study, objective, table, bits, acts.mean(1))
+    scores["noise_ceiling"] = _ceiling(study, objective, table, bits, space.mean_bits(acts).mean(1))
     model.fit(encoder(weights, acts), y)
     return FittedSurrogate(
         model, encoder, cost, graph, space, tuple(table.config), weights, acts, y, bits, out_of_fold, scores,
