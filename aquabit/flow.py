@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from aquabit.kernels import Accuracy
-from aquabit.pipelines import Adapter, denoiser_name, load, noise_statistics, recorder, replay_recorder, set_scheduler, trace
+from aquabit.pipelines import Adapter, denoiser_name, load, noise_statistics, recorder, replay_recorder, sampler, set_scheduler, trace
 from aquabit.quant.artifact import config_of, save_packed_denoiser
 from aquabit.quant.bank import Bank
 from aquabit.quant.correct import corrected_, statistics_of
@@ -285,7 +285,7 @@ def quantize(
         kept = {**source.components, name: copy.deepcopy(getattr(source, name))}
         source = type(source)(**kept, **{k: v for k, v in source.config.items() if k in ("classes", "real_images")})
         source.set_progress_bar_config(disable=True)
-    model = QuantizedDenoiser(getattr(source, name).eval(), graph, Bank(bank), own, recorder(source))
+    model = QuantizedDenoiser(getattr(source, name).eval(), graph, Bank(bank), own, recorder(source), sampler(source))
     if finetune:
         with single_thread(device):
             model.prepare(config, progress)

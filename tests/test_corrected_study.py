@@ -114,7 +114,9 @@ def test_corrected_and_uncorrected_measurements_share_no_training_table(tmp_path
 def begun(tmp_path_factory) -> tuple[ClassConditionalPipeline, Path]:
     """A pipeline, and a folder with its bank and s.db: 24 configurations measured without correction."""
     folder, pipe = tmp_path_factory.mktemp("begun"), tiny_pipeline("dit")
-    measure(pipe, Study(folder / "s.db"), 24, protocol=PROTOCOL, space={"schemes": ["usq2", "usq3", "usq4", "usq8"]}, bank=str(folder / "bank"))
+    measure(
+        pipe, Study(folder / "s.db"), 24, protocol=PROTOCOL, space={"schemes": ["usq2", "usq3", "usq4", "usq8"]}, bank=str(folder / "bank")
+    )
     return pipe, folder
 
 
@@ -172,7 +174,9 @@ def test_a_search_with_correction_in_a_study_without(begun, tmp_path) -> None:
     stored = [QuantConfig.from_dict(m["config"]) for m in study.get("front")["members"]]
     assert {m.config.correction for m in front.members} == {c.correction for c in stored} == {"cnc+bc"}
     after = training_table(study, "fid")
-    assert after.config.tolist() == before.config.tolist() and after.fid.tolist() == before.fid.tolist(), "the surrogate learns from uncorrected measurements alone"
+    assert after.config.tolist() == before.config.tolist() and after.fid.tolist() == before.fid.tolist(), (
+        "the surrogate learns from uncorrected measurements alone"
+    )
     candidates = study.measurements(kind="candidate")
     assert set(candidates.correction) == {"cnc+bc"} and len(candidates) >= 3 + 4
     assert study.get("noise")["with"] == front.winner and "correction" not in study.get("space")

@@ -132,7 +132,12 @@ def test_no_more_than_tau_of_the_groups_change_and_those_are_the_farthest(scheme
         total += tuned.flipped
         if tuned.flipped:  # without flips' own effect: what the others are off by is no more than what the moved ones were
             before_flip = weight.looked_up(before)
-            off = (proxy.value - weight._affine(before_flip, *(p and p.value for p in (weight.scale, weight.offset)))).square().sum(2).view(-1)
+            off = (
+                (proxy.value - weight._affine(before_flip, *(p and p.value for p in (weight.scale, weight.offset))))
+                .square()
+                .sum(2)
+                .view(-1)
+            )
             assert float(off[moved].min()) >= float(off.sort(descending=True).values[-(-weight.groups // 10) - 1]) - 1e-6
     assert total
 

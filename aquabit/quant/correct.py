@@ -156,6 +156,8 @@ class Corrector(Watcher):
         return _replaced(result, result[0] + (_per_channel(change, eps) * eps).to(result[0].dtype))
 
     def _drifted(self, step: int, facts: StepFacts, result: Any, output: Tensor, sample: Tensor) -> Any:
+        if facts.alpha == 0:
+            return result  # the span from there is infinite, and the scale 1
         variance = (facts.coefficient / facts.alpha_next) ** 2 * _conditional_variance(self.statistics, step)
         span = (facts.sigma / facts.alpha) ** 2 - (facts.sigma_next / facts.alpha_next) ** 2
         if not variance.any():
@@ -169,8 +171,10 @@ def matched_direction(facts: StepFacts, v: np.ndarray) -> np.ndarray:
     """sqrt(sigma_next^2 - s^2) with s^2 = (sqrt(sigma_next^2 - s^2) - A)^2 v, A = alpha_next sigma / alpha; [C].
 
     With t = sqrt(sigma_next^2 - s^2): (1 + v) t^2 - 2 v A t + v A^2 - sigma_next^2 = 0; the larger root, which has the smaller s. Where
-    there is none between 0 and sigma_next, as always at the last step, s = 0.
+    there is none between 0 and sigma_next, as always at the last step and where there is no signal yet (alpha = 0), s = 0.
     """
+    if facts.alpha == 0:
+        return np.full(np.shape(v), facts.sigma_next)
     limit, reach = facts.sigma_next, facts.alpha_next * facts.sigma / facts.alpha
     inside = limit**2 * (1 + v) - v * reach**2
     t = (v * reach + np.sqrt(np.maximum(inside, 0))) / (1 + v)

@@ -30,6 +30,7 @@ from aquabit.quant.finetune_store import (
 )
 from aquabit.quant.finetune_weight import TrainedWeight
 from aquabit.quant.replay import Record, Replay, first_tensor
+from aquabit.quant.scalar import halves
 from aquabit.scheme import AquabitError, Calibration, Progress, QuantConfig, digest, no_progress
 
 if TYPE_CHECKING:
@@ -65,10 +66,10 @@ def finetune(
     ``record`` makes the teacher's images (``pipelines.replay_recorder``), sampled as the configuration's calibration is. A run that was
     interrupted continues from its last checkpoint, to the same tensors; a finished one is found again. Of all checks, the weights with the
     least loss as they are stored are kept; where training diverges it stops, and ``notes`` says so. Leaves the model to be applied anew.
-    Raises AquabitError for configurations without coded layers, or whose activations depend on the step.
+    Raises AquabitError for configurations without coded layers or with activations that depend on the step, and for a packed model.
     """
     settings = settings or FineTuning()
-    _check(config)
+    _check(model, config)
     buffer = replace(config.calibration or Calibration(), images=settings.images, seed=settings.images_seed)
     buffer = buffer if settings.guidance is None else replace(buffer, guidance=settings.guidance)
     bank, untuned = model.fitter.bank, replace(config, correction=None)
@@ -92,12 +93,17 @@ def finetune(
     )  # fmt: skip
 
 
-def _check(config: QuantConfig) -> None:
+def _check(model: QuantizedDenoiser, config: QuantConfig) -> None:
     if not coded_layers(config):
         raise AquabitError("the configuration codes no layer; there is nothing to fine-tune")
-    if config.steps is not None or config.ranges == "step":
-        what = "activation bits" if config.steps is not None else "activation ranges"
-        raise AquabitError(f"the configuration has {what} that depend on the step, but fine-tuning mixes steps in a batch; tune it without")
+    if config.steps is not None:
+        raise AquabitError(
+            "the configuration has activation bits that depend on the step, but fine-tuning mixes steps; tune it without them"
+        )
+    if config.ranges != "dynamic":
+        raise AquabitError(f"the configuration has {config.ranges} ranges, but gradients pass dynamic ones only; tune it without them")
+    if any(layer.held is not None for layer in model.layers.values()):
+        raise AquabitError("the model is packed; fine-tuning needs its full-precision weights")
 
 
 class _Run:
@@ -201,7 +207,7 @@ class _Run:
         facts["bad"] = facts["bad"] + 1 if bad else 0
         if facts["bad"] >= PATIENCE:
             facts["notes"].append(
-                f"the loss on held-out samples was {value:.3g} in step {facts['step']}, for {PATIENCE} checks above {DIVERGED:g} times that "
+                f"the loss on held-out samples was {value:.3g} in step {facts['step']}, {PATIENCE} checks above {DIVERGED:g} times that "
                 "of the start: stopped there, and the best weights before are kept; try lower rates"
             )
         share = facts["flipped"] / (self.optimizer.groups * facts["count"])
@@ -212,8 +218,6 @@ class _Run:
 
     def _coded(self) -> dict[str, CodebookWeight]:
         """The trained weights as they are stored; layers that share codebooks hold one tensor."""
-        from aquabit.quant.scalar import halves
-
         weights = self.optimizer.weights
         made = {id(w.tables): halves(w.tables.value).half() for w in weights.values() if w.tables is not None}
         return {n: w.coded(made.get(id(w.tables))) for n, w in weights.items()}

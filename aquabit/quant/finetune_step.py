@@ -107,8 +107,9 @@ class Optimizer:
         if s.method == "straight_through":
             chosen = torch.arange(weight.groups, device=proxy.value.device)
         else:
-            distance = (proxy.value - weight.decoded).square().sum(2)
-            chosen = distance.view(-1).topk(ceil(s.tau * weight.groups)).indices
+            away = (proxy.value - weight.decoded).square_().view(-1, weight.size)
+            distance = away @ away.new_ones(weight.size)  # twice as fast as sum(1)
+            chosen = distance.topk(ceil(s.tau * weight.groups)).indices
         index, decoded = weight.nearest(chosen, proxy.value.view(-1, weight.size)[chosen], s.beam if s.method == "pv" else 1)
         old = weight.decoded.view(-1, weight.size)[chosen]
         moves = (index != weight.index.view(-1, index.shape[1])[chosen]).any(1)

@@ -122,7 +122,7 @@ def write_record(bank: Bank, key: str, value: Mapping[str, Any]) -> None:
 
 
 def checkpoint_path(bank: Bank, key: str) -> Path:
-    return bank.folder / f"{TUNED}checkpoint-{key}.safetensors"
+    return bank.folder / f"tuning-{key}.safetensors"
 
 
 def read_checkpoint(bank: Bank, key: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:

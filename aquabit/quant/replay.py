@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 import torch
@@ -219,7 +220,7 @@ def _split(recorded: Recorded, spread: set[int]) -> tuple[Call, list[Tensor | No
 def _spread(recorded: Recorded, denoiser: nn.Module) -> set[int]:
     """The single numbers of a call that the denoiser takes once a sample as well, with the same answer."""
     rows, found = len(recorded.output), set[int]()
-    device = next(denoiser.parameters()).device
+    device = next(chain(denoiser.parameters(), denoiser.buffers())).device
     single = [i for i, leaf in enumerate(leaves(recorded.call)) if leaf.numel() == 1 and (leaf.ndim == 0 or rows > 1)]
     for i in single:
         count = iter(range(len(leaves(recorded.call))))

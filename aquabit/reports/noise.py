@@ -61,8 +61,8 @@ def noise(facts: Facts) -> pd.DataFrame:
 
 
 def correction(facts: Facts) -> pd.DataFrame:
-    """metric, not_corrected, corrected, difference, low, high, blocks, verdict: means of the winner over one set of blocks of fresh
-    seeds; the paired difference (corrected minus not) with its t interval at ``LEVEL``; the objective first.
+    """metric, not_corrected, corrected, difference, low, high, blocks, verdict: means of the winner over blocks of fresh seeds; the
+    paired difference (corrected minus not) with its t interval at ``LEVEL``; the objective first.
 
     ``verdict``: better or worse where the interval excludes zero, else undecided.
     """
