@@ -49,7 +49,7 @@ from aquabit.search import (
     smallest_uniform,
 )
 from aquabit.sensitivity.attribution import Sensitivity, explain, save
-from aquabit.sensitivity.correction import DEFAULT_CORRECTION, noise_facts
+from aquabit.sensitivity.correction import DEFAULT_CORRECTION, correction_shift, noise_facts, search_corrected
 from aquabit.sensitivity.evaluator import single_thread, thumbnail
 from aquabit.sensitivity.latency import latency_table, packed_latencies
 from aquabit.sensitivity.measure import Session, open_session, uniform_references
@@ -89,17 +89,21 @@ def explained(study: Study, bits: float = 3.0, swap: str = "usq4:usq2", progress
 
 def find(
     study: Study, bits: float | None = None, *, bytes: int | None = None, bops: float | None = None, latency_ms: float | None = None,
-    pipe: Model | None = None, rounds: int = 2, per_round: int = 8, seed: int = 0, progress: Progress = no_progress, **options: Any,
+    correction: str | None = None, pipe: Model | None = None, rounds: int = 2, per_round: int = 8, seed: int = 0,
+    progress: Progress = no_progress, **options: Any,
 ) -> Front:  # fmt: skip
     """Search under a hard budget, measure the candidates, refit, repeat; then the front packed, on fresh seeds, and the winner without and
     with noise correction. Stored in the study.
 
     ``latency_ms`` limits a denoiser call with one sample at the model's own size, on this machine with torch's threads: the search adds up
     measured times of layers, and the winner's whole call is measured. Raises AquabitError for a budget that the space cannot meet (both
-    ends are named) and for a study with too few measurements.
+    ends are named) and for a study with too few measurements. ``correction`` (as "cnc+bc"): candidates are measured and chosen after it, in
+    a study that was measured without (``search_corrected``); a study that was measured with one needs none.
     """
     budget = Budget(bits=3.0 if not any((bits, bytes, bops, latency_ms)) else bits, bytes=bytes, bops=bops, latency_ms=latency_ms)
     with open_session(_source(study, pipe), study, progress=progress, **options) as session:
+        if correction is not None:
+            search_corrected(session, correction, progress)
         return find_in(session, budget, rounds, per_round, seed, progress)
 
 
@@ -123,7 +127,7 @@ def find_in(session: Session, budget: Budget, rounds: int, per_round: int, seed:
 
     def measured() -> list[tuple[QuantConfig, float]]:
         table, configs = study.measurements(session.protocol, failed=True), study.configs()
-        ours = table[table.kind != "reference"]
+        ours = table[(table.kind != "reference") & (table.correction.fillna("") == (space.correction or ""))]
         values = sign * ours[metric].to_numpy(float)
         return [(configs[c], float(v)) for c, v in zip(ours.config, values, strict=True)]
 
@@ -203,10 +207,10 @@ def _front(session: Session, members: list[QuantConfig], winner: QuantConfig, bu
     session.measure([space.full_precision()], "reference", progress, protocols, "full precision, fresh seeds")
     session.measure(every, "fresh", progress, protocols, "the front on fresh seeds", packed=True)
     latency = packed_latencies(session.here, members, progress)
-    fitted = fit_from_study(session.study)
-    rows = []
+    fitted, rows = fit_from_study(session.study), []
+    shift = correction_shift(session, metric, fitted.surrogate.target_)
     for config, call in zip(members, latency, strict=True):
-        predicted = fitted.surrogate.to_units(fitted.surrogate.predict(fitted.encoder.encode([config])))
+        predicted = fitted.surrogate.to_units(fitted.surrogate.predict(fitted.encoder.encode([config])) + shift)
         found = {m: interval(_blocks(session, [config], protocols, m)[config.digest]) for m in _metrics(session)}
         rows.append(FrontMember.of(costs, config, {metric: float(np.ravel(predicted)[0])}, found, call))
     comparison = _comparison(session, winner, baseline, protocols, metric) if baseline else {}
