@@ -234,3 +234,15 @@ def show_calls(rows: Any) -> None:
         kernels = ", ".join(f"{name} {count}" for name, count in r.backends.items())
         table.add_row(r.name, number(r.milliseconds, 2), *ratios, f"{r.resident / 1e6:.2f}", kernels)
     console.print(table)
+
+
+def show_tuned(tuned: Any) -> None:
+    """How a fine-tuning went: loss before and after, share of codes changed, what is to be said of it."""
+    console.print(
+        f"fine-tuned in {tuned.seconds:.0f} s: difference from the teacher {tuned.before:.3g} -> {tuned.after:.3g} on held-out samples, "
+        f"{tuned.changed:.1%} of codes changed",
+        highlight=False,
+        soft_wrap=True,
+    )
+    for note in tuned.notes:
+        console.print(f"[yellow]note:[/] {plain(note)}", highlight=False, soft_wrap=True)

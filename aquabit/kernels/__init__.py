@@ -2,7 +2,13 @@
 
 from aquabit.kernels.codebook import CodebookWeight
 from aquabit.kernels.dispatch import codebook_conv2d, codebook_linear, select
-from aquabit.kernels.fake_quant import fake_quantize, fake_quantize_reference, fake_quantize_static, native_available
+from aquabit.kernels.fake_quant import (
+    fake_quantize,
+    fake_quantize_reference,
+    fake_quantize_static,
+    native_available,
+    straight_through,
+)
 from aquabit.kernels.request import Accuracy, Request
 
 __all__ = [
@@ -16,4 +22,5 @@ __all__ = [
     "fake_quantize_static",
     "native_available",
     "select",
+    "straight_through",
 ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch  # before the extension: one libgomp then serves both
 
@@ -41,7 +41,7 @@ def fake_quantize(x: torch.Tensor, bits: int, per: Per = "token", split: int | N
     ``per="token"``: one range for each row of the last dimension. ``per="sample"``: one for each entry of the first dimension,
     with zero in it; ``split`` makes it two, over channels ``[:split]`` and ``[split:]`` (a U-Net layer fed by a skip).
     A range with a NaN or an infinity becomes NaN; a constant one is returned unchanged (per sample: only all zeros).
-    The result carries no gradient; for a straight-through estimate write ``x + (fake_quantize(x, bits) - x).detach()``.
+    The result carries no gradient; ``straight_through`` does.
     Raises AquabitError for bits below 2 and for a split that leaves a range without channels.
     """
     if bits >= 16:
@@ -75,6 +75,24 @@ def fake_quantize_static(x: torch.Tensor, bits: int, low: float, high: float) ->
         return wide.clamp(low, high).to(x.dtype)
     zero = round(-low / scale)
     return _narrow(wide.mul(1 / scale).round_().clamp_(-zero, levels - zero).mul_(scale), x.dtype)
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, bits: int, per: Per, split: int | None) -> torch.Tensor:
+        return fake_quantize(x, bits, per, split)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        return gradient, None, None, None
+
+
+def straight_through(x: torch.Tensor, bits: int, per: Per = "token", split: int | None = None) -> torch.Tensor:
+    """``fake_quantize`` to the bit, with the gradient of ``x`` itself where one is asked for: a dynamic range cuts nothing off, so that
+    rounding alone is passed over (the straight-through estimator)."""
+    if bits < 16 and x.requires_grad and torch.is_grad_enabled():
+        return _StraightThrough.apply(x, bits, per, split)  # type: ignore[no-untyped-call]
+    return fake_quantize(x, bits, per, split)
 
 
 def fake_quantize_probabilities(p: torch.Tensor, bits: int) -> torch.Tensor:

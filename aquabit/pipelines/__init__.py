@@ -8,6 +8,9 @@ from aquabit.pipelines.adapter import (
     denoiser_of,
     noise_statistics,
     recorder,
+    replay_recorder,
+    sampler,
+    scheduler_named,
     set_scheduler,
     trace,
 )
@@ -26,6 +29,9 @@ __all__ = [
     "load",
     "noise_statistics",
     "recorder",
+    "replay_recorder",
+    "sampler",
+    "scheduler_named",
     "set_scheduler",
     "trace",
 ]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,7 +19,9 @@ from aquabit.graph import trace as trace_denoiser
 from aquabit.quality import DigitsFeatures, Reference, bundled_reference
 from aquabit.quant.calibrate import Call, record_calls
 from aquabit.quant.model import QuantizedDenoiser
-from aquabit.quant.sampling import Watcher, refollow_
+from aquabit.quant.ranges import Sample
+from aquabit.quant.replay import Recording, record_outputs
+from aquabit.quant.sampling import Watcher, following, refollow_
 from aquabit.quant.statistics import Statistics, measure_noise
 from aquabit.scheme import AquabitError, Calibration, Progress, Protocol, QuantConfig, no_progress
 
@@ -58,30 +61,77 @@ def check_scheduler(name: str) -> None:
         raise AquabitError(f"scheduler {name!r} is unknown; known: default, {', '.join(SCHEDULERS)}")
 
 
+def scheduler_named(own: Any, name: str) -> Any:
+    """The sampler of that name with the settings of a pipeline's own ("default": that one itself)."""
+    check_scheduler(name)
+    return own if name == "default" else getattr(diffusers, SCHEDULERS[name]).from_config(own.config)
+
+
 def set_scheduler(pipe: DiffusionPipeline, name: str) -> None:
     """Replace the sampler by name ("default" keeps the pipeline's own)."""
-    check_scheduler(name)
-    if name == "default":
+    found = scheduler_named(pipe.scheduler, name)
+    if found is pipe.scheduler:
         return
-    pipe.scheduler = getattr(diffusers, SCHEDULERS[name]).from_config(pipe.scheduler.config)
+    pipe.scheduler = found
     refollow_(denoiser_of(pipe), pipe.scheduler)
 
 
 def recorder(pipe: DiffusionPipeline) -> Callable[[Calibration], list[Call]]:
     """What records the denoiser's calls while the pipeline makes calibration images, stratified over steps and conditions."""
-    scheduler = pipe.scheduler
+    runs = _runs(pipe)
 
     def record(calibration: Calibration) -> list[Call]:
+        with runs(calibration, CALIBRATION_BATCH) as made:
+            return record_calls(denoiser_of(pipe), made, CALIBRATION_CALLS)
+
+    return record
+
+
+def _runs(pipe: DiffusionPipeline) -> Callable[[Calibration, int], AbstractContextManager[list[Callable[[], object]]]]:
+    """What gives the runs that make a calibration's images in batches of so many, with the pipeline's scheduler of now."""
+    scheduler = pipe.scheduler
+
+    @contextmanager
+    def runs(calibration: Calibration, batch: int) -> Iterator[list[Callable[[], object]]]:
+        protocol, adapter = calibration.protocol(batch), Adapter(pipe)
+        now, pipe.scheduler = pipe.scheduler, scheduler
+        try:
+            set_scheduler(pipe, calibration.scheduler)
+            yield [partial(adapter.images, protocol, part) for part in adapter.batches(protocol)]
+        finally:
+            pipe.scheduler = now
+
+    return runs
+
+
+def replay_recorder(pipe: DiffusionPipeline) -> Callable[[Calibration, int], Recording]:
+    """What records every denoiser call and its output while the pipeline makes images, in batches of so many (for fine-tuning)."""
+    runs = _runs(pipe)
+
+    def record(calibration: Calibration, batch: int) -> Recording:
+        with runs(calibration, batch) as made:
+            # pipelines of classes put the conditional half of a guided call first, those of texts the unconditional one
+            return Recording(record_outputs(denoiser_of(pipe), made), Adapter(pipe).kind != "prompt")
+
+    return record
+
+
+def sampler(pipe: DiffusionPipeline) -> Sample:
+    """What makes calibration images with the pipeline's denoiser as it is, while watchers follow."""
+    scheduler = pipe.scheduler
+
+    def sample(calibration: Calibration, watchers: Sequence[Watcher]) -> None:
         protocol, adapter = calibration.protocol(CALIBRATION_BATCH), Adapter(pipe)
         now, pipe.scheduler = pipe.scheduler, scheduler
         try:
             set_scheduler(pipe, calibration.scheduler)
-            runs = [lambda batch=batch: adapter.images(protocol, batch) for batch in adapter.batches(protocol)]
-            return record_calls(adapter.denoiser, runs, CALIBRATION_CALLS)
+            with following(adapter.denoiser, pipe.scheduler, watchers):
+                for batch in adapter.batches(protocol):
+                    adapter.images(protocol, batch)
         finally:
             pipe.scheduler = now
 
-    return record
+    return sample
 
 
 def noise_statistics(

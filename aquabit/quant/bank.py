@@ -17,6 +17,7 @@ from aquabit.kernels.codebook import CodebookWeight, from_tensors
 from aquabit.scheme import AquabitError, Scheme
 
 FORMAT = 2  # raised when the same key would be fitted otherwise: older fits are made again
+TUNED = "tuned-"  # before the names of files that hold fine-tuned weights
 DEFAULT_LIMIT = 20 * 2**30  # bytes
 
 
@@ -105,15 +106,26 @@ class Bank:
             ) from failure
         self._used.add(path)
 
+    def write_text(self, path: Path, text: str) -> None:
+        """A text file in the bank, whole or not at all; raises AquabitError where it cannot be written."""
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            temporary.write_text(text)
+            temporary.replace(path)
+        except OSError as failure:
+            temporary.unlink(missing_ok=True)
+            raise AquabitError(f"the bank {self.folder} could not be written ({failure}); free some space or choose another") from failure
+
     def trim(self) -> int:
-        """Evict down to the limit, least recently used first; the number of files removed."""
+        """Evict down to the limit, least recently used first, never fine-tuned weights, which cannot be fitted again; the number of files
+        removed."""
         files = sorted((p.stat().st_mtime, p) for p in self.folder.glob("*.safetensors"))
         excess = sum(p.stat().st_size for _, p in files) - self.limit
         removed = 0
         for _, path in files:
             if excess <= 0:
                 break
-            if path not in self._used:
+            if path not in self._used and not path.name.startswith(TUNED):
                 excess -= path.stat().st_size
                 path.unlink(missing_ok=True)
                 removed += 1

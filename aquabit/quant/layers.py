@@ -1,4 +1,7 @@
-"""QuantLinear and QuantConv2d: layers whose weight is dense (decoded) or packed, and whose activations are fake-quantized."""
+"""QuantLinear and QuantConv2d: layers whose weight is dense (decoded) or packed, and whose activations are fake-quantized.
+
+In dense mode gradients pass through: to the weight, and to the input as if it were not rounded.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from aquabit.kernels import Accuracy, codebook_conv2d, codebook_linear, fake_quantize, fake_quantize_static
+from aquabit.kernels import Accuracy, codebook_conv2d, codebook_linear, fake_quantize_static, straight_through
 from aquabit.kernels.arranged import Arranged
 from aquabit.kernels.codebook import CodebookWeight
 from aquabit.kernels.dispatch import device_of, held, moved
@@ -65,7 +68,7 @@ class _QuantLayer(nn.Module):
     def quantized_output(self, y: Tensor) -> Tensor:
         """An output [..., out] as what follows reads it."""
         if self.range_output is None:
-            return fake_quantize(y, self.act_output, "token")
+            return straight_through(y, self.act_output, "token")
         return fake_quantize_static(y, self.act_output, *self.range_output)
 
     @property
@@ -142,7 +145,7 @@ class QuantLinear(_QuantLayer):
 
     def quantized_input(self, x: Tensor, bits: int) -> Tensor:
         """x [..., in] as the layer reads it at ``bits`` (16: x itself)."""
-        return fake_quantize(x, bits, "token") if self.ranges is None else fake_quantize_static(x, bits, *self.ranges[0])
+        return straight_through(x, bits, "token") if self.ranges is None else fake_quantize_static(x, bits, *self.ranges[0])
 
     def forward(self, x: Tensor, *_: object) -> Tensor:
         act = self.act
@@ -171,7 +174,7 @@ class QuantConv2d(_QuantLayer):
     def quantized_input(self, x: Tensor, bits: int) -> Tensor:
         """x [n, cin, h, w] as the layer reads it at ``bits`` (16: x itself)."""
         if self.ranges is None:
-            return fake_quantize(x, bits, "sample", self.split)
+            return straight_through(x, bits, "sample", self.split)
         parts = (x,) if self.split is None else (x[:, : self.split], x[:, self.split :])
         rounded = [fake_quantize_static(part, bits, *ends) for part, ends in zip(parts, self.ranges, strict=True)]
         return rounded[0] if len(rounded) == 1 else torch.cat(rounded, 1)

@@ -18,11 +18,13 @@ from aquabit.kernels import Accuracy
 from aquabit.kernels.codebook import CodebookWeight
 from aquabit.quant.attention import patch_attention_
 from aquabit.quant.bank import Bank, weight_hash
+from aquabit.quant.finetune_store import load_tuned
 from aquabit.quant.fitting import Fitter, Need, Record
 from aquabit.quant.layers import QuantConv2d, QuantLinear, Setting, quant_layer
+from aquabit.quant.ranges import RangeTables, Sample
 from aquabit.quant.sampling import Watcher
 from aquabit.quant.switch import settings_of, share_out_, switches
-from aquabit.scheme import FP, AquabitError, Calibration, Progress, QuantConfig, no_progress
+from aquabit.scheme import FP, AquabitError, Calibration, Progress, QuantConfig, Scheme, no_progress
 
 DECODED_LIMIT = 1 << 28  # bytes of decoded weights that a denoiser keeps
 
@@ -54,12 +56,13 @@ class QuantizedDenoiser:
 
     ``apply`` switches the layers that differ from the last configuration to decoded weights from the bank (dense mode);
     ``pack`` switches to coded ones. Weights that the bank lacks are fitted, which for calibrated schemes takes ``record``, the denoiser
-    calls of a full-precision run. Other tensors are rounded to their 16-bit storage, so that dense and packed agree. Raises AquabitError
-    for layers that the model does not have.
+    calls of a full-precision run, and static ranges take ``sample``, which makes images in it. Other tensors are rounded to their 16-bit
+    storage, so that dense and packed agree. Raises AquabitError for layers that the model does not have.
     """
 
     def __init__(
-        self, denoiser: nn.Module, graph: nx.DiGraph, bank: Bank | None = None, fingerprint: str = "", record: Record | None = None
+        self, denoiser: nn.Module, graph: nx.DiGraph, bank: Bank | None = None, fingerprint: str = "", record: Record | None = None,
+        sample: Sample | None = None,
     ):  # fmt: skip
         self.denoiser = denoiser
         self.partners = codebook_names(graph)
@@ -69,9 +72,11 @@ class QuantizedDenoiser:
         self._stored: dict[str, torch.dtype] = {}
         self._keys: dict[str, str] = {}
         self._held: dict[str, tuple[Any, ...]] = {}  # what each layer's weight was last set to
+        self._tuned: tuple[str, dict[str, CodebookWeight]] | None = None  # the last ones
         self._recent: dict[tuple[Any, ...], Tensor] = {}
         self._recent_bytes = 0
         self._attention = {n: a["attention"] for n, a in graph.nodes(data=True) if a.get("attention")}
+        self._range_tables = None if bank is None else RangeTables(self, bank, fingerprint, self._attention, sample)
         bad = [n for n, p in denoiser.named_parameters() if not bool(torch.isfinite(p).all())]
         if bad:
             raise AquabitError(f"{bad[0]} holds NaN or Inf ({len(bad)} such tensors); the model file is damaged or overflowed its dtype")
@@ -118,9 +123,28 @@ class QuantizedDenoiser:
 
     def _identity(self, name: str, config: QuantConfig) -> tuple[Any, ...]:
         """What a layer's weight depends on: H is of the activations as they are rounded in most steps."""
-        if not config[name].weight.calibrated:
-            return name, config[name].weight
+        scheme = config[name].weight
+        if config.tuned and scheme != FP:
+            return name, scheme, config.tuned
+        if not scheme.calibrated:
+            return name, scheme
         return self._need(name, config), config.calibration or Calibration()
+
+    def coded(self, name: str, config: QuantConfig) -> CodebookWeight:
+        """A layer's coded weight: fine-tuned where the configuration is, else from the bank, fitted first where it is missing there."""
+        return self._fine_tuned(config)[name] if config.tuned else self.fitter.coded(self._need(name, config), config.calibration)
+
+    def _fine_tuned(self, config: QuantConfig) -> dict[str, CodebookWeight]:
+        """The weights that a configuration was tuned to, from the bank; the last ones are kept."""
+        if self._tuned is None or self._tuned[0] != config.digest:
+            shapes = {n: tuple(layer.shape) for n, layer in self.layers.items()}
+            self._tuned = config.digest, load_tuned(self.fitter.bank, config, shapes)
+        return self._tuned[1]
+
+    def hold_(self, name: str, weight: Tensor, scheme: Scheme) -> None:
+        """Give a layer a dense weight from elsewhere, until the next ``apply``."""
+        self.layers[name].set_dense_(weight, scheme)
+        self._held.pop(name, None)
 
     def _decoded(self, name: str, config: QuantConfig) -> Tensor:
         """A decoded weight; the last ones used, up to DECODED_LIMIT bytes, are kept (decoding is 3 % of a small measurement)."""
@@ -128,8 +152,7 @@ class QuantizedDenoiser:
         found = self._recent.pop(key, None)
         if found is None:
             full = self._full[name]
-            coded = self.fitter.coded(self._need(name, config), config.calibration)
-            found = coded.to(full.device).dequantize().to(full.dtype)
+            found = self.coded(name, config).to(full.device).dequantize().to(full.dtype)
             self._recent_bytes += found.nbytes
         self._recent[key] = found  # the newest last
         while self._recent_bytes > DECODED_LIMIT and len(self._recent) > 1:
@@ -138,11 +161,15 @@ class QuantizedDenoiser:
 
     def prepare(self, config: QuantConfig, progress: Progress = no_progress) -> None:
         """Fit what the bank lacks for a configuration, together: calibration runs once for many layers."""
+        if config.tuned:
+            self._fine_tuned(config)  # nothing of it is fitted
+            return
         wanted = [n for n, c in config.layers.items() if c.weight != FP and self._identity(n, config) not in self._recent]
         needs = [self._need(n, config) for n in wanted]
         absent = [need for need in needs if not self.fitter.has(need, config.calibration)]
         if absent:
             self.fitter.fit(absent, config.calibration, progress)
+        self.ranges(config)  # measured in full precision, so before anything is set
 
     def _check(self, config: QuantConfig) -> None:
         unknown = [n for n in config.layers if n not in self.layers]
@@ -154,13 +181,14 @@ class QuantizedDenoiser:
                 known = f"its codebooks are {own!r}" if own else "it has no partner to share codebooks with"
                 known = known if shared else f"{choice.weight} shares none"
                 raise AquabitError(f"layer {name!r} at {choice.weight} names codebooks {choice.codebook!r}; {known}")
-        asked = [what for what, value in {"fine-tuned tensors": config.tuned}.items() if value]
-        if asked:
-            raise AquabitError(f"the configuration asks for {asked[0]}, which this version cannot run; remove it from the configuration")
 
     def ranges(self, config: QuantConfig) -> dict[str, Tensor] | None:
         """The static ranges of a configuration's layers, measured where the bank lacks them; None where ranges are dynamic."""
-        return None
+        if config.ranges == "dynamic":
+            return None
+        if self._range_tables is None:
+            raise AquabitError("static ranges are kept in a bank, and this model was opened without one")
+        return self._range_tables.of(config)
 
     def _settings(self, config: QuantConfig) -> dict[str, list[Setting]]:
         return settings_of(config, self.layers, self._attention, self.ranges(config))
@@ -206,7 +234,7 @@ class QuantizedDenoiser:
         """Packed mode for a while: as ``pack``, but full weights stay, so that ``apply`` leads back to dense mode."""
         self._check(config)
         self.prepare(config)
-        for name, weight in self._coded(config).items():
+        for name, weight in self.coded_weights(config).items():
             self.layers[name].set_packed_(weight, config[name].weight)
             self._held.pop(name, None)
         self._activate(config)
@@ -216,14 +244,14 @@ class QuantizedDenoiser:
                 layer.set_dense_(self._full[name], FP)
                 self._held[name] = self._identity(name, config)
 
-    def _coded(self, config: QuantConfig) -> dict[str, CodebookWeight]:
-        """The coded weights of a configuration; layers that share codebooks get the same tensor."""
+    def coded_weights(self, config: QuantConfig) -> dict[str, CodebookWeight]:
+        """The coded weights of a configuration, on the model's device; layers that share codebooks get the same tensor."""
         tables: dict[tuple[str | None, str], Tensor | None] = {}
         coded: dict[str, CodebookWeight] = {}
         for name, choice in config.layers.items():
             if choice.weight == FP:
                 continue
-            weight = self.fitter.coded(self._need(name, config), config.calibration).to(self._full[name].device)
+            weight = self.coded(name, config).to(self._full[name].device)
             if choice.weight.shared:
                 weight = replace(weight, codebooks=tables.setdefault((choice.codebook, str(choice.weight)), weight.codebooks))
             coded[name] = weight
@@ -236,7 +264,7 @@ class QuantizedDenoiser:
         """
         self._check(config)
         self.prepare(config, progress)
-        coded = self._coded(config)
+        coded = self.coded_weights(config)
         self._activate(config)
         for name, layer in self.layers.items():
             layer.accuracy = accuracy

@@ -74,7 +74,8 @@ class Statistics:
 
     def table(self) -> pd.DataFrame:
         """One row a step and branch: step, timestep, branch, weight (of guidance), k, r2, kurtosis, snr with the ends of their intervals
-        (k_low, k_high, ...), bias (root mean square over channels) and variance (mean over channels) of the residual."""
+        (k_low, k_high, ...), bias (root mean square over channels) and variance (mean over channels) of the residual; their ends are the
+        extremes over all channels' intervals, which is wider than an interval of the mean."""
         return _frame(self)
 
     def combined(self, step: int, with_slope: bool = True) -> np.ndarray:
@@ -232,10 +233,21 @@ def _frame(statistics: Statistics) -> pd.DataFrame:
                 row[name] = getattr(e, name)[step, b]
                 row |= {f"{name}_{end}": getattr(part, name)[step, b] for end, part in (("low", low), ("high", high))}
             for name in ("bias", "variance"):  # per channel in the file, root mean square and mean here
-                values = getattr(e, name)[step, b]
-                row[name] = float(np.sqrt(np.mean(values**2)) if name == "bias" else np.mean(values))
+                values, ends = getattr(e, name)[step, b], [np.asarray(getattr(part, name)[step, b]) for part in (low, high)]
+                if name == "bias":
+                    ends = [np.maximum(np.maximum(ends[0], -ends[1]), 0), np.maximum(-ends[0], ends[1])]  # nearest to and farthest from 0
+                summary = _root_mean_square if name == "bias" else _mean_variance
+                row |= {key: summary(v) for key, v in zip((name, f"{name}_low", f"{name}_high"), (values, *ends), strict=True)}
             rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _root_mean_square(values: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(values**2)))
+
+
+def _mean_variance(values: np.ndarray) -> float:
+    return float(np.maximum(values, 0).mean())
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from aquabit.kernels.dispatch import using
-from aquabit.pipelines import Adapter, denoiser_name, load, noise_statistics, recorder, set_scheduler
+from aquabit.pipelines import Adapter, denoiser_name, load, noise_statistics, recorder, sampler, set_scheduler
 from aquabit.quality import DigitsFeatures, NonFiniteImages, Quality, Reference
 from aquabit.quality.paired import mse, psnr_from_mse, ssim
 from aquabit.quant.bank import Bank
@@ -111,7 +111,7 @@ class Evaluator:
         self.pipe, self.bank, self.fingerprint, self.device = pipe, bank, fingerprint, device
         self.scheduler = pipe.scheduler
         self.adapter = Adapter(pipe)
-        self.quantized = QuantizedDenoiser(self.adapter.denoiser.eval(), graph, bank, fingerprint, recorder(pipe))
+        self.quantized = QuantizedDenoiser(self.adapter.denoiser.eval(), graph, bank, fingerprint, recorder(pipe), sampler(pipe))
         self.extractor: DigitsFeatures | None
         self.reference: Reference | None
         self.extractor, self.reference = self.adapter.reference()

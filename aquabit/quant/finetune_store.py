@@ -1,0 +1,134 @@
+"""Fine-tuned weights in the bank: one file a set, named by the digest of its tensors; records of finished runs; checkpoints of others."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from aquabit.kernels.codebook import CodebookWeight, from_tensors
+from aquabit.quant.bank import TUNED, Bank, weight_hash
+from aquabit.scheme import AquabitError, LayerChoice, QuantConfig
+
+SHARED = "codebooks/"  # before the names of tensors that several layers use
+
+
+def shared_name(choice: LayerChoice) -> str | None:
+    """What the codebooks of a layer are stored under where it shares them."""
+    return f"{SHARED}{choice.codebook}: {choice.weight}" if choice.weight.shared else None
+
+
+def stored_tensors(weights: Mapping[str, CodebookWeight], config: QuantConfig) -> dict[str, Tensor]:
+    """All tensors of coded weights by name, shared codebooks once."""
+    found: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        shared = shared_name(config[name])
+        for part, tensor in weight.tensors().items():
+            key = shared if shared is not None and part == "codebooks" else f"{name}.weight.{part}"
+            found[key] = tensor.detach().cpu().contiguous()
+    return found
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Sixteen hex digits of SHA-256 over names, types, shapes and values, in order of name."""
+    body = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        body.update(f"{name} {weight_hash(tensor)}\n".encode())
+    return body.hexdigest()[:16]
+
+
+def path_of(bank: Bank, tuned: str) -> Path:
+    return bank.folder / f"{TUNED}{tuned}.safetensors"
+
+
+def save_tuned(bank: Bank, weights: Mapping[str, CodebookWeight], config: QuantConfig) -> str:
+    """Store weights that a configuration is tuned to; their digest, which becomes ``QuantConfig.tuned``."""
+    tensors = stored_tensors(weights, config)
+    digest = tensors_digest(tensors)
+    bank.write(path_of(bank, digest), tensors)
+    return digest
+
+
+def load_tuned(bank: Bank, config: QuantConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, CodebookWeight]:
+    """The weights of a tuned configuration; layers that share codebooks hold the same tensor. ``shapes`` are those of the model's weights.
+
+    Raises AquabitError where the bank has no such file, where its tensors are not those that were stored, and where they belong to other
+    schemes or shapes.
+    """
+    path = path_of(bank, str(config.tuned))
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+    except FileNotFoundError as error:
+        raise AquabitError(
+            f"the bank {bank.folder} has no fine-tuned tensors {config.tuned}; name the bank that they were tuned in, or fine-tune again"
+        ) from error
+    except (OSError, SafetensorError) as error:
+        raise AquabitError(f"{path} cannot be read ({error}); it is damaged: fine-tune again") from error
+    found = tensors_digest(tensors)
+    if found != config.tuned:
+        raise AquabitError(f"{path} holds tensors of digest {found}, not those that were tuned; it is damaged: fine-tune again")
+    return weights_from(tensors, config, shapes, path)
+
+
+def weights_from(
+    tensors: Mapping[str, Tensor], config: QuantConfig, shapes: Mapping[str, tuple[int, ...]], path: Path
+) -> dict[str, CodebookWeight]:
+    """What ``stored_tensors`` took apart; ``path`` is where it was read."""
+    return {name: _weight(name, config[name], shapes[name], tensors, path) for name in coded_layers(config)}
+
+
+def coded_layers(config: QuantConfig) -> list[str]:
+    """The layers whose weight is coded."""
+    return [name for name, choice in config.layers.items() if choice.weight.kind != "fp"]
+
+
+def _weight(name: str, choice: LayerChoice, shape: tuple[int, ...], tensors: Mapping[str, Tensor], path: Path) -> CodebookWeight:
+    own = {k: tensors[f"{name}.weight.{k}"] for k in ("codes", "codebooks", "scale", "offset") if f"{name}.weight.{k}" in tensors}
+    shared = shared_name(choice)
+    if shared is not None and shared in tensors:
+        own["codebooks"] = tensors[shared]
+    scheme, area = choice.weight, prod(shape[2:])
+    slices = scheme.kind == "aq" and scheme.group is None and area > 1
+    tables = own.get("codebooks")
+    size = scheme.group_size(area) if scheme.kind == "aq" else 1
+    wanted = None if scheme.kind == "usq" else (shape[0] if scheme.per_channel else 1, scheme.codebooks, 1 << scheme.bits, size)
+    if (None if tables is None else tuple(tables.shape)) != wanted:
+        held = "none" if tables is None else list(tables.shape)
+        raise AquabitError(f"{path}: the codebooks of layer {name!r} are {held}; {choice.weight} needs {wanted and list(wanted)}")
+    try:
+        return from_tensors(own, shape, scheme.bits, "kernel" if slices else "inputs")
+    except AquabitError as error:
+        raise AquabitError(f"{path}: the tensors of layer {name!r} do not fit {choice.weight}: {error}") from error
+
+
+def read_record(bank: Bank, key: str) -> dict[str, Any] | None:
+    """What a finished run wrote; None where there is none whose tensors are still there."""
+    try:
+        value = json.loads((bank.folder / f"finetuned-{key}.json").read_text())
+        return value if isinstance(value, dict) and path_of(bank, value["tuned"]).exists() else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def write_record(bank: Bank, key: str, value: Mapping[str, Any]) -> None:
+    bank.write_text(bank.folder / f"finetuned-{key}.json", json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def checkpoint_path(bank: Bank, key: str) -> Path:
+    return bank.folder / f"tuning-{key}.safetensors"
+
+
+def read_checkpoint(bank: Bank, key: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """Tensors and facts of an interrupted run; None where there is none, or it is not readable."""
+    try:
+        with safe_open(checkpoint_path(bank, key), "pt") as file:
+            return {k: file.get_tensor(k) for k in file.keys()}, json.loads(file.metadata()["aquabit"])  # noqa: SIM118
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        return None
