@@ -204,7 +204,7 @@ def guidance_weights(branches: Sequence[Tensor], combined: Tensor) -> tuple[tupl
 
 
 def doubled(outputs: Sequence[Tensor], combined: Tensor, sample: Tensor) -> bool:
-    """Whether a pipeline steps every image twice (DiTPipeline): both halves of its batch are one image, each output a branch of guidance."""
+    """Whether a pipeline steps every image twice (DiTPipeline): both halves of its batch are one image, their outputs two branches."""
     half = len(sample) // 2
     if len(sample) % 2 or sum(map(len, outputs)) != len(sample):
         return False
