@@ -243,6 +243,16 @@ def test_bad_input_is_one_sentence(folder) -> None:
         assert re.search(expected, said), (words, said)
 
 
+def test_correction_is_an_option_of_what_measures(folder) -> None:
+    few = ["--images", "4", "--steps", "2", "--workers", "1", "--samples", "1", "--space", "space.json"]
+    run(folder, "measure", "pipe", "--study", "corrected.db", "--correction", "bc+cnc", *few)
+    assert json.loads(run(folder, "status", "corrected.db", "--json", "-"))["correction"] == "cnc+bc"
+    assert "begun with --correction cnc+bc, not none" in fails(folder, "measure", "pipe", "--study", "corrected.db", *few)
+    assert "correction 'dnc' is unknown" in fails(folder, "measure", "pipe", "--study", "dnc.db", "--correction", "dnc", *few)
+    assert "DDIM with eta 0 adds none" in fails(folder, "run", "pipe", "--out", "vsc", "--correction", "vsc")
+    assert "measured with --correction cnc+bc; search with that" in fails(folder, "search", "corrected.db", "--correction", "cnc")
+
+
 def test_too_few_measurements_say_how_many(folder) -> None:
     run(folder, "measure", "pipe", "--study", "few.db", "--samples", "3", "--space", "space.json", *SMALL)
     assert "at least 20" in fails(folder, "explain", "few.db")
