@@ -229,7 +229,7 @@ def test_bad_input_is_one_sentence(folder) -> None:
         "--reference is not available yet": ["measure", "pipe", "--reference", ".", *study],
         "design 'sobol'": ["measure", "pipe", "--design", "sobol", *study],
         "shard '3/2'": ["measure", "pipe", "--shard", "3/2", *study],
-        "correction 'cnc+no' is unknown": ["quantize", "pipe", "whole/config.json", "--out", "x", "--correction", "cnc+no"],
+        r"correction 'cnc\+no' is unknown": ["quantize", "pipe", "whole/config.json", "--out", "x", "--correction", "cnc+no"],
         "is for model": ["quantize", "digits-unet", "whole/config.json", "--out", "x"],
         "scheme 'usq99' is out of range": ["bench", "--formats", "usq99"],
         "must be OUTxIN@TOKENS": ["bench", "--shapes", "wide"],
