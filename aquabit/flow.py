@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -16,11 +18,11 @@ from aquabit.kernels import Accuracy
 from aquabit.pipelines import Adapter, denoiser_name, load, noise_statistics, recorder, replay_recorder, sampler, set_scheduler, trace
 from aquabit.quant.artifact import config_of, save_packed_denoiser
 from aquabit.quant.bank import Bank
-from aquabit.quant.correct import corrected_, statistics_of
+from aquabit.quant.correct import check_correction, corrected_, statistics_of
 from aquabit.quant.finetune import FineTuning, Tuned
 from aquabit.quant.finetune import finetune as tune
 from aquabit.quant.model import QuantizedDenoiser, fingerprint
-from aquabit.quant.sampling import follow_, unfollowed
+from aquabit.quant.sampling import follow_, unfollowed, watchers_of
 from aquabit.quant.statistics import FILE, Statistics
 from aquabit.quant.tuning import MEMORY, Placement, layers_of, place_
 from aquabit.reports import report as write_report
@@ -273,8 +275,6 @@ def quantize(
     names, else cnc+bc; or a text as "cnc+bc+vsc") corrects the noise of quantization, whose statistics are measured as
     ``config.calibration`` samples; the pipeline then keeps that sampler. Raises AquabitError for a configuration of another model.
     """
-    import copy
-
     source = load(pipe, device)
     name = denoiser_name(source)
     own = fingerprint(getattr(source, name))
@@ -282,7 +282,8 @@ def quantize(
         raise AquabitError(f"the configuration is for model {config.fingerprint} ({config.model}), this is model {own}")
     graph = trace(source)
     if isinstance(pipe, DiffusionPipeline):
-        kept = {**source.components, name: copy.deepcopy(getattr(source, name))}
+        copied = {part: copy.deepcopy(getattr(source, part)) for part in (name, "scheduler")}  # what is followed is not the caller's
+        kept = {**source.components, **copied}
         source = type(source)(**kept, **{k: v for k, v in source.config.items() if k in ("classes", "real_images")})
         source.set_progress_bar_config(disable=True)
     model = QuantizedDenoiser(getattr(source, name).eval(), graph, Bank(bank), own, recorder(source), sampler(source))
@@ -301,6 +302,7 @@ def quantize(
         if config.correction:
             calibration = config.calibration or Calibration()
             set_scheduler(source, calibration.scheduler)
+            check_correction(source.scheduler, config.correction, calibration.eta)
             statistics = noise_statistics(source, model, config, replace(calibration, scheduler="default"), progress=progress)
         model.pack(config, accuracy, progress)
     follow_(model.denoiser, source.scheduler, model.watchers(config))
@@ -334,8 +336,6 @@ def generate(
         guidance=usual.guidance if guidance is None else guidance, conditions=tuple(conditions) if conditions else None,
         micro_batch=min(images, 64),
     )  # fmt: skip
-    if correction is not None:
-        _switch_correction(adapter, correction)
     layers = layers_of(adapter.denoiser)
     if any(layer.held is not None for layer in layers.values()):
         call = adapter.first_call(protocol)  # this is sampling, and follows the scheduler; the timed calls are not
@@ -343,18 +343,24 @@ def generate(
             placed = place_(layers, call, memory, progress)
         if told is not None:
             told(placed)
-    return torch.cat([adapter.images(protocol, b) for b in adapter.batches(protocol)])
+    with _switched_correction(adapter, correction):
+        return torch.cat([adapter.images(protocol, b) for b in adapter.batches(protocol)])
 
 
-def _switch_correction(adapter: Adapter, correction: str) -> None:
-    """Correct otherwise than the artifact says; raises AquabitError where it holds no statistics."""
-    statistics = statistics_of(adapter.denoiser)
-    if statistics is not None:
-        corrected_(adapter.denoiser, adapter.pipe.scheduler, statistics, correction)
-    elif parse_correction(correction):
-        raise AquabitError(
-            f"correction {correction!r} needs noise statistics, which this model has none of; run `aquabit quantize --correct`"
-        )
+@contextmanager
+def _switched_correction(adapter: Adapter, correction: str | None) -> Iterator[None]:
+    """Correct otherwise than the artifact says (None: as it says) for a while; raises AquabitError where it holds no statistics."""
+    statistics, before = statistics_of(adapter.denoiser), watchers_of(adapter.denoiser)
+    if statistics is None and parse_correction(correction):
+        raise AquabitError(f"correction {correction!r} needs noise statistics, which this model lacks; run `aquabit quantize --correct`")
+    if statistics is None or correction is None:
+        yield
+        return
+    corrected_(adapter.denoiser, adapter.pipe.scheduler, statistics, correction)
+    try:
+        yield
+    finally:
+        follow_(adapter.denoiser, adapter.pipe.scheduler, before)
 
 
 def write_json(path: Path, value: Any) -> None:

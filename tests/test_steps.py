@@ -439,9 +439,10 @@ def test_switching_costs_nothing_noticeable(tmp_path, dit) -> None:
 # ---- the command line ------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_step_groups_on_the_command_line(tmp_path) -> None:
     tiny_pipeline("dit").save_pretrained(tmp_path / "pipe")
-    (tmp_path / "space.json").write_text('{"schemes": ["usq2", "usq4"], "activations": [8, 4]}')
+    (tmp_path / "space.json").write_text('{"schemes": ["usq2", "usq3", "usq4", "usq8"], "activations": [8, 4]}')
     words = ("measure", "pipe", "--study", "s.db", "--images", "4", "--steps", "2", "--workers", "1", "--space", "space.json")
     assert "0 and separated by commas, as in 0,5" in fails(tmp_path, *words, "--samples", "2", "--step-groups", "0;1").replace("\n", " ")
     assert "rising starts from 0" in fails(tmp_path, *words, "--samples", "2", "--step-groups", "0,5")

@@ -144,7 +144,9 @@ def fit_from_study(
     graph = from_json(study.need("graph", "run `aquabit measure` first"))
     space = SearchSpace.from_dict(study.need("space", "run `aquabit measure` first"))
     encoder, cost = Encoder(space, graph, study.errors(), study.probes()), CostModel(graph, space)
-    known = study.configs()
+    known, schemes = study.configs(), set(space.schemes)  # uniform references may have schemes that no layer of the space may take
+    inside = [all(choice.weight in schemes for choice in known[c].layers.values()) for c in table.config]
+    table = table[inside].reset_index(drop=True)
     weights, acts = space.indices([known[c] for c in table.config])
     y, bits = table[objective].to_numpy(float), cost.totals(weights, acts)["bits"]
     model = Surrogate(seed=seed, direction=oriented, log=Target.of(y, oriented).log)
