@@ -337,13 +337,13 @@ def generate(
         micro_batch=min(images, 64),
     )  # fmt: skip
     layers = layers_of(adapter.denoiser)
-    if any(layer.held is not None for layer in layers.values()):
-        call = adapter.first_call(protocol)  # this is sampling, and follows the scheduler; the timed calls are not
-        with unfollowed(adapter.denoiser):
-            placed = place_(layers, call, memory, progress)
-        if told is not None:
-            told(placed)
     with _switched_correction(adapter, correction):
+        if any(layer.held is not None for layer in layers.values()):
+            call = adapter.first_call(protocol)  # this samples, and follows the scheduler; the timed calls do not
+            with unfollowed(adapter.denoiser):
+                placed = place_(layers, call, memory, progress)
+            if told is not None:
+                told(placed)
         return torch.cat([adapter.images(protocol, b) for b in adapter.batches(protocol)])
 
 
