@@ -339,7 +339,7 @@ def generate(
     layers = layers_of(adapter.denoiser)
     with _switched_correction(adapter, correction):
         if any(layer.held is not None for layer in layers.values()):
-            call = adapter.first_call(protocol)  # this is sampling, and follows the scheduler; the timed calls are not
+            call = adapter.first_call(protocol)  # this samples, and follows the scheduler; the timed calls do not
             with unfollowed(adapter.denoiser):
                 placed = place_(layers, call, memory, progress)
             if told is not None:
