@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from aquabit.pipelines import trace
+from aquabit import flow
+from aquabit.pipelines import ClassConditionalPipeline, trace
 from aquabit.quant import correct
-from aquabit.scheme import AquabitError, Calibration, Protocol
-from aquabit.sensitivity.measure import measure, open_session
+from aquabit.scheme import AquabitError, Calibration, Protocol, QuantConfig
+from aquabit.sensitivity.correction import correction_shift, noise_facts
+from aquabit.sensitivity.estimators import Target
+from aquabit.sensitivity.measure import measure, open_session, uniform_references
 from aquabit.sensitivity.surrogate import training_table
 from aquabit.space import SearchSpace, make_space, read_space
 from aquabit.study import Study
+from tests.conftest import tiny_pipeline
 
 PROTOCOL = Protocol(images=6, steps=2, micro_batch=6)
 SPACE = {"schemes": ["usq2", "usq4", "usq8", "vq2"], "correction": "cnc+bc"}
@@ -99,3 +105,106 @@ def test_corrected_and_uncorrected_measurements_share_no_training_table(tmp_path
         session.measure([replace(c, correction="cnc+bc") for c in configs[:3]], "candidate")
     learned = training_table(study, "fid")
     assert len(learned) == len({c.digest for c in configs}) and learned.correction.isna().all() and np.isfinite(learned.fid).all()
+
+
+# ---- what a search stores --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory) -> tuple[ClassConditionalPipeline, Path]:
+    """A pipeline, and a folder with its bank and s.db: 24 configurations measured without correction."""
+    folder, pipe = tmp_path_factory.mktemp("begun"), tiny_pipeline("dit")
+    measure(
+        pipe, Study(folder / "s.db"), 24, protocol=PROTOCOL, space={"schemes": ["usq2", "usq3", "usq4", "usq8"]}, bank=str(folder / "bank")
+    )
+    return pipe, folder
+
+
+def copied(begun: tuple[ClassConditionalPipeline, Path], path: Path) -> Study:
+    return Study(shutil.copy(begun[1] / "s.db", path / "s.db"))
+
+
+@pytest.mark.parametrize("own", [None, "cnc"])
+def test_noise_facts_hold_the_statistics_and_measure_the_counterpart(begun, tmp_path, own) -> None:
+    pipe, folder = begun
+    study = copied(begun, tmp_path)
+    blocks = [PROTOCOL.block(i) for i in (11, 12)]
+    with open_session(pipe, study, bank=str(folder / "bank")) as session:
+        config = replace(session.space.uniform("usq2"), correction=own, calibration=Calibration.of(PROTOCOL))
+        session.measure([config], "fresh", protocols=blocks, packed=True)
+        facts = noise_facts(session, config, blocks)
+        statistics = session.here.noise(config, Calibration.of(PROTOCOL))
+        assert noise_facts(session, session.space.full_precision(), blocks) == {}
+    other = replace(config, correction=None if own else "cnc+bc")
+    assert (facts["without"], facts["with"]) == ((other.digest, config.digest) if own else (config.digest, other.digest))
+    assert facts["correction"] == (own or "cnc+bc") and facts["images"] == 64 and "reason" not in facts
+    rows = study.measurements()
+    made = rows[rows.kind == "correction"]
+    assert set(made.config) == {other.digest} and list(made.protocol) == facts["protocols"] == [b.digest for b in blocks]
+    assert {(c, blocks[0].digest) for c in (config.digest, other.digest)} <= set(study.thumbnails()), "images both ways"
+    table, estimate = facts["rows"], statistics.estimate
+    assert [r["step"] for r in table] == [0, 1] and {r["branch"] for r in table} == {0}
+    for row in table:
+        step = row["step"]
+        assert row["k"] == estimate.k[step, 0] and row["snr"] == estimate.snr[step, 0]
+        assert row["bias"] == pytest.approx(abs(estimate.bias[step, 0, 0])), "one channel"
+        assert row["variance"] == pytest.approx(estimate.variance[step, 0, 0])
+        low, high = statistics.low.bias[step, 0, 0], statistics.high.bias[step, 0, 0]
+        assert row["bias_high"] == pytest.approx(max(abs(low), abs(high)))
+        assert row["bias_low"] == pytest.approx(0 if low <= 0 <= high else min(abs(low), abs(high)))
+        assert all(row[f"{m}_low"] <= row[m] <= row[f"{m}_high"] for m in ("k", "bias", "variance", "snr"))
+
+
+def test_noise_that_cannot_be_corrected_leaves_its_statistics_and_the_reason(begun, tmp_path, monkeypatch) -> None:
+    pipe, folder = begun
+    study = copied(begun, tmp_path)
+    monkeypatch.setattr(correct, "LEAST", 100.0)
+    with open_session(pipe, study, bank=str(folder / "bank")) as session:
+        facts = noise_facts(session, session.space.uniform("usq2"), [PROTOCOL.block(11)])
+    assert "cnc would divide" in facts["reason"] and len(facts["rows"]) == 2 and facts["protocols"] == []
+    assert "correction" not in set(study.measurements(failed=True).kind)
+
+
+def test_a_search_with_correction_in_a_study_without(begun, tmp_path) -> None:
+    pipe, folder = begun
+    study = copied(begun, tmp_path)
+    before = training_table(study, "fid")
+    options = {"pipe": pipe, "bank": str(folder / "bank"), "rounds": 1, "per_round": 3}
+    front = flow.find(study, 4.5, correction="cnc+bc", **options)
+    stored = [QuantConfig.from_dict(m["config"]) for m in study.get("front")["members"]]
+    assert {m.config.correction for m in front.members} == {c.correction for c in stored} == {"cnc+bc"}
+    after = training_table(study, "fid")
+    assert after.config.tolist() == before.config.tolist() and after.fid.tolist() == before.fid.tolist(), (
+        "the surrogate learns from uncorrected measurements alone"
+    )
+    candidates = study.measurements(kind="candidate")
+    assert set(candidates.correction) == {"cnc+bc"} and len(candidates) >= 3 + 4
+    assert study.get("noise")["with"] == front.winner and "correction" not in study.get("space")
+    with open_session(pipe, study, bank=str(folder / "bank")) as session:
+        target = Target(1.0, True)
+        assert correction_shift(session, "fid", target) == 0.0, "this session corrects as its study does"
+        session.space = replace(session.space, correction="cnc+bc", calibration=Calibration.of(PROTOCOL))
+        values = study.measurements(study.protocol).set_index("config").fid
+        pairs = [np.log(values[c.digest] / values[replace(c, correction=None).digest]) for c in uniform_references(session.space)]
+        assert correction_shift(session, "fid", target) == pytest.approx(np.mean(pairs)) and len(pairs) == 4
+
+
+def test_a_search_may_not_change_a_study_s_own_correction(begun, tmp_path) -> None:
+    pipe, folder = begun
+    study = Study(tmp_path / "c.db")
+    measure(pipe, study, 1, protocol=PROTOCOL, space={"schemes": ["usq3", "usq4"], "correction": "cnc"}, bank=str(folder / "bank"))
+    for other in ("cnc+bc", "none"):
+        with pytest.raises(AquabitError, match=r"c\.db was measured with --correction cnc; search with that, or without --correction"):
+            flow.find(study, 4.5, correction=other, pipe=pipe, bank=str(folder / "bank"))
+    with pytest.raises(AquabitError, match="DDIM with eta 0 adds none"):
+        flow.find(copied(begun, tmp_path), 4.5, correction="vsc", pipe=pipe, bank=str(folder / "bank"))
+
+
+def test_images_of_a_corrected_artifact(begun, tmp_path) -> None:
+    """The denoiser's first call, by which kernels are chosen, is no step of sampling that a correction counts."""
+    pipe, folder = begun
+    space = make_space(trace(pipe), flow.fingerprint(pipe.denoiser), correction="cnc+bc", calibration=Calibration(steps=2))
+    config = space.uniform("usq3")
+    flow.quantize(pipe, config, bank=str(folder / "bank")).save(tmp_path / "packed")
+    corrected, plain = (flow.generate(str(tmp_path / "packed"), 4, correction=c) for c in (None, "none"))
+    assert corrected.isfinite().all() and not corrected.equal(plain)

@@ -31,7 +31,7 @@ from aquabit.scheme import AquabitError, Calibration, LayerChoice, Protocol, Qua
 from aquabit.sensitivity.evaluator import Evaluator
 from tests.conftest import tiny_pipeline
 
-SETTINGS = FineTuning(steps=30, batch=4, images=16, check_every=10, warmup=3, code_rate=0.05, codebook_rate=2e-3, scale_rate=2e-3)
+SETTINGS = FineTuning(steps=30, batch=4, images=16, check_every=10, warmup=3, code_rate=0.02)
 SAMPLED = Calibration(images=4, steps=4)
 
 
@@ -59,8 +59,8 @@ def test_loss_falls_and_is_that_of_the_stored_weights(kind: str, scheme: str, tm
     pipe = tiny_pipeline(kind)
     config, model = config_for(pipe, scheme), opened(pipe, tmp_path)
     tuned = finetune(model, config, replay_recorder(pipe), SETTINGS)
-    assert tuned.after < 0.995 * tuned.before and not tuned.notes
-    assert [row["step"] for row in tuned.history] == [10, 20, 30] and 0 < tuned.changed < 1
+    assert tuned.after < 0.98 * tuned.before and not tuned.notes
+    assert [row["step"] for row in tuned.history] == [10, 20, 30] and tuned.changed < 1
     assert min(row["validation"] for row in tuned.history) == tuned.after
     found = []
     for own in (config, tuned.config):  # the same loss by the ordinary way of running a configuration

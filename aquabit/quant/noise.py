@@ -24,7 +24,7 @@ CROSS = ((1, 0, 1, 0), (1, 0, 0, 1), (0, 1, 1, 0), (0, 1, 0, 1))  # powers of ep
 
 
 class Uncorrectable(AquabitError):
-    """The noise that a configuration adds cannot be measured or corrected: a property of the configuration, not a mistake in a request."""
+    """A configuration's noise has no correction: its outputs are not finite, or cnc would divide by nearly nothing."""
 
 
 def channels_last(x: Tensor) -> Tensor:

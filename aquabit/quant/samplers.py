@@ -209,12 +209,14 @@ def refuses(scheduler: Any, corrections: tuple[str, ...]) -> str | None:
 
 
 def refuses_eta(scheduler: Any, corrections: tuple[str, ...], eta: float) -> str | None:
-    """Why a sampler cannot be corrected so when it is run with ``eta``, or None."""
-    if "vsc" in corrections and type(scheduler).__name__ == "DDIMScheduler" and not eta:
+    """Why DDIM with ``eta`` cannot be corrected so, or None; other samplers have no eta."""
+    if type(scheduler).__name__ != "DDIMScheduler":
+        return None
+    if "vsc" in corrections and not eta:
         return "vsc takes variance from the noise that a sampler adds, and DDIM with eta 0 adds none; use cnc+bc or match"
-    deterministic = next((c for c in corrections if c in ("match", "qdrift")), None)
-    if deterministic and eta:
-        return f"{deterministic} is defined for a deterministic sampler, but eta is {eta:g}; use eta 0, or vsc"
+    residual = [c for c in corrections if c in ("match", "qdrift")]
+    if residual and eta:
+        return f"{residual[0]} is defined for a deterministic sampler, but eta is {eta:g}; use eta 0, or vsc"
     return None
 
 

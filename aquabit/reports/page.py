@@ -188,10 +188,11 @@ def images(facts: Facts, folder: Path) -> list[Images]:
     wanted += [
         (f"uniform {names.get(c) or ((facts.front.get('comparison') or {}).get('uniform') or {}).get('scheme', '')}", c) for c in chosen
     ]
-    wanted += _found(facts)
+    found = _found(facts)
+    wanted += found
     protocols = dict.fromkeys(([facts.protocol.digest] if facts.protocol else []) + [p for _, p in facts.thumbnails])
     have = {p: [(t, c) for t, c in wanted if (c, p) in facts.thumbnails] for p in protocols}
-    protocol = max(have, key=lambda p: len(have[p]), default="")
+    protocol = max(have, key=lambda p: (len([w for w in have[p] if w in found]), len(have[p])), default="")
     shown = []
     for title, config in have.get(protocol, []):
         shown += _grid(facts, title, config, protocol, folder)

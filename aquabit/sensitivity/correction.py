@@ -7,10 +7,15 @@ from dataclasses import replace
 from math import isfinite
 from typing import Any
 
+import numpy as np
+
+from aquabit.cost import CostModel
 from aquabit.quant.correct import Corrector
-from aquabit.scheme import AquabitError, Calibration, Progress, Protocol, QuantConfig, no_progress
+from aquabit.scheme import AquabitError, Calibration, Progress, Protocol, QuantConfig, no_progress, parse_correction
+from aquabit.sensitivity.estimators import Target
 from aquabit.sensitivity.evaluator import single_thread
-from aquabit.sensitivity.measure import Session, check_correction
+from aquabit.sensitivity.measure import Session, check_correction, uniform_references
+from aquabit.sensitivity.surrogate import training_table
 
 DEFAULT_CORRECTION = "cnc+bc"  # defined for every sampler
 KIND = "correction"  # of the measurements that are made only to be set beside the chosen configuration's own
@@ -51,6 +56,43 @@ def noise_facts(session: Session, config: QuantConfig, protocols: Sequence[Proto
     progress("quantization noise of the winner", 1, 1)
     session.measure([c for c in pair if c.digest != config.digest], KIND, progress, protocols, "without and with correction", packed=True)
     return {**facts, "protocols": [p.digest for p in protocols]}
+
+
+def search_corrected(session: Session, correction: str, progress: Progress = no_progress) -> None:
+    """From now on every configuration that the session makes is corrected, in a study that was measured without: a search that follows
+    measures its candidates, and chooses among them, after correction.
+
+    The study's surrogate still learns from what was measured without correction alone (``training_table``), never from both: it orders the
+    candidates, and ``correction_shift`` moves what it predicts. The uniform references are measured after correction here, which makes the
+    pairs that the shift is read from. Nothing changes where the study was measured with this correction. Raises AquabitError where it was
+    measured with another one, and where the sampler cannot be corrected so.
+    """
+    wanted, own = "+".join(parse_correction(correction)), session.space.correction or ""
+    if wanted == own:
+        return
+    if own:
+        raise AquabitError(f"{session.study.path} was measured with --correction {own}; search with that, or without --correction")
+    training_table(session.study, session.protocol.objective)  # too few measurements are said before anything is measured
+    check_correction(session.model, session.protocol, wanted)
+    calibration = session.space.calibration or Calibration.of(session.protocol)
+    session.space = replace(session.space, correction=wanted, calibration=calibration)
+    session.costs = CostModel(session.model.graph, session.space)
+    session.measure(uniform_references(session.space), "candidate", progress, what="uniform references, corrected")
+
+
+def correction_shift(session: Session, objective: str, target: Target) -> float:
+    """What correction adds on average to the oriented target of the uniform references, each measured without and with it under the study's
+    protocol; 0 where the session corrects as its study does, and where no reference was measured both ways."""
+    if session.space.correction == session.study.need("space", "run `aquabit measure` first").get("correction"):
+        return 0.0
+    table = session.study.measurements(session.protocol)
+    value = dict(zip(table.config, table[objective].astype(float), strict=True))
+    pairs = [(c.digest, replace(c, correction=None).digest) for c in uniform_references(session.space)]
+    known = np.array([(value[a], value[b]) for a, b in pairs if a in value and b in value]).reshape(-1, 2)
+    with np.errstate(all="ignore"):
+        changes = target(known[:, 0]) - target(known[:, 1])
+    finite = changes[np.isfinite(changes)]
+    return float(finite.mean()) if len(finite) else 0.0
 
 
 def _defined(value: Any) -> Any:

@@ -28,7 +28,7 @@ from aquabit.pipelines import Adapter, denoiser_name, load, noise_statistics, re
 from aquabit.quality import DigitsFeatures, NonFiniteImages, Quality, Reference
 from aquabit.quality.paired import mse, psnr_from_mse, ssim
 from aquabit.quant.bank import Bank
-from aquabit.quant.correct import Corrector
+from aquabit.quant.correct import Corrector, check_correction
 from aquabit.quant.model import QuantizedDenoiser
 from aquabit.quant.noise import Uncorrectable
 from aquabit.quant.sampling import Watcher, following
@@ -185,6 +185,9 @@ class Evaluator:
         """What takes part in sampling with a configuration."""
         if not config.correction or not config.layers:
             return []
+        self.pipe.scheduler = self.scheduler
+        set_scheduler(self.pipe, protocol.scheduler)
+        check_correction(self.pipe.scheduler, config.correction, protocol.eta)
         return [Corrector(self.noise(config, Calibration.of(protocol)), config.correction)]
 
     def noise(self, config: QuantConfig, calibration: Calibration) -> Statistics:
