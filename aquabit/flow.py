@@ -331,6 +331,7 @@ def generate(
     adapter = Adapter(load(pipe, device))
     config = config_of(adapter.denoiser)
     usual = (None if config is None else config.calibration) or Calibration()
+    usual = usual if config is None or config.total_steps is None else replace(usual, steps=config.total_steps)
     protocol = Protocol(
         images=images, steps=usual.steps if steps is None else steps, seed=seed, eta=usual.eta if eta is None else eta,
         guidance=usual.guidance if guidance is None else guidance, conditions=tuple(conditions) if conditions else None,
