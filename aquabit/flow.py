@@ -17,7 +17,7 @@ from aquabit.pipelines import Adapter, denoiser_name, load, noise_statistics, re
 from aquabit.quant.artifact import config_of, save_packed_denoiser
 from aquabit.quant.bank import Bank
 from aquabit.quant.correct import corrected_, statistics_of
-from aquabit.quant.finetune import FineTuning, Tuned
+from aquabit.quant.finetune import FineTuning, Tuned, check_tunable
 from aquabit.quant.finetune import finetune as tune
 from aquabit.quant.model import QuantizedDenoiser, fingerprint
 from aquabit.quant.sampling import follow_, unfollowed
@@ -281,6 +281,7 @@ def quantize(
         source.set_progress_bar_config(disable=True)
     model = QuantizedDenoiser(getattr(source, name).eval(), graph, Bank(bank), own, recorder(source))
     if finetune:
+        check_tunable(model, config)  # before anything is fitted
         with single_thread(device):
             model.prepare(config, progress)
         settings = finetune if isinstance(finetune, FineTuning) else FineTuning()
