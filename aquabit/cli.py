@@ -50,7 +50,8 @@ Guidance = Annotated[float, typer.Option("--guidance", help="Classifier-free gui
 SpaceFile = Annotated[
     Path | None,
     typer.Option(
-        "--space", help="JSON: schemes, levels (code bits of additive formats), formats, activations, pinned, excluded, step_groups."
+        "--space",
+        help="JSON: schemes, levels (code bits of additive formats), formats, activations, pinned, excluded, correction, step_groups.",
     ),
 ]
 Objective = Annotated[
@@ -58,6 +59,13 @@ Objective = Annotated[
 ]
 BankOption = Annotated[
     Path | None, typer.Option("--bank", help="Folder of fitted weights; default: AQUABIT_BANK, or ~/.cache/aquabit/bank.")
+]
+CorrectionOption = Annotated[
+    str | None,
+    typer.Option(
+        "--correction",
+        help="Measure every configuration after this correction of its noise, as cnc+bc; twice the time. Default: none, or as the study was begun.",
+    ),
 ]
 StepGroupsOption = Annotated[
     str | None,
@@ -105,11 +113,13 @@ def _prompts(path: Path | None) -> tuple[str, ...] | None:
     return kept
 
 
-def _space(path: Path | None, step_groups: str | None, steps: int) -> dict[str, Any] | None:
+def _space(path: Path | None, correction: str | None, step_groups: str | None, steps: int) -> dict[str, Any] | None:
     """The options of the search space; None where there are none, which continues a study's own."""
     from aquabit.space import read_space
 
     options = read_space(path) if path else {}
+    if correction is not None:
+        options["correction"] = correction
     if step_groups is None:
         return options or None
     starts = [part.strip() for part in step_groups.split(",")]
@@ -126,7 +136,7 @@ def run(
     images: Images = 128, steps: Steps = 10, scheduler: SchedulerOption = "default", eta: Eta = 0.0, seed: Seed = 0, workers: Workers = None,
     device: Device = "cpu", dtype: Dtype = "float32", prompts: Prompts = None, guidance: Guidance = 1.0, space: SpaceFile = None,
     objective: Objective = "fid", bank: BankOption = None, reference: Reference = None, preset: Preset = None, metric: MetricOption = None,
-    step_groups: StepGroupsOption = None, json_: Json = None,
+    correction: CorrectionOption = None, step_groups: StepGroupsOption = None, json_: Json = None,
 ) -> None:  # fmt: skip
     """The whole flow: measure, explain, check, search, pack, report."""
     _later(reference=reference, preset=preset, metric=metric)
@@ -137,7 +147,8 @@ def run(
     protocol = Protocol(images, steps, seed, scheduler, eta, guidance, conditions=_prompts(prompts), objective=objective, dtype=dtype)
     with bars() as progress:
         front = flow.run(
-            model, out, bits, samples, flips, protocol=protocol, space=_space(space, step_groups, steps), workers=_workers(workers, device),
+            model, out, bits, samples, flips, protocol=protocol, space=_space(space, correction, step_groups, steps),
+            workers=_workers(workers, device),
             device=device, dtype=dtype, bank=str(bank) if bank else None, sample_seed=seed, progress=progress,
         )  # fmt: skip
     if not emit(front.to_list(), json_):
@@ -194,7 +205,7 @@ def measure(
     samples: Samples = 120, images: Images = 128, steps: Steps = 10, scheduler: SchedulerOption = "default", eta: Eta = 0.0, seed: Seed = 0,
     workers: Workers = None, device: Device = "cpu", dtype: Dtype = "float32", prompts: Prompts = None, guidance: Guidance = 1.0,
     space: SpaceFile = None, objective: Objective = "fid", bank: BankOption = None, reference: Reference = None, preset: Preset = None,
-    metric: MetricOption = None, step_groups: StepGroupsOption = None,
+    metric: MetricOption = None, correction: CorrectionOption = None, step_groups: StepGroupsOption = None,
     design: Annotated[str, typer.Option("--design", help="even (over bits), or operator (stratified by operator type).")] = "even",
     shard: Annotated[str | None, typer.Option("--shard", help="i/n: every n-th configuration, for batch schedulers.")] = None,
     ray: Annotated[str | None, typer.Option("--ray", help="Ray address (arrives with clusters).")] = None,
@@ -213,7 +224,7 @@ def measure(
     with bars() as progress:
         opened = Study(study)
         count = measure_model(
-            model, opened, samples, protocol=protocol, space=_space(space, step_groups, steps), workers=_workers(workers, device), device=device,
+            model, opened, samples, protocol=protocol, space=_space(space, correction, step_groups, steps), workers=_workers(workers, device), device=device,
             dtype=dtype, bank=str(bank) if bank else None, sample_seed=seed, stratify=None if design == "even" else design, shard=shard, progress=progress,
         )  # fmt: skip
     if not emit({"new": count, **_counts(opened)}, json_):
@@ -236,7 +247,7 @@ def status(study: StudyArgument, json_: Json = None) -> None:
 
     opened = Study(study, create=False)
     facts = {"model": opened.get("model"), "fingerprint": opened.get("fingerprint"), "protocol": opened.get("protocol"), **_counts(opened),
-             "explained": "sensitivity" in opened, "searched": "front" in opened}  # fmt: skip
+             "correction": (opened.get("space") or {}).get("correction"), "explained": "sensitivity" in opened, "searched": "front" in opened}  # fmt: skip
     if not emit(facts, json_):
         for key, value in facts.items():
             console.print(f"{key:14} {plain(str(value))}", highlight=False)
@@ -297,6 +308,7 @@ def search(
     out: Annotated[Path | None, typer.Option("--out", help="Write the winner here, as config.json.")] = None,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Rounds of proposing, measuring and refitting.")] = 2,
     per_round: Annotated[int, typer.Option("--per-round", min=1, help="New candidates a round.")] = 8,
+    correction: Annotated[str | None, typer.Option("--correction", help="Measure and choose candidates after this correction of their noise, as cnc+bc; default: as the study was measured.")] = None,
     workers: Workers = None, device: Device = "cpu", seed: Annotated[int, typer.Option("--seed")] = 0, bank: BankOption = None, json_: Json = None,
 ) -> None:  # fmt: skip
     """Find the best configuration under a hard budget; several budgets hold at once."""
@@ -313,6 +325,7 @@ def search(
             bytes=bytes_,
             bops=bops,
             latency_ms=latency,
+            correction=correction,
             rounds=rounds,
             per_round=per_round,
             seed=seed,

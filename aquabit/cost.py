@@ -16,6 +16,7 @@ from aquabit.graph import layers as graph_layers
 from aquabit.scheme import ACTIVATION_BITS, Act, AquabitError, Budget, QuantConfig, Scheme, StepGroups
 from aquabit.space import SearchSpace
 
+RANGE_BYTES = 8  # of a static range: two float32
 FULL_BITS = 32  # BOPs count what is not quantized at 32 bits (PTQD, section 4.1)
 
 
@@ -103,6 +104,8 @@ class CostModel:
         self.weight_bits = np.array([[FULL_BITS if q.kind == "fp" else q.code_bits(a) for q in schemes] for a in areas])
         self.operations = np.array([[q.operations(s) for q in schemes] for s in shapes])
         self.shared = self._shared()
+        self.range_tensors = [1 + (nodes[k].get("split") is not None and len(s) > 2) + bool(nodes[k].get("attention"))
+                              for k, s in zip(space.choices, shapes, strict=True)]  # fmt: skip
         self.weights = sum(prod(s) for s in shapes)
         self.other_bytes = 2 * int(graph.graph["other_elements"])
 
@@ -155,7 +158,8 @@ class CostModel:
             weight_bits = FULL_BITS if choice.weight.kind == "fp" else choice.weight.code_bits(prod(shape[2:]))
             bops += float(macs) * weight_bits * mean_act_bits(choice.act, config.steps)
         size += sum(tables.values())
-        return Cost(8 * size / self.weights, size + self.other_bytes, bops, multiply_adds, lut_adds)
+        ranges = sum(RANGE_BYTES * n * config.range_parts(k) for k, n in zip(self.space.choices, self.range_tensors, strict=True))
+        return Cost(8 * size / self.weights, size + self.other_bytes + ranges, bops, multiply_adds, lut_adds)
 
     def totals_of(self, config: QuantConfig) -> dict[str, float]:
         """bits, bytes and bops of one configuration as plain numbers."""

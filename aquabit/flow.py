@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -13,14 +15,14 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from aquabit.kernels import Accuracy
-from aquabit.pipelines import Adapter, denoiser_name, load, noise_statistics, recorder, replay_recorder, set_scheduler, trace
+from aquabit.pipelines import Adapter, denoiser_name, load, noise_statistics, recorder, replay_recorder, sampler, set_scheduler, trace
 from aquabit.quant.artifact import config_of, save_packed_denoiser
 from aquabit.quant.bank import Bank
-from aquabit.quant.correct import corrected_, statistics_of
+from aquabit.quant.correct import check_correction, corrected_, statistics_of
 from aquabit.quant.finetune import FineTuning, Tuned, check_tunable
 from aquabit.quant.finetune import finetune as tune
 from aquabit.quant.model import QuantizedDenoiser, fingerprint
-from aquabit.quant.sampling import follow_, unfollowed
+from aquabit.quant.sampling import follow_, unfollowed, watchers_of
 from aquabit.quant.statistics import FILE, Statistics
 from aquabit.quant.tuning import MEMORY, Placement, layers_of, place_
 from aquabit.reports import report as write_report
@@ -47,6 +49,7 @@ from aquabit.search import (
     smallest_uniform,
 )
 from aquabit.sensitivity.attribution import Sensitivity, explain, save
+from aquabit.sensitivity.correction import DEFAULT_CORRECTION, correction_shift, noise_facts, search_corrected
 from aquabit.sensitivity.evaluator import single_thread, thumbnail
 from aquabit.sensitivity.latency import latency_table, packed_latencies
 from aquabit.sensitivity.measure import Session, open_session, uniform_references
@@ -55,7 +58,6 @@ from aquabit.sensitivity.validation import validate_in
 from aquabit.study import Study
 
 FINALISTS, SELECTION_BLOCKS, TRIES = 4, (2, 3), 3  # the best few are told apart on seeds that nothing was fitted to
-DEFAULT_CORRECTION = "cnc+bc"  # defined for every sampler
 FRESH_BLOCKS = (11, 12, 13, 14, 15)  # what is reported; block 1 belongs to validation
 Model: TypeAlias = str | DiffusionPipeline
 
@@ -87,16 +89,21 @@ def explained(study: Study, bits: float = 3.0, swap: str = "usq4:usq2", progress
 
 def find(
     study: Study, bits: float | None = None, *, bytes: int | None = None, bops: float | None = None, latency_ms: float | None = None,
-    pipe: Model | None = None, rounds: int = 2, per_round: int = 8, seed: int = 0, progress: Progress = no_progress, **options: Any,
+    correction: str | None = None, pipe: Model | None = None, rounds: int = 2, per_round: int = 8, seed: int = 0,
+    progress: Progress = no_progress, **options: Any,
 ) -> Front:  # fmt: skip
-    """Search under a hard budget, measure the candidates, refit, repeat; then the front packed, on fresh seeds. Stored in the study.
+    """Search under a hard budget, measure the candidates, refit, repeat; then the front packed, on fresh seeds, and the winner without and
+    with noise correction. Stored in the study.
 
     ``latency_ms`` limits a denoiser call with one sample at the model's own size, on this machine with torch's threads: the search adds up
     measured times of layers, and the winner's whole call is measured. Raises AquabitError for a budget that the space cannot meet (both
-    ends are named) and for a study with too few measurements.
+    ends are named) and for a study with too few measurements. ``correction`` (as "cnc+bc"): candidates are measured and chosen after it, in
+    a study that was measured without (``search_corrected``); a study that was measured with one needs none.
     """
     budget = Budget(bits=3.0 if not any((bits, bytes, bops, latency_ms)) else bits, bytes=bytes, bops=bops, latency_ms=latency_ms)
     with open_session(_source(study, pipe), study, progress=progress, **options) as session:
+        if correction is not None:
+            search_corrected(session, correction, progress)
         return find_in(session, budget, rounds, per_round, seed, progress)
 
 
@@ -120,7 +127,7 @@ def find_in(session: Session, budget: Budget, rounds: int, per_round: int, seed:
 
     def measured() -> list[tuple[QuantConfig, float]]:
         table, configs = study.measurements(session.protocol, failed=True), study.configs()
-        ours = table[table.kind != "reference"]
+        ours = table[(table.kind != "reference") & (table.correction.fillna("") == (space.correction or ""))]
         values = sign * ours[metric].to_numpy(float)
         return [(configs[c], float(v)) for c, v in zip(ours.config, values, strict=True)]
 
@@ -133,7 +140,8 @@ def find_in(session: Session, budget: Budget, rounds: int, per_round: int, seed:
     pairs = [(c, v) for c, v in measured() if np.isfinite(v)]
     chosen = _finalists(session, [c for c, _ in pairs], np.array([v for _, v in pairs]), budget, metric, sign, progress)
     front = _front(session, *chosen, budget, metric, progress)
-    study.set(front=front.to_dict())
+    noise = noise_facts(session, front.best, [session.protocol.block(b) for b in FRESH_BLOCKS], progress)
+    study.set(front=front.to_dict(), noise=noise)
     return front
 
 
@@ -199,10 +207,10 @@ def _front(session: Session, members: list[QuantConfig], winner: QuantConfig, bu
     session.measure([space.full_precision()], "reference", progress, protocols, "full precision, fresh seeds")
     session.measure(every, "fresh", progress, protocols, "the front on fresh seeds", packed=True)
     latency = packed_latencies(session.here, members, progress)
-    fitted = fit_from_study(session.study)
-    rows = []
+    fitted, rows = fit_from_study(session.study), []
+    shift = correction_shift(session, metric, fitted.surrogate.target_)
     for config, call in zip(members, latency, strict=True):
-        predicted = fitted.surrogate.to_units(fitted.surrogate.predict(fitted.encoder.encode([config])))
+        predicted = fitted.surrogate.to_units(fitted.surrogate.predict(fitted.encoder.encode([config])) + shift)
         found = {m: interval(_blocks(session, [config], protocols, m)[config.digest]) for m in _metrics(session)}
         rows.append(FrontMember.of(costs, config, {metric: float(np.ravel(predicted)[0])}, found, call))
     comparison = _comparison(session, winner, baseline, protocols, metric) if baseline else {}
@@ -267,8 +275,6 @@ def quantize(
     names, else cnc+bc; or a text as "cnc+bc+vsc") corrects the noise of quantization, whose statistics are measured as
     ``config.calibration`` samples; the pipeline then keeps that sampler. Raises AquabitError for a configuration of another model.
     """
-    import copy
-
     source = load(pipe, device)
     name = denoiser_name(source)
     own = fingerprint(getattr(source, name))
@@ -276,10 +282,11 @@ def quantize(
         raise AquabitError(f"the configuration is for model {config.fingerprint} ({config.model}), this is model {own}")
     graph = trace(source)
     if isinstance(pipe, DiffusionPipeline):
-        kept = {**source.components, name: copy.deepcopy(getattr(source, name))}
+        copied = {part: copy.deepcopy(getattr(source, part)) for part in (name, "scheduler")}  # what is followed is not the caller's
+        kept = {**source.components, **copied}
         source = type(source)(**kept, **{k: v for k, v in source.config.items() if k in ("classes", "real_images")})
         source.set_progress_bar_config(disable=True)
-    model = QuantizedDenoiser(getattr(source, name).eval(), graph, Bank(bank), own, recorder(source))
+    model = QuantizedDenoiser(getattr(source, name).eval(), graph, Bank(bank), own, recorder(source), sampler(source))
     if finetune:
         check_tunable(model, config)  # before anything is fitted
         with single_thread(device):
@@ -296,6 +303,7 @@ def quantize(
         if config.correction:
             calibration = config.calibration or Calibration()
             set_scheduler(source, calibration.scheduler)
+            check_correction(source.scheduler, config.correction, calibration.eta)
             statistics = noise_statistics(source, model, config, replace(calibration, scheduler="default"), progress=progress)
         model.pack(config, accuracy, progress)
     follow_(model.denoiser, source.scheduler, model.watchers(config))
@@ -329,26 +337,31 @@ def generate(
         guidance=usual.guidance if guidance is None else guidance, conditions=tuple(conditions) if conditions else None,
         micro_batch=min(images, 64),
     )  # fmt: skip
-    if correction is not None:
-        _switch_correction(adapter, correction)
     layers = layers_of(adapter.denoiser)
     if any(layer.held is not None for layer in layers.values()):
+        call = adapter.first_call(protocol)  # this is sampling, and follows the scheduler; the timed calls are not
         with unfollowed(adapter.denoiser):
-            placed = place_(layers, adapter.first_call(protocol), memory, progress)
+            placed = place_(layers, call, memory, progress)
         if told is not None:
             told(placed)
-    return torch.cat([adapter.images(protocol, b) for b in adapter.batches(protocol)])
+    with _switched_correction(adapter, correction):
+        return torch.cat([adapter.images(protocol, b) for b in adapter.batches(protocol)])
 
 
-def _switch_correction(adapter: Adapter, correction: str) -> None:
-    """Correct otherwise than the artifact says; raises AquabitError where it holds no statistics."""
-    statistics = statistics_of(adapter.denoiser)
-    if statistics is not None:
-        corrected_(adapter.denoiser, adapter.pipe.scheduler, statistics, correction)
-    elif parse_correction(correction):
-        raise AquabitError(
-            f"correction {correction!r} needs noise statistics, which this model has none of; run `aquabit quantize --correct`"
-        )
+@contextmanager
+def _switched_correction(adapter: Adapter, correction: str | None) -> Iterator[None]:
+    """Correct otherwise than the artifact says (None: as it says) for a while; raises AquabitError where it holds no statistics."""
+    statistics, before = statistics_of(adapter.denoiser), watchers_of(adapter.denoiser)
+    if statistics is None and parse_correction(correction):
+        raise AquabitError(f"correction {correction!r} needs noise statistics, which this model lacks; run `aquabit quantize --correct`")
+    if statistics is None or correction is None:
+        yield
+        return
+    corrected_(adapter.denoiser, adapter.pipe.scheduler, statistics, correction)
+    try:
+        yield
+    finally:
+        follow_(adapter.denoiser, adapter.pipe.scheduler, before)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -319,6 +319,26 @@ class QuantConfig:
             return float(act == bits)
         return sum(s for s, b in zip(self.steps.shares, act, strict=True) if b == bits)
 
+    def range_parts(self, layer: str) -> int:
+        """How many static ranges each tensor of a layer has: one for each step, one for each group of steps where bits change, else one; 0
+        where ranges are dynamic."""
+        act = self[layer].act
+        if self.ranges == "dynamic" or act == 16:
+            return 0
+        if self.ranges == "step":
+            return self.total_steps or 1
+        return 1 if isinstance(act, int) else len(act)
+
+    def range_part(self, layer: str, step: int) -> int:
+        """Which of them a step uses."""
+        if self.ranges == "step":
+            return step
+        return 0 if self.steps is None or isinstance(self[layer].act, int) else self.steps.of(step)
+
+    def group_of_part(self, part: int) -> int:
+        """The group of steps that a part belongs to."""
+        return self.steps.of(part) if self.ranges == "step" and self.steps is not None else part
+
     @property
     def total_steps(self) -> int | None:
         """The number of steps that it can be sampled with; None where any will do."""

@@ -30,6 +30,7 @@ from aquabit.scheme import (
     StepGroups,
     act_code,
     act_of,
+    parse_correction,
     read_json,
 )
 
@@ -56,8 +57,10 @@ class SearchSpace:
     codebooks: Mapping[str, str] | None = None  # layer -> name of the codebooks that its shared schemes use
     calibration: Calibration | None = None
     steps: StepGroups | None = None
+    correction: str | None = None  # of every configuration that quantizes: it is measured after correction
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "correction", "+".join(parse_correction(self.correction)) or None)
         if not self.choices:
             raise AquabitError("the search space is empty: the model has no Linear or Conv2d layer")
         bad = [a for a in self.activations if a not in ACTIVATION_BITS]
@@ -116,7 +119,9 @@ class SearchSpace:
         return LayerChoice(weight, act, self.codebook(layer) if weight.shared else None)
 
     def config(self, choices: Mapping[str, LayerChoice]) -> QuantConfig:
-        return QuantConfig(self.fingerprint, choices, self.model, self.steps, calibration=self.calibration)
+        quantizes = any(choice != LayerChoice() for choice in choices.values())  # full precision has no noise to correct
+        correction = self.correction if quantizes else None
+        return QuantConfig(self.fingerprint, choices, self.model, self.steps, correction, self.calibration)
 
     def free_layers(self) -> list[str]:
         """Layers that have more than one weight scheme to choose from."""
@@ -251,6 +256,7 @@ class SearchSpace:
             "operators": dict(self.operators or {}), "kernel_area": dict(self.kernel_area or {}), "model": self.model,
             **({"codebooks": dict(self.codebooks)} if self.codebooks else {}),
             **({"calibration": asdict(self.calibration)} if self.calibration else {}),
+            **({"correction": self.correction} if self.correction else {}),
             **({"step_groups": {"total": self.steps.total, "starts": list(self.steps.starts)}} if self.steps else {}),
         }  # fmt: skip
 
@@ -260,7 +266,7 @@ class SearchSpace:
         calibration = Calibration(**value["calibration"]) if value.get("calibration") else None
         return SearchSpace(
             value["fingerprint"], choices, tuple(value["activations"]), value["operators"], value["kernel_area"], value["model"],
-            value.get("codebooks"), calibration, read_groups(value.get("step_groups"), "the stored space"),
+            value.get("codebooks"), calibration, read_groups(value.get("step_groups"), "the stored space"), value.get("correction"),
         )  # fmt: skip
 
 
@@ -298,13 +304,14 @@ def make_space(
     graph: nx.DiGraph, fingerprint: str, model: str = "", *, schemes: Sequence[str] | None = None, levels: Sequence[float] | None = None,
     formats: Mapping[str, Sequence[str]] | None = None, activations: Sequence[int] = DEFAULT_ACTIVATIONS,
     pinned: Mapping[str, str] | None = None, excluded: Sequence[str] = (), calibration: Calibration | None = None,
-    step_groups: Mapping[str, Any] | None = None,
+    correction: str | None = None, step_groups: Mapping[str, Any] | None = None,
 ) -> SearchSpace:  # fmt: skip
     """The space of a traced model. ``pinned`` maps layer patterns (as in shells) to one scheme; ``excluded`` layers stay ``fp``.
 
     Beside ``schemes`` each layer gets the additive format that suits its operator type and shape (``formats``, a table as
     ``formats.FORMATS``) at each of ``levels`` code bits; levels are given by default where schemes are not. A scheme that shares
-    codebooks is left out for layers that have no partner. ``calibration``: what H is measured on (default: ``Calibration()``).
+    codebooks is left out for layers that have no partner. ``calibration``: what H, and the noise that ``correction`` (as "cnc+bc") takes
+    away, are measured on (default: ``Calibration()``).
     ``step_groups``: {"total": steps, "starts": [0, ...]}, groups of steps between which activation bits may change.
     """
     nodes = graph_layers(graph)
@@ -331,7 +338,8 @@ def make_space(
     shared = {s for row in choices.values() for s in row if s.shared}
     return SearchSpace(
         fingerprint, choices, tuple(activations), operators, area, model, partners if shared else None,
-        (calibration or Calibration()) if calibrated else None, read_groups(step_groups, "the space"),
+        (calibration or Calibration()) if calibrated or parse_correction(correction) else None, read_groups(step_groups, "the space"),
+        correction,
     )  # fmt: skip
 
 
@@ -348,9 +356,11 @@ def read_groups(value: Any, source: str) -> StepGroups | None:
 
 
 def read_space(path: str | Path) -> dict[str, Any]:
-    """The keyword arguments of ``make_space`` from a JSON file: schemes, levels, formats, activations, pinned, excluded, step_groups."""
+    """The keyword arguments of ``make_space`` from a JSON file: schemes, levels, formats, activations, pinned, excluded, correction,
+    step_groups."""
     value = read_json(path)
-    known = {"schemes": list, "levels": list, "formats": dict, "activations": list, "pinned": dict, "excluded": list, "step_groups": dict}
+    known = {"schemes": list, "levels": list, "formats": dict, "activations": list, "pinned": dict, "excluded": list, "correction": str,
+             "step_groups": dict}  # fmt: skip
     if not isinstance(value, dict):
         raise AquabitError(f"{path} must hold a JSON object with any of {', '.join(known)}")
     for key, entry in value.items():
@@ -374,5 +384,6 @@ def read_space(path: str | Path) -> dict[str, Any]:
     for bits in value.get("activations", []):
         if type(bits) is not int or bits not in ACTIVATION_BITS:
             raise AquabitError(f"{path}: activation bits {bits!r} are not supported; known: {list(ACTIVATION_BITS)}")
+    parse_correction(value.get("correction"))
     read_groups(value.get("step_groups"), str(path))
     return value

@@ -165,10 +165,17 @@ class Study:
             old, new = stored.to_dict(), protocol.to_dict()
             what = ", ".join(f"{k} {old[k]} instead of {new[k]}" for k in old if old[k] != new[k] and k != "objective")
             raise AquabitError(f"{self.path} was measured under another protocol ({what}); use the same options or another file")
+        self._check_correction(self.get("space"), space)
         if self.get("space") != space:
             raise AquabitError(f"{self.path} was begun with another search space; use the same --space or another file")
         if stored.objective != protocol.objective:
             self.set(protocol=protocol.to_dict())
+
+    def _check_correction(self, begun: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+        """Raise AquabitError where two spaces correct the noise of quantization differently: what both measure is not to be mixed."""
+        old, new = (str(space.get("correction") or "none") for space in (begun, given))
+        if old != new:
+            raise AquabitError(f"{self.path} was begun with --correction {old}, not {new}; use that or another file")
 
     @property
     def protocol(self) -> Protocol:
@@ -186,7 +193,8 @@ class Study:
     ) -> None:
         """One measurement with its configuration, as one transaction; measured again, the first one stays.
 
-        ``kind`` says why it was made: reference, uniform, sample, flip, candidate or fresh. ``cost`` has bits, bytes and bops.
+        ``kind`` says why it was made: reference, uniform, sample, flip, candidate, selection, fresh, or correction (the counterpart of a
+        winner, without or with correction). ``cost`` has bits, bytes and bops.
         """
         m = measurement
         row = (
@@ -214,13 +222,14 @@ class Study:
         return frozenset(r[0] for r in self._rows("SELECT config FROM measurements WHERE protocol = ?", (protocol.digest,)))
 
     def measurements(self, protocol: Protocol | None = None, kind: str | None = None, failed: bool = False) -> pd.DataFrame:
-        """One row a measurement in the order of recording: config, protocol, kind, status, reason, seconds, created, bits, bytes, bops, one
-        column a metric. Failed ones only where ``failed``."""
+        """One row a measurement in the order of recording: config, protocol, kind, status, reason, seconds, created, bits, bytes, bops,
+        correction (None without), one column a metric. Failed ones only where ``failed``."""
         query = (
-            "SELECT m.config, m.protocol, m.kind, m.status, m.reason, m.seconds, m.created, c.bits, c.bytes, c.bops, m.metrics "
+            "SELECT m.config, m.protocol, m.kind, m.status, m.reason, m.seconds, m.created, c.bits, c.bytes, c.bops, "
+            "json_extract(c.value, '$.correction'), m.metrics "
             "FROM measurements m JOIN configs c ON c.digest = m.config WHERE (? OR m.status = 'ok') ORDER BY m.rowid"
         )
-        names = ["config", "protocol", "kind", "status", "reason", "seconds", "created", "bits", "bytes", "bops"]
+        names = ["config", "protocol", "kind", "status", "reason", "seconds", "created", "bits", "bytes", "bops", "correction"]
         rows = [(*r[:-1], json.loads(r[-1])) for r in self._rows(query, (failed,))]
         table = pd.DataFrame([{**dict(zip(names, r[:-1], strict=True)), **r[-1]} for r in rows])
         if table.empty:

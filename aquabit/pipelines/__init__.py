@@ -9,6 +9,8 @@ from aquabit.pipelines.adapter import (
     noise_statistics,
     recorder,
     replay_recorder,
+    sampler,
+    scheduler_named,
     set_scheduler,
     trace,
 )
@@ -28,6 +30,8 @@ __all__ = [
     "noise_statistics",
     "recorder",
     "replay_recorder",
+    "sampler",
+    "scheduler_named",
     "set_scheduler",
     "trace",
 ]

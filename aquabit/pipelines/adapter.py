@@ -19,8 +19,9 @@ from aquabit.graph import trace as trace_denoiser
 from aquabit.quality import DigitsFeatures, Reference, bundled_reference
 from aquabit.quant.calibrate import Call, record_calls
 from aquabit.quant.model import QuantizedDenoiser
+from aquabit.quant.ranges import Sample
 from aquabit.quant.replay import Recording, record_outputs
-from aquabit.quant.sampling import Watcher, refollow_
+from aquabit.quant.sampling import Watcher, following, refollow_
 from aquabit.quant.statistics import Statistics, measure_noise
 from aquabit.scheme import AquabitError, Calibration, Progress, Protocol, QuantConfig, no_progress
 
@@ -60,12 +61,18 @@ def check_scheduler(name: str) -> None:
         raise AquabitError(f"scheduler {name!r} is unknown; known: default, {', '.join(SCHEDULERS)}")
 
 
+def scheduler_named(own: Any, name: str) -> Any:
+    """The sampler of that name with the settings of a pipeline's own ("default": that one itself)."""
+    check_scheduler(name)
+    return own if name == "default" else getattr(diffusers, SCHEDULERS[name]).from_config(own.config)
+
+
 def set_scheduler(pipe: DiffusionPipeline, name: str) -> None:
     """Replace the sampler by name ("default" keeps the pipeline's own)."""
-    check_scheduler(name)
-    if name == "default":
+    found = scheduler_named(pipe.scheduler, name)
+    if found is pipe.scheduler:
         return
-    pipe.scheduler = getattr(diffusers, SCHEDULERS[name]).from_config(pipe.scheduler.config)
+    pipe.scheduler = found
     refollow_(denoiser_of(pipe), pipe.scheduler)
 
 
@@ -107,6 +114,24 @@ def replay_recorder(pipe: DiffusionPipeline) -> Callable[[Calibration, int], Rec
             return Recording(record_outputs(denoiser_of(pipe), made), Adapter(pipe).kind != "prompt")
 
     return record
+
+
+def sampler(pipe: DiffusionPipeline) -> Sample:
+    """What makes calibration images with the pipeline's denoiser as it is, while watchers follow."""
+    scheduler = pipe.scheduler
+
+    def sample(calibration: Calibration, watchers: Sequence[Watcher]) -> None:
+        protocol, adapter = calibration.protocol(CALIBRATION_BATCH), Adapter(pipe)
+        now, pipe.scheduler = pipe.scheduler, scheduler
+        try:
+            set_scheduler(pipe, calibration.scheduler)
+            with following(adapter.denoiser, pipe.scheduler, watchers):
+                for batch in adapter.batches(protocol):
+                    adapter.images(protocol, batch)
+        finally:
+            pipe.scheduler = now
+
+    return sample
 
 
 def noise_statistics(

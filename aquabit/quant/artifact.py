@@ -22,10 +22,11 @@ from aquabit.quant.layers import QuantConv2d, QuantLinear, quant_layer
 from aquabit.quant.model import QuantizedDenoiser, storage_dtype
 from aquabit.quant.sampling import follow_
 from aquabit.quant.statistics import FILE, Statistics
-from aquabit.quant.switch import settings_of, share_out_, switches
+from aquabit.quant.switch import input_parts, settings_of, share_out_, switches
 from aquabit.scheme import FP, AquabitError, QuantConfig, read_json
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+RANGES = "ranges/"  # before the names of layers whose static ranges are stored
 CONFIG = "_aquabit_quantization"  # the attribute of a loaded denoiser that holds its configuration
 RECIPE = "quantization.json"  # configuration and, for each coded layer, how its codes are to be read
 
@@ -52,6 +53,7 @@ def packed_tensors(model: QuantizedDenoiser, config: QuantConfig) -> tuple[dict[
             assert weight.codebooks is not None
             own[shared] = weight.codebooks
         tensors |= {k: v.contiguous().cpu() for k, v in own.items()}
+    tensors |= {f"{RANGES}{name}": ends for name, ends in (model.ranges(config) or {}).items()}
     return tensors, specs
 
 
@@ -141,7 +143,8 @@ def _fill(
     if missing or unexpected:
         raise AquabitError(f"{folder / WEIGHTS} does not fit the model: missing {missing[:2]}, unexpected {list(unexpected)[:2]}")
     patch_attention_(denoiser)
-    settings = settings_of(config, placed, {n for n, a in nodes.items() if a.get("attention")})
+    attention = {n for n, a in nodes.items() if a.get("attention")}
+    settings = settings_of(config, placed, attention, _ranges(config, placed, attention, tensors, folder))
     share_out_(config, placed, settings)
     follow_(denoiser, None, switches(config, placed, settings))  # the pipeline's scheduler comes later
 
@@ -156,9 +159,23 @@ def _place(denoiser: nn.Module, name: str, layer: QuantLinear | QuantConv2d, cod
     setattr(denoiser.get_submodule(owner), leaf, layer)
 
 
+def _ranges(
+    config: QuantConfig, layers: dict[str, QuantLinear | QuantConv2d], attention: set[str], tensors: dict[str, Tensor], folder: Path
+) -> dict[str, Tensor]:
+    """The stored static ranges; raises AquabitError where one is missing or of another shape than the configuration asks for."""
+    found = {}
+    for name, layer in layers.items():
+        shape, ends = (config.range_parts(name), input_parts(layer) + (name in attention), 2), tensors.get(f"{RANGES}{name}")
+        if shape[0] and (ends is None or tuple(ends.shape) != shape or not bool(torch.isfinite(ends).all())):
+            raise AquabitError(f"{folder}: layer {name!r} needs static ranges of shape {list(shape)}, which are not stored")
+        if ends is not None:
+            found[name] = ends
+    return found
+
+
 def _is_code(key: str, coded: dict[str, CodebookWeight]) -> bool:
     layer, _, part = key.rpartition(".weight.")
-    return key.startswith(SHARED) or (part in ("codes", "codebooks", "scale", "offset") and layer in coded)
+    return key.startswith((SHARED, RANGES)) or (part in ("codes", "codebooks", "scale", "offset") and layer in coded)
 
 
 def _coded(name: str, spec: Any, tensors: dict[str, Tensor], folder: Path) -> CodebookWeight:

@@ -16,10 +16,10 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
-from aquabit.quant.noise import NoiseEstimate
-from aquabit.quant.samplers import StepFacts, prediction_type, refuses, step_facts
+from aquabit.quant.noise import NoiseEstimate, Uncorrectable
+from aquabit.quant.samplers import StepFacts, prediction_type, refuses, refuses_eta, step_facts
 from aquabit.quant.sampling import Watcher, follow_, watchers_of
-from aquabit.quant.statistics import SAME, Statistics, guidance_weights, noise_part, step_arguments
+from aquabit.quant.statistics import SAME, Statistics, doubled, guidance_weights, noise_part, step_arguments
 from aquabit.scheme import AquabitError, parse_correction
 
 LEAST = 0.1  # 1 + k below this is not divided by
@@ -39,6 +39,8 @@ class Corrector(Watcher):
         self.seen: list[Tensor] = []  # this step's corrected outputs, one a branch
 
     def begin(self, scheduler: Any) -> None:
+        if not self.which:
+            return
         self.statistics.check_sampler(scheduler)
         reason = refuses(scheduler, self.which)
         if reason:
@@ -48,13 +50,17 @@ class Corrector(Watcher):
     def output(self, step: int, call: int, output: Tensor) -> Tensor:
         if call == 0:
             self.seen = []
-        if step >= len(self.slope):
+        if self._idle(step):
             return output
         channels = self.slope.shape[2]
         parts = self._branches(output)
         corrected = [self._corrected(part, step, len(self.seen) + i, channels) for i, part in enumerate(parts)]
         self.seen += [noise_part(part, channels) for part in corrected]
-        return torch.cat(corrected) if self.which else output
+        return torch.cat(corrected)
+
+    def _idle(self, step: int) -> bool:
+        """Nothing is corrected, or the denoiser is called outside of sampling."""
+        return not self.which or self.scheduler is None or step >= len(self.slope)
 
     def _branches(self, output: Tensor) -> Sequence[Tensor]:
         """The branches of guidance in one call: all of them, or, where a pipeline calls once per branch, that one."""
@@ -73,31 +79,42 @@ class Corrector(Watcher):
             raise AquabitError(f"the denoiser ran more often in step {step + 1} than when the noise statistics were measured")
         noise = noise_part(output, channels)
         slope, shift = (_per_channel(v[step, branch], noise) for v in (self.slope, self.shift))
-        fixed = ((noise.float() - shift) / slope).to(output.dtype)
+        fixed = ((noise.to(shift.dtype) - shift) / slope).to(output.dtype)
         dim = 2 if output.ndim == 3 else 1
         rest = output.narrow(dim, channels, output.shape[dim] - channels)  # learned variances
         return torch.cat([fixed, rest], dim) if rest.numel() else fixed
 
     def advance(self, step: int, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         output, timestep, sample = step_arguments(args, kwargs)
-        if step >= len(self.slope):
+        if self._idle(step):
             return run(*args, **kwargs)
-        self._check_guidance(step, noise_part(output, self.slope.shape[2]))
+        self._check_time(step, timestep)
+        self._check_guidance(step, noise_part(output, self.slope.shape[2]), sample)
         residual = next((c for c in self.which if c in ("vsc", "match", "qdrift")), None)
         if residual is None:
             return run(*args, **kwargs)
         eta = float(kwargs.get("eta", args[3] if len(args) > 3 and type(self.scheduler).__name__ == "DDIMScheduler" else 0.0))
+        check_correction(self.scheduler, residual, eta)
         facts = step_facts(self.scheduler, timestep, eta, output)
         if residual == "vsc":
-            return self._less_noise(step, facts, eta, run, args, kwargs, output, sample)
-        if eta:
-            raise AquabitError(f"{residual} is defined for a deterministic sampler, but eta is {eta:g}; use eta 0, or vsc")
+            return self._less_noise(step, facts, run, args, kwargs, output)
         change = self._matched if residual == "match" else self._drifted
         return change(step, facts, run(*args, **kwargs), noise_part(output, self.slope.shape[2]), sample)
 
-    def _check_guidance(self, step: int, output: Tensor) -> None:
+    def _check_time(self, step: int, timestep: Any) -> None:
+        """Raise AquabitError where sampling left timesteps out, as from an image that is partly noise."""
+        wanted, found = self.statistics.about.timesteps[step], float(torch.as_tensor(timestep).flatten()[0])
+        if abs(found - wanted) > 1e-3 * max(1.0, abs(wanted)):
+            raise AquabitError(
+                f"the noise statistics of step {step + 1} are of timestep {wanted:g}, sampling is at {found:g}; start from noise, or "
+                "sample without correction"
+            )
+
+    def _check_guidance(self, step: int, output: Tensor, sample: Tensor) -> None:
         """Raise AquabitError where the branches were combined by other weights than the statistics'."""
         wanted = self.statistics.about.weights[step]
+        if len(self.seen) == len(wanted) == 2 and doubled(output, sample) and len(output) == 2 * len(self.seen[0]):
+            output = output[: len(output) // 2]
         if len(self.seen) != len(wanted) or self.seen[0].shape[0] != output.shape[0]:
             raise AquabitError(
                 f"the noise statistics are of guidance {self.statistics.about.guidance:g} with {len(wanted)} outputs a step, sampling "
@@ -123,17 +140,14 @@ class Corrector(Watcher):
         return _per_channel(self.statistics.combined(step, "cnc" in self.which), like)
 
     def _less_noise(
-        self, step: int, facts: StepFacts, eta: float, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any],
-        output: Tensor, sample: Tensor,
-    ) -> Any:  # fmt: skip
+        self, step: int, facts: StepFacts, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Any:
         """VSC. DDIM and DPM-Solver take the smaller noise as an argument: DDIM's own ``_get_variance`` feeds its direction term as well."""
         name = type(self.scheduler).__name__
-        if name == "DDIMScheduler" and not eta:
-            raise AquabitError("vsc takes variance from the noise that a sampler adds, and DDIM with eta 0 adds none; use cnc+bc or match")
         like = noise_part(output, self.slope.shape[2])
-        own = facts.noise if isinstance(facts.noise, Tensor) else torch.full((1,) * like.ndim, facts.noise, device=like.device)
-        wanted = (own.double() ** 2 - (facts.coefficient**2 * self._variance(step, like)).double()).clamp(min=0).sqrt()
-        ratio = torch.where(own > 0, wanted / own.double().clamp(min=1e-30), 1.0)
+        own = torch.as_tensor(facts.noise, dtype=torch.float64, device=like.device)
+        wanted = (own**2 - (facts.coefficient**2 * self._variance(step, like)).double()).clamp(min=0).sqrt()
+        ratio = torch.where(own > 0, wanted / own.clamp(min=1e-30), 1.0)
         if bool((ratio == 1).all()):
             return run(*args, **kwargs)
         generator = kwargs.get("generator")
@@ -142,10 +156,11 @@ class Corrector(Watcher):
             noise = randn_tensor(output.shape, generator=generator, device=output.device, dtype=dtype)
             return run(*args, **{**kwargs, "generator": None, "variance_noise": noise * ratio.to(dtype)})
         states = _states(generator, like.device)
-        noise = randn_tensor(like.shape, generator=generator, device=like.device, dtype=like.dtype)
+        dtype = torch.float32 if name == "FlowMatchEulerDiscreteScheduler" else like.dtype
+        noise = randn_tensor(like.shape, generator=generator, device=like.device, dtype=dtype)
         _restore(generator, states, like.device)
         result = run(*args, **kwargs)  # draws the same noise
-        return _replaced(result, (result[0].double() + (wanted - own.double()) * noise).to(result[0].dtype))
+        return _replaced(result, (result[0].double() + (wanted - own) * noise).to(result[0].dtype))
 
     def _matched(self, step: int, facts: StepFacts, result: Any, output: Tensor, sample: Tensor) -> Any:
         """The direction term of a sampler that adds noise of variance s^2 = C(s)^2 v, where the residual is that noise."""
@@ -157,6 +172,8 @@ class Corrector(Watcher):
         return _replaced(result, result[0] + (_per_channel(change, eps) * eps).to(result[0].dtype))
 
     def _drifted(self, step: int, facts: StepFacts, result: Any, output: Tensor, sample: Tensor) -> Any:
+        if facts.alpha == 0:
+            return result  # the span from there is infinite, and the scale 1
         variance = (facts.coefficient / facts.alpha_next) ** 2 * _conditional_variance(self.statistics, step)
         span = (facts.sigma / facts.alpha) ** 2 - (facts.sigma_next / facts.alpha_next) ** 2
         if not variance.any():
@@ -170,8 +187,10 @@ def matched_direction(facts: StepFacts, v: np.ndarray) -> np.ndarray:
     """sqrt(sigma_next^2 - s^2) with s^2 = (sqrt(sigma_next^2 - s^2) - A)^2 v, A = alpha_next sigma / alpha; [C].
 
     With t = sqrt(sigma_next^2 - s^2): (1 + v) t^2 - 2 v A t + v A^2 - sigma_next^2 = 0; the larger root, which has the smaller s. Where
-    there is none between 0 and sigma_next, as always at the last step, s = 0.
+    there is none between 0 and sigma_next, as always at the last step and where there is no signal yet (alpha = 0), s = 0.
     """
+    if facts.alpha == 0:
+        return np.full(np.shape(v), facts.sigma_next)
     limit, reach = facts.sigma_next, facts.alpha_next * facts.sigma / facts.alpha
     inside = limit**2 * (1 + v) - v * reach**2
     t = (v * reach + np.sqrt(np.maximum(inside, 0))) / (1 + v)
@@ -189,7 +208,7 @@ def _output_correction(statistics: Statistics, which: tuple[str, ...]) -> tuple[
         near = np.argwhere(1 + e.k < LEAST)
         if len(near):
             step, branch = near[0]
-            raise AquabitError(
+            raise Uncorrectable(
                 f"k is {e.k[step, branch]:.3g} in step {step + 1}: cnc would divide by 1 + k = {1 + e.k[step, branch]:.3g}; leave it out"
             )
         slope = slope * (1 + e.k)[..., None]
@@ -215,8 +234,8 @@ def _conditional_variance(statistics: Statistics, step: int) -> np.ndarray:
 
 
 def _per_channel(values: np.ndarray, like: Tensor) -> Tensor:
-    """Values [C] as float32 that broadcast over [n, C, ...], or over tokens [n, tokens, C]."""
-    tensor = torch.from_numpy(np.ascontiguousarray(values)).to(like.device, torch.float32)
+    """Values [C], float32 or as precise as ``like``, that broadcast over [n, C, ...], or over tokens [n, tokens, C]."""
+    tensor = torch.from_numpy(np.ascontiguousarray(values)).to(like.device, torch.promote_types(like.dtype, torch.float32))
     return tensor if like.ndim == 3 else tensor.view(1, -1, *[1] * (like.ndim - 2))
 
 
@@ -244,6 +263,14 @@ def _replaced(result: Any, sample: Tensor) -> Any:
         return (sample, *result[1:])
     result.prev_sample = sample
     return result
+
+
+def check_correction(scheduler: Any, correction: str | None, eta: float) -> None:
+    """Raise AquabitError where a sampler cannot be corrected so: what would be found at its first step, before anything is measured."""
+    which = parse_correction(correction)
+    reason = refuses(scheduler, which) or refuses_eta(scheduler, which, eta)
+    if reason:
+        raise AquabitError(reason)
 
 
 def corrected_(denoiser: nn.Module, scheduler: Any, statistics: Statistics, correction: str | None) -> None:

@@ -26,8 +26,8 @@ class FineTuning:
     and the decoded weight that is forgotten in a step (0: straight-through, 1: none is kept). ``semi_groups``: a group whose code changes
     loses its optimizer state and its difference; ``semi_discontinuity``: first moments of codebooks, scales and offsets are forgotten where
     a batch is not the next step of the trajectories of the batch before (shuffled batches never are). ``guidance``: the loss is on outputs
-    that are combined with this scale, and images are made with it. ``method`` "straight_through" is plain Adam on dense proxies, every code the nearest in every step.
-    Raises AquabitError for values out of range.
+    that are combined with this scale, and images are made with it. ``method`` "straight_through" is plain Adam on dense
+    proxies, every code the nearest in every step. Raises AquabitError for values out of range.
     """
 
     steps: int = 1500

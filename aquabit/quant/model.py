@@ -21,6 +21,7 @@ from aquabit.quant.bank import Bank, weight_hash
 from aquabit.quant.finetune_store import load_tuned
 from aquabit.quant.fitting import Fitter, Need, Record
 from aquabit.quant.layers import QuantConv2d, QuantLinear, Setting, quant_layer
+from aquabit.quant.ranges import RangeTables, Sample
 from aquabit.quant.sampling import Watcher
 from aquabit.quant.switch import settings_of, share_out_, switches
 from aquabit.scheme import FP, AquabitError, Calibration, Progress, QuantConfig, Scheme, no_progress
@@ -55,12 +56,13 @@ class QuantizedDenoiser:
 
     ``apply`` switches the layers that differ from the last configuration to decoded weights from the bank (dense mode);
     ``pack`` switches to coded ones. Weights that the bank lacks are fitted, which for calibrated schemes takes ``record``, the denoiser
-    calls of a full-precision run. Other tensors are rounded to their 16-bit storage, so that dense and packed agree. Raises AquabitError
-    for layers that the model does not have.
+    calls of a full-precision run, and static ranges take ``sample``, which makes images in it. Other tensors are rounded to their 16-bit
+    storage, so that dense and packed agree. Raises AquabitError for layers that the model does not have.
     """
 
     def __init__(
-        self, denoiser: nn.Module, graph: nx.DiGraph, bank: Bank | None = None, fingerprint: str = "", record: Record | None = None
+        self, denoiser: nn.Module, graph: nx.DiGraph, bank: Bank | None = None, fingerprint: str = "", record: Record | None = None,
+        sample: Sample | None = None,
     ):  # fmt: skip
         self.denoiser = denoiser
         self.partners = codebook_names(graph)
@@ -74,6 +76,7 @@ class QuantizedDenoiser:
         self._recent: dict[tuple[Any, ...], Tensor] = {}
         self._recent_bytes = 0
         self._attention = {n: a["attention"] for n, a in graph.nodes(data=True) if a.get("attention")}
+        self._range_tables = None if bank is None else RangeTables(self, bank, fingerprint, self._attention, sample)
         bad = [n for n, p in denoiser.named_parameters() if not bool(torch.isfinite(p).all())]
         if bad:
             raise AquabitError(f"{bad[0]} holds NaN or Inf ({len(bad)} such tensors); the model file is damaged or overflowed its dtype")
@@ -166,6 +169,7 @@ class QuantizedDenoiser:
         absent = [need for need in needs if not self.fitter.has(need, config.calibration)]
         if absent:
             self.fitter.fit(absent, config.calibration, progress)
+        self.ranges(config)  # measured in full precision, so before anything is set
 
     def _check(self, config: QuantConfig) -> None:
         unknown = [n for n in config.layers if n not in self.layers]
@@ -180,7 +184,11 @@ class QuantizedDenoiser:
 
     def ranges(self, config: QuantConfig) -> dict[str, Tensor] | None:
         """The static ranges of a configuration's layers, measured where the bank lacks them; None where ranges are dynamic."""
-        return None
+        if config.ranges == "dynamic":
+            return None
+        if self._range_tables is None:
+            raise AquabitError("static ranges are kept in a bank, and this model was opened without one")
+        return self._range_tables.of(config)
 
     def _settings(self, config: QuantConfig) -> dict[str, list[Setting]]:
         return settings_of(config, self.layers, self._attention, self.ranges(config))

@@ -23,6 +23,10 @@ PLACE = {power: i for i, power in enumerate(POWERS)}
 CROSS = ((1, 0, 1, 0), (1, 0, 0, 1), (0, 1, 1, 0), (0, 1, 0, 1))  # powers of eps, Delta in one branch and eps, Delta in another
 
 
+class Uncorrectable(AquabitError):
+    """A configuration's noise has no correction: its outputs are not finite, or cnc would divide by nearly nothing."""
+
+
 def channels_last(x: Tensor) -> Tensor:
     """[n, pixels, channels] of images [n, c, ...] or of tokens [n, tokens, c]."""
     return x if x.ndim == 3 else x.flatten(2).mT
@@ -40,7 +44,7 @@ class NoiseSums:
         branches = [channels_last(e).double() for e in eps]
         errors = [channels_last(q).double() - e for q, e in zip(quantized, branches, strict=True)]
         if not all(bool(torch.isfinite(e).all()) for e in errors):
-            raise AquabitError("the denoiser's outputs hold NaN or infinity; a correction cannot be measured for this configuration")
+            raise Uncorrectable("the denoiser's outputs hold NaN or infinity; a correction cannot be measured for this configuration")
         self.own.append(torch.stack([_sums(e, d) for e, d in zip(branches, errors, strict=True)], 1).cpu().numpy())
         pairs = [_cross((branches[a], errors[a]), (branches[b], errors[b])) for a, b in combinations(range(len(branches)), 2)]
         shape = (len(branches[0]), 0, branches[0].shape[2], len(CROSS))

@@ -37,11 +37,13 @@ class StepFacts:
         if prediction == "v_prediction":
             scale = (self.alpha**2 + self.sigma**2) ** 0.5  # 1, or that of a sampler which does not keep the variance
             return (self.alpha / scale) * output + (self.sigma / scale**2) * sample
+        if prediction in ("flow", "flow_prediction"):
+            return sample + self.alpha * output  # the output is eps - x0, and alpha = 1 - sigma
         return (sample - self.alpha * output) / self.sigma
 
 
 def prediction_type(scheduler: Any) -> str:
-    """epsilon, v_prediction, sample, or flow."""
+    """epsilon, v_prediction, sample, flow or flow_prediction."""
     return "flow" if type(scheduler).__name__.startswith("FlowMatch") else str(scheduler.config.prediction_type)
 
 
@@ -73,6 +75,15 @@ def _gain(prediction: str, alpha: float, sigma: float) -> float:
     )
 
 
+def _x0_gain(prediction: str, alpha: float, sigma: float) -> float:
+    """d x0 / d output: what ``_gain`` implies, in a form that also holds without signal (alpha = 0), but for epsilon."""
+    if prediction == "epsilon":
+        if alpha == 0:
+            raise AquabitError("a denoiser that predicts epsilon says nothing at zero signal (rescale_betas_zero_snr); use v_prediction")
+        return -sigma / alpha
+    return 1.0 if prediction == "sample" else -sigma / sqrt(alpha**2 + sigma**2)
+
+
 def _ddim(scheduler: Any, timestep: Any, eta: float, output: Tensor | None) -> StepFacts:
     t = int(timestep)
     before = t - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
@@ -81,25 +92,28 @@ def _ddim(scheduler: Any, timestep: Any, eta: float, output: Tensor | None) -> S
         float(scheduler.alphas_cumprod[before] if before >= 0 else scheduler.final_alpha_cumprod),
     )
     s = eta * sqrt(max(float(scheduler._get_variance(t, before)), 0.0))  # as DDIM itself has it; calling it changes nothing
-    gain = _gain(scheduler.config.prediction_type, sqrt(now), sqrt(1 - now))
-    direct = sqrt(max(1 - then - s * s, 0.0)) - sqrt(then * (1 - now) / now)
-    return StepFacts(sqrt(now), sqrt(1 - now), sqrt(then), sqrt(1 - then), gain, gain * direct, s)
+    kind, alpha, sigma = scheduler.config.prediction_type, sqrt(now), sqrt(1 - now)
+    gain = _gain(kind, alpha, sigma)
+    coefficient = sqrt(max(1 - then - s * s, 0.0)) * gain + sqrt(then) * _x0_gain(kind, alpha, sigma)
+    return StepFacts(alpha, sigma, sqrt(then), sqrt(1 - then), gain, coefficient, s)
 
 
 def _ddpm(scheduler: Any, timestep: Any, eta: float, output: Tensor | None) -> StepFacts:
     t = int(timestep)
     before = int(scheduler.previous_timestep(t))
     now, then = float(scheduler.alphas_cumprod[t]), float(scheduler.alphas_cumprod[before] if before >= 0 else scheduler.one)
-    alpha = now / then
-    gain = _gain(scheduler.config.prediction_type, sqrt(now), sqrt(1 - now))
-    direct = -(1 - alpha) / (sqrt(alpha) * sqrt(1 - now))
-    return StepFacts(sqrt(now), sqrt(1 - now), sqrt(then), sqrt(1 - then), gain, gain * direct, _ddpm_noise(scheduler, t, output))
+    kind, alpha, sigma = scheduler.config.prediction_type, sqrt(now), sqrt(1 - now)
+    gain = _gain(kind, alpha, sigma)
+    coefficient = sqrt(then) * (1 - now / then) / (1 - now) * _x0_gain(kind, alpha, sigma)  # DDPM, eq. 7: only x0 holds the output
+    return StepFacts(alpha, sigma, sqrt(then), sqrt(1 - then), gain, coefficient, _ddpm_noise(scheduler, t, output))
 
 
 def _ddpm_noise(scheduler: Any, t: int, output: Tensor | None) -> float | Tensor:
     """The standard deviation that DDPM's variance types mean."""
     if t <= 0:
         return 0.0
+    if scheduler.variance_type == "fixed_large_log":
+        raise AquabitError("DDPM with variance_type 'fixed_large_log' has no noise of its own (the root of a logarithm); use fixed_large")
     learned = scheduler.variance_type in ("learned", "learned_range")
     if learned and (output is None or output.shape[1] % 2):
         raise AquabitError(f"DDPM with variance_type {scheduler.variance_type!r} needs a denoiser that predicts its variance")
@@ -140,13 +154,14 @@ def _dpm(scheduler: Any, timestep: Any, eta: float, output: Tensor | None) -> St
         tuple(float(v) for v in scheduler._sigma_to_alpha_sigma_t(torch.tensor(s, dtype=torch.float64)))
         for s in _sigmas(scheduler, timestep)
     )
-    flow = scheduler.config.prediction_type == "flow_prediction"
-    to_x0 = -sigma if flow else -sigma * _gain(scheduler.config.prediction_type, alpha, sigma) / alpha
+    kind = scheduler.config.prediction_type
+    flow = kind == "flow_prediction"
+    gain = alpha if flow else _gain(kind, alpha, sigma)
+    to_x0 = -sigma if flow else _x0_gain(kind, alpha, sigma)
     decay = sigma_next * alpha / (alpha_next * sigma)  # e^-h
     sde = scheduler.config.algorithm_type == "sde-dpmsolver++"
     weight = alpha_next * (1 - (decay**2 if sde else decay))
     noise = sigma_next * sqrt(max(1 - decay**2, 0.0)) if sde else 0.0
-    gain = alpha if flow else _gain(scheduler.config.prediction_type, alpha, sigma)
     return StepFacts(alpha, sigma, alpha_next, sigma_next, gain, weight * to_x0, noise)
 
 
@@ -190,6 +205,18 @@ def refuses(scheduler: Any, corrections: tuple[str, ...]) -> str | None:
         return _refuses_vsc(scheduler, name)
     if residual and name not in MATCHED:
         return f"{residual[0]} is defined for DDIM at eta 0 and Euler, not for {name}; use cnc+bc"
+    return None
+
+
+def refuses_eta(scheduler: Any, corrections: tuple[str, ...], eta: float) -> str | None:
+    """Why DDIM with ``eta`` cannot be corrected so, or None; other samplers have no eta."""
+    if type(scheduler).__name__ != "DDIMScheduler":
+        return None
+    if "vsc" in corrections and not eta:
+        return "vsc takes variance from the noise that a sampler adds, and DDIM with eta 0 adds none; use cnc+bc or match"
+    residual = [c for c in corrections if c in ("match", "qdrift")]
+    if residual and eta:
+        return f"{residual[0]} is defined for a deterministic sampler, but eta is {eta:g}; use eta 0, or vsc"
     return None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import wraps
+from functools import update_wrapper
 from typing import Any
 
 from torch import Tensor, nn
@@ -44,17 +44,22 @@ class Sampling:
 
     def attach(self, denoiser: nn.Module, scheduler: Any) -> None:
         self.detach()
+        self.step = self.calls = 0
         self._handles = [denoiser.register_forward_pre_hook(self._before), denoiser.register_forward_hook(self._after)]
         self._scheduler = scheduler
-        scheduler.set_timesteps = self._setting(scheduler.set_timesteps)
-        scheduler.step = self._stepping(scheduler.step)
+        for name, run in (("set_timesteps", self._set_timesteps), ("step", self._advance)):
+            setattr(scheduler, name, _Followed(run, getattr(scheduler, name), vars(scheduler).get(name)))
 
     def detach(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        if self._scheduler is not None:
-            del self._scheduler.set_timesteps, self._scheduler.step  # the class's own are seen again
+        for name in ("set_timesteps", "step"):
+            now = vars(self._scheduler).get(name) if self._scheduler is not None else None
+            while isinstance(now, _Followed) and now.run.__self__ is not self:  # who attached later and is still there
+                now = now.before
+            if isinstance(now, _Followed):
+                now.leave(self._scheduler, name)
         self._scheduler = None
 
     def _before(self, module: nn.Module, args: Any) -> None:
@@ -78,31 +83,50 @@ class Sampling:
         result[next(iter(result))] = seen  # diffusers' outputs are ordered dictionaries
         return result
 
-    def _setting(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(original)
-        def set_timesteps(*args: Any, **kwargs: Any) -> Any:
-            found = original(*args, **kwargs)
-            self.step = self.calls = 0
-            for watcher in self.watchers:
-                watcher.begin(self._scheduler)
-            return found
+    def _set_timesteps(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        found = original(*args, **kwargs)
+        self.step = self.calls = 0
+        for watcher in self.watchers:
+            watcher.begin(self._scheduler)
+        return found
 
-        return set_timesteps
-
-    def _stepping(self, original: Callable[..., Any]) -> Callable[..., Any]:
+    def _advance(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         def through(watcher: Watcher, run: Callable[..., Any]) -> Callable[..., Any]:
             return lambda *args, **kwargs: watcher.advance(self.step, run, *args, **kwargs)
 
-        @wraps(original)  # pipelines read the signature
-        def step(*args: Any, **kwargs: Any) -> Any:
-            run = original
-            for watcher in reversed(self.watchers):
-                run = through(watcher, run)
-            found = run(*args, **kwargs)
-            self.step, self.calls = self.step + 1, 0
-            return found
+        run = original
+        for watcher in reversed(self.watchers):
+            run = through(watcher, run)
+        found = run(*args, **kwargs)
+        self.step, self.calls = self.step + 1, 0
+        return found
 
-        return step
+
+class _Followed:
+    """A scheduler's method while it is followed: ``run`` gets the ``original`` one and its arguments.
+
+    An object and no closure, so that a deep copy of a pipeline follows the copied scheduler, not the one that it was copied from.
+    ``before`` is what the scheduler had as an attribute of its own: another's, or None where that is the class's method.
+    """
+
+    def __init__(self, run: Any, original: Callable[..., Any], before: Any):
+        self.run, self.original, self.before = run, original, before
+        update_wrapper(self, original)  # pipelines read the signature
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run(self.original, *args, **kwargs)
+
+    def leave(self, scheduler: Any, name: str) -> None:
+        """Leave the scheduler as it was before, or to those who attached since."""
+        later = vars(scheduler)[name]
+        if later is not self:
+            while later.before is not self:
+                later = later.before
+            later.original, later.before = self.original, self.before
+        elif self.before is None:
+            delattr(scheduler, name)  # the class's own is seen again
+        else:
+            setattr(scheduler, name, self.before)
 
 
 @contextmanager

@@ -27,7 +27,8 @@ SAME = 0.02  # relative difference of guidance weights that rounding may make
 def sampler_facts(scheduler: Any) -> dict[str, Any]:
     """What identifies a sampler: its class and a digest of its configuration."""
     config = {k: v for k, v in dict(scheduler.config).items() if not k.startswith("_")}
-    return {"sampler": type(scheduler).__name__, "settings": digest(json.loads(json.dumps(config, default=str)))}
+    settings = json.dumps(config, default=str, sort_keys=True)  # a text: DPM-Solver has a setting of -inf, which ``digest`` refuses
+    return {"sampler": type(scheduler).__name__, "settings": digest(settings)}
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,13 @@ class Statistics:
     @property
     def digest(self) -> str:
         """Changes with everything that a correction reads."""
-        return digest([asdict(self.about), {f.name: getattr(self.estimate, f.name).tolist() for f in fields(NoiseEstimate)}])
+        values = {f.name: getattr(self.estimate, f.name) for f in fields(NoiseEstimate) if f.name != "snr"}  # which may be infinite
+        return digest([asdict(self.about), {k: v.tolist() for k, v in values.items()}])
 
     def table(self) -> pd.DataFrame:
         """One row a step and branch: step, timestep, branch, weight (of guidance), k, r2, kurtosis, snr with the ends of their intervals
-        (k_low, k_high, ...), bias (root mean square over channels) and variance (mean over channels) of the residual."""
+        (k_low, k_high, ...), bias (root mean square over channels) and variance (mean over channels) of the residual; their ends are the
+        extremes over all channels' intervals, which is wider than an interval of the mean."""
         return _frame(self)
 
     def combined(self, step: int, with_slope: bool = True) -> np.ndarray:
@@ -94,7 +97,7 @@ class Statistics:
         """What is stored: tensors, and the metadata beside them."""
         parts = {"": self.estimate, "low.": self.low, "high.": self.high}
         named = {f"{head}{f.name}": getattr(p, f.name) for head, p in parts.items() for f in fields(NoiseEstimate)}
-        return {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in named.items()}, {"about": json.dumps(asdict(self.about))}
+        return {k: torch.from_numpy(np.array(v)) for k, v in named.items()}, {"about": json.dumps(asdict(self.about))}
 
     @staticmethod
     def load(path: Path) -> Statistics:
@@ -104,19 +107,30 @@ class Statistics:
                 tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
                 about = json.loads((file.metadata() or {})["about"])
             return Statistics(_about(about), *(_estimate(tensors, head) for head in ("", "low.", "high."))).checked()
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, OverflowError) as error:
             raise AquabitError(f"{path} holds no usable noise statistics ({error}); run `aquabit quantize --correct` again") from error
 
     def checked(self) -> Statistics:
-        """Itself; raises AquabitError where shapes do not fit or numbers are not finite."""
+        """Itself; raises AquabitError where shapes do not fit or numbers are not finite (the SNR may be infinite)."""
         steps, (branches, channels) = len(self.about.timesteps), self.estimate.bias.shape[1:]
-        shapes = {"k": (steps, branches), "bias": (steps, branches, channels), "covariance": (steps, branches, branches, channels)}
-        for name, shape in shapes.items():
-            value = getattr(self.estimate, name)
-            if value.shape != shape or not np.isfinite(value).all():
-                raise AquabitError(f"noise statistics hold {name} {list(value.shape)}; finite numbers {list(shape)} are needed")
-        if len(self.about.weights) != steps or any(len(w) != branches for w in self.about.weights):
-            raise AquabitError(f"noise statistics of {steps} steps and {branches} branches name other weights")
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("k", "r2", "kurtosis", "snr"), (steps, branches))
+        shapes |= {"covariance": (steps, branches, branches, channels)}
+        for part in (self.estimate, self.low, self.high):
+            for field in fields(NoiseEstimate):
+                value, shape = getattr(part, field.name), shapes.get(field.name, (steps, branches, channels))
+                finite = ~np.isnan(value) if field.name == "snr" else np.isfinite(value)
+                if value.shape != shape or not finite.all():
+                    raise AquabitError(f"noise statistics hold {field.name} {list(value.shape)}; finite numbers {list(shape)} are needed")
+        weights, times, calls = self.about.weights, self.about.timesteps, self.about.calls
+        if (
+            not steps
+            or len(weights) != steps
+            or any(len(w) != branches for w in weights)
+            or not np.isfinite([*times, *np.ravel(weights)]).all()
+        ):
+            raise AquabitError(f"noise statistics of {steps} steps and {branches} branches name other timesteps or weights")
+        if calls < 1 or branches % calls:
+            raise AquabitError(f"noise statistics name {calls} denoiser calls for {branches} branches of guidance")
         return self
 
     def check(self, fingerprint: str | None = None, config: str | None = None) -> None:
@@ -173,6 +187,8 @@ def guidance_weights(branches: Sequence[Tensor], combined: Tensor) -> tuple[tupl
     """
     if len(branches) == 1:
         return (1.0,), 0.0
+    if not all(bool(torch.isfinite(x).all()) for x in (*branches, combined)):
+        return (1.0, *[0.0] * (len(branches) - 1)), float("nan")
     base = branches[0].double().flatten()
     apart = torch.stack([b.double().flatten() - base for b in branches[1:]], 1)
     wanted = combined.double().flatten() - base
@@ -185,6 +201,12 @@ def guidance_weights(branches: Sequence[Tensor], combined: Tensor) -> tuple[tupl
     error = float(torch.linalg.vector_norm(apart @ found - wanted) / scale) if scale > 0 else 0.0
     rest = [float(w) for w in found]
     return (1 - sum(rest), *rest), error
+
+
+def doubled(combined: Tensor, sample: Tensor) -> bool:
+    """Whether a pipeline steps every image twice, once for each branch of guidance (DiTPipeline): both halves of its batch are one."""
+    half = len(sample) // 2
+    return len(sample) % 2 == 0 and all(torch.equal(x[:half], x[half:]) for x in (combined, sample))
 
 
 def noise_channels(output: Tensor, sample_channels: int) -> int:
@@ -207,10 +229,21 @@ def _frame(statistics: Statistics) -> pd.DataFrame:
                 row[name] = getattr(e, name)[step, b]
                 row |= {f"{name}_{end}": getattr(part, name)[step, b] for end, part in (("low", low), ("high", high))}
             for name in ("bias", "variance"):  # per channel in the file, root mean square and mean here
-                values = getattr(e, name)[step, b]
-                row[name] = float(np.sqrt(np.mean(values**2)) if name == "bias" else np.mean(values))
+                values, ends = getattr(e, name)[step, b], [np.asarray(getattr(part, name)[step, b]) for part in (low, high)]
+                if name == "bias":
+                    ends = [np.maximum(np.maximum(ends[0], -ends[1]), 0), np.maximum(-ends[0], ends[1])]  # nearest to and farthest from 0
+                summary = _root_mean_square if name == "bias" else _mean_variance
+                row |= {key: summary(v) for key, v in zip((name, f"{name}_low", f"{name}_high"), (values, *ends), strict=True)}
             rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _root_mean_square(values: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(values**2)))
+
+
+def _mean_variance(values: np.ndarray) -> float:
+    return float(np.maximum(values, 0).mean())
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------------------------
@@ -238,15 +271,17 @@ class _Recorder(Watcher):
     def output(self, step: int, call: int, output: Tensor) -> Tensor:
         if call == 0:
             self.calls.append([])
-        self.calls[-1].append((*self._input, output))
+        self.calls[-1].append((*self._input, output.clone()))
         return output
 
     def advance(self, step: int, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         combined, _, sample = step_arguments(args, kwargs)
-        raw = self.calls[-1][0][2]
-        self.images, self.channels = len(sample), noise_channels(raw, sample.shape[-1] if sample.ndim == 3 else sample.shape[1])
-        branches = [noise_part(part, self.channels) for _, _, output in self.calls[-1] for part in output.split(self.images)]
-        self.weights.append(guidance_weights(branches, noise_part(combined, self.channels))[0])
+        self.channels = noise_channels(self.calls[-1][0][2], sample.shape[-1] if sample.ndim == 3 else sample.shape[1])
+        combined, *outputs = (noise_part(x, self.channels) for x in (combined, *(output for _, _, output in self.calls[-1])))
+        twice = len(outputs) == 1 and len(outputs[0]) == len(sample) and doubled(combined, sample) and not doubled(outputs[0], sample)
+        self.images = len(sample) // 2 if twice else len(sample)
+        branches = [part for output in outputs for part in output.split(self.images)]
+        self.weights.append(guidance_weights(branches, combined[: self.images])[0])
         return run(*args, **kwargs)
 
 
@@ -289,6 +324,8 @@ def measure_noise(
             if first is not None and seen != first:
                 raise AquabitError("the sampler's steps change from batch to batch; its noise statistics are not defined")
             first = seen
+            if len({(len(step), len(weights)) for step, weights in zip(recorder.calls, recorder.weights, strict=True)}) > 1:
+                raise AquabitError("guidance does not act in every step; its noise statistics are not defined, use the same in all steps")
             sums = sums or [NoiseSums() for _ in recorder.calls]
             calls, recorder.calls = recorder.calls, []  # replaying must not record
             with full() as teacher:

@@ -18,7 +18,7 @@ def settings_of(
     config: QuantConfig, layers: Layers, attention: Collection[str], ranges: Mapping[str, Tensor] | None = None
 ) -> dict[str, list[Setting]]:
     """Layer -> its settings in each step, or one where they never change. ``attention`` names the layers whose outputs are quantized too
-    (Q, K, V); ``ranges`` maps layers to static ranges [1 or parts, inputs + outputs, 2] as ``stored_ranges`` counts them."""
+    (Q, K, V); ``ranges`` maps layers to static ranges [1 or parts, inputs + outputs, 2] as ``QuantConfig.range_part`` counts them."""
     total = config.total_steps
     return {name: _rows(config, name, layer, name in attention, (ranges or {}).get(name), total) for name, layer in layers.items()}
 
@@ -27,14 +27,14 @@ def _rows(
     config: QuantConfig, name: str, layer: QuantLinear | QuantConv2d, output: bool, table: Tensor | None, total: int | None
 ) -> list[Setting]:
     act = config[name].act
-    inputs = 1 if layer.split is None else 2
+    inputs = input_parts(layer)
 
     def setting(step: int) -> Setting:
         bits = act if isinstance(act, int) else act[config.steps.of(step)]  # type: ignore[union-attr]  # groups come with tuples
         out = bits if output else 16
         if table is None or bits >= 16:
             return Setting(bits, out)
-        ends = [(float(low), float(high)) for low, high in table[part_of(config, name, step)]]
+        ends = [(float(low), float(high)) for low, high in table[config.range_part(name, step)]]
         return Setting(bits, out, tuple(ends[:inputs]), ends[inputs] if output else None)
 
     changing = isinstance(act, tuple) or (table is not None and len(table) > 1)
@@ -42,20 +42,9 @@ def _rows(
     return [setting(step) for step in range(total or 1)] if changing else [setting(0)]
 
 
-def part_of(config: QuantConfig, name: str, step: int) -> int:
-    """The row of a layer's stored ranges that a step uses: one a step, one a group where bits change, else the only one."""
-    if config.ranges == "step":
-        return step
-    return 0 if config.steps is None or isinstance(config[name].act, int) else config.steps.of(step)
-
-
-def stored_ranges(config: QuantConfig, name: str, inputs: int, output: bool) -> tuple[int, int, int]:
-    """The shape [parts, inputs + outputs, 2] of a layer's static ranges as they are stored (float32); zeros where it has none."""
-    act = config[name].act
-    if config.ranges == "dynamic" or act == 16:
-        return 0, 0, 0
-    parts = config.total_steps if config.ranges == "step" else len(act) if isinstance(act, tuple) else 1
-    return parts or 1, inputs + output, 2
+def input_parts(layer: QuantLinear | QuantConv2d) -> int:
+    """How many ranges a layer's input has."""
+    return 2 if isinstance(layer, QuantConv2d) and layer.split is not None else 1
 
 
 def share_out_(config: QuantConfig, layers: Layers, settings: Mapping[str, list[Setting]]) -> None:

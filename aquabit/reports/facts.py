@@ -34,6 +34,7 @@ class Facts:
     space: Mapping[str, Any]
     sensitivity: Mapping[str, Any]
     front: Mapping[str, Any]
+    noise: Mapping[str, Any]  # of the winner; empty in studies that were searched before it was measured
     validation: Mapping[str, Any]
     measured: pd.DataFrame
     configs: Mapping[str, QuantConfig]
@@ -51,6 +52,11 @@ class Facts:
         """The named swap all effects speak of, as text; empty where it is not stored."""
         swap = self.sensitivity.get("swap") or ""
         return swap if isinstance(swap, str) else ":".join(map(str, swap))
+
+    @property
+    def correction(self) -> str:
+        """What the study corrects every configuration by; empty where it corrects none."""
+        return str(self.space.get("correction") or "")
 
     def rows(self, kind: str) -> pd.DataFrame:
         """The successful measurements of a kind, with the objective as ``value``; those without it left out."""
@@ -82,7 +88,8 @@ def read(study: Study) -> Facts:
         protocol=found, protocols=study.protocols(), objective=objective,
         direction=sensitivity.get("direction") or ("min" if LOWER_IS_BETTER.get(objective, True) else "max"),
         layers=_layers(study.get("graph")), space=study.get("space") or {}, sensitivity=sensitivity,
-        front=study.get("front") or {}, validation=sensitivity.get("validation") or {}, measured=study.measurements(failed=True),
+        front=study.get("front") or {}, noise=study.get("noise") or {}, validation=sensitivity.get("validation") or {},
+        measured=study.measurements(failed=True),
         configs=study.configs(), environments=[_json_object(row[0]) for row in environments], thumbnails=study.thumbnails(),
         notes=study.notes(),
     )  # fmt: skip

@@ -18,7 +18,7 @@ import pandas as pd
 from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 
-from aquabit.reports import figures, style, summary, tables
+from aquabit.reports import figures, noise, style, summary, tables
 from aquabit.reports.facts import Facts, missing, number, read, require_metric, scheme_name
 from aquabit.scheme import AquabitError, Progress, no_progress
 from aquabit.study import Study
@@ -83,6 +83,9 @@ def _plans(facts: Facts) -> list[Plan]:
              lambda f, t, a: figures.swaps_scatter(
                  t["swaps"], a, metric, number(v.get("srcc")), number(v.get("sign_agreement")), int(v.get("flips") or 0)),
              "Effects of layers as predicted, beside the mean of real swaps with its interval."),
+        *(Plan(p.name, "noise", "noise", lambda table: (style.SINGLE, 1.9),
+               lambda f, t, a, p=p: noise.over_steps(t["noise"], a, p), f"{p.caption} Bands are 95 % intervals over images.")  # type: ignore[misc]
+          for p in noise.PANELS),
     ]  # fmt: skip
 
 
@@ -174,7 +177,8 @@ class Images:
 
 
 def images(facts: Facts, folder: Path) -> list[Images]:
-    """Full precision, uniform and found, all from the same seeds; each also written as ``images_NAME.png``."""
+    """Full precision, uniform and found, the latter without and with noise correction, all from the same seeds; each also written as
+    ``images_NAME.png``."""
     wanted: list[tuple[str, str]] = []
     reference = facts.rows("reference")
     wanted += [("full precision", str(reference.config.iloc[0]))] if len(reference) else []
@@ -184,14 +188,29 @@ def images(facts: Facts, folder: Path) -> list[Images]:
     wanted += [
         (f"uniform {names.get(c) or ((facts.front.get('comparison') or {}).get('uniform') or {}).get('scheme', '')}", c) for c in chosen
     ]
-    wanted += [("found", str(facts.front["winner"]))] if facts.front.get("winner") else []
+    found = _found(facts)
+    wanted += found
     protocols = dict.fromkeys(([facts.protocol.digest] if facts.protocol else []) + [p for _, p in facts.thumbnails])
     have = {p: [(t, c) for t, c in wanted if (c, p) in facts.thumbnails] for p in protocols}
-    protocol = max(have, key=lambda p: len(have[p]), default="")
+    protocol = max(have, key=lambda p: (len([w for w in have[p] if w in found]), len(have[p])), default="")
     shown = []
     for title, config in have.get(protocol, []):
         shown += _grid(facts, title, config, protocol, folder)
     return shown
+
+
+def _found(facts: Facts) -> list[tuple[str, str]]:
+    """(title, configuration) of the winner, and of what it is without or with correction where that was measured."""
+    winner = str(facts.front.get("winner") or "")
+    without, corrected = (str(facts.noise.get(key) or "") for key in ("without", "with"))
+    name = f"corrected by {facts.noise.get('correction')}"
+    if not winner or winner not in (without, corrected):
+        return [("found", winner)] if winner else []
+    return (
+        [("found", without), (f"found, {name}", corrected)]
+        if winner == without
+        else [("found, not corrected", without), (f"found, {name}", corrected)]
+    )
 
 
 def _grid(facts: Facts, title: str, config: str, protocol: str, folder: Path) -> list[Images]:
@@ -213,7 +232,7 @@ def _grid(facts: Facts, title: str, config: str, protocol: str, folder: Path) ->
         notes.append(f"{summary.figures(r.bits)} bits a weight, {summary.count(r.bytes)} bytes")
         notes.append(f"{facts.metric} {summary.figures(r.get(facts.objective))}")
         psnr = number(r.get("psnr"))
-        notes += [f"PSNR {psnr:.1f} dB to full precision"] if title != "full precision" and math.isfinite(psnr) else []
+        notes += [f"PSNR {psnr:.2f} dB to full precision"] if title != "full precision" and math.isfinite(psnr) else []
     source = "data:image/png;base64," + base64.b64encode(png).decode()
     return [Images(name, title, "; ".join(notes), source, width, height)]
 

@@ -116,10 +116,12 @@ def _which(facts: Facts, comparison: pd.DataFrame) -> Sentence | None:
         gap = f"{figures(change.value)}{interval(change.low, change.high)}"
         verdict = f"a paired difference of {gap} over {found.blocks} blocks of fresh seeds: {verdict}"
     text = f"Within {budget}, the found" if budget else "The found"
+    winner = facts.winner()
+    corrected = f", both corrected by {winner.correction}" if winner and winner.correction else ""
     ours, theirs = (f"{count(r.bytes)} bytes, {figures(r.bits, 4)} bits a weight" for r in (found, uniform))
     return Sentence(
         f"{text} configuration ({ours}) measures {facts.metric} {figures(found.value)} and uniform {uniform.scheme} ({theirs}) "
-        f"{figures(uniform.value)}, {verdict}."
+        f"{figures(uniform.value)}{corrected}, {verdict}."
     )
 
 
@@ -160,6 +162,8 @@ def run_card(facts: Facts) -> list[tuple[str, str]]:
         schemes = list(dict.fromkeys(s for row in facts.space.get("choices", {}).values() for s in row))
         card.append(("search space", f"{', '.join(schemes)}; activations {', '.join(f'a{a}' for a in facts.space.get('activations', []))}"))
     card += _protocol(facts)
+    if facts.correction:
+        card.append(("noise correction", f"{facts.correction}, of every quantized configuration"))
     card.append(("objective", f"{facts.metric} ({'lower' if facts.direction == 'min' else 'higher'} is better)"))
     if facts.swap:
         bits = number(facts.sensitivity.get("bits"))

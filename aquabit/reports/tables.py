@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from aquabit.reports import noise
 from aquabit.reports.facts import Facts, family, number, scheme_name
 from aquabit.scheme import QuantConfig, Scheme
 
@@ -241,7 +242,7 @@ def all_tables(facts: Facts) -> dict[str, pd.DataFrame]:
     """Every table by the name of its files."""
     functions = (
         counts, failures, quality_vs_bits, front, comparison, layers, operators, blocks, chosen_schemes, surrogate, surrogate_scatter,
-        swaps,
+        swaps, noise.noise, noise.correction,
     )  # fmt: skip
     return {f.__name__: f(facts) for f in functions}
 

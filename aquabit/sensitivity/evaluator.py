@@ -24,12 +24,13 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from aquabit.kernels.dispatch import using
-from aquabit.pipelines import Adapter, denoiser_name, load, noise_statistics, recorder, set_scheduler
+from aquabit.pipelines import Adapter, denoiser_name, load, noise_statistics, recorder, sampler, set_scheduler
 from aquabit.quality import DigitsFeatures, NonFiniteImages, Quality, Reference
 from aquabit.quality.paired import mse, psnr_from_mse, ssim
 from aquabit.quant.bank import Bank
-from aquabit.quant.correct import Corrector
+from aquabit.quant.correct import Corrector, check_correction
 from aquabit.quant.model import QuantizedDenoiser
+from aquabit.quant.noise import Uncorrectable
 from aquabit.quant.sampling import Watcher, following
 from aquabit.quant.statistics import Statistics
 from aquabit.scheme import (
@@ -110,7 +111,7 @@ class Evaluator:
         self.pipe, self.bank, self.fingerprint, self.device = pipe, bank, fingerprint, device
         self.scheduler = pipe.scheduler
         self.adapter = Adapter(pipe)
-        self.quantized = QuantizedDenoiser(self.adapter.denoiser.eval(), graph, bank, fingerprint, recorder(pipe))
+        self.quantized = QuantizedDenoiser(self.adapter.denoiser.eval(), graph, bank, fingerprint, recorder(pipe), sampler(pipe))
         self.extractor: DigitsFeatures | None
         self.reference: Reference | None
         self.extractor, self.reference = self.adapter.reference()
@@ -184,6 +185,9 @@ class Evaluator:
         """What takes part in sampling with a configuration."""
         if not config.correction or not config.layers:
             return []
+        self.pipe.scheduler = self.scheduler
+        set_scheduler(self.pipe, protocol.scheduler)
+        check_correction(self.pipe.scheduler, config.correction, protocol.eta)
         return [Corrector(self.noise(config, Calibration.of(protocol)), config.correction)]
 
     def noise(self, config: QuantConfig, calibration: Calibration) -> Statistics:
@@ -219,7 +223,7 @@ class Evaluator:
                 if full is None:
                     self._keep(protocol, images)
                 metrics = self._metrics(images, images if full is None else full, protocol)
-        except NonFiniteImages as error:  # what else goes wrong (a full disk, say) is no property of the configuration
+        except (NonFiniteImages, Uncorrectable) as error:  # what else goes wrong (a full disk, say) is no property of the configuration
             seconds = time.perf_counter() - started
             return Measurement(config.digest, protocol.digest, {}, seconds, facts, "failed", str(error)), None
         seconds = time.perf_counter() - started

@@ -13,9 +13,10 @@ from diffusers import DiffusionPipeline
 
 from aquabit.cost import CostModel
 from aquabit.graph import to_json
-from aquabit.pipelines import Adapter, check_scheduler, denoiser_of, load, trace
+from aquabit.pipelines import Adapter, check_scheduler, denoiser_of, load, scheduler_named, trace
 from aquabit.quant.bank import Bank
 from aquabit.quant.model import fingerprint
+from aquabit.quant.samplers import refuses, refuses_eta
 from aquabit.scheme import (
     FP,
     AquabitError,
@@ -28,6 +29,7 @@ from aquabit.scheme import (
     act_text,
     direction,
     no_progress,
+    parse_correction,
 )
 from aquabit.sensitivity.evaluator import Evaluator
 from aquabit.sensitivity.pool import InlinePool, Task, WorkerPool
@@ -47,6 +49,7 @@ class Model:
     graph: nx.DiGraph
     source: str | DiffusionPipeline  # what workers load
     real_images: str  # digest of the real images, "none" where there are none
+    scheduler: Any  # the pipeline's own
 
 
 def open_model(model: str | DiffusionPipeline) -> Model:
@@ -54,7 +57,7 @@ def open_model(model: str | DiffusionPipeline) -> Model:
     pipe = load(model)
     _, real = Adapter(pipe).reference()
     name = str(model) if isinstance(model, str) else type(pipe).__name__
-    return Model(name, fingerprint(denoiser_of(pipe)), trace(pipe), model, real.digest if real else "none")
+    return Model(name, fingerprint(denoiser_of(pipe)), trace(pipe), model, real.digest if real else "none", pipe.scheduler)
 
 
 def protocol_for(model: Model, protocol: Protocol | None = None) -> Protocol:
@@ -68,6 +71,15 @@ def protocol_for(model: Model, protocol: Protocol | None = None) -> Protocol:
             raise AquabitError(f"objective {objective!r} needs real images, and {model.reference} names none; use mse, psnr or ssim")
         objective = PAIRED_OBJECTIVE
     return replace(given, reference=model.real_images, objective=objective)
+
+
+def check_correction(model: Model, protocol: Protocol, correction: str | None) -> None:
+    """Raise AquabitError where the sampler of a protocol cannot be corrected so, before anything is fitted or measured."""
+    which = parse_correction(correction)
+    scheduler = scheduler_named(model.scheduler, protocol.scheduler)
+    reason = refuses(scheduler, which) or refuses_eta(scheduler, which, protocol.eta)
+    if reason:
+        raise AquabitError(reason)
 
 
 @contextmanager
@@ -223,6 +235,7 @@ def open_session(
         else:
             options = {"calibration": Calibration.of(given), **(space_options or {})}
             space = make_space(opened.graph, opened.fingerprint, opened.reference, **options)
+        check_correction(opened, given, space.correction)
         if space.steps is not None and space.steps.total != given.steps:
             raise AquabitError(
                 f"the step groups are of {space.steps.total} steps, the images are made in {given.steps}; give both the same number"

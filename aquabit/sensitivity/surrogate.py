@@ -106,14 +106,16 @@ def cross_validate(
 
 
 def training_table(study: Study, objective: str) -> pd.DataFrame:
-    """The measurements that a surrogate may learn from: under the study's protocol, of the training kinds, no end of a real swap.
+    """The measurements that a surrogate may learn from: under the study's protocol, of the training kinds, corrected as the study's space
+    corrects, no end of a real swap.
 
     Raises AquabitError where there are fewer than 20, or none of them has the objective.
     """
     table = study.measurements(study.protocol)
     ends: set[str] = set()
     if len(table):
-        table = table[table.kind.isin(TRAINING_KINDS)]
+        own = (study.get("space") or {}).get("correction")
+        table = table[table.kind.isin(TRAINING_KINDS) & (table.correction.fillna("") == (own or ""))]
         if objective in table:
             flips = study.flips(objective)
             ends = {*flips.config_before, *flips.config_after}
@@ -142,7 +144,9 @@ def fit_from_study(
     graph = from_json(study.need("graph", "run `aquabit measure` first"))
     space = SearchSpace.from_dict(study.need("space", "run `aquabit measure` first"))
     encoder, cost = Encoder(space, graph, study.errors(), study.probes()), CostModel(graph, space)
-    known = study.configs()
+    known, schemes = study.configs(), set(space.schemes)  # uniform references may have schemes that no layer of the space may take
+    inside = [all(choice.weight in schemes for choice in known[c].layers.values()) for c in table.config]
+    table = table[inside].reset_index(drop=True)
     weights, acts = space.indices([known[c] for c in table.config])
     y, bits = table[objective].to_numpy(float), cost.totals(weights, acts)["bits"]
     model = Surrogate(seed=seed, direction=oriented, log=Target.of(y, oriented).log)
