@@ -127,7 +127,7 @@ def find_in(session: Session, budget: Budget, rounds: int, per_round: int, seed:
 
     def measured() -> list[tuple[QuantConfig, float]]:
         table, configs = study.measurements(session.protocol, failed=True), study.configs()
-        ours = table[(table.kind != "reference") & (table.correction.fillna("") == (space.correction or ""))]
+        ours = table[(table.kind != "reference") & (table.correction.fillna("") == (space.correction or "")) & table.tuned.isna()]
         values = sign * ours[metric].to_numpy(float)
         return [(configs[c], float(v)) for c, v in zip(ours.config, values, strict=True)]
 

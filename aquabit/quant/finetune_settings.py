@@ -32,7 +32,7 @@ class FineTuning:
 
     steps: int = 1500
     batch: int = 32
-    images: int = 512
+    images: int = 2048
     images_seed: int = 800_000_001
     seed: int = 0
     order: Order = "shuffled"
