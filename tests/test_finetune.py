@@ -81,7 +81,8 @@ def test_loss_falls_and_is_that_of_the_stored_weights(kind: str, scheme: str, tm
 
 
 def test_a_run_that_was_interrupted_ends_with_the_same_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = tuned_in(tmp_path / "whole", scheme="aq2x4g4")
+    options: dict[str, Any] = {"scheme": "aq2x4g4", "settings": replace(SETTINGS, code_rate=0.05, semi_discontinuity=True, order="walking")}
+    whole = tuned_in(tmp_path / "whole", **options)
     monkeypatch.setattr(module, "CHECKPOINT_SECONDS", 0.0)
     for stop in (7, 13, 24):
 
@@ -90,10 +91,10 @@ def test_a_run_that_was_interrupted_ends_with_the_same_tensors(tmp_path: Path, m
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            tuned_in(tmp_path / "parts", scheme="aq2x4g4", progress=stopping)
+            tuned_in(tmp_path / "parts", **options, progress=stopping)
         assert list((tmp_path / "parts").glob("tuning-*"))
     steps: list[int] = []
-    parts = tuned_in(tmp_path / "parts", scheme="aq2x4g4", progress=lambda what, done, total: steps.append(done))
+    parts = tuned_in(tmp_path / "parts", **options, progress=lambda what, done, total: steps.append(done))
     assert next(s for s in steps if s) in (24, 25) and parts.config.tuned == whole.config.tuned
     assert parts.history == whole.history and (parts.before, parts.after) == (whole.before, whole.after)
     assert not list((tmp_path / "parts").glob("tuning-*"))
