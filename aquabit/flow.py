@@ -19,7 +19,7 @@ from aquabit.pipelines import Adapter, denoiser_name, load, noise_statistics, re
 from aquabit.quant.artifact import config_of, save_packed_denoiser
 from aquabit.quant.bank import Bank
 from aquabit.quant.correct import check_correction, corrected_, statistics_of
-from aquabit.quant.finetune import FineTuning, Tuned
+from aquabit.quant.finetune import FineTuning, Tuned, check_tunable
 from aquabit.quant.finetune import finetune as tune
 from aquabit.quant.model import QuantizedDenoiser, fingerprint
 from aquabit.quant.sampling import follow_, unfollowed, watchers_of
@@ -127,7 +127,7 @@ def find_in(session: Session, budget: Budget, rounds: int, per_round: int, seed:
 
     def measured() -> list[tuple[QuantConfig, float]]:
         table, configs = study.measurements(session.protocol, failed=True), study.configs()
-        ours = table[(table.kind != "reference") & (table.correction.fillna("") == (space.correction or ""))]
+        ours = table[(table.kind != "reference") & (table.correction.fillna("") == (space.correction or "")) & table.tuned.isna()]
         values = sign * ours[metric].to_numpy(float)
         return [(configs[c], float(v)) for c, v in zip(ours.config, values, strict=True)]
 
@@ -288,6 +288,7 @@ def quantize(
         source.set_progress_bar_config(disable=True)
     model = QuantizedDenoiser(getattr(source, name).eval(), graph, Bank(bank), own, recorder(source), sampler(source))
     if finetune:
+        check_tunable(model, config)  # before anything is fitted
         with single_thread(device):
             model.prepare(config, progress)
         settings = finetune if isinstance(finetune, FineTuning) else FineTuning()
@@ -331,6 +332,7 @@ def generate(
     adapter = Adapter(load(pipe, device))
     config = config_of(adapter.denoiser)
     usual = (None if config is None else config.calibration) or Calibration()
+    usual = usual if config is None or config.total_steps is None else replace(usual, steps=config.total_steps)
     protocol = Protocol(
         images=images, steps=usual.steps if steps is None else steps, seed=seed, eta=usual.eta if eta is None else eta,
         guidance=usual.guidance if guidance is None else guidance, conditions=tuple(conditions) if conditions else None,
@@ -339,7 +341,7 @@ def generate(
     layers = layers_of(adapter.denoiser)
     with _switched_correction(adapter, correction):
         if any(layer.held is not None for layer in layers.values()):
-            call = adapter.first_call(protocol)  # this is sampling, and follows the scheduler; the timed calls are not
+            call = adapter.first_call(protocol)  # this samples, and follows the scheduler; the timed calls do not
             with unfollowed(adapter.denoiser):
                 placed = place_(layers, call, memory, progress)
             if told is not None:

@@ -223,13 +223,13 @@ class Study:
 
     def measurements(self, protocol: Protocol | None = None, kind: str | None = None, failed: bool = False) -> pd.DataFrame:
         """One row a measurement in the order of recording: config, protocol, kind, status, reason, seconds, created, bits, bytes, bops,
-        correction (None without), one column a metric. Failed ones only where ``failed``."""
+        correction and tuned (None without), one column a metric. Failed ones only where ``failed``."""
         query = (
             "SELECT m.config, m.protocol, m.kind, m.status, m.reason, m.seconds, m.created, c.bits, c.bytes, c.bops, "
-            "json_extract(c.value, '$.correction'), m.metrics "
+            "json_extract(c.value, '$.correction'), json_extract(c.value, '$.tuned'), m.metrics "
             "FROM measurements m JOIN configs c ON c.digest = m.config WHERE (? OR m.status = 'ok') ORDER BY m.rowid"
         )
-        names = ["config", "protocol", "kind", "status", "reason", "seconds", "created", "bits", "bytes", "bops", "correction"]
+        names = ["config", "protocol", "kind", "status", "reason", "seconds", "created", "bits", "bytes", "bops", "correction", "tuned"]
         rows = [(*r[:-1], json.loads(r[-1])) for r in self._rows(query, (failed,))]
         table = pd.DataFrame([{**dict(zip(names, r[:-1], strict=True)), **r[-1]} for r in rows])
         if table.empty:

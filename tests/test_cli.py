@@ -229,7 +229,7 @@ def test_bad_input_is_one_sentence(folder) -> None:
         "--reference is not available yet": ["measure", "pipe", "--reference", ".", *study],
         "design 'sobol'": ["measure", "pipe", "--design", "sobol", *study],
         "shard '3/2'": ["measure", "pipe", "--shard", "3/2", *study],
-        "correction 'cnc+no' is unknown": ["quantize", "pipe", "whole/config.json", "--out", "x", "--correction", "cnc+no"],
+        r"correction 'cnc\+no' is unknown": ["quantize", "pipe", "whole/config.json", "--out", "x", "--correction", "cnc+no"],
         "is for model": ["quantize", "digits-unet", "whole/config.json", "--out", "x"],
         "scheme 'usq99' is out of range": ["bench", "--formats", "usq99"],
         "must be OUTxIN@TOKENS": ["bench", "--shapes", "wide"],
@@ -241,6 +241,16 @@ def test_bad_input_is_one_sentence(folder) -> None:
     for expected, words in cases.items():
         said = fails(folder, *words)
         assert re.search(expected, said), (words, said)
+
+
+def test_correction_is_an_option_of_what_measures(folder) -> None:
+    few = ["--images", "4", "--steps", "2", "--workers", "1", "--samples", "1", "--space", "space.json"]
+    run(folder, "measure", "pipe", "--study", "corrected.db", "--correction", "bc+cnc", *few)
+    assert json.loads(run(folder, "status", "corrected.db", "--json", "-"))["correction"] == "cnc+bc"
+    assert "begun with --correction cnc+bc, not none" in fails(folder, "measure", "pipe", "--study", "corrected.db", *few)
+    assert "correction 'dnc' is unknown" in fails(folder, "measure", "pipe", "--study", "dnc.db", "--correction", "dnc", *few)
+    assert "DDIM with eta 0 adds none" in fails(folder, "run", "pipe", "--out", "vsc", "--correction", "vsc")
+    assert "measured with --correction cnc+bc; search with that" in fails(folder, "search", "corrected.db", "--correction", "cnc")
 
 
 def test_too_few_measurements_say_how_many(folder) -> None:

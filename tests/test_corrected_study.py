@@ -208,3 +208,6 @@ def test_images_of_a_corrected_artifact(begun, tmp_path) -> None:
     flow.quantize(pipe, config, bank=str(folder / "bank")).save(tmp_path / "packed")
     corrected, plain = (flow.generate(str(tmp_path / "packed"), 4, correction=c) for c in (None, "none"))
     assert corrected.isfinite().all() and not corrected.equal(plain)
+    assert flow.generate(str(tmp_path / "packed"), 2, steps=3, correction="none").isfinite().all(), "what is off refuses no sampler"
+    with pytest.raises(AquabitError, match="are of 2 steps, the sampler makes 3"):
+        flow.generate(str(tmp_path / "packed"), 2, steps=3)

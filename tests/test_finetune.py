@@ -18,7 +18,9 @@ from typer.testing import CliRunner
 
 import aquabit
 from aquabit.cli import app
+from aquabit.cost import CostModel
 from aquabit.flow import quantize
+from aquabit.graph import to_json
 from aquabit.kernels import fake_quantize
 from aquabit.pipelines import replay_recorder
 from aquabit.quant import finetune as module
@@ -27,8 +29,11 @@ from aquabit.quant.bank import Bank
 from aquabit.quant.finetune import FineTuning, Tuned, finetune
 from aquabit.quant.layers import QuantConv2d, QuantLinear
 from aquabit.quant.model import QuantizedDenoiser, fingerprint
-from aquabit.scheme import AquabitError, Calibration, LayerChoice, Protocol, QuantConfig, Scheme, StepGroups
+from aquabit.scheme import AquabitError, Calibration, LayerChoice, Measurement, Protocol, QuantConfig, Scheme, StepGroups
 from aquabit.sensitivity.evaluator import Evaluator
+from aquabit.sensitivity.surrogate import training_table
+from aquabit.space import make_space
+from aquabit.study import Study
 from tests.conftest import tiny_pipeline
 
 SETTINGS = FineTuning(steps=30, batch=4, images=16, check_every=10, warmup=3, code_rate=0.02)
@@ -76,7 +81,8 @@ def test_loss_falls_and_is_that_of_the_stored_weights(kind: str, scheme: str, tm
 
 
 def test_a_run_that_was_interrupted_ends_with_the_same_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = tuned_in(tmp_path / "whole", scheme="aq2x4g4")
+    options: dict[str, Any] = {"scheme": "aq2x4g4", "settings": replace(SETTINGS, code_rate=0.05, semi_discontinuity=True, order="walking")}
+    whole = tuned_in(tmp_path / "whole", **options)
     monkeypatch.setattr(module, "CHECKPOINT_SECONDS", 0.0)
     for stop in (7, 13, 24):
 
@@ -85,10 +91,10 @@ def test_a_run_that_was_interrupted_ends_with_the_same_tensors(tmp_path: Path, m
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            tuned_in(tmp_path / "parts", scheme="aq2x4g4", progress=stopping)
+            tuned_in(tmp_path / "parts", **options, progress=stopping)
         assert list((tmp_path / "parts").glob("tuning-*"))
     steps: list[int] = []
-    parts = tuned_in(tmp_path / "parts", scheme="aq2x4g4", progress=lambda what, done, total: steps.append(done))
+    parts = tuned_in(tmp_path / "parts", **options, progress=lambda what, done, total: steps.append(done))
     assert next(s for s in steps if s) in (24, 25) and parts.config.tuned == whole.config.tuned
     assert parts.history == whole.history and (parts.before, parts.after) == (whole.before, whole.after)
     assert not list((tmp_path / "parts").glob("tuning-*"))
@@ -297,3 +303,21 @@ def test_the_command_line_tunes(tmp_path: Path) -> None:
     (tmp_path / "settings.json").write_text('{"tau": 7}')
     wrong = CliRunner().invoke(app, [*call, "--finetune-settings", str(tmp_path / "settings.json")])
     assert wrong.exit_code == 2 and "tau 7" in wrong.output
+
+
+def test_a_surrogate_does_not_learn_from_tuned_configurations(tmp_path: Path) -> None:
+    study = Study(tmp_path / "S.db")
+    pipe = tiny_pipeline("dit")
+    config, protocol = config_for(pipe), Protocol()
+    graph = aquabit.trace(pipe)
+    space = make_space(graph, config.fingerprint, "tiny")
+    study.begin("tiny", config.fingerprint, to_json(graph), space.to_dict(), protocol)
+    totals = CostModel(graph, space).totals_of(config)
+    names = sorted(config.layers)
+    for i in range(25):
+        own = config.with_layer(names[i % len(names)], "usq3").with_layer(names[(i // len(names) + 3) % len(names)], "usq4")
+        for one in (own, replace(own, tuned=f"{i:016x}")):
+            study.record(one, Measurement(one.digest, protocol.digest, {"fid": 1.0 + i}, 1.0), "sample", totals)
+    table = training_table(study, "fid")
+    assert len(table) >= 20 and table.tuned.isna().all()
+    assert study.measurements().tuned.notna().sum() == 25

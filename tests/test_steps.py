@@ -26,6 +26,7 @@ from aquabit.scheme import (
     ACTIVATION_BITS,
     AquabitError,
     Budget,
+    Calibration,
     LayerChoice,
     Protocol,
     QuantConfig,
@@ -270,6 +271,27 @@ def test_whole_calls_are_averaged_over_groups(tmp_path, dit, monkeypatch) -> Non
     monkeypatch.setattr(latency, "interleaved", lambda *_: {"call": [float(first.act)]})
     config = stepped(space, (4, 8), steps=StepGroups(4, (0, 3)))
     assert latency.packed_latencies(here, [config, space.uniform("usq4", 6)]) == pytest.approx([1e3 * 5, 1e3 * 6])
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "step"])
+def test_corrections_act_beside_the_switch(tmp_path, dit, kind: str) -> None:
+    here, space = evaluator(dit, tmp_path)
+    calibration = Calibration(images=4, steps=4)
+    plain = replace(stepped(space, (4, 8), 6), calibration=calibration, ranges=kind)
+    config = replace(plain, correction="cnc+bc")
+    made = here.generate(config, PROTOCOL, packed=True)
+    assert not torch.equal(made, here.generate(plain, PROTOCOL, packed=True))
+    statistics = here.noise(config, replace(Calibration.of(PROTOCOL), images=4))
+    assert statistics.estimate.snr[:2].max() < statistics.estimate.snr[2:].max(), "a8 adds less noise than a4"
+    flow.quantize(dit, config, bank=str(tmp_path)).save(tmp_path / "packed")
+    loaded = load(str(tmp_path / "packed"))
+    seen = []
+    first = layers_of(loaded.denoiser)[space.layers[0]]
+    first.register_forward_pre_hook(lambda *_: seen.append((first.act, first.ranges)))
+    again = images(loaded)
+    assert [act for act, _ in seen] == [4, 4, 8, 8] and len({ends for _, ends in seen}) == (1 if kind == "dynamic" else 4)
+    assert (again - made).square().mean() < (again - here.generate(space.full_precision(), PROTOCOL)).square().mean()
+    assert len(flow.generate(str(tmp_path / "packed"), 2)) == 2, "as many steps as the groups are of"
 
 
 # ---- the space -------------------------------------------------------------------------------------------------------------------------

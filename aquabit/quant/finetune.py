@@ -53,7 +53,7 @@ class Tuned:
     before: float
     after: float
     changed: float
-    history: tuple[Mapping[str, float], ...]
+    history: tuple[Mapping[str, float | None], ...]
     seconds: float
     notes: tuple[str, ...] = ()
 
@@ -69,7 +69,7 @@ def finetune(
     Raises AquabitError for configurations without coded layers or with activations that depend on the step, and for a packed model.
     """
     settings = settings or FineTuning()
-    _check(model, config)
+    check_tunable(model, config)
     buffer = replace(config.calibration or Calibration(), images=settings.images, seed=settings.images_seed)
     buffer = buffer if settings.guidance is None else replace(buffer, guidance=settings.guidance)
     bank, untuned = model.fitter.bank, replace(config, correction=None)
@@ -93,7 +93,8 @@ def finetune(
     )  # fmt: skip
 
 
-def _check(model: QuantizedDenoiser, config: QuantConfig) -> None:
+def check_tunable(model: QuantizedDenoiser, config: QuantConfig) -> None:
+    """Raises AquabitError, with the reason, for what ``finetune`` refuses."""
     if not coded_layers(config):
         raise AquabitError("the configuration codes no layer; there is nothing to fine-tune")
     if config.steps is not None:

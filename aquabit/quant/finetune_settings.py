@@ -25,14 +25,14 @@ class FineTuning:
     weight by at most ``trust_ratio`` of its norm (None: no limit); ``delta_decay`` is the share of the difference between the dense proxy
     and the decoded weight that is forgotten in a step (0: straight-through, 1: none is kept). ``semi_groups``: a group whose code changes
     loses its optimizer state and its difference; ``semi_discontinuity``: first moments of codebooks, scales and offsets are forgotten where
-    a batch is not the next step of the trajectories of the batch before. ``guidance``: the loss is on outputs that are combined with this
-    scale, and images are made with it. ``method`` "straight_through" is plain Adam on dense proxies, every code the nearest in every step.
-    Raises AquabitError for values out of range.
+    a batch is not the next step of the trajectories of the batch before (shuffled batches never are). ``guidance``: the loss is on outputs
+    that are combined with this scale, and images are made with it. ``method`` "straight_through" is plain Adam on dense
+    proxies, every code the nearest in every step. Raises AquabitError for values out of range.
     """
 
     steps: int = 1500
     batch: int = 32
-    images: int = 512
+    images: int = 2048
     images_seed: int = 800_000_001
     seed: int = 0
     order: Order = "shuffled"

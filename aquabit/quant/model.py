@@ -161,6 +161,7 @@ class QuantizedDenoiser:
 
     def prepare(self, config: QuantConfig, progress: Progress = no_progress) -> None:
         """Fit what the bank lacks for a configuration, together: calibration runs once for many layers."""
+        self.ranges(config)  # measured in full precision, so before anything is set
         if config.tuned:
             self._fine_tuned(config)  # nothing of it is fitted
             return
@@ -169,7 +170,6 @@ class QuantizedDenoiser:
         absent = [need for need in needs if not self.fitter.has(need, config.calibration)]
         if absent:
             self.fitter.fit(absent, config.calibration, progress)
-        self.ranges(config)  # measured in full precision, so before anything is set
 
     def _check(self, config: QuantConfig) -> None:
         unknown = [n for n in config.layers if n not in self.layers]

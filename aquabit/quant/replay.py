@@ -20,7 +20,7 @@ from aquabit.quant.bank import weight_hash
 from aquabit.quant.calibrate import Call, _mapped
 from aquabit.scheme import AquabitError, Calibration
 
-HELD_OUT = 8  # one run of so many is for validation, one at least
+HELD_OUT = 16  # one run of so many is for validation, one at least
 AGREE = 1e-4  # relative difference up to which a denoiser answers the same
 
 

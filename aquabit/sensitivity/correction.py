@@ -14,7 +14,7 @@ from aquabit.quant.correct import Corrector
 from aquabit.scheme import AquabitError, Calibration, Progress, Protocol, QuantConfig, no_progress, parse_correction
 from aquabit.sensitivity.estimators import Target
 from aquabit.sensitivity.evaluator import single_thread
-from aquabit.sensitivity.measure import Session, check_correction, uniform_references
+from aquabit.sensitivity.measure import Session, check_correctable, uniform_references
 from aquabit.sensitivity.surrogate import training_table
 
 DEFAULT_CORRECTION = "cnc+bc"  # defined for every sampler
@@ -49,7 +49,7 @@ def noise_facts(session: Session, config: QuantConfig, protocols: Sequence[Proto
             statistics = session.here.noise(config, calibration)  # kept in the bank, where workers find it
         rows = statistics.table().to_dict("records")
         facts |= {"images": statistics.about.images, "rows": [{str(k): _defined(v) for k, v in row.items()} for row in rows]}
-        check_correction(session.model, session.protocol, correction)
+        check_correctable(session.model, session.protocol, correction)
         Corrector(statistics, correction)
     except AquabitError as error:
         return {**facts, "reason": str(error)}
@@ -73,7 +73,7 @@ def search_corrected(session: Session, correction: str, progress: Progress = no_
     if own:
         raise AquabitError(f"{session.study.path} was measured with --correction {own}; search with that, or without --correction")
     training_table(session.study, session.protocol.objective)  # too few measurements are said before anything is measured
-    check_correction(session.model, session.protocol, wanted)
+    check_correctable(session.model, session.protocol, wanted)
     calibration = session.space.calibration or Calibration.of(session.protocol)
     session.space = replace(session.space, correction=wanted, calibration=calibration)
     session.costs = CostModel(session.model.graph, session.space)

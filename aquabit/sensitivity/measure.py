@@ -15,8 +15,8 @@ from aquabit.cost import CostModel
 from aquabit.graph import to_json
 from aquabit.pipelines import Adapter, check_scheduler, denoiser_of, load, scheduler_named, trace
 from aquabit.quant.bank import Bank
+from aquabit.quant.correct import check_correction
 from aquabit.quant.model import fingerprint
-from aquabit.quant.samplers import refuses, refuses_eta
 from aquabit.scheme import (
     FP,
     AquabitError,
@@ -29,7 +29,6 @@ from aquabit.scheme import (
     act_text,
     direction,
     no_progress,
-    parse_correction,
 )
 from aquabit.sensitivity.evaluator import Evaluator
 from aquabit.sensitivity.pool import InlinePool, Task, WorkerPool
@@ -73,13 +72,9 @@ def protocol_for(model: Model, protocol: Protocol | None = None) -> Protocol:
     return replace(given, reference=model.real_images, objective=objective)
 
 
-def check_correction(model: Model, protocol: Protocol, correction: str | None) -> None:
+def check_correctable(model: Model, protocol: Protocol, correction: str | None) -> None:
     """Raise AquabitError where the sampler of a protocol cannot be corrected so, before anything is fitted or measured."""
-    which = parse_correction(correction)
-    scheduler = scheduler_named(model.scheduler, protocol.scheduler)
-    reason = refuses(scheduler, which) or refuses_eta(scheduler, which, protocol.eta)
-    if reason:
-        raise AquabitError(reason)
+    check_correction(scheduler_named(model.scheduler, protocol.scheduler), correction, protocol.eta)
 
 
 @contextmanager
@@ -235,7 +230,7 @@ def open_session(
         else:
             options = {"calibration": Calibration.of(given), **(space_options or {})}
             space = make_space(opened.graph, opened.fingerprint, opened.reference, **options)
-        check_correction(opened, given, space.correction)
+        check_correctable(opened, given, space.correction)
         if space.steps is not None and space.steps.total != given.steps:
             raise AquabitError(
                 f"the step groups are of {space.steps.total} steps, the images are made in {given.steps}; give both the same number"

@@ -107,7 +107,7 @@ def cross_validate(
 
 def training_table(study: Study, objective: str) -> pd.DataFrame:
     """The measurements that a surrogate may learn from: under the study's protocol, of the training kinds, corrected as the study's space
-    corrects, no end of a real swap.
+    corrects, not fine-tuned (a surrogate knows nothing of that), no end of a real swap.
 
     Raises AquabitError where there are fewer than 20, or none of them has the objective.
     """
@@ -115,7 +115,7 @@ def training_table(study: Study, objective: str) -> pd.DataFrame:
     ends: set[str] = set()
     if len(table):
         own = (study.get("space") or {}).get("correction")
-        table = table[table.kind.isin(TRAINING_KINDS) & (table.correction.fillna("") == (own or ""))]
+        table = table[table.kind.isin(TRAINING_KINDS) & (table.correction.fillna("") == (own or "")) & table.tuned.isna()]
         if objective in table:
             flips = study.flips(objective)
             ends = {*flips.config_before, *flips.config_after}
