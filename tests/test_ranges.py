@@ -18,9 +18,9 @@ from aquabit.kernels import fake_quantize_static
 from aquabit.pipelines import Adapter, load, sampler, trace
 from aquabit.quant import ranges as ranges_module
 from aquabit.quant.bank import Bank
-from aquabit.quant.layers import QuantConv2d
+from aquabit.quant.layers import QuantConv2d, QuantLinear
 from aquabit.quant.model import QuantizedDenoiser, fingerprint
-from aquabit.quant.ranges import best_range
+from aquabit.quant.ranges import RangeRecorder, best_range
 from aquabit.quant.tuning import layers_of, requests_of
 from aquabit.scheme import AquabitError, Calibration, LayerChoice, Protocol, QuantConfig, Scheme, StepGroups
 from aquabit.sensitivity.evaluator import Evaluator
@@ -232,3 +232,14 @@ def test_configurations_with_ranges() -> None:
         replace(moving, layers={"a": LayerChoice(USQ4, (8, 6))}, steps=StepGroups(10, (0, 5)))
     with pytest.raises(AquabitError, match="ranges 'wide' are unknown"):
         replace(base, ranges="wide")
+
+
+def test_ranges_of_convolutions_hold_zero() -> None:
+    layers = {"conv": QuantConv2d.of(torch.nn.Conv2d(2, 2, 1)), "linear": QuantLinear.of(torch.nn.Linear(4, 2))}
+    recorder = RangeRecorder(layers, (), 4096)
+    recorder.steps = 1
+    with recorder.watching():
+        layers["conv"](torch.rand(2, 2, 4, 4) + 3)
+        layers["linear"](torch.rand(8, 4) + 3)
+    found = recorder.tables(8)
+    assert found["conv"][:, 0, 0].tolist() == [0, 0] and (found["linear"][:, 0, 0] >= 3).all()
