@@ -112,7 +112,7 @@ def _with_code(weight: TrainedWeight, code: int) -> Tensor:
 
 def optimizer(scheme: str = "aq2x4g8", shape: tuple[int, ...] = (16, 32), **settings: object) -> Optimizer:
     _, weight = made(scheme, shape)
-    base = FineTuning(steps=100, warmup=0, code_rate=0.3, semi_groups=False)
+    base = FineTuning(steps=100, warmup=0, code_rate=0.3, semi_groups=False, trust_ratio=None)
     return Optimizer({"layer": weight}, replace(base, **settings))  # type: ignore[arg-type]
 
 

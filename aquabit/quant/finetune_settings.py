@@ -45,7 +45,7 @@ class FineTuning:
     weight_decay: float = 0.0
     warmup: int = 20
     tau: float = 0.01
-    trust_ratio: float | None = None
+    trust_ratio: float | None = 0.01
     delta_decay: float = 0.0
     beam: int = 4
     semi_groups: bool = True
