@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.additive import session_of
 from benchmarks.flow import MODELS, RESULTS, machine
 
-BLOCKS = (31, 32, 33, 34, 35, 36)  # of fresh seeds; additive's are 21 to 28, the flow's 11 to 15
+BLOCKS = (31, 32, 33, 34, 35)  # of fresh seeds; additive's are 21 to 28, the flow's 11 to 15
 IMAGES = 512  # a block: FID of few images is noisy
 METRICS = ("fid", "sfid", "is", "psnr")
 FULL, LAYERWISE, TUNED = "full precision", "layer-wise", "tuned"
@@ -144,12 +144,12 @@ def variants(steps: int) -> dict[str, Any]:
     """Settings by name; the first is what the others are compared with."""
     from aquabit.quant.finetune import FineTuning
 
-    base = replace(FineTuning(), steps=steps, semi_groups=False, semi_discontinuity=False)
+    base = replace(FineTuning(), steps=steps, images=512, semi_groups=False, semi_discontinuity=False)
     flags = {"no SeMI": {}, "groups": {"semi_groups": True}, "discontinuity": {"semi_discontinuity": True},
              "both": {"semi_groups": True, "semi_discontinuity": True}}  # fmt: skip
     named = {f"{order}, {name}": replace(base, order=order, **own) for order in ("shuffled", "walking") for name, own in flags.items()}
     plain = replace(base, method="straight_through", code_betas=base.betas)
-    return {"default": replace(FineTuning(), steps=steps), **named, "straight-through Adam": plain}
+    return {"default": replace(base, semi_groups=True), **named, "straight-through Adam": plain}
 
 
 def ablation(rows: Rows, folder: Path, models: list[str], options: Any) -> None:
@@ -157,9 +157,9 @@ def ablation(rows: Rows, folder: Path, models: list[str], options: Any) -> None:
         with bench_of(rows, folder, model) as bench:
             start = bench.additive(2)
             for name, config in ((FULL, bench.full_precision()), (LAYERWISE, start)):
-                bench.measure("ablation", name, config)
+                bench.measure("ablation", name, config, BLOCKS[:3])
             for name, settings in variants(options.ablation_steps).items():
-                bench.measure("ablation", name, bench.tune("ablation", name, start, settings))
+                bench.measure("ablation", name, bench.tune("ablation", name, start, settings), BLOCKS[:3])
 
 
 def orderings(rows: Rows, folder: Path, models: list[str], options: Any) -> None:
@@ -172,7 +172,8 @@ def orderings(rows: Rows, folder: Path, models: list[str], options: Any) -> None
             for bits in (4, 3, 2):
                 start = bench.additive(bits)
                 part = "main" if bits == 2 else "orderings"  # tuned once
-                tuned = bench.tune(part, TUNED if bits == 2 else f"{TUNED} {bits}", start, replace(FineTuning(), steps=options.steps))
+                steps = options.steps if bits == 2 else options.ordering_steps
+                tuned = bench.tune(part, TUNED if bits == 2 else f"{TUNED} {bits}", start, replace(FineTuning(), steps=steps))
                 for name, config in (("USQ", bench.uniform(bits)), ("AQ", start), ("AQ + SeMI-PV", tuned)):
                     bench.measure("orderings", name, config, target=bits)
                     if corrected and name != "AQ":
@@ -296,13 +297,18 @@ def main() -> None:
     parser.add_argument("parts", nargs="+", choices=[*known, "all", "table"])
     parser.add_argument("--folder", type=Path, default=Path("finetune-runs"))
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--ablation-steps", type=int, default=800)
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--ordering-steps", type=int, default=1000, help="near 3 and 4 bits")
+    parser.add_argument("--ablation-steps", type=int, default=250)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of finetune.json; of several, `table --join` makes one")
+    parser.add_argument("--join", type=Path, nargs="+", default=[], help="folders whose rows are joined into --results")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     rows = Rows(arguments.results / "finetune.json")
+    for folder in arguments.join:
+        for row in Rows(folder / "finetune.json").found["rows"]:
+            rows.get(row, dict)
     for part in known if "all" in arguments.parts else arguments.parts:
         if part != "table":
             known[part](rows, arguments.folder, arguments.models, arguments)
