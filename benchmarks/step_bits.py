@@ -158,9 +158,40 @@ def ranges(folder: Path, models: Sequence[str], size: Size) -> list[dict[str, An
     return rows
 
 
+def searched(session: Any, budget: Any, size: Size, seed: int) -> Any:
+    """The winner of a search: candidates until there are as many as ``size`` says (interrupted, it goes on), then the best few told apart on
+    seeds of their own, as ``flow.find_in`` does; no front."""
+    import numpy as np
+
+    from aquabit import flow
+    from aquabit.search import find_candidates
+    from aquabit.sensitivity.surrogate import fit_from_study
+
+    study, metric, wanted = session.study, session.protocol.objective, size.rounds * size.per_round
+
+    def measured_so_far() -> list[tuple[Any, float]]:
+        rows = study.measurements(session.protocol, failed=True)
+        rows, known = rows[rows.kind.isin(("sample", "uniform", "candidate"))], study.configs()
+        return [(known[c], float(v)) for c, v in zip(rows.config, rows[metric], strict=True)]
+
+    def predict() -> Any:
+        fitted = fit_from_study(study)
+        return fitted.badness
+
+    while (done := int((study.measurements(session.protocol).kind == "candidate").sum())) < wanted:
+        count = min(size.per_round - done % size.per_round, wanted - done)
+        measure = lambda configs: session.measure(configs, "candidate")  # noqa: E731
+        if not find_candidates(
+            session.space, session.costs, budget, predict, measure, measured_so_far, rounds=1, per_round=count, seed=seed + done
+        ):
+            break
+    pairs = [(c, v) for c, v in measured_so_far() if np.isfinite(v)]
+    values = np.array([v for _, v in pairs])
+    return flow._finalists(session, [c for c, _ in pairs], values, budget, metric, 1.0, lambda *_: None)[1]
+
+
 def search(folder: Path, models: Sequence[str], size: Size) -> list[dict[str, Any]]:
     """Winners of searches that differ in whether activation bits may change in the middle of sampling, by seed of samples and search."""
-    from aquabit import flow
     from aquabit.scheme import Budget
     from aquabit.sensitivity.measure import open_session
     from aquabit.study import Study
@@ -176,8 +207,7 @@ def search(folder: Path, models: Sequence[str], size: Size) -> list[dict[str, An
                 session.references()
                 session.measure(session.space.sample(size.samples, seed), "sample")
                 base = session.costs(session.space.uniform(WEIGHTS, 8)).bops
-                front = flow.find_in(session, Budget(bops=base * BUDGET / 8), size.rounds, size.per_round, seed, lambda *_: None)
-                winners[name] = front.best
+                winners[name] = searched(session, Budget(bops=base * BUDGET / 8), size, seed)
                 table = study.measurements(session.protocol)
                 counts[name] = int(table.kind.isin(("sample", "candidate")).sum())
                 print(name, seed, counts[name], "measurements", flush=True)
