@@ -11,17 +11,17 @@ _HOMES = {
     "AquabitError": "scheme", "Budget": "scheme", "Protocol": "scheme", "QuantConfig": "scheme", "Scheme": "scheme",
     "SearchSpace": "space", "Study": "study", "load": "pipelines", "trace": "pipelines", "measure": "sensitivity.measure",
     "explain": "sensitivity.attribution", "Sensitivity": "sensitivity.attribution", "validate": "flow", "find": "flow", "Front": "search",
-    "quantize": "flow", "generate": "flow", "run": "flow", "report": "reports", "quantize_weight": "quant.weights",
+    "quantize": "packing", "generate": "packing", "run": "flow", "report": "reports", "quantize_weight": "quant.weights",
     "CodebookWeight": "kernels", "FineTuning": "quant.finetune_settings",
 }  # fmt: skip
 
 if TYPE_CHECKING:
     from aquabit.flow import find as find
-    from aquabit.flow import generate as generate
-    from aquabit.flow import quantize as quantize
     from aquabit.flow import run as run
     from aquabit.flow import validate as validate
     from aquabit.kernels import CodebookWeight as CodebookWeight
+    from aquabit.packing import generate as generate
+    from aquabit.packing import quantize as quantize
     from aquabit.pipelines import load as load
     from aquabit.pipelines import trace as trace
     from aquabit.quant.finetune_settings import FineTuning as FineTuning

@@ -352,12 +352,12 @@ def quantize(
 ) -> None:  # fmt: skip
     """Pack a model: a diffusers pipeline directory whose denoiser is stored as codes."""
     _quiet()
-    from aquabit import flow
+    from aquabit import packing
 
     tuning = _tuning(finetune, finetune_steps, finetune_settings)
     told: list[Any] = []
     with bars() as progress:
-        packed = flow.quantize(
+        packed = packing.quantize(
             model, QuantConfig.load(config), correct=correction or correct, finetune=tuning, bank=str(bank) if bank else None, device=device,
             progress=progress, told=told.append,
         )  # fmt: skip
@@ -395,12 +395,12 @@ def generate(
 ) -> None:  # fmt: skip
     """Make images from a packed artifact."""
     _quiet()
-    from aquabit import flow
+    from aquabit import packing
     from aquabit.sensitivity.evaluator import thumbnail
 
     placed: list[Any] = []
     with bars() as progress:
-        made = flow.generate(
+        made = packing.generate(
             folder, images, seed, steps, _prompts(prompts), device, memory, progress, placed.append, correction, eta, guidance
         )  # fmt: skip
     try:

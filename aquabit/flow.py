@@ -2,40 +2,24 @@
 
 from __future__ import annotations
 
-import copy
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
-from diffusers import DiffusionPipeline
-from torch import Tensor
 
-from aquabit.kernels import Accuracy
-from aquabit.pipelines import Adapter, denoiser_name, load, noise_statistics, recorder, replay_recorder, sampler, set_scheduler, trace
-from aquabit.quant.artifact import config_of, save_packed_denoiser
-from aquabit.quant.bank import Bank
-from aquabit.quant.correct import check_correction, corrected_, statistics_of
-from aquabit.quant.finetune import FineTuning, Tuned, check_tunable
-from aquabit.quant.finetune import finetune as tune
-from aquabit.quant.model import QuantizedDenoiser, fingerprint
-from aquabit.quant.sampling import follow_, unfollowed, watchers_of
-from aquabit.quant.statistics import FILE, Statistics
-from aquabit.quant.tuning import MEMORY, Placement, layers_of, place_
+from aquabit.packing import Model, generate, quantize
 from aquabit.reports import report as write_report
 from aquabit.scheme import (
     AquabitError,
     Budget,
-    Calibration,
     Progress,
     Protocol,
     QuantConfig,
     direction,
     no_progress,
-    parse_correction,
 )
 from aquabit.search import (
     Front,
@@ -49,8 +33,8 @@ from aquabit.search import (
     smallest_uniform,
 )
 from aquabit.sensitivity.attribution import Sensitivity, explain, save
-from aquabit.sensitivity.correction import DEFAULT_CORRECTION, correction_shift, noise_facts, search_corrected
-from aquabit.sensitivity.evaluator import single_thread, thumbnail
+from aquabit.sensitivity.correction import correction_shift, noise_facts, search_corrected
+from aquabit.sensitivity.evaluator import thumbnail
 from aquabit.sensitivity.latency import latency_table, packed_latencies
 from aquabit.sensitivity.measure import Session, open_session, uniform_references
 from aquabit.sensitivity.surrogate import fit_from_study, training_table
@@ -59,7 +43,6 @@ from aquabit.study import Study
 
 FINALISTS, SELECTION_BLOCKS, TRIES = 4, (2, 3), 3  # the best few are told apart on seeds that nothing was fitted to
 FRESH_BLOCKS = (11, 12, 13, 14, 15)  # what is reported; block 1 belongs to validation
-Model: TypeAlias = str | DiffusionPipeline
 
 
 def _source(study: Study, pipe: Model | None) -> Model:
@@ -239,130 +222,6 @@ def _comparison(session: Session, winner: QuantConfig, uniform: QuantConfig, pro
     name = next((str(c.weight) for c in uniform.layers.values()), "fp")
     return {"metric": metric, "blocks": len(protocols), "winner": side(winner), "uniform": {"scheme": name, **side(uniform)},
             "difference": {"value": difference.value, "low": difference.low, "high": difference.high}}  # fmt: skip
-
-
-class Packed:
-    """A pipeline whose denoiser runs from codes. ``pipe`` makes images; ``save`` writes the artifact."""
-
-    def __init__(self, pipe: DiffusionPipeline, model: QuantizedDenoiser, config: QuantConfig, statistics: Statistics | None = None):
-        self.pipe, self.model, self.config, self.statistics = pipe, model, config, statistics
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.pipe(*args, **kwargs)
-
-    def save(self, folder: str | Path) -> int:
-        """Write a diffusers pipeline directory; the bytes of the denoiser's tensors."""
-        folder, name = Path(folder), denoiser_name(self.pipe)
-        folder.mkdir(parents=True, exist_ok=True)
-        for component, value in self.pipe.components.items():
-            if component != name and hasattr(value, "save_pretrained"):
-                value.save_pretrained(folder / component)
-        self.pipe.save_config(folder)
-        size = save_packed_denoiser(self.model, self.config, folder / name)
-        if self.statistics is not None:
-            self.statistics.save(folder / name / FILE)
-        return size
-
-
-def quantize(
-    pipe: Model, config: QuantConfig, *, correct: bool | str = False, finetune: FineTuning | bool = False, bank: str | None = None,
-    device: str = "cpu", accuracy: Accuracy = "fast", progress: Progress = no_progress, told: Callable[[Tuned], None] | None = None,
-) -> Packed:  # fmt: skip
-    """A copy of the pipeline with its denoiser packed; what the bank lacks is fitted, calibrated schemes on images that the pipeline makes.
-
-    ``finetune``: the coded weights are tuned against the full-precision model first, with these settings (True: the defaults), with torch's
-    threads; ``told`` hears how that went, and the result's ``config`` names the tuned tensors. ``correct`` (True: what the configuration
-    names, else cnc+bc; or a text as "cnc+bc+vsc") corrects the noise of quantization, whose statistics are measured as
-    ``config.calibration`` samples; the pipeline then keeps that sampler. Raises AquabitError for a configuration of another model.
-    """
-    source = load(pipe, device)
-    name = denoiser_name(source)
-    own = fingerprint(getattr(source, name))
-    if config.fingerprint != own:
-        raise AquabitError(f"the configuration is for model {config.fingerprint} ({config.model}), this is model {own}")
-    graph = trace(source)
-    if isinstance(pipe, DiffusionPipeline):
-        copied = {part: copy.deepcopy(getattr(source, part)) for part in (name, "scheduler")}  # what is followed is not the caller's
-        kept = {**source.components, **copied}
-        source = type(source)(**kept, **{k: v for k, v in source.config.items() if k in ("classes", "real_images")})
-        source.set_progress_bar_config(disable=True)
-    model = QuantizedDenoiser(getattr(source, name).eval(), graph, Bank(bank), own, recorder(source), sampler(source))
-    if finetune:
-        check_tunable(model, config)  # before anything is fitted
-        with single_thread(device):
-            model.prepare(config, progress)
-        settings = finetune if isinstance(finetune, FineTuning) else FineTuning()
-        tuned = tune(model, config, replay_recorder(source), settings, progress)
-        config = tuned.config
-        if told is not None:
-            told(tuned)
-    if correct:
-        config = replace(config, correction=correct if isinstance(correct, str) else config.correction or DEFAULT_CORRECTION)
-    statistics = None
-    with single_thread(device):
-        if config.correction:
-            calibration = config.calibration or Calibration()
-            set_scheduler(source, calibration.scheduler)
-            check_correction(source.scheduler, config.correction, calibration.eta)
-            statistics = noise_statistics(source, model, config, replace(calibration, scheduler="default"), progress=progress)
-        model.pack(config, accuracy, progress)
-    follow_(model.denoiser, source.scheduler, model.watchers(config))
-    if statistics is not None:
-        corrected_(model.denoiser, source.scheduler, statistics, config.correction)
-    return Packed(source, model, config, statistics)
-
-
-def generate(
-    pipe: Model, images: int = 16, seed: int = 0, steps: int | None = None, conditions: Sequence[Any] | None = None, device: str = "cpu",
-    memory: str = "packed", progress: Progress = no_progress, told: Callable[[Placement], None] | None = None,
-    correction: str | None = None, eta: float | None = None, guidance: float | None = None,
-) -> Tensor:  # fmt: skip
-    """Images [n, c, h, w] in [0, 1] from a pipeline or packed artifact, image i from seed + i.
-
-    ``steps``, ``eta`` and ``guidance`` default to what the artifact's configuration was calibrated for (else 10, 0 and 1), ``correction``
-    to the artifact's own; "none" switches it off.
-
-    A packed one runs on the kernels that are fastest on this machine, timed first where that is missing. ``memory``: "packed" keeps no
-    dense weight, "auto" up to a quarter of them, where they save most time. ``told`` hears which kernels run and what is resident.
-    """
-    import torch
-
-    if memory not in MEMORY:
-        raise AquabitError(f"memory {memory!r} is unknown; it must be {' or '.join(MEMORY)}")
-    adapter = Adapter(load(pipe, device))
-    config = config_of(adapter.denoiser)
-    usual = (None if config is None else config.calibration) or Calibration()
-    usual = usual if config is None or config.total_steps is None else replace(usual, steps=config.total_steps)
-    protocol = Protocol(
-        images=images, steps=usual.steps if steps is None else steps, seed=seed, eta=usual.eta if eta is None else eta,
-        guidance=usual.guidance if guidance is None else guidance, conditions=tuple(conditions) if conditions else None,
-        micro_batch=min(images, 64),
-    )  # fmt: skip
-    layers = layers_of(adapter.denoiser)
-    with _switched_correction(adapter, correction):
-        if any(layer.held is not None for layer in layers.values()):
-            call = adapter.first_call(protocol)  # this samples, and follows the scheduler; the timed calls do not
-            with unfollowed(adapter.denoiser):
-                placed = place_(layers, call, memory, progress)
-            if told is not None:
-                told(placed)
-        return torch.cat([adapter.images(protocol, b) for b in adapter.batches(protocol)])
-
-
-@contextmanager
-def _switched_correction(adapter: Adapter, correction: str | None) -> Iterator[None]:
-    """Correct otherwise than the artifact says (None: as it says) for a while; raises AquabitError where it holds no statistics."""
-    statistics, before = statistics_of(adapter.denoiser), watchers_of(adapter.denoiser)
-    if statistics is None and parse_correction(correction):
-        raise AquabitError(f"correction {correction!r} needs noise statistics, which this model lacks; run `aquabit quantize --correct`")
-    if statistics is None or correction is None:
-        yield
-        return
-    corrected_(adapter.denoiser, adapter.pipe.scheduler, statistics, correction)
-    try:
-        yield
-    finally:
-        follow_(adapter.denoiser, adapter.pipe.scheduler, before)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -168,7 +168,7 @@ def quality(folder: Path, models: list[str], samples: int = 300, flips: int = 60
 
 def packed(folder: Path, models: list[str]) -> list[dict[str, Any]]:
     """FID of images from the packed artifact and of the dense measurement, on the same fresh seeds."""
-    from aquabit import flow
+    from aquabit import packing
     from aquabit.pipelines import Adapter, load
     from aquabit.quality import Quality
     from aquabit.scheme import QuantConfig
@@ -181,7 +181,7 @@ def packed(folder: Path, models: list[str]) -> list[dict[str, Any]]:
         study = Study(folder / f"{name}.db", create=False)
         front = study.need("front", "run the quality part first")
         config = next(c for c in (QuantConfig.from_dict(m["config"]) for m in front["members"]) if c.digest == front["winner"])
-        size = flow.quantize(name, config, bank=str(folder / "bank"), accuracy="exact").save(folder / f"packed-{name}")
+        size = packing.quantize(name, config, bank=str(folder / "bank"), accuracy="exact").save(folder / f"packed-{name}")
         adapter = Adapter(load(str(folder / f"packed-{name}")))
         extractor, real = adapter.reference()
         values = []

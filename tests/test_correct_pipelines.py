@@ -22,7 +22,7 @@ from diffusers import (
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from aquabit import flow
+from aquabit import packing
 from aquabit.pipelines import Adapter, denoiser_of, load, noise_statistics, trace
 from aquabit.quant.bank import Bank
 from aquabit.quant.correct import corrected_, statistics_of
@@ -82,7 +82,7 @@ def test_an_artifact_carries_its_correction(tmp_path: Path, kind: str, eta: floa
         pipe.denoiser.conv_out.weight.data.mul_(2)
     config = uniform(pipe, "usq3" if kind == "dit" else "usq2", calibration=replace(CALIBRATION, eta=eta))
     full, before = images(pipe, protocol), set(vars(pipe.scheduler))
-    packed = flow.quantize(pipe, config, correct=correction, bank=str(tmp_path / "bank"))
+    packed = packing.quantize(pipe, config, correct=correction, bank=str(tmp_path / "bank"))
     assert set(vars(pipe.scheduler)) == before and not watchers_of(pipe.denoiser)
     assert torch.equal(images(pipe, protocol), full)  # the given pipeline still samples as it did
     found = packed.statistics
@@ -95,24 +95,24 @@ def test_an_artifact_carries_its_correction(tmp_path: Path, kind: str, eta: floa
     assert own is not None and own.digest == found.digest
     corrected = images(loaded, protocol)
     assert distance(corrected, images(packed.pipe, protocol)) < 1e-6
-    plain = flow.quantize(pipe, config, bank=str(tmp_path / "bank"))
+    plain = packing.quantize(pipe, config, bank=str(tmp_path / "bank"))
     assert plain.statistics is None and statistics_of(plain.pipe.denoiser) is None
     uncorrected = images(plain.pipe, protocol)
 
     given = {"images": 6, "seed": 3, "conditions": tuple(range(6))}
-    generated = flow.generate(str(tmp_path / "packed"), **given)  # steps, eta and guidance are the calibration's
+    generated = packing.generate(str(tmp_path / "packed"), **given)  # steps, eta and guidance are the calibration's
     moved = distance(corrected, uncorrected)
     if kind == "dit":  # a random U-Net's noise has hardly a slope or bias, and vsc takes noise away, so that single images move
         assert distance(corrected, full) < 0.8 * distance(uncorrected, full)
     assert distance(generated, corrected) < moved / 20  # other kernels: single activations round to the next of 256 levels
-    without = flow.generate(loaded, correction="none", **given)
+    without = packing.generate(loaded, correction="none", **given)
     assert distance(without, uncorrected) < moved / 20
-    assert torch.equal(flow.generate(loaded, **given), flow.generate(loaded, correction=correction, **given))  # none did not stay
+    assert torch.equal(packing.generate(loaded, **given), packing.generate(loaded, correction=correction, **given))  # none did not stay
     with pytest.raises(AquabitError, match="of 5 steps, the sampler makes 7"):
-        flow.generate(loaded, steps=7, **given)
-    assert flow.generate(loaded, steps=7, correction="none", **given).isfinite().all()
+        packing.generate(loaded, steps=7, **given)
+    assert packing.generate(loaded, steps=7, correction="none", **given).isfinite().all()
     with pytest.raises(AquabitError, match="of guidance 2"):
-        flow.generate(loaded, guidance=3.0, **given)
+        packing.generate(loaded, guidance=3.0, **given)
     plain.save(tmp_path / "packed")  # over the other one
     assert not (tmp_path / "packed" / "denoiser" / FILE).exists()
 
@@ -121,8 +121,8 @@ def test_artifacts_whose_statistics_are_missing_damaged_or_anothers(tmp_path: Pa
     pipe = lively(tiny_pipeline("dit"))
     small = replace(CALIBRATION, images=2, steps=2)
     config, bank = uniform(pipe, calibration=small), str(tmp_path / "bank")
-    flow.quantize(pipe, config, correct=True, bank=bank).save(tmp_path / "a")
-    flow.quantize(pipe, uniform(pipe, "usq4", calibration=small), correct=True, bank=bank).save(tmp_path / "b")
+    packing.quantize(pipe, config, correct=True, bank=bank).save(tmp_path / "a")
+    packing.quantize(pipe, uniform(pipe, "usq4", calibration=small), correct=True, bank=bank).save(tmp_path / "b")
     file, other = (tmp_path / part / "denoiser" / FILE for part in "ab")
     whole = file.read_bytes()
     file.write_bytes(other.read_bytes())
@@ -134,18 +134,18 @@ def test_artifacts_whose_statistics_are_missing_damaged_or_anothers(tmp_path: Pa
     file.unlink()
     with pytest.raises(AquabitError, match=f"{FILE} is missing; run `aquabit quantize --correct` again"):
         load(str(tmp_path / "a"))
-    plain = flow.quantize(pipe, config, bank=bank)
+    plain = packing.quantize(pipe, config, bank=bank)
     with pytest.raises(AquabitError, match="needs noise statistics, which this model lacks"):
-        flow.generate(plain.pipe, 2, correction="cnc")
+        packing.generate(plain.pipe, 2, correction="cnc")
 
 
 def test_what_the_sampler_refuses_is_said_before_anything_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = lively(tiny_pipeline("dit"))
-    monkeypatch.setattr(flow, "noise_statistics", lambda *args, **kwargs: pytest.fail("measured"))
+    monkeypatch.setattr(packing, "noise_statistics", lambda *args, **kwargs: pytest.fail("measured"))
     with pytest.raises(AquabitError, match="DDIM with eta 0 adds none"):
-        flow.quantize(pipe, uniform(pipe), correct="cnc+bc+vsc", bank=str(tmp_path / "bank"))
+        packing.quantize(pipe, uniform(pipe), correct="cnc+bc+vsc", bank=str(tmp_path / "bank"))
     with pytest.raises(AquabitError, match="correction 'cnc\\+bcc' is unknown"):
-        flow.quantize(pipe, uniform(pipe), correct="cnc+bcc", bank=str(tmp_path / "bank"))
+        packing.quantize(pipe, uniform(pipe), correct="cnc+bcc", bank=str(tmp_path / "bank"))
 
 
 def measured(pipe: DiffusionPipeline, folder: Path, calibration: Calibration, scheme: str = "usq3") -> tuple[QuantizedDenoiser, Statistics]:

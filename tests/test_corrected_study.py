@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from aquabit import flow
+from aquabit import flow, packing
 from aquabit.pipelines import ClassConditionalPipeline, trace
 from aquabit.quant import correct
+from aquabit.quant.model import fingerprint
 from aquabit.scheme import AquabitError, Calibration, Protocol, QuantConfig
 from aquabit.sensitivity.correction import correction_shift, noise_facts
 from aquabit.sensitivity.estimators import Target
@@ -203,11 +204,11 @@ def test_a_search_may_not_change_a_study_s_own_correction(begun, tmp_path) -> No
 def test_images_of_a_corrected_artifact(begun, tmp_path) -> None:
     """The denoiser's first call, by which kernels are chosen, is no step of sampling that a correction counts."""
     pipe, folder = begun
-    space = make_space(trace(pipe), flow.fingerprint(pipe.denoiser), correction="cnc+bc", calibration=Calibration(steps=2))
+    space = make_space(trace(pipe), fingerprint(pipe.denoiser), correction="cnc+bc", calibration=Calibration(steps=2))
     config = space.uniform("usq3")
-    flow.quantize(pipe, config, bank=str(folder / "bank")).save(tmp_path / "packed")
-    corrected, plain = (flow.generate(str(tmp_path / "packed"), 4, correction=c) for c in (None, "none"))
+    packing.quantize(pipe, config, bank=str(folder / "bank")).save(tmp_path / "packed")
+    corrected, plain = (packing.generate(str(tmp_path / "packed"), 4, correction=c) for c in (None, "none"))
     assert corrected.isfinite().all() and not corrected.equal(plain)
-    assert flow.generate(str(tmp_path / "packed"), 2, steps=3, correction="none").isfinite().all(), "what is off refuses no sampler"
+    assert packing.generate(str(tmp_path / "packed"), 2, steps=3, correction="none").isfinite().all(), "what is off refuses no sampler"
     with pytest.raises(AquabitError, match="are of 2 steps, the sampler makes 3"):
-        flow.generate(str(tmp_path / "packed"), 2, steps=3)
+        packing.generate(str(tmp_path / "packed"), 2, steps=3)

@@ -19,9 +19,9 @@ from typer.testing import CliRunner
 import aquabit
 from aquabit.cli import app
 from aquabit.cost import CostModel
-from aquabit.flow import quantize
 from aquabit.graph import to_json
 from aquabit.kernels import fake_quantize
+from aquabit.packing import quantize
 from aquabit.pipelines import replay_recorder
 from aquabit.quant import finetune as module
 from aquabit.quant.attention import quantized_attention

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from aquabit import flow
+from aquabit import packing
 from aquabit.pipelines import Adapter, recorder, trace
 from aquabit.quant import calibrate, fitting
 from aquabit.quant.bank import Bank
@@ -106,7 +106,7 @@ def test_what_measuring_fitted_is_found_again(dit, tmp_path, fits) -> None:
     assert {str(c.weight) for config in drawn for c in config.layers.values()} >= {*SCHEMES}
     for config in (*drawn, mixed(space), mixed(space, (6, 8))):
         model.apply(config)
-        packed = flow.quantize(dit, config, bank=bank).model
+        packed = packing.quantize(dit, config, bank=bank).model
         for name, choice in config.layers.items():
             if choice.weight.kind != "fp":
                 assert torch.equal(packed.layers[name].coded.dequantize(), model.layers[name].weight)  # type: ignore[union-attr]
@@ -138,7 +138,7 @@ def test_layers_that_share_codebooks_may_differ_in_activation_bits(dit, tmp_path
     config = space.config({n: space.choice(n, SHARED, a) for n, a in ((Q0, 8), (Q1, 6), (DOWN0, 6), (DOWN1, 16))})
     model = opened(dit, tmp_path)
     model.apply(config)
-    packed = flow.quantize(dit, config, bank=str(tmp_path)).model
+    packed = packing.quantize(dit, config, bank=str(tmp_path)).model
     for name, choice in config.layers.items():
         layer = packed.layers[name]
         assert layer.coded is not None and torch.equal(layer.coded.dequantize(), model.layers[name].weight), name
@@ -290,7 +290,7 @@ def test_a_fresh_bank_quantizes_to_what_was_measured(pipe, tmp_path) -> None:
     model = open_model(pipe)
     evaluator = Evaluator(pipe, model.graph, Bank(tmp_path / "one"), model.fingerprint)
     measured = evaluator.generate(config, PROTOCOL)
-    packed = flow.quantize(pipe, config, bank=str(tmp_path / "two"), accuracy="exact")
+    packed = packing.quantize(pipe, config, bank=str(tmp_path / "two"), accuracy="exact")
     for name, layer in packed.model.layers.items():
         assert layer.coded is not None and torch.equal(layer.coded.dequantize(), evaluator.quantized.layers[name].weight), name
         assert (layer.act, layer.act_output) == (evaluator.quantized.layers[name].act, evaluator.quantized.layers[name].act_output)
@@ -305,7 +305,7 @@ def test_dense_equals_packed_for_shared_codebooks(pipe, tmp_path) -> None:
     graph = trace(pipe)
     space = make_space(graph, fingerprint(pipe.denoiser), schemes=["usq4", "aq1x4g4s"], calibration=CALIBRATION)
     config = space.config({n: space.choice(n, row[-1], 16) for n, row in space.choices.items()})
-    packed = flow.quantize(pipe, config, bank=str(tmp_path), accuracy="exact")
+    packed = packing.quantize(pipe, config, bank=str(tmp_path), accuracy="exact")
     tables: dict[str, set[int]] = {}
     for name, choice in config.layers.items():
         if choice.weight.shared:
@@ -470,7 +470,7 @@ def test_progress_names_layer_and_loss(dit, tmp_path, way: str) -> None:
     if way == "prepare":
         model.prepare(config, progress)
     else:
-        flow.quantize(dit, config, bank=str(tmp_path), progress=progress)
+        packing.quantize(dit, config, bank=str(tmp_path), progress=progress)
     counts, total = [done for _, done, _ in told], {t for _, _, t in told}
     assert total == {len(KEPT)} and counts == sorted(counts) and counts[-1] == len(KEPT)
     for name, choice in config.layers.items():

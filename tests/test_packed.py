@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from aquabit import flow
+from aquabit import packing
 from aquabit.cost import CostModel
 from aquabit.graph import codebook_names
 from aquabit.kernels.arranged import Arranged
@@ -50,7 +50,7 @@ def images(pipe) -> torch.Tensor:
 
 def test_artifact_size_is_exact_on_disk_and_in_memory(pipe, tmp_path) -> None:
     config, graph = mixed(pipe, 8), trace(pipe)
-    written = flow.quantize(pipe, config, bank=str(tmp_path / "bank")).save(tmp_path / "packed")
+    written = packing.quantize(pipe, config, bank=str(tmp_path / "bank")).save(tmp_path / "packed")
     file = tmp_path / "packed" / WEIGHTS
     header = 8 + struct.unpack("<Q", file.read_bytes()[:8])[0]
     assert file.stat().st_size - header == written == CostModel(graph, make_space(graph, config.fingerprint))(config).bytes
@@ -68,7 +68,7 @@ def test_artifact_size_is_exact_on_disk_and_in_memory(pipe, tmp_path) -> None:
     shared = {id(layer.coded.codebooks) for layer in layers.values() if layer.scheme.shared}
     tables = {id(layer.held.tables) for layer in layers.values() if layer.scheme.shared}
     assert len(shared) == len(tables) == sum(k.startswith("codebooks/") for k in stored) > 0, "layers that share codebooks hold one tensor"
-    packed = flow.quantize(pipe, config, bank=str(tmp_path / "bank"))
+    packed = packing.quantize(pipe, config, bank=str(tmp_path / "bank"))
     assert resident_bytes(packed.model.layers.values()) == resident_bytes(layers.values())
     loaded.denoiser.to("meta")
     moved = {id(t) for layer in layers.values() if layer.scheme.shared for t in (layer.held.tables, layer.held.stored[0])}
@@ -78,7 +78,7 @@ def test_artifact_size_is_exact_on_disk_and_in_memory(pipe, tmp_path) -> None:
 @pytest.mark.parametrize("act", [16, 8])
 def test_packed_equals_dense(pipe, tmp_path, act: int) -> None:
     config = mixed(pipe, act)
-    packed = flow.quantize(pipe, config, bank=str(tmp_path / "bank"), accuracy="exact")
+    packed = packing.quantize(pipe, config, bank=str(tmp_path / "bank"), accuracy="exact")
     packed.save(tmp_path / "packed")
     model = QuantizedDenoiser(pipe.denoiser, trace(pipe), Bank(tmp_path / "bank"), config.fingerprint)
     model.apply(config)  # everything is in the bank: nothing is calibrated, for which it has no pipeline
@@ -98,7 +98,7 @@ def test_packed_equals_dense(pipe, tmp_path, act: int) -> None:
 
 
 def test_copies_run_on_their_own_weights(dit, tmp_path) -> None:
-    packed = flow.quantize(dit, mixed(dit, 8), bank=str(tmp_path / "bank"))
+    packed = packing.quantize(dit, mixed(dit, 8), bank=str(tmp_path / "bank"))
     name, layer = next((n, m) for n, m in packed.model.layers.items() if isinstance(m.held, Arranged))
     other = copy.deepcopy(layer)
     assert other.held is not layer.held and torch.equal(other.coded.packed, layer.coded.packed), name
@@ -111,20 +111,20 @@ def test_copies_run_on_their_own_weights(dit, tmp_path) -> None:
 
 
 def test_grid_of_an_artifact(dit, tmp_path) -> None:
-    flow.quantize(dit, mixed(dit, 8), bank=str(tmp_path / "bank")).save(tmp_path / "packed")
-    made = flow.generate(str(tmp_path / "packed"), images=5, seed=3, steps=2)
-    assert made.shape == (5, 1, 8, 8) and torch.equal(made, flow.generate(str(tmp_path / "packed"), images=5, seed=3, steps=2))
+    packing.quantize(dit, mixed(dit, 8), bank=str(tmp_path / "bank")).save(tmp_path / "packed")
+    made = packing.generate(str(tmp_path / "packed"), images=5, seed=3, steps=2)
+    assert made.shape == (5, 1, 8, 8) and torch.equal(made, packing.generate(str(tmp_path / "packed"), images=5, seed=3, steps=2))
     assert json.loads((tmp_path / "packed" / "model_index.json").read_text())["classes"] == 10
 
 
 def test_configurations_of_other_models_are_refused(dit, unet, tmp_path) -> None:
     with pytest.raises(AquabitError, match="is for model"):
-        flow.quantize(dit, mixed(unet, 8), bank=str(tmp_path))
+        packing.quantize(dit, mixed(unet, 8), bank=str(tmp_path))
 
 
 @pytest.mark.parametrize("damage", ["truncate", "recipe", "class", "missing", "shape"])
 def test_damaged_artifacts_give_one_sentence(dit, tmp_path, damage: str) -> None:
-    flow.quantize(dit, mixed(dit, 8), bank=str(tmp_path / "bank")).save(tmp_path / "packed")
+    packing.quantize(dit, mixed(dit, 8), bank=str(tmp_path / "bank")).save(tmp_path / "packed")
     file, recipe = tmp_path / "packed" / WEIGHTS, tmp_path / "packed" / "denoiser" / "quantization.json"
     value = json.loads(recipe.read_text())
     if damage == "truncate":

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from aquabit import flow
+from aquabit import packing
 from aquabit.cost import CostModel
 from aquabit.graph import layers as graph_layers
 from aquabit.kernels import fake_quantize_static
@@ -187,7 +187,7 @@ def test_artifacts_hold_ranges(tmp_path, pipe, kind: str) -> None:
     base, groups = ranged(space, kind), StepGroups(4, (0, 1))
     names = space.layers
     config = replace(base, layers={**base.layers, names[0]: LayerChoice(USQ4, (8, 6)), names[1]: LayerChoice(USQ4, (16, 8)), names[2]: LayerChoice(USQ4, 16)}, steps=groups)  # fmt: skip
-    packed = flow.quantize(pipe, config, bank=str(tmp_path))
+    packed = packing.quantize(pipe, config, bank=str(tmp_path))
     written = packed.save(tmp_path / "packed")
     assert written == CostModel(trace(pipe), space)(config).bytes > CostModel(trace(pipe), space)(replace(config, ranges="dynamic")).bytes
     loaded = load(str(tmp_path / "packed"))
@@ -200,7 +200,7 @@ def test_artifacts_hold_ranges(tmp_path, pipe, kind: str) -> None:
     assert layers[names[1]].act == 8 and layers[names[1]].ranges is not None and layers[names[2]].ranges is None
     if kind == "step":
         with pytest.raises(AquabitError, match="set for 4 steps, not for 6"):
-            flow.generate(str(tmp_path / "packed"), 2, steps=6)
+            packing.generate(str(tmp_path / "packed"), 2, steps=6)
     file = tmp_path / "packed" / "denoiser" / "diffusion_pytorch_model.safetensors"
     stored = load_file(file)
     save_file({k: v for k, v in stored.items() if k != f"ranges/{names[0]}"}, file)

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aquabit import flow
+from aquabit import packing
 from aquabit.cost import CostModel, Latency
 from aquabit.graph import layers as graph_layers
 from aquabit.pipelines import Adapter, load, set_scheduler, trace
@@ -227,7 +227,7 @@ def test_artifacts_switch_too(tmp_path, pipe) -> None:
     here, space = evaluator(pipe, tmp_path)
     config = stepped(space, (8, 16), 8, (16, 8))
     full, dense = here.generate(space.full_precision(), PROTOCOL), here.generate(config, PROTOCOL)
-    packed = flow.quantize(pipe, config, bank=str(tmp_path), accuracy="exact")
+    packed = packing.quantize(pipe, config, bank=str(tmp_path), accuracy="exact")
     written = packed.save(tmp_path / "packed")
     assert written == CostModel(trace(pipe), space)(config).bytes
     loaded = load(str(tmp_path / "packed"))
@@ -245,7 +245,7 @@ def test_artifacts_switch_too(tmp_path, pipe) -> None:
     images(loaded)
     assert layers_of(loaded.denoiser)[space.layers[0]].act == 16, "whoever replaces the scheduler"
     with pytest.raises(AquabitError, match="set for 4 steps"):
-        flow.generate(str(tmp_path / "packed"), 2, steps=3)
+        packing.generate(str(tmp_path / "packed"), 2, steps=3)
 
 
 def test_kernels_are_timed_for_all_bits_that_occur(tmp_path, dit, monkeypatch) -> None:
@@ -283,7 +283,7 @@ def test_corrections_act_beside_the_switch(tmp_path, dit, kind: str) -> None:
     assert not torch.equal(made, here.generate(plain, PROTOCOL, packed=True))
     statistics = here.noise(config, replace(Calibration.of(PROTOCOL), images=4))
     assert statistics.estimate.snr[:2].max() < statistics.estimate.snr[2:].max(), "a8 adds less noise than a4"
-    flow.quantize(dit, config, bank=str(tmp_path)).save(tmp_path / "packed")
+    packing.quantize(dit, config, bank=str(tmp_path)).save(tmp_path / "packed")
     loaded = load(str(tmp_path / "packed"))
     seen = []
     first = layers_of(loaded.denoiser)[space.layers[0]]
@@ -291,7 +291,7 @@ def test_corrections_act_beside_the_switch(tmp_path, dit, kind: str) -> None:
     again = images(loaded)
     assert [act for act, _ in seen] == [4, 4, 8, 8] and len({ends for _, ends in seen}) == (1 if kind == "dynamic" else 4)
     assert (again - made).square().mean() < (again - here.generate(space.full_precision(), PROTOCOL)).square().mean()
-    assert len(flow.generate(str(tmp_path / "packed"), 2)) == 2, "as many steps as the groups are of"
+    assert len(packing.generate(str(tmp_path / "packed"), 2)) == 2, "as many steps as the groups are of"
 
 
 # ---- the space -------------------------------------------------------------------------------------------------------------------------

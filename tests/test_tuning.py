@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from aquabit import flow
+from aquabit import packing
 from aquabit.cost import CostModel
 from aquabit.graph import codebook_names
 from aquabit.kernels import Request, dispatch, measuring
@@ -55,7 +55,7 @@ def packed(pipe, tmp_path: Path, *schemes: str, act: int = 8):
     config = space.uniform(schemes[0], act)
     for i, name in enumerate(space.layers):
         config = config.with_layer(name, schemes[i % len(schemes)])
-    return flow.quantize(pipe, config, bank=str(tmp_path / "bank"))
+    return packing.quantize(pipe, config, bank=str(tmp_path / "bank"))
 
 
 @pytest.mark.parametrize("shape", [(16, 24), (16, 8, 3, 3), (16, 24, 1, 1), (6, 7)], ids=str)
@@ -127,13 +127,13 @@ def test_generate_tells_what_ran_and_gives_the_same_images(dit, tmp_path, timed)
     timed(lambda r: {"reference": 2e-3, "dense": 1e-3})
     packed(dit, tmp_path, "usq4", "vq3", act=16).save(tmp_path / "packed")
     told = []
-    small = flow.generate(str(tmp_path / "packed"), images=3, steps=2, told=told.append)
-    large = flow.generate(str(tmp_path / "packed"), images=3, steps=2, memory="auto", told=told.append)
+    small = packing.generate(str(tmp_path / "packed"), images=3, steps=2, told=told.append)
+    large = packing.generate(str(tmp_path / "packed"), images=3, steps=2, memory="auto", told=told.append)
     torch.testing.assert_close(small, large, rtol=0, atol=1e-4)
     assert told[0].copies == () and told[1].copies and told[1].resident > told[0].resident
-    assert flow.generate(dit, images=2, steps=1, told=told.append).shape[0] == 2 and len(told) == 2, "a dense pipeline has no kernels"
+    assert packing.generate(dit, images=2, steps=1, told=told.append).shape[0] == 2 and len(told) == 2, "a dense pipeline has no kernels"
     with pytest.raises(AquabitError, match="memory 'all'"):
-        flow.generate(str(tmp_path / "packed"), images=2, steps=1, memory="all")
+        packing.generate(str(tmp_path / "packed"), images=2, steps=1, memory="all")
 
 
 def test_the_first_call_is_one_call_of_the_micro_batch(pipe) -> None:
