@@ -168,7 +168,7 @@ def quality(folder: Path, models: list[str], samples: int = 300, flips: int = 60
 
 def packed(folder: Path, models: list[str]) -> list[dict[str, Any]]:
     """FID of images from the packed artifact and of the dense measurement, on the same fresh seeds."""
-    from aquabit import packing
+    from aquabit import flow, packing
     from aquabit.pipelines import Adapter, load
     from aquabit.quality import Quality
     from aquabit.scheme import QuantConfig

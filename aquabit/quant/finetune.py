@@ -166,7 +166,7 @@ class _Run:
         before = self.replay.training(step - 1, s.order, s.batch, s.seed) if step and s.semi_discontinuity else None
         with torch.inference_mode(False), torch.enable_grad():
             loss = self._loss(samples)
-            value = float(loss)
+            value = float(loss.detach())
             if not torch.isfinite(loss):
                 return float("nan")
             found = torch.autograd.grad(loss, list(self.leaves.values()), allow_unused=True)
