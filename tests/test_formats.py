@@ -282,7 +282,7 @@ def test_space_files_take_levels_and_formats(tmp_path) -> None:
         ({"levels": [17]}, "level 17"), ({"levels": [float("nan")]}, "level nan"), ({"levels": [True]}, "level True"),
         ({"levels": [None]}, "level None"), ({"formats": ["aq2x8g8"]}, "formats"), ({"formats": {"*": "aq2x8g8"}}, "formats must map"),
         ({"formats": {"*": [8]}}, "scheme 8"), ({"formats": {"*": ["aq2"]}}, "'aq2'"), ({"formats": {"*": ["usq4"]}}, "usq4"),
-        ({"activations": [4]}, "4"), ({"activations": ["8"]}, "'8'"), ({"activations": [8.0]}, "8.0"), ({"excluded": [5]}, "pattern 5"),
+        ({"activations": [5]}, "5"), ({"activations": ["8"]}, "'8'"), ({"activations": [8.0]}, "8.0"), ({"excluded": [5]}, "pattern 5"),
         ({"excluded": "conv_in"}, "excluded"), ({"pinned": {"conv_in": 5}}, "scheme 5"), ({"pinned": ["conv_in"]}, "pinned"),
         ({"schemes": [], "levels": []}, "empty"), ({"activations": []}, r"\[\]"), ({"calibration": {}}, "calibration"),
     ],
