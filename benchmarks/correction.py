@@ -4,7 +4,7 @@ synthetic   eps_q of known slope, bias per channel and residual: how often nomin
 corrections none, CNC, CNC + BC, + VSC at eta 1; none, CNC, CNC + BC, matched sampler, Q-Drift's rule at eta 0; W4A6, W3A6 and W2A8, weights rounded
             plainly and output-aware, both bundled models, clipping off: FID, sFID, IS, PSNR to full precision on fresh seeds, paired
 images      the same correction from statistics of 8 to 256 images
-other       CNC + BC under samplers and step counts that the others do not use (DDPM, Euler, Euler ancestral, DPM-Solver++; 25 steps; guidance 2)
+other       CNC + BC, and VSC where it is defined, under DDPM, Euler ancestral, DPM-Solver++ and guidance 2
 
 Tables go to benchmarks/results/correction.json and correction.md. Everything continues where it stopped.
 """
@@ -30,8 +30,8 @@ IMAGES = 256  # a block
 METRICS = ("fid", "sfid", "is", "psnr")
 WIDTHS = {"W4A6": (4, 6), "W3A6": (3, 6), "W2A8": (2, 8)}
 AT_ETA = {1.0: (None, "cnc", "cnc+bc", "cnc+bc+vsc"), 0.0: (None, "cnc", "cnc+bc", "cnc+bc+match", "qdrift")}
-OTHER = {"ddpm": {"scheduler": "ddpm"}, "euler": {"scheduler": "euler"}, "euler-ancestral": {"scheduler": "euler-ancestral"},
-         "dpm": {"scheduler": "dpm"}, "ddim, 25 steps": {"steps": 25}, "ddim, guidance 2": {"guidance": 2.0}}  # fmt: skip
+OTHER = {"ddpm": {"scheduler": "ddpm"}, "euler-ancestral": {"scheduler": "euler-ancestral"}, "dpm": {"scheduler": "dpm"},
+         "ddim, guidance 2": {"guidance": 2.0}}  # fmt: skip
 
 
 def synthetic(folder: Path, models: Sequence[str]) -> list[dict[str, Any]]:
