@@ -85,7 +85,9 @@ class Bench:
     def tune(self, part: str, name: str, config: Any, settings: Any) -> Any:
         """A tuned configuration; the row says how the tuning went. Steps are reported every minute or so."""
         from aquabit.pipelines import replay_recorder
-        from aquabit.quant.finetune import finetune
+        from aquabit.quant.finetune import code_bits, finetune
+
+        settings = settings.resolved(code_bits(self.evaluator.quantized, config))
 
         def say(what: str, done: int, total: int) -> None:
             if done % 200 == 0:

@@ -26,7 +26,8 @@ from aquabit.pipelines import replay_recorder
 from aquabit.quant import finetune as module
 from aquabit.quant.attention import quantized_attention
 from aquabit.quant.bank import Bank
-from aquabit.quant.finetune import FineTuning, Tuned, finetune
+from aquabit.quant.finetune import FineTuning, Tuned, code_bits, finetune
+from aquabit.quant.finetune_settings import COARSE_RATE, FINE_RATE
 from aquabit.quant.layers import QuantConv2d, QuantLinear
 from aquabit.quant.model import QuantizedDenoiser, fingerprint
 from aquabit.scheme import AquabitError, Calibration, LayerChoice, Measurement, Protocol, QuantConfig, Scheme, StepGroups
@@ -321,3 +322,11 @@ def test_a_surrogate_does_not_learn_from_tuned_configurations(tmp_path: Path) ->
     table = training_table(study, "fid")
     assert len(table) >= 20 and table.tuned.isna().all()
     assert study.measurements().tuned.notna().sum() == 25
+
+
+def test_the_rate_of_codes_suits_their_bits(tmp_path: Path) -> None:
+    model = opened(tiny_pipeline("dit"), tmp_path)
+    for scheme, rate in (("usq2", COARSE_RATE), ("usq3", FINE_RATE), ("aq2x4g4", COARSE_RATE), ("aq3x4g4", FINE_RATE)):
+        config = QuantConfig("f", {name: LayerChoice(Scheme.parse(scheme), 8) for name in model.layers})
+        assert FineTuning().resolved(code_bits(model, config)).code_rate == rate
+        assert FineTuning(code_rate=0.5).resolved(code_bits(model, config)).code_rate == 0.5, "what is given stays"

@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -68,8 +69,8 @@ def finetune(
     least loss as they are stored are kept; where training diverges it stops, and ``notes`` says so. Leaves the model to be applied anew.
     Raises AquabitError for configurations without coded layers or with activations that depend on the step, and for a packed model.
     """
-    settings = settings or FineTuning()
     check_tunable(model, config)
+    settings = (settings or FineTuning()).resolved(code_bits(model, config))
     buffer = replace(config.calibration or Calibration(), images=settings.images, seed=settings.images_seed)
     buffer = buffer if settings.guidance is None else replace(buffer, guidance=settings.guidance)
     bank, untuned = model.fitter.bank, replace(config, correction=None)
@@ -91,6 +92,13 @@ def finetune(
         replace(config, tuned=found["tuned"]), found["before"], found["after"], found["changed"], tuple(found["history"]),
         found["seconds"], tuple(found["notes"]),
     )  # fmt: skip
+
+
+def code_bits(model: QuantizedDenoiser, config: QuantConfig) -> float:
+    """Mean bits of code a weight over the coded layers."""
+    sizes = {name: prod(model.layers[name].shape) for name in coded_layers(config)}
+    bits = sum(size * config[n].weight.code_bits(prod(model.layers[n].shape[2:])) for n, size in sizes.items())
+    return bits / sum(sizes.values())
 
 
 def check_tunable(model: QuantizedDenoiser, config: QuantConfig) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from math import cos, pi
 from pathlib import Path
 from typing import Any, Literal
 
 from aquabit.scheme import AquabitError, digest, read_json
+
+COARSE_RATE, FINE_RATE, FINE_BITS = 1e-2, 2.5e-3, 2.5  # of codes: below and from FINE_BITS a weight on
 
 Order = Literal["shuffled", "walking"]
 Method = Literal["pv", "straight_through"]
@@ -21,8 +23,8 @@ class FineTuning:
     ``steps`` of the optimizer, each on ``batch`` samples of a replay buffer: the denoiser's inputs and outputs while full precision makes
     ``images`` images from ``images_seed`` on. ``order``: "shuffled" mixes samples of all trajectories and steps in a batch, "walking" goes
     along one batch of trajectories after another. Rates are relative to the root mean square of what they change at the start, rise over
-    ``warmup`` steps and fall to zero along a cosine. A step changes codes of at most the share ``tau`` of a layer's groups, and a layer's
-    weight by at most ``trust_ratio`` of its norm (None: no limit); ``delta_decay`` is the share of the difference between the dense proxy
+    ``warmup`` steps and fall to zero along a cosine; ``code_rate`` None is chosen by the bits of the codes. A step changes codes of at most
+    the share ``tau`` of a layer's groups, and a layer's weight by at most ``trust_ratio`` of its norm (None: no limit); ``delta_decay`` is the share of the difference between the dense proxy
     and the decoded weight that is forgotten in a step (0: straight-through, 1: none is kept). ``semi_groups``: a group whose code changes
     loses its optimizer state and its difference; ``semi_discontinuity``: first moments of codebooks, scales and offsets are forgotten where
     a batch is not the next step of the trajectories of the batch before (shuffled batches never are). ``guidance``: the loss is on outputs
@@ -37,7 +39,7 @@ class FineTuning:
     seed: int = 0
     order: Order = "shuffled"
     method: Method = "pv"
-    code_rate: float = 1e-2
+    code_rate: float | None = None
     codebook_rate: float = 1e-3
     scale_rate: float = 1e-3
     code_betas: tuple[float, float] = (0.0, 0.95)
@@ -58,7 +60,8 @@ class FineTuning:
             object.__setattr__(self, name, tuple(float(v) for v in getattr(self, name)))
         for name in ("steps", "batch", "images", "beam", "check_every"):
             self._demand(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("code_rate", "codebook_rate", "scale_rate", "weight_decay", "warmup"):
+        self._demand("code_rate", self.code_rate is None or 0 <= self.code_rate < float("inf"), "0 or more, or null to suit the codes")
+        for name in ("codebook_rate", "scale_rate", "weight_decay", "warmup"):
             self._demand(name, 0 <= getattr(self, name) < float("inf"), "0 or more")
         for name in ("code_betas", "betas"):
             self._demand(
@@ -75,6 +78,13 @@ class FineTuning:
     def _demand(self, name: str, good: bool, what: str) -> None:
         if not good:
             raise AquabitError(f"fine-tuning with {name} {getattr(self, name)!r} cannot work; it must be {what}")
+
+    def resolved(self, code_bits: float) -> FineTuning:
+        """With a ``code_rate`` that suits codes of so many bits a weight where none is given: at rates that serve 2 bits, the finer codes
+        of 3 and 4 change so often that images move away from full precision's (benchmarks/results/finetune.md)."""
+        if self.code_rate is not None:
+            return self
+        return replace(self, code_rate=COARSE_RATE if code_bits < FINE_BITS else FINE_RATE)
 
     @property
     def digest(self) -> str:

@@ -84,6 +84,7 @@ class Optimizer:
     def step_(self, gradients: Mapping[str, Tensor], step: int, continues: bool = True) -> None:
         """One step with the gradients of dense weights; ``continues`` is False at a discontinuity between the batch before and this one."""
         s, factor = self.settings, self.settings.rate_at(step)
+        assert s.code_rate is not None, "resolved settings"
         if s.semi_discontinuity and not continues:
             for parameter in self.parameters:
                 parameter.forget_()
