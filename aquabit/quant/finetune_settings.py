@@ -20,16 +20,17 @@ Method = Literal["pv", "straight_through"]
 class FineTuning:
     """PV-Tuning's settings (Malinovskii et al. 2024; SeMI: AQUATIC-Diff).
 
-    ``steps`` of the optimizer, each on ``batch`` samples of a replay buffer: the denoiser's inputs and outputs while full precision makes
-    ``images`` images from ``images_seed`` on. ``order``: "shuffled" mixes samples of all trajectories and steps in a batch, "walking" goes
-    along one batch of trajectories after another. Rates are relative to the root mean square of what they change at the start, rise over
-    ``warmup`` steps and fall to zero along a cosine; ``code_rate`` None is chosen by the bits of the codes. A step changes codes of at most
-    the share ``tau`` of a layer's groups, and a layer's weight by at most ``trust_ratio`` of its norm (None: no limit); ``delta_decay`` is the share of the difference between the dense proxy
-    and the decoded weight that is forgotten in a step (0: straight-through, 1: none is kept). ``semi_groups``: a group whose code changes
-    loses its optimizer state and its difference; ``semi_discontinuity``: first moments of codebooks, scales and offsets are forgotten where
-    a batch is not the next step of the trajectories of the batch before (shuffled batches never are). ``guidance``: the loss is on outputs
-    that are combined with this scale, and images are made with it. ``method`` "straight_through" is plain Adam on dense
-    proxies, every code the nearest in every step. Raises AquabitError for values out of range.
+    ``steps`` of the optimizer, each on ``batch`` samples of a replay buffer: the denoiser's inputs and outputs while full precision
+    makes ``images`` images from ``images_seed`` on. ``order``: "shuffled" mixes samples of all trajectories and steps in a batch,
+    "walking" goes along one batch of trajectories after another. Rates are relative to the root mean square of what they change at the
+    start, rise over ``warmup`` steps and fall to zero along a cosine; ``code_rate`` None is chosen by the bits of the codes. A step
+    changes codes of at most the share ``tau`` of a layer's groups, and a layer's weight by at most ``trust_ratio`` of its norm (None:
+    no limit); ``delta_decay`` is the share of the difference between the dense proxy and the decoded weight that is forgotten in a step
+    (0: straight-through, 1: none is kept). ``semi_groups``: a group whose code changes loses its optimizer state and its difference;
+    ``semi_discontinuity``: first moments of codebooks, scales and offsets are forgotten where a batch is not the next step of the
+    trajectories of the batch before (shuffled batches never are). ``guidance``: the loss is on outputs that are combined with this
+    scale, and images are made with it. ``method`` "straight_through" is plain Adam on dense proxies, every code the nearest in every
+    step. Raises AquabitError for values out of range.
     """
 
     steps: int = 1500
