@@ -81,8 +81,8 @@ class FineTuning:
             raise AquabitError(f"fine-tuning with {name} {getattr(self, name)!r} cannot work; it must be {what}")
 
     def resolved(self, code_bits: float) -> FineTuning:
-        """With a ``code_rate`` that suits codes of so many bits a weight where none is given: at rates that serve 2 bits, the finer codes
-        of 3 and 4 change so often that images move away from full precision's (benchmarks/results/finetune.md)."""
+        """With a ``code_rate`` that suits codes of so many bits a weight where none is given: at the rate that serves 2 bits, finer codes
+        change so often (half of them at 4 bits) that images lose 3 dB to full precision's."""
         if self.code_rate is not None:
             return self
         return replace(self, code_rate=COARSE_RATE if code_bits < FINE_BITS else FINE_RATE)
