@@ -21,9 +21,8 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.flow import MODELS, RESULTS, machine
-
 from aquabit.scheme import Scheme
+from benchmarks.flow import MODELS, RESULTS, machine
 
 BITS, CONTEXTS, FEW = 3.0, 16, 4
 SEED = 20_261_128
@@ -99,7 +98,8 @@ def schemes(truth: Truth) -> None:
 
 def picked_pairs(truth: Truth) -> list[tuple[str, str]]:
     """Half of them drawn from all pairs, half from those of the layers with the largest effects."""
-    effect = {k: float(np.mean([after["fid"] - before["fid"] for before, after in ends])) for k, ends in _ends(truth, AFTER).items()}
+    found = ends_of(truth, AFTER)
+    effect = {k: float(np.mean([after["fid"] - before["fid"] for before, after in ends.values()])) for k, ends in found.items()}
     strong = sorted(truth.layers, key=lambda k: -effect.get(k, -np.inf))[:STRONGEST]
     rng, found = np.random.default_rng([SEED, 1]), list[tuple[str, str]]()
     while len(found) < PAIRS:
@@ -117,15 +117,108 @@ def pairs(truth: Truth) -> None:
         truth.measure(c, four, "pairs")
 
 
-def _ends(truth: Truth, after: str) -> dict[str, list[tuple[Any, Any]]]:
-    """layer -> (before, after) of each context where both were measured."""
-    found: dict[str, list[tuple[Any, Any]]] = {}
+def ends_of(truth: Truth, after: str, before: str = BEFORE) -> dict[str, dict[int, tuple[dict[str, float], dict[str, float]]]]:
+    """layer -> context -> metrics (before, after), where both were measured."""
+    found: dict[str, dict[int, tuple[dict[str, float], dict[str, float]]]] = {}
     for layer in truth.layers:
         for c in range(len(truth.contexts)):
-            both = truth.values(c, [truth.swapped(c, (layer, BEFORE)), truth.swapped(c, (layer, after))])
-            if None not in both:
-                found.setdefault(layer, []).append((both[0], both[1]))
+            first, second = truth.values(c, [truth.swapped(c, (layer, before)), truth.swapped(c, (layer, after))])
+            if first is not None and second is not None:
+                found.setdefault(layer, {})[c] = first, second
     return found
+
+
+def spread(values: Sequence[float], confidence: float) -> list[float | None]:
+    """[mean, low, high] over contexts with Student's t interval."""
+    from aquabit.search import interval
+
+    return [number(v) for v in interval(values, confidence)]
+
+
+def number(value: float) -> float | None:
+    return float(f"{value:.6g}") if np.isfinite(value) else None
+
+
+def rows_of(truth: Truth, model: str) -> list[dict[str, Any]]:
+    """One row a swap of a layer, and one a pair: effects on FID (positive = worse) with 90 % intervals, and what was measured."""
+    truth.read()
+    rows = []
+    for after in (AFTER, *SCHEMES, "a6"):
+        for layer, found in ends_of(truth, after).items():
+            values = [(a["fid"] - b["fid"]) for b, a in found.values()]
+            rows.append({
+                "model": model, "kind": "swap", "layer": layer, "swap": f"{BEFORE}:{after}", "n": len(values), "effect": spread(values, 0.9),
+                "psnr": spread([a["psnr"] - b["psnr"] for b, a in found.values()], 0.9), "contexts": list(found),
+                "before": [number(b["fid"]) for b, _ in found.values()], "after": [number(a["fid"]) for _, a in found.values()],
+            })  # fmt: skip
+    for a, b in picked_pairs(truth):
+        values, kept = [], []
+        for c in range(FEW):
+            corners = truth.values(c, [truth.swapped(c, (a, i), (b, j)) for i in (BEFORE, AFTER) for j in (BEFORE, AFTER)])
+            if None not in corners:
+                values.append([v["fid"] for v in corners if v is not None])
+                kept.append(c)
+        if values:
+            both = [v[3] - v[1] - v[2] + v[0] for v in values]
+            rows.append({"model": model, "kind": "pair", "layers": [a, b], "swap": f"{BEFORE}:{AFTER}", "n": len(both), "contexts": kept,
+                         "interaction": spread(both, 0.9), "corners": [[number(x) for x in v] for v in values]})  # fmt: skip
+    return rows
+
+
+def reliability(rows: Sequence[dict[str, Any]]) -> float | None:
+    """SRCC of the effects between even and odd contexts, stepped up to all of them (Spearman and Brown)."""
+    from aquabit.sensitivity.scores import srcc
+
+    change = [np.subtract(r["after"], r["before"]) for r in rows]
+    if not change or min(map(len, change)) < 4:
+        return None
+    half = srcc(np.array([c[::2].mean() for c in change]), np.array([c[1::2].mean() for c in change]))
+    return 2 * half / (1 + half)
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    lines = ["# Real effects of single-layer swaps", "", f"{machine()}. Made by `python benchmarks/truth.py swap schemes pairs table`.", "",
+             f"Change of FID (positive = worse) when one layer goes from {BEFORE} to another scheme in random contexts within 0.25 bit of "
+             f"{BITS:g} bits a weight, a8, with 90 % intervals over contexts. Both ends are made from the same seeds.", "",
+             "| model | swap | layers | contexts | reliability | median effect | largest | interval excludes 0: worse, better |",
+             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for model in dict.fromkeys(r["model"] for r in rows):
+        own = [r for r in rows if r["model"] == model and r["kind"] == "swap"]
+        for name in dict.fromkeys(r["swap"] for r in own):
+            part = [r for r in own if r["swap"] == name]
+            trust, effects = reliability(part), [r["effect"][0] for r in part]
+            worse, better = sum((r["effect"][1] or 0) > 0 for r in part), sum((r["effect"][2] or 0) < 0 for r in part)
+            lines.append(
+                f"| {model} | {name} | {len(part)} | {min(r['n'] for r in part)} | {'' if trust is None else f'{trust:.2f}'} | "
+                f"{np.median(effects):.3g} | {max(effects):.3g} | {worse}, {better} |"
+            )
+    for model in dict.fromkeys(r["model"] for r in rows):
+        own = [r for r in rows if r["model"] == model and r["kind"] == "swap" and r["swap"].endswith(AFTER)]
+        if not own:
+            continue
+        lines += ["", f"## {model}, {BEFORE} to {AFTER}", "", "| layer | effect | 90 % | PSNR, dB |", "|---|---|---|---|"]
+        for r in sorted(own, key=lambda r: -r["effect"][0]):
+            e, p = r["effect"], r["psnr"]
+            lines.append(f"| {r['layer']} | {e[0]:.3g} | {e[1]:.3g} to {e[2]:.3g} | {p[0]:.2f} |")
+        own = [r for r in rows if r["model"] == model and r["kind"] == "pair"]
+        if own:
+            lines += ["", f"## {model}, pairs", "", "What two swaps do beyond the sum of each alone.", "",
+                      "| layers | interaction | 90 % |", "|---|---|---|"]  # fmt: skip
+            for r in own:
+                e = r["interaction"]
+                lines.append(f"| {', '.join(r['layers'])} | {e[0]:.3g} | {e[1]:.3g} to {e[2]:.3g} |")
+    return "\n".join(lines) + "\n"
+
+
+def write(rows: list[dict[str, Any]], models: Sequence[str]) -> None:
+    """Replace what the result files say of these models."""
+    path = RESULTS / "truth.json"
+    kept = [r for r in json.loads(path.read_text())["rows"] if r["model"] not in models] if path.exists() else []
+    rows = sorted([*kept, *rows], key=lambda r: list(MODELS).index(r["model"]))
+    body = ",\n".join(json.dumps(r, allow_nan=False) for r in rows)
+    head = json.dumps({"machine": machine(), "command": "python benchmarks/truth.py swap schemes pairs table", "seed": SEED})
+    path.write_text(f'{head[:-1]}, "rows": [\n{body}\n]}}\n')
+    path.with_suffix(".md").write_text(table(rows))
 
 
 def main() -> None:
@@ -136,12 +229,17 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two contexts")
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
     for model in given.models:
         with session_of(given.folder, model) as session:
             truth = Truth(session, 2 if given.quick else CONTEXTS)
             for part in given.parts:
-                if part != "table":
+                if part == "table":
+                    rows += rows_of(truth, model)
+                else:
                     {"swap": swap, "schemes": schemes, "pairs": pairs}[part](truth)
+    if "table" in given.parts:
+        write(rows, given.models)
 
 
 if __name__ == "__main__":

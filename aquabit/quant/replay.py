@@ -136,6 +136,10 @@ class Replay:
     def __len__(self) -> int:
         return len(self.places)
 
+    def kind(self, sample: int) -> int:
+        """The number of the kind that a sample is of: those of one may share a batch."""
+        return self._where[sample][0]
+
     def batch(self, samples: Sequence[int], device: torch.device) -> tuple[Call, Tensor]:
         """A call of some samples (of one kind) and the outputs it should have, [branches * samples, ...]: one branch after the other."""
         kind = self.kinds[self._where[samples[0]][0]]

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from aquabit.kernels.dispatch import using
-from aquabit.pipelines import Adapter, denoiser_name, load, noise_statistics, recorder, sampler, set_scheduler
+from aquabit.pipelines import Adapter, denoiser_name, load, noise_statistics, recorder, replay_recorder, sampler, set_scheduler
 from aquabit.quality import DigitsFeatures, NonFiniteImages, Quality, Reference
 from aquabit.quality.paired import mse, psnr_from_mse, ssim
 from aquabit.quant.bank import Bank
@@ -46,6 +46,7 @@ from aquabit.scheme import (
     digest,
 )
 from aquabit.sensitivity.encoder import SKETCH
+from aquabit.sensitivity.fidelity import OutputErrors, stored
 
 PROBE_IMAGES, PROBE_SEED = 8, 700_000_001  # seeds that no measurement uses
 THUMBNAILS = 16  # images of the grid that a measurement keeps
@@ -117,6 +118,7 @@ class Evaluator:
         self.extractor, self.reference = self.adapter.reference()
         self._full: tuple[str, Tensor] | None = None
         self._probed: tuple[str, Tensor] | None = None
+        self._stored: tuple[str, OutputErrors] | None = None
 
     def chunks(self, layers: list[str], acts: list[int], calibration: Calibration) -> list[list[str]]:
         """Layers in portions whose H fit into memory together."""
@@ -201,6 +203,17 @@ class Evaluator:
         found = noise_statistics(self.pipe, self.quantized, plain, calibration)
         self.bank.write(path, *found.tensors())
         return found
+
+    def output_errors(self, config: QuantConfig, protocol: Protocol) -> dict[str, list[float]]:
+        """How far the denoiser's outputs are from full precision on stored inputs (``OutputErrors``), without correction."""
+        with single_thread(self.device):
+            calibration, batch = stored(protocol)
+            if self._stored is None or self._stored[0] != calibration.digest:
+                self.quantized.apply(QuantConfig(self.fingerprint, {}))
+                self.pipe.scheduler = self.scheduler
+                self._stored = calibration.digest, OutputErrors(replay_recorder(self.pipe)(calibration, batch), self.adapter.denoiser)
+            self.quantized.apply(replace(config, correction=None))
+            return self._stored[1](self.quantized.watchers(config))
 
     @contextmanager
     def packed(self, config: QuantConfig) -> Iterator[QuantizedDenoiser]:

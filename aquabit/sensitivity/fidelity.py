@@ -1,0 +1,79 @@
+"""Cheap fidelity: the error of a denoiser's outputs on a few stored inputs of full-precision trajectories, for a few per cent of the cost of
+images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from aquabit.quant.replay import Recording, Replay, first_tensor
+from aquabit.quant.sampling import Watcher
+from aquabit.scheme import Calibration, Protocol
+
+IMAGES, STEPS = 8, 10  # stored trajectories, and the most steps of each: 80 calls of one sample beside 1,280 of a measurement's images
+SEED = 700_000_001  # seeds that no measurement uses
+BATCH = 96  # samples of one call
+
+
+def stored(protocol: Protocol) -> tuple[Calibration, int]:
+    """What is recorded for a protocol, and in batches of how many images: trajectories of IMAGES seeds of their own."""
+    return Calibration(
+        IMAGES, SEED, protocol.steps, protocol.scheduler, protocol.eta, protocol.guidance, protocol.resolution, protocol.conditions
+    ), IMAGES // 2
+
+
+class OutputErrors:
+    """Stored denoiser calls of at most STEPS evenly spread steps; called, what a quantized denoiser's outputs differ by.
+
+    The result has a number for each of ``steps``, in order, all relative to the mean square of the full-precision output there: "error", the
+    mean square of the difference; "common", that of its mean over images, less what chance leaves of a mean (it may be negative); and
+    "gain", the slope of the difference on the output (PTQD's k, without intercept). Values that are not finite become 1e6.
+    """
+
+    def __init__(self, recording: Recording, denoiser: nn.Module):
+        self.denoiser, self.replay = denoiser, Replay(recording, denoiser)
+        taken = sorted({step for _, _, step in self.replay.places})
+        self.steps = [taken[i] for i in np.unique(np.linspace(0, len(taken) - 1, min(STEPS, len(taken))).round().astype(int))]
+        self.samples = [[i for i, (_, _, step) in enumerate(self.replay.places) if step == s] for s in self.steps]
+
+    @torch.no_grad()
+    def __call__(self, watchers: Sequence[Watcher] = ()) -> dict[str, list[float]]:
+        """``watchers`` are those of the configuration that the denoiser runs; with any, a call holds one step."""
+        device = next(self.denoiser.parameters()).device
+        change, full = {}, {}
+        for part in self.samples if watchers else self._batches():
+            for watcher in watchers:
+                watcher.before(self.replay.places[part[0]][2])
+            (args, kwargs), target = self.replay.batch(part, device)
+            output = first_tensor(self.denoiser(*args, **kwargs))
+            for i, row, wanted in zip(part, output.float().cpu(), target.float().cpu(), strict=True):
+                change[i], full[i] = row - wanted, wanted
+        found = [
+            self._of_step(torch.stack([change[i] for i in own]).flatten(1), torch.stack([full[i] for i in own]).flatten(1))
+            for own in self.samples
+        ]
+        return {name: [row[name] for row in found] for name in ("error", "common", "gain")}
+
+    def _batches(self) -> list[list[int]]:
+        """All samples in calls of at most BATCH; those of one call are of one kind."""
+        kinds: dict[int, list[int]] = {}
+        for own in self.samples:
+            for i in own:
+                kinds.setdefault(self.replay.kind(i), []).append(i)
+        return [row[i : i + BATCH] for row in kinds.values() for i in range(0, len(row), BATCH)]
+
+    @staticmethod
+    def _of_step(change: Tensor, full: Tensor) -> dict[str, float]:
+        change, full = change.double(), full.double()
+        scale, n = full.square().mean(), len(change)
+        mean = change.mean(0)
+        chance = (change - mean).square().mean() / max(n - 1, 1)  # of a mean over images that have nothing in common
+        found = {
+            "error": change.square().mean() / scale,
+            "common": (mean.square().mean() - chance) / scale,
+            "gain": (change * full).mean() / scale,
+        }
+        return {k: round(float(v), 9) if bool(torch.isfinite(v)) else 1e6 for k, v in found.items()}
