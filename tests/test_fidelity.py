@@ -93,7 +93,7 @@ def test_activations_that_change_between_steps_are_followed(dit, tmp_path) -> No
     groups = {"total": 4, "starts": [0, 1]}
     space = make_space(graph, name, schemes=["usq4"], step_groups=groups)
 
-    def errors(act):  # noqa: ANN001, ANN202
+    def errors(act):
         config = space.full_precision()
         for layer in space.choices:
             config = config.with_layer(layer, "usq4", act, steps=StepGroups(4, (0, 1)))
