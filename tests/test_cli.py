@@ -268,6 +268,7 @@ def test_interrupted_work_says_how_to_continue(folder, tmp_path) -> None:
     """Ctrl-C in a fresh process: a sentence, no traceback, and a study that continues."""
     import signal
     import time
+    from functools import partial
 
     command = [
         sys.executable,
@@ -285,7 +286,8 @@ def test_interrupted_work_says_how_to_continue(folder, tmp_path) -> None:
         str(tmp_path / "bank"),
         *SMALL,
     ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    attended = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what a shell starts in the background ignores Ctrl-C
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=attended)
     while process.poll() is None:  # however slow the machine is
         time.sleep(0.1)
         if (tmp_path / "s.db").exists() and len(Study(tmp_path / "s.db").measurements()) > 6:
