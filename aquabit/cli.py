@@ -206,7 +206,7 @@ def measure(
     workers: Workers = None, device: Device = "cpu", dtype: Dtype = "float32", prompts: Prompts = None, guidance: Guidance = 1.0,
     space: SpaceFile = None, objective: Objective = "fid", bank: BankOption = None, reference: Reference = None, preset: Preset = None,
     metric: MetricOption = None, correction: CorrectionOption = None, step_groups: StepGroupsOption = None,
-    design: Annotated[str, typer.Option("--design", help="even (over bits), or operator (stratified by operator type).")] = "even",
+    design: Annotated[str, typer.Option("--design", help="random (independent draws), balanced (nearly orthogonal, evenly over bits), swaps (of one layer in shared contexts), disagreement (batches on which refitted surrogates disagree); balanced:0.5 and swaps:0.5 are half random.")] = "random",
     shard: Annotated[str | None, typer.Option("--shard", help="i/n: every n-th configuration, for batch schedulers.")] = None,
     ray: Annotated[str | None, typer.Option("--ray", help="Ray address (arrives with clusters).")] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Time and disk needed (arrives with clusters).")] = False,
@@ -214,8 +214,6 @@ def measure(
 ) -> None:  # fmt: skip
     """Measure random configurations into a study; run again, it continues."""
     _later(reference=reference, preset=preset, metric=metric, ray=ray, plan=plan)
-    if design not in ("even", "operator"):
-        raise AquabitError(f"design {design!r} is unknown; known: even, operator")
     _quiet()
     from aquabit.sensitivity.measure import measure as measure_model
     from aquabit.study import Study
@@ -225,7 +223,7 @@ def measure(
         opened = Study(study)
         count = measure_model(
             model, opened, samples, protocol=protocol, space=_space(space, correction, step_groups, steps), workers=_workers(workers, device), device=device,
-            dtype=dtype, bank=str(bank) if bank else None, sample_seed=seed, stratify=None if design == "even" else design, shard=shard, progress=progress,
+            dtype=dtype, bank=str(bank) if bank else None, sample_seed=seed, design=design, shard=shard, progress=progress,
         )  # fmt: skip
     if not emit({"new": count, **_counts(opened)}, json_):
         console.print(f"{count} new measurements; {study} holds {_counts(opened)['measurements']}")

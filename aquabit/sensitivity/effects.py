@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
+from sklearn.base import clone
 
 from aquabit.cost import CostModel
 from aquabit.scheme import FP, AquabitError, Progress, Scheme, no_progress
 from aquabit.sensitivity.encoder import Encoder
 from aquabit.sensitivity.estimators import Surrogate
+from aquabit.sensitivity.groups import group_numbers
 from aquabit.sensitivity.surrogate import FittedSurrogate
 from aquabit.space import SearchSpace, maximum_entropy
 
@@ -20,6 +22,8 @@ CONTEXT_ACT = 8  # where the space has it, else its highest
 TUNING = 20  # draws that may go into finding the nominal mean; at either end of a space none may fit
 CHUNK = 8192  # configurations encoded at once: bounds memory on large models
 REPLICATE = {"rounds": 120, "rate": 0.08, "members": 1}  # a third of the cost of the full fit
+
+Variant = tuple[tuple[int, int], ...]  # (layer, scheme) columns of index matrices: what a context has instead
 
 
 @dataclass(frozen=True)
@@ -110,33 +114,55 @@ def _draw(space: SearchSpace, mean: float, count: int, rng: np.random.Generator)
     return out
 
 
-def swapped(
-    fitted: FittedSurrogate, players: list[Player], weights: np.ndarray, acts: np.ndarray
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Features of every context with every scheme of every player, in chunks: (features, players, scheme columns), contexts innermost."""
-    column = {s: j for j, s in enumerate(fitted.space.schemes)}
-    pairs = [(i, column[s]) for i, p in enumerate(players) for s in p.schemes]
-    step = max(1, CHUNK // len(weights))
-    for start in range(0, len(pairs), step):
-        part = pairs[start : start + step]
+def mean_predictions(
+    fitted: FittedSurrogate, models: Sequence[Surrogate], contexts: tuple[np.ndarray, np.ndarray], variants: Sequence[Variant],
+    seed: int = 0, units: bool = True, progress: Progress = no_progress, what: str = "predict swaps",
+) -> np.ndarray:  # fmt: skip
+    """Mean prediction over the contexts of each variant, positive = worse, [1 + models, variants]: of the surrogate, then of each model over
+    contexts that it redraws. In the objective's units, or (``units=False``) on the fitted, mostly logarithmic, scale."""
+    weights, acts = contexts
+    n = len(weights)
+    share = np.full((len(models) + 1, n), 1.0 / n)
+    for r in range(len(models)):
+        share[r + 1] = np.random.default_rng([seed, 2, r]).multinomial(n, share[0]) / n
+    out = np.empty((len(models) + 1, len(variants)))
+    step = max(1, CHUNK // n)
+    for start in range(0, len(variants), step):
+        part = variants[start : start + step]
         changed = np.tile(weights, (len(part), 1, 1))
-        for k, (player, scheme) in enumerate(part):
-            changed[k, :, players[player].column] = scheme
+        for k, variant in enumerate(part):
+            for column, scheme in variant:
+                changed[k, :, column] = scheme
         features = fitted.encoder(changed.reshape(-1, weights.shape[1]), np.tile(acts, (len(part), 1)))
-        yield features, np.array([p for p, _ in part]), np.array([s for _, s in part])
+        for m, model in enumerate((fitted.surrogate, *models)):
+            z = model.predict(features)
+            values = fitted.sign * model.to_units(z) if units else z
+            out[m, start : start + len(part)] = values.reshape(len(part), n) @ share[m]
+        progress(what, start + len(part), len(variants))
+    return out
 
 
 def bootstrap(fitted: FittedSurrogate, replicates: int, seed: int, progress: Progress = no_progress) -> list[Surrogate]:
-    """The surrogate refitted to measurements drawn with replacement, with fewer and larger boosting steps.
+    """The surrogate refitted to measurements drawn with replacement; see ``refits``."""
+    features, groups = fitted.encoder(fitted.weights, fitted.acts), group_numbers(fitted.weights, fitted.acts)
+    return refits(fitted.surrogate, features, fitted.y, groups, replicates, seed, progress)
+
+
+def refits(
+    surrogate: Surrogate, features: np.ndarray, y: np.ndarray, groups: np.ndarray, replicates: int, seed: int,
+    progress: Progress = no_progress,
+) -> list[Surrogate]:  # fmt: skip
+    """``surrogate`` refitted, with fewer and larger boosting steps, to ``groups`` of rows drawn with replacement.
 
     Each replicate also draws its ridge share from 0 to 1: how additive the model is, is as uncertain as its coefficients.
     """
-    features, models = fitted.encoder(fitted.weights, fitted.acts), []
+    members = [np.flatnonzero(groups == g) for g in range(int(groups.max()) + 1)]
+    models = []
     for r in range(replicates):
         rng = np.random.default_rng([seed, 1, r])
-        rows = rng.integers(len(fitted.y), size=len(fitted.y))
-        options = {**fitted.surrogate.get_params(), **REPLICATE, "linear": float(rng.uniform()), "seed": seed + 1 + r}
-        models.append(Surrogate(**options).fit(features[rows], fitted.y[rows]))
+        rows = np.concatenate([members[g] for g in rng.integers(len(members), size=len(members))])
+        options = {**REPLICATE, "linear": float(rng.uniform()), "seed": seed + 1 + r}
+        models.append(clone(surrogate).set_params(**options).fit(features[rows], y[rows]))
         progress("refit for intervals", r + 1, replicates)
     return models
 
@@ -146,18 +172,11 @@ def predict_effects(
     seed: int = 0, progress: Progress = no_progress,
 ) -> Effects:  # fmt: skip
     """Mean predicted objective of each (player, scheme), in units, positive = worse; each replicate also redraws the contexts."""
-    weights, acts = contexts
-    n, shape = len(weights), (len(models) + 1, len(players), len(fitted.space.schemes))
-    share = np.full((len(models) + 1, n), 1.0 / n)
-    for r in range(len(models)):
-        share[r + 1] = np.random.default_rng([seed, 2, r]).multinomial(n, share[0]) / n
-    value = np.full(shape, np.nan)
-    for features, player, scheme in swapped(fitted, players, weights, acts):
-        for m, model in enumerate((fitted.surrogate, *models)):
-            units = model.to_units(model.predict(features)).reshape(len(player), n)
-            value[m, player, scheme] = fitted.sign * (units @ share[m])
-        progress("predict swaps", int(player[-1]) + 1, len(players))
     column = {s: j for j, s in enumerate(fitted.space.schemes)}
+    pairs = [(i, column[s]) for i, p in enumerate(players) for s in p.schemes]
+    found = mean_predictions(fitted, models, contexts, [((players[i].column, s),) for i, s in pairs], seed, progress=progress)
+    value = np.full((len(models) + 1, len(players), len(column)), np.nan)
+    value[:, [i for i, _ in pairs], [s for _, s in pairs]] = found
     rows = np.arange(len(players))
     before, after = [column[p.before] for p in players], [column[p.after] for p in players]
     return Effects(players, value[0], value[1:, rows, after] - value[1:, rows, before])
