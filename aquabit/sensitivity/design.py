@@ -24,6 +24,7 @@ DESIGNS = {
 SWAP = "usq4:usq2"  # layers without these schemes are swapped between their nearest
 PER_CONTEXT = 4  # swaps that share a context
 BLOCK, CANDIDATES = 24, 16  # configurations that are balanced together; permutations tried for a layer
+TOTALS = 4.0  # what sums near their targets are worth beside deviations that are orthogonal
 OPERATOR_SHIFT = 0.5  # bits by which the mean of an operator type may lie above or below the configuration's
 GRID = np.linspace(*BITS_RANGE, 65)  # means at which maximum-entropy odds are computed; linear in between, which keeps the mean
 PLASTIC = 1.324717957244746  # of Roberts' two-dimensional low-discrepancy sequence
@@ -150,7 +151,8 @@ class _Balanced:
             drawn = values[(place[..., None] > edges).sum(2)]
             off = drawn - odds @ values
             products = self.products[i, :i] + off @ deviation[:, :i]
-            best = int(np.argmin(np.square(products).sum(1) / (off.var() + 1e-12) + np.square(total + off).sum(1)))
+            crossed = np.square(products).sum(1) / (self.blocks * (off.var() + 1e-12))
+            best = int(np.argmin(crossed + TOTALS * np.square(total + off).sum(1)))
             bits[:, i], deviation[:, i] = drawn[best], off[best]
             total += off[best] + mean - target
             self.products[i, :i] = products[best]
