@@ -90,7 +90,7 @@ def test_intervals_hold_most_true_effects(world: World, fitted: FittedSurrogate,
 def test_scheme_effects_belong_to_the_swap(found: Sensitivity) -> None:
     for row in found.layers.to_dict("records"):
         assert row["swap"] == "usq4:usq2" and "usq4" not in row["schemes"] and len(row["schemes"]) == 9
-        assert row["schemes"]["usq2"] == pytest.approx(row["effect"])
+        assert row["schemes"]["usq2"] == pytest.approx(row["predicted"])
     mean = pd.DataFrame(list(found.layers.schemes)).mean()
     assert mean["usq2"] > mean["usq3"] > mean["usq8"] and mean["vq2"] < mean["usq2"]
 

@@ -51,7 +51,7 @@ class Design:
         except ValueError:
             value = math.nan
         if not 0 < value <= 1 or (value < 1 and name == "disagreement"):
-            raise AquabitError(f"design {text!r}: the share must be a number above 0 and up to 1, as in swaps:0.5 (disagreement takes none)")
+            raise AquabitError(f"design {text!r}: its share must be a number above 0 and up to 1, as in swaps:0.5; disagreement takes none")
         return Design(name, value)
 
     def draw(self, space: SearchSpace, count: int, seed: int) -> list[QuantConfig]:
@@ -80,13 +80,13 @@ def swaps(space: SearchSpace, count: int, seed: int, swap: str = SWAP) -> list[Q
 
     for context in contexts:
         order += rng.permutation(len(players)).tolist() if len(order) < per else []
-        turn, order = list(dict.fromkeys(order))[:per], order  # a layer may end one round and begin the next
+        turn = list(dict.fromkeys(order))[:per]  # a layer may end one round and begin the next
         for i in turn:
             order.remove(i)
-        ends = [(p.before, p.after) if up else (p.after, p.before) for p, up in zip((players[i] for i in turn), rng.random(per) < 0.5, strict=True)]
-        for i, (here, _) in zip(turn, ends, strict=True):
-            context = at(context, players[i].layer, here)
-        out += [context, *(at(context, players[i].layer, there) for i, (_, there) in zip(turn, ends, strict=True))]
+        chosen = [(players[i], bool(up)) for i, up in zip(turn, rng.random(per) < 0.5, strict=True)]
+        for player, up in chosen:
+            context = at(context, player.layer, player.before if up else player.after)
+        out += [context, *(at(context, player.layer, player.after if up else player.before) for player, up in chosen)]
     return out[:count]
 
 
@@ -94,9 +94,9 @@ def balanced(space: SearchSpace, count: int, seed: int) -> list[QuantConfig]:
     """``count`` configurations in blocks of BLOCK that are balanced like a nearly orthogonal array.
 
     Target means of bits and shares of lower activations follow a low-discrepancy sequence; the means of operator types lie around
-    the target, stratified too. A layer's levels in a block are maximum-entropy quantiles of one number in each of BLOCK strata; of CANDIDATES
-    permutations of them the one is taken that keeps the sums of configurations near their targets and the layer's deviations orthogonal
-    to those of the layers before it. Methods of a level are dealt from a deck, so that each comes as often as any other.
+    the target, stratified too. A layer's levels in a block are maximum-entropy quantiles of one number in each of BLOCK strata; of
+    CANDIDATES permutations of them the one is taken that keeps the sums of configurations near their targets and the layer's deviations
+    orthogonal to those of the layers before it. Methods of a level are dealt from a deck, so that each comes as often as any other.
     """
     drawn = _Balanced(space, seed)
     found: list[QuantConfig] = []
@@ -187,7 +187,8 @@ def next_batch(
     already taken (a Gaussian process with the covariance of the refits), so that a batch does not ask one thing twice.
     """
     space, known, usable = encoder.space, {c.digest for c in configs}, np.isfinite(y)
-    pool = [c for c in space.sample(POOL + size, int(np.random.default_rng([seed, 5, len(configs)]).integers(2**31))) if c.digest not in known]
+    drawn = space.sample(POOL + size, int(np.random.default_rng([seed, 5, len(configs)]).integers(2**31)))
+    pool = [c for c in drawn if c.digest not in known]
     if usable.sum() < LEAST:
         return pool[:size]
     weights, acts = space.indices([c for c, u in zip(configs, usable, strict=True) if u])

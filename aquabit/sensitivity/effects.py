@@ -118,8 +118,8 @@ def mean_predictions(
     fitted: FittedSurrogate, models: Sequence[Surrogate], contexts: tuple[np.ndarray, np.ndarray], variants: Sequence[Variant],
     seed: int = 0, units: bool = True, progress: Progress = no_progress, what: str = "predict swaps",
 ) -> np.ndarray:  # fmt: skip
-    """Mean prediction over the contexts of each variant, positive = worse, [1 + models, variants]: of the surrogate, then of each model over
-    contexts that it redraws. In the objective's units, or (``units=False``) on the fitted, mostly logarithmic, scale."""
+    """Mean prediction over the contexts of each variant, positive = worse, [1 + models, variants]: of the surrogate, then of each model
+    over contexts that it redraws. In the objective's units, or (``units=False``) on the fitted, mostly logarithmic, scale."""
     weights, acts = contexts
     n = len(weights)
     share = np.full((len(models) + 1, n), 1.0 / n)
