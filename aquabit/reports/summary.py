@@ -81,7 +81,8 @@ def _where(facts: Facts, layers: pd.DataFrame, operators: pd.DataFrame) -> Sente
         return None
     what = f"the swap from {' to '.join(facts.swap.split(':'))}" if facts.swap else "a swap of its scheme"
     first, rest = ranked.iloc[0], ranked.iloc[1:3]
-    text = f"Quantization hurts most in {first.layer}: {what} worsens {facts.metric} there by a predicted {figures(first.effect)}"
+    source = "a combined (predicted and measured)" if facts.effects == "combined" else "a predicted"
+    text = f"Quantization hurts most in {first.layer}: {what} worsens {facts.metric} there by {source} {figures(first.effect)}"
     text += interval(first.low, first.high)
     if len(rest):
         text += ", followed by " + " and ".join(f"{r.layer} {figures(r.effect)}{interval(r.low, r.high)}" for r in rest.itertuples())
