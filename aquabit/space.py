@@ -283,6 +283,8 @@ def maximum_entropy(levels: Sequence[float], mean: float) -> np.ndarray:
     low, high = -1e4, 1e4
     for _ in range(200):
         middle = (low + high) / 2
+        if middle in (low, high):  # no number lies between them
+            break
         low, high = (middle, high) if weights(middle) @ values < mean else (low, middle)
     return weights((low + high) / 2)
 

@@ -13,7 +13,7 @@ import pandas as pd
 
 from aquabit.graph import layers as graph_layers
 from aquabit.scheme import AquabitError, Progress, no_progress, parse_swap
-from aquabit.sensitivity.combined import Combined, combine
+from aquabit.sensitivity.combined import combine
 from aquabit.sensitivity.effects import (
     Effects,
     Player,
@@ -26,7 +26,7 @@ from aquabit.sensitivity.effects import (
     shap_by_layer,
     signed_shap,
 )
-from aquabit.sensitivity.flips import predict_flips, validation_scores
+from aquabit.sensitivity.flips import predict_flips, training_swaps, validation_scores
 from aquabit.sensitivity.interactions import INTERACTIONS, SCORES, interactions, scheme_scores
 from aquabit.sensitivity.surrogate import FittedSurrogate, fit_from_study
 from aquabit.study import Study
@@ -112,7 +112,7 @@ def explain(
     effects = predict_effects(fitted, players, drawn, models, seed, progress)
     flips = study.flips(fitted.objective)
     checked = None if flips.empty else predict_flips(fitted, flips, study.configs())
-    layers, varied = _layer_table(fitted, effects, checked, seed)
+    layers, varied = _layer_table(fitted, effects, training_swaps(fitted, players, bits), checked, seed)
     place, few = {p.layer: i for i, p in enumerate(players)}, (drawn[0][:PAIR_CONTEXTS], drawn[1][:PAIR_CONTEXTS])
     pairs = interactions(fitted, effects, [place[name] for name in layers.name], models, few, seed, progress)
     groups = scheme_scores(fitted, models, few, seed, progress)
@@ -129,8 +129,11 @@ def save(study: Study, sensitivity: Sensitivity) -> None:
         study.set(sensitivity=sensitivity.to_dict())
 
 
-def _layer_table(fitted: FittedSurrogate, effects: Effects, flips: pd.DataFrame | None, seed: int) -> tuple[pd.DataFrame, np.ndarray]:
-    """The table of layers, and replicates [r, players] of their effects."""
+def _layer_table(
+    fitted: FittedSurrogate, effects: Effects, training: pd.DataFrame, flips: pd.DataFrame | None, seed: int
+) -> tuple[pd.DataFrame, np.ndarray]:  # fmt: skip
+    """The table of layers, and replicates [r, players] of their effects. Swaps among the ``training`` measurements are part of the
+    prediction; ``flips``, which it never saw, of the ranking alone."""
     nodes, schemes = graph_layers(fitted.graph), fitted.space.schemes
     values, base = shap_by_layer(fitted)
     predicted = fitted.badness(fitted.weights, fitted.acts)
@@ -139,19 +142,17 @@ def _layer_table(fitted: FittedSurrogate, effects: Effects, flips: pd.DataFrame 
         raise RuntimeError(f"SHAP values miss the prediction by {worst:.2g}; this is an error of ours")
     signed = signed_shap(values, member_parts(fitted.encoder, fitted.weights, fitted.acts)["error"])
     effect = effects.effect(schemes)
-    low, high = interval(effect, effects.replicates)
-    none = np.zeros(len(effect), int)
-    found = None if flips is None else combine(effects.players, effect, low, high, effects.replicates, flips, seed)
-    found = found or Combined(effect, low, high, effects.replicates, np.full(len(effect), np.nan), none)
+    ours = combine(effects.players, effect, *interval(effect, effects.replicates), effects.replicates, training, seed)
+    found = combine(effects.players, ours.effect, ours.low, ours.high, ours.replicates, training[:0] if flips is None else flips, seed + 1)
     rows = []
     for i, player in enumerate(effects.players):
         node = nodes[player.layer]
         rows.append({
             "name": player.layer, "operator": node["operator"], "block": node["block"], "swap": f"{player.before}:{player.after}",
             "effect": float(found.effect[i]), "low": float(found.low[i]), "high": float(found.high[i]),
-            "predicted": float(effect[i]), "real": float(found.real[i]), "n": int(found.swaps[i]),
+            "predicted": float(ours.effect[i]), "real": float(found.real[i]), "n": int(found.swaps[i]),
             "shap": float(np.abs(values[:, player.column]).mean()), "shap_signed": float(signed[player.column]),
-            "schemes": effects.of_schemes(i, schemes),
+            "schemes": {**effects.of_schemes(i, schemes), str(player.after): float(ours.effect[i])},
         })  # fmt: skip
     table = pd.DataFrame(rows).sort_values("effect", ascending=False, kind="stable").reset_index(drop=True)
     return table, found.replicates

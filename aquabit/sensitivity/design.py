@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from aquabit.scheme import FP, Act, AquabitError, QuantConfig, Scheme, parse_swap
-from aquabit.sensitivity.effects import find_players, refits
+from aquabit.sensitivity.effects import context_act, find_players, refits
 from aquabit.sensitivity.encoder import Encoder
 from aquabit.sensitivity.estimators import Surrogate
 from aquabit.sensitivity.groups import group_numbers
@@ -22,11 +22,12 @@ DESIGNS = {
     "disagreement": "a random start, then batches on which refitted surrogates disagree",
 }
 SWAP = "usq4:usq2"  # layers without these schemes are swapped between their nearest
+SWAP_RANGE = (2.4, 3.4)  # mean bits of their contexts
 PER_CONTEXT = 4  # swaps that share a context
 BLOCK, CANDIDATES = 24, 16  # configurations that are balanced together; permutations tried for a layer
 TOTALS = 4.0  # what sums near their targets are worth beside deviations that are orthogonal
 OPERATOR_SHIFT = 0.5  # bits by which the mean of an operator type may lie above or below the configuration's
-GRID = np.linspace(*BITS_RANGE, 65)  # means at which maximum-entropy odds are computed; linear in between, which keeps the mean
+GRID = np.linspace(*BITS_RANGE, 33)  # means at which maximum-entropy odds are computed; linear in between, which keeps the mean
 PLASTIC = 1.324717957244746  # of Roberts' two-dimensional low-discrepancy sequence
 START, GROWTH = 40, 0.5  # configurations drawn at random; size of a batch over what was measured before it
 POOL, JUDGES = 400, 12  # candidates of a batch, and refitted surrogates that judge them
@@ -56,23 +57,25 @@ class Design:
 
     def draw(self, space: SearchSpace, count: int, seed: int) -> list[QuantConfig]:
         """The first ``count`` configurations; those of disagreement are its random start, see ``next_batch``."""
-        drawers = {"balanced": balanced, "swaps": swaps}
-        if self.name not in drawers:
+        if self.name not in ("balanced", "swaps"):
             return space.sample(count, seed)
         own = [math.floor((i + 1) * self.share) > math.floor(i * self.share) for i in range(count)]
-        chosen, rest = iter(drawers[self.name](space, sum(own), seed)), iter(space.sample(count - sum(own), seed))
+        drawn = balanced(space, sum(own), seed) if self.name == "balanced" else swaps(space, sum(own), seed)
+        chosen, rest = iter(drawn), iter(space.sample(count - sum(own), seed))
         return [next(chosen if mine else rest) for mine in own]
 
 
 def swaps(space: SearchSpace, count: int, seed: int, swap: str = SWAP) -> list[QuantConfig]:
     """Contexts of the balanced design, each followed by PER_CONTEXT configurations with one layer at the other end of ``swap``.
 
-    A difference within a context has no noise of the context's other layers. In a context its layers are at random ends of the swap;
-    every layer has its turn before one has its second.
+    Contexts have mean bits in SWAP_RANGE and their activations at 8 bits, as those that effects speak of by default. A difference
+    within a context has no noise of the context's other layers. A context's layers are at random ends of the swap; every layer has its turn
+    before one has its second.
     """
     players = find_players(space, parse_swap(swap))
     per = min(PER_CONTEXT, len(players))
-    contexts = balanced(space, math.ceil(count / (1 + per)), seed)
+    drawn = balanced(replace(space, activations=(context_act(space),), steps=None), math.ceil(count / (1 + per)), seed, SWAP_RANGE)
+    contexts = [space.config(c.layers) for c in drawn]
     rng, order, out = np.random.default_rng([seed, 4]), list[int](), list[QuantConfig]()
 
     def at(config: QuantConfig, layer: str, scheme: Scheme) -> QuantConfig:
@@ -90,7 +93,7 @@ def swaps(space: SearchSpace, count: int, seed: int, swap: str = SWAP) -> list[Q
     return out[:count]
 
 
-def balanced(space: SearchSpace, count: int, seed: int) -> list[QuantConfig]:
+def balanced(space: SearchSpace, count: int, seed: int, bits_range: tuple[float, float] = BITS_RANGE) -> list[QuantConfig]:
     """``count`` configurations in blocks of BLOCK that are balanced like a nearly orthogonal array.
 
     Target means of bits and shares of lower activations follow a low-discrepancy sequence; the means of operator types lie around
@@ -98,7 +101,7 @@ def balanced(space: SearchSpace, count: int, seed: int) -> list[QuantConfig]:
     CANDIDATES permutations of them the one is taken that keeps the sums of configurations near their targets and the layer's deviations
     orthogonal to those of the layers before it. Methods of a level are dealt from a deck, so that each comes as often as any other.
     """
-    drawn = _Balanced(space, seed)
+    drawn = _Balanced(space, seed, bits_range)
     found: list[QuantConfig] = []
     while len(found) < count:
         found += drawn.block()
@@ -108,8 +111,8 @@ def balanced(space: SearchSpace, count: int, seed: int) -> list[QuantConfig]:
 class _Balanced:
     """The state that one block hands to the next: covered levels and what was dealt of methods."""
 
-    def __init__(self, space: SearchSpace, seed: int):
-        self.space, self.seed, self.blocks = space, seed, 0
+    def __init__(self, space: SearchSpace, seed: int, bits_range: tuple[float, float]):
+        self.space, self.seed, self.range, self.blocks = space, seed, bits_range, 0
         self.levels = [space.bit_levels(layer) for layer in space.choices]
         self.operator = [(space.operators or {}).get(layer, "") for layer in space.choices]
         self.decks: dict[tuple[int, float], list[Scheme]] = {}
@@ -122,7 +125,7 @@ class _Balanced:
         number = self.blocks * BLOCK + np.arange(BLOCK)[:, None]
         target, share = ((self.offset + (number + 1) / PLASTIC ** np.array([1, 2])) % 1).T
         self.blocks += 1
-        bits = self._bits(BITS_RANGE[0] + target * (BITS_RANGE[1] - BITS_RANGE[0]), rng)
+        bits = self._bits(self.range[0] + target * (self.range[1] - self.range[0]), rng)
         lower = np.maximum(2 * share - 1, 0)  # half of the configurations have none
         others = [self.space.lower_acts(float(s), rng) for s in lower]
         columns = []

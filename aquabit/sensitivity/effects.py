@@ -21,6 +21,7 @@ REACH = 0.25  # contexts lie within this many real bits per weight of the budget
 CONTEXT_ACT = 8  # where the space has it, else its highest
 TUNING = 20  # draws that may go into finding the nominal mean; at either end of a space none may fit
 CHUNK = 8192  # configurations encoded at once: bounds memory on large models
+SHARE, MODERATION, BIAS = 0.45, 0.3, 0.4  # of the variance of effects: see ``interval``
 REPLICATE = {"rounds": 120, "rate": 0.08, "members": 1}  # a third of the cost of the full fit
 
 Variant = tuple[tuple[int, int], ...]  # (layer, scheme) columns of index matrices: what a context has instead
@@ -73,13 +74,18 @@ def find_players(space: SearchSpace, swap: tuple[Scheme, Scheme]) -> list[Player
     return found
 
 
+def context_act(space: SearchSpace) -> int:
+    """Activation bits of contexts."""
+    return CONTEXT_ACT if CONTEXT_ACT in space.activations else max(space.activations)
+
+
 def draw_contexts(space: SearchSpace, cost: CostModel, bits: float, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Index matrices of ``count`` random configurations within 0.25 real bits per weight of ``bits``, activations at 8 bits.
 
     Drawn as ``SearchSpace.sample`` draws (maximum entropy over bit levels, then a method), the nominal mean adjusted until the
     real one fits, the rest rejected. Raises AquabitError where the space cannot reach ``bits``.
     """
-    act = CONTEXT_ACT if CONTEXT_ACT in space.activations else max(space.activations)
+    act = context_act(space)
     low, high = cost.limits(act)["bits"]
     if not low - REACH <= bits <= high + REACH:
         raise AquabitError(f"bits = {bits:g} is out of reach: this space has {low:.3g} to {high:.3g} bits per weight")
@@ -185,17 +191,17 @@ def predict_effects(
 def interval(effect: np.ndarray, replicates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """90 % interval [n] around ``effect`` from bootstrap replicates [r, n]; NaN below two replicates.
 
-    The 5th and 95th percentiles of a replicate's distance from the effect, the farther one to both sides, since a surrogate shrinks
-    towards no effect and its replicates shrink again; widened by Student's t for few replicates, and never narrower than the
-    median layer's, since one that was shrunk to nothing varies too little. On synthetic truth (60 layers, 120 and 300
-    measurements, 8 draws) 72 to 95 % of the true effects lay inside, 87 % on average; bare percentiles held 48 to 65 %.
+    The variance has two parts. One is SHARE of a replicate's mean squared distance from the effect, moderated by the median one, since an
+    effect that was shrunk to nothing varies too little; a share, since a replicate shrinks once more than the effect did. The other is
+    the square of BIAS times the effect: what contexts, features and shrinkage miss grows with the effect, and replicates share it.
+    Widened by Student's t for few replicates. See ``benchmarks/intervals.py`` for how many true effects lie inside.
     """
     count = len(replicates)
     if count < 2:
         return np.full(len(effect), np.nan), np.full(len(effect), np.nan)
-    widen = float(stats.t.ppf(0.95, count - 1) / stats.norm.ppf(0.95)) * np.sqrt(1 + 1 / count)
-    half = widen * np.abs(np.percentile(replicates - effect, [5, 95], axis=0)).max(0)
-    half = np.maximum(half, np.median(half))
+    squared = np.square(replicates - effect).mean(0)
+    moderated = (squared + MODERATION * np.median(squared)) / (1 + MODERATION)
+    half = stats.t.ppf(0.95, count - 1) * np.sqrt((1 + 1 / count) * (SHARE * moderated + (BIAS * effect) ** 2))
     return effect - half, effect + half
 
 
