@@ -112,3 +112,12 @@ def test_swaps_among_the_training_measurements_are_found() -> None:
     assert training_swaps(FittedSurrogate(*parts), players, 4.4).empty
     lower = (*parts[:7], np.full_like(acts, 6), *parts[8:])
     assert training_swaps(FittedSurrogate(*lower), players, 3.0).empty
+
+
+def test_coverage_counts_what_lies_inside() -> None:
+    from benchmarks.intervals import coverage
+
+    layers = pd.DataFrame({"name": list("abcd"), "effect": [4.0, 1.0, 0.0, 0.0], "low": [3.0, 0.5, -1, -1], "high": [5.0, 1.5, 1, 1]})
+    found = coverage(layers, {"a": (4.5, 0.1), "b": (3.0, 1.3), "c": (5.0, 0.1), "x": (0.0, 0.0)})
+    assert found["layers"] == 3 and found["inside"] == pytest.approx(1 / 3) and found["inside_allowed"] == pytest.approx(2 / 3)
+    assert found["width"] == pytest.approx(1 / 4.5)
