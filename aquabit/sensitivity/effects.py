@@ -177,15 +177,20 @@ def predict_effects(
     fitted: FittedSurrogate, players: list[Player], contexts: tuple[np.ndarray, np.ndarray], models: Sequence[Surrogate],
     seed: int = 0, progress: Progress = no_progress,
 ) -> Effects:  # fmt: skip
-    """Mean predicted objective of each (player, scheme), in units, positive = worse; each replicate also redraws the contexts."""
+    """Mean predicted objective of each (player, scheme), in units, positive = worse; each replicate, of the named swap alone, also redraws
+    the contexts."""
     column = {s: j for j, s in enumerate(fitted.space.schemes)}
-    pairs = [(i, column[s]) for i, p in enumerate(players) for s in p.schemes]
-    found = mean_predictions(fitted, models, contexts, [((players[i].column, s),) for i, s in pairs], seed, progress=progress)
-    value = np.full((len(models) + 1, len(players), len(column)), np.nan)
-    value[:, [i for i, _ in pairs], [s for _, s in pairs]] = found
-    rows = np.arange(len(players))
-    before, after = [column[p.before] for p in players], [column[p.after] for p in players]
-    return Effects(players, value[0], value[1:, rows, after] - value[1:, rows, before])
+    value = np.full((len(players), len(column)), np.nan)
+
+    def predict(pairs: list[tuple[int, int]], models: Sequence[Surrogate], what: str) -> np.ndarray:
+        found = mean_predictions(fitted, models, contexts, [((players[i].column, s),) for i, s in pairs], seed, True, progress, what)
+        value[[i for i, _ in pairs], [s for _, s in pairs]] = found[0]
+        return found[1:]
+
+    ends = predict([(i, column[s]) for i, p in enumerate(players) for s in (p.before, p.after)], models, "predict swaps")
+    others = [(i, column[s]) for i, p in enumerate(players) for s in p.schemes if s not in (p.before, p.after)]
+    predict(others, [], "predict other schemes")
+    return Effects(players, value, ends[:, 1::2] - ends[:, ::2])
 
 
 def interval(effect: np.ndarray, replicates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
