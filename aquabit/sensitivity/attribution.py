@@ -25,7 +25,7 @@ from aquabit.sensitivity.effects import (
     signed_shap,
 )
 from aquabit.sensitivity.flips import predict_flips, validation_scores
-from aquabit.sensitivity.surrogate import FittedSurrogate, fit_from_study
+from aquabit.sensitivity.surrogate import FittedSurrogate, Surrogate, fit_from_study
 from aquabit.study import Study
 
 __all__ = ["Sensitivity", "explain", "predict_flips", "save", "validation_scores"]
@@ -83,14 +83,15 @@ class Sensitivity:
 def explain(
     study: Study, bits: float = 3.0, swap: str = "usq4:usq2", contexts: int = 64, replicates: int = 20, seed: int = 0,
     progress: Progress = no_progress, objective: str | None = None, fitted: FittedSurrogate | None = None,
+    estimator: str = "gbdt",
 ) -> Sensitivity:  # fmt: skip
     """Fit the surrogate (or take ``fitted``), predict what swapping each layer does near ``bits``, and compare with real swaps
-    where the study has some. Nothing is stored; see ``save``.
+    where the study has some. Nothing is stored; see ``save``. ``estimator`` is a name of ``ESTIMATORS``; only the trees have SHAP values.
 
     Raises AquabitError for a study with too few measurements, an unknown swap, or ``bits`` out of reach.
     """
     pair = parse_swap(swap)
-    fitted = fitted or fit_from_study(study, objective, seed, progress=progress)
+    fitted = fitted or fit_from_study(study, objective, seed, progress=progress, estimator=estimator)
     players = find_players(fitted.space, pair)
     drawn = draw_contexts(fitted.space, fitted.cost, bits, contexts, np.random.default_rng([seed, 0]))
     models = bootstrap(fitted, replicates, seed, progress)
@@ -111,14 +112,9 @@ def save(study: Study, sensitivity: Sensitivity) -> None:
 
 def _layer_table(fitted: FittedSurrogate, effects: Effects) -> pd.DataFrame:
     nodes, schemes = graph_layers(fitted.graph), fitted.space.schemes
-    values, base = shap_by_layer(fitted)
-    predicted = fitted.badness(fitted.weights, fitted.acts)
-    worst = float(np.abs(values.sum(1) + base - predicted).max())
-    if worst > 1e-4 * max(1.0, float(np.abs(predicted).max())):
-        raise RuntimeError(f"SHAP values miss the prediction by {worst:.2g}; this is an error of ours")
-    signed = signed_shap(values, member_parts(fitted.encoder, fitted.weights, fitted.acts)["error"])
     effect = effects.effect(schemes)
-    low, high = interval(effect, effects.replicates)
+    low, high = interval(effect, effects.replicates, fitted.scores["widen"])
+    values, signed = _tree_shap(fitted)
     rows = []
     for i, player in enumerate(effects.players):
         node = nodes[player.layer]
@@ -131,6 +127,18 @@ def _layer_table(fitted: FittedSurrogate, effects: Effects) -> pd.DataFrame:
     return pd.DataFrame(rows).sort_values("effect", ascending=False, kind="stable").reset_index(drop=True)
 
 
+def _tree_shap(fitted: FittedSurrogate) -> tuple[np.ndarray, np.ndarray]:
+    """SHAP values [n, layers] and their signed summary [layers]; NaN for estimators that are not trees."""
+    if not isinstance(fitted.surrogate, Surrogate):
+        return np.full(fitted.weights.shape, np.nan), np.full(fitted.weights.shape[1], np.nan)
+    values, base = shap_by_layer(fitted)
+    predicted = fitted.badness(fitted.weights, fitted.acts)
+    worst = float(np.abs(values.sum(1) + base - predicted).max())
+    if worst > 1e-4 * max(1.0, float(np.abs(predicted).max())):
+        raise RuntimeError(f"SHAP values miss the prediction by {worst:.2g}; this is an error of ours")
+    return values, signed_shap(values, member_parts(fitted.encoder, fitted.weights, fitted.acts)["error"])
+
+
 def _rolled(layers: pd.DataFrame, fitted: FittedSurrogate, effects: Effects, key: str) -> pd.DataFrame:
     """Mean effect of a layer of each operator type or block, its interval from the replicates, and the sum over its layers."""
     place = {p.layer: i for i, p in enumerate(effects.players)}
@@ -138,9 +146,10 @@ def _rolled(layers: pd.DataFrame, fitted: FittedSurrogate, effects: Effects, key
     for name, group in layers.groupby(key, sort=False):
         index = [place[n] for n in group.name]
         mean = float(group.effect.mean())
-        low, high = (float(v[0]) for v in interval(np.array([mean]), effects.replicates[:, index].mean(1, keepdims=True)))
+        replicates, factor = effects.replicates[:, index].mean(1, keepdims=True), fitted.scores["widen"]
+        low, high = (float(v[0]) for v in interval(np.array([mean]), replicates, factor))
         rows.append({"name": str(name), "layers": len(group), "effect": mean, "low": low, "high": high,
-                     "total": float(group.effect.sum()), "shap": float(group["shap"].sum())})  # fmt: skip
+                     "total": float(group.effect.sum()), "shap": float(group["shap"].sum(skipna=False))})  # fmt: skip
     return pd.DataFrame(rows).sort_values("effect", ascending=False, kind="stable").reset_index(drop=True)
 
 

@@ -11,7 +11,7 @@ from scipy import stats
 from aquabit.cost import CostModel
 from aquabit.scheme import FP, AquabitError, Progress, Scheme, no_progress
 from aquabit.sensitivity.encoder import Encoder
-from aquabit.sensitivity.estimators import Surrogate
+from aquabit.sensitivity.estimators import Estimator, Surrogate
 from aquabit.sensitivity.surrogate import FittedSurrogate
 from aquabit.space import SearchSpace, maximum_entropy
 
@@ -19,7 +19,6 @@ REACH = 0.25  # contexts lie within this many real bits per weight of the budget
 CONTEXT_ACT = 8  # where the space has it, else its highest
 TUNING = 20  # draws that may go into finding the nominal mean; at either end of a space none may fit
 CHUNK = 8192  # configurations encoded at once: bounds memory on large models
-REPLICATE = {"rounds": 120, "rate": 0.08, "members": 1}  # a third of the cost of the full fit
 
 
 @dataclass(frozen=True)
@@ -122,27 +121,23 @@ def swapped(
         changed = np.tile(weights, (len(part), 1, 1))
         for k, (player, scheme) in enumerate(part):
             changed[k, :, players[player].column] = scheme
-        features = fitted.encoder(changed.reshape(-1, weights.shape[1]), np.tile(acts, (len(part), 1)))
+        features = fitted.features(changed.reshape(-1, weights.shape[1]), np.tile(acts, (len(part), 1)))
         yield features, np.array([p for p, _ in part]), np.array([s for _, s in part])
 
 
-def bootstrap(fitted: FittedSurrogate, replicates: int, seed: int, progress: Progress = no_progress) -> list[Surrogate]:
-    """The surrogate refitted to measurements drawn with replacement, with fewer and larger boosting steps.
-
-    Each replicate also draws its ridge share from 0 to 1: how additive the model is, is as uncertain as its coefficients.
-    """
-    features, models = fitted.encoder(fitted.weights, fitted.acts), []
+def bootstrap(fitted: FittedSurrogate, replicates: int, seed: int, progress: Progress = no_progress) -> list[Estimator]:
+    """The surrogate refitted to measurements drawn with replacement (``Estimator.replicate``)."""
+    features, models = fitted.features(fitted.weights, fitted.acts), []
     for r in range(replicates):
         rng = np.random.default_rng([seed, 1, r])
         rows = rng.integers(len(fitted.y), size=len(fitted.y))
-        options = {**fitted.surrogate.get_params(), **REPLICATE, "linear": float(rng.uniform()), "seed": seed + 1 + r}
-        models.append(Surrogate(**options).fit(features[rows], fitted.y[rows]))
+        models.append(fitted.surrogate.replicate(rng, seed + 1 + r).fit(features[rows], fitted.y[rows]))
         progress("refit for intervals", r + 1, replicates)
     return models
 
 
 def predict_effects(
-    fitted: FittedSurrogate, players: list[Player], contexts: tuple[np.ndarray, np.ndarray], models: Sequence[Surrogate],
+    fitted: FittedSurrogate, players: list[Player], contexts: tuple[np.ndarray, np.ndarray], models: Sequence[Estimator],
     seed: int = 0, progress: Progress = no_progress,
 ) -> Effects:  # fmt: skip
     """Mean predicted objective of each (player, scheme), in units, positive = worse; each replicate also redraws the contexts."""
@@ -163,18 +158,19 @@ def predict_effects(
     return Effects(players, value[0], value[1:, rows, after] - value[1:, rows, before])
 
 
-def interval(effect: np.ndarray, replicates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def interval(effect: np.ndarray, replicates: np.ndarray, factor: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
     """90 % interval [n] around ``effect`` from bootstrap replicates [r, n]; NaN below two replicates.
 
     The 5th and 95th percentiles of a replicate's distance from the effect, the farther one to both sides, since a surrogate shrinks
     towards no effect and its replicates shrink again; widened by Student's t for few replicates, and never narrower than the
     median layer's, since one that was shrunk to nothing varies too little. On synthetic truth (60 layers, 120 and 300
-    measurements, 8 draws) 72 to 95 % of the true effects lay inside, 87 % on average; bare percentiles held 48 to 65 %.
+    measurements, 8 draws) 72 to 95 % of the true effects lay inside, 87 % on average; bare percentiles held 48 to 65 %. ``factor``
+    widens it further, as too few measurements demand.
     """
     count = len(replicates)
     if count < 2:
         return np.full(len(effect), np.nan), np.full(len(effect), np.nan)
-    widen = float(stats.t.ppf(0.95, count - 1) / stats.norm.ppf(0.95)) * np.sqrt(1 + 1 / count)
+    widen = factor * float(stats.t.ppf(0.95, count - 1) / stats.norm.ppf(0.95)) * np.sqrt(1 + 1 / count)
     half = widen * np.abs(np.percentile(replicates - effect, [5, 95], axis=0)).max(0)
     half = np.maximum(half, np.median(half))
     return effect - half, effect + half
@@ -184,8 +180,11 @@ def shap_by_layer(fitted: FittedSurrogate) -> tuple[np.ndarray, float]:
     """SHAP values [n, layers] of the training configurations in log units, and their base; rows sum to the prediction.
 
     What a layer's own columns get is its own; an aggregate's value is split among its members by their share of its deviation from
-    the mean. Members that deviate the other way get none, so shares lie in [0, 1] and sum to 1.
+    the mean. Members that deviate the other way get none, so shares lie in [0, 1] and sum to 1. Raises AquabitError for estimators
+    other than the trees.
     """
+    if not isinstance(fitted.surrogate, Surrogate):
+        raise AquabitError(f"TreeSHAP explains boosted trees, not {type(fitted.surrogate).__name__}: fit with estimator gbdt")
     values, base = fitted.surrogate.contributions(fitted.encoder(fitted.weights, fitted.acts))
     parts = member_parts(fitted.encoder, fitted.weights, fitted.acts)
     out = np.zeros(fitted.weights.shape)
