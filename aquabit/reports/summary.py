@@ -1,4 +1,4 @@
-"""The words of the page: the answer in three sentences, what speaks against it before them, the run card, and numbers as people read them."""
+"""The words of the page: what speaks against the answer, the answer in three sentences, the run card, and numbers as people read them."""
 
 from __future__ import annotations
 

@@ -19,8 +19,8 @@ from aquabit.sensitivity.surrogate import fold_numbers, held_out_predictions
 Parameters = Mapping[str, Any]
 GRIDS: dict[str, dict[str, tuple[Any, ...]]] = {
     "gbdt": {
-        "rounds": (100, 200, 400), "depth": (2, 3, 4, 6), "rate": (0.03, 0.05, 0.1), "rows": (0.5, 0.7, 0.9), "columns": (0.1, 0.3, 0.5, 0.8),
-        "leaf": (2.0, 5.0, 10.0), "linear": (0.0, 0.25, 0.5, 0.75, 1.0), "monotone": (False, True),
+        "rounds": (100, 200, 400), "depth": (2, 3, 4, 6), "rate": (0.03, 0.05, 0.1), "rows": (0.5, 0.7, 0.9),
+        "columns": (0.1, 0.3, 0.5, 0.8), "leaf": (2.0, 5.0, 10.0), "linear": (0.0, 0.25, 0.5, 0.75, 1.0), "monotone": (False, True),
     },
     "average_bits": {},
     "ridge_one_hot": {"penalty": (None, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)},
@@ -46,15 +46,14 @@ class Tuned:
 
 
 def candidates(estimator: str, count: int = 24, seed: int = 0) -> list[Parameters]:
-    """The defaults (an empty mapping), then distinct random draws from ``GRIDS``: ``count`` in all, or every combination of a smaller grid."""
+    """The defaults (an empty mapping), then distinct random draws from ``GRIDS``: ``count`` in all, or all of a smaller grid."""
     if estimator not in GRIDS:
         raise AquabitError(f"estimator {estimator!r} has no grid; known: {', '.join(GRIDS)}")
     grid, rng = GRIDS[estimator], np.random.default_rng([seed, 4])
     sizes = [len(values) for values in grid.values()]
     total = prod(sizes)
-    picked = rng.choice(total, min(total, max(0, count - 1)), replace=False) if grid else []
     found: list[Parameters] = [{}]
-    for number in picked:
+    for number in rng.choice(total, min(total, max(0, count - 1)), replace=False) if grid else ():
         place = np.unravel_index(int(number), sizes)
         found.append({k: values[int(i)] for (k, values), i in zip(grid.items(), place, strict=True)})
     return found
