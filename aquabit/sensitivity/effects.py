@@ -11,14 +11,14 @@ from scipy import stats
 from aquabit.cost import CostModel
 from aquabit.scheme import FP, AquabitError, Progress, Scheme, no_progress
 from aquabit.sensitivity.encoder import Encoder
-from aquabit.sensitivity.estimators import Estimator, Surrogate
+from aquabit.sensitivity.estimators import Estimator, Surrogate, predict_all
 from aquabit.sensitivity.surrogate import FittedSurrogate
 from aquabit.space import SearchSpace, maximum_entropy
 
 REACH = 0.25  # contexts lie within this many real bits per weight of the budget
 CONTEXT_ACT = 8  # where the space has it, else its highest
 TUNING = 20  # draws that may go into finding the nominal mean; at either end of a space none may fit
-CHUNK = 8192  # configurations encoded at once: bounds memory on large models
+CHUNK = 2048  # configurations encoded at once: bounds memory, and stays in the cache: twice as fast as 8192 on 300 layers
 
 
 @dataclass(frozen=True)
@@ -146,10 +146,10 @@ def predict_effects(
     share = np.full((len(models) + 1, n), 1.0 / n)
     for r in range(len(models)):
         share[r + 1] = np.random.default_rng([seed, 2, r]).multinomial(n, share[0]) / n
-    value = np.full(shape, np.nan)
+    value, everyone = np.full(shape, np.nan), (fitted.surrogate, *models)
     for features, player, scheme in swapped(fitted, players, weights, acts):
-        for m, model in enumerate((fitted.surrogate, *models)):
-            units = model.to_units(model.predict(features)).reshape(len(player), n)
+        for m, (model, predicted) in enumerate(zip(everyone, predict_all(everyone, features), strict=True)):
+            units = model.to_units(predicted).reshape(len(player), n)
             value[m, player, scheme] = fitted.sign * (units @ share[m])
         progress("predict swaps", int(player[-1]) + 1, len(players))
     column = {s: j for j, s in enumerate(fitted.space.schemes)}

@@ -113,10 +113,11 @@ class _Network(nn.Module):
         super().__init__()
         schemes = nodes.schemes.shape[1]
         self.operators, self.schemes = nn.Embedding(int(nodes.operator.max()) + 1, width), nn.Embedding(schemes, width)
-        self.facts = nn.Linear(FACTS, width)
+        self.blocks = nn.Embedding(int(nodes.block.max()) + 1, width)
+        self.facts, self.mixed = nn.Linear(FACTS, width), nn.Linear(width, width)
         self.hops = nn.ModuleList(_Attention(width, heads) for _ in range(hops))
         self.head = nn.Linear(width, 1)
-        for name, value in (("operator", nodes.operator), ("sources", nodes.sources), ("known", nodes.known)):
+        for name, value in (("operator", nodes.operator), ("block", nodes.block), ("sources", nodes.sources), ("known", nodes.known)):
             self.register_buffer(name, torch.as_tensor(value))
         for name, value in (("fixed", nodes.fixed), ("per_scheme", nodes.schemes)):
             self.register_buffer(name, torch.as_tensor(value, dtype=torch.float32))
@@ -127,7 +128,8 @@ class _Network(nn.Module):
         fixed: Any = self.fixed
         per_scheme: Any = self.per_scheme
         facts = torch.cat([fixed.expand(n, -1, -1), per_scheme[torch.arange(count), weights], low], 2)
-        h = F.relu(self.operators(self.operator) + self.schemes(weights) + self.facts(facts))
+        h = F.relu(self.operators(self.operator) + self.blocks(self.block) + self.schemes(weights) + self.facts(facts))
+        h = F.relu(self.mixed(h))
         found = [h]
         for hop in self.hops:
             h = F.relu(h + hop(h, self.sources, self.known))
@@ -169,7 +171,7 @@ class GraphNetwork(Estimator):
     """
 
     def __init__(
-        self, width: int = 32, hops: int = 4, heads: int = 4, rate: float = 3e-3, decay: float = 1e-3, ranking: float = 0.5,
+        self, width: int = 32, hops: int = 4, heads: int = 4, rate: float = 1e-2, decay: float = 1e-3, ranking: float = 0.5,
         batch: int = 32, epochs: int = 80, members: int = 1, seed: int = 0,
         direction: Literal["min", "max"] = "min", log: bool | None = None, nodes: Nodes | None = None,
     ):  # fmt: skip

@@ -75,7 +75,7 @@ class Estimator(RegressorMixin, BaseEstimator, ABC):
 
     def predict(self, X: np.ndarray) -> np.ndarray:
         """Oriented target [n], larger = worse."""
-        return self._predict(np.asarray(X, float)) * self.spread_ + self.center_
+        return self._predict(np.asarray(X)) * self.spread_ + self.center_
 
     def to_units(self, z: np.ndarray) -> np.ndarray:
         """Predictions in the metric's own units."""
