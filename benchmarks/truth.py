@@ -12,7 +12,6 @@ contexts is one over seeds too. No training measurement uses these seeds or cont
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,9 +20,8 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.flow import MODELS, RESULTS, machine
-
 from aquabit.scheme import Scheme
+from benchmarks.flow import MODELS
 
 BITS, CONTEXTS, FEW = 3.0, 16, 4
 SEED = 20_261_128
