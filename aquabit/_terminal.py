@@ -130,7 +130,13 @@ def show_sensitivity(result: Any, top: int) -> None:
     from rich.table import Table
 
     scores = Table("surrogate (out-of-fold)", "within-budget SRCC", "SRCC", "Kendall", "NDCG@10", "R2", box=None)
-    rows = {"gradient-boosted trees": result["surrogate"], **{f"baseline: {k}": v for k, v in result["surrogate"]["baselines"].items()}}
+    own = result["surrogate"].get("estimator", "gbdt")
+    for caution in result["surrogate"].get("cautions", []):
+        console.print(f"[yellow]{plain(caution)}[/]", highlight=False)
+    rows = {
+        "gradient-boosted trees" if own == "gbdt" else own: result["surrogate"],
+        **{f"baseline: {k}": v for k, v in result["surrogate"]["baselines"].items()},
+    }
     for name, row in rows.items():
         scores.add_row(name, *(number(row.get(k)) for k in ("within_budget_srcc", "srcc", "kendall", "ndcg10", "r2")))
     console.print(f"{result['measurements']} measurements, objective {result['objective']} ({result['direction']})")

@@ -73,6 +73,12 @@ StepGroupsOption = Annotated[
         "--step-groups", help="First steps of 2 to 5 groups of steps, as 0,5: activation bits may change between them (search --bops)."
     ),
 ]
+EstimatorOption = Annotated[
+    str,
+    typer.Option(
+        "--estimator", help="What is fitted: gbdt (boosted trees), ridge_one_hot, sum_of_damages, average_bits, graph_network (minutes)."
+    ),
+]
 Reference = Annotated[Path | None, typer.Option("--reference", help="Folder of real images (arrives with real pipelines and metrics).")]
 Preset = Annotated[str | None, typer.Option("--preset", help="Settings of a paper (arrives with real pipelines and metrics).")]
 MetricOption = Annotated[str | None, typer.Option("--metric", help="module:function (arrives with real pipelines and metrics).")]
@@ -264,14 +270,14 @@ def merge(sources: Annotated[list[Path], typer.Argument(metavar="A.db B.db", hel
 
 @app.command()
 @shielded
-def explain(study: StudyArgument, top: Annotated[int, typer.Option("--top", min=1, help="Layers to list.")] = 20, bits: Bits = 3.0, swap: Annotated[str, typer.Option("--swap", help="A:B, the two schemes a layer is swapped between.")] = "usq4:usq2", json_: Json = None) -> None:  # fmt: skip
+def explain(study: StudyArgument, top: Annotated[int, typer.Option("--top", min=1, help="Layers to list.")] = 20, bits: Bits = 3.0, swap: Annotated[str, typer.Option("--swap", help="A:B, the two schemes a layer is swapped between.")] = "usq4:usq2", estimator: EstimatorOption = "gbdt", json_: Json = None) -> None:  # fmt: skip
     """How good the surrogate is, then which layers hurt most, with intervals."""
     _quiet()
     from aquabit.flow import explained
     from aquabit.study import Study
 
     with bars() as progress:
-        result = explained(Study(study, create=False), bits, swap, progress).to_dict()
+        result = explained(Study(study, create=False), bits, swap, progress, estimator).to_dict()
     if not emit(result, json_):
         show_sensitivity(result, top)
 

@@ -28,7 +28,7 @@ from aquabit.sensitivity.effects import (
 )
 from aquabit.sensitivity.flips import predict_flips, training_swaps, validation_scores
 from aquabit.sensitivity.interactions import INTERACTIONS, SCORES, interactions, scheme_scores
-from aquabit.sensitivity.surrogate import FittedSurrogate, fit_from_study
+from aquabit.sensitivity.surrogate import FittedSurrogate, Surrogate, fit_from_study
 from aquabit.study import Study
 
 PAIR_CONTEXTS = 32  # of the contexts, for pairs of layers and for whole groups
@@ -98,14 +98,15 @@ class Sensitivity:
 def explain(
     study: Study, bits: float = 3.0, swap: str = "usq4:usq2", contexts: int = 64, replicates: int = 20, seed: int = 0,
     progress: Progress = no_progress, objective: str | None = None, fitted: FittedSurrogate | None = None,
+    estimator: str = "gbdt",
 ) -> Sensitivity:  # fmt: skip
     """Fit the surrogate (or take ``fitted``), predict what swapping each layer does near ``bits``, and compare with real swaps
-    where the study has some. Nothing is stored; see ``save``.
+    where the study has some. Nothing is stored; see ``save``. ``estimator`` is a name of ``ESTIMATORS``; only the trees have SHAP values.
 
     Raises AquabitError for a study with too few measurements, an unknown swap, or ``bits`` out of reach.
     """
     pair = parse_swap(swap)
-    fitted = fitted or fit_from_study(study, objective, seed, progress=progress)
+    fitted = fitted or fit_from_study(study, objective, seed, progress=progress, estimator=estimator)
     players = find_players(fitted.space, pair)
     drawn = draw_contexts(fitted.space, fitted.cost, bits, contexts, np.random.default_rng([seed, 0]))
     models = bootstrap(fitted, replicates, seed, progress)
@@ -116,7 +117,7 @@ def explain(
     place, few = {p.layer: i for i, p in enumerate(players)}, (drawn[0][:PAIR_CONTEXTS], drawn[1][:PAIR_CONTEXTS])
     pairs = interactions(fitted, effects, [place[name] for name in layers.name], models, few, seed, progress)
     groups = scheme_scores(fitted, models, few, seed, progress)
-    operators, blocks = (_rolled(layers, players, varied, key) for key in ("operator", "block"))
+    operators, blocks = (_rolled(layers, players, varied, key, fitted.scores["widen"]) for key in ("operator", "block"))
     return Sensitivity(
         fitted.objective, fitted.direction, fitted.protocol, len(fitted.y), bits, swap, layers, operators, blocks,
         fitted.scores, _validation(fitted, layers, checked), _scatter(fitted), "combined" if layers.n.any() else "predicted", pairs, groups,
@@ -135,14 +136,11 @@ def _layer_table(
     """The table of layers, and replicates [r, players] of their effects. Swaps among the ``training`` measurements are part of the
     prediction; ``flips``, which it never saw, of the ranking alone."""
     nodes, schemes = graph_layers(fitted.graph), fitted.space.schemes
-    values, base = shap_by_layer(fitted)
-    predicted = fitted.badness(fitted.weights, fitted.acts)
-    worst = float(np.abs(values.sum(1) + base - predicted).max())
-    if worst > 1e-4 * max(1.0, float(np.abs(predicted).max())):
-        raise RuntimeError(f"SHAP values miss the prediction by {worst:.2g}; this is an error of ours")
-    signed = signed_shap(values, member_parts(fitted.encoder, fitted.weights, fitted.acts)["error"])
+    values, signed = _tree_shap(fitted)
     effect = effects.effect(schemes)
-    ours = combine(effects.players, effect, *interval(effect, effects.replicates), effects.replicates, training, seed)
+    ours = combine(
+        effects.players, effect, *interval(effect, effects.replicates, fitted.scores["widen"]), effects.replicates, training, seed
+    )
     found = combine(effects.players, ours.effect, ours.low, ours.high, ours.replicates, training[:0] if flips is None else flips, seed + 1)
     rows = []
     for i, player in enumerate(effects.players):
@@ -158,16 +156,28 @@ def _layer_table(
     return table, found.replicates
 
 
-def _rolled(layers: pd.DataFrame, players: list[Player], replicates: np.ndarray, key: str) -> pd.DataFrame:
+def _tree_shap(fitted: FittedSurrogate) -> tuple[np.ndarray, np.ndarray]:
+    """SHAP values [n, layers] and their signed summary [layers]; NaN for estimators that are not trees."""
+    if not isinstance(fitted.surrogate, Surrogate):
+        return np.full(fitted.weights.shape, np.nan), np.full(fitted.weights.shape[1], np.nan)
+    values, base = shap_by_layer(fitted)
+    predicted = fitted.badness(fitted.weights, fitted.acts)
+    worst = float(np.abs(values.sum(1) + base - predicted).max())
+    if worst > 1e-4 * max(1.0, float(np.abs(predicted).max())):
+        raise RuntimeError(f"SHAP values miss the prediction by {worst:.2g}; this is an error of ours")
+    return values, signed_shap(values, member_parts(fitted.encoder, fitted.weights, fitted.acts)["error"])
+
+
+def _rolled(layers: pd.DataFrame, players: list[Player], replicates: np.ndarray, key: str, factor: float) -> pd.DataFrame:
     """Mean effect of a layer of each operator type or block, its interval from the replicates, and the sum over its layers."""
     place = {p.layer: i for i, p in enumerate(players)}
     rows = []
     for name, group in layers.groupby(key, sort=False):
         index = [place[n] for n in group.name]
         mean = float(group.effect.mean())
-        low, high = (float(v[0]) for v in interval(np.array([mean]), replicates[:, index].mean(1, keepdims=True)))
+        low, high = (float(v[0]) for v in interval(np.array([mean]), replicates[:, index].mean(1, keepdims=True), factor))
         rows.append({"name": str(name), "layers": len(group), "effect": mean, "low": low, "high": high,
-                     "total": float(group.effect.sum()), "shap": float(group["shap"].sum())})  # fmt: skip
+                     "total": float(group.effect.sum()), "shap": float(group["shap"].sum(skipna=False))})  # fmt: skip
     return pd.DataFrame(rows).sort_values("effect", ascending=False, kind="stable").reset_index(drop=True)
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 from aquabit.graph import layers as graph_layers
 from aquabit.scheme import Progress, no_progress
 from aquabit.sensitivity.effects import Effects, Variant, interval, mean_predictions
-from aquabit.sensitivity.estimators import Surrogate
+from aquabit.sensitivity.estimators import Estimator
 from aquabit.sensitivity.surrogate import FittedSurrogate
 
 STRONGEST = 20  # layers whose pairs are looked at
@@ -20,7 +20,7 @@ SCORES = ["level", "name", "scheme", "layers", "change", "score", "low", "high"]
 
 
 def interactions(
-    fitted: FittedSurrogate, effects: Effects, order: Sequence[int], models: Sequence[Surrogate],
+    fitted: FittedSurrogate, effects: Effects, order: Sequence[int], models: Sequence[Estimator],
     contexts: tuple[np.ndarray, np.ndarray], seed: int = 0, progress: Progress = no_progress,
 ) -> pd.DataFrame:  # fmt: skip
     """INTERACTIONS of every pair of the STRONGEST players, ``order`` naming the strongest first; rows with the largest first.
@@ -37,14 +37,14 @@ def interactions(
     found = mean_predictions(fitted, models, contexts, variants, seed, progress=progress, what="predict pairs of swaps")
     neither, second, first, both = np.moveaxis(found.reshape(len(found), len(pairs), 4), 2, 0)
     change = both - first - second + neither
-    low, high = interval(change[0], change[1:])
+    low, high = interval(change[0], change[1:], fitted.scores["widen"])
     rows = [(a.layer, b.layer, *map(float, ends)) for (a, b), *ends in zip(pairs, change[0], low, high, strict=True)]
     table = pd.DataFrame(rows, columns=INTERACTIONS)
     return table.iloc[np.argsort(-table.interaction.abs(), kind="stable")].reset_index(drop=True)
 
 
 def scheme_scores(
-    fitted: FittedSurrogate, models: Sequence[Surrogate], contexts: tuple[np.ndarray, np.ndarray], seed: int = 0,
+    fitted: FittedSurrogate, models: Sequence[Estimator], contexts: tuple[np.ndarray, np.ndarray], seed: int = 0,
     progress: Progress = no_progress,
 ) -> pd.DataFrame:  # fmt: skip
     """SCORES of each scheme for each operator type and each block (``level``), comparable as Qua²SeDiMo's are (SCIENCE section 1).
@@ -71,6 +71,6 @@ def scheme_scores(
     for level in ("operator", "block"):
         own = (table.level == level).to_numpy()
         center, spread = change[0, own].mean(), change[0, own].std() or 1.0
-        low, high = interval(change[0, own], change[1:, own])
+        low, high = interval(change[0, own], change[1:, own], fitted.scores["widen"])
         table.loc[own, ["score", "low", "high"]] = np.stack([center - change[0, own], center - high, center - low], 1) / spread
     return table.sort_values(["level", "name", "score"], ascending=[False, True, False], kind="stable").reset_index(drop=True)
