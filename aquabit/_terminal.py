@@ -130,21 +130,44 @@ def show_sensitivity(result: Any, top: int) -> None:
     from rich.table import Table
 
     scores = Table("surrogate (out-of-fold)", "within-budget SRCC", "SRCC", "Kendall", "NDCG@10", "R2", box=None)
-    rows = {"gradient-boosted trees": result["surrogate"], **{f"baseline: {k}": v for k, v in result["surrogate"]["baselines"].items()}}
+    own = result["surrogate"].get("estimator", "gbdt")
+    for caution in result["surrogate"].get("cautions", []):
+        console.print(f"[yellow]{plain(caution)}[/]", highlight=False)
+    rows = {
+        "gradient-boosted trees" if own == "gbdt" else own: result["surrogate"],
+        **{f"baseline: {k}": v for k, v in result["surrogate"]["baselines"].items()},
+    }
     for name, row in rows.items():
         scores.add_row(name, *(number(row.get(k)) for k in ("within_budget_srcc", "srcc", "kendall", "ndcg10", "r2")))
     console.print(f"{result['measurements']} measurements, objective {result['objective']} ({result['direction']})")
     console.print(scores)
-    table = Table("layer", "operator", f"predicted effect of {result.get('swap', '')}", "90 % interval", box=None)
+    combined = result["ranking"] == "combined"
+    parts = ["predicted", "real", "swaps"] if combined else []
+    table = Table("layer", "operator", f"effect of {result['swap']}", "90 % interval", *parts, box=None)
     for row in sorted(result["layers"], key=lambda r: -(r["effect"] or 0))[:top]:
-        table.add_row(plain(row["name"]), row["operator"], number(row["effect"]), f"{number(row['low'])} to {number(row['high'])}")
+        both = [number(row["predicted"]), number(row["real"]), str(row["n"])] if combined else []
+        ends = f"{number(row['low'])} to {number(row['high'])}"
+        table.add_row(plain(row["name"]), row["operator"], number(row["effect"]), ends, *both)
+    source = "predictions and real swaps combined, each by its precision" if combined else "predictions of the surrogate"
+    console.print(f"ranking: {source}")
     console.print(table)
+    _show_interactions(result["interactions"][:5])
     check = result.get("validation")
     if check:
         agreement = f"SRCC {number(check['srcc'])}, sign agreement {number(check['sign_agreement'], 2)}"
         console.print(f"checked against {check['flips']} real swaps: {agreement}")
     else:
         console.print("not checked against real swaps yet: `aquabit validate` measures some")
+
+
+def _show_interactions(rows: list[Any]) -> None:
+    from rich.table import Table
+
+    table = Table("swapped together", "", "predicted beyond their sum", "90 % interval", box=None)
+    for row in rows:
+        table.add_row(plain(row["a"]), plain(row["b"]), number(row["interaction"]), f"{number(row['low'])} to {number(row['high'])}")
+    if rows:
+        console.print(table)
 
 
 def show_front(front: Any) -> None:

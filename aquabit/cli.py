@@ -73,6 +73,12 @@ StepGroupsOption = Annotated[
         "--step-groups", help="First steps of 2 to 5 groups of steps, as 0,5: activation bits may change between them (search --bops)."
     ),
 ]
+EstimatorOption = Annotated[
+    str,
+    typer.Option(
+        "--estimator", help="What is fitted: gbdt (boosted trees), ridge_one_hot, sum_of_damages, average_bits, graph_network (minutes)."
+    ),
+]
 Reference = Annotated[Path | None, typer.Option("--reference", help="Folder of real images (arrives with real pipelines and metrics).")]
 Preset = Annotated[str | None, typer.Option("--preset", help="Settings of a paper (arrives with real pipelines and metrics).")]
 MetricOption = Annotated[str | None, typer.Option("--metric", help="module:function (arrives with real pipelines and metrics).")]
@@ -206,7 +212,7 @@ def measure(
     workers: Workers = None, device: Device = "cpu", dtype: Dtype = "float32", prompts: Prompts = None, guidance: Guidance = 1.0,
     space: SpaceFile = None, objective: Objective = "fid", bank: BankOption = None, reference: Reference = None, preset: Preset = None,
     metric: MetricOption = None, correction: CorrectionOption = None, step_groups: StepGroupsOption = None,
-    design: Annotated[str, typer.Option("--design", help="even (over bits), or operator (stratified by operator type).")] = "even",
+    design: Annotated[str, typer.Option("--design", help="random (independent draws), balanced (nearly orthogonal, evenly over bits), swaps (of one layer in shared contexts), disagreement (batches on which refitted surrogates disagree); balanced:0.5 and swaps:0.5 are half random.")] = "random",
     shard: Annotated[str | None, typer.Option("--shard", help="i/n: every n-th configuration, for batch schedulers.")] = None,
     ray: Annotated[str | None, typer.Option("--ray", help="Ray address (arrives with clusters).")] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Time and disk needed (arrives with clusters).")] = False,
@@ -214,8 +220,6 @@ def measure(
 ) -> None:  # fmt: skip
     """Measure random configurations into a study; run again, it continues."""
     _later(reference=reference, preset=preset, metric=metric, ray=ray, plan=plan)
-    if design not in ("even", "operator"):
-        raise AquabitError(f"design {design!r} is unknown; known: even, operator")
     _quiet()
     from aquabit.sensitivity.measure import measure as measure_model
     from aquabit.study import Study
@@ -225,7 +229,7 @@ def measure(
         opened = Study(study)
         count = measure_model(
             model, opened, samples, protocol=protocol, space=_space(space, correction, step_groups, steps), workers=_workers(workers, device), device=device,
-            dtype=dtype, bank=str(bank) if bank else None, sample_seed=seed, stratify=None if design == "even" else design, shard=shard, progress=progress,
+            dtype=dtype, bank=str(bank) if bank else None, sample_seed=seed, design=design, shard=shard, progress=progress,
         )  # fmt: skip
     if not emit({"new": count, **_counts(opened)}, json_):
         console.print(f"{count} new measurements; {study} holds {_counts(opened)['measurements']}")
@@ -266,14 +270,14 @@ def merge(sources: Annotated[list[Path], typer.Argument(metavar="A.db B.db", hel
 
 @app.command()
 @shielded
-def explain(study: StudyArgument, top: Annotated[int, typer.Option("--top", min=1, help="Layers to list.")] = 20, bits: Bits = 3.0, swap: Annotated[str, typer.Option("--swap", help="A:B, the two schemes a layer is swapped between.")] = "usq4:usq2", json_: Json = None) -> None:  # fmt: skip
+def explain(study: StudyArgument, top: Annotated[int, typer.Option("--top", min=1, help="Layers to list.")] = 20, bits: Bits = 3.0, swap: Annotated[str, typer.Option("--swap", help="A:B, the two schemes a layer is swapped between.")] = "usq4:usq2", estimator: EstimatorOption = "gbdt", json_: Json = None) -> None:  # fmt: skip
     """How good the surrogate is, then which layers hurt most, with intervals."""
     _quiet()
     from aquabit.flow import explained
     from aquabit.study import Study
 
     with bars() as progress:
-        result = explained(Study(study, create=False), bits, swap, progress).to_dict()
+        result = explained(Study(study, create=False), bits, swap, progress, estimator).to_dict()
     if not emit(result, json_):
         show_sensitivity(result, top)
 

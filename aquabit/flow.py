@@ -62,9 +62,11 @@ def validate(
     return explained(study, bits, swap, progress)
 
 
-def explained(study: Study, bits: float = 3.0, swap: str = "usq4:usq2", progress: Progress = no_progress) -> Sensitivity:
+def explained(
+    study: Study, bits: float = 3.0, swap: str = "usq4:usq2", progress: Progress = no_progress, estimator: str = "gbdt"
+) -> Sensitivity:
     """Sensitivities of a study, stored in it."""
-    result = explain(study, bits, swap, progress=progress)
+    result = explain(study, bits, swap, progress=progress, estimator=estimator)
     with study.writing():
         save(study, result)
     return result

@@ -51,7 +51,7 @@ class SearchSpace:
     fingerprint: str
     choices: Mapping[str, tuple[Scheme, ...]]
     activations: tuple[int, ...] = DEFAULT_ACTIVATIONS
-    operators: Mapping[str, str] | None = None  # layer -> operator type, for stratified sampling
+    operators: Mapping[str, str] | None = None  # layer -> operator type, for balanced sampling
     kernel_area: Mapping[str, int] | None = None
     model: str = ""
     codebooks: Mapping[str, str] | None = None  # layer -> name of the codebooks that its shared schemes use
@@ -210,37 +210,27 @@ class SearchSpace:
                     f"layer {layer!r} may not take {choice.weight}; its choices are {', '.join(map(str, self.choices[layer]))}"
                 )
 
-    def sample(
-        self, count: int, seed: int = 0, bits_range: tuple[float, float] = BITS_RANGE, stratify: str | None = None
-    ) -> list[QuantConfig]:
-        """``count`` random configurations that cover the range of mean bits evenly.
+    def sample(self, count: int, seed: int = 0, bits_range: tuple[float, float] = BITS_RANGE) -> list[QuantConfig]:
+        """``count`` independent random configurations that cover the range of mean bits evenly.
 
         A target mean is drawn uniformly over ``bits_range``; each layer's bits come from the maximum-entropy distribution with
         that mean over the layer's levels; the method is uniform among the schemes of a level. Activations are all at the highest
         bits in half of the configurations, else each layer takes the lowest with a probability drawn per configuration;
         with groups of steps every second of these lets it take any of the lower widths and patterns instead.
-        ``stratify="operator"`` draws a mean per operator type. Configuration i depends on (seed, i) alone.
+        Configuration i depends on (seed, i) alone.
         """
-        if stratify not in (None, "operator"):
-            raise AquabitError(f"unknown stratification {stratify!r}; known: operator")
-        return [self._draw(np.random.default_rng([seed, i]), bits_range, stratify) for i in range(count)]
+        return [self._draw(np.random.default_rng([seed, i]), bits_range) for i in range(count)]
 
-    def _draw(self, rng: np.random.Generator, bits_range: tuple[float, float], stratify: str | None) -> QuantConfig:
+    def _draw(self, rng: np.random.Generator, bits_range: tuple[float, float]) -> QuantConfig:
         target = rng.uniform(*bits_range)
-        operators = self.operators or {}
-        groups = {operators.get(k, "") for k in self.choices} if stratify else set()
-        spread = {g: float(np.clip(target + rng.uniform(-1, 1), *bits_range)) for g in sorted(groups)}
         share = rng.uniform(0, 1) if rng.random() < 0.5 else 0.0
-        others: tuple[Act, ...] = (min(self.activations),)
-        if self.steps is not None and share and rng.random() < 0.5:
-            others = tuple(a for a in self.act_choices if a != max(self.activations)) or others
+        others = self.lower_acts(share, rng)
         picked, odds = {}, {}
         for layer, row in self.choices.items():
-            levels = self._levels(row, (self.kernel_area or {}).get(layer, 1))
-            mean = spread[operators.get(layer, "")] if stratify else target
-            key = (tuple(levels), mean)
+            levels = self.bit_levels(layer)
+            key = tuple(levels)
             if key not in odds:
-                odds[key] = maximum_entropy(*key)
+                odds[key] = maximum_entropy(key, target)
             level = rng.choice(list(levels), p=odds[key])
             methods = levels[float(level)]
             scheme = methods[int(rng.integers(len(methods)))]
@@ -248,6 +238,14 @@ class SearchSpace:
             act = low if rng.random() < share else max(self.activations)
             picked[layer] = self.choice(layer, scheme, 16 if row == (FP,) else act)
         return self.config(picked)
+
+    def lower_acts(self, share: float, rng: np.random.Generator) -> tuple[Act, ...]:
+        """What a random configuration gives to the ``share`` of its layers whose activations are not at the highest bits: the lowest,
+        or, with groups of steps, every second time any lower width or pattern."""
+        if self.steps is not None and share and rng.random() < 0.5:
+            lower = tuple(a for a in self.act_choices if a != max(self.activations))
+            return lower or (min(self.activations),)
+        return (min(self.activations),)
 
     def to_dict(self) -> dict[str, Any]:
         choices = {k: [str(s) for s in v] for k, v in self.choices.items()}
@@ -285,6 +283,8 @@ def maximum_entropy(levels: Sequence[float], mean: float) -> np.ndarray:
     low, high = -1e4, 1e4
     for _ in range(200):
         middle = (low + high) / 2
+        if middle in (low, high):  # no number lies between them
+            break
         low, high = (middle, high) if weights(middle) @ values < mean else (low, middle)
     return weights((low + high) / 2)
 

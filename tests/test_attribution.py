@@ -13,6 +13,7 @@ from aquabit.scheme import FP, AquabitError, Protocol, Scheme, parse_swap
 from aquabit.sensitivity.attribution import Sensitivity, explain, save
 from aquabit.sensitivity.effects import draw_contexts, find_players, interval, shap_by_layer
 from aquabit.sensitivity.flips import predict_flips, validation_scores
+from aquabit.sensitivity.interactions import STRONGEST
 from aquabit.sensitivity.scores import srcc
 from aquabit.sensitivity.surrogate import FittedSurrogate, fit_from_study
 from aquabit.space import SearchSpace
@@ -90,7 +91,7 @@ def test_intervals_hold_most_true_effects(world: World, fitted: FittedSurrogate,
 def test_scheme_effects_belong_to_the_swap(found: Sensitivity) -> None:
     for row in found.layers.to_dict("records"):
         assert row["swap"] == "usq4:usq2" and "usq4" not in row["schemes"] and len(row["schemes"]) == 9
-        assert row["schemes"]["usq2"] == pytest.approx(row["effect"])
+        assert row["schemes"]["usq2"] == pytest.approx(row["predicted"])
     mean = pd.DataFrame(list(found.layers.schemes)).mean()
     assert mean["usq2"] > mean["usq3"] > mean["usq8"] and mean["vq2"] < mean["usq2"]
 
@@ -143,6 +144,7 @@ def test_pinned_and_excluded_layers_stay(world: World, tmp_path) -> None:
     pinned.weights[:, 0], pinned.acts[:, 0] = 0, 16
     pinned.weights[:, 1] = pinned.space.schemes.index(Scheme.parse("usq8"))
     result = explain(pinned.study(tmp_path / "s.db"), replicates=2, contexts=8)
+    assert result.ranking == "predicted" and not result.layers.n.any() and (result.layers.effect == result.layers.predicted).all()
     assert set(result.layers.name) == set(layers[2:]) and np.isfinite(result.layers.effect).all()
 
 
@@ -154,13 +156,60 @@ def test_shap_by_layer_adds_up_and_finds_the_planted(world: World, fitted: Fitte
 
 
 def test_interval_of_replicates() -> None:
-    effect = np.array([1.0, -2.0])
-    replicates = effect + np.random.default_rng(0).normal(size=(2000, 2))
+    """Wider for larger effects, for replicates that vary more, and for few of them; none below two."""
+    effect = np.array([0.0, 0.0, 8.0])
+    replicates = effect + np.random.default_rng(0).normal(size=(2000, 3)) * [1, 3, 1]
     low, high = interval(effect, replicates)
-    assert np.allclose(high - effect, 1.645, atol=0.1) and np.allclose(effect - low, 1.645, atol=0.1)
+    half = high - effect
+    assert np.allclose(half, effect - low) and half[0] < half[1] and half[0] < half[2]
+    assert half[2] == pytest.approx(np.hypot(half[0], 1.645 * 0.4 * 8), rel=0.01)
     few = interval(effect, replicates[:5])
-    assert (few[0] <= effect).all() and (few[1] >= effect).all()
+    assert (few[1] - effect).sum() > half.sum() and (few[0] <= effect).all()
     assert np.isnan(interval(effect, replicates[:1])[0]).all()
+
+
+def test_interactions_are_second_differences(world: World, fitted: FittedSurrogate, found: Sensitivity) -> None:
+    """One pair, computed by encoding four configurations at a time; all pairs of the strongest layers are there, largest first."""
+    table = found.interactions
+    assert len(table) == STRONGEST * (STRONGEST - 1) // 2 and (table.interaction.abs().diff()[1:] <= 0).all()
+    strongest = set(found.layers.name[:STRONGEST])
+    assert set(table.a) | set(table.b) == strongest and (table.low <= table.interaction).all()
+    row, (weights, acts) = table.iloc[0], draw_contexts(fitted.space, fitted.cost, 3.0, 64, np.random.default_rng([0, 0]))
+    total = []
+    for config in world.space.configs(weights[:32], acts[:32]):
+        ends = [config.with_layer(row.a, i).with_layer(row.b, j) for i in ("usq4", "usq2") for j in ("usq4", "usq2")]
+        neither, b, a, both = fitted.predict(ends)
+        total.append(both - a - b + neither)
+    assert row.interaction == pytest.approx(np.mean(total), rel=1e-3)
+
+
+def test_scores_of_schemes_are_standardised_changes(fitted: FittedSurrogate, found: Sensitivity) -> None:
+    """Of whole operator types and blocks: one computed by hand, the better scheme has the higher score, one scale for all groups."""
+    table, space = found.scores, fitted.space
+    assert set(table.level) == {"operator", "block"} and len(table) == (6 + 10) * 10
+    for _, level in table.groupby("level"):
+        assert level.score.mean() == pytest.approx(0, abs=1e-9) and level.score.std(ddof=0) == pytest.approx(1)
+        assert np.corrcoef(level.score, level.change)[0, 1] == pytest.approx(-1)
+    mean = table.groupby("scheme").score.mean()
+    assert mean["usq8"] > mean["usq4"] > mean["usq3"] > mean["usq2"]
+    weights, acts = (part[:32] for part in draw_contexts(space, fitted.cost, 3.0, 64, np.random.default_rng([0, 0])))
+    changed = weights.copy()
+    changed[:, [i for i, k in enumerate(space.layers) if k.endswith("ff.up")]] = space.schemes.index(Scheme.parse("usq2"))
+    by_hand = (fitted.badness(changed, acts) - fitted.badness(weights, acts)).mean()
+    row = table[(table.level == "operator") & (table.name == "ff.up") & (table.scheme == "usq2")].iloc[0]
+    assert row.change == pytest.approx(by_hand, rel=1e-3) and row.layers == 10 and row.low <= row.score <= row.high
+
+
+def test_the_ranking_combines_and_validation_does_not(study: Study, fitted: FittedSurrogate, found: Sensitivity, tmp_path) -> None:
+    table = found.layers
+    assert found.ranking == "combined" and table.n.sum() == FLIPPED and table.real.notna().sum() == FLIPPED
+    seen = table[table.n > 0]
+    between = (seen.effect - seen.predicted) * (seen.real - seen.effect)
+    assert (between >= -1e-12).all() and (seen.effect != seen.predicted).all()
+    unseen = table[table.n == 0]
+    assert np.allclose(unseen.effect, unseen.predicted)
+    rows = pd.DataFrame(found.validation["rows"]).set_index("layer")
+    assert np.allclose(rows.predicted[seen.name], seen.predicted) and np.allclose(rows.real[seen.name], seen.real)
 
 
 def test_same_seed_same_numbers_and_progress(study: Study, fitted: FittedSurrogate) -> None:
@@ -176,10 +225,13 @@ def test_json_round_trip_and_form(study: Study, found: Sensitivity) -> None:
     assert {"objective", "direction", "protocol", "measurements", "surrogate", "layers", "validation"} <= set(value)
     assert {"name", "operator", "block", "effect", "low", "high", "schemes"} <= set(value["layers"][0])
     keys = {"within_budget_srcc", "srcc", "kendall", "ndcg10", "r2", "noise_ceiling", "baselines"}
+    keys |= {"within_budget_interval", "useful", "estimator", "needed", "widen", "cautions"}
     assert keys == set(value["surrogate"]) and value["surrogate"]["noise_ceiling"] is None
     assert value["measurements"] == len(value["scatter"]) == 300 and value["direction"] == "min"
     save(study, found)
     assert study.get("sensitivity") == value
+    older = {k: v for k, v in value.items() if k not in ("ranking", "interactions", "scores")}
+    assert Sensitivity.from_dict(older).ranking == "predicted" and Sensitivity.from_dict(older).interactions.empty
     assert "within-budget SRCC" in found._repr_html_() and "usq4:usq2" in found._repr_html_()
     without = explain(study, replicates=0, contexts=4).to_dict()
     assert without["layers"][0]["low"] is None and np.isnan(Sensitivity.from_dict(without).layers.low[0])

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,10 @@ class Synthetic:
                 "baselines": {"average bits": {"within_budget_srcc": 0.02, "srcc": 0.93},
                               "ridge one-hot": {"within_budget_srcc": 0.61, "srcc": None}},
             },
+            "interactions": [{"a": self.space.layers[i], "b": self.space.layers[0], "interaction": 9.0 / (i + 1), "low": 0.5, "high": 12.0}
+                             for i in range(min(12, len(nodes)))],
+            "scores": [{"level": "operator", "name": n["operator"], "scheme": "usq2", "layers": 1, "change": 0.5, "score": -0.7, "low": -1.0,
+                        "high": 0.1} for n in nodes[:3]],
             "layers": nodes, "operators": self.groups(nodes, "operator"), "blocks": self.groups(nodes, "block"),
             "scatter": [
                 {"config": c.digest, "measured": v, "bits": self.cost(c).bits_per_weight,
@@ -147,7 +152,7 @@ class Synthetic:
                 }
             )
         truth = {"srcc": 0.71, "sign_agreement": 0.95, "flips": 2 * len(rows), "rows": rows}
-        self.study.set(sensitivity={**(self.study.get("sensitivity") or {}), "validation": truth})
+        self.study.set(sensitivity={**(self.study.get("sensitivity") or {}), "validation": truth, "ranking": "combined"})
         return self
 
     def search(self) -> Synthetic:
@@ -282,9 +287,25 @@ def test_the_summary_names_worst_layer_winner_and_trust(built: tuple[Study, Path
     facts = facts_of.read(study)
     found = tables.all_tables(facts)
     where, which, trust = (s.text for s in summary.summary(facts, found, facts_of.missing(facts)))
-    assert found["layers"].layer[0] in where and "predicted" in where
+    assert found["layers"].layer[0] in where and "a combined (predicted and measured)" in where
+    before = summary.summary(replace(facts, sensitivity={**facts.sensitivity, "ranking": "predicted"}), found, {})[0].text
+    assert "by a predicted " in before and "combined" not in before
     assert "usq3" in which and "the found configuration wins" in which and f"{int(found['comparison'].bytes[0]):,} bytes" in which
     assert "within-budget SRCC of 0.83 (average bits 0.02; ridge one-hot 0.61)" in trust and "0.71" in trust and "0.96" not in trust
+
+
+def test_interactions_scores_and_the_source_of_the_ranking_are_shown(built: tuple[Study, Path]) -> None:
+    study, page = built
+    facts = facts_of.read(study)
+    pairs, scores = tables.interactions(facts), tables.scheme_scores(facts)
+    assert pairs.interaction.tolist() == [9.0 / (i + 1) for i in range(12)] and scores.score.tolist() == [-0.7] * 3
+    text = " ".join(parsed(page).text)
+    assert "interaction, predicted" in text and "0.900 (0.500 to 12.0)" in " ".join(text.split())
+    assert "0.750 (0.500" not in " ".join(text.split()), "ten are shown"
+    assert "combines predictions with real swaps" in text and "effect, combined" in text and "effect, predicted" not in text
+    drawn = ET.parse(page.parent / "figures/layer_ranking.svg").getroot().iter()
+    words = {"".join(e.itertext()).strip() for e in drawn if e.tag.endswith("text")}
+    assert "combined" in words and "predicted" not in words
 
 
 def test_fresh_seeds_replace_search_seeds_and_the_interval_is_students(built: tuple[Study, Path]) -> None:

@@ -44,13 +44,6 @@ def test_samples_cover_the_range_evenly_and_are_reproducible() -> None:
     assert 0.35 < np.mean(np.array(lows) == 0) < 0.65 and max(lows) > 0.9
 
 
-def test_stratified_samples_differ_by_operator() -> None:
-    config = SPACE.sample(1, seed=0, stratify="operator")[0]
-    assert config.digest != SPACE.sample(1, seed=0)[0].digest
-    with pytest.raises(AquabitError, match="colour"):
-        SPACE.sample(1, stratify="colour")
-
-
 def test_indices_and_configs_are_inverse() -> None:
     drawn = SPACE.sample(20)
     assert [c.digest for c in SPACE.configs(*SPACE.indices(drawn))] == [c.digest for c in drawn]

@@ -54,6 +54,11 @@ class Facts:
         return swap if isinstance(swap, str) else ":".join(map(str, swap))
 
     @property
+    def effects(self) -> str:
+        """What the ranking's effects are: predicted, or combined with real swaps."""
+        return str(self.sensitivity.get("ranking") or "predicted")
+
+    @property
     def correction(self) -> str:
         """What the study corrects every configuration by; empty where it corrects none."""
         return str(self.space.get("correction") or "")

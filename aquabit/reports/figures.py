@@ -140,12 +140,12 @@ def _effect_label(metric: str, swap: str, between: str = " ") -> str:
     return f"worsening of {style.label(metric)} by{between}{style.label(what)} (positive = worse)"
 
 
-def layer_ranking(table: pd.DataFrame, axes: Axes, metric: str = "FID", swap: str = "", top: int = 20) -> None:
-    """The ``top`` most harmful layers: predicted effects with intervals, real swaps beside them."""
+def layer_ranking(table: pd.DataFrame, axes: Axes, metric: str = "FID", swap: str = "", top: int = 20, effects: str = "predicted") -> None:
+    """The ``top`` most harmful layers: effects (``effects`` says which) with intervals, real swaps beside them."""
     table = table[table.effect.notna()].head(top).reset_index(drop=True)
     at = np.arange(len(table), dtype=float)
     bars = _errors(table, "effect", "low", "high")
-    axes.errorbar(table.effect, at - 0.14, xerr=bars, ls="", ms=4, elinewidth=1.1, capsize=0, label="predicted", **PREDICTED)
+    axes.errorbar(table.effect, at - 0.14, xerr=bars, ls="", ms=4, elinewidth=1.1, capsize=0, label=effects, **PREDICTED)
     real = table[table.real.notna()]
     if len(real):
         bars = _errors(real, "real", "real_low", "real_high")
@@ -161,8 +161,9 @@ def layer_ranking(table: pd.DataFrame, axes: Axes, metric: str = "FID", swap: st
 
 
 def group_effects(
-    table: pd.DataFrame, axes: Axes, layers: pd.DataFrame, key: str, metric: str = "FID", swap: str = "", top: int = 40
-) -> None:
+    table: pd.DataFrame, axes: Axes, layers: pd.DataFrame, key: str, metric: str = "FID", swap: str = "", top: int = 40,
+    effects: str = "predicted",
+) -> None:  # fmt: skip
     """Effects of operator types or blocks (``key`` names the column of ``layers``): a box of the layers, the mean with its interval."""
     table = table.head(top).reset_index(drop=True)
     at = np.arange(len(table), dtype=float)
@@ -188,7 +189,7 @@ def group_effects(
     axes.set_yticks(at, names)
     axes.set_ylim(len(table) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
-    axes.set_xlabel("predicted " + _effect_label(metric, swap, "\n"))
+    axes.set_xlabel(f"{effects} {_effect_label(metric, swap, chr(10))}")
     axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=2, borderaxespad=0.0, handletextpad=0.3)
 
 

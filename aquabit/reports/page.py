@@ -56,7 +56,7 @@ def _rows_high(width: float, row: float, most: int, column: str, extra: float = 
 
 
 def _plans(facts: Facts) -> list[Plan]:
-    metric, swap, v = facts.metric, facts.swap, facts.validation
+    metric, swap, effects, v = facts.metric, facts.swap, facts.effects, facts.validation
     scores = facts.sensitivity.get("surrogate") or {}
     return [
         Plan("quality_vs_bits", "points", "quality_vs_bits", lambda table: (style.DOUBLE, 3.3),
@@ -64,14 +64,15 @@ def _plans(facts: Facts) -> list[Plan]:
              f"Measured {metric} against bits per weight. Found configurations, and whatever else was measured on fresh seeds, are means "
              "over blocks of seeds that the search never saw, with intervals; random ones were measured on the study's own seeds."),
         Plan("layer_ranking", "layers", "layers", _rows_high(style.DOUBLE, 0.2, 20, "layer"),
-             lambda f, t, a: figures.layer_ranking(t["layers"], a, metric, swap),
-             "The most harmful layers: predicted effects with their intervals, and measured swaps of the same layer in random contexts."),
+             lambda f, t, a: figures.layer_ranking(t["layers"], a, metric, swap, effects=effects),
+             f"The most harmful layers: {effects} effects with their intervals, and measured swaps of the same layer in random contexts."),
         Plan("operators", "operators", "operators", _rows_high(style.SINGLE * 1.3, 0.21, 40, "name", 0.95),
-             lambda f, t, a: figures.group_effects(t["operators"], a, t["layers"], "operator", metric, swap),
-             "Predicted effects by operator type (number of layers): boxes and ticks are layers, points the mean with its interval."),
+             lambda f, t, a: figures.group_effects(t["operators"], a, t["layers"], "operator", metric, swap, effects=effects),
+             f"{effects.capitalize()} effects by operator type (number of layers): boxes and ticks are layers, points the mean with its "
+             "interval."),
         Plan("blocks", "blocks", "blocks", _rows_high(style.SINGLE * 1.3, 0.21, 40, "name", 0.95),
-             lambda f, t, a: figures.group_effects(t["blocks"], a, t["layers"], "block", metric, swap),
-             "Predicted effects by block in execution order (number of layers)."),
+             lambda f, t, a: figures.group_effects(t["blocks"], a, t["layers"], "block", metric, swap, effects=effects),
+             f"{effects.capitalize()} effects by block in execution order (number of layers)."),
         Plan("chosen_schemes", "winner", "chosen_schemes", _rows_high(style.DOUBLE, 0.22, 60, "operator"),
              lambda f, t, a: figures.chosen_schemes(t["chosen_schemes"], a),
              "Weight schemes that the winner gives to the layers of each operator type (number of layers)."),

@@ -1,4 +1,4 @@
-"""The words of the page: the answer in three sentences, the run card, and numbers as people read them."""
+"""The words of the page: what speaks against the answer, the answer in three sentences, the run card, and numbers as people read them."""
 
 from __future__ import annotations
 
@@ -66,9 +66,10 @@ def span(seconds: float) -> str:
 
 
 def summary(facts: Facts, found: Mapping[str, pd.DataFrame], lacks: Mapping[str, tuple[str, str]]) -> list[Sentence]:
-    """Where it hurts, what to choose, and whether to believe it."""
+    """What speaks against the fit, where there is something; then where it hurts, what to choose, and whether to believe it."""
     where = _where(facts, found["layers"], found["operators"])
     return [
+        *(Sentence(str(caution)) for caution in (facts.sensitivity.get("surrogate") or {}).get("cautions") or []),
         where if where else Sentence(*lacks.get("layers", ("The effects of layers are unknown.", ""))),
         _which(facts, found["comparison"]) or Sentence(*(lacks.get("front") or lacks.get("comparison") or ("There is no comparison.", ""))),
         _trust(facts, found["surrogate"], lacks),
@@ -81,7 +82,8 @@ def _where(facts: Facts, layers: pd.DataFrame, operators: pd.DataFrame) -> Sente
         return None
     what = f"the swap from {' to '.join(facts.swap.split(':'))}" if facts.swap else "a swap of its scheme"
     first, rest = ranked.iloc[0], ranked.iloc[1:3]
-    text = f"Quantization hurts most in {first.layer}: {what} worsens {facts.metric} there by a predicted {figures(first.effect)}"
+    source = "a combined (predicted and measured)" if facts.effects == "combined" else "a predicted"
+    text = f"Quantization hurts most in {first.layer}: {what} worsens {facts.metric} there by {source} {figures(first.effect)}"
     text += interval(first.low, first.high)
     if len(rest):
         text += ", followed by " + " and ".join(f"{r.layer} {figures(r.effect)}{interval(r.low, r.high)}" for r in rest.itertuples())

@@ -116,7 +116,7 @@ def front(facts: Facts) -> pd.DataFrame:
 
 
 def layers(facts: Facts) -> pd.DataFrame:
-    """One row a layer, most harmful first: its place and size, the predicted effect, the real swaps, and what the winner gives it."""
+    """One row a layer, most harmful first: its place and size, the effect that ranks it, the real swaps, and what the winner gives it."""
     effects = {str(r.get("name")): r for r in facts.sensitivity.get("layers") or []}
     real = {str(r.get("layer")): r for r in facts.validation.get("rows") or []}
     winner, rows = facts.winner(), []
@@ -171,6 +171,25 @@ def _effects(facts: Facts, key: str) -> pd.DataFrame:
         count = len(members) if isinstance(members, list) else number(members)
         rows.append((str(r.get("name")), *(number(r.get(k)) for k in ("effect", "low", "high")), count))
     return _table(rows, EFFECT_COLUMNS)
+
+
+def interactions(facts: Facts) -> pd.DataFrame:
+    """a, b, interaction, low, high: what swapping both worsens beyond the sum of each alone, predicted, largest first."""
+    rows = [
+        (str(r.get("a")), str(r.get("b")), *(number(r.get(k)) for k in ("interaction", "low", "high")))
+        for r in facts.sensitivity.get("interactions") or []
+    ]
+    return _table(rows, ["a", "b", "interaction", "low", "high"])
+
+
+def scheme_scores(facts: Facts) -> pd.DataFrame:
+    """level, name, scheme, layers, change, score, low, high: predicted scores of schemes by operator type and by block, larger = better."""
+    rows = [
+        (*(str(r.get(k)) for k in ("level", "name", "scheme")), _count(r.get("layers")),
+         *(number(r.get(k)) for k in ("change", "score", "low", "high")))
+        for r in facts.sensitivity.get("scores") or []
+    ]  # fmt: skip
+    return _table(rows, ["level", "name", "scheme", "layers", "change", "score", "low", "high"])
 
 
 def chosen_schemes(facts: Facts) -> pd.DataFrame:
@@ -241,7 +260,8 @@ def comparison(facts: Facts) -> pd.DataFrame:
 def all_tables(facts: Facts) -> dict[str, pd.DataFrame]:
     """Every table by the name of its files."""
     functions = (
-        counts, failures, quality_vs_bits, front, comparison, layers, operators, blocks, chosen_schemes, surrogate, surrogate_scatter,
+        counts, failures, quality_vs_bits, front, comparison, layers, operators, blocks, interactions, scheme_scores, chosen_schemes,
+        surrogate, surrogate_scatter,
         swaps, noise.noise, noise.correction,
     )  # fmt: skip
     return {f.__name__: f(facts) for f in functions}

@@ -13,8 +13,10 @@ import pandas as pd
 
 from aquabit.graph import layers as graph_layers
 from aquabit.scheme import AquabitError, Progress, no_progress, parse_swap
+from aquabit.sensitivity.combined import combine
 from aquabit.sensitivity.effects import (
     Effects,
+    Player,
     bootstrap,
     draw_contexts,
     find_players,
@@ -24,9 +26,12 @@ from aquabit.sensitivity.effects import (
     shap_by_layer,
     signed_shap,
 )
-from aquabit.sensitivity.flips import predict_flips, validation_scores
-from aquabit.sensitivity.surrogate import FittedSurrogate, fit_from_study
+from aquabit.sensitivity.flips import predict_flips, training_swaps, validation_scores
+from aquabit.sensitivity.interactions import INTERACTIONS, SCORES, interactions, scheme_scores
+from aquabit.sensitivity.surrogate import FittedSurrogate, Surrogate, fit_from_study
 from aquabit.study import Study
+
+PAIR_CONTEXTS = 32  # of the contexts, for pairs of layers and for whole groups
 
 __all__ = ["Sensitivity", "explain", "predict_flips", "save", "validation_scores"]
 
@@ -35,9 +40,13 @@ __all__ = ["Sensitivity", "explain", "predict_flips", "save", "validation_scores
 class Sensitivity:
     """Effects of one swap a layer on the objective, in its units, positive = worse; tables sorted by effect, largest first.
 
-    ``layers``: name, operator, block, swap, effect, low, high (90 % interval), shap (mean |SHAP|, log units), shap_signed (mean
-    SHAP above the layer's median weight error less that below), schemes ({scheme: effect of going there from the swap's first}).
+    ``ranking`` says what effects come from: "predicted" by the surrogate, or "combined" with real swaps (``combined.combine``).
+    ``layers``: name, operator, block, swap, effect, low, high (90 % interval), predicted (the surrogate's effect), real (mean of n real
+    swaps, NaN without), n, shap (mean |SHAP|, log units), shap_signed (mean SHAP above the layer's median weight error less that below),
+    schemes ({scheme: predicted effect of going there from the swap's first}).
     ``operators`` and ``blocks``: name, layers (their number), effect (mean of a layer), low, high, total (sum over layers), shap (sum).
+    ``interactions`` of the strongest layers and ``scores`` of schemes by operator type and block: see ``sensitivity.interactions``.
+    ``validation`` compares real swaps with predictions, whatever the ranking.
     """
 
     objective: str
@@ -52,6 +61,9 @@ class Sensitivity:
     surrogate: Mapping[str, Any]
     validation: Mapping[str, Any] | None = None
     scatter: list[dict[str, Any]] = field(default_factory=list)
+    ranking: str = "predicted"
+    interactions: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=INTERACTIONS))
+    scores: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=SCORES))
 
     def to_dict(self) -> dict[str, Any]:
         """The value of ``sensitivity.json``: undefined numbers are None."""
@@ -59,18 +71,21 @@ class Sensitivity:
             "objective": self.objective, "direction": self.direction, "protocol": self.protocol, "measurements": self.measurements,
             "bits": self.bits, "swap": self.swap, "surrogate": dict(self.surrogate), "layers": self.layers.to_dict("records"),
             "operators": self.operators.to_dict("records"), "blocks": self.blocks.to_dict("records"),
-            "validation": self.validation and dict(self.validation), "scatter": self.scatter,
+            "validation": self.validation and dict(self.validation), "scatter": self.scatter, "ranking": self.ranking,
+            "interactions": self.interactions.to_dict("records"), "scores": self.scores.to_dict("records"),
         }  # fmt: skip
         return dict(_plain(value))
 
     @staticmethod
     def from_dict(value: Mapping[str, Any]) -> Sensitivity:
-        """The inverse of ``to_dict``; raises AquabitError where a part is missing."""
-        missing = [k for k in Sensitivity.__dataclass_fields__ if k not in value]
+        """The inverse of ``to_dict``; what older studies lack has its default. Raises AquabitError where a part is missing."""
+        later = ("ranking", "interactions", "scores")
+        missing = [k for k in Sensitivity.__dataclass_fields__ if k not in value and k not in later]
         if missing:
             raise AquabitError(f"this is no sensitivity table: it has no {missing[0]!r}; run `aquabit explain` again")
-        tables = {k: _table(value[k]) for k in ("layers", "operators", "blocks")}
-        return Sensitivity(**{k: tables.get(k, value[k]) for k in Sensitivity.__dataclass_fields__})
+        columns = {"layers": None, "operators": None, "blocks": None, "interactions": INTERACTIONS, "scores": SCORES}
+        tables = {k: _table(value[k], c) for k, c in columns.items() if k in value}
+        return Sensitivity(**{k: tables.get(k, value[k]) for k in Sensitivity.__dataclass_fields__ if k in value})
 
     def _repr_html_(self) -> str:
         score = self.surrogate.get("within_budget_srcc")
@@ -83,23 +98,29 @@ class Sensitivity:
 def explain(
     study: Study, bits: float = 3.0, swap: str = "usq4:usq2", contexts: int = 64, replicates: int = 20, seed: int = 0,
     progress: Progress = no_progress, objective: str | None = None, fitted: FittedSurrogate | None = None,
+    estimator: str = "gbdt",
 ) -> Sensitivity:  # fmt: skip
     """Fit the surrogate (or take ``fitted``), predict what swapping each layer does near ``bits``, and compare with real swaps
-    where the study has some. Nothing is stored; see ``save``.
+    where the study has some. Nothing is stored; see ``save``. ``estimator`` is a name of ``ESTIMATORS``; only the trees have SHAP values.
 
     Raises AquabitError for a study with too few measurements, an unknown swap, or ``bits`` out of reach.
     """
     pair = parse_swap(swap)
-    fitted = fitted or fit_from_study(study, objective, seed, progress=progress)
+    fitted = fitted or fit_from_study(study, objective, seed, progress=progress, estimator=estimator)
     players = find_players(fitted.space, pair)
     drawn = draw_contexts(fitted.space, fitted.cost, bits, contexts, np.random.default_rng([seed, 0]))
     models = bootstrap(fitted, replicates, seed, progress)
     effects = predict_effects(fitted, players, drawn, models, seed, progress)
-    layers = _layer_table(fitted, effects)
-    operators, blocks = (_rolled(layers, fitted, effects, key) for key in ("operator", "block"))
+    flips = study.flips(fitted.objective)
+    checked = None if flips.empty else predict_flips(fitted, flips, study.configs())
+    layers, varied = _layer_table(fitted, effects, training_swaps(fitted, players, bits), checked, seed)
+    place, few = {p.layer: i for i, p in enumerate(players)}, (drawn[0][:PAIR_CONTEXTS], drawn[1][:PAIR_CONTEXTS])
+    pairs = interactions(fitted, effects, [place[name] for name in layers.name], models, few, seed, progress)
+    groups = scheme_scores(fitted, models, few, seed, progress)
+    operators, blocks = (_rolled(layers, players, varied, key, fitted.scores["widen"]) for key in ("operator", "block"))
     return Sensitivity(
         fitted.objective, fitted.direction, fitted.protocol, len(fitted.y), bits, swap, layers, operators, blocks,
-        fitted.scores, _validation(study, fitted, layers), _scatter(fitted),
+        fitted.scores, _validation(fitted, layers, checked), _scatter(fitted), "combined" if layers.n.any() else "predicted", pairs, groups,
     )  # fmt: skip
 
 
@@ -109,48 +130,62 @@ def save(study: Study, sensitivity: Sensitivity) -> None:
         study.set(sensitivity=sensitivity.to_dict())
 
 
-def _layer_table(fitted: FittedSurrogate, effects: Effects) -> pd.DataFrame:
+def _layer_table(
+    fitted: FittedSurrogate, effects: Effects, training: pd.DataFrame, flips: pd.DataFrame | None, seed: int
+) -> tuple[pd.DataFrame, np.ndarray]:  # fmt: skip
+    """The table of layers, and replicates [r, players] of their effects. Swaps among the ``training`` measurements are part of the
+    prediction; ``flips``, which it never saw, of the ranking alone."""
     nodes, schemes = graph_layers(fitted.graph), fitted.space.schemes
-    values, base = shap_by_layer(fitted)
-    predicted = fitted.badness(fitted.weights, fitted.acts)
-    worst = float(np.abs(values.sum(1) + base - predicted).max())
-    if worst > 1e-4 * max(1.0, float(np.abs(predicted).max())):
-        raise RuntimeError(f"SHAP values miss the prediction by {worst:.2g}; this is an error of ours")
-    signed = signed_shap(values, member_parts(fitted.encoder, fitted.weights, fitted.acts)["error"])
+    values, signed = _tree_shap(fitted)
     effect = effects.effect(schemes)
-    low, high = interval(effect, effects.replicates)
+    ours = combine(
+        effects.players, effect, *interval(effect, effects.replicates, fitted.scores["widen"]), effects.replicates, training, seed
+    )
+    found = combine(effects.players, ours.effect, ours.low, ours.high, ours.replicates, training[:0] if flips is None else flips, seed + 1)
     rows = []
     for i, player in enumerate(effects.players):
         node = nodes[player.layer]
         rows.append({
             "name": player.layer, "operator": node["operator"], "block": node["block"], "swap": f"{player.before}:{player.after}",
-            "effect": float(effect[i]), "low": float(low[i]), "high": float(high[i]),
+            "effect": float(found.effect[i]), "low": float(found.low[i]), "high": float(found.high[i]),
+            "predicted": float(ours.effect[i]), "real": float(found.real[i]), "n": int(found.swaps[i]),
             "shap": float(np.abs(values[:, player.column]).mean()), "shap_signed": float(signed[player.column]),
-            "schemes": effects.of_schemes(i, schemes),
+            "schemes": {**effects.of_schemes(i, schemes), str(player.after): float(ours.effect[i])},
         })  # fmt: skip
-    return pd.DataFrame(rows).sort_values("effect", ascending=False, kind="stable").reset_index(drop=True)
+    table = pd.DataFrame(rows).sort_values("effect", ascending=False, kind="stable").reset_index(drop=True)
+    return table, found.replicates
 
 
-def _rolled(layers: pd.DataFrame, fitted: FittedSurrogate, effects: Effects, key: str) -> pd.DataFrame:
+def _tree_shap(fitted: FittedSurrogate) -> tuple[np.ndarray, np.ndarray]:
+    """SHAP values [n, layers] and their signed summary [layers]; NaN for estimators that are not trees."""
+    if not isinstance(fitted.surrogate, Surrogate):
+        return np.full(fitted.weights.shape, np.nan), np.full(fitted.weights.shape[1], np.nan)
+    values, base = shap_by_layer(fitted)
+    predicted = fitted.badness(fitted.weights, fitted.acts)
+    worst = float(np.abs(values.sum(1) + base - predicted).max())
+    if worst > 1e-4 * max(1.0, float(np.abs(predicted).max())):
+        raise RuntimeError(f"SHAP values miss the prediction by {worst:.2g}; this is an error of ours")
+    return values, signed_shap(values, member_parts(fitted.encoder, fitted.weights, fitted.acts)["error"])
+
+
+def _rolled(layers: pd.DataFrame, players: list[Player], replicates: np.ndarray, key: str, factor: float) -> pd.DataFrame:
     """Mean effect of a layer of each operator type or block, its interval from the replicates, and the sum over its layers."""
-    place = {p.layer: i for i, p in enumerate(effects.players)}
+    place = {p.layer: i for i, p in enumerate(players)}
     rows = []
     for name, group in layers.groupby(key, sort=False):
         index = [place[n] for n in group.name]
         mean = float(group.effect.mean())
-        low, high = (float(v[0]) for v in interval(np.array([mean]), effects.replicates[:, index].mean(1, keepdims=True)))
+        low, high = (float(v[0]) for v in interval(np.array([mean]), replicates[:, index].mean(1, keepdims=True), factor))
         rows.append({"name": str(name), "layers": len(group), "effect": mean, "low": low, "high": high,
-                     "total": float(group.effect.sum()), "shap": float(group["shap"].sum())})  # fmt: skip
+                     "total": float(group.effect.sum()), "shap": float(group["shap"].sum(skipna=False))})  # fmt: skip
     return pd.DataFrame(rows).sort_values("effect", ascending=False, kind="stable").reset_index(drop=True)
 
 
-def _validation(study: Study, fitted: FittedSurrogate, layers: pd.DataFrame) -> dict[str, Any] | None:
-    flips = study.flips(fitted.objective)
-    if flips.empty:
+def _validation(fitted: FittedSurrogate, layers: pd.DataFrame, flips: pd.DataFrame | None) -> dict[str, Any] | None:
+    """Predictions, never the combined effects, beside real swaps."""
+    if flips is None:
         return None
-    result = validation_scores(layers, flips, fitted.direction)
-    per_flip = predict_flips(fitted, flips, study.configs())
-    return {**result, "srcc_flips": per_flip.attrs["srcc_flips"]}
+    return {**validation_scores(layers, flips, fitted.direction), "srcc_flips": flips.attrs["srcc_flips"]}
 
 
 def _scatter(fitted: FittedSurrogate) -> list[dict[str, Any]]:
@@ -169,8 +204,9 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _table(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    table = pd.DataFrame(rows)
-    for name in table.columns.intersection(["effect", "low", "high", "total", "shap", "shap_signed"]):
+def _table(rows: list[dict[str, Any]], columns: list[str] | None = None) -> pd.DataFrame:
+    table = pd.DataFrame(rows, columns=columns if columns and not rows else None)
+    numbers = ["effect", "low", "high", "predicted", "real", "total", "shap", "shap_signed", "interaction", "change", "score"]
+    for name in table.columns.intersection(numbers):
         table[name] = table[name].astype(float)
     return table

@@ -34,6 +34,7 @@ class Encoder:
         probes: Mapping[tuple[str, str], Mapping[str, Any]] | None = None,
     ):  # fmt: skip
         self.space, nodes = space, graph_layers(graph)
+        self.graph = graph
         self.error = self._table(errors)
         self.bits = np.array([[space.code_bits(k, s) for s in space.schemes] for k in space.choices])
         sizes = np.array([float(np.prod(nodes[k]["shape"])) for k in space.choices])

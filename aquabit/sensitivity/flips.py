@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,12 @@ import pandas as pd
 from scipy import stats
 
 from aquabit.scheme import AquabitError, QuantConfig
+from aquabit.sensitivity.effects import Player, context_act
+from aquabit.sensitivity.groups import group_numbers
 from aquabit.sensitivity.scores import srcc
 from aquabit.sensitivity.surrogate import FittedSurrogate
+
+NEAR = 0.5  # bits per weight from the budget within which a training measurement tells something of it
 
 
 def validation_scores(layers: pd.DataFrame, flips: pd.DataFrame, direction: str = "min") -> dict[str, Any]:
@@ -61,6 +66,28 @@ def predict_flips(fitted: FittedSurrogate, flips: pd.DataFrame, configs: Mapping
         out["real"] = _worsening(flips, fitted.direction)
     out.attrs["srcc_flips"] = srcc(out.predicted.to_numpy(), out.real.to_numpy()) if len(flips) > 2 else None
     return out
+
+
+def training_swaps(fitted: FittedSurrogate, players: Sequence[Player], bits: float) -> pd.DataFrame:
+    """Named swaps among the training measurements, as the design "swaps" makes them: layer, before, after, and what each worsened (real).
+
+    Both ends lie within NEAR real bits per weight of ``bits`` and have their activations at those of the contexts.
+    """
+    named = {p.column: p for p in players}
+    column, act = {s: j for j, s in enumerate(fitted.space.schemes)}, context_act(fitted.space)
+    near = (np.abs(fitted.bits - bits) <= NEAR) & np.isin(fitted.acts, (act, 16)).all(1)
+    groups, rows = group_numbers(fitted.weights, fitted.acts), list[tuple[str, str, str, float]]()
+    for group in np.flatnonzero(np.bincount(groups, near) > 1):
+        for i, j in combinations(np.flatnonzero((groups == group) & near), 2):
+            changed = np.flatnonzero(fitted.weights[i] != fitted.weights[j])
+            player = named.get(int(changed[0])) if len(changed) == 1 and (fitted.acts[i] == fitted.acts[j]).all() else None
+            if player is None:
+                continue
+            ends = {int(fitted.weights[k, player.column]): float(fitted.y[k]) for k in (i, j)}
+            before, after = (ends.get(column[s]) for s in (player.before, player.after))
+            if before is not None and after is not None:
+                rows.append((player.layer, str(player.before), str(player.after), fitted.sign * (after - before)))
+    return pd.DataFrame(rows, columns=["layer", "before", "after", "real"])
 
 
 def _worsening(flips: pd.DataFrame, direction: str) -> np.ndarray:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import networkx as nx
+import numpy as np
 from diffusers import DiffusionPipeline
 
 from aquabit.cost import CostModel
@@ -30,6 +31,9 @@ from aquabit.scheme import (
     direction,
     no_progress,
 )
+from aquabit.sensitivity.design import START, Design, batches, next_batch
+from aquabit.sensitivity.encoder import Encoder
+from aquabit.sensitivity.estimators import Surrogate
 from aquabit.sensitivity.evaluator import Evaluator
 from aquabit.sensitivity.pool import InlinePool, Task, WorkerPool
 from aquabit.space import SearchSpace, make_space
@@ -244,6 +248,22 @@ def open_session(
             store.trim()
 
 
+def measure_disagreement(session: Session, samples: int, seed: int, progress: Progress = no_progress) -> None:
+    """``samples`` configurations of the design disagreement: measure, refit, choose, and so on. A batch depends on the design's own
+    measurements before it alone, so that an interrupted study continues with the same one."""
+    study, space, metric = session.study, session.space, session.protocol.objective
+    encoder = Encoder(space, session.model.graph, study.errors(), study.probes())
+    surrogate = Surrogate(seed=seed, direction=direction(metric))
+    configs = Design("disagreement").draw(space, min(samples, START), seed)
+    session.measure(configs, "sample", progress)
+    for first, end in batches(samples):
+        table = study.measurements(session.protocol)
+        known = dict(zip(table.config, table[metric].astype(float), strict=True)) if metric in table else {}
+        labels = np.array([known.get(c.digest, np.nan) for c in configs])
+        configs += next_batch(encoder, configs, labels, surrogate, end - first, seed)[: samples - first]
+        session.measure(configs, "sample", progress)
+
+
 def shard_of(configs: Sequence[QuantConfig], shard: str | None) -> list[QuantConfig]:
     """Every n-th configuration for ``i/n`` (i from 1)."""
     if shard is None:
@@ -267,21 +287,29 @@ def measure(
     dtype: str = "float32",
     bank: str | None = None,
     sample_seed: int = 0,
-    stratify: str | None = None,
+    design: str = "random",
     shard: str | None = None,
     progress: Progress = no_progress,
 ) -> int:
-    """Measure ``samples`` random configurations in total (or ``configs``), references first; the number of new measurements.
+    """Measure ``samples`` configurations of a design (``sensitivity.design.DESIGNS``) in total, or ``configs``, references first; the
+    number of new measurements.
 
-    Measured again, only what is missing is made: interrupted anywhere, the same call continues.
+    Measured again, only what is missing is made: interrupted anywhere, the same call continues, and with more samples it adds to them.
+    Raises AquabitError for an unknown design, and for a shard of one that depends on what was measured.
     """
+    chosen = Design.parse(design)
+    if chosen.name == "disagreement" and shard is not None:
+        raise AquabitError(f"design disagreement chooses by all measurements, so shard {shard} cannot be made alone; shard another design")
     with open_session(
         model, study, protocol=protocol, space_options=space, workers=workers, device=device, dtype=dtype, bank=bank, progress=progress
     ) as session:  # fmt: skip
         before = len(study.known(session.protocol))
         session.references(progress)
-        drawn = list(configs) if configs is not None else session.space.sample(samples, sample_seed, stratify=stratify)
-        for config in drawn:
-            session.space.check(config, extra_schemes=True)
-        session.measure(shard_of(drawn, shard), "sample", progress)
+        if configs is None and chosen.name == "disagreement":
+            measure_disagreement(session, samples, sample_seed, progress)
+        else:
+            drawn = list(configs) if configs is not None else chosen.draw(session.space, samples, sample_seed)
+            for config in drawn:
+                session.space.check(config, extra_schemes=True)
+            session.measure(shard_of(drawn, shard), "sample", progress)
         return len(study.known(session.protocol)) - before

@@ -84,14 +84,35 @@ def within_budget_srcc(y: np.ndarray, predicted: np.ndarray, bits: np.ndarray, m
     folds; the residuals of all folds are pooled. Constant residuals score 0. ``predicted`` is [n], out of fold, or
     [folds, n] (see ``budget_residuals``); ``fold`` [n] numbers the folds from 0.
     """
+    left = residual_pair(y, predicted, bits, mean_act, fold)
+    return 0.0 if left is None else srcc(*left)
+
+
+def residual_pair(
+    y: np.ndarray, predicted: np.ndarray, bits: np.ndarray, mean_act: np.ndarray, fold: np.ndarray
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """What ``within_budget_srcc`` ranks: the residuals [n] of labels and of predictions; None where either is constant."""
     fold = np.asarray(fold, int)
     left = []
     for values in (np.asarray(y, float), np.asarray(predicted, float)):
         residual = budget_residuals(values, bits, mean_act, fold)
         if not np.isfinite(residual).all() or np.ptp(residual) <= FLAT * max(float(np.abs(values).max()), np.finfo(float).tiny):
-            return 0.0
+            return None
         left.append(residual)
-    return srcc(*left)
+    return left[0], left[1]
+
+
+def within_budget_interval(
+    y: np.ndarray, predicted: np.ndarray, bits: np.ndarray, mean_act: np.ndarray, fold: np.ndarray, seed: int = 0, replicates: int = 400
+) -> tuple[float, float]:
+    """90 % interval of ``within_budget_srcc`` by drawing configurations with replacement; (0, 0) where residuals are constant."""
+    left = residual_pair(y, predicted, bits, mean_act, fold)
+    if left is None:
+        return 0.0, 0.0
+    rng = np.random.default_rng([seed, 3])
+    found = [srcc(left[0][rows], left[1][rows]) for rows in rng.integers(len(left[0]), size=(replicates, len(left[0])))]
+    low, high = np.percentile(found, [5, 95])
+    return float(low), float(high)
 
 
 def all_scores(y: np.ndarray, predicted: np.ndarray, bits: np.ndarray, mean_act: np.ndarray, fold: np.ndarray) -> dict[str, float]:

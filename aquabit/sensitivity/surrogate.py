@@ -1,8 +1,8 @@
-"""Fit the surrogate to a study, with its out-of-fold scores beside two baselines."""
+"""Fit the surrogate, or any other estimator, to a study, with its out-of-fold scores beside the baselines."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,12 +15,13 @@ from aquabit.cost import CostModel
 from aquabit.graph import from_json
 from aquabit.scheme import AquabitError, Progress, QuantConfig, direction, no_progress
 from aquabit.sensitivity.encoder import Encoder
-from aquabit.sensitivity.estimators import AverageBits, OneHotRidge, Surrogate, Target
-from aquabit.sensitivity.scores import all_scores, noise_ceiling
+from aquabit.sensitivity.estimators import BASELINES, Estimator, Surrogate, Target, estimator_of
+from aquabit.sensitivity.scores import all_scores, noise_ceiling, within_budget_interval
+from aquabit.sensitivity.verdict import judged
 from aquabit.space import SearchSpace
 from aquabit.study import Study
 
-__all__ = ["AverageBits", "FittedSurrogate", "OneHotRidge", "Surrogate", "cross_validate", "fit_from_study", "fold_numbers"]
+__all__ = ["FittedSurrogate", "Surrogate", "cross_validate", "fit_from_study", "fold_numbers", "training_table"]
 
 LEAST = 20  # measurements below which nothing is fitted
 TRAINING_KINDS = ("sample", "uniform", "candidate")  # flips stay apart as the truth, fresh seeds as the final check
@@ -28,9 +29,9 @@ TRAINING_KINDS = ("sample", "uniform", "candidate")  # flips stay apart as the t
 
 @dataclass(frozen=True)
 class FittedSurrogate:
-    """A surrogate trained on all measurements of a study, and what it was trained on."""
+    """A surrogate (any estimator) trained on all measurements of a study, and what it was trained on."""
 
-    surrogate: Surrogate
+    surrogate: Estimator
     encoder: Encoder
     cost: CostModel
     graph: nx.DiGraph
@@ -51,9 +52,13 @@ class FittedSurrogate:
         """Multiplies a difference in units so that positive = worse."""
         return 1.0 if self.direction == "min" else -1.0
 
+    def features(self, weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
+        """What the estimator looks at, [n, columns], of index matrices."""
+        return self.surrogate.features(self.encoder, weights, acts)
+
     def badness(self, weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
         """Oriented prediction [n] of index matrices, larger = worse: what a search minimises."""
-        return self.surrogate.predict(self.encoder(weights, acts))
+        return self.surrogate.predict(self.features(weights, acts))
 
     def values(self, weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
         """Predicted objective [n] of index matrices, in its own units."""
@@ -73,36 +78,44 @@ def fold_numbers(count: int, folds: int = 5, seed: int = 0) -> np.ndarray:
 
 def cross_validate(
     encoder: Encoder, weights: np.ndarray, acts: np.ndarray, y: np.ndarray, bits: np.ndarray, mean_act: np.ndarray | None = None,
-    folds: int = 5, seed: int = 0, direction: Literal["min", "max"] = "min", surrogate: Surrogate | None = None,
-    progress: Progress = no_progress,
+    folds: int = 5, seed: int = 0, direction: Literal["min", "max"] = "min", surrogate: Estimator | str = "gbdt",
+    baselines: Sequence[str] = BASELINES, progress: Progress = no_progress,
 ) -> dict[str, Any]:  # fmt: skip
-    """Out-of-fold scores: within_budget_srcc, srcc, kendall, ndcg10, r2 (all on the objective in its units), and the same under
-    "baselines" for "average_bits" and "ridge_one_hot".
+    """Out-of-fold scores of an estimator: within_budget_srcc, srcc, kendall, ndcg10, r2 (all on the objective in its units), and the same
+    of other estimators (names of ``ESTIMATORS``) under "baselines".
 
     ``bits`` are real bits per weight, ``mean_act`` mean activation bits (default: the mean of ``acts`` over layers and steps).
-    "out_of_fold" holds the surrogate's held-out predictions [n] and "fold" the fold of each row. Average bits is a cubic of the budget
-    itself, and its residual is taken from the same fold's cubic: exactly constant, so it scores 0 within budget.
+    "out_of_fold" holds the held-out predictions [n] and "fold" the fold of each row. "within_budget_interval" is the 90 % interval of the
+    first score, and "useful" whether it lies above 0, which is what average bits score by definition. Average bits is a cubic of the
+    budget itself, and its residual is taken from the same fold's cubic: exactly constant. Constant labels score 0.
     """
     y, bits = np.asarray(y, float), np.asarray(bits, float)
     mean_act = encoder.space.mean_bits(acts).mean(1) if mean_act is None else np.asarray(mean_act, float)
     target, fold = Target.of(y, direction), fold_numbers(len(y), folds, seed)
-    options: dict[str, Any] = {"direction": direction, "log": target.log}
-    models: dict[str, tuple[Any, np.ndarray]] = {
-        "surrogate": ((surrogate or Surrogate(seed=seed)).set_params(**options), encoder(weights, acts)),
-        "average_bits": (AverageBits(direction=direction), np.stack([bits, mean_act], 1)),
-        "ridge_one_hot": (OneHotRidge(**options), encoder.one_hot(weights, acts)),
-    }
-    predicted = {name: np.empty((folds, len(y))) for name in models}
+    own = estimator_of(surrogate, encoder, seed) if isinstance(surrogate, str) else surrogate
+    models = {"": own, **{name: estimator_of(name, encoder, seed) for name in baselines}}
+    predicted = {}
+    for done, (name, model) in enumerate(models.items()):
+        oriented = clone(model).set_params(direction=direction, log=target.log and not model.budget_only)
+        predicted[name] = held_out_predictions(oriented, oriented.features(encoder, weights, acts), y, fold)
+        progress("cross-validate the surrogate", done + 1, len(models))
+    scores = {name: all_scores(target.sign * y, target.sign * p, bits, mean_act, fold) for name, p in predicted.items()}
+    first, interval = scores.pop(""), within_budget_interval(target.sign * y, target.sign * predicted[""], bits, mean_act, fold, seed)
+    useful = {"within_budget_interval": interval, "useful": interval[0] > 0}
+    out_of_fold = predicted[""] if predicted[""].ndim == 1 else predicted[""][fold, np.arange(len(y))]
+    return {**first, **useful, "baselines": scores, "out_of_fold": out_of_fold, "fold": fold}
+
+
+def held_out_predictions(model: Estimator, features: np.ndarray, y: np.ndarray, fold: np.ndarray) -> np.ndarray:
+    """Predictions [n] in units, each by ``model`` fitted to the other folds; of one that sees the budget alone [folds, n], what the model
+    without a fold says of every configuration (the form that makes its residual exactly constant, see ``budget_residuals``)."""
+    folds = int(fold.max()) + 1
+    out = np.empty((folds, len(y)))
     for f in range(folds):
-        for name, (model, features) in models.items():
-            fitted = clone(model).fit(features[fold != f], y[fold != f])
-            predicted[name][f] = fitted.to_units(fitted.predict(features))
-        progress("cross-validate the surrogate", f + 1, folds)
-    rows = np.arange(len(y))
-    held_out = {name: p if name == "average_bits" else p[fold, rows] for name, p in predicted.items()}
-    scores = {name: all_scores(target.sign * y, target.sign * p, bits, mean_act, fold) for name, p in held_out.items()}
-    own = scores.pop("surrogate")
-    return {**own, "baselines": scores, "out_of_fold": held_out["surrogate"], "fold": fold}
+        rows = np.full(len(y), True) if model.budget_only else fold == f
+        fitted = clone(model).fit(features[fold != f], y[fold != f])
+        out[f, rows] = fitted.to_units(fitted.predict(features[rows]))
+    return out if model.budget_only else out[fold, np.arange(len(y))]
 
 
 def training_table(study: Study, objective: str) -> pd.DataFrame:
@@ -111,7 +124,9 @@ def training_table(study: Study, objective: str) -> pd.DataFrame:
 
     Raises AquabitError where there are fewer than 20, or none of them has the objective.
     """
-    table = study.measurements(study.protocol)
+    table = study.measurements(study.protocol, failed=True)
+    failed = int((table.status == "failed").sum()) if len(table) else 0
+    table = table[table.status != "failed"] if failed else table
     ends: set[str] = set()
     if len(table):
         own = (study.get("space") or {}).get("correction")
@@ -124,19 +139,24 @@ def training_table(study: Study, objective: str) -> pd.DataFrame:
     if len(table):
         table = table[table[objective].notna() & np.isfinite(table[objective].astype(float)) & ~table.config.isin(ends)]
     if len(table) < LEAST:
+        lost = f" ({failed} failed)" if failed else ""
         raise AquabitError(
-            f"{study.path} has {len(table)} usable measurements of {objective}, the surrogate needs at least {LEAST}; "
+            f"{study.path} has {len(table)} usable measurements of {objective}{lost}, the surrogate needs at least {LEAST}; "
             f"`aquabit measure MODEL --study {study.path} --samples {max(120, LEAST)}` adds more"
         )
     return table.reset_index(drop=True)
 
 
 def fit_from_study(
-    study: Study, objective: str | None = None, seed: int = 0, folds: int = 5, progress: Progress = no_progress
-) -> FittedSurrogate:
+    study: Study, objective: str | None = None, seed: int = 0, folds: int = 5, progress: Progress = no_progress, estimator: str = "gbdt",
+    baselines: Sequence[str] = BASELINES,
+) -> FittedSurrogate:  # fmt: skip
     """The surrogate of a study's objective (default: the protocol's), trained on all training measurements, with held-out scores.
 
-    Raises AquabitError with the number there is and the command that adds more where fewer than 20 can be used.
+    ``estimator`` and ``baselines`` are names of ``ESTIMATORS``; "graph_network" takes minutes. The scores say what to believe:
+    "useful", "needed" (measurements for a claim), "widen" (of intervals, where there are fewer), "cautions" (sentences to print first).
+    Raises AquabitError with the number there is and the command that adds more where fewer than 20 can be used, and for labels that are
+    all equal.
     """
     objective = objective or study.protocol.objective
     oriented = direction(objective)
@@ -149,12 +169,20 @@ def fit_from_study(
     table = table[inside].reset_index(drop=True)
     weights, acts = space.indices([known[c] for c in table.config])
     y, bits = table[objective].to_numpy(float), cost.totals(weights, acts)["bits"]
-    model = Surrogate(seed=seed, direction=oriented, log=Target.of(y, oriented).log)
-    scores = cross_validate(encoder, weights, acts, y, bits, None, folds, seed, oriented, model, progress)
+    if np.ptp(y) == 0:
+        raise AquabitError(
+            f"all {len(y)} measurements of {objective} in {study.path} are {y[0]:g}: a constant says nothing about layers; "
+            "choose another --objective"
+        )
+    model = estimator_of(estimator, encoder, seed, direction=oriented)
+    model.set_params(log=Target.of(y, oriented).log and not model.budget_only)
+    others = [name for name in baselines if name != estimator]
+    scores = cross_validate(encoder, weights, acts, y, bits, None, folds, seed, oriented, model, others, progress)
     out_of_fold = scores.pop("out_of_fold")
     scores.pop("fold")
+    scores = judged(scores, estimator, len(y), len(space.free_layers()))
     scores["noise_ceiling"] = _ceiling(study, objective, table, bits, space.mean_bits(acts).mean(1))
-    model.fit(encoder(weights, acts), y)
+    model.fit(model.features(encoder, weights, acts), y)
     return FittedSurrogate(
         model, encoder, cost, graph, space, tuple(table.config), weights, acts, y, bits, out_of_fold, scores,
         objective, oriented, study.protocol.digest,

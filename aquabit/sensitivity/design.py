@@ -1,0 +1,214 @@
+"""Designs: which configurations ``measure`` draws. The first n of a design are the same whatever the total, so that studies continue."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from aquabit.scheme import FP, Act, AquabitError, QuantConfig, Scheme, parse_swap
+from aquabit.sensitivity.effects import context_act, find_players, refits
+from aquabit.sensitivity.encoder import Encoder
+from aquabit.sensitivity.estimators import Surrogate
+from aquabit.sensitivity.groups import group_numbers
+from aquabit.space import BITS_RANGE, SearchSpace, maximum_entropy
+
+DESIGNS = {
+    "random": "independent draws that cover the budgets evenly",
+    "balanced": "nearly orthogonal draws: budgets evenly spread, each layer at each of its schemes equally often",
+    "swaps": "random contexts, each followed by copies of it with one layer swapped",
+    "disagreement": "a random start, then batches on which refitted surrogates disagree",
+}
+SWAP = "usq4:usq2"  # layers without these schemes are swapped between their nearest
+SWAP_RANGE = (2.4, 3.4)  # mean bits of their contexts
+PER_CONTEXT = 4  # swaps that share a context
+BLOCK, CANDIDATES = 24, 16  # configurations that are balanced together; permutations tried for a layer
+TOTALS = 4.0  # what sums near their targets are worth beside deviations that are orthogonal
+OPERATOR_SHIFT = 0.5  # bits by which the mean of an operator type may lie above or below the configuration's
+GRID = np.linspace(*BITS_RANGE, 33)  # means at which maximum-entropy odds are computed; linear in between, which keeps the mean
+PLASTIC = 1.324717957244746  # of Roberts' two-dimensional low-discrepancy sequence
+START, GROWTH = 40, 0.5  # configurations drawn at random; size of a batch over what was measured before it
+POOL, JUDGES = 400, 12  # candidates of a batch, and refitted surrogates that judge them
+LEAST = 20  # labels below which nothing is fitted
+
+
+@dataclass(frozen=True)
+class Design:
+    """A design by name; ``share`` of its configurations are the design's own, the rest random."""
+
+    name: str
+    share: float = 1.0
+
+    @staticmethod
+    def parse(text: str) -> Design:
+        """``swaps`` or ``swaps:0.5``; raises AquabitError naming what is known."""
+        name, colon, share = text.partition(":")
+        if name not in DESIGNS:
+            raise AquabitError(f"design {text!r} is unknown; known: {', '.join(DESIGNS)}")
+        try:
+            value = float(share) if colon else 1.0
+        except ValueError:
+            value = math.nan
+        if not 0 < value <= 1 or (value < 1 and name == "disagreement"):
+            raise AquabitError(f"design {text!r}: its share must be a number above 0 and up to 1, as in swaps:0.5; disagreement takes none")
+        return Design(name, value)
+
+    def draw(self, space: SearchSpace, count: int, seed: int) -> list[QuantConfig]:
+        """The first ``count`` configurations; those of disagreement are its random start, see ``next_batch``."""
+        if self.name not in ("balanced", "swaps"):
+            return space.sample(count, seed)
+        own = [math.floor((i + 1) * self.share) > math.floor(i * self.share) for i in range(count)]
+        drawn = balanced(space, sum(own), seed) if self.name == "balanced" else swaps(space, sum(own), seed)
+        chosen, rest = iter(drawn), iter(space.sample(count - sum(own), seed))
+        return [next(chosen if mine else rest) for mine in own]
+
+
+def swaps(space: SearchSpace, count: int, seed: int, swap: str = SWAP) -> list[QuantConfig]:
+    """Contexts of the balanced design, each followed by PER_CONTEXT configurations with one layer at the other end of ``swap``.
+
+    Contexts have mean bits in SWAP_RANGE and their activations at 8 bits, as those that effects speak of by default. A difference
+    within a context has no noise of the context's other layers. A context's layers are at random ends of the swap; every layer has its turn
+    before one has its second.
+    """
+    players = find_players(space, parse_swap(swap))
+    per = min(PER_CONTEXT, len(players))
+    drawn = balanced(replace(space, activations=(context_act(space),), steps=None), math.ceil(count / (1 + per)), seed, SWAP_RANGE)
+    contexts = [space.config(c.layers) for c in drawn]
+    rng, order, out = np.random.default_rng([seed, 4]), list[int](), list[QuantConfig]()
+
+    def at(config: QuantConfig, layer: str, scheme: Scheme) -> QuantConfig:
+        return config.with_layer(layer, scheme, codebook=space.codebook(layer) if scheme.shared else None)
+
+    for context in contexts:
+        order += rng.permutation(len(players)).tolist() if len(order) < per else []
+        turn = list(dict.fromkeys(order))[:per]  # a layer may end one round and begin the next
+        for i in turn:
+            order.remove(i)
+        chosen = [(players[i], bool(up)) for i, up in zip(turn, rng.random(per) < 0.5, strict=True)]
+        for player, up in chosen:
+            context = at(context, player.layer, player.before if up else player.after)
+        out += [context, *(at(context, player.layer, player.after if up else player.before) for player, up in chosen)]
+    return out[:count]
+
+
+def balanced(space: SearchSpace, count: int, seed: int, bits_range: tuple[float, float] = BITS_RANGE) -> list[QuantConfig]:
+    """``count`` configurations in blocks of BLOCK that are balanced like a nearly orthogonal array.
+
+    Target means of bits and shares of lower activations follow a low-discrepancy sequence; the means of operator types lie around
+    the target, stratified too. A layer's levels in a block are maximum-entropy quantiles of one number in each of BLOCK strata; of
+    CANDIDATES permutations of them the one is taken that keeps the sums of configurations near their targets and the layer's deviations
+    orthogonal to those of the layers before it. Methods of a level are dealt from a deck, so that each comes as often as any other.
+    """
+    drawn = _Balanced(space, seed, bits_range)
+    found: list[QuantConfig] = []
+    while len(found) < count:
+        found += drawn.block()
+    return found[:count]
+
+
+class _Balanced:
+    """The state that one block hands to the next: covered levels and what was dealt of methods."""
+
+    def __init__(self, space: SearchSpace, seed: int, bits_range: tuple[float, float]):
+        self.space, self.seed, self.range, self.blocks = space, seed, bits_range, 0
+        self.levels = [space.bit_levels(layer) for layer in space.choices]
+        self.operator = [(space.operators or {}).get(layer, "") for layer in space.choices]
+        self.decks: dict[tuple[int, float], list[Scheme]] = {}
+        self.products = np.zeros((len(self.levels), len(self.levels)))  # of deviations, over the blocks so far
+        self.tables = {tuple(levels): np.array([maximum_entropy(tuple(levels), mean) for mean in GRID]) for levels in self.levels}
+        self.offset = np.random.default_rng([seed, 3]).random(2)
+
+    def block(self) -> list[QuantConfig]:
+        rng = np.random.default_rng([self.seed, 3, self.blocks])
+        number = self.blocks * BLOCK + np.arange(BLOCK)[:, None]
+        target, share = ((self.offset + (number + 1) / PLASTIC ** np.array([1, 2])) % 1).T
+        self.blocks += 1
+        bits = self._bits(self.range[0] + target * (self.range[1] - self.range[0]), rng)
+        lower = np.maximum(2 * share - 1, 0)  # half of the configurations have none
+        others = [self.space.lower_acts(float(s), rng) for s in lower]
+        columns = []
+        for i, (layer, row) in enumerate(self.space.choices.items()):
+            low = (rng.permutation(BLOCK) + rng.random(BLOCK)) / BLOCK < lower
+            choices = []
+            for level, is_low, acts in zip(bits[:, i], low, others, strict=True):
+                act: Act = acts[int(rng.integers(len(acts)))] if is_low else max(self.space.activations)
+                choices.append(self.space.choice(layer, self._deal(i, float(level), rng), 16 if row == (FP,) else act))
+            columns.append(choices)
+        return [self.space.config(dict(zip(self.space.choices, picked, strict=True))) for picked in zip(*columns, strict=True)]
+
+    def _bits(self, target: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Levels [BLOCK, layers]."""
+        means = {}
+        for operator in sorted(set(self.operator)):
+            shift = (rng.permutation(BLOCK) + rng.random(BLOCK)) / BLOCK * 2 - 1
+            means[operator] = np.clip(target + OPERATOR_SHIFT * shift, *BITS_RANGE)
+        bits, deviation = np.empty((2, BLOCK, len(self.levels)))
+        total = np.zeros(BLOCK)
+        for i, (levels, operator) in enumerate(zip(self.levels, self.operator, strict=True)):
+            values, mean = np.array(list(levels)), means[operator]
+            odds = np.stack([np.interp(mean, GRID, p) for p in self.tables[tuple(levels)].T], 1)
+            edges = np.cumsum(odds, 1)[:, :-1]
+            place = (rng.permuted(np.tile(np.arange(BLOCK), (CANDIDATES, 1)), axis=1) + rng.random((CANDIDATES, BLOCK))) / BLOCK
+            drawn = values[(place[..., None] > edges).sum(2)]
+            off = drawn - odds @ values
+            products = self.products[i, :i] + off @ deviation[:, :i]
+            crossed = np.square(products).sum(1) / (self.blocks * (off.var() + 1e-12))
+            best = int(np.argmin(crossed + TOTALS * np.square(total + off).sum(1)))
+            bits[:, i], deviation[:, i] = drawn[best], off[best]
+            total += off[best] + mean - target
+            self.products[i, :i] = products[best]
+        return bits
+
+    def _deal(self, layer: int, level: float, rng: np.random.Generator) -> Scheme:
+        methods = self.levels[layer][level]
+        if len(methods) == 1:
+            return methods[0]
+        deck = self.decks.setdefault((layer, level), [])
+        if not deck:
+            deck += [methods[j] for j in rng.permutation(len(methods))]
+        return deck.pop()
+
+
+def batches(total: int) -> Iterator[tuple[int, int]]:
+    """(first, end) of the batches of disagreement up to ``total`` configurations; each is as long whatever the total."""
+    first = START
+    while first < total:
+        end = first + max(1, int(GROWTH * first))
+        yield first, end
+        first = end
+
+
+def next_batch(
+    encoder: Encoder, configs: list[QuantConfig], y: np.ndarray, surrogate: Surrogate, size: int, seed: int
+) -> list[QuantConfig]:  # fmt: skip
+    """``size`` configurations on which surrogates disagree that are refitted to ``configs`` (all that is known) with labels ``y``
+    (NaN where one failed), the most telling first.
+
+    Of POOL random candidates those are taken, one after the other, whose prediction varies most over JUDGES refits, given the ones
+    already taken (a Gaussian process with the covariance of the refits), so that a batch does not ask one thing twice.
+    """
+    space, known, usable = encoder.space, {c.digest for c in configs}, np.isfinite(y)
+    drawn = space.sample(POOL + size, int(np.random.default_rng([seed, 5, len(configs)]).integers(2**31)))
+    pool = [c for c in drawn if c.digest not in known]
+    if usable.sum() < LEAST:
+        return pool[:size]
+    weights, acts = space.indices([c for c, u in zip(configs, usable, strict=True) if u])
+    judges = refits(surrogate, encoder(weights, acts), y[usable], group_numbers(weights, acts), JUDGES, seed + len(configs))
+    features = encoder(*space.indices(pool))
+    found = np.array([judge.predict(features) for judge in judges])
+    return [pool[i] for i in telling(np.cov(found.T), min(size, len(pool)))]
+
+
+def telling(covariance: np.ndarray, size: int) -> list[int]:
+    """``size`` indices, each of the largest variance that is left once those before it are measured, with noise of the median variance."""
+    left = np.array(covariance, float)
+    noise, taken = float(np.median(left.diagonal())) + 1e-30, list[int]()
+    for _ in range(size):
+        variance = left.diagonal().copy()
+        variance[taken] = -np.inf
+        best = int(np.argmax(variance))
+        taken.append(best)
+        left -= np.outer(left[best], left[best]) / (left[best, best] + noise)
+    return taken

@@ -1,0 +1,171 @@
+"""How many true effects lie in their 90 % intervals: python benchmarks/intervals.py [--draws N] [--study S.db --truth T.json] [--quick]
+
+Made-up models of 60 layers whose truth is known, at 60, 120 and 300 measurements with 2 and 10 % noise: "saturating" (neighbouring blocks
+multiply, and the objective levels off) and "exponential" (nothing levels off, so that effects grow with the context). With --study also real
+effects: those of a study beside the truth, JSON as {layer: {"mean": ..., "error": ...}}, the mean over contexts and its standard error.
+A table goes to benchmarks/results/intervals.json and intervals.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import networkx as nx
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.flow import RESULTS, machine
+
+LAYERS, SCHEMES, SWAP, BITS = 60, ("usq2", "usq3", "usq4", "usq8", "vq2", "vq3", "vq4", "vq2c", "vq3c", "vq4c"), "usq4:usq2", 3.0
+OPERATORS = ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.out", "ff.up", "ff.down")
+TOP = 10  # of the largest effects coverage is said apart
+
+
+def coverage(layers: pd.DataFrame, truth: Mapping[str, tuple[float, float]], level: float = 0.9) -> dict[str, float]:
+    """How intervals (name, effect, low, high) hold the true effects {name: (mean, standard error of that mean)}.
+
+    ``inside`` is the share of means inside, too small where the truth itself is uncertain; ``inside_allowed`` widens each interval by the
+    truth's own error, and is too large where the errors of both are large; the coverage lies between. ``top`` is ``inside`` of the TOP
+    predicted effects, ``width`` the median half width over the median size of a true effect.
+    """
+    table = layers[layers.name.isin(truth)]
+    mean, error = np.array([truth[n] for n in table.name]).T
+    half, miss = ((table.high - table.low) / 2).to_numpy(), np.abs(table.effect.to_numpy() - mean)
+    allowed = np.hypot(half, stats.norm.ppf((1 + level) / 2) * error)
+    top = np.argsort(-np.abs(table.effect.to_numpy()), kind="stable")[:TOP]
+    return {
+        "layers": len(table), "inside": float((miss <= half).mean()), "inside_allowed": float((miss <= allowed).mean()),
+        "top": float((miss <= half)[top].mean()), "width": float(np.median(half) / np.median(np.abs(mean))),
+    }  # fmt: skip
+
+
+class Made:
+    """A made-up model: a graph, a space, weight errors, and a true objective of configurations."""
+
+    def __init__(self, kind: str, seed: int):
+        from aquabit.cost import CostModel
+        from aquabit.sensitivity.encoder import Encoder
+        from aquabit.space import make_space
+
+        rng, self.kind = np.random.default_rng(seed), kind
+        self.graph = nx.DiGraph(family="dit", model_class="Made", config={}, weights=LAYERS * 192 * 192, other_elements=100)
+        for i in range(LAYERS):
+            self.graph.add_node(
+                f"b{i // 6}.{OPERATORS[i % 6]}", kind="linear", operator=OPERATORS[i % 6], block=f"b{i // 6}", depth=i, shape=(192, 192),
+                bias=True, groups=1, tokens=16, macs=16 * 192 * 192, step_invariant=False, split=None, attention=None,
+            )  # fmt: skip
+        self.space = make_space(self.graph, "f" * 16, "made", schemes=SCHEMES)
+        errors = {
+            (n, str(s)): float(min(0.9, 2.5 * 4.0**-s.bits * (0.7 if s.kind == "vq" else 1.0) * rng.lognormal(0, 0.1)))
+            for n, row in self.space.choices.items() for s in row
+        }  # fmt: skip
+        self.encoder, self.cost = Encoder(self.space, self.graph, errors), CostModel(self.graph, self.space)
+        self.importance = rng.lognormal(0, 0.5, LAYERS) * 0.1
+        self.importance[rng.choice(LAYERS, 3, replace=False)] = (1.5, 1.2, 0.9)
+
+    def truth(self, weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
+        damage = self.importance * (self.encoder.error[np.arange(LAYERS), weights] + 0.03 * (acts == 6))
+        if self.kind == "exponential":
+            total = damage.sum(1) + 2 * np.sqrt((damage[:, :-1] * damage[:, 1:]).sum(1)) + 0.5 * damage.max(1)
+            return np.asarray(5 * np.exp(1.2 * np.minimum(total, 4)))
+        block = damage.reshape(len(damage), 10, 6).sum(2)
+        total = block.sum(1) + 3 * (block[:, :-1] * block[:, 1:]).sum(1) + 1.5 * np.sqrt(block.max(1))
+        return np.asarray(20 + 200 * total / (total + 1.5))
+
+    def fitted(self, count: int, noise: float, seed: int, design: str = "random") -> Any:
+        """A surrogate of ``count`` noisy measurements."""
+        from aquabit.sensitivity.design import Design
+        from aquabit.sensitivity.estimators import Surrogate
+        from aquabit.sensitivity.surrogate import FittedSurrogate
+
+        weights, acts = self.space.indices(Design.parse(design).draw(self.space, count, seed))
+        y = self.truth(weights, acts) * np.exp(noise * np.random.default_rng([seed, 8]).normal(size=count))
+        model, bits = Surrogate(seed=seed).fit(self.encoder(weights, acts), y), self.cost.totals(weights, acts)["bits"]
+        return FittedSurrogate(model, self.encoder, self.cost, self.graph, self.space, (), weights, acts, y, bits, y, {}, "made", "min", "")
+
+
+def made_rows(draws: int, quick: bool) -> list[dict[str, Any]]:
+    """One row a kind, number of measurements and noise: means of ``coverage`` over draws of model and measurements."""
+    from aquabit.scheme import parse_swap
+    from aquabit.sensitivity.effects import bootstrap, draw_contexts, find_players, interval, mean_predictions
+
+    rows = []
+    for kind in ("saturating", "exponential"):
+        for count in (60,) if quick else (60, 120, 300):
+            for noise in (0.02,) if quick else (0.02, 0.1):
+                found = []
+                for seed in range(draws):
+                    model = Made(kind, seed)
+                    fitted = model.fitted(count, noise, seed)
+                    players = find_players(model.space, parse_swap(SWAP))
+                    column = {s: j for j, s in enumerate(model.space.schemes)}
+                    ends = [((p.column, column[s]),) for p in players for s in (p.before, p.after)]
+                    contexts = draw_contexts(model.space, model.cost, BITS, 64, np.random.default_rng([seed, 0]))
+                    predicted = mean_predictions(fitted, bootstrap(fitted, 20, seed), contexts, ends, seed)
+                    effects = predicted[:, 1::2] - predicted[:, ::2]
+                    low, high = interval(effects[0], effects[1:])
+                    table = pd.DataFrame({"name": [p.layer for p in players], "effect": effects[0], "low": low, "high": high})
+                    weights, acts = draw_contexts(model.space, model.cost, BITS, 200, np.random.default_rng([seed, 9]))
+                    truth = {}
+                    for p in players:
+                        both = []
+                        for scheme in (p.before, p.after):
+                            swapped = weights.copy()
+                            swapped[:, p.column] = column[scheme]
+                            both.append(model.truth(swapped, acts))
+                        change = both[1] - both[0]
+                        truth[p.layer] = (float(change.mean()), float(change.std() / np.sqrt(len(change))))
+                    found.append(coverage(table, truth))
+                rows.append({"truth": kind, "measurements": count, "noise": noise, **pd.DataFrame(found).mean().to_dict()})
+                print(rows[-1], flush=True)
+    return rows
+
+
+def real_row(study: Path, truth: Path) -> dict[str, Any]:
+    """Coverage of a study's predicted effects; the study holds no real swaps, else its ranking would be no prediction."""
+    from aquabit.scheme import AquabitError
+    from aquabit.sensitivity.attribution import explain
+    from aquabit.study import Study
+
+    known = {k: (float(v["mean"]), float(v["error"])) for k, v in json.loads(truth.read_text()).items()}
+    result = explain(Study(study, create=False), BITS, SWAP)
+    if result.ranking != "predicted":
+        raise AquabitError(f"{study} holds {int(result.layers.n.sum())} real swaps, which its ranking uses; give a study without")
+    return {"truth": truth.stem, "measurements": result.measurements, "noise": None, **coverage(result.layers, known)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--draws", type=int, default=4)
+    parser.add_argument("--study", type=Path)
+    parser.add_argument("--truth", type=Path)
+    parser.add_argument("--quick", action="store_true", help="one number of measurements and one noise, nothing written")
+    given = parser.parse_args()
+    rows = made_rows(given.draws, given.quick)
+    if given.study and given.truth:
+        rows.append(real_row(given.study, given.truth))
+    if given.quick:
+        return
+    command = " ".join(["python benchmarks/intervals.py", *sys.argv[1:]])
+    (RESULTS / "intervals.json").write_text(json.dumps({"machine": machine(), "command": command, "rows": rows}, indent=1) + "\n")
+    lines = [
+        "| truth | measurements | noise | inside | allowing for the truth's error | of the 10 largest | half width / size |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        noise = "-" if r["noise"] is None else f"{r['noise']:.0%}"
+        lines.append(
+            f"| {r['truth']} | {r['measurements']} | {noise} | {r['inside']:.2f} | {r['inside_allowed']:.2f} | {r['top']:.2f} | {r['width']:.2f} |"
+        )
+    (RESULTS / "intervals.md").write_text(f"`{command}`\n\n" + "\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""Designs: what each promises of its configurations, the same first ones whatever the total, and measuring in rounds."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from aquabit.pipelines import trace
+from aquabit.scheme import FP, AquabitError, Protocol, Scheme
+from aquabit.sensitivity import design
+from aquabit.sensitivity import measure as measuring
+from aquabit.sensitivity.design import BLOCK, DESIGNS, PER_CONTEXT, START, Design, batches, next_batch, telling
+from aquabit.sensitivity.estimators import Surrogate
+from aquabit.sensitivity.groups import group_numbers
+from aquabit.sensitivity.measure import measure
+from aquabit.space import BITS_RANGE, SearchSpace, make_space
+from aquabit.study import Study
+from tests.conftest import tiny_pipeline
+from tests.test_surrogate import World
+
+COUNT = 96
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return World(60)
+
+
+@pytest.fixture(scope="module")
+def unet() -> SearchSpace:
+    """With additive formats of shared codebooks, a pinned and an excluded layer, and groups of steps."""
+    steps = {"total": 4, "starts": [0, 2]}
+    graph = trace(tiny_pipeline("unet"))
+    return make_space(graph, "f" * 16, pinned={"conv_in": "usq8"}, excluded=["time_embedding.*"], step_groups=steps)
+
+
+def bits(space: SearchSpace, configs: list) -> np.ndarray:
+    """Nominal levels [configurations, layers]."""
+    return np.array([[round(2 * space.code_bits(k, c[k].weight)) / 2 for k in space.choices] for c in configs])
+
+
+@pytest.mark.parametrize("name", ["random", "balanced", "swaps", "swaps:0.5", "balanced:0.25"])
+def test_the_first_ones_are_the_same_whatever_the_total(unet: SearchSpace, name: str) -> None:
+    whole = Design.parse(name).draw(unet, 60, 3)
+    assert [c.digest for c in Design.parse(name).draw(unet, 37, 3)] == [c.digest for c in whole[:37]]
+    assert Design.parse(name).draw(unet, 1, 4)[0] != whole[0] and len({c.digest for c in whole}) == 60
+    for config in whole:
+        unet.check(config)
+        assert str(config["conv_in"].weight) == "usq8" and config["time_embedding.linear_1"].weight == FP
+
+
+def test_balanced_layers_see_each_scheme_equally_often(world: World) -> None:
+    counted = {}
+    for name in ("random", "balanced"):
+        drawn = Design(name).draw(world.space, COUNT, 0)
+        weights, _ = world.space.indices(drawn)
+        counted[name] = np.stack([(weights == j).sum(0) for j in range(1, len(world.space.schemes))])
+        levels = bits(world.space, drawn)
+        off = levels - levels.mean(1, keepdims=True)
+        counted[name, "correlation"] = np.square(np.corrcoef(off.T)[np.triu_indices(60, 1)]).mean()
+    assert counted["balanced"].std(1).mean() < 0.6 * counted["random"].std(1).mean()
+    assert np.ptp(counted["balanced"], 1).max() <= 12
+    assert counted["balanced", "correlation"] < 0.85 * counted["random", "correlation"]
+
+
+def test_balanced_budgets_are_evenly_spread(world: World) -> None:
+    means = np.sort(bits(world.space, Design("balanced").draw(world.space, COUNT, 1)).mean(1))
+    low, high = BITS_RANGE
+    even = low + (np.arange(COUNT) + 0.5) / COUNT * (high - low)
+    assert np.abs(means - even).max() < 0.3 and np.abs(means - even).mean() < 0.1
+    acts = world.space.indices(Design("balanced").draw(world.space, COUNT, 1))[1]
+    assert ((acts == 6).sum(1) == 0).mean() == pytest.approx(0.5, abs=0.06) and (acts == 6).mean(1).max() > 0.9
+
+
+def test_swaps_differ_from_their_context_in_one_layer(world: World) -> None:
+    size = 1 + PER_CONTEXT
+    weights, acts = world.space.indices(Design("swaps").draw(world.space, 12 * size, 0))
+    ends = {world.space.schemes.index(Scheme.parse(s)) for s in ("usq4", "usq2")}
+    seen: Counter[int] = Counter()
+    for start in range(0, len(weights), size):
+        changed = weights[start + 1 : start + size] != weights[start]
+        assert (changed.sum(1) == 1).all() and (acts[start : start + size] == acts[start]).all()
+        for row, layer in enumerate(changed.argmax(1), start + 1):
+            assert {weights[start, layer], weights[row, layer]} == ends
+            seen[int(layer)] += 1
+    assert max(seen.values()) == 1 and len(seen) == 48, "every layer has a turn before one has two"
+
+
+def test_groups_are_contexts_with_their_swaps(world: World) -> None:
+    drawn = world.space.indices(Design("swaps").draw(world.space, 15, 0))
+    assert group_numbers(*drawn).tolist() == [0] * 5 + [1] * 5 + [2] * 5
+    assert group_numbers(drawn[0][1:5], drawn[1][1:5]).tolist() == [0] * 4, "also where the context itself failed"
+    apart = world.space.indices(world.space.sample(10))
+    assert group_numbers(*apart).tolist() == list(range(10))
+    assert group_numbers(np.array([[1], [2], [1]]), np.full((3, 1), 8)).tolist() == [0, 1, 0], "one layer: only the same is the same"
+
+
+def test_telling_spreads_over_what_is_uncertain() -> None:
+    """Two correlated groups: the second choice is of the other one, though its variance is smaller."""
+    covariance = np.block([[np.full((3, 3), 9.0), np.zeros((3, 3))], [np.zeros((3, 3)), np.full((3, 3), 4.0)]]) + 0.1 * np.eye(6)
+    first, second, third = telling(covariance, 3)
+    assert first < 3 <= second and len({first, second, third}) == 3
+
+
+def test_a_batch_is_where_refits_disagree(world: World) -> None:
+    configs = world.space.configs(world.weights, world.acts)
+    options = (world.encoder, configs, world.y, Surrogate(seed=0))
+    batch = next_batch(*options, 10, 0)
+    assert len(batch) == 10 and not {c.digest for c in batch} & {c.digest for c in configs}
+    assert [c.digest for c in batch] == [c.digest for c in next_batch(*options, 10, 0)]
+    failed = np.where(np.arange(60) < 45, np.nan, world.y)
+    assert len(next_batch(world.encoder, configs, failed, Surrogate(seed=0), 7, 0)) == 7, "too few labels: random ones"
+    y = world.y.copy()
+    y[5] = np.nan  # one that failed is left out
+    assert len(next_batch(world.encoder, configs, y, Surrogate(seed=0), 3, 0)) == 3
+
+
+def test_batches_do_not_depend_on_the_total() -> None:
+    assert list(batches(START)) == [] and list(batches(START + 1)) == [(40, 60)]
+    assert list(batches(100)) == [(40, 60), (60, 90), (90, 135)]
+
+
+def test_designs_are_named() -> None:
+    assert {Design.parse(n).name for n in DESIGNS} == set(DESIGNS) and Design.parse("swaps:0.5") == Design("swaps", 0.5)
+    for wrong in ("sobol", "swaps:", "swaps:0", "swaps:1.5", "swaps:x", "disagreement:0.5", ""):
+        with pytest.raises(AquabitError, match="design"):
+            Design.parse(wrong)
+
+
+def test_half_of_a_mixture_is_random(unet: SearchSpace) -> None:
+    mixed = [c.digest for c in Design.parse("balanced:0.5").draw(unet, BLOCK, 0)]
+    assert mixed[::2] == [c.digest for c in unet.sample(BLOCK // 2)]
+    assert mixed[1::2] == [c.digest for c in Design("balanced").draw(unet, BLOCK // 2, 0)]
+
+
+def test_disagreement_is_measured_in_rounds_and_continues(tmp_path, monkeypatch) -> None:
+    """Interrupted in the middle of a batch, or asked for more later, a study holds the same configurations."""
+    for module in (design, measuring):
+        monkeypatch.setattr(module, "START", 20)
+    monkeypatch.setattr(design, "POOL", 20)
+    monkeypatch.setattr(design, "JUDGES", 3)
+    pipe, protocol = tiny_pipeline("dit"), replace(Protocol(), images=2, steps=1, micro_batch=2, objective="mse")
+    given = {"protocol": protocol, "space": {"schemes": ["usq2", "usq4", "usq8"]}, "bank": str(tmp_path / "bank"), "design": "disagreement"}
+    measure(pipe, Study(tmp_path / "whole.db"), 34, **given)
+    for total in (22, 34):
+        measure(pipe, Study(tmp_path / "parts.db"), total, **given)
+    whole, parts = (Study(tmp_path / f"{n}.db").measurements(kind="sample").config.tolist() for n in ("whole", "parts"))
+    assert whole == parts and len(set(whole)) == 34
+    space = SearchSpace.from_dict(Study(tmp_path / "whole.db").get("space"))
+    random = [c.digest for c in space.sample(34)]
+    assert whole[:20] == random[:20] and not set(whole[20:]) & set(random)
+    with pytest.raises(AquabitError, match="shard 1/2 cannot be made alone"):
+        measure(pipe, Study(tmp_path / "s.db"), 34, **given, shard="1/2")
