@@ -16,8 +16,10 @@ from aquabit.search.integer_program import Solution, additive_scores, choice_eff
 from aquabit.search.local import Improved, improve
 from aquabit.search.loop import Candidate, find_candidates, ladder
 from aquabit.search.options import Columns, Options, activation_choices
+from aquabit.search.proof import Bounded, Proof, branch_and_bound, columns_of
 
 __all__ = [
+    "Bounded",
     "Candidate",
     "Columns",
     "Front",
@@ -25,12 +27,15 @@ __all__ = [
     "Improved",
     "Interval",
     "Options",
+    "Proof",
     "Solution",
     "activation_choices",
     "additive_scores",
     "assign",
+    "branch_and_bound",
     "choice_effects",
     "choose",
+    "columns_of",
     "find_candidates",
     "improve",
     "interval",

@@ -6,7 +6,7 @@ import ctypes
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -41,9 +41,13 @@ Cut = tuple[np.ndarray, np.ndarray, int]  # (weights [L], acts [L], layers that 
 
 
 def solve(
-    scores: np.ndarray, cost_model: CostModel, budget: Budget, *, cuts: Sequence[Cut] = (), relative_gap: float = 0.0, nodes: int = NODES
-) -> Solution:
+    scores: np.ndarray, cost_model: CostModel, budget: Budget, *, cuts: Sequence[Cut] = (), relative_gap: float = 0.0, nodes: int = NODES,
+    ties: float | None = None,
+) -> Solution:  # fmt: skip
     """The configuration of least total score within every limit of ``budget``, exactly (bytes are whole numbers).
+
+    With ``ties``, totals that exceed the least by no more than this share of the largest difference between two totals count as equal, and
+    of them the configuration of fewest operations is taken (``kernel_operations``): a second program, in which the score is one more limit.
 
     ``scores`` is [L, schemes, A] over ``space.schemes`` and ``activation_choices(space, budget)``; cells that a layer may not take
     are ignored. ``cuts`` ask for solutions that differ from known ones. Raises AquabitError with the smallest and the largest
@@ -60,6 +64,8 @@ def solve(
     if found is None:
         raise AquabitError(_infeasible(options, cost_model, budget, bool(cuts)))
     choice, bound = found
+    if ties is not None:
+        choice = _lightest(choice, scaled, options, excluded, cost_model, budget, ties * unit * float(spans.sum()), nodes)
     rows = np.arange(len(choice))
     score, above = float(table[rows, choice].sum()), float(scaled[rows, choice].sum())
     missing = max(above - bound, 0.0)  # in scaled units; bound counts from the sum of the layers' smallest scores
@@ -85,6 +91,30 @@ def _exact(
         excluded = [*excluded, (choice, 1)]
     mended = None if choice is None else options.repair(choice, scores)
     return None if mended is None or not _within(mended, options, cost_model, budget) else (mended, 0.0)  # scores here are never negative
+
+
+def kernel_operations(cost_model: CostModel, options: Options) -> np.ndarray:
+    """Operations [L, C] of the kernel at each column (``Scheme.operations``: multiply-adds, an add counted as half of one)."""
+    return np.repeat(cost_model.macs[:, None] * cost_model.operations, len(options.columns.activations), axis=1)
+
+
+def _lightest(
+    choice: np.ndarray, scores: np.ndarray, options: Options, excluded: list[tuple[np.ndarray, int]], cost_model: CostModel, budget: Budget,
+    slack: float, nodes: int,
+) -> np.ndarray:  # fmt: skip
+    """Of the choices [L] whose total score is at most ``slack`` above that of ``choice``, one of fewest operations."""
+    rows, allowed = np.arange(len(choice)), options.columns.allowed
+    work = kernel_operations(cost_model, options)
+    work = np.where(allowed, work - np.where(allowed, work, np.inf).min(1, keepdims=True), 0.0)
+    if not work.max() > 0:
+        return choice
+    cap = float(scores[rows, choice].sum()) + slack + 1e-9
+    limited = replace(
+        options, names=(*options.names, "score"), costs=np.concatenate([options.costs, scores[None]]), caps=np.append(options.caps, cap),
+        openings=tuple(replace(o, costs=np.append(o.costs, 0.0)) for o in options.openings),
+    )  # fmt: skip
+    found = _exact(work * (SCALE / work.max()), limited, excluded, cost_model, budget, 1e-6, nodes)
+    return choice if found is None or work[rows, found[0]].sum() >= work[rows, choice].sum() else found[0]
 
 
 def _table(scores: np.ndarray, cost_model: CostModel, options: Options) -> np.ndarray:
