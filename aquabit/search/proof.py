@@ -25,8 +25,8 @@ TIGHT = 1e-4  # a gap that counts as none, relative to the incumbent (absolute b
 
 @dataclass(frozen=True)
 class Bounded:
-    """The best choice found, ``weights`` and ``acts`` [L], what is ``predicted`` there, a ``bound`` below which nothing within the budget is
-    predicted, and the number of ``nodes`` that it took. The gap may be large; it is what is proven."""
+    """The best choice found, ``weights`` and ``acts`` [L], what is ``predicted`` there, a ``bound`` below which nothing within the budget
+    is predicted, and the number of ``nodes`` that it took. The gap may be large; it is what is proven."""
 
     weights: np.ndarray
     acts: np.ndarray

@@ -36,7 +36,8 @@ class _Column:
 def _columns(encoder: Encoder, weights: np.ndarray, acts: np.ndarray) -> list[_Column | None]:
     """What each feature is of the choices that ``weights`` and ``acts`` [L, C] name; None for a kind that is not such a sum.
 
-    This is the table of kinds: a new kind of feature has a row here, or its bounds are those of its trees' leaves alone.
+    This is the table of kinds for features of several layers. A new kind has a row here, or nothing is known of it: the trees that split on
+    it may give any of their leaves, and where the ridge has a weight for it there is no bound. Features of one layer need no row.
     """
     rows, floor = np.arange(len(weights))[:, None], encoder.FLOOR
     low, order = (part.T for part in encoder.lowness(acts.T))
@@ -61,15 +62,27 @@ def _columns(encoder: Encoder, weights: np.ndarray, acts: np.ndarray) -> list[_C
         )  # fmt: skip
 
     kinds: dict[str, Callable[[np.ndarray], _Column]] = {
-        "weight": lambda k: log("error", k), "act": lambda k: plain("low", k), "error": lambda k: log("error", k, mean=True),
-        "actshare": lambda k: plain("low", k, mean=True), "bits": lambda k: plain("bits", k), "order": lambda k: plain("order", k),
+        "error": lambda k: log("error", k, mean=True), "actshare": lambda k: plain("low", k, mean=True), "bits": lambda k: plain("bits", k),
         "ordershare": lambda k: plain("order", k, mean=True), "damage": lambda k: log("damage", k, add=floor),
     }  # fmt: skip
     found: list[_Column | None] = []
     for name, members in zip(encoder.columns, encoder.members, strict=True):
         make = roots if name == "damage:roots" else kinds.get(name.split(":")[0])
-        found.append(None if make is None else make(np.array(members)))
+        found.append(None if make is None or len(members) == 1 else make(np.array(members)))
     return found
+
+
+def _own_values(encoder: Encoder, weights: np.ndarray, acts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The layer [F] that alone decides each feature, -1 where there is none, and the values [F, C] at its choices: as encoded."""
+    values = encoder(weights.T, acts.T)
+    shuffled = np.random.default_rng(0).permuted(np.tile(np.arange(weights.shape[1]), (len(weights), 1)), axis=1)
+    rows = np.arange(len(weights))[:, None]
+    mixed = encoder(weights[rows, shuffled].T, acts[rows, shuffled].T)
+    layer = np.full(len(encoder.columns), -1)
+    for f, members in enumerate(encoder.members):
+        if len(members) == 1 and np.array_equal(values[shuffled[members[0]], f], mixed[:, f], equal_nan=True):
+            layer[f] = members[0]
+    return layer, values.T
 
 
 @dataclass(frozen=True)
@@ -112,9 +125,9 @@ class _Trees:
 
 
 class EnsembleBound:
-    """``bound(allowed, costs, caps)``: a number that no prediction of ``surrogate`` is below, over all choices of one column a layer among
-    the ``allowed`` [L, C] that keep the limits (their summed ``costs`` [R, L, C] at most ``caps`` [R]), and the fractional choice [L, C] that
-    it was found at; (inf, None) where none keeps them.
+    """``bound(allowed, costs, caps)``: a number that no prediction of ``surrogate`` is below, over all choices of one column a layer
+    among the ``allowed`` [L, C] that keep the limits (their summed ``costs`` [R, L, C] at most ``caps`` [R]), and the fractional choice
+    [L, C] that it was found at; (inf, None) where none keeps them.
 
     ``weights`` and ``acts`` [L, C] say what column c of layer i is (scheme index, activation choice); ``allowed`` which there are at all.
     It is the optimum of a linear program: shares of columns, and of the leaves of each tree, of which those on one side of a split weigh
@@ -136,14 +149,11 @@ class EnsembleBound:
         linear = surrogate.linear_
         self.ridge = np.zeros(len(self.columns)) if linear is None else surrogate.linear * linear.weights
         self.constant = 0.0 if linear is None else surrogate.linear * (linear.intercept - float(linear.weights @ linear.mean))
-        self.own = [c is not None and len(c.layers) == 1 for c in self.columns]
+        self.layer, self.value = _own_values(encoder, weights, acts)
+        self.own = self.layer >= 0
         self.table = np.zeros(self.shape)  # the ridge's columns of one layer
-        self.value = np.zeros((len(self.columns), self.shape[1]), np.float32)
-        with np.errstate(all="ignore"):
-            for f, column in enumerate(self.columns):
-                if column is not None and self.own[f]:
-                    self.value[f] = column.outer(column.parts[column.layers[0]])
-                    self.table[column.layers[0]] += self.ridge[f] * self.value[f].astype(float)
+        for f in np.flatnonzero(self.own):
+            self.table[self.layer[f]] += self.ridge[f] * self.value[f].astype(float)
         self.table = np.where(allowed, self.table, 0.0)
         self._assemble()
 
@@ -151,7 +161,7 @@ class EnsembleBound:
         """Variables: x (allowed cells), p (leaves), z (splits on aggregates), s (sums), r (logarithms from above); the rows that no domain
         changes."""
         layer, column = self.cells = tuple(np.argwhere(self.root).T)
-        used = {f for f in self.trees.feature.tolist() if not self.own[f]} | {f for f in np.flatnonzero(self.ridge) if not self.own[f]}
+        used = {int(f) for f in (*self.trees.feature, *np.flatnonzero(self.ridge)) if not self.own[f]}
         self.sums = sorted(f for f in used if self.columns[f] is not None)
         self.above = [f for f in self.sums if self._column(f).slope is not None and self.ridge[f] < 0]
         shared = [s for s, f in enumerate(self.trees.feature) if not self.own[f]]
@@ -172,7 +182,7 @@ class EnsembleBound:
                     high[s] = 0.0 if side > 0 else 1.0
                     continue
                 goes = (self.value[f] < np.float32(threshold)) == (side > 0)
-                hit = np.flatnonzero((layer == self._column(f).layers[0]) & goes[column])
+                hit = np.flatnonzero((layer == self.layer[f]) & goes[column])
                 cols.append(self.x + hit)
                 rows.append(np.full(len(hit), s))
                 values.append(-np.ones(len(hit)))
@@ -218,7 +228,7 @@ class EnsembleBound:
 
     def _unknown(self, allowed: np.ndarray) -> dict[int, tuple[float, float]]:
         """Intervals of the features that are no sums: those of sketches by the triangle inequality, any other from -inf to inf."""
-        found = {f: (-np.inf, np.inf) for f, c in enumerate(self.columns) if c is None}
+        found = {f: (-np.inf, np.inf) for f, c in enumerate(self.columns) if c is None and not self.own[f]}
         names = {"shift:all": slice(0, SKETCH * 3 // 4), "shift:common": slice(SKETCH * 3 // 4, SKETCH)}
         for f in found:
             part = names.get(self.encoder.columns[f])
