@@ -15,7 +15,7 @@ from scipy.sparse import csr_matrix
 
 from aquabit.cost import CostModel
 from aquabit.scheme import AquabitError, Budget
-from aquabit.search.options import Columns, Options, Predict, activation_choices
+from aquabit.search.options import Columns, Options, Predict, activation_choices, kernel_operations
 from aquabit.space import SearchSpace
 
 SCALE = 1e4  # the largest difference between two scores of a layer: HiGHS's absolute gap of 1e-6 is then one in 10^10
@@ -93,11 +93,6 @@ def _exact(
     return None if mended is None or not _within(mended, options, cost_model, budget) else (mended, 0.0)  # scores here are never negative
 
 
-def kernel_operations(cost_model: CostModel, options: Options) -> np.ndarray:
-    """Operations [L, C] of the kernel at each column (``Scheme.operations``: multiply-adds, an add counted as half of one)."""
-    return np.repeat(cost_model.macs[:, None] * cost_model.operations, len(options.columns.activations), axis=1)
-
-
 def _lightest(
     choice: np.ndarray, scores: np.ndarray, options: Options, excluded: list[tuple[np.ndarray, int]], cost_model: CostModel, budget: Budget,
     slack: float, nodes: int,
@@ -113,7 +108,10 @@ def _lightest(
         options, names=(*options.names, "score"), costs=np.concatenate([options.costs, scores[None]]), caps=np.append(options.caps, cap),
         openings=tuple(replace(o, costs=np.append(o.costs, 0.0)) for o in options.openings),
     )  # fmt: skip
-    found = _exact(work * (SCALE / work.max()), limited, excluded, cost_model, budget, 1e-6, nodes)
+    try:
+        found = _exact(work * (SCALE / work.max()), limited, excluded, cost_model, budget, 1e-6, nodes)
+    except AquabitError:  # it ran out of nodes
+        return choice
     return choice if found is None or work[rows, found[0]].sum() >= work[rows, choice].sum() else found[0]
 
 

@@ -170,3 +170,8 @@ class Options:
             layer, column = np.unravel_index(int(np.argmin(price)), price.shape)
             choice[layer] = column
         return choice
+
+
+def kernel_operations(cost_model: CostModel, options: Options) -> np.ndarray:
+    """Operations [L, C] of the kernel at each column (``Scheme.operations``: multiply-adds, an add counted as half of one)."""
+    return np.repeat(cost_model.macs[:, None] * cost_model.operations, len(options.columns.activations), axis=1)
