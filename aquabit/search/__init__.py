@@ -17,8 +17,10 @@ from aquabit.search.local import Improved, improve
 from aquabit.search.loop import Candidate, find_candidates, ladder
 from aquabit.search.options import Columns, Options, activation_choices
 from aquabit.search.proof import Bounded, Proof, branch_and_bound, columns_of
+from aquabit.search.searchers import SEARCHERS, Problem, find_searcher
 
 __all__ = [
+    "SEARCHERS",
     "Bounded",
     "Candidate",
     "Columns",
@@ -27,6 +29,7 @@ __all__ = [
     "Improved",
     "Interval",
     "Options",
+    "Problem",
     "Proof",
     "Solution",
     "activation_choices",
@@ -37,6 +40,7 @@ __all__ = [
     "choose",
     "columns_of",
     "find_candidates",
+    "find_searcher",
     "improve",
     "interval",
     "ladder",

@@ -63,7 +63,7 @@ def find_candidates(
         measure(baselines)
     found: list[Candidate] = []
     for number in range(rounds):
-        proposer = _Proposer(
+        proposer = Proposer(
             space, cost_model, predict_factory(), list(measured()), number, contexts, rows, seed, targets, method, ties, bound
         )
         for slot, target in enumerate(schedule(targets, per_round, number)):
@@ -123,7 +123,7 @@ class _Aim:
 
 
 @dataclass
-class _Proposer:
+class Proposer:
     """One round's proposals, each new and apart from the others of its round."""
 
     space: SearchSpace
