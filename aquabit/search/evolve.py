@@ -12,6 +12,14 @@ from aquabit.scheme import AquabitError, Budget
 from aquabit.search.options import Options, Predict
 
 
+def check_installed() -> None:
+    """Raise AquabitError, with the command that helps, where pymoo is not installed."""
+    try:
+        import pymoo.optimize  # noqa: F401
+    except ImportError as error:
+        raise AquabitError("the method evolve needs pymoo, which is not installed: pip install 'aquabit[evolve]'") from error
+
+
 def evolve(
     predict: Predict, cost_model: CostModel, targets: Sequence[Budget], starts: Sequence[tuple[np.ndarray, np.ndarray]] = (), *,
     population: int = 80, generations: int = 60, seed: int = 0,
@@ -24,15 +32,13 @@ def evolve(
     integer programs) are in the first population, the rest are random crossings of them with random configurations. Equal under equal
     seeds. Raises AquabitError where pymoo is not installed.
     """
-    try:
-        from pymoo.algorithms.moo.nsga2 import NSGA2
-        from pymoo.core.problem import Problem
-        from pymoo.operators.crossover.ux import UniformCrossover
-        from pymoo.operators.mutation.pm import PM
-        from pymoo.operators.repair.rounding import RoundingRepair
-        from pymoo.optimize import minimize
-    except ImportError as error:
-        raise AquabitError("the method evolve needs pymoo, which is not installed: pip install 'aquabit[evolve]'") from error
+    check_installed()
+    from pymoo.algorithms.moo.nsga2 import NSGA2
+    from pymoo.core.problem import Problem
+    from pymoo.operators.crossover.ux import UniformCrossover
+    from pymoo.operators.mutation.pm import PM
+    from pymoo.operators.repair.rounding import RoundingRepair
+    from pymoo.optimize import minimize
 
     every = [Options.of(cost_model, target) for target in targets]
     options, largest, smallest = every[0], np.max([o.caps for o in every], 0), np.min([o.caps for o in every], 0)

@@ -227,8 +227,10 @@ def _infeasible(options: Options, cost_model: CostModel, budget: Budget, cut: bo
         unit = SCALE / max(float(options.costs[r].max()), 1e-300)
         tables = np.array([opening.costs[r] * unit for opening in options.openings])
         choice, _ = _milp(options.costs[r] * unit, options, (), 0.0, NODES, others, tables)
-        high = cost_model.limits(fixed)[name][1]
-        if choice is None:
+        low, high = cost_model.limits(fixed)[name]
+        if choice is None:  # more than one limit is at fault
+            exclude = " and ".join(options.names[k] for k in others)
+            reach.append(f"{name} alone can reach {low:.6g} to {high:.6g}, while {exclude} exclude each other")
             continue
         totals = cost_model.totals(*options.columns.split(choice[None]))
         beside = f" with {' and '.join(options.names[k] for k in others)} kept" if others else ""

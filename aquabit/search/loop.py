@@ -9,7 +9,7 @@ import numpy as np
 
 from aquabit.cost import CostModel
 from aquabit.scheme import AquabitError, Budget, Progress, QuantConfig, no_progress
-from aquabit.search.evolve import evolve
+from aquabit.search.evolve import check_installed, evolve
 from aquabit.search.integer_program import Cut, Solution, choice_effects, solve
 from aquabit.search.local import improve, lighten
 from aquabit.search.options import Options, Predict
@@ -52,8 +52,7 @@ def find_candidates(
     ``bound`` makes the bound of the last surrogate that ``predict_factory`` gave, for the candidates' proofs. Raises AquabitError where the
     budget cannot be kept.
     """
-    if method not in METHODS:
-        raise AquabitError(f"the search method {method!r} is unknown; known: {', '.join(METHODS)}")
+    check_method(method)
     targets = [budget, *ladder(cost_model, budget, spread)]
     _check(cost_model, budget)
     known = {c.digest for c, _ in measured()}
@@ -76,6 +75,14 @@ def find_candidates(
         found += proposer.candidates
     progress("search", rounds * per_round, rounds * per_round)
     return found
+
+
+def check_method(method: str) -> None:
+    """Raise AquabitError for an unknown search method, and for one whose library is not installed."""
+    if method not in METHODS:
+        raise AquabitError(f"the search method {method!r} is unknown; known: {', '.join(METHODS)}")
+    if method == "evolve":
+        check_installed()
 
 
 def ladder(cost_model: CostModel, budget: Budget, spread: Sequence[float] = SPREAD) -> list[Budget]:

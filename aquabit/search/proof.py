@@ -20,7 +20,7 @@ limits, and where it was found, as shares [L, C] (None where it knows none); inf
 BoundFactory = Callable[[np.ndarray, np.ndarray, np.ndarray], Bound]  # (weights [L, C], acts [L, C], allowed [L, C]): what the columns are
 
 NODES = 4  # of the branch and bound inside the loop: a bound of a large model takes seconds
-TIGHT = 1e-4  # a gap that counts as none, relative to the incumbent (absolute below 1)
+TIGHT = 1e-4  # a gap that counts as none, relative to the incumbent
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def branch_and_bound(
     push(options.columns.allowed, -np.inf)
     while heap and used < nodes:
         low, _, allowed, share = heap[0]
-        if low >= value - tolerance * max(abs(value), 1.0):
+        if low >= value - tolerance * max(abs(value), abs(low)):
             break
         heapq.heappop(heap)
         layer, column = _torn(allowed, share, best)
