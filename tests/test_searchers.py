@@ -13,6 +13,7 @@ from aquabit.formats import expected_loss
 from aquabit.scheme import AquabitError, QuantConfig
 from aquabit.search import SEARCHERS, Options, Problem, find_searcher, solve
 from aquabit.search.evolve import evolve
+from aquabit.search.local import lighten
 from aquabit.search.searchers import random_within
 from aquabit.space import SearchSpace
 from tests.test_search import Lab, every, interacting, middle, model
@@ -189,3 +190,19 @@ def test_a_tie_goes_to_the_formats_of_fewest_operations() -> None:
         tied = inside.nonzero()[0][totals <= plain.score + 1e-6 * span]
         least = min((operations(cost, c) for c in space.configs(weights[tied], acts[tied])), default=np.inf)
         assert operations(cost, chosen[1]) <= least * (1 + 1e-9)
+
+
+def test_predictions_that_tie_go_to_fewer_operations_and_others_stay() -> None:
+    space, cost = model(8, 3, schemes=["usq2", "aq1x6g8", "usq4"])
+    budget = middle(cost, 0.6, "bits")
+    weights, acts = (m[0] for m in space.indices([space.uniform("usq2")]))
+
+    def predict(weights: np.ndarray, acts: np.ndarray) -> np.ndarray:  # what l0 has matters, all else hardly
+        return (weights[:, 0] != 1) + 0.001 * (weights[:, 1:] != 1).sum(1)
+
+    work = cost.macs[:, None] * cost.operations
+    free = lighten(weights, acts, predict, cost, budget, slack=0.0055)
+    assert free[0][0] == 1 and (free[0][1:] != 1).sum() == 5 and (free[1] == acts).all()
+    assert work[np.arange(8), free[0]].sum() < work[np.arange(8), weights].sum()
+    assert (lighten(weights, acts, predict, cost, budget, slack=0.0)[0] == weights).all()
+    assert (lighten(weights, acts, predict, cost, budget, slack=9.0, rows=3)[0] == weights).all()

@@ -70,7 +70,7 @@ def solve(
     score, above = float(table[rows, choice].sum()), float(scaled[rows, choice].sum())
     missing = max(above - bound, 0.0)  # in scaled units; bound counts from the sum of the layers' smallest scores
     weights, acts = options.columns.split(choice)
-    return Solution(weights, acts, score, score - missing / unit, missing / max(unit * float(spans.sum()), 1e-300))
+    return Solution(weights, acts, score, float(score - missing / unit), float(missing / max(unit * float(spans.sum()), 1e-300)))
 
 
 def _exact(

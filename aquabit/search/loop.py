@@ -17,6 +17,7 @@ from aquabit.search.proof import BoundFactory, Proof, branch_and_bound, columns_
 from aquabit.space import BITS_RANGE, SearchSpace
 
 METHODS = ("program", "evolve")
+CONTEXT_ROWS = 20_000  # predictions of single choices for one target, which set the number of contexts of large models, at least 4
 TIES = 1e-3  # predictions that differ by less, relative to the spread of those of the measured configurations, are equal
 SPREAD = (0.9, 1.1, 0.8, 1.25)  # limits of the front's other targets relative to the budget's, the nearest first
 Chosen = tuple[np.ndarray, np.ndarray]  # (weights [L], acts [L])
@@ -49,8 +50,8 @@ def find_candidates(
     NaN = failed. ``uniform`` configurations within some target and not measured yet are measured first. Fewer than ``per_round``
     are proposed only where the space has no more. ``method="evolve"`` proposes from the front of an evolution (``evolve``) instead.
     Predictions that differ by ``ties`` of their spread or less count as equal, and the configuration of fewer operations is proposed.
-    ``bound`` makes the bound of the last surrogate that ``predict_factory`` gave, for the candidates' proofs. Raises AquabitError where the
-    budget cannot be kept.
+    ``bound`` makes the bound of the last surrogate that ``predict_factory`` gave, for the proof of the last round. Raises AquabitError
+    where the budget cannot be kept.
     """
     check_method(method)
     targets = [budget, *ladder(cost_model, budget, spread)]
@@ -63,7 +64,18 @@ def find_candidates(
     found: list[Candidate] = []
     for number in range(rounds):
         proposer = Proposer(
-            space, cost_model, predict_factory(), list(measured()), number, contexts, rows, seed, targets, method, ties, bound
+            space,
+            cost_model,
+            predict_factory(),
+            list(measured()),
+            number,
+            contexts,
+            rows,
+            seed,
+            targets,
+            method,
+            ties,
+            bound if number == rounds - 1 else None,
         )
         for slot, target in enumerate(schedule(targets, per_round, number)):
             progress("search", number * per_round + slot, rounds * per_round)
@@ -233,9 +245,10 @@ class Proposer:
         choice = options.columns.join(weights, acts)
         usable = np.flatnonzero((choice >= 0).all(1) & np.isfinite(self.values))
         weights, acts, values, choice = weights[usable], acts[usable], self.values[usable], choice[usable]
+        contexts = min(self.contexts, max(4, CONTEXT_ROWS // max(int(options.columns.allowed.sum()), 1)))
         distance = np.abs(options.used(choice) / options.caps[:, None] - 1).max(0)
-        near = np.argsort(distance, kind="stable")[: self.contexts]
-        missing = self.contexts - len(near)
+        near = np.argsort(distance, kind="stable")[:contexts]
+        missing = contexts - len(near)
         center = 8 * options.caps[0] / self.cost_model.weights if options.names[0] in ("bits", "bytes") else None
         bits_range = BITS_RANGE if center is None else (center * 0.9, center)
         more_weights, more_acts = self.space.indices(self.space.sample(max(missing, 0), self.seed, bits_range))
