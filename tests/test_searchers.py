@@ -201,8 +201,12 @@ def test_predictions_that_tie_go_to_fewer_operations_and_others_stay() -> None:
         return (weights[:, 0] != 1) + 0.001 * (weights[:, 1:] != 1).sum(1)
 
     work = cost.macs[:, None] * cost.operations
-    free = lighten(weights, acts, predict, cost, budget, slack=0.0055)
-    assert free[0][0] == 1 and (free[0][1:] != 1).sum() == 5 and (free[1] == acts).all()
-    assert work[np.arange(8), free[0]].sum() < work[np.arange(8), weights].sum()
+    saves = np.maximum(work[:, 1:2] - work, 0).max(1)
+    saves[0] = 0.0  # it may not change
+    assert (saves > 0).sum() > 2
+    for slack, changes in ((0.0025, 2), (0.1, int((saves > 0).sum()))):
+        light = lighten(weights, acts, predict, cost, budget, slack)
+        changed = np.flatnonzero(light[0] != 1)
+        assert set(changed) == set(np.argsort(-saves)[:changes]) and (light[1] == acts).all()
     assert (lighten(weights, acts, predict, cost, budget, slack=0.0)[0] == weights).all()
     assert (lighten(weights, acts, predict, cost, budget, slack=9.0, rows=3)[0] == weights).all()
