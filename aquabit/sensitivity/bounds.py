@@ -155,6 +155,7 @@ class EnsembleBound:
         for f in np.flatnonzero(self.own):
             self.table[self.layer[f]] += self.ridge[f] * self.value[f].astype(float)
         self.table = np.where(allowed, self.table, 0.0)
+        self._floors: tuple[bytes, dict[int, float]] = (b"", {})  # of the limits that they were made for
         self._assemble()
 
     def _assemble(self) -> None:
@@ -226,6 +227,21 @@ class EnsembleBound:
         inside = allowed[self._column(f).layers]
         return float(np.where(inside, parts, np.inf).min(1).sum()), float(np.where(inside, parts, -np.inf).max(1).sum())
 
+    def _least(self, costs: np.ndarray, caps: np.ndarray) -> dict[int, float]:
+        """A lower bound of each sum within the limits: a budget leaves no room for small errors everywhere. Kept for the next call."""
+        key = costs.tobytes() + caps.tobytes()
+        if self._floors[0] != key:
+            layer, column = self.cells
+            limits, room = self._limits(self.root, costs, caps)
+            picks, found = self.equal[: self.shape[0], self.x : self.p], dict[int, float]()
+            for f in self.sums:
+                part = self._parts(f)[layer, column]
+                unit = max(float(np.abs(part).max()), 1e-30)
+                least = linprog(part / unit, limits[:, : self.p], room, picks, np.ones(self.shape[0]), method="highs")  # x from 0 on
+                found[f] = (least.fun - 1e-7 * max(abs(least.fun), 1.0)) * unit if least.x is not None else -np.inf
+            self._floors = (key, found)
+        return self._floors[1]
+
     def _unknown(self, allowed: np.ndarray) -> dict[int, tuple[float, float]]:
         """Intervals of the features that are no sums: those of sketches by the triangle inequality, any other from -inf to inf."""
         found = {f: (-np.inf, np.inf) for f, c in enumerate(self.columns) if c is None and not self.own[f]}
@@ -251,7 +267,10 @@ class EnsembleBound:
         objective[self.x : self.p], objective[self.p : self.z] = self.table[layer, column], self.trees.value
         low, high = np.zeros(self.count), np.ones(self.count)
         high[self.x : self.p] = allowed[layer, column]
-        ends = {f: self.interval(f, allowed) for f in self.sums}
+        floors, intervals = self._least(costs, caps), {f: self.interval(f, allowed) for f in self.sums}
+        if any(b < floors[f] for f, (_, b) in intervals.items()):
+            return np.inf, None  # the sum cannot be that small within the limits
+        ends = {f: (max(a, floors[f]), b) for f, (a, b) in intervals.items()}
         unknown = self._unknown(allowed)
         rows: list[tuple[list[int], list[float], float]] = []  # columns, values, at most
         for i, f in enumerate(self.sums):
