@@ -25,6 +25,7 @@ from aquabit.search import (
     additive_scores,
     choose,
     elect,
+    hypervolume,
     improve,
     integer_program,
     interval,
@@ -626,6 +627,16 @@ def test_pareto_keeps_what_nothing_dominates() -> None:
         assert kept[i] == (not dominated and not twin)
 
 
+def test_hypervolume_is_the_area_below_the_reference() -> None:
+    points, rng = np.random.default_rng(0).random((20, 2)) * 1.2, np.random.default_rng(1)
+    points[3] = points[4]
+    values, costs = [*points[:, 0].tolist(), np.nan], [*points[:, 1].tolist(), 0.0]
+    spots = rng.random((200_000, 2))
+    inside = ((points[:, 0] <= spots[:, :1]) & (points[:, 1] <= spots[:, 1:])).any(1).mean()
+    assert hypervolume(values, costs, (1.0, 1.0)) == pytest.approx(inside, abs=0.005)
+    assert hypervolume([2.0], [0.5], (1.0, 1.0)) == 0 == hypervolume([], [], (1.0, 1.0))
+
+
 def test_intervals_are_student_t() -> None:
     x = [1.0, 2.0, 4.0, 7.0]
     found = interval(x)
@@ -708,7 +719,7 @@ def test_the_elected_beats_every_known_uniform_of_no_more_bytes_in_the_mean(seed
     configs = [*space.sample(15, seed), *(space.uniform(s) for s in TOY["schemes"]), space.uniform("usq2", 16)]
     values = rng.normal(size=len(configs))
     values[rng.integers(len(values))] = np.nan
-    again = np.where(rng.random(len(configs)) < 0.1, np.nan, values + rng.normal(size=len(configs)))  # what luck had hidden
+    again = np.where(rng.random(len(configs)) < 0.1, np.nan, values + 2 * rng.random(len(configs)))  # what luck had hidden
     rivals = uniform_within(configs, values.tolist(), cost, budget)
     assert {configs[i].digest for i in rivals} <= {space.uniform(s).digest for s in TOY["schemes"]}  # a16 is not open to this budget
     assert all(cost(configs[i]).bits_per_weight <= budget.bits for i in rivals)  # type: ignore[operator]

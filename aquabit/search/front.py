@@ -59,6 +59,16 @@ def pareto(values: np.ndarray, costs: np.ndarray) -> np.ndarray:
     return np.asarray(keep)
 
 
+def hypervolume(values: Sequence[float], costs: Sequence[float], reference: tuple[float, float]) -> float:
+    """The area that (value, cost) pairs dominate below ``reference`` (value, cost): larger = a better front. NaN counts for nothing."""
+    value, cost = np.asarray(values, float), np.asarray(costs, float)
+    kept = np.flatnonzero((value < reference[0]) & (cost < reference[1]))
+    kept = kept[np.lexsort((value[kept], cost[kept]))]
+    best = np.minimum.accumulate(value[kept])
+    widths = np.diff(np.append(cost[kept], reference[1]))
+    return float(((reference[0] - best) * widths).sum())
+
+
 def choose(configs: Sequence[QuantConfig], values: Sequence[float], cost_model: CostModel, budget: Budget) -> int:
     """Index of the best measured configuration within the budget: ``values`` [n] larger = worse, NaN = failed; ties go to the smaller one.
 
