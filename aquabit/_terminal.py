@@ -202,6 +202,17 @@ def show_front(front: Any) -> None:
         sides += f"uniform {uniform['scheme']}: {uniform['bytes']:,} bytes, {c['metric']} {uniform['value']:.2f}; "
         change = f"difference {d['value']:+.2f} ({d['low']:+.2f} to {d['high']:+.2f}, 95 %, {c['blocks']} blocks of fresh seeds)"
         console.print(sides + change, highlight=False)
+    if front.proof is not None:
+        console.print(proof_line(front.proof), highlight=False)
+
+
+def proof_line(proof: Any) -> str:
+    """What a search proved, in one line."""
+    line = f"additive program: optimum {proof.optimum:.6g}, bound {proof.optimum_bound:.6g}, gap {proof.optimum_gap:.2g} of its span; "
+    line += f"surrogate: best prediction {proof.predicted:.4g}"
+    if proof.bound is None:
+        return line + ", no bound is known"
+    return line + f", none within the budget is below {proof.bound:.4g} (gap {proof.gap:.3g}, {proof.nodes} nodes)"
 
 
 def show_noise(statistics: Any, correction: str | None) -> None:

@@ -312,6 +312,7 @@ def search(
     out: Annotated[Path | None, typer.Option("--out", help="Write the winner here, as config.json.")] = None,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Rounds of proposing, measuring and refitting.")] = 2,
     per_round: Annotated[int, typer.Option("--per-round", min=1, help="New candidates a round.")] = 8,
+    method: Annotated[str, typer.Option("--method", help="program (integer program and local search) or evolve (NSGA-II; needs pymoo).")] = "program",
     correction: Annotated[str | None, typer.Option("--correction", help="Measure and choose candidates after this correction of their noise, as cnc+bc; default: as the study was measured.")] = None,
     workers: Workers = None, device: Device = "cpu", seed: Annotated[int, typer.Option("--seed")] = 0, bank: BankOption = None, json_: Json = None,
 ) -> None:  # fmt: skip
@@ -333,6 +334,7 @@ def search(
             rounds=rounds,
             per_round=per_round,
             seed=seed,
+            method=method,
             progress=progress,
             **options,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +22,27 @@ from aquabit.scheme import (
     no_progress,
 )
 from aquabit.search import (
+    Bound,
     Front,
     FrontMember,
     activation_choices,
+    check_method,
     choose,
+    elect,
     find_candidates,
     interval,
     paired_difference,
     remeasure_plan,
     smallest_uniform,
+    uniform_within,
 )
 from aquabit.sensitivity.attribution import Sensitivity, explain, save
+from aquabit.sensitivity.bounds import EnsembleBound
 from aquabit.sensitivity.correction import correction_shift, noise_facts, search_corrected
 from aquabit.sensitivity.evaluator import thumbnail
 from aquabit.sensitivity.latency import latency_table, packed_latencies
 from aquabit.sensitivity.measure import Session, open_session, uniform_references
-from aquabit.sensitivity.surrogate import fit_from_study, training_table
+from aquabit.sensitivity.surrogate import FittedSurrogate, fit_from_study, training_table
 from aquabit.sensitivity.validation import validate_in
 from aquabit.study import Study
 
@@ -74,7 +79,7 @@ def explained(
 
 def find(
     study: Study, bits: float | None = None, *, bytes: int | None = None, bops: float | None = None, latency_ms: float | None = None,
-    correction: str | None = None, pipe: Model | None = None, rounds: int = 2, per_round: int = 8, seed: int = 0,
+    correction: str | None = None, pipe: Model | None = None, rounds: int = 2, per_round: int = 8, seed: int = 0, method: str = "program",
     progress: Progress = no_progress, **options: Any,
 ) -> Front:  # fmt: skip
     """Search under a hard budget, measure the candidates, refit, repeat; then the front packed, on fresh seeds, and the winner without and
@@ -83,16 +88,20 @@ def find(
     ``latency_ms`` limits a denoiser call with one sample at the model's own size, on this machine with torch's threads: the search adds up
     measured times of layers, and the winner's whole call is measured. Raises AquabitError for a budget that the space cannot meet (both
     ends are named) and for a study with too few measurements. ``correction`` (as "cnc+bc"): candidates are measured and chosen after it, in
-    a study that was measured without (``search_corrected``); a study that was measured with one needs none.
+    a study that was measured without (``search_corrected``); a study that was measured with one needs none. ``method``: "program" (integer
+    program and local search) or "evolve" (NSGA-II; needs pymoo).
     """
+    check_method(method)
     budget = Budget(bits=3.0 if not any((bits, bytes, bops, latency_ms)) else bits, bytes=bytes, bops=bops, latency_ms=latency_ms)
     with open_session(_source(study, pipe), study, progress=progress, **options) as session:
         if correction is not None:
             search_corrected(session, correction, progress)
-        return find_in(session, budget, rounds, per_round, seed, progress)
+        return find_in(session, budget, rounds, per_round, seed, progress, method)
 
 
-def find_in(session: Session, budget: Budget, rounds: int, per_round: int, seed: int, progress: Progress) -> Front:
+def find_in(
+    session: Session, budget: Budget, rounds: int, per_round: int, seed: int, progress: Progress, method: str = "program"
+) -> Front:  # fmt: skip
     study, space, metric = session.study, session.space, session.protocol.objective
     training_table(study, metric)  # too few measurements are said before anything is searched
     if budget.latency_ms is not None:
@@ -106,9 +115,14 @@ def find_in(session: Session, budget: Budget, rounds: int, per_round: int, seed:
         if s.kind == "usq" and all(s in space.choices[k] for k in space.free_layers())
     ]
 
+    last: list[FittedSurrogate] = []
+
     def predict_factory() -> Any:
-        fitted = fit_from_study(study)
-        return lambda weights, acts: fitted.surrogate.predict(fitted.encoder(weights, acts))
+        last[:] = [fit_from_study(study)]
+        return last[0].badness
+
+    def bound(weights: np.ndarray, acts: np.ndarray, allowed: np.ndarray) -> Bound:
+        return EnsembleBound(last[0].surrogate, last[0].encoder, weights, acts, allowed)
 
     def measured() -> list[tuple[QuantConfig, float]]:
         table, configs = study.measurements(session.protocol, failed=True), study.configs()
@@ -119,12 +133,14 @@ def find_in(session: Session, budget: Budget, rounds: int, per_round: int, seed:
     def measure(configs: list[QuantConfig]) -> None:
         session.measure(configs, "candidate", progress, what="measuring candidates")
 
-    find_candidates(
-        space, costs, budget, predict_factory, measure, measured, uniform, rounds=rounds, per_round=per_round, seed=seed, progress=progress
-    )
+    found = find_candidates(
+        space, costs, budget, predict_factory, measure, measured, uniform, rounds=rounds, per_round=per_round, seed=seed, method=method,
+        bound=bound, progress=progress,
+    )  # fmt: skip
     pairs = [(c, v) for c, v in measured() if np.isfinite(v)]
     chosen = _finalists(session, [c for c, _ in pairs], np.array([v for _, v in pairs]), budget, metric, sign, progress)
-    front = _front(session, *chosen, budget, metric, progress)
+    proofs = [c.proof for c in found if c.proof is not None]
+    front = replace(_front(session, *chosen, budget, metric, progress), proof=proofs[-1] if proofs else None)
     noise = noise_facts(session, front.best, [session.protocol.block(b) for b in FRESH_BLOCKS], progress)
     study.set(front=front.to_dict(), noise=noise)
     return front
@@ -133,16 +149,25 @@ def find_in(session: Session, budget: Budget, rounds: int, per_round: int, seed:
 def _finalists(
     session: Session, configs: list[QuantConfig], values: np.ndarray, budget: Budget, metric: str, sign: float, progress: Progress
 ) -> tuple[list[QuantConfig], QuantConfig]:
-    """The front's configurations and its winner: the best few within the budget are measured again before one is chosen."""
+    """The front's configurations and its winner: the best few within the budget, and uniform ones that come near them, are measured again
+    before one is chosen."""
     best = _best_few(session, configs, values, budget, progress)
+    rivals = uniform_within(configs, list(values), session.costs, budget)
+    if budget.latency_ms is not None:
+        calls = packed_latencies(session.here, [configs[i] for i in rivals], progress)
+        rivals = [i for i, call in zip(rivals, calls, strict=True) if call <= budget.latency_ms]
     protocols = [session.protocol.block(b) for b in SELECTION_BLOCKS]
     session.measure([session.space.full_precision()], "reference", progress, protocols, "full precision, selection seeds")
-    session.measure([configs[i] for i in best], "selection", progress, protocols, "telling finalists apart")
-    blocks = _blocks(session, [configs[i] for i in best], protocols, metric)
-    mean = [float(np.mean([values[i], *(sign * v for v in blocks[configs[i].digest])])) for i in best]
-    winner = configs[best[int(np.argmin(mean))]]
-    refined = values.copy()
-    refined[best] = mean
+
+    def again(indices: list[int]) -> list[float]:
+        session.measure([configs[i] for i in indices], "selection", progress, protocols, "telling finalists apart")
+        blocks = _blocks(session, [configs[i] for i in indices], protocols, metric)
+        return [float(np.mean([values[i], *(sign * v for v in blocks[configs[i].digest])])) for i in indices]
+
+    sizes = [session.costs(c).bytes for c in configs]
+    best_one, means = elect(best, rivals, list(values), sizes, again)
+    winner, refined = configs[best_one], values.copy()
+    refined[list(means)] = list(means.values())
     planned = [configs[i] for i in remeasure_plan(configs, list(refined), session.costs, budget)]
     return ([winner] if winner not in planned else []) + planned, winner
 

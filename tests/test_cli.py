@@ -77,6 +77,8 @@ def test_run_writes_everything_and_continues(folder) -> None:
     assert set(config) == {"schema", "model", "fingerprint", "layers", "steps", "correction", "calibration"}
     study = Study(whole / "study.db")
     assert study.get("front")["comparison"]["blocks"] == 5
+    proof = study.get("front")["proof"]
+    assert proof["optimum_bound"] <= proof["optimum"] + 1e-9 and proof["bound"] <= proof["predicted"] and proof["nodes"] >= 1
     kinds = study.measurements(failed=True).kind.value_counts()
     assert kinds["candidate"] >= 16 and kinds["flip"] >= 6
     before = study.measurements(failed=True)

@@ -20,9 +20,12 @@ from aquabit.search import (
     FrontMember,
     Interval,
     Options,
+    Proof,
     activation_choices,
     additive_scores,
     choose,
+    elect,
+    hypervolume,
     improve,
     integer_program,
     interval,
@@ -32,6 +35,7 @@ from aquabit.search import (
     remeasure_plan,
     smallest_uniform,
     solve,
+    uniform_within,
 )
 from aquabit.search.loop import Candidate, find_candidates, schedule
 from aquabit.space import SearchSpace, make_space
@@ -220,6 +224,28 @@ def test_limits_that_cannot_be_kept_together_say_what_each_can_reach() -> None:
     for name, other in (("bytes", "bops"), ("bops", "bytes")):
         reachable = totals[name][totals[other] <= budget.limits()[other]].min()
         assert f"{name} can reach {reachable:.6g} with {other} kept, and at most {totals[name].max():.6g}" in str(error.value)
+
+
+@pytest.mark.parametrize(("share", "worst"), [(1.3, False), (1.02, True)])
+def test_three_limits_that_cannot_be_kept_together_name_what_each_can_reach(share: float, worst: bool) -> None:
+    space, cost = model(4, 2, schemes=["usq2g2", "usq3", "usq4"], activations=[8, 6])
+    weights, acts = every(space, (8, 6))
+    totals = cost.totals(weights, acts)
+    limits = {n: float(totals[n].min()) * share for n in ("bits", "bops", "latency_ms")}
+    assert not cost.within(totals, Budget(**limits)).any()
+    with pytest.raises(AquabitError, match="cannot be kept") as error:
+        solve(np.zeros((4, len(space.schemes), 2)), cost, Budget(**limits))
+    alone = []
+    for name in limits:
+        others = np.all([totals[k] <= limits[k] for k in limits if k != name], axis=0)
+        said = (
+            f"{name} can reach {totals[name][others].min():.6g} with"
+            if others.any()
+            else f"{name} alone can reach {totals[name].min():.6g} to"
+        )
+        assert said in str(error.value)
+        alone.append(not others.any())
+    assert any(alone) if worst else not all(alone)
 
 
 def test_cuts_ask_for_other_solutions_until_none_is_left() -> None:
@@ -481,6 +507,60 @@ def test_the_loop_is_deterministic_under_its_seed_and_survives_failures() -> Non
     assert runs[0] == runs[1] != runs[2]
 
 
+@pytest.mark.parametrize("unit", [1e-12, 1e12])
+def test_the_loop_proposes_the_same_whatever_the_unit_of_the_predictions(unit: float) -> None:
+    space, cost = model(10, 6, schemes=["usq2", "usq3", "usq4", "aq1x6g8"])
+    truth, runs = interacting(space, 6), []
+    for scale in (1.0, unit):
+        values: dict[str, tuple[QuantConfig, float]] = {}
+
+        def measure(configs: list[QuantConfig], scale: float = scale, values: dict[str, Any] = values) -> None:
+            found = truth(*space.indices(configs)) * scale
+            values.update({c.digest: (c, float(v)) for c, v in zip(configs, found, strict=True)})
+
+        measure(space.sample(30, 0))
+
+        def predict(weights: np.ndarray, acts: np.ndarray, scale: float = scale) -> np.ndarray:
+            return truth(weights, acts) * scale
+
+        options: dict[str, Any] = {"rounds": 1, "rows": 3000}
+        found = find_candidates(
+            space, cost, middle(cost, 0.4, "bits"), lambda p=predict: p, measure, lambda v=values: list(v.values()), **options
+        )  # fmt: skip
+        runs.append(([c.config.digest for c in found], found[0].proof))
+    assert runs[0][0] == runs[1][0]
+    one, other = runs[0][1], runs[1][1]
+    assert one is not None and other is not None and other.optimum == pytest.approx(one.optimum * unit) and other.bound is None
+    assert other.optimum_gap == pytest.approx(one.optimum_gap, abs=1e-6)
+
+
+def test_the_loop_says_how_near_to_the_optimum_it_came() -> None:
+    space, cost = model(6, 4, **TOY)
+    budget, lab = middle(cost, 0.35, "bits"), Lab(space, 60)
+    made: list[Any] = []
+    weights, acts = every(space, (8,))
+    inside = cost.within(cost.totals(weights, acts), budget)
+
+    def factory() -> Any:
+        made.append(lab.predict_factory())
+        return made[-1]
+
+    def bound(weights: np.ndarray, acts: np.ndarray, allowed: np.ndarray) -> Any:
+        return lambda allowed, costs, caps: (least() - 0.25, None)
+
+    def least() -> float:
+        return float(made[-1](weights[inside], acts[inside]).min())
+
+    found = find_candidates(
+        space, cost, budget, factory, lab.measure, lambda: list(lab.values.values()), rounds=1, rows=6000, bound=bound
+    )  # fmt: skip
+    proofs = [c.proof for c in found if c.proof is not None]
+    assert len(proofs) == 1 and proofs[0] is found[0].proof
+    proof = proofs[0]
+    assert proof.bound == pytest.approx(least() - 0.25) and proof.gap == pytest.approx(proof.predicted - proof.bound)
+    assert proof.predicted >= least() - 1e-9 and proof.optimum_bound <= proof.optimum and proof.optimum_gap < 2e-3
+
+
 def test_pins_exclusions_and_the_fixed_activations_are_kept() -> None:
     space, cost = model(8, 1, pinned={"l5": "usq8"}, excluded=["l2"], **TOY)
     for c in Lab(space, 30).search(cost, middle(cost, 0.4, "bytes"), rounds=1):
@@ -545,6 +625,16 @@ def test_pareto_keeps_what_nothing_dominates() -> None:
         dominated = any((table[j] <= table[i]).all() and (table[j] < table[i]).any() for j in range(60))
         twin = any((table[j] == table[i]).all() for j in range(i))
         assert kept[i] == (not dominated and not twin)
+
+
+def test_hypervolume_is_the_area_below_the_reference() -> None:
+    points, rng = np.random.default_rng(0).random((20, 2)) * 1.2, np.random.default_rng(1)
+    points[3] = points[4]
+    values, costs = [*points[:, 0].tolist(), np.nan], [*points[:, 1].tolist(), 0.0]
+    spots = rng.random((200_000, 2))
+    inside = ((points[:, 0] <= spots[:, :1]) & (points[:, 1] <= spots[:, 1:])).any(1).mean()
+    assert hypervolume(values, costs, (1.0, 1.0)) == pytest.approx(inside, abs=0.005)
+    assert hypervolume([2.0], [0.5], (1.0, 1.0)) == 0 == hypervolume([], [], (1.0, 1.0))
 
 
 def test_intervals_are_student_t() -> None:
@@ -621,13 +711,45 @@ def test_the_uniform_baseline_is_the_smallest_that_is_no_smaller() -> None:
     assert smallest_uniform(cost, space, kind="vq") == space.uniform("vq4")
 
 
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_the_elected_beats_every_known_uniform_of_no_more_bytes_in_the_mean(seed: int) -> None:
+    space, cost = model(5, seed % 5, **TOY)
+    rng, budget = np.random.default_rng(seed), middle(cost, 0.7, "bits")
+    configs = [*space.sample(15, seed), *(space.uniform(s) for s in TOY["schemes"]), space.uniform("usq2", 16)]
+    values = rng.normal(size=len(configs))
+    values[rng.integers(len(values))] = np.nan
+    again = np.where(rng.random(len(configs)) < 0.1, np.nan, values + 2 * rng.random(len(configs)))  # what luck had hidden
+    rivals = uniform_within(configs, values.tolist(), cost, budget)
+    assert {configs[i].digest for i in rivals} <= {space.uniform(s).digest for s in TOY["schemes"]}  # a16 is not open to this budget
+    assert all(cost(configs[i]).bits_per_weight <= budget.bits for i in rivals)  # type: ignore[operator]
+    asked: list[int] = []
+
+    def measure(indices: list[int]) -> list[float]:
+        asked.extend(indices)
+        return [float(again[i]) for i in indices]
+
+    left, finalists = values.copy(), list[int]()
+    for _ in range(3):
+        finalists.append(choose(configs, left.tolist(), cost, budget))
+        left[finalists[-1]] = np.nan
+    winner, means = elect(finalists, rivals, values.tolist(), [cost(c).bytes for c in configs], measure)
+    assert sorted(means) == sorted(asked) and len(set(asked)) == len(asked)
+    best = again[winner] if np.isfinite(again[winner]) else np.inf
+    for i in rivals:
+        if cost(configs[i]).bytes <= cost(configs[winner]).bytes and i != winner:
+            known = (again[i] if np.isfinite(again[i]) else np.inf) if i in means else values[i]
+            assert best <= known
+
+
 def front() -> Front:
     space, cost = model(4, **TOY)
     members = [
         FrontMember.of(cost, space.uniform(s), {"fid": 2.0}, {"fid": Interval(np.float64(1.5), 1.0, 2.0), "psnr": interval([20.0])})
         for s in ("usq4", "usq2", "usq3")
     ]
-    return Front(members, Budget(bits=3.4), space.uniform("usq3").digest, {"scheme": "usq3", "low": float("nan"), "n": np.int64(5)})
+    comparison = {"scheme": "usq3", "low": float("nan"), "n": np.int64(5)}
+    return Front(members, Budget(bits=3.4), space.uniform("usq3").digest, comparison, Proof(2.0, 1.9, 0.01, 0.7, 0.5, 0.2, 4))
 
 
 def test_the_front_in_json_and_back() -> None:
@@ -647,6 +769,10 @@ def test_the_front_in_json_and_back() -> None:
     again = Front.from_dict(stored)
     assert again.to_dict() == stored and again.best == here.best and again.budget == here.budget
     assert stored["comparison"] == {"scheme": "usq3", "low": None, "n": 5}
+    assert again.proof == here.proof and here.pruned("fid").proof == here.proof
+    assert Front.from_dict({k: v for k, v in stored.items() if k != "proof"}).proof is None  # as older studies hold it
+    with pytest.raises(AquabitError, match="is no proof of a search"):
+        Front.from_dict({**stored, "proof": {"optimum": 1.0}})
     html = here._repr_html_()
     assert html.count("<tr") == 4 and html.count("bold") == 2 and "1.5 (1 to 2)" in html
 

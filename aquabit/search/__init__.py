@@ -6,18 +6,26 @@ from aquabit.search.front import (
     FrontMember,
     Interval,
     choose,
+    elect,
+    hypervolume,
     interval,
     paired_difference,
     pareto,
     remeasure_plan,
     smallest_uniform,
+    uniform_within,
 )
 from aquabit.search.integer_program import Solution, additive_scores, choice_effects, solve
 from aquabit.search.local import Improved, improve
-from aquabit.search.loop import Candidate, find_candidates, ladder
+from aquabit.search.loop import Candidate, check_method, find_candidates, ladder
 from aquabit.search.options import Columns, Options, activation_choices
+from aquabit.search.proof import Bound, Bounded, Proof, branch_and_bound, columns_of
+from aquabit.search.searchers import SEARCHERS, Problem, find_searcher
 
 __all__ = [
+    "SEARCHERS",
+    "Bound",
+    "Bounded",
     "Candidate",
     "Columns",
     "Front",
@@ -25,13 +33,21 @@ __all__ = [
     "Improved",
     "Interval",
     "Options",
+    "Problem",
+    "Proof",
     "Solution",
     "activation_choices",
     "additive_scores",
     "assign",
+    "branch_and_bound",
+    "check_method",
     "choice_effects",
     "choose",
+    "columns_of",
+    "elect",
     "find_candidates",
+    "find_searcher",
+    "hypervolume",
     "improve",
     "interval",
     "ladder",
@@ -40,4 +56,5 @@ __all__ = [
     "remeasure_plan",
     "smallest_uniform",
     "solve",
+    "uniform_within",
 ]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from html import escape
 from math import isfinite
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ from scipy import stats
 from aquabit.cost import CostModel
 from aquabit.scheme import AquabitError, Budget, QuantConfig, Scheme
 from aquabit.search.options import Columns, activation_choices
+from aquabit.search.proof import Proof
 from aquabit.space import SearchSpace
 
 
@@ -58,6 +59,16 @@ def pareto(values: np.ndarray, costs: np.ndarray) -> np.ndarray:
     return np.asarray(keep)
 
 
+def hypervolume(values: Sequence[float], costs: Sequence[float], reference: tuple[float, float]) -> float:
+    """The area that (value, cost) pairs dominate below ``reference`` (value, cost): larger = a better front. NaN counts for nothing."""
+    value, cost = np.asarray(values, float), np.asarray(costs, float)
+    kept = np.flatnonzero((value < reference[0]) & (cost < reference[1]))
+    kept = kept[np.lexsort((value[kept], cost[kept]))]
+    best = np.minimum.accumulate(value[kept])
+    widths = np.diff(np.append(cost[kept], reference[1]))
+    return float(((reference[0] - best) * widths).sum())
+
+
 def choose(configs: Sequence[QuantConfig], values: Sequence[float], cost_model: CostModel, budget: Budget) -> int:
     """Index of the best measured configuration within the budget: ``values`` [n] larger = worse, NaN = failed; ties go to the smaller one.
 
@@ -72,6 +83,37 @@ def choose(configs: Sequence[QuantConfig], values: Sequence[float], cost_model: 
         raise AquabitError(f"no measured configuration keeps the budget ({budget}); run the search, which measures some")
     order = np.lexsort((eligible, totals["bytes"][eligible], measured[eligible]))
     return int(eligible[order[0]])
+
+
+def uniform_within(configs: Sequence[QuantConfig], values: Sequence[float], cost_model: CostModel, budget: Budget) -> list[int]:
+    """Indices of the measured configurations within the budget that give all free layers one choice: what a search must not lose to."""
+    _, open_ = _totals(configs, cost_model, budget)
+    free = cost_model.space.free_layers()
+
+    def alike(config: QuantConfig) -> bool:
+        return len({(config[k].weight, config[k].act) for k in free}) < 2
+
+    return [i for i in np.flatnonzero(open_ & np.isfinite(values)).tolist() if alike(configs[i])]
+
+
+def elect(
+    finalists: Sequence[int], rivals: Sequence[int], values: Sequence[float], sizes: Sequence[float],
+    measure: Callable[[list[int]], Sequence[float]],
+) -> tuple[int, dict[int, float]]:  # fmt: skip
+    """The index with the least mean, and the means of all that were measured again: ``measure(indices)`` gives the mean of each over
+    several blocks of seeds (larger = worse, NaN = failed there), ``values`` are of the one block that all were measured on.
+
+    ``rivals`` (uniform configurations) of no more bytes (``sizes``) than the winner, whose one value is as good as the winner's mean or
+    better, are measured again too, until none is left: the winner is measured worse than none of them.
+    """
+    means = dict(zip(finalists, measure(list(finalists)), strict=True))
+    while True:
+        means = {i: v if isfinite(v) else float("inf") for i, v in means.items()}
+        winner = min(means, key=lambda i: (means[i], values[i], sizes[i]))
+        joining = [i for i in rivals if i not in means and sizes[i] <= sizes[winner] and values[i] <= means[winner]]
+        if not joining:
+            return winner, means
+        means |= dict(zip(joining, measure(joining), strict=True))
 
 
 def remeasure_plan(
@@ -151,12 +193,13 @@ class FrontMember:
 @dataclass(frozen=True)
 class Front:
     """Re-measured configurations by bits. ``winner`` is the digest of the one for the budget (``best``); ``comparison`` is about the
-    uniform baseline."""
+    uniform baseline, ``proof`` says how near to its optimum the last surrogate was searched."""
 
     members: Sequence[FrontMember]
     budget: Budget | None = None
     winner: str | None = None
     comparison: Mapping[str, Any] = field(default_factory=dict)
+    proof: Proof | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "members", tuple(sorted(self.members, key=lambda m: (m.bits_per_weight, m.config.digest))))
@@ -180,16 +223,18 @@ class Front:
         values = np.array([sign * _number(m.measured.get(metric, {}).get("value")) for m in self.members])
         keep = pareto(values, np.array([m.bits_per_weight for m in self.members]))
         kept = [m for m, k in zip(self.members, keep, strict=True) if k or m.config.digest == self.winner]
-        return Front(kept, self.budget, self.winner, self.comparison)
+        return replace(self, members=kept)
 
     def to_list(self) -> list[dict[str, Any]]:
         """The value of ``front.json``."""
         return [m.to_dict() for m in self.members]
 
     def to_dict(self) -> dict[str, Any]:
-        """What a study keeps: the members, and beside them budget, winner and comparison."""
+        """What a study keeps: the members, and beside them budget, winner, comparison and proof."""
         budget = None if self.budget is None else asdict(self.budget)
-        return {"members": self.to_list(), "budget": budget, "winner": self.winner, "comparison": _defined(dict(self.comparison))}
+        proof = None if self.proof is None else _defined(self.proof.to_dict())
+        comparison = _defined(dict(self.comparison))
+        return {"members": self.to_list(), "budget": budget, "winner": self.winner, "comparison": comparison, "proof": proof}
 
     @staticmethod
     def from_list(
@@ -216,11 +261,12 @@ class Front:
 
     @staticmethod
     def from_dict(value: Any, source: str = "the stored front") -> Front:
-        """The inverse of ``to_dict``."""
-        if not isinstance(value, dict) or set(value) != {"members", "budget", "winner", "comparison"}:
+        """The inverse of ``to_dict``; older studies have no proof."""
+        if not isinstance(value, dict) or set(value) - {"proof"} != {"members", "budget", "winner", "comparison"}:
             raise AquabitError(f"{source} must be an object with members, budget, winner and comparison, got {value!r:.60}")
         budget = None if value["budget"] is None else Budget(**value["budget"])
-        return Front.from_list(value["members"], source, budget, value["winner"], value["comparison"])
+        front = Front.from_list(value["members"], source, budget, value["winner"], value["comparison"])
+        return replace(front, proof=None if value.get("proof") is None else Proof.from_dict(value["proof"]))
 
     def _repr_html_(self) -> str:
         metrics = list(dict.fromkeys(k for m in self.members for k in [*m.predicted, *m.measured]))

@@ -6,7 +6,7 @@ import ctypes
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from scipy.sparse import csr_matrix
 
 from aquabit.cost import CostModel
 from aquabit.scheme import AquabitError, Budget
-from aquabit.search.options import Columns, Options, Predict, activation_choices
+from aquabit.search.options import Columns, Options, Predict, activation_choices, kernel_operations
 from aquabit.space import SearchSpace
 
 SCALE = 1e4  # the largest difference between two scores of a layer: HiGHS's absolute gap of 1e-6 is then one in 10^10
@@ -41,9 +41,13 @@ Cut = tuple[np.ndarray, np.ndarray, int]  # (weights [L], acts [L], layers that 
 
 
 def solve(
-    scores: np.ndarray, cost_model: CostModel, budget: Budget, *, cuts: Sequence[Cut] = (), relative_gap: float = 0.0, nodes: int = NODES
-) -> Solution:
+    scores: np.ndarray, cost_model: CostModel, budget: Budget, *, cuts: Sequence[Cut] = (), relative_gap: float = 0.0, nodes: int = NODES,
+    ties: float | None = None,
+) -> Solution:  # fmt: skip
     """The configuration of least total score within every limit of ``budget``, exactly (bytes are whole numbers).
+
+    With ``ties``, totals that exceed the least by no more than this share of the largest difference between two totals count as equal, and
+    of them the configuration of fewest operations is taken (``kernel_operations``): a second program, in which the score is one more limit.
 
     ``scores`` is [L, schemes, A] over ``space.schemes`` and ``activation_choices(space, budget)``; cells that a layer may not take
     are ignored. ``cuts`` ask for solutions that differ from known ones. Raises AquabitError with the smallest and the largest
@@ -60,11 +64,13 @@ def solve(
     if found is None:
         raise AquabitError(_infeasible(options, cost_model, budget, bool(cuts)))
     choice, bound = found
+    if ties is not None:
+        choice = _lightest(choice, scaled, options, excluded, cost_model, budget, ties * unit * float(spans.sum()), nodes)
     rows = np.arange(len(choice))
     score, above = float(table[rows, choice].sum()), float(scaled[rows, choice].sum())
     missing = max(above - bound, 0.0)  # in scaled units; bound counts from the sum of the layers' smallest scores
     weights, acts = options.columns.split(choice)
-    return Solution(weights, acts, score, score - missing / unit, missing / max(unit * float(spans.sum()), 1e-300))
+    return Solution(weights, acts, score, float(score - missing / unit), float(missing / max(unit * float(spans.sum()), 1e-300)))
 
 
 def _exact(
@@ -85,6 +91,28 @@ def _exact(
         excluded = [*excluded, (choice, 1)]
     mended = None if choice is None else options.repair(choice, scores)
     return None if mended is None or not _within(mended, options, cost_model, budget) else (mended, 0.0)  # scores here are never negative
+
+
+def _lightest(
+    choice: np.ndarray, scores: np.ndarray, options: Options, excluded: list[tuple[np.ndarray, int]], cost_model: CostModel, budget: Budget,
+    slack: float, nodes: int,
+) -> np.ndarray:  # fmt: skip
+    """Of the choices [L] whose total score is at most ``slack`` above that of ``choice``, one of fewest operations."""
+    rows, allowed = np.arange(len(choice)), options.columns.allowed
+    work = kernel_operations(cost_model, options)
+    work = np.where(allowed, work - np.where(allowed, work, np.inf).min(1, keepdims=True), 0.0)
+    if not work.max() > 0:
+        return choice
+    cap = float(scores[rows, choice].sum()) + slack + 1e-9
+    limited = replace(
+        options, names=(*options.names, "score"), costs=np.concatenate([options.costs, scores[None]]), caps=np.append(options.caps, cap),
+        openings=tuple(replace(o, costs=np.append(o.costs, 0.0)) for o in options.openings),
+    )  # fmt: skip
+    try:
+        found = _exact(work * (SCALE / work.max()), limited, excluded, cost_model, budget, 1e-6, nodes)
+    except AquabitError:  # it ran out of nodes
+        return choice
+    return choice if found is None or work[rows, found[0]].sum() >= work[rows, choice].sum() else found[0]
 
 
 def _table(scores: np.ndarray, cost_model: CostModel, options: Options) -> np.ndarray:
@@ -199,8 +227,10 @@ def _infeasible(options: Options, cost_model: CostModel, budget: Budget, cut: bo
         unit = SCALE / max(float(options.costs[r].max()), 1e-300)
         tables = np.array([opening.costs[r] * unit for opening in options.openings])
         choice, _ = _milp(options.costs[r] * unit, options, (), 0.0, NODES, others, tables)
-        high = cost_model.limits(fixed)[name][1]
-        if choice is None:
+        low, high = cost_model.limits(fixed)[name]
+        if choice is None:  # more than one limit is at fault
+            exclude = " and ".join(options.names[k] for k in others)
+            reach.append(f"{name} alone can reach {low:.6g} to {high:.6g}, while {exclude} exclude each other")
             continue
         totals = cost_model.totals(*options.columns.split(choice[None]))
         beside = f" with {' and '.join(options.names[k] for k in others)} kept" if others else ""

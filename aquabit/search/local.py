@@ -8,7 +8,7 @@ import numpy as np
 
 from aquabit.cost import CostModel
 from aquabit.scheme import AquabitError, Budget, act_of, act_text
-from aquabit.search.options import Options, Predict
+from aquabit.search.options import Options, Predict, kernel_operations
 
 BATCH = 4096
 LIFTS = 256  # first halves of pairs that are ranked against every other change; more only slows the ranking
@@ -73,6 +73,33 @@ def improve(
             best, value, singles = trial, reached, table
     out_weights, out_acts = options.columns.split(best)
     return Improved(out_weights, out_acts, value, start, counted.rows)
+
+
+def lighten(
+    weights: np.ndarray, acts: np.ndarray, predict: Predict, cost_model: CostModel, budget: Budget, slack: float, *, rows: int = 20_000
+) -> tuple[np.ndarray, np.ndarray]:
+    """``weights``, ``acts`` [L] changed in single layers to need fewer operations of the kernel, while the prediction stays within
+    ``slack`` of what it was and the budget is kept: a tie goes to the formats that run fastest. At most ``rows`` rows are predicted."""
+    options = Options.of(cost_model, budget)
+    choice, work = options.columns.join(weights, acts), kernel_operations(cost_model, options)
+    counted, layers = _Counted(predict, options, rows), np.arange(len(choice))
+    value: float | None = None
+    while True:
+        saved = work[layers, choice][:, None] - work
+        layer, column = np.nonzero(options.columns.allowed & (saved > 1e-9 * work.max()))
+        single = np.repeat(choice[None], len(layer), 0)
+        single[np.arange(len(layer)), layer] = column
+        kept = np.flatnonzero(options.keeps(single))
+        if not len(kept) or counted.left < len(kept) + 1:
+            break
+        value = float(counted(choice[None])[0]) if value is None else value
+        if not np.isfinite(value):
+            break
+        kept = kept[counted(single[kept]) <= value + slack]
+        if not len(kept):
+            break
+        choice = single[kept[np.argmax(saved[layer[kept], column[kept]])]]
+    return options.columns.split(choice)
 
 
 def _descend(choice: np.ndarray, value: float, counted: _Counted, pairs: int) -> tuple[np.ndarray, float, np.ndarray]:

@@ -9,30 +9,38 @@ import numpy as np
 
 from aquabit.cost import CostModel
 from aquabit.scheme import AquabitError, Budget, Progress, QuantConfig, no_progress
-from aquabit.search.integer_program import Cut, choice_effects, solve
-from aquabit.search.local import improve
+from aquabit.search.evolve import check_installed, evolve
+from aquabit.search.integer_program import Cut, Solution, choice_effects, solve
+from aquabit.search.local import improve, lighten
 from aquabit.search.options import Options, Predict
+from aquabit.search.proof import BoundFactory, Proof, branch_and_bound, columns_of
 from aquabit.space import BITS_RANGE, SearchSpace
 
+METHODS = ("program", "evolve")
+CONTEXT_ROWS = 15_000  # predictions of single choices for one target, which set the number of contexts of large models, at least 4
+TIES = 1e-3  # predictions that differ by less, relative to the spread of those of the measured configurations, are equal
 SPREAD = (0.9, 1.1, 0.8, 1.25)  # limits of the front's other targets relative to the budget's, the nearest first
+Chosen = tuple[np.ndarray, np.ndarray]  # (weights [L], acts [L])
 Measured = Iterable[tuple[QuantConfig, float]]
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A configuration that the search proposed in ``round`` under ``target``, and the surrogate's value for it then (larger = worse)."""
+    """A configuration that the search proposed in ``round`` under ``target``, and the surrogate's value for it then (larger = worse); with
+    a round's first under the budget, what was proved of that surrogate."""
 
     config: QuantConfig
     target: Budget
     round: int
     predicted: float
+    proof: Proof | None = None
 
 
 def find_candidates(
     space: SearchSpace, cost_model: CostModel, budget: Budget, predict_factory: Callable[[], Predict],
     measure: Callable[[list[QuantConfig]], None], measured: Callable[[], Measured], uniform: Sequence[QuantConfig] = (), *,
     rounds: int = 2, per_round: int = 8, spread: Sequence[float] = SPREAD, contexts: int = 16, rows: int = 15_000, seed: int = 0,
-    progress: Progress = no_progress,
+    method: str = "program", ties: float = TIES, bound: BoundFactory | None = None, progress: Progress = no_progress,
 ) -> list[Candidate]:  # fmt: skip
     """Propose, measure and learn from configurations within ``budget`` and, for the front, within targets scaled by ``spread``.
 
@@ -40,8 +48,12 @@ def find_candidates(
     by local search for ``per_round`` configurations that were never measured: five in eight under the budget, the rest along the
     front. ``measure(configs)`` measures and stores them; ``measured()`` gives every (configuration, value) so far, larger = worse,
     NaN = failed. ``uniform`` configurations within some target and not measured yet are measured first. Fewer than ``per_round``
-    are proposed only where the space has no more. Raises AquabitError where the budget cannot be kept.
+    are proposed only where the space has no more. ``method="evolve"`` proposes from the front of an evolution (``evolve``) instead.
+    Predictions that differ by ``ties`` of their spread or less count as equal, and the configuration of fewer operations is proposed.
+    ``bound`` makes the bound of the last surrogate that ``predict_factory`` gave, for the proof of the last round. Raises AquabitError
+    where the budget cannot be kept.
     """
+    check_method(method)
     targets = [budget, *ladder(cost_model, budget, spread)]
     _check(cost_model, budget)
     known = {c.digest for c, _ in measured()}
@@ -51,7 +63,20 @@ def find_candidates(
         measure(baselines)
     found: list[Candidate] = []
     for number in range(rounds):
-        proposer = _Proposer(space, cost_model, predict_factory(), list(measured()), number, contexts, rows, seed)
+        proposer = Proposer(
+            space,
+            cost_model,
+            predict_factory(),
+            list(measured()),
+            number,
+            contexts,
+            rows,
+            seed,
+            targets,
+            method,
+            ties,
+            bound if number == rounds - 1 else None,
+        )
         for slot, target in enumerate(schedule(targets, per_round, number)):
             progress("search", number * per_round + slot, rounds * per_round)
             if not proposer.add(target) and target is not budget:
@@ -62,6 +87,14 @@ def find_candidates(
         found += proposer.candidates
     progress("search", rounds * per_round, rounds * per_round)
     return found
+
+
+def check_method(method: str) -> None:
+    """Raise AquabitError for an unknown search method, and for one whose library is not installed."""
+    if method not in METHODS:
+        raise AquabitError(f"the search method {method!r} is unknown; known: {', '.join(METHODS)}")
+    if method == "evolve":
+        check_installed()
 
 
 def ladder(cost_model: CostModel, budget: Budget, spread: Sequence[float] = SPREAD) -> list[Budget]:
@@ -103,12 +136,13 @@ class _Aim:
 
     options: Options
     effects: np.ndarray
-    warm: tuple[np.ndarray, np.ndarray] | None
+    warm: Chosen | None
     tries: int = 0
+    solution: Solution | None = None  # of the mean effects over all contexts
 
 
 @dataclass
-class _Proposer:
+class Proposer:
     """One round's proposals, each new and apart from the others of its round."""
 
     space: SearchSpace
@@ -119,6 +153,10 @@ class _Proposer:
     contexts: int
     rows: int
     seed: int
+    targets: Sequence[Budget]
+    method: str = "program"
+    ties: float = TIES
+    bound: BoundFactory | None = None
     candidates: list[Candidate] = field(default_factory=list)
     aims: dict[Budget, _Aim] = field(default_factory=dict)
 
@@ -128,7 +166,11 @@ class _Proposer:
         self.known_digests = {c.digest for c, _ in self.measured}
         self.known = self.space.indices([c for c, _ in inside])
         self.values = np.array([v for _, v in inside], float)
-        self.picked: list[tuple[np.ndarray, np.ndarray]] = []  # this round's proposals
+        self.picked: list[Chosen] = []  # this round's proposals
+        self.front: Chosen | None = None  # [n, L] each, of the evolution
+        predicted = np.asarray(self.predict(*self.known), float) if len(inside) else np.zeros(0)
+        finite = predicted[np.isfinite(predicted)]
+        self.slack = self.ties * float(finite.max() - finite.min()) if len(finite) else 0.0
         self.known_hashes = self._hash(*self.known)
 
     def add(self, target: Budget) -> bool:
@@ -137,18 +179,64 @@ class _Proposer:
         rng = np.random.default_rng([self.seed, self.round, len(self.candidates)])
         apart = max(1, len(aim.options.columns.free) // 20)
         aim.tries += 1
-        start = aim.warm if aim.tries == 2 and aim.warm is not None else self._start(aim, target, apart, rng)
-        if start is not None:
-            found = improve(*start, self._avoiding(apart), self.cost_model, target, int(rng.integers(1 << 31)), rows=self.rows)
-            start = (found.weights, found.acts)
+        start = self._evolved(target, apart) if self.method == "evolve" else self._searched(aim, target, apart, rng)
         if start is None or not self._new(*start):
             start = self._perturbed(aim, target, rng)
         if start is None:
             return False
+        proof = None
+        if target == self.targets[0] and aim.tries == 1:
+            start, proof = self._proved(aim, target, start)
         predicted = float(self.predict(start[0][None], start[1][None])[0])
-        self.candidates.append(Candidate(self.space.configs(start[0][None], start[1][None])[0], target, self.round, predicted))
+        config = self.space.configs(start[0][None], start[1][None])[0]
+        self.candidates.append(Candidate(config, target, self.round, predicted, proof))
         self.picked.append(start)
         return True
+
+    def _searched(self, aim: _Aim, target: Budget, apart: int, rng: np.random.Generator) -> Chosen | None:
+        """The integer program's optimum, or the best measured configuration at the second try, improved on the surrogate; of ties the one
+        of fewest operations."""
+        start = aim.warm if aim.tries == 2 and aim.warm is not None else self._start(aim, target, apart, rng)
+        if start is None:
+            return None
+        avoiding = self._avoiding(apart)
+        found = improve(*start, avoiding, self.cost_model, target, int(rng.integers(1 << 31)), rows=self.rows)
+        return lighten(found.weights, found.acts, avoiding, self.cost_model, target, self.slack)
+
+    def _evolved(self, target: Budget, apart: int) -> Chosen | None:
+        """The best predicted member within ``target`` of one front for all targets, not known and apart from the round's others; it starts
+        from the integer program's optimum of each target."""
+        if self.front is None:
+            starts = []
+            for other in self.targets:
+                aim = self.aims.get(other) or self.aims.setdefault(other, self._aim(other))
+                starts += [s for s in (self._start(aim, other, apart, np.random.default_rng(self.seed)), aim.warm) if s is not None]
+            self.front = evolve(self.predict, self.cost_model, self.targets, starts, seed=self.seed + self.round)
+        weights, acts = self.front
+        if not len(weights):
+            return None
+        values = np.where(
+            self.cost_model.within(self.cost_model.totals(weights, acts), target), self._avoiding(apart)(weights, acts), np.inf
+        )
+        best = int(values.argmin())
+        return (weights[best], acts[best]) if np.isfinite(values[best]) else None
+
+    def _proved(self, aim: _Aim, target: Budget, start: Chosen) -> tuple[Chosen, Proof | None]:
+        """The proof for the budget, and ``start``, or what branch and bound finds better where that is new."""
+        if aim.solution is None:
+            return start, None
+        additive = (aim.solution.score, aim.solution.bound, aim.solution.gap)
+        inside = [c for c in (start, aim.warm) if c is not None]
+        values = [float(self.predict(c[0][None], c[1][None])[0]) for c in inside]
+        best = inside[int(np.argmin(values))]
+        if self.bound is None:
+            return start, Proof(*additive, predicted=min(values))
+        bound = self.bound(*columns_of(aim.options))
+        found = branch_and_bound(*best, self.predict, bound, self.cost_model, target, rows=self.rows // 4, seed=self.seed)
+        if found.predicted < values[0] - self.slack and self._new(found.weights, found.acts):
+            start = (found.weights, found.acts)
+        proven = np.isfinite(found.bound)
+        return start, Proof(*additive, found.predicted, found.bound if proven else None, found.gap if proven else None, found.nodes)
 
     def _aim(self, target: Budget) -> _Aim:
         """Effects in the measured configurations nearest to the target, filled up with random ones; and the best measured within it."""
@@ -157,9 +245,10 @@ class _Proposer:
         choice = options.columns.join(weights, acts)
         usable = np.flatnonzero((choice >= 0).all(1) & np.isfinite(self.values))
         weights, acts, values, choice = weights[usable], acts[usable], self.values[usable], choice[usable]
+        contexts = min(self.contexts, max(4, CONTEXT_ROWS // max(int(options.columns.allowed.sum()), 1)))
         distance = np.abs(options.used(choice) / options.caps[:, None] - 1).max(0)
-        near = np.argsort(distance, kind="stable")[: self.contexts]
-        missing = self.contexts - len(near)
+        near = np.argsort(distance, kind="stable")[:contexts]
+        missing = contexts - len(near)
         center = 8 * options.caps[0] / self.cost_model.weights if options.names[0] in ("bits", "bytes") else None
         bits_range = BITS_RANGE if center is None else (center * 0.9, center)
         more_weights, more_acts = self.space.indices(self.space.sample(max(missing, 0), self.seed, bits_range))
@@ -169,7 +258,7 @@ class _Proposer:
         best = kept[np.argmin(values[kept])] if len(kept) else None
         return _Aim(options, effects, None if best is None else (weights[best], acts[best]))
 
-    def _start(self, aim: _Aim, target: Budget, apart: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray] | None:
+    def _start(self, aim: _Aim, target: Budget, apart: int, rng: np.random.Generator) -> Chosen | None:
         """The integer program's optimum for the mean effects over all contexts, later over a bootstrap; None where cuts leave none."""
         count = len(aim.effects)
         rows = np.arange(count) if aim.tries == 1 else rng.integers(count, size=count)
@@ -178,9 +267,10 @@ class _Proposer:
             if (aim.options.columns.join(weights, acts) >= 0).all():
                 cuts.append((weights, acts, apart))
         try:
-            found = solve(aim.effects[rows].mean(0), self.cost_model, target, cuts=cuts, relative_gap=1e-3)
+            found = solve(aim.effects[rows].mean(0), self.cost_model, target, cuts=cuts, relative_gap=1e-3, ties=self.ties)
         except AquabitError:
             return None
+        aim.solution = aim.solution or found
         return found.weights, found.acts
 
     @staticmethod
@@ -205,7 +295,7 @@ class _Proposer:
         digest = self.space.configs(weights[None], acts[None])[0].digest
         return digest not in self.known_digests and digest not in {c.config.digest for c in self.candidates}
 
-    def _perturbed(self, aim: _Aim, target: Budget, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray] | None:
+    def _perturbed(self, aim: _Aim, target: Budget, rng: np.random.Generator) -> Chosen | None:
         """The first new configuration among 300 random changes, ever wider, of the integer program's optimum; None where all are known."""
         scores = aim.effects.mean(0)
         try:

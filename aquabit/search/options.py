@@ -166,7 +166,13 @@ class Options:
             useful = self.columns.allowed & (gain > 1e-15) & np.isfinite(rise)
             if not useful.any():
                 return None
-            price = np.where(useful, (rise + 1e-12) / np.where(useful, gain, 1), np.inf)
+            unit = max(float(rise[useful].max()), 1e-300)  # whatever scores are measured in
+            price = np.where(useful, (np.where(useful, rise, 0) / unit + 1e-12) / np.where(useful, gain, 1), np.inf)
             layer, column = np.unravel_index(int(np.argmin(price)), price.shape)
             choice[layer] = column
         return choice
+
+
+def kernel_operations(cost_model: CostModel, options: Options) -> np.ndarray:
+    """Operations [L, C] of the kernel at each column (``Scheme.operations``: multiply-adds, an add counted as half of one)."""
+    return np.repeat(cost_model.macs[:, None] * cost_model.operations, len(options.columns.activations), axis=1)
