@@ -29,7 +29,7 @@ from aquabit.study import Study
 from tests.test_surrogate import World
 
 SCHEMES = ("usq2", "usq3", "usq4", "vq2", "vq4")
-QUICK = {"gbdt": {"rounds": 40}, "graph_network": {"width": 8, "hops": 2, "heads": 2, "batch": 8, "epochs": 40}}
+QUICK = {"gbdt": {"rounds": 40}, "graph_network": {"width": 16, "hops": 2, "heads": 2, "batch": 8, "epochs": 30}}
 
 
 class Small(World):

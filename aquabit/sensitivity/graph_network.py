@@ -22,7 +22,7 @@ from aquabit.sensitivity.regressor import Estimator
 
 SOURCES = 4  # nearest layers upstream that a layer attends to, beside itself: bounds the work on deep residual streams
 HELD_OUT = 0.15  # of the training configurations, for early stopping
-PATIENCE = 12  # epochs without a better held-out loss
+PATIENCE = 12  # epochs without a better held-out loss, from the middle on: before, the rate is high and the loss may well rise
 SOFTNESS = 0.2  # of soft ranks, in standard deviations of a score
 CHUNK = 256  # configurations predicted at once: bounds memory
 FACTS = 6  # numbers of a node beside its operator type and scheme
@@ -263,7 +263,7 @@ class GraphNetwork(Estimator):
             steps = self.epochs * -(-len(kept) // self.batch)
             schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, self.rate, total_steps=steps, pct_start=0.2)
             best, state, waited = float("inf"), dict(net.state_dict()), 0
-            for _ in range(self.epochs):
+            for epoch in range(self.epochs):
                 for rows in kept[torch.randperm(len(kept))].split(self.batch):
                     optimiser.zero_grad()
                     self._loss(net, inputs, z, rows).backward()
@@ -273,7 +273,7 @@ class GraphNetwork(Estimator):
                     loss = float(self._loss(net, inputs, z, held))
                 if loss < best:
                     best, state, waited = loss, {k: v.clone() for k, v in net.state_dict().items()}, 0
-                elif (waited := waited + 1) > PATIENCE:
+                elif epoch >= self.epochs // 2 and (waited := waited + 1) > PATIENCE:
                     break
             net.load_state_dict(state)
         return net.eval()
