@@ -14,8 +14,12 @@ def needed(layers: int) -> int:
 
 
 def widening(count: int, layers: int) -> float:
-    """Factor on the intervals of effects where there are fewer measurements than ``needed``."""
-    return float(max(1.0, needed(layers) / count) ** 0.5)
+    """Factor on the intervals of effects where there are fewer measurements than ``needed``: the fourth root of how many times fewer.
+
+    Bootstrap intervals grow by themselves, but too slowly: on synthetic truth (60 layers, 3 draws) the factor that makes them hold 90 % of
+    the true effects was 1.3 times as large at 25, 40 and 60 measurements as at 120; the fourth root says 1.5, 1.3 and 1.2.
+    """
+    return float(max(1.0, needed(layers) / count) ** 0.25)
 
 
 def judged(scores: Mapping[str, Any], estimator: str, count: int, layers: int) -> dict[str, Any]:
