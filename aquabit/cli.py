@@ -313,6 +313,7 @@ def search(
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Rounds of proposing, measuring and refitting.")] = 2,
     per_round: Annotated[int, typer.Option("--per-round", min=1, help="New candidates a round.")] = 8,
     method: Annotated[str, typer.Option("--method", help="program (integer program and local search) or evolve (NSGA-II; needs pymoo).")] = "program",
+    screen: Annotated[int, typer.Option("--screen", min=1, help="Configurations proposed for each that is measured; output errors on stored inputs choose among them (1: none of this).")] = 4,
     correction: Annotated[str | None, typer.Option("--correction", help="Measure and choose candidates after this correction of their noise, as cnc+bc; default: as the study was measured.")] = None,
     workers: Workers = None, device: Device = "cpu", seed: Annotated[int, typer.Option("--seed")] = 0, bank: BankOption = None, json_: Json = None,
 ) -> None:  # fmt: skip
@@ -335,6 +336,7 @@ def search(
             per_round=per_round,
             seed=seed,
             method=method,
+            screen=screen,
             progress=progress,
             **options,
         )

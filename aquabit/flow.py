@@ -42,11 +42,13 @@ from aquabit.sensitivity.correction import correction_shift, noise_facts, search
 from aquabit.sensitivity.evaluator import thumbnail
 from aquabit.sensitivity.latency import latency_table, packed_latencies
 from aquabit.sensitivity.measure import Session, open_session, uniform_references
+from aquabit.sensitivity.screening import fit_screen
 from aquabit.sensitivity.surrogate import FittedSurrogate, fit_from_study, training_table
 from aquabit.sensitivity.validation import validate_in
 from aquabit.study import Study
 
 FINALISTS, SELECTION_BLOCKS, TRIES = 4, (2, 3), 3  # the best few are told apart on seeds that nothing was fitted to
+SCREEN = 4  # configurations proposed for each that is measured
 FRESH_BLOCKS = (11, 12, 13, 14, 15)  # what is reported; block 1 belongs to validation
 
 
@@ -80,7 +82,7 @@ def explained(
 def find(
     study: Study, bits: float | None = None, *, bytes: int | None = None, bops: float | None = None, latency_ms: float | None = None,
     correction: str | None = None, pipe: Model | None = None, rounds: int = 2, per_round: int = 8, seed: int = 0, method: str = "program",
-    progress: Progress = no_progress, **options: Any,
+    screen: int = SCREEN, progress: Progress = no_progress, **options: Any,
 ) -> Front:  # fmt: skip
     """Search under a hard budget, measure the candidates, refit, repeat; then the front packed, on fresh seeds, and the winner without and
     with noise correction. Stored in the study.
@@ -89,18 +91,22 @@ def find(
     measured times of layers, and the winner's whole call is measured. Raises AquabitError for a budget that the space cannot meet (both
     ends are named) and for a study with too few measurements. ``correction`` (as "cnc+bc"): candidates are measured and chosen after it, in
     a study that was measured without (``search_corrected``); a study that was measured with one needs none. ``method``: "program" (integer
-    program and local search) or "evolve" (NSGA-II; needs pymoo).
+    program and local search) or "evolve" (NSGA-II; needs pymoo). ``screen``: configurations proposed for each that is measured; the errors of
+    their denoiser outputs on stored inputs, a fifteenth of the cost of a measurement, choose among them (1: none of this).
     """
+    if screen < 1:
+        raise AquabitError(f"screen is {screen}; it must be at least 1 (1: every proposed configuration is measured)")
     check_method(method)
     budget = Budget(bits=3.0 if not any((bits, bytes, bops, latency_ms)) else bits, bytes=bytes, bops=bops, latency_ms=latency_ms)
     with open_session(_source(study, pipe), study, progress=progress, **options) as session:
         if correction is not None:
             search_corrected(session, correction, progress)
-        return find_in(session, budget, rounds, per_round, seed, progress, method)
+        return find_in(session, budget, rounds, per_round, seed, progress, method, screen)
 
 
 def find_in(
-    session: Session, budget: Budget, rounds: int, per_round: int, seed: int, progress: Progress, method: str = "program"
+    session: Session, budget: Budget, rounds: int, per_round: int, seed: int, progress: Progress, method: str = "program",
+    screen: int = SCREEN,
 ) -> Front:  # fmt: skip
     study, space, metric = session.study, session.space, session.protocol.objective
     training_table(study, metric)  # too few measurements are said before anything is searched
@@ -133,9 +139,14 @@ def find_in(
     def measure(configs: list[QuantConfig]) -> None:
         session.measure(configs, "candidate", progress, what="measuring candidates")
 
+    def screened(configs: list[QuantConfig]) -> np.ndarray:
+        known = study.configs()
+        outputs = session.outputs([*(known[c] for c in last[0].configs), *configs], progress)
+        return fit_screen(last[0], outputs)(configs, outputs)
+
     found = find_candidates(
         space, costs, budget, predict_factory, measure, measured, uniform, rounds=rounds, per_round=per_round, seed=seed, method=method,
-        bound=bound, progress=progress,
+        bound=bound, screen=screened if screen > 1 else None, pool=screen, progress=progress,
     )  # fmt: skip
     pairs = [(c, v) for c, v in measured() if np.isfinite(v)]
     chosen = _finalists(session, [c for c, _ in pairs], np.array([v for _, v in pairs]), budget, metric, sign, progress)

@@ -29,6 +29,7 @@ CREATE TABLE flips(layer TEXT NOT NULL, before TEXT NOT NULL, after TEXT NOT NUL
   protocol TEXT NOT NULL, UNIQUE(config_before, config_after, protocol));
 CREATE TABLE thumbnails(config TEXT NOT NULL, protocol TEXT NOT NULL, png BLOB NOT NULL, UNIQUE(config, protocol));
 """
+OUTPUTS = "CREATE TABLE IF NOT EXISTS outputs(config TEXT NOT NULL, inputs TEXT NOT NULL, value TEXT NOT NULL, UNIQUE(config, inputs))"
 
 
 @contextmanager
@@ -260,6 +261,20 @@ class Study:
     def errors(self) -> dict[tuple[str, str], float]:
         """(layer, scheme) -> relative squared output error where H is known, else weight error, as ``Encoder`` takes it."""
         return {k: v.get("output", v["error"]) for k, v in self.features().items() if "error" in v}
+
+    def add_outputs(self, inputs: str, values: Mapping[str, Mapping[str, Any]]) -> None:
+        """Output errors of configurations (by digest) on the stored inputs of a digest (``sensitivity.fidelity``), in one transaction; the
+        configurations themselves need not be measured."""
+        with self._transaction() as db:
+            db.execute(OUTPUTS)  # older files lack it
+            rows = [(config, inputs, json.dumps(dict(value), allow_nan=False)) for config, value in values.items()]
+            db.executemany("INSERT OR IGNORE INTO outputs VALUES (?, ?, ?)", rows)
+
+    def outputs(self, inputs: str) -> dict[str, dict[str, Any]]:
+        """digest -> output errors of every configuration that has some on these inputs."""
+        if not self._rows("SELECT 1 FROM sqlite_master WHERE name = 'outputs'"):
+            return {}
+        return {c: json.loads(v) for c, v in self._rows("SELECT config, value FROM outputs WHERE inputs = ?", (inputs,))}
 
     def notes(self) -> list[str]:
         """What is to be said of the fits: (unused codewords, a diagonal H), each with its layer and scheme."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -22,6 +23,7 @@ TIES = 1e-3  # predictions that differ by less, relative to the spread of those 
 SPREAD = (0.9, 1.1, 0.8, 1.25)  # limits of the front's other targets relative to the budget's, the nearest first
 Chosen = tuple[np.ndarray, np.ndarray]  # (weights [L], acts [L])
 Measured = Iterable[tuple[QuantConfig, float]]
+Screened = Callable[[list[QuantConfig]], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,8 @@ def find_candidates(
     space: SearchSpace, cost_model: CostModel, budget: Budget, predict_factory: Callable[[], Predict],
     measure: Callable[[list[QuantConfig]], None], measured: Callable[[], Measured], uniform: Sequence[QuantConfig] = (), *,
     rounds: int = 2, per_round: int = 8, spread: Sequence[float] = SPREAD, contexts: int = 16, rows: int = 15_000, seed: int = 0,
-    method: str = "program", ties: float = TIES, bound: BoundFactory | None = None, progress: Progress = no_progress,
+    method: str = "program", ties: float = TIES, bound: BoundFactory | None = None, screen: Screened | None = None, pool: int = 4,
+    progress: Progress = no_progress,
 ) -> list[Candidate]:  # fmt: skip
     """Propose, measure and learn from configurations within ``budget`` and, for the front, within targets scaled by ``spread``.
 
@@ -50,6 +53,8 @@ def find_candidates(
     NaN = failed. ``uniform`` configurations within some target and not measured yet are measured first. Fewer than ``per_round``
     are proposed only where the space has no more. ``method="evolve"`` proposes from the front of an evolution (``evolve``) instead.
     Predictions that differ by ``ties`` of their spread or less count as equal, and the configuration of fewer operations is proposed.
+    With ``screen`` each round proposes ``pool`` times as many and measures those that ``screen(configs)`` -> [n] (larger = worse, better
+    informed than the surrogate) finds best, and always the surrogate's own first: successive halving by ever dearer judges.
     ``bound`` makes the bound of the last surrogate that ``predict_factory`` gave, for the proof of the last round. Raises AquabitError
     where the budget cannot be kept.
     """
@@ -77,16 +82,34 @@ def find_candidates(
             ties,
             bound if number == rounds - 1 else None,
         )
-        for slot, target in enumerate(schedule(targets, per_round, number)):
-            progress("search", number * per_round + slot, rounds * per_round)
+        wanted = schedule(targets, per_round, number)
+        slots = wanted * (pool if screen is not None else 1)
+        for slot, target in enumerate(slots):
+            progress("search", number * len(slots) + slot, rounds * len(slots))
             if not proposer.add(target) and target is not budget:
                 proposer.add(budget)
-        if not proposer.candidates:
+        chosen = proposer.candidates
+        if not chosen:
             break
-        measure([c.config for c in proposer.candidates])
-        found += proposer.candidates
-    progress("search", rounds * per_round, rounds * per_round)
+        if screen is not None and len(chosen) > len(wanted):
+            chosen = best_of(chosen, wanted, screen([c.config for c in chosen]))
+        measure([c.config for c in chosen])
+        found += chosen
+    progress("search", 1, 1)
     return found
+
+
+def best_of(candidates: Sequence[Candidate], wanted: Sequence[Budget], values: np.ndarray) -> list[Candidate]:
+    """As many candidates as ``wanted`` has targets, for each target its best by ``values`` [n] (larger = worse), in the order of proposal;
+    the first candidate stays, and a target that has too few leaves its places to the best of the others."""
+    order = [0, *(int(i) for i in np.argsort(np.where(np.isnan(values), np.inf, values), kind="stable") if i != 0)]
+    places, kept = Counter(wanted), list[int]()
+    for i in order:
+        if places[candidates[i].target] > 0:
+            places[candidates[i].target] -= 1
+            kept.append(i)
+    kept += [i for i in order if i not in kept][: len(wanted) - len(kept)]
+    return [candidates[i] for i in sorted(kept)]
 
 
 def check_method(method: str) -> None:
@@ -157,6 +180,7 @@ class Proposer:
     method: str = "program"
     ties: float = TIES
     bound: BoundFactory | None = None
+    thorough: int = 8  # proposals for one target whose local search has all rows; later ones, which a screen is to judge, a quarter
     candidates: list[Candidate] = field(default_factory=list)
     aims: dict[Budget, _Aim] = field(default_factory=dict)
 
@@ -200,7 +224,8 @@ class Proposer:
         if start is None:
             return None
         avoiding = self._avoiding(apart)
-        found = improve(*start, avoiding, self.cost_model, target, int(rng.integers(1 << 31)), rows=self.rows)
+        rows = self.rows if aim.tries <= self.thorough else self.rows // 4
+        found = improve(*start, avoiding, self.cost_model, target, int(rng.integers(1 << 31)), rows=rows)
         return lighten(found.weights, found.acts, avoiding, self.cost_model, target, self.slack)
 
     def _evolved(self, target: Budget, apart: int) -> Chosen | None:

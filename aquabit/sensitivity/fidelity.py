@@ -1,9 +1,9 @@
-"""Cheap fidelity: the error of a denoiser's outputs on a few stored inputs of full-precision trajectories, for a few per cent of the cost of
-images."""
+"""Cheap fidelity: the error of a denoiser's outputs on stored inputs of a few full-precision trajectories, for a few per cent of the cost
+of images."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from aquabit.scheme import Calibration, Protocol
 IMAGES, STEPS = 8, 10  # stored trajectories, and the most steps of each: 80 calls of one sample beside 1,280 of a measurement's images
 SEED = 700_000_001  # seeds that no measurement uses
 BATCH = 96  # samples of one call
+FLOOR = 1e-7  # relative error of what is not quantized, so that logarithms are finite
 
 
 def stored(protocol: Protocol) -> tuple[Calibration, int]:
@@ -25,12 +26,20 @@ def stored(protocol: Protocol) -> tuple[Calibration, int]:
     ), IMAGES // 2
 
 
+def output_features(values: Sequence[Mapping[str, Sequence[float]]]) -> np.ndarray:
+    """Output errors of n configurations as features [n, 3 x steps]: logarithms of the error and of its common part, and the gain."""
+    if not values:
+        return np.zeros((0, 0))
+    error, common, gain = (np.array([v[name] for v in values], float) for name in ("error", "common", "gain"))
+    return np.concatenate([np.log10(np.maximum(error, FLOOR)), np.log10(np.maximum(common, FLOOR)), gain], 1)
+
+
 class OutputErrors:
     """Stored denoiser calls of at most STEPS evenly spread steps; called, what a quantized denoiser's outputs differ by.
 
-    The result has a number for each of ``steps``, in order, all relative to the mean square of the full-precision output there: "error", the
-    mean square of the difference; "common", that of its mean over images, less what chance leaves of a mean (it may be negative); and
-    "gain", the slope of the difference on the output (PTQD's k, without intercept). Values that are not finite become 1e6.
+    The result has a number for each of ``steps``, in order, all relative to the mean square of the full-precision output there: "error",
+    the mean square of the difference; "common", that of its mean over images, less what chance leaves of a mean (it may be negative);
+    and "gain", the slope of the difference on the output (PTQD's k, without intercept). Values that are not finite become 1e6.
     """
 
     def __init__(self, recording: Recording, denoiser: nn.Module):

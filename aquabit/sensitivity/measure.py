@@ -35,12 +35,14 @@ from aquabit.sensitivity.design import START, Design, batches, next_batch
 from aquabit.sensitivity.encoder import Encoder
 from aquabit.sensitivity.estimators import Surrogate
 from aquabit.sensitivity.evaluator import Evaluator
+from aquabit.sensitivity.fidelity import stored
 from aquabit.sensitivity.pool import InlinePool, Task, WorkerPool
 from aquabit.space import SearchSpace, make_space
 from aquabit.study import Study
 
 UNIFORM = ("usq2", "usq3", "usq4", "usq8")  # always measured beside random samples
 PAIRED_OBJECTIVE = "mse"
+OUTPUTS_TASK = 8  # configurations whose output errors are one task: an interruption loses at most so many
 
 
 @dataclass(frozen=True)
@@ -206,6 +208,25 @@ class Session:
         packed: bool = False,
     ) -> int:
         return measure_configs(self.pool, self.study, self.costs, configs, protocols or [self.protocol], kind, progress, what, packed)
+
+    def outputs(self, configs: Iterable[QuantConfig], progress: Progress = no_progress) -> dict[str, dict[str, Any]]:
+        """digest -> output errors of configurations on stored inputs (``fidelity.OutputErrors``); what the study has is not measured again.
+
+        Each costs about a fifteenth of a measurement.
+        """
+        inputs = stored(self.protocol)[0].digest
+        listed = {c.digest: c for c in configs}
+        known = self.study.outputs(inputs)
+        missing = [c for key, c in listed.items() if key not in known]
+        parts = [missing[i : i + OUTPUTS_TASK] for i in range(0, len(missing), OUTPUTS_TASK)]
+        tasks: list[Task] = [{"task": "outputs", "configs": [c.to_dict() for c in p], "protocol": self.protocol.to_dict()} for p in parts]
+        done = 0
+        for task, values in self.pool.run(tasks):
+            found = {QuantConfig.from_dict(c).digest: v for c, v in zip(task["configs"], values, strict=True)}
+            self.study.add_outputs(inputs, found)
+            known.update(found)
+            progress("output errors", done := done + len(found), len(missing))
+        return {key: known[key] for key in listed}
 
     def references(self, progress: Progress = no_progress, protocols: Sequence[Protocol] | None = None) -> None:
         """Full precision first (paired metrics need its images), then uniform configurations."""

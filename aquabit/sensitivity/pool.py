@@ -20,9 +20,13 @@ TRIES = 2  # a task whose worker died (out of memory, say) is given to another o
 
 
 def answer(evaluator: Any, task: Task) -> Any:
-    """What a task asks of an evaluator: portions of layers for "chunks", facts for "fit", (Measurement, PNG) for "measure"."""
+    """What a task asks of an evaluator: portions of layers for "chunks", facts for "fit", (Measurement, PNG) for "measure", a list of output
+    errors for "outputs"."""
     if task["task"] == "measure":
         return evaluator.measure(QuantConfig.from_dict(task["config"]), Protocol.from_dict(task["protocol"]), task["packed"])
+    if task["task"] == "outputs":
+        protocol = Protocol.from_dict(task["protocol"])
+        return [evaluator.output_errors(QuantConfig.from_dict(c), protocol) for c in task["configs"]]
     calibration = None if task["calibration"] is None else Calibration(**task["calibration"])
     if task["task"] == "chunks":
         return evaluator.chunks(task["layers"], task["acts"], calibration)
