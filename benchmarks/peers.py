@@ -31,19 +31,11 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from aquabit.scheme import FP, AquabitError, Budget, LayerChoice, QuantConfig, Scheme
 from benchmarks.flow import MODELS, RESULTS, machine
 
-from aquabit.scheme import FP, AquabitError, Budget, LayerChoice, QuantConfig, Scheme
-
 ROOT = Path(__file__).parents[1]
-PINS = (
-    "nvidia-modelopt==0.47.0",
-    "PuLP==3.3.2",
-    "torch",
-    "diffusers",
-    "accelerate",
-    "requests",
-)  # those without a number: constraints.txt's
+PINS = ("nvidia-modelopt==0.47.0", "PuLP==3.3.2", "torch", "diffusers", "accelerate", "requests")  # no number: constraints.txt's
 BITS = (2, 3, 4, 8)  # what a layer may take, beside no quantization
 EFFECTIVE_BITS = (2.5, 3.0, 3.5, 4.0)
 CALIBRATION = "mse"  # of ModelOpt's ranges: nearer to ours than "max", which leaves 2 bits three levels of the largest weight
@@ -158,7 +150,7 @@ def exact(scores: Sequence[Sequence[float]], costs: Sequence[Sequence[float]], l
 
 
 def solver_row(found: Mapping[str, Any], bits: float) -> dict[str, Any]:
-    """ModelOpt's solution for so many effective bits beside the exact optimum of its scores, as they are and scaled to at most 1."""
+    """ModelOpt's solution for so many effective bits beside the exact optimum of its scores, as they are and scaled to at most 10^4."""
     table = found["layers"]
     scores, costs = [r["scores"] for r in table.values()], [r["costs"] for r in table.values()]
     limit = sum(row[r["bits"].index(UNQUANTIZED)] for row, r in zip(costs, table.values(), strict=True)) * bits / UNQUANTIZED
@@ -204,7 +196,7 @@ def own_choice(graph: Any, space: Any, errors: Mapping[tuple[str, str], float], 
     return space.config({k: LayerChoice(c.weight, 16 if c.weight == FP else 8) for k, c in found.layers.items()})
 
 
-def surrogate_choice(path: Path, family: str, limit: int, contexts: int = 16) -> QuantConfig:
+def surrogate_choice(path: Path, family: str, limit: int, contexts: int = 16, rows: int = 60_000) -> QuantConfig:
     """What the surrogate of a study finds within so many bytes, of the same schemes (without full precision, which studies do not sample)."""
     from aquabit.cost import CostModel
     from aquabit.search import additive_scores, improve, solve
@@ -223,7 +215,7 @@ def surrogate_choice(path: Path, family: str, limit: int, contexts: int = 16) ->
     bits = 8 * (limit - costs.other_bytes) / costs.weights
     near = space.indices(replace(space, activations=(8,)).sample(contexts, SEED, (bits * 0.9, bits)))
     start = solve(additive_scores(predict, space, near), costs, budget)
-    best = improve(start.weights, start.acts, predict, costs, budget, SEED)
+    best = improve(start.weights, start.acts, predict, costs, budget, SEED, rows=rows)
     return space.configs(best.weights[None], best.acts[None])[0]
 
 
@@ -301,7 +293,7 @@ def markdown(found: Mapping[str, Any]) -> str:
         lines.append(
             f"\n## What auto_quantize chooses, and its solver\n\n{versions}, in an environment of its own. Formats: {', '.join(map(str, BITS))} bits per output channel (inputs 8 bits per tensor, "
             f'ranges by "{CALIBRATION}") or no quantization. Its score of a layer is the sum of (gradient x change of the layer\'s output)^2; the solver minimises their sum within effective bits x weights. '
-            "Over exact: the sum that it reaches over the least one (HiGHS, gap 0), with its scores as they are and with the same scores divided by the largest.\n\n"
+            "Over exact: the sum that it reaches over the least one (HiGHS, gap 0), with its scores as they are and with the same scores scaled to at most 10^4.\n\n"
             "| model | loss | effective bits | layers by bits | limit spent | largest score | over exact | scaled, over exact |\n|---|---|---|---|---|---|---|---|"
         )
         lines += [

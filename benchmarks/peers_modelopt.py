@@ -24,6 +24,7 @@ from torch.nn.functional import mse_loss
 
 PACKAGES = ("nvidia-modelopt", "torch", "diffusers", "PuLP")
 UNQUANTIZED = 16  # bits of its choice "do not quantize"
+SCALE = 1e4  # the largest score where they are scaled: its solver's tolerances are absolute
 
 
 def formats(bits: list[int], calibration: str) -> list[dict[str, Any]]:
@@ -111,7 +112,7 @@ def main() -> None:
     state, seconds = searched(arguments)
     table = layers(state)
     largest = max(max(row["scores"]) for row in table.values())
-    factor = 1 / largest if largest > 0 else 1.0
+    factor = SCALE / largest if largest > 0 else 1.0
     result = {
         "versions": {p: version(p) for p in PACKAGES}, "seconds": seconds, "calibration": arguments.calibration, "layers": table,
         "limit_bits": arguments.bits, "chosen": {str(b): chosen(state, b) for b in arguments.bits},
