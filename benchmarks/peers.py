@@ -45,6 +45,7 @@ CASES = {  # family -> effective bits that tell choices apart: plain 2-bit codes
     "usq": (3.0, 3.5, 4.0),
     "usqh": (2.5, 3.0, 3.5),
 }
+OTHER_LOSS = (("usq", 3.5), ("usqh", 2.5), ("usqh", 3.0))  # cases that the second loss is measured in too
 BLOCKS = (81, 82, 83, 84, 85)  # of fresh seeds; the other benchmarks' are below 80
 SEED = 20_261_129
 BATCH, REAL_IMAGES = 16, 512
@@ -234,7 +235,7 @@ def sides(session: Any, folder: Path, model: str, study: Path | None) -> list[di
                 "uniform": min((c for c in uniform if costs(c).bytes >= limit), key=lambda c: costs(c).bytes),
                 "aquabit, additive": own_choice(graph, space, errors, family, limit),
             }
-            if bits == levels[1] or bits == levels[0] == 2.5:  # the other loss where the issue's budgets are
+            if (family, bits) in OTHER_LOSS:
                 found["ModelOpt, other loss"] = brought_over(chosen(folder, model, LOSSES[1])["chosen"][str(bits)], space, family)
             if study is not None:
                 found["aquabit, surrogate"] = surrogate_choice(study, family, limit)
@@ -243,7 +244,6 @@ def sides(session: Any, folder: Path, model: str, study: Path | None) -> list[di
 
 
 def measure(folder: Path, models: Sequence[str], bank: str, workers: int, studies: Mapping[str, Path]) -> dict[str, list[dict[str, Any]]]:
-    from aquabit.search import interval, paired_difference
     from aquabit.sensitivity.measure import open_session
     from aquabit.study import Study
 
@@ -256,24 +256,30 @@ def measure(folder: Path, models: Sequence[str], bank: str, workers: int, studie
             protocols = [session.protocol.block(b) for b in BLOCKS]
             session.measure([rows[0]["config"]], "reference", say, protocols, f"{model}, full precision")
             session.measure([r["config"] for r in rows], "fresh", say, protocols, f"{model}, on fresh seeds")
-            table = session.study.measurements(failed=True).set_index(["config", "protocol"])
-            for row in rows:
-                config = row.pop("config")
-                cost = session.costs(config)
-                row |= {"model": model, "config": config.to_dict(), "bytes": cost.bytes, "bits": cost.bits_per_weight}
-                row |= {
-                    m: [float(table.at[(config.digest, p.digest), m]) for p in protocols]
-                    for m in METRICS
-                    if row["side"] != "full precision" or m == "fid"
-                }
-            for row in rows[1:]:
-                theirs = next(r for r in rows if r["side"] == "ModelOpt" and all(r[k] == row[k] for k in ("family", "effective_bits")))
-                if row is not theirs:
-                    row["theirs_less_this"] = {m: paired_difference(theirs[m], row[m])._asdict() for m in METRICS}
-            for row in rows:
-                row["fid_interval"] = interval(row["fid"], 0.95)._asdict()
-            result[model] = rows
+            result[model] = [{"model": model, **row} for row in with_values(session, rows, protocols)]
     return result
+
+
+def with_values(session: Any, rows: Sequence[Mapping[str, Any]], protocols: Sequence[Any]) -> list[dict[str, Any]]:
+    """Rows with their size, their metrics on each block, and paired differences to ModelOpt's of the same case."""
+    from aquabit.search import interval, paired_difference
+
+    table, found = session.study.measurements(failed=True).set_index(["config", "protocol"]), []
+    for row in rows:
+        config, cost = row["config"], session.costs(row["config"])
+        values = {m: [float(table.at[(config.digest, p.digest), m]) for p in protocols] for m in METRICS}
+        found.append({**row, "config": config.to_dict(), "bytes": cost.bytes, "bits": cost.bits_per_weight, **values,
+                      "fid_interval": interval(values["fid"], 0.95)._asdict()})  # fmt: skip
+    for row in found[1:]:
+        theirs = peer_of(row, found)
+        if row is not theirs:
+            row["theirs_less_this"] = {m: paired_difference(theirs[m], row[m])._asdict() for m in METRICS}
+    return found
+
+
+def peer_of(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """ModelOpt's row of the same family and effective bits; a row that belongs to none stands for itself."""
+    return next((r for r in rows if r["side"] == "ModelOpt" and all(r[k] == row[k] for k in ("family", "effective_bits"))), row)
 
 
 def say(what: str, done: int, total: int) -> None:
@@ -317,12 +323,12 @@ def _times(value: float | None) -> str:
 
 
 def _measured_line(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
-    theirs = next((r for r in rows if r["side"] == "ModelOpt" and all(r[k] == row[k] for k in ("family", "effective_bits"))), row)
+    theirs = peer_of(row, rows)
     difference = row.get("theirs_less_this")
     shown = (
         [f"{d['value']:+.2f} ({d['low']:+.2f} to {d['high']:+.2f})" for d in (difference[m] for m in METRICS)] if difference else ["", ""]
     )
-    psnr = f"{np.mean(row['psnr']):.1f}" if "psnr" in row else ""
+    psnr = "" if row["side"] == "full precision" else f"{np.mean(row['psnr']):.1f}"
     return (
         f"| {row['model']} | {row['family']} | {row['effective_bits'] or ''} | {row['side']} | {row['bytes']:,} ({row['bytes'] - theirs['bytes']:+,}) | {row['bits']:.2f} | "
         f"{row['fid_interval']['value']:.2f} | {psnr} | {shown[0]} | {shown[1]} |"
