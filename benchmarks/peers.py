@@ -268,7 +268,7 @@ def with_values(session: Any, rows: Sequence[Mapping[str, Any]], protocols: Sequ
     for row in rows:
         config, cost = row["config"], session.costs(row["config"])
         values = {m: [float(table.at[(config.digest, p.digest), m]) for p in protocols] for m in METRICS}
-        found.append({**row, "config": config.to_dict(), "bytes": cost.bytes, "bits": cost.bits_per_weight, **values,
+        found.append({**row, "config": config.digest, "schemes": {k: str(c.weight) for k, c in config.layers.items()}, "bytes": cost.bytes, "bits": cost.bits_per_weight, **values,
                       "fid_interval": interval(values["fid"], 0.95)._asdict()})  # fmt: skip
     for row in found[1:]:
         theirs = peer_of(row, found)
@@ -309,7 +309,7 @@ def markdown(found: Mapping[str, Any]) -> str:
     if found.get("measured"):
         lines.append(
             f"\n## The same bits in our schemes, measured\n\na8, {len(BLOCKS)} blocks of fresh seeds; means, and paired differences with 95 % intervals: negative FID and positive PSNR mean that ModelOpt's choice is better. "
-            '"Uniform" is the smallest of no fewer bytes. "aquabit, additive" is our integer program on probed damages, "surrogate" what a study\'s surrogate finds; both of the same schemes within ModelOpt\'s bytes. '
+            '"Uniform" is the smallest of no fewer bytes. "aquabit, additive" is our integer program on probed damages, "surrogate" what a study\'s surrogate finds; both of the same schemes within ModelOpt\'s bytes; a surrogate has learnt from a study that has no full precision. ModelOpt scored its own symmetric codes, whose ranges are chosen for least error; usq spans the smallest to the largest weight of a row, usqh is fitted to the inputs. '
             f'ModelOpt\'s loss is {MAIN!r}; "other loss" is {LOSSES[1]!r}.\n\n'
             "| model | schemes | effective bits | choice | bytes (to ModelOpt's) | bits | FID | PSNR | ModelOpt less this: FID | PSNR |\n|---|---|---|---|---|---|---|---|---|---|"
         )
@@ -375,7 +375,7 @@ def run_part(part: str, given: argparse.Namespace) -> None:
         studies = {k: Path(v) for k, _, v in (text.partition("=") for text in given.study)}
         measured = measure(given.folder, given.models, given.bank or str(given.folder / "bank"), given.workers, studies)
         found["measured"] = {**found.get("measured", {}), **measured}
-    found |= {"machine": machine(), "command": "python benchmarks/peers.py install run"}
+    found |= {"machine": machine(), "command": "python benchmarks/peers.py install run --study MODEL=FILE"}
     path.write_text(json.dumps(found, indent=1) + "\n")
     path.with_suffix(".md").write_text(markdown(found))
 
