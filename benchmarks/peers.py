@@ -6,7 +6,7 @@ choose     auto_quantize in that environment (benchmarks/peers_modelopt.py), on 
 measure    its bits as a configuration of ours (usq and output-aware usqh of the same bits, a8) on fresh seeds, beside the smallest uniform
            configuration of no fewer bytes and our own choice of the same schemes within its bytes; with --study MODEL=FILE also what a
            surrogate of that study finds
-table      benchmarks/results/peers.json and peers.md of what is there; written after each part too
+table      benchmarks/results/peers.json and peers.md from --folder and what was measured; written after each part too
 run        choose measure
 
 ModelOpt needs a loss. Its scores are squared gradients, which vanish where the target is the denoiser's own output: the losses that are
@@ -366,15 +366,17 @@ def run_part(part: str, given: argparse.Namespace) -> None:
     if part == "install":
         install(given.folder)
         return
-    path = given.results / "peers.json"
-    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    path, measured = given.results / "peers.json", dict[str, Any]()
     if part == "choose":
         choose(given.folder, given.models)
-        found |= summary(given.folder, given.models)
     if part == "measure":
         studies = {k: Path(v) for k, _, v in (text.partition("=") for text in given.study)}
         measured = measure(given.folder, given.models, given.bank or str(given.folder / "bank"), given.workers, studies)
-        found["measured"] = {**found.get("measured", {}), **measured}
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}  # now: another part may have written meanwhile
+    others = [r for r in found.get("choices", []) if r["model"] not in given.models]
+    found |= summary(given.folder, given.models)
+    found["choices"] = others + found["choices"]
+    found["measured"] = {**found.get("measured", {}), **measured}
     found |= {"machine": machine(), "command": "python benchmarks/peers.py install run --study MODEL=FILE"}
     path.write_text(json.dumps(found, indent=1) + "\n")
     path.with_suffix(".md").write_text(markdown(found))
