@@ -213,6 +213,8 @@ def measure(
     space: SpaceFile = None, objective: Objective = "fid", bank: BankOption = None, reference: Reference = None, preset: Preset = None,
     metric: MetricOption = None, correction: CorrectionOption = None, step_groups: StepGroupsOption = None,
     design: Annotated[str, typer.Option("--design", help="random (independent draws), balanced (nearly orthogonal, evenly over bits), swaps (of one layer in shared contexts), disagreement (batches on which refitted surrogates disagree); balanced:0.5 and swaps:0.5 are half random.")] = "random",
+    contexts: Annotated[int, typer.Option("--contexts", min=0, help="Random contexts in which every layer's swap is run on stored inputs, a fifteenth of a measurement each: truer effects.")] = 0,
+    bits: Annotated[float, typer.Option("--bits", help="Bits per weight of these contexts.")] = 3.0,
     shard: Annotated[str | None, typer.Option("--shard", help="i/n: every n-th configuration, for batch schedulers.")] = None,
     ray: Annotated[str | None, typer.Option("--ray", help="Ray address (arrives with clusters).")] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Time and disk needed (arrives with clusters).")] = False,
@@ -221,6 +223,7 @@ def measure(
     """Measure random configurations into a study; run again, it continues."""
     _later(reference=reference, preset=preset, metric=metric, ray=ray, plan=plan)
     _quiet()
+    from aquabit import flow
     from aquabit.sensitivity.measure import measure as measure_model
     from aquabit.study import Study
 
@@ -231,6 +234,10 @@ def measure(
             model, opened, samples, protocol=protocol, space=_space(space, correction, step_groups, steps), workers=_workers(workers, device), device=device,
             dtype=dtype, bank=str(bank) if bank else None, sample_seed=seed, design=design, shard=shard, progress=progress,
         )  # fmt: skip
+        if contexts:
+            flow.see_in_context(
+                opened, contexts, bits, pipe=model, workers=_workers(workers, device), device=device, bank=str(bank) if bank else None, progress=progress
+            )  # fmt: skip
     if not emit({"new": count, **_counts(opened)}, json_):
         console.print(f"{count} new measurements; {study} holds {_counts(opened)['measurements']}")
         show_failures(opened)

@@ -40,15 +40,16 @@ from aquabit.sensitivity.attribution import Sensitivity, explain, save
 from aquabit.sensitivity.bounds import EnsembleBound
 from aquabit.sensitivity.correction import correction_shift, noise_facts, search_corrected
 from aquabit.sensitivity.evaluator import thumbnail
+from aquabit.sensitivity.in_context import measure_in_context, screened
 from aquabit.sensitivity.latency import latency_table, packed_latencies
 from aquabit.sensitivity.measure import Session, open_session, uniform_references
-from aquabit.sensitivity.screening import fit_screen
 from aquabit.sensitivity.surrogate import FittedSurrogate, fit_from_study, training_table
 from aquabit.sensitivity.validation import validate_in
 from aquabit.study import Study
 
 FINALISTS, SELECTION_BLOCKS, TRIES = 4, (2, 3), 3  # the best few are told apart on seeds that nothing was fitted to
 SCREEN = 4  # configurations proposed for each that is measured
+IN_CONTEXT = 4  # contexts in which ``run`` sees the output errors of every layer's swap
 FRESH_BLOCKS = (11, 12, 13, 14, 15)  # what is reported; block 1 belongs to validation
 
 
@@ -67,6 +68,21 @@ def validate(
     with open_session(_source(study, pipe), study, progress=progress, **options) as session:
         validate_in(session, flips, swap, bits, seed, progress)
     return explained(study, bits, swap, progress)
+
+
+def see_in_context(
+    study: Study, contexts: int = IN_CONTEXT, bits: float = 3.0, swap: str = "usq4:usq2", *, pipe: Model | None = None, seed: int = 0,
+    progress: Progress = no_progress, **options: Any,
+) -> None:  # fmt: skip
+    """Run every layer's swap in random contexts near ``bits`` on stored inputs, so that ``explain`` knows what layers do in context.
+
+    Costs about a fifteenth of a measurement for each training measurement and each of 2 x layers x ``contexts`` configurations.
+    Raises AquabitError for fewer than 2 contexts.
+    """
+    if contexts < 2:
+        raise AquabitError(f"contexts is {contexts}; an average needs at least 2")
+    with open_session(_source(study, pipe), study, progress=progress, **options) as session:
+        measure_in_context(session, contexts, bits, swap, seed, progress)
 
 
 def explained(
@@ -91,8 +107,8 @@ def find(
     measured times of layers, and the winner's whole call is measured. Raises AquabitError for a budget that the space cannot meet (both
     ends are named) and for a study with too few measurements. ``correction`` (as "cnc+bc"): candidates are measured and chosen after it, in
     a study that was measured without (``search_corrected``); a study that was measured with one needs none. ``method``: "program" (integer
-    program and local search) or "evolve" (NSGA-II; needs pymoo). ``screen``: configurations proposed for each that is measured; the errors of
-    their denoiser outputs on stored inputs, a fifteenth of the cost of a measurement, choose among them (1: none of this).
+    program and local search) or "evolve" (NSGA-II; needs pymoo). ``screen``: configurations proposed for each that is measured; the errors
+    of their denoiser outputs on stored inputs, a fifteenth of the cost of a measurement, choose among them (1: none of this).
     """
     if screen < 1:
         raise AquabitError(f"screen is {screen}; it must be at least 1 (1: every proposed configuration is measured)")
@@ -139,14 +155,12 @@ def find_in(
     def measure(configs: list[QuantConfig]) -> None:
         session.measure(configs, "candidate", progress, what="measuring candidates")
 
-    def screened(configs: list[QuantConfig]) -> np.ndarray:
-        known = study.configs()
-        outputs = session.outputs([*(known[c] for c in last[0].configs), *configs], progress)
-        return fit_screen(last[0], outputs)(configs, outputs)
+    def judge(configs: list[QuantConfig]) -> np.ndarray:
+        return screened(session, last[0], configs, progress)
 
     found = find_candidates(
         space, costs, budget, predict_factory, measure, measured, uniform, rounds=rounds, per_round=per_round, seed=seed, method=method,
-        bound=bound, screen=screened if screen > 1 else None, pool=screen, progress=progress,
+        bound=bound, screen=judge if screen > 1 else None, pool=screen, progress=progress,
     )  # fmt: skip
     pairs = [(c, v) for c, v in measured() if np.isfinite(v)]
     chosen = _finalists(session, [c for c, _ in pairs], np.array([v for _, v in pairs]), budget, metric, sign, progress)
@@ -299,6 +313,7 @@ def run(
             front = Front.from_dict(found)  # everything was there: nothing is searched twice
         else:
             front = find_in(session, Budget(bits=bits), 2, 8, sample_seed, progress)
+        measure_in_context(session, IN_CONTEXT, bits, swap, progress=progress)
         sensitivity = explained(study, bits, swap, progress)
     write_json(out / "sensitivity.json", sensitivity.to_dict())
     write_json(out / "front.json", front.to_list())

@@ -27,6 +27,7 @@ from aquabit.sensitivity.effects import (
     signed_shap,
 )
 from aquabit.sensitivity.flips import predict_flips, training_swaps, validation_scores
+from aquabit.sensitivity.in_context import DRAWN, refine
 from aquabit.sensitivity.interactions import INTERACTIONS, SCORES, interactions, scheme_scores
 from aquabit.sensitivity.surrogate import FittedSurrogate, Surrogate, fit_from_study
 from aquabit.study import Study
@@ -96,12 +97,14 @@ class Sensitivity:
 
 
 def explain(
-    study: Study, bits: float = 3.0, swap: str = "usq4:usq2", contexts: int = 64, replicates: int = 20, seed: int = 0,
+    study: Study, bits: float = 3.0, swap: str = "usq4:usq2", contexts: int = DRAWN, replicates: int = 20, seed: int = 0,
     progress: Progress = no_progress, objective: str | None = None, fitted: FittedSurrogate | None = None,
     estimator: str = "gbdt",
 ) -> Sensitivity:  # fmt: skip
     """Fit the surrogate (or take ``fitted``), predict what swapping each layer does near ``bits``, and compare with real swaps
     where the study has some. Nothing is stored; see ``save``. ``estimator`` is a name of ``ESTIMATORS``; only the trees have SHAP values.
+    Where the study holds output errors of these swaps (``measure_in_context``), effects of the named swap are what they say; "contexts_run"
+    among the scores counts the contexts.
 
     Raises AquabitError for a study with too few measurements, an unknown swap, or ``bits`` out of reach.
     """
@@ -111,6 +114,11 @@ def explain(
     drawn = draw_contexts(fitted.space, fitted.cost, bits, contexts, np.random.default_rng([seed, 0]))
     models = bootstrap(fitted, replicates, seed, progress)
     effects = predict_effects(fitted, players, drawn, models, seed, progress)
+    refined = refine(study, fitted, effects, drawn, replicates, seed, progress) if estimator == "gbdt" else None
+    scores = dict(fitted.scores)
+    if refined is not None:
+        effects, screen, scores["contexts_run"] = refined
+        scores["screen_within_budget_srcc"] = screen.within_budget_srcc
     flips = study.flips(fitted.objective)
     checked = None if flips.empty else predict_flips(fitted, flips, study.configs())
     layers, varied = _layer_table(fitted, effects, training_swaps(fitted, players, bits), checked, seed)
@@ -120,7 +128,7 @@ def explain(
     operators, blocks = (_rolled(layers, players, varied, key, fitted.scores["widen"]) for key in ("operator", "block"))
     return Sensitivity(
         fitted.objective, fitted.direction, fitted.protocol, len(fitted.y), bits, swap, layers, operators, blocks,
-        fitted.scores, _validation(fitted, layers, checked), _scatter(fitted), "combined" if layers.n.any() else "predicted", pairs, groups,
+        scores, _validation(fitted, layers, checked), _scatter(fitted), "combined" if layers.n.any() else "predicted", pairs, groups,
     )  # fmt: skip
 
 

@@ -20,8 +20,8 @@ TRIES = 2  # a task whose worker died (out of memory, say) is given to another o
 
 
 def answer(evaluator: Any, task: Task) -> Any:
-    """What a task asks of an evaluator: portions of layers for "chunks", facts for "fit", (Measurement, PNG) for "measure", a list of output
-    errors for "outputs"."""
+    """What a task asks of an evaluator: portions of layers for "chunks", facts for "fit", (Measurement, PNG) for "measure", a list of
+    output errors for "outputs"."""
     if task["task"] == "measure":
         return evaluator.measure(QuantConfig.from_dict(task["config"]), Protocol.from_dict(task["protocol"]), task["packed"])
     if task["task"] == "outputs":

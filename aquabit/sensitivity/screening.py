@@ -32,7 +32,15 @@ class Screen:
 
     def predict(self, weights: np.ndarray, acts: np.ndarray, values: Sequence[Mapping[str, Any]]) -> np.ndarray:
         """The same of index matrices [n, layers] and their n output errors."""
-        return self.estimator.predict(np.concatenate([self.fitted.encoder(weights, acts), output_features(values)], 1))
+        return self.estimator.predict(self.features(weights, acts, values))
+
+    def features(self, weights: np.ndarray, acts: np.ndarray, values: Sequence[Mapping[str, Any]]) -> np.ndarray:
+        """What the trees look at, [n, columns]."""
+        return _features(self.fitted, weights, acts, values)
+
+
+def _features(fitted: FittedSurrogate, weights: np.ndarray, acts: np.ndarray, values: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    return np.concatenate([fitted.encoder(weights, acts), output_features(values)], 1)
 
 
 def fit_screen(fitted: FittedSurrogate, outputs: Outputs, folds: int = 5, seed: int = 0) -> Screen:
