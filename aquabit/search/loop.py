@@ -67,6 +67,7 @@ def find_candidates(
     if baselines:
         measure(baselines)
     found: list[Candidate] = []
+    steps = rounds * per_round * (pool if screen is not None else 1)
     for number in range(rounds):
         proposer = Proposer(
             space,
@@ -85,7 +86,7 @@ def find_candidates(
         wanted = schedule(targets, per_round, number)
         slots = wanted * (pool if screen is not None else 1)
         for slot, target in enumerate(slots):
-            progress("search", number * len(slots) + slot, rounds * len(slots))
+            progress("search", number * len(slots) + slot, steps)
             if not proposer.add(target) and target is not budget:
                 proposer.add(budget)
         chosen = proposer.candidates
@@ -95,7 +96,7 @@ def find_candidates(
             chosen = best_of(chosen, wanted, screen([c.config for c in chosen]))
         measure([c.config for c in chosen])
         found += chosen
-    progress("search", 1, 1)
+    progress("search", steps, steps)
     return found
 
 
