@@ -56,8 +56,14 @@ class Truth:
     def scheme(self, layer: str, what: str) -> Any:
         if what != "aq2":
             return Scheme.parse(what)
-        own = [s for s in self.space.choices[layer] if s.kind == "aq"]
-        return min(own, key=lambda s: abs(self.space.code_bits(layer, s) - 2))
+        return min(self.additive(layer), key=lambda s: abs(self.space.code_bits(layer, s) - 2))
+
+    def additive(self, layer: str) -> list[Any]:
+        return [s for s in self.space.choices[layer] if s.kind == "aq"]
+
+    def taking(self, what: str) -> list[str]:
+        """The layers that may take a scheme: small ones have no additive format."""
+        return [k for k in self.layers if what != "aq2" or self.additive(k)]
 
     def measure(self, context: int, configs: Sequence[Any], what: str) -> None:
         protocol = self.protocols[context]
@@ -93,7 +99,7 @@ def swap(truth: Truth) -> None:
 
 def schemes(truth: Truth) -> None:
     for c in range(min(FEW, len(truth.contexts))):
-        truth.measure(c, [truth.swapped(c, (k, end)) for k in truth.layers for end in (BEFORE, *SCHEMES, "a6")], "other schemes")
+        truth.measure(c, [truth.swapped(c, (k, end)) for end in (BEFORE, *SCHEMES, "a6") for k in truth.taking(end)], "other schemes")
 
 
 def picked_pairs(truth: Truth) -> list[tuple[str, str]]:
@@ -120,7 +126,7 @@ def pairs(truth: Truth) -> None:
 def ends_of(truth: Truth, after: str, before: str = BEFORE) -> dict[str, dict[int, tuple[dict[str, float], dict[str, float]]]]:
     """layer -> context -> metrics (before, after), where both were measured."""
     found: dict[str, dict[int, tuple[dict[str, float], dict[str, float]]]] = {}
-    for layer in truth.layers:
+    for layer in truth.taking(after):
         for c in range(len(truth.contexts)):
             first, second = truth.values(c, [truth.swapped(c, (layer, before)), truth.swapped(c, (layer, after))])
             if first is not None and second is not None:
@@ -145,6 +151,8 @@ def rows_of(truth: Truth, model: str) -> list[dict[str, Any]]:
     rows = []
     for after in (AFTER, *SCHEMES, "a6"):
         for layer, found in ends_of(truth, after).items():
+            if len(found) < min(FEW, len(truth.contexts)):  # contexts that have such a scheme by chance
+                continue
             values = [(a["fid"] - b["fid"]) for b, a in found.values()]
             rows.append({
                 "model": model, "kind": "swap", "layer": layer, "swap": f"{BEFORE}:{after}", "n": len(values), "effect": spread(values, 0.9),
@@ -176,10 +184,15 @@ def reliability(rows: Sequence[dict[str, Any]]) -> float | None:
     return 2 * half / (1 + half)
 
 
+def about(machine: dict[str, Any]) -> str:
+    return f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}"
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    lines = ["# Real effects of single-layer swaps", "", f"{machine()}. Made by `python benchmarks/truth.py swap schemes pairs table`.", "",
+    lines = ["# Real effects of single-layer swaps", "", f"{about(machine())}. Made by `python benchmarks/truth.py swap schemes pairs table`.", "",
              f"Change of FID (positive = worse) when one layer goes from {BEFORE} to another scheme in random contexts within 0.25 bit of "
-             f"{BITS:g} bits a weight, a8, with 90 % intervals over contexts. Both ends are made from the same seeds.", "",
+             f"{BITS:g} bits a weight, a8, with 90 % intervals over contexts. Both ends are made from the same seeds. Reliability: SRCC of effects between even and odd contexts, "
+             "stepped up to all (Spearman and Brown).", "",
              "| model | swap | layers | contexts | reliability | median effect | largest | interval excludes 0: worse, better |",
              "|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for model in dict.fromkeys(r["model"] for r in rows):
