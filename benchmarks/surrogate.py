@@ -1,6 +1,10 @@
 """The surrogate, its rivals and its search, measured: python benchmarks/surrogate.py PART ... [--folder DIR] [--models ...] [--seeds ...] [--count N]
 
 measure    random configurations of the default space, for three seeds; everything below learns from these
+outputs    output errors of all of them, and of every layer's swap in 8 contexts
+curve      within-budget SRCC on the other seeds' configurations after 50 to 300 measurements: the trees, with and without output errors, and others
+effects    predicted effects of layers, with and without contexts that were run, and direct swaps of as many measurements, beside the real ones
+           of benchmarks/results/truth.json
 restore    takes such measurements from benchmarks/results/measurements.csv instead, where they are the same configurations and protocol
 export     writes that file
 
@@ -11,16 +15,22 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.flow import MODELS, RESULTS
-from benchmarks.truth import say
+from benchmarks.flow import MODELS, RESULTS, machine
+from benchmarks.truth import about, say
 
 SEEDS = (0, 1, 2)
 COUNT = 500  # measurements a seed
+SIZES = (50, 100, 200, 300, 500)
+IN_CONTEXT = 8
+OUTPUTS_PER_MEASUREMENT = 15.0  # configurations whose output errors take as long as one measurement
 METRICS = ("fid", "sfid", "kid", "is", "accuracy", "mse", "psnr", "ssim", "feature_distance")
 FILE = RESULTS / "measurements.csv"
 
@@ -79,22 +89,192 @@ def restore(session: Any, model: str, count: int) -> None:
         print(f"{model}: {other} stored measurements are of other configurations or another protocol; measure anew")
 
 
+def outputs(session: Any, model: str, count: int) -> None:
+    from aquabit.sensitivity.in_context import measure_in_context
+
+    configs = [c for seed in SEEDS for c in session.space.sample(count, seed)]
+    known = session.study.known(session.protocol)
+    session.outputs([c for c in configs if c.digest in known], say)
+    for seed in SEEDS:
+        measure_in_context(session, IN_CONTEXT, seed=seed, progress=say)
+
+
+class Data:
+    """What a study holds of one model, by seed and draw."""
+
+    def __init__(self, folder: Path, model: str, count: int):
+        from aquabit.cost import CostModel
+        from aquabit.graph import from_json
+        from aquabit.sensitivity.encoder import Encoder
+        from aquabit.sensitivity.fidelity import output_features, stored
+        from aquabit.space import SearchSpace
+        from aquabit.study import Study
+
+        self.study = Study(folder / f"surrogate-{model}.db", create=False)
+        self.graph, self.space = from_json(self.study.get("graph")), SearchSpace.from_dict(self.study.get("space"))
+        self.encoder, self.cost = (
+            Encoder(self.space, self.graph, self.study.errors(), self.study.probes()),
+            CostModel(self.graph, self.space),
+        )
+        table = self.study.measurements(self.study.protocol).set_index("config")
+        drawn = [(seed, c) for seed in SEEDS for c in self.space.sample(count, seed) if c.digest in table.index]
+        self.seed, self.configs = np.array([s for s, _ in drawn]), [c for _, c in drawn]
+        self.weights, self.acts = self.space.indices(self.configs)
+        self.y = table.fid.loc[[c.digest for c in self.configs]].to_numpy(float)
+        self.bits, self.mean_act = self.cost.totals(self.weights, self.acts)["bits"], self.space.mean_bits(self.acts).mean(1)
+        self.outputs = self.study.outputs(stored(self.study.protocol)[0].digest)
+        self.output_features = output_features([self.outputs[c.digest] for c in self.configs])
+
+    def fitted(self, rows: np.ndarray) -> Any:
+        """A FittedSurrogate of these rows alone; its out-of-fold parts are empty."""
+        from aquabit.sensitivity.estimators import estimator_of
+        from aquabit.sensitivity.surrogate import FittedSurrogate
+
+        model = estimator_of("gbdt", self.encoder, 0).fit(self.encoder(self.weights[rows], self.acts[rows]), self.y[rows])
+        digests = tuple(self.configs[i].digest for i in rows)
+        return FittedSurrogate(
+            model, self.encoder, self.cost, self.graph, self.space, digests, self.weights[rows], self.acts[rows], self.y[rows], self.bits[rows],
+            np.zeros(len(rows)), {"widen": 1.0}, "fid", "min", self.study.protocol.digest,
+        )  # fmt: skip
+
+
+def held_out_score(data: Data, train: np.ndarray, test: np.ndarray, of_train: np.ndarray, of_test: np.ndarray) -> list[float]:
+    """Within-budget SRCC of predictions in units on rows of other seeds, cubics fitted on the training rows; and its 90 % bootstrap interval."""
+    from aquabit.sensitivity.scores import budget_terms, srcc
+
+    terms = budget_terms(data.bits, data.mean_act)
+
+    def left(known: np.ndarray, values: np.ndarray) -> np.ndarray:
+        return np.asarray(values - terms[test] @ np.linalg.lstsq(terms[train], known, rcond=1e-9)[0])
+
+    truth, predicted = left(data.y[train], data.y[test]), left(of_train, of_test)
+    rng = np.random.default_rng(0)
+    draws = [rng.integers(len(test), size=len(test)) for _ in range(200)]
+    low, high = np.percentile([srcc(truth[d], predicted[d]) for d in draws], [5, 95])
+    return [round(float(v), 4) for v in (srcc(truth, predicted), low, high)]
+
+
+def curve(data: Data, model: str) -> list[dict[str, Any]]:
+    from aquabit.sensitivity.estimators import Surrogate, estimator_of
+
+    rows = []
+    for seed in SEEDS:
+        own, test = np.flatnonzero(data.seed == seed), np.flatnonzero(data.seed != seed)
+        for n in [n for n in SIZES if n <= len(own)]:
+            train = own[:n]
+            for name in ("gbdt", "gbdt + output errors", "sum_of_damages", "ridge_one_hot", "graph_network"):
+                plain = name != "gbdt + output errors"
+                estimator = estimator_of(name, data.encoder, 0) if plain else Surrogate(linear=0.0)
+                features = estimator.features(data.encoder, data.weights, data.acts)
+                features = features if plain else np.concatenate([features, data.output_features], 1)
+                estimator.fit(features[train], data.y[train])
+                units = estimator.to_units(estimator.predict(features))
+                score = held_out_score(data, train, test, units[train], units[test])
+                rows.append({"model": model, "seed": seed, "measurements": n, "estimator": name, "score": score})
+            print(rows[-5:], flush=True)
+    return rows
+
+
+def effects(data: Data, model: str) -> list[dict[str, Any]]:
+    """SRCC with the real effects, sign agreement where their 90 % intervals exclude 0, and how many 90 % intervals hold the real effect."""
+    from aquabit.scheme import parse_swap
+    from aquabit.sensitivity.effects import bootstrap, draw_contexts, find_players, interval, predict_effects
+    from aquabit.sensitivity.in_context import DRAWN, refine
+    from aquabit.sensitivity.scores import srcc
+
+    stored = json.loads((RESULTS / "truth.json").read_text())["rows"]
+    truth = {r["layer"]: r for r in stored if r["model"] == model and r["kind"] == "swap" and r["swap"] == "usq4:usq2"}
+    players, rows = find_players(data.space, parse_swap("usq4:usq2")), list[dict[str, Any]]()
+    real = np.array([truth[p.layer]["effect"] for p in players], float)
+    change = np.array([np.subtract(truth[p.layer]["after"], truth[p.layer]["before"]) for p in players])
+    sure = (real[:, 1] > 0) | (real[:, 2] < 0)
+
+    def judged(how: str, seed: int, n: float, effect: np.ndarray, low: Any = None, high: Any = None) -> None:
+        inside = None if low is None else round(float(((low <= real[:, 2]) & (high >= real[:, 1])).mean()), 4)
+        bare = None if low is None else round(float(((low <= real[:, 0]) & (high >= real[:, 0])).mean()), 4)
+        signs = round(float((np.sign(effect) == np.sign(real[:, 0]))[sure].mean()), 4)
+        rows.append({"model": model, "seed": seed, "measurements": n, "how": how, "srcc": round(srcc(effect, real[:, 0]), 4), "signs": signs,
+                     "covered": bare, "intervals_meet": inside})  # fmt: skip
+        print(rows[-1], flush=True)
+
+    for seed in SEEDS:
+        contexts = draw_contexts(data.space, data.cost, 3.0, DRAWN, np.random.default_rng([seed, 0]))
+        for n in (100, 200, 300):
+            fitted = data.fitted(np.flatnonzero(data.seed == seed)[:n])
+            predicted = predict_effects(fitted, players, contexts, bootstrap(fitted, 20, seed), seed)
+            own = predicted.effect(data.space.schemes)
+            judged("trees", seed, n, own, *interval(own, predicted.replicates))
+            refined = refine(data.study, fitted, predicted, contexts, 20, seed)
+            if refined is not None:
+                own = refined[0].effect(data.space.schemes)
+                cost = n + (n + 2 * len(players) * refined[2]) / OUTPUTS_PER_MEASUREMENT
+                judged(f"trees, {refined[2]} contexts run", seed, round(cost), own, *interval(own, refined[0].replicates))
+        for n in (1, 2, 3, 4):
+            picked = np.random.default_rng([seed, 3]).permutation(change.shape[1])[:n]
+            rest = np.delete(np.arange(change.shape[1]), picked)
+            found = srcc(change[:, picked].mean(1), change[:, rest].mean(1))
+            rows.append({"model": model, "seed": seed, "measurements": 2 * n * len(players), "how": "direct swaps, beside the other contexts",
+                         "srcc": round(found, 4), "signs": None, "covered": None, "intervals_meet": None})  # fmt: skip
+            print(rows[-1], flush=True)
+    return rows
+
+
+def write(part: str, rows: list[dict[str, Any]]) -> None:
+    """Replace a part of the result files."""
+    path = RESULTS / "surrogate.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    found |= {"machine": machine(), "command": "python benchmarks/surrogate.py measure outputs curve effects", part: rows}
+    path.write_text(json.dumps(found, allow_nan=False, indent=0) + "\n")
+    path.with_suffix(".md").write_text(table(found))
+
+
+def table(found: dict[str, Any]) -> str:
+    lines = ["# The surrogate and its rivals", "", f"{about(found['machine'])}. Made by `{found['command']}`.", ""]
+    keys = [(r["model"], r["measurements"], r["estimator"]) for r in found.get("curve", [])]
+    if keys:
+        lines += ["## Within-budget SRCC on configurations of other seeds (objective FID)", "",
+                  "Trained on the first measurements of one seed, scored on all of the two others; three seeds each.", "",
+                  "| model | measurements | estimator | seeds | mean | lowest 90 % bound |", "|---|---|---|---|---|---|"]  # fmt: skip
+        for key in dict.fromkeys(keys):
+            own = [r["score"] for r in found["curve"] if (r["model"], r["measurements"], r["estimator"]) == key]
+            each = ", ".join(f"{s[0]:.3f}" for s in own)
+            lines.append(f"| {key[0]} | {key[1]} | {key[2]} | {each} | {np.mean([s[0] for s in own]):.3f} | {min(s[1] for s in own):.3f} |")
+    keys = [(r["model"], r["how"], r["measurements"]) for r in found.get("effects", [])]
+    if keys:
+        lines += ["", "## Effects of layers from usq4 to usq2 near 3 bits, beside real swaps", "",
+                  "Signs: agreement where the real effect's 90 % interval excludes 0. Covered: real effects (means of 16 contexts) inside the predicted 90 % "
+                  "intervals. Measurements include output errors at a fifteenth each; direct swaps are scored beside the contexts that they did "
+                  "not use.", "", "| model | how | measurements | SRCC, seeds | mean | signs | covered |", "|---|---|---|---|---|---|---|"]  # fmt: skip
+        for key in dict.fromkeys(keys):
+            own_rows = [r for r in found["effects"] if (r["model"], r["how"], r["measurements"]) == key]
+            each = ", ".join(f"{r['srcc']:.2f}" for r in own_rows)
+            means = {k: [r[k] for r in own_rows if r[k] is not None] for k in ("srcc", "signs", "covered")}
+            shown = [f"{np.mean(v):.2f}" if v else "" for v in means.values()]
+            lines.append(f"| {key[0]} | {key[1]} | {key[2]} | {each} | {' | '.join(shown)} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="+", choices=["measure", "restore", "export"])
+    parser.add_argument("parts", nargs="+", choices=["measure", "restore", "export", "outputs", "curve", "effects"])
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--folder", type=Path, default=Path("truth"))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--count", type=int, default=COUNT)
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
+    for part in [p for p in given.parts if p in ("curve", "effects")]:
+        rows = [r for m in given.models for r in {"curve": curve, "effects": effects}[part](Data(given.folder, m, given.count), m)]
+        write(part, rows)
+    if all(p in ("curve", "effects") for p in given.parts):
+        return
     for model in given.models:
         with session_of(given.folder, model) as session:
             for part in given.parts:
                 if part == "measure":
                     measure(session, given.seeds, given.count)
-                else:
-                    {"export": export, "restore": restore}[part](session, model, given.count)
+                elif part not in ("curve", "effects"):
+                    {"export": export, "restore": restore, "outputs": outputs}[part](session, model, given.count)
 
 
 if __name__ == "__main__":
