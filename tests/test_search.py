@@ -10,7 +10,7 @@ from typing import Any
 import networkx as nx
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from aquabit.cost import CostModel, Latency
@@ -346,7 +346,11 @@ def test_local_search_never_leaves_the_budget_nor_gets_worse(seed: int, names: t
     space, cost = model(6, seed % 7, pinned={"l1": "vq3"}, excluded=["l4"])
     budget = middle(cost, share, *names)
     activations, used = activation_choices(space, budget), 0
-    start = solve(np.random.default_rng(seed).normal(size=(6, len(space.schemes), len(activations))), cost, budget)
+    try:
+        start = solve(np.random.default_rng(seed).normal(size=(6, len(space.schemes), len(activations))), cost, budget)
+    except AquabitError as error:  # low limits may exclude each other
+        assert "cannot be kept" in str(error) and len(names) > 1
+        assume(False)
 
     def predict(weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
         nonlocal used
