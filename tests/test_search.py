@@ -349,7 +349,8 @@ def test_local_search_never_leaves_the_budget_nor_gets_worse(seed: int, names: t
     try:
         start = solve(np.random.default_rng(seed).normal(size=(6, len(space.schemes), len(activations))), cost, budget)
     except AquabitError as error:  # low limits may exclude each other
-        assert "cannot be kept" in str(error) and len(names) > 1
+        if "cannot be kept" not in str(error) or len(names) == 1:
+            raise
         assume(False)
 
     def predict(weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
