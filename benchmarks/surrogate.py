@@ -155,6 +155,7 @@ def held_out_score(data: Data, train: np.ndarray, test: np.ndarray, of_train: np
 
 def curve(data: Data, model: str) -> list[dict[str, Any]]:
     from aquabit.sensitivity.estimators import Surrogate, estimator_of
+    from aquabit.sensitivity.screening import MEMBERS, TREES
 
     rows = []
     for seed in SEEDS:
@@ -163,7 +164,7 @@ def curve(data: Data, model: str) -> list[dict[str, Any]]:
             train = own[:n]
             for name in ("gbdt", "gbdt + output errors", "sum_of_damages", "ridge_one_hot", "graph_network"):
                 plain = name != "gbdt + output errors"
-                estimator = estimator_of(name, data.encoder, 0) if plain else Surrogate(linear=0.0)
+                estimator = estimator_of(name, data.encoder, 0) if plain else Surrogate(**TREES, members=MEMBERS)
                 features = estimator.features(data.encoder, data.weights, data.acts)
                 features = features if plain else np.concatenate([features, data.output_features], 1)
                 estimator.fit(features[train], data.y[train])
@@ -207,7 +208,7 @@ def effects(data: Data, model: str) -> list[dict[str, Any]]:
             if refined is not None:
                 own = refined[0].effect(data.space.schemes)
                 cost = n + (n + 2 * len(players) * refined[2]) / OUTPUTS_PER_MEASUREMENT
-                judged(f"trees, {refined[2]} contexts run", seed, round(cost), own, *interval(own, refined[0].replicates))
+                judged(f"blend, {refined[2]} contexts run", seed, round(cost), own, *interval(own, refined[0].replicates))
         for n in (1, 2, 3, 4):
             picked = np.random.default_rng([seed, 3]).permutation(change.shape[1])[:n]
             rest = np.delete(np.arange(change.shape[1]), picked)

@@ -16,7 +16,7 @@ from aquabit.sensitivity.effects import draw_contexts, find_players
 from aquabit.sensitivity.fidelity import output_features, stored
 from aquabit.sensitivity.in_context import DRAWN
 from aquabit.sensitivity.measure import measure, open_session
-from aquabit.sensitivity.screening import fit_screen
+from aquabit.sensitivity.screening import Blend, fit_screen
 from aquabit.sensitivity.surrogate import fit_from_study
 from aquabit.study import Study
 from tests.conftest import tiny_pipeline
@@ -93,7 +93,7 @@ def test_effects_in_context_are_what_the_screen_says_of_both_ends(made) -> None:
     assert -1 <= found.surrogate["screen_within_budget_srcc"] <= 1
     fitted = fit_from_study(study)
     outputs = study.outputs(stored(study.protocol)[0].digest)
-    screen = fit_screen(fitted, outputs)
+    screen = fit_screen(fitted, outputs, blend=True)
     contexts = fitted.space.configs(*draw_contexts(fitted.space, fitted.cost, BITS, DRAWN, np.random.default_rng([0, 0])))[:2]
     row = found.layers.iloc[0]
     player = next(p for p in find_players(fitted.space, _swap()) if p.layer == row["name"])
@@ -109,6 +109,21 @@ def _swap():
     from aquabit.scheme import parse_swap
 
     return parse_swap("usq4:usq2")
+
+
+def test_a_blend_sees_what_trees_step_over() -> None:
+    """A change of one column that is smaller than any step of the trees moves the splines by its slope."""
+    rng = np.random.default_rng(0)
+    x = rng.uniform(0, 1, (200, 3))
+    y = np.exp(2 * x[:, 0] + 0.05 * rng.standard_normal(200))
+    blend, constant = Blend((0, 1), (0,), members=1).fit(x, y), np.zeros((200, 1))
+    at = np.repeat(np.linspace(0.2, 0.8, 60)[:, None], 3, 1)
+    nudged = at + np.array([1e-3, 0, 0])
+    change = blend.predict(nudged) - blend.predict(at)
+    assert (change > 2e-3 / 2).mean() > 0.95, "two of three parts follow a slope of 2"
+    assert (blend.trees_.predict(nudged) == blend.trees_.predict(at)).mean() > 0.5
+    with_constant = Blend((0, 1, 3), (3,), members=1).fit(np.concatenate([x, constant], 1), y)
+    assert np.isfinite(with_constant.predict(np.concatenate([at, at[:, :1]], 1))).all() and len(with_constant.splines_) == 1
 
 
 def test_features_are_finite_whatever_the_errors_are() -> None:

@@ -70,7 +70,7 @@ def refine(
         count += 1
     if count < LEAST:
         return None
-    screen = fit_screen(fitted, outputs, seed=seed)
+    screen = fit_screen(fitted, outputs, seed=seed, blend=True)
     weights, acts = swapped((contexts[0][:count], contexts[1][:count]), players, fitted.space)
     features = screen.features(weights, acts, [values[k][i] for i in range(2 * len(players)) for k in range(count)])
     trained = screen.features(fitted.weights, fitted.acts, [outputs[c] for c in fitted.configs])
