@@ -16,6 +16,7 @@ from aquabit.sensitivity.design import BLOCK, DESIGNS, PER_CONTEXT, START, Desig
 from aquabit.sensitivity.estimators import Surrogate
 from aquabit.sensitivity.groups import group_numbers
 from aquabit.sensitivity.measure import measure
+from aquabit.sensitivity.surrogate import fold_numbers, grouped_folds
 from aquabit.space import BITS_RANGE, SearchSpace, make_space
 from aquabit.study import Study
 from tests.conftest import tiny_pipeline
@@ -154,3 +155,13 @@ def test_disagreement_is_measured_in_rounds_and_continues(tmp_path, monkeypatch)
     assert whole[:20] == random[:20] and not set(whole[20:]) & set(random)
     with pytest.raises(AquabitError, match="shard 1/2 cannot be made alone"):
         measure(pipe, Study(tmp_path / "s.db"), 34, **given, shard="1/2")
+
+
+def test_ends_of_a_swap_are_held_out_together(world: World) -> None:
+    weights, acts = world.space.indices(Design("swaps").draw(world.space, 40, 0))
+    groups, fold = group_numbers(weights, acts), grouped_folds(weights, acts)
+    assert len(set(groups.tolist())) < 40 and all(len(set(fold[groups == g].tolist())) == 1 for g in groups)
+    assert sorted(set(fold.tolist())) == [0, 1, 2, 3, 4]
+    weights, acts = world.space.indices(world.space.sample(40))
+    assert (grouped_folds(weights, acts) == fold_numbers(40)).all(), "independent draws are held out one by one"
+    assert sorted(Counter(grouped_folds(weights[:1].repeat(10, 0), acts[:1].repeat(10, 0)).tolist()).values()) == [2] * 5

@@ -22,7 +22,7 @@ from aquabit.sensitivity.estimators import Surrogate
 from aquabit.sensitivity.fidelity import output_features
 from aquabit.sensitivity.regressor import Estimator
 from aquabit.sensitivity.scores import within_budget_srcc
-from aquabit.sensitivity.surrogate import FittedSurrogate, fold_numbers, held_out_predictions
+from aquabit.sensitivity.surrogate import FittedSurrogate, grouped_folds, held_out_predictions
 
 Outputs = Mapping[str, Mapping[str, Any]]  # digest -> output errors, as Study.outputs gives them
 TREES: dict[str, Any] = {"rounds": 300, "rate": 0.04, "rows": 0.5, "columns": 0.3, "bins": 256, "linear": 0.0}
@@ -100,7 +100,7 @@ def fit_screen(fitted: FittedSurrogate, outputs: Outputs, folds: int = 5, seed: 
         shifts = [i for i, name in enumerate(fitted.encoder.columns) if name.startswith("shift:")]
         behind = range(len(fitted.encoder.columns), features.shape[1])
         model = Blend((*shifts, *behind), tuple(shifts[:1]), seed=seed, direction=fitted.direction)
-    fold = fold_numbers(len(fitted.y), min(folds, len(fitted.y)), seed)
+    fold = grouped_folds(fitted.weights, fitted.acts, min(folds, len(fitted.y)), seed)
     held_out = fitted.sign * held_out_predictions(model, features, fitted.y, fold)
     acts = fitted.space.mean_bits(fitted.acts).mean(1)
     score = within_budget_srcc(fitted.sign * fitted.y, held_out, fitted.bits, acts, fold)

@@ -16,6 +16,7 @@ from aquabit.graph import from_json
 from aquabit.scheme import AquabitError, Progress, QuantConfig, direction, no_progress
 from aquabit.sensitivity.encoder import Encoder
 from aquabit.sensitivity.estimators import BASELINES, Estimator, Surrogate, Target, estimator_of
+from aquabit.sensitivity.groups import group_numbers
 from aquabit.sensitivity.scores import all_scores, noise_ceiling, within_budget_interval
 from aquabit.sensitivity.verdict import judged
 from aquabit.space import SearchSpace
@@ -76,6 +77,14 @@ def fold_numbers(count: int, folds: int = 5, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).permutation(np.arange(count) % folds)
 
 
+def grouped_folds(weights: np.ndarray, acts: np.ndarray, folds: int = 5, seed: int = 0) -> np.ndarray:
+    """A fold number for each row, the same for all that share a context (``group_numbers``): a swap is not predicted from its other end.
+    Where there are fewer contexts than folds, each row stands for itself."""
+    groups = group_numbers(weights, acts)
+    count = int(groups.max(initial=-1)) + 1
+    return fold_numbers(count, folds, seed)[groups] if count >= folds else fold_numbers(len(groups), folds, seed)
+
+
 def cross_validate(
     encoder: Encoder, weights: np.ndarray, acts: np.ndarray, y: np.ndarray, bits: np.ndarray, mean_act: np.ndarray | None = None,
     folds: int = 5, seed: int = 0, direction: Literal["min", "max"] = "min", surrogate: Estimator | str = "gbdt",
@@ -91,7 +100,7 @@ def cross_validate(
     """
     y, bits = np.asarray(y, float), np.asarray(bits, float)
     mean_act = encoder.space.mean_bits(acts).mean(1) if mean_act is None else np.asarray(mean_act, float)
-    target, fold = Target.of(y, direction), fold_numbers(len(y), folds, seed)
+    target, fold = Target.of(y, direction), grouped_folds(weights, acts, folds, seed)
     own = estimator_of(surrogate, encoder, seed) if isinstance(surrogate, str) else surrogate
     models = {"": own, **{name: estimator_of(name, encoder, seed) for name in baselines}}
     predicted = {}
