@@ -188,8 +188,15 @@ def about(machine: dict[str, Any]) -> str:
     return f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}"
 
 
+def command(rows: Sequence[dict[str, Any]]) -> str:
+    """What made these rows: parts that were not run are not named."""
+    others = any(r["kind"] == "swap" and not r["swap"].endswith(f":{AFTER}") for r in rows)
+    parts = ["swap", *(["schemes"] if others else []), *(["pairs"] if any(r["kind"] == "pair" for r in rows) else []), "table"]
+    return f"python benchmarks/truth.py {' '.join(parts)}"
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    lines = ["# Real effects of single-layer swaps", "", f"{about(machine())}. Made by `python benchmarks/truth.py swap schemes pairs table`.", "",
+    lines = ["# Real effects of single-layer swaps", "", f"{about(machine())}. Made by `{command(rows)}`.", "",
              f"Change of FID (positive = worse) when one layer goes from {BEFORE} to another scheme in random contexts within 0.25 bit of "
              f"{BITS:g} bits a weight, a8, with 90 % intervals over contexts. Both ends are made from the same seeds. Reliability: SRCC of effects between even and odd contexts, "
              "stepped up to all (Spearman and Brown).", "",
@@ -229,7 +236,7 @@ def write(rows: list[dict[str, Any]], models: Sequence[str]) -> None:
     kept = [r for r in json.loads(path.read_text())["rows"] if r["model"] not in models] if path.exists() else []
     rows = sorted([*kept, *rows], key=lambda r: list(MODELS).index(r["model"]))
     body = ",\n".join(json.dumps(r, allow_nan=False) for r in rows)
-    head = json.dumps({"machine": machine(), "command": "python benchmarks/truth.py swap schemes pairs table", "seed": SEED})
+    head = json.dumps({"machine": machine(), "command": command(rows), "seed": SEED})
     path.write_text(f'{head[:-1]}, "rows": [\n{body}\n]}}\n')
     path.with_suffix(".md").write_text(table(rows))
 
