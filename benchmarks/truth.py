@@ -151,7 +151,7 @@ def rows_of(truth: Truth, model: str) -> list[dict[str, Any]]:
     rows = []
     for after in (AFTER, *SCHEMES, "a6"):
         for layer, found in ends_of(truth, after).items():
-            if len(found) < min(FEW, len(truth.contexts)):  # contexts that have such a scheme by chance
+            if not set(range(min(FEW, len(truth.contexts)))) <= set(found):  # contexts that have such a scheme by chance
                 continue
             values = [(a["fid"] - b["fid"]) for b, a in found.values()]
             rows.append({
