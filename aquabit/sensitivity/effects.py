@@ -196,7 +196,8 @@ def interval(effect: np.ndarray, replicates: np.ndarray, factor: float = 1.0) ->
     Widened by Student's t for few replicates. On made-up truths (60 layers, 60 to 300 measurements, 48 draws) 82 to 98 % of true effects
     lay inside, 92 % on average and 89 % of the ten largest; the farther percentile of replicates with a floor held 82 % of those at a
     quarter more width. ``benchmarks/intervals.py`` counts them; the constants were
-    chosen on these draws, and real effects of the bundled models are held less often (benchmarks/results/surrogate.md). ``factor`` widens it further, as too few
+    chosen on these draws, and real effects of the bundled models are held less often (benchmarks/results/surrogate.md).
+    ``factor`` widens it further, as too few
     measurements demand.
     """
     count = len(replicates)
