@@ -2,6 +2,7 @@
 
 swap       every layer from usq4 to usq2 in 16 random contexts within 0.25 bit of 3 bits a weight, a8
 schemes    in the first 4 contexts: every layer from usq4 to other schemes (SCHEMES) and its activations from a8 to a6
+fresh      as swap, in 8 other contexts: what was chosen while looking at the former is judged on these
 pairs      in the first 4 contexts: 24 pairs of layers from usq4 to usq2 together, half of them drawn, half among the strongest layers
 table      benchmarks/results/truth.json and truth.md of what was measured
 
@@ -24,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from aquabit.scheme import Scheme
 from benchmarks.flow import MODELS, RESULTS, machine
 
-BITS, CONTEXTS, FEW = 3.0, 16, 4
+BITS, CONTEXTS, FEW, OTHERS = 3.0, 16, 4, 8
 SEED = 20_261_128
 FIRST_BLOCK = 51  # the other benchmarks use blocks up to 45
 BEFORE, AFTER = "usq4", "usq2"
@@ -36,13 +37,14 @@ METRICS = ("fid", "sfid", "psnr")
 class Truth:
     """One model's contexts, and the configurations that its swaps compare."""
 
-    def __init__(self, session: Any, contexts: int = CONTEXTS):
+    def __init__(self, session: Any, contexts: int = CONTEXTS, others: bool = False):
         from aquabit.sensitivity.effects import draw_contexts
 
         self.session, self.space = session, session.space
-        drawn = draw_contexts(session.space, session.costs, BITS, CONTEXTS, np.random.default_rng([SEED, 0]))
+        count, draw, block = (OTHERS, 2, FIRST_BLOCK + CONTEXTS) if others else (CONTEXTS, 0, FIRST_BLOCK)
+        drawn = draw_contexts(session.space, session.costs, BITS, count, np.random.default_rng([SEED, draw]))
         self.contexts = session.space.configs(*drawn)[:contexts]
-        self.protocols = [session.protocol.block(FIRST_BLOCK + i) for i in range(contexts)]
+        self.protocols = [session.protocol.block(block + i) for i in range(len(self.contexts))]
         self.layers = session.space.free_layers()
 
     def swapped(self, context: int, *changes: tuple[str, str]) -> Any:
@@ -145,20 +147,26 @@ def number(value: float) -> float | None:
     return float(f"{value:.6g}") if np.isfinite(value) else None
 
 
-def rows_of(truth: Truth, model: str) -> list[dict[str, Any]]:
-    """One row a swap of a layer, and one a pair: effects on FID (positive = worse) with 90 % intervals, and what was measured."""
+def swap_rows(truth: Truth, model: str, kind: str, afters: Sequence[str]) -> list[dict[str, Any]]:
+    """One row a swap of a layer: effects on FID (positive = worse) with 90 % intervals, and what was measured."""
     truth.read()
     rows = []
-    for after in (AFTER, *SCHEMES, "a6"):
+    for after in afters:
         for layer, found in ends_of(truth, after).items():
             if not set(range(min(FEW, len(truth.contexts)))) <= set(found):  # contexts that have such a scheme by chance
                 continue
             values = [(a["fid"] - b["fid"]) for b, a in found.values()]
             rows.append({
-                "model": model, "kind": "swap", "layer": layer, "swap": f"{BEFORE}:{after}", "n": len(values), "effect": spread(values, 0.9),
+                "model": model, "kind": kind, "layer": layer, "swap": f"{BEFORE}:{after}", "n": len(values), "effect": spread(values, 0.9),
                 "psnr": spread([a["psnr"] - b["psnr"] for b, a in found.values()], 0.9), "contexts": list(found),
                 "before": [number(b["fid"]) for b, _ in found.values()], "after": [number(a["fid"]) for _, a in found.values()],
             })  # fmt: skip
+    return rows
+
+
+def rows_of(truth: Truth, others: Truth, model: str) -> list[dict[str, Any]]:
+    """One row a swap of a layer ("fresh": in the other contexts), and one a pair."""
+    rows = swap_rows(truth, model, "swap", (AFTER, *SCHEMES, "a6")) + swap_rows(others, model, "fresh", (AFTER,))
     for a, b in picked_pairs(truth):
         values, kept = [], []
         for c in range(FEW):
@@ -191,7 +199,14 @@ def about(machine: dict[str, Any]) -> str:
 def command(rows: Sequence[dict[str, Any]]) -> str:
     """What made these rows: parts that were not run are not named."""
     others = any(r["kind"] == "swap" and not r["swap"].endswith(f":{AFTER}") for r in rows)
-    parts = ["swap", *(["schemes"] if others else []), *(["pairs"] if any(r["kind"] == "pair" for r in rows) else []), "table"]
+    fresh = any(r["kind"] == "fresh" for r in rows)
+    parts = [
+        "swap",
+        *(["fresh"] if fresh else []),
+        *(["schemes"] if others else []),
+        *(["pairs"] if any(r["kind"] == "pair" for r in rows) else []),
+        "table",
+    ]
     return f"python benchmarks/truth.py {' '.join(parts)}"
 
 
@@ -203,13 +218,13 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
              "| model | swap | layers | contexts | reliability | median effect | largest | interval excludes 0: worse, better |",
              "|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for model in dict.fromkeys(r["model"] for r in rows):
-        own = [r for r in rows if r["model"] == model and r["kind"] == "swap"]
-        for name in dict.fromkeys(r["swap"] for r in own):
-            part = [r for r in own if r["swap"] == name]
+        own = [r for r in rows if r["model"] == model and r["kind"] in ("swap", "fresh")]
+        for kind, name in dict.fromkeys((r["kind"], r["swap"]) for r in own):
+            part = [r for r in own if (r["kind"], r["swap"]) == (kind, name)]
             trust, effects = reliability(part), [r["effect"][0] for r in part]
             worse, better = sum((r["effect"][1] or 0) > 0 for r in part), sum((r["effect"][2] or 0) < 0 for r in part)
             lines.append(
-                f"| {model} | {name} | {len(part)} | {min(r['n'] for r in part)} | {'' if trust is None else f'{trust:.2f}'} | "
+                f"| {model} | {name}{', other contexts' if kind == 'fresh' else ''} | {len(part)} | {min(r['n'] for r in part)} | {'' if trust is None else f'{trust:.2f}'} | "
                 f"{np.median(effects):.3g} | {max(effects):.3g} | {worse}, {better} |"
             )
     for model in dict.fromkeys(r["model"] for r in rows):
@@ -243,7 +258,7 @@ def write(rows: list[dict[str, Any]], models: Sequence[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="+", choices=["swap", "schemes", "pairs", "table"])
+    parser.add_argument("parts", nargs="+", choices=["swap", "fresh", "schemes", "pairs", "table"])
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--folder", type=Path, default=Path("truth"))
     parser.add_argument("--quick", action="store_true", help="two contexts")
@@ -252,12 +267,12 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for model in given.models:
         with session_of(given.folder, model) as session:
-            truth = Truth(session, 2 if given.quick else CONTEXTS)
+            truth, others = (Truth(session, 2 if given.quick else CONTEXTS, which) for which in (False, True))
             for part in given.parts:
                 if part == "table":
-                    rows += rows_of(truth, model)
+                    rows += rows_of(truth, others, model)
                 else:
-                    {"swap": swap, "schemes": schemes, "pairs": pairs}[part](truth)
+                    {"swap": swap, "fresh": swap, "schemes": schemes, "pairs": pairs}[part](others if part == "fresh" else truth)
     if "table" in given.parts:
         write(rows, given.models)
 

@@ -82,6 +82,27 @@ def test_in_an_additive_world_searchers_end_near_its_optimum(name: str, slack: f
     assert best < chance
 
 
+def test_a_screen_costs_its_share_of_the_measurements_and_chooses_what_is_measured() -> None:
+    space, cost = model(10, 2, **TOY)
+    target, bench, asked = middle(cost, 0.3, "bits"), Bench(space), []
+    draws = space.sample(20, 5)
+    start = list(zip(draws, Bench(space).measure(draws), strict=True))
+
+    def screen(known: Any, proposed: list[QuantConfig]) -> list[float]:
+        assert {c.digest for c, _ in start} <= {c.digest for c, _ in known}
+        asked.append(dict(zip([c.digest for c in proposed], Bench(space).measure(proposed), strict=True)))
+        return list(asked[-1].values())
+
+    problem = Problem(space, cost, [target], bench.measure, 30, 0, bench.fit, start, screen, 0.1)
+    found = SEARCHERS["surrogate"](problem)
+    seen = {c.digest for c, _ in start} | {c.digest for c, _ in found} | {d for one in asked for d in one}
+    assert len(found) <= 30 - 0.1 * len(seen - {found[-1][0].digest}) + 1 and len(found) > 15
+    measured = {c.digest for c, _ in found}
+    first = sorted(asked[0].values())
+    chosen = [v for d, v in asked[0].items() if d in measured]
+    assert len(chosen) < len(first) and np.mean(chosen) < np.mean(first)  # the true value as the screen: the better ones are measured
+
+
 def test_damages_that_could_not_be_measured_are_interpolated() -> None:
     space, cost = model(12, 2, schemes=["usq2", "usq3", "usq4", "usq6", "usq8", "vq2", "vq3", "vq4"])
     target, bench = middle(cost, 0.3, "bits"), Bench(space)

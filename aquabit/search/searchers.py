@@ -13,15 +13,17 @@ from aquabit.cost import CostModel
 from aquabit.formats import expected_loss
 from aquabit.scheme import AquabitError, Budget, QuantConfig, act_of
 from aquabit.search.integer_program import Cut, solve
-from aquabit.search.loop import Proposer
+from aquabit.search.loop import Proposer, best_of
 from aquabit.search.options import Options, Predict
 from aquabit.space import BITS_RANGE, SearchSpace, maximum_entropy
 
 Found = list[tuple[QuantConfig, float]]
 Chosen = tuple[np.ndarray, np.ndarray]  # (weights [L], acts [L])
+Screen = Callable[[Found, list[QuantConfig]], Sequence[float]]
 PROPOSALS = 0.2  # the share of the measurements that a searcher keeps for what it proposes
 SAMPLES = 0.5  # the share that ``surrogate`` spends on random configurations before it proposes
 ROUNDS = 5  # of fitting and proposing
+POOL = 4  # configurations proposed for each that is measured, where a screen chooses
 SWAPS = 16  # one-layer swaps that share a context
 
 
@@ -29,7 +31,9 @@ SWAPS = 16  # one-layer swaps that share a context
 class Problem:
     """What a searcher is given: ``measure(configs)`` gives their values (larger = worse, NaN = failed), ``measurements`` limits how many
     configurations it is called with in all. ``targets`` are budgets of one kind. ``fit(configs, values)`` makes a surrogate, which
-    model-based searchers need; ``start`` are measurements that were paid for before, for those that can use them."""
+    model-based searchers need; ``start`` are measurements that were paid for before, for those that can use them. ``screen(known,
+    proposed)`` judges proposals by something cheaper than a measurement, given all that is known; each configuration that it sees for the
+    first time, known ones too, costs ``screen_cost`` measurements."""
 
     space: SearchSpace
     cost_model: CostModel
@@ -39,6 +43,8 @@ class Problem:
     seed: int = 0
     fit: Callable[[list[QuantConfig], np.ndarray], Predict] | None = None
     start: Sequence[tuple[QuantConfig, float]] = ()
+    screen: Screen | None = None
+    screen_cost: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.targets:
@@ -57,10 +63,11 @@ class _Ledger:
     problem: Problem
     values: dict[str, float] = field(default_factory=dict)
     found: Found = field(default_factory=list)
+    screened: set[str] = field(default_factory=set)
 
     @property
     def left(self) -> int:
-        return self.problem.measurements - len(self.found)
+        return max(0, int(self.problem.measurements - len(self.found) - len(self.screened) * self.problem.screen_cost + 1e-9))
 
     def measure(self, configs: Iterable[QuantConfig]) -> None:
         """Measure what is new, as far as measurements are left."""
@@ -236,11 +243,19 @@ def surrogate(problem: Problem) -> Found:
         usable = [(c, v) for c, v in known if np.isfinite(v)]
         predict = problem.fit([c for c, _ in usable], np.array([v for _, v in usable]))
         proposer = Proposer(space, costs, predict, known, number, 16, 15_000, problem.seed, problem.targets)
-        for slot in range(min(size, ledger.left)):
-            proposer.add(problem.targets[slot % len(problem.targets)])
-        if not proposer.candidates:
+        wanted = [problem.targets[slot % len(problem.targets)] for slot in range(min(size, ledger.left))]
+        for target in wanted * (POOL if problem.screen else 1):
+            proposer.add(target)
+        chosen = proposer.candidates
+        if not chosen:
             break
-        ledger.measure(c.config for c in proposer.candidates)
+        if problem.screen is not None:
+            asked = [c.config for c in chosen]
+            ledger.screened.update(c.digest for c in (*(c for c, _ in usable), *asked))
+            if not ledger.left:
+                break
+            chosen = best_of(chosen, wanted[: ledger.left], np.asarray(problem.screen(usable, asked), float))
+        ledger.measure(c.config for c in chosen)
     return ledger.found
 
 
