@@ -1,6 +1,7 @@
 """The surrogate, its rivals and its search, measured: python benchmarks/surrogate.py PART ... [--folder DIR] [--models ...] [--seeds ...] [--count N]
 
 measure    random configurations of the default space, for three seeds; everything below learns from these
+swaps      300 configurations of the design "swaps" a seed: real swaps that share contexts
 outputs    output errors of all of them, and of every layer's swap in 8 contexts
 curve      within-budget SRCC on the other seeds' configurations after 50 to 300 measurements: the trees, with and without output errors, and others
 effects    predicted effects of layers, with and without contexts that were run, and direct swaps of as many measurements, beside the real ones
@@ -28,6 +29,7 @@ from benchmarks.truth import about, say
 
 SEEDS = (0, 1, 2)
 COUNT = 500  # measurements a seed
+SWAPS = 300
 SIZES = (50, 100, 200, 300, 500)
 IN_CONTEXT = 8
 OUTPUTS_PER_MEASUREMENT = 15.0  # configurations whose output errors take as long as one measurement
@@ -46,6 +48,13 @@ def measure(session: Any, seeds: list[int], count: int) -> None:
     session.references(say)
     for seed in seeds:
         session.measure(session.space.sample(count, seed), "sample", say, what=f"seed {seed}")
+
+
+def swaps(session: Any, seeds: list[int]) -> None:
+    from aquabit.sensitivity.design import Design
+
+    for seed in seeds:
+        session.measure(Design("swaps").draw(session.space, SWAPS, seed), "sample", say, what=f"swaps, seed {seed}")
 
 
 def export(session: Any, model: str, count: int) -> None:
@@ -256,7 +265,7 @@ def table(found: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="+", choices=["measure", "restore", "export", "outputs", "curve", "effects"])
+    parser.add_argument("parts", nargs="+", choices=["measure", "restore", "swaps", "export", "outputs", "curve", "effects"])
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--folder", type=Path, default=Path("truth"))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
@@ -271,8 +280,8 @@ def main() -> None:
     for model in given.models:
         with session_of(given.folder, model) as session:
             for part in given.parts:
-                if part == "measure":
-                    measure(session, given.seeds, given.count)
+                if part in ("measure", "swaps"):
+                    measure(session, given.seeds, given.count) if part == "measure" else swaps(session, given.seeds)
                 elif part not in ("curve", "effects"):
                     {"export": export, "restore": restore, "outputs": outputs}[part](session, model, given.count)
 

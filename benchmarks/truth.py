@@ -2,7 +2,7 @@
 
 swap       every layer from usq4 to usq2 in 16 random contexts within 0.25 bit of 3 bits a weight, a8
 schemes    in the first 4 contexts: every layer from usq4 to other schemes (SCHEMES) and its activations from a8 to a6
-fresh      as swap, in 8 other contexts: what was chosen while looking at the former is judged on these
+fresh      as swap, in 4 other contexts: what was chosen while looking at the former is judged on these
 pairs      in the first 4 contexts: 24 pairs of layers from usq4 to usq2 together, half of them drawn, half among the strongest layers
 table      benchmarks/results/truth.json and truth.md of what was measured
 
@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from aquabit.scheme import Scheme
 from benchmarks.flow import MODELS, RESULTS, machine
 
-BITS, CONTEXTS, FEW, OTHERS = 3.0, 16, 4, 8
+BITS, CONTEXTS, FEW, OTHERS = 3.0, 16, 4, 4
 SEED = 20_261_128
 FIRST_BLOCK = 51  # the other benchmarks use blocks up to 45
 BEFORE, AFTER = "usq4", "usq2"

@@ -78,7 +78,7 @@ def test_balanced_budgets_are_evenly_spread(world: World) -> None:
 
 def test_swaps_differ_from_their_context_in_one_layer(world: World) -> None:
     size = 1 + PER_CONTEXT
-    weights, acts = world.space.indices(Design("swaps").draw(world.space, 12 * size, 0))
+    weights, acts = world.space.indices(Design("swaps").draw(world.space, 2 * size, 0))
     ends = {world.space.schemes.index(Scheme.parse(s)) for s in ("usq4", "usq2")}
     seen: Counter[int] = Counter()
     for start in range(0, len(weights), size):
@@ -91,8 +91,9 @@ def test_swaps_differ_from_their_context_in_one_layer(world: World) -> None:
 
 
 def test_groups_are_contexts_with_their_swaps(world: World) -> None:
-    drawn = world.space.indices(Design("swaps").draw(world.space, 15, 0))
-    assert group_numbers(*drawn).tolist() == [0] * 5 + [1] * 5 + [2] * 5
+    size = 1 + PER_CONTEXT
+    drawn = world.space.indices(Design("swaps").draw(world.space, 2 * size + 5, 0))
+    assert group_numbers(*drawn).tolist() == [0] * size + [1] * size + [2] * 5
     assert group_numbers(drawn[0][1:5], drawn[1][1:5]).tolist() == [0] * 4, "also where the context itself failed"
     apart = world.space.indices(world.space.sample(10))
     assert group_numbers(*apart).tolist() == list(range(10))
@@ -158,9 +159,9 @@ def test_disagreement_is_measured_in_rounds_and_continues(tmp_path, monkeypatch)
 
 
 def test_ends_of_a_swap_are_held_out_together(world: World) -> None:
-    weights, acts = world.space.indices(Design("swaps").draw(world.space, 40, 0))
+    weights, acts = world.space.indices(Design("swaps").draw(world.space, 120, 0))
     groups, fold = group_numbers(weights, acts), grouped_folds(weights, acts)
-    assert len(set(groups.tolist())) < 40 and all(len(set(fold[groups == g].tolist())) == 1 for g in groups)
+    assert len(set(groups.tolist())) == 5 and all(len(set(fold[groups == g].tolist())) == 1 for g in groups)
     assert sorted(set(fold.tolist())) == [0, 1, 2, 3, 4]
     weights, acts = world.space.indices(world.space.sample(40))
     assert (grouped_folds(weights, acts) == fold_numbers(40)).all(), "independent draws are held out one by one"

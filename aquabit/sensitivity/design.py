@@ -22,8 +22,8 @@ DESIGNS = {
     "disagreement": "a random start, then batches on which refitted surrogates disagree",
 }
 SWAP = "usq4:usq2"  # layers without these schemes are swapped between their nearest
-SWAP_RANGE = (2.4, 3.4)  # mean bits of their contexts
-PER_CONTEXT = 4  # swaps that share a context
+SWAP_RANGE = (2.75, 3.25)  # mean bits of their contexts
+PER_CONTEXT = 24  # swaps that share a context, at most half of the layers: each costs one measurement and its share of the context's
 BLOCK, CANDIDATES = 24, 16  # configurations that are balanced together; permutations tried for a layer
 TOTALS = 4.0  # what sums near their targets are worth beside deviations that are orthogonal
 OPERATOR_SHIFT = 0.5  # bits by which the mean of an operator type may lie above or below the configuration's
@@ -69,11 +69,12 @@ def swaps(space: SearchSpace, count: int, seed: int, swap: str = SWAP) -> list[Q
     """Contexts of the balanced design, each followed by PER_CONTEXT configurations with one layer at the other end of ``swap``.
 
     Contexts have mean bits in SWAP_RANGE and their activations at 8 bits, as those that effects speak of by default. A difference
-    within a context has no noise of the context's other layers. A context's layers are at random ends of the swap; every layer has its turn
+    within a context has no noise of the context's other layers, and what a context does to the size of effects it does to many layers, so
+    that their order keeps. Layers that are swapped start at random ends of the swap, the others are as drawn; every layer has its turn
     before one has its second.
     """
     players = find_players(space, parse_swap(swap))
-    per = min(PER_CONTEXT, len(players))
+    per = max(1, min(PER_CONTEXT, len(players) // 2))
     drawn = balanced(replace(space, activations=(context_act(space),), steps=None), math.ceil(count / (1 + per)), seed, SWAP_RANGE)
     contexts = [space.config(c.layers) for c in drawn]
     rng, order, out = np.random.default_rng([seed, 4]), list[int](), list[QuantConfig]()
