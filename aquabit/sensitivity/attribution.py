@@ -13,14 +13,13 @@ import pandas as pd
 
 from aquabit.graph import layers as graph_layers
 from aquabit.scheme import AquabitError, Progress, no_progress, parse_swap
-from aquabit.sensitivity.combined import combine
+from aquabit.sensitivity.combined import combine, real_means
 from aquabit.sensitivity.effects import (
     Effects,
     Player,
     bootstrap,
     draw_contexts,
     find_players,
-    interval,
     member_parts,
     predict_effects,
     shap_by_layer,
@@ -125,7 +124,7 @@ def explain(
     place, few = {p.layer: i for i, p in enumerate(players)}, (drawn[0][:PAIR_CONTEXTS], drawn[1][:PAIR_CONTEXTS])
     pairs = interactions(fitted, effects, [place[name] for name in layers.name], models, few, seed, progress)
     groups = scheme_scores(fitted, models, few, seed, progress)
-    operators, blocks = (_rolled(layers, players, varied, key, fitted.scores["widen"]) for key in ("operator", "block"))
+    operators, blocks = (_rolled(layers, players, varied, key) for key in ("operator", "block"))
     return Sensitivity(
         fitted.objective, fitted.direction, fitted.protocol, len(fitted.y), bits, swap, layers, operators, blocks,
         scores, _validation(fitted, layers, checked), _scatter(fitted), "combined" if layers.n.any() else "predicted", pairs, groups,
@@ -141,27 +140,28 @@ def save(study: Study, sensitivity: Sensitivity) -> None:
 def _layer_table(
     fitted: FittedSurrogate, effects: Effects, training: pd.DataFrame, flips: pd.DataFrame | None, seed: int
 ) -> tuple[pd.DataFrame, np.ndarray]:  # fmt: skip
-    """The table of layers, and replicates [r, players] of their effects. Swaps among the ``training`` measurements are part of the
+    """The table of layers, and draws [n, players] of what their effects may be. Swaps among the ``training`` measurements are part of the
     prediction; ``flips``, which it never saw, of the ranking alone."""
     nodes, schemes = graph_layers(fitted.graph), fitted.space.schemes
     values, signed = _tree_shap(fitted)
     effect = effects.effect(schemes)
-    ours = combine(
-        effects.players, effect, *interval(effect, effects.replicates, fitted.scores["widen"]), effects.replicates, training, seed
+    ours, found = (
+        combine(effects.players, effect, effects.replicates, swaps, fitted.scores["widen"], seed)
+        for swaps in (training, training if flips is None else pd.concat([training, flips[training.columns]]))
     )
-    found = combine(effects.players, ours.effect, ours.low, ours.high, ours.replicates, training[:0] if flips is None else flips, seed + 1)
+    real, count = real_means(effects.players, training[:0] if flips is None else flips)
     rows = []
     for i, player in enumerate(effects.players):
         node = nodes[player.layer]
         rows.append({
             "name": player.layer, "operator": node["operator"], "block": node["block"], "swap": f"{player.before}:{player.after}",
             "effect": float(found.effect[i]), "low": float(found.low[i]), "high": float(found.high[i]),
-            "predicted": float(ours.effect[i]), "real": float(found.real[i]), "n": int(found.swaps[i]),
+            "predicted": float(ours.effect[i]), "real": float(real[i]), "n": int(count[i]),
             "shap": float(np.abs(values[:, player.column]).mean()), "shap_signed": float(signed[player.column]),
             "schemes": {**effects.of_schemes(i, schemes), str(player.after): float(ours.effect[i])},
         })  # fmt: skip
     table = pd.DataFrame(rows).sort_values("effect", ascending=False, kind="stable").reset_index(drop=True)
-    return table, found.replicates
+    return table, found.draws
 
 
 def _tree_shap(fitted: FittedSurrogate) -> tuple[np.ndarray, np.ndarray]:
@@ -176,15 +176,14 @@ def _tree_shap(fitted: FittedSurrogate) -> tuple[np.ndarray, np.ndarray]:
     return values, signed_shap(values, member_parts(fitted.encoder, fitted.weights, fitted.acts)["error"])
 
 
-def _rolled(layers: pd.DataFrame, players: list[Player], replicates: np.ndarray, key: str, factor: float) -> pd.DataFrame:
-    """Mean effect of a layer of each operator type or block, its interval from the replicates, and the sum over its layers."""
+def _rolled(layers: pd.DataFrame, players: list[Player], draws: np.ndarray, key: str) -> pd.DataFrame:
+    """Mean effect of a layer of each operator type or block, its 90 % interval from the draws, and the sum over its layers."""
     place = {p.layer: i for i, p in enumerate(players)}
     rows = []
     for name, group in layers.groupby(key, sort=False):
         index = [place[n] for n in group.name]
-        mean = float(group.effect.mean())
-        low, high = (float(v[0]) for v in interval(np.array([mean]), replicates[:, index].mean(1, keepdims=True), factor))
-        rows.append({"name": str(name), "layers": len(group), "effect": mean, "low": low, "high": high,
+        low, high = np.percentile(draws[:, index].mean(1), [5, 95]) if len(draws) else (np.nan, np.nan)
+        rows.append({"name": str(name), "layers": len(group), "effect": float(group.effect.mean()), "low": float(low), "high": float(high),
                      "total": float(group.effect.sum()), "shap": float(group["shap"].sum(skipna=False))})  # fmt: skip
     return pd.DataFrame(rows).sort_values("effect", ascending=False, kind="stable").reset_index(drop=True)
 
