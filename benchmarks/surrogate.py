@@ -29,7 +29,7 @@ from benchmarks.truth import about, say
 
 SEEDS = (0, 1, 2)
 COUNT = 500  # measurements a seed
-SWAPS = 300
+SWAPS, MIXED = 300, 0.66
 SIZES = (50, 100, 200, 300, 500)
 IN_CONTEXT = 8
 OUTPUTS_PER_MEASUREMENT = 15.0  # configurations whose output errors take as long as one measurement
@@ -50,11 +50,15 @@ def measure(session: Any, seeds: list[int], count: int) -> None:
         session.measure(session.space.sample(count, seed), "sample", say, what=f"seed {seed}")
 
 
-def swaps(session: Any, seeds: list[int]) -> None:
+def swap_design(space: Any, seed: int) -> list[Any]:
     from aquabit.sensitivity.design import Design
 
+    return Design("swaps").draw(space, SWAPS, seed)
+
+
+def swaps(session: Any, seeds: list[int]) -> None:
     for seed in seeds:
-        session.measure(Design("swaps").draw(session.space, SWAPS, seed), "sample", say, what=f"swaps, seed {seed}")
+        session.measure(swap_design(session.space, seed), "sample", say, what=f"swaps, seed {seed}")
 
 
 def export(session: Any, model: str, count: int) -> None:
@@ -101,7 +105,7 @@ def restore(session: Any, model: str, count: int) -> None:
 def outputs(session: Any, model: str, count: int) -> None:
     from aquabit.sensitivity.in_context import measure_in_context
 
-    configs = [c for seed in SEEDS for c in session.space.sample(count, seed)]
+    configs = [c for seed in SEEDS for c in (*session.space.sample(count, seed), *swap_design(session.space, seed))]
     known = session.study.known(session.protocol)
     session.outputs([c for c in configs if c.digest in known], say)
     measure_in_context(session, IN_CONTEXT, progress=say)
@@ -125,13 +129,21 @@ class Data:
             CostModel(self.graph, self.space),
         )
         table = self.study.measurements(self.study.protocol).set_index("config")
-        drawn = [(seed, c) for seed in SEEDS for c in self.space.sample(count, seed) if c.digest in table.index]
+        random = [(seed, c) for seed in SEEDS for c in self.space.sample(count, seed) if c.digest in table.index]
+        swapped = [(seed, c) for seed in SEEDS for c in swap_design(self.space, seed) if c.digest in table.index]
+        drawn = [*random, *swapped]
         self.seed, self.configs = np.array([s for s, _ in drawn]), [c for _, c in drawn]
+        self.random = np.arange(len(drawn)) < len(random)
         self.weights, self.acts = self.space.indices(self.configs)
         self.y = table.fid.loc[[c.digest for c in self.configs]].to_numpy(float)
         self.bits, self.mean_act = self.cost.totals(self.weights, self.acts)["bits"], self.space.mean_bits(self.acts).mean(1)
         self.outputs = self.study.outputs(stored(self.study.protocol)[0].digest)
         self.output_features = output_features([self.outputs[c.digest] for c in self.configs])
+
+    def rows(self, seed: int, random: int, swaps: int = 0) -> np.ndarray:
+        """The first random draws of a seed, and the first configurations of its design of swaps; fewer where fewer were measured."""
+        own = self.seed == seed
+        return np.concatenate([np.flatnonzero(own & self.random)[:random], np.flatnonzero(own & ~self.random)[:swaps]])
 
     def fitted(self, rows: np.ndarray) -> Any:
         """A FittedSurrogate of these rows alone; its out-of-fold parts are empty."""
@@ -168,7 +180,7 @@ def curve(data: Data, model: str) -> list[dict[str, Any]]:
 
     rows = []
     for seed in SEEDS:
-        own, test = np.flatnonzero(data.seed == seed), np.flatnonzero(data.seed != seed)
+        own, test = data.rows(seed, len(data.seed)), np.flatnonzero((data.seed != seed) & data.random)
         for n in [n for n in SIZES if n <= len(own)]:
             train = own[:n]
             for name in ("gbdt", "gbdt + output errors", "sum_of_damages", "ridge_one_hot", "graph_network"):
@@ -185,45 +197,64 @@ def curve(data: Data, model: str) -> list[dict[str, Any]]:
 
 
 def effects(data: Data, model: str) -> list[dict[str, Any]]:
-    """SRCC with the real effects, sign agreement where their 90 % intervals exclude 0, and how many 90 % intervals hold the real effect."""
+    """SRCC with the real effects (those of the 16 contexts, and "fresh" of the others), sign agreement where 90 % intervals of the real effects
+    exclude 0, and how many predicted 90 % intervals hold the real effect."""
     from aquabit.scheme import parse_swap
-    from aquabit.sensitivity.effects import bootstrap, draw_contexts, find_players, interval, predict_effects
+    from aquabit.sensitivity.combined import combine, real_means
+    from aquabit.sensitivity.effects import bootstrap, draw_contexts, find_players, predict_effects
+    from aquabit.sensitivity.flips import training_swaps
     from aquabit.sensitivity.in_context import DRAWN, refine
     from aquabit.sensitivity.scores import srcc
 
-    stored = json.loads((RESULTS / "truth.json").read_text())["rows"]
-    truth = {r["layer"]: r for r in stored if r["model"] == model and r["kind"] == "swap" and r["swap"] == "usq4:usq2"}
     players, rows = find_players(data.space, parse_swap("usq4:usq2")), list[dict[str, Any]]()
+    stored = [r for r in json.loads((RESULTS / "truth.json").read_text())["rows"] if r["model"] == model and r.get("swap") == "usq4:usq2"]
+    truth, fresh = ({r["layer"]: r for r in stored if r["kind"] == kind} for kind in ("swap", "fresh"))
     real = np.array([truth[p.layer]["effect"] for p in players], float)
+    others = np.array([fresh[p.layer]["effect"] for p in players], float) if fresh else None
     change = np.array([np.subtract(truth[p.layer]["after"], truth[p.layer]["before"]) for p in players])
-    sure = (real[:, 1] > 0) | (real[:, 2] < 0)
 
     def judged(how: str, seed: int, n: float, effect: np.ndarray, low: Any = None, high: Any = None) -> None:
-        inside = None if low is None else round(float(((low <= real[:, 2]) & (high >= real[:, 1])).mean()), 4)
-        bare = None if low is None else round(float(((low <= real[:, 0]) & (high >= real[:, 0])).mean()), 4)
-        signs = round(float((np.sign(effect) == np.sign(real[:, 0]))[sure].mean()), 4)
-        rows.append({"model": model, "seed": seed, "measurements": n, "how": how, "srcc": round(srcc(effect, real[:, 0]), 4), "signs": signs,
-                     "covered": bare, "intervals_meet": inside})  # fmt: skip
-        print(rows[-1], flush=True)
+        row: dict[str, Any] = {"model": model, "seed": seed, "measurements": n, "how": how}
+        for name, values in (("", real), ("fresh_", others)):
+            if values is None:
+                continue
+            sure = (values[:, 1] > 0) | (values[:, 2] < 0)
+            inside = None if low is None else round(float(((low <= values[:, 0]) & (high >= values[:, 0])).mean()), 4)
+            signs = round(float((np.sign(effect) == np.sign(values[:, 0]))[sure].mean()), 4)
+            row |= {f"{name}srcc": round(srcc(effect, values[:, 0]), 4), f"{name}signs": signs, f"{name}covered": inside}
+        rows.append(row)
+        print(row, flush=True)
 
     for seed in SEEDS:
         contexts = draw_contexts(data.space, data.cost, 3.0, DRAWN, np.random.default_rng([0, 0]))  # as outputs has seen them
-        for n in (100, 200, 300):
-            fitted = data.fitted(np.flatnonzero(data.seed == seed)[:n])
-            predicted = predict_effects(fitted, players, contexts, bootstrap(fitted, 20, seed), seed)
-            own = predicted.effect(data.space.schemes)
-            judged("trees", seed, n, own, *interval(own, predicted.replicates))
-            refined = refine(data.study, fitted, predicted, contexts, 20, seed)
-            if refined is not None:
-                own = refined[0].effect(data.space.schemes)
-                cost = n + (n + 2 * len(players) * refined[2]) / OUTPUTS_PER_MEASUREMENT
-                judged(f"blend, {refined[2]} contexts run", seed, round(cost), own, *interval(own, refined[0].replicates))
+        for n, share in ((100, 0.0), (200, 0.0), (300, 0.0), (100, MIXED), (200, MIXED), (300, MIXED)):
+            swapped = int(n * share)
+            used = data.rows(seed, n - swapped, swapped)
+            if len(used) < n:
+                continue
+            design = f"swaps:{share:g}" if share else "random"
+            fitted = data.fitted(used)
+            found, extra = predict_effects(fitted, players, contexts, bootstrap(fitted, 20, seed), seed), 0.0
+            refined = refine(data.study, fitted, found, contexts, 20, seed)
+            for step in ("trees", "blend, {} contexts run"):
+                if step != "trees":
+                    if refined is None:
+                        continue
+                    found, extra = refined[0], (n + 2 * len(players) * refined[2]) / OUTPUTS_PER_MEASUREMENT
+                    step = step.format(refined[2])
+                ours = combine(players, found.effect(data.space.schemes), found.replicates, training_swaps(fitted, players, 3.0))
+                judged(f"{design}, {step}", seed, round(n + extra), ours.effect, ours.low, ours.high)
+        used = data.rows(seed, 0, SWAPS)
+        if len(used) == SWAPS:
+            direct, count = real_means(players, training_swaps(data.fitted(used), players, 3.0))
+            if count.min():
+                judged("direct swaps of the design", seed, SWAPS, direct)
         for n in (1, 2, 3, 4):
             picked = np.random.default_rng([seed, 3]).permutation(change.shape[1])[:n]
             rest = np.delete(np.arange(change.shape[1]), picked)
             found = srcc(change[:, picked].mean(1), change[:, rest].mean(1))
-            rows.append({"model": model, "seed": seed, "measurements": 2 * n * len(players), "how": "direct swaps, beside the other contexts",
-                         "srcc": round(found, 4), "signs": None, "covered": None, "intervals_meet": None})  # fmt: skip
+            rows.append({"model": model, "seed": seed, "measurements": 2 * n * len(players), "how": "direct swaps of two measurements, beside the other contexts",
+                         "srcc": round(found, 4)})  # fmt: skip
             print(rows[-1], flush=True)
     return rows
 
@@ -251,14 +282,17 @@ def table(found: dict[str, Any]) -> str:
     keys = [(r["model"], r["how"], r["measurements"]) for r in found.get("effects", [])]
     if keys:
         lines += ["", "## Effects of layers from usq4 to usq2 near 3 bits, beside real swaps", "",
-                  "Signs: agreement where the real effect's 90 % interval excludes 0. Covered: real effects (means of 16 contexts) inside the predicted 90 % "
-                  "intervals. Measurements include output errors at a fifteenth each; direct swaps are scored beside the contexts that they did "
-                  "not use.", "", "| model | how | measurements | SRCC, seeds | mean | signs | covered |", "|---|---|---|---|---|---|---|"]  # fmt: skip
+                  "Signs: agreement where the real effect's 90 % interval excludes 0. Covered: real effects inside the predicted 90 % intervals. Fresh: the "
+                  "same beside 4 contexts that nothing was chosen on. Measurements include output errors at a fifteenth each. Direct swaps of two measurements are "
+                  "scored beside the contexts that they did not use; those of the design share contexts, so that a swap costs little more than one.", "",
+                  "| model | how | measurements | SRCC, seeds | mean | signs | covered | fresh SRCC | signs | covered |",
+                  "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
         for key in dict.fromkeys(keys):
             own_rows = [r for r in found["effects"] if (r["model"], r["how"], r["measurements"]) == key]
             each = ", ".join(f"{r['srcc']:.2f}" for r in own_rows)
-            means = {k: [r[k] for r in own_rows if r[k] is not None] for k in ("srcc", "signs", "covered")}
-            shown = [f"{np.mean(v):.2f}" if v else "" for v in means.values()]
+            columns = [f"{a}{b}" for a in ("", "fresh_") for b in ("srcc", "signs", "covered")]
+            means = [[r[k] for r in own_rows if r.get(k) is not None] for k in columns]
+            shown = [f"{np.mean(v):.2f}" if v else "" for v in means]
             lines.append(f"| {key[0]} | {key[1]} | {key[2]} | {each} | {' | '.join(shown)} |")
     return "\n".join(lines) + "\n"
 
