@@ -180,9 +180,11 @@ def curve(data: Data, model: str) -> list[dict[str, Any]]:
 
     rows = []
     for seed in SEEDS:
-        own, test = data.rows(seed, len(data.seed)), np.flatnonzero((data.seed != seed) & data.random)
-        for n in [n for n in SIZES if n <= len(own)]:
-            train = own[:n]
+        test = np.flatnonzero((data.seed != seed) & data.random)
+        for n, share in [*((n, 0.0) for n in SIZES), (300, MIXED), (500, 1 - 300 / 500)]:
+            train = data.rows(seed, n - int(n * share), int(n * share))
+            if len(train) < n:
+                continue
             for name in ("gbdt", "gbdt + output errors", "sum_of_damages", "ridge_one_hot", "graph_network"):
                 plain = name != "gbdt + output errors"
                 estimator = estimator_of(name, data.encoder, 0) if plain else Surrogate(**TREES, members=MEMBERS)
@@ -191,7 +193,8 @@ def curve(data: Data, model: str) -> list[dict[str, Any]]:
                 estimator.fit(features[train], data.y[train])
                 units = estimator.to_units(estimator.predict(features))
                 score = held_out_score(data, train, test, units[train], units[test])
-                rows.append({"model": model, "seed": seed, "measurements": n, "estimator": name, "score": score})
+                design = f", swaps:{share:.2g}" if share else ""
+                rows.append({"model": model, "seed": seed, "measurements": n, "estimator": name + design, "score": score})
             print(rows[-5:], flush=True)
     return rows
 
@@ -260,9 +263,11 @@ def effects(data: Data, model: str) -> list[dict[str, Any]]:
 
 
 def write(part: str, rows: list[dict[str, Any]]) -> None:
-    """Replace a part of the result files."""
+    """Replace what the result files say of a part and these models."""
     path = RESULTS / "surrogate.json"
     found = json.loads(path.read_text()) if path.exists() else {}
+    models = {r["model"] for r in rows}
+    rows = [r for r in found.get(part, []) if r["model"] not in models] + rows
     found |= {"machine": machine(), "command": "python benchmarks/surrogate.py measure outputs curve effects", part: rows}
     path.write_text(json.dumps(found, allow_nan=False, indent=0) + "\n")
     path.with_suffix(".md").write_text(table(found))
@@ -273,7 +278,8 @@ def table(found: dict[str, Any]) -> str:
     keys = [(r["model"], r["measurements"], r["estimator"]) for r in found.get("curve", [])]
     if keys:
         lines += ["## Within-budget SRCC on configurations of other seeds (objective FID)", "",
-                  "Trained on the first measurements of one seed, scored on all of the two others; three seeds each.", "",
+                  "Trained on the first measurements of one seed, scored on all of the two others; three seeds each. swaps: a share of the training "
+                  "measurements are of that design, 3 bits alone.", "",
                   "| model | measurements | estimator | seeds | mean | lowest 90 % bound |", "|---|---|---|---|---|---|"]  # fmt: skip
         for key in dict.fromkeys(keys):
             own = [r["score"] for r in found["curve"] if (r["model"], r["measurements"], r["estimator"]) == key]
