@@ -136,7 +136,9 @@ def test_from_pretrained_and_save_pretrained_keep_every_bit(family: str, tmp_pat
 def test_a_pipeline_directory_loads_in_diffusers_and_here(dit: ClassConditionalPipeline, tmp_path: Path) -> None:
     net = packed_model("pixart", tmp_path / "bank")
     pipe = DDIMPipeline(tiny_model("digits-unet"), DDIMScheduler(**SCHEDULER))
-    config = QuantConfig(fingerprint(pipe.unet), {"conv_in": LayerChoice(Scheme.parse("usq4"), 8), "conv_out": LayerChoice(Scheme.parse("vq3"))})
+    config = QuantConfig(
+        fingerprint(pipe.unet), {"conv_in": LayerChoice(Scheme.parse("usq4"), 8), "conv_out": LayerChoice(Scheme.parse("vq3"))}
+    )
     del net
 
     def images(made: Any) -> Tensor:

@@ -81,7 +81,8 @@ def load_packed_denoiser(folder: Path, dtype: torch.dtype = torch.float32) -> nn
         raise AquabitError(f"{folder} holds no packed denoiser; `aquabit quantize` makes one")
     name = str(read_json(folder / "config.json").get("_class_name"))
     cls: Any = getattr(diffusers, name, None)
-    if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):
+    known = isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)
+    if not known:
         raise AquabitError(f"{folder / 'config.json'}: {name!r} is no model class of diffusers")
     try:
         denoiser: nn.Module = cls.from_pretrained(folder, dtype=dtype, use_safetensors=True)
@@ -126,12 +127,12 @@ def parsed(value: Mapping[str, Any]) -> tuple[QuantConfig, Any]:
     given.pop("quant_method", None)
     noise, groups = given.pop("noise", None), given.pop("groups", None)
     if not isinstance(groups, list):
-        raise AquabitError(f"{source} needs a list of groups of layers, not {str(groups):.60}")
+        raise AquabitError(f"{source} needs a list of groups of layers, not {groups!s:.60}")
     layers: dict[str, Any] = {}
     for group in groups:
         names = group.get("layers") if isinstance(group, dict) else None
         if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
-            raise AquabitError(f"{source} has a group without a list of layers: {str(group):.60}")
+            raise AquabitError(f"{source} has a group without a list of layers: {group!s:.60}")
         twice = [n for n in names if n in layers]
         if twice:
             raise AquabitError(f"{source} has layer {twice[0]!r} in two groups")
@@ -208,7 +209,9 @@ def coded_weight(name: str, shape: tuple[int, ...], config: QuantConfig, tensors
     return weight
 
 
-def finish_(denoiser: nn.Module, graph: nx.DiGraph, layers: Layers, config: QuantConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def finish_(
+    denoiser: nn.Module, graph: nx.DiGraph, layers: Layers, config: QuantConfig, tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """Activations as the configuration says, once every layer has its weight; the static ranges that they use."""
     from aquabit.quant.attention import patch_attention_
 

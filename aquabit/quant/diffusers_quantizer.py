@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping
-from enum import Enum
+from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 logger = logging.get_logger("diffusers.quantizers.aquabit")
 
 
-class AquabitMethod(str, Enum):
+class AquabitMethod(StrEnum):
     """The name that diffusers knows us by, in the form that it wants."""
 
     AQUABIT = METHOD
@@ -67,7 +67,9 @@ class AquabitConfig(QuantizationConfigMixin):
         else:
             unknown = sorted(set(value) - {"weights", "act"})
             if unknown:
-                raise AquabitError(f"quantization_config has {unknown[0]!r}; a packed model's has schema and groups, a request weights and act")
+                raise AquabitError(
+                    f"quantization_config has {unknown[0]!r}; a packed model's has schema and groups, a request weights and act"
+                )
             found = cls(**value)
         return (found, kwargs) if return_unused_kwargs else found
 
@@ -103,7 +105,9 @@ class AquabitConfig(QuantizationConfigMixin):
                 found[name] = LayerChoice() if scheme == FP else LayerChoice(scheme, self.act or 16)
         unused = [p for p in patterns if p not in used]
         if unused:
-            raise AquabitError(f"{unused[0]!r} matches none of the model's {len(layers)} layers that an earlier one leaves, as {layers[0]!r}")
+            raise AquabitError(
+                f"{unused[0]!r} matches none of the model's {len(layers)} layers that an earlier one leaves, as {layers[0]!r}"
+            )
         return QuantConfig("", found)
 
 
@@ -113,7 +117,7 @@ def _fits(scheme: Scheme) -> None:
         raise AquabitError(f"scheme {scheme} needs {need}; use aquabit.quantize, or name {str(scheme)[:-1]}")
 
 
-class AquabitQuantizer(DiffusersQuantizer):  # type: ignore[misc]
+class AquabitQuantizer(DiffusersQuantizer):
     """What diffusers calls while it loads or saves a model. ``contents`` is what the loaded model is made of."""
 
     use_keep_in_fp32_modules = True  # as in a dense model: those modules' own tensors
@@ -165,7 +169,9 @@ class AquabitQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     def maybe_update_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         return self.loading.take(state_dict)
 
-    def check_if_quantized_param(self, model: Any, param_value: Tensor, param_name: str, state_dict: Mapping[str, Tensor], **kwargs: Any) -> bool:
+    def check_if_quantized_param(
+        self, model: Any, param_value: Tensor, param_name: str, state_dict: Mapping[str, Tensor], **kwargs: Any
+    ) -> bool:
         return self._loading is not None and param_name in self._loading.own
 
     def check_quantized_param_shape(self, param_name: str, current_param: Tensor, loaded_param: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""A denoiser while diffusers loads it: packed tensors are kept from it and become codes, dense ones are quantized as their files are read."""
+"""A denoiser while diffusers loads it: packed tensors are kept from it and become codes, dense ones are quantized file by file."""
 
 from __future__ import annotations
 
