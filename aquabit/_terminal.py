@@ -284,8 +284,8 @@ def show_tuned(tuned: Any) -> None:
 
 def show_export(found: Any, path: Path) -> None:
     """What became of how many layers, and what is lost."""
-    console.print(f"{path}: " + ", ".join(f"{n} layers {status}" for status, n in found.counts.items()), highlight=False)
+    console.print(f"{path}: " + ", ".join(f"{n} layers {status}" for status, n in found.counts.items()), highlight=False, soft_wrap=True)
     for lost, count in found.losses().items():
-        console.print(f"  {count:4} layers: {plain(lost)}", highlight=False)
+        console.print(f"  {count:4} layers: {plain(lost)}", highlight=False, soft_wrap=True)
     for sentence in found.whole:
-        console.print(f"  all: {plain(sentence)}", highlight=False)
+        console.print(f"  all: {plain(sentence)}", highlight=False, soft_wrap=True)

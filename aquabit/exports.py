@@ -162,10 +162,9 @@ def _torchao(choice: LayerChoice, node: Mapping[str, Any]) -> Found:
             lost.append(f"groups of {scheme.group} inputs: one range for each output channel and tap")
         elif prod(shape[2:]) > 1:
             lost.append("one range for each output channel and tap, not for each output channel")
-        if node.get("groups", 1) > 1:
-            return None, "fp", [*lost, "grouped convolution"]
-        form = _weight_only(bits, None)
-        return form, f"int{bits}, a16", lost
+        if shape[1] == 1:
+            return None, "fp", ["convolution of one input channel: a range would hold one weight"]
+        return _weight_only(bits, None), f"int{bits}, a16", lost
     lost += _uneven(scheme, row)
     where = "" if group is None else f" in groups of {group}"
     if act >= 16:

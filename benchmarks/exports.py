@@ -101,9 +101,10 @@ def packed_error(pipe: Any, config: QuantConfig, calls: dict[str, torch.Tensor],
 
 
 def markdown(found: dict[str, Any]) -> str:
+    here = found["machine"]
     lines = [
         "# Exports, run by the libraries they are for\n",
-        f"`{found['command']}`, {found['machine']}. Relative squared error of the denoiser's outputs to full precision on {CALLS} random calls; ours is the",
+        f"`{found['command']}`, on {here['cores']} cores of an {here['cpu']} ({here['capability']}), torch {here['torch']}. Relative squared error of the denoiser's outputs to full precision on {CALLS} random calls; ours is the",
         "packed model of the same configuration. `usq4`: every layer, activations at 16 bits. `mixed`: "
         + ", ".join(CASES["mixed"][0])
         + " in turn, a8.\n",
