@@ -132,7 +132,7 @@ def test_damaged_artifacts_give_one_sentence(dit, tmp_path, damage: str) -> None
     code, layer = next(k for k in tensors if k.endswith(".codes")), groups[0]["layers"][0]
     said = {
         "truncate": str(tmp_path), "json": "is not valid JSON", "schema": "has schema 9, this version of aquabit reads 2",
-        "twice": f"layer {layer!r} in two groups", "scheme": "unknown scheme 'usq44x'", "missing": f"hold '{layer}",
+        "twice": f"layer {layer!r} in two groups", "scheme": "unknown scheme 'usq44x'", "missing": f"lack '{layer}.weight'",
         "unknown": "layer 'nowhere' is not in this model", "lost": f"codes of layer {code.removesuffix('.weight.codes')!r}",
         "bfloat16": "they must be float16", "earlier": "earlier version",
     }[damage]  # fmt: skip
