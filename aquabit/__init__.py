@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from aquabit.integration import register_with_diffusers
+
 __version__ = "0.1.0"
 
 _HOMES = {
@@ -13,6 +15,7 @@ _HOMES = {
     "explain": "sensitivity.attribution", "Sensitivity": "sensitivity.attribution", "validate": "flow", "find": "flow", "Front": "search",
     "quantize": "packing", "generate": "packing", "run": "flow", "report": "reports", "quantize_weight": "quant.weights",
     "CodebookWeight": "kernels", "FineTuning": "quant.finetune_settings",
+    "AquabitConfig": "quant.diffusers_quantizer",
 }  # fmt: skip
 
 if TYPE_CHECKING:
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from aquabit.packing import quantize as quantize
     from aquabit.pipelines import load as load
     from aquabit.pipelines import trace as trace
+    from aquabit.quant.diffusers_quantizer import AquabitConfig as AquabitConfig
     from aquabit.quant.finetune_settings import FineTuning as FineTuning
     from aquabit.quant.weights import quantize_weight as quantize_weight
     from aquabit.reports import report as report
@@ -69,3 +73,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_HOMES])
+
+
+register_with_diffusers()

@@ -280,3 +280,12 @@ def show_tuned(tuned: Any) -> None:
     )
     for note in tuned.notes:
         console.print(f"[yellow]note:[/] {plain(note)}", highlight=False, soft_wrap=True)
+
+
+def show_export(found: Any, path: Path) -> None:
+    """What became of how many layers, and what is lost."""
+    console.print(f"{path}: " + ", ".join(f"{n} layers {status}" for status, n in found.counts.items()), highlight=False, soft_wrap=True)
+    for lost, count in found.losses().items():
+        console.print(f"  {count:4} layers: {plain(lost)}", highlight=False, soft_wrap=True)
+    for sentence in found.whole:
+        console.print(f"  all: {plain(sentence)}", highlight=False, soft_wrap=True)

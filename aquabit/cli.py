@@ -15,6 +15,7 @@ from aquabit._terminal import (
     plain,
     shielded,
     show_calls,
+    show_export,
     show_failures,
     show_front,
     show_noise,
@@ -393,6 +394,27 @@ def _tuning(asked: bool, steps: int | None, path: Path | None) -> Any:
 
     settings = FineTuning() if path is None else FineTuning.load(path)
     return settings if steps is None else replace(settings, steps=steps)
+
+
+@app.command()
+@shielded
+def export(
+    model: ModelArgument, config: Annotated[Path, typer.Argument(metavar="config.json", help="A configuration, as `aquabit search --out` writes it.")],
+    to: Annotated[str, typer.Option("--to", help="torchao, quanto or modelopt.")], out: Annotated[Path, typer.Option("--out", help="JSON file: the library's configuration, and what it cannot express.")],
+    json_: Json = None,
+) -> None:  # fmt: skip
+    """A configuration for another library, with what is lost on the way."""
+    _quiet()
+    from aquabit.exports import export_config
+    from aquabit.pipelines import load, trace
+
+    found = export_config(QuantConfig.load(config), trace(load(model)), to)
+    try:
+        out.write_text(found.to_json())
+    except OSError as error:
+        raise AquabitError(f"{out} cannot be written: {error.strerror or error}") from error
+    if not emit(found.to_dict()["statement"], json_):
+        show_export(found, out)
 
 
 @app.command()

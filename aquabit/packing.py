@@ -14,14 +14,15 @@ from torch import Tensor
 
 from aquabit.kernels import Accuracy
 from aquabit.pipelines import Adapter, denoiser_name, load, noise_statistics, recorder, replay_recorder, sampler, set_scheduler, trace
-from aquabit.quant.artifact import config_of, save_packed_denoiser
+from aquabit.quant.artifact import Contents, config_of, save_packed_denoiser
 from aquabit.quant.bank import Bank
 from aquabit.quant.correct import check_correction, corrected_, statistics_of
+from aquabit.quant.diffusers_quantizer import attach_
 from aquabit.quant.finetune import FineTuning, Tuned, check_tunable
 from aquabit.quant.finetune import finetune as tune
 from aquabit.quant.model import QuantizedDenoiser, fingerprint
 from aquabit.quant.sampling import follow_, unfollowed, watchers_of
-from aquabit.quant.statistics import FILE, Statistics
+from aquabit.quant.statistics import Statistics
 from aquabit.quant.tuning import MEMORY, Placement, layers_of, place_
 from aquabit.scheme import (
     AquabitError,
@@ -47,18 +48,16 @@ class Packed:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.pipe(*args, **kwargs)
 
-    def save(self, folder: str | Path) -> int:
-        """Write a diffusers pipeline directory; the bytes of the denoiser's tensors."""
+    def save(self, folder: str | Path, max_shard_size: int | str = "10GB") -> int:
+        """Write a diffusers pipeline directory, weights in files of at most ``max_shard_size`` (bytes, or as "5GB"); the bytes of the
+        denoiser's tensors."""
         folder, name = Path(folder), denoiser_name(self.pipe)
         folder.mkdir(parents=True, exist_ok=True)
         for component, value in self.pipe.components.items():
             if component != name and hasattr(value, "save_pretrained"):
                 value.save_pretrained(folder / component)
         self.pipe.save_config(folder)
-        size = save_packed_denoiser(self.model, self.config, folder / name)
-        if self.statistics is not None:
-            self.statistics.save(folder / name / FILE)
-        return size
+        return save_packed_denoiser(self.model.denoiser, folder / name, max_shard_size)
 
 
 def quantize(
@@ -106,6 +105,7 @@ def quantize(
     follow_(model.denoiser, source.scheduler, model.watchers(config))
     if statistics is not None:
         corrected_(model.denoiser, source.scheduler, statistics, config.correction)
+    attach_(model.denoiser, Contents(config, model.layers, model.ranges(config) or {}, statistics))
     return Packed(source, model, config, statistics)
 
 

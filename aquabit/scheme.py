@@ -17,6 +17,7 @@ CORRECTIONS = ("cnc", "bc", "vsc", "match", "qdrift")
 CODE_SHIFT = 5  # bits of a code that one group of steps takes: widths are below 32
 RANGES = ("dynamic", "static", "step")
 SCHEMA_VERSION = 1
+METHOD = "aquabit"  # the quantization method that diffusers knows packed models by
 Progress = Callable[[str, int, int], None]  # called as progress(what, done, total)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from diffusers import (
     ImagePipelineOutput,
 )
 from diffusers.utils.torch_utils import randn_tensor
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from aquabit import packing
@@ -28,13 +30,14 @@ from aquabit.quant.bank import Bank
 from aquabit.quant.correct import corrected_, statistics_of
 from aquabit.quant.model import QuantizedDenoiser, fingerprint
 from aquabit.quant.sampling import watchers_of
-from aquabit.quant.statistics import FILE, Statistics
+from aquabit.quant.statistics import Statistics
 from aquabit.scheme import AquabitError, Calibration, Protocol, QuantConfig
 from aquabit.sensitivity.evaluator import Evaluator
 from aquabit.space import make_space
 from tests.conftest import SCHEDULER, tiny_pipeline
 from tests.families import TINY
 
+WEIGHTS = "denoiser/diffusion_pytorch_model.safetensors"
 CALIBRATION = Calibration(images=16, steps=5, guidance=2.0)
 PROTOCOL = Protocol(images=6, steps=5, micro_batch=6, guidance=2.0, seed=3)
 
@@ -114,7 +117,7 @@ def test_an_artifact_carries_its_correction(tmp_path: Path, kind: str, eta: floa
     with pytest.raises(AquabitError, match="of guidance 2"):
         packing.generate(loaded, guidance=3.0, **given)
     plain.save(tmp_path / "packed")  # over the other one
-    assert not (tmp_path / "packed" / "denoiser" / FILE).exists()
+    assert not [k for k in load_file(tmp_path / "packed" / WEIGHTS) if k.startswith("noise/")]
 
 
 def test_artifacts_whose_statistics_are_missing_damaged_or_anothers(tmp_path: Path) -> None:
@@ -123,16 +126,21 @@ def test_artifacts_whose_statistics_are_missing_damaged_or_anothers(tmp_path: Pa
     config, bank = uniform(pipe, calibration=small), str(tmp_path / "bank")
     packing.quantize(pipe, config, correct=True, bank=bank).save(tmp_path / "a")
     packing.quantize(pipe, uniform(pipe, "usq4", calibration=small), correct=True, bank=bank).save(tmp_path / "b")
-    file, other = (tmp_path / part / "denoiser" / FILE for part in "ab")
-    whole = file.read_bytes()
-    file.write_bytes(other.read_bytes())
+    file, recipe = tmp_path / "a" / WEIGHTS, tmp_path / "a" / "denoiser" / "config.json"
+    whole, text = load_file(file), recipe.read_text()
+    other = json.loads((tmp_path / "b" / "denoiser" / "config.json").read_text())["quantization_config"]["noise"]
+    value = json.loads(text)
+    value["quantization_config"]["noise"] = other
+    recipe.write_text(json.dumps(value))
     with pytest.raises(AquabitError, match=r"of configuration .* measure them for this one"):
         load(str(tmp_path / "a"))
-    file.write_bytes(whole[:-5])
-    with pytest.raises(AquabitError, match="no usable noise statistics"):
+    del value["quantization_config"]["noise"]
+    recipe.write_text(json.dumps(value))
+    with pytest.raises(AquabitError, match="holds no noise statistics; run `aquabit quantize --correct` again"):
         load(str(tmp_path / "a"))
-    file.unlink()
-    with pytest.raises(AquabitError, match=f"{FILE} is missing; run `aquabit quantize --correct` again"):
+    recipe.write_text(text)
+    save_file({k: v for k, v in whole.items() if k != "noise/k"}, file)
+    with pytest.raises(AquabitError, match="no usable noise statistics"):
         load(str(tmp_path / "a"))
     plain = packing.quantize(pipe, config, bank=bank)
     with pytest.raises(AquabitError, match="needs noise statistics, which this model lacks"):

@@ -299,8 +299,8 @@ def test_the_command_line_tunes(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, [*call, "--finetune-steps", "4", "--finetune-settings", str(tmp_path / "settings.json")])
     assert done.exit_code == 0, done.output
     assert "difference from the teacher" in done.output and "of codes changed" in done.output
-    recipe = json.loads((tmp_path / "out" / "denoiser" / "quantization.json").read_text())
-    assert (tmp_path / "bank" / f"tuned-{recipe['config']['tuned']}.safetensors").exists()
+    recipe = json.loads((tmp_path / "out" / "denoiser" / "config.json").read_text())["quantization_config"]
+    assert (tmp_path / "bank" / f"tuned-{recipe['tuned']}.safetensors").exists()
     (tmp_path / "settings.json").write_text('{"tau": 7}')
     wrong = CliRunner().invoke(app, [*call, "--finetune-settings", str(tmp_path / "settings.json")])
     assert wrong.exit_code == 2 and "tau 7" in wrong.output

@@ -25,6 +25,8 @@ ALLOWED: dict[str, set[str]] = {
     "sensitivity": _SENSITIVITY,
     "search": {"scheme", "space", "cost", "graph", "formats"},
     "reports": {"scheme", "graph", "study", "space", "cost"},
+    "integration": {"quant"},
+    "exports": {"scheme", "graph"},
 }
 PRIVATE = {"_operators": "graph", "_terminal": "cli"}  # private top-level modules, and the one they belong to
 TOP = {"__init__", "__main__", "cli", "flow", "packing"}  # may import everything

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import struct
 from math import prod
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from aquabit import packing
 from aquabit.cost import CostModel
@@ -122,26 +123,43 @@ def test_configurations_of_other_models_are_refused(dit, unet, tmp_path) -> None
         packing.quantize(dit, mixed(unet, 8), bank=str(tmp_path))
 
 
-@pytest.mark.parametrize("damage", ["truncate", "recipe", "class", "missing", "shape"])
+@pytest.mark.parametrize("damage", ["truncate", "json", "schema", "twice", "scheme", "missing", "unknown", "lost", "bfloat16", "earlier"])
 def test_damaged_artifacts_give_one_sentence(dit, tmp_path, damage: str) -> None:
     packing.quantize(dit, mixed(dit, 8), bank=str(tmp_path / "bank")).save(tmp_path / "packed")
-    file, recipe = tmp_path / "packed" / WEIGHTS, tmp_path / "packed" / "denoiser" / "quantization.json"
-    value = json.loads(recipe.read_text())
+    file, recipe = tmp_path / "packed" / WEIGHTS, tmp_path / "packed" / "denoiser" / "config.json"
+    value, tensors = json.loads(recipe.read_text()), load_file(file)
+    groups = value["quantization_config"]["groups"]
+    code, layer = next(k for k in tensors if k.endswith(".codes")), groups[0]["layers"][0]
+    said = {
+        "truncate": str(tmp_path), "json": "is not valid JSON", "schema": "has schema 9, this version of aquabit reads 2",
+        "twice": f"layer {layer!r} in two groups", "scheme": "unknown scheme 'usq44x'", "missing": f"lack '{layer}.weight'",
+        "unknown": "layer 'nowhere' is not in this model", "lost": f"codes of layer {code.removesuffix('.weight.codes')!r}",
+        "bfloat16": "they must be float16", "earlier": "earlier version",
+    }[damage]  # fmt: skip
     if damage == "truncate":
         file.write_bytes(file.read_bytes()[:-100])
-    elif damage == "recipe":
+    elif damage == "json":
         recipe.write_text(recipe.read_text()[:-30])
-    elif damage == "class":
-        recipe.write_text(json.dumps({**value, "class": "os.system"}))
+    elif damage == "schema":
+        value["quantization_config"]["schema"] = 9
+    elif damage == "twice":
+        groups[1]["layers"].append(layer)
+    elif damage == "scheme":
+        groups[0]["weight"] = "usq44x"
     elif damage == "missing":
-        value["layers"].popitem()
-        recipe.write_text(json.dumps(value))
+        groups[0]["layers"].remove(layer)
+    elif damage == "unknown":
+        groups[0]["layers"].append("nowhere")
+    elif damage == "lost":
+        save_file({k: v for k, v in tensors.items() if k != code}, file)
+    elif damage == "bfloat16":
+        save_file({k: v.bfloat16() if k.endswith(".scale") else v for k, v in tensors.items()}, file)
     else:
-        next(iter(value["layers"].values()))["shape"] = [3, 3]
+        (recipe.parent / "quantization.json").write_text("{}")
+    if damage in ("schema", "twice", "scheme", "missing", "unknown"):
         recipe.write_text(json.dumps(value))
-    with pytest.raises(AquabitError) as caught:
+    with pytest.raises(AquabitError, match=re.escape(said)) as caught:
         load(str(tmp_path / "packed"))
-    assert str(tmp_path) in str(caught.value) or "layer" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 

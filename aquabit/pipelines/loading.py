@@ -38,7 +38,7 @@ def load(
         raise AquabitError(
             f"unknown model {name!r}; bundled are {', '.join(bundled_models())}, else give a diffusers directory or a hub id"
         )
-    return _guarded(name, lambda: DiffusionPipeline.from_pretrained(name, dtype=dtype)).to(device)
+    return _bound(_guarded(name, lambda: DiffusionPipeline.from_pretrained(name, dtype=dtype)), device)
 
 
 def _dtype(dtype: torch.dtype | str) -> torch.dtype:
@@ -55,22 +55,27 @@ def _from_folder(folder: Path, device: str | torch.device, dtype: torch.dtype) -
     described = read_json(index)
     if not isinstance(described, dict) or not isinstance(described.get("_class_name"), str):
         raise AquabitError(f"{index} names no pipeline class (_class_name)")
-    from aquabit.quant.artifact import config_of, is_packed, load_packed_denoiser, load_statistics
+    from aquabit.quant.artifact import is_packed
+
+    for component, entry in described.items():
+        if isinstance(entry, list):
+            is_packed(folder / component)  # refuses those of earlier versions
+    cls: Any = ClassConditionalPipeline if described["_class_name"] == "ClassConditionalPipeline" else DiffusionPipeline
+    return _bound(_guarded(str(folder), lambda: cls.from_pretrained(folder, dtype=dtype, use_safetensors=True)), device)
+
+
+def _bound(pipe: DiffusionPipeline, device: str | torch.device) -> DiffusionPipeline:
+    """The pipeline on its device; what a packed denoiser does while sampling follows the scheduler."""
+    from aquabit.quant.artifact import contents_of
     from aquabit.quant.correct import corrected_
     from aquabit.quant.sampling import refollow_
 
-    cls: Any = ClassConditionalPipeline if described["_class_name"] == "ClassConditionalPipeline" else DiffusionPipeline
-    given = {}
-    for component, entry in described.items():
-        if isinstance(entry, list) and is_packed(folder / component):
-            given[component] = load_packed_denoiser(folder / component, dtype)
-    pipe = _guarded(str(folder), lambda: cls.from_pretrained(folder, dtype=dtype, use_safetensors=True, **given))
-    for component, denoiser in given.items():
+    packed = [(part, found) for part in pipe.components.values() if (found := contents_of(part)) is not None]
+    for denoiser, found in packed:
         refollow_(denoiser, pipe.scheduler)
-        config = config_of(denoiser)
-        if config is not None and config.correction:
-            corrected_(denoiser, pipe.scheduler, load_statistics(folder / component, config), config.correction)
-    return pipe if given and str(device) == "cpu" else pipe.to(device)
+        if found.statistics is not None:
+            corrected_(denoiser, pipe.scheduler, found.statistics, found.config.correction)
+    return pipe if packed and str(device) == "cpu" else pipe.to(device)
 
 
 def _guarded(name: str, loader: Callable[[], Any]) -> Any:

@@ -1,191 +1,250 @@
-"""Packed artifacts: a diffusers pipeline directory whose denoiser is stored as codes."""
+"""Packed artifacts: a model directory as diffusers saves it, whose weights are codes and whose config.json says how they are to be read.
+
+``config.json`` holds under ``quantization_config`` the quantization configuration, its layers grouped by scheme; the weights hold
+``LAYER.weight.codes``, ``.codebooks``, ``.scale`` and ``.offset`` of every coded layer, ``codebooks/NAME`` where layers share them,
+``ranges/LAYER`` of static activations, ``noise/...`` of a noise correction, and every other tensor of the model at 16 bits. What is no part
+of the model keeps its type on loading, whatever the dtype asked for.
+"""
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import networkx as nx
 import torch
-from accelerate import init_empty_weights
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from aquabit.graph import trace
+from aquabit.graph import layers as layer_nodes
 from aquabit.kernels.codebook import CodebookWeight, from_tensors
+from aquabit.quant.additive import group_order
 from aquabit.quant.finetune_store import SHARED, shared_name
 from aquabit.quant.layers import QuantConv2d, QuantLinear, quant_layer
-from aquabit.quant.model import QuantizedDenoiser, storage_dtype
+from aquabit.quant.model import storage_dtype
 from aquabit.quant.sampling import follow_
-from aquabit.quant.statistics import FILE, Statistics
+from aquabit.quant.statistics import Statistics
 from aquabit.quant.switch import input_parts, settings_of, share_out_, switches
-from aquabit.scheme import FP, AquabitError, QuantConfig, read_json
+from aquabit.scheme import FP, METHOD, AquabitError, QuantConfig, read_json
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+SCHEMA = 2  # of quantization_config; 1 was a file of its own, quantization.json
 RANGES = "ranges/"  # before the names of layers whose static ranges are stored
-CONFIG = "_aquabit_quantization"  # the attribute of a loaded denoiser that holds its configuration
-RECIPE = "quantization.json"  # configuration and, for each coded layer, how its codes are to be read
+NOISE = "noise/"  # before the names of noise statistics
+PARTS = ("codes", "codebooks", "scale", "offset")
+OLD = "quantization.json"
+
+Layers = dict[str, QuantLinear | QuantConv2d]
 
 
-def is_packed(folder: Path) -> bool:
-    return (folder / RECIPE).is_file()
+@dataclass
+class Contents:
+    """What a packed denoiser is made of besides the tensors that diffusers knows."""
+
+    config: QuantConfig
+    layers: Layers
+    ranges: Mapping[str, Tensor] = field(default_factory=dict)
+    statistics: Statistics | None = None
 
 
-def packed_tensors(model: QuantizedDenoiser, config: QuantConfig) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """All tensors to store, full-precision ones at 16 bits, and per coded layer its shape, code bits and order, and the name of the tensor
-    that holds its codebooks where it shares them."""
-    tensors: dict[str, Tensor] = {}
-    specs: dict[str, Any] = {}
-    coded = {n: weight for n, layer in model.layers.items() if (weight := layer.coded) is not None}
-    for name, tensor in model.denoiser.state_dict().items():
-        if name.removesuffix(".weight") not in coded:
-            tensors[name] = tensor.detach().to(storage_dtype(tensor)).contiguous().cpu()
-    for name, weight in coded.items():
-        choice = config[name]
-        own = {f"{name}.weight.{k}": v for k, v in weight.tensors().items() if k != "codebooks" or not choice.weight.shared}
-        shared = shared_name(choice)
-        specs[name] = {"shape": list(weight.shape), "bits": weight.bits, "order": weight.order, "codebooks": shared}
-        if shared is not None:
-            assert weight.codebooks is not None
-            own[shared] = weight.codebooks
-        tensors |= {k: v.contiguous().cpu() for k, v in own.items()}
-    tensors |= {f"{RANGES}{name}": ends for name, ends in (model.ranges(config) or {}).items()}
-    return tensors, specs
-
-
-def save_packed_denoiser(model: QuantizedDenoiser, config: QuantConfig, folder: Path) -> int:
-    """Write a packed denoiser into a component folder; the bytes of its tensors, which are the file's size without its header."""
-    tensors, specs = packed_tensors(model, config)
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("*.safetensors"):
-        old.unlink()
-    try:
-        save_file(tensors, folder / WEIGHTS)
-        recipe = {"config": config.to_dict(), "layers": specs, "class": type(model.denoiser).__name__}
-        (folder / RECIPE).write_text(json.dumps(recipe, indent=1) + "\n")
-        model.denoiser.save_config(folder)  # type: ignore[operator]
-    except (OSError, SafetensorError) as error:
-        raise AquabitError(f"the packed model could not be written to {folder}: {error}") from error
-    return sum(t.numel() * t.element_size() for t in tensors.values())
-
-
-def load_packed_denoiser(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A denoiser that runs from its codes; raises AquabitError for missing, truncated or inconsistent files."""
-    recipe = read_json(folder / RECIPE)
-    if not isinstance(recipe, dict) or not {"config", "layers", "class"} <= set(recipe):
-        raise AquabitError(f"{folder / RECIPE} needs config, layers and class")
-    config = QuantConfig.from_dict(recipe["config"], str(folder / RECIPE))
-    cls: Any = getattr(diffusers, str(recipe["class"]), None)
-    known = isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)
-    if not known:
-        raise AquabitError(f"{folder / RECIPE}: {recipe['class']!r} is no model class of diffusers")
-    with init_empty_weights(include_buffers=False):
-        denoiser: nn.Module = cls.from_config(read_json(folder / "config.json"))
-    graph = trace(denoiser)
-    try:
-        with safe_open(folder / WEIGHTS, "pt") as file:
-            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise AquabitError(f"{folder / WEIGHTS} cannot be read ({error}); it may be truncated: quantize again") from error
-    _fill(denoiser, graph, config, recipe["layers"], tensors, dtype, folder)
-    object.__setattr__(denoiser, CONFIG, config)  # no module or parameter of it
-    return denoiser.eval().requires_grad_(False)
+def contents_of(denoiser: nn.Module) -> Contents | None:
+    """What a packed denoiser is made of; None where it is not packed."""
+    found: Contents | None = getattr(getattr(denoiser, "hf_quantizer", None), "contents", None)
+    return found
 
 
 def config_of(denoiser: nn.Module) -> QuantConfig | None:
-    """The configuration that a denoiser was packed by; None where it was not loaded from an artifact."""
-    return getattr(denoiser, CONFIG, None)
+    """The configuration that a denoiser was packed by; None where it is not packed."""
+    found = contents_of(denoiser)
+    return None if found is None else found.config
 
 
-def load_statistics(folder: Path, config: QuantConfig) -> Statistics:
-    """The noise statistics beside a packed denoiser; raises AquabitError where they are missing or of another configuration."""
-    if not (folder / FILE).is_file():
+# ---- files -----------------------------------------------------------------------------------------------------------------------------
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether a model directory is an artifact; raises AquabitError for one of an earlier version."""
+    if (folder / OLD).is_file():
+        raise AquabitError(f"{folder / OLD} was written by an earlier version of aquabit; run `aquabit quantize` again")
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    described = config.get("quantization_config") if isinstance(config, dict) else None
+    return isinstance(described, dict) and described.get("quant_method") == METHOD
+
+
+def load_packed_denoiser(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A denoiser that runs from its codes, loaded by diffusers; raises AquabitError for missing, truncated or inconsistent files."""
+    import diffusers
+
+    if not is_packed(folder):
+        raise AquabitError(f"{folder} holds no packed denoiser; `aquabit quantize` makes one")
+    name = str(read_json(folder / "config.json").get("_class_name"))
+    cls: Any = getattr(diffusers, name, None)
+    known = isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)
+    if not known:
+        raise AquabitError(f"{folder / 'config.json'}: {name!r} is no model class of diffusers")
+    try:
+        denoiser: nn.Module = cls.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+    except OSError as error:
+        raise AquabitError(f"{folder} cannot be read ({str(error).strip()}); it may be truncated: quantize again") from error
+    return denoiser
+
+
+def save_packed_denoiser(denoiser: Any, folder: Path, max_shard_size: int | str = "10GB") -> int:
+    """Write a packed denoiser into a component folder, instead of what was there; the bytes of its tensors, which are the files' size
+    without headers and noise statistics."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in (*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json"), folder / OLD):
+        old.unlink(missing_ok=True)
+    denoiser.save_pretrained(folder, max_shard_size=max_shard_size)
+    found = contents_of(denoiser)
+    assert found is not None
+    own = {k: v for k, v in tensors_of(found, denoiser.state_dict()).items() if not k.startswith(NOISE)}
+    return sum(t.numel() * t.element_size() for t in own.values())
+
+
+# ---- quantization_config ---------------------------------------------------------------------------------------------------------------
+
+
+def described(config: QuantConfig, statistics: Statistics | None = None) -> dict[str, Any]:
+    """A configuration as ``quantization_config`` holds it: layers of equal choices are listed together."""
+    value = config.to_dict()
+    groups: dict[str, dict[str, Any]] = {}
+    for name, choice in value.pop("layers").items():
+        groups.setdefault(json.dumps(choice), {**choice, "layers": []})["layers"].append(name)
+    value |= {"schema": SCHEMA, "groups": list(groups.values())}
+    if statistics is not None:
+        value["noise"] = json.loads(statistics.tensors()[1]["about"])
+    return {"quant_method": METHOD, **value}
+
+
+def parsed(value: Mapping[str, Any]) -> tuple[QuantConfig, Any]:
+    """The configuration that ``described`` wrote, and what its noise statistics belong to; raises AquabitError where it is not one."""
+    source, given = "quantization_config", dict(value)
+    if given.get("schema") != SCHEMA:
+        raise AquabitError(f"{source} has schema {given.get('schema')!r}, this version of aquabit reads {SCHEMA}; quantize again")
+    given.pop("quant_method", None)
+    noise, groups = given.pop("noise", None), given.pop("groups", None)
+    if not isinstance(groups, list):
+        raise AquabitError(f"{source} needs a list of groups of layers, not {groups!s:.60}")
+    layers: dict[str, Any] = {}
+    for group in groups:
+        names = group.get("layers") if isinstance(group, dict) else None
+        if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+            raise AquabitError(f"{source} has a group without a list of layers: {group!s:.60}")
+        twice = [n for n in names if n in layers]
+        if twice:
+            raise AquabitError(f"{source} has layer {twice[0]!r} in two groups")
+        layers |= {n: {k: v for k, v in group.items() if k != "layers"} for n in names}
+    return QuantConfig.from_dict({**given, "schema": 1, "layers": layers}, source), noise
+
+
+# ---- tensors ---------------------------------------------------------------------------------------------------------------------------
+
+
+def tensors_of(found: Contents, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All tensors to store: those of the denoiser's ``state`` at 16 bits, except where layers are coded."""
+    tensors: dict[str, Tensor] = {}
+    coded = {n: weight for n, layer in found.layers.items() if (weight := layer.coded) is not None}
+    for name, tensor in state.items():
+        if name.removesuffix(".weight") not in coded:
+            tensors[name] = tensor.detach().to(storage_dtype(tensor)).contiguous().cpu()
+    for name, weight in coded.items():
+        shared = shared_name(found.config[name])
+        for part, tensor in weight.tensors().items():
+            key = shared if shared is not None and part == "codebooks" else f"{name}.weight.{part}"
+            tensors[key] = tensor.contiguous().cpu()
+    tensors |= {f"{RANGES}{name}": ends.contiguous().cpu() for name, ends in found.ranges.items()}
+    if found.statistics is not None:
+        tensors |= {f"{NOISE}{k}": v for k, v in found.statistics.tensors()[0].items()}
+    return tensors
+
+
+def is_own(key: str, config: QuantConfig) -> bool:
+    """Whether a stored tensor is one that diffusers does not know: codes and what goes with them."""
+    layer, _, part = key.rpartition(".weight.")
+    return key.startswith((SHARED, RANGES, NOISE)) or (part in PARTS and config[layer].weight != FP)
+
+
+# ---- a denoiser from them --------------------------------------------------------------------------------------------------------------
+
+
+def place_layers_(denoiser: nn.Module, graph: nx.DiGraph, config: QuantConfig, dtypes: Mapping[str, torch.dtype]) -> Layers:
+    """Quantized layers in the place of Linear and Conv2d, those to be coded without a weight yet."""
+    nodes, placed = layer_nodes(graph), Layers()
+    wrong = [n for n in config.layers if n not in nodes]
+    if wrong:
+        raise AquabitError(f"quantization_config: layer {wrong[0]!r} is not in this model")
+    for name, node in nodes.items():
+        layer = quant_layer(denoiser.get_submodule(name), node.get("split"))
+        if config[name].weight != FP:
+            layer.weight = torch.empty(0, dtype=dtypes[name])
+        owner, _, leaf = name.rpartition(".")
+        setattr(denoiser.get_submodule(owner), leaf, layer)
+        placed[name] = layer
+    return placed
+
+
+def coded_weight(name: str, shape: tuple[int, ...], config: QuantConfig, tensors: Mapping[str, Tensor]) -> CodebookWeight:
+    """A layer's weight from the stored tensors; raises AquabitError where they are missing or do not fit scheme and shape."""
+    choice = config[name]
+    own = {part: tensors[key] for part in PARTS if (key := f"{name}.weight.{part}") in tensors}
+    shared = shared_name(choice)
+    if shared is not None:
+        if shared not in tensors:
+            raise AquabitError(f"layer {name!r} shares the codebooks {shared!r}, which are not stored")
+        own["codebooks"] = tensors[shared]
+    order = group_order(choice.weight, prod(shape[2:])) if choice.weight.kind == "aq" else "inputs"
+    try:
+        weight = from_tensors(own, shape, choice.weight.bits, order)
+    except (AquabitError, IndexError) as error:
+        raise AquabitError(f"the codes of layer {name!r} are not usable: {error}") from error
+    kinds = {k: t.dtype for k, t in own.items() if t.dtype != torch.float16 and k != "codes"}
+    if kinds:
+        raise AquabitError(f"layer {name!r} is stored with {', '.join(f'{k} in {v}' for k, v in kinds.items())}; they must be float16")
+    stored = sum(choice.weight.stored_bytes(shape))
+    if weight.nbytes != stored:
+        raise AquabitError(f"layer {name!r} is stored in {weight.nbytes} bytes, {choice.weight} {list(shape)} takes {stored}")
+    return weight
+
+
+def finish_(
+    denoiser: nn.Module, graph: nx.DiGraph, layers: Layers, config: QuantConfig, tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Activations as the configuration says, once every layer has its weight; the static ranges that they use."""
+    from aquabit.quant.attention import patch_attention_
+
+    patch_attention_(denoiser)
+    attention = {n for n, a in layer_nodes(graph).items() if a.get("attention")}
+    ranges = _ranges(config, layers, attention, tensors)
+    settings = settings_of(config, layers, attention, ranges)
+    share_out_(config, layers, settings)
+    follow_(denoiser, None, switches(config, layers, settings))  # the pipeline's scheduler comes later
+    denoiser.requires_grad_(False)
+    return ranges
+
+
+def stored_statistics(config: QuantConfig, about: Any, tensors: Mapping[str, Tensor]) -> Statistics | None:
+    """The noise statistics of a configuration that is corrected; raises AquabitError where they are missing or of another one."""
+    if config.correction is None:
+        return None
+    if about is None:
         raise AquabitError(
-            f"{folder} is to be corrected ({config.correction}), but {FILE} is missing; run `aquabit quantize --correct` again"
+            f"this model is to be corrected ({config.correction}), but holds no noise statistics; run `aquabit quantize --correct` again"
         )
-    statistics = Statistics.load(folder / FILE)
+    statistics = Statistics.of({k.removeprefix(NOISE): v.numpy() for k, v in tensors.items() if k.startswith(NOISE)}, about, "this model")
     statistics.check(config.fingerprint, replace(config, correction=None).digest)
     return statistics
 
 
-def _fill(
-    denoiser: nn.Module,
-    graph: nx.DiGraph,
-    config: QuantConfig,
-    specs: dict[str, Any],
-    tensors: dict[str, Tensor],
-    dtype: torch.dtype,
-    folder: Path,
-) -> None:
-    """Quantized layers and every other tensor from the file, none left over and none missing."""
-    from aquabit.quant.attention import patch_attention_
-
-    coded = {name: _coded(name, spec, tensors, folder) for name, spec in specs.items()}
-    nodes, placed = {n: a for n, a in graph.nodes(data=True) if a["kind"] != "merge"}, dict[str, QuantLinear | QuantConv2d]()
-    wrong = [n for n in (*coded, *config.layers) if n not in nodes]
-    if wrong:
-        raise AquabitError(f"{folder}: layer {wrong[0]!r} is not in this model")
-    for name, node in nodes.items():
-        layer = quant_layer(denoiser.get_submodule(name), node.get("split"))
-        if name in coded and tuple(coded[name].shape) != tuple(layer.shape):
-            raise AquabitError(f"{folder}: layer {name!r} is stored as {list(coded[name].shape)}, the model has {list(layer.shape)}")
-        _place(denoiser, name, layer, coded.get(name), config)
-        placed[name] = layer
-    own = {f"{n}.{part}" for n in nodes for part in ("weight", "bias")}  # layers widen their own 16-bit tensors as they use them
-    rest = {k: v for k, v in tensors.items() if not _is_code(k, coded)}
-    left = {k: v.to(dtype) if v.is_floating_point() and k not in own else v for k, v in rest.items()}
-    missing, unexpected = denoiser.load_state_dict(left, strict=False, assign=True)
-    missing = [m for m in missing if m.removesuffix(".weight") not in coded]
-    if missing or unexpected:
-        raise AquabitError(f"{folder / WEIGHTS} does not fit the model: missing {missing[:2]}, unexpected {list(unexpected)[:2]}")
-    patch_attention_(denoiser)
-    attention = {n for n, a in nodes.items() if a.get("attention")}
-    settings = settings_of(config, placed, attention, _ranges(config, placed, attention, tensors, folder))
-    share_out_(config, placed, settings)
-    follow_(denoiser, None, switches(config, placed, settings))  # the pipeline's scheduler comes later
-
-
-def _place(denoiser: nn.Module, name: str, layer: QuantLinear | QuantConv2d, coded: CodebookWeight | None, config: QuantConfig) -> None:
-    if coded is not None:
-        layer.weight = torch.empty(0)
-        layer.set_packed_(coded, config[name].weight)
-    elif config[name].weight != FP:
-        raise AquabitError(f"layer {name!r} should be {config[name].weight}, but no codes are stored for it")
-    owner, _, leaf = name.rpartition(".")
-    setattr(denoiser.get_submodule(owner), leaf, layer)
-
-
-def _ranges(
-    config: QuantConfig, layers: dict[str, QuantLinear | QuantConv2d], attention: set[str], tensors: dict[str, Tensor], folder: Path
-) -> dict[str, Tensor]:
+def _ranges(config: QuantConfig, layers: Layers, attention: set[str], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The stored static ranges; raises AquabitError where one is missing or of another shape than the configuration asks for."""
     found = {}
     for name, layer in layers.items():
         shape, ends = (config.range_parts(name), input_parts(layer) + (name in attention), 2), tensors.get(f"{RANGES}{name}")
         if shape[0] and (ends is None or tuple(ends.shape) != shape or not bool(torch.isfinite(ends).all())):
-            raise AquabitError(f"{folder}: layer {name!r} needs static ranges of shape {list(shape)}, which are not stored")
+            raise AquabitError(f"layer {name!r} needs static ranges of shape {list(shape)}, which are not stored")
         if ends is not None:
             found[name] = ends
     return found
-
-
-def _is_code(key: str, coded: dict[str, CodebookWeight]) -> bool:
-    layer, _, part = key.rpartition(".weight.")
-    return key.startswith((SHARED, RANGES)) or (part in ("codes", "codebooks", "scale", "offset") and layer in coded)
-
-
-def _coded(name: str, spec: Any, tensors: dict[str, Tensor], folder: Path) -> CodebookWeight:
-    own = {k: tensors[f"{name}.weight.{k}"] for k in ("codes", "codebooks", "scale", "offset") if f"{name}.weight.{k}" in tensors}
-    shared = spec.get("codebooks") if isinstance(spec, dict) else None
-    if shared is not None:
-        if shared not in tensors or not str(shared).startswith(SHARED):
-            raise AquabitError(f"{folder}: layer {name!r} shares the codebooks {shared!r}, which are not stored")
-        own["codebooks"] = tensors[shared]
-    try:
-        return from_tensors(own, tuple(int(s) for s in spec["shape"]), int(spec["bits"]), str(spec["order"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise AquabitError(f"{folder}: the codes of layer {name!r} are not usable: {error}") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -43,11 +43,20 @@ def rounded(tensor: Tensor) -> Tensor:
 
 def fingerprint(denoiser: nn.Module) -> str:
     """Hash of a denoiser's class, configuration and all its tensors: equal for equal models wherever they were loaded from."""
-    config = {k: v for k, v in dict(getattr(denoiser, "config", {})).items() if not k.startswith("_")}
+    return fingerprint_of(denoiser, {name: stored_hash(tensor) for name, tensor in denoiser.state_dict().items()})
+
+
+def stored_hash(tensor: Tensor) -> str:
+    """Hash of a tensor as it is saved at 16 bits."""
+    return weight_hash(tensor.detach().to(storage_dtype(tensor)))
+
+
+def fingerprint_of(denoiser: nn.Module, hashes: Mapping[str, str]) -> str:
+    """The fingerprint of a model of this class and configuration whose tensors have these ``stored_hash``es."""
+    config = {k: v for k, v in dict(getattr(denoiser, "config", {})).items() if not k.startswith("_") and k != "quantization_config"}
     body = hashlib.sha256(f"{type(denoiser).__name__} {json.dumps(config, sort_keys=True, default=str)}".encode())
-    for name, tensor in sorted(denoiser.state_dict().items()):
-        stored = tensor.detach().to(storage_dtype(tensor))
-        body.update(f"{name} {weight_hash(stored)}".encode())
+    for name, value in sorted(hashes.items()):
+        body.update(f"{name} {value}".encode())
     return body.hexdigest()[:16]
 
 

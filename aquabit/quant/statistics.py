@@ -20,7 +20,6 @@ from aquabit.quant.noise import NoiseEstimate, NoiseSums, bootstrap, estimate
 from aquabit.quant.sampling import Watcher, following
 from aquabit.scheme import AquabitError, Progress, digest, no_progress
 
-FILE = "correction.safetensors"  # beside the codes of an artifact
 SAME = 0.02  # relative difference of guidance weights that rounding may make
 
 
@@ -106,9 +105,17 @@ class Statistics:
             with safe_open(path, "np") as file:
                 tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
                 about = json.loads((file.metadata() or {})["about"])
-            return Statistics(_about(about), *(_estimate(tensors, head) for head in ("", "low.", "high."))).checked()
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError, OverflowError) as error:
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise AquabitError(f"{path} holds no usable noise statistics ({error}); run `aquabit quantize --correct` again") from error
+        return Statistics.of(tensors, about, str(path))
+
+    @staticmethod
+    def of(tensors: Mapping[str, np.ndarray], about: Any, source: str) -> Statistics:
+        """Statistics from what ``tensors`` gave; raises AquabitError, naming ``source``, where that is not usable."""
+        try:
+            return Statistics(_about(about), *(_estimate(tensors, head) for head in ("", "low.", "high."))).checked()
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise AquabitError(f"{source} holds no usable noise statistics ({error}); run `aquabit quantize --correct` again") from error
 
     def checked(self) -> Statistics:
         """Itself; raises AquabitError where shapes do not fit or numbers are not finite (the SNR may be infinite)."""

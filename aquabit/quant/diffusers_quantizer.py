@@ -1,0 +1,241 @@
+"""aquabit as a quantization method of diffusers: ``from_pretrained`` of a packed model, or with ``AquabitConfig`` of a dense one.
+
+Only diffusers' quantizers are imported here, which are there when this is imported (see ``aquabit.integration``); the rest comes when a
+model is loaded.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from diffusers.quantizers.base import DiffusersQuantizer
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from diffusers.utils import logging
+from torch import Tensor, nn
+
+from aquabit.scheme import FP, METHOD, AquabitError, LayerChoice, QuantConfig, Scheme
+
+if TYPE_CHECKING:
+    from aquabit.quant.artifact import Contents
+    from aquabit.quant.unpacking import Unpacking
+
+logger = logging.get_logger("diffusers.quantizers.aquabit")
+
+
+class AquabitMethod(StrEnum):
+    """The name that diffusers knows us by, in the form that it wants."""
+
+    AQUABIT = METHOD
+
+
+class AquabitConfig(QuantizationConfigMixin):
+    """How diffusers is to quantize a model as it loads it, or how a packed one was quantized.
+
+    ``weights`` is one scheme for all Linear and Conv2d layers ("usq4"), a mapping of layer names or patterns to schemes ({"proj_out": "fp",
+    "*.attn1.*": "usq4", "*": "usq3"}; the first that matches counts, and what none matches stays in full precision), or a whole
+    ``QuantConfig``. ``act`` are the activation bits of the quantized layers: 16 (off, the default), 8, 6 or 4.
+
+    Fitted to the weights alone: for schemes with H, static ranges, fine-tuning and noise correction use ``aquabit.quantize``. Raises
+    AquabitError for schemes and bits that are unknown, and on loading for patterns that match no layer.
+    """
+
+    def __init__(self, weights: str | Mapping[str, str] | QuantConfig = "usq4", act: int | None = None, noise: Any = None):
+        self.quant_method = AquabitMethod.AQUABIT
+        self.weights, self.act, self.noise = weights, act, noise
+        if isinstance(weights, QuantConfig):
+            if act is not None:
+                raise AquabitError(f"activation bits are {act}, but the configuration names each layer's; leave them out")
+            return
+        self.act = 16 if act is None else act
+        for scheme in [weights] if isinstance(weights, str) else weights.values():
+            _fits(Scheme.parse(scheme))
+        QuantConfig.from_dict({"schema": 1, "model": "", "fingerprint": "", "layers": {"any": {"weight": "usq4", "act": self.act}}}, "act")
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        from aquabit.quant.artifact import parsed
+
+        value = {k: v for k, v in config_dict.items() if k != "quant_method"}
+        if "groups" in value or "schema" in value:
+            config, noise = parsed(value)
+            found = cls(config, noise=noise)
+        else:
+            unknown = sorted(set(value) - {"weights", "act"})
+            if unknown:
+                raise AquabitError(
+                    f"quantization_config has {unknown[0]!r}; a packed model's has schema and groups, a request weights and act"
+                )
+            found = cls(**value)
+        return (found, kwargs) if return_unused_kwargs else found
+
+    def to_dict(self) -> dict[str, Any]:
+        from aquabit.quant.artifact import described
+
+        if isinstance(self.weights, QuantConfig):
+            value = described(self.weights)
+            return value if self.noise is None else {**value, "noise": self.noise}
+        weights = self.weights if isinstance(self.weights, str) else dict(self.weights)
+        return {"quant_method": METHOD, "weights": weights, "act": self.act}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+    def resolved(self, layers: list[str]) -> QuantConfig:
+        """The configuration of a dense model with these layers, its fingerprint still empty unless one was given."""
+        if isinstance(self.weights, QuantConfig):
+            wrong = [f for f, there in (("noise correction", self.weights.correction), ("fine-tuning", self.weights.tuned),
+                                        ("static ranges", self.weights.ranges != "dynamic")) if there]  # fmt: skip
+            if wrong:
+                raise AquabitError(f"the configuration asks for {wrong[0]}, which needs images; use aquabit.quantize")
+            for choice in self.weights.layers.values():
+                _fits(choice.weight)
+            return self.weights
+        patterns = {"*": self.weights} if isinstance(self.weights, str) else dict(self.weights)
+        found, used = dict[str, LayerChoice](), set[str]()
+        for name in layers:
+            pattern = next((p for p in patterns if fnmatch.fnmatchcase(name, p)), None)
+            if pattern is not None:
+                used.add(pattern)
+                scheme = Scheme.parse(patterns[pattern])
+                found[name] = LayerChoice() if scheme == FP else LayerChoice(scheme, self.act or 16)
+        unused = [p for p in patterns if p not in used]
+        if unused:
+            raise AquabitError(
+                f"{unused[0]!r} matches none of the model's {len(layers)} layers that an earlier one leaves, as {layers[0]!r}"
+            )
+        return QuantConfig("", found)
+
+
+def _fits(scheme: Scheme) -> None:
+    if scheme.output_aware or scheme.shared:
+        need = "H, which is measured on images" if scheme.output_aware else "several layers fitted together"
+        raise AquabitError(f"scheme {scheme} needs {need}; use aquabit.quantize, or name {str(scheme)[:-1]}")
+
+
+class AquabitQuantizer(DiffusersQuantizer):
+    """What diffusers calls while it loads or saves a model. ``contents`` is what the loaded model is made of."""
+
+    use_keep_in_fp32_modules = True  # as in a dense model: those modules' own tensors
+    required_packages = ("accelerate",)
+
+    def __init__(self, quantization_config: AquabitConfig, **kwargs: Any):
+        super().__init__(quantization_config, **kwargs)
+        if self.pre_quantized and not isinstance(quantization_config.weights, QuantConfig):
+            raise AquabitError("quantization_config of a packed model needs schema and groups; this one is a request to quantize")
+        self.contents: Contents | None = None
+        self._dtype = torch.float32
+        self._loading: Unpacking | None = None
+
+    @property
+    def loading(self) -> Unpacking:
+        assert self._loading is not None  # diffusers calls ``preprocess_model`` before what needs it
+        return self._loading
+
+    # ---- loading: in the order in which diffusers calls ----
+
+    def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype | None:
+        self._dtype = torch_dtype or torch.get_default_dtype()
+        return torch_dtype
+
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[Any]) -> list[str]:
+        from aquabit.quant.artifact import is_own
+
+        if not self.pre_quantized:
+            return loaded_keys
+        return [k for k in loaded_keys if not is_own(k, self.quantization_config.weights)]
+
+    def _process_model_before_weight_loading(self, model: Any, keep_in_fp32_modules: Any = (), **kwargs: Any) -> None:
+        from aquabit.graph import layers, trace
+        from aquabit.quant.unpacking import Quantizing, Unpacking
+
+        asked, fp32 = self.quantization_config, list(keep_in_fp32_modules or ())
+        if self.pre_quantized:
+            self._loading = Unpacking(model, asked.weights, asked.noise, self._dtype, fp32)
+        else:
+            self._loading = Quantizing(model, asked.resolved(list(layers(trace(model)))), self._dtype, fp32)
+
+    @property
+    def supports_parallel_loading(self) -> bool:
+        return False
+
+    def update_missing_keys(self, model: Any, missing_keys: list[str], prefix: str) -> list[str]:
+        return self.loading.missing(missing_keys)
+
+    def maybe_update_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self.loading.take(state_dict)
+
+    def check_if_quantized_param(
+        self, model: Any, param_value: Tensor, param_name: str, state_dict: Mapping[str, Tensor], **kwargs: Any
+    ) -> bool:
+        return self._loading is not None and param_name in self._loading.own
+
+    def check_quantized_param_shape(self, param_name: str, current_param: Tensor, loaded_param: Tensor) -> bool:
+        raise AquabitError(f"{param_name} is stored as {list(loaded_param.shape)}, the model has {list(current_param.shape)}")
+
+    def create_quantized_param(
+        self, model: Any, param_value: Tensor, param_name: str, target_device: Any, state_dict: Mapping[str, Tensor],
+        unexpected_keys: list[str] | None = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
+        self.loading.set_(param_name, state_dict[param_name], target_device)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        self.contents = self.loading.finish_()
+        self._loading = None
+        adopt_(model, self)
+        config = self.contents.config
+        if config.correction or config.total_steps is not None:
+            what = f"noise correction {config.correction}" if config.correction else "activation bits per step"
+            logger.warning(f"{what}: diffusers gives a model no scheduler to follow, so this does not act; aquabit.load(folder) binds it")
+        return model
+
+    # ---- saving ----
+
+    def get_state_dict_and_metadata(
+        self, state_dict: Mapping[str, Tensor], safe_serialization: bool = False
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        from aquabit.quant.artifact import tensors_of
+
+        if not safe_serialization:
+            raise AquabitError("packed models are saved as safetensors only; leave safe_serialization at True")
+        assert self.contents is not None
+        return tensors_of(self.contents, state_dict), {}
+
+    @property
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def adopt_(model: Any, quantizer: AquabitQuantizer) -> None:
+    """A packed model as diffusers has it after loading: its quantizer, and the configuration that ``save_pretrained`` writes."""
+    from aquabit.quant.artifact import described
+
+    found = quantizer.contents
+    assert found is not None
+    noise = described(found.config, found.statistics).get("noise")
+    quantizer.quantization_config = AquabitConfig(found.config, noise=noise)
+    model.hf_quantizer, model.is_quantized, model.quantization_method = quantizer, True, AquabitMethod.AQUABIT
+    model.register_to_config(quantization_config=quantizer.quantization_config.to_dict())
+
+
+def attach_(model: nn.Module, contents: Contents) -> None:
+    """Make a model that was packed in memory known to diffusers, so that ``save_pretrained`` writes an artifact."""
+    quantizer = AquabitQuantizer(AquabitConfig(contents.config), pre_quantized=True)
+    quantizer.contents = contents
+    adopt_(model, quantizer)
+
+
+AUTO_QUANTIZER_MAPPING[METHOD] = AquabitQuantizer
+AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = AquabitConfig

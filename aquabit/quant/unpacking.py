@@ -1,0 +1,108 @@
+"""A denoiser while diffusers loads it: packed tensors are kept from it and become codes, dense ones are quantized file by file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aquabit.graph import layers as layer_nodes
+from aquabit.graph import trace
+from aquabit.quant.artifact import Contents, coded_weight, finish_, is_own, place_layers_, stored_statistics
+from aquabit.quant.model import fingerprint_of, storage_dtype, stored_hash
+from aquabit.quant.weights import quantize_weight
+from aquabit.scheme import FP, AquabitError, QuantConfig
+
+
+class Unpacking:
+    """Loading of one packed model; ``model`` is on the meta device.
+
+    Tensors that the layers use as they are stored (biases, weights in full precision) keep their 16 bits; the rest takes ``dtype``, which
+    is diffusers' doing. ``fp32`` names modules that stay in float32.
+    """
+
+    def __init__(self, model: Any, config: QuantConfig, noise: Any, dtype: torch.dtype, fp32: Iterable[str] = ()):
+        self.model, self.config, self.noise = model, config, noise
+        self.expected, self.graph = set(model.state_dict()), trace(model)
+        names = layer_nodes(self.graph)
+        dtypes = {n: torch.float32 if set(fp32) & set(n.split(".")) else dtype for n in names}
+        self.coded = {f"{n}.weight" for n in names if config[n].weight != FP}
+        self.layers = place_layers_(model, self.graph, config, dtypes)
+        self.own = self.expected & {f"{n}.{part}" for n in names for part in ("weight", "bias")} - self.coded
+        self.stored_as_codes = self.coded
+        self.tensors: dict[str, Tensor] = {}
+
+    def missing(self, keys: Iterable[str]) -> list[str]:
+        """Nothing may be missing; raises AquabitError."""
+        left = sorted(set(keys) - self.stored_as_codes)
+        if left:
+            raise AquabitError(f"the weights of {type(self.model).__name__} lack {left[0]!r} ({len(left)} such tensors)")
+        return []
+
+    def take(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """One file's tensors, without those that are ours."""
+        self.tensors |= {k: v for k, v in state.items() if is_own(k, self.config)}
+        rest = {k: v for k, v in state.items() if k not in self.tensors}
+        unexpected = [k for k in rest if k not in self.expected - self.coded]
+        if unexpected:
+            raise AquabitError(f"the weights hold {unexpected[0]!r}, which {type(self.model).__name__} with this configuration has not")
+        return rest
+
+    def set_(self, name: str, tensor: Tensor, device: Any) -> None:
+        """A layer's own tensor, as it was stored."""
+        layer, _, part = name.rpartition(".")
+        setattr(self.layers[layer], part, tensor.to(device))
+
+    def finish_(self) -> Contents:
+        """Every file was read."""
+        for name, layer in self.layers.items():
+            scheme, device = self.config[name].weight, layer.weight.device
+            if scheme != FP:
+                layer.set_packed_(coded_weight(name, tuple(layer.shape), self.config, self.tensors), scheme)
+                if device.type != "cpu":
+                    layer.to(device)
+        ranges = finish_(self.model, self.graph, self.layers, self.config, self.tensors)
+        return Contents(self.config, self.layers, ranges, stored_statistics(self.config, self.noise, self.tensors))
+
+
+class Quantizing(Unpacking):
+    """Loading of one dense model whose layers are fitted to ``config`` file by file, in float32, from weights as they would be stored."""
+
+    def __init__(self, model: Any, config: QuantConfig, dtype: torch.dtype, fp32: Iterable[str] = ()):
+        super().__init__(model, config, None, dtype, fp32)
+        self.stored_as_codes = set()
+        self.hashes: dict[str, str] = {}
+
+    def take(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        rest = {}
+        for key, tensor in state.items():
+            wide = tensor.float() if tensor.is_floating_point() else tensor
+            stored = wide.to(storage_dtype(wide))
+            if key in self.expected:
+                self.hashes[key] = stored_hash(stored)
+            if key not in self.coded:
+                rest[key] = stored if key in self.own else stored.to(wide.dtype)
+                continue
+            name = key.removesuffix(".weight")
+            if stored.shape != self.layers[name].shape:
+                raise AquabitError(f"{key} is stored as {list(stored.shape)}, the model has {list(self.layers[name].shape)}")
+            scheme = self.config[name].weight
+            self.layers[name].set_packed_(quantize_weight(stored.float(), scheme), scheme)
+            self.tensors[key] = stored[:0]  # its dtype
+        return rest
+
+    def finish_(self) -> Contents:
+        own = fingerprint_of(self.model, self.hashes)
+        if self.config.fingerprint not in ("", own):
+            raise AquabitError(f"the configuration is for model {self.config.fingerprint} ({self.config.model}), this is model {own}")
+        self.config = replace(self.config, fingerprint=own)
+        for name, layer in self.layers.items():
+            kinds = {t.dtype for t in (self.tensors.get(f"{name}.weight", layer.weight), layer.bias) if t is not None}
+            both = torch.bfloat16 if torch.bfloat16 in kinds else torch.float16
+            layer.bias = None if layer.bias is None else layer.bias.to(both)
+            if layer.held is None:
+                layer.weight = layer.weight.to(both)
+        return Contents(self.config, self.layers, finish_(self.model, self.graph, self.layers, self.config, {}))
