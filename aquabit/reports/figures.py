@@ -9,7 +9,6 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.patches import Patch
 
@@ -74,9 +73,9 @@ def quality_vs_bits(table: pd.DataFrame, axes: Axes, metric: str = "FID", direct
     axes.set_xlim(float(bits.min()) - 0.15 if len(bits) else 0.0, right)
     if "random" in group:
         random = group["random"]
-        axes.plot(
-            random.bits, random.value, ls="", marker="o", ms=2.6, mec="none", color=style.GREY, alpha=0.75, label="random configurations"
-        )
+        look: dict[str, Any] = {"ls": "", "marker": "o", "ms": 2.6, "mec": "none", "color": style.GREY, "alpha": 0.75}
+        dots = axes.plot(random.bits, random.value, label="random configurations", **look)[0]
+        style.name_points(axes, dots, [f"{r.config}: {r.bits:.2f} bits, {metric} {r.value:.3g}" for r in random.itertuples()], "tip")
         edge = random[random.frontier].sort_values("bits")
         axes.plot(edge.bits, edge.value, color="#4D4D4D", lw=1.0, drawstyle="steps-post", label="their frontier")
     if "full precision" in group:
@@ -145,13 +144,15 @@ def layer_ranking(table: pd.DataFrame, axes: Axes, metric: str = "FID", swap: st
     table = table[table.effect.notna()].head(top).reset_index(drop=True)
     at = np.arange(len(table), dtype=float)
     bars = _errors(table, "effect", "low", "high")
-    axes.errorbar(table.effect, at - 0.14, xerr=bars, ls="", ms=4, elinewidth=1.1, capsize=0, label=effects, **PREDICTED)
+    drawn = axes.errorbar(table.effect, at - 0.14, xerr=bars, ls="", ms=4, elinewidth=1.1, capsize=0, label=effects, **PREDICTED)
+    style.name_points(axes, drawn.lines[0], list(table.layer))
     real = table[table.real.notna()]
     if len(real):
         bars = _errors(real, "real", "real_low", "real_high")
-        axes.errorbar(real.real, at[real.index] + 0.18, xerr=bars, ls="", ms=3.6, elinewidth=0.8, label="measured swaps", **MEASURED)
+        drawn = axes.errorbar(real.real, at[real.index] + 0.18, xerr=bars, ls="", ms=3.6, elinewidth=0.8, label="measured swaps", **MEASURED)
+        style.name_points(axes, drawn.lines[0], list(real.layer))
     _zero(axes)
-    axes.set_yticks(at, [style.label(n) for n in table.layer])
+    style.name_ticks(axes, axes.set_yticks(at, [style.label(n) for n in table.layer]), list(table.layer))
     axes.set_ylim(len(table) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
     for i in range(0, len(table), 2):
@@ -167,7 +168,8 @@ def group_effects(
     """Effects of operator types or blocks (``key`` names the column of ``layers``): a box of the layers, the mean with its interval."""
     table = table.head(top).reset_index(drop=True)
     at = np.arange(len(table), dtype=float)
-    members = [layers.loc[(layers[key] == n) & layers.effect.notna(), "effect"].to_numpy(float) for n in table.name]
+    rows = [layers[(layers[key] == n) & layers.effect.notna()] for n in table.name]
+    members = [part.effect.to_numpy(float) for part in rows]
     boxed = [i for i, m in enumerate(members) if len(m) >= 5]
     if boxed:
         line: dict[str, Any] = {"color": "#8C8C8C", "lw": 0.7}
@@ -178,7 +180,8 @@ def group_effects(
         )  # fmt: skip
     dots = [(v, i) for i, m in enumerate(members) for v in m]
     if dots:
-        axes.plot(*zip(*dots, strict=True), ls="", marker="|", ms=5, mew=0.7, color="#5A5A5A", label="layers")
+        ticks = axes.plot(*zip(*dots, strict=True), ls="", marker="|", ms=5, mew=0.7, color="#5A5A5A", label="layers")[0]
+        style.name_points(axes, ticks, [name for part in rows for name in part.layer])
     bars = _errors(table, "effect", "low", "high")
     axes.errorbar(table.effect, at, xerr=bars, ls="", ms=4.5, elinewidth=1.3, zorder=4, label="mean, with its interval", **PREDICTED)
     _zero(axes)
@@ -230,10 +233,10 @@ def surrogate_scatter(table: pd.DataFrame, axes: Axes, metric: str = "FID", with
     if np.isfinite(bits).any():
         norm = Normalize(np.nanmin(bits), np.nanmax(bits))
         colours = matplotlib.colormaps["cividis"].resampled(12)
-        axes.scatter(table.measured, table.predicted, c=bits, cmap=colours, norm=norm, s=11, linewidths=0.2, edgecolors="white")
-        bar = axes.figure.colorbar(ScalarMappable(norm, colours), ax=axes, pad=0.02, aspect=30)
-        bar.set_label("bits per weight")
-        bar.outline.set_linewidth(0.4)
+        dots = axes.scatter(table.measured, table.predicted, c=bits, cmap=colours, norm=norm, s=11, linewidths=0.2, edgecolors="white")
+        tips = [f"{r.config}: {r.bits:.2f} bits, {metric} {r.measured:.3g}, predicted {r.predicted:.3g}" for r in table.itertuples()]
+        style.name_points(axes, dots, tips, "tip")
+        style.colour_bar(axes, norm, colours, "bits per weight")
     else:
         axes.plot(table.measured, table.predicted, ls="", ms=3, **PREDICTED)
     score = "unknown" if math.isnan(within_budget_srcc) else f"{within_budget_srcc:.2f}"
@@ -253,7 +256,8 @@ def swaps_scatter(
     axes.axhline(0, color="#8C8C8C", lw=0.6)
     axes.axvline(0, color="#8C8C8C", lw=0.6)
     bars = _errors(table, "real", "low", "high")
-    axes.errorbar(table.predicted, table.real, yerr=bars, ls="", ms=4, elinewidth=0.7, mew=0.9, **MEASURED)
+    drawn = axes.errorbar(table.predicted, table.real, yerr=bars, ls="", ms=4, elinewidth=0.7, mew=0.9, **MEASURED)
+    style.name_points(axes, drawn.lines[0], list(table.layer))
     lines = ["SRCC unknown" if math.isnan(srcc) else f"SRCC {srcc:.2f}"]
     lines += [] if math.isnan(sign_agreement) else [f"same sign {100 * sign_agreement:.0f} %"]
     _note(axes, [*lines, f"{flips or int(table.n.sum())} real swaps of {len(table)} layers"])

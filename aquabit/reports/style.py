@@ -12,17 +12,22 @@ import io
 import logging
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import matplotlib
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.axis import Tick
+from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator
 
+from aquabit.reports.svg import titled
 from aquabit.scheme import Scheme
 
 SINGLE, DOUBLE = 3.35, 6.9  # inches: one and two columns of a paper
@@ -72,7 +77,7 @@ def save(figure: Figure, folder: Path, name: str) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
-    (folder / f"{name}.svg").write_text(text, encoding="utf-8")
+    (folder / f"{name}.svg").write_text(titled(text, named_points(figure)), encoding="utf-8")
     return text
 
 
@@ -91,6 +96,47 @@ def scheme_look(scheme: str) -> tuple[str, str]:
     bits = parsed.code_bits(9)
     method = "vqc" if parsed.kind == "vq" and parsed.per_channel else parsed.kind
     return BIT_COLOURS[min(BIT_COLOURS, key=lambda b: abs(b - bits))], HATCHES[method]
+
+
+def scheme_mark(scheme: str) -> dict[str, Any]:
+    """Marker (by method) and colour (by nominal bits) of a weight scheme."""
+    parsed = Scheme.parse(scheme)
+    return {"color": scheme_look(scheme)[0], "marker": {"usq": "s", "vq": "^", "aq": "o"}.get(parsed.kind, "D")}
+
+
+_named: WeakKeyDictionary[Figure, dict[str, tuple[str, list[str]]]] = WeakKeyDictionary()
+
+
+def name_points(axes: Axes, artist: Artist, names: Sequence[str], kind: str = "layer") -> None:
+    """Say what the points of an artist are, in their order: in SVG files each then has a title, and on the page those of ``kind`` "layer"
+    are linked to the layer table. An artist of one name is linked as a whole."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    known = _named.setdefault(figure, {})
+    key = f"named-{len(known)}"
+    artist.set_gid(key)
+    known[key] = (kind, [str(n) for n in names])
+
+
+def name_ticks(axes: Axes, ticks: Sequence[Tick], names: Sequence[str]) -> None:
+    """Link the labels of ``ticks`` to layers."""
+    for tick, name in zip(ticks, names, strict=True):
+        for text in (tick.label1, tick.label2):
+            if text.get_visible():
+                name_points(axes, text, [name])
+
+
+def named_points(figure: Figure) -> dict[str, tuple[str, list[str]]]:
+    """SVG id -> kind and names, as ``name_points`` was told."""
+    return _named.get(figure, {})
+
+
+def colour_bar(axes: Axes, norm: Any, colours: Any, text: str) -> None:
+    """A thin colour bar beside ``axes``."""
+    bar = axes.figure.colorbar(ScalarMappable(norm, colours), ax=axes, pad=0.02, aspect=30)
+    bar.set_label(text)
+    bar.outline.set_linewidth(0.4)
+    bar.solids.set_rasterized(False)
 
 
 def symmetric_axis(axes: Axes, which: str, values: Any, ticks_most: int = 4) -> None:
