@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.collections import PatchCollection
 from matplotlib.colors import Normalize, SymLogNorm
 from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 
 from aquabit.reports import style
 from aquabit.reports.facts import Facts, number
-from aquabit.scheme import Scheme
 
 OPERATORS_MOST, LAYERS_MOST, BLOCKS_MOST = 16, 20, 40  # rows of a figure that can be read in print
 
 
 def shap_swarm(facts: Facts) -> pd.DataFrame:
-    """operator, config, bits, shap: for single configurations the sum of SHAP values over the layers of an operator type, in the objective's
-    units and positive = worse than the average prediction, and the mean code bits of its weights; operator types by mean size of SHAP."""
+    """operator, config, bits, shap: for single configurations the sum of SHAP values over the layers of an operator type, in the
+    objective's units and positive = worse than the average prediction, and the mean code bits of its weights; operator types by mean size
+    of SHAP."""
     stored = facts.sensitivity.get("swarm") or {}
     rows = [
         (str(operator), str(config), number(bits[i]), number(shap[i]))
@@ -31,7 +33,11 @@ def shap_swarm(facts: Facts) -> pd.DataFrame:
     ]
     table = pd.DataFrame(rows, columns=["operator", "config", "bits", "shap"])
     size = table.shap.abs().groupby(table.operator).mean()
-    return table.assign(size=table.operator.map(size)).sort_values("size", ascending=False, kind="stable", ignore_index=True).drop(columns="size")
+    return (
+        table.assign(size=table.operator.map(size))
+        .sort_values("size", ascending=False, kind="stable", ignore_index=True)
+        .drop(columns="size")
+    )
 
 
 def pairs(facts: Facts) -> pd.DataFrame:
@@ -81,9 +87,11 @@ def draw_swarm(table: pd.DataFrame, axes: Axes, metric: str = "FID", top: int = 
     for i, name in enumerate(names):
         part = table[(table.operator == name) & table.shap.notna()].sort_values("shap")
         shown = axes.transData.transform(np.stack([part.shap, np.zeros(len(part))], 1))[:, 0]
-        at = i + _spread((shown - ends[0]) / (ends[1] - ends[0]))
+        at = i - _spread((shown - ends[0]) / (ends[1] - ends[0]))
         dots = axes.scatter(part.shap, at, c=part.bits, cmap=colours, norm=norm, s=5, linewidths=0, zorder=3)
-        style.name_points(axes, dots, [f"{r.operator}, {r.bits:.2f} bits: {r.shap:+.3g} {metric} ({r.config})" for r in part.itertuples()], "tip")
+        style.name_points(
+            axes, dots, [f"{r.operator}, {r.bits:.2f} bits: {r.shap:+.3g} {metric} ({r.config})" for r in part.itertuples()], "tip"
+        )
         axes.axhline(i, color="#D0D0D0", lw=0.5, zorder=1)
     axes.axvline(0, color=style.BLACK, lw=0.6)
     axes.set_yticks(range(len(names)), [style.label(n, 30) for n in names])
@@ -109,7 +117,8 @@ def draw_pairs(table: pd.DataFrame, axes: Axes, metric: str = "FID", top: int = 
     for r in table[table.a.isin(names) & table.b.isin(names)].itertuples():
         values[place[r.a], place[r.b]] = values[place[r.b], place[r.a]] = r.interaction
     norm, colours = diverging(values)
-    axes.imshow(values, cmap=colours, norm=norm, aspect="equal", interpolation="nearest")
+    cells(axes, values, norm, colours, lambda i, j: f"{names[i]} with {names[j]}: {values[i, j]:+.3g} {metric}")
+    axes.set_aspect("equal")
     ticks = axes.set_yticks(range(len(names)), [f"{style.label(n, 44)}  {i + 1}" for i, n in enumerate(names)])
     axes.set_xticks(range(len(names)), [str(i + 1) for i in range(len(names))])
     style.name_ticks(axes, ticks, names)
@@ -125,7 +134,7 @@ def draw_block_operator(table: pd.DataFrame, axes: Axes, metric: str = "FID", sw
     operators = list(dict.fromkeys(table.operator))
     values = table.pivot(index="block", columns="operator", values="effect").reindex(blocks)[operators].to_numpy(float)
     norm, colours = diverging(values)
-    axes.imshow(values, cmap=colours, norm=norm, aspect="auto", interpolation="nearest")
+    cells(axes, values, norm, colours, lambda i, j: f"{blocks[i]}, {operators[j]}: {values[i, j]:+.3g} {metric} a layer")
     axes.set_yticks(range(len(blocks)), [style.label(b, 34) for b in blocks])
     axes.set_xticks(range(len(operators)), [style.label(o, 24) for o in operators], rotation=60, ha="right", rotation_mode="anchor")
     axes.grid(visible=False)
@@ -134,13 +143,24 @@ def draw_block_operator(table: pd.DataFrame, axes: Axes, metric: str = "FID", sw
     style.colour_bar(axes, norm, colours, f"worsening of {style.label(metric)}{style.label(what)}")
 
 
+def cells(axes: Axes, values: np.ndarray, norm: Any, colours: Any, tip: Callable[[int, int], str]) -> None:
+    """Squares at (column, row) of every finite value, each with its ``tip`` (row, column); shapes, so that they print sharply."""
+    known = list(zip(*np.nonzero(np.isfinite(values)), strict=True))
+    squares = PatchCollection([Rectangle((j - 0.5, i - 0.5), 1, 1) for i, j in known], cmap=colours, norm=norm, linewidths=0.2)
+    squares.set_array(np.array([values[i, j] for i, j in known]))
+    squares.set_edgecolor("face")
+    axes.add_collection(squares)
+    style.name_points(axes, squares, [tip(int(i), int(j)) for i, j in known], "tip")
+    axes.set_xlim(-0.5, values.shape[1] - 0.5)
+    axes.set_ylim(values.shape[0] - 0.5, -0.5)
+
+
 def diverging(values: np.ndarray) -> tuple[Any, Any]:
     """White at zero, purple = worse, orange = better, darker = larger (readable in grey and by the colour-blind); logarithmic beyond the
     typical size where few values dwarf the rest."""
     size = np.abs(values[np.isfinite(values) & (values != 0)])
     most = float(size.max()) if len(size) else 1.0
-    colours = matplotlib.colormaps["PuOr"].copy()
-    colours.set_bad("#FFFFFF")
+    colours = matplotlib.colormaps["PuOr"].resampled(41)
     if len(size) and most > 12 * float(np.median(size)):
         near = 10.0 ** math.floor(math.log10(float(np.median(size))))
         return SymLogNorm(near, linscale=0.6, vmin=-most, vmax=most, base=10), colours
@@ -162,23 +182,18 @@ def draw_scores(table: pd.DataFrame, axes: Axes, level: str = "operator", top: i
             widths=0.62, showfliers=False, patch_artist=True, manage_ticks=False,
             boxprops={"facecolor": "#F2F2F2", "edgecolor": "#8C8C8C", "lw": 0.7}, whiskerprops=line, capprops=line, medianprops=line,
         )  # fmt: skip
-    schemes = _by_bits(table.scheme)
-    handles = []
-    for scheme in schemes:
-        part = table[table.scheme == scheme]
-        look = style.scheme_mark(scheme)
+    handles, groups = [], table.scheme.map(style.scheme_group)
+    for group in sorted(set(groups), key=style.group_order):
+        part = table[groups == group]
+        look = style.scheme_mark(part.scheme.iloc[0])
         dots = axes.plot(part.score, [at[n] for n in part.name], ls="", ms=4, mec=style.BLACK, mew=0.4, zorder=3, **look)[0]
-        style.name_points(axes, dots, [f"{r.name}, {scheme}: {r.score:+.2f}" for r in part.itertuples(index=False, name="Row")], "tip")
-        handles.append(Line2D([], [], ls="", ms=4.5, mec=style.BLACK, mew=0.4, label=scheme, **look))
+        style.name_points(axes, dots, [f"{n}, {s}: {v:+.2f}" for n, s, v in zip(part.name, part.scheme, part.score, strict=True)], "tip")
+        handles.append(Line2D([], [], ls="", ms=4.5, mec=style.BLACK, mew=0.4, label=f"{group} bits", **look))
     axes.set_yticks(range(len(names)), [style.label(n, 30) for n in names])
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("score of a scheme for the group (larger = better), predicted")
-    axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1.0), handletextpad=0.2)
-
-
-def _by_bits(schemes: Sequence[str] | pd.Series) -> list[str]:
-    return sorted(set(schemes), key=lambda s: (Scheme.parse(s).code_bits(9), Scheme.parse(s).kind, s))
+    axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1.0), handletextpad=0.2, borderaxespad=0.0)
 
 
 def draw_curve(table: pd.DataFrame, axes: Axes, ceiling: float = math.nan, baselines: dict[str, float] | None = None) -> None:
@@ -189,11 +204,12 @@ def draw_curve(table: pd.DataFrame, axes: Axes, ceiling: float = math.nan, basel
         axes.axhline(ceiling, color=style.BLACK, lw=0.9, ls=(0, (5, 2)), label="noise ceiling")
     best = max((baselines or {}).items(), key=lambda item: item[1], default=None)
     if best is not None:
-        axes.axhline(best[1], color=style.VERMILLION, lw=0.9, ls=":", label=f"{style.label(best[0].replace('_', ' '), 28)}, all measurements")
+        axes.axhline(
+            best[1], color=style.VERMILLION, lw=0.9, ls=":", label=f"{style.label(best[0].replace('_', ' '), 28)}, all measurements"
+        )
     low = min([0.0, *table.low.dropna(), *table.within_budget_srcc])
     axes.set_ylim(low - (0.04 if low < 0 else 0), 1.0)
     axes.set_xlim(0, 1.06 * float(table.measurements.max()))
     axes.set_xlabel("measurements that the surrogate learns from")
     axes.set_ylabel("within-budget SRCC")
     axes.legend(loc="lower right")
-

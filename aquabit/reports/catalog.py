@@ -34,10 +34,10 @@ class Plan:
 def all_tables(facts: Facts) -> dict[str, pd.DataFrame]:
     """Every table by the name of its files."""
     functions = (
-        tables.counts, tables.failures, tables.quality_vs_bits, tables.front, tables.comparison, costs.budgets, costs.proof, costs.frontiers,
-        costs.progress, costs.chosen_bits, costs.step_bits, tables.layers, tables.operators, tables.blocks, tables.layer_schemes,
-        attribution.pairs, attribution.scheme_scores, attribution.shap_swarm, attribution.learning_curve, tables.chosen_schemes,
-        tables.surrogate, tables.surrogate_scatter, tables.swaps, noise.noise, noise.correction,
+        tables.counts, tables.failures, tables.quality_vs_bits, tables.front, tables.comparison, costs.budgets, costs.proof,
+        costs.frontiers, costs.progress, costs.chosen_bits, costs.step_bits, tables.layers, tables.operators, tables.blocks,
+        tables.layer_schemes, attribution.pairs, attribution.scheme_scores, attribution.shap_swarm, attribution.learning_curve,
+        tables.chosen_schemes, tables.surrogate, tables.surrogate_scatter, tables.swaps, noise.noise, noise.correction,
     )  # fmt: skip
     found = {f.__name__: f(facts) for f in functions}
     found["block_operator"] = attribution.block_operator(found["layers"], facts)
@@ -88,8 +88,8 @@ def _where(facts: Facts, found: Tables) -> Iterator[Plan]:
     yield Plan(
         "layer_graph", "where", "graph", "layer_graph", lambda table: (style.DOUBLE, layer_graph.height(table)),
         lambda t, a: layer_graph.draw_layer_graph(t, a, metric),
-        "The layers as data flows, from left to right, then the next row; colour is the effect, size the number of weights, small dots are "
-        f"merges. Above {layer_graph.MOST} layers a node is a block.",
+        "The layers as data flows, from left to right; colour is the effect, size the number of weights, small dots are merges, arcs are "
+        f"edges that pass over others. Above {layer_graph.MOST} layers a node is a block.",
     )  # fmt: skip
     for panel in noise.PANELS:
         yield Plan(
@@ -134,7 +134,8 @@ def _choose(facts: Facts) -> Iterator[Plan]:
         f"Measured {metric} against bits per weight. Found configurations, and whatever else was measured on fresh seeds, are means "
         "over blocks of seeds that the search never saw, with intervals; random ones were measured on the study's own seeds.",
     )  # fmt: skip
-    for cost, needs, what in (("bytes", "front", "their stored size"), ("latency_ms", "latency", "the measured time of a packed denoiser call"),
+    called = "the measured time of a packed denoiser call"
+    for cost, needs, what in (("bytes", "front", "their stored size"), ("latency_ms", "latency", called),
                               ("operations", "operations", "the kernel's operations")):  # fmt: skip
         yield Plan(
             f"frontier_{cost.removesuffix('_ms')}", "choose", needs, "frontiers", _flat(style.SINGLE, 2.3),
@@ -150,7 +151,7 @@ def _choose(facts: Facts) -> Iterator[Plan]:
         "Weight schemes that the winner gives to the layers of each operator type (number of layers).",
     )  # fmt: skip
     yield Plan(
-        "chosen_bits", "choose", "winner", "chosen_bits", _flat(style.DOUBLE, 2.6), costs.draw_chosen_bits,
+        "chosen_bits", "choose", "winner", "chosen_bits", _flat(style.DOUBLE, 2.3), costs.draw_chosen_bits,
         "Code bits of every layer in the winner and in the uniform configuration that it was compared with; blocks are shaded in turn.",
     )  # fmt: skip
 
@@ -168,9 +169,10 @@ def _why(facts: Facts) -> Iterator[Plan]:
         f"What swapping both layers worsens {metric} beyond the sum of each alone, predicted, for the layers in the "
         f"{attribution.LAYERS_MOST} strongest pairs.",
     )  # fmt: skip
+    high = _rows(style.SINGLE * 1.3, 0.2, 40, "name")
     for level, text in (("operator", "operator type"), ("block", "block")):
         yield Plan(
-            f"scores_{level}", "why", "scores", "scheme_scores", lambda t, k=level: _rows(style.SINGLE * 1.3, 0.2, 40, "name")(t[t.level == k]),  # type: ignore[misc]
+            f"scores_{level}", "why", "scores", "scheme_scores", lambda t, k=level: high(t[t.level == k]),  # type: ignore[misc]
             lambda t, a, k=level: attribution.draw_scores(t, a, k),  # type: ignore[misc]
             f"Predicted scores of weight schemes by {text}: boxes span the schemes; a group far to the left is sensitive whatever it gets.",
         )  # fmt: skip

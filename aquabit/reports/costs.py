@@ -13,14 +13,15 @@ from matplotlib.ticker import MaxNLocator
 
 from aquabit.reports import style
 from aquabit.reports.facts import Facts, number
-from aquabit.scheme import QuantConfig, Scheme
+from aquabit.reports.tables import frontier
+from aquabit.scheme import QuantConfig
 
 SEARCHED = ("uniform", "sample", "candidate")  # kinds of measurements that a front is made of
 UNITS = {"bits": "bits per weight", "bytes": "bytes", "bops": "BOPs", "latency_ms": "ms a denoiser call"}
 COSTS = {  # of frontiers: column -> axis, and what one unit of it is
     "bytes": ("size of the weights stored, MB", 1e6),
     "latency_ms": ("measured time of a denoiser call, ms", 1.0),
-    "operations": ("multiply-adds and table additions an image and call, millions", 1e6),
+    "operations": ("multiply-adds and table additions, millions", 1e6),
 }
 
 
@@ -43,8 +44,8 @@ def chosen_bits(facts: Facts) -> pd.DataFrame:
 
 
 def step_bits(facts: Facts) -> pd.DataFrame:
-    """step (from 1), act, low, high: mean activation bits of the winner's layers in each denoising step, and those of its lowest and highest
-    layer; empty where no layer changes them between steps."""
+    """step (from 1), act, low, high: mean activation bits of the winner's layers in each denoising step, and those of its lowest and
+    highest layer; empty where no layer changes them between steps."""
     columns, winner = ["step", "act", "low", "high"], facts.winner()
     if winner is None or winner.steps is None:
         return pd.DataFrame([], columns=columns)
@@ -90,7 +91,8 @@ def frontiers(facts: Facts) -> pd.DataFrame:
         adds = [number(counts.get(k)) for k in ("multiply_adds", "lut_adds")]
         digest = _digest(member)
         rows.append((digest, bool(digest) and digest == facts.front.get("winner"), number(member.get("bytes")),
-                     number(member.get("latency_ms")), *adds, sum(adds), *(number(found.get(k)) for k in ("value", "low", "high"))))  # fmt: skip
+                     number(member.get("latency_ms")), *adds, sum(adds),
+                     *(number(found.get(k)) for k in ("value", "low", "high"))))  # fmt: skip
     columns = ["config", "winner", "bytes", "latency_ms", "multiply_adds", "table_additions", "operations", "value", "low", "high"]
     return pd.DataFrame(rows, columns=columns).sort_values("bytes", kind="stable", ignore_index=True)
 
@@ -128,20 +130,18 @@ def progress(facts: Facts) -> pd.DataFrame:
 
 
 def draw_chosen_bits(table: pd.DataFrame, axes: Axes) -> None:
-    """Code bits of every layer in execution order: the winner's as marks by scheme, the uniform configuration's as a line; blocks shaded."""
-    for i, (block, part) in enumerate(table.groupby("block", sort=False)):
-        start, end = part.place.min() - 0.5, part.place.max() + 0.5
+    """Code bits of every layer in execution order: the winner's as marks by scheme, the uniform configuration's as a line; blocks
+    shaded."""
+    for i, (_, part) in enumerate(table.groupby("block", sort=False)):
         if i % 2 == 0:
-            axes.axvspan(start, end, color="#F2F2F2", lw=0, zorder=0)
-        if end - start >= 0.02 * len(table) and table.block.nunique() <= 40:
-            where = {"xycoords": ("data", "axes fraction"), "rotation": 90, "fontsize": 5.5, "color": "#555555", "ha": "center", "va": "bottom"}
-            axes.annotate(style.label(str(block), 24), ((start + end) / 2, 1.015), annotation_clip=False, **where)
+            axes.axvspan(part.place.min() - 0.5, part.place.max() + 0.5, color="#EFEFEF", lw=0, zorder=0)
     if table.uniform_bits.notna().any():
         axes.plot(table.place, table.uniform_bits, color=style.BLACK, lw=0.8, ls=(0, (4, 2)), label=f"uniform {table.uniform.iloc[0]}")
-    for scheme in sorted(set(table.found), key=lambda s: (Scheme.parse(s).code_bits(9), s)):
-        part = table[table.found == scheme]
-        look = {**style.scheme_mark(scheme), "ms": 4, "mec": style.BLACK, "mew": 0.4}
-        dots = axes.plot(part.place, part.found_bits, ls="", label=scheme, zorder=3, **look)[0]
+    groups = table.found.map(style.scheme_group)
+    for group in sorted(set(groups), key=style.group_order):
+        part = table[groups == group]
+        look = {**style.scheme_mark(part.found.iloc[0]), "ms": 4, "mec": style.BLACK, "mew": 0.4}
+        dots = axes.plot(part.place, part.found_bits, ls="", label=group if group == "fp" else f"{group} bits", zorder=3, **look)[0]
         style.name_points(axes, dots, list(part.layer))
     axes.set_xlim(-0.5, len(table) - 0.5)
     axes.set_ylim(bottom=0)
@@ -163,12 +163,14 @@ def draw_step_bits(table: pd.DataFrame, axes: Axes) -> None:
 
 
 def draw_frontier(table: pd.DataFrame, axes: Axes, cost: str, metric: str = "FID", direction: str = "min") -> None:
-    """Measured quality of the found configurations against one of COSTS, with intervals."""
+    """Measured quality of the found configurations against one of COSTS, with intervals; a line joins those that none beats in both."""
     text, unit = COSTS[cost]
     known = table[table[cost].notna() & table.value.notna()].sort_values(cost)
     gaps = np.nan_to_num(np.maximum(np.stack([known.value - known.low, known.high - known.value]).astype(float), 0.0))
     look: dict[str, Any] = {"color": style.BLUE, "marker": "D", "ms": 4.5, "mec": style.BLACK, "mew": 0.6}
-    bars = axes.errorbar(known[cost] / unit, known.value, yerr=gaps, ls="-", lw=0.8, elinewidth=1.0, capsize=2, label="found", **look)
+    bars = axes.errorbar(known[cost] / unit, known.value, yerr=gaps, ls="", elinewidth=1.0, capsize=2, label="found", **look)
+    edge = known[frontier(known[cost].to_numpy(float), known.value.to_numpy(float), direction)]
+    axes.plot(edge[cost] / unit, edge.value, color=style.BLUE, lw=0.8, drawstyle="steps-post", zorder=1)
     tips = [f"{r.config}: {metric} {r.value:.3g}" for r in known.itertuples()]
     style.name_points(axes, bars.lines[0], tips, "tip")
     best = known[known.winner]

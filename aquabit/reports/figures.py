@@ -13,7 +13,6 @@ from matplotlib.colors import Normalize
 from matplotlib.patches import Patch
 
 from aquabit.reports import style
-from aquabit.scheme import Scheme
 
 MEASURED: dict[str, Any] = {"color": style.VERMILLION, "marker": "D", "markerfacecolor": "white"}  # hollow diamonds, everywhere
 PREDICTED: dict[str, Any] = {"color": style.BLUE, "marker": "o"}  # filled circles, everywhere
@@ -149,9 +148,12 @@ def layer_ranking(table: pd.DataFrame, axes: Axes, metric: str = "FID", swap: st
     real = table[table.real.notna()]
     if len(real):
         bars = _errors(real, "real", "real_low", "real_high")
-        drawn = axes.errorbar(real.real, at[real.index] + 0.18, xerr=bars, ls="", ms=3.6, elinewidth=0.8, label="measured swaps", **MEASURED)
+        drawn = axes.errorbar(
+            real.real, at[real.index] + 0.18, xerr=bars, ls="", ms=3.6, elinewidth=0.8, label="measured swaps", **MEASURED
+        )
         style.name_points(axes, drawn.lines[0], list(real.layer))
     _zero(axes)
+    style.symmetric_axis(axes, "x", table[["effect", "low", "high", "real", "real_low", "real_high"]], ticks_most=3)
     style.name_ticks(axes, axes.set_yticks(at, [style.label(n) for n in table.layer]), list(table.layer))
     axes.set_ylim(len(table) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
@@ -185,6 +187,7 @@ def group_effects(
     bars = _errors(table, "effect", "low", "high")
     axes.errorbar(table.effect, at, xerr=bars, ls="", ms=4.5, elinewidth=1.3, zorder=4, label="mean, with its interval", **PREDICTED)
     _zero(axes)
+    style.symmetric_axis(axes, "x", [*table.effect, *table.low, *table.high, *(v for m in members for v in m)], ticks_most=3)
     names = [
         style.label(r.name, 30) + (f" ({r.layers:.0f})" if math.isfinite(r.layers) else "")
         for r in table.itertuples(index=False, name="Row")
@@ -197,18 +200,18 @@ def group_effects(
 
 
 def chosen_schemes(table: pd.DataFrame, axes: Axes) -> None:
-    """Stacked bars: the share of an operator type's layers that take each weight scheme."""
+    """Stacked bars: the share of an operator type's layers that take each method and bit-width of weights."""
     names = list(dict.fromkeys(table.operator))
-    schemes = sorted(set(table.scheme), key=lambda s: (Scheme.parse(s).code_bits(9), Scheme.parse(s).kind, s))
+    table = table.assign(group=table.scheme.map(style.scheme_group))
     at, left = np.arange(len(names), dtype=float), np.zeros(len(names))
-    share = table.pivot_table(index="operator", columns="scheme", values="share", aggfunc="sum").reindex(names).fillna(0.0)
+    share = table.pivot_table(index="operator", columns="group", values="share", aggfunc="sum").reindex(names).fillna(0.0)
     count = table.groupby("operator").layers.sum()
     handles = []
-    for scheme in schemes:
-        colour, hatch = style.scheme_look(scheme)
-        width = share[scheme].to_numpy(float)
+    for group in sorted(set(table.group), key=style.group_order):
+        colour, hatch = style.scheme_look(table.scheme[table.group == group].iloc[0])
+        width = share[group].to_numpy(float)
         axes.barh(at, 100 * width, left=100 * left, height=0.74, color=colour, hatch=hatch, edgecolor="white", linewidth=0.5)
-        handles.append(Patch(facecolor=colour, hatch=hatch, edgecolor="white", label=scheme))
+        handles.append(Patch(facecolor=colour, hatch=hatch, edgecolor="white", label=group if group == "fp" else f"{group} bits"))
         left += width
     axes.set_yticks(at, [f"{style.label(n, 30)} ({count[n]:.0f})" for n in names])
     axes.set_ylim(len(names) - 0.4, -0.6)

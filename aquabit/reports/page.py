@@ -43,7 +43,8 @@ class Shown:
 
 
 def report(study: Study, out: str | Path, progress: Progress = no_progress) -> Path:
-    """Write ``out``/index.html (one file, no network), ``out``/figures (PDF, SVG, PNG), ``out``/tables (CSV, LaTeX) and ``out``/data (JSON).
+    """Write ``out``/index.html (one file, no network), ``out``/figures (PDF, SVG, PNG), ``out``/tables (CSV, LaTeX) and ``out``/data
+    (JSON).
 
     Returns the page's path. What the study does not hold yet is named on the page with the command that makes it. Raises
     AquabitError where ``out`` cannot be written or a stored fact is damaged.
@@ -116,8 +117,8 @@ def draw(plan: Plan, table: pd.DataFrame, lacks: Mapping[str, tuple[str, str]], 
 
 
 def page_data(facts: Facts, found: Tables) -> Markup:
-    """What the page's script shows of layers, as JSON that may stand in a script element: rows as ``tables.layers`` has them, and of each the
-    numbers by scheme and its strongest interactions."""
+    """What the page's script shows of layers, as JSON that may stand in a script element: rows as ``tables.layers`` has them, and of each
+    the numbers by scheme and its strongest interactions."""
     layers, by_scheme = found["layers"], found["layer_schemes"]
     schemes = list(dict.fromkeys(by_scheme.scheme))
     column = {s: j for j, s in enumerate(schemes)}
@@ -142,7 +143,13 @@ def page_data(facts: Facts, found: Tables) -> Markup:
 def embedded(value: Any) -> Markup:
     """JSON that no script element can be left from."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029"))
+    return Markup(
+        text.replace("<", "\\u003c")
+        .replace(">", "\\u003e")
+        .replace("&", "\\u0026")
+        .replace("\u2028", "\\u2028")
+        .replace("\u2029", "\\u2029")
+    )
 
 
 def _short(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Mapping
 
@@ -18,8 +19,12 @@ def _points(root: ET.Element, named: Named) -> Iterator[tuple[ET.Element, str, s
     """(element, kind, name) of everything that was named; artists whose points are not as many as their names are left out."""
     for group in root.iter():
         kind, names = named.get(group.get("id", ""), ("", []))
-        points = [group] if len(names) == 1 else list(group.iter(f"{{{SVG}}}use"))
-        if names and len(points) == len(names):
+        if not names:
+            continue
+        defined = {id(e) for part in group.iter(f"{{{SVG}}}defs") for e in part.iter()}
+        kinds = ([e for e in group.iter(f"{{{SVG}}}{tag}") if id(e) not in defined] for tag in ("use", "path"))
+        points = [group] if len(names) == 1 else next((found for found in kinds if len(found) == len(names)), [])
+        if points:
             yield from ((point, kind, name) for point, name in zip(points, names, strict=True))
 
 
@@ -34,8 +39,8 @@ def titled(text: str, named: Named) -> str:
 
 
 def inline(text: str, named: Named, name: str, caption: str, places: Mapping[str, int]) -> Markup:
-    """The file as an element of the page: ids made unique, its size left to the page, text as text. Points of layers get ``data-layer``, their
-    row in the page's data (``places``), other named points ``data-tip``."""
+    """The file as an element of the page: ids made unique, its size left to the page, text as text. Points of layers get ``data-layer``,
+    their row in the page's data (``places``), other named points ``data-tip``."""
     root = ET.fromstring(text)
     for element, kind, value in list(_points(root, named)):
         if kind == "tip":
@@ -46,10 +51,12 @@ def inline(text: str, named: Named, name: str, caption: str, places: Mapping[str
         for child in list(parent):
             if child.tag in (f"{{{SVG}}}metadata", f"{{{SVG}}}style"):
                 parent.remove(child)  # the page has the one rule that matplotlib writes
-    wanted = {value[1:] for e in root.iter() for k, value in e.attrib.items() if k == f"{{{XLINK}}}href" and value.startswith("#")}
+    values = [(key, value) for element in root.iter() for key, value in element.attrib.items()]
+    wanted = {value[1:] for key, value in values if key == f"{{{XLINK}}}href" and value.startswith("#")}
+    wanted |= {name for _, value in values for name in re.findall(r"url\(#([^)]+)\)", value)}
     for element in root.iter():
         for key, value in list(element.attrib.items()):
-            if key == "id" and value not in wanted and element.tag != f"{{{SVG}}}clipPath":
+            if key == "id" and value not in wanted:
                 del element.attrib[key]
             elif key == "id":
                 element.set(key, f"{name}-{value}")

@@ -152,9 +152,10 @@ def layers(facts: Facts) -> pd.DataFrame:
 
 
 def layer_schemes(facts: Facts) -> pd.DataFrame:
-    """layer, scheme, error, damage, effect, shap: of every layer with every weight scheme or activation width (a8) that was fitted: relative
-    squared error of its output (of its weight, where inputs are unknown) and of the denoiser's output with that layer alone, predicted
-    effect of going there from the swap's first scheme, and mean SHAP value, in the objective's units, of configurations that give it that."""
+    """layer, scheme, error, damage, effect, shap: of every layer with every weight scheme or activation width (a8) that was fitted:
+    relative squared error of its output (of its weight, where inputs are unknown) and of the denoiser's output with that layer alone,
+    predicted effect of going there from the swap's first scheme, and mean SHAP value, in the objective's units, of configurations that
+    give it that."""
     effects = {str(r.get("name")): r for r in facts.sensitivity.get("layers") or []}
     keys = dict.fromkeys(facts.features)
     for name, row in effects.items():

@@ -46,7 +46,8 @@ class Sensitivity:
     ``ranking`` says what effects come from: "predicted" by the surrogate, or "combined" with real swaps (``combined.combine``).
     ``layers``: name, operator, block, swap, effect, low, high (90 % interval), predicted (the surrogate's effect), real (mean of n real
     swaps, NaN without), n, shap (mean |SHAP|, log units), shap_signed (mean SHAP above the layer's median weight error less that below),
-    schemes ({scheme: predicted effect of going there from the swap's first}), shap_schemes ({scheme: mean SHAP in units where it is given}).
+    schemes ({scheme: predicted effect of going there from the swap's first}), shap_schemes ({scheme: mean SHAP in units where it is
+    given}).
     ``operators`` and ``blocks``: name, layers (their number), effect (mean of a layer), low, high, total (sum over layers), shap (sum).
     ``interactions`` of the strongest layers and ``scores`` of schemes by operator type and block: see ``sensitivity.interactions``.
     ``validation`` compares real swaps with predictions, whatever the ranking. ``curve``: see ``learning_curve``; ``swarm``: SHAP values of

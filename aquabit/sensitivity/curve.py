@@ -16,7 +16,8 @@ FOLDS = 5
 
 
 def learning_curve(fitted: FittedSurrogate, seed: int = 0, progress: Progress = no_progress) -> pd.DataFrame:
-    """CURVE: the within-budget SRCC of surrogates trained on PARTS of the measurements, then of the one trained on all, with 90 % intervals.
+    """CURVE: the within-budget SRCC of surrogates trained on PARTS of the measurements, then of the one trained on all, with 90 %
+    intervals.
 
     Each is scored on all measurements, out of fold (folds of whole contexts): it is trained on a random part of the other folds, and
     ``measurements`` counts those it would have had without folds. Parts below ``LEAST`` are left out. Costs 0.9 of a cross-validation.

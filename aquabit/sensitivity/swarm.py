@@ -27,8 +27,8 @@ def shap_in_units(fitted: FittedSurrogate, values: np.ndarray, base: float) -> n
 
 
 def swarm(fitted: FittedSurrogate, values: np.ndarray, base: float) -> dict[str, Any]:
-    """JSON value: "operators", "configs" (digests, at most SHOWN), and for each configuration and operator type "shap" (sum over its layers,
-    in units) and "bits" (mean code bits of its weights)."""
+    """JSON value: "operators", "configs" (digests, at most SHOWN), and for each configuration and operator type "shap" (sum over its
+    layers, in units) and "bits" (mean code bits of its weights)."""
     nodes, space = graph_layers(fitted.graph), fitted.space
     operators = list(dict.fromkeys(str(nodes[name]["operator"]) for name in space.layers))
     belongs = np.array([[nodes[name]["operator"] == o for o in operators] for name in space.layers], float)
@@ -53,4 +53,3 @@ def shap_by_scheme(fitted: FittedSurrogate, values: np.ndarray, base: float) -> 
 
 def _short(values: np.ndarray) -> list[list[float]]:
     return [[float(f"{v:.5g}") for v in row] for row in values]
-
