@@ -79,7 +79,16 @@ def main() -> None:
             row |= in_browser(page, Path(folder))
     result = {"machine": machine(), "command": "python " + " ".join(sys.argv), "rows": [row]}
     (RESULTS / "report.json").write_text(json.dumps(result, indent=1) + "\n")
-    lines = ["# A report of a large study", "", machine(), "", f"`{result['command']}`", "", "| what | value |", "|---|---|"]
+    lines = [
+        "# A report of a large study",
+        "",
+        f"{result['machine']['cpu']}, {result['machine']['cores']} cores",
+        "",
+        f"`{result['command']}`",
+        "",
+        "| what | value |",
+        "|---|---|",
+    ]
     lines += [f"| {k} | {v:,.3g} |" if isinstance(v, float) else f"| {k} | {v:,} |" for k, v in row.items()]
     (RESULTS / "report.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))

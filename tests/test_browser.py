@@ -14,8 +14,8 @@ from tests.test_reports import EVIL, Synthetic
 
 pytestmark = pytest.mark.skipif(chromium() is None, reason="no chromium, chromium-browser or google-chrome on PATH")
 
-FIRST = "document.querySelector('#layer-table tbody tr:not([hidden]) .pick')"
-NAMES = "Array.from(document.querySelectorAll('#layer-table tbody tr:not([hidden]) .pick'), (e) => e.textContent)"
+FIRST = "document.querySelector('#layer-table tbody tr .pick')"
+NAMES = "Array.from(document.querySelectorAll('#layer-table tbody tr .pick'), (e) => e.textContent)"
 HEADING = "document.querySelector('#layer h3').textContent"
 
 

@@ -129,9 +129,10 @@ class Synthetic:
 
     def swarm(self) -> dict[str, Any]:
         operators = list(dict.fromkeys(self.space.operators.values()))
-        size = (len(self.configs), len(operators))
+        some = self.configs[:120]  # as many as `explain` keeps
+        size = (len(some), len(operators))
         values = {"shap": self.rng.normal(size=size).tolist(), "bits": self.rng.uniform(2, 8, size).tolist()}
-        return {"operators": operators, "configs": [c.digest for c in self.configs], **values}
+        return {"operators": operators, "configs": [c.digest for c in some], **values}
 
     @staticmethod
     def groups(nodes: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:

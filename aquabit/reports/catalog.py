@@ -77,7 +77,7 @@ def _where(facts: Facts, found: Tables) -> Iterator[Plan]:
     yield Plan(
         "blocks", "where", "blocks", "blocks", _rows(wide, 0.21, 40, "name", 0.95),
         lambda t, a: figures.group_effects(t, a, layers, "block", metric, swap, effects=effects),
-        f"{big} effects by block in execution order (number of layers); of more than 40 blocks the first.",
+        f"{big} effects by block in execution order (number of layers); of more than 40 blocks the most harmful.",
     )  # fmt: skip
     yield Plan(
         "block_operator", "where", "layers", "block_operator", _rows(style.DOUBLE, 0.17, attribution.BLOCKS_MOST, "block", 1.3),

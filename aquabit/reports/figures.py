@@ -167,8 +167,11 @@ def group_effects(
     table: pd.DataFrame, axes: Axes, layers: pd.DataFrame, key: str, metric: str = "FID", swap: str = "", top: int = 40,
     effects: str = "predicted",
 ) -> None:  # fmt: skip
-    """Effects of operator types or blocks (``key`` names the column of ``layers``): a box of the layers, the mean with its interval."""
-    table = table.head(top).reset_index(drop=True)
+    """Effects of operator types or blocks (``key`` names the column of ``layers``): a box of the layers, the mean with its interval;
+    the ``top`` most harmful, in the table's order."""
+    if len(table) > top:
+        table = table.loc[table.effect.nlargest(top).index.sort_values()]
+    table = table.reset_index(drop=True)
     at = np.arange(len(table), dtype=float)
     rows = [layers[(layers[key] == n) & layers.effect.notna()] for n in table.name]
     members = [part.effect.to_numpy(float) for part in rows]

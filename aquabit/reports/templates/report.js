@@ -27,19 +27,28 @@ function make(tag, attributes = {}, ...children) {
   return element;
 }
 
-/* the layer table: built from the data, sorted, filtered, walked through with the arrow keys */
-let chosen = -1;
-const table = $("layer-table");
-const rows = table ? layers.map(buildRow) : [];
+/* the layer table: rows are built when they are shown, at first MOST of them, so that sorting stays quick; walked through with the arrow keys */
+const MOST = 100;
+const table = $("layer-table"), rows = [];
+let chosen = -1, sorted = layers.map((_, i) => i), wanted = () => true, most = MOST;
 function buildRow(layer, index) {
-  const pick = make("button", { type: "button", class: "pick", tabindex: index ? "-1" : "0" });
+  const pick = make("button", { type: "button", class: "pick", tabindex: "-1" });
   layer.layer.split(/(?<=[._])/).forEach((part, i) => pick.append(...(i ? [make("wbr"), part] : [part])));
   const number = (text, ends = "") => make("td", { class: "number" }, text, ...(ends ? [make("span", { class: "ends" }, ends)] : []));
   const row = make("tr", { "data-layer": index }, make("td", { class: "name" }, pick), make("td", {}, layer.operator), make("td", {}, layer.block),
     number(short(layer.weights)), number(short(layer.macs)), number(...withEnds(layer.effect, layer.low, layer.high)),
     number(...withEnds(layer.real, layer.real_low, layer.real_high)), number(String(layer.swaps)), make("td", {}, layer.scheme || "–"),
     number(figures(layer.act)));
+  if (index === chosen) row.setAttribute("aria-selected", "true");
   return row;
+}
+function show() {
+  const all = sorted.filter(wanted), some = all.slice(0, most);
+  table.tBodies[0].replaceChildren(...some.map((i) => rows[i] || (rows[i] = buildRow(layers[i], i))));
+  $("layer-count").textContent = `${all.length} of ${layers.length} layers${some.length < all.length ? `, the first ${some.length} shown` : ""}`;
+  $("all").hidden = some.length === all.length;
+  $("all").textContent = `Show all ${all.length}`;
+  if (some.length) reach(rows[some[0]]);
 }
 function compare(a, b) {
   return typeof a === "number" ? a - b : String(a).localeCompare(String(b), undefined, { numeric: true });
@@ -54,19 +63,17 @@ function sortBy(head) {
   const numeric = head.classList.contains("number"), now = head.getAttribute("aria-sort");
   const up = now === "none" ? !numeric : now !== "ascending";
   for (const other of table.tHead.rows[0].cells) other.setAttribute("aria-sort", other === head ? (up ? "ascending" : "descending") : "none");
-  table.tBodies[0].replaceChildren(...order(head.dataset.key, up).map((i) => rows[i]));
+  sorted = order(head.dataset.key, up);
+  show();
 }
 function filterRows(text) {
   const words = text.toLowerCase().split(/\s+/).filter(Boolean);
-  let shown = 0;
-  layers.forEach((layer, i) => {
-    const all = `${layer.layer} ${layer.operator} ${layer.block} ${layer.scheme}`.toLowerCase();
-    rows[i].hidden = !words.every((word) => all.includes(word));
-    shown += rows[i].hidden ? 0 : 1;
-  });
-  $("layer-count").textContent = `${shown} of ${layers.length} layers`;
-  const first = Array.from(table.tBodies[0].rows).find((row) => !row.hidden);
-  if (first) reach(first);
+  wanted = (i) => {
+    const { layer, operator, block, scheme } = layers[i];
+    const all = `${layer} ${operator} ${block} ${scheme}`.toLowerCase();
+    return words.every((word) => all.includes(word));
+  };
+  show();
 }
 function reach(row, focus = false) {
   for (const other of table.querySelectorAll('.pick[tabindex="0"]')) other.tabIndex = -1;
@@ -75,9 +82,13 @@ function reach(row, focus = false) {
   if (focus) pick.focus();
 }
 if (table) {
-  table.tBodies[0].append(...rows);
+  show();
   for (const head of table.tHead.rows[0].cells) head.firstElementChild.addEventListener("click", () => sortBy(head));
   $("layer-filter").addEventListener("input", (event) => filterRows(event.target.value));
+  $("all").addEventListener("click", () => {
+    most = Infinity;
+    show();
+  });
   table.tBodies[0].addEventListener("click", (event) => {
     const row = event.target.closest("tr");
     reach(row);
@@ -85,8 +96,7 @@ if (table) {
   });
   table.tBodies[0].addEventListener("keydown", (event) => {
     const step = { ArrowDown: "nextElementSibling", ArrowUp: "previousElementSibling" }[event.key];
-    let row = step && event.target.closest("tr")[step];
-    while (row && row.hidden) row = row[step];
+    const row = step && event.target.closest("tr")[step];
     if (step) event.preventDefault();
     if (row) reach(row, true);
   });
