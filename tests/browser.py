@@ -74,10 +74,11 @@ class Page:
         return found["result"].get("value")
 
     def place(self, script: str) -> tuple[float, float]:
-        """The middle of an element, after scrolling it into view."""
+        """The middle of an element, after scrolling it into view and waiting until the page stands still."""
         found = self.run(
-            f"(async () => {{ const e = {script}; e.scrollIntoView({{block: 'center'}});"
-            " for (const _ of [1, 2]) await new Promise(requestAnimationFrame);"  # the scroll event comes with a frame
+            f"(async () => {{ const e = {script}, top = () => e.getBoundingClientRect().top; let still = 0, last = NaN;"
+            " e.scrollIntoView({block: 'center'});"
+            " while (still < 4) { await new Promise(requestAnimationFrame); still = top() === last ? still + 1 : 0; last = top(); }"
             " const b = e.getBoundingClientRect(); return [b.left + b.width / 2, b.top + b.height / 2]; })()"
         )
         return float(found[0]), float(found[1])

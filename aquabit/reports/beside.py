@@ -178,8 +178,9 @@ def _figure(
         lacks = [missing(facts).get("operators" if name == "operators" else "front") for facts in both]
         return Shown(file, name, file, caption, missing=next((entry for entry in lacks if entry), ("There is nothing to draw.", "")))
     rows = min(30, known.operator.nunique()) if name == "operators" else 0
+    size = (style.DOUBLE, 0.95 + 0.24 * max(2, rows) if rows else 2.6)
     with style.use():
-        canvas, axes = style.canvas(style.DOUBLE, 0.95 + 0.24 * max(2, rows) if rows else 2.6)
+        canvas, axes = style.canvas(*size)
         draw(known, axes)
         text = style.save(canvas, folder, file)
-    return Shown(file, name, file, caption, True, svg.inline(text, style.named_points(canvas), file, caption, {}))
+    return Shown(file, name, file, caption, size, svg.inline(text, style.named_points(canvas), file, caption, {}))

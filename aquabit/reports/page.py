@@ -37,9 +37,18 @@ class Shown:
     section: str
     table: str
     caption: str
-    wide: bool = False
+    size: tuple[float, float] = (0.0, 0.0)  # inches
     svg: Markup | None = None
     missing: tuple[str, str] | None = None
+
+    @property
+    def wide(self) -> bool:
+        return self.size[0] > 1.5 * style.SINGLE
+
+    @property
+    def pixels(self) -> int:
+        """About how high it stands on the page, with its caption: what is not in sight is laid out by that."""
+        return round(120 * self.size[1] + 75)
 
 
 def report(study: Study, out: str | Path, progress: Progress = no_progress) -> Path:
@@ -113,7 +122,7 @@ def draw(plan: Plan, table: pd.DataFrame, lacks: Mapping[str, tuple[str, str]], 
         plan.draw(table, axes)
         text = style.save(canvas, folder, plan.name)
     drawn = svg.inline(text, style.named_points(canvas), plan.name, plan.caption, places)
-    return Shown(plan.name, plan.section, plan.table, plan.caption, size[0] > 1.5 * style.SINGLE, drawn)
+    return Shown(plan.name, plan.section, plan.table, plan.caption, size, drawn)
 
 
 def page_data(facts: Facts, found: Tables) -> Markup:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from aquabit import _notebook
 from aquabit.graph import layers as graph_layers
 from aquabit.scheme import AquabitError, Progress, no_progress, parse_swap
 from aquabit.sensitivity.combined import combine
@@ -99,8 +100,11 @@ class Sensitivity:
         score = self.surrogate.get("within_budget_srcc")
         quality = "unknown" if score is None else f"{score:.2f}"
         title = f"{self.objective}, {self.swap} at {self.bits:g} bits: {self.measurements} measurements, within-budget SRCC {quality}"
-        shown = self.layers[["name", "operator", "effect", "low", "high"]].head(20)
-        return f"<p>{html.escape(title)}</p>" + str(shown.to_html(index=False, float_format="{:.3g}".format))
+        top = self.layers.head(20)
+        rows = list(zip(top.name, top.effect.astype(float), top.low.astype(float), top.high.astype(float), strict=True))
+        listed = [(*row[:1], operator, *row[1:]) for row, operator in zip(rows, top.operator, strict=True)]
+        figure = _notebook.intervals(rows, f"worsening of {self.objective} by {self.swap}, {self.ranking}")
+        return f"<p>{html.escape(title)}</p>{figure}{_notebook.table(('layer', 'operator', 'effect', 'low', 'high'), listed)}"
 
 
 def explain(
