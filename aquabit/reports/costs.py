@@ -12,11 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from aquabit.reports import style
-from aquabit.reports.facts import Facts, number
+from aquabit.reports.facts import OWN, Facts, number
 from aquabit.reports.tables import frontier
 from aquabit.scheme import QuantConfig
 
-SEARCHED = ("uniform", "sample", "candidate")  # kinds of measurements that a front is made of
 UNITS = {"bits": "bits per weight", "bytes": "bytes", "bops": "BOPs", "latency_ms": "ms a denoiser call"}
 COSTS = {  # of frontiers: column -> axis, and what one unit of it is
     "bytes": ("size of the weights stored, MB", 1e6),
@@ -111,7 +110,7 @@ def progress(facts: Facts) -> pd.DataFrame:
     table = facts.measured
     if not len(table) or facts.objective not in table:
         return pd.DataFrame([], columns=columns)
-    own = table[table.kind.isin(SEARCHED) & (table.status == "ok") & (table.protocol == (facts.protocol.digest if facts.protocol else ""))]
+    own = table[table.kind.isin(OWN) & (table.status == "ok") & (table.protocol == (facts.protocol.digest if facts.protocol else ""))]
     value = pd.to_numeric(own[facts.objective], errors="coerce") * (1 if facts.direction == "min" else -1)
     random = own.kind == "sample"
     if not random.any():

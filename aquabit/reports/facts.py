@@ -19,6 +19,8 @@ METRIC_NAMES = {
     "clip": "CLIP score", "feature_distance": "feature distance",
 }  # fmt: skip
 
+OWN = ("sample", "uniform", "candidate")  # kinds of measurements that are made on the study's own seeds
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -67,11 +69,20 @@ class Facts:
         return str(self.space.get("correction") or "")
 
     def rows(self, kind: str) -> pd.DataFrame:
-        """The successful measurements of a kind, with the objective as ``value``; those without it left out."""
+        """The successful measurements of a kind, with the objective as ``value``; those without it left out, and of the kinds that are
+        made on the study's own seeds those of other protocols too, since numbers of different protocols never mix."""
         table = self.measured
         value = table[self.objective] if self.objective in table else pd.Series(index=table.index, dtype=float)
         table = table.assign(value=pd.to_numeric(value, errors="coerce"))
-        return table[(table.kind == kind) & (table.status == "ok") & table.value.notna()].reset_index(drop=True)
+        wanted = (table.kind == kind) & (table.status == "ok") & table.value.notna()
+        if kind in OWN and self.protocol is not None:
+            wanted &= table.protocol == self.protocol.digest
+        return table[wanted].reset_index(drop=True)
+
+    @property
+    def foreign(self) -> int:
+        """Measurements of random and uniform configurations under another protocol than the study's."""
+        return int((self.measured.kind.isin(OWN) & (self.measured.protocol != self.protocol.digest)).sum()) if self.protocol else 0
 
     def winner(self) -> QuantConfig | None:
         """The configuration that the search chose."""
@@ -191,6 +202,9 @@ def missing(facts: Facts) -> dict[str, tuple[str, str]]:
          f"aquabit search {source} --bits 3.0"),
         ("images", any(p == protocol for _, p in facts.thumbnails), "No images are stored.", measure),
     )  # fmt: skip
+    if facts.foreign:
+        others = f"{facts.foreign} measurements were made under other protocols and are left out: numbers of different protocols never mix."
+        checks = (*checks, ("protocols", False, others, ""))
     return {name: (sentence, command) for name, there, sentence, command in checks if not there}
 
 
