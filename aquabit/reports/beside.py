@@ -161,8 +161,8 @@ DRAWN = {
     ),
     "fronts": (
         draw_fronts,
-        "Configurations found for each study, measured on fresh seeds, as a ratio to full precision on these:
-        where lower is better, below 1 is " "better than full precision.",
+        "Configurations found for each study, measured on fresh seeds, as a ratio to full precision on these: where lower is better, "
+        "below 1 is better than full precision.",
     ),
 }
 
