@@ -20,6 +20,9 @@ function withEnds(value, low, high) {
   const ends = low === null || high === null || value === null ? "" : ` (${figures(low)} to ${figures(high)})`;
   return [figures(value), ends];
 }
+function breakable(name) {
+  return name.split(/(?<=[._])/).flatMap((part, i) => (i ? [make("wbr"), part] : [part]));
+}
 function make(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);
   for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
@@ -33,9 +36,9 @@ const table = $("layer-table"), rows = [];
 let chosen = -1, sorted = layers.map((_, i) => i), wanted = () => true, most = MOST;
 function buildRow(layer, index) {
   const pick = make("button", { type: "button", class: "pick", tabindex: "-1" });
-  layer.layer.split(/(?<=[._])/).forEach((part, i) => pick.append(...(i ? [make("wbr"), part] : [part])));
+  pick.append(...breakable(layer.layer));
   const number = (text, ends = "") => make("td", { class: "number" }, text, ...(ends ? [make("span", { class: "ends" }, ends)] : []));
-  const row = make("tr", { "data-layer": index }, make("td", { class: "name" }, pick), make("td", {}, layer.operator), make("td", {}, layer.block),
+  const row = make("tr", { "data-layer": index }, make("td", { class: "name" }, pick), make("td", {}, layer.operator), make("td", {}, ...breakable(layer.block)),
     number(short(layer.weights)), number(short(layer.macs)), number(...withEnds(layer.effect, layer.low, layer.high)),
     number(...withEnds(layer.real, layer.real_low, layer.real_high)), number(String(layer.swaps)), make("td", {}, layer.scheme || "–"),
     number(figures(layer.act)));
