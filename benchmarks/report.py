@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import time
@@ -74,6 +75,7 @@ def main() -> None:
         row: dict[str, Any] = {
             "layers": options.layers, "schemes": len(SCHEMES), "measurements": len(made.study.measurements()),
             "build_s": time.perf_counter() - start, "build_cpu_s": time.process_time() - cpu, "page_bytes": page.stat().st_size,
+            "load_average": os.getloadavg()[0],
         }  # fmt: skip
         if chromium():
             row |= in_browser(page, Path(folder))
