@@ -451,16 +451,18 @@ def generate(
 
 @app.command()
 @shielded
-def report(studies: Annotated[list[Path], typer.Argument(metavar="S.db", help="A study; a second one beside it arrives with the full report.")], out: Annotated[Path, typer.Option("--out", help="Folder for index.html, figures and tables.")]) -> None:  # fmt: skip
-    """One page, its figures for print, and its tables."""
-    if len(studies) > 1:
-        raise AquabitError(f"{len(studies)} studies were given; comparing studies is not available yet: it arrives with the full report")
+def report(studies: Annotated[list[Path], typer.Argument(metavar="S.db [OTHER.db]", help="A study; a second one is shown beside it.")], out: Annotated[Path, typer.Option("--out", help="Folder for index.html, figures and tables.")]) -> None:  # fmt: skip
+    """One page, its figures for print, and its tables; of two studies a page that compares them."""
+    if len(studies) > 2:
+        raise AquabitError(f"{len(studies)} studies were given; a report shows one, or two side by side")
     _quiet()
     from aquabit.reports import report as write_report
+    from aquabit.reports import side_by_side
     from aquabit.study import Study
 
     with bars() as progress:
-        page = write_report(Study(studies[0], create=False), out, progress=progress)
+        opened = [Study(s, create=False) for s in studies]
+        page = side_by_side(opened[0], opened[1], out, progress) if len(opened) == 2 else write_report(opened[0], out, progress=progress)
     console.print(f"{page}")
 
 

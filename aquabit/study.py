@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import sqlite3
 import time
@@ -14,10 +15,12 @@ from typing import Any
 
 import pandas as pd
 
+from aquabit import _notebook
 from aquabit.scheme import AquabitError, Measurement, Protocol, QuantConfig
 
 APPLICATION_ID = 0x61714269  # "aqBi"
 VERSION = 1
+SHOWN = 400  # points of a notebook's chart: the last ones
 TABLES = """
 CREATE TABLE facts(name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE configs(digest TEXT PRIMARY KEY, value TEXT NOT NULL, bits REAL, bytes INTEGER, bops REAL);
@@ -309,6 +312,20 @@ class Study:
     def thumbnails(self) -> dict[tuple[str, str], bytes]:
         """(config, protocol) -> PNG of the first images."""
         return {(c, p): png for c, p, png in self._rows("SELECT config, protocol, png FROM thumbnails")}
+
+    def _repr_html_(self) -> str:
+        measured = self.measurements(failed=True)
+        kinds = [(kind, len(part), int((part.status != "ok").sum())) for kind, part in measured.groupby("kind", sort=False)]
+        holds = [name for name in ("sensitivity", "front", "noise") if self.get(name)]
+        caption = f"{self.path.name}: {self.get('model') or 'no model yet'}; holds {', '.join(holds) or 'no results yet'}"
+        counts = _notebook.table(("kind", "measurements", "of them failed"), kinds, caption)
+        objective = str((self.get("protocol") or {}).get("objective") or "")
+        if objective not in measured:
+            return counts
+        own = measured[(measured.status == "ok") & measured.kind.isin(("sample", "uniform", "candidate"))]
+        own = own.dropna(subset=[objective]).iloc[-SHOWN:]
+        rows = [(r, float(b), float(v), math.nan, math.nan) for r, b, v in zip(own.config, own.bits, own[objective], strict=True)]
+        return counts + _notebook.points(rows, "bits per weight", f"{objective}, measured")
 
     def copy_from(self, source: Study) -> None:
         """Every row of another study that is not here yet, in one transaction."""

@@ -232,7 +232,7 @@ def test_json_round_trip_and_form(study: Study, found: Sensitivity) -> None:
     assert value["measurements"] == len(value["scatter"]) == 300 and value["direction"] == "min"
     save(study, found)
     assert study.get("sensitivity") == value
-    older = {k: v for k, v in value.items() if k not in ("ranking", "interactions", "scores")}
+    older = {k: v for k, v in value.items() if k not in ("ranking", "interactions", "scores", "curve", "swarm")}
     assert Sensitivity.from_dict(older).ranking == "predicted" and Sensitivity.from_dict(older).interactions.empty
     assert "within-budget SRCC" in found._repr_html_() and "usq4:usq2" in found._repr_html_()
     without = explain(study, replicates=0, contexts=4).to_dict()

@@ -12,11 +12,13 @@ import pandas as pd
 import pytest
 from scipy import stats
 
+from aquabit.reports import catalog, noise, report, style
 from aquabit.reports import facts as facts_of
-from aquabit.reports import noise, report, style, tables
-from aquabit.reports.page import images
+from aquabit.reports.pictures import images
 from aquabit.scheme import Measurement, QuantConfig
-from tests.test_reports import PROTOCOL, Synthetic, parsed, png
+from tests.test_reports import PROTOCOL, Synthetic, parsed, png, svg_only
+
+__all__ = ["svg_only"]  # a fixture
 
 BLOCKS = [PROTOCOL.block(i) for i in range(1, 6)]
 STEPS = 4
@@ -116,6 +118,7 @@ def test_a_corrected_winner_is_shown_beside_itself_without(tmp_path: Path) -> No
     assert noise.correction(facts).set_index("metric").loc["FID"].verdict == "worse"
 
 
+@pytest.mark.usefixtures("svg_only")
 def test_studies_without_the_fact_have_no_section_and_keep_no_old_figures(tmp_path: Path) -> None:
     made = searched(tmp_path / "S.db")
     add_noise(made)
@@ -126,9 +129,10 @@ def test_studies_without_the_fact_have_no_section_and_keep_no_old_figures(tmp_pa
     assert "noise" not in reader.ids and "Noise correction" not in " ".join(reader.text)
     assert not [link for link in reader.links if "noise" in link or "correction" in link]
     assert not list((page.parent / "figures").glob("noise_*"))
-    assert tables.all_tables(facts_of.read(made.study))["noise"].empty
+    assert catalog.all_tables(facts_of.read(made.study))["noise"].empty
 
 
+@pytest.mark.usefixtures("svg_only")
 def test_hostile_undefined_and_missing_facts(tmp_path: Path) -> None:
     evil = "<img src=x onerror=alert(1)>"
     made = searched(tmp_path / "S.db")

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import networkx as nx
 import pandas as pd
 
 from aquabit.scheme import LOWER_IS_BETTER, AquabitError, Protocol, QuantConfig, Scheme
@@ -17,6 +18,8 @@ METRIC_NAMES = {
     "fid": "FID", "sfid": "sFID", "kid": "KID", "is": "IS", "mse": "MSE", "psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS",
     "clip": "CLIP score", "feature_distance": "feature distance",
 }  # fmt: skip
+
+OWN = ("sample", "uniform", "candidate")  # kinds of measurements that are made on the study's own seeds
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,9 @@ class Facts:
     protocols: Mapping[str, Protocol]
     objective: str
     direction: str  # "min" or "max": which values of the objective are better
+    graph: nx.DiGraph | None
     layers: Mapping[str, Mapping[str, Any]]
+    features: Mapping[tuple[str, str], Mapping[str, Any]]  # (layer, scheme or a6) -> output (else weight) error and damage
     space: Mapping[str, Any]
     sensitivity: Mapping[str, Any]
     front: Mapping[str, Any]
@@ -64,11 +69,20 @@ class Facts:
         return str(self.space.get("correction") or "")
 
     def rows(self, kind: str) -> pd.DataFrame:
-        """The successful measurements of a kind, with the objective as ``value``; those without it left out."""
+        """The successful measurements of a kind, with the objective as ``value``; those without it left out, and of the kinds that are
+        made on the study's own seeds those of other protocols too, since numbers of different protocols never mix."""
         table = self.measured
         value = table[self.objective] if self.objective in table else pd.Series(index=table.index, dtype=float)
         table = table.assign(value=pd.to_numeric(value, errors="coerce"))
-        return table[(table.kind == kind) & (table.status == "ok") & table.value.notna()].reset_index(drop=True)
+        wanted = (table.kind == kind) & (table.status == "ok") & table.value.notna()
+        if kind in OWN and self.protocol is not None:
+            wanted &= table.protocol == self.protocol.digest
+        return table[wanted].reset_index(drop=True)
+
+    @property
+    def foreign(self) -> int:
+        """Measurements of random and uniform configurations under another protocol than the study's."""
+        return int((self.measured.kind.isin(OWN) & (self.measured.protocol != self.protocol.digest)).sum()) if self.protocol else 0
 
     def winner(self) -> QuantConfig | None:
         """The configuration that the search chose."""
@@ -88,11 +102,13 @@ def read(study: Study) -> Facts:
     sensitivity = study.get("sensitivity") or {}
     objective = sensitivity.get("objective") or (found.objective if found else "fid")
     environments = study._rows("SELECT DISTINCT environment FROM measurements")
+    graph = _graph(study.get("graph"))
     return Facts(
         source=study.path.name, model=str(study.get("model") or ""), fingerprint=str(study.get("fingerprint") or ""),
         protocol=found, protocols=study.protocols(), objective=objective,
         direction=sensitivity.get("direction") or ("min" if LOWER_IS_BETTER.get(objective, True) else "max"),
-        layers=_layers(study.get("graph")), space=study.get("space") or {}, sensitivity=sensitivity,
+        graph=graph, layers=_layers(graph),
+        features=_features(study), space=study.get("space") or {}, sensitivity=sensitivity,
         front=study.get("front") or {}, noise=study.get("noise") or {}, validation=sensitivity.get("validation") or {},
         measured=study.measurements(failed=True),
         configs=study.configs(), environments=[_json_object(row[0]) for row in environments], thumbnails=study.thumbnails(),
@@ -100,12 +116,27 @@ def read(study: Study) -> Facts:
     )  # fmt: skip
 
 
-def _layers(value: Any) -> Mapping[str, Mapping[str, Any]]:
+def _graph(value: Any) -> nx.DiGraph | None:
     if not value:
-        return {}
-    from aquabit.graph import from_json, layers  # brings torch: only where a graph is read
+        return None
+    from aquabit.graph import from_json  # brings torch: only where a graph is read
 
-    return layers(from_json(value, "the study's graph"))
+    return from_json(value, "the study's graph")
+
+
+def _layers(graph: nx.DiGraph | None) -> Mapping[str, Mapping[str, Any]]:
+    if graph is None:
+        return {}
+    from aquabit.graph import layers
+
+    return layers(graph)
+
+
+def _features(study: Study) -> dict[tuple[str, str], dict[str, float]]:
+    """Without the sketches, which are most of what is stored."""
+    fields = "json_extract(value, '$.output'), json_extract(value, '$.error'), json_extract(value, '$.damage')"
+    rows = study._rows(f"SELECT layer, scheme, {fields} FROM features")
+    return {(a, b): {"error": number(e if o is None else o), "damage": number(d)} for a, b, o, e, d in rows}
 
 
 def _json_object(text: str) -> Mapping[str, Any]:
@@ -148,19 +179,32 @@ def missing(facts: Facts) -> dict[str, tuple[str, str]]:
         ("reference", len(facts.rows("reference")) > 0, "The full-precision model was not measured.", measure),
         ("uniform", len(facts.rows("uniform")) > 0, "No uniform configuration was measured.", measure),
         ("samples", len(facts.rows("sample")) > 0, "No random configuration was measured.", f"{measure} --samples 120"),
-        ("layers", bool(facts.sensitivity.get("layers")), "The effects of layers were not estimated.", f"aquabit explain {source}"),
+        ("layers", any(math.isfinite(number(r.get("effect"))) for r in facts.sensitivity.get("layers") or []),
+         "The effects of layers were not estimated.", f"aquabit explain {source}"),
         ("operators", bool(facts.sensitivity.get("operators")), "There are no effects by operator type.", f"aquabit explain {source}"),
         ("blocks", bool(facts.sensitivity.get("blocks")), "There are no effects by block.", f"aquabit explain {source}"),
         ("surrogate", bool(surrogate), "The surrogate's held-out scores are not stored.", f"aquabit explain {source}"),
         ("scatter", bool(facts.sensitivity.get("scatter")), "There are no out-of-fold predictions.", f"aquabit explain {source}"),
+        ("swarm", bool((facts.sensitivity.get("swarm") or {}).get("shap")), "SHAP values of single configurations are not stored.",
+         f"aquabit explain {source}"),
+        ("curve", bool(facts.sensitivity.get("curve")), "There is no learning curve.", f"aquabit explain {source}"),
+        ("pairs", bool(facts.sensitivity.get("interactions")), "No pair of layers was looked at.", f"aquabit explain {source}"),
+        ("scores", bool(facts.sensitivity.get("scores")), "Schemes have no scores by operator type.", f"aquabit explain {source}"),
         ("swaps", bool(facts.validation.get("rows")), "No predicted effect was checked against real swaps.",
          f"aquabit validate {source} --flips 40"),
         ("front", bool(facts.front.get("members")), "No configuration was searched for.", f"aquabit search {source} --bits 3.0"),
+        ("latency", any(math.isfinite(number(m.get("latency_ms"))) for m in facts.front.get("members") or []),
+         "No found configuration was timed.", f"aquabit search {source} --bits 3.0"),
+        ("operations", any(m.get("operations") for m in facts.front.get("members") or []),
+         "The operations of found configurations are not stored.", f"aquabit search {source} --bits 3.0"),
         ("winner", bool(facts.front.get("winner")), "No configuration was chosen.", f"aquabit search {source} --bits 3.0"),
         ("comparison", bool(facts.front.get("comparison")), "The winner was not compared with a uniform configuration on fresh seeds.",
          f"aquabit search {source} --bits 3.0"),
         ("images", any(p == protocol for _, p in facts.thumbnails), "No images are stored.", measure),
     )  # fmt: skip
+    if facts.foreign:
+        others = f"{facts.foreign} measurements were made under other protocols and are left out: numbers of different protocols never mix."
+        checks = (*checks, ("protocols", False, others, ""))
     return {name: (sentence, command) for name, there, sentence, command in checks if not there}
 
 

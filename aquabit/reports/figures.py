@@ -9,12 +9,10 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.patches import Patch
 
 from aquabit.reports import style
-from aquabit.scheme import Scheme
 
 MEASURED: dict[str, Any] = {"color": style.VERMILLION, "marker": "D", "markerfacecolor": "white"}  # hollow diamonds, everywhere
 PREDICTED: dict[str, Any] = {"color": style.BLUE, "marker": "o"}  # filled circles, everywhere
@@ -74,9 +72,9 @@ def quality_vs_bits(table: pd.DataFrame, axes: Axes, metric: str = "FID", direct
     axes.set_xlim(float(bits.min()) - 0.15 if len(bits) else 0.0, right)
     if "random" in group:
         random = group["random"]
-        axes.plot(
-            random.bits, random.value, ls="", marker="o", ms=2.6, mec="none", color=style.GREY, alpha=0.75, label="random configurations"
-        )
+        look: dict[str, Any] = {"ls": "", "marker": "o", "ms": 2.6, "mec": "none", "color": style.GREY, "alpha": 0.75}
+        dots = axes.plot(random.bits, random.value, label="random configurations", **look)[0]
+        style.name_points(axes, dots, [f"{r.config}: {r.bits:.2f} bits, {metric} {r.value:.3g}" for r in random.itertuples()], "tip")
         edge = random[random.frontier].sort_values("bits")
         axes.plot(edge.bits, edge.value, color="#4D4D4D", lw=1.0, drawstyle="steps-post", label="their frontier")
     if "full precision" in group:
@@ -145,13 +143,18 @@ def layer_ranking(table: pd.DataFrame, axes: Axes, metric: str = "FID", swap: st
     table = table[table.effect.notna()].head(top).reset_index(drop=True)
     at = np.arange(len(table), dtype=float)
     bars = _errors(table, "effect", "low", "high")
-    axes.errorbar(table.effect, at - 0.14, xerr=bars, ls="", ms=4, elinewidth=1.1, capsize=0, label=effects, **PREDICTED)
+    drawn = axes.errorbar(table.effect, at - 0.14, xerr=bars, ls="", ms=4, elinewidth=1.1, capsize=0, label=effects, **PREDICTED)
+    style.name_points(axes, drawn.lines[0], list(table.layer))
     real = table[table.real.notna()]
     if len(real):
         bars = _errors(real, "real", "real_low", "real_high")
-        axes.errorbar(real.real, at[real.index] + 0.18, xerr=bars, ls="", ms=3.6, elinewidth=0.8, label="measured swaps", **MEASURED)
+        drawn = axes.errorbar(
+            real.real, at[real.index] + 0.18, xerr=bars, ls="", ms=3.6, elinewidth=0.8, label="measured swaps", **MEASURED
+        )
+        style.name_points(axes, drawn.lines[0], list(real.layer))
     _zero(axes)
-    axes.set_yticks(at, [style.label(n) for n in table.layer])
+    style.symmetric_axis(axes, "x", table[["effect", "low", "high", "real", "real_low", "real_high"]], ticks_most=3)
+    style.name_ticks(axes, axes.set_yticks(at, [style.label(n) for n in table.layer]), list(table.layer))
     axes.set_ylim(len(table) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
     for i in range(0, len(table), 2):
@@ -164,10 +167,14 @@ def group_effects(
     table: pd.DataFrame, axes: Axes, layers: pd.DataFrame, key: str, metric: str = "FID", swap: str = "", top: int = 40,
     effects: str = "predicted",
 ) -> None:  # fmt: skip
-    """Effects of operator types or blocks (``key`` names the column of ``layers``): a box of the layers, the mean with its interval."""
-    table = table.head(top).reset_index(drop=True)
+    """Effects of operator types or blocks (``key`` names the column of ``layers``): a box of the layers, the mean with its interval;
+    the ``top`` most harmful, in the table's order."""
+    if len(table) > top:
+        table = table.loc[table.effect.nlargest(top).index.sort_values()]
+    table = table.reset_index(drop=True)
     at = np.arange(len(table), dtype=float)
-    members = [layers.loc[(layers[key] == n) & layers.effect.notna(), "effect"].to_numpy(float) for n in table.name]
+    rows = [layers[(layers[key] == n) & layers.effect.notna()] for n in table.name]
+    members = [part.effect.to_numpy(float) for part in rows]
     boxed = [i for i, m in enumerate(members) if len(m) >= 5]
     if boxed:
         line: dict[str, Any] = {"color": "#8C8C8C", "lw": 0.7}
@@ -178,10 +185,12 @@ def group_effects(
         )  # fmt: skip
     dots = [(v, i) for i, m in enumerate(members) for v in m]
     if dots:
-        axes.plot(*zip(*dots, strict=True), ls="", marker="|", ms=5, mew=0.7, color="#5A5A5A", label="layers")
+        ticks = axes.plot(*zip(*dots, strict=True), ls="", marker="|", ms=5, mew=0.7, color="#5A5A5A", label="layers")[0]
+        style.name_points(axes, ticks, [name for part in rows for name in part.layer])
     bars = _errors(table, "effect", "low", "high")
     axes.errorbar(table.effect, at, xerr=bars, ls="", ms=4.5, elinewidth=1.3, zorder=4, label="mean, with its interval", **PREDICTED)
     _zero(axes)
+    style.symmetric_axis(axes, "x", [*table.effect, *table.low, *table.high, *(v for m in members for v in m)], ticks_most=3)
     names = [
         style.label(r.name, 30) + (f" ({r.layers:.0f})" if math.isfinite(r.layers) else "")
         for r in table.itertuples(index=False, name="Row")
@@ -194,18 +203,18 @@ def group_effects(
 
 
 def chosen_schemes(table: pd.DataFrame, axes: Axes) -> None:
-    """Stacked bars: the share of an operator type's layers that take each weight scheme."""
+    """Stacked bars: the share of an operator type's layers that take each method and bit-width of weights."""
     names = list(dict.fromkeys(table.operator))
-    schemes = sorted(set(table.scheme), key=lambda s: (Scheme.parse(s).code_bits(9), Scheme.parse(s).kind, s))
+    table = table.assign(group=table.scheme.map(style.scheme_group))
     at, left = np.arange(len(names), dtype=float), np.zeros(len(names))
-    share = table.pivot_table(index="operator", columns="scheme", values="share", aggfunc="sum").reindex(names).fillna(0.0)
+    share = table.pivot_table(index="operator", columns="group", values="share", aggfunc="sum").reindex(names).fillna(0.0)
     count = table.groupby("operator").layers.sum()
     handles = []
-    for scheme in schemes:
-        colour, hatch = style.scheme_look(scheme)
-        width = share[scheme].to_numpy(float)
+    for group in sorted(set(table.group), key=style.group_order):
+        colour, hatch = style.scheme_look(table.scheme[table.group == group].iloc[0])
+        width = share[group].to_numpy(float)
         axes.barh(at, 100 * width, left=100 * left, height=0.74, color=colour, hatch=hatch, edgecolor="white", linewidth=0.5)
-        handles.append(Patch(facecolor=colour, hatch=hatch, edgecolor="white", label=scheme))
+        handles.append(Patch(facecolor=colour, hatch=hatch, edgecolor="white", label=group if group == "fp" else f"{group} bits"))
         left += width
     axes.set_yticks(at, [f"{style.label(n, 30)} ({count[n]:.0f})" for n in names])
     axes.set_ylim(len(names) - 0.4, -0.6)
@@ -230,10 +239,10 @@ def surrogate_scatter(table: pd.DataFrame, axes: Axes, metric: str = "FID", with
     if np.isfinite(bits).any():
         norm = Normalize(np.nanmin(bits), np.nanmax(bits))
         colours = matplotlib.colormaps["cividis"].resampled(12)
-        axes.scatter(table.measured, table.predicted, c=bits, cmap=colours, norm=norm, s=11, linewidths=0.2, edgecolors="white")
-        bar = axes.figure.colorbar(ScalarMappable(norm, colours), ax=axes, pad=0.02, aspect=30)
-        bar.set_label("bits per weight")
-        bar.outline.set_linewidth(0.4)
+        dots = axes.scatter(table.measured, table.predicted, c=bits, cmap=colours, norm=norm, s=11, linewidths=0.2, edgecolors="white")
+        tips = [f"{r.config}: {r.bits:.2f} bits, {metric} {r.measured:.3g}, predicted {r.predicted:.3g}" for r in table.itertuples()]
+        style.name_points(axes, dots, tips, "tip")
+        style.colour_bar(axes, norm, colours, "bits per weight")
     else:
         axes.plot(table.measured, table.predicted, ls="", ms=3, **PREDICTED)
     score = "unknown" if math.isnan(within_budget_srcc) else f"{within_budget_srcc:.2f}"
@@ -253,7 +262,8 @@ def swaps_scatter(
     axes.axhline(0, color="#8C8C8C", lw=0.6)
     axes.axvline(0, color="#8C8C8C", lw=0.6)
     bars = _errors(table, "real", "low", "high")
-    axes.errorbar(table.predicted, table.real, yerr=bars, ls="", ms=4, elinewidth=0.7, mew=0.9, **MEASURED)
+    drawn = axes.errorbar(table.predicted, table.real, yerr=bars, ls="", ms=4, elinewidth=0.7, mew=0.9, **MEASURED)
+    style.name_points(axes, drawn.lines[0], list(table.layer))
     lines = ["SRCC unknown" if math.isnan(srcc) else f"SRCC {srcc:.2f}"]
     lines += [] if math.isnan(sign_agreement) else [f"same sign {100 * sign_agreement:.0f} %"]
     _note(axes, [*lines, f"{flips or int(table.n.sum())} real swaps of {len(table)} layers"])

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import io
+import json
 import math
 import re
-import xml.etree.ElementTree as ET
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,82 +15,45 @@ from typing import Any
 import jinja2
 import pandas as pd
 from markupsafe import Markup, escape
-from matplotlib.axes import Axes
 
-from aquabit.reports import figures, noise, style, summary, tables
-from aquabit.reports.facts import Facts, missing, number, read, require_metric, scheme_name
+from aquabit.reports import style, summary, svg
+from aquabit.reports.catalog import Plan, Tables, all_tables, plans
+from aquabit.reports.facts import Facts, missing, read, require_metric
+from aquabit.reports.pictures import Images, images
+from aquabit.reports.writing import write
 from aquabit.scheme import AquabitError, Progress, no_progress
 from aquabit.study import Study
 
 TEMPLATES = Path(__file__).parent / "templates"
-SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
-Tables = Mapping[str, pd.DataFrame]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One figure: the fact it needs, its table, its size in inches, and who draws it."""
-
-    name: str
-    needs: str
-    table: str
-    size: Callable[[pd.DataFrame], tuple[float, float]]
-    draw: Callable[[Facts, Tables, Axes], None]
-    caption: str
+FOLDERS = ("figures", "tables", "data")
+PAIRS_MOST = 8  # interactions of one layer that the page lists
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A figure as the template takes it; without ``svg`` the reason is in ``missing``."""
+    """A figure as the template takes it; without ``svg`` the reason is in ``missing``, and without both nothing is said."""
 
     name: str
+    section: str
     table: str
     caption: str
+    size: tuple[float, float] = (0.0, 0.0)  # inches
     svg: Markup | None = None
     missing: tuple[str, str] | None = None
 
+    @property
+    def wide(self) -> bool:
+        return self.size[0] > 1.5 * style.SINGLE
 
-def _rows_high(width: float, row: float, most: int, column: str, extra: float = 0.75) -> Callable[[pd.DataFrame], tuple[float, float]]:
-    return lambda table: (width, extra + row * max(2, min(table[column].nunique(), most)))
-
-
-def _plans(facts: Facts) -> list[Plan]:
-    metric, swap, effects, v = facts.metric, facts.swap, facts.effects, facts.validation
-    scores = facts.sensitivity.get("surrogate") or {}
-    return [
-        Plan("quality_vs_bits", "points", "quality_vs_bits", lambda table: (style.DOUBLE, 3.3),
-             lambda f, t, a: figures.quality_vs_bits(t["quality_vs_bits"], a, metric, f.direction),
-             f"Measured {metric} against bits per weight. Found configurations, and whatever else was measured on fresh seeds, are means "
-             "over blocks of seeds that the search never saw, with intervals; random ones were measured on the study's own seeds."),
-        Plan("layer_ranking", "layers", "layers", _rows_high(style.DOUBLE, 0.2, 20, "layer"),
-             lambda f, t, a: figures.layer_ranking(t["layers"], a, metric, swap, effects=effects),
-             f"The most harmful layers: {effects} effects with their intervals, and measured swaps of the same layer in random contexts."),
-        Plan("operators", "operators", "operators", _rows_high(style.SINGLE * 1.3, 0.21, 40, "name", 0.95),
-             lambda f, t, a: figures.group_effects(t["operators"], a, t["layers"], "operator", metric, swap, effects=effects),
-             f"{effects.capitalize()} effects by operator type (number of layers): boxes and ticks are layers, points the mean with its "
-             "interval."),
-        Plan("blocks", "blocks", "blocks", _rows_high(style.SINGLE * 1.3, 0.21, 40, "name", 0.95),
-             lambda f, t, a: figures.group_effects(t["blocks"], a, t["layers"], "block", metric, swap, effects=effects),
-             f"{effects.capitalize()} effects by block in execution order (number of layers)."),
-        Plan("chosen_schemes", "winner", "chosen_schemes", _rows_high(style.DOUBLE, 0.22, 60, "operator"),
-             lambda f, t, a: figures.chosen_schemes(t["chosen_schemes"], a),
-             "Weight schemes that the winner gives to the layers of each operator type (number of layers)."),
-        Plan("surrogate_scatter", "scatter", "surrogate_scatter", lambda table: (style.SINGLE, 2.7),
-             lambda f, t, a: figures.surrogate_scatter(t["surrogate_scatter"], a, metric, number(scores.get("within_budget_srcc"))),
-             f"{metric} predicted for configurations that the surrogate was not trained on, beside its measured value. "
-             "Size alone spreads the points along the diagonal: the within-budget SRCC is what counts."),
-        Plan("swaps", "swaps", "swaps", lambda table: (style.SINGLE, 2.7),
-             lambda f, t, a: figures.swaps_scatter(
-                 t["swaps"], a, metric, number(v.get("srcc")), number(v.get("sign_agreement")), int(v.get("flips") or 0)),
-             "Effects of layers as predicted, beside the mean of real swaps with its interval."),
-        *(Plan(p.name, "noise", "noise", lambda table: (style.SINGLE, 1.9),
-               lambda f, t, a, p=p: noise.over_steps(t["noise"], a, p), f"{p.caption} Bands are 95 % intervals over images.")  # type: ignore[misc]
-          for p in noise.PANELS),
-    ]  # fmt: skip
+    @property
+    def pixels(self) -> int:
+        """About how high it stands on the page, with its caption: what is not in sight is laid out by that."""
+        return round(120 * self.size[1] + 75)
 
 
 def report(study: Study, out: str | Path, progress: Progress = no_progress) -> Path:
-    """Write ``out``/index.html (one file, no network), ``out``/figures (PDF, SVG, PNG) and ``out``/tables (CSV, LaTeX).
+    """Write ``out``/index.html (one file, no network), ``out``/figures (PDF, SVG, PNG), ``out``/tables (CSV, LaTeX) and ``out``/data
+    (JSON).
 
     Returns the page's path. What the study does not hold yet is named on the page with the command that makes it. Raises
     AquabitError where ``out`` cannot be written or a stored fact is damaged.
@@ -99,143 +61,111 @@ def report(study: Study, out: str | Path, progress: Progress = no_progress) -> P
     out = Path(out)
     facts = read(study)
     require_metric(facts)
-    folders = out / "figures", out / "tables"
     try:
-        for folder in folders:
-            folder.mkdir(parents=True, exist_ok=True)
+        make_folders(out)
         return _write(facts, out, progress)
     except OSError as error:
         raise AquabitError(f"the report could not be written to {out}: {error.strerror or error}") from error
 
 
+def make_folders(out: Path) -> None:
+    for name in FOLDERS:
+        (out / name).mkdir(parents=True, exist_ok=True)
+
+
 def _write(facts: Facts, out: Path, progress: Progress) -> Path:
-    found, lacks, plans = tables.all_tables(facts), missing(facts), _plans(facts)
+    found, lacks = all_tables(facts), missing(facts)
     if found["quality_vs_bits"].value.notna().sum() == 0:
         lacks["points"] = lacks.get("samples", ("Nothing was measured.", ""))
     if found["chosen_schemes"].empty:
         lacks.setdefault("winner", lacks.get("graph", ("The winner is not stored.", "")))
     for name, table in found.items():
-        tables.write(table, out / "tables", name)
-    shown = {}
-    for i, plan in enumerate(plans):
-        progress("report", i, len(plans) + 1)
-        shown[plan.name] = _figure(plan, facts, found, lacks, out / "figures")
-    progress("report", len(plans), len(plans) + 1)
+        write(table, out / "tables", name)
+    wanted = list(plans(facts, found))
+    shown, places = [], {name: i for i, name in enumerate(found["layers"].layer)}
+    for i, plan in enumerate(wanted):
+        progress("report", i, len(wanted) + 1)
+        shown.append(draw(plan, found[plan.table], lacks, out / "figures", places))
+    progress("report", len(wanted), len(wanted) + 1)
+    pictures, files = images(facts, out / "figures"), write_data(facts, out / "data")
     page = out / "index.html"
-    page.write_text(_render(facts, found, lacks, shown, images(facts, out / "figures")), encoding="utf-8")
-    progress("report", len(plans) + 1, len(plans) + 1)
+    page.write_text(_render(facts, found, lacks, shown, pictures, files), encoding="utf-8")
+    progress("report", len(wanted) + 1, len(wanted) + 1)
     return page
 
 
-def _figure(plan: Plan, facts: Facts, found: Tables, lacks: Mapping[str, tuple[str, str]], folder: Path) -> Shown:
-    table = found[plan.table]
+def write_data(facts: Facts, folder: Path) -> list[str]:
+    """What machines read: the winner as config.json, front.json and sensitivity.json, as far as they are there; their names."""
+    winner, files = facts.winner(), {}
+    if winner is not None:
+        files["config.json"] = winner.to_json()
+    for name, value in (("front.json", list(facts.front.get("members") or [])), ("sensitivity.json", dict(facts.sensitivity))):
+        if value:
+            files[name] = json.dumps(value, indent=1) + "\n"
+    for name in ("config.json", "front.json", "sensitivity.json"):
+        (folder / name).unlink(missing_ok=True)  # of a report that was written here before
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return list(files)
+
+
+def draw(plan: Plan, table: pd.DataFrame, lacks: Mapping[str, tuple[str, str]], folder: Path, places: Mapping[str, int]) -> Shown:
+    """The files of one figure, and the figure as an element of the page; points of layers carry their row in ``places``."""
     if plan.needs in lacks or table.empty:
         for old in folder.glob(f"{plan.name}.*"):  # of a report that was written here before
             old.unlink()
-        return Shown(plan.name, plan.table, plan.caption, missing=lacks.get(plan.needs, ("There is nothing to draw.", "")))
+        reason = None if plan.optional else lacks.get(plan.needs, ("There is nothing to draw.", ""))
+        return Shown(plan.name, plan.section, plan.table, plan.caption, missing=reason)
+    size = plan.size(table)
     with style.use():
-        canvas, axes = style.canvas(*plan.size(table))
-        plan.draw(facts, found, axes)
+        canvas, axes = style.canvas(*size)
+        plan.draw(table, axes)
         text = style.save(canvas, folder, plan.name)
-    return Shown(plan.name, plan.table, plan.caption, inline_svg(text, plan.name, plan.caption))
+    drawn = svg.inline(text, style.named_points(canvas), plan.name, plan.caption, places)
+    return Shown(plan.name, plan.section, plan.table, plan.caption, size, drawn)
 
 
-def inline_svg(text: str, name: str, caption: str) -> Markup:
-    """An SVG file of matplotlib's as an element of the page: its names made unique, its size left to the page, text as text."""
-    ET.register_namespace("", SVG)
-    ET.register_namespace("xlink", XLINK)
-    root = ET.fromstring(text)
-    for parent in list(root.iter()):
-        for child in list(parent):
-            if child.tag == f"{{{SVG}}}metadata" or (child.tag == f"{{{SVG}}}style"):
-                parent.remove(child)  # the page has the one rule that matplotlib writes
-    for element in root.iter():
-        for key, value in element.attrib.items():
-            if key == "id":
-                element.set(key, f"{name}-{value}")
-            elif key == f"{{{XLINK}}}href" and value.startswith("#"):
-                element.set(key, f"#{name}-{value[1:]}")
-            elif "url(#" in value:
-                element.set(key, value.replace("url(#", f"url(#{name}-"))
-    width = float(root.attrib.pop("width").removesuffix("pt"))
-    root.attrib.pop("height")
-    root.set("style", f"width: {width / 72:.2f}in")
-    root.set("role", "img")
-    root.set("aria-label", caption)
-    return Markup(ET.tostring(root, encoding="unicode"))
-
-
-@dataclass(frozen=True)
-class Images:
-    """One image grid: what it is, what was measured of it, and the PNG as a data address."""
-
-    name: str
-    title: str
-    note: str
-    source: str
-    width: int
-    height: int
-
-
-def images(facts: Facts, folder: Path) -> list[Images]:
-    """Full precision, uniform and found, the latter without and with noise correction, all from the same seeds; each also written as
-    ``images_NAME.png``."""
-    wanted: list[tuple[str, str]] = []
-    reference = facts.rows("reference")
-    wanted += [("full precision", str(reference.config.iloc[0]))] if len(reference) else []
-    uniform = ((facts.front.get("comparison") or {}).get("uniform") or {}).get("config")
-    names = {c: scheme_name(facts.configs[c]) for c in facts.rows("uniform").config}
-    chosen = [str(uniform)] if uniform else [c for c, n in names.items() if n in ("usq2", "usq3", "usq4", "usq8")]
-    wanted += [
-        (f"uniform {names.get(c) or ((facts.front.get('comparison') or {}).get('uniform') or {}).get('scheme', '')}", c) for c in chosen
+def page_data(facts: Facts, found: Tables) -> Markup:
+    """What the page's script shows of layers, as JSON that may stand in a script element: rows as ``tables.layers`` has them, and of each
+    the numbers by scheme and its strongest interactions."""
+    layers, by_scheme = found["layers"], found["layer_schemes"]
+    schemes = list(dict.fromkeys(by_scheme.scheme))
+    column = {s: j for j, s in enumerate(schemes)}
+    parts: dict[str, dict[str, list[Any]]] = {}
+    for r in by_scheme.itertuples():
+        row = parts.setdefault(r.layer, {k: [None] * len(schemes) for k in ("error", "damage", "effect", "shap")})
+        for k in row:
+            row[k][column[r.scheme]] = _short(getattr(r, k))
+    place, near = {name: i for i, name in enumerate(layers.layer)}, dict[str, list[Any]]()
+    for r in found["pairs"].itertuples():
+        for a, b in ((r.a, r.b), (r.b, r.a)):
+            if b in place and len(near.setdefault(a, [])) < PAIRS_MOST:
+                near[a].append([place[b], _short(r.interaction), _short(r.low), _short(r.high)])
+    rows = [
+        {**{k: _short(v) for k, v in row.items()}, "schemes": parts.get(row["layer"], {}), "pairs": near.get(row["layer"], [])}
+        for row in layers.to_dict("records")
     ]
-    found = _found(facts)
-    wanted += found
-    protocols = dict.fromkeys(([facts.protocol.digest] if facts.protocol else []) + [p for _, p in facts.thumbnails])
-    have = {p: [(t, c) for t, c in wanted if (c, p) in facts.thumbnails] for p in protocols}
-    protocol = max(have, key=lambda p: (len([w for w in have[p] if w in found]), len(have[p])), default="")
-    shown = []
-    for title, config in have.get(protocol, []):
-        shown += _grid(facts, title, config, protocol, folder)
-    return shown
+    value = {"metric": facts.metric, "effects": facts.effects, "swap": facts.swap.split(":"), "schemes": schemes, "layers": rows}
+    return embedded(value)
 
 
-def _found(facts: Facts) -> list[tuple[str, str]]:
-    """(title, configuration) of the winner, and of what it is without or with correction where that was measured."""
-    winner = str(facts.front.get("winner") or "")
-    without, corrected = (str(facts.noise.get(key) or "") for key in ("without", "with"))
-    name = f"corrected by {facts.noise.get('correction')}"
-    if not winner or winner not in (without, corrected):
-        return [("found", winner)] if winner else []
-    return (
-        [("found", without), (f"found, {name}", corrected)]
-        if winner == without
-        else [("found, not corrected", without), (f"found, {name}", corrected)]
+def embedded(value: Any) -> Markup:
+    """JSON that no script element can be left from."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return Markup(
+        text.replace("<", "\\u003c")
+        .replace(">", "\\u003e")
+        .replace("&", "\\u0026")
+        .replace("\u2028", "\\u2028")
+        .replace("\u2029", "\\u2029")
     )
 
 
-def _grid(facts: Facts, title: str, config: str, protocol: str, folder: Path) -> list[Images]:
-    from PIL import Image
-
-    png = facts.thumbnails[config, protocol]
-    try:
-        with Image.open(io.BytesIO(png), formats=["PNG"]) as picture:
-            width, height = picture.size
-    except (OSError, Image.DecompressionBombError):
-        return []
-    name = re.sub(r"\W+", "-", title)
-    (folder / f"images_{name}.png").write_bytes(png)
-    rows = facts.measured
-    row = rows[(rows.config == config) & (rows.protocol == protocol) & (rows.status == "ok")]
-    notes = []
-    if len(row):
-        r = row.iloc[0]
-        notes.append(f"{summary.figures(r.bits)} bits a weight, {summary.count(r.bytes)} bytes")
-        notes.append(f"{facts.metric} {summary.figures(r.get(facts.objective))}")
-        psnr = number(r.get("psnr"))
-        notes += [f"PSNR {psnr:.2f} dB to full precision"] if title != "full precision" and math.isfinite(psnr) else []
-    source = "data:image/png;base64," + base64.b64encode(png).decode()
-    return [Images(name, title, "; ".join(notes), source, width, height)]
+def _short(value: Any) -> Any:
+    """Six digits are enough for a page; None for what is undefined."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
 
 
 def _breakable(name: Any) -> Markup:
@@ -243,17 +173,25 @@ def _breakable(name: Any) -> Markup:
     return Markup(re.sub(r"([._])", r"\1<wbr>", str(escape(name))))
 
 
-def _render(facts: Facts, found: Tables, lacks: Mapping[str, tuple[str, str]], shown: Mapping[str, Shown], grids: list[Images]) -> str:
+def environment() -> jinja2.Environment:
+    """Templates that escape whatever they are given."""
     loader = jinja2.FileSystemLoader(TEMPLATES)
-    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(figures=summary.figures, count=summary.count, score=summary.score, short=summary.short, breakable=_breakable)
+    found = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    found.filters.update(figures=summary.figures, count=summary.count, score=summary.score, short=summary.short, breakable=_breakable)
     script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
     allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    sheet = Markup((TEMPLATES / "report.css").read_text(encoding="utf-8"))
+    found.globals.update(script=Markup(script), script_hash=allowed, style=sheet)
+    return found
+
+
+def _render(
+    facts: Facts, found: Tables, lacks: Mapping[str, tuple[str, str]], shown: Sequence[Shown], grids: list[Images], files: list[str]
+) -> str:
     frames: dict[str, Any] = {name: list(table.itertuples(index=False, name="Row")) for name, table in found.items()}
     if not grids:
         lacks = {"images": ("No images of the full-precision, uniform and found configurations are stored.", ""), **lacks}
-    return environment.get_template("report.html.j2").render(
-        facts=facts, tables=frames, lacks=lacks, figures=shown, images=grids, card=summary.run_card(facts),
-        summary=summary.summary(facts, found, lacks), script=Markup(script), script_hash=allowed,
-        style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
+    return environment().get_template("report.html.j2").render(
+        facts=facts, tables=frames, lacks=lacks, figures=shown, images=grids, card=summary.run_card(facts), files=files,
+        summary=summary.summary(facts, found, lacks), data=page_data(facts, found),
     )  # fmt: skip

@@ -12,17 +12,22 @@ import io
 import logging
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import matplotlib
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.axis import Tick
+from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator
 
+from aquabit.reports.svg import titled
 from aquabit.scheme import Scheme
 
 SINGLE, DOUBLE = 3.35, 6.9  # inches: one and two columns of a paper
@@ -45,7 +50,7 @@ RC: Any = {
 
 # by nominal bits, nearest one: the more bits the lighter, so that a grey print keeps the order; full precision is black
 BIT_COLOURS = {2: "#7A2500", 3: VERMILLION, 4: "#7CC4EE", 8: "#D5EAF7", 16: "#1B1B1B"}
-HATCHES = {"usq": "", "vq": "////", "vqc": "xxxx", "aq": "....", "fp": ""}
+HATCHES = {"usq": "", "vq": "////", "vqc": "xxxx", "aq": "\\\\\\\\", "fp": ""}
 
 
 @contextmanager
@@ -62,17 +67,20 @@ def canvas(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, figure.add_subplot()
 
 
+FORMATS = {"pdf": {"CreationDate": None, "Creator": None, "Producer": None}, "png": {"Software": None}}  # beside SVG; and what they omit
+
+
 def save(figure: Figure, folder: Path, name: str) -> str:
     """Write ``name``.pdf, .svg and .png into ``folder``; returns the SVG text."""
     logging.getLogger("fontTools").setLevel(logging.ERROR)
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # the layout is found once, not once per format
-    figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None, "Creator": None, "Producer": None})
-    figure.savefig(folder / f"{name}.png", metadata={"Software": None})
+    for suffix, metadata in FORMATS.items():
+        figure.savefig(folder / f"{name}.{suffix}", metadata=metadata)
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
-    (folder / f"{name}.svg").write_text(text, encoding="utf-8")
+    (folder / f"{name}.svg").write_text(titled(text, named_points(figure)), encoding="utf-8")
     return text
 
 
@@ -93,12 +101,72 @@ def scheme_look(scheme: str) -> tuple[str, str]:
     return BIT_COLOURS[min(BIT_COLOURS, key=lambda b: abs(b - bits))], HATCHES[method]
 
 
+def scheme_group(scheme: str) -> str:
+    """Method and nominal bits, as ``aq 2``: schemes of one group look alike, so that a legend can be read; ``fp`` is alone."""
+    parsed = Scheme.parse(scheme)
+    if parsed.kind == "fp":
+        return "fp"
+    bits = min(BIT_COLOURS, key=lambda b: abs(b - parsed.code_bits(9)))
+    return f"{parsed.kind}{'c' if parsed.kind == 'vq' and parsed.per_channel else ''} {bits}"
+
+
+def group_order(group: str) -> tuple[float, str]:
+    """Sorts names of ``scheme_group`` by bits, then method."""
+    kind, _, bits = group.partition(" ")
+    return float(bits or 16), kind
+
+
+def scheme_mark(scheme: str) -> dict[str, Any]:
+    """Marker (by method) and colour (by nominal bits) of a weight scheme."""
+    parsed = Scheme.parse(scheme)
+    marker = "v" if parsed.kind == "vq" and parsed.per_channel else {"usq": "s", "vq": "^", "aq": "o"}.get(parsed.kind, "D")
+    return {"color": scheme_look(scheme)[0], "marker": marker}
+
+
+_named: WeakKeyDictionary[Figure, dict[str, tuple[str, list[str]]]] = WeakKeyDictionary()
+
+
+def name_points(axes: Axes, artist: Artist, names: Sequence[str], kind: str = "layer") -> None:
+    """Say what the points of an artist are, in their order: in SVG files each then has a title, and on the page those of ``kind`` "layer"
+    are linked to the layer table. An artist of one name is linked as a whole."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    known = _named.setdefault(figure, {})
+    key = f"named-{len(known)}"
+    artist.set_gid(key)
+    known[key] = (kind, [str(n) for n in names])
+
+
+def name_ticks(axes: Axes, ticks: Sequence[Tick], names: Sequence[str]) -> None:
+    """Link the labels of ``ticks`` to layers."""
+    for tick, name in zip(ticks, names, strict=True):
+        for text in (tick.label1, tick.label2):
+            if text.get_visible():
+                name_points(axes, text, [name])
+
+
+def named_points(figure: Figure) -> dict[str, tuple[str, list[str]]]:
+    """SVG id -> kind and names, as ``name_points`` was told."""
+    return _named.get(figure, {})
+
+
+def colour_bar(axes: Axes, norm: Any, colours: Any, text: str) -> None:
+    """A thin colour bar beside ``axes``."""
+    bar = axes.figure.colorbar(ScalarMappable(norm, colours), ax=axes, pad=0.02, aspect=30)
+    bar.set_label(text)
+    bar.outline.set_linewidth(0.4)
+    assert bar.solids is not None
+    bar.solids.set_rasterized(False)
+    bar.solids.set_edgecolor("face")  # else viewers show hairlines between the colours
+    bar.ax.yaxis.set_major_formatter(FuncFormatter(_tick))
+
+
 def symmetric_axis(axes: Axes, which: str, values: Any, ticks_most: int = 4) -> None:
     """An axis over ``values`` and zero: linear, or linear near zero and logarithmic beyond where few values dwarf the rest."""
     size = np.abs(np.asarray(values, float))
     size = size[np.isfinite(size) & (size > 0)]
     seen = np.nan_to_num(np.asarray(values, float), nan=0.0, posinf=0.0, neginf=0.0)
-    low, high = min(0.0, float(seen.min())), max(0.0, float(seen.max()))
+    low, high = float(seen.min(initial=0.0)), float(seen.max(initial=0.0))
     if not len(size) or size.max() < 12 * np.median(size):
         pad = 0.06 * (high - low) or 1.0
         getattr(axes, f"set_{which}lim")(low - pad if low < 0 else -0.5 * pad, high + pad)

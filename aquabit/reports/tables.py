@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from aquabit.reports import noise
 from aquabit.reports.facts import Facts, family, number, scheme_name
 from aquabit.scheme import QuantConfig, Scheme
 
@@ -116,7 +114,8 @@ def front(facts: Facts) -> pd.DataFrame:
 
 
 def layers(facts: Facts) -> pd.DataFrame:
-    """One row a layer, most harmful first: its place and size, the effect that ranks it, the real swaps, and what the winner gives it."""
+    """One row a layer, most harmful first: its place and size, the effect that ranks it, the real swaps, and what the winner gives it,
+    and mean |SHAP| and its signed form (log units) of the surrogate."""
     effects = {str(r.get("name")): r for r in facts.sensitivity.get("layers") or []}
     real = {str(r.get("layer")): r for r in facts.validation.get("rows") or []}
     winner, rows = facts.winner(), []
@@ -129,6 +128,7 @@ def layers(facts: Facts) -> pd.DataFrame:
             name, operator, block, size, number(node.get("macs")), *(number(effect.get(k)) for k in ("effect", "low", "high")),
             *(number(swap.get(k)) for k in ("real", "low", "high")), _count(swap.get("n")),
             str(chosen.weight) if chosen else "", winner.mean_act(name) if winner else math.nan,
+            *(number(effect.get(k)) for k in ("shap", "shap_signed")),
         ))  # fmt: skip
     columns = [
         "layer",
@@ -145,8 +145,27 @@ def layers(facts: Facts) -> pd.DataFrame:
         "swaps",
         "scheme",
         "act",
+        "shap",
+        "shap_signed",
     ]
     return _table(rows, columns).sort_values("effect", ascending=False, na_position="last", kind="stable", ignore_index=True)
+
+
+def layer_schemes(facts: Facts) -> pd.DataFrame:
+    """layer, scheme, error, damage, effect, shap: of every layer with every weight scheme or activation width (a8) that was fitted:
+    relative squared error of its output (of its weight, where inputs are unknown) and of the denoiser's output with that layer alone,
+    predicted effect of going there from the swap's first scheme, and mean SHAP value, in the objective's units, of configurations that
+    give it that."""
+    effects = {str(r.get("name")): r for r in facts.sensitivity.get("layers") or []}
+    keys = dict.fromkeys(facts.features)
+    for name, row in effects.items():
+        keys |= dict.fromkeys((name, str(s)) for part in ("schemes", "shap_schemes") for s in row.get(part) or {})
+    rows = []
+    for name, scheme in keys:
+        row, known = effects.get(name, {}), facts.features.get((name, scheme), {})
+        parts = [number((row.get(k) or {}).get(scheme)) for k in ("schemes", "shap_schemes")]
+        rows.append((name, scheme, number(known.get("error")), number(known.get("damage")), *parts))
+    return _table(rows, ["layer", "scheme", "error", "damage", "effect", "shap"])
 
 
 def operators(facts: Facts) -> pd.DataFrame:
@@ -171,25 +190,6 @@ def _effects(facts: Facts, key: str) -> pd.DataFrame:
         count = len(members) if isinstance(members, list) else number(members)
         rows.append((str(r.get("name")), *(number(r.get(k)) for k in ("effect", "low", "high")), count))
     return _table(rows, EFFECT_COLUMNS)
-
-
-def interactions(facts: Facts) -> pd.DataFrame:
-    """a, b, interaction, low, high: what swapping both worsens beyond the sum of each alone, predicted, largest first."""
-    rows = [
-        (str(r.get("a")), str(r.get("b")), *(number(r.get(k)) for k in ("interaction", "low", "high")))
-        for r in facts.sensitivity.get("interactions") or []
-    ]
-    return _table(rows, ["a", "b", "interaction", "low", "high"])
-
-
-def scheme_scores(facts: Facts) -> pd.DataFrame:
-    """level, name, scheme, layers, change, score, low, high: predicted scores of schemes by operator type and by block, larger = better."""
-    rows = [
-        (*(str(r.get(k)) for k in ("level", "name", "scheme")), _count(r.get("layers")),
-         *(number(r.get(k)) for k in ("change", "score", "low", "high")))
-        for r in facts.sensitivity.get("scores") or []
-    ]  # fmt: skip
-    return _table(rows, ["level", "name", "scheme", "layers", "change", "score", "low", "high"])
 
 
 def chosen_schemes(facts: Facts) -> pd.DataFrame:
@@ -255,60 +255,3 @@ def comparison(facts: Facts) -> pd.DataFrame:
     sizes = [rows[0][i] - rows[1][i] for i in (3, 4)]
     rows.append(("difference", "found minus uniform", "", *sizes, *(number(change.get(k)) for k in ("value", "low", "high")), blocks))
     return _table(rows, columns)
-
-
-def all_tables(facts: Facts) -> dict[str, pd.DataFrame]:
-    """Every table by the name of its files."""
-    functions = (
-        counts, failures, quality_vs_bits, front, comparison, layers, operators, blocks, interactions, scheme_scores, chosen_schemes,
-        surrogate, surrogate_scatter,
-        swaps, noise.noise, noise.correction,
-    )  # fmt: skip
-    return {f.__name__: f(facts) for f in functions}
-
-
-_LATEX = {
-    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",
-    "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
-    "`": r"\textasciigrave{}", "-": "{-}",
-    "\N{MINUS SIGN}": "$-$", "\N{MULTIPLICATION SIGN}": r"$\times$", "[": "{[}", "]": "{]}", "*": "{*}",
-}  # fmt: skip
-
-
-def latex_text(text: Any) -> str:
-    """Text that LaTeX sets as it is: no command, no ligature of dashes, no optional argument; signs it may lack as U+ numbers."""
-    out = []
-    for c in str(text):
-        if c in _LATEX:
-            out.append(_LATEX[c])
-        elif " " <= c <= "~" or "\u00c0" <= c <= "\u017e":
-            out.append(c)
-        else:
-            out.append(" " if c.isspace() else f"(U+{ord(c):04X})")
-    return "".join(out)
-
-
-def latex(table: pd.DataFrame) -> str:
-    """The table as a booktabs ``tabular``: numbers to four digits and right-aligned, undefined ones as a dash."""
-
-    def cell(value: Any) -> str:
-        if isinstance(value, bool | np.bool_):
-            return "yes" if value else "no"
-        if isinstance(value, float | np.floating):
-            exact = float(value)
-            if not math.isfinite(exact):
-                return "--"
-            text = f"{exact:.0f}" if exact == round(exact) and abs(exact) < 1e12 else f"{exact:.4g}"
-            return text.replace("-", "$-$")
-        return latex_text(value)
-
-    columns = "".join("r" if pd.api.types.is_numeric_dtype(t) and not pd.api.types.is_bool_dtype(t) else "l" for t in table.dtypes)
-    lines = [" & ".join(map(cell, row)) + r" \\" for row in table.itertuples(index=False, name=None)]
-    head = " & ".join(map(latex_text, table.columns)) + r" \\"
-    return "\n".join([r"\begin{tabular}{" + columns + "}", r"\toprule", head, r"\midrule", *lines, r"\bottomrule", r"\end{tabular}", ""])
-
-
-def write(table: pd.DataFrame, folder: Path, name: str) -> None:
-    """``name``.csv (all digits) and ``name``.tex in ``folder``."""
-    table.to_csv(folder / f"{name}.csv", index=False)
-    (folder / f"{name}.tex").write_text("% \\usepackage{booktabs}\n" + latex(table), encoding="utf-8")

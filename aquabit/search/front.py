@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
+from aquabit import _notebook
 from aquabit.cost import CostModel
 from aquabit.scheme import AquabitError, Budget, QuantConfig, Scheme
 from aquabit.search.options import Columns, activation_choices
@@ -279,7 +280,16 @@ class Front:
             mark = ' style="font-weight: bold"' if m.config.digest == self.winner else ""
             rows.append(f"<tr{mark}>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>")
         budget = f"<caption>budget: {escape(str(self.budget))}; the winner is bold</caption>" if self.budget else ""
-        return f"<table>{budget}<tr><th>bits per weight</th><th>bytes</th><th>BOPs</th><th>ms a call</th>{head}</tr>{''.join(rows)}</table>"
+        columns = "<th>bits per weight</th><th>bytes</th><th>BOPs</th><th>ms a call</th>"
+        return f"{self._figures(metrics)}<table>{budget}<tr>{columns}{head}</tr>{''.join(rows)}</table>"
+
+    def _figures(self, metrics: Sequence[str]) -> str:
+        """Measured quality against bits, of the first metric: the objective."""
+        if not metrics:
+            return ""
+        found = [(m.config.digest, m.bits_per_weight, m.measured.get(metrics[0], {})) for m in self.members]
+        rows = [(name, bits, _number(v.get("value")), _number(v.get("low")), _number(v.get("high"))) for name, bits, v in found]
+        return _notebook.points(rows, "bits per weight", f"{metrics[0]}, measured")
 
 
 def _number(value: float | None) -> float:

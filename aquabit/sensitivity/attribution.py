@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from aquabit import _notebook
 from aquabit.graph import layers as graph_layers
 from aquabit.scheme import AquabitError, Progress, no_progress, parse_swap
 from aquabit.sensitivity.combined import combine, real_means
+from aquabit.sensitivity.curve import CURVE, learning_curve
 from aquabit.sensitivity.effects import (
     Effects,
     Player,
@@ -29,6 +31,7 @@ from aquabit.sensitivity.flips import predict_flips, training_swaps, validation_
 from aquabit.sensitivity.in_context import DRAWN, refine
 from aquabit.sensitivity.interactions import INTERACTIONS, SCORES, interactions, scheme_scores
 from aquabit.sensitivity.surrogate import FittedSurrogate, Surrogate, fit_from_study
+from aquabit.sensitivity.swarm import shap_by_scheme, swarm
 from aquabit.study import Study
 
 PAIR_CONTEXTS = 32  # of the contexts, for pairs of layers and for whole groups
@@ -43,10 +46,12 @@ class Sensitivity:
     ``ranking`` says what effects come from: "predicted" by the surrogate, or "combined" with real swaps (``combined.combine``).
     ``layers``: name, operator, block, swap, effect, low, high (90 % interval), predicted (the surrogate's effect), real (mean of n real
     swaps, NaN without), n, shap (mean |SHAP|, log units), shap_signed (mean SHAP above the layer's median weight error less that below),
-    schemes ({scheme: predicted effect of going there from the swap's first}).
+    schemes ({scheme: predicted effect of going there from the swap's first}), shap_schemes ({scheme: mean SHAP in units where it is
+    given}).
     ``operators`` and ``blocks``: name, layers (their number), effect (mean of a layer), low, high, total (sum over layers), shap (sum).
     ``interactions`` of the strongest layers and ``scores`` of schemes by operator type and block: see ``sensitivity.interactions``.
-    ``validation`` compares real swaps with predictions, whatever the ranking.
+    ``validation`` compares real swaps with predictions, whatever the ranking. ``curve``: see ``learning_curve``; ``swarm``: SHAP values of
+    single configurations by operator type (``swarm.swarm``).
     """
 
     objective: str
@@ -64,6 +69,8 @@ class Sensitivity:
     ranking: str = "predicted"
     interactions: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=INTERACTIONS))
     scores: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=SCORES))
+    curve: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=CURVE))
+    swarm: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The value of ``sensitivity.json``: undefined numbers are None."""
@@ -73,17 +80,18 @@ class Sensitivity:
             "operators": self.operators.to_dict("records"), "blocks": self.blocks.to_dict("records"),
             "validation": self.validation and dict(self.validation), "scatter": self.scatter, "ranking": self.ranking,
             "interactions": self.interactions.to_dict("records"), "scores": self.scores.to_dict("records"),
+            "curve": self.curve.to_dict("records"), "swarm": dict(self.swarm),
         }  # fmt: skip
         return dict(_plain(value))
 
     @staticmethod
     def from_dict(value: Mapping[str, Any]) -> Sensitivity:
         """The inverse of ``to_dict``; what older studies lack has its default. Raises AquabitError where a part is missing."""
-        later = ("ranking", "interactions", "scores")
+        later = ("ranking", "interactions", "scores", "curve", "swarm")
         missing = [k for k in Sensitivity.__dataclass_fields__ if k not in value and k not in later]
         if missing:
             raise AquabitError(f"this is no sensitivity table: it has no {missing[0]!r}; run `aquabit explain` again")
-        columns = {"layers": None, "operators": None, "blocks": None, "interactions": INTERACTIONS, "scores": SCORES}
+        columns = {"layers": None, "operators": None, "blocks": None, "interactions": INTERACTIONS, "scores": SCORES, "curve": CURVE}
         tables = {k: _table(value[k], c) for k, c in columns.items() if k in value}
         return Sensitivity(**{k: tables.get(k, value[k]) for k in Sensitivity.__dataclass_fields__ if k in value})
 
@@ -91,8 +99,11 @@ class Sensitivity:
         score = self.surrogate.get("within_budget_srcc")
         quality = "unknown" if score is None else f"{score:.2f}"
         title = f"{self.objective}, {self.swap} at {self.bits:g} bits: {self.measurements} measurements, within-budget SRCC {quality}"
-        shown = self.layers[["name", "operator", "effect", "low", "high"]].head(20)
-        return f"<p>{html.escape(title)}</p>" + str(shown.to_html(index=False, float_format="{:.3g}".format))
+        top = self.layers.head(20)
+        rows = list(zip(top.name, top.effect.astype(float), top.low.astype(float), top.high.astype(float), strict=True))
+        listed = [(*row[:1], operator, *row[1:]) for row, operator in zip(rows, top.operator, strict=True)]
+        figure = _notebook.intervals(rows, f"worsening of {self.objective} by {self.swap}, {self.ranking}")
+        return f"<p>{html.escape(title)}</p>{figure}{_notebook.table(('layer', 'operator', 'effect', 'low', 'high'), listed)}"
 
 
 def explain(
@@ -120,7 +131,8 @@ def explain(
         scores["screen_within_budget_srcc"] = screen.within_budget_srcc
     flips = study.flips(fitted.objective)
     checked = None if flips.empty else predict_flips(fitted, flips, study.configs())
-    layers, varied = _layer_table(fitted, effects, training_swaps(fitted, players, bits), checked, seed)
+    shap = _tree_shap(fitted)
+    layers, varied = _layer_table(fitted, effects, training_swaps(fitted, players, bits), checked, shap, seed)
     place, few = {p.layer: i for i, p in enumerate(players)}, (drawn[0][:PAIR_CONTEXTS], drawn[1][:PAIR_CONTEXTS])
     pairs = interactions(fitted, effects, [place[name] for name in layers.name], models, few, seed, progress)
     groups = scheme_scores(fitted, models, few, seed, progress)
@@ -128,6 +140,7 @@ def explain(
     return Sensitivity(
         fitted.objective, fitted.direction, fitted.protocol, len(fitted.y), bits, swap, layers, operators, blocks,
         scores, _validation(fitted, layers, checked), _scatter(fitted), "combined" if layers.n.any() else "predicted", pairs, groups,
+        learning_curve(fitted, seed, progress), swarm(fitted, *shap) if shap else {},
     )  # fmt: skip
 
 
@@ -138,12 +151,15 @@ def save(study: Study, sensitivity: Sensitivity) -> None:
 
 
 def _layer_table(
-    fitted: FittedSurrogate, effects: Effects, training: pd.DataFrame, flips: pd.DataFrame | None, seed: int
+    fitted: FittedSurrogate, effects: Effects, training: pd.DataFrame, flips: pd.DataFrame | None,
+    shap: tuple[np.ndarray, float] | None, seed: int,
 ) -> tuple[pd.DataFrame, np.ndarray]:  # fmt: skip
     """The table of layers, and draws [n, players] of what their effects may be. Swaps among the ``training`` measurements are part of the
     prediction; ``flips``, which it never saw, of the ranking alone."""
     nodes, schemes = graph_layers(fitted.graph), fitted.space.schemes
-    values, signed = _tree_shap(fitted)
+    values = np.full(fitted.weights.shape, np.nan) if shap is None else shap[0]
+    signed = signed_shap(values, member_parts(fitted.encoder, fitted.weights, fitted.acts)["error"]) if shap else values[0]
+    of_schemes = shap_by_scheme(fitted, *shap) if shap else [{}] * len(signed)
     effect = effects.effect(schemes)
     ours, found = (
         combine(effects.players, effect, effects.replicates, swaps, fitted.scores["widen"], seed)
@@ -159,21 +175,22 @@ def _layer_table(
             "predicted": float(ours.effect[i]), "real": float(real[i]), "n": int(count[i]),
             "shap": float(np.abs(values[:, player.column]).mean()), "shap_signed": float(signed[player.column]),
             "schemes": {**effects.of_schemes(i, schemes), str(player.after): float(ours.effect[i])},
+            "shap_schemes": of_schemes[player.column],
         })  # fmt: skip
     table = pd.DataFrame(rows).sort_values("effect", ascending=False, kind="stable").reset_index(drop=True)
     return table, found.draws
 
 
-def _tree_shap(fitted: FittedSurrogate) -> tuple[np.ndarray, np.ndarray]:
-    """SHAP values [n, layers] and their signed summary [layers]; NaN for estimators that are not trees."""
+def _tree_shap(fitted: FittedSurrogate) -> tuple[np.ndarray, float] | None:
+    """SHAP values [n, layers] and their base; None for estimators that are not trees."""
     if not isinstance(fitted.surrogate, Surrogate):
-        return np.full(fitted.weights.shape, np.nan), np.full(fitted.weights.shape[1], np.nan)
+        return None
     values, base = shap_by_layer(fitted)
     predicted = fitted.badness(fitted.weights, fitted.acts)
     worst = float(np.abs(values.sum(1) + base - predicted).max())
     if worst > 1e-4 * max(1.0, float(np.abs(predicted).max())):
         raise RuntimeError(f"SHAP values miss the prediction by {worst:.2g}; this is an error of ours")
-    return values, signed_shap(values, member_parts(fitted.encoder, fitted.weights, fitted.acts)["error"])
+    return values, base
 
 
 def _rolled(layers: pd.DataFrame, players: list[Player], draws: np.ndarray, key: str) -> pd.DataFrame:

@@ -1,0 +1,147 @@
+"""Tables and figures of causes and costs: numbers against independent ones, points that carry their own names, two studies side by side."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+
+from aquabit.reports import attribution, catalog, costs, layer_graph, side_by_side, style, svg
+from aquabit.reports import facts as facts_of
+from aquabit.reports.page import embedded, page_data
+from aquabit.scheme import Measurement, Protocol
+from tests.test_reports import EVIL, Synthetic, parsed, svg_only
+
+__all__ = ["svg_only"]  # a fixture
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Synthetic:
+    return Synthetic(tmp_path_factory.mktemp("parts") / "S.db", layers=16, samples=20, names=EVIL).whole()
+
+
+@pytest.fixture(scope="module")
+def facts(made: Synthetic) -> facts_of.Facts:
+    return facts_of.read(made.study)
+
+
+def test_progress_is_the_dominated_area_of_what_was_measured_so_far(facts: facts_of.Facts) -> None:
+    table = costs.progress(facts)
+    own = facts.measured[facts.measured.kind.isin(["sample", "uniform", "candidate"]) & (facts.measured.status == "ok")]
+    own = own[own.protocol == facts.protocol.digest] if facts.protocol else own
+    corner = own[own.kind == "sample"].fid.median(), own[own.kind == "sample"].bits.max()
+
+    def area(part: pd.DataFrame) -> float:
+        x = np.linspace(own.bits.min(), corner[1], 20001)
+        best = np.full(len(x), corner[0])
+        for r in part.itertuples():
+            best = np.where(x >= r.bits, np.minimum(best, r.fid), best)
+        return float((corner[0] - best).mean() * (corner[1] - x[0]))
+
+    assert list(table.measurement) == list(range(1, len(own) + 1)) and table.hypervolume.iloc[-1] == 1
+    for n in (3, 9, len(own)):
+        assert table.hypervolume.iloc[n - 1] == pytest.approx(area(own.iloc[:n]) / area(own), abs=2e-3)
+
+
+def test_budgets_frontiers_and_bits_are_the_winners(made: Synthetic, facts: facts_of.Facts) -> None:
+    (row,) = costs.budgets(facts).itertuples()
+    used = made.cost(made.winner).bits_per_weight
+    assert row.limit == "bits per weight" and row.used == pytest.approx(used) and row.slack == pytest.approx(1 - used / 3.17)
+    table = costs.frontiers(facts)
+    assert table.winner.sum() == 1 and (table.operations == 1.2e7).all() and table.bytes.is_monotonic_increasing
+    bits = costs.chosen_bits(facts).set_index("layer")
+    for name in made.space.layers:
+        assert bits.loc[name].found == str(made.winner[name].weight) and bits.loc[name].uniform == "usq3"
+        assert bits.loc[name].change == made.winner[name].weight.code_bits() - 3
+
+
+def test_the_layer_graph_is_of_blocks_where_layers_are_many(
+    made: Synthetic, facts: facts_of.Facts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = catalog.all_tables(facts)
+    table = found["layer_graph"]
+    assert list(table.kind) == ["layer"] * 16 and table.x.is_monotonic_increasing and (table.to.str.split().str.len() <= 1).all()
+    monkeypatch.setattr(layer_graph, "MOST", 15)
+    blocks = layer_graph.layer_graph(facts, found["layers"])
+    assert list(blocks.kind) == ["block"] * 2 and list(blocks.to) == ["n1", ""] and list(blocks.layers) == [8, 8]
+    assert blocks.effect.tolist() == pytest.approx(found["blocks"].effect.tolist())
+
+
+def test_points_carry_the_names_they_were_given() -> None:
+    names = [EVIL[0], "b", EVIL[1], "d"]
+    with style.use():
+        canvas, axes = style.canvas(3, 2)
+        dots = axes.plot([1, 2, 3, 4], [4, 3, 2, 1], "o")[0]
+        style.name_points(axes, dots, names)
+        sized = axes.scatter([1, 2, 3, 4], [1, 2, 3, 4], s=[5, 20, 50, 90])
+        style.name_points(axes, sized, list("wxyz"), "tip")
+        text = _svg_of(canvas)
+    places = {"d": 0, EVIL[0]: 7, EVIL[1]: 9}
+    page = str(svg.inline(text, style.named_points(canvas), "f", "a <caption>", places))
+    root = svg.ET.fromstring(page)
+    linked = [(float(e.get("x", "0")), e.get("data-layer")) for e in root.iter() if e.get("data-layer")]
+    assert [place for _, place in sorted(linked)] == ["7", "9", "0"], "in the order of x; an unknown layer has no link"
+    assert sorted(e.get("data-tip", "") for e in root.iter() if e.get("data-tip")) == list("wxyz")
+    ids = [e.get("id") for e in root.iter() if e.get("id")]
+    used = re.findall(r'(?:href="#|url\(#)([^")]+)', page)
+    assert set(used) <= set(ids) and all(str(i).startswith("f-") for i in ids) and root.get("aria-label") == "a <caption>"
+    titles = [e.text for e in svg.ET.fromstring(svg.titled(text, style.named_points(canvas))).iter(f"{SVG}title")]
+    assert set(titles) == {*names, *"wxyz"}
+
+
+def _svg_of(canvas: matplotlib.figure.Figure) -> str:
+    import io
+
+    file = io.StringIO()
+    canvas.savefig(file, format="svg")
+    return file.getvalue()
+
+
+def test_the_pages_data_leaves_no_script_element(facts: facts_of.Facts) -> None:
+    text = str(embedded({"a": "</script><!--", "b": float("1.5"), "c": "\u2028&"}))
+    assert "<" not in text and "&" not in text and json.loads(text) == {"a": "</script><!--", "b": 1.5, "c": "\u2028&"}
+    data = json.loads(str(page_data(facts, catalog.all_tables(facts))))
+    row = next(r for r in data["layers"] if r["layer"] == EVIL[0])
+    assert row["schemes"]["effect"][data["schemes"].index("usq2")] == pytest.approx(row["effect"], rel=1e-5)
+    partners = {data["layers"][i]["layer"] for i, *_ in row["pairs"]}
+    stored = facts.sensitivity["interactions"]
+    assert partners <= {p["a"] for p in stored if p["b"] == EVIL[0]} | {p["b"] for p in stored if p["a"] == EVIL[0]} and partners
+
+
+def test_a_swarm_keeps_its_points_apart_and_in_their_row() -> None:
+    offsets = attribution._spread(np.sort(np.r_[np.full(30, 0.5), 0.1, 0.9]))
+    assert len(set(offsets[1:31])) == 30 and np.abs(offsets).max() <= 0.42 and offsets[0] == offsets[-1] == 0
+
+
+@pytest.mark.usefixtures("svg_only")
+def test_two_studies_side_by_side(made: Synthetic, tmp_path: Path) -> None:
+    other = Synthetic(tmp_path / "O.db", layers=8, samples=8, model=EVIL[0]).measure().explain()
+    page = side_by_side(made.study, other.study, tmp_path / "out")
+    text = " ".join(parsed(page).text)
+    assert "beside " + EVIL[0] in text and "aquabit search O.db" in text and "aquabit search S.db" not in text
+    table = pd.read_csv(tmp_path / "out/tables/beside_operators.csv")
+    for _, part in table.groupby("study"):
+        assert part.share.max() == pytest.approx(1) and sorted(part["rank"]) == list(range(1, len(part) + 1))
+    assert set(table.operator[:4]) <= set(other.space.operators.values()), "shared operator types come first"
+    again = side_by_side(made.study, made.study, tmp_path / "twice")
+    assert "SRCC 1.00" in " ".join(parsed(again).text) and "synthetic-dit (S.db), first" in " ".join(parsed(again).text)
+
+
+@pytest.mark.usefixtures("svg_only")
+def test_numbers_of_other_protocols_are_left_out_and_named(tmp_path: Path) -> None:
+    from aquabit.reports import report
+
+    made = Synthetic(tmp_path / "S.db", layers=2, samples=4).measure()
+    config = made.space.sample(1, seed=5)[0]
+    strange = Protocol(images=7)
+    made.study.add_protocol(strange)
+    made.study.record(config, Measurement(config.digest, strange.digest, {"fid": 0.001}, 1.0), "sample", {"bits": 2, "bytes": 1, "bops": 1})
+    facts = facts_of.read(made.study)
+    assert facts.foreign == 1 and facts.rows("sample").value.min() > 0.1
+    assert "1 measurements were made under other protocols" in " ".join(parsed(report(made.study, tmp_path / "out")).text)
