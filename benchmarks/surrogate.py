@@ -89,8 +89,8 @@ def again(session: Any) -> list[Any]:
 
 
 def ceiling(session: Any, model: str) -> list[dict[str, Any]]:
-    """Reliability: within-budget SRCC between two sets of images; its root is what a perfect prediction would score on one of them."""
-    from aquabit.sensitivity.scores import within_budget_srcc
+    """What a perfect prediction would score: the root of the within-budget SRCC between two sets of images."""
+    from aquabit.sensitivity.scores import noise_ceiling
 
     protocols = [session.protocol, session.protocol.block(CEILING_BLOCK)]
     session.measure(again(session), "sample", say, protocols[1:], "other images")
@@ -99,16 +99,8 @@ def ceiling(session: Any, model: str) -> list[dict[str, Any]]:
     value = dict(zip(zip(table.config, table.protocol, strict=True), table.fid, strict=True))
     first, second = (np.array([value[c.digest, p.digest] for c in configs]) for p in protocols)
     weights, acts = session.space.indices(configs)
-    bits, fold = session.costs.totals(weights, acts)["bits"], np.arange(len(configs)) % 5
-    reliability = within_budget_srcc(first, second, bits, session.space.mean_bits(acts).mean(1), fold)
-    return [
-        {
-            "model": model,
-            "configurations": len(configs),
-            "reliability": round(reliability, 4),
-            "ceiling": round(max(reliability, 0.0) ** 0.5, 4),
-        }
-    ]
+    found = noise_ceiling(first, second, session.costs.totals(weights, acts)["bits"], session.space.mean_bits(acts).mean(1))
+    return [{"model": model, "configurations": len(configs), "ceiling": round(float(found or 0.0), 4)}]
 
 
 def restore(session: Any, model: str, count: int) -> None:
@@ -316,8 +308,8 @@ def table(found: dict[str, Any]) -> str:
             each = ", ".join(f"{s[0]:.3f}" for s in own)
             lines.append(f"| {key[0]} | {key[1]} | {key[2]} | {each} | {np.mean([s[0] for s in own]):.3f} | {min(s[1] for s in own):.3f} |")
     for row in found.get("ceiling", []):
-        lines += ["", f"Noise ceiling of {row['model']}: {row['ceiling']:.3f} (root of the within-budget SRCC, {row['reliability']:.3f}, of {row['configurations']} "
-                  "configurations between two sets of 128 images)."]  # fmt: skip
+        lines += ["", f"Noise ceiling of {row['model']}: {row['ceiling']:.3f} (root of the within-budget SRCC of {row['configurations']} configurations between "
+                  "two sets of 128 images)."]  # fmt: skip
     keys = [(r["model"], r["how"], r["measurements"]) for r in found.get("effects", [])]
     if keys:
         lines += ["", "## Effects of layers from usq4 to usq2 near 3 bits, beside real swaps", "",
