@@ -4,6 +4,7 @@ measure    random configurations of the default space, for three seeds; everythi
 swaps      300 configurations of the design "swaps" a seed: real swaps that share contexts
 outputs    output errors of all of them, and of every layer's swap in 8 contexts
 curve      within-budget SRCC on the other seeds' configurations after 50 to 300 measurements: the trees, with and without output errors, and others
+ceiling    the first configurations of one seed on other images too: how well any prediction could rank them
 effects    predicted effects of layers, with and without contexts that were run, and direct swaps of as many measurements, beside the real ones
            of benchmarks/results/truth.json
 restore    takes such measurements from benchmarks/results/measurements.csv instead, where they are the same configurations and protocol
@@ -30,6 +31,7 @@ from benchmarks.truth import about, say
 SEEDS = (0, 1, 2)
 COUNT = 500  # measurements a seed
 SWAPS, MIXED = 300, 0.66
+CEILING, CEILING_BLOCK = 100, 90
 SIZES = (50, 100, 200, 300, 500)
 IN_CONTEXT = 8
 OUTPUTS_PER_MEASUREMENT = 15.0  # configurations whose output errors take as long as one measurement
@@ -79,6 +81,26 @@ def export(session: Any, model: str, count: int) -> None:
         writer = csv.DictWriter(file, ["model", "seed", "draw", "config", "protocol", "seconds", *METRICS])
         writer.writeheader()
         writer.writerows(kept)
+
+
+def again(session: Any) -> list[Any]:
+    """The configurations that are measured twice."""
+    return session.space.sample(CEILING, SEEDS[-1])
+
+
+def ceiling(session: Any, model: str) -> list[dict[str, Any]]:
+    """What a perfect prediction would score: the root of the within-budget SRCC between two sets of images."""
+    from aquabit.sensitivity.scores import noise_ceiling
+
+    protocols = [session.protocol, session.protocol.block(CEILING_BLOCK)]
+    session.measure(again(session), "sample", say, protocols[1:], "other images")
+    configs = again(session)
+    table = session.study.measurements()
+    value = dict(zip(zip(table.config, table.protocol, strict=True), table.fid, strict=True))
+    first, second = (np.array([value[c.digest, p.digest] for c in configs]) for p in protocols)
+    weights, acts = session.space.indices(configs)
+    found = noise_ceiling(first, second, session.costs.totals(weights, acts)["bits"], session.space.mean_bits(acts).mean(1))
+    return [{"model": model, "configurations": len(configs), "ceiling": round(float(found or 0.0), 4)}]
 
 
 def restore(session: Any, model: str, count: int) -> None:
@@ -268,7 +290,7 @@ def write(part: str, rows: list[dict[str, Any]]) -> None:
     found = json.loads(path.read_text()) if path.exists() else {}
     models = {r["model"] for r in rows}
     rows = [r for r in found.get(part, []) if r["model"] not in models] + rows
-    found |= {"machine": machine(), "command": "python benchmarks/surrogate.py measure outputs curve effects", part: rows}
+    found |= {"machine": machine(), "command": "python benchmarks/surrogate.py measure swaps outputs ceiling curve effects", part: rows}
     path.write_text(json.dumps(found, allow_nan=False, indent=0) + "\n")
     path.with_suffix(".md").write_text(table(found))
 
@@ -285,6 +307,9 @@ def table(found: dict[str, Any]) -> str:
             own = [r["score"] for r in found["curve"] if (r["model"], r["measurements"], r["estimator"]) == key]
             each = ", ".join(f"{s[0]:.3f}" for s in own)
             lines.append(f"| {key[0]} | {key[1]} | {key[2]} | {each} | {np.mean([s[0] for s in own]):.3f} | {min(s[1] for s in own):.3f} |")
+    for row in found.get("ceiling", []):
+        lines += ["", f"Noise ceiling of {row['model']}: {row['ceiling']:.3f} (root of the within-budget SRCC of {row['configurations']} configurations between "
+                  "two sets of 128 images)."]  # fmt: skip
     keys = [(r["model"], r["how"], r["measurements"]) for r in found.get("effects", [])]
     if keys:
         lines += ["", "## Effects of layers from usq4 to usq2 near 3 bits, beside real swaps", "",
@@ -305,7 +330,7 @@ def table(found: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="+", choices=["measure", "restore", "swaps", "export", "outputs", "curve", "effects"])
+    parser.add_argument("parts", nargs="+", choices=["measure", "restore", "swaps", "export", "outputs", "ceiling", "curve", "effects"])
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--folder", type=Path, default=Path("truth"))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
@@ -322,6 +347,8 @@ def main() -> None:
             for part in given.parts:
                 if part in ("measure", "swaps"):
                     measure(session, given.seeds, given.count) if part == "measure" else swaps(session, given.seeds)
+                elif part == "ceiling":
+                    write(part, ceiling(session, model))
                 elif part not in ("curve", "effects"):
                     {"export": export, "restore": restore, "outputs": outputs}[part](session, model, given.count)
 
