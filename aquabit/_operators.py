@@ -90,6 +90,11 @@ def family_of(model_class: type, family: str | None = None) -> str:
     return family or _known(model_class)[0]
 
 
+def known_class(model_class: type) -> bool:
+    """Whether the inputs of a denoiser class (or of one of its bases) can be made from its config."""
+    return _known(model_class)[1] is not None
+
+
 def operator_of(name: str, family: str) -> str:
     """The operator type of the layer ``name``: the first pattern of its family that matches, else "other"."""
     return next((operator for pattern, operator in OPERATORS[family] if re.search(pattern, name)), "other")

@@ -14,10 +14,10 @@ import networkx as nx
 import torch
 from torch import nn
 
-from aquabit._operators import attention_role, block_of, example_inputs, family_of, operator_of
+from aquabit._operators import attention_role, block_of, example_inputs, family_of, known_class, operator_of
 from aquabit.scheme import AquabitError
 
-__all__ = ["LayerGraph", "codebook_names", "example_inputs", "from_json", "layers", "meta_denoiser", "to_json", "trace"]
+__all__ = ["LayerGraph", "codebook_names", "example_inputs", "family_of", "from_json", "known_class", "layers", "meta_denoiser", "to_json", "trace"]
 
 LayerGraph: TypeAlias = nx.DiGraph
 STEP_INPUTS = ("sample", "hidden_states", "x", "timestep", "timesteps", "t")  # what changes from one denoising step to the next
