@@ -191,6 +191,29 @@ def _hunyuan(config: Mapping[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def describe_inputs(value: Any) -> Any:
+    """The inputs of a call as JSON: a tensor is {"shape", "dtype"}, what else is no number, text or collection of such its text."""
+    if isinstance(value, torch.Tensor):
+        return {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+    if isinstance(value, Mapping):
+        return {str(k): describe_inputs(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [describe_inputs(v) for v in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def described_inputs(value: Any) -> Any:
+    """What ``describe_inputs`` described, tensors on the meta device; raises AquabitError for a dtype that torch does not have."""
+    if isinstance(value, dict) and value.keys() == {"shape", "dtype"}:
+        dtype = getattr(torch, str(value["dtype"]), None)
+        if not isinstance(dtype, torch.dtype):
+            raise AquabitError(f"example inputs have the dtype {value['dtype']!r}, which torch does not know")
+        return _meta(*(int(s) for s in value["shape"]), dtype=dtype)
+    if isinstance(value, dict):
+        return {k: described_inputs(v) for k, v in value.items()}
+    return [described_inputs(v) for v in value] if isinstance(value, list) else value
+
+
 Inputs = Callable[[Mapping[str, Any]], dict[str, Any]]
 _CLASSES: Mapping[str, tuple[str, Inputs]] = {
     "UNet2DModel": ("unet", _unet), "UNet2DConditionModel": ("unet", _unet_condition), "DiTTransformer2DModel": ("dit", _dit),

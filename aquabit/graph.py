@@ -14,10 +14,22 @@ import networkx as nx
 import torch
 from torch import nn
 
-from aquabit._operators import attention_role, block_of, example_inputs, family_of, known_class, operator_of
+from aquabit._operators import (
+    attention_role,
+    block_of,
+    describe_inputs,
+    described_inputs,
+    example_inputs,
+    family_of,
+    known_class,
+    operator_of,
+)
 from aquabit.scheme import AquabitError
 
-__all__ = ["LayerGraph", "codebook_names", "example_inputs", "family_of", "from_json", "known_class", "layers", "meta_denoiser", "to_json", "trace"]
+__all__ = [
+    "LayerGraph", "codebook_names", "described_inputs", "example_inputs", "family_of", "from_json", "known_class", "layers",
+    "meta_denoiser", "to_json", "trace",
+]  # fmt: skip
 
 LayerGraph: TypeAlias = nx.DiGraph
 STEP_INPUTS = ("sample", "hidden_states", "x", "timestep", "timesteps", "t")  # what changes from one denoising step to the next
@@ -62,7 +74,8 @@ def trace(denoiser: nn.Module, example_inputs: Mapping[str, Any] | None = None, 
     nor on the step), ``split`` (channels of the first part where a concatenated skip feeds a convolution, else None) and
     ``attention`` ("q", "k", "v" or None). Merge nodes have ``kind`` "merge" and ``op`` ("add", "mul", "cat", "attention", ...).
     The graph has ``family``, ``model_class``, ``config``, ``weights`` (elements of all layer weights) and ``other_elements``
-    (of everything else in the state dict). Inputs are keyword arguments; they are made from the config where not given.
+    (of everything else in the state dict). Inputs are keyword arguments; they are made from the config where not given, and described
+    in the graph (``inputs``) where they were.
 
     Raises AquabitError where inputs cannot be made, the forward fails, or a layer is not reached from the output.
     """
@@ -90,7 +103,10 @@ def trace(denoiser: nn.Module, example_inputs: Mapping[str, Any] | None = None, 
     for depth, (name, calls) in enumerate(contraction.calls.items()):
         contraction.graph.add_node(name, **_attributes(name, modules[name], operators[name], calls, depth, batch))
     weights = sum(module.weight.numel() for module in modules.values())
-    return _finished(contraction.graph, model, model_class, family, weights)
+    graph = _finished(contraction.graph, model, model_class, family, weights)
+    if example_inputs is not None:
+        graph.graph["inputs"] = describe_inputs(example_inputs)
+    return graph
 
 
 _example_inputs = example_inputs  # the parameter of trace has the same name
@@ -359,6 +375,7 @@ def _graph_file() -> Any:
         config: dict[str, Any]
         weights: NonNegativeInt
         other_elements: NonNegativeInt
+        inputs: dict[str, Any] = Field(default_factory=dict)
 
     class GraphFile(BaseModel):
         model_config = ConfigDict(extra="forbid", strict=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,7 +12,20 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from aquabit.kernels import Accuracy
-from aquabit.pipelines import Adapter, denoiser_name, load, noise_statistics, recorder, replay_recorder, sampler, set_scheduler, trace
+from aquabit.pipelines import (
+    Adapter,
+    denoiser_name,
+    free_text_encoders,
+    load,
+    noise_statistics,
+    own_copy,
+    recorder,
+    replay_recorder,
+    restore_text_encoders,
+    sampler,
+    set_scheduler,
+    trace,
+)
 from aquabit.quant.artifact import config_of, save_packed_denoiser
 from aquabit.quant.bank import Bank
 from aquabit.quant.correct import check_correction, corrected_, statistics_of
@@ -51,6 +63,7 @@ class Packed:
         """Write a diffusers pipeline directory; the bytes of the denoiser's tensors."""
         folder, name = Path(folder), denoiser_name(self.pipe)
         folder.mkdir(parents=True, exist_ok=True)
+        restore_text_encoders(self.pipe)
         for component, value in self.pipe.components.items():
             if component != name and hasattr(value, "save_pretrained"):
                 value.save_pretrained(folder / component)
@@ -79,10 +92,9 @@ def quantize(
         raise AquabitError(f"the configuration is for model {config.fingerprint} ({config.model}), this is model {own}")
     graph = trace(source)
     if isinstance(pipe, DiffusionPipeline):
-        copied = {part: copy.deepcopy(getattr(source, part)) for part in (name, "scheduler")}  # what is followed is not the caller's
-        kept = {**source.components, **copied}
-        source = type(source)(**kept, **{k: v for k, v in source.config.items() if k in ("classes", "real_images")})
-        source.set_progress_bar_config(disable=True)
+        source = own_copy(source, name, "scheduler")  # what is followed is not the caller's
+    else:
+        free_text_encoders(source)
     model = QuantizedDenoiser(getattr(source, name).eval(), graph, Bank(bank), own, recorder(source), sampler(source))
     if finetune:
         check_tunable(model, config)  # before anything is fitted
@@ -127,6 +139,8 @@ def generate(
     if memory not in MEMORY:
         raise AquabitError(f"memory {memory!r} is unknown; it must be {' or '.join(MEMORY)}")
     adapter = Adapter(load(pipe, device))
+    if isinstance(pipe, str):
+        free_text_encoders(adapter.pipe)
     config = config_of(adapter.denoiser)
     usual = (None if config is None else config.calibration) or Calibration()
     usual = usual if config is None or config.total_steps is None else replace(usual, steps=config.total_steps)

@@ -46,7 +46,9 @@ def t5(width: int = 24) -> Any:
 
 def bert() -> Any:
     return t.BertModel(
-        t.BertConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, max_position_embeddings=77)
+        t.BertConfig(
+            vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, max_position_embeddings=77
+        )
     )
 
 
@@ -95,7 +97,15 @@ def sd() -> Any:
 def sdxl() -> Any:
     net = unet(cross_attention_dim=32, addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=60)
     return d.StableDiffusionXLPipeline(
-        vae(), clip(), clip(projected=True), clip_tokenizer(), clip_tokenizer(), net, ddim(), force_zeros_for_empty_prompt=False, add_watermarker=False
+        vae(),
+        clip(),
+        clip(projected=True),
+        clip_tokenizer(),
+        clip_tokenizer(),
+        net,
+        ddim(),
+        force_zeros_for_empty_prompt=False,
+        add_watermarker=False,
     )
 
 
@@ -119,13 +129,28 @@ def hunyuan() -> Any:
         text_len=77, text_len_t5=256, pooled_projection_dim=16, activation_fn="gelu-approximate",
     )  # fmt: skip
     return d.HunyuanDiTPipeline(
-        vae(), bert(), bert_tokenizer(), net, ddim(), None, None, requires_safety_checker=False, text_encoder_2=t5(), tokenizer_2=t5_tokenizer()
+        vae(),
+        bert(),
+        bert_tokenizer(),
+        net,
+        ddim(),
+        None,
+        None,
+        requires_safety_checker=False,
+        text_encoder_2=t5(),
+        tokenizer_2=t5_tokenizer(),
     )
 
 
 def sd3() -> Any:
     net = d.SD3Transformer2DModel(
-        **_TRANSFORMER, patch_size=2, out_channels=4, joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=24, pos_embed_max_size=8
+        **_TRANSFORMER,
+        patch_size=2,
+        out_channels=4,
+        joint_attention_dim=32,
+        caption_projection_dim=16,
+        pooled_projection_dim=24,
+        pos_embed_max_size=8,
     )
     return d.StableDiffusion3Pipeline(
         net, d.FlowMatchEulerDiscreteScheduler(shift=3.0), vae(shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False),
@@ -144,7 +169,9 @@ def flux(guidance_embeds: bool = True) -> Any:
 
 
 def dit() -> Any:
-    return d.DiTPipeline(d.DiTTransformer2DModel(**_TRANSFORMER, out_channels=8, num_embeds_ada_norm=1000, norm_num_groups=4), vae(), ddim())
+    return d.DiTPipeline(
+        d.DiTTransformer2DModel(**_TRANSFORMER, out_channels=8, num_embeds_ada_norm=1000, norm_num_groups=4), vae(), ddim()
+    )
 
 
 def ldm_class() -> Any:

@@ -7,6 +7,7 @@ from aquabit.pipelines.adapter import (
     denoiser_name,
     denoiser_of,
     noise_statistics,
+    own_copy,
     recorder,
     replay_recorder,
     sampler,
@@ -18,6 +19,7 @@ from aquabit.pipelines.class_conditional import ClassConditionalPipeline
 from aquabit.pipelines.class_latent import ClassEmbedder, ClassLatentPipeline
 from aquabit.pipelines.family import FAMILIES, Family, family, family_notes
 from aquabit.pipelines.loading import BUNDLED, bundled_models, load
+from aquabit.pipelines.prompts import free_text_encoders, restore_text_encoders
 
 __all__ = [
     "BUNDLED",
@@ -34,10 +36,13 @@ __all__ = [
     "denoiser_of",
     "family",
     "family_notes",
+    "free_text_encoders",
     "load",
     "noise_statistics",
+    "own_copy",
     "recorder",
     "replay_recorder",
+    "restore_text_encoders",
     "sampler",
     "scheduler_named",
     "set_scheduler",

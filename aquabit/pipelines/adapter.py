@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -65,6 +66,14 @@ def trace(model: DiffusionPipeline | nn.Module) -> nx.DiGraph:
     adapter = Adapter(model)
     args, kwargs = adapter.first_inputs(Protocol(images=1, steps=1, micro_batch=1, conditions=("",) if adapter.kind == "prompt" else None))
     return trace_denoiser(denoiser, {**dict(zip(inspect.signature(denoiser.forward).parameters, args, strict=False)), **kwargs})
+
+
+def own_copy(pipe: DiffusionPipeline, *parts: str) -> DiffusionPipeline:
+    """A pipeline that shares everything with ``pipe`` but these components, which are copied; it shows no progress bar."""
+    own = copy.copy(pipe)
+    own.__dict__.update({part: copy.deepcopy(getattr(pipe, part)) for part in parts})
+    own.set_progress_bar_config(disable=True)
+    return own
 
 
 def check_scheduler(name: str) -> None:

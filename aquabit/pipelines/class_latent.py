@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from aquabit.pipelines.class_conditional import images_output, step_arguments
 
 
-class ClassEmbedder(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class ClassEmbedder(ModelMixin, ConfigMixin):
     """Class labels [n] to the context [n, 1, width] of cross-attention (LDM, appendix E)."""
 
     @register_to_config
@@ -27,7 +27,7 @@ class ClassEmbedder(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return found
 
 
-class ClassLatentPipeline(DiffusionPipeline):  # type: ignore[misc]
+class ClassLatentPipeline(DiffusionPipeline):
     """Images [n, c, h, w] in [0, 1] from class labels; the label after the last class stands for "no condition".
 
     ``unet`` takes the class as its context; ``vqvae`` decodes latents, divided by its ``scaling_factor``.

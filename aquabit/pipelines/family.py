@@ -11,8 +11,8 @@ from torch import nn
 
 from aquabit.graph import family_of
 
-Kind = Literal["class_labels", "batch_size"]  # the argument that says what images show; their number where nothing does
-KINDS: tuple[Kind, ...] = ("class_labels", "batch_size")
+Kind = Literal["class_labels", "prompt", "batch_size"]  # the argument that says what images show; their number where nothing does
+KINDS: tuple[Kind, ...] = ("class_labels", "prompt", "batch_size")
 DENOISERS = ("denoiser", "transformer", "unet")  # where a pipeline holds its denoiser
 
 
@@ -27,9 +27,9 @@ class Encoding:
 
 @dataclass(frozen=True)
 class Family:
-    """``pipelines`` are classes of diffusers (or ours); operator types follow from the denoiser's class (``aquabit.graph``). ``encodings`` are
-    how prompts become embeddings; none: the pipeline encodes its prompts itself, in every call. ``options`` are arguments of every call.
-    ``embedded``: guidance is an input of the denoiser, where its config says so, and never a second branch. ``resolution`` [pixels] and
+    """``pipelines`` are classes of diffusers (or ours); operator types follow from the denoiser's class (``aquabit.graph``).
+    ``encodings`` are how prompts become embeddings; none: the pipeline encodes its prompts itself, in every call. ``options`` are
+    arguments of every call. ``embedded``: guidance is an input of the denoiser, where its config says so, and never a second branch. ``resolution`` [pixels] and
     ``example`` are those of the published model."""
 
     name: str
@@ -47,14 +47,24 @@ _POOLED = (*_PAIR, "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 _MASKED = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
 _HUNYUAN = (*_PAIR, "prompt_attention_mask", "negative_prompt_attention_mask")
 _EXACT = {"use_resolution_binning": False}  # the resolution that is asked for, not the nearest of a list
-_PLAIN = {**_EXACT, "clean_caption": False}  # cleaning needs bs4 and ftfy: images would depend on what is installed
+_AS_IS = {"clean_caption": False}  # cleaning needs bs4 and ftfy: images would depend on what is installed
 
 FAMILIES: tuple[Family, ...] = (
-    Family("sd", ("StableDiffusionPipeline",), "prompt", (Encoding(_PAIR),), resolution=512, example="stable-diffusion-v1-5/stable-diffusion-v1-5"),
-    Family("sdxl", ("StableDiffusionXLPipeline",), "prompt", (Encoding(_POOLED),), resolution=1024, example="stabilityai/stable-diffusion-xl-base-1.0"),
     Family(
-        "pixart", ("PixArtAlphaPipeline", "PixArtSigmaPipeline"), "prompt", (Encoding(_MASKED, arguments={"clean_caption": False}),),
-        _PLAIN, resolution=1024, example="PixArt-alpha/PixArt-XL-2-1024-MS, PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",
+        "sd", ("StableDiffusionPipeline",), "prompt", (Encoding(_PAIR),), resolution=512,
+        example="stable-diffusion-v1-5/stable-diffusion-v1-5",
+    ),
+    Family(
+        "sdxl", ("StableDiffusionXLPipeline",), "prompt", (Encoding(_POOLED),), resolution=1024,
+        example="stabilityai/stable-diffusion-xl-base-1.0",
+    ),
+    Family(
+        "pixart-alpha", ("PixArtAlphaPipeline",), "prompt", (Encoding(_MASKED, arguments=_AS_IS),), {**_EXACT, **_AS_IS}, resolution=1024,
+        example="PixArt-alpha/PixArt-XL-2-1024-MS",
+    ),
+    Family(
+        "pixart-sigma", ("PixArtSigmaPipeline",), "prompt", (Encoding(_MASKED, arguments=_AS_IS),), {**_EXACT, **_AS_IS}, resolution=1024,
+        example="PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",
     ),
     Family(
         "hunyuan", ("HunyuanDiTPipeline",), "prompt",
@@ -64,15 +74,19 @@ FAMILIES: tuple[Family, ...] = (
         ),
         _EXACT, resolution=1024, example="Tencent-Hunyuan/HunyuanDiT-Diffusers",
     ),
-    Family("sd3", ("StableDiffusion3Pipeline",), "prompt", (Encoding(_POOLED, arguments={"prompt_2": None, "prompt_3": None}),), resolution=1024, example="stabilityai/stable-diffusion-3-medium-diffusers"),
+    Family(
+        "sd3", ("StableDiffusion3Pipeline",), "prompt", (Encoding(_POOLED, arguments={"prompt_2": None, "prompt_3": None}),),
+        resolution=1024, example="stabilityai/stable-diffusion-3-medium-diffusers",
+    ),
     Family(
         "flux", ("FluxPipeline",), "prompt", (Encoding(("prompt_embeds", "pooled_prompt_embeds", None)),),  # text ids are all zero
         embedded=True, resolution=1024, example="black-forest-labs/FLUX.1-dev",
     ),
     Family("dit", ("DiTPipeline",), "class_labels", resolution=256, example="facebook/DiT-XL-2-256"),
-    Family("ldm-class", ("ClassLatentPipeline",), "class_labels", resolution=256, example="LDM-4 ImageNet, from `aquabit convert`"),
+    Family("ldm-class", ("ClassLatentPipeline",), "class_labels", resolution=256, example="LDM-4 ImageNet, by `aquabit convert`"),
     Family("ldm", ("LDMPipeline",), "batch_size", resolution=256, example="CompVis/ldm-celebahq-256"),
-    Family("ddpm", ("DDPMPipeline", "DDIMPipeline"), "batch_size", example="google/ddpm-cifar10-32"),
+    Family("ddpm", ("DDPMPipeline",), "batch_size", resolution=32, example="google/ddpm-cifar10-32"),
+    Family("ddim", ("DDIMPipeline",), "batch_size", resolution=256, example="fusing/ddim-lsun-bedroom"),
     Family("pixels-class", ("ClassConditionalPipeline",), "class_labels", resolution=8, example="digits-dit, digits-unet"),
 )  # fmt: skip
 _BY_CLASS = {pipeline: family for family in FAMILIES for pipeline in family.pipelines}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,14 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 
 from aquabit.pipelines.class_conditional import ClassConditionalPipeline
+from aquabit.pipelines.class_latent import ClassEmbedder, ClassLatentPipeline
+from aquabit.pipelines.prompts import can_reload
+from aquabit.pipelines.running import out_of_memory
 from aquabit.scheme import AquabitError, read_json
 
 BUNDLED = Path(__file__).parent / "bundled"
+OWN_PIPELINES: Mapping[str, Any] = {c.__name__: c for c in (ClassConditionalPipeline, ClassLatentPipeline)}  # diffusers does not know these
+OWN_COMPONENTS: Mapping[str, Any] = {ClassEmbedder.__name__: ClassEmbedder}
 
 
 def bundled_models() -> list[str]:
@@ -21,24 +26,44 @@ def bundled_models() -> list[str]:
 
 
 def load(
-    model: str | Path | DiffusionPipeline, device: str | torch.device = "cpu", dtype: torch.dtype | str = "float32"
+    model: str | Path | DiffusionPipeline, device: str | torch.device = "cpu", dtype: torch.dtype | str = "float32", offload: bool = False
 ) -> DiffusionPipeline:
     """The pipeline that ``model`` names, on a device and in a dtype; a packed artifact comes back running packed.
 
-    Raises AquabitError for an unknown name, a folder that is no pipeline, or files that are damaged.
+    ``offload``: components wait on the CPU and are on the GPU only while they run. Raises AquabitError for an unknown name, a folder that
+    is no pipeline or lacks components, files that are damaged, a hub that does not give the model, and a device that is not there.
     """
     if isinstance(model, DiffusionPipeline):
         return model
+    check_device(device, offload)
     dtype = _dtype(dtype)
     name = str(model)
     folder = BUNDLED / name if name in bundled_models() else Path(name)
     if folder.is_dir():
-        return _from_folder(folder, device, dtype)
-    if "/" not in name or folder.is_absolute() or name.startswith("."):
+        return _placed(*_from_folder(folder, dtype), device, offload)
+    if folder.is_file():
+        raise AquabitError(
+            f"{folder} is a file; give the folder of a diffusers pipeline (a checkpoint of LDM-4 becomes one by `aquabit convert`)"
+        )
+    if name.count("/") != 1 or folder.is_absolute() or name.startswith((".", "~")):
         raise AquabitError(
             f"unknown model {name!r}; bundled are {', '.join(bundled_models())}, else give a diffusers directory or a hub id"
         )
-    return _guarded(name, lambda: DiffusionPipeline.from_pretrained(name, dtype=dtype)).to(device)
+    pipe = _guarded(name, lambda: DiffusionPipeline.from_pretrained(name, dtype=dtype))
+    can_reload(pipe, _reloader(pipe, name, dtype))
+    return _placed(pipe, False, device, offload)
+
+
+def check_device(device: str | torch.device, offload: bool = False) -> None:
+    """Raise AquabitError for a device that this machine does not have, and for offloading from none."""
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise AquabitError(f"device {str(device)!r} is unknown; use cpu, or cuda or cuda:1 on a GPU") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise AquabitError(f"device {str(device)!r} is not here: torch {torch.__version__} sees no GPU; use --device cpu")
+    if offload and kind == "cpu":
+        raise AquabitError("offload lets components wait on the CPU while others run on a GPU, and the device is cpu; use --device cuda")
 
 
 def _dtype(dtype: torch.dtype | str) -> torch.dtype:
@@ -48,29 +73,53 @@ def _dtype(dtype: torch.dtype | str) -> torch.dtype:
     return known[dtype] if isinstance(dtype, str) else dtype
 
 
-def _from_folder(folder: Path, device: str | torch.device, dtype: torch.dtype) -> DiffusionPipeline:
+def _placed(pipe: DiffusionPipeline, packed: bool, device: str | torch.device, offload: bool) -> DiffusionPipeline:
+    if offload:
+        pipe.enable_model_cpu_offload(device=device)
+        return pipe
+    return pipe if packed and str(device) == "cpu" else pipe.to(device)
+
+
+def _from_folder(folder: Path, dtype: torch.dtype) -> tuple[DiffusionPipeline, bool]:
+    """The pipeline in a folder, and whether its denoiser is packed."""
     index = folder / "model_index.json"
     if not index.exists():
         raise AquabitError(f"{folder} is not a diffusers pipeline: it has no model_index.json")
     described = read_json(index)
     if not isinstance(described, dict) or not isinstance(described.get("_class_name"), str):
         raise AquabitError(f"{index} names no pipeline class (_class_name)")
+    components = {k: v for k, v in described.items() if isinstance(v, list) and len(v) == 2 and v[1] is not None}
+    missing = [name for name in components if not (folder / name).is_dir()]
+    if missing:
+        raise AquabitError(f"{folder} lacks components that its model_index.json names: {', '.join(missing)}; copy or download them too")
     from aquabit.quant.artifact import config_of, is_packed, load_packed_denoiser, load_statistics
     from aquabit.quant.correct import corrected_
     from aquabit.quant.sampling import refollow_
 
-    cls: Any = ClassConditionalPipeline if described["_class_name"] == "ClassConditionalPipeline" else DiffusionPipeline
-    given = {}
-    for component, entry in described.items():
-        if isinstance(entry, list) and is_packed(folder / component):
-            given[component] = load_packed_denoiser(folder / component, dtype)
-    pipe = _guarded(str(folder), lambda: cls.from_pretrained(folder, dtype=dtype, use_safetensors=True, **given))
-    for component, denoiser in given.items():
+    cls: Any = OWN_PIPELINES.get(described["_class_name"], DiffusionPipeline)
+    packed = {name: load_packed_denoiser(folder / name, dtype) for name in components if is_packed(folder / name)}
+    own = {k: OWN_COMPONENTS[c].from_pretrained(folder / k, dtype=dtype) for k, (_, c) in components.items() if c in OWN_COMPONENTS}
+    pipe = _guarded(str(folder), lambda: cls.from_pretrained(folder, dtype=dtype, use_safetensors=True, **packed, **own))
+    can_reload(pipe, _reloader(pipe, folder, dtype))
+    for component, denoiser in packed.items():
         refollow_(denoiser, pipe.scheduler)
         config = config_of(denoiser)
         if config is not None and config.correction:
             corrected_(denoiser, pipe.scheduler, load_statistics(folder / component, config), config.correction)
-    return pipe if given and str(device) == "cpu" else pipe.to(device)
+    return pipe, bool(packed)
+
+
+def _reloader(pipe: DiffusionPipeline, source: str | Path, dtype: torch.dtype) -> Callable[[], Mapping[str, Any]]:
+    """What loads a pipeline's text encoders, and nothing else, again; it does not hold the pipeline."""
+    cls: Any = type(pipe)
+    encoders = [name for name in pipe.components if name.startswith("text_encoder")]
+    others = {name: None for name in pipe.components if name not in encoders}
+
+    def reload() -> Mapping[str, Any]:
+        again = _guarded(str(source), lambda: cls.from_pretrained(source, dtype=dtype, **others))
+        return {name: getattr(again, name) for name in encoders}
+
+    return reload
 
 
 def _guarded(name: str, loader: Callable[[], Any]) -> Any:
@@ -83,11 +132,47 @@ def _guarded(name: str, loader: Callable[[], Any]) -> Any:
     except AquabitError:
         raise
     except Exception as error:  # diffusers, safetensors and the hub raise many types: all mean that it cannot be loaded
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise AquabitError(f"{name} cannot be loaded as a diffusers pipeline: {reason}") from error
+        raise AquabitError(_reason(name, error)) from error
     finally:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+_GATED = ("GatedRepoError",)
+_UNKNOWN = ("RepositoryNotFoundError", "RevisionNotFoundError")
+_UNREACHABLE = (
+    "LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError", "ConnectTimeout", "ReadTimeout", "ConnectionError", "ProxyError",
+)  # fmt: skip
+    "LocalEntryNotFoundError",
+    "OfflineModeIsEnabled",
+    "ConnectError",
+    "ConnectTimeout",
+    "ReadTimeout",
+    "ConnectionError",
+    "ProxyError",
+)
+
+
+def _reason(name: str, error: BaseException) -> str:
+    """Why a pipeline could not be loaded and what to do, from the kinds of the error and of those behind it."""
+    behind = list(_chain(error))
+    kinds = {base.__name__ for e in behind for base in type(e).__mro__}
+    if any(out_of_memory(e) for e in behind):
+        return f"memory ended while {name} was loaded; use --dtype bfloat16, fewer --workers, or a machine with more"
+    if kinds.intersection(_GATED):
+        return f"{name} is gated: accept its terms at https://huggingface.co/{name}, then log in with `hf auth login`"
+    if kinds.intersection(_UNKNOWN):
+        return f"{name} is not on the hub, or it is private; look for a typing error, or log in with `hf auth login`"
+    if kinds.intersection(_UNREACHABLE) and not Path(name).is_dir():
+        return f"the hub cannot be reached and {name} is not in its cache; connect, or give a folder"
+    first = " ".join(str(error).split()) or type(error).__name__
+    return f"{name} cannot be loaded as a diffusers pipeline: {first if len(first) < 300 else first[:297] + '...'}"
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

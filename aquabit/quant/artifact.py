@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from aquabit.graph import trace
+from aquabit.graph import described_inputs, trace
 from aquabit.kernels.codebook import CodebookWeight, from_tensors
 from aquabit.quant.finetune_store import SHARED, shared_name
 from aquabit.quant.layers import QuantConv2d, QuantLinear, quant_layer
@@ -66,6 +66,8 @@ def save_packed_denoiser(model: QuantizedDenoiser, config: QuantConfig, folder: 
     try:
         save_file(tensors, folder / WEIGHTS)
         recipe = {"config": config.to_dict(), "layers": specs, "class": type(model.denoiser).__name__}
+        if model.inputs is not None:
+            recipe["inputs"] = model.inputs
         (folder / RECIPE).write_text(json.dumps(recipe, indent=1) + "\n")
         model.denoiser.save_config(folder)  # type: ignore[operator]
     except (OSError, SafetensorError) as error:
@@ -85,7 +87,7 @@ def load_packed_denoiser(folder: Path, dtype: torch.dtype = torch.float32) -> nn
         raise AquabitError(f"{folder / RECIPE}: {recipe['class']!r} is no model class of diffusers")
     with init_empty_weights(include_buffers=False):
         denoiser: nn.Module = cls.from_config(read_json(folder / "config.json"))
-    graph = trace(denoiser)
+    graph = trace(denoiser, described_inputs(recipe["inputs"]) if "inputs" in recipe else None)
     try:
         with safe_open(folder / WEIGHTS, "pt") as file:
             tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
