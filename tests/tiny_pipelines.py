@@ -215,7 +215,10 @@ def tiny(name: str, seed: int = 0) -> Any:
     for module in pipe.components.values():
         if isinstance(module, nn.Module):
             module.eval().requires_grad_(False)
-            for p in module.parameters():
-                nn.init.normal_(p, std=0.7 / max(1, p[0].numel()) ** 0.5 if p.ndim > 1 else 0.1, generator=generator)
+            for path, p in module.named_parameters():
+                if p.ndim > 1:
+                    nn.init.normal_(p, std=p[0].numel() ** -0.5, generator=generator)
+                else:
+                    nn.init.normal_(p, float(path.endswith("weight")), 0.1, generator=generator)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -29,8 +29,9 @@ class Encoding:
 class Family:
     """``pipelines`` are classes of diffusers (or ours); operator types follow from the denoiser's class (``aquabit.graph``).
     ``encodings`` are how prompts become embeddings; none: the pipeline encodes its prompts itself, in every call. ``options`` are
-    arguments of every call. ``embedded``: guidance is an input of the denoiser, where its config says so, and never a second branch. ``resolution`` [pixels] and
-    ``example`` are those of the published model."""
+    arguments of every call. ``embedded``: guidance is an input of the denoiser, where its config says so, and never a second branch.
+    ``resolution`` [pixels] and ``example`` are those of the published model.
+    """
 
     name: str
     pipelines: tuple[str, ...]

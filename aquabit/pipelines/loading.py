@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -124,21 +126,33 @@ def _reloader(pipe: DiffusionPipeline, source: str | Path, dtype: torch.dtype) -
 
 def _guarded(name: str, loader: Callable[[], Any]) -> Any:
     """The loaded pipeline, without diffusers' own bars and warnings; failures as one sentence."""
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     try:
-        pipe = loader()
+        with _silence():
+            pipe = loader()
     except AquabitError:
         raise
     except Exception as error:  # diffusers, safetensors and the hub raise many types: all mean that it cannot be loaded
         raise AquabitError(_reason(name, error)) from error
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """No bars and warnings of diffusers and, where it is installed, transformers (then diffusers has imported it)."""
+    found = sys.modules.get("transformers")
+    libraries = [logging, *([] if found is None else [found.utils.logging])]
+    before = [(each.get_verbosity(), each.is_progress_bar_enabled()) for each in libraries]
+    for each in libraries:
+        each.set_verbosity_error()
+        each.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for each, (level, bars) in zip(libraries, before, strict=True):
+            each.set_verbosity(level)
+            if bars:
+                each.enable_progress_bar()
 
 
 _GATED = ("GatedRepoError",)
@@ -146,14 +160,6 @@ _UNKNOWN = ("RepositoryNotFoundError", "RevisionNotFoundError")
 _UNREACHABLE = (
     "LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError", "ConnectTimeout", "ReadTimeout", "ConnectionError", "ProxyError",
 )  # fmt: skip
-    "LocalEntryNotFoundError",
-    "OfflineModeIsEnabled",
-    "ConnectError",
-    "ConnectTimeout",
-    "ReadTimeout",
-    "ConnectionError",
-    "ProxyError",
-)
 
 
 def _reason(name: str, error: BaseException) -> str:
