@@ -33,6 +33,7 @@ def images(pipe: Any, protocol: Protocol) -> Tensor:
     return torch.cat([adapter.images(protocol, b) for b in adapter.batches(protocol)])
 
 
+SAMPLES = 24  # some are uniform, and measured as such; a surrogate wants 20 in all
 SPACE = {"schemes": ["usq4", "usq2"], "activations": [8]}
 
 
@@ -43,13 +44,13 @@ def test_the_whole_flow(name: str, tmp_path: Path) -> None:
     tiny(name).save_pretrained(folder)
     graph = trace(load(folder))
     study = Study(tmp_path / "S.db")
-    aquabit.measure(folder, study, 3, protocol=protocol, space=SPACE, bank=bank, sample_seed=1)
+    aquabit.measure(folder, study, SAMPLES, protocol=protocol, space=SPACE, bank=bank, sample_seed=1)
     table = study.measurements(study.protocol)
-    assert (table.kind == "sample").sum() == 3 and table.psnr.notna().all()
+    assert (table.kind == "sample").sum() > SAMPLES // 2 and table.psnr.notna().all()
     assert len(set(table.psnr.round(6))) > 3  # configurations differ
-    result = aquabit.explain(study, bits=5.0)
+    result = aquabit.explain(study, bits=4.2)
     assert {layer["name"] for layer in result.to_dict()["layers"]} <= {n for n, a in graph.nodes(data=True) if a["kind"] != "merge"}
-    front = aquabit.find(study, bits=5.0, rounds=1, per_round=1, screen=1, bank=bank)
+    front = aquabit.find(study, bits=4.2, rounds=1, per_round=1, screen=1, bank=bank)
     packed = aquabit.quantize(folder, front.best, bank=bank)
     packed.save(tmp_path / "packed")
     again = load(tmp_path / "packed")

@@ -68,14 +68,16 @@ def vq(channels: int = 3) -> Any:
 
 
 def ddim() -> Any:
-    return d.DDIMScheduler(clip_sample=False, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, timestep_spacing="leading")
+    return d.DDIMScheduler(
+        clip_sample=False, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, timestep_spacing="leading", steps_offset=1
+    )
 
 
 def unet(**more: Any) -> Any:
     given = {
         "sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4,
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-        "attention_head_dim": 2, "cross_attention_dim": 16,
+        "attention_head_dim": 2, "cross_attention_dim": 16, "mid_block_type": None,
     }  # fmt: skip
     return d.UNet2DConditionModel(**{**given, **more})
 
@@ -83,7 +85,7 @@ def unet(**more: Any) -> Any:
 def unet_alone(channels: int = 3) -> Any:
     return d.UNet2DModel(
         sample_size=8, in_channels=channels, out_channels=channels, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"), attention_head_dim=8,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"), attention_head_dim=8, mid_block_type=None,
     )  # fmt: skip
 
 

@@ -4,8 +4,6 @@ from aquabit.pipelines.adapter import (
     SCHEDULERS,
     Adapter,
     check_scheduler,
-    denoiser_name,
-    denoiser_of,
     noise_statistics,
     own_copy,
     recorder,
@@ -17,19 +15,22 @@ from aquabit.pipelines.adapter import (
 )
 from aquabit.pipelines.class_conditional import ClassConditionalPipeline
 from aquabit.pipelines.class_latent import ClassEmbedder, ClassLatentPipeline
-from aquabit.pipelines.family import FAMILIES, Family, family, family_notes
+from aquabit.pipelines.family import FAMILIES, Family, denoiser_name, denoiser_of, family, family_notes
 from aquabit.pipelines.loading import BUNDLED, bundled_models, load
+from aquabit.pipelines.presets import PRESETS, Preset, preset_named
 from aquabit.pipelines.prompts import free_text_encoders, restore_text_encoders
 
 __all__ = [
     "BUNDLED",
     "FAMILIES",
+    "PRESETS",
     "SCHEDULERS",
     "Adapter",
     "ClassConditionalPipeline",
     "ClassEmbedder",
     "ClassLatentPipeline",
     "Family",
+    "Preset",
     "bundled_models",
     "check_scheduler",
     "denoiser_name",
@@ -40,6 +41,7 @@ __all__ = [
     "load",
     "noise_statistics",
     "own_copy",
+    "preset_named",
     "recorder",
     "replay_recorder",
     "restore_text_encoders",

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from aquabit.graph import known_class
 from aquabit.graph import trace as trace_denoiser
-from aquabit.pipelines.family import DENOISERS, KINDS, family
+from aquabit.pipelines.family import KINDS, denoiser_of, family
 from aquabit.pipelines.prompts import embeddings
 from aquabit.pipelines.running import as_measured, native_resolution
 from aquabit.quality import DigitsFeatures, Reference, bundled_reference
@@ -39,20 +39,6 @@ SCHEDULERS = {
     "dpm": "DPMSolverMultistepScheduler",
     "flow-euler": "FlowMatchEulerDiscreteScheduler",
 }
-
-
-def denoiser_name(pipe: DiffusionPipeline) -> str:
-    """The attribute that holds the denoiser; raises AquabitError where there is none."""
-    for name in DENOISERS:
-        if isinstance(getattr(pipe, name, None), nn.Module):
-            return name
-    raise AquabitError(f"{type(pipe).__name__} has no denoiser: none of {', '.join(DENOISERS)} is a network")
-
-
-def denoiser_of(pipe: DiffusionPipeline | nn.Module) -> nn.Module:
-    module = pipe if isinstance(pipe, nn.Module) else getattr(pipe, denoiser_name(pipe))
-    assert isinstance(module, nn.Module)
-    return module
 
 
 def trace(model: DiffusionPipeline | nn.Module) -> nx.DiGraph:

@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from aquabit.graph import family_of
+from aquabit.scheme import AquabitError
 
 Kind = Literal["class_labels", "prompt", "batch_size"]  # the argument that says what images show; their number where nothing does
 KINDS: tuple[Kind, ...] = ("class_labels", "prompt", "batch_size")
@@ -41,6 +42,12 @@ class Family:
     embedded: bool = False
     resolution: int | None = None
     example: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a user chooses by."""
+        conditions = {"class_labels": "classes", "prompt": "prompts", "batch_size": "nothing"}[self.kind]
+        facts = {"name": self.name, "pipelines": list(self.pipelines), "conditions": conditions}
+        return {**facts, "resolution": self.resolution, "example": self.example}
 
 
 _PAIR = ("prompt_embeds", "negative_prompt_embeds")
@@ -98,9 +105,23 @@ def family(pipe: DiffusionPipeline) -> Family | None:
     return next((_BY_CLASS[base.__name__] for base in type(pipe).__mro__ if base.__name__ in _BY_CLASS), None)
 
 
-def family_notes(pipe: DiffusionPipeline, denoiser: nn.Module) -> list[str]:
+def denoiser_name(pipe: DiffusionPipeline) -> str:
+    """The attribute that holds the denoiser; raises AquabitError where there is none."""
+    for name in DENOISERS:
+        if isinstance(getattr(pipe, name, None), nn.Module):
+            return name
+    raise AquabitError(f"{type(pipe).__name__} has no denoiser: none of {', '.join(DENOISERS)} is a network")
+
+
+def denoiser_of(pipe: DiffusionPipeline | nn.Module) -> nn.Module:
+    module = pipe if isinstance(pipe, nn.Module) else getattr(pipe, denoiser_name(pipe))
+    assert isinstance(module, nn.Module)
+    return module
+
+
+def family_notes(pipe: DiffusionPipeline) -> list[str]:
     """What is to be said where a pipeline or its denoiser is of no known family; nothing where both are."""
-    notes = []
+    notes, denoiser = list[str](), denoiser_of(pipe)
     if family(pipe) is None:
         notes.append(f"{type(pipe).__name__} is of no known family: the generic adapter is used, which encodes its prompts in every call")
     if family_of(type(denoiser)) == "generic":

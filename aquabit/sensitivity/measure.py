@@ -63,9 +63,8 @@ def open_model(model: str | DiffusionPipeline) -> Model:
     pipe = load(model)
     _, real = Adapter(pipe).reference()
     name = str(model) if isinstance(model, str) else type(pipe).__name__
-    denoiser = denoiser_of(pipe)
-    notes = tuple(family_notes(pipe, denoiser))
-    return Model(name, fingerprint(denoiser), trace(pipe), model, real.digest if real else "none", pipe.scheduler, notes)
+    digest, notes = real.digest if real else "none", tuple(family_notes(pipe))
+    return Model(name, fingerprint(denoiser_of(pipe)), trace(pipe), model, digest, pipe.scheduler, notes)
 
 
 def protocol_for(model: Model, protocol: Protocol | None = None) -> Protocol:
