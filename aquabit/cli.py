@@ -237,6 +237,22 @@ def inspect(model: ModelArgument, memory: Annotated[bool, typer.Option("--memory
 
 @app.command()
 @shielded
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(metavar="FILE", help="The original checkpoint: .ckpt (read as tensors alone) or .safetensors.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the pipeline.")],
+) -> None:  # fmt: skip
+    """Make a diffusers pipeline of the original class-conditional LDM checkpoint (LDM-4 on ImageNet)."""
+    _quiet()
+    from aquabit.pipelines import convert_ldm4
+
+    pipe = convert_ldm4(checkpoint, out)
+    console.print(
+        f"{out}: {sum(p.numel() for p in pipe.unet.parameters()) / 1e6:.1f} M weights in the denoiser, {pipe.config.classes} classes"
+    )
+
+
+@app.command()
+@shielded
 def measure(
     context: typer.Context, model: ModelArgument, study: Annotated[Path, typer.Option("--study", metavar="S.db", help="Study file, created or continued.")],
     samples: Samples = 120, images: Images = 128, steps: Steps = 10, scheduler: SchedulerOption = "default", eta: Eta = 0.0, seed: Seed = 0,

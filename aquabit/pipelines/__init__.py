@@ -15,6 +15,7 @@ from aquabit.pipelines.adapter import (
 )
 from aquabit.pipelines.class_conditional import ClassConditionalPipeline
 from aquabit.pipelines.class_latent import ClassEmbedder, ClassLatentPipeline
+from aquabit.pipelines.convert import convert_ldm4
 from aquabit.pipelines.family import FAMILIES, Family, denoiser_name, denoiser_of, family, family_notes
 from aquabit.pipelines.loading import BUNDLED, bundled_models, load
 from aquabit.pipelines.presets import PRESETS, Preset, preset_named
@@ -33,6 +34,7 @@ __all__ = [
     "Preset",
     "bundled_models",
     "check_scheduler",
+    "convert_ldm4",
     "denoiser_name",
     "denoiser_of",
     "family",
