@@ -458,6 +458,7 @@ def generate(
     prompts: Prompts = None, device: Device = "cpu",
     correction: Annotated[str | None, typer.Option("--correction", help="none, or some of cnc, bc, vsc, match joined by +, or qdrift; default: the artifact's own.")] = None,
     memory: Annotated[str, typer.Option("--memory", help="packed: no dense weights; auto: up to a quarter of them, where that saves most time.")] = "packed",
+    offload: Annotated[bool, typer.Option("--offload", help="Components wait on the CPU and are on the GPU only while they run.")] = False,
 ) -> None:  # fmt: skip
     """Make images from a packed artifact."""
     _quiet()
@@ -467,7 +468,7 @@ def generate(
     placed: list[Any] = []
     with bars() as progress:
         made = packing.generate(
-            folder, images, seed, steps, _prompts(prompts), device, memory, progress, placed.append, correction, eta, guidance
+            folder, images, seed, steps, _prompts(prompts), device, memory, progress, placed.append, correction, eta, guidance, offload
         )  # fmt: skip
     try:
         out.write_bytes(thumbnail(made))

@@ -69,7 +69,7 @@ def _said(name: str, protocol: Protocol) -> Iterator[None]:
         if out_of_memory(error):
             raise AquabitError(
                 f"memory ended while {name} made {protocol.micro_batch} images at once; lower --micro-batch or the resolution, use "
-                "--dtype bfloat16, or --offload on a GPU"
+                "--dtype bfloat16, or load it with offload on a GPU (generate --offload)"
             ) from error
         if not isinstance(error, ValueError):
             raise
@@ -78,6 +78,12 @@ def _said(name: str, protocol: Protocol) -> Iterator[None]:
 
 def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def calibration_batch(pipe: DiffusionPipeline, denoiser: nn.Module, resolution: int | None, most: int = 16) -> int:
+    """Images of one call while statistics are collected: ``most``, or as many as have the pixels of 16 images of 256 x 256."""
+    side = resolution or native_resolution(pipe, denoiser) or 256
+    return max(1, min(most, 16 * 256**2 // side**2))
 
 
 def native_resolution(pipe: DiffusionPipeline, denoiser: nn.Module) -> int | None:

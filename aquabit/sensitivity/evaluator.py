@@ -160,7 +160,7 @@ class Evaluator:
         steps: StepGroups | None,
     ) -> dict[str, dict[str, Any]]:  # fmt: skip
         """``facts`` of one layer with what each scheme, and each activation choice of ``probes``, does to images."""
-        few = replace(protocol, images=PROBE_IMAGES, micro_batch=PROBE_IMAGES, seed=PROBE_SEED)
+        few = replace(protocol, images=PROBE_IMAGES, micro_batch=min(PROBE_IMAGES, protocol.micro_batch), seed=PROBE_SEED)
         if self._probed is None or self._probed[0] != protocol.digest:
             self._probed = protocol.digest, self.generate(QuantConfig(self.fingerprint, {}), few)
         full = self._probed[1]
