@@ -16,6 +16,7 @@ from aquabit.pipelines import (
     Adapter,
     denoiser_name,
     free_text_encoders,
+    image_batch,
     load,
     noise_statistics,
     own_copy,
@@ -147,7 +148,7 @@ def generate(
     protocol = Protocol(
         images=images, steps=usual.steps if steps is None else steps, seed=seed, eta=usual.eta if eta is None else eta,
         guidance=usual.guidance if guidance is None else guidance, conditions=tuple(conditions) if conditions else None,
-        micro_batch=min(images, 64), resolution=usual.resolution,
+        micro_batch=min(images, image_batch(adapter.pipe, adapter.denoiser, usual.resolution, 64)), resolution=usual.resolution,
     )  # fmt: skip
     layers = layers_of(adapter.denoiser)
     with _switched_correction(adapter, correction):

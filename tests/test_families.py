@@ -82,6 +82,7 @@ def test_real_sizes_and_costs(name: str, layers: int, weights: float, macs: floa
     nodes = [a for _, a in graph.nodes(data=True) if a["kind"] != "merge"]
     assert (len(nodes), round(graph.graph["weights"] / 1e6, 1), round(sum(a["macs"] for a in nodes) / 1e9, 1)) == (layers, weights, macs)
     space = make_space(graph, "0" * 16, schemes=["usq4"])
+    assert [k for k, row in space.choices.items() if len(row) == 1 and str(row[0]) == "fp"] == [n for n in space.choices if ".pooler." in n]
     cost = CostModel(graph, space)(space.uniform("usq4", 8))
     assert 4.0 < cost.bits_per_weight < 4.3
     assert cost.bytes >= graph.graph["weights"] * cost.bits_per_weight / 8

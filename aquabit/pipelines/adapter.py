@@ -20,7 +20,7 @@ from aquabit.graph import known_class
 from aquabit.graph import trace as trace_denoiser
 from aquabit.pipelines.family import KINDS, denoiser_of, family
 from aquabit.pipelines.prompts import embeddings
-from aquabit.pipelines.running import as_measured, calibration_batch, native_resolution
+from aquabit.pipelines.running import as_measured, image_batch, native_resolution
 from aquabit.quality import DigitsFeatures, Reference, bundled_reference
 from aquabit.quant.calibrate import Call, record_calls
 from aquabit.quant.model import QuantizedDenoiser
@@ -87,7 +87,7 @@ def recorder(pipe: DiffusionPipeline) -> Callable[[Calibration], list[Call]]:
     runs = _runs(pipe)
 
     def record(calibration: Calibration) -> list[Call]:
-        batch = calibration_batch(pipe, denoiser_of(pipe), calibration.resolution, CALIBRATION_BATCH)
+        batch = image_batch(pipe, denoiser_of(pipe), calibration.resolution, CALIBRATION_BATCH)
         with runs(calibration, batch) as made:
             return record_calls(denoiser_of(pipe), made, CALIBRATION_CALLS)
 
@@ -150,7 +150,7 @@ def noise_statistics(
     ``model`` wraps the pipeline's denoiser, in dense mode; it is left as ``config`` says.
     """
     plain = replace(config, correction=None)
-    batch = min(calibration_batch(pipe, denoiser_of(pipe), calibration.resolution, CALIBRATION_BATCH), calibration.images)
+    batch = min(image_batch(pipe, denoiser_of(pipe), calibration.resolution, CALIBRATION_BATCH), calibration.images)
     protocol, adapter = calibration.protocol(batch), Adapter(pipe)
     now = pipe.scheduler
     try:

@@ -80,8 +80,8 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def calibration_batch(pipe: DiffusionPipeline, denoiser: nn.Module, resolution: int | None, most: int = 16) -> int:
-    """Images of one call while statistics are collected: ``most``, or as many as have the pixels of 16 images of 256 x 256."""
+def image_batch(pipe: DiffusionPipeline, denoiser: nn.Module, resolution: int | None, most: int) -> int:
+    """Images of one call where no protocol says it: ``most``, or as many as have the pixels of 16 images of 256 x 256."""
     side = resolution or native_resolution(pipe, denoiser) or 256
     return max(1, min(most, 16 * 256**2 // side**2))
 
