@@ -90,6 +90,11 @@ def family_of(model_class: type, family: str | None = None) -> str:
     return family or _known(model_class)[0]
 
 
+def known_class(model_class: type) -> bool:
+    """Whether the inputs of a denoiser class (or of one of its bases) can be made from its config."""
+    return _known(model_class)[1] is not None
+
+
 def operator_of(name: str, family: str) -> str:
     """The operator type of the layer ``name``: the first pattern of its family that matches, else "other"."""
     return next((operator for pattern, operator in OPERATORS[family] if re.search(pattern, name)), "other")
@@ -184,6 +189,29 @@ def _hunyuan(config: Mapping[str, Any]) -> dict[str, Any]:
         "encoder_hidden_states_t5": _meta(1, words_t5, config["cross_attention_dim_t5"]), "text_embedding_mask_t5": _meta(1, words_t5),
         "image_meta_size": _meta(1, 6), "style": _label(),
     }  # fmt: skip
+
+
+def describe_inputs(value: Any) -> Any:
+    """The inputs of a call as JSON: a tensor is {"shape", "dtype"}, what else is no number, text or collection of such its text."""
+    if isinstance(value, torch.Tensor):
+        return {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+    if isinstance(value, Mapping):
+        return {str(k): describe_inputs(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [describe_inputs(v) for v in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def described_inputs(value: Any) -> Any:
+    """What ``describe_inputs`` described, tensors on the meta device; raises AquabitError for a dtype that torch does not have."""
+    if isinstance(value, dict) and value.keys() == {"shape", "dtype"}:
+        dtype = getattr(torch, str(value["dtype"]), None)
+        if not isinstance(dtype, torch.dtype):
+            raise AquabitError(f"example inputs have the dtype {value['dtype']!r}, which torch does not know")
+        return _meta(*(int(s) for s in value["shape"]), dtype=dtype)
+    if isinstance(value, dict):
+        return {k: described_inputs(v) for k, v in value.items()}
+    return [described_inputs(v) for v in value] if isinstance(value, list) else value
 
 
 Inputs = Callable[[Mapping[str, Any]], dict[str, Any]]

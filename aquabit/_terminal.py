@@ -6,7 +6,7 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
@@ -114,12 +114,33 @@ def show_failures(study: Any) -> None:
 
 def show_notes(study: Any) -> None:
     """What is to be said of fits: a diagonal H, codewords that nothing uses; by kind, with how many layers and one of them."""
+    for note in study.get("family_notes") or []:
+        console.print(f"[yellow]{plain(note)}[/]", highlight=False)
     notes = study.notes()
     kinds: dict[str, list[str]] = {}
     for note in notes:
         kinds.setdefault(note.split(": ")[-1], []).append(note.split(": ")[0])
     for text, places in list(kinds.items())[:5]:
         console.print(f"[yellow]{len(places)} fits:[/] {plain(text)}, for example {plain(places[0])}", highlight=False)
+
+
+def show_families(families: Sequence[Mapping[str, Any]], presets: Sequence[Mapping[str, Any]]) -> None:
+    """Tables of pipeline families and of presets; any other diffusers pipeline is used through a generic adapter."""
+    from rich.table import Table
+
+    table = Table("family", "pipeline", "images from", "pixels", "for example", box=None)
+    for row in families:
+        table.add_row(row["name"], ", ".join(row["pipelines"]), row["conditions"], str(row["resolution"] or "-"), plain(row["example"]))
+    console.print(table)
+    console.print("any other diffusers pipeline: generic adapter and operator types\n", highlight=False)
+    table = Table("preset", "family", "weights", "acts", "settings", "reported (full precision)", "source", box=None)
+    for row in presets:
+        settings = ", ".join(f"{k} {v}" for k, v in row["protocol"].items())
+        before = row["full_precision"]
+        numbers = ", ".join(f"{k} {v:g} ({before[k]:g})" if k in before else f"{k} {v:g}" for k, v in row["reported"].items())
+        table.add_row(row["name"], row["family"], f"{row['weights']:g}", str(row["activations"]), settings, numbers, plain(row["source"]))
+    console.print(table)
+    console.print("what a source does not state keeps its default: give it yourself", highlight=False)
 
 
 def number(value: float | None, digits: int = 3) -> str:

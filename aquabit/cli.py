@@ -17,6 +17,7 @@ from aquabit._terminal import (
     show_calls,
     show_export,
     show_failures,
+    show_families,
     show_front,
     show_noise,
     show_notes,
@@ -81,7 +82,11 @@ EstimatorOption = Annotated[
     ),
 ]
 Reference = Annotated[Path | None, typer.Option("--reference", help="Folder of real images (arrives with real pipelines and metrics).")]
-Preset = Annotated[str | None, typer.Option("--preset", help="Settings of a paper (arrives with real pipelines and metrics).")]
+MicroBatch = Annotated[int, typer.Option("--micro-batch", min=1, help="Images made at once: what memory allows.")]
+Resolution = Annotated[int | None, typer.Option("--resolution", min=1, help="Side of the images in pixels; default: the model's own.")]
+Preset = Annotated[
+    str | None, typer.Option("--preset", help="Settings of a paper's table (see `aquabit models`), where no option is given for them.")
+]
 MetricOption = Annotated[str | None, typer.Option("--metric", help="module:function (arrives with real pipelines and metrics).")]
 
 
@@ -99,8 +104,23 @@ def _quiet() -> None:
 
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("diffusers").setLevel(logging.ERROR)
+
+
+def _protocol(context: typer.Context, preset: str | None, **given: Any) -> Protocol:
+    """A protocol of options; those that were not given are the preset's, where it has them."""
+    if preset is None:
+        return Protocol(**given)
+    from aquabit.pipelines import preset_named
+
+    return Protocol(**{**given, **{k: v for k, v in preset_named(preset).protocol.items() if not _given(context, k)}})
+
+
+def _given(context: typer.Context, option: str) -> bool:
+    source = context.get_parameter_source(option)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _workers(workers: int | None, device: str) -> int:
@@ -138,20 +158,27 @@ def _space(path: Path | None, correction: str | None, step_groups: str | None, s
 @app.command()
 @shielded
 def run(
-    model: ModelArgument, out: Annotated[Path, typer.Option("--out", help="Folder for everything; run again, it continues.")], bits: Bits = 3.0,
+    context: typer.Context, model: ModelArgument, out: Annotated[Path, typer.Option("--out", help="Folder for everything; run again, it continues.")], bits: Bits = 3.0,
     samples: Samples = 120, flips: Annotated[int, typer.Option("--flips", min=1, help="Real swaps that check the explanation.")] = 40,
     images: Images = 128, steps: Steps = 10, scheduler: SchedulerOption = "default", eta: Eta = 0.0, seed: Seed = 0, workers: Workers = None,
     device: Device = "cpu", dtype: Dtype = "float32", prompts: Prompts = None, guidance: Guidance = 1.0, space: SpaceFile = None,
     objective: Objective = "fid", bank: BankOption = None, reference: Reference = None, preset: Preset = None, metric: MetricOption = None,
-    correction: CorrectionOption = None, step_groups: StepGroupsOption = None, json_: Json = None,
+    correction: CorrectionOption = None, step_groups: StepGroupsOption = None, micro_batch: MicroBatch = 64, resolution: Resolution = None,
+    json_: Json = None,
 ) -> None:  # fmt: skip
     """The whole flow: measure, explain, check, search, pack, report."""
-    _later(reference=reference, preset=preset, metric=metric)
+    _later(reference=reference, metric=metric)
     _quiet()
     from aquabit import flow
+    from aquabit.pipelines import preset_named
     from aquabit.study import Study
 
-    protocol = Protocol(images, steps, seed, scheduler, eta, guidance, conditions=_prompts(prompts), objective=objective, dtype=dtype)
+    protocol = _protocol(
+        context, preset, images=images, steps=steps, seed=seed, scheduler=scheduler, eta=eta, guidance=guidance, resolution=resolution,
+        conditions=_prompts(prompts), micro_batch=micro_batch, objective=objective, dtype=dtype,
+    )  # fmt: skip
+    if preset and not _given(context, "bits"):
+        bits = preset_named(preset).weights
     with bars() as progress:
         front = flow.run(
             model, out, bits, samples, flips, protocol=protocol, space=_space(space, correction, step_groups, steps),
@@ -168,19 +195,20 @@ def run(
 @app.command()
 @shielded
 def models(json_: Json = None) -> None:
-    """Bundled models and supported families."""
-    from aquabit.pipelines import BUNDLED, bundled_models
+    """Bundled models, supported families, and presets of the papers' settings."""
+    from aquabit.pipelines import BUNDLED, FAMILIES, PRESETS, bundled_models
     from aquabit.scheme import read_json
 
     rows = []
     for name in bundled_models():
         file = next((BUNDLED / name / "denoiser").glob("*.safetensors"))
         rows.append({"name": name, "denoiser": read_json(BUNDLED / name / "model_index.json")["denoiser"][1], "bytes": file.stat().st_size})
-    families = ["UNet2DModel", "UNet2DConditionModel (SD 1.5, SDXL)", "DiTTransformer2DModel", "PixArtTransformer2DModel", "SD3Transformer2DModel", "FluxTransformer2DModel"]  # fmt: skip
-    if not emit({"bundled": rows, "families": families}, json_):
+    families = [f.to_dict() for f in FAMILIES]
+    presets = [p.to_dict() for p in PRESETS]
+    if not emit({"bundled": rows, "families": families, "presets": presets}, json_):
         for row in rows:
             console.print(f"{row['name']:14} {row['denoiser']}, {row['bytes'] / 1e6:.1f} MB, trained on scikit-learn's digits")
-        console.print("families with operator types: " + ", ".join(families), highlight=False)
+        show_families(families, presets)
 
 
 @app.command()
@@ -190,11 +218,14 @@ def inspect(model: ModelArgument, memory: Annotated[bool, typer.Option("--memory
     _later(memory=memory)
     _quiet()
     from aquabit.graph import layers, to_json
-    from aquabit.pipelines import load, trace
+    from aquabit.pipelines import family_notes, load, trace
 
-    graph = trace(load(model))
+    pipe = load(model)
+    graph = trace(pipe)
     if emit(to_json(graph), json_):
         return
+    for note in family_notes(pipe):
+        console.print(f"[yellow]{plain(note)}[/]", highlight=False)
     from rich.table import Table
 
     table = Table("layer", "operator", "block", "shape", "MACs", box=None)
@@ -207,12 +238,29 @@ def inspect(model: ModelArgument, memory: Annotated[bool, typer.Option("--memory
 
 @app.command()
 @shielded
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(metavar="FILE", help="The original checkpoint: .ckpt (read as tensors alone) or .safetensors.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the pipeline.")],
+) -> None:  # fmt: skip
+    """Make a diffusers pipeline of the original class-conditional LDM checkpoint (LDM-4 on ImageNet)."""
+    _quiet()
+    from aquabit.pipelines import convert_ldm4
+
+    pipe = convert_ldm4(checkpoint, out)
+    console.print(
+        f"{out}: {sum(p.numel() for p in pipe.unet.parameters()) / 1e6:.1f} M weights in the denoiser, {pipe.config.classes} classes"
+    )
+
+
+@app.command()
+@shielded
 def measure(
-    model: ModelArgument, study: Annotated[Path, typer.Option("--study", metavar="S.db", help="Study file, created or continued.")],
+    context: typer.Context, model: ModelArgument, study: Annotated[Path, typer.Option("--study", metavar="S.db", help="Study file, created or continued.")],
     samples: Samples = 120, images: Images = 128, steps: Steps = 10, scheduler: SchedulerOption = "default", eta: Eta = 0.0, seed: Seed = 0,
     workers: Workers = None, device: Device = "cpu", dtype: Dtype = "float32", prompts: Prompts = None, guidance: Guidance = 1.0,
     space: SpaceFile = None, objective: Objective = "fid", bank: BankOption = None, reference: Reference = None, preset: Preset = None,
-    metric: MetricOption = None, correction: CorrectionOption = None, step_groups: StepGroupsOption = None,
+    metric: MetricOption = None, correction: CorrectionOption = None, step_groups: StepGroupsOption = None, micro_batch: MicroBatch = 64,
+    resolution: Resolution = None,
     design: Annotated[str, typer.Option("--design", help="random (independent draws), balanced (nearly orthogonal, evenly over bits), swaps (of one layer in shared contexts), disagreement (batches on which refitted surrogates disagree); balanced:0.5 and swaps:0.5 are half random.")] = "random",
     contexts: Annotated[int, typer.Option("--contexts", min=0, help="Random contexts in which every layer's swap is run on stored inputs, a fifteenth of a measurement each: truer effects.")] = 0,
     bits: Annotated[float, typer.Option("--bits", help="Bits per weight of these contexts.")] = 3.0,
@@ -222,13 +270,16 @@ def measure(
     json_: Json = None,
 ) -> None:  # fmt: skip
     """Measure random configurations into a study; run again, it continues."""
-    _later(reference=reference, preset=preset, metric=metric, ray=ray, plan=plan)
+    _later(reference=reference, metric=metric, ray=ray, plan=plan)
     _quiet()
     from aquabit import flow
     from aquabit.sensitivity.measure import measure as measure_model
     from aquabit.study import Study
 
-    protocol = Protocol(images, steps, seed, scheduler, eta, guidance, conditions=_prompts(prompts), objective=objective, dtype=dtype)
+    protocol = _protocol(
+        context, preset, images=images, steps=steps, seed=seed, scheduler=scheduler, eta=eta, guidance=guidance, resolution=resolution,
+        conditions=_prompts(prompts), micro_batch=micro_batch, objective=objective, dtype=dtype,
+    )  # fmt: skip
     with bars() as progress:
         opened = Study(study)
         count = measure_model(
@@ -429,6 +480,7 @@ def generate(
     prompts: Prompts = None, device: Device = "cpu",
     correction: Annotated[str | None, typer.Option("--correction", help="none, or some of cnc, bc, vsc, match joined by +, or qdrift; default: the artifact's own.")] = None,
     memory: Annotated[str, typer.Option("--memory", help="packed: no dense weights; auto: up to a quarter of them, where that saves most time.")] = "packed",
+    offload: Annotated[bool, typer.Option("--offload", help="Components wait on the CPU and are on the GPU only while they run.")] = False,
 ) -> None:  # fmt: skip
     """Make images from a packed artifact."""
     _quiet()
@@ -438,7 +490,7 @@ def generate(
     placed: list[Any] = []
     with bars() as progress:
         made = packing.generate(
-            folder, images, seed, steps, _prompts(prompts), device, memory, progress, placed.append, correction, eta, guidance
+            folder, images, seed, steps, _prompts(prompts), device, memory, progress, placed.append, correction, eta, guidance, offload
         )  # fmt: skip
     try:
         out.write_bytes(thumbnail(made))

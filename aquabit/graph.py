@@ -14,10 +14,22 @@ import networkx as nx
 import torch
 from torch import nn
 
-from aquabit._operators import attention_role, block_of, example_inputs, family_of, operator_of
+from aquabit._operators import (
+    attention_role,
+    block_of,
+    describe_inputs,
+    described_inputs,
+    example_inputs,
+    family_of,
+    known_class,
+    operator_of,
+)
 from aquabit.scheme import AquabitError
 
-__all__ = ["LayerGraph", "codebook_names", "example_inputs", "from_json", "layers", "meta_denoiser", "to_json", "trace"]
+__all__ = [
+    "LayerGraph", "codebook_names", "described_inputs", "example_inputs", "family_of", "from_json", "known_class", "layers",
+    "meta_denoiser", "to_json", "trace",
+]  # fmt: skip
 
 LayerGraph: TypeAlias = nx.DiGraph
 STEP_INPUTS = ("sample", "hidden_states", "x", "timestep", "timesteps", "t")  # what changes from one denoising step to the next
@@ -62,7 +74,9 @@ def trace(denoiser: nn.Module, example_inputs: Mapping[str, Any] | None = None, 
     nor on the step), ``split`` (channels of the first part where a concatenated skip feeds a convolution, else None) and
     ``attention`` ("q", "k", "v" or None). Merge nodes have ``kind`` "merge" and ``op`` ("add", "mul", "cat", "attention", ...).
     The graph has ``family``, ``model_class``, ``config``, ``weights`` (elements of all layer weights) and ``other_elements``
-    (of everything else in the state dict). Inputs are keyword arguments; they are made from the config where not given.
+    (of everything else in the state dict). Inputs are keyword arguments; they are made from the config where not given, and described
+    in the graph (``inputs``) where they were. ``uncalled`` names layers whose weight is read but which are never called (the pooler of
+    Hunyuan-DiT gives them to torch's attention): they cannot run from codes.
 
     Raises AquabitError where inputs cannot be made, the forward fails, or a layer is not reached from the output.
     """
@@ -72,8 +86,10 @@ def trace(denoiser: nn.Module, example_inputs: Mapping[str, Any] | None = None, 
     with torch.inference_mode(False), torch.enable_grad():  # whatever mode the caller is in
         model = _meta_copy(denoiser)
         inputs, batch = _on_meta(inputs)
+        modules, called = _quantizable(model), set[str]()
+        for name, module in modules.items():  # of a copy: the hooks go with it
+            module.register_forward_pre_hook(lambda _module, _args, name=name: called.add(name))
         outputs = _forward(model, inputs)
-    modules = _quantizable(model)
     operators = {name: operator_of(name, family) for name in modules}
     contraction = _Contraction(
         graph=nx.DiGraph(),
@@ -90,7 +106,12 @@ def trace(denoiser: nn.Module, example_inputs: Mapping[str, Any] | None = None, 
     for depth, (name, calls) in enumerate(contraction.calls.items()):
         contraction.graph.add_node(name, **_attributes(name, modules[name], operators[name], calls, depth, batch))
     weights = sum(module.weight.numel() for module in modules.values())
-    return _finished(contraction.graph, model, model_class, family, weights)
+    graph = _finished(contraction.graph, model, model_class, family, weights)
+    if len(called) < len(modules):
+        graph.graph["uncalled"] = [name for name in modules if name not in called]
+    if example_inputs is not None:
+        graph.graph["inputs"] = describe_inputs(example_inputs)
+    return graph
 
 
 _example_inputs = example_inputs  # the parameter of trace has the same name
@@ -359,6 +380,8 @@ def _graph_file() -> Any:
         config: dict[str, Any]
         weights: NonNegativeInt
         other_elements: NonNegativeInt
+        inputs: dict[str, Any] = Field(default_factory=dict)
+        uncalled: list[str] = Field(default_factory=list)
 
     class GraphFile(BaseModel):
         model_config = ConfigDict(extra="forbid", strict=True)

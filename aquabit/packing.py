@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,7 +12,21 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from aquabit.kernels import Accuracy
-from aquabit.pipelines import Adapter, denoiser_name, load, noise_statistics, recorder, replay_recorder, sampler, set_scheduler, trace
+from aquabit.pipelines import (
+    Adapter,
+    denoiser_name,
+    free_text_encoders,
+    image_batch,
+    load,
+    noise_statistics,
+    own_copy,
+    recorder,
+    replay_recorder,
+    restore_text_encoders,
+    sampler,
+    set_scheduler,
+    trace,
+)
 from aquabit.quant.artifact import Contents, config_of, save_packed_denoiser
 from aquabit.quant.bank import Bank
 from aquabit.quant.correct import check_correction, corrected_, statistics_of
@@ -53,6 +66,7 @@ class Packed:
         denoiser's tensors."""
         folder, name = Path(folder), denoiser_name(self.pipe)
         folder.mkdir(parents=True, exist_ok=True)
+        restore_text_encoders(self.pipe)
         for component, value in self.pipe.components.items():
             if component != name and hasattr(value, "save_pretrained"):
                 value.save_pretrained(folder / component)
@@ -78,10 +92,9 @@ def quantize(
         raise AquabitError(f"the configuration is for model {config.fingerprint} ({config.model}), this is model {own}")
     graph = trace(source)
     if isinstance(pipe, DiffusionPipeline):
-        copied = {part: copy.deepcopy(getattr(source, part)) for part in (name, "scheduler")}  # what is followed is not the caller's
-        kept = {**source.components, **copied}
-        source = type(source)(**kept, **{k: v for k, v in source.config.items() if k in ("classes", "real_images")})
-        source.set_progress_bar_config(disable=True)
+        source = own_copy(source, name, "scheduler")  # what is followed is not the caller's
+    else:
+        free_text_encoders(source)
     model = QuantizedDenoiser(getattr(source, name).eval(), graph, Bank(bank), own, recorder(source), sampler(source))
     if finetune:
         check_tunable(model, config)  # before anything is fitted
@@ -105,19 +118,19 @@ def quantize(
     follow_(model.denoiser, source.scheduler, model.watchers(config))
     if statistics is not None:
         corrected_(model.denoiser, source.scheduler, statistics, config.correction)
-    attach_(model.denoiser, Contents(config, model.layers, model.ranges(config) or {}, statistics))
+    attach_(model.denoiser, Contents(config, model.layers, model.ranges(config) or {}, statistics, model.inputs))
     return Packed(source, model, config, statistics)
 
 
 def generate(
     pipe: Model, images: int = 16, seed: int = 0, steps: int | None = None, conditions: Sequence[Any] | None = None, device: str = "cpu",
     memory: str = "packed", progress: Progress = no_progress, told: Callable[[Placement], None] | None = None,
-    correction: str | None = None, eta: float | None = None, guidance: float | None = None,
+    correction: str | None = None, eta: float | None = None, guidance: float | None = None, offload: bool = False,
 ) -> Tensor:  # fmt: skip
     """Images [n, c, h, w] in [0, 1] from a pipeline or packed artifact, image i from seed + i.
 
     ``steps``, ``eta`` and ``guidance`` default to what the artifact's configuration was calibrated for (else 10, 0 and 1), ``correction``
-    to the artifact's own; "none" switches it off.
+    to the artifact's own; "none" switches it off. ``offload``: what is loaded waits on the CPU and is on the GPU only while it runs.
 
     A packed one runs on the kernels that are fastest on this machine, timed first where that is missing. ``memory``: "packed" keeps no
     dense weight, "auto" up to a quarter of them, where they save most time. ``told`` hears which kernels run and what is resident.
@@ -126,14 +139,16 @@ def generate(
 
     if memory not in MEMORY:
         raise AquabitError(f"memory {memory!r} is unknown; it must be {' or '.join(MEMORY)}")
-    adapter = Adapter(load(pipe, device))
+    adapter = Adapter(load(pipe, device, offload=offload))
+    if isinstance(pipe, str):
+        free_text_encoders(adapter.pipe)
     config = config_of(adapter.denoiser)
     usual = (None if config is None else config.calibration) or Calibration()
     usual = usual if config is None or config.total_steps is None else replace(usual, steps=config.total_steps)
     protocol = Protocol(
         images=images, steps=usual.steps if steps is None else steps, seed=seed, eta=usual.eta if eta is None else eta,
         guidance=usual.guidance if guidance is None else guidance, conditions=tuple(conditions) if conditions else None,
-        micro_batch=min(images, 64),
+        micro_batch=min(images, image_batch(adapter.pipe, adapter.denoiser, usual.resolution, 64)), resolution=usual.resolution,
     )  # fmt: skip
     layers = layers_of(adapter.denoiser)
     with _switched_correction(adapter, correction):

@@ -306,7 +306,8 @@ def make_space(
     pinned: Mapping[str, str] | None = None, excluded: Sequence[str] = (), calibration: Calibration | None = None,
     correction: str | None = None, step_groups: Mapping[str, Any] | None = None,
 ) -> SearchSpace:  # fmt: skip
-    """The space of a traced model. ``pinned`` maps layer patterns (as in shells) to one scheme; ``excluded`` layers stay ``fp``.
+    """The space of a traced model. ``pinned`` maps layer patterns (as in shells) to one scheme; ``excluded`` layers stay ``fp``, and so do
+    those that the model never calls (the graph's ``uncalled``).
 
     Beside ``schemes`` each layer gets the additive format that suits its operator type and shape (``formats``, a table as
     ``formats.FORMATS``) at each of ``levels`` code bits; levels are given by default where schemes are not. A scheme that shares
@@ -321,7 +322,7 @@ def make_space(
     if not default and not chosen:
         raise AquabitError("the list of schemes is empty; give at least one, as in usq4")
     pins = _matching(pinned or {}, names, "pinned")
-    out = _matching(excluded, names, "excluded")
+    out = {*_matching(excluded, names, "excluded"), *graph.graph.get("uncalled", ())}
     partners, table = codebook_names(graph), FORMATS if formats is None else formats
     sharers = Counter(partners.values())
     choices: dict[str, tuple[Scheme, ...]] = {}

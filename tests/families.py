@@ -67,6 +67,16 @@ HUNYUAN: Family = (  # Tencent-Hunyuan/HunyuanDiT-Diffusers
     },
     472,
 )  # fmt: skip
+LDM_4: Family = (  # CompVis/latent-diffusion, cin256-v2: LDM-4 on ImageNet
+    "UNet2DConditionModel",
+    {
+        "sample_size": 64, "in_channels": 3, "out_channels": 3, "block_out_channels": [192, 384, 576, 960], "layers_per_block": 2,
+        "cross_attention_dim": 512, "attention_head_dim": 1,
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    },
+    283,
+)  # fmt: skip
 DIGITS_DIT: Family = (
     "DiTTransformer2DModel",
     {
@@ -88,6 +98,7 @@ DIGITS_UNET: Family = (
 FAMILIES: dict[str, Family] = {
     "dit-xl-2": DIT_XL_2, "sd-1.5": SD_1_5, "sdxl": SDXL, "pixart-sigma": PIXART_SIGMA, "pixart-alpha": PIXART_ALPHA,
     "sd3-medium": SD3_MEDIUM, "sd3-default": SD3_DEFAULT, "sd3.5-medium": SD3_5_MEDIUM, "flux-dev": FLUX_DEV, "hunyuan": HUNYUAN,
+    "ldm-4": LDM_4,
     "digits-dit": DIGITS_DIT, "digits-unet": DIGITS_UNET,
 }  # fmt: skip
 

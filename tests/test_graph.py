@@ -127,6 +127,7 @@ INVARIANT = {
     "pixart-alpha": r"attn2\.to_[kv]$|^caption_projection|(resolution|aspect_ratio)_embedder",
     "sd3-medium": r"^context_embedder|\.text_embedder",
     "flux-dev": r"^context_embedder|\.text_embedder|\.guidance_embedder",
+    "ldm-4": r"attn2\.to_[kv]$",
     "hunyuan": r"attn2\.to_[kv]$|^text_embedder|^time_extra_emb\.(pooler|extra_embedder)",
 }
 
@@ -185,7 +186,7 @@ def test_splits_are_those_of_the_skip_connections(name: str) -> None:
     assert {n: a["split"] for n, a in layers.items() if a["split"] is not None} == expected
 
 
-@pytest.mark.parametrize("name", sorted(set(FAMILIES) - {"sd-1.5", "sdxl", "digits-unet"}))
+@pytest.mark.parametrize("name", sorted(set(FAMILIES) - {"sd-1.5", "sdxl", "ldm-4", "digits-unet"}))
 def test_transformers_have_no_splits(name: str) -> None:
     assert {a["split"] for a in g.layers(traced(name)).values()} == {None}
 

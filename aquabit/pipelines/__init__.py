@@ -4,9 +4,8 @@ from aquabit.pipelines.adapter import (
     SCHEDULERS,
     Adapter,
     check_scheduler,
-    denoiser_name,
-    denoiser_of,
     noise_statistics,
+    own_copy,
     recorder,
     replay_recorder,
     sampler,
@@ -15,21 +14,41 @@ from aquabit.pipelines.adapter import (
     trace,
 )
 from aquabit.pipelines.class_conditional import ClassConditionalPipeline
+from aquabit.pipelines.class_latent import ClassEmbedder, ClassLatentPipeline
+from aquabit.pipelines.convert import convert_ldm4
+from aquabit.pipelines.family import FAMILIES, Family, denoiser_name, denoiser_of, family, family_notes
 from aquabit.pipelines.loading import BUNDLED, bundled_models, load
+from aquabit.pipelines.presets import PRESETS, Preset, preset_named
+from aquabit.pipelines.prompts import free_text_encoders, restore_text_encoders
+from aquabit.pipelines.running import image_batch
 
 __all__ = [
     "BUNDLED",
+    "FAMILIES",
+    "PRESETS",
     "SCHEDULERS",
     "Adapter",
     "ClassConditionalPipeline",
+    "ClassEmbedder",
+    "ClassLatentPipeline",
+    "Family",
+    "Preset",
     "bundled_models",
     "check_scheduler",
+    "convert_ldm4",
     "denoiser_name",
     "denoiser_of",
+    "family",
+    "family_notes",
+    "free_text_encoders",
+    "image_batch",
     "load",
     "noise_statistics",
+    "own_copy",
+    "preset_named",
     "recorder",
     "replay_recorder",
+    "restore_text_encoders",
     "sampler",
     "scheduler_named",
     "set_scheduler",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -15,7 +16,11 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from aquabit.graph import known_class
 from aquabit.graph import trace as trace_denoiser
+from aquabit.pipelines.family import KINDS, denoiser_of, family
+from aquabit.pipelines.prompts import embeddings
+from aquabit.pipelines.running import as_measured, image_batch, native_resolution
 from aquabit.quality import DigitsFeatures, Reference, bundled_reference
 from aquabit.quant.calibrate import Call, record_calls
 from aquabit.quant.model import QuantizedDenoiser
@@ -26,7 +31,6 @@ from aquabit.quant.statistics import Statistics, measure_noise
 from aquabit.scheme import AquabitError, Calibration, Progress, Protocol, QuantConfig, no_progress
 
 CALIBRATION_BATCH, CALIBRATION_CALLS = 16, 64  # images of a denoiser call that is kept, and how many are kept
-DENOISERS = ("denoiser", "transformer", "unet")
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
     "ddpm": "DDPMScheduler",
@@ -37,23 +41,25 @@ SCHEDULERS = {
 }
 
 
-def denoiser_name(pipe: DiffusionPipeline) -> str:
-    """The attribute that holds the denoiser; raises AquabitError where there is none."""
-    for name in DENOISERS:
-        if isinstance(getattr(pipe, name, None), nn.Module):
-            return name
-    raise AquabitError(f"{type(pipe).__name__} has no denoiser: none of {', '.join(DENOISERS)} is a network")
-
-
-def denoiser_of(pipe: DiffusionPipeline | nn.Module) -> nn.Module:
-    module = pipe if isinstance(pipe, nn.Module) else getattr(pipe, denoiser_name(pipe))
-    assert isinstance(module, nn.Module)
-    return module
-
-
 def trace(model: DiffusionPipeline | nn.Module) -> nx.DiGraph:
-    """The layer graph of a pipeline's denoiser, or of a bare denoiser (inputs made from its config)."""
-    return trace_denoiser(denoiser_of(model))
+    """The layer graph of a pipeline's denoiser, or of a bare denoiser.
+
+    Inputs are made from the config where the denoiser's class is known, else they are those of the pipeline's own first call.
+    """
+    denoiser = denoiser_of(model)
+    if isinstance(model, nn.Module) or known_class(type(denoiser)):
+        return trace_denoiser(denoiser)
+    adapter = Adapter(model)
+    args, kwargs = adapter.first_inputs(Protocol(images=1, steps=1, micro_batch=1, conditions=("",) if adapter.kind == "prompt" else None))
+    return trace_denoiser(denoiser, {**dict(zip(inspect.signature(denoiser.forward).parameters, args, strict=False)), **kwargs})
+
+
+def own_copy(pipe: DiffusionPipeline, *parts: str) -> DiffusionPipeline:
+    """A pipeline that shares everything with ``pipe`` but these components, which are copied; it shows no progress bar."""
+    own = copy.copy(pipe)
+    own.__dict__.update({part: copy.deepcopy(getattr(pipe, part)) for part in parts})
+    own.set_progress_bar_config(disable=True)
+    return own
 
 
 def check_scheduler(name: str) -> None:
@@ -81,7 +87,8 @@ def recorder(pipe: DiffusionPipeline) -> Callable[[Calibration], list[Call]]:
     runs = _runs(pipe)
 
     def record(calibration: Calibration) -> list[Call]:
-        with runs(calibration, CALIBRATION_BATCH) as made:
+        batch = image_batch(pipe, denoiser_of(pipe), calibration.resolution, CALIBRATION_BATCH)
+        with runs(calibration, batch) as made:
             return record_calls(denoiser_of(pipe), made, CALIBRATION_CALLS)
 
     return record
@@ -143,7 +150,7 @@ def noise_statistics(
     ``model`` wraps the pipeline's denoiser, in dense mode; it is left as ``config`` says.
     """
     plain = replace(config, correction=None)
-    batch = min(CALIBRATION_BATCH, calibration.images)
+    batch = min(image_batch(pipe, denoiser_of(pipe), calibration.resolution, CALIBRATION_BATCH), calibration.images)
     protocol, adapter = calibration.protocol(batch), Adapter(pipe)
     now = pipe.scheduler
     try:
@@ -163,12 +170,16 @@ class _Seen(Exception):
 
 
 class Adapter:
-    """Makes images [n, c, h, w] float32 in [0, 1]: image i from its own seed, so that it depends on no other image."""
+    """Makes images [n, c, h, w] float32 in [0, 1]: image i from its own seed, so that it depends on no other image.
+
+    What pipelines differ in is told by their ``Family``; one of no known family is used as its call's arguments say. Watermarks and safety
+    checkers, which change images, are off. Prompts are encoded once.
+    """
 
     def __init__(self, pipe: DiffusionPipeline):
-        self.pipe = pipe
+        self.pipe, self.family = pipe, family(pipe)
         self.parameters = inspect.signature(type(pipe).__call__).parameters
-        self.kind = next((k for k in ("class_labels", "prompt", "batch_size") if k in self.parameters), None)
+        self.kind = self.family.kind if self.family else next((k for k in KINDS if k in self.parameters), None)
         if self.kind is None or "generator" not in self.parameters:
             raise AquabitError(
                 f"{type(pipe).__name__} takes neither class_labels, prompt nor batch_size with a generator; it cannot be measured"
@@ -184,19 +195,21 @@ class Adapter:
         if given is None and self.kind == "prompt":
             raise AquabitError(f"{type(self.pipe).__name__} makes images from text; give --prompts FILE with one prompt a line")
         if given is None:
-            classes = getattr(self.pipe.config, "classes", None) or getattr(self.denoiser.config, "num_embeds_ada_norm", None) or 1
-            given = range(int(classes))
+            given = range(self._classes() or 1)
         if self.kind == "class_labels":
             given = [self._label(c) for c in given]
         return [given[i % len(given)] for i in range(protocol.images)]
 
+    def _classes(self) -> int:
+        """The number of classes; 0 where it is not known."""
+        return int(getattr(self.pipe.config, "classes", None) or getattr(self.denoiser.config, "num_embeds_ada_norm", None) or 0)
+
     def _label(self, condition: Any) -> int:
-        text = str(condition).strip()
+        text, classes = str(condition).strip(), self._classes()
         if not text.isdigit():
             raise AquabitError(f"condition {text!r} is no class label; {type(self.pipe).__name__} takes whole numbers from 0")
-        classes = getattr(self.pipe.config, "classes", None) or getattr(self.denoiser.config, "num_embeds_ada_norm", None)
-        if classes and int(text) >= int(classes):
-            raise AquabitError(f"class label {text} is out of range; {type(self.pipe).__name__} has classes 0 to {int(classes) - 1}")
+        if classes and int(text) >= classes:
+            raise AquabitError(f"class label {text} is out of range; {type(self.pipe).__name__} has classes 0 to {classes - 1}")
         return int(text)
 
     def check(self, protocol: Protocol) -> None:
@@ -205,37 +218,55 @@ class Adapter:
         step = inspect.signature(self.pipe.scheduler.step).parameters
         if protocol.eta and not ("eta" in self.parameters and "eta" in step):
             raise AquabitError(f"eta is {protocol.eta:g}, but {name} with {sampler} has no eta; use --scheduler ddim or eta 0")
-        if protocol.guidance != 1.0 and "guidance_scale" not in self.parameters:
-            raise AquabitError(f"guidance is {protocol.guidance:g}, but {name} has no guidance; use 1")
+        distilled = self.family is not None and self.family.embedded and not getattr(self.denoiser.config, "guidance_embeds", False)
+        if protocol.guidance != 1.0 and ("guidance_scale" not in self.parameters or distilled):
+            raise AquabitError(f"guidance is {protocol.guidance:g}, but this {name} has no guidance; use 1")
         if protocol.conditions is not None and self.kind == "batch_size":
             raise AquabitError(f"{name} is unconditional; it takes no prompts or classes")
+        own = native_resolution(self.pipe, self.denoiser)
+        if protocol.resolution not in (None, own) and "height" not in self.parameters:
+            raise AquabitError(f"resolution is {protocol.resolution}, but {name} makes images of {own or 'its own number of'} pixels only")
 
     def batches(self, protocol: Protocol) -> list[range]:
         return [range(i, min(i + protocol.micro_batch, protocol.images)) for i in range(0, protocol.images, protocol.micro_batch)]
 
     def images(self, protocol: Protocol, indices: range) -> Tensor:
-        """The images of some indices as one micro-batch, padded to its full size so that arithmetic does not depend on the count."""
+        """The images of some indices as one micro-batch, padded to its full size so that arithmetic does not depend on the count.
+
+        Raises AquabitError for what the pipeline refuses, and where memory ends.
+        """
         self.check(protocol)
         refollow_(self.denoiser, self.pipe.scheduler)  # it may have been replaced
-        conditions = self.conditions(protocol)
         padded = [*indices, *[indices[-1]] * (protocol.micro_batch - len(indices))]
-        generators = [torch.Generator("cpu").manual_seed(protocol.seed + i) for i in padded]
-        arguments: dict[str, Any] = {
-            "generator": generators, "num_inference_steps": protocol.steps, "guidance_scale": protocol.guidance, "eta": protocol.eta,
-            "output_type": "pt", "height": protocol.resolution, "width": protocol.resolution,
-        }  # fmt: skip
-        arguments = {k: v for k, v in arguments.items() if k in self.parameters and v is not None}
-        arguments[str(self.kind)] = len(padded) if self.kind == "batch_size" else [conditions[i] for i in padded]
-        if self.kind == "batch_size" and "output_type" in arguments:
-            arguments["output_type"] = "np"  # DDPM and DDIM pipelines know no tensors
-        with torch.inference_mode():
-            images = self.pipe(**arguments).images
+        with as_measured(self.pipe, protocol, indices.start):
+            arguments = self._arguments(protocol, padded)
+            with torch.inference_mode():
+                images = self.pipe(**arguments).images
         if not isinstance(images, Tensor):
             images = torch.from_numpy(images).permute(0, 3, 1, 2)
         return images[: len(indices)].float().cpu()
 
-    def first_call(self, protocol: Protocol) -> Callable[[], object]:
-        """The first denoiser call of ``protocol``'s first micro-batch, to be made again; no image is finished."""
+    def _arguments(self, protocol: Protocol, indices: Sequence[int]) -> dict[str, Any]:
+        """Arguments of the pipeline's call for some images."""
+        conditions = self.conditions(protocol)
+        here = [conditions[i] for i in indices]
+        given: dict[str, Any] = {
+            "generator": [torch.Generator("cpu").manual_seed(protocol.seed + i) for i in indices], "num_inference_steps": protocol.steps,
+            "guidance_scale": protocol.guidance, "eta": protocol.eta, "output_type": "pt", "height": protocol.resolution,
+            "width": protocol.resolution, **(self.family.options if self.family else {}),
+        }  # fmt: skip
+        given = {k: v for k, v in given.items() if k in self.parameters and v is not None}
+        if self.kind == "batch_size":
+            return given | {"batch_size": len(here)}
+        if self.family is None or not self.family.encodings:
+            return given | {str(self.kind): here}
+        every, guided = [str(c) for c in conditions], protocol.guidance > 1.0 and not self.family.embedded
+        if "negative_prompt" in self.parameters:
+            given["negative_prompt"] = None  # of some pipelines it is text by default, which they refuse beside embeddings
+        return given | embeddings(self.pipe, self.family.encodings, [str(c) for c in here], every, guided)
+
+    def first_inputs(self, protocol: Protocol) -> Call:
+        """Inputs of the first denoiser call of ``protocol``'s first micro-batch; no image is finished."""
         found: list[Call] = []
 
         def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -249,7 +280,11 @@ class Adapter:
             pass
         finally:
             handle.remove()
-        args, kwargs = found[0]
+        return found[0]
+
+    def first_call(self, protocol: Protocol) -> Callable[[], object]:
+        """The first denoiser call of ``protocol``'s first micro-batch, to be made again; no image is finished."""
+        args, kwargs = self.first_inputs(protocol)
         denoiser = self.denoiser
 
         def call() -> object:

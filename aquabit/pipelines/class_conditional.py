@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,7 +33,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         both = torch.cat([labels, torch.full_like(labels, self.config.classes)]) if guidance_scale != 1.0 else labels
         self.scheduler.set_timesteps(num_inference_steps, device=self.device)
         x = x * self.scheduler.init_noise_sigma
-        extra = self._step_arguments(generator, eta)
+        extra = step_arguments(self.scheduler, generator, eta)
         for t in self.progress_bar(self.scheduler.timesteps):
             scaled = self.scheduler.scale_model_input(torch.cat([x, x]) if len(both) > n else x, t)
             noise = net(scaled, timestep=t.expand(len(both)), class_labels=both).sample[:, : x.shape[1]]
@@ -40,17 +41,19 @@ class ClassConditionalPipeline(DiffusionPipeline):
                 conditional, unconditional = noise.chunk(2)
                 noise = unconditional + guidance_scale * (conditional - unconditional)
             x = self.scheduler.step(noise, t, x, **extra).prev_sample
-        return self._output(x, output_type, return_dict)
+        return images_output(x, output_type, return_dict)
 
-    def _step_arguments(self, generator: Any, eta: float) -> dict[str, Any]:
-        import inspect
 
-        known = inspect.signature(self.scheduler.step).parameters
-        return {k: v for k, v in (("generator", generator), ("eta", eta)) if k in known}
+def step_arguments(scheduler: Any, generator: Any, eta: float) -> dict[str, Any]:
+    """Those of ``generator`` and ``eta`` that a scheduler's step takes."""
+    known = inspect.signature(scheduler.step).parameters
+    return {k: v for k, v in (("generator", generator), ("eta", eta)) if k in known}
 
-    def _output(self, x: Tensor, output_type: str, return_dict: bool) -> Any:
-        x = torch.where(torch.isfinite(x), x / 2 + 0.5, torch.nan).clamp(0, 1).float()  # clamping would hide infinities
-        images: Any = x.cpu() if output_type == "pt" else x.permute(0, 2, 3, 1).cpu().numpy()
-        if output_type == "pil":
-            images = self.numpy_to_pil(images)
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+def images_output(x: Tensor, output_type: str, return_dict: bool) -> Any:
+    """A pipeline's output from images in [-1, 1]; what is not finite is NaN, which clamping would hide."""
+    x = torch.where(torch.isfinite(x), x / 2 + 0.5, torch.nan).clamp(0, 1).float()
+    images: Any = x.cpu() if output_type == "pt" else x.permute(0, 2, 3, 1).cpu().numpy()
+    if output_type == "pil":
+        images = DiffusionPipeline.numpy_to_pil(images)
+    return ImagePipelineOutput(images=images) if return_dict else (images,)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,14 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 
 from aquabit.pipelines.class_conditional import ClassConditionalPipeline
+from aquabit.pipelines.class_latent import ClassEmbedder, ClassLatentPipeline
+from aquabit.pipelines.prompts import can_reload
+from aquabit.pipelines.running import out_of_memory
 from aquabit.scheme import AquabitError, read_json
 
 BUNDLED = Path(__file__).parent / "bundled"
+OWN_PIPELINES: Mapping[str, Any] = {c.__name__: c for c in (ClassConditionalPipeline, ClassLatentPipeline)}  # diffusers does not know these
+OWN_COMPONENTS: Mapping[str, Any] = {ClassEmbedder.__name__: ClassEmbedder}
 
 
 def bundled_models() -> list[str]:
@@ -21,24 +28,43 @@ def bundled_models() -> list[str]:
 
 
 def load(
-    model: str | Path | DiffusionPipeline, device: str | torch.device = "cpu", dtype: torch.dtype | str = "float32"
+    model: str | Path | DiffusionPipeline, device: str | torch.device = "cpu", dtype: torch.dtype | str = "float32", offload: bool = False
 ) -> DiffusionPipeline:
     """The pipeline that ``model`` names, on a device and in a dtype; a packed artifact comes back running packed.
 
-    Raises AquabitError for an unknown name, a folder that is no pipeline, or files that are damaged.
+    ``offload``: components wait on the CPU and are on the GPU only while they run. Raises AquabitError for an unknown name, a folder that
+    is no pipeline or lacks components, files that are damaged, a hub that does not give the model, and a device that is not there.
     """
     if isinstance(model, DiffusionPipeline):
         return model
+    check_device(device, offload)
     dtype = _dtype(dtype)
     name = str(model)
     folder = BUNDLED / name if name in bundled_models() else Path(name)
     if folder.is_dir():
-        return _from_folder(folder, device, dtype)
-    if "/" not in name or folder.is_absolute() or name.startswith("."):
+        return _bound(_from_folder(folder, dtype), folder, dtype, device, offload)
+    if folder.is_file():
+        raise AquabitError(
+            f"{folder} is a file; give the folder of a diffusers pipeline (a checkpoint of LDM-4 becomes one by `aquabit convert`)"
+        )
+    if name.count("/") != 1 or folder.is_absolute() or name.startswith((".", "~")):
         raise AquabitError(
             f"unknown model {name!r}; bundled are {', '.join(bundled_models())}, else give a diffusers directory or a hub id"
         )
-    return _bound(_guarded(name, lambda: DiffusionPipeline.from_pretrained(name, dtype=dtype)), device)
+    pipe = _guarded(name, lambda: DiffusionPipeline.from_pretrained(name, dtype=dtype))
+    return _bound(pipe, name, dtype, device, offload)
+
+
+def check_device(device: str | torch.device, offload: bool = False) -> None:
+    """Raise AquabitError for a device that this machine does not have, and for offloading from none."""
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise AquabitError(f"device {str(device)!r} is unknown; use cpu, or cuda or cuda:1 on a GPU") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise AquabitError(f"device {str(device)!r} is not here: torch {torch.__version__} sees no GPU; use --device cpu")
+    if offload and kind == "cpu":
+        raise AquabitError("offload lets components wait on the CPU while others run on a GPU, and the device is cpu; use --device cuda")
 
 
 def _dtype(dtype: torch.dtype | str) -> torch.dtype:
@@ -48,51 +74,113 @@ def _dtype(dtype: torch.dtype | str) -> torch.dtype:
     return known[dtype] if isinstance(dtype, str) else dtype
 
 
-def _from_folder(folder: Path, device: str | torch.device, dtype: torch.dtype) -> DiffusionPipeline:
+def _from_folder(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
     index = folder / "model_index.json"
     if not index.exists():
         raise AquabitError(f"{folder} is not a diffusers pipeline: it has no model_index.json")
     described = read_json(index)
     if not isinstance(described, dict) or not isinstance(described.get("_class_name"), str):
         raise AquabitError(f"{index} names no pipeline class (_class_name)")
+    components = {k: v for k, v in described.items() if isinstance(v, list) and len(v) == 2 and v[1] is not None}
+    missing = [name for name in components if not (folder / name).is_dir()]
+    if missing:
+        raise AquabitError(f"{folder} lacks components that its model_index.json names: {', '.join(missing)}; copy or download them too")
     from aquabit.quant.artifact import is_packed
 
-    for component, entry in described.items():
-        if isinstance(entry, list):
-            is_packed(folder / component)  # refuses those of earlier versions
-    cls: Any = ClassConditionalPipeline if described["_class_name"] == "ClassConditionalPipeline" else DiffusionPipeline
-    return _bound(_guarded(str(folder), lambda: cls.from_pretrained(folder, dtype=dtype, use_safetensors=True)), device)
+    for component in components:
+        is_packed(folder / component)  # refuses those of earlier versions
+    cls: Any = OWN_PIPELINES.get(described["_class_name"], DiffusionPipeline)
+    own = {k: OWN_COMPONENTS[c].from_pretrained(folder / k, dtype=dtype) for k, (_, c) in components.items() if c in OWN_COMPONENTS}
+    return _guarded(str(folder), lambda: cls.from_pretrained(folder, dtype=dtype, use_safetensors=True, **own))
 
 
-def _bound(pipe: DiffusionPipeline, device: str | torch.device) -> DiffusionPipeline:
-    """The pipeline on its device; what a packed denoiser does while sampling follows the scheduler."""
+def _bound(pipe: DiffusionPipeline, source: str | Path, dtype: torch.dtype, device: str | torch.device, offload: bool) -> DiffusionPipeline:
+    """A loaded pipeline on its device; its text encoders can come again, and what a packed denoiser does while sampling follows the
+    scheduler."""
     from aquabit.quant.artifact import contents_of
     from aquabit.quant.correct import corrected_
     from aquabit.quant.sampling import refollow_
 
+    can_reload(pipe, _reloader(pipe, source, dtype))
     packed = [(part, found) for part in pipe.components.values() if (found := contents_of(part)) is not None]
     for denoiser, found in packed:
         refollow_(denoiser, pipe.scheduler)
         if found.statistics is not None:
             corrected_(denoiser, pipe.scheduler, found.statistics, found.config.correction)
+    if offload:
+        pipe.enable_model_cpu_offload(device=device)
+        return pipe
     return pipe if packed and str(device) == "cpu" else pipe.to(device)
+
+
+def _reloader(pipe: DiffusionPipeline, source: str | Path, dtype: torch.dtype) -> Callable[[], Mapping[str, Any]]:
+    """What loads a pipeline's text encoders, and nothing else, again; it does not hold the pipeline."""
+    cls: Any = type(pipe)
+    encoders = [name for name in pipe.components if name.startswith("text_encoder")]
+    others = {name: None for name in pipe.components if name not in encoders}
+
+    def reload() -> Mapping[str, Any]:
+        again = _guarded(str(source), lambda: cls.from_pretrained(source, dtype=dtype, **others))
+        return {name: getattr(again, name) for name in encoders}
+
+    return reload
 
 
 def _guarded(name: str, loader: Callable[[], Any]) -> Any:
     """The loaded pipeline, without diffusers' own bars and warnings; failures as one sentence."""
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     try:
-        pipe = loader()
+        with _silence():
+            pipe = loader()
     except AquabitError:
         raise
     except Exception as error:  # diffusers, safetensors and the hub raise many types: all mean that it cannot be loaded
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise AquabitError(f"{name} cannot be loaded as a diffusers pipeline: {reason}") from error
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
+        raise AquabitError(_reason(name, error)) from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """No bars and warnings of diffusers and, where it is installed, transformers (then diffusers has imported it)."""
+    found = sys.modules.get("transformers")
+    libraries = [logging, *([] if found is None else [found.utils.logging])]
+    before = [(each.get_verbosity(), each.is_progress_bar_enabled()) for each in libraries]
+    for each in libraries:
+        each.set_verbosity_error()
+        each.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for each, (level, bars) in zip(libraries, before, strict=True):
+            each.set_verbosity(level)
+            if bars:
+                each.enable_progress_bar()
+
+
+_GATED = ("GatedRepoError",)
+_UNKNOWN = ("RepositoryNotFoundError", "RevisionNotFoundError")
+_UNREACHABLE = (
+    "LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError", "ConnectTimeout", "ReadTimeout", "ConnectionError", "ProxyError",
+)  # fmt: skip
+
+
+def _reason(name: str, error: BaseException) -> str:
+    """Why a pipeline could not be loaded and what to do, from the kinds of the error and of those behind it."""
+    behind = list(_chain(error))
+    kinds = {base.__name__ for e in behind for base in type(e).__mro__}
+    if any(out_of_memory(e) for e in behind):
+        return f"memory ended while {name} was loaded; use --dtype bfloat16, fewer --workers, or a machine with more"
+    if kinds.intersection(_GATED):
+        return f"{name} is gated: accept its terms at https://huggingface.co/{name}, then log in with `hf auth login`"
+    if kinds.intersection(_UNKNOWN):
+        return f"{name} is not on the hub, or it is private; look for a typing error, or log in with `hf auth login`"
+    if kinds.intersection(_UNREACHABLE) and not Path(name).is_dir():
+        return f"the hub cannot be reached and {name} is not in its cache; connect, or give a folder"
+    first = " ".join(str(error).split()) or type(error).__name__
+    return f"{name} cannot be loaded as a diffusers pipeline: {first if len(first) < 300 else first[:297] + '...'}"
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

@@ -33,6 +33,7 @@ from aquabit.scheme import FP, METHOD, AquabitError, QuantConfig, read_json
 SCHEMA = 2  # of quantization_config; 1 was a file of its own, quantization.json
 RANGES = "ranges/"  # before the names of layers whose static ranges are stored
 NOISE = "noise/"  # before the names of noise statistics
+FACTS = ("noise", "inputs")  # beside the configuration: what noise statistics belong to, and what an example call takes
 PARTS = ("codes", "codebooks", "scale", "offset")
 OLD = "quantization.json"
 
@@ -47,6 +48,7 @@ class Contents:
     layers: Layers
     ranges: Mapping[str, Tensor] = field(default_factory=dict)
     statistics: Statistics | None = None
+    inputs: Mapping[str, Any] | None = None  # of an example call, described, where the class does not tell them
 
 
 def contents_of(denoiser: nn.Module) -> Contents | None:
@@ -107,8 +109,8 @@ def save_packed_denoiser(denoiser: Any, folder: Path, max_shard_size: int | str 
 # ---- quantization_config ---------------------------------------------------------------------------------------------------------------
 
 
-def described(config: QuantConfig, statistics: Statistics | None = None) -> dict[str, Any]:
-    """A configuration as ``quantization_config`` holds it: layers of equal choices are listed together."""
+def described(config: QuantConfig, statistics: Statistics | None = None, inputs: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """A configuration and what goes with it (FACTS) as ``quantization_config`` holds it: layers of equal choices are listed together."""
     value = config.to_dict()
     groups: dict[str, dict[str, Any]] = {}
     for name, choice in value.pop("layers").items():
@@ -116,16 +118,18 @@ def described(config: QuantConfig, statistics: Statistics | None = None) -> dict
     value |= {"schema": SCHEMA, "groups": list(groups.values())}
     if statistics is not None:
         value["noise"] = json.loads(statistics.tensors()[1]["about"])
+    if inputs is not None:
+        value["inputs"] = inputs
     return {"quant_method": METHOD, **value}
 
 
-def parsed(value: Mapping[str, Any]) -> tuple[QuantConfig, Any]:
-    """The configuration that ``described`` wrote, and what its noise statistics belong to; raises AquabitError where it is not one."""
+def parsed(value: Mapping[str, Any]) -> tuple[QuantConfig, dict[str, Any]]:
+    """The configuration that ``described`` wrote, and those of FACTS that it has; raises AquabitError where it is not one."""
     source, given = "quantization_config", dict(value)
     if given.get("schema") != SCHEMA:
         raise AquabitError(f"{source} has schema {given.get('schema')!r}, this version of aquabit reads {SCHEMA}; quantize again")
     given.pop("quant_method", None)
-    noise, groups = given.pop("noise", None), given.pop("groups", None)
+    facts, groups = {k: given.pop(k) for k in FACTS if k in given}, given.pop("groups", None)
     if not isinstance(groups, list):
         raise AquabitError(f"{source} needs a list of groups of layers, not {groups!s:.60}")
     layers: dict[str, Any] = {}
@@ -137,7 +141,7 @@ def parsed(value: Mapping[str, Any]) -> tuple[QuantConfig, Any]:
         if twice:
             raise AquabitError(f"{source} has layer {twice[0]!r} in two groups")
         layers |= {n: {k: v for k, v in group.items() if k != "layers"} for n in names}
-    return QuantConfig.from_dict({**given, "schema": 1, "layers": layers}, source), noise
+    return QuantConfig.from_dict({**given, "schema": 1, "layers": layers}, source), facts
 
 
 # ---- tensors ---------------------------------------------------------------------------------------------------------------------------

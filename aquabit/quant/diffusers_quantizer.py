@@ -44,9 +44,11 @@ class AquabitConfig(QuantizationConfigMixin):
     AquabitError for schemes and bits that are unknown, and on loading for patterns that match no layer.
     """
 
-    def __init__(self, weights: str | Mapping[str, str] | QuantConfig = "usq4", act: int | None = None, noise: Any = None):
+    def __init__(
+        self, weights: str | Mapping[str, str] | QuantConfig = "usq4", act: int | None = None, facts: Mapping[str, Any] | None = None
+    ):
         self.quant_method = AquabitMethod.AQUABIT
-        self.weights, self.act, self.noise = weights, act, noise
+        self.weights, self.act, self.facts = weights, act, dict(facts or {})
         if isinstance(weights, QuantConfig):
             if act is not None:
                 raise AquabitError(f"activation bits are {act}, but the configuration names each layer's; leave them out")
@@ -62,8 +64,8 @@ class AquabitConfig(QuantizationConfigMixin):
 
         value = {k: v for k, v in config_dict.items() if k != "quant_method"}
         if "groups" in value or "schema" in value:
-            config, noise = parsed(value)
-            found = cls(config, noise=noise)
+            config, facts = parsed(value)
+            found = cls(config, facts=facts)
         else:
             unknown = sorted(set(value) - {"weights", "act"})
             if unknown:
@@ -77,8 +79,7 @@ class AquabitConfig(QuantizationConfigMixin):
         from aquabit.quant.artifact import described
 
         if isinstance(self.weights, QuantConfig):
-            value = described(self.weights)
-            return value if self.noise is None else {**value, "noise": self.noise}
+            return {**described(self.weights), **self.facts}
         weights = self.weights if isinstance(self.weights, str) else dict(self.weights)
         return {"quant_method": METHOD, "weights": weights, "act": self.act}
 
@@ -155,7 +156,7 @@ class AquabitQuantizer(DiffusersQuantizer):
 
         asked, fp32 = self.quantization_config, list(keep_in_fp32_modules or ())
         if self.pre_quantized:
-            self._loading = Unpacking(model, asked.weights, asked.noise, self._dtype, fp32)
+            self._loading = Unpacking(model, asked.weights, asked.facts, self._dtype, fp32)
         else:
             self._loading = Quantizing(model, asked.resolved(list(layers(trace(model)))), self._dtype, fp32)
 
@@ -220,12 +221,12 @@ class AquabitQuantizer(DiffusersQuantizer):
 
 def adopt_(model: Any, quantizer: AquabitQuantizer) -> None:
     """A packed model as diffusers has it after loading: its quantizer, and the configuration that ``save_pretrained`` writes."""
-    from aquabit.quant.artifact import described
+    from aquabit.quant.artifact import described, parsed
 
     found = quantizer.contents
     assert found is not None
-    noise = described(found.config, found.statistics).get("noise")
-    quantizer.quantization_config = AquabitConfig(found.config, noise=noise)
+    _, facts = parsed(described(found.config, found.statistics, found.inputs))
+    quantizer.quantization_config = AquabitConfig(found.config, facts=facts)
     model.hf_quantizer, model.is_quantized, model.quantization_method = quantizer, True, AquabitMethod.AQUABIT
     model.register_to_config(quantization_config=quantizer.quantization_config.to_dict())
 

@@ -74,6 +74,7 @@ class QuantizedDenoiser:
         sample: Sample | None = None,
     ):  # fmt: skip
         self.denoiser = denoiser
+        self.inputs = graph.graph.get("inputs")  # of an example call, described, where the class does not tell them
         self.partners = codebook_names(graph)
         self._fitter = None if bank is None else Fitter(self, bank, fingerprint, record, self.partners)
         self.layers: dict[str, QuantLinear | QuantConv2d] = {}

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aquabit.graph import described_inputs, trace
 from aquabit.graph import layers as layer_nodes
-from aquabit.graph import trace
 from aquabit.quant.artifact import Contents, coded_weight, finish_, is_own, place_layers_, stored_statistics
 from aquabit.quant.model import fingerprint_of, storage_dtype, stored_hash
 from aquabit.quant.weights import quantize_weight
@@ -24,9 +24,10 @@ class Unpacking:
     is diffusers' doing. ``fp32`` names modules that stay in float32.
     """
 
-    def __init__(self, model: Any, config: QuantConfig, noise: Any, dtype: torch.dtype, fp32: Iterable[str] = ()):
-        self.model, self.config, self.noise = model, config, noise
-        self.expected, self.graph = set(model.state_dict()), trace(model)
+    def __init__(self, model: Any, config: QuantConfig, facts: Mapping[str, Any], dtype: torch.dtype, fp32: Iterable[str] = ()):
+        self.model, self.config, self.facts = model, config, facts
+        inputs = described_inputs(facts["inputs"]) if "inputs" in facts else None
+        self.expected, self.graph = set(model.state_dict()), trace(model, inputs)
         names = layer_nodes(self.graph)
         dtypes = {n: torch.float32 if set(fp32) & set(n.split(".")) else dtype for n in names}
         self.coded = {f"{n}.weight" for n in names if config[n].weight != FP}
@@ -65,14 +66,15 @@ class Unpacking:
                 if device.type != "cpu":
                     layer.to(device)
         ranges = finish_(self.model, self.graph, self.layers, self.config, self.tensors)
-        return Contents(self.config, self.layers, ranges, stored_statistics(self.config, self.noise, self.tensors))
+        statistics = stored_statistics(self.config, self.facts.get("noise"), self.tensors)
+        return Contents(self.config, self.layers, ranges, statistics, self.facts.get("inputs"))
 
 
 class Quantizing(Unpacking):
     """Loading of one dense model whose layers are fitted to ``config`` file by file, in float32, from weights as they would be stored."""
 
     def __init__(self, model: Any, config: QuantConfig, dtype: torch.dtype, fp32: Iterable[str] = ()):
-        super().__init__(model, config, None, dtype, fp32)
+        super().__init__(model, config, {}, dtype, fp32)
         self.stored_as_codes = set()
         self.hashes: dict[str, str] = {}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import ctypes
 import io
 import platform
@@ -24,7 +23,18 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from aquabit.kernels.dispatch import using
-from aquabit.pipelines import Adapter, denoiser_name, load, noise_statistics, recorder, replay_recorder, sampler, set_scheduler
+from aquabit.pipelines import (
+    Adapter,
+    denoiser_name,
+    free_text_encoders,
+    load,
+    noise_statistics,
+    own_copy,
+    recorder,
+    replay_recorder,
+    sampler,
+    set_scheduler,
+)
 from aquabit.quality import DigitsFeatures, NonFiniteImages, Quality, Reference
 from aquabit.quality.paired import mse, psnr_from_mse, ssim
 from aquabit.quant.bank import Bank
@@ -106,9 +116,9 @@ class Evaluator:
             reuse_memory()
         pipe = load(model, device, dtype)
         if isinstance(model, DiffusionPipeline):
-            own = {**pipe.components, denoiser_name(pipe): copy.deepcopy(getattr(pipe, denoiser_name(pipe)))}
-            pipe = type(pipe)(**own, **{k: pipe.config[k] for k in ("classes", "real_images") if k in pipe.config})
-            pipe.set_progress_bar_config(disable=True)
+            pipe = own_copy(pipe, denoiser_name(pipe))
+        else:
+            free_text_encoders(pipe)
         self.pipe, self.bank, self.fingerprint, self.device = pipe, bank, fingerprint, device
         self.scheduler = pipe.scheduler
         self.adapter = Adapter(pipe)
@@ -150,7 +160,7 @@ class Evaluator:
         steps: StepGroups | None,
     ) -> dict[str, dict[str, Any]]:  # fmt: skip
         """``facts`` of one layer with what each scheme, and each activation choice of ``probes``, does to images."""
-        few = replace(protocol, images=PROBE_IMAGES, micro_batch=PROBE_IMAGES, seed=PROBE_SEED)
+        few = replace(protocol, images=PROBE_IMAGES, micro_batch=min(PROBE_IMAGES, protocol.micro_batch), seed=PROBE_SEED)
         if self._probed is None or self._probed[0] != protocol.digest:
             self._probed = protocol.digest, self.generate(QuantConfig(self.fingerprint, {}), few)
         full = self._probed[1]

@@ -23,7 +23,7 @@ def stored(protocol: Protocol) -> tuple[Calibration, int]:
     """What is recorded for a protocol, and in batches of how many images: trajectories of IMAGES seeds of their own."""
     return Calibration(
         IMAGES, SEED, protocol.steps, protocol.scheduler, protocol.eta, protocol.guidance, protocol.resolution, protocol.conditions
-    ), IMAGES // 2
+    ), min(IMAGES // 2, protocol.micro_batch)
 
 
 def output_features(values: Sequence[Mapping[str, Sequence[float]]]) -> np.ndarray:

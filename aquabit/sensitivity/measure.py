@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline
 
 from aquabit.cost import CostModel
 from aquabit.graph import to_json
-from aquabit.pipelines import Adapter, check_scheduler, denoiser_of, load, scheduler_named, trace
+from aquabit.pipelines import Adapter, check_scheduler, denoiser_of, family_notes, load, scheduler_named, trace
 from aquabit.quant.bank import Bank
 from aquabit.quant.correct import check_correction
 from aquabit.quant.model import fingerprint
@@ -55,6 +55,7 @@ class Model:
     source: str | DiffusionPipeline  # what workers load
     real_images: str  # digest of the real images, "none" where there are none
     scheduler: Any  # the pipeline's own
+    notes: tuple[str, ...] = ()  # what is to be said of a pipeline of no known family
 
 
 def open_model(model: str | DiffusionPipeline) -> Model:
@@ -62,7 +63,8 @@ def open_model(model: str | DiffusionPipeline) -> Model:
     pipe = load(model)
     _, real = Adapter(pipe).reference()
     name = str(model) if isinstance(model, str) else type(pipe).__name__
-    return Model(name, fingerprint(denoiser_of(pipe)), trace(pipe), model, real.digest if real else "none", pipe.scheduler)
+    digest, notes = real.digest if real else "none", tuple(family_notes(pipe))
+    return Model(name, fingerprint(denoiser_of(pipe)), trace(pipe), model, digest, pipe.scheduler, notes)
 
 
 def protocol_for(model: Model, protocol: Protocol | None = None) -> Protocol:
@@ -260,6 +262,8 @@ def open_session(
             raise AquabitError(
                 f"the step groups are of {space.steps.total} steps, the images are made in {given.steps}; give both the same number"
             )
+        if opened.notes:
+            study.set(family_notes=list(opened.notes))
         study.begin(opened.reference, opened.fingerprint, to_json(opened.graph), space.to_dict(), given)
         store = Bank(bank)
         with pool_for(opened, store, workers, device, given.dtype) as pool:

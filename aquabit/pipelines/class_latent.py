@@ -1,0 +1,66 @@
+"""ClassLatentPipeline: latent diffusion from class labels by cross-attention, as LDM-4 on ImageNet; diffusers has no pipeline for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor, nn
+
+from aquabit.pipelines.class_conditional import images_output, step_arguments
+
+
+class ClassEmbedder(ModelMixin, ConfigMixin):
+    """Class labels [n] to the context [n, 1, width] of cross-attention (LDM, appendix E)."""
+
+    @register_to_config
+    def __init__(self, classes: int = 1001, width: int = 512):
+        super().__init__()
+        self.embedding = nn.Embedding(classes, width)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        found: Tensor = self.embedding(labels)[:, None]
+        return found
+
+
+class ClassLatentPipeline(DiffusionPipeline):
+    """Images [n, c, h, w] in [0, 1] from class labels; the label after the last class stands for "no condition".
+
+    ``unet`` takes the class as its context; ``vqvae`` decodes latents, divided by its ``scaling_factor``.
+    """
+
+    def __init__(self, unet: Any, vqvae: Any, class_embedder: Any, scheduler: Any, classes: int = 1000):
+        super().__init__()
+        self.register_modules(unet=unet, vqvae=vqvae, class_embedder=class_embedder, scheduler=scheduler)
+        self.register_to_config(classes=classes)
+
+    @torch.no_grad()
+    def __call__(
+        self, class_labels: Sequence[int], generator: Any = None, num_inference_steps: int = 20, guidance_scale: float = 1.0,
+        eta: float = 0.0, output_type: str = "pil", return_dict: bool = True,
+    ) -> Any:  # fmt: skip
+        """One image a label; ``generator`` is one per image (or one for all). ``output_type`` is pil, np or pt."""
+        net, n, device = self.unet, len(class_labels), self._execution_device
+        size = net.config.sample_size
+        x = randn_tensor((n, net.config.in_channels, size, size), generator, device, net.dtype)
+        labels = torch.as_tensor(list(class_labels), device=device)
+        guided = guidance_scale != 1.0
+        both = torch.cat([labels, torch.full_like(labels, self.config.classes)]) if guided else labels
+        context = self.class_embedder(both)
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        x = x * self.scheduler.init_noise_sigma
+        extra = step_arguments(self.scheduler, generator, eta)
+        for t in self.progress_bar(self.scheduler.timesteps):
+            scaled = self.scheduler.scale_model_input(torch.cat([x, x]) if guided else x, t)
+            noise = net(scaled, t, encoder_hidden_states=context).sample
+            if guided:
+                conditional, unconditional = noise.chunk(2)
+                noise = unconditional + guidance_scale * (conditional - unconditional)
+            x = self.scheduler.step(noise, t, x, **extra).prev_sample
+        decoded = self.vqvae.decode(x / self.vqvae.config.scaling_factor).sample
+        self.maybe_free_model_hooks()
+        return images_output(decoded, output_type, return_dict)
