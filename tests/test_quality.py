@@ -381,7 +381,7 @@ def test_reference_digest_follows_images_and_extractor_only(digits: DigitsFeatur
     assert Reference.from_images(whole_bytes, digits).digest == Reference.from_images(whole_bytes.numpy() / np.float32(255), digits).digest
     with pytest.raises(dataclasses.FrozenInstanceError):
         reference.digest = "other"  # type: ignore[misc]
-    assert np.array_equal(pickle.loads(pickle.dumps(reference)).pooled_root, reference.pooled_root)
+    assert np.array_equal(pickle.loads(pickle.dumps(reference)).pooled_factor, reference.pooled_factor)
 
 
 # The bundled classifier -------------------------------------------------------------------------------------------

@@ -142,9 +142,9 @@ class Quality:
             return made.inception_score if kind == "inception_score" else made.accuracy
         assert real is not None  # such metrics are not served without
         if kind == "frechet":
-            return _frechet(real.pooled_mean, real.pooled_root, made.pooled)
+            return _frechet(real.pooled_mean, real.pooled_factor, made.pooled)
         if kind == "spatial_frechet":
-            return _frechet(real.spatial_mean, real.spatial_root, made.spatial)
+            return _frechet(real.spatial_mean, real.spatial_factor, made.spatial)
         rows = made.kept.rows
         match kind:
             case "kernel":
@@ -170,7 +170,7 @@ def _asked(conditions: Any, count: int) -> tuple[npt.NDArray[Any] | None, list[s
     return labels, None
 
 
-def _frechet(mean: Array, root: Array, generated: Moments) -> float:
+def _frechet(mean: Array, factor: Array, generated: Moments) -> float:
     if generated.count < 2:
         return float("nan")
-    return distances.frechet_from_roots(mean, root, generated.mean, distances.covariance_root(generated.covariance))
+    return distances.frechet_from_factors(mean, factor, generated.mean, generated.factor)

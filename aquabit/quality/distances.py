@@ -1,6 +1,6 @@
 """Distances between sets of features: exact, float64, deterministic functions of numpy arrays [n, d].
 
-The ``*_root``, ``*_sum`` and ``*_radii`` parts are public so that a Reference computes its side once.
+The ``*_factors``, ``*_sum`` and ``*_radii`` parts are public so that a Reference computes its side once.
 Undefined values (too few rows) are NaN.
 """
 
@@ -53,22 +53,30 @@ def covariance_root(covariance: npt.ArrayLike) -> Array:
     return root
 
 
-def frechet_from_roots(mean_a: Array, root_a: Array, mean_b: Array, root_b: Array) -> float:
-    """``frechet_distance`` where the covariances' roots are known.
+def covariance_factor(rows: Array) -> Array:
+    """F [r, d] with F^T F = the covariance of rows [n, d] over n - 1; r the smaller of n and d."""
+    if len(rows) > rows.shape[1]:
+        return covariance_root(np.atleast_2d(np.cov(rows, rowvar=False)))
+    factor: Array = (rows - rows.mean(0)) / np.sqrt(len(rows) - 1)
+    return factor
 
-    tr sqrt(sqrt(A) B sqrt(A)) is the sum of the singular values of sqrt(A) sqrt(B), which keeps twice the digits that the
+
+def frechet_from_factors(mean_a: Array, factor_a: Array, mean_b: Array, factor_b: Array) -> float:
+    """``frechet_distance`` where F [r, d] with F^T F = covariance is known of both: a root, or centred rows over sqrt(n - 1).
+
+    tr sqrt(sqrt(A) B sqrt(A)) is the sum of the singular values of F_a F_b^T, which keeps twice the digits that the
     eigenvalues of the squared product keep: it matters where a covariance is singular (n <= d).
     """
     shift = mean_a - mean_b
-    cross = np.linalg.svd(root_a @ root_b, compute_uv=False).sum()
-    value = shift @ shift + (root_a**2).sum() + (root_b**2).sum() - 2.0 * cross
+    cross = np.linalg.svd(factor_a @ factor_b.T, compute_uv=False).sum()
+    value = shift @ shift + (factor_a**2).sum() + (factor_b**2).sum() - 2.0 * cross
     return max(float(value), 0.0)  # rounding may leave -1e-15
 
 
 def frechet_distance(mean_a: npt.ArrayLike, cov_a: npt.ArrayLike, mean_b: npt.ArrayLike, cov_b: npt.ArrayLike) -> float:
     """|mean_a - mean_b|^2 + tr(A + B - 2 sqrt(A B)) of two Gaussians (Dowson and Landau 1982; Heusel et al. 2017, eq. 6)."""
     means = [np.asarray(m, dtype=np.float64) for m in (mean_a, mean_b)]
-    return frechet_from_roots(means[0], covariance_root(cov_a), means[1], covariance_root(cov_b))
+    return frechet_from_factors(means[0], covariance_root(cov_a), means[1], covariance_root(cov_b))
 
 
 def fid(real: npt.ArrayLike, generated: npt.ArrayLike) -> float:
@@ -77,8 +85,7 @@ def fid(real: npt.ArrayLike, generated: npt.ArrayLike) -> float:
     _same_width(a, b)
     if min(len(a), len(b)) < 2:
         return float("nan")
-    cov_a, cov_b = (np.atleast_2d(np.cov(x, rowvar=False)) for x in (a, b))
-    return frechet_distance(a.mean(0), cov_a, b.mean(0), cov_b)
+    return frechet_from_factors(a.mean(0), covariance_factor(a), b.mean(0), covariance_factor(b))
 
 
 def sfid(real_spatial: npt.ArrayLike, generated_spatial: npt.ArrayLike) -> float:

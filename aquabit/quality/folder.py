@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from aquabit.scheme import AquabitError, Progress, no_progress
@@ -79,6 +79,14 @@ def read_picture(path: Path, size: tuple[int, int], channels: int) -> Tensor:
     with Image.open(path) as image:
         picture = image.convert("L" if channels == 1 else "RGB")
     if picture.size != size[::-1]:
-        picture = ImageOps.fit(picture, size[::-1], Image.Resampling.LANCZOS)
+        picture = picture.crop(_centre(picture.width, picture.height, size)).resize(size[::-1], Image.Resampling.LANCZOS)
     pixels = torch.from_numpy(np.array(picture))
     return pixels[None] if channels == 1 else pixels.permute(2, 0, 1).contiguous()
+
+
+def _centre(width: int, height: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """The largest box in the centre, as PIL has boxes, with the shape of ``size`` (height, width)."""
+    scale = min(height / size[0], width / size[1])
+    high, wide = max(1, round(scale * size[0])), max(1, round(scale * size[1]))
+    left, top = (width - wide) // 2, (height - high) // 2
+    return left, top, left + wide, top + high

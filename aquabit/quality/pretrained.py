@@ -166,8 +166,9 @@ def _from_folder(cls: str, folder: Path, device: str, **options: Any) -> Any:
     except ImportError as error:
         raise AquabitError("transformers is not installed; CLIP and DINOv2 need it: pip install 'aquabit[text]'") from error
     logging: Any = transformers.logging
-    level = logging.get_verbosity()
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         model = getattr(transformers, cls).from_pretrained(str(folder), local_files_only=True, **options)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
@@ -175,6 +176,8 @@ def _from_folder(cls: str, folder: Path, device: str, **options: Any) -> Any:
         raise AquabitError(f"{folder} could not be read as a {cls} of transformers ({reason})") from error
     finally:
         logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
     return model.to(device).eval() if hasattr(model, "eval") else model
 
 

@@ -16,13 +16,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from aquabit.quality.collected import Collected
-from aquabit.quality.distances import NEIGHBOURS, Array, covariance_root, gaussian_kernel_sum, neighbour_radii, within_kernel_sum
+from aquabit.quality.distances import NEIGHBOURS, Array, gaussian_kernel_sum, neighbour_radii, within_kernel_sum
 from aquabit.quality.features import BUNDLED, WITHOUT_REAL, FeatureExtractor, load_tensors, unit_images
 from aquabit.scheme import AquabitError
 
 _MICRO_BATCH = 64
 _NONE: Array = np.zeros(0)
-_ARRAYS = ("pooled", "pooled_mean", "pooled_root", "pooled_radii", "spatial_mean", "spatial_root")
+_ARRAYS = ("pooled", "pooled_mean", "pooled_factor", "pooled_radii", "spatial_mean", "spatial_factor")
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,11 +36,11 @@ class Reference:
     count: int
     pooled: Array  # [m, d], of at most KEPT images
     pooled_mean: Array  # [d], of all images, as all moments
-    pooled_root: Array  # [d, d], root of the covariance
+    pooled_factor: Array  # [r, d], F with F^T F = covariance
     pooled_radii: Array  # [m], distance to the third nearest neighbour
     kernel_sum: float  # over pairs of ``pooled``: within_kernel_sum, or gaussian_kernel_sum for CMMD
     spatial_mean: Array  # [s]
-    spatial_root: Array  # [s, s]
+    spatial_factor: Array  # [r, s]
 
     @staticmethod
     def from_images(images: Any, extractor: FeatureExtractor) -> Reference:
@@ -85,11 +85,11 @@ class Reference:
             count=collected.count,
             pooled=pooled,
             pooled_mean=collected.pooled.mean if frechet else _NONE,
-            pooled_root=covariance_root(collected.pooled.covariance) if frechet else _NONE,
+            pooled_factor=collected.pooled.factor if frechet else _NONE,
             pooled_radii=neighbour_radii(pooled) if kinds & {"precision", "recall"} else _NONE,
             kernel_sum=kernel_sum,
             spatial_mean=collected.spatial.mean if spatial else _NONE,
-            spatial_root=covariance_root(collected.spatial.covariance) if spatial else _NONE,
+            spatial_factor=collected.spatial.factor if spatial else _NONE,
         )
 
     def save(self, path: Path, facts: dict[str, Any]) -> None:
