@@ -235,7 +235,7 @@ def test_the_bank_keeps_full_precision_images(tmp_path, dit) -> None:
     made = os.listdir(tmp_path)
     assert sum(f.startswith("images-") for f in made) == 1
     images = evaluator.full_precision(PROTOCOL)
-    evaluator._full = None
+    evaluator._full = "", {}
     assert torch.equal(evaluator.full_precision(PROTOCOL), images)
 
 
