@@ -14,7 +14,7 @@ _HOMES = {
     "SearchSpace": "space", "Study": "study", "load": "pipelines", "trace": "pipelines", "measure": "sensitivity.measure",
     "explain": "sensitivity.attribution", "Sensitivity": "sensitivity.attribution", "validate": "flow", "find": "flow", "Front": "search",
     "quantize": "packing", "generate": "packing", "run": "flow", "report": "reports", "quantize_weight": "quant.weights",
-    "CodebookWeight": "kernels", "FineTuning": "quant.finetune_settings",
+    "QualityOptions": "quality", "CodebookWeight": "kernels", "FineTuning": "quant.finetune_settings",
     "AquabitConfig": "quant.diffusers_quantizer",
 }  # fmt: skip
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from aquabit.packing import quantize as quantize
     from aquabit.pipelines import load as load
     from aquabit.pipelines import trace as trace
+    from aquabit.quality import QualityOptions as QualityOptions
     from aquabit.quant.diffusers_quantizer import AquabitConfig as AquabitConfig
     from aquabit.quant.finetune_settings import FineTuning as FineTuning
     from aquabit.quant.weights import quantize_weight as quantize_weight

@@ -113,9 +113,10 @@ def show_failures(study: Any) -> None:
 
 
 def show_notes(study: Any) -> None:
-    """What is to be said of fits: a diagonal H, codewords that nothing uses; by kind, with how many layers and one of them."""
-    for note in study.get("family_notes") or []:
-        console.print(f"[yellow]{plain(note)}[/]", highlight=False)
+    """What is to be said of the pipeline, of how quality is measured, and of fits (a diagonal H, codewords that nothing uses):
+    by kind, with one layer."""
+    for note in [*(study.get("family_notes") or []), *(study.get("quality") or {}).get("notes", [])]:
+        console.print(f"[yellow]note:[/] {plain(note)}", highlight=False)
     notes = study.notes()
     kinds: dict[str, list[str]] = {}
     for note in notes:

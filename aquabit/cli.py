@@ -57,7 +57,12 @@ SpaceFile = Annotated[
     ),
 ]
 Objective = Annotated[
-    str, typer.Option("--objective", help="fid, sfid, kid, is, precision, recall, accuracy, mse, psnr, ssim, feature_distance.")
+    str,
+    typer.Option(
+        "--objective",
+        help="fid, sfid, kid, is, precision, recall, accuracy, mse, psnr, ssim, feature_distance, lpips, clip_score, cmmd, fd_dinov2, "
+        "kd_dinov2, precision_dinov2, recall_dinov2, or a --metric; what it needs is said. Without real images fid becomes mse.",
+    ),
 ]
 BankOption = Annotated[
     Path | None, typer.Option("--bank", help="Folder of fitted weights; default: AQUABIT_BANK, or ~/.cache/aquabit/bank.")
@@ -81,13 +86,31 @@ EstimatorOption = Annotated[
         "--estimator", help="What is fitted: gbdt (boosted trees), ridge_one_hot, sum_of_damages, average_bits, graph_network (minutes)."
     ),
 ]
-Reference = Annotated[Path | None, typer.Option("--reference", help="Folder of real images (arrives with real pipelines and metrics).")]
+Reference = Annotated[
+    Path | None,
+    typer.Option("--reference", metavar="DIR", help="Folder of real images, for fid and its like; their statistics are kept in the bank."),
+]
+FeaturesOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--features",
+        metavar="NAME=PATH",
+        help="inception=FILE (inception-2015-12-05.pt, or FILE@SHA256; default: AQUABIT_INCEPTION), clip=DIR, dinov2=DIR (transformers), lpips=FILE (safetensors); may be repeated.",
+    ),
+]
 MicroBatch = Annotated[int, typer.Option("--micro-batch", min=1, help="Images made at once: what memory allows.")]
 Resolution = Annotated[int | None, typer.Option("--resolution", min=1, help="Side of the images in pixels; default: the model's own.")]
 Preset = Annotated[
     str | None, typer.Option("--preset", help="Settings of a paper's table (see `aquabit models`), where no option is given for them.")
 ]
-MetricOption = Annotated[str | None, typer.Option("--metric", help="module:function (arrives with real pipelines and metrics).")]
+MetricOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--metric",
+        metavar="MODULE:FUNCTION",
+        help="A function of images, full-precision images [n, 3, h, w] and conditions, one number an image; its .direction is min or max. May be repeated, and be the --objective.",
+    ),
+]
 
 
 def _later(**options: Any) -> None:
@@ -140,6 +163,13 @@ def _prompts(path: Path | None) -> tuple[str, ...] | None:
     return kept
 
 
+def _quality(reference: Path | None, features: list[str] | None, metrics: list[str] | None) -> Any:
+    """What images are measured with beside the model's own; None where nothing is given, which continues a study's own."""
+    from aquabit.quality import QualityOptions
+
+    return QualityOptions(str(reference) if reference else None, tuple(features or ()), tuple(metrics or ())) or None
+
+
 def _space(path: Path | None, correction: str | None, step_groups: str | None, steps: int) -> dict[str, Any] | None:
     """The options of the search space; None where there are none, which continues a study's own."""
     from aquabit.space import read_space
@@ -162,12 +192,11 @@ def run(
     samples: Samples = 120, flips: Annotated[int, typer.Option("--flips", min=1, help="Real swaps that check the explanation.")] = 40,
     images: Images = 128, steps: Steps = 10, scheduler: SchedulerOption = "default", eta: Eta = 0.0, seed: Seed = 0, workers: Workers = None,
     device: Device = "cpu", dtype: Dtype = "float32", prompts: Prompts = None, guidance: Guidance = 1.0, space: SpaceFile = None,
-    objective: Objective = "fid", bank: BankOption = None, reference: Reference = None, preset: Preset = None, metric: MetricOption = None,
-    correction: CorrectionOption = None, step_groups: StepGroupsOption = None, micro_batch: MicroBatch = 64, resolution: Resolution = None,
-    json_: Json = None,
+    objective: Objective = "fid", bank: BankOption = None, reference: Reference = None, features: FeaturesOption = None, preset: Preset = None,
+    metric: MetricOption = None, correction: CorrectionOption = None, step_groups: StepGroupsOption = None, micro_batch: MicroBatch = 64,
+    resolution: Resolution = None, json_: Json = None,
 ) -> None:  # fmt: skip
     """The whole flow: measure, explain, check, search, pack, report."""
-    _later(reference=reference, metric=metric)
     _quiet()
     from aquabit import flow
     from aquabit.pipelines import preset_named
@@ -183,7 +212,8 @@ def run(
         front = flow.run(
             model, out, bits, samples, flips, protocol=protocol, space=_space(space, correction, step_groups, steps),
             workers=_workers(workers, device),
-            device=device, dtype=dtype, bank=str(bank) if bank else None, sample_seed=seed, progress=progress,
+            device=device, dtype=dtype, bank=str(bank) if bank else None, quality=_quality(reference, features, metric),
+            sample_seed=seed, progress=progress,
         )  # fmt: skip
     if not emit(front.to_list(), json_):
         show_sensitivity(Study(out / "study.db").get("sensitivity"), 10)
@@ -258,7 +288,7 @@ def measure(
     context: typer.Context, model: ModelArgument, study: Annotated[Path, typer.Option("--study", metavar="S.db", help="Study file, created or continued.")],
     samples: Samples = 120, images: Images = 128, steps: Steps = 10, scheduler: SchedulerOption = "default", eta: Eta = 0.0, seed: Seed = 0,
     workers: Workers = None, device: Device = "cpu", dtype: Dtype = "float32", prompts: Prompts = None, guidance: Guidance = 1.0,
-    space: SpaceFile = None, objective: Objective = "fid", bank: BankOption = None, reference: Reference = None, preset: Preset = None,
+    space: SpaceFile = None, objective: Objective = "fid", bank: BankOption = None, reference: Reference = None, features: FeaturesOption = None, preset: Preset = None,
     metric: MetricOption = None, correction: CorrectionOption = None, step_groups: StepGroupsOption = None, micro_batch: MicroBatch = 64,
     resolution: Resolution = None,
     design: Annotated[str, typer.Option("--design", help="random (independent draws), balanced (nearly orthogonal, evenly over bits), swaps (of one layer in shared contexts), disagreement (batches on which refitted surrogates disagree); balanced:0.5 and swaps:0.5 are half random.")] = "random",
@@ -270,7 +300,7 @@ def measure(
     json_: Json = None,
 ) -> None:  # fmt: skip
     """Measure random configurations into a study; run again, it continues."""
-    _later(reference=reference, metric=metric, ray=ray, plan=plan)
+    _later(ray=ray, plan=plan)
     _quiet()
     from aquabit import flow
     from aquabit.sensitivity.measure import measure as measure_model
@@ -284,7 +314,7 @@ def measure(
         opened = Study(study)
         count = measure_model(
             model, opened, samples, protocol=protocol, space=_space(space, correction, step_groups, steps), workers=_workers(workers, device), device=device,
-            dtype=dtype, bank=str(bank) if bank else None, sample_seed=seed, design=design, shard=shard, progress=progress,
+            dtype=dtype, bank=str(bank) if bank else None, quality=_quality(reference, features, metric), sample_seed=seed, design=design, shard=shard, progress=progress,
         )  # fmt: skip
         if contexts:
             flow.see_in_context(

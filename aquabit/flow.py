@@ -11,16 +11,9 @@ from typing import Any
 import numpy as np
 
 from aquabit.packing import Model, generate, quantize
+from aquabit.quality import QualityOptions
 from aquabit.reports import report as write_report
-from aquabit.scheme import (
-    AquabitError,
-    Budget,
-    Progress,
-    Protocol,
-    QuantConfig,
-    direction,
-    no_progress,
-)
+from aquabit.scheme import LOWER_IS_BETTER, AquabitError, Budget, Progress, Protocol, QuantConfig, no_progress
 from aquabit.search import (
     Bound,
     Front,
@@ -130,7 +123,7 @@ def find_in(
         session.costs = session.costs.timed(latency_table(session.here, space, progress))
     costs, open_ = session.costs, activation_choices(space, budget)
     costs.check(budget, max(open_) if len(open_) == 1 else None)
-    sign = 1.0 if direction(metric) == "min" else -1.0
+    sign = 1.0 if session.protocol.direction() == "min" else -1.0
     uniform = [
         space.uniform(s, max(space.activations))
         for s in space.schemes
@@ -249,14 +242,12 @@ def _front(session: Session, members: list[QuantConfig], winner: QuantConfig, bu
         found = {m: interval(_blocks(session, [config], protocols, m)[config.digest]) for m in _metrics(session)}
         rows.append(FrontMember.of(costs, config, {metric: float(np.ravel(predicted)[0])}, found, call))
     comparison = _comparison(session, winner, baseline, protocols, metric) if baseline else {}
-    return Front(rows, budget, winner.digest, comparison).pruned(metric, direction(metric) == "min")
+    return Front(rows, budget, winner.digest, comparison).pruned(metric, session.protocol.direction() == "min")
 
 
 def _metrics(session: Session) -> list[str]:
-    known = set(session.study.measurements().columns)
-    return [
-        m for m in ("fid", "sfid", "kid", "is", "precision", "recall", "accuracy", "psnr", "ssim", "mse", "feature_distance") if m in known
-    ]
+    known = session.study.measurements().columns
+    return [m for m in known if m in LOWER_IS_BETTER or ":" in m]  # the user's own are named module:function
 
 
 def _comparison(session: Session, winner: QuantConfig, uniform: QuantConfig, protocols: Sequence[Protocol], metric: str) -> dict[str, Any]:
@@ -290,7 +281,7 @@ def write_json(path: Path, value: Any) -> None:
 def run(
     model: Model, out: str | Path, bits: float = 3.0, samples: int = 120, flips: int = 40, *, protocol: Protocol | None = None,
     space: Mapping[str, Any] | None = None, workers: int = 1, device: str = "cpu", dtype: str = "float32", bank: str | None = None,
-    sample_seed: int = 0, progress: Progress = no_progress,
+    quality: QualityOptions | None = None, sample_seed: int = 0, progress: Progress = no_progress,
 ) -> Front:  # fmt: skip
     """The whole flow into a folder; run again, it continues where it stopped.
 
@@ -302,7 +293,7 @@ def run(
     except OSError as error:
         raise AquabitError(f"the folder {out} cannot be made: {error.strerror}") from error
     study, swap = Study(out / "study.db"), "usq4:usq2"
-    given: dict[str, Any] = {"protocol": protocol, "space_options": dict(space) if space else None}
+    given: dict[str, Any] = {"protocol": protocol, "space_options": dict(space) if space else None, "quality": quality}
     with open_session(model, study, workers=workers, device=device, dtype=dtype, bank=bank, progress=progress, **given) as session:
         session.costs.check(Budget(bits=bits), max(session.space.activations))
         session.references(progress)

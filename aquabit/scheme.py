@@ -488,6 +488,8 @@ class Protocol:
     objective: str = "fid"
     reference: str = "bundled"  # digest or name of the real images
     dtype: str = "float32"
+    # what the user's files and functions measure by: "clip=DIGEST", and "module:function=min:DIGEST" with the direction of a metric
+    measures: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("images", "steps", "micro_batch"):
@@ -495,11 +497,23 @@ class Protocol:
                 raise AquabitError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.conditions is not None:
             object.__setattr__(self, "conditions", tuple(self.conditions))
+        object.__setattr__(self, "measures", tuple(self.measures))
 
     @property
     def digest(self) -> str:
         """Changes with everything but the objective (all metrics are always stored)."""
-        return digest({k: v for k, v in asdict(self).items() if k != "objective"})
+        absent = {"objective"} if self.measures else {"objective", "measures"}  # digests stay what they were
+        return digest({k: v for k, v in asdict(self).items() if k not in absent})
+
+    def direction(self, metric: str | None = None) -> Literal["min", "max"]:
+        """Whether lower ("min") or higher ("max") values are better, of the objective or of another metric; the user's say it
+        themselves."""
+        name = metric or self.objective
+        for measure in self.measures:
+            own, _, rest = measure.rpartition("=")
+            if own == name and ":" in name:
+                return "max" if rest.startswith("max") else "min"
+        return direction(name)
 
     def block(self, index: int) -> Protocol:
         """The same protocol on the ``index``-th block of fresh seeds (index 0 = this protocol itself)."""
@@ -528,7 +542,8 @@ class Measurement:
 
 LOWER_IS_BETTER: Mapping[str, bool] = {
     "fid": True, "sfid": True, "kid": True, "is": False, "precision": False, "recall": False, "accuracy": False,
-    "mse": True, "psnr": False, "ssim": False, "feature_distance": True,
+    "mse": True, "psnr": False, "ssim": False, "feature_distance": True, "lpips": True, "clip_score": False, "cmmd": True,
+    "fd_dinov2": True, "kd_dinov2": True, "precision_dinov2": False, "recall_dinov2": False,
 }  # fmt: skip
 
 

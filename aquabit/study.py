@@ -342,5 +342,7 @@ def merge(sources: list[Study], out: Study) -> int:
     for source in sources:
         facts = {k: source.need(k, "it is empty") for k in ("model", "fingerprint", "graph", "space")}
         out.begin(**facts, protocol=source.protocol)
+        if "quality" in source and "quality" not in out:
+            out.set(quality=source.get("quality"))
         out.copy_from(source)
     return len(out.measurements(failed=True)) - before

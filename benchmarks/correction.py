@@ -134,7 +134,9 @@ def images(folder: Path, models: Sequence[str]) -> list[dict[str, Any]]:
                     here.quantized.apply(config)
                     with following(here.adapter.denoiser, here.pipe.scheduler, [Corrector(statistics, "cnc+bc")]):
                         made = torch.cat([here.adapter.images(protocol, b) for b in here.adapter.batches(protocol)])
-                    found = here._metrics(made, here.full_precision(protocol), protocol)
+                    quality = here.gauge.quality(None)
+                    quality.update(made, here.full_precision(protocol), here.adapter.conditions(protocol))
+                    found = quality.compute()
                     for m in METRICS:
                         values[str(count)][m].append(found[m])
                 print(model, count, np.mean(values[str(count)]["fid"]), np.mean(values[str(count)]["psnr"]), flush=True)

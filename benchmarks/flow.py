@@ -189,7 +189,7 @@ def packed(folder: Path, models: list[str]) -> list[dict[str, Any]]:
     """FID of images from the packed artifact and of the dense measurement, on the same fresh seeds."""
     from aquabit import flow, packing
     from aquabit.pipelines import Adapter, load
-    from aquabit.quality import Quality
+    from aquabit.quality import Quality, Source
     from aquabit.scheme import QuantConfig
     from aquabit.search import interval, paired_difference
     from aquabit.sensitivity.evaluator import single_thread
@@ -205,7 +205,7 @@ def packed(folder: Path, models: list[str]) -> list[dict[str, Any]]:
         extractor, real = adapter.reference()
         values = []
         for block in flow.FRESH_BLOCKS:
-            protocol, quality = study.protocol.block(block), Quality(extractor, real, ["fid"])
+            protocol, quality = study.protocol.block(block), Quality([Source(extractor, real)], ["fid"])
             with single_thread("cpu"):
                 for batch in adapter.batches(protocol):
                     quality.update(adapter.images(protocol, batch))

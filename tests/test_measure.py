@@ -137,7 +137,7 @@ def test_objectives_and_metrics_without_real_images(tmp_path, dit) -> None:
     measure(dit, study, 2, protocol=PROTOCOL, space=SPACE, bank=str(tmp_path / "bank"))
     assert study.protocol.objective == "mse" and set(study.measurements().columns) >= {"mse", "psnr", "ssim"}
     assert "fid" not in study.measurements().columns
-    with pytest.raises(AquabitError, match="needs real images"):
+    with pytest.raises(AquabitError, match="needs --reference DIR and --features inception=FILE"):
         measure(dit, Study(tmp_path / "t.db"), 2, protocol=replace(PROTOCOL, objective="sfid"), bank=str(tmp_path / "bank"))
 
 
@@ -235,7 +235,7 @@ def test_the_bank_keeps_full_precision_images(tmp_path, dit) -> None:
     made = os.listdir(tmp_path)
     assert sum(f.startswith("images-") for f in made) == 1
     images = evaluator.full_precision(PROTOCOL)
-    evaluator._full = None
+    evaluator._full = "", {}
     assert torch.equal(evaluator.full_precision(PROTOCOL), images)
 
 

@@ -14,12 +14,26 @@ from hypothesis import strategies as st
 from scipy import linalg, ndimage
 from sklearn.metrics.pairwise import polynomial_kernel
 
-from aquabit.quality import DigitsFeatures, Features, NonFiniteImages, Quality, Reference, bundled_reference, held_out_digits, paired
+from aquabit.quality import (
+    METRICS_OF,
+    DigitsFeatures,
+    Features,
+    NonFiniteImages,
+    Quality,
+    Reference,
+    Source,
+    bundled_reference,
+    held_out_digits,
+    paired,
+)
 from aquabit.quality import distances as dist
 from aquabit.quality.features import BUNDLED
 from aquabit.quality.moments import Moments
-from aquabit.scheme import LOWER_IS_BETTER, AquabitError
+from aquabit.scheme import AquabitError
 
+DIGITS_METRICS = [
+    "fid", "sfid", "kid", "is", "precision", "recall", "accuracy", "mse", "psnr", "ssim", "feature_distance",
+]  # fmt: skip
 CLOSE = {"rel": 1e-6, "abs": 1e-12}
 
 
@@ -36,7 +50,7 @@ def random_images(n: int, seed: int = 0, shape: tuple[int, ...] = (1, 8, 8)) -> 
 class PixelFeatures:
     """An extractor without rounding that depends on the batch: single pixels."""
 
-    digest = "pixels"
+    digest, metrics = "pixels", METRICS_OF["digits"]
 
     def __call__(self, images: torch.Tensor) -> Features:
         x = images.flatten(1).numpy()
@@ -242,12 +256,12 @@ def test_quality_does_not_depend_on_batches(sizes: list[int], seed: int) -> None
     n = sum(sizes) + 4
     x, y = random_images(n, seed), random_images(n, seed + 100)
     labels = torch.arange(n) % 10
-    whole, parts = Quality(extractor, real), Quality(extractor, real)
+    whole, parts = Quality([Source(extractor, real)]), Quality([Source(extractor, real)])
     whole.update(x, y, labels)
     for a, b, c in zip(*(v.split([4, *sizes]) for v in (x, y, labels)), strict=True):
         parts.update(a, b, c)
     assert parts.count == n
-    assert list(parts.compute()) == list(LOWER_IS_BETTER)
+    assert list(parts.compute()) == list(DIGITS_METRICS)
     assert parts.compute() == pytest.approx(whole.compute(), rel=1e-9, abs=1e-10)
 
 
@@ -267,7 +281,7 @@ def test_quality_equals_the_plain_functions(digits: DigitsFeatures, reference: R
         "mse": paired.mse(x, images[:100]).mean(), "psnr": paired.psnr(x, images[:100]).mean(), "ssim": paired.ssim(x, images[:100]).mean(),
         "feature_distance": paired.feature_distance(fake.spatial, clean.spatial).mean(),
     }  # fmt: skip
-    quality = Quality(digits, reference)
+    quality = Quality([Source(digits, reference)])
     for start in range(0, 100, 30):
         part = slice(start, min(start + 30, 100))
         quality.update(x[part], images[part], labels[part])
@@ -278,17 +292,17 @@ def test_keys_follow_what_was_given_and_asked_for(digits: DigitsFeatures, refere
     x, labels = held_out_digits()
     keys = {}
     for name, arguments in {"alone": (x[:9],), "labels": (x[:9], None, labels[:9]), "pairs": (x[:9], x[9:18])}.items():
-        quality = Quality(digits, reference)
+        quality = Quality([Source(digits, reference)])
         quality.update(*arguments)
         keys[name] = list(quality.compute())
     assert keys["alone"] == ["fid", "sfid", "kid", "is", "precision", "recall"]
     assert keys["labels"] == [*keys["alone"], "accuracy"]
     assert keys["pairs"] == [*keys["alone"], "mse", "psnr", "ssim", "feature_distance"]
-    for metric in LOWER_IS_BETTER:
-        quality = Quality(digits, reference, [metric])
+    for metric in DIGITS_METRICS:
+        quality = Quality([Source(digits, reference)], [metric])
         quality.update(x[:9], x[9:18], labels[:9])
         assert list(quality.compute()) == [metric]
-    unpaired = Quality(digits, reference, ["fid", "psnr"])
+    unpaired = Quality([Source(digits, reference)], ["fid", "psnr"])
     unpaired.update(x[:9])
     with pytest.raises(AquabitError, match="'psnr' needs full-precision images"):
         unpaired.compute()
@@ -300,13 +314,13 @@ def test_pixel_metrics_never_run_the_extractor() -> None:
             raise AssertionError("the extractor ran")
 
     real = Reference.from_images(random_images(10), PixelFeatures())
-    quality = Quality(Untouchable(), real, ["mse", "psnr", "ssim"])
+    quality = Quality([Source(Untouchable(), real)], ["mse", "psnr", "ssim"])
     quality.update(random_images(5), random_images(5))
     assert quality.compute() == pytest.approx({"mse": 0, "psnr": 100, "ssim": 1})
 
 
 def test_one_image_gives_nan_where_undefined(digits: DigitsFeatures, reference: Reference) -> None:
-    quality = Quality(digits, reference)
+    quality = Quality([Source(digits, reference)])
     with pytest.raises(AquabitError, match="no images"):
         quality.compute()
     quality.update(held_out_digits()[0][:1])
@@ -318,7 +332,7 @@ def test_one_image_gives_nan_where_undefined(digits: DigitsFeatures, reference: 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_non_finite_images_are_counted_and_not_taken_in(value: float, digits: DigitsFeatures, reference: Reference) -> None:
     x = held_out_digits()[0][:10].clone()
-    quality = Quality(digits, reference)
+    quality = Quality([Source(digits, reference)])
     quality.update(x)
     before = quality.compute()
     bad = x.clone()
@@ -330,7 +344,7 @@ def test_non_finite_images_are_counted_and_not_taken_in(value: float, digits: Di
         quality.update(x, x)
     assert quality.compute() == before and quality.count == 10
     with pytest.raises(NonFiniteImages, match="2 of 10 full-precision images") as caught:
-        Quality(digits, reference).update(x, bad)
+        Quality([Source(digits, reference)]).update(x, bad)
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)  # it must survive the way back from a worker
 
 
@@ -344,11 +358,11 @@ def test_wrong_inputs_say_what_is_wrong(digits: DigitsFeatures, reference: Refer
     }  # fmt: skip
     for message, arguments in cases.items():
         with pytest.raises(AquabitError, match=message):
-            Quality(digits, reference).update(*arguments)
+            Quality([Source(digits, reference)]).update(*arguments)
     with pytest.raises(AquabitError, match="unknown metric 'clip'"):
-        Quality(digits, reference, ["fid", "clip"])
+        Quality([Source(digits, reference)], ["fid", "clip"])
     with pytest.raises(AquabitError, match="extractor"):
-        Quality(PixelFeatures(), reference)
+        Quality([Source(PixelFeatures(), reference)])
     with pytest.raises(AquabitError, match="3 images"):
         Reference.from_images(x[:3], digits)
     with pytest.raises(AquabitError, match="one shape"):
@@ -367,7 +381,7 @@ def test_reference_digest_follows_images_and_extractor_only(digits: DigitsFeatur
     assert Reference.from_images(whole_bytes, digits).digest == Reference.from_images(whole_bytes.numpy() / np.float32(255), digits).digest
     with pytest.raises(dataclasses.FrozenInstanceError):
         reference.digest = "other"  # type: ignore[misc]
-    assert np.array_equal(pickle.loads(pickle.dumps(reference)).pooled_root, reference.pooled_root)
+    assert np.array_equal(pickle.loads(pickle.dumps(reference)).pooled_factor, reference.pooled_factor)
 
 
 # The bundled classifier -------------------------------------------------------------------------------------------
@@ -426,7 +440,7 @@ def test_damaged_classifier_files_are_named(tmp_path) -> None:
 
 
 def test_compute_is_fast(digits: DigitsFeatures, reference: Reference) -> None:
-    quality = Quality(digits, reference)
+    quality = Quality([Source(digits, reference)])
     x = held_out_digits()[0][:128]
     quality.update(x, x)
     seconds = []

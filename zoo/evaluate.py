@@ -13,7 +13,7 @@ import torch
 from train import digits_halves
 
 from aquabit.pipelines import BUNDLED, Adapter, bundled_models, load
-from aquabit.quality import DigitsFeatures, Quality, bundled_reference
+from aquabit.quality import DigitsFeatures, Quality, Source, bundled_reference
 from aquabit.scheme import Protocol
 
 BLOCKS, PER_BLOCK = 5, 180
@@ -21,7 +21,7 @@ BLOCKS, PER_BLOCK = 5, 180
 
 def measured(images: torch.Tensor, labels: list[int]) -> dict[str, float]:
     extractor = DigitsFeatures()
-    quality = Quality(extractor, bundled_reference(extractor))
+    quality = Quality([Source(extractor, bundled_reference(extractor))])
     quality.update(images, None, labels)
     return quality.compute()
 

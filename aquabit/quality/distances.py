@@ -1,6 +1,6 @@
 """Distances between sets of features: exact, float64, deterministic functions of numpy arrays [n, d].
 
-The ``*_root``, ``*_sum`` and ``*_radii`` parts are public so that a Reference computes its side once.
+The ``*_factors``, ``*_sum`` and ``*_radii`` parts are public so that a Reference computes its side once.
 Undefined values (too few rows) are NaN.
 """
 
@@ -17,6 +17,7 @@ from aquabit.scheme import AquabitError
 
 Array = npt.NDArray[np.float64]
 NEIGHBOURS = 3
+CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0
 _BLOCK = 2048  # rows of a pairwise matrix held at a time
 
 
@@ -52,22 +53,30 @@ def covariance_root(covariance: npt.ArrayLike) -> Array:
     return root
 
 
-def frechet_from_roots(mean_a: Array, root_a: Array, mean_b: Array, root_b: Array) -> float:
-    """``frechet_distance`` where the covariances' roots are known.
+def covariance_factor(rows: Array) -> Array:
+    """F [r, d] with F^T F = the covariance of rows [n, d] over n - 1; r the smaller of n and d."""
+    if len(rows) > rows.shape[1]:
+        return covariance_root(np.atleast_2d(np.cov(rows, rowvar=False)))
+    factor: Array = (rows - rows.mean(0)) / np.sqrt(len(rows) - 1)
+    return factor
 
-    tr sqrt(sqrt(A) B sqrt(A)) is the sum of the singular values of sqrt(A) sqrt(B), which keeps twice the digits that the
+
+def frechet_from_factors(mean_a: Array, factor_a: Array, mean_b: Array, factor_b: Array) -> float:
+    """``frechet_distance`` where F [r, d] with F^T F = covariance is known of both: a root, or centred rows over sqrt(n - 1).
+
+    tr sqrt(sqrt(A) B sqrt(A)) is the sum of the singular values of F_a F_b^T, which keeps twice the digits that the
     eigenvalues of the squared product keep: it matters where a covariance is singular (n <= d).
     """
     shift = mean_a - mean_b
-    cross = np.linalg.svd(root_a @ root_b, compute_uv=False).sum()
-    value = shift @ shift + (root_a**2).sum() + (root_b**2).sum() - 2.0 * cross
+    cross = np.linalg.svd(factor_a @ factor_b.T, compute_uv=False).sum()
+    value = shift @ shift + (factor_a**2).sum() + (factor_b**2).sum() - 2.0 * cross
     return max(float(value), 0.0)  # rounding may leave -1e-15
 
 
 def frechet_distance(mean_a: npt.ArrayLike, cov_a: npt.ArrayLike, mean_b: npt.ArrayLike, cov_b: npt.ArrayLike) -> float:
     """|mean_a - mean_b|^2 + tr(A + B - 2 sqrt(A B)) of two Gaussians (Dowson and Landau 1982; Heusel et al. 2017, eq. 6)."""
     means = [np.asarray(m, dtype=np.float64) for m in (mean_a, mean_b)]
-    return frechet_from_roots(means[0], covariance_root(cov_a), means[1], covariance_root(cov_b))
+    return frechet_from_factors(means[0], covariance_root(cov_a), means[1], covariance_root(cov_b))
 
 
 def fid(real: npt.ArrayLike, generated: npt.ArrayLike) -> float:
@@ -76,8 +85,7 @@ def fid(real: npt.ArrayLike, generated: npt.ArrayLike) -> float:
     _same_width(a, b)
     if min(len(a), len(b)) < 2:
         return float("nan")
-    cov_a, cov_b = (np.atleast_2d(np.cov(x, rowvar=False)) for x in (a, b))
-    return frechet_distance(a.mean(0), cov_a, b.mean(0), cov_b)
+    return frechet_from_factors(a.mean(0), covariance_factor(a), b.mean(0), covariance_factor(b))
 
 
 def sfid(real_spatial: npt.ArrayLike, generated_spatial: npt.ArrayLike) -> float:
@@ -123,6 +131,33 @@ def kid(real: npt.ArrayLike, generated: npt.ArrayLike) -> float:
     return kid_from_sums(within_kernel_sum(a), a, b)
 
 
+def gaussian_kernel_sum(x: Array, y: Array) -> float:
+    """Sum over all pairs of exp(-|x - y|^2 / (2 sigma^2)) - 1, sigma = 10, for x [m, d] and y [n, d].
+
+    The 1 is taken out because CMMD is a difference of such means, each within a thousandth of 1.
+    """
+    squares, total = (y * y).sum(1), 0.0
+    for block in _blocks(x):
+        squared = (block * block).sum(1)[:, None] + squares - 2.0 * (block @ y.T)
+        total += float(np.expm1(squared.clip(0.0) / (-2.0 * CMMD_SIGMA**2)).sum())
+    return total
+
+
+def cmmd_from_sums(real_sum: float, real: Array, generated: Array) -> float:
+    """``cmmd`` where ``gaussian_kernel_sum(real, real)`` is known."""
+    m, n = len(real), len(generated)
+    cross = gaussian_kernel_sum(real, generated) / (m * n)
+    return CMMD_SCALE * (real_sum / m**2 + gaussian_kernel_sum(generated, generated) / n**2 - 2.0 * cross)
+
+
+def cmmd(real: npt.ArrayLike, generated: npt.ArrayLike) -> float:
+    """1000 times the squared MMD of CLIP embeddings [m, d] and [n, d] of length 1 under a Gaussian kernel of sigma 10, pairs of a row with
+    itself counted (Jayasumana et al. 2024, eq. 3 and section 4)."""
+    a, b = _rows(real), _rows(generated)
+    _same_width(a, b)
+    return cmmd_from_sums(gaussian_kernel_sum(a, a), a, b)
+
+
 # Precision and recall --------------------------------------------------------------------------------------------
 
 
@@ -160,13 +195,23 @@ def precision_recall(real: npt.ArrayLike, generated: npt.ArrayLike, k: int = NEI
 
 def inception_score(logits: npt.ArrayLike) -> float:
     """exp of the mean KL(p(y|x) || p(y)) over images, logits [n, classes], one split: 1 to classes (Salimans et al. 2016, section 4)."""
+    return inception_score_from_sums(*class_sums(logits), len(_rows(logits)))
+
+
+def class_sums(logits: npt.ArrayLike) -> tuple[Array, float]:
+    """What the inception score needs of logits [n, classes]: the sums over images of p [classes] and of p log p."""
     z = _rows(logits)
     log_p = z - z.max(1, keepdims=True)
     log_p -= np.log(np.exp(log_p).sum(1, keepdims=True))
     p = np.exp(log_p)
-    marginal = p.mean(0)
+    return p.sum(0), float((p * log_p).sum())
+
+
+def inception_score_from_sums(probabilities: Array, negative_entropy: float, count: int) -> float:
+    """``inception_score`` where the sums of ``class_sums`` over all ``count`` images are known."""
+    marginal = probabilities / count
     log_marginal = np.log(np.maximum(marginal, np.finfo(np.float64).tiny))  # p log p = 0 at p = 0
-    return float(np.exp((p * log_p).sum(1).mean() - (marginal * log_marginal).sum()))
+    return float(np.exp(negative_entropy / count - (marginal * log_marginal).sum()))
 
 
 def accuracy(logits: npt.ArrayLike, labels: Any) -> float:

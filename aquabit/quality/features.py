@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -36,9 +37,9 @@ class NonFiniteImages(AquabitError):
 
 
 class Features(NamedTuple):
-    """What the metrics see of n images, float32."""
+    """What the metrics see of n images, float32; empty arrays [n, 0] where an extractor has none."""
 
-    pooled: npt.NDArray[np.float32]  # [n, d]: FID, KID, precision and recall
+    pooled: npt.NDArray[np.float32]  # [n, d]: FID, KID, CMMD, precision and recall
     spatial: npt.NDArray[np.float32]  # [n, s]: sFID and the feature distance
     logits: npt.NDArray[np.float32]  # [n, classes]: IS and accuracy
 
@@ -47,10 +48,31 @@ class FeatureExtractor(Protocol):
     """Callable from images [n, c, h, w], float32 in [0, 1], to Features; one image's features do not depend on the others."""
 
     @property
+    def metrics(self) -> Mapping[str, str]:
+        """The metrics that its features serve, and how each is computed: a row of ``METRICS_OF``, or what the file has of it."""
+
+    @property
     def digest(self) -> str:
         """Changes with anything that changes the features; it enters the digest of every Reference."""
 
     def __call__(self, images: Tensor) -> Features: ...
+
+
+# extractor -> metric -> how it is computed from the features
+METRICS_OF: Mapping[str, Mapping[str, str]] = {
+    "digits": {
+        "fid": "frechet", "sfid": "spatial_frechet", "kid": "kernel", "is": "inception_score", "precision": "precision",
+        "recall": "recall", "accuracy": "accuracy", "feature_distance": "feature_distance",
+    },
+    "inception": {
+        "fid": "frechet", "sfid": "spatial_frechet", "kid": "kernel", "is": "inception_score", "precision": "precision",
+        "recall": "recall",
+    },
+    "dinov2": {"fd_dinov2": "frechet", "kd_dinov2": "kernel", "precision_dinov2": "precision", "recall_dinov2": "recall"},
+    "clip": {"cmmd": "gaussian", "clip_score": "clip_score"},
+    "lpips": {"lpips": "lpips"},
+}  # fmt: skip
+WITHOUT_REAL = ("inception_score", "accuracy", "feature_distance", "clip_score", "lpips")  # of these, what needs no real images
 
 
 def unit_images(images: Any, what: str = "images") -> Tensor:
@@ -75,12 +97,24 @@ def unit_images(images: Any, what: str = "images") -> Tensor:
     return tensor
 
 
+def rgb(images: Tensor) -> Tensor:
+    """Images [n, 1 or 3, h, w] in [0, 1] as [n, 3, h, w] in 0..255, rounded to what an 8-bit file holds: published numbers are of files.
+
+    Raises AquabitError for another number of channels.
+    """
+    if images.shape[1] not in (1, 3):
+        raise AquabitError(f"images have {images.shape[1]} channels; extractors of real images take 1 or 3")
+    return (images * 255).round().clamp(0, 255).expand(-1, 3, -1, -1)
+
+
 class DigitsFeatures:
     """The bundled classifier of 8 x 8 digits (``zoo/train.py``, ``build_classifier``), trained on the half that no reference holds.
 
     pooled [n, 32] the penultimate activation; spatial [n, 64] the first 4 channels of the last convolution's activation,
     as sFID takes the first channels of a spatial Inception layer; logits [n, 10].
     """
+
+    metrics = METRICS_OF["digits"]
 
     def __init__(self, path: Path | str = BUNDLED / "classifier.safetensors") -> None:
         data = _read(Path(path))

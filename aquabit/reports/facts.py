@@ -11,12 +11,12 @@ from typing import Any
 import networkx as nx
 import pandas as pd
 
-from aquabit.scheme import LOWER_IS_BETTER, AquabitError, Protocol, QuantConfig, Scheme
+from aquabit.scheme import AquabitError, Protocol, QuantConfig, Scheme
 from aquabit.study import Study
 
 METRIC_NAMES = {
     "fid": "FID", "sfid": "sFID", "kid": "KID", "is": "IS", "mse": "MSE", "psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS",
-    "clip": "CLIP score", "feature_distance": "feature distance",
+    "clip_score": "CLIP score", "feature_distance": "feature distance", "cmmd": "CMMD", "fd_dinov2": "FD-DINOv2", "kd_dinov2": "KD-DINOv2",
 }  # fmt: skip
 
 OWN = ("sample", "uniform", "candidate")  # kinds of measurements that are made on the study's own seeds
@@ -106,7 +106,7 @@ def read(study: Study) -> Facts:
     return Facts(
         source=study.path.name, model=str(study.get("model") or ""), fingerprint=str(study.get("fingerprint") or ""),
         protocol=found, protocols=study.protocols(), objective=objective,
-        direction=sensitivity.get("direction") or ("min" if LOWER_IS_BETTER.get(objective, True) else "max"),
+        direction=sensitivity.get("direction") or (found.direction(objective) if found else "min"),
         graph=graph, layers=_layers(graph),
         features=_features(study), space=study.get("space") or {}, sensitivity=sensitivity,
         front=study.get("front") or {}, noise=study.get("noise") or {}, validation=sensitivity.get("validation") or {},

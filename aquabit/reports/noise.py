@@ -78,7 +78,8 @@ def correction(facts: Facts) -> pd.DataFrame:
         pair = np.stack([side.loc[both, metric].to_numpy(float) for side in sides])
         pair = pair[:, np.isfinite(pair).all(0)]
         if pair.shape[1]:
-            rows.append((METRIC_NAMES.get(metric, metric), *pair.mean(1), *_paired(pair[1] - pair[0], LOWER_IS_BETTER.get(metric, True))))
+            lower = LOWER_IS_BETTER.get(metric, facts.direction == "min")
+            rows.append((METRIC_NAMES.get(metric, metric), *pair.mean(1), *_paired(pair[1] - pair[0], lower)))
     return pd.DataFrame(rows, columns=columns)
 
 

@@ -6,8 +6,8 @@ import ctypes
 import io
 import platform
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -35,8 +35,8 @@ from aquabit.pipelines import (
     sampler,
     set_scheduler,
 )
-from aquabit.quality import DigitsFeatures, NonFiniteImages, Quality, Reference
-from aquabit.quality.paired import mse, psnr_from_mse, ssim
+from aquabit.pipelines.sizes import image_size
+from aquabit.quality import Gauge, NonFiniteImages, NonFiniteValues, Quality, QualityOptions, Source
 from aquabit.quant.bank import Bank
 from aquabit.quant.correct import Corrector, check_correction
 from aquabit.quant.model import QuantizedDenoiser
@@ -60,6 +60,7 @@ from aquabit.sensitivity.fidelity import OutputErrors, stored
 
 PROBE_IMAGES, PROBE_SEED = 8, 700_000_001  # seeds that no measurement uses
 THUMBNAILS = 16  # images of the grid that a measurement keeps
+FULL_LIMIT = 256 << 20  # bytes of full-precision images that stay in memory
 
 
 @contextmanager
@@ -106,12 +107,14 @@ class Evaluator:
     """Fits schemes and measures configurations; every result is plain data that crosses process borders.
 
     The pipeline's denoiser is quantized in place: a model given as an object is copied first. ``bank`` also keeps the full-precision
-    images of each protocol, which paired metrics compare with.
+    images of each protocol, which paired metrics compare with. ``quality`` is what images are measured with beside the model's own.
+    Images are made, measured and let go by micro batch.
     """
 
     def __init__(
-        self, model: str | DiffusionPipeline, graph: nx.DiGraph, bank: Bank, fingerprint: str, device: str = "cpu", dtype: str = "float32"
-    ):
+        self, model: str | DiffusionPipeline, graph: nx.DiGraph, bank: Bank, fingerprint: str, device: str = "cpu", dtype: str = "float32",
+        quality: QualityOptions | None = None,
+    ):  # fmt: skip
         if device == "cpu":
             reuse_memory()
         pipe = load(model, device, dtype)
@@ -123,10 +126,8 @@ class Evaluator:
         self.scheduler = pipe.scheduler
         self.adapter = Adapter(pipe)
         self.quantized = QuantizedDenoiser(self.adapter.denoiser.eval(), graph, bank, fingerprint, recorder(pipe), sampler(pipe))
-        self.extractor: DigitsFeatures | None
-        self.reference: Reference | None
-        self.extractor, self.reference = self.adapter.reference()
-        self._full: tuple[str, Tensor] | None = None
+        self.gauge = Gauge(quality or QualityOptions(), own_source(self.adapter), bank.folder, device)
+        self._full: tuple[str, dict[int, Tensor]] = "", {}
         self._probed: tuple[str, Tensor] | None = None
         self._stored: tuple[str, OutputErrors] | None = None
 
@@ -175,8 +176,14 @@ class Evaluator:
         return found
 
     def generate(self, config: QuantConfig, protocol: Protocol, packed: bool = False) -> Tensor:
-        """All images of a configuration [n, c, h, w] in [0, 1]; ``packed``: made by the kernels from coded weights, chosen in their static
-        order, so that images depend neither on timings nor on the number of workers."""
+        """All images of a configuration [n, c, h, w] in [0, 1]; see ``batches``."""
+        with closing(self.batches(config, protocol, packed)) as made:
+            return torch.cat([images for _, images in made])
+
+    def batches(self, config: QuantConfig, protocol: Protocol, packed: bool = False) -> Generator[tuple[range, Tensor], None, None]:
+        """The images of a configuration [n, c, h, w] in [0, 1], by micro batch; ``packed``: made by the kernels from coded weights,
+        chosen in their static order, so that images depend neither on timings nor on the number of workers. Close it where you stop early.
+        """
         if config.fingerprint != self.fingerprint:
             raise AquabitError(f"the configuration is for model {config.fingerprint}, this is model {self.fingerprint}")
         watchers = self._watchers(config, protocol)
@@ -184,14 +191,16 @@ class Evaluator:
         set_scheduler(self.pipe, protocol.scheduler)
         if packed:
             with self.packed(config), using({}):
-                return self._images(config, protocol, watchers)
+                yield from self._images(config, protocol, watchers)
+            return
         self.quantized.apply(config)
-        return self._images(config, protocol, watchers)
+        yield from self._images(config, protocol, watchers)
 
-    def _images(self, config: QuantConfig, protocol: Protocol, watchers: Sequence[Watcher]) -> Tensor:
+    def _images(self, config: QuantConfig, protocol: Protocol, watchers: Sequence[Watcher]) -> Generator[tuple[range, Tensor], None, None]:
         """Images of the configuration that is applied; what depends on the step follows the sampler."""
         with following(self.adapter.denoiser, self.pipe.scheduler, [*self.quantized.watchers(config), *watchers]):
-            return torch.cat([self.adapter.images(protocol, b) for b in self.adapter.batches(protocol)])
+            for batch in self.adapter.batches(protocol):
+                yield batch, self.adapter.images(protocol, batch)
 
     def _watchers(self, config: QuantConfig, protocol: Protocol) -> list[Watcher]:
         """What takes part in sampling with a configuration."""
@@ -240,46 +249,89 @@ class Evaluator:
         facts = environment(self.device) | {"weights": "packed" if packed else "decoded"}
         try:
             with single_thread(self.device):
-                full = None if not config.layers else self.full_precision(protocol)
+                quality = self._quality(protocol)
+                if config.layers:
+                    self._make_full(protocol)
                 started = time.perf_counter()  # full-precision images are made once per protocol, not per configuration
-                images = self.generate(config, protocol, packed and bool(config.layers))
-                if full is None:
-                    self._keep(protocol, images)
-                metrics = self._metrics(images, images if full is None else full, protocol)
-        except (NonFiniteImages, Uncorrectable) as error:  # what else goes wrong (a full disk, say) is no property of the configuration
+                first = self._take(quality, config, protocol, packed and bool(config.layers))
+                metrics = quality.compute()
+        except (NonFiniteImages, Uncorrectable, NonFiniteValues) as error:  # else (a full disk, say) it is no property of the configuration
+            if isinstance(error, NonFiniteValues) and not config.layers:
+                raise  # a metric that fails on full precision will fail on all
             seconds = time.perf_counter() - started
             return Measurement(config.digest, protocol.digest, {}, seconds, facts, "failed", str(error)), None
         seconds = time.perf_counter() - started
-        return Measurement(config.digest, protocol.digest, metrics, seconds, facts), thumbnail(images[:THUMBNAILS])
+        return Measurement(config.digest, protocol.digest, metrics, seconds, facts), thumbnail(first)
 
-    def _metrics(self, images: Tensor, full: Tensor, protocol: Protocol) -> dict[str, float]:
-        if self.extractor is None or self.reference is None:
-            bad = int((~torch.isfinite(images)).flatten(1).any(1).sum())
-            if bad:
-                raise NonFiniteImages(bad, len(images))
-            error = mse(images, full)
-            return {"mse": float(error.mean()), "psnr": float(psnr_from_mse(error).mean()), "ssim": float(ssim(images, full).mean())}
-        quality = Quality(self.extractor, self.reference)
-        for batch in self.adapter.batches(protocol):
-            quality.update(images[batch.start : batch.stop], full[batch.start : batch.stop], self.adapter.labels(protocol, batch))
-        return quality.compute()
+    def _quality(self, protocol: Protocol) -> Quality:
+        """An accumulator of what is measured; raises AquabitError where it is not what the protocol names (a file was changed, say)."""
+        size = image_size(self.pipe, protocol.resolution)
+        if self.gauge.options and (protocol.measures, protocol.reference) != (self.gauge.measures, self.gauge.reference_digest(size)):
+            raise AquabitError(
+                "the files that quality is measured with are not those that the study was begun with; use those or another study"
+            )
+        return self.gauge.quality(size)
 
-    def _path(self, protocol: Protocol) -> Path:
-        return self.bank.folder / f"images-{self.fingerprint}-{protocol.digest}.safetensors"
+    def _take(self, quality: Quality, config: QuantConfig, protocol: Protocol, packed: bool) -> Tensor:
+        """Make images and measure them beside those of full precision, which are kept where the configuration is it; the first few."""
+        conditions = None if self.adapter.kind == "batch_size" else self.adapter.conditions(protocol)
+        first: list[Tensor] = []
+        with closing(self.batches(config, protocol, packed)) as made:
+            for batch, images in made:
+                if not config.layers:
+                    self._keep(protocol, batch, images)
+                full = self._full_batch(protocol, batch) if config.layers else images
+                quality.update(images, full, None if conditions is None else [conditions[i] for i in batch])
+                if batch.start < THUMBNAILS:
+                    first.append(images[: THUMBNAILS - batch.start])
+        return torch.cat(first)
+
+    def _path(self, protocol: Protocol, batch: range) -> Path:
+        return self.bank.folder / f"images-{self.fingerprint}-{protocol.digest}-{batch.start}.safetensors"
 
     def full_precision(self, protocol: Protocol) -> Tensor:
         """The full-precision images of a protocol, from the bank where they are kept."""
-        if self._full is None or self._full[0] != protocol.digest:
-            try:
-                images = load_file(self._path(protocol))["images"].float()
-            except (OSError, SafetensorError, KeyError):
-                images = self.generate(QuantConfig(self.fingerprint, {}), protocol)
-                self._keep(protocol, images)
-            self._full = (protocol.digest, images)
-        return self._full[1]
+        self._make_full(protocol)
+        return torch.cat([self._full_batch(protocol, batch) for batch in self.adapter.batches(protocol)])
 
-    def _keep(self, protocol: Protocol, images: Tensor) -> None:
-        self.bank.write(self._path(protocol), {"images": images.contiguous()})
+    def _make_full(self, protocol: Protocol) -> None:
+        """Make the full-precision images of a protocol that the bank does not keep."""
+        if self._full[0] != protocol.digest:
+            self._full = protocol.digest, {}
+        if any(self._stored_batch(protocol, b) is None for b in self.adapter.batches(protocol)):
+            with closing(self.batches(QuantConfig(self.fingerprint, {}), protocol)) as made:
+                for batch, images in made:
+                    self._keep(protocol, batch, images)
+
+    def _full_batch(self, protocol: Protocol, batch: range) -> Tensor:
+        images = self._stored_batch(protocol, batch)
+        if images is None:
+            raise AquabitError(
+                f"the full-precision images in {self.bank.folder} went away while they were in use; run the same command again"
+            )
+        return images
+
+    def _stored_batch(self, protocol: Protocol, batch: range) -> Tensor | None:
+        """Full-precision images from memory or the bank; None where they are missing or damaged. Up to FULL_LIMIT bytes stay in memory."""
+        held = self._full[1] if self._full[0] == protocol.digest else {}
+        if batch.start not in held:
+            try:
+                images = load_file(self._path(protocol, batch))["images"].float()
+            except (OSError, SafetensorError, KeyError):
+                return None
+            if sum(t.nbytes for t in held.values()) + images.nbytes > FULL_LIMIT:
+                return images
+            held[batch.start] = images
+        return held[batch.start]
+
+    def _keep(self, protocol: Protocol, batch: range, images: Tensor) -> None:
+        self.bank.write(self._path(protocol, batch), {"images": images.contiguous()})
+
+
+def own_source(adapter: Adapter) -> Source | None:
+    """The extractor and the real images that belong to a model; None where it names none."""
+    extractor, reference = adapter.reference()
+    return None if extractor is None else Source(extractor, reference)
 
 
 def _deviation(images: Tensor, reference: Tensor) -> dict[str, Any]:

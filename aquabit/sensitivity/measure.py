@@ -15,6 +15,9 @@ from diffusers import DiffusionPipeline
 from aquabit.cost import CostModel
 from aquabit.graph import to_json
 from aquabit.pipelines import Adapter, check_scheduler, denoiser_of, family_notes, load, scheduler_named, trace
+from aquabit.pipelines.sizes import image_size
+from aquabit.quality import Gauge, QualityOptions, Source
+from aquabit.quality.gauge import check_available, default_objective
 from aquabit.quant.bank import Bank
 from aquabit.quant.correct import check_correction
 from aquabit.quant.model import fingerprint
@@ -28,20 +31,22 @@ from aquabit.scheme import (
     Scheme,
     act_code,
     act_text,
-    direction,
     no_progress,
 )
 from aquabit.sensitivity.design import START, Design, batches, next_batch
 from aquabit.sensitivity.encoder import Encoder
 from aquabit.sensitivity.estimators import Surrogate
-from aquabit.sensitivity.evaluator import Evaluator
+from aquabit.sensitivity.evaluator import Evaluator, own_source
 from aquabit.sensitivity.fidelity import stored
 from aquabit.sensitivity.pool import InlinePool, Task, WorkerPool
 from aquabit.space import SearchSpace, make_space
 from aquabit.study import Study
 
 UNIFORM = ("usq2", "usq3", "usq4", "usq8")  # always measured beside random samples
-PAIRED_OBJECTIVE = "mse"
+NO_REAL_IMAGES = (
+    "{} names no real images, so the objective is {}, the distance to its own full-precision images; for FID give --reference DIR with "
+    "--features inception=FILE, or choose psnr or ssim by --objective"
+)
 OUTPUTS_TASK = 8  # configurations whose output errors are one task: an interruption loses at most so many
 
 
@@ -53,31 +58,40 @@ class Model:
     fingerprint: str
     graph: nx.DiGraph
     source: str | DiffusionPipeline  # what workers load
-    real_images: str  # digest of the real images, "none" where there are none
     scheduler: Any  # the pipeline's own
+    own: Source | None  # its feature extractor and real images; None where it names none
+    prompts: bool  # it makes images from text
+    size: tuple[int, int] | None  # of its images, in pixels
     notes: tuple[str, ...] = ()  # what is to be said of a pipeline of no known family
 
 
 def open_model(model: str | DiffusionPipeline) -> Model:
     """Load, check and trace a model; raises AquabitError for one that cannot be measured."""
     pipe = load(model)
-    _, real = Adapter(pipe).reference()
     name = str(model) if isinstance(model, str) else type(pipe).__name__
-    digest, notes = real.digest if real else "none", tuple(family_notes(pipe))
-    return Model(name, fingerprint(denoiser_of(pipe)), trace(pipe), model, digest, pipe.scheduler, notes)
+    adapter = Adapter(pipe)
+    own, prompts = own_source(adapter), adapter.kind == "prompt"
+    notes = tuple(family_notes(pipe))
+    return Model(name, fingerprint(denoiser_of(pipe)), trace(pipe), model, pipe.scheduler, own, prompts, image_size(pipe), notes)
 
 
-def protocol_for(model: Model, protocol: Protocol | None = None) -> Protocol:
-    """A protocol with the model's real images; without any, quality is the distance to the full-precision images."""
+def protocol_for(model: Model, protocol: Protocol | None, gauge: Gauge, progress: Progress = no_progress) -> Protocol:
+    """A protocol with what ``gauge`` measures by; without real images the default objective is the distance to the full-precision images.
+
+    Raises AquabitError for an objective that cannot be measured, saying what it needs.
+    """
     given = protocol or Protocol()
-    direction(given.objective)
     check_scheduler(given.scheduler)
-    objective = given.objective
-    if model.real_images == "none" and objective not in ("mse", "psnr", "ssim"):
-        if objective != Protocol.objective:
-            raise AquabitError(f"objective {objective!r} needs real images, and {model.reference} names none; use mse, psnr or ssim")
-        objective = PAIRED_OBJECTIVE
-    return replace(given, reference=model.real_images, objective=objective)
+    given = replace(given, measures=gauge.measures)
+    given.direction()  # raises for an unknown objective
+    available, objective = gauge.available(model.prompts), given.objective
+    if objective == Protocol.objective and objective not in available:
+        objective = default_objective(available)
+        if objective == "mse":
+            gauge.notes.append(NO_REAL_IMAGES.format(model.reference, objective))
+    check_available(objective, available, model.reference)
+    size = model.size if given.resolution is None else (given.resolution, given.resolution)
+    return replace(given, reference=gauge.reference_digest(size, progress), objective=objective)
 
 
 def check_correctable(model: Model, protocol: Protocol, correction: str | None) -> None:
@@ -86,12 +100,14 @@ def check_correctable(model: Model, protocol: Protocol, correction: str | None) 
 
 
 @contextmanager
-def pool_for(model: Model, bank: Bank, workers: int, device: str, dtype: str) -> Iterator[InlinePool | WorkerPool]:
+def pool_for(
+    model: Model, bank: Bank, workers: int, device: str, dtype: str, quality: QualityOptions | None = None
+) -> Iterator[InlinePool | WorkerPool]:
     """An inline pool for one worker, else fresh processes; an in-memory model reaches them through a temporary folder."""
     if workers < 1:
         raise AquabitError(f"workers is {workers}; it must be at least 1")
     if workers == 1:
-        yield InlinePool(Evaluator(model.source, model.graph, bank, model.fingerprint, device, dtype))
+        yield InlinePool(Evaluator(model.source, model.graph, bank, model.fingerprint, device, dtype, quality))
         return
     with tempfile.TemporaryDirectory() as folder:
         source = model.source
@@ -99,7 +115,8 @@ def pool_for(model: Model, bank: Bank, workers: int, device: str, dtype: str) ->
             source.save_pretrained(folder)
             source = folder
         begin = {"task": "begin", "model": source, "graph": to_json(model.graph), "bank": str(bank.folder),
-                 "fingerprint": model.fingerprint, "device": device, "dtype": dtype}  # fmt: skip
+                 "fingerprint": model.fingerprint, "device": device, "dtype": dtype,
+                 "quality": quality.to_dict() if quality else None}  # fmt: skip
         pool = WorkerPool(workers, begin)
         try:
             yield pool
@@ -185,8 +202,9 @@ class Session:
 
     def __init__(
         self, model: Model, study: Study, space: SearchSpace, protocol: Protocol, pool: InlinePool | WorkerPool, bank: Bank,
-        device: str = "cpu",
+        device: str = "cpu", quality: QualityOptions | None = None,
     ):  # fmt: skip
+        self.quality = quality
         self.model, self.study, self.space, self.protocol, self.pool, self.bank = model, study, space, protocol, pool, bank
         self.costs, self.device = CostModel(model.graph, space), device
         self._here: Evaluator | None = pool.evaluator if isinstance(pool, InlinePool) else None
@@ -197,7 +215,7 @@ class Session:
         runs."""
         if self._here is None:
             model = self.model
-            self._here = Evaluator(model.source, model.graph, self.bank, model.fingerprint, self.device, self.protocol.dtype)
+            self._here = Evaluator(model.source, model.graph, self.bank, model.fingerprint, self.device, self.protocol.dtype, self.quality)
         return self._here
 
     def measure(
@@ -239,18 +257,23 @@ class Session:
 @contextmanager
 def open_session(
     model: str | DiffusionPipeline, study: Study, *, protocol: Protocol | None = None, space_options: dict[str, Any] | None = None,
-    workers: int = 1, device: str = "cpu", dtype: str = "float32", bank: str | None = None, progress: Progress = no_progress,
+    workers: int = 1, device: str = "cpu", dtype: str = "float32", bank: str | None = None, quality: QualityOptions | None = None,
+    progress: Progress = no_progress,
 ) -> Iterator[Session]:  # fmt: skip
     """Bind ``study`` to the model, hold its writer lock, start the pool, and see that every scheme is fitted.
 
-    ``protocol=None`` continues the study's own. Raises AquabitError for a study of another model, protocol or space.
+    ``protocol=None`` continues the study's own; ``quality`` (what images are measured with) too. Raises AquabitError for a
+    study of another model, protocol or space.
     """
     opened = open_model(model)
     with study.writing():
+        store = Bank(bank)
+        measured_with = quality or QualityOptions.from_dict(study.get("quality"))
+        gauge = Gauge(measured_with, opened.own, store.folder, device)
         given = (
             study.protocol
             if protocol is None and "protocol" in study
-            else protocol_for(opened, replace(protocol or Protocol(), dtype=dtype))
+            else protocol_for(opened, replace(protocol or Protocol(), dtype=dtype), gauge, progress)
         )
         if space_options is None and "space" in study and study.get("fingerprint") == opened.fingerprint:
             space = SearchSpace.from_dict(study.get("space"))
@@ -265,9 +288,11 @@ def open_session(
         if opened.notes:
             study.set(family_notes=list(opened.notes))
         study.begin(opened.reference, opened.fingerprint, to_json(opened.graph), space.to_dict(), given)
-        store = Bank(bank)
-        with pool_for(opened, store, workers, device, given.dtype) as pool:
-            session = Session(opened, study, space, given, pool, store, device)
+        if gauge.options or gauge.notes:
+            notes = gauge.notes or (study.get("quality") or {}).get("notes", [])
+            study.set(quality={**measured_with.to_dict(), "notes": notes})
+        with pool_for(opened, store, workers, device, given.dtype, measured_with) as pool:
+            session = Session(opened, study, space, given, pool, store, device, measured_with)
             fit_all(pool, study, space, given, progress)
             yield session
             store.trim()
@@ -278,7 +303,7 @@ def measure_disagreement(session: Session, samples: int, seed: int, progress: Pr
     measurements before it alone, so that an interrupted study continues with the same one."""
     study, space, metric = session.study, session.space, session.protocol.objective
     encoder = Encoder(space, session.model.graph, study.errors(), study.probes())
-    surrogate = Surrogate(seed=seed, direction=direction(metric))
+    surrogate = Surrogate(seed=seed, direction=session.protocol.direction())
     configs = Design("disagreement").draw(space, min(samples, START), seed)
     session.measure(configs, "sample", progress)
     for first, end in batches(samples):
@@ -311,6 +336,7 @@ def measure(
     device: str = "cpu",
     dtype: str = "float32",
     bank: str | None = None,
+    quality: QualityOptions | None = None,
     sample_seed: int = 0,
     design: str = "random",
     shard: str | None = None,
@@ -326,7 +352,8 @@ def measure(
     if chosen.name == "disagreement" and shard is not None:
         raise AquabitError(f"design disagreement chooses by all measurements, so shard {shard} cannot be made alone; shard another design")
     with open_session(
-        model, study, protocol=protocol, space_options=space, workers=workers, device=device, dtype=dtype, bank=bank, progress=progress
+        model, study, protocol=protocol, space_options=space, workers=workers, device=device, dtype=dtype, bank=bank, quality=quality,
+        progress=progress,
     ) as session:  # fmt: skip
         before = len(study.known(session.protocol))
         session.references(progress)

@@ -13,7 +13,7 @@ from sklearn.base import clone
 
 from aquabit.cost import CostModel
 from aquabit.graph import from_json
-from aquabit.scheme import AquabitError, Progress, QuantConfig, direction, no_progress
+from aquabit.scheme import AquabitError, Progress, QuantConfig, no_progress
 from aquabit.sensitivity.encoder import Encoder
 from aquabit.sensitivity.estimators import BASELINES, Estimator, Surrogate, Target, estimator_of
 from aquabit.sensitivity.groups import group_numbers
@@ -168,7 +168,7 @@ def fit_from_study(
     all equal.
     """
     objective = objective or study.protocol.objective
-    oriented = direction(objective)
+    oriented = study.protocol.direction(objective)
     table = training_table(study, objective)
     graph = from_json(study.need("graph", "run `aquabit measure` first"))
     space = SearchSpace.from_dict(study.need("space", "run `aquabit measure` first"))

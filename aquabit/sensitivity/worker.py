@@ -47,10 +47,12 @@ def _begin(task: dict[str, Any]) -> Any:
 
     torch.set_num_threads(1)
     from aquabit.graph import from_json
+    from aquabit.quality import QualityOptions
     from aquabit.quant.bank import Bank
     from aquabit.sensitivity.evaluator import Evaluator
 
-    return Evaluator(task["model"], from_json(task["graph"]), Bank(task["bank"]), task["fingerprint"], task["device"], task["dtype"])
+    graph, quality = from_json(task["graph"]), QualityOptions.from_dict(task.get("quality"))
+    return Evaluator(task["model"], graph, Bank(task["bank"]), task["fingerprint"], task["device"], task["dtype"], quality)
 
 
 def _answer(evaluator: Any, task: dict[str, Any]) -> dict[str, Any]:
