@@ -216,27 +216,28 @@ def measure(
     contexts: Annotated[int, typer.Option("--contexts", min=0, help="Random contexts in which every layer's swap is run on stored inputs, a fifteenth of a measurement each: truer effects.")] = 0,
     bits: Annotated[float, typer.Option("--bits", help="Bits per weight of these contexts.")] = 3.0,
     shard: Annotated[str | None, typer.Option("--shard", help="i/n: every n-th configuration, for batch schedulers.")] = None,
-    ray: Annotated[str | None, typer.Option("--ray", help="Ray address (arrives with clusters).")] = None,
-    plan: Annotated[bool, typer.Option("--plan", help="Time and disk needed (arrives with clusters).")] = False,
+    ray: Annotated[str | None, typer.Option("--ray", metavar="ADDRESS", help="Measure on a Ray cluster: auto, local, host:port; a worker for each GPU, or CPU slot.")] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Say what there is to measure and fit, and time and disk it takes (an estimate); measure nothing.")] = False,
     json_: Json = None,
 ) -> None:  # fmt: skip
     """Measure random configurations into a study; run again, it continues."""
-    _later(reference=reference, preset=preset, metric=metric, ray=ray, plan=plan)
+    _later(reference=reference, preset=preset, metric=metric)
     _quiet()
     from aquabit import flow
     from aquabit.sensitivity.measure import measure as measure_model
     from aquabit.study import Study
 
     protocol = Protocol(images, steps, seed, scheduler, eta, guidance, conditions=_prompts(prompts), objective=objective, dtype=dtype)
+    processes = (workers or 1) if ray is not None else _workers(workers, device)
     with bars() as progress:
         opened = Study(study)
         count = measure_model(
-            model, opened, samples, protocol=protocol, space=_space(space, correction, step_groups, steps), workers=_workers(workers, device), device=device,
-            dtype=dtype, bank=str(bank) if bank else None, sample_seed=seed, design=design, shard=shard, progress=progress,
+            model, opened, samples, protocol=protocol, space=_space(space, correction, step_groups, steps), workers=processes, device=device,
+            dtype=dtype, bank=str(bank) if bank else None, ray=ray, sample_seed=seed, design=design, shard=shard, progress=progress,
         )  # fmt: skip
         if contexts:
             flow.see_in_context(
-                opened, contexts, bits, pipe=model, workers=_workers(workers, device), device=device, bank=str(bank) if bank else None, progress=progress
+                opened, contexts, bits, pipe=model, workers=processes, device=device, bank=str(bank) if bank else None, ray=ray, progress=progress
             )  # fmt: skip
     if not emit({"new": count, **_counts(opened)}, json_):
         console.print(f"{count} new measurements; {study} holds {_counts(opened)['measurements']}")

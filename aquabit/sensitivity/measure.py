@@ -31,12 +31,13 @@ from aquabit.scheme import (
     direction,
     no_progress,
 )
+from aquabit.sensitivity.cluster import RayPool
 from aquabit.sensitivity.design import START, Design, batches, next_batch
 from aquabit.sensitivity.encoder import Encoder
 from aquabit.sensitivity.estimators import Surrogate
 from aquabit.sensitivity.evaluator import Evaluator
 from aquabit.sensitivity.fidelity import stored
-from aquabit.sensitivity.pool import InlinePool, Task, WorkerPool
+from aquabit.sensitivity.pool import InlinePool, Pool, Task, WorkerPool
 from aquabit.space import SearchSpace, make_space
 from aquabit.study import Study
 
@@ -84,11 +85,14 @@ def check_correctable(model: Model, protocol: Protocol, correction: str | None) 
 
 
 @contextmanager
-def pool_for(model: Model, bank: Bank, workers: int, device: str, dtype: str) -> Iterator[InlinePool | WorkerPool]:
-    """An inline pool for one worker, else fresh processes; an in-memory model reaches them through a temporary folder."""
+def pool_for(model: Model, bank: Bank, workers: int, device: str, dtype: str, ray: str | None = None) -> Iterator[Pool]:
+    """An inline pool for one worker, else fresh processes, or the cluster at a Ray address; an in-memory model reaches them through a
+    temporary folder."""
     if workers < 1:
         raise AquabitError(f"workers is {workers}; it must be at least 1")
-    if workers == 1:
+    if ray is not None and workers != 1:
+        raise AquabitError(f"--workers {workers} counts processes of this machine, --ray takes every slot of a cluster; give one of them")
+    if workers == 1 and ray is None:
         yield InlinePool(Evaluator(model.source, model.graph, bank, model.fingerprint, device, dtype))
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -98,14 +102,14 @@ def pool_for(model: Model, bank: Bank, workers: int, device: str, dtype: str) ->
             source = folder
         begin = {"task": "begin", "model": source, "graph": to_json(model.graph), "bank": str(bank.folder),
                  "fingerprint": model.fingerprint, "device": device, "dtype": dtype}  # fmt: skip
-        pool = WorkerPool(workers, begin)
+        pool: Pool = WorkerPool(workers, begin) if ray is None else RayPool(ray, begin)
         try:
             yield pool
         finally:
             pool.close()
 
 
-def fit_all(pool: InlinePool | WorkerPool, study: Study, space: SearchSpace, protocol: Protocol, progress: Progress = no_progress) -> None:
+def fit_all(pool: Pool, study: Study, space: SearchSpace, protocol: Protocol, progress: Progress = no_progress) -> None:
     """Every (layer, scheme) of the space into the bank, and what it does alone into the study; what is known is skipped."""
     known = study.features()
     schemes = {k: [s for s in row if s != FP and "damage" not in known.get((k, str(s)), {})] for k, row in space.choices.items()}
@@ -146,7 +150,7 @@ def _parts(layers: list[str], size: int = 6) -> list[list[str]]:
 
 
 def measure_configs(
-    pool: InlinePool | WorkerPool, study: Study, costs: CostModel, configs: Iterable[QuantConfig], protocols: Sequence[Protocol], kind: str,
+    pool: Pool, study: Study, costs: CostModel, configs: Iterable[QuantConfig], protocols: Sequence[Protocol], kind: str,
     progress: Progress = no_progress, what: str = "measuring", packed: bool = False,
 ) -> int:  # fmt: skip
     """Measure what the study does not have yet, one transaction each; the number of new measurements. ``packed``: as it runs in the end,
@@ -182,7 +186,7 @@ class Session:
     """A model, a study bound to it, and a pool: what every verb that makes images works with. Use ``open_session``."""
 
     def __init__(
-        self, model: Model, study: Study, space: SearchSpace, protocol: Protocol, pool: InlinePool | WorkerPool, bank: Bank,
+        self, model: Model, study: Study, space: SearchSpace, protocol: Protocol, pool: Pool, bank: Bank,
         device: str = "cpu",
     ):  # fmt: skip
         self.model, self.study, self.space, self.protocol, self.pool, self.bank = model, study, space, protocol, pool, bank
@@ -237,11 +241,12 @@ class Session:
 @contextmanager
 def open_session(
     model: str | DiffusionPipeline, study: Study, *, protocol: Protocol | None = None, space_options: dict[str, Any] | None = None,
-    workers: int = 1, device: str = "cpu", dtype: str = "float32", bank: str | None = None, progress: Progress = no_progress,
+    workers: int = 1, device: str = "cpu", dtype: str = "float32", bank: str | None = None, ray: str | None = None,
+    progress: Progress = no_progress,
 ) -> Iterator[Session]:  # fmt: skip
     """Bind ``study`` to the model, hold its writer lock, start the pool, and see that every scheme is fitted.
 
-    ``protocol=None`` continues the study's own. Raises AquabitError for a study of another model, protocol or space.
+    ``protocol=None`` continues the study's own. ``ray``: the address of a Ray cluster that makes the images, instead of ``workers``. Raises AquabitError for a study of another model, protocol or space.
     """
     opened = open_model(model)
     with study.writing():
@@ -262,7 +267,7 @@ def open_session(
             )
         study.begin(opened.reference, opened.fingerprint, to_json(opened.graph), space.to_dict(), given)
         store = Bank(bank)
-        with pool_for(opened, store, workers, device, given.dtype) as pool:
+        with pool_for(opened, store, workers, device, given.dtype, ray) as pool:
             session = Session(opened, study, space, given, pool, store, device)
             fit_all(pool, study, space, given, progress)
             yield session
@@ -307,13 +312,14 @@ def measure(
     device: str = "cpu",
     dtype: str = "float32",
     bank: str | None = None,
+    ray: str | None = None,
     sample_seed: int = 0,
     design: str = "random",
     shard: str | None = None,
     progress: Progress = no_progress,
 ) -> int:
     """Measure ``samples`` configurations of a design (``sensitivity.design.DESIGNS``) in total, or ``configs``, references first; the
-    number of new measurements.
+    number of new measurements. In ``workers`` processes, or on the cluster at a ``ray`` address (auto, local, host:port).
 
     Measured again, only what is missing is made: interrupted anywhere, the same call continues, and with more samples it adds to them.
     Raises AquabitError for an unknown design, and for a shard of one that depends on what was measured.
@@ -322,7 +328,8 @@ def measure(
     if chosen.name == "disagreement" and shard is not None:
         raise AquabitError(f"design disagreement chooses by all measurements, so shard {shard} cannot be made alone; shard another design")
     with open_session(
-        model, study, protocol=protocol, space_options=space, workers=workers, device=device, dtype=dtype, bank=bank, progress=progress
+        model, study, protocol=protocol, space_options=space, workers=workers, device=device, dtype=dtype, bank=bank, ray=ray,
+        progress=progress,
     ) as session:  # fmt: skip
         before = len(study.known(session.protocol))
         session.references(progress)
