@@ -280,3 +280,23 @@ def show_tuned(tuned: Any) -> None:
     )
     for note in tuned.notes:
         console.print(f"[yellow]note:[/] {plain(note)}", highlight=False, soft_wrap=True)
+
+
+def show_standings(rows: list[Any]) -> None:
+    """How far studies are (``standing.Standing``), one line each."""
+    for r in rows:
+        parts = [f"{r.measurements} measurements, {r.failed} failed"]
+        parts += [] if r.missing is None else [f"{r.missing} missing"]
+        parts += [f"{r.rate:.0f} an hour"] if r.rate and r.missing else []
+        parts += [f"{_span(r.remaining)} left (estimate)"] if r.remaining else []
+        parts += [] if r.idle is None else [f"last {_span(r.idle)} ago"]
+        parts += [f"written by {r.writer}"] if r.writer else []
+        console.print(plain(f"{r.path}{f' ({r.shard})' if r.shard else ''}: {', '.join(parts)}"), highlight=False, soft_wrap=True)
+
+
+def _span(seconds: float) -> str:
+    """As 40 s, 12 min, 3.5 h or 2.1 d."""
+    for unit, size in (("d", 86400), ("h", 3600)):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"

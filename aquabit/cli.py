@@ -21,6 +21,7 @@ from aquabit._terminal import (
     show_notes,
     show_placement,
     show_sensitivity,
+    show_standings,
     show_timings,
     show_tuned,
 )
@@ -253,16 +254,27 @@ def _counts(study: Any) -> dict[str, Any]:
 
 @app.command()
 @shielded
-def status(study: StudyArgument, json_: Json = None) -> None:
-    """What a study holds."""
+def status(
+    studies: Annotated[list[Path], typer.Argument(metavar="S.db", help="A study, or the shards of one.")], json_: Json = None
+) -> None:
+    """What a study holds and how far it is; several: the shards of one."""
+    from aquabit.standing import standing, together
     from aquabit.study import Study
 
-    opened = Study(study, create=False)
-    facts = {"model": opened.get("model"), "fingerprint": opened.get("fingerprint"), "protocol": opened.get("protocol"), **_counts(opened),
-             "correction": (opened.get("space") or {}).get("correction"), "explained": "sensitivity" in opened, "searched": "front" in opened}  # fmt: skip
-    if not emit(facts, json_):
+    opened = [Study(s, create=False) for s in studies]
+    rows = [standing(s) for s in opened]
+    if len(opened) > 1:
+        every = [*rows, together(rows)]
+        if not emit({"studies": [r.to_dict() for r in rows], "together": every[-1].to_dict()}, json_):
+            show_standings(every)
+        return
+    study = opened[0]
+    facts = {"model": study.get("model"), "fingerprint": study.get("fingerprint"), "protocol": study.get("protocol"), **_counts(study),
+             "correction": (study.get("space") or {}).get("correction"), "explained": "sensitivity" in study, "searched": "front" in study}  # fmt: skip
+    if not emit({**rows[0].to_dict(), **facts}, json_):
         for key, value in facts.items():
             console.print(f"{key:14} {plain(str(value))}", highlight=False)
+        show_standings(rows)
 
 
 @app.command()
@@ -272,8 +284,10 @@ def merge(sources: Annotated[list[Path], typer.Argument(metavar="A.db B.db", hel
     from aquabit.study import Study
     from aquabit.study import merge as merge_studies
 
-    count = merge_studies([Study(s, create=False) for s in sources], Study(out))
-    console.print(f"{count} measurements joined into {out}")
+    joined = merge_studies([Study(s, create=False) for s in sources], Study(out))
+    console.print(f"{joined.new} measurements joined into {out}; {joined.repeated} were in several studies, and count once")
+    if joined.differing:
+        console.print(f"{joined.differing} of these differ in their numbers, as on other hardware or versions: the first study's stay")
 
 
 @app.command()

@@ -234,6 +234,8 @@ def _connect(ray: Any, address: str) -> bool:
         ray.init(address, log_to_driver=False, logging_level="ERROR", **({"include_dashboard": False} if address == "local" else {}))
     except Exception as error:  # Ray raises many types: all mean that there is no cluster to use
         raise _unanswered(address, str(error)) from error
+    if hasattr(ray._private.worker, "_worker_logs_enabled"):
+        ray._private.worker._worker_logs_enabled = False  # Ray prints what it says of lost workers to standard output, which is ours
     return True
 
 

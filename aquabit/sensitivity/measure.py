@@ -39,6 +39,7 @@ from aquabit.sensitivity.evaluator import Evaluator
 from aquabit.sensitivity.fidelity import stored
 from aquabit.sensitivity.pool import InlinePool, Pool, Task, WorkerPool
 from aquabit.space import SearchSpace, make_space
+from aquabit.standing import start_plan
 from aquabit.study import Study
 
 UNIFORM = ("usq2", "usq3", "usq4", "usq8")  # always measured beside random samples
@@ -232,10 +233,14 @@ class Session:
             progress("output errors", done := done + len(found), len(missing))
         return {key: known[key] for key in listed}
 
+    def first(self) -> list[QuantConfig]:
+        """What is measured before anything else: full precision (paired metrics need its images), then uniform configurations."""
+        return [self.space.full_precision(), *uniform_references(self.space)]
+
     def references(self, progress: Progress = no_progress, protocols: Sequence[Protocol] | None = None) -> None:
-        """Full precision first (paired metrics need its images), then uniform configurations."""
-        self.measure([self.space.full_precision()], "reference", progress, protocols, "full precision")
-        self.measure(uniform_references(self.space), "uniform", progress, protocols, "uniform references")
+        full, *uniform = self.first()
+        self.measure([full], "reference", progress, protocols, "full precision")
+        self.measure(uniform, "uniform", progress, protocols, "uniform references")
 
 
 @contextmanager
@@ -246,7 +251,8 @@ def open_session(
 ) -> Iterator[Session]:  # fmt: skip
     """Bind ``study`` to the model, hold its writer lock, start the pool, and see that every scheme is fitted.
 
-    ``protocol=None`` continues the study's own. ``ray``: the address of a Ray cluster that makes the images, instead of ``workers``. Raises AquabitError for a study of another model, protocol or space.
+    ``protocol=None`` continues the study's own. ``ray``: the address of a Ray cluster that makes the images, instead of ``workers``. Raises
+    AquabitError for a study of another model, protocol or space.
     """
     opened = open_model(model)
     with study.writing():
@@ -331,13 +337,18 @@ def measure(
         model, study, protocol=protocol, space_options=space, workers=workers, device=device, dtype=dtype, bank=bank, ray=ray,
         progress=progress,
     ) as session:  # fmt: skip
-        before = len(study.known(session.protocol))
+        before = study.known(session.protocol)
+        fixed = configs is not None or chosen.name != "disagreement"
+        drawn = list(configs) if configs is not None else chosen.draw(session.space, samples, sample_seed) if fixed else []
+        for config in drawn:
+            session.space.check(config, extra_schemes=True)
+        drawn = shard_of(drawn, shard)
+        asked = {c.digest for c in (*session.first(), *drawn)} - before
+        missing = len(asked) if fixed else len(asked) + max(0, samples - len(study.measurements(session.protocol, "sample", failed=True)))
+        start_plan(study, samples, chosen.name, shard, missing)
         session.references(progress)
-        if configs is None and chosen.name == "disagreement":
-            measure_disagreement(session, samples, sample_seed, progress)
+        if fixed:
+            session.measure(drawn, "sample", progress)
         else:
-            drawn = list(configs) if configs is not None else chosen.draw(session.space, samples, sample_seed)
-            for config in drawn:
-                session.space.check(config, extra_schemes=True)
-            session.measure(shard_of(drawn, shard), "sample", progress)
-        return len(study.known(session.protocol)) - before
+            measure_disagreement(session, samples, sample_seed, progress)
+        return len(study.known(session.protocol) - before)
