@@ -86,7 +86,7 @@ class Fitter:
 
     def has(self, need: Need, calibration: Calibration | None) -> bool:
         """Whether the bank has a file for it (which may turn out to be damaged)."""
-        return self.bank.path(self.model.key(need.layer), need.scheme, self.context(need, calibration)).exists()
+        return self.bank.has(self.model.key(need.layer), need.scheme, self.context(need, calibration))
 
     def coded(self, need: Need, calibration: Calibration | None) -> CodebookWeight:
         """The coded weight, fitted first where it is missing."""
