@@ -90,12 +90,13 @@ class Fitter:
 
     def coded(self, need: Need, calibration: Calibration | None) -> CodebookWeight:
         """The coded weight, fitted first where it is missing."""
-        found = self.found(need, calibration)
-        if found is None:
-            self.fit([need], calibration)
+        with self.bank.using():
             found = self.found(need, calibration)
-            assert found is not None
-        return found.coded
+            if found is None:
+                self.fit([need], calibration)
+                found = self.found(need, calibration)
+                assert found is not None
+            return found.coded
 
     def fit(self, needs: Iterable[Need], calibration: Calibration | None, progress: Progress = no_progress) -> None:
         """Fit what is missing, a few layers' H in memory at a time. Leaves the model in full precision where H was measured."""
@@ -196,6 +197,12 @@ class Fitter:
         "error" is the relative weight error, "output" the relative output error at the first of ``acts`` (only with a calibration), "notes"
         what is to be said of the fit, where there is something.
         """
+        with self.bank.using():
+            return self._facts(layers, schemes, acts, calibration)
+
+    def _facts(
+        self, layers: Sequence[str], schemes: Mapping[str, Sequence[Scheme]], acts: Sequence[int], calibration: Calibration | None
+    ) -> dict[str, dict[str, dict[str, Any]]]:
         needs = [Need(n, s, a) for n in layers for s in schemes[n] for a in (acts if s.calibrated else acts[:1])]
         self.fit(needs, calibration)
         known = {} if calibration is None else self.moments(layers, acts[:1], calibration)
