@@ -294,6 +294,15 @@ def show_standings(rows: list[Any]) -> None:
         console.print(plain(f"{r.path}{f' ({r.shard})' if r.shard else ''}: {', '.join(parts)}"), highlight=False, soft_wrap=True)
 
 
+def show_peaks(peaks: list[Any], micro_batch: int, not_counted: str) -> None:
+    """Peak memory (``memory.Peak``): a line a task and dtype, largest parts first."""
+    for p in peaks:
+        parts = sorted(((size, name) for name, size in p.parts.items() if size >= 1e6), reverse=True)
+        said = ", ".join(f"{name} {size / 1e9:.2f}" for size, name in parts)
+        console.print(f"{p.task:11} {p.dtype:9} {p.total / 1e9:7.2f} GB: {said}", highlight=False, soft_wrap=True)
+    console.print(f"a process each, with a micro-batch of {micro_batch}; not counted: {not_counted}", highlight=False, soft_wrap=True)
+
+
 def _span(seconds: float) -> str:
     """As 40 s, 12 min, 3.5 h or 2.1 d."""
     for unit, size in (("d", 86400), ("h", 3600)):

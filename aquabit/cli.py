@@ -19,6 +19,7 @@ from aquabit._terminal import (
     show_front,
     show_noise,
     show_notes,
+    show_peaks,
     show_placement,
     show_sensitivity,
     show_standings,
@@ -41,6 +42,7 @@ Samples = Annotated[int, typer.Option("--samples", min=1, help="Random configura
 Images = Annotated[int, typer.Option("--images", min=2, help="Images per configuration.")]
 Steps = Annotated[int, typer.Option("--steps", min=1, help="Denoising steps.")]
 SchedulerOption = Annotated[str, typer.Option("--scheduler", help="default, ddim, ddpm, euler, euler-ancestral, dpm, flow-euler.")]
+MicroBatch = Annotated[int, typer.Option("--micro-batch", min=1, help="Images that are made together; fewer take less memory.")]
 Eta = Annotated[float, typer.Option("--eta", help="DDIM's noise: 0 is deterministic.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the first image, and of the random configurations.")]
 Workers = Annotated[int | None, typer.Option("--workers", min=1, help="Processes; default: the processor's cores on a CPU, else 1.")]
@@ -185,14 +187,21 @@ def models(json_: Json = None) -> None:
 
 @app.command()
 @shielded
-def inspect(model: ModelArgument, memory: Annotated[bool, typer.Option("--memory", help="Peak memory (arrives with real pipelines).")] = False, json_: Json = None) -> None:  # fmt: skip
-    """Layers, operator types, sizes and multiply-adds."""
-    _later(memory=memory)
+def inspect(model: ModelArgument, memory: Annotated[bool, typer.Option("--memory", help="Peak memory of measuring, quantizing and running packed instead.")] = False, micro_batch: MicroBatch = 64, guidance: Guidance = 1.0, json_: Json = None) -> None:  # fmt: skip
+    """Layers, operator types, sizes and multiply-adds; or peak memory."""
     _quiet()
     from aquabit.graph import layers, to_json
-    from aquabit.pipelines import load, trace
+    from aquabit.pipelines import denoiser_of, load, trace
 
-    graph = trace(load(model))
+    pipe = load(model)
+    graph = trace(pipe)
+    if memory:
+        from aquabit.memory import NOT_COUNTED, elements, peaks
+
+        found = peaks(graph, micro_batch, guidance != 1.0, others=elements(pipe.components.values()) - elements([denoiser_of(pipe)]))
+        if not emit({"micro_batch": micro_batch, "not_counted": NOT_COUNTED, "peaks": [p.to_dict() for p in found]}, json_):
+            show_peaks(found, micro_batch, NOT_COUNTED)
+        return
     if emit(to_json(graph), json_):
         return
     from rich.table import Table
@@ -216,6 +225,7 @@ def measure(
     design: Annotated[str, typer.Option("--design", help="random (independent draws), balanced (nearly orthogonal, evenly over bits), swaps (of one layer in shared contexts), disagreement (batches on which refitted surrogates disagree); balanced:0.5 and swaps:0.5 are half random.")] = "random",
     contexts: Annotated[int, typer.Option("--contexts", min=0, help="Random contexts in which every layer's swap is run on stored inputs, a fifteenth of a measurement each: truer effects.")] = 0,
     bits: Annotated[float, typer.Option("--bits", help="Bits per weight of these contexts.")] = 3.0,
+    micro_batch: MicroBatch = 64,
     shard: Annotated[str | None, typer.Option("--shard", help="i/n: every n-th configuration, for batch schedulers.")] = None,
     ray: Annotated[str | None, typer.Option("--ray", metavar="ADDRESS", help="Measure on a Ray cluster: auto, local, host:port; a worker for each GPU, or CPU slot.")] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Say what there is to measure and fit, and time and disk it takes (an estimate); measure nothing.")] = False,
@@ -228,7 +238,18 @@ def measure(
     from aquabit.sensitivity.measure import measure as measure_model
     from aquabit.study import Study
 
-    protocol = Protocol(images, steps, seed, scheduler, eta, guidance, conditions=_prompts(prompts), objective=objective, dtype=dtype)
+    protocol = Protocol(
+        images,
+        steps,
+        seed,
+        scheduler,
+        eta,
+        guidance,
+        conditions=_prompts(prompts),
+        micro_batch=micro_batch,
+        objective=objective,
+        dtype=dtype,
+    )
     processes = (workers or 1) if ray is not None else _workers(workers, device)
     with bars() as progress:
         opened = Study(study)

@@ -1,6 +1,7 @@
 """Peak memory of quantizing a large model: python benchmarks/scale.py [--dtypes float32 bfloat16] [--ways model folder] [--blocks 28] [--scheme usq4]
 
 model    every layer of a random DiT-XL/2 (255 layers, 675 M weights; built in place, in one copy) is fitted into an empty bank and packed
+memory   peaks of measuring, quantizing and running packed on the bundled models, beside what `aquabit inspect --memory` says (no target)
 folder   the same model saved as a pipeline of bfloat16 shards, quantized and saved by what `aquabit quantize` calls, which loads it in float32
 
 Each in a fresh process, one thread; the peak is ru_maxrss, all of the process: libraries, model, mapped files. Target: below the model's size
@@ -28,7 +29,14 @@ try:
 except ImportError:  # run as a script
     from flow import RESULTS, machine  # type: ignore[no-redef]
 
-DIT_XL_2 = {"sample_size": 32, "num_attention_heads": 16, "attention_head_dim": 72, "in_channels": 4, "out_channels": 8, "norm_elementwise_affine": False}
+DIT_XL_2 = {
+    "sample_size": 32,
+    "num_attention_heads": 16,
+    "attention_head_dim": 72,
+    "in_channels": 4,
+    "out_channels": 8,
+    "norm_elementwise_affine": False,
+}
 ALLOWED = 2e9  # bytes above the model's size
 
 
@@ -103,6 +111,36 @@ def from_folder(folder: Path, scheme: str, bank: Path) -> dict[str, Any]:
             "layers": len(packed.model.layers), "packed": sum(f.stat().st_size for f in (folder / "packed" / "transformer").glob("*.safetensors"))}  # fmt: skip
 
 
+TASKS = ("measure", "quantize", "run packed")
+
+
+def bundled(name: str, task: str, bank: Path) -> dict[str, Any]:
+    """One task on a bundled model, with the protocol's micro-batch of 64, beside what is expected."""
+    from aquabit.memory import peaks
+    from aquabit.packing import quantize
+    from aquabit.pipelines import Adapter
+    from aquabit.quant.bank import Bank
+    from aquabit.scheme import Calibration, Protocol
+    from aquabit.sensitivity.evaluator import Evaluator, single_thread
+    from aquabit.sensitivity.measure import open_model
+    from aquabit.space import make_space
+
+    libraries, opened, protocol = peak(), open_model(name), Protocol(images=64, steps=2)
+    space = make_space(opened.graph, opened.fingerprint, name, calibration=Calibration.of(protocol))
+    if task == "measure":
+        evaluator = Evaluator(name, opened.graph, Bank(bank), opened.fingerprint)
+        for config in [space.full_precision(), space.uniform("usq4"), space.uniform("usq3h")]:
+            evaluator.measure(config, protocol)
+    else:
+        packed = quantize(name, space.uniform("usq4"), bank=str(bank))
+        if task == "run packed":
+            with single_thread("cpu"):
+                Adapter(packed.pipe).images(protocol, range(64))
+    reached = peak()
+    expected = next(p for p in peaks(opened.graph) if p.task == task and p.dtype == "float32")
+    return {"libraries": libraries, "peak": reached, "expected": expected.total, "parts": dict(expected.parts)}
+
+
 def child(*words: str) -> dict[str, Any]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
     done = subprocess.run([sys.executable, __file__, "--child", *words], capture_output=True, text=True, env=environment)
@@ -111,19 +149,34 @@ def child(*words: str) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def beside(rows: list[dict[str, Any]]) -> list[str]:
+    """What is expected beside what was measured."""
+    lines = ["| model | task | measured GB | expected GB | expected / measured |", "|---|---|---|---|---|"]
+    return lines + [
+        f"| {r['model_name']} | {r['task']} | {r['peak'] / 1e9:.2f} | {r['expected'] / 1e9:.2f} | {r['expected'] / r['peak']:.2f} |"
+        for r in rows
+    ]
+
+
 def markdown(rows: list[dict[str, Any]]) -> str:
-    lines = ["| way | dtype | scheme | layers | model GB | peak GB | above the model | target | minutes |", "|---|---|---|---|---|---|---|---|---|"]
+    known = [r for r in rows if r["way"] == "memory"]
+    rows = [r for r in rows if r["way"] != "memory"]
+    lines = [
+        "| way | dtype | scheme | layers | model GB | peak GB | above the model | target | minutes |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
     for r in rows:
         above = r["peak"] - r["model"]
         lines.append(f"| {r['way']} | {r['dtype']} | {r['scheme']} | {r['layers']} | {r['model'] / 1e9:.2f} | {r['peak'] / 1e9:.2f} | {above / 1e9:.2f} GB, of these "
                      f"libraries {r['libraries'] / 1e9:.2f} | {'kept' if above < ALLOWED else 'MISSED'} | {r['seconds'] / 60:.1f} |")  # fmt: skip
-    return "\n".join(["# Peak memory of quantizing a DiT-XL/2", "", *lines, ""])
+    said = ["# Peak memory of quantizing a DiT-XL/2", "", *lines, ""] if rows else []
+    return "\n".join([*said, *(["# inspect --memory on the bundled models", "", *beside(known), ""] if known else [])])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--ways", nargs="+", default=["model", "folder"], choices=["model", "folder"])
+    parser.add_argument("--ways", nargs="+", default=["model", "folder", "memory"], choices=["model", "folder", "memory"])
     parser.add_argument("--blocks", type=int, default=28)
     parser.add_argument("--scheme", default="usq4")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -134,6 +187,8 @@ def main() -> None:
         if way == "save":
             save_folder(Path(folder), int(blocks))
             print("{}")
+        elif way == "memory":
+            print(json.dumps(bundled(dtype, scheme, Path(folder) / "bank")))
         elif way == "model":
             print(json.dumps(in_memory(getattr(torch, dtype), int(blocks), scheme, Path(folder) / "bank")))
         else:
@@ -141,6 +196,14 @@ def main() -> None:
         return
     rows = []
     for way in given.ways:
+        for name in ("digits-dit", "digits-unet") if way == "memory" else ():
+            for task in TASKS:
+                with tempfile.TemporaryDirectory() as folder:
+                    found = child("memory", name, "0", task, folder)
+                rows.append({"way": way, "model_name": name, "task": task, "dtype": "float32", **found})
+                print(beside(rows[-1:])[-1], flush=True)
+        if way == "memory":
+            continue
         for dtype in given.dtypes if way == "model" else ["float32"]:
             with tempfile.TemporaryDirectory() as folder:
                 words = (dtype, str(given.blocks), given.scheme, folder)

@@ -17,6 +17,7 @@ ALLOWED: dict[str, set[str]] = {
     "graph": {"scheme"},
     "quality": {"scheme"},
     "study": {"scheme"},
+    "memory": {"scheme", "graph"},
     "standing": {"scheme", "study"},
     "formats": {"scheme"},
     "space": {"scheme", "graph", "formats"},
