@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -292,6 +292,16 @@ def show_standings(rows: list[Any]) -> None:
         parts += [] if r.idle is None else [f"last {_span(r.idle)} ago"]
         parts += [f"written by {r.writer}"] if r.writer else []
         console.print(plain(f"{r.path}{f' ({r.shard})' if r.shard else ''}: {', '.join(parts)}"), highlight=False, soft_wrap=True)
+
+
+def show_plan(plan: Any) -> None:
+    """What measuring would take (``plan.Plan``)."""
+    say = partial(console.print, highlight=False, soft_wrap=True)
+    say(f"measurements: {plan.measurements} to make, {plan.known} there already")
+    say(f"bank: {plan.fits} fits missing, {plan.bank_bytes / 1e6:.1f} MB; {max(0, plan.bank_free) / 1e9:.1f} GB are left of its limit")
+    said = f"{_span(plan.measuring_seconds)} of measuring and {_span(plan.probing_seconds)} for {plan.probes} probes"
+    say(f"estimated time: {said} with {plan.workers} worker{'s' * (plan.workers > 1)}, besides the fits' own")
+    say(f"(an estimate: from one full-precision denoiser call of {plan.call_seconds:.3g} s; nothing was measured)")
 
 
 def show_peaks(peaks: list[Any], micro_batch: int, not_counted: str) -> None:

@@ -21,6 +21,7 @@ from aquabit._terminal import (
     show_notes,
     show_peaks,
     show_placement,
+    show_plan,
     show_sensitivity,
     show_standings,
     show_timings,
@@ -251,6 +252,17 @@ def measure(
         dtype=dtype,
     )
     processes = (workers or 1) if ray is not None else _workers(workers, device)
+    if plan:
+        from aquabit.sensitivity.plan import plan as plan_model
+
+        known = Study(study) if study.exists() else None
+        made = plan_model(
+            model, known, samples, protocol=protocol, space=_space(space, correction, step_groups, steps), workers=processes, device=device,
+            dtype=dtype, bank=str(bank) if bank else None, sample_seed=seed, design=design, shard=shard,
+        )  # fmt: skip
+        if not emit(made.to_dict(), json_):
+            show_plan(made)
+        return
     with bars() as progress:
         opened = Study(study)
         count = measure_model(

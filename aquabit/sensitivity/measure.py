@@ -243,6 +243,27 @@ class Session:
         self.measure(uniform, "uniform", progress, protocols, "uniform references")
 
 
+def settings(
+    opened: Model, study: Study | None, protocol: Protocol | None, space_options: dict[str, Any] | None, dtype: str
+) -> tuple[Protocol, SearchSpace]:
+    """The protocol and the space to measure with: a study's own where nothing else is given."""
+    if study is not None and protocol is None and "protocol" in study:
+        given = study.protocol
+    else:
+        given = protocol_for(opened, replace(protocol or Protocol(), dtype=dtype))
+    if study is not None and space_options is None and "space" in study and study.get("fingerprint") == opened.fingerprint:
+        space = SearchSpace.from_dict(study.get("space"))
+    else:
+        options = {"calibration": Calibration.of(given), **(space_options or {})}
+        space = make_space(opened.graph, opened.fingerprint, opened.reference, **options)
+    check_correctable(opened, given, space.correction)
+    if space.steps is not None and space.steps.total != given.steps:
+        raise AquabitError(
+            f"the step groups are of {space.steps.total} steps, the images are made in {given.steps}; give both the same number"
+        )
+    return given, space
+
+
 @contextmanager
 def open_session(
     model: str | DiffusionPipeline, study: Study, *, protocol: Protocol | None = None, space_options: dict[str, Any] | None = None,
@@ -256,21 +277,7 @@ def open_session(
     """
     opened = open_model(model)
     with study.writing():
-        given = (
-            study.protocol
-            if protocol is None and "protocol" in study
-            else protocol_for(opened, replace(protocol or Protocol(), dtype=dtype))
-        )
-        if space_options is None and "space" in study and study.get("fingerprint") == opened.fingerprint:
-            space = SearchSpace.from_dict(study.get("space"))
-        else:
-            options = {"calibration": Calibration.of(given), **(space_options or {})}
-            space = make_space(opened.graph, opened.fingerprint, opened.reference, **options)
-        check_correctable(opened, given, space.correction)
-        if space.steps is not None and space.steps.total != given.steps:
-            raise AquabitError(
-                f"the step groups are of {space.steps.total} steps, the images are made in {given.steps}; give both the same number"
-            )
+        given, space = settings(opened, study, protocol, space_options, dtype)
         study.begin(opened.reference, opened.fingerprint, to_json(opened.graph), space.to_dict(), given)
         store = Bank(bank)
         with pool_for(opened, store, workers, device, given.dtype, ray) as pool:
