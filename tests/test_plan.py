@@ -39,7 +39,8 @@ def test_a_plan_is_what_is_then_done(tmp_path) -> None:
         more.measurements - before.measurements, before.measurements, 0, 0, 0,
     )  # fmt: skip
     assert after.measuring_seconds > 0 == after.probing_seconds and len(study.measurements()) == before.measurements
-    assert plan(pipe, None, 4, shard="1/2", **given).measurements < more.measurements
+    shards = [plan(pipe, None, 4, shard=f"{i}/2", **given).measurements for i in (1, 2)]
+    assert sum(shards) == more.measurements + 6, "full precision and five uniform references are measured by both"
 
 
 def test_live_tensors_are_counted_while_they_live() -> None:
@@ -94,7 +95,7 @@ def test_memory_that_does_not_suffice_says_what_to_lower() -> None:
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
         torch.OutOfMemoryError("CUDA out of memory"),
     ):
-        with pytest.raises(AquabitError, match="ran out of memory .* --micro-batch"):
+        with pytest.raises(AquabitError, match=r"ran out of memory .* --micro-batch"):
             answer(Full(error), task)
     with pytest.raises(RuntimeError, match="shapes"):
         answer(Full(RuntimeError("shapes differ")), task)
