@@ -38,7 +38,7 @@ def seconds(pool: Any, tasks: list[dict[str, Any]], workers: int) -> float:
 
 
 def measured(model: str, pairs: int, configs: int, images: int, steps: int, folder: Path) -> list[dict[str, float]]:
-    os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0")
+    os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0", RAY_worker_niceness="0")
     from ray.cluster_utils import Cluster
 
     from aquabit.graph import to_json

@@ -28,7 +28,7 @@ COLUMNS = ["config", "protocol", "kind", "status", "reason", "bits", "bytes", "b
 @pytest.fixture(scope="module")
 def nodes():
     """A Ray cluster of two nodes with a CPU slot each."""
-    os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0")
+    os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0", RAY_worker_niceness="0")
     from ray.cluster_utils import Cluster
 
     node = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": 80 << 20}
