@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -311,3 +311,42 @@ def show_export(found: Any, path: Path) -> None:
         console.print(f"  {count:4} layers: {plain(lost)}", highlight=False, soft_wrap=True)
     for sentence in found.whole:
         console.print(f"  all: {plain(sentence)}", highlight=False, soft_wrap=True)
+
+
+def show_standings(rows: list[Any]) -> None:
+    """How far studies are (``standing.Standing``), one line each."""
+    for r in rows:
+        parts = [f"{r.measurements} measurements, {r.failed} failed"]
+        parts += [] if r.missing is None else [f"{r.missing} missing"]
+        parts += [f"{r.rate:.0f} an hour"] if r.rate and r.missing else []
+        parts += [f"{_span(r.remaining)} left (estimate)"] if r.remaining else []
+        parts += [] if r.idle is None else [f"last {_span(r.idle)} ago"]
+        parts += [f"written by {r.writer}"] if r.writer else []
+        console.print(plain(f"{r.path}{f' ({r.shard})' if r.shard else ''}: {', '.join(parts)}"), highlight=False, soft_wrap=True)
+
+
+def show_plan(plan: Any) -> None:
+    """What measuring would take (``plan.Plan``)."""
+    say = partial(console.print, highlight=False, soft_wrap=True)
+    say(f"measurements: {plan.measurements} to make, {plan.known} there already")
+    say(f"bank: {plan.fits} fits missing, {plan.bank_bytes / 1e6:.1f} MB; {max(0, plan.bank_free) / 1e9:.1f} GB are left of its limit")
+    said = f"{_span(plan.measuring_seconds)} of measuring and {_span(plan.probing_seconds)} for {plan.probes} probes"
+    say(f"estimated time: {said} with {plan.workers} worker{'s' * (plan.workers > 1)}, besides the fits' own")
+    say(f"(an estimate: from one full-precision denoiser call of {plan.call_seconds:.3g} s; nothing was measured)")
+
+
+def show_peaks(peaks: list[Any], micro_batch: int, not_counted: str) -> None:
+    """Peak memory (``memory.Peak``): a line a task and dtype, largest parts first."""
+    for p in peaks:
+        parts = sorted(((size, name) for name, size in p.parts.items() if size >= 1e6), reverse=True)
+        said = ", ".join(f"{name} {size / 1e9:.2f}" for size, name in parts)
+        console.print(f"{p.task:11} {p.dtype:9} {p.total / 1e9:7.2f} GB: {said}", highlight=False, soft_wrap=True)
+    console.print(f"a process each, with a micro-batch of {micro_batch}; not counted: {not_counted}", highlight=False, soft_wrap=True)
+
+
+def _span(seconds: float) -> str:
+    """As 40 s, 12 min, 3.5 h or 2.1 d."""
+    for unit, size in (("d", 86400), ("h", 3600)):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"

@@ -21,8 +21,11 @@ from aquabit._terminal import (
     show_front,
     show_noise,
     show_notes,
+    show_peaks,
     show_placement,
+    show_plan,
     show_sensitivity,
+    show_standings,
     show_timings,
     show_tuned,
 )
@@ -42,6 +45,7 @@ Samples = Annotated[int, typer.Option("--samples", min=1, help="Random configura
 Images = Annotated[int, typer.Option("--images", min=2, help="Images per configuration.")]
 Steps = Annotated[int, typer.Option("--steps", min=1, help="Denoising steps.")]
 SchedulerOption = Annotated[str, typer.Option("--scheduler", help="default, ddim, ddpm, euler, euler-ancestral, dpm, flow-euler.")]
+MicroBatch = Annotated[int, typer.Option("--micro-batch", min=1, help="Images that are made together; fewer take less memory.")]
 Eta = Annotated[float, typer.Option("--eta", help="DDIM's noise: 0 is deterministic.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the first image, and of the random configurations.")]
 Workers = Annotated[int | None, typer.Option("--workers", min=1, help="Processes; default: the processor's cores on a CPU, else 1.")]
@@ -98,7 +102,6 @@ FeaturesOption = Annotated[
         help="inception=FILE (inception-2015-12-05.pt, or FILE@SHA256; default: AQUABIT_INCEPTION), clip=DIR, dinov2=DIR (transformers), lpips=FILE (safetensors); may be repeated.",
     ),
 ]
-MicroBatch = Annotated[int, typer.Option("--micro-batch", min=1, help="Images made at once: what memory allows.")]
 Resolution = Annotated[int | None, typer.Option("--resolution", min=1, help="Side of the images in pixels; default: the model's own.")]
 Preset = Annotated[
     str | None, typer.Option("--preset", help="Settings of a paper's table (see `aquabit models`), where no option is given for them.")
@@ -111,13 +114,6 @@ MetricOption = Annotated[
         help="A function of images, full-precision images [n, 3, h, w] and conditions, one number an image; its .direction is min or max. May be repeated, and be the --objective.",
     ),
 ]
-
-
-def _later(**options: Any) -> None:
-    """Options whose capability is not here yet are refused, never ignored."""
-    for name, value in options.items():
-        if value not in (None, False):
-            raise AquabitError(f"--{name.replace('_', '-')} is not available yet: it arrives with real pipelines, metrics and clusters")
 
 
 def _quiet() -> None:
@@ -243,15 +239,21 @@ def models(json_: Json = None) -> None:
 
 @app.command()
 @shielded
-def inspect(model: ModelArgument, memory: Annotated[bool, typer.Option("--memory", help="Peak memory (arrives with real pipelines).")] = False, json_: Json = None) -> None:  # fmt: skip
-    """Layers, operator types, sizes and multiply-adds."""
-    _later(memory=memory)
+def inspect(model: ModelArgument, memory: Annotated[bool, typer.Option("--memory", help="Peak memory of measuring, quantizing and running packed instead.")] = False, micro_batch: MicroBatch = 64, guidance: Guidance = 1.0, json_: Json = None) -> None:  # fmt: skip
+    """Layers, operator types, sizes and multiply-adds; or peak memory."""
     _quiet()
     from aquabit.graph import layers, to_json
-    from aquabit.pipelines import family_notes, load, trace
+    from aquabit.pipelines import denoiser_of, family_notes, load, trace
 
     pipe = load(model)
     graph = trace(pipe)
+    if memory:
+        from aquabit.memory import NOT_COUNTED, elements, peaks
+
+        found = peaks(graph, micro_batch, guidance != 1.0, others=elements(pipe.components.values()) - elements([denoiser_of(pipe)]))
+        if not emit({"micro_batch": micro_batch, "not_counted": NOT_COUNTED, "peaks": [p.to_dict() for p in found]}, json_):
+            show_peaks(found, micro_batch, NOT_COUNTED)
+        return
     if emit(to_json(graph), json_):
         return
     for note in family_notes(pipe):
@@ -295,12 +297,11 @@ def measure(
     contexts: Annotated[int, typer.Option("--contexts", min=0, help="Random contexts in which every layer's swap is run on stored inputs, a fifteenth of a measurement each: truer effects.")] = 0,
     bits: Annotated[float, typer.Option("--bits", help="Bits per weight of these contexts.")] = 3.0,
     shard: Annotated[str | None, typer.Option("--shard", help="i/n: every n-th configuration, for batch schedulers.")] = None,
-    ray: Annotated[str | None, typer.Option("--ray", help="Ray address (arrives with clusters).")] = None,
-    plan: Annotated[bool, typer.Option("--plan", help="Time and disk needed (arrives with clusters).")] = False,
+    ray: Annotated[str | None, typer.Option("--ray", metavar="ADDRESS", help="Measure on a Ray cluster: auto, local, host:port; a worker for each GPU, or CPU slot.")] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Say what there is to measure and fit, and time and disk it takes (an estimate); measure nothing.")] = False,
     json_: Json = None,
 ) -> None:  # fmt: skip
     """Measure random configurations into a study; run again, it continues."""
-    _later(ray=ray, plan=plan)
     _quiet()
     from aquabit import flow
     from aquabit.sensitivity.measure import measure as measure_model
@@ -310,15 +311,24 @@ def measure(
         context, preset, images=images, steps=steps, seed=seed, scheduler=scheduler, eta=eta, guidance=guidance, resolution=resolution,
         conditions=_prompts(prompts), micro_batch=micro_batch, objective=objective, dtype=dtype,
     )  # fmt: skip
+    processes = (workers or 1) if ray is not None else _workers(workers, device)
+    options: dict[str, Any] = {
+        "protocol": protocol, "space": _space(space, correction, step_groups, steps), "workers": processes, "device": device, "dtype": dtype,
+        "bank": str(bank) if bank else None, "quality": _quality(reference, features, metric), "sample_seed": seed, "design": design, "shard": shard,
+    }  # fmt: skip
+    if plan:
+        from aquabit.sensitivity.plan import plan as plan_model
+
+        made = plan_model(model, Study(study) if study.exists() else None, samples, **options)
+        if not emit(made.to_dict(), json_):
+            show_plan(made)
+        return
     with bars() as progress:
         opened = Study(study)
-        count = measure_model(
-            model, opened, samples, protocol=protocol, space=_space(space, correction, step_groups, steps), workers=_workers(workers, device), device=device,
-            dtype=dtype, bank=str(bank) if bank else None, quality=_quality(reference, features, metric), sample_seed=seed, design=design, shard=shard, progress=progress,
-        )  # fmt: skip
+        count = measure_model(model, opened, samples, ray=ray, progress=progress, **options)
         if contexts:
             flow.see_in_context(
-                opened, contexts, bits, pipe=model, workers=_workers(workers, device), device=device, bank=str(bank) if bank else None, progress=progress
+                opened, contexts, bits, pipe=model, workers=processes, device=device, bank=str(bank) if bank else None, ray=ray, progress=progress
             )  # fmt: skip
     if not emit({"new": count, **_counts(opened)}, json_):
         console.print(f"{count} new measurements; {study} holds {_counts(opened)['measurements']}")
@@ -334,16 +344,27 @@ def _counts(study: Any) -> dict[str, Any]:
 
 @app.command()
 @shielded
-def status(study: StudyArgument, json_: Json = None) -> None:
-    """What a study holds."""
+def status(
+    studies: Annotated[list[Path], typer.Argument(metavar="S.db", help="A study, or the shards of one.")], json_: Json = None
+) -> None:
+    """What a study holds and how far it is; several: the shards of one."""
+    from aquabit.standing import standing, together
     from aquabit.study import Study
 
-    opened = Study(study, create=False)
-    facts = {"model": opened.get("model"), "fingerprint": opened.get("fingerprint"), "protocol": opened.get("protocol"), **_counts(opened),
-             "correction": (opened.get("space") or {}).get("correction"), "explained": "sensitivity" in opened, "searched": "front" in opened}  # fmt: skip
-    if not emit(facts, json_):
+    opened = [Study(s, create=False) for s in studies]
+    rows = [standing(s) for s in opened]
+    if len(opened) > 1:
+        every = [*rows, together(rows)]
+        if not emit({"studies": [r.to_dict() for r in rows], "together": every[-1].to_dict()}, json_):
+            show_standings(every)
+        return
+    study = opened[0]
+    facts = {"model": study.get("model"), "fingerprint": study.get("fingerprint"), "protocol": study.get("protocol"), **_counts(study),
+             "correction": (study.get("space") or {}).get("correction"), "explained": "sensitivity" in study, "searched": "front" in study}  # fmt: skip
+    if not emit({**rows[0].to_dict(), **facts}, json_):
         for key, value in facts.items():
             console.print(f"{key:14} {plain(str(value))}", highlight=False)
+        show_standings(rows)
 
 
 @app.command()
@@ -353,8 +374,10 @@ def merge(sources: Annotated[list[Path], typer.Argument(metavar="A.db B.db", hel
     from aquabit.study import Study
     from aquabit.study import merge as merge_studies
 
-    count = merge_studies([Study(s, create=False) for s in sources], Study(out))
-    console.print(f"{count} measurements joined into {out}")
+    joined = merge_studies([Study(s, create=False) for s in sources], Study(out))
+    console.print(f"{joined.new} measurements joined into {out}; {joined.repeated} were in several studies, and count once")
+    if joined.differing:
+        console.print(f"{joined.differing} of these differ in their numbers, as on other hardware or versions: the first study's stay")
 
 
 @app.command()

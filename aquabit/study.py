@@ -8,10 +8,11 @@ import math
 import os
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain, zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -32,6 +33,7 @@ CREATE TABLE flips(layer TEXT NOT NULL, before TEXT NOT NULL, after TEXT NOT NUL
   protocol TEXT NOT NULL, UNIQUE(config_before, config_after, protocol));
 CREATE TABLE thumbnails(config TEXT NOT NULL, protocol TEXT NOT NULL, png BLOB NOT NULL, UNIQUE(config, protocol));
 """
+MERGED = ("configs", "protocols", "measurements", "features", "flips", "thumbnails", "outputs")  # tables of rows that are joined
 OUTPUTS = "CREATE TABLE IF NOT EXISTS outputs(config TEXT NOT NULL, inputs TEXT NOT NULL, value TEXT NOT NULL, UNIQUE(config, inputs))"
 
 
@@ -118,6 +120,18 @@ class Study:
             finally:
                 self._held = 0
 
+    def writer(self) -> str | None:
+        """Who writes the study now, as "process 12 on host"; None where nobody does."""
+        try:
+            with open(self.path.with_name(self.path.name + ".lock")) as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except OSError:
+                    return file.read().strip() or "another process"
+        except OSError:
+            pass
+        return None
+
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         with _clear_errors(self.path), self.writing():
@@ -162,6 +176,13 @@ class Study:
             self.set(model=model, fingerprint=fingerprint, graph=graph, space=space, protocol=protocol.to_dict())
             self.add_protocol(protocol)
             return
+        self.check(model, fingerprint, space, protocol)
+        if self.protocol.objective != protocol.objective:
+            self.set(protocol=protocol.to_dict())
+
+    def check(self, model: str, fingerprint: str, space: Any, protocol: Protocol) -> None:
+        """Raise AquabitError where a study that is bound is not one of this model, space and protocol (objectives may differ)."""
+        known = self.get("fingerprint")
         if known != fingerprint:
             raise AquabitError(f"{self.path} is a study of {self.get('model')} ({known}), not of {model} ({fingerprint}); use another file")
         stored = Protocol.from_dict(self.get("protocol"))
@@ -172,8 +193,6 @@ class Study:
         self._check_correction(self.get("space"), space)
         if self.get("space") != space:
             raise AquabitError(f"{self.path} was begun with another search space; use the same --space or another file")
-        if stored.objective != protocol.objective:
-            self.set(protocol=protocol.to_dict())
 
     def _check_correction(self, begun: Mapping[str, Any], given: Mapping[str, Any]) -> None:
         """Raise AquabitError where two spaces correct the noise of quantization differently: what both measure is not to be mixed."""
@@ -327,22 +346,53 @@ class Study:
         rows = [(r, float(b), float(v), math.nan, math.nan) for r, b, v in zip(own.config, own.bits, own[objective], strict=True)]
         return counts + _notebook.points(rows, "bits per weight", f"{objective}, measured")
 
-    def copy_from(self, source: Study) -> None:
-        """Every row of another study that is not here yet, in one transaction."""
-        with self._transaction() as db:
-            for table in ("configs", "protocols", "measurements", "features", "flips", "thumbnails"):
-                rows = source._rows(f"SELECT * FROM {table} ORDER BY rowid")
-                if rows:
-                    db.executemany(f"INSERT OR IGNORE INTO {table} VALUES ({', '.join('?' * len(rows[0]))})", rows)
+
+class Merged(NamedTuple):
+    """Measurements that were new, that several sources held, and those of them whose numbers differ (made on other hardware, say)."""
+
+    new: int
+    repeated: int
+    differing: int
 
 
-def merge(sources: list[Study], out: Study) -> int:
-    """Copy every measurement of ``sources`` (same model, space and protocol) into ``out``; the number of new ones."""
-    before = len(out.measurements(failed=True))
-    for source in sources:
-        facts = {k: source.need(k, "it is empty") for k in ("model", "fingerprint", "graph", "space")}
-        out.begin(**facts, protocol=source.protocol)
-        if "quality" in source and "quality" not in out:
-            out.set(quality=source.get("quality"))
-        out.copy_from(source)
-    return len(out.measurements(failed=True)) - before
+def merge(sources: Sequence[Study], out: Study) -> Merged:
+    """Copy everything that was measured in ``sources`` into ``out``, in one transaction; of what several hold, the first stays.
+
+    Rows of the sources take turns, so that shards given in order come out in the order of a run in one piece. Raises AquabitError, before
+    anything is written, where a source is empty, or of another model, space or protocol than the first one or ``out``.
+    """
+    facts = [{k: s.need(k, "it is empty: measure into it first") for k in ("model", "fingerprint", "space")} for s in sources]
+    bound = [s for s in (out, *sources) if "fingerprint" in s]
+    for source, own in zip(sources, facts, strict=True):
+        try:
+            bound[0].check(**own, protocol=source.protocol)
+        except AquabitError as error:
+            raise AquabitError(f"{source.path} cannot be joined: {error}") from error
+    before = _numbers(out)
+    held = [_numbers(s) for s in (*([out] if before else []), *sources)]
+    with out.writing():
+        out.begin(**facts[0], graph=sources[0].need("graph", "it is damaged"), protocol=bound[0].protocol)
+        for name in ("quality", "family_notes"):
+            said = [source.get(name) for source in sources if name in source]
+            if said and name not in out:
+                out.set(**{name: said[0]})
+        with out._transaction() as db:
+            db.execute(OUTPUTS)  # older files lack it
+            for table in MERGED:
+                rows = [s._rows(f"SELECT * FROM {table} ORDER BY rowid") for s in sources if _has(s, table)]
+                turns = [row for row in chain.from_iterable(zip_longest(*rows)) if row is not None]
+                if turns:
+                    db.executemany(f"INSERT OR IGNORE INTO {table} VALUES ({', '.join('?' * len(turns[0]))})", turns)
+    every = {key for numbers in held for key in numbers}
+    several = [key for key in every if sum(key in numbers for numbers in held) > 1]
+    differing = [key for key in several if len({numbers[key] for numbers in held if key in numbers}) > 1]
+    return Merged(len(every) - len(before), len(several), len(differing))
+
+
+def _numbers(study: Study) -> dict[tuple[str, str], tuple[str, str]]:
+    """(config, protocol) -> status and metrics."""
+    return {(c, p): (s, m) for c, p, s, m in study._rows("SELECT config, protocol, status, metrics FROM measurements")}
+
+
+def _has(study: Study, table: str) -> bool:
+    return bool(study._rows("SELECT 1 FROM sqlite_master WHERE name = ?", (table,)))

@@ -191,6 +191,9 @@ def test_shards_merge_to_the_same_numbers(folder) -> None:
     columns = ["config", "fid", "psnr"]
     whole, joined = (Study(folder / f"{n}.db").measurements()[columns].sort_values("config", ignore_index=True) for n in ("all", "joined"))
     assert whole.equals(joined)
+    said = json.loads(run(folder, "status", "part1.db", "part2.db", "--json", "-"))
+    assert [s["shard"] for s in said["studies"]] == ["1/2", "2/2"] and said["together"]["missing"] == 0
+    assert "part2.db" in run(folder, "status", "part1.db", "part2.db") and "missing" in run(folder, "status", "joined.db")
 
 
 def test_inspect_and_models(folder) -> None:
@@ -230,7 +233,8 @@ def test_bad_input_is_one_sentence(folder) -> None:
         "prompts file": ["measure", "pipe", "--prompts", "empty.txt", *study],
         "unknown metric 'beauty'": ["measure", "pipe", "--objective", "beauty", *study],
         "scheduler 'magic'": ["measure", "pipe", "--scheduler", "magic", *study],
-        "--ray is not available yet": ["measure", "pipe", "--ray", "auto", *study],
+        "no Ray cluster answers at '127.0.0.1:1'": ["measure", "pipe", "--ray", "127.0.0.1:1", *study],
+        "--workers 2 counts processes": ["measure", "pipe", "--ray", "auto", *study, "--workers", "2"],
         r"broken\.db is no folder": ["measure", "pipe", "--reference", "broken.db", *study],
         "features 'vgg=x' must be one of inception=FILE": ["measure", "pipe", "--features", "vgg=x", *study],
         "module 'no_such_module' of metric": ["measure", "pipe", "--metric", "no_such_module:f", *study],

@@ -10,13 +10,15 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "aquabit"
 
-_SENSITIVITY = {"scheme", "graph", "kernels", "quality", "study", "space", "cost", "quant", "pipelines"}
+_SENSITIVITY = {"scheme", "graph", "kernels", "quality", "study", "standing", "space", "cost", "quant", "pipelines"}
 ALLOWED: dict[str, set[str]] = {
     "scheme": set(),
     "kernels": {"scheme"},
     "graph": {"scheme"},
     "quality": {"scheme"},
     "study": {"scheme"},
+    "memory": {"scheme", "graph"},
+    "standing": {"scheme", "study"},
     "formats": {"scheme"},
     "space": {"scheme", "graph", "formats"},
     "cost": {"scheme", "graph", "space"},

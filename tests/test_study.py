@@ -8,7 +8,7 @@ import time
 import pytest
 
 from aquabit.scheme import AquabitError, LayerChoice, Measurement, Protocol, QuantConfig, Scheme
-from aquabit.study import Study, merge
+from aquabit.study import Study
 
 PROTOCOL = Protocol()
 COST = {"bits": 3.0, "bytes": 100, "bops": 1e9}
@@ -58,15 +58,6 @@ def test_flips_pair_up(tmp_path) -> None:
     study.add_flip("layer1", "usq4", "usq2", config(1).digest, "not measured", PROTOCOL)
     table = study.flips("fid")
     assert (table.value_before.tolist(), table.value_after.tolist()) == ([1.0], [2.0])
-
-
-def test_merge(tmp_path) -> None:
-    a, b = filled(tmp_path / "a.db", [1, 2]), filled(tmp_path / "b.db", [2, 3])
-    out = Study(tmp_path / "c.db")
-    assert merge([a, b], out) == 3 and len(out.measurements()) == 3
-    assert merge([a], out) == 0
-    with pytest.raises(AquabitError, match="another protocol"):
-        merge([filled(tmp_path / "d.db", [1], Protocol(images=5))], out)
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.4, 0.9])

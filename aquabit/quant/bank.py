@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,22 @@ from aquabit.scheme import AquabitError, Scheme
 FORMAT = 2  # raised when the same key would be fitted otherwise: older fits are made again
 TUNED = "tuned-"  # before the names of files that hold fine-tuned weights
 DEFAULT_LIMIT = 20 * 2**30  # bytes
+SCAN = 16  # the folder is looked through when this part of the limit was written
+ORPHANED = 86400  # seconds after which a temporary file has no writer any more
+
+
+def default_limit() -> int:
+    """``$AQUABIT_BANK_LIMIT`` in GiB, or DEFAULT_LIMIT; bytes."""
+    given = os.environ.get("AQUABIT_BANK_LIMIT")
+    if not given:
+        return DEFAULT_LIMIT
+    try:
+        found = float(given)
+    except ValueError:
+        found = -1.0
+    if not 0 < found < 1 << 30:
+        raise AquabitError(f"AQUABIT_BANK_LIMIT is {given!r}; it must be a number of GiB above 0, as 20")
+    return int(found * 2**30)
 
 
 def default_folder() -> Path:
@@ -54,24 +73,50 @@ class Fit:
 class Bank:
     """Safetensors files named by weight hash, scheme and context, written atomically (a killed writer leaves at most a temporary file).
 
-    Several processes may share a folder. ``limit`` bytes are kept: ``trim`` evicts what was used longest ago, never what this process
-    used. Files are memory-mapped on reading.
+    Several processes may share a folder. About ``limit`` bytes are kept: writing evicts what was used longest ago, and what is ``using`` is
+    never lost to this process. Files are memory-mapped on reading, so that a fit which another process evicts stays whole while it is held
+    (on a local disk; on a network file system its reader may lose it, so give each machine a bank of its own, or one that is large enough).
     """
 
-    def __init__(self, folder: str | Path | None = None, limit: int = DEFAULT_LIMIT):
-        self.folder, self.limit = Path(folder) if folder else default_folder(), limit
-        self._used: set[Path] = set()
+    def __init__(self, folder: str | Path | None = None, limit: int | None = None):
+        self.folder, self.limit = Path(folder) if folder else default_folder(), default_limit() if limit is None else limit
+        self._held: dict[Path, Fit] | None = None  # what is in use
+        self._room = self.limit // SCAN  # bytes to write before the folder is looked through again
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise AquabitError(f"the bank folder {self.folder} cannot be made: {error.strerror}") from error
 
+    @contextmanager
+    def using(self) -> Iterator[None]:
+        """What is got or put inside stays until the end, even where it is more than the limit or others evict it. May be nested."""
+        if self._held is not None:
+            yield
+            return
+        self._held = {}
+        try:
+            yield
+        finally:
+            self._held = None
+
     def path(self, key: str, scheme: Scheme, context: str = "") -> Path:
         return self.folder / ("-".join(filter(None, (key, str(scheme), context))) + ".safetensors")
+
+    def has(self, key: str, scheme: Scheme, context: str = "") -> bool:
+        """Whether a fit is stored (which may turn out to be damaged)."""
+        return self.path(key, scheme, context).exists()
 
     def get(self, key: str, scheme: Scheme, context: str = "") -> Fit | None:
         """A stored fit; None where it is missing or unreadable. ``context`` is what else than weight and scheme it depends on."""
         path = self.path(key, scheme, context)
+        fit = None if self._held is None else self._held.get(path)
+        if fit is None:
+            fit = self._read(path)
+            if fit is not None and self._held is not None:
+                self._held[path] = fit
+        return fit
+
+    def _read(self, path: Path) -> Fit | None:
         try:
             with safe_open(path, "pt") as file:
                 spec = json.loads(file.metadata()["aquabit"])
@@ -83,7 +128,6 @@ class Bank:
             os.utime(path)
         except (FileNotFoundError, SafetensorError, OSError, KeyError, TypeError, ValueError):
             return None  # missing, or damaged: it is fitted again
-        self._used.add(path)
         return fit
 
     def put(self, key: str, scheme: Scheme, context: str, fit: Fit) -> None:
@@ -91,20 +135,28 @@ class Bank:
         coded = fit.coded
         spec = {"format": FORMAT, "shape": coded.shape, "bits": coded.bits, "order": coded.order}
         facts = {"error": fit.error, "output": fit.output, "notes": fit.notes}
-        self.write(self.path(key, scheme, context), coded.tensors(), {"aquabit": json.dumps({**spec, **facts})})
+        path = self.path(key, scheme, context)
+        if self._held is not None:
+            self._held[path] = fit  # until it is mapped
+        self.write(path, coded.tensors(), {"aquabit": json.dumps({**spec, **facts})})
+        if self._held is not None:
+            self._held[path] = self._read(path) or fit
 
     def write(self, path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
         """A safetensors file in the bank, whole or not at all; raises AquabitError where it cannot be written."""
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             save_file(tensors, temporary, metadata)
+            size = temporary.stat().st_size
             temporary.replace(path)
         except (OSError, SafetensorError) as failure:
             temporary.unlink(missing_ok=True)
             raise AquabitError(
                 f"the bank {self.folder} could not be written ({failure}); free some space or choose another with --bank"
             ) from failure
-        self._used.add(path)
+        self._room -= size
+        if self._room < 0:
+            self.trim(path)
 
     def write_text(self, path: Path, text: str) -> None:
         """A text file in the bank, whole or not at all; raises AquabitError where it cannot be written."""
@@ -116,17 +168,23 @@ class Bank:
             temporary.unlink(missing_ok=True)
             raise AquabitError(f"the bank {self.folder} could not be written ({failure}); free some space or choose another") from failure
 
-    def trim(self) -> int:
-        """Evict down to the limit, least recently used first, never fine-tuned weights, which cannot be fitted again; the number of files
-        removed."""
-        files = sorted((p.stat().st_mtime, p) for p in self.folder.glob("*.safetensors"))
-        excess = sum(p.stat().st_size for _, p in files) - self.limit
-        removed = 0
-        for _, path in files:
+    def trim(self, keep: Path | None = None) -> int:
+        """Evict down to the limit, least recently used first; the number of files removed. What is in use here, ``keep``, and fine-tuned
+        weights, which cannot be fitted again, stay."""
+        files, removed = [], 0
+        for path in self.folder.iterdir():
+            with suppress(OSError):  # others evict too
+                stat = path.stat()
+                if path.name.startswith(".") and time.time() - stat.st_mtime > ORPHANED:
+                    path.unlink()  # its writer was killed
+                elif path.suffix == ".safetensors":
+                    files.append((stat.st_mtime_ns, path, stat.st_size))
+        excess = sum(size for _, _, size in files) - self.limit
+        for _, path, size in sorted(files):
             if excess <= 0:
                 break
-            if path not in self._used and not path.name.startswith(TUNED):
-                excess -= path.stat().st_size
+            if path != keep and path not in (self._held or {}) and not path.name.startswith(TUNED):
                 path.unlink(missing_ok=True)
-                removed += 1
+                excess, removed = excess - size, removed + 1
+        self._room = self.limit // SCAN
         return removed

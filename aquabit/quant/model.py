@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -177,7 +177,7 @@ class QuantizedDenoiser:
             return
         wanted = [n for n, c in config.layers.items() if c.weight != FP and self._identity(n, config) not in self._recent]
         needs = [self._need(n, config) for n in wanted]
-        absent = [need for need in needs if not self.fitter.has(need, config.calibration)]
+        absent = [need for need in needs if self.fitter.found(need, config.calibration) is None]
         if absent:
             self.fitter.fit(absent, config.calibration, progress)
 
@@ -211,9 +211,17 @@ class QuantizedDenoiser:
         """What has to follow the sampler while a configuration runs that was applied or packed; none where nothing depends on the step."""
         return switches(config, self.layers, self._settings(config)) if config.total_steps is not None else []
 
+    def _bank_in_use(self) -> AbstractContextManager[None]:
+        """While it lasts, no fit that a configuration needs is evicted between finding and using it."""
+        return nullcontext() if self._fitter is None else self._fitter.bank.using()
+
     def apply(self, config: QuantConfig) -> None:
         """Dense mode: decoded weights and fake-quantized activations."""
         self._check(config)
+        with self._bank_in_use():
+            self._apply(config)
+
+    def _apply(self, config: QuantConfig) -> None:
         if config.layers:
             self.prepare(config)
         self._activate(config)
@@ -224,7 +232,7 @@ class QuantizedDenoiser:
                 layer.set_dense_(full if choice.weight == FP else self._decoded(name, config), choice.weight)
                 self._held[name] = held
         if not self._holds(config):  # a file of the bank was unreadable: fitting anew, with H, left full precision in the layers before
-            self.apply(config)
+            self._apply(config)
 
     @contextmanager
     def in_full_precision(self, config: QuantConfig) -> Iterator[nn.Module]:
@@ -243,10 +251,11 @@ class QuantizedDenoiser:
     def apply_packed(self, config: QuantConfig, accuracy: Accuracy = "fast") -> None:
         """Packed mode for a while: as ``pack``, but full weights stay, so that ``apply`` leads back to dense mode."""
         self._check(config)
-        self.prepare(config)
-        for name, weight in self.coded_weights(config).items():
-            self.layers[name].set_packed_(weight, config[name].weight)
-            self._held.pop(name, None)
+        with self._bank_in_use():
+            self.prepare(config)
+            for name, weight in self.coded_weights(config).items():
+                self.layers[name].set_packed_(weight, config[name].weight)
+                self._held.pop(name, None)
         self._activate(config)
         for name, layer in self.layers.items():
             layer.accuracy = accuracy
@@ -273,13 +282,14 @@ class QuantizedDenoiser:
         Layers that share codebooks hold the same tensor.
         """
         self._check(config)
-        self.prepare(config, progress)
-        coded = self.coded_weights(config)
+        self._recent.clear()
+        with self._bank_in_use():
+            self.prepare(config, progress)
+            coded = self.coded_weights(config)
         self._activate(config)
         for name, layer in self.layers.items():
             layer.accuracy = accuracy
             if name in coded:
-                layer.set_packed_(coded[name], config[name].weight)
+                layer.set_packed_(coded.pop(name), config[name].weight)
             layer.shrink_(self._stored[name])
-        self._full.clear()
-        self._recent.clear()
+            del self._full[name]  # dense and coded weights are not there together

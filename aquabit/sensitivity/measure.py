@@ -33,13 +33,15 @@ from aquabit.scheme import (
     act_text,
     no_progress,
 )
+from aquabit.sensitivity.cluster import RayPool
 from aquabit.sensitivity.design import START, Design, batches, next_batch
 from aquabit.sensitivity.encoder import Encoder
 from aquabit.sensitivity.estimators import Surrogate
 from aquabit.sensitivity.evaluator import Evaluator, own_source
 from aquabit.sensitivity.fidelity import stored
-from aquabit.sensitivity.pool import InlinePool, Task, WorkerPool
+from aquabit.sensitivity.pool import InlinePool, Pool, Task, WorkerPool
 from aquabit.space import SearchSpace, make_space
+from aquabit.standing import start_plan
 from aquabit.study import Study
 
 UNIFORM = ("usq2", "usq3", "usq4", "usq8")  # always measured beside random samples
@@ -101,12 +103,15 @@ def check_correctable(model: Model, protocol: Protocol, correction: str | None) 
 
 @contextmanager
 def pool_for(
-    model: Model, bank: Bank, workers: int, device: str, dtype: str, quality: QualityOptions | None = None
-) -> Iterator[InlinePool | WorkerPool]:
-    """An inline pool for one worker, else fresh processes; an in-memory model reaches them through a temporary folder."""
+    model: Model, bank: Bank, workers: int, device: str, dtype: str, quality: QualityOptions | None = None, ray: str | None = None
+) -> Iterator[Pool]:
+    """An inline pool for one worker, else fresh processes, or the cluster at a Ray address; an in-memory model reaches them through a
+    temporary folder."""
     if workers < 1:
         raise AquabitError(f"workers is {workers}; it must be at least 1")
-    if workers == 1:
+    if ray is not None and workers != 1:
+        raise AquabitError(f"--workers {workers} counts processes of this machine, --ray takes every slot of a cluster; give one of them")
+    if workers == 1 and ray is None:
         yield InlinePool(Evaluator(model.source, model.graph, bank, model.fingerprint, device, dtype, quality))
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -117,14 +122,14 @@ def pool_for(
         begin = {"task": "begin", "model": source, "graph": to_json(model.graph), "bank": str(bank.folder),
                  "fingerprint": model.fingerprint, "device": device, "dtype": dtype,
                  "quality": quality.to_dict() if quality else None}  # fmt: skip
-        pool = WorkerPool(workers, begin)
+        pool: Pool = WorkerPool(workers, begin) if ray is None else RayPool(ray, begin)
         try:
             yield pool
         finally:
             pool.close()
 
 
-def fit_all(pool: InlinePool | WorkerPool, study: Study, space: SearchSpace, protocol: Protocol, progress: Progress = no_progress) -> None:
+def fit_all(pool: Pool, study: Study, space: SearchSpace, protocol: Protocol, progress: Progress = no_progress) -> None:
     """Every (layer, scheme) of the space into the bank, and what it does alone into the study; what is known is skipped."""
     known = study.features()
     schemes = {k: [s for s in row if s != FP and "damage" not in known.get((k, str(s)), {})] for k, row in space.choices.items()}
@@ -165,7 +170,7 @@ def _parts(layers: list[str], size: int = 6) -> list[list[str]]:
 
 
 def measure_configs(
-    pool: InlinePool | WorkerPool, study: Study, costs: CostModel, configs: Iterable[QuantConfig], protocols: Sequence[Protocol], kind: str,
+    pool: Pool, study: Study, costs: CostModel, configs: Iterable[QuantConfig], protocols: Sequence[Protocol], kind: str,
     progress: Progress = no_progress, what: str = "measuring", packed: bool = False,
 ) -> int:  # fmt: skip
     """Measure what the study does not have yet, one transaction each; the number of new measurements. ``packed``: as it runs in the end,
@@ -201,7 +206,7 @@ class Session:
     """A model, a study bound to it, and a pool: what every verb that makes images works with. Use ``open_session``."""
 
     def __init__(
-        self, model: Model, study: Study, space: SearchSpace, protocol: Protocol, pool: InlinePool | WorkerPool, bank: Bank,
+        self, model: Model, study: Study, space: SearchSpace, protocol: Protocol, pool: Pool, bank: Bank,
         device: str = "cpu", quality: QualityOptions | None = None,
     ):  # fmt: skip
         self.quality = quality
@@ -248,51 +253,69 @@ class Session:
             progress("output errors", done := done + len(found), len(missing))
         return {key: known[key] for key in listed}
 
+    def first(self) -> list[QuantConfig]:
+        """What is measured before anything else: full precision (paired metrics need its images), then uniform configurations."""
+        return [self.space.full_precision(), *uniform_references(self.space)]
+
     def references(self, progress: Progress = no_progress, protocols: Sequence[Protocol] | None = None) -> None:
-        """Full precision first (paired metrics need its images), then uniform configurations."""
-        self.measure([self.space.full_precision()], "reference", progress, protocols, "full precision")
-        self.measure(uniform_references(self.space), "uniform", progress, protocols, "uniform references")
+        full, *uniform = self.first()
+        self.measure([full], "reference", progress, protocols, "full precision")
+        self.measure(uniform, "uniform", progress, protocols, "uniform references")
+
+
+def gauge_of(opened: Model, study: Study | None, quality: QualityOptions | None, bank: Bank, device: str) -> Gauge:
+    """What images are measured with: a study's own options where none are given."""
+    stored = QualityOptions.from_dict(study.get("quality") if study is not None else None)
+    return Gauge(quality or stored, opened.own, bank.folder, device)
+
+
+def settings(
+    opened: Model, study: Study | None, protocol: Protocol | None, space_options: dict[str, Any] | None, dtype: str, gauge: Gauge,
+    progress: Progress = no_progress,
+) -> tuple[Protocol, SearchSpace]:  # fmt: skip
+    """The protocol and the space to measure with: a study's own where nothing else is given."""
+    if study is not None and protocol is None and "protocol" in study:
+        given = study.protocol
+    else:
+        given = protocol_for(opened, replace(protocol or Protocol(), dtype=dtype), gauge, progress)
+    if study is not None and space_options is None and "space" in study and study.get("fingerprint") == opened.fingerprint:
+        space = SearchSpace.from_dict(study.get("space"))
+    else:
+        options = {"calibration": Calibration.of(given), **(space_options or {})}
+        space = make_space(opened.graph, opened.fingerprint, opened.reference, **options)
+    check_correctable(opened, given, space.correction)
+    if space.steps is not None and space.steps.total != given.steps:
+        raise AquabitError(
+            f"the step groups are of {space.steps.total} steps, the images are made in {given.steps}; give both the same number"
+        )
+    return given, space
 
 
 @contextmanager
 def open_session(
     model: str | DiffusionPipeline, study: Study, *, protocol: Protocol | None = None, space_options: dict[str, Any] | None = None,
     workers: int = 1, device: str = "cpu", dtype: str = "float32", bank: str | None = None, quality: QualityOptions | None = None,
+    ray: str | None = None,
     progress: Progress = no_progress,
 ) -> Iterator[Session]:  # fmt: skip
     """Bind ``study`` to the model, hold its writer lock, start the pool, and see that every scheme is fitted.
 
-    ``protocol=None`` continues the study's own; ``quality`` (what images are measured with) too. Raises AquabitError for a
-    study of another model, protocol or space.
+    ``protocol=None`` continues the study's own; ``quality`` (what images are measured with) too. ``ray``: the address of a Ray cluster that
+    makes the images, instead of ``workers``. Raises AquabitError for a study of another model, protocol or space.
     """
     opened = open_model(model)
     with study.writing():
         store = Bank(bank)
-        measured_with = quality or QualityOptions.from_dict(study.get("quality"))
-        gauge = Gauge(measured_with, opened.own, store.folder, device)
-        given = (
-            study.protocol
-            if protocol is None and "protocol" in study
-            else protocol_for(opened, replace(protocol or Protocol(), dtype=dtype), gauge, progress)
-        )
-        if space_options is None and "space" in study and study.get("fingerprint") == opened.fingerprint:
-            space = SearchSpace.from_dict(study.get("space"))
-        else:
-            options = {"calibration": Calibration.of(given), **(space_options or {})}
-            space = make_space(opened.graph, opened.fingerprint, opened.reference, **options)
-        check_correctable(opened, given, space.correction)
-        if space.steps is not None and space.steps.total != given.steps:
-            raise AquabitError(
-                f"the step groups are of {space.steps.total} steps, the images are made in {given.steps}; give both the same number"
-            )
+        gauge = gauge_of(opened, study, quality, store, device)
+        given, space = settings(opened, study, protocol, space_options, dtype, gauge, progress)
         if opened.notes:
             study.set(family_notes=list(opened.notes))
         study.begin(opened.reference, opened.fingerprint, to_json(opened.graph), space.to_dict(), given)
         if gauge.options or gauge.notes:
             notes = gauge.notes or (study.get("quality") or {}).get("notes", [])
-            study.set(quality={**measured_with.to_dict(), "notes": notes})
-        with pool_for(opened, store, workers, device, given.dtype, measured_with) as pool:
-            session = Session(opened, study, space, given, pool, store, device, measured_with)
+            study.set(quality={**gauge.options.to_dict(), "notes": notes})
+        with pool_for(opened, store, workers, device, given.dtype, gauge.options, ray) as pool:
+            session = Session(opened, study, space, given, pool, store, device, gauge.options)
             fit_all(pool, study, space, given, progress)
             yield session
             store.trim()
@@ -337,13 +360,14 @@ def measure(
     dtype: str = "float32",
     bank: str | None = None,
     quality: QualityOptions | None = None,
+    ray: str | None = None,
     sample_seed: int = 0,
     design: str = "random",
     shard: str | None = None,
     progress: Progress = no_progress,
 ) -> int:
     """Measure ``samples`` configurations of a design (``sensitivity.design.DESIGNS``) in total, or ``configs``, references first; the
-    number of new measurements.
+    number of new measurements. In ``workers`` processes, or on the cluster at a ``ray`` address (auto, local, host:port).
 
     Measured again, only what is missing is made: interrupted anywhere, the same call continues, and with more samples it adds to them.
     Raises AquabitError for an unknown design, and for a shard of one that depends on what was measured.
@@ -353,15 +377,21 @@ def measure(
         raise AquabitError(f"design disagreement chooses by all measurements, so shard {shard} cannot be made alone; shard another design")
     with open_session(
         model, study, protocol=protocol, space_options=space, workers=workers, device=device, dtype=dtype, bank=bank, quality=quality,
+        ray=ray,
         progress=progress,
     ) as session:  # fmt: skip
-        before = len(study.known(session.protocol))
+        before = study.known(session.protocol)
+        fixed = configs is not None or chosen.name != "disagreement"
+        drawn = list(configs) if configs is not None else chosen.draw(session.space, samples, sample_seed) if fixed else []
+        for config in drawn:
+            session.space.check(config, extra_schemes=True)
+        drawn = shard_of(drawn, shard)
+        asked = {c.digest for c in (*session.first(), *drawn)} - before
+        missing = len(asked) if fixed else len(asked) + max(0, samples - len(study.measurements(session.protocol, "sample", failed=True)))
+        start_plan(study, samples, chosen.name, shard, missing)
         session.references(progress)
-        if configs is None and chosen.name == "disagreement":
-            measure_disagreement(session, samples, sample_seed, progress)
+        if fixed:
+            session.measure(drawn, "sample", progress)
         else:
-            drawn = list(configs) if configs is not None else chosen.draw(session.space, samples, sample_seed)
-            for config in drawn:
-                session.space.check(config, extra_schemes=True)
-            session.measure(shard_of(drawn, shard), "sample", progress)
-        return len(study.known(session.protocol)) - before
+            measure_disagreement(session, samples, sample_seed, progress)
+        return len(study.known(session.protocol) - before)

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import typing
 from collections.abc import Iterable, Iterator
 from queue import SimpleQueue
 from typing import Any
@@ -15,13 +16,40 @@ from typing import Any
 from aquabit.scheme import AquabitError, Calibration, Measurement, Protocol, QuantConfig, StepGroups
 
 Task = dict[str, Any]
-DIED = "a worker process died twice on the same task, most likely out of memory; use fewer --workers or a smaller --images"
+LOWER = "use fewer --workers, a smaller --micro-batch, or --dtype bfloat16 (`aquabit inspect MODEL --memory` says what a model takes)"
+DIED = f"a worker process died twice on the same task, most likely out of memory; {LOWER}"
+OUT_OF_MEMORY = "a worker ran out of memory ({}); " + LOWER
 TRIES = 2  # a task whose worker died (out of memory, say) is given to another once
+
+
+class Pool(typing.Protocol):
+    """What runs tasks: this process, processes of this machine, or a cluster."""
+
+    def run(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Any]]:
+        """(task, result) pairs, see ``answer``, in any order; what is not read of them is not owed."""
+
+    def close(self) -> None:
+        """Stop the workers at once; what they have not answered is lost and will be measured again."""
 
 
 def answer(evaluator: Any, task: Task) -> Any:
     """What a task asks of an evaluator: portions of layers for "chunks", facts for "fit", (Measurement, PNG) for "measure", a list of
-    output errors for "outputs"."""
+    output errors for "outputs". Raises AquabitError where memory does not suffice."""
+    try:
+        return _answer(evaluator, task)
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        raise AquabitError(OUT_OF_MEMORY.format(str(error).splitlines()[0] if str(error) else type(error).__name__)) from error
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on the processor or on a GPU; torch says so in several ways."""
+    said = str(error)
+    return isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said or "not enough memory" in said
+
+
+def _answer(evaluator: Any, task: Task) -> Any:
     if task["task"] == "measure":
         return evaluator.measure(QuantConfig.from_dict(task["config"]), Protocol.from_dict(task["protocol"]), task["packed"])
     if task["task"] == "outputs":
@@ -41,7 +69,6 @@ class InlinePool:
         self.evaluator = evaluator
 
     def run(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Any]]:
-        """(task, result) pairs, see ``answer``."""
         for task in tasks:
             yield task, answer(self.evaluator, task)
 
@@ -51,6 +78,17 @@ class InlinePool:
 
 class WorkerFault(RuntimeError):
     """A worker failed in a way that is our fault; carries its traceback."""
+
+
+def decoded(answer: dict[str, Any]) -> Any:
+    """What a worker's answer says; raises AquabitError or WorkerFault where that is an error."""
+    if "error" in answer:
+        raise AquabitError(answer["error"])
+    if "fault" in answer:
+        raise WorkerFault(f"{answer['fault']}\n{answer['traceback']}")
+    if "measurement" in answer:
+        return Measurement(**answer["measurement"]), answer["png"] and base64.b64decode(answer["png"])
+    return answer.get("result")
 
 
 class _Worker:
@@ -71,14 +109,7 @@ class _Worker:
             raise EOFError from error
         if not line:
             raise EOFError
-        answer = json.loads(line)
-        if "error" in answer:
-            raise AquabitError(answer["error"])
-        if "fault" in answer:
-            raise WorkerFault(f"{answer['fault']}\n{answer['traceback']}")
-        if "measurement" in answer:
-            return Measurement(**answer["measurement"]), answer["png"] and base64.b64decode(answer["png"])
-        return answer.get("result")
+        return decoded(json.loads(line))
 
     def stop(self) -> None:
         self.process.kill()
@@ -93,7 +124,7 @@ class WorkerPool:
         self._workers: list[_Worker | None] = [None] * count
 
     def run(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Any]]:
-        """As ``InlinePool.run``, in order of completion. A task that kills two workers raises AquabitError."""
+        """In order of completion. A task that kills two workers raises AquabitError."""
         waiting: SimpleQueue[tuple[Task, int]] = SimpleQueue()
         finished: SimpleQueue[tuple[Task, Any]] = SimpleQueue()
         pending = 0
@@ -131,17 +162,11 @@ class WorkerPool:
                 if attempt < TRIES:
                     waiting.put((task, attempt + 1))
                 else:
-                    finished.put(
-                        (
-                            task,
-                            AquabitError(DIED),
-                        )
-                    )
+                    finished.put((task, AquabitError(DIED)))
             except BaseException as error:
                 finished.put((task, error))
 
     def close(self) -> None:
-        """Stop the workers at once; what they have not answered is lost and will be measured again."""
         for worker in self._workers:
             if worker:
                 worker.stop()

@@ -19,21 +19,28 @@ def main() -> None:
     os.dup2(2, 1)  # what libraries print must not mix with the answers
     tasks: SimpleQueue[dict[str, Any]] = SimpleQueue()
     threading.Thread(target=_read, args=(tasks,), daemon=True).start()
-    from aquabit.scheme import AquabitError
+    respond = Responder()
+    while True:
+        answers.write(json.dumps(respond(tasks.get())) + "\n")
+
+
+class Responder:
+    """Answers each task with a plain dict, the first one, which describes the model, included; what goes wrong is an answer too."""
 
     evaluator: Any = None
-    while True:
-        task = tasks.get()
+
+    def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
+        from aquabit.scheme import AquabitError
+
         try:
             if task["task"] == "begin":
-                evaluator, answer = _begin(task), {}
-            else:
-                answer = _answer(evaluator, task)
+                self.evaluator = _begin(task)
+                return {}
+            return _answer(self.evaluator, task)
         except AquabitError as error:
-            answer = {"error": str(error)}
+            return {"error": str(error)}
         except Exception as error:  # the parent reports it as a fault of ours, with this traceback
-            answer = {"fault": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
-        answers.write(json.dumps(answer) + "\n")
+            return {"fault": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
 
 
 def _read(tasks: SimpleQueue[dict[str, Any]]) -> None:

@@ -1,0 +1,123 @@
+"""Peak memory of measuring, quantizing and running a model, from its layer graph and one forward on the meta device."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import networkx as nx
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from aquabit.graph import example_inputs, meta_denoiser
+from aquabit.graph import layers as graph_layers
+from aquabit.scheme import AquabitError, Scheme
+
+NOT_COUNTED = "activations of the VAE, of text encoders and of feature extractors, images, and a GPU's own context"
+BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+LIBRARIES = 550 << 20  # resident in a process that has imported torch, diffusers and what measuring takes (Linux, CPU build: 0.54 GB)
+DECODED = 256 << 20  # of decoded weights that are kept beside the current ones (quant.model.DECODED_LIMIT)
+HEAP = 256 << 20  # of freed activations that the allocator keeps (sensitivity.evaluator.reuse_memory)
+HESSIANS = 512 << 20  # of all H that are summed up at a time (quant.calibrate.LIMIT_BYTES)
+FIT_BYTES = 40  # a weight, of the largest layer: its float32 copy and what a scalar fit makes beside it
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Bytes of one process at its peak, part by part. ``task`` is "measure", "quantize" or "run packed"."""
+
+    task: str
+    dtype: str
+    parts: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"task": self.task, "dtype": self.dtype, "bytes": self.total, "parts": dict(self.parts)}
+
+
+class _Live(TorchDispatchMode):
+    """Counts the bytes of the tensors that are alive; those of ``known`` storages are not counted."""
+
+    def __init__(self, known: set[int]):
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.known, self.now, self.peak = known, 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self._note(tensor.untyped_storage())
+        return out
+
+    def _note(self, storage: Any) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.known:
+            self.known.add(key)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._gone, key, size)
+
+    def _gone(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+
+def elements(parts: Iterable[object]) -> int:
+    """Elements of the parameters of those parts that are networks."""
+    return sum(p.numel() for part in parts if isinstance(part, nn.Module) for p in part.parameters())
+
+
+def activation_bytes(graph: nx.DiGraph) -> int:
+    """Bytes of the float32 activations that are alive together at the worst moment of one denoiser call with one sample."""
+    model = meta_denoiser(graph.graph["model_class"], graph.graph["config"]).eval()
+    inputs = example_inputs(model)
+    known = {
+        t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers(), *tree_leaves(inputs)) if isinstance(t, torch.Tensor)
+    }
+    live = _Live(known)
+    try:
+        with torch.no_grad(), torch.device("meta"), live:
+            model(**inputs)
+    except Exception as error:  # any exception of the model's own code
+        raise AquabitError(f"{graph.graph['model_class']} does not run on the meta device: {error}") from error
+    return live.peak
+
+
+def peaks(graph: nx.DiGraph, micro_batch: int = 64, guided: bool = False, scheme: str = "usq4", others: int = 0) -> list[Peak]:
+    """Peaks of each task in each dtype. ``micro_batch`` samples in a denoiser call, twice as many where they are ``guided``; ``scheme`` is
+    what all layers are packed to; ``others`` the elements of the pipeline's other networks (VAE, text encoders), all of them loaded.
+
+    Counted: libraries, weights (full precision and, while measuring, the current configuration's decoded ones), activations, the bank's
+    working set. Not counted: NOT_COUNTED.
+    """
+    nodes, parsed = graph_layers(graph).values(), Scheme.parse(scheme)
+    weights, rest = int(graph.graph["weights"]), int(graph.graph["other_elements"])
+    shapes = [tuple(node["shape"]) for node in nodes]
+    coded = sum(sum(parsed.stored_bytes(s)) for s in shapes)
+    largest = max(prod(s) for s in shapes)
+    hessians = sorted(4 * prod(s[1:]) ** 2 for s in shapes)
+    samples = micro_batch * (2 if guided else 1)
+    inputs = max(int(node["tokens"]) * prod(s[1:]) // max(1, prod(s[2:])) for node, s in zip(nodes, shapes, strict=True))
+    activations = samples * (activation_bytes(graph) + 4 * inputs)  # a layer's rounded input stands beside it
+    codes = {f"codes ({scheme}), as stored and as kernels read them": 2 * coded}
+    found = []
+    for dtype, size in BYTES.items():
+        own = {"libraries": LIBRARIES, "full-precision weights": size * (weights + rest), "other networks": size * others}
+        alive = {"activations": activations * size // 4}
+        kept = max(min(HESSIANS, sum(hessians)), hessians[-1], min(HEAP, alive["activations"]))
+        decoded = {"decoded weights": size * weights, "decoded weights kept": min(DECODED, size * weights)}
+        resident = {"libraries": LIBRARIES, "other networks": size * others, **codes, "other tensors": size * rest}
+        found += [
+            Peak("measure", dtype, {**own, **alive, **decoded, "H or freed activations kept": kept}),
+            Peak("quantize", dtype, {**own, **codes, "largest fit": FIT_BYTES * largest}),
+            Peak("run packed", dtype, {**resident, **alive, "freed activations kept": min(HEAP, alive["activations"])}),
+        ]
+    return found

@@ -1,0 +1,113 @@
+"""plan: what measuring would make, fit and take, without measuring anything."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from math import ceil
+from typing import Any
+
+from diffusers import DiffusionPipeline
+
+from aquabit.quality import QualityOptions
+from aquabit.quant.bank import Bank
+from aquabit.quant.fitting import Need
+from aquabit.scheme import FP, Protocol, Scheme, act_text
+from aquabit.sensitivity.design import Design
+from aquabit.sensitivity.evaluator import PROBE_IMAGES, Evaluator, single_thread
+from aquabit.sensitivity.measure import gauge_of, open_model, settings, shard_of, uniform_references
+from aquabit.space import SearchSpace
+from aquabit.study import Study
+
+HEADER = 400  # bytes of a file of the bank besides its tensors, about
+WARM_SECONDS = 10.0  # a first call that took longer is not repeated: what it takes once hardly matters
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What ``measure`` would do. Seconds are an estimate: one denoiser call of a full-precision micro-batch was timed, and every image is
+    taken to cost as much; ``fits`` are (layer, scheme, activation bits) that the bank lacks, whose own time is not in it."""
+
+    measurements: int
+    known: int
+    fits: int
+    probes: int
+    bank_bytes: int  # of these fits
+    bank_free: int  # bytes of the bank's limit that are left
+    call_seconds: float
+    measuring_seconds: float
+    probing_seconds: float
+    workers: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def plan(
+    model: str | DiffusionPipeline, study: Study | None, samples: int = 120, *, protocol: Protocol | None = None,
+    space: dict[str, Any] | None = None, workers: int = 1, device: str = "cpu", dtype: str = "float32", bank: str | None = None,
+    quality: QualityOptions | None = None, sample_seed: int = 0, design: str = "random", shard: str | None = None,
+) -> Plan:  # fmt: skip
+    """What ``measure`` with the same arguments would do; nothing is written. ``study=None``: one that is not there yet."""
+    opened, store, chosen = open_model(model), Bank(bank), Design.parse(design)
+    gauge = gauge_of(opened, study, quality, store, device)
+    given, made = settings(opened, study, protocol, space, dtype, gauge)
+    if study is not None and "fingerprint" in study:
+        study.check(opened.reference, opened.fingerprint, made.to_dict(), given)
+    first = {c.digest for c in (made.full_precision(), *uniform_references(made))}
+    known = study.known(given) if study is not None else frozenset()
+    drawn = chosen.draw(made, samples, sample_seed) if chosen.name != "disagreement" else []
+    asked = first | {c.digest for c in shard_of(drawn, shard)}
+    done = len(study.measurements(given, "sample", failed=True)) if study is not None else 0
+    missing = len(asked - known) + (0 if drawn else max(0, samples - done))
+    evaluator = Evaluator(opened.source, opened.graph, store, opened.fingerprint, device, given.dtype, gauge.options)
+    fits, size = _fits(evaluator, made)
+    probes = _probes(study, made)
+    call = _call_seconds(evaluator, given, device)
+    calls = given.steps * ceil(given.images / given.micro_batch) * (2 if made.correction else 1)
+    probing = probes * call * given.steps * min(1.0, PROBE_IMAGES / given.micro_batch)
+    free = store.limit - sum(p.stat().st_size for p in store.folder.glob("*.safetensors"))
+    return Plan(missing, len(asked & known), fits, probes, size, free, call, missing * calls * call / workers, probing / workers, workers)
+
+
+def _fits(evaluator: Evaluator, space: SearchSpace) -> tuple[int, int]:
+    """Fits that the bank lacks, and their bytes."""
+    fitter, count, size = evaluator.quantized.fitter, 0, 0
+    for layer, row in space.choices.items():
+        for scheme in row:
+            acts: Sequence[int] = space.activations if scheme.calibrated else [16]
+            needs = {Need(layer, scheme, a) for a in acts} if scheme != FP else set()
+            absent = [n for n in needs if not fitter.has(n, space.calibration)]
+            count, size = count + len(absent), size + len(absent) * _bytes(evaluator, layer, scheme)
+    return count, size
+
+
+def _bytes(evaluator: Evaluator, layer: str, scheme: Scheme) -> int:
+    return sum(scheme.stored_bytes(tuple(evaluator.quantized.layers[layer].shape))) + HEADER
+
+
+def _probes(study: Study | None, space: SearchSpace) -> int:
+    """Runs of PROBE_IMAGES images that say what a scheme, or an activation choice, does alone."""
+    known = study.features() if study is not None else {}
+    schemes = sum(s != FP and "damage" not in known.get((k, str(s)), {}) for k, row in space.choices.items() for s in row)
+    acts = [act_text(a) for a in space.act_choices if a != 16]
+    return schemes + sum((k, a) not in known for k, row in space.choices.items() if row != (FP,) for a in acts)
+
+
+def _call_seconds(evaluator: Evaluator, protocol: Protocol, device: str) -> float:
+    """Seconds of one denoiser call of a full-precision micro-batch, on one thread."""
+
+    def timed(call: Callable[[], object]) -> float:
+        began = time.perf_counter()
+        call()
+        if device.startswith("cuda"):
+            import torch
+
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - began
+
+    with single_thread(device):
+        call = evaluator.adapter.first_call(protocol)
+        first = timed(call)
+        return first if first > WARM_SECONDS else min(timed(call), timed(call))

@@ -1,0 +1,221 @@
+"""Peak memory of quantizing a large model: python benchmarks/scale.py [--dtypes float32 bfloat16] [--ways model folder] [--blocks 28] [--scheme usq4]
+
+model    every layer of a random DiT-XL/2 (255 layers, 675 M weights; built in place, in one copy) is fitted into an empty bank and packed
+memory   peaks of measuring, quantizing and running packed on the bundled models, beside what `aquabit inspect --memory` says (no target)
+folder   the same model saved as a pipeline of bfloat16 shards, quantized and saved by what `aquabit quantize` calls, which loads it in float32
+
+Each in a fresh process, one thread; the peak is ru_maxrss, all of the process: libraries, model, mapped files. Target: below the model's size
+in memory + 2 GB. Tables go to benchmarks/results/scale.json and scale.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+try:
+    from benchmarks.flow import RESULTS, machine
+except ImportError:  # run as a script
+    from flow import RESULTS, machine  # type: ignore[no-redef]
+
+DIT_XL_2 = {
+    "sample_size": 32,
+    "num_attention_heads": 16,
+    "attention_head_dim": 72,
+    "in_channels": 4,
+    "out_channels": 8,
+    "norm_elementwise_affine": False,
+}
+ALLOWED = 2e9  # bytes above the model's size
+
+
+def peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def denoiser(dtype: torch.dtype, blocks: int) -> nn.Module:
+    """A random DiT-XL/2 in one copy: parameters are made in their own dtype."""
+    from accelerate import init_empty_weights
+    from diffusers import DiTTransformer2DModel
+
+    with init_empty_weights(include_buffers=False):
+        model = DiTTransformer2DModel(**DIT_XL_2, num_layers=blocks).eval()
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                value = torch.empty(parameter.shape, dtype=dtype).normal_(0, 0.02, generator=generator)
+                module._parameters[name] = nn.Parameter(value, requires_grad=False)
+    return model
+
+
+def size_of(model: nn.Module) -> int:
+    return sum(t.nbytes for t in model.state_dict().values())
+
+
+def in_memory(dtype: torch.dtype, blocks: int, scheme: str, bank: Path) -> dict[str, Any]:
+    from aquabit.pipelines import trace
+    from aquabit.quant.bank import Bank
+    from aquabit.quant.layers import resident_bytes
+    from aquabit.quant.model import QuantizedDenoiser, fingerprint
+    from aquabit.sensitivity.evaluator import single_thread
+    from aquabit.space import make_space
+
+    libraries, model = peak(), denoiser(dtype, blocks)
+    size, built, began = size_of(model), peak(), time.perf_counter()
+    with single_thread("cpu"):
+        graph, own = trace(model), fingerprint(model)
+        quantized = QuantizedDenoiser(model, graph, Bank(bank), own)
+        quantized.pack(make_space(graph, own).uniform(scheme, 16))
+    return {"libraries": libraries, "model": size, "built": built, "peak": peak(), "seconds": time.perf_counter() - began,
+            "layers": len(quantized.layers), "packed": resident_bytes(quantized.layers.values())}  # fmt: skip
+
+
+def save_folder(folder: Path, blocks: int) -> None:
+    from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
+
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
+    DiTPipeline(denoiser(torch.bfloat16, blocks), vae, DDIMScheduler()).save_pretrained(folder, max_shard_size="500MB")
+
+
+def from_folder(folder: Path, scheme: str, bank: Path) -> dict[str, Any]:
+    from aquabit.packing import quantize
+    from aquabit.pipelines import denoiser_of, load, trace
+    from aquabit.quant.model import fingerprint
+    from aquabit.space import make_space
+
+    libraries, config = peak(), folder / "config.json"
+    if not config.exists():
+        pipe = load(str(folder))
+        config.write_text(make_space(trace(pipe), fingerprint(denoiser_of(pipe))).uniform(scheme, 16).to_json())
+        return {}
+    from aquabit.scheme import QuantConfig
+
+    began = time.perf_counter()
+    packed = quantize(str(folder), QuantConfig.load(config), bank=str(bank))
+    packed.save(folder / "packed")
+    graph = trace(packed.pipe)
+    size = 4 * (graph.graph["weights"] + graph.graph["other_elements"])
+    return {"libraries": libraries, "model": size, "built": None, "peak": peak(), "seconds": time.perf_counter() - began,
+            "layers": len(packed.model.layers), "packed": sum(f.stat().st_size for f in (folder / "packed" / "transformer").glob("*.safetensors"))}  # fmt: skip
+
+
+TASKS = ("measure", "quantize", "run packed")
+
+
+def bundled(name: str, task: str, bank: Path) -> dict[str, Any]:
+    """One task on a bundled model, with the protocol's micro-batch of 64, beside what is expected."""
+    from aquabit.memory import peaks
+    from aquabit.packing import quantize
+    from aquabit.pipelines import Adapter
+    from aquabit.quant.bank import Bank
+    from aquabit.scheme import Calibration, Protocol
+    from aquabit.sensitivity.evaluator import Evaluator, single_thread
+    from aquabit.sensitivity.measure import open_model
+    from aquabit.space import make_space
+
+    libraries, opened, protocol = peak(), open_model(name), Protocol(images=64, steps=2)
+    space = make_space(opened.graph, opened.fingerprint, name, calibration=Calibration.of(protocol))
+    if task == "measure":
+        evaluator = Evaluator(name, opened.graph, Bank(bank), opened.fingerprint)
+        for config in [space.full_precision(), space.uniform("usq4"), space.uniform("usq3h")]:
+            evaluator.measure(config, protocol)
+    else:
+        packed = quantize(name, space.uniform("usq4"), bank=str(bank))
+        if task == "run packed":
+            with single_thread("cpu"):
+                Adapter(packed.pipe).images(protocol, range(64))
+    reached = peak()
+    expected = next(p for p in peaks(opened.graph) if p.task == task and p.dtype == "float32")
+    return {"libraries": libraries, "peak": reached, "expected": expected.total, "parts": dict(expected.parts)}
+
+
+def child(*words: str) -> dict[str, Any]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    done = subprocess.run([sys.executable, __file__, "--child", *words], capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def beside(rows: list[dict[str, Any]]) -> list[str]:
+    """What is expected beside what was measured."""
+    lines = ["| model | task | measured GB | expected GB | expected / measured |", "|---|---|---|---|---|"]
+    return lines + [
+        f"| {r['model_name']} | {r['task']} | {r['peak'] / 1e9:.2f} | {r['expected'] / 1e9:.2f} | {r['expected'] / r['peak']:.2f} |"
+        for r in rows
+    ]
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    known = [r for r in rows if r["way"] == "memory"]
+    rows = [r for r in rows if r["way"] != "memory"]
+    lines = [
+        "| way | dtype | scheme | layers | model GB | peak GB | above the model | target | minutes |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        above = r["peak"] - r["model"]
+        lines.append(f"| {r['way']} | {r['dtype']} | {r['scheme']} | {r['layers']} | {r['model'] / 1e9:.2f} | {r['peak'] / 1e9:.2f} | {above / 1e9:.2f} GB, of these "
+                     f"libraries {r['libraries'] / 1e9:.2f} | {'kept' if above < ALLOWED else 'MISSED'} | {r['seconds'] / 60:.1f} |")  # fmt: skip
+    said = ["# Peak memory of quantizing a DiT-XL/2", "", *lines, ""] if rows else []
+    return "\n".join([*said, *(["# inspect --memory on the bundled models", "", *beside(known), ""] if known else [])])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--ways", nargs="+", default=["model", "folder", "memory"], choices=["model", "folder", "memory"])
+    parser.add_argument("--blocks", type=int, default=28)
+    parser.add_argument("--scheme", default="usq4")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.child:
+        way, dtype, blocks, scheme, folder = given.child
+        if way == "save":
+            save_folder(Path(folder), int(blocks))
+            print("{}")
+        elif way == "memory":
+            print(json.dumps(bundled(dtype, scheme, Path(folder) / "bank")))
+        elif way == "model":
+            print(json.dumps(in_memory(getattr(torch, dtype), int(blocks), scheme, Path(folder) / "bank")))
+        else:
+            print(json.dumps(from_folder(Path(folder), scheme, Path(folder) / "bank")))
+        return
+    rows = []
+    for way in given.ways:
+        for name in ("digits-dit", "digits-unet") if way == "memory" else ():
+            for task in TASKS:
+                with tempfile.TemporaryDirectory() as folder:
+                    found = child("memory", name, "0", task, folder)
+                rows.append({"way": way, "model_name": name, "task": task, "dtype": "float32", **found})
+                print(beside(rows[-1:])[-1], flush=True)
+        if way == "memory":
+            continue
+        for dtype in given.dtypes if way == "model" else ["float32"]:
+            with tempfile.TemporaryDirectory() as folder:
+                words = (dtype, str(given.blocks), given.scheme, folder)
+                if way == "folder":
+                    child("save", *words)
+                    child("folder", *words)  # names the configuration: a process of its own
+                rows.append({"way": way, "dtype": dtype, "scheme": given.scheme, "blocks": given.blocks, **child(way, *words)})
+            print(markdown(rows[-1:]).splitlines()[-1], flush=True)
+    given.results.mkdir(parents=True, exist_ok=True)
+    (given.results / "scale.json").write_text(json.dumps({"machine": machine(), "command": sys.argv, "rows": rows}, indent=1) + "\n")
+    (given.results / "scale.md").write_text(markdown(rows))
+
+
+if __name__ == "__main__":
+    main()

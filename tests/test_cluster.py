@@ -1,0 +1,151 @@
+"""Measuring on a Ray cluster: the numbers of a local run, also when workers are killed; other versions, other models, dead addresses."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from aquabit.graph import to_json
+from aquabit.scheme import AquabitError, Protocol
+from aquabit.sensitivity import cluster
+from aquabit.sensitivity.measure import measure, open_model, pool_for
+from aquabit.study import Study
+from tests.conftest import tiny_pipeline
+
+pytest.importorskip("ray")
+PROTOCOL = Protocol(images=4, steps=1, micro_batch=4)
+SPACE = {"schemes": ["usq2", "usq4", "usq8"]}
+COLUMNS = ["config", "protocol", "kind", "status", "reason", "bits", "bytes", "bops", "fid", "sfid", "kid", "is", "accuracy", "mse", "psnr"]
+
+
+@pytest.fixture(scope="module")
+def nodes():
+    """A Ray cluster of two nodes with a CPU slot each."""
+    os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0", RAY_worker_niceness="0")
+    from ray.cluster_utils import Cluster
+
+    node = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": 80 << 20}
+    made = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+    made.add_node(**node)
+    yield made
+    made.shutdown()
+
+
+def table(study: Study):
+    return study.measurements(failed=True)[COLUMNS].sort_values(["protocol", "config"]).reset_index(drop=True)
+
+
+def workers(nodes, title: bytes) -> list[int]:
+    """Processes of the cluster's workers of a title: Seat, or Seat.ask while they are at a task."""
+    raylets = {node.all_processes["raylet"][0].process.pid for node in nodes.list_all_nodes()}
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent in raylets and title in (entry / "cmdline").read_bytes():
+                found.append(int(entry.name))
+        except (OSError, ValueError, IndexError):
+            continue
+    return found
+
+
+def test_killed_three_times_a_cluster_gives_the_numbers_of_a_local_run(nodes, tmp_path, dit) -> None:
+    measure(dit, Study(tmp_path / "here.db"), 6, protocol=PROTOCOL, space=SPACE, bank=str(tmp_path / "bank"))
+    killed: list[int] = []
+
+    def kill(what: str, done: int, total: int) -> None:
+        if what == "measuring" and done == 5:
+            nodes.remove_node(nodes.worker_nodes.copy().pop(), allow_graceful=False)
+        if len(killed) < 3 and what == "measuring" and done in (1, 2, 4):
+            found: list[int] = []
+            for _ in range(100):  # until one is at a task
+                found = found or workers(nodes, b"Seat.ask")
+                time.sleep(0.001)
+            killed.append((found or workers(nodes, b"Seat"))[0])
+            os.kill(killed[-1], signal.SIGKILL)
+
+    there = Study(tmp_path / "there.db")
+    count = measure(
+        dit, there, 6, protocol=PROTOCOL, space=SPACE, bank=str(tmp_path / "bank2"), ray=nodes.address, progress=kill
+    )  # fmt: skip
+    assert len(set(killed)) == 3
+    assert count == len(there.measurements(failed=True)) == len(there.known(there.protocol)) == 11
+    assert table(there).equals(table(Study(tmp_path / "here.db")))
+    assert there.features() == Study(tmp_path / "here.db").features()
+
+
+def test_workers_that_are_not_like_the_driver_are_refused_by_name(nodes, tmp_path, dit, monkeypatch) -> None:
+    dit.save_pretrained(tmp_path / "pipe")
+    model = open_model(str(tmp_path / "pipe"))
+    from aquabit.quant.bank import Bank
+
+    def first(model) -> object:
+        with pool_for(model, Bank(tmp_path / "bank"), 1, "cpu", "float32", nodes.address) as pool:
+            return next(
+                pool.run(
+                    [
+                        {
+                            "task": "fit",
+                            "schemes": {},
+                            "probes": {},
+                            "acts": [8],
+                            "protocol": PROTOCOL.to_dict(),
+                            "calibration": None,
+                            "step_groups": None,
+                        }
+                    ]
+                )
+            )[1]
+
+    assert first(model) == {}
+    with pytest.raises(AquabitError, match="give all machines the same files"):
+        first(replace(model, fingerprint="0" * 16))
+    monkeypatch.setattr(cluster, "versions", lambda: {**dict.fromkeys(cluster.SAME, "1"), "torch": "99.0"})
+    with pytest.raises(AquabitError, match=rf"worker on {socket.gethostname()} has aquabit .* torch [0-9.]+ instead of 99\.0"):
+        first(model)
+
+
+def test_a_model_that_a_machine_lacks_is_sent(tmp_path) -> None:
+    tiny_pipeline("dit").save_pretrained(tmp_path / "pipe")
+    begin = {"task": "begin", "model": str(tmp_path / "elsewhere"), "folder": True}
+    seat = cluster.Seat()
+    assert seat.begin(json.dumps(begin), cluster.versions()) == '{"missing": true}'
+    monkey = [(name, piece) for name, piece in cluster._pieces(tmp_path / "pipe")]
+    for name, piece in monkey:
+        seat.receive(name, piece[:100])
+        seat.receive(name, piece[100:])
+    begin = {**begin, "graph": to_json(open_model(str(tmp_path / "pipe")).graph), "bank": str(tmp_path / "bank"),
+             "fingerprint": open_model(str(tmp_path / "pipe")).fingerprint, "device": "cpu", "dtype": "float32"}  # fmt: skip
+    assert json.loads(seat.begin(json.dumps(begin), cluster.versions())) == {}
+
+
+def test_addresses_where_nothing_answers(tmp_path, dit) -> None:
+    from aquabit.quant.bank import Bank
+
+    model, bank = open_model(dit), Bank(tmp_path / "bank")
+
+    def said(address: str, device: str = "cpu", workers: int = 1) -> str:
+        with pytest.raises(AquabitError) as caught, pool_for(model, bank, workers, device, "float32", address):
+            pass
+        return str(caught.value)
+
+    with socket.socket() as silent:  # a port that accepts and says nothing
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        port = silent.getsockname()[1]
+        started = time.monotonic()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cluster, "ANSWER_SECONDS", 5)
+            assert "no Ray cluster answers at" in said(f"127.0.0.1:{port}")
+        assert time.monotonic() - started < 60
+    assert "no Ray cluster answers at '127.0.0.1:1'" in said("127.0.0.1:1")
+    assert "must be auto, local, host:port" in said("nonsense")
+    assert "give one of them" in said("auto", workers=2)
+    assert "give --device cuda" in said("auto", device="cuda:1")

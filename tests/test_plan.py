@@ -1,0 +1,101 @@
+"""Plans: what a run would measure and fit is what it then does; peak memory from the meta device."""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+
+from aquabit.graph import layers
+from aquabit.memory import _Live, activation_bytes, peaks
+from aquabit.pipelines import trace
+from aquabit.quant.bank import Bank
+from aquabit.scheme import Protocol, Scheme
+from aquabit.sensitivity.measure import measure
+from aquabit.sensitivity.plan import plan
+from aquabit.study import Study
+from tests.conftest import tiny_pipeline
+
+PROTOCOL = Protocol(images=4, steps=1, micro_batch=4)
+SPACE = {"schemes": ["usq2", "usq4", "usq3h"]}
+
+
+def test_a_plan_is_what_is_then_done(tmp_path) -> None:
+    tiny_pipeline("dit").save_pretrained(tmp_path / "pipe")
+    pipe, bank = str(tmp_path / "pipe"), str(tmp_path / "bank")
+    given = {"protocol": PROTOCOL, "space": SPACE, "bank": bank}
+    before, more = plan(pipe, None, 2, **given), plan(pipe, None, 4, **given)
+    study = Study(tmp_path / "s.db")
+    assert measure(pipe, study, 2, **given) == before.measurements < more.measurements
+    uniform = ("usq3.", "usq8.")  # references of schemes that are not in the space: fitted when they are measured
+    files = Bank(bank).folder.glob("*.safetensors")
+    fits = [p for p in files if p.name.split("-")[1].startswith("usq") and not p.name.split("-")[1].startswith(uniform)]
+    assert before.fits == len(fits)
+    assert before.probes == len(study.features())
+    written = sum(p.stat().st_size for p in fits)
+    assert 0.8 < before.bank_bytes / written < 1.25
+    after = plan(pipe, study, 4, **given)
+    assert (after.measurements, after.known, after.fits, after.probes, after.bank_bytes) == (
+        more.measurements - before.measurements, before.measurements, 0, 0, 0,
+    )  # fmt: skip
+    assert after.measuring_seconds > 0 == after.probing_seconds and len(study.measurements()) == before.measurements
+    shards = [plan(pipe, None, 4, shard=f"{i}/2", **given).measurements for i in (1, 2)]
+    assert sum(shards) == more.measurements + 6, "full precision and five uniform references are measured by both"
+
+
+def test_live_tensors_are_counted_while_they_live() -> None:
+    x = torch.empty(1000, device="meta")
+    with _Live({x.untyped_storage()._cdata}) as live:
+        y = x + 1
+        z = y.view(10, 100) * 2  # a view is no new memory
+        assert live.now == live.peak == 8000
+        del y
+        w = z + 1
+        assert live.now == 8000 == live.peak
+        del z, w
+    assert (live.now, live.peak) == (0, 8000)
+
+
+def test_peaks_grow_with_what_they_are_made_of() -> None:
+    graph = trace(tiny_pipeline("dit"))
+    found = {(p.task, p.dtype): p for p in peaks(graph, micro_batch=8)}
+    twice = {(p.task, p.dtype): p for p in peaks(graph, micro_batch=8, guided=True, others=1000)}
+    weights = sum(prod(n["shape"]) for n in layers(graph).values())
+    for task in ("measure", "run packed"):
+        one, two = found[task, "float32"].parts, twice[task, "float32"].parts
+        assert (
+            two["activations"]
+            == 2 * one["activations"]
+            == 2 * 2 * found[task, "bfloat16"].parts["activations"]
+            > 8 * activation_bytes(graph)
+        )
+        assert two["other networks"] == 4000
+    assert found["measure", "float32"].parts["decoded weights"] == 4 * weights
+    codes = sum(sum(Scheme.parse("usq4").stored_bytes(tuple(n["shape"]))) for n in layers(graph).values())
+    assert 2 * codes in found["quantize", "float32"].parts.values()
+    assert activation_bytes(graph) >= 4 * max(n["tokens"] * n["shape"][0] for n in layers(graph).values())
+
+
+def test_memory_that_does_not_suffice_says_what_to_lower() -> None:
+    import pytest
+
+    from aquabit.scheme import AquabitError
+    from aquabit.sensitivity.pool import answer
+
+    class Full:
+        def __init__(self, error: Exception):
+            self.error = error
+
+        def output_errors(self, *_: object) -> None:
+            raise self.error
+
+    task = {"task": "outputs", "protocol": PROTOCOL.to_dict(), "configs": [{"schema": 1, "model": "", "fingerprint": "f", "layers": {}}]}
+    for error in (
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+    ):
+        with pytest.raises(AquabitError, match=r"ran out of memory .* --micro-batch"):
+            answer(Full(error), task)
+    with pytest.raises(RuntimeError, match="shapes"):
+        answer(Full(RuntimeError("shapes differ")), task)
