@@ -131,6 +131,10 @@ def _fill(
     wrong = [n for n in (*coded, *config.layers) if n not in nodes]
     if wrong:
         raise AquabitError(f"{folder}: layer {wrong[0]!r} is not in this model")
+    for name in graph.graph.get("uncalled", ()):  # the model reads their weights: they stay as they are, in its dtype
+        if name in coded:
+            raise AquabitError(f"{folder}: layer {name!r} is stored as codes, but the model never calls it; quantize again")
+        del nodes[name]
     for name, node in nodes.items():
         layer = quant_layer(denoiser.get_submodule(name), node.get("split"))
         if name in coded and tuple(coded[name].shape) != tuple(layer.shape):
