@@ -75,7 +75,7 @@ def trace(denoiser: nn.Module, example_inputs: Mapping[str, Any] | None = None, 
     ``attention`` ("q", "k", "v" or None). Merge nodes have ``kind`` "merge" and ``op`` ("add", "mul", "cat", "attention", ...).
     The graph has ``family``, ``model_class``, ``config``, ``weights`` (elements of all layer weights) and ``other_elements``
     (of everything else in the state dict). Inputs are keyword arguments; they are made from the config where not given, and described
-    in the graph (``inputs``) where they were. ``uncalled`` names layers whose weight is read but which are never called (the pooler of
+    in the graph (``inputs``) where they were and the class does not tell them. ``uncalled`` names layers whose weight is read but which are never called (the pooler of
     Hunyuan-DiT gives them to torch's attention): they cannot run from codes.
 
     Raises AquabitError where inputs cannot be made, the forward fails, or a layer is not reached from the output.
@@ -109,7 +109,7 @@ def trace(denoiser: nn.Module, example_inputs: Mapping[str, Any] | None = None, 
     graph = _finished(contraction.graph, model, model_class, family, weights)
     if len(called) < len(modules):
         graph.graph["uncalled"] = [name for name in modules if name not in called]
-    if example_inputs is not None:
+    if example_inputs is not None and not known_class(type(denoiser)):
         graph.graph["inputs"] = describe_inputs(example_inputs)
     return graph
 

@@ -193,7 +193,9 @@ def test_shards_merge_to_the_same_numbers(folder) -> None:
     assert whole.equals(joined)
     said = json.loads(run(folder, "status", "part1.db", "part2.db", "--json", "-"))
     assert [s["shard"] for s in said["studies"]] == ["1/2", "2/2"] and said["together"]["missing"] == 0
-    assert "part2.db" in run(folder, "status", "part1.db", "part2.db") and "missing" in run(folder, "status", "joined.db")
+    assert "part2.db" in run(folder, "status", "part1.db", "part2.db") and "joined.db: 11 measurements" in run(
+        folder, "status", "joined.db"
+    )
 
 
 def test_inspect_and_models(folder) -> None:
@@ -247,7 +249,7 @@ def test_bad_input_is_one_sentence(folder) -> None:
         "give them without it": ["bench", "whole/packed", "--formats", "usq4"],
         "memory 'all' is unknown": ["generate", "whole/packed", "--out", "x.png", "--memory", "all"],
         "no model_index.json": ["generate", ".", "--out", "x.png"],
-        "comparing studies is not available yet": ["report", "whole/study.db", "whole/study.db", "--out", "x"],
+        "3 studies were given": ["report", *["whole/study.db"] * 3, "--out", "x"],
     }
     for expected, words in cases.items():
         said = fails(folder, *words)

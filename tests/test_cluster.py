@@ -87,7 +87,7 @@ def test_workers_that_are_not_like_the_driver_are_refused_by_name(nodes, tmp_pat
     from aquabit.quant.bank import Bank
 
     def first(model) -> object:
-        with pool_for(model, Bank(tmp_path / "bank"), 1, "cpu", "float32", nodes.address) as pool:
+        with pool_for(model, Bank(tmp_path / "bank"), 1, "cpu", "float32", ray=nodes.address) as pool:
             return next(
                 pool.run(
                     [
@@ -132,7 +132,7 @@ def test_addresses_where_nothing_answers(tmp_path, dit) -> None:
     model, bank = open_model(dit), Bank(tmp_path / "bank")
 
     def said(address: str, device: str = "cpu", workers: int = 1) -> str:
-        with pytest.raises(AquabitError) as caught, pool_for(model, bank, workers, device, "float32", address):
+        with pytest.raises(AquabitError) as caught, pool_for(model, bank, workers, device, "float32", ray=address):
             pass
         return str(caught.value)
 

@@ -243,7 +243,8 @@ def test_a_small_graph_exactly() -> None:
 
 
 def test_counts_are_for_one_sample_whatever_the_batch() -> None:
-    assert g.to_json(g.trace(Toy(), toy_inputs(3))) == g.to_json(g.trace(Toy(), toy_inputs()))
+    three, one = (g.to_json(g.trace(Toy(), inputs)) for inputs in (toy_inputs(3), toy_inputs()))
+    assert {**three, "graph": {**three["graph"], "inputs": one["graph"]["inputs"]}} == one
 
 
 def test_grouped_convolution() -> None:

@@ -180,6 +180,12 @@ def place_layers_(denoiser: nn.Module, graph: nx.DiGraph, config: QuantConfig, d
     wrong = [n for n in config.layers if n not in nodes]
     if wrong:
         raise AquabitError(f"quantization_config: layer {wrong[0]!r} is not in this model")
+    for name in graph.graph.get("uncalled", ()):  # the model reads their weights: they stay as they are, in its dtype
+        if config[name].weight != FP:
+            raise AquabitError(
+                f"layer {name!r} cannot be {config[name].weight}: the model reads its weight but never calls it; it must be fp"
+            )
+        del nodes[name]
     for name, node in nodes.items():
         layer = quant_layer(denoiser.get_submodule(name), node.get("split"))
         if config[name].weight != FP:

@@ -19,7 +19,7 @@ from aquabit.kernels.dispatch import remember
 from aquabit.kernels.measuring import PLAIN, best_of, interleaved, measure
 from aquabit.kernels.request import Request, bucket
 from aquabit.kernels.timings import machine
-from aquabit.quant.artifact import is_packed, load_packed_denoiser
+from aquabit.quant.artifact import contents_of, is_packed, load_packed_denoiser
 from aquabit.quant.layers import Setting
 from aquabit.quant.tuning import MEMORY, example_call, format_for, layers_of, place_
 from aquabit.scheme import FP, AquabitError, Progress, Scheme, no_progress
@@ -140,18 +140,23 @@ def bench_artifact(folder: str | Path, dtype: str = "float32", progress: Progres
     component, calls, placed = packed_component(folder), dict[str, Callable[[], object]](), {}
     for memory in MEMORY:
         denoiser = load_packed_denoiser(component, getattr(torch, dtype))
-        calls[f"packed, memory={memory}"] = call = example_call(denoiser)
+        calls[f"packed, memory={memory}"] = call = _call(denoiser)
         placed[f"packed, memory={memory}"] = place_(layers_of(denoiser), call, memory, progress)
     for name in PLAIN:
         kind: torch.dtype = getattr(torch, name)
         denoiser = decoded_(load_packed_denoiser(component, kind), kind)
-        calls[f"dense {name}"] = call = example_call(denoiser)
+        calls[f"dense {name}"] = call = _call(denoiser)
         placed[f"dense {name}"] = place_(layers_of(denoiser), call)
     progress("timing denoiser calls", 0, 1)
     seconds = interleaved(calls, "cpu", CALLS, SECONDS, inf)
     progress("timing denoiser calls", 1, 1)
     here = machine(torch.get_num_threads())
     return [Whole(name, 1e3 * median(seconds[name]), p.resident, dict(p.backends), here) for name, p in placed.items()]
+
+
+def _call(denoiser: nn.Module) -> Callable[[], object]:
+    found = contents_of(denoiser)
+    return example_call(denoiser, None if found is None else found.inputs)
 
 
 def decoded_(denoiser: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -158,7 +158,9 @@ class AquabitQuantizer(DiffusersQuantizer):
         if self.pre_quantized:
             self._loading = Unpacking(model, asked.weights, asked.facts, self._dtype, fp32)
         else:
-            self._loading = Quantizing(model, asked.resolved(list(layers(trace(model)))), self._dtype, fp32)
+            graph = trace(model)
+            names = [n for n in layers(graph) if n not in graph.graph.get("uncalled", ())]
+            self._loading = Quantizing(model, asked.resolved(names), self._dtype, fp32)
 
     @property
     def supports_parallel_loading(self) -> bool:

@@ -74,6 +74,7 @@ class QuantizedDenoiser:
         sample: Sample | None = None,
     ):  # fmt: skip
         self.denoiser = denoiser
+        self.uncalled = frozenset[str](graph.graph.get("uncalled", ()))
         self.inputs = graph.graph.get("inputs")  # of an example call, described, where the class does not tell them
         self.partners = codebook_names(graph)
         self._fitter = None if bank is None else Fitter(self, bank, fingerprint, record, self.partners)
@@ -186,6 +187,10 @@ class QuantizedDenoiser:
         if unknown:
             raise AquabitError(f"unknown layer {unknown[0]!r} in the configuration; the model's layers are listed by `aquabit inspect`")
         for name, choice in config.layers.items():
+            if name in self.uncalled and choice.weight != FP:
+                raise AquabitError(
+                    f"layer {name!r} cannot be {choice.weight}: the model reads its weight but never calls it; it must be fp"
+                )
             shared, own = choice.weight.shared, self.partners.get(name)
             if choice.codebook != (own if shared else None) or (shared and own is None):
                 known = f"its codebooks are {own!r}" if own else "it has no partner to share codebooks with"
@@ -291,5 +296,6 @@ class QuantizedDenoiser:
             layer.accuracy = accuracy
             if name in coded:
                 layer.set_packed_(coded.pop(name), config[name].weight)
-            layer.shrink_(self._stored[name])
+            if name not in self.uncalled:  # a weight that the model reads itself stays as it is used
+                layer.shrink_(self._stored[name])
             del self._full[name]  # dense and coded weights are not there together

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from aquabit.graph import example_inputs
+from aquabit.graph import described_inputs, example_inputs
 from aquabit.kernels.arranged import arranges
 from aquabit.kernels.dispatch import conv2d_request, linear_request, observed, padded
 from aquabit.kernels.measuring import best_of, measure_missing
@@ -33,8 +33,9 @@ def layers_of(denoiser: nn.Module) -> dict[str, QuantLinear | QuantConv2d]:
     return {name: m for name, m in denoiser.named_modules() if isinstance(m, QuantLinear | QuantConv2d)}
 
 
-def example_call(denoiser: nn.Module) -> Callable[[], object]:
-    """One call of a denoiser with one sample at the model's own size, inputs random; raises AquabitError for a class that is not known."""
+def example_call(denoiser: nn.Module, described: Mapping[str, Any] | None = None) -> Callable[[], object]:
+    """One call of a denoiser with one sample at the model's own size, inputs random; ``described`` inputs (``graph.describe_inputs``) where
+    the class does not tell them. Raises AquabitError for a class that is not known without."""
     first = next((t for t in denoiser.parameters() if t.is_floating_point()), None)
     dtype, device = (first.dtype, first.device) if first is not None else (torch.float32, torch.device("cpu"))
     dtype = getattr(denoiser, "dtype", dtype)
@@ -43,13 +44,15 @@ def example_call(denoiser: nn.Module) -> Callable[[], object]:
     def real(value: Any) -> Any:
         if isinstance(value, dict):
             return {k: real(v) for k, v in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(real(v) for v in value)
         if not isinstance(value, Tensor):
             return value
         if value.is_floating_point():
             return torch.randn(value.shape, generator=rng).to(device, dtype)
         return torch.zeros(value.shape, dtype=value.dtype, device=device)
 
-    inputs = real(example_inputs(denoiser))
+    inputs = real(described_inputs(described) if described else example_inputs(denoiser))
 
     def call() -> object:
         with torch.inference_mode():

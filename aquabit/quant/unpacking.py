@@ -32,7 +32,7 @@ class Unpacking:
         dtypes = {n: torch.float32 if set(fp32) & set(n.split(".")) else dtype for n in names}
         self.coded = {f"{n}.weight" for n in names if config[n].weight != FP}
         self.layers = place_layers_(model, self.graph, config, dtypes)
-        self.own = self.expected & {f"{n}.{part}" for n in names for part in ("weight", "bias")} - self.coded
+        self.own = self.expected & {f"{n}.{part}" for n in self.layers for part in ("weight", "bias")} - self.coded
         self.stored_as_codes = self.coded
         self.tensors: dict[str, Tensor] = {}
 

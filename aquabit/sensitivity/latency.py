@@ -24,7 +24,7 @@ def latency_table(evaluator: Evaluator, space: SearchSpace, progress: Progress =
     kernel timings with torch's threads, measured where they are missing; and what a call takes besides, from one whole call."""
     model = evaluator.quantized
     model.apply(QuantConfig(evaluator.fingerprint, {}))
-    asked = requests_of(model.layers, example_call(model.denoiser))
+    asked = requests_of(model.layers, example_call(model.denoiser, model.inputs))
     activations = tuple(dict.fromkeys((16, *space.activations)))
     layers = _layer_table(asked, space, activations, progress)
     known = Latency(layers, activations, 0.0)
@@ -69,7 +69,7 @@ def packed_latencies(evaluator: Evaluator, configs: Sequence[QuantConfig], progr
     for done, config in enumerate(configs):
         progress("latency of packed models", done, len(configs))
         with evaluator.packed(config) as model:
-            call = example_call(model.denoiser)
+            call = example_call(model.denoiser, model.inputs)
             tune(model.layers, call)
             found.append(1e3 * sum(share * _seconds(evaluator, model, config, call, step) for step, share in _phases(config)))
     progress("latency of packed models", len(configs), len(configs))
