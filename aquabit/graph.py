@@ -74,9 +74,9 @@ def trace(denoiser: nn.Module, example_inputs: Mapping[str, Any] | None = None, 
     nor on the step), ``split`` (channels of the first part where a concatenated skip feeds a convolution, else None) and
     ``attention`` ("q", "k", "v" or None). Merge nodes have ``kind`` "merge" and ``op`` ("add", "mul", "cat", "attention", ...).
     The graph has ``family``, ``model_class``, ``config``, ``weights`` (elements of all layer weights) and ``other_elements``
-    (of everything else in the state dict). Inputs are keyword arguments; they are made from the config where not given, and described
-    in the graph (``inputs``) where they were and the class does not tell them. ``uncalled`` names layers whose weight is read but which are never called (the pooler of
-    Hunyuan-DiT gives them to torch's attention): they cannot run from codes.
+    (of everything else in the state dict). Inputs are keyword arguments; they are made from the config
+    where not given, and described in the graph (``inputs``) where they were and the class does not tell them. ``uncalled`` names layers
+    whose weight is read but which are never called (the pooler of Hunyuan-DiT gives them to torch's attention): they cannot run from codes.
 
     Raises AquabitError where inputs cannot be made, the forward fails, or a layer is not reached from the output.
     """
