@@ -120,7 +120,7 @@ def find_in(
     study, space, metric = session.study, session.space, session.protocol.objective
     training_table(study, metric)  # too few measurements are said before anything is searched
     if budget.latency_ms is not None:
-        session.costs = session.costs.timed(latency_table(session.here, space, progress))
+        session.costs = session.costs.timed(latency_table(session.here, space, progress, session.protocol))
     costs, open_ = session.costs, activation_choices(space, budget)
     costs.check(budget, max(open_) if len(open_) == 1 else None)
     sign = 1.0 if session.protocol.direction() == "min" else -1.0
@@ -172,7 +172,7 @@ def _finalists(
     best = _best_few(session, configs, values, budget, progress)
     rivals = uniform_within(configs, list(values), session.costs, budget)
     if budget.latency_ms is not None:
-        calls = packed_latencies(session.here, [configs[i] for i in rivals], progress)
+        calls = packed_latencies(session.here, [configs[i] for i in rivals], progress, session.protocol)
         rivals = [i for i, call in zip(rivals, calls, strict=True) if call <= budget.latency_ms]
     protocols = [session.protocol.block(b) for b in SELECTION_BLOCKS]
     session.measure([session.space.full_precision()], "reference", progress, protocols, "full precision, selection seeds")
@@ -203,7 +203,7 @@ def _best_few(session: Session, configs: list[QuantConfig], values: np.ndarray, 
             break
         left[found] = np.nan
         if budget.latency_ms is not None:
-            calls += packed_latencies(session.here, [configs[found]], progress)
+            calls += packed_latencies(session.here, [configs[found]], progress, session.protocol)
         if budget.latency_ms is None or calls[-1] <= budget.latency_ms:
             best.append(found)
     if best:
@@ -234,7 +234,7 @@ def _front(session: Session, members: list[QuantConfig], winner: QuantConfig, bu
     every = list({c.digest: c for c in (*members, *([baseline] if baseline else []), *uniforms)}.values())
     session.measure([space.full_precision()], "reference", progress, protocols, "full precision, fresh seeds")
     session.measure(every, "fresh", progress, protocols, "the front on fresh seeds", packed=True)
-    latency = packed_latencies(session.here, members, progress)
+    latency = packed_latencies(session.here, members, progress, session.protocol)
     fitted, rows = fit_from_study(session.study), []
     shift = correction_shift(session, metric, fitted.surrogate.target_)
     for config, call in zip(members, latency, strict=True):

@@ -158,7 +158,7 @@ def test_search_under_a_latency(folder, monkeypatch) -> None:
         return 11.0 + sum(16 if str(c.weight) == "fp" else c.weight.bits for c in config.layers.values())
 
     monkeypatch.setattr(flow, "latency_table", table)
-    monkeypatch.setattr(flow, "packed_latencies", lambda evaluator, configs, progress: [call_of(c) for c in configs])
+    monkeypatch.setattr(flow, "packed_latencies", lambda evaluator, configs, progress, protocol: [call_of(c) for c in configs])
     shutil.copy(folder / "whole" / "study.db", folder / "fast.db")
     said = fails(folder, "search", "fast.db", "--latency", "1", "--workers", "1")
     low, high = (float(n) for n in re.search(r"latency_ms = 1 is out of range: this space can reach ([\d.]+) to ([\d.]+)", said).groups())
@@ -168,7 +168,7 @@ def test_search_under_a_latency(folder, monkeypatch) -> None:
     winner = next(m for m in front if m["config"] == json.loads((folder / "fast.json").read_text()))
     assert winner["bits_per_weight"] <= 6 and winner["latency_ms"] <= float(middle)
     assert all(m["latency_ms"] > 0 and set(m["operations"]) == {"multiply_adds", "lut_adds"} for m in front)
-    monkeypatch.setattr(flow, "packed_latencies", lambda evaluator, configs, progress: [1e4 for _ in configs])
+    monkeypatch.setattr(flow, "packed_latencies", lambda evaluator, configs, progress, protocol: [1e4 for _ in configs])
     assert "whole calls take 1e+04 ms or more" in fails(folder, "search", "fast.db", "--latency", middle, *words)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from statistics import median
 
 import numpy as np
@@ -11,7 +12,7 @@ from aquabit.cost import Latency
 from aquabit.kernels.measuring import interleaved, measure_missing
 from aquabit.quant.model import QuantizedDenoiser
 from aquabit.quant.tuning import Asked, at_scheme, example_call, milliseconds, requests_of, tune
-from aquabit.scheme import FP, Progress, QuantConfig, no_progress
+from aquabit.scheme import FP, Progress, Protocol, QuantConfig, no_progress
 from aquabit.sensitivity.evaluator import Evaluator
 from aquabit.space import SearchSpace
 
@@ -19,17 +20,17 @@ CALLS, SECONDS = (7, 60), 1.0  # whole denoiser calls of one configuration: at l
 TYPICAL = ("usq", 4.0)  # the whole call of a configuration near it tells what calls take besides their layers
 
 
-def latency_table(evaluator: Evaluator, space: SearchSpace, progress: Progress = no_progress) -> Latency:
+def latency_table(evaluator: Evaluator, space: SearchSpace, progress: Progress = no_progress, protocol: Protocol | None = None) -> Latency:
     """Milliseconds of each (layer, scheme, activation bits) of a space in a call with one sample at the model's own size, by this machine's
     kernel timings with torch's threads, measured where they are missing; and what a call takes besides, from one whole call."""
     model = evaluator.quantized
     model.apply(QuantConfig(evaluator.fingerprint, {}))
-    asked = requests_of(model.layers, example_call(model.denoiser, model.inputs))
+    asked = requests_of(model.layers, _one_call(evaluator, protocol))
     activations = tuple(dict.fromkeys((16, *space.activations)))
     layers = _layer_table(asked, space, activations, progress)
     known = Latency(layers, activations, 0.0)
     config = space.level(*TYPICAL, max(space.activations))
-    whole = packed_latencies(evaluator, [config], progress)[0]
+    whole = packed_latencies(evaluator, [config], progress, protocol)[0]
     return Latency(layers, activations, max(0.0, whole - float(known.of(*space.indices([config])).sum())))
 
 
@@ -61,7 +62,18 @@ def _seconds(evaluator: Evaluator, model: QuantizedDenoiser, config: QuantConfig
     return median(interleaved({"call": call}, evaluator.device.split(":")[0], CALLS, SECONDS)["call"])
 
 
-def packed_latencies(evaluator: Evaluator, configs: Sequence[QuantConfig], progress: Progress = no_progress) -> list[float]:
+def _one_call(evaluator: Evaluator, protocol: Protocol | None) -> Callable[[], object]:
+    """A call with one sample at the model's own size; of a class that does not tell its inputs, the first call that its pipeline makes for
+    one image of ``protocol``."""
+    model = evaluator.quantized
+    if model.inputs is None or protocol is None:
+        return example_call(model.denoiser, model.inputs)
+    return evaluator.adapter.first_call(replace(protocol, images=1, micro_batch=1))
+
+
+def packed_latencies(
+    evaluator: Evaluator, configs: Sequence[QuantConfig], progress: Progress = no_progress, protocol: Protocol | None = None
+) -> list[float]:
     """Median milliseconds of a denoiser call with one sample at the model's own size, for each configuration packed, on the kernels that
     are fastest on this machine with torch's threads; averaged over steps between which activation bits change. Kernels are timed first
     where that is missing."""
@@ -69,7 +81,7 @@ def packed_latencies(evaluator: Evaluator, configs: Sequence[QuantConfig], progr
     for done, config in enumerate(configs):
         progress("latency of packed models", done, len(configs))
         with evaluator.packed(config) as model:
-            call = example_call(model.denoiser, model.inputs)
+            call = _one_call(evaluator, protocol)
             tune(model.layers, call)
             found.append(1e3 * sum(share * _seconds(evaluator, model, config, call, step) for step, share in _phases(config)))
     progress("latency of packed models", len(configs), len(configs))
