@@ -8,6 +8,35 @@ from typing import Annotated, Any
 
 import typer
 
+from aquabit._options import (
+    BankOption,
+    Bits,
+    CorrectionOption,
+    Device,
+    Dtype,
+    EstimatorOption,
+    Eta,
+    FeaturesOption,
+    Guidance,
+    Images,
+    Json,
+    MetricOption,
+    MicroBatch,
+    ModelArgument,
+    Objective,
+    Preset,
+    Prompts,
+    Reference,
+    Resolution,
+    Samples,
+    SchedulerOption,
+    Seed,
+    SpaceFile,
+    StepGroupsOption,
+    Steps,
+    StudyArgument,
+    Workers,
+)
 from aquabit._terminal import (
     bars,
     console,
@@ -34,86 +63,6 @@ from aquabit.scheme import AquabitError, Protocol, QuantConfig
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False,
                   help="Where does quantization hurt a diffusion model, which bits should each layer get, and what does the result look like?\n\n"
                   "Start with `aquabit run digits-unet --out demo`.")  # fmt: skip
-
-ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A bundled name (see `aquabit models`), a diffusers directory, or a hub id.")
-]
-StudyArgument = Annotated[Path, typer.Argument(metavar="S.db", help="A study made by `aquabit measure`.")]
-Json = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write JSON for machines to FILE, or to standard output for -.")]
-Bits = Annotated[float, typer.Option("--bits", help="Budget in bits per weight; codebooks and scales count.")]
-Samples = Annotated[int, typer.Option("--samples", min=1, help="Random configurations, in total.")]
-Images = Annotated[int, typer.Option("--images", min=2, help="Images per configuration.")]
-Steps = Annotated[int, typer.Option("--steps", min=1, help="Denoising steps.")]
-SchedulerOption = Annotated[str, typer.Option("--scheduler", help="default, ddim, ddpm, euler, euler-ancestral, dpm, flow-euler.")]
-MicroBatch = Annotated[int, typer.Option("--micro-batch", min=1, help="Images that are made together; fewer take less memory.")]
-Eta = Annotated[float, typer.Option("--eta", help="DDIM's noise: 0 is deterministic.")]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of the first image, and of the random configurations.")]
-Workers = Annotated[int | None, typer.Option("--workers", min=1, help="Processes; default: the processor's cores on a CPU, else 1.")]
-Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
-Dtype = Annotated[str, typer.Option("--dtype", help="float32, float16 or bfloat16.")]
-Prompts = Annotated[Path | None, typer.Option("--prompts", help="One prompt a line (UTF-8).")]
-Guidance = Annotated[float, typer.Option("--guidance", help="Classifier-free guidance; 1 is off.")]
-SpaceFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--space",
-        help="JSON: schemes, levels (code bits of additive formats), formats, activations, pinned, excluded, correction, step_groups.",
-    ),
-]
-Objective = Annotated[
-    str,
-    typer.Option(
-        "--objective",
-        help="fid, sfid, kid, is, precision, recall, accuracy, mse, psnr, ssim, feature_distance, lpips, clip_score, cmmd, fd_dinov2, "
-        "kd_dinov2, precision_dinov2, recall_dinov2, or a --metric; what it needs is said. Without real images fid becomes mse.",
-    ),
-]
-BankOption = Annotated[
-    Path | None, typer.Option("--bank", help="Folder of fitted weights; default: AQUABIT_BANK, or ~/.cache/aquabit/bank.")
-]
-CorrectionOption = Annotated[
-    str | None,
-    typer.Option(
-        "--correction",
-        help="Measure every configuration after this correction of its noise, as cnc+bc; twice the time. Default: none, or as the study was begun.",
-    ),
-]
-StepGroupsOption = Annotated[
-    str | None,
-    typer.Option(
-        "--step-groups", help="First steps of 2 to 5 groups of steps, as 0,5: activation bits may change between them (search --bops)."
-    ),
-]
-EstimatorOption = Annotated[
-    str,
-    typer.Option(
-        "--estimator", help="What is fitted: gbdt (boosted trees), ridge_one_hot, sum_of_damages, average_bits, graph_network (minutes)."
-    ),
-]
-Reference = Annotated[
-    Path | None,
-    typer.Option("--reference", metavar="DIR", help="Folder of real images, for fid and its like; their statistics are kept in the bank."),
-]
-FeaturesOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--features",
-        metavar="NAME=PATH",
-        help="inception=FILE (inception-2015-12-05.pt, or FILE@SHA256; default: AQUABIT_INCEPTION), clip=DIR, dinov2=DIR (transformers), lpips=FILE (safetensors); may be repeated.",
-    ),
-]
-Resolution = Annotated[int | None, typer.Option("--resolution", min=1, help="Side of the images in pixels; default: the model's own.")]
-Preset = Annotated[
-    str | None, typer.Option("--preset", help="Settings of a paper's table (see `aquabit models`), where no option is given for them.")
-]
-MetricOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--metric",
-        metavar="MODULE:FUNCTION",
-        help="A function of images, full-precision images [n, 3, h, w] and conditions, one number an image; its .direction is min or max. May be repeated, and be the --objective.",
-    ),
-]
 
 
 def _quiet() -> None:
@@ -534,6 +483,7 @@ def generate(
     correction: Annotated[str | None, typer.Option("--correction", help="none, or some of cnc, bc, vsc, match joined by +, or qdrift; default: the artifact's own.")] = None,
     memory: Annotated[str, typer.Option("--memory", help="packed: no dense weights; auto: up to a quarter of them, where that saves most time.")] = "packed",
     offload: Annotated[bool, typer.Option("--offload", help="Components wait on the CPU and are on the GPU only while they run.")] = False,
+    resolution: Resolution = None,
 ) -> None:  # fmt: skip
     """Make images from a packed artifact."""
     _quiet()
@@ -543,7 +493,7 @@ def generate(
     placed: list[Any] = []
     with bars() as progress:
         made = packing.generate(
-            folder, images, seed, steps, _prompts(prompts), device, memory, progress, placed.append, correction, eta, guidance, offload
+            folder, images, seed, steps, _prompts(prompts), device, memory, progress, placed.append, correction, eta, guidance, offload, resolution,
         )  # fmt: skip
     try:
         out.write_bytes(thumbnail(made))

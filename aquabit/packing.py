@@ -126,11 +126,13 @@ def generate(
     pipe: Model, images: int = 16, seed: int = 0, steps: int | None = None, conditions: Sequence[Any] | None = None, device: str = "cpu",
     memory: str = "packed", progress: Progress = no_progress, told: Callable[[Placement], None] | None = None,
     correction: str | None = None, eta: float | None = None, guidance: float | None = None, offload: bool = False,
+    resolution: int | None = None,
 ) -> Tensor:  # fmt: skip
     """Images [n, c, h, w] in [0, 1] from a pipeline or packed artifact, image i from seed + i.
 
-    ``steps``, ``eta`` and ``guidance`` default to what the artifact's configuration was calibrated for (else 10, 0 and 1), ``correction``
-    to the artifact's own; "none" switches it off. ``offload``: what is loaded waits on the CPU and is on the GPU only while it runs.
+    ``steps``, ``eta``, ``guidance`` and ``resolution`` (pixels) default to what the artifact's configuration was calibrated for (else 10, 0,
+    1 and the model's own), ``correction`` to the artifact's own; "none" switches it off. ``offload``: what is loaded waits on the CPU and is
+    on the GPU only while it runs.
 
     A packed one runs on the kernels that are fastest on this machine, timed first where that is missing. ``memory``: "packed" keeps no
     dense weight, "auto" up to a quarter of them, where they save most time. ``told`` hears which kernels run and what is resident.
@@ -148,7 +150,8 @@ def generate(
     protocol = Protocol(
         images=images, steps=usual.steps if steps is None else steps, seed=seed, eta=usual.eta if eta is None else eta,
         guidance=usual.guidance if guidance is None else guidance, conditions=tuple(conditions) if conditions else None,
-        micro_batch=min(images, image_batch(adapter.pipe, adapter.denoiser, usual.resolution, 64)), resolution=usual.resolution,
+        micro_batch=min(images, image_batch(adapter.pipe, adapter.denoiser, resolution or usual.resolution, 64)),
+        resolution=resolution or usual.resolution,
     )  # fmt: skip
     layers = layers_of(adapter.denoiser)
     with _switched_correction(adapter, correction):

@@ -67,7 +67,7 @@ def test_the_whole_flow(name: str, tmp_path: Path) -> None:
     again = load(tmp_path / "packed")
     made = images(again, protocol)
     assert made.shape == images(packed.pipe, protocol).shape and torch.allclose(made, images(packed.pipe, protocol), atol=1e-4)
-    generated = aquabit.generate(str(tmp_path / "packed"), 2, steps=2, conditions=protocol.conditions)
+    generated = aquabit.generate(str(tmp_path / "packed"), 2, steps=2, conditions=protocol.conditions, resolution=protocol.resolution)
     assert torch.isfinite(generated).all() and generated.shape[0] == 2
 
 

@@ -30,7 +30,12 @@ ALLOWED: dict[str, set[str]] = {
     "integration": {"quant"},
     "exports": {"scheme", "graph"},
 }
-PRIVATE = {"_operators": "graph", "_terminal": "cli", "_notebook": "scheme"}  # private top-level modules, and the one they belong to
+PRIVATE = {
+    "_operators": "graph",
+    "_options": "cli",
+    "_terminal": "cli",
+    "_notebook": "scheme",
+}  # private top-level modules, and the one they belong to
 TOP = {"__init__", "__main__", "cli", "flow", "packing"}  # may import everything
 
 
