@@ -94,7 +94,8 @@ class Made:
 def made_rows(draws: int, quick: bool) -> list[dict[str, Any]]:
     """One row a kind, number of measurements and noise: means of ``coverage`` over draws of model and measurements."""
     from aquabit.scheme import parse_swap
-    from aquabit.sensitivity.effects import bootstrap, draw_contexts, find_players, interval, mean_predictions
+    from aquabit.sensitivity.combined import combine
+    from aquabit.sensitivity.effects import bootstrap, draw_contexts, find_players, mean_predictions
 
     rows = []
     for kind in ("saturating", "exponential"):
@@ -110,8 +111,9 @@ def made_rows(draws: int, quick: bool) -> list[dict[str, Any]]:
                     contexts = draw_contexts(model.space, model.cost, BITS, 64, np.random.default_rng([seed, 0]))
                     predicted = mean_predictions(fitted, bootstrap(fitted, 20, seed), contexts, ends, seed)
                     effects = predicted[:, 1::2] - predicted[:, ::2]
-                    low, high = interval(effects[0], effects[1:])
-                    table = pd.DataFrame({"name": [p.layer for p in players], "effect": effects[0], "low": low, "high": high})
+                    none = pd.DataFrame(columns=["layer", "before", "after", "real"])
+                    ours = combine(players, effects[0], effects[1:], none, 1.0, seed)
+                    table = pd.DataFrame({"name": [p.layer for p in players], "effect": ours.effect, "low": ours.low, "high": ours.high})
                     weights, acts = draw_contexts(model.space, model.cost, BITS, 200, np.random.default_rng([seed, 9]))
                     truth = {}
                     for p in players:

@@ -114,7 +114,7 @@ class Comparison:
 
     def _keeps(self, config: Any, target: Any) -> bool:
         """Within the target and with its activations at a8, as budgets of bits fix them."""
-        acts = {config.layers[k].act for k in self.space.free_layers()}
+        acts = {config[k].act for k in self.space.free_layers()}
         return acts == {8} and bool(self.costs.within(self.costs.totals(*self.space.indices([config])), target)[0])
 
     def fresh(self) -> None:
