@@ -130,9 +130,9 @@ def generate(
 ) -> Tensor:  # fmt: skip
     """Images [n, c, h, w] in [0, 1] from a pipeline or packed artifact, image i from seed + i.
 
-    ``steps``, ``eta``, ``guidance`` and ``resolution`` (pixels) default to what the artifact's configuration was calibrated for (else 10, 0,
-    1 and the model's own), ``correction`` to the artifact's own; "none" switches it off. ``offload``: what is loaded waits on the CPU and is
-    on the GPU only while it runs.
+    ``steps``, ``eta``, ``guidance`` and ``resolution`` (pixels) default to what the artifact's configuration was calibrated for (else 10,
+    0, 1 and the model's own), ``correction`` to the artifact's own; "none" switches it off. ``offload``: what is loaded waits on the CPU
+    and is on the GPU only while it runs.
 
     A packed one runs on the kernels that are fastest on this machine, timed first where that is missing. ``memory``: "packed" keeps no
     dense weight, "auto" up to a quarter of them, where they save most time. ``told`` hears which kernels run and what is resident.
