@@ -149,7 +149,7 @@ def test_search_under_a_latency(folder, monkeypatch) -> None:
     from aquabit import flow
     from aquabit.cost import Latency
 
-    def table(evaluator, space, progress) -> Latency:
+    def table(evaluator, space, progress, protocol) -> Latency:
         bits = np.array([s.bits for s in space.schemes], float)
         layers = np.broadcast_to(bits[None, :, None], (len(space.choices), len(bits), 3)).copy()
         return Latency(layers, (16, 8, 6), 10.0)
