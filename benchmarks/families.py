@@ -64,7 +64,7 @@ def flow(name: str, folder: Path) -> dict[str, Any]:
     part("search")
     aquabit.quantize(model, front.best, bank=bank).save(folder / "packed")
     part("quantize")
-    aquabit.generate(str(folder / "packed"), 2, steps=2, conditions=protocol.conditions)
+    aquabit.generate(str(folder / "packed"), 2, steps=2, conditions=protocol.conditions, resolution=protocol.resolution)
     part("reload and generate")
     entry = known.name if known else "none: generic"
     return {"family": name, "pipeline": type(pipe).__name__, "entry": entry, "lines": lines_of(entry), "layers": len(layers(graph)),
