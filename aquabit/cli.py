@@ -35,12 +35,14 @@ from aquabit._options import (
     StepGroupsOption,
     Steps,
     StudyArgument,
+    SwapOption,
     Workers,
 )
 from aquabit._terminal import (
     bars,
     console,
     emit,
+    errors,
     plain,
     shielded,
     show_calls,
@@ -139,7 +141,7 @@ def run(
     device: Device = "cpu", dtype: Dtype = "float32", prompts: Prompts = None, guidance: Guidance = 1.0, space: SpaceFile = None,
     objective: Objective = "fid", bank: BankOption = None, reference: Reference = None, features: FeaturesOption = None, preset: Preset = None,
     metric: MetricOption = None, correction: CorrectionOption = None, step_groups: StepGroupsOption = None, micro_batch: MicroBatch = 64,
-    resolution: Resolution = None, json_: Json = None,
+    resolution: Resolution = None, swap: SwapOption = None, json_: Json = None,
 ) -> None:  # fmt: skip
     """The whole flow: measure, explain, check, search, pack, report."""
     _quiet()
@@ -158,7 +160,7 @@ def run(
             model, out, bits, samples, flips, protocol=protocol, space=_space(space, correction, step_groups, steps),
             workers=_workers(workers, device),
             device=device, dtype=dtype, bank=str(bank) if bank else None, quality=_quality(reference, features, metric),
-            sample_seed=seed, progress=progress,
+            sample_seed=seed, swap=swap, progress=progress,
         )  # fmt: skip
     if not emit(front.to_list(), json_):
         show_sensitivity(Study(out / "study.db").get("sensitivity"), 10)
@@ -242,15 +244,15 @@ def measure(
     space: SpaceFile = None, objective: Objective = "fid", bank: BankOption = None, reference: Reference = None, features: FeaturesOption = None, preset: Preset = None,
     metric: MetricOption = None, correction: CorrectionOption = None, step_groups: StepGroupsOption = None, micro_batch: MicroBatch = 64,
     resolution: Resolution = None,
-    design: Annotated[str, typer.Option("--design", help="random (independent draws), balanced (nearly orthogonal, evenly over bits), swaps (of one layer in shared contexts), disagreement (batches on which refitted surrogates disagree); balanced:0.5 and swaps:0.5 are half random.")] = "random",
-    contexts: Annotated[int, typer.Option("--contexts", min=0, help="Random contexts in which every layer's swap is run on stored inputs, a fifteenth of a measurement each: truer effects.")] = 0,
+    design: Annotated[str, typer.Option("--design", help="near (good configurations), random (independent draws, ruined ones included), balanced (nearly orthogonal, evenly over bits), swaps (of one layer in shared contexts), disagreement (batches on which refitted surrogates disagree); near:0.75 is a quarter random.")] = "near:0.75",
+    contexts: Annotated[int, typer.Option("--contexts", min=0, help="Good configurations in which every layer's swap is run on stored inputs, a fifteenth of a measurement each: truer effects.")] = 0,
     bits: Annotated[float, typer.Option("--bits", help="Bits per weight of these contexts.")] = 3.0,
     shard: Annotated[str | None, typer.Option("--shard", help="i/n: every n-th configuration, for batch schedulers.")] = None,
     ray: Annotated[str | None, typer.Option("--ray", metavar="ADDRESS", help="Measure on a Ray cluster: auto, local, host:port; a worker for each GPU, or CPU slot.")] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Say what there is to measure and fit, and time and disk it takes (an estimate); measure nothing.")] = False,
     json_: Json = None,
 ) -> None:  # fmt: skip
-    """Measure random configurations into a study; run again, it continues."""
+    """Measure configurations into a study; run again, it continues."""
     _quiet()
     from aquabit import flow
     from aquabit.sensitivity.measure import measure as measure_model
@@ -331,7 +333,7 @@ def merge(sources: Annotated[list[Path], typer.Argument(metavar="A.db B.db", hel
 
 @app.command()
 @shielded
-def explain(study: StudyArgument, top: Annotated[int, typer.Option("--top", min=1, help="Layers to list.")] = 20, bits: Bits = 3.0, swap: Annotated[str, typer.Option("--swap", help="A:B, the two schemes a layer is swapped between.")] = "usq4:usq2", estimator: EstimatorOption = "gbdt", json_: Json = None) -> None:  # fmt: skip
+def explain(study: StudyArgument, top: Annotated[int, typer.Option("--top", min=1, help="Layers to list.")] = 20, bits: Bits = 3.0, swap: SwapOption = None, estimator: EstimatorOption = "gbdt", json_: Json = None) -> None:  # fmt: skip
     """How good the surrogate is, then which layers hurt most, with intervals."""
     _quiet()
     from aquabit.flow import explained
@@ -347,7 +349,7 @@ def explain(study: StudyArgument, top: Annotated[int, typer.Option("--top", min=
 @shielded
 def validate(
     study: StudyArgument, flips: Annotated[int, typer.Option("--flips", min=1, help="(layer, context) swaps, two measurements each.")] = 40,
-    swap: Annotated[str, typer.Option("--swap", help="A:B, the two schemes.")] = "usq4:usq2", bits: Bits = 3.0, workers: Workers = None,
+    swap: SwapOption = None, bits: Bits = 3.0, workers: Workers = None,
     device: Device = "cpu", seed: Annotated[int, typer.Option("--seed", help="Which layers and contexts.")] = 0, bank: BankOption = None, json_: Json = None,
 ) -> None:  # fmt: skip
     """Measure real layer swaps and set them beside the predicted effects."""
@@ -371,36 +373,33 @@ def search(
     bops: Annotated[float | None, typer.Option("--bops", help="Bit operations of one image in one denoiser call.")] = None,
     latency: Annotated[float | None, typer.Option("--latency", help="Milliseconds per denoiser call with one image, packed, on this machine.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Write the winner here, as config.json.")] = None,
-    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Rounds of proposing, measuring and refitting.")] = 2,
-    per_round: Annotated[int, typer.Option("--per-round", min=1, help="New candidates a round.")] = 8,
-    method: Annotated[str, typer.Option("--method", help="program (integer program and local search) or evolve (NSGA-II; needs pymoo).")] = "program",
-    screen: Annotated[int, typer.Option("--screen", min=1, help="Configurations proposed for each that is measured; output errors on stored inputs choose among them (1: none of this).")] = 4,
+    against: Annotated[list[Path] | None, typer.Option("--against", metavar="FILE", help="A configuration that the winner must not lose to: config.json, or ModelOpt's quant_cfg; may be repeated.")] = None,
+    rounds: Annotated[int | None, typer.Option("--rounds", min=0, help="Rounds of refinement in context (default 8; 0: the program's answer); of fitting and proposing where a surrogate proposes (default 2).")] = None,
+    per_round: Annotated[int, typer.Option("--per-round", min=1, help="New candidates a round, where a surrogate proposes.")] = 8,
+    method: Annotated[str, typer.Option("--method", help="program (the integer program over damages, refined in context); surrogate or evolve (NSGA-II; needs pymoo) also propose from a surrogate of the study's measurements.")] = "program",
+    screen: Annotated[int, typer.Option("--screen", min=1, help="Where a surrogate proposes: configurations for each that is measured; output errors on stored inputs choose among them (1: none of this).")] = 4,
     correction: Annotated[str | None, typer.Option("--correction", help="Measure and choose candidates after this correction of their noise, as cnc+bc; default: as the study was measured.")] = None,
     workers: Workers = None, device: Device = "cpu", seed: Annotated[int, typer.Option("--seed")] = 0, bank: BankOption = None, json_: Json = None,
 ) -> None:  # fmt: skip
-    """Find the best configuration under a hard budget; several budgets hold at once."""
+    """Find the best configuration under a hard budget; several budgets hold at once. Works before anything was measured."""
     _quiet()
     from aquabit import flow
+    from aquabit.scheme import Budget
+    from aquabit.search import SearchOptions
+    from aquabit.search.given import read_given
+    from aquabit.space import SearchSpace
     from aquabit.study import Study
 
+    opened = Study(study, create=False)
+    known = SearchSpace.from_dict(opened.need("space", "run `aquabit measure MODEL --study` first"))
+    given = [(path.name, read_given(path, known)) for path in against or ()]
+    limit = bits if any((bits, bytes_, bops, latency)) else 3.0
+    options = SearchOptions(Budget(limit, bytes_, bops, latency), method, rounds, per_round, screen, seed, given)
     with bars() as progress:
-        opened = Study(study, create=False)
-        options: dict[str, Any] = {"workers": _workers(workers, device), "device": device, "bank": str(bank) if bank else None}
-        front = flow.find(
-            opened,
-            bits,
-            bytes=bytes_,
-            bops=bops,
-            latency_ms=latency,
-            correction=correction,
-            rounds=rounds,
-            per_round=per_round,
-            seed=seed,
-            method=method,
-            screen=screen,
-            progress=progress,
-            **options,
-        )
+        front = flow.search(
+            opened, options, correction=correction, progress=progress, told=errors.print, workers=_workers(workers, device), device=device,
+            bank=str(bank) if bank else None,
+        )  # fmt: skip
     if out:
         out.write_text(front.best.to_json())
     if not emit(front.to_list(), json_):

@@ -13,7 +13,7 @@ from math import log, prod
 
 from aquabit.scheme import AquabitError, Scheme
 
-LEVELS = (1.5, 2.0, 3.0, 4.0)  # code bits per weight
+LEVELS = (1.0, 1.5, 2.0, 3.0, 4.0)  # code bits per weight: without any of them a budget between 1.6 and 3.5 bits loses .3 dB or more
 REACH = 0.35  # code bits of a format lie within this of the level it stands for
 WORTH = 2.0  # a format stores at most this many times its code bits: below that, codebooks and scales outweigh the codes
 

@@ -34,7 +34,9 @@ from aquabit.scheme import (
     read_json,
 )
 
-DEFAULT_SCHEMES = ("usq2", "usq3", "usq4", "usq8", "vq2", "vq3", "vq4", "vq2c", "vq3c", "vq4c", "usq2h", "usq3h", "usq4h")
+DEFAULT_SCHEMES = ("usq2h", "usq4h", "usq6h")  # with the additive formats all that some layer's front of bytes and damages needs
+TINY_SCHEMES = (*DEFAULT_SCHEMES, "usq8")  # of layers whose bytes hardly count
+TINY = 1e-3  # share of all weights below which a layer's bytes hardly count: at 16 bits it takes what .01 bit of the model takes
 DEFAULT_ACTIVATIONS = (8, 6)
 BITS_RANGE = (2.0, 4.5)  # mean bits of a random sample: the budgets that people ask for
 
@@ -132,8 +134,10 @@ class SearchSpace:
         return scheme.code_bits((self.kernel_area or {}).get(layer, 1))
 
     def bit_levels(self, layer: str) -> dict[float, list[Scheme]]:
-        """The layer's schemes by nominal bits, rounded to halves so that 2.25 and 2 bits are one level."""
-        return self._levels(self.choices[layer], (self.kernel_area or {}).get(layer, 1))
+        """The layer's schemes by nominal bits, rounded to halves so that 2.25 and 2 bits are one level; ``fp`` only where there is no
+        other: random configurations quantize every layer, as Qua2SeDiMo's do."""
+        row = self.choices[layer]
+        return self._levels(tuple(s for s in row if s != FP) or row, (self.kernel_area or {}).get(layer, 1))
 
     @staticmethod
     @lru_cache(maxsize=4096)
@@ -310,7 +314,9 @@ def make_space(
     those that the model never calls (the graph's ``uncalled``).
 
     Beside ``schemes`` each layer gets the additive format that suits its operator type and shape (``formats``, a table as
-    ``formats.FORMATS``) at each of ``levels`` code bits; levels are given by default where schemes are not. A scheme that shares
+    ``formats.FORMATS``) at each of ``levels`` code bits; levels are given by default where schemes are not. By default every layer may
+    also stay ``fp``, so that any budget up to 16 bits can be used, and one whose bytes hardly count (TINY) takes 8 bits instead of
+    additive formats: at most eight schemes are fitted to a layer. A scheme that shares
     codebooks is left out for layers that have no partner. ``calibration``: what H, and the noise that ``correction`` (as "cnc+bc") takes
     away, are measured on (default: ``Calibration()``).
     ``step_groups``: {"total": steps, "starts": [0, ...]}, groups of steps between which activation bits may change.
@@ -324,11 +330,14 @@ def make_space(
     pins = _matching(pinned or {}, names, "pinned")
     out = {*_matching(excluded, names, "excluded"), *graph.graph.get("uncalled", ())}
     partners, table = codebook_names(graph), FORMATS if formats is None else formats
-    sharers = Counter(partners.values())
+    sharers, weights = Counter(partners.values()), sum(int(np.prod(node["shape"])) for node in nodes.values())
     choices: dict[str, tuple[Scheme, ...]] = {}
     for name, node in nodes.items():
         additive = layer_formats(node["operator"], tuple(node["shape"]), chosen, sharers.get(partners.get(name, ""), 1), table)
         open_ = [s for s in (*default, *additive) if name in partners or not s.shared]
+        if schemes is None:
+            tiny = levels is None and int(np.prod(node["shape"])) < TINY * weights
+            open_ = [FP, *(map(Scheme.parse, TINY_SCHEMES) if tiny else open_)]
         free = tuple(dict.fromkeys(open_))
         choices[name] = (FP,) if name in out else (Scheme.parse((pinned or {})[pins[name]]),) if name in pins else free
         if not choices[name]:

@@ -8,11 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from aquabit.cost import CostModel
 from aquabit.pipelines import trace
-from aquabit.scheme import FP, AquabitError, Protocol, Scheme
+from aquabit.scheme import FP, AquabitError, Protocol, Scheme, act_of, act_text
 from aquabit.sensitivity import design
 from aquabit.sensitivity import measure as measuring
-from aquabit.sensitivity.design import BLOCK, DESIGNS, PER_CONTEXT, START, Design, batches, next_batch, telling
+from aquabit.sensitivity.damages import Damages, gibbs
+from aquabit.sensitivity.design import BLOCK, DEFAULT, DESIGNS, PER_CONTEXT, START, Design, batches, near, next_batch, telling
 from aquabit.sensitivity.estimators import Surrogate
 from aquabit.sensitivity.groups import group_numbers
 from aquabit.sensitivity.measure import measure
@@ -31,6 +33,11 @@ def world() -> World:
 
 
 @pytest.fixture(scope="module")
+def probed() -> World:
+    return World(60, probed=True)
+
+
+@pytest.fixture(scope="module")
 def unet() -> SearchSpace:
     """With additive formats of shared codebooks, a pinned and an excluded layer, and groups of steps."""
     steps = {"total": 4, "starts": [0, 2]}
@@ -38,16 +45,26 @@ def unet() -> SearchSpace:
     return make_space(graph, "f" * 16, pinned={"conv_in": "usq8"}, excluded=["time_embedding.*"], step_groups=steps)
 
 
+@pytest.fixture(scope="module")
+def known(unet: SearchSpace) -> tuple[Damages, CostModel]:
+    """Made-up damages of the U-Net, and its costs."""
+    rng = np.random.default_rng(0)
+    alone = {(k, str(s)): 4.0 ** -unet.code_bits(k, s) for k, row in unet.choices.items() for s in row if s != FP}
+    alone |= {(k, act_text(act_of(a))): 0.01 for k in unet.choices for a in unet.act_codes}
+    probes = {k: {"damage": v * float(rng.lognormal())} for k, v in alone.items()}
+    return Damages.of(unet, probes), CostModel(trace(tiny_pipeline("unet")), unet)
+
+
 def bits(space: SearchSpace, configs: list) -> np.ndarray:
     """Nominal levels [configurations, layers]."""
     return np.array([[round(2 * space.code_bits(k, c[k].weight)) / 2 for k in space.choices] for c in configs])
 
 
-@pytest.mark.parametrize("name", ["random", "balanced", "swaps", "swaps:0.5", "balanced:0.25"])
-def test_the_first_ones_are_the_same_whatever_the_total(unet: SearchSpace, name: str) -> None:
-    whole = Design.parse(name).draw(unet, 60, 3)
-    assert [c.digest for c in Design.parse(name).draw(unet, 37, 3)] == [c.digest for c in whole[:37]]
-    assert Design.parse(name).draw(unet, 1, 4)[0] != whole[0] and len({c.digest for c in whole}) == 60
+@pytest.mark.parametrize("name", ["near", DEFAULT, "random", "balanced", "swaps", "swaps:0.5", "balanced:0.25"])
+def test_the_first_ones_are_the_same_whatever_the_total(unet: SearchSpace, known: tuple[Damages, CostModel], name: str) -> None:
+    whole = Design.parse(name).draw(unet, 60, 3, *known)
+    assert [c.digest for c in Design.parse(name).draw(unet, 37, 3, *known)] == [c.digest for c in whole[:37]]
+    assert Design.parse(name).draw(unet, 1, 4, *known)[0] != whole[0] and len({c.digest for c in whole}) == 60
     for config in whole:
         unet.check(config)
         assert str(config["conv_in"].weight) == "usq8" and config["time_embedding.linear_1"].weight == FP
@@ -74,6 +91,65 @@ def test_balanced_budgets_are_evenly_spread(world: World) -> None:
     assert np.abs(means - even).max() < 0.3 and np.abs(means - even).mean() < 0.1
     acts = world.space.indices(Design("balanced").draw(world.space, COUNT, 1))[1]
     assert ((acts == 6).sum(1) == 0).mean() == pytest.approx(0.5, abs=0.06) and (acts == 6).mean(1).max() > 0.9
+
+
+def test_near_draws_good_configurations_over_all_budgets(probed: World) -> None:
+    """Little more than the least damage at their size, while random ones have several times as much; mean bits uniform over the range."""
+    damages, cost = probed.damages, probed.cost
+    table = np.where(np.isfinite(damages.weights), damages.weights, 0)
+    excess = {}
+    for name in ("near", "random"):
+        weights, acts = probed.space.indices(Design(name).draw(probed.space, COUNT, 0, damages, cost))
+        real = cost.totals(weights, acts)["bits"]
+        sharp = [float((gibbs(damages, cost, b, 0.0).odds * table).sum()) for b in real[:30]]
+        excess[name] = damages.weights[np.arange(60), weights].sum(1)[:30] / sharp - 1
+        low, high = BITS_RANGE
+        if name == "near":
+            assert np.abs(np.sort(real) - (low + (np.arange(COUNT) + 0.5) / COUNT * (high - low))).max() < 0.35
+    assert excess["near"].min() > -0.01 and np.quantile(excess["near"], 0.9) < 1.2 < 1.5 * np.median(excess["random"])
+    assert np.median(excess["near"]) < np.median(excess["random"]) / 2 and excess["near"].std() > 0.1, "near the front, yet varied"
+
+
+def test_near_lowers_activations_where_that_harms_least(probed: World) -> None:
+    _, acts = probed.space.indices(near(probed.damages, probed.cost, 200, 0))
+    low, harm = acts == 6, probed.damages.acts[:, list(probed.space.act_codes).index(6)]
+    some = low.any(1)
+    assert some.mean() == pytest.approx(0.5, abs=0.1) and set(np.unique(acts)) == {6, 8}
+    share = low[some].mean(1)
+    assert share.mean() == pytest.approx(0.5, abs=0.1) and share.min() < 0.15 and share.max() > 0.85
+    assert np.corrcoef(low[some].mean(0), harm)[0, 1] < -0.5, "the planted layers keep theirs"
+
+
+def test_near_depends_on_seed_and_place_alone(probed: World, unet: SearchSpace) -> None:
+    whole = [c.digest for c in near(probed.damages, probed.cost, 12, 5)]
+    assert whole[:7] == [c.digest for c in near(probed.damages, probed.cost, 7, 5)] and len(set(whole)) == 12
+    assert not set(whole) & {c.digest for c in near(probed.damages, probed.cost, 12, 6)}
+    own = [c.digest for c in Design("near", 0.75).draw(probed.space, 16, 5, probed.damages, probed.cost)]
+    random = [c.digest for c in probed.space.sample(4, 5)]
+    assert [d for d in own if d not in random] == whole and own[::4] == random
+    for lacking in ((None, None), (probed.damages, None)):
+        with pytest.raises(AquabitError, match="design near draws by what schemes do alone"):
+            Design("near").draw(probed.space, 3, 0, *lacking)
+
+
+def test_near_is_served_by_a_space_outside_the_range_and_one_without_choices(probed: World) -> None:
+    layers = probed.space.layers
+    for choices in ({k: (Scheme.parse("usq8"),) for k in layers}, {k: (Scheme.parse(s) for s in ("usq8", "vq4")) for k in layers}):
+        space = replace(probed.space, choices={k: tuple(row) for k, row in choices.items()})
+        for config in near(Damages.of(space, probed.probes), CostModel(probed.graph, space), 5, 0):
+            space.check(config)
+
+
+def test_swaps_start_from_good_configurations_where_damages_are_known(probed: World) -> None:
+    size = 1 + PER_CONTEXT
+    given = (probed.space, 8 * size, 0)
+    weights, acts = probed.space.indices(Design("swaps").draw(*given, probed.damages, probed.cost))
+    plain = probed.space.indices(Design("swaps").draw(*given))
+    assert (acts == 8).all() and np.abs(probed.cost.totals(weights[::size], acts[::size])["bits"] - 3).max() < 0.6
+    assert np.median(probed.damages.total(weights[::size], acts[::size])) < np.median(
+        probed.damages.total(plain[0][::size], plain[1][::size])
+    )
+    assert ((weights[1:size] != weights[0]).sum(1) == 1).all()
 
 
 def test_swaps_differ_from_their_context_in_one_layer(world: World) -> None:
@@ -127,6 +203,7 @@ def test_batches_do_not_depend_on_the_total() -> None:
 
 def test_designs_are_named() -> None:
     assert {Design.parse(n).name for n in DESIGNS} == set(DESIGNS) and Design.parse("swaps:0.5") == Design("swaps", 0.5)
+    assert Design.parse(DEFAULT) == Design("near", 0.75)
     for wrong in ("sobol", "swaps:", "swaps:0", "swaps:1.5", "swaps:x", "disagreement:0.5", ""):
         with pytest.raises(AquabitError, match="design"):
             Design.parse(wrong)

@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "quant": {"scheme", "kernels", "graph"},
     "pipelines": {"scheme", "graph", "quant", "quality", "kernels"},
     "sensitivity": _SENSITIVITY,
-    "search": {"scheme", "space", "cost", "graph", "formats"},
+    "search": {*_SENSITIVITY, "formats", "sensitivity"},
     "reports": {"scheme", "graph", "study", "space", "cost"},
     "integration": {"quant"},
     "exports": {"scheme", "graph"},

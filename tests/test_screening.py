@@ -94,7 +94,8 @@ def test_effects_in_context_are_what_the_screen_says_of_both_ends(made) -> None:
     fitted = fit_from_study(study)
     outputs = study.outputs(stored(study.protocol)[0].digest)
     screen = fit_screen(fitted, outputs, blend=True)
-    contexts = fitted.space.configs(*draw_contexts(fitted.space, fitted.cost, BITS, DRAWN, np.random.default_rng([0, 0])))[:2]
+    drawn = draw_contexts(fitted.space, fitted.cost, BITS, DRAWN, np.random.default_rng([0, 0]), fitted.damages)
+    contexts = fitted.space.configs(*drawn)[:2]
     row = found.layers.iloc[0]
     player = next(p for p in find_players(fitted.space, _swap()) if p.layer == row["name"])
     before, after = (

@@ -14,7 +14,9 @@ from aquabit.cost import CostModel
 from aquabit.graph import to_json
 from aquabit.scheme import AquabitError, Measurement, Protocol
 from aquabit.sensitivity import scores
-from aquabit.sensitivity.encoder import Encoder
+from aquabit.sensitivity.damages import Damages
+from aquabit.sensitivity.design import DEFAULT, Design
+from aquabit.sensitivity.encoder import SKETCH, Encoder
 from aquabit.sensitivity.estimators import AverageBits, Surrogate, Target
 from aquabit.sensitivity.surrogate import cross_validate, fit_from_study, fold_numbers
 from aquabit.space import SearchSpace, make_space
@@ -27,9 +29,10 @@ SCHEMES = ("usq2", "usq3", "usq4", "usq8", "vq2", "vq3", "vq4", "vq2c", "vq3c", 
 
 
 class World:
-    """A made-up model of 60 layers whose objective is a known, non-additive function of weight errors and activation bits."""
+    """A made-up model of 60 layers whose objective is a known, non-additive function of weight errors and activation bits. ``probed``: what
+    schemes and activations do alone is known, and a study has mse and psnr."""
 
-    def __init__(self, count: int = 300, seed: int = 0, noise: float = 0.02):
+    def __init__(self, count: int = 300, seed: int = 0, noise: float = 0.02, probed: bool = False):
         rng = np.random.default_rng(seed)
         self.graph = nx.DiGraph(family="dit", model_class="Made", config={}, weights=60 * 192 * 192, other_elements=100)
         for i in range(60):
@@ -43,12 +46,23 @@ class World:
             for n in self.space.layers
             for s in self.space.choices[n]
         }
-        self.encoder, self.cost = Encoder(self.space, self.graph, self.errors), CostModel(self.graph, self.space)
+        self.cost = CostModel(self.graph, self.space)
         self.weight_of = rng.lognormal(0, 0.5, 60) * 0.1
         self.weight_of[list(PLANTED)] = (1.5, 1.2, 0.9)
+        self.probes = self._probes() if probed else {}
+        self.encoder = Encoder(self.space, self.graph, self.errors, self.probes or None)
         self.weights, self.acts = self.draw(count, rng)
         self.y = self.truth(self.weights, self.acts) * np.exp(noise * rng.normal(size=count))
         self.bits = self.cost.totals(self.weights, self.acts)["bits"]
+
+    def _probes(self) -> dict[tuple[str, str], dict]:
+        alone = {k: self.weight_of[self.space.layers.index(k[0])] * v for k, v in self.errors.items()}
+        alone |= {(n, a): 0.03 * w * (a == "a6") for n, w in zip(self.space.layers, self.weight_of, strict=True) for a in ("a6", "a8")}
+        return {k: {"damage": 1e-3 * float(v), "sketch": [0.0] * SKETCH} for k, v in alone.items()}
+
+    @property
+    def damages(self) -> Damages:
+        return Damages.of(self.space, self.probes)
 
     def draw(self, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Bits of each configuration tilted to a mean of its own; a8, or a6 with a probability of its own in half of them."""
@@ -60,19 +74,28 @@ class World:
         return weights, np.where(rng.random(weights.shape) < share, 6, 8)
 
     def truth(self, weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
+        total = self.total(weights, acts)
+        return 20 + 200 * total / (total + 1.5)
+
+    def total(self, weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
         damage = self.weight_of * (self.encoder.error[np.arange(60), weights] + 0.03 * (acts == 6))
         block = damage.reshape(len(damage), 10, 6).sum(2)
-        total = block.sum(1) + 3 * (block[:, :-1] * block[:, 1:]).sum(1) + 1.5 * np.sqrt(block.max(1))
-        return 20 + 200 * total / (total + 1.5)
+        return block.sum(1) + 3 * (block[:, :-1] * block[:, 1:]).sum(1) + 1.5 * np.sqrt(block.max(1))
 
     def study(self, path, count: int | None = None, objective: str = "fid", kind: str = "sample") -> Study:
         study, protocol = Study(path), Protocol(objective=objective)
         with study.writing():
             study.begin("made", self.space.fingerprint, to_json(self.graph), self.space.to_dict(), protocol)
-            study.add_features({k: {"error": v} for k, v in self.errors.items()})
+            study.add_features({**self.probes, **{k: {"error": v, **self.probes.get(k, {})} for k, v in self.errors.items()}})
             for config, y in list(zip(self.space.configs(self.weights, self.acts), self.y, strict=True))[:count]:
-                self.record(study, config, {"fid": float(y), "is": float(100 / y)}, kind, protocol)
+                self.record(study, config, {"fid": float(y), "is": float(100 / y), **self.distance(config)}, kind, protocol)
         return study
+
+    def distance(self, config) -> dict[str, float]:
+        if not self.probes:
+            return {}
+        mse = 1e-3 * float(self.total(*self.space.indices([config]))[0])
+        return {"mse": mse, "psnr": -10 * float(np.log10(mse))}
 
     def record(self, study: Study, config, metrics: dict[str, float], kind: str, protocol: Protocol) -> None:
         cost = self.cost(config)
@@ -265,6 +288,74 @@ def test_noise_ceiling_needs_a_second_seed_set(world: World, tmp_path) -> None:
         if i == 18:
             assert fit_from_study(study).scores["noise_ceiling"] is None
     assert 0.7 < fit_from_study(study).scores["noise_ceiling"] <= 1
+
+
+def test_good_ones_are_near_the_least_error_of_their_size() -> None:
+    bits = np.array([3.0, 2.0, 2.5, 4.0, 2.5])
+    error = np.array([4.9, 8.0, 4.0, 9.0, 5.1])
+    assert scores.good_ones(error, bits).tolist() == [True, True, True, False, False], "a larger one is compared with smaller ones"
+    assert scores.good_ones(error, bits, 1.3).tolist() == [True, True, True, False, True]
+    assert scores.good_ones(np.array([1.0, -0.2, -0.1]), bits[:3]).tolist() == [False, True, True], "no worse than full precision"
+
+
+def test_among_good_ones_only_they_count() -> None:
+    """What ranks ruined ones says nothing; what ranks good ones all, whatever size and activations explain."""
+    bits, acts, _ = budget(120, 0)
+    rng = np.random.default_rng(1)
+    excess = np.where(np.arange(120) % 3, rng.uniform(0, 0.3, 120), rng.uniform(1, 5, 120))
+    y = excess - 2 * bits + 0.1 * acts
+    good = excess < 0.3
+    assert scores.among_good_srcc(y, y + 5 * bits**2, bits, acts, good) > 0.99
+    assert scores.among_good_srcc(y, -y, bits, acts, good) == pytest.approx(-1)
+    ruined = np.where(good, rng.normal(size=120), y)
+    assert abs(scores.among_good_srcc(y, ruined, bits, acts, good)) < 0.25 < 0.8 < scores.srcc(y, np.where(good, -2 * bits, y))
+    assert scores.among_good_srcc(y, 3 - bits + bits**2, bits, acts, good) == 0, "the size alone ranks nothing within a size"
+    few = good & (np.cumsum(good) < scores.ENOUGH)
+    assert scores.among_good_srcc(y, y, bits, acts, few) is None
+    few[np.flatnonzero(good)[-1]] = True
+    assert scores.among_good_srcc(y, y, bits, acts, few) == pytest.approx(1)
+
+
+def near_study(path, count: int = 160, seed: int = 0) -> tuple[World, Study]:
+    """A study of the default design."""
+    near = World(count, seed, probed=True)
+    near.weights, near.acts = near.space.indices(Design.parse(DEFAULT).draw(near.space, count, seed, near.damages, near.cost))
+    near.y = near.truth(near.weights, near.acts) * np.exp(0.02 * np.random.default_rng(seed).normal(size=count))
+    return near, near.study(path)
+
+
+def test_the_score_among_good_ones_is_reported_with_their_number(tmp_path) -> None:
+    near, study = near_study(tmp_path / "s.db")
+    fitted = fit_from_study(study)
+    among, mse = fitted.scores["among_good"], np.array([near.distance(c)["mse"] for c in near.space.configs(fitted.weights, fitted.acts)])
+    good = np.array([m <= 1.25 * mse[fitted.bits <= b].min() for m, b in zip(mse, fitted.bits, strict=True)])
+    assert among["count"] == good.sum() >= scores.ENOUGH and set(among["baselines"]) == {"ridge_one_hot", "sum_of_damages"}
+    assert all(-1 <= v <= 1 for v in (among["srcc"], *among["baselines"].values())) and among["noise_ceiling"] is None
+    protocol = Protocol().block(1)
+    for config, y in zip(near.space.configs(near.weights, near.acts), near.y, strict=True):
+        near.record(study, config, {"fid": float(y)}, "fresh", protocol)
+    assert fit_from_study(study).scores["among_good"]["noise_ceiling"] == pytest.approx(1)
+    few = fit_from_study(near.study(tmp_path / "few.db", 20)).scores["among_good"]
+    assert few["srcc"] is None and 0 < few["count"] < 20
+
+
+def test_the_low_noise_distance_is_learned_too(tmp_path) -> None:
+    near, study = near_study(tmp_path / "s.db")
+    fitted = fit_from_study(study, "psnr")
+    assert fitted.direction == "max" and fitted.objective == "psnr" and fitted.scores["srcc"] > 0.9
+    worse = near.space.configs(near.weights[:1], near.acts[:1])[0]
+    for layer in near.space.layers:
+        worse = worse.with_layer(layer, "usq2")
+    assert fitted.predict([worse])[0] < np.median(fitted.y)
+
+
+def test_without_a_distance_good_ones_are_near_full_precision(world: World, tmp_path) -> None:
+    study = world.study(tmp_path / "s.db", 60)
+    assert fit_from_study(study).scores["among_good"]["count"] == 0, "nothing says how good full precision is"
+    world.record(study, world.space.full_precision(), {"fid": 20.0, "is": 5.0}, "reference", Protocol())
+    for objective, loss in (("fid", world.y[:60] - 20), ("is", 5 - 100 / world.y[:60])):
+        good = np.array([v <= 1.25 * loss[world.bits[:60] <= b].min() for v, b in zip(loss, world.bits[:60], strict=True)])
+        assert fit_from_study(study, objective).scores["among_good"]["count"] == good.sum() > 0
 
 
 def test_space_of_one_layer_is_served() -> None:

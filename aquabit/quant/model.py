@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -24,7 +24,7 @@ from aquabit.quant.layers import QuantConv2d, QuantLinear, Setting, quant_layer
 from aquabit.quant.ranges import RangeTables, Sample
 from aquabit.quant.sampling import Watcher
 from aquabit.quant.switch import settings_of, share_out_, switches
-from aquabit.scheme import FP, AquabitError, Calibration, Progress, QuantConfig, Scheme, no_progress
+from aquabit.scheme import FP, AquabitError, Calibration, LayerChoice, Progress, QuantConfig, Scheme, no_progress
 
 DECODED_LIMIT = 1 << 28  # bytes of decoded weights that a denoiser keeps
 
@@ -151,6 +151,31 @@ class QuantizedDenoiser:
             shapes = {n: tuple(layer.shape) for n, layer in self.layers.items()}
             self._tuned = config.digest, load_tuned(self.fitter.bank, config, shapes)
         return self._tuned[1]
+
+    def decoded(self, name: str, scheme: str | Scheme, like: QuantConfig) -> Tensor:
+        """A layer's weight as a scheme decodes it, fitted for the activation bits and the calibration that it has in ``like``."""
+        scheme = Scheme.parse(scheme)
+        if scheme == FP:
+            return self._full[name]
+        choice = LayerChoice(scheme, like[name].act, self.partners.get(name) if scheme.shared else None)
+        return self._decoded(name, QuantConfig(like.fingerprint, {name: choice}, steps=like.steps, calibration=like.calibration))
+
+    @contextmanager
+    def gradients(self) -> Iterator[Callable[[str], Tensor]]:
+        """While it lasts the dense weights that are applied ask for gradients; what it gives returns that of a layer, in float32 (zeros
+        where nothing reached it)."""
+        for layer in self.layers.values():
+            layer.weight = layer.weight.detach().requires_grad_(True)
+
+        def gradient(name: str) -> Tensor:
+            weight = self.layers[name].weight
+            return torch.zeros_like(weight, dtype=torch.float32) if weight.grad is None else weight.grad.float()
+
+        try:
+            yield gradient
+        finally:
+            for layer in self.layers.values():
+                layer.weight = layer.weight.detach()
 
     def hold_(self, name: str, weight: Tensor, scheme: Scheme) -> None:
         """Give a layer a dense weight from elsewhere, until the next ``apply``."""

@@ -1,28 +1,19 @@
-"""Search under hard budgets: integer program on additive scores, local search on the surrogate, measurement, and again."""
+"""Search under hard budgets: the integer program over damages, refined in context, judged in pairs, measured on fresh seeds."""
 
 from aquabit.search.assign import assign
-from aquabit.search.front import (
-    Front,
-    FrontMember,
-    Interval,
-    choose,
-    elect,
-    hypervolume,
-    interval,
-    paired_difference,
-    pareto,
-    remeasure_plan,
-    smallest_uniform,
-    uniform_within,
-)
+from aquabit.search.front import Front, FrontMember, Interval, hypervolume, interval, paired_difference, pareto, smallest_uniform
 from aquabit.search.integer_program import Solution, additive_scores, choice_effects, solve
+from aquabit.search.judging import Judgement, judge
 from aquabit.search.local import Improved, improve
 from aquabit.search.loop import Candidate, check_method, find_candidates, ladder
 from aquabit.search.options import Columns, Options, activation_choices
 from aquabit.search.proof import Bound, Bounded, Proof, branch_and_bound, columns_of
+from aquabit.search.refine import Seen, Step, refine
 from aquabit.search.searchers import SEARCHERS, Problem, find_searcher
+from aquabit.search.searching import FRESH_BLOCKS, Search, SearchOptions
 
 __all__ = [
+    "FRESH_BLOCKS",
     "SEARCHERS",
     "Bound",
     "Bounded",
@@ -32,29 +23,32 @@ __all__ = [
     "FrontMember",
     "Improved",
     "Interval",
+    "Judgement",
     "Options",
     "Problem",
     "Proof",
+    "Search",
+    "SearchOptions",
+    "Seen",
     "Solution",
+    "Step",
     "activation_choices",
     "additive_scores",
     "assign",
     "branch_and_bound",
     "check_method",
     "choice_effects",
-    "choose",
     "columns_of",
-    "elect",
     "find_candidates",
     "find_searcher",
     "hypervolume",
     "improve",
     "interval",
+    "judge",
     "ladder",
     "paired_difference",
     "pareto",
-    "remeasure_plan",
+    "refine",
     "smallest_uniform",
     "solve",
-    "uniform_within",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from html import escape
 from math import isfinite
@@ -14,7 +14,7 @@ from scipy import stats
 from aquabit import _notebook
 from aquabit.cost import CostModel
 from aquabit.scheme import AquabitError, Budget, QuantConfig, Scheme
-from aquabit.search.options import Columns, activation_choices
+from aquabit.search.options import activation_choices
 from aquabit.search.proof import Proof
 from aquabit.space import SearchSpace
 
@@ -27,7 +27,7 @@ class Interval(NamedTuple):
     high: float
 
 
-def interval(values: Sequence[float], confidence: float = 0.9) -> Interval:
+def interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
     """Mean over seed blocks with Student's t interval (n - 1 degrees of freedom)."""
     x = np.asarray(values, float)
     if x.ndim != 1 or not len(x):
@@ -68,80 +68,6 @@ def hypervolume(values: Sequence[float], costs: Sequence[float], reference: tupl
     best = np.minimum.accumulate(value[kept])
     widths = np.diff(np.append(cost[kept], reference[1]))
     return float(((reference[0] - best) * widths).sum())
-
-
-def choose(configs: Sequence[QuantConfig], values: Sequence[float], cost_model: CostModel, budget: Budget) -> int:
-    """Index of the best measured configuration within the budget: ``values`` [n] larger = worse, NaN = failed; ties go to the smaller one.
-
-    Every measured configuration takes part, uniform ones too, so the winner is never measured worse than a known uniform one of no
-    more bytes; only those that break a pin or run other activation bits than the budget fixes do not. Raises AquabitError where
-    none is left.
-    """
-    totals, open_ = _totals(configs, cost_model, budget)
-    measured = np.asarray(values, float)
-    eligible = np.flatnonzero(open_ & ~np.isnan(measured))
-    if not len(eligible):
-        raise AquabitError(f"no measured configuration keeps the budget ({budget}); run the search, which measures some")
-    order = np.lexsort((eligible, totals["bytes"][eligible], measured[eligible]))
-    return int(eligible[order[0]])
-
-
-def uniform_within(configs: Sequence[QuantConfig], values: Sequence[float], cost_model: CostModel, budget: Budget) -> list[int]:
-    """Indices of the measured configurations within the budget that give all free layers one choice: what a search must not lose to."""
-    _, open_ = _totals(configs, cost_model, budget)
-    free = cost_model.space.free_layers()
-
-    def alike(config: QuantConfig) -> bool:
-        return len({(config[k].weight, config[k].act) for k in free}) < 2
-
-    return [i for i in np.flatnonzero(open_ & np.isfinite(values)).tolist() if alike(configs[i])]
-
-
-def elect(
-    finalists: Sequence[int], rivals: Sequence[int], values: Sequence[float], sizes: Sequence[float],
-    measure: Callable[[list[int]], Sequence[float]],
-) -> tuple[int, dict[int, float]]:  # fmt: skip
-    """The index with the least mean, and the means of all that were measured again: ``measure(indices)`` gives the mean of each over
-    several blocks of seeds (larger = worse, NaN = failed there), ``values`` are of the one block that all were measured on.
-
-    ``rivals`` (uniform configurations) of no more bytes (``sizes``) than the winner, whose one value is as good as the winner's mean or
-    better, are measured again too, until none is left: the winner is measured worse than none of them.
-    """
-    means = dict(zip(finalists, measure(list(finalists)), strict=True))
-    while True:
-        means = {i: v if isfinite(v) else float("inf") for i, v in means.items()}
-        winner = min(means, key=lambda i: (means[i], values[i], sizes[i]))
-        joining = [i for i in rivals if i not in means and sizes[i] <= sizes[winner] and values[i] <= means[winner]]
-        if not joining:
-            return winner, means
-        means |= dict(zip(joining, measure(joining), strict=True))
-
-
-def remeasure_plan(
-    configs: Sequence[QuantConfig], values: Sequence[float], cost_model: CostModel, budget: Budget, members: int = 6
-) -> list[int]:
-    """Indices to measure again on fresh seeds, by bits: the winner of ``choose``, and Pareto members (bits, value) spread over the bits."""
-    winner = choose(configs, values, cost_model, budget)
-    bops, latency = (None if value is None else 1e300 for value in (budget.bops, budget.latency_ms))
-    relaxed = Budget(bits=1e9, bops=bops, latency_ms=latency)  # any size, the budget's activation bits
-    totals, open_ = _totals(configs, cost_model, relaxed)
-    measured = np.where(open_, np.asarray(values, float), np.nan)
-    others = [int(i) for i in np.flatnonzero(pareto(measured, totals["bits"])) if i != winner]
-    picked = [winner]
-    while others and len(picked) < members:
-        gap = [min(abs(totals["bits"][i] - totals["bits"][j]) for j in picked) for i in others]
-        picked.append(others.pop(int(np.argmax(gap))))
-    return sorted(picked, key=lambda i: (float(totals["bits"][i]), i))
-
-
-def _totals(configs: Sequence[QuantConfig], cost_model: CostModel, budget: Budget) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Costs and, as boolean [n], which configurations keep the budget, the pins and the activation bits that the budget leaves open."""
-    known = set(cost_model.space.schemes)
-    sized = np.array([all(c[k].weight in known for k in cost_model.space.choices) for c in configs], bool)
-    weights, acts = cost_model.space.indices([c if ok else cost_model.space.full_precision() for c, ok in zip(configs, sized, strict=True)])
-    totals = cost_model.totals(weights, acts)
-    columns = Columns.of(cost_model.space, activation_choices(cost_model.space, budget))
-    return totals, sized & (columns.join(weights, acts) >= 0).all(1) & cost_model.within(totals, budget)
 
 
 def smallest_uniform(

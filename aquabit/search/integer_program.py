@@ -42,7 +42,7 @@ Cut = tuple[np.ndarray, np.ndarray, int]  # (weights [L], acts [L], layers that 
 
 def solve(
     scores: np.ndarray, cost_model: CostModel, budget: Budget, *, cuts: Sequence[Cut] = (), relative_gap: float = 0.0, nodes: int = NODES,
-    ties: float | None = None,
+    ties: float | None = None, near: Cut | None = None,
 ) -> Solution:  # fmt: skip
     """The configuration of least total score within every limit of ``budget``, exactly (bytes are whole numbers).
 
@@ -50,7 +50,8 @@ def solve(
     of them the configuration of fewest operations is taken (``kernel_operations``): a second program, in which the score is one more limit.
 
     ``scores`` is [L, schemes, A] over ``space.schemes`` and ``activation_choices(space, budget)``; cells that a layer may not take
-    are ignored. ``cuts`` ask for solutions that differ from known ones. Raises AquabitError with the smallest and the largest
+    are ignored. ``cuts`` ask for solutions that differ from known ones in so many layers or more, ``near`` for one that differs from a
+    known one in so many or fewer (a trust region). Raises AquabitError with the smallest and the largest
     possible cost where the limits cannot be kept, alone or together, and for scores that are not finite or of the wrong shape.
     """
     options = Options.of(cost_model, budget)
@@ -60,9 +61,11 @@ def solve(
     scaled = (table - np.where(options.columns.allowed, table, np.inf).min(1, keepdims=True)) * unit
     scaled = np.where(options.columns.allowed, scaled, 0.0)
     excluded = [(options.columns.join(w, a), d) for w, a, d in cuts]
+    if near is not None:
+        excluded.append((options.columns.join(*near[:2]), -near[2]))
     found = _exact(scaled, options, excluded, cost_model, budget, relative_gap, nodes)
     if found is None:
-        raise AquabitError(_infeasible(options, cost_model, budget, bool(cuts)))
+        raise AquabitError(_infeasible(options, cost_model, budget, bool(cuts) or near is not None))
     choice, bound = found
     if ties is not None:
         choice = _lightest(choice, scaled, options, excluded, cost_model, budget, ties * unit * float(spans.sum()), nodes)
@@ -174,8 +177,12 @@ def _milp(
     for k, opening in enumerate(openings):
         for member in opening.layers:
             at_most(row(((layer == member) & opening.columns[column]).astype(float), -np.eye(len(openings))[k]), 0.0)
-    for known, differ in cuts:
-        at_most(row((known[layer] == column).astype(float)), len(scores) - float(differ))
+    for known, differ in cuts:  # a negative number is that of a trust region
+        same = (known[layer] == column).astype(float)
+        if differ < 0:
+            at_most(row(-same), -(len(scores) + float(differ)))
+        else:
+            at_most(row(same), len(scores) - float(differ))
     constraints = [LinearConstraint(a, lo, hi) for a, lo, hi in zip(rows, low, high, strict=True)]
     extra = np.zeros(len(openings)) if opening_scores is None else opening_scores
     with _silent():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,11 +23,13 @@ from aquabit.sensitivity.effects import (
     draw_contexts,
     find_players,
     member_parts,
+    named_swap,
     predict_effects,
     shap_by_layer,
     signed_shap,
 )
-from aquabit.sensitivity.flips import predict_flips, training_swaps, validation_scores
+from aquabit.sensitivity.estimators import Estimator
+from aquabit.sensitivity.flips import predict_flips, top_layers, training_swaps, validation_scores
 from aquabit.sensitivity.in_context import DRAWN, refine
 from aquabit.sensitivity.interactions import INTERACTIONS, SCORES, interactions, scheme_scores
 from aquabit.sensitivity.surrogate import FittedSurrogate, Surrogate, fit_from_study
@@ -44,10 +46,11 @@ class Sensitivity:
     """Effects of one swap a layer on the objective, in its units, positive = worse; tables sorted by effect, largest first.
 
     ``ranking`` says what effects come from: "predicted" by the surrogate, or "combined" with real swaps (``combined.combine``).
-    ``layers``: name, operator, block, swap, effect, low, high (90 % interval), predicted (the surrogate's effect), real (mean of n real
+    ``layers``: name, operator, block, swap, effect, low, high (95 % interval), predicted (the surrogate's effect), real (mean of n real
     swaps, NaN without), n, shap (mean |SHAP|, log units), shap_signed (mean SHAP above the layer's median weight error less that below),
     schemes ({scheme: predicted effect of going there from the swap's first}), shap_schemes ({scheme: mean SHAP in units where it is
-    given}).
+    given}); and, where PSNR was measured and is not the objective, psnr_effect, psnr_low, psnr_high: the decibels that the swap loses,
+    with the same kind of interval.
     ``operators`` and ``blocks``: name, layers (their number), effect (mean of a layer), low, high, total (sum over layers), shap (sum).
     ``interactions`` of the strongest layers and ``scores`` of schemes by operator type and block: see ``sensitivity.interactions``.
     ``validation`` compares real swaps with predictions, whatever the ranking. ``curve``: see ``learning_curve``; ``swarm``: SHAP values of
@@ -107,41 +110,85 @@ class Sensitivity:
 
 
 def explain(
-    study: Study, bits: float = 3.0, swap: str = "usq4:usq2", contexts: int = DRAWN, replicates: int = 20, seed: int = 0,
+    study: Study, bits: float = 3.0, swap: str | None = None, contexts: int = DRAWN, replicates: int = 20, seed: int = 0,
     progress: Progress = no_progress, objective: str | None = None, fitted: FittedSurrogate | None = None,
-    estimator: str = "gbdt",
+    estimator: str = "gbdt", fidelity: bool = True,
 ) -> Sensitivity:  # fmt: skip
-    """Fit the surrogate (or take ``fitted``), predict what swapping each layer does near ``bits``, and compare with real swaps
-    where the study has some. Nothing is stored; see ``save``. ``estimator`` is a name of ``ESTIMATORS``; only the trees have SHAP values.
+    """Fit the surrogate (or take ``fitted``), predict what swapping each layer does in good configurations near ``bits`` (random ones in a
+    study without probes), and compare with real swaps where the study has some. Nothing is stored; see ``save``. ``swap`` is "A:B"
+    (default: ``effects.default_swap``). ``estimator`` is a name of ``ESTIMATORS``; only the trees have SHAP values. ``fidelity``: effects
+    on PSNR too, from a fit of their own, where it was measured.
     Where the study holds output errors of these swaps (``measure_in_context``), effects of the named swap are what they say; "contexts_run"
     among the scores counts the contexts.
 
     Raises AquabitError for a study with too few measurements, an unknown swap, or ``bits`` out of reach.
     """
-    pair = parse_swap(swap)
     fitted = fitted or fit_from_study(study, objective, seed, progress=progress, estimator=estimator)
-    players = find_players(fitted.space, pair)
-    drawn = draw_contexts(fitted.space, fitted.cost, bits, contexts, np.random.default_rng([seed, 0]))
-    models = bootstrap(fitted, replicates, seed, progress)
-    effects = predict_effects(fitted, players, drawn, models, seed, progress)
-    refined = refine(study, fitted, effects, drawn, replicates, seed, progress) if estimator == "gbdt" else None
-    scores = dict(fitted.scores)
-    if refined is not None:
-        effects, screen, scores["contexts_run"] = refined
-        scores["screen_within_budget_srcc"] = screen.within_budget_srcc
-    flips = study.flips(fitted.objective)
-    checked = None if flips.empty else predict_flips(fitted, flips, study.configs())
+    swap = named_swap(fitted.space, swap)
+    players = find_players(fitted.space, parse_swap(swap))
+    drawn = draw_contexts(fitted.space, fitted.cost, bits, contexts, np.random.default_rng([seed, 0]), fitted.damages)
+    predicted = predicted_effects(study, fitted, players, drawn, replicates, seed, progress)
+    effects, models, scores = predicted.effects, predicted.models, {**fitted.scores, **predicted.scores}
+    checked = _checked(study, fitted)
     shap = _tree_shap(fitted)
     layers, varied = _layer_table(fitted, effects, training_swaps(fitted, players, bits), checked, shap, seed)
+    if fidelity and fitted.objective != "psnr":
+        layers = _with_psnr(layers, study, players, drawn, bits, replicates, seed, progress, estimator)
     place, few = {p.layer: i for i, p in enumerate(players)}, (drawn[0][:PAIR_CONTEXTS], drawn[1][:PAIR_CONTEXTS])
     pairs = interactions(fitted, effects, [place[name] for name in layers.name], models, few, seed, progress)
     groups = scheme_scores(fitted, models, few, seed, progress)
     operators, blocks = (_rolled(layers, players, varied, key) for key in ("operator", "block"))
     return Sensitivity(
         fitted.objective, fitted.direction, fitted.protocol, len(fitted.y), bits, swap, layers, operators, blocks,
-        scores, _validation(fitted, layers, checked), _scatter(fitted), "combined" if layers.n.any() else "predicted", pairs, groups,
+        scores, _validation(study, fitted, layers, checked), _scatter(fitted), "combined" if layers.n.any() else "predicted", pairs, groups,
         learning_curve(fitted, seed, progress), swarm(fitted, *shap) if shap else {},
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """Effects by prediction alone, the refitted models behind their replicates, and what is to be added to the scores."""
+
+    effects: Effects
+    models: list[Estimator]
+    scores: dict[str, Any]
+
+
+def predicted_effects(
+    study: Study, fitted: FittedSurrogate, players: list[Player], contexts: tuple[np.ndarray, np.ndarray], replicates: int, seed: int = 0,
+    progress: Progress = no_progress,
+) -> Predicted:  # fmt: skip
+    """What the surrogate says of every player's swap in the contexts; where the study holds their output errors, what these say."""
+    models = bootstrap(fitted, replicates, seed, progress)
+    effects = predict_effects(fitted, players, contexts, models, seed, progress)
+    refined = refine(study, fitted, effects, contexts, replicates, seed, progress) if isinstance(fitted.surrogate, Surrogate) else None
+    if refined is None:
+        return Predicted(effects, models, {})
+    effects, screen, count = refined
+    return Predicted(effects, models, {"contexts_run": count, "screen_within_budget_srcc": screen.within_budget_srcc})
+
+
+def _checked(study: Study, fitted: FittedSurrogate) -> pd.DataFrame | None:
+    """Real swaps beside what the surrogate says of them; None without any."""
+    flips = study.flips(fitted.objective)
+    return None if flips.empty else predict_flips(fitted, flips, study.configs())
+
+
+def _with_psnr(
+    layers: pd.DataFrame, study: Study, players: list[Player], contexts: tuple[np.ndarray, np.ndarray], bits: float, replicates: int,
+    seed: int, progress: Progress, estimator: str,
+) -> pd.DataFrame:  # fmt: skip
+    """``layers`` with the effects on PSNR; as it is where too few measurements have one, or all the same."""
+    try:
+        fitted = fit_from_study(study, "psnr", seed, progress=progress, estimator=estimator, baselines=())
+    except AquabitError:
+        return layers
+    effects = predicted_effects(study, fitted, players, contexts, replicates, seed, progress).effects
+    checked, swaps = _checked(study, fitted), training_swaps(fitted, players, bits)
+    swaps = swaps if checked is None else pd.concat([swaps, checked[swaps.columns]])
+    found = combine(players, effects.effect(fitted.space.schemes), effects.replicates, swaps, fitted.scores["widen"], seed)
+    table = pd.DataFrame({"psnr_effect": found.effect, "psnr_low": found.low, "psnr_high": found.high}, [p.layer for p in players])
+    return layers.join(table, on="name")
 
 
 def save(study: Study, sensitivity: Sensitivity) -> None:
@@ -194,22 +241,23 @@ def _tree_shap(fitted: FittedSurrogate) -> tuple[np.ndarray, float] | None:
 
 
 def _rolled(layers: pd.DataFrame, players: list[Player], draws: np.ndarray, key: str) -> pd.DataFrame:
-    """Mean effect of a layer of each operator type or block, its 90 % interval from the draws, and the sum over its layers."""
+    """Mean effect of a layer of each operator type or block, its 95 % interval from the draws, and the sum over its layers."""
     place = {p.layer: i for i, p in enumerate(players)}
     rows = []
     for name, group in layers.groupby(key, sort=False):
         index = [place[n] for n in group.name]
-        low, high = np.percentile(draws[:, index].mean(1), [5, 95]) if len(draws) else (np.nan, np.nan)
+        low, high = np.percentile(draws[:, index].mean(1), [2.5, 97.5]) if len(draws) else (np.nan, np.nan)
         rows.append({"name": str(name), "layers": len(group), "effect": float(group.effect.mean()), "low": float(low), "high": float(high),
                      "total": float(group.effect.sum()), "shap": float(group["shap"].sum(skipna=False))})  # fmt: skip
     return pd.DataFrame(rows).sort_values("effect", ascending=False, kind="stable").reset_index(drop=True)
 
 
-def _validation(fitted: FittedSurrogate, layers: pd.DataFrame, flips: pd.DataFrame | None) -> dict[str, Any] | None:
+def _validation(study: Study, fitted: FittedSurrogate, layers: pd.DataFrame, flips: pd.DataFrame | None) -> dict[str, Any] | None:
     """Predictions, never the combined effects, beside real swaps."""
     if flips is None:
         return None
-    return {**validation_scores(layers, flips, fitted.direction), "srcc_flips": flips.attrs["srcc_flips"]}
+    plans: Sequence[Mapping[str, Any]] = study.get("validation_plan") or []
+    return {**validation_scores(layers, flips, fitted.direction, top_layers(plans)), "srcc_flips": flips.attrs["srcc_flips"]}
 
 
 def _scatter(fitted: FittedSurrogate) -> list[dict[str, Any]]:
@@ -231,6 +279,7 @@ def _plain(value: Any) -> Any:
 def _table(rows: list[dict[str, Any]], columns: list[str] | None = None) -> pd.DataFrame:
     table = pd.DataFrame(rows, columns=columns if columns and not rows else None)
     numbers = ["effect", "low", "high", "predicted", "real", "total", "shap", "shap_signed", "interaction", "change", "score"]
+    numbers += ["psnr_effect", "psnr_low", "psnr_high"]
     for name in table.columns.intersection(numbers):
         table[name] = table[name].astype(float)
     return table

@@ -7,27 +7,32 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
+from scipy import special
 
-from aquabit.scheme import FP, Act, AquabitError, QuantConfig, Scheme, parse_swap
-from aquabit.sensitivity.effects import context_act, find_players, refits
+from aquabit.cost import CostModel
+from aquabit.scheme import FP, Act, AquabitError, QuantConfig, Scheme, act_code, parse_swap
+from aquabit.sensitivity.damages import EXCESSES, ROUNDS, Damages, Gibbs, context_act, gibbs_each
+from aquabit.sensitivity.effects import default_swap, find_players, refits
 from aquabit.sensitivity.encoder import Encoder
 from aquabit.sensitivity.estimators import Surrogate
 from aquabit.sensitivity.groups import group_numbers
 from aquabit.space import BITS_RANGE, SearchSpace, maximum_entropy
 
 DESIGNS = {
-    "random": "independent draws that cover the budgets evenly",
+    "near": "good configurations: draws near the front of the known damages, evenly over the budgets",
+    "random": "independent draws of any scheme, ruined ones included, that cover the budgets evenly (Qua2SeDiMo)",
     "balanced": "nearly orthogonal draws: budgets evenly spread, each layer at each of its schemes equally often",
-    "swaps": "random contexts, each followed by copies of it with one layer swapped",
+    "swaps": "good configurations near 3 bits, each followed by copies of it with one layer swapped",
     "disagreement": "a random start, then batches on which refitted surrogates disagree",
 }
-SWAP = "usq4:usq2"  # layers without these schemes are swapped between their nearest
+DEFAULT = "near:0.75"  # the random quarter shows what ruins a model, which a search must know to stay away from
 SWAP_RANGE = (2.75, 3.25)  # mean bits of their contexts
 PER_CONTEXT = 24  # swaps that share a context, at most half of the layers: each costs one measurement and its share of the context's
 BLOCK, CANDIDATES = 24, 16  # configurations that are balanced together; permutations tried for a layer
 TOTALS = 4.0  # what sums near their targets are worth beside deviations that are orthogonal
 OPERATOR_SHIFT = 0.5  # bits by which the mean of an operator type may lie above or below the configuration's
 GRID = np.linspace(*BITS_RANGE, 33)  # means at which maximum-entropy odds are computed; linear in between, which keeps the mean
+MEANS = 9  # mean bits at which ``near`` solves for odds; linear in between, which keeps the mean and adds up to 3 % of damage
 PLASTIC = 1.324717957244746  # of Roberts' two-dimensional low-discrepancy sequence
 START, GROWTH = 40, 0.5  # configurations drawn at random; size of a batch over what was measured before it
 POOL, JUDGES = 400, 12  # candidates of a batch, and refitted surrogates that judge them
@@ -55,27 +60,104 @@ class Design:
             raise AquabitError(f"design {text!r}: its share must be a number above 0 and up to 1, as in swaps:0.5; disagreement takes none")
         return Design(name, value)
 
-    def draw(self, space: SearchSpace, count: int, seed: int) -> list[QuantConfig]:
-        """The first ``count`` configurations; those of disagreement are its random start, see ``next_batch``."""
-        if self.name not in ("balanced", "swaps"):
+    def draw(
+        self, space: SearchSpace, count: int, seed: int, damages: Damages | None = None, costs: CostModel | None = None
+    ) -> list[QuantConfig]:
+        """The first ``count`` configurations; those of disagreement are its random start, see ``next_batch``.
+
+        ``near`` needs the damages and costs of the space (AquabitError without); contexts of ``swaps`` are good ones where they are given.
+        """
+        if self.name not in ("near", "balanced", "swaps"):
             return space.sample(count, seed)
         own = [math.floor((i + 1) * self.share) > math.floor(i * self.share) for i in range(count)]
-        drawn = balanced(space, sum(own), seed) if self.name == "balanced" else swaps(space, sum(own), seed)
+        if self.name == "near":
+            if damages is None or costs is None:
+                raise AquabitError("design near draws by what schemes do alone, which is not known yet; `aquabit measure` probes it")
+            drawn = near(damages, costs, sum(own), seed)
+        elif self.name == "balanced":
+            drawn = balanced(space, sum(own), seed)
+        else:
+            drawn = swaps(space, sum(own), seed, damages=damages, costs=costs)
         chosen, rest = iter(drawn), iter(space.sample(count - sum(own), seed))
         return [next(chosen if mine else rest) for mine in own]
 
 
-def swaps(space: SearchSpace, count: int, seed: int, swap: str = SWAP) -> list[QuantConfig]:
-    """Contexts of the balanced design, each followed by PER_CONTEXT configurations with one layer at the other end of ``swap``.
+def near(
+    damages: Damages, costs: CostModel, count: int, seed: int, bits_range: tuple[float, float] = BITS_RANGE, act: int | None = None
+) -> list[QuantConfig]:  # fmt: skip
+    """``count`` good configurations: draws of ``damages.gibbs`` with mean bits uniform over what the space reaches of ``bits_range``, and
+    an excess damage log-uniform over EXCESSES.
 
-    Contexts have mean bits in SWAP_RANGE and their activations at 8 bits, as those that effects speak of by default. A difference
+    Activations are all at ``act`` where it is given. Else they are at the highest bits in half of the configurations, and in the others a
+    drawn share of the layers is lower (``SearchSpace.lower_acts``): each with odds exp(-beta x the damage of it - price), beta as for the
+    weights, the price such that the mean share is the drawn one; of all distributions with that share and mean damage the one of largest
+    entropy.
+    Configuration i depends on (seed, i), the damages and the costs alone.
+    """
+    drawn = _Near(damages, costs, bits_range)
+    return [drawn(np.random.default_rng([seed, 8, i]), act) for i in range(count)]
+
+
+class _Near:
+    """Gibbs odds at MEANS mean bits and all EXCESSES."""
+
+    def __init__(self, damages: Damages, costs: CostModel, bits_range: tuple[float, float]):
+        self.damages, self.space = damages, damages.space
+        low, high = costs.limits(context_act(self.space))["bits"]
+        self.means = np.unique(np.clip(np.linspace(*bits_range, MEANS), low, high))
+        self.families = [gibbs_each(damages, costs, float(mean), EXCESSES) for mean in self.means]
+        self.excluded = np.array([row == (FP,) for row in self.space.choices.values()])
+
+    def __call__(self, rng: np.random.Generator, act: int | None) -> QuantConfig:
+        odds = self._odds(rng.uniform(self.means[0], self.means[-1]), int(rng.integers(len(EXCESSES))))
+        weights = odds.draw(1, rng)
+        share = rng.uniform() if rng.random() < 0.5 and act is None else 0.0
+        acts = np.where(self.excluded, 16, max(self.space.activations) if act is None else act)
+        if share > 0 and not self.excluded.all():
+            others = [act_code(a) for a in self.space.lower_acts(share, rng)]
+            choice = np.array(others)[rng.integers(len(others), size=len(acts))]
+            acts = np.where(self._low(choice, share, odds.beta, rng) & ~self.excluded, choice, acts)
+        return self.space.configs(weights, acts[None])[0]
+
+    def _odds(self, bits: float, level: int) -> Gibbs:
+        place = float(np.interp(bits, self.means, np.arange(len(self.means))))
+        first = min(int(place), len(self.means) - 1)
+        a, b, part = self.families[first][level], self.families[min(first + 1, len(self.means) - 1)][level], place - first
+        beta = float(np.exp((1 - part) * np.log(a.beta) + part * np.log(b.beta)))
+        return Gibbs((1 - part) * a.odds + part * b.odds, beta, (1 - part) * a.price + part * b.price)
+
+    def _low(self, choice: np.ndarray, share: float, beta: float, rng: np.random.Generator) -> np.ndarray:
+        """Boolean [L]: which layers take their lower activation ``choice``."""
+        codes = list(self.space.act_codes)
+        rows, highest = np.arange(len(choice)), codes.index(max(self.space.activations))
+        worse = self.damages.acts[rows, [codes.index(int(c)) for c in choice]] - self.damages.acts[:, highest]
+        free = beta * worse[~self.excluded]
+        down, up = -float(free.max()) - 40, -float(free.min()) + 40
+        for _ in range(ROUNDS):
+            price = (down + up) / 2
+            down, up = (price, up) if special.expit(-free - price).mean() > share else (down, price)
+        return np.asarray(rng.random(len(choice)) < special.expit(-beta * worse - up))
+
+
+def swaps(
+    space: SearchSpace, count: int, seed: int, swap: str | None = None, damages: Damages | None = None, costs: CostModel | None = None
+) -> list[QuantConfig]:  # fmt: skip
+    """Contexts, each followed by PER_CONTEXT configurations with one layer at the other end of ``swap`` (default: the space's own; layers
+    without its schemes are swapped between their nearest).
+
+    Contexts have mean bits in SWAP_RANGE and their activations at 8 bits, as those that effects speak of by default: good configurations
+    (``near``) where damages and costs are given, else those of the balanced design. A difference
     within a context has no noise of the context's other layers, and what a context does to the size of effects it does to many layers, so
     that their order keeps. Layers that are swapped start at random ends of the swap, the others are as drawn; every layer has its turn
     before one has its second.
     """
-    players = find_players(space, parse_swap(swap))
+    players = find_players(space, parse_swap(swap or default_swap(space)))
     per = max(1, min(PER_CONTEXT, len(players) // 2))
-    drawn = balanced(replace(space, activations=(context_act(space),), steps=None), math.ceil(count / (1 + per)), seed, SWAP_RANGE)
+    bases = math.ceil(count / (1 + per))
+    if damages is None or costs is None:
+        drawn = balanced(replace(space, activations=(context_act(space),), steps=None), bases, seed, SWAP_RANGE)
+    else:
+        drawn = near(damages, costs, bases, seed, SWAP_RANGE, context_act(space))
     contexts = [space.config(c.layers) for c in drawn]
     rng, order, out = np.random.default_rng([seed, 4]), list[int](), list[QuantConfig]()
 

@@ -1,26 +1,27 @@
-"""Predicted effects of swaps in random contexts, their intervals, and TreeSHAP by layer."""
+"""Predicted effects of swaps in good configurations near a budget, their intervals, and TreeSHAP by layer."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import permutations
 
 import numpy as np
 from scipy import stats
 
 from aquabit.cost import CostModel
-from aquabit.scheme import FP, AquabitError, Progress, Scheme, no_progress
+from aquabit.scheme import AquabitError, Progress, Scheme, no_progress, parse_swap
+from aquabit.sensitivity.damages import REACH, Damages, check_reach, context_act, context_acts, good_contexts
 from aquabit.sensitivity.encoder import Encoder
 from aquabit.sensitivity.estimators import Estimator, Surrogate, predict_all
 from aquabit.sensitivity.groups import group_numbers
 from aquabit.sensitivity.surrogate import FittedSurrogate
 from aquabit.space import SearchSpace, maximum_entropy
 
-REACH = 0.25  # contexts lie within this many real bits per weight of the budget
-CONTEXT_ACT = 8  # where the space has it, else its highest
+SWAP = "usq4h:usq2h"  # where at least half of the free layers may take both; else ``default_swap`` follows the space
+APART, ENDS = 1.0, (4.0, 2.0)  # code bits that the ends of a default swap differ by at least, and that they are to be near
 TUNING = 20  # draws that may go into finding the nominal mean; at either end of a space none may fit
 CHUNK = 2048  # configurations encoded at once: bounds memory, and stays in the cache: twice as fast as 8192 on 300 layers
-SHARE, MODERATION, BIAS = 0.45, 0.3, 0.4  # of the variance of effects: see ``interval``
 
 Variant = tuple[tuple[int, int], ...]  # (layer, scheme) columns of index matrices: what a context has instead
 
@@ -72,23 +73,56 @@ def find_players(space: SearchSpace, swap: tuple[Scheme, Scheme]) -> list[Player
     return found
 
 
-def context_act(space: SearchSpace) -> int:
-    """Activation bits of contexts."""
-    return CONTEXT_ACT if CONTEXT_ACT in space.activations else max(space.activations)
+def default_swap(space: SearchSpace) -> str:
+    """The swap that effects speak of where none is named: SWAP where at least half of the free layers may take both of its schemes; else,
+    of all pairs of schemes that differ by APART code bits or more, the one that most layers may take, then the one nearest to ENDS, then
+    one of two schemes of a kind, output-aware where it can.
 
-
-def draw_contexts(space: SearchSpace, cost: CostModel, bits: float, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Index matrices of ``count`` random configurations within 0.25 real bits per weight of ``bits``, activations at 8 bits.
-
-    Drawn as ``SearchSpace.sample`` draws (maximum entropy over bit levels, then a method), the nominal mean adjusted until the
-    real one fits, the rest rejected. Raises AquabitError where the space cannot reach ``bits``.
+    Raises AquabitError where no layer may take two such schemes.
     """
-    act = context_act(space)
-    low, high = cost.limits(act)["bits"]
-    if not low - REACH <= bits <= high + REACH:
-        raise AquabitError(f"bits = {bits:g} is out of reach: this space has {low:.3g} to {high:.3g} bits per weight")
-    excluded = np.array([row == (FP,) for row in space.choices.values()])
-    acts = np.tile(np.where(excluded, 16, act), (count, 1))
+    free = [set(space.choices[layer]) for layer in space.free_layers()]
+    named = parse_swap(SWAP)
+    if free and 2 * sum(row.issuperset(named) for row in free) >= len(free):
+        return SWAP
+    ranked: list[tuple[tuple[float, ...], str]] = []
+    for before, after in permutations(space.schemes, 2):
+        layers = [k for k in space.free_layers() if before in space.choices[k] and after in space.choices[k]]
+        if not layers:
+            continue
+        bits = [float(np.mean([space.code_bits(k, s) for k in layers])) for s in (before, after)]
+        if bits[0] - bits[1] >= APART - 1e-9:
+            off = sum(abs(b - end) for b, end in zip(bits, ENDS, strict=True))
+            unlike = (before.kind != after.kind) + (before.calibrated != after.calibrated)
+            ranked.append(((-len(layers), round(off, 6), unlike, not before.calibrated), f"{before}:{after}"))
+    if not ranked:
+        raise AquabitError(
+            f"no layer may take two schemes that differ by {APART:g} bit or more, so no swap can say where it hurts; the space has "
+            f"{', '.join(map(str, space.schemes))}: add a scheme of fewer bits, or name a --swap"
+        )
+    return min(ranked, key=lambda row: row[0])[1]
+
+
+def named_swap(space: SearchSpace, swap: str | None = None) -> str:
+    """``swap``, or the space's own. Raises AquabitError, before anything is measured, where no layer can be swapped so."""
+    chosen = default_swap(space) if swap is None else swap
+    find_players(space, parse_swap(chosen))
+    return chosen
+
+
+def draw_contexts(
+    space: SearchSpace, cost: CostModel, bits: float, count: int, rng: np.random.Generator, damages: Damages | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Index matrices of ``count`` configurations within 0.25 real bits per weight of ``bits``, activations at 8 bits: good ones
+    (``good_contexts``) where the damages are known.
+
+    Where they are not (a study without probes), random ones, drawn as ``SearchSpace.sample`` draws (maximum entropy over bit levels, then
+    a method), the nominal mean adjusted until the real one fits, the rest rejected. Raises AquabitError where the space cannot reach
+    ``bits``.
+    """
+    if damages is not None:
+        return good_contexts(damages, cost, bits, count, rng)
+    check_reach(space, cost, bits)
+    acts = np.tile(context_acts(space), (count, 1))
     mean, kept, have = bits, [], 0
     for attempt in range(200):
         drawn = _draw(space, mean, 4 * count, rng)
@@ -101,6 +135,7 @@ def draw_contexts(space: SearchSpace, cost: CostModel, bits: float, count: int, 
             if have >= count:
                 return np.concatenate(kept)[:count], acts
         mean += float(np.clip(miss, -0.5, 0.5))
+    low, high = cost.limits(context_act(space))["bits"]
     raise AquabitError(f"no random configuration comes within {REACH} of {bits:g} bits per weight; this space has {low:.3g} to {high:.3g}")
 
 
@@ -188,21 +223,22 @@ def predict_effects(
 
 
 def interval(effect: np.ndarray, replicates: np.ndarray, factor: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
-    """90 % interval [n] around ``effect`` from bootstrap replicates [r, n]; NaN below two replicates.
+    """95 % interval [n] around ``effect`` from bootstrap replicates [r, n]; NaN below two replicates.
 
-    The variance has two parts. One is SHARE of a replicate's mean squared distance from the effect, moderated by the median one, since an
-    effect that was shrunk to nothing varies too little; a share, since a replicate shrinks once more than the effect did. The other is
-    the square of BIAS times the effect: what contexts, features and shrinkage miss grows with the effect, and replicates share it.
-    Widened by Student's t for few replicates; ``factor`` widens it further, as too few measurements demand. The constants were chosen on
-    made-up models. For interactions and scores of groups, which no real swap checks; effects of layers have ``combined.combine``.
+    Student's t with r degrees of freedom, of the errors that replicates show (``replicate_errors``). They know how the surrogate varies
+    with its measurements, not what it never learns: where real swaps show larger errors, ``factor`` is how many times larger
+    (``combined.Combined.ratio``). For what no real swap checks: interactions, scores of groups, effects of studies without swaps.
     """
     count = len(replicates)
     if count < 2:
         return np.full(len(effect), np.nan), np.full(len(effect), np.nan)
-    squared = np.square(replicates - effect).mean(0)
-    moderated = (squared + MODERATION * np.median(squared)) / (1 + MODERATION)
-    half = factor * stats.t.ppf(0.95, count - 1) * np.sqrt((1 + 1 / count) * (SHARE * moderated + (BIAS * effect) ** 2))
+    half = factor * stats.t.ppf(0.975, count) * replicate_errors(effect, replicates)
     return effect - half, effect + half
+
+
+def replicate_errors(effect: np.ndarray, replicates: np.ndarray) -> np.ndarray:
+    """Root mean squared distance [n] of replicates [r, n] from ``effect``."""
+    return np.asarray(np.sqrt(np.square(replicates - effect).mean(0)))
 
 
 def shap_by_layer(fitted: FittedSurrogate) -> tuple[np.ndarray, float]:

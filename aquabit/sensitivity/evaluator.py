@@ -6,7 +6,7 @@ import ctypes
 import io
 import platform
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from functools import cache
@@ -129,7 +129,7 @@ class Evaluator:
         self.gauge = Gauge(quality or QualityOptions(), own_source(self.adapter), bank.folder, device)
         self._full: tuple[str, dict[int, Tensor]] = "", {}
         self._probed: tuple[str, Tensor] | None = None
-        self._stored: tuple[str, OutputErrors] | None = None
+        self._stored: dict[str, OutputErrors] = {}
 
     def chunks(self, layers: list[str], acts: list[int], calibration: Calibration) -> list[list[str]]:
         """Layers in portions whose H fit into memory together."""
@@ -223,16 +223,42 @@ class Evaluator:
         self.bank.write(path, *found.tensors())
         return found
 
-    def output_errors(self, config: QuantConfig, protocol: Protocol) -> dict[str, list[float]]:
+    def output_errors(self, config: QuantConfig, protocol: Protocol, part: int = 0) -> dict[str, list[float]]:
         """How far the denoiser's outputs are from full precision on stored inputs (``OutputErrors``), without correction."""
         with single_thread(self.device):
-            calibration, batch = stored(protocol)
-            if self._stored is None or self._stored[0] != calibration.digest:
-                self.quantized.apply(QuantConfig(self.fingerprint, {}))
-                self.pipe.scheduler = self.scheduler
-                self._stored = calibration.digest, OutputErrors(replay_recorder(self.pipe)(calibration, batch), self.adapter.denoiser)
+            errors = self._errors(protocol, part)
             self.quantized.apply(replace(config, correction=None))
-            return self._stored[1](self.quantized.watchers(config))
+            return errors(self.quantized.watchers(config))
+
+    def slopes(
+        self, config: QuantConfig, protocol: Protocol, part: int, weights: Sequence[float], choices: Mapping[str, Sequence[str]]
+    ) -> dict[str, Any]:
+        """What the weighted output error of a configuration is ("value"), and by how much it changes to first order where one layer's
+        weight takes another scheme: "slopes" {layer: {scheme: <gradient, W_scheme - W_full>}}, so that differences count; "overlap" has the
+        cosine between the weight errors of a scheme and of the configuration's own (0 beside full precision). One backward pass serves all
+        of ``choices`` (layer -> schemes)."""
+        with single_thread(self.device):
+            errors = self._errors(protocol, part)
+            self.quantized.apply(replace(config, correction=None))
+            with self.quantized.gradients() as gradient:
+                value = errors.backward(weights, self.quantized.watchers(config))
+                found: dict[str, Any] = {"value": value, "slopes": {}, "overlap": {}}
+                for layer, row in choices.items():
+                    full, own = self.quantized.full(layer), self.quantized.layers[layer].weight.detach()
+                    error = {s: self.quantized.decoded(layer, s, config).float() - full.float() for s in row if s != "fp"}
+                    now, slope = own.float() - full.float(), gradient(layer)
+                    found["slopes"][layer] = {s: float((slope * e).sum()) for s, e in error.items()} | {"fp": 0.0}
+                    found["overlap"][layer] = {s: _cosine(now, e) for s, e in error.items()} | {"fp": 0.0}
+        return found
+
+    def _errors(self, protocol: Protocol, part: int) -> OutputErrors:
+        """Stored inputs, recorded in full precision when they are first asked for."""
+        calibration, batch = stored(protocol, part)
+        if calibration.digest not in self._stored:
+            self.quantized.apply(QuantConfig(self.fingerprint, {}))
+            self.pipe.scheduler = self.scheduler
+            self._stored[calibration.digest] = OutputErrors(replay_recorder(self.pipe)(calibration, batch), self.adapter.denoiser)
+        return self._stored[calibration.digest]
 
     @contextmanager
     def packed(self, config: QuantConfig) -> Iterator[QuantizedDenoiser]:
@@ -326,6 +352,11 @@ class Evaluator:
 
     def _keep(self, protocol: Protocol, batch: range, images: Tensor) -> None:
         self.bank.write(self._path(protocol, batch), {"images": images.contiguous()})
+
+
+def _cosine(a: Tensor, b: Tensor) -> float:
+    length = float(a.norm() * b.norm())
+    return float((a * b).sum()) / length if length > 0 else 0.0
 
 
 def own_source(adapter: Adapter) -> Source | None:

@@ -3,7 +3,8 @@ of images."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 
 import numpy as np
 import torch
@@ -19,10 +20,18 @@ BATCH = 96  # samples of one call
 FLOOR = 1e-7  # relative error of what is not quantized, so that logarithms are finite
 
 
-def stored(protocol: Protocol) -> tuple[Calibration, int]:
-    """What is recorded for a protocol, and in batches of how many images: trajectories of IMAGES seeds of their own."""
+def stored(protocol: Protocol, part: int = 0) -> tuple[Calibration, int]:
+    """What is recorded for a protocol, and in batches of how many images: trajectories of IMAGES seeds of their own, others for each
+    ``part``."""
     return Calibration(
-        IMAGES, SEED, protocol.steps, protocol.scheduler, protocol.eta, protocol.guidance, protocol.resolution, protocol.conditions
+        IMAGES,
+        SEED + part * IMAGES,
+        protocol.steps,
+        protocol.scheduler,
+        protocol.eta,
+        protocol.guidance,
+        protocol.resolution,
+        protocol.conditions,
     ), min(IMAGES // 2, protocol.micro_batch)
 
 
@@ -51,13 +60,8 @@ class OutputErrors:
     @torch.no_grad()
     def __call__(self, watchers: Sequence[Watcher] = ()) -> dict[str, list[float]]:
         """``watchers`` are those of the configuration that the denoiser runs; with any, a call holds one step."""
-        device = next(self.denoiser.parameters()).device
         change, full = {}, {}
-        for part in self.samples if watchers else self._batches():
-            for watcher in watchers:
-                watcher.before(self.replay.places[part[0]][2])
-            (args, kwargs), target = self.replay.batch(part, device)
-            output = first_tensor(self.denoiser(*args, **kwargs))
+        for part, output, target in self._outputs(watchers):
             for i, row, wanted in zip(part, output.float().cpu(), target.float().cpu(), strict=True):
                 change[i], full[i] = row - wanted, wanted
         found = [
@@ -65,6 +69,33 @@ class OutputErrors:
             for own in self.samples
         ]
         return {name: [row[name] for row in found] for name in ("error", "common", "gain")}
+
+    @torch.enable_grad()
+    def backward(self, weights: Sequence[float], watchers: Sequence[Watcher] = ()) -> float:
+        """The relative errors of the steps, weighted and added up; its gradient is left in whatever asks for one."""
+        share = dict(zip(self.steps, weights, strict=True))
+        size = {i: (self._scale(own), len(own)) for own in self.samples for i in own}
+        value = 0.0
+        for part, output, target in self._outputs(watchers):
+            per_sample = [share[self.replay.places[i][2]] / (size[i][0] * size[i][1]) for i in part]
+            squared = (output.float() - target.float()).square().flatten(1).mean(1)
+            loss = (squared * squared.new_tensor(per_sample)).sum()
+            loss.backward()
+            value += float(loss.detach())
+        return value
+
+    def _scale(self, samples: Sequence[int]) -> float:
+        """The mean square of the full-precision outputs of samples of one step."""
+        return float(self.replay.batch(samples, torch.device("cpu"))[1].double().square().mean())
+
+    def _outputs(self, watchers: Sequence[Watcher]) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+        """Samples, what the denoiser answers for them, and what it should."""
+        device = next(chain(self.denoiser.parameters(), self.denoiser.buffers())).device
+        for part in self.samples if watchers else self._batches():
+            for watcher in watchers:
+                watcher.before(self.replay.places[part[0]][2])
+            (args, kwargs), target = self.replay.batch(part, device)
+            yield part, first_tensor(self.denoiser(*args, **kwargs)), target
 
     def _batches(self) -> list[list[int]]:
         """All samples in calls of at most BATCH; those of one call are of one kind."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -11,7 +11,8 @@ import pandas as pd
 from scipy import stats
 
 from aquabit.scheme import AquabitError, QuantConfig
-from aquabit.sensitivity.effects import Player, context_act
+from aquabit.sensitivity.damages import context_act
+from aquabit.sensitivity.effects import Player
 from aquabit.sensitivity.groups import group_numbers
 from aquabit.sensitivity.scores import srcc
 from aquabit.sensitivity.surrogate import FittedSurrogate
@@ -19,12 +20,17 @@ from aquabit.sensitivity.surrogate import FittedSurrogate
 NEAR = 0.5  # bits per weight from the budget within which a training measurement tells something of it
 
 
-def validation_scores(layers: pd.DataFrame, flips: pd.DataFrame, direction: str = "min") -> dict[str, Any]:
+def validation_scores(
+    layers: pd.DataFrame, flips: pd.DataFrame, direction: str = "min", top: Collection[tuple[str, str]] = ()
+) -> dict[str, Any]:  # fmt: skip
     """How the predicted effects of ``Sensitivity.layers`` agree with real swaps (the table of ``Study.flips``).
 
-    ``srcc`` and ``sign_agreement`` compare, over (layer, swap), the predicted effect with the mean real one; ``flips`` counts the
-    real swaps compared, ``contexts_per_layer`` is their median number; ``rows`` has layer, swap, predicted, real, low, high (90 % t
-    interval over contexts, None below two) and n. Swaps whose schemes have no prediction are left out.
+    ``top`` are the (layer, swap) that were swapped because the ranking put them first (``top_layers``); the others were drawn at
+    random. ``srcc`` and ``sign_agreement`` compare, over the random (layer, swap) alone, the predicted effect with the mean real one, since
+    layers that were chosen by what is predicted of them agree by another measure; ``random`` and ``top`` have srcc, sign_agreement, layers
+    and flips of each half. ``flips`` counts all real swaps compared, ``contexts_per_layer`` is their median number; ``rows`` has layer,
+    swap, predicted, real, low, high (90 % t interval over contexts, None below two), n and checks ("top" or "random"). Swaps whose schemes
+    have no prediction are left out.
     """
     schemes = {r["name"]: {**r["schemes"], r["swap"].split(":")[0]: 0.0} for r in layers.to_dict("records")}
     rows: list[dict[str, Any]] = []
@@ -37,15 +43,32 @@ def validation_scores(layers: pd.DataFrame, flips: pd.DataFrame, direction: str 
         rows.append({
             "layer": layer, "swap": f"{before}:{after}", "predicted": known[after] - known[before], "real": mean,
             "low": None if half is None else mean - half, "high": None if half is None else mean + half, "n": len(real),
+            "checks": "top" if (str(layer), f"{before}:{after}") in top else "random",
         })  # fmt: skip
-    predicted, truth = np.array([r["predicted"] for r in rows]), np.array([r["real"] for r in rows])
-    enough = len(rows) > 2
+    halves = {half: _agreement([r for r in rows if r["checks"] == half]) for half in ("random", "top")}
     return {
-        "srcc": srcc(predicted, truth) if enough else None,
-        "sign_agreement": float((np.sign(predicted) == np.sign(truth)).mean()) if rows else None,
+        "srcc": halves["random"]["srcc"],
+        "sign_agreement": halves["random"]["sign_agreement"],
         "flips": int(sum(r["n"] for r in rows)),
         "contexts_per_layer": float(np.median([r["n"] for r in rows])) if rows else None,
+        **halves,
         "rows": rows,
+    }
+
+
+def top_layers(plans: Sequence[Mapping[str, Any]]) -> set[tuple[str, str]]:
+    """(layer, swap) that a study's fact "validation_plan" chose because the ranking put them first."""
+    return {(layer, swap) for plan in plans for layer, swap in plan["top"]}
+
+
+def _agreement(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """SRCC (None below three) and share of equal signs (None without any) of predicted and real effects."""
+    predicted, truth = np.array([r["predicted"] for r in rows]), np.array([r["real"] for r in rows])
+    return {
+        "srcc": srcc(predicted, truth) if len(rows) > 2 else None,
+        "sign_agreement": float((np.sign(predicted) == np.sign(truth)).mean()) if rows else None,
+        "layers": len(rows),
+        "flips": int(sum(r["n"] for r in rows)),
     }
 
 

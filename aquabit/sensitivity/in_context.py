@@ -1,4 +1,4 @@
-"""Effects in context: the denoiser runs with every layer's swap in a few random contexts, and a screen turns its output errors to effects.
+"""Effects in context: the denoiser runs with every layer's swap in a few good configurations; a screen turns its output errors to effects.
 
 The surrogate predicts swaps from what each layer does alone; how layers amplify or cancel each other in a context is seen here, on a few
 stored inputs instead of images.
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from aquabit.scheme import Progress, QuantConfig, no_progress, parse_swap
-from aquabit.sensitivity.effects import Effects, Player, draw_contexts, find_players, refits
+from aquabit.sensitivity.effects import Effects, Player, draw_contexts, find_players, named_swap, refits
 from aquabit.sensitivity.estimators import Estimator
 from aquabit.sensitivity.fidelity import stored
 from aquabit.sensitivity.groups import group_numbers
@@ -39,13 +39,16 @@ def swapped(contexts: Contexts, players: Sequence[Player], space: SearchSpace) -
 
 
 def measure_in_context(
-    session: Session, contexts: int, bits: float = 3.0, swap: str = "usq4:usq2", seed: int = 0, progress: Progress = no_progress
+    session: Session, contexts: int, bits: float = 3.0, swap: str | None = None, seed: int = 0, progress: Progress = no_progress
 ) -> None:
     """Output errors of all training configurations, and of both ends of every layer's ``swap`` in the first ``contexts`` contexts that
-    ``explain`` draws for the same ``bits`` and ``seed``; each costs about a fifteenth of a measurement."""
+    ``explain`` draws for the same ``bits`` and ``seed``; each costs about a fifteenth of a measurement. ``swap``: default, the space's own.
+
+    Raises AquabitError, before anything runs, for a swap that no layer has and ``bits`` out of reach.
+    """
     space, known = session.space, session.study.configs()
-    players = find_players(space, parse_swap(swap))
-    drawn = draw_contexts(space, session.costs, bits, DRAWN, np.random.default_rng([seed, 0]))
+    players = find_players(space, parse_swap(named_swap(space, swap)))
+    drawn = draw_contexts(space, session.costs, bits, DRAWN, np.random.default_rng([seed, 0]), session.damages())
     ends = space.configs(*swapped((drawn[0][:contexts], drawn[1][:contexts]), players, space))
     table = training_table(session.study, session.protocol.objective)
     session.outputs([*(known[c] for c in table.config), *ends], progress)

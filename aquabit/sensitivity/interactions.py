@@ -26,7 +26,7 @@ def interactions(
     """INTERACTIONS of every pair of the STRONGEST players, ``order`` naming the strongest first; rows with the largest first.
 
     The interaction of a and b is f(ab) - f(a) - f(b) + f(): what swapping both worsens the objective beyond the sum of each swap alone, in
-    its units, as the mean over contexts near the budget; a 90 % interval from the refitted ``models``.
+    its units, as the mean over contexts near the budget; a 95 % interval from the refitted ``models``.
     """
     column = {s: j for j, s in enumerate(fitted.space.schemes)}
     players = [effects.players[i] for i in order[:STRONGEST]]
@@ -52,7 +52,7 @@ def scheme_scores(
     ``change`` is the mean over contexts near the budget of what happens to the prediction, on the fitted (mostly logarithmic) scale and
     positive = worse, when all ``layers`` of the group that have a choice take the scheme, which each of them must allow. ``score`` is
     minus that change, less the mean and over the standard deviation of all changes of the level: larger = better, 0 = like the average
-    group and scheme, and a unit means the same for every group; ``low`` and ``high`` are its 90 % interval from the refitted models.
+    group and scheme, and a unit means the same for every group; ``low`` and ``high`` are its 95 % interval from the refitted models.
     """
     nodes, space = graph_layers(fitted.graph), fitted.space
     groups: dict[tuple[str, str], list[int]] = {}

@@ -1,9 +1,9 @@
-"""measure: random configurations (or given ones) of a model into a study, in one process or several."""
+"""measure: configurations of a design (or given ones) of a model into a study, in one process or several."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -31,10 +31,12 @@ from aquabit.scheme import (
     Scheme,
     act_code,
     act_text,
+    digest,
     no_progress,
 )
 from aquabit.sensitivity.cluster import RayPool
-from aquabit.sensitivity.design import START, Design, batches, next_batch
+from aquabit.sensitivity.damages import Damages, known_damages
+from aquabit.sensitivity.design import DEFAULT, START, Design, batches, next_batch
 from aquabit.sensitivity.encoder import Encoder
 from aquabit.sensitivity.estimators import Surrogate
 from aquabit.sensitivity.evaluator import Evaluator, own_source
@@ -44,7 +46,7 @@ from aquabit.space import SearchSpace, make_space
 from aquabit.standing import start_plan
 from aquabit.study import Study
 
-UNIFORM = ("usq2", "usq3", "usq4", "usq8")  # always measured beside random samples
+UNIFORM = ("usq2h", "usq3h", "usq4h", "usq8")  # always measured beside samples: what a user would take without a search
 NO_REAL_IMAGES = (
     "{} names no real images, so the objective is {}, the distance to its own full-precision images; for FID give --reference DIR with "
     "--features inception=FILE, or choose psnr or ssim by --objective"
@@ -197,9 +199,11 @@ def uniform_references(space: SearchSpace) -> list[QuantConfig]:
     """What random configurations are seen beside: one scheme for all layers, and the layers' additive formats at each level they have."""
     act = max(space.activations)
     levels = sorted({round(2 * space.code_bits(k, s)) / 2 for k, row in space.choices.items() for s in row if s.kind == "aq"})
-    aware = [s for s in space.schemes if s.output_aware and all(s in space.choices[k] for k in space.free_layers())]
-    plain = [Scheme.parse(s) for s in UNIFORM]
-    return [*(space.uniform(s, act) for s in (*plain, *aware)), *(space.level("aq", b, act) for b in levels)]
+    own = [s for s in space.schemes if s.kind == "usq" and all(s in space.choices[k] for k in space.free_layers())]
+    return [
+        *(space.uniform(s, act) for s in dict.fromkeys((*map(Scheme.parse, UNIFORM), *own))),
+        *(space.level("aq", b, act) for b in levels),
+    ]
 
 
 class Session:
@@ -239,19 +243,55 @@ class Session:
 
         Each costs about a fifteenth of a measurement.
         """
-        inputs = stored(self.protocol)[0].digest
+        return {key: values[0] for key, values in self.outputs_of(configs, (0,), progress).items()}
+
+    def outputs_of(
+        self, configs: Iterable[QuantConfig], parts: Sequence[int], progress: Progress = no_progress
+    ) -> dict[str, list[dict[str, Any]]]:
+        """digest -> output errors on each of several parts of stored inputs (``fidelity.stored``), in their order."""
         listed = {c.digest: c for c in configs}
-        known = self.study.outputs(inputs)
-        missing = [c for key, c in listed.items() if key not in known]
-        parts = [missing[i : i + OUTPUTS_TASK] for i in range(0, len(missing), OUTPUTS_TASK)]
-        tasks: list[Task] = [{"task": "outputs", "configs": [c.to_dict() for c in p], "protocol": self.protocol.to_dict()} for p in parts]
-        done = 0
+        inputs = {part: stored(self.protocol, part)[0].digest for part in parts}
+        known = {part: self.study.outputs(inputs[part]) for part in parts}
+        tasks: list[Task] = []
+        for part in parts:
+            missing = [c for key, c in listed.items() if key not in known[part]]
+            for i in range(0, len(missing), OUTPUTS_TASK):
+                some = [c.to_dict() for c in missing[i : i + OUTPUTS_TASK]]
+                tasks.append({"task": "outputs", "configs": some, "protocol": self.protocol.to_dict(), "part": part})
+        done, total = 0, sum(len(t["configs"]) for t in tasks)
         for task, values in self.pool.run(tasks):
             found = {QuantConfig.from_dict(c).digest: v for c, v in zip(task["configs"], values, strict=True)}
-            self.study.add_outputs(inputs, found)
-            known.update(found)
-            progress("output errors", done := done + len(found), len(missing))
-        return {key: known[key] for key in listed}
+            self.study.add_outputs(inputs[task["part"]], found)
+            known[task["part"]].update(found)
+            progress("output errors", done := done + len(found), total)
+        return {key: [known[part][key] for part in parts] for key in listed}
+
+    def slopes(
+        self, config: QuantConfig, weights: Sequence[float], parts: Sequence[int], progress: Progress = no_progress
+    ) -> list[dict[str, Any]]:
+        """``Evaluator.slopes`` of a configuration on each part of stored inputs, for all that the space offers; what the study has is not
+        made again. Each costs about three output errors, and decoding every weight of the space."""
+        choices = {layer: [str(s) for s in row] for layer, row in self.space.choices.items() if len(row) > 1}
+        share = [float(f"{w:.9g}") for w in weights]
+        keys = {part: digest(["slopes", stored(self.protocol, part)[0].digest, share, choices]) for part in parts}
+        known = {part: self.study.outputs(key).get(config.digest) for part, key in keys.items()}
+        tasks: list[Task] = [
+            {"task": "slopes", "config": config.to_dict(), "protocol": self.protocol.to_dict(), "part": part, "weights": share,
+             "choices": choices} for part, value in known.items() if value is None
+        ]  # fmt: skip
+        for done, (task, value) in enumerate(self.pool.run(tasks), 1):
+            self.study.add_outputs(keys[task["part"]], {config.digest: value})
+            known[task["part"]] = value
+            progress("slopes in context", done, len(tasks))
+        return [value for part in parts if (value := known[part]) is not None]
+
+    def damages(self) -> Damages | None:
+        """What the study knows of schemes alone, which is all of the space once a session is open."""
+        return known_damages(self.space, self.study.probes())
+
+    def draw(self, design: str, samples: int, seed: int) -> list[QuantConfig]:
+        """The first ``samples`` configurations of a design."""
+        return Design.parse(design).draw(self.space, samples, seed, self.damages(), self.costs)
 
     def first(self) -> list[QuantConfig]:
         """What is measured before anything else: full precision (paired metrics need its images), then uniform configurations."""
@@ -295,19 +335,22 @@ def settings(
 def open_session(
     model: str | DiffusionPipeline, study: Study, *, protocol: Protocol | None = None, space_options: dict[str, Any] | None = None,
     workers: int = 1, device: str = "cpu", dtype: str = "float32", bank: str | None = None, quality: QualityOptions | None = None,
-    ray: str | None = None,
+    ray: str | None = None, check: Callable[[SearchSpace], object] | None = None,
     progress: Progress = no_progress,
 ) -> Iterator[Session]:  # fmt: skip
     """Bind ``study`` to the model, hold its writer lock, start the pool, and see that every scheme is fitted.
 
     ``protocol=None`` continues the study's own; ``quality`` (what images are measured with) too. ``ray``: the address of a Ray cluster that
-    makes the images, instead of ``workers``. Raises AquabitError for a study of another model, protocol or space.
+    makes the images, instead of ``workers``. ``check`` sees the space before anything is fitted, and may raise. Raises AquabitError for a
+    study of another model, protocol or space.
     """
     opened = open_model(model)
     with study.writing():
         store = Bank(bank)
         gauge = gauge_of(opened, study, quality, store, device)
         given, space = settings(opened, study, protocol, space_options, dtype, gauge, progress)
+        if check is not None:
+            check(space)
         if opened.notes:
             study.set(family_notes=list(opened.notes))
         study.begin(opened.reference, opened.fingerprint, to_json(opened.graph), space.to_dict(), given)
@@ -362,7 +405,7 @@ def measure(
     quality: QualityOptions | None = None,
     ray: str | None = None,
     sample_seed: int = 0,
-    design: str = "random",
+    design: str = DEFAULT,
     shard: str | None = None,
     progress: Progress = no_progress,
 ) -> int:
@@ -382,7 +425,7 @@ def measure(
     ) as session:  # fmt: skip
         before = study.known(session.protocol)
         fixed = configs is not None or chosen.name != "disagreement"
-        drawn = list(configs) if configs is not None else chosen.draw(session.space, samples, sample_seed) if fixed else []
+        drawn = list(configs) if configs is not None else session.draw(design, samples, sample_seed) if fixed else []
         for config in drawn:
             session.space.check(config, extra_schemes=True)
         drawn = shard_of(drawn, shard)

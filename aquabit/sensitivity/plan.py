@@ -14,7 +14,7 @@ from aquabit.quality import QualityOptions
 from aquabit.quant.bank import Bank
 from aquabit.quant.fitting import Need
 from aquabit.scheme import FP, Protocol, Scheme, act_text
-from aquabit.sensitivity.design import Design
+from aquabit.sensitivity.design import DEFAULT, Design
 from aquabit.sensitivity.evaluator import PROBE_IMAGES, Evaluator, single_thread
 from aquabit.sensitivity.measure import gauge_of, open_model, settings, shard_of, uniform_references
 from aquabit.space import SearchSpace
@@ -47,7 +47,7 @@ class Plan:
 def plan(
     model: str | DiffusionPipeline, study: Study | None, samples: int = 120, *, protocol: Protocol | None = None,
     space: dict[str, Any] | None = None, workers: int = 1, device: str = "cpu", dtype: str = "float32", bank: str | None = None,
-    quality: QualityOptions | None = None, sample_seed: int = 0, design: str = "random", shard: str | None = None,
+    quality: QualityOptions | None = None, sample_seed: int = 0, design: str = DEFAULT, shard: str | None = None,
 ) -> Plan:  # fmt: skip
     """What ``measure`` with the same arguments would do; nothing is written. ``study=None``: one that is not there yet."""
     opened, store, chosen = open_model(model), Bank(bank), Design.parse(design)
@@ -57,10 +57,11 @@ def plan(
         study.check(opened.reference, opened.fingerprint, made.to_dict(), given)
     first = {c.digest for c in (made.full_precision(), *uniform_references(made))}
     known = study.known(given) if study is not None else frozenset()
-    drawn = chosen.draw(made, samples, sample_seed) if chosen.name != "disagreement" else []
-    asked = first | {c.digest for c in shard_of(drawn, shard)}
+    fixed = chosen.name not in ("near", "disagreement")  # these two know what to draw only once something is probed or measured
+    drawn = shard_of(chosen.draw(made, samples, sample_seed) if fixed else [made.full_precision()] * samples, shard)
+    asked = first | {c.digest for c in drawn} if fixed else first
     done = len(study.measurements(given, "sample", failed=True)) if study is not None else 0
-    missing = len(asked - known) + (0 if drawn else max(0, samples - done))
+    missing = len(asked - known) + (0 if fixed else max(0, len(drawn) - done))
     evaluator = Evaluator(opened.source, opened.graph, store, opened.fingerprint, device, given.dtype, gauge.options)
     fits, size = _fits(evaluator, made)
     probes = _probes(study, made)
@@ -68,7 +69,8 @@ def plan(
     calls = given.steps * ceil(given.images / given.micro_batch) * (2 if made.correction else 1)
     probing = probes * call * given.steps * min(1.0, PROBE_IMAGES / given.micro_batch)
     free = store.limit - sum(p.stat().st_size for p in store.folder.glob("*.safetensors"))
-    return Plan(missing, len(asked & known), fits, probes, size, free, call, missing * calls * call / workers, probing / workers, workers)
+    there = len(asked & known) + (0 if fixed else min(done, len(drawn)))
+    return Plan(missing, there, fits, probes, size, free, call, missing * calls * call / workers, probing / workers, workers)
 
 
 def _fits(evaluator: Evaluator, space: SearchSpace) -> tuple[int, int]:

@@ -34,7 +34,7 @@ class Pool(typing.Protocol):
 
 def answer(evaluator: Any, task: Task) -> Any:
     """What a task asks of an evaluator: portions of layers for "chunks", facts for "fit", (Measurement, PNG) for "measure", a list of
-    output errors for "outputs". Raises AquabitError where memory does not suffice."""
+    output errors for "outputs", slopes for "slopes". Raises AquabitError where memory does not suffice."""
     try:
         return _answer(evaluator, task)
     except (MemoryError, RuntimeError) as error:
@@ -54,7 +54,10 @@ def _answer(evaluator: Any, task: Task) -> Any:
         return evaluator.measure(QuantConfig.from_dict(task["config"]), Protocol.from_dict(task["protocol"]), task["packed"])
     if task["task"] == "outputs":
         protocol = Protocol.from_dict(task["protocol"])
-        return [evaluator.output_errors(QuantConfig.from_dict(c), protocol) for c in task["configs"]]
+        return [evaluator.output_errors(QuantConfig.from_dict(c), protocol, task["part"]) for c in task["configs"]]
+    if task["task"] == "slopes":
+        protocol = Protocol.from_dict(task["protocol"])
+        return evaluator.slopes(QuantConfig.from_dict(task["config"]), protocol, task["part"], task["weights"], task["choices"])
     calibration = None if task["calibration"] is None else Calibration(**task["calibration"])
     if task["task"] == "chunks":
         return evaluator.chunks(task["layers"], task["acts"], calibration)

@@ -7,6 +7,9 @@ from scipy import stats
 
 from aquabit.scheme import AquabitError
 
+GOOD = 1.25  # times the least error at their size: what good ones have at most (DESIGN section 2, "good configuration")
+NEAR = 0.5  # bits within which good ones are compared: front and excess change little there
+ENOUGH = 20  # good ones below which they are not scored
 FLAT = 1e-9  # residuals below this share of what they were taken from are rounding, not ranking
 
 
@@ -128,6 +131,53 @@ def all_scores(y: np.ndarray, predicted: np.ndarray, bits: np.ndarray, mean_act:
     }
 
 
+def good_ones(error: np.ndarray, bits: np.ndarray, within: float = GOOD) -> np.ndarray:
+    """Boolean [n]: which configurations have at most ``within`` times the least error of all that are no larger than they are.
+
+    ``error`` [n] is above full precision's (a mean squared distance to its images, or the oriented difference of an objective), ``bits``
+    [n] the real size. The least error is of what was measured, since sums of damages, which say what might be reached, are of other images.
+    Configurations no worse than full precision (errors of 0 and below) are good.
+    """
+    error, bits = _paired(error, bits)
+    order = np.lexsort((error, bits))
+    least = np.empty(len(error))
+    least[order] = np.minimum.accumulate(error[order])
+    return np.asarray(error <= np.maximum(within * least, 0.0))
+
+
+def good_residuals(values: np.ndarray, bits: np.ndarray, mean_act: np.ndarray) -> np.ndarray:
+    """What is left of values [n] of good ones once what their size explains is subtracted: around each row a quadratic in real bits and a
+    line in mean activation bits, fitted to all rows with Gaussian weights of NEAR bits.
+
+    Local, since good ones lie along a front that no one cubic follows from 2 to 8 bits, and what it misses would count as ranking.
+    """
+    bits, acts, values = np.asarray(bits, float), _standardised(np.asarray(mean_act, float)), np.asarray(values, float)
+    left, out = values - values.mean(), np.empty(len(values))
+    for i in range(len(values)):
+        off = bits - bits[i]
+        root = np.exp(-np.square(off / NEAR) / 4)  # square root of the weights
+        terms = np.stack([np.ones(len(bits)), off, off**2, acts - acts[i]], 1)
+        out[i] = left[i] - np.linalg.lstsq(terms * root[:, None], left * root, rcond=1e-9)[0][0]
+    return out
+
+
+def among_good_srcc(y: np.ndarray, predicted: np.ndarray, bits: np.ndarray, mean_act: np.ndarray, good: np.ndarray) -> float | None:
+    """Within-budget SRCC of held-out predictions among ``good`` configurations (``good_ones``); None below ENOUGH of them.
+
+    Both sides [n] are oriented, larger = worse, on the scale that was fitted, since errors of good ones shrink with their size.
+    """
+    good = np.asarray(good, bool)
+    if good.sum() < ENOUGH:
+        return None
+    left = []
+    for values in (np.asarray(y, float)[good], np.asarray(predicted, float)[good]):
+        residual = good_residuals(values, bits[good], mean_act[good])
+        if not np.isfinite(residual).all() or np.ptp(residual) <= FLAT * max(float(np.abs(values).max()), np.finfo(float).tiny):
+            return 0.0
+        left.append(residual)
+    return srcc(*left)
+
+
 def noise_ceiling(first: np.ndarray, second: np.ndarray, bits: np.ndarray, mean_act: np.ndarray) -> float | None:
     """sqrt(reliability) of labels from two seed sets: the within-budget SRCC that a perfect predictor of the mean could reach.
 
@@ -138,6 +188,12 @@ def noise_ceiling(first: np.ndarray, second: np.ndarray, bits: np.ndarray, mean_
     terms = budget_terms(bits, mean_act)
     left = [v - terms @ np.linalg.lstsq(terms, v, rcond=1e-9)[0] for v in (np.asarray(first, float), np.asarray(second, float))]
     return float(np.sqrt(max(0.0, srcc(*left))))
+
+
+def good_ceiling(first: np.ndarray, second: np.ndarray, bits: np.ndarray, mean_act: np.ndarray, good: np.ndarray) -> float | None:
+    """``noise_ceiling`` of ``among_good_srcc``; None below ENOUGH good ones."""
+    reliability = among_good_srcc(first, second, bits, mean_act, good)
+    return None if reliability is None else float(np.sqrt(max(0.0, reliability)))
 
 
 def _paired(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

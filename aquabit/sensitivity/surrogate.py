@@ -14,10 +14,11 @@ from sklearn.base import clone
 from aquabit.cost import CostModel
 from aquabit.graph import from_json
 from aquabit.scheme import AquabitError, Progress, QuantConfig, no_progress
+from aquabit.sensitivity.damages import Damages, known_damages
 from aquabit.sensitivity.encoder import Encoder
 from aquabit.sensitivity.estimators import BASELINES, Estimator, Surrogate, Target, estimator_of
 from aquabit.sensitivity.groups import group_numbers
-from aquabit.sensitivity.scores import all_scores, noise_ceiling, within_budget_interval
+from aquabit.sensitivity.scores import all_scores, among_good_srcc, good_ceiling, good_ones, noise_ceiling, within_budget_interval
 from aquabit.sensitivity.verdict import judged
 from aquabit.space import SearchSpace
 from aquabit.study import Study
@@ -47,6 +48,7 @@ class FittedSurrogate:
     objective: str
     direction: Literal["min", "max"]
     protocol: str
+    damages: Damages | None = None  # of the space, where all are known: contexts are then good configurations
 
     @property
     def sign(self) -> float:
@@ -88,7 +90,7 @@ def grouped_folds(weights: np.ndarray, acts: np.ndarray, folds: int = 5, seed: i
 def cross_validate(
     encoder: Encoder, weights: np.ndarray, acts: np.ndarray, y: np.ndarray, bits: np.ndarray, mean_act: np.ndarray | None = None,
     folds: int = 5, seed: int = 0, direction: Literal["min", "max"] = "min", surrogate: Estimator | str = "gbdt",
-    baselines: Sequence[str] = BASELINES, progress: Progress = no_progress,
+    baselines: Sequence[str] = BASELINES, progress: Progress = no_progress, good: np.ndarray | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Out-of-fold scores of an estimator: within_budget_srcc, srcc, kendall, ndcg10, r2 (all on the objective in its units), and the same
     of other estimators (names of ``ESTIMATORS``) under "baselines".
@@ -97,6 +99,8 @@ def cross_validate(
     "out_of_fold" holds the held-out predictions [n] and "fold" the fold of each row. "within_budget_interval" is the 90 % interval of the
     first score, and "useful" whether it lies above 0, which is what average bits score by definition. Average bits is a cubic of the
     budget itself, and its residual is taken from the same fold's cubic: exactly constant. Constant labels score 0.
+    With ``good`` (Boolean [n], see ``scores.good_ones``) "among_good" has the SRCC among these, "count" of them, and that of "baselines";
+    None where they are too few.
     """
     y, bits = np.asarray(y, float), np.asarray(bits, float)
     mean_act = encoder.space.mean_bits(acts).mean(1) if mean_act is None else np.asarray(mean_act, float)
@@ -112,7 +116,15 @@ def cross_validate(
     first, interval = scores.pop(""), within_budget_interval(target.sign * y, target.sign * predicted[""], bits, mean_act, fold, seed)
     useful = {"within_budget_interval": interval, "useful": interval[0] > 0}
     out_of_fold = predicted[""] if predicted[""].ndim == 1 else predicted[""][fold, np.arange(len(y))]
-    return {**first, **useful, "baselines": scores, "out_of_fold": out_of_fold, "fold": fold}
+    among: dict[str, Any] = {}
+    if good is not None:
+        found = {
+            name: among_good_srcc(target(y), target(p), bits, mean_act, good)
+            for name, p in predicted.items()
+            if not models[name].budget_only and not (target.log and (p <= 0).any())
+        }
+        among = {"among_good": {"srcc": found.pop("", None), "count": int(np.sum(good)), "baselines": found}}
+    return {**first, **useful, **among, "baselines": scores, "out_of_fold": out_of_fold, "fold": fold}
 
 
 def held_out_predictions(model: Estimator, features: np.ndarray, y: np.ndarray, fold: np.ndarray) -> np.ndarray:
@@ -162,7 +174,8 @@ def fit_from_study(
 ) -> FittedSurrogate:  # fmt: skip
     """The surrogate of a study's objective (default: the protocol's), trained on all training measurements, with held-out scores.
 
-    ``estimator`` and ``baselines`` are names of ``ESTIMATORS``; "graph_network" takes minutes. The scores say what to believe:
+    ``estimator`` and ``baselines`` are names of ``ESTIMATORS``; "graph_network" takes minutes. "among_good" of the scores is of the good
+    configurations alone (``good_rows``). The scores say what to believe:
     "useful", "needed" (measurements for a claim), "widen" (of intervals, where there are fewer), "cautions" (sentences to print first).
     Raises AquabitError with the number there is and the command that adds more where fewer than 20 can be used, and for labels that are
     all equal.
@@ -186,29 +199,52 @@ def fit_from_study(
     model = estimator_of(estimator, encoder, seed, direction=oriented)
     model.set_params(log=Target.of(y, oriented).log and not model.budget_only)
     others = [name for name in baselines if name != estimator]
-    scores = cross_validate(encoder, weights, acts, y, bits, None, folds, seed, oriented, model, others, progress)
+    good = good_rows(study, table, objective, bits)
+    scores = cross_validate(encoder, weights, acts, y, bits, None, folds, seed, oriented, model, others, progress, good)
     out_of_fold = scores.pop("out_of_fold")
     scores.pop("fold")
     scores = judged(scores, estimator, len(y), len(space.free_layers()))
-    scores["noise_ceiling"] = _ceiling(study, objective, table, bits, space.mean_bits(acts).mean(1))
+    scores["noise_ceiling"], scores["among_good"]["noise_ceiling"] = _ceilings(
+        study, objective, table, bits, space.mean_bits(acts).mean(1), good
+    )
     model.fit(model.features(encoder, weights, acts), y)
     return FittedSurrogate(
         model, encoder, cost, graph, space, tuple(table.config), weights, acts, y, bits, out_of_fold, scores,
-        objective, oriented, study.protocol.digest,
+        objective, oriented, study.protocol.digest, known_damages(space, study.probes()),
     )  # fmt: skip
 
 
-def _ceiling(study: Study, objective: str, table: pd.DataFrame, bits: np.ndarray, mean_act: np.ndarray) -> float | None:
-    """The noise ceiling against the fresh seed set that shares most configurations with the training table."""
+def good_rows(study: Study, table: pd.DataFrame, objective: str, bits: np.ndarray) -> np.ndarray:
+    """Boolean [n]: which rows of ``training_table`` are good configurations (``scores.good_ones``).
+
+    By the paired distance "mse" to full precision's images, whose noise is small, whatever the objective; where it was not measured, by
+    what the objective lost against full precision; where that is not known either, none is.
+    """
+    if "mse" in table and np.isfinite(table["mse"].astype(float)).all():
+        return good_ones(table["mse"].to_numpy(float), bits)
+    full = study.measurements(study.protocol, kind="reference")
+    if full.empty or objective not in full or not np.isfinite(float(full[objective].iloc[0])):
+        return np.zeros(len(table), bool)
+    sign = 1.0 if study.protocol.direction(objective) == "min" else -1.0
+    return good_ones(sign * (table[objective].to_numpy(float) - float(full[objective].iloc[0])), bits)
+
+
+def _ceilings(
+    study: Study, objective: str, table: pd.DataFrame, bits: np.ndarray, mean_act: np.ndarray, good: np.ndarray
+) -> tuple[float | None, float | None]:
+    """The noise ceilings, of all and among good ones, against the fresh seed set that shares most configurations with the training
+    table."""
     fresh = study.measurements(kind="fresh")
     if fresh.empty or objective not in fresh:
-        return None
+        return None, None
     fresh = fresh[fresh.config.isin(table.config) & fresh[objective].notna() & (fresh.protocol != study.protocol.digest)]
     if fresh.empty:
-        return None
+        return None, None
     most = fresh.protocol.value_counts().index[0]
     second: Mapping[str, float] = fresh[fresh.protocol == most].set_index("config")[objective].to_dict()
     both = np.array([c in second for c in table.config])
     values: Callable[[str], float] = second.__getitem__
-    again = np.array([values(c) for c in table.config[both]])
-    return noise_ceiling(table[objective].to_numpy(float)[both], again, bits[both], mean_act[both])
+    first, again = table[objective].to_numpy(float)[both], np.array([values(c) for c in table.config[both]])
+    target = Target.of(np.concatenate([first, again]), study.protocol.direction(objective))
+    among = good_ceiling(target(first), target(again), bits[both], mean_act[both], good[both])
+    return noise_ceiling(first, again, bits[both], mean_act[both]), among

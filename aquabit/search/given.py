@@ -1,0 +1,65 @@
+"""Configurations that a user gives as rivals: our config.json, or what NVIDIA ModelOpt quantizes by."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from aquabit.scheme import FP, AquabitError, LayerChoice, QuantConfig, Scheme, read_json
+from aquabit.space import SearchSpace
+
+WEIGHT = "weight_quantizer"
+
+
+def read_given(path: str | Path, space: SearchSpace) -> QuantConfig:
+    """The configuration in a file: ``config.json``, or JSON with ModelOpt's ``quant_cfg`` (as ``mtq.quantize`` takes it, or as
+    ``aquabit export --to modelopt`` writes it), whose bits and blocks become uniform schemes (``usq4``, ``usq4g32``) and whose layers that
+    it leaves alone stay ``fp``; activations are left off. Raises AquabitError for anything else, and for a file of another model."""
+    value = read_json(path)
+    inner = value.get("config", value) if isinstance(value, dict) else None
+    if isinstance(inner, dict) and "quant_cfg" in inner:
+        return _of_modelopt(inner["quant_cfg"], space, str(path))
+    config = QuantConfig.from_dict(value, str(path))
+    space.check(config, extra_schemes=True)
+    return config
+
+
+def _of_modelopt(rules: Any, space: SearchSpace, source: str) -> QuantConfig:
+    """The last rule that names a layer's weight quantizer counts, as in ModelOpt."""
+    entries = _entries(rules, source)
+    choices: dict[str, LayerChoice] = {}
+    for layer, row in space.choices.items():
+        scheme = FP
+        for pattern, cfg in entries:
+            if fnmatch.fnmatchcase(f"{layer}.{WEIGHT}", pattern):
+                scheme = _scheme(cfg, f"{source}: {pattern}")
+        choices[layer] = LayerChoice(FP if row == (FP,) else scheme, 16)
+    return space.config(choices)
+
+
+def _entries(rules: Any, source: str) -> list[tuple[str, Mapping[str, Any]]]:
+    """(pattern, settings) in order, of either of ModelOpt's forms: a mapping, or a list of rules with names."""
+    if isinstance(rules, Mapping):
+        found = list(rules.items())
+    elif isinstance(rules, list) and all(isinstance(r, Mapping) and isinstance(r.get("quantizer_name"), str) for r in rules):
+        found = [(r["quantizer_name"], r.get("cfg") or {k: v for k, v in r.items() if k != "quantizer_name"}) for r in rules]
+    else:
+        raise AquabitError(f"{source}: quant_cfg is {rules!r:.60}; it must map quantizers, as *weight_quantizer, to settings")
+    bad = [k for k, v in found if not isinstance(k, str) or not isinstance(v, Mapping)]
+    if bad:
+        raise AquabitError(f"{source}: the settings of {bad[0]!r:.60} are no object")
+    return found
+
+
+def _scheme(cfg: Mapping[str, Any], source: str) -> Scheme:
+    """A weight quantizer's settings as the uniform scheme of its bits and block size."""
+    if cfg.get("enable") is False:
+        return FP
+    bits = cfg.get("num_bits", 8)
+    if type(bits) is not int:
+        raise AquabitError(f"{source} has num_bits {bits!r:.30}; only whole numbers of bits, 1 to 8, can be compared")
+    blocks = cfg.get("block_sizes") or {}
+    group = next((v for k, v in blocks.items() if str(k) == "-1"), None) if isinstance(blocks, Mapping) else None
+    return Scheme.parse(f"usq{bits}" + (f"g{group}" if group else ""))
