@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial, wraps
+from math import floor, isfinite, log, log10, nan
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +19,8 @@ from rich.console import Console
 from aquabit.scheme import AquabitError, Progress
 
 console, errors = Console(), Console(stderr=True)
+GAP, INDENT = 2, 4  # columns between those of a table, and before what stands under a name
+UNIFORMS = 3  # uniform configurations, those nearest to the winner in size, that a front is compared with
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback for errors.")]
 
 
@@ -126,112 +129,287 @@ def show_notes(study: Any) -> None:
 
 
 def show_families(families: Sequence[Mapping[str, Any]], presets: Sequence[Mapping[str, Any]]) -> None:
-    """Tables of pipeline families and of presets; any other diffusers pipeline is used through a generic adapter."""
-    from rich.table import Table
-
-    table = Table("family", "pipeline", "images from", "pixels", "for example", box=None)
+    """Pipeline families and presets, each under its whole name; any other diffusers pipeline is used through a generic adapter."""
     for row in families:
-        table.add_row(row["name"], ", ".join(row["pipelines"]), row["conditions"], str(row["resolution"] or "-"), plain(row["example"]))
-    console.print(table)
+        pixels = f" of {row['resolution']} pixels" if row["resolution"] else ""
+        made = f"images{pixels} from {row['conditions']}; for example {row['example']}"
+        _entry(f"{row['name']} ({', '.join(row['pipelines'])})", made)
     console.print("any other diffusers pipeline: generic adapter and operator types\n", highlight=False)
-    table = Table("preset", "family", "weights", "acts", "settings", "reported (full precision)", "source", box=None)
+    console.print("presets: mean weight bits, activation bits, settings; what the source reports (of full precision); source")
     for row in presets:
         settings = ", ".join(f"{k} {v}" for k, v in row["protocol"].items())
         before = row["full_precision"]
         numbers = ", ".join(f"{k} {v:g} ({before[k]:g})" if k in before else f"{k} {v:g}" for k, v in row["reported"].items())
-        table.add_row(row["name"], row["family"], f"{row['weights']:g}", str(row["activations"]), settings, numbers, plain(row["source"]))
-    console.print(table)
+        what = [f"{row['weights']:g} bits, a{row['activations']}, {settings}", numbers, row["source"]]
+        _entry(f"{row['name']} ({row['family']})", "; ".join(text for text in what if text))
     console.print("what a source does not state keeps its default: give it yourself", highlight=False)
 
 
+def _entry(name: str, text: str) -> None:
+    """A whole name on a line of its own, and under it what is said of it."""
+    from textwrap import fill
+
+    console.print(plain(name), highlight=False, soft_wrap=True)
+    margin = " " * INDENT
+    console.print(plain(fill(text, console.width, initial_indent=margin, subsequent_indent=margin)), highlight=False, soft_wrap=True)
+
+
 def number(value: float | None, digits: int = 3) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+    return "-" if value is None or not isfinite(value) else f"{value:.{digits}f}"
+
+
+def rounded(value: float | None) -> str:
+    """Three significant digits, all digits before the point."""
+    if value is None or not isfinite(value):
+        return "-"
+    size = floor(log10(abs(value))) if value else 0
+    return f"{value:.2e}" if size < -4 else f"{value:.{max(0, 2 - size)}f}"
+
+
+def ends(row: Mapping[str, Any], low: str = "low", high: str = "high") -> str:
+    """An interval of a row; a dash where an end is unknown."""
+    known = [rounded(row.get(k)) for k in (low, high)]
+    return "-" if "-" in known else " to ".join(known)
+
+
+def named_lines(head: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> list[str]:
+    """A table as lines: names (first column) are never cut. Where names and numbers do not fit ``width`` together, each name has a line of
+    its own above its numbers. A title may have several lines."""
+    cells = [[title.split("\n") for title in head], *([[cell] for cell in row] for row in rows)]
+    widths = [max(len(line) for row in cells for line in row[i]) for i in range(len(head))]
+    beside = sum(widths) + GAP * (len(head) - 1) <= width
+    lines = []
+    for row in cells:
+        name, parts = row[0], row[1:]
+        deep = max(map(len, parts), default=1)
+        blocks = [[""] * (deep - len(part)) + part for part in parts]
+        numbers = [
+            (" " * GAP).join(text.rjust(size) for text, size in zip(line, widths[1:], strict=True)) for line in zip(*blocks, strict=True)
+        ]
+        if beside:
+            names = [""] * (deep - len(name)) + name
+            lines += [f"{text.ljust(widths[0])}{' ' * GAP}{line}" for text, line in zip(names, numbers, strict=True)]
+        else:
+            lines += [*name, *(" " * INDENT + line for line in numbers)]
+    return lines
+
+
+def show_named(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    for line in named_lines(head, rows, console.width):
+        console.print(plain(line.rstrip()), highlight=False, soft_wrap=True)
 
 
 def show_sensitivity(result: Any, top: int) -> None:
-    from rich.table import Table
-
-    scores = Table("surrogate (out-of-fold)", "within-budget SRCC", "SRCC", "Kendall", "NDCG@10", "R2", box=None)
-    own = result["surrogate"].get("estimator", "gbdt")
+    """Scores of the surrogate, the ranking of layers, pairs of layers, and how predictions agree with real swaps. What older studies do
+    not hold is left out."""
     for caution in result["surrogate"].get("cautions", []):
         console.print(f"[yellow]{plain(caution)}[/]", highlight=False)
-    rows = {
-        "gradient-boosted trees" if own == "gbdt" else own: result["surrogate"],
-        **{f"baseline: {k}": v for k, v in result["surrogate"]["baselines"].items()},
-    }
-    for name, row in rows.items():
-        scores.add_row(name, *(number(row.get(k)) for k in ("within_budget_srcc", "srcc", "kendall", "ndcg10", "r2")))
     console.print(f"{result['measurements']} measurements, objective {result['objective']} ({result['direction']})")
-    console.print(scores)
-    combined = result["ranking"] == "combined"
-    parts = ["predicted", "real", "swaps"] if combined else []
-    table = Table("layer", "operator", f"effect of {result['swap']}", "90 % interval", *parts, box=None)
-    for row in sorted(result["layers"], key=lambda r: -(r["effect"] or 0))[:top]:
-        both = [number(row["predicted"]), number(row["real"]), str(row["n"])] if combined else []
-        ends = f"{number(row['low'])} to {number(row['high'])}"
-        table.add_row(plain(row["name"]), row["operator"], number(row["effect"]), ends, *both)
-    source = "predictions and real swaps combined, each by its precision" if combined else "predictions of the surrogate"
-    console.print(f"ranking: {source}")
-    console.print(table)
-    _show_interactions(result["interactions"][:5])
-    check = result.get("validation")
-    if check:
-        agreement = f"SRCC {number(check['srcc'])}, sign agreement {number(check['sign_agreement'], 2)}"
-        console.print(f"checked against {check['flips']} real swaps: {agreement}")
-    else:
+    _show_scores(result["surrogate"])
+    console.print(f"ranking: {_ranking(result)}", highlight=False)
+    _show_layers(result, top)
+    _show_interactions(result["interactions"][:5], level(result))
+    _show_validation(result.get("validation"))
+
+
+def level(result: Mapping[str, Any]) -> str:
+    """Of the intervals of effects: they were 90 % before good configurations had a score of their own."""
+    return "95 %" if "among_good" in result["surrogate"] else "90 %"
+
+
+def _show_scores(scores: Mapping[str, Any]) -> None:
+    good, names = scores.get("among_good"), list(scores["baselines"])
+    among = [] if good is None else [_among(good.get("srcc"), good["count"])]
+    among += [] if good is None else [_among(good["baselines"][k], good["count"]) if k in good["baselines"] else "-" for k in names]
+    head = ["surrogate, out of fold", "within-\nbudget\nSRCC", *([f"among the\n{good['count']} good\nones"] if good else [])]
+    own = scores.get("estimator", "gbdt")
+    rows: dict[str, Any] = {"gradient-boosted trees" if own == "gbdt" else own: scores}
+    rows |= {f"baseline: {k}": scores["baselines"][k] for k in names}
+    table = []
+    for i, (name, row) in enumerate(rows.items()):
+        first, *rest = (number(row.get(k)) for k in ("within_budget_srcc", "srcc", "kendall", "ndcg10", "r2"))
+        table.append([name, first, *among[i : i + 1], *rest])
+    show_named([*head, "SRCC", "Kendall", "NDCG\n@10", "R2"], table)
+    if good:
+        console.print(
+            f"good ones have at most 1.25 times the least error at their size; noise ceilings: {number(scores.get('noise_ceiling'), 2)}, "
+            f"among good ones {number(good.get('noise_ceiling'), 2)}",
+            highlight=False,
+        )
+
+
+def _among(value: float | None, count: int) -> str:
+    return f"too few ({count})" if value is None else number(value)
+
+
+def _ranking(result: Mapping[str, Any]) -> str:
+    source = "predictions of the surrogate"
+    if result["ranking"] == "combined":
+        source = "predictions and real swaps combined"
+        source += " by a hierarchical model fitted to this study's swaps" if level(result) == "95 %" else ""
+    near = result.get("bits")
+    contexts = "good configurations" if level(result) == "95 %" else "random configurations"
+    return source if near is None else f"{source}; effects in {contexts} near {near:g} bits"
+
+
+def _show_layers(result: Mapping[str, Any], top: int) -> None:
+    layers = sorted(result["layers"], key=lambda r: -(r["effect"] or 0))[:top]
+    psnr, combined = any("psnr_effect" in r for r in layers), result["ranking"] == "combined"
+    between = f"{level(result)} interval"
+    head = [f"{result['swap']} in layer (operator)", f"{result['objective']}\nworse by", between]
+    head += ["PSNR\nloses, dB", between] if psnr else []
+    head += ["pre-\ndicted", "real", "swaps"] if combined else []
+    rows = []
+    for r in layers:
+        row = [f"{r['name']} ({r['operator']})", rounded(r["effect"]), ends(r)]
+        row += [rounded(r.get("psnr_effect")), ends(r, "psnr_low", "psnr_high")] if psnr else []
+        row += [rounded(r["predicted"]), rounded(r["real"]), str(r["n"])] if combined else []
+        rows.append(row)
+    show_named(head, rows)
+
+
+def _show_interactions(rows: list[Any], between: str) -> None:
+    if not rows:
+        return
+    console.print("swapped together, what is predicted beyond the sum of each alone:", highlight=False)
+    for r in rows:
+        both = f"{r['a']}\n  with {r['b']}\n{' ' * INDENT}{rounded(r['interaction'])} ({ends(r)}, {between})"
+        console.print(plain(both), highlight=False, soft_wrap=True)
+
+
+def _show_validation(check: Mapping[str, Any] | None) -> None:
+    """Two lines: layers drawn at random, which give the honest score, and those that were swapped because the ranking puts them first."""
+    if not check:
         console.print("not checked against real swaps yet: `aquabit validate` measures some")
+        return
 
+    def agreement(part: Mapping[str, Any]) -> str:
+        return f"SRCC {number(part['srcc'])}, sign agreement {number(part['sign_agreement'], 2)}"
 
-def _show_interactions(rows: list[Any]) -> None:
-    from rich.table import Table
-
-    table = Table("swapped together", "", "predicted beyond their sum", "90 % interval", box=None)
-    for row in rows:
-        table.add_row(plain(row["a"]), plain(row["b"]), number(row["interaction"]), f"{number(row['low'])} to {number(row['high'])}")
-    if rows:
-        console.print(table)
+    if "random" not in check:  # of studies whose layers were all drawn at random
+        console.print(f"checked against {check['flips']} real swaps: {agreement(check)}", highlight=False)
+        return
+    console.print(f"checked against {check['flips']} real swaps:", highlight=False)
+    for half, what in (("random", "layers drawn at random, the honest score"), ("top", "layers that the ranking puts first")):
+        part = check[half]
+        console.print(f"  {what}: {agreement(part)} ({part['layers']} layers, {part['flips']} swaps)", highlight=False)
 
 
 def show_front(front: Any) -> None:
-    from rich.table import Table
+    """The front as a table, then what speaks for the winner, and how near the search came to its optimum."""
+    from rich.table import Column, Table
 
-    metrics = list(front.best_member.predicted)
-    table = Table(
-        "",
-        "bits/weight",
-        "bytes",
-        "ms a call",
-        *(h for m in metrics for h in (f"{m} predicted", f"{m} measured, fresh seeds (90 %)")),
-        box=None,
-    )
-    for member in front.members:
-        cells = []
-        for m in metrics:
-            found = member.measured[m]
-            cells += [number(member.predicted[m], 2), f"{found['value']:.2f} ({found['low']:.2f} to {found['high']:.2f})"]
-        table.add_row(
-            "*" if member.config.digest == front.winner else "",
-            f"{member.bits_per_weight:.3f}",
-            f"{member.bytes:,}",
-            number(member.latency_ms),
-            *cells,
-        )
-    console.print(table)
     c = front.comparison
-    if c:
-        winner, uniform, d = c["winner"], c["uniform"], c["difference"]
-        sides = f"winner (*): {winner['bytes']:,} bytes, {c['metric']} {winner['value']:.2f}; "
-        sides += f"uniform {uniform['scheme']}: {uniform['bytes']:,} bytes, {c['metric']} {uniform['value']:.2f}; "
-        change = f"difference {d['value']:+.2f} ({d['low']:+.2f} to {d['high']:+.2f}, 95 %, {c['blocks']} blocks of fresh seeds)"
-        console.print(sides + change, highlight=False)
+    metrics = _front_metrics(front)
+    between = "± 95 %" if "same_quality" in c else "± 90 %"  # older searches stored the latter
+    timed = any(m.latency_ms is not None for m in front.members)
+    titles = ["", "bits a\nweight", "bytes", *(["ms\na call"] if timed else [])]
+    titles += [f"{shown_metric(m)}\n{what}" for m in metrics for what in ("predicted", f"measured\n{between}")]
+    table = Table(*(Column(t, justify="right", overflow="fold") for t in titles), box=None, padding=(0, 1, 0, 0))
+    for member in front.members:
+        row = ["*" if member.config.digest == front.winner else "", f"{member.bits_per_weight:.3f}", f"{member.bytes:,}"]
+        row += [number(member.latency_ms, 2)] if timed else []
+        for m in metrics:
+            found = member.measured.get(m, {})
+            value, half = found.get("value"), (found.get("high", nan) - found.get("low", nan)) / 2  # Student's interval is symmetric
+            row += [number(member.predicted.get(m), 2), number(value, 2) + (f" ± {half:.2f}" if isfinite(half) else "")]
+        table.add_row(*row)
+    console.print(table)
+    for line in front_sentences(front):
+        console.print(plain(line), highlight=False)
     if front.proof is not None:
         console.print(proof_line(front.proof), highlight=False)
 
 
+def _front_metrics(front: Any) -> list[str]:
+    """PSNR and the objective, those that were measured."""
+    best = front.best_member
+    objective = (
+        front.comparison.get("metric") or next((m for m in best.predicted if m != "psnr"), None) or next(iter(best.measured), "psnr")
+    )
+    return [m for m in dict.fromkeys(("psnr", objective)) if m in best.measured]
+
+
+def shown_metric(name: str) -> str:
+    """A metric as people write it: abbreviations in capitals."""
+    return name.upper() if name in ("fid", "sfid", "kid", "is", "mse", "psnr", "ssim", "lpips") else name
+
+
+def front_sentences(front: Any) -> list[str]:
+    """What a search found, as sentences: the winner beside uniform in PSNR, then in the objective, how much smaller the front is at uniform
+    quality, how finalists were told apart, and what the winner was held against."""
+    c = front.comparison
+    lines = _beside_uniform(c) if "uniform" in c else []
+    nearest = sorted(c.get("same_quality") or [], key=lambda row: abs(log(row["bytes"] / front.best_member.bytes)))[:UNIFORMS]
+    lines += [_smaller(row) for row in nearest]
+    judged = c.get("judged")
+    if judged and judged["finalists"] > 1:
+        said = f"{judged['finalists']} finalists were told apart by {shown_metric(judged['metric'])} on up to {judged['images']} images"
+        gap = judged["next_best"]
+        lines.append(said + (f"; the next best is worse by {_with_ends(gap)}" if gap else ""))
+    return lines + [_held_against(row, c, front) for row in c.get("against") or []]
+
+
+def _beside_uniform(c: Mapping[str, Any]) -> list[str]:
+    winner, uniform, metric, d = c["winner"], c["uniform"], shown_metric(c["metric"]), c["difference"]
+    sizes = f"winner (*): {winner['bytes']:,} bytes; uniform {uniform['scheme']}: {uniform['bytes']:,} bytes"
+    lines, psnr = [f"{sizes} ({c['blocks']} blocks of fresh seeds)"], c.get("psnr_difference")
+    if psnr and c["metric"] != "psnr":
+        sides = f"PSNR {number(winner['psnr'], 2)} and {number(uniform['psnr'], 2)} dB"
+        lines.append(f"{sides}: difference {_with_ends(psnr, '+')}")
+    lines.append(f"{metric} {number(winner.get('value'), 2)} and {number(uniform.get('value'), 2)}: difference {_with_ends(d, '+')}")
+    if psnr and _holds_zero(d):
+        images, needed = c.get("images"), d.get("images_needed")
+        seen = f"{c['blocks']} x {images} images" if images else f"these {c['blocks']} blocks"
+        would = f" (about {needed:,} images would)" if needed else ""
+        fidelity = (c.get("judged") or {}).get("metric", "psnr")
+        rest = "; fidelity decides" if c["metric"] != fidelity else ""
+        lines.append(f"{metric} of {seen} cannot tell them apart{would}{rest}")
+    return lines
+
+
+def _holds_zero(d: Mapping[str, Any]) -> bool:
+    low, high = d.get("low"), d.get("high")
+    return low is not None and high is not None and low <= 0 <= high
+
+
+def _with_ends(d: Mapping[str, Any], sign: str = "") -> str:
+    value, low, high = (d.get(k) for k in ("value", "low", "high"))
+    if value is None or not isfinite(value):
+        return "unknown"
+    if low is None or high is None or not isfinite(low + high):
+        return f"{value:{sign}.2f}"
+    return f"{value:{sign}.2f} ({low:{sign}.2f} to {high:{sign}.2f}, 95 %)"
+
+
+def _smaller(row: Mapping[str, Any]) -> str:
+    """Of one uniform configuration: the size from which on the front is as good."""
+    unit = " dB" if row["metric"] == "psnr" else f" {shown_metric(row['metric'])}"
+    name = row["uniform"]
+    every = f"{name} for all layers" if any(c.isdigit() for c in name) and "+" not in name else f"uniform {name}"
+    said = f"{every} has {number(row['value'], 1 if unit == ' dB' else 3)}{unit} at {row['bytes']:,} bytes; "
+    if row["found_bytes"] is None:
+        return said + "no member of the front has that"
+    return said + f"the front has that from {row['found_bytes']:,} bytes on ({row['found_bytes'] / row['bytes']:.0%})".replace("%)", " %)")
+
+
+def _held_against(row: Mapping[str, Any], c: Mapping[str, Any], front: Any) -> str:
+    """One configuration that was given with ``--against``, beside the winner."""
+    said = f"against {row['name']}: {row['bytes']:,} bytes, PSNR {number(row['psnr'], 2)} dB"
+    ours = (front.best_member.measured.get("psnr") or {}).get("value")
+    if None not in (ours, row["psnr"]) and isfinite(ours - row["psnr"]):
+        said += f" (the winner {ours - row['psnr']:+.2f})"
+    if c.get("metric", "psnr") != "psnr":
+        said += f", {shown_metric(c['metric'])} {_with_ends(row)}"
+    return said
+
+
 def proof_line(proof: Any) -> str:
-    """What a search proved, in one line."""
-    line = f"additive program: optimum {proof.optimum:.6g}, bound {proof.optimum_bound:.6g}, gap {proof.optimum_gap:.2g} of its span; "
-    line += f"surrogate: best prediction {proof.predicted:.4g}"
+    """What a search proved, in one line: of the additive program, and of the surrogate where it searched one."""
+    line = f"additive program: optimum {proof.optimum:.6g}, bound {proof.optimum_bound:.6g}, gap {proof.optimum_gap:.2g} of its span"
+    if proof.bound is None and proof.predicted == proof.optimum:
+        return line
+    line += f"; surrogate: best prediction {proof.predicted:.4g}"
     if proof.bound is None:
         return line + ", no bound is known"
     return line + f", none within the budget is below {proof.bound:.4g} (gap {proof.gap:.3g}, {proof.nodes} nodes)"

@@ -374,7 +374,7 @@ def search(
     latency: Annotated[float | None, typer.Option("--latency", help="Milliseconds per denoiser call with one image, packed, on this machine.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Write the winner here, as config.json.")] = None,
     against: Annotated[list[Path] | None, typer.Option("--against", metavar="FILE", help="A configuration that the winner must not lose to: config.json, or ModelOpt's quant_cfg; may be repeated.")] = None,
-    rounds: Annotated[int | None, typer.Option("--rounds", min=0, help="Rounds of refinement in context (default 8; 0: the program's answer); of fitting and proposing where a surrogate proposes (default 2).")] = None,
+    rounds: Annotated[int | None, typer.Option("--rounds", min=0, help="Rounds of refinement in context (default 3; 0: the program's answer); of fitting and proposing where a surrogate proposes (default 2).")] = None,
     per_round: Annotated[int, typer.Option("--per-round", min=1, help="New candidates a round, where a surrogate proposes.")] = 8,
     method: Annotated[str, typer.Option("--method", help="program (the integer program over damages, refined in context); surrogate or evolve (NSGA-II; needs pymoo) also propose from a surrogate of the study's measurements.")] = "program",
     screen: Annotated[int, typer.Option("--screen", min=1, help="Where a surrogate proposes: configurations for each that is measured; output errors on stored inputs choose among them (1: none of this).")] = 4,

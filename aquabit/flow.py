@@ -12,7 +12,7 @@ from aquabit.packing import Model, generate, quantize
 from aquabit.quality import QualityOptions
 from aquabit.reports import report as write_report
 from aquabit.scheme import AquabitError, Budget, Progress, Protocol, QuantConfig, no_progress
-from aquabit.search import FRESH_BLOCKS, Front, Search, SearchOptions
+from aquabit.search import FRESH_BLOCKS, Front, Search, SearchOptions, activation_choices
 from aquabit.sensitivity.attribution import Sensitivity, explain, save
 from aquabit.sensitivity.correction import noise_facts, search_corrected
 from aquabit.sensitivity.design import DEFAULT
@@ -103,6 +103,7 @@ def search(
     """``find`` with its options as one value; ``told`` gets what is to be said before anything is measured, ``where`` are
     ``open_session``'s (workers, device, bank)."""
     with open_session(_source(study, pipe), study, progress=progress, **where) as session:
+        _check(session, options)
         if correction is not None:
             search_corrected(session, correction, progress)
         return find_in(session, options, progress, told)
@@ -112,16 +113,26 @@ def find_in(
     session: Session, options: SearchOptions, progress: Progress = no_progress, told: Callable[[str], object] = lambda _: None
 ) -> Front:
     """The search of ``find`` in an open session."""
+    _check(session, options)
+    front = Search(session, options, progress, told).run()
+    noise = noise_facts(session, front.best, [session.protocol.block(b) for b in FRESH_BLOCKS], progress)
+    session.study.set(front=front.to_dict(), noise=noise)
+    return front
+
+
+def _check(session: Session, options: SearchOptions) -> None:
+    """Raise AquabitError, before anything is measured, for a budget out of reach and for rivals that cannot be compared."""
+    if options.budget.latency_ms is None:
+        open_ = activation_choices(session.space, options.budget)
+        session.costs.check(options.budget, max(open_) if len(open_) == 1 else None)
     for name, config in options.against:
         if config.fingerprint != session.space.fingerprint:
             raise AquabitError(
                 f"{name} is a configuration of model {config.fingerprint}, the study is of model {session.space.fingerprint}"
             )
+        if config.tuned:
+            raise AquabitError(f"{name} is fine-tuned, and the search compares configurations as they are fitted; give it without tuning")
         session.space.check(config, extra_schemes=True)
-    front = Search(session, options, progress, told).run()
-    noise = noise_facts(session, front.best, [session.protocol.block(b) for b in FRESH_BLOCKS], progress)
-    session.study.set(front=front.to_dict(), noise=noise)
-    return front
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -376,6 +376,9 @@ def merge(sources: Sequence[Study], out: Study) -> Merged:
             said = [source.get(name) for source in sources if name in source]
             if said and name not in out:
                 out.set(**{name: said[0]})
+        plans = [plan for source in (out, *sources) for plan in source.get("validation_plan") or []]  # which swaps were drawn at random
+        if plans:
+            out.set(validation_plan=[plan for i, plan in enumerate(plans) if plan not in plans[:i]])
         with out._transaction() as db:
             db.execute(OUTPUTS)  # older files lack it
             for table in MERGED:

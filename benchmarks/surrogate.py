@@ -26,7 +26,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.flow import MODELS, RESULTS, machine
-from benchmarks.truth import about, say
+from benchmarks.truth import SPACE, about, say
 
 SEEDS = (0, 1, 2)
 COUNT = 500  # measurements a seed
@@ -34,6 +34,7 @@ SWAPS, MIXED = 300, 0.66
 CEILING, CEILING_BLOCK = 100, 90
 SIZES = (50, 100, 200, 300, 500)
 IN_CONTEXT = 8
+SWAP = "usq4:usq2"  # that of benchmarks/truth.py
 OUTPUTS_PER_MEASUREMENT = 15.0  # configurations whose output errors take as long as one measurement
 METRICS = ("fid", "sfid", "kid", "is", "accuracy", "mse", "psnr", "ssim", "feature_distance")
 FILE = RESULTS / "measurements.csv"
@@ -43,7 +44,8 @@ def session_of(folder: Path, model: str) -> Any:
     from aquabit.sensitivity.measure import open_session
     from aquabit.study import Study
 
-    return open_session(model, Study(folder / f"surrogate-{model}.db"), workers=2, bank=str(folder / "bank"), progress=say)
+    study, bank = Study(folder / f"surrogate-{model}.db"), str(folder / "bank")
+    return open_session(model, study, space_options=dict(SPACE), workers=2, bank=bank, progress=say)
 
 
 def measure(session: Any, seeds: list[int], count: int) -> None:
@@ -124,13 +126,25 @@ def restore(session: Any, model: str, count: int) -> None:
         print(f"{model}: {other} stored measurements are of other configurations or another protocol; measure anew")
 
 
-def outputs(session: Any, model: str, count: int) -> None:
-    from aquabit.sensitivity.in_context import measure_in_context
+def random_contexts(space: Any, cost: Any) -> tuple[Any, Any]:
+    """The contexts that effects are predicted in: random ones near 3 bits, as those of benchmarks/truth.py."""
+    from aquabit.sensitivity.effects import draw_contexts
+    from aquabit.sensitivity.in_context import DRAWN
 
-    configs = [c for seed in SEEDS for c in (*session.space.sample(count, seed), *swap_design(session.space, seed))]
-    known = session.study.known(session.protocol)
-    session.outputs([c for c in configs if c.digest in known], say)
-    measure_in_context(session, IN_CONTEXT, progress=say)
+    return draw_contexts(space, cost, 3.0, DRAWN, np.random.default_rng([0, 0]))
+
+
+def outputs(session: Any, model: str, count: int) -> None:
+    from aquabit.scheme import parse_swap
+    from aquabit.sensitivity.effects import find_players
+    from aquabit.sensitivity.in_context import swapped
+
+    space = session.space
+    configs = [c for seed in SEEDS for c in (*space.sample(count, seed), *swap_design(space, seed))]
+    known, drawn = session.study.known(session.protocol), random_contexts(space, session.costs)
+    few = drawn[0][:IN_CONTEXT], drawn[1][:IN_CONTEXT]
+    ends = space.configs(*swapped(few, find_players(space, parse_swap(SWAP)), space))
+    session.outputs([*(c for c in configs if c.digest in known), *ends], say)
 
 
 class Data:
@@ -176,7 +190,7 @@ class Data:
         digests = tuple(self.configs[i].digest for i in rows)
         return FittedSurrogate(
             model, self.encoder, self.cost, self.graph, self.space, digests, self.weights[rows], self.acts[rows], self.y[rows], self.bits[rows],
-            np.zeros(len(rows)), {"widen": 1.0}, "fid", "min", self.study.protocol.digest,
+            np.zeros(len(rows)), {}, "fid", "min", self.study.protocol.digest,
         )  # fmt: skip
 
 
@@ -226,13 +240,13 @@ def effects(data: Data, model: str) -> list[dict[str, Any]]:
     exclude 0, and how many predicted 90 % intervals hold the real effect."""
     from aquabit.scheme import parse_swap
     from aquabit.sensitivity.combined import combine, real_means
-    from aquabit.sensitivity.effects import bootstrap, draw_contexts, find_players, predict_effects
+    from aquabit.sensitivity.effects import bootstrap, find_players, predict_effects
     from aquabit.sensitivity.flips import training_swaps
-    from aquabit.sensitivity.in_context import DRAWN, refine
+    from aquabit.sensitivity.in_context import refine
     from aquabit.sensitivity.scores import srcc
 
-    players, rows = find_players(data.space, parse_swap("usq4:usq2")), list[dict[str, Any]]()
-    stored = [r for r in json.loads((RESULTS / "truth.json").read_text())["rows"] if r["model"] == model and r.get("swap") == "usq4:usq2"]
+    players, rows = find_players(data.space, parse_swap(SWAP)), list[dict[str, Any]]()
+    stored = [r for r in json.loads((RESULTS / "truth.json").read_text())["rows"] if r["model"] == model and r.get("swap") == SWAP]
     truth, fresh = ({r["layer"]: r for r in stored if r["kind"] == kind} for kind in ("swap", "fresh"))
     real = np.array([truth[p.layer]["effect"] for p in players], float)
     others = np.array([fresh[p.layer]["effect"] for p in players], float) if fresh else None
@@ -251,7 +265,7 @@ def effects(data: Data, model: str) -> list[dict[str, Any]]:
         print(row, flush=True)
 
     for seed in SEEDS:
-        contexts = draw_contexts(data.space, data.cost, 3.0, DRAWN, np.random.default_rng([0, 0]))  # as outputs has seen them
+        contexts = random_contexts(data.space, data.cost)  # as outputs has seen them
         for n, share in ((100, 0.0), (200, 0.0), (300, 0.0), (100, MIXED), (200, MIXED), (300, MIXED)):
             swapped = int(n * share)
             used = data.rows(seed, n - swapped, swapped)

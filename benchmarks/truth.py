@@ -32,6 +32,10 @@ BEFORE, AFTER = "usq4", "usq2"
 SCHEMES = ("usq3", "vq2c", "usq2h", "aq2")  # aq2: the layer's additive format of 2 bits
 PAIRS, STRONGEST = 24, 10
 METRICS = ("fid", "sfid", "psnr")
+SPACE = {  # the default when the truth was measured; contexts are draws from it
+    "schemes": ["usq2", "usq3", "usq4", "usq8", "vq2", "vq3", "vq4", "vq2c", "vq3c", "vq4c", "usq2h", "usq3h", "usq4h"],
+    "levels": [1.5, 2.0, 3.0, 4.0],
+}
 
 
 class Truth:
@@ -91,7 +95,8 @@ def session_of(folder: Path, model: str) -> Any:
     from aquabit.sensitivity.measure import open_session
     from aquabit.study import Study
 
-    return open_session(model, Study(folder / f"truth-{model}.db"), workers=2, bank=str(folder / "bank"), progress=say)
+    study, bank = Study(folder / f"truth-{model}.db"), str(folder / "bank")
+    return open_session(model, study, space_options=dict(SPACE), workers=2, bank=bank, progress=say)
 
 
 def swap(truth: Truth) -> None:

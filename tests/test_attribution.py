@@ -234,7 +234,7 @@ def test_json_round_trip_and_form(study: Study, found: Sensitivity, tmp_path) ->
     assert {"objective", "direction", "protocol", "measurements", "surrogate", "layers", "validation"} <= set(value)
     assert {"name", "operator", "block", "effect", "low", "high", "schemes"} <= set(value["layers"][0])
     keys = {"within_budget_srcc", "srcc", "kendall", "ndcg10", "r2", "noise_ceiling", "baselines"}
-    keys |= {"within_budget_interval", "useful", "estimator", "needed", "widen", "cautions", "among_good"}
+    keys |= {"within_budget_interval", "useful", "estimator", "needed", "cautions", "among_good"}
     assert keys == set(value["surrogate"]) and value["surrogate"]["noise_ceiling"] is None
     assert value["measurements"] == len(value["scatter"]) == 300 and value["direction"] == "min"
     save(study, found)

@@ -1,20 +1,29 @@
-"""Tables and figures of causes and costs: numbers against independent ones, points that carry their own names, two studies side by side."""
+"""Tables and figures of causes and costs: numbers against independent ones, points that carry their own names, two studies side by side;
+and the same facts in a terminal of 80 columns."""
 
 from __future__ import annotations
 
+import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
+from rich.console import Console
 
+from aquabit import _terminal
+from aquabit.pipelines import FAMILIES, PRESETS
 from aquabit.reports import attribution, catalog, costs, layer_graph, side_by_side, style, svg
 from aquabit.reports import facts as facts_of
 from aquabit.reports.page import embedded, page_data
 from aquabit.scheme import Measurement, Protocol
+from aquabit.search.front import Front
+from aquabit.study import Study
 from tests.test_reports import EVIL, Synthetic, parsed, svg_only
 
 __all__ = ["svg_only"]  # a fixture
@@ -145,3 +154,104 @@ def test_numbers_of_other_protocols_are_left_out_and_named(tmp_path: Path) -> No
     facts = facts_of.read(made.study)
     assert facts.foreign == 1 and facts.rows("sample").value.min() > 0.1
     assert "1 measurements were made under other protocols" in " ".join(parsed(report(made.study, tmp_path / "out")).text)
+
+
+LONG = ["down_blocks.1.resnets.0.conv_shortcut", "transformer_blocks.27.norm1.emb.timestep_embedder.linear_2"]
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Console:
+    """A terminal of 80 columns that records what is printed."""
+    console = Console(width=80, file=io.StringIO(), record=True)
+    monkeypatch.setattr(_terminal, "console", console)
+    return console
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, Study]:
+    """Of an older study and a newer one: names of layers as large models have them."""
+    folder = tmp_path_factory.mktemp("terminal")
+    older, newer = (Synthetic(folder / f"{name}.db", layers=9, samples=8, names=LONG).whole() for name in ("older", "newer"))
+    return older.study, newer.judged().study
+
+
+def told(study: Study) -> dict[str, Any]:
+    """The sensitivity of a study, with the parts of a layer's row that ``Synthetic`` leaves out."""
+    found = study.get("sensitivity")
+    rows = [{**r, "predicted": r["effect"], "real": None, "n": 0} for r in found["layers"]]
+    return {**found, "layers": rows}
+
+
+def test_the_terminal_cuts_no_name_at_80_columns(terminal: Console, both: tuple[Study, Study]) -> None:
+    for study in both:
+        result = told(study)
+        _terminal.show_sensitivity(result, 10)
+        said = terminal.export_text()
+        assert "\u2026" not in said
+        for row in result["layers"]:
+            assert f"{row['name']} ({row['operator']})\n" in said
+            assert _terminal.ends(row) in said
+    _terminal.show_families([f.to_dict() for f in FAMILIES], [p.to_dict() for p in PRESETS])
+    said = terminal.export_text()
+    assert "\u2026" not in said and all(f"{p.name} ({p.family})\n" in said for p in PRESETS)
+    assert all(pipeline in said for f in FAMILIES for pipeline in f.pipelines)
+    assert max(map(len, said.splitlines())) <= 80
+
+
+def test_names_stand_beside_their_numbers_where_there_is_room() -> None:
+    head, rows = ["layer", "worse\nby", "swaps"], [["conv_in", "0.123", "2"], ["x" * 30, "-12.3", "10"]]
+    assert _terminal.named_lines(head, rows, 80) == [
+        " " * 30 + "  worse       ",
+        "layer" + " " * 25 + "     by  swaps",
+        "conv_in" + " " * 23 + "  0.123      2",
+        "x" * 30 + "  -12.3     10",
+    ]
+    assert _terminal.named_lines(head, rows, 40) == [
+        "layer", "    worse       ", "       by  swaps", "conv_in", "    0.123      2", "x" * 30, "    -12.3     10",
+    ]  # fmt: skip
+
+
+def test_the_terminal_says_what_the_ranking_is_and_how_true(terminal: Console, both: tuple[Study, Study]) -> None:
+    _terminal.show_sensitivity(told(both[1]), 10)
+    said = " ".join(terminal.export_text().split())
+    assert "too few (14)" in said and "95 % interval" in said and "90 %" not in said and "PSNR" in said
+    assert "combined by a hierarchical model fitted to this study's swaps; effects in good configurations near 3 bits" in said
+    assert "layers drawn at random, the honest score: SRCC 0.710, sign agreement 0.95 (4 layers, 8 swaps)" in said
+    assert "layers that the ranking puts first: SRCC 0.440" in said
+    _terminal.show_sensitivity(told(both[0]), 10)
+    said = " ".join(terminal.export_text().split())
+    assert "90 % interval" in said and "95 %" not in said and "PSNR" not in said and "real swaps: SRCC 0.710" in said
+
+
+def test_a_front_in_the_terminal(terminal: Console, both: tuple[Study, Study]) -> None:
+    front = Front.from_dict(both[1].get("front"))
+    _terminal.show_front(front)
+    said = terminal.export_text()
+    assert "\u2026" not in said and max(map(len, said.splitlines())) <= 80
+    c, best, words = front.comparison, front.best_member, " ".join(said.split())
+    cells = f"* {best.bits_per_weight:.3f} {best.bytes:,} {best.latency_ms:.2f} {best.predicted['psnr']:.2f}"
+    assert f"{cells} {best.measured['psnr']['value']:.2f} \u00b1 0.20 - {best.measured['fid']['value']:.2f} \u00b1 0.50" in words
+    gap = c["psnr_difference"]
+    ends = f"{gap['value']:+.2f} ({gap['low']:+.2f} to {gap['high']:+.2f}, 95 %)"
+    assert words.index(f"difference {ends}") < words.index("difference -0.10 (-0.50 to +0.30, 95 %)")
+    assert "FID of these 5 blocks cannot tell them apart (about 10,241 images would); fidelity decides" in words
+    row = next(r for r in c["same_quality"] if r["uniform"] == "usq3")
+    share = f"{100 * row['found_bytes'] / row['bytes']:.0f} %"
+    assert (
+        f"usq3 for all layers has {row['value']:.1f} dB at {row['bytes']:,} bytes; the front has that from {row['found_bytes']:,}" in words
+    )
+    assert f"bytes on ({share})" in words and words.count("for all layers has") == 3
+    assert "against rival.json: " in words and "the next best is worse by 0.20 (0.10 to 0.30, 95 %)" in words
+    assert words.endswith("additive program: optimum 1.5, bound 1.4, gap 0.1 of its span"), "no surrogate was searched"
+
+
+def test_fronts_of_older_searches_and_without_uniform_are_shown(terminal: Console, both: tuple[Study, Study]) -> None:
+    older = Front.from_dict(both[0].get("front"))
+    _terminal.show_front(older)
+    said = " ".join(terminal.export_text().split())
+    assert "\u00b1 90 %" in said and "PSNR" not in said and "uniform usq3" in said and "cannot tell" not in said
+    newer = Front.from_dict(both[1].get("front"))
+    kept = {k: newer.comparison[k] for k in ("same_quality", "judged", "against")}
+    _terminal.show_front(replace(newer, comparison=kept))
+    said = " ".join(terminal.export_text().split())
+    assert "\u00b1 95 %" in said and "for all layers has" in said and "difference" not in said

@@ -75,13 +75,19 @@ class Synthetic:
             config = changed if self.cost(changed).bits_per_weight <= bits else config
         return config
 
+    def lost(self, config: QuantConfig) -> float:
+        return float(sum(d * 4.0 ** (3 - config[n].weight.code_bits()) for n, d in zip(self.space.layers, self.damage, strict=True)))
+
     def fid(self, config: QuantConfig, noise: float = 0.02) -> float:
-        lost = sum(d * 4.0 ** (3 - config[n].weight.code_bits()) for n, d in zip(self.space.layers, self.damage, strict=True))
-        return float((1.5 + lost) * np.exp(self.rng.normal(0, noise)))
+        return float((1.5 + self.lost(config)) * np.exp(self.rng.normal(0, noise)))
+
+    def psnr(self, config: QuantConfig) -> float:
+        return float(40 - 10 * np.log10(self.lost(config)))
 
     def record(self, config: QuantConfig, kind: str, protocol: Protocol = PROTOCOL, picture: bool = False) -> float:
         cost, value = self.cost(config), self.fid(config)
-        m = Measurement(config.digest, protocol.digest, {"fid": value, "psnr": 20.0, "is": 8.0}, 0.8, {"torch": "2.13.0", "python": "3.11"})
+        metrics = {"fid": value, "psnr": 100.0 if kind == "reference" else self.psnr(config), "is": 8.0}
+        m = Measurement(config.digest, protocol.digest, metrics, 0.8, {"torch": "2.13.0", "python": "3.11"})
         totals = {"bits": cost.bits_per_weight, "bytes": cost.bytes, "bops": cost.bops}
         self.study.record(config, m, kind, totals, png(self.rng) if picture else None)
         return value
@@ -188,6 +194,48 @@ class Synthetic:
         difference = {"value": gap, "low": gap - 0.4, "high": gap + 0.4}
         comparison = {**sides, "difference": difference, "metric": "fid", "blocks": 5}
         self.study.set(front={"budget": {"bits": 3.17}, "winner": self.winner.digest, "members": members, "comparison": comparison})
+        return self
+
+    def judged(self) -> Synthetic:
+        """What studies hold since searches judge by PSNR and effects speak of good configurations; the objective cannot tell."""
+        found = self.study.get("front")
+        sides = {
+            k: {**found["comparison"][k], "psnr": self.psnr(c)} for k, c in (("winner", self.winner), ("uniform", self.uniform["usq3"]))
+        }
+        gap = sides["winner"]["psnr"] - sides["uniform"]["psnr"]
+        for member, config in zip(found["members"], self.found, strict=True):
+            value = self.psnr(config)
+            member["measured"]["psnr"] = {"value": value, "low": value - 0.2, "high": value + 0.2}
+            member["predicted"] = {"psnr": value + 1}
+        rows = [
+            {"uniform": s, "bytes": self.cost(c).bytes, "metric": "psnr", "value": self.psnr(c),
+             "found_bytes": next((m["bytes"] for m in found["members"] if m["measured"]["psnr"]["value"] >= self.psnr(c)), None)}
+            for s, c in self.uniform.items()
+        ]  # fmt: skip
+        rival = {k: v for k, v in sides["uniform"].items() if k != "scheme"} | {"name": "rival.json"}
+        found["comparison"] |= {
+            **sides, "difference": {"value": -0.1, "low": -0.5, "high": 0.3, "images_needed": 10241},
+            "psnr_difference": {"value": gap, "low": gap - 0.3, "high": gap + 0.3}, "same_quality": rows, "against": [rival],
+            "judged": {"metric": "psnr", "finalists": 9, "images": 512, "next_best": {"value": 0.2, "low": 0.1, "high": 0.3}},
+        }  # fmt: skip
+        found["proof"] = {
+            "optimum": 1.5,
+            "optimum_bound": 1.4,
+            "optimum_gap": 0.1,
+            "predicted": 1.5,
+            "bound": None,
+            "gap": None,
+            "nodes": 0,
+        }
+        told = self.study.get("sensitivity")
+        told["surrogate"]["among_good"] = {"srcc": None, "count": 14, "noise_ceiling": None, "baselines": {"ridge one-hot": None}}
+        for row in told["layers"]:
+            row |= {"psnr_effect": row["effect"] / 8, "psnr_low": row["effect"] / 9, "psnr_high": row["effect"] / 7}
+        half = {"srcc": 0.71, "sign_agreement": 0.95, "layers": 4, "flips": 8}
+        told["validation"] |= {"random": half, "top": {**half, "srcc": 0.44}}
+        for i, row in enumerate(told["validation"]["rows"]):
+            row["checks"] = "top" if i % 2 else "random"
+        self.study.set(front=found, sensitivity=told)
         return self
 
     def whole(self) -> Synthetic:
@@ -335,6 +383,75 @@ def test_fresh_seeds_replace_search_seeds_and_the_interval_is_students(built: tu
 def test_frontier(direction: str, kept: list[bool]) -> None:
     bits, value = np.array([2.0, 2.5, 3.0, 3.5]), np.array([5.0, 6.0, 4.0, 4.5])
     assert tables.frontier(bits, value, direction).tolist() == kept
+
+
+@pytest.fixture(scope="module")
+def newer(tmp_path_factory: pytest.TempPathFactory) -> tuple[Synthetic, Path]:
+    """A study as searches and explanations leave it today, and its page; ``built`` is one of an older version."""
+    folder = tmp_path_factory.mktemp("newer")
+    made = Synthetic(folder / "S.db", layers=12, samples=20).whole().judged()
+    return made, report(made.study, folder / "out")
+
+
+def test_the_page_says_first_what_the_objective_cannot_tell_then_fidelity_and_size(newer: tuple[Synthetic, Path]) -> None:
+    made, _ = newer
+    facts = facts_of.read(made.study)
+    found = catalog.all_tables(facts)
+    which = summary.summary(facts, found, facts_of.missing(facts))[1].text
+    assert which.startswith("FID of 5 \u00d7 128 images cannot tell the found configuration from uniform usq3 (about 10,241 images would)")
+    gap = made.psnr(made.winner) - made.psnr(made.uniform["usq3"])
+    ends = f"{summary.figures(gap - 0.3)} to {summary.figures(gap + 0.3)}, 95 %"
+    assert f"a paired difference of {summary.figures(gap)} dB ({ends}) over 5 blocks of fresh seeds: the found configuration wins." in which
+    least = min(made.cost(c).bytes for c in made.found if made.psnr(c) >= made.psnr(made.uniform["usq3"]))
+    share = 100 * least / made.cost(made.uniform["usq3"]).bytes
+    assert (
+        f"A found configuration of {least:,} bytes, {share:.0f} % of the {made.cost(made.uniform['usq3']).bytes:,} of uniform usq3" in which
+    )
+    front = {**facts.front, "comparison": {**facts.front["comparison"], "difference": {"value": -0.4, "low": -0.5, "high": -0.3}}}
+    told = replace(facts, front=front)
+    sure = summary.summary(told, catalog.all_tables(told), {})[1].text
+    assert sure.startswith("Within 3.17 bits a weight, the found configuration (") and "cannot tell" not in sure
+    assert sure.endswith("a paired difference of \u22120.400 (\u22120.500 to \u22120.300, 95 %): the found configuration wins.")
+
+
+def test_the_page_shows_psnr_good_ones_halves_and_levels(newer: tuple[Synthetic, Path]) -> None:
+    made, page = newer
+    parts = [" ".join(part.split()) for part in parsed(page).text]
+    text = " ".join(" ".join(parts).split())
+    assert "too few (14)" in text and "PSNR lost, dB" in parts and "drawn at random 0.71 0.95 4 8" in text
+    assert "first in the ranking 0.44" in text and "hierarchical model" in text and "each by its precision" not in text
+    assert "95 % interval" in text
+    assert "the surrogate itself" not in text and "additive scores" in text, "the program alone was searched"
+    facts = facts_of.read(made.study)
+    table = tables.psnr_vs_bits(facts)
+    assert table[table.label == "winner"].value.tolist() == [made.psnr(made.winner)]
+    assert (table[table.group == "uniform"].value < 100).all() and list(table[table.group == "full precision"].value) == [100.0]
+    drawn = ET.parse(page.parent / "figures/psnr_vs_bits.svg").getroot().iter()
+    words = {"".join(e.itertext()).strip() for e in drawn if e.tag.endswith("text")}
+    assert "PSNR to full precision, dB" in words and "full precision" not in words and "100" not in words
+    rival = tables.comparison(facts).query("which == 'against'").iloc[0]
+    assert rival.scheme == "rival.json" and rival.psnr == pytest.approx(made.psnr(made.uniform["usq3"]))
+    assert tables.layers(facts).psnr_effect.tolist() == pytest.approx((tables.layers(facts).effect / 8).tolist())
+
+
+def test_an_older_study_opens_with_the_levels_it_was_made_with(built: tuple[Study, Path]) -> None:
+    study, page = built
+    facts = facts_of.read(study)
+    assert (facts.effect_level, facts.front_level) == ("90 %", "90 %") and facts.contexts.startswith("random configurations")
+    parts = [" ".join(part.split()) for part in parsed(page).text]
+    text = " ".join(parts)
+    assert "90 % interval" in text and "PSNR lost, dB" not in parts and "good ones" not in text and "hierarchical" not in text
+    assert tables.agreement(facts).empty and tables.same_quality(facts).empty and not (page.parent / "figures/psnr_vs_bits.svg").exists()
+
+
+@pytest.mark.usefixtures("svg_only")
+def test_a_front_without_a_uniform_as_large_says_so(newer: tuple[Synthetic, Path], tmp_path: Path) -> None:
+    made = Synthetic(tmp_path / "S.db", layers=3, samples=4).whole().judged()
+    front = made.study.get("front")
+    kept = {k: front["comparison"][k] for k in ("same_quality", "judged", "against")}
+    made.study.set(front={**front, "comparison": kept})
+    text = " ".join(parsed(report(made.study, tmp_path / "out")).text)
+    assert "No uniform configuration of the space is as large as the winner" in text
 
 
 STAGES = [

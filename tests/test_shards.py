@@ -86,3 +86,14 @@ def test_standing_counts_what_is_missing_and_estimates_the_rest(tmp_path) -> Non
         assert "process" in (standing(Study(tmp_path / "s.db")).writer or "")
     both = together([found, found])
     assert both.missing == 10 and both.rate == pytest.approx(360) and both.remaining == pytest.approx(100)
+
+
+def test_what_was_drawn_at_random_for_a_check_is_known_after_joining(tmp_path) -> None:
+    a, b = filled(tmp_path / "a.db", [1]), filled(tmp_path / "b.db", [2])
+    plans = [{"swap": "usq4h:usq2h", "random": [["x", 0]]}, {"swap": "usq4h:usq2h", "random": [["y", 0]]}]
+    a.set(validation_plan=plans[:1])
+    b.set(validation_plan=plans)
+    out = Study(tmp_path / "out.db")
+    merge([a, b], out)
+    merge([a, b], out)
+    assert out.get("validation_plan") == plans

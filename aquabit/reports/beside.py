@@ -70,20 +70,20 @@ def _lacks(facts: Facts) -> list[tuple[str, str]]:
 
 
 def operators(both: Sequence[Facts], names: Sequence[str]) -> pd.DataFrame:
-    """operator, study, layers, effect, low, high, share, share_low, share_high, rank: mean effect of a layer of each operator type in the
-    objective's units, as a share of the study's largest, and its rank (1 = most harmful); types of both studies first, by their mean
-    share."""
+    """operator, study, layers, effect, low, high, level, share, share_low, share_high, rank: mean effect of a layer of each operator type
+    in the objective's units with its interval and the level of that, as a share of the study's largest, and its rank (1 = most harmful);
+    types of both studies first, by their mean share."""
     parts = []
     for facts, name in zip(both, names, strict=True):
         table = tables.operators(facts).dropna(subset=["effect"])
         most = float(table.effect.abs().max()) if len(table) else 1.0
         most = most or 1.0
         shares = {f"share{end}": table[column] / most for end, column in (("", "effect"), ("_low", "low"), ("_high", "high"))}
-        parts.append(table.assign(study=name, **shares, rank=np.arange(1, len(table) + 1)))
+        parts.append(table.assign(study=name, level=facts.effect_level, **shares, rank=np.arange(1, len(table) + 1)))
     table = pd.concat(parts, ignore_index=True).rename(columns={"name": "operator"})
     count, mean = table.groupby("operator").study.transform("count"), table.groupby("operator").share.transform("mean")
     table = table.assign(count=count, mean=mean).sort_values(["count", "mean"], ascending=False, kind="stable", ignore_index=True)
-    return table[["operator", "study", "layers", "effect", "low", "high", "share", "share_low", "share_high", "rank"]]
+    return table[["operator", "study", "layers", "effect", "low", "high", "level", "share", "share_low", "share_high", "rank"]]
 
 
 def fronts(both: Sequence[Facts], names: Sequence[str]) -> pd.DataFrame:
@@ -106,7 +106,9 @@ def sentences(table: pd.DataFrame, names: Sequence[str]) -> list[str]:
     for name in names:
         own = table[table.study == name].nsmallest(3, "rank")
         if len(own):
-            listed = ", ".join(f"{r.operator} {summary.figures(r.effect)}{summary.interval(r.low, r.high)}" for r in own.itertuples())
+            listed = ", ".join(
+                f"{r.operator} {summary.figures(r.effect)}{summary.interval(r.low, r.high, r.level)}" for r in own.itertuples()
+            )
             out.append(f"In {name} quantization hurts most in {listed}, a layer.")
     wide = table.pivot_table(index="operator", columns="study", values="share", aggfunc="first").dropna()
     if wide.shape[1] == 2 and len(wide) >= 3:
@@ -156,13 +158,13 @@ def draw_fronts(table: pd.DataFrame, axes: Axes) -> None:
 DRAWN = {
     "operators": (
         draw_operators,
-        "Mean effect of a layer of each operator type with its interval, as a share of the most harmful type of the same study; types that "
-        "both architectures have come first.",
+        "Mean effect of a layer of each operator type with its interval (its level is in the table below), as a share of the most harmful "
+        "type of the same study; types that both architectures have come first.",
     ),
     "fronts": (
         draw_fronts,
-        "Configurations found for each study, measured on fresh seeds, as a ratio to full precision on these: where lower is better, "
-        "below 1 is better than full precision.",
+        "Configurations found for each study, measured on fresh seeds with the intervals of their searches (95 %, older ones 90 %), as a "
+        "ratio to full precision on these: where lower is better, below 1 is better than full precision.",
     ),
 }
 

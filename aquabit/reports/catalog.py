@@ -34,10 +34,11 @@ class Plan:
 def all_tables(facts: Facts) -> dict[str, pd.DataFrame]:
     """Every table by the name of its files."""
     functions = (
-        tables.counts, tables.failures, tables.quality_vs_bits, tables.front, tables.comparison, costs.budgets, costs.proof,
-        costs.frontiers, costs.progress, costs.chosen_bits, costs.step_bits, tables.layers, tables.operators, tables.blocks,
-        tables.layer_schemes, attribution.pairs, attribution.scheme_scores, attribution.shap_swarm, attribution.learning_curve,
-        tables.chosen_schemes, tables.surrogate, tables.surrogate_scatter, tables.swaps, noise.noise, noise.correction,
+        tables.counts, tables.failures, tables.quality_vs_bits, tables.psnr_vs_bits, tables.front, tables.comparison,
+        tables.same_quality, costs.budgets, costs.proof, costs.frontiers, costs.progress, costs.chosen_bits, costs.step_bits,
+        tables.layers, tables.operators, tables.blocks, tables.layer_schemes, attribution.pairs, attribution.scheme_scores,
+        attribution.shap_swarm, attribution.learning_curve, tables.chosen_schemes, tables.surrogate, tables.surrogate_scatter,
+        tables.swaps, tables.agreement, noise.noise, noise.correction,
     )  # fmt: skip
     found = {f.__name__: f(facts) for f in functions}
     found["block_operator"] = attribution.block_operator(found["layers"], facts)
@@ -64,20 +65,22 @@ def plans(facts: Facts, found: Tables) -> Iterator[Plan]:
 def _where(facts: Facts, found: Tables) -> Iterator[Plan]:
     metric, swap, effects = facts.metric, facts.swap, facts.effects
     big, wide, layers = effects.capitalize(), style.SINGLE * 1.3, found["layers"]
+    between = f"{facts.effect_level} interval"
     yield Plan(
         "layer_ranking", "where", "layers", "layers", _rows(style.DOUBLE, 0.2, 20, "layer"),
         lambda t, a: figures.layer_ranking(t, a, metric, swap, effects=effects),
-        f"The most harmful layers: {effects} effects with their intervals, and measured swaps of the same layer in random contexts.",
+        f"The most harmful layers: {effects} effects with their {between}s, and the mean of measured swaps of the same layer with its "
+        f"90 % interval, both in {facts.contexts}.",
     )  # fmt: skip
     yield Plan(
         "operators", "where", "operators", "operators", _rows(wide, 0.21, 40, "name", 0.95),
         lambda t, a: figures.group_effects(t, a, layers, "operator", metric, swap, effects=effects),
-        f"{big} effects by operator type (number of layers): boxes and ticks are layers, points the mean with its interval.",
+        f"{big} effects by operator type (number of layers): boxes and ticks are layers, points the mean with its {between}.",
     )  # fmt: skip
     yield Plan(
         "blocks", "where", "blocks", "blocks", _rows(wide, 0.21, 40, "name", 0.95),
         lambda t, a: figures.group_effects(t, a, layers, "block", metric, swap, effects=effects),
-        f"{big} effects by block in execution order (number of layers); of more than 40 blocks the most harmful.",
+        f"{big} effects by block in execution order (number of layers), with {between}s; of more than 40 blocks the most harmful.",
     )  # fmt: skip
     yield Plan(
         "block_operator", "where", "layers", "block_operator", _rows(style.DOUBLE, 0.17, attribution.BLOCKS_MOST, "block", 1.3),
@@ -117,7 +120,7 @@ def _trust(facts: Facts) -> Iterator[Plan]:
         "swaps", "trust", "swaps", "swaps", _flat(style.SINGLE, 2.7),
         lambda t, a: figures.swaps_scatter(
             t, a, metric, number(checked.get("srcc")), number(checked.get("sign_agreement")), int(checked.get("flips") or 0)),
-        "Effects of layers as predicted, beside the mean of real swaps with its interval.",
+        "Effects of layers as predicted, beside the mean of real swaps with its 90 % interval.",
     )  # fmt: skip
     yield Plan(
         "learning_curve", "trust", "curve", "learning_curve", _flat(style.SINGLE, 2.3),
@@ -128,19 +131,28 @@ def _trust(facts: Facts) -> Iterator[Plan]:
 
 def _choose(facts: Facts) -> Iterator[Plan]:
     metric, direction = facts.metric, facts.direction
+    fresh = "95 % intervals" if facts.front_level == "95 %" else "95 % intervals (found: 90 %)"
     yield Plan(
         "quality_vs_bits", "choose", "points", "quality_vs_bits", _flat(style.DOUBLE, 3.3),
         lambda t, a: figures.quality_vs_bits(t, a, metric, direction),
         f"Measured {metric} against bits per weight. Found configurations, and whatever else was measured on fresh seeds, are means "
-        "over blocks of seeds that the search never saw, with intervals; random ones were measured on the study's own seeds.",
+        f"over blocks of seeds that the search never saw, with {fresh}; those of the design were measured on the study's own seeds.",
     )  # fmt: skip
+    if facts.objective != "psnr":
+        yield Plan(
+            "psnr_vs_bits", "choose", "front", "psnr_vs_bits", _flat(style.DOUBLE, 3.3),
+            lambda t, a: figures.quality_vs_bits(t, a, "PSNR", "max"),
+            "Measured PSNR to the images of full precision of the same seeds, against bits per weight: the found front, the uniform "
+            f"families, and what the search tried on its way. Fresh seeds with {fresh}, the rest on the study's own seeds. Full "
+            "precision has no place here: it is what PSNR is measured against.", optional=True,
+        )  # fmt: skip
     called = "the measured time of a packed denoiser call"
     for cost, needs, what in (("bytes", "front", "their stored size"), ("latency_ms", "latency", called),
                               ("operations", "operations", "the kernel's operations")):  # fmt: skip
         yield Plan(
             f"frontier_{cost.removesuffix('_ms')}", "choose", needs, "frontiers", _flat(style.SINGLE, 2.3),
             lambda t, a, c=cost: costs.draw_frontier(t, a, c, metric, direction),  # type: ignore[misc]
-            f"{metric} of the found configurations on fresh seeds against {what}.",
+            f"{metric} of the found configurations on fresh seeds, with {facts.front_level} intervals, against {what}.",
         )  # fmt: skip
     yield Plan(
         "progress", "choose", "samples", "progress", _flat(style.SINGLE, 2.3), costs.draw_progress,

@@ -74,7 +74,8 @@ def proof(facts: Facts) -> pd.DataFrame:
     for problem, keys in (("additive scores (integer program)", ("optimum", "optimum_bound", "optimum_gap")),
                           ("the surrogate itself", ("predicted", "bound", "gap"))):  # fmt: skip
         values = [number(stored.get(k)) for k in keys]
-        if math.isfinite(values[0]):
+        alone = keys[0] == "predicted" and math.isnan(values[1]) and values[0] == number(stored.get("optimum"))  # no surrogate was searched
+        if math.isfinite(values[0]) and not alone:
             rows.append((problem, *values))
     return pd.DataFrame(rows, columns=["problem", "found", "bound", "gap"])
 
@@ -104,7 +105,7 @@ def _digest(member: dict[str, Any]) -> str:
 def progress(facts: Facts) -> pd.DataFrame:
     """measurement, kind, hypervolume: the area that the measurements so far dominate in (bits, quality), as a share of the last one's.
 
-    The corner is the largest size and the median quality of random configurations; only measurements of the study's own seeds count.
+    The corner is the largest size and the median quality of the design's configurations; only measurements of the study's own seeds count.
     """
     columns = ["measurement", "kind", "hypervolume"]
     table = facts.measured

@@ -68,11 +68,33 @@ class Facts:
         """What the study corrects every configuration by; empty where it corrects none."""
         return str(self.space.get("correction") or "")
 
-    def rows(self, kind: str) -> pd.DataFrame:
-        """The successful measurements of a kind, with the objective as ``value``; those without it left out, and of the kinds that are
-        made on the study's own seeds those of other protocols too, since numbers of different protocols never mix."""
-        table = self.measured
-        value = table[self.objective] if self.objective in table else pd.Series(index=table.index, dtype=float)
+    @property
+    def effect_level(self) -> str:
+        """Of the intervals of effects; they were 90 % before good configurations had a score of their own."""
+        return "95 %" if self._of_good_ones else "90 %"
+
+    @property
+    def front_level(self) -> str:
+        """Of the front's measured values; searches that did not compare sizes at equal quality stored 90 % intervals."""
+        return "95 %" if "same_quality" in (self.front.get("comparison") or {}) else "90 %"
+
+    @property
+    def contexts(self) -> str:
+        """What effects are means over: good configurations near the budget, or random ones in studies without probes and older ones."""
+        bits = number(self.sensitivity.get("bits"))
+        probed = any(math.isfinite(row["damage"]) for row in self.features.values())
+        near = f" near {bits:g} bits" if math.isfinite(bits) else ""
+        return f"{'good' if probed and self._of_good_ones else 'random'} configurations{near}"
+
+    @property
+    def _of_good_ones(self) -> bool:
+        return "among_good" in (self.sensitivity.get("surrogate") or {})
+
+    def rows(self, kind: str, metric: str | None = None) -> pd.DataFrame:
+        """The successful measurements of a kind, with ``metric`` (default: the objective) as ``value``; those without it left out, and of
+        the kinds that are made on the study's own seeds those of other protocols too, since numbers of different protocols never mix."""
+        table, metric = self.measured, metric or self.objective
+        value = table[metric] if metric in table else pd.Series(index=table.index, dtype=float)
         table = table.assign(value=pd.to_numeric(value, errors="coerce"))
         wanted = (table.kind == kind) & (table.status == "ok") & table.value.notna()
         if kind in OWN and self.protocol is not None:
@@ -174,11 +196,15 @@ def missing(facts: Facts) -> dict[str, tuple[str, str]]:
     measure = f"aquabit measure {model} --study {source}"
     protocol = facts.protocol.digest if facts.protocol else ""
     surrogate = facts.sensitivity.get("surrogate") or {}
+    compared = facts.front.get("comparison") or {}
+    alone = ("The winner was not compared with a uniform configuration on fresh seeds.", f"aquabit search {source} --bits 3.0")
+    if "same_quality" in compared:
+        alone = ("No uniform configuration of the space is as large as the winner, so none was compared with it at its size.", "")
     checks: Iterable[tuple[str, bool, str, str]] = (
         ("graph", bool(facts.layers), "The study holds no layer graph, so layers have no operator type, size or place.", measure),
         ("reference", len(facts.rows("reference")) > 0, "The full-precision model was not measured.", measure),
         ("uniform", len(facts.rows("uniform")) > 0, "No uniform configuration was measured.", measure),
-        ("samples", len(facts.rows("sample")) > 0, "No random configuration was measured.", f"{measure} --samples 120"),
+        ("samples", len(facts.rows("sample")) > 0, "No configuration of a design was measured.", f"{measure} --samples 120"),
         ("layers", any(math.isfinite(number(r.get("effect"))) for r in facts.sensitivity.get("layers") or []),
          "The effects of layers were not estimated.", f"aquabit explain {source}"),
         ("operators", bool(facts.sensitivity.get("operators")), "There are no effects by operator type.", f"aquabit explain {source}"),
@@ -198,8 +224,7 @@ def missing(facts: Facts) -> dict[str, tuple[str, str]]:
         ("operations", any(m.get("operations") for m in facts.front.get("members") or []),
          "The operations of found configurations are not stored.", f"aquabit search {source} --bits 3.0"),
         ("winner", bool(facts.front.get("winner")), "No configuration was chosen.", f"aquabit search {source} --bits 3.0"),
-        ("comparison", bool(facts.front.get("comparison")), "The winner was not compared with a uniform configuration on fresh seeds.",
-         f"aquabit search {source} --bits 3.0"),
+        ("comparison", "winner" in compared, *alone),
         ("images", any(p == protocol for _, p in facts.thumbnails), "No images are stored.", measure),
     )  # fmt: skip
     if facts.foreign:

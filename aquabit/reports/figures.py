@@ -17,6 +17,10 @@ from aquabit.reports import style
 MEASURED: dict[str, Any] = {"color": style.VERMILLION, "marker": "D", "markerfacecolor": "white"}  # hollow diamonds, everywhere
 PREDICTED: dict[str, Any] = {"color": style.BLUE, "marker": "o"}  # filled circles, everywhere
 
+CLOUDS = (  # of many configurations on the study's own seeds: group, legend, colour
+    ("design", "configurations of the design", style.GREY),
+    ("candidate", "candidates of the search", style.SKY),
+)
 FAMILIES = {  # of uniform configurations: legend, marker, colour
     "aq": ("additive, a format per layer", "o", style.GREEN),
     "usq h": ("uniform usq, output-aware", "s", style.SKY),
@@ -33,14 +37,14 @@ def _errors(table: pd.DataFrame, value: str, low: str, high: str) -> np.ndarray:
     return np.nan_to_num(np.maximum(gaps, 0.0), nan=0.0)
 
 
-def _limits(values: Any, margin: float = 0.06) -> tuple[float, float, bool]:
-    """Low, high and whether a logarithmic axis serves: all positive and a factor of eight or more apart."""
+def _limits(values: Any, margin: float = 0.06, log: bool = True) -> tuple[float, float, bool]:
+    """Low, high and whether a logarithmic axis serves (``log``: may serve): all positive and a factor of eight or more apart."""
     seen = np.asarray(values, float)
     seen = seen[np.isfinite(seen)]
     if not len(seen):
         return 0.0, 1.0, False
     low, high = float(seen.min()), float(seen.max())
-    if low > 0 and high > 8 * low:
+    if log and low > 0 and high > 8 * low:
         ratio = (high / low) ** margin
         return low / ratio, high * ratio, True
     pad = margin * (high - low) or 0.05 * abs(high) or 1.0
@@ -59,23 +63,28 @@ def _better(metric: str, direction: str) -> str:
 
 
 def quality_vs_bits(table: pd.DataFrame, axes: Axes, metric: str = "FID", direction: str = "min") -> None:
-    """Measured quality against bits per weight: random samples and their frontier, uniform, found front, full precision, budget."""
+    """Measured quality against bits per weight: configurations of the design and their frontier, uniform, candidates of the search, found
+    front, full precision, budget. PSNR is measured against full precision, which then has no place of its own."""
+    decibels = metric == "PSNR"
+    table = table[table.group != "full precision"] if decibels else table
     group = dict(list(table.groupby("group", sort=False)))
     shown = table[~table.group.isin(["budget"])]
-    core = table[table.group.isin(["random", "found", "budget"])].bits
+    core = table[table.group.isin(["design", "found", "budget"])].bits
     core = core if len(core) else table[table.group == "uniform"].bits
     right = float(core.max()) + 0.35 if len(core) else 17.0
     inside = shown[(shown.bits <= right) | (shown.group == "full precision")]
-    low, high, log = _limits(inside[["value", "low", "high"]])
+    low, high, log = _limits(inside[["value", "low", "high"]], log=not decibels)
     _scale(axes, "y", low, high, log)
     bits = inside[inside.group != "full precision"].bits
     axes.set_xlim(float(bits.min()) - 0.15 if len(bits) else 0.0, right)
-    if "random" in group:
-        random = group["random"]
-        look: dict[str, Any] = {"ls": "", "marker": "o", "ms": 2.6, "mec": "none", "color": style.GREY, "alpha": 0.75}
-        dots = axes.plot(random.bits, random.value, label="random configurations", **look)[0]
-        style.name_points(axes, dots, [f"{r.config}: {r.bits:.2f} bits, {metric} {r.value:.3g}" for r in random.itertuples()], "tip")
-        edge = random[random.frontier].sort_values("bits")
+    for name, label, colour in CLOUDS:
+        if name in group:
+            look: dict[str, Any] = {"ls": "", "marker": "o", "ms": 2.6, "mec": "none", "color": colour, "alpha": 0.75}
+            part = group[name]
+            dots = axes.plot(part.bits, part.value, label=label, **look)[0]
+            style.name_points(axes, dots, [f"{r.config}: {r.bits:.2f} bits, {metric} {r.value:.3g}" for r in part.itertuples()], "tip")
+    if "design" in group:
+        edge = group["design"][group["design"].frontier].sort_values("bits")
         axes.plot(edge.bits, edge.value, color="#4D4D4D", lw=1.0, drawstyle="steps-post", label="their frontier")
     if "full precision" in group:
         value = float(group["full precision"].value.iloc[0])
@@ -87,10 +96,10 @@ def quality_vs_bits(table: pd.DataFrame, axes: Axes, metric: str = "FID", direct
     if "found" in group:
         _found_points(group["found"], axes)
     axes.set_xlabel("bits per weight, codebooks and scales included")
-    axes.set_ylabel(_better(metric, direction))
+    axes.set_ylabel(f"{metric} to full precision, dB" if decibels else _better(metric, direction))
     handles, labels = axes.get_legend_handles_labels()
     families = [name for name, _, _ in FAMILIES.values()]
-    order = ["found (fresh seeds)", "winner", *families, "random configurations", "their frontier", "full precision", "budget"]
+    order = ["found (fresh seeds)", "winner", *families, CLOUDS[0][1], "their frontier", CLOUDS[1][1], "full precision", "budget"]
     legend = sorted(zip(labels, handles, strict=True), key=lambda item: order.index(item[0]))
     axes.legend([h for _, h in legend], [t for t, _ in legend], loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
@@ -139,7 +148,7 @@ def _effect_label(metric: str, swap: str, between: str = " ") -> str:
 
 
 def layer_ranking(table: pd.DataFrame, axes: Axes, metric: str = "FID", swap: str = "", top: int = 20, effects: str = "predicted") -> None:
-    """The ``top`` most harmful layers: effects (``effects`` says which) with intervals, real swaps beside them."""
+    """The ``top`` most harmful layers: effects (``effects`` says which) with intervals, real swaps with theirs beside them."""
     table = table[table.effect.notna()].head(top).reset_index(drop=True)
     at = np.arange(len(table), dtype=float)
     bars = _errors(table, "effect", "low", "high")
@@ -254,18 +263,30 @@ def surrogate_scatter(table: pd.DataFrame, axes: Axes, metric: str = "FID", with
 def swaps_scatter(
     table: pd.DataFrame, axes: Axes, metric: str = "FID", srcc: float = math.nan, sign_agreement: float = math.nan, flips: int = 0
 ) -> None:
-    """Predicted effects of layers against the mean of real swaps, with the intervals of the latter."""
+    """Predicted effects of layers against the mean of real swaps, with the intervals of the latter; layers that were drawn at random, of
+    which the scores speak, apart from those that were swapped because the ranking puts them first."""
     for which in ("x", "y"):  # one scale, so that agreement is a straight line
         style.symmetric_axis(axes, which, table[["predicted", "real", "low", "high"]])
     ends = np.linspace(*axes.get_xlim(), 400)
     axes.plot(ends, ends, color=style.BLACK, lw=0.7, ls="--", scalex=False, scaley=False)
     axes.axhline(0, color="#8C8C8C", lw=0.6)
     axes.axvline(0, color="#8C8C8C", lw=0.6)
-    bars = _errors(table, "real", "low", "high")
-    drawn = axes.errorbar(table.predicted, table.real, yerr=bars, ls="", ms=4, elinewidth=0.7, mew=0.9, **MEASURED)
-    style.name_points(axes, drawn.lines[0], list(table.layer))
+    halves = table.checks if "checks" in table else pd.Series("random", index=table.index)
+    for half, look, text in (
+        ("top", {**MEASURED, "markerfacecolor": style.VERMILLION}, "first in the ranking"),
+        ("random", MEASURED, "drawn at random"),
+    ):
+        part = table[halves == half]
+        if len(part):
+            bars = _errors(part, "real", "low", "high")
+            drawn = axes.errorbar(part.predicted, part.real, yerr=bars, ls="", ms=4, elinewidth=0.7, mew=0.9, label=text, **look)
+            style.name_points(axes, drawn.lines[0], list(part.layer))
+    apart = bool((halves == "top").any())
     lines = ["SRCC unknown" if math.isnan(srcc) else f"SRCC {srcc:.2f}"]
     lines += [] if math.isnan(sign_agreement) else [f"same sign {100 * sign_agreement:.0f} %"]
+    if apart:
+        axes.legend(loc="lower right")
+        lines[0] += " of random ones"
     _note(axes, [*lines, f"{flips or int(table.n.sum())} real swaps of {len(table)} layers"])
     axes.set_xlabel(f"predicted worsening of {metric}")
     axes.set_ylabel(f"measured worsening of {metric}")

@@ -40,12 +40,13 @@ def failures(facts: Facts) -> pd.DataFrame:
     return _table(rows, ["kind", "reason", "times", "example"]).sort_values("times", ascending=False, kind="stable", ignore_index=True)
 
 
-def fresh(facts: Facts) -> pd.DataFrame:
-    """config, value, low, high, blocks: means over blocks of seeds that the search never saw, t intervals at ``LEVEL``."""
+def fresh(facts: Facts, metric: str | None = None) -> pd.DataFrame:
+    """config, value, low, high, blocks: means of ``metric`` (default: the objective) over blocks of seeds that the search never saw, t
+    intervals at ``LEVEL``."""
     from scipy.stats import t
 
     rows = []
-    for config, part in facts.rows("fresh").groupby("config", sort=False):
+    for config, part in facts.rows("fresh", metric).groupby("config", sort=False):
         values, n = part.value.to_numpy(float), len(part)
         half = float(t.ppf((1 + LEVEL) / 2, n - 1) * values.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan
         rows.append((config, values.mean(), values.mean() - half, values.mean() + half, n))
@@ -65,21 +66,41 @@ def frontier(bits: np.ndarray, value: np.ndarray, direction: str) -> np.ndarray:
 def quality_vs_bits(facts: Facts) -> pd.DataFrame:
     """group, label, family, config, bits, bytes, value, low, high, blocks, frontier: what the scatter of quality against bits shows.
 
-    Groups: random, uniform, full precision, found (measured values of the front), and budget (its bits). Where a configuration was
-    measured on blocks of fresh seeds, value and interval are theirs and ``blocks`` counts them; 0 blocks are the study's own seeds.
-    ``family`` is that of uniform configurations: usq, usq h, vq, aq.
+    Groups: design (configurations that were drawn), uniform, full precision, found (measured values of the front), and budget (its bits).
+    Where a configuration was measured on blocks of fresh seeds, value and interval are theirs and ``blocks`` counts them; 0 blocks are the
+    study's own seeds. ``family`` is that of uniform configurations: usq, usq h, vq, aq.
     """
+    return _against_bits(facts, facts.objective, facts.direction)
+
+
+def psnr_vs_bits(facts: Facts) -> pd.DataFrame:
+    """As ``quality_vs_bits``, of PSNR to full precision in dB; beside it in the group "candidate" what the search measured on the study's
+    own seeds: answers of the program, and their refinements. Empty without a front that has it."""
+    table = _against_bits(facts, "psnr", "max")
+    found, columns = table.group == "found", list(table.columns)
+    if not found.any():
+        return table.iloc[:0]
+    known = set(table.config[found])
+    rows = [
+        ("candidate", "candidate", "", r.config, r.bits, r.bytes, r.value, math.nan, math.nan, 0, False)
+        for r in facts.rows("candidate", "psnr").drop_duplicates("config").itertuples()
+        if r.config not in known
+    ]
+    return pd.concat([table, _table(rows, columns)], ignore_index=True) if rows else table
+
+
+def _against_bits(facts: Facts, metric: str, direction: str) -> pd.DataFrame:
     columns = ["group", "label", "family", "config", "bits", "bytes", "value", "low", "high", "blocks", "frontier"]
-    better = fresh(facts).set_index("config")
+    better = fresh(facts, metric).set_index("config")
     rows: list[tuple[Any, ...]] = []
-    samples = facts.rows("sample")
-    edge = frontier(samples.bits.to_numpy(float), samples.value.to_numpy(float), facts.direction)
+    samples = facts.rows("sample", metric)
+    edge = frontier(samples.bits.to_numpy(float), samples.value.to_numpy(float), direction)
     rows += [
-        ("random", "random", "", r.config, r.bits, r.bytes, r.value, math.nan, math.nan, 0, bool(e))
+        ("design", "design", "", r.config, r.bits, r.bytes, r.value, math.nan, math.nan, 0, bool(e))
         for r, e in zip(samples.itertuples(), edge, strict=True)
     ]
     for group, source in (("uniform", "uniform"), ("full precision", "reference")):
-        for r in facts.rows(source).drop_duplicates("config").itertuples():
+        for r in facts.rows(source, metric).drop_duplicates("config").itertuples():
             kind = family(facts.configs[r.config]) if group == "uniform" else ""
             name = f"aq {round(2 * r.bits) / 2:g}" if kind == "aq" else scheme_name(facts.configs[r.config])
             value = (r.value, math.nan, math.nan, 0)
@@ -87,7 +108,7 @@ def quality_vs_bits(facts: Facts) -> pd.DataFrame:
                 f = better.loc[r.config]
                 value = (f.value, f.low, f.high, int(f.blocks))
             rows.append((group, name, kind, r.config, r.bits, r.bytes, *value, False))
-    for m in front(facts).itertuples():
+    for m in front(facts, metric).itertuples():
         if not math.isnan(m.measured):
             rows.append(
                 ("found", "winner" if m.winner else "found", "", m.config, m.bits, m.bytes, m.measured, m.low, m.high, m.blocks, False)
@@ -98,24 +119,28 @@ def quality_vs_bits(facts: Facts) -> pd.DataFrame:
     return _table(rows, columns)
 
 
-def front(facts: Facts) -> pd.DataFrame:
-    """config, winner, bits, bytes, bops, latency_ms, predicted, measured, low, high, blocks of every member, smallest first."""
+def front(facts: Facts, metric: str | None = None) -> pd.DataFrame:
+    """config, winner, bits, bytes, bops, latency_ms, predicted, measured, low, high, blocks of every member, smallest first, the values of
+    ``metric`` (default: the objective); then psnr_predicted, psnr, psnr_low, psnr_high, in dB."""
+    metric = metric or facts.objective
     rows, blocks = [], _count((facts.front.get("comparison") or {}).get("blocks"))
     for member in facts.front.get("members") or []:
         body = member.get("config")
         config = QuantConfig.from_dict(body, "a member of the front").digest if isinstance(body, dict) else ""
-        measured = (member.get("measured") or {}).get(facts.objective) or {}
-        predicted = number((member.get("predicted") or {}).get(facts.objective))
         cost = [number(member.get(k)) for k in ("bits_per_weight", "bytes", "bops", "latency_ms")]
-        values = [number(measured.get(k)) for k in ("value", "low", "high")]
-        rows.append((config, bool(config) and config == facts.front.get("winner"), *cost, predicted, *values, blocks))
+        row: list[Any] = [config, bool(config) and config == facts.front.get("winner"), *cost]
+        for name, more in ((metric, [blocks]), ("psnr", [])):
+            measured = (member.get("measured") or {}).get(name) or {}
+            row += [number((member.get("predicted") or {}).get(name)), *(number(measured.get(k)) for k in ("value", "low", "high")), *more]
+        rows.append(row)
     columns = ["config", "winner", "bits", "bytes", "bops", "latency_ms", "predicted", "measured", "low", "high", "blocks"]
+    columns += ["psnr_predicted", "psnr", "psnr_low", "psnr_high"]
     return _table(rows, columns).sort_values("bits", kind="stable", ignore_index=True)
 
 
 def layers(facts: Facts) -> pd.DataFrame:
     """One row a layer, most harmful first: its place and size, the effect that ranks it, the real swaps, and what the winner gives it,
-    and mean |SHAP| and its signed form (log units) of the surrogate."""
+    mean |SHAP| and its signed form (log units) of the surrogate, and the decibels of PSNR that the swap loses, with their interval."""
     effects = {str(r.get("name")): r for r in facts.sensitivity.get("layers") or []}
     real = {str(r.get("layer")): r for r in facts.validation.get("rows") or []}
     winner, rows = facts.winner(), []
@@ -128,7 +153,7 @@ def layers(facts: Facts) -> pd.DataFrame:
             name, operator, block, size, number(node.get("macs")), *(number(effect.get(k)) for k in ("effect", "low", "high")),
             *(number(swap.get(k)) for k in ("real", "low", "high")), _count(swap.get("n")),
             str(chosen.weight) if chosen else "", winner.mean_act(name) if winner else math.nan,
-            *(number(effect.get(k)) for k in ("shap", "shap_signed")),
+            *(number(effect.get(k)) for k in ("shap", "shap_signed", "psnr_effect", "psnr_low", "psnr_high")),
         ))  # fmt: skip
     columns = [
         "layer",
@@ -147,6 +172,9 @@ def layers(facts: Facts) -> pd.DataFrame:
         "act",
         "shap",
         "shap_signed",
+        "psnr_effect",
+        "psnr_low",
+        "psnr_high",
     ]
     return _table(rows, columns).sort_values("effect", ascending=False, na_position="last", kind="stable", ignore_index=True)
 
@@ -208,11 +236,20 @@ def chosen_schemes(facts: Facts) -> pd.DataFrame:
 
 
 def surrogate(facts: Facts) -> pd.DataFrame:
-    """model, within_budget_srcc, srcc, kendall, ndcg10, r2, noise_ceiling: out-of-fold scores of the surrogate, then its baselines."""
+    """model, within_budget_srcc, among_good, good, srcc, kendall, ndcg10, r2, noise_ceiling, good_ceiling: out-of-fold scores of the
+    surrogate, then its baselines; ``among_good`` is the within-budget SRCC among the ``good`` configurations, of which there are so many
+    (NaN where they are too few, or the model has none)."""
     keys = ["within_budget_srcc", "srcc", "kendall", "ndcg10", "r2", "noise_ceiling"]
     own: Mapping[str, Any] = facts.sensitivity.get("surrogate") or {}
+    good = own.get("among_good") or {}
     models = {"surrogate": own, **(own.get("baselines") or {})} if own else {}
-    return _table([(str(name), *(number(scores.get(k)) for k in keys)) for name, scores in models.items()], ["model", *keys])
+    among = {"surrogate": good.get("srcc"), **(good.get("baselines") or {})}
+    ceilings = {"surrogate": good.get("noise_ceiling")}
+    rows = []
+    for name, scores in models.items():
+        first, *rest = (number(scores.get(k)) for k in keys)
+        rows.append((str(name), first, number(among.get(name)), number(good.get("count")), *rest, number(ceilings.get(name))))
+    return _table(rows, ["model", keys[0], "among_good", "good", *keys[1:], "good_ceiling"])
 
 
 def surrogate_scatter(facts: Facts) -> pd.DataFrame:
@@ -225,33 +262,61 @@ def surrogate_scatter(facts: Facts) -> pd.DataFrame:
 
 
 def swaps(facts: Facts) -> pd.DataFrame:
-    """layer, operator, predicted, real, low, high, n: predicted effects beside the mean of n real swaps and its interval."""
+    """layer, operator, predicted, real, low, high, n, checks: predicted effects beside the mean of n real swaps and its 90 % interval;
+    ``checks``: "random" layers, or "top" ones, which were swapped because the ranking puts them first."""
     rows = [
         (str(r.get("layer")), str(facts.layers.get(str(r.get("layer")), {}).get("operator", "")),
-         *(number(r.get(k)) for k in ("predicted", "real", "low", "high")), _count(r.get("n")))
+         *(number(r.get(k)) for k in ("predicted", "real", "low", "high")), _count(r.get("n")), str(r.get("checks") or "random"))
         for r in facts.validation.get("rows") or []
     ]  # fmt: skip
-    return _table(rows, ["layer", "operator", "predicted", "real", "low", "high", "n"])
+    return _table(rows, ["layer", "operator", "predicted", "real", "low", "high", "n", "checks"])
+
+
+def agreement(facts: Facts) -> pd.DataFrame:
+    """half, srcc, sign_agreement, layers, flips: how predicted effects agree with real swaps of layers drawn at random, and of those that
+    the ranking puts first; empty where these were not kept apart."""
+    halves = {"drawn at random": facts.validation.get("random"), "first in the ranking": facts.validation.get("top")}
+    rows = [
+        (name, number(half.get("srcc")), number(half.get("sign_agreement")), _count(half.get("layers")), _count(half.get("flips")))
+        for name, half in halves.items()
+        if half
+    ]
+    return _table(rows, ["half", "srcc", "sign_agreement", "layers", "flips"])
 
 
 def comparison(facts: Facts) -> pd.DataFrame:
-    """which, scheme, config, bits, bytes, value, low, high, blocks: found and uniform on the same fresh seeds, then found minus uniform."""
-    columns = ["which", "scheme", "config", "bits", "bytes", "value", "low", "high", "blocks"]
+    """which, scheme, config, bits, bytes, value, low, high, psnr, psnr_low, psnr_high, blocks: found and uniform on the same fresh seeds,
+    then found minus uniform (paired), then what the winner was held against; intervals are 95 %."""
+    columns = ["which", "scheme", "config", "bits", "bytes", "value", "low", "high", "psnr", "psnr_low", "psnr_high", "blocks"]
     stored = facts.front.get("comparison") or {}
-    if not stored:
+    if "winner" not in stored:
         return _table([], columns)
-    better, blocks = fresh(facts).set_index("config"), _count(stored.get("blocks"))
-    rows: list[tuple[Any, ...]] = []
-    for which, key in (("found", "winner"), ("uniform", "uniform")):
-        side = stored.get(key) or {}
+    better, blocks = [fresh(facts, m).set_index("config") for m in (facts.objective, "psnr")], _count(stored.get("blocks"))
+    found = [("found", stored["winner"]), ("uniform", stored.get("uniform")), *(("against", row) for row in stored.get("against") or [])]
+    rows: list[list[Any]] = []
+    for which, side in found:
+        side = side or {}
         config = str(side.get("config", ""))
         values = [number(v) for v in next((v for v in side.values() if isinstance(v, list)), [])]
-        known = better.loc[config] if config in better.index else None
-        mean = float(np.mean(values)) if values else math.nan if known is None else float(known.value)
-        ends = (math.nan, math.nan) if known is None else (float(known.low), float(known.high))
-        scheme = str(side.get("scheme") or "mixed")
-        rows.append((which, scheme, config, number(side.get("bits")), number(side.get("bytes")), mean, *ends, blocks))
-    change = stored.get("difference") or {}
-    sizes = [rows[0][i] - rows[1][i] for i in (3, 4)]
-    rows.append(("difference", "found minus uniform", "", *sizes, *(number(change.get(k)) for k in ("value", "low", "high")), blocks))
+        row = [which, str(side.get("scheme") or side.get("name") or "mixed"), config, number(side.get("bits")), number(side.get("bytes"))]
+        for table, mean in zip(better, (float(np.mean(values)) if values else math.nan, number(side.get("psnr"))), strict=True):
+            known = table.loc[config] if config in table.index else None
+            row += [mean if known is None or math.isfinite(mean) else float(known.value)]
+            row += [math.nan, math.nan] if known is None else [float(known.low), float(known.high)]
+        rows.append([*row, blocks])
+    sizes, changes = [rows[0][i] - rows[1][i] for i in (3, 4)], [stored.get(k) or {} for k in ("difference", "psnr_difference")]
+    ends = [number(change.get(k)) for change in changes for k in ("value", "low", "high")]
+    rows.insert(2, ["difference", "found minus uniform", "", *sizes, *ends, blocks])
     return _table(rows, columns)
+
+
+def same_quality(facts: Facts) -> pd.DataFrame:
+    """uniform, metric, value, bytes, found_bytes, share: for each uniform configuration the size from which on the front is measured as
+    good on fresh seeds, and its share of the uniform one's (NaN where no member is), smallest first."""
+    rows = []
+    for r in (facts.front.get("comparison") or {}).get("same_quality") or []:
+        size, found = number(r.get("bytes")), number(r.get("found_bytes"))
+        rows.append((str(r.get("uniform")), str(r.get("metric")), number(r.get("value")), size, found, found / size))
+    return _table(rows, ["uniform", "metric", "value", "bytes", "found_bytes", "share"]).sort_values(
+        "bytes", kind="stable", ignore_index=True
+    )

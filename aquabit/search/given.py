@@ -44,13 +44,21 @@ def _entries(rules: Any, source: str) -> list[tuple[str, Mapping[str, Any]]]:
     if isinstance(rules, Mapping):
         found = list(rules.items())
     elif isinstance(rules, list) and all(isinstance(r, Mapping) and isinstance(r.get("quantizer_name"), str) for r in rules):
-        found = [(r["quantizer_name"], r.get("cfg") or {k: v for k, v in r.items() if k != "quantizer_name"}) for r in rules]
+        plain = [r for r in rules if "parent_class" not in r]  # those name kinds of modules, not layers
+        found = [(r["quantizer_name"], _settings(r)) for r in plain]
     else:
         raise AquabitError(f"{source}: quant_cfg is {rules!r:.60}; it must map quantizers, as *weight_quantizer, to settings")
     bad = [k for k, v in found if not isinstance(k, str) or not isinstance(v, Mapping)]
     if bad:
         raise AquabitError(f"{source}: the settings of {bad[0]!r:.60} are no object")
     return found
+
+
+def _settings(rule: Mapping[str, Any]) -> Any:
+    """A rule's settings: its ``cfg``, with what stands beside it."""
+    cfg = rule.get("cfg") or {}
+    beside = {k: v for k, v in rule.items() if k not in ("quantizer_name", "cfg")}
+    return {**cfg, **beside} if isinstance(cfg, Mapping) else cfg
 
 
 def _scheme(cfg: Mapping[str, Any], source: str) -> Scheme:

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from aquabit.scheme import Progress, QuantConfig, no_progress
 from aquabit.search.options import activation_choices
-from aquabit.search.refine import Chosen, Seen, in_context
+from aquabit.search.refine import Chosen, Seen, crossings, in_context, shrunk
 from aquabit.sensitivity.damages import Damages
 from aquabit.sensitivity.measure import Session
-from aquabit.sensitivity.step_weights import chosen_cells, fit_step_weights
+from aquabit.sensitivity.step_weights import LEAST, chosen_cells, fit_step_weights
 from aquabit.space import SearchSpace
 
-LOOKED = 4  # parts of stored inputs (8 trajectories each) that slopes are taken on
-JUDGED = 4  # parts that steps are judged on: others, so that nothing is accepted that only the looked-at inputs like
+LOOKED = 8  # parts of stored inputs (8 trajectories each) that slopes are taken on
+JUDGED = 8  # parts that steps are judged on: others, so that nothing is accepted that only the looked-at inputs like
 
 
 @dataclass
 class InContext:
-    """``look`` and ``judge`` for ``refine``; ``spent`` counts what they cost in output errors (a fifteenth of a measurement each)."""
+    """``look`` and ``judge`` for ``refine``; ``spent`` counts the output errors that they ask for (a fifteenth of a
+    measurement each; what the study holds already costs nothing)."""
 
     session: Session
     damages: Damages
@@ -40,6 +41,11 @@ class InContext:
         """Those to look at and those to judge on."""
         first = self.seed * (LOOKED + JUDGED)
         return list(range(first, first + LOOKED)), list(range(first + LOOKED, first + LOOKED + JUDGED))
+
+    @property
+    def ready(self) -> bool:
+        """Whether there are probes enough to fit weights to."""
+        return len(chosen_cells(self.damages)) >= LEAST
 
     @property
     def weights(self) -> np.ndarray:
@@ -61,8 +67,10 @@ class InContext:
         weights, acts = chosen
         parts = self.session.slopes(self._config(chosen), self.weights.tolist(), self.parts[0], self.progress)
         self.spent += 3 * LOOKED
-        slopes, overlap = (self._table([p[name] for p in parts]) for name in ("slopes", "overlap"))
-        change = in_context(slopes, overlap, self.damages.weights, weights)
+        overlap = self._table(parts[0]["overlap"])
+        damages = self.damages.weights
+        crossing = shrunk(np.array([crossings(self._table(p["slopes"]), overlap, damages, weights) for p in parts]), damages)
+        change = in_context(crossing, damages, weights)
         own = [self.space.act_codes.index(a) if a in self.space.act_codes else 0 for a in acts]
         columns = [self.space.act_codes.index(a) for a in self.activations]
         rounded = self.damages.acts[:, columns] - self.damages.acts[np.arange(len(acts)), own][:, None]
@@ -78,11 +86,11 @@ class InContext:
     def _config(self, chosen: Chosen) -> QuantConfig:
         return self.space.configs(chosen[0][None], chosen[1][None])[0]
 
-    def _table(self, parts: Sequence[dict[str, dict[str, float]]]) -> np.ndarray:
-        """Means over parts as [L, schemes], 0 where nothing is known."""
+    def _table(self, values: Mapping[str, Mapping[str, float]]) -> np.ndarray:
+        """{layer: {scheme: value}} as [L, schemes], 0 where nothing is known."""
         column = {str(s): j for j, s in enumerate(self.space.schemes)}
         out = np.zeros((len(self.space.choices), len(column)))
         for i, layer in enumerate(self.space.choices):
-            for scheme in parts[0].get(layer, {}):
-                out[i, column[scheme]] = np.mean([p[layer][scheme] for p in parts])
+            for scheme, value in values.get(layer, {}).items():
+                out[i, column[scheme]] = value
         return out

@@ -62,6 +62,8 @@ def solve(
     scaled = np.where(options.columns.allowed, scaled, 0.0)
     excluded = [(options.columns.join(w, a), d) for w, a, d in cuts]
     if near is not None:
+        if near[2] < 1:
+            raise AquabitError(f"a trust region of {near[2]} layers is empty; give at least 1")
         excluded.append((options.columns.join(*near[:2]), -near[2]))
     found = _exact(scaled, options, excluded, cost_model, budget, relative_gap, nodes)
     if found is None:

@@ -12,7 +12,7 @@ from aquabit.scheme import Protocol
 from aquabit.search.front import Interval, paired_difference
 
 PIECES = 4  # a protocol's images are judged in so many blocks: differences between blocks say how noisy a difference is
-ROUNDS = (4, 8, 16)  # blocks that the candidates of each round are judged on; about half of them go on to the next
+ROUNDS = (2, 4, 8, 16)  # blocks that the candidates of each round are judged on; about half of them go on to the next
 JUDGED_BLOCK = 2  # block of fresh seeds that judging takes its images from; block 1 belongs to validation, 11 and up to reports
 SEEDS_APART = 1000  # blocks between those of two seeds of the search
 PAIRED = ("mse", "psnr", "ssim", "feature_distance", "lpips")  # distances to full-precision images of the same seeds
@@ -27,12 +27,18 @@ def fidelity_of(protocol: Protocol) -> str:
     return protocol.objective if protocol.objective in PAIRED or ":" in protocol.objective else FIDELITY
 
 
-def pieces(protocol: Protocol, count: int, seed: int = 0) -> list[Protocol]:
+def pieces(protocol: Protocol, count: int, seed: int = 0, conditions: Sequence[str | int] | None = None) -> list[Protocol]:
     """The first ``count`` blocks that judging uses: small ones, on image seeds that nothing else is measured on, others for each
-    ``seed``."""
+    ``seed``. ``conditions`` are the protocol's prompts or classes (default: those it names): each block goes on where the last one ended."""
     size = max(2, ceil(protocol.images / PIECES))
     block = protocol.block(JUDGED_BLOCK + SEEDS_APART * seed)
-    return [replace(block, images=size, seed=block.seed + i * size, micro_batch=min(size, protocol.micro_batch)) for i in range(count)]
+    asked = conditions or protocol.conditions
+
+    def of(i: int) -> tuple[str | int, ...] | None:
+        return None if asked is None else tuple(asked[(i * size + k) % len(asked)] for k in range(size))
+
+    small = replace(block, images=size, micro_batch=min(size, protocol.micro_batch))
+    return [replace(small, seed=block.seed + i * size, conditions=of(i)) for i in range(count)]
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,7 @@ def judge(candidates: Sequence[int], measure: Measure, rounds: Sequence[int] = R
             break
         best = values[alive[0]]
         shown = [i for i in alive[1:] if not np.isfinite(values[i]).all() or paired_difference(list(values[i]), list(best)).low > 0]
-        alive = [i for i in alive if i not in shown][: max(1, ceil(len(alive) / 2))]
+        alive = [i for i in alive if i not in shown][: max(2, ceil(len(alive) / 2))]  # two stay for all blocks
         if len(alive) == 1:
             break
     winner = alive[0]

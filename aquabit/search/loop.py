@@ -17,7 +17,7 @@ from aquabit.search.options import Options, Predict
 from aquabit.search.proof import BoundFactory, Proof, branch_and_bound, columns_of
 from aquabit.space import BITS_RANGE, SearchSpace
 
-METHODS = ("program", "evolve")
+METHODS = ("program", "surrogate", "evolve")
 CONTEXT_ROWS = 15_000  # predictions of single choices for one target, which set the number of contexts of large models, at least 4
 TIES = 1e-3  # predictions that differ by less, relative to the spread of those of the measured configurations, are equal
 SPREAD = (0.9, 1.1, 0.8, 1.25)  # limits of the front's other targets relative to the budget's, the nearest first

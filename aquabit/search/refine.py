@@ -15,7 +15,7 @@ from aquabit.cost import CostModel
 from aquabit.scheme import AquabitError, Budget
 from aquabit.search.integer_program import solve
 
-RADII = (2, 4, 8, 16, 32)  # layers that may change at once: each size of a step is tried, the judge says which one was too large
+RADII = (4, 8, 16)  # layers that may change at once: each size of a step is tried, the judge says which one was too large
 Chosen = tuple[np.ndarray, np.ndarray]  # (weights [L], acts [L])
 
 
@@ -40,20 +40,40 @@ class Step:
     changed: int
 
 
-def in_context(slopes: np.ndarray, overlap: np.ndarray, damages: np.ndarray, own: np.ndarray) -> np.ndarray:
-    """Change [L, C] of a sum of squares |D|^2 by each single choice, 0 at ``own`` [L], from what is known of J_l E_lc, the error that
-    choice c of layer l makes in D: ``slopes`` = 2 D . J_l E_lc, ``damages`` = |J_l E_lc|^2, and ``overlap``, the cosine between E_lc and
-    the error of the layer's own choice, which stands for that of J_l E_lc.
+def crossings(slopes: np.ndarray, overlap: np.ndarray, damages: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """2 <D - J_l E_l, J_l E_lc> [..., L, C]: how the error that choice c of layer l makes lies in the errors of all other layers, from
+    ``slopes`` [..., L, C] = 2 <D, J_l E_lc>. ``overlap`` [L, C], the cosine between E_lc and the error of the layer's ``own`` choice [L],
+    stands for that of J_l E_lc; ``damages`` [L, C] are |J_l E_lc|^2. 0 where a layer may not take a choice."""
+    rows, known = np.arange(len(own)), np.isfinite(damages)
+    size = np.sqrt(np.where(known, damages, 0.0))
+    mine = np.where(np.arange(damages.shape[1]) == own[:, None], 1.0, overlap) * size * size[rows, own][:, None]
+    return np.asarray(np.where(known, slopes - 2 * mine, 0.0))
 
-    The layer's own error leaves and the other one comes: |D - a + b|^2 - |D|^2 = 2 D . (b - a) + |a|^2 + |b|^2 - 2 a . b.
+
+def shrunk(parts: np.ndarray, damages: np.ndarray) -> np.ndarray:
+    """Crossings [L, C] from those of several parts of the inputs [n, L, C], as far as the parts agree (empirical Bayes).
+
+    In units of |J E| a crossing is N(m, v) over cells, and its mean over parts has the variance that the parts show; m and v are
+    fitted to all cells by moments. Without this, a program picks the cells whose crossing is negative by chance.
     """
-    rows = np.arange(len(own))
-    mine, slope = damages[rows, own][:, None], slopes[rows, own][:, None]
-    with np.errstate(invalid="ignore"):
-        crossed = np.where(np.isfinite(damages), 2 * overlap * np.sqrt(mine * np.where(np.isfinite(damages), damages, 0.0)), 0.0)
-        change = (slopes - slope) + mine + damages - crossed
-    change[rows, own] = 0.0
-    return np.asarray(np.where(np.isfinite(damages), change, np.inf))
+    known = np.isfinite(damages) & (damages > 0)
+    unit = np.where(known, np.sqrt(np.where(known, damages, 1.0)), 1.0)
+    scaled = parts / unit
+    mean, count = scaled.mean(0), len(parts)
+    if count < 2 or not known.any():
+        return np.zeros(damages.shape)
+    noise = scaled.var(0, ddof=1) / count
+    center = float(mean[known].mean())
+    true = max(float(mean[known].var() - noise[known].mean()), 0.0)
+    kept = true / np.maximum(true + noise, 1e-300)
+    return np.asarray(np.where(known, unit * (center + kept * (mean - center)), 0.0))
+
+
+def in_context(crossing: np.ndarray, damages: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """Change [L, C] of a sum of squares |D|^2 by each single choice, 0 at ``own`` [L]: the layer's own error leaves with its crossing, and
+    the other one comes with its own. Infinite where a layer may not take a choice."""
+    total = np.where(np.isfinite(damages), damages + crossing, np.inf)
+    return np.asarray(total - total[np.arange(len(own)), own][:, None])
 
 
 def refine(
@@ -63,8 +83,8 @@ def refine(
     """The configurations from ``start`` on, each judged better than the one before; the last one is the best.
 
     Each round looks at the incumbent, solves the program over the changes seen there for each of ``radii``, and takes the proposal that the
-    judge finds best, where that is below the incumbent. It ends after ``rounds``, or where nothing is gained: then the radii that are
-    smaller than the smallest proposal have been tried too. Deterministic where ``look`` and ``judge`` are. Never outside the budget.
+    judge finds best, where that is below the incumbent. It ends after ``rounds``, or where nothing is gained. Deterministic where ``look``
+    and ``judge`` are. Never outside the budget.
     """
     seen = look(start)
     steps = [Step(*start, seen.value, seen.value, 0)]
@@ -93,9 +113,7 @@ def _proposals(
 ) -> list[tuple[np.ndarray, np.ndarray, float]]:
     """(weights, acts, predicted value) of the program's optimum within each radius, those that differ from the incumbent and each other."""
     found: list[tuple[np.ndarray, np.ndarray, float]] = []
-    for radius in radii:
-        if radius > len(incumbent[0]):
-            break
+    for radius in dict.fromkeys(min(r, len(incumbent[0])) for r in radii):
         try:
             solved = solve(seen.change, cost_model, budget, near=(*incumbent, radius), relative_gap=1e-3)
         except AquabitError:  # the incumbent itself keeps the budget, so this is a limit on nodes

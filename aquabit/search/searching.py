@@ -27,8 +27,8 @@ from aquabit.sensitivity.latency import latency_table, packed_latencies
 from aquabit.sensitivity.measure import Session, uniform_references
 from aquabit.sensitivity.surrogate import FittedSurrogate, fit_from_study, training_table
 
-SPREAD = (0.9, 1.1, 0.8, 1.25, 0.7, 1.5, 0.6, 0.5, 2.0)  # limits of the front's other targets relative to the budget's
-REFINED = 5  # targets that are refined in context: the budget and those nearest to it
+SPREAD = (0.9, 1.1, 0.8, 1.25, 0.6, 1.5, 0.5, 2.0)  # limits of the front's other targets relative to the budget's
+REFINED = 3  # targets that are refined in context: the budget and those nearest to it
 FINALISTS = 8  # candidates under the budget that are judged on common seeds
 FRESH_BLOCKS = (11, 12, 13, 14, 15)  # what is reported; block 1 belongs to validation, 2 to judging
 OBJECTIVE_BLOCKS = (3, 4)  # where the objective is no paired distance, finalists have it on these too
@@ -60,7 +60,7 @@ class SearchOptions:
 
     @property
     def refinements(self) -> int:
-        return 8 if self.rounds is None or self.method != "program" else self.rounds
+        return 3 if self.rounds is None or self.method != "program" else self.rounds
 
     @property
     def proposals(self) -> int:
@@ -108,7 +108,7 @@ class Search:
         return self._front(*self.choose())
 
     def choose(self) -> tuple[QuantConfig, Judgement]:
-        """The winner under the budget, and how it was told apart: what is proposed is measured with what is known, and the best are judged."""
+        """The winner under the budget, and how it was told apart: proposals are measured, and the best of all that is known are judged."""
         session, progress = self.session, self.progress
         starts = self._programs()
         self.told(self._expected(starts[self.options.budget]))
@@ -126,11 +126,12 @@ class Search:
     def _at_budget(self, config: QuantConfig) -> QuantConfig:
         """A given configuration with its activations at the bits that the budget fixes, where it fixes them: rivals are compared alike."""
         if len(self.activations) > 1:
-            return config
+            return replace(config, correction=self.session.space.correction)
         excluded = {k for k, row in self.session.space.choices.items() if row == (FP,)}
         act = act_of(self.activations[0])
         changed = {k: replace(config[k], act=16 if k in excluded else act) for k in self.session.space.choices}
-        return replace(config, layers=changed, calibration=config.calibration or self.session.space.calibration)
+        space = self.session.space
+        return replace(config, layers=changed, correction=space.correction, calibration=config.calibration or space.calibration)
 
     def _expected(self, solved: Solution) -> str:
         """What the damages let expect of the budget, before anything is measured."""
@@ -154,10 +155,16 @@ class Search:
         for done, target in enumerate(self.targets):
             self.progress("integer program over damages", done, len(self.targets))
             scores = self.damages.scores(activation_choices(self.session.space, target))
-            solved = solve(scores, self.costs, target, relative_gap=0.0 if target is self.options.budget else GAP)
+            try:
+                solved = solve(scores, self.costs, target, relative_gap=0.0 if target is self.options.budget else GAP)
+            except AquabitError:  # scaled limits may exclude each other where the budget's do not
+                if target is self.options.budget:
+                    raise
+                continue
             found[target] = solved
             self._add(self._config((solved.weights, solved.acts)), "program", solved.score)
         self.progress("integer program over damages", len(self.targets), len(self.targets))
+        self.targets = list(found)
         first = found[self.options.budget]
         self.proof = Proof(first.score, first.bound, first.gap, first.score)
         return found
@@ -167,7 +174,7 @@ class Search:
         context = InContext(self.session, self.damages, self.activations, self.options.seed, self.progress)
         for number, target in enumerate(self.targets[:REFINED]):
             rounds = self.options.refinements if number == 0 else self.options.refinements // 2
-            if rounds:
+            if rounds and context.ready:
                 start = starts[target]
                 steps = refine((start.weights, start.acts), context.look, context.judge, self.costs, target, rounds=rounds)
                 for step in steps[1:]:
@@ -209,12 +216,17 @@ class Search:
         return [(config, values[key]) for key, config in self._usable().items() if key in values]
 
     def _usable(self) -> dict[str, QuantConfig]:
-        """Measured configurations by digest: corrected as the study corrects, not tuned, within the space's schemes or given by the
-        user."""
+        """Measured configurations by digest: corrected as the study corrects, not tuned, and either proposed here or with
+        schemes that the space leaves open."""
         session = self.session
         table, configs = session.study.measurements(session.protocol, failed=True), session.study.configs()
         own = table[(table.kind != "reference") & (table.correction.fillna("") == (session.space.correction or "")) & table.tuned.isna()]
-        return {key: configs[key] for key in own.config}
+        rows = session.space.choices
+        return {
+            key: configs[key]
+            for key in own.config
+            if key in self.candidates or all(configs[key][layer].weight in row for layer, row in rows.items())
+        }
 
     def _values(self, metric: str, protocol: Protocol | None = None) -> dict[str, float]:
         """digest -> a metric under a protocol, larger = worse; NaN where the measurement failed."""
@@ -258,7 +270,7 @@ class Search:
         )
 
         def measure(indices: Sequence[int], count: int) -> np.ndarray:
-            blocks = pieces(protocol, count, self.options.seed)
+            blocks = pieces(protocol, count, self.options.seed, self._conditions(protocol))
             session.measure([session.space.full_precision()], "reference", self.progress, blocks, "full precision, judging seeds")
             session.measure([finalists[i] for i in indices], "selection", self.progress, blocks, "telling finalists apart")
             tables = [self._values(fidelity, b) for b in blocks]
@@ -269,6 +281,11 @@ class Search:
         if protocol.objective not in PAIRED and ":" not in protocol.objective:
             winner = self._by_objective(winner, finalists)
         return winner, judgement
+
+    def _conditions(self, protocol: Protocol) -> tuple[str | int, ...] | None:
+        """The prompts or classes of a protocol, so that small blocks go on in them; None where images are made from nothing."""
+        adapter = self.session.here.adapter
+        return None if adapter.kind == "batch_size" else tuple(adapter.conditions(protocol))
 
     def _fast(self, configs: Sequence[QuantConfig]) -> list[QuantConfig]:
         """The first FINALISTS whose whole packed call keeps the limit of latency; raises AquabitError where none does."""
@@ -325,8 +342,8 @@ class Search:
         return list(found.values())
 
     def _inside(self, config: QuantConfig) -> bool:
-        known = set(self.session.space.schemes)
-        return all(config[k].weight in known for k in self.session.space.choices)
+        schemes, acts = set(self.session.space.schemes), {*self.session.space.act_codes, 16}
+        return all(config[k].weight in schemes and act_code(config[k].act) in acts for k in self.session.space.choices)
 
     def _front(self, winner: QuantConfig, judgement: Judgement) -> Front:
         """Measure members, uniform baselines and full precision on fresh seeds."""
@@ -335,10 +352,11 @@ class Search:
         protocols = [session.protocol.block(b) for b in FRESH_BLOCKS]
         uniforms = uniform_references(session.space)  # what each family reaches, beside the front
         baseline = smallest_uniform(costs, session.space, "usq", costs(winner).bytes)
-        others = [*([baseline] if baseline else []), *uniforms, *(c for _, c in self.given)]
         session.measure([session.space.full_precision()], "reference", progress, protocols, "full precision, fresh seeds")
-        every = list({c.digest: c for c in (*members, *others)}.values())
-        session.measure(every, "fresh", progress, protocols, "the front on fresh seeds", packed=True)
+        packed = list({c.digest: c for c in (*members, *([baseline] if baseline else []))}.values())
+        session.measure(packed, "fresh", progress, protocols, "the front on fresh seeds", packed=True)
+        rivals = [*uniforms, *(c for _, c in self.given)]  # from decoded weights, which takes half the time and changes PSNR by little
+        session.measure(rivals, "fresh", progress, protocols, "rivals on fresh seeds")
         latency = packed_latencies(session.here, members, progress, session.protocol)
         predict, metric = self._predictor(), session.protocol.objective
         rows = []
@@ -349,7 +367,8 @@ class Search:
         front = Front(rows, self.options.budget, winner.digest, {}, self.proof)
         front = front.pruned(fidelity, session.protocol.direction(fidelity) == "min")
         comparison = self._comparison(winner, baseline, protocols, metric) if baseline else {}
-        comparison |= {"same_quality": self._same_quality(front, uniforms, protocols, fidelity), "judged": self._judged(judgement),
+        comparison |= {"metric": metric, "spent": {"output_errors": self.spent},
+                       "same_quality": self._same_quality(front, uniforms, protocols, fidelity), "judged": self._judged(judgement),
                        "against": [self._side(c, protocols, metric) | {"name": n} for n, c in self.given]}  # fmt: skip
         return replace(front, comparison=comparison)
 
@@ -369,7 +388,7 @@ class Search:
             if fitted is not None and inside:
                 value = fitted.surrogate.to_units(fitted.surrogate.predict(fitted.encoder.encode([config])) + shift)
                 found[metric] = float(np.ravel(value)[0])
-            if inside and metric != "psnr":
+            if inside and "psnr" not in found:
                 found["psnr"] = expected_psnr(self.damages, session.space.indices([config]), offset)
             return found
 
@@ -395,7 +414,8 @@ class Search:
         gap = {m: paired_difference(self._blocks(winner, protocols, m), self._blocks(uniform, protocols, m)) for m in (metric, "psnr")}
         shown = {m: {"value": d.value, "low": d.low, "high": d.high} for m, d in gap.items()}
         shown[metric]["images_needed"] = images_to_tell(gap[metric], len(protocols), self.session.protocol.images)
-        return {"metric": metric, "blocks": len(protocols), "winner": self._side(winner, protocols, metric),
+        images = self.session.protocol.images
+        return {"metric": metric, "blocks": len(protocols), "images": images, "winner": self._side(winner, protocols, metric),
                 "uniform": {"scheme": _name(uniform), **self._side(uniform, protocols, metric)}, "difference": shown[metric],
                 "psnr_difference": shown["psnr"]}  # fmt: skip
 
@@ -431,8 +451,8 @@ def images_to_tell(gap: Interval, blocks: int, images: int) -> int | None:
 
 def _name(config: QuantConfig) -> str:
     """``usq3h``, or ``aq, 3 bits`` of a family whose layers have formats of their own."""
-    found = {str(c.weight) for c in config.layers.values()}
-    kinds = {c.weight.kind for c in config.layers.values()}
+    found = {str(c.weight) for c in config.layers.values() if c.weight != FP}
+    kinds = {c.weight.kind for c in config.layers.values() if c.weight != FP}
     return next(iter(found)) if len(found) == 1 else "+".join(sorted(kinds)) if found else "fp"
 
 

@@ -14,7 +14,7 @@ import pandas as pd
 from aquabit import _notebook
 from aquabit.graph import layers as graph_layers
 from aquabit.scheme import AquabitError, Progress, no_progress, parse_swap
-from aquabit.sensitivity.combined import combine, real_means
+from aquabit.sensitivity.combined import Combined, combine, real_means
 from aquabit.sensitivity.curve import CURVE, learning_curve
 from aquabit.sensitivity.effects import (
     Effects,
@@ -131,13 +131,13 @@ def explain(
     effects, models, scores = predicted.effects, predicted.models, {**fitted.scores, **predicted.scores}
     checked = _checked(study, fitted)
     shap = _tree_shap(fitted)
-    layers, varied = _layer_table(fitted, effects, training_swaps(fitted, players, bits), checked, shap, seed)
+    layers, combined = _layer_table(fitted, effects, training_swaps(fitted, players, bits), checked, shap, seed)
     if fidelity and fitted.objective != "psnr":
         layers = _with_psnr(layers, study, players, drawn, bits, replicates, seed, progress, estimator)
     place, few = {p.layer: i for i, p in enumerate(players)}, (drawn[0][:PAIR_CONTEXTS], drawn[1][:PAIR_CONTEXTS])
-    pairs = interactions(fitted, effects, [place[name] for name in layers.name], models, few, seed, progress)
-    groups = scheme_scores(fitted, models, few, seed, progress)
-    operators, blocks = (_rolled(layers, players, varied, key) for key in ("operator", "block"))
+    pairs = interactions(fitted, effects, [place[name] for name in layers.name], models, few, seed, progress, combined.ratio)
+    groups = scheme_scores(fitted, models, few, seed, progress, combined.ratio)
+    operators, blocks = (_rolled(layers, players, combined.draws, key) for key in ("operator", "block"))
     return Sensitivity(
         fitted.objective, fitted.direction, fitted.protocol, len(fitted.y), bits, swap, layers, operators, blocks,
         scores, _validation(study, fitted, layers, checked), _scatter(fitted), "combined" if layers.n.any() else "predicted", pairs, groups,
@@ -186,7 +186,7 @@ def _with_psnr(
     effects = predicted_effects(study, fitted, players, contexts, replicates, seed, progress).effects
     checked, swaps = _checked(study, fitted), training_swaps(fitted, players, bits)
     swaps = swaps if checked is None else pd.concat([swaps, checked[swaps.columns]])
-    found = combine(players, effects.effect(fitted.space.schemes), effects.replicates, swaps, fitted.scores["widen"], seed)
+    found = combine(players, effects.effect(fitted.space.schemes), effects.replicates, swaps, seed)
     table = pd.DataFrame({"psnr_effect": found.effect, "psnr_low": found.low, "psnr_high": found.high}, [p.layer for p in players])
     return layers.join(table, on="name")
 
@@ -200,8 +200,8 @@ def save(study: Study, sensitivity: Sensitivity) -> None:
 def _layer_table(
     fitted: FittedSurrogate, effects: Effects, training: pd.DataFrame, flips: pd.DataFrame | None,
     shap: tuple[np.ndarray, float] | None, seed: int,
-) -> tuple[pd.DataFrame, np.ndarray]:  # fmt: skip
-    """The table of layers, and draws [n, players] of what their effects may be. Swaps among the ``training`` measurements are part of the
+) -> tuple[pd.DataFrame, Combined]:  # fmt: skip
+    """The table of layers, and the combined effects. Swaps among the ``training`` measurements are part of the
     prediction; ``flips``, which it never saw, of the ranking alone."""
     nodes, schemes = graph_layers(fitted.graph), fitted.space.schemes
     values = np.full(fitted.weights.shape, np.nan) if shap is None else shap[0]
@@ -209,7 +209,7 @@ def _layer_table(
     of_schemes = shap_by_scheme(fitted, *shap) if shap else [{}] * len(signed)
     effect = effects.effect(schemes)
     ours, found = (
-        combine(effects.players, effect, effects.replicates, swaps, fitted.scores["widen"], seed)
+        combine(effects.players, effect, effects.replicates, swaps, seed)
         for swaps in (training, training if flips is None else pd.concat([training, flips[training.columns]]))
     )
     real, count = real_means(effects.players, training[:0] if flips is None else flips)
@@ -225,7 +225,7 @@ def _layer_table(
             "shap_schemes": of_schemes[player.column],
         })  # fmt: skip
     table = pd.DataFrame(rows).sort_values("effect", ascending=False, kind="stable").reset_index(drop=True)
-    return table, found.draws
+    return table, found
 
 
 def _tree_shap(fitted: FittedSurrogate) -> tuple[np.ndarray, float] | None:

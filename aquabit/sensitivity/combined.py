@@ -31,7 +31,7 @@ class Combined:
 
 
 def combine(
-    players: Sequence[Player], predicted: np.ndarray, replicates: np.ndarray, swaps: pd.DataFrame, widen: float = 1.0, seed: int = 0
+    players: Sequence[Player], predicted: np.ndarray, replicates: np.ndarray, swaps: pd.DataFrame, seed: int = 0
 ) -> Combined:
     """Predicted effects [players], refitted as ``replicates`` [r, players], combined with real swaps (layer, before, after, and what each
     worsened as ``real``; swaps between other schemes do not count).
@@ -47,17 +47,17 @@ def combine(
     nothing is transformed back. A layer that was never swapped has a draw of the last line. All else is drawn with m_l, not plugged in, so
     that few swaps give wide intervals. Priors know no units: a and b - 1 are Cauchy(0, 1), sqrt(t^2 + w) is half-Cauchy(1) (Gelman 2006;
     1 is a factor of e), w / (t^2 + w) uniform (Daniels 1999), 2 / nu and 2 / f uniform on (0, 1) (from normal to tails without a
-    variance), log r and log s uniform over the sizes seen, both kinds of noise as likely. Replicates and ``widen`` do not count. Swaps of
+    variance), log r and log s uniform over the sizes seen, both kinds of noise as likely. Replicates do not count. Swaps of
     different layers are taken to have contexts of their own, and to be new to the predictions.
 
-    Without any swap: the predictions, with the intervals of ``effects.interval`` and ``widen`` as their factor. These do not know the
+    Without any swap: the predictions, with the intervals of ``effects.interval``. These do not know the
     surrogate's bias; none below two replicates.
     """
     values = [_real(p, swaps) for p in players]
     known = [len(v) > 0 for v in values]
     if not any(known):
-        low, high = interval(predicted, replicates, widen)
-        return Combined(predicted, low, high, predicted + widen * _errors(predicted, replicates, np.random.default_rng([seed, 6])))
+        low, high = interval(predicted, replicates)
+        return Combined(predicted, low, high, predicted + _errors(predicted, replicates, np.random.default_rng([seed, 6])))
     with np.errstate(over="ignore", invalid="ignore"):  # steps too far to compute are not taken
         draws = _posterior(np.asarray(predicted, float), values, np.random.default_rng([seed, 6]))
     low, effect, high = np.quantile(draws, [0.025, 0.5, 0.975], axis=0)

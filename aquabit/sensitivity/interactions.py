@@ -21,12 +21,13 @@ SCORES = ["level", "name", "scheme", "layers", "change", "score", "low", "high"]
 
 def interactions(
     fitted: FittedSurrogate, effects: Effects, order: Sequence[int], models: Sequence[Estimator],
-    contexts: tuple[np.ndarray, np.ndarray], seed: int = 0, progress: Progress = no_progress,
+    contexts: tuple[np.ndarray, np.ndarray], seed: int = 0, progress: Progress = no_progress, ratio: float = 1.0,
 ) -> pd.DataFrame:  # fmt: skip
     """INTERACTIONS of every pair of the STRONGEST players, ``order`` naming the strongest first; rows with the largest first.
 
     The interaction of a and b is f(ab) - f(a) - f(b) + f(): what swapping both worsens the objective beyond the sum of each swap alone, in
-    its units, as the mean over contexts near the budget; a 95 % interval from the refitted ``models``.
+    its units, as the mean over contexts near the budget; a 95 % interval from the refitted ``models``, ``ratio`` times as wide
+    (``combined.Combined.ratio``).
     """
     column = {s: j for j, s in enumerate(fitted.space.schemes)}
     players = [effects.players[i] for i in order[:STRONGEST]]
@@ -37,7 +38,7 @@ def interactions(
     found = mean_predictions(fitted, models, contexts, variants, seed, progress=progress, what="predict pairs of swaps")
     neither, second, first, both = np.moveaxis(found.reshape(len(found), len(pairs), 4), 2, 0)
     change = both - first - second + neither
-    low, high = interval(change[0], change[1:], fitted.scores["widen"])
+    low, high = interval(change[0], change[1:], ratio)
     rows = [(a.layer, b.layer, *map(float, ends)) for (a, b), *ends in zip(pairs, change[0], low, high, strict=True)]
     table = pd.DataFrame(rows, columns=INTERACTIONS)
     return table.iloc[np.argsort(-table.interaction.abs(), kind="stable")].reset_index(drop=True)
@@ -45,14 +46,15 @@ def interactions(
 
 def scheme_scores(
     fitted: FittedSurrogate, models: Sequence[Estimator], contexts: tuple[np.ndarray, np.ndarray], seed: int = 0,
-    progress: Progress = no_progress,
+    progress: Progress = no_progress, ratio: float = 1.0,
 ) -> pd.DataFrame:  # fmt: skip
     """SCORES of each scheme for each operator type and each block (``level``), comparable as Qua²SeDiMo's are (SCIENCE section 1).
 
     ``change`` is the mean over contexts near the budget of what happens to the prediction, on the fitted (mostly logarithmic) scale and
     positive = worse, when all ``layers`` of the group that have a choice take the scheme, which each of them must allow. ``score`` is
     minus that change, less the mean and over the standard deviation of all changes of the level: larger = better, 0 = like the average
-    group and scheme, and a unit means the same for every group; ``low`` and ``high`` are its 95 % interval from the refitted models.
+    group and scheme, and a unit means the same for every group; ``low`` and ``high`` are its 95 % interval from the refitted models,
+    ``ratio`` times as wide.
     """
     nodes, space = graph_layers(fitted.graph), fitted.space
     groups: dict[tuple[str, str], list[int]] = {}
@@ -71,6 +73,6 @@ def scheme_scores(
     for level in ("operator", "block"):
         own = (table.level == level).to_numpy()
         center, spread = change[0, own].mean(), change[0, own].std() or 1.0
-        low, high = interval(change[0, own], change[1:, own], fitted.scores["widen"])
+        low, high = interval(change[0, own], change[1:, own], ratio)
         table.loc[own, ["score", "low", "high"]] = np.stack([center - change[0, own], center - high, center - low], 1) / spread
     return table.sort_values(["level", "name", "score"], ascending=[False, True, False], kind="stable").reset_index(drop=True)

@@ -13,6 +13,7 @@ from aquabit.scheme import AquabitError
 from aquabit.sensitivity.damages import Damages
 
 CELLS = 60  # (layer, scheme) that weights are fitted to: SCIENCE section 8 has .983 with 30 and .9825 with 60 of all damages
+LEAST = 3  # cells below which nothing is fitted
 STARTS = 5  # of the fit, which has local optima
 TINY = 1e-12  # relative error that counts as none
 
@@ -36,8 +37,8 @@ def fit_step_weights(errors: np.ndarray, damages: np.ndarray) -> np.ndarray:
     for fewer than three cells and for damages that are not positive.
     """
     errors, damages = np.asarray(errors, float), np.asarray(damages, float)
-    if len(damages) < 3 or not (damages > 0).all():
-        raise AquabitError(f"step weights need at least 3 damages above 0, got {damages[:3].tolist()} of {len(damages)}")
+    if len(damages) < LEAST or not (damages > 0).all():
+        raise AquabitError(f"step weights need at least {LEAST} damages above 0, got {damages[:3].tolist()} of {len(damages)}")
     errors = np.maximum(errors, TINY)
     target = np.log(damages)
 

@@ -176,7 +176,7 @@ def fit_from_study(
 
     ``estimator`` and ``baselines`` are names of ``ESTIMATORS``; "graph_network" takes minutes. "among_good" of the scores is of the good
     configurations alone (``good_rows``). The scores say what to believe:
-    "useful", "needed" (measurements for a claim), "widen" (of intervals, where there are fewer), "cautions" (sentences to print first).
+    "useful", "needed" (measurements for a claim), "cautions" (sentences to print first).
     Raises AquabitError with the number there is and the command that adds more where fewer than 20 can be used, and for labels that are
     all equal.
     """

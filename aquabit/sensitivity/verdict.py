@@ -14,8 +14,7 @@ def needed(layers: int) -> int:
 
 
 def judged(scores: Mapping[str, Any], estimator: str, count: int, layers: int) -> dict[str, Any]:
-    """``scores`` of ``cross_validate`` with "estimator", "needed", "widen" (a factor on intervals, always 1: callers still ask for it)
-    and "cautions": sentences to be read before the ranking."""
+    """``scores`` of ``cross_validate`` with "estimator", "needed" and "cautions": sentences to be read before the ranking."""
     cautions, low_high = [], scores["within_budget_interval"]
     if not scores["useful"]:
         cautions.append(
@@ -28,5 +27,5 @@ def judged(scores: Mapping[str, Any], estimator: str, count: int, layers: int) -
             f"{count} measurements are few for {layers} layers, a claim needs {needed(layers)}: "
             "intervals of what no real swap checks may be too narrow."
         )
-    facts = {"estimator": estimator, "needed": needed(layers), "widen": 1.0, "cautions": cautions}
+    facts = {"estimator": estimator, "needed": needed(layers), "cautions": cautions}
     return {**scores, "within_budget_interval": list(low_high), **facts}

@@ -33,6 +33,7 @@ function make(tag, attributes = {}, ...children) {
 /* the layer table: rows are built when they are shown, at first MOST of them, so that sorting stays quick; walked through with the arrow keys */
 const MOST = 100;
 const table = $("layer-table"), rows = [];
+const decibels = layers.some((layer) => layer.psnr_effect !== null);
 let chosen = -1, sorted = layers.map((_, i) => i), wanted = () => true, most = MOST;
 function buildRow(layer, index) {
   const pick = make("button", { type: "button", class: "pick", tabindex: "-1" });
@@ -40,6 +41,7 @@ function buildRow(layer, index) {
   const number = (text, ends = "") => make("td", { class: "number" }, text, ...(ends ? [make("span", { class: "ends" }, ends)] : []));
   const row = make("tr", { "data-layer": index }, make("td", { class: "name" }, pick), make("td", {}, layer.operator), make("td", {}, ...breakable(layer.block)),
     number(short(layer.weights)), number(short(layer.macs)), number(...withEnds(layer.effect, layer.low, layer.high)),
+    ...(decibels ? [number(...withEnds(layer.psnr_effect, layer.psnr_low, layer.psnr_high))] : []),
     number(...withEnds(layer.real, layer.real_low, layer.real_high)), number(String(layer.swaps)), make("td", {}, layer.scheme || "–"),
     number(figures(layer.act)));
   if (index === chosen) row.setAttribute("aria-selected", "true");
@@ -132,6 +134,7 @@ function explain(layer) {
   const say = (name, ...text) => facts.append(make("dt", {}, name), make("dd", {}, ...text));
   say("place", `${layer.operator || "unknown operator type"} in ${layer.block || "no block"}; ${short(layer.weights)} weights, ${short(layer.macs)} multiply-adds`);
   say(`effect on ${data.metric}${swap}, ${data.effects}`, withEnds(layer.effect, layer.low, layer.high).join(""));
+  if (decibels) say("PSNR lost, dB", withEnds(layer.psnr_effect, layer.psnr_low, layer.psnr_high).join(""));
   say("measured swaps", layer.swaps ? `${withEnds(layer.real, layer.real_low, layer.real_high).join("")}, the mean of ${layer.swaps}` : "none");
   if (layer.shap !== null) say("mean |SHAP| (log units)", `${figures(layer.shap)}; with high weight error less with low: ${figures(layer.shap_signed)}`);
   if (layer.scheme) say("the winner gives it", `${layer.scheme}, activations at ${figures(layer.act)} bits`);

@@ -1,0 +1,327 @@
+"""Effects of layers at 100 measurements' worth, beside truth in fresh good contexts: python benchmarks/effects.py PART ... [--folder DIR] [--models ...]
+
+measure    a study an arm: 60 configurations of a design, then 20 real swaps that `validate` plans (40 measurements at most)
+truth      every layer that has both ends of the swap, in 4 good contexts of a seed of its own, each on a block of fresh seeds of its own
+ceiling    the 60 configurations of each study on other images too: how well any prediction could rank the good ones
+explain    what `aquabit explain` says of each study, of PSNR and of FID
+table      benchmarks/results/effects.json and effects.md of what was measured and explained
+
+A study starts as a copy of ``base-MODEL.db`` in --folder (benchmarks/searches.py makes it) where that is there. The truth was measured after
+everything was chosen, and nothing is chosen on it. It takes an hour a model on one core, and continues where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.flow import MODELS, RESULTS, machine
+from benchmarks.searches import SPACE, study_path
+from benchmarks.truth import about, number, say
+
+ARMS = ("near:0.75", "random")
+SAMPLES, FLIPS, BITS, SWAP = 60, 20, 3.0, "usq4h:usq2h"
+CONTEXTS, SEED = 4, 20_261_129
+METRICS = ("psnr", "fid")
+FIRST_BLOCK, CEILING_BLOCK = 201, 211  # the other benchmarks use blocks up to 105
+
+
+def open_study(folder: Path, bank: Path, model: str, what: str) -> Any:
+    """A session on ``effects-WHAT-MODEL.db``."""
+    from aquabit.sensitivity.measure import open_session
+    from aquabit.study import Study
+
+    path, base = file_of(folder, model, what), study_path(folder, model)
+    if not path.exists() and base.exists():
+        shutil.copy(base, path)
+    study = Study(path)
+    options = None if "space" in study else dict(SPACE)
+    return open_session(model, study, space_options=options, workers=1, bank=str(bank), progress=say)
+
+
+def file_of(folder: Path, model: str, what: str) -> Path:
+    return folder / f"effects-{what.partition(':')[0]}-{model}.db"
+
+
+def measure(folder: Path, bank: Path, model: str, arms: Sequence[str]) -> None:
+    from aquabit.sensitivity.validation import validate_in
+
+    for arm in arms:
+        with open_study(folder, bank, model, arm) as session:
+            session.references(say)
+            session.measure(session.draw(arm, SAMPLES, 0), "sample", say, what=f"{model}, {arm}")
+            validate_in(session, FLIPS, SWAP, BITS, 0, say)
+
+
+def ceiling(folder: Path, bank: Path, model: str, arms: Sequence[str]) -> None:
+    for arm in arms:
+        with open_study(folder, bank, model, arm) as session:
+            other = [session.protocol.block(CEILING_BLOCK)]
+            session.measure([session.space.full_precision()], "reference", say, other, "full precision")
+            session.measure(session.draw(arm, SAMPLES, 0), "fresh", say, other, f"{model}, {arm}, other images")
+
+
+def explained_file(folder: Path, model: str, arm: str, metric: str) -> Path:
+    return file_of(folder, model, arm).with_suffix(f".{metric}.json")
+
+
+def explain_arms(folder: Path, model: str, arms: Sequence[str]) -> None:
+    from aquabit.sensitivity.attribution import explain
+    from aquabit.study import Study
+
+    for arm in arms:
+        study = Study(file_of(folder, model, arm), create=False)
+        for metric in METRICS:
+            found = explain(study, BITS, SWAP, objective=metric, fidelity=False, progress=say)
+            explained_file(folder, model, arm, metric).write_text(json.dumps(found.to_dict(), allow_nan=False))
+
+
+def swapped_players(space: Any) -> list[Any]:
+    """The layers that have both ends of the swap."""
+    from aquabit.scheme import parse_swap
+    from aquabit.sensitivity.effects import find_players
+
+    named = parse_swap(SWAP)
+    return [p for p in find_players(space, named) if (p.before, p.after) == named]
+
+
+def ends_in(space: Any, costs: Any, damages: Any, number: int) -> list[tuple[Any, Any]]:
+    """Both ends of every layer's swap in the ``number``-th context of the truth."""
+    from aquabit.sensitivity.damages import good_contexts
+    from aquabit.sensitivity.in_context import swapped
+
+    context = good_contexts(damages, costs, BITS, 1, np.random.default_rng([SEED, number]))
+    configs = space.configs(*swapped(context, swapped_players(space), space))
+    return list(zip(configs[::2], configs[1::2], strict=True))
+
+
+def truth(folder: Path, bank: Path, model: str, contexts: int) -> None:
+    with open_study(folder, bank, model, "truth") as session:
+        for k in range(contexts):
+            protocol = [session.protocol.block(FIRST_BLOCK + k)]
+            session.measure([session.space.full_precision()], "reference", say, protocol, "full precision")
+            ends = ends_in(session.space, session.costs, session.damages(), k)
+            configs = [config for pair in ends for config in pair]
+            session.measure(configs, "flip", say, protocol, f"{model}, truth, context {k + 1}")
+
+
+@dataclass(frozen=True)
+class Truth:
+    """``worse``: metric -> what each swap worsened [layers, contexts], in dB of PSNR or in FID."""
+
+    layers: list[str]
+    worse: dict[str, np.ndarray]
+    damage: np.ndarray  # [layers]: what the swap adds to the mean squared change of images where the layer alone is quantized
+
+    def mean(self, metric: str) -> np.ndarray:
+        return np.asarray(self.worse[metric].mean(1))
+
+    def half(self, metric: str) -> np.ndarray:
+        """Half-widths [layers] of the 95 % t intervals over contexts."""
+        values = self.worse[metric]
+        count = values.shape[1]
+        return np.asarray(stats.t.ppf(0.975, count - 1) * values.std(1, ddof=1) / np.sqrt(count))
+
+    def reliability(self, metric: str) -> tuple[float, float]:
+        """SRCC between two halves of the contexts, the mean of all ways to halve them, and stepped up to all (Spearman and Brown)."""
+        from aquabit.sensitivity.scores import srcc
+
+        values, count = self.worse[metric], self.worse[metric].shape[1]
+        halves = [list(h) for h in combinations(range(count), count // 2)]
+        half = float(np.mean([srcc(values[:, h].mean(1), np.delete(values, h, 1).mean(1)) for h in halves]))
+        return half, 2 * half / (1 + half)
+
+
+def read_truth(folder: Path, model: str) -> Truth:
+    """Of the contexts in which every swap was measured."""
+    from aquabit.cost import CostModel
+    from aquabit.graph import from_json
+    from aquabit.sensitivity.damages import Damages
+    from aquabit.space import SearchSpace
+    from aquabit.study import Study
+
+    study = Study(file_of(folder, model, "truth"), create=False)
+    space = SearchSpace.from_dict(study.get("space"))
+    costs, damages, players = CostModel(from_json(study.get("graph")), space), Damages.of(space, study.probes()), swapped_players(space)
+    table = study.measurements()
+    values = dict(zip(zip(table.config, table.protocol, strict=True), table[list(METRICS)].to_numpy(float), strict=True))
+    change = []
+    for k in range(CONTEXTS):
+        protocol = study.protocol.block(FIRST_BLOCK + k).digest
+        ends = [[(c.digest, protocol) for c in pair] for pair in ends_in(space, costs, damages, k)]
+        if all(end in values for pair in ends for end in pair):
+            change.append([values[after] - values[before] for before, after in ends])
+    if len(change) < 2:
+        raise SystemExit(f"{model}: the truth has {len(change)} complete contexts, a table needs 2; run the part truth")
+    worse = np.array(change).transpose(2, 1, 0) * [[[-1.0]], [[1.0]]]
+    column, rows = {s: j for j, s in enumerate(space.schemes)}, [p.column for p in players]
+    before, after = (damages.weights[rows, [column[getattr(p, end)] for p in players]] for end in ("before", "after"))
+    return Truth([p.layer for p in players], dict(zip(METRICS, worse, strict=True)), after - before)
+
+
+def judged(layers: Any, truth: Truth, metric: str) -> dict[str, Any]:
+    """What the table of layers of a study says of a metric, beside the truth."""
+    from aquabit.sensitivity.scores import srcc
+
+    own = layers.set_index("name").loc[truth.layers]
+    effect, low, high, predicted = (own[k].to_numpy(float) for k in ("effect", "low", "high", "predicted"))
+    real, half, swapped = truth.mean(metric), truth.half(metric), own.n.to_numpy(int) > 0
+    sure = np.abs(real) > half
+    apart, reach = real - effect, np.where(real > effect, high - effect, effect - low)
+    direct = own.real.to_numpy(float)[swapped]
+    return {
+        "combined": srcc(effect, real), "predicted": srcc(predicted, real), "damages": srcc(truth.damage, real),
+        "swapped": int(swapped.sum()), "direct": srcc(direct, real[swapped]) if len(direct) > 2 else None,
+        "combined_of_swapped": srcc(effect[swapped], real[swapped]) if len(direct) > 2 else None,
+        "sure": int(sure.sum()), "sure_worse": int((sure & (real > 0)).sum()),
+        "signs": float((np.sign(effect) == np.sign(real))[sure].mean()) if sure.any() else None,
+        "covered": float((np.abs(apart) <= reach).mean()), "covered_allowing": float((np.abs(apart) <= np.hypot(reach, half)).mean()),
+        "covered_swapped": float((np.abs(apart) <= np.hypot(reach, half))[swapped].mean()) if swapped.any() else None,
+        "width": float(np.median(high - low)), "typical": float(np.median(np.abs(real))), "truth_width": float(np.median(2 * half)),
+    }  # fmt: skip
+
+
+def ranking_scores(found: dict[str, Any]) -> dict[str, Any]:
+    """estimator -> its held-out within-budget SRCC, over all training measurements and among good ones, with counts and ceilings."""
+    among, others = found["among_good"], found["baselines"]
+    all_of = {"gbdt": found["within_budget_srcc"], **{k: others[k]["within_budget_srcc"] for k in others}}
+    good_of = {"gbdt": among["srcc"], **among["baselines"]}
+    names = [k for k in all_of if k != "average_bits"]
+    return {
+        "within_budget": {k: all_of[k] for k in names}, "ceiling": found["noise_ceiling"],
+        "among_good": {k: good_of.get(k) for k in names}, "good": among["count"], "good_ceiling": among["noise_ceiling"],
+    }  # fmt: skip
+
+
+def rows_of(folder: Path, model: str, arms: Sequence[str]) -> list[dict[str, Any]]:
+    """One row an arm and metric; then the truth itself, one a layer."""
+    from aquabit.sensitivity.attribution import Sensitivity
+    from aquabit.study import Study
+
+    truth, rows = read_truth(folder, model), list[dict[str, Any]]()
+    for arm in arms:
+        if not explained_file(folder, model, arm, METRICS[-1]).exists():
+            continue
+        study = Study(file_of(folder, model, arm), create=False)
+        kinds = study.measurements().kind.value_counts()
+        spent = {"samples": int(kinds["sample"]), "swaps": int(kinds["flip"]), "references": int(kinds["uniform"])}
+        for metric in METRICS:
+            found = Sensitivity.from_dict(json.loads(explained_file(folder, model, arm, metric).read_text()))
+            half, all_of = truth.reliability(metric)
+            row = {"kind": "arm", "model": model, "arm": arm, "metric": metric, **spent, "contexts": truth.worse[metric].shape[1]}
+            row |= {"layers": len(truth.layers), "half": half, "reliability": all_of, **judged(found.layers, truth, metric)}
+            rows.append(_plain({**row, **ranking_scores(dict(found.surrogate))}))
+            print(rows[-1], flush=True)
+    for i, layer in enumerate(truth.layers):
+        worse = {m: [number(v) for v in truth.worse[m][i]] for m in METRICS}
+        rows.append({"kind": "truth", "model": model, "layer": layer, "swap": SWAP, **worse, "damage": number(truth.damage[i])})
+    return rows
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return number(value) if isinstance(value, float) else value
+
+
+def shown(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def table(rows: Sequence[dict[str, Any]], of: dict[str, Any], command: str) -> str:
+    arms = [r for r in rows if r["kind"] == "arm"]
+    first = arms[0]
+    lines = ["# Effects of layers beside fresh truth in good contexts", "", f"{about(of)}. Made by `{command}`.", "",
+             f"What a layer worsens when it goes from {SWAP.replace(':', ' to ')} in good configurations within 0.25 bit of {BITS:g} bits, a8: dB of PSNR to full "
+             f"precision, or FID. An arm is {first['samples']} configurations of a design and {FLIPS} real swaps; measurements are what these took, beside the uniform "
+             "references and the probes that every study has. Truth: the mean of all layers' real swaps over contexts of their own draw, each on 128 fresh seeds; nothing was "
+             "chosen on it.", "",
+             "SRCC with the truth over all layers: the ranking (combined), the surrogate alone (predicted), the difference of damages; over the layers that the arm swapped: its direct swaps "
+             "alone, and the combined effects of the same layers. Reliability: SRCC between halves of the contexts (mean of all ways to halve them), and stepped up to all of them (Spearman "
+             "and Brown); what knew the effects exactly would score its root.", "",
+             "| model | metric | arm | measurements | contexts | reliability, half, all | combined | predicted | damages | direct swaps (layers), combined of these |",
+             "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for r in arms:
+        lines.append(
+            f"| {r['model']} | {r['metric']} | {r['arm']} | {r['samples'] + r['swaps']} | {r['contexts']} | {shown(r['half'])}, {shown(r['reliability'])} | {shown(r['combined'])} | "
+            f"{shown(r['predicted'])} | {shown(r['damages'])} | {shown(r['direct'])} ({r['swapped']}), {shown(r['combined_of_swapped'])} |"
+        )
+    lines += ["", "## Signs and intervals", "",
+              "Signs: agreement where the truth's 95 % t interval over contexts excludes 0 (of how many layers, and how many of these are worse). Covered: truth means inside the 95 % "
+              "intervals; allowing: inside once the truth's own half-width is added in squares, since a mean over few contexts is off too; of swapped: the same for layers that the arm swapped. "
+              "Widths are medians over layers.", "",
+              "| model | metric | arm | signs | sure layers, worse | covered | allowing | of swapped | interval | the truth's interval | size of an effect |",
+              "|---|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for r in arms:
+        covered = " | ".join("" if r[k] is None else f"{100 * r[k]:.0f} %" for k in ("covered", "covered_allowing", "covered_swapped"))
+        signs = "" if r["signs"] is None else f"{100 * r['signs']:.0f} %"
+        widths = " | ".join(f"{r[k]:.3g}" for k in ("width", "truth_width", "typical"))
+        lines.append(f"| {r['model']} | {r['metric']} | {r['arm']} | {signs} | {r['sure']}, {r['sure_worse']} | {covered} | {widths} |")
+    names = list(first["within_budget"])
+    lines += ["", "## Within-budget SRCC, out of fold", "",
+              "Of all training measurements (the configurations and the uniform references), then among good ones: those within 25 % of the least error at their size. Empty: fewer than "
+              "20 good ones, or not measured on other images.", "",
+              f"| model | metric | arm | {' | '.join(names)} | ceiling | good ones | {' | '.join(f'{n}, good' for n in names)} | ceiling, good |",
+              "|" + "---|" * (6 + 2 * len(names))]  # fmt: skip
+    for r in arms:
+        both = [" | ".join(shown(r[part][n]) for n in names) for part in ("within_budget", "among_good")]
+        lines.append(
+            f"| {r['model']} | {r['metric']} | {r['arm']} | {both[0]} | {shown(r['ceiling'])} | {r['good']} | {both[1]} | {shown(r['good_ceiling'])} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def write(rows: list[dict[str, Any]], models: Sequence[str]) -> None:
+    """Replace what the result files say of these models."""
+    path = RESULTS / "effects.json"
+    kept = [r for r in json.loads(path.read_text())["rows"] if r["model"] not in models] if path.exists() else []
+    rows = sorted([*kept, *rows], key=lambda r: MODELS.index(r["model"]))
+    seen = " ceiling" if any(r.get("ceiling") is not None for r in rows) else ""
+    head: dict[str, Any] = {
+        "machine": machine(),
+        "command": f"python benchmarks/effects.py measure truth{seen} explain table",
+        "seed": SEED,
+    }
+    body = ",\n".join(json.dumps(r, allow_nan=False) for r in rows)
+    path.write_text(f'{json.dumps(head)[:-1]}, "rows": [\n{body}\n]}}\n')
+    path.with_suffix(".md").write_text(table(rows, head["machine"], head["command"]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="+", choices=["measure", "truth", "ceiling", "explain", "table"])
+    parser.add_argument("--models", nargs="+", default=list(MODELS))
+    parser.add_argument("--folder", type=Path, default=Path("effects"))
+    parser.add_argument("--bank", type=Path, help="default: bank in the folder")
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
+    parser.add_argument("--contexts", type=int, default=CONTEXTS, help="of the truth")
+    given = parser.parse_args()
+    given.folder.mkdir(parents=True, exist_ok=True)
+    bank = given.bank or given.folder / "bank"
+    for model in given.models:
+        for part in given.parts:
+            if part == "measure":
+                measure(given.folder, bank, model, given.arms)
+            elif part == "truth":
+                truth(given.folder, bank, model, given.contexts)
+            elif part == "ceiling":
+                ceiling(given.folder, bank, model, given.arms)
+            elif part == "explain":
+                explain_arms(given.folder, model, given.arms)
+    if "table" in given.parts:
+        write([r for m in given.models for r in rows_of(given.folder, m, given.arms)], given.models)
+
+
+if __name__ == "__main__":
+    main()

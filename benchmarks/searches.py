@@ -1,0 +1,214 @@
+"""The search beside the program over damages: python benchmarks/searches.py PART ... [--folder DIR] [--models ...] [--seeds ...] [--bits ...]
+
+search     three seeds of the search at each budget, weights and a8 of the default space: what it spent, what it chose
+fresh      its winners, the program's answers, uniform families and (after benchmarks/oracle.py) the oracle's best on five blocks of fresh seeds
+table      benchmarks/results/searches.json and searches.md
+
+The study of a model (fits, probes) is made once in --folder; each seed of the search works on a copy, with stored inputs and judging images of its
+own. It takes an hour on two cores, and continues where it stopped. ``ours-MODEL.json`` is what benchmarks/rivals.py compares with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.flow import MODELS, RESULTS, machine
+from benchmarks.truth import about, say
+
+BITS = (1.6, 2.0, 2.5, 3.0, 3.5)
+SEEDS = (0, 1, 2)
+FRESH = range(101, 106)  # blocks of seeds: benchmarks/rivals.py judges on the same
+SPACE = {"activations": [8]}  # budgets in bits fix a8: nothing else need be fitted
+METRICS = ("psnr", "fid")
+
+
+def study_path(folder: Path, model: str) -> Path:
+    return folder / f"base-{model}.db"
+
+
+def session_of(path: Path, model: str, folder: Path) -> Any:
+    from aquabit.sensitivity.measure import open_session
+    from aquabit.study import Study
+
+    return open_session(model, Study(path), space_options=dict(SPACE), workers=1, bank=str(folder / "bank"), progress=say)
+
+
+def prepare(folder: Path, model: str) -> None:
+    """Fits, probes, references."""
+    with session_of(study_path(folder, model), model, folder) as session:
+        session.references(say)
+
+
+def search(folder: Path, model: str, seeds: Sequence[int], bits: Sequence[float]) -> None:
+    from aquabit.scheme import Budget
+    from aquabit.search import Search, SearchOptions
+
+    path = folder / f"searches-{model}.json"
+    done: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    for budget in bits:
+        for seed in seeds:
+            key = f"{budget:g} {seed}"
+            if key in done:
+                continue
+            copied = folder / f"search-{model}-{seed}.db"
+            if not copied.exists():
+                shutil.copy(study_path(folder, model), copied)
+            with session_of(copied, model, folder) as session:
+                before = len(session.study.measurements(failed=True))
+                found = Search(session, SearchOptions(Budget(bits=budget), seed=seed, spread=()), say)
+                winner, judgement = found.choose()
+                table = session.study.measurements(failed=True)
+                size = {p: session.study.protocols()[p].images / session.protocol.images for p in set(table.protocol)}
+                images = float(sum(size[p] for p in table.protocol[before:]))
+                sources = [c.source for c in found.candidates.values() if c.config.digest == winner.digest]
+                program = next(c.config for c in found.candidates.values() if c.source == "program")
+                done[key] = {"config": winner.to_dict(), "program": program.to_dict(), "bits": session.costs(winner).bits_per_weight,
+                             "source": (sources or ["known"])[0], "output_errors": found.spent, "images": images,
+                             "refined": sum(c.source == "refined" for c in found.candidates.values()),
+                             "images_judged": max(judgement.blocks.values()) * session.protocol.images // 4}  # fmt: skip
+            path.write_text(json.dumps(done))
+    ours = {str(s): [{"target": b, "config": done[f"{b:g} {s}"]["config"]} for b in bits if f"{b:g} {s}" in done] for s in seeds}
+    (folder / f"ours-{model}.json").write_text(json.dumps(ours))
+
+
+def compared(folder: Path, model: str, session: Any) -> dict[str, list[Any]]:
+    """name -> configurations: "ours 2.0 0", "program 2.0", "uniform usq3h", "oracle 2.0"."""
+    from aquabit.scheme import QuantConfig
+    from aquabit.sensitivity.measure import uniform_references
+
+    done = json.loads((folder / f"searches-{model}.json").read_text())
+    found: dict[str, Any] = {}
+    for key, run in done.items():
+        found[f"ours {key}"] = QuantConfig.from_dict(run["config"])
+        found.setdefault(f"program {key.split()[0]}", QuantConfig.from_dict(run["program"]))
+    for config in uniform_references(session.space):
+        schemes = {str(c.weight) for c in config.layers.values()}
+        bits = session.costs(config).bits_per_weight
+        found[f"uniform {next(iter(schemes)) if len(schemes) == 1 else f'additive, {bits:.2f} bits'}"] = config
+    oracle = folder / f"oracle-{model}.json"
+    if oracle.exists():
+        for bits, row in json.loads(oracle.read_text()).items():
+            if row.get("best"):
+                found[f"oracle {bits}"] = QuantConfig.from_dict(row["best"])
+    return found
+
+
+def fresh(folder: Path, model: str) -> None:
+    path = folder / f"fresh-{model}.db"
+    if not path.exists():
+        shutil.copy(study_path(folder, model), path)
+    with session_of(path, model, folder) as session:
+        protocols = [session.protocol.block(b) for b in FRESH]
+        session.measure([session.space.full_precision()], "reference", say, protocols, "full precision")
+        configs = compared(folder, model, session)
+        session.measure({c.digest: c for c in configs.values()}.values(), "fresh", say, protocols, "fresh seeds")
+
+
+def rows(folder: Path, model: str) -> list[dict[str, Any]]:
+    with session_of(folder / f"fresh-{model}.db", model, folder) as session:
+        table = session.study.measurements(failed=True)
+        value = {(c, p): {m: float(v) for m, v in zip(METRICS, row, strict=True)}
+                 for c, p, row in zip(table.config, table.protocol, table[list(METRICS)].to_numpy(float), strict=True)}  # fmt: skip
+        blocks = [session.protocol.block(b).digest for b in FRESH]
+        done = json.loads((folder / f"searches-{model}.json").read_text())
+        out = []
+        for name, config in {**compared(folder, model, session), "full precision": session.space.full_precision()}.items():
+            if all((config.digest, b) in value for b in blocks):
+                cost = session.costs(config)
+                row: dict[str, Any] = {"model": model, "name": name, "bits": cost.bits_per_weight, "bytes": cost.bytes}
+                row |= {m: [value[config.digest, b][m] for b in blocks] for m in METRICS}
+                run = done.get(name.removeprefix("ours "), {}) if name.startswith("ours ") else {}
+                out.append(row | {k: run[k] for k in ("source", "output_errors", "images", "refined") if k in run})
+        return out
+
+
+def table(found: Sequence[dict[str, Any]], about_machine: dict[str, Any]) -> str:
+    """The figures of the issue: ours beside the program and the oracle, paired over blocks and seeds (95 %)."""
+    from aquabit.search import paired_difference
+
+    lines = ["# The search beside the program over damages", "", f"{about(about_machine)}. Made by `python benchmarks/searches.py search fresh table` (and `benchmarks/oracle.py`).",
+             "", "Weights of the default space, a8; five blocks of 128 fresh seeds; PSNR in dB to full precision, mean over blocks and seeds of the search; differences are paired "
+             "(same blocks), 95 % intervals over blocks of the mean over seeds. Spent: measurements' worth after the damages (output errors at a fifteenth, images).", "",
+             "| model | bits | ours: bits, PSNR, FID | spent | program: bits, PSNR, FID | ours - program, dB | ours - oracle, dB | FID, ours - program |", "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for model in dict.fromkeys(r["model"] for r in found):
+        own = {r["name"]: r for r in found if r["model"] == model}
+        for bits in dict.fromkeys(n.split()[1] for n in own if n.startswith("ours ")):
+            ours = [r for n, r in own.items() if n.startswith(f"ours {bits} ")]
+            program, oracle = own[f"program {bits}"], own.get(f"oracle {bits}")
+            mean = {m: np.mean([r[m] for r in ours], 0) for m in METRICS}
+            gap = {m: paired_difference(list(mean[m]), program[m]) for m in METRICS}
+            top = "" if oracle is None else "{:+.2f} ({:+.2f} to {:+.2f})".format(*paired_difference(list(mean["psnr"]), oracle["psnr"]))
+            spent = np.mean([r["output_errors"] + r["images"] for r in ours])
+            lines.append(
+                f"| {model} | {bits} | {np.mean([r['bits'] for r in ours]):.3f}, {mean['psnr'].mean():.2f}, {mean['fid'].mean():.2f} | {spent:.0f} | "
+                f"{program['bits']:.3f}, {np.mean(program['psnr']):.2f}, {np.mean(program['fid']):.2f} | "
+                + "{:+.2f} ({:+.2f} to {:+.2f})".format(*gap["psnr"]) + f" | {top} | " + "{:+.2f} ({:+.2f} to {:+.2f}) |".format(*gap["fid"])
+            )  # fmt: skip
+    lines += [
+        "",
+        "## Uniform families and full precision",
+        "",
+        "| model | configuration | bits | bytes | PSNR | FID |",
+        "|---|---|---|---|---|---|",
+    ]
+    for r in found:
+        if r["name"].startswith(("uniform", "full")):
+            lines.append(
+                f"| {r['model']} | {r['name']} | {r['bits']:.3f} | {r['bytes']:,} | {np.mean(r['psnr']):.2f} | {np.mean(r['fid']):.2f} |"
+            )
+    lines += ["", "## Bytes at a uniform configuration's PSNR", "", "Interpolated between budgets, in log bytes; share of the uniform configuration's bytes.", "",
+              "| model | uniform | PSNR | ours | program |", "|---|---|---|---|---|"]  # fmt: skip
+    for model in dict.fromkeys(r["model"] for r in found):
+        own = [r for r in found if r["model"] == model]
+        for uniform in (r for r in own if r["name"].startswith("uniform usq")):
+            shares = []
+            for kind in ("ours", "program"):
+                points: dict[str, list[tuple[float, float]]] = {}
+                for r in own:
+                    if r["name"].startswith(f"{kind} "):
+                        points.setdefault(r["name"].split()[1], []).append((float(np.mean(r["psnr"])), r["bytes"]))
+                curve = np.array(sorted(tuple(np.mean(v, 0)) for v in points.values()))
+                goal = float(np.mean(uniform["psnr"]))
+                inside = curve[0, 0] <= goal <= curve[-1, 0]
+                size = float(np.exp(np.interp(goal, curve[:, 0], np.log(curve[:, 1])))) if inside else float("nan")
+                shares.append(f"{size:,.0f} ({100 * size / uniform['bytes']:.1f} %)" if inside else "outside 1.6 to 3.5 bits")
+            lines.append(
+                f"| {model} | {uniform['name']}, {uniform['bytes']:,} bytes | {np.mean(uniform['psnr']):.2f} | " + " | ".join(shares) + " |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="+", choices=["search", "fresh", "table"])
+    parser.add_argument("--models", nargs="+", default=list(MODELS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument("--bits", nargs="+", type=float, default=list(BITS))
+    parser.add_argument("--folder", type=Path, default=Path("searches"))
+    given = parser.parse_args()
+    given.folder.mkdir(parents=True, exist_ok=True)
+    for model in given.models:
+        for part in given.parts:
+            if part == "search":
+                prepare(given.folder, model)
+                search(given.folder, model, given.seeds, given.bits)
+            elif part == "fresh":
+                fresh(given.folder, model)
+    if "table" in given.parts:
+        path, every = RESULTS / "searches.json", [r for m in given.models for r in rows(given.folder, m)]
+        found = {"machine": machine(), "command": "python benchmarks/searches.py search fresh table", "rows": every}
+        path.write_text(json.dumps(found, allow_nan=False, indent=0) + "\n")
+        path.with_suffix(".md").write_text(table(every, found["machine"]))
+
+
+if __name__ == "__main__":
+    main()

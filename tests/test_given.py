@@ -1,0 +1,133 @@
+"""Rivals from files: our configurations, and what ModelOpt quantizes by, in both of its forms."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import networkx as nx
+import pytest
+
+from aquabit.exports import export_config
+from aquabit.scheme import FP, AquabitError, Calibration, LayerChoice, QuantConfig, Scheme
+from aquabit.search.given import read_given
+from aquabit.space import SearchSpace, make_space
+
+LAYERS = {"conv_in": (16, 3, 3, 3), "blocks.0.to_q": (64, 64), "blocks.0.ff": (64, 256), "blocks.1.to_q": (64, 64), "head": (10, 64)}
+
+
+@pytest.fixture
+def graph() -> nx.DiGraph:
+    found = nx.DiGraph(other_elements=0)
+    for depth, (name, shape) in enumerate(LAYERS.items()):
+        found.add_node(name, kind="layer", depth=depth, operator=f"o{depth}", block="b", shape=shape, macs=100)
+    return found
+
+
+@pytest.fixture
+def space(graph: nx.DiGraph) -> SearchSpace:
+    return make_space(graph, "print", "toy", schemes=["usq2h", "usq4h"], excluded=["head"], calibration=Calibration(images=4))
+
+
+def read(folder: Path, space: SearchSpace, value: Any) -> QuantConfig:
+    path = folder / "given.json"
+    path.write_text(value if isinstance(value, str) else json.dumps(value))
+    return read_given(path, space)
+
+
+def weights(config: QuantConfig) -> dict[str, str]:
+    return {k: str(config[k].weight) for k in LAYERS}
+
+
+def test_our_configurations_are_read_as_they_are(tmp_path: Path, space: SearchSpace) -> None:
+    config = space.uniform("usq2h").with_layer("conv_in", "usq8", 6)  # a scheme that the space does not offer
+    assert read(tmp_path, space, config.to_json()) == config
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_modelopts_mapping(tmp_path: Path, space: SearchSpace, whole: bool) -> None:
+    rules = {
+        "*weight_quantizer": {"num_bits": 4, "block_sizes": {"-1": 32, "type": "static"}, "enable": True},
+        "*input_quantizer": {"num_bits": 8, "axis": None},
+        "blocks.1.*": {"num_bits": 2, "axis": 0},
+        "*conv_in.weight*": {"enable": False},
+        "*.ff.weight_quantizer": {},
+        "*lm_head*": {"enable": False},
+        "default": {"enable": False},
+    }
+    value = {"quant_cfg": rules, "algorithm": "max"}
+    found = read(tmp_path, space, {"to": "modelopt", "config": value} if whole else value)
+    assert weights(found) == {"conv_in": "fp", "blocks.0.to_q": "usq4g32", "blocks.0.ff": "usq8", "blocks.1.to_q": "usq2", "head": "fp"}
+    assert {c.act for c in found.layers.values()} == {16} and found.fingerprint == "print"
+    space.check(found, extra_schemes=True)
+
+
+def test_modelopts_list_and_that_the_last_rule_counts(tmp_path: Path, space: SearchSpace) -> None:
+    rules: list[dict[str, Any]] = [
+        {"quantizer_name": "*", "enable": False},
+        {"quantizer_name": "blocks.*.weight_quantizer", "cfg": {"num_bits": 3}},
+        {"quantizer_name": "*to_q.weight_quantizer", "cfg": {"num_bits": 6, "block_sizes": {"-1": 16}}},
+        {"quantizer_name": "head.weight_quantizer", "cfg": {"num_bits": 4}},
+        {"quantizer_name": "blocks.0.to_q.input_quantizer", "cfg": {"num_bits": 2}},
+    ]
+    expected = {"conv_in": "fp", "blocks.0.to_q": "usq6g16", "blocks.0.ff": "usq3", "blocks.1.to_q": "usq6g16", "head": "fp"}
+    assert weights(read(tmp_path, space, {"quant_cfg": rules})) == expected, "head is excluded from quantization"
+    last = [*rules, {"quantizer_name": "blocks.1.*weight*", "enable": False}]
+    assert weights(read(tmp_path, space, {"quant_cfg": last})) == {**expected, "blocks.1.to_q": "fp"}
+    assert weights(read(tmp_path, space, {"quant_cfg": rules[::-1]})) == dict.fromkeys(LAYERS, "fp"), "now the first one is the last"
+    assert weights(read(tmp_path, space, {"quant_cfg": []})) == dict.fromkeys(LAYERS, "fp"), "nothing is named"
+
+
+def test_a_rule_with_settings_may_be_switched_off(tmp_path: Path, space: SearchSpace) -> None:
+    rules = [
+        {"quantizer_name": "*weight_quantizer", "cfg": {"num_bits": 4}, "enable": True},
+        {"quantizer_name": "conv_in.weight_quantizer", "cfg": {"num_bits": 4}, "enable": False},
+    ]
+    assert weights(read(tmp_path, space, {"quant_cfg": rules}))["conv_in"] == "fp"
+
+
+def test_rules_of_other_modules_name_no_layer_of_ours(tmp_path: Path, space: SearchSpace) -> None:
+    rules = [
+        {"quantizer_name": "*weight_quantizer", "cfg": {"num_bits": 4}},
+        {"parent_class": "nn.BatchNorm1d", "quantizer_name": "*", "enable": False},
+    ]
+    assert weights(read(tmp_path, space, {"quant_cfg": rules}))["conv_in"] == "usq4"
+
+
+def test_what_we_export_is_read_again(tmp_path: Path, space: SearchSpace, graph: nx.DiGraph) -> None:
+    picked = {"conv_in": "usq4", "blocks.0.to_q": "usq3g16", "blocks.0.ff": "usq2", "blocks.1.to_q": "fp"}
+    config = QuantConfig("print", {k: LayerChoice(Scheme.parse(s), 8) for k, s in picked.items()})
+    found = read(tmp_path, space, export_config(config, graph, "modelopt").to_json())
+    assert weights(found) == {**picked, "head": "fp"} and found["head"].weight == FP
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("{", "is not valid JSON"),
+        ("[]", "given.json"),
+        ({"fid": 3}, "given.json"),
+        ({"quant_cfg": 4}, "quant_cfg is 4; it must map quantizers"),
+        ({"quant_cfg": ["*weight_quantizer"]}, "it must map quantizers"),
+        ({"quant_cfg": {"*weight_quantizer": 4}}, r"the settings of '\*weight_quantizer' are no object"),
+        ({"quant_cfg": {"*weight_quantizer": [{"num_bits": 4}, {"num_bits": 8}]}}, "are no object"),
+        ({"quant_cfg": {"*weight_quantizer": {"num_bits": [4, 3]}}}, r"has num_bits \[4, 3\]; only whole numbers of bits"),
+        ({"quant_cfg": {"*weight_quantizer": {"num_bits": True}}}, "has num_bits True"),
+        ({"quant_cfg": {"*weight_quantizer": {"num_bits": 12}}}, "12"),
+        ({"quant_cfg": {"*weight_quantizer": {"num_bits": 4, "block_sizes": {"-1": "many"}}}}, "many"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_read_is_one_sentence(tmp_path: Path, space: SearchSpace, value: Any, reason: str) -> None:
+    with pytest.raises(AquabitError, match=reason) as error:
+        read(tmp_path, space, value)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+def test_files_of_another_model_and_files_that_are_not_there(tmp_path: Path, space: SearchSpace) -> None:
+    with pytest.raises(AquabitError, match="for model other, this is model print"):
+        read(tmp_path, space, QuantConfig("other", {}).to_json())
+    with pytest.raises(AquabitError, match="unknown layer 'tail'"):
+        read(tmp_path, space, QuantConfig("print", {"tail": LayerChoice(Scheme.parse("usq4"), 8)}).to_json())
+    with pytest.raises(AquabitError, match="cannot read"):
+        read_given(tmp_path / "nothing.json", space)
