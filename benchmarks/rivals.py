@@ -273,14 +273,15 @@ def entries(folder: Path, model: str) -> list[dict[str, Any]]:
     ]
 
 
-def fresh(session: Any, folder: Path, model: str) -> None:
-    configs = {c.digest: c for c in (QuantConfig.from_dict(r["config"]) for r in entries(folder, model))}
+def fresh(session: Any, folder: Path, model: str, bits: Sequence[float] = TARGETS) -> None:
+    asked = [r for r in entries(folder, model) if r["target"] in bits]
+    configs = {c.digest: c for c in (QuantConfig.from_dict(r["config"]) for r in asked)}
     protocols = [session.protocol.block(b) for b in BLOCKS]
     session.measure([session.space.full_precision()], "reference", say, protocols, f"{model}, full precision")
     session.measure(configs.values(), "fresh", say, protocols, f"{model}, on fresh seeds")
 
 
-def measured(session: Any, folder: Path, model: str) -> list[dict[str, Any]]:
+def measured(session: Any, folder: Path, model: str, bits: Sequence[float] = TARGETS) -> list[dict[str, Any]]:
     """One row a side and target: size, and each metric by block (of ours the mean over seeds of the search); full precision first."""
     table = session.study.measurements(failed=True).set_index(["config", "protocol"])
     protocols = [session.protocol.block(b).digest for b in BLOCKS]
@@ -296,7 +297,7 @@ def measured(session: Any, folder: Path, model: str) -> list[dict[str, Any]]:
     free = session.space.full_precision()
     rows = [{"model": model, "side": "full precision", "target": None, "bits": 16.0, "seeds": 1, "fid": blocks(free, "fid").tolist()}]
     together: dict[tuple[str, float], list[dict[str, Any]]] = {}
-    for entry in entries(folder, model):
+    for entry in (e for e in entries(folder, model) if e["target"] in bits):
         together.setdefault((entry["side"], entry["target"]), []).append(entry)
     for (side, target), same in together.items():
         configs = [QuantConfig.from_dict(e["config"]) for e in same]
@@ -361,6 +362,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--folder", type=Path, default=Path("rivals-runs"))
     parser.add_argument("--rivals", nargs="+", default=list(RIVALS), choices=list(RIVALS), metavar="NAME")
+    parser.add_argument("--bits", nargs="+", type=float, default=list(TARGETS), help="budgets that are measured and shown")
     parser.add_argument("--bank", help="fitted weights to reuse (default: bank in --folder)")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--study", nargs="+", default=[], metavar="MODEL=FILE", help="studies whose fits and probes are begun with")
@@ -385,9 +387,9 @@ def run(given: argparse.Namespace) -> None:
             if "choose" in parts:
                 choose(Rivals(session, given.folder, model), given.rivals)
             if "fresh" in parts:
-                fresh(session, given.folder, model)
+                fresh(session, given.folder, model, given.bits)
             if "table" in parts:
-                rows += compared(measured(session, given.folder, model))
+                rows += compared(measured(session, given.folder, model, given.bits))
     if "table" in parts:
         path = given.results / "rivals.json"
         old = json.loads(path.read_text())["rows"] if path.exists() else []

@@ -76,7 +76,9 @@ def search(folder: Path, model: str, seeds: Sequence[int], bits: Sequence[float]
                              "refined": sum(c.source == "refined" for c in found.candidates.values()),
                              "images_judged": max(judgement.blocks.values()) * session.protocol.images // 4}  # fmt: skip
             path.write_text(json.dumps(done))
-    ours = {str(s): [{"target": b, "config": done[f"{b:g} {s}"]["config"]} for b in bits if f"{b:g} {s}" in done] for s in seeds}
+    ours: dict[str, list[dict[str, Any]]] = {}
+    for key, run in done.items():
+        ours.setdefault(key.split()[1], []).append({"target": float(key.split()[0]), "config": run["config"]})
     (folder / f"ours-{model}.json").write_text(json.dumps(ours))
 
 

@@ -115,7 +115,7 @@ def test_imports_point_one_way(path: Path) -> None:
         ("aquabit.kernels.lut", "from aquabit.quant.usq import fit"),
         ("aquabit.kernels.lut", "from ..quant import usq"),
         ("aquabit.kernels.lut", "from .. import quant"),
-        ("aquabit.search.milp", "import numpy, aquabit.sensitivity.surrogate as s"),
+        ("aquabit.search.milp", "import numpy, aquabit.reports.page as s"),
         ("aquabit.study", "import importlib\nimportlib.import_module('aquabit.cli')"),
         ("aquabit.cost", "from aquabit import load"),
         ("aquabit.cost", "import aquabit"),

@@ -13,7 +13,7 @@ import pytest
 
 from aquabit import flow
 from aquabit.cost import CostModel
-from aquabit.pipelines import trace
+from aquabit.pipelines import Adapter, trace
 from aquabit.quant.model import fingerprint
 from aquabit.scheme import AquabitError, Budget, Calibration, Protocol, QuantConfig, no_progress
 from aquabit.search import searching
@@ -61,6 +61,9 @@ class World:
     def find(self, bits: float | None = None, **options: Any) -> Front:
         given: dict[str, Any] = {"rounds": 1, "against": [self.given], "protocol": PROTOCOL, "space_options": SPACE, **options}
         return flow.find(self.study, bits or self.budget.bits, pipe=self.pipe, bank=self.bank, **given)
+
+    def classes(self) -> tuple[int, ...]:
+        return tuple(Adapter(self.pipe).conditions(self.study.protocol))
 
     def rows(self) -> int:
         return len(self.study.measurements(failed=True))
@@ -129,7 +132,7 @@ def test_damages_predict_where_nothing_else_does(searched: Any) -> None:
 def test_the_winner_is_not_worse_than_any_known_rival(searched: Any) -> None:
     world, front, _, _ = searched
     protocol = world.study.protocol
-    blocks = pieces(protocol, ROUNDS[-1])
+    blocks = pieces(protocol, ROUNDS[-1], 0, world.classes())
     table = world.study.measurements(protocol)
     assert world.study.get("space") == world.space.to_dict()
     rival = front.comparison["against"][0]

@@ -29,7 +29,7 @@ def fidelity_of(protocol: Protocol) -> str:
 
 def pieces(protocol: Protocol, count: int, seed: int = 0, conditions: Sequence[str | int] | None = None) -> list[Protocol]:
     """The first ``count`` blocks that judging uses: small ones, on image seeds that nothing else is measured on, others for each
-    ``seed``. ``conditions`` are the protocol's prompts or classes (default: those it names): each block goes on where the last one ended."""
+    ``seed``. ``conditions`` are the protocol's prompts or classes (default: those it names): a block goes on where the last one ended."""
     size = max(2, ceil(protocol.images / PIECES))
     block = protocol.block(JUDGED_BLOCK + SEEDS_APART * seed)
     asked = conditions or protocol.conditions

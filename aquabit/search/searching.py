@@ -306,7 +306,12 @@ class Search:
         return kept
 
     def _by_objective(self, winner: QuantConfig, finalists: Sequence[QuantConfig]) -> QuantConfig:
-        """``winner``, or the finalist whose objective is better beyond doubt (95 % paired interval over blocks of seeds)."""
+        """``winner``, or where its objective is shown to be worse than full precision's, the finalist whose objective is better beyond
+        doubt (95 % paired intervals over blocks of seeds).
+
+        A quantized model is to be like the model that it replaces: what lies below full precision's FID is no gain, it is noise of another
+        kind (36 dB can have a lower FID than 47).
+        """
         session, metric = self.session, self.session.protocol.objective
         protocols = [session.protocol, *(session.protocol.block(b) for b in OBJECTIVE_BLOCKS)]
         first = self._values(metric)
@@ -321,6 +326,8 @@ class Search:
         def blocks(config: QuantConfig) -> list[float]:
             return [t.get(config.digest, float("nan")) for t in tables]
 
+        if not paired_difference(blocks(winner), blocks(session.space.full_precision())).low > 0:
+            return winner
         for rival in rivals:
             if paired_difference(blocks(rival), blocks(winner)).high < 0:
                 return rival
