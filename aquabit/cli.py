@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -365,6 +366,12 @@ def validate(
         show_sensitivity(result, 10)
 
 
+def _tell(json_: str | None, text: str) -> None:
+    """Say something on standard error, but not where a machine reads."""
+    if json_ != "-":
+        errors.print(plain(text), highlight=False, soft_wrap=True)
+
+
 @app.command()
 @shielded
 def search(
@@ -397,7 +404,7 @@ def search(
     options = SearchOptions(Budget(limit, bytes_, bops, latency), method, rounds, per_round, screen, seed, given)
     with bars() as progress:
         front = flow.search(
-            opened, options, correction=correction, progress=progress, told=errors.print, workers=_workers(workers, device), device=device,
+            opened, options, correction=correction, progress=progress, told=partial(_tell, json_), workers=_workers(workers, device), device=device,
             bank=str(bank) if bank else None,
         )  # fmt: skip
     if out:

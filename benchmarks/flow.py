@@ -96,7 +96,9 @@ def synthetic_study(path: Path, large: bool = False) -> tuple[Any, Any, Any, Any
     net = UNet2DModel(sample_size=8, in_channels=1, out_channels=1, block_out_channels=(64, 64, 128, 128) if large else (64, 128), layers_per_block=depth, norm_num_groups=16,
                       attention_head_dim=32, down_block_types=down, up_block_types=[d.replace("Down", "Up") for d in reversed(down)], num_class_embeds=11)  # fmt: skip
     graph = trace(net)
-    options = {"schemes": list(WEIGHT_ONLY)} if large else {}
+    options: dict[str, Any] = {"schemes": list(WEIGHT_ONLY)}
+    if not large:
+        options = {"schemes": [*WEIGHT_ONLY, "usq2h", "usq3h", "usq4h"], "levels": [1.5, 2.0, 3.0, 4.0]}
     space, rng = make_space(graph, "s" * 16, "synthetic", **options), np.random.default_rng(0)
     path.unlink(missing_ok=True)
     study, protocol, costs = Study(path), Protocol(), CostModel(graph, space)

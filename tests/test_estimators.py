@@ -52,6 +52,7 @@ class Small(World):
         gain = rng.lognormal(0, 1.2, 12)
         probe = {k: {"damage": v * gain[names.index(k[0])], "sketch": np.zeros(SKETCH)} for k, v in self.errors.items()}
         probe |= {(n, a): {"damage": 0.002 * (a == "a6"), "sketch": np.zeros(SKETCH)} for n in names for a in ("a6", "a8")}
+        self.probes = probe
         self.encoder, self.cost = Encoder(self.space, self.graph, self.errors, probe), CostModel(self.graph, self.space)
         self.plain = Encoder(self.space, self.graph, self.errors)
         self.weights = 1 + rng.integers(0, 5, (count, 12))

@@ -21,7 +21,7 @@ from aquabit.quant.fitting import Need
 from aquabit.quant.hessian import output_error
 from aquabit.quant.model import QuantizedDenoiser, fingerprint
 from aquabit.quant.weights import quantize_weight, quantize_weights
-from aquabit.scheme import AquabitError, Calibration, Protocol, QuantConfig, Scheme
+from aquabit.scheme import FP, AquabitError, Calibration, Protocol, QuantConfig, Scheme
 from aquabit.sensitivity.evaluator import Evaluator
 from aquabit.sensitivity.measure import measure, open_model
 from aquabit.space import SearchSpace, make_space
@@ -517,7 +517,7 @@ def test_the_default_space_of_a_tiny_model_is_measured(dit, tmp_path) -> None:
     assert any(s.shared for s in space.schemes) and any(s.output_aware for s in space.schemes)
     assert space.calibration == Calibration.of(PROTOCOL)
     for layer, row in space.choices.items():
-        for scheme in row:
+        for scheme in (s for s in row if s != FP):
             facts = features[layer, str(scheme)]
             assert 0 <= facts["output"] < 1 and 0 <= facts["error"] < 2 and facts["damage"] >= 0, (layer, scheme)
         assert features[layer, "usq2h"]["output"] <= features[layer, "usq2"]["output"] * 1.01, layer

@@ -27,7 +27,7 @@ def test_a_plan_is_what_is_then_done(tmp_path) -> None:
     before, more = plan(pipe, None, 2, **given), plan(pipe, None, 4, **given)
     study = Study(tmp_path / "s.db")
     assert measure(pipe, study, 2, **given) == before.measurements < more.measurements
-    uniform = ("usq3.", "usq8.")  # references of schemes that are not in the space: fitted when they are measured
+    uniform = ("usq2h", "usq4h", "usq8")  # references of schemes that are not in the space: fitted when they are measured
     files = Bank(bank).folder.glob("*.safetensors")
     fits = [p for p in files if p.name.split("-")[1].startswith("usq") and not p.name.split("-")[1].startswith(uniform)]
     assert before.fits == len(fits)
@@ -89,7 +89,7 @@ def test_memory_that_does_not_suffice_says_what_to_lower() -> None:
         def output_errors(self, *_: object) -> None:
             raise self.error
 
-    task = {"task": "outputs", "protocol": PROTOCOL.to_dict(), "configs": [{"schema": 1, "model": "", "fingerprint": "f", "layers": {}}]}
+    task = {"task": "outputs", "protocol": PROTOCOL.to_dict(), "part": 0, "configs": [{"schema": 1, "model": "", "fingerprint": "f", "layers": {}}]}
     for error in (
         MemoryError(),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),

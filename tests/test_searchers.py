@@ -175,7 +175,7 @@ def test_the_loop_proposes_from_an_evolution_too() -> None:
     weights, acts = every(space, (8,))
     values = lab.truth(weights[inside := cost.within(cost.totals(weights, acts), budget)], acts[inside])
     assert lab.best(cost, budget) <= np.quantile(values, 0.02)
-    with pytest.raises(AquabitError, match=r"method 'luck' is unknown; known: program, evolve"):
+    with pytest.raises(AquabitError, match=r"method 'luck' is unknown; known: program, surrogate, evolve"):
         lab.search(cost, budget, method="luck")
 
 

@@ -92,9 +92,9 @@ def test_configurations_of_other_models_are_refused() -> None:
 def test_encoder_aggregates_follow_a_swap() -> None:
     errors = {(k, str(s)): 4.0**-s.bits for k, row in SPACE.choices.items() for s in row}
     encoder = Encoder(SPACE, GRAPH, errors)
-    base = SPACE.uniform("usq4")
+    base = SPACE.uniform("usq4h")
     layer = SPACE.layers[5]
-    a, b = encoder.encode([base, base.with_layer(layer, "usq2")])
+    a, b = encoder.encode([base, base.with_layer(layer, "usq2h")])
     changed = {encoder.columns[i] for i in np.flatnonzero(a != b)}
     assert {f"weight:{layer}", "error:model", "bits"} <= changed and not any(c.startswith("act") for c in changed)
     assert sum(c.startswith("weight:") for c in changed) == 1

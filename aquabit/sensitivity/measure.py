@@ -46,7 +46,7 @@ from aquabit.space import SearchSpace, make_space
 from aquabit.standing import start_plan
 from aquabit.study import Study
 
-UNIFORM = ("usq2h", "usq3h", "usq4h", "usq8")  # always measured beside samples: what a user would take without a search
+UNIFORM = ("usq2", "usq3", "usq4")  # measured beside samples, output-aware where anything is: what one would take without a search
 NO_REAL_IMAGES = (
     "{} names no real images, so the objective is {}, the distance to its own full-precision images; for FID give --reference DIR with "
     "--features inception=FILE, or choose psnr or ssim by --objective"
@@ -199,9 +199,10 @@ def uniform_references(space: SearchSpace) -> list[QuantConfig]:
     """What random configurations are seen beside: one scheme for all layers, and the layers' additive formats at each level they have."""
     act = max(space.activations)
     levels = sorted({round(2 * space.code_bits(k, s)) / 2 for k, row in space.choices.items() for s in row if s.kind == "aq"})
+    first = [Scheme.parse(s + ("h" if any(q.calibrated for q in space.schemes) else "")) for s in UNIFORM] + [Scheme.parse("usq8")]
     own = [s for s in space.schemes if s.kind == "usq" and all(s in space.choices[k] for k in space.free_layers())]
     return [
-        *(space.uniform(s, act) for s in dict.fromkeys((*map(Scheme.parse, UNIFORM), *own))),
+        *(space.uniform(s, act) for s in dict.fromkeys((*first, *own))),
         *(space.level("aq", b, act) for b in levels),
     ]
 
