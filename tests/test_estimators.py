@@ -50,8 +50,8 @@ class Small(World):
         self.space = make_space(self.graph, "e" * 16, "made", schemes=SCHEMES)
         self.errors = {(n, str(s)): float(4.0**-s.bits * rng.lognormal(0, 0.2)) for n in names for s in self.space.choices[n]}
         gain = rng.lognormal(0, 1.2, 12)
-        probe = {k: {"damage": v * gain[names.index(k[0])], "sketch": np.zeros(SKETCH)} for k, v in self.errors.items()}
-        probe |= {(n, a): {"damage": 0.002 * (a == "a6"), "sketch": np.zeros(SKETCH)} for n in names for a in ("a6", "a8")}
+        probe = {k: {"damage": v * gain[names.index(k[0])], "sketch": [0.0] * SKETCH} for k, v in self.errors.items()}
+        probe |= {(n, a): {"damage": 0.002 * (a == "a6"), "sketch": [0.0] * SKETCH} for n in names for a in ("a6", "a8")}
         self.probes = probe
         self.encoder, self.cost = Encoder(self.space, self.graph, self.errors, probe), CostModel(self.graph, self.space)
         self.plain = Encoder(self.space, self.graph, self.errors)
@@ -59,6 +59,9 @@ class Small(World):
         self.acts = np.where(rng.random((count, 12)) < 0.3, 6, 8)
         self.y = self.truth(self.weights, self.acts) * np.exp(noise * rng.normal(size=count))
         self.bits = self.cost.totals(self.weights, self.acts)["bits"]
+
+    def total(self, weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
+        return self.encoder.damages(weights, acts).sum(1)
 
     def truth(self, weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
         return 5 + 30 * self.encoder.damages(weights, acts).sum(1)

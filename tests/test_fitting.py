@@ -520,7 +520,7 @@ def test_the_default_space_of_a_tiny_model_is_measured(dit, tmp_path) -> None:
         for scheme in (s for s in row if s != FP):
             facts = features[layer, str(scheme)]
             assert 0 <= facts["output"] < 1 and 0 <= facts["error"] < 2 and facts["damage"] >= 0, (layer, scheme)
-        assert features[layer, "usq2h"]["output"] <= features[layer, "usq2"]["output"] * 1.01, layer
+        assert features[layer, "usq6h"]["output"] <= features[layer, "usq2h"]["output"] * 1.01, layer
     table = study.measurements(failed=True)
     assert (table.status == "ok").all() and (table.kind == "sample").sum() == 4
     assert {"calibrating"} == {w for w, _, total in told if total == 1 and w.startswith("calib")}

@@ -40,7 +40,7 @@ def test_a_plan_is_what_is_then_done(tmp_path) -> None:
     )  # fmt: skip
     assert after.measuring_seconds > 0 == after.probing_seconds and len(study.measurements()) == before.measurements
     shards = [plan(pipe, None, 4, shard=f"{i}/2", **given).measurements for i in (1, 2)]
-    assert sum(shards) == more.measurements + 6, "full precision and five uniform references are measured by both"
+    assert sum(shards) == more.measurements + 7, "full precision and six uniform references are measured by both"
 
 
 def test_live_tensors_are_counted_while_they_live() -> None:

@@ -71,7 +71,7 @@ def record_calls(denoiser: nn.Module, runs: Sequence[Callable[[], object]], limi
             now.append(same if same is not None and same.dtype == copy.dtype and torch.equal(same, copy) else copy)
             return now[-1]
 
-        seen.append((_mapped(args, copied), _mapped(kwargs, copied)))
+        seen.append((mapped(args, copied), mapped(kwargs, copied)))
         before[:] = now
 
     handle = denoiser.register_forward_pre_hook(see, with_kwargs=True)
@@ -99,13 +99,13 @@ def _steps(total: int, share: int, times: Counter[int]) -> list[int]:
     return sorted(sorted(range(total), key=lambda t: (times[t], (t - rounds) % stride, t))[:share])
 
 
-def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """``value`` with every tensor in its tuples, lists and dictionaries changed."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, dict):
-        return {k: _mapped(v, change) for k, v in value.items()}
-    return type(value)(_mapped(v, change) for v in value) if type(value) in (tuple, list) else value
+        return {k: mapped(v, change) for k, v in value.items()}
+    return type(value)(mapped(v, change) for v in value) if type(value) in (tuple, list) else value
 
 
 @contextmanager
@@ -126,7 +126,7 @@ def _replay(model: QuantizedDenoiser, calls: Sequence[Call]) -> Iterator[int]:
     for i, (args, kwargs) in enumerate(calls):
         yield i
         with torch.inference_mode():
-            model.denoiser(*_mapped(args, lambda t: t.to(device)), **_mapped(kwargs, lambda t: t.to(device)))
+            model.denoiser(*mapped(args, lambda t: t.to(device)), **mapped(kwargs, lambda t: t.to(device)))
 
 
 def input_groups(model: QuantizedDenoiser, calls: Sequence[Call]) -> list[Group]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from aquabit.quant.bank import weight_hash
-from aquabit.quant.calibrate import Call, _mapped
+from aquabit.quant.calibrate import Call, mapped
 from aquabit.scheme import AquabitError, Calibration
 
 HELD_OUT = 16  # one run of so many is for validation, one at least
@@ -60,7 +60,7 @@ def record_outputs(denoiser: nn.Module, runs: Sequence[Callable[[], object]]) ->
         def copied(tensor: Tensor) -> Tensor:
             return tensor.detach().to("cpu", copy=True)
 
-        made.append(Recorded((_mapped(args, copied), _mapped(kwargs, copied)), copied(first_tensor(result)), *place))
+        made.append(Recorded((mapped(args, copied), mapped(kwargs, copied)), copied(first_tensor(result)), *place))
         place[1] += 1
 
     handle = denoiser.register_forward_hook(see, with_kwargs=True)
@@ -81,7 +81,7 @@ def record_outputs(denoiser: nn.Module, runs: Sequence[Callable[[], object]]) ->
 def leaves(call: Any) -> list[Tensor]:
     """The tensors of a call, in order."""
     found: list[Tensor] = []
-    _mapped(call, lambda t: found.append(t) or t)  # type: ignore[func-returns-value]
+    mapped(call, lambda t: found.append(t) or t)  # type: ignore[func-returns-value]
     return found
 
 
@@ -150,7 +150,7 @@ class Replay:
             part = next(waiting)
             return (shared if part is None else part[index].transpose(0, 1).flatten(0, 1)).to(device)
 
-        return _mapped(kind.template, filled), kind.target[index].transpose(0, 1).flatten(0, 1).to(device)
+        return mapped(kind.template, filled), kind.target[index].transpose(0, 1).flatten(0, 1).to(device)
 
     def training(self, step: int, order: str, batch: int, seed: int) -> list[int]:
         """The samples of a step's batch: a function of these numbers alone."""
@@ -216,7 +216,7 @@ def _split(recorded: Recorded, spread: set[int]) -> tuple[Call, list[Tensor | No
         own = leaf.ndim > 0 and len(leaf) == rows
         parts.append(leaf if own else None)
         key.append((leaf.dtype, tuple(leaf.shape[1:])) if own else (leaf.dtype, tuple(leaf.shape), weight_hash(leaf)))
-    plain = repr(_mapped(recorded.call, lambda _: torch.empty(0)))
+    plain = repr(mapped(recorded.call, lambda _: torch.empty(0)))
     return recorded.call, parts, (tuple(key), plain, tuple(recorded.output.shape[1:]))
 
 
@@ -232,7 +232,7 @@ def _spread(recorded: Recorded, denoiser: nn.Module) -> set[int]:
         def given(leaf: Tensor, i: int = i, count: Any = count) -> Tensor:
             return (leaf.reshape(1).expand(rows) if next(count) == i else leaf).to(device)
 
-        args, kwargs = _mapped(recorded.call, given)
+        args, kwargs = mapped(recorded.call, given)
         try:
             answer = first_tensor(denoiser(*args, **kwargs)).cpu()
         except Exception:  # whatever a denoiser says to a shape that it does not take

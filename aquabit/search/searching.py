@@ -176,7 +176,11 @@ class Search:
             rounds = self.options.refinements if number == 0 else self.options.refinements // 2
             if rounds and context.ready:
                 start = starts[target]
-                steps = refine((start.weights, start.acts), context.look, context.judge, self.costs, target, rounds=rounds)
+                try:
+                    steps = refine((start.weights, start.acts), context.look, context.judge, self.costs, target, rounds=rounds)
+                except AquabitError as error:
+                    self.told(f"not refined in context: {error}")
+                    break
                 for step in steps[1:]:
                     self._add(self._config((step.weights, step.acts)), "refined", step.value)
         self.spent = context.spent / 15

@@ -57,6 +57,7 @@ from aquabit.scheme import (
 )
 from aquabit.sensitivity.encoder import SKETCH
 from aquabit.sensitivity.fidelity import OutputErrors, stored
+from aquabit.sensitivity.pool import out_of_memory
 
 PROBE_IMAGES, PROBE_SEED = 8, 700_000_001  # seeds that no measurement uses
 THUMBNAILS = 16  # images of the grid that a measurement keeps
@@ -236,12 +237,18 @@ class Evaluator:
         """What the weighted output error of a configuration is ("value"), and by how much it changes to first order where one layer's
         weight takes another scheme: "slopes" {layer: {scheme: <gradient, W_scheme - W_full>}}, so that differences count; "overlap" has the
         cosine between the weight errors of a scheme and of the configuration's own (0 beside full precision). One backward pass serves all
-        of ``choices`` (layer -> schemes)."""
+        of ``choices`` (layer -> schemes). Raises AquabitError where no gradient passes the denoiser."""
         with single_thread(self.device):
             errors = self._errors(protocol, part)
             self.quantized.apply(replace(config, correction=None))
             with self.quantized.gradients() as gradient:
-                value = errors.backward(weights, self.quantized.watchers(config))
+                try:
+                    value = errors.backward(weights, self.quantized.watchers(config))
+                except RuntimeError as error:
+                    if out_of_memory(error):
+                        raise
+                    said = str(error).split(". ")[0]
+                    raise AquabitError(f"no gradient passes this denoiser ({said}); search with --rounds 0") from error
                 found: dict[str, Any] = {"value": value, "slopes": {}, "overlap": {}}
                 for layer, row in choices.items():
                     full, own = self.quantized.full(layer), self.quantized.layers[layer].weight.detach()

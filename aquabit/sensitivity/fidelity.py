@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from aquabit.quant.calibrate import mapped
 from aquabit.quant.replay import Recording, Replay, first_tensor
 from aquabit.quant.sampling import Watcher
 from aquabit.scheme import Calibration, Protocol
@@ -94,7 +95,8 @@ class OutputErrors:
         for part in self.samples if watchers else self._batches():
             for watcher in watchers:
                 watcher.before(self.replay.places[part[0]][2])
-            (args, kwargs), target = self.replay.batch(part, device)
+            call, target = self.replay.batch(part, device)
+            args, kwargs = mapped(call, _usable) if torch.is_grad_enabled() else call
             yield part, first_tensor(self.denoiser(*args, **kwargs)), target
 
     def _batches(self) -> list[list[int]]:
@@ -117,3 +119,8 @@ class OutputErrors:
             "gain": (change * full).mean() / scale,
         }
         return {k: round(float(v), 9) if bool(torch.isfinite(v)) else 1e6 for k, v in found.items()}
+
+
+def _usable(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy where it was recorded in inference mode, which gradients cannot pass."""
+    return tensor.clone() if tensor.is_inference() else tensor
