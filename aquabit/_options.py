@@ -13,7 +13,9 @@ ModelArgument = Annotated[
 StudyArgument = Annotated[Path, typer.Argument(metavar="S.db", help="A study made by `aquabit measure`.")]
 Json = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write JSON for machines to FILE, or to standard output for -.")]
 Bits = Annotated[float, typer.Option("--bits", help="Budget in bits per weight; codebooks and scales count.")]
-Samples = Annotated[int, typer.Option("--samples", min=0, help="Configurations of the design, in total; 0: probes alone, which search needs.")]
+Samples = Annotated[
+    int, typer.Option("--samples", min=0, help="Configurations of the design, in total; 0: probes alone, which search needs.")
+]
 Images = Annotated[int, typer.Option("--images", min=2, help="Images per configuration.")]
 Steps = Annotated[int, typer.Option("--steps", min=1, help="Denoising steps.")]
 SchedulerOption = Annotated[str, typer.Option("--scheduler", help="default, ddim, ddpm, euler, euler-ancestral, dpm, flow-euler.")]

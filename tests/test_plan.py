@@ -89,7 +89,12 @@ def test_memory_that_does_not_suffice_says_what_to_lower() -> None:
         def output_errors(self, *_: object) -> None:
             raise self.error
 
-    task = {"task": "outputs", "protocol": PROTOCOL.to_dict(), "part": 0, "configs": [{"schema": 1, "model": "", "fingerprint": "f", "layers": {}}]}
+    task = {
+        "task": "outputs",
+        "protocol": PROTOCOL.to_dict(),
+        "part": 0,
+        "configs": [{"schema": 1, "model": "", "fingerprint": "f", "layers": {}}],
+    }
     for error in (
         MemoryError(),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),

@@ -423,7 +423,7 @@ class Search:
     def _comparison(self, winner: QuantConfig, uniform: QuantConfig, protocols: Sequence[Protocol], metric: str) -> dict[str, Any]:
         """The winner against the smallest uniform USQ that is no smaller, in paired differences over fresh blocks."""
         gap = {m: paired_difference(self._blocks(winner, protocols, m), self._blocks(uniform, protocols, m)) for m in (metric, "psnr")}
-        shown = {m: {"value": d.value, "low": d.low, "high": d.high} for m, d in gap.items()}
+        shown: dict[str, dict[str, Any]] = {m: {"value": d.value, "low": d.low, "high": d.high} for m, d in gap.items()}
         shown[metric]["images_needed"] = images_to_tell(gap[metric], len(protocols), self.session.protocol.images)
         images = self.session.protocol.images
         return {"metric": metric, "blocks": len(protocols), "images": images, "winner": self._side(winner, protocols, metric),

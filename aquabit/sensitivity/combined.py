@@ -30,9 +30,7 @@ class Combined:
     ratio: float = 1.0
 
 
-def combine(
-    players: Sequence[Player], predicted: np.ndarray, replicates: np.ndarray, swaps: pd.DataFrame, seed: int = 0
-) -> Combined:
+def combine(players: Sequence[Player], predicted: np.ndarray, replicates: np.ndarray, swaps: pd.DataFrame, seed: int = 0) -> Combined:
     """Predicted effects [players], refitted as ``replicates`` [r, players], combined with real swaps (layer, before, after, and what each
     worsened as ``real``; swaps between other schemes do not count).
 

@@ -244,11 +244,11 @@ class Evaluator:
             with self.quantized.gradients() as gradient:
                 try:
                     value = errors.backward(weights, self.quantized.watchers(config))
-                except RuntimeError as error:
-                    if out_of_memory(error):
+                except RuntimeError as fault:
+                    if out_of_memory(fault):
                         raise
-                    said = str(error).split(". ")[0]
-                    raise AquabitError(f"no gradient passes this denoiser ({said}); search with --rounds 0") from error
+                    said = str(fault).split(". ")[0]
+                    raise AquabitError(f"no gradient passes this denoiser ({said}); search with --rounds 0") from fault
                 found: dict[str, Any] = {"value": value, "slopes": {}, "overlap": {}}
                 for layer, row in choices.items():
                     full, own = self.quantized.full(layer), self.quantized.layers[layer].weight.detach()
