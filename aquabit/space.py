@@ -34,7 +34,7 @@ from aquabit.scheme import (
     read_json,
 )
 
-DEFAULT_SCHEMES = ("usq2h", "usq4h", "usq6h")  # with the additive formats all that some layer's front of bytes and damages needs
+DEFAULT_SCHEMES = ("usq2h", "usq4h", "usq6h")  # beside the additive formats; plain rounding and k-means lose to these nearly everywhere
 TINY_SCHEMES = (*DEFAULT_SCHEMES, "usq8")  # of layers whose bytes hardly count
 TINY = 1e-3  # share of all weights below which a layer's bytes hardly count: at 16 bits it takes what .01 bit of the model takes
 DEFAULT_ACTIVATIONS = (8, 6)
