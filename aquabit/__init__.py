@@ -1,4 +1,5 @@
-"""aquabit: where quantization hurts a diffusion model, which bits each layer should get, and the result, packed and run."""
+"""aquabit: where quantization hurts a diffusion model, which bits each layer should get, and the result,
+packed and run."""
 
 from __future__ import annotations
 
@@ -10,13 +11,31 @@ from aquabit.integration import register_with_diffusers
 __version__ = "0.1.0"
 
 _HOMES = {
-    "AquabitError": "scheme", "Budget": "scheme", "Protocol": "scheme", "QuantConfig": "scheme", "Scheme": "scheme",
-    "SearchSpace": "space", "Study": "study", "load": "pipelines", "trace": "pipelines", "measure": "sensitivity.measure",
-    "explain": "sensitivity.attribution", "Sensitivity": "sensitivity.attribution", "validate": "flow", "find": "flow", "Front": "search",
-    "quantize": "packing", "generate": "packing", "run": "flow", "report": "reports", "quantize_weight": "quant.weights",
-    "QualityOptions": "quality", "CodebookWeight": "kernels", "FineTuning": "quant.finetune_settings",
+    "AquabitError": "scheme",
+    "Budget": "scheme",
+    "Protocol": "scheme",
+    "QuantConfig": "scheme",
+    "Scheme": "scheme",
+    "SearchSpace": "space",
+    "Study": "study",
+    "load": "pipelines",
+    "trace": "pipelines",
+    "measure": "sensitivity.measure",
+    "explain": "sensitivity.attribution",
+    "Sensitivity": "sensitivity.attribution",
+    "validate": "flow",
+    "find": "flow",
+    "Front": "search",
+    "quantize": "packing",
+    "generate": "packing",
+    "run": "flow",
+    "report": "reports",
+    "quantize_weight": "quant.weights",
+    "QualityOptions": "quality",
+    "CodebookWeight": "kernels",
+    "FineTuning": "quant.finetune_settings",
     "AquabitConfig": "quant.diffusers_quantizer",
-}  # fmt: skip
+}
 
 if TYPE_CHECKING:
     from aquabit.flow import find as find

@@ -1,4 +1,5 @@
-"""What is known about each model family: operator types and blocks by name, and inputs for one denoiser call."""
+"""What is known about each model family: operator types and blocks by name, and inputs for one denoiser
+call."""
 
 from __future__ import annotations
 
@@ -14,44 +15,69 @@ Patterns = tuple[tuple[str, str], ...]
 
 
 def _attention(path: str, operator: str) -> Patterns:
-    """The patterns of one attention module at ``path``, its projections of added (context) tokens included."""
+    """The patterns of one attention module at ``path``, its projections of added (context) tokens
+    included."""
     own = tuple((rf"{path}\.to_{part}$", f"{operator}.{part}") for part in "qkv")
     added = tuple((rf"{path}\.add_{part}_proj$", f"{operator}.add_{part}") for part in "qkv")
-    return (*own, *added, (rf"{path}\.to_out(\.0)?$", f"{operator}.out"), (rf"{path}\.to_add_out$", f"{operator}.add_out"))
+    return (
+        *own,
+        *added,
+        (rf"{path}\.to_out(\.0)?$", f"{operator}.out"),
+        (rf"{path}\.to_add_out$", f"{operator}.add_out"),
+    )
 
 
 _FEED_FORWARD: Patterns = (
-    (r"\bff\.net\.0\.proj$", "ff.up"), (r"\bff\.net\.2$", "ff.down"),
-    (r"\bff_context\.net\.0\.proj$", "ff_context.up"), (r"\bff_context\.net\.2$", "ff_context.down"),
-)  # fmt: skip
+    (r"\bff\.net\.0\.proj$", "ff.up"),
+    (r"\bff\.net\.2$", "ff.down"),
+    (r"\bff_context\.net\.0\.proj$", "ff_context.up"),
+    (r"\bff_context\.net\.2$", "ff_context.down"),
+)
 _CONDITION: Patterns = (
     (r"\btimestep_embedder\.linear_\d$|^time_embedding\.linear_\d$", "time_embed"),
     (r"\bguidance_embedder\.linear_\d$|^time_embedding\.cond_proj$", "guidance_embed"),
-    (r"\btext_embedder\.linear_\d$|\b(resolution|aspect_ratio)_embedder\.linear_\d$|^add_embedding\.", "add_embed"),
+    (
+        r"\btext_embedder\.linear_\d$|\b(resolution|aspect_ratio)_embedder\.linear_\d$|^add_embedding\.",
+        "add_embed",
+    ),
     (r"^caption_projection\.|^context_embedder$|^encoder_hid_proj\b", "caption_embed"),
     (r"^class_embedding\.", "class_embed"),
 )
 _ENDS: Patterns = (
-    (r"^pos_embed\.proj$|^x_embedder$", "patch_embed"), (r"^norm_out\.linear$|^proj_out_1$", "adaln"), (r"^proj_out(_2)?$", "proj_out"),
-)  # fmt: skip
+    (r"^pos_embed\.proj$|^x_embedder$", "patch_embed"),
+    (r"^norm_out\.linear$|^proj_out_1$", "adaln"),
+    (r"^proj_out(_2)?$", "proj_out"),
+)
 _JOINT: Patterns = (
     (r"^transformer_blocks\.\d+\.norm1\.linear$", "adaln"),
     (r"^transformer_blocks\.\d+\.norm1_context\.linear$", "adaln_context"),
     *_attention(r"^transformer_blocks\.\d+\.attn", "joint_attn"),
     *_attention(r"^transformer_blocks\.\d+\.attn2", "self_attn"),
-    *_FEED_FORWARD, *_CONDITION, *_ENDS,
-)  # fmt: skip
-_PER_BLOCK: Patterns = (*_attention(r"\battn1", "self_attn"), *_attention(r"\battn2", "cross_attn"), *_FEED_FORWARD)
+    *_FEED_FORWARD,
+    *_CONDITION,
+    *_ENDS,
+)
+_PER_BLOCK: Patterns = (
+    *_attention(r"\battn1", "self_attn"),
+    *_attention(r"\battn2", "cross_attn"),
+    *_FEED_FORWARD,
+)
 
 OPERATORS: Mapping[str, Patterns] = {
     "unet": (
-        (r"^conv_in$", "conv_in"), (r"^conv_out$", "conv_out"),
+        (r"^conv_in$", "conv_in"),
+        (r"^conv_out$", "conv_out"),
         (r"\b(resnets|downsamplers|upsamplers)\.\d+\.conv1$", "res.conv1"),
         (r"\b(resnets|downsamplers|upsamplers)\.\d+\.conv2$", "res.conv2"),
-        (r"\.time_emb_proj$", "res.time"), (r"\.conv_shortcut$", "res.shortcut"),
-        (r"\bdownsamplers\.\d+\.conv$", "downsample"), (r"\bupsamplers\.\d+\.conv$", "upsample"),
-        *_PER_BLOCK, *_attention(r"\battentions\.\d+", "self_attn"),
-        (r"\bproj_in$", "proj_in"), (r"\bproj_out$", "proj_out"), *_CONDITION,
+        (r"\.time_emb_proj$", "res.time"),
+        (r"\.conv_shortcut$", "res.shortcut"),
+        (r"\bdownsamplers\.\d+\.conv$", "downsample"),
+        (r"\bupsamplers\.\d+\.conv$", "upsample"),
+        *_PER_BLOCK,
+        *_attention(r"\battentions\.\d+", "self_attn"),
+        (r"\bproj_in$", "proj_in"),
+        (r"\bproj_out$", "proj_out"),
+        *_CONDITION,
     ),
     "dit": (*_PER_BLOCK, (r"\.norm1\.linear$", "adaln"), *_CONDITION, *_ENDS),
     "pixart": (*_PER_BLOCK, (r"^adaln_single\.linear$", "adaln"), *_CONDITION, *_ENDS),
@@ -59,32 +85,52 @@ OPERATORS: Mapping[str, Patterns] = {
     "flux": (
         *_attention(r"^single_transformer_blocks\.\d+\.attn", "single"),
         (r"^single_transformer_blocks\.\d+\.norm\.linear$", "single.adaln"),
-        (r"^single_transformer_blocks\.\d+\.proj_mlp$", "single.mlp"), (r"^single_transformer_blocks\.\d+\.proj_out$", "single.out"),
+        (r"^single_transformer_blocks\.\d+\.proj_mlp$", "single.mlp"),
+        (r"^single_transformer_blocks\.\d+\.proj_out$", "single.out"),
         *_JOINT,
     ),
     "hunyuan": (
-        *_PER_BLOCK, (r"\.norm1\.linear$", "adaln"), (r"\.skip_linear$", "skip"),
-        (r"^time_extra_emb\.pooler\.", "caption_embed.pool"), (r"^time_extra_emb\.extra_embedder\.", "add_embed"),
-        (r"^text_embedder\.", "caption_embed"), *_CONDITION, *_ENDS,
+        *_PER_BLOCK,
+        (r"\.norm1\.linear$", "adaln"),
+        (r"\.skip_linear$", "skip"),
+        (r"^time_extra_emb\.pooler\.", "caption_embed.pool"),
+        (r"^time_extra_emb\.extra_embedder\.", "add_embed"),
+        (r"^text_embedder\.", "caption_embed"),
+        *_CONDITION,
+        *_ENDS,
     ),
     "generic": (
-        *_PER_BLOCK, *_attention(r"", "attn"), (r"\bconv_in$", "conv_in"), (r"\bconv_out$", "conv_out"), (r"\bproj_in$", "proj_in"),
-        (r"\bproj_out$", "proj_out"), (r"(?i)norm\w*\.linear|adaln|modulation", "adaln"), (r"\btime\w*\.", "time_embed"),
-        *_CONDITION, *_ENDS,
+        *_PER_BLOCK,
+        *_attention(r"", "attn"),
+        (r"\bconv_in$", "conv_in"),
+        (r"\bconv_out$", "conv_out"),
+        (r"\bproj_in$", "proj_in"),
+        (r"\bproj_out$", "proj_out"),
+        (r"(?i)norm\w*\.linear|adaln|modulation", "adaln"),
+        (r"\btime\w*\.", "time_embed"),
+        *_CONDITION,
+        *_ENDS,
     ),
-}  # fmt: skip
+}
 
 _BLOCK = re.compile(
     r"(.*\b(?:transformer_blocks|single_transformer_blocks|resnets|attentions|downsamplers|upsamplers|blocks|layers)\.\d+)\."
 )
 _GROUP_OF_OPERATOR: Mapping[str, str] = {
-    "time_embed": "time_embed", "guidance_embed": "time_embed", "add_embed": "add_embed", "class_embed": "add_embed",
-    "caption_embed": "caption_embed", "caption_embed.pool": "caption_embed", "conv_in": "stem", "patch_embed": "stem",
-}  # fmt: skip
+    "time_embed": "time_embed",
+    "guidance_embed": "time_embed",
+    "add_embed": "add_embed",
+    "class_embed": "add_embed",
+    "caption_embed": "caption_embed",
+    "caption_embed.pool": "caption_embed",
+    "conv_in": "stem",
+    "patch_embed": "stem",
+}
 
 
 def family_of(model_class: type, family: str | None = None) -> str:
-    """The family to read layer names by: ``family`` where given (AquabitError if unknown), else by class, else "generic"."""
+    """The family to read layer names by: ``family`` where given (AquabitError if unknown), else by class,
+    else "generic"."""
     if family is not None and family not in OPERATORS:
         raise AquabitError(f"unknown model family {family!r}; known: {', '.join(OPERATORS)}")
     return family or _known(model_class)[0]
@@ -101,7 +147,8 @@ def operator_of(name: str, family: str) -> str:
 
 
 def block_of(name: str, operator: str) -> str:
-    """The innermost repeated block that holds the layer; outside of blocks a group such as "stem", "time_embed" or "head"."""
+    """The innermost repeated block that holds the layer; outside of blocks a group such as "stem",
+    "time_embed" or "head"."""
     match = _BLOCK.match(name)
     if match:
         return match[1]
@@ -159,40 +206,59 @@ def _pixart(config: Mapping[str, Any]) -> dict[str, Any]:
     conditions = config.get("use_additional_conditions")
     if conditions is None:  # PixArt-alpha's 1024 px models, as diffusers decides it
         conditions = config["sample_size"] == 128
-    sizes = {"resolution": _meta(1, 2), "aspect_ratio": _meta(1, 1)} if conditions else {"resolution": None, "aspect_ratio": None}
+    sizes = (
+        {"resolution": _meta(1, 2), "aspect_ratio": _meta(1, 1)}
+        if conditions
+        else {"resolution": None, "aspect_ratio": None}
+    )
     text = _meta(1, 300, config.get("caption_channels") or config["cross_attention_dim"])
-    return {"hidden_states": _latent(config, 128), "encoder_hidden_states": text, "timestep": _meta(1), "added_cond_kwargs": sizes}
+    return {
+        "hidden_states": _latent(config, 128),
+        "encoder_hidden_states": text,
+        "timestep": _meta(1),
+        "added_cond_kwargs": sizes,
+    }
 
 
 def _sd3(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        "hidden_states": _latent(config, 128), "encoder_hidden_states": _meta(1, 77 + 256, config["joint_attention_dim"]),
-        "pooled_projections": _meta(1, config["pooled_projection_dim"]), "timestep": _meta(1),
-    }  # fmt: skip
+        "hidden_states": _latent(config, 128),
+        "encoder_hidden_states": _meta(1, 77 + 256, config["joint_attention_dim"]),
+        "pooled_projections": _meta(1, config["pooled_projection_dim"]),
+        "timestep": _meta(1),
+    }
 
 
 def _flux(config: Mapping[str, Any]) -> dict[str, Any]:
     tokens, words = 64 * 64, 512  # 1024 x 1024 pixels, patches of 16
     inputs = {
-        "hidden_states": _meta(1, tokens, config["in_channels"]), "encoder_hidden_states": _meta(1, words, config["joint_attention_dim"]),
-        "pooled_projections": _meta(1, config["pooled_projection_dim"]), "timestep": _meta(1),
-        "img_ids": _meta(tokens, 3), "txt_ids": _meta(words, 3),
-    }  # fmt: skip
+        "hidden_states": _meta(1, tokens, config["in_channels"]),
+        "encoder_hidden_states": _meta(1, words, config["joint_attention_dim"]),
+        "pooled_projections": _meta(1, config["pooled_projection_dim"]),
+        "timestep": _meta(1),
+        "img_ids": _meta(tokens, 3),
+        "txt_ids": _meta(words, 3),
+    }
     return {**inputs, "guidance": _meta(1)} if config.get("guidance_embeds") else inputs
 
 
 def _hunyuan(config: Mapping[str, Any]) -> dict[str, Any]:
     words, words_t5 = config["text_len"], config["text_len_t5"]
     return {
-        "hidden_states": _latent(config, 128), "timestep": _meta(1),
-        "encoder_hidden_states": _meta(1, words, config["cross_attention_dim"]), "text_embedding_mask": _meta(1, words),
-        "encoder_hidden_states_t5": _meta(1, words_t5, config["cross_attention_dim_t5"]), "text_embedding_mask_t5": _meta(1, words_t5),
-        "image_meta_size": _meta(1, 6), "style": _label(),
-    }  # fmt: skip
+        "hidden_states": _latent(config, 128),
+        "timestep": _meta(1),
+        "encoder_hidden_states": _meta(1, words, config["cross_attention_dim"]),
+        "text_embedding_mask": _meta(1, words),
+        "encoder_hidden_states_t5": _meta(1, words_t5, config["cross_attention_dim_t5"]),
+        "text_embedding_mask_t5": _meta(1, words_t5),
+        "image_meta_size": _meta(1, 6),
+        "style": _label(),
+    }
 
 
 def describe_inputs(value: Any) -> Any:
-    """The inputs of a call as JSON: a tensor is {"shape", "dtype"}, what else is no number, text or collection of such its text."""
+    """The inputs of a call as JSON: a tensor is {"shape", "dtype"}, what else is no number, text or
+    collection of such its text."""
     if isinstance(value, torch.Tensor):
         return {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
     if isinstance(value, Mapping):
@@ -203,7 +269,8 @@ def describe_inputs(value: Any) -> Any:
 
 
 def described_inputs(value: Any) -> Any:
-    """What ``describe_inputs`` described, tensors on the meta device; raises AquabitError for a dtype that torch does not have."""
+    """What ``describe_inputs`` described, tensors on the meta device; raises AquabitError for a dtype that
+    torch does not have."""
     if isinstance(value, dict) and value.keys() == {"shape", "dtype"}:
         dtype = getattr(torch, str(value["dtype"]), None)
         if not isinstance(dtype, torch.dtype):
@@ -216,26 +283,37 @@ def described_inputs(value: Any) -> Any:
 
 Inputs = Callable[[Mapping[str, Any]], dict[str, Any]]
 _CLASSES: Mapping[str, tuple[str, Inputs]] = {
-    "UNet2DModel": ("unet", _unet), "UNet2DConditionModel": ("unet", _unet_condition), "DiTTransformer2DModel": ("dit", _dit),
-    "PixArtTransformer2DModel": ("pixart", _pixart), "SD3Transformer2DModel": ("sd3", _sd3), "FluxTransformer2DModel": ("flux", _flux),
+    "UNet2DModel": ("unet", _unet),
+    "UNet2DConditionModel": ("unet", _unet_condition),
+    "DiTTransformer2DModel": ("dit", _dit),
+    "PixArtTransformer2DModel": ("pixart", _pixart),
+    "SD3Transformer2DModel": ("sd3", _sd3),
+    "FluxTransformer2DModel": ("flux", _flux),
     "HunyuanDiT2DModel": ("hunyuan", _hunyuan),
-}  # fmt: skip
+}
 
 
 def _known(model_class: type) -> tuple[str, Inputs | None]:
     """Family and input maker of the class or the nearest of its bases that is known."""
-    return next((_CLASSES[base.__name__] for base in model_class.__mro__ if base.__name__ in _CLASSES), ("generic", None))
+    return next(
+        (_CLASSES[base.__name__] for base in model_class.__mro__ if base.__name__ in _CLASSES),
+        ("generic", None),
+    )
 
 
 def example_inputs(denoiser: torch.nn.Module) -> dict[str, Any]:
-    """Keyword arguments of one call with one sample at the model's own size, on the meta device, made from its config.
+    """Keyword arguments of one call with one sample at the model's own size, on the meta device, made from
+    its config.
 
-    Text lengths are those of the family's pipeline (77 words for U-Nets, 300 for PixArt, 333 for SD3, 512 for Flux).
-    Raises AquabitError for a class that is not known.
+    Text lengths are those of the family's pipeline (77 words for U-Nets, 300 for PixArt, 333 for SD3, 512 for
+    Flux). Raises AquabitError for a class that is not known.
     """
     make = _known(type(denoiser))[1]
     if make is None:
         known = ", ".join(_CLASSES)
-        raise AquabitError(f"no example inputs are known for {type(denoiser).__name__}; pass example_inputs, or use one of: {known}")
+        raise AquabitError(
+            f"no example inputs are known for {type(denoiser).__name__}; pass example_inputs, or use one of:"
+            f" {known}"
+        )
     config: Any = denoiser.config
     return make(config)

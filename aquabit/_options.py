@@ -8,21 +8,43 @@ from typing import Annotated
 import typer
 
 ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A bundled name (see `aquabit models`), a diffusers directory, or a hub id.")
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A bundled name (see `aquabit models`), a diffusers directory, or a hub id."
+    ),
 ]
 StudyArgument = Annotated[Path, typer.Argument(metavar="S.db", help="A study made by `aquabit measure`.")]
-Json = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write JSON for machines to FILE, or to standard output for -.")]
+Json = Annotated[
+    str | None,
+    typer.Option(
+        "--json", metavar="FILE", help="Write JSON for machines to FILE, or to standard output for -."
+    ),
+]
 Bits = Annotated[float, typer.Option("--bits", help="Budget in bits per weight; codebooks and scales count.")]
 Samples = Annotated[
-    int, typer.Option("--samples", min=0, help="Configurations of the design, in total; 0: probes alone, which search needs.")
+    int,
+    typer.Option(
+        "--samples",
+        min=0,
+        help="Configurations of the design, in total; 0: probes alone, which search needs.",
+    ),
 ]
 Images = Annotated[int, typer.Option("--images", min=2, help="Images per configuration.")]
 Steps = Annotated[int, typer.Option("--steps", min=1, help="Denoising steps.")]
-SchedulerOption = Annotated[str, typer.Option("--scheduler", help="default, ddim, ddpm, euler, euler-ancestral, dpm, flow-euler.")]
-MicroBatch = Annotated[int, typer.Option("--micro-batch", min=1, help="Images that are made together; fewer take less memory.")]
+SchedulerOption = Annotated[
+    str, typer.Option("--scheduler", help="default, ddim, ddpm, euler, euler-ancestral, dpm, flow-euler.")
+]
+MicroBatch = Annotated[
+    int, typer.Option("--micro-batch", min=1, help="Images that are made together; fewer take less memory.")
+]
 Eta = Annotated[float, typer.Option("--eta", help="DDIM's noise: 0 is deterministic.")]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of the first image, and of the random configurations.")]
-Workers = Annotated[int | None, typer.Option("--workers", min=1, help="Processes; default: the processor's cores on a CPU, else 1.")]
+Seed = Annotated[
+    int, typer.Option("--seed", help="Seed of the first image, and of the random configurations.")
+]
+Workers = Annotated[
+    int | None,
+    typer.Option("--workers", min=1, help="Processes; default: the processor's cores on a CPU, else 1."),
+]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
 Dtype = Annotated[str, typer.Option("--dtype", help="float32, float16 or bfloat16.")]
 Prompts = Annotated[Path | None, typer.Option("--prompts", help="One prompt a line (UTF-8).")]
@@ -31,64 +53,102 @@ SpaceFile = Annotated[
     Path | None,
     typer.Option(
         "--space",
-        help="JSON: schemes, levels (code bits of additive formats), formats, activations, pinned, excluded, correction, step_groups.",
+        help=(
+            "JSON: schemes, levels (code bits of additive formats), formats, activations, pinned, excluded,"
+            " correction, step_groups."
+        ),
     ),
 ]
 Objective = Annotated[
     str,
     typer.Option(
         "--objective",
-        help="fid, sfid, kid, is, precision, recall, accuracy, mse, psnr, ssim, feature_distance, lpips, clip_score, cmmd, fd_dinov2, "
-        "kd_dinov2, precision_dinov2, recall_dinov2, or a --metric; what it needs is said. Without real images fid becomes mse.",
+        help=(
+            "fid, sfid, kid, is, precision, recall, accuracy, mse, psnr, ssim, feature_distance, lpips,"
+            " clip_score, cmmd, fd_dinov2, kd_dinov2, precision_dinov2, recall_dinov2, or a --metric; what it"
+            " needs is said. Without real images fid becomes mse."
+        ),
     ),
 ]
 BankOption = Annotated[
-    Path | None, typer.Option("--bank", help="Folder of fitted weights; default: AQUABIT_BANK, or ~/.cache/aquabit/bank.")
+    Path | None,
+    typer.Option("--bank", help="Folder of fitted weights; default: AQUABIT_BANK, or ~/.cache/aquabit/bank."),
 ]
 CorrectionOption = Annotated[
     str | None,
     typer.Option(
         "--correction",
-        help="Measure every configuration after this correction of its noise, as cnc+bc; twice the time. Default: none, or as the study was begun.",
+        help=(
+            "Measure every configuration after this correction of its noise, as cnc+bc; twice the time."
+            " Default: none, or as the study was begun."
+        ),
     ),
 ]
 StepGroupsOption = Annotated[
     str | None,
     typer.Option(
-        "--step-groups", help="First steps of 2 to 5 groups of steps, as 0,5: activation bits may change between them (search --bops)."
+        "--step-groups",
+        help=(
+            "First steps of 2 to 5 groups of steps, as 0,5: activation bits may change between them (search"
+            " --bops)."
+        ),
     ),
 ]
 SwapOption = Annotated[
     str | None,
-    typer.Option("--swap", help="A:B, the two schemes a layer is swapped between; default: usq4h:usq2h, or what the space has."),
+    typer.Option(
+        "--swap",
+        help="A:B, the two schemes a layer is swapped between; default: usq4h:usq2h, or what the space has.",
+    ),
 ]
 EstimatorOption = Annotated[
     str,
     typer.Option(
-        "--estimator", help="What is fitted: gbdt (boosted trees), ridge_one_hot, sum_of_damages, average_bits, graph_network (minutes)."
+        "--estimator",
+        help=(
+            "What is fitted: gbdt (boosted trees), ridge_one_hot, sum_of_damages, average_bits, graph_network"
+            " (minutes)."
+        ),
     ),
 ]
 Reference = Annotated[
     Path | None,
-    typer.Option("--reference", metavar="DIR", help="Folder of real images, for fid and its like; their statistics are kept in the bank."),
+    typer.Option(
+        "--reference",
+        metavar="DIR",
+        help="Folder of real images, for fid and its like; their statistics are kept in the bank.",
+    ),
 ]
 FeaturesOption = Annotated[
     list[str] | None,
     typer.Option(
         "--features",
         metavar="NAME=PATH",
-        help="inception=FILE (inception-2015-12-05.pt, or FILE@SHA256; default: AQUABIT_INCEPTION), clip=DIR, dinov2=DIR (transformers), lpips=FILE (safetensors); may be repeated.",
+        help=(
+            "inception=FILE (inception-2015-12-05.pt, or FILE@SHA256; default: AQUABIT_INCEPTION), clip=DIR,"
+            " dinov2=DIR (transformers), lpips=FILE (safetensors); may be repeated."
+        ),
     ),
 ]
-Resolution = Annotated[int | None, typer.Option("--resolution", min=1, help="Side of the images in pixels; default: the model's own.")]
+Resolution = Annotated[
+    int | None,
+    typer.Option("--resolution", min=1, help="Side of the images in pixels; default: the model's own."),
+]
 Preset = Annotated[
-    str | None, typer.Option("--preset", help="Settings of a paper's table (see `aquabit models`), where no option is given for them.")
+    str | None,
+    typer.Option(
+        "--preset",
+        help="Settings of a paper's table (see `aquabit models`), where no option is given for them.",
+    ),
 ]
 MetricOption = Annotated[
     list[str] | None,
     typer.Option(
         "--metric",
         metavar="MODULE:FUNCTION",
-        help="A function of images, full-precision images [n, 3, h, w] and conditions, one number an image; its .direction is min or max. May be repeated, and be the --objective.",
+        help=(
+            "A function of images, full-precision images [n, 3, h, w] and conditions, one number an image;"
+            " its .direction is min or max. May be repeated, and be the --objective."
+        ),
     ),
 ]

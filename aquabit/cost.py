@@ -1,4 +1,5 @@
-"""Bits, bytes, BOPs and latency of a configuration. This is the one size function; tests hold it equal to what is packed."""
+"""Bits, bytes, BOPs and latency of a configuration. This is the one size function; tests hold it equal to
+what is packed."""
 
 from __future__ import annotations
 
@@ -27,7 +28,9 @@ class Cost:
     bits_per_weight: float  # of all Linear and Conv2d weights, codebooks, scales and offsets included
     bytes: int  # of the saved denoiser's tensors
     bops: float  # multiply-adds x weight bits x activation bits, of one image in one denoiser call
-    multiply_adds: float  # of the table kernel, of one image in one denoiser call; decoded layers count as dense
+    multiply_adds: (
+        float  # of the table kernel, of one image in one denoiser call; decoded layers count as dense
+    )
     lut_adds: float  # table entries that the table kernel adds
 
     @property
@@ -38,25 +41,31 @@ class Cost:
 
 @dataclass(frozen=True)
 class Latency:
-    """Measured milliseconds of one denoiser call: ``layers`` [layers, schemes, activations] over ``space.schemes`` and ``activations`` (NaN
-    where a layer may not take it), and ``rest``, what the call takes besides. A configuration takes their sum, averaged over the steps
-    where its activation bits change."""
+    """Measured milliseconds of one denoiser call: ``layers`` [layers, schemes, activations] over
+    ``space.schemes`` and ``activations`` (NaN where a layer may not take it), and ``rest``, what the call
+    takes besides. A configuration takes their sum, averaged over the steps where its activation bits
+    change."""
 
     layers: np.ndarray
     activations: tuple[int, ...]
     rest: float
 
     def of(self, weights: np.ndarray, acts: np.ndarray, space: SearchSpace | None = None) -> np.ndarray:
-        """Milliseconds of scheme indices and activation choices, each [..., layers]: [..., layers]. ``space`` knows the groups of steps
-        that choices may refer to."""
+        """Milliseconds of scheme indices and activation choices, each [..., layers]: [..., layers].
+        ``space`` knows the groups of steps that choices may refer to."""
         if space is not None and space.steps is not None:
             parts = space.group_bits(acts)
-            return space.over_steps(np.stack([self.of(weights, parts[..., g]) for g in range(parts.shape[-1])], -1))
+            return space.over_steps(
+                np.stack([self.of(weights, parts[..., g]) for g in range(parts.shape[-1])], -1)
+            )
         column = np.full(ACTIVATION_BITS[0] + 1, -1)
         column[list(self.activations)] = range(len(self.activations))
         if (column[acts] < 0).any():
             asked = sorted(set(np.ravel(acts).tolist()))
-            raise AquabitError(f"latency is known for activations of {list(self.activations)} bits only, not for all of {asked}")
+            raise AquabitError(
+                f"latency is known for activations of {list(self.activations)} bits only, not for all of"
+                f" {asked}"
+            )
         return np.asarray(self.layers[np.arange(acts.shape[-1]), weights, column[acts]])
 
 
@@ -69,14 +78,16 @@ def mean_act_bits(act: Act, steps: StepGroups | None) -> float:
 
 
 def weight_bytes(shape: tuple[int, ...], scheme: Scheme) -> int:
-    """Bytes of one stored weight [out, in] or [out, in, kh, kw], without codebooks that it shares with other layers."""
+    """Bytes of one stored weight [out, in] or [out, in, kh, kw], without codebooks that it shares with
+    other layers."""
     codes, codebooks = scheme.stored_bytes(shape)
     return codes if scheme.shared else codes + codebooks
 
 
 @dataclass(frozen=True)
 class SharedTables:
-    """The codebooks ``name``, which count once where any of ``layers`` (indices) takes the scheme in ``column``."""
+    """The codebooks ``name``, which count once where any of ``layers`` (indices) takes the scheme in
+    ``column``."""
 
     name: str
     layers: np.ndarray
@@ -89,8 +100,8 @@ class SharedTables:
 
 
 class CostModel:
-    """Cost tables of a space: bytes [layers, schemes] without shared codebooks, which are ``shared``; BOPs and, once it was measured
-    (``timed``), latency per (layer, scheme, activation bits)."""
+    """Cost tables of a space: bytes [layers, schemes] without shared codebooks, which are ``shared``; BOPs
+    and, once it was measured (``timed``), latency per (layer, scheme, activation bits)."""
 
     latency: Latency | None = None
 
@@ -101,11 +112,15 @@ class CostModel:
         self.bytes = np.array([[weight_bytes(s, q) for q in schemes] for s in shapes], dtype=np.int64)
         self.macs = np.array([float(nodes[k]["macs"]) for k in space.choices])
         areas = [prod(s[2:]) for s in shapes]
-        self.weight_bits = np.array([[FULL_BITS if q.kind == "fp" else q.code_bits(a) for q in schemes] for a in areas])
+        self.weight_bits = np.array(
+            [[FULL_BITS if q.kind == "fp" else q.code_bits(a) for q in schemes] for a in areas]
+        )
         self.operations = np.array([[q.operations(s) for q in schemes] for s in shapes])
         self.shared = self._shared()
-        self.range_tensors = [1 + (nodes[k].get("split") is not None and len(s) > 2) + bool(nodes[k].get("attention"))
-                              for k, s in zip(space.choices, shapes, strict=True)]  # fmt: skip
+        self.range_tensors = [
+            1 + (nodes[k].get("split") is not None and len(s) > 2) + bool(nodes[k].get("attention"))
+            for k, s in zip(space.choices, shapes, strict=True)
+        ]
         self.weights = sum(prod(s) for s in shapes)
         self.other_bytes = 2 * int(graph.graph["other_elements"])
 
@@ -114,9 +129,14 @@ class CostModel:
         for i, (layer, row) in enumerate(self.space.choices.items()):
             for scheme in row:
                 if scheme.shared:
-                    members.setdefault((self.space.codebook(layer), self.space.schemes.index(scheme)), []).append(i)
+                    members.setdefault(
+                        (self.space.codebook(layer), self.space.schemes.index(scheme)), []
+                    ).append(i)
         schemes = self.space.schemes
-        return [SharedTables(n, np.array(m), c, schemes[c].stored_bytes(self.shapes[m[0]])[1]) for (n, c), m in members.items()]
+        return [
+            SharedTables(n, np.array(m), c, schemes[c].stored_bytes(self.shapes[m[0]])[1])
+            for (n, c), m in members.items()
+        ]
 
     def act_bits(self, acts: np.ndarray) -> np.ndarray:
         """Activation bits as BOPs count them, averaged over the steps, of activation choices."""
@@ -130,7 +150,11 @@ class CostModel:
         for tables in self.shared:
             weight_bytes = weight_bytes + tables.bytes * tables.used(weights)
         bops = (self.macs * self.weight_bits[rows, weights] * self.act_bits(acts)).sum(1)
-        found = {"bits": 8 * weight_bytes / self.weights, "bytes": weight_bytes + self.other_bytes, "bops": bops}
+        found = {
+            "bits": 8 * weight_bytes / self.weights,
+            "bytes": weight_bytes + self.other_bytes,
+            "bops": bops,
+        }
         if self.latency is not None:
             found["latency_ms"] = self.latency.of(weights, acts, self.space).sum(1) + self.latency.rest
         return found
@@ -139,7 +163,10 @@ class CostModel:
         """The same model with measured latency as a further cost."""
         shape = (len(self.shapes), len(self.space.schemes), len(latency.activations))
         if latency.layers.shape != shape:
-            raise AquabitError(f"latency has shape {latency.layers.shape}; this space takes [layers, schemes, activations] = {shape}")
+            raise AquabitError(
+                f"latency has shape {latency.layers.shape}; this space takes [layers, schemes, activations] ="
+                f" {shape}"
+            )
         other = copy.copy(self)
         other.latency = latency
         return other
@@ -155,10 +182,15 @@ class CostModel:
             multiply_adds, lut_adds = multiply_adds + float(macs) * own[0], lut_adds + float(macs) * own[1]
             if choice.weight.shared:
                 tables[choice.codebook, choice.weight] = choice.weight.stored_bytes(shape)[1]
-            weight_bits = FULL_BITS if choice.weight.kind == "fp" else choice.weight.code_bits(prod(shape[2:]))
+            weight_bits = (
+                FULL_BITS if choice.weight.kind == "fp" else choice.weight.code_bits(prod(shape[2:]))
+            )
             bops += float(macs) * weight_bits * mean_act_bits(choice.act, config.steps)
         size += sum(tables.values())
-        ranges = sum(RANGE_BYTES * n * config.range_parts(k) for k, n in zip(self.space.choices, self.range_tensors, strict=True))
+        ranges = sum(
+            RANGE_BYTES * n * config.range_parts(k)
+            for k, n in zip(self.space.choices, self.range_tensors, strict=True)
+        )
         return Cost(8 * size / self.weights, size + self.other_bytes + ranges, bops, multiply_adds, lut_adds)
 
     def totals_of(self, config: QuantConfig) -> dict[str, float]:
@@ -167,7 +199,8 @@ class CostModel:
         return {"bits": cost.bits_per_weight, "bytes": cost.bytes, "bops": cost.bops}
 
     def limits(self, act: int | None = None) -> dict[str, tuple[float, float]]:
-        """Smallest and largest possible value of each cost, ``act`` fixing the activation bits of all layers."""
+        """Smallest and largest possible value of each cost, ``act`` fixing the activation bits of all
+        layers."""
         allowed = self.space.allowed()
         acts = [act] if act else list(self.space.activations)
         low, high = self._size_limits(allowed)
@@ -185,14 +218,20 @@ class CostModel:
         return found
 
     @staticmethod
-    def _latency_limits(latency: Latency, acts: list[int], allowed: np.ndarray, excluded: np.ndarray) -> tuple[float, float]:
+    def _latency_limits(
+        latency: Latency, acts: list[int], allowed: np.ndarray, excluded: np.ndarray
+    ) -> tuple[float, float]:
         kept = np.array([a in acts for a in latency.activations])
-        open_ = allowed[:, :, None] & np.where(excluded[:, None], np.array(latency.activations) == 16, kept)[:, None, :]
+        open_ = (
+            allowed[:, :, None]
+            & np.where(excluded[:, None], np.array(latency.activations) == 16, kept)[:, None, :]
+        )
         low, high = (np.where(open_, latency.layers, worst) for worst in (np.inf, -np.inf))
         return float(low.min((1, 2)).sum() + latency.rest), float(high.max((1, 2)).sum() + latency.rest)
 
     def _size_limits(self, allowed: np.ndarray) -> tuple[int, int]:
-        """Smallest and largest bytes of all weights, for every combination of the codebooks of one name that are there or not."""
+        """Smallest and largest bytes of all weights, for every combination of the codebooks of one name
+        that are there or not."""
         own = allowed.copy()
         for tables in self.shared:
             own[tables.layers, tables.column] = False
@@ -206,15 +245,22 @@ class CostModel:
             index = np.unique(np.concatenate([t.layers for t in group]))
             apart[index] = False
             picks = product((False, True), repeat=len(group))
-            both = [self._opened(low, high, index, [t for t, k in zip(group, pick, strict=True) if k]) for pick in picks]
+            both = [
+                self._opened(low, high, index, [t for t, k in zip(group, pick, strict=True) if k])
+                for pick in picks
+            ]
             ends = [b for b in both if b is not None]
             least, most = least + min(b[0] for b in ends), most + max(b[1] for b in ends)
         return int(low[apart].sum()) + least, int(high[apart].sum()) + most
 
-    def _opened(self, low: np.ndarray, high: np.ndarray, index: np.ndarray, group: list[SharedTables]) -> tuple[int, int] | None:
-        """Smallest and largest bytes of the layers ``index`` where exactly the codebooks of ``group`` are there; None where they cannot be.
+    def _opened(
+        self, low: np.ndarray, high: np.ndarray, index: np.ndarray, group: list[SharedTables]
+    ) -> tuple[int, int] | None:
+        """Smallest and largest bytes of the layers ``index`` where exactly the codebooks of ``group`` are
+        there; None where they cannot be.
 
-        The smallest may leave some of them unused: without those it is smaller still. The largest has a user for each, whoever loses least.
+        The smallest may leave some of them unused: without those it is smaller still. The largest has a user
+        for each, whoever loses least.
         """
         low, high = low.copy(), high.copy()
         for t in group:
@@ -223,21 +269,27 @@ class CostModel:
         if (high[index] < 0).any() or len(group) > len(index):
             return None
         extra = sum(t.bytes for t in group)
-        loss = np.array([np.where(np.isin(index, t.layers), (high - self.bytes[:, t.column])[index], 1e18) for t in group])
+        loss = np.array(
+            [np.where(np.isin(index, t.layers), (high - self.bytes[:, t.column])[index], 1e18) for t in group]
+        )
         least_loss = loss[linear_sum_assignment(loss)].sum() if group else 0
         return int(low[index].sum()) + extra, int(high[index].sum() - least_loss) + extra
 
     def check(self, budget: Budget, act: int | None = None) -> None:
-        """Raise AquabitError, naming both ends, where a budget is below the smallest or above the largest possible cost."""
+        """Raise AquabitError, naming both ends, where a budget is below the smallest or above the largest
+        possible cost."""
         for name, value in budget.limits().items():
             reach = self.limits(act)
             if name not in reach:
                 raise AquabitError(
-                    f"a budget in {name} needs latencies that were measured on this machine: search with --latency measures them"
+                    f"a budget in {name} needs latencies that were measured on this machine: search with"
+                    " --latency measures them"
                 )
             low, high = reach[name]
             if value < low * (1 - 1e-12) or value > high * (1 + 1e-12):
-                raise AquabitError(f"budget {name} = {value:g} is out of range: this space can reach {low:.6g} to {high:.6g}")
+                raise AquabitError(
+                    f"budget {name} = {value:g} is out of range: this space can reach {low:.6g} to {high:.6g}"
+                )
 
     def within(self, totals: dict[str, np.ndarray], budget: Budget) -> np.ndarray:
         """Boolean [n]: which configurations keep every limit."""

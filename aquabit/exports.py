@@ -1,7 +1,9 @@
-"""A found configuration in the words of other libraries, with a statement of what each of them cannot express.
+"""A found configuration in the words of other libraries, with a statement of what each of them cannot
+express.
 
-What is exported are bits, groups and activations per layer; the library fits its own ranges to the dense model. Read and tried with
-torchao 0.18, optimum-quanto 0.2.7 and nvidia-modelopt 0.47 (benchmarks/exports.py).
+What is exported are bits, groups and activations per layer; the library fits its own ranges to the dense
+model. Read and tried with torchao 0.18, optimum-quanto 0.2.7 and nvidia-modelopt 0.47
+(benchmarks/exports.py).
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ MODELOPT_LEAST = 2  # symmetric whole numbers of 1 bit have no step
 class Said:
     """How one layer is exported: ``status``, what it becomes, and what is lost.
 
-    "same": the bits and groups are ours, by affine whole numbers of the library's own ranges; "nearest": something of it differs, which
-    ``lost`` names; "full precision": the library has nothing near.
+    "same": the bits and groups are ours, by affine whole numbers of the library's own ranges; "nearest":
+    something of it differs, which ``lost`` names; "full precision": the library has nothing near.
     """
 
     status: Status
@@ -35,7 +37,8 @@ class Said:
 
 @dataclass
 class Export:
-    """``config`` is what the library reads (JSON values; ModelOpt's block sizes have whole numbers as keys, which JSON turns into text)."""
+    """``config`` is what the library reads (JSON values; ModelOpt's block sizes have whole numbers as
+    keys, which JSON turns into text)."""
 
     to: str
     config: Any
@@ -53,24 +56,32 @@ class Export:
 
     def to_dict(self) -> dict[str, Any]:
         said = {name: asdict(one) for name, one in self.layers.items()}
-        return {"to": self.to, "config": self.config, "statement": {"counts": self.counts, "whole": self.whole, "layers": said}}
+        return {
+            "to": self.to,
+            "config": self.config,
+            "statement": {"counts": self.counts, "whole": self.whole, "layers": said},
+        }
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=1) + "\n"
 
 
 def export_config(config: QuantConfig, graph: LayerGraph, to: str) -> Export:
-    """The configuration as ``to`` reads it: "torchao" (an ``FqnToConfig`` as ``torchao.core.config.config_to_dict`` writes it), "quanto" (a
-    map of layers as ``optimum.quanto.quantization_map`` gives it) or "modelopt" (the ``config`` of ``mtq.quantize``).
+    """The configuration as ``to`` reads it: "torchao" (an ``FqnToConfig`` as
+    ``torchao.core.config.config_to_dict`` writes it), "quanto" (a map of layers as
+    ``optimum.quanto.quantization_map`` gives it) or "modelopt" (the ``config`` of ``mtq.quantize``).
 
-    ``graph`` is the model's, for shapes and kinds of layers. Raises AquabitError for an unknown library and for layers not in the graph.
+    ``graph`` is the model's, for shapes and kinds of layers. Raises AquabitError for an unknown library and
+    for layers not in the graph.
     """
     if to not in TARGETS:
         raise AquabitError(f"export to {to!r} is unknown; known: {', '.join(TARGETS)}")
     nodes = layers(graph)
     wrong = [n for n in config.layers if n not in nodes]
     if wrong:
-        raise AquabitError(f"layer {wrong[0]!r} of the configuration is not in this model; is it another model's?")
+        raise AquabitError(
+            f"layer {wrong[0]!r} of the configuration is not in this model; is it another model's?"
+        )
     whole, found = TARGETS[to]
     forms: dict[str, Any] = {}
     said: dict[str, Said] = {}
@@ -84,7 +95,8 @@ def export_config(config: QuantConfig, graph: LayerGraph, to: str) -> Export:
     return Export(to, whole(forms), said, _whole(config))
 
 
-# ---- what is lost in every library -----------------------------------------------------------------------------------------------------
+# ---- what is lost in every library
+# -----------------------------------------------------------------------------------------------------
 
 
 def _weight_losses(scheme: Scheme) -> list[str]:
@@ -119,7 +131,9 @@ def _whole(config: QuantConfig) -> list[str]:
     if config.tuned:
         found.append(f"the fine-tuned codes {config.tuned} are not carried over")
     if config.ranges != "dynamic":
-        found.append(f"activation ranges of kind {config.ranges!r} are not carried over: dynamic ones instead")
+        found.append(
+            f"activation ranges of kind {config.ranges!r} are not carried over: dynamic ones instead"
+        )
     return found
 
 
@@ -140,13 +154,20 @@ def _divides(scheme: Scheme, row: int) -> int | None:
 
 def _uneven(scheme: Scheme, row: int) -> list[str]:
     size = scheme.group if scheme.kind == "usq" else None
-    return [f"groups of {size} do not divide {row} inputs: one range a row"] if size is not None and size < row and row % size else []
+    return (
+        [f"groups of {size} do not divide {row} inputs: one range a row"]
+        if size is not None and size < row and row % size
+        else []
+    )
 
 
-Found = tuple[Any, str, list[str]]  # the library's form of a layer (None: left in full precision), in words, what is lost
+Found = tuple[
+    Any, str, list[str]
+]  # the library's form of a layer (None: left in full precision), in words, what is lost
 
 
-# ---- torchao ---------------------------------------------------------------------------------------------------------------------------
+# ---- torchao
+# ------------------------------------------------------------------------------------------------------------
 
 
 def _torchao(choice: LayerChoice, node: Mapping[str, Any]) -> Found:
@@ -172,17 +193,28 @@ def _torchao(choice: LayerChoice, node: Mapping[str, Any]) -> Found:
     if act != 8:
         lost.append(f"input at 8 bits instead of {act}")
     data = {
-        "weight_dtype": _dtype(bits), "weight_granularity": _granularity(group), "weight_mapping_type": _enum("MappingType", "ASYMMETRIC"),
-        "weight_scale_dtype": None, "act_mapping_type": _enum("MappingType", "ASYMMETRIC"), **_PACKING,
-    }  # fmt: skip
-    return {"_type": "Int8DynamicActivationIntxWeightConfig", "_version": 2, "_data": data}, f"int{bits}{where}, a8", lost
+        "weight_dtype": _dtype(bits),
+        "weight_granularity": _granularity(group),
+        "weight_mapping_type": _enum("MappingType", "ASYMMETRIC"),
+        "weight_scale_dtype": None,
+        "act_mapping_type": _enum("MappingType", "ASYMMETRIC"),
+        **_PACKING,
+    }
+    return (
+        {"_type": "Int8DynamicActivationIntxWeightConfig", "_version": 2, "_data": data},
+        f"int{bits}{where}, a8",
+        lost,
+    )
 
 
 def _weight_only(bits: int, group: int | None) -> dict[str, Any]:
     data = {
-        "weight_dtype": _dtype(bits), "granularity": _granularity(group), "mapping_type": _enum("MappingType", "ASYMMETRIC"),
-        "scale_dtype": None, **_PACKING,
-    }  # fmt: skip
+        "weight_dtype": _dtype(bits),
+        "granularity": _granularity(group),
+        "mapping_type": _enum("MappingType", "ASYMMETRIC"),
+        "scale_dtype": None,
+        **_PACKING,
+    }
     return {"_type": "IntxWeightOnlyConfig", "_version": 2, "_data": data}
 
 
@@ -207,10 +239,15 @@ _PACKING = {
 
 
 def _torchao_whole(forms: dict[str, Any]) -> dict[str, Any]:
-    return {"_type": "FqnToConfig", "_version": 1, "_data": {"fqn_to_config": forms, "module_fqn_to_config": forms}}
+    return {
+        "_type": "FqnToConfig",
+        "_version": 1,
+        "_data": {"fqn_to_config": forms, "module_fqn_to_config": forms},
+    }
 
 
-# ---- optimum-quanto --------------------------------------------------------------------------------------------------------------------
+# ---- optimum-quanto
+# ------------------------------------------------------------------------------------------------------------
 
 
 def _quanto(choice: LayerChoice, node: Mapping[str, Any]) -> Found:
@@ -236,11 +273,13 @@ def _quanto(choice: LayerChoice, node: Mapping[str, Any]) -> Found:
 
 
 def _quanto_group(row: int) -> int | None:
-    """The groups that its modules take by themselves at 2 and 4 bits: the most of 128, 96, 64 and 32 that divides the row."""
+    """The groups that its modules take by themselves at 2 and 4 bits: the most of 128, 96, 64 and 32 that
+    divides the row."""
     return next((g for g in (128, 96, 64, 32) if row % g == 0), None) if row > 128 else None
 
 
-# ---- NVIDIA ModelOpt -------------------------------------------------------------------------------------------------------------------
+# ---- NVIDIA ModelOpt
+# ------------------------------------------------------------------------------------------------------------
 
 
 def _modelopt(choice: LayerChoice, node: Mapping[str, Any]) -> Found:
@@ -257,12 +296,17 @@ def _modelopt(choice: LayerChoice, node: Mapping[str, Any]) -> Found:
             lost.append(f"groups of {scheme.group} inputs: one range for each output channel")
         else:
             lost += _uneven(scheme, row)
-        form["weight"] = {"num_bits": bits, "axis": 0} if group is None else {"num_bits": bits, "block_sizes": {-1: group}}
+        form["weight"] = (
+            {"num_bits": bits, "axis": 0} if group is None else {"num_bits": bits, "block_sizes": {-1: group}}
+        )
         words.append(f"{bits} bits" + ("" if group is None else f" in groups of {group}"))
     if act < 16:
         lost.append("symmetric activations: no offset")
         per_token = {"block_sizes": {-1: None, "type": "dynamic"}}
-        form["input"] = {"num_bits": act, **(per_token if len(shape) == 2 else {"axis": 0, "type": "dynamic"})}
+        form["input"] = {
+            "num_bits": act,
+            **(per_token if len(shape) == 2 else {"axis": 0, "type": "dynamic"}),
+        }
     return form or None, ", ".join([*words, f"a{act}"]), lost
 
 
@@ -270,7 +314,10 @@ def _modelopt_whole(forms: dict[str, Any]) -> dict[str, Any]:
     entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
     for name, form in forms.items():
         entries += [{"quantizer_name": f"{name}.{part}_quantizer", "cfg": cfg} for part, cfg in form.items()]
-    return {"quant_cfg": entries, "algorithm": "mse"}  # of "max", 2 bits leave three levels up to the largest weight
+    return {
+        "quant_cfg": entries,
+        "algorithm": "mse",
+    }  # of "max", 2 bits leave three levels up to the largest weight
 
 
 Whole = Callable[[dict[str, Any]], Any]

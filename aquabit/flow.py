@@ -1,4 +1,5 @@
-"""The verbs that join the packages: validate, find, quantize, generate, run. The command line and ``import aquabit`` both call these."""
+"""The verbs that join the packages: validate, find, quantize, generate, run. The command line and ``import
+aquabit`` both call these."""
 
 from __future__ import annotations
 
@@ -31,36 +32,61 @@ def _source(study: Study, pipe: Model | None) -> Model:
 
 
 def validate(
-    study: Study, flips: int = 40, swap: str | None = None, bits: float = 3.0, *, pipe: Model | None = None, seed: int = 0,
-    progress: Progress = no_progress, **options: Any,
-) -> Sensitivity:  # fmt: skip
-    """Measure ``flips`` real (layer, context) swaps on seeds of their own and set them beside the predicted effects: half of the layers
-    that the ranking puts first, half drawn at random. ``swap``: "A:B" (default: ``effects.default_swap``).
+    study: Study,
+    flips: int = 40,
+    swap: str | None = None,
+    bits: float = 3.0,
+    *,
+    pipe: Model | None = None,
+    seed: int = 0,
+    progress: Progress = no_progress,
+    **options: Any,
+) -> Sensitivity:
+    """Measure ``flips`` real (layer, context) swaps on seeds of their own and set them beside the predicted
+    effects: half of the layers that the ranking puts first, half drawn at random. ``swap``: "A:B" (default:
+    ``effects.default_swap``).
 
-    ``pipe`` is needed where the study's model was an object; ``options`` are ``open_session``'s (workers, device, bank).
+    ``pipe`` is needed where the study's model was an object; ``options`` are ``open_session``'s (workers,
+    device, bank).
     """
-    with open_session(_source(study, pipe), study, progress=progress, check=lambda s: named_swap(s, swap), **options) as session:
+    with open_session(
+        _source(study, pipe), study, progress=progress, check=lambda s: named_swap(s, swap), **options
+    ) as session:
         validate_in(session, flips, swap, bits, seed, progress)
     return explained(study, bits, swap, progress)
 
 
 def see_in_context(
-    study: Study, contexts: int = IN_CONTEXT, bits: float = 3.0, swap: str | None = None, *, pipe: Model | None = None, seed: int = 0,
-    progress: Progress = no_progress, **options: Any,
-) -> None:  # fmt: skip
-    """Run every layer's swap in good configurations near ``bits`` on stored inputs, so that ``explain`` knows what layers do in context.
+    study: Study,
+    contexts: int = IN_CONTEXT,
+    bits: float = 3.0,
+    swap: str | None = None,
+    *,
+    pipe: Model | None = None,
+    seed: int = 0,
+    progress: Progress = no_progress,
+    **options: Any,
+) -> None:
+    """Run every layer's swap in good configurations near ``bits`` on stored inputs, so that ``explain`` knows
+    what layers do in context.
 
-    Costs about a fifteenth of a measurement for each training measurement and each of 2 x layers x ``contexts`` configurations.
-    Raises AquabitError for fewer than 2 contexts.
+    Costs about a fifteenth of a measurement for each training measurement and each of 2 x layers x
+    ``contexts`` configurations. Raises AquabitError for fewer than 2 contexts.
     """
     if contexts < 2:
         raise AquabitError(f"contexts is {contexts}; an average needs at least 2")
-    with open_session(_source(study, pipe), study, progress=progress, check=lambda s: named_swap(s, swap), **options) as session:
+    with open_session(
+        _source(study, pipe), study, progress=progress, check=lambda s: named_swap(s, swap), **options
+    ) as session:
         measure_in_context(session, contexts, bits, swap, seed, progress)
 
 
 def explained(
-    study: Study, bits: float = 3.0, swap: str | None = None, progress: Progress = no_progress, estimator: str = "gbdt"
+    study: Study,
+    bits: float = 3.0,
+    swap: str | None = None,
+    progress: Progress = no_progress,
+    estimator: str = "gbdt",
 ) -> Sensitivity:
     """Sensitivities of a study, stored in it."""
     result = explain(study, bits, swap, progress=progress, estimator=estimator)
@@ -70,21 +96,41 @@ def explained(
 
 
 def find(
-    study: Study, bits: float | None = None, *, bytes: int | None = None, bops: float | None = None, latency_ms: float | None = None,
-    correction: str | None = None, pipe: Model | None = None, rounds: int | None = None, per_round: int = 8, seed: int = 0,
-    method: str = "program", screen: int = 4, against: Sequence[QuantConfig] = (), progress: Progress = no_progress, **options: Any,
-) -> Front:  # fmt: skip
-    """The best configuration under a hard budget, and a front around it, packed, on fresh seeds; the winner without and with noise
-    correction. Stored in the study.
+    study: Study,
+    bits: float | None = None,
+    *,
+    bytes: int | None = None,
+    bops: float | None = None,
+    latency_ms: float | None = None,
+    correction: str | None = None,
+    pipe: Model | None = None,
+    rounds: int | None = None,
+    per_round: int = 8,
+    seed: int = 0,
+    method: str = "program",
+    screen: int = 4,
+    against: Sequence[QuantConfig] = (),
+    progress: Progress = no_progress,
+    **options: Any,
+) -> Front:
+    """The best configuration under a hard budget, and a front around it, packed, on fresh seeds; the winner
+    without and with noise correction. Stored in the study.
 
-    The integer program over the study's damages gives an answer for every budget before anything is measured; it is refined in context, and
-    judged in pairs beside uniform families, one format a layer, everything that the study measured, and ``against``. ``latency_ms`` limits
-    a denoiser call with one sample at the model's own size, on this machine with torch's threads. ``correction`` (as "cnc+bc"): candidates
-    are measured and chosen after it, in a study that was measured without (``search_corrected``); a study that was measured with one needs
-    none. ``method``, ``rounds``, ``per_round`` and ``screen``: see ``search.SearchOptions``. Raises AquabitError for a budget that the
-    space cannot meet (both ends are named), and for a configuration of ``against`` that is of another model.
+    The integer program over the study's damages gives an answer for every budget before anything is measured;
+    it is refined in context, and judged in pairs beside uniform families, one format a layer, everything that
+    the study measured, and ``against``. ``latency_ms`` limits a denoiser call with one sample at the model's
+    own size, on this machine with torch's threads. ``correction`` (as "cnc+bc"): candidates are measured and
+    chosen after it, in a study that was measured without (``search_corrected``); a study that was measured
+    with one needs none. ``method``, ``rounds``, ``per_round`` and ``screen``: see ``search.SearchOptions``.
+    Raises AquabitError for a budget that the space cannot meet (both ends are named), and for a configuration
+    of ``against`` that is of another model.
     """
-    budget = Budget(bits=3.0 if not any((bits, bytes, bops, latency_ms)) else bits, bytes=bytes, bops=bops, latency_ms=latency_ms)
+    budget = Budget(
+        bits=3.0 if not any((bits, bytes, bops, latency_ms)) else bits,
+        bytes=bytes,
+        bops=bops,
+        latency_ms=latency_ms,
+    )
     named = [(f"given {i}", c) for i, c in enumerate(against, 1)]
     return search(
         study,
@@ -97,11 +143,17 @@ def find(
 
 
 def search(
-    study: Study, options: SearchOptions, *, correction: str | None = None, pipe: Model | None = None, progress: Progress = no_progress,
-    told: Callable[[str], object] = lambda _: None, **where: Any,
-) -> Front:  # fmt: skip
-    """``find`` with its options as one value; ``told`` gets what is to be said before anything is measured, ``where`` are
-    ``open_session``'s (workers, device, bank)."""
+    study: Study,
+    options: SearchOptions,
+    *,
+    correction: str | None = None,
+    pipe: Model | None = None,
+    progress: Progress = no_progress,
+    told: Callable[[str], object] = lambda _: None,
+    **where: Any,
+) -> Front:
+    """``find`` with its options as one value; ``told`` gets what is to be said before anything is
+    measured, ``where`` are ``open_session``'s (workers, device, bank)."""
     with open_session(_source(study, pipe), study, progress=progress, **where) as session:
         _check(session, options)
         if correction is not None:
@@ -110,7 +162,10 @@ def search(
 
 
 def find_in(
-    session: Session, options: SearchOptions, progress: Progress = no_progress, told: Callable[[str], object] = lambda _: None
+    session: Session,
+    options: SearchOptions,
+    progress: Progress = no_progress,
+    told: Callable[[str], object] = lambda _: None,
 ) -> Front:
     """The search of ``find`` in an open session."""
     _check(session, options)
@@ -121,17 +176,22 @@ def find_in(
 
 
 def _check(session: Session, options: SearchOptions) -> None:
-    """Raise AquabitError, before anything is measured, for a budget out of reach and for rivals that cannot be compared."""
+    """Raise AquabitError, before anything is measured, for a budget out of reach and for rivals that
+    cannot be compared."""
     if options.budget.latency_ms is None:
         open_ = activation_choices(session.space, options.budget)
         session.costs.check(options.budget, max(open_) if len(open_) == 1 else None)
     for name, config in options.against:
         if config.fingerprint != session.space.fingerprint:
             raise AquabitError(
-                f"{name} is a configuration of model {config.fingerprint}, the study is of model {session.space.fingerprint}"
+                f"{name} is a configuration of model {config.fingerprint}, the study is of model"
+                f" {session.space.fingerprint}"
             )
         if config.tuned:
-            raise AquabitError(f"{name} is fine-tuned, and the search compares configurations as they are fitted; give it without tuning")
+            raise AquabitError(
+                f"{name} is fine-tuned, and the search compares configurations as they are fitted; give it"
+                " without tuning"
+            )
         session.space.check(config, extra_schemes=True)
 
 
@@ -147,11 +207,24 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def run(
-    model: Model, out: str | Path, bits: float = 3.0, samples: int = 120, flips: int = 40, *, protocol: Protocol | None = None,
-    space: Mapping[str, Any] | None = None, workers: int = 1, device: str = "cpu", dtype: str = "float32", bank: str | None = None,
-    quality: QualityOptions | None = None, sample_seed: int = 0, swap: str | None = None, design: str = DEFAULT,
+    model: Model,
+    out: str | Path,
+    bits: float = 3.0,
+    samples: int = 120,
+    flips: int = 40,
+    *,
+    protocol: Protocol | None = None,
+    space: Mapping[str, Any] | None = None,
+    workers: int = 1,
+    device: str = "cpu",
+    dtype: str = "float32",
+    bank: str | None = None,
+    quality: QualityOptions | None = None,
+    sample_seed: int = 0,
+    swap: str | None = None,
+    design: str = DEFAULT,
     progress: Progress = no_progress,
-) -> Front:  # fmt: skip
+) -> Front:
     """The whole flow into a folder; run again, it continues where it stopped.
 
     Writes study.db, sensitivity.json, front.json, config.json, packed/, samples.png and report/index.html.
@@ -162,9 +235,17 @@ def run(
     except OSError as error:
         raise AquabitError(f"the folder {out} cannot be made: {error.strerror}") from error
     study = Study(out / "study.db")
-    given: dict[str, Any] = {"protocol": protocol, "space_options": dict(space) if space else None, "quality": quality}
-    given["check"] = lambda made: named_swap(made, swap)  # an impossible swap is said before anything is fitted
-    with open_session(model, study, workers=workers, device=device, dtype=dtype, bank=bank, progress=progress, **given) as session:
+    given: dict[str, Any] = {
+        "protocol": protocol,
+        "space_options": dict(space) if space else None,
+        "quality": quality,
+    }
+    given["check"] = lambda made: named_swap(
+        made, swap
+    )  # an impossible swap is said before anything is fitted
+    with open_session(
+        model, study, workers=workers, device=device, dtype=dtype, bank=bank, progress=progress, **given
+    ) as session:
         session.costs.check(Budget(bits=bits), max(session.space.activations))
         session.references(progress)
         new = session.measure(session.draw(design, samples, sample_seed), "sample", progress)
@@ -174,7 +255,9 @@ def run(
         else:
             front = find_in(session, SearchOptions(Budget(bits=bits), seed=sample_seed), progress)
         measure_in_context(session, IN_CONTEXT, bits, swap, progress=progress)
-        validate_in(session, flips, swap, bits, sample_seed, progress)  # last: real swaps check the layers that the ranking puts first
+        validate_in(
+            session, flips, swap, bits, sample_seed, progress
+        )  # last: real swaps check the layers that the ranking puts first
         sensitivity = explained(study, bits, swap, progress)
     write_json(out / "sensitivity.json", sensitivity.to_dict())
     write_json(out / "front.json", front.to_list())
@@ -184,7 +267,13 @@ def run(
     (out / "samples.png").write_bytes(
         thumbnail(
             generate(
-                str(out / "packed"), 32, study.protocol.seed, study.protocol.steps, study.protocol.conditions, device, progress=progress
+                str(out / "packed"),
+                32,
+                study.protocol.seed,
+                study.protocol.steps,
+                study.protocol.conditions,
+                device,
+                progress=progress,
             )
         )
     )

@@ -1,4 +1,5 @@
-"""A denoiser as a graph of its layers, traced from the autograd graph on the meta device; operator-type tables."""
+"""A denoiser as a graph of its layers, traced from the autograd graph on the meta device; operator-type
+tables."""
 
 from __future__ import annotations
 
@@ -27,16 +28,33 @@ from aquabit._operators import (
 from aquabit.scheme import AquabitError
 
 __all__ = [
-    "LayerGraph", "codebook_names", "described_inputs", "example_inputs", "family_of", "from_json", "known_class", "layers",
-    "meta_denoiser", "to_json", "trace",
-]  # fmt: skip
+    "LayerGraph",
+    "codebook_names",
+    "described_inputs",
+    "example_inputs",
+    "family_of",
+    "from_json",
+    "known_class",
+    "layers",
+    "meta_denoiser",
+    "to_json",
+    "trace",
+]
 
 LayerGraph: TypeAlias = nx.DiGraph
-STEP_INPUTS = ("sample", "hidden_states", "x", "timestep", "timesteps", "t")  # what changes from one denoising step to the next
+STEP_INPUTS = (
+    "sample",
+    "hidden_states",
+    "x",
+    "timestep",
+    "timesteps",
+    "t",
+)  # what changes from one denoising step to the next
 SCHEMA_VERSION = 1
 _MATMUL = re.compile(r"(Addmm|Mm|Addmv|Mv|Bmm|Baddbmm|Linear|Convolution)Backward\d*$")
 _ATTENTION = re.compile(r"(Bmm|Baddbmm|ScaledDotProduct\w+)Backward\d*$")
-_CHANNELWISE = re.compile(  # what may stand between a concatenation and a layer without mixing channels of its two parts up
+# what may stand between a concatenation and a layer without mixing channels of its two parts up
+_CHANNELWISE = re.compile(
     r"(NativeGroupNorm|NativeBatchNorm|Silu|Gelu|Relu|Mul|Div|Add|Clone|ToCopy|NativeDropout|Upsample\w+|AvgPool2D)Backward\d*$"
 )
 
@@ -60,25 +78,32 @@ class _Contraction:
     time_layers: set[str]
     calls: dict[str, _Calls] = field(default_factory=dict)  # in execution order
     sources: dict[Any, tuple[str, ...]] = field(default_factory=dict)  # nearest layers and merges upstream
-    weight: dict[Any, str | None] = field(default_factory=dict)  # the layer whose weight, perhaps transposed, this is
+    weight: dict[Any, str | None] = field(
+        default_factory=dict
+    )  # the layer whose weight, perhaps transposed, this is
     depends: dict[Any, bool] = field(default_factory=dict)  # on the noisy sample or the step
 
 
-def trace(denoiser: nn.Module, example_inputs: Mapping[str, Any] | None = None, family: str | None = None) -> LayerGraph:
+def trace(
+    denoiser: nn.Module, example_inputs: Mapping[str, Any] | None = None, family: str | None = None
+) -> LayerGraph:
     """The graph of a denoiser's Linear and Conv2d layers and of the merges between them.
 
-    One forward runs on a copy without memory (meta device); the given weights are neither read nor changed. Layer nodes
-    bear the module's name and ``kind`` ("linear" or "conv"), ``operator``, ``block``, ``depth`` (place in execution order),
-    ``shape`` and ``bias`` of the weight, ``groups``, ``tokens`` (rows or pixels of one sample, summed over calls),
-    ``macs`` (multiply-adds for one sample in one call), ``step_invariant`` (its input depends neither on the noisy sample
-    nor on the step), ``split`` (channels of the first part where a concatenated skip feeds a convolution, else None) and
-    ``attention`` ("q", "k", "v" or None). Merge nodes have ``kind`` "merge" and ``op`` ("add", "mul", "cat", "attention", ...).
-    The graph has ``family``, ``model_class``, ``config``, ``weights`` (elements of all layer weights) and ``other_elements``
-    (of everything else in the state dict). Inputs are keyword arguments; they are made from the config
-    where not given, and described in the graph (``inputs``) where they were and the class does not tell them. ``uncalled`` names layers
-    whose weight is read but which are never called (the pooler of Hunyuan-DiT gives them to torch's attention): they cannot run from codes.
+    One forward runs on a copy without memory (meta device); the given weights are neither read nor changed.
+    Layer nodes bear the module's name and ``kind`` ("linear" or "conv"), ``operator``, ``block``, ``depth``
+    (place in execution order), ``shape`` and ``bias`` of the weight, ``groups``, ``tokens`` (rows or pixels
+    of one sample, summed over calls), ``macs`` (multiply-adds for one sample in one call), ``step_invariant``
+    (its input depends neither on the noisy sample nor on the step), ``split`` (channels of the first part
+    where a concatenated skip feeds a convolution, else None) and ``attention`` ("q", "k", "v" or None). Merge
+    nodes have ``kind`` "merge" and ``op`` ("add", "mul", "cat", "attention", ...). The graph has ``family``,
+    ``model_class``, ``config``, ``weights`` (elements of all layer weights) and ``other_elements`` (of
+    everything else in the state dict). Inputs are keyword arguments; they are made from the config where not
+    given, and described in the graph (``inputs``) where they were and the class does not tell them.
+    ``uncalled`` names layers whose weight is read but which are never called (the pooler of Hunyuan-DiT gives
+    them to torch's attention): they cannot run from codes.
 
-    Raises AquabitError where inputs cannot be made, the forward fails, or a layer is not reached from the output.
+    Raises AquabitError where inputs cannot be made, the forward fails, or a layer is not reached from the
+    output.
     """
     model_class = type(denoiser).__name__
     family = family_of(type(denoiser), family)
@@ -94,17 +119,24 @@ def trace(denoiser: nn.Module, example_inputs: Mapping[str, Any] | None = None, 
     contraction = _Contraction(
         graph=nx.DiGraph(),
         weight_names={id(module.weight): name for name, module in modules.items()},
-        step_leaves={id(value) for value in inputs.values() if isinstance(value, torch.Tensor) and value.requires_grad},
+        step_leaves={
+            id(value) for value in inputs.values() if isinstance(value, torch.Tensor) and value.requires_grad
+        },
         time_layers={name for name, operator in operators.items() if operator == "time_embed"},
     )
     for node in _execution_order(outputs):
         _contract(contraction, node)
     unreached = [name for name in modules if name not in contraction.calls]
     if unreached:
-        raise AquabitError(f"{len(unreached)} of {len(modules)} layers of {model_class} do not reach its output: {', '.join(unreached)}")
+        raise AquabitError(
+            f"{len(unreached)} of {len(modules)} layers of {model_class} do not reach its output:"
+            f" {', '.join(unreached)}"
+        )
     _join_attention(contraction.graph)
     for depth, (name, calls) in enumerate(contraction.calls.items()):
-        contraction.graph.add_node(name, **_attributes(name, modules[name], operators[name], calls, depth, batch))
+        contraction.graph.add_node(
+            name, **_attributes(name, modules[name], operators[name], calls, depth, batch)
+        )
     weights = sum(module.weight.numel() for module in modules.values())
     graph = _finished(contraction.graph, model, model_class, family, weights)
     if len(called) < len(modules):
@@ -124,7 +156,8 @@ def layers(graph: LayerGraph) -> dict[str, dict[str, Any]]:
 
 
 def codebook_names(graph: LayerGraph) -> dict[str, str]:
-    """Layer -> the name of the codebooks it may share: its operator type and weight shape; only layers that share them with another."""
+    """Layer -> the name of the codebooks it may share: its operator type and weight shape; only layers
+    that share them with another."""
     found: dict[str, list[str]] = {}
     for name, node in layers(graph).items():
         found.setdefault(f"{node['operator']} {'x'.join(map(str, node['shape']))}", []).append(name)
@@ -132,10 +165,19 @@ def codebook_names(graph: LayerGraph) -> dict[str, str]:
 
 
 def meta_denoiser(class_name: str, config: Mapping[str, Any]) -> nn.Module:
-    """The diffusers model ``class_name`` built from ``config`` on the meta device; raises AquabitError where it cannot be."""
+    """The diffusers model ``class_name`` built from ``config`` on the meta device; raises AquabitError
+    where it cannot be."""
     diffusers: Any = importlib.import_module("diffusers")
-    found = getattr(diffusers, class_name, None) if class_name.isidentifier() and not class_name.startswith("_") else None
-    if not (isinstance(found, type) and issubclass(found, diffusers.ModelMixin) and issubclass(found, diffusers.ConfigMixin)):
+    found = (
+        getattr(diffusers, class_name, None)
+        if class_name.isidentifier() and not class_name.startswith("_")
+        else None
+    )
+    if not (
+        isinstance(found, type)
+        and issubclass(found, diffusers.ModelMixin)
+        and issubclass(found, diffusers.ConfigMixin)
+    ):
         raise AquabitError(f"{class_name!r} is not a model of diffusers {diffusers.__version__}")
     return _from_config(found, config)
 
@@ -144,18 +186,23 @@ def _from_config(model_class: Any, config: Mapping[str, Any]) -> nn.Module:
     try:
         with torch.device("meta"):
             model: nn.Module = model_class.from_config(dict(config))
-    except Exception as error:  # diffusers checks little: a wrong config surfaces as any exception of its constructors
+    except (
+        Exception
+    ) as error:  # diffusers checks little: a wrong config surfaces as any exception of its constructors
         raise AquabitError(f"cannot build {model_class.__name__} from its config: {error}") from error
     return model
 
 
 def _meta_copy(denoiser: nn.Module) -> nn.Module:
-    """The same architecture on the meta device, in evaluation mode, every floating-point parameter requiring gradients."""
+    """The same architecture on the meta device, in evaluation mode, every floating-point parameter
+    requiring gradients."""
     if hasattr(denoiser, "config") and hasattr(denoiser, "from_config"):
         config: Any = denoiser.config
         model = _from_config(type(denoiser), config)
-    else:  # a deep copy that shares nothing and allocates nothing: its tensors are replaced before they are copied
-        memo: dict[int, Any] = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), False) for p in denoiser.parameters()}
+    else:  # a deep copy that shares and allocates nothing: its tensors are replaced before they are copied
+        memo: dict[int, Any] = {
+            id(p): nn.Parameter(torch.empty_like(p, device="meta"), False) for p in denoiser.parameters()
+        }
         memo |= {id(b): torch.empty_like(b, device="meta") for b in denoiser.buffers()}
         model = copy.deepcopy(denoiser, memo)
     if hasattr(model, "disable_gradient_checkpointing"):
@@ -175,7 +222,8 @@ def _quantizable(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
 
 
 def _on_meta(inputs: dict[str, Any]) -> tuple[dict[str, Any], int]:
-    """The inputs without their data, those that change with the step as leaves to be found again; and the batch size."""
+    """The inputs without their data, those that change with the step as leaves to be found again; and the
+    batch size."""
 
     def moved(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
@@ -199,7 +247,9 @@ def _forward(model: nn.Module, inputs: dict[str, Any]) -> list[torch.Tensor]:
         with torch.device("meta"):
             output = model(**inputs)
     except Exception as error:  # any exception of the model's own code
-        raise AquabitError(f"{type(model).__name__} does not run on the example inputs ({', '.join(inputs)}): {error}") from error
+        raise AquabitError(
+            f"{type(model).__name__} does not run on the example inputs ({', '.join(inputs)}): {error}"
+        ) from error
     return list(_tensors(output))
 
 
@@ -212,7 +262,8 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 def _execution_order(outputs: list[torch.Tensor]) -> list[Any]:
-    """All autograd nodes behind the outputs: leaves first, then in the order the forward made them, which is topological."""
+    """All autograd nodes behind the outputs: leaves first, then in the order the forward made them, which
+    is topological."""
     pending = [tensor.grad_fn for tensor in outputs if tensor.grad_fn is not None]
     found: dict[Any, int] = {}
     while pending:
@@ -224,7 +275,8 @@ def _execution_order(outputs: list[torch.Tensor]) -> list[Any]:
 
 
 def _contract(state: _Contraction, node: Any) -> None:
-    """Read one autograd node: a leaf, part of a weight's path, a layer's call, a merge, or something to pass through."""
+    """Read one autograd node: a leaf, part of a weight's path, a layer's call, a merge, or something to
+    pass through."""
     state.weight[node], state.sources[node] = None, ()
     if hasattr(node, "variable"):
         state.weight[node] = state.weight_names.get(id(node.variable))
@@ -241,7 +293,9 @@ def _contract(state: _Contraction, node: Any) -> None:
         state.graph.add_edges_from((source, weight) for source in origin)
         state.sources[node] = (weight,)
     elif len(origin) > 1:
-        op = "attention" if _ATTENTION.match(node.name()) else re.sub(r"Backward\d*$", "", node.name()).lower()
+        op = (
+            "attention" if _ATTENTION.match(node.name()) else re.sub(r"Backward\d*$", "", node.name()).lower()
+        )
         merge = f"{op}#{len(state.graph)}"
         state.graph.add_node(merge, kind="merge", op=op)
         state.graph.add_edges_from((source, merge) for source in origin)
@@ -263,11 +317,14 @@ def _add_call(state: _Contraction, node: Any, name: str) -> None:
 
 def _data_parents(node: Any) -> list[Any]:
     """The autograd nodes that made this one's inputs, parameters and other leaves left out."""
-    return [parent for parent, _ in node.next_functions if parent is not None and not hasattr(parent, "variable")]
+    return [
+        parent for parent, _ in node.next_functions if parent is not None and not hasattr(parent, "variable")
+    ]
 
 
 def _concatenated(node: Any) -> int | None:
-    """Channels of the first part if ``node`` holds two feature maps side by side, seen through channel-wise operations."""
+    """Channels of the first part if ``node`` holds two feature maps side by side, seen through
+    channel-wise operations."""
     while not node.name().startswith("CatBackward"):
         parents = _data_parents(node)
         if len(parents) != 1 or not _CHANNELWISE.match(node.name()):
@@ -278,7 +335,8 @@ def _concatenated(node: Any) -> int | None:
 
 
 def _join_attention(graph: LayerGraph) -> None:
-    """One node per attention: without a fused kernel, scores and weighted values are two products in a row."""
+    """One node per attention: without a fused kernel, scores and weighted values are two products in a
+    row."""
     for name in [name for name, data in graph.nodes(data=True) if data.get("op") == "attention"]:
         after = list(graph.successors(name))
         if len(after) == 1 and graph.nodes[after[0]].get("op") == "attention":
@@ -286,19 +344,30 @@ def _join_attention(graph: LayerGraph) -> None:
             graph.remove_node(name)
 
 
-def _attributes(name: str, module: nn.Linear | nn.Conv2d, operator: str, calls: _Calls, depth: int, batch: int) -> dict[str, Any]:
+def _attributes(
+    name: str, module: nn.Linear | nn.Conv2d, operator: str, calls: _Calls, depth: int, batch: int
+) -> dict[str, Any]:
     shape = tuple(module.weight.shape)
     tokens = round(calls.outputs / shape[0] / batch)
     return {
-        "kind": "conv" if isinstance(module, nn.Conv2d) else "linear", "operator": operator, "block": block_of(name, operator),
-        "depth": depth, "shape": shape, "bias": module.bias is not None, "groups": getattr(module, "groups", 1), "tokens": tokens,
-        "macs": tokens * module.weight.numel(), "step_invariant": calls.step_invariant, "split": calls.split,
+        "kind": "conv" if isinstance(module, nn.Conv2d) else "linear",
+        "operator": operator,
+        "block": block_of(name, operator),
+        "depth": depth,
+        "shape": shape,
+        "bias": module.bias is not None,
+        "groups": getattr(module, "groups", 1),
+        "tokens": tokens,
+        "macs": tokens * module.weight.numel(),
+        "step_invariant": calls.step_invariant,
+        "split": calls.split,
         "attention": attention_role(operator),
-    }  # fmt: skip
+    }
 
 
 def _finished(grown: LayerGraph, model: nn.Module, model_class: str, family: str, weights: int) -> LayerGraph:
-    """The graph with its own attributes; edges in the order of their sources, as reading it from JSON would give."""
+    """The graph with its own attributes; edges in the order of their sources, as reading it from JSON
+    would give."""
     config = {k: v for k, v in dict(getattr(model, "config", {})).items() if not k.startswith("_")}
     stored = {id(tensor): tensor.numel() for tensor in model.state_dict(keep_vars=True).values()}
     graph = nx.DiGraph(
@@ -314,7 +383,8 @@ def _finished(grown: LayerGraph, model: nn.Module, model_class: str, family: str
 
 
 def to_json(graph: LayerGraph) -> dict[str, Any]:
-    """The graph as a JSON value (networkx node-link form with a schema version); ``from_json`` gives the equal graph back."""
+    """The graph as a JSON value (networkx node-link form with a schema version); ``from_json`` gives the
+    equal graph back."""
     value = {"schema": SCHEMA_VERSION, **nx.node_link_data(graph, edges="edges")}
     return dict(json.loads(json.dumps(value, allow_nan=False)))
 
@@ -328,11 +398,15 @@ def from_json(value: Any, source: str = "graph") -> LayerGraph:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"]) or "the top level"
-        raise AquabitError(f"{source} is not a layer graph: {place}: {first['msg']} (got {first.get('input')!r:.60})") from error
+        raise AquabitError(
+            f"{source} is not a layer graph: {place}: {first['msg']} (got {first.get('input')!r:.60})"
+        ) from error
     names = {node["id"] for node in value["nodes"]}
     if len(names) != len(value["nodes"]):
         raise AquabitError(f"{source} is not a layer graph: a node is there twice")
-    unknown = [name for edge in value["edges"] for name in (edge["source"], edge["target"]) if name not in names]
+    unknown = [
+        name for edge in value["edges"] for name in (edge["source"], edge["target"]) if name not in names
+    ]
     if unknown:
         raise AquabitError(f"{source} is not a layer graph: edge to unknown node {unknown[0]!r}")
     graph: LayerGraph = nx.node_link_graph({k: v for k, v in value.items() if k != "schema"}, edges="edges")
@@ -345,7 +419,13 @@ def from_json(value: Any, source: str = "graph") -> LayerGraph:
 def _graph_file() -> Any:
     from typing import Annotated, Literal
 
-    from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt  # slow to import: only where a file is read
+    from pydantic import (
+        BaseModel,
+        ConfigDict,
+        Field,
+        NonNegativeInt,
+        PositiveInt,
+    )  # slow to import: only where a file is read
 
     class Strict(BaseModel):
         model_config = ConfigDict(extra="forbid", strict=True)

@@ -1,6 +1,7 @@
 """diffusers learns of our quantizer when it is imported, and not before: importing it takes seconds.
 
-diffusers has no function to register a quantizer, so an import hook on ``diffusers.quantizers.auto`` enters ours into its tables.
+diffusers has no function to register a quantizer, so an import hook on ``diffusers.quantizers.auto`` enters
+ours into its tables.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ class _Registering(Loader):
 
 
 class _Finder(MetaPathFinder):
-    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if fullname != TARGET:
             return None
         spec = PathFinder.find_spec(fullname, path)
@@ -41,7 +44,8 @@ class _Finder(MetaPathFinder):
 
 
 def register_with_diffusers() -> None:
-    """Make the quantization method ``aquabit`` known to diffusers: now where it is imported already, else as soon as it is."""
+    """Make the quantization method ``aquabit`` known to diffusers: now where it is imported already, else
+    as soon as it is."""
     if TARGET in sys.modules:
         importlib.import_module(QUANTIZER)
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):

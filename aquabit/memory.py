@@ -1,4 +1,5 @@
-"""Peak memory of measuring, quantizing and running a model, from its layer graph and one forward on the meta device."""
+"""Peak memory of measuring, quantizing and running a model, from its layer graph and one forward on the
+meta device."""
 
 from __future__ import annotations
 
@@ -18,9 +19,13 @@ from aquabit.graph import example_inputs, meta_denoiser
 from aquabit.graph import layers as graph_layers
 from aquabit.scheme import AquabitError, Scheme
 
-NOT_COUNTED = "activations of the VAE, of text encoders and of feature extractors, images, and a GPU's own context"
+NOT_COUNTED = (
+    "activations of the VAE, of text encoders and of feature extractors, images, and a GPU's own context"
+)
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-LIBRARIES = 550 << 20  # resident in a process that has imported torch, diffusers and what measuring takes (Linux, CPU build: 0.54 GB)
+# resident in a process that has imported torch, diffusers and what measuring takes (Linux, CPU build: .54
+# GB)
+LIBRARIES = 550 << 20
 DECODED = 256 << 20  # of decoded weights that are kept beside the current ones (quant.model.DECODED_LIMIT)
 HEAP = 256 << 20  # of freed activations that the allocator keeps (sensitivity.evaluator.reuse_memory)
 HESSIANS = 512 << 20  # of all H that are summed up at a time (quant.calibrate.LIMIT_BYTES)
@@ -76,27 +81,35 @@ def elements(parts: Iterable[object]) -> int:
 
 
 def activation_bytes(graph: nx.DiGraph) -> int:
-    """Bytes of the float32 activations that are alive together at the worst moment of one denoiser call with one sample."""
+    """Bytes of the float32 activations that are alive together at the worst moment of one denoiser call
+    with one sample."""
     model = meta_denoiser(graph.graph["model_class"], graph.graph["config"]).eval()
     inputs = example_inputs(model)
     known = {
-        t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers(), *tree_leaves(inputs)) if isinstance(t, torch.Tensor)
+        t.untyped_storage()._cdata
+        for t in (*model.parameters(), *model.buffers(), *tree_leaves(inputs))
+        if isinstance(t, torch.Tensor)
     }
     live = _Live(known)
     try:
         with torch.no_grad(), torch.device("meta"), live:
             model(**inputs)
     except Exception as error:  # any exception of the model's own code
-        raise AquabitError(f"{graph.graph['model_class']} does not run on the meta device: {error}") from error
+        raise AquabitError(
+            f"{graph.graph['model_class']} does not run on the meta device: {error}"
+        ) from error
     return live.peak
 
 
-def peaks(graph: nx.DiGraph, micro_batch: int = 64, guided: bool = False, scheme: str = "usq4", others: int = 0) -> list[Peak]:
-    """Peaks of each task in each dtype. ``micro_batch`` samples in a denoiser call, twice as many where they are ``guided``; ``scheme`` is
-    what all layers are packed to; ``others`` the elements of the pipeline's other networks (VAE, text encoders), all of them loaded.
+def peaks(
+    graph: nx.DiGraph, micro_batch: int = 64, guided: bool = False, scheme: str = "usq4", others: int = 0
+) -> list[Peak]:
+    """Peaks of each task in each dtype. ``micro_batch`` samples in a denoiser call, twice as many where they
+    are ``guided``; ``scheme`` is what all layers are packed to; ``others`` the elements of the pipeline's
+    other networks (VAE, text encoders), all of them loaded.
 
-    Counted: libraries, weights (full precision and, while measuring, the current configuration's decoded ones), activations, the bank's
-    working set. Not counted: NOT_COUNTED.
+    Counted: libraries, weights (full precision and, while measuring, the current configuration's decoded
+    ones), activations, the bank's working set. Not counted: NOT_COUNTED.
     """
     nodes, parsed = graph_layers(graph).values(), Scheme.parse(scheme)
     weights, rest = int(graph.graph["weights"]), int(graph.graph["other_elements"])
@@ -105,19 +118,35 @@ def peaks(graph: nx.DiGraph, micro_batch: int = 64, guided: bool = False, scheme
     largest = max(prod(s) for s in shapes)
     hessians = sorted(4 * prod(s[1:]) ** 2 for s in shapes)
     samples = micro_batch * (2 if guided else 1)
-    inputs = max(int(node["tokens"]) * prod(s[1:]) // max(1, prod(s[2:])) for node, s in zip(nodes, shapes, strict=True))
+    inputs = max(
+        int(node["tokens"]) * prod(s[1:]) // max(1, prod(s[2:]))
+        for node, s in zip(nodes, shapes, strict=True)
+    )
     activations = samples * (activation_bytes(graph) + 4 * inputs)  # a layer's rounded input stands beside it
     codes = {f"codes ({scheme}), as stored and as kernels read them": 2 * coded}
     found = []
     for dtype, size in BYTES.items():
-        own = {"libraries": LIBRARIES, "full-precision weights": size * (weights + rest), "other networks": size * others}
+        own = {
+            "libraries": LIBRARIES,
+            "full-precision weights": size * (weights + rest),
+            "other networks": size * others,
+        }
         alive = {"activations": activations * size // 4}
         kept = max(min(HESSIANS, sum(hessians)), hessians[-1], min(HEAP, alive["activations"]))
         decoded = {"decoded weights": size * weights, "decoded weights kept": min(DECODED, size * weights)}
-        resident = {"libraries": LIBRARIES, "other networks": size * others, **codes, "other tensors": size * rest}
+        resident = {
+            "libraries": LIBRARIES,
+            "other networks": size * others,
+            **codes,
+            "other tensors": size * rest,
+        }
         found += [
             Peak("measure", dtype, {**own, **alive, **decoded, "H or freed activations kept": kept}),
             Peak("quantize", dtype, {**own, **codes, "largest fit": FIT_BYTES * largest}),
-            Peak("run packed", dtype, {**resident, **alive, "freed activations kept": min(HEAP, alive["activations"])}),
+            Peak(
+                "run packed",
+                dtype,
+                {**resident, **alive, "freed activations kept": min(HEAP, alive["activations"])},
+            ),
         ]
     return found

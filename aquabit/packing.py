@@ -1,4 +1,5 @@
-"""Packed models: a pipeline whose denoiser runs from codes, fine-tuned and corrected where that is asked for; and images from it."""
+"""Packed models: a pipeline whose denoiser runs from codes, fine-tuned and corrected where that is asked
+for; and images from it."""
 
 from __future__ import annotations
 
@@ -55,15 +56,21 @@ Model: TypeAlias = str | DiffusionPipeline
 class Packed:
     """A pipeline whose denoiser runs from codes. ``pipe`` makes images; ``save`` writes the artifact."""
 
-    def __init__(self, pipe: DiffusionPipeline, model: QuantizedDenoiser, config: QuantConfig, statistics: Statistics | None = None):
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        model: QuantizedDenoiser,
+        config: QuantConfig,
+        statistics: Statistics | None = None,
+    ):
         self.pipe, self.model, self.config, self.statistics = pipe, model, config, statistics
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.pipe(*args, **kwargs)
 
     def save(self, folder: str | Path, max_shard_size: int | str = "10GB") -> int:
-        """Write a diffusers pipeline directory, weights in files of at most ``max_shard_size`` (bytes, or as "5GB"); the bytes of the
-        denoiser's tensors."""
+        """Write a diffusers pipeline directory, weights in files of at most ``max_shard_size`` (bytes, or
+        as "5GB"); the bytes of the denoiser's tensors."""
         folder, name = Path(folder), denoiser_name(self.pipe)
         folder.mkdir(parents=True, exist_ok=True)
         restore_text_encoders(self.pipe)
@@ -75,27 +82,41 @@ class Packed:
 
 
 def quantize(
-    pipe: Model, config: QuantConfig, *, correct: bool | str = False, finetune: FineTuning | bool = False, bank: str | None = None,
-    device: str = "cpu", accuracy: Accuracy = "fast", progress: Progress = no_progress, told: Callable[[Tuned], None] | None = None,
-) -> Packed:  # fmt: skip
-    """A copy of the pipeline with its denoiser packed; what the bank lacks is fitted, calibrated schemes on images that the pipeline makes.
+    pipe: Model,
+    config: QuantConfig,
+    *,
+    correct: bool | str = False,
+    finetune: FineTuning | bool = False,
+    bank: str | None = None,
+    device: str = "cpu",
+    accuracy: Accuracy = "fast",
+    progress: Progress = no_progress,
+    told: Callable[[Tuned], None] | None = None,
+) -> Packed:
+    """A copy of the pipeline with its denoiser packed; what the bank lacks is fitted, calibrated schemes on
+    images that the pipeline makes.
 
-    ``finetune``: the coded weights are tuned against the full-precision model first, with these settings (True: the defaults), with torch's
-    threads; ``told`` hears how that went, and the result's ``config`` names the tuned tensors. ``correct`` (True: what the configuration
-    names, else cnc+bc; or a text as "cnc+bc+vsc") corrects the noise of quantization, whose statistics are measured as
-    ``config.calibration`` samples; the pipeline then keeps that sampler. Raises AquabitError for a configuration of another model.
+    ``finetune``: the coded weights are tuned against the full-precision model first, with these settings
+    (True: the defaults), with torch's threads; ``told`` hears how that went, and the result's ``config``
+    names the tuned tensors. ``correct`` (True: what the configuration names, else cnc+bc; or a text as
+    "cnc+bc+vsc") corrects the noise of quantization, whose statistics are measured as ``config.calibration``
+    samples; the pipeline then keeps that sampler. Raises AquabitError for a configuration of another model.
     """
     source = load(pipe, device)
     name = denoiser_name(source)
     own = fingerprint(getattr(source, name))
     if config.fingerprint != own:
-        raise AquabitError(f"the configuration is for model {config.fingerprint} ({config.model}), this is model {own}")
+        raise AquabitError(
+            f"the configuration is for model {config.fingerprint} ({config.model}), this is model {own}"
+        )
     graph = trace(source)
     if isinstance(pipe, DiffusionPipeline):
         source = own_copy(source, name, "scheduler")  # what is followed is not the caller's
     else:
         free_text_encoders(source)
-    model = QuantizedDenoiser(getattr(source, name).eval(), graph, Bank(bank), own, recorder(source), sampler(source))
+    model = QuantizedDenoiser(
+        getattr(source, name).eval(), graph, Bank(bank), own, recorder(source), sampler(source)
+    )
     if finetune:
         check_tunable(model, config)  # before anything is fitted
         with single_thread(device):
@@ -106,36 +127,54 @@ def quantize(
         if told is not None:
             told(tuned)
     if correct:
-        config = replace(config, correction=correct if isinstance(correct, str) else config.correction or DEFAULT_CORRECTION)
+        config = replace(
+            config,
+            correction=correct if isinstance(correct, str) else config.correction or DEFAULT_CORRECTION,
+        )
     statistics = None
     with single_thread(device):
         if config.correction:
             calibration = config.calibration or Calibration()
             set_scheduler(source, calibration.scheduler)
             check_correction(source.scheduler, config.correction, calibration.eta)
-            statistics = noise_statistics(source, model, config, replace(calibration, scheduler="default"), progress=progress)
+            statistics = noise_statistics(
+                source, model, config, replace(calibration, scheduler="default"), progress=progress
+            )
         model.pack(config, accuracy, progress)
     follow_(model.denoiser, source.scheduler, model.watchers(config))
     if statistics is not None:
         corrected_(model.denoiser, source.scheduler, statistics, config.correction)
-    attach_(model.denoiser, Contents(config, model.layers, model.ranges(config) or {}, statistics, model.inputs))
+    attach_(
+        model.denoiser, Contents(config, model.layers, model.ranges(config) or {}, statistics, model.inputs)
+    )
     return Packed(source, model, config, statistics)
 
 
 def generate(
-    pipe: Model, images: int = 16, seed: int = 0, steps: int | None = None, conditions: Sequence[Any] | None = None, device: str = "cpu",
-    memory: str = "packed", progress: Progress = no_progress, told: Callable[[Placement], None] | None = None,
-    correction: str | None = None, eta: float | None = None, guidance: float | None = None, offload: bool = False,
+    pipe: Model,
+    images: int = 16,
+    seed: int = 0,
+    steps: int | None = None,
+    conditions: Sequence[Any] | None = None,
+    device: str = "cpu",
+    memory: str = "packed",
+    progress: Progress = no_progress,
+    told: Callable[[Placement], None] | None = None,
+    correction: str | None = None,
+    eta: float | None = None,
+    guidance: float | None = None,
+    offload: bool = False,
     resolution: int | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Images [n, c, h, w] in [0, 1] from a pipeline or packed artifact, image i from seed + i.
 
-    ``steps``, ``eta``, ``guidance`` and ``resolution`` (pixels) default to what the artifact's configuration was calibrated for (else 10,
-    0, 1 and the model's own), ``correction`` to the artifact's own; "none" switches it off. ``offload``: what is loaded waits on the CPU
-    and is on the GPU only while it runs.
+    ``steps``, ``eta``, ``guidance`` and ``resolution`` (pixels) default to what the artifact's configuration
+    was calibrated for (else 10, 0, 1 and the model's own), ``correction`` to the artifact's own; "none"
+    switches it off. ``offload``: what is loaded waits on the CPU and is on the GPU only while it runs.
 
-    A packed one runs on the kernels that are fastest on this machine, timed first where that is missing. ``memory``: "packed" keeps no
-    dense weight, "auto" up to a quarter of them, where they save most time. ``told`` hears which kernels run and what is resident.
+    A packed one runs on the kernels that are fastest on this machine, timed first where that is missing.
+    ``memory``: "packed" keeps no dense weight, "auto" up to a quarter of them, where they save most time.
+    ``told`` hears which kernels run and what is resident.
     """
     import torch
 
@@ -146,17 +185,27 @@ def generate(
         free_text_encoders(adapter.pipe)
     config = config_of(adapter.denoiser)
     usual = (None if config is None else config.calibration) or Calibration()
-    usual = usual if config is None or config.total_steps is None else replace(usual, steps=config.total_steps)
+    usual = (
+        usual if config is None or config.total_steps is None else replace(usual, steps=config.total_steps)
+    )
     protocol = Protocol(
-        images=images, steps=usual.steps if steps is None else steps, seed=seed, eta=usual.eta if eta is None else eta,
-        guidance=usual.guidance if guidance is None else guidance, conditions=tuple(conditions) if conditions else None,
-        micro_batch=min(images, image_batch(adapter.pipe, adapter.denoiser, resolution or usual.resolution, 64)),
+        images=images,
+        steps=usual.steps if steps is None else steps,
+        seed=seed,
+        eta=usual.eta if eta is None else eta,
+        guidance=usual.guidance if guidance is None else guidance,
+        conditions=tuple(conditions) if conditions else None,
+        micro_batch=min(
+            images, image_batch(adapter.pipe, adapter.denoiser, resolution or usual.resolution, 64)
+        ),
         resolution=resolution or usual.resolution,
-    )  # fmt: skip
+    )
     layers = layers_of(adapter.denoiser)
     with _switched_correction(adapter, correction):
         if any(layer.held is not None for layer in layers.values()):
-            call = adapter.first_call(protocol)  # this samples, and follows the scheduler; the timed calls do not
+            call = adapter.first_call(
+                protocol
+            )  # this samples, and follows the scheduler; the timed calls do not
             with unfollowed(adapter.denoiser):
                 placed = place_(layers, call, memory, progress)
             if told is not None:
@@ -166,10 +215,14 @@ def generate(
 
 @contextmanager
 def _switched_correction(adapter: Adapter, correction: str | None) -> Iterator[None]:
-    """Correct otherwise than the artifact says (None: as it says) for a while; raises AquabitError where it holds no statistics."""
+    """Correct otherwise than the artifact says (None: as it says) for a while; raises AquabitError where
+    it holds no statistics."""
     statistics, before = statistics_of(adapter.denoiser), watchers_of(adapter.denoiser)
     if statistics is None and parse_correction(correction):
-        raise AquabitError(f"correction {correction!r} needs noise statistics, which this model lacks; run `aquabit quantize --correct`")
+        raise AquabitError(
+            f"correction {correction!r} needs noise statistics, which this model lacks; run `aquabit quantize"
+            " --correct`"
+        )
     if statistics is None or correction is None:
         yield
         return

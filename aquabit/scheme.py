@@ -39,16 +39,19 @@ _SCHEME = re.compile(
 class Scheme:
     """How one weight is stored; ``Scheme.parse(str(s)) == s``.
 
-    ``fp`` full precision at 16 bits; ``usq4`` uniform per output channel, ``usq4g64`` per 64 inputs; ``vq3`` k-means over
-    the tensor, ``vq3c`` per output channel; ``aq2x8g8`` two codebooks of 2^8 vectors of 8 weights, ``aq2x8k`` one k x k
-    kernel slice a group (where the kernel is 1 x 1, 8 inputs); ``aq2x8g8s`` the same with its codebooks shared by the layers of one
-    operator type and shape. A final ``h`` means fitted output-aware; ``aq`` always is.
+    ``fp`` full precision at 16 bits; ``usq4`` uniform per output channel, ``usq4g64`` per 64 inputs; ``vq3``
+    k-means over the tensor, ``vq3c`` per output channel; ``aq2x8g8`` two codebooks of 2^8 vectors of 8
+    weights, ``aq2x8k`` one k x k kernel slice a group (where the kernel is 1 x 1, 8 inputs); ``aq2x8g8s`` the
+    same with its codebooks shared by the layers of one operator type and shape. A final ``h`` means fitted
+    output-aware; ``aq`` always is.
     """
 
     kind: Literal["fp", "usq", "vq", "aq"] = "fp"
     bits: int = 16  # bits of one code
     codebooks: int = 1
-    group: int | None = None  # usq: inputs that share a scale; aq: weights a codeword covers; None: the whole row / kernel
+    group: int | None = (
+        None  # usq: inputs that share a scale; aq: weights a codeword covers; None: the whole row / kernel
+    )
     per_channel: bool = False
     output_aware: bool = False
     shared: bool = False
@@ -69,13 +72,19 @@ class Scheme:
             group = int(part["usq_group"]) if part["usq_group"] else None
             scheme = Scheme("usq", int(part["usq"]), group=group, output_aware=bool(part["usq_h"]))
         elif part["vq"]:
-            scheme = Scheme("vq", int(part["vq"]), per_channel=bool(part["vq_c"]), output_aware=bool(part["vq_h"]))
+            scheme = Scheme(
+                "vq", int(part["vq"]), per_channel=bool(part["vq_c"]), output_aware=bool(part["vq_h"])
+            )
         else:
             group = int(part["aq_group"]) if part["aq_group"] else None
-            scheme = Scheme("aq", int(part["aq_b"]), codebooks=int(part["aq_m"]), group=group, shared=bool(part["aq_s"]))
+            scheme = Scheme(
+                "aq", int(part["aq_b"]), codebooks=int(part["aq_m"]), group=group, shared=bool(part["aq_s"])
+            )
         limit = 16 if scheme.kind == "aq" else 8
         if not 1 <= scheme.bits <= limit or scheme.group == 0 or scheme.codebooks < 1 or str(scheme) != text:
-            raise AquabitError(f"scheme {text!r} is out of range: codes have 1 to {limit} bits, counts start at 1; {known}")
+            raise AquabitError(
+                f"scheme {text!r} is out of range: codes have 1 to {limit} bits, counts start at 1; {known}"
+            )
         return scheme
 
     def __str__(self) -> str:
@@ -86,7 +95,11 @@ class Scheme:
             return f"usq{self.bits}" + (f"g{self.group}" if self.group else "") + tail
         if self.kind == "vq":
             return f"vq{self.bits}" + ("c" if self.per_channel else "") + tail
-        return f"aq{self.codebooks}x{self.bits}" + (f"g{self.group}" if self.group else "k") + ("s" if self.shared else "")
+        return (
+            f"aq{self.codebooks}x{self.bits}"
+            + (f"g{self.group}" if self.group else "k")
+            + ("s" if self.shared else "")
+        )
 
     @property
     def calibrated(self) -> bool:
@@ -94,20 +107,24 @@ class Scheme:
         return self.kind == "aq" or self.output_aware
 
     def code_bits(self, kernel_area: int = 1) -> float:
-        """Bits of codes per weight, without codebooks and scales; ``kernel_area`` = kh * kw serves the ``k`` form."""
+        """Bits of codes per weight, without codebooks and scales; ``kernel_area`` = kh * kw serves the
+        ``k`` form."""
         if self.kind != "aq":
             return float(self.bits)
         return self.codebooks * self.bits / self.group_size(kernel_area)
 
     def group_size(self, kernel_area: int = 1) -> int:
-        """Weights that one additive codeword covers; ``k`` is a kernel slice, and 8 inputs where the kernel is 1 x 1 (AQUATIC-Diff)."""
+        """Weights that one additive codeword covers; ``k`` is a kernel slice, and 8 inputs where the
+        kernel is 1 x 1 (AQUATIC-Diff)."""
         return self.group or (kernel_area if kernel_area > 1 else 8)
 
     def stored_bytes(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        """Bytes of one stored weight [out, in] or [out, in, kh, kw]: (packed codes with float16 scales and offsets, float16 codebooks).
+        """Bytes of one stored weight [out, in] or [out, in, kh, kw]: (packed codes with float16 scales and
+        offsets, float16 codebooks).
 
-        ``usq``: scale and offset per row (or per group of inputs), its codebook {0 .. 2^b - 1} is implied; ``vq``: one table of 2^b
-        values per tensor or per row; ``aq``: M tables of 2^B vectors and one scale a row. ``fp`` takes two bytes a weight.
+        ``usq``: scale and offset per row (or per group of inputs), its codebook {0 .. 2^b - 1} is implied;
+        ``vq``: one table of 2^b values per tensor or per row; ``aq``: M tables of 2^B vectors and one scale a
+        row. ``fp`` takes two bytes a weight.
         """
         out, row = shape[0], prod(shape[1:])
         if self.kind == "fp":
@@ -121,9 +138,10 @@ class Scheme:
         return codes + 2 * out, 2 * self.codebooks * 2**self.bits * size
 
     def table_operations(self, shape: tuple[int, ...]) -> tuple[float, float]:
-        """(multiply-adds, adds) of the table kernel relative to the dense layer's multiply-adds: M K / out to make the tables, divided by
-        the kernel's area where its taps share them (groups of ``gN``), and M / g table entries added (AQUATIC-Diff). (1, 0) for schemes
-        that are counted as decoded and multiplied: ``fp``, ``usq`` and ``vq``."""
+        """(multiply-adds, adds) of the table kernel relative to the dense layer's multiply-adds: M K / out
+        to make the tables, divided by the kernel's area where its taps share them (groups of ``gN``), and
+        M / g table entries added (AQUATIC-Diff). (1, 0) for schemes that are counted as decoded and
+        multiplied: ``fp``, ``usq`` and ``vq``."""
         if self.kind != "aq":
             return 1.0, 0.0
         area = prod(shape[2:])
@@ -144,8 +162,8 @@ Act = int | tuple[int, ...]  # activation bits (16 = off), or those of each grou
 
 @dataclass(frozen=True)
 class LayerChoice:
-    """What one layer gets: a weight scheme, activation bits (16 = off; a tuple: one number per group of steps), and the name of a shared
-    codebook."""
+    """What one layer gets: a weight scheme, activation bits (16 = off; a tuple: one number per group of
+    steps), and the name of a shared codebook."""
 
     weight: Scheme = FP
     act: Act = 16
@@ -154,7 +172,8 @@ class LayerChoice:
 
 @dataclass(frozen=True)
 class StepGroups:
-    """Contiguous groups of the ``total`` denoising steps: ``starts`` are the first steps of the groups, in order of sampling."""
+    """Contiguous groups of the ``total`` denoising steps: ``starts`` are the first steps of the groups, in
+    order of sampling."""
 
     total: int
     starts: tuple[int, ...]
@@ -162,9 +181,15 @@ class StepGroups:
     def __post_init__(self) -> None:
         object.__setattr__(self, "starts", tuple(self.starts))
         rising = all(a < b for a, b in zip(self.starts, self.starts[1:], strict=False))
-        if not 2 <= len(self.starts) <= 5 or self.starts[0] != 0 or not rising or self.starts[-1] >= self.total:
+        if (
+            not 2 <= len(self.starts) <= 5
+            or self.starts[0] != 0
+            or not rising
+            or self.starts[-1] >= self.total
+        ):
             raise AquabitError(
-                f"step groups that start at {list(self.starts)} of {self.total} steps are not usable; give 2 to 5 rising starts from 0"
+                f"step groups that start at {list(self.starts)} of {self.total} steps are not usable; give 2"
+                " to 5 rising starts from 0"
             )
 
     def of(self, step: int) -> int:
@@ -186,9 +211,17 @@ def parse_correction(text: str | None) -> tuple[str, ...]:
     parts = [] if text in (None, "none") else str(text).split("+")
     unknown = [p for p in parts if p not in CORRECTIONS]
     if unknown or len(set(parts)) < len(parts):
-        raise AquabitError(f"correction {text!r} is unknown; it joins some of {', '.join(CORRECTIONS)} by +, as cnc+bc, or is none")
-    if len([p for p in parts if p in ("vsc", "match", "qdrift")]) > 1 or ("qdrift" in parts and len(parts) > 1):
-        raise AquabitError(f"correction {text!r} treats the residual twice; vsc and match exclude each other, and qdrift stands alone")
+        raise AquabitError(
+            f"correction {text!r} is unknown; it joins some of {', '.join(CORRECTIONS)} by +, as cnc+bc, or"
+            " is none"
+        )
+    if len([p for p in parts if p in ("vsc", "match", "qdrift")]) > 1 or (
+        "qdrift" in parts and len(parts) > 1
+    ):
+        raise AquabitError(
+            f"correction {text!r} treats the residual twice; vsc and match exclude each other, and qdrift"
+            " stands alone"
+        )
     return tuple(p for p in CORRECTIONS if p in parts)
 
 
@@ -198,7 +231,8 @@ def plain_act(act: Act) -> Act:
 
 
 def act_code(act: Act) -> int:
-    """Activation bits as one whole number, for index matrices: themselves, and for groups of steps a number above all widths."""
+    """Activation bits as one whole number, for index matrices: themselves, and for groups of steps a
+    number above all widths."""
     act = plain_act(act)
     return act if isinstance(act, int) else sum(bits << CODE_SHIFT * g for g, bits in enumerate(act))
 
@@ -225,7 +259,8 @@ def digest(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The full-precision images whose denoiser inputs H is made of: seeds that nothing is measured on, the sampler as it is measured."""
+    """The full-precision images whose denoiser inputs H is made of: seeds that nothing is measured on, the
+    sampler as it is measured."""
 
     images: int = 64
     seed: int = 600_000_001
@@ -238,7 +273,10 @@ class Calibration:
 
     def __post_init__(self) -> None:
         if self.images < 1 or self.steps < 1:
-            raise AquabitError(f"calibration with {self.images} images and {self.steps} steps has no input; give at least one of each")
+            raise AquabitError(
+                f"calibration with {self.images} images and {self.steps} steps has no input; give at least"
+                " one of each"
+            )
         for name in ("eta", "guidance"):
             object.__setattr__(self, name, float(getattr(self, name)))  # 2 and 2.0 have one digest
         if self.conditions is not None:
@@ -263,10 +301,12 @@ class Calibration:
 class QuantConfig:
     """Which scheme and activation bits each layer of one model gets; layers not named stay in full precision.
 
-    ``calibration`` says what H the calibrated schemes are fitted with, and what a correction's statistics and static ranges are measured
-    on (None: ``Calibration()``). ``steps`` are the groups that activation bits given as a tuple refer to. ``correction`` joins the noise
-    corrections that act while sampling by "+" (``CORRECTIONS``). ``tuned`` is the digest of fine-tuned tensors that replace the fitted
-    ones. ``ranges`` are those of activations: "dynamic" (per token or sample), "static" (one per layer) or "step" (one per layer and step).
+    ``calibration`` says what H the calibrated schemes are fitted with, and what a correction's statistics and
+    static ranges are measured on (None: ``Calibration()``). ``steps`` are the groups that activation bits
+    given as a tuple refer to. ``correction`` joins the noise corrections that act while sampling by "+"
+    (``CORRECTIONS``). ``tuned`` is the digest of fine-tuned tensors that replace the fitted ones. ``ranges``
+    are those of activations: "dynamic" (per token or sample), "static" (one per layer) or "step" (one per
+    layer and step).
     """
 
     fingerprint: str
@@ -285,23 +325,29 @@ class QuantConfig:
         if self.ranges not in RANGES:
             raise AquabitError(f"ranges {self.ranges!r} are unknown; known: {', '.join(RANGES)}")
         groups = 1 if self.steps is None else len(self.steps.starts)
-        wrong = [(k, v.act) for k, v in self.layers.items() if isinstance(v.act, tuple) and len(v.act) != groups]
+        wrong = [
+            (k, v.act) for k, v in self.layers.items() if isinstance(v.act, tuple) and len(v.act) != groups
+        ]
         if wrong:
-            raise AquabitError(f"layer {wrong[0][0]!r} has activation bits {list(wrong[0][1])} for {groups} groups of steps; give one each")
+            raise AquabitError(
+                f"layer {wrong[0][0]!r} has activation bits {list(wrong[0][1])} for {groups} groups of steps;"
+                " give one each"
+            )
         if not any(isinstance(v.act, tuple) for v in self.layers.values()):
             object.__setattr__(self, "steps", None)  # groups that nothing refers to
         measured = (self.calibration or Calibration()).steps
         if self.ranges == "step" and self.steps is not None and self.steps.total != measured:
             raise AquabitError(
-                f"ranges per step are measured over the calibration's {measured} steps, and the step groups are of {self.steps.total}; "
-                "give both the same number"
+                f"ranges per step are measured over the calibration's {measured} steps, and the step groups"
+                f" are of {self.steps.total}; give both the same number"
             )
 
     def __getitem__(self, layer: str) -> LayerChoice:
         return self.layers.get(layer, LayerChoice())
 
     def main_act(self, layer: str) -> int:
-        """The activation bits that a layer has in most steps, the higher of two that share them: what its weight is fitted for."""
+        """The activation bits that a layer has in most steps, the higher of two that share them: what its
+        weight is fitted for."""
         act = self[layer].act
         if isinstance(act, int):
             return act
@@ -321,8 +367,8 @@ class QuantConfig:
         return sum(s for s, b in zip(self.steps.shares, act, strict=True) if b == bits)
 
     def range_parts(self, layer: str) -> int:
-        """How many static ranges each tensor of a layer has: one for each step, one for each group of steps where bits change, else one; 0
-        where ranges are dynamic."""
+        """How many static ranges each tensor of a layer has: one for each step, one for each group of
+        steps where bits change, else one; 0 where ranges are dynamic."""
         act = self[layer].act
         if self.ranges == "dynamic" or act == 16:
             return 0
@@ -351,31 +397,50 @@ class QuantConfig:
     def digest(self) -> str:
         """Equal for equal configurations, whatever name the model goes by."""
         body = {k: v for k, v in self.to_dict().items() if k not in ("model", "schema", "calibration")}
-        if self.correction or self.ranges != "dynamic" or any(choice.weight.calibrated for choice in self.layers.values()):
+        if (
+            self.correction
+            or self.ranges != "dynamic"
+            or any(choice.weight.calibrated for choice in self.layers.values())
+        ):
             body["calibration"] = asdict(self.calibration or Calibration())
         return digest(body)
 
     def with_layer(
-        self, layer: str, weight: Scheme | str, act: Act | None = None, codebook: str | None = None, steps: StepGroups | None = None
+        self,
+        layer: str,
+        weight: Scheme | str,
+        act: Act | None = None,
+        codebook: str | None = None,
+        steps: StepGroups | None = None,
     ) -> QuantConfig:
-        """The same configuration with one layer changed (its activation bits kept unless given); ``codebook`` names a shared one, ``steps``
-        the groups of activation bits where the configuration has none yet."""
+        """The same configuration with one layer changed (its activation bits kept unless given);
+        ``codebook`` names a shared one, ``steps`` the groups of activation bits where the configuration
+        has none yet."""
         choice = LayerChoice(Scheme.parse(weight), self[layer].act if act is None else act, codebook)
         return replace(self, layers={**self.layers, layer: choice}, steps=self.steps or steps)
 
     def to_dict(self) -> dict[str, Any]:
         """The value of ``config.json``."""
         layers = {
-            k: {"weight": str(v.weight), "act": list(v.act) if isinstance(v.act, tuple) else v.act, "codebook": v.codebook}
+            k: {
+                "weight": str(v.weight),
+                "act": list(v.act) if isinstance(v.act, tuple) else v.act,
+                "codebook": v.codebook,
+            }
             for k, v in self.layers.items()
         }
-        later = {"tuned": self.tuned, "ranges": None if self.ranges == "dynamic" else self.ranges}  # absent: digests stay what they were
+        later = {
+            "tuned": self.tuned,
+            "ranges": None if self.ranges == "dynamic" else self.ranges,
+        }  # absent: digests stay what they were
         return {
             "schema": SCHEMA_VERSION,
             "model": self.model,
             "fingerprint": self.fingerprint,
             "layers": layers,
-            "steps": None if self.steps is None else {"total": self.steps.total, "starts": list(self.steps.starts)},
+            "steps": (
+                None if self.steps is None else {"total": self.steps.total, "starts": list(self.steps.starts)}
+            ),
             "correction": self.correction,
             "calibration": None if self.calibration is None else asdict(self.calibration),
             **{k: v for k, v in later.items() if v is not None},
@@ -400,7 +465,9 @@ class QuantConfig:
                 raise AquabitError(f"{source}: layer {name!r} at {choice.weight} {what}")
         calibration = None if file.calibration is None else Calibration(**file.calibration.model_dump())
         steps = None if file.steps is None else StepGroups(file.steps.total, tuple(file.steps.starts))
-        return QuantConfig(file.fingerprint, layers, file.model, steps, file.correction, calibration, file.tuned, file.ranges)
+        return QuantConfig(
+            file.fingerprint, layers, file.model, steps, file.correction, calibration, file.tuned, file.ranges
+        )
 
     @staticmethod
     def load(path: str | Path) -> QuantConfig:
@@ -420,7 +487,11 @@ def read_json(path: str | Path) -> Any:
 
 @lru_cache(1)
 def _config_model() -> Any:
-    from pydantic import BaseModel, ConfigDict, Field  # pydantic costs 0.1 s to import: only where a file is read
+    from pydantic import (
+        BaseModel,
+        ConfigDict,
+        Field,
+    )  # pydantic costs 0.1 s to import: only where a file is read
 
     class Layer(BaseModel):
         model_config = ConfigDict(extra="forbid")
@@ -469,12 +540,15 @@ def _validated(model: Any, value: Any, source: str) -> Any:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(p) for p in first["loc"]).replace("schema_", "schema") or "the top level"
-        raise AquabitError(f"{source} is not a configuration: {place}: {first['msg']} (got {first.get('input')!r:.60})") from error
+        raise AquabitError(
+            f"{source} is not a configuration: {place}: {first['msg']} (got {first.get('input')!r:.60})"
+        ) from error
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How quality is measured; its digest keys every measurement, so numbers of different protocols never mix."""
+    """How quality is measured; its digest keys every measurement, so numbers of different protocols never
+    mix."""
 
     images: int = 128
     steps: int = 10
@@ -483,12 +557,15 @@ class Protocol:
     eta: float = 0.0
     guidance: float = 1.0
     resolution: int | None = None
-    conditions: tuple[str | int, ...] | None = None  # prompts or class labels, repeated in order; None: the model's own
+    conditions: tuple[str | int, ...] | None = (
+        None  # prompts or class labels, repeated in order; None: the model's own
+    )
     micro_batch: int = 64  # the last one padded, so that images do not depend on the number of images
     objective: str = "fid"
     reference: str = "bundled"  # digest or name of the real images
     dtype: str = "float32"
-    # what the user's files and functions measure by: "clip=DIGEST", and "module:function=min:DIGEST" with the direction of a metric
+    # what the user's files and functions measure by: "clip=DIGEST", and "module:function=min:DIGEST" with the
+    # direction of a metric
     measures: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -506,8 +583,8 @@ class Protocol:
         return digest({k: v for k, v in asdict(self).items() if k not in absent})
 
     def direction(self, metric: str | None = None) -> Literal["min", "max"]:
-        """Whether lower ("min") or higher ("max") values are better, of the objective or of another metric; the user's say it
-        themselves."""
+        """Whether lower ("min") or higher ("max") values are better, of the objective or of another
+        metric; the user's say it themselves."""
         name = metric or self.objective
         for measure in self.measures:
             own, _, rest = measure.rpartition("=")
@@ -529,7 +606,8 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One configuration measured under one protocol; ``status`` is "ok" or "failed" (then ``reason`` says why)."""
+    """One configuration measured under one protocol; ``status`` is "ok" or "failed" (then ``reason`` says
+    why)."""
 
     config: str
     protocol: str
@@ -541,14 +619,30 @@ class Measurement:
 
 
 LOWER_IS_BETTER: Mapping[str, bool] = {
-    "fid": True, "sfid": True, "kid": True, "is": False, "precision": False, "recall": False, "accuracy": False,
-    "mse": True, "psnr": False, "ssim": False, "feature_distance": True, "lpips": True, "clip_score": False, "cmmd": True,
-    "fd_dinov2": True, "kd_dinov2": True, "precision_dinov2": False, "recall_dinov2": False,
-}  # fmt: skip
+    "fid": True,
+    "sfid": True,
+    "kid": True,
+    "is": False,
+    "precision": False,
+    "recall": False,
+    "accuracy": False,
+    "mse": True,
+    "psnr": False,
+    "ssim": False,
+    "feature_distance": True,
+    "lpips": True,
+    "clip_score": False,
+    "cmmd": True,
+    "fd_dinov2": True,
+    "kd_dinov2": True,
+    "precision_dinov2": False,
+    "recall_dinov2": False,
+}
 
 
 def direction(metric: str) -> Literal["min", "max"]:
-    """Whether lower ("min") or higher ("max") values of a metric are better; an unknown metric is an error."""
+    """Whether lower ("min") or higher ("max") values of a metric are better; an unknown metric is an
+    error."""
     if metric not in LOWER_IS_BETTER:
         raise AquabitError(f"unknown metric {metric!r}; known: {', '.join(LOWER_IS_BETTER)}")
     return "min" if LOWER_IS_BETTER[metric] else "max"
@@ -556,7 +650,8 @@ def direction(metric: str) -> Literal["min", "max"]:
 
 @dataclass(frozen=True)
 class Budget:
-    """Hard upper limits, together where several are given: bits per weight, bytes, BOPs, milliseconds per denoiser call."""
+    """Hard upper limits, together where several are given: bits per weight, bytes, BOPs, milliseconds per
+    denoiser call."""
 
     bits: float | None = None
     bytes: int | None = None

@@ -34,9 +34,15 @@ from aquabit.scheme import (
     read_json,
 )
 
-DEFAULT_SCHEMES = ("usq2h", "usq4h", "usq6h")  # beside the additive formats; plain rounding and k-means lose to these nearly everywhere
+DEFAULT_SCHEMES = (
+    "usq2h",
+    "usq4h",
+    "usq6h",
+)  # beside the additive formats; plain rounding and k-means lose to these nearly everywhere
 TINY_SCHEMES = (*DEFAULT_SCHEMES, "usq8")  # of layers whose bytes hardly count
-TINY = 1e-3  # share of all weights below which a layer's bytes hardly count: at 16 bits it takes what .01 bit of the model takes
+# share of all weights below which a layer's bytes hardly count: at 16 bits it takes what .01 bit of the model
+# takes
+TINY = 1e-3
 DEFAULT_ACTIVATIONS = (8, 6)
 BITS_RANGE = (2.0, 4.5)  # mean bits of a random sample: the budgets that people ask for
 
@@ -45,9 +51,9 @@ BITS_RANGE = (2.0, 4.5)  # mean bits of a random sample: the budgets that people
 class SearchSpace:
     """The weight schemes and activation bits each layer may take, layers in execution order.
 
-    A pinned layer has one choice; an excluded one stays in full precision with its activations off. With ``steps`` activation bits may
-    change once while sampling (``act_choices``). Index matrices hold activation choices as ``scheme.act_code`` writes them: bits, and for
-    groups of steps numbers above all bits.
+    A pinned layer has one choice; an excluded one stays in full precision with its activations off. With
+    ``steps`` activation bits may change once while sampling (``act_choices``). Index matrices hold activation
+    choices as ``scheme.act_code`` writes them: bits, and for groups of steps numbers above all bits.
     """
 
     fingerprint: str
@@ -67,7 +73,9 @@ class SearchSpace:
             raise AquabitError("the search space is empty: the model has no Linear or Conv2d layer")
         bad = [a for a in self.activations if a not in ACTIVATION_BITS]
         if bad or not self.activations:
-            raise AquabitError(f"activation bits {list(self.activations)} are not supported; known: {list(ACTIVATION_BITS)}")
+            raise AquabitError(
+                f"activation bits {list(self.activations)} are not supported; known: {list(ACTIVATION_BITS)}"
+            )
 
     @property
     def layers(self) -> list[str]:
@@ -75,8 +83,8 @@ class SearchSpace:
 
     @property
     def act_choices(self) -> tuple[Act, ...]:
-        """What activations may be: the widths, high to low; with groups of steps also a low width followed by the next higher one, and the
-        reverse, from each boundary on."""
+        """What activations may be: the widths, high to low; with groups of steps also a low width followed
+        by the next higher one, and the reverse, from each boundary on."""
         widths = tuple(sorted(set(self.activations), reverse=True))
         groups = 0 if self.steps is None else len(self.steps.starts)
         pairs = [pair for high, low in pairwise(widths) for pair in ((low, high), (high, low))]
@@ -88,7 +96,8 @@ class SearchSpace:
         return tuple(act_code(a) for a in self.act_choices)
 
     def group_bits(self, acts: np.ndarray) -> np.ndarray:
-        """Activation choices [...] as the bits in each group of steps, [..., groups] (one group where there are none)."""
+        """Activation choices [...] as the bits in each group of steps, [..., groups] (one group where
+        there are none)."""
         if self.steps is None:
             return np.asarray(acts)[..., None]
         code = np.asarray(acts, np.int64)[..., None]
@@ -113,7 +122,9 @@ class SearchSpace:
         """The name of the codebooks that a layer may share."""
         name = (self.codebooks or {}).get(layer)
         if name is None:
-            raise AquabitError(f"layer {layer!r} shares its operator type and shape with no other: it cannot share codebooks")
+            raise AquabitError(
+                f"layer {layer!r} shares its operator type and shape with no other: it cannot share codebooks"
+            )
         return name
 
     def choice(self, layer: str, weight: Scheme, act: Act) -> LayerChoice:
@@ -121,7 +132,9 @@ class SearchSpace:
         return LayerChoice(weight, act, self.codebook(layer) if weight.shared else None)
 
     def config(self, choices: Mapping[str, LayerChoice]) -> QuantConfig:
-        quantizes = any(choice != LayerChoice() for choice in choices.values())  # full precision has no noise to correct
+        quantizes = any(
+            choice != LayerChoice() for choice in choices.values()
+        )  # full precision has no noise to correct
         correction = self.correction if quantizes else None
         return QuantConfig(self.fingerprint, choices, self.model, self.steps, correction, self.calibration)
 
@@ -134,8 +147,9 @@ class SearchSpace:
         return scheme.code_bits((self.kernel_area or {}).get(layer, 1))
 
     def bit_levels(self, layer: str) -> dict[float, list[Scheme]]:
-        """The layer's schemes by nominal bits, rounded to halves so that 2.25 and 2 bits are one level; ``fp`` only where there is no
-        other: random configurations quantize every layer, as Qua2SeDiMo's do."""
+        """The layer's schemes by nominal bits, rounded to halves so that 2.25 and 2 bits are one level;
+        ``fp`` only where there is no other: random configurations quantize every layer, as Qua2SeDiMo's
+        do."""
         row = self.choices[layer]
         return self._levels(tuple(s for s in row if s != FP) or row, (self.kernel_area or {}).get(layer, 1))
 
@@ -148,17 +162,24 @@ class SearchSpace:
         return dict(sorted(levels.items()))
 
     def indices(self, configs: Iterable[QuantConfig]) -> tuple[np.ndarray, np.ndarray]:
-        """Weight-scheme indices into ``schemes`` and activation choices, each [configurations, layers] int."""
+        """Weight-scheme indices into ``schemes`` and activation choices, each [configurations, layers]
+        int."""
         column = {s: i for i, s in enumerate(self.schemes)}
         weight_rows, act_rows = [], []
         for config in configs:
             self.check(config, extra_schemes=True)
             if config.steps not in (None, self.steps):
-                raise AquabitError(f"the configuration has other groups of steps ({config.steps}) than the space ({self.steps})")
+                raise AquabitError(
+                    f"the configuration has other groups of steps ({config.steps}) than the space"
+                    f" ({self.steps})"
+                )
             picked = [config[layer] for layer in self.choices]
             missing = [str(p.weight) for p in picked if p.weight not in column]
             if missing:
-                raise AquabitError(f"scheme {missing[0]} is in no layer's choices; the space has {', '.join(map(str, self.schemes))}")
+                raise AquabitError(
+                    f"scheme {missing[0]} is in no layer's choices; the space has"
+                    f" {', '.join(map(str, self.schemes))}"
+                )
             weight_rows.append([column[p.weight] for p in picked])
             act_rows.append([act_code(p.act) for p in picked])
         shape = (len(weight_rows), len(self.choices))
@@ -168,7 +189,9 @@ class SearchSpace:
         """The inverse of ``indices``."""
         schemes, names = self.schemes, self.layers
         return [
-            self.config({n: self.choice(n, schemes[w], act_of(int(a))) for n, w, a in zip(names, wr, ar, strict=True)})
+            self.config(
+                {n: self.choice(n, schemes[w], act_of(int(a))) for n, w, a in zip(names, wr, ar, strict=True)}
+            )
             for wr, ar in zip(weights, acts, strict=True)
         ]
 
@@ -187,8 +210,8 @@ class SearchSpace:
         return self.config(picked)
 
     def level(self, kind: str, bits: float, act: Act = 8) -> QuantConfig:
-        """Every free layer with its scheme of a kind nearest to ``bits`` of code, of output-aware ones where it has some; where it has none
-        of that kind, the nearest output-aware one, else any."""
+        """Every free layer with its scheme of a kind nearest to ``bits`` of code, of output-aware ones
+        where it has some; where it has none of that kind, the nearest output-aware one, else any."""
         picked = {}
         for layer, row in self.choices.items():
 
@@ -202,26 +225,34 @@ class SearchSpace:
         return self.config({})
 
     def check(self, config: QuantConfig, extra_schemes: bool = False) -> None:
-        """Raise AquabitError where a configuration is of another model, names an unknown layer or a scheme outside the space."""
+        """Raise AquabitError where a configuration is of another model, names an unknown layer or a scheme
+        outside the space."""
         if config.fingerprint != self.fingerprint:
-            raise AquabitError(f"the configuration is for model {config.fingerprint}, this is model {self.fingerprint}")
+            raise AquabitError(
+                f"the configuration is for model {config.fingerprint}, this is model {self.fingerprint}"
+            )
         unknown = [k for k in config.layers if k not in self.choices]
         if unknown:
-            raise AquabitError(f"unknown layer {unknown[0]!r}; the model's layers are listed by `aquabit inspect`")
+            raise AquabitError(
+                f"unknown layer {unknown[0]!r}; the model's layers are listed by `aquabit inspect`"
+            )
         for layer, choice in config.layers.items():
             if not extra_schemes and choice.weight not in self.choices[layer]:
                 raise AquabitError(
-                    f"layer {layer!r} may not take {choice.weight}; its choices are {', '.join(map(str, self.choices[layer]))}"
+                    f"layer {layer!r} may not take {choice.weight}; its choices are"
+                    f" {', '.join(map(str, self.choices[layer]))}"
                 )
 
-    def sample(self, count: int, seed: int = 0, bits_range: tuple[float, float] = BITS_RANGE) -> list[QuantConfig]:
+    def sample(
+        self, count: int, seed: int = 0, bits_range: tuple[float, float] = BITS_RANGE
+    ) -> list[QuantConfig]:
         """``count`` independent random configurations that cover the range of mean bits evenly.
 
-        A target mean is drawn uniformly over ``bits_range``; each layer's bits come from the maximum-entropy distribution with
-        that mean over the layer's levels; the method is uniform among the schemes of a level. Activations are all at the highest
-        bits in half of the configurations, else each layer takes the lowest with a probability drawn per configuration;
-        with groups of steps every second of these lets it take any of the lower widths and patterns instead.
-        Configuration i depends on (seed, i) alone.
+        A target mean is drawn uniformly over ``bits_range``; each layer's bits come from the maximum-entropy
+        distribution with that mean over the layer's levels; the method is uniform among the schemes of a
+        level. Activations are all at the highest bits in half of the configurations, else each layer takes
+        the lowest with a probability drawn per configuration; with groups of steps every second of these lets
+        it take any of the lower widths and patterns instead. Configuration i depends on (seed, i) alone.
         """
         return [self._draw(np.random.default_rng([seed, i]), bits_range) for i in range(count)]
 
@@ -244,8 +275,9 @@ class SearchSpace:
         return self.config(picked)
 
     def lower_acts(self, share: float, rng: np.random.Generator) -> tuple[Act, ...]:
-        """What a random configuration gives to the ``share`` of its layers whose activations are not at the highest bits: the lowest,
-        or, with groups of steps, every second time any lower width or pattern."""
+        """What a random configuration gives to the ``share`` of its layers whose activations are not at
+        the highest bits: the lowest, or, with groups of steps, every second time any lower width or
+        pattern."""
         if self.steps is not None and share and rng.random() < 0.5:
             lower = tuple(a for a in self.act_choices if a != max(self.activations))
             return lower or (min(self.activations),)
@@ -254,26 +286,43 @@ class SearchSpace:
     def to_dict(self) -> dict[str, Any]:
         choices = {k: [str(s) for s in v] for k, v in self.choices.items()}
         return {
-            "fingerprint": self.fingerprint, "choices": choices, "activations": list(self.activations),
-            "operators": dict(self.operators or {}), "kernel_area": dict(self.kernel_area or {}), "model": self.model,
+            "fingerprint": self.fingerprint,
+            "choices": choices,
+            "activations": list(self.activations),
+            "operators": dict(self.operators or {}),
+            "kernel_area": dict(self.kernel_area or {}),
+            "model": self.model,
             **({"codebooks": dict(self.codebooks)} if self.codebooks else {}),
             **({"calibration": asdict(self.calibration)} if self.calibration else {}),
             **({"correction": self.correction} if self.correction else {}),
-            **({"step_groups": {"total": self.steps.total, "starts": list(self.steps.starts)}} if self.steps else {}),
-        }  # fmt: skip
+            **(
+                {"step_groups": {"total": self.steps.total, "starts": list(self.steps.starts)}}
+                if self.steps
+                else {}
+            ),
+        }
 
     @staticmethod
     def from_dict(value: Mapping[str, Any]) -> SearchSpace:
         choices = {k: tuple(Scheme.parse(s) for s in v) for k, v in value["choices"].items()}
         calibration = Calibration(**value["calibration"]) if value.get("calibration") else None
         return SearchSpace(
-            value["fingerprint"], choices, tuple(value["activations"]), value["operators"], value["kernel_area"], value["model"],
-            value.get("codebooks"), calibration, read_groups(value.get("step_groups"), "the stored space"), value.get("correction"),
-        )  # fmt: skip
+            value["fingerprint"],
+            choices,
+            tuple(value["activations"]),
+            value["operators"],
+            value["kernel_area"],
+            value["model"],
+            value.get("codebooks"),
+            calibration,
+            read_groups(value.get("step_groups"), "the stored space"),
+            value.get("correction"),
+        )
 
 
 def maximum_entropy(levels: Sequence[float], mean: float) -> np.ndarray:
-    """Probabilities over ``levels`` of largest entropy with the given mean: p ~ exp(lambda * level); the mean is clipped inside."""
+    """Probabilities over ``levels`` of largest entropy with the given mean: p ~ exp(lambda * level); the
+    mean is clipped inside."""
     values = np.asarray(levels, float)
     if len(values) == 1:
         return np.ones(1)
@@ -299,27 +348,39 @@ def _matching(patterns: Iterable[str], names: Sequence[str], what: str) -> dict[
     for pattern in patterns:
         hits = fnmatch.filter(names, pattern)
         if not hits:
-            raise AquabitError(f"{what} pattern {pattern!r} matches no layer; for example the first layer is {names[0]!r}")
+            raise AquabitError(
+                f"{what} pattern {pattern!r} matches no layer; for example the first layer is {names[0]!r}"
+            )
         found.update(dict.fromkeys(hits, pattern))
     return found
 
 
 def make_space(
-    graph: nx.DiGraph, fingerprint: str, model: str = "", *, schemes: Sequence[str] | None = None, levels: Sequence[float] | None = None,
-    formats: Mapping[str, Sequence[str]] | None = None, activations: Sequence[int] = DEFAULT_ACTIVATIONS,
-    pinned: Mapping[str, str] | None = None, excluded: Sequence[str] = (), calibration: Calibration | None = None,
-    correction: str | None = None, step_groups: Mapping[str, Any] | None = None,
-) -> SearchSpace:  # fmt: skip
-    """The space of a traced model. ``pinned`` maps layer patterns (as in shells) to one scheme; ``excluded`` layers stay ``fp``, and so do
-    those that the model never calls (the graph's ``uncalled``).
+    graph: nx.DiGraph,
+    fingerprint: str,
+    model: str = "",
+    *,
+    schemes: Sequence[str] | None = None,
+    levels: Sequence[float] | None = None,
+    formats: Mapping[str, Sequence[str]] | None = None,
+    activations: Sequence[int] = DEFAULT_ACTIVATIONS,
+    pinned: Mapping[str, str] | None = None,
+    excluded: Sequence[str] = (),
+    calibration: Calibration | None = None,
+    correction: str | None = None,
+    step_groups: Mapping[str, Any] | None = None,
+) -> SearchSpace:
+    """The space of a traced model. ``pinned`` maps layer patterns (as in shells) to one scheme; ``excluded``
+    layers stay ``fp``, and so do those that the model never calls (the graph's ``uncalled``).
 
-    Beside ``schemes`` each layer gets the additive format that suits its operator type and shape (``formats``, a table as
-    ``formats.FORMATS``) at each of ``levels`` code bits; levels are given by default where schemes are not. By default every layer may
-    also stay ``fp``, so that any budget up to 16 bits can be used, and one whose bytes hardly count (TINY) takes 8 bits instead of
-    additive formats: at most eight schemes are fitted to a layer. A scheme that shares
-    codebooks is left out for layers that have no partner. ``calibration``: what H, and the noise that ``correction`` (as "cnc+bc") takes
-    away, are measured on (default: ``Calibration()``).
-    ``step_groups``: {"total": steps, "starts": [0, ...]}, groups of steps between which activation bits may change.
+    Beside ``schemes`` each layer gets the additive format that suits its operator type and shape
+    (``formats``, a table as ``formats.FORMATS``) at each of ``levels`` code bits; levels are given by default
+    where schemes are not. By default every layer may also stay ``fp``, so that any budget up to 16 bits can
+    be used, and one whose bytes hardly count (TINY) takes 8 bits instead of additive formats: at most eight
+    schemes are fitted to a layer. A scheme that shares codebooks is left out for layers that have no partner.
+    ``calibration``: what H, and the noise that ``correction`` (as "cnc+bc") takes away, are measured on
+    (default: ``Calibration()``). ``step_groups``: {"total": steps, "starts": [0, ...]}, groups of steps
+    between which activation bits may change.
     """
     nodes = graph_layers(graph)
     names = list(nodes)
@@ -333,44 +394,71 @@ def make_space(
     sharers, weights = Counter(partners.values()), sum(int(np.prod(node["shape"])) for node in nodes.values())
     choices: dict[str, tuple[Scheme, ...]] = {}
     for name, node in nodes.items():
-        additive = layer_formats(node["operator"], tuple(node["shape"]), chosen, sharers.get(partners.get(name, ""), 1), table)
+        additive = layer_formats(
+            node["operator"], tuple(node["shape"]), chosen, sharers.get(partners.get(name, ""), 1), table
+        )
         open_ = [s for s in (*default, *additive) if name in partners or not s.shared]
         if schemes is None:
             tiny = levels is None and int(np.prod(node["shape"])) < TINY * weights
             open_ = [FP, *(map(Scheme.parse, TINY_SCHEMES) if tiny else open_)]
         free = tuple(dict.fromkeys(open_))
-        choices[name] = (FP,) if name in out else (Scheme.parse((pinned or {})[pins[name]]),) if name in pins else free
+        choices[name] = (
+            (FP,) if name in out else (Scheme.parse((pinned or {})[pins[name]]),) if name in pins else free
+        )
         if not choices[name]:
-            raise AquabitError(f"no scheme is left for layer {name!r} {node['shape']}; give one that fits it, as in usq4, or exclude it")
+            raise AquabitError(
+                f"no scheme is left for layer {name!r} {node['shape']}; give one that fits it, as in usq4, or"
+                " exclude it"
+            )
     operators = {n: str(a["operator"]) for n, a in nodes.items()}
     area = {n: int(np.prod(a["shape"][2:])) for n, a in nodes.items()}
     calibrated = any(s.calibrated for row in choices.values() for s in row)
     shared = {s for row in choices.values() for s in row if s.shared}
     return SearchSpace(
-        fingerprint, choices, tuple(activations), operators, area, model, partners if shared else None,
-        (calibration or Calibration()) if calibrated or parse_correction(correction) else None, read_groups(step_groups, "the space"),
+        fingerprint,
+        choices,
+        tuple(activations),
+        operators,
+        area,
+        model,
+        partners if shared else None,
+        (calibration or Calibration()) if calibrated or parse_correction(correction) else None,
+        read_groups(step_groups, "the space"),
         correction,
-    )  # fmt: skip
+    )
 
 
 def read_groups(value: Any, source: str) -> StepGroups | None:
-    """Groups of steps from untrusted JSON ({"total": 10, "starts": [0, 5]}; None stays None); raises AquabitError naming ``source``."""
+    """Groups of steps from untrusted JSON ({"total": 10, "starts": [0, 5]}; None stays None); raises
+    AquabitError naming ``source``."""
     if value is None:
         return None
     numbers = (
-        [value.get("total"), *starts] if isinstance(value, Mapping) and isinstance(starts := value.get("starts"), list | tuple) else []
+        [value.get("total"), *starts]
+        if isinstance(value, Mapping) and isinstance(starts := value.get("starts"), list | tuple)
+        else []
     )
     if not numbers or set(value) != {"total", "starts"} or any(type(n) is not int for n in numbers):
-        raise AquabitError(f'{source}: step_groups {value!r:.60} must be as {{"total": 10, "starts": [0, 5]}}')
+        raise AquabitError(
+            f'{source}: step_groups {value!r:.60} must be as {{"total": 10, "starts": [0, 5]}}'
+        )
     return StepGroups(numbers[0], tuple(numbers[1:]))
 
 
 def read_space(path: str | Path) -> dict[str, Any]:
-    """The keyword arguments of ``make_space`` from a JSON file: schemes, levels, formats, activations, pinned, excluded, correction,
-    step_groups."""
+    """The keyword arguments of ``make_space`` from a JSON file: schemes, levels, formats, activations,
+    pinned, excluded, correction, step_groups."""
     value = read_json(path)
-    known = {"schemes": list, "levels": list, "formats": dict, "activations": list, "pinned": dict, "excluded": list, "correction": str,
-             "step_groups": dict}  # fmt: skip
+    known = {
+        "schemes": list,
+        "levels": list,
+        "formats": dict,
+        "activations": list,
+        "pinned": dict,
+        "excluded": list,
+        "correction": str,
+        "step_groups": dict,
+    }
     if not isinstance(value, dict):
         raise AquabitError(f"{path} must hold a JSON object with any of {', '.join(known)}")
     for key, entry in value.items():
@@ -380,11 +468,17 @@ def read_space(path: str | Path) -> dict[str, Any]:
             raise AquabitError(f"{path}: {key} is {entry!r:.60}; it must be a {known[key].__name__}")
     for level in value.get("levels", []):
         if not isinstance(level, int | float) or isinstance(level, bool) or not 0 < level <= 16:
-            raise AquabitError(f"{path}: level {level!r} must be a number of code bits per weight, as in 2 or 1.5")
+            raise AquabitError(
+                f"{path}: level {level!r} must be a number of code bits per weight, as in 2 or 1.5"
+            )
     rows = value.get("formats", {}).values()
     if any(not isinstance(row, list) for row in rows):
         raise AquabitError(f"{path}: formats must map operator patterns to lists of additive schemes")
-    for scheme in [*value.get("schemes", []), *value.get("pinned", {}).values(), *(s for row in rows for s in row)]:
+    for scheme in [
+        *value.get("schemes", []),
+        *value.get("pinned", {}).values(),
+        *(s for row in rows for s in row),
+    ]:
         if not isinstance(scheme, str):
             raise AquabitError(f"{path}: scheme {scheme!r} must be text, as in usq4")
         Scheme.parse(scheme)
@@ -393,7 +487,9 @@ def read_space(path: str | Path) -> dict[str, Any]:
             raise AquabitError(f"{path}: excluded pattern {pattern!r} must be text, as in conv_in")
     for bits in value.get("activations", []):
         if type(bits) is not int or bits not in ACTIVATION_BITS:
-            raise AquabitError(f"{path}: activation bits {bits!r} are not supported; known: {list(ACTIVATION_BITS)}")
+            raise AquabitError(
+                f"{path}: activation bits {bits!r} are not supported; known: {list(ACTIVATION_BITS)}"
+            )
     parse_correction(value.get("correction"))
     read_groups(value.get("step_groups"), str(path))
     return value

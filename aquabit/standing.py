@@ -18,7 +18,16 @@ RECENT = 50  # measurements that a rate is of
 def start_plan(study: Study, samples: int, design: str, shard: str | None, missing: int) -> None:
     """Note what ``measure`` is about to do: ``missing`` measurements on top of what is known."""
     known = len(_planned(study))
-    study.set(plan={"samples": samples, "design": design, "shard": shard, "missing": missing, "known": known, "started": time.time()})
+    study.set(
+        plan={
+            "samples": samples,
+            "design": design,
+            "shard": shard,
+            "missing": missing,
+            "known": known,
+            "started": time.time(),
+        }
+    )
 
 
 def _planned(study: Study) -> list[float]:
@@ -31,8 +40,10 @@ def _planned(study: Study) -> list[float]:
 
 @dataclass(frozen=True)
 class Standing:
-    """How far ``measure`` is with a study. ``rate`` is in measurements an hour over the last RECENT, ``remaining`` the seconds that what is
-    missing takes at that rate (an estimate), ``idle`` the seconds since the last measurement; None where they are not known."""
+    """How far ``measure`` is with a study. ``rate`` is in measurements an hour over the last RECENT,
+    ``remaining`` the seconds that what is missing takes at that rate (an estimate), ``idle`` the seconds
+    since the last measurement; None where they are not known.
+    """
 
     path: str
     shard: str | None
@@ -59,18 +70,34 @@ def standing(study: Study) -> Standing:
     remaining = 0.0 if missing == 0 else 3600 * missing / rate if missing is not None and rate else None
     idle = max(0.0, time.time() - created[-1]) if created else None
     return Standing(
-        str(study.path), plan and plan["shard"], len(table), int((table.status == "failed").sum()), missing, rate, remaining, idle,
+        str(study.path),
+        plan and plan["shard"],
+        len(table),
+        int((table.status == "failed").sum()),
+        missing,
+        rate,
+        remaining,
+        idle,
         study.writer(),
-    )  # fmt: skip
+    )
 
 
 def together(shards: Sequence[Standing]) -> Standing:
     """Several shards as one: counts and rates add up, and the slowest ends last."""
     known = [s.missing for s in shards if s.missing is not None]
-    rates, left = [s.rate for s in shards if s.rate and s.missing], [s.remaining for s in shards if s.remaining is not None]
+    rates, left = (
+        [s.rate for s in shards if s.rate and s.missing],
+        [s.remaining for s in shards if s.remaining is not None],
+    )
     idle = [s.idle for s in shards if s.idle is not None]
     return Standing(
-        f"{len(shards)} studies", None, sum(s.measurements for s in shards), sum(s.failed for s in shards),
-        sum(known) if len(known) == len(shards) else None, sum(rates) if rates else None,
-        max(left) if len(left) == len(shards) else None, min(idle) if idle else None, None,
-    )  # fmt: skip
+        f"{len(shards)} studies",
+        None,
+        sum(s.measurements for s in shards),
+        sum(s.failed for s in shards),
+        sum(known) if len(known) == len(shards) else None,
+        sum(rates) if rates else None,
+        max(left) if len(left) == len(shards) else None,
+        min(idle) if idle else None,
+        None,
+    )

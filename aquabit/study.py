@@ -1,4 +1,5 @@
-"""Study: one SQLite file that holds all that a report needs. Each measurement is one committed transaction."""
+"""Study: one SQLite file that holds all that a report needs. Each measurement is one committed
+transaction."""
 
 from __future__ import annotations
 
@@ -26,15 +27,29 @@ TABLES = """
 CREATE TABLE facts(name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE configs(digest TEXT PRIMARY KEY, value TEXT NOT NULL, bits REAL, bytes INTEGER, bops REAL);
 CREATE TABLE protocols(digest TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE measurements(config TEXT NOT NULL, protocol TEXT NOT NULL, kind TEXT NOT NULL, status TEXT NOT NULL, reason TEXT NOT NULL,
-  metrics TEXT NOT NULL, seconds REAL NOT NULL, environment TEXT NOT NULL, created REAL NOT NULL, UNIQUE(config, protocol));
+CREATE TABLE measurements(config TEXT NOT NULL, protocol TEXT NOT NULL, kind TEXT NOT NULL,
+  status TEXT NOT NULL, reason TEXT NOT NULL, metrics TEXT NOT NULL, seconds REAL NOT NULL,
+  environment TEXT NOT NULL, created REAL NOT NULL, UNIQUE(config, protocol));
 CREATE TABLE features(layer TEXT NOT NULL, scheme TEXT NOT NULL, value TEXT NOT NULL, UNIQUE(layer, scheme));
-CREATE TABLE flips(layer TEXT NOT NULL, before TEXT NOT NULL, after TEXT NOT NULL, config_before TEXT NOT NULL, config_after TEXT NOT NULL,
-  protocol TEXT NOT NULL, UNIQUE(config_before, config_after, protocol));
-CREATE TABLE thumbnails(config TEXT NOT NULL, protocol TEXT NOT NULL, png BLOB NOT NULL, UNIQUE(config, protocol));
+CREATE TABLE flips(layer TEXT NOT NULL, before TEXT NOT NULL, after TEXT NOT NULL,
+  config_before TEXT NOT NULL, config_after TEXT NOT NULL, protocol TEXT NOT NULL,
+  UNIQUE(config_before, config_after, protocol));
+CREATE TABLE thumbnails(config TEXT NOT NULL, protocol TEXT NOT NULL, png BLOB NOT NULL,
+  UNIQUE(config, protocol));
 """
-MERGED = ("configs", "protocols", "measurements", "features", "flips", "thumbnails", "outputs")  # tables of rows that are joined
-OUTPUTS = "CREATE TABLE IF NOT EXISTS outputs(config TEXT NOT NULL, inputs TEXT NOT NULL, value TEXT NOT NULL, UNIQUE(config, inputs))"
+MERGED = (
+    "configs",
+    "protocols",
+    "measurements",
+    "features",
+    "flips",
+    "thumbnails",
+    "outputs",
+)  # tables of rows that are joined
+OUTPUTS = (
+    "CREATE TABLE IF NOT EXISTS outputs(config TEXT NOT NULL, inputs TEXT NOT NULL, value TEXT NOT NULL,"
+    " UNIQUE(config, inputs))"
+)
 
 
 @contextmanager
@@ -45,26 +60,34 @@ def _clear_errors(path: Path) -> Iterator[None]:
     except sqlite3.OperationalError as error:
         if "full" in str(error) or "disk I/O" in str(error):
             raise AquabitError(
-                f"{path} could not be written ({error}); free some space and run the same command: nothing measured is lost"
+                f"{path} could not be written ({error}); free some space and run the same command: nothing"
+                " measured is lost"
             ) from error
         if "locked" in str(error):
-            raise AquabitError(f"{path} is being written by another process; wait for it or stop it") from error
+            raise AquabitError(
+                f"{path} is being written by another process; wait for it or stop it"
+            ) from error
         raise AquabitError(f"{path} cannot be used as a study: {error}") from error
     except sqlite3.DatabaseError as error:
-        raise AquabitError(f"{path} is not a readable study ({error}); it may be truncated: restore a copy or start a new one") from error
+        raise AquabitError(
+            f"{path} is not a readable study ({error}); it may be truncated: restore a copy or start a"
+            " new one"
+        ) from error
 
 
 class Study:
     """Open (or create) a study file; reading needs no lock, writing takes ``with study.writing():``.
 
-    Raises AquabitError for a file that is no study, is truncated, was written by a newer version, or does not exist when
-    ``create`` is false.
+    Raises AquabitError for a file that is no study, is truncated, was written by a newer version, or does not
+    exist when ``create`` is false.
     """
 
     def __init__(self, path: str | Path, create: bool = True):
         self.path = Path(path)
         if not self.path.exists() and not create:
-            raise AquabitError(f"there is no study at {self.path}; `aquabit measure MODEL --study {self.path}` makes one")
+            raise AquabitError(
+                f"there is no study at {self.path}; `aquabit measure MODEL --study {self.path}` makes one"
+            )
         if not self.path.parent.is_dir():
             raise AquabitError(f"the folder {self.path.parent} of the study does not exist")
         self._held = 0
@@ -85,17 +108,22 @@ class Study:
             raise AquabitError(f"{self.path} is a database, but not a study of aquabit")
         version = self._db.execute("PRAGMA user_version").fetchone()[0]
         if version > VERSION:
-            raise AquabitError(f"{self.path} has format {version}, this version reads up to {VERSION}; update aquabit")
+            raise AquabitError(
+                f"{self.path} has format {version}, this version reads up to {VERSION}; update aquabit"
+            )
         problem = self._db.execute("PRAGMA quick_check(1)").fetchone()[0]
         if problem != "ok":
-            raise AquabitError(f"{self.path} is damaged ({problem.splitlines()[0]}); restore a copy or start a new one")
+            raise AquabitError(
+                f"{self.path} is damaged ({problem.splitlines()[0]}); restore a copy or start a new one"
+            )
 
     def close(self) -> None:
         self._db.close()
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Hold the study's writer lock; a second writer is refused by its process number. Nested use is fine."""
+        """Hold the study's writer lock; a second writer is refused by its process number. Nested use is
+        fine."""
         if self._held:
             self._held += 1
             try:
@@ -110,7 +138,9 @@ class Study:
             except OSError:
                 file.seek(0)
                 owner = file.read().strip() or "another process"
-                raise AquabitError(f"{self.path} is being written by {owner}; wait for it or stop it") from None
+                raise AquabitError(
+                    f"{self.path} is being written by {owner}; wait for it or stop it"
+                ) from None
             file.truncate(0)
             file.write(f"process {os.getpid()} on {os.uname().nodename}")
             file.flush()
@@ -152,7 +182,8 @@ class Study:
         return bool(self._rows("SELECT 1 FROM facts WHERE name = ?", (name,)))
 
     def get(self, name: str, default: Any = None) -> Any:
-        """A stored fact (JSON value): model, fingerprint, graph, space, protocol, sensitivity, front, validation, ..."""
+        """A stored fact (JSON value): model, fingerprint, graph, space, protocol, sensitivity, front,
+        validation, ..."""
         rows = self._rows("SELECT value FROM facts WHERE name = ?", (name,))
         return json.loads(rows[0][0]) if rows else default
 
@@ -167,13 +198,17 @@ class Study:
         """Store JSON values in one transaction; undefined numbers must already be None."""
         with self._transaction() as db:
             for name, value in facts.items():
-                db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, json.dumps(value, allow_nan=False)))
+                db.execute(
+                    "INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, json.dumps(value, allow_nan=False))
+                )
 
     def begin(self, model: str, fingerprint: str, graph: Any, space: Any, protocol: Protocol) -> None:
         """Bind an empty study to a model, space and protocol; one that is bound must agree with all three."""
         known = self.get("fingerprint")
         if known is None:
-            self.set(model=model, fingerprint=fingerprint, graph=graph, space=space, protocol=protocol.to_dict())
+            self.set(
+                model=model, fingerprint=fingerprint, graph=graph, space=space, protocol=protocol.to_dict()
+            )
             self.add_protocol(protocol)
             return
         self.check(model, fingerprint, space, protocol)
@@ -181,24 +216,38 @@ class Study:
             self.set(protocol=protocol.to_dict())
 
     def check(self, model: str, fingerprint: str, space: Any, protocol: Protocol) -> None:
-        """Raise AquabitError where a study that is bound is not one of this model, space and protocol (objectives may differ)."""
+        """Raise AquabitError where a study that is bound is not one of this model, space and protocol
+        (objectives may differ)."""
         known = self.get("fingerprint")
         if known != fingerprint:
-            raise AquabitError(f"{self.path} is a study of {self.get('model')} ({known}), not of {model} ({fingerprint}); use another file")
+            raise AquabitError(
+                f"{self.path} is a study of {self.get('model')} ({known}), not of {model} ({fingerprint});"
+                " use another file"
+            )
         stored = Protocol.from_dict(self.get("protocol"))
         if stored.digest != protocol.digest:
             old, new = stored.to_dict(), protocol.to_dict()
-            what = ", ".join(f"{k} {old[k]} instead of {new[k]}" for k in old if old[k] != new[k] and k != "objective")
-            raise AquabitError(f"{self.path} was measured under another protocol ({what}); use the same options or another file")
+            what = ", ".join(
+                f"{k} {old[k]} instead of {new[k]}" for k in old if old[k] != new[k] and k != "objective"
+            )
+            raise AquabitError(
+                f"{self.path} was measured under another protocol ({what}); use the same options or another"
+                " file"
+            )
         self._check_correction(self.get("space"), space)
         if self.get("space") != space:
-            raise AquabitError(f"{self.path} was begun with another search space; use the same --space or another file")
+            raise AquabitError(
+                f"{self.path} was begun with another search space; use the same --space or another file"
+            )
 
     def _check_correction(self, begun: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-        """Raise AquabitError where two spaces correct the noise of quantization differently: what both measure is not to be mixed."""
+        """Raise AquabitError where two spaces correct the noise of quantization differently: what both
+        measure is not to be mixed."""
         old, new = (str(space.get("correction") or "none") for space in (begun, given))
         if old != new:
-            raise AquabitError(f"{self.path} was begun with --correction {old}, not {new}; use that or another file")
+            raise AquabitError(
+                f"{self.path} was begun with --correction {old}, not {new}; use that or another file"
+            )
 
     @property
     def protocol(self) -> Protocol:
@@ -206,18 +255,29 @@ class Study:
 
     def add_protocol(self, protocol: Protocol) -> None:
         with self._transaction() as db:
-            db.execute("INSERT OR IGNORE INTO protocols VALUES (?, ?)", (protocol.digest, json.dumps(protocol.to_dict())))
+            db.execute(
+                "INSERT OR IGNORE INTO protocols VALUES (?, ?)",
+                (protocol.digest, json.dumps(protocol.to_dict())),
+            )
 
     def protocols(self) -> dict[str, Protocol]:
-        return {d: Protocol.from_dict(json.loads(v)) for d, v in self._rows("SELECT digest, value FROM protocols")}
+        return {
+            d: Protocol.from_dict(json.loads(v)) for d, v in self._rows("SELECT digest, value FROM protocols")
+        }
 
     def record(
-        self, config: QuantConfig, measurement: Measurement, kind: str, cost: Mapping[str, float], thumbnail: bytes | None = None
+        self,
+        config: QuantConfig,
+        measurement: Measurement,
+        kind: str,
+        cost: Mapping[str, float],
+        thumbnail: bytes | None = None,
     ) -> None:
         """One measurement with its configuration, as one transaction; measured again, the first one stays.
 
-        ``kind`` says why it was made: reference, uniform, sample, flip, candidate, selection, fresh, or correction (the counterpart of a
-        winner, without or with correction). ``cost`` has bits, bytes and bops.
+        ``kind`` says why it was made: reference, uniform, sample, flip, candidate, selection, fresh, or
+        correction (the counterpart of a winner, without or with correction). ``cost`` has bits, bytes and
+        bops.
         """
         m = measurement
         row = (
@@ -234,25 +294,47 @@ class Study:
         with self._transaction() as db:
             body = json.dumps(config.to_dict(), allow_nan=False)
             db.execute(
-                "INSERT OR IGNORE INTO configs VALUES (?, ?, ?, ?, ?)", (config.digest, body, cost["bits"], cost["bytes"], cost["bops"])
+                "INSERT OR IGNORE INTO configs VALUES (?, ?, ?, ?, ?)",
+                (config.digest, body, cost["bits"], cost["bytes"], cost["bops"]),
             )
             db.execute("INSERT OR IGNORE INTO measurements VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
             if thumbnail is not None:
-                db.execute("INSERT OR IGNORE INTO thumbnails VALUES (?, ?, ?)", (m.config, m.protocol, thumbnail))
+                db.execute(
+                    "INSERT OR IGNORE INTO thumbnails VALUES (?, ?, ?)", (m.config, m.protocol, thumbnail)
+                )
 
     def known(self, protocol: Protocol) -> frozenset[str]:
         """Digests of the configurations that were measured (or failed) under a protocol."""
-        return frozenset(r[0] for r in self._rows("SELECT config FROM measurements WHERE protocol = ?", (protocol.digest,)))
-
-    def measurements(self, protocol: Protocol | None = None, kind: str | None = None, failed: bool = False) -> pd.DataFrame:
-        """One row a measurement in the order of recording: config, protocol, kind, status, reason, seconds, created, bits, bytes, bops,
-        correction and tuned (None without), one column a metric. Failed ones only where ``failed``."""
-        query = (
-            "SELECT m.config, m.protocol, m.kind, m.status, m.reason, m.seconds, m.created, c.bits, c.bytes, c.bops, "
-            "json_extract(c.value, '$.correction'), json_extract(c.value, '$.tuned'), m.metrics "
-            "FROM measurements m JOIN configs c ON c.digest = m.config WHERE (? OR m.status = 'ok') ORDER BY m.rowid"
+        return frozenset(
+            r[0] for r in self._rows("SELECT config FROM measurements WHERE protocol = ?", (protocol.digest,))
         )
-        names = ["config", "protocol", "kind", "status", "reason", "seconds", "created", "bits", "bytes", "bops", "correction", "tuned"]
+
+    def measurements(
+        self, protocol: Protocol | None = None, kind: str | None = None, failed: bool = False
+    ) -> pd.DataFrame:
+        """One row a measurement in the order of recording: config, protocol, kind, status, reason,
+        seconds, created, bits, bytes, bops, correction and tuned (None without), one column a metric.
+        Failed ones only where ``failed``."""
+        query = (
+            "SELECT m.config, m.protocol, m.kind, m.status, m.reason, m.seconds, m.created, c.bits, c.bytes,"
+            " c.bops, json_extract(c.value, '$.correction'), json_extract(c.value, '$.tuned'), m.metrics FROM"
+            " measurements m JOIN configs c ON c.digest = m.config WHERE (? OR m.status = 'ok') ORDER BY"
+            " m.rowid"
+        )
+        names = [
+            "config",
+            "protocol",
+            "kind",
+            "status",
+            "reason",
+            "seconds",
+            "created",
+            "bits",
+            "bytes",
+            "bops",
+            "correction",
+            "tuned",
+        ]
         rows = [(*r[:-1], json.loads(r[-1])) for r in self._rows(query, (failed,))]
         table = pd.DataFrame([{**dict(zip(names, r[:-1], strict=True)), **r[-1]} for r in rows])
         if table.empty:
@@ -271,42 +353,59 @@ class Study:
         }
 
     def add_features(self, values: Mapping[tuple[str, str], Mapping[str, Any]]) -> None:
-        """Facts per (layer, scheme): "error" (relative squared weight error), "damage" and "sketch" (see ``Evaluator.fit``)."""
+        """Facts per (layer, scheme): "error" (relative squared weight error), "damage" and "sketch" (see
+        ``Evaluator.fit``)."""
         with self._transaction() as db:
             for (layer, scheme), value in values.items():
-                db.execute("INSERT OR REPLACE INTO features VALUES (?, ?, ?)", (layer, scheme, json.dumps(dict(value), allow_nan=False)))
+                db.execute(
+                    "INSERT OR REPLACE INTO features VALUES (?, ?, ?)",
+                    (layer, scheme, json.dumps(dict(value), allow_nan=False)),
+                )
 
     def features(self) -> dict[tuple[str, str], dict[str, Any]]:
         """(layer, scheme or activation as a6) -> facts, as ``sensitivity.encoder.Encoder`` takes them."""
         return {(a, b): json.loads(v) for a, b, v in self._rows("SELECT layer, scheme, value FROM features")}
 
     def errors(self) -> dict[tuple[str, str], float]:
-        """(layer, scheme) -> relative squared output error where H is known, else weight error, as ``Encoder`` takes it."""
+        """(layer, scheme) -> relative squared output error where H is known, else weight error, as
+        ``Encoder`` takes it."""
         return {k: v.get("output", v["error"]) for k, v in self.features().items() if "error" in v}
 
     def add_outputs(self, inputs: str, values: Mapping[str, Mapping[str, Any]]) -> None:
-        """Output errors of configurations (by digest) on the stored inputs of a digest (``sensitivity.fidelity``), in one transaction; the
-        configurations themselves need not be measured."""
+        """Output errors of configurations (by digest) on the stored inputs of a digest
+        (``sensitivity.fidelity``), in one transaction; the configurations themselves need not be measured."""
         with self._transaction() as db:
             db.execute(OUTPUTS)  # older files lack it
-            rows = [(config, inputs, json.dumps(dict(value), allow_nan=False)) for config, value in values.items()]
+            rows = [
+                (config, inputs, json.dumps(dict(value), allow_nan=False)) for config, value in values.items()
+            ]
             db.executemany("INSERT OR IGNORE INTO outputs VALUES (?, ?, ?)", rows)
 
     def outputs(self, inputs: str) -> dict[str, dict[str, Any]]:
         """digest -> output errors of every configuration that has some on these inputs."""
         if not self._rows("SELECT 1 FROM sqlite_master WHERE name = 'outputs'"):
             return {}
-        return {c: json.loads(v) for c, v in self._rows("SELECT config, value FROM outputs WHERE inputs = ?", (inputs,))}
+        return {
+            c: json.loads(v)
+            for c, v in self._rows("SELECT config, value FROM outputs WHERE inputs = ?", (inputs,))
+        }
 
     def notes(self) -> list[str]:
-        """What is to be said of the fits: (unused codewords, a diagonal H), each with its layer and scheme."""
-        return [f"{layer} at {scheme}: {note}" for (layer, scheme), v in self.features().items() for note in v.get("notes", ())]
+        """What is to be said of the fits: (unused codewords, a diagonal H), each with its layer and
+        scheme."""
+        return [
+            f"{layer} at {scheme}: {note}"
+            for (layer, scheme), v in self.features().items()
+            for note in v.get("notes", ())
+        ]
 
     def probes(self) -> dict[tuple[str, str], dict[str, Any]]:
         """(layer, scheme or a6) -> damage and sketch, as ``sensitivity.encoder.Encoder`` takes them."""
         return {k: v for k, v in self.features().items() if "damage" in v}
 
-    def add_flip(self, layer: str, before: str, after: str, config_before: str, config_after: str, protocol: Protocol) -> None:
+    def add_flip(
+        self, layer: str, before: str, after: str, config_before: str, config_after: str, protocol: Protocol
+    ) -> None:
         """Two measured configurations that differ in one layer."""
         with self._transaction() as db:
             db.execute(
@@ -315,8 +414,8 @@ class Study:
             )
 
     def flips(self, objective: str) -> pd.DataFrame:
-        """One row a real swap whose both ends were measured: layer, before, after, config_before, config_after, protocol, value_before,
-        value_after of the objective."""
+        """One row a real swap whose both ends were measured: layer, before, after, config_before,
+        config_after, protocol, value_before, value_after of the objective."""
         columns = ["layer", "before", "after", "config_before", "config_after", "protocol"]
         rows = self._rows(f"SELECT {', '.join(columns)} FROM flips ORDER BY rowid")
         table = self.measurements()
@@ -324,7 +423,9 @@ class Study:
             return pd.DataFrame(columns=[*columns, "value_before", "value_after"])
         value = table.set_index(["config", "protocol"])[objective].to_dict()
         out = pd.DataFrame(rows, columns=columns)
-        out["value_before"] = [value.get((c, p)) for c, p in zip(out.config_before, out.protocol, strict=True)]
+        out["value_before"] = [
+            value.get((c, p)) for c, p in zip(out.config_before, out.protocol, strict=True)
+        ]
         out["value_after"] = [value.get((c, p)) for c, p in zip(out.config_after, out.protocol, strict=True)]
         return out.dropna(subset=["value_before", "value_after"]).reset_index(drop=True)
 
@@ -334,21 +435,31 @@ class Study:
 
     def _repr_html_(self) -> str:
         measured = self.measurements(failed=True)
-        kinds = [(kind, len(part), int((part.status != "ok").sum())) for kind, part in measured.groupby("kind", sort=False)]
+        kinds = [
+            (kind, len(part), int((part.status != "ok").sum()))
+            for kind, part in measured.groupby("kind", sort=False)
+        ]
         holds = [name for name in ("sensitivity", "front", "noise") if self.get(name)]
-        caption = f"{self.path.name}: {self.get('model') or 'no model yet'}; holds {', '.join(holds) or 'no results yet'}"
+        caption = (
+            f"{self.path.name}: {self.get('model') or 'no model yet'}; holds"
+            f" {', '.join(holds) or 'no results yet'}"
+        )
         counts = _notebook.table(("kind", "measurements", "of them failed"), kinds, caption)
         objective = str((self.get("protocol") or {}).get("objective") or "")
         if objective not in measured:
             return counts
         own = measured[(measured.status == "ok") & measured.kind.isin(("sample", "uniform", "candidate"))]
         own = own.dropna(subset=[objective]).iloc[-SHOWN:]
-        rows = [(r, float(b), float(v), math.nan, math.nan) for r, b, v in zip(own.config, own.bits, own[objective], strict=True)]
+        rows = [
+            (r, float(b), float(v), math.nan, math.nan)
+            for r, b, v in zip(own.config, own.bits, own[objective], strict=True)
+        ]
         return counts + _notebook.points(rows, "bits per weight", f"{objective}, measured")
 
 
 class Merged(NamedTuple):
-    """Measurements that were new, that several sources held, and those of them whose numbers differ (made on other hardware, say)."""
+    """Measurements that were new, that several sources held, and those of them whose numbers differ (made
+    on other hardware, say)."""
 
     new: int
     repeated: int
@@ -356,12 +467,17 @@ class Merged(NamedTuple):
 
 
 def merge(sources: Sequence[Study], out: Study) -> Merged:
-    """Copy everything that was measured in ``sources`` into ``out``, in one transaction; of what several hold, the first stays.
+    """Copy everything that was measured in ``sources`` into ``out``, in one transaction; of what several
+    hold, the first stays.
 
-    Rows of the sources take turns, so that shards given in order come out in the order of a run in one piece. Raises AquabitError, before
-    anything is written, where a source is empty, or of another model, space or protocol than the first one or ``out``.
+    Rows of the sources take turns, so that shards given in order come out in the order of a run in one piece.
+    Raises AquabitError, before anything is written, where a source is empty, or of another model, space or
+    protocol than the first one or ``out``.
     """
-    facts = [{k: s.need(k, "it is empty: measure into it first") for k in ("model", "fingerprint", "space")} for s in sources]
+    facts = [
+        {k: s.need(k, "it is empty: measure into it first") for k in ("model", "fingerprint", "space")}
+        for s in sources
+    ]
     bound = [s for s in (out, *sources) if "fingerprint" in s]
     for source, own in zip(sources, facts, strict=True):
         try:
@@ -376,7 +492,9 @@ def merge(sources: Sequence[Study], out: Study) -> Merged:
             said = [source.get(name) for source in sources if name in source]
             if said and name not in out:
                 out.set(**{name: said[0]})
-        plans = [plan for source in (out, *sources) for plan in source.get("validation_plan") or []]  # which swaps were drawn at random
+        plans = [
+            plan for source in (out, *sources) for plan in source.get("validation_plan") or []
+        ]  # which swaps were drawn at random
         if plans:
             out.set(validation_plan=[plan for i, plan in enumerate(plans) if plan not in plans[:i]])
         with out._transaction() as db:
@@ -385,7 +503,9 @@ def merge(sources: Sequence[Study], out: Study) -> Merged:
                 rows = [s._rows(f"SELECT * FROM {table} ORDER BY rowid") for s in sources if _has(s, table)]
                 turns = [row for row in chain.from_iterable(zip_longest(*rows)) if row is not None]
                 if turns:
-                    db.executemany(f"INSERT OR IGNORE INTO {table} VALUES ({', '.join('?' * len(turns[0]))})", turns)
+                    db.executemany(
+                        f"INSERT OR IGNORE INTO {table} VALUES ({', '.join('?' * len(turns[0]))})", turns
+                    )
     every = {key for numbers in held for key in numbers}
     several = [key for key in every if sum(key in numbers for numbers in held) > 1]
     differing = [key for key in several if len({numbers[key] for numbers in held if key in numbers}) > 1]
@@ -394,7 +514,10 @@ def merge(sources: Sequence[Study], out: Study) -> Merged:
 
 def _numbers(study: Study) -> dict[tuple[str, str], tuple[str, str]]:
     """(config, protocol) -> status and metrics."""
-    return {(c, p): (s, m) for c, p, s, m in study._rows("SELECT config, protocol, status, metrics FROM measurements")}
+    return {
+        (c, p): (s, m)
+        for c, p, s, m in study._rows("SELECT config, protocol, status, metrics FROM measurements")
+    }
 
 
 def _has(study: Study, table: str) -> bool:

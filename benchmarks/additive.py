@@ -1,11 +1,16 @@
 """Additive quantization's figures: python benchmarks/additive.py PART ... [--folder DIR] [--models ...]
 
-baseline   AQLM's published procedure (benchmarks/aqlm_plain.py) on every layer below; hours, each layer kept in --folder
-layers     ours on the same layers, H and formats: weighted error and CPU seconds, one thread each, beside the baseline's
-large      all layers of a 400 M-parameter U-Net with LDM-4's shapes, extrapolated from up to three layers of each class (an
+baseline   AQLM's published procedure (benchmarks/aqlm_plain.py) on every layer below; hours, each layer kept
+           in --folder
+layers     ours on the same layers, H and formats: weighted error and CPU seconds, one thread each, beside the
+           baseline's
+large      all layers of a 400 M-parameter U-Net with LDM-4's shapes, extrapolated from up to three layers of
+           each class (an
            estimate; the widest class is not timed)
-families   USQ, VQ and AQ, output-aware, at the same bytes near 1.5, 2, 3 and 4 bits: FID and PSNR on fresh seeds, both bundled models
-ablation   kernel slices (KAQ) against groups across channels, and formats per layer (LAQ) against one for all, at the same bytes
+families   USQ, VQ and AQ, output-aware, at the same bytes near 1.5, 2, 3 and 4 bits: FID and PSNR on fresh
+           seeds, both bundled models
+ablation   kernel slices (KAQ) against groups across channels, and formats per layer (LAQ) against one for
+           all, at the same bytes
 
 Tables go to benchmarks/results/additive.json and additive.md. Everything continues where it stopped.
 """
@@ -30,16 +35,32 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.aqlm_plain import aqlm, output_loss
 from benchmarks.flow import MODELS, RESULTS, machine
 
-SYNTHETIC = {"linear 1152 x 1152": (1152, 1152), "conv 3x3 384 -> 384": (384, 384, 3, 3), "linear 4608 x 1152": (4608, 1152)}
+SYNTHETIC = {
+    "linear 1152 x 1152": (1152, 1152),
+    "conv 3x3 384 -> 384": (384, 384, 3, 3),
+    "linear 4608 x 1152": (4608, 1152),
+}
 FORMATS = ("2x8", "2x6", "4x4")
 TRAINED = {  # five layers a model, of different operators and shapes
-    "digits-dit": ("transformer_blocks.0.attn1.to_q", "transformer_blocks.3.attn1.to_out.0", "transformer_blocks.2.ff.net.0.proj",
-                   "transformer_blocks.5.ff.net.2", "transformer_blocks.4.attn1.to_v"),
-    "digits-unet": ("down_blocks.0.resnets.0.conv1", "down_blocks.1.resnets.0.conv2", "mid_block.attentions.0.to_q",
-                    "mid_block.resnets.0.conv1", "up_blocks.1.resnets.0.conv1"),
-}  # fmt: skip
+    "digits-dit": (
+        "transformer_blocks.0.attn1.to_q",
+        "transformer_blocks.3.attn1.to_out.0",
+        "transformer_blocks.2.ff.net.0.proj",
+        "transformer_blocks.5.ff.net.2",
+        "transformer_blocks.4.attn1.to_v",
+    ),
+    "digits-unet": (
+        "down_blocks.0.resnets.0.conv1",
+        "down_blocks.1.resnets.0.conv2",
+        "mid_block.attentions.0.to_q",
+        "mid_block.resnets.0.conv1",
+        "up_blocks.1.resnets.0.conv1",
+    ),
+}
 QUICK = 4  # beam
-LARGEST = 13  # log2 of the inputs of the largest layers that are timed: those above take five minutes and more each
+LARGEST = (
+    13  # log2 of the inputs of the largest layers that are timed: those above take five minutes and more each
+)
 TRAINED_FORMATS = ("2x6", "4x4")
 
 
@@ -63,15 +84,27 @@ class Case:
 
 
 def synthetic(shape: tuple[int, ...], seed: int = 0, quick: bool = False) -> tuple[Tensor, Tensor]:
-    """Gaussian weights with rows of different size, and H = X^T X / n + 1 % of its mean diagonal from 4 R inputs whose spectrum falls as
-    a power law, mixed by a random rotation, with channels of different size. ``quick``: R inputs, mixed by permutation."""
+    """Gaussian weights with rows of different size, and H = X^T X / n + 1 % of its mean diagonal from 4 R
+    inputs whose spectrum falls as a power law, mixed by a random rotation, with channels of different size.
+    ``quick``: R inputs, mixed by permutation.
+    """
     g, row = torch.Generator().manual_seed(seed), int(torch.tensor(shape[1:]).prod())
-    weight = torch.randn(shape[0], row, generator=g) * torch.exp(0.3 * torch.randn(shape[0], 1, generator=g)) * 0.02
-    inputs = torch.randn(row if quick else 4 * row, row, generator=g) * torch.arange(1, row + 1).float() ** -0.5
+    weight = (
+        torch.randn(shape[0], row, generator=g)
+        * torch.exp(0.3 * torch.randn(shape[0], 1, generator=g))
+        * 0.02
+    )
+    inputs = (
+        torch.randn(row if quick else 4 * row, row, generator=g) * torch.arange(1, row + 1).float() ** -0.5
+    )
     if quick:
         inputs = inputs[:, torch.randperm(row, generator=g)]
     else:
-        inputs = inputs @ torch.linalg.qr(torch.randn(row, row, generator=g))[0] * torch.exp(0.5 * torch.randn(row, generator=g))
+        inputs = (
+            inputs
+            @ torch.linalg.qr(torch.randn(row, row, generator=g))[0]
+            * torch.exp(0.5 * torch.randn(row, generator=g))
+        )
     hessian = inputs.T @ inputs / len(inputs)
     return weight.reshape(shape), hessian + 0.01 * hessian.diagonal().mean() * torch.eye(row)
 
@@ -89,7 +122,9 @@ def cases(trained: bool = True) -> Iterator[Case]:
             yield Case(name, form, weight, hessian)
 
 
-def trained_layers(model: str, names: tuple[str, ...], bank: str | None = None) -> dict[str, tuple[Tensor, Tensor]]:
+def trained_layers(
+    model: str, names: tuple[str, ...], bank: str | None = None
+) -> dict[str, tuple[Tensor, Tensor]]:
     """Weights and H (activations at 8 bits) of some layers of a bundled model."""
     from aquabit.quant.bank import Bank
     from aquabit.scheme import Calibration
@@ -104,7 +139,9 @@ def trained_layers(model: str, names: tuple[str, ...], bank: str | None = None) 
 
 def baseline(folder: Path, trained: bool = True) -> None:
     """AQLM on every case that has no result yet."""
-    aqlm(torch.randn(16, 16), torch.eye(16), 1, 2, 8, max_rounds=1)  # what torch loads on first use is not timed
+    aqlm(
+        torch.randn(16, 16), torch.eye(16), 1, 2, 8, max_rounds=1
+    )  # what torch loads on first use is not timed
     for case in cases(trained):
         path = folder / f"aqlm-{case.file}.json"
         if path.exists():
@@ -113,15 +150,30 @@ def baseline(folder: Path, trained: bool = True) -> None:
         size = case.weight[0, 0].numel() if case.scheme.endswith("k") else 8
         rows = case.weight.reshape(len(case.weight), -1)
         found = aqlm(
-            rows, case.hessian, m, b, size, callback=lambda phase, s, loss, case=case: print(case.file, phase, s, loss, flush=True)
+            rows,
+            case.hessian,
+            m,
+            b,
+            size,
+            callback=lambda phase, s, loss, case=case: print(case.file, phase, s, loss, flush=True),
         )
         norm = output_loss(rows, case.hessian.double())
         history = [(phase, s, loss / norm) for phase, s, loss in found.history]
-        path.write_text(json.dumps({"error": found.loss / norm, "cpu_s": found.history[-1][1], "rounds": found.rounds, "history": history}))
+        path.write_text(
+            json.dumps(
+                {
+                    "error": found.loss / norm,
+                    "cpu_s": found.history[-1][1],
+                    "rounds": found.rounds,
+                    "history": history,
+                }
+            )
+        )
 
 
 def layers(folder: Path, models: list[str]) -> list[dict[str, Any]]:
-    """Ours beside the baseline, with the default beam and with one of QUICK. AQLM's tables and scales stay in float32; ours are rounded as they are stored."""
+    """Ours beside the baseline, with the default beam and with one of QUICK. AQLM's tables and scales stay
+    in float32; ours are rounded as they are stored."""
     from aquabit.quant.additive import BEAM, additive
     from aquabit.quant.hessian import output_error
     from aquabit.scheme import Scheme
@@ -142,22 +194,48 @@ def layers(folder: Path, models: list[str]) -> list[dict[str, Any]]:
 
         (error, cpu), (quick_error, quick_cpu) = timed(BEAM, 3), timed(QUICK, 3)
         theirs = json.loads((folder / f"aqlm-{case.file}.json").read_text())
-        rows.append({"layer": case.name, "shape": list(case.weight.shape), "scheme": case.scheme, "error": error, "cpu_s": cpu, "quick_error": quick_error,
-                     "quick_cpu_s": quick_cpu, "aqlm_error": theirs["error"], "aqlm_cpu_s": theirs["cpu_s"], "aqlm_rounds": theirs["rounds"]})  # fmt: skip
+        rows.append(
+            {
+                "layer": case.name,
+                "shape": list(case.weight.shape),
+                "scheme": case.scheme,
+                "error": error,
+                "cpu_s": cpu,
+                "quick_error": quick_error,
+                "quick_cpu_s": quick_cpu,
+                "aqlm_error": theirs["error"],
+                "aqlm_cpu_s": theirs["cpu_s"],
+                "aqlm_rounds": theirs["rounds"],
+            }
+        )
         print(rows[-1], flush=True)
     return rows
 
 
-LDM4 = {"class": "UNet2DConditionModel", "sample_size": 64, "in_channels": 3, "out_channels": 3, "block_out_channels": (192, 384, 576, 960),
-        "layers_per_block": 2, "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), "cross_attention_dim": 512,
-        "attention_head_dim": 32}  # fmt: skip
+LDM4 = {
+    "class": "UNet2DConditionModel",
+    "sample_size": 64,
+    "in_channels": 3,
+    "out_channels": 3,
+    "block_out_channels": (192, 384, 576, 960),
+    "layers_per_block": 2,
+    "down_block_types": (
+        "DownBlock2D",
+        "CrossAttnDownBlock2D",
+        "CrossAttnDownBlock2D",
+        "CrossAttnDownBlock2D",
+    ),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "cross_attention_dim": 512,
+    "attention_head_dim": 32,
+}
 
 
 def large(folder: Path, models: list[str], scheme: str = "aq2x8g8", samples: int = 3) -> list[dict[str, Any]]:
-    """Layers of a U-Net with LDM-4's shapes by class (kind, kernel, and inputs by powers of two): the median CPU seconds a weight of three
-    random layers of a class (fewer where it has no more shapes), times the class's weights; two cores take half where both are busy. A class
-    above LARGEST has twice the rate of the class of half its inputs."""
+    """Layers of a U-Net with LDM-4's shapes by class (kind, kernel, and inputs by powers of two): the
+    median CPU seconds a weight of three random layers of a class (fewer where it has no more shapes),
+    times the class's weights; two cores take half where both are busy. A class above LARGEST has twice the
+    rate of the class of half its inputs."""
     import math
     import random
 
@@ -170,7 +248,9 @@ def large(folder: Path, models: list[str], scheme: str = "aq2x8g8", samples: int
     classes: dict[tuple[str, int], list[tuple[int, ...]]] = {}
     for node in nodes.values():
         shape = tuple(node["shape"])
-        classes.setdefault(("x".join(map(str, shape[2:])) or "linear", round(math.log2(math.prod(shape[1:])))), []).append(shape)
+        classes.setdefault(
+            ("x".join(map(str, shape[2:])) or "linear", round(math.log2(math.prod(shape[1:])))), []
+        ).append(shape)
     rows = []
     for (kind, size), shapes in sorted(classes.items(), key=lambda item: item[0][::-1]):
         path = folder / f"large-{kind}-{size}.json"
@@ -191,8 +271,17 @@ def large(folder: Path, models: list[str], scheme: str = "aq2x8g8", samples: int
             else {"picked": [], "rates": [2 * r for r in json.loads(below.read_text())["rates"]]}
         )
         weights = sum(math.prod(s) for s in shapes)
-        rows.append({"kernel": kind, "inputs": 2**size, "layers": len(shapes), "weights": weights, "timed": found["picked"],
-                     "s_per_million": 1e6 * statistics.median(found["rates"]), "cpu_s": weights * statistics.median(found["rates"])})  # fmt: skip
+        rows.append(
+            {
+                "kernel": kind,
+                "inputs": 2**size,
+                "layers": len(shapes),
+                "weights": weights,
+                "timed": found["picked"],
+                "s_per_million": 1e6 * statistics.median(found["rates"]),
+                "cpu_s": weights * statistics.median(found["rates"]),
+            }
+        )
     return rows
 
 
@@ -201,9 +290,26 @@ def session_of(folder: Path, model: str) -> Any:
     from aquabit.sensitivity.measure import open_session
     from aquabit.study import Study
 
-    space = {"schemes": [*(f"{k}{b}h" for k in ("usq", "vq") for b in (1, 2, 3, 4)), "aq2x8g8", "aq2x8k", "aq2x6g8", "aq2x6k", "aq4x4g8", "aq4x4k"],
-             "levels": [1.5, 2, 3, 4], "activations": [8]}  # fmt: skip
-    return open_session(model, Study(folder / f"families-{model}.db"), space_options=space, workers=2, bank=str(folder / "bank"))
+    space = {
+        "schemes": [
+            *(f"{k}{b}h" for k in ("usq", "vq") for b in (1, 2, 3, 4)),
+            "aq2x8g8",
+            "aq2x8k",
+            "aq2x6g8",
+            "aq2x6k",
+            "aq4x4g8",
+            "aq4x4k",
+        ],
+        "levels": [1.5, 2, 3, 4],
+        "activations": [8],
+    }
+    return open_session(
+        model,
+        Study(folder / f"families-{model}.db"),
+        space_options=space,
+        workers=2,
+        bank=str(folder / "bank"),
+    )
 
 
 BLOCKS = (21, 22, 23, 24, 25, 26, 27, 28)  # of fresh seeds; the flow's are 11 to 15
@@ -215,23 +321,40 @@ def measured(session: Any, configs: dict[str, Any]) -> dict[str, dict[str, list[
     session.measure([session.space.full_precision()], "reference", protocols=protocols)
     session.measure(list(configs.values()), "fresh", protocols=protocols)
     table = session.study.measurements().set_index(["config", "protocol"])
-    return {n: {m: [float(table.loc[(c.digest, p.digest), m]) for p in protocols] for m in ("fid", "psnr")} for n, c in configs.items()}
+    return {
+        n: {m: [float(table.loc[(c.digest, p.digest), m]) for p in protocols] for m in ("fid", "psnr")}
+        for n, c in configs.items()
+    }
 
 
-def described(session: Any, name: str, config: Any, values: dict[str, dict[str, list[float]]], against: Sequence[str]) -> dict[str, Any]:
+def described(
+    session: Any, name: str, config: Any, values: dict[str, dict[str, list[float]]], against: Sequence[str]
+) -> dict[str, Any]:
     from aquabit.search import interval, paired_difference
 
     cost = session.costs(config)
-    row = {"name": name, "bytes": cost.bytes, "bits": cost.bits_per_weight, "operations": cost.operations / float(session.costs.macs.sum()),
-           "fid": interval(values[name]["fid"], 0.95), "psnr": interval(values[name]["psnr"], 0.95),
-           "formats": dict(Counter(str(c.weight) for c in config.layers.values()))}  # fmt: skip
+    row = {
+        "name": name,
+        "bytes": cost.bytes,
+        "bits": cost.bits_per_weight,
+        "operations": cost.operations / float(session.costs.macs.sum()),
+        "fid": interval(values[name]["fid"], 0.95),
+        "psnr": interval(values[name]["psnr"], 0.95),
+        "formats": dict(Counter(str(c.weight) for c in config.layers.values())),
+    }
     others = [other for other in against if other != name and other in values and config.layers]
-    return {**row, "differences": {o: {m: paired_difference(values[name][m], values[o][m]) for m in ("fid", "psnr")} for o in others}}
+    return {
+        **row,
+        "differences": {
+            o: {m: paired_difference(values[name][m], values[o][m]) for m in ("fid", "psnr")} for o in others
+        },
+    }
 
 
 def families(folder: Path, models: list[str]) -> list[dict[str, Any]]:
-    """At the bytes of uniform usq2h, usq3h and usq4h, and at 3/4 of the first: each family's formats mixed by one integer program on the same
-    errors (the damage that probes saw), never more bytes; uniform usq and full precision are there too."""
+    """At the bytes of uniform usq2h, usq3h and usq4h, and at 3/4 of the first: each family's formats mixed
+    by one integer program on the same errors (the damage that probes saw), never more bytes; uniform usq
+    and full precision are there too."""
     from aquabit.scheme import Budget
     from aquabit.search import assign
 
@@ -248,18 +371,24 @@ def families(folder: Path, models: list[str]) -> list[dict[str, Any]]:
                     budget = Budget(bytes=session.costs(configs[f"USQ uniform {bits}"]).bytes)
                 for kind in ("usq", "vq", "aq"):
                     keep = lambda layer, s, kind=kind: s.kind == kind  # noqa: E731
-                    configs[f"{kind.upper()} {bits}"] = assign(session.model.graph, session.space, budget, errors, keep)
+                    configs[f"{kind.upper()} {bits}"] = assign(
+                        session.model.graph, session.space, budget, errors, keep
+                    )
                 values = measured(session, configs)
                 for name, config in configs.items():
                     against = (f"USQ {bits}", f"USQ uniform {bits}")
-                    rows.append({"model": model, "target": bits, **described(session, name, config, values, against)})
+                    rows.append(
+                        {"model": model, "target": bits, **described(session, name, config, values, against)}
+                    )
                     print(rows[-1], flush=True)
     return rows
 
 
 def ablation(folder: Path, models: list[str]) -> list[dict[str, Any]]:
-    """At one format's exact bytes: formats per layer (LAQ; by expected error on Gaussian weights, and by probes) against that format in all
-    layers; and kernel slices (KAQ) against groups across channels in the k x k convolutions, everything else free in both."""
+    """At one format's exact bytes: formats per layer (LAQ; by expected error on Gaussian weights, and by
+    probes) against that format in all layers; and kernel slices (KAQ) against groups across channels in the k
+    x k convolutions, everything else free in both.
+    """
     from aquabit.scheme import Budget
     from aquabit.search import assign
 
@@ -271,11 +400,18 @@ def ablation(folder: Path, models: list[str]) -> list[dict[str, Any]]:
             for scheme in ("aq2x6g8", "aq4x4g8", "aq2x8g8"):
                 one = space.uniform(scheme)
                 budget = Budget(bytes=session.costs(one).bytes)
-                configs = {f"{scheme} everywhere": one, f"LAQ, expected errors ({scheme})": assign(graph, space, budget),
-                           f"LAQ, probed errors ({scheme})": assign(graph, space, budget, errors)}  # fmt: skip
+                configs = {
+                    f"{scheme} everywhere": one,
+                    f"LAQ, expected errors ({scheme})": assign(graph, space, budget),
+                    f"LAQ, probed errors ({scheme})": assign(graph, space, budget, errors),
+                }
                 values = measured(session, configs)
                 rows += [
-                    {"model": model, "question": "LAQ", **described(session, n, c, values, [f"{scheme} everywhere"])}
+                    {
+                        "model": model,
+                        "question": "LAQ",
+                        **described(session, n, c, values, [f"{scheme} everywhere"]),
+                    }
                     for n, c in configs.items()
                 ]
             if not any(a > 1 for a in (space.kernel_area or {}).values()):
@@ -286,8 +422,12 @@ def ablation(folder: Path, models: list[str]) -> list[dict[str, Any]]:
                 def kernels(layer: str, s: Any, slices: bool, space: Any = space) -> bool:
                     return s.kind == "aq" and (space.kernel_area[layer] == 1 or (s.group is None) == slices)
 
-                configs = {f"KAQ {bits}": assign(graph, space, budget, errors, lambda k, s: kernels(k, s, True)),
-                           f"across channels {bits}": assign(graph, space, budget, errors, lambda k, s: kernels(k, s, False))}  # fmt: skip
+                configs = {
+                    f"KAQ {bits}": assign(graph, space, budget, errors, lambda k, s: kernels(k, s, True)),
+                    f"across channels {bits}": assign(
+                        graph, space, budget, errors, lambda k, s: kernels(k, s, False)
+                    ),
+                }
                 values = measured(session, configs)
                 rows += [
                     {
@@ -303,31 +443,52 @@ def ablation(folder: Path, models: list[str]) -> list[dict[str, Any]]:
 def markdown(found: dict[str, Any]) -> str:
     m = found["machine"]
     lines = [
-        f"# Additive quantization\n\n{m['cpu']}, {m['cores']} cores, torch {m['torch']}. Made by `{found['command']}`, part by part.\n"
+        f"# Additive quantization\n\n{m['cpu']}, {m['cores']} cores, torch {m['torch']}. Made by"
+        f" `{found['command']}`, part by part.\n"
     ]
     if "layers" in found:
         lines.append(
-            f"## One layer, against AQLM's published procedure\n\nRelative output error tr(dW H dW^T) / tr(W H W^T), and CPU seconds of one thread, as ours (share of AQLM's). AQLM's tables are float32, ours float16 as stored. Quick: a beam of {QUICK}.\n\n| layer | scheme | AQLM | error | quick | AQLM, s | time | quick |\n|---|---|---|---|---|---|---|---|"
+            "## One layer, against AQLM's published procedure\n\nRelative output error tr(dW H dW^T) / tr(W"
+            " H W^T), and CPU seconds of one thread, as ours (share of AQLM's). AQLM's tables are float32,"
+            f" ours float16 as stored. Quick: a beam of {QUICK}.\n\n| layer | scheme | AQLM | error | quick |"
+            " AQLM, s | time | quick |\n|---|---|---|---|---|---|---|---|"
         )
         lines += [
-            f"| {r['layer']} | {r['scheme']} | {r['aqlm_error']:.5f} | {r['error']:.5f} ({r['error'] / r['aqlm_error']:.2f}) | {r['quick_error']:.5f} ({r['quick_error'] / r['aqlm_error']:.2f}) | {r['aqlm_cpu_s']:.1f} | {r['cpu_s']:.2f} (1/{r['aqlm_cpu_s'] / r['cpu_s']:.0f}) | {r['quick_cpu_s']:.2f} (1/{r['aqlm_cpu_s'] / r['quick_cpu_s']:.0f}) |"
+            f"| {r['layer']} | {r['scheme']} | {r['aqlm_error']:.5f} | {r['error']:.5f}"
+            f" ({r['error'] / r['aqlm_error']:.2f}) | {r['quick_error']:.5f}"
+            f" ({r['quick_error'] / r['aqlm_error']:.2f}) | {r['aqlm_cpu_s']:.1f} | {r['cpu_s']:.2f}"
+            f" (1/{r['aqlm_cpu_s'] / r['cpu_s']:.0f}) | {r['quick_cpu_s']:.2f}"
+            f" (1/{r['aqlm_cpu_s'] / r['quick_cpu_s']:.0f}) |"
             for r in found["layers"]
         ]
-        here = {(r["layer"], r["scheme"].removeprefix("aq").rstrip("k").removesuffix("g8")) for r in found["layers"]}
+        here = {
+            (r["layer"], r["scheme"].removeprefix("aq").rstrip("k").removesuffix("g8"))
+            for r in found["layers"]
+        }
         absent = [f"{name} at {form}" for name in SYNTHETIC for form in FORMATS if (name, form) not in here]
-        lines += [f"\nNot here, since the baseline did not come to its end: {', '.join(absent)}."] if absent else []
+        lines += (
+            [f"\nNot here, since the baseline did not come to its end: {', '.join(absent)}."]
+            if absent
+            else []
+        )
     if "large" in found:
         rows = found["large"]
         lines.append(
-            "\n## All layers of a U-Net with LDM-4's shapes at 2x8: an estimate\n\nCPU seconds of one thread from up to three random layers of each class (random weights, synthetic H); a class with none timed has twice the rate of the class of half its inputs.\n\n| kernel | inputs, about | layers | timed | weights, M | CPU s a million weights | CPU s |\n|---|---|---|---|---|---|---|"
+            "\n## All layers of a U-Net with LDM-4's shapes at 2x8: an estimate\n\nCPU seconds of one thread"
+            " from up to three random layers of each class (random weights, synthetic H); a class with none"
+            " timed has twice the rate of the class of half its inputs.\n\n| kernel | inputs, about | layers"
+            " | timed | weights, M | CPU s a million weights | CPU s |\n|---|---|---|---|---|---|---|"
         )
         lines += [
-            f"| {r['kernel']} | {r['inputs']} | {r['layers']} | {len(r['timed'])} | {r['weights'] / 1e6:.1f} | {r['s_per_million']:.2f} | {r['cpu_s']:.0f} |"
+            f"| {r['kernel']} | {r['inputs']} | {r['layers']} | {len(r['timed'])} | {r['weights'] / 1e6:.1f}"
+            f" | {r['s_per_million']:.2f} | {r['cpu_s']:.0f} |"
             for r in rows
         ]
         total = sum(r["cpu_s"] for r in rows)
         lines.append(
-            f"| all | | {sum(r['layers'] for r in rows)} | {sum(len(r['timed']) for r in rows)} | {sum(r['weights'] for r in rows) / 1e6:.1f} | | {total:.0f} |\n\nTwo busy cores: about {total / 120:.0f} minutes (half of the CPU time)."
+            f"| all | | {sum(r['layers'] for r in rows)} | {sum(len(r['timed']) for r in rows)} |"
+            f" {sum(r['weights'] for r in rows) / 1e6:.1f} | | {total:.0f} |\n\nTwo busy cores: about"
+            f" {total / 120:.0f} minutes (half of the CPU time)."
         )
 
     def number(v: Any) -> str:
@@ -339,18 +500,25 @@ def markdown(found: dict[str, Any]) -> str:
     ):
         if part in found:
             lines.append(
-                f"\n## {title}\n\nMeans over {len(BLOCKS)} blocks of 128 fresh seeds with 95 % intervals; differences are paired.\n\n| model | {first} | configuration | bytes | bits | operations / dense | FID | PSNR | differences: FID; PSNR |\n|---|---|---|---|---|---|---|---|---|"
+                f"\n## {title}\n\nMeans over {len(BLOCKS)} blocks of 128 fresh seeds with 95 % intervals;"
+                f" differences are paired.\n\n| model | {first} | configuration | bytes | bits | operations /"
+                " dense | FID | PSNR | differences: FID; PSNR |\n|---|---|---|---|---|---|---|---|---|"
             )
             for r in found[part]:
-                ends = "<br>".join(f"to {o}: {number(d['fid'])}; {number(d['psnr'])}" for o, d in r["differences"].items())
+                ends = "<br>".join(
+                    f"to {o}: {number(d['fid'])}; {number(d['psnr'])}" for o, d in r["differences"].items()
+                )
                 lines.append(
-                    f"| {r['model']} | {r[first]} | {r['name']} | {r['bytes']:,} | {r['bits']:.3f} | {r['operations']:.2f} | {number(r['fid'])} | {number(r['psnr'])} | {ends} |"
+                    f"| {r['model']} | {r[first]} | {r['name']} | {r['bytes']:,} | {r['bits']:.3f} |"
+                    f" {r['operations']:.2f} | {number(r['fid'])} | {number(r['psnr'])} | {ends} |"
                 )
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     known = {"layers": layers, "large": large, "families": families, "ablation": ablation}
     parser.add_argument("parts", nargs="+", choices=["baseline", *known, "all"])
     parser.add_argument("--folder", type=Path, default=Path("additive-runs"))

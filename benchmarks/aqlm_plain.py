@@ -1,7 +1,9 @@
-"""AQLM's layer-wise procedure in plain torch, as published: the baseline of the additive quantizer's benchmark.
+"""AQLM's layer-wise procedure in plain torch, as published: the baseline of the additive quantizer's
+benchmark.
 
-The procedure is that of Extreme Compression of Large Language Models via Additive Quantization (arXiv 2401.06118); defaults, order of
-phases and stopping rule were read off the authors' released program (github.com/Vahe1994/AQLM), and the code is our own.
+The procedure is that of Extreme Compression of Large Language Models via Additive Quantization (arXiv
+2401.06118); defaults, order of phases and stopping rule were read off the authors' released program
+(github.com/Vahe1994/AQLM), and the code is our own.
 """
 
 from __future__ import annotations
@@ -36,31 +38,47 @@ class Result:
     scales: Tensor  # [out] float32
     loss: float  # tr(dW H dW^T), float64
     rounds: int  # sweeps of the search over all codes
-    history: list[tuple[str, float, float]]  # after each phase: "init", "adam" or "search"; CPU seconds so far; loss
+    history: list[
+        tuple[str, float, float]
+    ]  # after each phase: "init", "adam" or "search"; CPU seconds so far; loss
 
 
 def aqlm(
-    weight: Tensor, hessian: Tensor, codebooks: int, bits: int, group: int, seed: int = 0, tolerance: float = 0.01,
-    adam_steps: int = 100, lr: float = 1e-4, max_rounds: int = 1000, callback: Progress | None = None,
-) -> Result:  # fmt: skip
-    """Quantize ``weight`` [out, in] under H [in, in] to M = ``codebooks`` tables of 2^``bits`` vectors of ``group`` weights.
+    weight: Tensor,
+    hessian: Tensor,
+    codebooks: int,
+    bits: int,
+    group: int,
+    seed: int = 0,
+    tolerance: float = 0.01,
+    adam_steps: int = 100,
+    lr: float = 1e-4,
+    max_rounds: int = 1000,
+    callback: Progress | None = None,
+) -> Result:
+    """Quantize ``weight`` [out, in] under H [in, in] to M = ``codebooks`` tables of 2^``bits`` vectors of
+    ``group`` weights.
 
-    Scales start as the rows' L2 norms, codes and tables by residual k-means on the normalised groups. A round is ``adam_steps`` of
-    Adam (beta 0 and 0.95, amsgrad, one state for the whole run) on tables and scales, minimising tr(dW H dW^T) / out with the
-    product in float64, then one sweep of the search with beam size 1. It ends as published: where a round begins less than
-    ``tolerance`` (relative) below the best loss that an earlier one began with, so its last phase is a search.
+    Scales start as the rows' L2 norms, codes and tables by residual k-means on the normalised groups. A round
+    is ``adam_steps`` of Adam (beta 0 and 0.95, amsgrad, one state for the whole run) on tables and scales,
+    minimising tr(dW H dW^T) / out with the product in float64, then one sweep of the search with beam size 1.
+    It ends as published: where a round begins less than ``tolerance`` (relative) below the best loss that an
+    earlier one began with, so its last phase is a search.
 
-    Three things cost less than in the released program, with the same result up to rounding: the gradient of the loss takes one
-    product with H, where differentiating the formula takes two; dW H[:, group] is computed once per group and updated by rank g
-    between its codebooks, not once per codebook; and only the group that changed is decoded again, not the whole weight.
+    Three things cost less than in the released program, with the same result up to rounding: the gradient of
+    the loss takes one product with H, where differentiating the formula takes two; dW H[:, group] is computed
+    once per group and updated by rank g between its codebooks, not once per codebook; and only the group that
+    changed is decoded again, not the whole weight.
 
-    ``callback`` is called with each entry of the history. Seconds are of the process's CPU time and leave out the losses that are
-    computed for the history alone. Raises AquabitError where the inputs are no whole number of groups or shapes do not match.
+    ``callback`` is called with each entry of the history. Seconds are of the process's CPU time and leave out
+    the losses that are computed for the history alone. Raises AquabitError where the inputs are no whole
+    number of groups or shapes do not match.
     """
     out, inputs = weight.shape
     if inputs % group or hessian.shape != (inputs, inputs):
         raise AquabitError(
-            f"a weight {[out, inputs]} with H {list(hessian.shape)} needs H [{inputs}, {inputs}] and inputs divisible by {group}"
+            f"a weight {[out, inputs]} with H {list(hessian.shape)} needs H [{inputs}, {inputs}] and inputs"
+            f" divisible by {group}"
         )
     reference = weight.detach().float()
     wide = ((hessian + hessian.T) / 2).double()
@@ -70,14 +88,18 @@ def aqlm(
     def record(phase: str) -> float:
         nonlocal started
         seconds = time.process_time() - started
-        history.append((phase, seconds, output_loss(reference - decode(codes, tables, scales).detach(), wide)))
+        history.append(
+            (phase, seconds, output_loss(reference - decode(codes, tables, scales).detach(), wide))
+        )
         if callback is not None:
             callback(*history[-1])
         started = time.process_time() - seconds
         return history[-1][2]
 
     scales = (reference.norm(dim=1) + EPSILON).requires_grad_()
-    codes, tables = residual_kmeans(reference / scales.detach()[:, None], codebooks, 1 << bits, group, torch.Generator().manual_seed(seed))
+    codes, tables = residual_kmeans(
+        reference / scales.detach()[:, None], codebooks, 1 << bits, group, torch.Generator().manual_seed(seed)
+    )
     tables.requires_grad_()
     optimizer = torch.optim.Adam([tables, scales], lr=lr, betas=BETAS, amsgrad=True)
     order = random.Random(seed)
@@ -101,14 +123,22 @@ def output_loss(difference: Tensor, hessian: Tensor) -> float:
 
 
 def decode(codes: Tensor, tables: Tensor, scales: Tensor) -> Tensor:
-    """[out, in] from codes [out, groups, M], tables [M, K, g] and scales [out]; differentiable in the last two."""
+    """[out, in] from codes [out, groups, M], tables [M, K, g] and scales [out]; differentiable in the last
+    two."""
     count, size, group = tables.shape
     offsets = torch.arange(count, device=codes.device) * size
     sums = F.embedding_bag((codes + offsets).reshape(-1, count), tables.reshape(-1, group), mode="sum")
     return sums.reshape(len(codes), -1) * scales[:, None]
 
 
-def adam_step(optimizer: torch.optim.Adam, reference: Tensor, hessian: Tensor, codes: Tensor, tables: Tensor, scales: Tensor) -> None:
+def adam_step(
+    optimizer: torch.optim.Adam,
+    reference: Tensor,
+    hessian: Tensor,
+    codes: Tensor,
+    tables: Tensor,
+    scales: Tensor,
+) -> None:
     """One step on tr(dW H dW^T) / out, whose derivative by the decoded weight is 2 dW H / out."""
     decoded = decode(codes, tables, scales)
     product = (decoded.detach() - reference).to(hessian.dtype) @ hessian
@@ -118,10 +148,14 @@ def adam_step(optimizer: torch.optim.Adam, reference: Tensor, hessian: Tensor, c
 
 
 @torch.no_grad()
-def search_(codes: Tensor, tables: Tensor, scales: Tensor, reference: Tensor, hessian: Tensor, order: random.Random) -> None:
-    """One sweep: for each group and codebook, in random order, every row takes the codeword of least loss given all its others.
+def search_(
+    codes: Tensor, tables: Tensor, scales: Tensor, reference: Tensor, hessian: Tensor, order: random.Random
+) -> None:
+    """One sweep: for each group and codebook, in random order, every row takes the codeword of least loss
+    given all its others.
 
-    With the current codeword removed and P = dW H[:, group], codeword c changes a row's loss by s^2 c^T H[group, group] c - 2 s P c.
+    With the current codeword removed and P = dW H[:, group], codeword c changes a row's loss by s^2 c^T
+    H[group, group] c - 2 s P c.
     """
     count, _, group = tables.shape
     difference = reference - decode(codes, tables, scales)
@@ -134,7 +168,9 @@ def search_(codes: Tensor, tables: Tensor, scales: Tensor, reference: Tensor, he
             current = table[codes[:, j, m]] * column
             product += current @ block
             norms = ((table @ block) * table).sum(1)
-            codes[:, j, m] = torch.addmm(torch.outer(squares, norms), column * product, table.T, alpha=-2).argmin(1)
+            codes[:, j, m] = torch.addmm(
+                torch.outer(squares, norms), column * product, table.T, alpha=-2
+            ).argmin(1)
             chosen = table[codes[:, j, m]] * column
             product -= chosen @ block
             difference[:, span] += current - chosen
@@ -146,8 +182,11 @@ def shuffled(count: int, order: random.Random) -> list[int]:
     return numbers
 
 
-def residual_kmeans(normalised: Tensor, count: int, size: int, group: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Codes [out, groups, M] and tables [M, K, g]: one k-means after another over all groups, each on what the last ones left."""
+def residual_kmeans(
+    normalised: Tensor, count: int, size: int, group: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Codes [out, groups, M] and tables [M, K, g]: one k-means after another over all groups, each on what
+    the last ones left."""
     residual = normalised.reshape(-1, group).clone()
     codes, tables = [], []
     for _ in range(count):
@@ -160,7 +199,8 @@ def residual_kmeans(normalised: Tensor, count: int, size: int, group: int, gener
 
 
 def kmeans(points: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """Lloyd's iterations from sampled points; a centre without points stays. Centres [size, g], repeated where points are fewer."""
+    """Lloyd's iterations from sampled points; a centre without points stays. Centres [size, g], repeated
+    where points are fewer."""
     chosen = torch.randperm(len(points), generator=generator)[:size].to(points.device)
     centres = points[chosen.repeat(-(-size // len(chosen)))[:size]]
     for i in range(KMEANS_ITERATIONS):

@@ -1,8 +1,10 @@
-"""Throughput of `measure` on a local Ray cluster, two workers against one: python benchmarks/cluster.py [--pairs 5] [--configs 16] [--images 128]
+"""Throughput of `measure` on a local Ray cluster, two workers against one: python benchmarks/cluster.py
+[--pairs 5] [--configs 16] [--images 128]
 
-A cluster of two nodes with one CPU slot each; in each pair one run measures the same configurations with one worker, the other with two, in
-turns that alternate. Schemes are fitted and workers are started before the clock runs. Target: at least 1.8 times one worker's throughput. Needs
-two idle cores. Tables go to benchmarks/results/cluster.json and cluster.md.
+A cluster of two nodes with one CPU slot each; in each pair one run measures the same configurations with one
+worker, the other with two, in turns that alternate. Schemes are fitted and workers are started before the
+clock runs. Target: at least 1.8 times one worker's throughput. Needs two idle cores. Tables go to
+benchmarks/results/cluster.json and cluster.md.
 """
 
 from __future__ import annotations
@@ -37,8 +39,12 @@ def seconds(pool: Any, tasks: list[dict[str, Any]], workers: int) -> float:
     return took
 
 
-def measured(model: str, pairs: int, configs: int, images: int, steps: int, folder: Path) -> list[dict[str, float]]:
-    os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0", RAY_worker_niceness="0")
+def measured(
+    model: str, pairs: int, configs: int, images: int, steps: int, folder: Path
+) -> list[dict[str, float]]:
+    os.environ.update(
+        RAY_USAGE_STATS_ENABLED="0", RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0", RAY_worker_niceness="0"
+    )
     from ray.cluster_utils import Cluster
 
     from aquabit.graph import to_json
@@ -54,21 +60,36 @@ def measured(model: str, pairs: int, configs: int, images: int, steps: int, fold
     opened, bank = open_model(model), Bank(folder / "bank")
     space = make_space(opened.graph, opened.fingerprint, model, schemes=["usq2", "usq3", "usq4"])
     protocol = Protocol(images=images, steps=steps, micro_batch=min(64, images))
-    begin = {"task": "begin", "model": model, "graph": to_json(opened.graph), "bank": str(bank.folder), "fingerprint": opened.fingerprint,
-             "device": "cpu", "dtype": "float32"}  # fmt: skip
-    tasks = [{"task": "measure", "config": c.to_dict(), "protocol": protocol.to_dict(), "packed": False} for c in space.sample(configs, 1)]
+    begin = {
+        "task": "begin",
+        "model": model,
+        "graph": to_json(opened.graph),
+        "bank": str(bank.folder),
+        "fingerprint": opened.fingerprint,
+        "device": "cpu",
+        "dtype": "float32",
+    }
+    tasks = [
+        {"task": "measure", "config": c.to_dict(), "protocol": protocol.to_dict(), "packed": False}
+        for c in space.sample(configs, 1)
+    ]
     pool = RayPool(cluster.address, begin)
     try:
         while len(pool._idle) < 2:
             list(pool.run(tasks))  # everything is fitted, and both workers have the full-precision images
-        return [{str(n): seconds(pool, tasks, n) for n in ((1, 2) if i % 2 == 0 else (2, 1))} for i in range(pairs)]
+        return [
+            {str(n): seconds(pool, tasks, n) for n in ((1, 2) if i % 2 == 0 else (2, 1))}
+            for i in range(pairs)
+        ]
     finally:
         pool.close()
         cluster.shutdown()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="digits-unet")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--configs", type=int, default=16)
@@ -81,9 +102,10 @@ def main() -> None:
     ratio = statistics.median(r["1"] / r["2"] for r in rows)
     one, two = (statistics.median(given.configs / r[n] for r in rows) for n in ("1", "2"))
     text = (
-        f"# `measure` on a local Ray cluster, {given.model}, {given.images} images, {given.steps} steps, {given.pairs} pairs of {given.configs} configurations\n\n"
-        "| workers | configurations a second |\n|---|---|\n"
-        f"| 1 | {one:.3f} |\n| 2 | {two:.3f} |\n\nMedian of paired ratios: {ratio:.2f} (target {TARGET}: {'kept' if ratio >= TARGET else 'MISSED'}).\n"
+        f"# `measure` on a local Ray cluster, {given.model}, {given.images} images, {given.steps} steps,"
+        f" {given.pairs} pairs of {given.configs} configurations\n\n| workers | configurations a second"
+        f" |\n|---|---|\n| 1 | {one:.3f} |\n| 2 | {two:.3f} |\n\nMedian of paired ratios: {ratio:.2f} (target"
+        f" {TARGET}: {'kept' if ratio >= TARGET else 'MISSED'}).\n"
     )
     given.results.mkdir(parents=True, exist_ok=True)
     (given.results / "cluster.json").write_text(

@@ -1,8 +1,11 @@
 """PTQD's noise correction, measured: python benchmarks/correction.py PART ... [--folder DIR] [--models ...]
 
-synthetic   eps_q of known slope, bias per channel and residual: how often nominal 95 % intervals cover the truth, 100 seeds
-corrections none, CNC, CNC + BC, + VSC at eta 1; none, CNC, CNC + BC, matched sampler, Q-Drift's rule at eta 0; W4A6, W3A6 and W2A8, weights rounded
-            plainly and output-aware, both bundled models, clipping off: FID, sFID, IS, PSNR to full precision on fresh seeds, paired
+synthetic   eps_q of known slope, bias per channel and residual: how often nominal 95 % intervals cover the
+            truth, 100 seeds
+corrections none, CNC, CNC + BC, + VSC at eta 1; none, CNC, CNC + BC, matched sampler, Q-Drift's rule at eta
+            0; W4A6, W3A6 and W2A8, weights rounded
+            plainly and output-aware, both bundled models, clipping off: FID, sFID, IS, PSNR to full precision
+            on fresh seeds, paired
 images      the same correction from statistics of 8 to 256 images
 other       CNC + BC, and VSC where it is defined, under DDPM, Euler ancestral, DPM-Solver++ and guidance 2
 
@@ -25,17 +28,29 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.flow import MODELS, RESULTS, machine
 
-BLOCKS = (31, 32, 33, 34, 35, 36)  # of fresh seeds; the flow's are 11 to 15, the additive quantizer's 21 to 28
+BLOCKS = (
+    31,
+    32,
+    33,
+    34,
+    35,
+    36,
+)  # of fresh seeds; the flow's are 11 to 15, the additive quantizer's 21 to 28
 IMAGES = 256  # a block
 METRICS = ("fid", "sfid", "is", "psnr")
 WIDTHS = {"W4A6": (4, 6), "W3A6": (3, 6), "W2A8": (2, 8)}
 AT_ETA = {1.0: (None, "cnc", "cnc+bc", "cnc+bc+vsc"), 0.0: (None, "cnc", "cnc+bc", "cnc+bc+match", "qdrift")}
-OTHER = {"ddpm": {"scheduler": "ddpm"}, "euler-ancestral": {"scheduler": "euler-ancestral"}, "dpm": {"scheduler": "dpm"},
-         "ddim, guidance 2": {"guidance": 2.0}}  # fmt: skip
+OTHER = {
+    "ddpm": {"scheduler": "ddpm"},
+    "euler-ancestral": {"scheduler": "euler-ancestral"},
+    "dpm": {"scheduler": "dpm"},
+    "ddim, guidance 2": {"guidance": 2.0},
+}
 
 
 def synthetic(folder: Path, models: Sequence[str]) -> list[dict[str, Any]]:
-    """Coverage over 100 seeds of 64 images with channel means, biases and residuals that differ, and effects of whole images in the residual."""
+    """Coverage over 100 seeds of 64 images with channel means, biases and residuals that differ, and
+    effects of whole images in the residual."""
     from aquabit.quant.noise import NoiseSums, bootstrap
 
     k, bias, spread = 0.07, np.array([0.02, -0.05, 0.1]), np.array([0.1, 0.2, 0.05])
@@ -56,7 +71,11 @@ def synthetic(folder: Path, models: Sequence[str]) -> list[dict[str, Any]]:
         low, high = bootstrap(*sums.joined(), seed=seed)
         for name, value in truth.items():
             hits[name] += (np.ravel(getattr(low, name)) <= value) & (value <= np.ravel(getattr(high, name)))
-    return [{"parameter": name, "channel": c, "truth": float(truth[name][c]), "covered": int(n)} for name, row in hits.items() for c, n in enumerate(row)]  # fmt: skip
+    return [
+        {"parameter": name, "channel": c, "truth": float(truth[name][c]), "covered": int(n)}
+        for name, row in hits.items()
+        for c, n in enumerate(row)
+    ]
 
 
 def session_of(folder: Path, model: str) -> Any:
@@ -64,20 +83,35 @@ def session_of(folder: Path, model: str) -> Any:
     from aquabit.sensitivity.measure import open_session
     from aquabit.study import Study
 
-    space = {"schemes": [f"usq{b}{h}" for b in (2, 3, 4) for h in ("", "h")], "levels": [], "activations": [8, 6]}
-    return open_session(model, Study(folder / f"correction-{model}.db"), space_options=space, workers=2, bank=str(folder / "bank"))
+    space = {
+        "schemes": [f"usq{b}{h}" for b in (2, 3, 4) for h in ("", "h")],
+        "levels": [],
+        "activations": [8, 6],
+    }
+    return open_session(
+        model,
+        Study(folder / f"correction-{model}.db"),
+        space_options=space,
+        workers=2,
+        bank=str(folder / "bank"),
+    )
 
 
 def blocks_of(session: Any, **changes: Any) -> list[Any]:
     return [replace(session.protocol.block(b), images=IMAGES, **changes) for b in BLOCKS]
 
 
-def measured(session: Any, configs: Mapping[str, Any], protocols: Sequence[Any]) -> dict[str, dict[str, list[float]]]:
+def measured(
+    session: Any, configs: Mapping[str, Any], protocols: Sequence[Any]
+) -> dict[str, dict[str, list[float]]]:
     """name -> metric -> values on each block."""
     session.measure([session.space.full_precision()], "reference", protocols=protocols)
     session.measure(list(configs.values()), "fresh", protocols=protocols)
     table = session.study.measurements(failed=True).set_index(["config", "protocol"])
-    return {n: {m: [float(table.loc[(c.digest, p.digest), m]) for p in protocols] for m in METRICS} for n, c in configs.items()}
+    return {
+        n: {m: [float(table.loc[(c.digest, p.digest), m]) for p in protocols] for m in METRICS}
+        for n, c in configs.items()
+    }
 
 
 def compared(values: Mapping[str, Mapping[str, Sequence[float]]], first: str) -> list[dict[str, Any]]:
@@ -85,10 +119,17 @@ def compared(values: Mapping[str, Mapping[str, Sequence[float]]], first: str) ->
     from aquabit.search import interval, paired_difference
 
     return [
-        {"name": name, **{m: interval(found[m], 0.95) for m in METRICS},
-         "differences": {} if name in (first, "full precision") else {m: paired_difference(found[m], values[first][m]) for m in METRICS}}
+        {
+            "name": name,
+            **{m: interval(found[m], 0.95) for m in METRICS},
+            "differences": (
+                {}
+                if name in (first, "full precision")
+                else {m: paired_difference(found[m], values[first][m]) for m in METRICS}
+            ),
+        }
         for name, found in values.items()
-    ]  # fmt: skip
+    ]
 
 
 def corrections(folder: Path, models: Sequence[str]) -> list[dict[str, Any]]:
@@ -111,12 +152,20 @@ def corrections(folder: Path, models: Sequence[str]) -> list[dict[str, Any]]:
                             "bytes": session.costs(base).bytes,
                         }
                         rows += [{**about, **row} for row in found]
-                        print(*(f"{r['name']} {r['fid'][0]:.2f} {r['psnr'][0]:.1f};" for r in found), model, eta, width, fit, flush=True)
+                        print(
+                            *(f"{r['name']} {r['fid'][0]:.2f} {r['psnr'][0]:.1f};" for r in found),
+                            model,
+                            eta,
+                            width,
+                            fit,
+                            flush=True,
+                        )
     return rows
 
 
 def images(folder: Path, models: Sequence[str]) -> list[dict[str, Any]]:
-    """How many images the statistics take: the correction of one configuration measured on fewer and more, on the same fresh seeds."""
+    """How many images the statistics take: the correction of one configuration measured on fewer and more,
+    on the same fresh seeds."""
     from aquabit.quant.correct import Corrector
     from aquabit.quant.sampling import following
     from aquabit.scheme import Calibration
@@ -132,14 +181,24 @@ def images(folder: Path, models: Sequence[str]) -> list[dict[str, Any]]:
                 values[str(count)] = {m: [] for m in METRICS}
                 for protocol in protocols:
                     here.quantized.apply(config)
-                    with following(here.adapter.denoiser, here.pipe.scheduler, [Corrector(statistics, "cnc+bc")]):
-                        made = torch.cat([here.adapter.images(protocol, b) for b in here.adapter.batches(protocol)])
+                    with following(
+                        here.adapter.denoiser, here.pipe.scheduler, [Corrector(statistics, "cnc+bc")]
+                    ):
+                        made = torch.cat(
+                            [here.adapter.images(protocol, b) for b in here.adapter.batches(protocol)]
+                        )
                     quality = here.gauge.quality(None)
                     quality.update(made, here.full_precision(protocol), here.adapter.conditions(protocol))
                     found = quality.compute()
                     for m in METRICS:
                         values[str(count)][m].append(found[m])
-                print(model, count, np.mean(values[str(count)]["fid"]), np.mean(values[str(count)]["psnr"]), flush=True)
+                print(
+                    model,
+                    count,
+                    np.mean(values[str(count)]["fid"]),
+                    np.mean(values[str(count)]["psnr"]),
+                    flush=True,
+                )
             rows += [{"model": model, **row} for row in compared(values, "64")]
     return rows
 
@@ -150,11 +209,22 @@ def other(folder: Path, models: Sequence[str]) -> list[dict[str, Any]]:
         with session_of(folder, model) as session:
             base = session.space.uniform("usq3", 6)
             for name, changes in OTHER.items():
-                kinds = (None, "cnc+bc", "cnc+bc+vsc") if name in ("ddpm", "euler-ancestral") else (None, "cnc+bc")
-                configs = {"full precision": session.space.full_precision()} | {k or "none": replace(base, correction=k) for k in kinds}
+                kinds = (
+                    (None, "cnc+bc", "cnc+bc+vsc")
+                    if name in ("ddpm", "euler-ancestral")
+                    else (None, "cnc+bc")
+                )
+                configs = {"full precision": session.space.full_precision()} | {
+                    k or "none": replace(base, correction=k) for k in kinds
+                }
                 found = compared(measured(session, configs, blocks_of(session, **changes)[:5]), "none")
                 rows += [{"model": model, "sampler": name, **row} for row in found]
-                print(*(f"{r['name']} {r['fid'][0]:.2f} {r['psnr'][0]:.1f};" for r in found), model, name, flush=True)
+                print(
+                    *(f"{r['name']} {r['fid'][0]:.2f} {r['psnr'][0]:.1f};" for r in found),
+                    model,
+                    name,
+                    flush=True,
+                )
     return rows
 
 
@@ -163,13 +233,22 @@ def number(v: Sequence[float], digits: int = 2) -> str:
 
 
 def metrics_table(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[str]:
-    """Markdown rows: the keys, then each metric with its interval, and its paired difference to the uncorrected model."""
+    """Markdown rows: the keys, then each metric with its interval, and its paired difference to the
+    uncorrected model."""
     head = [*keys, "correction", "FID", "sFID", "IS", "PSNR, dB", "difference to none: FID", "sFID", "PSNR"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for r in rows:
         psnr = "" if r["name"] == "full precision" else number(r["psnr"], 1)
         apart = [number(r["differences"][m]) if r["differences"] else "" for m in ("fid", "sfid", "psnr")]
-        cells = [*(str(r[k]) for k in keys), r["name"], number(r["fid"]), number(r["sfid"]), number(r["is"]), psnr, *apart]
+        cells = [
+            *(str(r[k]) for k in keys),
+            r["name"],
+            number(r["fid"]),
+            number(r["sfid"]),
+            number(r["is"]),
+            psnr,
+            *apart,
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
@@ -177,21 +256,30 @@ def metrics_table(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> lis
 def markdown(found: Mapping[str, Any]) -> str:
     m = found["machine"]
     lines = [
-        f"# PTQD's noise correction\n\n{m['cpu']}, {m['cores']} cores, torch {m['torch']}. Made by `{found['command']}`, part by part.\n"
+        f"# PTQD's noise correction\n\n{m['cpu']}, {m['cores']} cores, torch {m['torch']}. Made by"
+        f" `{found['command']}`, part by part.\n"
     ]
-    note = f"Means over blocks of {IMAGES} fresh seeds with 95 % intervals (Student's t); differences are paired, negative FID and positive PSNR are better."
+    note = (
+        f"Means over blocks of {IMAGES} fresh seeds with 95 % intervals (Student's t); differences are"
+        " paired, negative FID and positive PSNR are better."
+    )
     if "synthetic" in found:
         lines.append(
-            "## Intervals\n\nSynthetic eps_q with known parameters, 64 images of 3 channels: of 100 nominal 95 % intervals so many cover the truth.\n"
+            "## Intervals\n\nSynthetic eps_q with known parameters, 64 images of 3 channels: of 100 nominal"
+            " 95 % intervals so many cover the truth.\n"
         )
         lines += ["| parameter | channel | truth | covered |", "|---|---|---|---|"]
-        lines += [f"| {r['parameter']} | {r['channel']} | {r['truth']:.4g} | {r['covered']} |" for r in found["synthetic"]]
+        lines += [
+            f"| {r['parameter']} | {r['channel']} | {r['truth']:.4g} | {r['covered']} |"
+            for r in found["synthetic"]
+        ]
     if "corrections" in found:
         lines.append(f"\n## Corrections at 10 steps of DDIM, clipping off\n\n{note} {len(BLOCKS)} blocks.\n")
         lines += metrics_table(found["corrections"], ("model", "eta", "width", "weights", "bytes"))
     if "images" in found:
         lines.append(
-            f"\n## How many images the statistics take\n\n`usq3`, a6, CNC + BC, eta 0. {note} 5 blocks; differences are to 64 images.\n"
+            f"\n## How many images the statistics take\n\n`usq3`, a6, CNC + BC, eta 0. {note} 5 blocks;"
+            " differences are to 64 images.\n"
         )
         lines += metrics_table(found["images"], ("model",))
     if "other" in found:
@@ -201,7 +289,9 @@ def markdown(found: Mapping[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     known = {"synthetic": synthetic, "corrections": corrections, "images": images, "other": other}
     parser.add_argument("parts", nargs="+", choices=[*known, "all"])
     parser.add_argument("--folder", type=Path, default=Path("correction-runs"))

@@ -1,13 +1,18 @@
-"""Effects of layers at 100 measurements' worth, beside truth in fresh good contexts: python benchmarks/effects.py PART ... [--folder DIR] [--models ...]
+"""Effects of layers at 100 measurements' worth, beside truth in fresh good contexts: python
+benchmarks/effects.py PART ... [--folder DIR] [--models ...]
 
-measure    a study an arm: 60 configurations of a design, then 20 real swaps that `validate` plans (40 measurements at most)
-truth      every layer that has both ends of the swap, in 4 good contexts of a seed of its own, each on a block of fresh seeds of its own
-ceiling    the 60 configurations of each study on other images too: how well any prediction could rank the good ones
+measure    a study an arm: 60 configurations of a design, then 20 real swaps that `validate` plans (40
+           measurements at most)
+truth      every layer that has both ends of the swap, in 4 good contexts of a seed of its own, each on a
+           block of fresh seeds of its own
+ceiling    the 60 configurations of each study on other images too: how well any prediction could rank the
+           good ones
 explain    what `aquabit explain` says of each study, of PSNR and of FID
 table      benchmarks/results/effects.json and effects.md of what was measured and explained
 
-A study starts as a copy of ``base-MODEL.db`` in --folder (benchmarks/searches.py makes it) where that is there. The truth was measured after
-everything was chosen, and nothing is chosen on it. It takes an hour a model on one core, and continues where it stopped.
+A study starts as a copy of ``base-MODEL.db`` in --folder (benchmarks/searches.py makes it) where that is
+there. The truth was measured after everything was chosen, and nothing is chosen on it. It takes an hour a
+model on one core, and continues where it stopped.
 """
 
 from __future__ import annotations
@@ -70,7 +75,9 @@ def ceiling(folder: Path, bank: Path, model: str, arms: Sequence[str]) -> None:
         with open_study(folder, bank, model, arm) as session:
             other = [session.protocol.block(CEILING_BLOCK)]
             session.measure([session.space.full_precision()], "reference", say, other, "full precision")
-            session.measure(session.draw(arm, SAMPLES, 0), "fresh", say, other, f"{model}, {arm}, other images")
+            session.measure(
+                session.draw(arm, SAMPLES, 0), "fresh", say, other, f"{model}, {arm}, other images"
+            )
 
 
 def explained_file(folder: Path, model: str, arm: str, metric: str) -> Path:
@@ -85,7 +92,9 @@ def explain_arms(folder: Path, model: str, arms: Sequence[str]) -> None:
         study = Study(file_of(folder, model, arm), create=False)
         for metric in METRICS:
             found = explain(study, BITS, SWAP, objective=metric, fidelity=False, progress=say)
-            explained_file(folder, model, arm, metric).write_text(json.dumps(found.to_dict(), allow_nan=False))
+            explained_file(folder, model, arm, metric).write_text(
+                json.dumps(found.to_dict(), allow_nan=False)
+            )
 
 
 def swapped_players(space: Any) -> list[Any]:
@@ -123,7 +132,9 @@ class Truth:
 
     layers: list[str]
     worse: dict[str, np.ndarray]
-    damage: np.ndarray  # [layers]: what the swap adds to the mean squared change of images where the layer alone is quantized
+    damage: (
+        np.ndarray
+    )  # [layers]: what the swap adds to the mean squared change of images where the layer alone is quantized
 
     def mean(self, metric: str) -> np.ndarray:
         return np.asarray(self.worse[metric].mean(1))
@@ -135,7 +146,8 @@ class Truth:
         return np.asarray(stats.t.ppf(0.975, count - 1) * values.std(1, ddof=1) / np.sqrt(count))
 
     def reliability(self, metric: str) -> tuple[float, float]:
-        """SRCC between two halves of the contexts, the mean of all ways to halve them, and stepped up to all (Spearman and Brown)."""
+        """SRCC between two halves of the contexts, the mean of all ways to halve them, and stepped up to
+        all (Spearman and Brown)."""
         from aquabit.sensitivity.scores import srcc
 
         values, count = self.worse[metric], self.worse[metric].shape[1]
@@ -154,9 +166,15 @@ def read_truth(folder: Path, model: str) -> Truth:
 
     study = Study(file_of(folder, model, "truth"), create=False)
     space = SearchSpace.from_dict(study.get("space"))
-    costs, damages, players = CostModel(from_json(study.get("graph")), space), Damages.of(space, study.probes()), swapped_players(space)
+    costs, damages, players = (
+        CostModel(from_json(study.get("graph")), space),
+        Damages.of(space, study.probes()),
+        swapped_players(space),
+    )
     table = study.measurements()
-    values = dict(zip(zip(table.config, table.protocol, strict=True), table[list(METRICS)].to_numpy(float), strict=True))
+    values = dict(
+        zip(zip(table.config, table.protocol, strict=True), table[list(METRICS)].to_numpy(float), strict=True)
+    )
     change = []
     for k in range(CONTEXTS):
         protocol = study.protocol.block(FIRST_BLOCK + k).digest
@@ -164,19 +182,26 @@ def read_truth(folder: Path, model: str) -> Truth:
         if all(end in values for pair in ends for end in pair):
             change.append([values[after] - values[before] for before, after in ends])
     if len(change) < 2:
-        raise SystemExit(f"{model}: the truth has {len(change)} complete contexts, a table needs 2; run the part truth")
+        raise SystemExit(
+            f"{model}: the truth has {len(change)} complete contexts, a table needs 2; run the part truth"
+        )
     worse = np.array(change).transpose(2, 1, 0) * [[[-1.0]], [[1.0]]]
     column, rows = {s: j for j, s in enumerate(space.schemes)}, [p.column for p in players]
-    before, after = (damages.weights[rows, [column[getattr(p, end)] for p in players]] for end in ("before", "after"))
+    before, after = (
+        damages.weights[rows, [column[getattr(p, end)] for p in players]] for end in ("before", "after")
+    )
     return Truth([p.layer for p in players], dict(zip(METRICS, worse, strict=True)), after - before)
 
 
 def gain(effect: np.ndarray, rival: np.ndarray, real: np.ndarray) -> list[float]:
-    """95 % interval of how much higher the SRCC of ``effect`` with the truth is than that of ``rival``, layers drawn with replacement."""
+    """95 % interval of how much higher the SRCC of ``effect`` with the truth is than that of ``rival``,
+    layers drawn with replacement."""
     from aquabit.sensitivity.scores import srcc
 
     drawn = np.random.default_rng(0).integers(len(real), size=(REPLICATES, len(real)))
-    return np.percentile([srcc(effect[d], real[d]) - srcc(rival[d], real[d]) for d in drawn], [2.5, 97.5]).tolist()
+    return np.percentile(
+        [srcc(effect[d], real[d]) - srcc(rival[d], real[d]) for d in drawn], [2.5, 97.5]
+    ).tolist()
 
 
 def judged(layers: Any, truth: Truth, metric: str) -> dict[str, Any]:
@@ -190,28 +215,41 @@ def judged(layers: Any, truth: Truth, metric: str) -> dict[str, Any]:
     apart, reach = real - effect, np.where(real > effect, high - effect, effect - low)
     direct = own.real.to_numpy(float)[swapped]
     return {
-        "combined": srcc(effect, real), "predicted": srcc(predicted, real), "damages": srcc(truth.damage, real),
+        "combined": srcc(effect, real),
+        "predicted": srcc(predicted, real),
+        "damages": srcc(truth.damage, real),
         "gain": gain(effect, truth.damage, real),
-        "swapped": int(swapped.sum()), "direct": srcc(direct, real[swapped]) if len(direct) > 2 else None,
+        "swapped": int(swapped.sum()),
+        "direct": srcc(direct, real[swapped]) if len(direct) > 2 else None,
         "combined_of_swapped": srcc(effect[swapped], real[swapped]) if len(direct) > 2 else None,
-        "sure": int(sure.sum()), "sure_worse": int((sure & (real > 0)).sum()),
+        "sure": int(sure.sum()),
+        "sure_worse": int((sure & (real > 0)).sum()),
         "signs": float((np.sign(effect) == np.sign(real))[sure].mean()) if sure.any() else None,
-        "covered": float((np.abs(apart) <= reach).mean()), "covered_allowing": float((np.abs(apart) <= np.hypot(reach, half)).mean()),
-        "covered_swapped": float((np.abs(apart) <= np.hypot(reach, half))[swapped].mean()) if swapped.any() else None,
-        "width": float(np.median(high - low)), "typical": float(np.median(np.abs(real))), "truth_width": float(np.median(2 * half)),
-    }  # fmt: skip
+        "covered": float((np.abs(apart) <= reach).mean()),
+        "covered_allowing": float((np.abs(apart) <= np.hypot(reach, half)).mean()),
+        "covered_swapped": (
+            float((np.abs(apart) <= np.hypot(reach, half))[swapped].mean()) if swapped.any() else None
+        ),
+        "width": float(np.median(high - low)),
+        "typical": float(np.median(np.abs(real))),
+        "truth_width": float(np.median(2 * half)),
+    }
 
 
 def ranking_scores(found: dict[str, Any]) -> dict[str, Any]:
-    """estimator -> its held-out within-budget SRCC, over all training measurements and among good ones, with counts and ceilings."""
+    """estimator -> its held-out within-budget SRCC, over all training measurements and among good ones,
+    with counts and ceilings."""
     among, others = found["among_good"], found["baselines"]
     all_of = {"gbdt": found["within_budget_srcc"], **{k: others[k]["within_budget_srcc"] for k in others}}
     good_of = {"gbdt": among["srcc"], **among["baselines"]}
     names = [k for k in all_of if k != "average_bits"]
     return {
-        "within_budget": {k: all_of[k] for k in names}, "ceiling": found["noise_ceiling"],
-        "among_good": {k: good_of.get(k) for k in names}, "good": among["count"], "good_ceiling": among["noise_ceiling"],
-    }  # fmt: skip
+        "within_budget": {k: all_of[k] for k in names},
+        "ceiling": found["noise_ceiling"],
+        "among_good": {k: good_of.get(k) for k in names},
+        "good": among["count"],
+        "good_ceiling": among["noise_ceiling"],
+    }
 
 
 def rows_of(folder: Path, model: str, arms: Sequence[str]) -> list[dict[str, Any]]:
@@ -225,17 +263,42 @@ def rows_of(folder: Path, model: str, arms: Sequence[str]) -> list[dict[str, Any
             continue
         study = Study(file_of(folder, model, arm), create=False)
         kinds = study.measurements().kind.value_counts()
-        spent = {"samples": int(kinds["sample"]), "swaps": int(kinds["flip"]), "references": int(kinds["uniform"])}
+        spent = {
+            "samples": int(kinds["sample"]),
+            "swaps": int(kinds["flip"]),
+            "references": int(kinds["uniform"]),
+        }
         for metric in METRICS:
             found = Sensitivity.from_dict(json.loads(explained_file(folder, model, arm, metric).read_text()))
             half, all_of = truth.reliability(metric)
-            row = {"kind": "arm", "model": model, "arm": arm, "metric": metric, **spent, "contexts": truth.worse[metric].shape[1]}
-            row |= {"layers": len(truth.layers), "half": half, "reliability": all_of, **judged(found.layers, truth, metric)}
+            row = {
+                "kind": "arm",
+                "model": model,
+                "arm": arm,
+                "metric": metric,
+                **spent,
+                "contexts": truth.worse[metric].shape[1],
+            }
+            row |= {
+                "layers": len(truth.layers),
+                "half": half,
+                "reliability": all_of,
+                **judged(found.layers, truth, metric),
+            }
             rows.append(_plain({**row, **ranking_scores(dict(found.surrogate))}))
             print(rows[-1], flush=True)
     for i, layer in enumerate(truth.layers):
         worse = {m: [number(v) for v in truth.worse[m][i]] for m in METRICS}
-        rows.append({"kind": "truth", "model": model, "layer": layer, "swap": SWAP, **worse, "damage": number(truth.damage[i])})
+        rows.append(
+            {
+                "kind": "truth",
+                "model": model,
+                "layer": layer,
+                "swap": SWAP,
+                **worse,
+                "damage": number(truth.damage[i]),
+            }
+        )
     return rows
 
 
@@ -254,43 +317,92 @@ def shown(value: float | None) -> str:
 def table(rows: Sequence[dict[str, Any]], of: dict[str, Any], command: str) -> str:
     arms = [r for r in rows if r["kind"] == "arm"]
     first = arms[0]
-    lines = ["# Effects of layers beside fresh truth in good contexts", "", f"{about(of)}. Made by `{command}`.", "",
-             f"What a layer worsens when it goes from {SWAP.replace(':', ' to ')} in good configurations within 0.25 bit of {BITS:g} bits, a8: dB of PSNR to full "
-             f"precision, or FID. An arm is {first['samples']} configurations of a design and {FLIPS} real swaps; measurements are what these took, beside the uniform "
-             "references and the probes that every study has. Truth: the mean of all layers' real swaps over contexts of their own draw, each on 128 fresh seeds; nothing was "
-             "chosen on it.", "",
-             "SRCC with the truth over all layers: the ranking (combined), the surrogate alone (predicted), the difference of damages, and the 95 % interval of what combined has more than damages (layers "
-             "drawn with replacement); over the layers that the arm swapped: its direct swaps "
-             "alone, and the combined effects of the same layers. Reliability: SRCC between halves of the contexts (mean of all ways to halve them), and stepped up to all of them (Spearman "
-             "and Brown); what knew the effects exactly would score its root.", "",
-             "| model | metric | arm | measurements | contexts | reliability, half, all | combined | predicted | damages | combined - damages | direct swaps (layers), combined of these |",
-             "|---|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = [
+        "# Effects of layers beside fresh truth in good contexts",
+        "",
+        f"{about(of)}. Made by `{command}`.",
+        "",
+        (
+            f"What a layer worsens when it goes from {SWAP.replace(':', ' to ')} in good configurations"
+            f" within 0.25 bit of {BITS:g} bits, a8: dB of PSNR to full precision, or FID. An arm is"
+            f" {first['samples']} configurations of a design and {FLIPS} real swaps; measurements are what"
+            " these took, beside the uniform references and the probes that every study has. Truth: the mean"
+            " of all layers' real swaps over contexts of their own draw, each on 128 fresh seeds; nothing"
+            " was chosen on it."
+        ),
+        "",
+        (
+            "SRCC with the truth over all layers: the ranking (combined), the surrogate alone (predicted),"
+            " the difference of damages, and the 95 % interval of what combined has more than damages (layers"
+            " drawn with replacement); over the layers that the arm swapped: its direct swaps alone, and the"
+            " combined effects of the same layers. Reliability: SRCC between halves of the contexts (mean of"
+            " all ways to halve them), and stepped up to all of them (Spearman and Brown); what knew the"
+            " effects exactly would score its root."
+        ),
+        "",
+        (
+            "| model | metric | arm | measurements | contexts | reliability, half, all | combined | predicted"
+            " | damages | combined - damages | direct swaps (layers), combined of these |"
+        ),
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
     for r in arms:
         lines.append(
-            f"| {r['model']} | {r['metric']} | {r['arm']} | {r['samples'] + r['swaps']} | {r['contexts']} | {shown(r['half'])}, {shown(r['reliability'])} | {shown(r['combined'])} | "
-            f"{shown(r['predicted'])} | {shown(r['damages'])} | {r['gain'][0]:+.2f} to {r['gain'][1]:+.2f} | {shown(r['direct'])} ({r['swapped']}), {shown(r['combined_of_swapped'])} |"
+            f"| {r['model']} | {r['metric']} | {r['arm']} | {r['samples'] + r['swaps']} | {r['contexts']} |"
+            f" {shown(r['half'])}, {shown(r['reliability'])} | {shown(r['combined'])} |"
+            f" {shown(r['predicted'])} | {shown(r['damages'])} | {r['gain'][0]:+.2f} to {r['gain'][1]:+.2f} |"
+            f" {shown(r['direct'])} ({r['swapped']}), {shown(r['combined_of_swapped'])} |"
         )
-    lines += ["", "## Signs and intervals", "",
-              "Signs: agreement where the truth's 95 % t interval over contexts excludes 0 (of how many layers, and how many of these are worse). Covered: truth means inside the 95 % "
-              "intervals; allowing: inside once the truth's own half-width is added in squares, since a mean over few contexts is off too; of swapped: the same for layers that the arm swapped. "
-              "Widths are medians over layers.", "",
-              "| model | metric | arm | signs | sure layers, worse | covered | allowing | of swapped | interval | the truth's interval | size of an effect |",
-              "|---|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines += [
+        "",
+        "## Signs and intervals",
+        "",
+        (
+            "Signs: agreement where the truth's 95 % t interval over contexts excludes 0 (of how many layers,"
+            " and how many of these are worse). Covered: truth means inside the 95 % intervals; allowing:"
+            " inside once the truth's own half-width is added in squares, since a mean over few contexts is"
+            " off too; of swapped: the same for layers that the arm swapped. Widths are medians over layers."
+        ),
+        "",
+        (
+            "| model | metric | arm | signs | sure layers, worse | covered | allowing | of swapped | interval"
+            " | the truth's interval | size of an effect |"
+        ),
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
     for r in arms:
-        covered = " | ".join("" if r[k] is None else f"{100 * r[k]:.0f} %" for k in ("covered", "covered_allowing", "covered_swapped"))
+        covered = " | ".join(
+            "" if r[k] is None else f"{100 * r[k]:.0f} %"
+            for k in ("covered", "covered_allowing", "covered_swapped")
+        )
         signs = "" if r["signs"] is None else f"{100 * r['signs']:.0f} %"
         widths = " | ".join(f"{r[k]:.3g}" for k in ("width", "truth_width", "typical"))
-        lines.append(f"| {r['model']} | {r['metric']} | {r['arm']} | {signs} | {r['sure']}, {r['sure_worse']} | {covered} | {widths} |")
+        lines.append(
+            f"| {r['model']} | {r['metric']} | {r['arm']} | {signs} | {r['sure']}, {r['sure_worse']} |"
+            f" {covered} | {widths} |"
+        )
     names = list(first["within_budget"])
-    lines += ["", "## Within-budget SRCC, out of fold", "",
-              "Of all training measurements (the configurations and the uniform references), then among good ones: those within 25 % of the least error at their size. Empty: fewer than "
-              "20 good ones, or not measured on other images.", "",
-              f"| model | metric | arm | {' | '.join(names)} | ceiling | good ones | {' | '.join(f'{n}, good' for n in names)} | ceiling, good |",
-              "|" + "---|" * (6 + 2 * len(names))]  # fmt: skip
+    lines += [
+        "",
+        "## Within-budget SRCC, out of fold",
+        "",
+        (
+            "Of all training measurements (the configurations and the uniform references), then among good"
+            " ones: those within 25 % of the least error at their size. Empty: fewer than 20 good ones, or"
+            " not measured on other images."
+        ),
+        "",
+        (
+            f"| model | metric | arm | {' | '.join(names)} | ceiling | good ones |"
+            f" {' | '.join(f'{n}, good' for n in names)} | ceiling, good |"
+        ),
+        "|" + "---|" * (6 + 2 * len(names)),
+    ]
     for r in arms:
         both = [" | ".join(shown(r[part][n]) for n in names) for part in ("within_budget", "among_good")]
         lines.append(
-            f"| {r['model']} | {r['metric']} | {r['arm']} | {both[0]} | {shown(r['ceiling'])} | {r['good']} | {both[1]} | {shown(r['good_ceiling'])} |"
+            f"| {r['model']} | {r['metric']} | {r['arm']} | {both[0]} | {shown(r['ceiling'])} | {r['good']} |"
+            f" {both[1]} | {shown(r['good_ceiling'])} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -298,7 +410,9 @@ def table(rows: Sequence[dict[str, Any]], of: dict[str, Any], command: str) -> s
 def write(rows: list[dict[str, Any]], models: Sequence[str]) -> None:
     """Replace what the result files say of these models."""
     path = RESULTS / "effects.json"
-    kept = [r for r in json.loads(path.read_text())["rows"] if r["model"] not in models] if path.exists() else []
+    kept = (
+        [r for r in json.loads(path.read_text())["rows"] if r["model"] not in models] if path.exists() else []
+    )
     rows = sorted([*kept, *rows], key=lambda r: MODELS.index(r["model"]))
     seen = " ceiling" if any(r.get("ceiling") is not None for r in rows) else ""
     head: dict[str, Any] = {
@@ -312,7 +426,9 @@ def write(rows: list[dict[str, Any]], models: Sequence[str]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("parts", nargs="+", choices=["measure", "truth", "ceiling", "explain", "table"])
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--folder", type=Path, default=Path("effects"))

@@ -1,7 +1,9 @@
-"""Exports of a configuration, run by the libraries they are for: python benchmarks/exports.py PART ... [--folder DIR] [--models ...]
+"""Exports of a configuration, run by the libraries they are for: python benchmarks/exports.py PART ...
+[--folder DIR] [--models ...]
 
 install    a virtual environment of its own in --folder, with the versions of PINS and of constraints.txt
-run        two configurations of each bundled model, exported to each library and quantized there: which layers it took, and the relative
+run        two configurations of each bundled model, exported to each library and quantized there: which
+           layers it took, and the relative
            squared error of the denoiser's outputs beside that of our own packed model
 Results: benchmarks/results/exports.json and exports.md.
 """
@@ -48,7 +50,15 @@ SEED, CALLS = 20_261_128, 64
 def install(folder: Path) -> None:
     place = folder / "exports"
     subprocess.run([sys.executable, "-m", "venv", "--clear", str(place)], check=True)
-    pip = [str(place / "bin" / "python"), "-m", "pip", "install", "--quiet", "-c", str(ROOT / "constraints.txt")]
+    pip = [
+        str(place / "bin" / "python"),
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "-c",
+        str(ROOT / "constraints.txt"),
+    ]
     subprocess.run([*pip, *PINS], check=True)
 
 
@@ -61,7 +71,9 @@ def case_config(pipe: Any, case: str, model: str) -> QuantConfig:
 
 def run(folder: Path, python: Path, models: list[str]) -> list[dict[str, Any]]:
     if not python.exists():
-        raise AquabitError(f"{python} is missing; make it with: python benchmarks/exports.py install --folder {folder}")
+        raise AquabitError(
+            f"{python} is missing; make it with: python benchmarks/exports.py install --folder {folder}"
+        )
     rows = []
     for model in models:
         pipe, generator = load(model), torch.Generator().manual_seed(SEED)
@@ -78,16 +90,33 @@ def run(folder: Path, python: Path, models: list[str]) -> list[dict[str, Any]]:
             for to in TARGETS:
                 found = export_config(config, graph, to)
                 (folder / "export.json").write_text(found.to_json())
-                command = [str(python), str(ROOT / "benchmarks" / "exports_peer.py"), "--denoiser", str(BUNDLED / model / "denoiser")]
+                command = [
+                    str(python),
+                    str(ROOT / "benchmarks" / "exports_peer.py"),
+                    "--denoiser",
+                    str(BUNDLED / model / "denoiser"),
+                ]
                 paths = {"--export": "export.json", "--calls": "calls.safetensors", "--out": "out.json"}
                 command += [text for key, name in paths.items() for text in (key, str(folder / name))]
                 subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
                 got = json.loads((folder / "out.json").read_text())
                 taken = [n for n, said in found.layers.items() if said.status != "full precision"]
                 if sorted(taken) != got["layers"]:
-                    raise AquabitError(f"{to} quantized {len(got['layers'])} layers of {model}, the export says {len(taken)}")
-                rows.append({"model": model, "case": case, "to": to, **found.counts, "error": got["error"], "ours": errors["ours"],
-                             "versions": got["versions"], "losses": found.losses()})  # fmt: skip
+                    raise AquabitError(
+                        f"{to} quantized {len(got['layers'])} layers of {model}, the export says {len(taken)}"
+                    )
+                rows.append(
+                    {
+                        "model": model,
+                        "case": case,
+                        "to": to,
+                        **found.counts,
+                        "error": got["error"],
+                        "ours": errors["ours"],
+                        "versions": got["versions"],
+                        "losses": found.losses(),
+                    }
+                )
     return rows
 
 
@@ -96,7 +125,10 @@ def packed_error(pipe: Any, config: QuantConfig, calls: dict[str, torch.Tensor],
         with torch.inference_mode():
             return denoiser(calls["x"], timestep=calls["t"], class_labels=calls["y"]).sample
 
-    dense, ours = output(pipe.denoiser), output(quantize(pipe, config, bank=str(folder / "bank")).pipe.denoiser)
+    dense, ours = (
+        output(pipe.denoiser),
+        output(quantize(pipe, config, bank=str(folder / "bank")).pipe.denoiser),
+    )
     return float((ours - dense).square().mean() / dense.square().mean())
 
 
@@ -104,7 +136,11 @@ def markdown(found: dict[str, Any]) -> str:
     here = found["machine"]
     lines = [
         "# Exports, run by the libraries they are for\n",
-        f"`{found['command']}`, on {here['cores']} cores of an {here['cpu']} ({here['capability']}), torch {here['torch']}. Relative squared error of the denoiser's outputs to full precision on {CALLS} random calls; ours is the",
+        (
+            f"`{found['command']}`, on {here['cores']} cores of an {here['cpu']} ({here['capability']}),"
+            f" torch {here['torch']}. Relative squared error of the denoiser's outputs to full precision on"
+            f" {CALLS} random calls; ours is the"
+        ),
         "packed model of the same configuration. `usq4`: every layer, activations at 16 bits. `mixed`: "
         + ", ".join(CASES["mixed"][0])
         + " in turn, a8.\n",
@@ -112,7 +148,8 @@ def markdown(found: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {r['model']} | {r['case']} | {' '.join(next(iter(r['versions'].items())))} | {r['same']} | {r['nearest']} | {r['full precision']} | {r['error']:.2e} | {r['ours']:.2e} |"
+        f"| {r['model']} | {r['case']} | {' '.join(next(iter(r['versions'].items())))} | {r['same']} |"
+        f" {r['nearest']} | {r['full precision']} | {r['error']:.2e} | {r['ours']:.2e} |"
         for r in found["rows"]
     ]
     lines.append("\nWhat is lost, in how many layers:\n")
@@ -123,10 +160,14 @@ def markdown(found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("parts", nargs="+", choices=["install", "run"])
     parser.add_argument("--folder", type=Path, default=Path("exports-runs"))
-    parser.add_argument("--python", type=Path, help="of an environment with the libraries (default: the one in --folder)")
+    parser.add_argument(
+        "--python", type=Path, help="of an environment with the libraries (default: the one in --folder)"
+    )
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
@@ -135,8 +176,14 @@ def main() -> None:
         if "install" in given.parts:
             install(given.folder)
         if "run" in given.parts:
-            rows = run(given.folder, given.python or given.folder / "exports" / "bin" / "python", given.models)
-            found = {"machine": machine(), "command": "python benchmarks/exports.py install run", "rows": rows}
+            rows = run(
+                given.folder, given.python or given.folder / "exports" / "bin" / "python", given.models
+            )
+            found = {
+                "machine": machine(),
+                "command": "python benchmarks/exports.py install run",
+                "rows": rows,
+            }
             (RESULTS / "exports.json").write_text(json.dumps(found, indent=1) + "\n")
             (RESULTS / "exports.md").write_text(markdown(found))
     except AquabitError as error:

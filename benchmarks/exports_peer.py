@@ -1,7 +1,9 @@
-"""A dense denoiser quantized by another library as an export says; run by benchmarks/exports.py with the Python of that library.
+"""A dense denoiser quantized by another library as an export says; run by benchmarks/exports.py with the
+Python of that library.
 
-Reads the export, the folder of the dense denoiser and a safetensors file of calls (x, t, y). Writes JSON: versions, layers that the library
-quantized, and the relative squared error of the outputs to the dense denoiser's. It imports nothing of aquabit.
+Reads the export, the folder of the dense denoiser and a safetensors file of calls (x, t, y). Writes JSON:
+versions, layers that the library quantized, and the relative squared error of the outputs to the dense
+denoiser's. It imports nothing of aquabit.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ def quanto(model: nn.Module, config: Any) -> list[str]:
     from optimum.quanto import freeze, quantization_map, quantize
 
     for kind in sorted({entry["weights"] for entry in config.values()}):
-        quantize(model, weights=kind, include=[name for name, entry in config.items() if entry["weights"] == kind])
+        quantize(
+            model, weights=kind, include=[name for name, entry in config.items() if entry["weights"] == kind]
+        )
     freeze(model)
     assert quantization_map(model) == config
     return list(quantization_map(model))
@@ -46,7 +50,11 @@ def modelopt(model: nn.Module, config: Any) -> list[str]:
     import modelopt.torch.quantization as mtq
 
     mtq.quantize(model, config)
-    return [n for n, m in model.named_modules() if getattr(getattr(m, "weight_quantizer", None), "is_enabled", False)]
+    return [
+        n
+        for n, m in model.named_modules()
+        if getattr(getattr(m, "weight_quantizer", None), "is_enabled", False)
+    ]
 
 
 LIBRARIES: dict[str, tuple[str, Callable[[nn.Module, Any], list[str]]]] = {
@@ -62,7 +70,9 @@ def whole_numbers(value: dict[str, Any]) -> dict[Any, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--export", type=Path, required=True)
     parser.add_argument("--denoiser", type=Path, required=True)
     parser.add_argument("--calls", type=Path, required=True)
@@ -84,7 +94,9 @@ def main() -> None:
     quantized = quantize(model, export["config"])
     error = float((output() - dense).square().mean() / dense.square().mean())
     versions = {p: version(p) for p in (package, "torch", "diffusers")}
-    given.out.write_text(json.dumps({"versions": versions, "layers": sorted(quantized), "error": error}) + "\n")
+    given.out.write_text(
+        json.dumps({"versions": versions, "layers": sorted(quantized), "error": error}) + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""Every pipeline family on a tiny pipeline of its real class: seconds of the whole flow, layers, and the lines that a family takes.
+"""Every pipeline family on a tiny pipeline of its real class: seconds of the whole flow, layers, and the
+lines that a family takes.
 
-Run as ``python -m benchmarks.families [NAME ...]``; it writes benchmarks/results/families.{json,md}, and keeps rows of families not named.
+Run as ``python -m benchmarks.families [NAME ...]``; it writes benchmarks/results/families.{json,md}, and
+keeps rows of families not named.
 """
 
 from __future__ import annotations
@@ -37,14 +39,20 @@ def lines_of(name: str) -> int:
 
 
 def flow(name: str, folder: Path) -> dict[str, Any]:
-    """Seconds of each part of the flow, measured from a saved pipeline to images of the packed one that was loaded again."""
+    """Seconds of each part of the flow, measured from a saved pipeline to images of the packed one that
+    was loaded again."""
     pipe = tiny(name)
     known, model, bank = family(pipe), str(folder / "model"), str(folder / "bank")
     pipe.save_pretrained(model)
     protocol = Protocol(
-        images=4, steps=2, micro_batch=4, objective="psnr", guidance=1.0 if name in UNGUIDED else 3.0,
-        conditions=PROMPTS if name in PROMPTED else None, resolution=16 if name in ("flux", "generic") else None,
-    )  # fmt: skip
+        images=4,
+        steps=2,
+        micro_batch=4,
+        objective="psnr",
+        guidance=1.0 if name in UNGUIDED else 3.0,
+        conditions=PROMPTS if name in PROMPTED else None,
+        resolution=16 if name in ("flux", "generic") else None,
+    )
     seconds: dict[str, float] = {}
     started, cpu = time.perf_counter(), time.process_time()
 
@@ -56,7 +64,15 @@ def flow(name: str, folder: Path) -> dict[str, Any]:
     graph = trace(aquabit.load(model))
     part("inspect")
     study = Study(folder / "S.db")
-    aquabit.measure(model, study, 24, protocol=protocol, space={"schemes": ["usq4", "usq2"], "activations": [8]}, bank=bank, sample_seed=1)
+    aquabit.measure(
+        model,
+        study,
+        24,
+        protocol=protocol,
+        space={"schemes": ["usq4", "usq2"], "activations": [8]},
+        bank=bank,
+        sample_seed=1,
+    )
     part("measure")
     aquabit.explain(study, bits=4.2)
     part("explain")
@@ -64,11 +80,21 @@ def flow(name: str, folder: Path) -> dict[str, Any]:
     part("search")
     aquabit.quantize(model, front.best, bank=bank).save(folder / "packed")
     part("quantize")
-    aquabit.generate(str(folder / "packed"), 2, steps=2, conditions=protocol.conditions, resolution=protocol.resolution)
+    aquabit.generate(
+        str(folder / "packed"), 2, steps=2, conditions=protocol.conditions, resolution=protocol.resolution
+    )
     part("reload and generate")
     entry = known.name if known else "none: generic"
-    return {"family": name, "pipeline": type(pipe).__name__, "entry": entry, "lines": lines_of(entry), "layers": len(layers(graph)),
-            "seconds": round(sum(seconds.values()), 1), "cpu_seconds": round(time.process_time() - cpu, 1), "parts": seconds}  # fmt: skip
+    return {
+        "family": name,
+        "pipeline": type(pipe).__name__,
+        "entry": entry,
+        "lines": lines_of(entry),
+        "layers": len(layers(graph)),
+        "seconds": round(sum(seconds.values()), 1),
+        "cpu_seconds": round(time.process_time() - cpu, 1),
+        "parts": seconds,
+    }
 
 
 def main(names: list[str]) -> None:
@@ -83,11 +109,27 @@ def main(names: list[str]) -> None:
 
 
 def write(rows: list[dict[str, Any]], path: Path) -> None:
-    path.write_text(json.dumps({"machine": machine(), "command": "python -m benchmarks.families", "rows": rows}, indent=1) + "\n")
-    table = ["| family | pipeline | lines of its own | layers (tiny) | whole flow, s | of that CPU, s |", "|---|---|---|---|---|---|"]
-    table += [f"| {r['family']} | {r['pipeline']} | {r['lines']} | {r['layers']} | {r['seconds']} | {r['cpu_seconds']} |" for r in rows]
-    text = "# Families\n\nTiny random-weight pipelines of the real classes, from a folder to images of the packed pipeline that was loaded again.\n"
-    text += "One thread; the CPU seconds say what the flow takes, the others include waiting for what else the machine ran.\n\n"
+    path.write_text(
+        json.dumps({"machine": machine(), "command": "python -m benchmarks.families", "rows": rows}, indent=1)
+        + "\n"
+    )
+    table = [
+        "| family | pipeline | lines of its own | layers (tiny) | whole flow, s | of that CPU, s |",
+        "|---|---|---|---|---|---|",
+    ]
+    table += [
+        f"| {r['family']} | {r['pipeline']} | {r['lines']} | {r['layers']} | {r['seconds']} |"
+        f" {r['cpu_seconds']} |"
+        for r in rows
+    ]
+    text = (
+        "# Families\n\nTiny random-weight pipelines of the real classes, from a folder to images of the"
+        " packed pipeline that was loaded again.\n"
+    )
+    text += (
+        "One thread; the CPU seconds say what the flow takes, the others include waiting for what else the"
+        " machine ran.\n\n"
+    )
     path.with_suffix(".md").write_text(text + "\n".join(table) + "\n")
 
 

@@ -1,12 +1,17 @@
-"""Fine-tuning's figures: python benchmarks/finetune.py PART ... [--folder DIR] [--models ...] [--steps N] [--ablation-steps N]
+"""Fine-tuning's figures: python benchmarks/finetune.py PART ... [--folder DIR] [--models ...] [--steps N]
+[--ablation-steps N]
 
-main        near 2 bits, a8, additive formats mixed by the integer program (as benchmarks/additive.py): full precision, layer-wise, tuned;
-            to reach: max(0, FID - FID of full precision) of tuned at most half of layer-wise's, in at most 20 minutes a model
-ablation    from the same start: the readings of SeMI, with shuffled replay and along trajectories, and plain straight-through Adam
-orderings   near 4, 3 and 2 bits, a8: uniform, additive, additive and tuned, with PTQD's correction and without; exact bytes
+main        near 2 bits, a8, additive formats mixed by the integer program (as benchmarks/additive.py): full
+            precision, layer-wise, tuned;
+            to reach: max(0, FID - FID of full precision) of tuned at most half of layer-wise's, in at most 20
+            minutes a model
+ablation    from the same start: the readings of SeMI, with shuffled replay and along trajectories, and plain
+            straight-through Adam
+orderings   near 4, 3 and 2 bits, a8: uniform, additive, additive and tuned, with PTQD's correction and
+            without; exact bytes
 
-Every measurement is a row of benchmarks/results/finetune.json, appended when it is done and skipped when it is there; finetune.md is
-written from them. One thread. Studies and fitted weights are kept in --folder.
+Every measurement is a row of benchmarks/results/finetune.json, appended when it is done and skipped when it
+is there; finetune.md is written from them. One thread. Studies and fitted weights are kept in --folder.
 """
 
 from __future__ import annotations
@@ -40,7 +45,10 @@ class Rows:
     def __init__(self, path: Path):
         self.path = path
         self.found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"rows": []}
-        self.found |= {"machine": machine(), "command": "python benchmarks/finetune.py main ablation orderings"}
+        self.found |= {
+            "machine": machine(),
+            "command": "python benchmarks/finetune.py main ablation orderings",
+        }
 
     def of(self, **key: Any) -> list[dict[str, Any]]:
         return [r for r in self.found["rows"] if all(r.get(k) == v for k, v in key.items())]
@@ -77,7 +85,9 @@ class Bench:
         from aquabit.search import assign
 
         budget = Budget(bytes=self.session.costs(self.uniform(bits)).bytes)
-        return assign(self.session.model.graph, self.session.space, budget, self.errors, lambda layer, s: s.kind == "aq")
+        return assign(
+            self.session.model.graph, self.session.space, budget, self.errors, lambda layer, s: s.kind == "aq"
+        )
 
     def uniform(self, bits: int) -> Any:
         return self.session.space.uniform(f"usq{bits}h")
@@ -94,30 +104,63 @@ class Bench:
                 print(self.model, name, what, done, total, flush=True)
 
         def make() -> dict[str, Any]:
-            tuned = finetune(self.evaluator.quantized, config, replay_recorder(self.evaluator.pipe), settings, say)
-            facts = {"before": tuned.before, "after": tuned.after, "changed": tuned.changed, "seconds": tuned.seconds}
-            return facts | {"config": tuned.config.to_dict(), "notes": list(tuned.notes), "history": [dict(r) for r in tuned.history]}
+            tuned = finetune(
+                self.evaluator.quantized, config, replay_recorder(self.evaluator.pipe), settings, say
+            )
+            facts = {
+                "before": tuned.before,
+                "after": tuned.after,
+                "changed": tuned.changed,
+                "seconds": tuned.seconds,
+            }
+            return facts | {
+                "config": tuned.config.to_dict(),
+                "notes": list(tuned.notes),
+                "history": [dict(r) for r in tuned.history],
+            }
 
         from aquabit.scheme import QuantConfig
 
-        key = {"part": part, "kind": "tuning", "model": self.model, "name": name, "settings": asdict(settings), "start": config.digest}
+        key = {
+            "part": part,
+            "kind": "tuning",
+            "model": self.model,
+            "name": name,
+            "settings": asdict(settings),
+            "start": config.digest,
+        }
         key["settings"] |= {k: list(v) for k, v in key["settings"].items() if isinstance(v, tuple)}
         return QuantConfig.from_dict(self.rows.get(key, make)["config"])
 
-    def measure(self, part: str, name: str, config: Any, blocks: Sequence[int] = BLOCKS, **facts: Any) -> None:
+    def measure(
+        self, part: str, name: str, config: Any, blocks: Sequence[int] = BLOCKS, **facts: Any
+    ) -> None:
         """Metrics of a configuration on blocks of fresh seeds."""
         from aquabit.scheme import Protocol
 
         cost = self.session.costs(config)
         for block in blocks:
-            key = {"part": part, "kind": "measurement", "model": self.model, "name": name, "config": config.digest, "block": block} | facts
+            key = {
+                "part": part,
+                "kind": "measurement",
+                "model": self.model,
+                "name": name,
+                "config": config.digest,
+                "block": block,
+            } | facts
 
             def make(block: int = block) -> dict[str, Any]:
                 known = self.rows.of(kind="measurement", config=config.digest, block=block)  # another part's
                 if known:
                     return {k: known[0][k] for k in ("bytes", "bits", *METRICS)}
-                found, _ = self.evaluator.measure(config, replace(Protocol(images=IMAGES), seed=0).block(block))
-                return {"bytes": cost.bytes, "bits": cost.bits_per_weight, **{m: found.metrics.get(m) for m in METRICS}}
+                found, _ = self.evaluator.measure(
+                    config, replace(Protocol(images=IMAGES), seed=0).block(block)
+                )
+                return {
+                    "bytes": cost.bytes,
+                    "bits": cost.bits_per_weight,
+                    **{m: found.metrics.get(m) for m in METRICS},
+                }
 
             self.rows.get(key, make)
 
@@ -147,9 +190,17 @@ def variants(steps: int) -> dict[str, Any]:
     from aquabit.quant.finetune import FineTuning
 
     base = replace(FineTuning(), steps=steps, images=512, semi_groups=False, semi_discontinuity=False)
-    flags = {"no SeMI": {}, "groups": {"semi_groups": True}, "discontinuity": {"semi_discontinuity": True},
-             "both": {"semi_groups": True, "semi_discontinuity": True}}  # fmt: skip
-    named = {f"{order}, {name}": replace(base, order=order, **own) for order in ("shuffled", "walking") for name, own in flags.items()}
+    flags = {
+        "no SeMI": {},
+        "groups": {"semi_groups": True},
+        "discontinuity": {"semi_discontinuity": True},
+        "both": {"semi_groups": True, "semi_discontinuity": True},
+    }
+    named = {
+        f"{order}, {name}": replace(base, order=order, **own)
+        for order in ("shuffled", "walking")
+        for name, own in flags.items()
+    }
     plain = replace(base, method="straight_through", code_betas=base.betas)
     return {"default": replace(base, semi_groups=True), **named, "straight-through Adam": plain}
 
@@ -175,11 +226,15 @@ def orderings(rows: Rows, folder: Path, models: list[str], options: Any) -> None
                 start = bench.additive(bits)
                 part = "main" if bits == 2 else "orderings"  # tuned once
                 steps = options.steps if bits == 2 else options.ordering_steps
-                tuned = bench.tune(part, TUNED if bits == 2 else f"{TUNED} {bits}", start, replace(FineTuning(), steps=steps))
+                tuned = bench.tune(
+                    part, TUNED if bits == 2 else f"{TUNED} {bits}", start, replace(FineTuning(), steps=steps)
+                )
                 for name, config in (("USQ", bench.uniform(bits)), ("AQ", start), ("AQ + SeMI-PV", tuned)):
                     bench.measure("orderings", name, config, target=bits)
                     if corrected and name != "AQ":
-                        bench.measure("orderings", f"{name} + PTQD", replace(config, correction=CORRECTION), target=bits)
+                        bench.measure(
+                            "orderings", f"{name} + PTQD", replace(config, correction=CORRECTION), target=bits
+                        )
 
 
 def values(rows: list[dict[str, Any]], metric: str) -> list[float]:
@@ -215,8 +270,14 @@ def named(rows: Rows, **key: Any) -> dict[str, list[dict[str, Any]]]:
 def main_table(rows: Rows) -> list[str]:
     lines = [
         "\n## Near 2 bits, a8: layer-wise and tuned\n",
-        "Excess: max(0, mean FID - that of full precision), and the tuned model's share of layer-wise quantization's.\n",
-        "| model | configuration | bytes | bits | FID | sFID | IS | PSNR | FID excess | FID to layer-wise | loss on held-out samples | tuning, s |",
+        (
+            "Excess: max(0, mean FID - that of full precision), and the tuned model's share of layer-wise"
+            " quantization's.\n"
+        ),
+        (
+            "| model | configuration | bytes | bits | FID | sFID | IS | PSNR | FID excess | FID to layer-wise"
+            " | loss on held-out samples | tuning, s |"
+        ),
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for model in MODELS:
@@ -228,14 +289,21 @@ def main_table(rows: Rows) -> list[str]:
         tuning = rows.of(part="main", kind="tuning", model=model, name=TUNED)[-1]
         for name, own in made.items():
             loss = {LAYERWISE: f"{tuning['before']:.5f}", TUNED: f"{tuning['after']:.5f}"}.get(name, "")
-            share = f" ({excess[TUNED] / excess[LAYERWISE]:.2f} of layer-wise)" if name == TUNED and excess[LAYERWISE] else ""
+            share = (
+                f" ({excess[TUNED] / excess[LAYERWISE]:.2f} of layer-wise)"
+                if name == TUNED and excess[LAYERWISE]
+                else ""
+            )
             lines.append(
-                f"| {model} | {name} | {own[0]['bytes']:,} | {own[0]['bits']:.3f} | {' | '.join(shown(own, m) for m in METRICS)} | "
-                f"{excess[name]:.2f}{share} | {difference(own, made[LAYERWISE], 'fid') if name == TUNED else ''} | {loss} | "
-                f"{tuning['seconds']:.0f} |"
+                f"| {model} | {name} | {own[0]['bytes']:,} | {own[0]['bits']:.3f} |"
+                f" {' | '.join(shown(own, m) for m in METRICS)} | {excess[name]:.2f}{share} |"
+                f" {difference(own, made[LAYERWISE], 'fid') if name == TUNED else ''} | {loss} |"
+                f" {tuning['seconds']:.0f} |"
                 if name == TUNED
-                else f"| {model} | {name} | {own[0]['bytes']:,} | {own[0]['bits']:.3f} | {' | '.join(shown(own, m) for m in METRICS)} | "
-                f"{excess[name]:.2f} | | {loss} | |"
+                else (
+                    f"| {model} | {name} | {own[0]['bytes']:,} | {own[0]['bits']:.3f} |"
+                    f" {' | '.join(shown(own, m) for m in METRICS)} | {excess[name]:.2f} | | {loss} | |"
+                )
             )
     return lines
 
@@ -244,7 +312,10 @@ def ablation_table(rows: Rows) -> list[str]:
     lines = [
         "\n## SeMI, the order of the replay, and straight-through Adam\n",
         "The same start and number of steps; differences are paired, to the default settings.\n",
-        "| model | variant | steps | loss on held-out samples | codes changed | FID | PSNR | FID to default | PSNR to default | s |",
+        (
+            "| model | variant | steps | loss on held-out samples | codes changed | FID | PSNR | FID to"
+            " default | PSNR to default | s |"
+        ),
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for model in MODELS:
@@ -254,19 +325,35 @@ def ablation_table(rows: Rows) -> list[str]:
             facts = ["", "", "", ""]
             if tuning:
                 t = tuning[-1]
-                facts = [str(t["settings"]["steps"]), f"{t['after']:.5f}", f"{t['changed']:.1%}", f"{t['seconds']:.0f}"]
-            ends = [difference(own, made["default"], m) if name != "default" and "default" in made else "" for m in ("fid", "psnr")]
+                facts = [
+                    str(t["settings"]["steps"]),
+                    f"{t['after']:.5f}",
+                    f"{t['changed']:.1%}",
+                    f"{t['seconds']:.0f}",
+                ]
+            ends = [
+                difference(own, made["default"], m) if name != "default" and "default" in made else ""
+                for m in ("fid", "psnr")
+            ]
             lines.append(
-                f"| {model} | {name} | {' | '.join(facts[:3])} | {shown(own, 'fid')} | {shown(own, 'psnr')} | {' | '.join(ends)} | {facts[3]} |"
+                f"| {model} | {name} | {' | '.join(facts[:3])} | {shown(own, 'fid')} | {shown(own, 'psnr')} |"
+                f" {' | '.join(ends)} | {facts[3]} |"
             )
-        lines += [f"\n{model}, {r['name']}: {note}.\n" for r in rows.of(part="ablation", kind="tuning", model=model) for note in r["notes"]]
+        lines += [
+            f"\n{model}, {r['name']}: {note}.\n"
+            for r in rows.of(part="ablation", kind="tuning", model=model)
+            for note in r["notes"]
+        ]
     return lines
 
 
 def orderings_table(rows: Rows) -> list[str]:
     lines = [
         "\n## The papers' orderings, a8\n",
-        "Bytes are those of the saved denoiser. Differences are paired, to uniform quantization (USQ) of the same target.\n",
+        (
+            "Bytes are those of the saved denoiser. Differences are paired, to uniform quantization (USQ) of"
+            " the same target.\n"
+        ),
         "| model | near | method | bytes | bits | FID | sFID | IS | PSNR | FID to USQ | PSNR to USQ |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -274,9 +361,13 @@ def orderings_table(rows: Rows) -> list[str]:
         for target in (16, 4, 3, 2):
             made = named(rows, part="orderings", model=model, target=target)
             for name, own in made.items():
-                ends = [difference(own, made["USQ"], m) if "USQ" in made and name != "USQ" else "" for m in ("fid", "psnr")]
+                ends = [
+                    difference(own, made["USQ"], m) if "USQ" in made and name != "USQ" else ""
+                    for m in ("fid", "psnr")
+                ]
                 lines.append(
-                    f"| {model} | {target} | {name} | {own[0]['bytes']:,} | {own[0]['bits']:.3f} | {' | '.join(shown(own, m) for m in METRICS)} | {' | '.join(ends)} |"
+                    f"| {model} | {target} | {name} | {own[0]['bytes']:,} | {own[0]['bits']:.3f} |"
+                    f" {' | '.join(shown(own, m) for m in METRICS)} | {' | '.join(ends)} |"
                 )
     return lines
 
@@ -284,7 +375,10 @@ def orderings_table(rows: Rows) -> list[str]:
 def markdown(rows: Rows) -> str:
     m = rows.found["machine"]
     lines = [
-        f"# Fine-tuning\n\n{m['cpu']}, {m['cores']} cores, torch {m['torch']}; one thread. Made by `{rows.found['command']}`, part by part.",
+        (
+            f"# Fine-tuning\n\n{m['cpu']}, {m['cores']} cores, torch {m['torch']}; one thread. Made by"
+            f" `{rows.found['command']}`, part by part."
+        ),
         f"Means over blocks of {IMAGES} fresh seeds with 95 % intervals.",
     ]
     for part, table in (("main", main_table), ("ablation", ablation_table), ("orderings", orderings_table)):
@@ -294,7 +388,9 @@ def markdown(rows: Rows) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     known = {"main": main_part, "ablation": ablation, "orderings": orderings}
     parser.add_argument("parts", nargs="+", choices=[*known, "all", "table"])
     parser.add_argument("--folder", type=Path, default=Path("finetune-runs"))
@@ -302,8 +398,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--ordering-steps", type=int, default=1000, help="near 3 and 4 bits")
     parser.add_argument("--ablation-steps", type=int, default=250)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of finetune.json; of several, `table --join` makes one")
-    parser.add_argument("--join", type=Path, nargs="+", default=[], help="folders whose rows are joined into --results")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=RESULTS,
+        help="folder of finetune.json; of several, `table --join` makes one",
+    )
+    parser.add_argument(
+        "--join", type=Path, nargs="+", default=[], help="folders whose rows are joined into --results"
+    )
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)

@@ -1,14 +1,19 @@
-"""The figures of the whole flow: python benchmarks/flow.py overhead|analysis|large|quality|packed|demo|all [--folder DIR] [--models ...]
+"""The figures of the whole flow: python benchmarks/flow.py overhead|analysis|large|quality|packed|demo|all
+[--folder DIR] [--models ...]
 
-overhead   measuring a configuration against generating the same images in full precision, in pairs, one thread
+overhead   measuring a configuration against generating the same images in full precision, in pairs, one
+           thread
 analysis   fit + explain + one search of 300 configurations of 73 layers (synthetic labels), one process
 large      the same of 1,000 configurations of 309 layers and 10 schemes
-quality    300 measurements a model, of schemes fitted to weights alone (benchmarks/additive.py has the others): within-budget SRCC, real swaps,
+quality    300 measurements a model, of schemes fitted to weights alone (benchmarks/additive.py has the
+           others): within-budget SRCC, real swaps,
            and the winner at uniform usq3's exact bytes on fresh seeds
 packed     the winner's packed artifact against its dense measurement: FID on the fresh seeds (after quality)
-demo       the main job at its defaults in fresh processes with an empty bank, as `make demo` runs it after installation
+demo       the main job at its defaults in fresh processes with an empty bank, as `make demo` runs it after
+           installation
 
-Tables go to benchmarks/results/flow.json and flow.md. Studies are kept in --folder and continue where they stopped.
+Tables go to benchmarks/results/flow.json and flow.md. Studies are kept in --folder and continue where they
+stopped.
 """
 
 from __future__ import annotations
@@ -31,15 +36,35 @@ import torch
 
 RESULTS = Path(__file__).parent / "results"
 MODELS = ("digits-unet", "digits-dit")
-WEIGHT_ONLY = ("usq2", "usq3", "usq4", "usq8", "vq2", "vq3", "vq4", "vq2c", "vq3c", "vq4c")  # what the quality part chooses from
+WEIGHT_ONLY = (
+    "usq2",
+    "usq3",
+    "usq4",
+    "usq8",
+    "vq2",
+    "vq3",
+    "vq4",
+    "vq2c",
+    "vq3c",
+    "vq4c",
+)  # what the quality part chooses from
 
 
 def machine() -> dict[str, Any]:
     cpu = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        (
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ),
         platform.processor(),
     )
-    return {"cpu": cpu, "cores": os.cpu_count(), "capability": torch.backends.cpu.get_cpu_capability(), "torch": torch.__version__}
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+    }
 
 
 def overhead(folder: Path, models: list[str], pairs: int = 15) -> list[dict[str, Any]]:
@@ -71,15 +96,25 @@ def overhead(folder: Path, models: list[str], pairs: int = 15) -> list[dict[str,
             dense.append(time.perf_counter() - started)
             ours.append(evaluator.measure(config, protocol)[0].seconds)
         ratios = [b / a for a, b in zip(dense, ours, strict=True)]
-        rows.append({"model": name, "full_precision_s": statistics.median(dense), "measurement_s": statistics.median(ours),
-                     "ratio": statistics.median(ratios), "ratio_low": float(np.quantile(ratios, 0.25)), "ratio_high": float(np.quantile(ratios, 0.75)),
-                     "pairs": pairs, "target": 1.15,
-                     "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20})  # fmt: skip
+        rows.append(
+            {
+                "model": name,
+                "full_precision_s": statistics.median(dense),
+                "measurement_s": statistics.median(ours),
+                "ratio": statistics.median(ratios),
+                "ratio_low": float(np.quantile(ratios, 0.25)),
+                "ratio_high": float(np.quantile(ratios, 0.75)),
+                "pairs": pairs,
+                "target": 1.15,
+                "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+            }
+        )
     return rows
 
 
 def synthetic_study(path: Path, large: bool = False) -> tuple[Any, Any, Any, Any]:
-    """A study of a U-Net of 73 (or 309) layers with made-up errors, probes and labels: (study, space, costs, put), ``put`` records configurations."""
+    """A study of a U-Net of 73 (or 309) layers with made-up errors, probes and labels: (study, space,
+    costs, put), ``put`` records configurations."""
     from diffusers import UNet2DModel
 
     from aquabit.cost import CostModel
@@ -91,10 +126,22 @@ def synthetic_study(path: Path, large: bool = False) -> tuple[Any, Any, Any, Any
     from aquabit.study import Study
 
     down, depth = (
-        (["DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "DownBlock2D"], 6) if large else (["DownBlock2D", "AttnDownBlock2D"], 2)
+        (["DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "DownBlock2D"], 6)
+        if large
+        else (["DownBlock2D", "AttnDownBlock2D"], 2)
     )
-    net = UNet2DModel(sample_size=8, in_channels=1, out_channels=1, block_out_channels=(64, 64, 128, 128) if large else (64, 128), layers_per_block=depth, norm_num_groups=16,
-                      attention_head_dim=32, down_block_types=down, up_block_types=[d.replace("Down", "Up") for d in reversed(down)], num_class_embeds=11)  # fmt: skip
+    net = UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(64, 64, 128, 128) if large else (64, 128),
+        layers_per_block=depth,
+        norm_num_groups=16,
+        attention_head_dim=32,
+        down_block_types=down,
+        up_block_types=[d.replace("Down", "Up") for d in reversed(down)],
+        num_class_embeds=11,
+    )
     graph = trace(net)
     options: dict[str, Any] = {"schemes": list(WEIGHT_ONLY)}
     if not large:
@@ -103,10 +150,17 @@ def synthetic_study(path: Path, large: bool = False) -> tuple[Any, Any, Any, Any
     path.unlink(missing_ok=True)
     study, protocol, costs = Study(path), Protocol(), CostModel(graph, space)
     study.begin("synthetic", space.fingerprint, to_json(graph), space.to_dict(), protocol)
-    errors = {(k, str(s)): float(0.6 * 4.0**-s.bits * rng.uniform(0.7, 1.3)) for k, row in space.choices.items() for s in row}
+    errors = {
+        (k, str(s)): float(0.6 * 4.0**-s.bits * rng.uniform(0.7, 1.3))
+        for k, row in space.choices.items()
+        for s in row
+    }
     facts: dict[tuple[str, str], dict[str, Any]] = {k: {"error": v} for k, v in errors.items()}
     facts |= {(k, a): {} for k in space.choices for a in ("a6", "a8")}
-    for (layer, level), value in facts.items():  # as probes make them: a direction per layer and level, its length from the error
+    for (
+        (layer, level),
+        value,
+    ) in facts.items():  # as probes make them: a direction per layer and level, its length from the error
         size = errors.get((layer, level), 1e-4 if level == "a6" else 1e-5)
         value |= {"damage": size, "sketch": (rng.normal(size=SKETCH) * (size / SKETCH) ** 0.5).tolist()}
     study.add_features(facts)
@@ -114,9 +168,16 @@ def synthetic_study(path: Path, large: bool = False) -> tuple[Any, Any, Any, Any
 
     def put(configs: list[Any], kind: str) -> None:
         for config in configs:
-            damage = sum(g * errors[k, str(config[k].weight)] for k, g in zip(space.layers, gain, strict=True))
+            damage = sum(
+                g * errors[k, str(config[k].weight)] for k, g in zip(space.layers, gain, strict=True)
+            )
             metrics = {"fid": float(5 + 60 * damage**0.8 / (1 + damage**0.8))}
-            study.record(config, Measurement(config.digest, protocol.digest, metrics, 1.0), kind, costs.totals_of(config))
+            study.record(
+                config,
+                Measurement(config.digest, protocol.digest, metrics, 1.0),
+                kind,
+                costs.totals_of(config),
+            )
 
     return study, space, costs, put
 
@@ -132,7 +193,8 @@ def large(folder: Path, models: list[str]) -> list[dict[str, Any]]:
 
 
 def analysed(path: Path, count: int, big: bool, rounds: int, target: float) -> list[dict[str, Any]]:
-    """Seconds, and processor seconds of all threads, which other jobs on a shared machine do not lengthen much."""
+    """Seconds, and processor seconds of all threads, which other jobs on a shared machine do not lengthen
+    much."""
     from aquabit.scheme import Budget
     from aquabit.search import find_candidates
     from aquabit.sensitivity.attribution import explain
@@ -154,13 +216,30 @@ def analysed(path: Path, count: int, big: bool, rounds: int, target: float) -> l
         explain(study, fitted=fitted)
         seconds["explain"] = time.perf_counter() - started
         started, first = time.perf_counter(), [fitted]
-        find_candidates(space, costs, Budget(bits=3.0), lambda: (first.pop() if first else fit_from_study(study)).badness,
-                        lambda c: put(c, "candidate"), measured, rounds=rounds)  # fmt: skip
+        find_candidates(
+            space,
+            costs,
+            Budget(bits=3.0),
+            lambda: (first.pop() if first else fit_from_study(study)).badness,
+            lambda c: put(c, "candidate"),
+            measured,
+            rounds=rounds,
+        )
         seconds["search"] = time.perf_counter() - started
         cpu = time.process_time() - cpu
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return [{"layers": len(space.layers), "schemes": len(space.schemes), "configurations": count, **seconds, "total_s": sum(seconds.values()), "cpu_s": cpu,
-             "target_s": target, "peak_gib": peak}]  # fmt: skip
+    return [
+        {
+            "layers": len(space.layers),
+            "schemes": len(space.schemes),
+            "configurations": count,
+            **seconds,
+            "total_s": sum(seconds.values()),
+            "cpu_s": cpu,
+            "target_s": target,
+            "peak_gib": peak,
+        }
+    ]
 
 
 def quality(folder: Path, models: list[str], samples: int = 300, flips: int = 60) -> list[dict[str, Any]]:
@@ -177,13 +256,26 @@ def quality(folder: Path, models: list[str], samples: int = 300, flips: int = 60
         space_costs = _uniform_bytes(study)
         front = flow.find(study, bytes=space_costs["usq3"], **options)
         c, v = front.comparison, sensitivity.validation or {}
-        rows.append({
-            "model": name, "measurements": sensitivity.measurements, "within_budget_srcc": sensitivity.surrogate["within_budget_srcc"],
-            "baselines": {k: b["within_budget_srcc"] for k, b in sensitivity.surrogate["baselines"].items()}, "srcc": sensitivity.surrogate["srcc"],
-            "swap_srcc": v.get("srcc"), "swap_sign_agreement": v.get("sign_agreement"), "swaps": v.get("flips"),
-            "bytes_budget": space_costs["usq3"], "winner": c["winner"], "uniform": c["uniform"], "difference": c["difference"], "fresh_blocks": c["blocks"],
-            "full_precision_fid": _fresh_reference(study),
-        })  # fmt: skip
+        rows.append(
+            {
+                "model": name,
+                "measurements": sensitivity.measurements,
+                "within_budget_srcc": sensitivity.surrogate["within_budget_srcc"],
+                "baselines": {
+                    k: b["within_budget_srcc"] for k, b in sensitivity.surrogate["baselines"].items()
+                },
+                "srcc": sensitivity.surrogate["srcc"],
+                "swap_srcc": v.get("srcc"),
+                "swap_sign_agreement": v.get("sign_agreement"),
+                "swaps": v.get("flips"),
+                "bytes_budget": space_costs["usq3"],
+                "winner": c["winner"],
+                "uniform": c["uniform"],
+                "difference": c["difference"],
+                "fresh_blocks": c["blocks"],
+                "full_precision_fid": _fresh_reference(study),
+            }
+        )
     return rows
 
 
@@ -201,8 +293,14 @@ def packed(folder: Path, models: list[str]) -> list[dict[str, Any]]:
     for name in models:
         study = Study(folder / f"{name}.db", create=False)
         front = study.need("front", "run the quality part first")
-        config = next(c for c in (QuantConfig.from_dict(m["config"]) for m in front["members"]) if c.digest == front["winner"])
-        size = packing.quantize(name, config, bank=str(folder / "bank"), accuracy="exact").save(folder / f"packed-{name}")
+        config = next(
+            c
+            for c in (QuantConfig.from_dict(m["config"]) for m in front["members"])
+            if c.digest == front["winner"]
+        )
+        size = packing.quantize(name, config, bank=str(folder / "bank"), accuracy="exact").save(
+            folder / f"packed-{name}"
+        )
         adapter = Adapter(load(str(folder / f"packed-{name}")))
         extractor, real = adapter.reference()
         values = []
@@ -214,8 +312,16 @@ def packed(folder: Path, models: list[str]) -> list[dict[str, Any]]:
             values.append(quality.compute()["fid"])
         dense = front["comparison"]["winner"]["blocks"]
         difference = paired_difference(values, dense)
-        rows.append({"model": name, "bytes": size, "study_bytes": front["comparison"]["winner"]["bytes"], "dense": interval(dense)._asdict(),
-                     "packed": interval(values)._asdict(), "difference": difference._asdict()})  # fmt: skip
+        rows.append(
+            {
+                "model": name,
+                "bytes": size,
+                "study_bytes": front["comparison"]["winner"]["bytes"],
+                "dense": interval(dense)._asdict(),
+                "packed": interval(values)._asdict(),
+                "difference": difference._asdict(),
+            }
+        )
     return rows
 
 
@@ -233,8 +339,17 @@ def demo(folder: Path, models: list[str]) -> list[dict[str, Any]]:
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         seconds = time.perf_counter() - started
         kinds = Study(out / "study.db").measurements(failed=True).kind.value_counts()
-        rows.append({"model": name, "seconds": seconds, "target_s": 600.0, "measurements": int(kinds.sum()), "samples": int(kinds["sample"]),
-                     "swaps": int(kinds["flip"]) // 2, "peak_gib": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20})  # fmt: skip
+        rows.append(
+            {
+                "model": name,
+                "seconds": seconds,
+                "target_s": 600.0,
+                "measurements": int(kinds.sum()),
+                "samples": int(kinds["sample"]),
+                "swaps": int(kinds["flip"]) // 2,
+                "peak_gib": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20,
+            }
+        )
     return rows
 
 
@@ -258,56 +373,87 @@ def _fresh_reference(study: Any) -> float:
 
 def markdown(found: dict[str, Any]) -> str:
     lines = [
-        f"# The whole flow\n\n{found['machine']['cpu']}, {found['machine']['cores']} cores, torch {found['machine']['torch']}. Made by `{found['command']}` (each part also runs alone, by its name).\n"
+        f"# The whole flow\n\n{found['machine']['cpu']}, {found['machine']['cores']} cores, torch"
+        f" {found['machine']['torch']}. Made by `{found['command']}` (each part also runs alone, by its"
+        " name).\n"
     ]
     if "overhead" in found:
         lines.append(
-            "## Measuring against generating in full precision (one thread, pairs in one run)\n\n| model | full precision, s | measurement, s | ratio (quartiles) | target | peak memory, GiB |\n|---|---|---|---|---|---|"
+            "## Measuring against generating in full precision (one thread, pairs in one run)\n\n| model |"
+            " full precision, s | measurement, s | ratio (quartiles) | target | peak memory, GiB"
+            " |\n|---|---|---|---|---|---|"
         )
         lines += [
-            f"| {r['model']} | {r['full_precision_s']:.2f} | {r['measurement_s']:.2f} | {r['ratio']:.3f} ({r['ratio_low']:.3f} to {r['ratio_high']:.3f}) | {r['target']} | {r['peak_gib']:.2f} |"
+            f"| {r['model']} | {r['full_precision_s']:.2f} | {r['measurement_s']:.2f} | {r['ratio']:.3f}"
+            f" ({r['ratio_low']:.3f} to {r['ratio_high']:.3f}) | {r['target']} | {r['peak_gib']:.2f} |"
             for r in found["overhead"]
         ]
     sized = [r for part in ("analysis", "large") for r in found.get(part, [])]
     if sized:
         lines.append(
-            "\n## Fit, explain, search (two rounds for 73 layers, one for 309)\n\n| layers | configurations | fit, s | explain, s | search, s | total, s (processor) | target, s | peak, GiB |\n|---|---|---|---|---|---|---|---|"
+            "\n## Fit, explain, search (two rounds for 73 layers, one for 309)\n\n| layers | configurations |"
+            " fit, s | explain, s | search, s | total, s (processor) | target, s | peak, GiB"
+            " |\n|---|---|---|---|---|---|---|---|"
         )
         lines += [
-            f"| {r['layers']} | {r['configurations']} | {r['fit_and_cross_validate']:.1f} | {r['explain']:.1f} | {r['search']:.1f} | {r['total_s']:.1f} ({r['cpu_s']:.1f}) | {r['target_s']:.0f} | {r['peak_gib']:.2f} |"
+            f"| {r['layers']} | {r['configurations']} | {r['fit_and_cross_validate']:.1f} |"
+            f" {r['explain']:.1f} | {r['search']:.1f} | {r['total_s']:.1f} ({r['cpu_s']:.1f}) |"
+            f" {r['target_s']:.0f} | {r['peak_gib']:.2f} |"
             for r in sized
         ]
     if "quality" in found:
         lines.append(
-            "\n## Surrogate and search among weight-only schemes, objective FID (128 images, 10 DDIM steps)\n\n| model | measurements | within-budget SRCC (ridge one-hot) | SRCC | real swaps: SRCC, sign agreement (n) | winner: bytes, FID | uniform usq3: bytes, FID | difference (95 %) | full precision |\n|---|---|---|---|---|---|---|---|---|"
+            "\n## Surrogate and search among weight-only schemes, objective FID (128 images, 10 DDIM"
+            " steps)\n\n| model | measurements | within-budget SRCC (ridge one-hot) | SRCC | real swaps:"
+            " SRCC, sign agreement (n) | winner: bytes, FID | uniform usq3: bytes, FID | difference (95 %) |"
+            " full precision |\n|---|---|---|---|---|---|---|---|---|"
         )
         for r in found["quality"]:
             w, u, d = r["winner"], r["uniform"], r["difference"]
             lines.append(
-                f"| {r['model']} | {r['measurements']} | {r['within_budget_srcc']:.3f} ({r['baselines'].get('ridge_one_hot', float('nan')):.3f}) | {r['srcc']:.3f} | {r['swap_srcc']:.2f}, {r['swap_sign_agreement']:.2f} ({r['swaps']}) | {w['bytes']:,}, {w['value']:.2f} | {u['bytes']:,}, {u['value']:.2f} | {d['value']:+.2f} ({d['low']:+.2f} to {d['high']:+.2f}) | {r['full_precision_fid']:.2f} |"
+                f"| {r['model']} | {r['measurements']} | {r['within_budget_srcc']:.3f}"
+                f" ({r['baselines'].get('ridge_one_hot', float('nan')):.3f}) | {r['srcc']:.3f} |"
+                f" {r['swap_srcc']:.2f}, {r['swap_sign_agreement']:.2f} ({r['swaps']}) | {w['bytes']:,},"
+                f" {w['value']:.2f} | {u['bytes']:,}, {u['value']:.2f} | {d['value']:+.2f} ({d['low']:+.2f}"
+                f" to {d['high']:+.2f}) | {r['full_precision_fid']:.2f} |"
             )
     if "packed" in found:
         lines.append(
-            "\n## The winner, packed and dense, on the same fresh seeds (a8)\n\n| model | bytes on disk (study) | FID dense | FID packed | difference (95 %) |\n|---|---|---|---|---|"
+            "\n## The winner, packed and dense, on the same fresh seeds (a8)\n\n| model | bytes on disk"
+            " (study) | FID dense | FID packed | difference (95 %) |\n|---|---|---|---|---|"
         )
         lines += [
-            f"| {r['model']} | {r['bytes']:,} ({r['study_bytes']:,}) | {r['dense']['value']:.3f} | {r['packed']['value']:.3f} | {r['difference']['value']:+.4f} ({r['difference']['low']:+.4f} to {r['difference']['high']:+.4f}) |"
+            f"| {r['model']} | {r['bytes']:,} ({r['study_bytes']:,}) | {r['dense']['value']:.3f} |"
+            f" {r['packed']['value']:.3f} | {r['difference']['value']:+.4f} ({r['difference']['low']:+.4f} to"
+            f" {r['difference']['high']:+.4f}) |"
             for r in found["packed"]
         ]
     if "demo" in found:
         lines.append(
-            "\n## The main job at its defaults, from nothing to the report\n\n| model | wall clock, s | target, s | configurations | swaps | measurements | peak of a process, GiB |\n|---|---|---|---|---|---|---|"
+            "\n## The main job at its defaults, from nothing to the report\n\n| model | wall clock, s |"
+            " target, s | configurations | swaps | measurements | peak of a process, GiB"
+            " |\n|---|---|---|---|---|---|---|"
         )
         lines += [
-            f"| {r['model']} | {r['seconds']:.0f} | {r['target_s']:.0f} | {r['samples']} | {r['swaps']} | {r['measurements']} | {r['peak_gib']:.2f} |"
+            f"| {r['model']} | {r['seconds']:.0f} | {r['target_s']:.0f} | {r['samples']} | {r['swaps']} |"
+            f" {r['measurements']} | {r['peak_gib']:.2f} |"
             for r in found["demo"]
         ]
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = {"overhead": overhead, "analysis": analysis, "large": large, "quality": quality, "packed": packed, "demo": demo}
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parts = {
+        "overhead": overhead,
+        "analysis": analysis,
+        "large": large,
+        "quality": quality,
+        "packed": packed,
+        "demo": demo,
+    }
     parser.add_argument("part", choices=[*parts, "all"])
     parser.add_argument("--folder", type=Path, default=Path("benchmarks/work"))
     parser.add_argument("--models", nargs="*", default=list(MODELS))

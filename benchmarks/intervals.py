@@ -1,10 +1,13 @@
-"""How many true effects lie in their 95 % intervals: python benchmarks/intervals.py [--draws N] [--study S.db --truth T.json] [--quick]
+"""How many true effects lie in their 95 % intervals: python benchmarks/intervals.py [--draws N] [--study S.db
+--truth T.json] [--quick]
 
-Made-up models of 60 layers whose truth is known, at 60, 120 and 300 measurements with 2 and 10 % noise: "saturating" (neighbouring blocks
-multiply, and the objective levels off) and "exponential" (nothing levels off, so that effects grow with the context). Each without real
-swaps, where intervals come from refits and do not know the surrogate's bias, and with swaps of 10 and of 30 random layers in 2 contexts
-each, as noisy as measurements are. With --study also real effects: those of a study beside the truth, JSON as {layer: {"mean": ...,
-"error": ...}}, the mean over contexts and its standard error. A table goes to benchmarks/results/intervals.json and intervals.md.
+Made-up models of 60 layers whose truth is known, at 60, 120 and 300 measurements with 2 and 10 % noise:
+"saturating" (neighbouring blocks multiply, and the objective levels off) and "exponential" (nothing levels
+off, so that effects grow with the context). Each without real swaps, where intervals come from refits and do
+not know the surrogate's bias, and with swaps of 10 and of 30 random layers in 2 contexts each, as noisy as
+measurements are. With --study also real effects: those of a study beside the truth, JSON as {layer: {"mean":
+..., "error": ...}}, the mean over contexts and its standard error. A table goes to
+benchmarks/results/intervals.json and intervals.md.
 """
 
 from __future__ import annotations
@@ -24,30 +27,44 @@ from scipy import stats
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.flow import RESULTS, machine
 
-LAYERS, SCHEMES, SWAP, BITS = 60, ("usq2", "usq3", "usq4", "usq8", "vq2", "vq3", "vq4", "vq2c", "vq3c", "vq4c"), "usq4:usq2", 3.0
+LAYERS, SCHEMES, SWAP, BITS = (
+    60,
+    ("usq2", "usq3", "usq4", "usq8", "vq2", "vq3", "vq4", "vq2c", "vq3c", "vq4c"),
+    "usq4:usq2",
+    3.0,
+)
 OPERATORS = ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.out", "ff.up", "ff.down")
 TOP = 10  # of the largest effects coverage is said apart
 SWAPPED, SWAP_CONTEXTS = (0, 10, 30), 2  # layers with real swaps, and contexts of each
 
 
-def coverage(layers: pd.DataFrame, truth: Mapping[str, tuple[float, float]], level: float = 0.95) -> dict[str, float]:
-    """How intervals (name, effect, low, high) hold the true effects {name: (mean, standard error of that mean)}.
+def coverage(
+    layers: pd.DataFrame, truth: Mapping[str, tuple[float, float]], level: float = 0.95
+) -> dict[str, float]:
+    """How intervals (name, effect, low, high) hold the true effects {name: (mean, standard error of that
+    mean)}.
 
-    ``inside`` is the share of means inside, too small where the truth itself is uncertain; ``inside_allowed`` widens each interval by the
-    truth's own error, and is too large where the errors of both are large; the coverage lies between. ``top`` is ``inside`` of the TOP
-    predicted effects, ``width`` the median half width over the median size of a true effect.
+    ``inside`` is the share of means inside, too small where the truth itself is uncertain; ``inside_allowed``
+    widens each interval by the truth's own error, and is too large where the errors of both are large; the
+    coverage lies between. ``top`` is ``inside`` of the TOP predicted effects, ``width`` the median half width
+    over the median size of a true effect.
     """
     table = layers[layers.name.isin(truth)]
     mean, error = np.array([truth[n] for n in table.name]).T
     low, high, effect = (table[name].to_numpy(float) for name in ("low", "high", "effect"))
     inside, more = (low <= mean) & (mean <= high), stats.norm.ppf((1 + level) / 2) * error
     # either side of an interval, and the truth's own error, add up as those of independent normal errors do
-    allowed = (effect - np.hypot(effect - low, more) <= mean) & (mean <= effect + np.hypot(high - effect, more))
+    allowed = (effect - np.hypot(effect - low, more) <= mean) & (
+        mean <= effect + np.hypot(high - effect, more)
+    )
     top = np.argsort(-np.abs(effect), kind="stable")[:TOP]
     return {
-        "layers": len(table), "inside": float(inside.mean()), "inside_allowed": float(allowed.mean()),
-        "top": float(inside[top].mean()), "width": float(np.median(high - low) / 2 / np.median(np.abs(mean))),
-    }  # fmt: skip
+        "layers": len(table),
+        "inside": float(inside.mean()),
+        "inside_allowed": float(allowed.mean()),
+        "top": float(inside[top].mean()),
+        "width": float(np.median(high - low) / 2 / np.median(np.abs(mean))),
+    }
 
 
 class Made:
@@ -59,17 +76,33 @@ class Made:
         from aquabit.space import make_space
 
         rng, self.kind = np.random.default_rng(seed), kind
-        self.graph = nx.DiGraph(family="dit", model_class="Made", config={}, weights=LAYERS * 192 * 192, other_elements=100)
+        self.graph = nx.DiGraph(
+            family="dit", model_class="Made", config={}, weights=LAYERS * 192 * 192, other_elements=100
+        )
         for i in range(LAYERS):
             self.graph.add_node(
-                f"b{i // 6}.{OPERATORS[i % 6]}", kind="linear", operator=OPERATORS[i % 6], block=f"b{i // 6}", depth=i, shape=(192, 192),
-                bias=True, groups=1, tokens=16, macs=16 * 192 * 192, step_invariant=False, split=None, attention=None,
-            )  # fmt: skip
+                f"b{i // 6}.{OPERATORS[i % 6]}",
+                kind="linear",
+                operator=OPERATORS[i % 6],
+                block=f"b{i // 6}",
+                depth=i,
+                shape=(192, 192),
+                bias=True,
+                groups=1,
+                tokens=16,
+                macs=16 * 192 * 192,
+                step_invariant=False,
+                split=None,
+                attention=None,
+            )
         self.space = make_space(self.graph, "f" * 16, "made", schemes=SCHEMES)
         errors = {
-            (n, str(s)): float(min(0.9, 2.5 * 4.0**-s.bits * (0.7 if s.kind == "vq" else 1.0) * rng.lognormal(0, 0.1)))
-            for n, row in self.space.choices.items() for s in row
-        }  # fmt: skip
+            (n, str(s)): float(
+                min(0.9, 2.5 * 4.0**-s.bits * (0.7 if s.kind == "vq" else 1.0) * rng.lognormal(0, 0.1))
+            )
+            for n, row in self.space.choices.items()
+            for s in row
+        }
         self.encoder, self.cost = Encoder(self.space, self.graph, errors), CostModel(self.graph, self.space)
         self.importance = rng.lognormal(0, 0.5, LAYERS) * 0.1
         self.importance[rng.choice(LAYERS, 3, replace=False)] = (1.5, 1.2, 0.9)
@@ -91,11 +124,37 @@ class Made:
 
         weights, acts = self.space.indices(Design.parse(design).draw(self.space, count, seed))
         y = self.truth(weights, acts) * np.exp(noise * np.random.default_rng([seed, 8]).normal(size=count))
-        model, bits = Surrogate(seed=seed).fit(self.encoder(weights, acts), y), self.cost.totals(weights, acts)["bits"]
-        return FittedSurrogate(model, self.encoder, self.cost, self.graph, self.space, (), weights, acts, y, bits, y, {}, "made", "min", "")
+        model, bits = (
+            Surrogate(seed=seed).fit(self.encoder(weights, acts), y),
+            self.cost.totals(weights, acts)["bits"],
+        )
+        return FittedSurrogate(
+            model,
+            self.encoder,
+            self.cost,
+            self.graph,
+            self.space,
+            (),
+            weights,
+            acts,
+            y,
+            bits,
+            y,
+            {},
+            "made",
+            "min",
+            "",
+        )
 
-    def changes(self, players: Sequence[Any], contexts: tuple[np.ndarray, np.ndarray], noise: float = 0.0, seed: int = 0) -> np.ndarray:
-        """What the swap of each player does in each context, [players, contexts], both ends measured with ``noise``."""
+    def changes(
+        self,
+        players: Sequence[Any],
+        contexts: tuple[np.ndarray, np.ndarray],
+        noise: float = 0.0,
+        seed: int = 0,
+    ) -> np.ndarray:
+        """What the swap of each player does in each context, [players, contexts], both ends measured with
+        ``noise``."""
         weights, acts = contexts
         column = {s: j for j, s in enumerate(self.space.schemes)}
         out = []
@@ -110,8 +169,8 @@ class Made:
 
 
 def made_rows(draws: int, quick: bool) -> list[dict[str, Any]]:
-    """One row a kind, number of measurements, noise and number of swapped layers: means of ``coverage`` over draws of the model, its
-    measurements and swaps."""
+    """One row a kind, number of measurements, noise and number of swapped layers: means of ``coverage``
+    over draws of the model, its measurements and swaps."""
     rows = []
     for kind in ("saturating", "exponential"):
         for count in (60,) if quick else (60, 120, 300):
@@ -119,7 +178,9 @@ def made_rows(draws: int, quick: bool) -> list[dict[str, Any]]:
                 found = [made_coverage(kind, count, noise, seed) for seed in range(draws)]
                 for k, swapped in enumerate(SWAPPED):
                     means = pd.DataFrame([f[k] for f in found]).mean().to_dict()
-                    rows.append({"truth": kind, "measurements": count, "noise": noise, "swapped": swapped, **means})
+                    rows.append(
+                        {"truth": kind, "measurements": count, "noise": noise, "swapped": swapped, **means}
+                    )
                     print(rows[-1], flush=True)
     return rows
 
@@ -141,7 +202,10 @@ def made_coverage(kind: str, count: int, noise: float, seed: int) -> list[dict[s
     predicted = mean_predictions(fitted, bootstrap(fitted, 20, seed), contexts(64, 0), ends, seed)
     effects = predicted[:, 1::2] - predicted[:, ::2]
     change = model.changes(players, contexts(200, 9))
-    truth = {p.layer: (float(c.mean()), float(c.std() / np.sqrt(len(c)))) for p, c in zip(players, change, strict=True)}
+    truth = {
+        p.layer: (float(c.mean()), float(c.std() / np.sqrt(len(c))))
+        for p, c in zip(players, change, strict=True)
+    }
     order, out = np.random.default_rng([seed, 11]).permutation(len(players)), []
     for number in SWAPPED:
         rows = []
@@ -151,13 +215,16 @@ def made_coverage(kind: str, count: int, noise: float, seed: int) -> list[dict[s
                 rows.append((player.layer, str(player.before), str(player.after), float(value)))
         swaps = pd.DataFrame(rows, columns=["layer", "before", "after", "real"])
         ours = combine(players, effects[0], effects[1:], swaps, seed=seed)
-        table = pd.DataFrame({"name": [p.layer for p in players], "effect": ours.effect, "low": ours.low, "high": ours.high})
+        table = pd.DataFrame(
+            {"name": [p.layer for p in players], "effect": ours.effect, "low": ours.low, "high": ours.high}
+        )
         out.append(coverage(table, truth))
     return out
 
 
 def real_row(study: Path, truth: Path) -> dict[str, Any]:
-    """Coverage of a study's effects, combined with the real swaps that it holds; the truth must be of other contexts."""
+    """Coverage of a study's effects, combined with the real swaps that it holds; the truth must be of
+    other contexts."""
     from aquabit.sensitivity.attribution import explain
     from aquabit.study import Study
 
@@ -165,16 +232,24 @@ def real_row(study: Path, truth: Path) -> dict[str, Any]:
     result = explain(Study(study, create=False), BITS)
     swapped = int((result.layers.n > 0).sum())
     return {
-        "truth": truth.stem, "measurements": result.measurements, "noise": None, "swapped": swapped, **coverage(result.layers, known)
-    }  # fmt: skip
+        "truth": truth.stem,
+        "measurements": result.measurements,
+        "noise": None,
+        "swapped": swapped,
+        **coverage(result.layers, known),
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--draws", type=int, default=4)
     parser.add_argument("--study", type=Path)
     parser.add_argument("--truth", type=Path)
-    parser.add_argument("--quick", action="store_true", help="one number of measurements and one noise, nothing written")
+    parser.add_argument(
+        "--quick", action="store_true", help="one number of measurements and one noise, nothing written"
+    )
     given = parser.parse_args()
     rows = made_rows(given.draws, given.quick)
     if given.study and given.truth:
@@ -182,16 +257,21 @@ def main() -> None:
     if given.quick:
         return
     command = " ".join(["python benchmarks/intervals.py", *sys.argv[1:]])
-    (RESULTS / "intervals.json").write_text(json.dumps({"machine": machine(), "command": command, "rows": rows}, indent=1) + "\n")
+    (RESULTS / "intervals.json").write_text(
+        json.dumps({"machine": machine(), "command": command, "rows": rows}, indent=1) + "\n"
+    )
     lines = [
-        "| truth | measurements | noise | swapped layers | inside | allowing for the truth's error | of the 10 largest | half width / size |",
+        (
+            "| truth | measurements | noise | swapped layers | inside | allowing for the truth's error | of"
+            " the 10 largest | half width / size |"
+        ),
         "|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
         noise = "-" if r["noise"] is None else f"{r['noise']:.0%}"
         lines.append(
-            f"| {r['truth']} | {r['measurements']} | {noise} | {r['swapped']} | {r['inside']:.2f} | {r['inside_allowed']:.2f} | "
-            f"{r['top']:.2f} | {r['width']:.2f} |"
+            f"| {r['truth']} | {r['measurements']} | {noise} | {r['swapped']} | {r['inside']:.2f} |"
+            f" {r['inside_allowed']:.2f} | {r['top']:.2f} | {r['width']:.2f} |"
         )
     (RESULTS / "intervals.md").write_text(f"`{command}`\n\n" + "\n".join(lines) + "\n")
 

@@ -1,4 +1,5 @@
-"""Whole denoisers of random codes, packed, against their decoded weights in float32 and bfloat16: calls of all in turn."""
+"""Whole denoisers of random codes, packed, against their decoded weights in float32 and bfloat16: calls of
+all in turn."""
 
 from __future__ import annotations
 
@@ -26,8 +27,15 @@ from aquabit.scheme import Progress, Scheme
 from benchmarks.additive import LDM4
 from benchmarks.kernel_timing import paired, ratio, threads
 
-DIT = {"class": "DiTTransformer2DModel", "sample_size": 32, "num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 72,
-       "in_channels": 4, "out_channels": 8}  # fmt: skip  # facebook/DiT-XL-2-256
+DIT = {
+    "class": "DiTTransformer2DModel",
+    "sample_size": 32,
+    "num_layers": 28,
+    "num_attention_heads": 16,
+    "attention_head_dim": 72,
+    "in_channels": 4,
+    "out_channels": 8,
+}  # facebook/DiT-XL-2-256
 SCHEMES = (
     ("usq2", 8),
     ("aq4x4k", 16),
@@ -53,18 +61,31 @@ def models(progress: Progress, quick: bool, only: str = "") -> list[dict[str, An
         variants = built(config, schemes, progress)
         for count in counts[-1:] if quick else counts:
             with threads(count):
-                rows += timed(variants, batch, 0.0 if quick else seconds, {"model": name, "batch": batch, "threads": count}, progress)
+                rows += timed(
+                    variants,
+                    batch,
+                    0.0 if quick else seconds,
+                    {"model": name, "batch": batch, "threads": count},
+                    progress,
+                )
         del variants
     return rows
 
 
-# ---- denoisers of random codes ----------------------------------------------------------------------------------------------------------
+# ---- denoisers of random codes
+# ----------------------------------------------------------------------------------------------------------
 
 
-def built(config: dict[str, Any], schemes: tuple[tuple[str, int], ...], progress: Progress) -> dict[str, nn.Module]:
-    """Packed denoisers of each scheme, to run with memory packed and auto; the first one's codes in bfloat16 too, and decoded in both types."""
+def built(
+    config: dict[str, Any], schemes: tuple[tuple[str, int], ...], progress: Progress
+) -> dict[str, nn.Module]:
+    """Packed denoisers of each scheme, to run with memory packed and auto; the first one's codes in
+    bfloat16 too, and decoded in both types."""
     made = Maker(config)
-    (scheme, act), names = schemes[0], [(f"{s} a{a} {memory}", s, a) for s, a in schemes for memory in ("packed", "auto")]
+    (scheme, act), names = (
+        schemes[0],
+        [(f"{s} a{a} {memory}", s, a) for s, a in schemes for memory in ("packed", "auto")],
+    )
     found: dict[str, nn.Module] = {}
     for done, (name, s, a) in enumerate(names):
         progress("making models", done, len(names) + 1)
@@ -78,8 +99,9 @@ def built(config: dict[str, Any], schemes: tuple[tuple[str, int], ...], progress
 
 
 class Maker:
-    """Makes denoisers whose Linear and Conv2d layers all hold random codes, the same for equal schemes. Nothing else is quantized but, below
-    16 bits of activations, what packed artifacts quantize (softmax outputs, Q, K and V)."""
+    """Makes denoisers whose Linear and Conv2d layers all hold random codes, the same for equal schemes.
+    Nothing else is quantized but, below 16 bits of activations, what packed artifacts quantize (softmax
+    outputs, Q, K and V)."""
 
     def __init__(self, config: dict[str, Any]):
         self.config = config
@@ -90,14 +112,19 @@ class Maker:
 
     def _empty(self) -> nn.Module:
         with init_empty_weights(include_buffers=False):
-            denoiser: nn.Module = getattr(diffusers, self.config["class"])(**{k: v for k, v in self.config.items() if k != "class"})
+            denoiser: nn.Module = getattr(diffusers, self.config["class"])(
+                **{k: v for k, v in self.config.items() if k != "class"}
+            )
         return denoiser
 
     def __call__(self, scheme: str, act: int, dense: bool = False) -> nn.Module:
         denoiser, rng = self._empty(), torch.Generator().manual_seed(0)
         for name, node in self.nodes:
             layer = quant_layer(denoiser.get_submodule(name), node.get("split"))
-            layer.weight, layer.bias = torch.empty(0), None if layer.bias is None else torch.zeros(layer.shape[0])
+            layer.weight, layer.bias = (
+                torch.empty(0),
+                None if layer.bias is None else torch.zeros(layer.shape[0]),
+            )
             key = (scheme, tuple(layer.shape))
             if dense:
                 layer.set_dense_(self._decoded(key), Scheme.parse(scheme))
@@ -107,7 +134,9 @@ class Maker:
             _put(denoiser, name, layer)
         for name, parameter in list(denoiser.named_parameters()):  # norms and embeddings
             norm = parameter.ndim == 1 and name.endswith("weight")
-            value = torch.ones(parameter.shape) if norm else 0.02 * torch.randn(parameter.shape, generator=rng)
+            value = (
+                torch.ones(parameter.shape) if norm else 0.02 * torch.randn(parameter.shape, generator=rng)
+            )
             _put(denoiser, name, nn.Parameter(value, requires_grad=False))
         patch_attention_(denoiser)
         return denoiser.eval().requires_grad_(False)
@@ -115,13 +144,16 @@ class Maker:
     def _coded(self, key: tuple[str, tuple[int, ...]]) -> CodebookWeight:
         if key not in self.codes:
             made = random_weight(format_for(Scheme.parse(key[0]), key[1]), seed=len(key[1]) + sum(key[1]))
-            if made.codebooks is None and made.scale is not None:  # around zero: weights of one sign would grow without bound
+            if (
+                made.codebooks is None and made.scale is not None
+            ):  # around zero: weights of one sign would grow without bound
                 made = replace(made, offset=-made.scale * ((1 << made.bits) - 1) / 2)
             self.codes[key] = made
         return self.codes[key]
 
     def _weight(self, key: tuple[str, tuple[int, ...]]) -> Weight:
-        """Codes of one layer are those of all of its shape, but in memory of their own, as in a real model."""
+        """Codes of one layer are those of all of its shape, but in memory of their own, as in a real
+        model."""
         if key not in self.weights:
             self.weights[key] = held(self._coded(key))
         return own(self.weights[key])
@@ -133,7 +165,8 @@ class Maker:
 
 
 def with_plain_softmax_(denoiser: nn.Module) -> nn.Module:
-    """V layers at 16 bits of activations, so that softmax outputs are not rounded and torch's own fused attention runs."""
+    """V layers at 16 bits of activations, so that softmax outputs are not rounded and torch's own fused
+    attention runs."""
     for name, layer in layers_of(denoiser).items():
         if name.endswith("to_v"):
             layer.act = layer.act_output = 16
@@ -162,7 +195,11 @@ def call_of(denoiser: nn.Module, batch: int, dtype: torch.dtype) -> Call:
         if not isinstance(value, Tensor):
             return value
         shape = (batch, *value.shape[1:]) if value.ndim else ()
-        return torch.randn(shape, generator=rng).to(dtype) if value.is_floating_point() else torch.zeros(shape, dtype=value.dtype)
+        return (
+            torch.randn(shape, generator=rng).to(dtype)
+            if value.is_floating_point()
+            else torch.zeros(shape, dtype=value.dtype)
+        )
 
     inputs = real(example_inputs(denoiser))
 
@@ -173,33 +210,57 @@ def call_of(denoiser: nn.Module, batch: int, dtype: torch.dtype) -> Call:
     return call
 
 
-# ---- timing ----------------------------------------------------------------------------------------------------------------------------
+# ---- timing
+# ------------------------------------------------------------------------------------------------------------
 
 
-def timed(variants: dict[str, nn.Module], batch: int, seconds: float, facts: dict[str, Any], progress: Progress) -> list[dict[str, Any]]:
-    """A row a variant: milliseconds of a call, ratios, bytes that its layers hold, layers by kernel, dense copies, and how far its output is
-    from the dense model of the same weights (rounded activations included). One with memory=auto that keeps no copy has its packed twin's
-    times."""
+def timed(
+    variants: dict[str, nn.Module], batch: int, seconds: float, facts: dict[str, Any], progress: Progress
+) -> list[dict[str, Any]]:
+    """A row a variant: milliseconds of a call, ratios, bytes that its layers hold, layers by kernel, dense
+    copies, and how far its output is from the dense model of the same weights (rounded activations
+    included). One with memory=auto that keeps no copy has its packed twin's times."""
     calls, placed, outputs = dict[str, Call](), dict[str, Placement](), dict[str, Tensor]()
     for name, model in variants.items():
         call = call_of(model, batch, torch.bfloat16 if "bfloat16" in name else torch.float32)
         placed[name] = place_(layers_of(model), call, "auto" if name.endswith("auto") else "packed", progress)
         calls[name] = lambda name=name, call=call: outputs.__setitem__(name, call())  # type: ignore[misc]
-    same = {n: n.replace("auto", "packed") for n, p in placed.items() if n.endswith("auto") and not p.copies}  # runs as packed does
+    same = {
+        n: n.replace("auto", "packed") for n, p in placed.items() if n.endswith("auto") and not p.copies
+    }  # runs as packed does
     progress(f"timing {facts['model']}", 0, 1)
     times = paired({n: call for n, call in calls.items() if n not in same}, seconds, ROUNDS)
     progress(f"timing {facts['model']}", 1, 1)
     reference, first, rows = outputs[DENSE].float(), next(iter(variants)).split()[0], []
     for name, model in variants.items():
-        own_times, y, place, layers = times[same.get(name, name)], outputs[same.get(name, name)].float(), placed[name], layers_of(model)
+        own_times, y, place, layers = (
+            times[same.get(name, name)],
+            outputs[same.get(name, name)].float(),
+            placed[name],
+            layers_of(model),
+        )
         size = sum(prod(layer.shape) for layer in layers.values())
-        stored = sum(sum(layer.scheme.stored_bytes(layer.shape)) for layer in layers.values() if layer.held is not None)
-        alike = name.split()[0] in (first, "dense") and bool(torch.isfinite(y).all() and torch.isfinite(reference).all())
-        rows.append({
-            **facts, "variant": name, "ms": 1e3 * statistics.median(own_times), "rounds": len(own_times),
-            "over_float32": ratio(times[DENSE], own_times), "over_bfloat16": ratio(times["dense bfloat16"], own_times),
-            "resident": resident_bytes(layers.values()), "dense_float32": 4 * size, "bits": 8 * stored / size if stored else None,
-            "kernels": dict(place.backends), "copies": len(place.copies), "finite": bool(torch.isfinite(y).all()),
-            "difference": float((y - reference).norm() / reference.norm()) if alike else None,
-        })  # fmt: skip
+        stored = sum(
+            sum(layer.scheme.stored_bytes(layer.shape)) for layer in layers.values() if layer.held is not None
+        )
+        alike = name.split()[0] in (first, "dense") and bool(
+            torch.isfinite(y).all() and torch.isfinite(reference).all()
+        )
+        rows.append(
+            {
+                **facts,
+                "variant": name,
+                "ms": 1e3 * statistics.median(own_times),
+                "rounds": len(own_times),
+                "over_float32": ratio(times[DENSE], own_times),
+                "over_bfloat16": ratio(times["dense bfloat16"], own_times),
+                "resident": resident_bytes(layers.values()),
+                "dense_float32": 4 * size,
+                "bits": 8 * stored / size if stored else None,
+                "kernels": dict(place.backends),
+                "copies": len(place.copies),
+                "finite": bool(torch.isfinite(y).all()),
+                "difference": float((y - reference).norm() / reference.norm()) if alike else None,
+            }
+        )
     return rows

@@ -27,24 +27,36 @@ def of_format(*names: str) -> Callable[[dict[str, Any]], bool]:
     return lambda row: row["format"] in names
 
 
-# ---- the figures to reach ----------------------------------------------------------------------------------------------------------------
+# ---- the figures to reach
+# ------------------------------------------------------------------------------------------------------------
 
 
-def figure(claim: str, target: float, cases: Iterable[Rows], ratio: str, at_least: bool = True) -> dict[str, Any] | None:
+def figure(
+    claim: str, target: float, cases: Iterable[Rows], ratio: str, at_least: bool = True
+) -> dict[str, Any] | None:
     """The best row of every case, and the worst of those: None where nothing was measured."""
     best = [max(rows, key=lambda r: r[ratio]["median"]) for rows in cases if rows]
     if not best:
         return None
     worst = min(best, key=lambda r: r[ratio]["median"])
     value = worst[ratio]["median"]
-    return {"claim": claim, "target": target, "reached": value, "low": worst[ratio]["low"], "high": worst[ratio]["high"],
-            "where": _where(worst), "met": value >= target if at_least else value <= target}  # fmt: skip
+    return {
+        "claim": claim,
+        "target": target,
+        "reached": value,
+        "low": worst[ratio]["low"],
+        "high": worst[ratio]["high"],
+        "where": _where(worst),
+        "met": value >= target if at_least else value <= target,
+    }
 
 
 def _where(row: dict[str, Any]) -> str:
     parts = [row.get("format") or row.get("variant"), row.get("kernel"), row.get("shape") or row.get("model")]
     parts += [count(row["tokens"], "token")] if "tokens" in row else []
-    return ", ".join(str(p) for p in (*parts, f"{row['threads']} thread{'s' if row['threads'] > 1 else ''}") if p)
+    return ", ".join(
+        str(p) for p in (*parts, f"{row['threads']} thread{'s' if row['threads'] > 1 else ''}") if p
+    )
 
 
 def by_case(rows: Rows, keep: Callable[[dict[str, Any]], bool], kernels: tuple[str, ...] = ANY) -> list[Rows]:
@@ -58,35 +70,62 @@ def by_case(rows: Rows, keep: Callable[[dict[str, Any]], bool], kernels: tuple[s
 
 def figures(found: dict[str, Any]) -> Rows:
     """What the issue asks for and what was reached: of the best kernel (and format) in the worst case."""
-    linear, conv, peers, models = (found.get(part, {}).get("rows", []) for part in ("linear", "conv", "peers", "models"))
+    linear, conv, peers, models = (
+        found.get(part, {}).get("rows", []) for part in ("linear", "conv", "peers", "models")
+    )
     rows: list[dict[str, Any] | None] = []
-    wanted = (("aq2x6g8", of_format("aq2x6g8"), "float32", 3.0, 5.0), ("best 2-bit format", two_bits, "float32", 2.8, 3.5),
-              ("usq4", of_format("usq4"), "float32", 1.3, 2.2), ("best 2-bit format", two_bits, "bfloat16", 1.2, 1.8))  # fmt: skip
+    wanted = (
+        ("aq2x6g8", of_format("aq2x6g8"), "float32", 3.0, 5.0),
+        ("best 2-bit format", two_bits, "float32", 2.8, 3.5),
+        ("usq4", of_format("usq4"), "float32", 1.3, 2.2),
+        ("best 2-bit format", two_bits, "bfloat16", 1.2, 1.8),
+    )
     for name, which, dense, *targets in wanted:
         for out, target in zip((1152, 4608), targets, strict=True):
             mine = [r for r in linear if r.get("tokens") in TOKENS and r["shape"].endswith(f"-> {out}")]
             for kernels, how in ((AS_THEY_ARE, "activations as they are"), (ANY, "or at 8 bits")):
-                rows.append(figure(f"{name} over {dense}, out {out}, {how}", target, by_case(mine, which, kernels), f"over_{dense}"))
+                rows.append(
+                    figure(
+                        f"{name} over {dense}, out {out}, {how}",
+                        target,
+                        by_case(mine, which, kernels),
+                        f"over_{dense}",
+                    )
+                )
     for side, target in ((32, 1.3), (16, 2.2)):
         mine = [r for r in conv if r["side"] == side and r["channels"] >= 384]
         for scheme in sorted({r["format"] for r in mine if r["format"] and small(r["format"])}):
             rows.append(
-                figure(f"conv {scheme} over float32, {side}x{side}", target, by_case(mine, of_format(scheme), AS_THEY_ARE), "over_float32")
+                figure(
+                    f"conv {scheme} over float32, {side}x{side}",
+                    target,
+                    by_case(mine, of_format(scheme), AS_THEY_ARE),
+                    "over_float32",
+                )
             )
-    main = [r for r in peers if "over_torchao" in r and (r["shape"], r["tokens"], r["threads"]) == ("1152 -> 4608", 256, 2)]
+    main = [
+        r
+        for r in peers
+        if "over_torchao" in r and (r["shape"], r["tokens"], r["threads"]) == ("1152 -> 4608", 256, 2)
+    ]
     rows.append(figure("best 2-bit format over torchao W8A8", 1.3, by_case(main, two_bits), "over_torchao"))
     rows.append(figure("best format over torchao W8A8", 1.3, by_case(main, lambda _: True), "over_torchao"))
     for tokens, target in ((256, 100.0), (1, 1.0)):
         mine = [r for r in peers if "over_aqlm" in r and r["tokens"] == tokens]
         rows.append(
             figure(
-                f"aq2x8g8 over aqlm, {tokens} token{'s' if tokens > 1 else ''}", target, by_case(mine, lambda _: True, KERNELS), "over_aqlm"
+                f"aq2x8g8 over aqlm, {tokens} token{'s' if tokens > 1 else ''}",
+                target,
+                by_case(mine, lambda _: True, KERNELS),
+                "over_aqlm",
             )
         )
     for model in dict.fromkeys(r["model"] for r in models):
         mine = [r for r in models if r["model"] == model]
         for how, target in (("packed", 2.0), ("auto", 1 / 1.05)):
-            ours = [r for r in mine if r["variant"].endswith(how) and (how == "auto" or "x6" not in r["variant"])]
+            ours = [
+                r for r in mine if r["variant"].endswith(how) and (how == "auto" or "x6" not in r["variant"])
+            ]
             cases = [[r for r in ours if r["threads"] == n] for n in sorted({r["threads"] for r in ours})]
             cases = cases if how == "packed" else [[r] for r in ours]  # auto: every format
             rows.append(figure(f"{model} over float32, memory={how}", target, cases, "over_float32"))
@@ -99,7 +138,8 @@ def small(scheme: str) -> bool:
     return s.kind == "aq" and s.bits <= 6 and s.code_bits(9) < 2
 
 
-# ---- Markdown ----------------------------------------------------------------------------------------------------------------------------
+# ---- Markdown
+# ------------------------------------------------------------------------------------------------------------
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
@@ -132,36 +172,70 @@ def _dense_line(rows: Rows) -> str:
 
 
 def layer_tables(rows: Rows, other: str | None = None) -> str:
-    """A table per shape, tokens and threads: a line a format, milliseconds of each kernel, ratios of the best ones."""
+    """A table per shape, tokens and threads: a line a format, milliseconds of each kernel, ratios of the
+    best ones."""
     parts = []
     for (shape, tokens, threads), mine in _cases(rows, ("shape", "tokens", "threads")).items():
         parts.append(
-            f"### {shape}{'' if tokens is None else ', ' + count(tokens, 'token')}, {count(threads, 'thread')}\n\n{_dense_line(mine)}"
+            f"### {shape}{'' if tokens is None else ', ' + count(tokens, 'token')},"
+            f" {count(threads, 'thread')}\n\n{_dense_line(mine)}"
         )
         lines = []
         for (scheme,), own in _cases([r for r in mine if r["format"]], ("format",)).items():
             by = {r["kernel"]: r for r in own}
             best = min((by[k] for k in AS_THEY_ARE if k in by), key=lambda r: r["ms"])
             eight = by.get("decode a8")
-            cells = [f"{by[k]['ms']:.3f}" if k in by else "" for k in KERNELS if k in {r["kernel"] for r in rows}]
-            ratios = [spread(best.get(f"over_{n}")) for n in ("float32", "bfloat16", *([other] if other else []))]
+            cells = [
+                f"{by[k]['ms']:.3f}" if k in by else "" for k in KERNELS if k in {r["kernel"] for r in rows}
+            ]
+            ratios = [
+                spread(best.get(f"over_{n}")) for n in ("float32", "bfloat16", *([other] if other else []))
+            ]
             ratios += [spread(eight.get(f"over_{other or 'float32'}")) if eight else ""]
             exact = f"{by['lut exact']['error']:.0e}" if "lut exact" in by else ""
-            wrong = ", ".join(f"{by[k]['error']:.0e} ({by[k]['error_norm']:.0e})" for k in AS_THEY_ARE if k in by)
-            lines.append([scheme, f"{best['bits']:.2f}", *cells, best["kernel"], *ratios, wrong, exact, best["rounds"]])
+            wrong = ", ".join(
+                f"{by[k]['error']:.0e} ({by[k]['error_norm']:.0e})" for k in AS_THEY_ARE if k in by
+            )
+            lines.append(
+                [scheme, f"{best['bits']:.2f}", *cells, best["kernel"], *ratios, wrong, exact, best["rounds"]]
+            )
         names = [f"{k}, ms" for k in KERNELS if k in {r["kernel"] for r in rows}]
-        over = ["over float32", "over bfloat16", *([f"over {other}"] if other else []), f"a8 over {other or 'float32'}"]
-        parts.append(table(["format", "bits", *names, "best", *over, "errors (of norm)", "exact", "rounds"], lines))
+        over = [
+            "over float32",
+            "over bfloat16",
+            *([f"over {other}"] if other else []),
+            f"a8 over {other or 'float32'}",
+        ]
+        parts.append(
+            table(["format", "bits", *names, "best", *over, "errors (of norm)", "exact", "rounds"], lines)
+        )
     return "\n".join(parts)
 
 
 def peers_section(rows: Rows) -> str:
     theirs = [r for r in rows if "over_aqlm" in r]
-    lines = [[count(r["tokens"], "token"), r["threads"], r["kernel"], f"{r['ms']:.2f}", spread(r["over_aqlm"]), f"{r['error']:.0e}", r["rounds"]]
-             for r in theirs]  # fmt: skip
-    text = "AQLM's kernel adds from several threads to the same outputs without a lock: its error with two threads is a race.\n\n"
-    aqlm = f"### The aqlm package's CPU kernel, 2x8g8, {theirs[0]['shape']}\n\n{text}" + table(
-        ["tokens", "threads", "kernel", "ms", "over aqlm", "error", "rounds"], lines) if theirs else ""  # fmt: skip
+    lines = [
+        [
+            count(r["tokens"], "token"),
+            r["threads"],
+            r["kernel"],
+            f"{r['ms']:.2f}",
+            spread(r["over_aqlm"]),
+            f"{r['error']:.0e}",
+            r["rounds"],
+        ]
+        for r in theirs
+    ]
+    text = (
+        "AQLM's kernel adds from several threads to the same outputs without a lock: its error with two"
+        " threads is a race.\n\n"
+    )
+    aqlm = (
+        f"### The aqlm package's CPU kernel, 2x8g8, {theirs[0]['shape']}\n\n{text}"
+        + table(["tokens", "threads", "kernel", "ms", "over aqlm", "error", "rounds"], lines)
+        if theirs
+        else ""
+    )
     return layer_tables([r for r in rows if "over_aqlm" not in r], "torchao") + "\n" + aqlm
 
 
@@ -172,9 +246,19 @@ def models_section(rows: Rows) -> str:
         lines = []
         for r in mine:
             kernels = ", ".join(f"{k} {n}" for k, n in r["kernels"].items())
-            lines.append([r["variant"], "" if r["bits"] is None else f"{r['bits']:.2f}", f"{r['ms']:.0f}", spread(r["over_float32"]),
-                          spread(r["over_bfloat16"]), f"{r['resident'] / 1e6:.1f} ({100 * r['resident'] / r['dense_float32']:.1f} %)", kernels,
-                          "" if r["difference"] is None else f"{r['difference']:.0e}", r["rounds"]])  # fmt: skip
+            lines.append(
+                [
+                    r["variant"],
+                    "" if r["bits"] is None else f"{r['bits']:.2f}",
+                    f"{r['ms']:.0f}",
+                    spread(r["over_float32"]),
+                    spread(r["over_bfloat16"]),
+                    f"{r['resident'] / 1e6:.1f} ({100 * r['resident'] / r['dense_float32']:.1f} %)",
+                    kernels,
+                    "" if r["difference"] is None else f"{r['difference']:.0e}",
+                    r["rounds"],
+                ]
+            )
         head = [
             "variant",
             "bits",
@@ -225,11 +309,20 @@ def roofline_section(rows: Rows) -> str:
             )
             for best in (min(g, key=lambda r: r["ms"]) for g in groups if g):
                 asked = [
-                    f"{best[k] / 1e6:.1f}" if k in best else "" for k in ("table_bytes", "loads", "table_multiply_adds", "multiply_adds")
+                    f"{best[k] / 1e6:.1f}" if k in best else ""
+                    for k in ("table_bytes", "loads", "table_multiply_adds", "multiply_adds")
                 ]
                 size = key[0] if key[1] is None else f"{key[0]}, {count(key[1], 'token')}"
                 lines.append(
-                    [size, key[2], best["kernel"], *asked, f"{best['bound_ms']:.3f}", f"{best['ms']:.3f}", f"{100 * best['share']:.0f} %"]
+                    [
+                        size,
+                        key[2],
+                        best["kernel"],
+                        *asked,
+                        f"{best['bound_ms']:.3f}",
+                        f"{best['ms']:.3f}",
+                        f"{100 * best['share']:.0f} %",
+                    ]
                 )
         head = [
             "layer",
@@ -248,35 +341,82 @@ def roofline_section(rows: Rows) -> str:
 
 
 ABOUT = {
-    "linear": ("Linear layers of DiT-XL/2", "float32 activations. `best`: the faster of `lut fast` and `decode a16`, which take activations as they are; ratios "
-               "are of that one, then of `decode a8` (activations at 8 bits). Errors: max|y - y64| / max|y64| and, in brackets, |y - y64| / |y64|, "
-               "of `lut fast`, `decode a16`; then of `lut exact`."),
-    "conv": ("3 x 3 convolutions of LDM-4's U-Net, one image", "As above; float32 is the faster of two layouts."),
-    "peers": ("What a user could take today", "torchao's Int8DynamicActivationInt8WeightConfig under torch.compile, float32 activations, compiled for each shape "
-              "and number of threads."),
-    "models": ("Whole denoisers", "Random codes. `difference`: of the output from that of the dense float32 model of the same codes, by norm (rounded "
-               "activations included). `resident`: what layers' weights and biases hold, plans of the kernels included."),
-    "roofline": ("Bounds", "Loads of 64 bytes from tables with their adds, plus making the tables (the larger of multiply-adds and stores), at the rates measured "
-                 "here; or the integer dot products of the decoding kernel. The faster kernel with activations as they are; for usq also at 8 bits."),
-}  # fmt: skip
+    "linear": (
+        "Linear layers of DiT-XL/2",
+        (
+            "float32 activations. `best`: the faster of `lut fast` and `decode a16`, which take activations"
+            " as they are; ratios are of that one, then of `decode a8` (activations at 8 bits). Errors: max|y"
+            " - y64| / max|y64| and, in brackets, |y - y64| / |y64|, of `lut fast`, `decode a16`; then of"
+            " `lut exact`."
+        ),
+    ),
+    "conv": (
+        "3 x 3 convolutions of LDM-4's U-Net, one image",
+        "As above; float32 is the faster of two layouts.",
+    ),
+    "peers": (
+        "What a user could take today",
+        (
+            "torchao's Int8DynamicActivationInt8WeightConfig under torch.compile, float32 activations,"
+            " compiled for each shape and number of threads."
+        ),
+    ),
+    "models": (
+        "Whole denoisers",
+        (
+            "Random codes. `difference`: of the output from that of the dense float32 model of the same"
+            " codes, by norm (rounded activations included). `resident`: what layers' weights and biases"
+            " hold, plans of the kernels included."
+        ),
+    ),
+    "roofline": (
+        "Bounds",
+        (
+            "Loads of 64 bytes from tables with their adds, plus making the tables (the larger of"
+            " multiply-adds and stores), at the rates measured here; or the integer dot products of the"
+            " decoding kernel. The faster kernel with activations as they are; for usq also at 8 bits."
+        ),
+    ),
+}
 SECTIONS: dict[str, Callable[[Rows], str]] = {
-    "linear": layer_tables, "conv": layer_tables, "peers": peers_section, "models": models_section, "roofline": roofline_section,
-}  # fmt: skip
+    "linear": layer_tables,
+    "conv": layer_tables,
+    "peers": peers_section,
+    "models": models_section,
+    "roofline": roofline_section,
+}
 
 
 def markdown(found: dict[str, Any]) -> str:
     """The whole file; parts that were not measured are left out."""
-    parts = ["# Kernels\n\nMedians of paired rounds; a ratio above 1 says how many times as long the other takes, with quartiles.\n"]
+    parts = [
+        "# Kernels\n\nMedians of paired rounds; a ratio above 1 says how many times as long the other takes,"
+        " with quartiles.\n"
+    ]
     reached = figures(found)
     if reached:
-        lines = [[f["claim"], f"{f['target']:.2f}", f"{f['reached']:.2f} ({f['low']:.2f} to {f['high']:.2f})", f["where"], "yes" if f["met"] else "no"]
-                 for f in reached]  # fmt: skip
-        parts.append("## Figures to reach\n\nThe worst of the cases that a figure speaks of, each with its best kernel.\n")
+        lines = [
+            [
+                f["claim"],
+                f"{f['target']:.2f}",
+                f"{f['reached']:.2f} ({f['low']:.2f} to {f['high']:.2f})",
+                f["where"],
+                "yes" if f["met"] else "no",
+            ]
+            for f in reached
+        ]
+        parts.append(
+            "## Figures to reach\n\nThe worst of the cases that a figure speaks of, each with its best"
+            " kernel.\n"
+        )
         parts.append(table(["figure", "target", "reached", "worst case", "met"], lines))
     for part, section in SECTIONS.items():
         if found.get(part, {}).get("rows"):
             own, (title, text) = found[part], ABOUT[part]
             m = own["machine"]
-            made = f"Made by `{own['command']}` in {own['seconds']:.0f} s on {m['cpu']} ({m['level']}), torch {m['torch']}; load before: {own['load']:.1f}."
+            made = (
+                f"Made by `{own['command']}` in {own['seconds']:.0f} s on {m['cpu']} ({m['level']}), torch"
+                f" {m['torch']}; load before: {own['load']:.1f}."
+            )
             parts += [f"## {title}\n\n{text} {made}\n", section(own["rows"])]
     return "\n".join(parts).rstrip() + "\n"

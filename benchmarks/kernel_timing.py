@@ -1,4 +1,5 @@
-"""What the parts of benchmarks/kernels.py share: paired timings, ratios, errors, layers of random codes and the calls that run them."""
+"""What the parts of benchmarks/kernels.py share: paired timings, ratios, errors, layers of random codes
+and the calls that run them."""
 
 from __future__ import annotations
 
@@ -49,12 +50,18 @@ def threads(count: int) -> Iterator[None]:
 
 
 def paired(
-    runs: Mapping[str, Callable[[], object]], seconds: float, rounds: tuple[int, int] = ROUNDS, pause: float = 0.0, seed: int = 0
+    runs: Mapping[str, Callable[[], object]],
+    seconds: float,
+    rounds: tuple[int, int] = ROUNDS,
+    pause: float = 0.0,
+    seed: int = 0,
 ) -> dict[str, list[float]]:
-    """Seconds of every run in every round: each round takes them all, in an order of its own, so that none always follows the same one.
+    """Seconds of every run in every round: each round takes them all, in an order of its own, so that none
+    always follows the same one.
 
-    A round that is not counted comes first. No round begins after ``seconds``, once there were as many as the least of ``rounds``. ``pause``
-    seconds pass before each run: threads of another library may spin for a while after theirs.
+    A round that is not counted comes first. No round begins after ``seconds``, once there were as many as the
+    least of ``rounds``. ``pause`` seconds pass before each run: threads of another library may spin for a
+    while after theirs.
     """
     for run in runs.values():
         run()
@@ -90,17 +97,23 @@ def over_best(others: list[list[float]], own: list[float]) -> dict[str, float]:
 def errors(y: Tensor, expected: Tensor) -> dict[str, float]:
     """``error``: max|y - y64| / max|y64|; ``error_norm``: |y - y64| / |y64|."""
     gap = y.double() - expected
-    return {"error": float(gap.abs().max() / expected.abs().max()), "error_norm": float(gap.norm() / expected.norm())}
+    return {
+        "error": float(gap.abs().max() / expected.abs().max()),
+        "error_norm": float(gap.norm() / expected.norm()),
+    }
 
 
-def measured_row(name: str, times: Mapping[str, list[float]], dense: Mapping[str, list[str]]) -> dict[str, Any]:
+def measured_row(
+    name: str, times: Mapping[str, list[float]], dense: Mapping[str, list[str]]
+) -> dict[str, Any]:
     """Milliseconds, rounds, and the ratio to the best of each of ``dense`` (name -> the runs that are it)."""
     own = times[name]
     ratios = {f"over_{other}": over_best([times[n] for n in names], own) for other, names in dense.items()}
     return {"ms": 1e3 * statistics.median(own), "rounds": len(own), **ratios}
 
 
-# ---- layers ----------------------------------------------------------------------------------------------------------------------------
+# ---- layers
+# ------------------------------------------------------------------------------------------------------------
 
 
 class Layer:
@@ -138,7 +151,9 @@ def contenders(layer: Layer, x: Tensor, bias: Tensor) -> dict[str, Run]:
 def call(layer: Layer, x: Tensor, bias: Tensor, backend: str | None, accuracy: Any, act: int) -> Run:
     if x.ndim == 4:
         side = layer.shape[2] // 2
-        return lambda: codebook_conv2d(x, layer.weight, bias, padding=side, accuracy=accuracy, backend=backend, act=act)
+        return lambda: codebook_conv2d(
+            x, layer.weight, bias, padding=side, accuracy=accuracy, backend=backend, act=act
+        )
     return lambda: codebook_linear(x, layer.weight, bias, accuracy, backend, act=act)
 
 
@@ -154,16 +169,21 @@ def expected(layer: Layer, x: Tensor, bias: Tensor, act: int) -> Tensor:
 
 
 def dense_runs(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[dict[str, Run], dict[str, list[str]]]:
-    """The dense layer in float32 and bfloat16 as torch runs it (convolutions: float32 in both layouts), and which runs are which type."""
+    """The dense layer in float32 and bfloat16 as torch runs it (convolutions: float32 in both layouts),
+    and which runs are which type."""
     if x.ndim == 2:
         kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-        return {n: _linear(x.to(k), weight.to(k), bias.to(k)) for n, k in kinds.items()}, {n: [n] for n in kinds}
+        return {n: _linear(x.to(k), weight.to(k), bias.to(k)) for n, k in kinds.items()}, {
+            n: [n] for n in kinds
+        }
     last = torch.channels_last
     runs = {
         "float32": _conv(x, weight, bias),
         "float32 channels_last": _conv(x.to(memory_format=last), weight.to(memory_format=last), bias),
         "bfloat16 channels_last": _conv(
-            x.to(torch.bfloat16, memory_format=last), weight.to(torch.bfloat16, memory_format=last), bias.bfloat16()
+            x.to(torch.bfloat16, memory_format=last),
+            weight.to(torch.bfloat16, memory_format=last),
+            bias.bfloat16(),
         ),
     }
     return runs, {"float32": ["float32", "float32 channels_last"], "bfloat16": ["bfloat16 channels_last"]}
@@ -178,16 +198,26 @@ def _conv(x: Tensor, weight: Tensor, bias: Tensor) -> Run:
 
 
 def case(
-    layers: list[Layer], x: Tensor, seconds: float, exact: Mapping[tuple[str, int], Tensor], facts: dict[str, Any]
+    layers: list[Layer],
+    x: Tensor,
+    seconds: float,
+    exact: Mapping[tuple[str, int], Tensor],
+    facts: dict[str, Any],
 ) -> list[dict[str, Any]]:
-    """Every kernel of every layer and the dense ones in one paired run; ``exact`` holds the float64 results by (format, activation bits)."""
+    """Every kernel of every layer and the dense ones in one paired run; ``exact`` holds the float64
+    results by (format, activation bits)."""
     bias = torch.zeros(layers[0].shape[0])
     runs, dense = dense_runs(x, layers[0].decoded, bias)
     ours = {(layer.scheme, name): run for layer in layers for name, run in contenders(layer, x, bias).items()}
     runs |= {" ".join(key): run for key, run in ours.items()}
     times = paired(runs, seconds)
-    plain = {name: errors(run(), exact[layers[0].scheme, 16]) for name, run in dense_runs(x, layers[0].decoded, bias)[0].items()}
-    rows = [{**facts, "format": None, "kernel": n, **measured_row(n, times, dense), **e} for n, e in plain.items()]
+    plain = {
+        name: errors(run(), exact[layers[0].scheme, 16])
+        for name, run in dense_runs(x, layers[0].decoded, bias)[0].items()
+    }
+    rows = [
+        {**facts, "format": None, "kernel": n, **measured_row(n, times, dense), **e} for n, e in plain.items()
+    ]
     for layer in layers:
         for (scheme, name), run in ours.items():
             if scheme == layer.scheme:
@@ -198,5 +228,6 @@ def case(
 
 
 def load() -> float:
-    """Processes that wanted to run in the last minute, on average: a quiet machine has less than one besides this."""
+    """Processes that wanted to run in the last minute, on average: a quiet machine has less than one
+    besides this."""
     return os.getloadavg()[0]

@@ -1,15 +1,19 @@
 """The kernels' figures on this machine: python benchmarks/kernels.py PART ... [--quick]
 
-linear     DiT-XL/2's layers at 1, 256 and 1024 tokens, one and two threads, against MKL float32 and oneDNN bfloat16, with errors against float64
-conv       3 x 3 convolutions of LDM-4's U-Net, against oneDNN in float32 (the better of two layouts) and bfloat16
+linear     DiT-XL/2's layers at 1, 256 and 1024 tokens, one and two threads, against MKL float32 and oneDNN
+           bfloat16, with errors against float64
+conv       3 x 3 convolutions of LDM-4's U-Net, against oneDNN in float32 (the better of two layouts) and
+           bfloat16
 peers      against torchao's compiled W8A8 and the aqlm package's CPU kernel (extra ``peers``)
-models     a whole DiT-XL/2, one block of it, and a whole U-Net with LDM-4's shapes, at 2 bits of random codes, memory packed and auto
-roofline   what the machine can do, what each format asks of it, and the share that ``linear`` and ``conv`` reached (after them)
+models     a whole DiT-XL/2, one block of it, and a whole U-Net with LDM-4's shapes, at 2 bits of random
+           codes, memory packed and auto
+roofline   what the machine can do, what each format asks of it, and the share that ``linear`` and ``conv``
+           reached (after them)
 all        every part
 
 Each part takes up to four minutes (``--quick``: a few rounds of fewer cases) and replaces its own section of
-benchmarks/results/kernels.json and kernels.md. Contenders of one case run in turn, in an order that changes from round to round, so that
-weights come from memory as in a model; ratios are within rounds.
+benchmarks/results/kernels.json and kernels.md. Contenders of one case run in turn, in an order that changes
+from round to round, so that weights come from memory as in a model; ratios are within rounds.
 """
 
 from __future__ import annotations
@@ -34,7 +38,18 @@ from benchmarks.flow import RESULTS
 from benchmarks.kernel_timing import Layer, case, expected, load, threads
 
 LINEAR = {"1152 -> 1152": (1152, 1152), "1152 -> 4608": (4608, 1152), "4608 -> 1152": (1152, 4608)}
-LINEAR_FORMATS = ("aq1x8g8", "aq2x6g8", "aq3x4g8", "aq2x8g8", "aq4x4g8", "usq2", "usq3", "usq4", "vq3", "vq3c")
+LINEAR_FORMATS = (
+    "aq1x8g8",
+    "aq2x6g8",
+    "aq3x4g8",
+    "aq2x8g8",
+    "aq4x4g8",
+    "usq2",
+    "usq3",
+    "usq4",
+    "vq3",
+    "vq3c",
+)
 TOKENS = (1, 256, 1024)
 CONV = {f"{c} at {s}x{s}": (c, s) for c, s in ((192, 32), (384, 32), (576, 16), (960, 16))}
 CONV_FORMATS = ("aq1x8k", "aq2x6k", "aq3x4k", "aq4x4k", "aq1x8g8", "aq2x6g8", "aq4x4g8", "usq2", "usq4")
@@ -56,7 +71,17 @@ def linear(progress: Progress, quick: bool) -> Rows:
         layers = [Layer(scheme, shape, seed) for seed, scheme in enumerate(LINEAR_FORMATS)]
         for count in tokens:
             x = torch.randn(count, shape[1])
-            rows += _cases("linear", name, layers, x, {"tokens": count}, 0.0 if quick else SECONDS[count], progress, len(rows) == 0, total)
+            rows += _cases(
+                "linear",
+                name,
+                layers,
+                x,
+                {"tokens": count},
+                0.0 if quick else SECONDS[count],
+                progress,
+                len(rows) == 0,
+                total,
+            )
     return rows
 
 
@@ -70,7 +95,15 @@ def conv(progress: Progress, quick: bool) -> Rows:
         x = torch.randn(1, channels, side, side)
         total = len(shapes) * len(THREADS)
         rows += _cases(
-            "conv", name, layers, x, {"channels": channels, "side": side}, 0.0 if quick else CONV_SECONDS, progress, not rows, total
+            "conv",
+            name,
+            layers,
+            x,
+            {"channels": channels, "side": side},
+            0.0 if quick else CONV_SECONDS,
+            progress,
+            not rows,
+            total,
         )
     return rows
 
@@ -79,8 +112,16 @@ _done: dict[str, int] = {}
 
 
 def _cases(
-    part: str, name: str, layers: list[Layer], x: Tensor, facts: dict[str, Any], seconds: float, progress: Progress, first: bool, total: int
-) -> Rows:  # fmt: skip
+    part: str,
+    name: str,
+    layers: list[Layer],
+    x: Tensor,
+    facts: dict[str, Any],
+    seconds: float,
+    progress: Progress,
+    first: bool,
+    total: int,
+) -> Rows:
     """One input on so many threads after another."""
     _done[part] = 0 if first else _done[part]
     bias, rows = torch.zeros(layers[0].shape[0]), Rows()
@@ -164,13 +205,29 @@ def main() -> None:
     from aquabit._terminal import bars
     from aquabit.kernels.timings import machine
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", nargs="+", choices=[*PARTS, "all", "tables"], help="tables: only the Markdown, from what was measured")
-    parser.add_argument("--quick", action="store_true", help="a few rounds of fewer cases, to see that it runs")
-    parser.add_argument(
-        "--retime", action="store_true", help="models: measure anew what chooses the kernels, which is kept in benchmarks/work/timings"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", default="", metavar="TEXT", help="models: those whose name holds TEXT; the others keep their rows")
+    parser.add_argument(
+        "part",
+        nargs="+",
+        choices=[*PARTS, "all", "tables"],
+        help="tables: only the Markdown, from what was measured",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="a few rounds of fewer cases, to see that it runs"
+    )
+    parser.add_argument(
+        "--retime",
+        action="store_true",
+        help="models: measure anew what chooses the kernels, which is kept in benchmarks/work/timings",
+    )
+    parser.add_argument(
+        "--only",
+        default="",
+        metavar="TEXT",
+        help="models: those whose name holds TEXT; the others keep their rows",
+    )
     options = parser.parse_args()
     folder = Path(os.environ.setdefault("AQUABIT_TIMINGS", str(Path(__file__).parent / "work" / "timings")))
     if options.retime:
@@ -178,13 +235,29 @@ def main() -> None:
     for part in PARTS if "all" in options.part else [p for p in options.part if p != "tables"]:
         started, before = time.perf_counter(), load()
         with bars() as progress:
-            rows = models(progress, options.quick, options.only) if part == "models" else PARTS[part](progress, options.quick)
+            rows = (
+                models(progress, options.quick, options.only)
+                if part == "models"
+                else PARTS[part](progress, options.quick)
+            )
         about = {k: v for k, v in machine(torch.get_num_threads()).items() if k not in ("threads", "gpu")}
         command = f"python benchmarks/kernels.py {part}{' --quick' if options.quick else ''}"
         _write(
-            _read() | {part: {"command": command, "machine": about, "load": before, "seconds": time.perf_counter() - started, "rows": rows}}
+            _read()
+            | {
+                part: {
+                    "command": command,
+                    "machine": about,
+                    "load": before,
+                    "seconds": time.perf_counter() - started,
+                    "rows": rows,
+                }
+            }
         )
-        print(f"{part}: {len(rows)} rows in {time.perf_counter() - started:.0f} s (load before: {before:.1f})", flush=True)
+        print(
+            f"{part}: {len(rows)} rows in {time.perf_counter() - started:.0f} s (load before: {before:.1f})",
+            flush=True,
+        )
     _write(_read())
     print((RESULTS / "kernels.md").read_text())
 

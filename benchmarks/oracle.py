@@ -1,12 +1,18 @@
-"""How far the search is from the best that can be found: python benchmarks/oracle.py [--folder DIR] [--models ...] [--bits ...] [--draws N]
+"""How far the search is from the best that can be found: python benchmarks/oracle.py [--folder DIR] [--models
+...] [--bits ...] [--draws N]
 
-At each budget some two thousand evaluations of output errors (80 denoiser calls each), in three different ways, then a race on images:
- draws      configurations drawn near the front of the damages (Gibbs, damage 1.02 to 1.4 times the program's), filled up to the budget
- refined    the program in context from the program's answer and from the best draw, with four times the inputs of the search and more radii
- swaps      single exchanges between two layers from the best of these, those with the least predicted loss first
-The race: the best of each by output errors, the program's answer and every winner of benchmarks/searches.py, judged by ``search.judge`` on up to
-1,024 images of seeds of its own. benchmarks/searches.py measures the best on the seeds that it reports. It takes an hour, and continues where
-it stopped; the folder is that of benchmarks/searches.py.
+At each budget some two thousand evaluations of output errors (80 denoiser calls each), in three different
+ways, then a race on images:
+ draws      configurations drawn near the front of the damages (Gibbs, damage 1.02 to 1.4 times the
+            program's), filled up to the budget
+ refined    the program in context from the program's answer and from the best draw, with four times the
+            inputs of the search and more radii
+ swaps      single exchanges between two layers from the best of these, those with the least predicted loss
+            first
+The race: the best of each by output errors, the program's answer and every winner of benchmarks/searches.py,
+judged by ``search.judge`` on up to 1,024 images of seeds of its own. benchmarks/searches.py measures the best
+on the seeds that it reports. It takes an hour, and continues where it stopped; the folder is that of
+benchmarks/searches.py.
 """
 
 from __future__ import annotations
@@ -51,17 +57,22 @@ def draws(search: Any, context: Any, count: int) -> list[tuple[np.ndarray, np.nd
             while True:  # fill up
                 change = options.changes(mended)
                 gain = scores[rows, mended][:, None] - np.where(options.columns.allowed, scores, np.inf)
-                fits = (options.used(mended)[:, None, None] + change <= options.caps[:, None, None]).all(0) & (gain > 0)
+                fits = (options.used(mended)[:, None, None] + change <= options.caps[:, None, None]).all(
+                    0
+                ) & (gain > 0)
                 if not fits.any():
                     break
-                layer, column = np.unravel_index(int(np.where(fits, gain / np.maximum(change[0], 1.0), -1).argmax()), fits.shape)
+                layer, column = np.unravel_index(
+                    int(np.where(fits, gain / np.maximum(change[0], 1.0), -1).argmax()), fits.shape
+                )
                 mended[layer] = column
             found.append(options.columns.split(mended))
     return found[:count]
 
 
 def exchanges(search: Any, context: Any, start: Any) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Configurations two layers away from ``start`` that keep the budget, those of least predicted loss in its context first."""
+    """Configurations two layers away from ``start`` that keep the budget, those of least predicted loss in
+    its context first."""
     from aquabit.search.options import Options
 
     options, seen = Options.of(search.costs, search.options.budget), context.look(start)
@@ -71,7 +82,9 @@ def exchanges(search: Any, context: Any, start: Any) -> list[tuple[np.ndarray, n
     value = change[cells[:, 0], cells[:, 1]]
     total = np.where(cells[:, 0][:, None] != cells[:, 0], value[:, None] + value, np.inf)
     total = np.where(options.used(choice)[0] + cost[:, None] + cost <= options.caps[0], total, np.inf)
-    first, second = np.unravel_index(np.argsort(np.triu(total, 1) + np.tril(np.full(total.shape, np.inf)), axis=None), total.shape)
+    first, second = np.unravel_index(
+        np.argsort(np.triu(total, 1) + np.tril(np.full(total.shape, np.inf)), axis=None), total.shape
+    )
     found = []
     for a, b in list(zip(first, second, strict=True))[: 3 * EXCHANGES]:
         moved = choice.copy()
@@ -100,15 +113,30 @@ def oracle(folder: Path, model: str, bits: float, count: int) -> dict[str, Any]:
         order = np.argsort(value[1:])
         found: dict[str, list[Any]] = {"draws": [drawn[i] for i in order[:KEPT]], "program": [start]}
         looked, wide.LOOKED = wide.LOOKED, 4 * wide.LOOKED
-        steps = [refine(s, context.look, context.judge, session.costs, search.options.budget, rounds=ROUNDS, radii=RADII)
-                 for s in (start, found["draws"][0])]  # fmt: skip
+        steps = [
+            refine(
+                s,
+                context.look,
+                context.judge,
+                session.costs,
+                search.options.budget,
+                rounds=ROUNDS,
+                radii=RADII,
+            )
+            for s in (start, found["draws"][0])
+        ]
         found["refined"] = [(s.weights, s.acts) for row in steps for s in row[1:]]
-        best = min([(value[0], start), *((s.value, (s.weights, s.acts)) for row in steps for s in row)], key=lambda r: r[0])[1]
+        best = min(
+            [(value[0], start), *((s.value, (s.weights, s.acts)) for row in steps for s in row)],
+            key=lambda r: r[0],
+        )[1]
         swapped = exchanges(search, context, best)
         wide.LOOKED = looked
         after = np.array(context.judge(swapped))
         found["swaps"] = [swapped[i] for i in np.argsort(after)[:KEPT]]
-        racers = {search._config(c).digest: (name, search._config(c)) for name, row in found.items() for c in row}
+        racers = {
+            search._config(c).digest: (name, search._config(c)) for name, row in found.items() for c in row
+        }
         done = folder / f"searches-{model}.json"
         for key, run in (json.loads(done.read_text()) if done.exists() else {}).items():
             if key.split()[0] == f"{bits:g}":
@@ -139,7 +167,9 @@ def oracle(folder: Path, model: str, bits: float, count: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--bits", nargs="+", type=float, default=list(BITS))
     parser.add_argument("--draws", type=int, default=DRAWS)

@@ -1,8 +1,10 @@
-"""NVIDIA ModelOpt's auto_quantize on a diffusers denoiser; run by benchmarks/peers.py with the Python of the peer's own environment.
+"""NVIDIA ModelOpt's auto_quantize on a diffusers denoiser; run by benchmarks/peers.py with the Python of the
+peer's own environment.
 
-Reads calls and targets from a safetensors file (x [n, c, h, w], t [n], y [n], target [n, c, h, w]), scores every format of every layer once
-with the loss mean((denoiser(x, t, y) - target)^2), and lets ModelOpt's solver choose for each number of effective bits. Writes JSON: versions,
-each layer's scores and costs, and for each number of bits what was chosen. It imports torch, diffusers and modelopt, nothing of aquabit.
+Reads calls and targets from a safetensors file (x [n, c, h, w], t [n], y [n], target [n, c, h, w]), scores
+every format of every layer once with the loss mean((denoiser(x, t, y) - target)^2), and lets ModelOpt's
+solver choose for each number of effective bits. Writes JSON: versions, each layer's scores and costs, and for
+each number of bits what was chosen. It imports torch, diffusers and modelopt, nothing of aquabit.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ SCALE = 1e4  # the largest score where they are scaled: its solver's tolerances 
 
 
 def formats(bits: list[int], calibration: str) -> list[dict[str, Any]]:
-    """Whole-number weights of so many bits per output channel, inputs of 8 bits per tensor: as its INT8_DEFAULT_CFG, with other widths."""
+    """Whole-number weights of so many bits per output channel, inputs of 8 bits per tensor: as its
+    INT8_DEFAULT_CFG, with other widths."""
     return [
         {
             "quant_cfg": [
@@ -72,7 +75,8 @@ def searched(arguments: argparse.Namespace) -> tuple[dict[str, Any], float]:
 
 
 def chosen(state: dict[str, Any], bits: float, factor: float = 1.0) -> dict[str, int]:
-    """layer -> weight bits that its solver chooses for so many effective bits, on its scores times ``factor``."""
+    """layer -> weight bits that its solver chooses for so many effective bits, on its scores times
+    ``factor``."""
     scaled = copy.deepcopy(state)
     for row in scaled["candidate_stats"].values():
         row["scores"] = [s * factor for s in row["scores"]]
@@ -89,7 +93,9 @@ def layers(state: dict[str, Any]) -> dict[str, dict[str, Any]]:
     found = {}
     for row in state["candidate_stats"].values():
         if len(row["module_names"]) != 1:
-            raise ValueError(f"ModelOpt treats {row['module_names']} as one; layers of their own are expected")
+            raise ValueError(
+                f"ModelOpt treats {row['module_names']} as one; layers of their own are expected"
+            )
         # formats are named by what they cost: "CUSTOM_0(effective-bits: 4.0)"
         bits = [round(16 * f.compression) for f in row["formats"]]
         found[row["module_names"][0]] = {"bits": bits, "scores": row["scores"], "costs": row["costs"]}
@@ -97,8 +103,12 @@ def layers(state: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--denoiser", type=Path, required=True, help="folder of the denoiser, as diffusers saves it")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--denoiser", type=Path, required=True, help="folder of the denoiser, as diffusers saves it"
+    )
     parser.add_argument("--inputs", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--bits", type=float, nargs="+", required=True, help="effective bits to choose for")
@@ -114,10 +124,15 @@ def main() -> None:
     largest = max(max(row["scores"]) for row in table.values())
     factor = SCALE / largest if largest > 0 else 1.0
     result = {
-        "versions": {p: version(p) for p in PACKAGES}, "seconds": seconds, "calibration": arguments.calibration, "layers": table,
-        "limit_bits": arguments.bits, "chosen": {str(b): chosen(state, b) for b in arguments.bits},
-        "chosen_scaled": {str(b): chosen(state, b, factor) for b in arguments.bits}, "scale": factor,
-    }  # fmt: skip
+        "versions": {p: version(p) for p in PACKAGES},
+        "seconds": seconds,
+        "calibration": arguments.calibration,
+        "layers": table,
+        "limit_bits": arguments.bits,
+        "chosen": {str(b): chosen(state, b) for b in arguments.bits},
+        "chosen_scaled": {str(b): chosen(state, b, factor) for b in arguments.bits},
+        "scale": factor,
+    }
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -1,10 +1,12 @@
-"""How long a report of a large study takes to build, how large its page is, and how fast a browser shows and sorts it:
+"""How long a report of a large study takes to build, how large its page is, and how fast a browser shows and
+sorts it:
 
 python benchmarks/report.py [--layers 800] [--samples 1000]
 
-The study is made up: a chain of linear layers with ten schemes each, random configurations, every fact that a page can show. Times in
-a browser are those of a headless Chromium, where there is one: from the start of the navigation to the first contentful paint and to
-the end of loading (the table of layers is then built), and of one click on a column's head until the next frame.
+The study is made up: a chain of linear layers with ten schemes each, random configurations, every fact that a
+page can show. Times in a browser are those of a headless Chromium, where there is one: from the start of the
+navigation to the first contentful paint and to the end of loading (the table of layers is then built), and of
+one click on a column's head until the next frame.
 """
 
 from __future__ import annotations
@@ -27,12 +29,14 @@ from tests.test_reports import Synthetic
 
 SCHEMES = ("usq2", "usq3", "usq4", "usq8", "vq2", "vq3", "vq4", "vq2c", "vq3c", "vq4c")
 CLICK = (
-    "(async () => { const head = document.querySelector('th[data-key={key}] button'); const start = performance.now(); head.click();"
-    " await new Promise((done) => requestAnimationFrame(() => setTimeout(done))); return performance.now() - start; })()"
+    "(async () => { const head = document.querySelector('th[data-key={key}] button'); const start ="
+    " performance.now(); head.click(); await new Promise((done) => requestAnimationFrame(() =>"
+    " setTimeout(done))); return performance.now() - start; })()"
 )
 PAINTED = (
-    "(() => { const paint = performance.getEntriesByName('first-contentful-paint')[0], n = performance.getEntriesByType('navigation')[0];"
-    " return [paint ? paint.startTime : null, n.loadEventEnd]; })()"
+    "(() => { const paint = performance.getEntriesByName('first-contentful-paint')[0], n ="
+    " performance.getEntriesByType('navigation')[0]; return [paint ? paint.startTime : null, n.loadEventEnd];"
+    " })()"
 )
 
 
@@ -47,11 +51,17 @@ class Large(Synthetic):
         return config
 
     def features(self) -> Large:
-        self.study.add_features({
-            (name, scheme): {"error": float(d * 4.0 ** -i), "output": float(d * 4.0 ** -i), "damage": float(0.1 * d * 4.0 ** -i)}
-            for name, d in zip(self.space.layers, self.damage, strict=True)
-            for i, scheme in enumerate(SCHEMES)
-        })  # fmt: skip
+        self.study.add_features(
+            {
+                (name, scheme): {
+                    "error": float(d * 4.0**-i),
+                    "output": float(d * 4.0**-i),
+                    "damage": float(0.1 * d * 4.0**-i),
+                }
+                for name, d in zip(self.space.layers, self.damage, strict=True)
+                for i, scheme in enumerate(SCHEMES)
+            }
+        )
         rows = self.study.get("sensitivity")
         for row in rows["layers"]:
             row["schemes"] = {s: row["effect"] * 0.5**i for i, s in enumerate(SCHEMES)}
@@ -73,10 +83,14 @@ def main() -> None:
         start, cpu = time.perf_counter(), time.process_time()
         page = report(made.study, Path(folder) / "out")
         row: dict[str, Any] = {
-            "layers": options.layers, "schemes": len(SCHEMES), "measurements": len(made.study.measurements()),
-            "build_s": time.perf_counter() - start, "build_cpu_s": time.process_time() - cpu, "page_bytes": page.stat().st_size,
+            "layers": options.layers,
+            "schemes": len(SCHEMES),
+            "measurements": len(made.study.measurements()),
+            "build_s": time.perf_counter() - start,
+            "build_cpu_s": time.process_time() - cpu,
+            "page_bytes": page.stat().st_size,
             "load_average": os.getloadavg()[0],
-        }  # fmt: skip
+        }
         if chromium():
             row |= in_browser(page, Path(folder))
     result = {"machine": machine(), "command": "python " + " ".join(sys.argv), "rows": [row]}
@@ -105,10 +119,18 @@ def in_browser(page: Path, folder: Path) -> dict[str, Any]:
             first, load = tab.run(PAINTED)
             paints.append(first)
             loads.append(load)
-        clicks = [tab.run(CLICK.replace("{key}", key)) for key in ("effect", "layer", "operator", "weights", "effect", "layer")]
+        clicks = [
+            tab.run(CLICK.replace("{key}", key))
+            for key in ("effect", "layer", "operator", "weights", "effect", "layer")
+        ]
         errors = len(tab.errors)
-    return {"first_paint_ms": float(np.median(paints)), "loaded_ms": float(np.median(loads)), "sort_ms": float(np.median(clicks)),
-            "slowest_sort_ms": max(clicks), "script_errors": errors}  # fmt: skip
+    return {
+        "first_paint_ms": float(np.median(paints)),
+        "loaded_ms": float(np.median(loads)),
+        "sort_ms": float(np.median(clicks)),
+        "slowest_sort_ms": max(clicks),
+        "script_errors": errors,
+    }
 
 
 if __name__ == "__main__":

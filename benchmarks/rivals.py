@@ -1,13 +1,16 @@
-"""Rivals of our search, really run over the same codes and the same bytes: python benchmarks/rivals.py PART ... [--folder DIR] [--models ...]
+"""Rivals of our search, really run over the same codes and the same bytes: python benchmarks/rivals.py PART
+... [--folder DIR] [--models ...]
 
 install    ModelOpt in a virtual environment of its own in --folder (as benchmarks/peers.py makes it)
-choose     one configuration of each rival (RIVALS) for each budget into choices-MODEL.json; scores are kept in scores-*.json
+choose     one configuration of each rival (RIVALS) for each budget into choices-MODEL.json; scores are kept
+           in scores-*.json
 fresh      all of them, our winners and full precision on five blocks of fresh seeds, 128 images each
 table      benchmarks/results/rivals.json and rivals.md
 
-The study of a model is rivals-MODEL.db in --folder: a copy of --study MODEL=FILE where it is not there, else made (every scheme of the
-default space is fitted and probed). Ours are read from ours-MODEL.json in --folder: {search seed: [{"target": bits, "config": {...}}]};
-where it is absent differences are to the additive program. All budgets are kept exactly. It continues where it stopped.
+The study of a model is rivals-MODEL.db in --folder: a copy of --study MODEL=FILE where it is not there, else
+made (every scheme of the default space is fitted and probed). Ours are read from ours-MODEL.json in --folder:
+{search seed: [{"target": bits, "config": {...}}]}; where it is absent differences are to the additive
+program. All budgets are kept exactly. It continues where it stopped.
 """
 
 from __future__ import annotations
@@ -32,7 +35,17 @@ from aquabit.scheme import AquabitError, QuantConfig
 from benchmarks import peers
 from benchmarks import rivals_scores as scores
 from benchmarks.flow import MODELS, RESULTS, machine
-from benchmarks.rivals_searches import Weights, cap, exact, falling, highest, lowered, raised, split_programs, thresholded
+from benchmarks.rivals_searches import (
+    Weights,
+    cap,
+    exact,
+    falling,
+    highest,
+    lowered,
+    raised,
+    split_programs,
+    thresholded,
+)
 
 TARGETS = (1.6, 2.0, 2.5, 3.0, 3.5)  # bits per weight
 BLOCKS = range(101, 106)  # of fresh seeds; other benchmarks use blocks up to 100
@@ -43,14 +56,36 @@ RIVALS = {
     "program": "our additive integer program over the damages of probes (8 images), exact",
     "uniform usqh": "the largest output-aware uniform scheme for all layers that is within the bytes",
     "uniform aq": "the additive level, one for all layers, of least predicted damage within the bytes",
-    "modelopt": "NVIDIA ModelOpt 0.47 `auto_quantize`: sum of (gradient x change of the layer's output)^2 of the denoising loss on 512 real images; its own solver, to which codebooks that layers share are equal parts of them, within the true bytes",
-    "modelopt, fisher": "the same with the loss to the output plus noise, whose squared gradients estimate the Fisher information that its scores stand for",
-    "modelopt, exact": "the scores of `modelopt` in our exact program: what its solver loses, whose tolerances do not scale with the scores",
-    "mct": "Sony MCT: mean distance of all layers' outputs (mean squared error of convolutions, cosine of Linear) from full precision on 32 denoiser calls, others at their highest; exact program, then its greedy raising",
-    "aimet": "AIMET AMP: all at their highest, then lowered in the order of damage alone, as far as the bytes ask",
+    "modelopt": (
+        "NVIDIA ModelOpt 0.47 `auto_quantize`: sum of (gradient x change of the layer's output)^2 of the"
+        " denoising loss on 512 real images; its own solver, to which codebooks that layers share are equal"
+        " parts of them, within the true bytes"
+    ),
+    "modelopt, fisher": (
+        "the same with the loss to the output plus noise, whose squared gradients estimate the Fisher"
+        " information that its scores stand for"
+    ),
+    "modelopt, exact": (
+        "the scores of `modelopt` in our exact program: what its solver loses, whose tolerances do not scale"
+        " with the scores"
+    ),
+    "mct": (
+        "Sony MCT: mean distance of all layers' outputs (mean squared error of convolutions, cosine of"
+        " Linear) from full precision on 32 denoiser calls, others at their highest; exact program, then its"
+        " greedy raising"
+    ),
+    "aimet": (
+        "AIMET AMP: all at their highest, then lowered in the order of damage alone, as far as the bytes ask"
+    ),
     "greedy": "the same in the order of damage per byte saved",
-    "sdnq": "SDNQ: each layer the smallest scheme whose squared weight error over the weight's variance is under one threshold, the least that meets the bytes",
-    "mixdq": "MixDQ: SSIM of 16 images for content layers, SQNR of the denoiser for the others; a program each over its 10 x 10 grid of budgets, best by squared error of 16 images",
+    "sdnq": (
+        "SDNQ: each layer the smallest scheme whose squared weight error over the weight's variance is under"
+        " one threshold, the least that meets the bytes"
+    ),
+    "mixdq": (
+        "MixDQ: SSIM of 16 images for content layers, SQNR of the denoiser for the others; a program each"
+        " over its 10 x 10 grid of budgets, best by squared error of 16 images"
+    ),
 }
 CONTENT = (
     "cross_attn",
@@ -77,11 +112,13 @@ def session_of(folder: Path, model: str, workers: int, bank: str, studies: Mappi
     return open_session(model, Study(path), workers=workers, bank=bank, progress=say)
 
 
-# ---- the rivals -------------------------------------------------------------------------------------------------------------------------
+# ---- the rivals
+# ------------------------------------------------------------------------------------------------------------
 
 
 class Rivals:
-    """One model's scores, made when they are first needed and kept in the folder, and what each rival chooses."""
+    """One model's scores, made when they are first needed and kept in the folder, and what each rival
+    chooses."""
 
     def __init__(self, session: Any, folder: Path, model: str):
         from aquabit.sensitivity.damages import Damages
@@ -125,16 +162,25 @@ class Rivals:
     def mixdq(self) -> np.ndarray:
         names, full = np.array(self.space.layers), self.full
         replay = self.layers.replay()  # leaves the model in full precision
-        similar = self.kept("ssim", names[self.content].tolist(), partial(scores.ssim_losses, self.layers, full))
-        noise = self.kept("sqnr", names[~self.content].tolist(), partial(scores.sqnr_losses, self.layers, replay))
+        similar = self.kept(
+            "ssim", names[self.content].tolist(), partial(scores.ssim_losses, self.layers, full)
+        )
+        noise = self.kept(
+            "sqnr", names[~self.content].tolist(), partial(scores.sqnr_losses, self.layers, replay)
+        )
         return np.where(self.content[:, None], similar, noise)
 
     @cached_property
     def features(self) -> np.ndarray:
-        top = {k: self.space.schemes[c] for k, c in zip(self.space.layers, highest(self.space, self.costs), strict=True)}
+        top = {
+            k: self.space.schemes[c]
+            for k, c in zip(self.space.layers, highest(self.space, self.costs), strict=True)
+        }
         measured = scores.FeatureDistance(self.layers)
         self.layers.at(self.config(highest(self.space, self.costs)))
-        return self.kept("mct", self.space.layers, partial(scores.feature_losses, self.layers, measured, top, measured()))
+        return self.kept(
+            "mct", self.space.layers, partial(scores.feature_losses, self.layers, measured, top, measured())
+        )
 
     def gradients(self, loss: str) -> np.ndarray:
         path = self.folder / f"scores-{self.model}-{loss.replace(' ', '-')}.json"
@@ -159,11 +205,24 @@ class Rivals:
     def uniform(self, family: str, bits: float) -> QuantConfig | None:
         free = [row for row in self.space.choices.values() if len(row) > 1]
         if family == "usqh":
-            same = [s for s in self.space.schemes if s.kind == "usq" and s.output_aware and all(s in row for row in free)]
+            same = [
+                s
+                for s in self.space.schemes
+                if s.kind == "usq" and s.output_aware and all(s in row for row in free)
+            ]
             found = [self.space.uniform(s, 8) for s in same]
             return max(self.fits(found, bits), key=lambda c: self.costs(c).bytes, default=None)
-        levels = sorted({round(4 * self.space.code_bits(k, s)) / 4 for k, row in self.space.choices.items() for s in row if s.kind == "aq"})
-        return min(self.fits([self.space.level("aq", b, 8) for b in levels], bits), key=self.predicted, default=None)
+        levels = sorted(
+            {
+                round(4 * self.space.code_bits(k, s)) / 4
+                for k, row in self.space.choices.items()
+                for s in row
+                if s.kind == "aq"
+            }
+        )
+        return min(
+            self.fits([self.space.level("aq", b, 8) for b in levels], bits), key=self.predicted, default=None
+        )
 
     @cached_property
     def solved(self) -> dict[str, dict[float, QuantConfig]]:
@@ -182,7 +241,11 @@ class Rivals:
                 for i, (k, row) in enumerate(self.space.choices.items())
             },
             "shared": [
-                {"scheme": str(self.space.schemes[t.column]), "layers": [self.space.layers[i] for i in t.layers], "bytes": int(t.bytes)}
+                {
+                    "scheme": str(self.space.schemes[t.column]),
+                    "layers": [self.space.layers[i] for i in t.layers],
+                    "bytes": int(t.bytes),
+                }
                 for t in self.costs.shared
             ],
             "limits": {str(b): cap(self.costs, b) for b in TARGETS},
@@ -193,16 +256,27 @@ class Rivals:
         command = [python, Path(__file__).with_name("rivals_modelopt.py"), "--given", asked, "--out", out]
         with log.open("w") as file:
             done = subprocess.run(
-                list(map(str, command)), stdout=file, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}
+                list(map(str, command)),
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
             )
         if done.returncode:
-            raise AquabitError(f"ModelOpt's solver failed on {self.model} (exit code {done.returncode}); what it said is in {log}")
+            raise AquabitError(
+                f"ModelOpt's solver failed on {self.model} (exit code {done.returncode}); what it said is in"
+                f" {log}"
+            )
         texts = [str(s) for s in self.space.schemes]
         chosen = {float(b): row for b, row in json.loads(out.read_text()).items() if row is not None}
-        return {b: self.config(np.array([texts.index(row[k]) for k in self.space.layers])) for b, row in chosen.items()}
+        return {
+            b: self.config(np.array([texts.index(row[k]) for k in self.space.layers]))
+            for b, row in chosen.items()
+        }
 
     def by_grid(self, bits: float) -> QuantConfig:
-        found = [self.config(w) for w in split_programs(self.mixdq, self.content, self.graph, self.space, bits)]
+        found = [
+            self.config(w) for w in split_programs(self.mixdq, self.content, self.graph, self.space, bits)
+        ]
         found = self.fits(found, bits)
         if not found:
             raise AquabitError(f"no point of MixDQ's grid reaches {bits:g} bits")
@@ -217,7 +291,9 @@ class Rivals:
             "program": lambda: exact(self.damage, self.costs, bits),
             "uniform usqh": lambda: self.uniform("usqh", bits),
             "uniform aq": lambda: self.uniform("aq", bits),
-            "modelopt, exact": lambda: exact(falling(self.gradients(LOSSES["modelopt"]), self.costs), self.costs, bits),
+            "modelopt, exact": lambda: exact(
+                falling(self.gradients(LOSSES["modelopt"]), self.costs), self.costs, bits
+            ),
             "mct": lambda: raised(exact(self.features, self.costs, bits), self.features, self.costs, bits),
             "mixdq": lambda: self.by_grid(bits),
             "aimet": lambda: lowered(self.damage, self.costs, bits, per_byte=False),
@@ -229,10 +305,14 @@ class Rivals:
 
 
 def check_space(path: Path, space: Any) -> None:
-    """Note the space that scores and choices in a folder are of; raises AquabitError where they are of another."""
+    """Note the space that scores and choices in a folder are of; raises AquabitError where they are of
+    another."""
     own = json.loads(json.dumps(space.to_dict()))
     if path.exists() and json.loads(path.read_text()) != own:
-        raise AquabitError(f"scores and choices in {path.parent} are of another search space than the study's; give another --folder")
+        raise AquabitError(
+            f"scores and choices in {path.parent} are of another search space than the study's; give another"
+            " --folder"
+        )
     scores.write(path, own)
 
 
@@ -250,13 +330,23 @@ def choose(rivals: Rivals, names: Sequence[str]) -> None:
             cost = rivals.costs(config)
             if not rivals.fits([config], bits):
                 raise AssertionError(f"{name} has {cost.bits_per_weight} bits where {bits} are the limit")
-            row |= {"bits": cost.bits_per_weight, "bytes": cost.bytes, "damage": rivals.predicted(config), "config": config.to_dict()}
+            row |= {
+                "bits": cost.bits_per_weight,
+                "bytes": cost.bytes,
+                "damage": rivals.predicted(config),
+                "config": config.to_dict(),
+            }
         rows.append(row)
         scores.write(path, found)
-        print(f"{rivals.model}, {bits:g} bits, {name}: " + (f"damage {row['damage']:.3g}" if config is not None else "none"), flush=True)
+        print(
+            f"{rivals.model}, {bits:g} bits, {name}: "
+            + (f"damage {row['damage']:.3g}" if config is not None else "none"),
+            flush=True,
+        )
 
 
-# ---- on fresh seeds ---------------------------------------------------------------------------------------------------------------------
+# ---- on fresh seeds
+# ------------------------------------------------------------------------------------------------------------
 
 
 def entries(folder: Path, model: str) -> list[dict[str, Any]]:
@@ -264,12 +354,21 @@ def entries(folder: Path, model: str) -> list[dict[str, Any]]:
     path, own = folder / f"choices-{model}.json", folder / f"ours-{model}.json"
     if not path.exists():
         raise AquabitError(
-            f"{path} is not there: the rivals have not chosen yet; run: python benchmarks/rivals.py choose --folder {folder}"
+            f"{path} is not there: the rivals have not chosen yet; run: python benchmarks/rivals.py choose"
+            f" --folder {folder}"
         )
     ours = json.loads(own.read_text()) if own.exists() else {}
-    rows = [{"side": "ours", "seed": seed, **row} for seed, winners in ours.items() for row in winners if row["target"] in TARGETS]
+    rows = [
+        {"side": "ours", "seed": seed, **row}
+        for seed, winners in ours.items()
+        for row in winners
+        if row["target"] in TARGETS
+    ]
     return rows + [
-        {"side": name, "seed": None, **row} for name, found in json.loads(path.read_text()).items() for row in found if row["config"]
+        {"side": name, "seed": None, **row}
+        for name, found in json.loads(path.read_text()).items()
+        for row in found
+        if row["config"]
     ]
 
 
@@ -282,7 +381,8 @@ def fresh(session: Any, folder: Path, model: str, bits: Sequence[float] = TARGET
 
 
 def measured(session: Any, folder: Path, model: str, bits: Sequence[float] = TARGETS) -> list[dict[str, Any]]:
-    """One row a side and target: size, and each metric by block (of ours the mean over seeds of the search); full precision first."""
+    """One row a side and target: size, and each metric by block (of ours the mean over seeds of the
+    search); full precision first."""
     table = session.study.measurements(failed=True).set_index(["config", "protocol"])
     protocols = [session.protocol.block(b).digest for b in BLOCKS]
 
@@ -290,25 +390,44 @@ def measured(session: Any, folder: Path, model: str, bits: Sequence[float] = TAR
         missing = [p for p in protocols if (config.digest, p) not in table.index]
         if missing:
             raise AquabitError(
-                f"{len(missing)} blocks of {model} are not measured; run: python benchmarks/rivals.py fresh --folder {folder}"
+                f"{len(missing)} blocks of {model} are not measured; run: python benchmarks/rivals.py fresh"
+                f" --folder {folder}"
             )
         return np.array([float(table.at[(config.digest, p), metric]) for p in protocols])
 
     free = session.space.full_precision()
-    rows = [{"model": model, "side": "full precision", "target": None, "bits": 16.0, "seeds": 1, "fid": blocks(free, "fid").tolist()}]
+    rows = [
+        {
+            "model": model,
+            "side": "full precision",
+            "target": None,
+            "bits": 16.0,
+            "seeds": 1,
+            "fid": blocks(free, "fid").tolist(),
+        }
+    ]
     together: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for entry in (e for e in entries(folder, model) if e["target"] in bits):
         together.setdefault((entry["side"], entry["target"]), []).append(entry)
     for (side, target), same in together.items():
         configs = [QuantConfig.from_dict(e["config"]) for e in same]
-        rows.append({"model": model, "side": side, "target": target, "seeds": len(same), "damage": same[0].get("damage"),
-                     "bits": float(np.mean([session.costs(c).bits_per_weight for c in configs])),
-                     **{m: np.mean([blocks(c, m) for c in configs], 0).tolist() for m in METRICS}})  # fmt: skip
+        rows.append(
+            {
+                "model": model,
+                "side": side,
+                "target": target,
+                "seeds": len(same),
+                "damage": same[0].get("damage"),
+                "bits": float(np.mean([session.costs(c).bits_per_weight for c in configs])),
+                **{m: np.mean([blocks(c, m) for c in configs], 0).tolist() for m in METRICS},
+            }
+        )
     return rows
 
 
 def compared(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of one model with the paired difference of each metric to ours at the same target (to the program's where ours are absent)."""
+    """Rows of one model with the paired difference of each metric to ours at the same target (to the
+    program's where ours are absent)."""
     from aquabit.search import paired_difference
 
     reference = "ours" if any(r["side"] == "ours" for r in rows) else "program"
@@ -317,7 +436,11 @@ def compared(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for row in rows:
         own = base.get(row["target"])
         if own is not None and row["side"] != reference:
-            row = {**row, "against": reference, "less": {m: paired_difference(row[m], own[m])._asdict() for m in METRICS}}
+            row = {
+                **row,
+                "against": reference,
+                "less": {m: paired_difference(row[m], own[m])._asdict() for m in METRICS},
+            }
         found.append(dict(row))
     return found
 
@@ -326,28 +449,46 @@ def markdown(rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> str
     shown = [r for r in rows if r["target"] is not None]
     lines = [
         "# Rivals of the search, over the same codes and the same bytes",
-        f"\n{about['cpu']}, {about['cores']} cores, torch {about['torch']}. Made by `python benchmarks/rivals.py install choose fresh table`.",
-        f"\nBudgets in true bits per weight (codes, codebooks once where layers share them, scales), kept exactly; a8. Means over {len(BLOCKS)} blocks of fresh seeds, 128 images "
-        "each; differences are paired over blocks with 95 % intervals: negative PSNR and positive FID mean that the rival is worse.\n",
+        (
+            f"\n{about['cpu']}, {about['cores']} cores, torch {about['torch']}. Made by `python"
+            " benchmarks/rivals.py install choose fresh table`."
+        ),
+        (
+            "\nBudgets in true bits per weight (codes, codebooks once where layers share them, scales), kept"
+            f" exactly; a8. Means over {len(BLOCKS)} blocks of fresh seeds, 128 images each; differences are"
+            " paired over blocks with 95 % intervals: negative PSNR and positive FID mean that the rival is"
+            " worse.\n"
+        ),
     ]
-    lines += [f"- `{name}`: {what}." for name, what in RIVALS.items() if any(r["side"] == name for r in shown)]
+    lines += [
+        f"- `{name}`: {what}." for name, what in RIVALS.items() if any(r["side"] == name for r in shown)
+    ]
     for model in dict.fromkeys(r["model"] for r in rows):
         own = [r for r in shown if r["model"] == model]
         full = next(r for r in rows if r["model"] == model and r["target"] is None)
         sides = dict.fromkeys(r["side"] for r in own)
-        lines += [f"\n## {model}\n\nFull precision has FID {np.mean(full['fid']):.2f}.\n\n| PSNR, dB | " + " | ".join(f"{t:g} bits" for t in TARGETS) + " |",
-                  "|---|" + "---|" * len(TARGETS)]  # fmt: skip
+        lines += [
+            f"\n## {model}\n\nFull precision has FID {np.mean(full['fid']):.2f}.\n\n| PSNR, dB | "
+            + " | ".join(f"{t:g} bits" for t in TARGETS)
+            + " |",
+            "|---|" + "---|" * len(TARGETS),
+        ]
         for side in sides:
-            cells = [next((f"{np.mean(r['psnr']):.1f}" for r in own if r["side"] == side and r["target"] == t), "") for t in TARGETS]
+            cells = [
+                next((f"{np.mean(r['psnr']):.1f}" for r in own if r["side"] == side and r["target"] == t), "")
+                for t in TARGETS
+            ]
             lines.append(f"| {side} | " + " | ".join(cells) + " |")
         against = next((r["against"] for r in own if "against" in r), "ours")
-        lines += [f"\n| bits | choice | true bits | PSNR | FID | less {against}: PSNR | FID |", "|---|---|---|---|---|---|---|"]
+        lines += [
+            f"\n| bits | choice | true bits | PSNR | FID | less {against}: PSNR | FID |",
+            "|---|---|---|---|---|---|---|",
+        ]
         for r in sorted(own, key=lambda r: (r["target"], list(sides).index(r["side"]))):
             gaps = [_gap(r["less"][m]) if "less" in r else "" for m in METRICS]
             lines.append(
-                f"| {r['target']:g} | {r['side']} | {r['bits']:.3f} | {np.mean(r['psnr']):.2f} | {np.mean(r['fid']):.2f} | "
-                + " | ".join(gaps)
-                + " |"
+                f"| {r['target']:g} | {r['side']} | {r['bits']:.3f} | {np.mean(r['psnr']):.2f} |"
+                f" {np.mean(r['fid']):.2f} | " + " | ".join(gaps) + " |"
             )
     return "\n".join(lines) + "\n"
 
@@ -357,15 +498,25 @@ def _gap(found: Mapping[str, float]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("parts", nargs="+", choices=["install", "choose", "fresh", "table"])
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--folder", type=Path, default=Path("rivals-runs"))
     parser.add_argument("--rivals", nargs="+", default=list(RIVALS), choices=list(RIVALS), metavar="NAME")
-    parser.add_argument("--bits", nargs="+", type=float, default=list(TARGETS), help="budgets that are measured and shown")
+    parser.add_argument(
+        "--bits", nargs="+", type=float, default=list(TARGETS), help="budgets that are measured and shown"
+    )
     parser.add_argument("--bank", help="fitted weights to reuse (default: bank in --folder)")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--study", nargs="+", default=[], metavar="MODEL=FILE", help="studies whose fits and probes are begun with")
+    parser.add_argument(
+        "--study",
+        nargs="+",
+        default=[],
+        metavar="MODEL=FILE",
+        help="studies whose fits and probes are begun with",
+    )
     parser.add_argument("--results", type=Path, default=RESULTS)
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
@@ -381,9 +532,14 @@ def run(given: argparse.Namespace) -> None:
     if "install" in parts:
         peers.install(given.folder)
         parts.remove("install")
-    studies, rows = {k: Path(v) for k, _, v in (text.partition("=") for text in given.study)}, list[dict[str, Any]]()
+    studies, rows = (
+        {k: Path(v) for k, _, v in (text.partition("=") for text in given.study)},
+        list[dict[str, Any]](),
+    )
     for model in given.models if parts else ():
-        with session_of(given.folder, model, given.workers, given.bank or str(given.folder / "bank"), studies) as session:
+        with session_of(
+            given.folder, model, given.workers, given.bank or str(given.folder / "bank"), studies
+        ) as session:
             if "choose" in parts:
                 choose(Rivals(session, given.folder, model), given.rivals)
             if "fresh" in parts:
@@ -393,9 +549,17 @@ def run(given: argparse.Namespace) -> None:
     if "table" in parts:
         path = given.results / "rivals.json"
         old = json.loads(path.read_text())["rows"] if path.exists() else []
-        rows = sorted([r for r in old if r["model"] not in given.models] + rows, key=lambda r: list(MODELS).index(r["model"]))
+        rows = sorted(
+            [r for r in old if r["model"] not in given.models] + rows,
+            key=lambda r: list(MODELS).index(r["model"]),
+        )
         about = machine()
-        found = {"machine": about, "command": "python benchmarks/rivals.py install choose fresh table", "rivals": RIVALS, "rows": rows}
+        found = {
+            "machine": about,
+            "command": "python benchmarks/rivals.py install choose fresh table",
+            "rivals": RIVALS,
+            "rows": rows,
+        }
         path.write_text(json.dumps(found, allow_nan=False, indent=0) + "\n")
         path.with_suffix(".md").write_text(markdown(rows, about))
 

@@ -1,8 +1,10 @@
-"""What single layers cost as other tools measure it, over our coded weights: tables that benchmarks/rivals.py gives to their searches.
+"""What single layers cost as other tools measure it, over our coded weights: tables that benchmarks/rivals.py
+gives to their searches.
 
-Every score is of one (layer, scheme) in the model as the tool has it: in full precision (ModelOpt, MixDQ), or with all other layers at
-their highest scheme (MCT). Sources, read in November 2026: nvidia-modelopt 0.47.0 (AutoQuantizeGradientSearcher), sony/model_optimization
-(DistanceMetricCalculator, PytorchImplementation.get_mp_node_distance_fn), thu-nics/MixDQ (quant_content.py, quant_quality.py),
+Every score is of one (layer, scheme) in the model as the tool has it: in full precision (ModelOpt, MixDQ), or
+with all other layers at their highest scheme (MCT). Sources, read in November 2026: nvidia-modelopt 0.47.0
+(AutoQuantizeGradientSearcher), sony/model_optimization (DistanceMetricCalculator,
+PytorchImplementation.get_mp_node_distance_fn), thu-nics/MixDQ (quant_content.py, quant_quality.py),
 Disty0/sdnq (sdnq_quantize_layer_weight_dynamic).
 """
 
@@ -29,7 +31,9 @@ from aquabit.scheme import FP, Calibration, QuantConfig, Scheme
 
 IMAGES, SEED = 16, 800_000_001  # seeds that neither measurements, nor probes, nor H use
 MCT_IMAGES = 32  # MixedPrecisionQuantizationConfig.num_of_images
-MCT_EPS = 1e-6  # MixedPrecisionSearchManager: by how much a lower candidate is at least worse than the highest
+MCT_EPS = (
+    1e-6  # MixedPrecisionSearchManager: by how much a lower candidate is at least worse than the highest
+)
 NORM_EPS = 1e-8  # compute_mse
 CLAMP = 1e10  # _get_auto_quantize_score
 EXACT_DB = 200.0  # the SQNR of an output without error
@@ -54,7 +58,11 @@ class Layers:
         full: Tensor = self.evaluator.quantized.full(layer)
         if scheme == FP:
             return full
-        config = QuantConfig(self.space.fingerprint, {layer: self.space.choice(layer, scheme, ACT)}, calibration=self.space.calibration)
+        config = QuantConfig(
+            self.space.fingerprint,
+            {layer: self.space.choice(layer, scheme, ACT)},
+            calibration=self.space.calibration,
+        )
         return self.evaluator.quantized.coded(layer, config).dequantize().to(full.dtype)
 
     @contextmanager
@@ -73,15 +81,25 @@ class Layers:
         evaluator = self.evaluator
         evaluator.pipe.scheduler = evaluator.scheduler
         set_scheduler(evaluator.pipe, self.protocol.scheduler)
-        return torch.cat([evaluator.adapter.images(self.protocol, batch) for batch in evaluator.adapter.batches(self.protocol)])
+        return torch.cat(
+            [
+                evaluator.adapter.images(self.protocol, batch)
+                for batch in evaluator.adapter.batches(self.protocol)
+            ]
+        )
 
     def replay(self) -> Replay:
         """The denoiser's calls while the full-precision model makes the images, in two batches."""
         self.at(QuantConfig(self.space.fingerprint, {}))
         p = self.protocol
-        calibration = Calibration(p.images, p.seed, p.steps, p.scheduler, p.eta, p.guidance, p.resolution, p.conditions)
+        calibration = Calibration(
+            p.images, p.seed, p.steps, p.scheduler, p.eta, p.guidance, p.resolution, p.conditions
+        )
         self.evaluator.pipe.scheduler = self.evaluator.scheduler
-        return Replay(replay_recorder(self.evaluator.pipe)(calibration, max(1, p.images // 2)), self.evaluator.adapter.denoiser)
+        return Replay(
+            replay_recorder(self.evaluator.pipe)(calibration, max(1, p.images // 2)),
+            self.evaluator.adapter.denoiser,
+        )
 
     def run(self, replay: Replay, samples: Sequence[int]) -> tuple[Tensor, Tensor]:
         """The denoiser's outputs for samples (of one kind), and those of full precision, [n, ...]."""
@@ -97,7 +115,8 @@ def by_kind(replay: Replay, samples: Sequence[int]) -> list[list[int]]:
     return list(found.values())
 
 
-# ---- tables on disk --------------------------------------------------------------------------------------------------------------------
+# ---- tables on disk
+# ------------------------------------------------------------------------------------------------------------
 
 
 def write(path: Path, value: Any) -> None:
@@ -107,8 +126,11 @@ def write(path: Path, value: Any) -> None:
     os.replace(part, path)
 
 
-def kept(path: Path, layers: Sequence[str], score: Callable[[str], Scored], say: Callable[[str, int, int], None]) -> dict[str, Scored]:
-    """layer -> scheme -> score; what the file has is not scored again, and each layer is written as soon as it is scored."""
+def kept(
+    path: Path, layers: Sequence[str], score: Callable[[str], Scored], say: Callable[[str, int, int], None]
+) -> dict[str, Scored]:
+    """layer -> scheme -> score; what the file has is not scored again, and each layer is written as soon
+    as it is scored."""
     found: dict[str, Scored] = json.loads(path.read_text()) if path.exists() else {}
     for done, layer in enumerate(layers, 1):
         if layer not in found:
@@ -128,18 +150,22 @@ def table(space: Any, found: Mapping[str, Scored]) -> np.ndarray:
     return out
 
 
-# ---- scores ----------------------------------------------------------------------------------------------------------------------------
+# ---- scores
+# ------------------------------------------------------------------------------------------------------------
 
 
 def weight_errors(layers: Layers, layer: str) -> Scored:
     """SDNQ: mean squared error of the weight over its variance (``quantization_loss``)."""
     full = layers.weight(layer, FP)
     variance = float(full.std().square().clamp(min=1e-8))
-    return {str(s): float(mse_loss(full, layers.weight(layer, s))) / variance for s in layers.space.choices[layer]}
+    return {
+        str(s): float(mse_loss(full, layers.weight(layer, s))) / variance for s in layers.space.choices[layer]
+    }
 
 
 def ssim_losses(layers: Layers, full: Tensor, layer: str) -> Scored:
-    """MixDQ, content layers: 1 - mean SSIM of the final images to full precision's, this layer's weight quantized alone."""
+    """MixDQ, content layers: 1 - mean SSIM of the final images to full precision's, this layer's weight
+    quantized alone."""
     found = {}
     for scheme in layers.space.choices[layer]:
         with layers.swapped(layer, layers.weight(layer, scheme)):
@@ -149,7 +175,8 @@ def ssim_losses(layers: Layers, full: Tensor, layer: str) -> Scored:
 
 @torch.no_grad()
 def sqnr_losses(layers: Layers, replay: Replay, layer: str) -> Scored:
-    """MixDQ, quality layers: minus the SQNR in dB of the denoiser's output, of all samples of a step together, mean over steps."""
+    """MixDQ, quality layers: minus the SQNR in dB of the denoiser's output, of all samples of a step
+    together, mean over steps."""
     steps = sorted({step for _, _, step in replay.places})
     found = {}
     for scheme in layers.space.choices[layer]:
@@ -173,8 +200,10 @@ def decibels(signal: float, noise: float) -> float:
 
 
 class FeatureDistance:
-    """Sony MCT's distance of the model as it is to full precision: at the output of every Conv2d the mean squared error over the mean
-    square, of every Linear (1 - cosine) / 2, each per sample; the mean over samples and all layers but the last, plus that of the last."""
+    """Sony MCT's distance of the model as it is to full precision: at the output of every Conv2d the mean
+    squared error over the mean square, of every Linear (1 - cosine) / 2, each per sample; the mean over
+    samples and all layers but the last, plus that of the last.
+    """
 
     def __init__(self, layers: Layers):
         self.layers, self.replay = layers, layers.replay()
@@ -219,8 +248,11 @@ def distance(full: Tensor, other: Tensor) -> Tensor:
     return (1 - cosine_similarity(a, b)) / 2
 
 
-def feature_losses(layers: Layers, measured: FeatureDistance, top: Mapping[str, Scheme], base: float, layer: str) -> Scored:
-    """Sony MCT: the distance where this layer is lower and all others are at their highest, at least MCT_EPS above ``base``, theirs."""
+def feature_losses(
+    layers: Layers, measured: FeatureDistance, top: Mapping[str, Scheme], base: float, layer: str
+) -> Scored:
+    """Sony MCT: the distance where this layer is lower and all others are at their highest, at least
+    MCT_EPS above ``base``, theirs."""
     found = {}
     for scheme in layers.space.choices[layer]:
         if scheme == top[layer]:
@@ -231,12 +263,17 @@ def feature_losses(layers: Layers, measured: FeatureDistance, top: Mapping[str, 
     return found
 
 
-def gradient_scores(layers: Layers, calls: Mapping[str, Tensor], batch: int, say: Callable[[str, int, int], None]) -> dict[str, Scored]:
-    """NVIDIA ModelOpt: sum over all outputs of all samples of (gradient of the loss x change of the layer's output)^2, the change by the
-    coded weight and a8 inputs, one backward pass a batch; the loss is the mean squared difference of ``calls``' output to their target.
-    ``fp`` is its choice of no quantization: 0."""
+def gradient_scores(
+    layers: Layers, calls: Mapping[str, Tensor], batch: int, say: Callable[[str, int, int], None]
+) -> dict[str, Scored]:
+    """NVIDIA ModelOpt: sum over all outputs of all samples of (gradient of the loss x change of the
+    layer's output)^2, the change by the coded weight and a8 inputs, one backward pass a batch; the loss is
+    the mean squared difference of ``calls``' output to their target. ``fp`` is its choice of no
+    quantization: 0."""
     layers.at(QuantConfig(layers.space.fingerprint, {}))
-    weights = {k: {str(s): layers.weight(k, s) for s in row if s != FP} for k, row in layers.space.choices.items()}
+    weights = {
+        k: {str(s): layers.weight(k, s) for s in row if s != FP} for k, row in layers.space.choices.items()
+    }
     found: dict[str, Scored] = {k: {str(s): 0.0 for s in row} for k, row in layers.space.choices.items()}
     handles = [layers.modules[k].register_forward_hook(_scoring(weights[k], found[k])) for k in weights]
     try:
@@ -244,7 +281,9 @@ def gradient_scores(layers: Layers, calls: Mapping[str, Tensor], batch: int, say
         for start in range(0, count, batch):
             part = {k: v[start : start + batch] for k, v in calls.items()}
             with torch.enable_grad():
-                result = layers.evaluator.adapter.denoiser(part["x"], timestep=part["t"], class_labels=part["y"])
+                result = layers.evaluator.adapter.denoiser(
+                    part["x"], timestep=part["t"], class_labels=part["y"]
+                )
                 mse_loss(first_tensor(result.sample)[:, : part["x"].shape[1]], part["target"]).backward()
             say("gradients", min(start + batch, count), count)
     finally:
@@ -257,7 +296,9 @@ def _scoring(weights: Mapping[str, Tensor], found: Scored) -> Callable[..., Tens
     """A forward hook that adds to ``found`` as soon as the gradient of the output is known."""
 
     def hook(module: Any, args: Any, output: Tensor) -> Tensor:
-        output = output if output.requires_grad else output.detach().requires_grad_()  # weights have no gradient of their own
+        output = (
+            output if output.requires_grad else output.detach().requires_grad_()
+        )  # weights have no gradient of their own
         with torch.no_grad():
             changes = {k: quantized_output(module, args[0], w) - output for k, w in weights.items()}
 

@@ -1,11 +1,16 @@
-"""Peak memory of quantizing a large model: python benchmarks/scale.py [--dtypes float32 bfloat16] [--ways model folder] [--blocks 28] [--scheme usq4]
+"""Peak memory of quantizing a large model: python benchmarks/scale.py [--dtypes float32 bfloat16] [--ways
+model folder] [--blocks 28] [--scheme usq4]
 
-model    every layer of a random DiT-XL/2 (255 layers, 675 M weights; built in place, in one copy) is fitted into an empty bank and packed
-memory   peaks of measuring, quantizing and running packed on the bundled models, beside what `aquabit inspect --memory` says (no target)
-folder   the same model saved as a pipeline of bfloat16 shards, quantized and saved by what `aquabit quantize` calls, which loads it in float32
+model    every layer of a random DiT-XL/2 (255 layers, 675 M weights; built in place, in one copy) is fitted
+         into an empty bank and packed
+memory   peaks of measuring, quantizing and running packed on the bundled models, beside what `aquabit inspect
+         --memory` says (no target)
+folder   the same model saved as a pipeline of bfloat16 shards, quantized and saved by what `aquabit quantize`
+         calls, which loads it in float32
 
-Each in a fresh process, one thread; the peak is ru_maxrss, all of the process: libraries, model, mapped files. Target: below the model's size
-in memory + 2 GB. Tables go to benchmarks/results/scale.json and scale.md.
+Each in a fresh process, one thread; the peak is ru_maxrss, all of the process: libraries, model, mapped
+files. Target: below the model's size in memory + 2 GB. Tables go to benchmarks/results/scale.json and
+scale.md.
 """
 
 from __future__ import annotations
@@ -78,15 +83,24 @@ def in_memory(dtype: torch.dtype, blocks: int, scheme: str, bank: Path) -> dict[
         graph, own = trace(model), fingerprint(model)
         quantized = QuantizedDenoiser(model, graph, Bank(bank), own)
         quantized.pack(make_space(graph, own).uniform(scheme, 16))
-    return {"libraries": libraries, "model": size, "built": built, "peak": peak(), "seconds": time.perf_counter() - began,
-            "layers": len(quantized.layers), "packed": resident_bytes(quantized.layers.values())}  # fmt: skip
+    return {
+        "libraries": libraries,
+        "model": size,
+        "built": built,
+        "peak": peak(),
+        "seconds": time.perf_counter() - began,
+        "layers": len(quantized.layers),
+        "packed": resident_bytes(quantized.layers.values()),
+    }
 
 
 def save_folder(folder: Path, blocks: int) -> None:
     from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
 
     vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
-    DiTPipeline(denoiser(torch.bfloat16, blocks), vae, DDIMScheduler()).save_pretrained(folder, max_shard_size="500MB")
+    DiTPipeline(denoiser(torch.bfloat16, blocks), vae, DDIMScheduler()).save_pretrained(
+        folder, max_shard_size="500MB"
+    )
 
 
 def from_folder(folder: Path, scheme: str, bank: Path) -> dict[str, Any]:
@@ -98,7 +112,9 @@ def from_folder(folder: Path, scheme: str, bank: Path) -> dict[str, Any]:
     libraries, config = peak(), folder / "config.json"
     if not config.exists():
         pipe = load(str(folder))
-        config.write_text(make_space(trace(pipe), fingerprint(denoiser_of(pipe))).uniform(scheme, 16).to_json())
+        config.write_text(
+            make_space(trace(pipe), fingerprint(denoiser_of(pipe))).uniform(scheme, 16).to_json()
+        )
         return {}
     from aquabit.scheme import QuantConfig
 
@@ -107,8 +123,15 @@ def from_folder(folder: Path, scheme: str, bank: Path) -> dict[str, Any]:
     packed.save(folder / "packed")
     graph = trace(packed.pipe)
     size = 4 * (graph.graph["weights"] + graph.graph["other_elements"])
-    return {"libraries": libraries, "model": size, "built": None, "peak": peak(), "seconds": time.perf_counter() - began,
-            "layers": len(packed.model.layers), "packed": sum(f.stat().st_size for f in (folder / "packed" / "transformer").glob("*.safetensors"))}  # fmt: skip
+    return {
+        "libraries": libraries,
+        "model": size,
+        "built": None,
+        "peak": peak(),
+        "seconds": time.perf_counter() - began,
+        "layers": len(packed.model.layers),
+        "packed": sum(f.stat().st_size for f in (folder / "packed" / "transformer").glob("*.safetensors")),
+    }
 
 
 TASKS = ("measure", "quantize", "run packed")
@@ -138,12 +161,19 @@ def bundled(name: str, task: str, bank: Path) -> dict[str, Any]:
                 Adapter(packed.pipe).images(protocol, range(64))
     reached = peak()
     expected = next(p for p in peaks(opened.graph) if p.task == task and p.dtype == "float32")
-    return {"libraries": libraries, "peak": reached, "expected": expected.total, "parts": dict(expected.parts)}
+    return {
+        "libraries": libraries,
+        "peak": reached,
+        "expected": expected.total,
+        "parts": dict(expected.parts),
+    }
 
 
 def child(*words: str) -> dict[str, Any]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-    done = subprocess.run([sys.executable, __file__, "--child", *words], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, __file__, "--child", *words], capture_output=True, text=True, env=environment
+    )
     if done.returncode:
         raise SystemExit(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
@@ -153,7 +183,8 @@ def beside(rows: list[dict[str, Any]]) -> list[str]:
     """What is expected beside what was measured."""
     lines = ["| model | task | measured GB | expected GB | expected / measured |", "|---|---|---|---|---|"]
     return lines + [
-        f"| {r['model_name']} | {r['task']} | {r['peak'] / 1e9:.2f} | {r['expected'] / 1e9:.2f} | {r['expected'] / r['peak']:.2f} |"
+        f"| {r['model_name']} | {r['task']} | {r['peak'] / 1e9:.2f} | {r['expected'] / 1e9:.2f} |"
+        f" {r['expected'] / r['peak']:.2f} |"
         for r in rows
     ]
 
@@ -167,16 +198,25 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     ]
     for r in rows:
         above = r["peak"] - r["model"]
-        lines.append(f"| {r['way']} | {r['dtype']} | {r['scheme']} | {r['layers']} | {r['model'] / 1e9:.2f} | {r['peak'] / 1e9:.2f} | {above / 1e9:.2f} GB, of these "
-                     f"libraries {r['libraries'] / 1e9:.2f} | {'kept' if above < ALLOWED else 'MISSED'} | {r['seconds'] / 60:.1f} |")  # fmt: skip
+        lines.append(
+            f"| {r['way']} | {r['dtype']} | {r['scheme']} | {r['layers']} | {r['model'] / 1e9:.2f} |"
+            f" {r['peak'] / 1e9:.2f} | {above / 1e9:.2f} GB, of these libraries {r['libraries'] / 1e9:.2f} |"
+            f" {'kept' if above < ALLOWED else 'MISSED'} | {r['seconds'] / 60:.1f} |"
+        )
     said = ["# Peak memory of quantizing a DiT-XL/2", "", *lines, ""] if rows else []
-    return "\n".join([*said, *(["# inspect --memory on the bundled models", "", *beside(known), ""] if known else [])])
+    return "\n".join(
+        [*said, *(["# inspect --memory on the bundled models", "", *beside(known), ""] if known else [])]
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--ways", nargs="+", default=["model", "folder", "memory"], choices=["model", "folder", "memory"])
+    parser.add_argument(
+        "--ways", nargs="+", default=["model", "folder", "memory"], choices=["model", "folder", "memory"]
+    )
     parser.add_argument("--blocks", type=int, default=28)
     parser.add_argument("--scheme", default="usq4")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -210,10 +250,20 @@ def main() -> None:
                 if way == "folder":
                     child("save", *words)
                     child("folder", *words)  # names the configuration: a process of its own
-                rows.append({"way": way, "dtype": dtype, "scheme": given.scheme, "blocks": given.blocks, **child(way, *words)})
+                rows.append(
+                    {
+                        "way": way,
+                        "dtype": dtype,
+                        "scheme": given.scheme,
+                        "blocks": given.blocks,
+                        **child(way, *words),
+                    }
+                )
             print(markdown(rows[-1:]).splitlines()[-1], flush=True)
     given.results.mkdir(parents=True, exist_ok=True)
-    (given.results / "scale.json").write_text(json.dumps({"machine": machine(), "command": sys.argv, "rows": rows}, indent=1) + "\n")
+    (given.results / "scale.json").write_text(
+        json.dumps({"machine": machine(), "command": sys.argv, "rows": rows}, indent=1) + "\n"
+    )
     (given.results / "scale.md").write_text(markdown(rows))
 
 

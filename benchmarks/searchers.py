@@ -1,12 +1,17 @@
-"""Searchers at equal numbers of measurements: python benchmarks/searchers.py PART ... [--folder DIR] [--models ...] [--seeds ...]
+"""Searchers at equal numbers of measurements: python benchmarks/searchers.py PART ... [--folder DIR]
+[--models ...] [--seeds ...]
 
-search     every searcher spends COUNT measurements of FID (128 images) on targets of bits per weight; ours starts from random ones that
-           benchmarks/surrogate.py measured, which count; with a screen, output errors count too, a fifteenth of a measurement each
-fresh      the best configuration that each found for each target, beside full precision, on five blocks of fresh seeds
+search     every searcher spends COUNT measurements of FID (128 images) on targets of bits per weight; ours
+           starts from random ones that
+           benchmarks/surrogate.py measured, which count; with a screen, output errors count too, a fifteenth
+           of a measurement each
+fresh      the best configuration that each found for each target, beside full precision, on five blocks of
+           fresh seeds
 table      benchmarks/results/searchers.json and searchers.md
 
-What was measured once is not measured again, so searchers that ask the same share it: each still counts all that it asks.
-The study (--folder) is that of benchmarks/surrogate.py, copied. It takes hours, and continues where it stopped.
+What was measured once is not measured again, so searchers that ask the same share it: each still counts all
+that it asks. The study (--folder) is that of benchmarks/surrogate.py, copied. It takes hours, and continues
+where it stopped.
 """
 
 from __future__ import annotations
@@ -78,7 +83,10 @@ class Comparison:
         outputs = self.session.outputs([*configs, *proposed], say)
 
         def features(some: list[Any]) -> np.ndarray:
-            return np.concatenate([self.encoder(*self.space.indices(some)), output_features([outputs[c.digest] for c in some])], 1)
+            return np.concatenate(
+                [self.encoder(*self.space.indices(some)), output_features([outputs[c.digest] for c in some])],
+                1,
+            )
 
         model = Surrogate(**TREES, members=MEMBERS).fit(features(configs), np.array([v for _, v in known]))
         return model.predict(features(proposed))
@@ -101,12 +109,19 @@ class Comparison:
         problem = Problem(self.space, self.costs, self.targets, self.measure, count, seed, **options)
         found = find_searcher(name.split(",")[0])(problem)
         every = [*options.get("start", ()), *found]
-        self.done[key] = {"measurements": len(every), "winners": [self.winner(every, t) for t in self.targets]}
+        self.done[key] = {
+            "measurements": len(every),
+            "winners": [self.winner(every, t) for t in self.targets],
+        }
         self.path.write_text(json.dumps(self.done))
 
     def winner(self, found: Sequence[tuple[Any, float]], target: Any) -> dict[str, Any] | None:
         """The best measured configuration within a target."""
-        inside = [(v, self.costs(c).bits_per_weight, c) for c, v in found if np.isfinite(v) and self._keeps(c, target)]
+        inside = [
+            (v, self.costs(c).bits_per_weight, c)
+            for c, v in found
+            if np.isfinite(v) and self._keeps(c, target)
+        ]
         if not inside:
             return None
         value, bits, config = min(inside, key=lambda row: row[:2])
@@ -115,15 +130,21 @@ class Comparison:
     def _keeps(self, config: Any, target: Any) -> bool:
         """Within the target and with its activations at a8, as budgets of bits fix them."""
         acts = {config[k].act for k in self.space.free_layers()}
-        return acts == {8} and bool(self.costs.within(self.costs.totals(*self.space.indices([config])), target)[0])
+        return acts == {8} and bool(
+            self.costs.within(self.costs.totals(*self.space.indices([config])), target)[0]
+        )
 
     def fresh(self) -> None:
         from aquabit.scheme import QuantConfig
 
         protocols = [self.session.protocol.block(b) for b in FRESH]
         self.session.measure([self.space.full_precision()], "reference", say, protocols, "full precision")
-        winners = [QuantConfig.from_dict(w["config"]) for run in self.done.values() for w in run["winners"] if w]
-        self.session.measure({c.digest: c for c in winners}.values(), "fresh", say, protocols, "winners on fresh seeds")
+        winners = [
+            QuantConfig.from_dict(w["config"]) for run in self.done.values() for w in run["winners"] if w
+        ]
+        self.session.measure(
+            {c.digest: c for c in winners}.values(), "fresh", say, protocols, "winners on fresh seeds"
+        )
 
     def rows(self) -> list[dict[str, Any]]:
         from aquabit.scheme import QuantConfig
@@ -139,7 +160,13 @@ class Comparison:
         for key, run in self.done.items():
             name, seed = key.rsplit(" ", 1)
             for bits, winner in zip(TARGETS, run["winners"], strict=True):
-                row = {"model": self.model, "searcher": name, "seed": int(seed), "measurements": run["measurements"], "target": bits}
+                row = {
+                    "model": self.model,
+                    "searcher": name,
+                    "seed": int(seed),
+                    "measurements": run["measurements"],
+                    "target": bits,
+                }
                 if winner:
                     row |= {
                         "bits": winner["bits"],
@@ -153,7 +180,11 @@ class Comparison:
 
 def excess(row: dict[str, Any]) -> list[float]:
     """max(0, FID - FID of full precision) of each block; a searcher that found nothing there has infinity."""
-    return [max(0.0, a - b) for a, b in zip(row["fid"], row["full"], strict=True)] if "fid" in row else [float("inf")]
+    return (
+        [max(0.0, a - b) for a, b in zip(row["fid"], row["full"], strict=True)]
+        if "fid" in row
+        else [float("inf")]
+    )
 
 
 def volumes(rows: Sequence[dict[str, Any]]) -> list[float]:
@@ -161,44 +192,84 @@ def volumes(rows: Sequence[dict[str, Any]]) -> list[float]:
     from aquabit.search import hypervolume
 
     own = [r for r in rows if "fid" in r]
-    return [hypervolume([r["fid"][b] for r in own], [r["bits"] for r in own], CORNER) for b in range(len(FRESH))]
+    return [
+        hypervolume([r["fid"][b] for r in own], [r["bits"] for r in own], CORNER) for b in range(len(FRESH))
+    ]
 
 
 def table(rows: Sequence[dict[str, Any]], about_machine: dict[str, Any]) -> str:
     from aquabit.search import paired_difference
 
-    lines = ["# Searchers at equal numbers of measurements", "", f"{about(about_machine)}. Made by `python benchmarks/searchers.py search fresh table`.", "",
-             f"Objective FID, 128 images, {COUNT} measurements each; targets {', '.join(f'{t:g}' for t in TARGETS)} bits per weight. Winners by each searcher's own "
-             f"measurements, judged on {len(FRESH)} blocks of fresh seeds. Excess: mean of max(0, FID - FID of full precision). Hypervolume: area of (FID, bits) that "
-             f"the front dominates below FID {CORNER[0]:g} and {CORNER[1]:g} bits, larger is better; difference to ours (screened) with a 95 % interval over seeds and blocks.", "",
-             "| model | searcher | seeds | hypervolume | to ours | " + " | ".join(f"excess at {b:g} bits" for b in JUDGED) + " |",
-             "|---|---|---|---|---|" + "---|" * len(JUDGED)]  # fmt: skip
+    lines = [
+        "# Searchers at equal numbers of measurements",
+        "",
+        f"{about(about_machine)}. Made by `python benchmarks/searchers.py search fresh table`.",
+        "",
+        (
+            f"Objective FID, 128 images, {COUNT} measurements each; targets"
+            f" {', '.join(f'{t:g}' for t in TARGETS)} bits per weight. Winners by each searcher's own"
+            f" measurements, judged on {len(FRESH)} blocks of fresh seeds. Excess: mean of max(0, FID - FID"
+            " of full precision). Hypervolume: area of (FID, bits) that the front dominates below FID"
+            f" {CORNER[0]:g} and {CORNER[1]:g} bits, larger is better; difference to ours (screened) with a"
+            " 95 % interval over seeds and blocks."
+        ),
+        "",
+        "| model | searcher | seeds | hypervolume | to ours | "
+        + " | ".join(f"excess at {b:g} bits" for b in JUDGED)
+        + " |",
+        "|---|---|---|---|---|" + "---|" * len(JUDGED),
+    ]
     for model in dict.fromkeys(r["model"] for r in rows):
         own = [r for r in rows if r["model"] == model]
         seeds = sorted({r["seed"] for r in own})
-        area = {n: np.array([volumes([r for r in own if r["searcher"] == n and r["seed"] == s]) for s in seeds]).ravel()
-                for n in NAMES if all(any(r["searcher"] == n and r["seed"] == s for r in own) for s in seeds)}  # fmt: skip
+        area = {
+            n: (
+                np.array(
+                    [volumes([r for r in own if r["searcher"] == n and r["seed"] == s]) for s in seeds]
+                ).ravel()
+            )
+            for n in NAMES
+            if all(any(r["searcher"] == n and r["seed"] == s for r in own) for s in seeds)
+        }
         for name, values in area.items():
             gap = (
                 ""
                 if name == OURS[1] or OURS[1] not in area
-                else "{:+.2f} ({:+.2f} to {:+.2f})".format(*paired_difference(list(values), list(area[OURS[1]])))
+                else "{:+.2f} ({:+.2f} to {:+.2f})".format(
+                    *paired_difference(list(values), list(area[OURS[1]]))
+                )
             )
-            shown = [float(np.mean([v for r in own if r["searcher"] == name and r["target"] == b for v in excess(r)])) for b in JUDGED]
+            shown = [
+                float(
+                    np.mean([v for r in own if r["searcher"] == name and r["target"] == b for v in excess(r)])
+                )
+                for b in JUDGED
+            ]
             lines.append(
-                f"| {model} | {name} | {len(seeds)} | {values.mean():.2f} | {gap} | " + " | ".join(f"{v:.3f}" for v in shown) + " |"
+                f"| {model} | {name} | {len(seeds)} | {values.mean():.2f} | {gap} | "
+                + " | ".join(f"{v:.3f}" for v in shown)
+                + " |"
             )
-    lines += ["", "## FID on fresh seeds, mean over blocks and seeds of the search", "", "| model | searcher | " + " | ".join(f"{t:g} bits" for t in TARGETS) + " |",
-              "|---|---|" + "---|" * len(TARGETS)]  # fmt: skip
+    lines += [
+        "",
+        "## FID on fresh seeds, mean over blocks and seeds of the search",
+        "",
+        "| model | searcher | " + " | ".join(f"{t:g} bits" for t in TARGETS) + " |",
+        "|---|---|" + "---|" * len(TARGETS),
+    ]
     for model, name in dict.fromkeys((r["model"], r["searcher"]) for r in rows):
         own = [r for r in rows if (r["model"], r["searcher"]) == (model, name)]
         cells = [[v for r in own if r["target"] == t and "fid" in r for v in r["fid"]] for t in TARGETS]
-        lines.append(f"| {model} | {name} | " + " | ".join(f"{np.mean(c):.2f}" if c else "none" for c in cells) + " |")
+        lines.append(
+            f"| {model} | {name} | " + " | ".join(f"{np.mean(c):.2f}" if c else "none" for c in cells) + " |"
+        )
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("parts", nargs="+", choices=["search", "fresh", "table"])
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
@@ -219,7 +290,11 @@ def main() -> None:
                     rows += compared.rows()
     if "table" in given.parts:
         path = RESULTS / "searchers.json"
-        found = {"machine": machine(), "command": "python benchmarks/searchers.py search fresh table", "rows": rows}
+        found = {
+            "machine": machine(),
+            "command": "python benchmarks/searchers.py search fresh table",
+            "rows": rows,
+        }
         path.write_text(json.dumps(found, allow_nan=False, indent=0) + "\n")
         path.with_suffix(".md").write_text(table(rows, found["machine"]))
 

@@ -1,11 +1,15 @@
-"""The search beside the program over damages: python benchmarks/searches.py PART ... [--folder DIR] [--models ...] [--seeds ...] [--bits ...]
+"""The search beside the program over damages: python benchmarks/searches.py PART ... [--folder DIR] [--models
+...] [--seeds ...] [--bits ...]
 
-search     three seeds of the search at each budget, weights and a8 of the default space: what it spent, what it chose
-fresh      its winners, the program's answers, uniform families and (after benchmarks/oracle.py) the oracle's best on five blocks of fresh seeds
+search     three seeds of the search at each budget, weights and a8 of the default space: what it spent, what
+           it chose
+fresh      its winners, the program's answers, uniform families and (after benchmarks/oracle.py) the oracle's
+           best on five blocks of fresh seeds
 table      benchmarks/results/searches.json and searches.md
 
-The study of a model (fits, probes) is made once in --folder; each seed of the search works on a copy, with stored inputs and judging images of its
-own. It takes an hour on two cores, and continues where it stopped. ``ours-MODEL.json`` is what benchmarks/rivals.py compares with.
+The study of a model (fits, probes) is made once in --folder; each seed of the search works on a copy, with
+stored inputs and judging images of its own. It takes an hour on two cores, and continues where it stopped.
+``ours-MODEL.json`` is what benchmarks/rivals.py compares with.
 """
 
 from __future__ import annotations
@@ -39,7 +43,9 @@ def session_of(path: Path, model: str, folder: Path) -> Any:
     from aquabit.sensitivity.measure import open_session
     from aquabit.study import Study
 
-    return open_session(model, Study(path), space_options=dict(SPACE), workers=1, bank=str(folder / "bank"), progress=say)
+    return open_session(
+        model, Study(path), space_options=dict(SPACE), workers=1, bank=str(folder / "bank"), progress=say
+    )
 
 
 def prepare(folder: Path, model: str) -> None:
@@ -67,14 +73,23 @@ def search(folder: Path, model: str, seeds: Sequence[int], bits: Sequence[float]
                 found = Search(session, SearchOptions(Budget(bits=budget), seed=seed, spread=()), say)
                 winner, judgement = found.choose()
                 table = session.study.measurements(failed=True)
-                size = {p: session.study.protocols()[p].images / session.protocol.images for p in set(table.protocol)}
+                size = {
+                    p: session.study.protocols()[p].images / session.protocol.images
+                    for p in set(table.protocol)
+                }
                 images = float(sum(size[p] for p in table.protocol[before:]))
                 sources = [c.source for c in found.candidates.values() if c.config.digest == winner.digest]
                 program = next(c.config for c in found.candidates.values() if c.source == "program")
-                done[key] = {"config": winner.to_dict(), "program": program.to_dict(), "bits": session.costs(winner).bits_per_weight,
-                             "source": (sources or ["known"])[0], "output_errors": found.spent, "images": images,
-                             "refined": sum(c.source == "refined" for c in found.candidates.values()),
-                             "images_judged": max(judgement.blocks.values()) * session.protocol.images // 4}  # fmt: skip
+                done[key] = {
+                    "config": winner.to_dict(),
+                    "program": program.to_dict(),
+                    "bits": session.costs(winner).bits_per_weight,
+                    "source": (sources or ["known"])[0],
+                    "output_errors": found.spent,
+                    "images": images,
+                    "refined": sum(c.source == "refined" for c in found.candidates.values()),
+                    "images_judged": max(judgement.blocks.values()) * session.protocol.images // 4,
+                }
             path.write_text(json.dumps(done))
     ours: dict[str, list[dict[str, Any]]] = {}
     for key, run in done.items():
@@ -95,7 +110,9 @@ def compared(folder: Path, model: str, session: Any) -> dict[str, list[Any]]:
     for config in uniform_references(session.space):
         schemes = {str(c.weight) for c in config.layers.values()}
         bits = session.costs(config).bits_per_weight
-        found[f"uniform {next(iter(schemes)) if len(schemes) == 1 else f'additive, {bits:.2f} bits'}"] = config
+        found[f"uniform {next(iter(schemes)) if len(schemes) == 1 else f'additive, {bits:.2f} bits'}"] = (
+            config
+        )
     oracle = folder / f"oracle-{model}.json"
     if oracle.exists():
         for bits, row in json.loads(oracle.read_text()).items():
@@ -112,35 +129,69 @@ def fresh(folder: Path, model: str) -> None:
         protocols = [session.protocol.block(b) for b in FRESH]
         session.measure([session.space.full_precision()], "reference", say, protocols, "full precision")
         configs = compared(folder, model, session)
-        session.measure({c.digest: c for c in configs.values()}.values(), "fresh", say, protocols, "fresh seeds")
+        session.measure(
+            {c.digest: c for c in configs.values()}.values(), "fresh", say, protocols, "fresh seeds"
+        )
 
 
 def rows(folder: Path, model: str) -> list[dict[str, Any]]:
     with session_of(folder / f"fresh-{model}.db", model, folder) as session:
         table = session.study.measurements(failed=True)
-        value = {(c, p): {m: float(v) for m, v in zip(METRICS, row, strict=True)}
-                 for c, p, row in zip(table.config, table.protocol, table[list(METRICS)].to_numpy(float), strict=True)}  # fmt: skip
+        value = {
+            (c, p): {m: float(v) for m, v in zip(METRICS, row, strict=True)}
+            for c, p, row in zip(
+                table.config, table.protocol, table[list(METRICS)].to_numpy(float), strict=True
+            )
+        }
         blocks = [session.protocol.block(b).digest for b in FRESH]
         done = json.loads((folder / f"searches-{model}.json").read_text())
         out = []
-        for name, config in {**compared(folder, model, session), "full precision": session.space.full_precision()}.items():
+        for name, config in {
+            **compared(folder, model, session),
+            "full precision": session.space.full_precision(),
+        }.items():
             if all((config.digest, b) in value for b in blocks):
                 cost = session.costs(config)
-                row: dict[str, Any] = {"model": model, "name": name, "bits": cost.bits_per_weight, "bytes": cost.bytes}
+                row: dict[str, Any] = {
+                    "model": model,
+                    "name": name,
+                    "bits": cost.bits_per_weight,
+                    "bytes": cost.bytes,
+                }
                 row |= {m: [value[config.digest, b][m] for b in blocks] for m in METRICS}
                 run = done.get(name.removeprefix("ours "), {}) if name.startswith("ours ") else {}
-                out.append(row | {k: run[k] for k in ("source", "output_errors", "images", "refined") if k in run})
+                out.append(
+                    row | {k: run[k] for k in ("source", "output_errors", "images", "refined") if k in run}
+                )
         return out
 
 
 def table(found: Sequence[dict[str, Any]], about_machine: dict[str, Any]) -> str:
-    """The figures of the issue: ours beside the program and the oracle, paired over blocks and seeds (95 %)."""
+    """The figures of the issue: ours beside the program and the oracle, paired over blocks and seeds (95
+    %)."""
     from aquabit.search import paired_difference
 
-    lines = ["# The search beside the program over damages", "", f"{about(about_machine)}. Made by `python benchmarks/searches.py search fresh table` (and `benchmarks/oracle.py`).",
-             "", "Weights of the default space, a8; five blocks of 128 fresh seeds; PSNR in dB to full precision, mean over blocks and seeds of the search; differences are paired "
-             "(same blocks), 95 % intervals over blocks of the mean over seeds. Spent: measurements' worth after the damages (output errors at a fifteenth, images).", "",
-             "| model | bits | ours: bits, PSNR, FID | spent | program: bits, PSNR, FID | ours - program, dB | ours - oracle, dB | FID, ours - program |", "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = [
+        "# The search beside the program over damages",
+        "",
+        (
+            f"{about(about_machine)}. Made by `python benchmarks/searches.py search fresh table` (and"
+            " `benchmarks/oracle.py`)."
+        ),
+        "",
+        (
+            "Weights of the default space, a8; five blocks of 128 fresh seeds; PSNR in dB to full precision,"
+            " mean over blocks and seeds of the search; differences are paired (same blocks), 95 % intervals"
+            " over blocks of the mean over seeds. Spent: measurements' worth after the damages (output errors"
+            " at a fifteenth, images)."
+        ),
+        "",
+        (
+            "| model | bits | ours: bits, PSNR, FID | spent | program: bits, PSNR, FID | ours - program, dB |"
+            " ours - oracle, dB | FID, ours - program |"
+        ),
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for model in dict.fromkeys(r["model"] for r in found):
         own = {r["name"]: r for r in found if r["model"] == model}
         for bits in dict.fromkeys(n.split()[1] for n in own if n.startswith("ours ")):
@@ -148,13 +199,22 @@ def table(found: Sequence[dict[str, Any]], about_machine: dict[str, Any]) -> str
             program, oracle = own[f"program {bits}"], own.get(f"oracle {bits}")
             mean = {m: np.mean([r[m] for r in ours], 0) for m in METRICS}
             gap = {m: paired_difference(list(mean[m]), program[m]) for m in METRICS}
-            top = "" if oracle is None else "{:+.2f} ({:+.2f} to {:+.2f})".format(*paired_difference(list(mean["psnr"]), oracle["psnr"]))
+            top = (
+                ""
+                if oracle is None
+                else "{:+.2f} ({:+.2f} to {:+.2f})".format(
+                    *paired_difference(list(mean["psnr"]), oracle["psnr"])
+                )
+            )
             spent = np.mean([r["output_errors"] + r["images"] for r in ours])
             lines.append(
-                f"| {model} | {bits} | {np.mean([r['bits'] for r in ours]):.3f}, {mean['psnr'].mean():.2f}, {mean['fid'].mean():.2f} | {spent:.0f} | "
-                f"{program['bits']:.3f}, {np.mean(program['psnr']):.2f}, {np.mean(program['fid']):.2f} | "
-                + "{:+.2f} ({:+.2f} to {:+.2f})".format(*gap["psnr"]) + f" | {top} | " + "{:+.2f} ({:+.2f} to {:+.2f}) |".format(*gap["fid"])
-            )  # fmt: skip
+                f"| {model} | {bits} | {np.mean([r['bits'] for r in ours]):.3f}, {mean['psnr'].mean():.2f},"
+                f" {mean['fid'].mean():.2f} | {spent:.0f} | {program['bits']:.3f},"
+                f" {np.mean(program['psnr']):.2f}, {np.mean(program['fid']):.2f} | "
+                + "{:+.2f} ({:+.2f} to {:+.2f})".format(*gap["psnr"])
+                + f" | {top} | "
+                + "{:+.2f} ({:+.2f} to {:+.2f}) |".format(*gap["fid"])
+            )
     lines += [
         "",
         "## Uniform families and full precision",
@@ -165,10 +225,18 @@ def table(found: Sequence[dict[str, Any]], about_machine: dict[str, Any]) -> str
     for r in found:
         if r["name"].startswith(("uniform", "full")):
             lines.append(
-                f"| {r['model']} | {r['name']} | {r['bits']:.3f} | {r['bytes']:,} | {np.mean(r['psnr']):.2f} | {np.mean(r['fid']):.2f} |"
+                f"| {r['model']} | {r['name']} | {r['bits']:.3f} | {r['bytes']:,} | {np.mean(r['psnr']):.2f}"
+                f" | {np.mean(r['fid']):.2f} |"
             )
-    lines += ["", "## Bytes at a uniform configuration's PSNR", "", "Interpolated between budgets, in log bytes; share of the uniform configuration's bytes.", "",
-              "| model | uniform | PSNR | ours | program |", "|---|---|---|---|---|"]  # fmt: skip
+    lines += [
+        "",
+        "## Bytes at a uniform configuration's PSNR",
+        "",
+        "Interpolated between budgets, in log bytes; share of the uniform configuration's bytes.",
+        "",
+        "| model | uniform | PSNR | ours | program |",
+        "|---|---|---|---|---|",
+    ]
     for model in dict.fromkeys(r["model"] for r in found):
         own = [r for r in found if r["model"] == model]
         for uniform in (r for r in own if r["name"].startswith("uniform usq")):
@@ -177,20 +245,33 @@ def table(found: Sequence[dict[str, Any]], about_machine: dict[str, Any]) -> str
                 points: dict[str, list[tuple[float, float]]] = {}
                 for r in own:
                     if r["name"].startswith(f"{kind} "):
-                        points.setdefault(r["name"].split()[1], []).append((float(np.mean(r["psnr"])), r["bytes"]))
+                        points.setdefault(r["name"].split()[1], []).append(
+                            (float(np.mean(r["psnr"])), r["bytes"])
+                        )
                 curve = np.array(sorted(tuple(np.mean(v, 0)) for v in points.values()))
                 goal = float(np.mean(uniform["psnr"]))
                 inside = curve[0, 0] <= goal <= curve[-1, 0]
-                size = float(np.exp(np.interp(goal, curve[:, 0], np.log(curve[:, 1])))) if inside else float("nan")
-                shares.append(f"{size:,.0f} ({100 * size / uniform['bytes']:.1f} %)" if inside else "outside 1.6 to 3.5 bits")
+                size = (
+                    float(np.exp(np.interp(goal, curve[:, 0], np.log(curve[:, 1]))))
+                    if inside
+                    else float("nan")
+                )
+                shares.append(
+                    f"{size:,.0f} ({100 * size / uniform['bytes']:.1f} %)"
+                    if inside
+                    else "outside 1.6 to 3.5 bits"
+                )
             lines.append(
-                f"| {model} | {uniform['name']}, {uniform['bytes']:,} bytes | {np.mean(uniform['psnr']):.2f} | " + " | ".join(shares) + " |"
+                f"| {model} | {uniform['name']}, {uniform['bytes']:,} bytes |"
+                f" {np.mean(uniform['psnr']):.2f} | " + " | ".join(shares) + " |"
             )
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("parts", nargs="+", choices=["search", "fresh", "table"])
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
@@ -207,7 +288,11 @@ def main() -> None:
                 fresh(given.folder, model)
     if "table" in given.parts:
         path, every = RESULTS / "searches.json", [r for m in given.models for r in rows(given.folder, m)]
-        found = {"machine": machine(), "command": "python benchmarks/searches.py search fresh table", "rows": every}
+        found = {
+            "machine": machine(),
+            "command": "python benchmarks/searches.py search fresh table",
+            "rows": every,
+        }
         path.write_text(json.dumps(found, allow_nan=False, indent=0) + "\n")
         path.with_suffix(".md").write_text(table(every, found["machine"]))
 

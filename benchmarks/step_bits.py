@@ -1,12 +1,17 @@
-"""Step-aware activation bits and static ranges, measured: python benchmarks/step_bits.py PART ... [--folder DIR] [--models ...] [--quick]
+"""Step-aware activation bits and static ranges, measured: python benchmarks/step_bits.py PART ... [--folder
+DIR] [--models ...] [--quick]
 
-controls   at equal BOPs, a mean of 5 (a4 and a6) and of 7 activation bits (a6 and a8): a mix of layers in all steps, low bits first, high
-           bits first, PTQD's SNR rule with its threshold scaled to that mean, three random patterns; and the rule as it is published
+controls   at equal BOPs, a mean of 5 (a4 and a6) and of 7 activation bits (a6 and a8): a mix of layers in all
+           steps, low bits first, high
+           bits first, PTQD's SNR rule with its threshold scaled to that mean, three random patterns; and the
+           rule as it is published
 ranges     dynamic, static and per-step ranges with the same bits in all steps, at a8, a6 and a4
-search     digits-unet: the same search under a BOPs budget with and without groups of steps, as many measurements each; winners on fresh seeds
+search     digits-unet: the same search under a BOPs budget with and without groups of steps, as many
+           measurements each; winners on fresh seeds
 
-Weights are output-aware 4-bit (usq4h) except in the search. FID and PSNR to full precision on blocks of fresh seeds, differences paired.
-Tables go to benchmarks/results/step_bits.json and step_bits.md. Everything continues where it stopped; --quick tries it on a few images.
+Weights are output-aware 4-bit (usq4h) except in the search. FID and PSNR to full precision on blocks of fresh
+seeds, differences paired. Tables go to benchmarks/results/step_bits.json and step_bits.md. Everything
+continues where it stopped; --quick tries it on a few images.
 """
 
 from __future__ import annotations
@@ -35,7 +40,8 @@ BUDGET = 5.0  # activation bits of uniform usq4h that the search's BOPs stand fo
 
 @dataclass(frozen=True)
 class Size:
-    """How much is measured: blocks of fresh seeds, images in each, and the search's samples, candidates a round and repetitions."""
+    """How much is measured: blocks of fresh seeds, images in each, and the search's samples, candidates a
+    round and repetitions."""
 
     blocks: tuple[int, ...] = (41, 42, 43, 44, 45)  # the others are 11 to 36
     images: int = 256
@@ -54,7 +60,9 @@ def session_of(folder: Path, model: str) -> Any:
     from aquabit.study import Study
 
     space = {"schemes": [WEIGHTS], "levels": [], "activations": [8, 6, 4]}
-    return open_session(model, Study(folder / f"steps-{model}.db"), space_options=space, workers=2, bank=str(folder / "bank"))
+    return open_session(
+        model, Study(folder / f"steps-{model}.db"), space_options=space, workers=2, bank=str(folder / "bank")
+    )
 
 
 def blocks_of(session: Any, size: Size) -> list[Any]:
@@ -76,7 +84,10 @@ def noise_ratios(session: Any, acts: Sequence[int]) -> tuple[dict[int, list[floa
     from aquabit.scheme import Calibration
 
     here, protocol = session.here, session.protocol
-    snr = {a: here.noise(session.space.uniform(WEIGHTS, a), Calibration.of(protocol)).estimate.snr[:, 0].tolist() for a in acts}
+    snr = {
+        a: here.noise(session.space.uniform(WEIGHTS, a), Calibration.of(protocol)).estimate.snr[:, 0].tolist()
+        for a in acts
+    }
     here.pipe.scheduler.set_timesteps(protocol.steps)
     return snr, signal_ratios(here.pipe.scheduler)
 
@@ -88,8 +99,12 @@ def patterns(session: Any, mean: float, low: int, high: int) -> dict[str, Any]:
     steps = session.protocol.steps
     mix = Mix(session.space.uniform(WEIGHTS, 8), low, high, mean, per_bit(session))
     snr, ratios = noise_ratios(session, [low])
-    found = {"uniform": uniform(mix), "low then high": low_then_high(mix, steps), "high then low": high_then_low(mix, steps),
-             "SNR rule, scaled": by_snr(mix, snr[low], ratios)}  # fmt: skip
+    found = {
+        "uniform": uniform(mix),
+        "low then high": low_then_high(mix, steps),
+        "high then low": high_then_low(mix, steps),
+        "SNR rule, scaled": by_snr(mix, snr[low], ratios),
+    }
     return {**found, **{f"random {s + 1}": random_bits(replace(mix, seed=s), steps) for s in range(RANDOM)}}
 
 
@@ -128,7 +143,11 @@ def compared_rows(session: Any, configs: Mapping[str, Any], size: Size, **about:
     found = compared(measured(session, every, blocks_of(session, size)), next(iter(configs)))
     for row in found:
         config = every[row["name"]]
-        row |= {"bops": session.costs(config).bops, "bytes": session.costs(config).bytes, "bits": bits_text(config, session.protocol.steps)}
+        row |= {
+            "bops": session.costs(config).bops,
+            "bytes": session.costs(config).bytes,
+            "bits": bits_text(config, session.protocol.steps),
+        }
     print(*(f"{r['name']} {r['fid'][0]:.2f} {r['psnr'][0]:.1f};" for r in found), about, flush=True)
     return [{**about, **row} for row in found]
 
@@ -154,13 +173,19 @@ def ranges(folder: Path, models: Sequence[str], size: Size) -> list[dict[str, An
         with session_of(folder, model) as session:
             for act in (8, 6, 4):
                 base = session.space.uniform(WEIGHTS, act)
-                rows += compared_rows(session, {kind: replace(base, ranges=kind) for kind in RANGES}, size, model=model, act=f"a{act}")
+                rows += compared_rows(
+                    session,
+                    {kind: replace(base, ranges=kind) for kind in RANGES},
+                    size,
+                    model=model,
+                    act=f"a{act}",
+                )
     return rows
 
 
 def searched(session: Any, budget: Any, size: Size, seed: int) -> Any:
-    """The winner of a search: candidates until there are as many as ``size`` says (interrupted, it goes on), then the best few told apart on
-    seeds of their own, as ``flow.find_in`` does; no front."""
+    """The winner of a search: candidates until there are as many as ``size`` says (interrupted, it goes
+    on), then the best few told apart on seeds of their own, as ``flow.find_in`` does; no front."""
     import numpy as np
 
     from aquabit import flow
@@ -182,7 +207,15 @@ def searched(session: Any, budget: Any, size: Size, seed: int) -> Any:
         count = min(size.per_round - done % size.per_round, wanted - done)
         measure = lambda configs: session.measure(configs, "candidate")  # noqa: E731
         if not find_candidates(
-            session.space, session.costs, budget, predict, measure, measured_so_far, rounds=1, per_round=count, seed=seed + done
+            session.space,
+            session.costs,
+            budget,
+            predict,
+            measure,
+            measured_so_far,
+            rounds=1,
+            per_round=count,
+            seed=seed + done,
         ):
             break
     pairs = [(c, v) for c, v in measured_so_far() if np.isfinite(v)]
@@ -191,7 +224,8 @@ def searched(session: Any, budget: Any, size: Size, seed: int) -> Any:
 
 
 def search(folder: Path, models: Sequence[str], size: Size) -> list[dict[str, Any]]:
-    """Winners of searches that differ in whether activation bits may change in the middle of sampling, by seed of samples and search."""
+    """Winners of searches that differ in whether activation bits may change in the middle of sampling, by
+    seed of samples and search."""
     from aquabit.scheme import Budget
     from aquabit.sensitivity.measure import open_session
     from aquabit.study import Study
@@ -200,10 +234,15 @@ def search(folder: Path, models: Sequence[str], size: Size) -> list[dict[str, An
     for seed in size.seeds if model in models else ():
         winners: dict[str, Any] = {}
         counts: dict[str, int] = {}
-        for name, groups in (("without groups", None), ("with groups", {"total": 10, "starts": list(STARTS)})):
+        for name, groups in (
+            ("without groups", None),
+            ("with groups", {"total": 10, "starts": list(STARTS)}),
+        ):
             study = Study(folder / f"steps-search-{name.split()[0]}-{size.samples}-{seed}.db")
             options = {**SPACE, **({"step_groups": groups} if groups else {})}
-            with open_session(model, study, space_options=options, workers=2, bank=str(folder / "bank")) as session:
+            with open_session(
+                model, study, space_options=options, workers=2, bank=str(folder / "bank")
+            ) as session:
                 session.references()
                 session.measure(session.space.sample(size.samples, seed), "sample")
                 base = session.costs(session.space.uniform(WEIGHTS, 8)).bops
@@ -216,22 +255,46 @@ def search(folder: Path, models: Sequence[str], size: Size) -> list[dict[str, An
             found = compared_rows(session, configs, size, model=model, seed=seed)
             apart = compared(measured(session, winners, blocks_of(session, size)), "without groups")
             against = {r["name"]: r["differences"] for r in apart}
-            changing = {n: sum(isinstance(c.act, tuple) for c in w.layers.values()) for n, w in winners.items()}
+            changing = {
+                n: sum(isinstance(c.act, tuple) for c in w.layers.values()) for n, w in winners.items()
+            }
             for row in found:
                 name = row["name"]
-                row |= {"measurements": counts.get(name), "changing": changing.get(name), "to_without": against.get(name) or None}
+                row |= {
+                    "measurements": counts.get(name),
+                    "changing": changing.get(name),
+                    "to_without": against.get(name) or None,
+                }
             rows += found
     return rows
 
 
 def table(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], first: str) -> list[str]:
-    """Markdown rows: the keys, BOPs, each metric with its interval, and the paired difference to ``first``."""
-    head = [*keys, "configuration", "bits by step", "GBOPs", "FID", "PSNR, dB", f"difference to {first}: FID", "PSNR"]
+    """Markdown rows: the keys, BOPs, each metric with its interval, and the paired difference to
+    ``first``."""
+    head = [
+        *keys,
+        "configuration",
+        "bits by step",
+        "GBOPs",
+        "FID",
+        "PSNR, dB",
+        f"difference to {first}: FID",
+        "PSNR",
+    ]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for r in rows:
         psnr = "" if r["name"] == "full precision" else number(r["psnr"], 1)
         apart = [number(r["differences"][m]) if r["differences"] else "" for m in ("fid", "psnr")]
-        cells = [*(str(r[k]) for k in keys), r["name"], r["bits"], f"{r['bops'] / 1e9:.3f}", number(r["fid"]), psnr, *apart]
+        cells = [
+            *(str(r[k]) for k in keys),
+            r["name"],
+            r["bits"],
+            f"{r['bops'] / 1e9:.3f}",
+            number(r["fid"]),
+            psnr,
+            *apart,
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
@@ -239,11 +302,13 @@ def table(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], first: str) ->
 def markdown(found: Mapping[str, Any]) -> str:
     m = found["machine"]
     lines = [
-        f"# Step-aware activation bits and static ranges\n\n{m['cpu']}, {m['cores']} cores, torch {m['torch']}. Made by `{found['command']}`.\n"
+        f"# Step-aware activation bits and static ranges\n\n{m['cpu']}, {m['cores']} cores, torch"
+        f" {m['torch']}. Made by `{found['command']}`.\n"
     ]
     lines.append(
-        "Means over blocks of fresh seeds with 95 % intervals (Student's t), 10 steps of DDIM; differences are paired, negative FID and positive "
-        "PSNR are better. BOPs are those of a denoiser call, averaged over the steps.\n"
+        "Means over blocks of fresh seeds with 95 % intervals (Student's t), 10 steps of DDIM; differences"
+        " are paired, negative FID and positive PSNR are better. BOPs are those of a denoiser call, averaged"
+        " over the steps.\n"
     )
     if "controls" in found:
         lines.append(f"## Bits by step at equal BOPs, `{WEIGHTS}`\n")
@@ -252,19 +317,25 @@ def markdown(found: Mapping[str, Any]) -> str:
         lines.append(f"\n## Ranges of activations, `{WEIGHTS}`, the same bits in all steps\n")
         lines += table(found["ranges"], ("model", "act"), "dynamic")
     if "search" in found:
-        lines.append("\n## The same search with and without groups of steps, under the BOPs of usq4h at 5 activation bits\n")
+        lines.append(
+            "\n## The same search with and without groups of steps, under the BOPs of usq4h at 5 activation"
+            " bits\n"
+        )
         lines += table(found["search"], ("model", "seed"), "uniform")
         for r in found["search"]:
             if r.get("to_without"):
                 lines.append(
-                    f"\nSeed {r['seed']}: with groups less without: FID {number(r['to_without']['fid'])}, PSNR {number(r['to_without']['psnr'])}; "
-                    f"{r['changing']} layers of the winner change their bits; {r['measurements']} measurements each search."
+                    f"\nSeed {r['seed']}: with groups less without: FID {number(r['to_without']['fid'])},"
+                    f" PSNR {number(r['to_without']['psnr'])}; {r['changing']} layers of the winner change"
+                    f" their bits; {r['measurements']} measurements each search."
                 )
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     known = {"controls": controls, "ranges": ranges, "search": search}
     parser.add_argument("parts", nargs="+", choices=[*known, "all"])
     parser.add_argument("--folder", type=Path, default=Path("step-bits-runs"))

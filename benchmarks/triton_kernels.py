@@ -1,7 +1,9 @@
-"""The Triton kernels against cuBLAS (cuDNN) bf16 and against dequantize-then-multiply: python benchmarks/triton_kernels.py, on a CUDA machine.
+"""The Triton kernels against cuBLAS (cuDNN) bf16 and against dequantize-then-multiply: python
+benchmarks/triton_kernels.py, on a CUDA machine.
 
-Writes benchmarks/results/triton.json and triton.md. bfloat16 throughout, random codes. Every round runs all three after one another with the L2
-cache flushed before each, so that ratios are paired and weights come from memory, as in a model whose layers do not fit the cache.
+Writes benchmarks/results/triton.json and triton.md. bfloat16 throughout, random codes. Every round runs all
+three after one another with the L2 cache flushed before each, so that ratios are paired and weights come from
+memory, as in a model whose layers do not fit the cache.
 """
 
 from __future__ import annotations
@@ -23,10 +25,18 @@ from aquabit.kernels.codebook import CodebookWeight
 from aquabit.kernels.triton_kernels import triton_available, triton_conv2d, triton_linear, triton_weight
 from benchmarks.flow import RESULTS, machine
 
-FORMATS = {  # bits, group, codebooks; tables per row (None: uniform codes), groups of inputs with a scale each
-    "usq2": (2, 1, 1, None, 0), "usq4": (4, 1, 1, None, 0), "usq4g64": (4, 1, 1, None, 64), "usq8": (8, 1, 1, None, 0), "vq3": (3, 1, 1, False, 0),
-    "vq3c": (3, 1, 1, True, 0), "aq1x8g8": (8, 8, 1, False, 0), "aq2x8g8": (8, 8, 2, False, 0), "aq2x6g8": (6, 8, 2, False, 0),
-}  # fmt: skip
+# bits, group, codebooks; tables per row (None: uniform codes), groups of inputs with a scale each
+FORMATS = {
+    "usq2": (2, 1, 1, None, 0),
+    "usq4": (4, 1, 1, None, 0),
+    "usq4g64": (4, 1, 1, None, 64),
+    "usq8": (8, 1, 1, None, 0),
+    "vq3": (3, 1, 1, False, 0),
+    "vq3c": (3, 1, 1, True, 0),
+    "aq1x8g8": (8, 8, 1, False, 0),
+    "aq2x8g8": (8, 8, 2, False, 0),
+    "aq2x6g8": (6, 8, 2, False, 0),
+}
 LINEAR = [(1152, 1152), (4608, 1152), (1152, 4608), (4096, 4096)]  # out, in: DiT-XL/2, and one larger
 TOKENS = (1, 16, 256, 4096)
 CONV = [(192, 32), (384, 32), (576, 16), (960, 16)]  # channels, size: LDM-4, 3 x 3
@@ -38,7 +48,11 @@ def made(name: str, shape: tuple[int, ...], seed: int = 0) -> CodebookWeight:
     generator = torch.Generator().manual_seed(seed)
     out, row = shape[0], torch.Size(shape[1:]).numel()
     codes = torch.randint(0, 1 << bits, (-(-row // group), books, out), generator=generator)
-    tables = None if per_row is None else torch.randn(out if per_row else 1, books, 1 << bits, group, generator=generator)
+    tables = (
+        None
+        if per_row is None
+        else torch.randn(out if per_row else 1, books, 1 << bits, group, generator=generator)
+    )
     scale = 0.02 * (0.5 + torch.rand((out, row // size) if size else (out,), generator=generator))
     offset = None if tables is not None else -scale * (1 << bits) / 2
     return CodebookWeight.from_codes(codes, tables, scale, offset, shape, bits).to("cuda")
@@ -64,13 +78,24 @@ def paired(runs: dict[str, Callable[[], Tensor]]) -> dict[str, list[float]]:
 
 
 def row(
-    layer: str, name: str, weight: CodebookWeight, x: Tensor, dense: Callable[[Tensor, Tensor], Tensor], ours: Callable[[], Tensor]
+    layer: str,
+    name: str,
+    weight: CodebookWeight,
+    x: Tensor,
+    dense: Callable[[Tensor, Tensor], Tensor],
+    ours: Callable[[], Tensor],
 ) -> dict[str, Any]:
     decoded = weight.dequantize()
     held = decoded.to(x.dtype)
     expected = dense(x.double(), decoded.double())
     error = float((ours().double() - expected).abs().max() / expected.abs().max())
-    times = paired({"triton": ours, "dense": lambda: dense(x, held), "dequantize": lambda: dense(x, weight.dequantize().to(x.dtype))})
+    times = paired(
+        {
+            "triton": ours,
+            "dense": lambda: dense(x, held),
+            "dequantize": lambda: dense(x, weight.dequantize().to(x.dtype)),
+        }
+    )
     ratios = {
         f"over_{other}": statistics.median(b / a for a, b in zip(times["triton"], times[other], strict=True))
         for other in ("dense", "dequantize")
@@ -90,14 +115,25 @@ def linear_rows() -> list[dict[str, Any]]:
             for tokens in TOKENS:
                 x = torch.randn(tokens, shape[1], device="cuda", dtype=torch.bfloat16)
                 layer = f"linear {shape[1]} -> {shape[0]}, {tokens} tokens"
-                rows.append(row(layer, name, weight, x, functional.linear, lambda x=x, laid=laid: triton_linear(x, laid)))
+                rows.append(
+                    row(
+                        layer,
+                        name,
+                        weight,
+                        x,
+                        functional.linear,
+                        lambda x=x, laid=laid: triton_linear(x, laid),
+                    )
+                )
     return rows
 
 
 def conv_rows() -> list[dict[str, Any]]:
     rows = []
     for channels, size in CONV:
-        x = torch.randn(BATCH, channels, size, size, device="cuda", dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+        x = torch.randn(BATCH, channels, size, size, device="cuda", dtype=torch.bfloat16).contiguous(
+            memory_format=torch.channels_last
+        )
         for name in FORMATS:
             weight = made(name, (channels, channels, 3, 3))
             laid = triton_weight(weight)
@@ -106,29 +142,48 @@ def conv_rows() -> list[dict[str, Any]]:
             def dense(x: Tensor, w: Tensor) -> Tensor:
                 return functional.conv2d(x, w.contiguous(memory_format=torch.channels_last), padding=1)
 
-            rows.append(row(layer, name, weight, x, dense, lambda x=x, laid=laid: triton_conv2d(x, laid, padding=1)))
+            rows.append(
+                row(layer, name, weight, x, dense, lambda x=x, laid=laid: triton_conv2d(x, laid, padding=1))
+            )
     return rows
 
 
 def main() -> None:
     why = triton_available()
     if why or not torch.cuda.is_available():
-        sys.exit(f"this benchmark needs a CUDA device and triton without its interpreter: {why or 'there is no CUDA device'}")
+        sys.exit(
+            "this benchmark needs a CUDA device and triton without its interpreter:"
+            f" {why or 'there is no CUDA device'}"
+        )
     import triton
 
     device = {"gpu": torch.cuda.get_device_name(), "triton": triton.__version__, "cuda": torch.version.cuda}
-    found = {"machine": machine() | device, "command": "python benchmarks/triton_kernels.py", "rows": linear_rows() + conv_rows()}
+    found = {
+        "machine": machine() | device,
+        "command": "python benchmarks/triton_kernels.py",
+        "rows": linear_rows() + conv_rows(),
+    }
     (RESULTS / "triton.json").write_text(json.dumps(found, indent=1) + "\n")
     m = found["machine"]
     lines = [
-        f"# Triton kernels\n\n{m['gpu']}, torch {m['torch']}, CUDA {m['cuda']}, triton {m['triton']}; bfloat16, medians of {ROUNDS} paired rounds, L2",
-        f"flushed before each. A ratio above 1 means that ours is faster. Error: max|y - y64| / max|y64|. Made by `{found['command']}`.\n",
-        "| layer | format | bits | triton, us | dense bf16, us | dequantize + dense, us | over dense | over dequantize | error |",
+        (
+            f"# Triton kernels\n\n{m['gpu']}, torch {m['torch']}, CUDA {m['cuda']}, triton {m['triton']};"
+            f" bfloat16, medians of {ROUNDS} paired rounds, L2"
+        ),
+        (
+            "flushed before each. A ratio above 1 means that ours is faster. Error: max|y - y64| / max|y64|."
+            f" Made by `{found['command']}`.\n"
+        ),
+        (
+            "| layer | format | bits | triton, us | dense bf16, us | dequantize + dense, us | over dense |"
+            " over dequantize | error |"
+        ),
         "|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {r['layer']} | {r['format']} | {r['bits_per_weight']:.2f} | {r['triton_us']:.1f} | {r['dense_us']:.1f} | {r['dequantize_us']:.1f} "
-        f"| {r['over_dense']:.2f} | {r['over_dequantize']:.2f} | {r['error']:.1e} |"
+        f"| {r['layer']} | {r['format']} | {r['bits_per_weight']:.2f} | {r['triton_us']:.1f} |"
+        f" {r['dense_us']:.1f} | {r['dequantize_us']:.1f} | {r['over_dense']:.2f} |"
+        f" {r['over_dequantize']:.2f} | {r['error']:.1e} |"
         for r in found["rows"]
     ]
     (RESULTS / "triton.md").write_text("\n".join(lines) + "\n")

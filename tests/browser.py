@@ -16,11 +16,14 @@ from typing import Any
 
 def chromium() -> str | None:
     """The browser's path, where there is one."""
-    return next((p for name in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(name))), None)
+    return next(
+        (p for name in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(name))), None
+    )
 
 
 class Page:
-    """One tab: ``run`` evaluates JavaScript, ``click``, ``move`` and ``press`` are a person's; requests, errors and messages are kept."""
+    """One tab: ``run`` evaluates JavaScript, ``click``, ``move`` and ``press`` are a person's; requests,
+    errors and messages are kept."""
 
     def __init__(self, to: int, back: int):
         self.to, self.back, self.number, self.waiting = to, back, 0, b""
@@ -76,10 +79,10 @@ class Page:
     def place(self, script: str) -> tuple[float, float]:
         """The middle of an element, after scrolling it into view and waiting until the page stands still."""
         found = self.run(
-            f"(async () => {{ const e = {script}, top = () => e.getBoundingClientRect().top; let still = 0, last = NaN;"
-            " e.scrollIntoView({block: 'center'});"
-            " while (still < 4) { await new Promise(requestAnimationFrame); still = top() === last ? still + 1 : 0; last = top(); }"
-            " const b = e.getBoundingClientRect(); return [b.left + b.width / 2, b.top + b.height / 2]; })()"
+            f"(async () => {{ const e = {script}, top = () => e.getBoundingClientRect().top; let still = 0,"
+            " last = NaN; e.scrollIntoView({block: 'center'}); while (still < 4) { await new"
+            " Promise(requestAnimationFrame); still = top() === last ? still + 1 : 0; last = top(); } const"
+            " b = e.getBoundingClientRect(); return [b.left + b.width / 2, b.top + b.height / 2]; })()"
         )
         return float(found[0]), float(found[1])
 
@@ -97,7 +100,9 @@ class Page:
         for kind in ("keyDown", "keyUp"):
             more = {"text": "\r"} if key == "Enter" and kind == "keyDown" else {}
             code = {"Enter": 13, "ArrowDown": 40, "ArrowUp": 38, "Escape": 27}[key]
-            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **more)
+            self.call(
+                "Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **more
+            )
 
     def type(self, text: str) -> None:
         self.call("Input.insertText", text=text)
@@ -113,14 +118,22 @@ def opened(folder: Path, width: int = 1280, height: int = 900) -> Iterator[Page]
     commands_read, commands_write = os.pipe()
     answers_read, answers_write = os.pipe()
     flags = (
-        "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update --disable-sync "
-        f"--disable-dev-shm-usage --window-size={width},{height} --remote-debugging-pipe"
+        "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking"
+        f" --disable-component-update --disable-sync --disable-dev-shm-usage --window-size={width},{height}"
+        " --remote-debugging-pipe"
     )
-    ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (commands_read, answers_write)]  # clear of 3 and 4, which the browser takes
+    ends = [
+        fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (commands_read, answers_write)
+    ]  # clear of 3 and 4, which the browser takes
     actions = [(os.POSIX_SPAWN_OPEN, n, os.devnull, os.O_RDWR, 0) for n in (1, 2)]
     pipes = [(os.POSIX_SPAWN_DUP2, end, n) for end, n in zip(ends, (3, 4), strict=True)]
     browser = str(chromium())
-    process = os.posix_spawn(browser, [browser, *flags.split(), f"--user-data-dir={folder}"], os.environ, file_actions=[*actions, *pipes])
+    process = os.posix_spawn(
+        browser,
+        [browser, *flags.split(), f"--user-data-dir={folder}"],
+        os.environ,
+        file_actions=[*actions, *pipes],
+    )
     for end in (commands_read, answers_write, *ends):
         os.close(end)
     try:

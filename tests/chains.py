@@ -1,4 +1,5 @@
-"""Sampling by hand, and noise statistics that are known instead of measured: what the tests of corrections share."""
+"""Sampling by hand, and noise statistics that are known instead of measured: what the tests of corrections
+share."""
 
 from __future__ import annotations
 
@@ -32,7 +33,9 @@ class Sampler:
         return scheduler
 
     def __str__(self) -> str:
-        return "-".join([self.name.removesuffix("Scheduler"), *map(str, self.settings.values()), str(self.eta)])
+        return "-".join(
+            [self.name.removesuffix("Scheduler"), *map(str, self.settings.values()), str(self.eta)]
+        )
 
 
 NOISY = [
@@ -52,14 +55,25 @@ STILL = [
 
 
 def known(
-    scheduler: Any, k: Any = 0.0, bias: Any = 0.0, variance: Any = 0.0, *, channels: int = 2, weights: Sequence[float] = (1.0,),
-    covariance: np.ndarray | None = None, calls: int = 1, mean_eps: float = 0.0, var_eps: float = 1.0,
-) -> Statistics:  # fmt: skip
+    scheduler: Any,
+    k: Any = 0.0,
+    bias: Any = 0.0,
+    variance: Any = 0.0,
+    *,
+    channels: int = 2,
+    weights: Sequence[float] = (1.0,),
+    covariance: np.ndarray | None = None,
+    calls: int = 1,
+    mean_eps: float = 0.0,
+    var_eps: float = 1.0,
+) -> Statistics:
     """Statistics of the scheduler's steps; numbers are broadcast to [T, B] and [T, B, C]."""
     steps, branches = len(scheduler.timesteps), len(weights)
     slope = np.broadcast_to(np.asarray(k, float), (steps, branches)).copy()
     shape = (steps, branches, channels)
-    shift, spread, e, vee = (np.broadcast_to(np.asarray(v, float), shape).copy() for v in (bias, variance, mean_eps, var_eps))
+    shift, spread, e, vee = (
+        np.broadcast_to(np.asarray(v, float), shape).copy() for v in (bias, variance, mean_eps, var_eps)
+    )
     both = np.zeros((steps, branches, branches, channels))
     for b in range(branches):
         both[:, b, b] = spread[:, b]
@@ -67,12 +81,28 @@ def known(
         both = np.broadcast_to(covariance, both.shape).copy()
     ones, wide = np.ones((steps, branches)), slope[..., None]
     estimate = NoiseEstimate(
-        slope, shift, spread, both, ones, 0 * ones, ones, e, shift + wide * e, vee, wide * vee, wide**2 * vee + spread
-    )  # fmt: skip
+        slope,
+        shift,
+        spread,
+        both,
+        ones,
+        0 * ones,
+        ones,
+        e,
+        shift + wide * e,
+        vee,
+        wide * vee,
+        wide**2 * vee + spread,
+    )
     about = About(
-        "model", "config", **sampler_facts(scheduler), timesteps=tuple(float(t) for t in scheduler.timesteps),
-        weights=(tuple(weights),) * steps, calls=calls, images=64,
-    )  # fmt: skip
+        "model",
+        "config",
+        **sampler_facts(scheduler),
+        timesteps=tuple(float(t) for t in scheduler.timesteps),
+        weights=(tuple(weights),) * steps,
+        calls=calls,
+        images=64,
+    )
     return Statistics(about, estimate, estimate, estimate).checked()
 
 
@@ -88,14 +118,22 @@ class Given(nn.Module):
 
 
 def sampled(
-    denoiser: nn.Module, scheduler: Any, x: Tensor, steps: int, eta: float = 0.0, generator: Any = None, guidance: float | None = None
+    denoiser: nn.Module,
+    scheduler: Any,
+    x: Tensor,
+    steps: int,
+    eta: float = 0.0,
+    generator: Any = None,
+    guidance: float | None = None,
 ) -> Tensor:
     """Sampling as pipelines do it; with guidance, conditional and unconditional branch in one batch."""
     scheduler.set_timesteps(steps)
     extra = {"eta": eta} if type(scheduler).__name__ == "DDIMScheduler" else {}
     for t in scheduler.timesteps:
         if hasattr(scheduler, "scale_model_input"):
-            scheduler.scale_model_input(x, t)  # which Euler asks for; the denoisers here read the sample itself
+            scheduler.scale_model_input(
+                x, t
+            )  # which Euler asks for; the denoisers here read the sample itself
         output = denoiser(x if guidance is None else torch.cat([x, x]), t)
         if guidance is not None:
             uncond, cond = output.chunk(2)
@@ -109,7 +147,13 @@ def drawing(noise: Tensor):
     """What samplers, and corrections, draw instead of random numbers."""
     places = [
         f"diffusers.schedulers.scheduling_{part}.randn_tensor"
-        for part in ("ddpm", "ddim", "euler_ancestral_discrete", "dpmsolver_multistep", "flow_match_euler_discrete")
+        for part in (
+            "ddpm",
+            "ddim",
+            "euler_ancestral_discrete",
+            "dpmsolver_multistep",
+            "flow_match_euler_discrete",
+        )
     ]
     with ExitStack() as stack:
         for place in (*places, "aquabit.quant.correct.randn_tensor"):

@@ -9,7 +9,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
-# Before anything imports triton, as diffusers does: its own library is then made for the interpreter, or never.
+# Before anything imports triton, as diffusers does: its own library is then made for the interpreter, or
+# never.
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
 from diffusers import DDIMScheduler, DiTTransformer2DModel, UNet2DModel
@@ -29,15 +30,30 @@ def tiny_pipeline(kind: str, seed: int = 0) -> ClassConditionalPipeline:
     torch.manual_seed(seed)
     if kind == "dit":
         net = DiTTransformer2DModel(
-            num_attention_heads=2, attention_head_dim=8, in_channels=1, out_channels=1, num_layers=2, sample_size=8, patch_size=2,
-            num_embeds_ada_norm=10, norm_elementwise_affine=False, norm_num_groups=4,
-        )  # fmt: skip
+            num_attention_heads=2,
+            attention_head_dim=8,
+            in_channels=1,
+            out_channels=1,
+            num_layers=2,
+            sample_size=8,
+            patch_size=2,
+            num_embeds_ada_norm=10,
+            norm_elementwise_affine=False,
+            norm_num_groups=4,
+        )
     else:
         net = UNet2DModel(
-            sample_size=8, in_channels=1, out_channels=1, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8,
-            down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"), num_class_embeds=11,
+            sample_size=8,
+            in_channels=1,
+            out_channels=1,
+            block_out_channels=(16, 32),
+            layers_per_block=1,
+            norm_num_groups=8,
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+            num_class_embeds=11,
             attention_head_dim=8,
-        )  # fmt: skip
+        )
     pipe = ClassConditionalPipeline(net.eval(), DDIMScheduler(**SCHEDULER), real_images="digits")
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -1,6 +1,8 @@
-"""Run by test_measure: measures a pipeline in forked children that are killed at random instants, then lets one finish.
+"""Run by test_measure: measures a pipeline in forked children that are killed at random instants, then lets
+one finish.
 
-usage: python -m tests.killed PIPELINE FOLDER KILLS. A fork of a fresh process that has imported everything starts in no time.
+usage: python -m tests.killed PIPELINE FOLDER KILLS. A fork of a fresh process that has imported everything
+starts in no time.
 """
 
 from __future__ import annotations
@@ -21,7 +23,14 @@ def child(pipeline: str, folder: Path) -> int:
     pid = os.fork()
     if pid == 0:
         protocol = Protocol(images=4, steps=2, micro_batch=4)
-        measure(pipeline, Study(folder / "study.db"), 36, protocol=protocol, space=SPACE, bank=str(folder / "bank"))
+        measure(
+            pipeline,
+            Study(folder / "study.db"),
+            36,
+            protocol=protocol,
+            space=SPACE,
+            bank=str(folder / "bank"),
+        )
         os._exit(0)
     return pid
 

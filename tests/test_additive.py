@@ -40,12 +40,22 @@ SHAPES = st.one_of(
 
 
 @settings(max_examples=25)
-@given(SHAPES, st.sampled_from(["aq1x3g4", "aq2x2g8", "aq2x4k", "aq3x2g3", "aq2x3g4"]), st.booleans(), st.integers(0, 99))
-def test_any_shape_is_coded_at_exactly_its_bytes(shape: tuple[int, ...], scheme: str, with_h: bool, seed: int) -> None:
+@given(
+    SHAPES,
+    st.sampled_from(["aq1x3g4", "aq2x2g8", "aq2x4k", "aq3x2g3", "aq2x3g4"]),
+    st.booleans(),
+    st.integers(0, 99),
+)
+def test_any_shape_is_coded_at_exactly_its_bytes(
+    shape: tuple[int, ...], scheme: str, with_h: bool, seed: int
+) -> None:
     weight, hessian = layer(shape, seed)
     coded = quantize_weight(weight, scheme, hessian if with_h else None)
     assert coded.nbytes == weight_bytes(shape, Scheme.parse(scheme))
-    assert coded.dequantize().shape == weight.shape and output_error(weight, coded.dequantize(), hessian if with_h else None) < 1
+    assert (
+        coded.dequantize().shape == weight.shape
+        and output_error(weight, coded.dequantize(), hessian if with_h else None) < 1
+    )
 
 
 def test_the_loss_never_rises_and_parts_are_optimal() -> None:
@@ -84,13 +94,19 @@ def test_no_single_code_can_be_improved() -> None:
     wide, h = weight.double(), hessian.double()
 
     def loss(codes: Tensor) -> Tensor:
-        decoded = (sum(tables[m][codes[:, m]] for m in range(2)) * scale[None, :, None]).permute(1, 0, 2).reshape(6, 16)
+        decoded = (
+            (sum(tables[m][codes[:, m]] for m in range(2)) * scale[None, :, None])
+            .permute(1, 0, 2)
+            .reshape(6, 16)
+        )
         return ((wide - decoded) @ h * (wide - decoded)).sum(1)
 
     base = loss(codes)
     torch.testing.assert_close(
         coded.dequantize().double(),
-        (sum(tables[m][codes[:, m]] for m in range(2)) * scale[None, :, None]).permute(1, 0, 2).reshape(6, 16),
+        (sum(tables[m][codes[:, m]] for m in range(2)) * scale[None, :, None])
+        .permute(1, 0, 2)
+        .reshape(6, 16),
         rtol=1e-5,
         atol=1e-6,
     )
@@ -101,7 +117,9 @@ def test_no_single_code_can_be_improved() -> None:
                 changed = codes.clone()
                 changed[group, m] = code
                 better += int((loss(changed) < base * (1 - 1e-5)).sum())
-    assert better <= 6, f"{better} of {6 * 64} changes lower the loss: only what later groups of the last sweep left may"
+    assert better <= 6, (
+        f"{better} of {6 * 64} changes lower the loss: only what later groups of the last sweep left may"
+    )
 
 
 @pytest.mark.parametrize("scheme", ["2x4", "1x6", "4x2"])
@@ -111,13 +129,17 @@ def test_at_most_the_loss_of_aqlm(scheme: str) -> None:
         weight, hessian = layer((64, 64), seed, rank=16)
         theirs = aqlm(weight, hessian, m, b, 8, seed)
         ours = quantize_weight(weight, f"aq{scheme}g8", hessian)
-        assert output_error(weight, ours.dequantize(), hessian) < output_error(weight, theirs.decoded, hessian)
+        assert output_error(weight, ours.dequantize(), hessian) < output_error(
+            weight, theirs.decoded, hessian
+        )
 
 
 def test_h_matters_and_identity_is_no_h() -> None:
     weight, hessian = layer((48, 64), rank=8)
     aware, blind = quantize_weight(weight, "aq2x4g8", hessian), quantize_weight(weight, "aq2x4g8")
-    assert output_error(weight, aware.dequantize(), hessian) < 0.6 * output_error(weight, blind.dequantize(), hessian)
+    assert output_error(weight, aware.dequantize(), hessian) < 0.6 * output_error(
+        weight, blind.dequantize(), hessian
+    )
     eye = quantize_weight(weight, "aq2x4g8", torch.ones(64))
     assert torch.equal(eye.packed, blind.packed) and torch.equal(eye.codebooks, blind.codebooks)
     full = output_error(weight, quantize_weight(weight, "aq2x4g8", torch.eye(64)).dequantize())
@@ -130,7 +152,9 @@ def test_deterministic_under_a_seed_and_batched_as_alone_up_to_rounding() -> Non
     together = quantize_weights(weights, "aq2x4g8", hessians, seed=1)
     alone = [quantize_weight(w, "aq2x4g8", h, seed=1) for w, h in layers]
     for (w, h), a, b in zip(layers, together, alone, strict=True):
-        assert output_error(w, a.dequantize(), h) == pytest.approx(output_error(w, b.dequantize(), h), rel=0.02)
+        assert output_error(w, a.dequantize(), h) == pytest.approx(
+            output_error(w, b.dequantize(), h), rel=0.02
+        )
         assert (a.codes == b.codes).float().mean() > 0.9
     again = quantize_weight(*layers[0][:1], "aq2x4g8", layers[0][1], seed=1)
     assert torch.equal(again.packed, alone[0].packed) and torch.equal(again.codebooks, alone[0].codebooks)
@@ -146,7 +170,11 @@ def test_shared_codebooks_are_one_tensor_and_fit_all_members() -> None:
     own = quantize_weights(weights, "aq2x4g8", hessians)
     for weight, hessian, a, b in zip(weights, hessians, shared, own, strict=True):
         error = output_error(weight, a.dequantize(), hessian)
-        assert output_error(weight, b.dequantize(), hessian) < error < 1.6 * output_error(weight, b.dequantize(), hessian)
+        assert (
+            output_error(weight, b.dequantize(), hessian)
+            < error
+            < 1.6 * output_error(weight, b.dequantize(), hessian)
+        )
 
 
 def test_grouped_and_depthwise_convolutions_use_the_h_of_their_group() -> None:
@@ -154,20 +182,28 @@ def test_grouped_and_depthwise_convolutions_use_the_h_of_their_group() -> None:
         weight, hessian = layer(shape, 1, groups=groups)
         aware = quantize_weight(weight, "aq2x3k", hessian)
         swapped = quantize_weight(weight, "aq2x3k", hessian.flip(0))
-        assert output_error(weight, aware.dequantize(), hessian) < output_error(weight, swapped.dequantize(), hessian)
+        assert output_error(weight, aware.dequantize(), hessian) < output_error(
+            weight, swapped.dequantize(), hessian
+        )
 
 
 def test_groups_of_a_convolution_run_across_channels_or_along_the_kernel() -> None:
     shape = (4, 3, 2, 2)
     assert input_order(shape, "kernel").tolist() == list(range(12))
     flat = torch.arange(12).reshape(3, 2, 2)
-    assert input_order(shape, "inputs").tolist() == [int(flat[c, y, x]) for y in range(2) for x in range(2) for c in range(3)]
+    assert input_order(shape, "inputs").tolist() == [
+        int(flat[c, y, x]) for y in range(2) for x in range(2) for c in range(3)
+    ]
     weight = torch.randn(8, 6, 3, 3, generator=torch.Generator().manual_seed(0))
     slices = weight.clone()
-    slices[:] = torch.randn(1, 1, 3, 3, generator=torch.Generator().manual_seed(1))  # every slice alike: one codeword holds them all
+    slices[:] = torch.randn(
+        1, 1, 3, 3, generator=torch.Generator().manual_seed(1)
+    )  # every slice alike: one codeword holds them all
     assert output_error(slices, quantize_weight(slices, "aq1x1k").dequantize()) < 1e-6
     assert output_error(slices, quantize_weight(slices, "aq1x1g9").dequantize()) > 1e-2
-    along = weight[:, :1].expand(-1, 6, -1, -1) * 0 + weight[:1, :1]  # constant over channels: groups across channels hold one value
+    along = (
+        weight[:, :1].expand(-1, 6, -1, -1) * 0 + weight[:1, :1]
+    )  # constant over channels: groups across channels hold one value
     assert output_error(along, quantize_weight(along, "aq1x4g6").dequantize()) < 1e-6
     assert quantize_weight(weight[:, :, :1, :1], "aq2x2k").group == 8
 
@@ -178,7 +214,9 @@ def test_constant_weights(value: float, scheme: str) -> None:
     weight = torch.full((6, 16, 3, 3), value)
     weight[2] = 0
     _, hessian = layer((6, 16, 3, 3))
-    torch.testing.assert_close(quantize_weight(weight, scheme, hessian).dequantize(), weight, rtol=2e-3, atol=1e-6)
+    torch.testing.assert_close(
+        quantize_weight(weight, scheme, hessian).dequantize(), weight, rtol=2e-3, atol=1e-6
+    )
 
 
 def test_extreme_scales_do_not_overflow() -> None:
@@ -203,8 +241,13 @@ def test_bad_h_is_one_sentence() -> None:
     broken[3, 3] = float("nan")
     indefinite = hessian - 0.9 * float(torch.linalg.eigvalsh(hessian)[-1]) * torch.eye(24)
     indefinite.diagonal().clamp_(min=0.1)
-    cases = [(broken, "1 of 576 entries of H are not finite"), (indefinite, "not positive semi-definite"), (-hessian, "negative diagonal"),
-             (hessian[:5, :5], r"needs \[24, 24\]"), (hessian[None].expand(3, -1, -1), "3 groups")]  # fmt: skip
+    cases = [
+        (broken, "1 of 576 entries of H are not finite"),
+        (indefinite, "not positive semi-definite"),
+        (-hessian, "negative diagonal"),
+        (hessian[:5, :5], r"needs \[24, 24\]"),
+        (hessian[None].expand(3, -1, -1), "3 groups"),
+    ]
     for bad, said in cases:
         for scheme in ("aq2x3g8", "usq3h", "vq2h"):
             with pytest.raises(AquabitError, match=said):
@@ -219,6 +262,11 @@ def test_formats_that_fit_badly_are_reported_once() -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         coded = quantize_weight(weight, "aq1x4g8")
-    assert [str(w.message).split(": ")[1][:20] for w in caught] == ["groups of 8 are long", "4 groups use at most"]
+    assert [str(w.message).split(": ")[1][:20] for w in caught] == [
+        "groups of 8 are long",
+        "4 groups use at most",
+    ]
     torch.testing.assert_close(coded.dequantize(), weight, rtol=2e-3, atol=2e-3)
-    assert int((coded.codebooks[0, 0].abs().sum(1) == 0).sum()) == 12, "codewords that no group needs are zero"
+    assert int((coded.codebooks[0, 0].abs().sum(1) == 0).sum()) == 12, (
+        "codewords that no group needs are zero"
+    )

@@ -36,12 +36,23 @@ class Case(NamedTuple):
     @property
     def metric(self) -> Tensor:
         g = self.tables.shape[3]
-        return torch.stack([self.hessian[:, i : i + g, i : i + g] for i in range(0, self.weight.shape[2], g)], 1)
+        return torch.stack(
+            [self.hessian[:, i : i + g, i : i + g] for i in range(0, self.weight.shape[2], g)], 1
+        )
 
 
 def case(
-    blocks: int, rows: int, groups: int, size: int, sets: int = 1, codebooks: int = 2, codewords: int = 16, *, seed: int = 0, diagonal: bool = False
-) -> Case:  # fmt: skip
+    blocks: int,
+    rows: int,
+    groups: int,
+    size: int,
+    sets: int = 1,
+    codebooks: int = 2,
+    codewords: int = 16,
+    *,
+    seed: int = 0,
+    diagonal: bool = False,
+) -> Case:
     """Correlated inputs, and tables about as large as the weights."""
     random = torch.Generator().manual_seed(seed)
     z, r = blocks * sets, groups * size
@@ -51,14 +62,30 @@ def case(
         hessian = torch.diag_embed(hessian.diagonal(dim1=1, dim2=2))
     weight = torch.randn(z, rows, r, generator=random)
     tables = torch.randn(sets, codebooks, codewords, size, generator=random) / codebooks**0.5
-    scale = (torch.rand(z, rows, generator=random) + 0.5) * (1 - 2 * torch.randint(2, (z, rows), generator=random))
-    return Case(weight, hessian, tables, scale, torch.randint(codewords, (z, rows, groups, codebooks), generator=random))
+    scale = (torch.rand(z, rows, generator=random) + 0.5) * (
+        1 - 2 * torch.randint(2, (z, rows), generator=random)
+    )
+    return Case(
+        weight,
+        hessian,
+        tables,
+        scale,
+        torch.randint(codewords, (z, rows, groups, codebooks), generator=random),
+    )
 
 
 cases = st.builds(
-    case, st.integers(1, 3), st.integers(3, 12), st.integers(1, 5), st.integers(2, 11), st.integers(1, 2), st.integers(1, 5),
-    st.sampled_from([1, 2, 3, 16, 17, 40, 64]), seed=st.integers(0, 10**6), diagonal=st.booleans(),
-)  # fmt: skip
+    case,
+    st.integers(1, 3),
+    st.integers(3, 12),
+    st.integers(1, 5),
+    st.integers(2, 11),
+    st.integers(1, 2),
+    st.integers(1, 5),
+    st.sampled_from([1, 2, 3, 16, 17, 40, 64]),
+    seed=st.integers(0, 10**6),
+    diagonal=st.booleans(),
+)
 beams = st.sampled_from([1, 2, 3, 8, 16, 40])
 
 
@@ -83,13 +110,19 @@ def are_codes(codes: Tensor, codewords: int) -> bool:
     return bool(((codes >= 0) & (codes < codewords)).all())
 
 
-def swept(c: Case, beam: int, backend: Backend | None = None, level: int | None = None, coupled: bool = True) -> Found:
+def swept(
+    c: Case, beam: int, backend: Backend | None = None, level: int | None = None, coupled: bool = True
+) -> Found:
     before = decoded(c, c.codes)
     h = c.hessian if coupled else torch.stack([torch.block_diag(*blocks) for blocks in c.metric])
     gradient, coupling = (c.weight - before) @ h, c.hessian if coupled else None
     if level is not None:
-        return additive_search._search_natively(gradient, before, c.codes, c.metric, c.tables, c.scale, beam, None, coupling, level)
-    return sweep_search(gradient, before, c.codes, c.metric, c.tables, c.scale, beam, coupling=coupling, backend=backend)
+        return additive_search._search_natively(
+            gradient, before, c.codes, c.metric, c.tables, c.scale, beam, None, coupling, level
+        )
+    return sweep_search(
+        gradient, before, c.codes, c.metric, c.tables, c.scale, beam, coupling=coupling, backend=backend
+    )
 
 
 class Feedback(NamedTuple):
@@ -110,8 +143,12 @@ def feedback_of(c: Case) -> Feedback:
 def fed(c: Case, beam: int, backend: Backend | None = None, level: int | None = None) -> Found:
     f = feedback_of(c)
     if level is not None:
-        return additive_search._search_natively(c.weight, None, None, f.metric, c.tables, c.scale, beam, f.inverse, f.upper, level)
-    return feedback_search(c.weight, f.metric, c.tables, c.scale, beam, inverse=f.inverse, coupling=f.upper, backend=backend)
+        return additive_search._search_natively(
+            c.weight, None, None, f.metric, c.tables, c.scale, beam, f.inverse, f.upper, level
+        )
+    return feedback_search(
+        c.weight, f.metric, c.tables, c.scale, beam, inverse=f.inverse, coupling=f.upper, backend=backend
+    )
 
 
 def quadratic(metric: Tensor, rows: Tensor) -> Tensor:
@@ -121,17 +158,25 @@ def quadratic(metric: Tensor, rows: Tensor) -> Tensor:
 
 
 def rounding(metric: Tensor, c: Case) -> Tensor:
-    """What sums of products round to in float32, of each row's group, from the squares of weights and of the largest codewords."""
+    """What sums of products round to in float32, of each row's group, from the squares of weights and of
+    the largest codewords."""
     codewords = c.tables.square().sum(3).amax(2).sum(1).repeat_interleave(len(c.weight) // len(c.tables))
     trace = metric.diagonal(dim1=2, dim2=3).sum(2)
-    return 1e-6 * (quadratic(metric, c.weight) + (c.scale.square() * codewords[:, None])[..., None] * trace[:, None])
+    return 1e-6 * (
+        quadratic(metric, c.weight) + (c.scale.square() * codewords[:, None])[..., None] * trace[:, None]
+    )
 
 
-def same_up_to_ties(found: Found, reference: Found, cost: Tensor, of_reference: Tensor, rounding: Tensor) -> Tensor:
-    """Rows [Z, O] that are the same up to the first group whose codes differ, if any, where both cost the same, up to rounding."""
+def same_up_to_ties(
+    found: Found, reference: Found, cost: Tensor, of_reference: Tensor, rounding: Tensor
+) -> Tensor:
+    """Rows [Z, O] that are the same up to the first group whose codes differ, if any, where both cost the
+    same, up to rounding."""
     differs = (found.codes != reference.codes).any(3)
     before, first = differs.cumsum(2) == 0, differs & (differs.cumsum(2) == 1)
-    moved = torch.isclose(found.moved, reference.moved, rtol=1e-3, atol=1e-3).reshape(*differs.shape, -1).all(3)
+    moved = (
+        torch.isclose(found.moved, reference.moved, rtol=1e-3, atol=1e-3).reshape(*differs.shape, -1).all(3)
+    )
     as_good = (cost - of_reference).abs() <= rounding + 1e-5 * of_reference
     return ((moved | ~before) & (as_good | ~first)).all(2)
 
@@ -140,16 +185,26 @@ def swept_alike(c: Case, found: Found, reference: Found) -> Tensor:
     def costs(codes: Tensor) -> Tensor:
         """The loss after each group, those behind it as they were."""
         groups = torch.arange(codes.shape[2])[:, None]
-        return torch.stack([loss(c, decoded(c, torch.where(groups <= n, codes, c.codes))) for n in range(codes.shape[2])], 2)
+        return torch.stack(
+            [loss(c, decoded(c, torch.where(groups <= n, codes, c.codes))) for n in range(codes.shape[2])], 2
+        )
 
-    return same_up_to_ties(found, reference, costs(found.codes), costs(reference.codes), rounding(c.metric, c).sum(2, keepdim=True))
+    return same_up_to_ties(
+        found,
+        reference,
+        costs(found.codes),
+        costs(reference.codes),
+        rounding(c.metric, c).sum(2, keepdim=True),
+    )
 
 
 def fed_alike(c: Case, found: Found, reference: Found) -> Tensor:
     def squares(x: Tensor) -> Tensor:
         return x.double().square().reshape(*found.codes.shape[:3], -1).sum(3)
 
-    return same_up_to_ties(found, reference, squares(found.moved), squares(reference.moved), rounding(feedback_of(c).metric, c))
+    return same_up_to_ties(
+        found, reference, squares(found.moved), squares(reference.moved), rounding(feedback_of(c).metric, c)
+    )
 
 
 def cost_alike(c: Case, found: Found, reference: Found) -> Tensor:
@@ -159,9 +214,14 @@ def cost_alike(c: Case, found: Found, reference: Found) -> Tensor:
 
 
 def assert_as_reference(
-    c: Case, search: Callable[..., Found], beam: int, level: int, alike: Callable[[Case, Found, Found], Tensor]
+    c: Case,
+    search: Callable[..., Found],
+    beam: int,
+    level: int,
+    alike: Callable[[Case, Found, Found], Tensor],
 ) -> None:
-    """Sums that tie for the last place of a beam, up to rounding, may lead to different costs in the end: that happens, but rarely."""
+    """Sums that tie for the last place of a beam, up to rounding, may lead to different costs in the end:
+    that happens, but rarely."""
     good = alike(c, search(c, beam, level=level), search(c, beam, "reference"))
     assert int((~good).sum()) <= 1 + good.numel() // 50
 
@@ -198,7 +258,14 @@ def test_feedback_equals_reference(level: int, c: Case, beam: int) -> None:
     [
         {"blocks": 1, "rows": 33, "groups": 4, "size": 8, "codebooks": 4, "codewords": 16},
         {"blocks": 1, "rows": 130, "groups": 4, "size": 8, "codebooks": 2, "codewords": 256},
-        {"blocks": 1, "rows": 6, "groups": 2, "size": 8, "codebooks": 2, "codewords": 256},  # too few rows for products of pairs
+        {
+            "blocks": 1,
+            "rows": 6,
+            "groups": 2,
+            "size": 8,
+            "codebooks": 2,
+            "codewords": 256,
+        },  # too few rows for products of pairs
         {"blocks": 2, "rows": 7, "groups": 3, "size": 1, "codebooks": 2, "codewords": 4},
         {"blocks": 5, "rows": 1, "groups": 1, "size": 9, "codebooks": 3, "codewords": 64},
         {"blocks": 1, "rows": 20, "groups": 2, "size": 64, "codebooks": 8, "codewords": 16},
@@ -221,7 +288,9 @@ def test_no_change_raises_the_loss(backend: Backend, c: Case, beam: int) -> None
     before, after = loss(c, decoded(c, c.codes)), loss(c, decoded(c, found.codes))
     assert bool((after <= before * (1 + 1e-5) + 1e-7).all())
     torch.testing.assert_close(found.gain, after - before, rtol=1e-4, atol=1e-4 * float(before.max()))
-    torch.testing.assert_close(found.moved, decoded(c, found.codes) - decoded(c, c.codes), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        found.moved, decoded(c, found.codes) - decoded(c, c.codes), rtol=1e-4, atol=1e-5
+    )
 
 
 @both
@@ -229,8 +298,13 @@ def test_no_change_raises_the_loss(backend: Backend, c: Case, beam: int) -> None
 def test_one_group_is_searched_exactly(backend: Backend, shared: bool) -> None:
     """A beam as wide as there are sums of all codebooks but the last leaves nothing out."""
     c = case(4 if shared else 1, 11, 1, 3, 1 if shared else 4, 3, 4)
-    losses = torch.stack([loss(c, decoded(c, torch.tensor(each).expand_as(c.codes))) for each in product(range(4), repeat=3)])
-    for found in (swept(c, 16, backend), feedback_search(c.weight, c.metric, c.tables, c.scale, 16, backend=backend)):
+    losses = torch.stack(
+        [loss(c, decoded(c, torch.tensor(each).expand_as(c.codes))) for each in product(range(4), repeat=3)]
+    )
+    for found in (
+        swept(c, 16, backend),
+        feedback_search(c.weight, c.metric, c.tables, c.scale, 16, backend=backend),
+    ):
         torch.testing.assert_close(loss(c, decoded(c, found.codes)), losses.amin(0), rtol=1e-4, atol=1e-6)
 
 
@@ -240,7 +314,9 @@ def test_a_wider_beam_is_better_and_feedback_too(backend: Backend) -> None:
     total = [float(loss(c, decoded(c, swept(c, beam, backend).codes)).sum()) for beam in (1, 4, 16)]
     assert total[0] > total[1] > total[2] * 0.99
     alone = feedback_search(c.weight, c.metric, c.tables, c.scale, 8, backend=backend)
-    assert float(loss(c, decoded(c, fed(c, 8, backend).codes)).sum()) < 0.9 * float(loss(c, decoded(c, alone.codes)).sum())
+    assert float(loss(c, decoded(c, fed(c, 8, backend).codes)).sum()) < 0.9 * float(
+        loss(c, decoded(c, alone.codes)).sum()
+    )
 
 
 @both
@@ -249,7 +325,9 @@ def test_groups_that_do_not_meet(backend: Backend) -> None:
     c = case(1, 20, 6, 4, 1, 2, 8, diagonal=True)
     flip = torch.arange(24).reshape(6, 4).flip(0).reshape(-1)
     other = Case(c.weight[..., flip], c.hessian[:, flip][:, :, flip], c.tables, c.scale, c.codes.flip(2))
-    assert torch.equal(swept(c, 8, backend, coupled=False).codes, swept(other, 8, backend, coupled=False).codes.flip(2))
+    assert torch.equal(
+        swept(c, 8, backend, coupled=False).codes, swept(other, 8, backend, coupled=False).codes.flip(2)
+    )
     assert torch.equal(swept(c, 8, backend, coupled=False).codes, swept(c, 8, backend).codes)
 
 
@@ -298,7 +376,17 @@ def test_input_is_not_changed(backend: Backend) -> None:
     whole = (c.weight @ c.hessian).contiguous()
     kept = whole.clone()
     fed(c, 8, backend)
-    sweep_search(whole, torch.zeros_like(whole), c.codes, c.metric, c.tables, c.scale, 8, coupling=c.hessian, backend=backend)
+    sweep_search(
+        whole,
+        torch.zeros_like(whole),
+        c.codes,
+        c.metric,
+        c.tables,
+        c.scale,
+        8,
+        coupling=c.hessian,
+        backend=backend,
+    )
     assert all(torch.equal(a, b) for a, b in zip(before, c, strict=True)) and torch.equal(whole, kept)
 
 
@@ -358,5 +446,9 @@ def test_what_does_not_fit_is_named() -> None:
 @needs_native
 def test_any_strides() -> None:
     c = case(2, 6, 4, 4)
-    views = [x.transpose(0, -1).contiguous().transpose(0, -1) for x in (c.weight, c.metric, c.tables, c.scale)]
-    assert torch.equal(feedback_search(*views, 8).codes, feedback_search(c.weight, c.metric, c.tables, c.scale, 8).codes)
+    views = [
+        x.transpose(0, -1).contiguous().transpose(0, -1) for x in (c.weight, c.metric, c.tables, c.scale)
+    ]
+    assert torch.equal(
+        feedback_search(*views, 8).codes, feedback_search(c.weight, c.metric, c.tables, c.scale, 8).codes
+    )

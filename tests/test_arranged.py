@@ -1,5 +1,6 @@
-"""Weights laid out for the native kernels: nothing is lost, and every byte lies where the format says; and the random weights that
-tests of kernels share, decoded to float64 by code that shares nothing with the package."""
+"""Weights laid out for the native kernels: nothing is lost, and every byte lies where the format says; and
+the random weights that tests of kernels share, decoded to float64 by code that shares nothing with the
+package."""
 
 from __future__ import annotations
 
@@ -19,14 +20,19 @@ from aquabit.kernels.arranged import arrange, arranges
 from aquabit.kernels.codebook import CodebookWeight
 from aquabit.scheme import AquabitError, Scheme
 
-SCALAR = (*(f"usq{b}" for b in range(1, 9)), *(f"usq{b}g64" for b in range(1, 9)), *(f"vq{b}" for b in range(1, 9)))
+SCALAR = (
+    *(f"usq{b}" for b in range(1, 9)),
+    *(f"usq{b}g64" for b in range(1, 9)),
+    *(f"vq{b}" for b in range(1, 9)),
+)
 PER_CHANNEL = tuple(f"vq{b}c" for b in range(1, 9))
 ADDITIVE = tuple(LOSS)
 FORMATS = SCALAR + ADDITIVE
 
 
 class Coded(NamedTuple):
-    """``weight`` and what it is made of: codes [groups, M, out], and the weights they stand for, float64 in the original shape."""
+    """``weight`` and what it is made of: codes [groups, M, out], and the weights they stand for, float64
+    in the original shape."""
 
     weight: CodebookWeight
     codes: np.ndarray
@@ -34,7 +40,8 @@ class Coded(NamedTuple):
 
 
 def group_of(name: str, kernel: tuple[int, ...] = ()) -> int:
-    """Inputs that a codeword covers, which the channels must be a multiple of; 1 where codewords are kernel slices."""
+    """Inputs that a codeword covers, which the channels must be a multiple of; 1 where codewords are
+    kernel slices."""
     scheme = Scheme.parse(name)
     return 1 if scheme.kind != "aq" or (scheme.group is None and prod(kernel) > 1) else scheme.group_size(1)
 
@@ -43,20 +50,26 @@ def coded(name: str, shape: tuple[int, ...], seed: int = 0, scaled: bool = True)
     """A random weight as the scheme ``name`` stores it. vq has a scale for each row only where ``scaled``."""
     rng, scheme = np.random.default_rng(seed), Scheme.parse(name)
     area, row, out = prod(shape[2:]), prod(shape[1:]), shape[0]
-    order: Literal["inputs", "kernel"] = "kernel" if scheme.kind == "aq" and scheme.group is None and area > 1 else "inputs"
+    order: Literal["inputs", "kernel"] = (
+        "kernel" if scheme.kind == "aq" and scheme.group is None and area > 1 else "inputs"
+    )
     group = scheme.group_size(area) if scheme.kind == "aq" else 1
     count = 1 << scheme.bits
     codes = rng.integers(0, count, (ceil(row / group), scheme.codebooks, out))
     tables = (
         None
         if scheme.kind == "usq"
-        else rng.normal(size=(out if scheme.per_channel else 1, scheme.codebooks, count, group)).astype(np.float16)
+        else rng.normal(size=(out if scheme.per_channel else 1, scheme.codebooks, count, group)).astype(
+            np.float16
+        )
     )
     n = ceil(row / scheme.group) if scheme.kind == "usq" and scheme.group else 1
     size = (out, n) if n > 1 else (out,)
     scale = (0.5 + rng.random(size)).astype(np.float16) if scheme.kind != "vq" or scaled else None
     offset = (
-        (-scale * (count - 1) / 2 + rng.normal(size=size) / 4).astype(np.float16) if scheme.kind == "usq" and scale is not None else None
+        (-scale * (count - 1) / 2 + rng.normal(size=size) / 4).astype(np.float16)
+        if scheme.kind == "usq" and scale is not None
+        else None
     )
     held = (None if t is None else torch.from_numpy(t) for t in (tables, scale, offset))
     weight = CodebookWeight.from_codes(torch.from_numpy(codes), *held, shape, scheme.bits, order)
@@ -64,15 +77,25 @@ def coded(name: str, shape: tuple[int, ...], seed: int = 0, scaled: bool = True)
 
 
 def decoded(
-    codes: np.ndarray, tables: np.ndarray | None, scale: np.ndarray | None, offset: np.ndarray | None, shape: tuple[int, ...], order: str
+    codes: np.ndarray,
+    tables: np.ndarray | None,
+    scale: np.ndarray | None,
+    offset: np.ndarray | None,
+    shape: tuple[int, ...],
+    order: str,
 ) -> Tensor:
-    """W[o, group j] = scale[o] * sum_m tables[m, codes[j, m, o]] + offset[o], group after group, in float64."""
+    """W[o, group j] = scale[o] * sum_m tables[m, codes[j, m, o]] + offset[o], group after group, in
+    float64."""
     groups, books, out = codes.shape
     row = prod(shape[1:])
     values = np.zeros((out, groups * (1 if tables is None else tables.shape[3])))
     for m in range(books):
         for o in range(out):
-            words = codes[:, m, o, None] if tables is None else tables[o % len(tables), m].astype(np.float64)[codes[:, m, o]]
+            words = (
+                codes[:, m, o, None]
+                if tables is None
+                else tables[o % len(tables), m].astype(np.float64)[codes[:, m, o]]
+            )
             values[o] += words.reshape(-1)
     values = values[:, :row]
     values = values * spread(scale, row) if scale is not None else values
@@ -116,7 +139,9 @@ def test_what_does_not_fit_is_refused_and_nothing_else(name: str, shape: tuple[i
 
 @settings(max_examples=200)
 @given(ALL, SHAPES, st.integers(0, 1000))
-def test_restoring_gives_the_stored_weight_back_to_the_bit(name: str, shape: tuple[int, ...], seed: int) -> None:
+def test_restoring_gives_the_stored_weight_back_to_the_bit(
+    name: str, shape: tuple[int, ...], seed: int
+) -> None:
     group = group_of(name, shape[2:])
     shape = (shape[0], ceil(shape[1] / group) * group, *shape[2:])
     weight = coded(name, shape, seed).weight
@@ -125,8 +150,16 @@ def test_restoring_gives_the_stored_weight_back_to_the_bit(name: str, shape: tup
     assert (restored.shape, restored.bits, restored.order) == (weight.shape, weight.bits, weight.order)
 
 
-@given(st.integers(1, 8), st.sampled_from([(3, 90), (2, 30, 3, 3), (2, 12, 2, 1)]), st.integers(1, 9), st.booleans(), st.booleans())
-def test_restoring_any_number_of_groups_of_scales(bits: int, shape: tuple[int, ...], n: int, scaled: bool, offset: bool) -> None:
+@given(
+    st.integers(1, 8),
+    st.sampled_from([(3, 90), (2, 30, 3, 3), (2, 12, 2, 1)]),
+    st.integers(1, 9),
+    st.booleans(),
+    st.booleans(),
+)
+def test_restoring_any_number_of_groups_of_scales(
+    bits: int, shape: tuple[int, ...], n: int, scaled: bool, offset: bool
+) -> None:
     rng = np.random.default_rng(n)
     codes = torch.from_numpy(rng.integers(0, 1 << bits, (prod(shape[1:]), 1, shape[0])))
     factors = [torch.from_numpy(rng.random((shape[0], n))) if there else None for there in (scaled, offset)]
@@ -142,12 +175,17 @@ class Slow(NamedTuple):
 
 
 def laid(name: str, made: Coded, shape: tuple[int, ...]) -> Slow:
-    """Segment after segment, each from a whole byte on; where a lookup has at most 4 bits, two share a byte."""
+    """Segment after segment, each from a whole byte on; where a lookup has at most 4 bits, two share a
+    byte."""
     scheme, out, cin, area = Scheme.parse(name), shape[0], shape[1], prod(shape[2:])
     kernel, group = scheme.group is None and scheme.kind == "aq" and area > 1, group_of(name, shape[2:])
     n = ceil(cin * area / scheme.group) if scheme.kind == "usq" and scheme.group else 1
     fused = {1: 8, 2: 4, 3: 2, 4: 2}.get(scheme.bits, 1) if scheme.kind != "aq" else 1
-    inputs = [(0, c, 0) for c in range(cin)] if kernel else [(i // cin, i % cin, i // ceil(cin * area / n)) for i in range(cin * area)]
+    inputs = (
+        [(0, c, 0) for c in range(cin)]
+        if kernel
+        else [(i // cin, i % cin, i // ceil(cin * area / n)) for i in range(cin * area)]
+    )
     if scheme.kind == "aq" and group == 1 and scheme.codebooks == 1 and not kernel:
         fused = {1: 8, 2: 4, 3: 2, 4: 2}.get(scheme.bits, 1)
     segments: list[list[tuple[int, int, int]]] = []
@@ -191,25 +229,39 @@ def test_tables_and_scales_are_the_stored_ones_in_float32(name: str, shape: tupl
     if not fits(name, shape):
         return
     arranged, out = arrange(weight), shape[0]
-    for mine, stored in ((arranged.tables, weight.codebooks), (arranged.offset, weight.offset), (arranged.scale, weight.scale)):
+    for mine, stored in (
+        (arranged.tables, weight.codebooks),
+        (arranged.offset, weight.offset),
+        (arranged.scale, weight.scale),
+    ):
         if stored is not None:
             assert mine is not None and mine.dtype == torch.float32 and mine.is_contiguous()
             assert torch.equal(mine, stored.double().reshape(mine.shape).float())
-    assert (arranged.tables is None, arranged.offset is None) == (weight.codebooks is None, weight.offset is None)
+    assert (arranged.tables is None, arranged.offset is None) == (
+        weight.codebooks is None,
+        weight.offset is None,
+    )
     assert weight.scale is not None or torch.equal(arranged.scale, torch.ones(out, 1))
 
 
 def test_why_a_weight_cannot_be_arranged() -> None:
     wide = coded("aq1x10g4", (6, 24)).weight
     assert arranges(wide) == "codes of 10 bits do not fit a byte"
-    with pytest.raises(AquabitError, match=r"a weight \[6, 24\] cannot be arranged for the native kernels: codes of 10 bits"):
+    with pytest.raises(
+        AquabitError, match=r"a weight \[6, 24\] cannot be arranged for the native kernels: codes of 10 bits"
+    ):
         arrange(wide)
     assert arranges(coded("aq1x8g4", (6, 24)).weight) is None
     for shape in ((6, 25), (6, 6, 2, 2)):
-        assert arranges(coded("aq2x6g4", shape).weight) == f"groups of 4 inputs do not fit into {shape[1]} channels or a group of scales"
+        assert (
+            arranges(coded("aq2x6g4", shape).weight)
+            == f"groups of 4 inputs do not fit into {shape[1]} channels or a group of scales"
+        )
     assert arranges(coded("aq2x6k", (6, 5, 3, 3)).weight) is None
     codes = torch.zeros(6, 1, 4, dtype=torch.int64)
-    cut = CodebookWeight.from_codes(codes, torch.zeros(1, 1, 16, 4), torch.ones(4, 4), None, (4, 24), 4)  # groups of 6 inputs
+    cut = CodebookWeight.from_codes(
+        codes, torch.zeros(1, 1, 16, 4), torch.ones(4, 4), None, (4, 24), 4
+    )  # groups of 6 inputs
     assert arranges(cut) is not None
 
 
@@ -232,7 +284,9 @@ class Holder(NamedTuple):
 
 def test_resident_bytes_count_every_storage_once() -> None:
     plain = arrange(coded("usq4", (6, 20)).weight)
-    assert plain.nbytes == 6 * 10 + 6 * (4 + 4) + 6 * (2 + 2)  # codes; scale and offset in float32, and as stored
+    assert plain.nbytes == 6 * 10 + 6 * (4 + 4) + 6 * (
+        2 + 2
+    )  # codes; scale and offset in float32, and as stored
     made = coded("aq2x6g4", (6, 20)).weight
     mine = arrange(made)
     table, codes, scale = 2 * 64 * 4, 6 * 10, 6
@@ -241,7 +295,9 @@ def test_resident_bytes_count_every_storage_once() -> None:
     other = replace(mine, codes=mine.codes.clone())  # a layer that shares codebooks and scales
     assert sum((mine.held() | other.held()).values()) == mine.nbytes + codes
     both = torch.cat([made.codebooks.reshape(-1), made.scale])
-    shared = CodebookWeight(made.packed, both[:table].reshape(made.codebooks.shape), both[table:], None, made.shape, made.bits)
+    shared = CodebookWeight(
+        made.packed, both[:table].reshape(made.codebooks.shape), both[table:], None, made.shape, made.bits
+    )
     assert arrange(shared).nbytes == mine.nbytes  # two views of one storage
     mine.derived["test"] = Holder(torch.zeros(100))
     assert mine.nbytes == codes + 6 * (table + scale) + 400
@@ -255,7 +311,8 @@ def test_moving_takes_everything_but_what_backends_derived(name: str) -> None:
     held = [moved.codes, moved.tables, moved.scale, moved.offset, *moved.stored]
     assert {t.device.type for t in held if t is not None} == {"meta"} and moved.derived == {}
     assert [t is None for t in held] == [
-        t is None for t in (arranged.codes, arranged.tables, arranged.scale, arranged.offset, *arranged.stored)
+        t is None
+        for t in (arranged.codes, arranged.tables, arranged.scale, arranged.offset, *arranged.stored)
     ]
     assert (moved.shape, moved.segments, moved.fused) == (arranged.shape, arranged.segments, arranged.fused)
     same = arranged.to("cpu")

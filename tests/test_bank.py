@@ -1,4 +1,5 @@
-"""The bank's working set: bounded on disk, never at the cost of what is in use, here or in another process; 16-bit models fit in float32."""
+"""The bank's working set: bounded on disk, never at the cost of what is in use, here or in another
+process; 16-bit models fit in float32."""
 
 from __future__ import annotations
 
@@ -44,17 +45,25 @@ def test_writing_keeps_the_limit_and_evicts_what_was_used_longest_ago(tmp_path) 
         os.utime(path, (i, i))
         assert bank.get(weight_hash(every[0]), USQ4) is not None, "what is used again and again stays"
         assert size(tmp_path) <= 6 * each
-    assert first.exists() and bank.get(weight_hash(every[-1]), USQ4) is not None and bank.get(weight_hash(every[1]), USQ4) is None
+    assert (
+        first.exists()
+        and bank.get(weight_hash(every[-1]), USQ4) is not None
+        and bank.get(weight_hash(every[1]), USQ4) is None
+    )
 
 
 def test_what_is_in_use_is_neither_evicted_nor_lost_when_others_evict_it(tmp_path) -> None:
     bank, every = Bank(tmp_path, limit=1), weights(4)
     with bank.using():
         paths = [put(bank, w) for w in every]
-        assert bank.trim() == 0 and all(p.exists() for p in paths), "one configuration may be more than the limit"
+        assert bank.trim() == 0 and all(p.exists() for p in paths), (
+            "one configuration may be more than the limit"
+        )
         held = [bank.get(weight_hash(w), USQ4) for w in every]
         code = "import sys; from aquabit.quant.bank import Bank; print(Bank(sys.argv[1], limit=1).trim())"
-        said = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True).stdout
+        said = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
+        ).stdout
         assert said.strip() == "4" and not any(p.exists() for p in paths)
         for weight, fit in zip(every, held, strict=True):
             again = bank.get(weight_hash(weight), USQ4)
@@ -78,7 +87,11 @@ def test_a_bank_smaller_than_one_configuration_gives_the_same_model(tmp_path) ->
         bank.trim()
         assert (size(bank.folder) == 0) == (limit == 1)
         model.apply_packed(config)
-        assert all(torch.equal(layer.coded.dequantize(), dense[n]) for n, layer in model.layers.items() if layer.coded is not None)
+        assert all(
+            torch.equal(layer.coded.dequantize(), dense[n])
+            for n, layer in model.layers.items()
+            if layer.coded is not None
+        )
         found.append(dense)
     assert all(torch.equal(found[0][n], found[1][n]) for n in found[0])
 
@@ -88,12 +101,18 @@ def test_16_bit_models_are_fitted_in_float32(tmp_path, dit, dtype) -> None:
     narrow = copy.deepcopy(dit.denoiser).to(dtype)
     graph, schemes = trace(dit), ("usq2", "usq4g8", "vq3", "vq2c", "aq2x4g4")
     wide = copy.deepcopy(narrow).float()
-    a, b = (QuantizedDenoiser(m, graph, Bank(tmp_path / n), "f") for n, m in (("narrow", narrow), ("wide", wide)))
+    a, b = (
+        QuantizedDenoiser(m, graph, Bank(tmp_path / n), "f") for n, m in (("narrow", narrow), ("wide", wide))
+    )
     for scheme in schemes:
         name = "transformer_blocks.0.ff.net.0.proj"
-        assert a.full(name).dtype == dtype and torch.equal(a.full(name).float(), b.full(name)), "the same values"
+        assert a.full(name).dtype == dtype and torch.equal(a.full(name).float(), b.full(name)), (
+            "the same values"
+        )
         one, two = (quantize_weight(m.full(name), scheme) for m in (a, b))
-        assert all(torch.equal(x, y) for x, y in zip(one.tensors().values(), two.tensors().values(), strict=True)), scheme
+        assert all(
+            torch.equal(x, y) for x, y in zip(one.tensors().values(), two.tensors().values(), strict=True)
+        ), scheme
 
 
 def test_orphaned_files_are_removed_and_bad_limits_named(tmp_path, monkeypatch) -> None:

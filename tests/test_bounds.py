@@ -1,4 +1,5 @@
-"""Bounds of the surrogate against all configurations of small spaces, and the optimum that branch and bound finds under a budget."""
+"""Bounds of the surrogate against all configurations of small spaces, and the optimum that branch and
+bound finds under a budget."""
 
 from __future__ import annotations
 
@@ -19,27 +20,52 @@ from aquabit.space import SearchSpace, make_space
 
 
 class Small:
-    """A made-up model of a few layers, a surrogate fitted to an objective that is not additive, and all configurations."""
+    """A made-up model of a few layers, a surrogate fitted to an objective that is not additive, and all
+    configurations."""
 
     def __init__(self, seed: int, probed: bool, steps: bool = False, count: int = 4, **options: Any):
         rng, graph = np.random.default_rng(seed), nx.DiGraph(other_elements=10)
         for i in range(count):
             shape = (int(rng.integers(8, 40)), int(rng.integers(8, 60)))
-            graph.add_node(f"l{i}", kind="layer", depth=i, operator=f"o{i % 2}", block=f"b{i // 2}", shape=shape, macs=shape[0] * shape[1])
+            graph.add_node(
+                f"l{i}",
+                kind="layer",
+                depth=i,
+                operator=f"o{i % 2}",
+                block=f"b{i // 2}",
+                shape=shape,
+                macs=shape[0] * shape[1],
+            )
         groups = {"total": 10, "starts": [0, 5]} if steps else None
-        self.space: SearchSpace = make_space(graph, "print", "toy", schemes=["usq2", "usq3", "usq4", "vq2"], step_groups=groups, **options)
+        self.space: SearchSpace = make_space(
+            graph, "print", "toy", schemes=["usq2", "usq3", "usq4", "vq2"], step_groups=groups, **options
+        )
         self.cost, space = CostModel(graph, self.space), self.space
-        errors = {(k, str(s)): float(4.0**-s.bits * rng.lognormal(0, 0.5)) for k, row in space.choices.items() for s in row}
-        levels = [*dict.fromkeys(str(s) for row in space.choices.values() for s in row), *("a6", "a8", "a6/8", "a8/6")]
+        errors = {
+            (k, str(s)): float(4.0**-s.bits * rng.lognormal(0, 0.5))
+            for k, row in space.choices.items()
+            for s in row
+        }
+        levels = [
+            *dict.fromkeys(str(s) for row in space.choices.values() for s in row),
+            *("a6", "a8", "a6/8", "a8/6"),
+        ]
         probes = {
-            (k, v): {"damage": (d := float(rng.lognormal(-4, 2))), "sketch": rng.normal(size=SKETCH) * (d / SKETCH) ** 0.5}
+            (k, v): {
+                "damage": (d := float(rng.lognormal(-4, 2))),
+                "sketch": rng.normal(size=SKETCH) * (d / SKETCH) ** 0.5,
+            }
             for k, v in itertools.product(space.layers, levels)
         }
         self.encoder = Encoder(space, graph, errors, probes if probed else None)
         weights, acts = self.drawn = space.indices(space.sample(80, seed))
         error = self.encoder.error[np.arange(count), weights] * (1 + self.encoder.lowness(acts)[0])
-        y = self.y = np.exp(error @ rng.lognormal(0, 1, count) + 3 * np.sqrt(error[:, 0] * error[:, -1])) + 0.1 * rng.random(80)
-        self.surrogate = Surrogate(rounds=20, leaf=2.0, linear=float(rng.choice([0.0, 0.5, 1.0]))).fit(self.encoder(weights, acts), y)
+        y = self.y = np.exp(
+            error @ rng.lognormal(0, 1, count) + 3 * np.sqrt(error[:, 0] * error[:, -1])
+        ) + 0.1 * rng.random(80)
+        self.surrogate = Surrogate(rounds=20, leaf=2.0, linear=float(rng.choice([0.0, 0.5, 1.0]))).fit(
+            self.encoder(weights, acts), y
+        )
 
     def predict(self, weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
         return self.surrogate.predict(self.encoder(weights, acts))
@@ -60,7 +86,9 @@ def all_choices(allowed: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize(("probed", "steps"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("seed", range(2))
-def test_no_prediction_in_a_box_within_the_budget_is_below_the_bound(seed: int, probed: bool, steps: bool) -> None:
+def test_no_prediction_in_a_box_within_the_budget_is_below_the_bound(
+    seed: int, probed: bool, steps: bool
+) -> None:
     made = Small(seed, probed, steps, count=3 if steps else 4, excluded=["l2"])
     options = Options.of(made.cost, between(made.cost, 0.5, "bits", "bops"))
     bound, rng, tight = made.bound(options), np.random.default_rng(seed), []
@@ -86,16 +114,22 @@ def test_a_single_configuration_is_bounded_by_its_own_prediction() -> None:
     options = Options.of(made.cost, between(made.cost, 0.5, "bits"))
     bound = made.bound(options)
     for config in made.space.sample(5, 9):
-        choice = options.columns.join(*(options.columns.settle(m) if i else m for i, m in enumerate(made.space.indices([config]))))[0]
+        choice = options.columns.join(
+            *(options.columns.settle(m) if i else m for i, m in enumerate(made.space.indices([config])))
+        )[0]
         allowed = np.eye(options.columns.allowed.shape[1], dtype=bool)[choice]
         found, _ = bound(allowed, options.costs, options.caps * 10)
         value = made.predict(*options.columns.split(choice[None]))[0]
-        assert found == pytest.approx(value, abs=0.03 * made.surrogate.spread_) and found <= value  # sums that lie on a threshold
+        assert (
+            found == pytest.approx(value, abs=0.03 * made.surrogate.spread_) and found <= value
+        )  # sums that lie on a threshold
 
 
 @pytest.mark.parametrize("names", [("bits",), ("bits", "bops")])
 @pytest.mark.parametrize("probed", [False, True])
-def test_branch_and_bound_finds_and_proves_the_optimum_of_brute_force(probed: bool, names: tuple[str, ...]) -> None:
+def test_branch_and_bound_finds_and_proves_the_optimum_of_brute_force(
+    probed: bool, names: tuple[str, ...]
+) -> None:
     made = Small(2, probed, count=4 if names == ("bits",) else 3)
     budget = between(made.cost, 0.45, *names)
     options = Options.of(made.cost, budget)
@@ -103,10 +137,19 @@ def test_branch_and_bound_finds_and_proves_the_optimum_of_brute_force(probed: bo
     truth = made.predict(*options.columns.split(choices[options.keeps(choices)])).min()
     low = np.where(options.columns.allowed, options.costs[0], np.inf)
     if len(options.caps) > 1:
-        low = low / options.caps[0] + np.where(options.columns.allowed, options.costs[1], np.inf) / options.caps[1]
+        low = (
+            low / options.caps[0]
+            + np.where(options.columns.allowed, options.costs[1], np.inf) / options.caps[1]
+        )
     start = options.columns.split(low.argmin(1))
-    found = branch_and_bound(*start, made.predict, made.bound(options), made.cost, budget, nodes=600, rows=1, tolerance=1e-3)
-    assert found.predicted == pytest.approx(truth, rel=2e-3) and found.bound <= truth and found.gap <= 2e-3 * abs(truth)
+    found = branch_and_bound(
+        *start, made.predict, made.bound(options), made.cost, budget, nodes=600, rows=1, tolerance=1e-3
+    )
+    assert (
+        found.predicted == pytest.approx(truth, rel=2e-3)
+        and found.bound <= truth
+        and found.gap <= 2e-3 * abs(truth)
+    )
     assert 1 < found.nodes < 600
     short = branch_and_bound(*start, made.predict, made.bound(options), made.cost, budget, nodes=1, rows=1)
     assert short.nodes == 1 and short.bound <= truth and short.gap >= found.gap

@@ -1,4 +1,5 @@
-"""Second moments of layer inputs: against numpy, layer by layer; which calls are recorded; which layers share an input."""
+"""Second moments of layer inputs: against numpy, layer by layer; which calls are recorded; which layers
+share an input."""
 
 from __future__ import annotations
 
@@ -20,7 +21,11 @@ from aquabit.quant.model import QuantizedDenoiser
 from aquabit.scheme import AquabitError, Protocol, QuantConfig
 
 PROTOCOL = Protocol(images=8, steps=4, micro_batch=4)
-TO_Q, TO_OUT, PROJ = "transformer_blocks.1.attn1.to_q", "transformer_blocks.1.attn1.to_out.0", "transformer_blocks.1.ff.net.2"
+TO_Q, TO_OUT, PROJ = (
+    "transformer_blocks.1.attn1.to_q",
+    "transformer_blocks.1.attn1.to_out.0",
+    "transformer_blocks.1.ff.net.2",
+)
 
 
 def runs(pipe, protocol: Protocol = PROTOCOL) -> list:
@@ -36,7 +41,9 @@ def recorded(pipe, limit: int = 100) -> tuple[QuantizedDenoiser, list]:
 def inputs_of(model: QuantizedDenoiser, calls: list, name: str) -> list[np.ndarray]:
     """What one layer reads in each call, by a hook of this test's own."""
     found = []
-    handle = model.layers[name].register_forward_pre_hook(lambda _, args: found.append(args[0].numpy().copy()))
+    handle = model.layers[name].register_forward_pre_hook(
+        lambda _, args: found.append(args[0].numpy().copy())
+    )
     with torch.no_grad():
         for args, kwargs in calls:
             model.denoiser(*args, **kwargs)
@@ -49,7 +56,8 @@ def damped(h: np.ndarray) -> np.ndarray:
 
 
 def grid(values: np.ndarray, bits: int, zero: bool) -> np.ndarray:
-    """One range of values on its grid; float32 as the kernels are, so that no value falls to another grid point."""
+    """One range of values on its grid; float32 as the kernels are, so that no value falls to another grid
+    point."""
     low, high = values.min(), values.max()
     if zero:
         low, high = min(low, np.float32(0)), max(high, np.float32(0))
@@ -93,7 +101,9 @@ def quantized(net: nn.Module, split: dict[str, int] | None = None) -> QuantizedD
     graph = nx.DiGraph()
     for depth, (name, layer) in enumerate(net.named_children()):
         kind, shape = "conv" if isinstance(layer, nn.Conv2d) else "linear", tuple(layer.weight.shape)
-        graph.add_node(name, kind=kind, operator=name, shape=shape, depth=depth, split=(split or {}).get(name))
+        graph.add_node(
+            name, kind=kind, operator=name, shape=shape, depth=depth, split=(split or {}).get(name)
+        )
     return QuantizedDenoiser(net, graph)
 
 
@@ -129,7 +139,10 @@ def patch_gram(inputs: np.ndarray, kernel, stride, pads, dilation, groups: int) 
         ({"kernel_size": 3, "padding": 1}, ((1, 1), (1, 1))),
         ({"kernel_size": 1}, ((0, 0), (0, 0))),
         ({"kernel_size": 3, "stride": 2, "padding": (0, 2)}, ((0, 0), (2, 2))),
-        ({"kernel_size": (2, 3), "stride": (1, 2), "padding": 1, "dilation": (2, 1), "groups": 2}, ((1, 1), (1, 1))),
+        (
+            {"kernel_size": (2, 3), "stride": (1, 2), "padding": 1, "dilation": (2, 1), "groups": 2},
+            ((1, 1), (1, 1)),
+        ),
         ({"kernel_size": (4, 3), "padding": "same", "dilation": (1, 2), "split": 1}, ((1, 2), (2, 2))),
         ({"kernel_size": (3, 2), "padding": "valid", "split": 3}, ((0, 0), (0, 0))),
     ],
@@ -142,7 +155,9 @@ def test_convolutions_equal_numpy(options, pads, bits: int, monkeypatch) -> None
     inputs = np.concatenate(inputs_of(model, calls, "conv"))
     if bits < 16:
         parts = [inputs[:, :split], inputs[:, split:]] if split else [inputs]
-        inputs = np.concatenate([np.stack([grid(s, bits, zero=True) for s in part]) for part in parts], axis=1)
+        inputs = np.concatenate(
+            [np.stack([grid(s, bits, zero=True) for s in part]) for part in parts], axis=1
+        )
     expected, count = patch_gram(inputs, layer.shape[2:], layer.stride, pads, layer.dilation, layer.groups)
     result = moments(model, calls, [("conv",)], [bits], rows=10**9)["conv", bits]
     assert result.rows == count
@@ -161,7 +176,9 @@ def test_h_predicts_the_output_error() -> None:
     x = torch.cat([torch.from_numpy(x) for x in inputs_of(model, calls, "conv")])
     change_of_output = nn.functional.conv2d(x, change, None, layer.stride, layer.padding)
     rows = change.flatten(1)
-    assert float(((rows @ h) * rows).sum()) == pytest.approx(float(change_of_output.square().sum(1).mean()), rel=1e-3)
+    assert float(((rows @ h) * rows).sum()) == pytest.approx(
+        float(change_of_output.square().sum(1).mean()), rel=1e-3
+    )
 
 
 def test_the_blocked_product_equals_the_whole() -> None:
@@ -176,7 +193,9 @@ def test_only_the_input_of_the_layer_is_rounded(pipe) -> None:
     groups = input_groups(model, calls)
     alone = moments(model, calls, groups, [16])
     names = list(model.layers)
-    model.apply(QuantConfig("", {}).with_layer(names[0], "fp", 4).with_layer(names[5], "fp", 4))  # what was applied before is taken back
+    model.apply(
+        QuantConfig("", {}).with_layer(names[0], "fp", 4).with_layer(names[5], "fp", 4)
+    )  # what was applied before is taken back
     together = moments(model, calls, groups, [4, 16, 8])
     assert all(torch.equal(h.hessian, together[key].hessian) for key, h in alone.items())
     assert not any(torch.equal(together[n, 4].hessian, together[n, 16].hessian) for n in names)
@@ -222,7 +241,11 @@ class Fork(nn.Module):
         usual = {"kernel_size": 3, "padding": 1}
         self.a, self.b, self.c, self.twice, self.split = (nn.Conv2d(4, 4, **usual) for _ in range(5))
         self.strided, self.dilated = nn.Conv2d(4, 4, **usual, stride=2), nn.Conv2d(4, 4, **usual, dilation=2)
-        self.unpadded, self.grouped, self.other = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, **usual, groups=2), nn.Conv2d(4, 8, **usual)
+        self.unpadded, self.grouped, self.other = (
+            nn.Conv2d(4, 4, 3),
+            nn.Conv2d(4, 4, **usual, groups=2),
+            nn.Conv2d(4, 8, **usual),
+        )
 
     def forward(self, x, t):
         for layer in (self.strided, self.dilated, self.unpadded, self.grouped, self.split, self.other):
@@ -272,7 +295,11 @@ def test_each_call_gives_the_same_number_of_rows(monkeypatch) -> None:
     model, calls = convolution(kernel_size=3), calls_of_convolution(count=5)
     drawn = []
     original = calibrate._drawn
-    monkeypatch.setattr(calibrate, "_drawn", lambda total, share, seed: drawn.append((share, seed)) or original(total, share, seed))
+    monkeypatch.setattr(
+        calibrate,
+        "_drawn",
+        lambda total, share, seed: drawn.append((share, seed)) or original(total, share, seed),
+    )
     moments(model, calls, [("conv",)], [8], rows=22)
     assert sum(share for share, _ in drawn) == 22 and {share for share, _ in drawn} == {4, 5}
     assert len({seed for _, seed in drawn}) == 5
@@ -286,15 +313,22 @@ class Steps(nn.Module):
 def run_of(denoiser: nn.Module, condition: int, steps: int):
     def run() -> None:
         for t in range(steps):
-            denoiser(torch.full((2,), float(condition)), timestep=torch.tensor(t), extra={"text": [torch.tensor([condition])]})
+            denoiser(
+                torch.full((2,), float(condition)),
+                timestep=torch.tensor(t),
+                extra={"text": [torch.tensor([condition])]},
+            )
 
     return run
 
 
 @pytest.mark.parametrize(
-    ("count", "steps", "limit"), [(8, 10, 40), (8, 10, 33), (4, 10, 12), (7, 10, 23), (8, 7, 41), (5, 4, 3), (6, 3, 17)]
+    ("count", "steps", "limit"),
+    [(8, 10, 40), (8, 10, 33), (4, 10, 12), (7, 10, 23), (8, 7, 41), (5, 4, 3), (6, 3, 17)],
 )
-def test_every_step_is_recorded_equally_often_with_different_conditions(count: int, steps: int, limit: int) -> None:
+def test_every_step_is_recorded_equally_often_with_different_conditions(
+    count: int, steps: int, limit: int
+) -> None:
     denoiser = Steps()
     calls = record_calls(denoiser, [run_of(denoiser, c, steps) for c in range(count)], limit)
     pairs = [(int(kwargs["timestep"]), int(args[0][0])) for args, kwargs in calls]
@@ -307,10 +341,13 @@ def test_every_step_is_recorded_equally_often_with_different_conditions(count: i
 
 
 def test_conditions_that_repeat_still_meet_every_step() -> None:
-    """Even runs hold one half of the classes, odd runs the other: half of the steps each, but not always the same half."""
+    """Even runs hold one half of the classes, odd runs the other: half of the steps each, but not always
+    the same half."""
     denoiser = Steps()
     calls = record_calls(denoiser, [run_of(denoiser, c % 2, 10) for c in range(8)], 40)
-    assert Counter((int(k["timestep"]), int(a[0][0])) for a, k in calls) == {(t, c): 2 for t in range(10) for c in range(2)}
+    assert Counter((int(k["timestep"]), int(a[0][0])) for a, k in calls) == {
+        (t, c): 2 for t in range(10) for c in range(2)
+    }
 
 
 def test_all_calls_are_kept_where_there_is_room_and_copied() -> None:
@@ -382,7 +419,9 @@ def test_plan_stays_within_its_limit(unet) -> None:
     assert [g for chunk in chunks for g in chunk] == groups
     assert all(len(chunk) == 1 or sum(sizes[g] for g in chunk) <= limit for chunk in chunks)
     assert 1 < len(chunks) < len(groups)
-    assert all(sum(sizes[g] for g in a) + sizes[b[0]] > limit for a, b in pairwise(chunks)), "no chunk too small"
+    assert all(sum(sizes[g] for g in a) + sizes[b[0]] > limit for a, b in pairwise(chunks)), (
+        "no chunk too small"
+    )
 
 
 def test_progress_counts_the_calls(dit) -> None:

@@ -1,4 +1,5 @@
-"""Measuring on a Ray cluster: the numbers of a local run, also when workers are killed; other versions, other models, dead addresses."""
+"""Measuring on a Ray cluster: the numbers of a local run, also when workers are killed; other versions,
+other models, dead addresses."""
 
 from __future__ import annotations
 
@@ -22,13 +23,31 @@ from tests.conftest import tiny_pipeline
 pytest.importorskip("ray")
 PROTOCOL = Protocol(images=4, steps=1, micro_batch=4)
 SPACE = {"schemes": ["usq2", "usq4", "usq8"]}
-COLUMNS = ["config", "protocol", "kind", "status", "reason", "bits", "bytes", "bops", "fid", "sfid", "kid", "is", "accuracy", "mse", "psnr"]
+COLUMNS = [
+    "config",
+    "protocol",
+    "kind",
+    "status",
+    "reason",
+    "bits",
+    "bytes",
+    "bops",
+    "fid",
+    "sfid",
+    "kid",
+    "is",
+    "accuracy",
+    "mse",
+    "psnr",
+]
 
 
 @pytest.fixture(scope="module")
 def nodes():
     """A Ray cluster of two nodes with a CPU slot each."""
-    os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0", RAY_worker_niceness="0")
+    os.environ.update(
+        RAY_USAGE_STATS_ENABLED="0", RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0", RAY_worker_niceness="0"
+    )
     from ray.cluster_utils import Cluster
 
     node = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": 80 << 20}
@@ -73,8 +92,15 @@ def test_killed_three_times_a_cluster_gives_the_numbers_of_a_local_run(nodes, tm
 
     there = Study(tmp_path / "there.db")
     count = measure(
-        dit, there, 6, protocol=PROTOCOL, space=SPACE, bank=str(tmp_path / "bank2"), ray=nodes.address, progress=kill
-    )  # fmt: skip
+        dit,
+        there,
+        6,
+        protocol=PROTOCOL,
+        space=SPACE,
+        bank=str(tmp_path / "bank2"),
+        ray=nodes.address,
+        progress=kill,
+    )
     assert len(set(killed)) == 3
     assert count == len(there.measurements(failed=True)) == len(there.known(there.protocol)) == 11
     assert table(there).equals(table(Study(tmp_path / "here.db")))
@@ -108,7 +134,9 @@ def test_workers_that_are_not_like_the_driver_are_refused_by_name(nodes, tmp_pat
     with pytest.raises(AquabitError, match="give all machines the same files"):
         first(replace(model, fingerprint="0" * 16))
     monkeypatch.setattr(cluster, "versions", lambda: {**dict.fromkeys(cluster.SAME, "1"), "torch": "99.0"})
-    with pytest.raises(AquabitError, match=rf"worker on {socket.gethostname()} has aquabit .* torch [0-9.]+ instead of 99\.0"):
+    with pytest.raises(
+        AquabitError, match=rf"worker on {socket.gethostname()} has aquabit .* torch [0-9.]+ instead of 99\.0"
+    ):
         first(model)
 
 
@@ -121,8 +149,14 @@ def test_a_model_that_a_machine_lacks_is_sent(tmp_path) -> None:
     for name, piece in monkey:
         seat.receive(name, piece[:100])
         seat.receive(name, piece[100:])
-    begin = {**begin, "graph": to_json(open_model(str(tmp_path / "pipe")).graph), "bank": str(tmp_path / "bank"),
-             "fingerprint": open_model(str(tmp_path / "pipe")).fingerprint, "device": "cpu", "dtype": "float32"}  # fmt: skip
+    begin = {
+        **begin,
+        "graph": to_json(open_model(str(tmp_path / "pipe")).graph),
+        "bank": str(tmp_path / "bank"),
+        "fingerprint": open_model(str(tmp_path / "pipe")).fingerprint,
+        "device": "cpu",
+        "dtype": "float32",
+    }
     assert json.loads(seat.begin(json.dumps(begin), cluster.versions())) == {}
 
 
@@ -132,7 +166,10 @@ def test_addresses_where_nothing_answers(tmp_path, dit) -> None:
     model, bank = open_model(dit), Bank(tmp_path / "bank")
 
     def said(address: str, device: str = "cpu", workers: int = 1) -> str:
-        with pytest.raises(AquabitError) as caught, pool_for(model, bank, workers, device, "float32", ray=address):
+        with (
+            pytest.raises(AquabitError) as caught,
+            pool_for(model, bank, workers, device, "float32", ray=address),
+        ):
             pass
         return str(caught.value)
 

@@ -1,4 +1,5 @@
-"""LDM checkpoints: the converted pipeline against the original layout, computed here from the original names; what does not fit is named."""
+"""LDM checkpoints: the converted pipeline against the original layout, computed here from the original
+names; what does not fit is named."""
 
 from __future__ import annotations
 
@@ -34,15 +35,31 @@ class Original(dict[str, Tensor]):
         weight = self.get_(f"{name}.weight", out, x.shape[-1])
         return F.linear(x, weight, self.get_(f"{name}.bias", out) if bias else None)
 
-    def conv(self, name: str, x: Tensor, out: int, size: int = 3, stride: int = 1, padding: int | None = None) -> Tensor:
-        weight, bias = self.get_(f"{name}.weight", out, x.shape[1], size, size), self.get_(f"{name}.bias", out)
+    def conv(
+        self, name: str, x: Tensor, out: int, size: int = 3, stride: int = 1, padding: int | None = None
+    ) -> Tensor:
+        weight, bias = (
+            self.get_(f"{name}.weight", out, x.shape[1], size, size),
+            self.get_(f"{name}.bias", out),
+        )
         return F.conv2d(x, weight, bias, stride, size // 2 if padding is None else padding)
 
     def group_norm(self, name: str, x: Tensor, eps: float) -> Tensor:
-        return F.group_norm(x, 32, self.get_(f"{name}.weight", x.shape[1], mean=1.0), self.get_(f"{name}.bias", x.shape[1]), eps)
+        return F.group_norm(
+            x,
+            32,
+            self.get_(f"{name}.weight", x.shape[1], mean=1.0),
+            self.get_(f"{name}.bias", x.shape[1]),
+            eps,
+        )
 
     def layer_norm(self, name: str, x: Tensor) -> Tensor:
-        return F.layer_norm(x, x.shape[-1:], self.get_(f"{name}.weight", x.shape[-1], mean=1.0), self.get_(f"{name}.bias", x.shape[-1]))
+        return F.layer_norm(
+            x,
+            x.shape[-1:],
+            self.get_(f"{name}.weight", x.shape[-1], mean=1.0),
+            self.get_(f"{name}.bias", x.shape[-1]),
+        )
 
     # ---- the U-Net, as openaimodel.UNetModel builds it
     def res_block(self, name: str, x: Tensor, time: Tensor, out: int) -> Tensor:
@@ -64,14 +81,18 @@ class Original(dict[str, Tensor]):
         normed = self.layer_norm(f"{block}.norm1", h)
         h = h + self.attention(f"{block}.attn1", normed, normed)
         h = h + self.attention(f"{block}.attn2", self.layer_norm(f"{block}.norm2", h), context)
-        up, gate = self.linear(f"{block}.ff.net.0.proj", self.layer_norm(f"{block}.norm3", h), 8 * c).chunk(2, -1)
+        up, gate = self.linear(f"{block}.ff.net.0.proj", self.layer_norm(f"{block}.norm3", h), 8 * c).chunk(
+            2, -1
+        )
         h = h + self.linear(f"{block}.ff.net.2", up * F.gelu(gate), c)
         return x + self.conv(f"{name}.proj_out", h.mT.reshape(n, c, height, width), c, 1)
 
     def unet(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
         half = CHANNELS[0] // 2
         angles = t[:, None].float() * torch.exp(-torch.log(torch.tensor(10000.0)) * torch.arange(half) / half)
-        time = self.linear(f"{UNET}time_embed.0", torch.cat([angles.cos(), angles.sin()], -1), 4 * CHANNELS[0])
+        time = self.linear(
+            f"{UNET}time_embed.0", torch.cat([angles.cos(), angles.sin()], -1), 4 * CHANNELS[0]
+        )
         time = self.linear(f"{UNET}time_embed.2", F.silu(time), 4 * CHANNELS[0])
         h, number = self.conv(f"{UNET}input_blocks.0.0", x, CHANNELS[0]), 1
         skips = [h]
@@ -93,7 +114,11 @@ class Original(dict[str, Tensor]):
                 h = self.res_block(f"{place}.0", torch.cat([h, skips.pop()], 1), time, c)
                 h = self.transformer(f"{place}.1", h, context) if level else h
                 if level and layer == LAYERS:
-                    h = self.conv(f"{place}.{2 if level else 1}.conv", F.interpolate(h, scale_factor=2.0, mode="nearest"), c)
+                    h = self.conv(
+                        f"{place}.{2 if level else 1}.conv",
+                        F.interpolate(h, scale_factor=2.0, mode="nearest"),
+                        c,
+                    )
                 number += 1
         return self.conv(f"{UNET}out.2", F.silu(self.group_norm(f"{UNET}out.0", h, 1e-5)), 3)
 
@@ -118,7 +143,13 @@ class Original(dict[str, Tensor]):
             for layer in range(LAYERS):
                 h = self.vq_block(f"{VQ}encoder.down.{level}.block.{layer}", h, c)
             if level < len(CHANNELS) - 1:
-                h = self.conv(f"{VQ}encoder.down.{level}.downsample.conv", F.pad(h, (0, 1, 0, 1)), c, stride=2, padding=0)
+                h = self.conv(
+                    f"{VQ}encoder.down.{level}.downsample.conv",
+                    F.pad(h, (0, 1, 0, 1)),
+                    c,
+                    stride=2,
+                    padding=0,
+                )
         h = F.silu(self.group_norm(f"{VQ}encoder.norm_out", self.vq_mid(f"{VQ}encoder.mid", h), 1e-6))
         return self.conv(f"{VQ}quant_conv", self.conv(f"{VQ}encoder.conv_out", h, 3), 3, 1)
 
@@ -131,17 +162,34 @@ class Original(dict[str, Tensor]):
             for layer in range(LAYERS + 1):
                 h = self.vq_block(f"{VQ}decoder.up.{level}.block.{layer}", h, c)
             if level:
-                h = self.conv(f"{VQ}decoder.up.{level}.upsample.conv", F.interpolate(h, scale_factor=2.0, mode="nearest"), c)
-        return self.conv(f"{VQ}decoder.conv_out", F.silu(self.group_norm(f"{VQ}decoder.norm_out", h, 1e-6)), 3)
+                h = self.conv(
+                    f"{VQ}decoder.up.{level}.upsample.conv",
+                    F.interpolate(h, scale_factor=2.0, mode="nearest"),
+                    c,
+                )
+        return self.conv(
+            f"{VQ}decoder.conv_out", F.silu(self.group_norm(f"{VQ}decoder.norm_out", h, 1e-6)), 3
+        )
 
 
 @pytest.fixture(scope="module")
 def made() -> tuple[Original, dict[str, Tensor]]:
     """A checkpoint, and what the original layout makes of some inputs."""
     state, draw = Original(), torch.Generator().manual_seed(1)
-    x, t, image = torch.randn(2, 3, 8, 8, generator=draw), torch.tensor([10, 700]), torch.randn(1, 3, 16, 16, generator=draw)
+    x, t, image = (
+        torch.randn(2, 3, 8, 8, generator=draw),
+        torch.tensor([10, 700]),
+        torch.randn(1, 3, 16, 16, generator=draw),
+    )
     context = state.get_("cond_stage_model.embedding.weight", 6, WIDTH)[[1, 5]][:, None]
-    results = {"x": x, "t": t, "image": image, "noise": state.unet(x, t, context), "z": state.encode(image), "decoded": state.decode(x)}
+    results = {
+        "x": x,
+        "t": t,
+        "image": image,
+        "noise": state.unet(x, t, context),
+        "z": state.encode(image),
+        "decoded": state.decode(x),
+    }
     state["betas"] = torch.linspace(0.0015**0.5, 0.0195**0.5, 1000) ** 2
     return state, results
 
@@ -152,13 +200,21 @@ def test_the_converted_pipeline_computes_what_the_original_does(
 ) -> None:
     state, results = made
     file = tmp_path / f"model.{ending}"
-    torch.save({"state_dict": dict(state), "global_step": 3}, file) if ending == "ckpt" else save_file(dict(state), file)
+    (
+        torch.save({"state_dict": dict(state), "global_step": 3}, file)
+        if ending == "ckpt"
+        else save_file(dict(state), file)
+    )
     convert_ldm4(file, tmp_path / "pipe", sample_size=8)
     pipe = load(tmp_path / "pipe")
     assert pipe.config.classes == 5 and pipe.scheduler.config.beta_schedule == "scaled_linear"
-    assert float(pipe.scheduler.betas[0]) == pytest.approx(0.0015) and float(pipe.scheduler.betas[-1]) == pytest.approx(0.0195)
+    assert float(pipe.scheduler.betas[0]) == pytest.approx(0.0015) and float(
+        pipe.scheduler.betas[-1]
+    ) == pytest.approx(0.0195)
     with torch.no_grad():
-        noise = pipe.unet(results["x"], results["t"], encoder_hidden_states=pipe.class_embedder(torch.tensor([1, 5]))).sample
+        noise = pipe.unet(
+            results["x"], results["t"], encoder_hidden_states=pipe.class_embedder(torch.tensor([1, 5]))
+        ).sample
         assert torch.allclose(noise, results["noise"], atol=1e-4) and noise.std() > 0.1
         assert torch.allclose(pipe.vqvae.encode(results["image"]).latents, results["z"], atol=1e-4)
         assert torch.allclose(pipe.vqvae.decode(results["x"]).sample, results["decoded"], atol=1e-4)
@@ -169,15 +225,35 @@ def test_the_converted_pipeline_computes_what_the_original_does(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s.pop(f"{UNET}input_blocks.1.0.in_layers.2.weight"), r"1 tensors missing: down_blocks\.0\.resnets\.0\.conv1\.weight"),
-        (lambda s: s.update({f"{VQ}encoder.down.0.attn.0.q.weight": torch.ones(2, 2)}), r"1 tensors without a place: encoder\.down_blocks\.0\.attn"),
-        (lambda s: s.update({f"{UNET}out.0.bias": torch.ones(5)}), r"1 tensors of another shape: conv_norm_out\.bias \(5,\) for \(32,\)"),
-        (lambda s: s.update({"cond_stage_model.transformer.x": torch.ones(5)}), "it holds cond_stage_model.transformer.x"),
-        (lambda s: s.update({"betas": torch.linspace(0.1, 0.2, 1000)}), "betas that are not linear in their roots"),
-        (lambda s: [s.pop(k) for k in list(s) if "attn2" in k], "lacks 'middle_block.1.transformer_blocks.0.attn2.to_k.weight'"),
+        (
+            lambda s: s.pop(f"{UNET}input_blocks.1.0.in_layers.2.weight"),
+            r"1 tensors missing: down_blocks\.0\.resnets\.0\.conv1\.weight",
+        ),
+        (
+            lambda s: s.update({f"{VQ}encoder.down.0.attn.0.q.weight": torch.ones(2, 2)}),
+            r"1 tensors without a place: encoder\.down_blocks\.0\.attn",
+        ),
+        (
+            lambda s: s.update({f"{UNET}out.0.bias": torch.ones(5)}),
+            r"1 tensors of another shape: conv_norm_out\.bias \(5,\) for \(32,\)",
+        ),
+        (
+            lambda s: s.update({"cond_stage_model.transformer.x": torch.ones(5)}),
+            "it holds cond_stage_model.transformer.x",
+        ),
+        (
+            lambda s: s.update({"betas": torch.linspace(0.1, 0.2, 1000)}),
+            "betas that are not linear in their roots",
+        ),
+        (
+            lambda s: [s.pop(k) for k in list(s) if "attn2" in k],
+            "lacks 'middle_block.1.transformer_blocks.0.attn2.to_k.weight'",
+        ),
     ],
-)  # fmt: skip
-def test_what_does_not_fit_is_named(made: tuple[Original, dict[str, Tensor]], tmp_path: Path, change, message: str) -> None:  # type: ignore[no-untyped-def]
+)
+def test_what_does_not_fit_is_named(
+    made: tuple[Original, dict[str, Tensor]], tmp_path: Path, change, message: str
+) -> None:  # type: ignore[no-untyped-def]
     state = dict(made[0])
     change(state)
     save_file(state, tmp_path / "model.safetensors")

@@ -1,4 +1,5 @@
-"""Studies whose configurations are measured after correction, and what a search stores of its winner's noise."""
+"""Studies whose configurations are measured after correction, and what a search stores of its winner's
+noise."""
 
 from __future__ import annotations
 
@@ -36,12 +37,21 @@ def test_a_space_corrects_every_configuration_but_full_precision(dit) -> None:
     plain, space = make_space(graph, "f"), make_space(graph, "f", correction="bc+cnc")
     assert "correction" not in plain.to_dict() and plain.config({}).digest == space.full_precision().digest
     assert SearchSpace.from_dict(space.to_dict()) == space and space.correction == "cnc+bc"
-    made = [*space.sample(3), space.uniform("usq3"), space.level("usq", 3), *space.configs(*space.indices(space.sample(2)))]
+    made = [
+        *space.sample(3),
+        space.uniform("usq3"),
+        space.level("usq", 3),
+        *space.configs(*space.indices(space.sample(2))),
+    ]
     assert {c.correction for c in made} == {"cnc+bc"}
     first = made[0]
     assert replace(first, correction=None).digest == plain.sample(1)[0].digest != first.digest
-    assert make_space(graph, "f", schemes=["usq4"], correction="cnc").calibration == Calibration(), "what its noise is measured on"
-    assert make_space(graph, "f", schemes=["usq4"], correction="none") == make_space(graph, "f", schemes=["usq4"])
+    assert make_space(graph, "f", schemes=["usq4"], correction="cnc").calibration == Calibration(), (
+        "what its noise is measured on"
+    )
+    assert make_space(graph, "f", schemes=["usq4"], correction="none") == make_space(
+        graph, "f", schemes=["usq4"]
+    )
     with pytest.raises(AquabitError, match="correction 'dnc' is unknown"):
         make_space(graph, "f", correction="dnc")
 
@@ -60,17 +70,27 @@ def test_measured_after_correction_whatever_the_number_of_workers(tmp_path, dit)
     one, two, plain = (Study(tmp_path / f"{name}.db") for name in ("one", "two", "plain"))
     measure(dit, one, 2, protocol=PROTOCOL, space=SPACE, bank=str(tmp_path / "bank"))
     measure(dit, two, 2, protocol=PROTOCOL, space=SPACE, bank=str(tmp_path / "bank2"), workers=2)
-    measure(dit, plain, 2, protocol=PROTOCOL, space={**SPACE, "correction": None}, bank=str(tmp_path / "bank"))
+    measure(
+        dit, plain, 2, protocol=PROTOCOL, space={**SPACE, "correction": None}, bank=str(tmp_path / "bank")
+    )
     assert table(one).equals(table(two))
     measured = table(one)
-    assert (measured.correction.isna() == (measured.kind == "reference")).all() and (measured.status == "ok").all()
+    assert (measured.correction.isna() == (measured.kind == "reference")).all() and (
+        measured.status == "ok"
+    ).all()
     uncorrected = plain.measurements().set_index("config")
     configs = one.configs()
     quantized = measured[measured.kind != "reference"]
-    before = uncorrected.loc[[replace(configs[c], correction=None).digest for c in quantized.config]].mse.to_numpy()
+    before = uncorrected.loc[
+        [replace(configs[c], correction=None).digest for c in quantized.config]
+    ].mse.to_numpy()
     assert (quantized.mse.to_numpy() != before).all(), "the correction acts"
-    with pytest.raises(AquabitError, match=r"one\.db was begun with --correction cnc\+bc, not none; use that or another file"):
-        measure(dit, one, 2, protocol=PROTOCOL, space={**SPACE, "correction": None}, bank=str(tmp_path / "bank"))
+    with pytest.raises(
+        AquabitError, match=r"one\.db was begun with --correction cnc\+bc, not none; use that or another file"
+    ):
+        measure(
+            dit, one, 2, protocol=PROTOCOL, space={**SPACE, "correction": None}, bank=str(tmp_path / "bank")
+        )
     with pytest.raises(AquabitError, match=r"plain\.db was begun with --correction none, not cnc\+bc"):
         measure(dit, plain, 2, protocol=PROTOCOL, space=SPACE, bank=str(tmp_path / "bank"))
 
@@ -80,10 +100,21 @@ def test_a_sampler_that_cannot_be_corrected_so_is_refused_before_anything_is_mad
     for correction, changed, reason in (
         ("vsc", {}, "DDIM with eta 0 adds none"),
         ("match", {"eta": 1.0}, "match is defined for a deterministic sampler, but eta is 1"),
-        ("match", {"scheduler": "ddpm"}, "match is defined for DDIM at eta 0 and Euler, not for DDPMScheduler"),
+        (
+            "match",
+            {"scheduler": "ddpm"},
+            "match is defined for DDIM at eta 0 and Euler, not for DDPMScheduler",
+        ),
     ):
         with pytest.raises(AquabitError, match=reason):
-            measure(dit, study, 2, protocol=replace(PROTOCOL, **changed), space={**SPACE, "correction": correction}, bank=str(tmp_path))
+            measure(
+                dit,
+                study,
+                2,
+                protocol=replace(PROTOCOL, **changed),
+                space={**SPACE, "correction": correction},
+                bank=str(tmp_path),
+            )
     assert "space" not in study
 
 
@@ -92,23 +123,34 @@ def test_a_configuration_that_cannot_be_corrected_is_a_failed_measurement(tmp_pa
     study = Study(tmp_path / "s.db")
     measure(dit, study, 2, protocol=PROTOCOL, space=SPACE, bank=str(tmp_path / "bank"))
     failed = study.measurements(failed=True)
-    assert (failed[failed.kind != "reference"].status == "failed").all() and failed.reason.str.contains("cnc would divide").any()
+    assert (failed[failed.kind != "reference"].status == "failed").all() and failed.reason.str.contains(
+        "cnc would divide"
+    ).any()
 
 
 def test_corrected_and_uncorrected_measurements_share_no_training_table(tmp_path, dit) -> None:
     study = Study(tmp_path / "s.db")
     with open_session(
-        dit, study, protocol=PROTOCOL, space_options={"schemes": ["usq2", "usq3", "usq4"]}, bank=str(tmp_path / "bank")
+        dit,
+        study,
+        protocol=PROTOCOL,
+        space_options={"schemes": ["usq2", "usq3", "usq4"]},
+        bank=str(tmp_path / "bank"),
     ) as session:
         configs = session.space.sample(22)
         session.measure([session.space.full_precision()], "reference")
         session.measure(configs, "sample")
         session.measure([replace(c, correction="cnc+bc") for c in configs[:3]], "candidate")
     learned = training_table(study, "fid")
-    assert len(learned) == len({c.digest for c in configs}) and learned.correction.isna().all() and np.isfinite(learned.fid).all()
+    assert (
+        len(learned) == len({c.digest for c in configs})
+        and learned.correction.isna().all()
+        and np.isfinite(learned.fid).all()
+    )
 
 
-# ---- what a search stores --------------------------------------------------------------------------------------------------------------
+# ---- what a search stores
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +158,12 @@ def begun(tmp_path_factory) -> tuple[ClassConditionalPipeline, Path]:
     """A pipeline, and a folder with its bank and s.db: 24 configurations measured without correction."""
     folder, pipe = tmp_path_factory.mktemp("begun"), tiny_pipeline("dit")
     measure(
-        pipe, Study(folder / "s.db"), 24, protocol=PROTOCOL, space={"schemes": ["usq2", "usq3", "usq4", "usq8"]}, bank=str(folder / "bank")
+        pipe,
+        Study(folder / "s.db"),
+        24,
+        protocol=PROTOCOL,
+        space={"schemes": ["usq2", "usq3", "usq4", "usq8"]},
+        bank=str(folder / "bank"),
     )
     return pipe, folder
 
@@ -137,12 +184,18 @@ def test_noise_facts_hold_the_statistics_and_measure_the_counterpart(begun, tmp_
         statistics = session.here.noise(config, Calibration.of(PROTOCOL))
         assert noise_facts(session, session.space.full_precision(), blocks) == {}
     other = replace(config, correction=None if own else "cnc+bc")
-    assert (facts["without"], facts["with"]) == ((other.digest, config.digest) if own else (config.digest, other.digest))
+    assert (facts["without"], facts["with"]) == (
+        (other.digest, config.digest) if own else (config.digest, other.digest)
+    )
     assert facts["correction"] == (own or "cnc+bc") and facts["images"] == 64 and "reason" not in facts
     rows = study.measurements()
     made = rows[rows.kind == "correction"]
-    assert set(made.config) == {other.digest} and list(made.protocol) == facts["protocols"] == [b.digest for b in blocks]
-    assert {(c, blocks[0].digest) for c in (config.digest, other.digest)} <= set(study.thumbnails()), "images both ways"
+    assert set(made.config) == {other.digest} and list(made.protocol) == facts["protocols"] == [
+        b.digest for b in blocks
+    ]
+    assert {(c, blocks[0].digest) for c in (config.digest, other.digest)} <= set(study.thumbnails()), (
+        "images both ways"
+    )
     table, estimate = facts["rows"], statistics.estimate
     assert [r["step"] for r in table] == [0, 1] and {r["branch"] for r in table} == {0}
     for row in table:
@@ -156,7 +209,9 @@ def test_noise_facts_hold_the_statistics_and_measure_the_counterpart(begun, tmp_
         assert all(row[f"{m}_low"] <= row[m] <= row[f"{m}_high"] for m in ("k", "bias", "variance", "snr"))
 
 
-def test_noise_that_cannot_be_corrected_leaves_its_statistics_and_the_reason(begun, tmp_path, monkeypatch) -> None:
+def test_noise_that_cannot_be_corrected_leaves_its_statistics_and_the_reason(
+    begun, tmp_path, monkeypatch
+) -> None:
     pipe, folder = begun
     study = copied(begun, tmp_path)
     monkeypatch.setattr(correct, "LEAST", 100.0)
@@ -186,29 +241,47 @@ def test_a_search_with_correction_in_a_study_without(begun, tmp_path) -> None:
         assert correction_shift(session, "fid", target) == 0.0, "this session corrects as its study does"
         session.space = replace(session.space, correction="cnc+bc", calibration=Calibration.of(PROTOCOL))
         values = study.measurements(study.protocol).set_index("config").fid
-        pairs = [np.log(values[c.digest] / values[replace(c, correction=None).digest]) for c in uniform_references(session.space)]
+        pairs = [
+            np.log(values[c.digest] / values[replace(c, correction=None).digest])
+            for c in uniform_references(session.space)
+        ]
         assert correction_shift(session, "fid", target) == pytest.approx(np.mean(pairs)) and len(pairs) == 4
 
 
 def test_a_search_may_not_change_a_study_s_own_correction(begun, tmp_path) -> None:
     pipe, folder = begun
     study = Study(tmp_path / "c.db")
-    measure(pipe, study, 1, protocol=PROTOCOL, space={"schemes": ["usq3", "usq4"], "correction": "cnc"}, bank=str(folder / "bank"))
+    measure(
+        pipe,
+        study,
+        1,
+        protocol=PROTOCOL,
+        space={"schemes": ["usq3", "usq4"], "correction": "cnc"},
+        bank=str(folder / "bank"),
+    )
     for other in ("cnc+bc", "none"):
-        with pytest.raises(AquabitError, match=r"c\.db was measured with --correction cnc; search with that, or without --correction"):
+        with pytest.raises(
+            AquabitError,
+            match=r"c\.db was measured with --correction cnc; search with that, or without --correction",
+        ):
             flow.find(study, 4.5, correction=other, pipe=pipe, bank=str(folder / "bank"))
     with pytest.raises(AquabitError, match="DDIM with eta 0 adds none"):
         flow.find(copied(begun, tmp_path), 4.5, correction="vsc", pipe=pipe, bank=str(folder / "bank"))
 
 
 def test_images_of_a_corrected_artifact(begun, tmp_path) -> None:
-    """The denoiser's first call, by which kernels are chosen, is no step of sampling that a correction counts."""
+    """The denoiser's first call, by which kernels are chosen, is no step of sampling that a correction
+    counts."""
     pipe, folder = begun
-    space = make_space(trace(pipe), fingerprint(pipe.denoiser), correction="cnc+bc", calibration=Calibration(steps=2))
+    space = make_space(
+        trace(pipe), fingerprint(pipe.denoiser), correction="cnc+bc", calibration=Calibration(steps=2)
+    )
     config = space.uniform("usq3")
     packing.quantize(pipe, config, bank=str(folder / "bank")).save(tmp_path / "packed")
     corrected, plain = (packing.generate(str(tmp_path / "packed"), 4, correction=c) for c in (None, "none"))
     assert corrected.isfinite().all() and not corrected.equal(plain)
-    assert packing.generate(str(tmp_path / "packed"), 2, steps=3, correction="none").isfinite().all(), "what is off refuses no sampler"
+    assert packing.generate(str(tmp_path / "packed"), 2, steps=3, correction="none").isfinite().all(), (
+        "what is off refuses no sampler"
+    )
     with pytest.raises(AquabitError, match="are of 2 steps, the sampler makes 3"):
         packing.generate(str(tmp_path / "packed"), 2, steps=3)

@@ -10,7 +10,15 @@ from scipy.optimize import linprog
 
 from aquabit.cost import CostModel
 from aquabit.scheme import FP, AquabitError, Scheme
-from aquabit.sensitivity.damages import EXCESSES, REACH, Damages, gibbs, gibbs_each, good_contexts, known_damages
+from aquabit.sensitivity.damages import (
+    EXCESSES,
+    REACH,
+    Damages,
+    gibbs,
+    gibbs_each,
+    good_contexts,
+    known_damages,
+)
 from aquabit.sensitivity.effects import draw_contexts
 from aquabit.space import make_space
 from tests.test_surrogate import World
@@ -33,18 +41,33 @@ def least(world: World, bits: float) -> float:
 
 def test_damages_are_those_of_the_study(world: World) -> None:
     found, layer = world.damages, world.space.layers[3]
-    assert found.weights[3, world.space.schemes.index(Scheme.parse("vq3"))] == world.probes[layer, "vq3"]["damage"]
-    assert np.isinf(found.weights[:, 0]).all() and found.acts[3].tolist() == [world.probes[layer, a]["damage"] for a in ("a8", "a6")]
+    assert (
+        found.weights[3, world.space.schemes.index(Scheme.parse("vq3"))]
+        == world.probes[layer, "vq3"]["damage"]
+    )
+    assert np.isinf(found.weights[:, 0]).all() and found.acts[3].tolist() == [
+        world.probes[layer, a]["damage"] for a in ("a8", "a6")
+    ]
     missing = {k: v for k, v in world.probes.items() if k != (layer, "vq3")}
     with pytest.raises(AquabitError, match=f"damage of vq3 in layer '{layer}' is not known"):
         Damages.of(world.space, missing)
-    assert known_damages(world.space, missing) is None and known_damages(world.space, {**missing, **world.probes}) is not None
-    open_ = replace(world.space, choices={**world.space.choices, layer: (FP, Scheme.parse("usq2"))}, activations=(16, 8, 6))
+    assert (
+        known_damages(world.space, missing) is None
+        and known_damages(world.space, {**missing, **world.probes}) is not None
+    )
+    open_ = replace(
+        world.space,
+        choices={**world.space.choices, layer: (FP, Scheme.parse("usq2"))},
+        activations=(16, 8, 6),
+    )
     free = Damages.of(open_, world.probes)
     assert free.weights[3, 0] == 0 and free.acts[3, 0] == 0 and np.isinf(free.weights[3, 2])
     both = world.damages.total(np.full((1, 60), 2), np.full((1, 60), 6))[0]
     assert both == pytest.approx(
-        sum(world.probes[k, str(world.space.schemes[2])]["damage"] + world.probes[k, "a6"]["damage"] for k in open_.layers)
+        sum(
+            world.probes[k, str(world.space.schemes[2])]["damage"] + world.probes[k, "a6"]["damage"]
+            for k in open_.layers
+        )
     )
 
 
@@ -56,12 +79,14 @@ def test_gibbs_has_the_size_and_the_excess_that_were_asked_for(world: World, bit
         assert (found.odds * world.cost.bytes).sum() * 8 / world.cost.weights == pytest.approx(bits, abs=1e-4)
         assert (found.odds * table).sum() == pytest.approx((1 + excess) * least(world, bits), rel=0.01)
     assert np.allclose(
-        gibbs(world.damages, world.cost, bits, EXCESSES[2]).odds, gibbs_each(world.damages, world.cost, bits, EXCESSES)[2].odds
+        gibbs(world.damages, world.cost, bits, EXCESSES[2]).odds,
+        gibbs_each(world.damages, world.cost, bits, EXCESSES)[2].odds,
     )
 
 
 def test_gibbs_odds_follow_damage_and_size_alone(world: World) -> None:
-    """The law that makes entropy largest: differences of log odds are linear in damage and bytes, with one beta and price for all layers."""
+    """The law that makes entropy largest: differences of log odds are linear in damage and bytes, with one
+    beta and price for all layers."""
     found = gibbs(world.damages, world.cost, 3.0, 0.3)
     damage, size = world.damages.weights[:, 1:], world.cost.bytes[:, 1:] * 8 / world.cost.weights
     expected = -found.beta * (damage + found.price * size)
@@ -84,8 +109,18 @@ def test_good_contexts_are_near_the_front_at_the_budget_and_varied(world: World)
         real = world.cost.totals(weights, acts)["bits"]
         assert np.abs(real - bits).max() <= REACH and abs(real.mean() - bits) < 0.1 and (acts == 8).all()
         assert world.space.allowed()[np.arange(60), weights].all() and len(np.unique(weights, axis=0)) == 60
-        excess = np.array([world.damages.total(weights[i : i + 1], acts[i : i + 1])[0] / least(world, real[i]) - 1 for i in range(20)])
-        assert excess.min() > -0.01 and excess.max() < 1.6 and 0.1 < np.median(excess) < 0.6 and excess.max() > 3 * excess.min()
+        excess = np.array(
+            [
+                world.damages.total(weights[i : i + 1], acts[i : i + 1])[0] / least(world, real[i]) - 1
+                for i in range(20)
+            ]
+        )
+        assert (
+            excess.min() > -0.01
+            and excess.max() < 1.6
+            and 0.1 < np.median(excess) < 0.6
+            and excess.max() > 3 * excess.min()
+        )
         random = draw_contexts(world.space, world.cost, bits, 60, np.random.default_rng(0))
         assert np.median(world.damages.total(*random)) > 1.5 * np.median(world.damages.total(weights, acts))
     again = draw_contexts(world.space, world.cost, bits, 60, np.random.default_rng(0), world.damages)
@@ -107,15 +142,20 @@ def test_good_contexts_keep_excluded_layers_and_say_what_is_out_of_reach(world: 
 
 
 def test_shared_codebooks_count_in_the_size_of_contexts(world: World) -> None:
-    """Ten layers pay for one table: contexts lie at the budget with it, and would lie a sixth of a bit off without."""
+    """Ten layers pay for one table: contexts lie at the budget with it, and would lie a sixth of a bit off
+    without."""
     space = make_space(world.graph, "f" * 16, "made", schemes=("usq3", "usq8", "aq2x8g8s"))
     rng = np.random.default_rng(0)
     damage = {
-        (k, str(s)): {"damage": float(4.0 ** -(3 + (s.kind == "aq")) * rng.lognormal())} for k in space.layers for s in space.choices[k]
+        (k, str(s)): {"damage": float(4.0 ** -(3 + (s.kind == "aq")) * rng.lognormal())}
+        for k in space.layers
+        for s in space.choices[k]
     }
     known = Damages.of(space, damage | {(k, a): {"damage": 0.0} for k in space.layers for a in ("a6", "a8")})
     costs = CostModel(world.graph, space)
     weights, acts = good_contexts(known, costs, 2.6, 80, np.random.default_rng(0))
     real = costs.totals(weights, acts)["bits"]
     nominal = costs.bytes[np.arange(60), weights].sum(1) * 8 / costs.weights
-    assert (real - nominal).mean() > 0.1 and abs(real.mean() - 2.6) < 0.08 and np.abs(real - 2.6).max() <= REACH
+    assert (
+        (real - nominal).mean() > 0.1 and abs(real.mean() - 2.6) < 0.08 and np.abs(real - 2.6).max() <= REACH
+    )

@@ -1,4 +1,5 @@
-"""Designs: what each promises of its configurations, the same first ones whatever the total, and measuring in rounds."""
+"""Designs: what each promises of its configurations, the same first ones whatever the total, and measuring
+in rounds."""
 
 from __future__ import annotations
 
@@ -14,7 +15,18 @@ from aquabit.scheme import FP, AquabitError, Protocol, Scheme, act_of, act_text
 from aquabit.sensitivity import design
 from aquabit.sensitivity import measure as measuring
 from aquabit.sensitivity.damages import Damages, gibbs
-from aquabit.sensitivity.design import BLOCK, DEFAULT, DESIGNS, PER_CONTEXT, START, Design, batches, near, next_batch, telling
+from aquabit.sensitivity.design import (
+    BLOCK,
+    DEFAULT,
+    DESIGNS,
+    PER_CONTEXT,
+    START,
+    Design,
+    batches,
+    near,
+    next_batch,
+    telling,
+)
 from aquabit.sensitivity.estimators import Surrogate
 from aquabit.sensitivity.groups import group_numbers
 from aquabit.sensitivity.measure import measure
@@ -42,14 +54,18 @@ def unet() -> SearchSpace:
     """With additive formats of shared codebooks, a pinned and an excluded layer, and groups of steps."""
     steps = {"total": 4, "starts": [0, 2]}
     graph = trace(tiny_pipeline("unet"))
-    return make_space(graph, "f" * 16, pinned={"conv_in": "usq8"}, excluded=["time_embedding.*"], step_groups=steps)
+    return make_space(
+        graph, "f" * 16, pinned={"conv_in": "usq8"}, excluded=["time_embedding.*"], step_groups=steps
+    )
 
 
 @pytest.fixture(scope="module")
 def known(unet: SearchSpace) -> tuple[Damages, CostModel]:
     """Made-up damages of the U-Net, and its costs."""
     rng = np.random.default_rng(0)
-    alone = {(k, str(s)): 4.0 ** -unet.code_bits(k, s) for k, row in unet.choices.items() for s in row if s != FP}
+    alone = {
+        (k, str(s)): 4.0 ** -unet.code_bits(k, s) for k, row in unet.choices.items() for s in row if s != FP
+    }
     alone |= {(k, act_text(act_of(a))): 0.01 for k in unet.choices for a in unet.act_codes}
     probes = {k: {"damage": v * float(rng.lognormal())} for k, v in alone.items()}
     return Damages.of(unet, probes), CostModel(trace(tiny_pipeline("unet")), unet)
@@ -57,11 +73,17 @@ def known(unet: SearchSpace) -> tuple[Damages, CostModel]:
 
 def bits(space: SearchSpace, configs: list) -> np.ndarray:
     """Nominal levels [configurations, layers]."""
-    return np.array([[round(2 * space.code_bits(k, c[k].weight)) / 2 for k in space.choices] for c in configs])
+    return np.array(
+        [[round(2 * space.code_bits(k, c[k].weight)) / 2 for k in space.choices] for c in configs]
+    )
 
 
-@pytest.mark.parametrize("name", ["near", DEFAULT, "random", "balanced", "swaps", "swaps:0.5", "balanced:0.25"])
-def test_the_first_ones_are_the_same_whatever_the_total(unet: SearchSpace, known: tuple[Damages, CostModel], name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["near", DEFAULT, "random", "balanced", "swaps", "swaps:0.5", "balanced:0.25"]
+)
+def test_the_first_ones_are_the_same_whatever_the_total(
+    unet: SearchSpace, known: tuple[Damages, CostModel], name: str
+) -> None:
     whole = Design.parse(name).draw(unet, 60, 3, *known)
     assert [c.digest for c in Design.parse(name).draw(unet, 37, 3, *known)] == [c.digest for c in whole[:37]]
     assert Design.parse(name).draw(unet, 1, 4, *known)[0] != whole[0] and len({c.digest for c in whole}) == 60
@@ -90,11 +112,14 @@ def test_balanced_budgets_are_evenly_spread(world: World) -> None:
     even = low + (np.arange(COUNT) + 0.5) / COUNT * (high - low)
     assert np.abs(means - even).max() < 0.3 and np.abs(means - even).mean() < 0.1
     acts = world.space.indices(Design("balanced").draw(world.space, COUNT, 1))[1]
-    assert ((acts == 6).sum(1) == 0).mean() == pytest.approx(0.5, abs=0.06) and (acts == 6).mean(1).max() > 0.9
+    assert ((acts == 6).sum(1) == 0).mean() == pytest.approx(0.5, abs=0.06) and (acts == 6).mean(
+        1
+    ).max() > 0.9
 
 
 def test_near_draws_good_configurations_over_all_budgets(probed: World) -> None:
-    """Little more than the least damage at their size, while random ones have several times as much; mean bits uniform over the range."""
+    """Little more than the least damage at their size, while random ones have several times as much; mean
+    bits uniform over the range."""
     damages, cost = probed.damages, probed.cost
     table = np.where(np.isfinite(damages.weights), damages.weights, 0)
     excess = {}
@@ -105,9 +130,15 @@ def test_near_draws_good_configurations_over_all_budgets(probed: World) -> None:
         excess[name] = damages.weights[np.arange(60), weights].sum(1)[:30] / sharp - 1
         low, high = BITS_RANGE
         if name == "near":
-            assert np.abs(np.sort(real) - (low + (np.arange(COUNT) + 0.5) / COUNT * (high - low))).max() < 0.35
-    assert excess["near"].min() > -0.01 and np.quantile(excess["near"], 0.9) < 1.2 < 1.5 * np.median(excess["random"])
-    assert np.median(excess["near"]) < np.median(excess["random"]) / 2 and excess["near"].std() > 0.1, "near the front, yet varied"
+            assert (
+                np.abs(np.sort(real) - (low + (np.arange(COUNT) + 0.5) / COUNT * (high - low))).max() < 0.35
+            )
+    assert excess["near"].min() > -0.01 and np.quantile(excess["near"], 0.9) < 1.2 < 1.5 * np.median(
+        excess["random"]
+    )
+    assert np.median(excess["near"]) < np.median(excess["random"]) / 2 and excess["near"].std() > 0.1, (
+        "near the front, yet varied"
+    )
 
 
 def test_near_lowers_activations_where_that_harms_least(probed: World) -> None:
@@ -134,7 +165,10 @@ def test_near_depends_on_seed_and_place_alone(probed: World, unet: SearchSpace) 
 
 def test_near_is_served_by_a_space_outside_the_range_and_one_without_choices(probed: World) -> None:
     layers = probed.space.layers
-    for choices in ({k: (Scheme.parse("usq8"),) for k in layers}, {k: (Scheme.parse(s) for s in ("usq8", "vq4")) for k in layers}):
+    for choices in (
+        {k: (Scheme.parse("usq8"),) for k in layers},
+        {k: (Scheme.parse(s) for s in ("usq8", "vq4")) for k in layers},
+    ):
         space = replace(probed.space, choices={k: tuple(row) for k, row in choices.items()})
         for config in near(Damages.of(space, probed.probes), CostModel(probed.graph, space), 5, 0):
             space.check(config)
@@ -145,7 +179,9 @@ def test_swaps_start_from_good_configurations_where_damages_are_known(probed: Wo
     given = (probed.space, 8 * size, 0)
     weights, acts = probed.space.indices(Design("swaps").draw(*given, probed.damages, probed.cost))
     plain = probed.space.indices(Design("swaps").draw(*given))
-    assert (acts == 8).all() and np.abs(probed.cost.totals(weights[::size], acts[::size])["bits"] - 3).max() < 0.6
+    assert (acts == 8).all() and np.abs(
+        probed.cost.totals(weights[::size], acts[::size])["bits"] - 3
+    ).max() < 0.6
     assert np.median(probed.damages.total(weights[::size], acts[::size])) < np.median(
         probed.damages.total(plain[0][::size], plain[1][::size])
     )
@@ -170,15 +206,21 @@ def test_groups_are_contexts_with_their_swaps(world: World) -> None:
     size = 1 + PER_CONTEXT
     drawn = world.space.indices(Design("swaps").draw(world.space, 2 * size + 5, 0))
     assert group_numbers(*drawn).tolist() == [0] * size + [1] * size + [2] * 5
-    assert group_numbers(drawn[0][1:5], drawn[1][1:5]).tolist() == [0] * 4, "also where the context itself failed"
+    assert group_numbers(drawn[0][1:5], drawn[1][1:5]).tolist() == [0] * 4, (
+        "also where the context itself failed"
+    )
     apart = world.space.indices(world.space.sample(10))
     assert group_numbers(*apart).tolist() == list(range(10))
-    assert group_numbers(np.array([[1], [2], [1]]), np.full((3, 1), 8)).tolist() == [0, 1, 0], "one layer: only the same is the same"
+    assert group_numbers(np.array([[1], [2], [1]]), np.full((3, 1), 8)).tolist() == [0, 1, 0], (
+        "one layer: only the same is the same"
+    )
 
 
 def test_telling_spreads_over_what_is_uncertain() -> None:
     """Two correlated groups: the second choice is of the other one, though its variance is smaller."""
-    covariance = np.block([[np.full((3, 3), 9.0), np.zeros((3, 3))], [np.zeros((3, 3)), np.full((3, 3), 4.0)]]) + 0.1 * np.eye(6)
+    covariance = np.block(
+        [[np.full((3, 3), 9.0), np.zeros((3, 3))], [np.zeros((3, 3)), np.full((3, 3), 4.0)]]
+    ) + 0.1 * np.eye(6)
     first, second, third = telling(covariance, 3)
     assert first < 3 <= second and len({first, second, third}) == 3
 
@@ -190,7 +232,9 @@ def test_a_batch_is_where_refits_disagree(world: World) -> None:
     assert len(batch) == 10 and not {c.digest for c in batch} & {c.digest for c in configs}
     assert [c.digest for c in batch] == [c.digest for c in next_batch(*options, 10, 0)]
     failed = np.where(np.arange(60) < 45, np.nan, world.y)
-    assert len(next_batch(world.encoder, configs, failed, Surrogate(seed=0), 7, 0)) == 7, "too few labels: random ones"
+    assert len(next_batch(world.encoder, configs, failed, Surrogate(seed=0), 7, 0)) == 7, (
+        "too few labels: random ones"
+    )
     y = world.y.copy()
     y[5] = np.nan  # one that failed is left out
     assert len(next_batch(world.encoder, configs, y, Surrogate(seed=0), 3, 0)) == 3
@@ -202,7 +246,9 @@ def test_batches_do_not_depend_on_the_total() -> None:
 
 
 def test_designs_are_named() -> None:
-    assert {Design.parse(n).name for n in DESIGNS} == set(DESIGNS) and Design.parse("swaps:0.5") == Design("swaps", 0.5)
+    assert {Design.parse(n).name for n in DESIGNS} == set(DESIGNS) and Design.parse("swaps:0.5") == Design(
+        "swaps", 0.5
+    )
     assert Design.parse(DEFAULT) == Design("near", 0.75)
     for wrong in ("sobol", "swaps:", "swaps:0", "swaps:1.5", "swaps:x", "disagreement:0.5", ""):
         with pytest.raises(AquabitError, match="design"):
@@ -216,17 +262,28 @@ def test_half_of_a_mixture_is_random(unet: SearchSpace) -> None:
 
 
 def test_disagreement_is_measured_in_rounds_and_continues(tmp_path, monkeypatch) -> None:
-    """Interrupted in the middle of a batch, or asked for more later, a study holds the same configurations."""
+    """Interrupted in the middle of a batch, or asked for more later, a study holds the same
+    configurations."""
     for module in (design, measuring):
         monkeypatch.setattr(module, "START", 20)
     monkeypatch.setattr(design, "POOL", 20)
     monkeypatch.setattr(design, "JUDGES", 3)
-    pipe, protocol = tiny_pipeline("dit"), replace(Protocol(), images=2, steps=1, micro_batch=2, objective="mse")
-    given = {"protocol": protocol, "space": {"schemes": ["usq2", "usq4", "usq8"]}, "bank": str(tmp_path / "bank"), "design": "disagreement"}
+    pipe, protocol = (
+        tiny_pipeline("dit"),
+        replace(Protocol(), images=2, steps=1, micro_batch=2, objective="mse"),
+    )
+    given = {
+        "protocol": protocol,
+        "space": {"schemes": ["usq2", "usq4", "usq8"]},
+        "bank": str(tmp_path / "bank"),
+        "design": "disagreement",
+    }
     measure(pipe, Study(tmp_path / "whole.db"), 34, **given)
     for total in (22, 34):
         measure(pipe, Study(tmp_path / "parts.db"), total, **given)
-    whole, parts = (Study(tmp_path / f"{n}.db").measurements(kind="sample").config.tolist() for n in ("whole", "parts"))
+    whole, parts = (
+        Study(tmp_path / f"{n}.db").measurements(kind="sample").config.tolist() for n in ("whole", "parts")
+    )
     assert whole == parts and len(set(whole)) == 34
     space = SearchSpace.from_dict(Study(tmp_path / "whole.db").get("space"))
     random = [c.digest for c in space.sample(34)]
@@ -241,5 +298,10 @@ def test_ends_of_a_swap_are_held_out_together(world: World) -> None:
     assert len(set(groups.tolist())) == 5 and all(len(set(fold[groups == g].tolist())) == 1 for g in groups)
     assert sorted(set(fold.tolist())) == [0, 1, 2, 3, 4]
     weights, acts = world.space.indices(world.space.sample(40))
-    assert (grouped_folds(weights, acts) == fold_numbers(40)).all(), "independent draws are held out one by one"
-    assert sorted(Counter(grouped_folds(weights[:1].repeat(10, 0), acts[:1].repeat(10, 0)).tolist()).values()) == [2] * 5
+    assert (grouped_folds(weights, acts) == fold_numbers(40)).all(), (
+        "independent draws are held out one by one"
+    )
+    assert (
+        sorted(Counter(grouped_folds(weights[:1].repeat(10, 0), acts[:1].repeat(10, 0)).tolist()).values())
+        == [2] * 5
+    )

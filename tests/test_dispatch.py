@@ -1,4 +1,5 @@
-"""Dispatch: what is chosen and why, with stand-ins for kernels; the table of timings; the public functions against float64."""
+"""Dispatch: what is chosen and why, with stand-ins for kernels; the table of timings; the public functions
+against float64."""
 
 from __future__ import annotations
 
@@ -16,7 +17,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from aquabit.kernels import CodebookWeight, codebook_conv2d, codebook_linear, dispatch, fake_quantize, measuring, timings
+from aquabit.kernels import (
+    CodebookWeight,
+    codebook_conv2d,
+    codebook_linear,
+    dispatch,
+    fake_quantize,
+    measuring,
+    timings,
+)
 from aquabit.kernels.arranged import Arranged, arrange
 from aquabit.kernels.backends import BACKENDS, Backend
 from aquabit.kernels.dispatch import held, moved, observed, select, serving, static_order, using
@@ -35,7 +44,8 @@ FORMATS = (USQ, AQ, PER_ROW, WIDE, replace(USQ, scales=2), CONV, replace(USQ, sh
 
 
 def stand_in(name: str, log: list[tuple[str, Tensor]], quantizes: bool = False) -> Backend:
-    """A kernel that serves all on a CPU but codes of more than 8 bits; it runs the reference and tells ``log`` what it was given."""
+    """A kernel that serves all on a CPU but codes of more than 8 bits; it runs the reference and tells
+    ``log`` what it was given."""
     real = next(b for b in BACKENDS if b.name == "reference")
 
     def refuses(request: Request) -> str | None:
@@ -47,7 +57,13 @@ def stand_in(name: str, log: list[tuple[str, Tensor]], quantizes: bool = False) 
 
     def conv2d(x, weight, bias, request, dense):
         log.append((name, x))
-        return real.conv2d(fake_quantize(x, request.act, "sample", request.split) if quantizes else x, weight, bias, request, dense)
+        return real.conv2d(
+            fake_quantize(x, request.act, "sample", request.split) if quantizes else x,
+            weight,
+            bias,
+            request,
+            dense,
+        )
 
     return Backend(name, "a stand-in", refuses, linear, conv2d, quantizes)
 
@@ -70,7 +86,8 @@ def request(form: Format = AQ, **options) -> Request:
     return Request(kind, form, 16, **{**size, **options})
 
 
-# ---- the choice ------------------------------------------------------------------------------------------------------------------------
+# ---- the choice
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_without_measurements_the_documented_order_counts(log) -> None:
@@ -87,31 +104,55 @@ def test_without_measurements_the_documented_order_counts(log) -> None:
 def test_the_fastest_measured_one_that_can_serve_wins(log) -> None:
     r = request(USQ, act=8)
     assert select(r, {r.key: {"lut": 2.0, "decode": 1.0, "reference": 9.0}}) == "decode"
-    assert select(r, {r.key: {"lut": 1.0, "decode": 2.0, "triton": 0.1, "dense": 0.1, "plain float32": 0.01}}) == "lut"
+    assert (
+        select(r, {r.key: {"lut": 1.0, "decode": 2.0, "triton": 0.1, "dense": 0.1, "plain float32": 0.01}})
+        == "lut"
+    )
     assert select(replace(r, dense=True), {r.key: {"lut": 1.0, "dense": 0.1}}) == "dense"
     assert select(replace(r, dense=True), {r.key: {"lut": 1.0, "dense": 1.1}}) == "lut"
-    assert select(r, {r.key: {"lut": 1.0, "decode": 1.0}}) == "decode", "of equally fast ones the first in the static order"
-    assert select(r, {request(AQ).key: {"reference": 1e-9}}) == "decode", "times of another request say nothing"
+    assert select(r, {r.key: {"lut": 1.0, "decode": 1.0}}) == "decode", (
+        "of equally fast ones the first in the static order"
+    )
+    assert select(r, {request(AQ).key: {"reference": 1e-9}}) == "decode", (
+        "times of another request say nothing"
+    )
 
 
-@given(st.dictionaries(st.sampled_from(["lut", "decode", "dense", "triton", "reference"]), st.floats(1e-6, 1.0)), st.sampled_from(FORMATS))
+@given(
+    st.dictionaries(st.sampled_from(["lut", "decode", "dense", "triton", "reference"]), st.floats(1e-6, 1.0)),
+    st.sampled_from(FORMATS),
+)
 def test_what_is_chosen_can_always_serve(times: dict[str, float], form: Format) -> None:
-    for r in (request(form), request(form, act=8, dense=True), request(form, device="cuda"), request(form, dtype="float16", gradient=True)):
+    for r in (
+        request(form),
+        request(form, act=8, dense=True),
+        request(form, device="cuda"),
+        request(form, dtype="float16", gradient=True),
+    ):
         chosen = select(r, {r.key: times})
         can = serving(r)
         assert can[chosen] is None and can["reference"] is None
-        assert all(times[chosen] <= t for name, t in times.items() if can[name] is None) if chosen in times else True
+        assert (
+            all(times[chosen] <= t for name, t in times.items() if can[name] is None)
+            if chosen in times
+            else True
+        )
         assert select(r, {r.key: times}) == chosen == select(r, {r.key: times}, chosen)
 
 
 def test_a_backend_that_cannot_serve_says_why_and_which_can(log) -> None:
-    with pytest.raises(AquabitError, match=r"'lut' cannot run linear 24x16 .*12 bits do not fit a byte; these can: reference$"):
+    with pytest.raises(
+        AquabitError,
+        match=r"'lut' cannot run linear 24x16 .*12 bits do not fit a byte; these can: reference$",
+    ):
         select(request(WIDE), {}, "lut")
     with pytest.raises(AquabitError, match=r"'triton' cannot run .* these can: lut, decode, reference$"):
         select(request(AQ), {}, "triton")
     with pytest.raises(AquabitError, match=r"'dense' cannot run .*no dense copy"):
         select(request(AQ), {}, "dense")
-    with pytest.raises(AquabitError, match=r"'magic' is unknown; known: dense, triton, lut, decode, reference"):
+    with pytest.raises(
+        AquabitError, match=r"'magic' is unknown; known: dense, triton, lut, decode, reference"
+    ):
         select(request(AQ), {}, "magic")
     weight = random_weight(WIDE)
     with pytest.raises(AquabitError, match="these can: reference"):
@@ -131,10 +172,19 @@ def test_kernels_without_gradients_are_not_asked_for_any() -> None:
 def test_keys_tell_what_takes_another_time_apart_and_nothing_else() -> None:
     r = request(CONV, act=8)
     others = [
-        request(replace(CONV, bits=4)), replace(r, rows=32), replace(r, size=(8, 9)), replace(r, stride=(2, 2)), replace(r, padding=(0, 1)),
-        replace(r, dilation=(2, 2)), replace(r, groups=2), replace(r, act=16), replace(r, split=2), replace(r, accuracy="exact"),
-        replace(r, dtype="bfloat16"), replace(r, device="cuda"),
-    ]  # fmt: skip
+        request(replace(CONV, bits=4)),
+        replace(r, rows=32),
+        replace(r, size=(8, 9)),
+        replace(r, stride=(2, 2)),
+        replace(r, padding=(0, 1)),
+        replace(r, dilation=(2, 2)),
+        replace(r, groups=2),
+        replace(r, act=16),
+        replace(r, split=2),
+        replace(r, accuracy="exact"),
+        replace(r, dtype="bfloat16"),
+        replace(r, device="cuda"),
+    ]
     assert len({r.key, *(o.key for o in others)}) == len(others) + 1
     assert {replace(r, act=6).key, replace(r, dense=True).key, replace(r, gradient=True).key} == {r.key}
     assert len({request(f).key for f in FORMATS}) == len(FORMATS)
@@ -150,15 +200,22 @@ def test_buckets_are_powers_of_two_nearby(rows: int, pixels: int) -> None:
     assert bucket(found, pixels) == found
 
 
-# ---- weights ---------------------------------------------------------------------------------------------------------------------------
+# ---- weights
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=str)
 def test_the_facts_of_a_weight_survive_its_arrangement(form: Format) -> None:
     weight = random_weight(form)
     assert format_of(weight) == form == format_of(hollow(form))
-    for name in ("shape", "span", "width", "segments", "scalar", "channels") if form.unarranged is None else ("shape", "groups"):
-        assert getattr(hollow(form), name) == getattr(held(weight), name), "what has no numbers is otherwise the same"
+    for name in (
+        ("shape", "span", "width", "segments", "scalar", "channels")
+        if form.unarranged is None
+        else ("shape", "groups")
+    ):
+        assert getattr(hollow(form), name) == getattr(held(weight), name), (
+            "what has no numbers is otherwise the same"
+        )
     assert (form.unarranged is None) == isinstance(held(weight), Arranged)
     assert format_of(held(weight)) == form
     for like in (torch.zeros(1), torch.zeros(1, dtype=torch.bfloat16)):
@@ -184,14 +241,19 @@ def test_shared_codebooks_stay_one_tensor_wherever_they_go() -> None:
     a, b = held(one), held(other)
     assert a.tables is b.tables and a.stored[0] is b.stored[0]
     there = [moved(w, torch.device("meta")) for w in (a, b)]
-    assert there[0].tables is there[1].tables and there[0].stored[0] is there[1].stored[0] and there[0].tables.is_meta
+    assert (
+        there[0].tables is there[1].tables
+        and there[0].stored[0] is there[1].stored[0]
+        and there[0].tables.is_meta
+    )
     assert not a.tables.is_meta, "moving leaves the original where it was"
     wide, twin = random_weight(WIDE), random_weight(WIDE)
     pair = [moved(w, torch.device("meta")) for w in (wide, replace(twin, codebooks=wide.codebooks))]
     assert pair[0].codebooks is pair[1].codebooks
 
 
-# ---- the functions ---------------------------------------------------------------------------------------------------------------------
+# ---- the functions
+# ------------------------------------------------------------------------------------------------------------
 
 
 def relative(y: Tensor, exact: Tensor) -> float:
@@ -201,7 +263,9 @@ def relative(y: Tensor, exact: Tensor) -> float:
 @pytest.mark.parametrize("act", [16, 8, 6])
 @pytest.mark.parametrize("backend", ["reference", "lut", "decode", None])
 @pytest.mark.parametrize("form", [f for f in FORMATS if len(f.shape) == 2 and f is not WIDE], ids=str)
-def test_linear_equals_rounding_and_a_float64_product(log, form: Format, backend: str | None, act: int) -> None:
+def test_linear_equals_rounding_and_a_float64_product(
+    log, form: Format, backend: str | None, act: int
+) -> None:
     weight, bias, x = random_weight(form), torch.randn(24), torch.randn(2, 7, 16)
     exact = functional.linear(fake_quantize(x, act).double(), weight.dequantize().double(), bias.double())
     for w in (weight, held(weight)):
@@ -211,9 +275,19 @@ def test_linear_equals_rounding_and_a_float64_product(log, form: Format, backend
         assert torch.equal(seen, x if name == "decode" else rounded), "who rounds by itself gets x as it is"
 
 
-@pytest.mark.parametrize("options", [
-    {}, {"stride": 2}, {"padding": "same"}, {"padding": "valid"}, {"padding": (2, 1), "dilation": (1, 2)}, {"groups": 2}, {"split": 3},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"stride": 2},
+        {"padding": "same"},
+        {"padding": "valid"},
+        {"padding": (2, 1), "dilation": (1, 2)},
+        {"groups": 2},
+        {"split": 3},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("backend", ["reference", "lut", "decode"])
 def test_convolution_equals_rounding_and_a_float64_product(log, options: dict, backend: str) -> None:
     options = dict(options)
@@ -233,7 +307,9 @@ def test_empty_inputs_and_dense_copies(log) -> None:
     weight = random_weight(USQ)
     assert codebook_linear(torch.randn(0, 16), weight, act=8).shape == (0, 24) and not log
     x, other = torch.randn(3, 16), torch.randn(24, 16)
-    assert torch.equal(codebook_linear(x, weight, dense=other), functional.linear(x, other)), "a kept copy is used"
+    assert torch.equal(codebook_linear(x, weight, dense=other), functional.linear(x, other)), (
+        "a kept copy is used"
+    )
     seen = []
     with observed(lambda *call: seen.append(call)):
         codebook_linear(x, weight, dense=other)
@@ -250,7 +326,9 @@ def test_bad_arguments_name_the_value() -> None:
         r"shape \[2, 4\] does not fit a convolution": lambda: codebook_conv2d(torch.randn(2, 4), conv),
         "the input has 5 channels": lambda: codebook_conv2d(torch.randn(2, 5, 8, 8), conv),
         "4 groups do not divide": lambda: codebook_conv2d(torch.randn(2, 16, 8, 8), conv, groups=4),
-        "padding 'around' is unknown": lambda: codebook_conv2d(torch.randn(2, 4, 8, 8), conv, padding="around"),
+        "padding 'around' is unknown": lambda: codebook_conv2d(
+            torch.randn(2, 4, 8, 8), conv, padding="around"
+        ),
         "the input is on meta": lambda: codebook_linear(torch.randn(2, 16, device="meta"), linear),
     }
     for message, call in cases.items():
@@ -258,22 +336,36 @@ def test_bad_arguments_name_the_value() -> None:
             call()
 
 
-# ---- timings ---------------------------------------------------------------------------------------------------------------------------
+# ---- timings
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_the_table_is_kept_merged_and_read_again(tmp_path: Path) -> None:
     one, other = Timings(1, tmp_path), Timings(1, tmp_path)
     one.add({"a": {"lut": 1.0}})
     other.add({"a": {"lut": 5.0, "decode": 2.0}, "b": {"lut": 3.0}})
-    assert Timings(1, tmp_path).entries == other.entries == {"a": {"lut": 1.0, "decode": 2.0}, "b": {"lut": 3.0}}, "the first time stays"
+    assert (
+        Timings(1, tmp_path).entries == other.entries == {"a": {"lut": 1.0, "decode": 2.0}, "b": {"lut": 3.0}}
+    ), "the first time stays"
     assert Timings(2, tmp_path).entries == {} and Timings(2, tmp_path).path != one.path
-    assert one.missing(["b", "a", "b"]) == ["b"] and [p.suffix for p in sorted(tmp_path.iterdir())] == [".json", ".lock"]
+    assert one.missing(["b", "a", "b"]) == ["b"] and [p.suffix for p in sorted(tmp_path.iterdir())] == [
+        ".json",
+        ".lock",
+    ]
     with pytest.raises(AquabitError, match="positive seconds"):
         one.add({"c": {"lut": -1.0}})
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", '{"entries": 3}', '{"entries": {"a": {"lut": "fast"}}}', '{"entries": {"a": {"lut": -1}}}', "\x00"]
+    "text",
+    [
+        "{",
+        "[]",
+        '{"entries": 3}',
+        '{"entries": {"a": {"lut": "fast"}}}',
+        '{"entries": {"a": {"lut": -1}}}',
+        "\x00",
+    ],
 )
 def test_a_damaged_table_is_measured_anew_with_one_warning(tmp_path: Path, text: str) -> None:
     path = Timings(1, tmp_path).path
@@ -300,7 +392,9 @@ def test_other_machines_have_other_tables(tmp_path: Path, monkeypatch: pytest.Mo
     here = Timings(1, tmp_path).path
     monkeypatch.setattr(timings, "_extension", lambda: "another build")
     assert Timings(1, tmp_path).path != here
-    assert {"cpu", "level", "threads", "extension"} <= set(timings.machine(1)) and all(timings.machine(1)[k] for k in ("cpu", "level"))
+    assert {"cpu", "level", "threads", "extension"} <= set(timings.machine(1)) and all(
+        timings.machine(1)[k] for k in ("cpu", "level")
+    )
 
 
 def test_measuring_times_all_that_can_serve_and_the_dense_layers(log) -> None:
@@ -308,7 +402,9 @@ def test_measuring_times_all_that_can_serve_and_the_dense_layers(log) -> None:
         found = measure(request(form, act=8), (3, 4), 0.0)
         assert set(found) == {"lut", "decode", "reference", "dense", "plain float32", "plain bfloat16"}
         assert all(0 < v < 1 for v in found.values())
-    assert set(measure(request(replace(WIDE, tables="none", unarranged="it is not coded")), (1, 1))) == {"full"}
+    assert set(measure(request(replace(WIDE, tables="none", unarranged="it is not coded")), (1, 1))) == {
+        "full"
+    }
 
 
 def test_measured_times_are_kept_and_used(log, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,5 @@
-"""The estimators behind one interface, the graph network, tuning, and what is said of a fit that is not to be believed."""
+"""The estimators behind one interface, the graph network, tuning, and what is said of a fit that is not to
+be believed."""
 
 from __future__ import annotations
 
@@ -18,7 +19,15 @@ from aquabit.scheme import AquabitError
 from aquabit.sensitivity.attribution import explain
 from aquabit.sensitivity.effects import bootstrap, shap_by_layer
 from aquabit.sensitivity.encoder import SKETCH, Encoder
-from aquabit.sensitivity.estimators import ESTIMATORS, AverageBits, GraphNetwork, SumOfDamages, Surrogate, estimator_of, predict_all
+from aquabit.sensitivity.estimators import (
+    ESTIMATORS,
+    AverageBits,
+    GraphNetwork,
+    SumOfDamages,
+    Surrogate,
+    estimator_of,
+    predict_all,
+)
 from aquabit.sensitivity.graph_network import soft_spearman, upstream
 from aquabit.sensitivity.scores import srcc
 from aquabit.sensitivity.surrogate import cross_validate, fit_from_study
@@ -29,31 +38,62 @@ from aquabit.study import Study
 from tests.test_surrogate import World
 
 SCHEMES = ("usq2", "usq3", "usq4", "vq2", "vq4")
-QUICK = {"gbdt": {"rounds": 40}, "graph_network": {"width": 16, "hops": 2, "heads": 2, "batch": 8, "epochs": 30}}
+QUICK = {
+    "gbdt": {"rounds": 40},
+    "graph_network": {"width": 16, "hops": 2, "heads": 2, "batch": 8, "epochs": 30},
+}
 
 
 class Small(World):
-    """12 layers in a chain with a merge; the objective is the sum of damages, which are also what was probed."""
+    """12 layers in a chain with a merge; the objective is the sum of damages, which are also what was
+    probed."""
 
     def __init__(self, count: int = 80, seed: int = 0, noise: float = 0.02):
         rng = np.random.default_rng(seed)
-        self.graph = nx.DiGraph(family="dit", model_class="Made", config={}, weights=12 * 64 * 64, other_elements=100)
+        self.graph = nx.DiGraph(
+            family="dit", model_class="Made", config={}, weights=12 * 64 * 64, other_elements=100
+        )
         for i in range(12):
             self.graph.add_node(
-                f"b{i // 4}.l{i % 4}", kind="linear", operator=f"op{i % 4}", block=f"b{i // 4}", depth=i, shape=(64, 64), bias=True,
-                groups=1, tokens=16, macs=16 * 64 * 64, step_invariant=False, split=None, attention=None,
-            )  # fmt: skip
+                f"b{i // 4}.l{i % 4}",
+                kind="linear",
+                operator=f"op{i % 4}",
+                block=f"b{i // 4}",
+                depth=i,
+                shape=(64, 64),
+                bias=True,
+                groups=1,
+                tokens=16,
+                macs=16 * 64 * 64,
+                step_invariant=False,
+                split=None,
+                attention=None,
+            )
         names = list(self.graph)
         self.graph.add_edges_from(pairwise(names))
         self.graph.add_node("add#0", kind="merge", op="add")
         self.graph.add_edges_from([(names[0], "add#0"), (names[1], "add#0"), ("add#0", names[7])])
         self.space = make_space(self.graph, "e" * 16, "made", schemes=SCHEMES)
-        self.errors = {(n, str(s)): float(4.0**-s.bits * rng.lognormal(0, 0.2)) for n in names for s in self.space.choices[n]}
+        self.errors = {
+            (n, str(s)): float(4.0**-s.bits * rng.lognormal(0, 0.2))
+            for n in names
+            for s in self.space.choices[n]
+        }
         gain = rng.lognormal(0, 1.2, 12)
-        probe = {k: {"damage": v * gain[names.index(k[0])], "sketch": [0.0] * SKETCH} for k, v in self.errors.items()}
-        probe |= {(n, a): {"damage": 0.002 * (a == "a6"), "sketch": [0.0] * SKETCH} for n in names for a in ("a6", "a8")}
+        probe = {
+            k: {"damage": v * gain[names.index(k[0])], "sketch": [0.0] * SKETCH}
+            for k, v in self.errors.items()
+        }
+        probe |= {
+            (n, a): {"damage": 0.002 * (a == "a6"), "sketch": [0.0] * SKETCH}
+            for n in names
+            for a in ("a6", "a8")
+        }
         self.probes = probe
-        self.encoder, self.cost = Encoder(self.space, self.graph, self.errors, probe), CostModel(self.graph, self.space)
+        self.encoder, self.cost = (
+            Encoder(self.space, self.graph, self.errors, probe),
+            CostModel(self.graph, self.space),
+        )
         self.plain = Encoder(self.space, self.graph, self.errors)
         self.weights = 1 + rng.integers(0, 5, (count, 12))
         self.acts = np.where(rng.random((count, 12)) < 0.3, 6, 8)
@@ -79,7 +119,8 @@ def study(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Study:
 
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_every_estimator_keeps_the_contract(small: Small, name: str) -> None:
-    """Same seed, same numbers; survives cloning; oriented; in units; refits for a bootstrap replicate; finite on unseen rows."""
+    """Same seed, same numbers; survives cloning; oriented; in units; refits for a bootstrap replicate;
+    finite on unseen rows."""
     model = estimator_of(name, small.encoder, 3, **QUICK.get(name, {}))
     features = model.features(small.encoder, small.weights, small.acts)
     assert features.shape[0] == len(small.y) and features.ndim == 2
@@ -107,7 +148,9 @@ def test_unknown_names_and_parameters_are_named(small: Small) -> None:
 def test_sum_of_damages_sees_probes_and_falls_back_to_weight_errors(small: Small) -> None:
     scores = {}
     for encoder in (small.encoder, small.plain):
-        found = cross_validate(encoder, small.weights, small.acts, small.y, small.bits, surrogate="sum_of_damages", baselines=())
+        found = cross_validate(
+            encoder, small.weights, small.acts, small.y, small.bits, surrogate="sum_of_damages", baselines=()
+        )
         scores[encoder.probed] = found["within_budget_srcc"]
     assert scores[True] > 0.95 > scores[False] + 0.1
     for curve in ("log-linear", "isotonic"):
@@ -121,7 +164,9 @@ def test_sum_of_damages_sees_probes_and_falls_back_to_weight_errors(small: Small
 def test_average_bits_is_the_budget_alone(small: Small) -> None:
     features = AverageBits().features(small.encoder, small.weights, small.acts)
     assert np.array_equal(features, np.stack([small.bits, small.acts.mean(1)], 1))
-    result = cross_validate(small.encoder, small.weights, small.acts, small.y, small.bits, surrogate="average_bits", baselines=())
+    result = cross_validate(
+        small.encoder, small.weights, small.acts, small.y, small.bits, surrogate="average_bits", baselines=()
+    )
     assert result["within_budget_srcc"] == 0 and not result["useful"]
 
 
@@ -145,7 +190,10 @@ def test_monotone_trees_never_improve_with_damage(small: Small) -> None:
 
 def test_predicting_with_all_models_equals_one_after_the_other(small: Small) -> None:
     features = small.encoder(small.weights, small.acts)
-    models = [Surrogate(rounds=20, linear=share, seed=i).fit(features[i:], small.y[i:]) for i, share in enumerate((0.0, 0.5, 1.0))]
+    models = [
+        Surrogate(rounds=20, linear=share, seed=i).fit(features[i:], small.y[i:])
+        for i, share in enumerate((0.0, 0.5, 1.0))
+    ]
     assert np.allclose(predict_all(models, features), [m.predict(features) for m in models], atol=1e-6)
 
 
@@ -158,7 +206,10 @@ def test_soft_spearman_is_near_one_minus_spearman() -> None:
 
 def test_graph_network_attends_upstream_through_merges(small: Small) -> None:
     names = small.space.layers
-    assert upstream(small.graph, names[7]) == [names[6], names[0], names[1]] and upstream(small.graph, names[0]) == []
+    assert (
+        upstream(small.graph, names[7]) == [names[6], names[0], names[1]]
+        and upstream(small.graph, names[0]) == []
+    )
     net = estimator_of("graph_network", small.encoder, **QUICK["graph_network"])
     net.fit(net.features(small.encoder, small.weights, small.acts), small.y)
     weights, low = net._inputs(net.features(small.encoder, small.weights[:1], small.acts[:1]))
@@ -191,14 +242,17 @@ def test_candidates_are_as_many_for_every_estimator() -> None:
 
 
 def test_tuning_is_nested(small: Small) -> None:
-    """The held-out labels of an outer fold change neither its choice nor its predictions; a useless candidate is not chosen."""
+    """The held-out labels of an outer fold change neither its choice nor its predictions; a useless
+    candidate is not chosen."""
     choices = [{"power": 1.0}, {"power": 40.0}]
     args = (small.encoder, small.weights, small.acts)
     tuned = tune("sum_of_damages", *args, small.y, small.bits, choices, folds=4)
     assert tuned.best == choices[0] and tuned.chosen == [choices[0]] * 4 and tuned.inner.shape == (5, 2)
     assert tuned.scores["within_budget_srcc"] > 0.9
     fold = cross_validate(*args, small.y, small.bits, folds=4, surrogate="average_bits", baselines=())["fold"]
-    changed = tune("sum_of_damages", *args, np.where(fold == 2, small.y[::-1] * 3, small.y), small.bits, choices, folds=4)
+    changed = tune(
+        "sum_of_damages", *args, np.where(fold == 2, small.y[::-1] * 3, small.y), small.bits, choices, folds=4
+    )
     same = tuned.out_of_fold == changed.out_of_fold
     assert same[fold == 2].all() and not same[fold != 2].any() and (changed.inner[2] == tuned.inner[2]).all()
     with pytest.raises(AquabitError, match="no candidates"):
@@ -209,7 +263,9 @@ def test_tuning_is_nested(small: Small) -> None:
 def test_explain_with_any_estimator(small: Small, study: Study, name: str) -> None:
     found = explain(study, swap="usq4:usq2", bits=3.5, contexts=8, replicates=4, estimator=name)
     truth = [small.errors[n, "usq2"] - small.errors[n, "usq4"] for n in found.layers.name]
-    assert len(truth) == 12 and found.surrogate["estimator"] == name and name not in found.surrogate["baselines"]
+    assert (
+        len(truth) == 12 and found.surrogate["estimator"] == name and name not in found.surrogate["baselines"]
+    )
     value = found.to_dict()
     assert all(r["shap"] is None and r["low"] <= r["effect"] <= r["high"] for r in value["layers"])
     fitted = fit_from_study(study, estimator=name)
@@ -223,10 +279,21 @@ def test_labels_that_say_nothing_about_layers_are_called_useless(small: Small) -
     rng, passed = np.random.default_rng(0), 0
     for seed in range(12):
         y = np.exp(-small.bits) + 0.1 * np.exp(0.3 * rng.normal(size=80))
-        found = cross_validate(small.plain, small.weights, small.acts, y, small.bits, seed=seed, surrogate="ridge_one_hot", baselines=())
+        found = cross_validate(
+            small.plain,
+            small.weights,
+            small.acts,
+            y,
+            small.bits,
+            seed=seed,
+            surrogate="ridge_one_hot",
+            baselines=(),
+        )
         passed += found["useful"]
     assert passed <= 3
-    real = cross_validate(small.encoder, small.weights, small.acts, small.y, small.bits, surrogate="ridge_one_hot", baselines=())
+    real = cross_validate(
+        small.encoder, small.weights, small.acts, small.y, small.bits, surrogate="ridge_one_hot", baselines=()
+    )
     low, high = real["within_budget_interval"]
     assert real["useful"] and low <= real["within_budget_srcc"] <= high
 
@@ -235,7 +302,13 @@ def test_constant_labels(small: Small, tmp_path) -> None:
     found = cross_validate(small.encoder, small.weights, small.acts, np.full(80, 3.0), small.bits)
     assert found["within_budget_srcc"] == 0 and found["srcc"] == 0 and not found["useful"]
     with pytest.raises(AquabitError, match="1 of 80 labels are not finite"):
-        cross_validate(small.encoder, small.weights, small.acts, np.where(np.arange(80) == 3, np.nan, small.y), small.bits)
+        cross_validate(
+            small.encoder,
+            small.weights,
+            small.acts,
+            np.where(np.arange(80) == 3, np.nan, small.y),
+            small.bits,
+        )
     before, small.y = small.y, np.full(80, 3.0)
     try:
         flat = small.study(tmp_path / "flat.db", 30)
@@ -253,12 +326,20 @@ def test_few_measurements_are_said(small: Small, tmp_path) -> None:
     assert "needs 24: intervals of what no real swap checks may be too narrow" in judgement["cautions"][1]
     assert judged({**scores, "useful": True}, "gbdt", 24, 12)["cautions"] == []
     fitted = fit_from_study(small.study(tmp_path / "few.db", 22), estimator="ridge_one_hot")
-    assert fitted.scores["needed"] == 24 and "22 measurements are few for 12 layers" in fitted.scores["cautions"][-1]
+    assert (
+        fitted.scores["needed"] == 24
+        and "22 measurements are few for 12 layers" in fitted.scores["cautions"][-1]
+    )
 
 
 def test_the_report_says_first_what_speaks_against_the_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    facts = SimpleNamespace(sensitivity={"surrogate": {"cautions": ["The surrogate is no better than average bits."]}})
+    facts = SimpleNamespace(
+        sensitivity={"surrogate": {"cautions": ["The surrogate is no better than average bits."]}}
+    )
     for name in ("_where", "_which", "_trust"):
         monkeypatch.setattr(summary, name, lambda *a: summary.Sentence("later"))
     tables = {k: pd.DataFrame() for k in ("layers", "operators", "comparison", "surrogate")}
-    assert [s.text for s in summary.summary(facts, tables, {})] == ["The surrogate is no better than average bits.", *["later"] * 3]
+    assert [s.text for s in summary.summary(facts, tables, {})] == [
+        "The surrogate is no better than average bits.",
+        *["later"] * 3,
+    ]

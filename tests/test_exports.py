@@ -1,4 +1,5 @@
-"""Exports: what each library gets for each scheme, what is said to be lost, and that nothing is lost unsaid."""
+"""Exports: what each library gets for each scheme, what is said to be lost, and that nothing is lost
+unsaid."""
 
 from __future__ import annotations
 
@@ -24,7 +25,12 @@ CONV = "down_blocks.0.resnets.0.conv1"  # 64 x 64 x 3 x 3
 def one(graph: Any, to: str, layer: str, scheme: str, act: Any = 16, **other: Any) -> Export:
     steps = StepGroups(4, (0, 2)) if isinstance(act, tuple) else None
     return export_config(
-        QuantConfig("f", {layer: LayerChoice(Scheme.parse(scheme), act, "x" if scheme.endswith("s") else None)}, steps=steps, **other),
+        QuantConfig(
+            "f",
+            {layer: LayerChoice(Scheme.parse(scheme), act, "x" if scheme.endswith("s") else None)},
+            steps=steps,
+            **other,
+        ),
         graph,
         to,
     )
@@ -45,11 +51,31 @@ ROW, GROUP = {"axis": 0}, {"group_size": 64}
     [
         ("usq4", 16, ("IntxWeightOnlyConfig", "int4", ROW), []),
         ("usq3g64", 8, ("Int8DynamicActivationIntxWeightConfig", "int3", GROUP), []),
-        ("usq3g64", 6, ("Int8DynamicActivationIntxWeightConfig", "int3", GROUP), ["input at 8 bits instead of 6"]),
-        ("usq4g100", 16, ("IntxWeightOnlyConfig", "int4", ROW), ["groups of 100 do not divide 768 inputs: one range a row"]),
+        (
+            "usq3g64",
+            6,
+            ("Int8DynamicActivationIntxWeightConfig", "int3", GROUP),
+            ["input at 8 bits instead of 6"],
+        ),
+        (
+            "usq4g100",
+            16,
+            ("IntxWeightOnlyConfig", "int4", ROW),
+            ["groups of 100 do not divide 768 inputs: one range a row"],
+        ),
         ("usq2h", 16, ("IntxWeightOnlyConfig", "int2", ROW), ["output-aware fit"]),
-        ("vq3c", 16, ("IntxWeightOnlyConfig", "int3", ROW), ["k-means codebook: evenly spaced levels instead"]),
-        ("aq3x4g8", 16, ("IntxWeightOnlyConfig", "int2", ROW), ["additive codebooks: evenly spaced levels instead", "output-aware fit"]),
+        (
+            "vq3c",
+            16,
+            ("IntxWeightOnlyConfig", "int3", ROW),
+            ["k-means codebook: evenly spaced levels instead"],
+        ),
+        (
+            "aq3x4g8",
+            16,
+            ("IntxWeightOnlyConfig", "int2", ROW),
+            ["additive codebooks: evenly spaced levels instead", "output-aware fit"],
+        ),
         (
             "usq5",
             (4, 8),
@@ -67,9 +93,15 @@ def test_torchao_linear(scheme: str, act: Any, form: tuple[Any, ...], lost: list
 def test_torchao_convolutions_are_weight_only_with_ranges_of_taps() -> None:
     found = one(UNET, "torchao", CONV, "usq4", 8)
     assert torchao_form(found, CONV) == ("IntxWeightOnlyConfig", "int4", ROW)
-    assert found.layers[CONV].lost[0].startswith("input at 16 bits instead of 8") and "tap" in found.layers[CONV].lost[1]
+    assert (
+        found.layers[CONV].lost[0].startswith("input at 16 bits instead of 8")
+        and "tap" in found.layers[CONV].lost[1]
+    )
     single = one(UNET, "torchao", "conv_in", "usq4")
-    assert single.counts == {"same": 0, "nearest": 0, "full precision": 1} and single.config["_data"]["fqn_to_config"] == {}
+    assert (
+        single.counts == {"same": 0, "nearest": 0, "full precision": 1}
+        and single.config["_data"]["fqn_to_config"] == {}
+    )
 
 
 @pytest.mark.parametrize(
@@ -93,8 +125,14 @@ def test_modelopt() -> None:
     found = one(DIT, "modelopt", FF, "usq3g64", 6)
     off, weight, act = found.config["quant_cfg"]
     assert off == {"quantizer_name": "*", "enable": False}, "what is not named is left alone"
-    assert weight == {"quantizer_name": f"{FF}.weight_quantizer", "cfg": {"num_bits": 3, "block_sizes": {-1: 64}}}
-    assert act == {"quantizer_name": f"{FF}.input_quantizer", "cfg": {"num_bits": 6, "block_sizes": {-1: None, "type": "dynamic"}}}
+    assert weight == {
+        "quantizer_name": f"{FF}.weight_quantizer",
+        "cfg": {"num_bits": 3, "block_sizes": {-1: 64}},
+    }
+    assert act == {
+        "quantizer_name": f"{FF}.input_quantizer",
+        "cfg": {"num_bits": 6, "block_sizes": {-1: None, "type": "dynamic"}},
+    }
     assert found.layers[FF].lost == ("symmetric levels: no offset", "symmetric activations: no offset")
     _, weight = one(UNET, "modelopt", CONV, "usq1").config["quant_cfg"]
     assert weight["cfg"] == {"num_bits": 2, "axis": 0}
@@ -103,36 +141,60 @@ def test_modelopt() -> None:
 
 
 def test_what_holds_for_all_layers_is_said() -> None:
-    asked = QuantConfig("f", {QUERY: LayerChoice(Scheme.parse("usq4"), 8)}, correction="cnc+bc", tuned="0" * 16, ranges="static")
+    asked = QuantConfig(
+        "f",
+        {QUERY: LayerChoice(Scheme.parse("usq4"), 8)},
+        correction="cnc+bc",
+        tuned="0" * 16,
+        ranges="static",
+    )
     for to in TARGETS:
         found = export_config(asked, DIT, to)
         said = " ".join(found.whole)
         assert all(word in said for word in ("cnc+bc", "fine-tuned codes 0000", "'static'", "softmax"))
         assert "its output (Q, K or V) is not quantized" in found.layers[QUERY].lost
         plain = export_config(
-            replace(asked, layers={FF: LayerChoice(Scheme.parse("usq4"))}, correction=None, tuned=None, ranges="dynamic"), DIT, to
+            replace(
+                asked,
+                layers={FF: LayerChoice(Scheme.parse("usq4"))},
+                correction=None,
+                tuned=None,
+                ranges="dynamic",
+            ),
+            DIT,
+            to,
         )
         assert len(plain.whole) == 1
     split = next(n for n, node in layers(UNET).items() if node.get("split"))
-    assert any("side of the skip" in lost for lost in one(UNET, "modelopt", split, "usq4", 8).layers[split].lost)
+    assert any(
+        "side of the skip" in lost for lost in one(UNET, "modelopt", split, "usq4", 8).layers[split].lost
+    )
 
 
 def test_every_quantized_layer_has_one_status_and_json_keeps_all() -> None:
     schemes = ("usq4", "vq3", "aq2x8g8", "usq3g64", "fp")
-    config = QuantConfig("f", {n: LayerChoice(Scheme.parse(schemes[i % 5]), 8) for i, n in enumerate(layers(UNET))})
+    config = QuantConfig(
+        "f", {n: LayerChoice(Scheme.parse(schemes[i % 5]), 8) for i, n in enumerate(layers(UNET))}
+    )
     for to in TARGETS:
         found = export_config(config, UNET, to)
         assert sum(found.counts.values()) == len(config.layers) == len(found.layers)
         value = json.loads(found.to_json())
         assert value["to"] == to and value["statement"]["counts"] == found.counts
-        assert all((said["status"] == "same") == (not said["lost"]) for said in value["statement"]["layers"].values())
+        assert all(
+            (said["status"] == "same") == (not said["lost"]) for said in value["statement"]["layers"].values()
+        )
 
 
 def test_the_command_line_exports_and_says_what_is_wrong(tmp_path) -> None:
     config, out = tmp_path / "config.json", tmp_path / "export.json"
     config.write_text(QuantConfig("f", {FF: LayerChoice(Scheme.parse("vq3"), 8)}).to_json())
     done = CliRunner().invoke(app, ["export", "digits-dit", str(config), "--to", "quanto", "--out", str(out)])
-    assert done.exit_code == 0 and "0 layers same, 1 layers nearest" in done.output and "k-means codebook" in done.output
+    assert (
+        done.exit_code == 0
+        and "0 layers same, 1 layers nearest" in done.output
+        and "k-means codebook" in done.output
+    )
     assert json.loads(out.read_text())["config"] == {FF: {"weights": "qint4", "activations": "none"}}
     for arguments, said in (
         (["digits-dit", str(config), "--to", "gguf"], "known: torchao, quanto, modelopt"),

@@ -14,7 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from aquabit.kernels.fake_quant import fake_quantize, fake_quantize_probabilities, fake_quantize_reference, native_available
+from aquabit.kernels.fake_quant import (
+    fake_quantize,
+    fake_quantize_probabilities,
+    fake_quantize_reference,
+    native_available,
+)
 from aquabit.scheme import AquabitError
 
 needs_native = pytest.mark.skipif(not native_available(), reason="the C++ extension was not built")
@@ -25,12 +30,16 @@ shapes = st.one_of(
 )
 ordinary = st.floats(-100, 100, width=32)
 anything = st.floats(width=32, allow_nan=True, allow_infinity=True)
-unhurried = settings(deadline=None, max_examples=60)  # a machine that is busy with other work must not fail a test
+unhurried = settings(
+    deadline=None, max_examples=60
+)  # a machine that is busy with other work must not fail a test
 bits_of = st.sampled_from([2, 3, 6, 8, 15])
 
 
 def tensors(elements: Any) -> Any:
-    return shapes.flatmap(lambda shape: hnp.arrays(np.float32, shape, elements=elements)).map(torch.from_numpy)
+    return shapes.flatmap(lambda shape: hnp.arrays(np.float32, shape, elements=elements)).map(
+        torch.from_numpy
+    )
 
 
 def equal(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -51,7 +60,9 @@ def rows_in_float64(row: np.ndarray, bits: int, zero_in_range: bool) -> np.ndarr
     return (np.clip(np.rint(row / scale) + zero, 0, 2**bits - 1) - zero) * scale
 
 
-@pytest.mark.skipif(os.environ.get("AQUABIT_REQUIRE_NATIVE") != "1", reason="only where the extension must have been built")
+@pytest.mark.skipif(
+    os.environ.get("AQUABIT_REQUIRE_NATIVE") != "1", reason="only where the extension must have been built"
+)
 def test_the_extension_was_built() -> None:
     assert native_available()
 
@@ -64,7 +75,9 @@ def test_definition_in_float64(function: Any, per: str, bits: int) -> None:
     expected = np.stack([rows_in_float64(row, bits, per == "sample") for row in x.numpy()])
     error = np.abs(function(x, bits, per).numpy() - expected)
     step = (x.amax(1) - x.amin(1)).numpy()[:, None] / (2**bits - 1)
-    ties = error > 1e-5 * np.abs(expected).max()  # float32 and float64 may round a tie to different sides, by one step
+    ties = (
+        error > 1e-5 * np.abs(expected).max()
+    )  # float32 and float64 may round a tie to different sides, by one step
     assert ties.mean() < 2e-3 and (error <= 1.5 * step).all()
 
 
@@ -86,7 +99,9 @@ def test_equals_reference_on_any_float(x: torch.Tensor, bits: int) -> None:
 
 @needs_native
 @unhurried
-@given(st.tuples(st.integers(1, 4), st.integers(2, 9), st.integers(1, 5), st.integers(1, 5)), st.data(), bits_of)
+@given(
+    st.tuples(st.integers(1, 4), st.integers(2, 9), st.integers(1, 5), st.integers(1, 5)), st.data(), bits_of
+)
 def test_split_is_two_ranges(shape: tuple[int, ...], data: Any, bits: int) -> None:
     x = torch.from_numpy(data.draw(hnp.arrays(np.float32, shape, elements=ordinary)))
     split = data.draw(st.integers(1, shape[1] - 1))
@@ -104,7 +119,9 @@ class TestLaws:
         for row, out in zip(x.view(-1, x.shape[-1]), function(x, bits).view(-1, x.shape[-1]), strict=True):
             assert len(out.unique()) <= 2**bits
             step = ((row.max() - row.min()) / (2**bits - 1)).item()
-            assert (out - row).abs().max() <= step * 1.001 + row.abs().max() * 2e-6  # the zero point rounds too: a whole step at the ends
+            assert (
+                (out - row).abs().max() <= step * 1.001 + row.abs().max() * 2e-6
+            )  # the zero point rounds too: a whole step at the ends
 
     @given(tensors(ordinary), st.sampled_from([6, 8]))
     @unhurried
@@ -148,7 +165,12 @@ class TestLaws:
 
     def test_non_contiguous(self, function: Any) -> None:
         x = torch.randn(6, 8, 5, 7)
-        for view in (x.transpose(1, 3), x[:, ::2], x.to(memory_format=torch.channels_last), x.expand(6, 8, 5, 7)[1:2].expand(3, 8, 5, 7)):
+        for view in (
+            x.transpose(1, 3),
+            x[:, ::2],
+            x.to(memory_format=torch.channels_last),
+            x.expand(6, 8, 5, 7)[1:2].expand(3, 8, 5, 7),
+        ):
             for per in ("token", "sample"):
                 y = function(view, 8, per)
                 assert y.is_contiguous() and torch.equal(y, function(view.contiguous(), 8, per))
@@ -177,7 +199,9 @@ class TestLaws:
             (torch.zeros(2, 4, dtype=torch.int32), 8, "token", None, "int32"),
         ],
     )
-    def test_bad_input_is_named(self, function: Any, x: torch.Tensor, bits: int, per: str, split: int | None, said: str) -> None:
+    def test_bad_input_is_named(
+        self, function: Any, x: torch.Tensor, bits: int, per: str, split: int | None, said: str
+    ) -> None:
         with pytest.raises(AquabitError, match=said):
             function(x, bits, per, split)
 

@@ -1,4 +1,5 @@
-"""Every family on a tiny pipeline of its real class: the whole flow, what prompts become, and what is refused."""
+"""Every family on a tiny pipeline of its real class: the whole flow, what prompts become, and what is
+refused."""
 
 from __future__ import annotations
 
@@ -33,9 +34,14 @@ logging.set_verbosity_error()
 
 def protocol_for(name: str, **more: Any) -> Protocol:
     given: dict[str, Any] = {
-        "images": 4, "steps": 2, "micro_batch": 4, "objective": "psnr", "guidance": 1.0 if name in UNGUIDED else 3.0,
-        "conditions": PROMPTS if name in PROMPTED else None, "resolution": 16 if name in ("flux", "generic") else None,
-    }  # fmt: skip
+        "images": 4,
+        "steps": 2,
+        "micro_batch": 4,
+        "objective": "psnr",
+        "guidance": 1.0 if name in UNGUIDED else 3.0,
+        "conditions": PROMPTS if name in PROMPTED else None,
+        "resolution": 16 if name in ("flux", "generic") else None,
+    }
     return Protocol(**{**given, **more})
 
 
@@ -60,29 +66,51 @@ def test_the_whole_flow(name: str, tmp_path: Path) -> None:
     assert (table.kind == "sample").sum() > SAMPLES // 2 and table.psnr.notna().all()
     assert len(set(table.psnr.round(6))) > 3  # configurations differ
     result = aquabit.explain(study, bits=4.2)
-    assert {layer["name"] for layer in result.to_dict()["layers"]} <= {n for n, a in graph.nodes(data=True) if a["kind"] != "merge"}
+    assert {layer["name"] for layer in result.to_dict()["layers"]} <= {
+        n for n, a in graph.nodes(data=True) if a["kind"] != "merge"
+    }
     front = aquabit.find(study, bits=4.2, rounds=1, per_round=1, screen=1, bank=bank)
     packed = aquabit.quantize(folder, front.best, bank=bank)
     packed.save(tmp_path / "packed")
     again = load(tmp_path / "packed")
     made = images(again, protocol)
-    assert made.shape == images(packed.pipe, protocol).shape and torch.allclose(made, images(packed.pipe, protocol), atol=1e-4)
-    generated = aquabit.generate(str(tmp_path / "packed"), 2, steps=2, conditions=protocol.conditions, resolution=protocol.resolution)
+    assert made.shape == images(packed.pipe, protocol).shape and torch.allclose(
+        made, images(packed.pipe, protocol), atol=1e-4
+    )
+    generated = aquabit.generate(
+        str(tmp_path / "packed"), 2, steps=2, conditions=protocol.conditions, resolution=protocol.resolution
+    )
     assert torch.isfinite(generated).all() and generated.shape[0] == 2
 
 
-@pytest.mark.parametrize(("name", "layers", "weights", "macs"), [
-    ("sd-1.5", 282, 859.1, 338.6), ("sdxl", 794, 2565.9, 2988.7), ("pixart-alpha", 291, 610.7, 2155.2), ("pixart-sigma", 287, 610.2, 2155.2),
-    ("dit-xl-2", 255, 717.0, 114.4), ("hunyuan", 472, 1514.3, 5139.5), ("sd3-medium", 341, 2027.2, 3005.9), ("flux-dev", 504, 11898.3, 29756.1),
-    ("ldm-4", 283, 400.6, 100.6),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "layers", "weights", "macs"),
+    [
+        ("sd-1.5", 282, 859.1, 338.6),
+        ("sdxl", 794, 2565.9, 2988.7),
+        ("pixart-alpha", 291, 610.7, 2155.2),
+        ("pixart-sigma", 287, 610.2, 2155.2),
+        ("dit-xl-2", 255, 717.0, 114.4),
+        ("hunyuan", 472, 1514.3, 5139.5),
+        ("sd3-medium", 341, 2027.2, 3005.9),
+        ("flux-dev", 504, 11898.3, 29756.1),
+        ("ldm-4", 283, 400.6, 100.6),
+    ],
+)
 def test_real_sizes_and_costs(name: str, layers: int, weights: float, macs: float) -> None:
-    """Layers, millions of weights and 10^9 multiply-adds at the published size; uniform 4 bits cost a little more than 4."""
+    """Layers, millions of weights and 10^9 multiply-adds at the published size; uniform 4 bits cost a
+    little more than 4."""
     graph = trace_denoiser(meta_denoiser(*FAMILIES[name][:2]))
     nodes = [a for _, a in graph.nodes(data=True) if a["kind"] != "merge"]
-    assert (len(nodes), round(graph.graph["weights"] / 1e6, 1), round(sum(a["macs"] for a in nodes) / 1e9, 1)) == (layers, weights, macs)
+    assert (
+        len(nodes),
+        round(graph.graph["weights"] / 1e6, 1),
+        round(sum(a["macs"] for a in nodes) / 1e9, 1),
+    ) == (layers, weights, macs)
     space = make_space(graph, "0" * 16, schemes=["usq4"])
-    assert [k for k, row in space.choices.items() if len(row) == 1 and str(row[0]) == "fp"] == [n for n in space.choices if ".pooler." in n]
+    assert [k for k, row in space.choices.items() if len(row) == 1 and str(row[0]) == "fp"] == [
+        n for n in space.choices if ".pooler." in n
+    ]
     cost = CostModel(graph, space)(space.uniform("usq4", 8))
     assert 4.0 < cost.bits_per_weight < 4.3
     assert cost.bytes >= graph.graph["weights"] * cost.bits_per_weight / 8
@@ -97,8 +125,14 @@ def own_images(name: str, protocol: Protocol, prompts: list[str]) -> Tensor:
     more |= {"clean_caption": False} if "pixart" in name else {}
     with torch.inference_mode():
         made = pipe(
-            prompt=prompts, generator=generators, num_inference_steps=protocol.steps, guidance_scale=protocol.guidance, output_type="pt", **side, **more
-        )  # fmt: skip
+            prompt=prompts,
+            generator=generators,
+            num_inference_steps=protocol.steps,
+            guidance_scale=protocol.guidance,
+            output_type="pt",
+            **side,
+            **more,
+        )
     return made.images
 
 
@@ -119,7 +153,9 @@ def test_an_image_depends_on_no_other_and_bfloat16_runs(name: str, tmp_path: Pat
         assert torch.equal(together, images(pipe, protocol))
     assert torch.allclose(together, alone, atol=2e-4)
     pipe.save_pretrained(tmp_path)
-    half = images(load(tmp_path, dtype="bfloat16"), protocol) if name != "ldm" else together  # LDMPipeline makes float32 latents
+    half = (
+        images(load(tmp_path, dtype="bfloat16"), protocol) if name != "ldm" else together
+    )  # LDMPipeline makes float32 latents
     assert half.dtype == torch.float32 and torch.isfinite(half).all() and half.shape == together.shape
 
 
@@ -136,14 +172,23 @@ def test_prompts_are_encoded_once_and_encoders_go(tmp_path: Path) -> None:
     expected = images(pipe, protocol)
     kept: Any = load(tmp_path / "model")
     calls = count_calls(kept.text_encoder)
-    assert torch.equal(images(kept, protocol), expected) and torch.equal(images(kept, protocol.block(1)), images(pipe, protocol.block(1)))
+    assert torch.equal(images(kept, protocol), expected) and torch.equal(
+        images(kept, protocol.block(1)), images(pipe, protocol.block(1))
+    )
     assert len(calls) == 2 * len(PROMPTS)  # with and without the prompt
 
     free_text_encoders(kept)
     more = replace(protocol, conditions=("a new one",))
-    assert torch.equal(images(kept, more), images(pipe, more)) and kept.text_encoder is None and kept.text_encoder_2 is None
+    assert (
+        torch.equal(images(kept, more), images(pipe, more))
+        and kept.text_encoder is None
+        and kept.text_encoder_2 is None
+    )
     assert torch.equal(images(kept, protocol), expected)  # nothing to encode
-    assert torch.equal(images(kept, replace(more, conditions=("another",))), images(pipe, replace(more, conditions=("another",))))
+    assert torch.equal(
+        images(kept, replace(more, conditions=("another",))),
+        images(pipe, replace(more, conditions=("another",))),
+    )
     assert kept.text_encoder is None and kept.config["text_encoder"] == ("transformers", "CLIPTextModel")
 
 
@@ -165,11 +210,18 @@ def test_images_are_decoded_one_by_one_and_checkers_are_off() -> None:
 
 def test_what_a_pipeline_would_ignore_is_refused() -> None:
     for pipe, change, message in [
-        (tiny("dit"), {"resolution": 32}, "makes images of 16 pixels only"), (tiny("ddpm"), {"eta": 0.5}, "has no eta"),
-        (tiny("ddpm"), {"guidance": 2.0}, "has no guidance"), (tiny("ldm"), {"conditions": ("a",)}, "is unconditional"),
-        (tiny("sd"), {"conditions": None}, "give --prompts FILE"), (tiny("ldm-class"), {"conditions": ("10",)}, "classes 0 to 9"),
-        (tiny("sd"), {"resolution": 15, "conditions": PROMPTS}, "does not make these images: .*divisible by 8"),
-    ]:  # fmt: skip
+        (tiny("dit"), {"resolution": 32}, "makes images of 16 pixels only"),
+        (tiny("ddpm"), {"eta": 0.5}, "has no eta"),
+        (tiny("ddpm"), {"guidance": 2.0}, "has no guidance"),
+        (tiny("ldm"), {"conditions": ("a",)}, "is unconditional"),
+        (tiny("sd"), {"conditions": None}, "give --prompts FILE"),
+        (tiny("ldm-class"), {"conditions": ("10",)}, "classes 0 to 9"),
+        (
+            tiny("sd"),
+            {"resolution": 15, "conditions": PROMPTS},
+            "does not make these images: .*divisible by 8",
+        ),
+    ]:
         with pytest.raises(AquabitError, match=message):
             images(pipe, Protocol(**{"images": 2, "steps": 1, "micro_batch": 2, **change}))
     torch.manual_seed(0)
@@ -182,10 +234,15 @@ def test_memory_that_ends_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = tiny("ddpm")
 
     def full(*_: Any, **__: Any) -> None:
-        raise RuntimeError("[enforce fail at alloc_cpu.cpp:1] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+        raise RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:1] . DefaultCPUAllocator: can't allocate memory: you tried to"
+            " allocate 9 bytes."
+        )
 
     monkeypatch.setattr(pipe.unet, "forward", full)
-    with pytest.raises(AquabitError, match="memory ended while DDPMPipeline made 4 images at once; lower --micro-batch"):
+    with pytest.raises(
+        AquabitError, match="memory ended while DDPMPipeline made 4 images at once; lower --micro-batch"
+    ):
         images(pipe, protocol_for("ddpm"))
 
 
@@ -199,10 +256,16 @@ def test_unknown_families_are_said_and_known_ones_are_not(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("given", [[], ["--images", "8", "--guidance", "1.5"]])
-def test_a_preset_fills_what_is_not_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, given: list[str]) -> None:
+def test_a_preset_fills_what_is_not_given(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, given: list[str]
+) -> None:
     seen: list[Protocol] = []
-    monkeypatch.setattr("aquabit.sensitivity.measure.measure", lambda *_, protocol, **__: seen.append(protocol) or 0)
-    result = CliRunner().invoke(app, ["measure", "digits-unet", "--study", str(tmp_path / "S.db"), "--preset", "ptqd-ldm4", *given])
+    monkeypatch.setattr(
+        "aquabit.sensitivity.measure.measure", lambda *_, protocol, **__: seen.append(protocol) or 0
+    )
+    result = CliRunner().invoke(
+        app, ["measure", "digits-unet", "--study", str(tmp_path / "S.db"), "--preset", "ptqd-ldm4", *given]
+    )
     assert result.exit_code == 0, result.output
     wanted = Protocol(images=50_000, steps=20, scheduler="ddim", guidance=3.0, resolution=256)
     assert seen == [replace(wanted, images=8, guidance=1.5) if given else wanted]
@@ -211,13 +274,19 @@ def test_a_preset_fills_what_is_not_given(monkeypatch: pytest.MonkeyPatch, tmp_p
 def test_presets_are_consistent() -> None:
     names = {f.name for f in FAMILY_VALUES}
     for each in PRESETS:
-        assert each.family in names and each.source and set(each.full_precision) >= set(each.reported) - {"is", "sfid"}
+        assert (
+            each.family in names
+            and each.source
+            and set(each.full_precision) >= set(each.reported) - {"is", "sfid"}
+        )
         Protocol(**each.protocol)
         assert all(direction(metric) for metric in each.reported)
     with pytest.raises(AquabitError, match="preset 'x' is unknown; known: qua2sedimo-pixart-alpha"):
         preset_named("x")
     listed = json.loads(CliRunner().invoke(app, ["models", "--json", "-"]).output)
-    assert [p["name"] for p in listed["presets"]] == [p.name for p in PRESETS] and len(listed["families"]) == len(FAMILY_VALUES)
+    assert [p["name"] for p in listed["presets"]] == [p.name for p in PRESETS] and len(
+        listed["families"]
+    ) == len(FAMILY_VALUES)
 
 
 def test_folders_that_are_no_pipelines(tmp_path: Path) -> None:
@@ -226,17 +295,23 @@ def test_folders_that_are_no_pipelines(tmp_path: Path) -> None:
     tiny("sdxl").save_pretrained(tmp_path / "model")
     shutil.rmtree(tmp_path / "model" / "vae")
     shutil.rmtree(tmp_path / "model" / "text_encoder_2")
-    with pytest.raises(AquabitError, match=r"lacks components that its model_index\.json names: text_encoder_2, vae"):
+    with pytest.raises(
+        AquabitError, match=r"lacks components that its model_index\.json names: text_encoder_2, vae"
+    ):
         load(tmp_path / "model")
     (tmp_path / "model.ckpt").write_bytes(b"x")
     with pytest.raises(AquabitError, match="is a file; give the folder"):
         load(tmp_path / "model.ckpt")
 
 
-@pytest.mark.parametrize(("error", "message"), [
-    ("GatedRepoError", "a/b is gated: accept its terms"), ("RepositoryNotFoundError", "a/b is not on the hub, or it is private"),
-    ("OfflineModeIsEnabled", "the hub cannot be reached and a/b is not in its cache"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        ("GatedRepoError", "a/b is gated: accept its terms"),
+        ("RepositoryNotFoundError", "a/b is not on the hub, or it is private"),
+        ("OfflineModeIsEnabled", "the hub cannot be reached and a/b is not in its cache"),
+    ],
+)
 def test_a_hub_that_gives_no_model(monkeypatch: pytest.MonkeyPatch, error: str, message: str) -> None:
     kind: Any = type(error, (OSError,), {})  # as huggingface_hub names them
 
@@ -262,10 +337,18 @@ def test_devices_that_are_not_there() -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(b" \n\n", "is empty; it needs one prompt a line"), (b"caf\xe9\n", "cannot be read as UTF-8 text")]
+    ("content", "message"),
+    [(b" \n\n", "is empty; it needs one prompt a line"), (b"caf\xe9\n", "cannot be read as UTF-8 text")],
 )
 def test_prompt_files(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "prompts.txt").write_bytes(content)
-    arguments = ["measure", "digits-unet", "--study", str(tmp_path / "S.db"), "--prompts", str(tmp_path / "prompts.txt")]
+    arguments = [
+        "measure",
+        "digits-unet",
+        "--study",
+        str(tmp_path / "S.db"),
+        "--prompts",
+        str(tmp_path / "prompts.txt"),
+    ]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2 and message in " ".join(result.output.split())

@@ -20,9 +20,25 @@ from aquabit.quant.scalar import kmeans, lloyd, uniform
 from aquabit.scheme import AquabitError, Scheme
 
 SHAPES = st.one_of(
-    st.tuples(st.integers(1, 17), st.integers(1, 19)), st.tuples(st.integers(1, 7), st.integers(1, 5), st.integers(1, 3), st.integers(1, 3))
+    st.tuples(st.integers(1, 17), st.integers(1, 19)),
+    st.tuples(st.integers(1, 7), st.integers(1, 5), st.integers(1, 3), st.integers(1, 3)),
 )
-SCHEMES = ["usq1h", "usq2h", "usq3h", "usq4h", "usq8h", "usq4g4h", "usq3g5h", "vq1h", "vq2h", "vq3h", "vq4h", "vq2ch", "vq3ch", "vq5ch"]
+SCHEMES = [
+    "usq1h",
+    "usq2h",
+    "usq3h",
+    "usq4h",
+    "usq8h",
+    "usq4g4h",
+    "usq3g5h",
+    "vq1h",
+    "vq2h",
+    "vq3h",
+    "vq4h",
+    "vq2ch",
+    "vq3ch",
+    "vq5ch",
+]
 
 
 def fit(weight: torch.Tensor, text: str, hessian: torch.Tensor | None = None) -> CodebookWeight:
@@ -36,11 +52,15 @@ def plain(weight: torch.Tensor, text: str) -> CodebookWeight:
 
 
 def moments(row: int, seed: int, groups: int = 1, decay: float = 1.5) -> torch.Tensor:
-    """Damped second moments of inputs whose spectrum falls as k^-decay and whose mean is not zero, [groups, row, row]."""
+    """Damped second moments of inputs whose spectrum falls as k^-decay and whose mean is not zero,
+    [groups, row, row]."""
     g = torch.Generator().manual_seed(seed)
     spectrum = torch.arange(1, row + 1) ** (-decay / 2)
     mixing = torch.randn(groups, row, row, generator=g) * spectrum[:, None]
-    x = torch.randn(groups, 2 * row + 5, row, generator=g) @ mixing + torch.randn(groups, 1, row, generator=g) * 0.3
+    x = (
+        torch.randn(groups, 2 * row + 5, row, generator=g) @ mixing
+        + torch.randn(groups, 1, row, generator=g) * 0.3
+    )
     h = x.transpose(1, 2) @ x
     return h + 0.01 * h.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(row)
 
@@ -57,12 +77,22 @@ def test_bytes_are_those_of_the_plain_scheme(shape: tuple[int, ...], text: str, 
     assert coded.nbytes == weight_bytes(shape, Scheme.parse(text)) == weight_bytes(shape, base)
     assert coded.dequantize().shape == shape and bool(torch.isfinite(coded.dequantize()).all())
     other = plain(normal(*shape, seed=seed), text[:-1])
-    assert {k: (v.shape, v.dtype) for k, v in coded.tensors().items()} == {k: (v.shape, v.dtype) for k, v in other.tensors().items()}
+    assert {k: (v.shape, v.dtype) for k, v in coded.tensors().items()} == {
+        k: (v.shape, v.dtype) for k, v in other.tensors().items()
+    }
 
 
 @settings(deadline=None)
-@given(SHAPES, st.sampled_from(SCHEMES), st.integers(0, 100), st.sampled_from(["full", "diagonal", "singular", "none"]), st.integers(1, 3))
-def test_never_worse_than_the_plain_scheme(shape: tuple[int, ...], text: str, seed: int, form: str, groups: int) -> None:
+@given(
+    SHAPES,
+    st.sampled_from(SCHEMES),
+    st.integers(0, 100),
+    st.sampled_from(["full", "diagonal", "singular", "none"]),
+    st.integers(1, 3),
+)
+def test_never_worse_than_the_plain_scheme(
+    shape: tuple[int, ...], text: str, seed: int, form: str, groups: int
+) -> None:
     groups = groups if shape[0] % groups == 0 and form != "diagonal" else 1
     weight, row = normal(*shape, seed=seed), int(np.prod(shape[1:]))
     h = moments(row, seed, groups)
@@ -72,14 +102,20 @@ def test_never_worse_than_the_plain_scheme(shape: tuple[int, ...], text: str, se
     assert ours <= output_error(weight, plain(weight, text[:-1]).dequantize(), hessian) * (1 + 1e-5) + 1e-9
 
 
-@pytest.mark.parametrize("text", ["usq2h", "usq3h", "usq4h", "usq3g16h", "vq2h", "vq3h", "vq3ch", "usq8h", "vq8h"])
+@pytest.mark.parametrize(
+    "text", ["usq2h", "usq3h", "usq4h", "usq3g16h", "vq2h", "vq3h", "vq3ch", "usq8h", "vq8h"]
+)
 @pytest.mark.parametrize("shape", [(24, 48), (12, 8, 3, 3)])
 def test_much_better_than_plain_where_inputs_are_correlated(text: str, shape: tuple[int, ...]) -> None:
     weight, h = normal(*shape), moments(int(np.prod(shape[1:])), 1)
-    assert output_error(weight, fit(weight, text, h).dequantize(), h) < 0.5 * output_error(weight, plain(weight, text[:-1]).dequantize(), h)
+    assert output_error(weight, fit(weight, text, h).dequantize(), h) < 0.5 * output_error(
+        weight, plain(weight, text[:-1]).dequantize(), h
+    )
 
 
-def plain_gptq(weight: np.ndarray, hessian: np.ndarray, scale: np.ndarray, offset: np.ndarray, steps: int) -> np.ndarray:
+def plain_gptq(
+    weight: np.ndarray, hessian: np.ndarray, scale: np.ndarray, offset: np.ndarray, steps: int
+) -> np.ndarray:
     """GPTQ with act-order on a given grid, as published (Algorithm 1, without blocks), float64."""
     order = np.argsort(-np.diag(hessian), kind="stable")
     w, h = weight[:, order].copy(), hessian[np.ix_(order, order)]
@@ -114,14 +150,20 @@ def test_one_sweep_of_feedback_is_gptq() -> None:
     state = feedback.fed(problem, levels, feedback.feedback_gain(problem)[0], grid)
     ours = problem.stored(levels.decode(grid, state.codes)).t()
     theirs = plain_gptq(weight.double().numpy(), h[0].double().numpy(), *grid[0].double().t().numpy(), 7)
-    assert (ours - torch.from_numpy(theirs)).abs().lt(1e-3).double().mean() > 0.98  # a tie may fall either way, and its row with it
-    assert output_error(weight, ours, h) == pytest.approx(output_error(weight, torch.from_numpy(theirs), h), rel=0.02)
+    assert (ours - torch.from_numpy(theirs)).abs().lt(
+        1e-3
+    ).double().mean() > 0.98  # a tie may fall either way, and its row with it
+    assert output_error(weight, ours, h) == pytest.approx(
+        output_error(weight, torch.from_numpy(theirs), h), rel=0.02
+    )
 
 
 @pytest.mark.parametrize("text", ["usq2h", "usq3h", "usq2g3h", "vq2h", "vq3h", "vq2ch"])
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("rounds", [8, 0])  # none: the last sweeps alone must do it
-def test_no_change_of_one_code_lowers_the_error(text: str, seed: int, rounds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_change_of_one_code_lowers_the_error(
+    text: str, seed: int, rounds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(feedback, "ROUNDS", rounds)
     weight, h = normal(4, 12, seed=seed), moments(12, seed, decay=0.7)
     coded = fit(weight, text, h)
@@ -129,7 +171,9 @@ def test_no_change_of_one_code_lowers_the_error(text: str, seed: int, rounds: in
     for j, o, k in product(range(12), range(4), range(1 << coded.bits)):
         other = codes.clone()
         other[j, 0, o] = k
-        changed = CodebookWeight.from_codes(other, coded.codebooks, coded.scale, coded.offset, coded.shape, coded.bits)
+        changed = CodebookWeight.from_codes(
+            other, coded.codebooks, coded.scale, coded.offset, coded.shape, coded.bits
+        )
         assert output_error(weight, changed.dequantize(), h) >= best * (1 - 1e-4)
 
 
@@ -184,8 +228,12 @@ def test_groups_of_a_convolution_are_fitted_apart(text: str) -> None:
     together = fit(weight, text, h).dequantize()
     alone = torch.cat([fit(w, text, each).dequantize() for w, each in zip(weight.chunk(3), h, strict=True)])
     for a, b, w, each in zip(together.chunk(3), alone.chunk(3), weight.chunk(3), h, strict=True):
-        assert output_error(w, a, each) == pytest.approx(output_error(w, b, each), rel=0.05)  # they stop at different rounds
-    assert output_error(weight, together, h) < 0.8 * output_error(weight, together, h.flip(0)), "every block has its own H"
+        assert output_error(w, a, each) == pytest.approx(
+            output_error(w, b, each), rel=0.05
+        )  # they stop at different rounds
+    assert output_error(weight, together, h) < 0.8 * output_error(weight, together, h.flip(0)), (
+        "every block has its own H"
+    )
 
 
 def test_a_group_without_inputs_does_not_spoil_the_others() -> None:
@@ -193,8 +241,12 @@ def test_a_group_without_inputs_does_not_spoil_the_others() -> None:
     h[1] = 0
     together = fit(weight, "usq3h", h).dequantize()
     alone, plainly = fit(weight[:6], "usq3h", h[0]).dequantize(), fit(weight[6:], "usq3h").dequantize()
-    assert output_error(weight[:6], together[:6], h[0]) == pytest.approx(output_error(weight[:6], alone, h[0]), rel=0.05)
-    assert output_error(weight[6:], together[6:]) == pytest.approx(output_error(weight[6:], plainly), rel=0.05)
+    assert output_error(weight[:6], together[:6], h[0]) == pytest.approx(
+        output_error(weight[:6], alone, h[0]), rel=0.05
+    )
+    assert output_error(weight[6:], together[6:]) == pytest.approx(
+        output_error(weight[6:], plainly), rel=0.05
+    )
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -218,7 +270,11 @@ def test_a_convolution_is_the_linear_layer_of_its_patches() -> None:
 
 
 def test_the_order_of_inputs_does_not_matter() -> None:
-    weight, h, order = normal(8, 30), moments(30, 2), torch.randperm(30, generator=torch.Generator().manual_seed(0))
+    weight, h, order = (
+        normal(8, 30),
+        moments(30, 2),
+        torch.randperm(30, generator=torch.Generator().manual_seed(0)),
+    )
     for text in ("usq3h", "vq3h", "vq2ch"):
         moved = fit(weight[:, order], text, h[:, order][:, :, order]).dequantize()
         assert torch.equal(moved, fit(weight, text, h).dequantize()[:, order])
@@ -227,21 +283,31 @@ def test_the_order_of_inputs_does_not_matter() -> None:
 @pytest.mark.parametrize("text", SCHEMES)
 def test_identity_equals_none_and_diagonals_are_separable(text: str) -> None:
     weight = normal(9, 40)
-    errors = [output_error(weight, fit(weight, text, h).dequantize()) for h in (None, torch.eye(40), torch.ones(40))]
+    errors = [
+        output_error(weight, fit(weight, text, h).dequantize()) for h in (None, torch.eye(40), torch.ones(40))
+    ]
     assert errors == pytest.approx([errors[0]] * 3, rel=2e-3)
     diagonal = torch.rand(40, generator=torch.Generator().manual_seed(1)) ** 4
     coded = fit(weight, text, diagonal)
     full = fit(weight, text, diagonal.diag())
-    assert output_error(weight, coded.dequantize(), diagonal) == pytest.approx(output_error(weight, full.dequantize(), diagonal), rel=1e-2)
+    assert output_error(weight, coded.dequantize(), diagonal) == pytest.approx(
+        output_error(weight, full.dequantize(), diagonal), rel=1e-2
+    )
 
 
 @pytest.mark.parametrize("text", SCHEMES)
 def test_degenerate_inputs(text: str) -> None:
     h = moments(10, 0)
-    for weight in (torch.zeros(4, 10), torch.full((4, 10), 3.0), torch.tensor([0.0, 1.0, -2.0, 0.0])[:, None].expand(4, 10)):
+    for weight in (
+        torch.zeros(4, 10),
+        torch.full((4, 10), 3.0),
+        torch.tensor([0.0, 1.0, -2.0, 0.0])[:, None].expand(4, 10),
+    ):
         if int(weight.unique().numel()) <= 1 << Scheme.parse(text).bits or text[0] == "u":
             for hessian in (h, h[0].diagonal(), None, torch.zeros(10, 10)):
-                torch.testing.assert_close(fit(weight, text, hessian).dequantize(), weight.contiguous(), rtol=1e-3, atol=1e-6)
+                torch.testing.assert_close(
+                    fit(weight, text, hessian).dequantize(), weight.contiguous(), rtol=1e-3, atol=1e-6
+                )
     weight, dead = normal(4, 10), h.clone()
     dead[:, 3], dead[:, :, 3] = 0, 0
     for hessian in (torch.zeros(10, 10), torch.zeros(10), torch.ones(10, 10), dead, 1e-30 * h, 1e12 * h):

@@ -1,4 +1,5 @@
-"""Fine-tuning as a whole on tiny models: the loss falls, runs resume to the bit, tuned tensors are kept, keyed and checked."""
+"""Fine-tuning as a whole on tiny models: the loss falls, runs resume to the bit, tuned tensors are kept,
+keyed and checked."""
 
 from __future__ import annotations
 
@@ -30,7 +31,16 @@ from aquabit.quant.finetune import FineTuning, Tuned, code_bits, finetune
 from aquabit.quant.finetune_settings import COARSE_RATE, FINE_RATE
 from aquabit.quant.layers import QuantConv2d, QuantLinear
 from aquabit.quant.model import QuantizedDenoiser, fingerprint
-from aquabit.scheme import AquabitError, Calibration, LayerChoice, Measurement, Protocol, QuantConfig, Scheme, StepGroups
+from aquabit.scheme import (
+    AquabitError,
+    Calibration,
+    LayerChoice,
+    Measurement,
+    Protocol,
+    QuantConfig,
+    Scheme,
+    StepGroups,
+)
 from aquabit.sensitivity.evaluator import Evaluator
 from aquabit.sensitivity.surrogate import training_table
 from aquabit.space import make_space
@@ -43,7 +53,11 @@ SAMPLED = Calibration(images=4, steps=4)
 
 def config_for(pipe: DiffusionPipeline, scheme: str = "usq2", act: int = 8) -> QuantConfig:
     graph = aquabit.trace(pipe)
-    layers = {n: LayerChoice(Scheme.parse(scheme), act) for n, node in graph.nodes(data=True) if node["kind"] != "merge"}
+    layers = {
+        n: LayerChoice(Scheme.parse(scheme), act)
+        for n, node in graph.nodes(data=True)
+        if node["kind"] != "merge"
+    }
     return QuantConfig(fingerprint(pipe.denoiser), layers, calibration=SAMPLED)
 
 
@@ -54,13 +68,18 @@ def opened(pipe: DiffusionPipeline, folder: Path) -> QuantizedDenoiser:
     return QuantizedDenoiser(pipe.denoiser, graph, Bank(folder), own, recorder(pipe))
 
 
-def tuned_in(folder: Path, kind: str = "dit", settings: FineTuning = SETTINGS, scheme: str = "usq2", **options: Any) -> Tuned:
+def tuned_in(
+    folder: Path, kind: str = "dit", settings: FineTuning = SETTINGS, scheme: str = "usq2", **options: Any
+) -> Tuned:
     pipe = tiny_pipeline(kind)
     config = config_for(pipe, scheme)
     return finetune(opened(pipe, folder), config, replay_recorder(pipe), settings, **options)
 
 
-@pytest.mark.parametrize(("kind", "scheme"), [("dit", "usq2"), ("dit", "vq2"), ("dit", "aq2x4g4"), ("unet", "vq2c"), ("unet", "aq2x4g4")])
+@pytest.mark.parametrize(
+    ("kind", "scheme"),
+    [("dit", "usq2"), ("dit", "vq2"), ("dit", "aq2x4g4"), ("unet", "vq2c"), ("unet", "aq2x4g4")],
+)
 def test_loss_falls_and_is_that_of_the_stored_weights(kind: str, scheme: str, tmp_path: Path) -> None:
     pipe = tiny_pipeline(kind)
     config, model = config_for(pipe, scheme), opened(pipe, tmp_path)
@@ -75,14 +94,25 @@ def test_loss_falls_and_is_that_of_the_stored_weights(kind: str, scheme: str, tm
         replay = module.Replay(replay_recorder(pipe)(buffer, 4), model.denoiser)
         model.apply(own)
         with torch.no_grad():
-            total = [(replay.batch(b, torch.device("cpu")), len(b)) for b in replay.validation(4, module.VALIDATION)]
-            losses = [float((model.denoiser(*a, **k).sample - target).square().mean()) * n for ((a, k), target), n in total]
+            total = [
+                (replay.batch(b, torch.device("cpu")), len(b))
+                for b in replay.validation(4, module.VALIDATION)
+            ]
+            losses = [
+                float((model.denoiser(*a, **k).sample - target).square().mean()) * n
+                for ((a, k), target), n in total
+            ]
         found.append(sum(losses) / sum(n for _, n in total))
     assert found == pytest.approx([tuned.before, tuned.after], rel=1e-3)
 
 
-def test_a_run_that_was_interrupted_ends_with_the_same_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options: dict[str, Any] = {"scheme": "aq2x4g4", "settings": replace(SETTINGS, code_rate=0.05, semi_discontinuity=True, order="walking")}
+def test_a_run_that_was_interrupted_ends_with_the_same_tensors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {
+        "scheme": "aq2x4g4",
+        "settings": replace(SETTINGS, code_rate=0.05, semi_discontinuity=True, order="walking"),
+    }
     whole = tuned_in(tmp_path / "whole", **options)
     monkeypatch.setattr(module, "CHECKPOINT_SECONDS", 0.0)
     for stop in (7, 13, 24):
@@ -110,7 +140,9 @@ def test_a_finished_run_is_found_again_and_others_are_not(tmp_path: Path) -> Non
         raise RuntimeError("asked the teacher")
 
     assert finetune(model, config, never, SETTINGS) == first
-    assert finetune(model, replace(config, correction="bc"), never, SETTINGS).config.tuned == first.config.tuned
+    assert (
+        finetune(model, replace(config, correction="bc"), never, SETTINGS).config.tuned == first.config.tuned
+    )
     for other in (replace(SETTINGS, seed=1), replace(SETTINGS, tau=0.02)):
         with pytest.raises(RuntimeError):
             finetune(model, config, never, other)
@@ -141,10 +173,14 @@ def test_measurements_are_keyed_by_the_tensors(tmp_path: Path) -> None:
 def test_an_artifact_carries_tuned_tensors_and_needs_no_bank(tmp_path: Path) -> None:
     pipe, told = tiny_pipeline("unet"), list[Tuned]()
     config = config_for(pipe, "vq2")
-    packed = quantize(pipe, config, bank=str(tmp_path / "bank"), finetune=replace(SETTINGS, steps=10), told=told.append)
+    packed = quantize(
+        pipe, config, bank=str(tmp_path / "bank"), finetune=replace(SETTINGS, steps=10), told=told.append
+    )
     assert told and packed.config == told[0].config and packed.config.tuned
     packed.save(tmp_path / "out")
-    again = quantize(pipe, packed.config, bank=str(tmp_path / "bank"))  # from a configuration alone: the bank has the tensors
+    again = quantize(
+        pipe, packed.config, bank=str(tmp_path / "bank")
+    )  # from a configuration alone: the bank has the tensors
     (tmp_path / "bank").rename(tmp_path / "gone")
     images = aquabit.generate(str(tmp_path / "out"), 4, steps=4)
     assert torch.equal(images, _images(packed.pipe)) and torch.equal(images, _images(again.pipe))
@@ -191,7 +227,9 @@ def test_tensors_of_the_bank_are_checked_and_never_evicted(tmp_path: Path) -> No
         opened(tiny_pipeline("dit"), tmp_path).apply(tuned.config)
 
 
-@pytest.mark.parametrize(("rate", "note"), [(1e30, "not finite in step"), (30.0, "above 10 times that of the start")])
+@pytest.mark.parametrize(
+    ("rate", "note"), [(1e30, "not finite in step"), (30.0, "above 10 times that of the start")]
+)
 def test_divergence_stops_keeps_the_best_and_says_so(rate: float, note: str, tmp_path: Path) -> None:
     wild = replace(SETTINGS, steps=200, warmup=60, check_every=4, codebook_rate=rate, scale_rate=rate)
     tuned = tuned_in(tmp_path, settings=wild)
@@ -208,10 +246,18 @@ def test_a_start_that_nothing_improves_is_kept_and_said(tmp_path: Path) -> None:
     assert tuned.after == tuned.before and tuned.changed == 0 and "no step was better" in tuned.notes[0]
 
 
-@pytest.mark.parametrize("options", [
-    {"order": "walking"}, {"order": "walking", "semi_discontinuity": True}, {"semi_groups": False}, {"method": "straight_through"},
-    {"guidance": 2.0}, {"trust_ratio": 0.01, "delta_decay": 0.1}, {"weight_decay": 0.01, "code_betas": [0.9, 0.95]},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"order": "walking"},
+        {"order": "walking", "semi_discontinuity": True},
+        {"semi_groups": False},
+        {"method": "straight_through"},
+        {"guidance": 2.0},
+        {"trust_ratio": 0.01, "delta_decay": 0.1},
+        {"weight_decay": 0.01, "code_betas": [0.9, 0.95]},
+    ],
+)
 def test_every_setting_trains(options: dict[str, Any], tmp_path: Path) -> None:
     tuned = tuned_in(tmp_path, settings=replace(SETTINGS, **options), scheme="vq2")
     assert tuned.after < tuned.before
@@ -222,7 +268,11 @@ def test_what_cannot_be_tuned_is_refused(tmp_path: Path) -> None:
     model, config, record = opened(pipe, tmp_path), config_for(pipe), replay_recorder(pipe)
     with pytest.raises(AquabitError, match="codes no layer"):
         finetune(model, config_for(pipe, "fp"), record, SETTINGS)
-    grouped = replace(config, layers={n: replace(c, act=(8, 6)) for n, c in config.layers.items()}, steps=StepGroups(4, (0, 2)))
+    grouped = replace(
+        config,
+        layers={n: replace(c, act=(8, 6)) for n, c in config.layers.items()},
+        steps=StepGroups(4, (0, 2)),
+    )
     with pytest.raises(AquabitError, match="depend on the step"):
         finetune(model, grouped, record, SETTINGS)
     with pytest.raises(AquabitError, match="has static ranges"):
@@ -231,18 +281,28 @@ def test_what_cannot_be_tuned_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AquabitError, match="model is packed"):
         finetune(model, config, record, SETTINGS)
     for wrong, message in (
-        ({"tau": 0}, "tau 0 .* above 0"), ({"order": "random"}, "order 'random' .* shuffled or walking"), ({"images": 4}, "two batches of 4"),
-        ({"betas": (0.9, 1.0)}, "betas"), ({"steps": 0}, "steps 0"), ({"trust_ratio": -1.0}, "trust_ratio -1"),
-    ):  # fmt: skip
+        ({"tau": 0}, "tau 0 .* above 0"),
+        ({"order": "random"}, "order 'random' .* shuffled or walking"),
+        ({"images": 4}, "two batches of 4"),
+        ({"betas": (0.9, 1.0)}, "betas"),
+        ({"steps": 0}, "steps 0"),
+        ({"trust_ratio": -1.0}, "trust_ratio -1"),
+    ):
         with pytest.raises(AquabitError, match=message):
             replace(SETTINGS, **wrong)
     for value, message in (
-        ([], "is a list"), ({"rate": 1}, "'rate', which is no setting"), ({"steps": "many"}, "steps.*'many'"), ({"tau": 2}, "tau 2"),
-        ({"steps": 1.5}, "steps"), ({"semi_groups": "yes"}, "semi_groups"),
-    ):  # fmt: skip
+        ([], "is a list"),
+        ({"rate": 1}, "'rate', which is no setting"),
+        ({"steps": "many"}, "steps.*'many'"),
+        ({"tau": 2}, "tau 2"),
+        ({"steps": 1.5}, "steps"),
+        ({"semi_groups": "yes"}, "semi_groups"),
+    ):
         with pytest.raises(AquabitError, match=message):
             FineTuning.from_dict(value)
-    assert FineTuning.from_dict({"steps": 5, "betas": [0.5, 0.9], "guidance": 2}) == FineTuning(steps=5, betas=(0.5, 0.9), guidance=2.0)
+    assert FineTuning.from_dict({"steps": 5, "betas": [0.5, 0.9], "guidance": 2}) == FineTuning(
+        steps=5, betas=(0.5, 0.9), guidance=2.0
+    )
 
 
 def test_gradients_pass_rounded_activations_as_if_they_were_not_rounded() -> None:
@@ -270,7 +330,10 @@ def test_gradients_pass_rounded_activations_as_if_they_were_not_rounded() -> Non
 
 
 def test_gradients_pass_attention() -> None:
-    q, k, v = (torch.randn(2, 3, 5, 8, generator=torch.Generator().manual_seed(i), requires_grad=True) for i in range(3))
+    q, k, v = (
+        torch.randn(2, 3, 5, 8, generator=torch.Generator().manual_seed(i), requires_grad=True)
+        for i in range(3)
+    )
     made, plain = quantized_attention(q, k, v), functional.scaled_dot_product_attention(q, k, v)
     gradient = torch.randn_like(made)
     ours, theirs = (torch.autograd.grad(y, [q, k, v], gradient) for y in (made, plain))
@@ -296,7 +359,9 @@ def test_the_command_line_tunes(tmp_path: Path) -> None:
         "--bank",
         str(tmp_path / "bank"),
     ]
-    done = CliRunner().invoke(app, [*call, "--finetune-steps", "4", "--finetune-settings", str(tmp_path / "settings.json")])
+    done = CliRunner().invoke(
+        app, [*call, "--finetune-steps", "4", "--finetune-settings", str(tmp_path / "settings.json")]
+    )
     assert done.exit_code == 0, done.output
     assert "difference from the teacher" in done.output and "of codes changed" in done.output
     recipe = json.loads((tmp_path / "out" / "denoiser" / "config.json").read_text())["quantization_config"]
@@ -316,9 +381,13 @@ def test_a_surrogate_does_not_learn_from_tuned_configurations(tmp_path: Path) ->
     totals = CostModel(graph, space).totals_of(config)
     names = sorted(config.layers)
     for i in range(25):
-        own = config.with_layer(names[i % len(names)], "usq3").with_layer(names[(i // len(names) + 3) % len(names)], "usq4")
+        own = config.with_layer(names[i % len(names)], "usq3").with_layer(
+            names[(i // len(names) + 3) % len(names)], "usq4"
+        )
         for one in (own, replace(own, tuned=f"{i:016x}")):
-            study.record(one, Measurement(one.digest, protocol.digest, {"fid": 1.0 + i}, 1.0), "sample", totals)
+            study.record(
+                one, Measurement(one.digest, protocol.digest, {"fid": 1.0 + i}, 1.0), "sample", totals
+            )
     table = training_table(study, "fid")
     assert len(table) >= 20 and table.tuned.isna().all()
     assert study.measurements().tuned.notna().sum() == 25
@@ -326,7 +395,14 @@ def test_a_surrogate_does_not_learn_from_tuned_configurations(tmp_path: Path) ->
 
 def test_the_rate_of_codes_suits_their_bits(tmp_path: Path) -> None:
     model = opened(tiny_pipeline("dit"), tmp_path)
-    for scheme, rate in (("usq2", COARSE_RATE), ("usq3", FINE_RATE), ("aq2x4g4", COARSE_RATE), ("aq3x4g4", FINE_RATE)):
+    for scheme, rate in (
+        ("usq2", COARSE_RATE),
+        ("usq3", FINE_RATE),
+        ("aq2x4g4", COARSE_RATE),
+        ("aq3x4g4", FINE_RATE),
+    ):
         config = QuantConfig("f", {name: LayerChoice(Scheme.parse(scheme), 8) for name in model.layers})
         assert FineTuning().resolved(code_bits(model, config)).code_rate == rate
-        assert FineTuning(code_rate=0.5).resolved(code_bits(model, config)).code_rate == 0.5, "what is given stays"
+        assert FineTuning(code_rate=0.5).resolved(code_bits(model, config)).code_rate == 0.5, (
+            "what is given stays"
+        )

@@ -22,18 +22,24 @@ CASES = [(s, shape) for s in SCHEMES for shape in SHAPES]
 
 def made(scheme: str, shape: tuple[int, ...], seed: int = 0) -> tuple[CodebookWeight, TrainedWeight]:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    coded = quantize_weight(weight, scheme, torch.eye(weight[0].numel()) if Scheme.parse(scheme).kind == "aq" else None)
+    coded = quantize_weight(
+        weight, scheme, torch.eye(weight[0].numel()) if Scheme.parse(scheme).kind == "aq" else None
+    )
     tables = None if coded.codebooks is None else Parameter(coded.codebooks)
     return coded, TrainedWeight(coded, tables)
 
 
-def decoded(coded: CodebookWeight, tables: Tensor | None, scale: Tensor | None, offset: Tensor | None) -> Tensor:
+def decoded(
+    coded: CodebookWeight, tables: Tensor | None, scale: Tensor | None, offset: Tensor | None
+) -> Tensor:
     """The weight in float64 by plain indexing, with gradients for autograd to follow."""
     codes, out = coded.codes.long(), coded.shape[0]
     if tables is None:
         values = codes[:, 0].double()
     elif len(tables) == 1:
-        values = sum(tables[0, m][codes[:, m]] for m in range(codes.shape[1])).permute(0, 2, 1).reshape(-1, out)
+        values = (
+            sum(tables[0, m][codes[:, m]] for m in range(codes.shape[1])).permute(0, 2, 1).reshape(-1, out)
+        )
     else:
         values = tables[torch.arange(out), 0, codes[:, 0]].permute(0, 2, 1).reshape(-1, out)
     row = 1
@@ -56,7 +62,10 @@ def decoded(coded: CodebookWeight, tables: Tensor | None, scale: Tensor | None, 
 @pytest.mark.parametrize(("scheme", "shape"), CASES)
 def test_gradients_are_those_of_autograd(scheme: str, shape: tuple[int, ...]) -> None:
     coded, weight = made(scheme, shape)
-    parts = [None if t is None else t.double().requires_grad_() for t in (coded.codebooks, coded.scale, coded.offset)]
+    parts = [
+        None if t is None else t.double().requires_grad_()
+        for t in (coded.codebooks, coded.scale, coded.offset)
+    ]
     dense = decoded(coded, *parts)
     torch.testing.assert_close(weight.dense().double(), dense.detach(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(weight.dense(), coded.dequantize(), rtol=1e-6, atol=1e-6)
@@ -78,7 +87,9 @@ def test_gradients_of_shared_codebooks_add_up() -> None:
     table = coded[0].codebooks.double().requires_grad_()
     dense = [decoded(c, table, c.scale.double(), None) for c in coded]
     gradients = [torch.randn(6, 16, generator=torch.Generator().manual_seed(5 + i)) for i in range(2)]
-    (expected,) = torch.autograd.grad(sum((d * g.double()).sum() for d, g in zip(dense, gradients, strict=True)), [table])
+    (expected,) = torch.autograd.grad(
+        sum((d * g.double()).sum() for d, g in zip(dense, gradients, strict=True)), [table]
+    )
     for weight, gradient in zip(trained, gradients, strict=True):
         weight.add_gradients_(weight.grouped(gradient))
     torch.testing.assert_close(tables["0"].gradient.double(), expected, rtol=1e-4, atol=1e-5)
@@ -88,7 +99,9 @@ def test_gradients_of_shared_codebooks_add_up() -> None:
 @pytest.mark.parametrize("beam", [1, 4])
 def test_searched_codes_are_never_farther(scheme: str, beam: int) -> None:
     _, weight = made(scheme, (6, 24))
-    target = weight.decoded + 0.7 * torch.randn(weight.decoded.shape, generator=torch.Generator().manual_seed(3))
+    target = weight.decoded + 0.7 * torch.randn(
+        weight.decoded.shape, generator=torch.Generator().manual_seed(3)
+    )
     flat, chosen = target.view(-1, weight.size), torch.arange(0, weight.groups, 2)
     index, found = weight.nearest(chosen, flat[chosen], beam)
     before = (weight.decoded.view(-1, weight.size)[chosen] - flat[chosen]).square().sum(1)
@@ -97,10 +110,17 @@ def test_searched_codes_are_never_farther(scheme: str, beam: int) -> None:
     weight.set_codes_(chosen, index, found)
     kept = weight.decoded.clone()
     weight.decode_()
-    torch.testing.assert_close(weight.decoded, kept, rtol=1e-6, atol=1e-6)  # what is said of the codes is what they decode to
+    torch.testing.assert_close(
+        weight.decoded, kept, rtol=1e-6, atol=1e-6
+    )  # what is said of the codes is what they decode to
     if weight.index.shape[2] == 1:  # scalar codes: none of all the codes is nearer
         _, everything = weight.nearest(torch.arange(weight.groups), flat, 1)
-        best = torch.stack([_with_code(weight, code) for code in range(1 << weight.bits)]).sub(target).square().amin(0)
+        best = (
+            torch.stack([_with_code(weight, code) for code in range(1 << weight.bits)])
+            .sub(target)
+            .square()
+            .amin(0)
+        )
         torch.testing.assert_close((everything.view_as(target) - target).square(), best, rtol=1e-4, atol=1e-5)
 
 
@@ -130,15 +150,23 @@ def test_no_more_than_tau_of_the_groups_change_and_those_are_the_farthest(scheme
         moved = (weight.index != before).any(2).view(-1)
         assert int(moved.sum()) == tuned.flipped <= -(-weight.groups // 10)
         total += tuned.flipped
-        if tuned.flipped:  # without flips' own effect: what the others are off by is no more than what the moved ones were
+        if (
+            tuned.flipped
+        ):  # without flips' own effect: what the others are off by is no more than what the moved ones were
             before_flip = weight.looked_up(before)
             off = (
-                (proxy.value - weight._affine(before_flip, *(p and p.value for p in (weight.scale, weight.offset))))
+                (
+                    proxy.value
+                    - weight._affine(before_flip, *(p and p.value for p in (weight.scale, weight.offset)))
+                )
                 .square()
                 .sum(2)
                 .view(-1)
             )
-            assert float(off[moved].min()) >= float(off.sort(descending=True).values[-(-weight.groups // 10) - 1]) - 1e-6
+            assert (
+                float(off[moved].min())
+                >= float(off.sort(descending=True).values[-(-weight.groups // 10) - 1]) - 1e-6
+            )
     assert total
 
 
@@ -178,13 +206,21 @@ def test_semi_groups_resets_flipped_groups_and_no_others() -> None:
     moved = (weight.index != before).any(2)
     assert bool((proxy.second[moved] == 0).all()) and bool((proxy.mass[moved] == 0).all())
     torch.testing.assert_close(proxy.value[moved], weight.decoded[moved])
-    assert torch.equal(proxy.second[~moved], other.second[~moved]) and torch.equal(proxy.value[~moved], other.value[~moved])
-    assert bool((other.second[moved] > 0).all()) and not torch.allclose(other.value[moved], weight.decoded[moved])
+    assert torch.equal(proxy.second[~moved], other.second[~moved]) and torch.equal(
+        proxy.value[~moved], other.value[~moved]
+    )
+    assert bool((other.second[moved] > 0).all()) and not torch.allclose(
+        other.value[moved], weight.decoded[moved]
+    )
     before, start = weight.index.clone(), proxy.value.clone()
-    semi.step_(gradient_at(step), step)  # Adam starts anew there: every weight moves by the rate itself, as in a first step
+    semi.step_(
+        gradient_at(step), step
+    )  # Adam starts anew there: every weight moves by the rate itself, as in a first step
     again = moved & (weight.index == before).all(2)
     rate = semi.settings.code_rate * semi.settings.rate_at(step) * weight.unit
-    torch.testing.assert_close((proxy.value - start)[again].abs(), torch.full_like(start[again], rate), rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(
+        (proxy.value - start)[again].abs(), torch.full_like(start[again], rate), rtol=1e-3, atol=1e-6
+    )
     assert bool(again.any())
 
 
@@ -207,7 +243,9 @@ def test_semi_discontinuity_forgets_first_moments_where_batches_do_not_continue(
 def test_adam_is_torchs() -> None:
     value = torch.randn(7, generator=torch.Generator().manual_seed(0))
     ours, theirs = Parameter(value), value.clone().requires_grad_()
-    reference = torch.optim.AdamW([theirs], lr=0.01 * ours.unit, betas=(0.9, 0.95), eps=1e-12, weight_decay=0.1 / ours.unit)
+    reference = torch.optim.AdamW(
+        [theirs], lr=0.01 * ours.unit, betas=(0.9, 0.95), eps=1e-12, weight_decay=0.1 / ours.unit
+    )
     for step in range(5):
         gradient = torch.randn(7, generator=torch.Generator().manual_seed(step))
         theirs.grad = gradient.clone()
@@ -236,4 +274,6 @@ def test_what_is_stored_decodes_to_what_was_trained(scheme: str) -> None:
     coded = weight.coded(None if weight.tables is None else weight.tables.value.half())
     torch.testing.assert_close(coded.dequantize(), weight.stored(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(coded.dequantize(), weight.dense(), rtol=1e-2, atol=5e-3)
-    assert weight.changed == int((coded.codes.long() != made(scheme, (5, 4, 3, 3))[0].codes.long()).any(1).sum())
+    assert weight.changed == int(
+        (coded.codes.long() != made(scheme, (5, 4, 3, 3))[0].codes.long()).any(1).sum()
+    )

@@ -1,4 +1,5 @@
-"""Fits in the bank: found again wherever they are needed, the same whoever makes them, under keys of all that they depend on."""
+"""Fits in the bank: found again wherever they are needed, the same whoever makes them, under keys of all
+that they depend on."""
 
 from __future__ import annotations
 
@@ -44,18 +45,28 @@ def excluded(pipe) -> list[str]:
 
 def opened(pipe, bank: Path | str, record: bool = True) -> QuantizedDenoiser:
     """A pipeline's denoiser, quantized in a copy."""
-    own = type(pipe)(copy.deepcopy(pipe.denoiser), pipe.scheduler, **{k: pipe.config[k] for k in ("classes", "real_images")})
+    own = type(pipe)(
+        copy.deepcopy(pipe.denoiser),
+        pipe.scheduler,
+        **{k: pipe.config[k] for k in ("classes", "real_images")},
+    )
     own.set_progress_bar_config(disable=True)
-    return QuantizedDenoiser(own.denoiser, trace(own), Bank(bank), fingerprint(own.denoiser), recorder(own) if record else None)
+    return QuantizedDenoiser(
+        own.denoiser, trace(own), Bank(bank), fingerprint(own.denoiser), recorder(own) if record else None
+    )
 
 
 def space_of(pipe, **options: Any) -> SearchSpace:
-    return make_space(trace(pipe), fingerprint(pipe.denoiser), **{**SPACE, "excluded": excluded(pipe), **options})
+    return make_space(
+        trace(pipe), fingerprint(pipe.denoiser), **{**SPACE, "excluded": excluded(pipe), **options}
+    )
 
 
 def mixed(space: SearchSpace, acts: tuple[int, ...] = (8, 6)) -> QuantConfig:
     """Every scheme on some layer, at several activation bits."""
-    choices = zip(KEPT, (SHARED, SHARED, USQ, AQ, VQ), [acts[i % len(acts)] for i in range(len(KEPT))], strict=True)
+    choices = zip(
+        KEPT, (SHARED, SHARED, USQ, AQ, VQ), [acts[i % len(acts)] for i in range(len(KEPT))], strict=True
+    )
     return space.config({n: space.choice(n, s, a) for n, s, a in choices})
 
 
@@ -88,7 +99,8 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
 
 
-# ---- found again -----------------------------------------------------------------------------------------------------------------------
+# ---- found again
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_what_measuring_fitted_is_found_again(dit, tmp_path, fits) -> None:
@@ -98,7 +110,9 @@ def test_what_measuring_fitted_is_found_again(dit, tmp_path, fits) -> None:
     assert space.activations == (8, 6) and space.calibration == CALIBRATION
     made = [(s, n) for s, n in fits if s in ("usq3h", "vq2h", "aq2x3g4")]
     assert len(made) == 3 * len(KEPT) * 2, "each layer at each scheme once for a8 and once for a6"
-    assert [f for f in fits if f[0] == "aq1x4g4s"] == [("aq1x4g4s", 2)] * 3, "one fit of all members for each of q, v and down"
+    assert [f for f in fits if f[0] == "aq1x4g4s"] == [("aq1x4g4s", 2)] * 3, (
+        "one fit of all members for each of q, v and down"
+    )
     assert sum(s == "usq2" for s, _ in fits) == len(KEPT), "plain schemes once, whatever the activations"
     fits.clear()
     model = opened(dit, bank, record=False)  # could fit nothing with H
@@ -112,8 +126,13 @@ def test_what_measuring_fitted_is_found_again(dit, tmp_path, fits) -> None:
                 assert torch.equal(packed.layers[name].coded.dequantize(), model.layers[name].weight)  # type: ignore[union-attr]
     assert not fits
     told: list[str] = []
-    assert measure(dit, study, 8, protocol=PROTOCOL, bank=bank, progress=lambda text, *_: told.append(text)) == 2 and not fits
-    assert not [text for text in told if "fitting" in text or "calibrating" in text], "what the study knows of each scheme is kept"
+    assert (
+        measure(dit, study, 8, protocol=PROTOCOL, bank=bank, progress=lambda text, *_: told.append(text)) == 2
+        and not fits
+    )
+    assert not [text for text in told if "fitting" in text or "calibrating" in text], (
+        "what the study knows of each scheme is kept"
+    )
 
 
 def test_each_activation_width_has_its_own_fit(dit, tmp_path) -> None:
@@ -129,19 +148,26 @@ def test_each_activation_width_has_its_own_fit(dit, tmp_path) -> None:
         assert differ != scheme.shared, "one set of tables serves layers of different activation bits"
         for act in (6, 8, 16):
             model.apply(mixed(space, (act,)))
-            assert torch.equal(model.layers[name].weight, decoded[(16, 8, 6).index(act)]) and model.layers[name].act == act
+            assert (
+                torch.equal(model.layers[name].weight, decoded[(16, 8, 6).index(act)])
+                and model.layers[name].act == act
+            )
     assert {fitter.context(Need(Q0, Scheme.parse("usq2"), a), CALIBRATION) for a in (16, 8, 6)} == {""}
 
 
 def test_layers_that_share_codebooks_may_differ_in_activation_bits(dit, tmp_path) -> None:
     space = space_of(dit)
-    config = space.config({n: space.choice(n, SHARED, a) for n, a in ((Q0, 8), (Q1, 6), (DOWN0, 6), (DOWN1, 16))})
+    config = space.config(
+        {n: space.choice(n, SHARED, a) for n, a in ((Q0, 8), (Q1, 6), (DOWN0, 6), (DOWN1, 16))}
+    )
     model = opened(dit, tmp_path)
     model.apply(config)
     packed = packing.quantize(dit, config, bank=str(tmp_path)).model
     for name, choice in config.layers.items():
         layer = packed.layers[name]
-        assert layer.coded is not None and torch.equal(layer.coded.dequantize(), model.layers[name].weight), name
+        assert layer.coded is not None and torch.equal(layer.coded.dequantize(), model.layers[name].weight), (
+            name
+        )
         assert layer.act == model.layers[name].act == choice.act
 
 
@@ -157,16 +183,21 @@ def test_a_fit_is_that_of_the_layers_own_input(dit, tmp_path) -> None:
         expected = quantize_weight(plain.full(name), scheme, hessian)
         fit = model.fitter.found(Need(name, scheme, act), CALIBRATION)
         assert fit is not None and torch.equal(fit.coded.dequantize(), expected.dequantize()), name
-        assert fit.output == pytest.approx(output_error(plain.full(name), expected.dequantize(), hessian), rel=1e-6)
+        assert fit.output == pytest.approx(
+            output_error(plain.full(name), expected.dequantize(), hessian), rel=1e-6
+        )
         assert torch.equal(model.layers[name].weight, expected.dequantize())
-    known = [moments(plain, calls, [(n,)], [8])[n, 8].hessian for n in (Q0, Q1)]  # for a8, whatever the layers' own bits
+    known = [
+        moments(plain, calls, [(n,)], [8])[n, 8].hessian for n in (Q0, Q1)
+    ]  # for a8, whatever the layers' own bits
     together = quantize_weights([plain.full(Q0), plain.full(Q1)], SHARED, known)
     for name, expected in zip((Q0, Q1), together, strict=True):
         assert torch.equal(model.layers[name].weight, expected.dequantize())
     assert (model.layers[Q0].act, model.layers[Q1].act) == (8, 6)
 
 
-# ---- keys ------------------------------------------------------------------------------------------------------------------------------
+# ---- keys
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_keys_hold_all_that_a_fit_depends_on(dit, tmp_path) -> None:
@@ -185,15 +216,23 @@ def test_keys_hold_all_that_a_fit_depends_on(dit, tmp_path) -> None:
     contexts["shared"] = model.context(Need(Q0, SHARED, 8), CALIBRATION)
     assert len(set(contexts.values())) == len(contexts)
     assert model.context(need, None) == model.context(need, Calibration()) != contexts[""]
-    assert model.context(Need(Q0, VQ, 8), CALIBRATION) == contexts[""], "the scheme's text is in the file's name"
-    paths = {model.bank.path(model.model.key(Q0), s, contexts[""]) for s in (USQ, VQ, AQ, Scheme.parse("usq3"))}
+    assert model.context(Need(Q0, VQ, 8), CALIBRATION) == contexts[""], (
+        "the scheme's text is in the file's name"
+    )
+    paths = {
+        model.bank.path(model.model.key(Q0), s, contexts[""]) for s in (USQ, VQ, AQ, Scheme.parse("usq3"))
+    }
     assert len(paths) == 4
     assert model.context(Need(Q0, SHARED, 8), CALIBRATION) == model.context(Need(Q1, SHARED, 8), CALIBRATION)
 
     with torch.no_grad():
-        dit.denoiser.pos_embed.proj.weight.mul_(1.01)  # upstream: the layer's weight stays, what it reads does not
+        dit.denoiser.pos_embed.proj.weight.mul_(
+            1.01
+        )  # upstream: the layer's weight stays, what it reads does not
     upstream = opened(dit, tmp_path).fitter
-    assert upstream.model.key(Q0) == model.model.key(Q0) and upstream.context(need, CALIBRATION) != contexts[""]
+    assert (
+        upstream.model.key(Q0) == model.model.key(Q0) and upstream.context(need, CALIBRATION) != contexts[""]
+    )
     assert upstream.context(Need(Q0, Scheme.parse("usq3"), 8), CALIBRATION) == "", (
         "what sees the weight alone is found whatever is upstream"
     )
@@ -204,7 +243,9 @@ def test_shared_fits_depend_on_every_member(dit, tmp_path) -> None:
     one = model.fitter.context(Need(Q0, SHARED, 8), CALIBRATION)
     model._keys[Q1] = "another"
     assert model.fitter.context(Need(Q0, SHARED, 8), CALIBRATION) != one
-    assert model.fitter.context(Need(Q0, AQ, 8), CALIBRATION) == opened(dit, tmp_path).fitter.context(Need(Q0, AQ, 8), CALIBRATION)
+    assert model.fitter.context(Need(Q0, AQ, 8), CALIBRATION) == opened(dit, tmp_path).fitter.context(
+        Need(Q0, AQ, 8), CALIBRATION
+    )
 
 
 @pytest.mark.parametrize("change", ["calibration", "upstream"])
@@ -221,7 +262,9 @@ def test_what_depends_on_something_else_is_fitted_again(dit, tmp_path, fits, cha
     model, config = opened(dit, tmp_path), mixed(space_of(dit, calibration=calibration))
     model.apply(config)
     assert sorted(fits) == before
-    assert {p.name.split("-")[0] for p in tmp_path.iterdir()} == {model.key(n) for n in KEPT}, "the same weights"
+    assert {p.name.split("-")[0] for p in tmp_path.iterdir()} == {model.key(n) for n in KEPT}, (
+        "the same weights"
+    )
     assert len(list(tmp_path.iterdir())) == 2 * len(KEPT), "the fits of before stay"
 
 
@@ -235,12 +278,16 @@ def test_one_model_switches_between_calibrations(dit, tmp_path) -> None:
     alone = opened(dit, tmp_path / "two")
     alone.apply(mixed(space_of(dit, calibration=other)))
     assert equal(weights(alone), seen[1])
-    for calibration in (replace(CALIBRATION, seed=1), replace(CALIBRATION, seed=2)):  # the same layer, one right after the other
+    for calibration in (
+        replace(CALIBRATION, seed=1),
+        replace(CALIBRATION, seed=2),
+    ):  # the same layer, one right after the other
         fresh = opened(dit, tmp_path / "three").fitter.coded(Need(V0, USQ, 8), calibration)
         assert torch.equal(model.fitter.coded(Need(V0, USQ, 8), calibration).dequantize(), fresh.dequantize())
 
 
-# ---- the same whoever makes them -------------------------------------------------------------------------------------------------------
+# ---- the same whoever makes them
+# -------------------------------------------------------------------------------------------------------
 
 
 def test_evicted_fits_come_back_to_the_bit(dit, tmp_path) -> None:
@@ -261,7 +308,14 @@ def test_evicted_fits_come_back_to_the_bit(dit, tmp_path) -> None:
         assert torch.equal(alone.layers[name].weight, expected[name]), name
     more = opened(dit, tmp_path / "three")  # among many others
     more.fitter.fit(
-        [Need(n, s, a) for n in KEPT for s in (*AWARE, Scheme.parse("usq2")) if n != V0 or not s.shared for a in (16, 8, 6)], CALIBRATION
+        [
+            Need(n, s, a)
+            for n in KEPT
+            for s in (*AWARE, Scheme.parse("usq2"))
+            if n != V0 or not s.shared
+            for a in (16, 8, 6)
+        ],
+        CALIBRATION,
     )
     more.apply(config)
     assert equal(weights(more), expected)
@@ -272,7 +326,9 @@ def test_portions_of_memory_change_nothing(dit, tmp_path, monkeypatch) -> None:
     whole = opened(dit, tmp_path / "one")
     whole.apply(config)
     replays = []
-    monkeypatch.setattr(fitting, "plan", lambda groups, model, acts: calibrate.plan(groups, model, acts, limit_bytes=1))
+    monkeypatch.setattr(
+        fitting, "plan", lambda groups, model, acts: calibrate.plan(groups, model, acts, limit_bytes=1)
+    )
     monkeypatch.setattr(fitting, "moments", lambda *rest: replays.append(rest[2]) or moments(*rest))
     parts = opened(dit, tmp_path / "two")
     parts.apply(config)
@@ -283,39 +339,64 @@ def test_a_fresh_bank_quantizes_to_what_was_measured(pipe, tmp_path) -> None:
     """The artifact's images are those that the measurement saw, though another bank made the fits."""
     graph = trace(pipe)
     names = [n for n, a in graph.nodes(data=True) if a["kind"] != "merge"]
-    space = make_space(graph, fingerprint(pipe.denoiser), schemes=["usq2", "usq3h", "aq1x4g4", "aq1x4g4s"], calibration=CALIBRATION)
+    space = make_space(
+        graph,
+        fingerprint(pipe.denoiser),
+        schemes=["usq2", "usq3h", "aq1x4g4", "aq1x4g4s"],
+        calibration=CALIBRATION,
+    )
     picked = {n: space.choices[n][-1 - (i % 2)] for i, n in enumerate(names)}
-    config = space.config({n: space.choice(n, s, (8, 6)[i // 2 % 2]) for i, (n, s) in enumerate(picked.items())})
+    config = space.config(
+        {n: space.choice(n, s, (8, 6)[i // 2 % 2]) for i, (n, s) in enumerate(picked.items())}
+    )
     assert {str(c.weight) for c in config.layers.values()} >= {"aq1x4g4", "aq1x4g4s"}
     model = open_model(pipe)
     evaluator = Evaluator(pipe, model.graph, Bank(tmp_path / "one"), model.fingerprint)
     measured = evaluator.generate(config, PROTOCOL)
     packed = packing.quantize(pipe, config, bank=str(tmp_path / "two"), accuracy="exact")
     for name, layer in packed.model.layers.items():
-        assert layer.coded is not None and torch.equal(layer.coded.dequantize(), evaluator.quantized.layers[name].weight), name
-        assert (layer.act, layer.act_output) == (evaluator.quantized.layers[name].act, evaluator.quantized.layers[name].act_output)
+        assert layer.coded is not None and torch.equal(
+            layer.coded.dequantize(), evaluator.quantized.layers[name].weight
+        ), name
+        assert (layer.act, layer.act_output) == (
+            evaluator.quantized.layers[name].act,
+            evaluator.quantized.layers[name].act_output,
+        )
     made = Adapter(packed.pipe).images(PROTOCOL, range(4))
     full = evaluator.generate(QuantConfig(model.fingerprint, {}), PROTOCOL)
     assert (measured - full).abs().max() > 1e-2, "the test must see a difference"
-    close = (made - measured).abs().flatten(1).amax(1)  # a rounding of activations that falls the other way moves an image a little
+    close = (
+        (made - measured).abs().flatten(1).amax(1)
+    )  # a rounding of activations that falls the other way moves an image a little
     assert float(close.median()) < 1e-4 and float(close.max()) < 0.05
 
 
 def test_dense_equals_packed_for_shared_codebooks(pipe, tmp_path) -> None:
     graph = trace(pipe)
-    space = make_space(graph, fingerprint(pipe.denoiser), schemes=["usq4", "aq1x4g4s"], calibration=CALIBRATION)
+    space = make_space(
+        graph, fingerprint(pipe.denoiser), schemes=["usq4", "aq1x4g4s"], calibration=CALIBRATION
+    )
     config = space.config({n: space.choice(n, row[-1], 16) for n, row in space.choices.items()})
     packed = packing.quantize(pipe, config, bank=str(tmp_path), accuracy="exact")
     tables: dict[str, set[int]] = {}
     for name, choice in config.layers.items():
         if choice.weight.shared:
-            tables.setdefault(str(choice.codebook), set()).add(packed.model.layers[name].coded.codebooks.data_ptr())  # type: ignore[union-attr]
-    assert len(tables) >= 4 and all(len(pointers) == 1 for pointers in tables.values()), "one tensor for all members"
+            tables.setdefault(str(choice.codebook), set()).add(
+                packed.model.layers[name].coded.codebooks.data_ptr()
+            )  # type: ignore[union-attr]
+    assert len(tables) >= 4 and all(len(pointers) == 1 for pointers in tables.values()), (
+        "one tensor for all members"
+    )
     assert len({p for pointers in tables.values() for p in pointers}) == len(tables)
     dense = opened(pipe, tmp_path, record=False)
     dense.apply(config)
     pipe.denoiser = dense.denoiser
-    torch.testing.assert_close(Adapter(packed.pipe).images(PROTOCOL, range(4)), Adapter(pipe).images(PROTOCOL, range(4)), rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        Adapter(packed.pipe).images(PROTOCOL, range(4)),
+        Adapter(pipe).images(PROTOCOL, range(4)),
+        rtol=0,
+        atol=1e-4,
+    )
 
 
 def test_workers_find_the_same_features(dit, tmp_path) -> None:
@@ -325,14 +406,18 @@ def test_workers_find_the_same_features(dit, tmp_path) -> None:
     measure(dit, two, 2, bank=str(tmp_path / "bank2"), workers=2, **options)
     assert one.features() == two.features() and len(one.features()) > 5 * len(KEPT)
     columns = ["config", "status", "mse", "fid"]
-    assert one.measurements()[columns].sort_values("config").reset_index(drop=True).equals(
-        two.measurements()[columns].sort_values("config").reset_index(drop=True)
-    )  # fmt: skip
+    assert (
+        one.measurements()[columns]
+        .sort_values("config")
+        .reset_index(drop=True)
+        .equals(two.measurements()[columns].sort_values("config").reset_index(drop=True))
+    )
     names = ({p.name for p in (tmp_path / b).iterdir()} for b in ("bank1", "bank2"))
     assert len({frozenset(n) for n in names}) == 1
 
 
-# ---- interruptions and damage ----------------------------------------------------------------------------------------------------------
+# ---- interruptions and damage
+# ----------------------------------------------------------------------------------------------------------
 
 
 def test_an_interrupted_fit_continues(dit, tmp_path, fits, monkeypatch) -> None:
@@ -363,9 +448,13 @@ def test_an_interrupted_fit_continues(dit, tmp_path, fits, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("damage", ["truncated", "older"])
-def test_unreadable_fits_are_made_again_and_leave_the_other_layers_alone(dit, tmp_path, damage: str, monkeypatch) -> None:
+def test_unreadable_fits_are_made_again_and_leave_the_other_layers_alone(
+    dit, tmp_path, damage: str, monkeypatch
+) -> None:
     space = space_of(dit, excluded=[])
-    config = mixed(space).with_layer("pos_embed.proj", "fp", 8)  # a layer before them that has activation bits alone
+    config = mixed(space).with_layer(
+        "pos_embed.proj", "fp", 8
+    )  # a layer before them that has activation bits alone
     model = opened(dit, tmp_path)
     model.apply(config)
     expected, acts = weights(model), {n: layer.act for n, layer in model.layers.items()}
@@ -387,7 +476,9 @@ def test_unreadable_fits_are_made_again_and_leave_the_other_layers_alone(dit, tm
         path.write_bytes(b"nothing")
         two = opened(dit, tmp_path)
         two.apply(space.config({n: config[n] for n in ("pos_embed.proj", DOWN1)}))
-        assert two.layers["pos_embed.proj"].act == 8 and torch.equal(two.layers[DOWN1].weight, expected[DOWN1])
+        assert two.layers["pos_embed.proj"].act == 8 and torch.equal(
+            two.layers[DOWN1].weight, expected[DOWN1]
+        )
     assert sorted(tmp_path.iterdir()) == files
 
 
@@ -395,38 +486,64 @@ def test_a_fit_of_a_member_is_a_fit_of_all(dit, tmp_path, fits) -> None:
     model = opened(dit, tmp_path)
     one = model.fitter.coded(Need(Q0, SHARED, 8), CALIBRATION)
     assert fits == [("aq1x4g4s", 2)]
-    assert model.fitter.has(Need(Q1, SHARED, 8), CALIBRATION) and not model.fitter.has(Need(DOWN1, SHARED, 8), CALIBRATION)
+    assert model.fitter.has(Need(Q1, SHARED, 8), CALIBRATION) and not model.fitter.has(
+        Need(DOWN1, SHARED, 8), CALIBRATION
+    )
     other = model.fitter.coded(Need(Q1, SHARED, 8), CALIBRATION)
     assert fits == [("aq1x4g4s", 2)] and one.codebooks is not None and other.codebooks is not None
     assert torch.equal(one.codebooks, other.codebooks) and not torch.equal(one.packed, other.packed)
     for path in tmp_path.glob(f"{model.key(Q1)}*"):
         path.unlink()
-    assert torch.equal(model.fitter.coded(Need(Q1, SHARED, 8), CALIBRATION).packed, other.packed), "one lost member is the same again"
+    assert torch.equal(model.fitter.coded(Need(Q1, SHARED, 8), CALIBRATION).packed, other.packed), (
+        "one lost member is the same again"
+    )
     assert torch.equal(model.fitter.coded(Need(Q0, SHARED, 8), CALIBRATION).packed, one.packed)
 
 
-# ---- what is said ----------------------------------------------------------------------------------------------------------------------
+# ---- what is said
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_a_diagonal_h_is_noted(dit, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(calibrate, "WIDEST", 32)
     study = Study(tmp_path / "s.db")
-    measure(dit, study, 1, protocol=PROTOCOL, space={**SPACE, "excluded": excluded(dit)}, bank=str(tmp_path / "bank"))
+    measure(
+        dit,
+        study,
+        1,
+        protocol=PROTOCOL,
+        space={**SPACE, "excluded": excluded(dit)},
+        bank=str(tmp_path / "bank"),
+    )
     features = study.features()
     for name in KEPT:
         for scheme in SCHEMES:
             if (name, scheme) in features:
-                said = [n for n in features[name, scheme].get("notes", []) if n == "H of 64 inputs is kept as its diagonal only"]
+                said = [
+                    n
+                    for n in features[name, scheme].get("notes", [])
+                    if n == "H of 64 inputs is kept as its diagonal only"
+                ]
                 assert len(said) == (name in (DOWN0, DOWN1) and scheme != "usq2"), (name, scheme)
     assert f"{DOWN0} at usq3h: H of 64 inputs is kept as its diagonal only" in study.notes()
     assert f"{DOWN1} at aq1x4g4s: H of 64 inputs is kept as its diagonal only" in study.notes()
     again = Study(tmp_path / "t.db")  # from the bank, without a fit
-    measure(dit, again, 1, protocol=PROTOCOL, space={**SPACE, "excluded": excluded(dit)}, bank=str(tmp_path / "bank"))
+    measure(
+        dit,
+        again,
+        1,
+        protocol=PROTOCOL,
+        space={**SPACE, "excluded": excluded(dit)},
+        bank=str(tmp_path / "bank"),
+    )
     assert again.notes() == study.notes() and again.features() == features
 
 
 def test_warnings_of_fits_are_notes_not_noise(dit, tmp_path, recwarn) -> None:
-    study, space = Study(tmp_path / "s.db"), {"schemes": ["usq2", "aq1x8g16"], "calibration": CALIBRATION, "excluded": excluded(dit)}
+    study, space = (
+        Study(tmp_path / "s.db"),
+        {"schemes": ["usq2", "aq1x8g16"], "calibration": CALIBRATION, "excluded": excluded(dit)},
+    )
     measure(dit, study, 1, protocol=PROTOCOL, space=space, bank=str(tmp_path / "bank"))
     noted = {line.split(":")[0] for line in study.notes()}
     assert noted == {f"{n} at aq1x8g16" for n in KEPT} and all("codeword" in line for line in study.notes())
@@ -487,8 +604,13 @@ def test_progress_names_layer_and_loss(dit, tmp_path, way: str) -> None:
 
 def test_progress_counts_what_was_asked_for(dit, tmp_path) -> None:
     told: list[tuple[str, int, int]] = []
-    opened(dit, tmp_path).prepare(QuantConfig("", {}, calibration=CALIBRATION).with_layer(Q0, SHARED, 8), lambda *step: told.append(step))
-    assert {t for _, _, t in told} == {1} and max(done for _, done, _ in told) == 1, "partners are fitted too, and not counted"
+    opened(dit, tmp_path).prepare(
+        QuantConfig("", {}, calibration=CALIBRATION).with_layer(Q0, SHARED, 8),
+        lambda *step: told.append(step),
+    )
+    assert {t for _, _, t in told} == {1} and max(done for _, done, _ in told) == 1, (
+        "partners are fitted too, and not counted"
+    )
 
 
 def test_calibration_images_are_made_as_asked(dit) -> None:
@@ -497,29 +619,44 @@ def test_calibration_images_are_made_as_asked(dit) -> None:
     calls = recorder(dit)(asked)
     assert len(calls) == 2 * 3 and dit.scheduler is scheduler, "two micro-batches of 16"
     labels = {tuple(kwargs["class_labels"].tolist()) for _, kwargs in calls}
-    assert labels <= {(*([7, 3] * 8), *[10] * 16), (7, 3, 7, *[3] * 13, *[10] * 16)} and len(labels) == 2, "guidance doubles them"
+    assert labels <= {(*([7, 3] * 8), *[10] * 16), (7, 3, 7, *[3] * 13, *[10] * 16)} and len(labels) == 2, (
+        "guidance doubles them"
+    )
 
     few = Calibration(images=2, steps=3)
     ddim, euler = recorder(dit)(few), recorder(dit)(replace(few, scheduler="euler"))
     assert not torch.equal(ddim[1][0][0], euler[1][0][0]), "what the second step reads depends on the sampler"
     assert len(recorder(dit)(replace(few, steps=4))) == 4
     first, other = (recorder(dit)(Calibration(images=2, steps=1, seed=s))[0][0][0] for s in (1, 2))
-    assert not torch.equal(first[0], other[0]) and torch.equal(first[1], other[0]), "image i is made from seed + i"
+    assert not torch.equal(first[0], other[0]) and torch.equal(first[1], other[0]), (
+        "image i is made from seed + i"
+    )
 
 
-# ---- end to end ------------------------------------------------------------------------------------------------------------------------
+# ---- end to end
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_the_default_space_of_a_tiny_model_is_measured(dit, tmp_path) -> None:
     study, told = Study(tmp_path / "s.db"), []
-    measure(dit, study, 4, protocol=PROTOCOL, bank=str(tmp_path / "bank"), progress=lambda *step: told.append(step))
+    measure(
+        dit,
+        study,
+        4,
+        protocol=PROTOCOL,
+        bank=str(tmp_path / "bank"),
+        progress=lambda *step: told.append(step),
+    )
     space, features = SearchSpace.from_dict(study.get("space")), study.features()
     assert any(s.shared for s in space.schemes) and any(s.output_aware for s in space.schemes)
     assert space.calibration == Calibration.of(PROTOCOL)
     for layer, row in space.choices.items():
         for scheme in (s for s in row if s != FP):
             facts = features[layer, str(scheme)]
-            assert 0 <= facts["output"] < 1 and 0 <= facts["error"] < 2 and facts["damage"] >= 0, (layer, scheme)
+            assert 0 <= facts["output"] < 1 and 0 <= facts["error"] < 2 and facts["damage"] >= 0, (
+                layer,
+                scheme,
+            )
         assert features[layer, "usq6h"]["output"] <= features[layer, "usq2h"]["output"] * 1.01, layer
     table = study.measurements(failed=True)
     assert (table.status == "ok").all() and (table.kind == "sample").sum() == 4
@@ -531,7 +668,9 @@ def test_the_default_space_of_a_tiny_model_is_measured(dit, tmp_path) -> None:
         model.apply(config)
 
 
-def test_h_is_measured_where_it_is_needed_and_once_for_all_schemes_of_a_layer(dit, tmp_path, monkeypatch) -> None:
+def test_h_is_measured_where_it_is_needed_and_once_for_all_schemes_of_a_layer(
+    dit, tmp_path, monkeypatch
+) -> None:
     asked: list[tuple[set[str], list[int]]] = []
 
     def watched(model: Any, calls: Any, groups: list[tuple[str, ...]], acts: list[int]) -> Any:
@@ -540,18 +679,24 @@ def test_h_is_measured_where_it_is_needed_and_once_for_all_schemes_of_a_layer(di
 
     monkeypatch.setattr(fitting, "moments", watched)
     model, other = opened(dit, tmp_path), Scheme.parse("aq2x3g4s")
-    model.fitter.fit([Need(n, s, a) for n in (Q0, V0) for s in (USQ, AQ, SHARED, other) for a in (8, 6)], CALIBRATION)
+    model.fitter.fit(
+        [Need(n, s, a) for n in (Q0, V0) for s in (USQ, AQ, SHARED, other) for a in (8, 6)], CALIBRATION
+    )
     v1 = V0.replace("blocks.0", "blocks.1")
     assert asked == [({Q0, V0}, [8, 6]), ({Q0, Q1}, [8]), ({V0, v1}, [8])]
     asked.clear()
     opened(dit, tmp_path / "two").apply(mixed(space_of(dit)))
-    assert [layers for layers, _ in asked] == [{Q0, Q1}, {V0, DOWN0, DOWN1}], "a configuration's layers are fitted together"
+    assert [layers for layers, _ in asked] == [{Q0, Q1}, {V0, DOWN0, DOWN1}], (
+        "a configuration's layers are fitted together"
+    )
 
 
 def test_images_for_calibration_are_made_once(dit, tmp_path, monkeypatch) -> None:
     made: list[Any] = []
     original = calibrate.record_calls
-    monkeypatch.setattr("aquabit.pipelines.adapter.record_calls", lambda *rest: made.append(rest) or original(*rest))
+    monkeypatch.setattr(
+        "aquabit.pipelines.adapter.record_calls", lambda *rest: made.append(rest) or original(*rest)
+    )
     model, space = opened(dit, tmp_path), space_of(dit)
     for act in (8, 6):
         model.apply(mixed(space, (act,)))

@@ -49,44 +49,62 @@ def criterion(scheme: Scheme, shape: tuple[int, ...], sharers: int) -> float:
 
 
 def operations(scheme: Scheme, shape: tuple[int, ...]) -> float:
-    """M K / out + M / (2 g): tables of products are made once for all taps of a kernel, except where a group is a kernel slice."""
+    """M K / out + M / (2 g): tables of products are made once for all taps of a kernel, except where a
+    group is a kernel slice."""
     count, words, size, _ = parts(scheme, shape)
     taps = prod(shape[2:]) if scheme.group else 1
     return count * words / (taps * shape[0]) + count / (2 * size)
 
 
-# ---- what is picked --------------------------------------------------------------------------------------------------------------------
+# ---- what is picked
+# ------------------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=300, deadline=None)
-@given(shape=SHAPES, sharers=SHARERS, levels=st.lists(st.sampled_from([1.0, 1.5, 2.0, 2.5, 3.0, 4.0]), min_size=1, max_size=5, unique=True))
-def test_formats_are_worth_their_codebooks_and_the_best_of_their_level(shape: tuple[int, ...], sharers: int, levels: list[float]) -> None:
+@given(
+    shape=SHAPES,
+    sharers=SHARERS,
+    levels=st.lists(st.sampled_from([1.0, 1.5, 2.0, 2.5, 3.0, 4.0]), min_size=1, max_size=5, unique=True),
+)
+def test_formats_are_worth_their_codebooks_and_the_best_of_their_level(
+    shape: tuple[int, ...], sharers: int, levels: list[float]
+) -> None:
     levels = sorted(levels)
     found = layer_formats("ff.up", shape, levels, sharers)
     bits = [parts(s, shape)[3] for s in found]
     assert bits == sorted(bits) and len(set(found)) == len(found) <= len(levels)
     for scheme in found:
-        assert scheme.kind == "aq" and stored_bits(scheme, shape, sharers) == pytest.approx(stored(scheme, shape, sharers))
+        assert scheme.kind == "aq" and stored_bits(scheme, shape, sharers) == pytest.approx(
+            stored(scheme, shape, sharers)
+        )
         assert stored(scheme, shape, sharers) <= WORTH * parts(scheme, shape)[3] * (1 + 1e-12)
         assert not scheme.shared or sharers > 1
         assert parts(scheme, shape)[2] <= prod(shape[1:])
     row = FORMATS["* 1x1" if prod(shape[2:]) == 1 else "*"]
     for level in levels:
         near = [
-            s for s in map(Scheme.parse, row)
-            if abs(parts(s, shape)[3] - level) <= REACH and parts(s, shape)[2] <= prod(shape[1:]) and (sharers > 1 or not s.shared)
+            s
+            for s in map(Scheme.parse, row)
+            if abs(parts(s, shape)[3] - level) <= REACH
+            and parts(s, shape)[2] <= prod(shape[1:])
+            and (sharers > 1 or not s.shared)
             and stored(s, shape, sharers) <= WORTH * parts(s, shape)[3]
-        ]  # fmt: skip
+        ]
         if not near:
             assert not any(abs(b - level) <= REACH for b in bits)
             continue
         best = min(criterion(s, shape, sharers) for s in near)
-        assert any(abs(parts(s, shape)[3] - level) <= REACH and criterion(s, shape, sharers) <= best + 1e-9 for s in found)
+        assert any(
+            abs(parts(s, shape)[3] - level) <= REACH and criterion(s, shape, sharers) <= best + 1e-9
+            for s in found
+        )
 
 
 @settings(max_examples=150, deadline=None)
 @given(shape=SHAPES, sharers=SHARERS, limit=st.floats(0.02, 1.5))
-def test_the_limit_of_operations_is_kept_and_costs_nothing_else(shape: tuple[int, ...], sharers: int, limit: float) -> None:
+def test_the_limit_of_operations_is_kept_and_costs_nothing_else(
+    shape: tuple[int, ...], sharers: int, limit: float
+) -> None:
     found = layer_formats("ff.up", shape, LEVELS, sharers, operations=limit)
     assert all(operations(s, shape) <= limit * (1 + 1e-12) for s in found)
     for scheme in found:
@@ -99,12 +117,17 @@ def test_the_limit_of_operations_is_kept_and_costs_nothing_else(shape: tuple[int
 
 def test_a_limit_of_operations_turns_to_smaller_tables() -> None:
     free, bound = layer_formats("ff.up", (2048, 2048)), layer_formats("ff.up", (2048, 2048), operations=0.2)
-    assert max(operations(s, (2048, 2048)) for s in free) > 0.2 >= max(operations(s, (2048, 2048)) for s in bound)
+    assert (
+        max(operations(s, (2048, 2048)) for s in free)
+        > 0.2
+        >= max(operations(s, (2048, 2048)) for s in bound)
+    )
     assert bound and layer_formats("ff.up", (2048, 2048), operations=1e-3) == ()
 
 
 def test_codebooks_weigh_on_small_layers() -> None:
-    """Larger tables as layers grow; sharing where layers are small and partners many; nothing where no table pays."""
+    """Larger tables as layers grow; sharing where layers are small and partners many; nothing where no
+    table pays."""
 
     def tables(shape: tuple[int, ...], sharers: int = 1) -> list[int]:
         return [2 * prod(parts(s, shape)[:3]) for s in layer_formats("q", shape, (2.0,), sharers)]
@@ -127,10 +150,15 @@ def test_losses_are_told_of_formats_that_were_measured() -> None:
     assert {s.removesuffix("s") for row in FORMATS.values() for s in row} == set(LOSS)
     for level in LEVELS:
         assert any(abs(parts(Scheme.parse(f), (64, 64))[3] - level) <= REACH for f in FORMATS["* 1x1"])
-        assert any(abs(parts(Scheme.parse(f), (64, 64, 3, 3))[3] - level) <= REACH for f in FORMATS["*"] if f.rstrip("s").endswith("k"))
+        assert any(
+            abs(parts(Scheme.parse(f), (64, 64, 3, 3))[3] - level) <= REACH
+            for f in FORMATS["*"]
+            if f.rstrip("s").endswith("k")
+        )
 
 
-# ---- tables ----------------------------------------------------------------------------------------------------------------------------
+# ---- tables
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_the_first_pattern_of_a_table_counts() -> None:
@@ -142,9 +170,16 @@ def test_the_first_pattern_of_a_table_counts() -> None:
         "res.conv": (256, 256, 3, 3),
     }
     found = {k: [str(s) for s in layer_formats(k, shape, (2.0,), table=table)] for k, shape in shapes.items()}
-    assert found == {"ff.up": ["aq2x8g8"], "res.conv1": ["aq2x8k"], "self_attn.q": ["aq1x8g4"], "res.conv": ["aq1x8g4"]}
+    assert found == {
+        "ff.up": ["aq2x8g8"],
+        "res.conv1": ["aq2x8k"],
+        "self_attn.q": ["aq1x8g4"],
+        "res.conv": ["aq1x8g4"],
+    }
     assert (
-        layer_formats("ff.up", (512, 512), (2.0,), table={}) == () == layer_formats("ff.up", (512, 512), (2.0,), table={"x*": ["aq2x8g8"]})
+        layer_formats("ff.up", (512, 512), (2.0,), table={})
+        == ()
+        == layer_formats("ff.up", (512, 512), (2.0,), table={"x*": ["aq2x8g8"]})
     )
     alone, both = (layer_formats("ff.up", (512, 512), (2.0,), n, {"*": ["aq2x8g8s"]}) for n in (1, 2))
     assert alone == () and both == (Scheme.parse("aq2x8g8s"),), "codebooks are shared with partners only"
@@ -156,20 +191,26 @@ def test_tables_hold_additive_schemes_only(wrong: str) -> None:
     with pytest.raises(AquabitError, match=rf"holds {wrong} for 'ff.up'.*as in aq2x8g8") as error:
         layer_formats("ff.up", (512, 512), table={"*": ["aq2x8g8", wrong]})
     assert "\n" not in str(error.value)
-    assert layer_formats("other", (512, 512), (2.0,), table={"ff.up*": [wrong], "*": ["aq2x8g8"]}) == (Scheme.parse("aq2x8g8"),)
+    assert layer_formats("other", (512, 512), (2.0,), table={"ff.up*": [wrong], "*": ["aq2x8g8"]}) == (
+        Scheme.parse("aq2x8g8"),
+    )
     with pytest.raises(AquabitError, match="unknown scheme 'aq2'"):
         layer_formats("ff.up", (512, 512), table={"*": ["aq2"]})
 
 
 def test_groups_longer_than_a_row_are_left_out() -> None:
     table = {"*": ["aq3x8g8", "aq6x8g16"]}
-    found = {row: [str(s) for s in layer_formats("q", (20_000, row), (3.0,), table=table)] for row in (7, 8, 15, 16)}
+    found = {
+        row: [str(s) for s in layer_formats("q", (20_000, row), (3.0,), table=table)]
+        for row in (7, 8, 15, 16)
+    }
     assert found == {7: [], 8: ["aq3x8g8"], 15: ["aq3x8g8"], 16: ["aq3x8g8"]}
     assert layer_formats("q", (20_000, 15), (3.0,), table={"*": ["aq6x8g16"]}) == ()
     assert layer_formats("q", (20_000, 16), (3.0,), table={"*": ["aq6x8g16"]}) == (Scheme.parse("aq6x8g16"),)
 
 
-# ---- spaces ----------------------------------------------------------------------------------------------------------------------------
+# ---- spaces
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", bundled_models())
@@ -177,9 +218,15 @@ def test_default_spaces_of_bundled_models_have_formats_at_every_level(name: str)
     graph = trace(load(name))
     space, nodes, partners = make_space(graph, "f", name), layers(graph), codebook_names(graph)
     weight = {k: prod(nodes[k]["shape"]) for k in space.choices}
-    sharers = {k: sum(p == partners.get(k) for p in partners.values()) if k in partners else 1 for k in space.choices}
+    sharers = {
+        k: sum(p == partners.get(k) for p in partners.values()) if k in partners else 1 for k in space.choices
+    }
     for level in LEVELS:
-        held = {k for k, row in space.choices.items() if any(s.kind == "aq" and abs(space.code_bits(k, s) - level) <= REACH for s in row)}
+        held = {
+            k
+            for k, row in space.choices.items()
+            if any(s.kind == "aq" and abs(space.code_bits(k, s) - level) <= REACH for s in row)
+        }
         assert sum(weight[k] for k in held) >= 0.95 * sum(weight.values()), level
     total = sum(weight.values())
     for layer, row in space.choices.items():
@@ -187,12 +234,19 @@ def test_default_spaces_of_bundled_models_have_formats_at_every_level(name: str)
         tiny = weight[layer] < TINY * total
         given = layer_formats(nodes[layer]["operator"], tuple(nodes[layer]["shape"]), LEVELS, sharers[layer])
         assert tuple(additive) == (() if tiny else given)
-        assert row[0] == FP and len(row) <= 9 and (Scheme.parse("usq8") in row) == tiny, "eight to fit, 8 bits where bytes hardly count"
+        assert row[0] == FP and len(row) <= 9 and (Scheme.parse("usq8") in row) == tiny, (
+            "eight to fit, 8 bits where bytes hardly count"
+        )
         for scheme in additive:
-            assert stored(scheme, tuple(nodes[layer]["shape"]), sharers[layer]) <= WORTH * space.code_bits(layer, scheme)
+            assert stored(scheme, tuple(nodes[layer]["shape"]), sharers[layer]) <= WORTH * space.code_bits(
+                layer, scheme
+            )
             assert not scheme.shared or space.codebook(layer) == partners[layer]
     assert any(s.shared for s in space.schemes)
-    bits = [np.mean([space.code_bits(k, c.weight) for k, c in config.layers.items()]) for config in space.sample(60)]
+    bits = [
+        np.mean([space.code_bits(k, c.weight) for k, c in config.layers.items()])
+        for config in space.sample(60)
+    ]
     assert min(bits) < 2.4 and max(bits) > 3.8
 
 
@@ -211,7 +265,9 @@ def test_a_level_is_each_layers_nearest_additive_format(name: str, bits: float) 
     for layer, row in space.choices.items():
         choice = config[layer]
         if any(s.kind == "aq" for s in row):
-            assert choice.weight.kind == "aq" and abs(space.code_bits(layer, choice.weight) - bits) == nearest(space, layer, "aq", bits)
+            assert choice.weight.kind == "aq" and abs(
+                space.code_bits(layer, choice.weight) - bits
+            ) == nearest(space, layer, "aq", bits)
             shared += choice.weight.shared
         elif len(row) > 1:
             fallen += 1
@@ -230,13 +286,23 @@ def test_references_hold_each_level_of_the_family() -> None:
     references = uniform_references(space)
     assert len({c.digest for c in references}) == len(references)
     found = {
-        round(2 * space.code_bits(k, c.weight)) / 2 for config in references for k, c in config.layers.items() if c.weight.kind == "aq"
+        round(2 * space.code_bits(k, c.weight)) / 2
+        for config in references
+        for k, c in config.layers.items()
+        if c.weight.kind == "aq"
     }
-    assert found == {round(2 * space.code_bits(k, s)) / 2 for k, row in space.choices.items() for s in row if s.kind == "aq"}
+    assert found == {
+        round(2 * space.code_bits(k, s)) / 2
+        for k, row in space.choices.items()
+        for s in row
+        if s.kind == "aq"
+    }
     for config in references:
         space.check(config, extra_schemes=True)
     plain = make_space(graph, "f", schemes=["usq2", "vq3"])
-    assert [{str(c.weight) for c in config.layers.values()} for config in uniform_references(plain)] == [{f"usq{b}"} for b in (2, 3, 4, 8)]
+    assert [{str(c.weight) for c in config.layers.values()} for config in uniform_references(plain)] == [
+        {f"usq{b}"} for b in (2, 3, 4, 8)
+    ]
 
 
 def additive(space: SearchSpace) -> set[str]:
@@ -246,10 +312,17 @@ def additive(space: SearchSpace) -> set[str]:
 def test_levels_and_formats_are_options_of_a_space() -> None:
     assert additive(make_space(GRAPH, "f")) and make_space(GRAPH, "f").calibration is not None
     assert not additive(make_space(GRAPH, "f", schemes=["usq2"])), "given schemes are all there is"
-    assert not additive(make_space(GRAPH, "f", levels=[])) and not additive(make_space(GRAPH, "f", formats={}))
+    assert not additive(make_space(GRAPH, "f", levels=[])) and not additive(
+        make_space(GRAPH, "f", formats={})
+    )
     both = make_space(GRAPH, "f", schemes=["usq2"], levels=[2.0])
     assert {str(s) for s in both.schemes} == {"fp", "usq2", *additive(both)} and additive(both)
-    assert all(abs(both.code_bits(k, s) - 2) <= REACH for k, row in both.choices.items() for s in row if s.kind == "aq")
+    assert all(
+        abs(both.code_bits(k, s) - 2) <= REACH
+        for k, row in both.choices.items()
+        for s in row
+        if s.kind == "aq"
+    )
     own = make_space(GRAPH, "f", levels=[2.0, 3.0], formats={"ff.* *": ["aq3x4g4s"], "adaln *": ["aq2x4g4s"]})
     assert additive(own) == {"aq3x4g4s", "aq2x4g4s"}
     for layer, row in own.choices.items():
@@ -257,7 +330,9 @@ def test_levels_and_formats_are_options_of_a_space() -> None:
         expected = {"ff": ["aq3x4g4s"], "adaln": ["aq2x4g4s"]}.get(operator.split(".")[0], [])
         assert kinds == (expected if layer in codebook_names(GRAPH) else []), layer
     only = make_space(GRAPH, "f", schemes=["usq4", "aq2x4g4s"])
-    assert {k for k, row in only.choices.items() if len(row) == 2} == codebook_names(GRAPH).keys(), "left out where there is no partner"
+    assert {k for k, row in only.choices.items() if len(row) == 2} == codebook_names(GRAPH).keys(), (
+        "left out where there is no partner"
+    )
     with pytest.raises(AquabitError, match=r"no scheme is left for layer 'pos_embed\.proj'.*usq4"):
         make_space(GRAPH, "f", schemes=["aq2x4g4s"])
     with pytest.raises(AquabitError, match="list of schemes is empty"):
@@ -270,7 +345,12 @@ def test_levels_and_formats_are_options_of_a_space() -> None:
 
 def test_space_files_take_levels_and_formats(tmp_path) -> None:
     path = tmp_path / "space.json"
-    value = {"schemes": ["usq2"], "levels": [2, 3.0], "formats": {"ff.* *": ["aq3x4g4s"], "*": []}, "activations": [8, 6]}
+    value = {
+        "schemes": ["usq2"],
+        "levels": [2, 3.0],
+        "formats": {"ff.* *": ["aq3x4g4s"], "*": []},
+        "activations": [8, 6],
+    }
     path.write_text(json.dumps(value))
     assert read_space(path) == value
     space = make_space(GRAPH, "f", **read_space(path))
@@ -282,15 +362,31 @@ def test_space_files_take_levels_and_formats(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("value", "said"),
     [
-        ({"levels": 2}, "levels"), ({"levels": ["2"]}, "level '2'"), ({"levels": [0]}, "level 0"), ({"levels": [-1]}, "level -1"),
-        ({"levels": [17]}, "level 17"), ({"levels": [float("nan")]}, "level nan"), ({"levels": [True]}, "level True"),
-        ({"levels": [None]}, "level None"), ({"formats": ["aq2x8g8"]}, "formats"), ({"formats": {"*": "aq2x8g8"}}, "formats must map"),
-        ({"formats": {"*": [8]}}, "scheme 8"), ({"formats": {"*": ["aq2"]}}, "'aq2'"), ({"formats": {"*": ["usq4"]}}, "usq4"),
-        ({"activations": [5]}, "5"), ({"activations": ["8"]}, "'8'"), ({"activations": [8.0]}, "8.0"), ({"excluded": [5]}, "pattern 5"),
-        ({"excluded": "conv_in"}, "excluded"), ({"pinned": {"conv_in": 5}}, "scheme 5"), ({"pinned": ["conv_in"]}, "pinned"),
-        ({"schemes": [], "levels": []}, "empty"), ({"activations": []}, r"\[\]"), ({"calibration": {}}, "calibration"),
+        ({"levels": 2}, "levels"),
+        ({"levels": ["2"]}, "level '2'"),
+        ({"levels": [0]}, "level 0"),
+        ({"levels": [-1]}, "level -1"),
+        ({"levels": [17]}, "level 17"),
+        ({"levels": [float("nan")]}, "level nan"),
+        ({"levels": [True]}, "level True"),
+        ({"levels": [None]}, "level None"),
+        ({"formats": ["aq2x8g8"]}, "formats"),
+        ({"formats": {"*": "aq2x8g8"}}, "formats must map"),
+        ({"formats": {"*": [8]}}, "scheme 8"),
+        ({"formats": {"*": ["aq2"]}}, "'aq2'"),
+        ({"formats": {"*": ["usq4"]}}, "usq4"),
+        ({"activations": [5]}, "5"),
+        ({"activations": ["8"]}, "'8'"),
+        ({"activations": [8.0]}, "8.0"),
+        ({"excluded": [5]}, "pattern 5"),
+        ({"excluded": "conv_in"}, "excluded"),
+        ({"pinned": {"conv_in": 5}}, "scheme 5"),
+        ({"pinned": ["conv_in"]}, "pinned"),
+        ({"schemes": [], "levels": []}, "empty"),
+        ({"activations": []}, r"\[\]"),
+        ({"calibration": {}}, "calibration"),
     ],
-)  # fmt: skip
+)
 def test_bad_space_files_give_one_sentence(tmp_path, value: dict[str, Any], said: str) -> None:
     path = tmp_path / "space.json"
     path.write_text(json.dumps(value))

@@ -14,20 +14,35 @@ from aquabit.scheme import FP, AquabitError, Calibration, LayerChoice, QuantConf
 from aquabit.search.given import read_given
 from aquabit.space import SearchSpace, make_space
 
-LAYERS = {"conv_in": (16, 3, 3, 3), "blocks.0.to_q": (64, 64), "blocks.0.ff": (64, 256), "blocks.1.to_q": (64, 64), "head": (10, 64)}
+LAYERS = {
+    "conv_in": (16, 3, 3, 3),
+    "blocks.0.to_q": (64, 64),
+    "blocks.0.ff": (64, 256),
+    "blocks.1.to_q": (64, 64),
+    "head": (10, 64),
+}
 
 
 @pytest.fixture
 def graph() -> nx.DiGraph:
     found = nx.DiGraph(other_elements=0)
     for depth, (name, shape) in enumerate(LAYERS.items()):
-        found.add_node(name, kind="layer", depth=depth, operator=f"o{depth}", block="b", shape=shape, macs=100)
+        found.add_node(
+            name, kind="layer", depth=depth, operator=f"o{depth}", block="b", shape=shape, macs=100
+        )
     return found
 
 
 @pytest.fixture
 def space(graph: nx.DiGraph) -> SearchSpace:
-    return make_space(graph, "print", "toy", schemes=["usq2h", "usq4h"], excluded=["head"], calibration=Calibration(images=4))
+    return make_space(
+        graph,
+        "print",
+        "toy",
+        schemes=["usq2h", "usq4h"],
+        excluded=["head"],
+        calibration=Calibration(images=4),
+    )
 
 
 def read(folder: Path, space: SearchSpace, value: Any) -> QuantConfig:
@@ -58,7 +73,13 @@ def test_modelopts_mapping(tmp_path: Path, space: SearchSpace, whole: bool) -> N
     }
     value = {"quant_cfg": rules, "algorithm": "max"}
     found = read(tmp_path, space, {"to": "modelopt", "config": value} if whole else value)
-    assert weights(found) == {"conv_in": "fp", "blocks.0.to_q": "usq4g32", "blocks.0.ff": "usq8", "blocks.1.to_q": "usq2", "head": "fp"}
+    assert weights(found) == {
+        "conv_in": "fp",
+        "blocks.0.to_q": "usq4g32",
+        "blocks.0.ff": "usq8",
+        "blocks.1.to_q": "usq2",
+        "head": "fp",
+    }
     assert {c.act for c in found.layers.values()} == {16} and found.fingerprint == "print"
     space.check(found, extra_schemes=True)
 
@@ -71,12 +92,24 @@ def test_modelopts_list_and_that_the_last_rule_counts(tmp_path: Path, space: Sea
         {"quantizer_name": "head.weight_quantizer", "cfg": {"num_bits": 4}},
         {"quantizer_name": "blocks.0.to_q.input_quantizer", "cfg": {"num_bits": 2}},
     ]
-    expected = {"conv_in": "fp", "blocks.0.to_q": "usq6g16", "blocks.0.ff": "usq3", "blocks.1.to_q": "usq6g16", "head": "fp"}
-    assert weights(read(tmp_path, space, {"quant_cfg": rules})) == expected, "head is excluded from quantization"
+    expected = {
+        "conv_in": "fp",
+        "blocks.0.to_q": "usq6g16",
+        "blocks.0.ff": "usq3",
+        "blocks.1.to_q": "usq6g16",
+        "head": "fp",
+    }
+    assert weights(read(tmp_path, space, {"quant_cfg": rules})) == expected, (
+        "head is excluded from quantization"
+    )
     last = [*rules, {"quantizer_name": "blocks.1.*weight*", "enable": False}]
     assert weights(read(tmp_path, space, {"quant_cfg": last})) == {**expected, "blocks.1.to_q": "fp"}
-    assert weights(read(tmp_path, space, {"quant_cfg": rules[::-1]})) == dict.fromkeys(LAYERS, "fp"), "now the first one is the last"
-    assert weights(read(tmp_path, space, {"quant_cfg": []})) == dict.fromkeys(LAYERS, "fp"), "nothing is named"
+    assert weights(read(tmp_path, space, {"quant_cfg": rules[::-1]})) == dict.fromkeys(LAYERS, "fp"), (
+        "now the first one is the last"
+    )
+    assert weights(read(tmp_path, space, {"quant_cfg": []})) == dict.fromkeys(LAYERS, "fp"), (
+        "nothing is named"
+    )
 
 
 def test_a_rule_with_settings_may_be_switched_off(tmp_path: Path, space: SearchSpace) -> None:
@@ -112,13 +145,18 @@ def test_what_we_export_is_read_again(tmp_path: Path, space: SearchSpace, graph:
         ({"quant_cfg": ["*weight_quantizer"]}, "it must map quantizers"),
         ({"quant_cfg": {"*weight_quantizer": 4}}, r"the settings of '\*weight_quantizer' are no object"),
         ({"quant_cfg": {"*weight_quantizer": [{"num_bits": 4}, {"num_bits": 8}]}}, "are no object"),
-        ({"quant_cfg": {"*weight_quantizer": {"num_bits": [4, 3]}}}, r"has num_bits \[4, 3\]; only whole numbers of bits"),
+        (
+            {"quant_cfg": {"*weight_quantizer": {"num_bits": [4, 3]}}},
+            r"has num_bits \[4, 3\]; only whole numbers of bits",
+        ),
         ({"quant_cfg": {"*weight_quantizer": {"num_bits": True}}}, "has num_bits True"),
         ({"quant_cfg": {"*weight_quantizer": {"num_bits": 12}}}, "12"),
         ({"quant_cfg": {"*weight_quantizer": {"num_bits": 4, "block_sizes": {"-1": "many"}}}}, "many"),
     ],
-)  # fmt: skip
-def test_what_cannot_be_read_is_one_sentence(tmp_path: Path, space: SearchSpace, value: Any, reason: str) -> None:
+)
+def test_what_cannot_be_read_is_one_sentence(
+    tmp_path: Path, space: SearchSpace, value: Any, reason: str
+) -> None:
     with pytest.raises(AquabitError, match=reason) as error:
         read(tmp_path, space, value)
     assert "\n" not in str(error.value) and len(str(error.value)) < 400

@@ -1,4 +1,5 @@
-"""The traced graph against independent counts: forward hooks, torch's FLOP counter, real inputs that change or do not."""
+"""The traced graph against independent counts: forward hooks, torch's FLOP counter, real inputs that
+change or do not."""
 
 from __future__ import annotations
 
@@ -35,12 +36,18 @@ def traced(name: str) -> g.LayerGraph:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_layer_is_reached_and_has_an_operator_type(name: str) -> None:
     class_name, config, count = FAMILIES[name]
-    modules = {n: m for n, m in g.meta_denoiser(class_name, config).named_modules() if isinstance(m, QUANTIZABLE)}
+    modules = {
+        n: m for n, m in g.meta_denoiser(class_name, config).named_modules() if isinstance(m, QUANTIZABLE)
+    }
     layers = g.layers(traced(name))
     assert len(layers) == count
     assert set(layers) == set(modules)
     assert [n for n, a in layers.items() if a["operator"] == "other"] == []
-    assert [n for n, a in layers.items() if not a["block"] or ("." in a["block"] and not n.startswith(f"{a['block']}."))] == []
+    assert [
+        n
+        for n, a in layers.items()
+        if not a["block"] or ("." in a["block"] and not n.startswith(f"{a['block']}."))
+    ] == []
     for layer, attributes in layers.items():
         module = modules[layer]
         assert attributes["kind"] == ("conv" if isinstance(module, nn.Conv2d) else "linear")
@@ -64,15 +71,23 @@ def test_macs_and_order_equal_the_flop_counter_and_forward_hooks(name: str) -> N
         denoiser(**g.example_inputs(denoiser))
     flops = {op.__name__.split(".")[0]: n for op, n in counter.get_flop_counts()["Global"].items()}
     layers = g.layers(traced(name))
-    assert all(".pooler." in n for n in layers if n not in macs)  # Hunyuan's pooler uses its layers' weights without calling them
+    assert all(
+        ".pooler." in n for n in layers if n not in macs
+    )  # Hunyuan's pooler uses its layers' weights without calling them
     assert [n for n in layers if n in macs] == list(macs)
     assert {n: a["macs"] for n, a in layers.items() if n in macs} == macs
-    assert 2 * sum(a["macs"] for a in layers.values()) == sum(flops.get(op, 0) for op in ("addmm", "mm", "convolution"))
+    assert 2 * sum(a["macs"] for a in layers.values()) == sum(
+        flops.get(op, 0) for op in ("addmm", "mm", "convolution")
+    )
 
 
 OPERATORS = {
     "sd-1.5": {
-        "mid_block.attentions.0.transformer_blocks.0.attn2.to_v": ("cross_attn.v", "mid_block.attentions.0.transformer_blocks.0", "v"),
+        "mid_block.attentions.0.transformer_blocks.0.attn2.to_v": (
+            "cross_attn.v",
+            "mid_block.attentions.0.transformer_blocks.0",
+            "v",
+        ),
         "down_blocks.0.resnets.1.time_emb_proj": ("res.time", "down_blocks.0.resnets.1", None),
         "up_blocks.1.attentions.0.proj_in": ("proj_in", "up_blocks.1.attentions.0", None),
         "time_embedding.linear_1": ("time_embed", "time_embed", None),
@@ -80,7 +95,11 @@ OPERATORS = {
     },
     "digits-unet": {"mid_block.attentions.0.to_out.0": ("self_attn.out", "mid_block.attentions.0", None)},
     "digits-dit": {
-        "transformer_blocks.3.norm1.emb.timestep_embedder.linear_2": ("time_embed", "transformer_blocks.3", None),
+        "transformer_blocks.3.norm1.emb.timestep_embedder.linear_2": (
+            "time_embed",
+            "transformer_blocks.3",
+            None,
+        ),
         "transformer_blocks.3.norm1.linear": ("adaln", "transformer_blocks.3", None),
         "transformer_blocks.3.ff.net.0.proj": ("ff.up", "transformer_blocks.3", None),
         "proj_out_1": ("adaln", "head", None),
@@ -99,7 +118,9 @@ OPERATORS = {
 }
 
 
-@pytest.mark.parametrize(("name", "layer"), [(name, layer) for name, layers in OPERATORS.items() for layer in layers])
+@pytest.mark.parametrize(
+    ("name", "layer"), [(name, layer) for name, layers in OPERATORS.items() for layer in layers]
+)
 def test_operator_block_and_role(name: str, layer: str) -> None:
     attributes = traced(name).nodes[layer]
     assert (attributes["operator"], attributes["block"], attributes["attention"]) == OPERATORS[name][layer]
@@ -110,10 +131,18 @@ def test_every_attention_is_one_merge_of_its_q_k_and_v(name: str) -> None:
     graph = traced(name)
     attentions = [n for n, data in graph.nodes(data=True) if data.get("op") == "attention"]
     outputs = {n for n, a in g.layers(graph).items() if re.search(r"attn\.out$", a["operator"])}
-    fused = {n for n, a in g.layers(graph).items() if a["operator"] == "single.out" or n.endswith(".pooler.c_proj")}
+    fused = {
+        n for n, a in g.layers(graph).items() if a["operator"] == "single.out" or n.endswith(".pooler.c_proj")
+    }
     assert len(attentions) == len(outputs) + len(fused)
-    for attention in attentions:  # between them the queries, keys and values may be joined with those of the context
-        before = [p for n in graph.predecessors(attention) for p in ([n] if graph.nodes[n]["kind"] != "merge" else graph.predecessors(n))]
+    for (
+        attention
+    ) in attentions:  # between them the queries, keys and values may be joined with those of the context
+        before = [
+            p
+            for n in graph.predecessors(attention)
+            for p in ([n] if graph.nodes[n]["kind"] != "merge" else graph.predecessors(n))
+        ]
         assert name == "hunyuan" or {graph.nodes[n]["attention"] for n in before} == {"q", "k", "v"}
 
 
@@ -135,7 +164,9 @@ INVARIANT = {
 @pytest.mark.parametrize("name", INVARIANT)
 def test_step_invariant_layers_by_name(name: str) -> None:
     layers = g.layers(traced(name))
-    assert {n for n, a in layers.items() if a["step_invariant"]} == {n for n in layers if re.search(INVARIANT[name], n)}
+    assert {n for n, a in layers.items() if a["step_invariant"]} == {
+        n for n in layers if re.search(INVARIANT[name], n)
+    }
 
 
 def real_inputs(denoiser: nn.Module) -> dict[str, Any]:
@@ -144,7 +175,11 @@ def real_inputs(denoiser: nn.Module) -> dict[str, Any]:
             return {k: real(v) for k, v in value.items()}
         if not isinstance(value, torch.Tensor):
             return value
-        return torch.rand(value.shape) if value.is_floating_point() else torch.ones(value.shape, dtype=value.dtype)
+        return (
+            torch.rand(value.shape)
+            if value.is_floating_point()
+            else torch.ones(value.shape, dtype=value.dtype)
+        )
 
     inputs = {k: real(v) for k, v in g.example_inputs(denoiser).items()}
     if isinstance(denoiser, diffusers.FluxTransformer2DModel):  # 4,096 tokens are for the meta device only
@@ -162,14 +197,18 @@ def test_step_invariant_layers_are_those_whose_real_input_stays_equal(name: str)
     seen: dict[str, list[torch.Tensor]] = {}
     for layer, module in denoiser.named_modules():
         if isinstance(module, QUANTIZABLE):
-            module.register_forward_pre_hook(lambda _, args, layer=layer: seen.setdefault(layer, []).append(args[0].clone()))
+            module.register_forward_pre_hook(
+                lambda _, args, layer=layer: seen.setdefault(layer, []).append(args[0].clone())
+            )
     inputs = real_inputs(denoiser)
     noisy = "sample" if "sample" in inputs else "hidden_states"
     changed = {**inputs, noisy: torch.rand_like(inputs[noisy]), "timestep": inputs["timestep"] * 500}
     with torch.no_grad():
         denoiser(**inputs)
         denoiser(**changed)
-    equal = {layer for layer, calls in seen.items() if torch.equal(calls[0], calls[len(calls) // 2])}  # first call of either run
+    equal = {
+        layer for layer, calls in seen.items() if torch.equal(calls[0], calls[len(calls) // 2])
+    }  # first call of either run
     assert {n for n, a in g.layers(g.trace(denoiser)).items() if a["step_invariant"]} == equal
 
 
@@ -181,7 +220,9 @@ def test_splits_are_those_of_the_skip_connections(name: str) -> None:
     for block, width in enumerate(channels):
         for resnet in range(config["layers_per_block"] + 1):
             hidden = width if resnet else channels[max(block - 1, 0)]
-            expected |= {f"up_blocks.{block}.resnets.{resnet}.{layer}": hidden for layer in ("conv1", "conv_shortcut")}
+            expected |= {
+                f"up_blocks.{block}.resnets.{resnet}.{layer}": hidden for layer in ("conv1", "conv_shortcut")
+            }
     layers = g.layers(traced(name))
     assert {n: a["split"] for n, a in layers.items() if a["split"] is not None} == expected
 
@@ -196,7 +237,11 @@ def test_only_a_concatenation_of_channels_splits(dim: int, split: int | None) ->
     class Joined(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.first, self.skip, self.last = nn.Conv2d(2, 4, 1), nn.Conv2d(2, 4, 1), nn.Conv2d(8 if dim == 1 else 4, 4, 1)
+            self.first, self.skip, self.last = (
+                nn.Conv2d(2, 4, 1),
+                nn.Conv2d(2, 4, 1),
+                nn.Conv2d(8 if dim == 1 else 4, 4, 1),
+            )
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.last(torch.cat([self.first(x), self.skip(x)], dim=dim).relu())
@@ -228,11 +273,21 @@ def toy_inputs(batch: int = 1) -> dict[str, torch.Tensor]:
 def test_a_small_graph_exactly() -> None:
     graph = g.trace(Toy(), toy_inputs())
     attention, add = (n for n, data in graph.nodes(data=True) if data["kind"] == "merge")
-    assert [graph.nodes[n] for n in (attention, add)] == [{"kind": "merge", "op": "attention"}, {"kind": "merge", "op": "add"}]
+    assert [graph.nodes[n] for n in (attention, add)] == [
+        {"kind": "merge", "op": "attention"},
+        {"kind": "merge", "op": "add"},
+    ]
     assert set(graph.edges) == {
-        ("stem", "q"), ("q", attention), ("k", attention), ("v", attention), (attention, add), ("stem", add),
-        (add, "twice"), ("twice", "twice"), ("twice", "spare"),
-    }  # fmt: skip
+        ("stem", "q"),
+        ("q", attention),
+        ("k", attention),
+        ("v", attention),
+        (attention, add),
+        ("stem", add),
+        (add, "twice"),
+        ("twice", "twice"),
+        ("twice", "spare"),
+    }
     layers = g.layers(graph)
     assert list(layers) == ["stem", "q", "k", "v", "twice", "spare"]
     assert [a["tokens"] for a in layers.values()] == [5, 5, 3, 3, 10, 5]
@@ -259,7 +314,10 @@ def test_unreached_layers_are_named() -> None:
 
 
 def test_the_given_model_stays_as_it_is() -> None:
-    for denoiser, inputs in ((diffusers.DiTTransformer2DModel.from_config(DIGITS_DIT[1]), None), (Toy(), toy_inputs())):
+    for denoiser, inputs in (
+        (diffusers.DiTTransformer2DModel.from_config(DIGITS_DIT[1]), None),
+        (Toy(), toy_inputs()),
+    ):
         denoiser.train().requires_grad_(False)
         before = copy.deepcopy(denoiser.state_dict())
         with torch.inference_mode():
@@ -271,7 +329,11 @@ def test_the_given_model_stays_as_it_is() -> None:
 
 def test_integer_steps_are_steps_too() -> None:
     denoiser = g.meta_denoiser(*DIGITS_DIT[:2])
-    inputs = {"hidden_states": torch.rand(2, 1, 8, 8), "timestep": torch.tensor([3, 4]), "class_labels": torch.tensor([0, 1])}
+    inputs = {
+        "hidden_states": torch.rand(2, 1, 8, 8),
+        "timestep": torch.tensor([3, 4]),
+        "class_labels": torch.tensor([0, 1]),
+    }
     assert g.to_json(g.trace(denoiser, inputs)) == g.to_json(traced("digits-dit"))
 
 

@@ -1,4 +1,5 @@
-"""Noise statistics under guidance, of other samplers than the one that runs, and in files that are damaged."""
+"""Noise statistics under guidance, of other samplers than the one that runs, and in files that are
+damaged."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-# ---- weights and branches --------------------------------------------------------------------------------------------------------------
+# ---- weights and branches
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("g", [0.0, 0.5, 1.0, 3.5, 7.5])
@@ -61,11 +63,20 @@ def test_a_combination_that_is_no_weighted_sum_has_an_error() -> None:
 
 @pytest.mark.parametrize("slope", [True, False])
 def test_the_variance_after_guidance_is_that_of_correlated_residuals(slope: bool) -> None:
-    """w^T Sigma w with the covariance of the branches, by simulation; branches taken as independent would be far off."""
+    """w^T Sigma w with the covariance of the branches, by simulation; branches taken as independent would
+    be far off."""
     g, k, sigma, rho = 4.0, np.array([0.2, -0.1]), np.array([0.3, 0.2]), 0.8
     cross = rho * sigma.prod()
-    covariance = np.broadcast_to(np.array([[sigma[0] ** 2, cross], [cross, sigma[1] ** 2]])[:, :, None], (2, 2, 2))
-    statistics = known(DDIM.made(3), k=k, variance=np.diagonal(covariance[:, :, 0])[:, None], covariance=covariance, weights=(1 - g, g))
+    covariance = np.broadcast_to(
+        np.array([[sigma[0] ** 2, cross], [cross, sigma[1] ** 2]])[:, :, None], (2, 2, 2)
+    )
+    statistics = known(
+        DDIM.made(3),
+        k=k,
+        variance=np.diagonal(covariance[:, :, 0])[:, None],
+        covariance=covariance,
+        weights=(1 - g, g),
+    )
     rng = np.random.default_rng(0)
     r = rng.multivariate_normal(np.zeros(2), covariance[:, :, 0], size=200_000)
     guided = (r / (1 + k) if slope else r) @ np.array([1 - g, g])
@@ -74,7 +85,8 @@ def test_the_variance_after_guidance_is_that_of_correlated_residuals(slope: bool
 
 
 def branches(k: np.ndarray, bias: np.ndarray) -> tuple[Any, Any]:
-    """Full-precision conditional and unconditional outputs for a sample, and what quantization makes of each."""
+    """Full-precision conditional and unconditional outputs for a sample, and what quantization makes of
+    each."""
 
     def full(x: Tensor, b: int) -> Tensor:
         return torch.tanh(x * (0.5 + 0.4 * b)) + 0.3 * b
@@ -106,7 +118,8 @@ def sampled_in_calls(denoiser: Given, scheduler: Any, x: Tensor, steps: int, gui
 
 @pytest.mark.parametrize("calls", [1, 2])
 def test_each_branch_is_corrected_by_its_own(calls: int) -> None:
-    """k and bias of both branches known: the images are full precision's, before any rounding of a common correction."""
+    """k and bias of both branches known: the images are full precision's, before any rounding of a common
+    correction."""
     k, bias, g = np.array([0.3, -0.2]), np.array([[0.2, -0.1], [-0.3, 0.4]]), 2.5
     full, quantized = branches(k, bias)
     statistics = known(DDIM.made(5), k=k, bias=bias, weights=(1 - g, g), calls=calls)
@@ -120,7 +133,9 @@ def test_each_branch_is_corrected_by_its_own(calls: int) -> None:
             return sampled_in_calls(denoiser, scheduler, x, 5, g)
 
     wanted, plain = images(full, []), images(quantized, [])
-    torch.testing.assert_close(images(quantized, [Corrector(statistics, "cnc+bc")]), wanted, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        images(quantized, [Corrector(statistics, "cnc+bc")]), wanted, rtol=1e-6, atol=1e-6
+    )
     assert float((plain - wanted).abs().max()) > 0.1
 
 
@@ -129,10 +144,14 @@ def test_without_cnc_the_bias_is_that_of_the_whole_error() -> None:
     for correction, expected in (("bc", 3 - 1.1), ("cnc+bc", (3 - 0.1) / 1.5), ("cnc", 3 / 1.5)):
         corrector = Corrector(statistics, correction)
         corrector.begin(DDIM.made(2))
-        torch.testing.assert_close(corrector.output(0, 0, torch.full((1, 2, 3, 3), 3.0)), torch.full((1, 2, 3, 3), expected))
+        torch.testing.assert_close(
+            corrector.output(0, 0, torch.full((1, 2, 3, 3), 3.0)), torch.full((1, 2, 3, 3), expected)
+        )
 
 
-@pytest.mark.parametrize("shape", [(3, 4, 5, 5), (3, 6, 4), (3, 4, 2, 3, 3)], ids=["images", "tokens", "video"])
+@pytest.mark.parametrize(
+    "shape", [(3, 4, 5, 5), (3, 6, 4), (3, 4, 2, 3, 3)], ids=["images", "tokens", "video"]
+)
 def test_channels_of_every_layout(shape: tuple[int, ...]) -> None:
     shift = np.arange(4) / 8
     corrector = Corrector(known(DDIM.made(2), bias=shift, channels=4), "cnc+bc")
@@ -158,7 +177,9 @@ def rescaled(denoiser: Given, scheduler: Any, x: Tensor, steps: int, g: float) -
         uncond, cond = denoiser(torch.cat([x, x]), t).chunk(2)
         combined = uncond + g * (cond - uncond)
         combined = combined * (cond.std((1, 2, 3), keepdim=True) / combined.std((1, 2, 3), keepdim=True))
-        x = scheduler.step(combined, t, x, **({"eta": 1.0} if type(scheduler).__name__ == "DDIMScheduler" else {})).prev_sample
+        x = scheduler.step(
+            combined, t, x, **({"eta": 1.0} if type(scheduler).__name__ == "DDIMScheduler" else {})
+        ).prev_sample
     return x
 
 
@@ -181,10 +202,13 @@ def test_outputs_are_corrected_before_guidance_is_rescaled() -> None:
 
 
 def replace_variance(statistics: Statistics) -> Statistics:
-    return replace(statistics, estimate=replace(statistics.estimate, covariance=statistics.estimate.covariance + 1e-4))
+    return replace(
+        statistics, estimate=replace(statistics.estimate, covariance=statistics.estimate.covariance + 1e-4)
+    )
 
 
-# ---- measuring -------------------------------------------------------------------------------------------------------------------------
+# ---- measuring
+# ------------------------------------------------------------------------------------------------------------
 
 
 def measured(pairs: tuple[Any, Any], sample: Any, sampler: Sampler = DDIM, steps: int = 3) -> Statistics:
@@ -198,7 +222,10 @@ def measured(pairs: tuple[Any, Any], sample: Any, sampler: Sampler = DDIM, steps
         yield denoiser
         now["give"] = pairs[1]
 
-    runs = [((lambda seed=seed: sample(denoiser, scheduler, normal(2, 2, 6, 6, seed=seed))), 2) for seed in range(4)]
+    runs = [
+        ((lambda seed=seed: sample(denoiser, scheduler, normal(2, 2, 6, 6, seed=seed))), 2)
+        for seed in range(4)
+    ]
     found = measure_noise(denoiser, scheduler, runs, full, "model", "config")
     assert not denoiser._forward_hooks and not denoiser._forward_pre_hooks and "step" not in vars(scheduler)
     return found
@@ -208,11 +235,16 @@ def measured(pairs: tuple[Any, Any], sample: Any, sampler: Sampler = DDIM, steps
 def test_what_was_put_in_is_measured(calls: int) -> None:
     k, bias, g = np.array([0.3, -0.2]), np.array([[0.2, -0.1], [-0.3, 0.4]]), 2.5
     if calls == 1:
-        pairs = tuple((lambda x, t, b=b: torch.cat([b(p, i) for i, p in enumerate(x.chunk(2))])) for b in branches(k, bias))
+        pairs = tuple(
+            (lambda x, t, b=b: torch.cat([b(p, i) for i, p in enumerate(x.chunk(2))]))
+            for b in branches(k, bias)
+        )
         found = measured(pairs, lambda d, s, x: sampled(d, s, x, 3, guidance=g))
     else:
         order = [iter(range(10**6)) for _ in range(2)]
-        pairs = tuple((lambda x, t, b=b, o=o: b(x, next(o) % 2)) for b, o in zip(branches(k, bias), order, strict=True))
+        pairs = tuple(
+            (lambda x, t, b=b, o=o: b(x, next(o) % 2)) for b, o in zip(branches(k, bias), order, strict=True)
+        )
         found = measured(pairs, lambda d, s, x: sampled_in_calls(d, s, x, 3, g))
     np.testing.assert_allclose(found.estimate.k, np.tile(k, (3, 1)), atol=1e-9)
     np.testing.assert_allclose(found.estimate.bias, np.tile(bias, (3, 1, 1)), atol=1e-9)
@@ -224,7 +256,9 @@ def test_what_was_put_in_is_measured(calls: int) -> None:
 
 
 def test_no_noise_has_statistics_too() -> None:
-    found = measured((lambda x, t: torch.tanh(x), lambda x, t: torch.tanh(x)), lambda d, s, x: sampled(d, s, x, 3))
+    found = measured(
+        (lambda x, t: torch.tanh(x), lambda x, t: torch.tanh(x)), lambda d, s, x: sampled(d, s, x, 3)
+    )
     assert np.isinf(found.estimate.snr).all() and not found.estimate.k.any() and len(found.digest) == 16
 
 
@@ -256,7 +290,10 @@ def test_guidance_in_some_steps_only_is_refused() -> None:
 def test_outputs_that_are_not_finite_are_no_statistics() -> None:
     for guidance in (None, 3.0):
         with pytest.raises(Uncorrectable, match="NaN or infinity"):
-            measured((lambda x, t: x, lambda x, t: x * float("nan")), lambda d, s, x, g=guidance: sampled(d, s, x, 3, guidance=g))
+            measured(
+                (lambda x, t: x, lambda x, t: x * float("nan")),
+                lambda d, s, x, g=guidance: sampled(d, s, x, 3, guidance=g),
+            )
 
 
 def test_steps_that_change_between_batches_are_refused() -> None:
@@ -268,18 +305,32 @@ def test_steps_that_change_between_batches_are_refused() -> None:
 @pytest.mark.parametrize("sampler", [*NOISY, *STILL], ids=str)
 def test_every_sampler_can_be_measured(sampler: Sampler) -> None:
     found = measured(
-        (lambda x, t: torch.tanh(x), lambda x, t: 1.25 * torch.tanh(x) + 0.5), lambda d, s, x: sampled(d, s, x, 3, sampler.eta), sampler
+        (lambda x, t: torch.tanh(x), lambda x, t: 1.25 * torch.tanh(x) + 0.5),
+        lambda d, s, x: sampled(d, s, x, 3, sampler.eta),
+        sampler,
     )
     np.testing.assert_allclose(found.estimate.k, 0.25, atol=1e-5)
     np.testing.assert_allclose(found.estimate.bias, 0.5, atol=1e-5)
     found.check_sampler(sampler.made(3))
 
 
-# ---- statistics of something else ------------------------------------------------------------------------------------------------------
+# ---- statistics of something else
+# ------------------------------------------------------------------------------------------------------
 
 
-def run_with(statistics: Statistics, scheduler: Any, correction: str = "cnc+bc", guidance: float | None = None, steps: int = 5, eta: float = 0.0) -> Tensor:  # fmt: skip
-    denoiser = Given(lambda x, t: torch.cat([torch.tanh(p) * (1 + b) for b, p in enumerate(x.chunk(1 if guidance is None else 2))]))
+def run_with(
+    statistics: Statistics,
+    scheduler: Any,
+    correction: str = "cnc+bc",
+    guidance: float | None = None,
+    steps: int = 5,
+    eta: float = 0.0,
+) -> Tensor:
+    denoiser = Given(
+        lambda x, t: torch.cat(
+            [torch.tanh(p) * (1 + b) for b, p in enumerate(x.chunk(1 if guidance is None else 2))]
+        )
+    )
     with following(denoiser, scheduler, [Corrector(statistics, correction)]):
         return sampled(denoiser, scheduler, normal(4, 2, 4, 4).float(), steps, eta, guidance=guidance)
 
@@ -296,14 +347,18 @@ def test_statistics_of_another_model_or_configuration() -> None:
 def test_statistics_of_another_sampler() -> None:
     statistics = known(DDIM.made(5), bias=0.1)
     run_with(statistics, DDIM.made(5))
-    with pytest.raises(AquabitError, match="of DDIMScheduler, the pipeline samples with EulerDiscreteScheduler"):
+    with pytest.raises(
+        AquabitError, match="of DDIMScheduler, the pipeline samples with EulerDiscreteScheduler"
+    ):
         run_with(statistics, diffusers.EulerDiscreteScheduler())
     with pytest.raises(AquabitError, match="of 5 steps, the sampler makes 6"):
         run_with(statistics, DDIM.made(6), steps=6)
     for other in ({"beta_end": 0.03}, {"timestep_spacing": "trailing"}, {"prediction_type": "v_prediction"}):
         with pytest.raises(AquabitError, match="other settings or timesteps"):
             run_with(statistics, diffusers.DDIMScheduler(**OPEN | other))
-    assert run_with(statistics, DDIM.made(6), correction="none", steps=6).isfinite().all()  # nothing is corrected: nothing to refuse
+    assert (
+        run_with(statistics, DDIM.made(6), correction="none", steps=6).isfinite().all()
+    )  # nothing is corrected: nothing to refuse
     heun = known_of_heun()
     with pytest.raises(AquabitError, match="not defined for HeunDiscreteScheduler; known samplers"):
         run_with(heun, diffusers.HeunDiscreteScheduler(), steps=3)
@@ -321,7 +376,9 @@ def test_statistics_of_another_guidance() -> None:
     run_with(statistics, DDIM.made(5), guidance=g)
     with pytest.raises(AquabitError, match="of guidance 3, sampling uses 5; measure them for that"):
         run_with(statistics, DDIM.made(5), guidance=5.0)
-    with pytest.raises(AquabitError, match=r"of guidance 3 with 2 outputs a step, sampling combines another number"):
+    with pytest.raises(
+        AquabitError, match=r"of guidance 3 with 2 outputs a step, sampling combines another number"
+    ):
         run_with(statistics, DDIM.made(5))
     plain = known(DDIM.made(5), bias=0.1)
     with pytest.raises(AquabitError, match="of guidance 1 with 1 outputs a step"):
@@ -338,7 +395,8 @@ def test_a_denoiser_that_runs_more_often() -> None:
 
 
 def test_sampling_from_an_image_that_is_partly_noise_is_refused() -> None:
-    """Timesteps are left out there: the statistics of the first step would be taken for those of a later one."""
+    """Timesteps are left out there: the statistics of the first step would be taken for those of a later
+    one."""
     scheduler, denoiser = DDIM.made(5), Given(lambda x, t: x)
     with following(denoiser, scheduler, [Corrector(known(scheduler), "cnc")]):
         scheduler.set_timesteps(5)
@@ -347,11 +405,13 @@ def test_sampling_from_an_image_that_is_partly_noise_is_refused() -> None:
             scheduler.step(denoiser(x, t), t, x)
 
 
-@pytest.mark.parametrize(("correction", "eta", "said"), [
-    ("vsc", 0.0, "eta 0 adds none"), ("cnc+bc+match", 0.5, "eta is 0.5"), ("qdrift", 1.0, "eta is 1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("correction", "eta", "said"),
+    [("vsc", 0.0, "eta 0 adds none"), ("cnc+bc+match", 0.5, "eta is 0.5"), ("qdrift", 1.0, "eta is 1")],
+)
 def test_what_eta_does_not_allow(correction: str, eta: float, said: str) -> None:
-    """With eta 0 the released code's variance correction never acts; it is refused here, before measuring and while sampling."""
+    """With eta 0 the released code's variance correction never acts; it is refused here, before measuring
+    and while sampling."""
     with pytest.raises(AquabitError, match=said):
         check_correction(DDIM.made(5), correction, eta)
     with pytest.raises(AquabitError, match=said):
@@ -371,11 +431,14 @@ def test_slopes_that_cnc_would_divide_by(k: float) -> None:
     Corrector(statistics, "bc")
 
 
-# ---- files -----------------------------------------------------------------------------------------------------------------------------
+# ---- files
+# ------------------------------------------------------------------------------------------------------------
 
 
 def written(folder: Path) -> Path:
-    known(NOISY_DDIM.made(3), k=0.1, bias=0.2, variance=0.3, weights=(-1.0, 2.0)).save(folder / "s.safetensors")
+    known(NOISY_DDIM.made(3), k=0.1, bias=0.2, variance=0.3, weights=(-1.0, 2.0)).save(
+        folder / "s.safetensors"
+    )
     return folder / "s.safetensors"
 
 
@@ -385,7 +448,9 @@ def test_statistics_are_read_as_they_were_written(tmp_path: Path) -> None:
     assert found.about == statistics.about and found.digest == statistics.digest
     for part in ("estimate", "low", "high"):
         for f in fields(NoiseEstimate):
-            np.testing.assert_array_equal(getattr(getattr(found, part), f.name), getattr(getattr(statistics, part), f.name))
+            np.testing.assert_array_equal(
+                getattr(getattr(found, part), f.name), getattr(getattr(statistics, part), f.name)
+            )
 
 
 def rewritten(path: Path, change: Any) -> None:
@@ -403,7 +468,11 @@ def _nan(name: str) -> Any:
 
 
 DAMAGE = {
-    **{f"{head}{name}": _nan(f"{head}{name}") for head in ("", "low.", "high.") for name in ("k", "bias", "mean_delta", "var_eps", "snr")},
+    **{
+        f"{head}{name}": _nan(f"{head}{name}")
+        for head in ("", "low.", "high.")
+        for name in ("k", "bias", "mean_delta", "var_eps", "snr")
+    },
     "var_delta": _nan("var_delta"),
     "cov_eps_delta": _nan("cov_eps_delta"),
     "missing": lambda tensors, about: tensors.pop("covariance"),

@@ -1,4 +1,5 @@
-"""Modules import only what stands below them; checked over the source, so that an import inside a function counts too."""
+"""Modules import only what stands below them; checked over the source, so that an import inside a function
+counts too."""
 
 from __future__ import annotations
 
@@ -10,7 +11,18 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "aquabit"
 
-_SENSITIVITY = {"scheme", "graph", "kernels", "quality", "study", "standing", "space", "cost", "quant", "pipelines"}
+_SENSITIVITY = {
+    "scheme",
+    "graph",
+    "kernels",
+    "quality",
+    "study",
+    "standing",
+    "space",
+    "cost",
+    "quant",
+    "pipelines",
+}
 ALLOWED: dict[str, set[str]] = {
     "scheme": set(),
     "kernels": {"scheme"},
@@ -40,7 +52,8 @@ TOP = {"__init__", "__main__", "cli", "flow", "packing"}  # may import everythin
 
 
 def part_of(module: str) -> str | None:
-    """``aquabit.kernels.fake_quant`` -> ``kernels``; ``aquabit`` -> ``__init__``; None for what is not ours."""
+    """``aquabit.kernels.fake_quant`` -> ``kernels``; ``aquabit`` -> ``__init__``; None for what is not
+    ours."""
     names = module.split(".")
     if names[0] != "aquabit":
         return None
@@ -65,9 +78,18 @@ def imported(source: str, module: str, is_package: bool) -> Iterator[tuple[int, 
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             origin = ".".join(base + ([node.module] if node.module else []))
-            # ``from aquabit import cost`` names a module, ``from aquabit.cost import size`` its content: the first two names decide.
-            yield from ((node.lineno, f"{origin}.{alias.name}" if origin == "aquabit" else origin) for alias in node.names)
-        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant) and isinstance(node.args[0].value, str):
+            # ``from aquabit import cost`` names a module, ``from aquabit.cost import size`` its content: the
+            # first two names decide.
+            yield from (
+                (node.lineno, f"{origin}.{alias.name}" if origin == "aquabit" else origin)
+                for alias in node.names
+            )
+        elif (
+            isinstance(node, ast.Call)
+            and node.args
+            and isinstance(node.args[0], ast.Constant)
+            and isinstance(node.args[0].value, str)
+        ):
             called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
             if called in ("import_module", "__import__") and not node.args[0].value.startswith("."):
                 yield node.lineno, node.args[0].value
@@ -86,7 +108,8 @@ def violations(source: str, module: str, is_package: bool = False) -> list[str]:
         target = part_of(name)
         if target is not None and target != importer and target not in ALLOWED[importer]:
             found.append(
-                f"{module}:{line} imports {name}; {importer} may import {', '.join(sorted(ALLOWED[importer])) or 'nothing of ours'}"
+                f"{module}:{line} imports {name}; {importer} may import"
+                f" {', '.join(sorted(ALLOWED[importer])) or 'nothing of ours'}"
             )
     return found
 
@@ -99,7 +122,9 @@ def test_the_table_has_no_cycle() -> None:
         placed |= ready
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+@pytest.mark.parametrize(
+    "path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE))
+)
 def test_imports_point_one_way(path: Path) -> None:
     parts = ("aquabit", *path.relative_to(PACKAGE).with_suffix("").parts)
     is_package = parts[-1] == "__init__"
@@ -119,7 +144,10 @@ def test_imports_point_one_way(path: Path) -> None:
         ("aquabit.study", "import importlib\nimportlib.import_module('aquabit.cli')"),
         ("aquabit.cost", "from aquabit import load"),
         ("aquabit.cost", "import aquabit"),
-        ("aquabit.space", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    pass\nelse:\n    import aquabit.cli"),
+        (
+            "aquabit.space",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    pass\nelse:\n    import aquabit.cli",
+        ),
         ("aquabit.newcomer", "import os"),
         ("aquabit._operators", "from aquabit.study import Study"),
     ],
@@ -131,9 +159,15 @@ def test_the_checker_sees_a_violation(module: str, source: str) -> None:
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("aquabit.scheme", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from aquabit.graph import LayerGraph"),
+        (
+            "aquabit.scheme",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from aquabit.graph import LayerGraph",
+        ),
         ("aquabit.scheme", "import typing\nif typing.TYPE_CHECKING:\n    import aquabit.cli"),
-        ("aquabit.kernels.lut", "from . import fake_quant\nfrom ..scheme import Scheme\nfrom aquabit.kernels import _native"),
+        (
+            "aquabit.kernels.lut",
+            "from . import fake_quant\nfrom ..scheme import Scheme\nfrom aquabit.kernels import _native",
+        ),
         ("aquabit.graph", "from aquabit._operators import TABLE"),
         ("aquabit.cli", "from aquabit.reports.page import write"),
         ("aquabit.search.milp", "import scipy.optimize, graph, quant"),

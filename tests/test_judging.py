@@ -1,4 +1,5 @@
-"""Judging: the best of a few candidates by paired values, with few measurements, and the seeds that it is done on."""
+"""Judging: the best of a few candidates by paired values, with few measurements, and the seeds that it is
+done on."""
 
 from __future__ import annotations
 
@@ -14,12 +15,16 @@ from aquabit.search.judging import JUDGED_BLOCK, PAIRED, ROUNDS, fidelity_of, ju
 
 
 class Panel:
-    """Values [candidates, blocks] with a noise that all candidates of a block share, and a small one of their own; counts what is
-    measured for the first time, as a study does."""
+    """Values [candidates, blocks] with a noise that all candidates of a block share, and a small one of
+    their own; counts what is measured for the first time, as a study does."""
 
     def __init__(self, means: Sequence[float], seed: int, shared: float = 5.0, own: float = 0.1):
         rng = np.random.default_rng(seed)
-        self.values = np.array(means)[:, None] + shared * rng.normal(size=(1, ROUNDS[-1])) + own * rng.normal(size=(len(means), ROUNDS[-1]))
+        self.values = (
+            np.array(means)[:, None]
+            + shared * rng.normal(size=(1, ROUNDS[-1]))
+            + own * rng.normal(size=(len(means), ROUNDS[-1]))
+        )
         self.known: set[tuple[int, int]] = set()
 
     def __call__(self, candidates: Sequence[int], count: int) -> np.ndarray:
@@ -39,7 +44,9 @@ def test_the_best_is_found_nearly_always_and_with_half_of_the_measurements(round
         right += found.winner == int(means.argmin())
         spent.append(len(panel.known))
         assert sum(found.blocks.values()) == len(panel.known) and set(found.blocks) == set(range(8))
-    assert right >= 194, "own noise of 0.1 in 8 blocks tells 0.2 in all but one of thousands; two blocks seldom lose the best"
+    assert right >= 194, (
+        "own noise of 0.1 in 8 blocks tells 0.2 in all but one of thousands; two blocks seldom lose the best"
+    )
     assert max(spent) <= most <= 64 < 8 * rounds[-1]
     assert np.mean(spent) < most, "what is shown to be worse leaves earlier"
 
@@ -84,7 +91,9 @@ def test_ties_go_to_the_first_that_is_named() -> None:
         assert found.winner == order[0]
         assert all(g.value == 0 for g in found.worse.values())
     twice = Panel([1.0, 0.0], 0)
-    assert judge([0, 1, 0, 1], twice).winner == 1 and set(judge([0, 1, 0, 1], twice).blocks) == {0, 1}, "named twice, judged once"
+    assert judge([0, 1, 0, 1], twice).winner == 1 and set(judge([0, 1, 0, 1], twice).blocks) == {0, 1}, (
+        "named twice, judged once"
+    )
 
 
 def test_a_later_round_corrects_an_early_one() -> None:
@@ -99,7 +108,8 @@ def test_a_later_round_corrects_an_early_one() -> None:
     assert found.winner == 1 and found.blocks == {0: 8, 1: 8, 2: 4}
 
 
-# ---- seeds -----------------------------------------------------------------------------------------------------------------------------
+# ---- seeds
+# ------------------------------------------------------------------------------------------------------------
 
 
 def images(protocol: Protocol) -> set[int]:
@@ -112,11 +122,17 @@ def test_pieces_are_of_seeds_that_nothing_else_is_measured_on(count: int) -> Non
     protocol = Protocol(images=count, micro_batch=64, seed=3)
     made = [p for seed in (0, 1, 7) for p in pieces(protocol, ROUNDS[-1], seed)]
     every = [images(p) for p in made]
-    assert len(set.union(*every)) == sum(map(len, every)), "one image is never judged twice, nor for two seeds"
+    assert len(set.union(*every)) == sum(map(len, every)), (
+        "one image is never judged twice, nor for two seeds"
+    )
     others = [protocol.block(b) for b in (0, 1, 3, 4, 5, 11, 12, 13, 14, 15)]
     assert not set.union(*every) & set.union(*map(images, others))
-    assert {p.images for p in made} == {max(2, -(-count // 4))} and all(p.micro_batch <= p.images for p in made)
-    assert images(pieces(protocol, 1)[0]) <= set(range(protocol.block(JUDGED_BLOCK).seed, protocol.block(JUDGED_BLOCK + 1).seed))
+    assert {p.images for p in made} == {max(2, -(-count // 4))} and all(
+        p.micro_batch <= p.images for p in made
+    )
+    assert images(pieces(protocol, 1)[0]) <= set(
+        range(protocol.block(JUDGED_BLOCK).seed, protocol.block(JUDGED_BLOCK + 1).seed)
+    )
     assert len({p.digest for p in made}) == len(made)
 
 
@@ -124,13 +140,23 @@ def test_more_pieces_begin_with_the_same_and_keep_what_is_measured() -> None:
     protocol = Protocol(images=10, steps=7, guidance=2.5, objective="psnr")
     assert pieces(protocol, ROUNDS[-1], 2)[:4] == pieces(protocol, 4, 2) and not pieces(protocol, 0)
     for p in pieces(protocol, 4):
-        assert (p.steps, p.guidance, p.objective, p.reference, p.measures) == (7, 2.5, "psnr", protocol.reference, protocol.measures)
+        assert (p.steps, p.guidance, p.objective, p.reference, p.measures) == (
+            7,
+            2.5,
+            "psnr",
+            protocol.reference,
+            protocol.measures,
+        )
 
 
 def test_pieces_cover_what_the_protocol_asks_for() -> None:
     prompts = tuple(f"prompt {i}" for i in range(16))
     protocol = Protocol(images=16, conditions=prompts)
-    made = [(p.conditions or ())[i % len(p.conditions or ())] for p in pieces(protocol, 4) for i in range(p.images)]
+    made = [
+        (p.conditions or ())[i % len(p.conditions or ())]
+        for p in pieces(protocol, 4)
+        for i in range(p.images)
+    ]
     assert set(made) == set(prompts)
 
 

@@ -1,4 +1,5 @@
-"""What benchmarks/kernels.py computes besides taking times: pairs, ratios, errors, the work of a format, the figures and their tables."""
+"""What benchmarks/kernels.py computes besides taking times: pairs, ratios, errors, the work of a format,
+the figures and their tables."""
 
 from __future__ import annotations
 
@@ -9,14 +10,31 @@ import torch
 
 from benchmarks import kernel_tables as tables
 from benchmarks.kernel_roofline import Machine, bound, work
-from benchmarks.kernel_timing import DENSE, Layer, contenders, dense_runs, errors, expected, over_best, paired, ratio
+from benchmarks.kernel_timing import (
+    DENSE,
+    Layer,
+    contenders,
+    dense_runs,
+    errors,
+    expected,
+    over_best,
+    paired,
+    ratio,
+)
 
-UNIT = Machine(1, {"L1": 1.0, "L2": 2.0}, {"float32": 4e-3, "bfloat16": 2e-3, "int16": 2e-3, "int8": 1e-3}, 1.0, 1e-6, 0.5)
+UNIT = Machine(
+    1,
+    {"L1": 1.0, "L2": 2.0},
+    {"float32": 4e-3, "bfloat16": 2e-3, "int16": 2e-3, "int8": 1e-3},
+    1.0,
+    1e-6,
+    0.5,
+)
 
 
 def test_every_run_is_taken_once_a_round_in_changing_order() -> None:
     seen: list[str] = []
-    times = paired({name: (lambda name=name: seen.append(name)) for name in "abc"}, 0.0, (6, 9))
+    times = paired({name: lambda name=name: seen.append(name) for name in "abc"}, 0.0, (6, 9))
     assert {name: len(values) for name, values in times.items()} == {"a": 6, "b": 6, "c": 6}
     rounds = ["".join(seen[i : i + 3]) for i in range(0, len(seen), 3)]
     assert len(rounds) == 7 and all(sorted(r) == ["a", "b", "c"] for r in rounds) and len(set(rounds)) > 1
@@ -32,7 +50,9 @@ def test_errors_are_relative_to_the_largest_and_to_the_norm() -> None:
     assert found == pytest.approx({"error": 0.125, "error_norm": 0.1})
 
 
-@pytest.mark.parametrize(("scheme", "shape"), [("aq2x4g8", (24, 32)), ("usq4", (24, 32)), ("aq1x4k", (8, 5, 3, 3))])
+@pytest.mark.parametrize(
+    ("scheme", "shape"), [("aq2x4g8", (24, 32)), ("usq4", (24, 32)), ("aq1x4k", (8, 5, 3, 3))]
+)
 def test_kernels_of_a_case_compute_what_they_are_compared_with(scheme: str, shape: tuple[int, ...]) -> None:
     layer = Layer(scheme, shape)
     x, bias = torch.randn(2, shape[1], *([6, 6] if len(shape) == 4 else [])), torch.randn(shape[0])
@@ -42,27 +62,47 @@ def test_kernels_of_a_case_compute_what_they_are_compared_with(scheme: str, shap
     runs, which = dense_runs(x, layer.decoded, bias)
     assert set(which) == set(DENSE) and sorted(n for names in which.values() for n in names) == sorted(runs)
     for name, run in runs.items():
-        assert errors(run(), expected(layer, x, bias, 16))["error"] < (1e-5 if name.startswith("float32") else 3e-2), name
+        assert errors(run(), expected(layer, x, bias, 16))["error"] < (
+            1e-5 if name.startswith("float32") else 3e-2
+        ), name
 
 
 def test_work_of_formats_by_hand() -> None:
-    """A load serves 32 columns (exact: 16); bytes of two 4-bit codes are one load in 256 sums of 16 and 16."""
+    """A load serves 32 columns (exact: 16); bytes of two 4-bit codes are one load in 256 sums of 16 and
+    16."""
     plain = work("aq2x6g8", (100, 64), 64)
-    assert (plain.loads, plain.table_multiply_adds, plain.table_stores) == (100 * 8 * 2 * 2, 2 * 64 * 64 * 64, 2 * 8 * 64 * 2)
+    assert (plain.loads, plain.table_multiply_adds, plain.table_stores) == (
+        100 * 8 * 2 * 2,
+        2 * 64 * 64 * 64,
+        2 * 8 * 64 * 2,
+    )
     assert work("aq2x6g8", (100, 64), 64, "exact").loads == 2 * plain.loads
     pairs = work("aq4x4g8", (100, 64), 32)
-    assert (pairs.loads, pairs.table_multiply_adds, pairs.table_stores) == (100 * 16, 4 * 16 * 64 * 32, 16 * 256)
+    assert (pairs.loads, pairs.table_multiply_adds, pairs.table_stores) == (
+        100 * 16,
+        4 * 16 * 64 * 32,
+        16 * 256,
+    )
     fused = work("usq2", (100, 64), 32)  # four codes a byte, tables of two halves of 16 pairs
-    assert (fused.loads, fused.table_multiply_adds, fused.code_bytes) == (100 * 16, 16 * 2 * 16 * 2 * 32, 1600)
+    assert (fused.loads, fused.table_multiply_adds, fused.code_bytes) == (
+        100 * 16,
+        16 * 2 * 16 * 2 * 32,
+        1600,
+    )
     shared, slices = work("aq1x8g8", (100, 64, 3, 3), 32), work("aq1x8k", (100, 64, 3, 3), 32)
-    assert (shared.loads, shared.table_multiply_adds) == (100 * 72, 8 * 256 * 8 * 32)  # nine taps share a group's table
+    assert (shared.loads, shared.table_multiply_adds) == (
+        100 * 72,
+        8 * 256 * 8 * 32,
+    )  # nine taps share a group's table
     assert (slices.loads, slices.table_multiply_adds) == (100 * 64, 64 * 256 * 9 * 32)
 
 
 def test_bounds_take_the_rates_that_apply() -> None:
     w, seconds = bound("lut fast", "aq2x6g8", (100, 64), 64, UNIT)
     assert seconds == w.loads * 1.0 + max(w.table_multiply_adds * 2e-3, w.table_stores * 1.0)
-    assert bound("lut fast", "aq1x8g8", (100, 64), 64, UNIT)[1] > 100 * 8 * 2 * 2.0  # large tables come from the second cache
+    assert (
+        bound("lut fast", "aq1x8g8", (100, 64), 64, UNIT)[1] > 100 * 8 * 2 * 2.0
+    )  # large tables come from the second cache
     assert bound("decode a8", "usq4", (100, 64), 64, UNIT)[1] == pytest.approx(100 * 64 * 64 * 1e-3)
     assert bound("decode a8", "vq4", (100, 64), 64, UNIT)[1] == pytest.approx(100 * 64 * 64 * 2e-3)
     two = Machine(2, UNIT.load, UNIT.multiply_add, UNIT.store, UNIT.read, UNIT.scalar)
@@ -85,9 +125,14 @@ def _row(kernel: str, scheme: str | None, over: float, **facts: Any) -> dict[str
 
 
 def test_a_figure_is_the_worst_case_of_the_best_kernel() -> None:
-    rows = [_row("float32", None, 1.0), _row("lut fast", "aq2x6g8", 3.5), _row("decode a16", "aq2x6g8", 2.0),
-            _row("lut fast", "aq2x6g8", 2.5, tokens=1024), _row("decode a8", "aq2x6g8", 4.0, tokens=1024),
-            _row("lut fast", "aq2x6g8", 0.5, tokens=1)]  # fmt: skip  # one token is no case of it
+    rows = [
+        _row("float32", None, 1.0),
+        _row("lut fast", "aq2x6g8", 3.5),
+        _row("decode a16", "aq2x6g8", 2.0),
+        _row("lut fast", "aq2x6g8", 2.5, tokens=1024),
+        _row("decode a8", "aq2x6g8", 4.0, tokens=1024),
+        _row("lut fast", "aq2x6g8", 0.5, tokens=1),
+    ]  # one token is no case of it
     found = {f["claim"]: f for f in tables.figures({"linear": {"rows": rows}})}
     as_they_are = found["aq2x6g8 over float32, out 1152, activations as they are"]
     assert (as_they_are["reached"], as_they_are["met"], as_they_are["where"]) == (
@@ -100,8 +145,13 @@ def test_a_figure_is_the_worst_case_of_the_best_kernel() -> None:
 
 
 def test_which_formats_figures_speak_of() -> None:
-    assert [s for s in ("aq2x8g8", "aq4x4g8", "usq2", "aq2x6g8", "vq3") if tables.two_bits({"format": s})] == ["aq2x8g8", "aq4x4g8", "usq2"]
-    assert [s for s in ("aq1x8k", "aq2x6k", "aq4x4k", "aq4x4g8", "usq1") if tables.small(s)] == ["aq2x6k", "aq4x4k"]
+    assert [
+        s for s in ("aq2x8g8", "aq4x4g8", "usq2", "aq2x6g8", "vq3") if tables.two_bits({"format": s})
+    ] == ["aq2x8g8", "aq4x4g8", "usq2"]
+    assert [s for s in ("aq1x8k", "aq2x6k", "aq4x4k", "aq4x4g8", "usq1") if tables.small(s)] == [
+        "aq2x6k",
+        "aq4x4k",
+    ]
 
 
 def test_markdown_holds_every_part_that_was_measured() -> None:
@@ -111,6 +161,8 @@ def test_markdown_holds_every_part_that_was_measured() -> None:
         "load": 0.1,
         "machine": {"cpu": "some", "level": "AVX2", "torch": "2"},
     }
-    text = tables.markdown({"linear": {**made, "rows": [_row("float32", None, 1.0), _row("lut fast", "usq2", 3.0)]}})
+    text = tables.markdown(
+        {"linear": {**made, "rows": [_row("float32", None, 1.0), _row("lut fast", "usq2", 3.0)]}}
+    )
     assert "| usq2 | 2.00 | 0.333 |" in text and "### 1152 -> 1152, 256 tokens, 1 thread" in text
     assert "Whole denoisers" not in text and tables.markdown({}).startswith("# Kernels")

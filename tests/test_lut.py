@@ -1,4 +1,5 @@
-"""The table kernel against float64 products of independently decoded weights: every format, level and accuracy, odd shapes, hostile inputs."""
+"""The table kernel against float64 products of independently decoded weights: every format, level and
+accuracy, odd shapes, hostile inputs."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ def noise(*shape: int, seed: int = 1) -> Tensor:
 
 
 def error(y: Tensor, expected: Tensor, typical: Tensor) -> float:
-    """norm(y - y64) / norm(y64), or over the norm that independent weights and inputs of this size have where y64 happens to be small."""
+    """norm(y - y64) / norm(y64), or over the norm that independent weights and inputs of this size have
+    where y64 happens to be small."""
     assert y.shape == expected.shape
     size = max(float(expected.norm()), float(typical.sum().sqrt()))
     return float((y.double() - expected).norm()) / size if size else float(y.double().norm())
@@ -48,12 +50,18 @@ def error(y: Tensor, expected: Tensor, typical: Tensor) -> float:
 
 def linear_error(x: Tensor, decoded: Tensor, y: Tensor, bias: Tensor | None = None) -> float:
     wide = x.double()
-    return error(y, linear(wide, decoded, None if bias is None else bias.double()), linear(wide**2, decoded**2))
+    return error(
+        y, linear(wide, decoded, None if bias is None else bias.double()), linear(wide**2, decoded**2)
+    )
 
 
 def conv_error(x: Tensor, decoded: Tensor, y: Tensor, bias: Tensor | None = None, *how: Any) -> float:
     wide = x.double()
-    return error(y, conv2d(wide, decoded, None if bias is None else bias.double(), *how), conv2d(wide**2, decoded**2, None, *how))
+    return error(
+        y,
+        conv2d(wide, decoded, None if bias is None else bias.double(), *how),
+        conv2d(wide**2, decoded**2, None, *how),
+    )
 
 
 @contextmanager
@@ -84,7 +92,10 @@ def test_linear_of_every_format_at_every_level(name: str, exact: bool) -> None:
 @pytest.mark.parametrize("name", FORMATS)
 def test_convolution_of_every_format_at_every_level(name: str, kernel: tuple[int, int], exact: bool) -> None:
     group = group_of(name, kernel)
-    for out, channels, height, width in ((19, ceil(5 / group) * group, 9, 7), (3, 24 if 24 % group == 0 else 5, 5, 5)):
+    for out, channels, height, width in (
+        (19, ceil(5 / group) * group, 9, 7),
+        (3, 24 if 24 % group == 0 else 5, 5, 5),
+    ):
         weight, decoded = made(name, (out, channels, *kernel))
         if lut_refuses(weight):
             continue
@@ -96,11 +107,26 @@ def test_convolution_of_every_format_at_every_level(name: str, kernel: tuple[int
 
 @settings(max_examples=150)
 @given(
-    name=st.sampled_from(FORMATS), out=st.integers(1, 90), groups=st.integers(1, 150), tokens=st.integers(1, 70), seed=st.integers(0, 99),
-    exact=st.booleans(), level=st.sampled_from(LEVELS), scaled=st.booleans(), biased=st.booleans(),
-)  # fmt: skip
+    name=st.sampled_from(FORMATS),
+    out=st.integers(1, 90),
+    groups=st.integers(1, 150),
+    tokens=st.integers(1, 70),
+    seed=st.integers(0, 99),
+    exact=st.booleans(),
+    level=st.sampled_from(LEVELS),
+    scaled=st.booleans(),
+    biased=st.booleans(),
+)
 def test_linear_of_any_shape(
-    name: str, out: int, groups: int, tokens: int, seed: int, exact: bool, level: int, scaled: bool, biased: bool
+    name: str,
+    out: int,
+    groups: int,
+    tokens: int,
+    seed: int,
+    exact: bool,
+    level: int,
+    scaled: bool,
+    biased: bool,
 ) -> None:
     inputs = groups * group_of(name)
     weight, _, decoded = coded(name, (out, inputs), seed, scaled)
@@ -114,14 +140,35 @@ PAIR = st.tuples(st.integers(1, 3), st.integers(1, 3))
 
 @settings(max_examples=250)
 @given(
-    name=st.sampled_from(FORMATS), kernel=st.sampled_from([(3, 3), (1, 1), (2, 3), (5, 5)]), out=st.integers(1, 12), channels=st.integers(1, 12),
-    spare=st.tuples(st.integers(0, 8), st.integers(0, 8)), stride=PAIR, padding=st.tuples(st.integers(0, 3), st.integers(0, 3)), dilation=PAIR,
-    groups=st.integers(1, 4), batch=st.integers(1, 3), seed=st.integers(0, 99), exact=st.booleans(), level=st.sampled_from(LEVELS),
-)  # fmt: skip
+    name=st.sampled_from(FORMATS),
+    kernel=st.sampled_from([(3, 3), (1, 1), (2, 3), (5, 5)]),
+    out=st.integers(1, 12),
+    channels=st.integers(1, 12),
+    spare=st.tuples(st.integers(0, 8), st.integers(0, 8)),
+    stride=PAIR,
+    padding=st.tuples(st.integers(0, 3), st.integers(0, 3)),
+    dilation=PAIR,
+    groups=st.integers(1, 4),
+    batch=st.integers(1, 3),
+    seed=st.integers(0, 99),
+    exact=st.booleans(),
+    level=st.sampled_from(LEVELS),
+)
 def test_convolution_of_any_shape(
-    name: str, kernel: tuple[int, int], out: int, channels: int, spare: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int],
-    dilation: tuple[int, int], groups: int, batch: int, seed: int, exact: bool, level: int,
-) -> None:  # fmt: skip
+    name: str,
+    kernel: tuple[int, int],
+    out: int,
+    channels: int,
+    spare: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+    batch: int,
+    seed: int,
+    exact: bool,
+    level: int,
+) -> None:
     inputs = ceil(channels / group_of(name, kernel)) * group_of(name, kernel)
     weight, decoded = made(name, (out * groups, inputs, *kernel), seed)
     height, width = (max(1, dilation[i] * (kernel[i] - 1) + 1 - 2 * padding[i]) + spare[i] for i in (0, 1))
@@ -157,9 +204,15 @@ def test_one_scale_a_row_with_offsets_of_groups(exact: bool) -> None:
     wide = groups.double().repeat_interleave(28, 1)
     x, integers = noise(5, 84), codes[:, 0].T.double()
     offsets = arrange(CodebookWeight.from_codes(codes, None, row, groups, (11, 84), 4))
-    assert linear_error(x, integers * row.double()[:, None] + wide, lut_linear(x, offsets, exact=exact)) <= BOUNDS[exact]
+    assert (
+        linear_error(x, integers * row.double()[:, None] + wide, lut_linear(x, offsets, exact=exact))
+        <= BOUNDS[exact]
+    )
     scales = arrange(CodebookWeight.from_codes(codes, None, groups, row, (11, 84), 4))
-    assert linear_error(x, integers * wide + row.double()[:, None], lut_linear(x, scales, exact=exact)) <= BOUNDS[exact]
+    assert (
+        linear_error(x, integers * wide + row.double()[:, None], lut_linear(x, scales, exact=exact))
+        <= BOUNDS[exact]
+    )
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -167,15 +220,27 @@ def test_one_scale_a_row_with_offsets_of_groups(exact: bool) -> None:
 def test_inputs_of_any_layout_in_memory(name: str, exact: bool) -> None:
     weight, decoded = made(name, (13, 64))
     whole = noise(40, 130)
-    for x in (whole[::2, 1:129:2], noise(64, 7).T, noise(64).expand(6, 64), noise(2, 3, 64).transpose(0, 1), noise(64), noise(2, 1, 4, 64)):
-        assert torch.equal(lut_linear(x, weight, exact=exact), lut_linear(x.contiguous(), weight, exact=exact))
+    for x in (
+        whole[::2, 1:129:2],
+        noise(64, 7).T,
+        noise(64).expand(6, 64),
+        noise(2, 3, 64).transpose(0, 1),
+        noise(64),
+        noise(2, 1, 4, 64),
+    ):
+        assert torch.equal(
+            lut_linear(x, weight, exact=exact), lut_linear(x.contiguous(), weight, exact=exact)
+        )
         assert linear_error(x, decoded, lut_linear(x, weight, exact=exact)) <= BOUNDS[exact]
     weight, decoded = made(name, (13, 64, 3, 3) if name == "usq4g64" else (13, 16, 3, 3))
     shape = (2, weight.shape[1], 6, 5)
     for x in (
-        noise(*shape).to(memory_format=torch.channels_last), noise(2, shape[1], 12, 10)[:, :, ::2, 1::2], noise(1, shape[1], 6, 5).expand(shape),
-        noise(2, shape[1], 1, 1).expand(shape), noise(6, 5, 2, shape[1]).permute(2, 3, 0, 1),
-    ):  # fmt: skip
+        noise(*shape).to(memory_format=torch.channels_last),
+        noise(2, shape[1], 12, 10)[:, :, ::2, 1::2],
+        noise(1, shape[1], 6, 5).expand(shape),
+        noise(2, shape[1], 1, 1).expand(shape),
+        noise(6, 5, 2, shape[1]).permute(2, 3, 0, 1),
+    ):
         y = lut_conv2d(x, weight, padding=(1, 1), exact=exact)
         assert torch.equal(y, lut_conv2d(x.contiguous(), weight, padding=(1, 1), exact=exact))
 
@@ -202,7 +267,9 @@ def test_a_single_input_that_is_not_zero(name: str, level: int) -> None:
     weight, decoded = made(name, (11, inputs))
     x = torch.eye(inputs) * noise(inputs, 1)
     y = lut_linear(x, weight, level=level)
-    worst = max(error(y[i], x[i].double() @ decoded.T, x[i].double() ** 2 @ (decoded**2).T) for i in range(inputs))
+    worst = max(
+        error(y[i], x[i].double() @ decoded.T, x[i].double() ** 2 @ (decoded**2).T) for i in range(inputs)
+    )
     assert worst <= 2e-3  # of one row alone; a column of codewords may be small
 
 
@@ -215,7 +282,9 @@ def test_constant_inputs_and_zeros(name: str, exact: bool) -> None:
         assert linear_error(x, decoded, lut_linear(x, weight, exact=exact)) <= BOUNDS[exact]
         bias = noise(17, seed=2)
         assert torch.equal(lut_linear(torch.zeros(tokens, 64), weight, exact=exact), torch.zeros(tokens, 17))
-        assert torch.equal(lut_linear(torch.zeros(tokens, 64), weight, bias, exact=exact), bias.expand(tokens, 17))
+        assert torch.equal(
+            lut_linear(torch.zeros(tokens, 64), weight, bias, exact=exact), bias.expand(tokens, 17)
+        )
     weight, decoded = made(name, (17, 64, 3, 3))
     x = torch.full((1, 64, 5, 5), -0.3)
     assert conv_error(x, decoded, lut_conv2d(x, weight, padding=(1, 1), exact=exact), None, 1, 1) <= (
@@ -250,7 +319,10 @@ def test_tokens_of_extreme_scales_each_for_itself(name: str, exact: bool, level:
     y = lut_linear(x, weight, exact=exact, level=level)
     for i in range(8):
         assert linear_error(x[i : i + 1], decoded, y[i : i + 1]) <= BOUNDS[exact], scales[i]
-        assert linear_error(x[i : i + 1], decoded, lut_linear(x[i : i + 1], weight, exact=exact, level=level)) <= BOUNDS[exact], scales[i]
+        assert (
+            linear_error(x[i : i + 1], decoded, lut_linear(x[i : i + 1], weight, exact=exact, level=level))
+            <= BOUNDS[exact]
+        ), scales[i]
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
@@ -264,7 +336,8 @@ def test_images_of_extreme_scales(name: str, scale: float) -> None:
 
 @pytest.mark.parametrize("name", ["usq2", "aq2x6g8", "aq4x4g8", "aq2x6k"])
 def test_a_bright_spot_does_not_take_the_precision_of_the_rest(name: str) -> None:
-    """One unit serves a tile whose taps share tables: where it is too coarse for the tile, its rows are done with float tables."""
+    """One unit serves a tile whose taps share tables: where it is too coarse for the tile, its rows are
+    done with float tables."""
     weight, decoded = made(name, (130, 16, 3, 3))
     x = noise(1, 16, 24, 24)
     x[:, :, 3, 5] *= 60
@@ -323,7 +396,9 @@ def test_the_number_of_threads_does_not_change_a_bit(name: str, exact: bool) -> 
         with threads(count):
             x = noise(1, 64, 19, 18)
             tokens = [lut_linear(noise(t, 192), weight, exact=exact) for t in (1, 7, 65)]
-            found.append([*tokens, *(lut_conv2d(x, image, None, (s, s), (1, 1), exact=exact) for s in (1, 2))])
+            found.append(
+                [*tokens, *(lut_conv2d(x, image, None, (s, s), (1, 1), exact=exact) for s in (1, 2))]
+            )
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
@@ -338,7 +413,18 @@ def test_many_rows_for_one_token_in_two_threads() -> None:
 
 def arguments(weight: Arranged, x: Tensor, bias: Tensor | None = None, exact: bool = False) -> list[Any]:
     plan = lut._plan(weight)
-    return [x, weight.codes, weight.scale, bias, *plan.tensors(), plan.numbers, plan.longest, plan.word_unit, exact, 0]
+    return [
+        x,
+        weight.codes,
+        weight.scale,
+        bias,
+        *plan.tensors(),
+        plan.numbers,
+        plan.longest,
+        plan.word_unit,
+        exact,
+        0,
+    ]
 
 
 def image_arguments(weight: Arranged, x: Tensor, bias: Tensor | None = None, groups: int = 1) -> list[Any]:
@@ -351,9 +437,15 @@ def test_the_operators_are_what_torch_expects(name: str) -> None:
     weight, _ = made(name, (6, 16))
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     for x, bias in ((noise(3, 16), None), (noise(2, 3, 16).bfloat16(), noise(6))):
-        torch.library.opcheck(torch.ops.aquabit.lut_linear.default, tuple(arguments(weight, x, bias)), test_utils=checks)
+        torch.library.opcheck(
+            torch.ops.aquabit.lut_linear.default, tuple(arguments(weight, x, bias)), test_utils=checks
+        )
     image, _ = made(name, (6, 16, 3, 3))
-    torch.library.opcheck(torch.ops.aquabit.lut_conv2d.default, tuple(image_arguments(image, noise(2, 16, 5, 4))), test_utils=checks)
+    torch.library.opcheck(
+        torch.ops.aquabit.lut_conv2d.default,
+        tuple(image_arguments(image, noise(2, 16, 5, 4))),
+        test_utils=checks,
+    )
 
 
 def test_compiled_as_one_graph() -> None:
@@ -392,7 +484,10 @@ def test_arguments_that_do_not_fit_are_named() -> None:
         (r"\[2, 9\] has 9 channels, the weight \[6, 10\] takes 10", lambda: lut_linear(x[:, :9], weight)),
         ("has 9 channels", lambda: lut_conv2d(pixels[:, :9], image)),
         ("takes 20", lambda: lut_conv2d(pixels, image, groups=2)),
-        (r"\[10, 5, 5\] and a weight \[6, 10, 3, 3\] do not go together", lambda: lut_conv2d(pixels[0], image)),
+        (
+            r"\[10, 5, 5\] and a weight \[6, 10, 3, 3\] do not go together",
+            lambda: lut_conv2d(pixels[0], image),
+        ),
         ("do not go together", lambda: lut_conv2d(pixels, weight)),
         ("do not go together", lambda: lut_linear(x, image)),
         ("0 channels", lambda: lut_linear(torch.tensor(1.0), weight)),
@@ -421,7 +516,21 @@ def test_what_is_refused() -> None:
     assert all(lut_refuses(made(name, (6, 64))[0]) is None for name in FORMATS)
 
 
-LINEAR = ("x", "codes", "scale", "bias", "codewords", "words", "by_input", "aux_weights", "aux_scale", "blocks", "runs", "norms", "numbers")
+LINEAR = (
+    "x",
+    "codes",
+    "scale",
+    "bias",
+    "codewords",
+    "words",
+    "by_input",
+    "aux_weights",
+    "aux_scale",
+    "blocks",
+    "runs",
+    "norms",
+    "numbers",
+)
 
 
 @pytest.mark.parametrize("name", ["usq4g64", "vq5", "aq2x6g8", "aq3x4g8"])
@@ -431,7 +540,10 @@ def test_operators_called_directly_refuse_what_would_be_read_out_of_bounds(name:
     torch.ops.aquabit.lut_linear(*right)
     for i, argument in enumerate(LINEAR):
         for wrong in shorter(right[i], argument):
-            with pytest.raises(AquabitError, match="lut_linear" if argument in ("numbers", "norms") else f"lut_linear: {argument} "):
+            with pytest.raises(
+                AquabitError,
+                match="lut_linear" if argument in ("numbers", "norms") else f"lut_linear: {argument} ",
+            ):
                 torch.ops.aquabit.lut_linear(*right[:i], wrong, *right[i + 1 :])
 
 
@@ -442,7 +554,10 @@ def test_convolutions_called_directly_refuse_what_would_be_read_out_of_bounds(na
     torch.ops.aquabit.lut_conv2d(*right)
     for i, argument in enumerate(LINEAR):
         for wrong in shorter(right[i], argument):
-            with pytest.raises(AquabitError, match="lut_conv2d" if argument in ("x", "numbers", "norms") else f"lut_conv2d: {argument} "):
+            with pytest.raises(
+                AquabitError,
+                match="lut_conv2d" if argument in ("x", "numbers", "norms") else f"lut_conv2d: {argument} ",
+            ):
                 torch.ops.aquabit.lut_conv2d(*right[:i], wrong, *right[i + 1 :])
     for i, wrong in ((-6, [0, 1]), (-5, [-1, 0]), (-4, [0, 1]), (-3, [4, 3]), (-2, [4, 3]), (-1, 4)):
         changed = list(right)

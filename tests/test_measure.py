@@ -1,4 +1,5 @@
-"""Measuring: exact repetition, several workers, kills, failures, and what the fake-quantized model computes."""
+"""Measuring: exact repetition, several workers, kills, failures, and what the fake-quantized model
+computes."""
 
 from __future__ import annotations
 
@@ -30,11 +31,32 @@ from tests.conftest import tiny_pipeline
 
 PROTOCOL = Protocol(images=4, steps=2, micro_batch=4)
 SPACE = {"schemes": ["usq2", "usq4", "usq8", "vq2"]}
-COLUMNS = ["config", "protocol", "kind", "status", "reason", "bits", "bytes", "bops", "fid", "sfid", "kid", "is", "accuracy", "mse", "psnr"]
+COLUMNS = [
+    "config",
+    "protocol",
+    "kind",
+    "status",
+    "reason",
+    "bits",
+    "bytes",
+    "bops",
+    "fid",
+    "sfid",
+    "kid",
+    "is",
+    "accuracy",
+    "mse",
+    "psnr",
+]
 
 
 def table(path):
-    return Study(path).measurements(failed=True)[COLUMNS].sort_values(["protocol", "config"]).reset_index(drop=True)
+    return (
+        Study(path)
+        .measurements(failed=True)[COLUMNS]
+        .sort_values(["protocol", "config"])
+        .reset_index(drop=True)
+    )
 
 
 def test_killed_at_twenty_random_instants_the_table_is_the_same(tmp_path) -> None:
@@ -52,12 +74,22 @@ def test_workers_give_the_same_numbers_and_shards_join(tmp_path, dit) -> None:
     protocol, bank = replace(PROTOCOL, images=6), str(tmp_path / "bank")
     assert measure(dit, Study(tmp_path / "one.db"), 6, protocol=protocol, space=SPACE, bank=bank) == 11
     before = fingerprint(dit.denoiser)
-    measure(dit, Study(tmp_path / "two.db"), 6, protocol=protocol, space=SPACE, bank=str(tmp_path / "bank2"), workers=2)
-    assert table(tmp_path / "one.db").equals(table(tmp_path / "two.db"))
-    assert measure(dit, Study(tmp_path / "one.db"), 6, protocol=protocol, space=SPACE, bank=bank) == 0, "measured again, nothing is new"
-    assert fingerprint(dit.denoiser) == before and not any(isinstance(m, QuantLinear) for m in dit.denoiser.modules()), (
-        "the user's model stays"
+    measure(
+        dit,
+        Study(tmp_path / "two.db"),
+        6,
+        protocol=protocol,
+        space=SPACE,
+        bank=str(tmp_path / "bank2"),
+        workers=2,
     )
+    assert table(tmp_path / "one.db").equals(table(tmp_path / "two.db"))
+    assert measure(dit, Study(tmp_path / "one.db"), 6, protocol=protocol, space=SPACE, bank=bank) == 0, (
+        "measured again, nothing is new"
+    )
+    assert fingerprint(dit.denoiser) == before and not any(
+        isinstance(m, QuantLinear) for m in dit.denoiser.modules()
+    ), "the user's model stays"
     parts = [{c.digest for c in shard_of(make_space(trace(dit), "f").sample(6), f"{i}/3")} for i in (1, 2, 3)]
     assert len(set.union(*parts)) == 6 == sum(map(len, parts))
     for bad in ("0/2", "3/2", "x", "1"):
@@ -70,8 +102,15 @@ def test_workers_are_gone_when_the_parent_is_gone_and_replaced_when_they_die(tmp
     model = open_model(str(tmp_path / "pipe"))
     from aquabit.graph import to_json
 
-    begin = {"task": "begin", "model": str(tmp_path / "pipe"), "graph": to_json(model.graph), "bank": str(tmp_path / "bank"),
-             "fingerprint": model.fingerprint, "device": "cpu", "dtype": "float32"}  # fmt: skip
+    begin = {
+        "task": "begin",
+        "model": str(tmp_path / "pipe"),
+        "graph": to_json(model.graph),
+        "bank": str(tmp_path / "bank"),
+        "fingerprint": model.fingerprint,
+        "device": "cpu",
+        "dtype": "float32",
+    }
     workers = pool.WorkerPool(1, begin)
     config = make_space(model.graph, model.fingerprint).uniform("usq4")
     task = {"task": "measure", "config": config.to_dict(), "protocol": PROTOCOL.to_dict(), "packed": False}
@@ -107,12 +146,16 @@ def test_images_do_not_depend_on_their_number_or_order(pipe) -> None:
     b = torch.cat([adapter.images(few, b) for b in adapter.batches(few)])
     assert torch.equal(a[:5], b) and not torch.equal(a[0], a[1])
     shifted = replace(PROTOCOL, seed=2, conditions=(2, 3, 4, 5), images=3)
-    assert torch.allclose(torch.cat([adapter.images(shifted, b) for b in adapter.batches(shifted)]), a[2:5], atol=1e-5)
+    assert torch.allclose(
+        torch.cat([adapter.images(shifted, b) for b in adapter.batches(shifted)]), a[2:5], atol=1e-5
+    )
 
 
 def test_failed_measurements_are_recorded_with_their_reason(tmp_path, unet, monkeypatch) -> None:
     original = Adapter.images
-    monkeypatch.setattr(Adapter, "images", lambda self, p, i: original(self, p, i) * (float("nan") if broken(self) else 1))
+    monkeypatch.setattr(
+        Adapter, "images", lambda self, p, i: original(self, p, i) * (float("nan") if broken(self) else 1)
+    )
 
     def broken(adapter: Adapter) -> bool:
         return str(getattr(adapter.denoiser.get_submodule("conv_in"), "scheme", "")) == "usq2"
@@ -138,7 +181,13 @@ def test_objectives_and_metrics_without_real_images(tmp_path, dit) -> None:
     assert study.protocol.objective == "mse" and set(study.measurements().columns) >= {"mse", "psnr", "ssim"}
     assert "fid" not in study.measurements().columns
     with pytest.raises(AquabitError, match="needs --reference DIR and --features inception=FILE"):
-        measure(dit, Study(tmp_path / "t.db"), 2, protocol=replace(PROTOCOL, objective="sfid"), bank=str(tmp_path / "bank"))
+        measure(
+            dit,
+            Study(tmp_path / "t.db"),
+            2,
+            protocol=replace(PROTOCOL, objective="sfid"),
+            bank=str(tmp_path / "bank"),
+        )
 
 
 def quantized(pipe, tmp_path):
@@ -156,27 +205,42 @@ def test_layers_compute_what_they_say(tmp_path, unet) -> None:
     g = torch.Generator().manual_seed(0)
     for name, layer in model.layers.items():
         coded = Bank(tmp_path).get(model.key(name), layer.scheme)
-        assert coded is not None and torch.equal(coded.coded.dequantize(), layer.weight) and not torch.equal(layer.weight, plain[name])
+        assert (
+            coded is not None
+            and torch.equal(coded.coded.dequantize(), layer.weight)
+            and not torch.equal(layer.weight, plain[name])
+        )
         if isinstance(layer, QuantConv2d):
             x = torch.randn(2, layer.in_channels, 4, 4, generator=g)
             expected = torch.nn.functional.conv2d(
-                fake_quantize_reference(x, 6, "sample", splits.get(name)), layer.weight, layer.bias, layer.stride, layer.padding
+                fake_quantize_reference(x, 6, "sample", splits.get(name)),
+                layer.weight,
+                layer.bias,
+                layer.stride,
+                layer.padding,
             )
         else:
             x = torch.randn(3, layer.in_features, generator=g)
-            expected = torch.nn.functional.linear(fake_quantize_reference(x, 6, "token"), layer.weight, layer.bias)
+            expected = torch.nn.functional.linear(
+                fake_quantize_reference(x, 6, "token"), layer.weight, layer.bias
+            )
             if name.endswith(("to_q", "to_k", "to_v")):
                 expected = fake_quantize_reference(expected, 6, "token")
         torch.testing.assert_close(layer(x), expected)
     model.apply(space.full_precision())
-    assert all(torch.equal(layer.weight, plain[n]) and layer.act == layer.act_output == 16 for n, layer in model.layers.items())
+    assert all(
+        torch.equal(layer.weight, plain[n]) and layer.act == layer.act_output == 16
+        for n, layer in model.layers.items()
+    )
 
 
 def test_decoded_weights_are_kept_within_a_limit(tmp_path, dit, monkeypatch) -> None:
     model, graph = quantized(dit, tmp_path)
     space, calls = make_space(graph, "f"), []
     original = model.fitter.coded
-    monkeypatch.setattr(model.fitter, "coded", lambda need, calibration: calls.append(need) or original(need, calibration))
+    monkeypatch.setattr(
+        model.fitter, "coded", lambda need, calibration: calls.append(need) or original(need, calibration)
+    )
     for scheme in ("usq4", "usq3", "usq4", "usq3"):
         model.apply(space.uniform(scheme))
     assert len(calls) == 2 * len(model.layers), "the second time nothing is decoded"
@@ -185,7 +249,10 @@ def test_decoded_weights_are_kept_within_a_limit(tmp_path, dit, monkeypatch) -> 
     model.apply(space.uniform("usq2"))
     kept = sum(t.nbytes for t in model._recent.values())
     assert kept == model._recent_bytes <= size // 2
-    expected = {n: Bank(tmp_path).get(model.key(n), layer.scheme).coded.dequantize() for n, layer in model.layers.items()}
+    expected = {
+        n: Bank(tmp_path).get(model.key(n), layer.scheme).coded.dequantize()
+        for n, layer in model.layers.items()
+    }
     assert all(torch.equal(layer.weight, expected[n]) for n, layer in model.layers.items())
 
 
@@ -195,16 +262,30 @@ def test_softmax_outputs_are_quantized_unless_v_is_not(tmp_path, dit, monkeypatc
     from aquabit.quant import attention
 
     original = attention.straight_through
-    monkeypatch.setattr(attention, "straight_through", lambda x, bits, per: rounded.append((x, original(x, bits, per))) or rounded[-1][1])
-    inputs = {"hidden_states": torch.randn(2, 1, 8, 8), "timestep": torch.tensor([5, 5]), "class_labels": torch.tensor([1, 2])}
+    monkeypatch.setattr(
+        attention,
+        "straight_through",
+        lambda x, bits, per: rounded.append((x, original(x, bits, per))) or rounded[-1][1],
+    )
+    inputs = {
+        "hidden_states": torch.randn(2, 1, 8, 8),
+        "timestep": torch.tensor([5, 5]),
+        "class_labels": torch.tensor([1, 2]),
+    }
     model.apply(space.full_precision())
     exact = dit.denoiser(**inputs).sample
     assert not rounded
     model.apply(space.uniform("fp", 8))
     near = dit.denoiser(**inputs).sample
-    assert len(rounded) == 2 and all(len(torch.unique((y * 1e6).round())) <= 256 * y[..., 0].numel() for _, y in rounded)
+    assert len(rounded) == 2 and all(
+        len(torch.unique((y * 1e6).round())) <= 256 * y[..., 0].numel() for _, y in rounded
+    )
     for x, y in rounded:
-        assert torch.allclose(x.sum(-1), torch.ones(()), atol=1e-5) and (y - x).abs().max() <= x.max() / 255 and not torch.equal(x, y)
+        assert (
+            torch.allclose(x.sum(-1), torch.ones(()), atol=1e-5)
+            and (y - x).abs().max() <= x.max() / 255
+            and not torch.equal(x, y)
+        )
     assert 0 < (near - exact).abs().max() < 0.3
     rounded.clear()
     config = space.uniform("fp", 8)
@@ -240,7 +321,8 @@ def test_the_bank_keeps_full_precision_images(tmp_path, dit) -> None:
 
 
 def test_a_full_disk_is_no_failed_measurement(tmp_path, dit, monkeypatch) -> None:
-    """What cannot be stored is an error that names the bank; nothing false gets into the study, and the same command continues."""
+    """What cannot be stored is an error that names the bank; nothing false gets into the study, and the
+    same command continues."""
     from aquabit.quant import bank
 
     study, full, save = Study(tmp_path / "s.db"), [], bank.save_file
@@ -257,7 +339,9 @@ def test_a_full_disk_is_no_failed_measurement(tmp_path, dit, monkeypatch) -> Non
             with pytest.raises(AquabitError, match=r"bank .* could not be written .*No space left"):
                 measure(dit, study, 2, protocol=PROTOCOL, space=SPACE, bank=str(tmp_path / "bank"))
     assert full == ["codes", "images"]
-    assert study.measurements(failed=True).empty and not [f for f in os.listdir(tmp_path / "bank") if f.startswith(".")]
+    assert study.measurements(failed=True).empty and not [
+        f for f in os.listdir(tmp_path / "bank") if f.startswith(".")
+    ]
     assert measure(dit, study, 2, protocol=PROTOCOL, space=SPACE, bank=str(tmp_path / "bank")) >= 6
 
 
@@ -268,11 +352,21 @@ def other_pipeline(kind: str):
     torch.manual_seed(0)
     if kind == "ddim":
         pipe = DDIMPipeline(
-            tiny_pipeline("unet").denoiser.from_config({**tiny_pipeline("unet").denoiser.config, "num_class_embeds": None}), DDIMScheduler()
+            tiny_pipeline("unet").denoiser.from_config(
+                {**tiny_pipeline("unet").denoiser.config, "num_class_embeds": None}
+            ),
+            DDIMScheduler(),
         )
     else:
         vae = AutoencoderKL(block_out_channels=(8,), latent_channels=4, norm_num_groups=4, sample_size=8)
-        net = DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=1, sample_size=8)
+        net = DiTTransformer2DModel(
+            num_attention_heads=2,
+            attention_head_dim=8,
+            in_channels=4,
+            out_channels=8,
+            num_layers=1,
+            sample_size=8,
+        )
         pipe = DiTPipeline(net, vae, DDIMScheduler())
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -283,7 +377,9 @@ def other_pipeline(kind: str):
 def test_pipelines_of_diffusers_itself(tmp_path, kind: str, workers: int) -> None:
     study, protocol = (
         Study(tmp_path / "s.db"),
-        replace(PROTOCOL, conditions=None if kind == "ddim" else (1, 2), guidance=1.0 if kind == "ddim" else 2.0),
+        replace(
+            PROTOCOL, conditions=None if kind == "ddim" else (1, 2), guidance=1.0 if kind == "ddim" else 2.0
+        ),
     )
     made = measure(
         other_pipeline(kind),
@@ -303,7 +399,10 @@ def test_pipelines_of_diffusers_itself(tmp_path, kind: str, workers: int) -> Non
 def test_what_a_pipeline_would_ignore_is_refused(dit) -> None:
     from aquabit.pipelines import set_scheduler
 
-    cases = [({"conditions": ("a cat",)}, "'a cat' is no class label"), ({"conditions": (3, 10)}, "class label 10 is out of range")]
+    cases = [
+        ({"conditions": ("a cat",)}, "'a cat' is no class label"),
+        ({"conditions": (3, 10)}, "class label 10 is out of range"),
+    ]
     for change, said in cases:
         with pytest.raises(AquabitError, match=said):
             Adapter(dit).images(replace(PROTOCOL, **change), range(2))

@@ -1,4 +1,5 @@
-"""Estimates of the noise that quantization adds: against plain loops, against what was put in, and the cover of their intervals."""
+"""Estimates of the noise that quantization adds: against plain loops, against what was put in, and the
+cover of their intervals."""
 
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ def covariance(a: list[float], b: list[float]) -> float:
 
 
 def by_loops(eps: np.ndarray, quantized: np.ndarray) -> dict[str, np.ndarray]:
-    """Every field of NoiseEstimate in two passes: means first, then sums of deviations; the residual is made, not multiplied out."""
+    """Every field of NoiseEstimate in two passes: means first, then sums of deviations; the residual is
+    made, not multiplied out."""
     branches, channels = len(eps), eps.shape[-1] if eps.ndim == 4 else eps.shape[2]
     out: dict[str, np.ndarray] = {}
     for name in ("bias", "variance", "mean_eps", "mean_delta", "var_eps", "cov_eps_delta", "var_delta"):
@@ -73,7 +75,9 @@ def by_loops(eps: np.ndarray, quantized: np.ndarray) -> dict[str, np.ndarray]:
     return out
 
 
-def noisy(shape: tuple[int, ...], branches: int, seed: int, scale: float = 0.3) -> tuple[torch.Tensor, torch.Tensor]:
+def noisy(
+    shape: tuple[int, ...], branches: int, seed: int, scale: float = 0.3
+) -> tuple[torch.Tensor, torch.Tensor]:
     """eps with means per channel, and a skewed error that is correlated with it and between branches."""
     rng = np.random.default_rng(seed)
     across = (1, -1) if len(shape) == 3 else (1, -1, *[1] * (len(shape) - 2))
@@ -81,7 +85,12 @@ def noisy(shape: tuple[int, ...], branches: int, seed: int, scale: float = 0.3) 
     shift = rng.normal(size=channels).reshape(across)
     shared = rng.exponential(size=shape)
     eps = np.stack([rng.normal(size=shape) + shift for _ in range(branches)])
-    error = np.stack([0.2 * (b + 1) * eps[b] + scale * (shared + rng.normal(size=shape)) + 0.1 * b for b in range(branches)])
+    error = np.stack(
+        [
+            0.2 * (b + 1) * eps[b] + scale * (shared + rng.normal(size=shape)) + 0.1 * b
+            for b in range(branches)
+        ]
+    )
     return torch.from_numpy(eps), torch.from_numpy(eps + error)
 
 
@@ -152,15 +161,19 @@ def test_intervals_need_two_images() -> None:
         bootstrap(*sums.joined())
 
 
-# ---- what was put in -------------------------------------------------------------------------------------------------------------------
+# ---- what was put in
+# ------------------------------------------------------------------------------------------------------------
 
 K, BIAS, SIGMA = np.array([0.15, -0.08]), np.array([0.05, -0.2, 0.4]), np.array([0.1, 0.2, 0.3])
 CENTRE = np.array([1.0, -2.0, 0.5])  # channel means of eps
 RHO = 0.6  # correlation of the residuals of two guidance branches
 
 
-def simulated(seed: int, images: int, effect: float, branches: int = 1, side: int = 8) -> tuple[np.ndarray, np.ndarray]:
-    """eps_q = (1 + k) eps + bias + residual. ``effect`` is the share of the residual's variance that a whole image has in common.
+def simulated(
+    seed: int, images: int, effect: float, branches: int = 1, side: int = 8
+) -> tuple[np.ndarray, np.ndarray]:
+    """eps_q = (1 + k) eps + bias + residual. ``effect`` is the share of the residual's variance that a whole
+    image has in common.
 
     Returns the sums of ``NoiseSums``.
     """
@@ -186,10 +199,11 @@ def simulated(seed: int, images: int, effect: float, branches: int = 1, side: in
 
 @pytest.mark.parametrize(("effect", "least"), [(0.0, 90), (0.2, 87)])
 def test_intervals_cover_the_truth(effect: float, least: int) -> None:
-    """Nominal 95 %, over 100 seeds: 90 to 99 of them for k, bias, variance and covariance on average over branches and channels.
+    """Nominal 95 %, over 100 seeds: 90 to 99 of them for k, bias, variance and covariance on average over
+    branches and channels.
 
-    Each single one too, but for variances where whole images differ: those are skewed, which quantiles of resampled ones miss in part
-    (91 to 92 % over many seeds, at 64 images).
+    Each single one too, but for variances where whole images differ: those are skewed, which quantiles of
+    resampled ones miss in part (91 to 92 % over many seeds, at 64 images).
     """
     truth = {
         "k": K,
@@ -206,7 +220,8 @@ def test_intervals_cover_the_truth(effect: float, least: int) -> None:
         assert 90 <= count.mean() <= 99 and count.min() >= least, (name, count)
 
 
-# ---- mistakes of the released code -----------------------------------------------------------------------------------------------------
+# ---- mistakes of the released code
+# -----------------------------------------------------------------------------------------------------
 
 
 def large() -> NoiseEstimate:

@@ -1,4 +1,5 @@
-"""Packed artifacts: bytes on disk and in memory, equality with dense mode, damaged files, and loading in general."""
+"""Packed artifacts: bytes on disk and in memory, equality with dense mode, damaged files, and loading in
+general."""
 
 from __future__ import annotations
 
@@ -33,7 +34,10 @@ WEIGHTS = "denoiser/diffusion_pytorch_model.safetensors"
 def mixed(pipe, act: int) -> QuantConfig:
     """Every kind of scheme somewhere, one layer left in full precision."""
     graph = trace(pipe)
-    space, partners = make_space(graph, fingerprint(pipe.denoiser), calibration=CALIBRATION), codebook_names(graph)
+    space, partners = (
+        make_space(graph, fingerprint(pipe.denoiser), calibration=CALIBRATION),
+        codebook_names(graph),
+    )
     names, config = space.layers, space.uniform("usq4", act)
     for i, name in enumerate(names):
         scheme = SCHEMES[i % len(SCHEMES)]
@@ -54,25 +58,44 @@ def test_artifact_size_is_exact_on_disk_and_in_memory(pipe, tmp_path) -> None:
     written = packing.quantize(pipe, config, bank=str(tmp_path / "bank")).save(tmp_path / "packed")
     file = tmp_path / "packed" / WEIGHTS
     header = 8 + struct.unpack("<Q", file.read_bytes()[:8])[0]
-    assert file.stat().st_size - header == written == CostModel(graph, make_space(graph, config.fingerprint))(config).bytes
+    assert (
+        file.stat().st_size - header
+        == written
+        == CostModel(graph, make_space(graph, config.fingerprint))(config).bytes
+    )
     loaded = load(str(tmp_path / "packed"))
     stored = load_file(file)
     layers = {n: m for n, m in loaded.denoiser.named_modules() if isinstance(m, QuantLinear | QuantConv2d)}
     for name, layer in layers.items():
-        on_disk = sum(t.numel() * t.element_size() for k, t in stored.items() if k.startswith((f"{name}.weight", f"{name}.bias")))
+        on_disk = sum(
+            t.numel() * t.element_size()
+            for k, t in stored.items()
+            if k.startswith((f"{name}.weight", f"{name}.bias"))
+        )
         if layer.scheme.shared:
             on_disk += layer.scheme.stored_bytes(layer.shape)[1]
         dense = 4 * prod(layer.shape)
-        assert on_disk <= resident_bytes([layer]) < on_disk + (dense if layer.held is None else dense / 8) + 16 * 1024, "no dense copy"
+        assert (
+            on_disk
+            <= resident_bytes([layer])
+            < on_disk + (dense if layer.held is None else dense / 8) + 16 * 1024
+        ), "no dense copy"
         assert layer.held is None or layer.weight.numel() == 0
     assert sum(layer.held is not None for layer in layers.values()) == len(layers) - 1
     shared = {id(layer.coded.codebooks) for layer in layers.values() if layer.scheme.shared}
     tables = {id(layer.held.tables) for layer in layers.values() if layer.scheme.shared}
-    assert len(shared) == len(tables) == sum(k.startswith("codebooks/") for k in stored) > 0, "layers that share codebooks hold one tensor"
+    assert len(shared) == len(tables) == sum(k.startswith("codebooks/") for k in stored) > 0, (
+        "layers that share codebooks hold one tensor"
+    )
     packed = packing.quantize(pipe, config, bank=str(tmp_path / "bank"))
     assert resident_bytes(packed.model.layers.values()) == resident_bytes(layers.values())
     loaded.denoiser.to("meta")
-    moved = {id(t) for layer in layers.values() if layer.scheme.shared for t in (layer.held.tables, layer.held.stored[0])}
+    moved = {
+        id(t)
+        for layer in layers.values()
+        if layer.scheme.shared
+        for t in (layer.held.tables, layer.held.stored[0])
+    }
     assert len(moved) == 2 * len(shared), "moved to another device, they still share"
 
 
@@ -89,13 +112,17 @@ def test_packed_equals_dense(pipe, tmp_path, act: int) -> None:
     assert (dense - full).abs().max() > 1e-3, "the test must see a difference"
     loaded = load(str(tmp_path / "packed"))
     effect = (dense - full).square().mean().sqrt()
-    assert (images(loaded) - dense).square().mean().sqrt() < 0.2 * effect, "fast kernels stay within 1e-3 a layer"
+    assert (images(loaded) - dense).square().mean().sqrt() < 0.2 * effect, (
+        "fast kernels stay within 1e-3 a layer"
+    )
     for layer in layers_of(loaded.denoiser).values():
         layer.accuracy = "exact"
     for other in (images(packed.pipe), images(loaded)):
         if act == 16:
             torch.testing.assert_close(other, dense, rtol=0, atol=1e-4)
-        assert (other - dense).square().mean().sqrt() < 0.05 * effect, "a value between two steps may be rounded to the other one"
+        assert (other - dense).square().mean().sqrt() < 0.05 * effect, (
+            "a value between two steps may be rounded to the other one"
+        )
 
 
 def test_copies_run_on_their_own_weights(dit, tmp_path) -> None:
@@ -114,7 +141,9 @@ def test_copies_run_on_their_own_weights(dit, tmp_path) -> None:
 def test_grid_of_an_artifact(dit, tmp_path) -> None:
     packing.quantize(dit, mixed(dit, 8), bank=str(tmp_path / "bank")).save(tmp_path / "packed")
     made = packing.generate(str(tmp_path / "packed"), images=5, seed=3, steps=2)
-    assert made.shape == (5, 1, 8, 8) and torch.equal(made, packing.generate(str(tmp_path / "packed"), images=5, seed=3, steps=2))
+    assert made.shape == (5, 1, 8, 8) and torch.equal(
+        made, packing.generate(str(tmp_path / "packed"), images=5, seed=3, steps=2)
+    )
     assert json.loads((tmp_path / "packed" / "model_index.json").read_text())["classes"] == 10
 
 
@@ -123,7 +152,10 @@ def test_configurations_of_other_models_are_refused(dit, unet, tmp_path) -> None
         packing.quantize(dit, mixed(unet, 8), bank=str(tmp_path))
 
 
-@pytest.mark.parametrize("damage", ["truncate", "json", "schema", "twice", "scheme", "missing", "unknown", "lost", "bfloat16", "earlier"])
+@pytest.mark.parametrize(
+    "damage",
+    ["truncate", "json", "schema", "twice", "scheme", "missing", "unknown", "lost", "bfloat16", "earlier"],
+)
 def test_damaged_artifacts_give_one_sentence(dit, tmp_path, damage: str) -> None:
     packing.quantize(dit, mixed(dit, 8), bank=str(tmp_path / "bank")).save(tmp_path / "packed")
     file, recipe = tmp_path / "packed" / WEIGHTS, tmp_path / "packed" / "denoiser" / "config.json"
@@ -131,11 +163,17 @@ def test_damaged_artifacts_give_one_sentence(dit, tmp_path, damage: str) -> None
     groups = value["quantization_config"]["groups"]
     code, layer = next(k for k in tensors if k.endswith(".codes")), groups[0]["layers"][0]
     said = {
-        "truncate": str(tmp_path), "json": "is not valid JSON", "schema": "has schema 9, this version of aquabit reads 2",
-        "twice": f"layer {layer!r} in two groups", "scheme": "unknown scheme 'usq44x'", "missing": f"lack '{layer}.weight'",
-        "unknown": "layer 'nowhere' is not in this model", "lost": f"codes of layer {code.removesuffix('.weight.codes')!r}",
-        "bfloat16": "they must be float16", "earlier": "earlier version",
-    }[damage]  # fmt: skip
+        "truncate": str(tmp_path),
+        "json": "is not valid JSON",
+        "schema": "has schema 9, this version of aquabit reads 2",
+        "twice": f"layer {layer!r} in two groups",
+        "scheme": "unknown scheme 'usq44x'",
+        "missing": f"lack '{layer}.weight'",
+        "unknown": "layer 'nowhere' is not in this model",
+        "lost": f"codes of layer {code.removesuffix('.weight.codes')!r}",
+        "bfloat16": "they must be float16",
+        "earlier": "earlier version",
+    }[damage]
     if damage == "truncate":
         file.write_bytes(file.read_bytes()[:-100])
     elif damage == "json":
@@ -204,5 +242,8 @@ def test_schedulers_by_name(dit) -> None:
 
 
 def test_guidance_and_other_sizes_change_images(dit) -> None:
-    plain, guided = Protocol(images=2, steps=2, micro_batch=2), Protocol(images=2, steps=2, micro_batch=2, guidance=3.0)
+    plain, guided = (
+        Protocol(images=2, steps=2, micro_batch=2),
+        Protocol(images=2, steps=2, micro_batch=2, guidance=3.0),
+    )
     assert not torch.allclose(Adapter(dit).images(plain, range(2)), Adapter(dit).images(guided, range(2)))

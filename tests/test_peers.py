@@ -1,4 +1,5 @@
-"""What benchmarks/peers.py does around the peer: the exact optimum of its scores, its bits as a configuration, our choice at its size."""
+"""What benchmarks/peers.py does around the peer: the exact optimum of its scores, its bits as a
+configuration, our choice at its size."""
 
 from __future__ import annotations
 
@@ -23,9 +24,15 @@ def toy(count: int = 6) -> tuple[nx.DiGraph, Any, dict[tuple[str, str], float]]:
     rng, graph = np.random.default_rng(0), nx.DiGraph(other_elements=11)
     for i in range(count):
         shape = (int(rng.integers(8, 40)), int(rng.integers(16, 60)))
-        graph.add_node(f"l{i}", kind="layer", depth=i, operator="o", block="b", shape=shape, macs=int(np.prod(shape)))
+        graph.add_node(
+            f"l{i}", kind="layer", depth=i, operator="o", block="b", shape=shape, macs=int(np.prod(shape))
+        )
     space = make_space(graph, "print", "toy", schemes=SCHEMES, activations=[8])
-    errors = {(k, s): float(rng.lognormal(0, 1) * 4.0 ** -Scheme.parse(s).bits) for k in space.layers for s in SCHEMES[1:]}
+    errors = {
+        (k, s): float(rng.lognormal(0, 1) * 4.0 ** -Scheme.parse(s).bits)
+        for k in space.layers
+        for s in SCHEMES[1:]
+    }
     return graph, space, errors
 
 
@@ -35,7 +42,11 @@ def table(seed: int, scale: float = 1.0) -> dict[str, Any]:
     for i in range(4):
         size = int(rng.integers(5, 50))
         scores = sorted(rng.lognormal(0, 2, 3) * scale, reverse=True)
-        found[f"l{i}"] = {"bits": [2, 4, 16], "scores": [*scores[:2], 0.0], "costs": [size * b / 16 for b in (2, 4, 16)]}
+        found[f"l{i}"] = {
+            "bits": [2, 4, 16],
+            "scores": [*scores[:2], 0.0],
+            "costs": [size * b / 16 for b in (2, 4, 16)],
+        }
     return found
 
 
@@ -45,13 +56,20 @@ def test_the_exact_optimum_is_that_of_enumeration_at_any_scale(seed: int, scale:
     rows = list(table(seed, scale).values())
     scores, costs = [r["scores"] for r in rows], [r["costs"] for r in rows]
     limit = sum(c[2] for c in costs) * 5 / 16
-    within = [p for p in itertools.product(range(3), repeat=4) if sum(c[i] for c, i in zip(costs, p, strict=True)) <= limit]
+    within = [
+        p
+        for p in itertools.product(range(3), repeat=4)
+        if sum(c[i] for c, i in zip(costs, p, strict=True)) <= limit
+    ]
     best = min(within, key=lambda p: sum(s[i] for s, i in zip(scores, p, strict=True)))
     assert peers.exact(scores, costs, limit) == list(best)
 
 
 def test_a_solution_is_held_against_the_optimum_of_its_own_scores() -> None:
-    layers = {k: {"bits": [2, 4, 16], "scores": s, "costs": [1.0, 2.0, 8.0]} for k, s in (("a", [8.0, 2.0, 0.0]), ("b", [3.0, 1.0, 0.0]))}
+    layers = {
+        k: {"bits": [2, 4, 16], "scores": s, "costs": [1.0, 2.0, 8.0]}
+        for k, s in (("a", [8.0, 2.0, 0.0]), ("b", [3.0, 1.0, 0.0]))
+    }
     worse, best = {"a": 2, "b": 4}, {"a": 4, "b": 2}
     found = {"layers": layers, "chosen": {"3.0": worse}, "chosen_scaled": {"3.0": best}, "seconds": 1.0}
     row = peers.solver_row(found, 3.0)
@@ -81,7 +99,9 @@ def test_our_choice_takes_the_same_schemes_within_the_same_bytes(family: str) ->
         return sum(errors[k, str(c.weight)] for k, c in config.layers.items())
 
     assert costs(ours).bytes <= costs(theirs).bytes and damage(ours) < damage(theirs)
-    assert {c.weight for c in ours.layers.values()} <= {peers.scheme_of(b, family) for b in peers.BITS}  # full precision is not listed
+    assert {c.weight for c in ours.layers.values()} <= {
+        peers.scheme_of(b, family) for b in peers.BITS
+    }  # full precision is not listed
     assert all(ours[k].act == (16 if ours[k].weight == FP else 8) for k in space.layers)
 
 
@@ -94,7 +114,11 @@ def test_a_surrogate_chooses_within_the_bytes(tmp_path: Path) -> None:
     limit = costs(space.uniform("usq3h")).bytes
     found = peers.surrogate_choice(tmp_path / "made.db", "usqh", limit, contexts=1, rows=1000)
     schemes = {str(found[k].weight) for k in space.layers}
-    assert 0.98 * limit < costs(found).bytes <= limit and len(schemes) > 2 and schemes <= {"usq2h", "usq3h", "usq4h", "usq8"}
+    assert (
+        0.98 * limit < costs(found).bytes <= limit
+        and len(schemes) > 2
+        and schemes <= {"usq2h", "usq3h", "usq4h", "usq8"}
+    )
 
 
 def test_without_its_environment_one_sentence_says_how_to_make_it(tmp_path: Path) -> None:
@@ -129,7 +153,10 @@ def test_tables_show_every_choice_and_every_measurement() -> None:
         "psnr": [20.0, 22.0],
         "fid_interval": {"value": 4.0},
     }
-    rows = [side | {"side": "ModelOpt"}, side | {"side": "uniform", "bytes": 1024, "theirs_less_this": {"fid": spread, "psnr": spread}}]
+    rows = [
+        side | {"side": "ModelOpt"},
+        side | {"side": "uniform", "bytes": 1024, "theirs_less_this": {"fid": spread, "psnr": spread}},
+    ]
     text = peers.markdown(
         {
             "machine": {"cpu": "c", "cores": 2, "torch": "2"},

@@ -27,20 +27,37 @@ def test_a_plan_is_what_is_then_done(tmp_path) -> None:
     before, more = plan(pipe, None, 2, **given), plan(pipe, None, 4, **given)
     study = Study(tmp_path / "s.db")
     assert measure(pipe, study, 2, **given) == before.measurements < more.measurements
-    uniform = ("usq2h", "usq4h", "usq8")  # references of schemes that are not in the space: fitted when they are measured
+    uniform = (
+        "usq2h",
+        "usq4h",
+        "usq8",
+    )  # references of schemes that are not in the space: fitted when they are measured
     files = Bank(bank).folder.glob("*.safetensors")
-    fits = [p for p in files if p.name.split("-")[1].startswith("usq") and not p.name.split("-")[1].startswith(uniform)]
+    fits = [
+        p
+        for p in files
+        if p.name.split("-")[1].startswith("usq") and not p.name.split("-")[1].startswith(uniform)
+    ]
     assert before.fits == len(fits)
     assert before.probes == len(study.features())
     written = sum(p.stat().st_size for p in fits)
     assert 0.8 < before.bank_bytes / written < 1.25
     after = plan(pipe, study, 4, **given)
     assert (after.measurements, after.known, after.fits, after.probes, after.bank_bytes) == (
-        more.measurements - before.measurements, before.measurements, 0, 0, 0,
-    )  # fmt: skip
-    assert after.measuring_seconds > 0 == after.probing_seconds and len(study.measurements()) == before.measurements
+        more.measurements - before.measurements,
+        before.measurements,
+        0,
+        0,
+        0,
+    )
+    assert (
+        after.measuring_seconds > 0 == after.probing_seconds
+        and len(study.measurements()) == before.measurements
+    )
     shards = [plan(pipe, None, 4, shard=f"{i}/2", **given).measurements for i in (1, 2)]
-    assert sum(shards) == more.measurements + 7, "full precision and six uniform references are measured by both"
+    assert sum(shards) == more.measurements + 7, (
+        "full precision and six uniform references are measured by both"
+    )
 
 
 def test_live_tensors_are_counted_while_they_live() -> None:

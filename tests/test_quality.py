@@ -1,4 +1,5 @@
-"""Quality against independent implementations, laws of the distances, and what a user sees when images are wrong."""
+"""Quality against independent implementations, laws of the distances, and what a user sees when images are
+wrong."""
 
 from __future__ import annotations
 
@@ -32,8 +33,18 @@ from aquabit.quality.moments import Moments
 from aquabit.scheme import AquabitError
 
 DIGITS_METRICS = [
-    "fid", "sfid", "kid", "is", "precision", "recall", "accuracy", "mse", "psnr", "ssim", "feature_distance",
-]  # fmt: skip
+    "fid",
+    "sfid",
+    "kid",
+    "is",
+    "precision",
+    "recall",
+    "accuracy",
+    "mse",
+    "psnr",
+    "ssim",
+    "feature_distance",
+]
 CLOSE = {"rel": 1e-6, "abs": 1e-12}
 
 
@@ -67,7 +78,8 @@ def reference(digits: DigitsFeatures) -> Reference:
     return bundled_reference(digits)
 
 
-# Against independent implementations ------------------------------------------------------------------------------
+# Against independent implementations
+# ------------------------------------------------------------------------------
 
 
 def slow_fid(a: np.ndarray, b: np.ndarray) -> float:
@@ -86,7 +98,9 @@ def test_fid_equals_scipy_sqrtm(m: int, n: int, shift: float) -> None:
 def test_frechet_distance_of_diagonal_gaussians_in_closed_form() -> None:
     a, b, shift = np.array([4.0, 1.0, 0.0]), np.array([1.0, 9.0, 2.0]), np.array([1.0, -2.0, 0.5])
     expected = (shift**2).sum() + ((np.sqrt(a) - np.sqrt(b)) ** 2).sum()
-    assert dist.frechet_distance(shift, np.diag(a), np.zeros(3), np.diag(b)) == pytest.approx(expected, **CLOSE)
+    assert dist.frechet_distance(shift, np.diag(a), np.zeros(3), np.diag(b)) == pytest.approx(
+        expected, **CLOSE
+    )
 
 
 def test_kid_equals_sklearn_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +158,9 @@ def slow_ssim(x: np.ndarray, y: np.ndarray) -> float:
                 mp, mq = (window * p).sum(), (window * q).sum()
                 vp, vq = (window * (p - mp) ** 2).sum(), (window * (q - mq) ** 2).sum()
                 cov = (window * (p - mp) * (q - mq)).sum()
-                values.append((2 * mp * mq + 1e-4) * (2 * cov + 9e-4) / ((mp**2 + mq**2 + 1e-4) * (vp + vq + 9e-4)))
+                values.append(
+                    (2 * mp * mq + 1e-4) * (2 * cov + 9e-4) / ((mp**2 + mq**2 + 1e-4) * (vp + vq + 9e-4))
+                )
     return float(np.mean(values))
 
 
@@ -180,7 +196,8 @@ def test_mse_psnr_and_feature_distance_by_hand() -> None:
         paired.ssim(x, y[:2])
 
 
-# Laws -------------------------------------------------------------------------------------------------------------
+# Laws
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n", [3, 10, 200])
@@ -197,7 +214,10 @@ def test_fid_laws_also_where_the_covariance_is_singular(n: int) -> None:
 def test_fid_of_two_singular_covariances_in_closed_form() -> None:
     a = np.zeros((2, 5))
     b = np.zeros((2, 5))
-    a[:, 0], b[:, 1] = [-1, 1], [-3, 3]  # orthogonal lines with variances 2 and 18, so the cross term vanishes
+    a[:, 0], b[:, 1] = (
+        [-1, 1],
+        [-3, 3],
+    )  # orthogonal lines with variances 2 and 18, so the cross term vanishes
     assert dist.fid(a, b) == pytest.approx(20.0, **CLOSE)
 
 
@@ -265,7 +285,8 @@ def test_quality_does_not_depend_on_batches(sizes: list[int], seed: int) -> None
     assert parts.compute() == pytest.approx(whole.compute(), rel=1e-9, abs=1e-10)
 
 
-# Quality and Reference --------------------------------------------------------------------------------------------
+# Quality and Reference
+# --------------------------------------------------------------------------------------------
 
 
 def test_quality_equals_the_plain_functions(digits: DigitsFeatures, reference: Reference) -> None:
@@ -275,12 +296,18 @@ def test_quality_equals_the_plain_functions(digits: DigitsFeatures, reference: R
     precision, recall = dist.precision_recall(real.pooled, fake.pooled)
     assert 0 < precision < 1 and 0 < recall < 1 and precision != recall
     expected = {
-        "fid": dist.fid(real.pooled, fake.pooled), "sfid": dist.sfid(real.spatial, fake.spatial), "kid": dist.kid(real.pooled, fake.pooled),
-        "is": dist.inception_score(fake.logits), "precision": precision, "recall": recall,
+        "fid": dist.fid(real.pooled, fake.pooled),
+        "sfid": dist.sfid(real.spatial, fake.spatial),
+        "kid": dist.kid(real.pooled, fake.pooled),
+        "is": dist.inception_score(fake.logits),
+        "precision": precision,
+        "recall": recall,
         "accuracy": float((fake.logits.argmax(1) == labels[:100].numpy()).mean()),
-        "mse": paired.mse(x, images[:100]).mean(), "psnr": paired.psnr(x, images[:100]).mean(), "ssim": paired.ssim(x, images[:100]).mean(),
+        "mse": paired.mse(x, images[:100]).mean(),
+        "psnr": paired.psnr(x, images[:100]).mean(),
+        "ssim": paired.ssim(x, images[:100]).mean(),
         "feature_distance": paired.feature_distance(fake.spatial, clean.spatial).mean(),
-    }  # fmt: skip
+    }
     quality = Quality([Source(digits, reference)])
     for start in range(0, 100, 30):
         part = slice(start, min(start + 30, 100))
@@ -291,7 +318,11 @@ def test_quality_equals_the_plain_functions(digits: DigitsFeatures, reference: R
 def test_keys_follow_what_was_given_and_asked_for(digits: DigitsFeatures, reference: Reference) -> None:
     x, labels = held_out_digits()
     keys = {}
-    for name, arguments in {"alone": (x[:9],), "labels": (x[:9], None, labels[:9]), "pairs": (x[:9], x[9:18])}.items():
+    for name, arguments in {
+        "alone": (x[:9],),
+        "labels": (x[:9], None, labels[:9]),
+        "pairs": (x[:9], x[9:18]),
+    }.items():
         quality = Quality([Source(digits, reference)])
         quality.update(*arguments)
         keys[name] = list(quality.compute())
@@ -330,7 +361,9 @@ def test_one_image_gives_nan_where_undefined(digits: DigitsFeatures, reference: 
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_non_finite_images_are_counted_and_not_taken_in(value: float, digits: DigitsFeatures, reference: Reference) -> None:
+def test_non_finite_images_are_counted_and_not_taken_in(
+    value: float, digits: DigitsFeatures, reference: Reference
+) -> None:
     x = held_out_digits()[0][:10].clone()
     quality = Quality([Source(digits, reference)])
     quality.update(x)
@@ -345,17 +378,22 @@ def test_non_finite_images_are_counted_and_not_taken_in(value: float, digits: Di
     assert quality.compute() == before and quality.count == 10
     with pytest.raises(NonFiniteImages, match="2 of 10 full-precision images") as caught:
         Quality([Source(digits, reference)]).update(x, bad)
-    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)  # it must survive the way back from a worker
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(
+        caught.value
+    )  # it must survive the way back from a worker
 
 
 def test_wrong_inputs_say_what_is_wrong(digits: DigitsFeatures, reference: Reference) -> None:
     x = held_out_digits()[0][:6]
     cases = {
         r"span \[-1, 1\]": (x * 2 - 1,),
-        r"shape \[1, 8, 8\]": (x[0],), r"dtype torch.int64": (x.long(),), r"shape \[0, 1, 8, 8\]": (x[:0],),
-        r"takes images \[n, 1, 8, 8\]": (torch.zeros(2, 3, 8, 8),), r"labels have shape \[2\]": (x, None, [1, 2]),
+        r"shape \[1, 8, 8\]": (x[0],),
+        r"dtype torch.int64": (x.long(),),
+        r"shape \[0, 1, 8, 8\]": (x[:0],),
+        r"takes images \[n, 1, 8, 8\]": (torch.zeros(2, 3, 8, 8),),
+        r"labels have shape \[2\]": (x, None, [1, 2]),
         r"shapes \[6, 1, 8, 8\] and \[5, 1, 8, 8\]": (x, x[:5]),
-    }  # fmt: skip
+    }
     for message, arguments in cases.items():
         with pytest.raises(AquabitError, match=message):
             Quality([Source(digits, reference)]).update(*arguments)
@@ -369,7 +407,9 @@ def test_wrong_inputs_say_what_is_wrong(digits: DigitsFeatures, reference: Refer
         Reference.from_batches([x, torch.zeros(6, 1, 4, 4)], PixelFeatures())
 
 
-def test_reference_digest_follows_images_and_extractor_only(digits: DigitsFeatures, reference: Reference) -> None:
+def test_reference_digest_follows_images_and_extractor_only(
+    digits: DigitsFeatures, reference: Reference
+) -> None:
     images = held_out_digits()[0]
     assert Reference.from_batches(images.split(100), digits).digest == reference.digest
     assert Reference.from_images(images[:-1], digits).digest != reference.digest
@@ -378,13 +418,17 @@ def test_reference_digest_follows_images_and_extractor_only(digits: DigitsFeatur
     changed[500, 0, 4, 4] += 1 / 16 if changed[500, 0, 4, 4] < 1 else -1 / 16
     assert Reference.from_images(changed, digits).digest != reference.digest
     whole_bytes = (255 * random_images(8)).byte()
-    assert Reference.from_images(whole_bytes, digits).digest == Reference.from_images(whole_bytes.numpy() / np.float32(255), digits).digest
+    assert (
+        Reference.from_images(whole_bytes, digits).digest
+        == Reference.from_images(whole_bytes.numpy() / np.float32(255), digits).digest
+    )
     with pytest.raises(dataclasses.FrozenInstanceError):
         reference.digest = "other"  # type: ignore[misc]
     assert np.array_equal(pickle.loads(pickle.dumps(reference)).pooled_factor, reference.pooled_factor)
 
 
-# The bundled classifier -------------------------------------------------------------------------------------------
+# The bundled classifier
+# -------------------------------------------------------------------------------------------
 
 
 def test_classifier_is_accurate_and_fid_tells_digits_from_noise(digits: DigitsFeatures) -> None:
@@ -394,7 +438,9 @@ def test_classifier_is_accurate_and_fid_tells_digits_from_noise(digits: DigitsFe
     assert all(v.dtype == np.float32 for v in real)
     assert (real.spatial.std(0) > 0.01).mean() > 0.9  # no dead channels among the four
     assert dist.accuracy(real.logits, labels) >= 0.97
-    assert dist.inception_score(real.logits) > 6  # below 10 because the classifier learned with smoothed labels
+    assert (
+        dist.inception_score(real.logits) > 6
+    )  # below 10 because the classifier learned with smoothed labels
     halves = dist.fid(real.pooled[::2], real.pooled[1::2])
     assert dist.fid(real.pooled, noise.pooled) > 20 * halves
     assert dist.sfid(real.spatial, noise.spatial) > 10 * dist.sfid(real.spatial[::2], real.spatial[1::2])
@@ -405,9 +451,17 @@ def test_classifier_equals_the_module_it_was_trained_as(digits: DigitsFeatures) 
     from torch import nn
 
     model = nn.Sequential(
-        nn.Conv2d(1, 32, 3, padding=1), nn.SiLU(), nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.SiLU(),
-        nn.Conv2d(64, 64, 3, padding=1), nn.SiLU(), nn.Flatten(), nn.Linear(64 * 16, 32), nn.SiLU(), nn.Linear(32, 10),
-    )  # fmt: skip
+        nn.Conv2d(1, 32, 3, padding=1),
+        nn.SiLU(),
+        nn.Conv2d(32, 64, 3, stride=2, padding=1),
+        nn.SiLU(),
+        nn.Conv2d(64, 64, 3, padding=1),
+        nn.SiLU(),
+        nn.Flatten(),
+        nn.Linear(64 * 16, 32),
+        nn.SiLU(),
+        nn.Linear(32, 10),
+    )
     from safetensors.torch import load_file
 
     model.load_state_dict(load_file(BUNDLED / "classifier.safetensors"))

@@ -1,4 +1,5 @@
-"""Static ranges of activations: the quantizer, the choice of ranges, how they are measured, used in each step, kept and stored."""
+"""Static ranges of activations: the quantizer, the choice of ranges, how they are measured, used in each
+step, kept and stored."""
 
 from __future__ import annotations
 
@@ -39,7 +40,9 @@ def by_hand(x: np.ndarray, bits: int, low: float, high: float) -> np.ndarray:
 
 
 @given(st.integers(2, 8), st.floats(-5, 4), st.floats(0.1, 9), st.integers(0, 1000))
-def test_the_static_quantizer_is_the_nearest_point_of_its_grid(bits: int, low: float, width: float, seed: int) -> None:
+def test_the_static_quantizer_is_the_nearest_point_of_its_grid(
+    bits: int, low: float, width: float, seed: int
+) -> None:
     x = torch.randn(50, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 4
     y, expected = fake_quantize_static(x, bits, low, low + width), by_hand(x.numpy(), bits, low, low + width)
     step = width / (2**bits - 1)
@@ -64,17 +67,24 @@ def test_percentiles_are_taken_where_they_round_better() -> None:
     rng = torch.Generator().manual_seed(0)
     flat = torch.rand(8192, generator=rng) * 2 - 0.5
     low, high = float(flat.min()), float(flat.max())
-    assert best_range(flat, low, high, 8, zero=False) == pytest.approx((low, high), abs=1e-2), "uniform values lose by cuts"
+    assert best_range(flat, low, high, 8, zero=False) == pytest.approx((low, high), abs=1e-2), (
+        "uniform values lose by cuts"
+    )
     spiked = torch.cat([flat, torch.tensor([12.0])])
     found = best_range(spiked, low, 12.0, 4, zero=False)
     assert found[1] < 4, "one outlier costs all others their resolution"
-    assert best_range(flat + 3, low + 3, high + 3, 8, zero=True)[0] == 0 and best_range(flat - 3, low - 3, high - 3, 8, zero=True)[1] == 0
+    assert (
+        best_range(flat + 3, low + 3, high + 3, 8, zero=True)[0] == 0
+        and best_range(flat - 3, low - 3, high - 3, 8, zero=True)[1] == 0
+    )
     assert best_range(flat + 3, low + 3, high + 3, 8, zero=False)[0] > 2
 
 
 def evaluator(pipe, tmp_path) -> tuple[Evaluator, SearchSpace]:
     graph, own = trace(pipe), fingerprint(pipe.denoiser)
-    return Evaluator(pipe, graph, Bank(tmp_path), own), make_space(graph, own, schemes=["usq4"], activations=[16, 8, 6, 4])
+    return Evaluator(pipe, graph, Bank(tmp_path), own), make_space(
+        graph, own, schemes=["usq4"], activations=[16, 8, 6, 4]
+    )
 
 
 def ranged(space: SearchSpace, kind: str, act: int = 8) -> QuantConfig:
@@ -110,16 +120,33 @@ def test_ranges_are_those_of_full_precision_inputs(tmp_path, pipe, monkeypatch) 
         layer = here.quantized.layers[name]
         parts = 2 if layer.split and isinstance(layer, QuantConv2d) else 1
         splits += parts == 2
-        assert still[name].shape == (1, parts + (name in attention), 2) and moving[name].shape == (4, parts + (name in attention), 2)
+        assert still[name].shape == (1, parts + (name in attention), 2) and moving[name].shape == (
+            4,
+            parts + (name in attention),
+            2,
+        )
         for part in range(parts):
-            cut = slice(None) if parts == 1 else slice(0, layer.split) if part == 0 else slice(layer.split, None)
-            values = [torch.cat([x[:, cut].flatten() if parts == 2 else x.flatten() for x in xs]) for xs in by_step]
+            cut = (
+                slice(None)
+                if parts == 1
+                else slice(0, layer.split)
+                if part == 0
+                else slice(layer.split, None)
+            )
+            values = [
+                torch.cat([x[:, cut].flatten() if parts == 2 else x.flatten() for x in xs]) for xs in by_step
+            ]
             ends = [(float(v.min()), float(v.max())) for v in values]
             if isinstance(layer, QuantConv2d):
                 ends = [(min(a, 0.0), max(b, 0.0)) for a, b in ends]
             torch.testing.assert_close(moving[name][:, part], torch.tensor(ends), rtol=2e-2, atol=2e-2)
-            torch.testing.assert_close(still[name][0, part], torch.stack([moving[name][:, part, 0].min(), moving[name][:, part, 1].max()]))
-    assert splits == sum(bool(a.get("split")) and len(a["shape"]) > 2 for a in graph_layers(trace(pipe)).values())
+            torch.testing.assert_close(
+                still[name][0, part],
+                torch.stack([moving[name][:, part, 0].min(), moving[name][:, part, 1].max()]),
+            )
+    assert splits == sum(
+        bool(a.get("split")) and len(a["shape"]) > 2 for a in graph_layers(trace(pipe)).values()
+    )
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -131,7 +158,9 @@ def test_each_step_reads_its_own_range(tmp_path, unet, packed: bool) -> None:
     layer, seen = here.quantized.layers[name], []
     layer.register_forward_pre_hook(lambda *_: seen.append(layer.ranges))
     here.generate(config, PROTOCOL, packed)
-    assert seen == [tuple((float(a), float(b)) for a, b in row) for row in tables[name]] and len(set(seen)) > 1
+    assert (
+        seen == [tuple((float(a), float(b)) for a, b in row) for row in tables[name]] and len(set(seen)) > 1
+    )
     seen.clear()
     here.generate(ranged(space, "static"), PROTOCOL, packed)
     assert len(set(seen)) == 1 and len(seen) == 4
@@ -151,13 +180,21 @@ def test_layers_round_to_their_static_range(tmp_path, unet) -> None:
             x = torch.randn(2, layer.in_channels, 4, 4, generator=g)
             parts = [x] if layer.split is None else [x[:, : layer.split], x[:, layer.split :]]
             rounded = torch.cat([fake_quantize_static(p, 4, *e) for p, e in zip(parts, ends, strict=True)], 1)
-            expected = torch.nn.functional.conv2d(rounded, layer.weight, layer.bias, layer.stride, layer.padding)
+            expected = torch.nn.functional.conv2d(
+                rounded, layer.weight, layer.bias, layer.stride, layer.padding
+            )
         else:
             x = torch.randn(3, layer.in_features, generator=g)
-            expected = torch.nn.functional.linear(fake_quantize_static(x, 4, *ends[0]), layer.weight, layer.bias)
+            expected = torch.nn.functional.linear(
+                fake_quantize_static(x, 4, *ends[0]), layer.weight, layer.bias
+            )
             expected = fake_quantize_static(expected, 4, *ends[1]) if len(ends) == 2 else expected
         torch.testing.assert_close(layer(x), expected)
-    assert all(r.act == 16 for row in requests_of(here.quantized.layers, here.adapter.first_call(PROTOCOL)).values() for r in row)
+    assert all(
+        r.act == 16
+        for row in requests_of(here.quantized.layers, here.adapter.first_call(PROTOCOL)).values()
+        for r in row
+    )
 
 
 def test_ranges_are_measured_once(tmp_path, dit) -> None:
@@ -167,11 +204,15 @@ def test_ranges_are_measured_once(tmp_path, dit) -> None:
     again = QuantizedDenoiser(load_again(dit), trace(dit), Bank(tmp_path), space.fingerprint)
     found = again.ranges(ranged(space, "step"))
     assert all(torch.equal(found[n], t) for n, t in here.quantized.ranges(ranged(space, "step")).items())
-    assert again.ranges(ranged(space, "static")) is not None and again.ranges(ranged(space, "dynamic")) is None
+    assert (
+        again.ranges(ranged(space, "static")) is not None and again.ranges(ranged(space, "dynamic")) is None
+    )
     with pytest.raises(AquabitError, match="need images to be measured on"):
         again.ranges(ranged(space, "step", 6))
     file.write_bytes(b"damaged")
-    fresh = QuantizedDenoiser(dit.denoiser, trace(dit), Bank(tmp_path), space.fingerprint, sample=sampler(dit))
+    fresh = QuantizedDenoiser(
+        dit.denoiser, trace(dit), Bank(tmp_path), space.fingerprint, sample=sampler(dit)
+    )
     assert fresh.ranges(ranged(space, "static")).keys() == found.keys(), "what is damaged is measured again"
 
 
@@ -186,10 +227,23 @@ def test_artifacts_hold_ranges(tmp_path, pipe, kind: str) -> None:
     here, space = evaluator(pipe, tmp_path)
     base, groups = ranged(space, kind), StepGroups(4, (0, 1))
     names = space.layers
-    config = replace(base, layers={**base.layers, names[0]: LayerChoice(USQ4, (8, 6)), names[1]: LayerChoice(USQ4, (16, 8)), names[2]: LayerChoice(USQ4, 16)}, steps=groups)  # fmt: skip
+    config = replace(
+        base,
+        layers={
+            **base.layers,
+            names[0]: LayerChoice(USQ4, (8, 6)),
+            names[1]: LayerChoice(USQ4, (16, 8)),
+            names[2]: LayerChoice(USQ4, 16),
+        },
+        steps=groups,
+    )
     packed = packing.quantize(pipe, config, bank=str(tmp_path))
     written = packed.save(tmp_path / "packed")
-    assert written == CostModel(trace(pipe), space)(config).bytes > CostModel(trace(pipe), space)(replace(config, ranges="dynamic")).bytes
+    assert (
+        written
+        == CostModel(trace(pipe), space)(config).bytes
+        > CostModel(trace(pipe), space)(replace(config, ranges="dynamic")).bytes
+    )
     loaded = load(str(tmp_path / "packed"))
     adapter = Adapter(loaded)
     made = torch.cat([adapter.images(PROTOCOL, b) for b in adapter.batches(PROTOCOL)])
@@ -197,7 +251,9 @@ def test_artifacts_hold_ranges(tmp_path, pipe, kind: str) -> None:
     dense, full = here.generate(config, PROTOCOL), here.generate(space.full_precision(), PROTOCOL)
     assert (made - dense).square().mean() < 0.3 * (dense - full).square().mean()
     layers = layers_of(loaded.denoiser)
-    assert layers[names[1]].act == 8 and layers[names[1]].ranges is not None and layers[names[2]].ranges is None
+    assert (
+        layers[names[1]].act == 8 and layers[names[1]].ranges is not None and layers[names[2]].ranges is None
+    )
     if kind == "step":
         with pytest.raises(AquabitError, match="set for 4 steps, not for 6"):
             packing.generate(str(tmp_path / "packed"), 2, steps=6)
@@ -211,7 +267,9 @@ def test_artifacts_hold_ranges(tmp_path, pipe, kind: str) -> None:
 def test_groups_of_the_static_range_follow_their_bits(tmp_path, dit) -> None:
     here, space = evaluator(dit, tmp_path)
     name = space.layers[3]
-    config = replace(ranged(space, "static"), layers={name: LayerChoice(USQ4, (4, 8))}, steps=StepGroups(4, (0, 2)))
+    config = replace(
+        ranged(space, "static"), layers={name: LayerChoice(USQ4, (4, 8))}, steps=StepGroups(4, (0, 2))
+    )
     found = here.quantized.ranges(config)[name]
     alone = [here.quantized.ranges(replace(ranged(space, "static", a)))[name] for a in (4, 8)]
     assert torch.equal(found, torch.cat(alone)) and found.shape[0] == 2
@@ -223,8 +281,20 @@ def test_groups_of_the_static_range_follow_their_bits(tmp_path, dit) -> None:
 def test_configurations_with_ranges() -> None:
     base = QuantConfig("f", {"a": LayerChoice(USQ4, 8), "b": LayerChoice(USQ4, 16)}, calibration=CALIBRATION)
     still, moving = replace(base, ranges="static"), replace(base, ranges="step")
-    assert len({base.digest, still.digest, moving.digest, replace(moving, calibration=replace(CALIBRATION, seed=1)).digest}) == 4
-    assert replace(base, calibration=replace(CALIBRATION, seed=1)).digest == base.digest, "nothing of it is calibrated"
+    assert (
+        len(
+            {
+                base.digest,
+                still.digest,
+                moving.digest,
+                replace(moving, calibration=replace(CALIBRATION, seed=1)).digest,
+            }
+        )
+        == 4
+    )
+    assert replace(base, calibration=replace(CALIBRATION, seed=1)).digest == base.digest, (
+        "nothing of it is calibrated"
+    )
     assert [c.range_parts("a") for c in (base, still, moving)] == [0, 1, 4] and moving.range_parts("b") == 0
     assert (base.total_steps, still.total_steps, moving.total_steps) == (None, None, 4)
     assert QuantConfig.from_dict(moving.to_dict()) == moving
@@ -235,7 +305,10 @@ def test_configurations_with_ranges() -> None:
 
 
 def test_ranges_of_convolutions_hold_zero() -> None:
-    layers = {"conv": QuantConv2d.of(torch.nn.Conv2d(2, 2, 1)), "linear": QuantLinear.of(torch.nn.Linear(4, 2))}
+    layers = {
+        "conv": QuantConv2d.of(torch.nn.Conv2d(2, 2, 1)),
+        "linear": QuantLinear.of(torch.nn.Linear(4, 2)),
+    }
     recorder = RangeRecorder(layers, (), 4096)
     recorder.steps = 1
     with recorder.watching():

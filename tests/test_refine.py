@@ -1,4 +1,5 @@
-"""Refinement in context on quadratic worlds, whose single changes, optimum and budget can be checked directly."""
+"""Refinement in context on quadratic worlds, whose single changes, optimum and budget can be checked
+directly."""
 
 from __future__ import annotations
 
@@ -23,8 +24,9 @@ SMALL = (1, 2, 4, 8)  # sizes of steps that suit few layers
 
 @dataclass
 class Quadratic:
-    """|sum of layers' errors|^2 in ``vectors`` [L, schemes, m]; ``shared`` of each error lies along one direction, in either sense, so that
-    errors of different layers add up or cancel. Counts looks, and what was judged."""
+    """|sum of layers' errors|^2 in ``vectors`` [L, schemes, m]; ``shared`` of each error lies along one
+    direction, in either sense, so that errors of different layers add up or cancel. Counts looks, and what
+    was judged."""
 
     space: SearchSpace
     cost: CostModel
@@ -36,7 +38,9 @@ class Quadratic:
     def of(layers: int, seed: int, shared: float = 0.5, **options: Any) -> Quadratic:
         space, cost = model(layers, seed, **{**TOY, **options})
         rng, shape = np.random.default_rng(seed), (layers, len(space.schemes))
-        size = rng.lognormal(0, 0.7, (layers, 1)) * 2.0 ** -np.array([16.0 if str(s) == "fp" else s.bits for s in space.schemes])
+        size = rng.lognormal(0, 0.7, (layers, 1)) * 2.0 ** -np.array(
+            [16.0 if str(s) == "fp" else s.bits for s in space.schemes]
+        )
         own = rng.normal(size=(*shape, 24)) / np.sqrt(24)
         common = rng.normal(size=24) / np.sqrt(24)
         vectors = np.sqrt(1 - shared) * own + np.sqrt(shared) * rng.choice([-1.0, 1.0], (*shape, 1)) * common
@@ -79,13 +83,19 @@ def test_single_changes_of_a_quadratic_are_exact_in_context() -> None:
     for _ in range(5):
         own = np.array([rng.choice(np.flatnonzero(row)) for row in allowed])
         seen = world.look((own, np.full(7, 8)))
-        assert seen.value == pytest.approx(float(world.value(own))) and seen.change.shape == (7, len(world.space.schemes), 1)
+        assert seen.value == pytest.approx(float(world.value(own))) and seen.change.shape == (
+            7,
+            len(world.space.schemes),
+            1,
+        )
         assert (seen.change[np.arange(7), own] == 0).all()
         assert (np.isinf(seen.change[..., 0]) == ~allowed).all() and (seen.change[~allowed] > 0).all()
         for layer, scheme in np.argwhere(allowed):
             other = own.copy()
             other[layer] = scheme
-            assert seen.change[layer, scheme, 0] == pytest.approx(float(world.value(other) - world.value(own)), abs=1e-9)
+            assert seen.change[layer, scheme, 0] == pytest.approx(
+                float(world.value(other) - world.value(own)), abs=1e-9
+            )
 
 
 def test_what_full_precision_leaves_is_in_context_too() -> None:
@@ -106,7 +116,8 @@ def test_the_own_choice_overlaps_with_itself_whatever_is_said() -> None:
     assert found[rows, own] == pytest.approx(2 * (errors * others).sum(-1))
 
 
-# ---- parts of the inputs ---------------------------------------------------------------------------------------------------------------
+# ---- parts of the inputs
+# ------------------------------------------------------------------------------------------------------------
 
 
 def crossings_of(noise: float, seed: int, parts: int = 4) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -130,37 +141,52 @@ def test_parts_that_disagree_count_for_less(seed: int) -> None:
         assert np.std(found[known] / unit) < np.std(parts.mean(0)[known] / unit)
     same = np.repeat(true[None], 3, 0)
     np.testing.assert_allclose(shrunk(same, damages)[known], true[known], rtol=1e-9)
-    np.testing.assert_allclose(shrunk(1e-6 * parts, 1e-12 * damages), 1e-6 * shrunk(parts, damages), rtol=1e-6)
+    np.testing.assert_allclose(
+        shrunk(1e-6 * parts, 1e-12 * damages), 1e-6 * shrunk(parts, damages), rtol=1e-6
+    )
 
 
 def test_one_part_alone_says_nothing() -> None:
     _, parts, damages = crossings_of(1.0, 0, parts=1)
     assert (shrunk(parts, damages) == 0).all()
-    assert (shrunk(np.ones((3, 2, 2)), np.array([[0.0, np.inf], [0.0, 0.0]])) == 0).all(), "nor do cells without damage"
+    assert (shrunk(np.ones((3, 2, 2)), np.array([[0.0, np.inf], [0.0, 0.0]])) == 0).all(), (
+        "nor do cells without damage"
+    )
 
 
-# ---- refinement ------------------------------------------------------------------------------------------------------------------------
+# ---- refinement
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("names", [("bits",), ("bytes", "bops")])
-def test_refinement_keeps_the_budget_and_every_step_is_judged_better(seed: int, names: tuple[str, ...]) -> None:
+def test_refinement_keeps_the_budget_and_every_step_is_judged_better(
+    seed: int, names: tuple[str, ...]
+) -> None:
     world = Quadratic.of(10, seed, pinned={"l1": "usq4"}, excluded=["l6"], activations=[8])
     budget = middle(world.cost, 0.35, *names)
     steps = world.refine(budget, radii=SMALL)
     start = world.start(budget)
-    assert (steps[0].weights == start[0]).all() and steps[0].changed == 0 and steps[0].predicted == steps[0].value
-    assert all(world.cost.within(world.cost.totals(w[None], a[None]), budget)[0] for w, a in world.judged), "nor are proposals outside"
+    assert (
+        (steps[0].weights == start[0]).all()
+        and steps[0].changed == 0
+        and steps[0].predicted == steps[0].value
+    )
+    assert all(world.cost.within(world.cost.totals(w[None], a[None]), budget)[0] for w, a in world.judged), (
+        "nor are proposals outside"
+    )
     for before, after in pairwise(steps):
         assert after.value < before.value and after.value == pytest.approx(float(world.value(after.weights)))
         assert world.cost.within(world.cost.totals(after.weights[None], after.acts[None]), budget)[0]
         assert after.changed == int((after.weights != before.weights).sum()) > 0
         if after.changed == 1:
             assert after.predicted == pytest.approx(after.value)
-    again = Quadratic.of(10, seed, pinned={"l1": "usq4"}, excluded=["l6"], activations=[8]).refine(budget, radii=SMALL)
-    assert [s.weights.tolist() for s in again] == [s.weights.tolist() for s in steps] and [s.value for s in again] == [
-        s.value for s in steps
-    ]
+    again = Quadratic.of(10, seed, pinned={"l1": "usq4"}, excluded=["l6"], activations=[8]).refine(
+        budget, radii=SMALL
+    )
+    assert [s.weights.tolist() for s in again] == [s.weights.tolist() for s in steps] and [
+        s.value for s in again
+    ] == [s.value for s in steps]
 
 
 def test_refinement_gains_where_errors_are_correlated() -> None:
@@ -186,14 +212,21 @@ def test_uncorrelated_errors_leave_the_programs_answer_nearly_as_it_is() -> None
 def test_it_ends_where_nothing_is_gained_and_after_so_many_rounds() -> None:
     world, budget = Quadratic.of(20, 4), middle(model(20, 4, **TOY)[1], 0.35, "bits")
     steps = world.refine(budget, rounds=50, radii=SMALL)
-    assert 1 < len(steps) < 50 and world.looks == len(steps), "the last one was looked at, and nothing was gained"
+    assert 1 < len(steps) < 50 and world.looks == len(steps), (
+        "the last one was looked at, and nothing was gained"
+    )
     stuck, end = Quadratic.of(20, 4), (steps[-1].weights, steps[-1].acts)
-    assert len(refine(end, stuck.look, stuck.judge, stuck.cost, budget, rounds=50, radii=SMALL)) == 1 and stuck.looks == 1
+    assert (
+        len(refine(end, stuck.look, stuck.judge, stuck.cost, budget, rounds=50, radii=SMALL)) == 1
+        and stuck.looks == 1
+    )
     for rounds in (0, 1, 2):
         few = Quadratic.of(20, 4)
         found = few.refine(budget, rounds=rounds, radii=SMALL)
         assert [s.weights.tolist() for s in found] == [s.weights.tolist() for s in steps[: rounds + 1]]
-        assert few.looks == max(rounds, 1) and (rounds > 0) == bool(few.judged), "what no round follows is not looked at"
+        assert few.looks == max(rounds, 1) and (rounds > 0) == bool(few.judged), (
+            "what no round follows is not looked at"
+        )
     small = Quadratic.of(20, 4)
     assert max(s.changed for s in small.refine(budget, rounds=50, radii=(1, 3))) <= 3
 
@@ -229,5 +262,7 @@ def test_the_judge_decides_and_not_the_prediction() -> None:
         return Seen(seen.value, np.where(np.isinf(seen.change), np.inf, -seen.change))
 
     steps = refine(world.start(budget), liar, world.judge, world.cost, budget, radii=SMALL)
-    assert all(b.value < a.value for a, b in pairwise(steps)), "of proposals for the worse none is taken that is worse"
+    assert all(b.value < a.value for a, b in pairwise(steps)), (
+        "of proposals for the worse none is taken that is worse"
+    )
     assert len(world.judged) > len(steps) - 1

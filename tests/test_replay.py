@@ -19,13 +19,16 @@ CPU = torch.device("cpu")
 
 
 class Net(nn.Module):
-    """Rows of x times a function of the timestep, plus the condition; ``per_sample`` says whether timesteps may differ within a batch."""
+    """Rows of x times a function of the timestep, plus the condition; ``per_sample`` says whether
+    timesteps may differ within a batch."""
 
     def __init__(self, per_sample: bool = True):
         super().__init__()
         self.bias, self.per_sample = nn.Parameter(torch.tensor(0.5)), per_sample
 
-    def forward(self, x: Tensor, timestep: Tensor, condition: dict[str, Any], scale: float = 1.0) -> tuple[Tensor]:
+    def forward(
+        self, x: Tensor, timestep: Tensor, condition: dict[str, Any], scale: float = 1.0
+    ) -> tuple[Tensor]:
         if not self.per_sample and timestep.ndim:
             raise ValueError("one timestep a call")
         factor = timestep.view(-1, 1) if timestep.ndim else timestep
@@ -39,7 +42,12 @@ def recorded(net: Net, runs: int = 4, steps: int = 3, rows: int = 4) -> list[Rec
         with torch.inference_mode():
             for step in range(steps):
                 x = torch.randn(rows, 5, generator=generator)
-                net(x, torch.tensor(float(10 - step)), condition={"pooled": [x.mean(1, keepdim=True)], "table": torch.ones(7)}, scale=2.0)
+                net(
+                    x,
+                    torch.tensor(float(10 - step)),
+                    condition={"pooled": [x.mean(1, keepdim=True)], "table": torch.ones(7)},
+                    scale=2.0,
+                )
 
     return record_outputs(net, [partial(run, i) for i in range(runs)])
 
@@ -63,23 +71,33 @@ def test_batches_are_what_was_recorded(per_sample: bool) -> None:
     assert max(mixed) == (3 if per_sample else 1)
     held = {s for batch in replay.validation(4, 100) for s in batch}
     assert held and {replay.places[s][0] for s in held} == {3} and not held & set(seen)
-    assert len({replay.places[s][2] for batch in replay.validation(4, 3) for s in batch}) == 3  # few, but of every step
+    assert (
+        len({replay.places[s][2] for batch in replay.validation(4, 3) for s in batch}) == 3
+    )  # few, but of every step
 
 
 def test_orders_are_functions_of_step_and_seed() -> None:
     net = Net()
     replays = [Replay(Recording(recorded(net)), net) for _ in range(2)]
-    late = [r.training(step, "shuffled", 4, 0) for r, steps in zip(replays, (range(25), (24,)), strict=True) for step in steps]
+    late = [
+        r.training(step, "shuffled", 4, 0)
+        for r, steps in zip(replays, (range(25), (24,)), strict=True)
+        for step in steps
+    ]
     assert late[24] == late[25]  # no matter what was asked for before
     assert replays[0].training(3, "shuffled", 4, 0) != replays[0].training(3, "shuffled", 4, 1)
-    assert replays[0].training(0, "shuffled", 4, 0) != replays[0].training(9, "shuffled", 4, 0)  # epochs differ
+    assert replays[0].training(0, "shuffled", 4, 0) != replays[0].training(
+        9, "shuffled", 4, 0
+    )  # epochs differ
 
 
 def test_walking_goes_along_trajectories() -> None:
     net = Net()
     replay = Replay(Recording(recorded(net)), net)
     walk = [replay.training(step, "walking", 4, 0) for step in range(10)]
-    assert [replay.places[batch[0]][::2] for batch in walk] == [(r, s) for r in range(3) for s in range(3)] + [(0, 0)]
+    assert [replay.places[batch[0]][::2] for batch in walk] == [
+        (r, s) for r in range(3) for s in range(3)
+    ] + [(0, 0)]
     follows = [replay.continues(a, b) for a, b in pairwise(walk)]
     assert follows == [True, True, False] * 3
     assert not replay.continues(walk[0], walk[1][::-1])  # row by row
@@ -112,7 +130,9 @@ def test_pipelines_are_recorded_on_their_own_seeds() -> None:
     replay = Replay(recording, pipe.denoiser, 2)
     assert len(replay.kinds) == 1 and len(replay) == 18
     (args, kwargs), target = replay.batch(replay.training(0, "shuffled", 4, 0), CPU)
-    assert len(set(kwargs["timestep"].tolist())) > 1 and kwargs["class_labels"][4:].tolist() == [10] * 4  # no condition
+    assert (
+        len(set(kwargs["timestep"].tolist())) > 1 and kwargs["class_labels"][4:].tolist() == [10] * 4
+    )  # no condition
     with torch.no_grad():
         torch.testing.assert_close(pipe.denoiser(*args, **kwargs).sample, target, rtol=1e-4, atol=1e-5)
 

@@ -1,5 +1,5 @@
-"""Tables and figures of causes and costs: numbers against independent ones, points that carry their own names, two studies side by side;
-and the same facts in a terminal of 80 columns."""
+"""Tables and figures of causes and costs: numbers against independent ones, points that carry their own
+names, two studies side by side; and the same facts in a terminal of 80 columns."""
 
 from __future__ import annotations
 
@@ -42,7 +42,9 @@ def facts(made: Synthetic) -> facts_of.Facts:
 
 def test_progress_is_the_dominated_area_of_what_was_measured_so_far(facts: facts_of.Facts) -> None:
     table = costs.progress(facts)
-    own = facts.measured[facts.measured.kind.isin(["sample", "uniform", "candidate"]) & (facts.measured.status == "ok")]
+    own = facts.measured[
+        facts.measured.kind.isin(["sample", "uniform", "candidate"]) & (facts.measured.status == "ok")
+    ]
     own = own[own.protocol == facts.protocol.digest] if facts.protocol else own
     corner = own[own.kind == "sample"].fid.median(), own[own.kind == "sample"].bits.max()
 
@@ -61,9 +63,15 @@ def test_progress_is_the_dominated_area_of_what_was_measured_so_far(facts: facts
 def test_budgets_frontiers_and_bits_are_the_winners(made: Synthetic, facts: facts_of.Facts) -> None:
     (row,) = costs.budgets(facts).itertuples()
     used = made.cost(made.winner).bits_per_weight
-    assert row.limit == "bits per weight" and row.used == pytest.approx(used) and row.slack == pytest.approx(1 - used / 3.17)
+    assert (
+        row.limit == "bits per weight"
+        and row.used == pytest.approx(used)
+        and row.slack == pytest.approx(1 - used / 3.17)
+    )
     table = costs.frontiers(facts)
-    assert table.winner.sum() == 1 and (table.operations == 1.2e7).all() and table.bytes.is_monotonic_increasing
+    assert (
+        table.winner.sum() == 1 and (table.operations == 1.2e7).all() and table.bytes.is_monotonic_increasing
+    )
     bits = costs.chosen_bits(facts).set_index("layer")
     for name in made.space.layers:
         assert bits.loc[name].found == str(made.winner[name].weight) and bits.loc[name].uniform == "usq3"
@@ -75,10 +83,16 @@ def test_the_layer_graph_is_of_blocks_where_layers_are_many(
 ) -> None:
     found = catalog.all_tables(facts)
     table = found["layer_graph"]
-    assert list(table.kind) == ["layer"] * 16 and table.x.is_monotonic_increasing and (table.to.str.split().str.len() <= 1).all()
+    assert (
+        list(table.kind) == ["layer"] * 16
+        and table.x.is_monotonic_increasing
+        and (table.to.str.split().str.len() <= 1).all()
+    )
     monkeypatch.setattr(layer_graph, "MOST", 15)
     blocks = layer_graph.layer_graph(facts, found["layers"])
-    assert list(blocks.kind) == ["block"] * 2 and list(blocks.to) == ["n1", ""] and list(blocks.layers) == [8, 8]
+    assert (
+        list(blocks.kind) == ["block"] * 2 and list(blocks.to) == ["n1", ""] and list(blocks.layers) == [8, 8]
+    )
     assert blocks.effect.tolist() == pytest.approx(found["blocks"].effect.tolist())
 
 
@@ -95,12 +109,20 @@ def test_points_carry_the_names_they_were_given() -> None:
     page = str(svg.inline(text, style.named_points(canvas), "f", "a <caption>", places))
     root = svg.ET.fromstring(page)
     linked = [(float(e.get("x", "0")), e.get("data-layer")) for e in root.iter() if e.get("data-layer")]
-    assert [place for _, place in sorted(linked)] == ["7", "9", "0"], "in the order of x; an unknown layer has no link"
+    assert [place for _, place in sorted(linked)] == ["7", "9", "0"], (
+        "in the order of x; an unknown layer has no link"
+    )
     assert sorted(e.get("data-tip", "") for e in root.iter() if e.get("data-tip")) == list("wxyz")
     ids = [e.get("id") for e in root.iter() if e.get("id")]
     used = re.findall(r'(?:href="#|url\(#)([^")]+)', page)
-    assert set(used) <= set(ids) and all(str(i).startswith("f-") for i in ids) and root.get("aria-label") == "a <caption>"
-    titles = [e.text for e in svg.ET.fromstring(svg.titled(text, style.named_points(canvas))).iter(f"{SVG}title")]
+    assert (
+        set(used) <= set(ids)
+        and all(str(i).startswith("f-") for i in ids)
+        and root.get("aria-label") == "a <caption>"
+    )
+    titles = [
+        e.text for e in svg.ET.fromstring(svg.titled(text, style.named_points(canvas))).iter(f"{SVG}title")
+    ]
     assert set(titles) == {*names, *"wxyz"}
 
 
@@ -114,13 +136,21 @@ def _svg_of(canvas: matplotlib.figure.Figure) -> str:
 
 def test_the_pages_data_leaves_no_script_element(facts: facts_of.Facts) -> None:
     text = str(embedded({"a": "</script><!--", "b": float("1.5"), "c": "\u2028&"}))
-    assert "<" not in text and "&" not in text and json.loads(text) == {"a": "</script><!--", "b": 1.5, "c": "\u2028&"}
+    assert (
+        "<" not in text
+        and "&" not in text
+        and json.loads(text) == {"a": "</script><!--", "b": 1.5, "c": "\u2028&"}
+    )
     data = json.loads(str(page_data(facts, catalog.all_tables(facts))))
     row = next(r for r in data["layers"] if r["layer"] == EVIL[0])
     assert row["schemes"]["effect"][data["schemes"].index("usq2")] == pytest.approx(row["effect"], rel=1e-5)
     partners = {data["layers"][i]["layer"] for i, *_ in row["pairs"]}
     stored = facts.sensitivity["interactions"]
-    assert partners <= {p["a"] for p in stored if p["b"] == EVIL[0]} | {p["b"] for p in stored if p["a"] == EVIL[0]} and partners
+    assert (
+        partners
+        <= {p["a"] for p in stored if p["b"] == EVIL[0]} | {p["b"] for p in stored if p["a"] == EVIL[0]}
+        and partners
+    )
 
 
 def test_a_swarm_keeps_its_points_apart_and_in_their_row() -> None:
@@ -139,7 +169,9 @@ def test_two_studies_side_by_side(made: Synthetic, tmp_path: Path) -> None:
         assert part.share.max() == pytest.approx(1) and sorted(part["rank"]) == list(range(1, len(part) + 1))
     assert set(table.operator[:4]) <= set(other.space.operators.values()), "shared operator types come first"
     again = side_by_side(made.study, made.study, tmp_path / "twice")
-    assert "SRCC 1.00" in " ".join(parsed(again).text) and "synthetic-dit (S.db), first" in " ".join(parsed(again).text)
+    assert "SRCC 1.00" in " ".join(parsed(again).text) and "synthetic-dit (S.db), first" in " ".join(
+        parsed(again).text
+    )
 
 
 @pytest.mark.usefixtures("svg_only")
@@ -150,10 +182,17 @@ def test_numbers_of_other_protocols_are_left_out_and_named(tmp_path: Path) -> No
     config = made.space.sample(1, seed=5)[0]
     strange = Protocol(images=7)
     made.study.add_protocol(strange)
-    made.study.record(config, Measurement(config.digest, strange.digest, {"fid": 0.001}, 1.0), "sample", {"bits": 2, "bytes": 1, "bops": 1})
+    made.study.record(
+        config,
+        Measurement(config.digest, strange.digest, {"fid": 0.001}, 1.0),
+        "sample",
+        {"bits": 2, "bytes": 1, "bops": 1},
+    )
     facts = facts_of.read(made.study)
     assert facts.foreign == 1 and facts.rows("sample").value.min() > 0.1
-    assert "1 measurements were made under other protocols" in " ".join(parsed(report(made.study, tmp_path / "out")).text)
+    assert "1 measurements were made under other protocols" in " ".join(
+        parsed(report(made.study, tmp_path / "out")).text
+    )
 
 
 LONG = ["down_blocks.1.resnets.0.conv_shortcut", "transformer_blocks.27.norm1.emb.timestep_embedder.linear_2"]
@@ -171,7 +210,10 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Console:
 def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, Study]:
     """Of an older study and a newer one: names of layers as large models have them."""
     folder = tmp_path_factory.mktemp("terminal")
-    older, newer = (Synthetic(folder / f"{name}.db", layers=9, samples=8, names=LONG).whole() for name in ("older", "newer"))
+    older, newer = (
+        Synthetic(folder / f"{name}.db", layers=9, samples=8, names=LONG).whole()
+        for name in ("older", "newer")
+    )
     return older.study, newer.judged().study
 
 
@@ -207,20 +249,39 @@ def test_names_stand_beside_their_numbers_where_there_is_room() -> None:
         "x" * 30 + "  -12.3     10",
     ]
     assert _terminal.named_lines(head, rows, 40) == [
-        "layer", "    worse       ", "       by  swaps", "conv_in", "    0.123      2", "x" * 30, "    -12.3     10",
-    ]  # fmt: skip
+        "layer",
+        "    worse       ",
+        "       by  swaps",
+        "conv_in",
+        "    0.123      2",
+        "x" * 30,
+        "    -12.3     10",
+    ]
 
 
-def test_the_terminal_says_what_the_ranking_is_and_how_true(terminal: Console, both: tuple[Study, Study]) -> None:
+def test_the_terminal_says_what_the_ranking_is_and_how_true(
+    terminal: Console, both: tuple[Study, Study]
+) -> None:
     _terminal.show_sensitivity(told(both[1]), 10)
     said = " ".join(terminal.export_text().split())
     assert "too few (14)" in said and "95 % interval" in said and "90 %" not in said and "PSNR" in said
-    assert "combined by a hierarchical model fitted to this study's swaps; effects in good configurations near 3 bits" in said
-    assert "layers drawn at random, the honest score: SRCC 0.710, sign agreement 0.95 (4 layers, 8 swaps)" in said
+    assert (
+        "combined by a hierarchical model fitted to this study's swaps; effects in good configurations near 3"
+        " bits" in said
+    )
+    assert (
+        "layers drawn at random, the honest score: SRCC 0.710, sign agreement 0.95 (4 layers, 8 swaps)"
+        in said
+    )
     assert "layers that the ranking puts first: SRCC 0.440" in said
     _terminal.show_sensitivity(told(both[0]), 10)
     said = " ".join(terminal.export_text().split())
-    assert "90 % interval" in said and "95 %" not in said and "PSNR" not in said and "real swaps: SRCC 0.710" in said
+    assert (
+        "90 % interval" in said
+        and "95 %" not in said
+        and "PSNR" not in said
+        and "real swaps: SRCC 0.710" in said
+    )
 
 
 def test_a_front_in_the_terminal(terminal: Console, both: tuple[Study, Study]) -> None:
@@ -230,26 +291,38 @@ def test_a_front_in_the_terminal(terminal: Console, both: tuple[Study, Study]) -
     assert "\u2026" not in said and max(map(len, said.splitlines())) <= 80
     c, best, words = front.comparison, front.best_member, " ".join(said.split())
     cells = f"* {best.bits_per_weight:.3f} {best.bytes:,} {best.latency_ms:.2f} {best.predicted['psnr']:.2f}"
-    assert f"{cells} {best.measured['psnr']['value']:.2f} \u00b1 0.20 - {best.measured['fid']['value']:.2f} \u00b1 0.50" in words
+    assert (
+        f"{cells} {best.measured['psnr']['value']:.2f} \u00b1 0.20 - {best.measured['fid']['value']:.2f}"
+        " \u00b1 0.50" in words
+    )
     gap = c["psnr_difference"]
     ends = f"{gap['value']:+.2f} ({gap['low']:+.2f} to {gap['high']:+.2f}, 95 %)"
     assert words.index(f"difference {ends}") < words.index("difference -0.10 (-0.50 to +0.30, 95 %)")
-    assert "FID of these 5 blocks cannot tell them apart (about 10,241 images would); fidelity decides" in words
+    assert (
+        "FID of these 5 blocks cannot tell them apart (about 10,241 images would); fidelity decides" in words
+    )
     row = next(r for r in c["same_quality"] if r["uniform"] == "usq3")
     share = f"{100 * row['found_bytes'] / row['bytes']:.0f} %"
     assert (
-        f"usq3 for all layers has {row['value']:.1f} dB at {row['bytes']:,} bytes; the front has that from {row['found_bytes']:,}" in words
+        f"usq3 for all layers has {row['value']:.1f} dB at {row['bytes']:,} bytes; the front has that from"
+        f" {row['found_bytes']:,}" in words
     )
     assert f"bytes on ({share})" in words and words.count("for all layers has") == 3
     assert "against rival.json: " in words and "the next best is worse by 0.20 (0.10 to 0.30, 95 %)" in words
-    assert words.endswith("additive program: optimum 1.5, bound 1.4, gap 0.1 of its span"), "no surrogate was searched"
+    assert words.endswith("additive program: optimum 1.5, bound 1.4, gap 0.1 of its span"), (
+        "no surrogate was searched"
+    )
 
 
-def test_fronts_of_older_searches_and_without_uniform_are_shown(terminal: Console, both: tuple[Study, Study]) -> None:
+def test_fronts_of_older_searches_and_without_uniform_are_shown(
+    terminal: Console, both: tuple[Study, Study]
+) -> None:
     older = Front.from_dict(both[0].get("front"))
     _terminal.show_front(older)
     said = " ".join(terminal.export_text().split())
-    assert "\u00b1 90 %" in said and "PSNR" not in said and "uniform usq3" in said and "cannot tell" not in said
+    assert (
+        "\u00b1 90 %" in said and "PSNR" not in said and "uniform usq3" in said and "cannot tell" not in said
+    )
     newer = Front.from_dict(both[1].get("front"))
     kept = {k: newer.comparison[k] for k in ("same_quality", "judged", "against")}
     _terminal.show_front(replace(newer, comparison=kept))

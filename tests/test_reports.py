@@ -1,4 +1,5 @@
-"""The report of synthetic studies: tables, figures and the page, whole or with parts missing, with hostile names."""
+"""The report of synthetic studies: tables, figures and the page, whole or with parts missing, with hostile
+names."""
 
 from __future__ import annotations
 
@@ -26,19 +27,41 @@ from aquabit.study import Study
 
 EVIL = ["<img src=x onerror=alert(1)>", r"$\alpha$_%&"]
 PROTOCOL = Protocol()
-OPERATORS = ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.out", "cross_attn.k", "ff.up", "ff.down", "adaln")
+OPERATORS = (
+    "self_attn.q",
+    "self_attn.k",
+    "self_attn.v",
+    "self_attn.out",
+    "cross_attn.k",
+    "ff.up",
+    "ff.down",
+    "adaln",
+)
 
 
 def make_graph(count: int, names: list[str]) -> nx.DiGraph:
     """A chain of ``count`` layers in blocks of eight; ``names`` replace the first ones."""
-    graph = nx.DiGraph(family="dit", model_class="Synthetic", config={}, weights=count * 192 * 192, other_elements=5000)
+    graph = nx.DiGraph(
+        family="dit", model_class="Synthetic", config={}, weights=count * 192 * 192, other_elements=5000
+    )
     for depth in range(count):
         block, operator = f"transformer_blocks.{depth // 8}", OPERATORS[depth % 8]
         name = names[depth] if depth < len(names) else f"{block}.{operator}.to_out_{depth}.proj"
         graph.add_node(
-            name, kind="linear", operator=operator, block=block, depth=depth, shape=(192, 192), bias=True, groups=1, tokens=64,
-            macs=64 * 192 * 192, step_invariant=False, split=None, attention=None,
-        )  # fmt: skip
+            name,
+            kind="linear",
+            operator=operator,
+            block=block,
+            depth=depth,
+            shape=(192, 192),
+            bias=True,
+            groups=1,
+            tokens=64,
+            macs=64 * 192 * 192,
+            step_invariant=False,
+            split=None,
+            attention=None,
+        )
         if depth:
             graph.add_edge(list(graph)[-2], name)
     return graph
@@ -54,14 +77,23 @@ def png(rng: np.random.Generator) -> bytes:
 class Synthetic:
     """A study whose FID is a sum of per-layer damages with noise."""
 
-    def __init__(self, path: Path, layers: int = 24, samples: int = 40, names: list[str] | None = None, model: str = "synthetic-dit"):
+    def __init__(
+        self,
+        path: Path,
+        layers: int = 24,
+        samples: int = 40,
+        names: list[str] | None = None,
+        model: str = "synthetic-dit",
+    ):
         self.rng = np.random.default_rng(0)
         graph = make_graph(layers, names or [])
         self.space: SearchSpace = make_space(graph, "f" * 16, model)
         self.cost = CostModel(graph, self.space)
         self.damage = np.exp(self.rng.normal(-2.5, 1.8, layers))
         self.study, self.model = Study(path), model
-        self.study._db.execute("PRAGMA synchronous = OFF")  # hundreds of transactions that need not survive a power cut
+        self.study._db.execute(
+            "PRAGMA synchronous = OFF"
+        )  # hundreds of transactions that need not survive a power cut
         self.study.begin(model, "f" * 16, to_json(graph), self.space.to_dict(), PROTOCOL)
         self.configs = self.space.sample(samples)
         self.uniform = {s: self.space.uniform(s) for s in ("usq2", "usq3", "usq4", "usq8")}
@@ -76,7 +108,12 @@ class Synthetic:
         return config
 
     def lost(self, config: QuantConfig) -> float:
-        return float(sum(d * 4.0 ** (3 - config[n].weight.code_bits()) for n, d in zip(self.space.layers, self.damage, strict=True)))
+        return float(
+            sum(
+                d * 4.0 ** (3 - config[n].weight.code_bits())
+                for n, d in zip(self.space.layers, self.damage, strict=True)
+            )
+        )
 
     def fid(self, config: QuantConfig, noise: float = 0.02) -> float:
         return float((1.5 + self.lost(config)) * np.exp(self.rng.normal(0, noise)))
@@ -84,7 +121,9 @@ class Synthetic:
     def psnr(self, config: QuantConfig) -> float:
         return float(40 - 10 * np.log10(self.lost(config)))
 
-    def record(self, config: QuantConfig, kind: str, protocol: Protocol = PROTOCOL, picture: bool = False) -> float:
+    def record(
+        self, config: QuantConfig, kind: str, protocol: Protocol = PROTOCOL, picture: bool = False
+    ) -> float:
         cost, value = self.cost(config), self.fid(config)
         metrics = {"fid": value, "psnr": 100.0 if kind == "reference" else self.psnr(config), "is": 8.0}
         m = Measurement(config.digest, protocol.digest, metrics, 0.8, {"torch": "2.13.0", "python": "3.11"})
@@ -99,38 +138,88 @@ class Synthetic:
         self.values = [self.record(config, "sample") for config in self.configs]
         bad = self.space.sample(2, seed=99)
         for config in bad:
-            m = Measurement(config.digest, PROTOCOL.digest, {}, 0.5, {}, "failed", "images 3 to 9 are not finite <b>")
+            m = Measurement(
+                config.digest, PROTOCOL.digest, {}, 0.5, {}, "failed", "images 3 to 9 are not finite <b>"
+            )
             self.study.record(config, m, "sample", {"bits": 3.0, "bytes": 1, "bops": 1.0})
         return self
 
     def explain(self) -> Synthetic:
         effect = self.damage * 10
         nodes = [
-            {"name": n, "operator": self.space.operators[n], "block": f"transformer_blocks.{i // 8}", "effect": e,
-             "low": 0.7 * e, "high": 1.4 * e,
-             "schemes": {"usq4": 0.0, "usq2": e}}
+            {
+                "name": n,
+                "operator": self.space.operators[n],
+                "block": f"transformer_blocks.{i // 8}",
+                "effect": e,
+                "low": 0.7 * e,
+                "high": 1.4 * e,
+                "schemes": {"usq4": 0.0, "usq2": e},
+            }
             for i, (n, e) in enumerate(zip(self.space.layers, effect.tolist(), strict=True))
-        ]  # fmt: skip
-        self.study.set(sensitivity={
-            "objective": "fid", "direction": "min", "protocol": PROTOCOL.digest, "measurements": len(self.configs), "bits": 3.0,
-            "swap": "usq4:usq2",
-            "surrogate": {
-                "within_budget_srcc": 0.83, "srcc": 0.96, "kendall": 0.85, "ndcg10": 0.97, "r2": 0.9, "noise_ceiling": None,
-                "baselines": {"average bits": {"within_budget_srcc": 0.02, "srcc": 0.93},
-                              "ridge one-hot": {"within_budget_srcc": 0.61, "srcc": None}},
-            },
-            "interactions": [{"a": self.space.layers[i], "b": self.space.layers[0], "interaction": 9.0 / (i + 1), "low": 0.5, "high": 12.0}
-                             for i in range(min(12, len(nodes)))],
-            "scores": [{"level": "operator", "name": n["operator"], "scheme": "usq2", "layers": 1, "change": 0.5, "score": -0.7, "low": -1.0,
-                        "high": 0.1} for n in nodes[:3]],
-            "swarm": self.swarm(), "curve": [{"measurements": n, "within_budget_srcc": 0.7 + n / 400, "low": 0.6, "high": 0.9} for n in (20, 40)],
-            "layers": nodes, "operators": self.groups(nodes, "operator"), "blocks": self.groups(nodes, "block"),
-            "scatter": [
-                {"config": c.digest, "measured": v, "bits": self.cost(c).bits_per_weight,
-                 "predicted": v * float(np.exp(self.rng.normal(0, 0.12)))}
-                for c, v in zip(self.configs, self.values, strict=True)
-            ],
-        })  # fmt: skip
+        ]
+        self.study.set(
+            sensitivity={
+                "objective": "fid",
+                "direction": "min",
+                "protocol": PROTOCOL.digest,
+                "measurements": len(self.configs),
+                "bits": 3.0,
+                "swap": "usq4:usq2",
+                "surrogate": {
+                    "within_budget_srcc": 0.83,
+                    "srcc": 0.96,
+                    "kendall": 0.85,
+                    "ndcg10": 0.97,
+                    "r2": 0.9,
+                    "noise_ceiling": None,
+                    "baselines": {
+                        "average bits": {"within_budget_srcc": 0.02, "srcc": 0.93},
+                        "ridge one-hot": {"within_budget_srcc": 0.61, "srcc": None},
+                    },
+                },
+                "interactions": [
+                    {
+                        "a": self.space.layers[i],
+                        "b": self.space.layers[0],
+                        "interaction": 9.0 / (i + 1),
+                        "low": 0.5,
+                        "high": 12.0,
+                    }
+                    for i in range(min(12, len(nodes)))
+                ],
+                "scores": [
+                    {
+                        "level": "operator",
+                        "name": n["operator"],
+                        "scheme": "usq2",
+                        "layers": 1,
+                        "change": 0.5,
+                        "score": -0.7,
+                        "low": -1.0,
+                        "high": 0.1,
+                    }
+                    for n in nodes[:3]
+                ],
+                "swarm": self.swarm(),
+                "curve": [
+                    {"measurements": n, "within_budget_srcc": 0.7 + n / 400, "low": 0.6, "high": 0.9}
+                    for n in (20, 40)
+                ],
+                "layers": nodes,
+                "operators": self.groups(nodes, "operator"),
+                "blocks": self.groups(nodes, "block"),
+                "scatter": [
+                    {
+                        "config": c.digest,
+                        "measured": v,
+                        "bits": self.cost(c).bits_per_weight,
+                        "predicted": v * float(np.exp(self.rng.normal(0, 0.12))),
+                    }
+                    for c, v in zip(self.configs, self.values, strict=True)
+                ],
+            }
+        )
         return self
 
     def swarm(self) -> dict[str, Any]:
@@ -145,9 +234,17 @@ class Synthetic:
         table = (
             pd.DataFrame(nodes)
             .groupby(key)
-            .agg(effect=("effect", "mean"), low=("low", "mean"), high=("high", "mean"), layers=("name", "count"))
+            .agg(
+                effect=("effect", "mean"),
+                low=("low", "mean"),
+                high=("high", "mean"),
+                layers=("name", "count"),
+            )
         )
-        return [{"name": r.Index, "effect": r.effect, "low": r.low, "high": r.high, "layers": r.layers} for r in table.itertuples()]
+        return [
+            {"name": r.Index, "effect": r.effect, "low": r.low, "high": r.high, "layers": r.layers}
+            for r in table.itertuples()
+        ]
 
     def validate(self) -> Synthetic:
         rows = []
@@ -164,7 +261,9 @@ class Synthetic:
                 }
             )
         truth = {"srcc": 0.71, "sign_agreement": 0.95, "flips": 2 * len(rows), "rows": rows}
-        self.study.set(sensitivity={**(self.study.get("sensitivity") or {}), "validation": truth, "ranking": "combined"})
+        self.study.set(
+            sensitivity={**(self.study.get("sensitivity") or {}), "validation": truth, "ranking": "combined"}
+        )
         return self
 
     def search(self) -> Synthetic:
@@ -178,29 +277,48 @@ class Synthetic:
         members = []
         for config in self.found:
             cost, v = self.cost(config), np.array(fresh[config.digest])
-            members.append({
-                "bits_per_weight": cost.bits_per_weight, "bytes": cost.bytes, "bops": cost.bops,
-                "operations": {"multiply_adds": 1e7, "lut_adds": 2e6}, "latency_ms": 5.0 + cost.bits_per_weight,
-                "predicted": {"fid": v.mean() * 0.9},
-                "measured": {"fid": {"value": v.mean(), "low": v.mean() - 0.5, "high": v.mean() + 0.5}},
-                "config": config.to_dict(),
-            })  # fmt: skip
+            members.append(
+                {
+                    "bits_per_weight": cost.bits_per_weight,
+                    "bytes": cost.bytes,
+                    "bops": cost.bops,
+                    "operations": {"multiply_adds": 1e7, "lut_adds": 2e6},
+                    "latency_ms": 5.0 + cost.bits_per_weight,
+                    "predicted": {"fid": v.mean() * 0.9},
+                    "measured": {"fid": {"value": v.mean(), "low": v.mean() - 0.5, "high": v.mean() + 0.5}},
+                    "config": config.to_dict(),
+                }
+            )
         sides = {}
         for name, config in (("winner", self.winner), ("uniform", self.uniform["usq3"])):
             cost = self.cost(config)
-            sides[name] = {"config": config.digest, "bytes": cost.bytes, "bits": cost.bits_per_weight, "fid blocks": fresh[config.digest]}
+            sides[name] = {
+                "config": config.digest,
+                "bytes": cost.bytes,
+                "bits": cost.bits_per_weight,
+                "fid blocks": fresh[config.digest],
+            }
         sides["uniform"]["scheme"] = "usq3"
         gap = float(np.mean(sides["winner"]["fid blocks"]) - np.mean(sides["uniform"]["fid blocks"]))
         difference = {"value": gap, "low": gap - 0.4, "high": gap + 0.4}
         comparison = {**sides, "difference": difference, "metric": "fid", "blocks": 5}
-        self.study.set(front={"budget": {"bits": 3.17}, "winner": self.winner.digest, "members": members, "comparison": comparison})
+        self.study.set(
+            front={
+                "budget": {"bits": 3.17},
+                "winner": self.winner.digest,
+                "members": members,
+                "comparison": comparison,
+            }
+        )
         return self
 
     def judged(self) -> Synthetic:
-        """What studies hold since searches judge by PSNR and effects speak of good configurations; the objective cannot tell."""
+        """What studies hold since searches judge by PSNR and effects speak of good configurations; the
+        objective cannot tell."""
         found = self.study.get("front")
         sides = {
-            k: {**found["comparison"][k], "psnr": self.psnr(c)} for k, c in (("winner", self.winner), ("uniform", self.uniform["usq3"]))
+            k: {**found["comparison"][k], "psnr": self.psnr(c)}
+            for k, c in (("winner", self.winner), ("uniform", self.uniform["usq3"]))
         }
         gap = sides["winner"]["psnr"] - sides["uniform"]["psnr"]
         for member, config in zip(found["members"], self.found, strict=True):
@@ -208,16 +326,32 @@ class Synthetic:
             member["measured"]["psnr"] = {"value": value, "low": value - 0.2, "high": value + 0.2}
             member["predicted"] = {"psnr": value + 1}
         rows = [
-            {"uniform": s, "bytes": self.cost(c).bytes, "metric": "psnr", "value": self.psnr(c),
-             "found_bytes": next((m["bytes"] for m in found["members"] if m["measured"]["psnr"]["value"] >= self.psnr(c)), None)}
+            {
+                "uniform": s,
+                "bytes": self.cost(c).bytes,
+                "metric": "psnr",
+                "value": self.psnr(c),
+                "found_bytes": next(
+                    (m["bytes"] for m in found["members"] if m["measured"]["psnr"]["value"] >= self.psnr(c)),
+                    None,
+                ),
+            }
             for s, c in self.uniform.items()
-        ]  # fmt: skip
+        ]
         rival = {k: v for k, v in sides["uniform"].items() if k != "scheme"} | {"name": "rival.json"}
         found["comparison"] |= {
-            **sides, "difference": {"value": -0.1, "low": -0.5, "high": 0.3, "images_needed": 10241},
-            "psnr_difference": {"value": gap, "low": gap - 0.3, "high": gap + 0.3}, "same_quality": rows, "against": [rival],
-            "judged": {"metric": "psnr", "finalists": 9, "images": 512, "next_best": {"value": 0.2, "low": 0.1, "high": 0.3}},
-        }  # fmt: skip
+            **sides,
+            "difference": {"value": -0.1, "low": -0.5, "high": 0.3, "images_needed": 10241},
+            "psnr_difference": {"value": gap, "low": gap - 0.3, "high": gap + 0.3},
+            "same_quality": rows,
+            "against": [rival],
+            "judged": {
+                "metric": "psnr",
+                "finalists": 9,
+                "images": 512,
+                "next_best": {"value": 0.2, "low": 0.1, "high": 0.3},
+            },
+        }
         found["proof"] = {
             "optimum": 1.5,
             "optimum_bound": 1.4,
@@ -228,9 +362,18 @@ class Synthetic:
             "nodes": 0,
         }
         told = self.study.get("sensitivity")
-        told["surrogate"]["among_good"] = {"srcc": None, "count": 14, "noise_ceiling": None, "baselines": {"ridge one-hot": None}}
+        told["surrogate"]["among_good"] = {
+            "srcc": None,
+            "count": 14,
+            "noise_ceiling": None,
+            "baselines": {"ridge one-hot": None},
+        }
         for row in told["layers"]:
-            row |= {"psnr_effect": row["effect"] / 8, "psnr_low": row["effect"] / 9, "psnr_high": row["effect"] / 7}
+            row |= {
+                "psnr_effect": row["effect"] / 8,
+                "psnr_low": row["effect"] / 9,
+                "psnr_high": row["effect"] / 7,
+            }
         half = {"srcc": 0.71, "sign_agreement": 0.95, "layers": 4, "flips": 8}
         told["validation"] |= {"random": half, "top": {**half, "srcc": 0.44}}
         for i, row in enumerate(told["validation"]["rows"]):
@@ -321,13 +464,22 @@ def test_hostile_names_are_text_everywhere(built: tuple[Study, Path]) -> None:
 
 
 def test_latex_rows_have_one_cell_a_column() -> None:
-    table = pd.DataFrame({"a_b": ["x & y", "[2pt]", "--", "日本"], "n": [1.5, float("nan"), -2.0, 1e6], "ok": [True, False, True, False]})
+    table = pd.DataFrame(
+        {
+            "a_b": ["x & y", "[2pt]", "--", "日本"],
+            "n": [1.5, float("nan"), -2.0, 1e6],
+            "ok": [True, False, True, False],
+        }
+    )
     lines = writing.latex(table).splitlines()
     assert lines[0] == r"\begin{tabular}{lrl}"
     assert lines[2] == r"a\_b & n & ok \\"
     assert lines[4:8] == [
-        r"x \& y & 1.5 & yes \\", r"{[}2pt{]} & -- & no \\", r"{-}{-} & $-$2 & yes \\", r"(U+65E5)(U+672C) & 1000000 & no \\",
-    ]  # fmt: skip
+        r"x \& y & 1.5 & yes \\",
+        r"{[}2pt{]} & -- & no \\",
+        r"{-}{-} & $-$2 & yes \\",
+        r"(U+65E5)(U+672C) & 1000000 & no \\",
+    ]
 
 
 def test_files_beside_the_page_are_its_tables(built: tuple[Study, Path]) -> None:
@@ -339,7 +491,15 @@ def test_files_beside_the_page_are_its_tables(built: tuple[Study, Path]) -> None
         pd.testing.assert_frame_equal(stored, table.replace("", np.nan), check_dtype=False)
     assert len(found["quality_vs_bits"]) == 40 + 4 + 1 + 4 + 1
     assert list(found["counts"].set_index("kind").failed[["sample"]]) == [2]
-    for name in ("quality_vs_bits", "layer_ranking", "operators", "blocks", "chosen_schemes", "surrogate_scatter", "swaps"):
+    for name in (
+        "quality_vs_bits",
+        "layer_ranking",
+        "operators",
+        "blocks",
+        "chosen_schemes",
+        "surrogate_scatter",
+        "swaps",
+    ):
         assert {f.suffix for f in (page.parent / "figures").glob(f"{name}.*")} == {".pdf", ".svg", ".png"}
 
 
@@ -349,21 +509,38 @@ def test_the_summary_names_worst_layer_winner_and_trust(built: tuple[Study, Path
     found = catalog.all_tables(facts)
     where, which, trust = (s.text for s in summary.summary(facts, found, facts_of.missing(facts)))
     assert found["layers"].layer[0] in where and "a combined (predicted and measured)" in where
-    before = summary.summary(replace(facts, sensitivity={**facts.sensitivity, "ranking": "predicted"}), found, {})[0].text
+    before = summary.summary(
+        replace(facts, sensitivity={**facts.sensitivity, "ranking": "predicted"}), found, {}
+    )[0].text
     assert "by a predicted " in before and "combined" not in before
-    assert "usq3" in which and "the found configuration wins" in which and f"{int(found['comparison'].bytes[0]):,} bytes" in which
-    assert "within-budget SRCC of 0.83 (average bits 0.02; ridge one-hot 0.61)" in trust and "0.71" in trust and "0.96" not in trust
+    assert (
+        "usq3" in which
+        and "the found configuration wins" in which
+        and f"{int(found['comparison'].bytes[0]):,} bytes" in which
+    )
+    assert (
+        "within-budget SRCC of 0.83 (average bits 0.02; ridge one-hot 0.61)" in trust
+        and "0.71" in trust
+        and "0.96" not in trust
+    )
 
 
 def test_interactions_scores_and_the_source_of_the_ranking_are_shown(built: tuple[Study, Path]) -> None:
     study, page = built
     facts = facts_of.read(study)
     pairs, scores = attribution.pairs(facts), attribution.scheme_scores(facts)
-    assert pairs.interaction.tolist() == [9.0 / (i + 1) for i in range(12)] and scores.score.tolist() == [-0.7] * 3
+    assert (
+        pairs.interaction.tolist() == [9.0 / (i + 1) for i in range(12)]
+        and scores.score.tolist() == [-0.7] * 3
+    )
     text = " ".join(parsed(page).text)
     assert "interaction, predicted" in text and "0.900 0.500 to 12.0" in " ".join(text.split())
     assert "0.750 0.500" not in " ".join(text.split()), "ten are shown"
-    assert "combines predictions with real swaps" in text and "effect, combined" in text and "effect, predicted" not in text
+    assert (
+        "combines predictions with real swaps" in text
+        and "effect, combined" in text
+        and "effect, predicted" not in text
+    )
     drawn = ET.parse(page.parent / "figures/layer_ranking.svg").getroot().iter()
     words = {"".join(e.itertext()).strip() for e in drawn if e.tag.endswith("text")}
     assert "combined" in words and "predicted" not in words
@@ -379,7 +556,9 @@ def test_fresh_seeds_replace_search_seeds_and_the_interval_is_students(built: tu
     assert table[table.label == "usq2"].iloc[0].blocks == 0
 
 
-@pytest.mark.parametrize(("direction", "kept"), [("min", [True, False, True, False]), ("max", [True, True, False, False])])
+@pytest.mark.parametrize(
+    ("direction", "kept"), [("min", [True, False, True, False]), ("max", [True, True, False, False])]
+)
 def test_frontier(direction: str, kept: list[bool]) -> None:
     bits, value = np.array([2.0, 2.5, 3.0, 3.5]), np.array([5.0, 6.0, 4.0, 4.5])
     assert tables.frontier(bits, value, direction).tolist() == kept
@@ -387,31 +566,48 @@ def test_frontier(direction: str, kept: list[bool]) -> None:
 
 @pytest.fixture(scope="module")
 def newer(tmp_path_factory: pytest.TempPathFactory) -> tuple[Synthetic, Path]:
-    """A study as searches and explanations leave it today, and its page; ``built`` is one of an older version."""
+    """A study as searches and explanations leave it today, and its page; ``built`` is one of an older
+    version."""
     folder = tmp_path_factory.mktemp("newer")
     made = Synthetic(folder / "S.db", layers=12, samples=20).whole().judged()
     return made, report(made.study, folder / "out")
 
 
-def test_the_page_says_first_what_the_objective_cannot_tell_then_fidelity_and_size(newer: tuple[Synthetic, Path]) -> None:
+def test_the_page_says_first_what_the_objective_cannot_tell_then_fidelity_and_size(
+    newer: tuple[Synthetic, Path],
+) -> None:
     made, _ = newer
     facts = facts_of.read(made.study)
     found = catalog.all_tables(facts)
     which = summary.summary(facts, found, facts_of.missing(facts))[1].text
-    assert which.startswith("FID of 5 \u00d7 128 images cannot tell the found configuration from uniform usq3 (about 10,241 images would)")
+    assert which.startswith(
+        "FID of 5 \u00d7 128 images cannot tell the found configuration from uniform usq3 (about 10,241"
+        " images would)"
+    )
     gap = made.psnr(made.winner) - made.psnr(made.uniform["usq3"])
     ends = f"{summary.figures(gap - 0.3)} to {summary.figures(gap + 0.3)}, 95 %"
-    assert f"a paired difference of {summary.figures(gap)} dB ({ends}) over 5 blocks of fresh seeds: the found configuration wins." in which
+    assert (
+        f"a paired difference of {summary.figures(gap)} dB ({ends}) over 5 blocks of fresh seeds: the found"
+        " configuration wins." in which
+    )
     least = min(made.cost(c).bytes for c in made.found if made.psnr(c) >= made.psnr(made.uniform["usq3"]))
     share = 100 * least / made.cost(made.uniform["usq3"]).bytes
     assert (
-        f"A found configuration of {least:,} bytes, {share:.0f} % of the {made.cost(made.uniform['usq3']).bytes:,} of uniform usq3" in which
+        f"A found configuration of {least:,} bytes, {share:.0f} % of the"
+        f" {made.cost(made.uniform['usq3']).bytes:,} of uniform usq3" in which
     )
-    front = {**facts.front, "comparison": {**facts.front["comparison"], "difference": {"value": -0.4, "low": -0.5, "high": -0.3}}}
+    front = {
+        **facts.front,
+        "comparison": {**facts.front["comparison"], "difference": {"value": -0.4, "low": -0.5, "high": -0.3}},
+    }
     told = replace(facts, front=front)
     sure = summary.summary(told, catalog.all_tables(told), {})[1].text
-    assert sure.startswith("Within 3.17 bits a weight, the found configuration (") and "cannot tell" not in sure
-    assert sure.endswith("a paired difference of \u22120.400 (\u22120.500 to \u22120.300, 95 %): the found configuration wins.")
+    assert (
+        sure.startswith("Within 3.17 bits a weight, the found configuration (") and "cannot tell" not in sure
+    )
+    assert sure.endswith(
+        "a paired difference of \u22120.400 (\u22120.500 to \u22120.300, 95 %): the found configuration wins."
+    )
 
 
 def test_the_page_shows_psnr_good_ones_halves_and_levels(newer: tuple[Synthetic, Path]) -> None:
@@ -419,29 +615,48 @@ def test_the_page_shows_psnr_good_ones_halves_and_levels(newer: tuple[Synthetic,
     parts = [" ".join(part.split()) for part in parsed(page).text]
     text = " ".join(" ".join(parts).split())
     assert "too few (14)" in text and "PSNR lost, dB" in parts and "drawn at random 0.71 0.95 4 8" in text
-    assert "first in the ranking 0.44" in text and "hierarchical model" in text and "each by its precision" not in text
+    assert (
+        "first in the ranking 0.44" in text
+        and "hierarchical model" in text
+        and "each by its precision" not in text
+    )
     assert "95 % interval" in text
     assert "the surrogate itself" not in text and "additive scores" in text, "the program alone was searched"
     facts = facts_of.read(made.study)
     table = tables.psnr_vs_bits(facts)
     assert table[table.label == "winner"].value.tolist() == [made.psnr(made.winner)]
-    assert (table[table.group == "uniform"].value < 100).all() and list(table[table.group == "full precision"].value) == [100.0]
+    assert (table[table.group == "uniform"].value < 100).all() and list(
+        table[table.group == "full precision"].value
+    ) == [100.0]
     drawn = ET.parse(page.parent / "figures/psnr_vs_bits.svg").getroot().iter()
     words = {"".join(e.itertext()).strip() for e in drawn if e.tag.endswith("text")}
     assert "PSNR to full precision, dB" in words and "full precision" not in words and "100" not in words
     rival = tables.comparison(facts).query("which == 'against'").iloc[0]
     assert rival.scheme == "rival.json" and rival.psnr == pytest.approx(made.psnr(made.uniform["usq3"]))
-    assert tables.layers(facts).psnr_effect.tolist() == pytest.approx((tables.layers(facts).effect / 8).tolist())
+    assert tables.layers(facts).psnr_effect.tolist() == pytest.approx(
+        (tables.layers(facts).effect / 8).tolist()
+    )
 
 
 def test_an_older_study_opens_with_the_levels_it_was_made_with(built: tuple[Study, Path]) -> None:
     study, page = built
     facts = facts_of.read(study)
-    assert (facts.effect_level, facts.front_level) == ("90 %", "90 %") and facts.contexts.startswith("random configurations")
+    assert (facts.effect_level, facts.front_level) == ("90 %", "90 %") and facts.contexts.startswith(
+        "random configurations"
+    )
     parts = [" ".join(part.split()) for part in parsed(page).text]
     text = " ".join(parts)
-    assert "90 % interval" in text and "PSNR lost, dB" not in parts and "good ones" not in text and "hierarchical" not in text
-    assert tables.agreement(facts).empty and tables.same_quality(facts).empty and not (page.parent / "figures/psnr_vs_bits.svg").exists()
+    assert (
+        "90 % interval" in text
+        and "PSNR lost, dB" not in parts
+        and "good ones" not in text
+        and "hierarchical" not in text
+    )
+    assert (
+        tables.agreement(facts).empty
+        and tables.same_quality(facts).empty
+        and not (page.parent / "figures/psnr_vs_bits.svg").exists()
+    )
 
 
 @pytest.mark.usefixtures("svg_only")
@@ -482,23 +697,48 @@ def test_empty_study_and_failures_only(tmp_path: Path) -> None:
     made = Synthetic(tmp_path / "F.db", layers=1, samples=1)
     config = made.space.uniform("usq2")
     made.study.record(
-        config, Measurement(config.digest, PROTOCOL.digest, {}, 0.5, {}, "failed", "NaN"), "sample", {"bits": 2.0, "bytes": 1, "bops": 1}
+        config,
+        Measurement(config.digest, PROTOCOL.digest, {}, 0.5, {}, "failed", "NaN"),
+        "sample",
+        {"bits": 2.0, "bytes": 1, "bops": 1},
     )
     assert "NaN" in " ".join(parsed(report(made.study, tmp_path / "failed")).text)
 
 
 @pytest.mark.usefixtures("svg_only")
 def test_odd_facts(tmp_path: Path) -> None:
-    """One layer, one scheme, undefined numbers, a higher-is-better objective, a front that was never measured, a damaged thumbnail."""
+    """One layer, one scheme, undefined numbers, a higher-is-better objective, a front that was never
+    measured, a damaged thumbnail."""
     made = Synthetic(tmp_path / "S.db", layers=1, samples=3).measure()
-    row = {"name": made.space.layers[0], "operator": "adaln", "block": "b", "effect": None, "low": None, "high": None, "schemes": {}}
+    row = {
+        "name": made.space.layers[0],
+        "operator": "adaln",
+        "block": "b",
+        "effect": None,
+        "low": None,
+        "high": None,
+        "schemes": {},
+    }
     made.study.set(
-        sensitivity={"objective": "is", "direction": "max", "layers": [row], "surrogate": {"within_budget_srcc": None}, "scatter": [{}],
-                     "validation": {"rows": [{"layer": "gone", "real": 1.0}], "srcc": None}},
-        front={"members": [{"predicted": {"is": 3.0}, "measured": None, "config": None}], "comparison": {"winner": {}}},
-    )  # fmt: skip
+        sensitivity={
+            "objective": "is",
+            "direction": "max",
+            "layers": [row],
+            "surrogate": {"within_budget_srcc": None},
+            "scatter": [{}],
+            "validation": {"rows": [{"layer": "gone", "real": 1.0}], "srcc": None},
+        },
+        front={
+            "members": [{"predicted": {"is": 3.0}, "measured": None, "config": None}],
+            "comparison": {"winner": {}},
+        },
+    )
     made.study.record(
-        made.winner, Measurement(made.winner.digest, PROTOCOL.digest, {"is": 1.0}, 1.0), "fresh", {"bits": 2, "bytes": 1, "bops": 1}, b"no"
+        made.winner,
+        Measurement(made.winner.digest, PROTOCOL.digest, {"is": 1.0}, 1.0),
+        "fresh",
+        {"bits": 2, "bytes": 1, "bops": 1},
+        b"no",
     )
     text = " ".join(parsed(report(made.study, tmp_path / "out")).text)
     assert "higher is better" in text
@@ -532,7 +772,10 @@ def test_style_changes_nothing_global_and_embeds_fonts(tmp_path: Path) -> None:
         figures.surrogate_scatter(table, axes, "$x_1$", 0.5)
         text = style.save(figure, tmp_path, "one")
     assert dict(matplotlib.rcParams) == before
-    assert b"/Subtype /CIDFontType2" in (tmp_path / "one.pdf").read_bytes() or b"/FontFile2" in (tmp_path / "one.pdf").read_bytes()
+    assert (
+        b"/Subtype /CIDFontType2" in (tmp_path / "one.pdf").read_bytes()
+        or b"/FontFile2" in (tmp_path / "one.pdf").read_bytes()
+    )
     assert "within-budget SRCC 0.50" in text
 
 

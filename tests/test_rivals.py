@@ -1,4 +1,5 @@
-"""What benchmarks/rivals.py does: other tools' scores over our codes, their searches under exact bytes, and the table."""
+"""What benchmarks/rivals.py does: other tools' scores over our codes, their searches under exact bytes,
+and the table."""
 
 from __future__ import annotations
 
@@ -33,7 +34,15 @@ def toy(seed: int = 0, count: int = 6) -> tuple[nx.DiGraph, SearchSpace, CostMod
     """A graph, its space and costs, and scores [L, schemes] that mostly fall with bits."""
     graph = nx.DiGraph(other_elements=11)
     for i, shape in enumerate(SHAPES[:count]):
-        graph.add_node(f"l{i}", kind="layer", depth=i, operator="ff.up" if i < 3 else "self_attn.q", block="b", shape=shape, macs=1)
+        graph.add_node(
+            f"l{i}",
+            kind="layer",
+            depth=i,
+            operator="ff.up" if i < 3 else "self_attn.q",
+            block="b",
+            shape=shape,
+            macs=1,
+        )
     space = make_space(graph, "print", "toy", schemes=SCHEMES, activations=[8])
     rng = np.random.default_rng(seed)
     bits = np.array([[s.bits if s.kind != "aq" else 1 for s in space.schemes]] * count)
@@ -46,7 +55,8 @@ def every(space: SearchSpace) -> np.ndarray:
     return np.array(list(itertools.product(*(np.flatnonzero(row) for row in space.allowed()))))
 
 
-# ---- searches --------------------------------------------------------------------------------------------------------------------------
+# ---- searches
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_prices_add_up_to_the_true_bytes_where_all_share() -> None:
@@ -56,7 +66,9 @@ def test_prices_add_up_to_the_true_bytes_where_all_share() -> None:
     assert space.allowed()[:, column].sum() == 3
     assert prices(costs)[np.arange(6), all_share].sum() == pytest.approx(bytes_of(costs, all_share[None])[0])
     one = np.where(np.arange(6) == 0, column, space.schemes.index(Scheme.parse("usq2")))
-    assert bytes_of(costs, one[None])[0] > prices(costs)[np.arange(6), one].sum()  # alone it pays for the codebooks
+    assert (
+        bytes_of(costs, one[None])[0] > prices(costs)[np.arange(6), one].sum()
+    )  # alone it pays for the codebooks
     config = space.configs(one[None], np.full((1, 6), 8))[0]
     assert bytes_of(costs, one[None])[0] == costs(config).bytes - costs.other_bytes
 
@@ -83,7 +95,9 @@ def test_the_greedy_list_is_cut_where_the_bytes_are_met(per_byte: bool, bits: fl
 
 def test_greedy_orders_by_damage_or_by_damage_per_byte() -> None:
     _, _, costs, table = toy()
-    kinds = {tuple(rivals_searches.lowered(table, costs, b, p)) for b in (3.0, 4.0, 5.0) for p in (False, True)}
+    kinds = {
+        tuple(rivals_searches.lowered(table, costs, b, p)) for b in (3.0, 4.0, 5.0) for p in (False, True)
+    }
     assert len(kinds) > 3
 
 
@@ -95,10 +109,20 @@ def test_the_threshold_is_the_least_that_meets_the_bytes(bits: float, seed: int)
 
     def at(t: float) -> list[int]:
         price = prices(costs)
-        return [min((c for c in range(len(row)) if row[c] <= t), key=lambda c: price[i, c], default=int(np.argmax(np.where(np.isfinite(row), costs.bytes[i], -1))))
-                for i, row in enumerate(error)]  # fmt: skip
+        return [
+            min(
+                (c for c in range(len(row)) if row[c] <= t),
+                key=lambda c: price[i, c],
+                default=int(np.argmax(np.where(np.isfinite(row), costs.bytes[i], -1))),
+            )
+            for i, row in enumerate(error)
+        ]
 
-    within = [t for t in sorted(error[np.isfinite(error)]) if bytes_of(costs, np.array([at(t)]))[0] <= cap(costs, bits)]
+    within = [
+        t
+        for t in sorted(error[np.isfinite(error)])
+        if bytes_of(costs, np.array([at(t)]))[0] <= cap(costs, bits)
+    ]
     assert found.tolist() == at(within[0])
 
 
@@ -113,7 +137,9 @@ def test_a_budget_below_everything_is_refused() -> None:
 @pytest.mark.parametrize("bits", [3.0, 4.5])
 def test_raising_ends_where_no_better_larger_scheme_fits(bits: float) -> None:
     _, _, costs, table = toy()
-    table = np.where(np.isfinite(table), np.random.default_rng(1).random(table.shape), np.inf)  # larger is not always better
+    table = np.where(
+        np.isfinite(table), np.random.default_rng(1).random(table.shape), np.inf
+    )  # larger is not always better
     price, rows = prices(costs), np.arange(6)
     start = price.argmin(1)
     start = np.where(np.isfinite(table[rows, start]), start, 1)
@@ -124,12 +150,17 @@ def test_raising_ends_where_no_better_larger_scheme_fits(bits: float) -> None:
     for layer, column in np.argwhere(np.isfinite(table)):
         other = found.copy()
         other[layer] = column
-        larger = price[layer, column] > price[layer, found[layer]] and table[layer, column] < table[layer, found[layer]]
+        larger = (
+            price[layer, column] > price[layer, found[layer]]
+            and table[layer, column] < table[layer, found[layer]]
+        )
         assert not larger or bytes_of(costs, other[None])[0] > cap(costs, bits)
 
 
 @pytest.mark.parametrize(("share", "ratio", "total"), [(0.5, 0.46, 3.0), (2.0, 1.36, 2.0), (1.0, 1.0, 1.6)])
-def test_mean_bits_of_both_groups_have_the_ratio_and_the_total(share: float, ratio: float, total: float) -> None:
+def test_mean_bits_of_both_groups_have_the_ratio_and_the_total(
+    share: float, ratio: float, total: float
+) -> None:
     quality, content = rivals_searches.mean_bits(share, ratio, total)
     assert content / quality == pytest.approx(ratio)
     assert (quality + share * content) / (1 + share) == pytest.approx(total)
@@ -152,16 +183,26 @@ def test_split_programs_are_within_the_budget_and_best_in_each_group() -> None:
             assert table[rows, w[rows]].sum() <= best + 2e-3 * max(span, table[rows, w[rows]].sum())
 
 
-# ---- ModelOpt's solver -----------------------------------------------------------------------------------------------------------------
+# ---- ModelOpt's solver
+# ------------------------------------------------------------------------------------------------------------
 
 
 def given(space: SearchSpace, costs: CostModel, table: np.ndarray, limit: float) -> dict[str, Any]:
     layers = {}
     for i, (k, row) in enumerate(space.choices.items()):
         columns = [space.schemes.index(s) for s in row]
-        layers[k] = {"schemes": [str(s) for s in row], "scores": table[i, columns].tolist(), "bytes": costs.bytes[i, columns].tolist()}
+        layers[k] = {
+            "schemes": [str(s) for s in row],
+            "scores": table[i, columns].tolist(),
+            "bytes": costs.bytes[i, columns].tolist(),
+        }
     shared = [
-        {"scheme": str(space.schemes[t.column]), "layers": [space.layers[i] for i in t.layers], "bytes": t.bytes} for t in costs.shared
+        {
+            "scheme": str(space.schemes[t.column]),
+            "layers": [space.layers[i] for i in t.layers],
+            "bytes": t.bytes,
+        }
+        for t in costs.shared
     ]
     return {"layers": layers, "shared": shared, "limits": {"b": limit}}
 
@@ -181,7 +222,9 @@ def enumerate_best(table: Mapping[str, Mapping[str, Any]], limit: float) -> dict
 def test_candidates_do_not_rise_with_size_on_either_side() -> None:
     _, space, costs, table = toy(3)
     ours = rivals_searches.falling(table, costs)
-    theirs = rivals_modelopt.candidates(**{k: v for k, v in given(space, costs, table, 0).items() if k != "limits"})
+    theirs = rivals_modelopt.candidates(
+        **{k: v for k, v in given(space, costs, table, 0).items() if k != "limits"}
+    )
     for i, (k, row) in enumerate(space.choices.items()):
         assert theirs[k]["costs"] == sorted(theirs[k]["costs"])
         assert theirs[k]["scores"] == sorted(theirs[k]["scores"], reverse=True)
@@ -199,7 +242,11 @@ def test_the_true_bytes_of_its_answer_are_within_the_limit(seed: int) -> None:
         found = rivals_modelopt.within(asked, float(limit), enumerate_best)
         assert found is not None
         weights = np.array([space.schemes.index(Scheme.parse(found[k])) for k in space.layers])
-        assert rivals_modelopt.true_bytes(found, asked["layers"], asked["shared"]) == bytes_of(costs, weights[None])[0] <= limit
+        assert (
+            rivals_modelopt.true_bytes(found, asked["layers"], asked["shared"])
+            == bytes_of(costs, weights[None])[0]
+            <= limit
+        )
 
 
 def test_codebooks_that_one_layer_alone_uses_cost_more_than_its_part() -> None:
@@ -208,7 +255,10 @@ def test_codebooks_that_one_layer_alone_uses_cost_more_than_its_part() -> None:
         "layers": {"a": row, "b": {**row, "scores": [5.0, 0.0]}},
         "shared": [{"scheme": "shared", "layers": ["a", "b"], "bytes": 20}],
     }
-    assert enumerate_best(rivals_modelopt.candidates(**asked), 50) == {"a": 0, "b": 1}  # 20 + 30, in truth 10 + 20 + 30
+    assert enumerate_best(rivals_modelopt.candidates(**asked), 50) == {
+        "a": 0,
+        "b": 1,
+    }  # 20 + 30, in truth 10 + 20 + 30
     assert rivals_modelopt.within(asked, 50, enumerate_best) == {"a": "shared", "b": "shared"}
     assert rivals_modelopt.within(asked, 60, enumerate_best) == {"a": "own", "b": "own"}
 
@@ -218,15 +268,24 @@ def test_a_limit_that_nothing_meets_has_no_answer() -> None:
     assert rivals_modelopt.within(given(space, costs, table, 10.0), 10.0, enumerate_best) is None
 
 
-# ---- scores ----------------------------------------------------------------------------------------------------------------------------
+# ---- scores
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def layers(tmp_path_factory: pytest.TempPathFactory) -> rivals_scores.Layers:
     """The bundled U-Net with two plain schemes."""
     opened = open_model("digits-unet")
-    space = make_space(trace(load("digits-unet")), opened.fingerprint, "digits-unet", schemes=["fp", "usq2", "usq8"], activations=[8])
-    evaluator = Evaluator("digits-unet", opened.graph, Bank(tmp_path_factory.mktemp("bank")), opened.fingerprint)
+    space = make_space(
+        trace(load("digits-unet")),
+        opened.fingerprint,
+        "digits-unet",
+        schemes=["fp", "usq2", "usq8"],
+        activations=[8],
+    )
+    evaluator = Evaluator(
+        "digits-unet", opened.graph, Bank(tmp_path_factory.mktemp("bank")), opened.fingerprint
+    )
     session = SimpleNamespace(here=evaluator, space=space, protocol=Protocol(steps=3))
     return rivals_scores.Layers(session, images=4)
 
@@ -250,7 +309,10 @@ def test_a_swapped_weight_is_put_back(layers: rivals_scores.Layers) -> None:
 def test_scores_of_one_layer_fall_with_bits(layers: rivals_scores.Layers) -> None:
     layers.at(layers.space.full_precision())
     full, replay = layers.images(), layers.replay()
-    similar, noise = rivals_scores.ssim_losses(layers, full, FIRST), rivals_scores.sqnr_losses(layers, replay, FIRST)
+    similar, noise = (
+        rivals_scores.ssim_losses(layers, full, FIRST),
+        rivals_scores.sqnr_losses(layers, replay, FIRST),
+    )
     errors = rivals_scores.weight_errors(layers, FIRST)
     for found in (similar, noise, errors):
         assert found["fp"] < found["usq8"] < found["usq2"]
@@ -266,8 +328,15 @@ def test_sqnr_is_of_the_denoisers_output(layers: rivals_scores.Layers) -> None:
     with torch.no_grad(), layers.swapped(FIRST, layers.weight(FIRST, Scheme.parse("usq2"))):
         for step in steps:
             output, target = layers.run(replay, [i for i, p in enumerate(replay.places) if p[2] == step])
-            ratio.append(10 * float(torch.log10(target.double().square().sum() / (output - target).double().square().sum())))
-    assert rivals_scores.sqnr_losses(layers, replay, FIRST)["usq2"] == pytest.approx(-np.mean(ratio), abs=1e-3)
+            ratio.append(
+                10
+                * float(
+                    torch.log10(target.double().square().sum() / (output - target).double().square().sum())
+                )
+            )
+    assert rivals_scores.sqnr_losses(layers, replay, FIRST)["usq2"] == pytest.approx(
+        -np.mean(ratio), abs=1e-3
+    )
 
 
 def test_feature_distance_sees_every_layer_behind_the_changed_one(layers: rivals_scores.Layers) -> None:
@@ -279,7 +348,9 @@ def test_feature_distance_sees_every_layer_behind_the_changed_one(layers: rivals
     assert found["fp"] == base + rivals_scores.MCT_EPS
     with layers.swapped("conv_out", torch.zeros_like(layers.modules["conv_out"].weight)):
         last = measured()
-    assert last == pytest.approx(1, abs=0.2)  # the last layer's own point: an output without its weight is off by its mean square
+    assert last == pytest.approx(
+        1, abs=0.2
+    )  # the last layer's own point: an output without its weight is off by its mean square
 
 
 def test_distances_are_mcts_per_sample() -> None:
@@ -293,8 +364,12 @@ def test_distances_are_mcts_per_sample() -> None:
 
 def test_gradient_scores_are_squared_gradient_times_change(layers: rivals_scores.Layers) -> None:
     generator = torch.Generator().manual_seed(0)
-    calls = {"x": torch.randn(4, 1, 8, 8, generator=generator), "t": torch.tensor([10, 300, 500, 900]), "y": torch.tensor([0, 3, 5, 9]),
-             "target": torch.randn(4, 1, 8, 8, generator=generator)}  # fmt: skip
+    calls = {
+        "x": torch.randn(4, 1, 8, 8, generator=generator),
+        "t": torch.tensor([10, 300, 500, 900]),
+        "y": torch.tensor([0, 3, 5, 9]),
+        "target": torch.randn(4, 1, 8, 8, generator=generator),
+    }
     found = rivals_scores.gradient_scores(layers, calls, 2, lambda *_: None)
     wanted = dict.fromkeys((CONDITION, FIRST, LINEAR), 0.0)
     scheme = Scheme.parse("usq2")
@@ -311,15 +386,23 @@ def test_gradient_scores_are_squared_gradient_times_change(layers: rivals_scores
                 seen[k] = args[0].detach(), output
 
             handles.append(layers.modules[k].register_forward_hook(keep))
-        output = layers.evaluator.adapter.denoiser(part["x"], timestep=part["t"], class_labels=part["y"]).sample
+        output = layers.evaluator.adapter.denoiser(
+            part["x"], timestep=part["t"], class_labels=part["y"]
+        ).sample
         ((output - part["target"]) ** 2).mean().backward()
         for handle in handles:
             handle.remove()
         for k, (x, y) in seen.items():
             layers.modules[k].weight = layers.evaluator.quantized.full(k)
-            config = QuantConfig(layers.space.fingerprint, {k: layers.space.choice(k, scheme, 8)}, calibration=layers.space.calibration)
+            config = QuantConfig(
+                layers.space.fingerprint,
+                {k: layers.space.choice(k, scheme, 8)},
+                calibration=layers.space.calibration,
+            )
             layers.at(config)
-            layers.modules[k].act_output = 16  # ours rounds what attention multiplies, ModelOpt's formats only inputs
+            layers.modules[
+                k
+            ].act_output = 16  # ours rounds what attention multiplies, ModelOpt's formats only inputs
             with torch.no_grad():
                 change = layers.modules[k].forward(x) - y
             assert y.grad is not None
@@ -347,10 +430,15 @@ def test_tables_on_disk_are_continued(tmp_path: Path) -> None:
     assert asked == ["l0", "l1", "l2", "l2"] and found["l2"] == {"usq2": 2.0}
     _, space, _, _ = toy()
     table = rivals_scores.table(space, found)
-    assert table[2, space.schemes.index(Scheme.parse("usq2"))] == 2 and np.isinf(table[3]).all() and np.isinf(table[:, 0]).all()
+    assert (
+        table[2, space.schemes.index(Scheme.parse("usq2"))] == 2
+        and np.isinf(table[3]).all()
+        and np.isinf(table[:, 0]).all()
+    )
 
 
-# ---- choosing and the table ------------------------------------------------------------------------------------------------------------
+# ---- choosing and the table
+# ------------------------------------------------------------------------------------------------------------
 
 
 class FakeRivals:
@@ -362,7 +450,9 @@ class FakeRivals:
 
     def of(self, name: str, bits: float) -> QuantConfig | None:
         self.asked += 1
-        return None if bits < 3.5 and not self.over else self.space.uniform("usq4" if self.over else "usq2", 8)
+        return (
+            None if bits < 3.5 and not self.over else self.space.uniform("usq4" if self.over else "usq2", 8)
+        )
 
     fits = rivals.Rivals.fits
 
@@ -379,8 +469,13 @@ def test_choices_are_made_once_and_keep_their_budgets(tmp_path: Path) -> None:
     assert [(r["side"], r["target"]) for r in found] == [("program", 3.5), ("mct", 3.5)]
     assert found[0]["bits"] <= 3.5 and found[0]["damage"] == 0.5
     winner = {"target": 3.5, "config": found[0]["config"]}
-    (tmp_path / "ours-toy.json").write_text(json.dumps({"0": [winner, {**winner, "target": 9.0}], "1": [winner]}))
-    assert [(r["side"], r["seed"]) for r in rivals.entries(tmp_path, "toy")[:2]] == [("ours", "0"), ("ours", "1")]
+    (tmp_path / "ours-toy.json").write_text(
+        json.dumps({"0": [winner, {**winner, "target": 9.0}], "1": [winner]})
+    )
+    assert [(r["side"], r["seed"]) for r in rivals.entries(tmp_path, "toy")[:2]] == [
+        ("ours", "0"),
+        ("ours", "1"),
+    ]
     with pytest.raises(AssertionError, match="are the limit"):
         rivals.choose(FakeRivals(tmp_path / "..", over=True), ["sdnq"])  # type: ignore[arg-type]
 
@@ -390,7 +485,9 @@ def test_scores_of_another_space_are_not_continued(tmp_path: Path) -> None:
     rivals.check_space(tmp_path / "space-toy.json", space)
     rivals.check_space(tmp_path / "space-toy.json", space)
     with pytest.raises(AquabitError, match="another search space"):
-        rivals.check_space(tmp_path / "space-toy.json", make_space(graph, "print", "toy", schemes=["usq2"], activations=[8]))
+        rivals.check_space(
+            tmp_path / "space-toy.json", make_space(graph, "print", "toy", schemes=["usq2"], activations=[8])
+        )
 
 
 def test_fresh_measures_everything_and_the_table_reads_it_by_block(tmp_path: Path) -> None:
@@ -404,11 +501,18 @@ def test_fresh_measures_everything_and_the_table_reads_it_by_block(tmp_path: Pat
         asked.extend((c.digest, p.digest) for c in configs for p in protocols)
 
     def measurements(failed: bool) -> pd.DataFrame:
-        rows = [{"config": c, "protocol": p, "psnr": 30.0 + n, "fid": 5.0 + n / 100} for n, (c, p) in enumerate(asked)]
+        rows = [
+            {"config": c, "protocol": p, "psnr": 30.0 + n, "fid": 5.0 + n / 100}
+            for n, (c, p) in enumerate(asked)
+        ]
         return pd.DataFrame(rows, columns=["config", "protocol", "psnr", "fid"])
 
     session = SimpleNamespace(
-        space=fake.space, costs=fake.costs, protocol=Protocol(), measure=measure, study=SimpleNamespace(measurements=measurements)
+        space=fake.space,
+        costs=fake.costs,
+        protocol=Protocol(),
+        measure=measure,
+        study=SimpleNamespace(measurements=measurements),
     )
     with pytest.raises(AquabitError, match=r"5 blocks of toy are not measured.*rivals\.py fresh"):
         rivals.measured(session, tmp_path, "toy")
@@ -422,23 +526,42 @@ def test_fresh_measures_everything_and_the_table_reads_it_by_block(tmp_path: Pat
 
 
 def rows(*sides: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = [{"model": "m", "side": "full precision", "target": None, "bits": 16.0, "seeds": 1, "fid": [5.0] * 5}]
+    found: list[dict[str, Any]] = [
+        {"model": "m", "side": "full precision", "target": None, "bits": 16.0, "seeds": 1, "fid": [5.0] * 5}
+    ]
     for n, side in enumerate(sides):
-        found.append({"model": "m", "side": side, "target": 2.0, "bits": 2.0, "seeds": 1, "damage": 0.1,
-                      "psnr": [40.0 - n + 0.1 * b for b in range(5)], "fid": [5.0 + n] * 5})  # fmt: skip
+        found.append(
+            {
+                "model": "m",
+                "side": side,
+                "target": 2.0,
+                "bits": 2.0,
+                "seeds": 1,
+                "damage": 0.1,
+                "psnr": [40.0 - n + 0.1 * b for b in range(5)],
+                "fid": [5.0 + n] * 5,
+            }
+        )
     return found
 
 
-@pytest.mark.parametrize(("sides", "against"), [(("ours", "program", "mct"), "ours"), (("program", "mct"), "program")])
+@pytest.mark.parametrize(
+    ("sides", "against"), [(("ours", "program", "mct"), "ours"), (("program", "mct"), "program")]
+)
 def test_differences_are_to_ours_or_else_to_the_program(sides: tuple[str, ...], against: str) -> None:
     found = rivals.compared(rows(*sides))
     last = found[-1]
     gap = -(len(sides) - 1.0)
     assert last["against"] == against and last["less"]["psnr"]["value"] == pytest.approx(gap)
-    assert last["less"]["psnr"]["high"] == pytest.approx(gap) and last["less"]["fid"]["value"] == pytest.approx(-gap)
+    assert last["less"]["psnr"]["high"] == pytest.approx(gap) and last["less"]["fid"][
+        "value"
+    ] == pytest.approx(-gap)
     assert "less" not in found[0] and "less" not in found[1]
     text = rivals.markdown(found, {"cpu": "c", "cores": 1, "torch": "t"})
-    assert f"less {against}" in text and f"| 2 | mct | 2.000 | {40 + gap + 0.2:.2f} | {5 - gap:.2f} | {gap:+.2f} " in text
+    assert (
+        f"less {against}" in text
+        and f"| 2 | mct | 2.000 | {40 + gap + 0.2:.2f} | {5 - gap:.2f} | {gap:+.2f} " in text
+    )
     assert "`mct`" in text and "`sdnq`" not in text
 
 

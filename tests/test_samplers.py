@@ -1,4 +1,5 @@
-"""Facts of samplers' steps, against numerical derivatives of diffusers' own steps and against samples that a perfect denoiser sees."""
+"""Facts of samplers' steps, against numerical derivatives of diffusers' own steps and against samples that
+a perfect denoiser sees."""
 
 from __future__ import annotations
 
@@ -36,7 +37,9 @@ class Case:
 
     def __str__(self) -> str:
         parts = [f"{k}={v}" for k, v in self.settings.items() if k != "clip_sample"]
-        return "-".join([self.name.removesuffix("Scheduler"), *parts, *([f"eta={self.eta}"] if self.eta else [])])
+        return "-".join(
+            [self.name.removesuffix("Scheduler"), *parts, *([f"eta={self.eta}"] if self.eta else [])]
+        )
 
 
 def _cases() -> list[Case]:
@@ -46,42 +49,82 @@ def _cases() -> list[Case]:
         cases += [Case("DDIMScheduler", plain | own, eta) for eta in (0.0, 0.5, 1.0)]
         cases += [Case("DDPMScheduler", plain | own), Case("EulerDiscreteScheduler", own)]
         cases += [
-            Case("DPMSolverMultistepScheduler", own | {"algorithm_type": a, "solver_order": 1}) for a in ("dpmsolver++", "sde-dpmsolver++")
+            Case("DPMSolverMultistepScheduler", own | {"algorithm_type": a, "solver_order": 1})
+            for a in ("dpmsolver++", "sde-dpmsolver++")
         ]
-    cases += [Case("EulerAncestralDiscreteScheduler", {"prediction_type": p}) for p in ("epsilon", "v_prediction")]
-    cases += [Case("DDPMScheduler", plain | {"variance_type": v}) for v in ("fixed_small", "fixed_small_log", "fixed_large")]
+    cases += [
+        Case("EulerAncestralDiscreteScheduler", {"prediction_type": p}) for p in ("epsilon", "v_prediction")
+    ]
+    cases += [
+        Case("DDPMScheduler", plain | {"variance_type": v})
+        for v in ("fixed_small", "fixed_small_log", "fixed_large")
+    ]
     for spacing in ("linspace", "leading", "trailing"):
         kept = {"timestep_spacing": spacing, "steps_offset": 1}
-        cases += [Case("DDIMScheduler", plain | kept | {"set_alpha_to_one": False}, 1.0), Case("DDPMScheduler", plain | kept)]
+        cases += [
+            Case("DDIMScheduler", plain | kept | {"set_alpha_to_one": False}, 1.0),
+            Case("DDPMScheduler", plain | kept),
+        ]
         cases += [Case("EulerDiscreteScheduler", kept), Case("EulerAncestralDiscreteScheduler", kept)]
     cases += [Case("DDPMScheduler", plain, steps=1000), Case("DDPMScheduler", plain, steps=13)]
-    cases += [Case("DDIMScheduler", plain | {"beta_schedule": "scaled_linear", "num_train_timesteps": 500}, 1.0, steps=13)]
+    cases += [
+        Case(
+            "DDIMScheduler",
+            plain | {"beta_schedule": "scaled_linear", "num_train_timesteps": 500},
+            1.0,
+            steps=13,
+        )
+    ]
     zero = plain | {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     for prediction in ("v_prediction", "sample"):
         cases += [Case("DDIMScheduler", zero | {"prediction_type": prediction}, eta) for eta in (0.0, 1.0)]
         cases += [Case("DDPMScheduler", zero | {"prediction_type": prediction})]
     cases += [
-        Case("EulerDiscreteScheduler", {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"})
+        Case(
+            "EulerDiscreteScheduler",
+            {
+                "rescale_betas_zero_snr": True,
+                "timestep_spacing": "trailing",
+                "prediction_type": "v_prediction",
+            },
+        )
     ]
     for way in ("use_karras_sigmas", "use_exponential_sigmas"):
         cases += [
             Case("EulerDiscreteScheduler", {way: True}),
             Case("EulerDiscreteScheduler", {way: True, "final_sigmas_type": "sigma_min"}),
         ]
-        cases += [Case("DPMSolverMultistepScheduler", {way: True, "algorithm_type": "sde-dpmsolver++", "solver_order": 1})]
+        cases += [
+            Case(
+                "DPMSolverMultistepScheduler",
+                {way: True, "algorithm_type": "sde-dpmsolver++", "solver_order": 1},
+            )
+        ]
     cases += [
-        Case("DPMSolverMultistepScheduler", {"final_sigmas_type": "sigma_min", "algorithm_type": "sde-dpmsolver++", "solver_order": 1})
+        Case(
+            "DPMSolverMultistepScheduler",
+            {"final_sigmas_type": "sigma_min", "algorithm_type": "sde-dpmsolver++", "solver_order": 1},
+        )
     ]
     flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "solver_order": 1}
-    cases += [Case("DPMSolverMultistepScheduler", flow | {"algorithm_type": a}) for a in ("dpmsolver++", "sde-dpmsolver++")]
-    cases += [Case("FlowMatchEulerDiscreteScheduler", {"shift": s, "stochastic_sampling": n}) for s in (1.0, 3.0) for n in (False, True)]
+    cases += [
+        Case("DPMSolverMultistepScheduler", flow | {"algorithm_type": a})
+        for a in ("dpmsolver++", "sde-dpmsolver++")
+    ]
+    cases += [
+        Case("FlowMatchEulerDiscreteScheduler", {"shift": s, "stochastic_sampling": n})
+        for s in (1.0, 3.0)
+        for n in (False, True)
+    ]
     return cases
 
 
 CASES = _cases()
 
 
-def exact_output(scheduler: Any, alpha: float, sigma: float, x0: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
+def exact_output(
+    scheduler: Any, alpha: float, sigma: float, x0: torch.Tensor, eps: torch.Tensor
+) -> torch.Tensor:
     """What a perfect denoiser gives for x = alpha x0 + sigma eps."""
     kind = prediction_type(scheduler)
     if kind in ("flow", "flow_prediction"):
@@ -92,7 +135,9 @@ def exact_output(scheduler: Any, alpha: float, sigma: float, x0: torch.Tensor, e
     return x0 if kind == "sample" else eps
 
 
-def advanced(case: Case, index: int, output: torch.Tensor, sample: torch.Tensor, noise: torch.Tensor | float) -> torch.Tensor:
+def advanced(
+    case: Case, index: int, output: torch.Tensor, sample: torch.Tensor, noise: torch.Tensor | float
+) -> torch.Tensor:
     """The next sample that the scheduler's own step ``index`` makes, with ``noise`` as what it draws."""
     scheduler = case.made()
     t = scheduler.timesteps[index]
@@ -100,7 +145,9 @@ def advanced(case: Case, index: int, output: torch.Tensor, sample: torch.Tensor,
         scheduler._step_index = index
         scheduler.is_scale_input_called = True
     drawn = torch.as_tensor(noise, dtype=sample.dtype).expand(sample.shape)
-    module = __import__(f"diffusers.schedulers.{type(scheduler).__module__.rpartition('.')[2]}", fromlist=["randn_tensor"])
+    module = __import__(
+        f"diffusers.schedulers.{type(scheduler).__module__.rpartition('.')[2]}", fromlist=["randn_tensor"]
+    )
     real = getattr(module, "randn_tensor", None)
     if real is not None:
         module.randn_tensor = lambda *args, **kwargs: drawn.to(kwargs.get("dtype"))
@@ -145,13 +192,16 @@ def test_coefficient_and_noise_are_those_of_the_step(case: Case) -> None:
         base = advanced(case, index, zero, zero, 0.0)
         slope = advanced(case, index, zero + 1, zero, 0.0) - base
         noise = advanced(case, index, zero, zero, 1.0) - base
-        np.testing.assert_allclose(slope, facts.coefficient, rtol=2e-5, atol=2e-6, err_msg=f"C of step {index}")
+        np.testing.assert_allclose(
+            slope, facts.coefficient, rtol=2e-5, atol=2e-6, err_msg=f"C of step {index}"
+        )
         np.testing.assert_allclose(noise, facts.noise, rtol=2e-5, atol=2e-6, err_msg=f"s of step {index}")
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_levels_of_noise_and_the_step_of_a_perfect_denoiser(case: Case) -> None:
-    """alpha, sigma from ``add_noise``; the next ones from where x0 and eps, known, end; eps from the exact output."""
+    """alpha, sigma from ``add_noise``; the next ones from where x0 and eps, known, end; eps from the exact
+    output."""
     x0, eps = torch.tensor([[1.0, 0.0]], dtype=torch.float64), torch.tensor([[0.0, 1.0]], dtype=torch.float64)
     x0, eps = (v.view(1, 2, 1, 1) for v in (x0, eps))
     for index in indices(case):
@@ -163,7 +213,9 @@ def test_levels_of_noise_and_the_step_of_a_perfect_denoiser(case: Case) -> None:
         large = case.settings.get("variance_type") == "fixed_large"  # more noise than the step takes away
         np.testing.assert_allclose(after[0], facts.alpha_next, rtol=1e-4, atol=5e-6)
         if not large:
-            np.testing.assert_allclose(sqrt(float(after[1]) ** 2 + float(facts.noise) ** 2), facts.sigma_next, rtol=1e-4, atol=2e-5)
+            np.testing.assert_allclose(
+                sqrt(float(after[1]) ** 2 + float(facts.noise) ** 2), facts.sigma_next, rtol=1e-4, atol=2e-5
+            )
         kind = prediction_type(case.made())
         np.testing.assert_allclose(facts.eps(output, sample, kind), eps, rtol=1e-4, atol=1e-5)
         slope = facts.eps(output + 1, sample, kind) - facts.eps(output, sample, kind)
@@ -202,7 +254,9 @@ def test_a_variance_type_that_gives_no_number_is_refused() -> None:
 def test_what_is_not_known_is_refused() -> None:
     heun = diffusers.HeunDiscreteScheduler()
     heun.set_timesteps(4)
-    with pytest.raises(AquabitError, match=r"not defined for HeunDiscreteScheduler; known samplers: DDIMScheduler"):
+    with pytest.raises(
+        AquabitError, match=r"not defined for HeunDiscreteScheduler; known samplers: DDIMScheduler"
+    ):
         step_facts(heun, heun.timesteps[0])
     assert "HeunDiscreteScheduler" in str(refuses(heun, ("cnc",))) and refuses(heun, ()) is None
     euler = diffusers.EulerDiscreteScheduler()
@@ -218,7 +272,10 @@ def test_what_is_not_known_is_refused() -> None:
 
 def test_epsilon_says_nothing_where_there_is_no_signal() -> None:
     """Zero terminal SNR: x0 = (x - eps) / 0."""
-    scheduler = Case("DDIMScheduler", {"clip_sample": False, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}).made()
+    scheduler = Case(
+        "DDIMScheduler",
+        {"clip_sample": False, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
+    ).made()
     with pytest.raises(AquabitError, match="zero signal"):
         step_facts(scheduler, scheduler.timesteps[0])
 
@@ -251,8 +308,10 @@ SDE = {"algorithm_type": "sde-dpmsolver++", "solver_order": 1}
         ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}, ("vsc",), None),
         ("FlowMatchEulerDiscreteScheduler", {}, ("cnc", "bc"), None),
     ],
-)  # fmt: skip
-def test_what_is_refused(name: str, settings: dict[str, Any], corrections: tuple[str, ...], said: str | None) -> None:
+)
+def test_what_is_refused(
+    name: str, settings: dict[str, Any], corrections: tuple[str, ...], said: str | None
+) -> None:
     reason = refuses(getattr(diffusers, name)(**settings), corrections)
     if said is None:
         assert reason is None
@@ -260,19 +319,24 @@ def test_what_is_refused(name: str, settings: dict[str, Any], corrections: tuple
         assert reason is not None and re.search(said, reason), reason
 
 
-# ---- the matched sampler ---------------------------------------------------------------------------------------------------------------
+# ---- the matched sampler
+# ------------------------------------------------------------------------------------------------------------
 
 
 def matched_cases() -> list[tuple[StepFacts, float]]:
     found = []
-    for name, settings in (("DDIMScheduler", {"clip_sample": False}), ("EulerDiscreteScheduler", {"use_karras_sigmas": True})):
+    for name, settings in (
+        ("DDIMScheduler", {"clip_sample": False}),
+        ("EulerDiscreteScheduler", {"use_karras_sigmas": True}),
+    ):
         case = Case(name, settings, steps=20)
         found += [(facts_of(case, i), v) for i in range(20) for v in (0.0, 1e-8, 1e-5, 1e-3, 0.02, 0.3)]
     return found
 
 
 def test_the_matched_direction_solves_its_equation() -> None:
-    """s^2 = C(s)^2 v, C(s) = sqrt(sigma_next^2 - s^2) - alpha_next sigma / alpha; the smaller s; s = 0 where there is none."""
+    """s^2 = C(s)^2 v, C(s) = sqrt(sigma_next^2 - s^2) - alpha_next sigma / alpha; the smaller s; s = 0
+    where there is none."""
     solved = 0
     for facts, v in matched_cases():
         t = float(matched_direction(facts, np.array([v]))[0])
@@ -299,14 +363,23 @@ def test_the_last_matched_step_takes_nothing() -> None:
 def test_more_residual_needs_more_of_the_direction_while_there_is_a_root() -> None:
     for facts, _ in matched_cases()[::6]:
         values = matched_direction(facts, np.linspace(0, 0.5, 400))
-        rooted = values[: int(np.argmax(values[1:] == facts.sigma_next)) + 1] if (values[1:] == facts.sigma_next).any() else values
+        rooted = (
+            values[: int(np.argmax(values[1:] == facts.sigma_next)) + 1]
+            if (values[1:] == facts.sigma_next).any()
+            else values
+        )
         assert (np.diff(rooted) <= 1e-12).all()
 
 
 def test_nothing_is_matched_where_there_is_no_signal() -> None:
     case = Case(
         "DDIMScheduler",
-        {"clip_sample": False, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"},
+        {
+            "clip_sample": False,
+            "rescale_betas_zero_snr": True,
+            "timestep_spacing": "trailing",
+            "prediction_type": "v_prediction",
+        },
     )
     facts = facts_of(case, 0)
     assert facts.alpha == 0

@@ -43,7 +43,11 @@ class Log(Watcher):
 
 
 def untouched(denoiser: nn.Module, scheduler: Any) -> bool:
-    return not denoiser._forward_hooks and not denoiser._forward_pre_hooks and not {"step", "set_timesteps"} & set(vars(scheduler))
+    return (
+        not denoiser._forward_hooks
+        and not denoiser._forward_pre_hooks
+        and not {"step", "set_timesteps"} & set(vars(scheduler))
+    )
 
 
 def run(denoiser: nn.Module, scheduler: Any, steps: int = 3) -> Tensor:
@@ -54,14 +58,21 @@ def test_watchers_see_every_call_and_step() -> None:
     log, denoiser, scheduler = Log(), Given(lambda x, t: x), DDIM.made(2)
     before = vars(scheduler).copy()
     with following(denoiser, scheduler, [log]) as sampling:
-        assert list(inspect.signature(scheduler.step).parameters)[:4] == ["model_output", "timestep", "sample", "eta"]
+        assert list(inspect.signature(scheduler.step).parameters)[:4] == [
+            "model_output",
+            "timestep",
+            "sample",
+            "eta",
+        ]
         scheduler.set_timesteps(2)
         for t in scheduler.timesteps:
             x = denoiser(torch.ones(1, 2, 2, 2), t)
             denoiser(x, t)
             scheduler.step(x, t, x)
         assert sampling is not None and sampling.step == 2
-    per_step = [(("before", s), ("output", s, 0), ("before", s), ("output", s, 1), ("advance", s)) for s in range(2)]
+    per_step = [
+        (("before", s), ("output", s, 0), ("before", s), ("output", s, 1), ("advance", s)) for s in range(2)
+    ]
     assert log.seen == [("begin", 2), *per_step[0], *per_step[1]]
     assert untouched(denoiser, scheduler) and set(vars(scheduler)) == set(before)
 
@@ -129,7 +140,9 @@ def test_sampling_anew_after_an_interruption() -> None:
     denoiser(x, t)
     log.seen.clear()
     run(denoiser, scheduler, 2)
-    assert log.seen == [("begin", 2)] + [e for s in range(2) for e in (("before", s), ("output", s, 0), ("advance", s))]
+    assert log.seen == [("begin", 2)] + [
+        e for s in range(2) for e in (("before", s), ("output", s, 0), ("advance", s))
+    ]
 
 
 def test_who_follows_for_good_comes_back_after_who_follows_for_a_while() -> None:
@@ -140,13 +153,21 @@ def test_who_follows_for_good_comes_back_after_who_follows_for_a_while() -> None
     assert len(now.seen) == len(ever.seen) == 7
     ever.seen.clear()
     run(denoiser, scheduler, 2)
-    assert len(now.seen) == 7 and [e[0] for e in ever.seen].count("advance") == 2 and ever.seen[0] == ("begin", 2)
+    assert (
+        len(now.seen) == 7
+        and [e[0] for e in ever.seen].count("advance") == 2
+        and ever.seen[0] == ("begin", 2)
+    )
     follow_(denoiser, scheduler, [])
     assert untouched(denoiser, scheduler) and watchers_of(denoiser) == []
 
 
 def test_two_denoisers_may_share_a_scheduler_in_any_order() -> None:
-    logs, denoisers, scheduler = [Log(), Log(), Log()], [Given(lambda x, t: x) for _ in range(3)], DDIM.made(2)
+    logs, denoisers, scheduler = (
+        [Log(), Log(), Log()],
+        [Given(lambda x, t: x) for _ in range(3)],
+        DDIM.made(2),
+    )
     for denoiser, log in zip(denoisers, logs, strict=True):
         follow_(denoiser, scheduler, [log])
     follow_(denoisers[1], scheduler, [])  # neither the first nor the last to attach
@@ -183,7 +204,8 @@ def test_calls_that_are_no_sampling() -> None:
 
 
 def test_images_that_are_made_while_nothing_follows_are_no_sampling(dit) -> None:
-    """Adapters look for replaced schedulers; that must not attach what is to stay away, as when kernels are timed."""
+    """Adapters look for replaced schedulers; that must not attach what is to stay away, as when kernels
+    are timed."""
     log = Log()
     follow_(dit.denoiser, dit.scheduler, [log])
     with unfollowed(dit.denoiser), unfollowed(dit.denoiser):

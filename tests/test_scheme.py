@@ -6,13 +6,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aquabit.scheme import AquabitError, Budget, LayerChoice, Protocol, QuantConfig, Scheme, direction, parse_swap, read_json
+from aquabit.scheme import (
+    AquabitError,
+    Budget,
+    LayerChoice,
+    Protocol,
+    QuantConfig,
+    Scheme,
+    direction,
+    parse_swap,
+    read_json,
+)
 
 SCHEMES = st.one_of(
     st.just("fp"),
-    st.builds("usq{}{}{}".format, st.integers(1, 8), st.sampled_from(["", "g8", "g64"]), st.sampled_from(["", "h"])),
+    st.builds(
+        "usq{}{}{}".format, st.integers(1, 8), st.sampled_from(["", "g8", "g64"]), st.sampled_from(["", "h"])
+    ),
     st.builds("vq{}{}{}".format, st.integers(1, 8), st.sampled_from(["", "c"]), st.sampled_from(["", "h"])),
-    st.builds("aq{}x{}{}".format, st.integers(1, 8), st.integers(1, 16), st.sampled_from(["g4", "g8", "g9", "k"])),
+    st.builds(
+        "aq{}x{}{}".format, st.integers(1, 8), st.integers(1, 16), st.sampled_from(["g4", "g8", "g9", "k"])
+    ),
 )
 
 
@@ -23,7 +37,22 @@ def test_text_round_trip(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "usq", "usq0", "usq9", "usq4g0", "usq04", "vq4g8", "aq2x8", "aq0x8g8", "aq2x17k", "int4", "usq4 ", "aq2x8g8h"]
+    "text",
+    [
+        "",
+        "usq",
+        "usq0",
+        "usq9",
+        "usq4g0",
+        "usq04",
+        "vq4g8",
+        "aq2x8",
+        "aq0x8g8",
+        "aq2x17k",
+        "int4",
+        "usq4 ",
+        "aq2x8g8h",
+    ],
 )
 def test_unknown_schemes_are_named(text: str) -> None:
     with pytest.raises(AquabitError, match="scheme") as caught:
@@ -37,7 +66,11 @@ def test_code_bits() -> None:
     assert Scheme.parse("usq3h").code_bits(9) == 3
 
 
-@given(st.dictionaries(st.text(min_size=1, max_size=8), st.tuples(SCHEMES, st.sampled_from([6, 8, 16])), max_size=6))
+@given(
+    st.dictionaries(
+        st.text(min_size=1, max_size=8), st.tuples(SCHEMES, st.sampled_from([6, 8, 16])), max_size=6
+    )
+)
 def test_config_round_trip_and_digest(layers: dict[str, tuple[str, int]]) -> None:
     config = QuantConfig("f", {k: LayerChoice(Scheme.parse(s), a) for k, (s, a) in layers.items()}, "m")
     again = QuantConfig.from_dict(json.loads(config.to_json()))
@@ -49,9 +82,14 @@ def test_config_round_trip_and_digest(layers: dict[str, tuple[str, int]]) -> Non
 
 @pytest.mark.parametrize(
     ("change", "place"),
-    [({"layers": {"a": {"weight": "usq4", "act": 7}}}, "layers.a.act"), ({"layers": {"a": {"weight": "usq99", "act": 8}}}, "usq99"),
-     ({"schema": 2}, "schema"), ({"surprise": 1}, "surprise"), ({"fingerprint": None}, "fingerprint")],
-)  # fmt: skip
+    [
+        ({"layers": {"a": {"weight": "usq4", "act": 7}}}, "layers.a.act"),
+        ({"layers": {"a": {"weight": "usq99", "act": 8}}}, "usq99"),
+        ({"schema": 2}, "schema"),
+        ({"surprise": 1}, "surprise"),
+        ({"fingerprint": None}, "fingerprint"),
+    ],
+)
 def test_bad_configurations_name_the_place(change: dict[str, object], place: str) -> None:
     good = QuantConfig("f", {}).to_dict()
     with pytest.raises(AquabitError, match=place):
@@ -70,7 +108,18 @@ def test_truncated_json(tmp_path) -> None:
 def test_protocol_digest_ignores_only_the_objective() -> None:
     base = Protocol()
     assert Protocol(objective="psnr").digest == base.digest
-    assert len({base.digest, Protocol(images=127).digest, Protocol(seed=1).digest, Protocol(eta=1.0).digest, base.block(1).digest}) == 5
+    assert (
+        len(
+            {
+                base.digest,
+                Protocol(images=127).digest,
+                Protocol(seed=1).digest,
+                Protocol(eta=1.0).digest,
+                base.block(1).digest,
+            }
+        )
+        == 5
+    )
     assert Protocol.from_dict(json.loads(json.dumps(base.to_dict()))) == base
     with pytest.raises(AquabitError, match="images is 0"):
         Protocol(images=0)

@@ -1,4 +1,5 @@
-"""Screening and effects in context: what output errors add to a surrogate, and that their numbers are those of the denoiser."""
+"""Screening and effects in context: what output errors add to a surrogate, and that their numbers are
+those of the denoiser."""
 
 from __future__ import annotations
 
@@ -50,7 +51,10 @@ def test_a_screen_that_knows_more_leads_to_better_measurements() -> None:
     plain.search(cost, budget, rounds=1)
     found = screened.search(cost, budget, rounds=1, screen=judge, pool=4)
     assert [len(b) for b in screened.batches] == [8] == [len(b) for b in plain.batches] and asked == [32]
-    mean = [float(np.mean([lab.truth(*space.indices([c]))[0] for c in lab.batches[0]])) for lab in (plain, screened)]
+    mean = [
+        float(np.mean([lab.truth(*space.indices([c]))[0] for c in lab.batches[0]]))
+        for lab in (plain, screened)
+    ]
     assert mean[1] < mean[0]
     assert sum(c.target == budget for c in found) == 5, "targets keep their shares"
 
@@ -62,10 +66,15 @@ def test_the_first_stays_and_places_that_are_left_go_to_the_best() -> None:
     some = lab.search(cost, budget, rounds=1, per_round=4)
     first, others = some[0], some[1:]
     other = replace(budget, bits=(budget.bits or 0) * 1.1)
-    listed = [replace(first, target=budget), *(replace(others[i % len(others)], target=budget) for i in range(3))]
+    listed = [
+        replace(first, target=budget),
+        *(replace(others[i % len(others)], target=budget) for i in range(3)),
+    ]
     values = np.array([9.0, 2.0, np.nan, 1.0])
     assert best_of(listed, [budget, budget], values) == [listed[0], listed[3]]
-    assert best_of(listed, [budget, other], values) == [listed[0], listed[3]], "nobody was proposed for the other target"
+    assert best_of(listed, [budget, other], values) == [listed[0], listed[3]], (
+        "nobody was proposed for the other target"
+    )
 
 
 def test_output_errors_are_kept_and_older_studies_take_them(made, tmp_path) -> None:
@@ -76,7 +85,11 @@ def test_output_errors_are_kept_and_older_studies_take_them(made, tmp_path) -> N
     assert set(table[table.kind == "sample"].config) <= set(known)
     config = study.configs()[table.config.iloc[-1]]
     with open_session(pipe, study, bank=bank) as session:
-        assert session.outputs([config])[config.digest] == known[config.digest] == session.here.output_errors(config, study.protocol)
+        assert (
+            session.outputs([config])[config.digest]
+            == known[config.digest]
+            == session.here.output_errors(config, study.protocol)
+        )
     assert study.outputs("other inputs") == {}
     old = Study(tmp_path / "old.db")
     with sqlite3.connect(tmp_path / "old.db") as db:
@@ -94,16 +107,23 @@ def test_effects_in_context_are_what_the_screen_says_of_both_ends(made) -> None:
     fitted = fit_from_study(study)
     outputs = study.outputs(stored(study.protocol)[0].digest)
     screen = fit_screen(fitted, outputs, blend=True)
-    drawn = draw_contexts(fitted.space, fitted.cost, BITS, DRAWN, np.random.default_rng([0, 0]), fitted.damages)
+    drawn = draw_contexts(
+        fitted.space, fitted.cost, BITS, DRAWN, np.random.default_rng([0, 0]), fitted.damages
+    )
     contexts = fitted.space.configs(*drawn)[:2]
     row = found.layers.iloc[0]
     player = next(p for p in find_players(fitted.space, _swap()) if p.layer == row["name"])
     before, after = (
-        screen.estimator.to_units(screen([c.with_layer(player.layer, s) for c in contexts], outputs)) for s in (player.before, player.after)
+        screen.estimator.to_units(screen([c.with_layer(player.layer, s) for c in contexts], outputs))
+        for s in (player.before, player.after)
     )
     assert row.predicted == pytest.approx(float((after - before).mean()), rel=1e-6, abs=1e-9)
-    assert not np.allclose(found.layers.set_index("name").effect, plain.layers.set_index("name").effect.loc[found.layers.name])
-    assert explain(study, BITS + 0.2, replicates=2).surrogate.get("contexts_run") is None, "these contexts were run near another budget"
+    assert not np.allclose(
+        found.layers.set_index("name").effect, plain.layers.set_index("name").effect.loc[found.layers.name]
+    )
+    assert explain(study, BITS + 0.2, replicates=2).surrogate.get("contexts_run") is None, (
+        "these contexts were run near another budget"
+    )
 
 
 def _swap():
@@ -124,7 +144,10 @@ def test_a_blend_sees_what_trees_step_over() -> None:
     assert (change > 2e-3 / 2).mean() > 0.95, "two of three parts follow a slope of 2"
     assert (blend.trees_.predict(nudged) == blend.trees_.predict(at)).mean() > 0.5
     with_constant = Blend((0, 1, 3), (3,), members=1).fit(np.concatenate([x, constant], 1), y)
-    assert np.isfinite(with_constant.predict(np.concatenate([at, at[:, :1]], 1))).all() and len(with_constant.splines_) == 1
+    assert (
+        np.isfinite(with_constant.predict(np.concatenate([at, at[:, :1]], 1))).all()
+        and len(with_constant.splines_) == 1
+    )
 
 
 def test_features_are_finite_whatever_the_errors_are() -> None:

@@ -36,17 +36,36 @@ from aquabit.search import (
 from aquabit.search.loop import Candidate, find_candidates, schedule
 from aquabit.space import SearchSpace, make_space
 
-MANY = ["usq2", "usq3", "usq4", "usq8", "vq2", "vq3", "vq4", "vq2c", "vq3c", "vq4c", "usq2h", "usq3h", "usq4h"]
+MANY = [
+    "usq2",
+    "usq3",
+    "usq4",
+    "usq8",
+    "vq2",
+    "vq3",
+    "vq4",
+    "vq2c",
+    "vq3c",
+    "vq4c",
+    "usq2h",
+    "usq3h",
+    "usq4h",
+]
 
 
 def model(count: int, seed: int = 0, **options: Any) -> tuple[SearchSpace, CostModel]:
-    """A space of ``count`` layers of odd sizes, Linear and Conv2d in turn, and its costs; many kinds of schemes where none are named."""
-    options = options if "schemes" in options else {"schemes": MANY, "levels": (1.5, 2.0, 3.0, 4.0), **options}
+    """A space of ``count`` layers of odd sizes, Linear and Conv2d in turn, and its costs; many kinds of
+    schemes where none are named."""
+    options = (
+        options if "schemes" in options else {"schemes": MANY, "levels": (1.5, 2.0, 3.0, 4.0), **options}
+    )
     rng, graph = np.random.default_rng(seed), nx.DiGraph(other_elements=101)
     for i in range(count):
         shape = (int(rng.integers(5, 40)), int(rng.integers(7, 60)), *((3, 3) if i % 2 else ()))
         macs = int(np.prod(shape)) * int(rng.integers(1, 9))
-        graph.add_node(f"l{i}", kind="layer", depth=i, operator=f"o{i % 3}", block=f"b{i % 2}", shape=shape, macs=macs)
+        graph.add_node(
+            f"l{i}", kind="layer", depth=i, operator=f"o{i % 3}", block=f"b{i % 2}", shape=shape, macs=macs
+        )
     space = make_space(graph, "print", "toy", **options)
     return space, timed(CostModel(graph, space), seed)
 
@@ -54,7 +73,9 @@ def model(count: int, seed: int = 0, **options: Any) -> tuple[SearchSpace, CostM
 def timed(cost: CostModel, seed: int) -> CostModel:
     """Random milliseconds of the choices that layers may take; they know neither bits nor bytes."""
     activations = tuple({16: 0, **dict.fromkeys(cost.space.activations)})
-    layers = np.random.default_rng(seed).lognormal(0, 1, (len(cost.shapes), len(cost.space.schemes), len(activations)))
+    layers = np.random.default_rng(seed).lognormal(
+        0, 1, (len(cost.shapes), len(cost.space.schemes), len(activations))
+    )
     allowed = cost.space.allowed()[:, :, None] & np.ones(len(activations), bool)
     return cost.timed(Latency(np.where(allowed, layers, np.nan), activations, 0.5))
 
@@ -62,13 +83,20 @@ def timed(cost: CostModel, seed: int) -> CostModel:
 def every(space: SearchSpace, activations: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     """Index matrices of all configurations of a small space."""
     column = {s: i for i, s in enumerate(space.schemes)}
-    pairs = [[(column[s], 16 if str(row[0]) == "fp" else a) for s in row for a in activations] for row in space.choices.values()]
+    pairs = [
+        [(column[s], 16 if str(row[0]) == "fp" else a) for s in row for a in activations]
+        for row in space.choices.values()
+    ]
     table = np.array(list(itertools.product(*pairs)))
     return table[..., 0], table[..., 1]
 
 
-def total(scores: np.ndarray, activations: tuple[int, ...], weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
-    place = np.array([activations.index(a) if a in activations else 0 for a in acts.ravel()]).reshape(acts.shape)
+def total(
+    scores: np.ndarray, activations: tuple[int, ...], weights: np.ndarray, acts: np.ndarray
+) -> np.ndarray:
+    place = np.array([activations.index(a) if a in activations else 0 for a in acts.ravel()]).reshape(
+        acts.shape
+    )
     return np.asarray(scores[np.arange(weights.shape[1]), weights, place].sum(1))
 
 
@@ -91,7 +119,8 @@ LIMITS = [
 ]
 
 
-# ---- options ---------------------------------------------------------------------------------------------------------------------------
+# ---- options
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_budgets_in_bits_or_bytes_fix_the_activations() -> None:
@@ -112,7 +141,9 @@ def test_options_agree_with_the_cost_model_on_every_configuration(shares: tuple[
     budget = Budget(bits=bits, bops=bops)
     options, (weights, acts) = Options.of(cost, budget), every(space, (8, 6))
     choice = options.columns.join(weights, acts)
-    assert (choice >= 0).all() and all((a == b).all() for a, b in zip(options.columns.split(choice), (weights, acts), strict=True))
+    assert (choice >= 0).all() and all(
+        (a == b).all() for a, b in zip(options.columns.split(choice), (weights, acts), strict=True)
+    )
     inside = cost.within(cost.totals(weights, acts), budget)
     assert (options.keeps(choice) == inside).all() and 0 < inside.sum() < len(inside)
     assert ((options.overrun(options.used(choice)) <= 0) == inside).all()
@@ -127,7 +158,9 @@ def test_latency_is_the_sum_of_what_was_measured() -> None:
     place = {a: i for i, a in enumerate(latency.activations)}
     found = cost.totals(weights, acts)["latency_ms"]
     for n in range(len(weights)):
-        own = [latency.layers[i, w, place[a]] for i, (w, a) in enumerate(zip(weights[n], acts[n], strict=True))]
+        own = [
+            latency.layers[i, w, place[a]] for i, (w, a) in enumerate(zip(weights[n], acts[n], strict=True))
+        ]
         assert found[n] == pytest.approx(sum(own) + 0.5)
     assert cost.limits()["latency_ms"] == pytest.approx((found.min(), found.max()))
     fixed = found[(acts[:, :3] == 8).all(1)]
@@ -142,7 +175,9 @@ def test_latency_is_the_sum_of_what_was_measured() -> None:
 def test_a_latency_budget_needs_measured_times() -> None:
     space, cost = model(3)
     cost.latency = None
-    assert "latency_ms" not in cost.limits() and "latency_ms" not in cost.totals(*space.indices([space.uniform("usq2")]))
+    assert "latency_ms" not in cost.limits() and "latency_ms" not in cost.totals(
+        *space.indices([space.uniform("usq2")])
+    )
     with pytest.raises(AquabitError, match="measured on this machine: search with --latency"):
         cost.check(Budget(latency_ms=3.0))
     with pytest.raises(AquabitError, match=r"latency has shape \(1, 1, 1\)"):
@@ -151,7 +186,8 @@ def test_a_latency_budget_needs_measured_times() -> None:
         Latency(np.zeros((2, 1, 1)), (8,), 0.0).of(np.array([0, 0]), np.array([6, 8]))
 
 
-# ---- integer program -------------------------------------------------------------------------------------------------------------------
+# ---- integer program
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("names", LIMITS)
@@ -198,7 +234,10 @@ def test_exact_bytes_are_reachable_and_one_byte_less_is_another_answer() -> None
         assert cost.totals(found.weights[None], found.acts[None])["bytes"][0] == size
         if size > sizes[0]:
             below = solve(scores, cost, Budget(bytes=int(size) - 1))
-            assert cost.totals(below.weights[None], below.acts[None])["bytes"][0] == sizes[np.searchsorted(sizes, size) - 1]
+            assert (
+                cost.totals(below.weights[None], below.acts[None])["bytes"][0]
+                == sizes[np.searchsorted(sizes, size) - 1]
+            )
 
 
 @pytest.mark.parametrize("limits", [{"bits": 0.5}, {"bits": 30.0}, {"bytes": 10}, {"bops": 10.0}])
@@ -222,11 +261,16 @@ def test_limits_that_cannot_be_kept_together_say_what_each_can_reach() -> None:
         solve(np.zeros((5, len(space.schemes), 1)), cost, budget)
     for name, other in (("bytes", "bops"), ("bops", "bytes")):
         reachable = totals[name][totals[other] <= budget.limits()[other]].min()
-        assert f"{name} can reach {reachable:.6g} with {other} kept, and at most {totals[name].max():.6g}" in str(error.value)
+        assert (
+            f"{name} can reach {reachable:.6g} with {other} kept, and at most {totals[name].max():.6g}"
+            in str(error.value)
+        )
 
 
 @pytest.mark.parametrize(("share", "worst"), [(1.3, False), (1.02, True)])
-def test_three_limits_that_cannot_be_kept_together_name_what_each_can_reach(share: float, worst: bool) -> None:
+def test_three_limits_that_cannot_be_kept_together_name_what_each_can_reach(
+    share: float, worst: bool
+) -> None:
     space, cost = model(4, 2, schemes=["usq2g2", "usq3", "usq4"], activations=[8, 6])
     weights, acts = every(space, (8, 6))
     totals = cost.totals(weights, acts)
@@ -273,23 +317,33 @@ def test_a_trust_region_keeps_the_optimum_within_so_many_changes(seed: int, name
     known = solve(away, cost, budget)  # the optimum of other scores
     weights, acts = every(space, activations)
     inside = cost.within(cost.totals(weights, acts), budget)
-    apart, totals = ((weights != known.weights) | (acts != known.acts)).sum(1), total(scores, activations, weights, acts)
+    apart, totals = (
+        ((weights != known.weights) | (acts != known.acts)).sum(1),
+        total(scores, activations, weights, acts),
+    )
     found = []
     for k in (1, 2, 3, 4):
         solved = solve(scores, cost, budget, near=(known.weights, known.acts, k))
         assert ((solved.weights != known.weights) | (solved.acts != known.acts)).sum() <= k
         assert cost.within(cost.totals(solved.weights[None], solved.acts[None]), budget)[0]
-        assert solved.score == pytest.approx(totals[inside & (apart <= k)].min(), abs=1e-6) and solved.gap < 1e-6
+        assert (
+            solved.score == pytest.approx(totals[inside & (apart <= k)].min(), abs=1e-6) and solved.gap < 1e-6
+        )
         found.append(solved.score)
     assert all(b <= a + 1e-6 for a, b in itertools.pairwise(found)), "a larger region is no worse"
     assert found[-1] == pytest.approx(solve(scores, cost, budget).score, abs=1e-6)
-    one = solve(scores, cost, budget, near=(known.weights, known.acts, 2), cuts=[(known.weights, known.acts, 2)])
+    one = solve(
+        scores, cost, budget, near=(known.weights, known.acts, 2), cuts=[(known.weights, known.acts, 2)]
+    )
     assert one.score == pytest.approx(totals[inside & (apart == 2)].min(), abs=1e-6), "beside a cut"
 
 
 def test_a_rounding_that_slips_over_the_limit_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     space, cost = model(4, **TOY)
-    budget, scores = middle(cost, 0.4, "bits"), np.random.default_rng(0).normal(size=(4, len(space.schemes), 1))
+    budget, scores = (
+        middle(cost, 0.4, "bits"),
+        np.random.default_rng(0).normal(size=(4, len(space.schemes), 1)),
+    )
     honest, whole = integer_program._milp, solve(scores, cost, budget)
     largest = Options.of(cost, budget).costs[0] * Options.of(cost, budget).columns.allowed
 
@@ -343,21 +397,26 @@ def test_additive_scores_recover_an_additive_function() -> None:
     for layer, scheme in np.argwhere(allowed):
         first = int(allowed[layer].argmax())
         for a, bits in enumerate((8, 6)):
-            assert scores[layer, scheme, a] == pytest.approx(table[layer, scheme, bits] - table[layer, first, 8])
+            assert scores[layer, scheme, a] == pytest.approx(
+                table[layer, scheme, bits] - table[layer, first, 8]
+            )
     assert np.isinf(scores[3]).sum() == scores[3].size - 2 and np.isinf(scores[2]).sum() == scores[2].size - 1
     assert additive_scores(predict, space, contexts).shape == (5, len(space.schemes), 1)
     with pytest.raises(AquabitError, match="at least one context"):
         additive_scores(predict, space, (contexts[0][:0], contexts[1][:0]))
 
 
-# ---- local search ----------------------------------------------------------------------------------------------------------------------
+# ---- local search
+# ------------------------------------------------------------------------------------------------------------
 
 
 def rough(seed: int) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
     """A function without any structure, some of whose values are not numbers."""
 
     def predict(weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
-        key = (weights * 7 + acts + np.arange(weights.shape[1])) * np.random.default_rng(seed).integers(1, 1 << 40, weights.shape[1])
+        key = (weights * 7 + acts + np.arange(weights.shape[1])) * np.random.default_rng(seed).integers(
+            1, 1 << 40, weights.shape[1]
+        )
         value = np.sin(key.sum(1) % 100003)
         return np.where(value > 0.95, np.nan, value)
 
@@ -365,13 +424,22 @@ def rough(seed: int) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
 
 
 @settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 10**6), names=st.sampled_from(LIMITS), share=st.floats(0.05, 0.95), rows=st.integers(1, 3000))
-def test_local_search_never_leaves_the_budget_nor_gets_worse(seed: int, names: tuple[str, ...], share: float, rows: int) -> None:
+@given(
+    seed=st.integers(0, 10**6),
+    names=st.sampled_from(LIMITS),
+    share=st.floats(0.05, 0.95),
+    rows=st.integers(1, 3000),
+)
+def test_local_search_never_leaves_the_budget_nor_gets_worse(
+    seed: int, names: tuple[str, ...], share: float, rows: int
+) -> None:
     space, cost = model(6, seed % 7, pinned={"l1": "vq3"}, excluded=["l4"])
     budget = middle(cost, share, *names)
     activations, used = activation_choices(space, budget), 0
     try:
-        start = solve(np.random.default_rng(seed).normal(size=(6, len(space.schemes), len(activations))), cost, budget)
+        start = solve(
+            np.random.default_rng(seed).normal(size=(6, len(space.schemes), len(activations))), cost, budget
+        )
     except AquabitError as error:  # low limits may exclude each other
         if "cannot be kept" not in str(error) or len(names) == 1:
             raise
@@ -392,10 +460,16 @@ def test_local_search_never_leaves_the_budget_nor_gets_worse(seed: int, names: t
 
 
 def interacting(space: SearchSpace, seed: int = 0) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """log of summed layer errors with strong products of distant layers: no additive score tells its optimum."""
+    """log of summed layer errors with strong products of distant layers: no additive score tells its
+    optimum."""
     rng = np.random.default_rng(seed)
     layers = len(space.choices)
-    error = np.array([[2.0 ** -space.code_bits(k, s) * rng.uniform(0.7, 1.3) for s in space.schemes] for k in space.choices])
+    error = np.array(
+        [
+            [2.0 ** -space.code_bits(k, s) * rng.uniform(0.7, 1.3) for s in space.schemes]
+            for k in space.choices
+        ]
+    )
     alone, pair = rng.lognormal(0, 1, layers), rng.lognormal(1, 1, layers)
 
     def predict(weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
@@ -409,7 +483,9 @@ def interacting(space: SearchSpace, seed: int = 0) -> Callable[[np.ndarray, np.n
 def test_local_search_improves_on_the_integer_program(names: tuple[str, ...]) -> None:
     space, cost = model(30, 2)
     predict, budget = interacting(space), middle(cost, 0.2, *names)
-    scores = additive_scores(predict, space, space.indices(space.sample(4, 0)), activation_choices(space, budget))
+    scores = additive_scores(
+        predict, space, space.indices(space.sample(4, 0)), activation_choices(space, budget)
+    )
     start = solve(scores, cost, budget)
     found = improve(start.weights, start.acts, predict, cost, budget, rows=40_000)
     assert found.start == pytest.approx(float(predict(start.weights[None], start.acts[None])[0]))
@@ -432,11 +508,15 @@ def test_exchanges_cross_what_single_changes_cannot() -> None:
     _, cost = model(2, schemes=["usq2", "usq4"])
     shapes = cost.bytes[:, 1]
     up, down = int(shapes.argmin()), int(shapes.argmax())
-    budget = Budget(bytes=int(cost.bytes[down, 2] + cost.bytes[up, 1] + cost.other_bytes))  # one layer at 4 bits, not both
+    budget = Budget(
+        bytes=int(cost.bytes[down, 2] + cost.bytes[up, 1] + cost.other_bytes)
+    )  # one layer at 4 bits, not both
 
     def predict(weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
         return np.asarray(
-            (weights[:, down] == 1) * -1.0 - 3.0 * ((weights[:, up] == 2) & (weights[:, down] == 1)) + 2.0 * (weights.sum(1) == 2)
+            (weights[:, down] == 1) * -1.0
+            - 3.0 * ((weights[:, up] == 2) & (weights[:, down] == 1))
+            + 2.0 * (weights.sum(1) == 2)
         )
 
     start = np.where(np.arange(2) == down, 2, 1)
@@ -448,7 +528,9 @@ def test_exchanges_cross_what_single_changes_cannot() -> None:
 def test_a_start_outside_the_budget_or_the_space_is_refused() -> None:
     space, cost = model(4, pinned={"l2": "usq4"})
     budget = middle(cost, 0.3, "bits")
-    weights, acts = space.indices([space.uniform("usq8"), space.uniform("usq2"), space.uniform("usq2", act=6)])
+    weights, acts = space.indices(
+        [space.uniform("usq8"), space.uniform("usq2"), space.uniform("usq2", act=6)]
+    )
     for row, reason in ((0, "outside the budget"), (2, "'l0' usq2 and a6")):
         with pytest.raises(AquabitError, match=reason):
             improve(weights[row], acts[row], rough(0), cost, budget)
@@ -466,11 +548,13 @@ def test_repair_gives_up_where_no_change_helps() -> None:
     assert mended is not None and options.keeps(mended)
 
 
-# ---- the loop --------------------------------------------------------------------------------------------------------------------------
+# ---- the loop
+# ------------------------------------------------------------------------------------------------------------
 
 
 class Lab:
-    """A fake study: measures a known function, and fits a quadratic model of layer errors to what it measured."""
+    """A fake study: measures a known function, and fits a quadratic model of layer errors to what it
+    measured."""
 
     def __init__(self, space: SearchSpace, count: int, failing: int = 0):
         self.space, self.truth, self.failing = space, interacting(space, 1), failing
@@ -480,7 +564,9 @@ class Lab:
         self.batches.clear()
 
     def measure(self, configs: list[QuantConfig]) -> None:
-        assert len({c.digest for c in configs}) == len(configs) and not {c.digest for c in configs} & set(self.values)
+        assert len({c.digest for c in configs}) == len(configs) and not {c.digest for c in configs} & set(
+            self.values
+        )
         self.batches.append(configs)
         for config, value in zip(configs, self.truth(*self.space.indices(configs)), strict=True):
             bad = self.failing and len(self.values) % self.failing == 0
@@ -491,7 +577,9 @@ class Lab:
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
 
-        bits = np.array([[self.space.code_bits(k, s) for s in self.space.schemes] for k in self.space.choices])
+        bits = np.array(
+            [[self.space.code_bits(k, s) for s in self.space.schemes] for k in self.space.choices]
+        )
         rows = np.arange(len(bits))
 
         def features(weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
@@ -503,13 +591,25 @@ class Lab:
         return lambda weights, acts: np.asarray(fitted.predict(features(weights, acts)))
 
     def search(self, cost: CostModel, budget: Budget, **options: Any) -> list[Candidate]:
-        return find_candidates(self.space, cost, budget, self.predict_factory, self.measure, lambda: list(self.values.values()), **options)
+        return find_candidates(
+            self.space,
+            cost,
+            budget,
+            self.predict_factory,
+            self.measure,
+            lambda: list(self.values.values()),
+            **options,
+        )
 
     def best(self, cost: CostModel, budget: Budget) -> float:
         """The least value that was measured within the budget, at the activations that it leaves open."""
         open_ = {*activation_choices(self.space, budget), 16}
         known = [(self.space.indices([c]), v) for c, v in self.values.values() if np.isfinite(v)]
-        inside = [v for (w, a), v in known if set(a.ravel().tolist()) <= open_ and cost.within(cost.totals(w, a), budget)[0]]
+        inside = [
+            v
+            for (w, a), v in known
+            if set(a.ravel().tolist()) <= open_ and cost.within(cost.totals(w, a), budget)[0]
+        ]
         return min(inside)
 
 
@@ -529,13 +629,19 @@ def test_the_loop_finds_the_known_optimum_and_never_repeats(names: tuple[str, ..
     for c in found:
         space.check(c.config)
         assert cost.within(cost.totals(*space.indices([c.config])), c.target).all()
-    assert {c.target for c in found} == {budget, *ladder(cost, budget)[:4]} and {c.round for c in found} == {0, 1}
+    assert {c.target for c in found} == {budget, *ladder(cost, budget)[:4]} and {c.round for c in found} == {
+        0,
+        1,
+    }
 
 
 def test_the_loop_is_deterministic_under_its_seed_and_survives_failures() -> None:
     space, cost = model(8, 1, pinned={"l5": "usq8"}, excluded=["l2"], **TOY)
     budget = middle(cost, 0.4, "bits")
-    runs = [[c.config.digest for c in Lab(space, 40, failing=5).search(cost, budget, seed=s, rounds=1, rows=2000)] for s in (1, 1, 2)]
+    runs = [
+        [c.config.digest for c in Lab(space, 40, failing=5).search(cost, budget, seed=s, rounds=1, rows=2000)]
+        for s in (1, 1, 2)
+    ]
     assert runs[0] == runs[1] != runs[2]
 
 
@@ -546,7 +652,9 @@ def test_the_loop_proposes_the_same_whatever_the_unit_of_the_predictions(unit: f
     for scale in (1.0, unit):
         values: dict[str, tuple[QuantConfig, float]] = {}
 
-        def measure(configs: list[QuantConfig], scale: float = scale, values: dict[str, Any] = values) -> None:
+        def measure(
+            configs: list[QuantConfig], scale: float = scale, values: dict[str, Any] = values
+        ) -> None:
             found = truth(*space.indices(configs)) * scale
             values.update({c.digest: (c, float(v)) for c, v in zip(configs, found, strict=True)})
 
@@ -557,12 +665,23 @@ def test_the_loop_proposes_the_same_whatever_the_unit_of_the_predictions(unit: f
 
         options: dict[str, Any] = {"rounds": 1, "rows": 3000}
         found = find_candidates(
-            space, cost, middle(cost, 0.4, "bits"), lambda p=predict: p, measure, lambda v=values: list(v.values()), **options
-        )  # fmt: skip
+            space,
+            cost,
+            middle(cost, 0.4, "bits"),
+            lambda p=predict: p,
+            measure,
+            lambda v=values: list(v.values()),
+            **options,
+        )
         runs.append(([c.config.digest for c in found], found[0].proof))
     assert runs[0][0] == runs[1][0]
     one, other = runs[0][1], runs[1][1]
-    assert one is not None and other is not None and other.optimum == pytest.approx(one.optimum * unit) and other.bound is None
+    assert (
+        one is not None
+        and other is not None
+        and other.optimum == pytest.approx(one.optimum * unit)
+        and other.bound is None
+    )
     assert other.optimum_gap == pytest.approx(one.optimum_gap, abs=1e-6)
 
 
@@ -584,13 +703,27 @@ def test_the_loop_says_how_near_to_the_optimum_it_came() -> None:
         return float(made[-1](weights[inside], acts[inside]).min())
 
     found = find_candidates(
-        space, cost, budget, factory, lab.measure, lambda: list(lab.values.values()), rounds=1, rows=6000, bound=bound
-    )  # fmt: skip
+        space,
+        cost,
+        budget,
+        factory,
+        lab.measure,
+        lambda: list(lab.values.values()),
+        rounds=1,
+        rows=6000,
+        bound=bound,
+    )
     proofs = [c.proof for c in found if c.proof is not None]
     assert len(proofs) == 1 and proofs[0] is found[0].proof
     proof = proofs[0]
-    assert proof.bound == pytest.approx(least() - 0.25) and proof.gap == pytest.approx(proof.predicted - proof.bound)
-    assert proof.predicted >= least() - 1e-9 and proof.optimum_bound <= proof.optimum and proof.optimum_gap < 2e-3
+    assert proof.bound == pytest.approx(least() - 0.25) and proof.gap == pytest.approx(
+        proof.predicted - proof.bound
+    )
+    assert (
+        proof.predicted >= least() - 1e-9
+        and proof.optimum_bound <= proof.optimum
+        and proof.optimum_gap < 2e-3
+    )
 
 
 def test_pins_exclusions_and_the_fixed_activations_are_kept() -> None:
@@ -610,7 +743,9 @@ def test_a_small_space_is_exhausted_and_a_study_without_measurements_is_served()
     def measure(configs: list[QuantConfig]) -> None:
         values.update({c.digest: (c, 1.0) for c in configs})
 
-    found = find_candidates(space, cost, budget, lambda: truth, measure, lambda: list(values.values()), rounds=3)
+    found = find_candidates(
+        space, cost, budget, lambda: truth, measure, lambda: list(values.values()), rounds=3
+    )
     assert len(values) == len(found) == 4
 
 
@@ -640,10 +775,15 @@ def test_the_ladder_scales_every_limit_within_reach() -> None:
     (top,) = ladder(cost, budget, (1e6,))
     assert top.bits == cost.limits()["bits"][1]
     steps = [schedule([budget, target, top], 8, n) for n in (0, 1)]
-    assert all(s.count(budget) == 5 and len(s) == 8 for s in steps) and {*steps[0], *steps[1]} == {budget, target, top}
+    assert all(s.count(budget) == 5 and len(s) == 8 for s in steps) and {*steps[0], *steps[1]} == {
+        budget,
+        target,
+        top,
+    }
 
 
-# ---- front -----------------------------------------------------------------------------------------------------------------------------
+# ---- front
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_pareto_keeps_what_nothing_dominates() -> None:
@@ -673,10 +813,16 @@ def test_intervals_are_student_t() -> None:
     x = [1.0, 2.0, 4.0, 7.0]
     found = interval(x)
     half = 3.182446305284263 * np.std(x, ddof=1) / 2  # t(3) at 95 %, tables
-    assert found.value == 3.5 and found.low == pytest.approx(3.5 - half) and found.high == pytest.approx(3.5 + half)
+    assert (
+        found.value == 3.5
+        and found.low == pytest.approx(3.5 - half)
+        and found.high == pytest.approx(3.5 + half)
+    )
     difference = paired_difference([1.0, 2.0, 3.0], [0.5, 1.0, 2.5])
     half = 4.302652729911275 * np.std([0.5, 1.0, 0.5], ddof=1) / np.sqrt(3)
-    assert difference.value == pytest.approx(2 / 3) and difference.high - difference.low == pytest.approx(2 * half)
+    assert difference.value == pytest.approx(2 / 3) and difference.high - difference.low == pytest.approx(
+        2 * half
+    )
     assert np.isnan(interval([1.0]).low) and interval([1.0]).value == 1.0
     for bad in (lambda: interval([]), lambda: paired_difference([1.0], [1.0, 2.0])):
         with pytest.raises(AquabitError):
@@ -686,7 +832,12 @@ def test_intervals_are_student_t() -> None:
 def test_the_uniform_baseline_is_the_smallest_that_is_no_smaller() -> None:
     space, cost = model(6, 1, pinned={"l0": "usq4"}, schemes=["usq2", "usq3", "usq3g16", "usq8", "vq4"])
     sizes = {s: cost(space.uniform(s)).bytes for s in ("usq2", "usq3", "usq3g16", "usq8")}
-    for at_least, expected in ((0, "usq2"), (sizes["usq2"], "usq2"), (sizes["usq2"] + 1, "usq3"), (sizes["usq3g16"] + 1, "usq8")):
+    for at_least, expected in (
+        (0, "usq2"),
+        (sizes["usq2"], "usq2"),
+        (sizes["usq2"] + 1, "usq3"),
+        (sizes["usq3g16"] + 1, "usq8"),
+    ):
         found = smallest_uniform(cost, space, at_least_bytes=at_least)
         assert found == space.uniform(expected)
     assert smallest_uniform(cost, space, at_least_bytes=sizes["usq8"] + 1) is None
@@ -696,11 +847,22 @@ def test_the_uniform_baseline_is_the_smallest_that_is_no_smaller() -> None:
 def front() -> Front:
     space, cost = model(4, **TOY)
     members = [
-        FrontMember.of(cost, space.uniform(s), {"fid": 2.0}, {"fid": Interval(np.float64(1.5), 1.0, 2.0), "psnr": interval([20.0])})
+        FrontMember.of(
+            cost,
+            space.uniform(s),
+            {"fid": 2.0},
+            {"fid": Interval(np.float64(1.5), 1.0, 2.0), "psnr": interval([20.0])},
+        )
         for s in ("usq4", "usq2", "usq3")
     ]
     comparison = {"scheme": "usq3", "low": float("nan"), "n": np.int64(5)}
-    return Front(members, Budget(bits=3.4), space.uniform("usq3").digest, comparison, Proof(2.0, 1.9, 0.01, 0.7, 0.5, 0.2, 4))
+    return Front(
+        members,
+        Budget(bits=3.4),
+        space.uniform("usq3").digest,
+        comparison,
+        Proof(2.0, 1.9, 0.01, 0.7, 0.5, 0.2, 4),
+    )
 
 
 def test_the_front_in_json_and_back() -> None:
@@ -710,7 +872,10 @@ def test_the_front_in_json_and_back() -> None:
     rows = json.loads(json.dumps(here.to_list(), allow_nan=False))
     keys = ["bits_per_weight", "bytes", "bops", "operations", "latency_ms", "predicted", "measured", "config"]
     assert all(list(row) == keys for row in rows)
-    assert rows[0]["measured"] == {"fid": {"value": 1.5, "low": 1.0, "high": 2.0}, "psnr": {"value": 20.0, "low": None, "high": None}}
+    assert rows[0]["measured"] == {
+        "fid": {"value": 1.5, "low": 1.0, "high": 2.0},
+        "psnr": {"value": 20.0, "low": None, "high": None},
+    }
     assert rows[0]["operations"] == {"multiply_adds": model(4, **TOY)[1].macs.sum(), "lut_adds": 0}
     assert QuantConfig.from_dict(rows[0]["config"]) == here.members[0].config
     assert Front.from_list(rows).to_list() == rows
@@ -721,7 +886,9 @@ def test_the_front_in_json_and_back() -> None:
     assert again.to_dict() == stored and again.best == here.best and again.budget == here.budget
     assert stored["comparison"] == {"scheme": "usq3", "low": None, "n": 5}
     assert again.proof == here.proof and here.pruned("fid").proof == here.proof
-    assert Front.from_dict({k: v for k, v in stored.items() if k != "proof"}).proof is None  # as older studies hold it
+    assert (
+        Front.from_dict({k: v for k, v in stored.items() if k != "proof"}).proof is None
+    )  # as older studies hold it
     with pytest.raises(AquabitError, match="is no proof of a search"):
         Front.from_dict({**stored, "proof": {"optimum": 1.0}})
     html = here._repr_html_()
@@ -740,7 +907,10 @@ BROKEN: dict[str, tuple[Callable[[list[Any]], Any], str]] = {
     "text": (lambda rows: rows[2].update(bits_per_weight="3"), r"2\.bits_per_weight"),
     "infinite": (lambda rows: rows[2]["measured"]["fid"].update(low=float("inf")), r"2\.measured\.fid\.low"),
     "negative": (lambda rows: rows[0].update(bytes=-1), r"0\.bytes"),
-    "config": (lambda rows: rows[0]["config"]["layers"]["l1"].update(act=7), r"entry 0, config.*layers\.l1\.act"),
+    "config": (
+        lambda rows: rows[0]["config"]["layers"]["l1"].update(act=7),
+        r"entry 0, config.*layers\.l1\.act",
+    ),
     "scheme": (lambda rows: rows[0]["config"]["layers"]["l1"].update(weight="usq99"), "usq99"),
     "not a row": (lambda rows: rows.append(3), "3:"),
 }
@@ -764,7 +934,9 @@ def test_a_bad_stored_front_is_refused() -> None:
 def test_pruning_drops_dominated_members_but_never_the_winner() -> None:
     space, cost = model(4, **TOY)
     quality = {"usq2": 5.0, "vq2": 6.0, "usq3": 7.0, "usq4": 1.0}
-    members = [FrontMember.of(cost, space.uniform(s), {}, {"fid": Interval(v, v, v)}) for s, v in quality.items()]
+    members = [
+        FrontMember.of(cost, space.uniform(s), {}, {"fid": Interval(v, v, v)}) for s, v in quality.items()
+    ]
     members.append(FrontMember.of(cost, space.uniform("vq4c"), {}, {"fid": Interval(8.0, 8.0, 8.0)}))
     here = Front(members, None, space.uniform("usq3").digest)
     bits = {m.config.digest: m.bits_per_weight for m in members}
@@ -773,7 +945,10 @@ def test_pruning_drops_dominated_members_but_never_the_winner() -> None:
     small = [
         s
         for s in ("usq2", "vq2")
-        if not any(quality[o] < quality[s] and bits[space.uniform(o).digest] <= bits[space.uniform(s).digest] for o in quality)
+        if not any(
+            quality[o] < quality[s] and bits[space.uniform(o).digest] <= bits[space.uniform(s).digest]
+            for o in quality
+        )
     ]
     assert kept == expected | {space.uniform(s).digest for s in small}
     upward = {m.config.digest for m in here.pruned("fid", lower_is_better=False).members}

@@ -29,7 +29,11 @@ class Bench:
         self.space, self.failing, self.asked = space, failing, list[QuantConfig]()
         self.weight = rng.lognormal(0, 1.5, len(space.choices))
         error = [
-            [0.0 if s.kind == "fp" else expected_loss(s) * 4.0 ** -space.code_bits(k, s) for s in space.schemes] for k in space.choices
+            [
+                0.0 if s.kind == "fp" else expected_loss(s) * 4.0 ** -space.code_bits(k, s)
+                for s in space.schemes
+            ]
+            for k in space.choices
         ]
         self.table = self.weight[:, None] * np.array(error)
         self.truth = truth or (lambda weights, acts: self.table[np.arange(weights.shape[1]), weights].sum(1))
@@ -37,7 +41,10 @@ class Bench:
     def measure(self, configs: list[QuantConfig]) -> list[float]:
         self.asked += configs
         values = self.truth(*self.space.indices(configs))
-        return [float("nan") if self.failing and (len(self.asked) + i) % self.failing == 0 else float(v) for i, v in enumerate(values)]
+        return [
+            float("nan") if self.failing and (len(self.asked) + i) % self.failing == 0 else float(v)
+            for i, v in enumerate(values)
+        ]
 
     def fit(self, configs: list[QuantConfig], values: np.ndarray) -> Any:
         """Ridge on one-hot columns of log values."""
@@ -53,7 +60,9 @@ class Bench:
 
 @pytest.mark.parametrize("name", SEARCHERS)
 @pytest.mark.parametrize(("names", "failing"), [(("bits",), 0), (("bits", "bops"), 5)])
-def test_every_searcher_keeps_to_its_measurements_and_is_deterministic(name: str, names: tuple[str, ...], failing: int) -> None:
+def test_every_searcher_keeps_to_its_measurements_and_is_deterministic(
+    name: str, names: tuple[str, ...], failing: int
+) -> None:
     space, cost = model(6, 1, **TOY, pinned={"l1": "usq4"}, excluded=["l4"])
     targets = [middle(cost, share, *names) for share in (0.3, 0.5)]
     runs = []
@@ -70,7 +79,9 @@ def test_every_searcher_keeps_to_its_measurements_and_is_deterministic(name: str
     assert runs[0] == runs[1]
 
 
-@pytest.mark.parametrize(("name", "slack"), [("additive", 1e-9), ("greedy", 0.5), ("swaps", 0.02), ("surrogate", 0.1)])
+@pytest.mark.parametrize(
+    ("name", "slack"), [("additive", 1e-9), ("greedy", 0.5), ("swaps", 0.02), ("surrogate", 0.1)]
+)
 def test_in_an_additive_world_searchers_end_near_its_optimum(name: str, slack: float) -> None:
     space, cost = model(10, 2, **TOY)
     target, bench = middle(cost, 0.3, "bits"), Bench(space)
@@ -100,13 +111,17 @@ def test_a_screen_costs_its_share_of_the_measurements_and_chooses_what_is_measur
     measured = {c.digest for c, _ in found}
     first = sorted(asked[0].values())
     chosen = [v for d, v in asked[0].items() if d in measured]
-    assert len(chosen) < len(first) and np.mean(chosen) < np.mean(first)  # the true value as the screen: the better ones are measured
+    assert len(chosen) < len(first) and np.mean(chosen) < np.mean(
+        first
+    )  # the true value as the screen: the better ones are measured
 
 
 def test_damages_that_could_not_be_measured_are_interpolated() -> None:
     space, cost = model(12, 2, schemes=["usq2", "usq3", "usq4", "usq6", "usq8", "vq2", "vq3", "vq4"])
     target, bench = middle(cost, 0.3, "bits"), Bench(space)
-    found = SEARCHERS["additive"](Problem(space, cost, [target], bench.measure, 30))  # 96 pairs, 24 of them measured
+    found = SEARCHERS["additive"](
+        Problem(space, cost, [target], bench.measure, 30)
+    )  # 96 pairs, 24 of them measured
     best = min(v for c, v in found if cost.within(cost.totals(*space.indices([c])), target)[0])
     assert len(found) == 30 and best <= solve(bench.table[..., None], cost, target).score * 1.01
 
@@ -128,8 +143,10 @@ def test_a_problem_that_makes_no_sense_is_refused() -> None:
     space, cost = model(4, **TOY)
     bench, target = Bench(space), middle(cost, 0.4, "bits")
     for targets, count, reason in (
-        ([], 9, "at least one target"), ([target, target], 1, "too few for 2 targets"), ([target, middle(cost, 0.4, "bops")], 9, "one kind"),
-    ):  # fmt: skip
+        ([], 9, "at least one target"),
+        ([target, target], 1, "too few for 2 targets"),
+        ([target, middle(cost, 0.4, "bops")], 9, "one kind"),
+    ):
         with pytest.raises(AquabitError, match=reason):
             Problem(space, cost, targets, bench.measure, count)
     with pytest.raises(AquabitError, match=r"'annealing' is unknown; known: uniform"):
@@ -138,7 +155,8 @@ def test_a_problem_that_makes_no_sense_is_refused() -> None:
         SEARCHERS["surrogate"](Problem(space, cost, [target], bench.measure, 9))
 
 
-# ---- evolution -------------------------------------------------------------------------------------------------------------------------
+# ---- evolution
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_the_front_of_an_evolution_is_that_of_brute_force() -> None:
@@ -150,9 +168,14 @@ def test_the_front_of_an_evolution_is_that_of_brute_force() -> None:
     found = evolve(predict, cost, targets, generations=40)
     own, own_sizes = predict(*found), cost.totals(*found)["bytes"]
     for target in targets:
-        inside, own_inside = cost.within(cost.totals(weights, acts), target), cost.within(cost.totals(*found), target)
+        inside, own_inside = (
+            cost.within(cost.totals(weights, acts), target),
+            cost.within(cost.totals(*found), target),
+        )
         assert own[own_inside].min() <= values[inside].min() + 0.02 * np.ptp(values)
-    assert not ((own[:, None] >= own) & (own_sizes[:, None] > own_sizes)).any()  # none beside a better and smaller one
+    assert not (
+        (own[:, None] >= own) & (own_sizes[:, None] > own_sizes)
+    ).any()  # none beside a better and smaller one
     again = evolve(predict, cost, targets, generations=40)
     assert (again[0] == found[0]).all()
 
@@ -171,7 +194,9 @@ def test_the_loop_proposes_from_an_evolution_too() -> None:
     space, cost = model(6, 1, **TOY, pinned={"l2": "usq8"})
     budget, lab = middle(cost, 0.4, "bits"), Lab(space, 60)
     found = lab.search(cost, budget, method="evolve", rounds=1)
-    assert len(found) == 8 and all(cost.within(cost.totals(*space.indices([c.config])), c.target)[0] for c in found)
+    assert len(found) == 8 and all(
+        cost.within(cost.totals(*space.indices([c.config])), c.target)[0] for c in found
+    )
     weights, acts = every(space, (8,))
     values = lab.truth(weights[inside := cost.within(cost.totals(weights, acts), budget)], acts[inside])
     assert lab.best(cost, budget) <= np.quantile(values, 0.02)
@@ -186,7 +211,8 @@ def test_without_pymoo_the_command_that_installs_it_is_named(monkeypatch: pytest
         evolve(interacting(space), cost, [middle(cost, 0.4, "bits")])
 
 
-# ---- ties, proofs and scales -----------------------------------------------------------------------------------------------------------
+# ---- ties, proofs and scales
+# -----------------------------------------------------------------------------------------------------------
 
 
 def operations(cost: CostModel, config: QuantConfig) -> float:
@@ -201,7 +227,9 @@ def test_a_tie_goes_to_the_formats_of_fewest_operations() -> None:
     for table, ties in ((scores, 0.0), (scores + 1e-5 * rng.random(scores.shape), 1e-3)):
         plain, light = solve(table, cost, budget), solve(table, cost, budget, ties=ties)
         span = sum(float(np.ptp(row[1:])) for row in table)
-        assert light.score <= plain.score + ties * span + 1e-6 * span and light.bound == pytest.approx(plain.bound)
+        assert light.score <= plain.score + ties * span + 1e-6 * span and light.bound == pytest.approx(
+            plain.bound
+        )
         chosen = [space.configs(s.weights[None], s.acts[None])[0] for s in (plain, light)]
         assert operations(cost, chosen[1]) <= operations(cost, chosen[0])
         assert cost.within(cost.totals(light.weights[None], light.acts[None]), budget)[0]

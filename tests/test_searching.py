@@ -1,4 +1,5 @@
-"""The whole search on the smallest model there is: what it promises of its winner, and what it refuses before anything is measured."""
+"""The whole search on the smallest model there is: what it promises of its winner, and what it refuses
+before anything is measured."""
 
 from __future__ import annotations
 
@@ -50,16 +51,30 @@ class World:
     def at(folder: Path) -> World:
         pipe = tiny_pipeline("dit")
         graph = trace(pipe)
-        space = make_space(graph, fingerprint(pipe.denoiser), type(pipe).__name__, calibration=Calibration.of(PROTOCOL), **SPACE)
+        space = make_space(
+            graph,
+            fingerprint(pipe.denoiser),
+            type(pipe).__name__,
+            calibration=Calibration.of(PROTOCOL),
+            **SPACE,
+        )
         costs = CostModel(graph, space)
         low, high = costs.limits(8)["bits"]
         budget = Budget(bits=low + 0.5 * (high - low))
         weights, acts = random_within(space, costs, budget, 1, 5)
-        given = space.configs(weights, acts)[0].with_layer(space.layers[0], "usq3", 16)  # a scheme that the space does not offer
+        given = space.configs(weights, acts)[0].with_layer(
+            space.layers[0], "usq3", 16
+        )  # a scheme that the space does not offer
         return World(pipe, Study(folder / "s.db"), str(folder / "bank"), space, costs, budget, given)
 
     def find(self, bits: float | None = None, **options: Any) -> Front:
-        given: dict[str, Any] = {"rounds": 1, "against": [self.given], "protocol": PROTOCOL, "space_options": SPACE, **options}
+        given: dict[str, Any] = {
+            "rounds": 1,
+            "against": [self.given],
+            "protocol": PROTOCOL,
+            "space_options": SPACE,
+            **options,
+        }
         return flow.find(self.study, bits or self.budget.bits, pipe=self.pipe, bank=self.bank, **given)
 
     def classes(self) -> tuple[int, ...]:
@@ -71,7 +86,9 @@ class World:
     def psnr(self, config: str, protocols: list[Protocol]) -> list[float]:
         """PSNR of a configuration on those of the protocols that it was measured on, in order."""
         tables = [self.study.measurements(p) for p in protocols]
-        return [float(t[t.config == config].psnr.iloc[0]) for t in tables if len(t) and (t.config == config).any()]
+        return [
+            float(t[t.config == config].psnr.iloc[0]) for t in tables if len(t) and (t.config == config).any()
+        ]
 
 
 @pytest.fixture(scope="module")
@@ -83,15 +100,20 @@ def cheap() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def searched(cheap: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[World, Front, list[str], list[int]]:
-    """A world that was searched before any sample was measured; what was said, and how many measurements there were then."""
+def searched(
+    cheap: None, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[World, Front, list[str], list[int]]:
+    """A world that was searched before any sample was measured; what was said, and how many measurements
+    there were then."""
     world = World.at(tmp_path_factory.mktemp("searching"))
     said, rows = list[str](), list[int]()
     with pytest.raises(AquabitError, match=r"budget bits = 0\.5 is out of range: this space can reach"):
         world.find(0.5)
     rows.append(world.rows())
     stranger = QuantConfig("another", world.given.layers)
-    with pytest.raises(AquabitError, match="given 1 is a configuration of model another, the study is of model"):
+    with pytest.raises(
+        AquabitError, match="given 1 is a configuration of model another, the study is of model"
+    ):
         world.find(against=[stranger])
     rows.append(world.rows())
 
@@ -109,13 +131,17 @@ def options(world: World) -> SearchOptions:
 
 def test_a_budget_out_of_reach_and_a_stranger_are_refused_before_anything_is_measured(searched: Any) -> None:
     _, _, said, rows = searched
-    assert rows == [0, 0, 0] and len(said) == 1, "refused twice, then the expectation, all before the first measurement"
+    assert rows == [0, 0, 0] and len(said) == 1, (
+        "refused twice, then the expectation, all before the first measurement"
+    )
     assert "expected at" in said[0] and "predicted from damages" in said[0] and "dB" in said[0]
 
 
 def test_the_winner_keeps_the_budget_and_is_the_front_s_best(searched: Any) -> None:
     world, front, _, _ = searched
-    assert front.budget == world.budget and world.costs(front.best).bits_per_weight <= world.budget.bits * (1 + 1e-9)
+    assert front.budget == world.budget and world.costs(front.best).bits_per_weight <= world.budget.bits * (
+        1 + 1e-9
+    )
     assert front.winner in {m.config.digest for m in front.members} and len(front.members) >= 2
     assert {c.act for c in front.best.layers.values()} == {8}
     for member in front.members:
@@ -136,12 +162,22 @@ def test_the_winner_is_not_worse_than_any_known_rival(searched: Any) -> None:
     table = world.study.measurements(protocol)
     assert world.study.get("space") == world.space.to_dict()
     rival = front.comparison["against"][0]
-    assert rival["name"] == "rival" and len(world.psnr(rival["config"], blocks)) >= ROUNDS[0], "what the user gives is judged always"
+    assert rival["name"] == "rival" and len(world.psnr(rival["config"], blocks)) >= ROUNDS[0], (
+        "what the user gives is judged always"
+    )
     first = dict(zip(table.config, table.psnr, strict=True))
-    whole = {key: c for key, c in world.study.configs().items() if key in first and c.layers and c.correction is None}
-    kept = [key for key, c in whole.items() if world.costs(c).bits_per_weight <= world.budget.bits * (1 + 1e-9)]
+    whole = {
+        key: c
+        for key, c in world.study.configs().items()
+        if key in first and c.layers and c.correction is None
+    }
+    kept = [
+        key for key, c in whole.items() if world.costs(c).bits_per_weight <= world.budget.bits * (1 + 1e-9)
+    ]
     uniforms = {c.digest for c in uniform_references(world.space)}
-    assert uniforms <= set(first) and len(uniforms & set(kept)) >= 1, "uniform configurations are known, one of them within the budget"
+    assert uniforms <= set(first) and len(uniforms & set(kept)) >= 1, (
+        "uniform configurations are known, one of them within the budget"
+    )
     damages = Damages.of(world.space, world.study.features())
     solved = searching.solve(damages.scores((8,)), world.costs, world.budget)
     program = world.space.configs(solved.weights[None], solved.acts[None])[0].digest
@@ -162,15 +198,23 @@ def test_run_twice_nothing_is_measured_and_the_front_is_the_same(searched: Any) 
     world, front, _, _ = searched
     rows = world.rows()
     again = flow.search(world.study, options(world), pipe=world.pipe, bank=world.bank)
-    assert world.rows() == rows and again.to_dict() == front.to_dict() == Front.from_dict(world.study.get("front")).to_dict()
+    assert (
+        world.rows() == rows
+        and again.to_dict() == front.to_dict() == Front.from_dict(world.study.get("front")).to_dict()
+    )
 
 
-# ---- parts -----------------------------------------------------------------------------------------------------------------------------
+# ---- parts
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_options_that_make_no_sense_are_refused() -> None:
     budget = Budget(bits=3.0)
-    for wrong, reason in (({"method": "luck"}, "'luck' is unknown"), ({"screen": 0}, "screen is 0"), ({"rounds": -1}, "rounds is -1")):
+    for wrong, reason in (
+        ({"method": "luck"}, "'luck' is unknown"),
+        ({"screen": 0}, "screen is 0"),
+        ({"rounds": -1}, "rounds is -1"),
+    ):
         with pytest.raises(AquabitError, match=reason):
             SearchOptions(budget, **wrong)  # type: ignore[arg-type]
     assert SearchOptions(budget).refinements > 0 and SearchOptions(budget, rounds=0).refinements == 0
@@ -184,8 +228,16 @@ def searches(space: SearchSpace, costs: CostModel, budget: Budget) -> Search:
     """A search of made-up damages whose targets are set, without a session."""
     rng, shape = np.random.default_rng(0), space.allowed().shape
     made: Any = object.__new__(Search)
-    made.session, made.options, made.progress = SimpleNamespace(space=space, costs=costs), SearchOptions(budget), no_progress
-    made.damages = Damages(space, np.where(space.allowed(), rng.random(shape), np.inf), np.zeros((shape[0], len(space.act_codes))))
+    made.session, made.options, made.progress = (
+        SimpleNamespace(space=space, costs=costs),
+        SearchOptions(budget),
+        no_progress,
+    )
+    made.damages = Damages(
+        space,
+        np.where(space.allowed(), rng.random(shape), np.inf),
+        np.zeros((shape[0], len(space.act_codes))),
+    )
     made.candidates, made.targets = {}, [budget, *ladder(costs, budget, searching.SPREAD)]
     return made  # type: ignore[no-any-return]
 
@@ -198,25 +250,36 @@ def test_the_program_answers_every_target() -> None:
     assert list(found) == search.targets and len(search.targets) > 4
     for target, solved in found.items():
         assert costs.within(costs.totals(solved.weights[None], solved.acts[None]), target)[0]
-    assert {c.source for c in search.candidates.values()} == {"program"} and search.proof is not None and search.proof.optimum_gap < 1e-6
+    assert (
+        {c.source for c in search.candidates.values()} == {"program"}
+        and search.proof is not None
+        and search.proof.optimum_gap < 1e-6
+    )
 
 
 def test_a_target_of_the_front_whose_limits_exclude_each_other_is_left_out() -> None:
-    space, costs = model(5, 1, schemes=["usq2g2", "usq3", "usq8"], activations=[8])  # usq2g2: fewer BOPs than usq3, but more bytes
+    space, costs = model(
+        5, 1, schemes=["usq2g2", "usq3", "usq8"], activations=[8]
+    )  # usq2g2: fewer BOPs than usq3, but more bytes
     weights, acts = every(space, (8,))
     totals = costs.totals(weights, acts)
-    budgets = [Budget(bits=float(totals["bits"][i]), bops=float(totals["bops"][i])) for i in range(len(weights))]
+    budgets = [
+        Budget(bits=float(totals["bits"][i]), bops=float(totals["bops"][i])) for i in range(len(weights))
+    ]
     narrow = [
         b
         for b in budgets
-        if any(not costs.within(totals, t).any() for t in ladder(costs, b, searching.SPREAD)) and costs.within(totals, b).any()
+        if any(not costs.within(totals, t).any() for t in ladder(costs, b, searching.SPREAD))
+        and costs.within(totals, b).any()
     ]
     assert narrow and activation_choices(space, narrow[0]) == (8,)
     assert narrow[0] in searches(space, costs, narrow[0])._programs()
 
 
 def test_how_many_images_would_tell() -> None:
-    assert images_to_tell(Interval(-0.25, -0.75, 0.25), 5, 128) == 2561  # four times as many halve the interval: 640 x (0.5 / 0.25)^2
+    assert (
+        images_to_tell(Interval(-0.25, -0.75, 0.25), 5, 128) == 2561
+    )  # four times as many halve the interval: 640 x (0.5 / 0.25)^2
     assert images_to_tell(Interval(-0.2, -0.3, -0.1), 5, 128) is None, "it tells already"
     assert images_to_tell(Interval(0.0, -1.0, 1.0), 5, 128) is None
     assert images_to_tell(Interval(0.2, float("nan"), float("nan")), 1, 128) is None

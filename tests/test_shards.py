@@ -20,7 +20,10 @@ VALUES = "SELECT config, protocol, kind, status, reason, metrics FROM measuremen
 ROWS = {
     "measurements": VALUES,
     "outputs": "SELECT config, inputs, value FROM outputs ORDER BY config",
-    **{t: f"SELECT * FROM {t} ORDER BY rowid" for t in ("configs", "protocols", "features", "flips", "thumbnails")},
+    **{
+        t: f"SELECT * FROM {t} ORDER BY rowid"
+        for t in ("configs", "protocols", "features", "flips", "thumbnails")
+    },
 }
 
 
@@ -38,28 +41,39 @@ def test_three_shards_joined_are_the_run_in_one_piece_bit_for_bit(tmp_path) -> N
     whole, parts = made("all.db", None), [made(f"{i}.db", f"{i}/3") for i in (1, 2, 3)]
     samples = [set(p.measurements(kind="sample").config) for p in parts]
     assert sorted(map(len, samples)) == [2, 2, 3] and len(set.union(*samples)) == 7
-    assert [standing(p).shard for p in parts] == ["1/3", "2/3", "3/3"] and together([standing(p) for p in parts]).missing == 0
+    assert [standing(p).shard for p in parts] == ["1/3", "2/3", "3/3"] and together(
+        [standing(p) for p in parts]
+    ).missing == 0
     out = Study(tmp_path / "out.db")
     joined = merge(parts, out)
     assert joined == (12, 5, 0) and merge(parts, out).new == 0
     for table, query in ROWS.items():
         assert out._rows(query) == whole._rows(query) != [] or table == "flips", table
-    assert out.get("space") == whole.get("space") and out.get("graph") == whole.get("graph") and out.protocol == whole.protocol
+    assert (
+        out.get("space") == whole.get("space")
+        and out.get("graph") == whole.get("graph")
+        and out.protocol == whole.protocol
+    )
 
 
 def test_what_is_measured_twice_counts_once_and_other_numbers_are_said(tmp_path) -> None:
     a, b = filled(tmp_path / "a.db", [1, 2]), filled(tmp_path / "b.db", [2, 3])
     out = Study(tmp_path / "c.db")
     assert merge([a, b], out) == (3, 1, 0) and len(out.measurements()) == 3
-    b._db.execute("UPDATE measurements SET metrics = ? WHERE config = ?", (json.dumps({"fid": 9.0}), config(2).digest))
+    b._db.execute(
+        "UPDATE measurements SET metrics = ? WHERE config = ?", (json.dumps({"fid": 9.0}), config(2).digest)
+    )
     assert merge([b], out) == (0, 2, 1), "the other number of 2 is said"
     assert out.measurements().set_index("config").fid[config(2).digest] == 2.0, "and the first one stays"
 
 
 def test_what_does_not_belong_together_is_named_before_anything_is_written(tmp_path) -> None:
     a, out = filled(tmp_path / "a.db", [1]), Study(tmp_path / "out.db")
-    others = {"other.db": ("g", {}, Protocol(), "is a study of model"), "steps.db": ("f", {}, Protocol(steps=20), "another protocol"),
-              "space.db": ("f", {"x": 1}, Protocol(), "another search space")}  # fmt: skip
+    others = {
+        "other.db": ("g", {}, Protocol(), "is a study of model"),
+        "steps.db": ("f", {}, Protocol(steps=20), "another protocol"),
+        "space.db": ("f", {"x": 1}, Protocol(), "another search space"),
+    }
     for name, (fingerprint, space, protocol, said) in others.items():
         other = Study(tmp_path / name)
         other.begin("model", fingerprint, {}, space, protocol)
@@ -80,7 +94,11 @@ def test_standing_counts_what_is_missing_and_estimates_the_rest(tmp_path) -> Non
         study._db.execute("UPDATE measurements SET created = ? WHERE config = ?", (when, config(i).digest))
     found = standing(study)
     assert (found.shard, found.measurements, found.failed, found.missing) == ("2/4", 4, 0, 5)
-    assert found.rate == pytest.approx(180) and found.remaining == pytest.approx(100) and 19 < (found.idle or 0) < 40
+    assert (
+        found.rate == pytest.approx(180)
+        and found.remaining == pytest.approx(100)
+        and 19 < (found.idle or 0) < 40
+    )
     assert found.writer is None
     with study.writing():
         assert "process" in (standing(Study(tmp_path / "s.db")).writer or "")

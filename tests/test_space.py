@@ -28,7 +28,9 @@ def test_maximum_entropy_has_the_mean(levels: list[int], share: float) -> None:
 
 
 def test_maximum_entropy_is_geometric() -> None:
-    p = maximum_entropy((2, 3, 4), 2.5)  # p ~ exp(rate * level): neighbouring ratios agree, as no other distribution has more entropy
+    p = maximum_entropy(
+        (2, 3, 4), 2.5
+    )  # p ~ exp(rate * level): neighbouring ratios agree, as no other distribution has more entropy
     assert p[1] / p[0] == pytest.approx(p[2] / p[1], rel=1e-6)
 
 
@@ -37,7 +39,12 @@ def test_samples_cover_the_range_evenly_and_are_reproducible() -> None:
     assert [c.digest for c in drawn] == [c.digest for c in SPACE.sample(300, seed=3)]
     assert [c.digest for c in SPACE.sample(7, seed=3)] == [c.digest for c in drawn[:7]]
     assert drawn[0].digest != SPACE.sample(1, seed=4)[0].digest
-    means = np.array([np.mean([round(2 * SPACE.code_bits(k, c.weight)) / 2 for k, c in config.layers.items()]) for config in drawn])
+    means = np.array(
+        [
+            np.mean([round(2 * SPACE.code_bits(k, c.weight)) / 2 for k, c in config.layers.items()])
+            for config in drawn
+        ]
+    )
     low, high = BITS_RANGE
     assert kstest(np.clip((means - low) / (high - low), 0, 1), "uniform").statistic < 0.12
     lows = [np.mean([c.act == 6 for c in config.layers.values()]) for config in drawn]
@@ -56,10 +63,15 @@ def test_json_round_trip() -> None:
 
 
 def test_pinned_and_excluded_layers() -> None:
-    space = make_space(GRAPH, "f", schemes=["usq2", "usq4"], pinned={"conv_in": "usq8"}, excluded=["time_embedding.*"])
+    space = make_space(
+        GRAPH, "f", schemes=["usq2", "usq4"], pinned={"conv_in": "usq8"}, excluded=["time_embedding.*"]
+    )
     for config in (*space.sample(10), space.uniform("usq2")):
         assert config["conv_in"].weight == Scheme.parse("usq8")
-        assert str(config["time_embedding.linear_1"].weight) == "fp" and config["time_embedding.linear_1"].act == 16
+        assert (
+            str(config["time_embedding.linear_1"].weight) == "fp"
+            and config["time_embedding.linear_1"].act == 16
+        )
     assert "conv_in" not in space.free_layers()
     with pytest.raises(AquabitError, match="nonsense"):
         make_space(GRAPH, "f", excluded=["nonsense*"])
@@ -96,10 +108,14 @@ def test_encoder_aggregates_follow_a_swap() -> None:
     layer = SPACE.layers[5]
     a, b = encoder.encode([base, base.with_layer(layer, "usq2h")])
     changed = {encoder.columns[i] for i in np.flatnonzero(a != b)}
-    assert {f"weight:{layer}", "error:model", "bits"} <= changed and not any(c.startswith("act") for c in changed)
+    assert {f"weight:{layer}", "error:model", "bits"} <= changed and not any(
+        c.startswith("act") for c in changed
+    )
     assert sum(c.startswith("weight:") for c in changed) == 1
     column = encoder.columns.index("error:model")
-    assert b[column] == pytest.approx(np.log10(((len(SPACE.layers) - 1) * 4.0**-4 + 4.0**-2) / len(SPACE.layers)), rel=1e-5)
+    assert b[column] == pytest.approx(
+        np.log10(((len(SPACE.layers) - 1) * 4.0**-4 + 4.0**-2) / len(SPACE.layers)), rel=1e-5
+    )
     with pytest.raises(AquabitError, match="no weight error"):
         Encoder(SPACE, GRAPH, {})
 

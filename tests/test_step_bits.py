@@ -1,4 +1,5 @@
-"""Policies of step-aware bits: PTQD's rule on SNR made by hand, merging against brute force, and controls that cost the same."""
+"""Policies of step-aware bits: PTQD's rule on SNR made by hand, merging against brute force, and controls
+that cost the same."""
 
 from __future__ import annotations
 
@@ -34,7 +35,11 @@ GRAPH = trace(tiny_pipeline("unet"))
 SPACE = make_space(GRAPH, "f", schemes=["usq4"], excluded=["conv_out"], activations=[8, 6, 4])
 COSTS = CostModel(GRAPH, SPACE)
 SCHEME = SPACE.schemes.index(Scheme.parse("usq4"))
-PER_BIT = {n: float(COSTS.macs[i] * COSTS.weight_bits[i, SCHEME]) for i, n in enumerate(SPACE.layers) if n != "conv_out"}
+PER_BIT = {
+    n: float(COSTS.macs[i] * COSTS.weight_bits[i, SCHEME])
+    for i, n in enumerate(SPACE.layers)
+    if n != "conv_out"
+}
 
 
 def changes(bits) -> int:
@@ -49,7 +54,9 @@ def steps_of(config: QuantConfig, layer: str, total: int) -> list[int]:
 def test_the_rule_takes_the_fewest_bits_whose_snr_exceeds_the_ratio() -> None:
     snr = {4: [9.0, 9, 2, 3, 1, 1], 6: [90.0, 90, 20, 30, 10, 4.99], 8: [900.0] * 4 + [1.0, 1.0]}
     ratios = [1.0, 2.0, 2.0, 4.0, 5.0, 5.0]
-    assert snr_bits(snr, ratios) == [4, 4, 6, 6, 6, 8], "equal is not more; where none exceeds it, the most bits"
+    assert snr_bits(snr, ratios) == [4, 4, 6, 6, 6, 8], (
+        "equal is not more; where none exceeds it, the most bits"
+    )
     assert snr_rule(snr, ratios) == (StepGroups(6, (0, 2, 5)), (4, 6, 8))
     assert snr_rule({4: [9.0] * 3, 8: [99.0] * 3}, [1.0] * 3) == (None, (4,))
     with pytest.raises(AquabitError, match="a4 has 2"):
@@ -74,7 +81,9 @@ def test_merging_changes_the_fewest_steps(bits: list[int], groups: int) -> None:
     distance = lambda c: sum(a != b for a, b in zip(c, bits, strict=True))  # noqa: E731
     least = min(map(distance, options))
     assert changes(found) < groups and distance(found) == least
-    assert sum(found) == max(sum(c) for c in options if distance(c) == least), "of equal ones that with the most bits"
+    assert sum(found) == max(sum(c) for c in options if distance(c) == least), (
+        "of equal ones that with the most bits"
+    )
     assert (found == bits) == (changes(bits) < groups)
 
 
@@ -94,7 +103,9 @@ def test_controls_cost_the_same(mean: float, name: str, seed: int) -> None:
     config = CONTROLS[name](Mix(base, 4, 6, mean, PER_BIT, seed))
     fixed = COSTS(base).bops - 8 * sum(PER_BIT.values())  # the excluded layer
     assert COSTS(config).bops == pytest.approx(fixed + mean * sum(PER_BIT.values()), rel=5e-3)
-    assert {b for n in PER_BIT for b in steps_of(config, n, 10)} <= {4, 6} and config["conv_out"] == base["conv_out"]
+    assert {b for n in PER_BIT for b in steps_of(config, n, 10)} <= {4, 6} and config["conv_out"] == base[
+        "conv_out"
+    ]
     assert config.steps is None or len(config.steps.starts) <= 5
 
 
@@ -112,12 +123,18 @@ def test_patterns_of_the_controls() -> None:
     rows = {tuple(steps_of(random_bits(replace(mix, seed=s), 10), layer, 10)) for s in range(9)}
     assert len(rows) > 3 and all(row.count(6) == 5 and 2 <= changes(row) <= 4 for row in rows)
     assert random_bits(mix, 10) == random_bits(mix, 10)
-    assert uniform(mix).steps is None and {c.act for n, c in uniform(mix).layers.items() if n in PER_BIT} == {6, 8}
+    assert uniform(mix).steps is None and {c.act for n, c in uniform(mix).layers.items() if n in PER_BIT} == {
+        6,
+        8,
+    }
 
 
 def test_a_part_of_a_step_is_met_by_some_layers() -> None:
     mix = Mix(SPACE.uniform("usq4", 8), 4, 6, 5.1, PER_BIT)  # 4.5 of 10 steps are low
-    for make, wanted in ((low_then_high, ([4] * 4 + [6] * 6, [4] * 5 + [6] * 5)), (high_then_low, ([6] * 6 + [4] * 4, [6] * 5 + [4] * 5))):
+    for make, wanted in (
+        (low_then_high, ([4] * 4 + [6] * 6, [4] * 5 + [6] * 5)),
+        (high_then_low, ([6] * 6 + [4] * 4, [6] * 5 + [4] * 5)),
+    ):
         config = make(mix, 10)
         rows = {n: steps_of(config, n, 10) for n in PER_BIT}
         assert all(row in wanted for row in rows.values())

@@ -1,4 +1,5 @@
-"""Step weights: that their predictions are right where the truth is known, in any unit, and which cells they are fitted to."""
+"""Step weights: that their predictions are right where the truth is known, in any unit, and which cells
+they are fitted to."""
 
 from __future__ import annotations
 
@@ -15,9 +16,14 @@ TRUE = np.array([8.0, 0.0, 1.0, 0.2, 0.1, 0.5, 0.0, 3.0, 12.0, 6.0]) * 1e-3
 
 
 def errors(count: int, seed: int) -> np.ndarray:
-    """[count, steps] of cells of very different sizes, which grow or fall over the steps, as layers' errors do."""
+    """[count, steps] of cells of very different sizes, which grow or fall over the steps, as layers'
+    errors do."""
     rng = np.random.default_rng(seed)
-    size, slope, bend = rng.lognormal(0, 1.5, (count, 1)), rng.normal(0, 1.2, (count, 1)), rng.normal(0, 0.7, (count, 1))
+    size, slope, bend = (
+        rng.lognormal(0, 1.5, (count, 1)),
+        rng.normal(0, 1.2, (count, 1)),
+        rng.normal(0, 0.7, (count, 1)),
+    )
     t = np.linspace(-1, 1, len(TRUE))
     return np.asarray(size * np.exp(slope * t + bend * t**2 + 0.05 * rng.normal(size=(count, len(TRUE)))))
 
@@ -47,8 +53,12 @@ def test_the_unit_of_damages_and_of_errors_does_not_matter() -> None:
     one = fit_step_weights(some, damages)
     assert (fit_step_weights(some, damages) == one).all(), "deterministic"
     for unit in (7.0, 1e-6):
-        np.testing.assert_allclose(others @ fit_step_weights(some, unit * damages), unit * (others @ one), rtol=0.02)
-    np.testing.assert_allclose(1e-4 * others @ fit_step_weights(1e-4 * some, damages), others @ one, rtol=0.02)
+        np.testing.assert_allclose(
+            others @ fit_step_weights(some, unit * damages), unit * (others @ one), rtol=0.02
+        )
+    np.testing.assert_allclose(
+        1e-4 * others @ fit_step_weights(1e-4 * some, damages), others @ one, rtol=0.02
+    )
 
 
 def test_what_has_no_error_at_a_step_is_no_reason_to_fail() -> None:
@@ -60,17 +70,22 @@ def test_what_has_no_error_at_a_step_is_no_reason_to_fail() -> None:
     assert np.isfinite(found).all() and found[1] == 0 and found[4] * 1e6 <= 2 * damages.max()
 
 
-@pytest.mark.parametrize("damages", [[1.0, 2.0], [1.0, 0.0, 2.0], [1.0, -1.0, 2.0], [1.0, float("nan"), 2.0], []])
+@pytest.mark.parametrize(
+    "damages", [[1.0, 2.0], [1.0, 0.0, 2.0], [1.0, -1.0, 2.0], [1.0, float("nan"), 2.0], []]
+)
 def test_too_few_damages_and_those_that_are_not_positive_are_refused(damages: list[float]) -> None:
     with pytest.raises(AquabitError, match=rf"at least 3 damages above 0, got .* of {len(damages)}$"):
         fit_step_weights(np.ones((len(damages), 4)), np.array(damages))
 
 
-# ---- cells -----------------------------------------------------------------------------------------------------------------------------
+# ---- cells
+# ------------------------------------------------------------------------------------------------------------
 
 
 def damages_of(layers: int, seed: int = 0) -> Damages:
-    space, _ = model(layers, seed, schemes=["usq2", "usq3", "usq4", "usq8"], pinned={"l1": "usq4"}, excluded=["l2"])
+    space, _ = model(
+        layers, seed, schemes=["usq2", "usq3", "usq4", "usq8"], pinned={"l1": "usq4"}, excluded=["l2"]
+    )
     rng = np.random.default_rng(seed)
     weights = np.where(space.allowed(), rng.lognormal(-8, 2, space.allowed().shape), np.inf)
     weights[:, 0] = np.where(space.allowed()[:, 0], 0.0, np.inf)

@@ -1,4 +1,5 @@
-"""Activation bits of step groups: values, costs, the switch while sampling, artifacts, and the space that a search chooses from."""
+"""Activation bits of step groups: values, costs, the switch while sampling, artifacts, and the space that
+a search chooses from."""
 
 from __future__ import annotations
 
@@ -52,10 +53,13 @@ USQ4 = Scheme.parse("usq4")
 GROUPS = StepGroups(10, (0, 3, 7))
 PROTOCOL = Protocol(images=4, steps=4, micro_batch=4)
 HALVES = StepGroups(4, (0, 2))
-ACTS = st.integers(2, 5).flatmap(lambda n: st.tuples(*[st.sampled_from(ACTIVATION_BITS)] * n)) | st.sampled_from(ACTIVATION_BITS)
+ACTS = st.integers(2, 5).flatmap(
+    lambda n: st.tuples(*[st.sampled_from(ACTIVATION_BITS)] * n)
+) | st.sampled_from(ACTIVATION_BITS)
 
 
-# ---- values ----------------------------------------------------------------------------------------------------------------------------
+# ---- values
+# ------------------------------------------------------------------------------------------------------------
 
 
 @given(ACTS)
@@ -72,7 +76,12 @@ def test_configurations_with_groups_in_json_and_back(acts) -> None:
     again = QuantConfig.from_dict(json.loads(config.to_json()))
     assert again == config and again.digest == config.digest
     even = QuantConfig(
-        "f", {k: replace(v, act=(v.act,) * 3 if isinstance(v.act, int) else v.act) for k, v in config.layers.items()}, steps=GROUPS
+        "f",
+        {
+            k: replace(v, act=(v.act,) * 3 if isinstance(v.act, int) else v.act)
+            for k, v in config.layers.items()
+        },
+        steps=GROUPS,
     )
     assert even == config, "groups of equal bits are one number"
     for k, c in config.layers.items():
@@ -83,14 +92,20 @@ def test_configurations_with_groups_in_json_and_back(acts) -> None:
 
 
 def test_the_main_width_is_that_of_most_steps_and_the_higher_of_two() -> None:
-    halves = QuantConfig("f", {"a": LayerChoice(USQ4, (4, 8)), "b": LayerChoice(USQ4, (8, 4))}, steps=StepGroups(10, (0, 5)))
+    halves = QuantConfig(
+        "f", {"a": LayerChoice(USQ4, (4, 8)), "b": LayerChoice(USQ4, (8, 4))}, steps=StepGroups(10, (0, 5))
+    )
     assert halves.main_act("a") == halves.main_act("b") == 8
-    third = QuantConfig("f", {"a": LayerChoice(USQ4, (4, 8, 4)), "b": LayerChoice(USQ4, (8, 6, 8))}, steps=GROUPS)
+    third = QuantConfig(
+        "f", {"a": LayerChoice(USQ4, (4, 8, 4)), "b": LayerChoice(USQ4, (8, 6, 8))}, steps=GROUPS
+    )
     assert (third.main_act("a"), third.main_act("b")) == (4, 8)
 
 
 def test_digests_of_before_step_groups_stay() -> None:
-    config = QuantConfig("f", {"a": LayerChoice(Scheme.parse("usq4h"), 8), "b": LayerChoice(Scheme.parse("usq2"), 6)})
+    config = QuantConfig(
+        "f", {"a": LayerChoice(Scheme.parse("usq4h"), 8), "b": LayerChoice(Scheme.parse("usq2"), 6)}
+    )
     assert config.digest == "4674d44045a5fb38" == replace(config, steps=GROUPS).digest
 
 
@@ -100,29 +115,44 @@ def test_groups_that_do_not_fit_are_refused() -> None:
     with pytest.raises(AquabitError, match="for 1 groups"):
         QuantConfig("f", {"a": LayerChoice(USQ4, (8, 6))})
     with pytest.raises(AquabitError, match=r"layers\.a\.act"):
-        QuantConfig.from_dict({**QuantConfig("f", {}).to_dict(), "layers": {"a": {"weight": "usq4", "act": [8, 7]}}})
+        QuantConfig.from_dict(
+            {**QuantConfig("f", {}).to_dict(), "layers": {"a": {"weight": "usq4", "act": [8, 7]}}}
+        )
 
 
-# ---- costs -----------------------------------------------------------------------------------------------------------------------------
+# ---- costs
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_bops_are_averaged_over_steps() -> None:
     graph = trace(tiny_pipeline("unet"))
-    space = make_space(graph, "f", schemes=["usq2", "usq4"], activations=[16, 8, 6], step_groups={"total": 10, "starts": [0, 3, 7]})
+    space = make_space(
+        graph,
+        "f",
+        schemes=["usq2", "usq4"],
+        activations=[16, 8, 6],
+        step_groups={"total": 10, "starts": [0, 3, 7]},
+    )
     costs, names = CostModel(graph, space), space.layers
     acts = {names[0]: (6, 8, 8), names[1]: (16, 8, 8), names[2]: 6}
     config = space.config({n: LayerChoice(USQ4, acts.get(n, 8)) for n in names})
     by_hand = 0.0
     for n, node in graph_layers(graph).items():
         for step in range(10):
-            bits = config[n].act if isinstance(config[n].act, int) else config[n].act[0 if step < 3 else 1 if step < 7 else 2]
+            bits = (
+                config[n].act
+                if isinstance(config[n].act, int)
+                else config[n].act[0 if step < 3 else 1 if step < 7 else 2]
+            )
             by_hand += node["macs"] * 4 * (32 if bits == 16 else bits) / 10
     assert costs(config).bops == pytest.approx(by_hand, rel=1e-12)
     assert costs.totals(*space.indices([config]))["bops"][0] == pytest.approx(by_hand, rel=1e-12)
     same = space.uniform("usq4", (8, 8, 8))
     assert costs(same) == costs(space.uniform("usq4", 8))
     with pytest.raises(AquabitError, match="other groups of steps"):
-        space.indices([replace(config, layers={names[0]: LayerChoice(USQ4, (6, 8))}, steps=StepGroups(10, (0, 5)))])
+        space.indices(
+            [replace(config, layers={names[0]: LayerChoice(USQ4, (6, 8))}, steps=StepGroups(10, (0, 5)))]
+        )
 
 
 def test_latency_is_averaged_over_steps() -> None:
@@ -131,10 +161,13 @@ def test_latency_is_averaged_over_steps() -> None:
     table[:, 1] = [[9, 4, 2], [9, 7, 5]]
     timed = cost.timed(Latency(table, (16, 8, 6), 0.5))
     config = space.config({"l0": LayerChoice(USQ4, (6, 8)), "l1": LayerChoice(USQ4, 6)})
-    assert timed.totals(*space.indices([config]))["latency_ms"][0] == pytest.approx(0.3 * 2 + 0.7 * 4 + 5 + 0.5)
+    assert timed.totals(*space.indices([config]))["latency_ms"][0] == pytest.approx(
+        0.3 * 2 + 0.7 * 4 + 5 + 0.5
+    )
 
 
-# ---- sampling --------------------------------------------------------------------------------------------------------------------------
+# ---- sampling
+# ------------------------------------------------------------------------------------------------------------
 
 
 def evaluator(pipe, tmp_path) -> tuple[Evaluator, SearchSpace]:
@@ -168,7 +201,13 @@ def test_images_are_those_of_switching_by_hand(tmp_path, pipe) -> None:
     here, space = evaluator(pipe, tmp_path)
     config = stepped(space, (4, 8), (8, 4), 6)
     halves = [
-        QuantConfig(space.fingerprint, {k: replace(c, act=c.act if isinstance(c.act, int) else c.act[g]) for k, c in config.layers.items()})
+        QuantConfig(
+            space.fingerprint,
+            {
+                k: replace(c, act=c.act if isinstance(c.act, int) else c.act[g])
+                for k, c in config.layers.items()
+            },
+        )
         for g in (0, 1)
     ]
     calls = [0]
@@ -181,18 +220,26 @@ def test_images_are_those_of_switching_by_hand(tmp_path, pipe) -> None:
     by_hand = torch.cat([here.adapter.images(PROTOCOL, b) for b in here.adapter.batches(PROTOCOL)])
     handle.remove()
     assert torch.equal(here.generate(config, PROTOCOL), by_hand)
-    assert not torch.equal(by_hand, here.generate(halves[0], PROTOCOL)) and not torch.equal(by_hand, here.generate(halves[1], PROTOCOL))
-    assert torch.equal(here.generate(stepped(space, (8, 8)), PROTOCOL), here.generate(space.uniform("usq4", 8), PROTOCOL))
+    assert not torch.equal(by_hand, here.generate(halves[0], PROTOCOL)) and not torch.equal(
+        by_hand, here.generate(halves[1], PROTOCOL)
+    )
+    assert torch.equal(
+        here.generate(stepped(space, (8, 8)), PROTOCOL), here.generate(space.uniform("usq4", 8), PROTOCOL)
+    )
 
 
 def test_the_softmax_follows_the_values_bits(tmp_path, dit, monkeypatch) -> None:
     here, space = evaluator(dit, tmp_path)
     config = stepped(space, 8)
     values = [n for n in space.layers if n.endswith("to_v")]
-    config = replace(config, layers={**config.layers, **{n: LayerChoice(USQ4, (16, 8)) for n in values}}, steps=HALVES)
+    config = replace(
+        config, layers={**config.layers, **{n: LayerChoice(USQ4, (16, 8)) for n in values}}, steps=HALVES
+    )
     rounded: list[int] = []
     original = attention.quantized_attention
-    monkeypatch.setattr(attention, "quantized_attention", lambda *a, **k: (rounded.append(1), original(*a, **k))[1])
+    monkeypatch.setattr(
+        attention, "quantized_attention", lambda *a, **k: (rounded.append(1), original(*a, **k))[1]
+    )
     here.generate(config, PROTOCOL)
     assert len(rounded) == 2 * len(values), "in the last two of four steps"
 
@@ -208,14 +255,19 @@ def test_calibrated_weights_are_fitted_for_the_main_width(tmp_path, dit) -> None
     here, space = evaluator(dit, tmp_path)
     few = replace(space.uniform("usq3h").calibration or space.calibration, images=2, steps=4)
     config = replace(stepped(space, (4, 8), scheme="usq3h"), calibration=few)
-    mixed, eight = here.quantized, replace(config, layers={k: replace(c, act=8) for k, c in config.layers.items()}, steps=None)
+    mixed, eight = (
+        here.quantized,
+        replace(config, layers={k: replace(c, act=8) for k, c in config.layers.items()}, steps=None),
+    )
     mixed.apply(config)
     weights = {n: layer.weight.clone() for n, layer in mixed.layers.items()}
     mixed.apply(eight)
     assert all(torch.equal(layer.weight, weights[n]) for n, layer in mixed.layers.items())
     third = replace(config, steps=StepGroups(4, (0, 3)))
     mixed.apply(third)
-    assert not all(torch.equal(layer.weight, weights[n]) for n, layer in mixed.layers.items()), "three of four steps have 4 bits"
+    assert not all(torch.equal(layer.weight, weights[n]) for n, layer in mixed.layers.items()), (
+        "three of four steps have 4 bits"
+    )
 
 
 def images(pipe, protocol: Protocol = PROTOCOL) -> torch.Tensor:
@@ -235,9 +287,13 @@ def test_artifacts_switch_too(tmp_path, pipe) -> None:
         layer.accuracy = "exact"
     effect = (dense - full).square().mean().sqrt()
     for other in (packed.pipe, loaded):
-        assert (images(other) - dense).square().mean().sqrt() < 0.1 * effect, "a value between two steps may be rounded to the other one"
+        assert (images(other) - dense).square().mean().sqrt() < 0.1 * effect, (
+            "a value between two steps may be rounded to the other one"
+        )
         found = layers_of(other.denoiser)
-        assert [found[n].act for n in space.layers] == [16 if i % 3 == 0 else 8 for i in range(len(found))], "as the last step left them"
+        assert [found[n].act for n in space.layers] == [16 if i % 3 == 0 else 8 for i in range(len(found))], (
+            "as the last step left them"
+        )
     set_scheduler(loaded, "euler")
     images(loaded)
     loaded.scheduler = type(loaded.scheduler).from_config(loaded.scheduler.config)
@@ -254,10 +310,15 @@ def test_kernels_are_timed_for_all_bits_that_occur(tmp_path, dit, monkeypatch) -
         call = here.adapter.first_call(PROTOCOL)
         asked = requests_of(quantized.layers, call)
         for i, (name, row) in enumerate(asked.items()):
-            shares = {r.act: n / sum(row.values()) for r, n in row.items()}  # some run more than once in a call
+            shares = {
+                r.act: n / sum(row.values()) for r, n in row.items()
+            }  # some run more than once in a call
             assert shares == ({6: 0.75, 16: 0.25} if i % 2 == 0 else {8: 1}), name
         timed: list[int] = []
-        monkeypatch.setattr("aquabit.quant.tuning.measure_missing", lambda requests, *_: timed.extend(r.act for r in requests) or {})
+        monkeypatch.setattr(
+            "aquabit.quant.tuning.measure_missing",
+            lambda requests, *_: timed.extend(r.act for r in requests) or {},
+        )
         place_(quantized.layers, call)
         assert set(timed) == {6, 8, 16}
 
@@ -270,7 +331,9 @@ def test_whole_calls_are_averaged_over_groups(tmp_path, dit, monkeypatch) -> Non
     monkeypatch.setattr(latency, "tune", lambda *_: None)
     monkeypatch.setattr(latency, "interleaved", lambda *_: {"call": [float(first.act)]})
     config = stepped(space, (4, 8), steps=StepGroups(4, (0, 3)))
-    assert latency.packed_latencies(here, [config, space.uniform("usq4", 6)]) == pytest.approx([1e3 * 5, 1e3 * 6])
+    assert latency.packed_latencies(here, [config, space.uniform("usq4", 6)]) == pytest.approx(
+        [1e3 * 5, 1e3 * 6]
+    )
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "step"])
@@ -289,12 +352,17 @@ def test_corrections_act_beside_the_switch(tmp_path, dit, kind: str) -> None:
     first = layers_of(loaded.denoiser)[space.layers[0]]
     first.register_forward_pre_hook(lambda *_: seen.append((first.act, first.ranges)))
     again = images(loaded)
-    assert [act for act, _ in seen] == [4, 4, 8, 8] and len({ends for _, ends in seen}) == (1 if kind == "dynamic" else 4)
-    assert (again - made).square().mean() < (again - here.generate(space.full_precision(), PROTOCOL)).square().mean()
+    assert [act for act, _ in seen] == [4, 4, 8, 8] and len({ends for _, ends in seen}) == (
+        1 if kind == "dynamic" else 4
+    )
+    assert (again - made).square().mean() < (
+        again - here.generate(space.full_precision(), PROTOCOL)
+    ).square().mean()
     assert len(packing.generate(str(tmp_path / "packed"), 2)) == 2, "as many steps as the groups are of"
 
 
-# ---- the space -------------------------------------------------------------------------------------------------------------------------
+# ---- the space
+# ------------------------------------------------------------------------------------------------------------
 
 
 def grouped_space(graph=None, **options) -> SearchSpace:
@@ -310,8 +378,16 @@ def test_choices_are_widths_and_one_change_between_neighbours() -> None:
     assert grouped_space().act_choices == (8, 6, (6, 8), (8, 6))
     three = grouped_space(activations=[8, 4, 6], step_groups={"total": 10, "starts": [0, 2, 5]})
     assert three.act_choices == (
-        *(8, 6, 4), (6, 8, 8), (6, 6, 8), (8, 6, 6), (8, 8, 6), (4, 6, 6), (4, 4, 6), (6, 4, 4), (6, 6, 4),
-    )  # fmt: skip
+        *(8, 6, 4),
+        (6, 8, 8),
+        (6, 6, 8),
+        (8, 6, 6),
+        (8, 8, 6),
+        (4, 6, 6),
+        (4, 4, 6),
+        (6, 4, 4),
+        (6, 6, 4),
+    )
     assert grouped_space(step_groups=None).act_choices == (8, 6)
     assert len(set(three.act_codes)) == len(three.act_codes)
 
@@ -336,7 +412,14 @@ def test_half_of_the_samples_are_at_the_highest_bits_and_a_quarter_has_patterns(
 def test_spaces_without_groups_are_as_they_were() -> None:
     """Numbers of the version before there were groups."""
     graph = trace(tiny_pipeline("unet"))
-    space = make_space(graph, "f" * 16, "tiny", schemes=["usq2", "usq4", "usq4h"], activations=[16, 8, 6], excluded=["conv_out"])
+    space = make_space(
+        graph,
+        "f" * 16,
+        "tiny",
+        schemes=["usq2", "usq4", "usq4h"],
+        activations=[16, 8, 6],
+        excluded=["conv_out"],
+    )
     assert "step_groups" not in space.to_dict()
     drawn = space.sample(6, seed=3)
     assert [c.digest for c in drawn[:2]] == ["b45028a0342db30c", "3bb1a93c953fec8a"]
@@ -350,7 +433,9 @@ def test_spaces_without_groups_are_as_they_were() -> None:
     }
     features = Encoder(space, graph, errors, probes).encode(drawn).astype(float)
     assert features.shape == (6, 226)
-    assert [features.sum(), (features * np.arange(226)).sum()] == pytest.approx([-617.4419690900249, -20895.608860132168], rel=1e-6)
+    assert [features.sum(), (features * np.arange(226)).sum()] == pytest.approx(
+        [-617.4419690900249, -20895.608860132168], rel=1e-6
+    )
 
 
 def test_space_in_json_and_files(tmp_path) -> None:
@@ -382,7 +467,9 @@ def test_the_order_of_widths_is_seen(probed: bool) -> None:
     encoder = Encoder(space, graph, errors, probes if probed else None)
     assert bool(encoder.probed) == probed
     layer, base = space.layers[4], space.uniform("usq4")
-    low, high, both = encoder.encode([base.with_layer(layer, "usq4", act, steps=space.steps) for act in ((6, 8), (8, 6), 6)])
+    low, high, both = encoder.encode(
+        [base.with_layer(layer, "usq4", act, steps=space.steps) for act in ((6, 8), (8, 6), 6)]
+    )
     changed = {encoder.columns[i] for i in np.flatnonzero(low != high)}
     assert {f"order:{layer}", "ordershare:model"} <= changed and f"act:{layer}" not in changed
     assert (f"damage:{layer}" in changed) == probed
@@ -391,7 +478,11 @@ def test_the_order_of_widths_is_seen(probed: bool) -> None:
     order = encoder.columns.index(f"order:{layer}")
     assert (low[order], high[order], both[order]) == (-1, 1, 0)
     parts = member_parts(encoder, *space.indices([base]))
-    assert all(name.split(":")[0] in parts for name, members in zip(encoder.columns, encoder.members, strict=True) if len(members) > 1)
+    assert all(
+        name.split(":")[0] in parts
+        for name, members in zip(encoder.columns, encoder.members, strict=True)
+        if len(members) > 1
+    )
     del probes[layer, "a6/8"]
     assert not Encoder(space, graph, errors, probes).probed, "a choice without a probe"
 
@@ -399,7 +490,9 @@ def test_the_order_of_widths_is_seen(probed: bool) -> None:
 @pytest.mark.parametrize("names", [("bops",), ("bits", "bops"), ("bops", "latency_ms")])
 @pytest.mark.parametrize("seed", range(3))
 def test_the_search_chooses_among_patterns(names: tuple[str, ...], seed: int) -> None:
-    space, cost = model(4, seed, schemes=["usq2", "usq4"], activations=[8, 6], step_groups={"total": 10, "starts": [0, 4]})
+    space, cost = model(
+        4, seed, schemes=["usq2", "usq4"], activations=[8, 6], step_groups={"total": 10, "starts": [0, 4]}
+    )
     budget = middle(cost, 0.5, *names)
     choices = activation_choices(space, budget)
     assert choices == space.act_codes and activation_choices(space, Budget(bits=3)) == (8,)
@@ -420,7 +513,9 @@ def test_the_search_chooses_among_patterns(names: tuple[str, ...], seed: int) ->
         base = total(scores, choices, w, a)
         return base + 0.3 * np.abs(np.diff(space.mean_bits(a), axis=1)).sum(1)
 
-    again = additive_scores(lambda w, a: total(scores, choices, w, a), space, (weights[:3], acts[:3]), choices)
+    again = additive_scores(
+        lambda w, a: total(scores, choices, w, a), space, (weights[:3], acts[:3]), choices
+    )
     cells = again[:, 1:] - scores[:, 1:]
     assert np.allclose(cells, cells[:, :1, :1]), "single choices of an additive function"
     improved = improve(found.weights, found.acts, predict, cost, budget, seed=seed)
@@ -440,7 +535,9 @@ def test_a_study_measures_patterns_and_probes_them(tmp_path, dit) -> None:
     wrong = {**options, "step_groups": {"total": 4, "starts": [0, 1]}}
     with (
         pytest.raises(AquabitError, match="of 4 steps, the images are made in 2"),
-        open_session(dit, Study(tmp_path / "t.db"), protocol=protocol, space_options=wrong, bank=str(tmp_path / "bank")),
+        open_session(
+            dit, Study(tmp_path / "t.db"), protocol=protocol, space_options=wrong, bank=str(tmp_path / "bank")
+        ),
     ):
         pass
     again = measure(dit, Study(tmp_path / "s.db"), 3, bank=str(tmp_path / "bank"))
@@ -458,15 +555,33 @@ def test_switching_costs_nothing_noticeable(tmp_path, dit) -> None:
             assert layer.act == (4 if step < 2 else 8) and isinstance(layer, QuantLinear | torch.nn.Module)
 
 
-# ---- the command line ------------------------------------------------------------------------------------------------------------------
+# ---- the command line
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_step_groups_on_the_command_line(tmp_path) -> None:
     tiny_pipeline("dit").save_pretrained(tmp_path / "pipe")
-    (tmp_path / "space.json").write_text('{"schemes": ["usq2", "usq3", "usq4", "usq8"], "activations": [8, 4]}')
-    words = ("measure", "pipe", "--study", "s.db", "--images", "4", "--steps", "2", "--workers", "1", "--space", "space.json")
-    assert "0 and separated by commas, as in 0,5" in fails(tmp_path, *words, "--samples", "2", "--step-groups", "0;1").replace("\n", " ")
+    (tmp_path / "space.json").write_text(
+        '{"schemes": ["usq2", "usq3", "usq4", "usq8"], "activations": [8, 4]}'
+    )
+    words = (
+        "measure",
+        "pipe",
+        "--study",
+        "s.db",
+        "--images",
+        "4",
+        "--steps",
+        "2",
+        "--workers",
+        "1",
+        "--space",
+        "space.json",
+    )
+    assert "0 and separated by commas, as in 0,5" in fails(
+        tmp_path, *words, "--samples", "2", "--step-groups", "0;1"
+    ).replace("\n", " ")
     assert "rising starts from 0" in fails(tmp_path, *words, "--samples", "2", "--step-groups", "0,5")
     run(tmp_path, *words, "--samples", "22", "--step-groups", "0,1")
     study = Study(tmp_path / "s.db", create=False)
@@ -477,14 +592,31 @@ def test_step_groups_on_the_command_line(tmp_path) -> None:
     costs = CostModel(from_json(study.get("graph")), space)
     low, high = (costs(space.uniform("usq4", a)).bops for a in (4, 8))
     budget = (low + high) / 2
-    found = ("search", "s.db", "--bops", f"{budget:.0f}", "--rounds", "1", "--per-round", "3", "--workers", "1", "--out", "config.json")
+    found = (
+        "search",
+        "s.db",
+        "--bops",
+        f"{budget:.0f}",
+        "--rounds",
+        "1",
+        "--per-round",
+        "3",
+        "--workers",
+        "1",
+        "--out",
+        "config.json",
+    )
     run(tmp_path, *found)
     config = QuantConfig.load(tmp_path / "config.json")
     assert costs(config).bops <= budget * (1 + 1e-9)
     candidates = study.measurements(kind="candidate").config
-    assert any(c.steps is not None for d, c in study.configs().items() if d in set(candidates)), "patterns are proposed"
+    assert any(c.steps is not None for d, c in study.configs().items() if d in set(candidates)), (
+        "patterns are proposed"
+    )
     run(tmp_path, "quantize", "pipe", "config.json", "--out", "packed")
     run(tmp_path, "generate", "packed", "--images", "2", "--steps", "2", "--out", "grid.png")
     if config.steps is not None:
-        assert "set for 2 steps, not for 3" in fails(tmp_path, "generate", "packed", "--images", "2", "--steps", "3", "--out", "grid.png")
+        assert "set for 2 steps, not for 3" in fails(
+            tmp_path, "generate", "packed", "--images", "2", "--steps", "3", "--out", "grid.png"
+        )
     assert "another search space" in fails(tmp_path, *words, "--samples", "22")

@@ -22,21 +22,35 @@ def filled(path, indices, protocol: Protocol = PROTOCOL) -> Study:
     study = Study(path)
     study.begin("model", "f", {}, {}, protocol)
     for i in indices:
-        study.record(config(i), Measurement(config(i).digest, protocol.digest, {"fid": float(i)}, 1.0), "sample", COST, b"png")
+        study.record(
+            config(i),
+            Measurement(config(i).digest, protocol.digest, {"fid": float(i)}, 1.0),
+            "sample",
+            COST,
+            b"png",
+        )
     return study
 
 
 def test_measurements_round_trip_and_stay_unique(tmp_path) -> None:
     study = filled(tmp_path / "s.db", [1, 2, 2])
-    study.record(config(1), Measurement(config(1).digest, PROTOCOL.digest, {"fid": 99.0}, 1.0), "candidate", COST)
-    failed = Measurement(config(3).digest, PROTOCOL.digest, {}, 1.0, status="failed", reason="2 of 8 images are not finite")
+    study.record(
+        config(1), Measurement(config(1).digest, PROTOCOL.digest, {"fid": 99.0}, 1.0), "candidate", COST
+    )
+    failed = Measurement(
+        config(3).digest, PROTOCOL.digest, {}, 1.0, status="failed", reason="2 of 8 images are not finite"
+    )
     study.record(config(3), failed, "sample", COST)
     table = Study(tmp_path / "s.db").measurements()
     assert table.fid.tolist() == [1.0, 2.0] and table.bits.tolist() == [3.0, 3.0]
     everything = study.measurements(failed=True)
-    assert everything.status.tolist() == ["ok", "ok", "failed"] and everything.reason.iloc[2].startswith("2 of 8")
+    assert everything.status.tolist() == ["ok", "ok", "failed"] and everything.reason.iloc[2].startswith(
+        "2 of 8"
+    )
     assert study.configs()[config(2).digest] == config(2)
-    assert study.known(PROTOCOL) == {config(i).digest for i in (1, 2, 3)} and not study.known(PROTOCOL.block(1))
+    assert study.known(PROTOCOL) == {config(i).digest for i in (1, 2, 3)} and not study.known(
+        PROTOCOL.block(1)
+    )
     assert study.thumbnails()[config(1).digest, PROTOCOL.digest] == b"png"
 
 
@@ -65,7 +79,11 @@ def test_truncated_files_are_named(tmp_path, keep: float) -> None:
     path = tmp_path / "s.db"
     filled(path, range(200)).close()
     data = path.read_bytes()
-    path.write_bytes(data[: int(len(data) * keep)] if keep else b"this is no database, but it is long enough to have a header" * 3)
+    path.write_bytes(
+        data[: int(len(data) * keep)]
+        if keep
+        else b"this is no database, but it is long enough to have a header" * 3
+    )
     with pytest.raises(AquabitError, match=r"s\.db") as caught:
         Study(path).measurements()
     assert "\n" not in str(caught.value)
@@ -86,7 +104,10 @@ def test_other_files_are_no_studies(tmp_path) -> None:
 def test_a_second_writer_is_refused_by_name(tmp_path) -> None:
     path = tmp_path / "s.db"
     filled(path, [1])
-    code = "import sys, time; from aquabit.study import Study\nwith Study(sys.argv[1]).writing():\n    print('held', flush=True); time.sleep(60)"
+    code = (
+        "import sys, time; from aquabit.study import Study\nwith Study(sys.argv[1]).writing():\n   "
+        " print('held', flush=True); time.sleep(60)"
+    )
     other = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout is not None and other.stdout.readline() == "held\n"
@@ -104,7 +125,13 @@ def test_a_full_disk_loses_nothing(tmp_path) -> None:
     study._db.execute(f"PRAGMA max_page_count = {study._db.execute('PRAGMA page_count').fetchone()[0]}")
     with pytest.raises(AquabitError, match="free some space"):  # noqa: PT012
         for i in range(3, 3000):
-            study.record(config(i), Measurement(config(i).digest, PROTOCOL.digest, {"fid": float(i)}, 1.0), "sample", COST, b"x" * 5000)
+            study.record(
+                config(i),
+                Measurement(config(i).digest, PROTOCOL.digest, {"fid": float(i)}, 1.0),
+                "sample",
+                COST,
+                b"x" * 5000,
+            )
     study.close()
     again = Study(tmp_path / "s.db")
     kept = again.measurements().fid.tolist()
@@ -115,10 +142,10 @@ def test_a_full_disk_loses_nothing(tmp_path) -> None:
 def test_killed_at_random_instants_every_recorded_measurement_is_whole(tmp_path) -> None:
     path = tmp_path / "s.db"
     code = (
-        "import sys; sys.path.insert(0, '.'); from tests.test_study import *\n"
-        "s = filled(sys.argv[1], []); k = len(s.measurements(failed=True)); print('go', flush=True)\n"
-        "for i in range(k, 100000): filled(sys.argv[1], []) if i % 50 == 0 else None; "
-        "s.record(config(i), Measurement(config(i).digest, PROTOCOL.digest, {'fid': float(i)}, 1.0), 'sample', COST, b'x' * 3000)"
+        "import sys; sys.path.insert(0, '.'); from tests.test_study import *\ns = filled(sys.argv[1], []); k"
+        " = len(s.measurements(failed=True)); print('go', flush=True)\nfor i in range(k, 100000):"
+        " filled(sys.argv[1], []) if i % 50 == 0 else None; s.record(config(i), Measurement(config(i).digest,"
+        " PROTOCOL.digest, {'fid': float(i)}, 1.0), 'sample', COST, b'x' * 3000)"
     )
     counts = []
     for i in range(5):

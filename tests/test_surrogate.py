@@ -29,20 +29,36 @@ SCHEMES = ("usq2", "usq3", "usq4", "usq8", "vq2", "vq3", "vq4", "vq2c", "vq3c", 
 
 
 class World:
-    """A made-up model of 60 layers whose objective is a known, non-additive function of weight errors and activation bits. ``probed``: what
-    schemes and activations do alone is known, and a study has mse and psnr."""
+    """A made-up model of 60 layers whose objective is a known, non-additive function of weight errors and
+    activation bits. ``probed``: what schemes and activations do alone is known, and a study has mse and
+    psnr."""
 
     def __init__(self, count: int = 300, seed: int = 0, noise: float = 0.02, probed: bool = False):
         rng = np.random.default_rng(seed)
-        self.graph = nx.DiGraph(family="dit", model_class="Made", config={}, weights=60 * 192 * 192, other_elements=100)
+        self.graph = nx.DiGraph(
+            family="dit", model_class="Made", config={}, weights=60 * 192 * 192, other_elements=100
+        )
         for i in range(60):
             self.graph.add_node(
-                f"b{i // 6}.{OPERATORS[i % 6]}", kind="linear", operator=OPERATORS[i % 6], block=f"b{i // 6}", depth=i, shape=(192, 192),
-                bias=True, groups=1, tokens=16, macs=16 * 192 * 192, step_invariant=False, split=None, attention=None,
-            )  # fmt: skip
+                f"b{i // 6}.{OPERATORS[i % 6]}",
+                kind="linear",
+                operator=OPERATORS[i % 6],
+                block=f"b{i // 6}",
+                depth=i,
+                shape=(192, 192),
+                bias=True,
+                groups=1,
+                tokens=16,
+                macs=16 * 192 * 192,
+                step_invariant=False,
+                split=None,
+                attention=None,
+            )
         self.space = make_space(self.graph, "f" * 16, "made", schemes=SCHEMES)
         self.errors = {
-            (n, str(s)): float(min(0.9, 2.5 * 4.0**-s.bits * (0.7 if s.kind == "vq" else 1.0) * rng.lognormal(0, 0.1)))
+            (n, str(s)): float(
+                min(0.9, 2.5 * 4.0**-s.bits * (0.7 if s.kind == "vq" else 1.0) * rng.lognormal(0, 0.1))
+            )
             for n in self.space.layers
             for s in self.space.choices[n]
         }
@@ -57,7 +73,11 @@ class World:
 
     def _probes(self) -> dict[tuple[str, str], dict]:
         alone = {k: self.weight_of[self.space.layers.index(k[0])] * v for k, v in self.errors.items()}
-        alone |= {(n, a): 0.03 * w * (a == "a6") for n, w in zip(self.space.layers, self.weight_of, strict=True) for a in ("a6", "a8")}
+        alone |= {
+            (n, a): 0.03 * w * (a == "a6")
+            for n, w in zip(self.space.layers, self.weight_of, strict=True)
+            for a in ("a6", "a8")
+        }
         return {k: {"damage": 1e-3 * float(v), "sketch": [0.0] * SKETCH} for k, v in alone.items()}
 
     @property
@@ -65,7 +85,8 @@ class World:
         return Damages.of(self.space, self.probes)
 
     def draw(self, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Bits of each configuration tilted to a mean of its own; a8, or a6 with a probability of its own in half of them."""
+        """Bits of each configuration tilted to a mean of its own; a8, or a6 with a probability of its own
+        in half of them."""
         bits = np.array([s.bits for s in self.space.schemes[1:]], float)
         odds = np.exp(rng.uniform(-1.5, 0.5, count)[:, None] * bits)
         odds /= odds.sum(1, keepdims=True)
@@ -86,9 +107,19 @@ class World:
         study, protocol = Study(path), Protocol(objective=objective)
         with study.writing():
             study.begin("made", self.space.fingerprint, to_json(self.graph), self.space.to_dict(), protocol)
-            study.add_features({**self.probes, **{k: {"error": v, **self.probes.get(k, {})} for k, v in self.errors.items()}})
-            for config, y in list(zip(self.space.configs(self.weights, self.acts), self.y, strict=True))[:count]:
-                self.record(study, config, {"fid": float(y), "is": float(100 / y), **self.distance(config)}, kind, protocol)
+            study.add_features(
+                {**self.probes, **{k: {"error": v, **self.probes.get(k, {})} for k, v in self.errors.items()}}
+            )
+            for config, y in list(zip(self.space.configs(self.weights, self.acts), self.y, strict=True))[
+                :count
+            ]:
+                self.record(
+                    study,
+                    config,
+                    {"fid": float(y), "is": float(100 / y), **self.distance(config)},
+                    kind,
+                    protocol,
+                )
         return study
 
     def distance(self, config) -> dict[str, float]:
@@ -100,7 +131,9 @@ class World:
     def record(self, study: Study, config, metrics: dict[str, float], kind: str, protocol: Protocol) -> None:
         cost = self.cost(config)
         measured = Measurement(config.digest, protocol.digest, metrics, 1.0)
-        study.record(config, measured, kind, {"bits": cost.bits_per_weight, "bytes": cost.bytes, "bops": cost.bops})
+        study.record(
+            config, measured, kind, {"bits": cost.bits_per_weight, "bytes": cost.bytes, "bops": cost.bops}
+        )
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +169,9 @@ def test_what_the_budget_explains_does_not_count(seed: int) -> None:
     y, predicted = rng.normal(size=(2, 80))
     cubic = 40 * bits**3 - 7 * bits * acts**2 + acts
     plain = scores.within_budget_srcc(y, predicted, bits, acts, fold)
-    assert scores.within_budget_srcc(y + cubic, predicted - 3 * cubic, bits, acts, fold) == pytest.approx(plain, abs=0.01)
+    assert scores.within_budget_srcc(y + cubic, predicted - 3 * cubic, bits, acts, fold) == pytest.approx(
+        plain, abs=0.01
+    )
     assert scores.within_budget_srcc(y, cubic, bits, acts, fold) == 0
     assert scores.within_budget_srcc(y, np.full(80, 3.0), bits, acts, fold) == 0
 
@@ -147,7 +182,12 @@ def test_within_budget_equals_an_independent_computation() -> None:
     predicted = predicted + 0.5 * y
 
     def residual(values: np.ndarray) -> np.ndarray:
-        design = np.array([[b**i * a**j for i in range(4) for j in range(4) if i + j < 4] for b, a in zip(bits - 3, acts - 7, strict=True)])
+        design = np.array(
+            [
+                [b**i * a**j for i in range(4) for j in range(4) if i + j < 4]
+                for b, a in zip(bits - 3, acts - 7, strict=True)
+            ]
+        )
         assert design.shape[1] == 10
         out = values.copy()
         for f in range(5):
@@ -162,7 +202,9 @@ def test_within_budget_equals_an_independent_computation() -> None:
 def test_constant_activation_bits_are_fine() -> None:
     bits, _, fold = budget(60, 0)
     y = np.random.default_rng(0).normal(size=60)
-    assert scores.within_budget_srcc(y + bits**2, y, bits, np.full(60, 8.0), fold) == pytest.approx(1, abs=0.02)
+    assert scores.within_budget_srcc(y + bits**2, y, bits, np.full(60, 8.0), fold) == pytest.approx(
+        1, abs=0.02
+    )
     assert scores.within_budget_srcc(y, y, np.full(60, 3.0), np.full(60, 8.0), fold) == pytest.approx(1)
 
 
@@ -170,20 +212,29 @@ def test_ndcg_has_linear_gains() -> None:
     y = np.arange(20.0)
     assert scores.ndcg10(y, y) == pytest.approx(1) and scores.ndcg10(y * 5 + 2, y) == pytest.approx(1)
     discount = 1 / np.log2(np.arange(2, 12))
-    assert scores.ndcg10(y, -y) == pytest.approx((np.arange(10) @ discount) / (np.arange(19, 9, -1) @ discount))
+    assert scores.ndcg10(y, -y) == pytest.approx(
+        (np.arange(10) @ discount) / (np.arange(19, 9, -1) @ discount)
+    )
     assert scores.ndcg10(y, np.zeros(20)) == pytest.approx(scores.ndcg10(y[::-1], np.zeros(20)))
     assert scores.ndcg10(np.ones(5), np.arange(5.0)) == 1
 
 
 def test_scores_of_constants_and_shapes() -> None:
     y = np.arange(5.0)
-    assert scores.srcc(y, np.ones(5)) == 0 and scores.kendall(y, np.ones(5)) == 0 and np.isnan(scores.r2(np.ones(5), y))
+    assert (
+        scores.srcc(y, np.ones(5)) == 0
+        and scores.kendall(y, np.ones(5)) == 0
+        and np.isnan(scores.r2(np.ones(5), y))
+    )
     with pytest.raises(AquabitError, match="one length"):
         scores.srcc(y, y[:3])
 
 
 def test_surrogate_beats_both_baselines_within_budget(validated: dict) -> None:
-    own, average, ridge = validated["within_budget_srcc"], *(validated["baselines"][k] for k in ("average_bits", "ridge_one_hot"))
+    own, average, ridge = (
+        validated["within_budget_srcc"],
+        *(validated["baselines"][k] for k in ("average_bits", "ridge_one_hot")),
+    )
     assert own > 0.65
     assert average["within_budget_srcc"] == 0 and average["srcc"] > 0.3
     assert own > ridge["within_budget_srcc"] + 0.05
@@ -194,7 +245,11 @@ def test_shuffled_labels_score_near_zero(world: World) -> None:
     found = []
     for seed in range(3):
         y = np.random.default_rng(seed).permutation(world.y)
-        found.append(cross_validate(world.encoder, world.weights, world.acts, y, world.bits, seed=seed)["within_budget_srcc"])
+        found.append(
+            cross_validate(world.encoder, world.weights, world.acts, y, world.bits, seed=seed)[
+                "within_budget_srcc"
+            ]
+        )
     assert abs(np.mean(found)) < 0.2
 
 
@@ -226,7 +281,10 @@ def test_higher_is_better_is_turned_round(world: World) -> None:
     assert np.allclose(high.to_units(high.predict(features)), np.exp(-low), rtol=0.02)
 
 
-@pytest.mark.parametrize(("direction", "values"), [("min", [1.0, 2.0]), ("max", [1.0, 2.0]), ("min", [-1.0, 2.0]), ("max", [0.0, 2.0])])
+@pytest.mark.parametrize(
+    ("direction", "values"),
+    [("min", [1.0, 2.0]), ("max", [1.0, 2.0]), ("min", [-1.0, 2.0]), ("max", [0.0, 2.0])],
+)
 def test_target_round_trip(direction: str, values: list[float]) -> None:
     y = np.array(values)
     target = Target.of(y, direction)
@@ -284,7 +342,9 @@ def test_noise_ceiling_needs_a_second_seed_set(world: World, tmp_path) -> None:
     study, protocol = world.study(tmp_path / "s.db", 40), Protocol().block(1)
     rng = np.random.default_rng(0)
     for i, config in enumerate(world.space.configs(world.weights[:40], world.acts[:40])):
-        world.record(study, config, {"fid": float(world.y[i] * np.exp(0.01 * rng.normal()))}, "fresh", protocol)
+        world.record(
+            study, config, {"fid": float(world.y[i] * np.exp(0.01 * rng.normal()))}, "fresh", protocol
+        )
         if i == 18:
             assert fit_from_study(study).scores["noise_ceiling"] is None
     assert 0.7 < fit_from_study(study).scores["noise_ceiling"] <= 1
@@ -293,13 +353,18 @@ def test_noise_ceiling_needs_a_second_seed_set(world: World, tmp_path) -> None:
 def test_good_ones_are_near_the_least_error_of_their_size() -> None:
     bits = np.array([3.0, 2.0, 2.5, 4.0, 2.5])
     error = np.array([4.9, 8.0, 4.0, 9.0, 5.1])
-    assert scores.good_ones(error, bits).tolist() == [True, True, True, False, False], "a larger one is compared with smaller ones"
+    assert scores.good_ones(error, bits).tolist() == [True, True, True, False, False], (
+        "a larger one is compared with smaller ones"
+    )
     assert scores.good_ones(error, bits, 1.3).tolist() == [True, True, True, False, True]
-    assert scores.good_ones(np.array([1.0, -0.2, -0.1]), bits[:3]).tolist() == [False, True, True], "no worse than full precision"
+    assert scores.good_ones(np.array([1.0, -0.2, -0.1]), bits[:3]).tolist() == [False, True, True], (
+        "no worse than full precision"
+    )
 
 
 def test_among_good_ones_only_they_count() -> None:
-    """What ranks ruined ones says nothing; what ranks good ones all, whatever size and activations explain."""
+    """What ranks ruined ones says nothing; what ranks good ones all, whatever size and activations
+    explain."""
     bits, acts, _ = budget(120, 0)
     rng = np.random.default_rng(1)
     excess = np.where(np.arange(120) % 3, rng.uniform(0, 0.3, 120), rng.uniform(1, 5, 120))
@@ -308,8 +373,15 @@ def test_among_good_ones_only_they_count() -> None:
     assert scores.among_good_srcc(y, y + 5 * bits**2, bits, acts, good) > 0.99
     assert scores.among_good_srcc(y, -y, bits, acts, good) == pytest.approx(-1)
     ruined = np.where(good, rng.normal(size=120), y)
-    assert abs(scores.among_good_srcc(y, ruined, bits, acts, good)) < 0.25 < 0.8 < scores.srcc(y, np.where(good, -2 * bits, y))
-    assert scores.among_good_srcc(y, 3 - bits + bits**2, bits, acts, good) == 0, "the size alone ranks nothing within a size"
+    assert (
+        abs(scores.among_good_srcc(y, ruined, bits, acts, good))
+        < 0.25
+        < 0.8
+        < scores.srcc(y, np.where(good, -2 * bits, y))
+    )
+    assert scores.among_good_srcc(y, 3 - bits + bits**2, bits, acts, good) == 0, (
+        "the size alone ranks nothing within a size"
+    )
     few = good & (np.cumsum(good) < scores.ENOUGH)
     assert scores.among_good_srcc(y, y, bits, acts, few) is None
     few[np.flatnonzero(good)[-1]] = True
@@ -319,18 +391,31 @@ def test_among_good_ones_only_they_count() -> None:
 def near_study(path, count: int = 160, seed: int = 0) -> tuple[World, Study]:
     """A study of the default design."""
     near = World(count, seed, probed=True)
-    near.weights, near.acts = near.space.indices(Design.parse(DEFAULT).draw(near.space, count, seed, near.damages, near.cost))
-    near.y = near.truth(near.weights, near.acts) * np.exp(0.02 * np.random.default_rng(seed).normal(size=count))
+    near.weights, near.acts = near.space.indices(
+        Design.parse(DEFAULT).draw(near.space, count, seed, near.damages, near.cost)
+    )
+    near.y = near.truth(near.weights, near.acts) * np.exp(
+        0.02 * np.random.default_rng(seed).normal(size=count)
+    )
     return near, near.study(path)
 
 
 def test_the_score_among_good_ones_is_reported_with_their_number(tmp_path) -> None:
     near, study = near_study(tmp_path / "s.db")
     fitted = fit_from_study(study)
-    among, mse = fitted.scores["among_good"], np.array([near.distance(c)["mse"] for c in near.space.configs(fitted.weights, fitted.acts)])
+    among, mse = (
+        fitted.scores["among_good"],
+        np.array([near.distance(c)["mse"] for c in near.space.configs(fitted.weights, fitted.acts)]),
+    )
     good = np.array([m <= 1.25 * mse[fitted.bits <= b].min() for m, b in zip(mse, fitted.bits, strict=True)])
-    assert among["count"] == good.sum() >= scores.ENOUGH and set(among["baselines"]) == {"ridge_one_hot", "sum_of_damages"}
-    assert all(-1 <= v <= 1 for v in (among["srcc"], *among["baselines"].values())) and among["noise_ceiling"] is None
+    assert among["count"] == good.sum() >= scores.ENOUGH and set(among["baselines"]) == {
+        "ridge_one_hot",
+        "sum_of_damages",
+    }
+    assert (
+        all(-1 <= v <= 1 for v in (among["srcc"], *among["baselines"].values()))
+        and among["noise_ceiling"] is None
+    )
     protocol = Protocol().block(1)
     for config, y in zip(near.space.configs(near.weights, near.acts), near.y, strict=True):
         near.record(study, config, {"fid": float(y)}, "fresh", protocol)
@@ -354,7 +439,9 @@ def test_without_a_distance_good_ones_are_near_full_precision(world: World, tmp_
     assert fit_from_study(study).scores["among_good"]["count"] == 0, "nothing says how good full precision is"
     world.record(study, world.space.full_precision(), {"fid": 20.0, "is": 5.0}, "reference", Protocol())
     for objective, loss in (("fid", world.y[:60] - 20), ("is", 5 - 100 / world.y[:60])):
-        good = np.array([v <= 1.25 * loss[world.bits[:60] <= b].min() for v, b in zip(loss, world.bits[:60], strict=True)])
+        good = np.array(
+            [v <= 1.25 * loss[world.bits[:60] <= b].min() for v, b in zip(loss, world.bits[:60], strict=True)]
+        )
         assert fit_from_study(study, objective).scores["among_good"]["count"] == good.sum() > 0
 
 

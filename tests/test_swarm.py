@@ -19,7 +19,10 @@ def test_shap_in_units_adds_up_to_what_the_prediction_is_worse(objective: str, t
     fitted = fit_from_study(World().study(tmp_path / "s.db"), objective, baselines=())
     values, base = shap_by_layer(fitted)
     units = shap_in_units(fitted, values, base)
-    predicted, average = fitted.values(fitted.weights, fitted.acts), fitted.surrogate.target_.to_units(np.array(base))
+    predicted, average = (
+        fitted.values(fitted.weights, fitted.acts),
+        fitted.surrogate.target_.to_units(np.array(base)),
+    )
     assert units.sum(1) == pytest.approx(fitted.sign * (predicted - average), rel=1e-3, abs=1e-3)
     assert (np.sign(units) == np.sign(values)).all(), "positive = worse, whatever the direction"
 
@@ -28,17 +31,27 @@ def test_shap_in_units_adds_up_to_what_the_prediction_is_worse(objective: str, t
     assert len(rows) == min(SHOWN, len(fitted.y)) and np.array(found["shap"]).sum(1) == pytest.approx(
         units[rows].sum(1), rel=1e-3, abs=1e-3
     )
-    assert min(fitted.y) in fitted.y[rows] and max(fitted.y) in fitted.y[rows], "the best and the worst are shown"
+    assert min(fitted.y) in fitted.y[rows] and max(fitted.y) in fitted.y[rows], (
+        "the best and the worst are shown"
+    )
 
     by_scheme = shap_by_scheme(fitted, values, base)
     names = [str(s) for s in fitted.space.schemes]
     for i in (0, 3):
         counts = {s: int((fitted.weights[:, i] == names.index(s)).sum()) for s in by_scheme[i]}
         assert sum(counts.values()) == len(fitted.y)
-        assert sum(by_scheme[i][s] * n for s, n in counts.items()) == pytest.approx(units[:, i].sum(), abs=1e-6)
+        assert sum(by_scheme[i][s] * n for s, n in counts.items()) == pytest.approx(
+            units[:, i].sum(), abs=1e-6
+        )
 
     if objective == "fid":
         curve = learning_curve(fitted)
-        assert list(curve.measurements) == [round(len(fitted.y) * p) for p in (0.125, 0.25, 0.5, 1) if len(fitted.y) * p >= 20]
-        assert curve.within_budget_srcc.iloc[-1] == fitted.scores["within_budget_srcc"] > curve.within_budget_srcc.iloc[0] + 0.05
+        assert list(curve.measurements) == [
+            round(len(fitted.y) * p) for p in (0.125, 0.25, 0.5, 1) if len(fitted.y) * p >= 20
+        ]
+        assert (
+            curve.within_budget_srcc.iloc[-1]
+            == fitted.scores["within_budget_srcc"]
+            > curve.within_budget_srcc.iloc[0] + 0.05
+        )
         assert ((curve.low <= curve.within_budget_srcc) & (curve.within_budget_srcc <= curve.high)).all()

@@ -1,4 +1,5 @@
-"""The Triton kernels against an independent float64 reference: under Triton's interpreter where there is no GPU, on the GPU where there is one."""
+"""The Triton kernels against an independent float64 reference: under Triton's interpreter where there is
+no GPU, on the GPU where there is one."""
 
 from __future__ import annotations
 
@@ -22,7 +23,13 @@ from torch import Tensor
 from aquabit.kernels import triton_kernels
 from aquabit.kernels.arranged import arrange, arranges
 from aquabit.kernels.codebook import CodebookWeight
-from aquabit.kernels.triton_kernels import triton_available, triton_conv2d, triton_linear, triton_refuses, triton_weight
+from aquabit.kernels.triton_kernels import (
+    triton_available,
+    triton_conv2d,
+    triton_linear,
+    triton_refuses,
+    triton_weight,
+)
 from aquabit.scheme import AquabitError
 
 pytest.importorskip("triton")
@@ -38,7 +45,8 @@ gpu = pytest.mark.skipif(not CUDA, reason="no CUDA device")
 
 
 class Format(NamedTuple):
-    """C is 0 for uniform codes, 1 for shared tables, 2 for tables per row; n counts groups of scales, 0 for none."""
+    """C is 0 for uniform codes, 1 for shared tables, 2 for tables per row; n counts groups of scales, 0
+    for none."""
 
     bits: int
     group: int = 1
@@ -49,15 +57,32 @@ class Format(NamedTuple):
 
 
 FORMATS = {
-    "usq1": Format(1, C=0, offset=True), "usq2": Format(2, C=0, offset=True), "usq3": Format(3, C=0, offset=True), "usq4": Format(4, C=0, offset=True),
-    "usq5": Format(5, C=0, offset=True), "usq8": Format(8, C=0, offset=True), "usq4g": Format(4, C=0, n=3, offset=True),
-    "usq3g": Format(3, C=0, n=5, offset=True), "vq2": Format(2, n=0), "vq3": Format(3), "vq8": Format(8), "vq3c": Format(3, C=2, n=0), "vq4c": Format(4, C=2),
-    "aq1x4g2": Format(4, 2), "aq2x8g8": Format(8, 8, 2), "aq3x2g4": Format(2, 4, 3), "aq2x6g3": Format(6, 3, 2), "aq1x5g9": Format(5, 9),
-    "aq1x8g16": Format(8, 16), "aq2x4g8c": Format(4, 8, 2, C=2),
-}  # fmt: skip
+    "usq1": Format(1, C=0, offset=True),
+    "usq2": Format(2, C=0, offset=True),
+    "usq3": Format(3, C=0, offset=True),
+    "usq4": Format(4, C=0, offset=True),
+    "usq5": Format(5, C=0, offset=True),
+    "usq8": Format(8, C=0, offset=True),
+    "usq4g": Format(4, C=0, n=3, offset=True),
+    "usq3g": Format(3, C=0, n=5, offset=True),
+    "vq2": Format(2, n=0),
+    "vq3": Format(3),
+    "vq8": Format(8),
+    "vq3c": Format(3, C=2, n=0),
+    "vq4c": Format(4, C=2),
+    "aq1x4g2": Format(4, 2),
+    "aq2x8g8": Format(8, 8, 2),
+    "aq3x2g4": Format(2, 4, 3),
+    "aq2x6g3": Format(6, 3, 2),
+    "aq1x5g9": Format(5, 9),
+    "aq1x8g16": Format(8, 16),
+    "aq2x4g8c": Format(4, 8, 2, C=2),
+}
 
 
-def made(format: Format, shape: tuple[int, ...], order: str = "inputs", seed: int = 0) -> tuple[CodebookWeight, np.ndarray]:
+def made(
+    format: Format, shape: tuple[int, ...], order: str = "inputs", seed: int = 0
+) -> tuple[CodebookWeight, np.ndarray]:
     """A random weight, and the same decoded to float64 by this function alone, in the original shape."""
     rng = np.random.default_rng(seed)
     out, row = shape[0], prod(shape[1:])
@@ -65,18 +90,26 @@ def made(format: Format, shape: tuple[int, ...], order: str = "inputs", seed: in
     codes = rng.integers(0, 1 << format.bits, (groups, format.books, out))
     half = {"tables": None, "scale": None, "offset": None}
     if format.C:
-        half["tables"] = rng.normal(size=(out if format.C == 2 else 1, format.books, 1 << format.bits, format.group)).astype(np.float16)
+        half["tables"] = rng.normal(
+            size=(out if format.C == 2 else 1, format.books, 1 << format.bits, format.group)
+        ).astype(np.float16)
     if format.n:
         size = (out, format.n) if format.n > 1 else (out,)
         half["scale"] = (0.5 + rng.random(size)).astype(np.float16)
-        half["offset"] = (rng.normal(size=size) * (1 << format.bits) / 2).astype(np.float16) if format.offset else None
+        half["offset"] = (
+            (rng.normal(size=size) * (1 << format.bits) / 2).astype(np.float16) if format.offset else None
+        )
     decoded = np.zeros((out, groups * format.group))
     for o in range(out):
         for m in range(format.books):
             if half["tables"] is None:
                 decoded[o] += codes[:, m, o]
             else:
-                decoded[o] += half["tables"][o if format.C == 2 else 0, m][codes[:, m, o]].astype(np.float64).reshape(-1)
+                decoded[o] += (
+                    half["tables"][o if format.C == 2 else 0, m][codes[:, m, o]]
+                    .astype(np.float64)
+                    .reshape(-1)
+                )
     decoded = decoded[:, :row]
     for name in ("scale", "offset"):
         if half[name] is not None:
@@ -85,9 +118,16 @@ def made(format: Format, shape: tuple[int, ...], order: str = "inputs", seed: in
             decoded = decoded * factor if name == "scale" else decoded + factor
     if len(shape) == 4:
         _, cin, kh, kw = shape
-        decoded = decoded.reshape(shape) if order == "kernel" else decoded.reshape(out, kh, kw, cin).transpose(0, 3, 1, 2)
+        decoded = (
+            decoded.reshape(shape)
+            if order == "kernel"
+            else decoded.reshape(out, kh, kw, cin).transpose(0, 3, 1, 2)
+        )
     tensors = (None if v is None else torch.from_numpy(v) for v in half.values())
-    return CodebookWeight.from_codes(torch.from_numpy(codes), *tensors, shape, format.bits, order).to(DEVICE), decoded
+    return (
+        CodebookWeight.from_codes(torch.from_numpy(codes), *tensors, shape, format.bits, order).to(DEVICE),
+        decoded,
+    )
 
 
 def noise(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -141,11 +181,17 @@ def test_linear_in_half_precision(name: str, dtype: torch.dtype) -> None:
 @served
 @settings(max_examples=12)
 @given(
-    name=st.sampled_from(sorted(FORMATS)), out=st.integers(1, 40), inputs=st.integers(1, 70), tokens=st.integers(1, 34), seed=st.integers(0, 99),
-)  # fmt: skip
+    name=st.sampled_from(sorted(FORMATS)),
+    out=st.integers(1, 40),
+    inputs=st.integers(1, 70),
+    tokens=st.integers(1, 34),
+    seed=st.integers(0, 99),
+)
 def test_linear_of_any_shape(name: str, out: int, inputs: int, tokens: int, seed: int) -> None:
     format = FORMATS[name]
-    if format.n > 1 and ceil(inputs / ceil(inputs / format.n)) < format.n:  # scales for inputs that are not there
+    if (
+        format.n > 1 and ceil(inputs / ceil(inputs / format.n)) < format.n
+    ):  # scales for inputs that are not there
         inputs = 2 * format.n
     weight, decoded = made(format, (out, inputs), seed=seed)
     check_linear(weight, decoded, noise(tokens, inputs, seed=seed), None)
@@ -158,7 +204,9 @@ def test_rows_are_split_over_programs_and_added_in_order() -> None:
     check_linear(weight, decoded, x, noise(9, seed=3))
     calls = [triton_linear(x.to(DEVICE), weight) for _ in range(2)]
     assert torch.equal(*calls)
-    grouped, decoded = made(Format(2, C=0, n=5, offset=True), (9, 1280))  # scales of whole blocks, and blocks past the row's end
+    grouped, decoded = made(
+        Format(2, C=0, n=5, offset=True), (9, 1280)
+    )  # scales of whole blocks, and blocks past the row's end
     check_linear(grouped, decoded, noise(4, 1280), None)
 
 
@@ -180,7 +228,13 @@ def test_inputs_of_any_layout() -> None:
     assert triton_linear(noise(24).to(DEVICE), weight).shape == (7,)
     assert triton_linear(noise(0, 24).to(DEVICE), weight).shape == (0, 7)
     bias = noise(14, seed=5)[::2]
-    assert error(triton_linear(x.to(DEVICE), weight, bias.to(DEVICE), "exact"), x.double() @ expected + bias.double()) <= 1e-6
+    assert (
+        error(
+            triton_linear(x.to(DEVICE), weight, bias.to(DEVICE), "exact"),
+            x.double() @ expected + bias.double(),
+        )
+        <= 1e-6
+    )
     one = noise(1, 24).to(DEVICE).expand(20, 24)
     assert error(triton_linear(one, weight, accuracy="exact"), one.cpu().double() @ expected) <= 1e-6
 
@@ -192,9 +246,14 @@ def test_extreme_scales_and_zero_rows(tokens: int) -> None:
     assert weight.scale is not None
     scale = torch.tensor([0, 6e-8, 1e-4, 1, 1000, 60000], dtype=torch.float16)
     decoded = decoded / weight.scale.cpu().double().numpy()[:, None] * scale.double().numpy()[:, None]
-    extreme = CodebookWeight(weight.packed, weight.codebooks, scale.to(DEVICE), None, weight.shape, weight.bits)
+    extreme = CodebookWeight(
+        weight.packed, weight.codebooks, scale.to(DEVICE), None, weight.shape, weight.bits
+    )
     x = noise(tokens, 32)
-    y, expected = triton_linear(x.to(DEVICE), extreme, accuracy="exact").cpu(), x.double() @ torch.from_numpy(decoded).T
+    y, expected = (
+        triton_linear(x.to(DEVICE), extreme, accuracy="exact").cpu(),
+        x.double() @ torch.from_numpy(decoded).T,
+    )
     assert bool((y[:, 0] == 0).all())
     for row in range(1, 6):
         assert error(y[:, row], expected[:, row]) <= 1e-6
@@ -206,7 +265,10 @@ def test_extreme_scales_and_zero_rows(tokens: int) -> None:
 def test_sums_of_codewords_beyond_float16_stay_finite() -> None:
     weight, _ = made(FORMATS["aq2x8g8"], (16, 16))
     assert weight.codebooks is not None
-    tables, scale = torch.full_like(weight.codebooks, 60000.0), torch.full((16,), 1e-5, dtype=torch.float16, device=DEVICE)
+    tables, scale = (
+        torch.full_like(weight.codebooks, 60000.0),
+        torch.full((16,), 1e-5, dtype=torch.float16, device=DEVICE),
+    )
     large = CodebookWeight(weight.packed, tables, scale, None, weight.shape, weight.bits)
     y = triton_linear(torch.ones(16, 16, dtype=torch.float16, device=DEVICE), large)
     assert error(y, torch.full((16, 16), 16 * 120000 * float(scale[0]), dtype=torch.float64)) <= 1e-3
@@ -225,8 +287,16 @@ def test_what_is_not_finite_stays_in_its_token() -> None:
 
 @served
 def test_worst_case_of_tf32_stays_within_the_bound() -> None:
-    """Inputs and weights half a step of tf32 above a number that it has: rounding errs most, truncation would err twice as much."""
-    weight = CodebookWeight.from_codes(torch.zeros(64, 1, 16), torch.tensor([1 + 2**-10, 0.0]).reshape(1, 1, 2, 1), torch.full((16,), 1.5), torch.full((16,), 2**-10), (16, 64), 1)  # fmt: skip
+    """Inputs and weights half a step of tf32 above a number that it has: rounding errs most, truncation
+    would err twice as much."""
+    weight = CodebookWeight.from_codes(
+        torch.zeros(64, 1, 16),
+        torch.tensor([1 + 2**-10, 0.0]).reshape(1, 1, 2, 1),
+        torch.full((16,), 1.5),
+        torch.full((16,), 2**-10),
+        (16, 64),
+        1,
+    )
     x = torch.full((16, 64), 1 + 2**-11 + 2**-13)
     expected = x.double() @ weight.dequantize().double().T
     assert 0 < error(triton_linear(x.to(DEVICE), weight.to(DEVICE)), expected) <= 1e-3
@@ -234,18 +304,26 @@ def test_worst_case_of_tf32_stays_within_the_bound() -> None:
 
 # stride, padding, dilation, groups, kernel, image
 GEOMETRIES = [
-    (1, 1, 1, 1, (3, 3), (5, 6)), (2, 1, 1, 1, (3, 3), (7, 5)), ((1, 2), (0, 2), (2, 1), 1, (2, 3), (5, 7)), (1, 0, 1, 2, (1, 1), (4, 3)),
-    (1, "same", 1, 3, (3, 2), (4, 5)), (1, "valid", 2, 1, (2, 2), (6, 5)),
-]  # fmt: skip
+    (1, 1, 1, 1, (3, 3), (5, 6)),
+    (2, 1, 1, 1, (3, 3), (7, 5)),
+    ((1, 2), (0, 2), (2, 1), 1, (2, 3), (5, 7)),
+    (1, 0, 1, 2, (1, 1), (4, 3)),
+    (1, "same", 1, 3, (3, 2), (4, 5)),
+    (1, "valid", 2, 1, (2, 2), (6, 5)),
+]
 
 
-def check_conv(weight: CodebookWeight, decoded: np.ndarray, x: Tensor, bias: Tensor | None, *geometry: object) -> None:
+def check_conv(
+    weight: CodebookWeight, decoded: np.ndarray, x: Tensor, bias: Tensor | None, *geometry: object
+) -> None:
     expected = torch.nn.functional.conv2d(
         x.double(), torch.from_numpy(decoded).contiguous(), None if bias is None else bias.double(), *geometry
     )
     placed = None if bias is None else bias.to(DEVICE)
     exact = triton_conv2d(x.to(DEVICE), weight, placed, *geometry, accuracy="exact")
-    assert error(exact, expected) <= (1e-6 if x.dtype == torch.float32 else torch.finfo(x.dtype).eps / 2 + 1e-6)
+    assert error(exact, expected) <= (
+        1e-6 if x.dtype == torch.float32 else torch.finfo(x.dtype).eps / 2 + 1e-6
+    )
     assert error(triton_conv2d(x.to(DEVICE), weight, placed, *geometry), expected) <= BOUNDS[x.dtype]
 
 
@@ -265,7 +343,9 @@ def test_conv2d_along_inputs(name: str, geometry: tuple) -> None:
 def test_conv2d_of_kernel_slices(bits: int, books: int, geometry: tuple) -> None:
     stride, padding, dilation, groups, kernel, image = geometry
     weight, decoded = made(Format(bits, prod(kernel), books), (6, 5, *kernel), order="kernel")
-    check_conv(weight, decoded, noise(2, 5 * groups, *image), noise(6, seed=4), stride, padding, dilation, groups)
+    check_conv(
+        weight, decoded, noise(2, 5 * groups, *image), noise(6, seed=4), stride, padding, dilation, groups
+    )
 
 
 @served
@@ -299,7 +379,9 @@ def test_conv2d_keeps_the_memory_format() -> None:
 
 @served
 @pytest.mark.parametrize("shape", [(6, 24), (6, 8, 3, 3), (5, 7), (5, 7, 3, 3), (4, 5, 2, 2)])
-@pytest.mark.parametrize("name", ["usq1", "usq2", "usq3", "usq4", "usq3g", "vq3c", "aq2x8g8", "aq1x4g2", "aq3x2g4"])
+@pytest.mark.parametrize(
+    "name", ["usq1", "usq2", "usq3", "usq4", "usq3g", "vq3c", "aq2x8g8", "aq1x4g2", "aq3x2g4"]
+)
 def test_arranged_weights_are_read_as_they_are_or_laid_again(name: str, shape: tuple[int, ...]) -> None:
     weight, _ = made(FORMATS[name], shape)
     if arranges(weight):
@@ -326,16 +408,30 @@ def test_a_layout_is_made_once_and_goes_with_its_weight() -> None:
 
 @served
 def test_ops_have_shapes_without_running() -> None:
-    linear, conv = triton_weight(made(FORMATS["usq4"], (5, 20))[0]), triton_weight(made(FORMATS["vq3"], (6, 4, 3, 3))[0])
+    linear, conv = (
+        triton_weight(made(FORMATS["usq4"], (5, 20))[0]),
+        triton_weight(made(FORMATS["vq3"], (6, 4, 3, 3))[0]),
+    )
     x, image = noise(9, 20).to(DEVICE), noise(2, 4, 6, 5).to(DEVICE)
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.aquabit.triton_linear.default, (x, *linear.arguments, None, True), test_utils=checks)
+    torch.library.opcheck(
+        torch.ops.aquabit.triton_linear.default, (x, *linear.arguments, None, True), test_utils=checks
+    )
     arguments = ([1, 1], [0, 0], [1, 1], [4, 3], 1, False)
     for layout in (image, image.contiguous(memory_format=torch.channels_last)):
-        torch.library.opcheck(torch.ops.aquabit.triton_conv2d.default, (layout, *conv.arguments, None, *arguments), test_utils=checks)
+        torch.library.opcheck(
+            torch.ops.aquabit.triton_conv2d.default,
+            (layout, *conv.arguments, None, *arguments),
+            test_utils=checks,
+        )
     meta = triton_linear(torch.empty(3, 4, 20, device="meta", dtype=torch.bfloat16), linear.to("meta"))
     assert meta.shape == (3, 4, 5) and meta.dtype == torch.bfloat16 and meta.is_meta
-    assert triton_conv2d(torch.empty(2, 4, 6, 5, device="meta"), conv.to("meta"), None, 2, 1).shape == (2, 6, 3, 3)
+    assert triton_conv2d(torch.empty(2, 4, 6, 5, device="meta"), conv.to("meta"), None, 2, 1).shape == (
+        2,
+        6,
+        3,
+        3,
+    )
     compiled = torch.compile(lambda t: triton_linear(t, linear) + 1, backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(x), triton_linear(x, linear) + 1)
 
@@ -344,11 +440,16 @@ def test_ops_have_shapes_without_running() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"accuracy": "good"}, "accuracy 'good'"), ({"x": torch.zeros(3, 21)}, r"\[3, 21\]"), ({"x": torch.zeros(3, 20).double()}, "float64"),
-        ({"x": torch.zeros(3, 20, dtype=torch.int64)}, "int64"), ({"bias": torch.zeros(6)}, r"bias is \[6\]"), ({"x": torch.tensor(1.0)}, r"\[\]"),
-        ({"bias": torch.zeros(5, device="meta")}, "bias on meta"), ({"x": torch.zeros(3, 20, device="meta")}, "weight on"),
+        ({"accuracy": "good"}, "accuracy 'good'"),
+        ({"x": torch.zeros(3, 21)}, r"\[3, 21\]"),
+        ({"x": torch.zeros(3, 20).double()}, "float64"),
+        ({"x": torch.zeros(3, 20, dtype=torch.int64)}, "int64"),
+        ({"bias": torch.zeros(6)}, r"bias is \[6\]"),
+        ({"x": torch.tensor(1.0)}, r"\[\]"),
+        ({"bias": torch.zeros(5, device="meta")}, "bias on meta"),
+        ({"x": torch.zeros(3, 20, device="meta")}, "weight on"),
     ],
-)  # fmt: skip
+)
 def test_linear_names_what_does_not_fit(change: dict, message: str) -> None:
     weight, _ = made(FORMATS["usq4"], (5, 20))
     arguments = {"x": torch.zeros(3, 20), "weight": weight, "bias": None, "accuracy": "fast"} | change
@@ -361,12 +462,20 @@ def test_linear_names_what_does_not_fit(change: dict, message: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": torch.zeros(1, 5, 6, 6)}, r"\[1, 5, 6, 6\]"), ({"x": torch.zeros(4, 6, 6)}, r"\[4, 6, 6\]"), ({"groups": 0}, "0 groups"),
-        ({"x": torch.zeros(1, 16, 6, 6), "groups": 4}, "4 groups do not divide"), ({"stride": 0}, "stride 0"), ({"padding": -1}, "padding -1"),
-        ({"padding": "same", "stride": 2}, "padding 'same' with stride"), ({"padding": "full"}, "'full'"), ({"dilation": (1, 0)}, r"dilation \(1, 0\)"),
-        ({"x": torch.zeros(1, 4, 2, 6)}, r"image of \[2, 6\]"), ({"dilation": 3}, r"reaches over \[7, 7\]"), ({"stride": (1, 1, 1)}, r"stride \(1, 1, 1\)"),
+        ({"x": torch.zeros(1, 5, 6, 6)}, r"\[1, 5, 6, 6\]"),
+        ({"x": torch.zeros(4, 6, 6)}, r"\[4, 6, 6\]"),
+        ({"groups": 0}, "0 groups"),
+        ({"x": torch.zeros(1, 16, 6, 6), "groups": 4}, "4 groups do not divide"),
+        ({"stride": 0}, "stride 0"),
+        ({"padding": -1}, "padding -1"),
+        ({"padding": "same", "stride": 2}, "padding 'same' with stride"),
+        ({"padding": "full"}, "'full'"),
+        ({"dilation": (1, 0)}, r"dilation \(1, 0\)"),
+        ({"x": torch.zeros(1, 4, 2, 6)}, r"image of \[2, 6\]"),
+        ({"dilation": 3}, r"reaches over \[7, 7\]"),
+        ({"stride": (1, 1, 1)}, r"stride \(1, 1, 1\)"),
     ],
-)  # fmt: skip
+)
 def test_conv2d_names_what_does_not_fit(change: dict, message: str) -> None:
     weight, _ = made(FORMATS["vq3"], (6, 4, 3, 3))
     arguments = {"x": torch.zeros(1, 4, 6, 6), "weight": weight} | change
@@ -378,7 +487,9 @@ def test_conv2d_names_what_does_not_fit(change: dict, message: str) -> None:
 def test_weights_that_it_refuses() -> None:
     wide = CodebookWeight.from_codes(torch.zeros(4, 1, 5), torch.zeros(1, 1, 512, 2), None, None, (5, 8), 9)
     ordered = made(Format(4, 9), (6, 4, 3, 3), order="kernel")[0]
-    other = CodebookWeight(ordered.packed, ordered.codebooks, ordered.scale, ordered.scale, ordered.shape, 4, "kernel")
+    other = CodebookWeight(
+        ordered.packed, ordered.codebooks, ordered.scale, ordered.scale, ordered.shape, 4, "kernel"
+    )
     for weight, why in ((wide, "9 bits"), (other, "no offset")):
         with pytest.raises(AquabitError, match=why):
             triton_weight(weight)
@@ -388,57 +499,87 @@ def test_weights_that_it_refuses() -> None:
     with pytest.raises(AquabitError, match="4 dimensions"):
         triton_conv2d(torch.zeros(1, 20, 2, 2), linear)
     elsewhere = "cpu" if CUDA else "cuda:1"
-    assert triton_available() is not None or elsewhere in str(triton_refuses(linear, elsewhere, torch.float32))
+    assert triton_available() is not None or elsewhere in str(
+        triton_refuses(linear, elsewhere, torch.float32)
+    )
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"codes": torch.zeros(5, 9, dtype=torch.uint8)}, r"uint8 \[5, 9\]"), ({"codes": torch.zeros(5, 20)}, "float32"), ({"bits": 5}, "needs uint8"),
-        ({"scale": torch.zeros(4)}, r"scale is \[4\]"), ({"offset": torch.zeros(5, 0)}, r"offset is \[5, 0\]"), ({"group": 2}, "needs uint8"),
-        ({"tables": torch.zeros(1, 1, 8, 1)}, r"tables are \[1, 1, 8, 1\]"), ({"scale": torch.zeros(10)[::2]}, "strides"),
+        ({"codes": torch.zeros(5, 9, dtype=torch.uint8)}, r"uint8 \[5, 9\]"),
+        ({"codes": torch.zeros(5, 20)}, "float32"),
+        ({"bits": 5}, "needs uint8"),
+        ({"scale": torch.zeros(4)}, r"scale is \[4\]"),
+        ({"offset": torch.zeros(5, 0)}, r"offset is \[5, 0\]"),
+        ({"group": 2}, "needs uint8"),
+        ({"tables": torch.zeros(1, 1, 8, 1)}, r"tables are \[1, 1, 8, 1\]"),
+        ({"scale": torch.zeros(10)[::2]}, "strides"),
         ({"scale": torch.zeros(5, device="meta")}, "on meta"),
     ],
-)  # fmt: skip
+)
 def test_a_layout_that_would_be_read_past_its_end_is_refused(change: dict, message: str) -> None:
     laid = triton_weight(made(FORMATS["usq4"], (5, 20))[0])
     with pytest.raises(AquabitError, match=message):
         replace(
-            laid, **{k: v.to(DEVICE) if isinstance(v, Tensor) and not v.is_meta and v.is_contiguous() else v for k, v in change.items()}
+            laid,
+            **{
+                k: v.to(DEVICE) if isinstance(v, Tensor) and not v.is_meta and v.is_contiguous() else v
+                for k, v in change.items()
+            },
         )
 
 
 def test_without_triton_it_says_so() -> None:
     with mock.patch.object(triton_kernels, "_device", return_value="triton is not installed (no module)"):
         weight = made(FORMATS["usq4"], (5, 20))[0]
-        assert triton_refuses(weight, "cuda", torch.float32) == triton_available() == "triton is not installed (no module)"
+        assert (
+            triton_refuses(weight, "cuda", torch.float32)
+            == triton_available()
+            == "triton is not installed (no module)"
+        )
         with pytest.raises(AquabitError, match="cannot serve: triton is not installed"):
             triton_linear(torch.zeros(3, 20), weight)
 
 
 def _python(program: str, **environment: str | None) -> str:
     env = {k: v for k, v in (os.environ | environment).items() if v is not None}
-    return subprocess.run([sys.executable, "-c", program], env=env, check=True, capture_output=True, text=True).stdout
+    return subprocess.run(
+        [sys.executable, "-c", program], env=env, check=True, capture_output=True, text=True
+    ).stdout
 
 
 def test_the_module_imports_without_triton() -> None:
     program = (
-        "import sys; sys.modules['triton'] = None; from aquabit.kernels.triton_kernels import triton_available; print(triton_available())"
+        "import sys; sys.modules['triton'] = None; from aquabit.kernels.triton_kernels import"
+        " triton_available; print(triton_available())"
     )
     assert "triton is not installed" in _python(program)
 
 
 def test_an_interpreter_set_too_late_is_named() -> None:
-    program = "import os, triton; os.environ['TRITON_INTERPRET'] = '1'; from aquabit.kernels.triton_kernels import triton_available as f; print(f())"
+    program = (
+        "import os, triton; os.environ['TRITON_INTERPRET'] = '1'; from aquabit.kernels.triton_kernels import"
+        " triton_available as f; print(f())"
+    )
     assert "TRITON_INTERPRET was set after triton was imported" in _python(program, TRITON_INTERPRET=None)
 
 
 def test_the_kernels_compile_for_gpus_that_are_not_here(tmp_path: Path) -> None:
-    """Ampere and Hopper: matrix units (mma.sync, wgmma) in all fast products, none in exact ones and for few tokens."""
-    lines = _python("from tests.triton_compiles import main; main()", TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path)).splitlines()
+    """Ampere and Hopper: matrix units (mma.sync, wgmma) in all fast products, none in exact ones and for
+    few tokens."""
+    lines = _python(
+        "from tests.triton_compiles import main; main()", TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path)
+    ).splitlines()
     assert len(lines) == 18
     for line in lines:
-        unit = "none" if "exact" in line or " few " in line or " add " in line else "mma.sync" if line.startswith("80") else "wgmma.mma"
+        unit = (
+            "none"
+            if "exact" in line or " few " in line or " add " in line
+            else "mma.sync"
+            if line.startswith("80")
+            else "wgmma.mma"
+        )
         assert f"unit='{unit}'" in line, line
 
 
@@ -457,7 +598,9 @@ def test_large_linear(name: str, tokens: int, dtype: torch.dtype) -> None:
 
 @gpu
 @served
-@pytest.mark.parametrize(("shape", "tokens"), [((4608, 1152), 256), ((1152, 4608), 256), ((1152, 4608), 1), ((4608, 1152), 4096)])
+@pytest.mark.parametrize(
+    ("shape", "tokens"), [((4608, 1152), 256), ((1152, 4608), 256), ((1152, 4608), 1), ((4608, 1152), 4096)]
+)
 def test_large_linear_with_scales_per_64_inputs(shape: tuple[int, int], tokens: int) -> None:
     weight, decoded = made(Format(4, C=0, n=shape[1] // 64, offset=True), shape)
     check_linear(weight, decoded, noise(tokens, shape[1]), None)
@@ -469,7 +612,9 @@ def test_large_linear_with_scales_per_64_inputs(shape: tuple[int, int], tokens: 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(("channels", "size", "stride"), [(192, 32, 1), (384, 32, 2), (960, 16, 1)])
 @pytest.mark.parametrize("name", ["usq4", "aq2x8g8", "kernel"])
-def test_large_conv2d(name: str, channels: int, size: int, stride: int, memory_format: torch.memory_format, dtype: torch.dtype) -> None:
+def test_large_conv2d(
+    name: str, channels: int, size: int, stride: int, memory_format: torch.memory_format, dtype: torch.dtype
+) -> None:
     format, order = (Format(8, 9), "kernel") if name == "kernel" else (FORMATS[name], "inputs")
     weight, decoded = made(format, (channels, channels, 3, 3), order=order)
     x = noise(2, channels, size, size, dtype=dtype).contiguous(memory_format=memory_format)

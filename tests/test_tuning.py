@@ -1,4 +1,5 @@
-"""What a model asks of the kernels: its requests, dense copies worth their memory, latency as a cost, and bench."""
+"""What a model asks of the kernels: its requests, dense copies worth their memory, latency as a cost, and
+bench."""
 
 from __future__ import annotations
 
@@ -23,7 +24,16 @@ from aquabit.quant.bank import Bank
 from aquabit.quant.bench import bench_artifact, bench_formats, decoded_, parse_shape, torch_threads
 from aquabit.quant.layers import QuantConv2d, QuantLinear, quant_layer, resident_bytes
 from aquabit.quant.model import fingerprint
-from aquabit.quant.tuning import at_scheme, example_call, format_for, layers_of, place_, requests_of, tune, worth_copying
+from aquabit.quant.tuning import (
+    at_scheme,
+    example_call,
+    format_for,
+    layers_of,
+    place_,
+    requests_of,
+    tune,
+    worth_copying,
+)
 from aquabit.quant.weights import quantize_weight
 from aquabit.scheme import FP, AquabitError, Calibration, Protocol, QuantConfig, Scheme
 from aquabit.sensitivity import latency
@@ -33,7 +43,20 @@ from aquabit.sensitivity.pool import InlinePool, WorkerPool
 from aquabit.space import make_space
 from tests.conftest import tiny_pipeline
 
-SCHEMES = ("usq3", "usq8", "vq4", "vq3c", "usq4g8", "aq2x4g4", "usq3h", "aq2x3k", "vq3h", "usq4g8h", "vq2ch", "aq1x4g8")
+SCHEMES = (
+    "usq3",
+    "usq8",
+    "vq4",
+    "vq3c",
+    "usq4g8",
+    "aq2x4g4",
+    "usq3h",
+    "aq2x3k",
+    "vq3h",
+    "usq4g8h",
+    "vq2ch",
+    "aq1x4g8",
+)
 PLAIN = {"plain float32": 1e-3, "plain bfloat16": 1e-3}
 
 
@@ -44,7 +67,11 @@ def timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     dispatch.forget()
 
     def set_(times: Callable[[Request], dict[str, float]]) -> None:
-        monkeypatch.setattr(measuring, "measure", lambda r: {"full": 1e-6} if r.format.tables == "none" else {**PLAIN, **times(r)})
+        monkeypatch.setattr(
+            measuring,
+            "measure",
+            lambda r: {"full": 1e-6} if r.format.tables == "none" else {**PLAIN, **times(r)},
+        )
 
     yield set_
     dispatch.forget()
@@ -62,7 +89,9 @@ def packed(pipe, tmp_path: Path, *schemes: str, act: int = 8):
 @pytest.mark.parametrize("text", SCHEMES)
 def test_the_format_of_a_scheme_is_that_of_its_fits(text: str, shape: tuple[int, ...]) -> None:
     scheme = Scheme.parse(text)
-    fitted = quantize_weight(torch.randn(shape), scheme, torch.eye(prod(shape[1:])) if scheme.calibrated else None)
+    fitted = quantize_weight(
+        torch.randn(shape), scheme, torch.eye(prod(shape[1:])) if scheme.calibrated else None
+    )
     assert format_for(scheme, shape) == format_of(fitted)
 
 
@@ -76,7 +105,9 @@ def test_requests_are_those_of_the_forward_in_both_modes(pipe, tmp_path) -> None
     assert sorted((names[w], key) for w, key in seen) == sorted(
         (n, r.key) for n, row in asked.items() for r, k in row.items() for _ in range(k)
     )
-    fresh = {name: quant_layer(pipe.denoiser.get_submodule(name), layer.split) for name, layer in layers.items()}
+    fresh = {
+        name: quant_layer(pipe.denoiser.get_submodule(name), layer.split) for name, layer in layers.items()
+    }
     for name, layer in fresh.items():
         owner, _, leaf = name.rpartition(".")
         setattr(pipe.denoiser.get_submodule(owner), leaf, layer)
@@ -98,7 +129,11 @@ def test_copies_save_most_time_per_byte_within_a_quarter(pipe, tmp_path, timed) 
     layers, call = made.model.layers, example_call(made.pipe.denoiser)
     none = place_(layers, call)
     before = call().sample
-    assert none.copies == () and none.backends == {"reference": len(layers)} and none.resident == resident_bytes(layers.values())
+    assert (
+        none.copies == ()
+        and none.backends == {"reference": len(layers)}
+        and none.resident == resident_bytes(layers.values())
+    )
     some = place_(layers, call, "auto")
     size = {n: 4 * prod(layer.shape) for n, layer in layers.items()}
     asked = tune(layers, call)
@@ -109,7 +144,9 @@ def test_copies_save_most_time_per_byte_within_a_quarter(pipe, tmp_path, timed) 
     assert all(worth[n] > 0 for n in some.copies)
     left = [n for n in layers if n not in some.copies and worth[n] > max(worth[m] for m in some.copies)]
     assert all(size[n] > sum(size.values()) / 4 for n in left), "what is worth more and has room is kept"
-    assert some.backends == {k: v for k, v in (("reference", len(layers) - len(some.copies)), ("dense", len(some.copies))) if v}
+    assert some.backends == {
+        k: v for k, v in (("reference", len(layers) - len(some.copies)), ("dense", len(some.copies))) if v
+    }
     torch.testing.assert_close(call().sample, before, rtol=0, atol=1e-4)
     assert place_(layers, call, "packed") == none, "copies are dropped again"
     assert worth_copying(layers, tune(layers, call), torch.float32) == some.copies
@@ -131,7 +168,9 @@ def test_generate_tells_what_ran_and_gives_the_same_images(dit, tmp_path, timed)
     large = packing.generate(str(tmp_path / "packed"), images=3, steps=2, memory="auto", told=told.append)
     torch.testing.assert_close(small, large, rtol=0, atol=1e-4)
     assert told[0].copies == () and told[1].copies and told[1].resident > told[0].resident
-    assert packing.generate(dit, images=2, steps=1, told=told.append).shape[0] == 2 and len(told) == 2, "a dense pipeline has no kernels"
+    assert packing.generate(dit, images=2, steps=1, told=told.append).shape[0] == 2 and len(told) == 2, (
+        "a dense pipeline has no kernels"
+    )
     with pytest.raises(AquabitError, match="memory 'all'"):
         packing.generate(str(tmp_path / "packed"), images=2, steps=1, memory="all")
 
@@ -139,7 +178,9 @@ def test_generate_tells_what_ran_and_gives_the_same_images(dit, tmp_path, timed)
 def test_the_first_call_is_one_call_of_the_micro_batch(pipe) -> None:
     protocol = Protocol(images=3, steps=5, micro_batch=4, guidance=2.0)
     shapes: list[int] = []
-    handle = pipe.denoiser.register_forward_pre_hook(lambda _, args, kw: shapes.append(len(args[0])), with_kwargs=True)
+    handle = pipe.denoiser.register_forward_pre_hook(
+        lambda _, args, kw: shapes.append(len(args[0])), with_kwargs=True
+    )
     call = Adapter(pipe).first_call(protocol)
     call()
     call()
@@ -148,7 +189,8 @@ def test_the_first_call_is_one_call_of_the_micro_batch(pipe) -> None:
     assert not pipe.denoiser._forward_pre_hooks
 
 
-# ---- latency as a cost -----------------------------------------------------------------------------------------------------------------
+# ---- latency as a cost
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -158,8 +200,19 @@ def evaluator(dit, tmp_path) -> Evaluator:
 
 
 def test_a_configuration_costs_what_its_kernels_take(dit, evaluator, timed) -> None:
-    timed(lambda r: {"reference": (r.format.bits + (r.act >= 16)) * r.multiply_adds * 1e-12 + 1e-6, "dense": 1e-9})
-    space = make_space(trace(dit), evaluator.fingerprint, schemes=["usq2", "usq4", "vq3"], activations=[16, 8], excluded=["proj_out_2"])
+    timed(
+        lambda r: {
+            "reference": (r.format.bits + (r.act >= 16)) * r.multiply_adds * 1e-12 + 1e-6,
+            "dense": 1e-9,
+        }
+    )
+    space = make_space(
+        trace(dit),
+        evaluator.fingerprint,
+        schemes=["usq2", "usq4", "vq3"],
+        activations=[16, 8],
+        excluded=["proj_out_2"],
+    )
     table = latency.latency_table(evaluator, space)
     assert table.activations == (16, 8) and table.rest >= 0
     allowed = space.allowed()
@@ -172,7 +225,11 @@ def test_a_configuration_costs_what_its_kernels_take(dit, evaluator, timed) -> N
         with evaluator.packed(config) as model:
             asked = tune(model.layers, example_call(model.denoiser))
         times = dispatch.machine_timings().entries
-        expected = 1e3 * sum(k * (times[r.key].get("full") or times[r.key]["reference"]) for row in asked.values() for r, k in row.items())
+        expected = 1e3 * sum(
+            k * (times[r.key].get("full") or times[r.key]["reference"])
+            for row in asked.values()
+            for r, k in row.items()
+        )
         assert costs.totals(*space.indices([config]))["latency_ms"][0] == pytest.approx(expected + table.rest)
     assert all(layer.held is None for layer in evaluator.quantized.layers.values()), "dense again"
 
@@ -191,7 +248,15 @@ def test_packed_measurements_do_not_depend_on_timings_or_workers(dit, tmp_path, 
     space = make_space(model.graph, model.fingerprint, calibration=Calibration(images=4, steps=2))
     config = space.uniform("usq3").with_layer(next(iter(names)), "vq4")
     protocol = Protocol(images=6, steps=2, micro_batch=4)
-    tasks = [{"task": "measure", "config": config.to_dict(), "protocol": protocol.block(b).to_dict(), "packed": True} for b in (0, 1)]
+    tasks = [
+        {
+            "task": "measure",
+            "config": config.to_dict(),
+            "protocol": protocol.block(b).to_dict(),
+            "packed": True,
+        }
+        for b in (0, 1)
+    ]
     bank = Bank(tmp_path / "bank")
 
     def results(pool) -> dict[str, dict[str, float]]:
@@ -205,14 +270,23 @@ def test_packed_measurements_do_not_depend_on_timings_or_workers(dit, tmp_path, 
     measured = inline.measure(config, protocol, packed=True)[0]
     assert measured.environment["weights"] == "packed" and dict(measured.metrics) == one[protocol.digest]
     dense = inline.measure(config, protocol)[0]
-    assert dense.environment["weights"] == "decoded" and dense.metrics["fid"] == pytest.approx(one[protocol.digest]["fid"], rel=1e-2)
+    assert dense.environment["weights"] == "decoded" and dense.metrics["fid"] == pytest.approx(
+        one[protocol.digest]["fid"], rel=1e-2
+    )
     timed(lambda r: {b.name: 1.0 for b in BACKENDS})  # other timings, same images
     assert results(InlinePool(inline)) == one
     dit.save_pretrained(tmp_path / "pipe")
     from aquabit.graph import to_json
 
-    begin = {"task": "begin", "model": str(tmp_path / "pipe"), "graph": to_json(model.graph), "bank": str(bank.folder),
-             "fingerprint": model.fingerprint, "device": "cpu", "dtype": "float32"}  # fmt: skip
+    begin = {
+        "task": "begin",
+        "model": str(tmp_path / "pipe"),
+        "graph": to_json(model.graph),
+        "bank": str(bank.folder),
+        "fingerprint": model.fingerprint,
+        "device": "cpu",
+        "dtype": "float32",
+    }
     pool = WorkerPool(2, begin)
     try:
         assert results(pool) == one
@@ -224,7 +298,9 @@ def test_fitting_goes_on_after_a_packed_measurement(dit, tmp_path) -> None:
     model = open_model(dit)
     inline = Evaluator(dit, model.graph, Bank(tmp_path / "bank"), model.fingerprint)
     layer = next(iter(inline.quantized.layers))
-    config = QuantConfig(model.fingerprint, {}, calibration=Calibration(images=4, steps=2)).with_layer(layer, "usq3h", 8)
+    config = QuantConfig(model.fingerprint, {}, calibration=Calibration(images=4, steps=2)).with_layer(
+        layer, "usq3h", 8
+    )
     protocol = Protocol(images=4, steps=2, micro_batch=4)
     for scheme in ("usq3h", "usq2h"):
         inline.measure(config.with_layer(layer, scheme, 8), protocol, packed=True)
@@ -232,18 +308,28 @@ def test_fitting_goes_on_after_a_packed_measurement(dit, tmp_path) -> None:
     assert inline.measure(other, protocol)[0].status == "ok"
 
 
-# ---- bench -----------------------------------------------------------------------------------------------------------------------------
+# ---- bench
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_bench_times_formats_at_shapes() -> None:
     rows = bench_formats("usq4, vq3c,aq2x3k", "12x16@5,6x4x3x3@8x7", 16)
     assert [(r.shape, r.format) for r in rows] == [
-        ("12x16@5", "usq4"), ("12x16@5", "vq3c"), ("6x4x3x3@8x7", "usq4"), ("6x4x3x3@8x7", "vq3c"), ("6x4x3x3@8x7", "aq2x3k"),
-    ]  # fmt: skip
+        ("12x16@5", "usq4"),
+        ("12x16@5", "vq3c"),
+        ("6x4x3x3@8x7", "usq4"),
+        ("6x4x3x3@8x7", "vq3c"),
+        ("6x4x3x3@8x7", "aq2x3k"),
+    ]
     for r in rows:
         plain = json.loads(json.dumps(r.to_dict()))
-        assert plain["best"] == min(plain["milliseconds"], key=plain["milliseconds"].get) and "reference" in plain["milliseconds"]
-        assert plain["ratio"]["float32"] == pytest.approx(plain["dense"]["float32"] / plain["milliseconds"][plain["best"]])
+        assert (
+            plain["best"] == min(plain["milliseconds"], key=plain["milliseconds"].get)
+            and "reference" in plain["milliseconds"]
+        )
+        assert plain["ratio"]["float32"] == pytest.approx(
+            plain["dense"]["float32"] / plain["milliseconds"][plain["best"]]
+        )
         assert plain["machine"]["threads"] == str(torch.get_num_threads())
     with torch_threads(2) as count:
         assert count == torch.get_num_threads() == 2
@@ -269,8 +355,14 @@ def test_bench_compares_whole_denoisers(tmp_path, timed) -> None:
     rows = {r.name: r for r in bench_artifact(tmp_path / "packed")}
     assert list(rows) == ["packed, memory=packed", "packed, memory=auto", "dense float32", "dense bfloat16"]
     assert all(r.milliseconds > 0 for r in rows.values())
-    assert rows["packed, memory=packed"].resident < rows["packed, memory=auto"].resident < rows["dense float32"].resident
-    assert set(rows["packed, memory=packed"].backends) == {"reference"} and set(rows["dense bfloat16"].backends) == {"full"}
+    assert (
+        rows["packed, memory=packed"].resident
+        < rows["packed, memory=auto"].resident
+        < rows["dense float32"].resident
+    )
+    assert set(rows["packed, memory=packed"].backends) == {"reference"} and set(
+        rows["dense bfloat16"].backends
+    ) == {"full"}
     with pytest.raises(AquabitError, match="holds no packed denoiser"):
         bench_artifact(tmp_path)
     with pytest.raises(AquabitError, match="'float16' is not timed"):

@@ -17,9 +17,27 @@ from aquabit.quant.weights import quantize_weight, relative_error
 from aquabit.scheme import AquabitError, Scheme
 
 SHAPES = st.one_of(
-    st.tuples(st.integers(1, 17), st.integers(1, 19)), st.tuples(st.integers(1, 7), st.integers(1, 5), st.integers(1, 3), st.integers(1, 3))
+    st.tuples(st.integers(1, 17), st.integers(1, 19)),
+    st.tuples(st.integers(1, 7), st.integers(1, 5), st.integers(1, 3), st.integers(1, 3)),
 )
-SCHEMES = st.sampled_from(["usq1", "usq2", "usq3", "usq4", "usq8", "usq4g4", "usq3g5", "vq1", "vq2", "vq3", "vq4", "vq2c", "vq3c", "vq5c"])
+SCHEMES = st.sampled_from(
+    [
+        "usq1",
+        "usq2",
+        "usq3",
+        "usq4",
+        "usq8",
+        "usq4g4",
+        "usq3g5",
+        "vq1",
+        "vq2",
+        "vq3",
+        "vq4",
+        "vq2c",
+        "vq3c",
+        "vq5c",
+    ]
+)
 
 
 @given(st.integers(1, 16), st.integers(1, 77), st.integers(0, 2**32 - 1))
@@ -39,7 +57,11 @@ def test_codes_out_of_range_are_refused() -> None:
 def test_size_function_equals_the_packed_bytes(shape: tuple[int, ...], scheme: str, seed: int) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     coded = quantize_weight(weight, scheme)
-    assert coded.nbytes == weight_bytes(shape, Scheme.parse(scheme)) == sum(t.numel() * t.element_size() for t in coded.tensors().values())
+    assert (
+        coded.nbytes
+        == weight_bytes(shape, Scheme.parse(scheme))
+        == sum(t.numel() * t.element_size() for t in coded.tensors().values())
+    )
     assert coded.dequantize().shape == weight.shape
     again = from_tensors(coded.tensors(), coded.shape, coded.bits, coded.order)
     assert torch.equal(again.dequantize(), coded.dequantize())
@@ -55,7 +77,10 @@ def plain_decode(coded: CodebookWeight) -> np.ndarray:
             value = (
                 float(codes[j, 0, o])
                 if tables is None
-                else sum(tables[o if len(tables) > 1 else 0, m, codes[j, m, o], k] for m in range(coded.codebook_count))
+                else sum(
+                    tables[o if len(tables) > 1 else 0, m, codes[j, m, o], k]
+                    for m in range(coded.codebook_count)
+                )
             )
             for name in ("scale", "offset"):
                 factor = getattr(coded, name)
@@ -80,15 +105,23 @@ def test_decoding_follows_the_documented_order(shape: tuple[int, ...], scheme: s
 def test_additive_codes_decode_in_order() -> None:
     g = torch.Generator().manual_seed(1)
     codes = torch.randint(0, 4, (3, 2, 5), generator=g)
-    coded = CodebookWeight.from_codes(codes, torch.randn(1, 2, 4, 4, generator=g), torch.rand(5, generator=g), None, (5, 10), 2)
+    coded = CodebookWeight.from_codes(
+        codes, torch.randn(1, 2, 4, 4, generator=g), torch.rand(5, generator=g), None, (5, 10), 2
+    )
     np.testing.assert_allclose(coded.dequantize().numpy(), plain_decode(coded), rtol=1e-6, atol=1e-6)
     kernel = CodebookWeight.from_codes(
-        codes, torch.randn(1, 2, 4, 4, generator=g), torch.rand(5, generator=g), None, (5, 3, 2, 2), 2, "kernel"
+        codes,
+        torch.randn(1, 2, 4, 4, generator=g),
+        torch.rand(5, generator=g),
+        None,
+        (5, 3, 2, 2),
+        2,
+        "kernel",
     )
     tables = kernel.codebooks[0].float()
-    expected = (tables[0][codes[:, 0]] + tables[1][codes[:, 1]]).permute(1, 0, 2).reshape(5, 3, 2, 2) * kernel.scale.float()[
-        :, None, None, None
-    ]
+    expected = (tables[0][codes[:, 0]] + tables[1][codes[:, 1]]).permute(1, 0, 2).reshape(
+        5, 3, 2, 2
+    ) * kernel.scale.float()[:, None, None, None]
     torch.testing.assert_close(kernel.dequantize(), expected)
 
 
@@ -114,7 +147,9 @@ def test_kmeans_is_as_good_as_scikit_learn(bits: int) -> None:
     theirs = KMeans(1 << bits, n_init=10, random_state=0).fit(weight.reshape(-1, 1).numpy()).inertia_
     ours = float((quantize_weight(weight, f"vq{bits}").dequantize() - weight).square().sum())
     assert ours <= theirs * 1.03
-    assert relative_error(weight, quantize_weight(weight, f"vq{bits}c")) < relative_error(weight, quantize_weight(weight, f"vq{bits}"))
+    assert relative_error(weight, quantize_weight(weight, f"vq{bits}c")) < relative_error(
+        weight, quantize_weight(weight, f"vq{bits}")
+    )
 
 
 def test_more_bits_less_error() -> None:
@@ -124,8 +159,12 @@ def test_more_bits_less_error() -> None:
         assert errors == sorted(errors, reverse=True) and errors[-1] < 0.02
 
 
-@pytest.mark.parametrize(("scheme", "ragged", "even"), [("usq4g4", 9, 8), ("usq4g64", 147, 128), ("usq3g5", (4, 3, 1), (5, 3, 1))])
-def test_groups_that_do_not_divide_a_row_are_coded_as_well(scheme: str, ragged: int | tuple[int, ...], even: int | tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("scheme", "ragged", "even"), [("usq4g4", 9, 8), ("usq4g64", 147, 128), ("usq3g5", (4, 3, 1), (5, 3, 1))]
+)
+def test_groups_that_do_not_divide_a_row_are_coded_as_well(
+    scheme: str, ragged: int | tuple[int, ...], even: int | tuple[int, ...]
+) -> None:
     def error(row: int | tuple[int, ...]) -> float:
         weight = torch.randn(64, *np.atleast_1d(row).tolist(), generator=torch.Generator().manual_seed(0))
         return relative_error(weight, quantize_weight(weight, scheme))
@@ -161,11 +200,14 @@ def test_bad_weights_and_schemes() -> None:
 def test_kernels_equal_the_dense_layer_and_refuse_misfits() -> None:
     weight = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
     coded, x, bias = quantize_weight(weight, "vq3"), torch.randn(2, 3, 10), torch.randn(6)
-    torch.testing.assert_close(codebook_linear(x, coded, bias, "exact"), torch.nn.functional.linear(x, coded.dequantize(), bias))
+    torch.testing.assert_close(
+        codebook_linear(x, coded, bias, "exact"), torch.nn.functional.linear(x, coded.dequantize(), bias)
+    )
     conv = quantize_weight(torch.randn(6, 4, 3, 3), "usq4")
     images = torch.randn(2, 8, 5, 5)
     torch.testing.assert_close(
-        codebook_conv2d(images, conv, None, 2, 1, 1, 2, "exact"), torch.nn.functional.conv2d(images, conv.dequantize(), None, 2, 1, 1, 2)
+        codebook_conv2d(images, conv, None, 2, 1, 1, 2, "exact"),
+        torch.nn.functional.conv2d(images, conv.dequantize(), None, 2, 1, 1, 2),
     )
     for bad in (
         lambda: codebook_linear(x[..., :9], coded),

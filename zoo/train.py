@@ -1,8 +1,8 @@
 """Train the bundled models: python zoo/train.py [classifier|digits-unet|digits-dit ...] [--checkpoints DIR]
 
-Everything is seeded and runs on one CPU thread per model. To resume an interrupted training, run the same command again.
-The classifier and the denoisers see the training half of scikit-learn's digits only; the other half is the reference of
-every FID. `python zoo/evaluate.py` measures what the training reached.
+Everything is seeded and runs on one CPU thread per model. To resume an interrupted training, run the same
+command again. The classifier and the denoisers see the training half of scikit-learn's digits only; the other
+half is the reference of every FID. `python zoo/evaluate.py` measures what the training reached.
 """
 
 from __future__ import annotations
@@ -31,14 +31,22 @@ HORIZON = {"digits-dit": 6000, "digits-unet": 4200}  # the cosine's length; it i
 COOLDOWN = 800  # last steps, over which the rate falls linearly to zero
 LEARNING_RATE = {"digits-dit": 5e-4, "digits-unet": 6e-4}
 EMA_DECAY = 0.999
-SCHEDULER = {"num_train_timesteps": 1000, "beta_schedule": "linear", "clip_sample": False, "timestep_spacing": "leading"}
+SCHEDULER = {
+    "num_train_timesteps": 1000,
+    "beta_schedule": "linear",
+    "clip_sample": False,
+    "timestep_spacing": "leading",
+}
 
 
 def digits_halves(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Stratified halves: training images [898, 1, 8, 8] in [-1, 1], their labels, held-out images and labels."""
+    """Stratified halves: training images [898, 1, 8, 8] in [-1, 1], their labels, held-out images and
+    labels."""
     data = load_digits()
     images = (data.images / 8.0 - 1.0).astype(np.float32)[:, None]
-    x, xh, y, yh = train_test_split(images, data.target, test_size=0.5, stratify=data.target, random_state=seed)
+    x, xh, y, yh = train_test_split(
+        images, data.target, test_size=0.5, stratify=data.target, random_state=seed
+    )
     return torch.from_numpy(x), torch.from_numpy(y).long(), torch.from_numpy(xh), torch.from_numpy(yh).long()
 
 
@@ -47,15 +55,31 @@ def build(name: str) -> nn.Module:
     torch.manual_seed(0)
     if name == "digits-unet":
         return UNet2DModel(
-            sample_size=8, in_channels=1, out_channels=1, block_out_channels=(64, 128), layers_per_block=1,
-            down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-            num_class_embeds=CLASSES + 1, attention_head_dim=32, norm_num_groups=16,
-        )  # fmt: skip
+            sample_size=8,
+            in_channels=1,
+            out_channels=1,
+            block_out_channels=(64, 128),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+            num_class_embeds=CLASSES + 1,
+            attention_head_dim=32,
+            norm_num_groups=16,
+        )
     model = DiTTransformer2DModel(
-        num_attention_heads=6, attention_head_dim=32, in_channels=1, out_channels=1, num_layers=6, sample_size=8,
-        patch_size=2, num_embeds_ada_norm=CLASSES, norm_elementwise_affine=False,
-    )  # fmt: skip
-    for block in model.transformer_blocks:  # adaLN-Zero (DiT, section 3.2): every block starts as the identity
+        num_attention_heads=6,
+        attention_head_dim=32,
+        in_channels=1,
+        out_channels=1,
+        num_layers=6,
+        sample_size=8,
+        patch_size=2,
+        num_embeds_ada_norm=CLASSES,
+        norm_elementwise_affine=False,
+    )
+    for (
+        block
+    ) in model.transformer_blocks:  # adaLN-Zero (DiT, section 3.2): every block starts as the identity
         nn.init.zeros_(block.norm1.linear.weight)
         nn.init.zeros_(block.norm1.linear.bias)
     for head in (model.proj_out_1, model.proj_out_2):
@@ -110,10 +134,14 @@ class Checkpoint:
 def learning_rate(step: int, name: str) -> float:
     """Linear warm-up over 200 steps, a cosine, and a linear cooldown over the last steps."""
     cosine = 0.5 * (1 + math.cos(math.pi * step / HORIZON[name]))
-    return LEARNING_RATE[name] * min(1.0, (step + 1) / 200) * cosine * min(1.0, (STEPS[name] - step) / COOLDOWN)
+    return (
+        LEARNING_RATE[name] * min(1.0, (step + 1) / 200) * cosine * min(1.0, (STEPS[name] - step) / COOLDOWN)
+    )
 
 
-def training_loss(model: nn.Module, scheduler: DDIMScheduler, x: torch.Tensor, y: torch.Tensor, generator) -> torch.Tensor:
+def training_loss(
+    model: nn.Module, scheduler: DDIMScheduler, x: torch.Tensor, y: torch.Tensor, generator
+) -> torch.Tensor:
     """Mean squared error of the predicted noise at stratified timesteps."""
     n = len(x)
     offset = torch.rand(n, generator=generator)
@@ -127,7 +155,9 @@ def training_loss(model: nn.Module, scheduler: DDIMScheduler, x: torch.Tensor, y
 def train_denoiser(name: str, checkpoints: Path) -> None:
     x, y, _, _ = digits_halves()
     model, scheduler = build(name).train(), DDIMScheduler(**SCHEDULER)
-    if name == "digits-dit":  # our own class dropout serves both models; diffusers' embedding would drop again
+    if (
+        name == "digits-dit"
+    ):  # our own class dropout serves both models; diffusers' embedding would drop again
         for block in model.transformer_blocks:
             block.norm1.emb.class_embedder.dropout_prob = 0.0
     optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=0.0)
@@ -146,7 +176,11 @@ def train_denoiser(name: str, checkpoints: Path) -> None:
         checkpoint.update_ema(step)
         losses.append(loss.item())
         if (step + 1) % 100 == 0:
-            print(f"{name} step {step + 1}/{STEPS[name]} loss {np.mean(losses):.4f} {time.time() - started:.0f} s", flush=True)
+            print(
+                f"{name} step {step + 1}/{STEPS[name]} loss {np.mean(losses):.4f}"
+                f" {time.time() - started:.0f} s",
+                flush=True,
+            )
             losses = []
             checkpoint.save(step + 1)
     export_denoiser(name, checkpoint.ema)
@@ -158,25 +192,42 @@ def export_denoiser(name: str, ema: dict[str, torch.Tensor]) -> None:
     model.load_state_dict(ema)
     model.half().save_pretrained(folder / "denoiser")
     DDIMScheduler(**SCHEDULER).save_pretrained(folder / "scheduler")
-    index = {"_class_name": "ClassConditionalPipeline", "_diffusers_version": "0.42.1", "denoiser": ["diffusers", type(model).__name__],
-             "scheduler": ["diffusers", "DDIMScheduler"], "classes": CLASSES, "real_images": "digits"}  # fmt: skip
+    index = {
+        "_class_name": "ClassConditionalPipeline",
+        "_diffusers_version": "0.42.1",
+        "denoiser": ["diffusers", type(model).__name__],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "classes": CLASSES,
+        "real_images": "digits",
+    }
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def build_classifier() -> nn.Sequential:
-    """Convolutions 1-32-64-64 to a 32-dimensional feature and ten logits; layer names are the state dict's keys."""
+    """Convolutions 1-32-64-64 to a 32-dimensional feature and ten logits; layer names are the state dict's
+    keys."""
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(1, 32, 3, padding=1), nn.SiLU(), nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.SiLU(),
-        nn.Conv2d(64, 64, 3, padding=1), nn.SiLU(), nn.Flatten(), nn.Linear(64 * 16, 32), nn.SiLU(), nn.Linear(32, CLASSES),
-    )  # fmt: skip
+        nn.Conv2d(1, 32, 3, padding=1),
+        nn.SiLU(),
+        nn.Conv2d(32, 64, 3, stride=2, padding=1),
+        nn.SiLU(),
+        nn.Conv2d(64, 64, 3, padding=1),
+        nn.SiLU(),
+        nn.Flatten(),
+        nn.Linear(64 * 16, 32),
+        nn.SiLU(),
+        nn.Linear(32, CLASSES),
+    )
 
 
 def shifted(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Each image moved by at most one pixel in each direction."""
     moves = torch.randint(-1, 2, (len(x), 2), generator=generator)
     padded = nn.functional.pad(x, (1, 1, 1, 1), value=-1.0)
-    return torch.stack([p[:, 1 + dy : 9 + dy, 1 + dx : 9 + dx] for p, (dy, dx) in zip(padded, moves.tolist(), strict=True)])
+    return torch.stack(
+        [p[:, 1 + dy : 9 + dy, 1 + dx : 9 + dx] for p, (dy, dx) in zip(padded, moves.tolist(), strict=True)]
+    )
 
 
 def train_classifier(_: Path, epochs: int = 60) -> None:
@@ -187,7 +238,9 @@ def train_classifier(_: Path, epochs: int = 60) -> None:
     generator = torch.Generator().manual_seed(0)
     for _epoch in range(epochs):
         for batch in torch.randperm(len(x), generator=generator).split(64):
-            images = shifted(x[batch], generator) + 0.1 * torch.randn(len(batch), 1, 8, 8, generator=generator)
+            images = shifted(x[batch], generator) + 0.1 * torch.randn(
+                len(batch), 1, 8, 8, generator=generator
+            )
             loss = nn.functional.cross_entropy(model(images), y[batch], label_smoothing=0.05)
             optimizer.zero_grad()
             loss.backward()
@@ -199,18 +252,27 @@ def train_classifier(_: Path, epochs: int = 60) -> None:
     path = BUNDLED / "classifier.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({k: v.half().contiguous() for k, v in model.state_dict().items()}, path)
-    save_file({"images": ((xh + 1) * 8).round().to(torch.uint8), "labels": yh.to(torch.uint8)}, BUNDLED / "held_out.safetensors")
+    save_file(
+        {"images": ((xh + 1) * 8).round().to(torch.uint8), "labels": yh.to(torch.uint8)},
+        BUNDLED / "held_out.safetensors",
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     names = ["classifier", "digits-unet", "digits-dit"]
     parser.add_argument("names", nargs="*", default=names, choices=names)
     parser.add_argument("--checkpoints", type=Path, default=Path("zoo/checkpoints"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     for name in options.names:
-        train_classifier(options.checkpoints) if name == "classifier" else train_denoiser(name, options.checkpoints)
+        (
+            train_classifier(options.checkpoints)
+            if name == "classifier"
+            else train_denoiser(name, options.checkpoints)
+        )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """The additive quantizer's code search over a block of groups: in C++ on a CPU, and its reference in torch.
 
-Weights are rows [Z, O, R]: Z blocks of O rows, each row n groups of g weights, R = n g. ``tables`` [T, M, K, g] are M codebooks of
-K codewords; block z uses set z // (Z / T). A group stands for scale times the sum c of one codeword of each codebook. Its codes are to
-minimise c metric c^T - 2 c pull^T, and two searches look for them: each codeword replaced by its best given the others, in turn; and, for
-a beam above 1, from nothing, the ``beam`` best sums grown codebook by codebook. Groups are searched in order, and what the outcome of one
-means for those after it is applied before they are.
+Weights are rows [Z, O, R]: Z blocks of O rows, each row n groups of g weights, R = n g. ``tables`` [T, M, K,
+g] are M codebooks of K codewords; block z uses set z // (Z / T). A group stands for scale times the sum c of
+one codeword of each codebook. Its codes are to minimise c metric c^T - 2 c pull^T, and two searches look for
+them: each codeword replaced by its best given the others, in turn; and, for a beam above 1, from nothing, the
+``beam`` best sums grown codebook by codebook. Groups are searched in order, and what the outcome of one means
+for those after it is applied before they are.
 """
 
 from __future__ import annotations
@@ -29,9 +30,11 @@ SMALL = 1e-30  # scales up to this are as good as none
 
 
 class Found(NamedTuple):
-    """``codes`` [Z, O, n, M] int64; ``moved`` [Z, O, R]: what later blocks have to hear of, times their part of the coupling.
+    """``codes`` [Z, O, n, M] int64; ``moved`` [Z, O, R]: what later blocks have to hear of, times their part
+    of the coupling.
 
-    ``gain`` [Z, O] float64: the change of each row's loss by a sweep, which is not positive, up to rounding; 0 with feedback.
+    ``gain`` [Z, O] float64: the change of each row's loss by a sweep, which is not positive, up to rounding;
+    0 with feedback.
     """
 
     codes: Tensor
@@ -40,14 +43,21 @@ class Found(NamedTuple):
 
 
 def feedback_search(
-    weight: Tensor, metric: Tensor, tables: Tensor, scale: Tensor, beam: int = 1,
-    *, inverse: Tensor | None = None, coupling: Tensor | None = None, backend: Backend | None = None,
-) -> Found:  # fmt: skip
+    weight: Tensor,
+    metric: Tensor,
+    tables: Tensor,
+    scale: Tensor,
+    beam: int = 1,
+    *,
+    inverse: Tensor | None = None,
+    coupling: Tensor | None = None,
+    backend: Backend | None = None,
+) -> Found:
     """Codes from nothing for ``weight`` [Z, O, R] under ``metric`` [Z, n, g, g] and ``scale`` [Z, O].
 
-    The error (w - q) ``inverse``_n [Z, n, g, g] of each group, times ``coupling`` [Z, R, R], is taken from the groups after it; ``moved``
-    is the errors. Without ``inverse`` errors are w - q, without ``coupling`` groups do not hear of each other. Raises AquabitError where
-    ``backend`` cannot serve.
+    The error (w - q) ``inverse``_n [Z, n, g, g] of each group, times ``coupling`` [Z, R, R], is taken from
+    the groups after it; ``moved`` is the errors. Without ``inverse`` errors are w - q, without ``coupling``
+    groups do not hear of each other. Raises AquabitError where ``backend`` cannot serve.
     """
     if select(backend, weight, tables) == "native":
         return _search_natively(weight, None, None, metric, tables, scale, beam, inverse, coupling)
@@ -55,13 +65,23 @@ def feedback_search(
 
 
 def sweep_search(
-    gradient: Tensor, decoded: Tensor, codes: Tensor, metric: Tensor, tables: Tensor, scale: Tensor, beam: int = 1,
-    *, coupling: Tensor | None = None, backend: Backend | None = None,
-) -> Found:  # fmt: skip
-    """Codes, starting from ``codes``, that decode to ``decoded``, on the ``gradient`` (w - decoded) H, both [Z, O, R].
+    gradient: Tensor,
+    decoded: Tensor,
+    codes: Tensor,
+    metric: Tensor,
+    tables: Tensor,
+    scale: Tensor,
+    beam: int = 1,
+    *,
+    coupling: Tensor | None = None,
+    backend: Backend | None = None,
+) -> Found:
+    """Codes, starting from ``codes``, that decode to ``decoded``, on the ``gradient`` (w - decoded) H, both
+    [Z, O, R].
 
-    ``metric`` [Z, n, g, g] are the diagonal blocks of H, ``coupling`` [Z, R, R] is H, None where it is block-diagonal; ``moved`` is the
-    change of the decoded weights. Raises AquabitError where ``backend`` cannot serve.
+    ``metric`` [Z, n, g, g] are the diagonal blocks of H, ``coupling`` [Z, R, R] is H, None where it is
+    block-diagonal; ``moved`` is the change of the decoded weights. Raises AquabitError where ``backend``
+    cannot serve.
     """
     if select(backend, gradient, tables) == "native":
         return _search_natively(gradient, decoded, codes, metric, tables, scale, beam, None, coupling)
@@ -69,7 +89,8 @@ def sweep_search(
 
 
 def select(backend: Backend | None, rows: Tensor, tables: Tensor) -> Backend:
-    """What serves these tensors: ``backend``, or the best there is. Raises AquabitError where ``backend`` cannot."""
+    """What serves these tensors: ``backend``, or the best there is. Raises AquabitError where ``backend``
+    cannot."""
     missing = _missing(rows, tables)
     if backend is None:
         return "reference" if missing else "native"
@@ -91,31 +112,63 @@ def _missing(rows: Tensor, tables: Tensor) -> str | None:
 
 
 def _search_natively(
-    target: Tensor, decoded: Tensor | None, codes: Tensor | None, metric: Tensor, tables: Tensor, scale: Tensor, beam: int,
-    inverse: Tensor | None, coupling: Tensor | None, level: int = 0,
-) -> Found:  # fmt: skip
+    target: Tensor,
+    decoded: Tensor | None,
+    codes: Tensor | None,
+    metric: Tensor,
+    tables: Tensor,
+    scale: Tensor,
+    beam: int,
+    inverse: Tensor | None,
+    coupling: Tensor | None,
+    level: int = 0,
+) -> Found:
     """``level``: index into the extension's list of instruction sets, best first."""
     z, o, r = target.shape
     t, m, k, g = tables.shape
-    _check(target, tables, beam, metric=(metric, (z, r // g, g, g)), scale=(scale, (z, o)), decoded=(decoded, (z, o, r)),
-           codes=(codes, (z, o, r // g, m)), inverse=(inverse, (z, r // g, g, g)), coupling=(coupling, (z, r, r)))  # fmt: skip
+    _check(
+        target,
+        tables,
+        beam,
+        metric=(metric, (z, r // g, g, g)),
+        scale=(scale, (z, o)),
+        decoded=(decoded, (z, o, r)),
+        codes=(codes, (z, o, r // g, m)),
+        inverse=(inverse, (z, r // g, g, g)),
+        coupling=(coupling, (z, r, r)),
+    )
     beam = beam if m > 1 else 1  # it makes no difference, but takes room
-    changed = target.clone(memory_format=torch.contiguous_format)  # later groups' part of it is changed on the way
-    found = target.new_zeros(z, o, r // g, m, dtype=torch.int64) if codes is None else codes.clone(memory_format=torch.contiguous_format)
+    changed = target.clone(
+        memory_format=torch.contiguous_format
+    )  # later groups' part of it is changed on the way
+    found = (
+        target.new_zeros(z, o, r // g, m, dtype=torch.int64)
+        if codes is None
+        else codes.clone(memory_format=torch.contiguous_format)
+    )
     moved, gain = torch.empty_like(changed), target.new_zeros(z, o, dtype=torch.float64)
-    held = [None if x is None else x.float().contiguous() for x in (decoded, metric, inverse, coupling, scale, tables)]
+    held = [
+        None if x is None else x.float().contiguous()
+        for x in (decoded, metric, inverse, coupling, scale, tables)
+    ]
     if changed.numel():
-        addresses = [0 if x is None else x.data_ptr() for x in (changed, *held, found, moved, None if decoded is None else gain)]
+        addresses = [
+            0 if x is None else x.data_ptr()
+            for x in (changed, *held, found, moved, None if decoded is None else gain)
+        ]
         _native.additive_search(*addresses, z, o, r // g, t, m, k, g, beam, torch.get_num_threads(), level)
     return Found(found, moved, gain)
 
 
-def _check(target: Tensor, tables: Tensor, beam: int, **shapes: tuple[Tensor | None, tuple[int, ...]]) -> None:
+def _check(
+    target: Tensor, tables: Tensor, beam: int, **shapes: tuple[Tensor | None, tuple[int, ...]]
+) -> None:
     """The extension reads what it is told to: shapes and codes must be right."""
     t, _, k, g = tables.shape
     if target.shape[2] % g or len(target) % t or not 1 <= beam <= LARGEST // k:
         raise AquabitError(
-            f"rows {tuple(target.shape)} do not fit tables {tuple(tables.shape)}, or {beam=} is not from 1 to {LARGEST // k}"
+            f"rows {tuple(target.shape)} do not fit tables {tuple(tables.shape)}, or {beam=} is not from 1 to"
+            f" {LARGEST // k}"
         )
     for name, (tensor, shape) in shapes.items():
         if tensor is not None and tuple(tensor.shape) != shape:
@@ -126,8 +179,14 @@ def _check(target: Tensor, tables: Tensor, beam: int, **shapes: tuple[Tensor | N
 
 
 def _feedback_reference(
-    weight: Tensor, metric: Tensor, tables: Tensor, scale: Tensor, beam: int, inverse: Tensor | None, coupling: Tensor | None
-) -> Found:  # fmt: skip
+    weight: Tensor,
+    metric: Tensor,
+    tables: Tensor,
+    scale: Tensor,
+    beam: int,
+    inverse: Tensor | None,
+    coupling: Tensor | None,
+) -> Found:
     rows, size = weight.clone(), tables.shape[3]
     of_blocks = _of_blocks(tables, len(weight))
     codes, errors = [], torch.empty_like(rows)
@@ -144,8 +203,15 @@ def _feedback_reference(
 
 
 def _sweep_reference(
-    gradient: Tensor, decoded: Tensor, codes: Tensor, metric: Tensor, tables: Tensor, scale: Tensor, beam: int, coupling: Tensor | None
-) -> Found:  # fmt: skip
+    gradient: Tensor,
+    decoded: Tensor,
+    codes: Tensor,
+    metric: Tensor,
+    tables: Tensor,
+    scale: Tensor,
+    beam: int,
+    coupling: Tensor | None,
+) -> Found:
     gradient, codes, size = gradient.clone(), codes.clone(), tables.shape[3]
     of_blocks = _of_blocks(tables, len(gradient))
     moved, gain = torch.empty_like(gradient), gradient.new_zeros(gradient.shape[:2], dtype=torch.float64)
@@ -170,10 +236,15 @@ def _unscaled(rows: Tensor, scale: Tensor) -> Tensor:
     return rows / torch.where(scale.abs() > SMALL, scale, torch.ones_like(scale))[..., None]
 
 
-def _choose(pull: Tensor, metric: Tensor, tables: list[Tensor], codes: Tensor | None, beam: int) -> tuple[Tensor, Tensor]:
-    """Codes [Z, O, M] for pulls [Z, O, g], from ``codes`` or from nothing; the sum of their codewords [Z, O, g]."""
+def _choose(
+    pull: Tensor, metric: Tensor, tables: list[Tensor], codes: Tensor | None, beam: int
+) -> tuple[Tensor, Tensor]:
+    """Codes [Z, O, M] for pulls [Z, O, g], from ``codes`` or from nothing; the sum of their codewords [Z,
+    O, g]."""
     own = [(torch.bmm(t, metric) * t).sum(2)[:, None] for t in tables]  # [Z, 1, K]
-    chosen = [torch.zeros_like(pull) if codes is None else _rows(t, codes[..., m]) for m, t in enumerate(tables)]
+    chosen = [
+        torch.zeros_like(pull) if codes is None else _rows(t, codes[..., m]) for m, t in enumerate(tables)
+    ]
     total = torch.stack(chosen).sum(0) if len(chosen) > 1 else chosen[0]
     picked = []
     for m, table in enumerate(tables):
@@ -196,21 +267,36 @@ def _cost(total: Tensor, pull: Tensor, metric: Tensor) -> Tensor:
 
 
 def _beam(
-    pull: Tensor, metric: Tensor, tables: list[Tensor], own: list[Tensor], beam: int, found: Tensor, total: Tensor
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The better, row by row, of ``found`` (its sum ``total``) and the best of ``beam`` partial sums grown codebook by codebook."""
+    pull: Tensor,
+    metric: Tensor,
+    tables: list[Tensor],
+    own: list[Tensor],
+    beam: int,
+    found: Tensor,
+    total: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The better, row by row, of ``found`` (its sum ``total``) and the best of ``beam`` partial sums grown
+    codebook by codebook."""
     z, o, g = pull.shape
     sums, value = pull.new_zeros(z, o, 1, g), pull.new_zeros(z, o, 1)
     codes = torch.zeros(z, o, 1, 0, dtype=torch.int64, device=pull.device)
     for m, table in enumerate(tables):
         width, k = sums.shape[2], table.shape[1]
         left = pull[:, :, None] - torch.bmm(sums.reshape(z, o * width, g), metric).reshape(z, o, width, g)
-        score = torch.baddbmm(own[m], left.reshape(z, o * width, g), table.transpose(1, 2), alpha=-2).reshape(z, o, width, k)
+        score = torch.baddbmm(own[m], left.reshape(z, o * width, g), table.transpose(1, 2), alpha=-2).reshape(
+            z, o, width, k
+        )
         score = (score + value[..., None]).reshape(z, o, width * k)
         keep = min(beam if m + 1 < len(tables) else 1, width * k)
         value, at = score.topk(keep, 2, largest=False)
         parent, code = at // k, at % k
-        sums = sums.gather(2, parent[..., None].expand(-1, -1, -1, g)) + _rows(table, code.reshape(z, -1)).reshape(z, o, keep, g)
-        codes = torch.cat([codes.gather(2, parent[..., None].expand(-1, -1, -1, codes.shape[3])), code[..., None]], 3)
+        sums = sums.gather(2, parent[..., None].expand(-1, -1, -1, g)) + _rows(
+            table, code.reshape(z, -1)
+        ).reshape(z, o, keep, g)
+        codes = torch.cat(
+            [codes.gather(2, parent[..., None].expand(-1, -1, -1, codes.shape[3])), code[..., None]], 3
+        )
     better = _cost(sums[:, :, 0], pull, metric) < _cost(total, pull, metric)
-    return torch.where(better[..., None], codes[:, :, 0], found), torch.where(better[..., None], sums[:, :, 0], total)
+    return torch.where(better[..., None], codes[:, :, 0], found), torch.where(
+        better[..., None], sums[:, :, 0], total
+    )

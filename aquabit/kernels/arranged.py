@@ -1,9 +1,11 @@
-"""A CodebookWeight as the native kernels read it, made once at load: rows of whole bytes, scalar codes fused, groups in reading order.
+"""A CodebookWeight as the native kernels read it, made once at load: rows of whole bytes, scalar codes fused,
+groups in reading order.
 
-A row of weights is cut into segments that lie within one tap of the kernel and one group of scales. Each is a run of *lookups*: a lookup
-is a code of one codebook, or ``fused`` neighbouring scalar codes as one, the first in the lowest bits (2 bits by 4, 3 and 4 bits by 2). A
-lookup takes a byte, or half of one (the first in the low half) where its codebook has at most 16 codewords. Nothing is lost: ``restore``
-gives the stored weight back.
+A row of weights is cut into segments that lie within one tap of the kernel and one group of scales. Each is a
+run of *lookups*: a lookup is a code of one codebook, or ``fused`` neighbouring scalar codes as one, the first
+in the lowest bits (2 bits by 4, 3 and 4 bits by 2). A lookup takes a byte, or half of one (the first in the
+low half) where its codebook has at most 16 codewords. Nothing is lost: ``restore`` gives the stored weight
+back.
 """
 
 from __future__ import annotations
@@ -34,9 +36,9 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Arranged:
-    """``codes`` uint8 [out, bytes]; ``tables`` float32 [C, M, K, g] as stored, C = 1 or out, None for uniform codes {0 .. 2^bits - 1};
-    ``scale`` float32 [out, n] (ones where none is stored), ``offset`` [out, n] or None; ``stored`` are the float16 codebooks, scale and
-    offset that they came from."""
+    """``codes`` uint8 [out, bytes]; ``tables`` float32 [C, M, K, g] as stored, C = 1 or out, None for
+    uniform codes {0 .. 2^bits - 1}; ``scale`` float32 [out, n] (ones where none is stored), ``offset``
+    [out, n] or None; ``stored`` are the float16 codebooks, scale and offset that they came from."""
 
     codes: Tensor
     tables: Tensor | None
@@ -50,7 +52,9 @@ class Arranged:
     fused: int
     order: str
     segments: tuple[Segment, ...]
-    derived: dict[str, Any] = field(default_factory=dict)  # what each backend made of it for itself: anything with ``tensors()``
+    derived: dict[str, Any] = field(
+        default_factory=dict
+    )  # what each backend made of it for itself: anything with ``tensors()``
 
     @property
     def width(self) -> int:
@@ -80,7 +84,14 @@ class Arranged:
 
     def held(self) -> Mapping[int, int]:
         """Bytes of every storage that is held, by address: layers may share some."""
-        mine = [self.codes, self.tables, self.scale, self.offset, *self.stored, *(t for d in self.derived.values() for t in d.tensors())]
+        mine = [
+            self.codes,
+            self.tables,
+            self.scale,
+            self.offset,
+            *self.stored,
+            *(t for d in self.derived.values() for t in d.tensors()),
+        ]
         return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in mine if t is not None}
 
     @property
@@ -104,14 +115,21 @@ class Arranged:
 
 
 def arranges(weight: CodebookWeight) -> str | None:
-    """Why ``weight`` cannot be arranged, or None: lookups have at most 8 bits, and groups of a convolution lie within a tap."""
+    """Why ``weight`` cannot be arranged, or None: lookups have at most 8 bits, and groups of a convolution
+    lie within a tap."""
     if weight.bits > 8:
         return f"codes of {weight.bits} bits do not fit a byte"
     counts = {n for n in (_columns(weight.scale), _columns(weight.offset)) if n > 1}
     if len(counts) > 1:
         return f"scales and offsets have different groups of inputs: {sorted(counts)}"
-    if weight.order == "inputs" and weight.group > 1 and any(s.inputs % weight.group for s in _segments(weight)):
-        return f"groups of {weight.group} inputs do not fit into {weight.shape[1]} channels or a group of scales"
+    if (
+        weight.order == "inputs"
+        and weight.group > 1
+        and any(s.inputs % weight.group for s in _segments(weight))
+    ):
+        return (
+            f"groups of {weight.group} inputs do not fit into {weight.shape[1]} channels or a group of scales"
+        )
     return None
 
 
@@ -122,13 +140,25 @@ def arrange(weight: CodebookWeight) -> Arranged:
         raise AquabitError(f"a weight {list(weight.shape)} cannot be arranged for the native kernels: {why}")
     single = weight.group == 1 and weight.codebook_count == 1 and weight.order == "inputs"
     out, count = weight.shape[0], max(_columns(weight.scale), _columns(weight.offset))
-    scale = _spread(torch.ones(out, device=weight.packed.device) if weight.scale is None else weight.scale, out, count)
+    scale = _spread(
+        torch.ones(out, device=weight.packed.device) if weight.scale is None else weight.scale, out, count
+    )
     offset = None if weight.offset is None else _spread(weight.offset, out, count)
     tables = None if weight.codebooks is None else weight.codebooks.float().contiguous()
     empty = Arranged(
-        weight.packed, tables, scale, offset, (weight.codebooks, weight.scale, weight.offset), tuple(weight.shape), weight.bits,
-        weight.codebook_count, weight.group, FUSED.get(weight.bits, 1) if single else 1, weight.order, _segments(weight),
-    )  # fmt: skip
+        weight.packed,
+        tables,
+        scale,
+        offset,
+        (weight.codebooks, weight.scale, weight.offset),
+        tuple(weight.shape),
+        weight.bits,
+        weight.codebook_count,
+        weight.group,
+        FUSED.get(weight.bits, 1) if single else 1,
+        weight.order,
+        _segments(weight),
+    )
     return replace(empty, codes=_laid(empty, weight.codes.to(torch.uint8).permute(2, 0, 1)))
 
 
@@ -137,7 +167,8 @@ def _columns(factor: Tensor | None) -> int:
 
 
 def _spread(factor: Tensor, out: int, count: int) -> Tensor:
-    """[out] or [out, 1 or count] as float32 [out, count]: kernels read scale and offset of a segment at the same place."""
+    """[out] or [out, 1 or count] as float32 [out, count]: kernels read scale and offset of a segment at
+    the same place."""
     return factor.float().reshape(out, -1).expand(out, count).contiguous()
 
 
@@ -171,7 +202,9 @@ def _laid(arranged: Arranged, codes: Tensor) -> Tensor:
     for segment in arranged.segments:
         run = codes[:, _places(arranged, segment)]
         if arranged.fused > 1:
-            run = torch.nn.functional.pad(run[..., 0], (0, -segment.inputs % arranged.fused)).reshape(out, -1, arranged.fused)
+            run = torch.nn.functional.pad(run[..., 0], (0, -segment.inputs % arranged.fused)).reshape(
+                out, -1, arranged.fused
+            )
             run = _joined(run, arranged.bits)
         run = run.reshape(out, -1)
         if arranged.width == NIBBLE:
@@ -200,6 +233,8 @@ def _unlaid(arranged: Arranged) -> Tensor:
         run = run[:, : arranged.lookups(segment)]
         if arranged.fused > 1:
             shifts = torch.arange(arranged.fused, device=run.device, dtype=torch.uint8) * arranged.bits
-            run = ((run[..., None] >> shifts) & ((1 << arranged.bits) - 1)).reshape(out, -1)[:, : segment.inputs]
+            run = ((run[..., None] >> shifts) & ((1 << arranged.bits) - 1)).reshape(out, -1)[
+                :, : segment.inputs
+            ]
         parts.append(run.reshape(out, -1, arranged.codebooks))
     return torch.cat(parts, 1)

@@ -20,13 +20,15 @@ from aquabit.kernels.triton_kernels import triton_conv2d, triton_linear, triton_
 from aquabit.scheme import AquabitError
 
 Weight: TypeAlias = CodebookWeight | Arranged
-Call: TypeAlias = Callable[[Tensor, Weight, Tensor | None, Request, Tensor | None], Tensor]  # x, weight, bias, request, dense copy
+Call: TypeAlias = Callable[
+    [Tensor, Weight, Tensor | None, Request, Tensor | None], Tensor
+]  # x, weight, bias, request, dense copy
 
 
 @dataclass(frozen=True)
 class Backend:
-    """``refuses`` says why a request cannot be served, or None. ``quantizes``: it rounds the activations itself; the others get them
-    rounded."""
+    """``refuses`` says why a request cannot be served, or None. ``quantizes``: it rounds the activations
+    itself; the others get them rounded."""
 
     name: str
     does: str
@@ -58,13 +60,17 @@ def _lut_refuses(request: Request) -> str | None:
 
 
 def _decode_refuses(request: Request) -> str | None:
-    return _native_refuses(request) or decode_refuses(hollow(request.format), request.device, getattr(torch, request.dtype))
+    return _native_refuses(request) or decode_refuses(
+        hollow(request.format), request.device, getattr(torch, request.dtype)
+    )
 
 
 def _triton_refuses(request: Request) -> str | None:
     if request.device != "cuda":
         return f"it runs on CUDA, the input is on {request.device}"
-    return _no_gradient(request) or triton_refuses(hollow(request.format), request.device, getattr(torch, request.dtype))
+    return _no_gradient(request) or triton_refuses(
+        hollow(request.format), request.device, getattr(torch, request.dtype)
+    )
 
 
 def _dense_refuses(request: Request) -> str | None:
@@ -82,30 +88,46 @@ def _lut_conv2d(x: Tensor, weight: Weight, bias: Tensor | None, request: Request
     return lut_conv2d(x, weight, bias, r.stride, r.padding, r.dilation, r.groups, r.accuracy == "exact")
 
 
-def _decode_linear(x: Tensor, weight: Weight, bias: Tensor | None, request: Request, _: Tensor | None) -> Tensor:
+def _decode_linear(
+    x: Tensor, weight: Weight, bias: Tensor | None, request: Request, _: Tensor | None
+) -> Tensor:
     return decode_linear(x, weight, bias, request.act, request.accuracy)
 
 
-def _decode_conv2d(x: Tensor, weight: Weight, bias: Tensor | None, request: Request, _: Tensor | None) -> Tensor:
+def _decode_conv2d(
+    x: Tensor, weight: Weight, bias: Tensor | None, request: Request, _: Tensor | None
+) -> Tensor:
     r = request
-    return decode_conv2d(x, weight, bias, r.stride, r.padding, r.dilation, r.groups, r.act, r.split, r.accuracy)
+    return decode_conv2d(
+        x, weight, bias, r.stride, r.padding, r.dilation, r.groups, r.act, r.split, r.accuracy
+    )
 
 
-def _triton_linear(x: Tensor, weight: Weight, bias: Tensor | None, request: Request, _: Tensor | None) -> Tensor:
+def _triton_linear(
+    x: Tensor, weight: Weight, bias: Tensor | None, request: Request, _: Tensor | None
+) -> Tensor:
     return triton_linear(x, weight, bias, request.accuracy)
 
 
-def _triton_conv2d(x: Tensor, weight: Weight, bias: Tensor | None, request: Request, _: Tensor | None) -> Tensor:
+def _triton_conv2d(
+    x: Tensor, weight: Weight, bias: Tensor | None, request: Request, _: Tensor | None
+) -> Tensor:
     r = request
     return triton_conv2d(x, weight, bias, r.stride, r.padding, r.dilation, r.groups, r.accuracy)
 
 
-def _reference_linear(x: Tensor, weight: Weight, bias: Tensor | None, _: Request, __: Tensor | None) -> Tensor:
+def _reference_linear(
+    x: Tensor, weight: Weight, bias: Tensor | None, _: Request, __: Tensor | None
+) -> Tensor:
     return reference_linear(x, weight, bias)
 
 
-def _reference_conv2d(x: Tensor, weight: Weight, bias: Tensor | None, request: Request, _: Tensor | None) -> Tensor:
-    return reference_conv2d(x, weight, bias, request.stride, request.padding, request.dilation, request.groups)
+def _reference_conv2d(
+    x: Tensor, weight: Weight, bias: Tensor | None, request: Request, _: Tensor | None
+) -> Tensor:
+    return reference_conv2d(
+        x, weight, bias, request.stride, request.padding, request.dilation, request.groups
+    )
 
 
 def _dense_linear(x: Tensor, _: Weight, bias: Tensor | None, __: Request, dense: Tensor | None) -> Tensor:
@@ -113,17 +135,48 @@ def _dense_linear(x: Tensor, _: Weight, bias: Tensor | None, __: Request, dense:
     return functional.linear(x, dense, bias)
 
 
-def _dense_conv2d(x: Tensor, _: Weight, bias: Tensor | None, request: Request, dense: Tensor | None) -> Tensor:
+def _dense_conv2d(
+    x: Tensor, _: Weight, bias: Tensor | None, request: Request, dense: Tensor | None
+) -> Tensor:
     assert dense is not None
-    return functional.conv2d(x, dense, bias, request.stride, request.padding, request.dilation, request.groups)
+    return functional.conv2d(
+        x, dense, bias, request.stride, request.padding, request.dilation, request.groups
+    )
 
 
 BACKENDS = (
-    Backend("dense", "multiplies with a dense copy that memory=auto keeps", _dense_refuses, _dense_linear, _dense_conv2d),
-    Backend("triton", "decodes in shared memory for the matrix units of a GPU", _triton_refuses, _triton_linear, _triton_conv2d),
-    Backend("lut", "adds entries of tables of all codewords' products", _lut_refuses, _lut_linear, _lut_conv2d),
-    Backend("decode", "decodes tiles for the processor's matrix instructions", _decode_refuses, _decode_linear, _decode_conv2d, True),
-    Backend("reference", "decodes the whole weight, any device and type", lambda _: None, _reference_linear, _reference_conv2d),
+    Backend(
+        "dense",
+        "multiplies with a dense copy that memory=auto keeps",
+        _dense_refuses,
+        _dense_linear,
+        _dense_conv2d,
+    ),
+    Backend(
+        "triton",
+        "decodes in shared memory for the matrix units of a GPU",
+        _triton_refuses,
+        _triton_linear,
+        _triton_conv2d,
+    ),
+    Backend(
+        "lut", "adds entries of tables of all codewords' products", _lut_refuses, _lut_linear, _lut_conv2d
+    ),
+    Backend(
+        "decode",
+        "decodes tiles for the processor's matrix instructions",
+        _decode_refuses,
+        _decode_linear,
+        _decode_conv2d,
+        True,
+    ),
+    Backend(
+        "reference",
+        "decodes the whole weight, any device and type",
+        lambda _: None,
+        _reference_linear,
+        _reference_conv2d,
+    ),
 )
 
 

@@ -14,10 +14,14 @@ from aquabit.scheme import AquabitError
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Integer codes of any shape, each below 2^bits, as a little-endian bit stream: uint8 [ceil(n * bits / 8)]."""
+    """Integer codes of any shape, each below 2^bits, as a little-endian bit stream: uint8 [ceil(n * bits /
+    8)]."""
     flat = codes.reshape(-1).to(torch.int32)
     if flat.numel() and (int(flat.min()) < 0 or int(flat.max()) >= 1 << bits):
-        raise AquabitError(f"codes range from {int(flat.min())} to {int(flat.max())}; {bits} bits hold 0 to {(1 << bits) - 1}")
+        raise AquabitError(
+            f"codes range from {int(flat.min())} to {int(flat.max())}; {bits} bits hold 0 to"
+            f" {(1 << bits) - 1}"
+        )
     per_period, period_bytes = 8 // gcd(bits, 8), bits // gcd(bits, 8)
     size = ceil(flat.numel() * bits / 8)
     padded = torch.zeros(ceil(flat.numel() / per_period) * per_period, dtype=torch.int32, device=codes.device)
@@ -61,11 +65,12 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
 class CodebookWeight:
     """W[o, group j] = scale[o] * sum_m codebooks[c, m, codes[j, m, o]] + offset[o], stored packed.
 
-    ``packed`` holds codes [groups, M, out] at ``bits`` bits each; ``codebooks`` [C, M, K, g] float16 with C = 1, or C = out for
-    tables per channel, or None for the implied scalar table {0 .. 2^bits - 1} of uniform quantization; ``scale`` and ``offset``
-    [out] or [out, n] float16 (n groups of inputs). Groups of a Linear run along the inputs; those of a convolution along
-    (kh, kw, cin), cin fastest (``order="inputs"``), or are one kernel slice per input channel (``order="kernel"``). A last group
-    that does not divide is padded; the padding is cut on decoding.
+    ``packed`` holds codes [groups, M, out] at ``bits`` bits each; ``codebooks`` [C, M, K, g] float16 with C =
+    1, or C = out for tables per channel, or None for the implied scalar table {0 .. 2^bits - 1} of uniform
+    quantization; ``scale`` and ``offset`` [out] or [out, n] float16 (n groups of inputs). Groups of a Linear
+    run along the inputs; those of a convolution along (kh, kw, cin), cin fastest (``order="inputs"``), or are
+    one kernel slice per input channel (``order="kernel"``). A last group that does not divide is padded; the
+    padding is cut on decoding.
     """
 
     packed: Tensor
@@ -80,12 +85,18 @@ class CodebookWeight:
         expected = ceil(self.groups * self.codebook_count * self.shape[0] * self.bits / 8)
         if self.packed.dtype != torch.uint8 or tuple(self.packed.shape) != (expected,):
             raise AquabitError(
-                f"codes are {self.packed.dtype} {list(self.packed.shape)}; a weight {list(self.shape)} needs uint8 [{expected}]"
+                f"codes are {self.packed.dtype} {list(self.packed.shape)}; a weight {list(self.shape)} needs"
+                f" uint8 [{expected}]"
             )
         if self.codebooks is not None and (
-            self.codebooks.ndim != 4 or self.codebooks.shape[0] not in (1, self.shape[0]) or self.codebooks.shape[2] != 1 << self.bits
+            self.codebooks.ndim != 4
+            or self.codebooks.shape[0] not in (1, self.shape[0])
+            or self.codebooks.shape[2] != 1 << self.bits
         ):
-            raise AquabitError(f"codebooks are {list(self.codebooks.shape)}; needed are [1 or {self.shape[0]}, M, {1 << self.bits}, g]")
+            raise AquabitError(
+                f"codebooks are {list(self.codebooks.shape)}; needed are [1 or {self.shape[0]}, M,"
+                f" {1 << self.bits}, g]"
+            )
         for name in ("scale", "offset"):
             value = getattr(self, name)
             if value is not None and value.shape[0] != self.shape[0]:
@@ -93,11 +104,18 @@ class CodebookWeight:
 
     @staticmethod
     def from_codes(
-        codes: Tensor, codebooks: Tensor | None, scale: Tensor | None, offset: Tensor | None, shape: tuple[int, ...], bits: int,
+        codes: Tensor,
+        codebooks: Tensor | None,
+        scale: Tensor | None,
+        offset: Tensor | None,
+        shape: tuple[int, ...],
+        bits: int,
         order: Literal["inputs", "kernel"] = "inputs",
-    ) -> CodebookWeight:  # fmt: skip
+    ) -> CodebookWeight:
         """Pack integer codes [groups, M, out]; tables and scales are rounded to float16."""
-        tables, scales, offsets = (None if t is None else t.to(torch.float16).contiguous() for t in (codebooks, scale, offset))
+        tables, scales, offsets = (
+            None if t is None else t.to(torch.float16).contiguous() for t in (codebooks, scale, offset)
+        )
         return CodebookWeight(pack(codes, bits), tables, scales, offsets, tuple(shape), bits, order)
 
     @property
@@ -122,7 +140,12 @@ class CodebookWeight:
 
     def tensors(self) -> dict[str, Tensor]:
         """What is stored, by name: codes, codebooks, scale, offset."""
-        named = {"codes": self.packed, "codebooks": self.codebooks, "scale": self.scale, "offset": self.offset}
+        named = {
+            "codes": self.packed,
+            "codebooks": self.codebooks,
+            "scale": self.scale,
+            "offset": self.offset,
+        }
         return {k: v for k, v in named.items() if v is not None}
 
     @property
@@ -140,7 +163,8 @@ class CodebookWeight:
         return CodebookWeight(**moved)
 
     def dequantize(self, codes: Tensor | None = None) -> Tensor:
-        """The weight in its original shape, float32; ``codes`` are its unpacked ones where the caller has them."""
+        """The weight in its original shape, float32; ``codes`` are its unpacked ones where the caller has
+        them."""
         values = self._decoded_rows(self.codes if codes is None else codes)  # [groups * g, out]
         row = prod(self.shape[1:])
         if self.order == "kernel":
@@ -161,7 +185,9 @@ class CodebookWeight:
         if tables.shape[0] == 1 and self.group == 1 and self.codebook_count == 1:
             return tables[0, 0, :, 0][codes[:, 0].int()]
         if tables.shape[0] == 1:
-            total = sum(tables[0, m][codes[:, m].int()] for m in range(self.codebook_count))  # [groups, out, g]
+            total = sum(
+                tables[0, m][codes[:, m].int()] for m in range(self.codebook_count)
+            )  # [groups, out, g]
         else:
             rows = torch.arange(self.shape[0], device=codes.device)
             total = sum(tables[rows, m, codes[:, m].long()] for m in range(self.codebook_count))
@@ -177,7 +203,11 @@ class CodebookWeight:
                 continue
             wide = factor.float()
             if wide.ndim == 2:
-                wide = wide.t().repeat_interleave(ceil_divide(row, wide.shape[1]), 0)[:row] if wide.shape[1] > 1 else wide.t()
+                wide = (
+                    wide.t().repeat_interleave(ceil_divide(row, wide.shape[1]), 0)[:row]
+                    if wide.shape[1] > 1
+                    else wide.t()
+                )
             values = apply(values, wide)
         return values
 
@@ -186,9 +216,23 @@ def ceil_divide(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def from_tensors(tensors: Mapping[str, Tensor], shape: tuple[int, ...], bits: int, order: str = "inputs") -> CodebookWeight:
-    """A weight from what ``CodebookWeight.tensors`` stored; raises AquabitError where something is missing or of another size."""
+def from_tensors(
+    tensors: Mapping[str, Tensor], shape: tuple[int, ...], bits: int, order: str = "inputs"
+) -> CodebookWeight:
+    """A weight from what ``CodebookWeight.tensors`` stored; raises AquabitError where something is missing
+    or of another size."""
     if "codes" not in tensors or order not in ("inputs", "kernel"):
-        raise AquabitError(f"a stored weight needs codes and an order of inputs or kernel; it has {sorted(tensors)} and {order!r}")
+        raise AquabitError(
+            f"a stored weight needs codes and an order of inputs or kernel; it has {sorted(tensors)} and"
+            f" {order!r}"
+        )
     tables, scale, offset = (tensors.get(k) for k in ("codebooks", "scale", "offset"))
-    return CodebookWeight(tensors["codes"], tables, scale, offset, tuple(shape), bits, "kernel" if order == "kernel" else "inputs")
+    return CodebookWeight(
+        tensors["codes"],
+        tables,
+        scale,
+        offset,
+        tuple(shape),
+        bits,
+        "kernel" if order == "kernel" else "inputs",
+    )

@@ -20,9 +20,21 @@ def rows_of(weight: CodebookWeight) -> Decoder:
 
     def decode(first: int, last: int) -> Tensor:
         codes = _codes(weight, first, last)
-        tables = weight.codebooks if weight.codebooks is None or weight.codebooks.shape[0] == 1 else weight.codebooks[first:last]
+        tables = (
+            weight.codebooks
+            if weight.codebooks is None or weight.codebooks.shape[0] == 1
+            else weight.codebooks[first:last]
+        )
         scale, offset = (None if t is None else t[first:last] for t in (weight.scale, weight.offset))
-        part = CodebookWeight(pack(codes, weight.bits), tables, scale, offset, (last - first, *weight.shape[1:]), weight.bits, weight.order)
+        part = CodebookWeight(
+            pack(codes, weight.bits),
+            tables,
+            scale,
+            offset,
+            (last - first, *weight.shape[1:]),
+            weight.bits,
+            weight.order,
+        )
         return part.dequantize()
 
     return decode
@@ -35,7 +47,9 @@ def _codes(weight: CodebookWeight, first: int, last: int) -> Tensor:
     byte, end = at >> 3, weight.packed.numel() - 1
     word = sum(weight.packed[(byte + k).clamp_(max=end)].int() << (8 * k) for k in range(3))
     assert isinstance(word, Tensor)
-    return ((word >> (at & 7)) & ((1 << bits) - 1)).reshape(weight.groups, weight.codebook_count, last - first)
+    return ((word >> (at & 7)) & ((1 << bits) - 1)).reshape(
+        weight.groups, weight.codebook_count, last - first
+    )
 
 
 def _tile(shape: Sequence[int], dtype: torch.dtype) -> int:
@@ -63,15 +77,26 @@ def linear_by_tiles(x: Tensor, shape: Sequence[int], decode: Decoder, bias: Tens
 
 
 def conv_by_tiles(
-    x: Tensor, shape: Sequence[int], decode: Decoder, bias: Tensor | None, stride: Sequence[int], pads: Sequence[int],
-    dilation: Sequence[int], groups: int,
-) -> Tensor:  # fmt: skip
-    """x [n, cin, h, w] convolved with a weight of ``shape`` [out, cin / groups, kh, kw]: tiles of whole groups, or of rows of one."""
+    x: Tensor,
+    shape: Sequence[int],
+    decode: Decoder,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    pads: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """x [n, cin, h, w] convolved with a weight of ``shape`` [out, cin / groups, kh, kw]: tiles of whole
+    groups, or of rows of one."""
     out, inputs = shape[0], shape[1]
     if pads[0] != pads[1] or pads[2] != pads[3]:
         x, pads = functional.pad(x, (pads[2], pads[3], pads[0], pads[1])), (0, 0, 0, 0)
     each, step = out // groups, _tile(shape, x.dtype)
-    spans = [(g * each + a, min(g * each + each, g * each + a + step)) for g in range(groups) for a in range(0, each, step)]
+    spans = [
+        (g * each + a, min(g * each + each, g * each + a + step))
+        for g in range(groups)
+        for a in range(0, each, step)
+    ]
     if step > each:
         step = step // each * each
         spans = [(a, min(out, a + step)) for a in range(0, out, step)]
@@ -81,10 +106,16 @@ def conv_by_tiles(
         channels = x[:, first // each * inputs : (first // each + count) * inputs]
         tile = decode(first, last).to(x.dtype)
         part = None if bias is None else bias[first:last].to(x.dtype)
-        parts.append(functional.conv2d(channels, tile, part, tuple(stride), (pads[0], pads[2]), tuple(dilation), count))
+        parts.append(
+            functional.conv2d(channels, tile, part, tuple(stride), (pads[0], pads[2]), tuple(dilation), count)
+        )
     return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
 
 def scratch(shape: Sequence[int], dtype: torch.dtype) -> int:
     """Bytes of a tile."""
-    return min(_tile(shape, dtype), shape[0]) * prod(shape[1:]) * (4 if dtype == torch.float32 else 4 + dtype.itemsize)
+    return (
+        min(_tile(shape, dtype), shape[0])
+        * prod(shape[1:])
+        * (4 if dtype == torch.float32 else 4 + dtype.itemsize)
+    )

@@ -1,4 +1,5 @@
-"""Which kernel runs a coded layer: the fastest measured one of those that can, else a fixed order; the functions that everyone calls."""
+"""Which kernel runs a coded layer: the fastest measured one of those that can, else a fixed order; the
+functions that everyone calls."""
 
 from __future__ import annotations
 
@@ -23,12 +24,15 @@ from aquabit.kernels.timings import Table, Timings
 from aquabit.scheme import AquabitError
 
 FEW = 4  # tokens up to which the weight, not the arithmetic, takes the time
-_DTYPES = {d: str(d).removeprefix("torch.") for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
+_DTYPES = {
+    d: str(d).removeprefix("torch.") for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+}
 
 Seen = Callable[[Weight, Request, str], None]  # told of each call: its weight, request and backend
 
 
-# ---- the choice ------------------------------------------------------------------------------------------------------------------------
+# ---- the choice
+# ------------------------------------------------------------------------------------------------------------
 
 
 def serving(request: Request) -> dict[str, str | None]:
@@ -39,8 +43,9 @@ def serving(request: Request) -> dict[str, str | None]:
 def static_order(request: Request) -> tuple[str, ...]:
     """The order in which backends are tried where nothing was measured.
 
-    A dense copy where one is kept; on a GPU, Triton; scalar codes with activations of at most 8 bits on the integer dot products of
-    ``decode`` (unless there are only a few tokens), all else on tables before decoded tiles; the reference last.
+    A dense copy where one is kept; on a GPU, Triton; scalar codes with activations of at most 8 bits on the
+    integer dot products of ``decode`` (unless there are only a few tokens), all else on tables before decoded
+    tiles; the reference last.
     """
     integers = request.format.scalar and request.act <= 8 and (request.rows > FEW or request.kind == "conv2d")
     native = ("decode", "lut") if integers else ("lut", "decode")
@@ -48,8 +53,9 @@ def static_order(request: Request) -> tuple[str, ...]:
 
 
 def select(request: Request, timings: Table, backend: str | None = None) -> str:
-    """The name of the backend for a request: ``backend`` itself where it is given, else the fastest of those in ``timings`` that can serve,
-    else the first that can in ``static_order``. Of equally fast ones the first in that order.
+    """The name of the backend for a request: ``backend`` itself where it is given, else the fastest of those
+    in ``timings`` that can serve, else the first that can in ``static_order``. Of equally fast ones the first
+    in that order.
 
     Raises AquabitError for a ``backend`` that is unknown or cannot serve, saying why and which can.
     """
@@ -57,7 +63,10 @@ def select(request: Request, timings: Table, backend: str | None = None) -> str:
         why = backend_named(backend, BACKENDS).refuses(request)
         if why:
             can = ", ".join(name for name, reason in serving(request).items() if reason is None)
-            raise AquabitError(f"backend {backend!r} cannot run {request.kind} {request.format} at a{request.act}: {why}; these can: {can}")
+            raise AquabitError(
+                f"backend {backend!r} cannot run {request.kind} {request.format} at a{request.act}: {why};"
+                f" these can: {can}"
+            )
         return backend
     order = [name for name in static_order(request) if backend_named(name, BACKENDS).refuses(request) is None]
     measured = timings.get(request.key, {})
@@ -74,7 +83,9 @@ class _Choices:
     def __call__(self, request: Request, backend: str | None) -> Backend:
         found = self.made.get((request, backend))
         if found is None:
-            found = self.made[request, backend] = backend_named(select(request, self.table(request.threads), backend), BACKENDS)
+            found = self.made[request, backend] = backend_named(
+                select(request, self.table(request.threads), backend), BACKENDS
+            )
         return found
 
 
@@ -108,7 +119,8 @@ _seen: ContextVar[Seen | None] = ContextVar("seen", default=None)
 
 @contextmanager
 def using(table: Table) -> Iterator[None]:
-    """Choose by ``table`` instead of this machine's; an empty one means the static order, which is the same everywhere."""
+    """Choose by ``table`` instead of this machine's; an empty one means the static order, which is the
+    same everywhere."""
     token = _choices.set(_Choices(lambda _: table))
     try:
         yield
@@ -126,18 +138,22 @@ def observed(seen: Seen) -> Iterator[None]:
         _seen.reset(token)
 
 
-# ---- weights as kernels read them -------------------------------------------------------------------------------------------------------
+# ---- weights as kernels read them
+# -------------------------------------------------------------------------------------------------------
 
 _arranged: WeakKeyDictionary[CodebookWeight, Arranged] = WeakKeyDictionary()
 _formats: WeakKeyDictionary[Weight, Format] = WeakKeyDictionary()
 _by_number: WeakValueDictionary[int, Weight] = WeakValueDictionary()
 _count = count()
-_tables: Any = WeakIdKeyDictionary()  # stored codebooks -> as float32: layers that share the ones share the others
+_tables: Any = (
+    WeakIdKeyDictionary()
+)  # stored codebooks -> as float32: layers that share the ones share the others
 _moved: Any = WeakIdKeyDictionary()  # codebooks -> {device: the same there}
 
 
 def held(weight: Weight) -> Weight:
-    """``weight`` as kernels read it: arranged where it can be. Weights that share codebooks share their float32 form too."""
+    """``weight`` as kernels read it: arranged where it can be. Weights that share codebooks share their
+    float32 form too."""
     if isinstance(weight, Arranged) or arranges(weight) is not None:
         return _numbered(weight)
     arranged = arrange(weight)
@@ -147,7 +163,8 @@ def held(weight: Weight) -> Weight:
 
 
 def _numbered(weight: Weight) -> Weight:
-    """``weight`` under a number of its own (a copy has that of its original), by which compiled code refers to it."""
+    """``weight`` under a number of its own (a copy has that of its original), by which compiled code
+    refers to it."""
     if _by_number.get(getattr(weight, "number", -1)) is not weight:
         object.__setattr__(weight, "number", next(_count))
         _by_number[weight.number] = weight  # type: ignore[union-attr]  # set above
@@ -160,7 +177,9 @@ def moved(weight: Weight, device: torch.device) -> Weight:
     if isinstance(there, Arranged):
         assert isinstance(weight, Arranged)
         object.__setattr__(there, "tables", _once(weight.tables, there.tables, device))
-        object.__setattr__(there, "stored", (_once(weight.stored[0], there.stored[0], device), *there.stored[1:]))
+        object.__setattr__(
+            there, "stored", (_once(weight.stored[0], there.stored[0], device), *there.stored[1:])
+        )
     else:
         assert isinstance(weight, CodebookWeight)
         object.__setattr__(there, "codebooks", _once(weight.codebooks, there.codebooks, device))
@@ -193,19 +212,27 @@ def device_of(weight: Weight) -> torch.device:
     return (weight.codes if isinstance(weight, Arranged) else weight.packed).device
 
 
-# ---- the functions ---------------------------------------------------------------------------------------------------------------------
+# ---- the functions
+# ------------------------------------------------------------------------------------------------------------
 
 
 def codebook_linear(
-    x: Tensor, weight: Weight, bias: Tensor | None = None, accuracy: Accuracy = "fast", backend: str | None = None, *,
-    act: int = 16, dense: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    weight: Weight,
+    bias: Tensor | None = None,
+    accuracy: Accuracy = "fast",
+    backend: str | None = None,
+    *,
+    act: int = 16,
+    dense: Tensor | None = None,
+) -> Tensor:
     """x [..., in] times a coded weight [out, in], plus bias [out]: [..., out] in x's dtype.
 
-    ``accuracy``: "exact" is float32 arithmetic (relative error 1e-6), "fast" stays within 1e-3. ``act``: x is rounded to so many bits
-    first, per token (16: off). ``backend`` names a kernel (default: see ``select``); ``dense`` is the decoded weight where the caller keeps
-    it. A CodebookWeight is arranged for the kernels at its first call and remembered. Raises AquabitError for shapes, devices, accuracies
-    or backends that do not fit.
+    ``accuracy``: "exact" is float32 arithmetic (relative error 1e-6), "fast" stays within 1e-3. ``act``: x is
+    rounded to so many bits first, per token (16: off). ``backend`` names a kernel (default: see ``select``);
+    ``dense`` is the decoded weight where the caller keeps it. A CodebookWeight is arranged for the kernels at
+    its first call and remembered. Raises AquabitError for shapes, devices, accuracies or backends that do not
+    fit.
     """
     _check(x, weight, x.shape[-1] if x.ndim else 0, accuracy, 2)
     number = _compiled(weight, backend)
@@ -220,31 +247,53 @@ def codebook_linear(
 
 
 def codebook_conv2d(
-    x: Tensor, weight: Weight, bias: Tensor | None = None, stride: int | Pair = 1, padding: int | str | Pair = 0,
-    dilation: int | Pair = 1, groups: int = 1, accuracy: Accuracy = "fast", backend: str | None = None, *, act: int = 16,
-    split: int | None = None, dense: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """x [n, cin, h, w] or [cin, h, w] convolved with a coded weight [out, cin / groups, kh, kw]; as ``torch.nn.functional.conv2d``.
+    x: Tensor,
+    weight: Weight,
+    bias: Tensor | None = None,
+    stride: int | Pair = 1,
+    padding: int | str | Pair = 0,
+    dilation: int | Pair = 1,
+    groups: int = 1,
+    accuracy: Accuracy = "fast",
+    backend: str | None = None,
+    *,
+    act: int = 16,
+    split: int | None = None,
+    dense: Tensor | None = None,
+) -> Tensor:
+    """x [n, cin, h, w] or [cin, h, w] convolved with a coded weight [out, cin / groups, kh, kw]; as
+    ``torch.nn.functional.conv2d``.
 
-    ``act``: x is rounded to so many bits first, per sample with zero in its range; ``split`` makes it two ranges, over channels
-    ``[:split]`` and ``[split:]``. The rest as ``codebook_linear``.
+    ``act``: x is rounded to so many bits first, per sample with zero in its range; ``split`` makes it two
+    ranges, over channels ``[:split]`` and ``[split:]``. The rest as ``codebook_linear``.
     """
     if x.ndim == 3:
         options: dict[str, Any] = {"act": act, "split": split, "dense": dense}
-        return codebook_conv2d(x[None], weight, bias, stride, padding, dilation, groups, accuracy, backend, **options)[0]
+        return codebook_conv2d(
+            x[None], weight, bias, stride, padding, dilation, groups, accuracy, backend, **options
+        )[0]
     if x.ndim != 4:
-        raise AquabitError(f"an input of shape {list(x.shape)} does not fit a convolution; it takes [n, channels, height, width]")
+        raise AquabitError(
+            f"an input of shape {list(x.shape)} does not fit a convolution; it takes [n, channels, height,"
+            " width]"
+        )
     _check(x, weight, x.shape[1] // groups, accuracy, 4)
     if x.shape[1] % groups or weight.shape[0] % groups:
-        raise AquabitError(f"{groups} groups do not divide {x.shape[1]} input and {weight.shape[0]} output channels")
+        raise AquabitError(
+            f"{groups} groups do not divide {x.shape[1]} input and {weight.shape[0]} output channels"
+        )
     x, edges = padded(x, padding, pair(dilation), weight.shape[2:])
     number = _compiled(weight, backend)
     if number is not None:
         window = [pair(stride), edges, pair(dilation)]
-        y: Tensor = torch.ops.aquabit.coded_conv2d(x, bias, dense, number, weight.shape, *window, groups, accuracy, act, split)
+        y: Tensor = torch.ops.aquabit.coded_conv2d(
+            x, bias, dense, number, weight.shape, *window, groups, accuracy, act, split
+        )
         return y
     own, form = _known(weight)
-    request = conv2d_request(x, form, pair(stride), edges, pair(dilation), groups, accuracy, act, split, dense is not None)
+    request = conv2d_request(
+        x, form, pair(stride), edges, pair(dilation), groups, accuracy, act, split, dense is not None
+    )
     chosen = _chosen(own, request, backend, x.numel())
     if act < 16 and not chosen.quantizes:
         x = fake_quantize(x, act, "sample", split)
@@ -252,28 +301,59 @@ def codebook_conv2d(
 
 
 def _compiled(weight: Weight, backend: str | None) -> int | None:
-    """The number of a weight while torch.compile traces: compiled code calls one op, which chooses when it runs. None elsewhere."""
+    """The number of a weight while torch.compile traces: compiled code calls one op, which chooses when it
+    runs. None elsewhere."""
     return getattr(weight, "number", None) if torch.compiler.is_compiling() and backend is None else None
 
 
 def linear_request(x: Tensor, form: Format, accuracy: Accuracy, act: int, dense: bool = False) -> Request:
     """What ``codebook_linear`` asks for."""
     return Request(
-        "linear", form, bucket(x.numel() // form.shape[1]), act=act, accuracy=accuracy, dtype=_DTYPES.get(x.dtype, str(x.dtype)),
-        device=x.device.type, threads=torch.get_num_threads(), dense=dense, gradient=torch.is_grad_enabled() and x.requires_grad,
-    )  # fmt: skip
+        "linear",
+        form,
+        bucket(x.numel() // form.shape[1]),
+        act=act,
+        accuracy=accuracy,
+        dtype=_DTYPES.get(x.dtype, str(x.dtype)),
+        device=x.device.type,
+        threads=torch.get_num_threads(),
+        dense=dense,
+        gradient=torch.is_grad_enabled() and x.requires_grad,
+    )
 
 
 def conv2d_request(
-    x: Tensor, form: Format, stride: Pair, padding: Pair, dilation: Pair, groups: int, accuracy: Accuracy, act: int, split: int | None,
+    x: Tensor,
+    form: Format,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    accuracy: Accuracy,
+    act: int,
+    split: int | None,
     dense: bool = False,
-) -> Request:  # fmt: skip
+) -> Request:
     """What ``codebook_conv2d`` asks for."""
     n, _, height, width = x.shape
     return Request(
-        "conv2d", form, bucket(n, height * width), (height, width), stride, padding, dilation, groups, act, split, accuracy,
-        _DTYPES.get(x.dtype, str(x.dtype)), x.device.type, torch.get_num_threads(), dense, torch.is_grad_enabled() and x.requires_grad,
-    )  # fmt: skip
+        "conv2d",
+        form,
+        bucket(n, height * width),
+        (height, width),
+        stride,
+        padding,
+        dilation,
+        groups,
+        act,
+        split,
+        accuracy,
+        _DTYPES.get(x.dtype, str(x.dtype)),
+        x.device.type,
+        torch.get_num_threads(),
+        dense,
+        torch.is_grad_enabled() and x.requires_grad,
+    )
 
 
 def _chosen(weight: Weight, request: Request, backend: str | None, size: int) -> Backend:
@@ -284,7 +364,9 @@ def _chosen(weight: Weight, request: Request, backend: str | None, size: int) ->
     return found if size else backend_named("reference")  # nothing to multiply
 
 
-def padded(x: Tensor, padding: int | str | Pair, dilation: Pair, kernel: tuple[int, ...]) -> tuple[Tensor, Pair]:
+def padded(
+    x: Tensor, padding: int | str | Pair, dilation: Pair, kernel: tuple[int, ...]
+) -> tuple[Tensor, Pair]:
     """Padding as two numbers; where "same" takes one pixel more on one side, x is given it."""
     if not isinstance(padding, str):
         return x, pair(padding)
@@ -301,9 +383,13 @@ def _check(x: Tensor, weight: Weight, inputs: int, accuracy: str, ndim: int) -> 
     if accuracy not in ("fast", "exact"):
         raise AquabitError(f"accuracy {accuracy!r} is unknown; it must be fast or exact")
     if len(weight.shape) != ndim:
-        raise AquabitError(f"a weight of shape {list(weight.shape)} does not fit here; {ndim} dimensions are needed")
+        raise AquabitError(
+            f"a weight of shape {list(weight.shape)} does not fit here; {ndim} dimensions are needed"
+        )
     if inputs != weight.shape[1]:
-        raise AquabitError(f"the input has {inputs} channels, the weight {list(weight.shape)} takes {weight.shape[1]}")
+        raise AquabitError(
+            f"the input has {inputs} channels, the weight {list(weight.shape)} takes {weight.shape[1]}"
+        )
     if x.device != device_of(weight):
         raise AquabitError(f"the input is on {x.device}, the weight on {device_of(weight)}; move one of them")
 
@@ -313,40 +399,70 @@ def known_backends() -> Mapping[str, str]:
     return {b.name: b.does for b in BACKENDS}
 
 
-# ---- what compiled code calls ----------------------------------------------------------------------------------------------------------
+# ---- what compiled code calls
+# ----------------------------------------------------------------------------------------------------------
 
 _library = torch.library.Library("aquabit", "FRAGMENT")
-_library.define("coded_linear(Tensor x, Tensor? bias, Tensor? dense, int number, int outputs, str accuracy, int act) -> Tensor")
 _library.define(
-    "coded_conv2d(Tensor x, Tensor? bias, Tensor? dense, int number, int[] shape, int[] stride, int[] padding, int[] dilation, int groups, "
-    "str accuracy, int act, int? split) -> Tensor"
+    "coded_linear(Tensor x, Tensor? bias, Tensor? dense, int number, int outputs, str accuracy, int act) ->"
+    " Tensor"
+)
+_library.define(
+    "coded_conv2d(Tensor x, Tensor? bias, Tensor? dense, int number, int[] shape, int[] stride, int[]"
+    " padding, int[] dilation, int groups, str accuracy, int act, int? split) -> Tensor"
 )
 
 
 @torch.library.impl(_library, "coded_linear", "CompositeExplicitAutograd")
-def _coded_linear(x: Tensor, bias: Tensor | None, dense: Tensor | None, number: int, _: int, accuracy: Accuracy, act: int) -> Tensor:
+def _coded_linear(
+    x: Tensor, bias: Tensor | None, dense: Tensor | None, number: int, _: int, accuracy: Accuracy, act: int
+) -> Tensor:
     return codebook_linear(x, _by_number[number], bias, accuracy, act=act, dense=dense)
 
 
 @torch.library.register_fake("aquabit::coded_linear", lib=_library)
-def _coded_linear_fake(x: Tensor, bias: Tensor | None, dense: Tensor | None, number: int, outputs: int, *_: object) -> Tensor:
+def _coded_linear_fake(
+    x: Tensor, bias: Tensor | None, dense: Tensor | None, number: int, outputs: int, *_: object
+) -> Tensor:
     return x.new_empty(*x.shape[:-1], outputs)
 
 
 @torch.library.impl(_library, "coded_conv2d", "CompositeExplicitAutograd")
 def _coded_conv2d(
-    x: Tensor, bias: Tensor | None, dense: Tensor | None, number: int, _: list[int], stride: list[int], padding: list[int],
-    dilation: list[int], groups: int, accuracy: Accuracy, act: int, split: int | None,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    bias: Tensor | None,
+    dense: Tensor | None,
+    number: int,
+    _: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    accuracy: Accuracy,
+    act: int,
+    split: int | None,
+) -> Tensor:
     step, edge, spread = ((a, b) for a, b in (stride, padding, dilation))
-    y = codebook_conv2d(x, _by_number[number], bias, step, edge, spread, groups, accuracy, act=act, split=split, dense=dense)
+    y = codebook_conv2d(
+        x, _by_number[number], bias, step, edge, spread, groups, accuracy, act=act, split=split, dense=dense
+    )
     return y.contiguous()  # as the fake says
 
 
 @torch.library.register_fake("aquabit::coded_conv2d", lib=_library)
 def _coded_conv2d_fake(
-    x: Tensor, bias: Tensor | None, dense: Tensor | None, number: int, shape: list[int], stride: list[int], padding: list[int],
-    dilation: list[int], *_: object,
-) -> Tensor:  # fmt: skip
-    size = [(x.shape[2 + d] + 2 * padding[d] - dilation[d] * (shape[2 + d] - 1) - 1) // stride[d] + 1 for d in (0, 1)]
+    x: Tensor,
+    bias: Tensor | None,
+    dense: Tensor | None,
+    number: int,
+    shape: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    *_: object,
+) -> Tensor:
+    size = [
+        (x.shape[2 + d] + 2 * padding[d] - dilation[d] * (shape[2 + d] - 1) - 1) // stride[d] + 1
+        for d in (0, 1)
+    ]
     return x.new_empty(len(x), shape[0], *size)

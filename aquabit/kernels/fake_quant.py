@@ -1,7 +1,9 @@
-"""Dynamic fake quantization of activations: the reference in torch, the fused kernel on CPU, and the op that torch.compile sees.
+"""Dynamic fake quantization of activations: the reference in torch, the fused kernel on CPU, and the op that
+torch.compile sees.
 
-Each range of values (a token, a sample, or one of two channel ranges of a sample) gets its own grid of 2^bits points:
-``scale = (max - min) / (2^bits - 1)``, ``zero = round(-min / scale)``, ``y = clamp(round(x / scale), -zero, 2^bits - 1 - zero) * scale``.
+Each range of values (a token, a sample, or one of two channel ranges of a sample) gets its own grid of 2^bits
+points: ``scale = (max - min) / (2^bits - 1)``, ``zero = round(-min / scale)``, ``y = clamp(round(x / scale),
+-zero, 2^bits - 1 - zero) * scale``.
 """
 
 from __future__ import annotations
@@ -31,18 +33,22 @@ def native_available() -> bool:
 
 @cache
 def _say_that_it_is_slow() -> None:
-    message = f"aquabit runs without its C++ extension ({_WHY_NOT}): activations are quantized by the slower reference in torch"
+    message = (
+        f"aquabit runs without its C++ extension ({_WHY_NOT}): activations are quantized by the slower"
+        " reference in torch"
+    )
     warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
 def fake_quantize(x: torch.Tensor, bits: int, per: Per = "token", split: int | None = None) -> torch.Tensor:
-    """``x`` rounded to a grid of 2^bits points per range, in its shape and dtype; ``x`` itself where ``bits`` is 16 or more.
+    """``x`` rounded to a grid of 2^bits points per range, in its shape and dtype; ``x`` itself where ``bits``
+    is 16 or more.
 
-    ``per="token"``: one range for each row of the last dimension. ``per="sample"``: one for each entry of the first dimension,
-    with zero in it; ``split`` makes it two, over channels ``[:split]`` and ``[split:]`` (a U-Net layer fed by a skip).
-    A range with a NaN or an infinity becomes NaN; a constant one is returned unchanged (per sample: only all zeros).
-    The result carries no gradient; ``straight_through`` does.
-    Raises AquabitError for bits below 2 and for a split that leaves a range without channels.
+    ``per="token"``: one range for each row of the last dimension. ``per="sample"``: one for each entry of the
+    first dimension, with zero in it; ``split`` makes it two, over channels ``[:split]`` and ``[split:]`` (a
+    U-Net layer fed by a skip). A range with a NaN or an infinity becomes NaN; a constant one is returned
+    unchanged (per sample: only all zeros). The result carries no gradient; ``straight_through`` does. Raises
+    AquabitError for bits below 2 and for a split that leaves a range without channels.
     """
     if bits >= 16:
         return x
@@ -58,11 +64,13 @@ def fake_quantize(x: torch.Tensor, bits: int, per: Per = "token", split: int | N
 
 
 def fake_quantize_static(x: torch.Tensor, bits: int, low: float, high: float) -> torch.Tensor:
-    """``x`` rounded to the grid of 2^bits points over [low, high], what lies outside clamped; ``x`` itself where ``bits`` is 16 or more.
+    """``x`` rounded to the grid of 2^bits points over [low, high], what lies outside clamped; ``x`` itself
+    where ``bits`` is 16 or more.
 
-    The grid is that of ``fake_quantize`` for these ends: zero is a point of it (outside [low, high] it is only where the grid continues
-    to). Infinities are clamped too, NaN stays; where ``low`` equals ``high`` nothing is left to round. Raises AquabitError for bits below 2
-    and ends that are not finite or not in order.
+    The grid is that of ``fake_quantize`` for these ends: zero is a point of it (outside [low, high] it is
+    only where the grid continues to). Infinities are clamped too, NaN stays; where ``low`` equals ``high``
+    nothing is left to round. Raises AquabitError for bits below 2 and ends that are not finite or not in
+    order.
     """
     if bits >= 16:
         return x
@@ -87,21 +95,27 @@ class _StraightThrough(torch.autograd.Function):
         return gradient, None, None, None
 
 
-def straight_through(x: torch.Tensor, bits: int, per: Per = "token", split: int | None = None) -> torch.Tensor:
-    """``fake_quantize`` to the bit, with the gradient of ``x`` itself where one is asked for: a dynamic range cuts nothing off, so that
-    rounding alone is passed over (the straight-through estimator)."""
+def straight_through(
+    x: torch.Tensor, bits: int, per: Per = "token", split: int | None = None
+) -> torch.Tensor:
+    """``fake_quantize`` to the bit, with the gradient of ``x`` itself where one is asked for: a dynamic
+    range cuts nothing off, so that rounding alone is passed over (the straight-through estimator)."""
     if bits < 16 and x.requires_grad and torch.is_grad_enabled():
         return _StraightThrough.apply(x, bits, per, split)  # type: ignore[no-untyped-call]
     return fake_quantize(x, bits, per, split)
 
 
 def fake_quantize_probabilities(p: torch.Tensor, bits: int) -> torch.Tensor:
-    """``fake_quantize`` of attention probabilities [..., queries, keys]: one range for each query, with zero in it."""
+    """``fake_quantize`` of attention probabilities [..., queries, keys]: one range for each query, with
+    zero in it."""
     return fake_quantize(p.flatten(0, -2), bits, "sample").view(p.shape)
 
 
-def fake_quantize_reference(x: torch.Tensor, bits: int, per: Per = "token", split: int | None = None) -> torch.Tensor:
-    """The same as ``fake_quantize``, in plain torch operations, on any device; the fused kernel equals it to the bit."""
+def fake_quantize_reference(
+    x: torch.Tensor, bits: int, per: Per = "token", split: int | None = None
+) -> torch.Tensor:
+    """The same as ``fake_quantize``, in plain torch operations, on any device; the fused kernel equals it
+    to the bit."""
     if bits >= 16:
         return x
     _check(x, bits, per, split)
@@ -120,11 +134,15 @@ def _quantize_rows(rows: torch.Tensor, bits: int, zero_in_range: bool) -> torch.
     low, high = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
     if zero_in_range:
         low, high = low.clamp(max=0), high.clamp(min=0)
-    scale = (high * 0.5 - low * 0.5) / (levels * 0.5)  # halves: the difference of two finite values must not overflow
+    scale = (high * 0.5 - low * 0.5) / (
+        levels * 0.5
+    )  # halves: the difference of two finite values must not overflow
     inverse = scale.reciprocal()
     zero = torch.round(-low * inverse)
     y = torch.minimum(torch.maximum(torch.round(rows * inverse), -zero), levels - zero) * scale
-    y = torch.where(scale >= torch.finfo(rows.dtype).tiny, y, rows)  # constant, or steps too small for a normal number
+    y = torch.where(
+        scale >= torch.finfo(rows.dtype).tiny, y, rows
+    )  # constant, or steps too small for a normal number
     return torch.where(torch.isfinite(scale), y, torch.nan)
 
 
@@ -140,9 +158,14 @@ def _check(x: torch.Tensor, bits: int, per: str, split: int | None) -> None:
     if bits < 2:
         raise AquabitError(f"{bits=} is too few for activations; give 2 to 15, or 16 for off")
     if x.dim() == 0 or not x.is_floating_point():
-        raise AquabitError(f"activations are floating-point tensors of at least one dimension, not {x.dtype} of shape {tuple(x.shape)}")
+        raise AquabitError(
+            f"activations are floating-point tensors of at least one dimension, not {x.dtype} of shape"
+            f" {tuple(x.shape)}"
+        )
     if split is not None and (per != "sample" or x.dim() < 2 or not 0 < split < x.shape[1]):
-        raise AquabitError(f"{split=} needs per='sample' and 0 < split < channels; got {per=} and shape {tuple(x.shape)}")
+        raise AquabitError(
+            f"{split=} needs per='sample' and 0 < split < channels; got {per=} and shape {tuple(x.shape)}"
+        )
 
 
 _library = torch.library.Library("aquabit", "FRAGMENT")
@@ -159,7 +182,9 @@ def _fake_quantize_cpu(x: torch.Tensor, bits: int, per_sample: bool, split: int)
     rows = x.shape[0] if per_sample else x.numel() // x.shape[-1]
     length = x.numel() // rows
     first = split * (length // x.shape[1]) if split else 0
-    _native.fake_quant_rows(x.data_ptr(), y.data_ptr(), rows, length, first, bits, per_sample, torch.get_num_threads())
+    _native.fake_quant_rows(
+        x.data_ptr(), y.data_ptr(), rows, length, first, bits, per_sample, torch.get_num_threads()
+    )
     return y
 
 

@@ -1,4 +1,5 @@
-"""What requests take on this machine: medians of interleaved runs on random codes. Nothing here runs unless it is asked for."""
+"""What requests take on this machine: medians of interleaved runs on random codes. Nothing here runs
+unless it is asked for."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ Run = Callable[[], object]
 
 
 def random_weight(form: Format, device: str = "cpu", seed: int = 0) -> CodebookWeight:
-    """A weight of that format with random codes, codebooks and scales: no kernel's time depends on the numbers."""
+    """A weight of that format with random codes, codebooks and scales: no kernel's time depends on the
+    numbers."""
     rng = torch.Generator().manual_seed(seed)
     out, row = form.shape[0], prod(form.shape[1:])
     groups = form.shape[1] if form.order == "kernel" else -(-row // form.group)
@@ -37,7 +39,9 @@ def random_weight(form: Format, device: str = "cpu", seed: int = 0) -> CodebookW
     many = [out, form.scales] if form.scales and form.scales > 1 else [out]
     scale = None if form.scales is None else torch.rand(many, generator=rng) * 0.01 + 0.001
     offset = torch.rand(many, generator=rng) * 0.01 if form.offset else None
-    return CodebookWeight.from_codes(codes, tables, scale, offset, form.shape, form.bits, form.order).to(device)
+    return CodebookWeight.from_codes(codes, tables, scale, offset, form.shape, form.bits, form.order).to(
+        device
+    )
 
 
 def random_input(request: Request, seed: int = 1) -> Tensor:
@@ -49,9 +53,14 @@ def random_input(request: Request, seed: int = 1) -> Tensor:
 
 
 def interleaved(
-    runs: Mapping[str, Run], device: str = "cpu", rounds: tuple[int, int] = ROUNDS, seconds: float = SECONDS, hopeless: float = HOPELESS
+    runs: Mapping[str, Run],
+    device: str = "cpu",
+    rounds: tuple[int, int] = ROUNDS,
+    seconds: float = SECONDS,
+    hopeless: float = HOPELESS,
 ) -> dict[str, list[float]]:
-    """Seconds of each run, taken in turn after one that is not counted; those ``hopeless`` times behind the fastest stop after two."""
+    """Seconds of each run, taken in turn after one that is not counted; those ``hopeless`` times behind
+    the fastest stop after two."""
     wait: Run = torch.cuda.synchronize if device == "cuda" else _no_wait
     for run in runs.values():
         run()
@@ -78,9 +87,11 @@ def _no_wait() -> None:
 
 
 def measure(request: Request, rounds: tuple[int, int] = ROUNDS, seconds: float = SECONDS) -> dict[str, float]:
-    """Median seconds of every backend that can serve the request, of "dense" (a dense copy in the request's type, activations rounded as
-    asked), and of the plain layer without any quantization, "plain float32" and "plain bfloat16" (a convolution's in the better of two
-    memory layouts). A format that is not coded gives "full": a weight kept at 16 bits and widened as it is used. Threads are torch's."""
+    """Median seconds of every backend that can serve the request, of "dense" (a dense copy in the request's
+    type, activations rounded as asked), and of the plain layer without any quantization, "plain float32" and
+    "plain bfloat16" (a convolution's in the better of two memory layouts). A format that is not coded gives
+    "full": a weight kept at 16 bits and widened as it is used. Threads are torch's.
+    """
     with torch.inference_mode():
         runs = _runs(request)
         found = {name: median(v) for name, v in interleaved(runs, request.device, rounds, seconds).items()}
@@ -95,7 +106,9 @@ def _runs(request: Request) -> dict[str, Run]:
     x, form = random_input(request), request.format
     bias = torch.zeros(form.shape[0], device=x.device)
     if form.tables == "none":
-        stored = torch.randn(form.shape, generator=torch.Generator().manual_seed(0)).to(x.device, torch.float16)
+        stored = torch.randn(form.shape, generator=torch.Generator().manual_seed(0)).to(
+            x.device, torch.float16
+        )
         return {"full": lambda: _layer(request, x, stored.to(x.dtype), bias.to(x.dtype))}
     weight = random_weight(form, request.device)
     dense = weight.dequantize()
@@ -111,12 +124,25 @@ def _runs(request: Request) -> dict[str, Run]:
     return runs
 
 
-def _coded(request: Request, x: Tensor, weight: CodebookWeight, bias: Tensor, dense: Tensor, backend: str) -> Run:
+def _coded(
+    request: Request, x: Tensor, weight: CodebookWeight, bias: Tensor, dense: Tensor, backend: str
+) -> Run:
     r, copy = request, dense if backend == "dense" else None
     if r.kind == "linear":
         return lambda: codebook_linear(x, weight, bias, r.accuracy, backend, act=r.act, dense=copy)
     return lambda: codebook_conv2d(
-        x, weight, bias, r.stride, r.padding, r.dilation, r.groups, r.accuracy, backend, act=r.act, split=r.split, dense=copy
+        x,
+        weight,
+        bias,
+        r.stride,
+        r.padding,
+        r.dilation,
+        r.groups,
+        r.accuracy,
+        backend,
+        act=r.act,
+        split=r.split,
+        dense=copy,
     )
 
 
@@ -133,7 +159,8 @@ def _layer(request: Request, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def measure_missing(
     requests: Iterable[Request], progress: Progress = no_progress, what: str = "timing kernels"
 ) -> dict[str, dict[str, float]]:
-    """Times of all requests: those that this machine's table lacks are measured and kept in it. Requests are of torch's threads now."""
+    """Times of all requests: those that this machine's table lacks are measured and kept in it. Requests
+    are of torch's threads now."""
     table = machine_timings()
     by_key = {r.key: r for r in requests}
     missing, fresh = table.missing(by_key), dict[str, dict[str, float]]()
@@ -148,6 +175,7 @@ def measure_missing(
 
 
 def best_of(times: Mapping[str, float], packed: bool = True) -> float:
-    """Seconds of the fastest way to run a coded layer that keeps no dense copy (or of any, where ``packed`` is false)."""
+    """Seconds of the fastest way to run a coded layer that keeps no dense copy (or of any, where
+    ``packed`` is false)."""
     known = [b.name for b in BACKENDS if not (packed and b.name == "dense")]
     return min(times[name] for name in (*known, "full") if name in times)

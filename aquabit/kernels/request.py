@@ -1,4 +1,5 @@
-"""Request: all that a choice of kernel may depend on, as plain values; and the text that a measured time is kept under."""
+"""Request: all that a choice of kernel may depend on, as plain values; and the text that a measured time
+is kept under."""
 
 from __future__ import annotations
 
@@ -20,14 +21,17 @@ MOST_ROWS = 4096  # tokens, or pixels of all images: from there on time grows in
 
 @dataclass(frozen=True)
 class Format:
-    """What a coded weight is, without its numbers. ``unarranged`` says why it has no ``Arranged`` form, or is None where it has."""
+    """What a coded weight is, without its numbers. ``unarranged`` says why it has no ``Arranged`` form, or
+    is None where it has."""
 
     shape: tuple[int, ...]
     bits: int  # of one code
     codebooks: int  # M
     group: int  # g
     order: Literal["inputs", "kernel"]
-    tables: Literal["uniform", "shared", "channel", "none"]  # implied {0 .. 2^bits - 1}; one set for all, or an output; not coded
+    tables: Literal[
+        "uniform", "shared", "channel", "none"
+    ]  # implied {0 .. 2^bits - 1}; one set for all, or an output; not coded
     scales: int | None  # groups of inputs with a scale each, 1 for one a row; None where nothing is scaled
     offset: bool
     unarranged: str | None = None
@@ -35,7 +39,10 @@ class Format:
     def __str__(self) -> str:
         size = "x".join(map(str, self.shape))
         scales = "" if self.scales is None else f" s{self.scales}"
-        return f"{size} {self.tables}{self.codebooks}x{self.bits}g{self.group} {self.order}{scales}{'o' if self.offset else ''}"
+        return (
+            f"{size} {self.tables}{self.codebooks}x{self.bits}g{self.group}"
+            f" {self.order}{scales}{'o' if self.offset else ''}"
+        )
 
     @property
     def scalar(self) -> bool:
@@ -50,7 +57,8 @@ def full_format(shape: tuple[int, ...]) -> Format:
 
 @cache
 def hollow_weight(form: Format) -> CodebookWeight:
-    """A weight of that format with no numbers in it (all zeros, which take no memory), for those who ask only what it is."""
+    """A weight of that format with no numbers in it (all zeros, which take no memory), for those who ask
+    only what it is."""
     out, row = form.shape[0], prod(form.shape[1:])
     groups = form.shape[1] if form.order == "kernel" else -(-row // form.group)
     tables = {"shared": 1, "channel": out}.get(form.tables)
@@ -73,10 +81,19 @@ def hollow(form: Format) -> CodebookWeight | Arranged:
     tables = None if weight.codebooks is None else zero.expand(weight.codebooks.shape)
     fused = FUSED.get(form.bits, 1) if form.scalar else 1
     return Arranged(
-        torch.zeros((), dtype=torch.uint8).expand(out, 0), tables, zero.expand(many), zero.expand(many) if form.offset else None,
-        (weight.codebooks, weight.scale, weight.offset), form.shape, form.bits, form.codebooks, form.group, fused, form.order,
+        torch.zeros((), dtype=torch.uint8).expand(out, 0),
+        tables,
+        zero.expand(many),
+        zero.expand(many) if form.offset else None,
+        (weight.codebooks, weight.scale, weight.offset),
+        form.shape,
+        form.bits,
+        form.codebooks,
+        form.group,
+        fused,
+        form.order,
         segments_of(weight),
-    )  # fmt: skip
+    )
 
 
 def format_of(weight: CodebookWeight | Arranged) -> Format:
@@ -92,13 +109,17 @@ def format_of(weight: CodebookWeight | Arranged) -> Format:
     groups = [t.shape[1] if t.ndim == 2 else 1 for t in (scale, offset) if t is not None]
     order: Literal["inputs", "kernel"] = "kernel" if weight.order == "kernel" else "inputs"
     scales = max(groups, default=None)
-    return Format(tuple(weight.shape), weight.bits, count, weight.group, order, tables, scales, offset is not None, why)
+    return Format(
+        tuple(weight.shape), weight.bits, count, weight.group, order, tables, scales, offset is not None, why
+    )
 
 
 @dataclass(frozen=True)
 class Request:
-    """One call of a layer. ``rows`` are tokens (linear) or images (convolution), as ``bucket`` counts them; ``size`` is the height and
-    width of a convolution's input. ``dense`` says that a dense copy of the weight is kept, ``gradient`` that one is wanted."""
+    """One call of a layer. ``rows`` are tokens (linear) or images (convolution), as ``bucket`` counts them;
+    ``size`` is the height and width of a convolution's input. ``dense`` says that a dense copy of the weight
+    is kept, ``gradient`` that one is wanted.
+    """
 
     kind: Literal["linear", "conv2d"]
     format: Format
@@ -119,13 +140,17 @@ class Request:
 
     @property
     def key(self) -> str:
-        """What its time is kept under. Activations of 8 bits and fewer take the same time; so do all that is left to float kernels."""
+        """What its time is kept under. Activations of 8 bits and fewer take the same time; so do all that
+        is left to float kernels."""
         conv = ""
         if self.kind == "conv2d":
             numbers = (*self.size, *self.stride, *self.padding, *self.dilation, self.groups, self.split or 0)
             conv = f" at {'x'.join(map(str, numbers[:2]))} " + ",".join(map(str, numbers[2:]))
         act = 16 if self.act >= 16 else 8 if self.act <= 8 else 15
-        return f"{self.kind} {self.format} {self.rows} rows{conv} a{act} {self.accuracy} {self.dtype} {self.device}"
+        return (
+            f"{self.kind} {self.format} {self.rows} rows{conv} a{act} {self.accuracy} {self.dtype}"
+            f" {self.device}"
+        )
 
     @property
     def multiply_adds(self) -> int:

@@ -29,7 +29,8 @@ def default_folder() -> Path:
 
 
 def machine(threads: int) -> dict[str, str]:
-    """What times depend on besides the request: processor, its instructions, threads, torch, our extension, and the GPU if there is one."""
+    """What times depend on besides the request: processor, its instructions, threads, torch, our
+    extension, and the GPU if there is one."""
     return {
         "cpu": _cpu(),
         "level": torch.backends.cpu.get_cpu_capability(),
@@ -48,7 +49,9 @@ def _cpu() -> str:
         lines = []
     facts = dict(line.split(":", 1) for line in reversed(lines) if ":" in line)
     named = {k.strip(): v.strip() for k, v in facts.items()}
-    found = [named[k] for k in ("model name", "cpu family", "model", "CPU implementer", "CPU part") if k in named]
+    found = [
+        named[k] for k in ("model name", "cpu family", "model", "CPU implementer", "CPU part") if k in named
+    ]
     return " ".join(found) or platform.processor() or platform.machine()
 
 
@@ -61,16 +64,20 @@ def _extension() -> str:
 
 
 class Timings:
-    """The table of this machine with ``threads`` threads, read from ``folder`` (default: ``default_folder()``).
+    """The table of this machine with ``threads`` threads, read from ``folder`` (default:
+    ``default_folder()``).
 
-    What is known stays: an entry that is measured twice keeps its first times, in the file too, so that one machine chooses one way. A file
-    that cannot be read counts as empty, with one warning, and is written anew.
+    What is known stays: an entry that is measured twice keeps its first times, in the file too, so that one
+    machine chooses one way. A file that cannot be read counts as empty, with one warning, and is written
+    anew.
     """
 
     def __init__(self, threads: int, folder: str | Path | None = None):
         self.machine = machine(threads)
         text = json.dumps([FORMAT, self.machine], sort_keys=True)
-        self.path = (Path(folder) if folder else default_folder()) / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+        self.path = (
+            Path(folder) if folder else default_folder()
+        ) / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
         self.entries: dict[str, dict[str, float]] = self._read()
 
     def _read(self) -> dict[str, dict[str, float]]:
@@ -86,14 +93,21 @@ class Timings:
         return entries
 
     def _damaged(self, why: str) -> dict[str, dict[str, float]]:
-        warnings.warn(f"kernel timings {self.path} cannot be used ({why}); they are measured anew", RuntimeWarning, stacklevel=4)
+        warnings.warn(
+            f"kernel timings {self.path} cannot be used ({why}); they are measured anew",
+            RuntimeWarning,
+            stacklevel=4,
+        )
         return {}
 
     def add(self, found: Table) -> None:
-        """Keep new entries, in memory and in the file; a file that cannot be written is said once and left out."""
+        """Keep new entries, in memory and in the file; a file that cannot be written is said once and left
+        out."""
         for key, row in found.items():
             if not _is_entry(key, dict(row)):
-                raise AquabitError(f"timings of {key!r} are {dict(row)}; they must be positive seconds by backend")
+                raise AquabitError(
+                    f"timings of {key!r} are {dict(row)}; they must be positive seconds by backend"
+                )
         self.entries = _merged(self.entries, found)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -108,7 +122,10 @@ class Timings:
                 temporary.write_text(json.dumps(body, indent=0, sort_keys=True, allow_nan=False) + "\n")
                 temporary.replace(self.path)
         except OSError as error:
-            message = f"kernel timings {self.path} could not be written ({error.strerror or error}); they serve this process only"
+            message = (
+                f"kernel timings {self.path} could not be written ({error.strerror or error}); they serve"
+                " this process only"
+            )
             warnings.warn(message, RuntimeWarning, stacklevel=2)
 
     def missing(self, keys: Iterable[str]) -> list[str]:
@@ -117,7 +134,9 @@ class Timings:
 
 def _is_entry(key: Any, row: Any) -> bool:
     numbers = row.values() if isinstance(row, dict) else ()
-    good = all(isinstance(v, float | int) and not isinstance(v, bool) and isfinite(v) and v > 0 for v in numbers)
+    good = all(
+        isinstance(v, float | int) and not isinstance(v, bool) and isfinite(v) and v > 0 for v in numbers
+    )
     return isinstance(key, str) and isinstance(row, dict) and bool(row) and good
 
 

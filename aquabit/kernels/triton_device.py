@@ -1,12 +1,14 @@
 # mypy: ignore-errors
 """The device code of the Triton backend; imported only where Triton is. ``triton_kernels`` launches it.
 
-All kernels read a weight as rows of lookups, as ``Arranged`` lays them out but in one run over the whole row: lookup ``j * M + m`` is group
-``j`` of codebook ``m``, 8 or 4 bits wide, or ``FUSED`` scalar codes in one byte. Position ``k`` of a row counts weights in stored order.
-Codes are masked to ``BITS`` bits and tables have 2^BITS entries, so no code can read past a table.
+All kernels read a weight as rows of lookups, as ``Arranged`` lays them out but in one run over the whole row:
+lookup ``j * M + m`` is group ``j`` of codebook ``m``, 8 or 4 bits wide, or ``FUSED`` scalar codes in one
+byte. Position ``k`` of a row counts weights in stored order. Codes are masked to ``BITS`` bits and tables
+have 2^BITS entries, so no code can read past a table.
 
-Tables are gathered through L1, where they stay (2 x 256 x 8 float16 are 8 KB): Triton has no indexable shared memory, and a codeword of a
-power-of-two group is one vector load. Decoded tiles go through shared memory into the matrix units.
+Tables are gathered through L1, where they stay (2 x 256 x 8 float16 are 8 KB): Triton has no indexable shared
+memory, and a codeword of a power-of-two group is one vector load. Decoded tiles go through shared memory into
+the matrix units.
 """
 
 import triton
@@ -14,8 +16,11 @@ import triton.language as tl
 
 
 @triton.jit
-def _lookup(codes_ptr, n64, n_ok, lookup, row_bytes, BITS: tl.constexpr, WIDTH: tl.constexpr, FUSED: tl.constexpr):
-    """Codes [N, L] int32 of rows ``n64`` [N] at ``lookup`` [L]; zero past the row's end. Fused codes stay together."""
+def _lookup(
+    codes_ptr, n64, n_ok, lookup, row_bytes, BITS: tl.constexpr, WIDTH: tl.constexpr, FUSED: tl.constexpr
+):
+    """Codes [N, L] int32 of rows ``n64`` [N] at ``lookup`` [L]; zero past the row's end. Fused codes stay
+    together."""
     byte = lookup // 2 if WIDTH == 4 else lookup
     where = codes_ptr + n64[:, None] * row_bytes + byte[None, :]
     code = tl.load(where, mask=n_ok[:, None] & (byte < row_bytes)[None, :], other=0).to(tl.int32)
@@ -26,7 +31,8 @@ def _lookup(codes_ptr, n64, n_ok, lookup, row_bytes, BITS: tl.constexpr, WIDTH: 
 
 @triton.jit
 def _unfused(codes, BITS: tl.constexpr, FUSED: tl.constexpr):
-    """[N, L] fused codes as [N, L * FUSED] single ones; joined, so that a thread keeps the codes of the bytes that it reads."""
+    """[N, L] fused codes as [N, L * FUSED] single ones; joined, so that a thread keeps the codes of the
+    bytes that it reads."""
     MASK: tl.constexpr = (1 << BITS) - 1
     if FUSED == 2:
         single = tl.join(codes & MASK, codes >> BITS)
@@ -36,7 +42,8 @@ def _unfused(codes, BITS: tl.constexpr, FUSED: tl.constexpr):
     else:
         tl.static_assert(FUSED == 8)
         first = tl.join(
-            tl.join(codes & MASK, (codes >> (4 * BITS)) & MASK), tl.join((codes >> (2 * BITS)) & MASK, (codes >> (6 * BITS)) & MASK)
+            tl.join(codes & MASK, (codes >> (4 * BITS)) & MASK),
+            tl.join((codes >> (2 * BITS)) & MASK, (codes >> (6 * BITS)) & MASK),
         )
         third = tl.join((codes >> (3 * BITS)) & MASK, codes >> (7 * BITS))
         single = tl.join(first, tl.join(tl.join((codes >> BITS) & MASK, (codes >> (5 * BITS)) & MASK), third))
@@ -45,18 +52,35 @@ def _unfused(codes, BITS: tl.constexpr, FUSED: tl.constexpr):
 
 @triton.jit
 def _values(
-    codes_ptr, tables_ptr, n64, n_ok, k0, row_bytes,
-    BITS: tl.constexpr, WIDTH: tl.constexpr, FUSED: tl.constexpr, GROUP: tl.constexpr, BOOKS: tl.constexpr,
-    UNIFORM: tl.constexpr, PER_ROW: tl.constexpr, BY_GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """sum_m tables[m, code[n, k // GROUP, m], k % GROUP] for k in [k0, k0 + BLOCK_K): float32 [BLOCK_N, BLOCK_K].
+    codes_ptr,
+    tables_ptr,
+    n64,
+    n_ok,
+    k0,
+    row_bytes,
+    BITS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    FUSED: tl.constexpr,
+    GROUP: tl.constexpr,
+    BOOKS: tl.constexpr,
+    UNIFORM: tl.constexpr,
+    PER_ROW: tl.constexpr,
+    BY_GROUP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """sum_m tables[m, code[n, k // GROUP, m], k % GROUP] for k in [k0, k0 + BLOCK_K): float32 [BLOCK_N,
+    BLOCK_K].
 
-    ``BY_GROUP``: GROUP is a power of two that divides BLOCK_K, so each code is read once and its codeword is one vector load.
+    ``BY_GROUP``: GROUP is a power of two that divides BLOCK_K, so each code is read once and its codeword is
+    one vector load.
     """
     SIZE: tl.constexpr = GROUP << BITS  # entries of a table
     base = n64 * (BOOKS * SIZE) if PER_ROW else n64 * 0
     if FUSED > 1 or UNIFORM:
-        codes = _lookup(codes_ptr, n64, n_ok, k0 // FUSED + tl.arange(0, BLOCK_K // FUSED), row_bytes, BITS, WIDTH, FUSED)
+        codes = _lookup(
+            codes_ptr, n64, n_ok, k0 // FUSED + tl.arange(0, BLOCK_K // FUSED), row_bytes, BITS, WIDTH, FUSED
+        )
         if FUSED > 1:
             codes = _unfused(codes, BITS, FUSED)
         if UNIFORM:
@@ -68,7 +92,16 @@ def _values(
         inside = tl.arange(0, GROUP)[None, None, :]
         total = tl.zeros([BLOCK_N, COUNT, GROUP], dtype=tl.float32)
         for m in tl.static_range(BOOKS):
-            codes = _lookup(codes_ptr, n64, n_ok, (k0 // GROUP + tl.arange(0, COUNT)) * BOOKS + m, row_bytes, BITS, WIDTH, FUSED)
+            codes = _lookup(
+                codes_ptr,
+                n64,
+                n_ok,
+                (k0 // GROUP + tl.arange(0, COUNT)) * BOOKS + m,
+                row_bytes,
+                BITS,
+                WIDTH,
+                FUSED,
+            )
             at = base[:, None, None] + (codes[:, :, None] * GROUP + m * SIZE + inside)
             total += tl.load(tables_ptr + at, mask=n_ok[:, None, None], other=0.0).to(tl.float32)
         values = tl.reshape(total, [BLOCK_N, BLOCK_K])
@@ -84,7 +117,8 @@ def _values(
 
 @triton.jit
 def _row_factor(ptr, n64, n_ok, HAS: tl.constexpr, SIZE: tl.constexpr):
-    """The scales or offsets [N, 1] of rows, loaded once before the loop; a placeholder where there is none or one for each SIZE inputs."""
+    """The scales or offsets [N, 1] of rows, loaded once before the loop; a placeholder where there is none
+    or one for each SIZE inputs."""
     factor = tl.zeros(n64.shape, dtype=tl.float32)
     if HAS and SIZE == 0:
         factor = tl.load(ptr + n64, mask=n_ok, other=0.0).to(tl.float32)
@@ -95,30 +129,80 @@ def _row_factor(ptr, n64, n_ok, HAS: tl.constexpr, SIZE: tl.constexpr):
 def _factor(ptr, n64, n_ok, k0, row, count, SIZE: tl.constexpr, BLOCK_K: tl.constexpr):
     """Scales or offsets [out, count], each for SIZE inputs, at a tile of rows and positions."""
     if SIZE % BLOCK_K == 0:
-        factor = tl.load(ptr + n64 * count + k0 // SIZE, mask=n_ok & (k0 < row), other=0.0).to(tl.float32)[:, None]
+        factor = tl.load(ptr + n64 * count + k0 // SIZE, mask=n_ok & (k0 < row), other=0.0).to(tl.float32)[
+            :, None
+        ]
     else:
         k = k0 + tl.arange(0, BLOCK_K)
         mask = n_ok[:, None] & (k < row)[None, :]
-        factor = tl.load(ptr + n64[:, None] * count + (k // SIZE)[None, :], mask=mask, other=0.0).to(tl.float32)
+        factor = tl.load(ptr + n64[:, None] * count + (k // SIZE)[None, :], mask=mask, other=0.0).to(
+            tl.float32
+        )
     return factor
 
 
 @triton.jit
 def _weights(
-    codes_ptr, tables_ptr, scale_ptr, offset_ptr, row_scale, row_offset, n64, n_ok, k0, row, row_bytes, scales, offsets,
-    BITS: tl.constexpr, WIDTH: tl.constexpr, FUSED: tl.constexpr, GROUP: tl.constexpr, BOOKS: tl.constexpr,
-    UNIFORM: tl.constexpr, PER_ROW: tl.constexpr, BY_GROUP: tl.constexpr, IN_TILE: tl.constexpr, HAS_SCALE: tl.constexpr,
-    HAS_OFFSET: tl.constexpr, SCALE_SIZE: tl.constexpr, OFFSET_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    codes_ptr,
+    tables_ptr,
+    scale_ptr,
+    offset_ptr,
+    row_scale,
+    row_offset,
+    n64,
+    n_ok,
+    k0,
+    row,
+    row_bytes,
+    scales,
+    offsets,
+    BITS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    FUSED: tl.constexpr,
+    GROUP: tl.constexpr,
+    BOOKS: tl.constexpr,
+    UNIFORM: tl.constexpr,
+    PER_ROW: tl.constexpr,
+    BY_GROUP: tl.constexpr,
+    IN_TILE: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_OFFSET: tl.constexpr,
+    SCALE_SIZE: tl.constexpr,
+    OFFSET_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """Weights [BLOCK_N, BLOCK_K] float32, zero past the row's end; with scale and offset if ``IN_TILE``."""
     values = _values(
-        codes_ptr, tables_ptr, n64, n_ok, k0, row_bytes,
-        BITS, WIDTH, FUSED, GROUP, BOOKS, UNIFORM, PER_ROW, BY_GROUP, BLOCK_N, BLOCK_K,
-    )  # fmt: skip
+        codes_ptr,
+        tables_ptr,
+        n64,
+        n_ok,
+        k0,
+        row_bytes,
+        BITS,
+        WIDTH,
+        FUSED,
+        GROUP,
+        BOOKS,
+        UNIFORM,
+        PER_ROW,
+        BY_GROUP,
+        BLOCK_N,
+        BLOCK_K,
+    )
     if IN_TILE and HAS_SCALE:
-        values *= row_scale if SCALE_SIZE == 0 else _factor(scale_ptr, n64, n_ok, k0, row, scales, SCALE_SIZE, BLOCK_K)
+        values *= (
+            row_scale
+            if SCALE_SIZE == 0
+            else _factor(scale_ptr, n64, n_ok, k0, row, scales, SCALE_SIZE, BLOCK_K)
+        )
     if IN_TILE and HAS_OFFSET:
-        values += row_offset if OFFSET_SIZE == 0 else _factor(offset_ptr, n64, n_ok, k0, row, offsets, OFFSET_SIZE, BLOCK_K)
+        values += (
+            row_offset
+            if OFFSET_SIZE == 0
+            else _factor(offset_ptr, n64, n_ok, k0, row, offsets, OFFSET_SIZE, BLOCK_K)
+        )
     k = k0 + tl.arange(0, BLOCK_K)
     return tl.where((k < row)[None, :], values, 0.0)
 
@@ -132,13 +216,16 @@ def _without(values, BITS: tl.constexpr):
 
 
 INTERPRETED = not isinstance(_without, triton.JITFunction)
-MIXED = INTERPRETED and isinstance(tl.sum, triton.JITFunction)  # its own library was made for a GPU, our kernels for the interpreter
+MIXED = INTERPRETED and isinstance(
+    tl.sum, triton.JITFunction
+)  # its own library was made for a GPU, our kernels for the interpreter
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
 
 @triton.jit
 def _narrow(values, dtype: tl.constexpr):
-    """float32 values as ``dtype``, rounded to nearest; the interpreter by itself would truncate to bfloat16."""
+    """float32 values as ``dtype``, rounded to nearest; the interpreter by itself would truncate to
+    bfloat16."""
     if _INTERPRETED and dtype == tl.bfloat16:
         values = _without(values, 16)
     return values.to(dtype)
@@ -146,7 +233,8 @@ def _narrow(values, dtype: tl.constexpr):
 
 @triton.jit
 def _dot(xs, ws, total, EXACT: tl.constexpr):
-    """total + xs [M, K] times the transposed float32 ws [N, K], which are rounded to the dtype that is multiplied."""
+    """total + xs [M, K] times the transposed float32 ws [N, K], which are rounded to the dtype that is
+    multiplied."""
     if EXACT:
         total = tl.dot(xs.to(tl.float32), tl.trans(ws), total, input_precision="ieee")
     elif xs.dtype == tl.float32:  # the matrix units would truncate to tf32: twice the error, and one-sided
@@ -159,7 +247,16 @@ def _dot(xs, ws, total, EXACT: tl.constexpr):
 
 
 @triton.jit
-def _finished(total, scale_ptr, bias_ptr, n64, n_ok, IN_TILE: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr):
+def _finished(
+    total,
+    scale_ptr,
+    bias_ptr,
+    n64,
+    n_ok,
+    IN_TILE: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
     """Sums [tokens, N] with the row scale, where the tile has not got it, and the bias."""
     if HAS_SCALE and not IN_TILE:
         total = total * tl.load(scale_ptr + n64, mask=n_ok, other=0.0).to(tl.float32)[None, :]
@@ -170,24 +267,74 @@ def _finished(total, scale_ptr, bias_ptr, n64, n_ok, IN_TILE: tl.constexpr, HAS_
 
 @triton.jit
 def matmul(
-    x_ptr, y_ptr, codes_ptr, tables_ptr, scale_ptr, offset_ptr, bias_ptr,
-    tokens, out, row, row_bytes, scales, offsets, tuned_tokens,
-    x_b, x_c, x_h, x_w, y_b, y_c, y_h, y_w,
-    channels, height, width, out_h, out_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
-    BITS: tl.constexpr, WIDTH: tl.constexpr, FUSED: tl.constexpr, GROUP: tl.constexpr, BOOKS: tl.constexpr,
-    UNIFORM: tl.constexpr, PER_ROW: tl.constexpr, BY_GROUP: tl.constexpr, IN_TILE: tl.constexpr, HAS_SCALE: tl.constexpr,
-    HAS_OFFSET: tl.constexpr, SCALE_SIZE: tl.constexpr, OFFSET_SIZE: tl.constexpr, HAS_BIAS: tl.constexpr,
-    CONV: tl.constexpr, KERNEL_ORDER: tl.constexpr, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, EXACT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWIZZLE: tl.constexpr,
-):  # fmt: skip
-    """y[t, n] = sum_k x[t, k] * w[n, k]: x a matrix, or (``CONV``) the patches of x [b, c, h, w], t = (b, out_h, out_w), never stored.
+    x_ptr,
+    y_ptr,
+    codes_ptr,
+    tables_ptr,
+    scale_ptr,
+    offset_ptr,
+    bias_ptr,
+    tokens,
+    out,
+    row,
+    row_bytes,
+    scales,
+    offsets,
+    tuned_tokens,
+    x_b,
+    x_c,
+    x_h,
+    x_w,
+    y_b,
+    y_c,
+    y_h,
+    y_w,
+    channels,
+    height,
+    width,
+    out_h,
+    out_w,
+    stride_h,
+    stride_w,
+    pad_h,
+    pad_w,
+    dilation_h,
+    dilation_w,
+    BITS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    FUSED: tl.constexpr,
+    GROUP: tl.constexpr,
+    BOOKS: tl.constexpr,
+    UNIFORM: tl.constexpr,
+    PER_ROW: tl.constexpr,
+    BY_GROUP: tl.constexpr,
+    IN_TILE: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_OFFSET: tl.constexpr,
+    SCALE_SIZE: tl.constexpr,
+    OFFSET_SIZE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    CONV: tl.constexpr,
+    KERNEL_ORDER: tl.constexpr,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    EXACT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SWIZZLE: tl.constexpr,
+):
+    """y[t, n] = sum_k x[t, k] * w[n, k]: x a matrix, or (``CONV``) the patches of x [b, c, h, w], t = (b,
+    out_h, out_w), never stored.
 
-    Grid: (tiles of tokens x tiles of outputs, groups of the convolution); ``out`` and ``channels`` are those of one group.
-    ``tuned_tokens`` only tells the tuner which token counts share a choice.
+    Grid: (tiles of tokens x tiles of outputs, groups of the convolution); ``out`` and ``channels`` are those
+    of one group. ``tuned_tokens`` only tells the tuner which token counts share a choice.
     """
     tiles_m, tiles_n = tl.cdiv(tokens, BLOCK_M), tl.cdiv(out, BLOCK_N)
     tile, part = tl.program_id(0), tl.program_id(1)
-    first = tile // (SWIZZLE * tiles_n) * SWIZZLE  # SWIZZLE tiles of tokens go together: decoded rows and x stay in L2
+    first = (
+        tile // (SWIZZLE * tiles_n) * SWIZZLE
+    )  # SWIZZLE tiles of tokens go together: decoded rows and x stay in L2
     high = tl.minimum(tiles_m - first, SWIZZLE)
     m = (first + tile % (SWIZZLE * tiles_n) % high) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile % (SWIZZLE * tiles_n) // high * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -222,11 +369,38 @@ def matmul(
             at = x_rows[:, None] + (k.to(tl.int64) * x_c)[None, :]
         xs = tl.load(at, mask=ok, other=0.0)
         ws = _weights(
-            codes_ptr, tables_ptr, scale_ptr, offset_ptr, row_scale, row_offset, n64, n_ok, k0, row, row_bytes, scales, offsets,
-            BITS, WIDTH, FUSED, GROUP, BOOKS, UNIFORM, PER_ROW, BY_GROUP, IN_TILE, HAS_SCALE, HAS_OFFSET, SCALE_SIZE, OFFSET_SIZE,
-            BLOCK_N, BLOCK_K,
-        )  # fmt: skip
-        if EXACT:  # sums of 8 blocks are added apart: the error of one long sum of float32 passes 1e-6 from some thousand inputs on
+            codes_ptr,
+            tables_ptr,
+            scale_ptr,
+            offset_ptr,
+            row_scale,
+            row_offset,
+            n64,
+            n_ok,
+            k0,
+            row,
+            row_bytes,
+            scales,
+            offsets,
+            BITS,
+            WIDTH,
+            FUSED,
+            GROUP,
+            BOOKS,
+            UNIFORM,
+            PER_ROW,
+            BY_GROUP,
+            IN_TILE,
+            HAS_SCALE,
+            HAS_OFFSET,
+            SCALE_SIZE,
+            OFFSET_SIZE,
+            BLOCK_N,
+            BLOCK_K,
+        )
+        # sums of 8 blocks are added apart: the error of one long sum of float32 passes 1e-6 from some
+        # thousand inputs on
+        if EXACT:
             part = _dot(xs, ws, part, EXACT)
             full = k0 // BLOCK_K % 8 == 7
             total = tl.where(full, total + part, total)
@@ -236,22 +410,57 @@ def matmul(
     if EXACT:
         total += part
     total = _finished(total, scale_ptr, bias_ptr, n64, n_ok, IN_TILE, HAS_SCALE, HAS_BIAS)
-    tl.store(y_rows[:, None] + (n64 * y_c)[None, :], _narrow(total, y_ptr.dtype.element_ty), mask=m_ok[:, None] & n_ok[None, :])
+    tl.store(
+        y_rows[:, None] + (n64 * y_c)[None, :],
+        _narrow(total, y_ptr.dtype.element_ty),
+        mask=m_ok[:, None] & n_ok[None, :],
+    )
 
 
 @triton.jit
 def few_tokens(
-    x_ptr, y_ptr, parts_ptr, codes_ptr, tables_ptr, scale_ptr, offset_ptr, bias_ptr,
-    tokens, out, row, row_bytes, scales, offsets, x_b, x_c, steps,
-    BITS: tl.constexpr, WIDTH: tl.constexpr, FUSED: tl.constexpr, GROUP: tl.constexpr, BOOKS: tl.constexpr,
-    UNIFORM: tl.constexpr, PER_ROW: tl.constexpr, BY_GROUP: tl.constexpr, IN_TILE: tl.constexpr, HAS_SCALE: tl.constexpr,
-    HAS_OFFSET: tl.constexpr, SCALE_SIZE: tl.constexpr, OFFSET_SIZE: tl.constexpr, HAS_BIAS: tl.constexpr,
-    SPLIT: tl.constexpr, TOKENS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """y [tokens, out] for at most TOKENS (8) tokens: one pass over the codes in float32, without matrix units.
+    x_ptr,
+    y_ptr,
+    parts_ptr,
+    codes_ptr,
+    tables_ptr,
+    scale_ptr,
+    offset_ptr,
+    bias_ptr,
+    tokens,
+    out,
+    row,
+    row_bytes,
+    scales,
+    offsets,
+    x_b,
+    x_c,
+    steps,
+    BITS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    FUSED: tl.constexpr,
+    GROUP: tl.constexpr,
+    BOOKS: tl.constexpr,
+    UNIFORM: tl.constexpr,
+    PER_ROW: tl.constexpr,
+    BY_GROUP: tl.constexpr,
+    IN_TILE: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_OFFSET: tl.constexpr,
+    SCALE_SIZE: tl.constexpr,
+    OFFSET_SIZE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """y [tokens, out] for at most TOKENS (8) tokens: one pass over the codes in float32, without matrix
+    units.
 
-    Grid: (tiles of outputs, splits of the row). Each split takes ``steps`` blocks of the row; with several splits (``SPLIT``) it writes
-    parts [splits, tokens, out], which ``add_parts`` adds in a fixed order, so that results do not depend on timing.
+    Grid: (tiles of outputs, splits of the row). Each split takes ``steps`` blocks of the row; with several
+    splits (``SPLIT``) it writes parts [splits, tokens, out], which ``add_parts`` adds in a fixed order, so
+    that results do not depend on timing.
     """
     split = tl.program_id(1)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -266,10 +475,35 @@ def few_tokens(
         at = x_ptr + t.to(tl.int64)[:, None] * x_b + k.to(tl.int64)[None, :] * x_c
         xs = tl.load(at, mask=t_ok[:, None] & (k < row)[None, :], other=0.0).to(tl.float32)
         ws = _weights(
-            codes_ptr, tables_ptr, scale_ptr, offset_ptr, row_scale, row_offset, n64, n_ok, k0, row, row_bytes, scales, offsets,
-            BITS, WIDTH, FUSED, GROUP, BOOKS, UNIFORM, PER_ROW, BY_GROUP, IN_TILE, HAS_SCALE, HAS_OFFSET, SCALE_SIZE, OFFSET_SIZE,
-            BLOCK_N, BLOCK_K,
-        )  # fmt: skip
+            codes_ptr,
+            tables_ptr,
+            scale_ptr,
+            offset_ptr,
+            row_scale,
+            row_offset,
+            n64,
+            n_ok,
+            k0,
+            row,
+            row_bytes,
+            scales,
+            offsets,
+            BITS,
+            WIDTH,
+            FUSED,
+            GROUP,
+            BOOKS,
+            UNIFORM,
+            PER_ROW,
+            BY_GROUP,
+            IN_TILE,
+            HAS_SCALE,
+            HAS_OFFSET,
+            SCALE_SIZE,
+            OFFSET_SIZE,
+            BLOCK_N,
+            BLOCK_K,
+        )
         total += xs[:, None, :] * ws[None, :, :]
     sums = tl.sum(total, axis=2)
     ok = t_ok[:, None] & n_ok[None, :]
@@ -283,9 +517,19 @@ def few_tokens(
 
 @triton.jit
 def add_parts(
-    parts_ptr, y_ptr, scale_ptr, bias_ptr, tokens, out, splits,
-    IN_TILE: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, TOKENS: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+    parts_ptr,
+    y_ptr,
+    scale_ptr,
+    bias_ptr,
+    tokens,
+    out,
+    splits,
+    IN_TILE: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """y [tokens, out] = sum of parts [splits, tokens, out], first to last, with row scale and bias."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     t = tl.arange(0, TOKENS)
@@ -300,20 +544,54 @@ def add_parts(
 
 
 def _suited(configs, positional, **named):
-    """Tiles not taller than the tokens; without matrix units (exact float32) small ones, as large ones spill thousands of bytes."""
+    """Tiles not taller than the tokens; without matrix units (exact float32) small ones, as large ones
+    spill thousands of bytes."""
     arguments = positional | named
     low = [c for c in configs if c.kwargs["BLOCK_M"] <= max(16, arguments["tuned_tokens"])]
     return [c for c in low if (c.kwargs["BLOCK_K"] <= 16) == bool(arguments["EXACT"])]
 
 
 _CONFIGS = [
-    triton.Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "SWIZZLE": 8}, num_warps=warps, num_stages=stages)
-    for m, n, k, warps, stages in (
-        (16, 32, 128, 4, 3), (16, 64, 64, 4, 4), (32, 64, 64, 4, 4), (64, 64, 32, 4, 4), (64, 128, 32, 8, 3), (64, 64, 64, 4, 3),
-        (128, 64, 32, 8, 3), (128, 128, 32, 8, 3), (128, 128, 64, 8, 3), (128, 64, 64, 8, 3),
-        (16, 64, 16, 4, 2), (32, 64, 16, 4, 2), (64, 64, 16, 4, 2), (64, 64, 16, 8, 2), (128, 64, 16, 8, 2),
+    triton.Config(
+        {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "SWIZZLE": 8}, num_warps=warps, num_stages=stages
     )
-]  # fmt: skip
-_KEY = ["tuned_tokens", "out", "row", "BITS", "GROUP", "BOOKS", "UNIFORM", "PER_ROW", "IN_TILE", "SCALE_SIZE", "CONV", "KERNEL_ORDER",
-        "KERNEL_H", "KERNEL_W", "EXACT"]  # fmt: skip
-tuned_matmul = matmul if INTERPRETED else triton.autotune(_CONFIGS, _KEY, prune_configs_by={"early_config_prune": _suited})(matmul)
+    for m, n, k, warps, stages in (
+        (16, 32, 128, 4, 3),
+        (16, 64, 64, 4, 4),
+        (32, 64, 64, 4, 4),
+        (64, 64, 32, 4, 4),
+        (64, 128, 32, 8, 3),
+        (64, 64, 64, 4, 3),
+        (128, 64, 32, 8, 3),
+        (128, 128, 32, 8, 3),
+        (128, 128, 64, 8, 3),
+        (128, 64, 64, 8, 3),
+        (16, 64, 16, 4, 2),
+        (32, 64, 16, 4, 2),
+        (64, 64, 16, 4, 2),
+        (64, 64, 16, 8, 2),
+        (128, 64, 16, 8, 2),
+    )
+]
+_KEY = [
+    "tuned_tokens",
+    "out",
+    "row",
+    "BITS",
+    "GROUP",
+    "BOOKS",
+    "UNIFORM",
+    "PER_ROW",
+    "IN_TILE",
+    "SCALE_SIZE",
+    "CONV",
+    "KERNEL_ORDER",
+    "KERNEL_H",
+    "KERNEL_W",
+    "EXACT",
+]
+tuned_matmul = (
+    matmul
+    if INTERPRETED
+    else triton.autotune(_CONFIGS, _KEY, prune_configs_by={"early_config_prune": _suited})(matmul)
+)

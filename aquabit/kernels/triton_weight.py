@@ -1,9 +1,10 @@
 """A coded weight as the Triton kernels read it.
 
-``Arranged`` cuts a row where a tap or a group of scales ends and pads each piece to whole bytes. A GPU computes addresses per element, so
-a row in one run is simpler and faster: the lookup of position k is k // span, whatever the piece. Where the pieces fill their bytes (all
-Linear layers with row scales, kernel slices, almost all others) both are the same bytes, and an ``Arranged`` weight is used as it is,
-without a copy. Groups that reach across taps, which ``Arranged`` has not, are served too.
+``Arranged`` cuts a row where a tap or a group of scales ends and pads each piece to whole bytes. A GPU
+computes addresses per element, so a row in one run is simpler and faster: the lookup of position k is k //
+span, whatever the piece. Where the pieces fill their bytes (all Linear layers with row scales, kernel slices,
+almost all others) both are the same bytes, and an ``Arranged`` weight is used as it is, without a copy.
+Groups that reach across taps, which ``Arranged`` has not, are served too.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ _FLOAT16_MAX = 65504.0
 
 @dataclass(frozen=True, eq=False)
 class TritonWeight:
-    """``codes`` uint8 [out, bytes], one run of lookups a row; ``tables`` float16 [C, M, K, g] (C = 1 or out) or None for uniform codes;
-    ``scale`` and ``offset`` float16 [out] or [out, n] or None. ``wide``: sums of codewords may leave float16."""
+    """``codes`` uint8 [out, bytes], one run of lookups a row; ``tables`` float16 [C, M, K, g] (C = 1 or out)
+    or None for uniform codes; ``scale`` and ``offset`` float16 [out] or [out, n] or None. ``wide``: sums of
+    codewords may leave float16.
+    """
 
     codes: Tensor
     tables: Tensor | None
@@ -40,19 +43,30 @@ class TritonWeight:
     wide: bool
 
     def __post_init__(self) -> None:
-        """Everything that the kernels take on trust; they would read past the end of tensors that are too small."""
+        """Everything that the kernels take on trust; they would read past the end of tensors that are too
+        small."""
         out, places = self.shape[0], -(-prod(self.shape[1:]) // self.group)
         lookups = -(-places // self.fused) * self.codebooks
         expected = (out, -(-lookups * self.width // 8))
-        if self.codes.dtype != torch.uint8 or tuple(self.codes.shape) != expected or self.bits * self.fused > self.width or self.width > 8:
+        if (
+            self.codes.dtype != torch.uint8
+            or tuple(self.codes.shape) != expected
+            or self.bits * self.fused > self.width
+            or self.width > 8
+        ):
             raise AquabitError(
-                f"codes are {self.codes.dtype} {list(self.codes.shape)}; a weight {list(self.shape)} needs uint8 {list(expected)}"
+                f"codes are {self.codes.dtype} {list(self.codes.shape)}; a weight {list(self.shape)} needs"
+                f" uint8 {list(expected)}"
             )
         tail = (self.codebooks, 1 << self.bits, self.group)
         if self.tables is not None and tuple(self.tables.shape) not in ((1, *tail), (out, *tail)):
-            raise AquabitError(f"tables are {list(self.tables.shape)}; needed are [1 or {out}, {', '.join(map(str, tail))}]")
+            raise AquabitError(
+                f"tables are {list(self.tables.shape)}; needed are [1 or {out}, {', '.join(map(str, tail))}]"
+            )
         if (self.tables is None or self.fused > 1) and self.group * self.codebooks != 1:
-            raise AquabitError(f"scalar codes have one codebook of single weights, not {self.codebooks} of {self.group}")
+            raise AquabitError(
+                f"scalar codes have one codebook of single weights, not {self.codebooks} of {self.group}"
+            )
         for name in ("scale", "offset"):
             value = getattr(self, name)
             if value is not None and (value.ndim not in (1, 2) or len(value) != out or value.numel() < out):
@@ -60,21 +74,38 @@ class TritonWeight:
         for name in ("codes", "tables", "scale", "offset"):
             value = getattr(self, name)
             if value is not None and (value.device != self.codes.device or not value.is_contiguous()):
-                raise AquabitError(f"{name} is on {value.device} with strides {value.stride()}; needed is {self.codes.device}, contiguous")
+                raise AquabitError(
+                    f"{name} is on {value.device} with strides {value.stride()}; needed is"
+                    f" {self.codes.device}, contiguous"
+                )
 
     @property
     def arguments(self) -> tuple[Tensor | list[int] | None, ...]:
         """As the ops take a weight: codes, tables, scale, offset, shape, facts."""
-        facts = [self.bits, self.width, self.fused, self.group, self.codebooks, int(self.kernel_order), int(self.wide)]
+        facts = [
+            self.bits,
+            self.width,
+            self.fused,
+            self.group,
+            self.codebooks,
+            int(self.kernel_order),
+            int(self.wide),
+        ]
         return self.codes, self.tables, self.scale, self.offset, list(self.shape), facts
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors; those of an ``Arranged`` weight may be shared with it."""
-        return sum(t.numel() * t.element_size() for t in (self.codes, self.tables, self.scale, self.offset) if t is not None)
+        return sum(
+            t.numel() * t.element_size()
+            for t in (self.codes, self.tables, self.scale, self.offset)
+            if t is not None
+        )
 
     def to(self, device: torch.device | str) -> TritonWeight:
-        tables, scale, offset = (None if t is None else t.to(device) for t in (self.tables, self.scale, self.offset))
+        tables, scale, offset = (
+            None if t is None else t.to(device) for t in (self.tables, self.scale, self.offset)
+        )
         return replace(self, codes=self.codes.to(device), tables=tables, scale=scale, offset=offset)
 
 
@@ -83,7 +114,9 @@ def why_not_laid_out(weight: CodebookWeight | Arranged | TritonWeight) -> str | 
     if weight.bits > 8:
         return f"codes of {weight.bits} bits do not fit a byte"
     if isinstance(weight, CodebookWeight) and weight.order == "kernel":
-        if weight.offset is not None or (weight.scale is not None and weight.scale.numel() != weight.shape[0]):
+        if weight.offset is not None or (
+            weight.scale is not None and weight.scale.numel() != weight.shape[0]
+        ):
             return "kernel slices take one scale a row and no offset"
         if weight.group != prod(weight.shape[2:]):
             return f"codewords of {weight.group} weights do not cover kernels of {list(weight.shape[2:])}"
@@ -91,13 +124,18 @@ def why_not_laid_out(weight: CodebookWeight | Arranged | TritonWeight) -> str | 
 
 
 def lay_out(weight: CodebookWeight | Arranged) -> TritonWeight:
-    """``weight`` for the Triton kernels, on its device; raises AquabitError where ``why_not_laid_out`` says why not."""
+    """``weight`` for the Triton kernels, on its device; raises AquabitError where ``why_not_laid_out``
+    says why not."""
     why = why_not_laid_out(weight)
     if why:
         raise AquabitError(f"a weight {list(weight.shape)} cannot be laid out for the triton kernels: {why}")
     run = _one_run(weight)
     tables, scale, offset = (None if t is None else t.contiguous() for t in run.stored)
-    wide = tables is not None and not tables.is_meta and float(tables.float().abs().amax((0, 2, 3)).sum()) > _FLOAT16_MAX
+    wide = (
+        tables is not None
+        and not tables.is_meta
+        and float(tables.float().abs().amax((0, 2, 3)).sum()) > _FLOAT16_MAX
+    )
     return TritonWeight(
         run.codes.contiguous(),
         tables,
@@ -119,16 +157,27 @@ def _one_run(weight: CodebookWeight | Arranged) -> Arranged:
     if isinstance(weight, Arranged):
         whole = Segment(0, 0, weight.shape[1] if weight.order == "kernel" else prod(weight.shape[1:]), 0)
         joined = replace(weight, segments=(whole,))
-        if joined.segment_bytes(whole) == weight.codes.shape[1] and all(_seamless(weight, s) for s in weight.segments[:-1]):
+        if joined.segment_bytes(whole) == weight.codes.shape[1] and all(
+            _seamless(weight, s) for s in weight.segments[:-1]
+        ):
             return joined
         return replace(joined, codes=_laid(joined, _unlaid(weight)))
     single = weight.group == 1 and weight.codebook_count == 1 and weight.order == "inputs"
     count = weight.groups if weight.order == "kernel" else weight.groups * weight.group
     empty = Arranged(
-        weight.packed, weight.codebooks, weight.packed, None, (weight.codebooks, weight.scale, weight.offset), tuple(weight.shape),
-        weight.bits, weight.codebook_count, weight.group, FUSED.get(weight.bits, 1) if single else 1, weight.order,
+        weight.packed,
+        weight.codebooks,
+        weight.packed,
+        None,
+        (weight.codebooks, weight.scale, weight.offset),
+        tuple(weight.shape),
+        weight.bits,
+        weight.codebook_count,
+        weight.group,
+        FUSED.get(weight.bits, 1) if single else 1,
+        weight.order,
         (Segment(0, 0, count, 0),),
-    )  # fmt: skip
+    )
     return replace(empty, codes=_laid(empty, weight.codes.permute(2, 0, 1)))
 
 

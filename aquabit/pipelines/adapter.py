@@ -44,18 +44,24 @@ SCHEDULERS = {
 def trace(model: DiffusionPipeline | nn.Module) -> nx.DiGraph:
     """The layer graph of a pipeline's denoiser, or of a bare denoiser.
 
-    Inputs are made from the config where the denoiser's class is known, else they are those of the pipeline's own first call.
+    Inputs are made from the config where the denoiser's class is known, else they are those of the pipeline's
+    own first call.
     """
     denoiser = denoiser_of(model)
     if isinstance(model, nn.Module) or known_class(type(denoiser)):
         return trace_denoiser(denoiser)
     adapter = Adapter(model)
-    args, kwargs = adapter.first_inputs(Protocol(images=1, steps=1, micro_batch=1, conditions=("",) if adapter.kind == "prompt" else None))
-    return trace_denoiser(denoiser, {**dict(zip(inspect.signature(denoiser.forward).parameters, args, strict=False)), **kwargs})
+    args, kwargs = adapter.first_inputs(
+        Protocol(images=1, steps=1, micro_batch=1, conditions=("",) if adapter.kind == "prompt" else None)
+    )
+    return trace_denoiser(
+        denoiser, {**dict(zip(inspect.signature(denoiser.forward).parameters, args, strict=False)), **kwargs}
+    )
 
 
 def own_copy(pipe: DiffusionPipeline, *parts: str) -> DiffusionPipeline:
-    """A pipeline that shares everything with ``pipe`` but these components, which are copied; it shows no progress bar."""
+    """A pipeline that shares everything with ``pipe`` but these components, which are copied; it shows no
+    progress bar."""
     own = copy.copy(pipe)
     own.__dict__.update({part: copy.deepcopy(getattr(pipe, part)) for part in parts})
     own.set_progress_bar_config(disable=True)
@@ -83,7 +89,8 @@ def set_scheduler(pipe: DiffusionPipeline, name: str) -> None:
 
 
 def recorder(pipe: DiffusionPipeline) -> Callable[[Calibration], list[Call]]:
-    """What records the denoiser's calls while the pipeline makes calibration images, stratified over steps and conditions."""
+    """What records the denoiser's calls while the pipeline makes calibration images, stratified over steps
+    and conditions."""
     runs = _runs(pipe)
 
     def record(calibration: Calibration) -> list[Call]:
@@ -94,8 +101,11 @@ def recorder(pipe: DiffusionPipeline) -> Callable[[Calibration], list[Call]]:
     return record
 
 
-def _runs(pipe: DiffusionPipeline) -> Callable[[Calibration, int], AbstractContextManager[list[Callable[[], object]]]]:
-    """What gives the runs that make a calibration's images in batches of so many, with the pipeline's scheduler of now."""
+def _runs(
+    pipe: DiffusionPipeline,
+) -> Callable[[Calibration, int], AbstractContextManager[list[Callable[[], object]]]]:
+    """What gives the runs that make a calibration's images in batches of so many, with the pipeline's
+    scheduler of now."""
     scheduler = pipe.scheduler
 
     @contextmanager
@@ -112,12 +122,14 @@ def _runs(pipe: DiffusionPipeline) -> Callable[[Calibration, int], AbstractConte
 
 
 def replay_recorder(pipe: DiffusionPipeline) -> Callable[[Calibration, int], Recording]:
-    """What records every denoiser call and its output while the pipeline makes images, in batches of so many (for fine-tuning)."""
+    """What records every denoiser call and its output while the pipeline makes images, in batches of so
+    many (for fine-tuning)."""
     runs = _runs(pipe)
 
     def record(calibration: Calibration, batch: int) -> Recording:
         with runs(calibration, batch) as made:
-            # pipelines of classes put the conditional half of a guided call first, those of texts the unconditional one
+            # pipelines of classes put the conditional half of a guided call first, those of texts the
+            # unconditional one
             return Recording(record_outputs(denoiser_of(pipe), made), Adapter(pipe).kind != "prompt")
 
     return record
@@ -142,25 +154,37 @@ def sampler(pipe: DiffusionPipeline) -> Sample:
 
 
 def noise_statistics(
-    pipe: DiffusionPipeline, model: QuantizedDenoiser, config: QuantConfig, calibration: Calibration, watchers: Sequence[Watcher] = (),
+    pipe: DiffusionPipeline,
+    model: QuantizedDenoiser,
+    config: QuantConfig,
+    calibration: Calibration,
+    watchers: Sequence[Watcher] = (),
     progress: Progress = no_progress,
-) -> Statistics:  # fmt: skip
-    """Statistics of the noise that ``config`` adds while the pipeline makes calibration images with the quantized denoiser.
+) -> Statistics:
+    """Statistics of the noise that ``config`` adds while the pipeline makes calibration images with the
+    quantized denoiser.
 
     ``model`` wraps the pipeline's denoiser, in dense mode; it is left as ``config`` says.
     """
     plain = replace(config, correction=None)
-    batch = min(image_batch(pipe, denoiser_of(pipe), calibration.resolution, CALIBRATION_BATCH), calibration.images)
+    batch = min(
+        image_batch(pipe, denoiser_of(pipe), calibration.resolution, CALIBRATION_BATCH), calibration.images
+    )
     protocol, adapter = calibration.protocol(batch), Adapter(pipe)
     now = pipe.scheduler
     try:
         set_scheduler(pipe, calibration.scheduler)
-        runs = [(lambda batch=batch: adapter.images(protocol, batch), len(batch)) for batch in adapter.batches(protocol)]
+        runs = [
+            (lambda batch=batch: adapter.images(protocol, batch), len(batch))
+            for batch in adapter.batches(protocol)
+        ]
         model.apply(plain)
         full = partial(model.in_full_precision, plain)
         owner = (config.fingerprint, plain.digest)
         switches = model.watchers(plain)  # of activations that change between steps
-        return measure_noise(adapter.denoiser, pipe.scheduler, runs, full, *owner, [*switches, *watchers], progress)
+        return measure_noise(
+            adapter.denoiser, pipe.scheduler, runs, full, *owner, [*switches, *watchers], progress
+        )
     finally:
         pipe.scheduler = now
 
@@ -170,19 +194,23 @@ class _Seen(Exception):
 
 
 class Adapter:
-    """Makes images [n, c, h, w] float32 in [0, 1]: image i from its own seed, so that it depends on no other image.
+    """Makes images [n, c, h, w] float32 in [0, 1]: image i from its own seed, so that it depends on no other
+    image.
 
-    What pipelines differ in is told by their ``Family``; one of no known family is used as its call's arguments say. Watermarks and safety
-    checkers, which change images, are off. Prompts are encoded once.
+    What pipelines differ in is told by their ``Family``; one of no known family is used as its call's
+    arguments say. Watermarks and safety checkers, which change images, are off. Prompts are encoded once.
     """
 
     def __init__(self, pipe: DiffusionPipeline):
         self.pipe, self.family = pipe, family(pipe)
         self.parameters = inspect.signature(type(pipe).__call__).parameters
-        self.kind = self.family.kind if self.family else next((k for k in KINDS if k in self.parameters), None)
+        self.kind = (
+            self.family.kind if self.family else next((k for k in KINDS if k in self.parameters), None)
+        )
         if self.kind is None or "generator" not in self.parameters:
             raise AquabitError(
-                f"{type(pipe).__name__} takes neither class_labels, prompt nor batch_size with a generator; it cannot be measured"
+                f"{type(pipe).__name__} takes neither class_labels, prompt nor batch_size with a generator;"
+                " it cannot be measured"
             )
 
     @property
@@ -193,7 +221,10 @@ class Adapter:
         """One condition an image, repeated in order: the protocol's, else every class in turn."""
         given: Sequence[Any] | None = protocol.conditions
         if given is None and self.kind == "prompt":
-            raise AquabitError(f"{type(self.pipe).__name__} makes images from text; give --prompts FILE with one prompt a line")
+            raise AquabitError(
+                f"{type(self.pipe).__name__} makes images from text; give --prompts FILE with one prompt a"
+                " line"
+            )
         if given is None:
             given = range(self._classes() or 1)
         if self.kind == "class_labels":
@@ -202,14 +233,23 @@ class Adapter:
 
     def _classes(self) -> int:
         """The number of classes; 0 where it is not known."""
-        return int(getattr(self.pipe.config, "classes", None) or getattr(self.denoiser.config, "num_embeds_ada_norm", None) or 0)
+        return int(
+            getattr(self.pipe.config, "classes", None)
+            or getattr(self.denoiser.config, "num_embeds_ada_norm", None)
+            or 0
+        )
 
     def _label(self, condition: Any) -> int:
         text, classes = str(condition).strip(), self._classes()
         if not text.isdigit():
-            raise AquabitError(f"condition {text!r} is no class label; {type(self.pipe).__name__} takes whole numbers from 0")
+            raise AquabitError(
+                f"condition {text!r} is no class label; {type(self.pipe).__name__} takes whole numbers from 0"
+            )
         if classes and int(text) >= classes:
-            raise AquabitError(f"class label {text} is out of range; {type(self.pipe).__name__} has classes 0 to {classes - 1}")
+            raise AquabitError(
+                f"class label {text} is out of range; {type(self.pipe).__name__} has classes 0 to"
+                f" {classes - 1}"
+            )
         return int(text)
 
     def check(self, protocol: Protocol) -> None:
@@ -217,21 +257,35 @@ class Adapter:
         name, sampler = type(self.pipe).__name__, type(self.pipe.scheduler).__name__
         step = inspect.signature(self.pipe.scheduler.step).parameters
         if protocol.eta and not ("eta" in self.parameters and "eta" in step):
-            raise AquabitError(f"eta is {protocol.eta:g}, but {name} with {sampler} has no eta; use --scheduler ddim or eta 0")
-        distilled = self.family is not None and self.family.embedded and not getattr(self.denoiser.config, "guidance_embeds", False)
+            raise AquabitError(
+                f"eta is {protocol.eta:g}, but {name} with {sampler} has no eta; use --scheduler ddim or"
+                " eta 0"
+            )
+        distilled = (
+            self.family is not None
+            and self.family.embedded
+            and not getattr(self.denoiser.config, "guidance_embeds", False)
+        )
         if protocol.guidance != 1.0 and ("guidance_scale" not in self.parameters or distilled):
             raise AquabitError(f"guidance is {protocol.guidance:g}, but this {name} has no guidance; use 1")
         if protocol.conditions is not None and self.kind == "batch_size":
             raise AquabitError(f"{name} is unconditional; it takes no prompts or classes")
         own = native_resolution(self.pipe, self.denoiser)
         if protocol.resolution not in (None, own) and "height" not in self.parameters:
-            raise AquabitError(f"resolution is {protocol.resolution}, but {name} makes images of {own or 'its own number of'} pixels only")
+            raise AquabitError(
+                f"resolution is {protocol.resolution}, but {name} makes images of"
+                f" {own or 'its own number of'} pixels only"
+            )
 
     def batches(self, protocol: Protocol) -> list[range]:
-        return [range(i, min(i + protocol.micro_batch, protocol.images)) for i in range(0, protocol.images, protocol.micro_batch)]
+        return [
+            range(i, min(i + protocol.micro_batch, protocol.images))
+            for i in range(0, protocol.images, protocol.micro_batch)
+        ]
 
     def images(self, protocol: Protocol, indices: range) -> Tensor:
-        """The images of some indices as one micro-batch, padded to its full size so that arithmetic does not depend on the count.
+        """The images of some indices as one micro-batch, padded to its full size so that arithmetic does not
+        depend on the count.
 
         Raises AquabitError for what the pipeline refuses, and where memory ends.
         """
@@ -251,10 +305,15 @@ class Adapter:
         conditions = self.conditions(protocol)
         here = [conditions[i] for i in indices]
         given: dict[str, Any] = {
-            "generator": [torch.Generator("cpu").manual_seed(protocol.seed + i) for i in indices], "num_inference_steps": protocol.steps,
-            "guidance_scale": protocol.guidance, "eta": protocol.eta, "output_type": "pt", "height": protocol.resolution,
-            "width": protocol.resolution, **(self.family.options if self.family else {}),
-        }  # fmt: skip
+            "generator": [torch.Generator("cpu").manual_seed(protocol.seed + i) for i in indices],
+            "num_inference_steps": protocol.steps,
+            "guidance_scale": protocol.guidance,
+            "eta": protocol.eta,
+            "output_type": "pt",
+            "height": protocol.resolution,
+            "width": protocol.resolution,
+            **(self.family.options if self.family else {}),
+        }
         given = {k: v for k, v in given.items() if k in self.parameters and v is not None}
         if self.kind == "batch_size":
             return given | {"batch_size": len(here)}
@@ -262,7 +321,9 @@ class Adapter:
             return given | {str(self.kind): here}
         every, guided = [str(c) for c in conditions], protocol.guidance > 1.0 and not self.family.embedded
         if "negative_prompt" in self.parameters:
-            given["negative_prompt"] = None  # of some pipelines it is text by default, which they refuse beside embeddings
+            given["negative_prompt"] = (
+                None  # of some pipelines it is text by default, which they refuse beside embeddings
+            )
         return given | embeddings(self.pipe, self.family.encodings, [str(c) for c in here], every, guided)
 
     def first_inputs(self, protocol: Protocol) -> Call:
@@ -283,7 +344,8 @@ class Adapter:
         return found[0]
 
     def first_call(self, protocol: Protocol) -> Callable[[], object]:
-        """The first denoiser call of ``protocol``'s first micro-batch, to be made again; no image is finished."""
+        """The first denoiser call of ``protocol``'s first micro-batch, to be made again; no image is
+        finished."""
         args, kwargs = self.first_inputs(protocol)
         denoiser = self.denoiser
 
@@ -299,7 +361,8 @@ class Adapter:
         return [int(conditions[i]) for i in indices] if self.kind == "class_labels" else None
 
     def reference(self) -> tuple[DigitsFeatures, Reference] | tuple[None, None]:
-        """Feature extractor and statistics of the real images that belong to the pipeline; none where it names no such set."""
+        """Feature extractor and statistics of the real images that belong to the pipeline; none where it
+        names no such set."""
         if getattr(self.pipe.config, "real_images", "") != "digits":
             return None, None
         extractor = DigitsFeatures()

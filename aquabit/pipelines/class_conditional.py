@@ -1,4 +1,5 @@
-"""ClassConditionalPipeline: a pixel-space denoiser with class labels, for which diffusers has no pipeline of its own."""
+"""ClassConditionalPipeline: a pixel-space denoiser with class labels, for which diffusers has no pipeline
+of its own."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from torch import Tensor
 
 
 class ClassConditionalPipeline(DiffusionPipeline):
-    """Images [n, c, h, w] in [0, 1] from class labels; the label after the last class stands for "no condition"."""
+    """Images [n, c, h, w] in [0, 1] from class labels; the label after the last class stands for "no
+    condition"."""
 
     def __init__(self, denoiser: Any, scheduler: Any, classes: int = 10, real_images: str = ""):
         super().__init__()
@@ -22,15 +24,28 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def __call__(
-        self, class_labels: Sequence[int], generator: Any = None, num_inference_steps: int = 10, guidance_scale: float = 1.0,
-        eta: float = 0.0, output_type: str = "pil", return_dict: bool = True,
-    ) -> Any:  # fmt: skip
-        """One image a label; ``generator`` is one per image (or one for all). ``output_type`` is pil, np or pt."""
+        self,
+        class_labels: Sequence[int],
+        generator: Any = None,
+        num_inference_steps: int = 10,
+        guidance_scale: float = 1.0,
+        eta: float = 0.0,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> Any:
+        """One image a label; ``generator`` is one per image (or one for all). ``output_type`` is pil, np
+        or pt."""
         net, n = self.denoiser, len(class_labels)
         size = net.config.sample_size
-        x = randn_tensor((n, net.config.in_channels, size, size), generator, torch.device(self.device), net.dtype)
+        x = randn_tensor(
+            (n, net.config.in_channels, size, size), generator, torch.device(self.device), net.dtype
+        )
         labels = torch.as_tensor(list(class_labels), device=self.device)
-        both = torch.cat([labels, torch.full_like(labels, self.config.classes)]) if guidance_scale != 1.0 else labels
+        both = (
+            torch.cat([labels, torch.full_like(labels, self.config.classes)])
+            if guidance_scale != 1.0
+            else labels
+        )
         self.scheduler.set_timesteps(num_inference_steps, device=self.device)
         x = x * self.scheduler.init_noise_sigma
         extra = step_arguments(self.scheduler, generator, eta)

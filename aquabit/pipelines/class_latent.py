@@ -1,4 +1,5 @@
-"""ClassLatentPipeline: latent diffusion from class labels by cross-attention, as LDM-4 on ImageNet; diffusers has no pipeline for it."""
+"""ClassLatentPipeline: latent diffusion from class labels by cross-attention, as LDM-4 on ImageNet;
+diffusers has no pipeline for it."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ class ClassEmbedder(ModelMixin, ConfigMixin):
 
 
 class ClassLatentPipeline(DiffusionPipeline):
-    """Images [n, c, h, w] in [0, 1] from class labels; the label after the last class stands for "no condition".
+    """Images [n, c, h, w] in [0, 1] from class labels; the label after the last class stands for "no
+    condition".
 
     ``unet`` takes the class as its context; ``vqvae`` decodes latents, divided by its ``scaling_factor``.
     """
@@ -40,10 +42,17 @@ class ClassLatentPipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def __call__(
-        self, class_labels: Sequence[int], generator: Any = None, num_inference_steps: int = 20, guidance_scale: float = 1.0,
-        eta: float = 0.0, output_type: str = "pil", return_dict: bool = True,
-    ) -> Any:  # fmt: skip
-        """One image a label; ``generator`` is one per image (or one for all). ``output_type`` is pil, np or pt."""
+        self,
+        class_labels: Sequence[int],
+        generator: Any = None,
+        num_inference_steps: int = 20,
+        guidance_scale: float = 1.0,
+        eta: float = 0.0,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> Any:
+        """One image a label; ``generator`` is one per image (or one for all). ``output_type`` is pil, np
+        or pt."""
         net, n, device = self.unet, len(class_labels), self._execution_device
         size = net.config.sample_size
         x = randn_tensor((n, net.config.in_channels, size, size), generator, device, net.dtype)

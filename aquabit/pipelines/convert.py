@@ -1,4 +1,5 @@
-"""The original class-conditional LDM checkpoint (LDM-4, ImageNet) as a diffusers pipeline: configs from shapes, tensors by name."""
+"""The original class-conditional LDM checkpoint (LDM-4, ImageNet) as a diffusers pipeline: configs from
+shapes, tensors by name."""
 
 from __future__ import annotations
 
@@ -19,35 +20,67 @@ from aquabit.pipelines.class_latent import ClassEmbedder, ClassLatentPipeline
 from aquabit.scheme import AquabitError
 
 Tensors = Mapping[str, Tensor]
-UNET, FIRST_STAGE, CLASSES = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.embedding.weight"
+UNET, FIRST_STAGE, CLASSES = (
+    "model.diffusion_model.",
+    "first_stage_model.",
+    "cond_stage_model.embedding.weight",
+)
 _UNUSED = ("model_ema.", "first_stage_model.loss.")  # averages of training, and its loss
 _SCHEDULE = (  # buffers of the noise schedule
-    "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
-    "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_variance",
-    "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2", "logvar", "lvlb_weights", "scale_factor",
-)  # fmt: skip
+    "betas",
+    "alphas_cumprod",
+    "alphas_cumprod_prev",
+    "sqrt_alphas_cumprod",
+    "sqrt_one_minus_alphas_cumprod",
+    "log_one_minus_alphas_cumprod",
+    "sqrt_recip_alphas_cumprod",
+    "sqrt_recipm1_alphas_cumprod",
+    "posterior_variance",
+    "posterior_log_variance_clipped",
+    "posterior_mean_coef1",
+    "posterior_mean_coef2",
+    "logvar",
+    "lvlb_weights",
+    "scale_factor",
+)
 _RESNET = (
-    ("in_layers.0.", "norm1."), ("in_layers.2.", "conv1."), ("emb_layers.1.", "time_emb_proj."), ("out_layers.0.", "norm2."),
-    ("out_layers.3.", "conv2."), ("skip_connection.", "conv_shortcut."),
-)  # fmt: skip
+    ("in_layers.0.", "norm1."),
+    ("in_layers.2.", "conv1."),
+    ("emb_layers.1.", "time_emb_proj."),
+    ("out_layers.0.", "norm2."),
+    ("out_layers.3.", "conv2."),
+    ("skip_connection.", "conv_shortcut."),
+)
 _UNET_ENDS = (
-    ("time_embed.0.", "time_embedding.linear_1."), ("time_embed.2.", "time_embedding.linear_2."), ("input_blocks.0.0.", "conv_in."),
-    ("out.0.", "conv_norm_out."), ("out.2.", "conv_out."), ("middle_block.0.", "mid_block.resnets.0."),
-    ("middle_block.1.", "mid_block.attentions.0."), ("middle_block.2.", "mid_block.resnets.1."),
-)  # fmt: skip
+    ("time_embed.0.", "time_embedding.linear_1."),
+    ("time_embed.2.", "time_embedding.linear_2."),
+    ("input_blocks.0.0.", "conv_in."),
+    ("out.0.", "conv_norm_out."),
+    ("out.2.", "conv_out."),
+    ("middle_block.0.", "mid_block.resnets.0."),
+    ("middle_block.1.", "mid_block.attentions.0."),
+    ("middle_block.2.", "mid_block.resnets.1."),
+)
 _VQ_PARTS = (
-    ("mid.block_1.", "mid_block.resnets.0."), ("mid.block_2.", "mid_block.resnets.1."),
-    ("mid.attn_1.norm.", "mid_block.attentions.0.group_norm."), ("mid.attn_1.proj_out.", "mid_block.attentions.0.to_out.0."),
-    ("mid.attn_1.", "mid_block.attentions.0.to_"), ("norm_out.", "conv_norm_out."), ("nin_shortcut.", "conv_shortcut."),
-)  # fmt: skip
+    ("mid.block_1.", "mid_block.resnets.0."),
+    ("mid.block_2.", "mid_block.resnets.1."),
+    ("mid.attn_1.norm.", "mid_block.attentions.0.group_norm."),
+    ("mid.attn_1.proj_out.", "mid_block.attentions.0.to_out.0."),
+    ("mid.attn_1.", "mid_block.attentions.0.to_"),
+    ("norm_out.", "conv_norm_out."),
+    ("nin_shortcut.", "conv_shortcut."),
+)
 
 
-def convert_ldm4(path: str | Path, out: str | Path, sample_size: int = 64, heads: int = 1) -> ClassLatentPipeline:
+def convert_ldm4(
+    path: str | Path, out: str | Path, sample_size: int = 64, heads: int = 1
+) -> ClassLatentPipeline:
     """Write the pipeline of a checkpoint (.ckpt or .safetensors) to the folder ``out``, and return it.
 
-    Architecture follows from the tensors' shapes; what they do not tell is the side of the latents and the number of attention heads, which
-    are those of LDM-4. Every tensor finds its place with its shape, or AquabitError names the first that do not; it is raised too for a
-    file that cannot be read as tensors alone.
+    Architecture follows from the tensors' shapes; what they do not tell is the side of the latents and the
+    number of attention heads, which are those of LDM-4. Every tensor finds its place with its shape, or
+    AquabitError names the first that do not; it is raised too for a file that cannot be read as tensors
+    alone.
     """
     tensors = read_tensors(Path(path))
     wanted = {k: v.float() for k, v in tensors.items() if not k.startswith(_UNUSED) and k not in _SCHEDULE}
@@ -55,32 +88,50 @@ def convert_ldm4(path: str | Path, out: str | Path, sample_size: int = 64, heads
     if unknown or CLASSES not in wanted:
         what = f"holds {_some(unknown)}" if unknown else f"lacks {CLASSES}"
         raise AquabitError(f"{path} is no class-conditional LDM checkpoint: it {what}")
-    parts = {p: {k.removeprefix(p): v for k, v in wanted.items() if k.startswith(p)} for p in (UNET, FIRST_STAGE)}
+    parts = {
+        p: {k.removeprefix(p): v for k, v in wanted.items() if k.startswith(p)} for p in (UNET, FIRST_STAGE)
+    }
     scale = float(tensors.get("scale_factor", torch.ones(())))
     try:
-        unet_config, vq_config = _unet_config(parts[UNET], sample_size, heads), _vq_config(parts[FIRST_STAGE], scale)
+        unet_config, vq_config = (
+            _unet_config(parts[UNET], sample_size, heads),
+            _vq_config(parts[FIRST_STAGE], scale),
+        )
     except KeyError as error:
-        raise AquabitError(f"{path} is no LDM checkpoint with cross-attention and a VQ first stage: it lacks {error}") from error
+        raise AquabitError(
+            f"{path} is no LDM checkpoint with cross-attention and a VQ first stage: it lacks {error}"
+        ) from error
     embedding = wanted[CLASSES]
     unet = _filled(UNet2DConditionModel, unet_config, _unet_names(parts[UNET], unet_config), f"{path}: U-Net")
     vqvae = _filled(VQModel, vq_config, _vq_names(parts[FIRST_STAGE], vq_config), f"{path}: first stage")
     classes = {"classes": embedding.shape[0], "width": embedding.shape[1]}
     embedder = _filled(ClassEmbedder, classes, {"embedding.weight": embedding}, f"{path}: classes")
-    pipe = ClassLatentPipeline(unet, vqvae, embedder, _scheduler(tensors, path), classes=embedding.shape[0] - 1)
+    pipe = ClassLatentPipeline(
+        unet, vqvae, embedder, _scheduler(tensors, path), classes=embedding.shape[0] - 1
+    )
     pipe.save_pretrained(out)
     return pipe
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The named tensors of a checkpoint; raises AquabitError for a file that is missing, damaged, or holds more than tensors."""
+    """The named tensors of a checkpoint; raises AquabitError for a file that is missing, damaged, or holds
+    more than tensors."""
     if not path.is_file():
         raise AquabitError(f"checkpoint {path} is not there; give a .ckpt or .safetensors file")
     try:
-        found: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+        found: Any = (
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
     except pickle.UnpicklingError as error:
-        raise AquabitError(f"{path} holds more than tensors, which is not read; save its state_dict as .safetensors") from error
+        raise AquabitError(
+            f"{path} holds more than tensors, which is not read; save its state_dict as .safetensors"
+        ) from error
     except (OSError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
-        raise AquabitError(f"{path} cannot be read as a checkpoint: {' '.join(str(error).split())[:200]}") from error
+        raise AquabitError(
+            f"{path} cannot be read as a checkpoint: {' '.join(str(error).split())[:200]}"
+        ) from error
     found = found.get("state_dict", found) if isinstance(found, dict) else {}
     tensors = {str(k): v for k, v in found.items() if isinstance(v, Tensor)}
     if not tensors:
@@ -96,9 +147,15 @@ def _filled(model_class: Any, config: Mapping[str, Any], tensors: Tensors, what:
     problems = {
         "missing": [k for k in own if k not in tensors],
         "without a place": [k for k in tensors if k not in own],
-        "of another shape": [f"{k} {tuple(v.shape)} for {own[k]}" for k, v in tensors.items() if k in own and tuple(v.shape) != own[k]],
+        "of another shape": [
+            f"{k} {tuple(v.shape)} for {own[k]}"
+            for k, v in tensors.items()
+            if k in own and tuple(v.shape) != own[k]
+        ],
     }
-    said = "; ".join(f"{len(names)} tensors {problem}: {_some(names)}" for problem, names in problems.items() if names)
+    said = "; ".join(
+        f"{len(names)} tensors {problem}: {_some(names)}" for problem, names in problems.items() if names
+    )
     if said:
         raise AquabitError(f"{what} does not fit {type(model).__name__}: {said}")
     model.load_state_dict({k: v.contiguous() for k, v in tensors.items()}, assign=True)
@@ -115,7 +172,8 @@ def _count(tensors: Tensors, pattern: str) -> int:
 
 
 def _renamed(name: str, pairs: tuple[tuple[str, str], ...]) -> str:
-    """``name`` with the first of ``pairs`` whose old part stands in it, after a dot or at its start, replaced."""
+    """``name`` with the first of ``pairs`` whose old part stands in it, after a dot or at its start,
+    replaced."""
     for old, new in pairs:
         if f".{old}" in f".{name}":
             return f".{name}".replace(f".{old}", f".{new}", 1)[1:]
@@ -123,20 +181,28 @@ def _renamed(name: str, pairs: tuple[tuple[str, str], ...]) -> str:
 
 
 def _unet_config(tensors: Tensors, sample_size: int, heads: int) -> dict[str, Any]:
-    """Levels end in a downsampling (``op``), but for the last; attention lies beside a level's residual blocks (openaimodel.UNetModel)."""
+    """Levels end in a downsampling (``op``), but for the last; attention lies beside a level's residual
+    blocks (openaimodel.UNetModel)."""
     blocks = _count(tensors, r"input_blocks\.(\d+)\.")
     ends = [i for i in range(blocks) if f"input_blocks.{i}.0.op.weight" in tensors] + [blocks]
     attention = [f"input_blocks.{end - 1}.1.norm.weight" in tensors for end in ends]
     context = tensors["middle_block.1.transformer_blocks.0.attn2.to_k.weight"].shape[1]
     return {
-        "sample_size": sample_size, "in_channels": tensors["input_blocks.0.0.weight"].shape[1],
+        "sample_size": sample_size,
+        "in_channels": tensors["input_blocks.0.0.weight"].shape[1],
         "out_channels": len(tensors["out.2.weight"]),
-        "block_out_channels": tuple(len(tensors[f"input_blocks.{end - 1}.0.out_layers.3.weight"]) for end in ends),
-        "layers_per_block": ends[0] - 1, "cross_attention_dim": context, "attention_head_dim": heads,  # which diffusers takes for heads
+        "block_out_channels": tuple(
+            len(tensors[f"input_blocks.{end - 1}.0.out_layers.3.weight"]) for end in ends
+        ),
+        "layers_per_block": ends[0] - 1,
+        "cross_attention_dim": context,
+        "attention_head_dim": heads,  # which diffusers takes for heads
         "down_block_types": tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attention),
         "up_block_types": tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)),
-        "transformer_layers_per_block": max(1, _count(tensors, r"middle_block\.1\.transformer_blocks\.(\d+)\.")),
-    }  # fmt: skip
+        "transformer_layers_per_block": max(
+            1, _count(tensors, r"middle_block\.1\.transformer_blocks\.(\d+)\.")
+        ),
+    }
 
 
 def _unet_names(tensors: Tensors, config: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -163,13 +229,19 @@ def _vq_config(tensors: Tensors, scale: float) -> dict[str, Any]:
     levels = _count(tensors, r"encoder\.down\.(\d+)\.")
     embeddings = tensors["quantize.embedding.weight"]
     return {
-        "in_channels": tensors["encoder.conv_in.weight"].shape[1], "out_channels": len(tensors["decoder.conv_out.weight"]),
-        "block_out_channels": tuple(len(tensors[f"encoder.down.{i}.block.0.conv2.weight"]) for i in range(levels)),
-        "down_block_types": ("DownEncoderBlock2D",) * levels, "up_block_types": ("UpDecoderBlock2D",) * levels,
+        "in_channels": tensors["encoder.conv_in.weight"].shape[1],
+        "out_channels": len(tensors["decoder.conv_out.weight"]),
+        "block_out_channels": tuple(
+            len(tensors[f"encoder.down.{i}.block.0.conv2.weight"]) for i in range(levels)
+        ),
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
         "layers_per_block": _count(tensors, r"encoder\.down\.0\.block\.(\d+)\."),
         "latent_channels": len(tensors["encoder.conv_out.weight"]),
-        "num_vq_embeddings": len(embeddings), "vq_embed_dim": embeddings.shape[1], "scaling_factor": scale,
-    }  # fmt: skip
+        "num_vq_embeddings": len(embeddings),
+        "vq_embed_dim": embeddings.shape[1],
+        "scaling_factor": scale,
+    }
 
 
 def _vq_names(tensors: Tensors, config: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -190,11 +262,19 @@ def _scheduler(tensors: Tensors, path: Any) -> DDIMScheduler:
     """LDM's schedule: linear in the roots of beta; from the checkpoint's own betas where it has them."""
     betas = tensors.get("betas", _roots(0.0015, 0.0195, 1000)).double()
     if not torch.allclose(betas, _roots(float(betas[0]), float(betas[-1]), len(betas)), rtol=1e-3):
-        raise AquabitError(f"{path} was trained with betas that are not linear in their roots; its schedule is not known")
+        raise AquabitError(
+            f"{path} was trained with betas that are not linear in their roots; its schedule is not known"
+        )
     return DDIMScheduler(
-        len(betas), float(betas[0]), float(betas[-1]), "scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1,
+        len(betas),
+        float(betas[0]),
+        float(betas[-1]),
+        "scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
         timestep_spacing="leading",
-    )  # fmt: skip
+    )
 
 
 def _roots(first: float, last: float, steps: int) -> Tensor:

@@ -19,7 +19,9 @@ from aquabit.pipelines.running import out_of_memory
 from aquabit.scheme import AquabitError, read_json
 
 BUNDLED = Path(__file__).parent / "bundled"
-OWN_PIPELINES: Mapping[str, Any] = {c.__name__: c for c in (ClassConditionalPipeline, ClassLatentPipeline)}  # diffusers does not know these
+OWN_PIPELINES: Mapping[str, Any] = {
+    c.__name__: c for c in (ClassConditionalPipeline, ClassLatentPipeline)
+}  # diffusers does not know these
 OWN_COMPONENTS: Mapping[str, Any] = {ClassEmbedder.__name__: ClassEmbedder}
 
 
@@ -28,12 +30,17 @@ def bundled_models() -> list[str]:
 
 
 def load(
-    model: str | Path | DiffusionPipeline, device: str | torch.device = "cpu", dtype: torch.dtype | str = "float32", offload: bool = False
+    model: str | Path | DiffusionPipeline,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | str = "float32",
+    offload: bool = False,
 ) -> DiffusionPipeline:
-    """The pipeline that ``model`` names, on a device and in a dtype; a packed artifact comes back running packed.
+    """The pipeline that ``model`` names, on a device and in a dtype; a packed artifact comes back running
+    packed.
 
-    ``offload``: components wait on the CPU and are on the GPU only while they run. Raises AquabitError for an unknown name, a folder that
-    is no pipeline or lacks components, files that are damaged, a hub that does not give the model, and a device that is not there.
+    ``offload``: components wait on the CPU and are on the GPU only while they run. Raises AquabitError for an
+    unknown name, a folder that is no pipeline or lacks components, files that are damaged, a hub that does
+    not give the model, and a device that is not there.
     """
     if isinstance(model, DiffusionPipeline):
         return model
@@ -45,11 +52,13 @@ def load(
         return _bound(_from_folder(folder, dtype), folder, dtype, device, offload)
     if folder.is_file():
         raise AquabitError(
-            f"{folder} is a file; give the folder of a diffusers pipeline (a checkpoint of LDM-4 becomes one by `aquabit convert`)"
+            f"{folder} is a file; give the folder of a diffusers pipeline (a checkpoint of LDM-4 becomes one"
+            " by `aquabit convert`)"
         )
     if name.count("/") != 1 or folder.is_absolute() or name.startswith((".", "~")):
         raise AquabitError(
-            f"unknown model {name!r}; bundled are {', '.join(bundled_models())}, else give a diffusers directory or a hub id"
+            f"unknown model {name!r}; bundled are {', '.join(bundled_models())}, else give a diffusers"
+            " directory or a hub id"
         )
     pipe = _guarded(name, lambda: DiffusionPipeline.from_pretrained(name, dtype=dtype))
     return _bound(pipe, name, dtype, device, offload)
@@ -60,11 +69,18 @@ def check_device(device: str | torch.device, offload: bool = False) -> None:
     try:
         kind = torch.device(device).type
     except RuntimeError as error:
-        raise AquabitError(f"device {str(device)!r} is unknown; use cpu, or cuda or cuda:1 on a GPU") from error
+        raise AquabitError(
+            f"device {str(device)!r} is unknown; use cpu, or cuda or cuda:1 on a GPU"
+        ) from error
     if kind == "cuda" and not torch.cuda.is_available():
-        raise AquabitError(f"device {str(device)!r} is not here: torch {torch.__version__} sees no GPU; use --device cpu")
+        raise AquabitError(
+            f"device {str(device)!r} is not here: torch {torch.__version__} sees no GPU; use --device cpu"
+        )
     if offload and kind == "cpu":
-        raise AquabitError("offload lets components wait on the CPU while others run on a GPU, and the device is cpu; use --device cuda")
+        raise AquabitError(
+            "offload lets components wait on the CPU while others run on a GPU, and the device is cpu; use"
+            " --device cuda"
+        )
 
 
 def _dtype(dtype: torch.dtype | str) -> torch.dtype:
@@ -81,22 +97,35 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
     described = read_json(index)
     if not isinstance(described, dict) or not isinstance(described.get("_class_name"), str):
         raise AquabitError(f"{index} names no pipeline class (_class_name)")
-    components = {k: v for k, v in described.items() if isinstance(v, list) and len(v) == 2 and v[1] is not None}
+    components = {
+        k: v for k, v in described.items() if isinstance(v, list) and len(v) == 2 and v[1] is not None
+    }
     missing = [name for name in components if not (folder / name).is_dir()]
     if missing:
-        raise AquabitError(f"{folder} lacks components that its model_index.json names: {', '.join(missing)}; copy or download them too")
+        raise AquabitError(
+            f"{folder} lacks components that its model_index.json names: {', '.join(missing)}; copy or"
+            " download them too"
+        )
     from aquabit.quant.artifact import is_packed
 
     for component in components:
         is_packed(folder / component)  # refuses those of earlier versions
     cls: Any = OWN_PIPELINES.get(described["_class_name"], DiffusionPipeline)
-    own = {k: OWN_COMPONENTS[c].from_pretrained(folder / k, dtype=dtype) for k, (_, c) in components.items() if c in OWN_COMPONENTS}
-    return _guarded(str(folder), lambda: cls.from_pretrained(folder, dtype=dtype, use_safetensors=True, **own))
+    own = {
+        k: OWN_COMPONENTS[c].from_pretrained(folder / k, dtype=dtype)
+        for k, (_, c) in components.items()
+        if c in OWN_COMPONENTS
+    }
+    return _guarded(
+        str(folder), lambda: cls.from_pretrained(folder, dtype=dtype, use_safetensors=True, **own)
+    )
 
 
-def _bound(pipe: DiffusionPipeline, source: str | Path, dtype: torch.dtype, device: str | torch.device, offload: bool) -> DiffusionPipeline:
-    """A loaded pipeline on its device; its text encoders can come again, and what a packed denoiser does while sampling follows the
-    scheduler."""
+def _bound(
+    pipe: DiffusionPipeline, source: str | Path, dtype: torch.dtype, device: str | torch.device, offload: bool
+) -> DiffusionPipeline:
+    """A loaded pipeline on its device; its text encoders can come again, and what a packed denoiser does
+    while sampling follows the scheduler."""
     from aquabit.quant.artifact import contents_of
     from aquabit.quant.correct import corrected_
     from aquabit.quant.sampling import refollow_
@@ -113,7 +142,9 @@ def _bound(pipe: DiffusionPipeline, source: str | Path, dtype: torch.dtype, devi
     return pipe if packed and str(device) == "cpu" else pipe.to(device)
 
 
-def _reloader(pipe: DiffusionPipeline, source: str | Path, dtype: torch.dtype) -> Callable[[], Mapping[str, Any]]:
+def _reloader(
+    pipe: DiffusionPipeline, source: str | Path, dtype: torch.dtype
+) -> Callable[[], Mapping[str, Any]]:
     """What loads a pipeline's text encoders, and nothing else, again; it does not hold the pipeline."""
     cls: Any = type(pipe)
     encoders = [name for name in pipe.components if name.startswith("text_encoder")]
@@ -133,7 +164,9 @@ def _guarded(name: str, loader: Callable[[], Any]) -> Any:
             pipe = loader()
     except AquabitError:
         raise
-    except Exception as error:  # diffusers, safetensors and the hub raise many types: all mean that it cannot be loaded
+    except (
+        Exception
+    ) as error:  # diffusers, safetensors and the hub raise many types: all mean that it cannot be loaded
         raise AquabitError(_reason(name, error)) from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -141,7 +174,8 @@ def _guarded(name: str, loader: Callable[[], Any]) -> Any:
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """No bars and warnings of diffusers and, where it is installed, transformers (then diffusers has imported it)."""
+    """No bars and warnings of diffusers and, where it is installed, transformers (then diffusers has
+    imported it)."""
     found = sys.modules.get("transformers")
     libraries = [logging, *([] if found is None else [found.utils.logging])]
     before = [(each.get_verbosity(), each.is_progress_bar_enabled()) for each in libraries]
@@ -160,24 +194,43 @@ def _silence() -> Iterator[None]:
 _GATED = ("GatedRepoError",)
 _UNKNOWN = ("RepositoryNotFoundError", "RevisionNotFoundError")
 _UNREACHABLE = (
-    "LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError", "ConnectTimeout", "ReadTimeout", "ConnectionError", "ProxyError",
-)  # fmt: skip
+    "LocalEntryNotFoundError",
+    "OfflineModeIsEnabled",
+    "ConnectError",
+    "ConnectTimeout",
+    "ReadTimeout",
+    "ConnectionError",
+    "ProxyError",
+)
 
 
 def _reason(name: str, error: BaseException) -> str:
-    """Why a pipeline could not be loaded and what to do, from the kinds of the error and of those behind it."""
+    """Why a pipeline could not be loaded and what to do, from the kinds of the error and of those behind
+    it."""
     behind = list(_chain(error))
     kinds = {base.__name__ for e in behind for base in type(e).__mro__}
     if any(out_of_memory(e) for e in behind):
-        return f"memory ended while {name} was loaded; use --dtype bfloat16, fewer --workers, or a machine with more"
+        return (
+            f"memory ended while {name} was loaded; use --dtype bfloat16, fewer --workers, or a machine with"
+            " more"
+        )
     if kinds.intersection(_GATED):
-        return f"{name} is gated: accept its terms at https://huggingface.co/{name}, then log in with `hf auth login`"
+        return (
+            f"{name} is gated: accept its terms at https://huggingface.co/{name}, then log in with `hf auth"
+            " login`"
+        )
     if kinds.intersection(_UNKNOWN):
-        return f"{name} is not on the hub, or it is private; look for a typing error, or log in with `hf auth login`"
+        return (
+            f"{name} is not on the hub, or it is private; look for a typing error, or log in with `hf auth"
+            " login`"
+        )
     if kinds.intersection(_UNREACHABLE) and not Path(name).is_dir():
         return f"the hub cannot be reached and {name} is not in its cache; connect, or give a folder"
     first = " ".join(str(error).split()) or type(error).__name__
-    return f"{name} cannot be loaded as a diffusers pipeline: {first if len(first) < 300 else first[:297] + '...'}"
+    return (
+        f"{name} cannot be loaded as a diffusers pipeline:"
+        f" {first if len(first) < 300 else first[:297] + '...'}"
+    )
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

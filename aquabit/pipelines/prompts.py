@@ -19,14 +19,17 @@ Encoders = Mapping[str, Any]  # component name -> text encoder
 
 @dataclass
 class _Known:
-    """What is known of one pipeline's prompts. ``reload`` gives its text encoders again; ``free``: they go when they have run."""
+    """What is known of one pipeline's prompts. ``reload`` gives its text encoders again; ``free``: they go
+    when they have run."""
 
     embeddings: dict[tuple[str, bool], dict[str, Tensor]] = field(default_factory=dict)
     reload: Callable[[], Encoders] | None = None
     free: bool = False
 
 
-_KNOWN: WeakKeyDictionary[DiffusionPipeline, _Known] = WeakKeyDictionary()  # several adapters may serve one pipeline
+_KNOWN: WeakKeyDictionary[DiffusionPipeline, _Known] = (
+    WeakKeyDictionary()
+)  # several adapters may serve one pipeline
 
 
 def _known(pipe: DiffusionPipeline) -> _Known:
@@ -34,12 +37,18 @@ def _known(pipe: DiffusionPipeline) -> _Known:
 
 
 def embeddings(
-    pipe: DiffusionPipeline, encodings: Sequence[Encoding], prompts: Sequence[str], every: Sequence[str], guided: bool
+    pipe: DiffusionPipeline,
+    encodings: Sequence[Encoding],
+    prompts: Sequence[str],
+    every: Sequence[str],
+    guided: bool,
 ) -> dict[str, Tensor]:
-    """Call argument -> tensor with a row for each of ``prompts``, on the pipeline's device; those without guidance too where ``guided``.
+    """Call argument -> tensor with a row for each of ``prompts``, on the pipeline's device; those without
+    guidance too where ``guided``.
 
-    ``every`` are all prompts that will be asked for: what is new among them is encoded in one go. A prompt is encoded by itself, so that
-    its embedding depends on no other. Raises AquabitError where a new prompt comes after encoders were freed that cannot be loaded again.
+    ``every`` are all prompts that will be asked for: what is new among them is encoded in one go. A prompt is
+    encoded by itself, so that its embedding depends on no other. Raises AquabitError where a new prompt comes
+    after encoders were freed that cannot be loaded again.
     """
     known = _known(pipe)
     missing = [p for p in dict.fromkeys(every) if (p, guided) not in known.embeddings]
@@ -54,19 +63,32 @@ def embeddings(
     return {name: torch.cat([row[name] for row in rows]).to(device) for name in rows[0]}
 
 
-def _encoded(pipe: Any, encodings: Sequence[Encoding], prompt: str, guided: bool, known: _Known) -> dict[str, Tensor]:
+def _encoded(
+    pipe: Any, encodings: Sequence[Encoding], prompt: str, guided: bool, known: _Known
+) -> dict[str, Tensor]:
     import inspect
 
     parameters = inspect.signature(pipe.encode_prompt).parameters
-    common = {"prompt": [prompt], "device": pipe._execution_device, "num_images_per_prompt": 1, "do_classifier_free_guidance": guided}
+    common = {
+        "prompt": [prompt],
+        "device": pipe._execution_device,
+        "num_images_per_prompt": 1,
+        "do_classifier_free_guidance": guided,
+    }
     found: dict[str, Tensor] = {}
     for encoding in encodings:
         with torch.no_grad():
-            result = pipe.encode_prompt(**{k: v for k, v in common.items() if k in parameters}, **encoding.arguments)
+            result = pipe.encode_prompt(
+                **{k: v for k, v in common.items() if k in parameters}, **encoding.arguments
+            )
         named = zip(encoding.returns, result, strict=True)
-        found |= {f"{n}{encoding.suffix}": v.detach().to("cpu") for n, v in named if n is not None and v is not None}
+        found |= {
+            f"{n}{encoding.suffix}": v.detach().to("cpu") for n, v in named if n is not None and v is not None
+        }
     others = next((row for (_, same), row in known.embeddings.items() if same == guided), {})
-    return {k: others[k] if k in others and torch.equal(v, others[k]) else v for k, v in found.items()}  # no prompt: kept once
+    return {
+        k: others[k] if k in others and torch.equal(v, others[k]) else v for k, v in found.items()
+    }  # no prompt: kept once
 
 
 def _encoders(pipe: DiffusionPipeline) -> dict[str, Any]:
@@ -75,7 +97,9 @@ def _encoders(pipe: DiffusionPipeline) -> dict[str, Any]:
 
 def _set(pipe: DiffusionPipeline, encoders: Encoders) -> None:
     for name, encoder in encoders.items():
-        pipe.__dict__[name] = encoder  # not through setattr, which forgets the component's class in the config
+        pipe.__dict__[name] = (
+            encoder  # not through setattr, which forgets the component's class in the config
+        )
 
 
 def can_reload(pipe: DiffusionPipeline, reload: Callable[[], Encoders]) -> None:
@@ -84,16 +108,23 @@ def can_reload(pipe: DiffusionPipeline, reload: Callable[[], Encoders]) -> None:
 
 
 def free_text_encoders(pipe: DiffusionPipeline) -> None:
-    """From now on text encoders go as soon as all prompts are embeddings; nothing where they could not be loaded again."""
+    """From now on text encoders go as soon as all prompts are embeddings; nothing where they could not be
+    loaded again."""
     _known(pipe).free = _known(pipe).reload is not None
 
 
 def restore_text_encoders(pipe: DiffusionPipeline) -> None:
     """Load again what was freed."""
-    known, gone = _known(pipe), [name for name, encoder in _encoders(pipe).items() if encoder is None and pipe.config[name][0]]
+    known, gone = (
+        _known(pipe),
+        [name for name, encoder in _encoders(pipe).items() if encoder is None and pipe.config[name][0]],
+    )
     if not gone:
         return
     if known.reload is None:
-        raise AquabitError(f"{type(pipe).__name__} has no {', '.join(gone)}; give it its text encoders, or load it from its folder")
+        raise AquabitError(
+            f"{type(pipe).__name__} has no {', '.join(gone)}; give it its text encoders, or load it from its"
+            " folder"
+        )
     loaded = known.reload()
     _set(pipe, {name: loaded[name].to(pipe.device) for name in gone})

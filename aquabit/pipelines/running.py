@@ -1,4 +1,5 @@
-"""How a pipeline runs while it is measured: images of its own only, decoded one by one, its errors in one sentence."""
+"""How a pipeline runs while it is measured: images of its own only, decoded one by one, its errors in one
+sentence."""
 
 from __future__ import annotations
 
@@ -17,8 +18,8 @@ DECODERS = ("vae", "vqvae", "movq")
 
 @contextmanager
 def as_measured(pipe: DiffusionPipeline, protocol: Protocol, first: int) -> Iterator[None]:
-    """For a while: no safety checker and no watermark, images decoded one by one, and what a pipeline draws without the generators that it
-    was given drawn from the seed of image ``first``.
+    """For a while: no safety checker and no watermark, images decoded one by one, and what a pipeline draws
+    without the generators that it was given drawn from the seed of image ``first``.
 
     Raises AquabitError where memory ends, and for what the pipeline itself refuses.
     """
@@ -28,7 +29,10 @@ def as_measured(pipe: DiffusionPipeline, protocol: Protocol, first: int) -> Iter
                 stack.callback(pipe.__dict__.__setitem__, name, pipe.__dict__[name])
                 pipe.__dict__[name] = None
         for name in DECODERS:
-            if isinstance(decoder := getattr(pipe, name, None), nn.Module) and "decode" not in decoder.__dict__:
+            if (
+                isinstance(decoder := getattr(pipe, name, None), nn.Module)
+                and "decode" not in decoder.__dict__
+            ):
                 stack.enter_context(_one_by_one(decoder))
         stack.enter_context(torch.random.fork_rng())
         torch.manual_seed(protocol.seed + first)
@@ -38,14 +42,18 @@ def as_measured(pipe: DiffusionPipeline, protocol: Protocol, first: int) -> Iter
 
 @contextmanager
 def _one_by_one(decoder: Any) -> Iterator[None]:
-    """``decoder.decode`` on one image at a time: a batch at full resolution takes more memory than the denoiser, and an image then does not
-    depend on its neighbours."""
+    """``decoder.decode`` on one image at a time: a batch at full resolution takes more memory than the
+    denoiser, and an image then does not depend on its neighbours."""
     whole = decoder.decode
 
     def decode(latents: Tensor, *args: Any, generator: Any = None, **kwargs: Any) -> Any:
         parts = []
         for i, row in enumerate(latents.split(1)):
-            own = {} if generator is None else {"generator": generator[i] if isinstance(generator, list) else generator}
+            own = (
+                {}
+                if generator is None
+                else {"generator": generator[i] if isinstance(generator, list) else generator}
+            )
             parts.append(whole(row, *args, **own, **kwargs))
         if isinstance(parts[0], tuple):
             return (torch.cat([part[0] for part in parts]), *parts[0][1:])
@@ -68,12 +76,15 @@ def _said(name: str, protocol: Protocol) -> Iterator[None]:
     except (ValueError, TypeError, RuntimeError, MemoryError) as error:
         if out_of_memory(error):
             raise AquabitError(
-                f"memory ended while {name} made {protocol.micro_batch} images at once; lower --micro-batch or the resolution, use "
-                "--dtype bfloat16, or load it with offload on a GPU (generate --offload)"
+                f"memory ended while {name} made {protocol.micro_batch} images at once; lower --micro-batch"
+                " or the resolution, use --dtype bfloat16, or load it with offload on a GPU (generate"
+                " --offload)"
             ) from error
         if not isinstance(error, ValueError):
             raise
-        raise AquabitError(f"{name} does not make these images: {' '.join(str(error).split()).rstrip('.')}") from error
+        raise AquabitError(
+            f"{name} does not make these images: {' '.join(str(error).split()).rstrip('.')}"
+        ) from error
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -81,14 +92,18 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def image_batch(pipe: DiffusionPipeline, denoiser: nn.Module, resolution: int | None, most: int) -> int:
-    """Images of one call where no protocol says it: ``most``, or as many as have the pixels of 16 images of 256 x 256."""
+    """Images of one call where no protocol says it: ``most``, or as many as have the pixels of 16 images
+    of 256 x 256."""
     side = resolution or native_resolution(pipe, denoiser) or 256
     return max(1, min(most, 16 * 256**2 // side**2))
 
 
 def native_resolution(pipe: DiffusionPipeline, denoiser: nn.Module) -> int | None:
-    """The side of the images that a pipeline makes when it is not told [pixels]; None where it cannot be told."""
+    """The side of the images that a pipeline makes when it is not told [pixels]; None where it cannot be
+    told."""
     size = getattr(pipe, "default_sample_size", None) or getattr(denoiser.config, "sample_size", None)
-    decoder: Any = next((d for name in DECODERS if isinstance(d := getattr(pipe, name, None), nn.Module)), None)
+    decoder: Any = next(
+        (d for name in DECODERS if isinstance(d := getattr(pipe, name, None), nn.Module)), None
+    )
     scale = 1 if decoder is None else 2 ** (len(getattr(decoder.config, "block_out_channels", (0,))) - 1)
     return size * scale if isinstance(size, int) else None

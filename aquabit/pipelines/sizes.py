@@ -8,11 +8,16 @@ from diffusers import DiffusionPipeline
 
 
 def image_size(pipe: DiffusionPipeline, resolution: int | None = None) -> tuple[int, int] | None:
-    """Height and width in pixels at a protocol's resolution (None: the model's own); None where the configuration does not say."""
+    """Height and width in pixels at a protocol's resolution (None: the model's own); None where the
+    configuration does not say."""
     if resolution is not None:
         return resolution, resolution
-    denoiser: Any = next((m for n in ("denoiser", "transformer", "unet") if (m := getattr(pipe, n, None)) is not None), None)
-    side = getattr(pipe, "default_sample_size", None) or getattr(getattr(denoiser, "config", None), "sample_size", None)
+    denoiser: Any = next(
+        (m for n in ("denoiser", "transformer", "unet") if (m := getattr(pipe, n, None)) is not None), None
+    )
+    side = getattr(pipe, "default_sample_size", None) or getattr(
+        getattr(denoiser, "config", None), "sample_size", None
+    )
     if side is None:
         return None
     height, width = (int(v) for v in (side if isinstance(side, list | tuple) else (side, side)))

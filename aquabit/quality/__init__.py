@@ -1,4 +1,5 @@
-"""Image quality: feature extractors, exact distances between sets of images and between paired ones, streaming accumulation."""
+"""Image quality: feature extractors, exact distances between sets of images and between paired ones,
+streaming accumulation."""
 
 from aquabit.quality.accumulate import PAIRED, Quality, Source
 from aquabit.quality.features import METRICS_OF, DigitsFeatures, FeatureExtractor, Features, NonFiniteImages

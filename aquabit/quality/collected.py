@@ -1,4 +1,5 @@
-"""Collected: what metrics need of a stream of features, in a size that does not grow with the number of images."""
+"""Collected: what metrics need of a stream of features, in a size that does not grow with the number of
+images."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ _KEPT_SEED = 20_240_117
 
 
 class Kept:
-    """At most ``limit`` rows of a stream of rows [n, d]: all of them, or a uniform sample of them that does not depend on the batches.
+    """At most ``limit`` rows of a stream of rows [n, d]: all of them, or a uniform sample of them that does
+    not depend on the batches.
 
     Every row draws a number, and the lowest ``limit`` stay. Never holds more than twice as many.
     """
@@ -51,7 +53,8 @@ class Kept:
 
 
 class Collected:
-    """Moments, class sums and kept rows of the features of a stream of images; only what ``kinds`` (values of ``METRICS_OF``) need."""
+    """Moments, class sums and kept rows of the features of a stream of images; only what ``kinds`` (values
+    of ``METRICS_OF``) need."""
 
     def __init__(self, kinds: Iterable[str]) -> None:
         self.kinds, self.count = frozenset(kinds), 0

@@ -30,21 +30,24 @@ def _rows(features: npt.ArrayLike) -> Array:
 
 def _same_width(a: Array, b: Array) -> None:
     if a.shape[1] != b.shape[1]:
-        raise AquabitError(f"features have {a.shape[1]} and {b.shape[1]} dimensions; expected the same extractor for both")
+        raise AquabitError(
+            f"features have {a.shape[1]} and {b.shape[1]} dimensions; expected the same extractor for both"
+        )
 
 
 def _blocks(rows: Array) -> Iterator[Array]:
     return (rows[i : i + _BLOCK] for i in range(0, len(rows), _BLOCK))
 
 
-# Frechet distance ------------------------------------------------------------------------------------------------
+# Frechet distance
+# ------------------------------------------------------------------------------------------------
 
 
 def covariance_root(covariance: npt.ArrayLike) -> Array:
     """The symmetric positive semidefinite R [d, d] with R R = covariance.
 
-    Eigenvalues at the level of rounding (below d eps times the largest, or negative) are those of a singular covariance and count as 0:
-    the root would raise them from 1e-16 to 1e-8.
+    Eigenvalues at the level of rounding (below d eps times the largest, or negative) are those of a singular
+    covariance and count as 0: the root would raise them from 1e-16 to 1e-8.
     """
     values, vectors = np.linalg.eigh(np.asarray(covariance, dtype=np.float64))
     values[values < len(values) * np.finfo(np.float64).eps * values[-1]] = 0.0
@@ -62,10 +65,11 @@ def covariance_factor(rows: Array) -> Array:
 
 
 def frechet_from_factors(mean_a: Array, factor_a: Array, mean_b: Array, factor_b: Array) -> float:
-    """``frechet_distance`` where F [r, d] with F^T F = covariance is known of both: a root, or centred rows over sqrt(n - 1).
+    """``frechet_distance`` where F [r, d] with F^T F = covariance is known of both: a root, or centred rows
+    over sqrt(n - 1).
 
-    tr sqrt(sqrt(A) B sqrt(A)) is the sum of the singular values of F_a F_b^T, which keeps twice the digits that the
-    eigenvalues of the squared product keep: it matters where a covariance is singular (n <= d).
+    tr sqrt(sqrt(A) B sqrt(A)) is the sum of the singular values of F_a F_b^T, which keeps twice the digits
+    that the eigenvalues of the squared product keep: it matters where a covariance is singular (n <= d).
     """
     shift = mean_a - mean_b
     cross = np.linalg.svd(factor_a @ factor_b.T, compute_uv=False).sum()
@@ -73,14 +77,18 @@ def frechet_from_factors(mean_a: Array, factor_a: Array, mean_b: Array, factor_b
     return max(float(value), 0.0)  # rounding may leave -1e-15
 
 
-def frechet_distance(mean_a: npt.ArrayLike, cov_a: npt.ArrayLike, mean_b: npt.ArrayLike, cov_b: npt.ArrayLike) -> float:
-    """|mean_a - mean_b|^2 + tr(A + B - 2 sqrt(A B)) of two Gaussians (Dowson and Landau 1982; Heusel et al. 2017, eq. 6)."""
+def frechet_distance(
+    mean_a: npt.ArrayLike, cov_a: npt.ArrayLike, mean_b: npt.ArrayLike, cov_b: npt.ArrayLike
+) -> float:
+    """|mean_a - mean_b|^2 + tr(A + B - 2 sqrt(A B)) of two Gaussians (Dowson and Landau 1982; Heusel et
+    al. 2017, eq. 6)."""
     means = [np.asarray(m, dtype=np.float64) for m in (mean_a, mean_b)]
     return frechet_from_factors(means[0], covariance_root(cov_a), means[1], covariance_root(cov_b))
 
 
 def fid(real: npt.ArrayLike, generated: npt.ArrayLike) -> float:
-    """Frechet distance of pooled features [m, d] and [n, d] (Heusel et al. 2017), with covariances over n - 1 as in their code."""
+    """Frechet distance of pooled features [m, d] and [n, d] (Heusel et al. 2017), with covariances over n
+    - 1 as in their code."""
     a, b = _rows(real), _rows(generated)
     _same_width(a, b)
     if min(len(a), len(b)) < 2:
@@ -93,11 +101,13 @@ def sfid(real_spatial: npt.ArrayLike, generated_spatial: npt.ArrayLike) -> float
     return fid(real_spatial, generated_spatial)
 
 
-# Kernel distance -------------------------------------------------------------------------------------------------
+# Kernel distance
+# -------------------------------------------------------------------------------------------------
 
 
 def polynomial_kernel_sum(x: Array, y: Array) -> float:
-    """Sum over all pairs of k(x, y) = (x . y / d + 1)^3 for x [m, d] and y [n, d] (Binkowski et al. 2018, section 4)."""
+    """Sum over all pairs of k(x, y) = (x . y / d + 1)^3 for x [m, d] and y [n, d] (Binkowski et al. 2018,
+    section 4)."""
     total = 0.0
     for block in _blocks(x):
         kernel = block @ y.T
@@ -118,11 +128,16 @@ def kid_from_sums(real_sum: float, real: Array, generated: Array) -> float:
     m, n = len(real), len(generated)
     if min(m, n) < 2:
         return float("nan")
-    return real_sum / (m * (m - 1)) + within_kernel_sum(generated) / (n * (n - 1)) - 2.0 * polynomial_kernel_sum(real, generated) / (m * n)
+    return (
+        real_sum / (m * (m - 1))
+        + within_kernel_sum(generated) / (n * (n - 1))
+        - 2.0 * polynomial_kernel_sum(real, generated) / (m * n)
+    )
 
 
 def kid(real: npt.ArrayLike, generated: npt.ArrayLike) -> float:
-    """Unbiased squared MMD of features [m, d] and [n, d] under the cubic kernel (Gretton et al. 2012, eq. 3; Binkowski et al. 2018).
+    """Unbiased squared MMD of features [m, d] and [n, d] under the cubic kernel (Gretton et al. 2012, eq. 3;
+    Binkowski et al. 2018).
 
     Over the full samples, not over random subsets, so it is deterministic; unbiased, so it may be negative.
     """
@@ -151,19 +166,22 @@ def cmmd_from_sums(real_sum: float, real: Array, generated: Array) -> float:
 
 
 def cmmd(real: npt.ArrayLike, generated: npt.ArrayLike) -> float:
-    """1000 times the squared MMD of CLIP embeddings [m, d] and [n, d] of length 1 under a Gaussian kernel of sigma 10, pairs of a row with
-    itself counted (Jayasumana et al. 2024, eq. 3 and section 4)."""
+    """1000 times the squared MMD of CLIP embeddings [m, d] and [n, d] of length 1 under a Gaussian kernel
+    of sigma 10, pairs of a row with itself counted (Jayasumana et al. 2024, eq. 3 and section 4)."""
     a, b = _rows(real), _rows(generated)
     _same_width(a, b)
     return cmmd_from_sums(gaussian_kernel_sum(a, a), a, b)
 
 
-# Precision and recall --------------------------------------------------------------------------------------------
+# Precision and recall
+# --------------------------------------------------------------------------------------------
 
 
 def _distances(x: Array, y: Array) -> Array:
     """Euclidean distances [m, n] from differences, so that equal rows are exactly 0 apart."""
-    result = torch.cdist(torch.from_numpy(x), torch.from_numpy(y), compute_mode="donot_use_mm_for_euclid_dist")
+    result = torch.cdist(
+        torch.from_numpy(x), torch.from_numpy(y), compute_mode="donot_use_mm_for_euclid_dist"
+    )
     distances: Array = result.numpy()
     return distances
 
@@ -172,34 +190,43 @@ def neighbour_radii(x: Array, k: int = NEIGHBOURS) -> Array:
     """Distance [n] of each row of x [n, d] to its k-th nearest other row; NaN where there are no k others."""
     if len(x) <= k:
         return np.full(len(x), np.nan)
-    return np.concatenate([np.partition(_distances(block, x), k, axis=1)[:, k] for block in _blocks(x)])  # place 0 is the row itself
+    return np.concatenate(
+        [np.partition(_distances(block, x), k, axis=1)[:, k] for block in _blocks(x)]
+    )  # place 0 is the row itself
 
 
 def fraction_inside(points: Array, centres: Array, radii: Array) -> float:
-    """Share of points [n, d] that lie in at least one ball around centres [m, d] with radii [m]; NaN where a radius is."""
+    """Share of points [n, d] that lie in at least one ball around centres [m, d] with radii [m]; NaN where
+    a radius is."""
     if np.isnan(radii).any() or not len(points):
         return float("nan")
     inside = [(_distances(block, centres) <= radii).any(axis=1) for block in _blocks(points)]
     return float(np.concatenate(inside).mean())
 
 
-def precision_recall(real: npt.ArrayLike, generated: npt.ArrayLike, k: int = NEIGHBOURS) -> tuple[float, float]:
-    """Improved precision and recall of features [m, d] and [n, d] (Kynkaanniemi et al. 2019, eq. 1 and 2), k-th nearest neighbour balls."""
+def precision_recall(
+    real: npt.ArrayLike, generated: npt.ArrayLike, k: int = NEIGHBOURS
+) -> tuple[float, float]:
+    """Improved precision and recall of features [m, d] and [n, d] (Kynkaanniemi et al. 2019, eq. 1 and 2),
+    k-th nearest neighbour balls."""
     a, b = _rows(real), _rows(generated)
     _same_width(a, b)
     return fraction_inside(b, a, neighbour_radii(a, k)), fraction_inside(a, b, neighbour_radii(b, k))
 
 
-# Logits ----------------------------------------------------------------------------------------------------------
+# Logits
+# ----------------------------------------------------------------------------------------------------------
 
 
 def inception_score(logits: npt.ArrayLike) -> float:
-    """exp of the mean KL(p(y|x) || p(y)) over images, logits [n, classes], one split: 1 to classes (Salimans et al. 2016, section 4)."""
+    """exp of the mean KL(p(y|x) || p(y)) over images, logits [n, classes], one split: 1 to classes
+    (Salimans et al. 2016, section 4)."""
     return inception_score_from_sums(*class_sums(logits), len(_rows(logits)))
 
 
 def class_sums(logits: npt.ArrayLike) -> tuple[Array, float]:
-    """What the inception score needs of logits [n, classes]: the sums over images of p [classes] and of p log p."""
+    """What the inception score needs of logits [n, classes]: the sums over images of p [classes] and of p
+    log p."""
     z = _rows(logits)
     log_p = z - z.max(1, keepdims=True)
     log_p -= np.log(np.exp(log_p).sum(1, keepdims=True))

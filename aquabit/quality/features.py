@@ -1,4 +1,5 @@
-"""Images to features: what an extractor returns, what images must look like, and the bundled digits classifier."""
+"""Images to features: what an extractor returns, what images must look like, and the bundled digits
+classifier."""
 
 from __future__ import annotations
 
@@ -20,9 +21,17 @@ from aquabit.scheme import AquabitError
 BUNDLED = Path(__file__).parents[1] / "pipelines" / "bundled"
 SPATIAL_CHANNELS = 4
 _SHAPES = {
-    "0.weight": (32, 1, 3, 3), "0.bias": (32,), "2.weight": (64, 32, 3, 3), "2.bias": (64,), "4.weight": (64, 64, 3, 3),
-    "4.bias": (64,), "7.weight": (32, 1024), "7.bias": (32,), "9.weight": (10, 32), "9.bias": (10,),
-}  # fmt: skip
+    "0.weight": (32, 1, 3, 3),
+    "0.bias": (32,),
+    "2.weight": (64, 32, 3, 3),
+    "2.bias": (64,),
+    "4.weight": (64, 64, 3, 3),
+    "4.bias": (64,),
+    "7.weight": (32, 1024),
+    "7.bias": (32,),
+    "9.weight": (10, 32),
+    "9.bias": (10,),
+}
 
 
 class NonFiniteImages(AquabitError):
@@ -33,7 +42,11 @@ class NonFiniteImages(AquabitError):
         self.count, self.total, self.what = count, total, what
 
     def __reduce__(self) -> tuple[type[NonFiniteImages], tuple[int, int, str]]:
-        return type(self), (self.count, self.total, self.what)  # so that it survives the way back from a worker process
+        return type(self), (
+            self.count,
+            self.total,
+            self.what,
+        )  # so that it survives the way back from a worker process
 
 
 class Features(NamedTuple):
@@ -45,11 +58,13 @@ class Features(NamedTuple):
 
 
 class FeatureExtractor(Protocol):
-    """Callable from images [n, c, h, w], float32 in [0, 1], to Features; one image's features do not depend on the others."""
+    """Callable from images [n, c, h, w], float32 in [0, 1], to Features; one image's features do not
+    depend on the others."""
 
     @property
     def metrics(self) -> Mapping[str, str]:
-        """The metrics that its features serve, and how each is computed: a row of ``METRICS_OF``, or what the file has of it."""
+        """The metrics that its features serve, and how each is computed: a row of ``METRICS_OF``, or what
+        the file has of it."""
 
     @property
     def digest(self) -> str:
@@ -61,18 +76,39 @@ class FeatureExtractor(Protocol):
 # extractor -> metric -> how it is computed from the features
 METRICS_OF: Mapping[str, Mapping[str, str]] = {
     "digits": {
-        "fid": "frechet", "sfid": "spatial_frechet", "kid": "kernel", "is": "inception_score", "precision": "precision",
-        "recall": "recall", "accuracy": "accuracy", "feature_distance": "feature_distance",
+        "fid": "frechet",
+        "sfid": "spatial_frechet",
+        "kid": "kernel",
+        "is": "inception_score",
+        "precision": "precision",
+        "recall": "recall",
+        "accuracy": "accuracy",
+        "feature_distance": "feature_distance",
     },
     "inception": {
-        "fid": "frechet", "sfid": "spatial_frechet", "kid": "kernel", "is": "inception_score", "precision": "precision",
+        "fid": "frechet",
+        "sfid": "spatial_frechet",
+        "kid": "kernel",
+        "is": "inception_score",
+        "precision": "precision",
         "recall": "recall",
     },
-    "dinov2": {"fd_dinov2": "frechet", "kd_dinov2": "kernel", "precision_dinov2": "precision", "recall_dinov2": "recall"},
+    "dinov2": {
+        "fd_dinov2": "frechet",
+        "kd_dinov2": "kernel",
+        "precision_dinov2": "precision",
+        "recall_dinov2": "recall",
+    },
     "clip": {"cmmd": "gaussian", "clip_score": "clip_score"},
     "lpips": {"lpips": "lpips"},
-}  # fmt: skip
-WITHOUT_REAL = ("inception_score", "accuracy", "feature_distance", "clip_score", "lpips")  # of these, what needs no real images
+}
+WITHOUT_REAL = (
+    "inception_score",
+    "accuracy",
+    "feature_distance",
+    "clip_score",
+    "lpips",
+)  # of these, what needs no real images
 
 
 def unit_images(images: Any, what: str = "images") -> Tensor:
@@ -93,12 +129,16 @@ def unit_images(images: Any, what: str = "images") -> Tensor:
         bad = int((~tensor.isfinite()).flatten(1).any(1).sum())
         raise NonFiniteImages(bad, len(tensor), what)
     if low < -1e-6 or high > 1 + 1e-6:
-        raise AquabitError(f"{what} span [{low:.4g}, {high:.4g}]; expected values in [0, 1] (clamp them, and map [-1, 1] by x / 2 + 1 / 2)")
+        raise AquabitError(
+            f"{what} span [{low:.4g}, {high:.4g}]; expected values in [0, 1] (clamp them, and map [-1, 1] by"
+            " x / 2 + 1 / 2)"
+        )
     return tensor
 
 
 def rgb(images: Tensor) -> Tensor:
-    """Images [n, 1 or 3, h, w] in [0, 1] as [n, 3, h, w] in 0..255, rounded to what an 8-bit file holds: published numbers are of files.
+    """Images [n, 1 or 3, h, w] in [0, 1] as [n, 3, h, w] in 0..255, rounded to what an 8-bit file holds:
+    published numbers are of files.
 
     Raises AquabitError for another number of channels.
     """
@@ -108,10 +148,11 @@ def rgb(images: Tensor) -> Tensor:
 
 
 class DigitsFeatures:
-    """The bundled classifier of 8 x 8 digits (``zoo/train.py``, ``build_classifier``), trained on the half that no reference holds.
+    """The bundled classifier of 8 x 8 digits (``zoo/train.py``, ``build_classifier``), trained on the half
+    that no reference holds.
 
-    pooled [n, 32] the penultimate activation; spatial [n, 64] the first 4 channels of the last convolution's activation,
-    as sFID takes the first channels of a spatial Inception layer; logits [n, 10].
+    pooled [n, 32] the penultimate activation; spatial [n, 64] the first 4 channels of the last convolution's
+    activation, as sFID takes the first channels of a spatial Inception layer; logits [n, 10].
     """
 
     metrics = METRICS_OF["digits"]
@@ -123,7 +164,10 @@ class DigitsFeatures:
         shapes = {k: tuple(v.shape) for k, v in self._weights.items()}
         if shapes != _SHAPES:
             wrong = sorted(k for k in shapes.keys() | _SHAPES if shapes.get(k) != _SHAPES.get(k))
-            raise AquabitError(f"{path} does not hold the digits classifier: wrong, missing or unknown tensors {', '.join(wrong)}")
+            raise AquabitError(
+                f"{path} does not hold the digits classifier: wrong, missing or unknown tensors"
+                f" {', '.join(wrong)}"
+            )
         if not all(v.isfinite().all() for v in self._weights.values()):
             raise AquabitError(f"{path} holds non-finite weights")
 
@@ -158,4 +202,6 @@ def _parse(data: bytes, path: Path) -> dict[str, Tensor]:
     try:
         return load(data)
     except (SafetensorError, ValueError, KeyError) as error:
-        raise AquabitError(f"{path} is not a whole safetensors file ({error}); it may be truncated") from error
+        raise AquabitError(
+            f"{path} is not a whole safetensors file ({error}); it may be truncated"
+        ) from error

@@ -1,4 +1,5 @@
-"""A folder of real images: its pictures at one size, batch by batch, and what is said of those that cannot be read."""
+"""A folder of real images: its pictures at one size, batch by batch, and what is said of those that cannot
+be read."""
 
 from __future__ import annotations
 
@@ -22,8 +23,8 @@ _BATCH = 64
 class ImageFolder:
     """Every image under a folder, subfolders too, in the order of their names.
 
-    ``listing`` is a digest of names, sizes and times of change: what was computed from the folder holds as long as it does. Raises
-    AquabitError for a folder that is none, or that holds no image.
+    ``listing`` is a digest of names, sizes and times of change: what was computed from the folder holds as
+    long as it does. Raises AquabitError for a folder that is none, or that holds no image.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -34,14 +35,23 @@ class ImageFolder:
         if not self.paths:
             raise AquabitError(f"the reference {self.folder} holds no images ({', '.join(sorted(SUFFIXES))})")
         stats = [(p.relative_to(self.folder).as_posix(), p.stat()) for p in self.paths]
-        self.listing = hashlib.sha256("".join(f"{n}:{s.st_size}:{s.st_mtime_ns};" for n, s in stats).encode()).hexdigest()[:16]
+        self.listing = hashlib.sha256(
+            "".join(f"{n}:{s.st_size}:{s.st_mtime_ns};" for n, s in stats).encode()
+        ).hexdigest()[:16]
         self.unreadable: list[str] = []
         self.digest = ""  # of the pixels; after ``batches``
 
-    def batches(self, size: tuple[int, int], channels: int, progress: Progress = no_progress) -> Iterator[Tensor]:
-        """uint8 images [n, channels, height, width]: centre-cropped to the shape of ``size`` and resized to it (Lanczos), as data sets are
-        prepared for training. Raises AquabitError at the end where more than 5 % are unreadable."""
-        hashed, batch, self.unreadable = hashlib.sha256(str((*size, channels)).encode()), list[Tensor](), list[str]()
+    def batches(
+        self, size: tuple[int, int], channels: int, progress: Progress = no_progress
+    ) -> Iterator[Tensor]:
+        """uint8 images [n, channels, height, width]: centre-cropped to the shape of ``size`` and resized
+        to it (Lanczos), as data sets are prepared for training. Raises AquabitError at the end where more
+        than 5 % are unreadable."""
+        hashed, batch, self.unreadable = (
+            hashlib.sha256(str((*size, channels)).encode()),
+            list[Tensor](),
+            list[str](),
+        )
         for done, path in enumerate(self.paths, 1):
             try:
                 picture = read_picture(path, size, channels)
@@ -61,7 +71,10 @@ class ImageFolder:
                 batch = []
                 progress("statistics of the reference", done, len(self.paths))
         if len(self.unreadable) > UNREADABLE * len(self.paths):
-            raise AquabitError(f"{unreadable_note(self.unreadable, len(self.paths), self.folder)}, more than 5 %; remove or replace them")
+            raise AquabitError(
+                f"{unreadable_note(self.unreadable, len(self.paths), self.folder)}, more than 5 %; remove or"
+                " replace them"
+            )
         if batch:
             yield torch.stack(batch)
         self.digest = hashed.hexdigest()[:16]
@@ -71,15 +84,21 @@ class ImageFolder:
 def unreadable_note(names: list[str], total: int, folder: Path | str) -> str:
     """One sentence that counts and names them."""
     more = ", ..." if len(names) > _NAMED else ""
-    return f"{len(names)} of {total} images of the reference {folder} are unreadable ({', '.join(names[:_NAMED])}{more})"
+    return (
+        f"{len(names)} of {total} images of the reference {folder} are unreadable"
+        f" ({', '.join(names[:_NAMED])}{more})"
+    )
 
 
 def read_picture(path: Path, size: tuple[int, int], channels: int) -> Tensor:
-    """One image as uint8 [channels, height, width], cropped and resized; raises what PIL raises for a damaged one."""
+    """One image as uint8 [channels, height, width], cropped and resized; raises what PIL raises for a
+    damaged one."""
     with Image.open(path) as image:
         picture = image.convert("L" if channels == 1 else "RGB")
     if picture.size != size[::-1]:
-        picture = picture.crop(_centre(picture.width, picture.height, size)).resize(size[::-1], Image.Resampling.LANCZOS)
+        picture = picture.crop(_centre(picture.width, picture.height, size)).resize(
+            size[::-1], Image.Resampling.LANCZOS
+        )
     pixels = torch.from_numpy(np.array(picture))
     return pixels[None] if channels == 1 else pixels.permute(2, 0, 1).contiguous()
 

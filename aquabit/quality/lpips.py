@@ -26,13 +26,16 @@ class _Net(NamedTuple):
 
 
 _NETS = {
-    11: _Net(((0,), (3,), (6,), (8,), (10,)), (4, 2), 3, 32),  # AlexNet: the fourth and fifth slice have no pooling
+    11: _Net(
+        ((0,), (3,), (6,), (8,), (10,)), (4, 2), 3, 32
+    ),  # AlexNet: the fourth and fifth slice have no pooling
     3: _Net(((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28)), (1, 1), 2, 16),  # VGG-16
 }
 
 
 class Lpips:
-    """Distances between images of one seed, from a safetensors file of ``lpips.LPIPS(net="alex" or "vgg").state_dict()``.
+    """Distances between images of one seed, from a safetensors file of ``lpips.LPIPS(net="alex" or
+    "vgg").state_dict()``.
 
     Raises AquabitError for a file that holds neither.
     """
@@ -45,9 +48,17 @@ class Lpips:
         first = weights.get("net.slice1.0.weight")
         net = _NETS.get(first.shape[-1]) if first is not None and first.ndim == 4 else None
         if net is None:
-            raise AquabitError(f"{path} is no LPIPS of AlexNet or VGG-16: net.slice1.0.weight is missing, or no kernel of 11 or 3 pixels")
+            raise AquabitError(
+                f"{path} is no LPIPS of AlexNet or VGG-16: net.slice1.0.weight is missing, or no kernel of 11"
+                " or 3 pixels"
+            )
         self._net = net
-        names = [f"net.slice{i + 1}.{j}.{kind}" for i, row in enumerate(net.slices) for j in row for kind in ("weight", "bias")]
+        names = [
+            f"net.slice{i + 1}.{j}.{kind}"
+            for i, row in enumerate(net.slices)
+            for j in row
+            for kind in ("weight", "bias")
+        ]
         heads = [f"lin{i}.model.1.weight" for i in range(len(net.slices))]
         missing = [k for k in (*names, *heads) if k not in weights]
         if missing:
@@ -63,11 +74,14 @@ class Lpips:
 
     @torch.inference_mode()
     def distances(self, images: Tensor, others: Tensor) -> Array:
-        """LPIPS [n] of images and others [n, 1 or 3, h, w] in [0, 1] (eq. 1): differences of unit-normalised activations, squared,
-        weighted by the heads, averaged over positions, summed over slices."""
+        """LPIPS [n] of images and others [n, 1 or 3, h, w] in [0, 1] (eq. 1): differences of
+        unit-normalised activations, squared, weighted by the heads, averaged over positions, summed over
+        slices."""
         if min(images.shape[-2:]) < self._net.least:
             size = " x ".join(map(str, images.shape[-2:]))
-            raise AquabitError(f"images are {size} pixels; this LPIPS needs at least {self._net.least} x {self._net.least}")
+            raise AquabitError(
+                f"images are {size} pixels; this LPIPS needs at least {self._net.least} x {self._net.least}"
+            )
         parts = zip(images.split(16), others.split(16), strict=True)
         return np.concatenate([self._chunk(x.to(self.device), y.to(self.device)) for x, y in parts])
 
@@ -75,7 +89,9 @@ class Lpips:
         total = torch.zeros(len(x), dtype=torch.float64, device=self.device)
         for i, (a, b) in enumerate(zip(self._slices(x), self._slices(y), strict=True)):
             difference = (_unit(a) - _unit(b)).square()
-            total += F.conv2d(difference, self._weights[f"lin{i}.model.1.weight"]).mean((1, 2, 3), dtype=torch.float64)
+            total += F.conv2d(difference, self._weights[f"lin{i}.model.1.weight"]).mean(
+                (1, 2, 3), dtype=torch.float64
+            )
         result: Array = total.cpu().numpy()
         return result
 
@@ -102,5 +118,8 @@ def tensors_digest(tensors: dict[str, Tensor]) -> str:
     """Of names, shapes and values."""
     hashed = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        hashed.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        hashed.update(
+            f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode()
+            + tensor.contiguous().view(torch.uint8).numpy().tobytes()
+        )
     return hashed.hexdigest()[:16]

@@ -9,9 +9,11 @@ from aquabit.quality.distances import Array, covariance_factor, covariance_root
 
 
 class Moments:
-    """Mean [d] and covariance [d, d] of all rows given so far, float64 (pairwise merging: Chan, Golub and LeVeque 1983).
+    """Mean [d] and covariance [d, d] of all rows given so far, float64 (pairwise merging: Chan, Golub and
+    LeVeque 1983).
 
-    Up to d rows are kept as they are, no more than the covariance takes: their distances cost far less than those of d x d matrices.
+    Up to d rows are kept as they are, no more than the covariance takes: their distances cost far less than
+    those of d x d matrices.
     """
 
     def __init__(self) -> None:
@@ -26,7 +28,9 @@ class Moments:
         mean = batch.mean(0)
         centred, shift = batch - mean, mean - self.mean
         total = self.count + len(batch)
-        self._scatter = self._scatter + centred.T @ centred + np.outer(shift, shift) * (self.count * len(batch) / total)
+        self._scatter = (
+            self._scatter + centred.T @ centred + np.outer(shift, shift) * (self.count * len(batch) / total)
+        )
         self.mean = self.mean + shift * (len(batch) / total)
         self.count = total
         self._rows = [*self._rows, batch] if total <= batch.shape[1] else []
@@ -34,10 +38,15 @@ class Moments:
     @property
     def covariance(self) -> Array:
         """Over count - 1, as numpy.cov; NaN for fewer than two rows."""
-        result: Array = self._scatter / (self.count - 1) if self.count > 1 else np.full_like(self._scatter, np.nan)
+        result: Array = (
+            self._scatter / (self.count - 1) if self.count > 1 else np.full_like(self._scatter, np.nan)
+        )
         return result
 
     @property
     def factor(self) -> Array:
-        """F [r, d] with F^T F = covariance, r the smaller of count and d; for ``distances.frechet_from_factors``."""
-        return covariance_factor(np.concatenate(self._rows)) if self._rows else covariance_root(self.covariance)
+        """F [r, d] with F^T F = covariance, r the smaller of count and d; for
+        ``distances.frechet_from_factors``."""
+        return (
+            covariance_factor(np.concatenate(self._rows)) if self._rows else covariance_root(self.covariance)
+        )

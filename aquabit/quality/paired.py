@@ -1,4 +1,5 @@
-"""Distances between two images of the same seed, one number per image; images [n, c, h, w] in [0, 1], results [n] float64."""
+"""Distances between two images of the same seed, one number per image; images [n, c, h, w] in [0, 1],
+results [n] float64."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ def psnr_from_mse(error: Array) -> Array:
 
 
 def psnr(images: Tensor, others: Tensor) -> Array:
-    """10 log10(1 / mse) of each image, in dB at data range 1, capped at 100 dB so that identical images have a finite value.
+    """10 log10(1 / mse) of each image, in dB at data range 1, capped at 100 dB so that identical images have
+    a finite value.
 
     The mean over images is the mean of these, not the PSNR of the mean error.
     """
@@ -44,7 +46,8 @@ def psnr(images: Tensor, others: Tensor) -> Array:
 
 
 def ssim_window(height: int, width: int) -> Tensor:
-    """One-dimensional Gaussian weights [k], float64, sum 1: sigma 1.5, k = 11 or the largest odd number that fits the image."""
+    """One-dimensional Gaussian weights [k], float64, sum 1: sigma 1.5, k = 11 or the largest odd number
+    that fits the image."""
     size = min(_SSIM_WINDOW, height, width)
     size -= 1 - size % 2
     offsets = torch.arange(size, dtype=torch.float64) - size // 2
@@ -53,10 +56,11 @@ def ssim_window(height: int, width: int) -> Tensor:
 
 
 def ssim(images: Tensor, others: Tensor) -> Array:
-    """Structural similarity of each image (Wang et al. 2004, eq. 13): Gaussian window 11 x 11, sigma 1.5, K = 0.01, 0.03.
+    """Structural similarity of each image (Wang et al. 2004, eq. 13): Gaussian window 11 x 11, sigma 1.5, K =
+    0.01, 0.03.
 
-    The mean over the positions where the window lies inside the image, and over channels. Images smaller than the window take the
-    largest odd window that fits (7 x 7 for 8 x 8 pixels), same sigma.
+    The mean over the positions where the window lies inside the image, and over channels. Images smaller than
+    the window take the largest odd window that fits (7 x 7 for 8 x 8 pixels), same sigma.
     """
     _same_shape(images.shape, others.shape, "images")
     count = max(1, _CHUNK // images[0].numel())
@@ -79,7 +83,8 @@ def _ssim_chunk(x: Tensor, y: Tensor) -> Tensor:
 def feature_distance(spatial: npt.ArrayLike, others: npt.ArrayLike) -> Array:
     """Squared distance, 0 to 4, of the unit-normalised spatial features [n, s] of each image.
 
-    After LPIPS (Zhang et al. 2018, eq. 1) with one layer, no learned weights, and the norm over the whole feature map.
+    After LPIPS (Zhang et al. 2018, eq. 1) with one layer, no learned weights, and the norm over the whole
+    feature map.
     """
     a, b = np.asarray(spatial, dtype=np.float64), np.asarray(others, dtype=np.float64)
     _same_shape(a.shape, b.shape, "features")

@@ -1,4 +1,5 @@
-"""Feature extractors from files that the user has: the standard TorchScript Inception, CLIP and DINOv2. Nothing is downloaded."""
+"""Feature extractors from files that the user has: the standard TorchScript Inception, CLIP and DINOv2.
+Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from aquabit.quality.features import METRICS_OF, Features, rgb
 from aquabit.quality.paired import Array
 from aquabit.scheme import AquabitError
 
-# inception-2015-12-05.pt as NVIDIA publishes it with StyleGAN2-ADA to 3 and EDM; k-diffusion pins the same hash
+# inception-2015-12-05.pt as NVIDIA publishes it with StyleGAN2-ADA to 3 and EDM; k-diffusion pins the same
+# hash
 INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
 SFID_CHANNELS = 7  # of mixed_6/conv, 17 x 17 each, as in Nash et al. 2021
 CHUNK = 32  # images that a network sees at a time
@@ -49,7 +51,8 @@ def bytes_digest(data: bytes) -> str:
 
 
 def check_inception(path: Path, stated: str | None) -> bytes:
-    """The bytes of a TorchScript file whose SHA-256 is the standard file's or the ``stated`` one; else AquabitError.
+    """The bytes of a TorchScript file whose SHA-256 is the standard file's or the ``stated`` one; else
+    AquabitError.
 
     Such a file is code, which runs when it is loaded: nothing but the hash guards it.
     """
@@ -58,8 +61,8 @@ def check_inception(path: Path, stated: str | None) -> bytes:
     if found != wanted:
         what = "the one that was stated" if stated else "that of inception-2015-12-05.pt"
         raise AquabitError(
-            f"{path} has SHA-256 {found}, not {wanted}, {what}; it holds code and is not loaded (if you trust it, give "
-            f"inception={path}@{found})"
+            f"{path} has SHA-256 {found}, not {wanted}, {what}; it holds code and is not loaded (if you trust"
+            f" it, give inception={path}@{found})"
         )
     return data
 
@@ -69,10 +72,12 @@ def _float(array: Tensor) -> Any:
 
 
 class InceptionFeatures:
-    """The standard TorchScript Inception of FID: it takes images in 0..255 and resizes them itself, as TensorFlow 1 did, to 299 x 299.
+    """The standard TorchScript Inception of FID: it takes images in 0..255 and resizes them itself, as
+    TensorFlow 1 did, to 299 x 299.
 
-    pooled [n, 2048]; spatial [n, 7 * 17 * 17] of the layer ``mixed_6/conv`` where the file names it; logits [n, 1008] without bias, as
-    the inception score's first code has it, where it has an output layer. Raises AquabitError for a file that is none.
+    pooled [n, 2048]; spatial [n, 7 * 17 * 17] of the layer ``mixed_6/conv`` where the file names it; logits
+    [n, 1008] without bias, as the inception score's first code has it, where it has an output layer. Raises
+    AquabitError for a file that is none.
     """
 
     def __init__(self, data: bytes, source: str, device: str = "cpu") -> None:
@@ -81,21 +86,31 @@ class InceptionFeatures:
             self._net = torch.jit.load(io.BytesIO(data), map_location=device).eval()
         except RuntimeError as error:
             raise AquabitError(f"{source} is no TorchScript file ({str(error).splitlines()[0]})") from error
-        images = torch.rand(2, 3, 24, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(device) * 255
+        images = (
+            torch.rand(2, 3, 24, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(
+                device
+            )
+            * 255
+        )
         with torch.inference_mode():
             try:
                 own = self._net(images, return_features=True)
             except (RuntimeError, TypeError) as error:
                 reason = str(error).strip().splitlines()[0]
                 raise AquabitError(
-                    f"{source} does not take images and return_features, as the standard Inception does ({reason})"
+                    f"{source} does not take images and return_features, as the standard Inception does"
+                    f" ({reason})"
                 ) from error
             if not isinstance(own, Tensor) or own.ndim != 2 or len(own) != 2:
                 raise AquabitError(f"{source} returns no features [n, d]; the standard Inception does")
             self._output = getattr(getattr(self._net, "output", None), "weight", None)
-            self._layers = [layer for name, layer in self._until_mixed_6()] if self._follows(images, own) else None
+            self._layers = (
+                [layer for name, layer in self._until_mixed_6()] if self._follows(images, own) else None
+            )
         kinds = {"inception_score": self._output is not None, "spatial_frechet": self._layers is not None}
-        self.metrics: Mapping[str, str] = {m: k for m, k in METRICS_OF["inception"].items() if kinds.get(k, True)}
+        self.metrics: Mapping[str, str] = {
+            m: k for m, k in METRICS_OF["inception"].items() if kinds.get(k, True)
+        }
 
     def _until_mixed_6(self) -> Iterator[tuple[str, Any]]:
         """The layers whose output begins with the channels that sFID sees."""
@@ -105,7 +120,8 @@ class InceptionFeatures:
                 return
 
     def _follows(self, images: Tensor, own: Tensor) -> bool:
-        """Whether the file's layers, called one by one on images resized here, give what the file gives: spatial features can be had."""
+        """Whether the file's layers, called one by one on images resized here, give what the file gives:
+        spatial features can be had."""
         layers = dict(getattr(self._net, "layers", torch.nn.Module()).named_children())
         if "mixed_6" not in layers:
             return False
@@ -133,23 +149,37 @@ class InceptionFeatures:
 
 
 def tf_resize(images: Tensor, side: int = 299) -> Tensor:
-    """Images [n, 3, h, w] in 0..255 as Inception's first layer takes them: bilinear from the corner of each pixel, as TensorFlow 1 resizes
-    (pixel i of the result is read at i * h / side), then (x - 128) / 128."""
+    """Images [n, 3, h, w] in 0..255 as Inception's first layer takes them: bilinear from the corner of
+    each pixel, as TensorFlow 1 resizes (pixel i of the result is read at i * h / side), then (x - 128) /
+    128."""
     height, width = images.shape[-2:]
     rows = torch.arange(side, device=images.device, dtype=torch.float32) * (height / side)
     columns = torch.arange(side, device=images.device, dtype=torch.float32) * (width / side)
-    grid = torch.stack([(2 * columns + 1) / width - 1, torch.zeros_like(columns)], -1)[None, None].repeat(len(images), side, 1, 1)
+    grid = torch.stack([(2 * columns + 1) / width - 1, torch.zeros_like(columns)], -1)[None, None].repeat(
+        len(images), side, 1, 1
+    )
     grid[..., 1] = ((2 * rows + 1) / height - 1)[:, None]
-    return (F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False) - 128) / 128
+    return (
+        F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False) - 128
+    ) / 128
 
 
 def folder_digest(folder: Path) -> str:
-    """Of what determines a model's features: weights and configuration, not names and times. Raises AquabitError for another folder."""
+    """Of what determines a model's features: weights and configuration, not names and times. Raises
+    AquabitError for another folder."""
     if not folder.is_dir():
-        raise AquabitError(f"{folder} is no folder; give the directory of a transformers model (nothing is downloaded)")
-    files = [*sorted(p for pattern in _WEIGHTS for p in folder.glob(pattern)), *(p for p in map(folder.__truediv__, _TEXTS) if p.is_file())]
+        raise AquabitError(
+            f"{folder} is no folder; give the directory of a transformers model (nothing is downloaded)"
+        )
+    files = [
+        *sorted(p for pattern in _WEIGHTS for p in folder.glob(pattern)),
+        *(p for p in map(folder.__truediv__, _TEXTS) if p.is_file()),
+    ]
     if not any(p.suffix == ".safetensors" for p in files) or not (folder / "config.json").is_file():
-        raise AquabitError(f"{folder} holds no config.json with *.safetensors; save the model with save_pretrained (pickles are not read)")
+        raise AquabitError(
+            f"{folder} holds no config.json with *.safetensors; save the model with save_pretrained (pickles"
+            " are not read)"
+        )
     hashed = hashlib.sha256()
     for path in files:
         try:
@@ -164,7 +194,9 @@ def _from_folder(cls: str, folder: Path, device: str, **options: Any) -> Any:
     try:
         import transformers
     except ImportError as error:
-        raise AquabitError("transformers is not installed; CLIP and DINOv2 need it: pip install 'aquabit[text]'") from error
+        raise AquabitError(
+            "transformers is not installed; CLIP and DINOv2 need it: pip install 'aquabit[text]'"
+        ) from error
     logging: Any = transformers.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -192,20 +224,26 @@ def _is_a(folder: Path, kind: str) -> None:
 
 
 def _prepared(images: Tensor, side: int, mean: Sequence[float], std: Sequence[float], device: str) -> Tensor:
-    """Images [n, 1 or 3, h, w] in [0, 1] rounded to 8 bits, resized (bicubic, antialiased) and cropped to side x side, normalised."""
+    """Images [n, 1 or 3, h, w] in [0, 1] rounded to 8 bits, resized (bicubic, antialiased) and cropped to
+    side x side, normalised."""
     x = rgb(images).to(device)
     scale = side / min(x.shape[-2:])
     size = [max(side, round(v * scale)) for v in x.shape[-2:]]
-    x = F.interpolate(x, size, mode="bicubic", antialias=True, align_corners=False).round().clamp(0, 255) / 255
+    x = (
+        F.interpolate(x, size, mode="bicubic", antialias=True, align_corners=False).round().clamp(0, 255)
+        / 255
+    )
     top, left = (size[0] - side) // 2, (size[1] - side) // 2
     shift, scaled = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (mean, std))
     return (x[..., top : top + side, left : left + side] - shift) / scaled
 
 
 class ClipFeatures:
-    """A transformers CLIPModel: pooled [n, d] are image embeddings of length 1; ``scores`` compares them with prompts.
+    """A transformers CLIPModel: pooled [n, d] are image embeddings of length 1; ``scores`` compares them with
+    prompts.
 
-    Preprocessing is CLIP's: bicubic to the model's own size, the mean and deviation of ``preprocessor_config.json`` where it is there.
+    Preprocessing is CLIP's: bicubic to the model's own size, the mean and deviation of
+    ``preprocessor_config.json`` where it is there.
     """
 
     metrics = METRICS_OF["clip"]
@@ -224,13 +262,21 @@ class ClipFeatures:
         rows = []
         for part in images.split(CHUNK):
             x = _prepared(part, self._side, self._mean, self._std, self.device)
-            rows.append(_float(F.normalize(self._net.visual_projection(self._net.vision_model(pixel_values=x).pooler_output), dim=-1)))
+            rows.append(
+                _float(
+                    F.normalize(
+                        self._net.visual_projection(self._net.vision_model(pixel_values=x).pooler_output),
+                        dim=-1,
+                    )
+                )
+            )
         pooled = np.concatenate(rows)
         none = np.empty((len(pooled), 0), np.float32)
         return Features(pooled, none, none)
 
     def scores(self, pooled: Any, prompts: Sequence[str]) -> Array:
-        """CLIP score of each image: 100 times the cosine of image and prompt, at least 0 (Hessel et al. 2021, with their 2.5 as 100)."""
+        """CLIP score of each image: 100 times the cosine of image and prompt, at least 0 (Hessel et al.
+        2021, with their 2.5 as 100)."""
         self._embed(prompts)
         texts = np.stack([self._texts[p] for p in prompts])
         result: Array = 100.0 * (np.asarray(pooled, np.float64) * texts).sum(1).clip(0.0)
@@ -238,16 +284,21 @@ class ClipFeatures:
 
     @torch.inference_mode()
     def _embed(self, prompts: Sequence[str]) -> None:
-        """Text embeddings of length 1, made once per prompt; what is longer than the model's context is cut off, as CLIP does."""
+        """Text embeddings of length 1, made once per prompt; what is longer than the model's context is
+        cut off, as CLIP does."""
         missing = [p for p in dict.fromkeys(prompts) if p not in self._texts]
         if missing and self._tokenizer is None:
             self._tokenizer = _from_folder("AutoTokenizer", self.folder, self.device)
         length = int(self._net.config.text_config.max_position_embeddings)
         for start in range(0, len(missing), CHUNK):
             part = missing[start : start + CHUNK]
-            tokens = self._tokenizer(part, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+            tokens = self._tokenizer(
+                part, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+            )
             inputs = {k: tokens[k].to(self.device) for k in ("input_ids", "attention_mask")}
-            found = F.normalize(self._net.text_projection(self._net.text_model(**inputs).pooler_output), dim=-1)
+            found = F.normalize(
+                self._net.text_projection(self._net.text_model(**inputs).pooler_output), dim=-1
+            )
             self._texts.update(zip(part, _float(found).astype(np.float64), strict=True))
 
 
@@ -260,8 +311,8 @@ def _normalisation(folder: Path) -> tuple[Sequence[float], Sequence[float]]:
 
 
 class Dinov2Features:
-    """A transformers Dinov2Model, as FD-DINOv2 sees images: 224 x 224, ImageNet's mean and deviation, pooled [n, d] the class token
-    after the last norm (Stein et al. 2023)."""
+    """A transformers Dinov2Model, as FD-DINOv2 sees images: 224 x 224, ImageNet's mean and deviation,
+    pooled [n, d] the class token after the last norm (Stein et al. 2023)."""
 
     metrics = METRICS_OF["dinov2"]
 

@@ -16,7 +16,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from aquabit.quality.collected import Collected
-from aquabit.quality.distances import NEIGHBOURS, Array, gaussian_kernel_sum, neighbour_radii, within_kernel_sum
+from aquabit.quality.distances import (
+    NEIGHBOURS,
+    Array,
+    gaussian_kernel_sum,
+    neighbour_radii,
+    within_kernel_sum,
+)
 from aquabit.quality.features import BUNDLED, WITHOUT_REAL, FeatureExtractor, load_tensors, unit_images
 from aquabit.scheme import AquabitError
 
@@ -27,8 +33,8 @@ _ARRAYS = ("pooled", "pooled_mean", "pooled_factor", "pooled_radii", "spatial_me
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """Statistics of real images under one extractor; float64, empty where its metrics need none. Plain arrays, so it can be sent to a
-    worker process."""
+    """Statistics of real images under one extractor; float64, empty where its metrics need none. Plain
+    arrays, so it can be sent to a worker process."""
 
     digest: str  # of the images and the extractor
     extractor: str  # digest of the extractor
@@ -50,14 +56,18 @@ class Reference:
 
     @staticmethod
     def from_batches(batches: Iterable[Any], extractor: FeatureExtractor) -> Reference:
-        """``from_images`` for images that do not fit in memory; the digest does not depend on how they are batched."""
+        """``from_images`` for images that do not fit in memory; the digest does not depend on how they are
+        batched."""
         hashed = hashlib.sha256(extractor.digest.encode())
         collected, shape = Collected(real_kinds(extractor)), None
         for batch in batches:
             images = unit_images(batch, "reference images")
             if shape != images.shape[1:]:
                 if shape is not None:
-                    raise AquabitError(f"reference images have shapes {list(shape)} and {list(images.shape[1:])}; expected one shape")
+                    raise AquabitError(
+                        f"reference images have shapes {list(shape)} and {list(images.shape[1:])}; expected"
+                        " one shape"
+                    )
                 shape = images.shape[1:]
                 hashed.update(str(tuple(shape)).encode())
             hashed.update(images.contiguous().numpy().tobytes())
@@ -69,7 +79,10 @@ class Reference:
     def of(collected: Collected, digest: str, extractor: str, size: tuple[int, int]) -> Reference:
         """Of features that were collected of the real images."""
         if collected.count <= NEIGHBOURS:
-            raise AquabitError(f"the reference has {collected.count} images; precision and recall need at least {NEIGHBOURS + 1}")
+            raise AquabitError(
+                f"the reference has {collected.count} images; precision and recall need at least"
+                f" {NEIGHBOURS + 1}"
+            )
         kinds, pooled, kernel_sum = collected.kinds, np.zeros((0, 0)), float("nan")
         if kinds & {"kernel", "gaussian", "precision", "recall"}:
             pooled = collected.kept.rows
@@ -102,7 +115,9 @@ class Reference:
             temporary.replace(path)
         except (OSError, SafetensorError) as error:
             temporary.unlink(missing_ok=True)
-            raise AquabitError(f"the statistics of the reference could not be written to {path} ({error}); free some space") from error
+            raise AquabitError(
+                f"the statistics of the reference could not be written to {path} ({error}); free some space"
+            ) from error
 
     @staticmethod
     def load(path: Path) -> tuple[Reference, dict[str, Any]] | None:
@@ -129,7 +144,8 @@ def bundled_reference(extractor: FeatureExtractor) -> Reference:
 
 
 def held_out_digits() -> tuple[torch.Tensor, torch.Tensor]:
-    """The held-out half of scikit-learn's digits: images [899, 1, 8, 8], float32 in [0, 1], and labels [899], int64."""
+    """The held-out half of scikit-learn's digits: images [899, 1, 8, 8], float32 in [0, 1], and labels
+    [899], int64."""
     path = BUNDLED / "held_out.safetensors"
     tensors = load_tensors(path)
     if tensors.keys() != {"images", "labels"}:

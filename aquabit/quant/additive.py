@@ -1,15 +1,21 @@
-"""Additive quantization of Linear and Conv2d weights (AQLM, arXiv 2401.06118; AQUATIC-Diff, arXiv 2506.05960), layer by layer.
+"""Additive quantization of Linear and Conv2d weights (AQLM, arXiv 2401.06118; AQUATIC-Diff, arXiv
+2506.05960), layer by layer.
 
-A group of g weights is the sum of M codewords of 2^B vectors each, times a scale per output row; ``k`` groups are one k x k kernel
-slice (KAQ). What is minimised is AQLM's loss tr(dW H dW^T), by other means:
+A group of g weights is the sum of M codewords of 2^B vectors each, times a scale per output row; ``k`` groups
+are one k x k kernel slice (KAQ). What is minimised is AQLM's loss tr(dW H dW^T), by other means:
 
 1. scales = root mean square of a row; tables by residual k-means (``additive_init``);
-2. passes of codes, group after group, each group's error fed into the later ones as GPTQ does with columns (``additive_codes.feedback``),
-   scales in closed form and tables by conjugate gradients (``additive_tables``). Groups whose inputs weigh most come first. On correlated
-   inputs feedback finds codes that no search from other codes reaches: a quarter less loss at 4x4;
-3. rounds of codes, each group searched on the residual gradient (W - W_hat) H (``additive_codes.sweep``), scales and tables; begun from the
-   first pass too, since where codes are too few for what feedback asks of the last groups, more passes do harm;
-4. tables and scales rounded to float16 as they are stored, and a last search of the codes against what was rounded.
+2. passes of codes, group after group, each group's error fed into the later ones as GPTQ does with columns
+   (``additive_codes.feedback``),
+   scales in closed form and tables by conjugate gradients (``additive_tables``). Groups whose inputs weigh
+   most come first. On correlated inputs feedback finds codes that no search from other codes reaches: a
+   quarter less loss at 4x4;
+3. rounds of codes, each group searched on the residual gradient (W - W_hat) H (``additive_codes.sweep``),
+   scales and tables; begun from the
+   first pass too, since where codes are too few for what feedback asks of the last groups, more passes do
+   harm;
+4. tables and scales rounded to float16 as they are stored, and a last search of the codes against what was
+   rounded.
 
 The M codes of a group are searched together, by a beam of BEAM.
 """
@@ -40,8 +46,13 @@ PASSES = 16
 PATIENCE = 2  # passes are not monotone: so many without improvement end them
 SETTLE = 2  # rounds of 3 after which its two beginnings are compared
 ROUNDS = 8
-LEARNED, LEAST = 128, 160  # groups a codeword, and rows, that tables are learned on: against all rows, up to 3 % more loss
-BEAM = 32  # against 8: a tenth less loss at 4x4, a fifth at 6x4, for half as much time again; 64 doubles that for a hundredth
+LEARNED, LEAST = (
+    128,
+    160,
+)  # groups a codeword, and rows, that tables are learned on: against all rows, up to 3 % more loss
+# against 8: a tenth less loss at 4x4, a fifth at 6x4, for half as much time again; 64 doubles that for a
+# hundredth
+BEAM = 32
 
 
 Phase = Literal["feedback", "round", "final"]
@@ -49,8 +60,8 @@ Phase = Literal["feedback", "round", "final"]
 
 @dataclass(frozen=True)
 class Step:
-    """What progress callbacks get: the phase, the relative loss tr(dW H dW^T) / tr(W H W^T) after it (of the rows that tables are learned
-    on, at first), seconds since the start."""
+    """What progress callbacks get: the phase, the relative loss tr(dW H dW^T) / tr(W H W^T) after it (of
+    the rows that tables are learned on, at first), seconds since the start."""
 
     phase: Phase
     number: int
@@ -67,17 +78,25 @@ def no_report(step: Step) -> None:
 
 
 def additive(
-    weights: Sequence[Tensor], scheme: Scheme, hessians: Sequence[Tensor | None], seed: int = 0, *, shared: bool = False,
-    beam: int = BEAM, report: Report = no_report,
-) -> list[CodebookWeight]:  # fmt: skip
-    """Quantize weights of one shape [out, in] or [out, in, kh, kw] together, each with its H (see ``hessian``), or identity.
+    weights: Sequence[Tensor],
+    scheme: Scheme,
+    hessians: Sequence[Tensor | None],
+    seed: int = 0,
+    *,
+    shared: bool = False,
+    beam: int = BEAM,
+    report: Report = no_report,
+) -> list[CodebookWeight]:
+    """Quantize weights of one shape [out, in] or [out, in, kh, kw] together, each with its H (see
+    ``hessian``), or identity.
 
     Together means in batched operations: the result is what each weight would get alone, up to rounding.
 
-    Each weight gets tables of its own; with ``shared`` all of them use the same tables (the very same tensor). ``beam`` is the width of the
-    search over the M codes of a group. Groups that do not divide a row are padded. Warns where a format has more codewords
-    than the layer has groups (the rest stay zero) or groups longer than a row. Raises AquabitError for H that is not finite or not positive
-    semi-definite, and for weights of different shapes.
+    Each weight gets tables of its own; with ``shared`` all of them use the same tables (the very same
+    tensor). ``beam`` is the width of the search over the M codes of a group. Groups that do not divide a row
+    are padded. Warns where a format has more codewords than the layer has groups (the rest stay zero) or
+    groups longer than a row. Raises AquabitError for H that is not finite or not positive semi-definite, and
+    for weights of different shapes.
     """
     shapes = {tuple(w.shape) for w in weights}
     if len(shapes) != 1:
@@ -93,9 +112,14 @@ def additive(
 
 
 def _problem(
-    weights: Sequence[Tensor], shape: tuple[int, ...], scheme: Scheme, hessians: Sequence[Tensor | None], shared: bool
+    weights: Sequence[Tensor],
+    shape: tuple[int, ...],
+    scheme: Scheme,
+    hessians: Sequence[Tensor | None],
+    shared: bool,
 ) -> tuple[Problem, Tensor]:
-    """Rows in the order in which their groups are searched, padded, with H in the same order; and that order of groups, [Z, groups]."""
+    """Rows in the order in which their groups are searched, padded, with H in the same order; and that
+    order of groups, [Z, groups]."""
     area = prod(shape[2:])
     size, order, row = scheme.group_size(area), group_order(scheme, area), prod(shape[1:])
     checked = [check_hessian(h, w) for w, h in zip(weights, hessians, strict=True)]
@@ -112,14 +136,22 @@ def _problem(
         rows.append(pad(wide, (0, extra)))
         metrics.append(pad(h, (0, extra) if h.ndim == 2 else (0, extra, 0, extra)))
     tables = 1 if shared else len(weights)
-    return _heaviest_first(Problem(torch.cat(rows), torch.cat(metrics), tables, scheme.codebooks, 1 << scheme.bits, size))
+    return _heaviest_first(
+        Problem(torch.cat(rows), torch.cat(metrics), tables, scheme.codebooks, 1 << scheme.bits, size)
+    )
 
 
 def _heaviest_first(problem: Problem) -> tuple[Problem, Tensor]:
     """The problem with each block's groups by falling trace of H_nn, and their order [Z, groups]."""
     diagonal = problem.hessian if problem.diagonal else problem.hessian.diagonal(dim1=1, dim2=2)
-    order = diagonal.reshape(len(diagonal), problem.groups, problem.size).sum(2).argsort(dim=1, descending=True, stable=True)
-    index = (order[..., None] * problem.size + torch.arange(problem.size, device=order.device)).reshape(len(order), -1)
+    order = (
+        diagonal.reshape(len(diagonal), problem.groups, problem.size)
+        .sum(2)
+        .argsort(dim=1, descending=True, stable=True)
+    )
+    index = (order[..., None] * problem.size + torch.arange(problem.size, device=order.device)).reshape(
+        len(order), -1
+    )
     weight = problem.weight.gather(2, index[:, None].expand_as(problem.weight))
     if problem.diagonal:
         return replace(problem, weight=weight, hessian=problem.hessian.gather(1, index)), order
@@ -133,7 +165,8 @@ def group_order(scheme: Scheme, area: int) -> Literal["inputs", "kernel"]:
 
 
 def input_order(shape: tuple[int, ...], order: str) -> Tensor:
-    """Positions in ``weight.flatten(1)`` of a row's weights in the order of their groups: (cin, kh, kw), or (kh, kw, cin)."""
+    """Positions in ``weight.flatten(1)`` of a row's weights in the order of their groups: (cin, kh, kw),
+    or (kh, kw, cin)."""
     index = torch.arange(prod(shape[1:]))
     if len(shape) == 2 or order == "kernel":
         return index
@@ -143,14 +176,22 @@ def input_order(shape: tuple[int, ...], order: str) -> Tensor:
 def _warn(problem: Problem, shape: tuple[int, ...], scheme: Scheme) -> None:
     row, groups = prod(shape[1:]), problem.groups * problem.weight.shape[1] * problem.per_table
     if problem.size > row:
-        warnings.warn(f"{scheme} on a weight {list(shape)}: groups of {problem.size} are longer than a row, which is padded", stacklevel=3)
+        warnings.warn(
+            f"{scheme} on a weight {list(shape)}: groups of {problem.size} are longer than a row, which is"
+            " padded",
+            stacklevel=3,
+        )
     if groups < problem.codewords:
-        text = f"{scheme} on a weight {list(shape)}: {groups} groups use at most as many of {problem.codewords} codewords, the others are 0"
+        text = (
+            f"{scheme} on a weight {list(shape)}: {groups} groups use at most as many of {problem.codewords}"
+            " codewords, the others are 0"
+        )
         warnings.warn(text, stacklevel=3)
 
 
 def _solve(problem: Problem, seed: int, beam: int, report: Report) -> State:
-    """Tables are learned on as many rows as they need; then all rows get codes, and the tables their last rounds."""
+    """Tables are learned on as many rows as they need; then all rows get codes, and the tables their last
+    rounds."""
     started = time.perf_counter()
     beam = beam if problem.codebooks > 1 else 1
     factor = Feedback.of(problem)
@@ -183,14 +224,21 @@ def _solve(problem: Problem, seed: int, beam: int, report: Report) -> State:
         rounds(problem, state, assign, 2, "feedback")
     rounds(problem, state, search, ROUNDS, "round")
     state.round_()
-    report(Step("final", 1, sweep(problem, state, beam) / max(problem.norm, 1e-30), time.perf_counter() - started))
+    report(
+        Step(
+            "final", 1, sweep(problem, state, beam) / max(problem.norm, 1e-30), time.perf_counter() - started
+        )
+    )
     return state
 
 
 def _sampled(problem: Problem, seed: int) -> Problem:
-    """The problem on some of its rows: LEARNED groups a codeword and at least LEAST, where that is at most half of them."""
+    """The problem on some of its rows: LEARNED groups a codeword and at least LEAST, where that is at most
+    half of them."""
     rows = problem.weight.shape[1]
-    wanted = max(ceil(LEARNED * problem.codebooks * problem.codewords / (problem.groups * problem.per_table)), LEAST)
+    wanted = max(
+        ceil(LEARNED * problem.codebooks * problem.codewords / (problem.groups * problem.per_table)), LEAST
+    )
     if 2 * wanted > rows:
         return problem
     picked = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))[:wanted].sort().values
@@ -198,9 +246,15 @@ def _sampled(problem: Problem, seed: int) -> Problem:
 
 
 def _improve(
-    problem: Problem, state: State, codes: Callable[[State], None], rounds: int, patience: int, tell: Callable[[int, float], None]
-) -> Tensor:  # fmt: skip
-    """Rounds of codes, scales and tables, each set of tables until ``patience`` of them in a row improve its loss by less than TOLERANCE.
+    problem: Problem,
+    state: State,
+    codes: Callable[[State], None],
+    rounds: int,
+    patience: int,
+    tell: Callable[[int, float], None],
+) -> Tensor:
+    """Rounds of codes, scales and tables, each set of tables until ``patience`` of them in a row improve its
+    loss by less than TOLERANCE.
 
     ``state`` ends as the best seen of each set; returned are its losses [T].
     """
@@ -232,5 +286,9 @@ def _packed(problem: Problem, state: State, shape: tuple[int, ...], scheme: Sche
     packed = []
     for i in range(count):
         table = shared[i * len(shared) // count]
-        packed.append(CodebookWeight.from_codes(codes[i].permute(1, 2, 0).contiguous(), table, scales[i], None, shape, scheme.bits, order))
+        packed.append(
+            CodebookWeight.from_codes(
+                codes[i].permute(1, 2, 0).contiguous(), table, scales[i], None, shape, scheme.bits, order
+            )
+        )
     return packed

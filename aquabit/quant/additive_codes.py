@@ -17,9 +17,9 @@ SMALL = 1e-30
 
 @dataclass(frozen=True)
 class Feedback:
-    """What error feedback needs of H, once for a problem: with H^-1 = U^T U the ``coupling`` U [Z, R, R], ``inverse`` of its corners U_nn
-    [Z, groups, g, g], and the ``metric`` U_nn^-1 U_nn^-T, in which an error counts when later groups make up for it. Without coupling
-    (diagonal H) the metric is H_nn."""
+    """What error feedback needs of H, once for a problem: with H^-1 = U^T U the ``coupling`` U [Z, R, R],
+    ``inverse`` of its corners U_nn [Z, groups, g, g], and the ``metric`` U_nn^-1 U_nn^-T, in which an
+    error counts when later groups make up for it. Without coupling (diagonal H) the metric is H_nn."""
 
     metric: Tensor
     inverse: Tensor | None = None
@@ -32,14 +32,18 @@ class Feedback:
             return Feedback(problem.blocks())
         upper = _inverse_factor(problem.hessian)
         corners = torch.stack([upper[:, i : i + size, i : i + size] for i in range(0, total, size)], 1)
-        inverse = torch.linalg.solve_triangular(corners, torch.eye(size, device=upper.device).expand_as(corners), upper=True)
+        inverse = torch.linalg.solve_triangular(
+            corners, torch.eye(size, device=upper.device).expand_as(corners), upper=True
+        )
         return Feedback(inverse @ inverse.transpose(2, 3), inverse, upper)
 
 
 def feedback(problem: Problem, state: State, factor: Feedback, beam: int = 1) -> None:
-    """Codes group after group in the metric that is left once later groups make up for the error, which they then are given.
+    """Codes group after group in the metric that is left once later groups make up for the error, which they
+    then are given.
 
-    GPTQ's update for vectors: with H^-1 = U^T U, group n costs ||(w - q) U_nn^-1||^2, and later inputs move by -(w - q) U_nn^-1 U_n,rest.
+    GPTQ's update for vectors: with H^-1 = U^T U, group n costs ||(w - q) U_nn^-1||^2, and later inputs move
+    by -(w - q) U_nn^-1 U_n,rest.
     """
     if factor.coupling is None or factor.inverse is None:
         state.codes = feedback_search(problem.weight, factor.metric, state.tables, state.scale, beam).codes
@@ -47,10 +51,20 @@ def feedback(problem: Problem, state: State, factor: Feedback, beam: int = 1) ->
     rows, size, total = problem.weight.clone(), problem.size, problem.weight.shape[2]
     span = max(LAZY // size, 1) * size
     for start in range(0, total, span):
-        at, rest, groups = slice(start, start + span), slice(start + span, None), slice(start // size, (start + span) // size)
+        at, rest, groups = (
+            slice(start, start + span),
+            slice(start + span, None),
+            slice(start // size, (start + span) // size),
+        )
         inverse, coupling = factor.inverse[:, groups], factor.coupling
         found = feedback_search(
-            rows[..., at], factor.metric[:, groups], state.tables, state.scale, beam, inverse=inverse, coupling=coupling[:, at, at]
+            rows[..., at],
+            factor.metric[:, groups],
+            state.tables,
+            state.scale,
+            beam,
+            inverse=inverse,
+            coupling=coupling[:, at, at],
         )
         state.codes[:, :, groups] = found.codes
         rows[..., rest] -= torch.bmm(found.moved, coupling[:, at, rest])
@@ -70,9 +84,11 @@ def _inverse_factor(hessian: Tensor) -> Tensor:
 
 
 def sweep(problem: Problem, state: State, beam: int = 1) -> float:
-    """Search every group's codes once, in order, given all others; the loss tr(dW H dW^T) afterwards. No code change raises the loss.
+    """Search every group's codes once, in order, given all others; the loss tr(dW H dW^T) afterwards. No code
+    change raises the loss.
 
-    G = (W - W_hat) H is kept up to date: replacing a group's vector by one that differs by d costs d H_nn d^T - 2 d G_n^T.
+    G = (W - W_hat) H is kept up to date: replacing a group's vector by one that differs by d costs d H_nn d^T
+    - 2 d G_n^T.
     """
     decoded, metric = state.decoded(), problem.blocks()
     left = problem.weight - decoded
@@ -81,7 +97,11 @@ def sweep(problem: Problem, state: State, beam: int = 1) -> float:
     size, total = problem.size, problem.weight.shape[2]
     span = total if problem.diagonal else max(LAZY // size, 1) * size
     for start in range(0, total, span):
-        at, rest, groups = slice(start, start + span), slice(start + span, None), slice(start // size, (start + span) // size)
+        at, rest, groups = (
+            slice(start, start + span),
+            slice(start + span, None),
+            slice(start // size, (start + span) // size),
+        )
         coupling = None if problem.diagonal else problem.hessian[:, at, at]
         found = sweep_search(
             gradient[..., at],

@@ -1,4 +1,5 @@
-"""What the additive quantizer works on: the problem (weights, metric, sizes) and its state (tables, scales, codes)."""
+"""What the additive quantizer works on: the problem (weights, metric, sizes) and its state (tables,
+scales, codes)."""
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ from aquabit.quant.scalar import halves
 class Problem:
     """Rows of weights with the metric of their inputs.
 
-    ``weight`` [Z, O, R]: Z blocks of O rows, each block with its own ``hessian`` [Z, R, R], or diagonal [Z, R]; R = groups x size.
-    ``tables``: how many sets of tables there are; block z uses set z // (Z / tables).
+    ``weight`` [Z, O, R]: Z blocks of O rows, each block with its own ``hessian`` [Z, R, R], or diagonal [Z,
+    R]; R = groups x size. ``tables``: how many sets of tables there are; block z uses set z // (Z / tables).
     """
 
     weight: Tensor
@@ -61,7 +62,8 @@ class Problem:
 
 @dataclass
 class State:
-    """``tables`` [T, M, K, g], ``scale`` [Z, O], ``codes`` [Z, O, groups, M] int64 (all zero until they are searched)."""
+    """``tables`` [T, M, K, g], ``scale`` [Z, O], ``codes`` [Z, O, groups, M] int64 (all zero until they
+    are searched)."""
 
     tables: Tensor
     scale: Tensor
@@ -84,7 +86,8 @@ class State:
         return self.unscaled() * self.scale[..., None]
 
     def copy(self) -> State:
-        """A state of its own; tables and scales are replaced, never written into, so only codes are copied."""
+        """A state of its own; tables and scales are replaced, never written into, so only codes are
+        copied."""
         return State(self.tables, self.scale, self.codes.clone())
 
     def take_(self, other: State, tables: Tensor) -> None:
@@ -95,7 +98,8 @@ class State:
         self.codes = torch.where(blocks[:, None, None, None], other.codes, self.codes)
 
     def round_(self) -> None:
-        """Tables and scales as float16 stores them. Tables are brought to a largest entry of 1 first, so that neither overflows."""
+        """Tables and scales as float16 stores them. Tables are brought to a largest entry of 1 first, so
+        that neither overflows."""
         top = self.tables.abs().amax(dim=(1, 2, 3)).clamp_min(1e-30)
         self.tables = (self.tables / top[:, None, None, None]).half().float()
         factor = top.repeat_interleave(len(self.scale) // len(self.tables))

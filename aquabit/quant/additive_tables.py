@@ -1,4 +1,5 @@
-"""Tables and scales of the additive quantizer given the codes: conjugate gradients without a matrix, and closed form."""
+"""Tables and scales of the additive quantizer given the codes: conjugate gradients without a matrix, and
+closed form."""
 
 from __future__ import annotations
 
@@ -11,10 +12,11 @@ ITERATIONS = 3  # from the last tables; more change the outcome by less than one
 
 
 def fit_tables(problem: Problem, state: State, iterations: int = ITERATIONS) -> Tensor:
-    """Least squares for the tables by preconditioned conjugate gradients from where they are; the losses tr(dW H dW^T) afterwards, [T].
+    """Least squares for the tables by preconditioned conjugate gradients from where they are; the losses
+    tr(dW H dW^T) afterwards, [T].
 
-    The normal operator C -> A^T(s (s A(C)) H) decodes, multiplies by H, and adds up by code; the preconditioner is its diagonal block per
-    codeword. Unused codewords have no gradient and stay.
+    The normal operator C -> A^T(s (s A(C)) H) decodes, multiplies by H, and adds up by code; the
+    preconditioner is its diagonal block per codeword. Unused codewords have no gradient and stay.
     """
     scale = state.scale[..., None]
     residual = problem.weight - state.decoded()
@@ -65,7 +67,9 @@ def _preconditioner(problem: Problem, state: State) -> Tensor:
     eye = torch.eye(g, device=blocks.device)
     found = []
     for i in range(m):
-        share = torch.zeros(z, n, k, device=blocks.device).scatter_add_(2, state.codes[..., i].transpose(1, 2).contiguous(), mass)
+        share = torch.zeros(z, n, k, device=blocks.device).scatter_add_(
+            2, state.codes[..., i].transpose(1, 2).contiguous(), mass
+        )
         weights = torch.einsum("tbk,tbij->tkij", share.reshape(t, -1, k), blocks)
         trace = weights.diagonal(dim1=2, dim2=3).mean(2)
         used = trace > 0
@@ -75,8 +79,11 @@ def _preconditioner(problem: Problem, state: State) -> Tensor:
 
 
 def fit_scales(problem: Problem, state: State) -> None:
-    """Least squares for each row's scale: (w H u^T) / (u H u^T) with u the row's sum of codewords; a row without either keeps its own."""
+    """Least squares for each row's scale: (w H u^T) / (u H u^T) with u the row's sum of codewords; a row
+    without either keeps its own."""
     unscaled = state.unscaled()
     by_h = problem.times(unscaled)
     over, under = (by_h * problem.weight).sum(2), (by_h * unscaled).sum(2)
-    state.scale = torch.where(under > 1e-20 * under.mean().clamp_min(1e-30), over / under.clamp_min(1e-30), state.scale)
+    state.scale = torch.where(
+        under > 1e-20 * under.mean().clamp_min(1e-30), over / under.clamp_min(1e-30), state.scale
+    )

@@ -15,17 +15,21 @@ MOST_BITS = 16  # of a code: AQLM would go on to int32, with tables that no laye
 
 
 def from_aqlm(tensors: Mapping[str, Tensor], nbits: int, in_features: int) -> CodebookWeight:
-    """A weight [out, in_features] from the tensors of a layer that AQLM stored (AQLM, aqlm package, QuantizedLinear).
+    """A weight [out, in_features] from the tensors of a layer that AQLM stored (AQLM, aqlm package,
+    QuantizedLinear).
 
-    ``codes`` [out, in_features / g, M] are int8 up to 8 bits and int16 above, from -2^(nbits - 1) to 2^(nbits - 1) - 1, where a negative
-    one stands for itself plus 2^nbits (its ``pack_int_data``); ``codebooks`` are [M, 2^nbits, 1, g] and ``scales`` [out, 1, 1, 1].
-    Float16 is taken as it is, other float types where float16 holds every value. Further names, such as ``bias``, are left to the
-    caller. Raises AquabitError for missing tensors, other shapes or types, codes out of range, values that float16 does not hold, groups
+    ``codes`` [out, in_features / g, M] are int8 up to 8 bits and int16 above, from -2^(nbits - 1) to 2^(nbits
+    - 1) - 1, where a negative one stands for itself plus 2^nbits (its ``pack_int_data``); ``codebooks`` are
+    [M, 2^nbits, 1, g] and ``scales`` [out, 1, 1, 1]. Float16 is taken as it is, other float types where
+    float16 holds every value. Further names, such as ``bias``, are left to the caller. Raises AquabitError
+    for missing tensors, other shapes or types, codes out of range, values that float16 does not hold, groups
     of several outputs and scales per group.
     """
     missing = [name for name in NAMES if name not in tensors]
     if missing:
-        raise AquabitError(f"a layer of AQLM has {', '.join(NAMES)}; {', '.join(missing)} missing among {sorted(tensors)}")
+        raise AquabitError(
+            f"a layer of AQLM has {', '.join(NAMES)}; {', '.join(missing)} missing among {sorted(tensors)}"
+        )
     codes, codebooks, scales = (tensors[name] for name in NAMES)
     _check_shapes(codes, codebooks, scales, nbits, in_features)
     tables = _float16("codebooks", codebooks).squeeze(2)[None]
@@ -35,11 +39,13 @@ def from_aqlm(tensors: Mapping[str, Tensor], nbits: int, in_features: int) -> Co
 
 
 def to_aqlm(weight: CodebookWeight) -> dict[str, Tensor]:
-    """``codes``, ``codebooks`` and ``scales`` of a linear weight as AQLM stores them (AQLM, aqlm package, QuantizedLinear).
+    """``codes``, ``codebooks`` and ``scales`` of a linear weight as AQLM stores them (AQLM, aqlm package,
+    QuantizedLinear).
 
-    Shapes and types are those that ``from_aqlm`` documents, floats in float16, and ``from_aqlm`` gives back an equal weight. Raises
-    AquabitError for what AQLM's layer cannot hold: convolutions, uniform quantization, tables per channel, offsets, scales that are
-    not one per output, a last group that is padded, and codes above 16 bits.
+    Shapes and types are those that ``from_aqlm`` documents, floats in float16, and ``from_aqlm`` gives back
+    an equal weight. Raises AquabitError for what AQLM's layer cannot hold: convolutions, uniform
+    quantization, tables per channel, offsets, scales that are not one per output, a last group that is
+    padded, and codes above 16 bits.
     """
     refusal = _refusal(weight)
     if refusal is not None:
@@ -56,22 +62,33 @@ def _check_shapes(codes: Tensor, codebooks: Tensor, scales: Tensor, nbits: int, 
     if not 1 <= nbits <= MOST_BITS:
         raise AquabitError(f"codes of {nbits} bits are not supported; 1 to {MOST_BITS} are")
     if codebooks.ndim != 4 or codebooks.shape[1] != 1 << nbits:
-        raise AquabitError(f"codebooks are {list(codebooks.shape)}; codes of {nbits} bits need [M, {1 << nbits}, 1, g]")
+        raise AquabitError(
+            f"codebooks are {list(codebooks.shape)}; codes of {nbits} bits need [M, {1 << nbits}, 1, g]"
+        )
     count, _, out_group, group = codebooks.shape
     if out_group != 1:
-        raise AquabitError(f"out_group_size is {out_group}; only layers of AQLM with out_group_size 1 can be read")
+        raise AquabitError(
+            f"out_group_size is {out_group}; only layers of AQLM with out_group_size 1 can be read"
+        )
     if not group or in_features % group:
         raise AquabitError(f"in_features is {in_features}, which groups of {group} inputs do not divide")
     if codes.ndim != 3 or tuple(codes.shape[1:]) != (in_features // group, count):
-        raise AquabitError(f"codes are {list(codes.shape)}; {in_features} inputs need [out, {in_features // group}, {count}]")
+        raise AquabitError(
+            f"codes are {list(codes.shape)}; {in_features} inputs need [out, {in_features // group}, {count}]"
+        )
     if tuple(scales.shape) != (len(codes), 1, 1, 1):
-        raise AquabitError(f"scales are {list(scales.shape)}; one per output is needed, [{len(codes)}, 1, 1, 1]")
+        raise AquabitError(
+            f"scales are {list(scales.shape)}; one per output is needed, [{len(codes)}, 1, 1, 1]"
+        )
 
 
 def _refusal(weight: CodebookWeight) -> str | None:
     tables, scale, shape = weight.codebooks, weight.scale, list(weight.shape)
     if len(shape) != 2 or weight.order != "inputs":
-        return f"it is {shape} in groups of order {weight.order!r}, and AQLM holds linear layers [out, in] in groups of inputs"
+        return (
+            f"it is {shape} in groups of order {weight.order!r}, and AQLM holds linear layers [out, in] in"
+            " groups of inputs"
+        )
     if tables is None:
         return "it is uniform, without codebooks"
     if len(tables) != 1:
@@ -79,9 +96,14 @@ def _refusal(weight: CodebookWeight) -> str | None:
     if weight.offset is not None:
         return f"it has an offset {list(weight.offset.shape)}, and AQLM has none"
     if scale is None or scale.ndim != 1:
-        return f"its scale is {None if scale is None else list(scale.shape)}, and AQLM needs one per output, [{shape[0]}]"
+        return (
+            f"its scale is {None if scale is None else list(scale.shape)}, and AQLM needs one per output,"
+            f" [{shape[0]}]"
+        )
     if tables.dtype != torch.float16 or scale.dtype != torch.float16:
-        return f"its codebooks and scale are {tables.dtype} and {scale.dtype}, and only torch.float16 is written"
+        return (
+            f"its codebooks and scale are {tables.dtype} and {scale.dtype}, and only torch.float16 is written"
+        )
     if shape[1] % weight.group:
         return f"groups of {weight.group} do not divide its {shape[1]} inputs"
     if weight.bits > MOST_BITS:
@@ -105,7 +127,10 @@ def _unwrap(codes: Tensor, nbits: int) -> Tensor:
         raise AquabitError(f"codes are {codes.dtype}; AQLM stores {nbits} bits as {_code_type(nbits)}")
     wide, half = codes.to(torch.int32), 1 << (nbits - 1)
     if bool(((wide < -half) | (wide >= half)).any()):
-        raise AquabitError(f"codes range from {int(wide.min())} to {int(wide.max())}; {nbits} bits are stored as {-half} to {half - 1}")
+        raise AquabitError(
+            f"codes range from {int(wide.min())} to {int(wide.max())}; {nbits} bits are stored as {-half} to"
+            f" {half - 1}"
+        )
     return wide % (1 << nbits)
 
 
@@ -117,5 +142,8 @@ def _float16(name: str, values: Tensor) -> Tensor:
     narrow = values.to(torch.float16)
     different = int((narrow.to(values.dtype) != values).sum())
     if different:
-        raise AquabitError(f"{different} of {values.numel()} values of {name} are {values.dtype} that float16 does not hold exactly")
+        raise AquabitError(
+            f"{different} of {values.numel()} values of {name} are {values.dtype} that float16 does not hold"
+            " exactly"
+        )
     return narrow

@@ -1,9 +1,11 @@
-"""Packed artifacts: a model directory as diffusers saves it, whose weights are codes and whose config.json says how they are to be read.
+"""Packed artifacts: a model directory as diffusers saves it, whose weights are codes and whose config.json
+says how they are to be read.
 
-``config.json`` holds under ``quantization_config`` the quantization configuration, its layers grouped by scheme; the weights hold
-``LAYER.weight.codes``, ``.codebooks``, ``.scale`` and ``.offset`` of every coded layer, ``codebooks/NAME`` where layers share them,
-``ranges/LAYER`` of static activations, ``noise/...`` of a noise correction, and every other tensor of the model at 16 bits. What is no part
-of the model keeps its type on loading, whatever the dtype asked for.
+``config.json`` holds under ``quantization_config`` the quantization configuration, its layers grouped by
+scheme; the weights hold ``LAYER.weight.codes``, ``.codebooks``, ``.scale`` and ``.offset`` of every coded
+layer, ``codebooks/NAME`` where layers share them, ``ranges/LAYER`` of static activations, ``noise/...`` of a
+noise correction, and every other tensor of the model at 16 bits. What is no part of the model keeps its type
+on loading, whatever the dtype asked for.
 """
 
 from __future__ import annotations
@@ -33,7 +35,10 @@ from aquabit.scheme import FP, METHOD, AquabitError, QuantConfig, read_json
 SCHEMA = 2  # of quantization_config; 1 was a file of its own, quantization.json
 RANGES = "ranges/"  # before the names of layers whose static ranges are stored
 NOISE = "noise/"  # before the names of noise statistics
-FACTS = ("noise", "inputs")  # beside the configuration: what noise statistics belong to, and what an example call takes
+FACTS = (
+    "noise",
+    "inputs",
+)  # beside the configuration: what noise statistics belong to, and what an example call takes
 PARTS = ("codes", "codebooks", "scale", "offset")
 OLD = "quantization.json"
 
@@ -48,7 +53,9 @@ class Contents:
     layers: Layers
     ranges: Mapping[str, Tensor] = field(default_factory=dict)
     statistics: Statistics | None = None
-    inputs: Mapping[str, Any] | None = None  # of an example call, described, where the class does not tell them
+    inputs: Mapping[str, Any] | None = (
+        None  # of an example call, described, where the class does not tell them
+    )
 
 
 def contents_of(denoiser: nn.Module) -> Contents | None:
@@ -63,20 +70,24 @@ def config_of(denoiser: nn.Module) -> QuantConfig | None:
     return None if found is None else found.config
 
 
-# ---- files -----------------------------------------------------------------------------------------------------------------------------
+# ---- files
+# ------------------------------------------------------------------------------------------------------------
 
 
 def is_packed(folder: Path) -> bool:
     """Whether a model directory is an artifact; raises AquabitError for one of an earlier version."""
     if (folder / OLD).is_file():
-        raise AquabitError(f"{folder / OLD} was written by an earlier version of aquabit; run `aquabit quantize` again")
+        raise AquabitError(
+            f"{folder / OLD} was written by an earlier version of aquabit; run `aquabit quantize` again"
+        )
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     described = config.get("quantization_config") if isinstance(config, dict) else None
     return isinstance(described, dict) and described.get("quant_method") == METHOD
 
 
 def load_packed_denoiser(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A denoiser that runs from its codes, loaded by diffusers; raises AquabitError for missing, truncated or inconsistent files."""
+    """A denoiser that runs from its codes, loaded by diffusers; raises AquabitError for missing, truncated
+    or inconsistent files."""
     import diffusers
 
     if not is_packed(folder):
@@ -89,13 +100,15 @@ def load_packed_denoiser(folder: Path, dtype: torch.dtype = torch.float32) -> nn
     try:
         denoiser: nn.Module = cls.from_pretrained(folder, dtype=dtype, use_safetensors=True)
     except OSError as error:
-        raise AquabitError(f"{folder} cannot be read ({str(error).strip()}); it may be truncated: quantize again") from error
+        raise AquabitError(
+            f"{folder} cannot be read ({str(error).strip()}); it may be truncated: quantize again"
+        ) from error
     return denoiser
 
 
 def save_packed_denoiser(denoiser: Any, folder: Path, max_shard_size: int | str = "10GB") -> int:
-    """Write a packed denoiser into a component folder, instead of what was there; the bytes of its tensors, which are the files' size
-    without headers and noise statistics."""
+    """Write a packed denoiser into a component folder, instead of what was there; the bytes of its
+    tensors, which are the files' size without headers and noise statistics."""
     folder.mkdir(parents=True, exist_ok=True)
     for old in (*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json"), folder / OLD):
         old.unlink(missing_ok=True)
@@ -106,11 +119,15 @@ def save_packed_denoiser(denoiser: Any, folder: Path, max_shard_size: int | str 
     return sum(t.numel() * t.element_size() for t in own.values())
 
 
-# ---- quantization_config ---------------------------------------------------------------------------------------------------------------
+# ---- quantization_config
+# ------------------------------------------------------------------------------------------------------------
 
 
-def described(config: QuantConfig, statistics: Statistics | None = None, inputs: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """A configuration and what goes with it (FACTS) as ``quantization_config`` holds it: layers of equal choices are listed together."""
+def described(
+    config: QuantConfig, statistics: Statistics | None = None, inputs: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """A configuration and what goes with it (FACTS) as ``quantization_config`` holds it: layers of equal
+    choices are listed together."""
     value = config.to_dict()
     groups: dict[str, dict[str, Any]] = {}
     for name, choice in value.pop("layers").items():
@@ -124,10 +141,14 @@ def described(config: QuantConfig, statistics: Statistics | None = None, inputs:
 
 
 def parsed(value: Mapping[str, Any]) -> tuple[QuantConfig, dict[str, Any]]:
-    """The configuration that ``described`` wrote, and those of FACTS that it has; raises AquabitError where it is not one."""
+    """The configuration that ``described`` wrote, and those of FACTS that it has; raises AquabitError
+    where it is not one."""
     source, given = "quantization_config", dict(value)
     if given.get("schema") != SCHEMA:
-        raise AquabitError(f"{source} has schema {given.get('schema')!r}, this version of aquabit reads {SCHEMA}; quantize again")
+        raise AquabitError(
+            f"{source} has schema {given.get('schema')!r}, this version of aquabit reads {SCHEMA}; quantize"
+            " again"
+        )
     given.pop("quant_method", None)
     facts, groups = {k: given.pop(k) for k in FACTS if k in given}, given.pop("groups", None)
     if not isinstance(groups, list):
@@ -144,7 +165,8 @@ def parsed(value: Mapping[str, Any]) -> tuple[QuantConfig, dict[str, Any]]:
     return QuantConfig.from_dict({**given, "schema": 1, "layers": layers}, source), facts
 
 
-# ---- tensors ---------------------------------------------------------------------------------------------------------------------------
+# ---- tensors
+# ------------------------------------------------------------------------------------------------------------
 
 
 def tensors_of(found: Contents, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -171,19 +193,25 @@ def is_own(key: str, config: QuantConfig) -> bool:
     return key.startswith((SHARED, RANGES, NOISE)) or (part in PARTS and config[layer].weight != FP)
 
 
-# ---- a denoiser from them --------------------------------------------------------------------------------------------------------------
+# ---- a denoiser from them
+# ------------------------------------------------------------------------------------------------------------
 
 
-def place_layers_(denoiser: nn.Module, graph: nx.DiGraph, config: QuantConfig, dtypes: Mapping[str, torch.dtype]) -> Layers:
+def place_layers_(
+    denoiser: nn.Module, graph: nx.DiGraph, config: QuantConfig, dtypes: Mapping[str, torch.dtype]
+) -> Layers:
     """Quantized layers in the place of Linear and Conv2d, those to be coded without a weight yet."""
     nodes, placed = layer_nodes(graph), Layers()
     wrong = [n for n in config.layers if n not in nodes]
     if wrong:
         raise AquabitError(f"quantization_config: layer {wrong[0]!r} is not in this model")
-    for name in graph.graph.get("uncalled", ()):  # the model reads their weights: they stay as they are, in its dtype
+    for name in graph.graph.get(
+        "uncalled", ()
+    ):  # the model reads their weights: they stay as they are, in its dtype
         if config[name].weight != FP:
             raise AquabitError(
-                f"layer {name!r} cannot be {config[name].weight}: the model reads its weight but never calls it; it must be fp"
+                f"layer {name!r} cannot be {config[name].weight}: the model reads its weight but never calls"
+                " it; it must be fp"
             )
         del nodes[name]
     for name, node in nodes.items():
@@ -196,8 +224,11 @@ def place_layers_(denoiser: nn.Module, graph: nx.DiGraph, config: QuantConfig, d
     return placed
 
 
-def coded_weight(name: str, shape: tuple[int, ...], config: QuantConfig, tensors: Mapping[str, Tensor]) -> CodebookWeight:
-    """A layer's weight from the stored tensors; raises AquabitError where they are missing or do not fit scheme and shape."""
+def coded_weight(
+    name: str, shape: tuple[int, ...], config: QuantConfig, tensors: Mapping[str, Tensor]
+) -> CodebookWeight:
+    """A layer's weight from the stored tensors; raises AquabitError where they are missing or do not fit
+    scheme and shape."""
     choice = config[name]
     own = {part: tensors[key] for part in PARTS if (key := f"{name}.weight.{part}") in tensors}
     shared = shared_name(choice)
@@ -212,17 +243,23 @@ def coded_weight(name: str, shape: tuple[int, ...], config: QuantConfig, tensors
         raise AquabitError(f"the codes of layer {name!r} are not usable: {error}") from error
     kinds = {k: t.dtype for k, t in own.items() if t.dtype != torch.float16 and k != "codes"}
     if kinds:
-        raise AquabitError(f"layer {name!r} is stored with {', '.join(f'{k} in {v}' for k, v in kinds.items())}; they must be float16")
+        raise AquabitError(
+            f"layer {name!r} is stored with {', '.join(f'{k} in {v}' for k, v in kinds.items())}; they must"
+            " be float16"
+        )
     stored = sum(choice.weight.stored_bytes(shape))
     if weight.nbytes != stored:
-        raise AquabitError(f"layer {name!r} is stored in {weight.nbytes} bytes, {choice.weight} {list(shape)} takes {stored}")
+        raise AquabitError(
+            f"layer {name!r} is stored in {weight.nbytes} bytes, {choice.weight} {list(shape)} takes {stored}"
+        )
     return weight
 
 
 def finish_(
     denoiser: nn.Module, graph: nx.DiGraph, layers: Layers, config: QuantConfig, tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Activations as the configuration says, once every layer has its weight; the static ranges that they use."""
+    """Activations as the configuration says, once every layer has its weight; the static ranges that they
+    use."""
     from aquabit.quant.attention import patch_attention_
 
     patch_attention_(denoiser)
@@ -236,25 +273,39 @@ def finish_(
 
 
 def stored_statistics(config: QuantConfig, about: Any, tensors: Mapping[str, Tensor]) -> Statistics | None:
-    """The noise statistics of a configuration that is corrected; raises AquabitError where they are missing or of another one."""
+    """The noise statistics of a configuration that is corrected; raises AquabitError where they are
+    missing or of another one."""
     if config.correction is None:
         return None
     if about is None:
         raise AquabitError(
-            f"this model is to be corrected ({config.correction}), but holds no noise statistics; run `aquabit quantize --correct` again"
+            f"this model is to be corrected ({config.correction}), but holds no noise statistics; run"
+            " `aquabit quantize --correct` again"
         )
-    statistics = Statistics.of({k.removeprefix(NOISE): v.numpy() for k, v in tensors.items() if k.startswith(NOISE)}, about, "this model")
+    statistics = Statistics.of(
+        {k.removeprefix(NOISE): v.numpy() for k, v in tensors.items() if k.startswith(NOISE)},
+        about,
+        "this model",
+    )
     statistics.check(config.fingerprint, replace(config, correction=None).digest)
     return statistics
 
 
-def _ranges(config: QuantConfig, layers: Layers, attention: set[str], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The stored static ranges; raises AquabitError where one is missing or of another shape than the configuration asks for."""
+def _ranges(
+    config: QuantConfig, layers: Layers, attention: set[str], tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The stored static ranges; raises AquabitError where one is missing or of another shape than the
+    configuration asks for."""
     found = {}
     for name, layer in layers.items():
-        shape, ends = (config.range_parts(name), input_parts(layer) + (name in attention), 2), tensors.get(f"{RANGES}{name}")
+        shape, ends = (
+            (config.range_parts(name), input_parts(layer) + (name in attention), 2),
+            tensors.get(f"{RANGES}{name}"),
+        )
         if shape[0] and (ends is None or tuple(ends.shape) != shape or not bool(torch.isfinite(ends).all())):
-            raise AquabitError(f"layer {name!r} needs static ranges of shape {list(shape)}, which are not stored")
+            raise AquabitError(
+                f"layer {name!r} needs static ranges of shape {list(shape)}, which are not stored"
+            )
         if ends is not None:
             found[name] = ends
     return found

@@ -16,21 +16,31 @@ from torch.overrides import TorchFunctionMode
 from aquabit.kernels import straight_through
 
 SOFTMAX_BITS = 8
-SCORES_LIMIT = 1 << 20  # elements of a block of attention scores: 4 MB, which caches hold (3 times as fast as 256 MB at 1,024 tokens)
+# elements of a block of attention scores: 4 MB, which caches hold (3 times as fast as 256 MB at 1,024 tokens)
+SCORES_LIMIT = 1 << 20
 VALUE_PROJECTIONS = ("to_v", "to_qkv", "add_v_proj")
 
 
 def quantized_attention(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
-    scale: float | None = None, enable_gqa: bool = False,
-) -> Tensor:  # fmt: skip
-    """softmax(q k^T scale + mask) rounded to 8 bits per query, times v. q [..., n, d], k [..., m, d], v [..., m, e].
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """softmax(q k^T scale + mask) rounded to 8 bits per query, times v. q [..., n, d], k [..., m, d], v [...,
+    m, e].
 
     Arguments are named as torch's own, since some processors give them by name.
     """
     q, k, v = query, key, value
     if dropout_p or is_causal or enable_gqa:
-        return functional.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        return functional.scaled_dot_product_attention(
+            q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
     factor = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     block = max(1, SCORES_LIMIT // max(1, math.prod(q.shape[:-2]) * k.shape[-2]))
     parts = []
@@ -46,22 +56,30 @@ def quantized_attention(
 class _QuantizedSoftmax(TorchFunctionMode):
     """Replaces scaled_dot_product_attention while an attention module runs, whatever processor it uses."""
 
-    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if func is functional.scaled_dot_product_attention:
             return quantized_attention(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
 def value_layers(module: nn.Module) -> list[nn.Module]:
-    """The projections that make V in one attention module (joint attentions have two); none where it is no attention."""
-    return [child for name in VALUE_PROJECTIONS if isinstance(child := getattr(module, name, None), nn.Module)]
+    """The projections that make V in one attention module (joint attentions have two); none where it is no
+    attention."""
+    return [
+        child for name in VALUE_PROJECTIONS if isinstance(child := getattr(module, name, None), nn.Module)
+    ]
 
 
 def patch_attention_(denoiser: nn.Module) -> None:
-    """Run every attention module's softmax at 8 bits while one of its V projections has its activations quantized."""
+    """Run every attention module's softmax at 8 bits while one of its V projections has its activations
+    quantized."""
     for module in list(denoiser.modules()):
         if value_layers(module):
-            module.forward = MethodType(_forward_of(type(module)), module)  # a bound method: a copy of the module gets its own
+            module.forward = MethodType(
+                _forward_of(type(module)), module
+            )  # a bound method: a copy of the module gets its own
 
 
 def _forward_of(kind: type[nn.Module]) -> Callable[..., Any]:

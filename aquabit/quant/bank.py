@@ -1,4 +1,5 @@
-"""Bank: a cache on disk of (layer weight, scheme, context of its fit) -> CodebookWeight; a scheme is fitted to a layer once."""
+"""Bank: a cache on disk of (layer weight, scheme, context of its fit) -> CodebookWeight; a scheme is
+fitted to a layer once."""
 
 from __future__ import annotations
 
@@ -61,8 +62,8 @@ def _bytes_of(data: Tensor) -> Any:
 
 @dataclass(frozen=True)
 class Fit:
-    """A coded weight with its relative squared weight error, its relative output error under the H it was fitted with (None without), and
-    what is to be said of the fit (unused codewords, a diagonal H)."""
+    """A coded weight with its relative squared weight error, its relative output error under the H it was
+    fitted with (None without), and what is to be said of the fit (unused codewords, a diagonal H)."""
 
     coded: CodebookWeight
     error: float
@@ -71,15 +72,20 @@ class Fit:
 
 
 class Bank:
-    """Safetensors files named by weight hash, scheme and context, written atomically (a killed writer leaves at most a temporary file).
+    """Safetensors files named by weight hash, scheme and context, written atomically (a killed writer leaves
+    at most a temporary file).
 
-    Several processes may share a folder. About ``limit`` bytes are kept: writing evicts what was used longest ago, and what is ``using`` is
-    never lost to this process. Files are memory-mapped on reading, so that a fit which another process evicts stays whole while it is held
-    (on a local disk; on a network file system its reader may lose it, so give each machine a bank of its own, or one that is large enough).
+    Several processes may share a folder. About ``limit`` bytes are kept: writing evicts what was used longest
+    ago, and what is ``using`` is never lost to this process. Files are memory-mapped on reading, so that a
+    fit which another process evicts stays whole while it is held (on a local disk; on a network file system
+    its reader may lose it, so give each machine a bank of its own, or one that is large enough).
     """
 
     def __init__(self, folder: str | Path | None = None, limit: int | None = None):
-        self.folder, self.limit = Path(folder) if folder else default_folder(), default_limit() if limit is None else limit
+        self.folder, self.limit = (
+            Path(folder) if folder else default_folder(),
+            default_limit() if limit is None else limit,
+        )
         self._held: dict[Path, Fit] | None = None  # what is in use
         self._room = self.limit // SCAN  # bytes to write before the folder is looked through again
         try:
@@ -89,7 +95,8 @@ class Bank:
 
     @contextmanager
     def using(self) -> Iterator[None]:
-        """What is got or put inside stays until the end, even where it is more than the limit or others evict it. May be nested."""
+        """What is got or put inside stays until the end, even where it is more than the limit or others
+        evict it. May be nested."""
         if self._held is not None:
             yield
             return
@@ -107,7 +114,8 @@ class Bank:
         return self.path(key, scheme, context).exists()
 
     def get(self, key: str, scheme: Scheme, context: str = "") -> Fit | None:
-        """A stored fit; None where it is missing or unreadable. ``context`` is what else than weight and scheme it depends on."""
+        """A stored fit; None where it is missing or unreadable. ``context`` is what else than weight and
+        scheme it depends on."""
         path = self.path(key, scheme, context)
         fit = None if self._held is None else self._held.get(path)
         if fit is None:
@@ -143,7 +151,8 @@ class Bank:
             self._held[path] = self._read(path) or fit
 
     def write(self, path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-        """A safetensors file in the bank, whole or not at all; raises AquabitError where it cannot be written."""
+        """A safetensors file in the bank, whole or not at all; raises AquabitError where it cannot be
+        written."""
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             save_file(tensors, temporary, metadata)
@@ -152,7 +161,8 @@ class Bank:
         except (OSError, SafetensorError) as failure:
             temporary.unlink(missing_ok=True)
             raise AquabitError(
-                f"the bank {self.folder} could not be written ({failure}); free some space or choose another with --bank"
+                f"the bank {self.folder} could not be written ({failure}); free some space or choose another"
+                " with --bank"
             ) from failure
         self._room -= size
         if self._room < 0:
@@ -166,11 +176,13 @@ class Bank:
             temporary.replace(path)
         except OSError as failure:
             temporary.unlink(missing_ok=True)
-            raise AquabitError(f"the bank {self.folder} could not be written ({failure}); free some space or choose another") from failure
+            raise AquabitError(
+                f"the bank {self.folder} could not be written ({failure}); free some space or choose another"
+            ) from failure
 
     def trim(self, keep: Path | None = None) -> int:
-        """Evict down to the limit, least recently used first; the number of files removed. What is in use here, ``keep``, and fine-tuned
-        weights, which cannot be fitted again, stay."""
+        """Evict down to the limit, least recently used first; the number of files removed. What is in use
+        here, ``keep``, and fine-tuned weights, which cannot be fitted again, stay."""
         files, removed = [], 0
         for path in self.folder.iterdir():
             with suppress(OSError):  # others evict too

@@ -1,4 +1,5 @@
-"""This machine's kernels against dense layers, per format and shape; and a packed denoiser against itself, decoded."""
+"""This machine's kernels against dense layers, per format and shape; and a packed denoiser against itself,
+decoded."""
 
 from __future__ import annotations
 
@@ -24,15 +25,35 @@ from aquabit.quant.layers import Setting
 from aquabit.quant.tuning import MEMORY, example_call, format_for, layers_of, place_
 from aquabit.scheme import FP, AquabitError, Progress, Scheme, no_progress
 
-FORMATS = ("usq2", "usq3", "usq4", "usq8", "vq4", "vq3c", "aq1x8g8", "aq2x6g8", "aq4x4g8", "aq2x8g8", "aq2x6k", "aq4x4k")
-SHAPES = ("1152x1152@256", "4608x1152@256", "1152x4608@256", "384x384x3x3@32", "576x576x3x3@16")  # of DiT-XL/2 and of LDM-4's U-Net
+FORMATS = (
+    "usq2",
+    "usq3",
+    "usq4",
+    "usq8",
+    "vq4",
+    "vq3c",
+    "aq1x8g8",
+    "aq2x6g8",
+    "aq4x4g8",
+    "aq2x8g8",
+    "aq2x6k",
+    "aq4x4k",
+)
+SHAPES = (
+    "1152x1152@256",
+    "4608x1152@256",
+    "1152x4608@256",
+    "384x384x3x3@32",
+    "576x576x3x3@16",
+)  # of DiT-XL/2 and of LDM-4's U-Net
 CALLS, SECONDS = (5, 60), 4.0  # of whole denoisers: rounds at least, at most; the time after which they end
 _SHAPE = re.compile(r"(\d+)x(\d+)(?:x(\d+)x(\d+))?@(\d+)(?:x(\d+))?")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One format at one shape: median milliseconds of each backend, and of the dense layer in float32 and bfloat16 without quantization."""
+    """One format at one shape: median milliseconds of each backend, and of the dense layer in float32 and
+    bfloat16 without quantization."""
 
     format: str
     shape: str
@@ -63,31 +84,51 @@ def torch_threads(count: int | None) -> Iterator[int]:
 
 
 def parse_shape(text: str, scheme: Scheme, act: int = 16) -> Request:
-    """``4608x1152@256`` (outputs x inputs @ tokens) or ``384x384x3x3@32`` (a convolution's weight @ side, or height x width, of one image,
-    padded to keep its size) as a request; raises AquabitError for other text."""
+    """``4608x1152@256`` (outputs x inputs @ tokens) or ``384x384x3x3@32`` (a convolution's weight @ side,
+    or height x width, of one image, padded to keep its size) as a request; raises AquabitError for other
+    text."""
     match = _SHAPE.fullmatch(text)
     numbers = [int(n) for n in match.groups() if n] if match else [0]
     if not match or min(numbers) < 1 or (match[6] and not match[3]):
-        raise AquabitError(f"shape {text!r} must be OUTxIN@TOKENS, as in 4608x1152@256, or OUTxINxKHxKW@SIDE, as in 384x384x3x3@32")
+        raise AquabitError(
+            f"shape {text!r} must be OUTxIN@TOKENS, as in 4608x1152@256, or OUTxINxKHxKW@SIDE, as in"
+            " 384x384x3x3@32"
+        )
     out, inputs, side = int(match[1]), int(match[2]), int(match[5])
     common: dict[str, Any] = {"act": act, "threads": torch.get_num_threads()}
     if not match[3]:
         return Request("linear", format_for(scheme, (out, inputs)), bucket(side), **common)
     kernel, size = (int(match[3]), int(match[4])), (side, int(match[6] or side))
-    return Request("conv2d", format_for(scheme, (out, inputs, *kernel)), 1, size, padding=(kernel[0] // 2, kernel[1] // 2), **common)
+    return Request(
+        "conv2d",
+        format_for(scheme, (out, inputs, *kernel)),
+        1,
+        size,
+        padding=(kernel[0] // 2, kernel[1] // 2),
+        **common,
+    )
 
 
-def bench_formats(formats: str | None = None, shapes: str | None = None, act: int = 8, progress: Progress = no_progress) -> list[Row]:
-    """Every format at every shape that it fits, measured now with torch's threads; what the table of timings lacks is added to it.
+def bench_formats(
+    formats: str | None = None, shapes: str | None = None, act: int = 8, progress: Progress = no_progress
+) -> list[Row]:
+    """Every format at every shape that it fits, measured now with torch's threads; what the table of timings
+    lacks is added to it.
 
-    ``formats`` and ``shapes`` are separated by commas (default: FORMATS, SHAPES). Raises AquabitError for those that are none.
+    ``formats`` and ``shapes`` are separated by commas (default: FORMATS, SHAPES). Raises AquabitError for
+    those that are none.
     """
     schemes = {f: Scheme.parse(f) for f in _listed(formats, FORMATS)}
     pairs = [(f, s, parse_shape(s, q, act)) for s in _listed(shapes, SHAPES) for f, q in schemes.items()]
-    asked = [(f, s, r) for f, s, r in pairs if schemes[f].kind != "aq" or schemes[f].group or r.format.order == "kernel"]
+    asked = [
+        (f, s, r)
+        for f, s, r in pairs
+        if schemes[f].kind != "aq" or schemes[f].group or r.format.order == "kernel"
+    ]
     if any(q == FP for q in schemes.values()) or not asked:
         raise AquabitError(
-            f"formats of bench are coded ones, as usq4 or aq2x8g8, and kernel slices (k) need a kernel; given were {formats}"
+            "formats of bench are coded ones, as usq4 or aq2x8g8, and kernel slices (k) need a kernel; given"
+            f" were {formats}"
         )
     rows = []
     for done, (form, shape, request) in enumerate(asked):
@@ -98,7 +139,17 @@ def bench_formats(formats: str | None = None, shapes: str | None = None, act: in
         best = min(names, key=lambda n: found[n])
         assert found[best] == best_of(found)
         dense = {dtype: 1e3 * found[f"plain {dtype}"] for dtype in PLAIN}
-        rows.append(Row(form, shape, act, machine(torch.get_num_threads()), {n: 1e3 * found[n] for n in names}, dense, best))
+        rows.append(
+            Row(
+                form,
+                shape,
+                act,
+                machine(torch.get_num_threads()),
+                {n: 1e3 * found[n] for n in names},
+                dense,
+                best,
+            )
+        )
     progress("timing", len(asked), len(asked))
     return rows
 
@@ -107,12 +158,14 @@ def _listed(text: str | None, default: tuple[str, ...]) -> tuple[str, ...]:
     return default if text is None else tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-# ---- whole denoisers -------------------------------------------------------------------------------------------------------------------
+# ---- whole denoisers
+# ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Whole:
-    """Median milliseconds of one denoiser call with one sample at the model's own size, and bytes that layers' weights and biases hold."""
+    """Median milliseconds of one denoiser call with one sample at the model's own size, and bytes that
+    layers' weights and biases hold."""
 
     name: str
     milliseconds: float
@@ -132,9 +185,12 @@ def packed_component(folder: str | Path) -> Path:
     return found[0]
 
 
-def bench_artifact(folder: str | Path, dtype: str = "float32", progress: Progress = no_progress) -> list[Whole]:
-    """A packed artifact in ``dtype`` (float32 or bfloat16), with and without dense copies, against its decoded weights in float32 and
-    bfloat16 without quantized activations: calls of all four in turn, with torch's threads."""
+def bench_artifact(
+    folder: str | Path, dtype: str = "float32", progress: Progress = no_progress
+) -> list[Whole]:
+    """A packed artifact in ``dtype`` (float32 or bfloat16), with and without dense copies, against its
+    decoded weights in float32 and bfloat16 without quantized activations: calls of all four in turn, with
+    torch's threads."""
     if dtype not in PLAIN:
         raise AquabitError(f"dtype {dtype!r} is not timed; it must be {' or '.join(PLAIN)}")
     component, calls, placed = packed_component(folder), dict[str, Callable[[], object]](), {}
@@ -151,7 +207,10 @@ def bench_artifact(folder: str | Path, dtype: str = "float32", progress: Progres
     seconds = interleaved(calls, "cpu", CALLS, SECONDS, inf)
     progress("timing denoiser calls", 1, 1)
     here = machine(torch.get_num_threads())
-    return [Whole(name, 1e3 * median(seconds[name]), p.resident, dict(p.backends), here) for name, p in placed.items()]
+    return [
+        Whole(name, 1e3 * median(seconds[name]), p.resident, dict(p.backends), here)
+        for name, p in placed.items()
+    ]
 
 
 def _call(denoiser: nn.Module) -> Callable[[], object]:
@@ -160,7 +219,8 @@ def _call(denoiser: nn.Module) -> Callable[[], object]:
 
 
 def decoded_(denoiser: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A packed denoiser with its weights decoded to ``dtype`` and its activations left alone: the dense model of the same weights."""
+    """A packed denoiser with its weights decoded to ``dtype`` and its activations left alone: the dense
+    model of the same weights."""
     for layer in layers_of(denoiser).values():
         coded = layer.coded
         layer.set_dense_((layer.weight if coded is None else coded.dequantize()).to(dtype), layer.scheme)

@@ -1,9 +1,13 @@
-"""Correcting the noise that quantization adds (PTQD): what acts on the denoiser's output and on the sampler's noise.
+"""Correcting the noise that quantization adds (PTQD): what acts on the denoiser's output and on the sampler's
+noise.
 
 CNC + BC    u = (eps_q - bias) / (1 + k)                       always defined
-VSC         s'^2 = max(0, s^2 - C^2 v), v = Var(r) / (1 + k)^2   where the sampler adds noise of standard deviation s
-match       the residual stands for the sampler's noise: s^2 = C(s)^2 v, the direction term of s, nothing injected (DDIM eta 0, Euler)
-qdrift      Q-Drift (arXiv 2603.18095): conditional mean subtracted, the step in x / alpha scaled by 1 + Var / (sigma_s^2 - sigma_t^2)
+VSC         s'^2 = max(0, s^2 - C^2 v), v = Var(r) / (1 + k)^2   where the sampler adds noise of standard
+            deviation s
+match       the residual stands for the sampler's noise: s^2 = C(s)^2 v, the direction term of s, nothing
+            injected (DDIM eta 0, Euler)
+qdrift      Q-Drift (arXiv 2603.18095): conditional mean subtracted, the step in x / alpha scaled by 1 + Var /
+            (sigma_s^2 - sigma_t^2)
 """
 
 from __future__ import annotations
@@ -26,10 +30,12 @@ LEAST = 0.1  # 1 + k below this is not divided by
 
 
 class Corrector(Watcher):
-    """Applies corrections of ``statistics`` while a pipeline samples: to the raw output, before guidance, and to the sampler's noise.
+    """Applies corrections of ``statistics`` while a pipeline samples: to the raw output, before guidance, and
+    to the sampler's noise.
 
-    Raises AquabitError for corrections that would divide by nearly nothing; and, when sampling begins or at its first step, for another
-    sampler, step count or guidance scale than the statistics', and for what is not defined for the sampler.
+    Raises AquabitError for corrections that would divide by nearly nothing; and, when sampling begins or at
+    its first step, for another sampler, step count or guidance scale than the statistics', and for what is
+    not defined for the sampler.
     """
 
     def __init__(self, statistics: Statistics, correction: str | None):
@@ -54,7 +60,9 @@ class Corrector(Watcher):
             return output
         channels = self.slope.shape[2]
         parts = self._branches(output)
-        corrected = [self._corrected(part, step, len(self.seen) + i, channels) for i, part in enumerate(parts)]
+        corrected = [
+            self._corrected(part, step, len(self.seen) + i, channels) for i, part in enumerate(parts)
+        ]
         self.seen += [noise_part(part, channels) for part in corrected]
         return torch.cat(corrected)
 
@@ -63,20 +71,23 @@ class Corrector(Watcher):
         return not self.which or self.scheduler is None or step >= len(self.slope)
 
     def _branches(self, output: Tensor) -> Sequence[Tensor]:
-        """The branches of guidance in one call: all of them, or, where a pipeline calls once per branch, that one."""
+        """The branches of guidance in one call: all of them, or, where a pipeline calls once per branch,
+        that one."""
         about = self.statistics.about
         together = self.statistics.branches // about.calls
         if len(output) % together:
             raise AquabitError(
-                f"the noise statistics are of {together} guidance branches in a batch, but the denoiser was given {len(output)} samples; "
-                f"use guidance {about.guidance:g}"
+                f"the noise statistics are of {together} guidance branches in a batch, but the denoiser was"
+                f" given {len(output)} samples; use guidance {about.guidance:g}"
             )
         return output.chunk(together)
 
     def _corrected(self, output: Tensor, step: int, branch: int, channels: int) -> Tensor:
         """(output - shift) / slope on the channels that are noise."""
         if branch >= self.slope.shape[1]:
-            raise AquabitError(f"the denoiser ran more often in step {step + 1} than when the noise statistics were measured")
+            raise AquabitError(
+                f"the denoiser ran more often in step {step + 1} than when the noise statistics were measured"
+            )
         noise = noise_part(output, channels)
         slope, shift = (_per_channel(v[step, branch], noise) for v in (self.slope, self.shift))
         fixed = ((noise.to(shift.dtype) - shift) / slope).to(output.dtype)
@@ -87,7 +98,9 @@ class Corrector(Watcher):
     def advance(self, step: int, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         output, timestep, sample = step_arguments(args, kwargs)
         if self.which and self.scheduler is None:
-            raise AquabitError("the sampler's timesteps were set before corrections were attached to it; set them again")
+            raise AquabitError(
+                "the sampler's timesteps were set before corrections were attached to it; set them again"
+            )
         if self._idle(step):
             return run(*args, **kwargs)
         self._check_time(step, timestep)
@@ -95,7 +108,11 @@ class Corrector(Watcher):
         residual = next((c for c in self.which if c in ("vsc", "match", "qdrift")), None)
         if residual is None:
             return run(*args, **kwargs)
-        eta = float(kwargs.get("eta", args[3] if len(args) > 3 and type(self.scheduler).__name__ == "DDIMScheduler" else 0.0))
+        eta = float(
+            kwargs.get(
+                "eta", args[3] if len(args) > 3 and type(self.scheduler).__name__ == "DDIMScheduler" else 0.0
+            )
+        )
         check_correction(self.scheduler, residual, eta)
         facts = step_facts(self.scheduler, timestep, eta, output)
         if residual == "vsc":
@@ -108,8 +125,8 @@ class Corrector(Watcher):
         wanted, found = self.statistics.about.timesteps[step], float(torch.as_tensor(timestep).flatten()[0])
         if abs(found - wanted) > 1e-3 * max(1.0, abs(wanted)):
             raise AquabitError(
-                f"the noise statistics of step {step + 1} are of timestep {wanted:g}, sampling is at {found:g}; start from noise, or "
-                "sample without correction"
+                f"the noise statistics of step {step + 1} are of timestep {wanted:g}, sampling is at"
+                f" {found:g}; start from noise, or sample without correction"
             )
 
     def _check_guidance(self, step: int, output: Tensor, sample: Tensor) -> None:
@@ -119,8 +136,8 @@ class Corrector(Watcher):
             output = output[: len(output) // 2]
         if len(self.seen) != len(wanted) or self.seen[0].shape[0] != output.shape[0]:
             raise AquabitError(
-                f"the noise statistics are of guidance {self.statistics.about.guidance:g} with {len(wanted)} outputs a step, sampling "
-                "combines another number; use that guidance, or measure them anew"
+                f"the noise statistics are of guidance {self.statistics.about.guidance:g} with {len(wanted)}"
+                " outputs a step, sampling combines another number; use that guidance, or measure them anew"
             )
         found, error = guidance_weights(self.seen, output)
         if len(found) == 1:
@@ -130,11 +147,15 @@ class Corrector(Watcher):
             return  # equal branches: any weights would do
         if error > SAME and "vsc" in self.which:
             raise AquabitError(
-                "guidance is no weighted sum of the branches here (guidance_rescale?); vsc is not defined for it, use cnc+bc"
+                "guidance is no weighted sum of the branches here (guidance_rescale?); vsc is not defined for"
+                " it, use cnc+bc"
             )
-        if error <= SAME and max(abs(a - b) for a, b in zip(found, wanted, strict=True)) > SAME * max(1.0, *map(abs, wanted)):
+        if error <= SAME and max(abs(a - b) for a, b in zip(found, wanted, strict=True)) > SAME * max(
+            1.0, *map(abs, wanted)
+        ):
             raise AquabitError(
-                f"the noise statistics are of guidance {max(wanted):.3g}, sampling uses {max(found):.3g}; measure them for that"
+                f"the noise statistics are of guidance {max(wanted):.3g}, sampling uses {max(found):.3g};"
+                " measure them for that"
             )
 
     def _variance(self, step: int, like: Tensor) -> Tensor:
@@ -142,9 +163,16 @@ class Corrector(Watcher):
         return _per_channel(self.statistics.combined(step, "cnc" in self.which), like)
 
     def _less_noise(
-        self, step: int, facts: StepFacts, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+        self,
+        step: int,
+        facts: StepFacts,
+        run: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Tensor,
     ) -> Any:
-        """VSC. DDIM and DPM-Solver take the smaller noise as an argument: DDIM's own ``_get_variance`` feeds its direction term as well."""
+        """VSC. DDIM and DPM-Solver take the smaller noise as an argument: DDIM's own ``_get_variance``
+        feeds its direction term as well."""
         name = type(self.scheduler).__name__
         like = noise_part(output, self.slope.shape[2])
         own = torch.as_tensor(facts.noise, dtype=torch.float64, device=like.device)
@@ -165,7 +193,8 @@ class Corrector(Watcher):
         return _replaced(result, (result[0].double() + (wanted - own) * noise).to(result[0].dtype))
 
     def _matched(self, step: int, facts: StepFacts, result: Any, output: Tensor, sample: Tensor) -> Any:
-        """The direction term of a sampler that adds noise of variance s^2 = C(s)^2 v, where the residual is that noise."""
+        """The direction term of a sampler that adds noise of variance s^2 = C(s)^2 v, where the residual
+        is that noise."""
         v = facts.gain**2 * self.statistics.combined(step, "cnc" in self.which)
         change = matched_direction(facts, v) - facts.sigma_next
         if not change.any():
@@ -186,10 +215,12 @@ class Corrector(Watcher):
 
 
 def matched_direction(facts: StepFacts, v: np.ndarray) -> np.ndarray:
-    """sqrt(sigma_next^2 - s^2) with s^2 = (sqrt(sigma_next^2 - s^2) - A)^2 v, A = alpha_next sigma / alpha; [C].
+    """sqrt(sigma_next^2 - s^2) with s^2 = (sqrt(sigma_next^2 - s^2) - A)^2 v, A = alpha_next sigma / alpha;
+    [C].
 
-    With t = sqrt(sigma_next^2 - s^2): (1 + v) t^2 - 2 v A t + v A^2 - sigma_next^2 = 0; the larger root, which has the smaller s. Where
-    there is none between 0 and sigma_next, as always at the last step and where there is no signal yet (alpha = 0), s = 0.
+    With t = sqrt(sigma_next^2 - s^2): (1 + v) t^2 - 2 v A t + v A^2 - sigma_next^2 = 0; the larger root,
+    which has the smaller s. Where there is none between 0 and sigma_next, as always at the last step and
+    where there is no signal yet (alpha = 0), s = 0.
     """
     if facts.alpha == 0:
         return np.full(np.shape(v), facts.sigma_next)
@@ -200,7 +231,8 @@ def matched_direction(facts: StepFacts, v: np.ndarray) -> np.ndarray:
 
 
 def _output_correction(statistics: Statistics, which: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """slope and shift [T, B, C] of (output - shift) / slope. Without CNC the bias is that of the total error."""
+    """slope and shift [T, B, C] of (output - shift) / slope. Without CNC the bias is that of the total
+    error."""
     e = statistics.estimate
     slope, shift = np.ones_like(e.bias), np.zeros_like(e.bias)
     if "qdrift" in which:  # the mean of Delta given the quantized output
@@ -211,7 +243,8 @@ def _output_correction(statistics: Statistics, which: tuple[str, ...]) -> tuple[
         if len(near):
             step, branch = near[0]
             raise Uncorrectable(
-                f"k is {e.k[step, branch]:.3g} in step {step + 1}: cnc would divide by 1 + k = {1 + e.k[step, branch]:.3g}; leave it out"
+                f"k is {e.k[step, branch]:.3g} in step {step + 1}: cnc would divide by 1 + k ="
+                f" {1 + e.k[step, branch]:.3g}; leave it out"
             )
         slope = slope * (1 + e.k)[..., None]
     if "bc" in which:
@@ -236,8 +269,11 @@ def _conditional_variance(statistics: Statistics, step: int) -> np.ndarray:
 
 
 def _per_channel(values: np.ndarray, like: Tensor) -> Tensor:
-    """Values [C], float32 or as precise as ``like``, that broadcast over [n, C, ...], or over tokens [n, tokens, C]."""
-    tensor = torch.from_numpy(np.ascontiguousarray(values)).to(like.device, torch.promote_types(like.dtype, torch.float32))
+    """Values [C], float32 or as precise as ``like``, that broadcast over [n, C, ...], or over tokens [n,
+    tokens, C]."""
+    tensor = torch.from_numpy(np.ascontiguousarray(values)).to(
+        like.device, torch.promote_types(like.dtype, torch.float32)
+    )
     return tensor if like.ndim == 3 else tensor.view(1, -1, *[1] * (like.ndim - 2))
 
 
@@ -255,7 +291,9 @@ def _restore(generator: Any, states: Sequence[Tensor], device: torch.device) -> 
     if generator is None:
         torch.set_rng_state(states[0])
         return
-    for g, state in zip(generator if isinstance(generator, list | tuple) else [generator], states, strict=True):
+    for g, state in zip(
+        generator if isinstance(generator, list | tuple) else [generator], states, strict=True
+    ):
         g.set_state(state)
 
 
@@ -268,7 +306,8 @@ def _replaced(result: Any, sample: Tensor) -> Any:
 
 
 def check_correction(scheduler: Any, correction: str | None, eta: float) -> None:
-    """Raise AquabitError where a sampler cannot be corrected so: what would be found at its first step, before anything is measured."""
+    """Raise AquabitError where a sampler cannot be corrected so: what would be found at its first step,
+    before anything is measured."""
     which = parse_correction(correction)
     reason = refuses(scheduler, which) or refuses_eta(scheduler, which, eta)
     if reason:
@@ -276,7 +315,8 @@ def check_correction(scheduler: Any, correction: str | None, eta: float) -> None
 
 
 def corrected_(denoiser: nn.Module, scheduler: Any, statistics: Statistics, correction: str | None) -> None:
-    """Correct a pipeline for good: from now on ``correction`` acts whenever it samples; None takes the corrections away."""
+    """Correct a pipeline for good: from now on ``correction`` acts whenever it samples; None takes the
+    corrections away."""
     others = [w for w in watchers_of(denoiser) if not isinstance(w, Corrector)]
     follow_(denoiser, scheduler, [*others, Corrector(statistics, correction)])
 

@@ -1,7 +1,8 @@
-"""aquabit as a quantization method of diffusers: ``from_pretrained`` of a packed model, or with ``AquabitConfig`` of a dense one.
+"""aquabit as a quantization method of diffusers: ``from_pretrained`` of a packed model, or with
+``AquabitConfig`` of a dense one.
 
-Only diffusers' quantizers are imported here, which are there when this is imported (see ``aquabit.integration``); the rest comes when a
-model is loaded.
+Only diffusers' quantizers are imported here, which are there when this is imported (see
+``aquabit.integration``); the rest comes when a model is loaded.
 """
 
 from __future__ import annotations
@@ -36,30 +37,47 @@ class AquabitMethod(StrEnum):
 class AquabitConfig(QuantizationConfigMixin):
     """How diffusers is to quantize a model as it loads it, or how a packed one was quantized.
 
-    ``weights`` is one scheme for all Linear and Conv2d layers ("usq4"), a mapping of layer names or patterns to schemes ({"proj_out": "fp",
-    "*.attn1.*": "usq4", "*": "usq3"}; the first that matches counts, and what none matches stays in full precision), or a whole
-    ``QuantConfig``. ``act`` are the activation bits of the quantized layers: 16 (off, the default), 8, 6 or 4.
+    ``weights`` is one scheme for all Linear and Conv2d layers ("usq4"), a mapping of layer names or patterns
+    to schemes ({"proj_out": "fp", "*.attn1.*": "usq4", "*": "usq3"}; the first that matches counts, and what
+    none matches stays in full precision), or a whole ``QuantConfig``. ``act`` are the activation bits of the
+    quantized layers: 16 (off, the default), 8, 6 or 4.
 
-    Fitted to the weights alone: for schemes with H, static ranges, fine-tuning and noise correction use ``aquabit.quantize``. Raises
-    AquabitError for schemes and bits that are unknown, and on loading for patterns that match no layer.
+    Fitted to the weights alone: for schemes with H, static ranges, fine-tuning and noise correction use
+    ``aquabit.quantize``. Raises AquabitError for schemes and bits that are unknown, and on loading for
+    patterns that match no layer.
     """
 
     def __init__(
-        self, weights: str | Mapping[str, str] | QuantConfig = "usq4", act: int | None = None, facts: Mapping[str, Any] | None = None
+        self,
+        weights: str | Mapping[str, str] | QuantConfig = "usq4",
+        act: int | None = None,
+        facts: Mapping[str, Any] | None = None,
     ):
         self.quant_method = AquabitMethod.AQUABIT
         self.weights, self.act, self.facts = weights, act, dict(facts or {})
         if isinstance(weights, QuantConfig):
             if act is not None:
-                raise AquabitError(f"activation bits are {act}, but the configuration names each layer's; leave them out")
+                raise AquabitError(
+                    f"activation bits are {act}, but the configuration names each layer's; leave them out"
+                )
             return
         self.act = 16 if act is None else act
         for scheme in [weights] if isinstance(weights, str) else weights.values():
             _fits(Scheme.parse(scheme))
-        QuantConfig.from_dict({"schema": 1, "model": "", "fingerprint": "", "layers": {"any": {"weight": "usq4", "act": self.act}}}, "act")
+        QuantConfig.from_dict(
+            {
+                "schema": 1,
+                "model": "",
+                "fingerprint": "",
+                "layers": {"any": {"weight": "usq4", "act": self.act}},
+            },
+            "act",
+        )
 
     @classmethod
-    def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+    def from_dict(
+        cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
         from aquabit.quant.artifact import parsed
 
         value = {k: v for k, v in config_dict.items() if k != "quant_method"}
@@ -70,7 +88,8 @@ class AquabitConfig(QuantizationConfigMixin):
             unknown = sorted(set(value) - {"weights", "act"})
             if unknown:
                 raise AquabitError(
-                    f"quantization_config has {unknown[0]!r}; a packed model's has schema and groups, a request weights and act"
+                    f"quantization_config has {unknown[0]!r}; a packed model's has schema and groups, a"
+                    " request weights and act"
                 )
             found = cls(**value)
         return (found, kwargs) if return_unused_kwargs else found
@@ -87,12 +106,22 @@ class AquabitConfig(QuantizationConfigMixin):
         return self.to_dict()
 
     def resolved(self, layers: list[str]) -> QuantConfig:
-        """The configuration of a dense model with these layers, its fingerprint still empty unless one was given."""
+        """The configuration of a dense model with these layers, its fingerprint still empty unless one was
+        given."""
         if isinstance(self.weights, QuantConfig):
-            wrong = [f for f, there in (("noise correction", self.weights.correction), ("fine-tuning", self.weights.tuned),
-                                        ("static ranges", self.weights.ranges != "dynamic")) if there]  # fmt: skip
+            wrong = [
+                f
+                for f, there in (
+                    ("noise correction", self.weights.correction),
+                    ("fine-tuning", self.weights.tuned),
+                    ("static ranges", self.weights.ranges != "dynamic"),
+                )
+                if there
+            ]
             if wrong:
-                raise AquabitError(f"the configuration asks for {wrong[0]}, which needs images; use aquabit.quantize")
+                raise AquabitError(
+                    f"the configuration asks for {wrong[0]}, which needs images; use aquabit.quantize"
+                )
             for choice in self.weights.layers.values():
                 _fits(choice.weight)
             return self.weights
@@ -107,7 +136,8 @@ class AquabitConfig(QuantizationConfigMixin):
         unused = [p for p in patterns if p not in used]
         if unused:
             raise AquabitError(
-                f"{unused[0]!r} matches none of the model's {len(layers)} layers that an earlier one leaves, as {layers[0]!r}"
+                f"{unused[0]!r} matches none of the model's {len(layers)} layers that an earlier one leaves,"
+                f" as {layers[0]!r}"
             )
         return QuantConfig("", found)
 
@@ -119,7 +149,8 @@ def _fits(scheme: Scheme) -> None:
 
 
 class AquabitQuantizer(DiffusersQuantizer):
-    """What diffusers calls while it loads or saves a model. ``contents`` is what the loaded model is made of."""
+    """What diffusers calls while it loads or saves a model. ``contents`` is what the loaded model is made
+    of."""
 
     use_keep_in_fp32_modules = True  # as in a dense model: those modules' own tensors
     required_packages = ("accelerate",)
@@ -127,7 +158,10 @@ class AquabitQuantizer(DiffusersQuantizer):
     def __init__(self, quantization_config: AquabitConfig, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
         if self.pre_quantized and not isinstance(quantization_config.weights, QuantConfig):
-            raise AquabitError("quantization_config of a packed model needs schema and groups; this one is a request to quantize")
+            raise AquabitError(
+                "quantization_config of a packed model needs schema and groups; this one is a request to"
+                " quantize"
+            )
         self.contents: Contents | None = None
         self._dtype = torch.float32
         self._loading: Unpacking | None = None
@@ -150,7 +184,9 @@ class AquabitQuantizer(DiffusersQuantizer):
             return loaded_keys
         return [k for k in loaded_keys if not is_own(k, self.quantization_config.weights)]
 
-    def _process_model_before_weight_loading(self, model: Any, keep_in_fp32_modules: Any = (), **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: Any, keep_in_fp32_modules: Any = (), **kwargs: Any
+    ) -> None:
         from aquabit.graph import layers, trace
         from aquabit.quant.unpacking import Quantizing, Unpacking
 
@@ -173,17 +209,32 @@ class AquabitQuantizer(DiffusersQuantizer):
         return self.loading.take(state_dict)
 
     def check_if_quantized_param(
-        self, model: Any, param_value: Tensor, param_name: str, state_dict: Mapping[str, Tensor], **kwargs: Any
+        self,
+        model: Any,
+        param_value: Tensor,
+        param_name: str,
+        state_dict: Mapping[str, Tensor],
+        **kwargs: Any,
     ) -> bool:
         return self._loading is not None and param_name in self._loading.own
 
-    def check_quantized_param_shape(self, param_name: str, current_param: Tensor, loaded_param: Tensor) -> bool:
-        raise AquabitError(f"{param_name} is stored as {list(loaded_param.shape)}, the model has {list(current_param.shape)}")
+    def check_quantized_param_shape(
+        self, param_name: str, current_param: Tensor, loaded_param: Tensor
+    ) -> bool:
+        raise AquabitError(
+            f"{param_name} is stored as {list(loaded_param.shape)}, the model has {list(current_param.shape)}"
+        )
 
     def create_quantized_param(
-        self, model: Any, param_value: Tensor, param_name: str, target_device: Any, state_dict: Mapping[str, Tensor],
-        unexpected_keys: list[str] | None = None, **kwargs: Any,
-    ) -> None:  # fmt: skip
+        self,
+        model: Any,
+        param_value: Tensor,
+        param_name: str,
+        target_device: Any,
+        state_dict: Mapping[str, Tensor],
+        unexpected_keys: list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
         self.loading.set_(param_name, state_dict[param_name], target_device)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -192,8 +243,13 @@ class AquabitQuantizer(DiffusersQuantizer):
         adopt_(model, self)
         config = self.contents.config
         if config.correction or config.total_steps is not None:
-            what = f"noise correction {config.correction}" if config.correction else "activation bits per step"
-            logger.warning(f"{what}: diffusers gives a model no scheduler to follow, so this does not act; aquabit.load(folder) binds it")
+            what = (
+                f"noise correction {config.correction}" if config.correction else "activation bits per step"
+            )
+            logger.warning(
+                f"{what}: diffusers gives a model no scheduler to follow, so this does not act;"
+                " aquabit.load(folder) binds it"
+            )
         return model
 
     # ---- saving ----
@@ -204,7 +260,9 @@ class AquabitQuantizer(DiffusersQuantizer):
         from aquabit.quant.artifact import tensors_of
 
         if not safe_serialization:
-            raise AquabitError("packed models are saved as safetensors only; leave safe_serialization at True")
+            raise AquabitError(
+                "packed models are saved as safetensors only; leave safe_serialization at True"
+            )
         assert self.contents is not None
         return tensors_of(self.contents, state_dict), {}
 
@@ -222,7 +280,8 @@ class AquabitQuantizer(DiffusersQuantizer):
 
 
 def adopt_(model: Any, quantizer: AquabitQuantizer) -> None:
-    """A packed model as diffusers has it after loading: its quantizer, and the configuration that ``save_pretrained`` writes."""
+    """A packed model as diffusers has it after loading: its quantizer, and the configuration that
+    ``save_pretrained`` writes."""
     from aquabit.quant.artifact import described, parsed
 
     found = quantizer.contents
@@ -234,7 +293,8 @@ def adopt_(model: Any, quantizer: AquabitQuantizer) -> None:
 
 
 def attach_(model: nn.Module, contents: Contents) -> None:
-    """Make a model that was packed in memory known to diffusers, so that ``save_pretrained`` writes an artifact."""
+    """Make a model that was packed in memory known to diffusers, so that ``save_pretrained`` writes an
+    artifact."""
     quantizer = AquabitQuantizer(AquabitConfig(contents.config), pre_quantized=True)
     quantizer.contents = contents
     adopt_(model, quantizer)

@@ -1,7 +1,9 @@
-"""Output-aware scalar quantizers: the format of ``usq`` and ``vq``, fitted to tr(dW H dW^T) instead of the weight's own error.
+"""Output-aware scalar quantizers: the format of ``usq`` and ``vq``, fitted to tr(dW H dW^T) instead of the
+weight's own error.
 
-Codes come from sequential error feedback (GPTQ, in the form that QuIP calls LDLQ and shows to be equal); then least squares for the
-levels alternates with coordinate descent over the codes (QuantEase). Shapes are those of ``aquabit.quant.levels``.
+Codes come from sequential error feedback (GPTQ, in the form that QuIP calls LDLQ and shows to be equal); then
+least squares for the levels alternates with coordinate descent over the codes (QuantEase). Shapes are those
+of ``aquabit.quant.levels``.
 """
 
 from __future__ import annotations
@@ -20,17 +22,25 @@ from aquabit.scheme import Scheme
 
 BLOCK = 64  # columns whose feedback is summed one by one; the others hear of them in one product
 RANGES = (0.95, 1.05)  # times the first grid's, tried with error feedback too: every row keeps its best
-FEEDS, LEAST_FEED = 6, 3e-3  # fresh feedback on a refitted grid, and the relative improvement below which it stops
+FEEDS, LEAST_FEED = (
+    6,
+    3e-3,
+)  # fresh feedback on a refitted grid, and the relative improvement below which it stops
 ROUNDS, LEAST_ROUND = 8, 1e-3  # refit and descent in turns
 POLISHES, LEAST_POLISH = 20, 2e-4  # descent alone, on the grid as stored
-REFIT_STEPS, LEAST_STEP = 3, 1e-2  # products with H in a refit; a step that gains less than this share of the first is the last
+REFIT_STEPS, LEAST_STEP = (
+    3,
+    1e-2,
+)  # products with H in a refit; a step that gains less than this share of the first is the last
 
 
 def feedback_gain(problem: Problem) -> tuple[Tensor | None, Tensor]:
-    """A of LDLQ [G, R, R], strictly lower triangular: the target of column j is w_j + A_j dW, with dW of the columns before it.
+    """A of LDLQ [G, R, R], strictly lower triangular: the target of column j is w_j + A_j dW, with dW of the
+    columns before it.
 
-    H = U D U^T with a unit upper U, and A = U^T - 1: the Cholesky factor of H with its columns reversed. Also D [G, R]: with targets
-    t_j the loss is sum_j D_j (t_j - level)^2, so that D, not H's diagonal, is what weighs a column. A is None for a diagonal H.
+    H = U D U^T with a unit upper U, and A = U^T - 1: the Cholesky factor of H with its columns reversed. Also
+    D [G, R]: with targets t_j the loss is sum_j D_j (t_j - level)^2, so that D, not H's diagonal, is what
+    weighs a column. A is None for a diagonal H.
     """
     h = problem.hessian
     if h.ndim == 2:
@@ -52,7 +62,8 @@ def descent_gain(problem: Problem) -> Tensor:
 
 
 def sweep(target: Tensor, values: Tensor, gain: Tensor, encode: Encoder) -> None:
-    """Quantize column by column towards ``target`` = W + A (W - values), [G, R, P], which follows the changes (in place)."""
+    """Quantize column by column towards ``target`` = W + A (W - values), [G, R, P], which follows the
+    changes (in place)."""
     size = target.shape[1]
     for start in range(0, size, BLOCK):
         stop = min(start + BLOCK, size)
@@ -74,20 +85,32 @@ def pooled(levels: Levels, per_row: Tensor) -> Tensor:
 def state_of(problem: Problem, levels: Levels, parameters: Tensor, codes: Tensor) -> State:
     moved = levels.moved(problem, codes)
     product = problem.product - levels.image(problem, parameters, codes, moved)
-    return State(parameters, codes, ((problem.weight - levels.decode(parameters, codes)) * product).sum(1), product, moved)
+    return State(
+        parameters,
+        codes,
+        ((problem.weight - levels.decode(parameters, codes)) * product).sum(1),
+        product,
+        moved,
+    )
 
 
 def better(levels: Levels, a: State, b: State) -> State:
-    """The one of the smaller loss, row by row where every row has its own grid; ``a`` where they are equal."""
+    """The one of the smaller loss, row by row where every row has its own grid; ``a`` where they are
+    equal."""
     won = pooled(levels, b.loss) < pooled(levels, a.loss)
     wide, row = won[:, None], won[..., None]
     moved = None if a.moved is None or b.moved is None else torch.where(wide, b.moved, a.moved)
     parameters, loss = torch.where(row, b.parameters, a.parameters), torch.where(won, b.loss, a.loss)
-    return State(parameters, torch.where(wide, b.codes, a.codes), loss, torch.where(wide, b.product, a.product), moved)
+    return State(
+        parameters, torch.where(wide, b.codes, a.codes), loss, torch.where(wide, b.product, a.product), moved
+    )
 
 
-def refit(problem: Problem, levels: Levels, state: State, steps: int = REFIT_STEPS, least: float = LEAST_STEP) -> Tensor:
-    """The grid of least tr(dW H dW^T) for the codes of ``state``, unrounded float64: preconditioned conjugate gradients.
+def refit(
+    problem: Problem, levels: Levels, state: State, steps: int = REFIT_STEPS, least: float = LEAST_STEP
+) -> Tensor:
+    """The grid of least tr(dW H dW^T) for the codes of ``state``, unrounded float64: preconditioned conjugate
+    gradients.
 
     Two steps are exact for one scale and offset a row, K steps for a table; fewer still only go down.
     """
@@ -105,7 +128,10 @@ def refit(problem: Problem, levels: Levels, state: State, steps: int = REFIT_STE
         image = levels.image(problem, direction, state.codes, state.moved)
         curvature = pooled(levels, (levels.decode(direction, state.codes) * image).sum(1).double())
         length = torch.where(curvature > 0, slope / curvature, 0.0)
-        parameters, product = parameters + length[..., None] * direction, product - length[:, None].float() * image
+        parameters, product = (
+            parameters + length[..., None] * direction,
+            product - length[:, None].float() * image,
+        )
         gained, before = float((length * slope).sum()), slope
         first = max(first, gained)
         if gained <= least * first:
@@ -126,7 +152,10 @@ def fed(problem: Problem, levels: Levels, gain: Tensor | None, parameters: Tenso
     """Codes by sequential error feedback on a given grid; the nearest levels where H is diagonal."""
     if gain is None:
         return state_of(problem, levels, parameters, levels.nearest(parameters, problem.weight))
-    codes, start = torch.zeros_like(problem.weight, dtype=levels.dtype), levels.units(parameters, problem.weight)
+    codes, start = (
+        torch.zeros_like(problem.weight, dtype=levels.dtype),
+        levels.units(parameters, problem.weight),
+    )
     sweep(start.clone(), start, gain, levels.encoder(parameters, codes))
     return state_of(problem, levels, parameters, codes)
 
@@ -136,7 +165,10 @@ def descended(problem: Problem, levels: Levels, gain: Tensor | None, state: Stat
     if gain is None:
         return fed(problem, levels, None, state.parameters)
     values = levels.decode(state.parameters, state.codes)
-    target, codes = values + state.product * problem.inverse_diagonal[..., None], torch.zeros_like(state.codes)
+    target, codes = (
+        values + state.product * problem.inverse_diagonal[..., None],
+        torch.zeros_like(state.codes),
+    )
     target, values = (levels.units(state.parameters, x) for x in (target, values))
     sweep(target, values, gain, levels.encoder(state.parameters, codes))
     return state_of(problem, levels, state.parameters, codes)
@@ -155,7 +187,8 @@ def started(problem: Problem, levels: Levels, gain: Tensor | None, grids: list[T
 
 
 def fitted(problem: Problem, levels: Levels, plain: State) -> State:
-    """Feedback, feedback again on refitted grids, then refit and descent in turns, then descent; never worse than ``plain``."""
+    """Feedback, feedback again on refitted grids, then refit and descent in turns, then descent; never
+    worse than ``plain``."""
     dense = problem.hessian.ndim == 3
     gain, mass = feedback_gain(problem)
     grid = levels.grid(problem.weight, mass)
@@ -206,8 +239,8 @@ def no_worse(problem: Problem, levels: Levels, state: State, plain: State) -> St
 def uniform_with_feedback(weight: Tensor, scheme: Scheme, hessian: Tensor | None) -> CodebookWeight:
     """``usq*h``: what ``uniform`` stores, fitted to tr(dW H dW^T).
 
-    ``weight`` [out, in] or [out, in, kh, kw]; ``hessian`` as check_hessian takes it (its errors are raised here), None for the
-    identity. Deterministic, and never worse than ``uniform``.
+    ``weight`` [out, in] or [out, in, kh, kw]; ``hessian`` as check_hessian takes it (its errors are raised
+    here), None for the identity. Deterministic, and never worse than ``uniform``.
     """
     problem, plain = problem_of(weight, hessian), uniform(weight, scheme)
     assert plain.scale is not None and plain.offset is not None
@@ -220,17 +253,22 @@ def uniform_with_feedback(weight: Tensor, scheme: Scheme, hessian: Tensor | None
     scale, offset = state.parameters.reshape(out, 2, n).unbind(1)
     codes = problem.stored(state.codes).to(torch.int32)[:, None]
     shape = (out,) if n == 1 else (out, n)
-    return CodebookWeight.from_codes(codes, None, scale.reshape(shape), offset.reshape(shape), tuple(weight.shape), scheme.bits)
+    return CodebookWeight.from_codes(
+        codes, None, scale.reshape(shape), offset.reshape(shape), tuple(weight.shape), scheme.bits
+    )
 
 
 def kmeans_with_feedback(weight: Tensor, scheme: Scheme, hessian: Tensor | None) -> CodebookWeight:
-    """``vq*h`` and ``vq*ch``: what ``kmeans`` stores, fitted to tr(dW H dW^T); see ``uniform_with_feedback``."""
+    """``vq*h`` and ``vq*ch``: what ``kmeans`` stores, fitted to tr(dW H dW^T); see
+    ``uniform_with_feedback``."""
     problem, plain = problem_of(weight, hessian), kmeans(weight, scheme)
     assert plain.codebooks is not None
     k, shared = 1 << scheme.bits, not scheme.per_channel
     levels, w = Table(k, shared), problem.weight
     tables = (1, 1, k) if shared else (w.shape[0], w.shape[2], k)
-    begin = state_of(problem, levels, plain.codebooks.float().reshape(tables), problem.ordered(plain.codes[:, 0].long()))
+    begin = state_of(
+        problem, levels, plain.codebooks.float().reshape(tables), problem.ordered(plain.codes[:, 0].long())
+    )
     state = fitted(problem, levels, begin)
     codes, books = problem.stored(state.codes).to(torch.int32)[:, None], state.parameters.reshape(-1, 1, k, 1)
     return CodebookWeight.from_codes(codes, books, None, None, tuple(weight.shape), scheme.bits)

@@ -1,7 +1,9 @@
-"""Fine-tuning a quantized denoiser against its full-precision teacher, without data: PV-Tuning over a replay buffer (AQUATIC-Diff).
+"""Fine-tuning a quantized denoiser against its full-precision teacher, without data: PV-Tuning over a replay
+buffer (AQUATIC-Diff).
 
-The teacher makes images; its inputs and outputs are the buffer. The student runs in dense mode with decoded weights as leaves, so that
-one backward pass gives dL/dW of every coded layer; codes, codebooks, scales and offsets are moved by that (quant/finetune_step.py).
+The teacher makes images; its inputs and outputs are the buffer. The student runs in dense mode with decoded
+weights as leaves, so that one backward pass gives dL/dW of every coded layer; codes, codebooks, scales and
+offsets are moved by that (quant/finetune_step.py).
 """
 
 from __future__ import annotations
@@ -47,8 +49,10 @@ DIVERGED, PATIENCE = 10.0, 3  # validation above so many times the start's, so m
 
 @dataclass(frozen=True)
 class Tuned:
-    """A tuned configuration, with the mean squared difference from the teacher's outputs on held-out samples ``before`` and ``after``, the
-    share of groups whose codes ``changed``, a row for each check, the seconds of tuning, and what is to be said of it."""
+    """A tuned configuration, with the mean squared difference from the teacher's outputs on held-out samples
+    ``before`` and ``after``, the share of groups whose codes ``changed``, a row for each check, the seconds
+    of tuning, and what is to be said of it.
+    """
 
     config: QuantConfig
     before: float
@@ -60,14 +64,21 @@ class Tuned:
 
 
 def finetune(
-    model: QuantizedDenoiser, config: QuantConfig, record: Record, settings: FineTuning | None = None, progress: Progress = no_progress
+    model: QuantizedDenoiser,
+    config: QuantConfig,
+    record: Record,
+    settings: FineTuning | None = None,
+    progress: Progress = no_progress,
 ) -> Tuned:
-    """Tune the coded weights of ``config``; they are stored in the model's bank, and the configuration that is returned names them.
+    """Tune the coded weights of ``config``; they are stored in the model's bank, and the configuration that
+    is returned names them.
 
-    ``record`` makes the teacher's images (``pipelines.replay_recorder``), sampled as the configuration's calibration is. A run that was
-    interrupted continues from its last checkpoint, to the same tensors; a finished one is found again. Of all checks, the weights with the
-    least loss as they are stored are kept; where training diverges it stops, and ``notes`` says so. Leaves the model to be applied anew.
-    Raises AquabitError for configurations without coded layers or with activations that depend on the step, and for a packed model.
+    ``record`` makes the teacher's images (``pipelines.replay_recorder``), sampled as the configuration's
+    calibration is. A run that was interrupted continues from its last checkpoint, to the same tensors; a
+    finished one is found again. Of all checks, the weights with the least loss as they are stored are kept;
+    where training diverges it stops, and ``notes`` says so. Leaves the model to be applied anew. Raises
+    AquabitError for configurations without coded layers or with activations that depend on the step, and for
+    a packed model.
     """
     check_tunable(model, config)
     settings = (settings or FineTuning()).resolved(code_bits(model, config))
@@ -75,7 +86,9 @@ def finetune(
     buffer = buffer if settings.guidance is None else replace(buffer, guidance=settings.guidance)
     bank, untuned = model.fitter.bank, replace(config, correction=None)
     device = model.full(next(iter(model.layers))).device
-    key = digest([FORMAT, model.fitter.fingerprint, untuned.digest, settings.digest, buffer.digest, device.type])
+    key = digest(
+        [FORMAT, model.fitter.fingerprint, untuned.digest, settings.digest, buffer.digest, device.type]
+    )
     found = read_record(bank, key)
     if found is None:
         run = _Run(model, config, settings, key, device)
@@ -84,20 +97,29 @@ def finetune(
             run.train(progress)
         finally:
             for name in run.leaves:
-                model.hold_(name, model.full(name), config[name].weight)  # no leaf of ours stays; the next ``apply`` decodes
+                model.hold_(
+                    name, model.full(name), config[name].weight
+                )  # no leaf of ours stays; the next ``apply`` decodes
         found = run.finish()
         write_record(bank, key, found)
         checkpoint_path(bank, key).unlink(missing_ok=True)
     return Tuned(
-        replace(config, tuned=found["tuned"]), found["before"], found["after"], found["changed"], tuple(found["history"]),
-        found["seconds"], tuple(found["notes"]),
-    )  # fmt: skip
+        replace(config, tuned=found["tuned"]),
+        found["before"],
+        found["after"],
+        found["changed"],
+        tuple(found["history"]),
+        found["seconds"],
+        tuple(found["notes"]),
+    )
 
 
 def code_bits(model: QuantizedDenoiser, config: QuantConfig) -> float:
     """Mean bits of code a weight over the coded layers."""
     sizes = {name: prod(model.layers[name].shape) for name in coded_layers(config)}
-    bits = sum(size * config[n].weight.code_bits(prod(model.layers[n].shape[2:])) for n, size in sizes.items())
+    bits = sum(
+        size * config[n].weight.code_bits(prod(model.layers[n].shape[2:])) for n, size in sizes.items()
+    )
     return bits / sum(sizes.values())
 
 
@@ -107,10 +129,14 @@ def check_tunable(model: QuantizedDenoiser, config: QuantConfig) -> None:
         raise AquabitError("the configuration codes no layer; there is nothing to fine-tune")
     if config.steps is not None:
         raise AquabitError(
-            "the configuration has activation bits that depend on the step, but fine-tuning mixes steps; tune it without them"
+            "the configuration has activation bits that depend on the step, but fine-tuning mixes steps; tune"
+            " it without them"
         )
     if config.ranges != "dynamic":
-        raise AquabitError(f"the configuration has {config.ranges} ranges, but gradients pass dynamic ones only; tune it without them")
+        raise AquabitError(
+            f"the configuration has {config.ranges} ranges, but gradients pass dynamic ones only; tune it"
+            " without them"
+        )
     if any(layer.held is not None for layer in model.layers.values()):
         raise AquabitError("the model is packed; fine-tuning needs its full-precision weights")
 
@@ -118,14 +144,30 @@ def check_tunable(model: QuantizedDenoiser, config: QuantConfig) -> None:
 class _Run:
     """One tuning: the trained weights, the best ones so far, and what was seen."""
 
-    def __init__(self, model: QuantizedDenoiser, config: QuantConfig, settings: FineTuning, key: str, device: torch.device):
+    def __init__(
+        self,
+        model: QuantizedDenoiser,
+        config: QuantConfig,
+        settings: FineTuning,
+        key: str,
+        device: torch.device,
+    ):
         self.model, self.config, self.settings, self.key, self.device = model, config, settings, key, device
         self.bank = model.fitter.bank
         self.leaves: dict[str, Tensor] = {}
         self.facts: dict[str, Any] = {
-            "step": 0, "before": 0.0, "best": 0.0, "changed": 0.0, "sum": 0.0, "count": 0, "flipped": 0, "bad": 0, "seconds": 0.0,
-            "history": [], "notes": [],
-        }  # fmt: skip
+            "step": 0,
+            "before": 0.0,
+            "best": 0.0,
+            "changed": 0.0,
+            "sum": 0.0,
+            "count": 0,
+            "flipped": 0,
+            "bad": 0,
+            "seconds": 0.0,
+            "history": [],
+            "notes": [],
+        }
 
     def begin(self, record: Record, buffer: Calibration, progress: Progress) -> None:
         """Ask the teacher, set up the student, and take up a checkpoint where there is one."""
@@ -153,7 +195,10 @@ class _Run:
         for step in range(first, s.steps):
             loss = self._step(step)
             if loss != loss or loss == float("inf"):
-                facts["notes"].append(f"the loss was not finite in step {step + 1}: stopped there, and the best weights before are kept")
+                facts["notes"].append(
+                    f"the loss was not finite in step {step + 1}: stopped there, and the best weights before"
+                    " are kept"
+                )
                 break
             facts |= {"step": step + 1, "sum": facts["sum"] + loss, "count": facts["count"] + 1}
             facts["flipped"] += self.optimizer.flipped
@@ -161,17 +206,24 @@ class _Run:
                 self._look()
                 if facts["bad"] >= PATIENCE:
                     break
-            progress(f"fine-tuning: loss {loss:.3g}, {facts['changed']:.1%} of codes changed", step + 1, s.steps)
+            progress(
+                f"fine-tuning: loss {loss:.3g}, {facts['changed']:.1%} of codes changed", step + 1, s.steps
+            )
             facts["seconds"] = before + time.monotonic() - started
             if time.monotonic() - saved >= CHECKPOINT_SECONDS and step + 1 < s.steps:
                 self._save()
                 saved = time.monotonic()
 
     def _step(self, step: int) -> float:
-        """One step of the optimizer; the loss on its batch before the step. Nothing is changed where that is not finite."""
+        """One step of the optimizer; the loss on its batch before the step. Nothing is changed where that
+        is not finite."""
         s = self.settings
         samples = self.replay.training(step, s.order, s.batch, s.seed)
-        before = self.replay.training(step - 1, s.order, s.batch, s.seed) if step and s.semi_discontinuity else None
+        before = (
+            self.replay.training(step - 1, s.order, s.batch, s.seed)
+            if step and s.semi_discontinuity
+            else None
+        )
         with torch.inference_mode(False), torch.enable_grad():
             loss = self._loss(samples)
             value = float(loss.detach())
@@ -184,7 +236,8 @@ class _Run:
         return value
 
     def _loss(self, samples: list[int]) -> Tensor:
-        """Mean squared difference from the teacher, of outputs combined by guidance where that is asked for."""
+        """Mean squared difference from the teacher, of outputs combined by guidance where that is asked
+        for."""
         (args, kwargs), target = self.replay.batch(samples, self.device)
         error = first_tensor(self.model.denoiser(*args, **kwargs)).float() - target.float()
         if self.settings.guidance is not None:
@@ -216,12 +269,17 @@ class _Run:
         facts["bad"] = facts["bad"] + 1 if bad else 0
         if facts["bad"] >= PATIENCE:
             facts["notes"].append(
-                f"the loss on held-out samples was {value:.3g} in step {facts['step']}, {PATIENCE} checks above {DIVERGED:g} times that "
-                "of the start: stopped there, and the best weights before are kept; try lower rates"
+                f"the loss on held-out samples was {value:.3g} in step {facts['step']}, {PATIENCE} checks"
+                f" above {DIVERGED:g} times that of the start: stopped there, and the best weights before are"
+                " kept; try lower rates"
             )
         share = facts["flipped"] / (self.optimizer.groups * facts["count"])
         facts["changed"] = self.optimizer.changed
-        row = {"step": facts["step"], "loss": facts["sum"] / facts["count"], "validation": value if value == value else None}
+        row = {
+            "step": facts["step"],
+            "loss": facts["sum"] / facts["count"],
+            "validation": value if value == value else None,
+        }
         facts["history"].append(row | {"changed": facts["changed"], "flipped": share})
         facts |= {"sum": 0.0, "count": 0, "flipped": 0}
 
@@ -235,7 +293,9 @@ class _Run:
         """Store the best weights; what is kept of the run."""
         facts = self.facts
         if facts["best"] >= facts["before"] and not facts["notes"]:
-            facts["notes"].append("no step was better than the start on held-out samples: the weights are those of the start")
+            facts["notes"].append(
+                "no step was better than the start on held-out samples: the weights are those of the start"
+            )
         tuned = save_tuned(self.bank, self.best, self.config)
         kept = {k: facts[k] for k in ("before", "changed", "history", "seconds", "notes")}
         return {"tuned": tuned, "after": facts["best"], "settings": asdict(self.settings), **kept}

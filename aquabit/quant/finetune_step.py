@@ -1,7 +1,9 @@
-"""PV-Tuning's step over all layers: codebooks, scales and a dense proxy of the codes by Adam, then codes of few groups searched anew.
+"""PV-Tuning's step over all layers: codebooks, scales and a dense proxy of the codes by Adam, then codes of
+few groups searched anew.
 
-Per step (PV-Tuning, algorithm 1, as its authors' code has it): the gradient of the decoded weight moves a dense proxy (no first moment)
-and, summed up, codebooks and scales; the groups whose proxy is farthest from what they now decode to are searched, nearest to the proxy.
+Per step (PV-Tuning, algorithm 1, as its authors' code has it): the gradient of the decoded weight moves a
+dense proxy (no first moment) and, summed up, codebooks and scales; the groups whose proxy is farthest from
+what they now decode to are searched, nearest to the proxy.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from aquabit.quant.finetune_weight import EPSILON, Parameter, TrainedWeight
 
 
 class Proxy:
-    """The dense proxy [O, n, g] of a layer's codes with its Adam state; ``mass`` [O, n, 1] (or one for all) corrects the second moment."""
+    """The dense proxy [O, n, g] of a layer's codes with its Adam state; ``mass`` [O, n, 1] (or one for
+    all) corrects the second moment."""
 
     def __init__(self, weight: TrainedWeight, settings: FineTuning):
         self.value = weight.decoded.clone()
@@ -27,7 +30,9 @@ class Proxy:
         self.mass = self.value.new_zeros(shape)
         self.first_mass = self.value.new_zeros(shape)
 
-    def step_(self, gradient: Tensor, rate: float, unit: float, betas: tuple[float, float], decay: float) -> None:
+    def step_(
+        self, gradient: Tensor, rate: float, unit: float, betas: tuple[float, float], decay: float
+    ) -> None:
         """One step of AdamW; without beta1 the gradient itself is the first moment."""
         self.mass.mul_(betas[1]).add_(1 - betas[1])
         self.second.mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
@@ -42,7 +47,8 @@ class Proxy:
         self.value.addcdiv_(self.first, size.mul_(self.first_mass), value=-rate * unit)
 
     def forget_(self, chosen: Tensor, decoded: Tensor) -> None:
-        """Groups ``chosen`` [k] of O * n lose their moments, and their difference from what they decode to [k, g]."""
+        """Groups ``chosen`` [k] of O * n lose their moments, and their difference from what they decode to
+        [k, g]."""
         size = self.value.shape[2]
         self.value.view(-1, size)[chosen] = decoded
         for moment in (self.second, self.first):
@@ -52,7 +58,13 @@ class Proxy:
             mass.view(-1)[chosen] = 0
 
     def state(self) -> dict[str, Tensor]:
-        named = {"proxy": self.value, "second": self.second, "first": self.first, "mass": self.mass, "first_mass": self.first_mass}
+        named = {
+            "proxy": self.value,
+            "second": self.second,
+            "first": self.first,
+            "mass": self.mass,
+            "first_mass": self.first_mass,
+        }
         return {k: v for k, v in named.items() if v is not None}
 
     def restore_(self, state: Mapping[str, Tensor]) -> None:
@@ -61,8 +73,8 @@ class Proxy:
 
 
 class Optimizer:
-    """Trains coded weights by name; layers that share codebooks share one Parameter. ``flipped`` counts the groups of the last step whose
-    codes changed."""
+    """Trains coded weights by name; layers that share codebooks share one Parameter. ``flipped`` counts
+    the groups of the last step whose codes changed."""
 
     def __init__(self, weights: Mapping[str, TrainedWeight], settings: FineTuning):
         self.weights, self.settings = dict(weights), settings
@@ -82,7 +94,8 @@ class Optimizer:
 
     @torch.no_grad()
     def step_(self, gradients: Mapping[str, Tensor], step: int, continues: bool = True) -> None:
-        """One step with the gradients of dense weights; ``continues`` is False at a discontinuity between the batch before and this one."""
+        """One step with the gradients of dense weights; ``continues`` is False at a discontinuity between
+        the batch before and this one."""
         s, factor = self.settings, self.settings.rate_at(step)
         assert s.code_rate is not None, "resolved settings"
         if s.semi_discontinuity and not continues:
@@ -92,7 +105,9 @@ class Optimizer:
             if name in gradients:
                 gradient = weight.grouped(gradients[name])
                 weight.add_gradients_(gradient)
-                self.proxies[name].step_(gradient, factor * s.code_rate, weight.unit, s.code_betas, s.weight_decay)
+                self.proxies[name].step_(
+                    gradient, factor * s.code_rate, weight.unit, s.code_betas, s.weight_decay
+                )
         for parameter in self.parameters:
             rate = s.codebook_rate if id(parameter) in self._tables else s.scale_rate
             parameter.step_(factor * rate, s.betas, s.weight_decay)
@@ -102,7 +117,8 @@ class Optimizer:
             self._move_codes_(weight, self.proxies[name])
 
     def _move_codes_(self, weight: TrainedWeight, proxy: Proxy) -> None:
-        """Search the groups that are farthest from their proxy, and let the proxy come nearer to what is decoded."""
+        """Search the groups that are farthest from their proxy, and let the proxy come nearer to what is
+        decoded."""
         s = self.settings
         weight.copy_padding_(proxy.value)
         if s.method == "straight_through":
@@ -111,7 +127,9 @@ class Optimizer:
             away = (proxy.value - weight.decoded).square_().view(-1, weight.size)
             distance = away @ away.new_ones(weight.size)  # twice as fast as sum(1)
             chosen = distance.topk(ceil(s.tau * weight.groups)).indices
-        index, decoded = weight.nearest(chosen, proxy.value.view(-1, weight.size)[chosen], s.beam if s.method == "pv" else 1)
+        index, decoded = weight.nearest(
+            chosen, proxy.value.view(-1, weight.size)[chosen], s.beam if s.method == "pv" else 1
+        )
         old = weight.decoded.view(-1, weight.size)[chosen]
         moves = (index != weight.index.view(-1, index.shape[1])[chosen]).any(1)
         if s.trust_ratio is not None and s.method == "pv":
@@ -128,9 +146,13 @@ class Optimizer:
 
     def state(self) -> dict[str, Tensor]:
         """Everything that a later step depends on, by name."""
-        tensors = {f"parameter {i} {k}": v for i, p in enumerate(self.parameters) for k, v in p.state().items()}
+        tensors = {
+            f"parameter {i} {k}": v for i, p in enumerate(self.parameters) for k, v in p.state().items()
+        }
         for name, weight in self.weights.items():
-            tensors |= {f"{name} index": weight.index} | {f"{name} {k}": v for k, v in self.proxies[name].state().items()}
+            tensors |= {f"{name} index": weight.index} | {
+                f"{name} {k}": v for k, v in self.proxies[name].state().items()
+            }
         return tensors
 
     def restore_(self, tensors: Mapping[str, Tensor]) -> None:
@@ -143,7 +165,8 @@ class Optimizer:
 
 
 def within_trust(squares: Tensor, weight: Tensor, ratio: float) -> Tensor:
-    """Which changes, in order and of squared size ``squares`` [k], keep what they add up to within ``ratio`` of a weight's norm."""
+    """Which changes, in order and of squared size ``squares`` [k], keep what they add up to within
+    ``ratio`` of a weight's norm."""
     return squares.cumsum(0) <= ratio**2 * weight.square().sum()
 
 

@@ -1,4 +1,5 @@
-"""Fine-tuned weights in the bank: one file a set, named by the digest of its tensors; records of finished runs; checkpoints of others."""
+"""Fine-tuned weights in the bank: one file a set, named by the digest of its tensors; records of finished
+runs; checkpoints of others."""
 
 from __future__ import annotations
 
@@ -55,11 +56,14 @@ def save_tuned(bank: Bank, weights: Mapping[str, CodebookWeight], config: QuantC
     return digest
 
 
-def load_tuned(bank: Bank, config: QuantConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, CodebookWeight]:
-    """The weights of a tuned configuration; layers that share codebooks hold the same tensor. ``shapes`` are those of the model's weights.
+def load_tuned(
+    bank: Bank, config: QuantConfig, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, CodebookWeight]:
+    """The weights of a tuned configuration; layers that share codebooks hold the same tensor. ``shapes`` are
+    those of the model's weights.
 
-    Raises AquabitError where the bank has no such file, where its tensors are not those that were stored, and where they belong to other
-    schemes or shapes.
+    Raises AquabitError where the bank has no such file, where its tensors are not those that were stored, and
+    where they belong to other schemes or shapes.
     """
     path = path_of(bank, str(config.tuned))
     try:
@@ -67,13 +71,17 @@ def load_tuned(bank: Bank, config: QuantConfig, shapes: Mapping[str, tuple[int, 
             tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
     except FileNotFoundError as error:
         raise AquabitError(
-            f"the bank {bank.folder} has no fine-tuned tensors {config.tuned}; name the bank that they were tuned in, or fine-tune again"
+            f"the bank {bank.folder} has no fine-tuned tensors {config.tuned}; name the bank that they were"
+            " tuned in, or fine-tune again"
         ) from error
     except (OSError, SafetensorError) as error:
         raise AquabitError(f"{path} cannot be read ({error}); it is damaged: fine-tune again") from error
     found = tensors_digest(tensors)
     if found != config.tuned:
-        raise AquabitError(f"{path} holds tensors of digest {found}, not those that were tuned; it is damaged: fine-tune again")
+        raise AquabitError(
+            f"{path} holds tensors of digest {found}, not those that were tuned; it is damaged: fine-tune"
+            " again"
+        )
     return weights_from(tensors, config, shapes, path)
 
 
@@ -89,8 +97,14 @@ def coded_layers(config: QuantConfig) -> list[str]:
     return [name for name, choice in config.layers.items() if choice.weight.kind != "fp"]
 
 
-def _weight(name: str, choice: LayerChoice, shape: tuple[int, ...], tensors: Mapping[str, Tensor], path: Path) -> CodebookWeight:
-    own = {k: tensors[f"{name}.weight.{k}"] for k in ("codes", "codebooks", "scale", "offset") if f"{name}.weight.{k}" in tensors}
+def _weight(
+    name: str, choice: LayerChoice, shape: tuple[int, ...], tensors: Mapping[str, Tensor], path: Path
+) -> CodebookWeight:
+    own = {
+        k: tensors[f"{name}.weight.{k}"]
+        for k in ("codes", "codebooks", "scale", "offset")
+        if f"{name}.weight.{k}" in tensors
+    }
     shared = shared_name(choice)
     if shared is not None and shared in tensors:
         own["codebooks"] = tensors[shared]
@@ -98,14 +112,23 @@ def _weight(name: str, choice: LayerChoice, shape: tuple[int, ...], tensors: Map
     slices = scheme.kind == "aq" and scheme.group is None and area > 1
     tables = own.get("codebooks")
     size = scheme.group_size(area) if scheme.kind == "aq" else 1
-    wanted = None if scheme.kind == "usq" else (shape[0] if scheme.per_channel else 1, scheme.codebooks, 1 << scheme.bits, size)
+    wanted = (
+        None
+        if scheme.kind == "usq"
+        else (shape[0] if scheme.per_channel else 1, scheme.codebooks, 1 << scheme.bits, size)
+    )
     if (None if tables is None else tuple(tables.shape)) != wanted:
         held = "none" if tables is None else list(tables.shape)
-        raise AquabitError(f"{path}: the codebooks of layer {name!r} are {held}; {choice.weight} needs {wanted and list(wanted)}")
+        raise AquabitError(
+            f"{path}: the codebooks of layer {name!r} are {held}; {choice.weight} needs"
+            f" {wanted and list(wanted)}"
+        )
     try:
         return from_tensors(own, shape, scheme.bits, "kernel" if slices else "inputs")
     except AquabitError as error:
-        raise AquabitError(f"{path}: the tensors of layer {name!r} do not fit {choice.weight}: {error}") from error
+        raise AquabitError(
+            f"{path}: the tensors of layer {name!r} do not fit {choice.weight}: {error}"
+        ) from error
 
 
 def read_record(bank: Bank, key: str) -> dict[str, Any] | None:
@@ -118,7 +141,9 @@ def read_record(bank: Bank, key: str) -> dict[str, Any] | None:
 
 
 def write_record(bank: Bank, key: str, value: Mapping[str, Any]) -> None:
-    bank.write_text(bank.folder / f"finetuned-{key}.json", json.dumps(value, indent=1, allow_nan=False) + "\n")
+    bank.write_text(
+        bank.folder / f"finetuned-{key}.json", json.dumps(value, indent=1, allow_nan=False) + "\n"
+    )
 
 
 def checkpoint_path(bank: Bank, key: str) -> Path:

@@ -1,7 +1,9 @@
-"""A coded weight while it is trained: float32 codebooks, scale and offset, integer codes, and their gradients from the dense weight's.
+"""A coded weight while it is trained: float32 codebooks, scale and offset, integer codes, and their gradients
+from the dense weight's.
 
-W[o, n] = scale[o] * sum_m codebooks[codes[o, n, m]] + offset[o] over groups n of g weights, so with G = dL/dW, taken apart into groups:
-dL/dcodebook[k] = sum of scale * G over the groups that use k, dL/dscale = sum of G * (sum of codewords), dL/doffset = sum of G.
+W[o, n] = scale[o] * sum_m codebooks[codes[o, n, m]] + offset[o] over groups n of g weights, so with G =
+dL/dW, taken apart into groups: dL/dcodebook[k] = sum of scale * G over the groups that use k, dL/dscale = sum
+of G * (sum of codewords), dL/doffset = sum of G.
 """
 
 from __future__ import annotations
@@ -22,9 +24,11 @@ JOINT = 4096  # rows of 8 weights, 128 kB: caches hold them
 
 
 class Parameter:
-    """A float32 tensor with its gradient and AdamW's state. ``unit`` is the root mean square it starts with: rates are relative to it.
+    """A float32 tensor with its gradient and AdamW's state. ``unit`` is the root mean square it starts with:
+    rates are relative to it.
 
-    ``masses`` are what the moments' weights add up to (1 - beta^t), so that a moment that was forgotten is corrected as a new one.
+    ``masses`` are what the moments' weights add up to (1 - beta^t), so that a moment that was forgotten is
+    corrected as a new one.
     """
 
     def __init__(self, value: Tensor):
@@ -61,8 +65,9 @@ class Parameter:
 class TrainedWeight:
     """One layer's codes, its scale and offset, and the tables it may share with other layers.
 
-    ``index`` [O, n, M] int64 are rows of ``tables.value.view(-1, g)``, or the codes themselves where the table is implied (uniform).
-    ``values`` [O, n, g] are the sums of codewords, ``decoded`` the weight in groups; both are kept up to date by ``decode_``.
+    ``index`` [O, n, M] int64 are rows of ``tables.value.view(-1, g)``, or the codes themselves where the
+    table is implied (uniform). ``values`` [O, n, g] are the sums of codewords, ``decoded`` the weight in
+    groups; both are kept up to date by ``decode_``.
     """
 
     def __init__(self, coded: CodebookWeight, tables: Parameter | None):
@@ -133,7 +138,9 @@ class TrainedWeight:
     def decode_(self) -> None:
         """``values`` and ``decoded`` from codes, tables, scale and offset as they are now."""
         self.values = self.looked_up(self.index)
-        self.decoded = self._affine(self.values, *(None if p is None else p.value for p in (self.scale, self.offset)))
+        self.decoded = self._affine(
+            self.values, *(None if p is None else p.value for p in (self.scale, self.offset))
+        )
 
     def _affine(self, values: Tensor, scale: Tensor | None, offset: Tensor | None) -> Tensor:
         scaled = values if scale is None else values * self.spread(scale)
@@ -141,7 +148,9 @@ class TrainedWeight:
 
     def stored(self) -> Tensor:
         """The weight as it will be once tables, scale and offset are rounded to float16."""
-        tables, scale, offset = (None if p is None else halves(p.value) for p in (self.tables, self.scale, self.offset))
+        tables, scale, offset = (
+            None if p is None else halves(p.value) for p in (self.tables, self.scale, self.offset)
+        )
         return self.dense(self._affine(self.looked_up(self.index, tables), scale, offset))
 
     def add_gradients_(self, gradient: Tensor) -> None:
@@ -155,8 +164,10 @@ class TrainedWeight:
             self._add_to_tables_(scaled.reshape(-1, self.size), self.tables.gradient)
 
     def _add_to_tables_(self, rows: Tensor, into: Tensor) -> None:
-        """Add each group's row [O * n, g] to the codewords that it uses, in ``into`` [C, M, K, g]: over joint codes of as many codebooks as
-        JOINT allows, then over what they share (half to a third of the time of one codebook after another)."""
+        """Add each group's row [O * n, g] to the codewords that it uses, in ``into`` [C, M, K, g]: over joint
+        codes of as many codebooks as JOINT allows, then over what they share (half to a third of the time of
+        one codebook after another).
+        """
         c, count, k, _ = into.shape
         if c > 1:
             into.view(-1, self.size).index_add_(0, self.index.view(-1), rows)
@@ -170,30 +181,47 @@ class TrainedWeight:
             sums = rows.new_zeros(k ** len(books), self.size).index_add_(0, joint.sub_(base).view(-1), rows)
             apart = sums.view(*[k] * len(books), self.size)
             for axis, m in enumerate(books):
-                into[0, m] += apart.sum([a for a in range(len(books)) if a != axis]) if len(books) > 1 else apart
+                into[0, m] += (
+                    apart.sum([a for a in range(len(books)) if a != axis]) if len(books) > 1 else apart
+                )
 
     def nearest(self, chosen: Tensor, target: Tensor, beam: int) -> tuple[Tensor, Tensor]:
-        """For the groups ``chosen`` [k] of O * n: codes as ``index`` has them [k, M] and the weights they decode to [k, g], never farther
-        from ``target`` [k, g] than the present ones, up to rounding. Exact for scalar codes, else a beam search."""
+        """For the groups ``chosen`` [k] of O * n: codes as ``index`` has them [k, M] and the weights they
+        decode to [k, g], never farther from ``target`` [k, g] than the present ones, up to rounding. Exact
+        for scalar codes, else a beam search.
+        """
         flat = self.index.view(-1, self.index.shape[2])
         out = chosen // self.index.shape[1]
         scale, offset = (self._factor(p, chosen) for p in (self.scale, self.offset))
         centred = target if offset is None else target - offset
         one = torch.ones_like(target[:, :1]) if scale is None else scale
         if self.tables is None:
-            wanted = (centred / torch.where(one.abs() > SMALL, one, torch.ones_like(one))).round_().clamp_(0, (1 << self.bits) - 1)
+            wanted = (
+                (centred / torch.where(one.abs() > SMALL, one, torch.ones_like(one)))
+                .round_()
+                .clamp_(0, (1 << self.bits) - 1)
+            )
             index = torch.where(one.abs() > SMALL, wanted, flat[chosen].float()).long()
         elif len(self.tables.value) > 1:  # tables of their own for each output channel
-            index = ((centred[:, None] - one[:, None] * self.tables.value[out, 0]).square().sum(2).argmin(1) + self._bases()[out, 0, 0])[
-                :, None
-            ]
+            index = (
+                (centred[:, None] - one[:, None] * self.tables.value[out, 0]).square().sum(2).argmin(1)
+                + self._bases()[out, 0, 0]
+            )[:, None]
         else:
             tables, bases = self.tables.value, self._bases()[0]
             now = self.decoded.view(-1, self.size)[chosen]
             now = now if offset is None else now - offset
             eye = torch.eye(self.size, device=target.device)[None, None]
             codes = (flat[chosen] - bases)[None, :, None]
-            found = sweep_search((centred - now)[None].contiguous(), now[None].contiguous(), codes, eye, tables, one.view(1, -1), beam)
+            found = sweep_search(
+                (centred - now)[None].contiguous(),
+                now[None].contiguous(),
+                codes,
+                eye,
+                tables,
+                one.view(1, -1),
+                beam,
+            )
             index = found.codes[0, :, 0] + bases
         decoded = self.looked_up(index) * one
         return index, decoded if offset is None else decoded + offset
@@ -212,7 +240,8 @@ class TrainedWeight:
         self.values.view(-1, self.size)[chosen] = self.looked_up(index)
 
     def copy_padding_(self, into: Tensor) -> None:
-        """Give ``into`` [O, n, g] this weight's padding of the last groups, so that they differ in real weights only."""
+        """Give ``into`` [O, n, g] this weight's padding of the last groups, so that they differ in real
+        weights only."""
         if self.index.shape[1] * self.size > self.row:
             into.flatten(1)[:, self.row :] = self.decoded.flatten(1)[:, self.row :]
 

@@ -1,8 +1,8 @@
 """Second moments of a layer's input (H): their form, their checks, and the output error they measure.
 
-H belongs to a weight as ``weight.flatten(1)`` sees its inputs: [R, R] with R = in, or (cin / groups) * kh * kw in that order; one per
-group of a grouped convolution, [groups, R, R]; or its diagonal alone, [R]. With dW = W - W_hat the expected squared output error is
-tr(dW H dW^T) (AQLM, eq. 3).
+H belongs to a weight as ``weight.flatten(1)`` sees its inputs: [R, R] with R = in, or (cin / groups) * kh *
+kw in that order; one per group of a grouped convolution, [groups, R, R]; or its diagonal alone, [R]. With dW
+= W - W_hat the expected squared output error is tr(dW H dW^T) (AQLM, eq. 3).
 """
 
 from __future__ import annotations
@@ -19,24 +19,35 @@ TOLERANCE = 1e-4  # an eigenvalue more negative than this share of the largest i
 def check_hessian(hessian: Tensor | None, weight: Tensor) -> Tensor:
     """H as float32 [groups, R, R], or [groups, R] for a diagonal or no H at all (identity); symmetrised.
 
-    Rounding noise is lifted to positive semi-definite. Raises AquabitError for NaN, a wrong shape, negative diagonal entries or a
-    matrix that is not positive semi-definite.
+    Rounding noise is lifted to positive semi-definite. Raises AquabitError for NaN, a wrong shape, negative
+    diagonal entries or a matrix that is not positive semi-definite.
     """
     row = weight[0].numel()
     if hessian is None:
         return torch.ones(1, row, device=weight.device)
     h = hessian.detach().to(weight.device, torch.float32)
     if h.ndim not in (1, 2, 3) or any(n != row for n in h.shape[-2:] if h.ndim > 1) or h.shape[-1] != row:
-        raise AquabitError(f"H is {list(hessian.shape)}; a weight {list(weight.shape)} needs [{row}, {row}] or its diagonal [{row}]")
+        raise AquabitError(
+            f"H is {list(hessian.shape)}; a weight {list(weight.shape)} needs [{row}, {row}] or its diagonal"
+            f" [{row}]"
+        )
     h = h[None] if h.ndim < 3 else h
     if weight.shape[0] % len(h):
-        raise AquabitError(f"H has {len(h)} groups, which do not divide the {weight.shape[0]} outputs of a weight {list(weight.shape)}")
+        raise AquabitError(
+            f"H has {len(h)} groups, which do not divide the {weight.shape[0]} outputs of a weight"
+            f" {list(weight.shape)}"
+        )
     bad = int((~torch.isfinite(h)).sum())
     if bad:
-        raise AquabitError(f"{bad} of {h.numel()} entries of H are not finite; a calibration input overflowed or holds NaN")
+        raise AquabitError(
+            f"{bad} of {h.numel()} entries of H are not finite; a calibration input overflowed or holds NaN"
+        )
     diagonal = h if hessian.ndim == 1 else h.diagonal(dim1=1, dim2=2)
     if float(diagonal.min()) < 0:
-        raise AquabitError(f"H has a negative diagonal entry ({float(diagonal.min()):.3g}); second moments are never negative")
+        raise AquabitError(
+            f"H has a negative diagonal entry ({float(diagonal.min()):.3g}); second moments are never"
+            " negative"
+        )
     return h if hessian.ndim == 1 else _semi_definite((h + h.transpose(1, 2)) / 2)
 
 
@@ -48,24 +59,30 @@ def _semi_definite(h: Tensor) -> Tensor:
     values = torch.linalg.eigvalsh(h.double())
     low, high = float(values.min()), float(values.max())
     if low < -TOLERANCE * high:
-        raise AquabitError(f"H is not positive semi-definite: its smallest eigenvalue is {low:.3g}, its largest {high:.3g}")
+        raise AquabitError(
+            f"H is not positive semi-definite: its smallest eigenvalue is {low:.3g}, its largest {high:.3g}"
+        )
     return h + (1e-6 * mean - values.min(1).values.clamp_max(0)[:, None, None].float() * 1.01) * eye
 
 
 def damped(hessian: Tensor, damping: float = DAMPING) -> Tensor:
-    """H with ``damping`` times its mean diagonal added to the diagonal; H of inputs that are all zero becomes the identity."""
+    """H with ``damping`` times its mean diagonal added to the diagonal; H of inputs that are all zero
+    becomes the identity."""
     if hessian.ndim == 1:
         mean = hessian.mean()
         return hessian + damping * mean if float(mean) > 0 else torch.ones_like(hessian)
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)
     mean = diagonal.mean(-1, keepdim=True)
     out = hessian.clone()
-    out.diagonal(dim1=-2, dim2=-1).add_(torch.where(mean > 0, damping * mean, torch.ones_like(mean)).expand_as(diagonal))
+    out.diagonal(dim1=-2, dim2=-1).add_(
+        torch.where(mean > 0, damping * mean, torch.ones_like(mean)).expand_as(diagonal)
+    )
     return out
 
 
 def output_error(weight: Tensor, decoded: Tensor, hessian: Tensor | None = None) -> float:
-    """tr(dW H dW^T) / tr(W H W^T), the relative squared output error (relative weight error without H); in float64."""
+    """tr(dW H dW^T) / tr(W H W^T), the relative squared output error (relative weight error without H); in
+    float64."""
     h = check_hessian(hessian, weight).double()
     rows = weight.detach().double().reshape(len(h), -1, weight[0].numel())
     difference = rows - decoded.detach().to(weight.device).double().reshape(rows.shape)

@@ -1,4 +1,5 @@
-"""QuantLinear and QuantConv2d: layers whose weight is dense (decoded) or packed, and whose activations are fake-quantized.
+"""QuantLinear and QuantConv2d: layers whose weight is dense (decoded) or packed, and whose activations are
+fake-quantized.
 
 In dense mode gradients pass through: to the weight, and to the input as if it were not rounded.
 """
@@ -22,8 +23,8 @@ Range = tuple[float, float]  # the smallest and the largest value of a static qu
 
 
 class Setting(NamedTuple):
-    """How a layer's activations are quantized in a step: bits of its input and of its output, and their ranges where those are static (two
-    of an input with ``split``)."""
+    """How a layer's activations are quantized in a step: bits of its input and of its output, and their
+    ranges where those are static (two of an input with ``split``)."""
 
     act: int = 16
     act_output: int = 16
@@ -34,11 +35,13 @@ class Setting(NamedTuple):
 class _QuantLayer(nn.Module):
     """State that both kinds share.
 
-    ``act`` are the bits of the layer's input (16 = off), ``act_output`` those of its output (Q, K and V), ``split`` the channel where a
-    concatenated skip begins: then the input has two ranges. ``ranges`` and ``range_output`` are those of static quantizers (None: each
-    token or sample has its own), ``shares`` the activation bits that the layer has while sampling, by share of the steps. In dense mode
-    ``weight`` is a tensor of the original shape; in packed mode ``held`` is the coded weight as kernels read it and ``weight`` an empty
-    tensor that carries dtype and device only. ``dense`` is a decoded copy beside it, which memory=auto keeps where it saves time.
+    ``act`` are the bits of the layer's input (16 = off), ``act_output`` those of its output (Q, K and V),
+    ``split`` the channel where a concatenated skip begins: then the input has two ranges. ``ranges`` and
+    ``range_output`` are those of static quantizers (None: each token or sample has its own), ``shares`` the
+    activation bits that the layer has while sampling, by share of the steps. In dense mode ``weight`` is a
+    tensor of the original shape; in packed mode ``held`` is the coded weight as kernels read it and
+    ``weight`` an empty tensor that carries dtype and device only. ``dense`` is a decoded copy beside it,
+    which memory=auto keeps where it saves time.
     """
 
     weight: Tensor
@@ -61,8 +64,8 @@ class _QuantLayer(nn.Module):
         self.act, self.act_output, self.ranges, self.range_output = setting
 
     def kernel_acts(self) -> dict[int, float]:
-        """The activation bits that kernels are asked for, by share of the steps: 16 where ranges are static, since then they read what is
-        rounded already."""
+        """The activation bits that kernels are asked for, by share of the steps: 16 where ranges are
+        static, since then they read what is rounded already."""
         return {16: 1} if self.ranges is not None else self.shares or {self.act: 1}
 
     def quantized_output(self, y: Tensor) -> Tensor:
@@ -105,17 +108,24 @@ class _QuantLayer(nn.Module):
         parts: list[Tensor | None] = [self.weight, self.bias, self.dense]
         if isinstance(self.held, Arranged):
             parts += [self.held.codes, self.held.tables, self.held.scale, self.held.offset, *self.held.stored]
-            parts += [t for made in self.held.derived.values() for t in made.tensors()]  # what kernels made of it
+            parts += [
+                t for made in self.held.derived.values() for t in made.tensors()
+            ]  # what kernels made of it
         elif self.held is not None:
             parts += self.held.tensors().values()
         return [t for t in parts if t is not None]
 
     def extra_repr(self) -> str:
-        return f"{'x'.join(map(str, self.shape))}, {self.scheme}, a{self.act}, {'dense' if self.held is None else 'packed'}"
+        return (
+            f"{'x'.join(map(str, self.shape))}, {self.scheme}, a{self.act},"
+            f" {'dense' if self.held is None else 'packed'}"
+        )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.held = None if self.held is None else held(self.held)  # a copy is a weight of its own to the kernels
+        self.held = (
+            None if self.held is None else held(self.held)
+        )  # a copy is a weight of its own to the kernels
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -128,7 +138,12 @@ class _QuantLayer(nn.Module):
 
 def resident_bytes(layers: Iterable[_QuantLayer]) -> int:
     """Bytes that weights and biases of layers hold in memory, what they share once."""
-    storages = {s.data_ptr(): s.nbytes() for layer in layers for t in layer.resident() if (s := t.untyped_storage()).nbytes()}
+    storages = {
+        s.data_ptr(): s.nbytes()
+        for layer in layers
+        for t in layer.resident()
+        if (s := t.untyped_storage()).nbytes()
+    }
     return sum(storages.values())
 
 
@@ -145,7 +160,11 @@ class QuantLinear(_QuantLayer):
 
     def quantized_input(self, x: Tensor, bits: int) -> Tensor:
         """x [..., in] as the layer reads it at ``bits`` (16: x itself)."""
-        return straight_through(x, bits, "token") if self.ranges is None else fake_quantize_static(x, bits, *self.ranges[0])
+        return (
+            straight_through(x, bits, "token")
+            if self.ranges is None
+            else fake_quantize_static(x, bits, *self.ranges[0])
+        )
 
     def forward(self, x: Tensor, *_: object) -> Tensor:
         act = self.act
@@ -154,17 +173,25 @@ class QuantLinear(_QuantLayer):
         if self.held is None:
             y = functional.linear(x, self.weight.to(x.dtype), self.bias_for(x))
         else:
-            y = codebook_linear(x, self.held, self.bias_for(x), self.accuracy, act=act, dense=self.dense_for(x))
+            y = codebook_linear(
+                x, self.held, self.bias_for(x), self.accuracy, act=act, dense=self.dense_for(x)
+            )
         return self.quantized_output(y)
 
 
 class QuantConv2d(_QuantLayer):
-    """x [n, cin, h, w] -> [n, cout, h', w']; activations per sample with zero in the range, so that padding is exact."""
+    """x [n, cin, h, w] -> [n, cout, h', w']; activations per sample with zero in the range, so that
+    padding is exact."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, split: int | None, like: nn.Conv2d):
         super().__init__(weight, bias, split)
         self.out_channels, self.in_channels = like.out_channels, like.in_channels
-        self.stride, self.padding, self.dilation, self.groups = pair(like.stride), _padding(like.padding), pair(like.dilation), like.groups
+        self.stride, self.padding, self.dilation, self.groups = (
+            pair(like.stride),
+            _padding(like.padding),
+            pair(like.dilation),
+            like.groups,
+        )
         self.kernel_size = like.kernel_size
 
     @staticmethod
@@ -176,7 +203,9 @@ class QuantConv2d(_QuantLayer):
         if self.ranges is None:
             return straight_through(x, bits, "sample", self.split)
         parts = (x,) if self.split is None else (x[:, : self.split], x[:, self.split :])
-        rounded = [fake_quantize_static(part, bits, *ends) for part, ends in zip(parts, self.ranges, strict=True)]
+        rounded = [
+            fake_quantize_static(part, bits, *ends) for part, ends in zip(parts, self.ranges, strict=True)
+        ]
         return rounded[0] if len(rounded) == 1 else torch.cat(rounded, 1)
 
     def forward(self, x: Tensor, *_: object) -> Tensor:
@@ -184,11 +213,28 @@ class QuantConv2d(_QuantLayer):
         if self.held is None or self.ranges is not None:
             x, act = self.quantized_input(x, act), 16
         if self.held is None:
-            return functional.conv2d(x, self.weight.to(x.dtype), self.bias_for(x), self.stride, self.padding, self.dilation, self.groups)
+            return functional.conv2d(
+                x,
+                self.weight.to(x.dtype),
+                self.bias_for(x),
+                self.stride,
+                self.padding,
+                self.dilation,
+                self.groups,
+            )
         return codebook_conv2d(
-            x, self.held, self.bias_for(x), self.stride, self.padding, self.dilation, self.groups, self.accuracy, act=act,
-            split=self.split, dense=self.dense_for(x),
-        )  # fmt: skip
+            x,
+            self.held,
+            self.bias_for(x),
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            self.accuracy,
+            act=act,
+            split=self.split,
+            dense=self.dense_for(x),
+        )
 
 
 def _padding(values: str | tuple[int, ...]) -> str | tuple[int, int]:

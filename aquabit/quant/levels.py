@@ -1,7 +1,8 @@
-"""What output-aware scalar quantizers work on: a weight with its H, the levels its codes stand for, and the state of a fit.
+"""What output-aware scalar quantizers work on: a weight with its H, the levels its codes stand for, and the
+state of a fit.
 
-A weight is [G, R, P]: G groups of a grouped convolution, R inputs in decreasing order of H's diagonal, P outputs; parameters of the
-levels are [G, P, m], or [1, 1, m] where all outputs share them.
+A weight is [G, R, P]: G groups of a grouped convolution, R inputs in decreasing order of H's diagonal, P
+outputs; parameters of the levels are [G, P, m], or [1, 1, m] where all outputs share them.
 """
 
 from __future__ import annotations
@@ -18,14 +19,40 @@ from torch.nn.functional import one_hot
 from aquabit.quant.hessian import check_hessian, damped
 from aquabit.quant.scalar import as_rows, halves, lloyd
 
-SHARES = (1.0, 0.94, 0.88, 0.82, 0.76, 0.7, 0.64, 0.58, 0.52, 0.46, 0.4)  # of the full range, tried for a first grid
-DEVIATIONS = (1.0, 1.25, 1.5, 1.75, 2.0, 2.3, 2.6, 3.0, 3.5, 4.2)  # half ranges tried, in weighted standard deviations
+SHARES = (
+    1.0,
+    0.94,
+    0.88,
+    0.82,
+    0.76,
+    0.7,
+    0.64,
+    0.58,
+    0.52,
+    0.46,
+    0.4,
+)  # of the full range, tried for a first grid
+DEVIATIONS = (
+    1.0,
+    1.25,
+    1.5,
+    1.75,
+    2.0,
+    2.3,
+    2.6,
+    3.0,
+    3.5,
+    4.2,
+)  # half ranges tried, in weighted standard deviations
 
-Encoder = Callable[[Tensor, int], Tensor]  # the levels nearest to targets [G, 1, P] of column j; their codes are written on the way
+Encoder = Callable[
+    [Tensor, int], Tensor
+]  # the levels nearest to targets [G, 1, P] of column j; their codes are written on the way
 
 
 class State(NamedTuple):
-    """A fit: parameters and codes [G, R, P]; each row's loss [G, P]; H dW^T and, where ``Levels.moved`` has it, H codes, both [G, R, P]."""
+    """A fit: parameters and codes [G, R, P]; each row's loss [G, P]; H dW^T and, where ``Levels.moved``
+    has it, H codes, both [G, R, P]."""
 
     parameters: Tensor
     codes: Tensor
@@ -36,7 +63,8 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class Problem:
-    """A weight in the order in which error feedback goes through its inputs: ``weight`` [G, R, P] and H [G, R, R], or its diagonal [G, R].
+    """A weight in the order in which error feedback goes through its inputs: ``weight`` [G, R, P] and H [G,
+    R, R], or its diagonal [G, R].
 
     ``order`` [G, R] is each column's place in the stored row, ``product`` [G, R, P] is H W^T.
     """
@@ -75,7 +103,8 @@ class Problem:
 
 
 def problem_of(weight: Tensor, hessian: Tensor | None) -> Problem:
-    """Rows and H in one order: that of storage, then by decreasing diagonal of H (GPTQ's act-order). An H of zeros is the identity."""
+    """Rows and H in one order: that of storage, then by decreasing diagonal of H (GPTQ's act-order). An H
+    of zeros is the identity."""
     rows, h = as_rows(weight), check_hessian(hessian, weight)
     h = torch.stack([damped(each, 0.0) for each in h])
     place = torch.arange(rows.shape[1], device=h.device)
@@ -91,7 +120,8 @@ def problem_of(weight: Tensor, hessian: Tensor | None) -> Problem:
 
 
 class Affine:
-    """Levels scale * code + offset; parameters [G, P, 2 n]: n scales, then n offsets, one pair for each n-th part of a row."""
+    """Levels scale * code + offset; parameters [G, P, 2 n]: n scales, then n offsets, one pair for each
+    n-th part of a row."""
 
     shared, dtype = False, torch.float32
 
@@ -112,7 +142,8 @@ class Affine:
         return torch.addcmul(offset, scale, codes)
 
     def units(self, parameters: Tensor, values: Tensor) -> Tensor:
-        """``values`` in the unit a sweep works in: codes where a row has one scale, so that a level is a rounded number."""
+        """``values`` in the unit a sweep works in: codes where a row has one scale, so that a level is a
+        rounded number."""
         return values.clone() if self.n > 1 else self._fractions(parameters, values)
 
     def _fractions(self, parameters: Tensor, values: Tensor) -> Tensor:
@@ -137,7 +168,8 @@ class Affine:
         return self._fractions(parameters, target).round_().clamp_(0, self.steps)
 
     def moved(self, problem: Problem, codes: Tensor) -> Tensor | None:
-        """H codes where a row has one scale: then no other product with H is needed (around their middle, for float32's sake)."""
+        """H codes where a row has one scale: then no other product with H is needed (around their middle,
+        for float32's sake)."""
         return problem.times(codes - self.steps / 2) if self.n == 1 else None
 
     def image(self, problem: Problem, parameters: Tensor, codes: Tensor, moved: Tensor | None) -> Tensor:
@@ -163,7 +195,10 @@ class Affine:
         def solve(r: Tensor) -> Tensor:
             x, y = r.split(self.n, 2)
             scale = torch.where(regular, (c * x - b * y) / determinant, 0.0)
-            return torch.cat([scale, torch.where(regular, (a * y - b * x) / determinant, torch.where(c > 0, y / c, 0.0))], 2)
+            return torch.cat(
+                [scale, torch.where(regular, (a * y - b * x) / determinant, torch.where(c > 0, y / c, 0.0))],
+                2,
+            )
 
         return solve
 
@@ -176,17 +211,26 @@ class Affine:
         return parameters, codes
 
     def grid(self, weight: Tensor, mass: Tensor) -> Tensor:
-        """For each row and part the range of least squared error weighted by ``mass`` [G, R]: of the full range and shares of it
-        around its middle, and of multiples of the weighted deviation around the weighted mean (outliers may weigh nothing).
+        """For each row and part the range of least squared error weighted by ``mass`` [G, R]: of the full
+        range and shares of it around its middle, and of multiples of the weighted deviation around the
+        weighted mean (outliers may weigh nothing).
         """
         g, _, p = weight.shape
-        index, empty, h = self.part[..., None].expand_as(weight), weight.new_zeros(g, self.n, p), mass[..., None]
-        low, high = (empty.scatter_reduce(1, index, weight, r, include_self=False).transpose(1, 2) for r in ("amin", "amax"))
+        index, empty, h = (
+            self.part[..., None].expand_as(weight),
+            weight.new_zeros(g, self.n, p),
+            mass[..., None],
+        )
+        low, high = (
+            empty.scatter_reduce(1, index, weight, r, include_self=False).transpose(1, 2)
+            for r in ("amin", "amax")
+        )
         total, mean, square = ((self.members @ (h * weight**i)).transpose(1, 2) for i in range(3))
         mean, square = torch.where(total > 0, mean / total, 0.0), torch.where(total > 0, square / total, 0.0)
         deviation = (square - mean.square()).clamp_min(0).sqrt()
         full, normal = (
-            torch.cat([2 * half / self.steps, m - half], 2) for m, half in (((low + high) / 2, (high - low) / 2), (mean, deviation))
+            torch.cat([2 * half / self.steps, m - half], 2)
+            for m, half in (((low + high) / 2, (high - low) / 2), (mean, deviation))
         )
         best, least = halves(full), torch.full_like(low, torch.inf)
         for around, factor in [(full, f) for f in SHARES] + [(normal, f) for f in DEVIATIONS]:
@@ -241,9 +285,12 @@ class Table:
         return problem.times(self.decode(parameters, codes))
 
     def gradient(self, product: Tensor, codes: Tensor) -> Tensor:
-        """Derivative of <decoded, product> by the table; float64, below which float16 tables hide the order of a GPU's additions."""
+        """Derivative of <decoded, product> by the table; float64, below which float16 tables hide the
+        order of a GPU's additions."""
         g, _, p = codes.shape
-        sums = torch.zeros(g, self.k, p, dtype=torch.float64, device=codes.device).scatter_add_(1, codes, product.double())
+        sums = torch.zeros(g, self.k, p, dtype=torch.float64, device=codes.device).scatter_add_(
+            1, codes, product.double()
+        )
         return sums.sum((0, 2)).reshape(1, 1, -1) if self.shared else sums.transpose(1, 2)
 
     def preconditioner(self, diagonal: Tensor, codes: Tensor) -> Callable[[Tensor], Tensor]:
@@ -258,13 +305,19 @@ class Table:
     def sorted(self, parameters: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
         """Nearest levels are searched for in ascending tables."""
         table, order = parameters.sort(-1)
-        return (table, codes) if torch.equal(table, parameters) else (table, self.decode(order.argsort(dim=-1), codes).long())
+        return (
+            (table, codes)
+            if torch.equal(table, parameters)
+            else (table, self.decode(order.argsort(dim=-1), codes).long())
+        )
 
     def grid(self, weight: Tensor, mass: Tensor) -> Tensor:
         """Centres of a k-means weighted by ``mass`` [G, R]."""
         g, _, p = weight.shape
         tables = (1, 1) if self.shared else (g, p)
-        data, mass = (t.transpose(1, 2).reshape(prod(tables), -1) for t in (weight, mass[..., None].expand_as(weight)))
+        data, mass = (
+            t.transpose(1, 2).reshape(prod(tables), -1) for t in (weight, mass[..., None].expand_as(weight))
+        )
         return halves(lloyd(data, self.k, mass)).reshape(*tables, self.k)
 
 

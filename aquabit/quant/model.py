@@ -24,13 +24,23 @@ from aquabit.quant.layers import QuantConv2d, QuantLinear, Setting, quant_layer
 from aquabit.quant.ranges import RangeTables, Sample
 from aquabit.quant.sampling import Watcher
 from aquabit.quant.switch import settings_of, share_out_, switches
-from aquabit.scheme import FP, AquabitError, Calibration, LayerChoice, Progress, QuantConfig, Scheme, no_progress
+from aquabit.scheme import (
+    FP,
+    AquabitError,
+    Calibration,
+    LayerChoice,
+    Progress,
+    QuantConfig,
+    Scheme,
+    no_progress,
+)
 
 DECODED_LIMIT = 1 << 28  # bytes of decoded weights that a denoiser keeps
 
 
 def storage_dtype(tensor: Tensor) -> torch.dtype:
-    """The 16-bit type a full-precision tensor is saved in: its own, else float16, or bfloat16 where float16 would overflow."""
+    """The 16-bit type a full-precision tensor is saved in: its own, else float16, or bfloat16 where
+    float16 would overflow."""
     if tensor.dtype in (torch.float16, torch.bfloat16) or not tensor.is_floating_point():
         return tensor.dtype
     return torch.float16 if not tensor.numel() or float(tensor.abs().max()) <= 65504 else torch.bfloat16
@@ -42,8 +52,11 @@ def rounded(tensor: Tensor) -> Tensor:
 
 
 def fingerprint(denoiser: nn.Module) -> str:
-    """Hash of a denoiser's class, configuration and all its tensors: equal for equal models wherever they were loaded from."""
-    return fingerprint_of(denoiser, {name: stored_hash(tensor) for name, tensor in denoiser.state_dict().items()})
+    """Hash of a denoiser's class, configuration and all its tensors: equal for equal models wherever they
+    were loaded from."""
+    return fingerprint_of(
+        denoiser, {name: stored_hash(tensor) for name, tensor in denoiser.state_dict().items()}
+    )
 
 
 def stored_hash(tensor: Tensor) -> str:
@@ -52,30 +65,46 @@ def stored_hash(tensor: Tensor) -> str:
 
 
 def fingerprint_of(denoiser: nn.Module, hashes: Mapping[str, str]) -> str:
-    """The fingerprint of a model of this class and configuration whose tensors have these ``stored_hash``es."""
-    config = {k: v for k, v in dict(getattr(denoiser, "config", {})).items() if not k.startswith("_") and k != "quantization_config"}
-    body = hashlib.sha256(f"{type(denoiser).__name__} {json.dumps(config, sort_keys=True, default=str)}".encode())
+    """The fingerprint of a model of this class and configuration whose tensors have these
+    ``stored_hash``es."""
+    config = {
+        k: v
+        for k, v in dict(getattr(denoiser, "config", {})).items()
+        if not k.startswith("_") and k != "quantization_config"
+    }
+    body = hashlib.sha256(
+        f"{type(denoiser).__name__} {json.dumps(config, sort_keys=True, default=str)}".encode()
+    )
     for name, value in sorted(hashes.items()):
         body.update(f"{name} {value}".encode())
     return body.hexdigest()[:16]
 
 
 class QuantizedDenoiser:
-    """Wraps a denoiser in place: every layer of ``graph`` becomes a QuantLinear or QuantConv2d under its own name.
+    """Wraps a denoiser in place: every layer of ``graph`` becomes a QuantLinear or QuantConv2d under its own
+    name.
 
-    ``apply`` switches the layers that differ from the last configuration to decoded weights from the bank (dense mode);
-    ``pack`` switches to coded ones. Weights that the bank lacks are fitted, which for calibrated schemes takes ``record``, the denoiser
-    calls of a full-precision run, and static ranges take ``sample``, which makes images in it. Other tensors are rounded to their 16-bit
-    storage, so that dense and packed agree. Raises AquabitError for layers that the model does not have.
+    ``apply`` switches the layers that differ from the last configuration to decoded weights from the bank
+    (dense mode); ``pack`` switches to coded ones. Weights that the bank lacks are fitted, which for
+    calibrated schemes takes ``record``, the denoiser calls of a full-precision run, and static ranges take
+    ``sample``, which makes images in it. Other tensors are rounded to their 16-bit storage, so that dense and
+    packed agree. Raises AquabitError for layers that the model does not have.
     """
 
     def __init__(
-        self, denoiser: nn.Module, graph: nx.DiGraph, bank: Bank | None = None, fingerprint: str = "", record: Record | None = None,
+        self,
+        denoiser: nn.Module,
+        graph: nx.DiGraph,
+        bank: Bank | None = None,
+        fingerprint: str = "",
+        record: Record | None = None,
         sample: Sample | None = None,
-    ):  # fmt: skip
+    ):
         self.denoiser = denoiser
         self.uncalled = frozenset[str](graph.graph.get("uncalled", ()))
-        self.inputs = graph.graph.get("inputs")  # of an example call, described, where the class does not tell them
+        self.inputs = graph.graph.get(
+            "inputs"
+        )  # of an example call, described, where the class does not tell them
         self.partners = codebook_names(graph)
         self._fitter = None if bank is None else Fitter(self, bank, fingerprint, record, self.partners)
         self.layers: dict[str, QuantLinear | QuantConv2d] = {}
@@ -87,12 +116,19 @@ class QuantizedDenoiser:
         self._recent: dict[tuple[Any, ...], Tensor] = {}
         self._recent_bytes = 0
         self._attention = {n: a["attention"] for n, a in graph.nodes(data=True) if a.get("attention")}
-        self._range_tables = None if bank is None else RangeTables(self, bank, fingerprint, self._attention, sample)
+        self._range_tables = (
+            None if bank is None else RangeTables(self, bank, fingerprint, self._attention, sample)
+        )
         bad = [n for n, p in denoiser.named_parameters() if not bool(torch.isfinite(p).all())]
         if bad:
-            raise AquabitError(f"{bad[0]} holds NaN or Inf ({len(bad)} such tensors); the model file is damaged or overflowed its dtype")
+            raise AquabitError(
+                f"{bad[0]} holds NaN or Inf ({len(bad)} such tensors); the model file is damaged or"
+                " overflowed its dtype"
+            )
         with torch.no_grad():
-            for tensor in denoiser.state_dict().values():  # buffers that are not saved are made anew on loading, unrounded
+            for tensor in (
+                denoiser.state_dict().values()
+            ):  # buffers that are not saved are made anew on loading, unrounded
                 tensor.copy_(rounded(tensor))
         for name, node in graph.nodes(data=True):
             if node["kind"] != "merge":
@@ -104,7 +140,9 @@ class QuantizedDenoiser:
         try:
             module = self.denoiser.get_submodule(name)
         except AttributeError as error:
-            raise AquabitError(f"the model has no layer {name!r}; the graph belongs to another model") from error
+            raise AquabitError(
+                f"the model has no layer {name!r}; the graph belongs to another model"
+            ) from error
         layer = quant_layer(module, split)
         owner, _, leaf = name.rpartition(".")
         setattr(self.denoiser.get_submodule(owner), leaf, layer)
@@ -142,8 +180,13 @@ class QuantizedDenoiser:
         return self._need(name, config), config.calibration or Calibration()
 
     def coded(self, name: str, config: QuantConfig) -> CodebookWeight:
-        """A layer's coded weight: fine-tuned where the configuration is, else from the bank, fitted first where it is missing there."""
-        return self._fine_tuned(config)[name] if config.tuned else self.fitter.coded(self._need(name, config), config.calibration)
+        """A layer's coded weight: fine-tuned where the configuration is, else from the bank, fitted first
+        where it is missing there."""
+        return (
+            self._fine_tuned(config)[name]
+            if config.tuned
+            else self.fitter.coded(self._need(name, config), config.calibration)
+        )
 
     def _fine_tuned(self, config: QuantConfig) -> dict[str, CodebookWeight]:
         """The weights that a configuration was tuned to, from the bank; the last ones are kept."""
@@ -153,23 +196,29 @@ class QuantizedDenoiser:
         return self._tuned[1]
 
     def decoded(self, name: str, scheme: str | Scheme, like: QuantConfig) -> Tensor:
-        """A layer's weight as a scheme decodes it, fitted for the activation bits and the calibration that it has in ``like``."""
+        """A layer's weight as a scheme decodes it, fitted for the activation bits and the calibration that
+        it has in ``like``."""
         scheme = Scheme.parse(scheme)
         if scheme == FP:
             return self._full[name]
         choice = LayerChoice(scheme, like[name].act, self.partners.get(name) if scheme.shared else None)
-        return self._decoded(name, QuantConfig(like.fingerprint, {name: choice}, steps=like.steps, calibration=like.calibration))
+        return self._decoded(
+            name,
+            QuantConfig(like.fingerprint, {name: choice}, steps=like.steps, calibration=like.calibration),
+        )
 
     @contextmanager
     def gradients(self) -> Iterator[Callable[[str], Tensor]]:
-        """While it lasts the dense weights that are applied ask for gradients; what it gives returns that of a layer, in float32 (zeros
-        where nothing reached it)."""
+        """While it lasts the dense weights that are applied ask for gradients; what it gives returns that
+        of a layer, in float32 (zeros where nothing reached it)."""
         for layer in self.layers.values():
             layer.weight = layer.weight.detach().requires_grad_(True)
 
         def gradient(name: str) -> Tensor:
             weight = self.layers[name].weight
-            return torch.zeros_like(weight, dtype=torch.float32) if weight.grad is None else weight.grad.float()
+            return (
+                torch.zeros_like(weight, dtype=torch.float32) if weight.grad is None else weight.grad.float()
+            )
 
         try:
             yield gradient
@@ -183,7 +232,8 @@ class QuantizedDenoiser:
         self._held.pop(name, None)
 
     def _decoded(self, name: str, config: QuantConfig) -> Tensor:
-        """A decoded weight; the last ones used, up to DECODED_LIMIT bytes, are kept (decoding is 3 % of a small measurement)."""
+        """A decoded weight; the last ones used, up to DECODED_LIMIT bytes, are kept (decoding is 3 % of a
+        small measurement)."""
         key = self._identity(name, config)
         found = self._recent.pop(key, None)
         if found is None:
@@ -201,7 +251,11 @@ class QuantizedDenoiser:
         if config.tuned:
             self._fine_tuned(config)  # nothing of it is fitted
             return
-        wanted = [n for n, c in config.layers.items() if c.weight != FP and self._identity(n, config) not in self._recent]
+        wanted = [
+            n
+            for n, c in config.layers.items()
+            if c.weight != FP and self._identity(n, config) not in self._recent
+        ]
         needs = [self._need(n, config) for n in wanted]
         absent = [need for need in needs if self.fitter.found(need, config.calibration) is None]
         if absent:
@@ -210,20 +264,27 @@ class QuantizedDenoiser:
     def _check(self, config: QuantConfig) -> None:
         unknown = [n for n in config.layers if n not in self.layers]
         if unknown:
-            raise AquabitError(f"unknown layer {unknown[0]!r} in the configuration; the model's layers are listed by `aquabit inspect`")
+            raise AquabitError(
+                f"unknown layer {unknown[0]!r} in the configuration; the model's layers are listed by"
+                " `aquabit inspect`"
+            )
         for name, choice in config.layers.items():
             if name in self.uncalled and choice.weight != FP:
                 raise AquabitError(
-                    f"layer {name!r} cannot be {choice.weight}: the model reads its weight but never calls it; it must be fp"
+                    f"layer {name!r} cannot be {choice.weight}: the model reads its weight but never calls"
+                    " it; it must be fp"
                 )
             shared, own = choice.weight.shared, self.partners.get(name)
             if choice.codebook != (own if shared else None) or (shared and own is None):
                 known = f"its codebooks are {own!r}" if own else "it has no partner to share codebooks with"
                 known = known if shared else f"{choice.weight} shares none"
-                raise AquabitError(f"layer {name!r} at {choice.weight} names codebooks {choice.codebook!r}; {known}")
+                raise AquabitError(
+                    f"layer {name!r} at {choice.weight} names codebooks {choice.codebook!r}; {known}"
+                )
 
     def ranges(self, config: QuantConfig) -> dict[str, Tensor] | None:
-        """The static ranges of a configuration's layers, measured where the bank lacks them; None where ranges are dynamic."""
+        """The static ranges of a configuration's layers, measured where the bank lacks them; None where
+        ranges are dynamic."""
         if config.ranges == "dynamic":
             return None
         if self._range_tables is None:
@@ -238,7 +299,8 @@ class QuantizedDenoiser:
         share_out_(config, self.layers, self._settings(config))
 
     def watchers(self, config: QuantConfig) -> list[Watcher]:
-        """What has to follow the sampler while a configuration runs that was applied or packed; none where nothing depends on the step."""
+        """What has to follow the sampler while a configuration runs that was applied or packed; none where
+        nothing depends on the step."""
         return switches(config, self.layers, self._settings(config)) if config.total_steps is not None else []
 
     def _bank_in_use(self) -> AbstractContextManager[None]:
@@ -261,7 +323,10 @@ class QuantizedDenoiser:
                 full = self._full[name]
                 layer.set_dense_(full if choice.weight == FP else self._decoded(name, config), choice.weight)
                 self._held[name] = held
-        if not self._holds(config):  # a file of the bank was unreadable: fitting anew, with H, left full precision in the layers before
+        if not self._holds(
+            config
+            # a file of the bank was unreadable: fitting anew left the layers before in full precision
+        ):
             self._apply(config)
 
     @contextmanager
@@ -276,10 +341,14 @@ class QuantizedDenoiser:
     def _holds(self, config: QuantConfig) -> bool:
         """Whether every layer is as ``apply`` leaves it."""
         acts = {n: c.act if isinstance(c.act, int) else c.act[0] for n in self.layers for c in [config[n]]}
-        return all(layer.act == acts[n] and self._held[n] == self._identity(n, config) for n, layer in self.layers.items())
+        return all(
+            layer.act == acts[n] and self._held[n] == self._identity(n, config)
+            for n, layer in self.layers.items()
+        )
 
     def apply_packed(self, config: QuantConfig, accuracy: Accuracy = "fast") -> None:
-        """Packed mode for a while: as ``pack``, but full weights stay, so that ``apply`` leads back to dense mode."""
+        """Packed mode for a while: as ``pack``, but full weights stay, so that ``apply`` leads back to
+        dense mode."""
         self._check(config)
         with self._bank_in_use():
             self.prepare(config)
@@ -294,7 +363,8 @@ class QuantizedDenoiser:
                 self._held[name] = self._identity(name, config)
 
     def coded_weights(self, config: QuantConfig) -> dict[str, CodebookWeight]:
-        """The coded weights of a configuration, on the model's device; layers that share codebooks get the same tensor."""
+        """The coded weights of a configuration, on the model's device; layers that share codebooks get the
+        same tensor."""
         tables: dict[tuple[str | None, str], Tensor | None] = {}
         coded: dict[str, CodebookWeight] = {}
         for name, choice in config.layers.items():
@@ -302,12 +372,18 @@ class QuantizedDenoiser:
                 continue
             weight = self.coded(name, config).to(self._full[name].device)
             if choice.weight.shared:
-                weight = replace(weight, codebooks=tables.setdefault((choice.codebook, str(choice.weight)), weight.codebooks))
+                weight = replace(
+                    weight,
+                    codebooks=tables.setdefault((choice.codebook, str(choice.weight)), weight.codebooks),
+                )
             coded[name] = weight
         return coded
 
-    def pack(self, config: QuantConfig, accuracy: Accuracy = "fast", progress: Progress = no_progress) -> None:
-        """Packed mode: coded weights on the kernels; layers at ``fp`` keep their weight at 16 bits. Full weights are dropped.
+    def pack(
+        self, config: QuantConfig, accuracy: Accuracy = "fast", progress: Progress = no_progress
+    ) -> None:
+        """Packed mode: coded weights on the kernels; layers at ``fp`` keep their weight at 16 bits. Full
+        weights are dropped.
 
         Layers that share codebooks hold the same tensor.
         """

@@ -1,8 +1,10 @@
-"""Static ranges of activations: one per layer, or one per layer and step, measured while calibration images are made.
+"""Static ranges of activations: one per layer, or one per layer and step, measured while calibration images
+are made.
 
-They are measured in full precision, as H is: a range then depends on the model, the calibration and the number of bits alone, so that
-configurations share it and the bank keeps it. Softmax outputs stay dynamic: they are made inside attention, and a grid over [0, 1] would
-round the small probabilities of long sequences to zero.
+They are measured in full precision, as H is: a range then depends on the model, the calibration and the
+number of bits alone, so that configurations share it and the bank keeps it. Softmax outputs stay dynamic:
+they are made inside attention, and a grid over [0, 1] would round the small probabilities of long sequences
+to zero.
 """
 
 from __future__ import annotations
@@ -29,11 +31,14 @@ if TYPE_CHECKING:
     from aquabit.quant.model import QuantizedDenoiser
 
 Layer = QuantLinear | QuantConv2d
-Sample = Callable[[Calibration, Sequence[Watcher]], None]  # makes calibration images with the model as it is, followed by watchers
+Sample = Callable[
+    [Calibration, Sequence[Watcher]], None
+]  # makes calibration images with the model as it is, followed by watchers
 
 FORMAT = 2  # raised when the same images would give other ranges
-# Shares of values beyond either end of the ranges that are tried; 0: the smallest and the largest value. At a4 a hundredth has less squared
-# error still, but costs images 3 dB of PSNR (digits-unet): what is cut off matters most.
+# Shares of values beyond either end of the ranges that are tried; 0: the smallest and the largest value. At
+# a4 a hundredth has less squared error still, but costs images 3 dB of PSNR (digits-unet): what is cut off
+# matters most.
 TAILS = (0.0, 1e-5, 1e-4, 1e-3)
 KEPT = 1 << 26  # values that one measurement keeps, of all layers and steps (256 MB)
 QUANTILE_LIMIT = 1 << 23  # torch refuses more than twice as many
@@ -41,8 +46,9 @@ FEWEST, MOST = 256, 4096  # values kept of one tensor of one call
 
 
 def best_range(values: Tensor, low: float, high: float, bits: int, zero: bool) -> Range:
-    """Of [low, high] and the ranges between percentiles of ``values`` [n] (``TAILS``), the one with the least squared error at ``bits``;
-    with ``zero`` in it, as padding of convolutions asks. Raises AquabitError for ends that are not finite."""
+    """Of [low, high] and the ranges between percentiles of ``values`` [n] (``TAILS``), the one with the
+    least squared error at ``bits``; with ``zero`` in it, as padding of convolutions asks. Raises
+    AquabitError for ends that are not finite."""
     some = values[:: 1 + len(values) // QUANTILE_LIMIT]
     ends = some.quantile(torch.tensor([q for tail in TAILS[1:] for q in (tail, 1 - tail)]))
     tried = [(low, high), *((float(a), float(b)) for a, b in ends.reshape(-1, 2))]
@@ -59,19 +65,29 @@ class _Values:
 
     def add(self, x: Tensor, count: int) -> None:
         low, high = (float(end) for end in x.aminmax())
-        self.low, self.high = min(low, self.low), max(high, self.high)  # NaN stays where it comes first: it is refused below
+        self.low, self.high = (
+            min(low, self.low),
+            max(high, self.high),
+        )  # NaN stays where it comes first: it is refused below
         flat = x.detach().reshape(-1)
         if len(flat) > count:
-            flat = flat[torch.randint(len(flat), (count,), generator=torch.Generator().manual_seed(len(self.parts))).to(x.device)]
+            flat = flat[
+                torch.randint(
+                    len(flat), (count,), generator=torch.Generator().manual_seed(len(self.parts))
+                ).to(x.device)
+            ]
         self.parts.append(flat.float().cpu())
 
 
 class RangeRecorder(Watcher):
-    """Keeps values of the layers' inputs, and of the outputs of ``attention`` layers, by step; use ``watching`` around the sampling."""
+    """Keeps values of the layers' inputs, and of the outputs of ``attention`` layers, by step; use
+    ``watching`` around the sampling."""
 
     def __init__(self, layers: Mapping[str, Layer], attention: Collection[str], count: int):
         self.layers, self.attention, self.count, self.step, self.steps = layers, attention, count, 0, 0
-        self.values: dict[tuple[str, int], dict[int, _Values]] = defaultdict(lambda: defaultdict(_Values))  # by layer, part; by step
+        self.values: dict[tuple[str, int], dict[int, _Values]] = defaultdict(
+            lambda: defaultdict(_Values)
+        )  # by layer, part; by step
 
     def begin(self, scheduler: Any) -> None:
         self.steps = len(scheduler.timesteps)
@@ -93,8 +109,8 @@ class RangeRecorder(Watcher):
             self.values[name, part][self.step].add(tensor, self.count)
 
     def tables(self, bits: int) -> dict[str, Tensor]:
-        """Layer -> ranges [1 + steps, parts, 2] for a number of bits: over all steps, then of each; layers that did not run are left
-        out."""
+        """Layer -> ranges [1 + steps, parts, 2] for a number of bits: over all steps, then of each; layers
+        that did not run are left out."""
         ends: dict[str, list[list[Range]]] = {}
         for (name, _), by_step in sorted(self.values.items()):
             zero, every = isinstance(self.layers[name], QuantConv2d), list(by_step.values())
@@ -105,47 +121,84 @@ class RangeRecorder(Watcher):
     @staticmethod
     def _range(name: str, values: Iterable[_Values], bits: int, zero: bool) -> Range:
         kept = list(values)
-        low, high, sample = min(v.low for v in kept), max(v.high for v in kept), torch.cat([p for v in kept for p in v.parts])
+        low, high, sample = (
+            min(v.low for v in kept),
+            max(v.high for v in kept),
+            torch.cat([p for v in kept for p in v.parts]),
+        )
         if not -torch.inf < low <= high < torch.inf or not bool(torch.isfinite(sample).all()):
-            raise AquabitError(f"layer {name!r} meets NaN or Inf in full precision; no static range holds them")
+            raise AquabitError(
+                f"layer {name!r} meets NaN or Inf in full precision; no static range holds them"
+            )
         return best_range(sample, low, high, bits, zero)
 
 
 class RangeTables:
-    """Static ranges of a model's layers by calibration and bits: in memory, else from the bank, else measured."""
+    """Static ranges of a model's layers by calibration and bits: in memory, else from the bank, else
+    measured."""
 
-    def __init__(self, model: QuantizedDenoiser, bank: Bank, fingerprint: str, attention: Collection[str], sample: Sample | None):
-        self.model, self.bank, self.fingerprint, self.attention, self.sample = model, bank, fingerprint, attention, sample
+    def __init__(
+        self,
+        model: QuantizedDenoiser,
+        bank: Bank,
+        fingerprint: str,
+        attention: Collection[str],
+        sample: Sample | None,
+    ):
+        self.model, self.bank, self.fingerprint, self.attention, self.sample = (
+            model,
+            bank,
+            fingerprint,
+            attention,
+            sample,
+        )
         self._known: dict[tuple[str, int], dict[str, Tensor]] = {}
 
     def of(self, config: QuantConfig) -> dict[str, Tensor]:
-        """Layer -> ranges [parts, inputs + outputs, 2] of a configuration, a part for each step, group or all (``QuantConfig.range_part``).
+        """Layer -> ranges [parts, inputs + outputs, 2] of a configuration, a part for each step, group or all
+        (``QuantConfig.range_part``).
 
-        What is missing is measured, which leaves the model in full precision. Raises AquabitError where there is nothing to measure it on.
+        What is missing is measured, which leaves the model in full precision. Raises AquabitError where there
+        is nothing to measure it on.
         """
         calibration = config.calibration or Calibration()
-        widths = {bits for c in config.layers.values() for bits in ((c.act,) if isinstance(c.act, int) else c.act) if bits < 16}
+        widths = {
+            bits
+            for c in config.layers.values()
+            for bits in ((c.act,) if isinstance(c.act, int) else c.act)
+            if bits < 16
+        }
         self._find(calibration, widths)
-        return {name: self._table(config, name, calibration) for name in config.layers if config.range_parts(name)}
+        return {
+            name: self._table(config, name, calibration) for name in config.layers if config.range_parts(name)
+        }
 
     def _table(self, config: QuantConfig, name: str, calibration: Calibration) -> Tensor:
         act, rows = config[name].act, []
         for part in range(config.range_parts(name)):
             bits = act if isinstance(act, int) else act[config.group_of_part(part)]
-            known = min(b for b in ((act,) if isinstance(act, int) else act)) if bits == 16 else bits  # a16 rounds to no range: any will do
+            known = (
+                min(b for b in ((act,) if isinstance(act, int) else act)) if bits == 16 else bits
+            )  # a16 rounds to no range: any will do
             table = self._known[calibration.digest, known].get(name)
             if table is None:
-                raise AquabitError(f"layer {name!r} did not run during calibration, so that its static range is not known; give it a16")
+                raise AquabitError(
+                    f"layer {name!r} did not run during calibration, so that its static range is not known;"
+                    " give it a16"
+                )
             if config.ranges == "step" and part + 1 >= len(table):
                 raise AquabitError(
-                    f"calibration took {len(table) - 1} steps, ranges are asked for {config.total_steps}; give both the same number"
+                    f"calibration took {len(table) - 1} steps, ranges are asked for {config.total_steps};"
+                    " give both the same number"
                 )
             rows.append(table[1 + part if config.ranges == "step" else 0])
         return torch.stack(rows)
 
     def _find(self, calibration: Calibration, widths: Collection[int]) -> None:
         for bits in sorted(widths):
-            if (calibration.digest, bits) not in self._known and (stored := self._stored(calibration, bits)) is not None:
+            if (calibration.digest, bits) not in self._known and (
+                stored := self._stored(calibration, bits)
+            ) is not None:
                 self._known[calibration.digest, bits] = stored
         missing = [bits for bits in sorted(widths) if (calibration.digest, bits) not in self._known]
         if not missing:
@@ -157,7 +210,9 @@ class RangeTables:
 
     def _measured(self, calibration: Calibration) -> RangeRecorder:
         if self.sample is None:
-            raise AquabitError("static ranges need images to be measured on, and this model was opened without a pipeline")
+            raise AquabitError(
+                "static ranges need images to be measured on, and this model was opened without a pipeline"
+            )
         self.model.apply(QuantConfig("", {}))
         calls = 2 * len(self.model.layers) * calibration.steps * -(-calibration.images // 16)
         recorder = RangeRecorder(self.model.layers, self.attention, max(FEWEST, min(MOST, KEPT // calls)))
@@ -166,7 +221,10 @@ class RangeTables:
         return recorder
 
     def _path(self, calibration: Calibration, bits: int) -> Any:
-        return self.bank.folder / f"ranges-{digest([FORMAT, self.fingerprint, calibration.digest])}-a{bits}.safetensors"
+        return (
+            self.bank.folder
+            / f"ranges-{digest([FORMAT, self.fingerprint, calibration.digest])}-a{bits}.safetensors"
+        )
 
     def _stored(self, calibration: Calibration, bits: int) -> dict[str, Tensor] | None:
         try:

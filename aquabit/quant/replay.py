@@ -1,8 +1,10 @@
-"""Replay buffer: what a full-precision denoiser was asked while images were made, and what it answered, in batches, shuffled or in order.
+"""Replay buffer: what a full-precision denoiser was asked while images were made, and what it answered, in
+batches, shuffled or in order.
 
-A denoiser call is nested tensors. Those whose first dimension is the batch are taken apart into samples; the others belong to the whole
-call, and only samples whose calls agree in them share a batch. A timestep given once for a call is one number a sample where the denoiser
-takes that, which is tried: then a batch mixes steps.
+A denoiser call is nested tensors. Those whose first dimension is the batch are taken apart into samples; the
+others belong to the whole call, and only samples whose calls agree in them share a batch. A timestep given
+once for a call is one number a sample where the denoiser takes that, which is tried: then a batch mixes
+steps.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ AGREE = 1e-4  # relative difference up to which a denoiser answers the same
 
 @dataclass(frozen=True)
 class Recorded:
-    """One denoiser call and its output, tensors on the CPU: the ``step``-th call (from 0) of a ``run`` of the sampler."""
+    """One denoiser call and its output, tensors on the CPU: the ``step``-th call (from 0) of a ``run`` of
+    the sampler."""
 
     call: Call
     output: Tensor
@@ -36,7 +39,8 @@ class Recorded:
 
 @dataclass(frozen=True)
 class Recording:
-    """Calls in the order in which they were made; where guidance doubles a batch, which half is the conditional one."""
+    """Calls in the order in which they were made; where guidance doubles a batch, which half is the
+    conditional one."""
 
     calls: list[Recorded]
     conditional_first: bool = True
@@ -52,7 +56,8 @@ def first_tensor(result: Any) -> Tensor:
 
 
 def record_outputs(denoiser: nn.Module, runs: Sequence[Callable[[], object]]) -> list[Recorded]:
-    """Every denoiser call that ``runs`` make, with its output. Raises AquabitError where there is none, or one that is not finite."""
+    """Every denoiser call that ``runs`` make, with its output. Raises AquabitError where there is none, or
+    one that is not finite."""
     made: list[Recorded] = []
     place = [0, 0]
 
@@ -60,7 +65,9 @@ def record_outputs(denoiser: nn.Module, runs: Sequence[Callable[[], object]]) ->
         def copied(tensor: Tensor) -> Tensor:
             return tensor.detach().to("cpu", copy=True)
 
-        made.append(Recorded((mapped(args, copied), mapped(kwargs, copied)), copied(first_tensor(result)), *place))
+        made.append(
+            Recorded((mapped(args, copied), mapped(kwargs, copied)), copied(first_tensor(result)), *place)
+        )
         place[1] += 1
 
     handle = denoiser.register_forward_hook(see, with_kwargs=True)
@@ -71,10 +78,15 @@ def record_outputs(denoiser: nn.Module, runs: Sequence[Callable[[], object]]) ->
     finally:
         handle.remove()
     if not made:
-        raise AquabitError(f"no denoiser call was recorded from {len(runs)} micro-batches; fine-tuning needs images")
+        raise AquabitError(
+            f"no denoiser call was recorded from {len(runs)} micro-batches; fine-tuning needs images"
+        )
     bad = [r for r in made if not bool(torch.isfinite(r.output).all())]
     if bad:
-        raise AquabitError(f"the full-precision model returns NaN or infinity in step {bad[0].step} of its own images; it cannot teach")
+        raise AquabitError(
+            f"the full-precision model returns NaN or infinity in step {bad[0].step} of its own images; it"
+            " cannot teach"
+        )
     return made
 
 
@@ -87,8 +99,8 @@ def leaves(call: Any) -> list[Tensor]:
 
 @dataclass
 class _Kind:
-    """Samples that may share a batch. ``parts`` holds, for each tensor of the call, [samples, branches, ...], or None where it is shared
-    (then it stands in ``template``)."""
+    """Samples that may share a batch. ``parts`` holds, for each tensor of the call, [samples, branches,
+    ...], or None where it is shared (then it stands in ``template``)."""
 
     template: Call
     parts: list[Tensor | None]
@@ -96,15 +108,17 @@ class _Kind:
 
 
 class Replay:
-    """Samples of recorded calls, the last runs of them held out. ``branches``: 2 where a sample is a conditional and an unconditional
-    row of one call, which stay together (the conditional one first)."""
+    """Samples of recorded calls, the last runs of them held out. ``branches``: 2 where a sample is a
+    conditional and an unconditional row of one call, which stay together (the conditional one first)."""
 
     def __init__(self, recording: Recording, denoiser: nn.Module, branches: int = 1):
         calls = recording.calls
         self.branches, flip = branches, branches == 2 and not recording.conditional_first
         odd = [len(c.output) for c in calls if len(c.output) % branches]
         if odd:
-            raise AquabitError(f"a call of {odd[0]} rows is not two branches of guidance; fine-tune without guidance")
+            raise AquabitError(
+                f"a call of {odd[0]} rows is not two branches of guidance; fine-tune without guidance"
+            )
         spread = _spread(calls[0], denoiser)
         keys: dict[Any, list[int]] = {}
         split = [_split(c, spread) for c in calls]
@@ -114,11 +128,18 @@ class Replay:
         self.places: list[tuple[int, int, int]] = []  # (run, row, step) of each sample
         self._where: list[tuple[int, int]] = []  # (kind, index in it)
         self._calls: list[range] = []  # samples of each call
-        start = {i: n for members in keys.values() for i, n in zip(members, _starts(calls, members, branches), strict=True)}
+        start = {
+            i: n
+            for members in keys.values()
+            for i, n in zip(members, _starts(calls, members, branches), strict=True)
+        }
         kind_of = {i: k for k, members in enumerate(keys.values()) for i in members}
         for members in keys.values():
             columns = [[split[i][1][j] for i in members] for j in range(len(split[members[0]][1]))]
-            parts = [None if c[0] is None else torch.cat([_paired(t, branches, flip) for t in c if t is not None]) for c in columns]
+            parts = [
+                None if c[0] is None else torch.cat([_paired(t, branches, flip) for t in c if t is not None])
+                for c in columns
+            ]
             target = torch.cat([_paired(calls[i].output, branches, flip) for i in members])
             self.kinds.append(_Kind(split[members[0]][0], parts, target))
         for i, c in enumerate(calls):
@@ -128,7 +149,9 @@ class Replay:
             self._where += [(kind_of[i], start[i] + row) for row in range(rows)]
         runs = sorted({c.run for c in calls})
         if len(runs) < 2:
-            raise AquabitError("the replay buffer has one batch of images; fine-tuning needs two, since one is held out")
+            raise AquabitError(
+                "the replay buffer has one batch of images; fine-tuning needs two, since one is held out"
+            )
         held = set(runs[-max(1, len(runs) // HELD_OUT) :])
         self._held = [c.run in held for c in calls]
         self._epoch = lru_cache(1)(self._shuffled)
@@ -141,7 +164,8 @@ class Replay:
         return self._where[sample][0]
 
     def batch(self, samples: Sequence[int], device: torch.device) -> tuple[Call, Tensor]:
-        """A call of some samples (of one kind) and the outputs it should have, [branches * samples, ...]: one branch after the other."""
+        """A call of some samples (of one kind) and the outputs it should have, [branches * samples, ...]:
+        one branch after the other."""
         kind = self.kinds[self._where[samples[0]][0]]
         index = torch.tensor([self._where[s][1] for s in samples])
         waiting = iter(kind.parts)
@@ -208,14 +232,17 @@ def _paired(tensor: Tensor, branches: int, flip: bool) -> Tensor:
 
 
 def _split(recorded: Recorded, spread: set[int]) -> tuple[Call, list[Tensor | None], Any]:
-    """A call's template, its tensors that have one row a sample (None for the others), and what calls must agree in to share a batch."""
+    """A call's template, its tensors that have one row a sample (None for the others), and what calls must
+    agree in to share a batch."""
     rows, key, parts = len(recorded.output), list[Any](), list[Tensor | None]()
     for i, leaf in enumerate(leaves(recorded.call)):
         if i in spread:
             leaf = leaf.reshape(1).expand(rows)
         own = leaf.ndim > 0 and len(leaf) == rows
         parts.append(leaf if own else None)
-        key.append((leaf.dtype, tuple(leaf.shape[1:])) if own else (leaf.dtype, tuple(leaf.shape), weight_hash(leaf)))
+        key.append(
+            (leaf.dtype, tuple(leaf.shape[1:])) if own else (leaf.dtype, tuple(leaf.shape), weight_hash(leaf))
+        )
     plain = repr(mapped(recorded.call, lambda _: torch.empty(0)))
     return recorded.call, parts, (tuple(key), plain, tuple(recorded.output.shape[1:]))
 
@@ -225,7 +252,11 @@ def _spread(recorded: Recorded, denoiser: nn.Module) -> set[int]:
     """The single numbers of a call that the denoiser takes once a sample as well, with the same answer."""
     rows, found = len(recorded.output), set[int]()
     device = next(chain(denoiser.parameters(), denoiser.buffers())).device
-    single = [i for i, leaf in enumerate(leaves(recorded.call)) if leaf.numel() == 1 and (leaf.ndim == 0 or rows > 1)]
+    single = [
+        i
+        for i, leaf in enumerate(leaves(recorded.call))
+        if leaf.numel() == 1 and (leaf.ndim == 0 or rows > 1)
+    ]
     for i in single:
         count = iter(range(len(leaves(recorded.call))))
 

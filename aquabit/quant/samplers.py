@@ -1,5 +1,7 @@
-"""What a step of diffusers' samplers does with the denoiser's output: the noise level it starts from and ends at, the coefficient C of the
-output in the next sample, and the standard deviation s of the noise that it adds (PTQD, sections 3.2 and 3.3)."""
+"""What a step of diffusers' samplers does with the denoiser's output: the noise level it starts from and ends
+at, the coefficient C of the output in the next sample, and the standard deviation s of the noise that it adds
+(PTQD, sections 3.2 and 3.3).
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,12 @@ from aquabit.scheme import AquabitError
 
 @dataclass(frozen=True)
 class StepFacts:
-    """One step of a sampler. x = alpha x0 + sigma eps before it; ``alpha_next`` and ``sigma_next`` after it (with all noise that is added).
+    """One step of a sampler. x = alpha x0 + sigma eps before it; ``alpha_next`` and ``sigma_next`` after it
+    (with all noise that is added).
 
-    ``gain`` is d eps / d output: 1 where the denoiser predicts eps. ``coefficient`` (C) is d next sample / d output and ``noise`` (s) the
-    standard deviation of what is added, a number, or a tensor where the model predicts its own variance.
+    ``gain`` is d eps / d output: 1 where the denoiser predicts eps. ``coefficient`` (C) is d next sample / d
+    output and ``noise`` (s) the standard deviation of what is added, a number, or a tensor where the model
+    predicts its own variance.
     """
 
     alpha: float
@@ -35,7 +39,9 @@ class StepFacts:
         if prediction == "epsilon":
             return output
         if prediction == "v_prediction":
-            scale = (self.alpha**2 + self.sigma**2) ** 0.5  # 1, or that of a sampler which does not keep the variance
+            scale = (
+                self.alpha**2 + self.sigma**2
+            ) ** 0.5  # 1, or that of a sampler which does not keep the variance
             return (self.alpha / scale) * output + (self.sigma / scale**2) * sample
         if prediction in ("flow", "flow_prediction"):
             return sample + self.alpha * output  # the output is eps - x0, and alpha = 1 - sigma
@@ -44,11 +50,14 @@ class StepFacts:
 
 def prediction_type(scheduler: Any) -> str:
     """epsilon, v_prediction, sample, flow or flow_prediction."""
-    return "flow" if type(scheduler).__name__.startswith("FlowMatch") else str(scheduler.config.prediction_type)
+    return (
+        "flow" if type(scheduler).__name__.startswith("FlowMatch") else str(scheduler.config.prediction_type)
+    )
 
 
 def step_facts(scheduler: Any, timestep: Any, eta: float = 0.0, output: Tensor | None = None) -> StepFacts:
-    """Facts of the step that starts at ``timestep``, before it is made; ``output`` is needed where its variance channels are.
+    """Facts of the step that starts at ``timestep``, before it is made; ``output`` is needed where its
+    variance channels are.
 
     Raises AquabitError for a sampler that is not known.
     """
@@ -63,7 +72,8 @@ def _known(scheduler: Any) -> Callable[[Any, Any, float, Tensor | None], StepFac
 
 
 def _gain(prediction: str, alpha: float, sigma: float) -> float:
-    """d eps / d output for x = alpha x0 + sigma eps (v_prediction scaled as diffusers does where alpha = 1)."""
+    """d eps / d output for x = alpha x0 + sigma eps (v_prediction scaled as diffusers does where alpha =
+    1)."""
     if prediction == "epsilon":
         return 1.0
     if prediction == "v_prediction":
@@ -71,15 +81,20 @@ def _gain(prediction: str, alpha: float, sigma: float) -> float:
     if prediction == "sample":
         return -alpha / sigma
     raise AquabitError(
-        f"corrections are not defined for a denoiser that predicts {prediction!r}, only for epsilon, v_prediction and sample"
+        f"corrections are not defined for a denoiser that predicts {prediction!r}, only for epsilon,"
+        " v_prediction and sample"
     )
 
 
 def _x0_gain(prediction: str, alpha: float, sigma: float) -> float:
-    """d x0 / d output: what ``_gain`` implies, in a form that also holds without signal (alpha = 0), but for epsilon."""
+    """d x0 / d output: what ``_gain`` implies, in a form that also holds without signal (alpha = 0), but
+    for epsilon."""
     if prediction == "epsilon":
         if alpha == 0:
-            raise AquabitError("a denoiser that predicts epsilon says nothing at zero signal (rescale_betas_zero_snr); use v_prediction")
+            raise AquabitError(
+                "a denoiser that predicts epsilon says nothing at zero signal (rescale_betas_zero_snr); use"
+                " v_prediction"
+            )
         return -sigma / alpha
     return 1.0 if prediction == "sample" else -sigma / sqrt(alpha**2 + sigma**2)
 
@@ -91,7 +106,9 @@ def _ddim(scheduler: Any, timestep: Any, eta: float, output: Tensor | None) -> S
         float(scheduler.alphas_cumprod[t]),
         float(scheduler.alphas_cumprod[before] if before >= 0 else scheduler.final_alpha_cumprod),
     )
-    s = eta * sqrt(max(float(scheduler._get_variance(t, before)), 0.0))  # as DDIM itself has it; calling it changes nothing
+    s = eta * sqrt(
+        max(float(scheduler._get_variance(t, before)), 0.0)
+    )  # as DDIM itself has it; calling it changes nothing
     kind, alpha, sigma = scheduler.config.prediction_type, sqrt(now), sqrt(1 - now)
     gain = _gain(kind, alpha, sigma)
     coefficient = sqrt(max(1 - then - s * s, 0.0)) * gain + sqrt(then) * _x0_gain(kind, alpha, sigma)
@@ -101,11 +118,18 @@ def _ddim(scheduler: Any, timestep: Any, eta: float, output: Tensor | None) -> S
 def _ddpm(scheduler: Any, timestep: Any, eta: float, output: Tensor | None) -> StepFacts:
     t = int(timestep)
     before = int(scheduler.previous_timestep(t))
-    now, then = float(scheduler.alphas_cumprod[t]), float(scheduler.alphas_cumprod[before] if before >= 0 else scheduler.one)
+    now, then = (
+        float(scheduler.alphas_cumprod[t]),
+        float(scheduler.alphas_cumprod[before] if before >= 0 else scheduler.one),
+    )
     kind, alpha, sigma = scheduler.config.prediction_type, sqrt(now), sqrt(1 - now)
     gain = _gain(kind, alpha, sigma)
-    coefficient = sqrt(then) * (1 - now / then) / (1 - now) * _x0_gain(kind, alpha, sigma)  # DDPM, eq. 7: only x0 holds the output
-    return StepFacts(alpha, sigma, sqrt(then), sqrt(1 - then), gain, coefficient, _ddpm_noise(scheduler, t, output))
+    coefficient = (
+        sqrt(then) * (1 - now / then) / (1 - now) * _x0_gain(kind, alpha, sigma)
+    )  # DDPM, eq. 7: only x0 holds the output
+    return StepFacts(
+        alpha, sigma, sqrt(then), sqrt(1 - then), gain, coefficient, _ddpm_noise(scheduler, t, output)
+    )
 
 
 def _ddpm_noise(scheduler: Any, t: int, output: Tensor | None) -> float | Tensor:
@@ -113,10 +137,15 @@ def _ddpm_noise(scheduler: Any, t: int, output: Tensor | None) -> float | Tensor
     if t <= 0:
         return 0.0
     if scheduler.variance_type == "fixed_large_log":
-        raise AquabitError("DDPM with variance_type 'fixed_large_log' has no noise of its own (the root of a logarithm); use fixed_large")
+        raise AquabitError(
+            "DDPM with variance_type 'fixed_large_log' has no noise of its own (the root of a logarithm); use"
+            " fixed_large"
+        )
     learned = scheduler.variance_type in ("learned", "learned_range")
     if learned and (output is None or output.shape[1] % 2):
-        raise AquabitError(f"DDPM with variance_type {scheduler.variance_type!r} needs a denoiser that predicts its variance")
+        raise AquabitError(
+            f"DDPM with variance_type {scheduler.variance_type!r} needs a denoiser that predicts its variance"
+        )
     predicted = output[:, output.shape[1] // 2 :] if learned and output is not None else None
     variance = scheduler._get_variance(t, predicted_variance=predicted)
     if scheduler.variance_type == "fixed_small_log":
@@ -129,7 +158,11 @@ def _ddpm_noise(scheduler: Any, t: int, output: Tensor | None) -> float | Tensor
 def _sigmas(scheduler: Any, timestep: Any) -> tuple[float, float]:
     index = scheduler.step_index
     if index is None:
-        index = scheduler.begin_index if scheduler.begin_index is not None else scheduler.index_for_timestep(timestep)
+        index = (
+            scheduler.begin_index
+            if scheduler.begin_index is not None
+            else scheduler.index_for_timestep(timestep)
+        )
     return float(scheduler.sigmas[index]), float(scheduler.sigmas[index + 1])
 
 
@@ -149,7 +182,10 @@ def _euler_ancestral(scheduler: Any, timestep: Any, eta: float, output: Tensor |
 def _dpm(scheduler: Any, timestep: Any, eta: float, output: Tensor | None) -> StepFacts:
     """First order; the coefficient of a multistep update's newest output is another, see ``refuses``."""
     if scheduler.config.algorithm_type not in ("dpmsolver++", "sde-dpmsolver++"):
-        raise AquabitError(f"corrections are defined for dpmsolver++ and sde-dpmsolver++, not for {scheduler.config.algorithm_type!r}")
+        raise AquabitError(
+            "corrections are defined for dpmsolver++ and sde-dpmsolver++, not for"
+            f" {scheduler.config.algorithm_type!r}"
+        )
     (alpha, sigma), (alpha_next, sigma_next) = (
         tuple(float(v) for v in scheduler._sigma_to_alpha_sigma_t(torch.tensor(s, dtype=torch.float64)))
         for s in _sigmas(scheduler, timestep)
@@ -187,7 +223,10 @@ ADDS_NOISE = (
     "DPMSolverMultistepScheduler",
     "FlowMatchEulerDiscreteScheduler",
 )
-MATCHED = ("DDIMScheduler", "EulerDiscreteScheduler")  # a deterministic step of the form sqrt(sigma_next^2 - s^2) eps
+MATCHED = (
+    "DDIMScheduler",
+    "EulerDiscreteScheduler",
+)  # a deterministic step of the form sqrt(sigma_next^2 - s^2) eps
 
 
 def refuses(scheduler: Any, corrections: tuple[str, ...]) -> str | None:
@@ -200,7 +239,10 @@ def refuses(scheduler: Any, corrections: tuple[str, ...]) -> str | None:
     residual = [c for c in corrections if c in ("vsc", "match", "qdrift")]
     clipped = [k for k in ("clip_sample", "thresholding") if scheduler.config.get(k)]
     if residual and clipped:
-        return f"{residual[0]} needs samples that are not clipped, but {name} has {clipped[0]}=True; set it to False"
+        return (
+            f"{residual[0]} needs samples that are not clipped, but {name} has {clipped[0]}=True; set it to"
+            " False"
+        )
     if "vsc" in corrections:
         return _refuses_vsc(scheduler, name)
     if residual and name not in MATCHED:
@@ -213,7 +255,10 @@ def refuses_eta(scheduler: Any, corrections: tuple[str, ...], eta: float) -> str
     if type(scheduler).__name__ != "DDIMScheduler":
         return None
     if "vsc" in corrections and not eta:
-        return "vsc takes variance from the noise that a sampler adds, and DDIM with eta 0 adds none; use cnc+bc or match"
+        return (
+            "vsc takes variance from the noise that a sampler adds, and DDIM with eta 0 adds none; use cnc+bc"
+            " or match"
+        )
     residual = [c for c in corrections if c in ("match", "qdrift")]
     if residual and eta:
         return f"{residual[0]} is defined for a deterministic sampler, but eta is {eta:g}; use eta 0, or vsc"
@@ -225,12 +270,18 @@ def _refuses_vsc(scheduler: Any, name: str) -> str | None:
         return f"vsc takes variance from the noise that a sampler adds, and {name} adds none; use cnc+bc"
     if name == "DPMSolverMultistepScheduler":
         if not str(scheduler.config.algorithm_type).startswith("sde"):
-            return f"vsc needs a sampler that adds noise, and {scheduler.config.algorithm_type} adds none; use sde-dpmsolver++ or cnc+bc"
+            return (
+                f"vsc needs a sampler that adds noise, and {scheduler.config.algorithm_type} adds none; use"
+                " sde-dpmsolver++ or cnc+bc"
+            )
         if scheduler.config.solver_order != 1:
             return (
-                f"vsc is defined for first-order steps: in a step of order {scheduler.config.solver_order} the noise of earlier outputs "
-                "comes again; use solver_order=1 or cnc+bc"
+                f"vsc is defined for first-order steps: in a step of order {scheduler.config.solver_order}"
+                " the noise of earlier outputs comes again; use solver_order=1 or cnc+bc"
             )
     if name == "FlowMatchEulerDiscreteScheduler" and not scheduler.config.stochastic_sampling:
-        return f"vsc needs a sampler that adds noise, and {name} adds none unless stochastic_sampling; use cnc+bc"
+        return (
+            f"vsc needs a sampler that adds noise, and {name} adds none unless stochastic_sampling; use"
+            " cnc+bc"
+        )
     return None

@@ -1,4 +1,5 @@
-"""Following a pipeline's sampler: which step runs, what the denoiser returns in it, and what the scheduler makes of that."""
+"""Following a pipeline's sampler: which step runs, what the denoiser returns in it, and what the scheduler
+makes of that."""
 
 from __future__ import annotations
 
@@ -22,19 +23,22 @@ class Watcher:
         """The denoiser is about to run in ``step`` (from 0)."""
 
     def output(self, step: int, call: int, output: Tensor) -> Tensor:
-        """The denoiser's raw output of its ``call``-th call (from 0) in ``step``, or what is to replace it."""
+        """The denoiser's raw output of its ``call``-th call (from 0) in ``step``, or what is to replace
+        it."""
         return output
 
     def advance(self, step: int, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The scheduler's step; ``run`` is the one to call, with its own arguments (model_output, timestep, sample, ...)."""
+        """The scheduler's step; ``run`` is the one to call, with its own arguments (model_output,
+        timestep, sample, ...)."""
         return run(*args, **kwargs)
 
 
 class Sampling:
-    """Tells watchers about the sampling of one pipeline: ``attach`` to its scheduler and denoiser, ``detach`` from both.
+    """Tells watchers about the sampling of one pipeline: ``attach`` to its scheduler and denoiser, ``detach``
+    from both.
 
-    Steps are counted: they are the calls of the scheduler's ``step`` since its ``set_timesteps``. Watchers see the denoiser's output in
-    order, and wrap the scheduler's step so that the first is the outermost.
+    Steps are counted: they are the calls of the scheduler's ``step`` since its ``set_timesteps``. Watchers
+    see the denoiser's output in order, and wrap the scheduler's step so that the first is the outermost.
     """
 
     def __init__(self, watchers: Sequence[Watcher]):
@@ -46,7 +50,10 @@ class Sampling:
     def attach(self, denoiser: nn.Module, scheduler: Any) -> None:
         self.detach()
         self.step = self.calls = 0
-        self._handles = [denoiser.register_forward_pre_hook(self._before), denoiser.register_forward_hook(self._after)]
+        self._handles = [
+            denoiser.register_forward_pre_hook(self._before),
+            denoiser.register_forward_hook(self._after),
+        ]
         self._scheduler = scheduler
         for name, run in (("set_timesteps", self._set_timesteps), ("step", self._advance)):
             setattr(scheduler, name, _Followed(run, getattr(scheduler, name), vars(scheduler).get(name)))
@@ -57,7 +64,9 @@ class Sampling:
         self._handles = []
         for name in ("set_timesteps", "step"):
             now = vars(self._scheduler).get(name) if self._scheduler is not None else None
-            while isinstance(now, _Followed) and now.run.__self__ is not self:  # who attached later and is still there
+            while (
+                isinstance(now, _Followed) and now.run.__self__ is not self
+            ):  # who attached later and is still there
                 now = now.before
             if isinstance(now, _Followed):
                 now.leave(self._scheduler, name)
@@ -106,8 +115,9 @@ class Sampling:
 class _Followed:
     """A scheduler's method while it is followed: ``run`` gets the ``original`` one and its arguments.
 
-    An object and no closure, so that a deep copy of a pipeline follows the copied scheduler, not the one that it was copied from.
-    ``before`` is what the scheduler had as an attribute of its own: another's, or None where that is the class's method.
+    An object and no closure, so that a deep copy of a pipeline follows the copied scheduler, not the one that
+    it was copied from. ``before`` is what the scheduler had as an attribute of its own: another's, or None
+    where that is the class's method.
     """
 
     def __init__(self, run: Any, original: Callable[..., Any], before: Any):
@@ -145,8 +155,8 @@ def following(denoiser: nn.Module, scheduler: Any, watchers: Sequence[Watcher]) 
 
 
 def follow_(denoiser: nn.Module, scheduler: Any, watchers: Sequence[Watcher]) -> None:
-    """Watchers take part in sampling for good, instead of those that did; ``refollow_`` after the scheduler was replaced, or where there
-    was none yet (None)."""
+    """Watchers take part in sampling for good, instead of those that did; ``refollow_`` after the
+    scheduler was replaced, or where there was none yet (None)."""
     found: Sampling | None = getattr(denoiser, FOLLOWED, None)
     if found is not None:
         found.detach()

@@ -1,4 +1,5 @@
-"""Scalar quantizers: uniform (USQ) per output channel or group, and k-means (VQ) over the tensor or per output channel."""
+"""Scalar quantizers: uniform (USQ) per output channel or group, and k-means (VQ) over the tensor or per
+output channel."""
 
 from __future__ import annotations
 
@@ -17,19 +18,23 @@ LLOYD_ITERATIONS = 60
 
 
 def as_rows(weight: Tensor) -> Tensor:
-    """A weight as [out, row] float32: a Linear as it is, a convolution in the order (kh, kw, cin), cin fastest."""
+    """A weight as [out, row] float32: a Linear as it is, a convolution in the order (kh, kw, cin), cin
+    fastest."""
     if weight.ndim not in (2, 4):
-        raise AquabitError(f"a weight has shape {list(weight.shape)}; it must be [out, in] or [out, in, kh, kw]")
+        raise AquabitError(
+            f"a weight has shape {list(weight.shape)}; it must be [out, in] or [out, in, kh, kw]"
+        )
     wide = weight.detach().float()
     return wide if weight.ndim == 2 else wide.permute(0, 2, 3, 1).reshape(weight.shape[0], -1)
 
 
 def uniform(weight: Tensor, scheme: Scheme) -> CodebookWeight:
-    """Affine codes {0 .. 2^b - 1} with a scale and an offset per row, or for each of n = ceil(row / ``scheme.group``) groups of inputs.
+    """Affine codes {0 .. 2^b - 1} with a scale and an offset per row, or for each of n = ceil(row /
+    ``scheme.group``) groups of inputs.
 
-    Groups are as decoding has them, ceil(row / n) inputs each: where ``scheme.group`` does not divide a row, they come out more even.
-    Each range is shrunk towards its middle by the factor, of CLIP_STEPS tried, with the least squared error after scale and offset
-    are rounded to float16.
+    Groups are as decoding has them, ceil(row / n) inputs each: where ``scheme.group`` does not divide a row,
+    they come out more even. Each range is shrunk towards its middle by the factor, of CLIP_STEPS tried, with
+    the least squared error after scale and offset are rounded to float16.
     """
     rows = as_rows(weight)
     out, row = rows.shape
@@ -46,11 +51,20 @@ def uniform(weight: Tensor, scheme: Scheme) -> CodebookWeight:
         s, o = halves(2 * half / steps), halves(middle - half)
         error = (_codes(padded, s, o, steps) * s + o - padded).nan_to_num().square().sum(1, keepdim=True)
         better = error < best
-        best, scale, offset = torch.where(better, error, best), torch.where(better, s, scale), torch.where(better, o, offset)
+        best, scale, offset = (
+            torch.where(better, error, best),
+            torch.where(better, s, scale),
+            torch.where(better, o, offset),
+        )
     codes = _codes(padded, scale, offset, steps).nan_to_num().reshape(out, n * size)[:, :row]
     shape = (out,) if n == 1 else (out, n)
     return CodebookWeight.from_codes(
-        codes.t().to(torch.int32)[:, None], None, scale.reshape(shape), offset.reshape(shape), tuple(weight.shape), scheme.bits
+        codes.t().to(torch.int32)[:, None],
+        None,
+        scale.reshape(shape),
+        offset.reshape(shape),
+        tuple(weight.shape),
+        scheme.bits,
     )
 
 
@@ -64,22 +78,29 @@ def _codes(x: Tensor, scale: Tensor, offset: Tensor, steps: int) -> Tensor:
 
 
 def kmeans(weight: Tensor, scheme: Scheme) -> CodebookWeight:
-    """2^b values chosen by one-dimensional k-means, shared by the tensor or, for ``vq*c``, by an output channel."""
+    """2^b values chosen by one-dimensional k-means, shared by the tensor or, for ``vq*c``, by an output
+    channel."""
     rows = as_rows(weight)
     data = rows if scheme.per_channel else rows.reshape(1, -1)
     centres = halves(lloyd(data, 1 << scheme.bits)).sort(1).values
     boundaries = (centres[:, 1:] + centres[:, :-1]) / 2
     codes = torch.searchsorted(boundaries.contiguous(), data.contiguous()).reshape(rows.shape)
     return CodebookWeight.from_codes(
-        codes.t().to(torch.int32)[:, None], centres[:, None, :, None], None, None, tuple(weight.shape), scheme.bits
+        codes.t().to(torch.int32)[:, None],
+        centres[:, None, :, None],
+        None,
+        None,
+        tuple(weight.shape),
+        scheme.bits,
     )
 
 
 def lloyd(data: Tensor, k: int, mass: Tensor | None = None) -> Tensor:
-    """Centres [n, k] of a one-dimensional k-means per row of ``data`` [n, m], from quantiles and from an even grid, the better kept.
+    """Centres [n, k] of a one-dimensional k-means per row of ``data`` [n, m], from quantiles and from an even
+    grid, the better kept.
 
-    Points weigh ``mass`` [n, m], one each where it is None. On sorted values a cluster is an interval, so an iteration costs k binary
-    searches in prefix sums (float64), not n * m * k.
+    Points weigh ``mass`` [n, m], one each where it is None. On sorted values a cluster is an interval, so an
+    iteration costs k binary searches in prefix sums (float64), not n * m * k.
     """
     ordered, index = data.contiguous().sort(1)
     ordered = ordered.double()

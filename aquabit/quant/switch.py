@@ -1,4 +1,5 @@
-"""Activations that change while sampling: the settings of every layer in every step, and the watcher that switches between them."""
+"""Activations that change while sampling: the settings of every layer in every step, and the watcher that
+switches between them."""
 
 from __future__ import annotations
 
@@ -15,16 +16,29 @@ Layers = Mapping[str, QuantLinear | QuantConv2d]
 
 
 def settings_of(
-    config: QuantConfig, layers: Layers, attention: Collection[str], ranges: Mapping[str, Tensor] | None = None
+    config: QuantConfig,
+    layers: Layers,
+    attention: Collection[str],
+    ranges: Mapping[str, Tensor] | None = None,
 ) -> dict[str, list[Setting]]:
-    """Layer -> its settings in each step, or one where they never change. ``attention`` names the layers whose outputs are quantized too
-    (Q, K, V); ``ranges`` maps layers to static ranges [1 or parts, inputs + outputs, 2] as ``QuantConfig.range_part`` counts them."""
+    """Layer -> its settings in each step, or one where they never change. ``attention`` names the layers
+    whose outputs are quantized too (Q, K, V); ``ranges`` maps layers to static ranges [1 or parts, inputs +
+    outputs, 2] as ``QuantConfig.range_part`` counts them.
+    """
     total = config.total_steps
-    return {name: _rows(config, name, layer, name in attention, (ranges or {}).get(name), total) for name, layer in layers.items()}
+    return {
+        name: _rows(config, name, layer, name in attention, (ranges or {}).get(name), total)
+        for name, layer in layers.items()
+    }
 
 
 def _rows(
-    config: QuantConfig, name: str, layer: QuantLinear | QuantConv2d, output: bool, table: Tensor | None, total: int | None
+    config: QuantConfig,
+    name: str,
+    layer: QuantLinear | QuantConv2d,
+    output: bool,
+    table: Tensor | None,
+    total: int | None,
 ) -> list[Setting]:
     act = config[name].act
     inputs = input_parts(layer)
@@ -69,11 +83,13 @@ class StepSwitch(Watcher):
         count = len(scheduler.timesteps)
         if count != self.total:
             raise AquabitError(
-                f"this configuration's activations are set for {self.total} steps, not for {count}; sample with {self.total} steps"
+                f"this configuration's activations are set for {self.total} steps, not for {count}; sample"
+                f" with {self.total} steps"
             )
 
     def before(self, step: int) -> None:
-        """Set at every call: a layer may have been set otherwise since the last one (full precision sees the same inputs, say)."""
+        """Set at every call: a layer may have been set otherwise since the last one (full precision sees
+        the same inputs, say)."""
         for layer, rows in self.changing:
             layer.set_activations_(rows[min(step, self.total - 1)])
 

@@ -1,4 +1,5 @@
-"""What a model asks of the kernels on this machine: its requests, their times, and the dense copies that are worth their memory."""
+"""What a model asks of the kernels on this machine: its requests, their times, and the dense copies that
+are worth their memory."""
 
 from __future__ import annotations
 
@@ -25,7 +26,9 @@ COPIES = 0.25  # of the dense size: at most so much for copies
 GAIN = 1.03  # a copy is kept where coded kernels take so many times as long
 
 Layers = Mapping[str, QuantLinear | QuantConv2d]
-Asked = dict[str, dict[Request, float]]  # layer -> its requests in one denoiser call, and how often (on average over the steps)
+Asked = dict[
+    str, dict[Request, float]
+]  # layer -> its requests in one denoiser call, and how often (on average over the steps)
 
 
 def layers_of(denoiser: nn.Module) -> dict[str, QuantLinear | QuantConv2d]:
@@ -34,8 +37,9 @@ def layers_of(denoiser: nn.Module) -> dict[str, QuantLinear | QuantConv2d]:
 
 
 def example_call(denoiser: nn.Module, described: Mapping[str, Any] | None = None) -> Callable[[], object]:
-    """One call of a denoiser with one sample at the model's own size, inputs random; ``described`` inputs (``graph.describe_inputs``) where
-    the class does not tell them. Raises AquabitError for a class that is not known without."""
+    """One call of a denoiser with one sample at the model's own size, inputs random; ``described`` inputs
+    (``graph.describe_inputs``) where the class does not tell them. Raises AquabitError for a class that is
+    not known without."""
     first = next((t for t in denoiser.parameters() if t.is_floating_point()), None)
     dtype, device = (first.dtype, first.device) if first is not None else (torch.float32, torch.device("cpu"))
     dtype = getattr(denoiser, "dtype", dtype)
@@ -62,8 +66,8 @@ def example_call(denoiser: nn.Module, described: Mapping[str, Any] | None = None
 
 
 def requests_of(layers: Layers, call: Callable[[], object]) -> Asked:
-    """What ``call`` asks of the kernels: for coded layers as they run, for others with the format "not coded"; where activation bits change
-    while sampling, at all of them by their share of the steps."""
+    """What ``call`` asks of the kernels: for coded layers as they run, for others with the format "not
+    coded"; where activation bits change while sampling, at all of them by their share of the steps."""
     found: Asked = {name: {} for name in layers}
 
     def see(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -89,28 +93,34 @@ def _request(layer: QuantLinear | QuantConv2d, x: Tensor, act: int) -> Request:
     if isinstance(layer, QuantLinear):
         return linear_request(x, form, layer.accuracy, act)
     x, padding = padded(x if x.ndim == 4 else x[None], layer.padding, layer.dilation, layer.shape[2:])
-    return conv2d_request(x, form, layer.stride, padding, layer.dilation, layer.groups, layer.accuracy, act, layer.split)
+    return conv2d_request(
+        x, form, layer.stride, padding, layer.dilation, layer.groups, layer.accuracy, act, layer.split
+    )
 
 
 def tune(layers: Layers, call: Callable[[], object], progress: Progress = no_progress) -> Asked:
-    """Measure what this machine's table lacks of the requests that ``call`` makes; returns the requests of every layer."""
+    """Measure what this machine's table lacks of the requests that ``call`` makes; returns the requests of
+    every layer."""
     asked = requests_of(layers, call)
     measure_missing((r for row in asked.values() for r in row), progress)
     return asked
 
 
-def milliseconds(asked: Mapping[Request, float], times: Mapping[str, Mapping[str, float]], packed: bool = True) -> float:
+def milliseconds(
+    asked: Mapping[Request, float], times: Mapping[str, Mapping[str, float]], packed: bool = True
+) -> float:
     """What a layer takes in one denoiser call."""
     return 1e3 * sum(count * best_of(times[r.key], packed) for r, count in asked.items())
 
 
-# ---- memory ----------------------------------------------------------------------------------------------------------------------------
+# ---- memory
+# ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Placement:
-    """How a packed model runs: layers by backend, what their weights hold in memory, what dense ones would, both in bytes, and the layers
-    that keep a dense copy."""
+    """How a packed model runs: layers by backend, what their weights hold in memory, what dense ones
+    would, both in bytes, and the layers that keep a dense copy."""
 
     backends: Mapping[str, int]
     resident: int
@@ -118,9 +128,12 @@ class Placement:
     copies: tuple[str, ...] = ()
 
 
-def place_(layers: Layers, call: Callable[[], object], memory: str = "packed", progress: Progress = no_progress) -> Placement:
-    """Time the kernels for what ``call`` asks, keep dense copies as ``memory`` says ("packed": none; "auto": those that save most time per
-    byte, up to a quarter of the dense size), and say what runs where."""
+def place_(
+    layers: Layers, call: Callable[[], object], memory: str = "packed", progress: Progress = no_progress
+) -> Placement:
+    """Time the kernels for what ``call`` asks, keep dense copies as ``memory`` says ("packed": none;
+    "auto": those that save most time per byte, up to a quarter of the dense size), and say what runs
+    where."""
     if memory not in MEMORY:
         raise AquabitError(f"memory {memory!r} is unknown; it must be {' or '.join(MEMORY)}")
     for layer in layers.values():
@@ -130,7 +143,9 @@ def place_(layers: Layers, call: Callable[[], object], memory: str = "packed", p
     copies = worth_copying(layers, asked, dtype) if memory == "auto" else ()
     for name in copies:
         layers[name].keep_dense_(dtype)
-    return Placement(ran(layers, call), resident_bytes(layers.values()), _dense_bytes(layers.values(), dtype), copies)
+    return Placement(
+        ran(layers, call), resident_bytes(layers.values()), _dense_bytes(layers.values(), dtype), copies
+    )
 
 
 def _dtype(asked: Asked) -> torch.dtype:
@@ -144,7 +159,8 @@ def _dense_bytes(layers: Iterable[QuantLinear | QuantConv2d], dtype: torch.dtype
 
 
 def worth_copying(layers: Layers, asked: Asked, dtype: torch.dtype) -> tuple[str, ...]:
-    """The layers whose dense copies save time, by time saved per byte, as far as a quarter of the dense size goes."""
+    """The layers whose dense copies save time, by time saved per byte, as far as a quarter of the dense
+    size goes."""
     times = measure_missing(r for row in asked.values() for r in row)
     room, gains = COPIES * _dense_bytes(layers.values(), dtype), []
     for name, row in asked.items():
@@ -164,14 +180,21 @@ def worth_copying(layers: Layers, asked: Asked, dtype: torch.dtype) -> tuple[str
 
 
 def ran(layers: Layers, call: Callable[[], object]) -> dict[str, int]:
-    """Layers by the backend that ``call`` runs them on ("full": not coded); one that runs on several counts for its last."""
-    names, found = {id(layer.held): name for name, layer in layers.items() if layer.held is not None}, dict.fromkeys(layers, "full")
-    with observed(lambda weight, _, backend: found.update({names[id(weight)]: backend} if id(weight) in names else {})):
+    """Layers by the backend that ``call`` runs them on ("full": not coded); one that runs on several
+    counts for its last."""
+    names, found = (
+        {id(layer.held): name for name, layer in layers.items() if layer.held is not None},
+        dict.fromkeys(layers, "full"),
+    )
+    with observed(
+        lambda weight, _, backend: found.update({names[id(weight)]: backend} if id(weight) in names else {})
+    ):
         call()
     return dict(Counter(found.values()).most_common())
 
 
-# ---- what layers would take --------------------------------------------------------------------------------------------------------------
+# ---- what layers would take
+# ------------------------------------------------------------------------------------------------------------
 
 
 @cache
@@ -183,10 +206,14 @@ def format_for(scheme: Scheme, shape: tuple[int, ...]) -> Format:
     if scheme.kind == "usq":
         form = Format(shape, scheme.bits, 1, 1, "inputs", "uniform", -(-row // (scheme.group or row)), True)
     elif scheme.kind == "vq":
-        form = Format(shape, scheme.bits, 1, 1, "inputs", "channel" if scheme.per_channel else "shared", None, False)
+        form = Format(
+            shape, scheme.bits, 1, 1, "inputs", "channel" if scheme.per_channel else "shared", None, False
+        )
     else:
         order: Literal["inputs", "kernel"] = "kernel" if scheme.group is None and area > 1 else "inputs"
-        form = Format(shape, scheme.bits, scheme.codebooks, scheme.group_size(area), order, "shared", 1, False)
+        form = Format(
+            shape, scheme.bits, scheme.codebooks, scheme.group_size(area), order, "shared", 1, False
+        )
     return replace(form, unarranged=arranges(hollow_weight(form)))
 
 

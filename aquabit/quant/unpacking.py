@@ -1,4 +1,5 @@
-"""A denoiser while diffusers loads it: packed tensors are kept from it and become codes, dense ones are quantized file by file."""
+"""A denoiser while diffusers loads it: packed tensors are kept from it and become codes, dense ones are
+quantized file by file."""
 
 from __future__ import annotations
 
@@ -20,11 +21,18 @@ from aquabit.scheme import FP, AquabitError, QuantConfig
 class Unpacking:
     """Loading of one packed model; ``model`` is on the meta device.
 
-    Tensors that the layers use as they are stored (biases, weights in full precision) keep their 16 bits; the rest takes ``dtype``, which
-    is diffusers' doing. ``fp32`` names modules that stay in float32.
+    Tensors that the layers use as they are stored (biases, weights in full precision) keep their 16 bits; the
+    rest takes ``dtype``, which is diffusers' doing. ``fp32`` names modules that stay in float32.
     """
 
-    def __init__(self, model: Any, config: QuantConfig, facts: Mapping[str, Any], dtype: torch.dtype, fp32: Iterable[str] = ()):
+    def __init__(
+        self,
+        model: Any,
+        config: QuantConfig,
+        facts: Mapping[str, Any],
+        dtype: torch.dtype,
+        fp32: Iterable[str] = (),
+    ):
         self.model, self.config, self.facts = model, config, facts
         inputs = described_inputs(facts["inputs"]) if "inputs" in facts else None
         self.expected, self.graph = set(model.state_dict()), trace(model, inputs)
@@ -32,7 +40,9 @@ class Unpacking:
         dtypes = {n: torch.float32 if set(fp32) & set(n.split(".")) else dtype for n in names}
         self.coded = {f"{n}.weight" for n in names if config[n].weight != FP}
         self.layers = place_layers_(model, self.graph, config, dtypes)
-        self.own = self.expected & {f"{n}.{part}" for n in self.layers for part in ("weight", "bias")} - self.coded
+        self.own = (
+            self.expected & {f"{n}.{part}" for n in self.layers for part in ("weight", "bias")} - self.coded
+        )
         self.stored_as_codes = self.coded
         self.tensors: dict[str, Tensor] = {}
 
@@ -40,7 +50,9 @@ class Unpacking:
         """Nothing may be missing; raises AquabitError."""
         left = sorted(set(keys) - self.stored_as_codes)
         if left:
-            raise AquabitError(f"the weights of {type(self.model).__name__} lack {left[0]!r} ({len(left)} such tensors)")
+            raise AquabitError(
+                f"the weights of {type(self.model).__name__} lack {left[0]!r} ({len(left)} such tensors)"
+            )
         return []
 
     def take(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -49,7 +61,10 @@ class Unpacking:
         rest = {k: v for k, v in state.items() if k not in self.tensors}
         unexpected = [k for k in rest if k not in self.expected - self.coded]
         if unexpected:
-            raise AquabitError(f"the weights hold {unexpected[0]!r}, which {type(self.model).__name__} with this configuration has not")
+            raise AquabitError(
+                f"the weights hold {unexpected[0]!r}, which {type(self.model).__name__} with this"
+                " configuration has not"
+            )
         return rest
 
     def set_(self, name: str, tensor: Tensor, device: Any) -> None:
@@ -71,7 +86,8 @@ class Unpacking:
 
 
 class Quantizing(Unpacking):
-    """Loading of one dense model whose layers are fitted to ``config`` file by file, in float32, from weights as they would be stored."""
+    """Loading of one dense model whose layers are fitted to ``config`` file by file, in float32, from
+    weights as they would be stored."""
 
     def __init__(self, model: Any, config: QuantConfig, dtype: torch.dtype, fp32: Iterable[str] = ()):
         super().__init__(model, config, {}, dtype, fp32)
@@ -90,7 +106,9 @@ class Quantizing(Unpacking):
                 continue
             name = key.removesuffix(".weight")
             if stored.shape != self.layers[name].shape:
-                raise AquabitError(f"{key} is stored as {list(stored.shape)}, the model has {list(self.layers[name].shape)}")
+                raise AquabitError(
+                    f"{key} is stored as {list(stored.shape)}, the model has {list(self.layers[name].shape)}"
+                )
             scheme = self.config[name].weight
             self.layers[name].set_packed_(quantize_weight(stored.float(), scheme), scheme)
             self.tensors[key] = stored[:0]  # its dtype
@@ -99,12 +117,21 @@ class Quantizing(Unpacking):
     def finish_(self) -> Contents:
         own = fingerprint_of(self.model, self.hashes)
         if self.config.fingerprint not in ("", own):
-            raise AquabitError(f"the configuration is for model {self.config.fingerprint} ({self.config.model}), this is model {own}")
+            raise AquabitError(
+                f"the configuration is for model {self.config.fingerprint} ({self.config.model}), this is"
+                f" model {own}"
+            )
         self.config = replace(self.config, fingerprint=own)
         for name, layer in self.layers.items():
-            kinds = {t.dtype for t in (self.tensors.get(f"{name}.weight", layer.weight), layer.bias) if t is not None}
+            kinds = {
+                t.dtype
+                for t in (self.tensors.get(f"{name}.weight", layer.weight), layer.bias)
+                if t is not None
+            }
             both = torch.bfloat16 if torch.bfloat16 in kinds else torch.float16
             layer.bias = None if layer.bias is None else layer.bias.to(both)
             if layer.held is None:
                 layer.weight = layer.weight.to(both)
-        return Contents(self.config, self.layers, finish_(self.model, self.graph, self.layers, self.config, {}))
+        return Contents(
+            self.config, self.layers, finish_(self.model, self.graph, self.layers, self.config, {})
+        )

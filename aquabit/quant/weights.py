@@ -1,4 +1,5 @@
-"""quantize_weight: one weight, one scheme, one CodebookWeight; quantize_weights: several of one shape together."""
+"""quantize_weight: one weight, one scheme, one CodebookWeight; quantize_weights: several of one shape
+together."""
 
 from __future__ import annotations
 
@@ -15,31 +16,41 @@ from aquabit.scheme import AquabitError, Scheme
 
 PLAIN: dict[str, Callable[[Tensor, Scheme], CodebookWeight]] = {"usq": uniform, "vq": kmeans}
 OUTPUT_AWARE: dict[str, Callable[[Tensor, Scheme, Tensor | None], CodebookWeight]] = {
-    "usq": uniform_with_feedback, "vq": kmeans_with_feedback,
-}  # fmt: skip
+    "usq": uniform_with_feedback,
+    "vq": kmeans_with_feedback,
+}
 
 
-def quantize_weight(weight: Tensor, scheme: str | Scheme, hessian: Tensor | None = None, seed: int = 0) -> CodebookWeight:
+def quantize_weight(
+    weight: Tensor, scheme: str | Scheme, hessian: Tensor | None = None, seed: int = 0
+) -> CodebookWeight:
     """Fit ``scheme`` to a weight [out, in] or [out, in, kh, kw].
 
-    ``usq`` and ``vq`` minimise the weight's squared error; ``usq3h``, ``vq3h`` and ``aq`` the output error tr(dW H dW^T) with ``hessian``,
-    the second moments of the layer's input: [R, R] over ``weight.flatten(1)``, [groups, R, R] for a grouped convolution, or a diagonal
-    [R]. ``aq`` takes the identity where none is given. Only ``aq`` draws from ``seed``. Raises AquabitError for weights or H that are not
-    finite, H of the wrong shape or not positive semi-definite, ``h`` schemes without H, and H for a scheme that does not use it.
+    ``usq`` and ``vq`` minimise the weight's squared error; ``usq3h``, ``vq3h`` and ``aq`` the output error
+    tr(dW H dW^T) with ``hessian``, the second moments of the layer's input: [R, R] over
+    ``weight.flatten(1)``, [groups, R, R] for a grouped convolution, or a diagonal [R]. ``aq`` takes the
+    identity where none is given. Only ``aq`` draws from ``seed``. Raises AquabitError for weights or H that
+    are not finite, H of the wrong shape or not positive semi-definite, ``h`` schemes without H, and H for a
+    scheme that does not use it.
     """
     parsed = Scheme.parse(scheme)
     if parsed.shared:
         raise AquabitError(
-            f"scheme {parsed} shares its codebooks: fit the layers together with quantize_weights, or name {str(parsed)[:-1]}"
+            f"scheme {parsed} shares its codebooks: fit the layers together with quantize_weights, or name"
+            f" {str(parsed)[:-1]}"
         )
     return quantize_weights([weight], parsed, [hessian], seed)[0]
 
 
 def quantize_weights(
-    weights: Sequence[Tensor], scheme: str | Scheme, hessians: Sequence[Tensor | None] | None = None, seed: int = 0,
+    weights: Sequence[Tensor],
+    scheme: str | Scheme,
+    hessians: Sequence[Tensor | None] | None = None,
+    seed: int = 0,
     report: Report = no_report,
-) -> list[CodebookWeight]:  # fmt: skip
-    """``quantize_weight`` for weights of one shape, together; where the scheme shares codebooks, all hold the same tensor.
+) -> list[CodebookWeight]:
+    """``quantize_weight`` for weights of one shape, together; where the scheme shares codebooks, all hold the
+    same tensor.
 
     ``report`` hears of every step of an additive fit.
     """
@@ -58,11 +69,18 @@ def quantize_weights(
 def _check(weight: Tensor, scheme: Scheme, hessian: Tensor | None) -> None:
     bad = int((~torch.isfinite(weight)).sum())
     if bad:
-        raise AquabitError(f"{bad} of {weight.numel()} weights are not finite (NaN or Inf); the model file is damaged or overflowed")
+        raise AquabitError(
+            f"{bad} of {weight.numel()} weights are not finite (NaN or Inf); the model file is damaged or"
+            " overflowed"
+        )
     if scheme.output_aware and hessian is None:
-        raise AquabitError(f"scheme {scheme} is fitted with H, and none is given; give hessian=, or name {str(scheme)[:-1]}")
+        raise AquabitError(
+            f"scheme {scheme} is fitted with H, and none is given; give hessian=, or name {str(scheme)[:-1]}"
+        )
     if not scheme.calibrated and hessian is not None:
-        raise AquabitError(f"scheme {scheme} is fitted to the weight alone and would ignore H; name {scheme}h to use it")
+        raise AquabitError(
+            f"scheme {scheme} is fitted to the weight alone and would ignore H; name {scheme}h to use it"
+        )
 
 
 def relative_error(weight: Tensor, coded: CodebookWeight) -> float:

@@ -1,4 +1,5 @@
-"""Two studies side by side: which operators are sensitive in which architecture, and what quality each reaches at which size."""
+"""Two studies side by side: which operators are sensitive in which architecture, and what quality each
+reaches at which size."""
 
 from __future__ import annotations
 
@@ -27,9 +28,9 @@ LOOKS: tuple[dict[str, Any], ...] = (
 def side_by_side(first: Study, second: Study, out: str | Path, progress: Progress = no_progress) -> Path:
     """Write ``out``/index.html, figures and tables that compare two studies; returns the page's path.
 
-    Effects are made comparable by dividing them by the largest operator type's of the same study; ranks need no such step. What a study
-    lacks is named on the page with the command that makes it. Raises AquabitError where ``out`` cannot be written or a stored fact is
-    damaged.
+    Effects are made comparable by dividing them by the largest operator type's of the same study; ranks need
+    no such step. What a study lacks is named on the page with the command that makes it. Raises AquabitError
+    where ``out`` cannot be written or a stored fact is damaged.
     """
     out, both = Path(out), [read(first), read(second)]
     for facts in both:
@@ -42,14 +43,21 @@ def side_by_side(first: Study, second: Study, out: str | Path, progress: Progres
             write(table, out / "tables", f"beside_{name}")
         shown = [_figure(i, name, found, out / "figures", both, progress) for i, name in enumerate(DRAWN)]
         page = out / "index.html"
-        cards = [(name, summary.run_card(facts), _lacks(facts)) for name, facts in zip(names, both, strict=True)]
+        cards = [
+            (name, summary.run_card(facts), _lacks(facts)) for name, facts in zip(names, both, strict=True)
+        ]
         page.write_text(
-            environment().get_template("beside.html.j2").render(
-                names=names, cards=cards, figures=shown, sentences=sentences(found["operators"], names),
+            environment()
+            .get_template("beside.html.j2")
+            .render(
+                names=names,
+                cards=cards,
+                figures=shown,
+                sentences=sentences(found["operators"], names),
                 rows=list(found["operators"].itertuples(index=False, name="Row")),
             ),
             encoding="utf-8",
-        )  # fmt: skip
+        )
     except OSError as error:
         raise AquabitError(f"the report could not be written to {out}: {error.strerror or error}") from error
     progress("report", len(DRAWN), len(DRAWN))
@@ -57,11 +65,16 @@ def side_by_side(first: Study, second: Study, out: str | Path, progress: Progres
 
 
 def labels(both: Sequence[Facts]) -> list[str]:
-    """What the studies are called: their models, with the file where these agree, and numbered where both do."""
+    """What the studies are called: their models, with the file where these agree, and numbered where both
+    do."""
     names = [facts.model or "unknown model" for facts in both]
     if names[0] == names[1]:
         names = [f"{facts.model or 'unknown model'} ({facts.source})" for facts in both]
-    return names if names[0] != names[1] else [f"{name}, {which}" for name, which in zip(names, ("first", "second"), strict=True)]
+    return (
+        names
+        if names[0] != names[1]
+        else [f"{name}, {which}" for name, which in zip(names, ("first", "second"), strict=True)]
+    )
 
 
 def _lacks(facts: Facts) -> list[tuple[str, str]]:
@@ -70,25 +83,51 @@ def _lacks(facts: Facts) -> list[tuple[str, str]]:
 
 
 def operators(both: Sequence[Facts], names: Sequence[str]) -> pd.DataFrame:
-    """operator, study, layers, effect, low, high, level, share, share_low, share_high, rank: mean effect of a layer of each operator type
-    in the objective's units with its interval and the level of that, as a share of the study's largest, and its rank (1 = most harmful);
-    types of both studies first, by their mean share."""
+    """operator, study, layers, effect, low, high, level, share, share_low, share_high, rank: mean effect
+    of a layer of each operator type in the objective's units with its interval and the level of that, as a
+    share of the study's largest, and its rank (1 = most harmful); types of both studies first, by their
+    mean share."""
     parts = []
     for facts, name in zip(both, names, strict=True):
         table = tables.operators(facts).dropna(subset=["effect"])
         most = float(table.effect.abs().max()) if len(table) else 1.0
         most = most or 1.0
-        shares = {f"share{end}": table[column] / most for end, column in (("", "effect"), ("_low", "low"), ("_high", "high"))}
-        parts.append(table.assign(study=name, level=facts.effect_level, **shares, rank=np.arange(1, len(table) + 1)))
+        shares = {
+            f"share{end}": table[column] / most
+            for end, column in (("", "effect"), ("_low", "low"), ("_high", "high"))
+        }
+        parts.append(
+            table.assign(study=name, level=facts.effect_level, **shares, rank=np.arange(1, len(table) + 1))
+        )
     table = pd.concat(parts, ignore_index=True).rename(columns={"name": "operator"})
-    count, mean = table.groupby("operator").study.transform("count"), table.groupby("operator").share.transform("mean")
-    table = table.assign(count=count, mean=mean).sort_values(["count", "mean"], ascending=False, kind="stable", ignore_index=True)
-    return table[["operator", "study", "layers", "effect", "low", "high", "level", "share", "share_low", "share_high", "rank"]]
+    count, mean = (
+        table.groupby("operator").study.transform("count"),
+        table.groupby("operator").share.transform("mean"),
+    )
+    table = table.assign(count=count, mean=mean).sort_values(
+        ["count", "mean"], ascending=False, kind="stable", ignore_index=True
+    )
+    return table[
+        [
+            "operator",
+            "study",
+            "layers",
+            "effect",
+            "low",
+            "high",
+            "level",
+            "share",
+            "share_low",
+            "share_high",
+            "rank",
+        ]
+    ]
 
 
 def fronts(both: Sequence[Facts], names: Sequence[str]) -> pd.DataFrame:
-    """study, metric, bits, value, low, high, change, change_low, change_high: measured members of each front; ``change`` as a ratio to the
-    full-precision model on the same fresh seeds (1 = as good), NaN where that was not measured."""
+    """study, metric, bits, value, low, high, change, change_low, change_high: measured members of each
+    front; ``change`` as a ratio to the full-precision model on the same fresh seeds (1 = as good), NaN
+    where that was not measured."""
     rows = []
     for facts, name in zip(both, names, strict=True):
         reference, fresh = facts.rows("reference"), set(facts.rows("fresh").protocol)
@@ -96,40 +135,72 @@ def fronts(both: Sequence[Facts], names: Sequence[str]) -> pd.DataFrame:
         full = float(same.mean()) if len(same) and same.mean() else math.nan
         for r in tables.front(facts).itertuples():
             if not math.isnan(r.measured):
-                rows.append((name, facts.metric, r.bits, r.measured, r.low, r.high, *(v / full for v in (r.measured, r.low, r.high))))
-    return pd.DataFrame(rows, columns=["study", "metric", "bits", "value", "low", "high", "change", "change_low", "change_high"])
+                rows.append(
+                    (
+                        name,
+                        facts.metric,
+                        r.bits,
+                        r.measured,
+                        r.low,
+                        r.high,
+                        *(v / full for v in (r.measured, r.low, r.high)),
+                    )
+                )
+    return pd.DataFrame(
+        rows,
+        columns=["study", "metric", "bits", "value", "low", "high", "change", "change_low", "change_high"],
+    )
 
 
 def sentences(table: pd.DataFrame, names: Sequence[str]) -> list[str]:
-    """What the comparison says: the worst operator types of each, and how far the ranks of shared types agree."""
+    """What the comparison says: the worst operator types of each, and how far the ranks of shared types
+    agree."""
     out = []
     for name in names:
         own = table[table.study == name].nsmallest(3, "rank")
         if len(own):
             listed = ", ".join(
-                f"{r.operator} {summary.figures(r.effect)}{summary.interval(r.low, r.high, r.level)}" for r in own.itertuples()
+                f"{r.operator} {summary.figures(r.effect)}{summary.interval(r.low, r.high, r.level)}"
+                for r in own.itertuples()
             )
             out.append(f"In {name} quantization hurts most in {listed}, a layer.")
     wide = table.pivot_table(index="operator", columns="study", values="share", aggfunc="first").dropna()
     if wide.shape[1] == 2 and len(wide) >= 3:
         agreement = wide.iloc[:, 0].corr(wide.iloc[:, 1], method="spearman")
-        out.append(f"The {len(wide)} operator types that both have are ranked alike at SRCC {summary.score(agreement)}.")
+        out.append(
+            f"The {len(wide)} operator types that both have are ranked alike at SRCC"
+            f" {summary.score(agreement)}."
+        )
     elif wide.shape[1] == 2:
         out.append(f"They share {len(wide)} operator types, too few to compare ranks.")
     return out
 
 
 def draw_operators(table: pd.DataFrame, axes: Axes, top: int = 30) -> None:
-    """Effects of operator types as shares of their study's largest, with intervals, the two studies one above the other in each row."""
+    """Effects of operator types as shares of their study's largest, with intervals, the two studies one
+    above the other in each row."""
     names, studies = list(dict.fromkeys(table.operator))[:top], list(dict.fromkeys(table.study))
     place = {n: i for i, n in enumerate(names)}
     shown = table[table.operator.isin(names)]
     style.symmetric_axis(axes, "x", shown[["share", "share_low", "share_high"]], ticks_most=3)
     for i, study in enumerate(studies):
         part = shown[shown.study == study]
-        gaps = np.nan_to_num(np.maximum(np.stack([part.share - part.share_low, part.share_high - part.share]).astype(float), 0.0))
+        gaps = np.nan_to_num(
+            np.maximum(
+                np.stack([part.share - part.share_low, part.share_high - part.share]).astype(float), 0.0
+            )
+        )
         at = np.array([place[n] for n in part.operator]) + (0.17 if i else -0.17)
-        drawn = axes.errorbar(part.share, at, xerr=gaps, ls="", ms=4, elinewidth=0.9, label=style.label(study, 40), **LOOKS[i % 2])
+        drawn = axes.errorbar(
+            part.share,
+            at,
+            xerr=gaps,
+            ls="",
+            ms=4,
+            elinewidth=0.9,
+            label=style.label(study, 40),
+            **LOOKS[i % 2],
+        )
         tips = [f"{study}, {r.operator}: {r.effect:.3g} a layer, rank {r.rank}" for r in part.itertuples()]
         style.name_points(axes, drawn.lines[0], tips, "tip")
     for i in range(0, len(names), 2):
@@ -143,12 +214,28 @@ def draw_operators(table: pd.DataFrame, axes: Axes, top: int = 30) -> None:
 
 
 def draw_fronts(table: pd.DataFrame, axes: Axes) -> None:
-    """Quality of the found configurations as a ratio to full precision against bits per weight, with intervals."""
+    """Quality of the found configurations as a ratio to full precision against bits per weight, with
+    intervals."""
     for i, (study, part) in enumerate(table.dropna(subset=["change"]).groupby("study", sort=False)):
         part = part.sort_values("bits")
-        gaps = np.nan_to_num(np.maximum(np.stack([part.change - part.change_low, part.change_high - part.change]).astype(float), 0.0))
+        gaps = np.nan_to_num(
+            np.maximum(
+                np.stack([part.change - part.change_low, part.change_high - part.change]).astype(float), 0.0
+            )
+        )
         text = f"{style.label(str(study), 40)}, {part.metric.iloc[0]}"
-        axes.errorbar(part.bits, part.change, yerr=gaps, ls="-", lw=0.8, ms=4.5, elinewidth=0.9, capsize=2, label=text, **LOOKS[i % 2])
+        axes.errorbar(
+            part.bits,
+            part.change,
+            yerr=gaps,
+            ls="-",
+            lw=0.8,
+            ms=4.5,
+            elinewidth=0.9,
+            capsize=2,
+            label=text,
+            **LOOKS[i % 2],
+        )
     axes.axhline(1, color=style.BLACK, lw=0.9, ls=(0, (5, 2)), label="full precision")
     axes.set_xlabel("bits per weight, codebooks and scales included")
     axes.set_ylabel("measured quality over\nthat of full precision")
@@ -158,20 +245,31 @@ def draw_fronts(table: pd.DataFrame, axes: Axes) -> None:
 DRAWN = {
     "operators": (
         draw_operators,
-        "Mean effect of a layer of each operator type with its interval (its level is in the table below), as a share of the most harmful "
-        "type of the same study; types that both architectures have come first.",
+        (
+            "Mean effect of a layer of each operator type with its interval (its level is in the table"
+            " below), as a share of the most harmful type of the same study; types that both architectures"
+            " have come first."
+        ),
     ),
     "fronts": (
         draw_fronts,
-        "Configurations found for each study, measured on fresh seeds with the intervals of their searches (95 %, older ones 90 %), as a "
-        "ratio to full precision on these: where lower is better, below 1 is better than full precision.",
+        (
+            "Configurations found for each study, measured on fresh seeds with the intervals of their"
+            " searches (95 %, older ones 90 %), as a ratio to full precision on these: where lower is better,"
+            " below 1 is better than full precision."
+        ),
     ),
 }
 
 
 def _figure(
-    index: int, name: str, found: dict[str, pd.DataFrame], folder: Path, both: Sequence[Facts], progress: Progress
-) -> Shown:  # fmt: skip
+    index: int,
+    name: str,
+    found: dict[str, pd.DataFrame],
+    folder: Path,
+    both: Sequence[Facts],
+    progress: Progress,
+) -> Shown:
     progress("report", index, len(DRAWN))
     (draw, caption), table, file = DRAWN[name], found[name], f"beside_{name}"
     known = table if name == "operators" else table.dropna(subset=["change"])
@@ -179,11 +277,19 @@ def _figure(
         for old in folder.glob(f"{file}.*"):
             old.unlink()
         lacks = [missing(facts).get("operators" if name == "operators" else "front") for facts in both]
-        return Shown(file, name, file, caption, missing=next((entry for entry in lacks if entry), ("There is nothing to draw.", "")))
+        return Shown(
+            file,
+            name,
+            file,
+            caption,
+            missing=next((entry for entry in lacks if entry), ("There is nothing to draw.", "")),
+        )
     rows = min(30, known.operator.nunique()) if name == "operators" else 0
     size = (style.DOUBLE, 0.95 + 0.24 * max(2, rows) if rows else 2.6)
     with style.use():
         canvas, axes = style.canvas(*size)
         draw(known, axes)
         text = style.save(canvas, folder, file)
-    return Shown(file, name, file, caption, size, svg.inline(text, style.named_points(canvas), file, caption, {}))
+    return Shown(
+        file, name, file, caption, size, svg.inline(text, style.named_points(canvas), file, caption, {})
+    )

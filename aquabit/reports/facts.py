@@ -15,16 +15,28 @@ from aquabit.scheme import AquabitError, Protocol, QuantConfig, Scheme
 from aquabit.study import Study
 
 METRIC_NAMES = {
-    "fid": "FID", "sfid": "sFID", "kid": "KID", "is": "IS", "mse": "MSE", "psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS",
-    "clip_score": "CLIP score", "feature_distance": "feature distance", "cmmd": "CMMD", "fd_dinov2": "FD-DINOv2", "kd_dinov2": "KD-DINOv2",
-}  # fmt: skip
+    "fid": "FID",
+    "sfid": "sFID",
+    "kid": "KID",
+    "is": "IS",
+    "mse": "MSE",
+    "psnr": "PSNR",
+    "ssim": "SSIM",
+    "lpips": "LPIPS",
+    "clip_score": "CLIP score",
+    "feature_distance": "feature distance",
+    "cmmd": "CMMD",
+    "fd_dinov2": "FD-DINOv2",
+    "kd_dinov2": "KD-DINOv2",
+}
 
 OWN = ("sample", "uniform", "candidate")  # kinds of measurements that are made on the study's own seeds
 
 
 @dataclass(frozen=True)
 class Facts:
-    """One study as a report sees it. ``measured`` has failed measurements too; ``layers`` are the graph's, in execution order."""
+    """One study as a report sees it. ``measured`` has failed measurements too; ``layers`` are the graph's,
+    in execution order."""
 
     source: str
     model: str
@@ -35,7 +47,9 @@ class Facts:
     direction: str  # "min" or "max": which values of the objective are better
     graph: nx.DiGraph | None
     layers: Mapping[str, Mapping[str, Any]]
-    features: Mapping[tuple[str, str], Mapping[str, Any]]  # (layer, scheme or a6) -> output (else weight) error and damage
+    features: Mapping[
+        tuple[str, str], Mapping[str, Any]
+    ]  # (layer, scheme or a6) -> output (else weight) error and damage
     space: Mapping[str, Any]
     sensitivity: Mapping[str, Any]
     front: Mapping[str, Any]
@@ -75,12 +89,14 @@ class Facts:
 
     @property
     def front_level(self) -> str:
-        """Of the front's measured values; searches that did not compare sizes at equal quality stored 90 % intervals."""
+        """Of the front's measured values; searches that did not compare sizes at equal quality stored 90 %
+        intervals."""
         return "95 %" if "same_quality" in (self.front.get("comparison") or {}) else "90 %"
 
     @property
     def contexts(self) -> str:
-        """What effects are means over: good configurations near the budget, or random ones in studies without probes and older ones."""
+        """What effects are means over: good configurations near the budget, or random ones in studies
+        without probes and older ones."""
         bits = number(self.sensitivity.get("bits"))
         probed = any(math.isfinite(row["damage"]) for row in self.features.values())
         near = f" near {bits:g} bits" if math.isfinite(bits) else ""
@@ -91,8 +107,10 @@ class Facts:
         return "among_good" in (self.sensitivity.get("surrogate") or {})
 
     def rows(self, kind: str, metric: str | None = None) -> pd.DataFrame:
-        """The successful measurements of a kind, with ``metric`` (default: the objective) as ``value``; those without it left out, and of
-        the kinds that are made on the study's own seeds those of other protocols too, since numbers of different protocols never mix."""
+        """The successful measurements of a kind, with ``metric`` (default: the objective) as ``value``; those
+        without it left out, and of the kinds that are made on the study's own seeds those of other protocols
+        too, since numbers of different protocols never mix.
+        """
         table, metric = self.measured, metric or self.objective
         value = table[metric] if metric in table else pd.Series(index=table.index, dtype=float)
         table = table.assign(value=pd.to_numeric(value, errors="coerce"))
@@ -104,7 +122,11 @@ class Facts:
     @property
     def foreign(self) -> int:
         """Measurements of random and uniform configurations under another protocol than the study's."""
-        return int((self.measured.kind.isin(OWN) & (self.measured.protocol != self.protocol.digest)).sum()) if self.protocol else 0
+        return (
+            int((self.measured.kind.isin(OWN) & (self.measured.protocol != self.protocol.digest)).sum())
+            if self.protocol
+            else 0
+        )
 
     def winner(self) -> QuantConfig | None:
         """The configuration that the search chose."""
@@ -126,16 +148,27 @@ def read(study: Study) -> Facts:
     environments = study._rows("SELECT DISTINCT environment FROM measurements")
     graph = _graph(study.get("graph"))
     return Facts(
-        source=study.path.name, model=str(study.get("model") or ""), fingerprint=str(study.get("fingerprint") or ""),
-        protocol=found, protocols=study.protocols(), objective=objective,
+        source=study.path.name,
+        model=str(study.get("model") or ""),
+        fingerprint=str(study.get("fingerprint") or ""),
+        protocol=found,
+        protocols=study.protocols(),
+        objective=objective,
         direction=sensitivity.get("direction") or (found.direction(objective) if found else "min"),
-        graph=graph, layers=_layers(graph),
-        features=_features(study), space=study.get("space") or {}, sensitivity=sensitivity,
-        front=study.get("front") or {}, noise=study.get("noise") or {}, validation=sensitivity.get("validation") or {},
+        graph=graph,
+        layers=_layers(graph),
+        features=_features(study),
+        space=study.get("space") or {},
+        sensitivity=sensitivity,
+        front=study.get("front") or {},
+        noise=study.get("noise") or {},
+        validation=sensitivity.get("validation") or {},
         measured=study.measurements(failed=True),
-        configs=study.configs(), environments=[_json_object(row[0]) for row in environments], thumbnails=study.thumbnails(),
+        configs=study.configs(),
+        environments=[_json_object(row[0]) for row in environments],
+        thumbnails=study.thumbnails(),
         notes=study.notes(),
-    )  # fmt: skip
+    )
 
 
 def _graph(value: Any) -> nx.DiGraph | None:
@@ -156,7 +189,9 @@ def _layers(graph: nx.DiGraph | None) -> Mapping[str, Mapping[str, Any]]:
 
 def _features(study: Study) -> dict[tuple[str, str], dict[str, float]]:
     """Without the sketches, which are most of what is stored."""
-    fields = "json_extract(value, '$.output'), json_extract(value, '$.error'), json_extract(value, '$.damage')"
+    fields = (
+        "json_extract(value, '$.output'), json_extract(value, '$.error'), json_extract(value, '$.damage')"
+    )
     rows = study._rows(f"SELECT layer, scheme, {fields} FROM features")
     return {(a, b): {"error": number(e if o is None else o), "damage": number(d)} for a, b, o, e, d in rows}
 
@@ -176,14 +211,15 @@ def number(value: Any) -> float:
 
 
 def scheme_name(config: QuantConfig) -> str:
-    """``usq3`` where every quantized layer has that scheme, ``full precision`` without any, else ``mixed``."""
+    """``usq3`` where every quantized layer has that scheme, ``full precision`` without any, else
+    ``mixed``."""
     schemes = {str(choice.weight) for choice in config.layers.values() if choice.weight != Scheme()}
     return "full precision" if not schemes else schemes.pop() if len(schemes) == 1 else "mixed"
 
 
 def family(config: QuantConfig) -> str:
-    """Of a configuration that treats all layers alike: ``usq``, ``usq h`` (output-aware), ``vq``, ``vq h`` or ``aq``; tiny layers for
-    which no additive format is worth its codebooks do not count."""
+    """Of a configuration that treats all layers alike: ``usq``, ``usq h`` (output-aware), ``vq``, ``vq h``
+    or ``aq``; tiny layers for which no additive format is worth its codebooks do not count."""
     schemes = [choice.weight for choice in config.layers.values() if choice.weight != Scheme()]
     if not schemes or any(s.kind == "aq" for s in schemes):
         return "aq" if schemes else ""
@@ -197,38 +233,130 @@ def missing(facts: Facts) -> dict[str, tuple[str, str]]:
     protocol = facts.protocol.digest if facts.protocol else ""
     surrogate = facts.sensitivity.get("surrogate") or {}
     compared = facts.front.get("comparison") or {}
-    alone = ("The winner was not compared with a uniform configuration on fresh seeds.", f"aquabit search {source} --bits 3.0")
+    alone = (
+        "The winner was not compared with a uniform configuration on fresh seeds.",
+        f"aquabit search {source} --bits 3.0",
+    )
     if "same_quality" in compared:
-        alone = ("No uniform configuration of the space is as large as the winner, so none was compared with it at its size.", "")
+        alone = (
+            (
+                "No uniform configuration of the space is as large as the winner, so none was compared with"
+                " it at its size."
+            ),
+            "",
+        )
     checks: Iterable[tuple[str, bool, str, str]] = (
-        ("graph", bool(facts.layers), "The study holds no layer graph, so layers have no operator type, size or place.", measure),
-        ("reference", len(facts.rows("reference")) > 0, "The full-precision model was not measured.", measure),
+        (
+            "graph",
+            bool(facts.layers),
+            "The study holds no layer graph, so layers have no operator type, size or place.",
+            measure,
+        ),
+        (
+            "reference",
+            len(facts.rows("reference")) > 0,
+            "The full-precision model was not measured.",
+            measure,
+        ),
         ("uniform", len(facts.rows("uniform")) > 0, "No uniform configuration was measured.", measure),
-        ("samples", len(facts.rows("sample")) > 0, "No configuration of a design was measured.", f"{measure} --samples 120"),
-        ("layers", any(math.isfinite(number(r.get("effect"))) for r in facts.sensitivity.get("layers") or []),
-         "The effects of layers were not estimated.", f"aquabit explain {source}"),
-        ("operators", bool(facts.sensitivity.get("operators")), "There are no effects by operator type.", f"aquabit explain {source}"),
-        ("blocks", bool(facts.sensitivity.get("blocks")), "There are no effects by block.", f"aquabit explain {source}"),
-        ("surrogate", bool(surrogate), "The surrogate's held-out scores are not stored.", f"aquabit explain {source}"),
-        ("scatter", bool(facts.sensitivity.get("scatter")), "There are no out-of-fold predictions.", f"aquabit explain {source}"),
-        ("swarm", bool((facts.sensitivity.get("swarm") or {}).get("shap")), "SHAP values of single configurations are not stored.",
-         f"aquabit explain {source}"),
-        ("curve", bool(facts.sensitivity.get("curve")), "There is no learning curve.", f"aquabit explain {source}"),
-        ("pairs", bool(facts.sensitivity.get("interactions")), "No pair of layers was looked at.", f"aquabit explain {source}"),
-        ("scores", bool(facts.sensitivity.get("scores")), "Schemes have no scores by operator type.", f"aquabit explain {source}"),
-        ("swaps", bool(facts.validation.get("rows")), "No predicted effect was checked against real swaps.",
-         f"aquabit validate {source} --flips 40"),
-        ("front", bool(facts.front.get("members")), "No configuration was searched for.", f"aquabit search {source} --bits 3.0"),
-        ("latency", any(math.isfinite(number(m.get("latency_ms"))) for m in facts.front.get("members") or []),
-         "No found configuration was timed.", f"aquabit search {source} --bits 3.0"),
-        ("operations", any(m.get("operations") for m in facts.front.get("members") or []),
-         "The operations of found configurations are not stored.", f"aquabit search {source} --bits 3.0"),
-        ("winner", bool(facts.front.get("winner")), "No configuration was chosen.", f"aquabit search {source} --bits 3.0"),
+        (
+            "samples",
+            len(facts.rows("sample")) > 0,
+            "No configuration of a design was measured.",
+            f"{measure} --samples 120",
+        ),
+        (
+            "layers",
+            any(math.isfinite(number(r.get("effect"))) for r in facts.sensitivity.get("layers") or []),
+            "The effects of layers were not estimated.",
+            f"aquabit explain {source}",
+        ),
+        (
+            "operators",
+            bool(facts.sensitivity.get("operators")),
+            "There are no effects by operator type.",
+            f"aquabit explain {source}",
+        ),
+        (
+            "blocks",
+            bool(facts.sensitivity.get("blocks")),
+            "There are no effects by block.",
+            f"aquabit explain {source}",
+        ),
+        (
+            "surrogate",
+            bool(surrogate),
+            "The surrogate's held-out scores are not stored.",
+            f"aquabit explain {source}",
+        ),
+        (
+            "scatter",
+            bool(facts.sensitivity.get("scatter")),
+            "There are no out-of-fold predictions.",
+            f"aquabit explain {source}",
+        ),
+        (
+            "swarm",
+            bool((facts.sensitivity.get("swarm") or {}).get("shap")),
+            "SHAP values of single configurations are not stored.",
+            f"aquabit explain {source}",
+        ),
+        (
+            "curve",
+            bool(facts.sensitivity.get("curve")),
+            "There is no learning curve.",
+            f"aquabit explain {source}",
+        ),
+        (
+            "pairs",
+            bool(facts.sensitivity.get("interactions")),
+            "No pair of layers was looked at.",
+            f"aquabit explain {source}",
+        ),
+        (
+            "scores",
+            bool(facts.sensitivity.get("scores")),
+            "Schemes have no scores by operator type.",
+            f"aquabit explain {source}",
+        ),
+        (
+            "swaps",
+            bool(facts.validation.get("rows")),
+            "No predicted effect was checked against real swaps.",
+            f"aquabit validate {source} --flips 40",
+        ),
+        (
+            "front",
+            bool(facts.front.get("members")),
+            "No configuration was searched for.",
+            f"aquabit search {source} --bits 3.0",
+        ),
+        (
+            "latency",
+            any(math.isfinite(number(m.get("latency_ms"))) for m in facts.front.get("members") or []),
+            "No found configuration was timed.",
+            f"aquabit search {source} --bits 3.0",
+        ),
+        (
+            "operations",
+            any(m.get("operations") for m in facts.front.get("members") or []),
+            "The operations of found configurations are not stored.",
+            f"aquabit search {source} --bits 3.0",
+        ),
+        (
+            "winner",
+            bool(facts.front.get("winner")),
+            "No configuration was chosen.",
+            f"aquabit search {source} --bits 3.0",
+        ),
         ("comparison", "winner" in compared, *alone),
         ("images", any(p == protocol for _, p in facts.thumbnails), "No images are stored.", measure),
-    )  # fmt: skip
+    )
     if facts.foreign:
-        others = f"{facts.foreign} measurements were made under other protocols and are left out: numbers of different protocols never mix."
+        others = (
+            f"{facts.foreign} measurements were made under other protocols and are left out: numbers of"
+            " different protocols never mix."
+        )
         checks = (*checks, ("protocols", False, others, ""))
     return {name: (sentence, command) for name, there, sentence, command in checks if not there}
 
@@ -238,5 +366,6 @@ def require_metric(facts: Facts) -> None:
     done = facts.measured[facts.measured.status == "ok"] if len(facts.measured) else facts.measured
     if len(done) and facts.objective not in done:
         raise AquabitError(
-            f"the objective {facts.objective!r} of {facts.source} is in none of its measurements; `aquabit measure` makes them"
+            f"the objective {facts.objective!r} of {facts.source} is in none of its measurements; `aquabit"
+            " measure` makes them"
         )

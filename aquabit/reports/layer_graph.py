@@ -1,4 +1,5 @@
-"""The layer graph as a picture: nodes from left to right as data flows, coloured by effect; above 120 layers a node is a block."""
+"""The layer graph as a picture: nodes from left to right as data flows, coloured by effect; above 120
+layers a node is a block."""
 
 from __future__ import annotations
 
@@ -20,24 +21,44 @@ MOST = 120  # layers that can be told apart in a picture of two columns' width
 
 
 def layer_graph(facts: Facts, layers: pd.DataFrame) -> pd.DataFrame:
-    """node, kind (layer, block or merge), block, operator, layers, weights, effect, x, y, to: nodes of the picture with their places (x
-    from left to right) and, in ``to``, the rows that their edges lead to, as n3 n5."""
+    """node, kind (layer, block or merge), block, operator, layers, weights, effect, x, y, to: nodes of the
+    picture with their places (x from left to right) and, in ``to``, the rows that their edges lead to, as
+    n3 n5."""
     columns = ["node", "kind", "block", "operator", "layers", "weights", "effect", "x", "y", "to"]
     if facts.graph is None or not facts.layers:
         return pd.DataFrame([], columns=columns)
     graph = _by_block(facts.graph) if len(facts.layers) > MOST else facts.graph
     places = _places(graph)
     effect = layers.dropna(subset=["effect"])
-    by = effect.groupby("block").effect.mean() if graph is not facts.graph else effect.set_index("layer").effect
+    by = (
+        effect.groupby("block").effect.mean()
+        if graph is not facts.graph
+        else effect.set_index("layer").effect
+    )
     members, index, rows = layers.groupby("block").size(), {n: i for i, n in enumerate(graph)}, []
-    weights = layers.groupby("block").weights.sum() if graph is not facts.graph else layers.set_index("layer").weights
+    weights = (
+        layers.groupby("block").weights.sum()
+        if graph is not facts.graph
+        else layers.set_index("layer").weights
+    )
     for name in graph:
         data = facts.graph.nodes[name] if name in facts.graph else {}
         kind = "block" if graph is not facts.graph else "layer" if name in facts.layers else "merge"
         block = str(name) if kind == "block" else str(data.get("block", ""))
         count = int(members.get(name, 0)) if kind == "block" else int(kind == "layer")
-        rows.append((str(name), kind, block, str(data.get("operator", "")), count, float(weights.get(name, np.nan)),
-                     float(by.get(name, np.nan)), *places[name], " ".join(f"n{index[t]}" for t in graph.successors(name))))  # fmt: skip
+        rows.append(
+            (
+                str(name),
+                kind,
+                block,
+                str(data.get("operator", "")),
+                count,
+                float(weights.get(name, np.nan)),
+                float(by.get(name, np.nan)),
+                *places[name],
+                " ".join(f"n{index[t]}" for t in graph.successors(name)),
+            )
+        )
     return pd.DataFrame(rows, columns=columns)
 
 
@@ -58,8 +79,8 @@ def _in_order(graph: nx.DiGraph) -> list[str]:
 
 
 def _places(graph: nx.DiGraph) -> dict[str, tuple[float, float]]:
-    """x from left to right, y of nodes that stand side by side: by graphviz where it and its bindings are installed, else
-    ``multipartite_layout`` by depth, in which merges stand half way between layers."""
+    """x from left to right, y of nodes that stand side by side: by graphviz where it and its bindings are
+    installed, else ``multipartite_layout`` by depth, in which merges stand half way between layers."""
     if shutil.which("dot"):
         try:
             found = nx.nx_agraph.graphviz_layout(graph, prog="dot", args="-Grankdir=LR")
@@ -79,7 +100,9 @@ def _places(graph: nx.DiGraph) -> dict[str, tuple[float, float]]:
     for name in sorted(graph, key=lambda n: float(placed[n][1])):
         ranks.setdefault(depth[name], []).append(name)
     return {
-        n: (depth[n], 0.5 * (i - (len(row) - 1) / 2) * (1 if depth[n] % 1 == 0 else 0)) for row in ranks.values() for i, n in enumerate(row)
+        n: (depth[n], 0.5 * (i - (len(row) - 1) / 2) * (1 if depth[n] % 1 == 0 else 0))
+        for row in ranks.values()
+        for i, n in enumerate(row)
     }
 
 
@@ -89,11 +112,17 @@ def height(table: pd.DataFrame) -> float:
 
 
 def draw_layer_graph(table: pd.DataFrame, axes: Axes, metric: str = "FID") -> None:
-    """Nodes coloured by effect and as large as their weights, squares for blocks, dots for merges; edges from left to right, those that
-    pass over others as arcs, so that skips can be seen."""
+    """Nodes coloured by effect and as large as their weights, squares for blocks, dots for merges; edges
+    from left to right, those that pass over others as arcs, so that skips can be seen."""
     at = table[["x", "y"]].to_numpy(float)
-    ends = [(at[i], at[int(j[1:])]) for i, text in enumerate(table.to.fillna("").astype(str)) for j in text.split()]
-    axes.add_collection(LineCollection([_line(a, b) for a, b in ends], colors="#A8A8A8", linewidths=0.45, zorder=1))
+    ends = [
+        (at[i], at[int(j[1:])])
+        for i, text in enumerate(table.to.fillna("").astype(str))
+        for j in text.split()
+    ]
+    axes.add_collection(
+        LineCollection([_line(a, b) for a, b in ends], colors="#A8A8A8", linewidths=0.45, zorder=1)
+    )
     merges = table[table.kind == "merge"]
     axes.plot(merges.x, merges.y, ls="", marker=".", ms=1.6, color="#7A7A7A", zorder=2)
     nodes = table[table.kind != "merge"]
@@ -102,10 +131,17 @@ def draw_layer_graph(table: pd.DataFrame, axes: Axes, metric: str = "FID") -> No
     known, block = nodes.effect.notna(), (nodes.kind == "block").any()
     for part, colour in ((nodes[known], nodes.effect[known]), (nodes[~known], None)):
         if len(part):
-            look: dict[str, Any] = {"c": colour, "cmap": colours, "norm": norm} if colour is not None else {"c": "white"}
+            look: dict[str, Any] = (
+                {"c": colour, "cmap": colours, "norm": norm} if colour is not None else {"c": "white"}
+            )
             edge: dict[str, Any] = {"linewidths": 0.4, "edgecolors": style.BLACK, "zorder": 3}
-            dots = axes.scatter(part.x, part.y, s=8 + 34 * share[part.index], marker="s" if block else "o", **edge, **look)
-            names = [f"{n}: {e:.3g} a layer" if block else str(n) for n, e in zip(part.node, part.effect, strict=True)]
+            dots = axes.scatter(
+                part.x, part.y, s=8 + 34 * share[part.index], marker="s" if block else "o", **edge, **look
+            )
+            names = [
+                f"{n}: {e:.3g} a layer" if block else str(n)
+                for n, e in zip(part.node, part.effect, strict=True)
+            ]
             style.name_points(axes, dots, names, "tip" if block else "layer")
     _worst(nodes, axes)
     span = max(6.0, float(np.ptp(table.x)))
@@ -128,10 +164,18 @@ def _line(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def _worst(nodes: pd.DataFrame, axes: Axes, most: int = 4) -> None:
     """Names of the most harmful nodes below the picture, each on a line of its own."""
     foot = float(nodes.y.min())
-    for i, r in enumerate(nodes.dropna(subset=["effect"]).nlargest(most, "effect").sort_values("x").itertuples()):
+    for i, r in enumerate(
+        nodes.dropna(subset=["effect"]).nlargest(most, "effect").sort_values("x").itertuples()
+    ):
         right = r.x > (nodes.x.min() + nodes.x.max()) / 2
         line = {"arrowstyle": "-", "lw": 0.35, "color": "#555555", "shrinkA": 0, "shrinkB": 2}
         axes.annotate(
-            style.label(str(r.node), 48), (r.x, r.y), (r.x, foot - 0.55 - 0.4 * i), fontsize=6, ha="right" if right else "left",
-            va="center", arrowprops=line, zorder=5,
-        )  # fmt: skip
+            style.label(str(r.node), 48),
+            (r.x, r.y),
+            (r.x, foot - 0.55 - 0.4 * i),
+            fontsize=6,
+            ha="right" if right else "left",
+            va="center",
+            arrowprops=line,
+            zorder=5,
+        )

@@ -1,4 +1,5 @@
-"""What a report shows of quantization noise: statistics per step and branch, and quality without and with correction; tables, figures."""
+"""What a report shows of quantization noise: statistics per step and branch, and quality without and with
+correction; tables, figures."""
 
 from __future__ import annotations
 
@@ -40,17 +41,42 @@ class Panel:
 
 
 PANELS = (
-    Panel("k", "slope k", "Slope k of the quantization error on the noise that full precision predicts: what CNC divides away."),
-    Panel("bias", "bias of the residual", "Bias of what the slope leaves, root mean square over channels: what BC subtracts."),
-    Panel("variance", "residual variance", "Variance of what slope and bias leave, mean over channels: what VSC takes from the sampler."),
-    Panel("snr", "SNR", "Signal to noise: the length of the noise that full precision predicts over the length of the quantization error."),
-)  # fmt: skip
+    Panel(
+        "k",
+        "slope k",
+        "Slope k of the quantization error on the noise that full precision predicts: what CNC divides away.",
+    ),
+    Panel(
+        "bias",
+        "bias of the residual",
+        "Bias of what the slope leaves, root mean square over channels: what BC subtracts.",
+    ),
+    Panel(
+        "variance",
+        "residual variance",
+        "Variance of what slope and bias leave, mean over channels: what VSC takes from the sampler.",
+    ),
+    Panel(
+        "snr",
+        "SNR",
+        "Signal to noise: the length of the noise that full precision predicts over the length of the"
+        " quantization error.",
+    ),
+)
 
 
 def noise(facts: Facts) -> pd.DataFrame:
-    """Of the winner: step (from 1), timestep, branch (from 1), weight (by which guidance counts the branch), then k, bias (root mean square
-    over channels), variance (mean over channels), r2, kurtosis (excess) and snr, each with the ends of its 95 % interval."""
-    columns = ["step", "timestep", "branch", "weight", *(f"{m}{end}" for m in MEASURES for end in ("", "_low", "_high"))]
+    """Of the winner: step (from 1), timestep, branch (from 1), weight (by which guidance counts the branch),
+    then k, bias (root mean square over channels), variance (mean over channels), r2, kurtosis (excess) and
+    snr, each with the ends of its 95 % interval.
+    """
+    columns = [
+        "step",
+        "timestep",
+        "branch",
+        "weight",
+        *(f"{m}{end}" for m in MEASURES for end in ("", "_low", "_high")),
+    ]
     rows = []
     for row in facts.noise.get("rows") or []:
         values = {c: number(row.get(c)) for c in columns}
@@ -61,8 +87,9 @@ def noise(facts: Facts) -> pd.DataFrame:
 
 
 def correction(facts: Facts) -> pd.DataFrame:
-    """metric, not_corrected, corrected, difference, low, high, blocks, verdict: means of the winner over blocks of fresh seeds; the
-    paired difference (corrected minus not) with its t interval at ``LEVEL``; the objective first.
+    """metric, not_corrected, corrected, difference, low, high, blocks, verdict: means of the winner over
+    blocks of fresh seeds; the paired difference (corrected minus not) with its t interval at ``LEVEL``; the
+    objective first.
 
     ``verdict``: better or worse where the interval excludes zero, else undecided.
     """
@@ -84,11 +111,14 @@ def correction(facts: Facts) -> pd.DataFrame:
 
 
 def _blocks(facts: Facts, config: str) -> pd.DataFrame:
-    """The successful measurements of a configuration by protocol, of the blocks that it was to be measured on."""
+    """The successful measurements of a configuration by protocol, of the blocks that it was to be measured
+    on."""
     table, wanted = facts.measured, [str(p) for p in facts.noise.get("protocols") or []]
     if table.empty:
         return table
-    return table[(table.config == config) & (table.status == "ok") & table.protocol.isin(wanted)].set_index("protocol")
+    return table[(table.config == config) & (table.status == "ok") & table.protocol.isin(wanted)].set_index(
+        "protocol"
+    )
 
 
 def _paired(change: np.ndarray, lower_is_better: bool) -> tuple[float, float, float, int, str]:
@@ -98,7 +128,9 @@ def _paired(change: np.ndarray, lower_is_better: bool) -> tuple[float, float, fl
     n, mean = len(change), float(change.mean())
     half = float(t.ppf((1 + LEVEL) / 2, n - 1) * change.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan
     low, high = mean - half, mean + half
-    verdict = "undecided" if not (low > 0 or high < 0) else "better" if (mean < 0) == lower_is_better else "worse"
+    verdict = (
+        "undecided" if not (low > 0 or high < 0) else "better" if (mean < 0) == lower_is_better else "worse"
+    )
     return mean, low, high, n, verdict
 
 
@@ -110,7 +142,15 @@ def over_steps(table: pd.DataFrame, axes: Axes, panel: Panel) -> None:
     for i, part in enumerate(branches):
         colour, dashes, marker = LINES[i % len(LINES)]
         name = f"branch {part.branch.iloc[0]:.0f} (weight {_weight(part.weight)})"
-        look: dict[str, Any] = {"color": colour, "ls": dashes, "marker": marker, "ms": 3.0, "lw": 1.1, "label": name, "zorder": 3}
+        look: dict[str, Any] = {
+            "color": colour,
+            "ls": dashes,
+            "marker": marker,
+            "ms": 3.0,
+            "lw": 1.1,
+            "label": name,
+            "zorder": 3,
+        }
         axes.plot(part.step, part[measure], **look)
         low, high = (part[end].fillna(part[measure]) for end in ends)
         axes.fill_between(part.step, low, high, color=colour, alpha=0.2, lw=0, zorder=2)
@@ -133,7 +173,8 @@ def _weight(weights: pd.Series) -> str:
 
 
 def _value_axis(axes: Axes, values: np.ndarray, positive: bool) -> None:
-    """Limits with a margin: with zero in sight, or for what is ``positive`` a logarithmic axis where a factor of eight lies between."""
+    """Limits with a margin: with zero in sight, or for what is ``positive`` a logarithmic axis where a
+    factor of eight lies between."""
     seen = values[np.isfinite(values) & ((values > 0) | (not positive))]
     if not len(seen):
         return

@@ -1,4 +1,5 @@
-"""The page: one HTML file that shows the figures and tables of a study, offline, and says what is still missing."""
+"""The page: one HTML file that shows the figures and tables of a study, offline, and says what is still
+missing."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ PAIRS_MOST = 8  # interactions of one layer that the page lists
 
 @dataclass(frozen=True)
 class Shown:
-    """A figure as the template takes it; without ``svg`` the reason is in ``missing``, and without both nothing is said."""
+    """A figure as the template takes it; without ``svg`` the reason is in ``missing``, and without both
+    nothing is said."""
 
     name: str
     section: str
@@ -47,16 +49,17 @@ class Shown:
 
     @property
     def pixels(self) -> int:
-        """About how high it stands on the page, with its caption: what is not in sight is laid out by that."""
+        """About how high it stands on the page, with its caption: what is not in sight is laid out by
+        that."""
         return round(120 * self.size[1] + 75)
 
 
 def report(study: Study, out: str | Path, progress: Progress = no_progress) -> Path:
-    """Write ``out``/index.html (one file, no network), ``out``/figures (PDF, SVG, PNG), ``out``/tables (CSV, LaTeX) and ``out``/data
-    (JSON).
+    """Write ``out``/index.html (one file, no network), ``out``/figures (PDF, SVG, PNG), ``out``/tables (CSV,
+    LaTeX) and ``out``/data (JSON).
 
-    Returns the page's path. What the study does not hold yet is named on the page with the command that makes it. Raises
-    AquabitError where ``out`` cannot be written or a stored fact is damaged.
+    Returns the page's path. What the study does not hold yet is named on the page with the command that makes
+    it. Raises AquabitError where ``out`` cannot be written or a stored fact is damaged.
     """
     out = Path(out)
     facts = read(study)
@@ -95,11 +98,15 @@ def _write(facts: Facts, out: Path, progress: Progress) -> Path:
 
 
 def write_data(facts: Facts, folder: Path) -> list[str]:
-    """What machines read: the winner as config.json, front.json and sensitivity.json, as far as they are there; their names."""
+    """What machines read: the winner as config.json, front.json and sensitivity.json, as far as they are
+    there; their names."""
     winner, files = facts.winner(), {}
     if winner is not None:
         files["config.json"] = winner.to_json()
-    for name, value in (("front.json", list(facts.front.get("members") or [])), ("sensitivity.json", dict(facts.sensitivity))):
+    for name, value in (
+        ("front.json", list(facts.front.get("members") or [])),
+        ("sensitivity.json", dict(facts.sensitivity)),
+    ):
         if value:
             files[name] = json.dumps(value, indent=1) + "\n"
     for name in ("config.json", "front.json", "sensitivity.json"):
@@ -109,8 +116,15 @@ def write_data(facts: Facts, folder: Path) -> list[str]:
     return list(files)
 
 
-def draw(plan: Plan, table: pd.DataFrame, lacks: Mapping[str, tuple[str, str]], folder: Path, places: Mapping[str, int]) -> Shown:
-    """The files of one figure, and the figure as an element of the page; points of layers carry their row in ``places``."""
+def draw(
+    plan: Plan,
+    table: pd.DataFrame,
+    lacks: Mapping[str, tuple[str, str]],
+    folder: Path,
+    places: Mapping[str, int],
+) -> Shown:
+    """The files of one figure, and the figure as an element of the page; points of layers carry their row
+    in ``places``."""
     if plan.needs in lacks or table.empty:
         for old in folder.glob(f"{plan.name}.*"):  # of a report that was written here before
             old.unlink()
@@ -126,14 +140,16 @@ def draw(plan: Plan, table: pd.DataFrame, lacks: Mapping[str, tuple[str, str]], 
 
 
 def page_data(facts: Facts, found: Tables) -> Markup:
-    """What the page's script shows of layers, as JSON that may stand in a script element: rows as ``tables.layers`` has them, and of each
-    the numbers by scheme and its strongest interactions."""
+    """What the page's script shows of layers, as JSON that may stand in a script element: rows as
+    ``tables.layers`` has them, and of each the numbers by scheme and its strongest interactions."""
     layers, by_scheme = found["layers"], found["layer_schemes"]
     schemes = list(dict.fromkeys(by_scheme.scheme))
     column = {s: j for j, s in enumerate(schemes)}
     parts: dict[str, dict[str, list[Any]]] = {}
     for r in by_scheme.itertuples():
-        row = parts.setdefault(r.layer, {k: [None] * len(schemes) for k in ("error", "damage", "effect", "shap")})
+        row = parts.setdefault(
+            r.layer, {k: [None] * len(schemes) for k in ("error", "damage", "effect", "shap")}
+        )
         for k in row:
             row[k][column[r.scheme]] = _short(getattr(r, k))
     place, near = {name: i for i, name in enumerate(layers.layer)}, dict[str, list[Any]]()
@@ -142,10 +158,20 @@ def page_data(facts: Facts, found: Tables) -> Markup:
             if b in place and len(near.setdefault(a, [])) < PAIRS_MOST:
                 near[a].append([place[b], _short(r.interaction), _short(r.low), _short(r.high)])
     rows = [
-        {**{k: _short(v) for k, v in row.items()}, "schemes": parts.get(row["layer"], {}), "pairs": near.get(row["layer"], [])}
+        {
+            **{k: _short(v) for k, v in row.items()},
+            "schemes": parts.get(row["layer"], {}),
+            "pairs": near.get(row["layer"], []),
+        }
         for row in layers.to_dict("records")
     ]
-    value = {"metric": facts.metric, "effects": facts.effects, "swap": facts.swap.split(":"), "schemes": schemes, "layers": rows}
+    value = {
+        "metric": facts.metric,
+        "effects": facts.effects,
+        "swap": facts.swap.split(":"),
+        "schemes": schemes,
+        "layers": rows,
+    }
     return embedded(value)
 
 
@@ -176,8 +202,16 @@ def _breakable(name: Any) -> Markup:
 def environment() -> jinja2.Environment:
     """Templates that escape whatever they are given."""
     loader = jinja2.FileSystemLoader(TEMPLATES)
-    found = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    found.filters.update(figures=summary.figures, count=summary.count, score=summary.score, short=summary.short, breakable=_breakable)
+    found = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    found.filters.update(
+        figures=summary.figures,
+        count=summary.count,
+        score=summary.score,
+        short=summary.short,
+        breakable=_breakable,
+    )
     script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
     allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     sheet = Markup((TEMPLATES / "report.css").read_text(encoding="utf-8"))
@@ -186,12 +220,33 @@ def environment() -> jinja2.Environment:
 
 
 def _render(
-    facts: Facts, found: Tables, lacks: Mapping[str, tuple[str, str]], shown: Sequence[Shown], grids: list[Images], files: list[str]
+    facts: Facts,
+    found: Tables,
+    lacks: Mapping[str, tuple[str, str]],
+    shown: Sequence[Shown],
+    grids: list[Images],
+    files: list[str],
 ) -> str:
-    frames: dict[str, Any] = {name: list(table.itertuples(index=False, name="Row")) for name, table in found.items()}
+    frames: dict[str, Any] = {
+        name: list(table.itertuples(index=False, name="Row")) for name, table in found.items()
+    }
     if not grids:
-        lacks = {"images": ("No images of the full-precision, uniform and found configurations are stored.", ""), **lacks}
-    return environment().get_template("report.html.j2").render(
-        facts=facts, tables=frames, lacks=lacks, figures=shown, images=grids, card=summary.run_card(facts), files=files,
-        summary=summary.summary(facts, found, lacks), data=page_data(facts, found),
-    )  # fmt: skip
+        lacks = {
+            "images": ("No images of the full-precision, uniform and found configurations are stored.", ""),
+            **lacks,
+        }
+    return (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            facts=facts,
+            tables=frames,
+            lacks=lacks,
+            figures=shown,
+            images=grids,
+            card=summary.run_card(facts),
+            files=files,
+            summary=summary.summary(facts, found, lacks),
+            data=page_data(facts, found),
+        )
+    )

@@ -26,20 +26,23 @@ class Images:
 
 
 def images(facts: Facts, folder: Path) -> list[Images]:
-    """Full precision, uniform and found, the latter without and with noise correction, all from the same seeds; each also written as
-    ``images_NAME.png``."""
+    """Full precision, uniform and found, the latter without and with noise correction, all from the same
+    seeds; each also written as ``images_NAME.png``."""
     wanted: list[tuple[str, str]] = []
     reference = facts.rows("reference")
     wanted += [("full precision", str(reference.config.iloc[0]))] if len(reference) else []
     uniform = ((facts.front.get("comparison") or {}).get("uniform") or {}).get("config")
     names = {c: scheme_name(facts.configs[c]) for c in facts.rows("uniform").config}
-    chosen = [str(uniform)] if uniform else [c for c, n in names.items() if n in ("usq2", "usq3", "usq4", "usq8")]
-    wanted += [
-        (f"uniform {names.get(c) or ((facts.front.get('comparison') or {}).get('uniform') or {}).get('scheme', '')}", c) for c in chosen
-    ]
+    chosen = (
+        [str(uniform)] if uniform else [c for c, n in names.items() if n in ("usq2", "usq3", "usq4", "usq8")]
+    )
+    other = ((facts.front.get("comparison") or {}).get("uniform") or {}).get("scheme", "")
+    wanted += [(f"uniform {names.get(c) or other}", c) for c in chosen]
     found = _found(facts)
     wanted += found
-    protocols = dict.fromkeys(([facts.protocol.digest] if facts.protocol else []) + [p for _, p in facts.thumbnails])
+    protocols = dict.fromkeys(
+        ([facts.protocol.digest] if facts.protocol else []) + [p for _, p in facts.thumbnails]
+    )
     have = {p: [(t, c) for t, c in wanted if (c, p) in facts.thumbnails] for p in protocols}
     protocol = max(have, key=lambda p: (len([w for w in have[p] if w in found]), len(have[p])), default="")
     shown = []
@@ -49,7 +52,8 @@ def images(facts: Facts, folder: Path) -> list[Images]:
 
 
 def _found(facts: Facts) -> list[tuple[str, str]]:
-    """(title, configuration) of the winner, and of what it is without or with correction where that was measured."""
+    """(title, configuration) of the winner, and of what it is without or with correction where that was
+    measured."""
     winner = str(facts.front.get("winner") or "")
     without, corrected = (str(facts.noise.get(key) or "") for key in ("without", "with"))
     name = f"corrected by {facts.noise.get('correction')}"
@@ -81,6 +85,10 @@ def _grid(facts: Facts, title: str, config: str, protocol: str, folder: Path) ->
         notes.append(f"{summary.figures(r.bits)} bits a weight, {summary.count(r.bytes)} bytes")
         notes.append(f"{facts.metric} {summary.figures(r.get(facts.objective))}")
         psnr = number(r.get("psnr"))
-        notes += [f"PSNR {psnr:.2f} dB to full precision"] if title != "full precision" and math.isfinite(psnr) else []
+        notes += (
+            [f"PSNR {psnr:.2f} dB to full precision"]
+            if title != "full precision" and math.isfinite(psnr)
+            else []
+        )
     source = "data:image/png;base64," + base64.b64encode(png).decode()
     return [Images(name, title, "; ".join(notes), source, width, height)]

@@ -1,4 +1,5 @@
-"""The look of our figures: sizes for print, fonts that embed, colours that the colour-blind and a grey printer keep apart.
+"""The look of our figures: sizes for print, fonts that embed, colours that the colour-blind and a grey
+printer keep apart.
 
 with style.use():
     figure, axes = style.canvas(style.SINGLE, 2.4)
@@ -38,17 +39,41 @@ ORANGE, SKY, PURPLE, GREY = "#E69F00", "#56B4E9", "#CC79A7", "#8C8C8C"
 
 RC: Any = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same layout on every machine
-    "font.size": 7.5, "axes.labelsize": 7.5, "xtick.labelsize": 7, "ytick.labelsize": 7, "legend.fontsize": 7,
-    "figure.dpi": 100, "savefig.dpi": 200, "figure.facecolor": "white", "axes.facecolor": "white",
-    "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6, "axes.axisbelow": True,
-    "axes.grid": True, "grid.color": "#E4E4E4", "grid.linewidth": 0.5,
-    "xtick.major.width": 0.6, "ytick.major.width": 0.6, "xtick.major.size": 2.5, "ytick.major.size": 2.5,
-    "lines.linewidth": 1.2, "lines.markersize": 4.5, "hatch.linewidth": 0.5,
-    "legend.frameon": False, "legend.handlelength": 1.6, "legend.borderaxespad": 0.2,
-    "pdf.fonttype": 42, "ps.fonttype": 42, "svg.fonttype": "none", "svg.hashsalt": "aquabit", "axes.unicode_minus": True,
-}  # fmt: skip
+    "font.size": 7.5,
+    "axes.labelsize": 7.5,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "figure.dpi": 100,
+    "savefig.dpi": 200,
+    "figure.facecolor": "white",
+    "axes.facecolor": "white",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": "#E4E4E4",
+    "grid.linewidth": 0.5,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "xtick.major.size": 2.5,
+    "ytick.major.size": 2.5,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 4.5,
+    "hatch.linewidth": 0.5,
+    "legend.frameon": False,
+    "legend.handlelength": 1.6,
+    "legend.borderaxespad": 0.2,
+    "pdf.fonttype": 42,
+    "ps.fonttype": 42,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "aquabit",
+    "axes.unicode_minus": True,
+}
 
-# by nominal bits, nearest one: the more bits the lighter, so that a grey print keeps the order; full precision is black
+# by nominal bits, nearest one: the more bits the lighter, so that a grey print keeps the order; full
+# precision is black
 BIT_COLOURS = {2: "#7A2500", 3: VERMILLION, 4: "#7CC4EE", 8: "#D5EAF7", 16: "#1B1B1B"}
 HATCHES = {"usq": "", "vq": "////", "vqc": "xxxx", "aq": "\\\\\\\\", "fp": ""}
 
@@ -57,7 +82,9 @@ HATCHES = {"usq": "", "vq": "////", "vqc": "xxxx", "aq": "\\\\\\\\", "fp": ""}
 def use() -> Iterator[None]:
     """Our style inside a ``with`` block; nothing global stays changed."""
     with matplotlib.rc_context(RC), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # a name in a script the font lacks
+        warnings.filterwarnings(
+            "ignore", message="Glyph .* missing from"
+        )  # a name in a script the font lacks
         yield
 
 
@@ -67,7 +94,10 @@ def canvas(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, figure.add_subplot()
 
 
-FORMATS = {"pdf": {"CreationDate": None, "Creator": None, "Producer": None}, "png": {"Software": None}}  # beside SVG; and what they omit
+FORMATS = {
+    "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
+    "png": {"Software": None},
+}  # beside SVG; and what they omit
 
 
 def save(figure: Figure, folder: Path, name: str) -> str:
@@ -85,7 +115,8 @@ def save(figure: Figure, folder: Path, name: str) -> str:
 
 
 def label(name: str, limit: int = 56) -> str:
-    """A name as matplotlib shall show it: no mathematics, no control characters, the middle left out where it is long."""
+    """A name as matplotlib shall show it: no mathematics, no control characters, the middle left out where
+    it is long."""
     text = "".join(c if c.isprintable() else "\ufffd" for c in str(name))
     if len(text) > limit:
         head = (limit - 3) // 2  # three dots: every sign beyond Latin-1 costs a second font in each PDF
@@ -102,7 +133,8 @@ def scheme_look(scheme: str) -> tuple[str, str]:
 
 
 def scheme_group(scheme: str) -> str:
-    """Method and nominal bits, as ``aq 2``: schemes of one group look alike, so that a legend can be read; ``fp`` is alone."""
+    """Method and nominal bits, as ``aq 2``: schemes of one group look alike, so that a legend can be read;
+    ``fp`` is alone."""
     parsed = Scheme.parse(scheme)
     if parsed.kind == "fp":
         return "fp"
@@ -119,7 +151,11 @@ def group_order(group: str) -> tuple[float, str]:
 def scheme_mark(scheme: str) -> dict[str, Any]:
     """Marker (by method) and colour (by nominal bits) of a weight scheme."""
     parsed = Scheme.parse(scheme)
-    marker = "v" if parsed.kind == "vq" and parsed.per_channel else {"usq": "s", "vq": "^", "aq": "o"}.get(parsed.kind, "D")
+    marker = (
+        "v"
+        if parsed.kind == "vq" and parsed.per_channel
+        else {"usq": "s", "vq": "^", "aq": "o"}.get(parsed.kind, "D")
+    )
     return {"color": scheme_look(scheme)[0], "marker": marker}
 
 
@@ -127,8 +163,9 @@ _named: WeakKeyDictionary[Figure, dict[str, tuple[str, list[str]]]] = WeakKeyDic
 
 
 def name_points(axes: Axes, artist: Artist, names: Sequence[str], kind: str = "layer") -> None:
-    """Say what the points of an artist are, in their order: in SVG files each then has a title, and on the page those of ``kind`` "layer"
-    are linked to the layer table. An artist of one name is linked as a whole."""
+    """Say what the points of an artist are, in their order: in SVG files each then has a title, and on the
+    page those of ``kind`` "layer" are linked to the layer table. An artist of one name is linked as a
+    whole."""
     figure = axes.get_figure(root=True)
     assert figure is not None
     known = _named.setdefault(figure, {})
@@ -162,7 +199,8 @@ def colour_bar(axes: Axes, norm: Any, colours: Any, text: str) -> None:
 
 
 def symmetric_axis(axes: Axes, which: str, values: Any, ticks_most: int = 4) -> None:
-    """An axis over ``values`` and zero: linear, or linear near zero and logarithmic beyond where few values dwarf the rest."""
+    """An axis over ``values`` and zero: linear, or linear near zero and logarithmic beyond where few
+    values dwarf the rest."""
     size = np.abs(np.asarray(values, float))
     size = size[np.isfinite(size) & (size > 0)]
     seen = np.nan_to_num(np.asarray(values, float), nan=0.0, posinf=0.0, neginf=0.0)
@@ -176,7 +214,9 @@ def symmetric_axis(axes: Axes, which: str, values: Any, ticks_most: int = 4) -> 
     getattr(axes, f"set_{which}lim")(1.6 * low if low < -near else -0.4 * near + min(low, 0.0), 1.6 * high)
     powers = [near * 10.0**k for k in range(ticks_most + 2) if near * 10.0**k <= 1.6 * max(high, -low)]
     axis = getattr(axes, f"{which}axis")
-    axis.set_major_locator(FixedLocator([-p for p in powers if -p >= 1.6 * low] + [0.0] + [p for p in powers if p <= 1.6 * high]))
+    axis.set_major_locator(
+        FixedLocator([-p for p in powers if -p >= 1.6 * low] + [0.0] + [p for p in powers if p <= 1.6 * high])
+    )
     axis.set_major_formatter(FuncFormatter(_tick))
     axis.set_minor_locator(FixedLocator([]))
 
@@ -193,7 +233,9 @@ def log_axis(axes: Axes, which: str, low: float, high: float) -> None:
     axis = getattr(axes, f"{which}axis")
     ticks: list[float] = []
     for subs in ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)):
-        ticks = [float(t) for t in LogLocator(subs=subs, numticks=50).tick_values(low, high) if low <= t <= high]
+        ticks = [
+            float(t) for t in LogLocator(subs=subs, numticks=50).tick_values(low, high) if low <= t <= high
+        ]
         if len(ticks) >= 4:
             break
     if len(ticks) < 3:

@@ -9,21 +9,28 @@ from collections.abc import Iterator, Mapping
 from markupsafe import Markup
 
 SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
-Named = Mapping[str, tuple[str, list[str]]]  # SVG id -> kind ("layer" or "tip") and the names of its points, in order
+Named = Mapping[
+    str, tuple[str, list[str]]
+]  # SVG id -> kind ("layer" or "tip") and the names of its points, in order
 
 ET.register_namespace("", SVG)
 ET.register_namespace("xlink", XLINK)
 
 
 def _points(root: ET.Element, named: Named) -> Iterator[tuple[ET.Element, str, str]]:
-    """(element, kind, name) of everything that was named; artists whose points are not as many as their names are left out."""
+    """(element, kind, name) of everything that was named; artists whose points are not as many as their
+    names are left out."""
     for group in root.iter():
         kind, names = named.get(group.get("id", ""), ("", []))
         if not names:
             continue
         defined = {id(e) for part in group.iter(f"{{{SVG}}}defs") for e in part.iter()}
-        kinds = ([e for e in group.iter(f"{{{SVG}}}{tag}") if id(e) not in defined] for tag in ("use", "path"))
-        points = [group] if len(names) == 1 else next((found for found in kinds if len(found) == len(names)), [])
+        kinds = (
+            [e for e in group.iter(f"{{{SVG}}}{tag}") if id(e) not in defined] for tag in ("use", "path")
+        )
+        points = (
+            [group] if len(names) == 1 else next((found for found in kinds if len(found) == len(names)), [])
+        )
         if points:
             yield from ((point, kind, name) for point, name in zip(points, names, strict=True))
 
@@ -39,8 +46,9 @@ def titled(text: str, named: Named) -> str:
 
 
 def inline(text: str, named: Named, name: str, caption: str, places: Mapping[str, int]) -> Markup:
-    """The file as an element of the page: ids made unique, its size left to the page, text as text. Points of layers get ``data-layer``,
-    their row in the page's data (``places``), other named points ``data-tip``."""
+    """The file as an element of the page: ids made unique, its size left to the page, text as text. Points
+    of layers get ``data-layer``, their row in the page's data (``places``), other named points
+    ``data-tip``."""
     root = ET.fromstring(text)
     for element, kind, value in list(_points(root, named)):
         if kind == "tip":

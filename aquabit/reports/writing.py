@@ -10,15 +10,32 @@ import numpy as np
 import pandas as pd
 
 _LATEX = {
-    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",
-    "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
-    "`": r"\textasciigrave{}", "-": "{-}",
-    "\N{MINUS SIGN}": "$-$", "\N{MULTIPLICATION SIGN}": r"$\times$", "[": "{[}", "]": "{]}", "*": "{*}",
-}  # fmt: skip
+    "\\": r"\textbackslash{}",
+    "{": r"\{",
+    "}": r"\}",
+    "$": r"\$",
+    "&": r"\&",
+    "#": r"\#",
+    "%": r"\%",
+    "_": r"\_",
+    "^": r"\textasciicircum{}",
+    "~": r"\textasciitilde{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    "`": r"\textasciigrave{}",
+    "-": "{-}",
+    "\N{MINUS SIGN}": "$-$",
+    "\N{MULTIPLICATION SIGN}": r"$\times$",
+    "[": "{[}",
+    "]": "{]}",
+    "*": "{*}",
+}
 
 
 def latex_text(text: Any) -> str:
-    """Text that LaTeX sets as it is: no command, no ligature of dashes, no optional argument; signs it may lack as U+ numbers."""
+    """Text that LaTeX sets as it is: no command, no ligature of dashes, no optional argument; signs it may
+    lack as U+ numbers."""
     out = []
     for c in str(text):
         if c in _LATEX:
@@ -31,7 +48,8 @@ def latex_text(text: Any) -> str:
 
 
 def latex(table: pd.DataFrame) -> str:
-    """The table as a booktabs ``tabular``: numbers to four digits and right-aligned, undefined ones as a dash."""
+    """The table as a booktabs ``tabular``: numbers to four digits and right-aligned, undefined ones as a
+    dash."""
 
     def cell(value: Any) -> str:
         if isinstance(value, bool | np.bool_):
@@ -44,10 +62,24 @@ def latex(table: pd.DataFrame) -> str:
             return text.replace("-", "$-$")
         return latex_text(value)
 
-    columns = "".join("r" if pd.api.types.is_numeric_dtype(t) and not pd.api.types.is_bool_dtype(t) else "l" for t in table.dtypes)
+    columns = "".join(
+        "r" if pd.api.types.is_numeric_dtype(t) and not pd.api.types.is_bool_dtype(t) else "l"
+        for t in table.dtypes
+    )
     lines = [" & ".join(map(cell, row)) + r" \\" for row in table.itertuples(index=False, name=None)]
     head = " & ".join(map(latex_text, table.columns)) + r" \\"
-    return "\n".join([r"\begin{tabular}{" + columns + "}", r"\toprule", head, r"\midrule", *lines, r"\bottomrule", r"\end{tabular}", ""])
+    return "\n".join(
+        [
+            r"\begin{tabular}{" + columns + "}",
+            r"\toprule",
+            head,
+            r"\midrule",
+            *lines,
+            r"\bottomrule",
+            r"\end{tabular}",
+            "",
+        ]
+    )
 
 
 def write(table: pd.DataFrame, folder: Path, name: str) -> None:

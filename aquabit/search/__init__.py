@@ -1,7 +1,17 @@
-"""Search under hard budgets: the integer program over damages, refined in context, judged in pairs, measured on fresh seeds."""
+"""Search under hard budgets: the integer program over damages, refined in context, judged in pairs,
+measured on fresh seeds."""
 
 from aquabit.search.assign import assign
-from aquabit.search.front import Front, FrontMember, Interval, hypervolume, interval, paired_difference, pareto, smallest_uniform
+from aquabit.search.front import (
+    Front,
+    FrontMember,
+    Interval,
+    hypervolume,
+    interval,
+    paired_difference,
+    pareto,
+    smallest_uniform,
+)
 from aquabit.search.integer_program import Solution, additive_scores, choice_effects, solve
 from aquabit.search.judging import Judgement, judge
 from aquabit.search.local import Improved, improve

@@ -17,20 +17,29 @@ def check_installed() -> None:
     try:
         import pymoo.optimize  # noqa: F401
     except ImportError as error:
-        raise AquabitError("the method evolve needs pymoo, which is not installed: pip install 'aquabit[evolve]'") from error
+        raise AquabitError(
+            "the method evolve needs pymoo, which is not installed: pip install 'aquabit[evolve]'"
+        ) from error
 
 
 def evolve(
-    predict: Predict, cost_model: CostModel, targets: Sequence[Budget], starts: Sequence[tuple[np.ndarray, np.ndarray]] = (), *,
-    population: int = 80, generations: int = 60, seed: int = 0,
-) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """Weights and acts, each [n, L], of the front that NSGA-II (Deb et al., 2002) ends with: none is predicted better and cheaper than
-    another.
+    predict: Predict,
+    cost_model: CostModel,
+    targets: Sequence[Budget],
+    starts: Sequence[tuple[np.ndarray, np.ndarray]] = (),
+    *,
+    population: int = 80,
+    generations: int = 60,
+    seed: int = 0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Weights and acts, each [n, L], of the front that NSGA-II (Deb et al., 2002) ends with: none is
+    predicted better and cheaper than another.
 
-    The objectives are the prediction and every cost that ``targets`` limit (size, BOPs, latency); a gene is the place of a layer's column
-    in the order of their size. Configurations lie between the smallest and the largest target. ``starts`` (weights, acts [L], as of
-    integer programs) are in the first population, the rest are random crossings of them with random configurations. Equal under equal
-    seeds. Raises AquabitError where pymoo is not installed.
+    The objectives are the prediction and every cost that ``targets`` limit (size, BOPs, latency); a gene is
+    the place of a layer's column in the order of their size. Configurations lie between the smallest and the
+    largest target. ``starts`` (weights, acts [L], as of integer programs) are in the first population, the
+    rest are random crossings of them with random configurations. Equal under equal seeds. Raises AquabitError
+    where pymoo is not installed.
     """
     check_installed()
     from pymoo.algorithms.moo.nsga2 import NSGA2
@@ -41,9 +50,16 @@ def evolve(
     from pymoo.optimize import minimize
 
     every = [Options.of(cost_model, target) for target in targets]
-    options, largest, smallest = every[0], np.max([o.caps for o in every], 0), np.min([o.caps for o in every], 0)
+    options, largest, smallest = (
+        every[0],
+        np.max([o.caps for o in every], 0),
+        np.min([o.caps for o in every], 0),
+    )
     columns, free = options.columns, options.columns.free
-    order = [np.flatnonzero(row)[np.argsort(options.costs[0, i, row], kind="stable")] for i, row in enumerate(columns.allowed)]
+    order = [
+        np.flatnonzero(row)[np.argsort(options.costs[0, i, row], kind="stable")]
+        for i, row in enumerate(columns.allowed)
+    ]
     place = np.full(columns.allowed.shape, -1)
     for i, row in enumerate(order):
         place[i, row] = np.arange(len(row))
@@ -64,7 +80,9 @@ def evolve(
             used = options.used(choice)
             value = np.asarray(predict(*columns.split(choice)), float)
             out["F"] = np.stack([np.where(np.isfinite(value), value, 1e30), *(used / largest[:, None])], 1)
-            out["G"] = np.stack([*(used / largest[:, None] - 1), 0.9 * smallest[0] / largest[0] - used[0] / largest[0]], 1)
+            out["G"] = np.stack(
+                [*(used / largest[:, None] - 1), 0.9 * smallest[0] / largest[0] - used[0] / largest[0]], 1
+            )
 
     rng = np.random.default_rng(seed)
     counts = np.array([len(order[i]) for i in free])
@@ -75,10 +93,24 @@ def evolve(
         keep = rng.random(drawn.shape) < rng.random((len(drawn), 1))
         drawn = np.where(keep, first[rng.integers(len(first), size=len(drawn))], drawn)
     algorithm = NSGA2(
-        pop_size=population, sampling=np.concatenate([first, drawn]), crossover=UniformCrossover(),
-        mutation=PM(prob=1.0, prob_var=max(1.0, len(free) / 20) / len(free), eta=5, vtype=float, repair=RoundingRepair()),
-    )  # fmt: skip
-    problem = Trade(n_var=len(free), n_obj=1 + len(largest), n_ieq_constr=1 + len(largest), xl=0, xu=counts - 1, vtype=int)
+        pop_size=population,
+        sampling=np.concatenate([first, drawn]),
+        crossover=UniformCrossover(),
+        mutation=PM(
+            prob=1.0,
+            prob_var=max(1.0, len(free) / 20) / len(free),
+            eta=5,
+            vtype=float,
+            repair=RoundingRepair(),
+        ),
+    )
+    problem = Trade(
+        n_var=len(free), n_obj=1 + len(largest), n_ieq_constr=1 + len(largest), xl=0, xu=counts - 1, vtype=int
+    )
     found = minimize(problem, algorithm, ("n_gen", generations), seed=seed, verbose=False)
-    genes = np.zeros((0, len(free)), int) if found.X is None else np.unique(np.atleast_2d(found.X).astype(int), axis=0)
+    genes = (
+        np.zeros((0, len(free)), int)
+        if found.X is None
+        else np.unique(np.atleast_2d(found.X).astype(int), axis=0)
+    )
     return columns.split(choices(genes))

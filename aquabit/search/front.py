@@ -39,15 +39,22 @@ def interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
-def paired_difference(a_blocks: Sequence[float], b_blocks: Sequence[float], confidence: float = 0.95) -> Interval:
-    """Mean of a - b over the same seed blocks, with its t interval; raises AquabitError where the blocks do not pair up."""
+def paired_difference(
+    a_blocks: Sequence[float], b_blocks: Sequence[float], confidence: float = 0.95
+) -> Interval:
+    """Mean of a - b over the same seed blocks, with its t interval; raises AquabitError where the blocks
+    do not pair up."""
     if len(a_blocks) != len(b_blocks):
-        raise AquabitError(f"a paired difference needs the same blocks on both sides, got {len(a_blocks)} and {len(b_blocks)}")
+        raise AquabitError(
+            f"a paired difference needs the same blocks on both sides, got {len(a_blocks)} and"
+            f" {len(b_blocks)}"
+        )
     return interval([float(a) - float(b) for a, b in zip(a_blocks, b_blocks, strict=True)], confidence)
 
 
 def pareto(values: np.ndarray, costs: np.ndarray) -> np.ndarray:
-    """Boolean [n]: the non-dominated rows of ``values`` [n] or [n, k] (larger = worse) and ``costs`` [n] or [n, m].
+    """Boolean [n]: the non-dominated rows of ``values`` [n] or [n, k] (larger = worse) and ``costs`` [n] or
+    [n, m].
 
     Of equal rows the first stays; rows with a NaN never do.
     """
@@ -61,7 +68,8 @@ def pareto(values: np.ndarray, costs: np.ndarray) -> np.ndarray:
 
 
 def hypervolume(values: Sequence[float], costs: Sequence[float], reference: tuple[float, float]) -> float:
-    """The area that (value, cost) pairs dominate below ``reference`` (value, cost): larger = a better front. NaN counts for nothing."""
+    """The area that (value, cost) pairs dominate below ``reference`` (value, cost): larger = a better
+    front. NaN counts for nothing."""
     value, cost = np.asarray(values, float), np.asarray(costs, float)
     kept = np.flatnonzero((value < reference[0]) & (cost < reference[1]))
     kept = kept[np.lexsort((value[kept], cost[kept]))]
@@ -71,12 +79,17 @@ def hypervolume(values: Sequence[float], costs: Sequence[float], reference: tupl
 
 
 def smallest_uniform(
-    cost_model: CostModel, space: SearchSpace, kind: str = "usq", at_least_bytes: int = 0, act: int | None = None
+    cost_model: CostModel,
+    space: SearchSpace,
+    kind: str = "usq",
+    at_least_bytes: int = 0,
+    act: int | None = None,
 ) -> QuantConfig | None:
-    """The smallest uniform configuration of a kind that is no smaller than ``at_least_bytes``; None where even the largest is smaller.
+    """The smallest uniform configuration of a kind that is no smaller than ``at_least_bytes``; None where
+    even the largest is smaller.
 
-    ``act`` defaults to the activation bits that budgets in bits fix. A scheme counts when every free layer may take it; of two of one size
-    the output-aware one is taken, which is the harder to beat.
+    ``act`` defaults to the activation bits that budgets in bits fix. A scheme counts when every free layer
+    may take it; of two of one size the output-aware one is taken, which is the harder to beat.
     """
     act = activation_choices(space)[0] if act is None else act
     free = [space.choices[k] for k in space.free_layers()]
@@ -88,22 +101,30 @@ def smallest_uniform(
 
 @dataclass(frozen=True)
 class FrontMember:
-    """One configuration with its exact cost, and what was predicted and what was measured (on fresh seeds) for it."""
+    """One configuration with its exact cost, and what was predicted and what was measured (on fresh seeds)
+    for it."""
 
     config: QuantConfig
     bits_per_weight: float
     bytes: int
     bops: float
-    operations: Mapping[str, float] | float | None = None  # {"multiply_adds", "lut_adds"} of one image; older files have one number
+    operations: Mapping[str, float] | float | None = (
+        None  # {"multiply_adds", "lut_adds"} of one image; older files have one number
+    )
     latency_ms: float | None = None  # measured, of the packed denoiser
     predicted: Mapping[str, float] = field(default_factory=dict)
-    measured: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # metric -> {"value", "low", "high"}
+    measured: Mapping[str, Mapping[str, float]] = field(
+        default_factory=dict
+    )  # metric -> {"value", "low", "high"}
 
     @staticmethod
     def of(
-        cost_model: CostModel, config: QuantConfig, predicted: Mapping[str, float], measured: Mapping[str, Interval],
+        cost_model: CostModel,
+        config: QuantConfig,
+        predicted: Mapping[str, float],
+        measured: Mapping[str, Interval],
         latency_ms: float | None = None,
-    ) -> FrontMember:  # fmt: skip
+    ) -> FrontMember:
         cost = cost_model(config)
         values = {metric: dict(found._asdict()) for metric, found in measured.items()}
         operations = {"multiply_adds": cost.multiply_adds, "lut_adds": cost.lut_adds}
@@ -112,15 +133,23 @@ class FrontMember:
 
     def to_dict(self) -> dict[str, Any]:
         """One entry of ``front.json``; undefined numbers are None."""
-        plain: dict[str, Any] = {k: getattr(self, k) for k in ("bits_per_weight", "bytes", "bops", "operations", "latency_ms")}
-        measured = {metric: {k: found[k] for k in ("value", "low", "high")} for metric, found in self.measured.items()}
-        return {**_defined({**plain, "predicted": dict(self.predicted), "measured": measured}), "config": self.config.to_dict()}
+        plain: dict[str, Any] = {
+            k: getattr(self, k) for k in ("bits_per_weight", "bytes", "bops", "operations", "latency_ms")
+        }
+        measured = {
+            metric: {k: found[k] for k in ("value", "low", "high")} for metric, found in self.measured.items()
+        }
+        return {
+            **_defined({**plain, "predicted": dict(self.predicted), "measured": measured}),
+            "config": self.config.to_dict(),
+        }
 
 
 @dataclass(frozen=True)
 class Front:
-    """Re-measured configurations by bits. ``winner`` is the digest of the one for the budget (``best``); ``comparison`` is about the
-    uniform baseline, ``proof`` says how near to its optimum the last surrogate was searched."""
+    """Re-measured configurations by bits. ``winner`` is the digest of the one for the budget (``best``);
+    ``comparison`` is about the uniform baseline, ``proof`` says how near to its optimum the last surrogate
+    was searched."""
 
     members: Sequence[FrontMember]
     budget: Budget | None = None
@@ -129,23 +158,32 @@ class Front:
     proof: Proof | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "members", tuple(sorted(self.members, key=lambda m: (m.bits_per_weight, m.config.digest))))
+        object.__setattr__(
+            self, "members", tuple(sorted(self.members, key=lambda m: (m.bits_per_weight, m.config.digest)))
+        )
         if self.winner is not None and self.winner not in {m.config.digest for m in self.members}:
-            raise AquabitError(f"the winner {self.winner} is not among the front's {len(self.members)} members")
+            raise AquabitError(
+                f"the winner {self.winner} is not among the front's {len(self.members)} members"
+            )
 
     @property
     def best(self) -> QuantConfig:
-        """The winner for the budget; raises AquabitError where the front was read from a file that names none."""
+        """The winner for the budget; raises AquabitError where the front was read from a file that names
+        none."""
         return self.best_member.config
 
     @property
     def best_member(self) -> FrontMember:
         if self.winner is None:
-            raise AquabitError("this front names no winner (front.json holds only members); the winner is in config.json beside it")
+            raise AquabitError(
+                "this front names no winner (front.json holds only members); the winner is in config.json"
+                " beside it"
+            )
         return next(m for m in self.members if m.config.digest == self.winner)
 
     def pruned(self, metric: str, lower_is_better: bool = True) -> Front:
-        """Only members that are non-dominated in (bits, measured ``metric``), and the winner, which the fresh seeds must not unseat."""
+        """Only members that are non-dominated in (bits, measured ``metric``), and the winner, which the
+        fresh seeds must not unseat."""
         sign = 1.0 if lower_is_better else -1.0
         values = np.array([sign * _number(m.measured.get(metric, {}).get("value")) for m in self.members])
         keep = pareto(values, np.array([m.bits_per_weight for m in self.members]))
@@ -161,13 +199,22 @@ class Front:
         budget = None if self.budget is None else asdict(self.budget)
         proof = None if self.proof is None else _defined(self.proof.to_dict())
         comparison = _defined(dict(self.comparison))
-        return {"members": self.to_list(), "budget": budget, "winner": self.winner, "comparison": comparison, "proof": proof}
+        return {
+            "members": self.to_list(),
+            "budget": budget,
+            "winner": self.winner,
+            "comparison": comparison,
+            "proof": proof,
+        }
 
     @staticmethod
     def from_list(
-        value: Any, source: str = "front.json", budget: Budget | None = None, winner: str | None = None,
+        value: Any,
+        source: str = "front.json",
+        budget: Budget | None = None,
+        winner: str | None = None,
         comparison: Mapping[str, Any] | None = None,
-    ) -> Front:  # fmt: skip
+    ) -> Front:
         """Validate untrusted JSON; raises AquabitError with the place and the value that is wrong."""
         from pydantic import ValidationError
 
@@ -176,21 +223,32 @@ class Front:
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(str(p) for p in first["loc"]) or "the top level"
-            raise AquabitError(f"{source} is not a front: {place}: {first['msg']} (got {first.get('input')!r:.60})") from error
+            raise AquabitError(
+                f"{source} is not a front: {place}: {first['msg']} (got {first.get('input')!r:.60})"
+            ) from error
         members = []
         for i, row in enumerate(rows):
             body = row.model_dump()
             config = QuantConfig.from_dict(body.pop("config"), f"{source}, entry {i}, config")
             body["predicted"] = {k: _number(v) for k, v in body["predicted"].items()}
-            body["measured"] = {m: {k: _number(v) for k, v in found.items()} for m, found in body["measured"].items()}
+            body["measured"] = {
+                m: {k: _number(v) for k, v in found.items()} for m, found in body["measured"].items()
+            }
             members.append(FrontMember(config, **body))
         return Front(members, budget, winner, comparison or {})
 
     @staticmethod
     def from_dict(value: Any, source: str = "the stored front") -> Front:
         """The inverse of ``to_dict``; older studies have no proof."""
-        if not isinstance(value, dict) or set(value) - {"proof"} != {"members", "budget", "winner", "comparison"}:
-            raise AquabitError(f"{source} must be an object with members, budget, winner and comparison, got {value!r:.60}")
+        if not isinstance(value, dict) or set(value) - {"proof"} != {
+            "members",
+            "budget",
+            "winner",
+            "comparison",
+        }:
+            raise AquabitError(
+                f"{source} must be an object with members, budget, winner and comparison, got {value!r:.60}"
+            )
         budget = None if value["budget"] is None else Budget(**value["budget"])
         front = Front.from_list(value["members"], source, budget, value["winner"], value["comparison"])
         return replace(front, proof=None if value.get("proof") is None else Proof.from_dict(value["proof"]))
@@ -205,7 +263,11 @@ class Front:
                 cells += [_shown(m.predicted.get(k)), _shown_interval(m.measured.get(k, {}))]
             mark = ' style="font-weight: bold"' if m.config.digest == self.winner else ""
             rows.append(f"<tr{mark}>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>")
-        budget = f"<caption>budget: {escape(str(self.budget))}; the winner is bold</caption>" if self.budget else ""
+        budget = (
+            f"<caption>budget: {escape(str(self.budget))}; the winner is bold</caption>"
+            if self.budget
+            else ""
+        )
         columns = "<th>bits per weight</th><th>bytes</th><th>BOPs</th><th>ms a call</th>"
         return f"{self._figures(metrics)}<table>{budget}<tr>{columns}{head}</tr>{''.join(rows)}</table>"
 
@@ -214,7 +276,10 @@ class Front:
         if not metrics:
             return ""
         found = [(m.config.digest, m.bits_per_weight, m.measured.get(metrics[0], {})) for m in self.members]
-        rows = [(name, bits, _number(v.get("value")), _number(v.get("low")), _number(v.get("high"))) for name, bits, v in found]
+        rows = [
+            (name, bits, _number(v.get("value")), _number(v.get("low")), _number(v.get("high")))
+            for name, bits, v in found
+        ]
         return _notebook.points(rows, "bits per weight", f"{metrics[0]}, measured")
 
 
@@ -243,7 +308,12 @@ def _defined(value: Any) -> Any:
 
 
 def _members_model() -> Any:
-    from pydantic import BaseModel, ConfigDict, Field, RootModel  # pydantic costs 0.1 s to import: only where a file is read
+    from pydantic import (
+        BaseModel,
+        ConfigDict,
+        Field,
+        RootModel,
+    )  # pydantic costs 0.1 s to import: only where a file is read
 
     class Part(BaseModel):
         model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)

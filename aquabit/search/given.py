@@ -14,9 +14,11 @@ WEIGHT = "weight_quantizer"
 
 
 def read_given(path: str | Path, space: SearchSpace) -> QuantConfig:
-    """The configuration in a file: ``config.json``, or JSON with ModelOpt's ``quant_cfg`` (as ``mtq.quantize`` takes it, or as
-    ``aquabit export --to modelopt`` writes it), whose bits and blocks become uniform schemes (``usq4``, ``usq4g32``) and whose layers that
-    it leaves alone stay ``fp``; activations are left off. Raises AquabitError for anything else, and for a file of another model."""
+    """The configuration in a file: ``config.json``, or JSON with ModelOpt's ``quant_cfg`` (as
+    ``mtq.quantize`` takes it, or as ``aquabit export --to modelopt`` writes it), whose bits and blocks become
+    uniform schemes (``usq4``, ``usq4g32``) and whose layers that it leaves alone stay ``fp``; activations are
+    left off. Raises AquabitError for anything else, and for a file of another model.
+    """
     value = read_json(path)
     inner = value.get("config", value) if isinstance(value, dict) else None
     if isinstance(inner, dict) and "quant_cfg" in inner:
@@ -40,14 +42,19 @@ def _of_modelopt(rules: Any, space: SearchSpace, source: str) -> QuantConfig:
 
 
 def _entries(rules: Any, source: str) -> list[tuple[str, Mapping[str, Any]]]:
-    """(pattern, settings) in order, of either of ModelOpt's forms: a mapping, or a list of rules with names."""
+    """(pattern, settings) in order, of either of ModelOpt's forms: a mapping, or a list of rules with
+    names."""
     if isinstance(rules, Mapping):
         found = list(rules.items())
-    elif isinstance(rules, list) and all(isinstance(r, Mapping) and isinstance(r.get("quantizer_name"), str) for r in rules):
+    elif isinstance(rules, list) and all(
+        isinstance(r, Mapping) and isinstance(r.get("quantizer_name"), str) for r in rules
+    ):
         plain = [r for r in rules if "parent_class" not in r]  # those name kinds of modules, not layers
         found = [(r["quantizer_name"], _settings(r)) for r in plain]
     else:
-        raise AquabitError(f"{source}: quant_cfg is {rules!r:.60}; it must map quantizers, as *weight_quantizer, to settings")
+        raise AquabitError(
+            f"{source}: quant_cfg is {rules!r:.60}; it must map quantizers, as *weight_quantizer, to settings"
+        )
     bad = [k for k, v in found if not isinstance(k, str) or not isinstance(v, Mapping)]
     if bad:
         raise AquabitError(f"{source}: the settings of {bad[0]!r:.60} are no object")
@@ -67,7 +74,11 @@ def _scheme(cfg: Mapping[str, Any], source: str) -> Scheme:
         return FP
     bits = cfg.get("num_bits", 8)
     if type(bits) is not int:
-        raise AquabitError(f"{source} has num_bits {bits!r:.30}; only whole numbers of bits, 1 to 8, can be compared")
+        raise AquabitError(
+            f"{source} has num_bits {bits!r:.30}; only whole numbers of bits, 1 to 8, can be compared"
+        )
     blocks = cfg.get("block_sizes") or {}
-    group = next((v for k, v in blocks.items() if str(k) == "-1"), None) if isinstance(blocks, Mapping) else None
+    group = (
+        next((v for k, v in blocks.items() if str(k) == "-1"), None) if isinstance(blocks, Mapping) else None
+    )
     return Scheme.parse(f"usq{bits}" + (f"g{group}" if group else ""))

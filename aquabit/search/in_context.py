@@ -1,4 +1,5 @@
-"""What the denoiser says at a configuration: slopes and output errors on stored inputs, in the unit of the damages."""
+"""What the denoiser says at a configuration: slopes and output errors on stored inputs, in the unit of the
+damages."""
 
 from __future__ import annotations
 
@@ -16,13 +17,14 @@ from aquabit.sensitivity.step_weights import LEAST, chosen_cells, fit_step_weigh
 from aquabit.space import SearchSpace
 
 LOOKED = 8  # parts of stored inputs (8 trajectories each) that slopes are taken on
-JUDGED = 8  # parts that steps are judged on: others, so that nothing is accepted that only the looked-at inputs like
+# parts that steps are judged on: others, so that nothing is accepted that only the looked-at inputs like
+JUDGED = 8
 
 
 @dataclass
 class InContext:
-    """``look`` and ``judge`` for ``refine``; ``spent`` counts the output errors that they ask for (a fifteenth of a
-    measurement each; what the study holds already costs nothing)."""
+    """``look`` and ``judge`` for ``refine``; ``spent`` counts the output errors that they ask for (a
+    fifteenth of a measurement each; what the study holds already costs nothing)."""
 
     session: Session
     damages: Damages
@@ -54,7 +56,10 @@ class InContext:
             act = activation_choices(self.space)[0]
             layers, schemes = self.space.layers, self.space.schemes
             cells = chosen_cells(self.damages)
-            alone = [self.space.config({layers[i]: self.space.choice(layers[i], schemes[j], act)}) for i, j in cells]
+            alone = [
+                self.space.config({layers[i]: self.space.choice(layers[i], schemes[j], act)})
+                for i, j in cells
+            ]
             found = self.session.outputs(alone, self.progress)
             self.spent += len(alone)
             rounded = self.damages.acts[:, self.space.act_codes.index(act)]
@@ -69,7 +74,9 @@ class InContext:
         self.spent += 3 * LOOKED
         overlap = self._table(parts[0]["overlap"])
         damages = self.damages.weights
-        crossing = shrunk(np.array([crossings(self._table(p["slopes"]), overlap, damages, weights) for p in parts]), damages)
+        crossing = shrunk(
+            np.array([crossings(self._table(p["slopes"]), overlap, damages, weights) for p in parts]), damages
+        )
         change = in_context(crossing, damages, weights)
         own = [self.space.act_codes.index(a) if a in self.space.act_codes else 0 for a in acts]
         columns = [self.space.act_codes.index(a) for a in self.activations]
@@ -81,7 +88,9 @@ class InContext:
         configs = [self._config(c) for c in proposals]
         found = self.session.outputs_of(configs, self.parts[1], self.progress)
         self.spent += len(configs) * JUDGED
-        return [float(np.mean([np.asarray(v["error"]) @ self.weights for v in found[c.digest]])) for c in configs]
+        return [
+            float(np.mean([np.asarray(v["error"]) @ self.weights for v in found[c.digest]])) for c in configs
+        ]
 
     def _config(self, chosen: Chosen) -> QuantConfig:
         return self.space.configs(chosen[0][None], chosen[1][None])[0]

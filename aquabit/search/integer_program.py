@@ -1,4 +1,5 @@
-"""One (scheme, activation bits) per layer of least total score under hard limits: a multiple-choice knapsack, solved by HiGHS."""
+"""One (scheme, activation bits) per layer of least total score under hard limits: a multiple-choice
+knapsack, solved by HiGHS."""
 
 from __future__ import annotations
 
@@ -18,16 +19,19 @@ from aquabit.scheme import AquabitError, Budget
 from aquabit.search.options import Columns, Options, Predict, activation_choices, kernel_operations
 from aquabit.space import SearchSpace
 
-SCALE = 1e4  # the largest difference between two scores of a layer: HiGHS's absolute gap of 1e-6 is then one in 10^10
+# the largest difference between two scores of a layer: HiGHS's absolute gap of 1e-6 is then one in 10^10
+SCALE = 1e4
 NODES = 20_000  # a limit on nodes, not on seconds, so that the same seed gives the same answer
 BATCH = 4096
 
 
 @dataclass(frozen=True)
 class Solution:
-    """``weights`` and ``acts`` [L] (scheme indices, activation bits), their total ``score``, and a proven lower ``bound`` on any total.
+    """``weights`` and ``acts`` [L] (scheme indices, activation bits), their total ``score``, and a proven
+    lower ``bound`` on any total.
 
-    ``gap`` is score - bound relative to the largest difference between two totals: 0 where the optimum is proven.
+    ``gap`` is score - bound relative to the largest difference between two totals: 0 where the optimum is
+    proven.
     """
 
     weights: np.ndarray
@@ -41,18 +45,28 @@ Cut = tuple[np.ndarray, np.ndarray, int]  # (weights [L], acts [L], layers that 
 
 
 def solve(
-    scores: np.ndarray, cost_model: CostModel, budget: Budget, *, cuts: Sequence[Cut] = (), relative_gap: float = 0.0, nodes: int = NODES,
-    ties: float | None = None, near: Cut | None = None,
-) -> Solution:  # fmt: skip
-    """The configuration of least total score within every limit of ``budget``, exactly (bytes are whole numbers).
+    scores: np.ndarray,
+    cost_model: CostModel,
+    budget: Budget,
+    *,
+    cuts: Sequence[Cut] = (),
+    relative_gap: float = 0.0,
+    nodes: int = NODES,
+    ties: float | None = None,
+    near: Cut | None = None,
+) -> Solution:
+    """The configuration of least total score within every limit of ``budget``, exactly (bytes are whole
+    numbers).
 
-    With ``ties``, totals that exceed the least by no more than this share of the largest difference between two totals count as equal, and
-    of them the configuration of fewest operations is taken (``kernel_operations``): a second program, in which the score is one more limit.
+    With ``ties``, totals that exceed the least by no more than this share of the largest difference between
+    two totals count as equal, and of them the configuration of fewest operations is taken
+    (``kernel_operations``): a second program, in which the score is one more limit.
 
-    ``scores`` is [L, schemes, A] over ``space.schemes`` and ``activation_choices(space, budget)``; cells that a layer may not take
-    are ignored. ``cuts`` ask for solutions that differ from known ones in so many layers or more, ``near`` for one that differs from a
-    known one in so many or fewer (a trust region). Raises AquabitError with the smallest and the largest
-    possible cost where the limits cannot be kept, alone or together, and for scores that are not finite or of the wrong shape.
+    ``scores`` is [L, schemes, A] over ``space.schemes`` and ``activation_choices(space, budget)``; cells that
+    a layer may not take are ignored. ``cuts`` ask for solutions that differ from known ones in so many layers
+    or more, ``near`` for one that differs from a known one in so many or fewer (a trust region). Raises
+    AquabitError with the smallest and the largest possible cost where the limits cannot be kept, alone or
+    together, and for scores that are not finite or of the wrong shape.
     """
     options = Options.of(cost_model, budget)
     table = _table(scores, cost_model, options)
@@ -70,21 +84,38 @@ def solve(
         raise AquabitError(_infeasible(options, cost_model, budget, bool(cuts) or near is not None))
     choice, bound = found
     if ties is not None:
-        choice = _lightest(choice, scaled, options, excluded, cost_model, budget, ties * unit * float(spans.sum()), nodes)
+        choice = _lightest(
+            choice, scaled, options, excluded, cost_model, budget, ties * unit * float(spans.sum()), nodes
+        )
     rows = np.arange(len(choice))
     score, above = float(table[rows, choice].sum()), float(scaled[rows, choice].sum())
-    missing = max(above - bound, 0.0)  # in scaled units; bound counts from the sum of the layers' smallest scores
+    missing = max(
+        above - bound, 0.0
+    )  # in scaled units; bound counts from the sum of the layers' smallest scores
     weights, acts = options.columns.split(choice)
-    return Solution(weights, acts, score, float(score - missing / unit), float(missing / max(unit * float(spans.sum()), 1e-300)))
+    return Solution(
+        weights,
+        acts,
+        score,
+        float(score - missing / unit),
+        float(missing / max(unit * float(spans.sum()), 1e-300)),
+    )
 
 
 def _exact(
-    scores: np.ndarray, options: Options, excluded: list[tuple[np.ndarray, int]], cost_model: CostModel, budget: Budget,
-    relative_gap: float, nodes: int,
-) -> tuple[np.ndarray, float] | None:  # fmt: skip
-    """``_milp`` whose answer keeps the budget exactly: HiGHS rounds within tolerances, which may slip over a limit by some bytes.
+    scores: np.ndarray,
+    options: Options,
+    excluded: list[tuple[np.ndarray, int]],
+    cost_model: CostModel,
+    budget: Budget,
+    relative_gap: float,
+    nodes: int,
+) -> tuple[np.ndarray, float] | None:
+    """``_milp`` whose answer keeps the budget exactly: HiGHS rounds within tolerances, which may slip over a
+    limit by some bytes.
 
-    An answer that slipped is forbidden, which keeps the optimum; after eight, the last is repaired and the bound given up.
+    An answer that slipped is forbidden, which keeps the optimum; after eight, the last is repaired and the
+    bound given up.
     """
     choice = None
     for _ in range(8):
@@ -95,14 +126,23 @@ def _exact(
             return choice, bound
         excluded = [*excluded, (choice, 1)]
     mended = None if choice is None else options.repair(choice, scores)
-    return None if mended is None or not _within(mended, options, cost_model, budget) else (mended, 0.0)  # scores here are never negative
+    return (
+        None if mended is None or not _within(mended, options, cost_model, budget) else (mended, 0.0)
+    )  # scores here are never negative
 
 
 def _lightest(
-    choice: np.ndarray, scores: np.ndarray, options: Options, excluded: list[tuple[np.ndarray, int]], cost_model: CostModel, budget: Budget,
-    slack: float, nodes: int,
-) -> np.ndarray:  # fmt: skip
-    """Of the choices [L] whose total score is at most ``slack`` above that of ``choice``, one of fewest operations."""
+    choice: np.ndarray,
+    scores: np.ndarray,
+    options: Options,
+    excluded: list[tuple[np.ndarray, int]],
+    cost_model: CostModel,
+    budget: Budget,
+    slack: float,
+    nodes: int,
+) -> np.ndarray:
+    """Of the choices [L] whose total score is at most ``slack`` above that of ``choice``, one of fewest
+    operations."""
     rows, allowed = np.arange(len(choice)), options.columns.allowed
     work = kernel_operations(cost_model, options)
     work = np.where(allowed, work - np.where(allowed, work, np.inf).min(1, keepdims=True), 0.0)
@@ -110,9 +150,12 @@ def _lightest(
         return choice
     cap = float(scores[rows, choice].sum()) + slack + 1e-9
     limited = replace(
-        options, names=(*options.names, "score"), costs=np.concatenate([options.costs, scores[None]]), caps=np.append(options.caps, cap),
+        options,
+        names=(*options.names, "score"),
+        costs=np.concatenate([options.costs, scores[None]]),
+        caps=np.append(options.caps, cap),
         openings=tuple(replace(o, costs=np.append(o.costs, 0.0)) for o in options.openings),
-    )  # fmt: skip
+    )
     try:
         found = _exact(work * (SCALE / work.max()), limited, excluded, cost_model, budget, 1e-6, nodes)
     except AquabitError:  # it ran out of nodes
@@ -124,13 +167,18 @@ def _table(scores: np.ndarray, cost_model: CostModel, options: Options) -> np.nd
     """Scores as float64 [L, C], checked."""
     shape = (len(cost_model.space.choices), len(cost_model.space.schemes), len(options.columns.activations))
     if scores.shape != shape:
-        raise AquabitError(f"scores have shape {scores.shape}; this space and budget take [layers, schemes, activations] = {shape}")
+        raise AquabitError(
+            f"scores have shape {scores.shape}; this space and budget take [layers, schemes, activations] ="
+            f" {shape}"
+        )
     table = np.asarray(scores, float).reshape(shape[0], -1)
     bad = np.argwhere(options.columns.allowed & ~np.isfinite(table))
     if len(bad):
         layer, column = bad[0]
         name, scheme = cost_model.space.layers[layer], cost_model.space.schemes[column // shape[2]]
-        raise AquabitError(f"the score of layer {name!r} at {scheme} is {table[layer, column]}; scores must be finite")
+        raise AquabitError(
+            f"the score of layer {name!r} at {scheme} is {table[layer, column]}; scores must be finite"
+        )
     return table
 
 
@@ -142,27 +190,40 @@ def _spans(table: np.ndarray, options: Options) -> np.ndarray:
 
 def _within(choice: np.ndarray, options: Options, cost_model: CostModel, budget: Budget) -> bool:
     weights, acts = options.columns.split(choice[None])
-    return bool(cost_model.within(cost_model.totals(weights, acts), budget)[0]) and bool(options.keeps(choice))
+    return bool(cost_model.within(cost_model.totals(weights, acts), budget)[0]) and bool(
+        options.keeps(choice)
+    )
 
 
 def _milp(
-    scores: np.ndarray, options: Options, cuts: Sequence[tuple[np.ndarray, int]], relative_gap: float, nodes: int,
-    limits: Sequence[int] | None = None, opening_scores: np.ndarray | None = None,
-) -> tuple[np.ndarray | None, float]:  # fmt: skip
-    """Columns [L] and a lower bound on the total of ``scores`` [L, C]; (None, inf) where no choice keeps the limits.
+    scores: np.ndarray,
+    options: Options,
+    cuts: Sequence[tuple[np.ndarray, int]],
+    relative_gap: float,
+    nodes: int,
+    limits: Sequence[int] | None = None,
+    opening_scores: np.ndarray | None = None,
+) -> tuple[np.ndarray | None, float]:
+    """Columns [L] and a lower bound on the total of ``scores`` [L, C]; (None, inf) where no choice keeps the
+    limits.
 
-    ``limits`` names the rows of ``options.costs`` to keep (default: all). Costs enter as the excess over the layer's smallest, divided
-    by the largest of them, so that rows of bytes and of BOPs are alike to HiGHS. Shared codebooks are further variables, each 1 where a
-    layer uses them; ``opening_scores`` are theirs (default: none).
+    ``limits`` names the rows of ``options.costs`` to keep (default: all). Costs enter as the excess over the
+    layer's smallest, divided by the largest of them, so that rows of bytes and of BOPs are alike to HiGHS.
+    Shared codebooks are further variables, each 1 where a layer uses them; ``opening_scores`` are theirs
+    (default: none).
     """
     cells = np.argwhere(options.columns.allowed)
     layer, column = cells.T
     count, openings = len(cells), options.openings
 
     def row(of_cells: np.ndarray, of_openings: np.ndarray | None = None) -> Any:
-        return csr_matrix(np.concatenate([of_cells, np.zeros(len(openings)) if of_openings is None else of_openings])[None])
+        return csr_matrix(
+            np.concatenate([of_cells, np.zeros(len(openings)) if of_openings is None else of_openings])[None]
+        )
 
-    picks = csr_matrix((np.ones(count), (layer, np.arange(count))), shape=(len(scores), count + len(openings)))
+    picks = csr_matrix(
+        (np.ones(count), (layer, np.arange(count))), shape=(len(scores), count + len(openings))
+    )
     rows, low, high = [picks], [np.ones(len(scores))], [np.ones(len(scores))]
 
     def at_most(left: Any, right: float) -> None:
@@ -178,7 +239,10 @@ def _milp(
         at_most(row(excess * unit, once * unit), (options.caps[r] - least.sum()) * unit)
     for k, opening in enumerate(openings):
         for member in opening.layers:
-            at_most(row(((layer == member) & opening.columns[column]).astype(float), -np.eye(len(openings))[k]), 0.0)
+            at_most(
+                row(((layer == member) & opening.columns[column]).astype(float), -np.eye(len(openings))[k]),
+                0.0,
+            )
     for known, differ in cuts:  # a negative number is that of a trust region
         same = (known[layer] == column).astype(float)
         if differ < 0:
@@ -189,11 +253,16 @@ def _milp(
     extra = np.zeros(len(openings)) if opening_scores is None else opening_scores
     with _silent():
         found = milp(
-            np.concatenate([scores[layer, column], extra]), integrality=np.ones(count + len(openings)), bounds=Bounds(0, 1),
-            constraints=constraints, options={"mip_rel_gap": relative_gap, "node_limit": nodes},
-        )  # fmt: skip
+            np.concatenate([scores[layer, column], extra]),
+            integrality=np.ones(count + len(openings)),
+            bounds=Bounds(0, 1),
+            constraints=constraints,
+            options={"mip_rel_gap": relative_gap, "node_limit": nodes},
+        )
     if found.x is None and found.status == 1:
-        raise AquabitError(f"the integer program stopped after {nodes} nodes without a solution; raise `nodes`")
+        raise AquabitError(
+            f"the integer program stopped after {nodes} nodes without a solution; raise `nodes`"
+        )
     if found.x is None:
         return None, np.inf
     share = np.full(scores.shape, -1.0)
@@ -204,7 +273,8 @@ def _milp(
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Drop what C code prints: the HiGHS of scipy 1.17 leaves a debug line on stdout, whatever its options say, amid ``--json -``."""
+    """Drop what C code prints: the HiGHS of scipy 1.17 leaves a debug line on stdout, whatever its options
+    say, amid ``--json -``."""
     flush = ctypes.CDLL(None).fflush if os.name == "posix" else None
     try:
         stdout = os.dup(1) if flush else -1
@@ -239,7 +309,9 @@ def _infeasible(options: Options, cost_model: CostModel, budget: Budget, cut: bo
         low, high = cost_model.limits(fixed)[name]
         if choice is None:  # more than one limit is at fault
             exclude = " and ".join(options.names[k] for k in others)
-            reach.append(f"{name} alone can reach {low:.6g} to {high:.6g}, while {exclude} exclude each other")
+            reach.append(
+                f"{name} alone can reach {low:.6g} to {high:.6g}, while {exclude} exclude each other"
+            )
             continue
         totals = cost_model.totals(*options.columns.split(choice[None]))
         beside = f" with {' and '.join(options.names[k] for k in others)} kept" if others else ""
@@ -248,9 +320,13 @@ def _infeasible(options: Options, cost_model: CostModel, budget: Budget, cut: bo
 
 
 def choice_effects(
-    predict: Predict, space: SearchSpace, contexts: tuple[np.ndarray, np.ndarray], activations: tuple[int, ...] | None = None
+    predict: Predict,
+    space: SearchSpace,
+    contexts: tuple[np.ndarray, np.ndarray],
+    activations: tuple[int, ...] | None = None,
 ) -> np.ndarray:
-    """Predicted change [n, L, schemes, A] when one layer of context n takes a choice instead of its first (see ``additive_scores``).
+    """Predicted change [n, L, schemes, A] when one layer of context n takes a choice instead of its first
+    (see ``additive_scores``).
 
     Cells that a layer may not take are infinite.
     """
@@ -259,9 +335,14 @@ def choice_effects(
     layer, column = np.argwhere(columns.allowed).T
     out = np.full((len(weights), *columns.allowed.shape), np.inf)
     base = columns.allowed.argmax(1)
-    picked, bits = columns.split(np.broadcast_to(np.arange(columns.allowed.shape[1])[:, None], columns.allowed.T.shape))
+    picked, bits = columns.split(
+        np.broadcast_to(np.arange(columns.allowed.shape[1])[:, None], columns.allowed.T.shape)
+    )
     for n in range(len(weights)):
-        many_weights, many_acts = np.repeat(weights[n : n + 1], len(layer), 0), np.repeat(acts[n : n + 1], len(layer), 0)
+        many_weights, many_acts = (
+            np.repeat(weights[n : n + 1], len(layer), 0),
+            np.repeat(acts[n : n + 1], len(layer), 0),
+        )
         cell = np.arange(len(layer))
         many_weights[cell, layer], many_acts[cell, layer] = picked[column, layer], bits[column, layer]
         for start in range(0, len(layer), BATCH):
@@ -272,13 +353,17 @@ def choice_effects(
 
 
 def additive_scores(
-    predict: Predict, space: SearchSpace, contexts: tuple[np.ndarray, np.ndarray], activations: tuple[int, ...] | None = None
+    predict: Predict,
+    space: SearchSpace,
+    contexts: tuple[np.ndarray, np.ndarray],
+    activations: tuple[int, ...] | None = None,
 ) -> np.ndarray:
-    """Scores [L, schemes, A] for ``solve``: mean predicted change for each single choice over ``contexts``, (weights [n, L], acts [n, L]).
+    """Scores [L, schemes, A] for ``solve``: mean predicted change for each single choice over ``contexts``,
+    (weights [n, L], acts [n, L]).
 
-    A change is relative to the layer's first allowed choice (a constant per layer, which no optimum depends on); the axis A is
-    ``activations``, by default the fixed one of a budget in bits or bytes. Cells that a layer may not take are infinite. Costs
-    n x sum of the layers' choices rows of ``predict``.
+    A change is relative to the layer's first allowed choice (a constant per layer, which no optimum depends
+    on); the axis A is ``activations``, by default the fixed one of a budget in bits or bytes. Cells that a
+    layer may not take are infinite. Costs n x sum of the layers' choices rows of ``predict``.
     """
     if not len(contexts[0]):
         raise AquabitError("additive scores need at least one context configuration, got none")

@@ -1,4 +1,5 @@
-"""Judging: which of a few configurations is best, by paired distances on common seeds, with few images for many and many for few."""
+"""Judging: which of a few configurations is best, by paired distances on common seeds, with few images for
+many and many for few."""
 
 from __future__ import annotations
 
@@ -11,25 +12,46 @@ import numpy as np
 from aquabit.scheme import Protocol
 from aquabit.search.front import Interval, paired_difference
 
-PIECES = 4  # a protocol's images are judged in so many blocks: differences between blocks say how noisy a difference is
-ROUNDS = (2, 4, 8, 16)  # blocks that the candidates of each round are judged on; about half of them go on to the next
-JUDGED_BLOCK = 2  # block of fresh seeds that judging takes its images from; block 1 belongs to validation, 11 and up to reports
+# a protocol's images are judged in so many blocks: differences between blocks say how noisy a difference is
+PIECES = 4
+ROUNDS = (
+    2,
+    4,
+    8,
+    16,
+)  # blocks that the candidates of each round are judged on; about half of them go on to the next
+# block of fresh seeds that judging takes its images from; block 1 belongs to validation, 11 and up to reports
+JUDGED_BLOCK = 2
 SEEDS_APART = 1000  # blocks between those of two seeds of the search
-PAIRED = ("mse", "psnr", "ssim", "feature_distance", "lpips")  # distances to full-precision images of the same seeds
-FIDELITY = "psnr"  # a mean of logarithms: a few images that turned into others do not rule it, as they rule the mean squared error
+PAIRED = (
+    "mse",
+    "psnr",
+    "ssim",
+    "feature_distance",
+    "lpips",
+)  # distances to full-precision images of the same seeds
+# a mean of logarithms: a few images that turned into others do not rule it, as they rule the mean squared
+# error
+FIDELITY = "psnr"
 
-Measure = Callable[[Sequence[int], int], np.ndarray]  # (candidates [n], blocks k) -> values [n, k] on the first k blocks, larger = worse
+Measure = Callable[
+    [Sequence[int], int], np.ndarray
+]  # (candidates [n], blocks k) -> values [n, k] on the first k blocks, larger = worse
 
 
 def fidelity_of(protocol: Protocol) -> str:
-    """The metric that tells configurations apart: the objective where it is a paired distance (one of ours, or a user's function, which
-    sees full-precision images too), else FIDELITY."""
+    """The metric that tells configurations apart: the objective where it is a paired distance (one of
+    ours, or a user's function, which sees full-precision images too), else FIDELITY."""
     return protocol.objective if protocol.objective in PAIRED or ":" in protocol.objective else FIDELITY
 
 
-def pieces(protocol: Protocol, count: int, seed: int = 0, conditions: Sequence[str | int] | None = None) -> list[Protocol]:
-    """The first ``count`` blocks that judging uses: small ones, on image seeds that nothing else is measured on, others for each
-    ``seed``. ``conditions`` are the protocol's prompts or classes (default: those it names): a block goes on where the last one ended."""
+def pieces(
+    protocol: Protocol, count: int, seed: int = 0, conditions: Sequence[str | int] | None = None
+) -> list[Protocol]:
+    """The first ``count`` blocks that judging uses: small ones, on image seeds that nothing else is measured
+    on, others for each ``seed``. ``conditions`` are the protocol's prompts or classes (default: those it
+    names): a block goes on where the last one ended.
+    """
     size = max(2, ceil(protocol.images / PIECES))
     block = protocol.block(JUDGED_BLOCK + SEEDS_APART * seed)
     asked = conditions or protocol.conditions
@@ -43,8 +65,10 @@ def pieces(protocol: Protocol, count: int, seed: int = 0, conditions: Sequence[s
 
 @dataclass(frozen=True)
 class Judgement:
-    """The ``winner`` (an index of the candidates), and for each candidate that was judged: its ``mean`` (larger = worse), the number of
-    ``blocks`` it was judged on, and how much worse it is than the winner on the blocks that both were judged on (95 % interval)."""
+    """The ``winner`` (an index of the candidates), and for each candidate that was judged: its ``mean``
+    (larger = worse), the number of ``blocks`` it was judged on, and how much worse it is than the winner on
+    the blocks that both were judged on (95 % interval).
+    """
 
     winner: int
     mean: dict[int, float]
@@ -53,10 +77,12 @@ class Judgement:
 
 
 def judge(candidates: Sequence[int], measure: Measure, rounds: Sequence[int] = ROUNDS) -> Judgement:
-    """Successive halving: all candidates on a few blocks, the better half on more, until one is left or the rounds are.
+    """Successive halving: all candidates on a few blocks, the better half on more, until one is left or the
+    rounds are.
 
-    In every round those stay that are among the better half and not shown to be worse than the best (95 % paired interval above 0). The
-    winner has the least mean of the last round; ties go to the candidate named first. Values that are NaN count as worst.
+    In every round those stay that are among the better half and not shown to be worse than the best (95 %
+    paired interval above 0). The winner has the least mean of the last round; ties go to the candidate named
+    first. Values that are NaN count as worst.
     """
     alive = list(dict.fromkeys(candidates))
     values: dict[int, np.ndarray] = {}
@@ -68,8 +94,14 @@ def judge(candidates: Sequence[int], measure: Measure, rounds: Sequence[int] = R
         if len(alive) == 1 or number == len(rounds) - 1:
             break
         best = values[alive[0]]
-        shown = [i for i in alive[1:] if not np.isfinite(values[i]).all() or paired_difference(list(values[i]), list(best)).low > 0]
-        alive = [i for i in alive if i not in shown][: max(2, ceil(len(alive) / 2))]  # two stay for all blocks
+        shown = [
+            i
+            for i in alive[1:]
+            if not np.isfinite(values[i]).all() or paired_difference(list(values[i]), list(best)).low > 0
+        ]
+        alive = [i for i in alive if i not in shown][
+            : max(2, ceil(len(alive) / 2))
+        ]  # two stay for all blocks
         if len(alive) == 1:
             break
     winner = alive[0]
@@ -78,4 +110,6 @@ def judge(candidates: Sequence[int], measure: Measure, rounds: Sequence[int] = R
         common = min(len(own), len(values[winner]))
         if i != winner and np.isfinite(own).all():
             worse[i] = paired_difference(list(own[:common]), list(values[winner][:common]))
-    return Judgement(winner, {i: float(v.mean()) for i, v in values.items()}, {i: len(v) for i, v in values.items()}, worse)
+    return Judgement(
+        winner, {i: float(v.mean()) for i, v in values.items()}, {i: len(v) for i, v in values.items()}, worse
+    )

@@ -1,4 +1,5 @@
-"""Local search on the surrogate: single-layer changes and exchanges between two layers that never leave the budget."""
+"""Local search on the surrogate: single-layer changes and exchanges between two layers that never leave
+the budget."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ LIFTS = 256  # first halves of pairs that are ranked against every other change;
 
 @dataclass(frozen=True)
 class Improved:
-    """``weights`` and ``acts`` [L], the ``predicted`` value there and at the start, and the ``rows`` of prediction it took."""
+    """``weights`` and ``acts`` [L], the ``predicted`` value there and at the start, and the ``rows`` of
+    prediction it took."""
 
     weights: np.ndarray
     acts: np.ndarray
@@ -26,7 +28,8 @@ class Improved:
 
 
 class _Counted:
-    """``predict`` over columns [n, L] in batches, counting rows against a limit; values that are not numbers count as infinitely bad."""
+    """``predict`` over columns [n, L] in batches, counting rows against a limit; values that are not
+    numbers count as infinitely bad."""
 
     def __init__(self, predict: Predict, options: Options, limit: int):
         self.predict, self.options, self.left, self.rows = predict, options, limit, 0
@@ -36,20 +39,33 @@ class _Counted:
         self.left -= len(choice)
         if not len(choice):
             return np.zeros(0)
-        parts = [self.predict(*self.options.columns.split(choice[i : i + BATCH])) for i in range(0, len(choice), BATCH)]
+        parts = [
+            self.predict(*self.options.columns.split(choice[i : i + BATCH]))
+            for i in range(0, len(choice), BATCH)
+        ]
         values = np.concatenate([np.asarray(p, float) for p in parts])
         return np.where(np.isnan(values), np.inf, values)
 
 
 def improve(
-    weights: np.ndarray, acts: np.ndarray, predict: Predict, cost_model: CostModel, budget: Budget, seed: int = 0, *,
-    rows: int = 60_000, pairs: int = 1000, restarts: int = 8,
-) -> Improved:  # fmt: skip
-    """The best predicted configuration found from ``weights``, ``acts`` [L] by steepest descent and ``restarts`` perturbations of the best.
+    weights: np.ndarray,
+    acts: np.ndarray,
+    predict: Predict,
+    cost_model: CostModel,
+    budget: Budget,
+    seed: int = 0,
+    *,
+    rows: int = 60_000,
+    pairs: int = 1000,
+    restarts: int = 8,
+) -> Improved:
+    """The best predicted configuration found from ``weights``, ``acts`` [L] by steepest descent and
+    ``restarts`` perturbations of the best.
 
-    Each step predicts every single-layer change and the ``pairs`` most promising exchanges within the budget, and takes the best;
-    at most ``rows`` rows are predicted in all. Never outside the budget, never predicted worse than the start, equal under equal
-    seeds. Raises AquabitError where the start is outside the budget or the space.
+    Each step predicts every single-layer change and the ``pairs`` most promising exchanges within the budget,
+    and takes the best; at most ``rows`` rows are predicted in all. Never outside the budget, never predicted
+    worse than the start, equal under equal seeds. Raises AquabitError where the start is outside the budget
+    or the space.
     """
     options = Options.of(cost_model, budget)
     choice = options.columns.join(np.asarray(weights, int), np.asarray(acts, int))
@@ -57,10 +73,13 @@ def improve(
         layer = int(np.argmax(choice < 0))
         name, scheme = cost_model.space.layers[layer], cost_model.space.schemes[int(weights[layer])]
         raise AquabitError(
-            f"the start gives layer {name!r} {scheme} and {act_text(act_of(int(acts[layer])))}, which it may not take under {budget}"
+            f"the start gives layer {name!r} {scheme} and {act_text(act_of(int(acts[layer])))}, which it may"
+            f" not take under {budget}"
         )
     if not options.keeps(choice):
-        raise AquabitError(f"the start is outside the budget ({budget}); start from the integer program's solution")
+        raise AquabitError(
+            f"the start is outside the budget ({budget}); start from the integer program's solution"
+        )
     counted, rng = _Counted(predict, options, max(rows, 1)), np.random.default_rng(seed)
     start = float(counted(choice[None])[0])
     best, value, singles = _descend(choice, start, counted, pairs)
@@ -76,10 +95,19 @@ def improve(
 
 
 def lighten(
-    weights: np.ndarray, acts: np.ndarray, predict: Predict, cost_model: CostModel, budget: Budget, slack: float, *, rows: int = 20_000
+    weights: np.ndarray,
+    acts: np.ndarray,
+    predict: Predict,
+    cost_model: CostModel,
+    budget: Budget,
+    slack: float,
+    *,
+    rows: int = 20_000,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """``weights``, ``acts`` [L] changed in single layers to need fewer operations of the kernel, while the prediction stays within
-    ``slack`` of what it was and the budget is kept: a tie goes to the formats that run fastest. At most ``rows`` rows are predicted."""
+    """``weights``, ``acts`` [L] changed in single layers to need fewer operations of the kernel, while the
+    prediction stays within ``slack`` of what it was and the budget is kept: a tie goes to the formats that
+    run fastest. At most ``rows`` rows are predicted.
+    """
     options = Options.of(cost_model, budget)
     choice, work = options.columns.join(weights, acts), kernel_operations(cost_model, options)
     counted, layers = _Counted(predict, options, rows), np.arange(len(choice))
@@ -102,8 +130,11 @@ def lighten(
     return options.columns.split(choice)
 
 
-def _descend(choice: np.ndarray, value: float, counted: _Counted, pairs: int) -> tuple[np.ndarray, float, np.ndarray]:
-    """Columns [L] where no considered change is predicted better, their value, and the value [L, C] of every single change there."""
+def _descend(
+    choice: np.ndarray, value: float, counted: _Counted, pairs: int
+) -> tuple[np.ndarray, float, np.ndarray]:
+    """Columns [L] where no considered change is predicted better, their value, and the value [L, C] of
+    every single change there."""
     options, rows = counted.options, np.arange(len(choice))
     table = np.where(options.columns.allowed, value, np.inf)
     while True:
@@ -123,7 +154,9 @@ def _descend(choice: np.ndarray, value: float, counted: _Counted, pairs: int) ->
         if len(first):
             double = single[first]
             double[np.arange(len(first)), layer[second]] = column[second]
-            double = double[options.keeps(double)]  # two changes that share codebooks do not cost what each does alone
+            double = double[
+                options.keeps(double)
+            ]  # two changes that share codebooks do not cost what each does alone
             paired = counted(double)
             if len(double) and paired.min() < reached:
                 best, reached = double[paired.argmin()], float(paired.min())
@@ -133,11 +166,19 @@ def _descend(choice: np.ndarray, value: float, counted: _Counted, pairs: int) ->
 
 
 def _exchanges(
-    choice: np.ndarray, value: float, layer: np.ndarray, column: np.ndarray, values: np.ndarray, options: Options, count: int
+    choice: np.ndarray,
+    value: float,
+    layer: np.ndarray,
+    column: np.ndarray,
+    values: np.ndarray,
+    options: Options,
+    count: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Indices (first, second) into the single changes: the ``count`` pairs within the budget whose values have the least sum.
+    """Indices (first, second) into the single changes: the ``count`` pairs within the budget whose values
+    have the least sum.
 
-    First halves are the changes predicted better (at most LIFTS of them, by gain per cost), or the least bad where none is.
+    First halves are the changes predicted better (at most LIFTS of them, by gain per cost), or the least bad
+    where none is.
     """
     change = options.changes(choice)[:, layer, column]
     slack = options.caps - options.used(choice)
@@ -160,8 +201,11 @@ def _exchanges(
     return better[first], second
 
 
-def _kick(choice: np.ndarray, singles: np.ndarray, options: Options, rng: np.random.Generator) -> np.ndarray | None:
-    """``choice`` with a few layers changed at random, brought back within the budget where ``singles`` [L, C] says it hurts least."""
+def _kick(
+    choice: np.ndarray, singles: np.ndarray, options: Options, rng: np.random.Generator
+) -> np.ndarray | None:
+    """``choice`` with a few layers changed at random, brought back within the budget where ``singles`` [L,
+    C] says it hurts least."""
     free = options.columns.free
     if not len(free):
         return None

@@ -18,9 +18,16 @@ from aquabit.search.proof import BoundFactory, Proof, branch_and_bound, columns_
 from aquabit.space import BITS_RANGE, SearchSpace
 
 METHODS = ("program", "surrogate", "evolve")
-CONTEXT_ROWS = 15_000  # predictions of single choices for one target, which set the number of contexts of large models, at least 4
-TIES = 1e-3  # predictions that differ by less, relative to the spread of those of the measured configurations, are equal
-SPREAD = (0.9, 1.1, 0.8, 1.25)  # limits of the front's other targets relative to the budget's, the nearest first
+# predictions of single choices for one target, which set the number of contexts of large models, at least 4
+CONTEXT_ROWS = 15_000
+# predictions that differ by less, relative to the spread of those of the measured configurations, are equal
+TIES = 1e-3
+SPREAD = (
+    0.9,
+    1.1,
+    0.8,
+    1.25,
+)  # limits of the front's other targets relative to the budget's, the nearest first
 Chosen = tuple[np.ndarray, np.ndarray]  # (weights [L], acts [L])
 Measured = Iterable[tuple[QuantConfig, float]]
 Screened = Callable[[list[QuantConfig]], np.ndarray]
@@ -28,8 +35,8 @@ Screened = Callable[[list[QuantConfig]], np.ndarray]
 
 @dataclass(frozen=True)
 class Candidate:
-    """A configuration that the search proposed in ``round`` under ``target``, and the surrogate's value for it then (larger = worse); with
-    a round's first under the budget, what was proved of that surrogate."""
+    """A configuration that the search proposed in ``round`` under ``target``, and the surrogate's value
+    for it then (larger = worse); with a round's first under the budget, what was proved of that surrogate."""
 
     config: QuantConfig
     target: Budget
@@ -39,24 +46,42 @@ class Candidate:
 
 
 def find_candidates(
-    space: SearchSpace, cost_model: CostModel, budget: Budget, predict_factory: Callable[[], Predict],
-    measure: Callable[[list[QuantConfig]], None], measured: Callable[[], Measured], uniform: Sequence[QuantConfig] = (), *,
-    rounds: int = 2, per_round: int = 8, spread: Sequence[float] = SPREAD, contexts: int = 16, rows: int = 15_000, seed: int = 0,
-    method: str = "program", ties: float = TIES, bound: BoundFactory | None = None, screen: Screened | None = None, pool: int = 4,
+    space: SearchSpace,
+    cost_model: CostModel,
+    budget: Budget,
+    predict_factory: Callable[[], Predict],
+    measure: Callable[[list[QuantConfig]], None],
+    measured: Callable[[], Measured],
+    uniform: Sequence[QuantConfig] = (),
+    *,
+    rounds: int = 2,
+    per_round: int = 8,
+    spread: Sequence[float] = SPREAD,
+    contexts: int = 16,
+    rows: int = 15_000,
+    seed: int = 0,
+    method: str = "program",
+    ties: float = TIES,
+    bound: BoundFactory | None = None,
+    screen: Screened | None = None,
+    pool: int = 4,
     progress: Progress = no_progress,
-) -> list[Candidate]:  # fmt: skip
-    """Propose, measure and learn from configurations within ``budget`` and, for the front, within targets scaled by ``spread``.
+) -> list[Candidate]:
+    """Propose, measure and learn from configurations within ``budget`` and, for the front, within targets
+    scaled by ``spread``.
 
-    Each round fits a fresh surrogate (``predict_factory()``), and solves the integer program on its additive part and improves that
-    by local search for ``per_round`` configurations that were never measured: five in eight under the budget, the rest along the
-    front. ``measure(configs)`` measures and stores them; ``measured()`` gives every (configuration, value) so far, larger = worse,
-    NaN = failed. ``uniform`` configurations within some target and not measured yet are measured first. Fewer than ``per_round``
-    are proposed only where the space has no more. ``method="evolve"`` proposes from the front of an evolution (``evolve``) instead.
-    Predictions that differ by ``ties`` of their spread or less count as equal, and the configuration of fewer operations is proposed.
-    With ``screen`` each round proposes ``pool`` times as many and measures those that ``screen(configs)`` -> [n] (larger = worse, better
-    informed than the surrogate) finds best, and always the surrogate's own first: successive halving by ever dearer judges.
-    ``bound`` makes the bound of the last surrogate that ``predict_factory`` gave, for the proof of the last round. Raises AquabitError
-    where the budget cannot be kept.
+    Each round fits a fresh surrogate (``predict_factory()``), and solves the integer program on its additive
+    part and improves that by local search for ``per_round`` configurations that were never measured: five in
+    eight under the budget, the rest along the front. ``measure(configs)`` measures and stores them;
+    ``measured()`` gives every (configuration, value) so far, larger = worse, NaN = failed. ``uniform``
+    configurations within some target and not measured yet are measured first. Fewer than ``per_round`` are
+    proposed only where the space has no more. ``method="evolve"`` proposes from the front of an evolution
+    (``evolve``) instead. Predictions that differ by ``ties`` of their spread or less count as equal, and the
+    configuration of fewer operations is proposed. With ``screen`` each round proposes ``pool`` times as many
+    and measures those that ``screen(configs)`` -> [n] (larger = worse, better informed than the surrogate)
+    finds best, and always the surrogate's own first: successive halving by ever dearer judges. ``bound``
+    makes the bound of the last surrogate that ``predict_factory`` gave, for the proof of the last round.
+    Raises AquabitError where the budget cannot be kept.
     """
     check_method(method)
     targets = [budget, *ladder(cost_model, budget, spread)]
@@ -101,9 +126,13 @@ def find_candidates(
 
 
 def best_of(candidates: Sequence[Candidate], wanted: Sequence[Budget], values: np.ndarray) -> list[Candidate]:
-    """As many candidates as ``wanted`` has targets, for each target its best by ``values`` [n] (larger = worse), in the order of proposal;
-    the first candidate stays, and a target that has too few leaves its places to the best of the others."""
-    order = [0, *(int(i) for i in np.argsort(np.where(np.isnan(values), np.inf, values), kind="stable") if i != 0)]
+    """As many candidates as ``wanted`` has targets, for each target its best by ``values`` [n] (larger =
+    worse), in the order of proposal; the first candidate stays, and a target that has too few leaves its
+    places to the best of the others."""
+    order = [
+        0,
+        *(int(i) for i in np.argsort(np.where(np.isnan(values), np.inf, values), kind="stable") if i != 0),
+    ]
     places, kept = Counter(wanted), list[int]()
     for i in order:
         if places[candidates[i].target] > 0:
@@ -122,14 +151,17 @@ def check_method(method: str) -> None:
 
 
 def ladder(cost_model: CostModel, budget: Budget, spread: Sequence[float] = SPREAD) -> list[Budget]:
-    """The budget with all limits scaled by each factor of ``spread``, kept within what the space can reach; none twice."""
+    """The budget with all limits scaled by each factor of ``spread``, kept within what the space can
+    reach; none twice."""
     fixed = Options.of(cost_model, budget).columns.activations
     limits = cost_model.limits(fixed[0] if len(fixed) == 1 else None)
     found: list[Budget] = []
     for factor in spread:
         scaled: dict[str, float] = {}
         for name, value in budget.limits().items():
-            rest = float(cost_model.other_bytes) if name == "bytes" else 0.0  # biases and norms are not quantized
+            rest = (
+                float(cost_model.other_bytes) if name == "bytes" else 0.0
+            )  # biases and norms are not quantized
             if name == "latency_ms" and cost_model.latency is not None:
                 rest = cost_model.latency.rest
             goal = min(rest + (value - rest) * factor, limits[name][1])
@@ -141,10 +173,13 @@ def ladder(cost_model: CostModel, budget: Budget, spread: Sequence[float] = SPRE
 
 
 def schedule(targets: Sequence[Budget], per_round: int, number: int) -> list[Budget]:
-    """The target of each of a round's proposals: five in eight the budget (``targets[0]``), the others in turn over the rounds."""
+    """The target of each of a round's proposals: five in eight the budget (``targets[0]``), the others in
+    turn over the rounds."""
     others = list(targets[1:])
     share = per_round * 3 // 8 if others else 0
-    return [targets[0]] * (per_round - share) + [others[(number * share + i) % len(others)] for i in range(share)]
+    return [targets[0]] * (per_round - share) + [
+        others[(number * share + i) % len(others)] for i in range(share)
+    ]
 
 
 def _check(cost_model: CostModel, budget: Budget) -> None:
@@ -156,7 +191,8 @@ def _check(cost_model: CostModel, budget: Budget) -> None:
 
 @dataclass
 class _Aim:
-    """What a round knows of one target: effects [n, L, S, A] of single choices in n contexts, and the best measured (weights, acts)."""
+    """What a round knows of one target: effects [n, L, S, A] of single choices in n contexts, and the best
+    measured (weights, acts)."""
 
     options: Options
     effects: np.ndarray
@@ -181,7 +217,9 @@ class Proposer:
     method: str = "program"
     ties: float = TIES
     bound: BoundFactory | None = None
-    thorough: int = 8  # proposals for one target whose local search has all rows; later ones, which a screen is to judge, a quarter
+    # proposals for one target whose local search has all rows; later ones, which a screen is to judge, a
+    # quarter
+    thorough: int = 8
     candidates: list[Candidate] = field(default_factory=list)
     aims: dict[Budget, _Aim] = field(default_factory=dict)
 
@@ -204,7 +242,11 @@ class Proposer:
         rng = np.random.default_rng([self.seed, self.round, len(self.candidates)])
         apart = max(1, len(aim.options.columns.free) // 20)
         aim.tries += 1
-        start = self._evolved(target, apart) if self.method == "evolve" else self._searched(aim, target, apart, rng)
+        start = (
+            self._evolved(target, apart)
+            if self.method == "evolve"
+            else self._searched(aim, target, apart, rng)
+        )
         if start is None or not self._new(*start):
             start = self._perturbed(aim, target, rng)
         if start is None:
@@ -219,8 +261,8 @@ class Proposer:
         return True
 
     def _searched(self, aim: _Aim, target: Budget, apart: int, rng: np.random.Generator) -> Chosen | None:
-        """The integer program's optimum, or the best measured configuration at the second try, improved on the surrogate; of ties the one
-        of fewest operations."""
+        """The integer program's optimum, or the best measured configuration at the second try, improved on
+        the surrogate; of ties the one of fewest operations."""
         start = aim.warm if aim.tries == 2 and aim.warm is not None else self._start(aim, target, apart, rng)
         if start is None:
             return None
@@ -230,25 +272,34 @@ class Proposer:
         return lighten(found.weights, found.acts, avoiding, self.cost_model, target, self.slack)
 
     def _evolved(self, target: Budget, apart: int) -> Chosen | None:
-        """The best predicted member within ``target`` of one front for all targets, not known and apart from the round's others; it starts
-        from the integer program's optimum of each target."""
+        """The best predicted member within ``target`` of one front for all targets, not known and apart
+        from the round's others; it starts from the integer program's optimum of each target."""
         if self.front is None:
             starts = []
             for other in self.targets:
                 aim = self.aims.get(other) or self.aims.setdefault(other, self._aim(other))
-                starts += [s for s in (self._start(aim, other, apart, np.random.default_rng(self.seed)), aim.warm) if s is not None]
-            self.front = evolve(self.predict, self.cost_model, self.targets, starts, seed=self.seed + self.round)
+                starts += [
+                    s
+                    for s in (self._start(aim, other, apart, np.random.default_rng(self.seed)), aim.warm)
+                    if s is not None
+                ]
+            self.front = evolve(
+                self.predict, self.cost_model, self.targets, starts, seed=self.seed + self.round
+            )
         weights, acts = self.front
         if not len(weights):
             return None
         values = np.where(
-            self.cost_model.within(self.cost_model.totals(weights, acts), target), self._avoiding(apart)(weights, acts), np.inf
+            self.cost_model.within(self.cost_model.totals(weights, acts), target),
+            self._avoiding(apart)(weights, acts),
+            np.inf,
         )
         best = int(values.argmin())
         return (weights[best], acts[best]) if np.isfinite(values[best]) else None
 
     def _proved(self, aim: _Aim, target: Budget, start: Chosen) -> tuple[Chosen, Proof | None]:
-        """The proof for the budget, and ``start``, or what branch and bound finds better where that is new."""
+        """The proof for the budget, and ``start``, or what branch and bound finds better where that is
+        new."""
         if aim.solution is None:
             return start, None
         additive = (aim.solution.score, aim.solution.bound, aim.solution.gap)
@@ -258,14 +309,23 @@ class Proposer:
         if self.bound is None:
             return start, Proof(*additive, predicted=min(values))
         bound = self.bound(*columns_of(aim.options))
-        found = branch_and_bound(*best, self.predict, bound, self.cost_model, target, rows=self.rows // 4, seed=self.seed)
+        found = branch_and_bound(
+            *best, self.predict, bound, self.cost_model, target, rows=self.rows // 4, seed=self.seed
+        )
         if found.predicted < values[0] - self.slack and self._new(found.weights, found.acts):
             start = (found.weights, found.acts)
         proven = np.isfinite(found.bound)
-        return start, Proof(*additive, found.predicted, found.bound if proven else None, found.gap if proven else None, found.nodes)
+        return start, Proof(
+            *additive,
+            found.predicted,
+            found.bound if proven else None,
+            found.gap if proven else None,
+            found.nodes,
+        )
 
     def _aim(self, target: Budget) -> _Aim:
-        """Effects in the measured configurations nearest to the target, filled up with random ones; and the best measured within it."""
+        """Effects in the measured configurations nearest to the target, filled up with random ones; and
+        the best measured within it."""
         options = Options.of(self.cost_model, target)
         weights, acts = self.known[0], options.columns.settle(self.known[1])
         choice = options.columns.join(weights, acts)
@@ -275,17 +335,25 @@ class Proposer:
         distance = np.abs(options.used(choice) / options.caps[:, None] - 1).max(0)
         near = np.argsort(distance, kind="stable")[:contexts]
         missing = contexts - len(near)
-        center = 8 * options.caps[0] / self.cost_model.weights if options.names[0] in ("bits", "bytes") else None
+        center = (
+            8 * options.caps[0] / self.cost_model.weights if options.names[0] in ("bits", "bytes") else None
+        )
         bits_range = BITS_RANGE if center is None else (center * 0.9, center)
-        more_weights, more_acts = self.space.indices(self.space.sample(max(missing, 0), self.seed, bits_range))
-        both = (np.concatenate([weights[near], more_weights]), np.concatenate([acts[near], options.columns.settle(more_acts)]))
+        more_weights, more_acts = self.space.indices(
+            self.space.sample(max(missing, 0), self.seed, bits_range)
+        )
+        both = (
+            np.concatenate([weights[near], more_weights]),
+            np.concatenate([acts[near], options.columns.settle(more_acts)]),
+        )
         effects = choice_effects(self.predict, self.space, both, options.columns.activations)
         kept = np.flatnonzero(options.keeps(choice))
         best = kept[np.argmin(values[kept])] if len(kept) else None
         return _Aim(options, effects, None if best is None else (weights[best], acts[best]))
 
     def _start(self, aim: _Aim, target: Budget, apart: int, rng: np.random.Generator) -> Chosen | None:
-        """The integer program's optimum for the mean effects over all contexts, later over a bootstrap; None where cuts leave none."""
+        """The integer program's optimum for the mean effects over all contexts, later over a bootstrap;
+        None where cuts leave none."""
         count = len(aim.effects)
         rows = np.arange(count) if aim.tries == 1 else rng.integers(count, size=count)
         cuts: list[Cut] = []
@@ -293,7 +361,14 @@ class Proposer:
             if (aim.options.columns.join(weights, acts) >= 0).all():
                 cuts.append((weights, acts, apart))
         try:
-            found = solve(aim.effects[rows].mean(0), self.cost_model, target, cuts=cuts, relative_gap=1e-3, ties=self.ties)
+            found = solve(
+                aim.effects[rows].mean(0),
+                self.cost_model,
+                target,
+                cuts=cuts,
+                relative_gap=1e-3,
+                ties=self.ties,
+            )
         except AquabitError:
             return None
         aim.solution = aim.solution or found
@@ -306,7 +381,8 @@ class Proposer:
         return np.asarray((weights * factors[0] + acts * factors[1]).sum(-1))  # wraps around
 
     def _avoiding(self, apart: int) -> Predict:
-        """The surrogate with infinity on what is known already and on what is close to this round's other proposals."""
+        """The surrogate with infinity on what is known already and on what is close to this round's other
+        proposals."""
 
         def predict(weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
             values = np.array(self.predict(weights, acts), float)
@@ -322,7 +398,8 @@ class Proposer:
         return digest not in self.known_digests and digest not in {c.config.digest for c in self.candidates}
 
     def _perturbed(self, aim: _Aim, target: Budget, rng: np.random.Generator) -> Chosen | None:
-        """The first new configuration among 300 random changes, ever wider, of the integer program's optimum; None where all are known."""
+        """The first new configuration among 300 random changes, ever wider, of the integer program's
+        optimum; None where all are known."""
         scores = aim.effects.mean(0)
         try:
             origin = solve(scores, self.cost_model, target, relative_gap=1e-3)

@@ -1,4 +1,5 @@
-"""Options: what each layer may take under a budget, as columns of one matrix, with the exact cost of every cell."""
+"""Options: what each layer may take under a budget, as columns of one matrix, with the exact cost of every
+cell."""
 
 from __future__ import annotations
 
@@ -12,12 +13,15 @@ from aquabit.cost import CostModel
 from aquabit.scheme import FP, Budget
 from aquabit.space import SearchSpace
 
-Predict = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (weights [n, L], acts [n, L]) -> [n], larger = worse
+Predict = Callable[
+    [np.ndarray, np.ndarray], np.ndarray
+]  # (weights [n, L], acts [n, L]) -> [n], larger = worse
 
 
 def activation_choices(space: SearchSpace, budget: Budget | None = None) -> tuple[int, ...]:
-    """Activation choices open to a search: all of the space's, those that change between groups of steps included, where BOPs or latency
-    are limited, which depend on them, else a8 alone (or the highest the space has)."""
+    """Activation choices open to a search: all of the space's, those that change between groups of steps
+    included, where BOPs or latency are limited, which depend on them, else a8 alone (or the highest the
+    space has)."""
     if budget is not None and (budget.bops is not None or budget.latency_ms is not None):
         return space.act_codes
     return (8,) if 8 in space.activations else (max(space.activations),)
@@ -25,10 +29,11 @@ def activation_choices(space: SearchSpace, budget: Budget | None = None) -> tupl
 
 @dataclass(frozen=True)
 class Columns:
-    """Column c = s * len(activations) + a stands for scheme s (index into ``space.schemes``) with the activation choice ``activations[a]``
-    (bits, or the code of bits that change between groups of steps).
+    """Column c = s * len(activations) + a stands for scheme s (index into ``space.schemes``) with the
+    activation choice ``activations[a]`` (bits, or the code of bits that change between groups of steps).
 
-    ``allowed`` and ``acts`` are [L, C]. An excluded layer has one allowed column, whose activation bits are 16.
+    ``allowed`` and ``acts`` are [L, C]. An excluded layer has one allowed column, whose activation bits are
+    16.
     """
 
     activations: tuple[int, ...]
@@ -71,7 +76,8 @@ class Columns:
 
 @dataclass(frozen=True)
 class Opening:
-    """What costs [R] once where any of ``layers`` [k] takes one of ``columns`` (boolean [C]): codebooks that layers share."""
+    """What costs [R] once where any of ``layers`` [k] takes one of ``columns`` (boolean [C]): codebooks
+    that layers share."""
 
     layers: np.ndarray
     columns: np.ndarray
@@ -84,7 +90,8 @@ class Opening:
 
 @dataclass(frozen=True)
 class Options:
-    """Columns with their exact costs [R, L, C] and the R upper limits ``caps`` [R]: bytes of all weights, BOPs and latency where limited.
+    """Columns with their exact costs [R, L, C] and the R upper limits ``caps`` [R]: bytes of all weights,
+    BOPs and latency where limited.
 
     ``openings`` cost on top of ``costs``, once each.
     """
@@ -97,7 +104,8 @@ class Options:
 
     @staticmethod
     def of(cost_model: CostModel, budget: Budget) -> Options:
-        """Raises AquabitError, naming both ends, where one limit alone cannot be kept or exceeds what the space can reach."""
+        """Raises AquabitError, naming both ends, where one limit alone cannot be kept or exceeds what the
+        space can reach."""
         space = cost_model.space
         activations = activation_choices(space, budget)
         cost_model.check(budget, activations[0] if len(activations) == 1 else None)
@@ -105,20 +113,32 @@ class Options:
         every = np.arange(columns.allowed.shape[1]) // len(activations)
         names, costs, caps = [], [], []
         if budget.bits is not None or budget.bytes is not None:
-            by_bits = np.inf if budget.bits is None else floor(budget.bits * cost_model.weights / 8 * (1 + 1e-12))
-            by_bytes = np.inf if budget.bytes is None else floor(budget.bytes * (1 + 1e-12)) - cost_model.other_bytes
+            by_bits = (
+                np.inf if budget.bits is None else floor(budget.bits * cost_model.weights / 8 * (1 + 1e-12))
+            )
+            by_bytes = (
+                np.inf if budget.bytes is None else floor(budget.bytes * (1 + 1e-12)) - cost_model.other_bytes
+            )
             names.append("bits" if by_bits <= by_bytes else "bytes")
             costs.append(cost_model.bytes[:, every].astype(float))  # whole numbers below 2^53: sums are exact
             caps.append(float(min(by_bits, by_bytes)))
         if budget.bops is not None:
             names.append("bops")
-            costs.append(cost_model.macs[:, None] * cost_model.weight_bits[:, every] * cost_model.act_bits(columns.acts))
+            costs.append(
+                cost_model.macs[:, None]
+                * cost_model.weight_bits[:, every]
+                * cost_model.act_bits(columns.acts)
+            )
             caps.append(budget.bops * (1 + 5e-13))  # inside the tolerance of CostModel.within
         if budget.latency_ms is not None:
             assert cost_model.latency is not None  # checked above
             names.append("latency_ms")
-            per_column = cost_model.latency.of(np.tile(every[:, None], len(columns.acts)), columns.acts.T, space).T
-            costs.append(np.where(columns.allowed, per_column, 0.0))  # what a layer may not take was not measured
+            per_column = cost_model.latency.of(
+                np.tile(every[:, None], len(columns.acts)), columns.acts.T, space
+            ).T
+            costs.append(
+                np.where(columns.allowed, per_column, 0.0)
+            )  # what a layer may not take was not measured
             caps.append(budget.latency_ms * (1 + 5e-13) - cost_model.latency.rest)
         sized = np.array([name in ("bits", "bytes") for name in names], float)
         tables = cost_model.shared if sized.any() else []
@@ -148,31 +168,40 @@ class Options:
         return np.asarray((used <= self.caps.reshape(-1, *[1] * (used.ndim - 1))).all(0))
 
     def overrun(self, used: np.ndarray) -> np.ndarray:
-        """How far costs [R, ...] exceed their limits, as the sum over limits of the excess relative to the limit, [...]."""
+        """How far costs [R, ...] exceed their limits, as the sum over limits of the excess relative to the
+        limit, [...]."""
         caps = self.caps.reshape(-1, *[1] * (used.ndim - 1))
         return np.asarray((np.maximum(used - caps, 0) / np.maximum(caps, 1)).sum(0))
 
     def repair(self, choice: np.ndarray, scores: np.ndarray) -> np.ndarray | None:
         """Change single layers of ``choice`` [L] until every limit is kept.
 
-        Each time the change with the least rise of ``scores`` [L, C] per overrun removed; None where none reduces the overrun.
+        Each time the change with the least rise of ``scores`` [L, C] per overrun removed; None where none
+        reduces the overrun.
         """
         choice, rows = choice.copy(), np.arange(len(choice))
         while not self.keeps(choice):
             used, change = self.used(choice), self.changes(choice)
             gain = self.overrun(used) - self.overrun(used[:, None, None] + change)
-            with np.errstate(invalid="ignore"):  # from infinitely bad to infinitely bad is no rise that can be weighed
+            with np.errstate(
+                invalid="ignore"
+            ):  # from infinitely bad to infinitely bad is no rise that can be weighed
                 rise = np.maximum(scores - scores[rows, choice][:, None], 0)
             useful = self.columns.allowed & (gain > 1e-15) & np.isfinite(rise)
             if not useful.any():
                 return None
             unit = max(float(rise[useful].max()), 1e-300)  # whatever scores are measured in
-            price = np.where(useful, (np.where(useful, rise, 0) / unit + 1e-12) / np.where(useful, gain, 1), np.inf)
+            price = np.where(
+                useful, (np.where(useful, rise, 0) / unit + 1e-12) / np.where(useful, gain, 1), np.inf
+            )
             layer, column = np.unravel_index(int(np.argmin(price)), price.shape)
             choice[layer] = column
         return choice
 
 
 def kernel_operations(cost_model: CostModel, options: Options) -> np.ndarray:
-    """Operations [L, C] of the kernel at each column (``Scheme.operations``: multiply-adds, an add counted as half of one)."""
-    return np.repeat(cost_model.macs[:, None] * cost_model.operations, len(options.columns.activations), axis=1)
+    """Operations [L, C] of the kernel at each column (``Scheme.operations``: multiply-adds, an add counted
+    as half of one)."""
+    return np.repeat(
+        cost_model.macs[:, None] * cost_model.operations, len(options.columns.activations), axis=1
+    )

@@ -1,4 +1,5 @@
-"""How near a search came to the optimum of the model that it searched: incumbents, bounds, and the gap between them."""
+"""How near a search came to the optimum of the model that it searched: incumbents, bounds, and the gap
+between them."""
 
 from __future__ import annotations
 
@@ -15,9 +16,12 @@ from aquabit.search.local import improve
 from aquabit.search.options import Options, Predict
 
 Bound = Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[float, np.ndarray | None]]
-"""(allowed [L, C], costs [R, L, C], caps [R]) -> a lower bound of the prediction over all choices of one allowed column a layer within the
-limits, and where it was found, as shares [L, C] (None where it knows none); inf where no choice keeps the limits."""
-BoundFactory = Callable[[np.ndarray, np.ndarray, np.ndarray], Bound]  # (weights [L, C], acts [L, C], allowed [L, C]): what the columns are
+"""(allowed [L, C], costs [R, L, C], caps [R]) -> a lower bound of the prediction over all choices of one
+allowed column a layer within the limits, and where it was found, as shares [L, C] (None where it knows none);
+inf where no choice keeps the limits."""
+BoundFactory = Callable[
+    [np.ndarray, np.ndarray, np.ndarray], Bound
+]  # (weights [L, C], acts [L, C], allowed [L, C]): what the columns are
 
 NODES = 4  # of the branch and bound inside the loop: a bound of a large model takes seconds
 TIGHT = 1e-4  # a gap that counts as none, relative to the incumbent
@@ -25,8 +29,9 @@ TIGHT = 1e-4  # a gap that counts as none, relative to the incumbent
 
 @dataclass(frozen=True)
 class Bounded:
-    """The best choice found, ``weights`` and ``acts`` [L], what is ``predicted`` there, a ``bound`` below which nothing within the budget
-    is predicted, and the number of ``nodes`` that it took. The gap may be large; it is what is proven."""
+    """The best choice found, ``weights`` and ``acts`` [L], what is ``predicted`` there, a ``bound`` below
+    which nothing within the budget is predicted, and the number of ``nodes`` that it took. The gap may be
+    large; it is what is proven."""
 
     weights: np.ndarray
     acts: np.ndarray
@@ -36,14 +41,17 @@ class Bounded:
 
     @property
     def gap(self) -> float:
-        """``predicted`` - ``bound``, in the surrogate's unit: 0.1 is ten per cent where that is a logarithm."""
+        """``predicted`` - ``bound``, in the surrogate's unit: 0.1 is ten per cent where that is a
+        logarithm."""
         return max(self.predicted - self.bound, 0.0)
 
 
 @dataclass(frozen=True)
 class Proof:
-    """What a search proved about the models that it optimised under the budget: of the additive scores their optimum, its bound and the gap
-    (``Solution``); of the surrogate itself the best value that was predicted, the bound and the gap (``Bounded``; None without a bound)."""
+    """What a search proved about the models that it optimised under the budget: of the additive scores their
+    optimum, its bound and the gap (``Solution``); of the surrogate itself the best value that was predicted,
+    the bound and the gap (``Bounded``; None without a bound).
+    """
 
     optimum: float
     optimum_bound: float
@@ -62,7 +70,10 @@ class Proof:
         try:
             return Proof(**value)
         except TypeError as error:
-            raise AquabitError(f"{dict(value)!r:.60} is no proof of a search: it needs {', '.join(Proof.__dataclass_fields__)}") from error
+            raise AquabitError(
+                f"{dict(value)!r:.60} is no proof of a search: it needs"
+                f" {', '.join(Proof.__dataclass_fields__)}"
+            ) from error
 
 
 def columns_of(options: Options) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -73,20 +84,33 @@ def columns_of(options: Options) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def branch_and_bound(
-    weights: np.ndarray, acts: np.ndarray, predict: Predict, bound: Bound, cost_model: CostModel, budget: Budget, *,
-    nodes: int = NODES, rows: int = 2000, tolerance: float = TIGHT, seed: int = 0,
-) -> Bounded:  # fmt: skip
-    """The least prediction within ``budget``, from the incumbent ``weights``, ``acts`` [L], by best-first branch and bound.
+    weights: np.ndarray,
+    acts: np.ndarray,
+    predict: Predict,
+    bound: Bound,
+    cost_model: CostModel,
+    budget: Budget,
+    *,
+    nodes: int = NODES,
+    rows: int = 2000,
+    tolerance: float = TIGHT,
+    seed: int = 0,
+) -> Bounded:
+    """The least prediction within ``budget``, from the incumbent ``weights``, ``acts`` [L], by best-first
+    branch and bound.
 
-    A node is a set of columns that each layer may still take. Where its bound was found at fractions, the choice of the largest ones is
-    brought within the budget and improved by local search (``rows`` predictions), and the layer that is most torn is split: its largest
-    column, or all others. Stops after ``nodes`` bounds, or at a gap of ``tolerance``; the bound is valid whenever it stops. Raises
-    AquabitError where the incumbent is outside the budget.
+    A node is a set of columns that each layer may still take. Where its bound was found at fractions, the
+    choice of the largest ones is brought within the budget and improved by local search (``rows``
+    predictions), and the layer that is most torn is split: its largest column, or all others. Stops after
+    ``nodes`` bounds, or at a gap of ``tolerance``; the bound is valid whenever it stops. Raises AquabitError
+    where the incumbent is outside the budget.
     """
     options = Options.of(cost_model, budget)
     best = options.columns.join(np.asarray(weights, int), np.asarray(acts, int))
     if (best < 0).any() or not options.keeps(best):
-        raise AquabitError(f"the incumbent is outside the budget ({budget}); start from the integer program's solution")
+        raise AquabitError(
+            f"the incumbent is outside the budget ({budget}); start from the integer program's solution"
+        )
     value = float(predict(*options.columns.split(best[None]))[0])
     closed = np.inf  # the least bound of what was given up without being split
     heap: list[tuple[float, int, np.ndarray, np.ndarray | None]] = []
@@ -108,7 +132,9 @@ def branch_and_bound(
         if share is not None and low < value:
             rounded = options.repair(np.where(allowed, share, -1.0).argmax(1), -share)
             if rounded is not None:
-                found = improve(*options.columns.split(rounded), predict, cost_model, budget, seed, rows=rows, restarts=0)
+                found = improve(
+                    *options.columns.split(rounded), predict, cost_model, budget, seed, rows=rows, restarts=0
+                )
                 if found.predicted < value:
                     best, value = options.columns.join(found.weights, found.acts), found.predicted
         if low < np.inf:
@@ -131,8 +157,8 @@ def branch_and_bound(
 
 
 def _torn(allowed: np.ndarray, share: np.ndarray | None, best: np.ndarray) -> tuple[int, int]:
-    """The layer whose largest share is smallest, and that column; without shares, or where none is torn, the layer with most columns left
-    and the incumbent's."""
+    """The layer whose largest share is smallest, and that column; without shares, or where none is torn,
+    the layer with most columns left and the incumbent's."""
     open_ = allowed.sum(1) > 1
     if share is not None:
         share = np.where(allowed, share, -1.0)

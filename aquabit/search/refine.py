@@ -1,7 +1,9 @@
-"""Refinement in context: the integer program again, over what single changes do where the incumbent stands, within a trust region.
+"""Refinement in context: the integer program again, over what single changes do where the incumbent stands,
+within a trust region.
 
-Damages are measured from full precision, each alone. Where many layers are rounded, their errors add up with signs: a gradient at the
-incumbent knows how each layer's error lies in the sum of all. It holds for small changes, hence the trust region.
+Damages are measured from full precision, each alone. Where many layers are rounded, their errors add up with
+signs: a gradient at the incumbent knows how each layer's error lies in the sum of all. It holds for small
+changes, hence the trust region.
 """
 
 from __future__ import annotations
@@ -15,14 +17,19 @@ from aquabit.cost import CostModel
 from aquabit.scheme import AquabitError, Budget
 from aquabit.search.integer_program import solve
 
-RADII = (4, 8, 16)  # layers that may change at once: each size of a step is tried, the judge says which one was too large
+RADII = (
+    4,
+    8,
+    16,
+)  # layers that may change at once: each size of a step is tried, the judge says which one was too large
 Chosen = tuple[np.ndarray, np.ndarray]  # (weights [L], acts [L])
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What is known where a configuration stands: the judge's ``value`` of it, and the predicted ``change`` [L, schemes, A] of the value by
-    each single choice, 0 at its own; infinite where a layer may not take it."""
+    """What is known where a configuration stands: the judge's ``value`` of it, and the predicted
+    ``change`` [L, schemes, A] of the value by each single choice, 0 at its own; infinite where a layer may
+    not take it."""
 
     value: float
     change: np.ndarray
@@ -30,8 +37,8 @@ class Seen:
 
 @dataclass(frozen=True)
 class Step:
-    """A configuration that refinement went through: the judge's ``value`` of it, the one that was ``predicted``, and how many layers
-    ``changed`` from the one before."""
+    """A configuration that refinement went through: the judge's ``value`` of it, the one that was
+    ``predicted``, and how many layers ``changed`` from the one before."""
 
     weights: np.ndarray
     acts: np.ndarray
@@ -41,20 +48,26 @@ class Step:
 
 
 def crossings(slopes: np.ndarray, overlap: np.ndarray, damages: np.ndarray, own: np.ndarray) -> np.ndarray:
-    """2 <D - J_l E_l, J_l E_lc> [..., L, C]: how the error that choice c of layer l makes lies in the errors of all other layers, from
-    ``slopes`` [..., L, C] = 2 <D, J_l E_lc>. ``overlap`` [L, C], the cosine between E_lc and the error of the layer's ``own`` choice [L],
-    stands for that of J_l E_lc; ``damages`` [L, C] are |J_l E_lc|^2. 0 where a layer may not take a choice."""
+    """2 <D - J_l E_l, J_l E_lc> [..., L, C]: how the error that choice c of layer l makes lies in the errors
+    of all other layers, from ``slopes`` [..., L, C] = 2 <D, J_l E_lc>. ``overlap`` [L, C], the cosine between
+    E_lc and the error of the layer's ``own`` choice [L], stands for that of J_l E_lc; ``damages`` [L, C] are
+    |J_l E_lc|^2. 0 where a layer may not take a choice.
+    """
     rows, known = np.arange(len(own)), np.isfinite(damages)
     size = np.sqrt(np.where(known, damages, 0.0))
-    mine = np.where(np.arange(damages.shape[1]) == own[:, None], 1.0, overlap) * size * size[rows, own][:, None]
+    mine = (
+        np.where(np.arange(damages.shape[1]) == own[:, None], 1.0, overlap) * size * size[rows, own][:, None]
+    )
     return np.asarray(np.where(known, slopes - 2 * mine, 0.0))
 
 
 def shrunk(parts: np.ndarray, damages: np.ndarray) -> np.ndarray:
-    """Crossings [L, C] from those of several parts of the inputs [n, L, C], as far as the parts agree (empirical Bayes).
+    """Crossings [L, C] from those of several parts of the inputs [n, L, C], as far as the parts agree
+    (empirical Bayes).
 
-    In units of |J E| a crossing is N(m, v) over cells, and its mean over parts has the variance that the parts show; m and v are
-    fitted to all cells by moments. Without this, a program picks the cells whose crossing is negative by chance.
+    In units of |J E| a crossing is N(m, v) over cells, and its mean over parts has the variance that the
+    parts show; m and v are fitted to all cells by moments. Without this, a program picks the cells whose
+    crossing is negative by chance.
     """
     known = np.isfinite(damages) & (damages > 0)
     unit = np.where(known, np.sqrt(np.where(known, damages, 1.0)), 1.0)
@@ -70,21 +83,29 @@ def shrunk(parts: np.ndarray, damages: np.ndarray) -> np.ndarray:
 
 
 def in_context(crossing: np.ndarray, damages: np.ndarray, own: np.ndarray) -> np.ndarray:
-    """Change [L, C] of a sum of squares |D|^2 by each single choice, 0 at ``own`` [L]: the layer's own error leaves with its crossing, and
-    the other one comes with its own. Infinite where a layer may not take a choice."""
+    """Change [L, C] of a sum of squares |D|^2 by each single choice, 0 at ``own`` [L]: the layer's own
+    error leaves with its crossing, and the other one comes with its own. Infinite where a layer may not
+    take a choice."""
     total = np.where(np.isfinite(damages), damages + crossing, np.inf)
     return np.asarray(total - total[np.arange(len(own)), own][:, None])
 
 
 def refine(
-    start: Chosen, look: Callable[[Chosen], Seen], judge: Callable[[Sequence[Chosen]], Sequence[float]], cost_model: CostModel, budget:
-    Budget, *, rounds: int = 8, radii: Sequence[int] = RADII,
-) -> list[Step]:  # fmt: skip
+    start: Chosen,
+    look: Callable[[Chosen], Seen],
+    judge: Callable[[Sequence[Chosen]], Sequence[float]],
+    cost_model: CostModel,
+    budget: Budget,
+    *,
+    rounds: int = 8,
+    radii: Sequence[int] = RADII,
+) -> list[Step]:
     """The configurations from ``start`` on, each judged better than the one before; the last one is the best.
 
-    Each round looks at the incumbent, solves the program over the changes seen there for each of ``radii``, and takes the proposal that the
-    judge finds best, where that is below the incumbent. It ends after ``rounds``, or where nothing is gained. Deterministic where ``look``
-    and ``judge`` are. Never outside the budget.
+    Each round looks at the incumbent, solves the program over the changes seen there for each of ``radii``,
+    and takes the proposal that the judge finds best, where that is below the incumbent. It ends after
+    ``rounds``, or where nothing is gained. Deterministic where ``look`` and ``judge`` are. Never outside the
+    budget.
     """
     seen = look(start)
     steps = [Step(*start, seen.value, seen.value, 0)]
@@ -98,7 +119,9 @@ def refine(
         if not values[best] < now.value:
             break
         weights, acts, predicted = proposals[best]
-        steps.append(Step(weights, acts, values[best], predicted, _apart((weights, acts), (now.weights, now.acts))))
+        steps.append(
+            Step(weights, acts, values[best], predicted, _apart((weights, acts), (now.weights, now.acts)))
+        )
         if len(steps) <= rounds:
             seen = look((weights, acts))
     return steps
@@ -111,7 +134,8 @@ def _apart(a: Chosen, b: Chosen) -> int:
 def _proposals(
     incumbent: Chosen, seen: Seen, cost_model: CostModel, budget: Budget, radii: Sequence[int]
 ) -> list[tuple[np.ndarray, np.ndarray, float]]:
-    """(weights, acts, predicted value) of the program's optimum within each radius, those that differ from the incumbent and each other."""
+    """(weights, acts, predicted value) of the program's optimum within each radius, those that differ from
+    the incumbent and each other."""
     found: list[tuple[np.ndarray, np.ndarray, float]] = []
     for radius in dict.fromkeys(min(r, len(incumbent[0])) for r in radii):
         try:

@@ -1,4 +1,5 @@
-"""The estimators that ours is set beside: average bits, the additive model of integer programming, the sum of single-layer damages."""
+"""The estimators that ours is set beside: average bits, the additive model of integer programming, the sum
+of single-layer damages."""
 
 from __future__ import annotations
 
@@ -40,12 +41,15 @@ class AverageBits(Estimator):
 
 
 class OneHotRidge(Estimator):
-    """The additive model of integer-programming peers: ridge on ``Encoder.one_hot``, on the objective's logarithm unless ``log`` is False.
+    """The additive model of integer-programming peers: ridge on ``Encoder.one_hot``, on the objective's
+    logarithm unless ``log`` is False.
 
     ``penalty=None`` chooses it by leave-one-out error.
     """
 
-    def __init__(self, penalty: float | None = None, direction: Literal["min", "max"] = "min", log: bool | None = None):
+    def __init__(
+        self, penalty: float | None = None, direction: Literal["min", "max"] = "min", log: bool | None = None
+    ):
         self.penalty, self.direction, self.log = penalty, direction, log
 
     def features(self, encoder: Encoder, weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
@@ -59,21 +63,30 @@ class OneHotRidge(Estimator):
 
 
 class SumOfDamages(Estimator):
-    """What each layer's choice does alone, summed over layers, then one increasing curve to the objective (MixDQ; AIMET AMP).
+    """What each layer's choice does alone, summed over layers, then one increasing curve to the objective
+    (MixDQ; AIMET AMP).
 
-    A choice's own damage is the change of a few images when it is the only one (``Encoder.damages``), or its relative weight error
-    where nothing was probed; activations then count for nothing. ``power`` is applied to each layer's damage before the sum. The curve
-    is ``log-linear`` in the sum, or ``isotonic``, which is flat outside the sums it was fitted to.
+    A choice's own damage is the change of a few images when it is the only one (``Encoder.damages``), or its
+    relative weight error where nothing was probed; activations then count for nothing. ``power`` is applied
+    to each layer's damage before the sum. The curve is ``log-linear`` in the sum, or ``isotonic``, which is
+    flat outside the sums it was fitted to.
     """
 
     def __init__(
-        self, power: float = 1.0, curve: Literal["log-linear", "isotonic"] = "log-linear", direction: Literal["min", "max"] = "min",
+        self,
+        power: float = 1.0,
+        curve: Literal["log-linear", "isotonic"] = "log-linear",
+        direction: Literal["min", "max"] = "min",
         log: bool | None = None,
-    ):  # fmt: skip
+    ):
         self.power, self.curve, self.direction, self.log = power, curve, direction, log
 
     def features(self, encoder: Encoder, weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
-        own = encoder.damages(weights, acts) if encoder.probed else encoder.error[np.arange(weights.shape[1]), weights]
+        own = (
+            encoder.damages(weights, acts)
+            if encoder.probed
+            else encoder.error[np.arange(weights.shape[1]), weights]
+        )
         return np.asarray(np.log10((np.maximum(own, 0) ** self.power).sum(1, keepdims=True) + encoder.FLOOR))
 
     def _fit(self, X: np.ndarray, z: np.ndarray) -> None:
@@ -87,4 +100,6 @@ class SumOfDamages(Estimator):
             raise AquabitError(f"curve is {self.curve!r}; it must be log-linear or isotonic")
 
     def _predict(self, X: np.ndarray) -> np.ndarray:
-        return np.asarray(self.curve_.predict(X[:, 0]) if self.curve == "isotonic" else self.slope_ * (X[:, 0] - self.mean_))
+        return np.asarray(
+            self.curve_.predict(X[:, 0]) if self.curve == "isotonic" else self.slope_ * (X[:, 0] - self.mean_)
+        )

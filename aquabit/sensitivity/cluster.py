@@ -1,4 +1,5 @@
-"""Ray: the same tasks on the machines of a cluster; one actor for each GPU, or for each CPU slot, holds the model and its bank."""
+"""Ray: the same tasks on the machines of a cluster; one actor for each GPU, or for each CPU slot, holds
+the model and its bank."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ from aquabit.scheme import AquabitError
 from aquabit.sensitivity.pool import LOWER, Task, WorkerFault, decoded
 
 SAME = ("aquabit", "torch", "diffusers", "numpy")  # what every machine must have in the driver's version
-TRIES = 4  # workers that one task may cost: machines are taken away, but a task that kills each of them is no accident
+# workers that one task may cost: machines are taken away, but a task that kills each of them is no accident
+TRIES = 4
 STARTS = 3  # workers in a row that do not even start
 ANSWER_SECONDS = 60  # for a cluster to answer at its address
 START_SECONDS = 600  # for the first worker to find a free slot
@@ -33,7 +35,8 @@ def versions() -> dict[str, str]:
 
 
 class Seat:
-    """The actor: one worker of a cluster. Only text crosses, and the files of a model that its machine lacks."""
+    """The actor: one worker of a cluster. Only text crosses, and the files of a model that its machine
+    lacks."""
 
     def __init__(self) -> None:
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
@@ -53,12 +56,17 @@ class Seat:
             file.write(piece)
 
     def begin(self, task: str, wanted: dict[str, str]) -> str:
-        """Load the model; {} where it is there and the driver's, {"missing": true} where its folder must be sent first."""
+        """Load the model; {} where it is there and the driver's, {"missing": true} where its folder must
+        be sent first."""
         asked, node = json.loads(task), socket.gethostname()
         own = versions()
-        other = [f"{name} {own[name]} instead of {wanted[name]}" for name in SAME if own[name] != wanted[name]]
+        other = [
+            f"{name} {own[name]} instead of {wanted[name]}" for name in SAME if own[name] != wanted[name]
+        ]
         if other:
-            return json.dumps({"error": f"the worker on {node} has {', '.join(other)}; install the driver's versions there"})
+            return json.dumps(
+                {"error": f"the worker on {node} has {', '.join(other)}; install the driver's versions there"}
+            )
         if self._received is not None:
             asked["model"] = self._received.name
         elif asked["folder"] and not Path(asked["model"]).is_dir():
@@ -69,7 +77,10 @@ class Seat:
 
             found = fingerprint(self._respond.evaluator.adapter.denoiser)
             if found != asked["fingerprint"]:
-                said = f"the model {asked['model']} is {found} on {node}, and {asked['fingerprint']} here; give all machines the same files"
+                said = (
+                    f"the model {asked['model']} is {found} on {node}, and {asked['fingerprint']} here; give"
+                    " all machines the same files"
+                )
                 return json.dumps({"error": said})
         return json.dumps(answer)
 
@@ -81,26 +92,41 @@ class Seat:
 class RayPool:
     """Runs tasks on a Ray cluster; ``begin`` is the first task each worker gets (model, graph, bank, device).
 
-    A worker or machine that is lost costs the task it was at, which another gets; machines that join are used. Raises AquabitError for an
-    address where no cluster answers, for one without a free slot, and for workers of other versions.
+    A worker or machine that is lost costs the task it was at, which another gets; machines that join are
+    used. Raises AquabitError for an address where no cluster answers, for one without a free slot, and for
+    workers of other versions.
     """
 
     def __init__(self, address: str, begin: Task):
         self.ray: Any = _ray()
         self.kind = "GPU" if str(begin["device"]).startswith("cuda") else "CPU"
         if ":" in str(begin["device"]):
-            raise AquabitError(f"device {begin['device']} names one GPU; on a cluster each worker has its own: give --device cuda")
+            raise AquabitError(
+                f"device {begin['device']} names one GPU; on a cluster each worker has its own: give --device"
+                " cuda"
+            )
         folder = Path(begin["model"]).is_dir()
-        self.begin = {**begin, "folder": folder, "model": os.path.abspath(begin["model"]) if folder else begin["model"]}
+        self.begin = {
+            **begin,
+            "folder": folder,
+            "model": os.path.abspath(begin["model"]) if folder else begin["model"],
+        }
         self.address, self._ours = address, _connect(self.ray, address)
-        self._seat = self.ray.remote(Seat).options(**{f"num_{self.kind.lower()}s": 1}, max_restarts=0, max_task_retries=0)
+        self._seat = self.ray.remote(Seat).options(
+            **{f"num_{self.kind.lower()}s": 1}, max_restarts=0, max_task_retries=0
+        )
         self._idle: list[Any] = []
-        self._pending: dict[Any, tuple[Any, tuple[Task, int] | None]] = {}  # answer -> (actor, its task; None while it begins)
+        self._pending: dict[
+            Any, tuple[Any, tuple[Task, int] | None]
+        ] = {}  # answer -> (actor, its task; None while it begins)
         self._stray: set[Any] = set()  # answers that nobody waits for any more
         self._bad_starts, self._since, self._started = 0, time.monotonic(), False
         if not self.slots():
             self.close()
-            raise AquabitError(f"the Ray cluster at {address} has no {self.kind}; use --device {'cpu' if self.kind == 'GPU' else 'cuda'}")
+            raise AquabitError(
+                f"the Ray cluster at {address} has no {self.kind}; use --device"
+                f" {'cpu' if self.kind == 'GPU' else 'cuda'}"
+            )
 
     def slots(self) -> int:
         """GPUs or CPU slots of the cluster as it is now."""
@@ -154,8 +180,8 @@ class RayPool:
         elif time.monotonic() - self._since > START_SECONDS:
             what = "are all taken by others" if slots else "are gone"
             raise AquabitError(
-                f"no worker started on the Ray cluster at {self.address} in {START_SECONDS} s: its {self.kind} slots {what}; what was "
-                "measured is kept: run the same command again"
+                f"no worker started on the Ray cluster at {self.address} in {START_SECONDS} s: its"
+                f" {self.kind} slots {what}; what was measured is kept: run the same command again"
             )
         for _ in range(min(slots, owed) - here):
             seat = self._seat.remote()
@@ -175,20 +201,32 @@ class RayPool:
         self._bad_starts, self._started = 0, True
         self._idle.append(seat)
 
-    def _lost(self, answer: Any, seat: Any, job: tuple[Task, int] | None, waiting: deque[tuple[Task, int]], error: Exception) -> None:
+    def _lost(
+        self,
+        answer: Any,
+        seat: Any,
+        job: tuple[Task, int] | None,
+        waiting: deque[tuple[Task, int]],
+        error: Exception,
+    ) -> None:
         """A worker is gone: its task goes to another."""
         if job is None:
             self._bad_starts += 1
             if self._bad_starts >= STARTS:
-                reason = next((line.strip() for line in reversed(str(error).splitlines()) if "Error" in line), str(error).splitlines()[0])
+                reason = next(
+                    (line.strip() for line in reversed(str(error).splitlines()) if "Error" in line),
+                    str(error).splitlines()[0],
+                )
                 raise AquabitError(
-                    f"{STARTS} workers in a row died on starting at {self.address} ({reason}); is the same aquabit installed on every "
-                    f"machine, and does the model fit into its memory? {LOWER}"
+                    f"{STARTS} workers in a row died on starting at {self.address} ({reason}); is the same"
+                    f" aquabit installed on every machine, and does the model fit into its memory? {LOWER}"
                 ) from error
         elif answer in self._stray:
             self._stray.discard(answer)
         elif job[1] >= TRIES:
-            raise AquabitError(f"{TRIES} workers of the cluster died on the same task, most likely out of memory; {LOWER}") from error
+            raise AquabitError(
+                f"{TRIES} workers of the cluster died on the same task, most likely out of memory; {LOWER}"
+            ) from error
         else:
             waiting.appendleft((job[0], job[1] + 1))
 
@@ -212,7 +250,9 @@ def _pieces(folder: Path) -> Iterator[tuple[str, bytes]]:
 
 def _ray() -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster of ours reports to nobody
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # what Ray does in future, without its warning
+    os.environ.setdefault(
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
+    )  # what Ray does in future, without its warning
     try:
         version("ray")
         import ray
@@ -222,25 +262,36 @@ def _ray() -> Any:
 
 
 def _connect(ray: Any, address: str) -> bool:
-    """Join the cluster at ``address`` as Ray takes it (auto, local, host:port, ray://host:port); whether the connection is ours to end."""
+    """Join the cluster at ``address`` as Ray takes it (auto, local, host:port, ray://host:port); whether
+    the connection is ours to end."""
     if ray.is_initialized():
         own = ray.get_runtime_context().gcs_address
         if address not in ("auto", own):
-            raise AquabitError(f"this process is connected to the Ray cluster at {own}; it cannot join {address} as well")
+            raise AquabitError(
+                f"this process is connected to the Ray cluster at {own}; it cannot join {address} as well"
+            )
         return False
     if address != "local":
         _check(address)
     try:
-        ray.init(address, log_to_driver=False, logging_level="ERROR", **({"include_dashboard": False} if address == "local" else {}))
+        ray.init(
+            address,
+            log_to_driver=False,
+            logging_level="ERROR",
+            **({"include_dashboard": False} if address == "local" else {}),
+        )
     except Exception as error:  # Ray raises many types: all mean that there is no cluster to use
         raise _unanswered(address, str(error)) from error
     if hasattr(ray._private.worker, "_worker_logs_enabled"):
-        ray._private.worker._worker_logs_enabled = False  # Ray prints what it says of lost workers to standard output, which is ours
+        ray._private.worker._worker_logs_enabled = (
+            False  # Ray prints what it says of lost workers to standard output, which is ours
+        )
     return True
 
 
 def _check(address: str) -> None:
-    """Raise AquabitError where no cluster answers in time: Ray itself may wait for minutes, or end the process that asks."""
+    """Raise AquabitError where no cluster answers in time: Ray itself may wait for minutes, or end the
+    process that asks."""
     place = address.rpartition("://")[2]
     if address != "auto":
         host, _, port = place.rpartition(":")
@@ -250,9 +301,13 @@ def _check(address: str) -> None:
             socket.create_connection((host, int(port)), timeout=10).close()
         except (OSError, OverflowError) as error:
             raise _unanswered(address, str(error)) from error
-    code = "import ray, sys; ray.init(sys.argv[1], log_to_driver=False, logging_level='ERROR'); ray.shutdown()"
+    code = (
+        "import ray, sys; ray.init(sys.argv[1], log_to_driver=False, logging_level='ERROR'); ray.shutdown()"
+    )
     try:
-        tried = subprocess.run([sys.executable, "-c", code, address], capture_output=True, text=True, timeout=ANSWER_SECONDS)
+        tried = subprocess.run(
+            [sys.executable, "-c", code, address], capture_output=True, text=True, timeout=ANSWER_SECONDS
+        )
     except subprocess.TimeoutExpired as error:
         raise _unanswered(address, f"nothing in {ANSWER_SECONDS} s") from error
     if tried.returncode:
@@ -262,4 +317,7 @@ def _check(address: str) -> None:
 
 def _unanswered(address: str, reason: str) -> AquabitError:
     said = " ".join(reason.split())[:200] or "no reason given"
-    return AquabitError(f"no Ray cluster answers at {address!r} ({said}); start one with `ray start --head`, or use --ray local")
+    return AquabitError(
+        f"no Ray cluster answers at {address!r} ({said}); start one with `ray start --head`, or use --ray"
+        " local"
+    )

@@ -16,16 +16,24 @@ FOLDS = 5
 
 
 def learning_curve(fitted: FittedSurrogate, seed: int = 0, progress: Progress = no_progress) -> pd.DataFrame:
-    """CURVE: the within-budget SRCC of surrogates trained on PARTS of the measurements, then of the one trained on all, with 90 %
-    intervals.
+    """CURVE: the within-budget SRCC of surrogates trained on PARTS of the measurements, then of the one
+    trained on all, with 90 % intervals.
 
-    Each is scored on all measurements, out of fold (folds of whole contexts): it is trained on a random part of the other folds, and
-    ``measurements`` counts those it would have had without folds. Parts below ``LEAST`` are left out. Costs 0.9 of a cross-validation.
+    Each is scored on all measurements, out of fold (folds of whole contexts): it is trained on a random part
+    of the other folds, and ``measurements`` counts those it would have had without folds. Parts below
+    ``LEAST`` are left out. Costs 0.9 of a cross-validation.
     """
     y, bits, count = fitted.y, fitted.bits, len(fitted.y)
     acts = fitted.space.mean_bits(fitted.acts).mean(1)
-    features, fold = fitted.features(fitted.weights, fitted.acts), grouped_folds(fitted.weights, fitted.acts, FOLDS, seed)
-    rng, sizes, rows = np.random.default_rng([seed, 7]), [round(p * count) for p in PARTS if p * count >= LEAST], []
+    features, fold = (
+        fitted.features(fitted.weights, fitted.acts),
+        grouped_folds(fitted.weights, fitted.acts, FOLDS, seed),
+    )
+    rng, sizes, rows = (
+        np.random.default_rng([seed, 7]),
+        [round(p * count) for p in PARTS if p * count >= LEAST],
+        [],
+    )
     for done, size in enumerate(sizes):
         predicted = np.empty(count)
         for f in range(FOLDS):

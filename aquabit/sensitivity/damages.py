@@ -1,4 +1,5 @@
-"""Damages: what each (layer, scheme), and each activation choice, does alone; good configurations are drawn near their front."""
+"""Damages: what each (layer, scheme), and each activation choice, does alone; good configurations are
+drawn near their front."""
 
 from __future__ import annotations
 
@@ -14,10 +15,15 @@ from aquabit.space import SearchSpace
 
 REACH = 0.25  # contexts lie within this many real bits per weight of the budget
 CONTEXT_ACT = 8  # activation bits of contexts where the space has them, else its highest
-EXCESSES = tuple(float(e) for e in np.geomspace(0.05, 1, 6))  # of good configurations: 1.05 to 2 times the least damage
+EXCESSES = tuple(
+    float(e) for e in np.geomspace(0.05, 1, 6)
+)  # of good configurations: 1.05 to 2 times the least damage
 ROUNDS = 50  # of bisection for a price: what odds as sharp as SHARP can tell apart
 BETA_ROUNDS = 20  # of bisection for beta: to 4e-5 of itself
-FLAT, SHARP = 1e-6, 1e12  # beta of odds that heed no damage, and of the program's own choice; damages are scaled to at most 1
+FLAT, SHARP = (
+    1e-6,
+    1e12,
+)  # beta of odds that heed no damage, and of the program's own choice; damages are scaled to at most 1
 TUNING = 10  # solves that may go into finding the nominal mean; at either end of a space none may fit
 SEEN = 256  # draws whose mean size is compared with the budget
 TRIES = 200  # draws of a context of a given excess before it is given up
@@ -25,8 +31,10 @@ TRIES = 200  # draws of a context of a given excess before it is given up
 
 @dataclass(frozen=True)
 class Damages:
-    """``weights`` [L, schemes of the space] and ``acts`` [L, activation choices of the space]: the mean squared change of a few images from
-    full precision where that is the only change (``Evaluator.fit``). ``fp`` and a16 do none; what a layer may not take is infinite."""
+    """``weights`` [L, schemes of the space] and ``acts`` [L, activation choices of the space]: the mean
+    squared change of a few images from full precision where that is the only change (``Evaluator.fit``).
+    ``fp`` and a16 do none; what a layer may not take is infinite.
+    """
 
     space: SearchSpace
     weights: np.ndarray
@@ -34,19 +42,24 @@ class Damages:
 
     @staticmethod
     def of(space: SearchSpace, probes: Mapping[tuple[str, str], Mapping[str, Any]]) -> Damages:
-        """From a study's features. Raises AquabitError for the first (layer, scheme) whose damage is not known."""
+        """From a study's features. Raises AquabitError for the first (layer, scheme) whose damage is not
+        known."""
 
         def known(layer: str, text: str) -> float:
             found = probes.get((layer, text), {}).get("damage")
             if found is None:
-                raise AquabitError(f"the damage of {text} in layer {layer!r} is not known; `aquabit measure` probes it")
+                raise AquabitError(
+                    f"the damage of {text} in layer {layer!r} is not known; `aquabit measure` probes it"
+                )
             return float(found)
 
         schemes, codes = space.schemes, space.act_codes
         weights = np.full((len(space.choices), len(schemes)), np.inf)
         acts = np.zeros((len(space.choices), len(codes)))
         for i, (layer, row) in enumerate(space.choices.items()):
-            weights[i, [schemes.index(s) for s in row]] = [0.0 if s == FP else known(layer, str(s)) for s in row]
+            weights[i, [schemes.index(s) for s in row]] = [
+                0.0 if s == FP else known(layer, str(s)) for s in row
+            ]
             if row != (FP,):
                 acts[i] = [0.0 if code == 16 else known(layer, act_text(act_of(code))) for code in codes]
         return Damages(space, weights, acts)
@@ -67,8 +80,9 @@ class Damages:
 
 @dataclass(frozen=True)
 class Gibbs:
-    """Independent draws of one scheme a layer with probability p ~ exp(-beta (damage + price x bytes)): of all distributions with the same
-    mean bytes and mean damage the one of largest entropy. ``odds`` [L, schemes]."""
+    """Independent draws of one scheme a layer with probability p ~ exp(-beta (damage + price x bytes)): of
+    all distributions with the same mean bytes and mean damage the one of largest entropy. ``odds`` [L,
+    schemes]."""
 
     odds: np.ndarray
     beta: float
@@ -83,7 +97,8 @@ class Gibbs:
 
 
 def known_damages(space: SearchSpace, probes: Mapping[tuple[str, str], Mapping[str, Any]]) -> Damages | None:
-    """``Damages.of`` a study's probes; None where one is missing, as in studies that were made without probes."""
+    """``Damages.of`` a study's probes; None where one is missing, as in studies that were made without
+    probes."""
     try:
         return Damages.of(space, probes)
     except AquabitError:
@@ -91,11 +106,11 @@ def known_damages(space: SearchSpace, probes: Mapping[tuple[str, str], Mapping[s
 
 
 def gibbs(damages: Damages, costs: CostModel, bits: float, excess: float) -> Gibbs:
-    """The distribution whose mean size is ``bits`` per weight and whose mean damage is 1 + ``excess`` times the least that any mixture of
-    that size has (the program's optimum, its last layer split).
+    """The distribution whose mean size is ``bits`` per weight and whose mean damage is 1 + ``excess`` times
+    the least that any mixture of that size has (the program's optimum, its last layer split).
 
-    Codebooks that layers share are not in the mean size (what is drawn is weighed exactly, see ``good_contexts``). ``bits`` is kept
-    inside what the space reaches, ``excess`` below what equal odds have.
+    Codebooks that layers share are not in the mean size (what is drawn is weighed exactly, see
+    ``good_contexts``). ``bits`` is kept inside what the space reaches, ``excess`` below what equal odds have.
     """
     return gibbs_each(damages, costs, bits, [excess])[0]
 
@@ -106,14 +121,21 @@ def gibbs_each(damages: Damages, costs: CostModel, bits: float, excesses: Sequen
     table = np.where(allowed, damages.weights, 0.0)
     unit = max(float(np.ptp(table, axis=1).max()), 1e-300)
     scaled = table / unit
-    size = np.where(allowed, costs.bytes, 0.0) * 8 / costs.weights  # bits per weight of the model that a choice takes
+    size = (
+        np.where(allowed, costs.bytes, 0.0) * 8 / costs.weights
+    )  # bits per weight of the model that a choice takes
     low, high = (np.where(allowed, costs.bytes, fill) * 8 / costs.weights for fill in (np.inf, -np.inf))
     reach = float(low.min(1).sum()), float(high.max(1).sum())
-    goal = float(np.clip(bits, reach[0] + 1e-6 * (reach[1] - reach[0]), reach[1] - 1e-6 * (reach[1] - reach[0])))
+    goal = float(
+        np.clip(bits, reach[0] + 1e-6 * (reach[1] - reach[0]), reach[1] - 1e-6 * (reach[1] - reach[0]))
+    )
 
     def at(beta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Odds [betas, L, schemes] of mean size ``goal``, and their prices [betas]."""
-        down, up = np.full(len(beta), -60.0), np.full(len(beta), 60.0)  # a negative price makes large schemes likely
+        down, up = (
+            np.full(len(beta), -60.0),
+            np.full(len(beta), 60.0),
+        )  # a negative price makes large schemes likely
         for _ in range(ROUNDS):
             middle = (down + up) / 2
             large = (_odds(scaled, size, allowed, beta, np.sinh(middle)) * size).sum((1, 2)) > goal
@@ -132,7 +154,9 @@ def gibbs_each(damages: Damages, costs: CostModel, bits: float, excesses: Sequen
     return [Gibbs(o, float(b) / unit, float(p) * unit) for o, b, p in zip(odds, beta, price, strict=True)]
 
 
-def _odds(damage: np.ndarray, size: np.ndarray, allowed: np.ndarray, beta: np.ndarray, price: np.ndarray) -> np.ndarray:
+def _odds(
+    damage: np.ndarray, size: np.ndarray, allowed: np.ndarray, beta: np.ndarray, price: np.ndarray
+) -> np.ndarray:
     exponent = np.where(allowed, -beta[:, None, None] * (damage + price[:, None, None] * size), -np.inf)
     weights = np.exp(exponent - exponent.max(-1, keepdims=True))
     return np.asarray(weights / weights.sum(-1, keepdims=True))
@@ -152,15 +176,21 @@ def check_reach(space: SearchSpace, costs: CostModel, bits: float) -> None:
     """Raise AquabitError, naming both ends, where no context can lie within REACH of ``bits``."""
     low, high = costs.limits(context_act(space))["bits"]
     if not low - REACH <= bits <= high + REACH:
-        raise AquabitError(f"bits = {bits:g} is out of reach: this space has {low:.3g} to {high:.3g} bits per weight")
+        raise AquabitError(
+            f"bits = {bits:g} is out of reach: this space has {low:.3g} to {high:.3g} bits per weight"
+        )
 
 
-def good_contexts(damages: Damages, costs: CostModel, bits: float, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Scheme indices and activation bits, each [count, L], of good configurations within REACH real bits per weight of ``bits``.
+def good_contexts(
+    damages: Damages, costs: CostModel, bits: float, count: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scheme indices and activation bits, each [count, L], of good configurations within REACH real bits per
+    weight of ``bits``.
 
-    Each is a draw of ``gibbs`` around the program's optimum with an excess of its own, log-uniform over EXCESSES; activations are at
-    ``context_act``. The nominal mean is adjusted until the real sizes, shared codebooks included, lie around ``bits``; what lies beyond
-    REACH is drawn again. Raises AquabitError where the space cannot reach ``bits``.
+    Each is a draw of ``gibbs`` around the program's optimum with an excess of its own, log-uniform over
+    EXCESSES; activations are at ``context_act``. The nominal mean is adjusted until the real sizes, shared
+    codebooks included, lie around ``bits``; what lies beyond REACH is drawn again. Raises AquabitError where
+    the space cannot reach ``bits``.
     """
     space, acts = damages.space, context_acts(damages.space)
     check_reach(space, costs, bits)
@@ -189,4 +219,7 @@ def good_contexts(damages: Damages, costs: CostModel, bits: float, count: int, r
         if not len(left):
             return weights, np.tile(acts, (count, 1))
     low, high = costs.limits(context_act(space))["bits"]
-    raise AquabitError(f"no good configuration comes within {REACH} of {bits:g} bits per weight; this space has {low:.3g} to {high:.3g}")
+    raise AquabitError(
+        f"no good configuration comes within {REACH} of {bits:g} bits per weight; this space has {low:.3g} to"
+        f" {high:.3g}"
+    )

@@ -1,4 +1,5 @@
-"""Designs: which configurations ``measure`` draws. The first n of a design are the same whatever the total, so that studies continue."""
+"""Designs: which configurations ``measure`` draws. The first n of a design are the same whatever the
+total, so that studies continue."""
 
 from __future__ import annotations
 
@@ -20,19 +21,31 @@ from aquabit.space import BITS_RANGE, SearchSpace, maximum_entropy
 
 DESIGNS = {
     "near": "good configurations: draws near the front of the known damages, evenly over the budgets",
-    "random": "independent draws of any scheme, ruined ones included, that cover the budgets evenly (Qua2SeDiMo)",
-    "balanced": "nearly orthogonal draws: budgets evenly spread, each layer at each of its schemes equally often",
+    "random": (
+        "independent draws of any scheme, ruined ones included, that cover the budgets evenly (Qua2SeDiMo)"
+    ),
+    "balanced": (
+        "nearly orthogonal draws: budgets evenly spread, each layer at each of its schemes equally often"
+    ),
     "swaps": "good configurations near 3 bits, each followed by copies of it with one layer swapped",
     "disagreement": "a random start, then batches on which refitted surrogates disagree",
 }
-DEFAULT = "near:0.75"  # the random quarter shows what ruins a model, which a search must know to stay away from
+DEFAULT = (  # the random quarter shows what ruins a model, which a search must know to stay away from
+    "near:0.75"
+)
 SWAP_RANGE = (2.75, 3.25)  # mean bits of their contexts
-PER_CONTEXT = 24  # swaps that share a context, at most half of the layers: each costs one measurement and its share of the context's
+# swaps that share a context, at most half of the layers: each costs one measurement and its share of the
+# context's
+PER_CONTEXT = 24
 BLOCK, CANDIDATES = 24, 16  # configurations that are balanced together; permutations tried for a layer
 TOTALS = 4.0  # what sums near their targets are worth beside deviations that are orthogonal
 OPERATOR_SHIFT = 0.5  # bits by which the mean of an operator type may lie above or below the configuration's
-GRID = np.linspace(*BITS_RANGE, 33)  # means at which maximum-entropy odds are computed; linear in between, which keeps the mean
-MEANS = 9  # mean bits at which ``near`` solves for odds; linear in between, which keeps the mean and adds up to 3 % of damage
+GRID = np.linspace(
+    *BITS_RANGE, 33
+)  # means at which maximum-entropy odds are computed; linear in between, which keeps the mean
+# mean bits at which ``near`` solves for odds; linear in between, which keeps the mean and adds up to 3 % of
+# damage
+MEANS = 9
 PLASTIC = 1.324717957244746  # of Roberts' two-dimensional low-discrepancy sequence
 START, GROWTH = 40, 0.5  # configurations drawn at random; size of a batch over what was measured before it
 POOL, JUDGES = 400, 12  # candidates of a batch, and refitted surrogates that judge them
@@ -57,22 +70,34 @@ class Design:
         except ValueError:
             value = math.nan
         if not 0 < value <= 1 or (value < 1 and name == "disagreement"):
-            raise AquabitError(f"design {text!r}: its share must be a number above 0 and up to 1, as in swaps:0.5; disagreement takes none")
+            raise AquabitError(
+                f"design {text!r}: its share must be a number above 0 and up to 1, as in swaps:0.5;"
+                " disagreement takes none"
+            )
         return Design(name, value)
 
     def draw(
-        self, space: SearchSpace, count: int, seed: int, damages: Damages | None = None, costs: CostModel | None = None
+        self,
+        space: SearchSpace,
+        count: int,
+        seed: int,
+        damages: Damages | None = None,
+        costs: CostModel | None = None,
     ) -> list[QuantConfig]:
         """The first ``count`` configurations; those of disagreement are its random start, see ``next_batch``.
 
-        ``near`` needs the damages and costs of the space (AquabitError without); contexts of ``swaps`` are good ones where they are given.
+        ``near`` needs the damages and costs of the space (AquabitError without); contexts of ``swaps`` are
+        good ones where they are given.
         """
         if self.name not in ("near", "balanced", "swaps"):
             return space.sample(count, seed)
         own = [math.floor((i + 1) * self.share) > math.floor(i * self.share) for i in range(count)]
         if self.name == "near":
             if damages is None or costs is None:
-                raise AquabitError("design near draws by what schemes do alone, which is not known yet; `aquabit measure` probes it")
+                raise AquabitError(
+                    "design near draws by what schemes do alone, which is not known yet; `aquabit measure`"
+                    " probes it"
+                )
             drawn = near(damages, costs, sum(own), seed)
         elif self.name == "balanced":
             drawn = balanced(space, sum(own), seed)
@@ -83,15 +108,20 @@ class Design:
 
 
 def near(
-    damages: Damages, costs: CostModel, count: int, seed: int, bits_range: tuple[float, float] = BITS_RANGE, act: int | None = None
-) -> list[QuantConfig]:  # fmt: skip
-    """``count`` good configurations: draws of ``damages.gibbs`` with mean bits uniform over what the space reaches of ``bits_range``, and
-    an excess damage log-uniform over EXCESSES.
+    damages: Damages,
+    costs: CostModel,
+    count: int,
+    seed: int,
+    bits_range: tuple[float, float] = BITS_RANGE,
+    act: int | None = None,
+) -> list[QuantConfig]:
+    """``count`` good configurations: draws of ``damages.gibbs`` with mean bits uniform over what the space
+    reaches of ``bits_range``, and an excess damage log-uniform over EXCESSES.
 
-    Activations are all at ``act`` where it is given. Else they are at the highest bits in half of the configurations, and in the others a
-    drawn share of the layers is lower (``SearchSpace.lower_acts``): each with odds exp(-beta x the damage of it - price), beta as for the
-    weights, the price such that the mean share is the drawn one; of all distributions with that share and mean damage the one of largest
-    entropy.
+    Activations are all at ``act`` where it is given. Else they are at the highest bits in half of the
+    configurations, and in the others a drawn share of the layers is lower (``SearchSpace.lower_acts``): each
+    with odds exp(-beta x the damage of it - price), beta as for the weights, the price such that the mean
+    share is the drawn one; of all distributions with that share and mean damage the one of largest entropy.
     Configuration i depends on (seed, i), the damages and the costs alone.
     """
     drawn = _Near(damages, costs, bits_range)
@@ -122,7 +152,11 @@ class _Near:
     def _odds(self, bits: float, level: int) -> Gibbs:
         place = float(np.interp(bits, self.means, np.arange(len(self.means))))
         first = min(int(place), len(self.means) - 1)
-        a, b, part = self.families[first][level], self.families[min(first + 1, len(self.means) - 1)][level], place - first
+        a, b, part = (
+            self.families[first][level],
+            self.families[min(first + 1, len(self.means) - 1)][level],
+            place - first,
+        )
         beta = float(np.exp((1 - part) * np.log(a.beta) + part * np.log(b.beta)))
         return Gibbs((1 - part) * a.odds + part * b.odds, beta, (1 - part) * a.price + part * b.price)
 
@@ -140,22 +174,29 @@ class _Near:
 
 
 def swaps(
-    space: SearchSpace, count: int, seed: int, swap: str | None = None, damages: Damages | None = None, costs: CostModel | None = None
-) -> list[QuantConfig]:  # fmt: skip
-    """Contexts, each followed by PER_CONTEXT configurations with one layer at the other end of ``swap`` (default: the space's own; layers
-    without its schemes are swapped between their nearest).
+    space: SearchSpace,
+    count: int,
+    seed: int,
+    swap: str | None = None,
+    damages: Damages | None = None,
+    costs: CostModel | None = None,
+) -> list[QuantConfig]:
+    """Contexts, each followed by PER_CONTEXT configurations with one layer at the other end of ``swap``
+    (default: the space's own; layers without its schemes are swapped between their nearest).
 
-    Contexts have mean bits in SWAP_RANGE and their activations at 8 bits, as those that effects speak of by default: good configurations
-    (``near``) where damages and costs are given, else those of the balanced design. A difference
-    within a context has no noise of the context's other layers, and what a context does to the size of effects it does to many layers, so
-    that their order keeps. Layers that are swapped start at random ends of the swap, the others are as drawn; every layer has its turn
-    before one has its second.
+    Contexts have mean bits in SWAP_RANGE and their activations at 8 bits, as those that effects speak of by
+    default: good configurations (``near``) where damages and costs are given, else those of the balanced
+    design. A difference within a context has no noise of the context's other layers, and what a context does
+    to the size of effects it does to many layers, so that their order keeps. Layers that are swapped start at
+    random ends of the swap, the others are as drawn; every layer has its turn before one has its second.
     """
     players = find_players(space, parse_swap(swap or default_swap(space)))
     per = max(1, min(PER_CONTEXT, len(players) // 2))
     bases = math.ceil(count / (1 + per))
     if damages is None or costs is None:
-        drawn = balanced(replace(space, activations=(context_act(space),), steps=None), bases, seed, SWAP_RANGE)
+        drawn = balanced(
+            replace(space, activations=(context_act(space),), steps=None), bases, seed, SWAP_RANGE
+        )
     else:
         drawn = near(damages, costs, bases, seed, SWAP_RANGE, context_act(space))
     contexts = [space.config(c.layers) for c in drawn]
@@ -172,17 +213,23 @@ def swaps(
         chosen = [(players[i], bool(up)) for i, up in zip(turn, rng.random(per) < 0.5, strict=True)]
         for player, up in chosen:
             context = at(context, player.layer, player.before if up else player.after)
-        out += [context, *(at(context, player.layer, player.after if up else player.before) for player, up in chosen)]
+        out += [
+            context,
+            *(at(context, player.layer, player.after if up else player.before) for player, up in chosen),
+        ]
     return out[:count]
 
 
-def balanced(space: SearchSpace, count: int, seed: int, bits_range: tuple[float, float] = BITS_RANGE) -> list[QuantConfig]:
+def balanced(
+    space: SearchSpace, count: int, seed: int, bits_range: tuple[float, float] = BITS_RANGE
+) -> list[QuantConfig]:
     """``count`` configurations in blocks of BLOCK that are balanced like a nearly orthogonal array.
 
-    Target means of bits and shares of lower activations follow a low-discrepancy sequence; the means of operator types lie around
-    the target, stratified too. A layer's levels in a block are maximum-entropy quantiles of one number in each of BLOCK strata; of
-    CANDIDATES permutations of them the one is taken that keeps the sums of configurations near their targets and the layer's deviations
-    orthogonal to those of the layers before it. Methods of a level are dealt from a deck, so that each comes as often as any other.
+    Target means of bits and shares of lower activations follow a low-discrepancy sequence; the means of
+    operator types lie around the target, stratified too. A layer's levels in a block are maximum-entropy
+    quantiles of one number in each of BLOCK strata; of CANDIDATES permutations of them the one is taken that
+    keeps the sums of configurations near their targets and the layer's deviations orthogonal to those of the
+    layers before it. Methods of a level are dealt from a deck, so that each comes as often as any other.
     """
     drawn = _Balanced(space, seed, bits_range)
     found: list[QuantConfig] = []
@@ -199,8 +246,13 @@ class _Balanced:
         self.levels = [space.bit_levels(layer) for layer in space.choices]
         self.operator = [(space.operators or {}).get(layer, "") for layer in space.choices]
         self.decks: dict[tuple[int, float], list[Scheme]] = {}
-        self.products = np.zeros((len(self.levels), len(self.levels)))  # of deviations, over the blocks so far
-        self.tables = {tuple(levels): np.array([maximum_entropy(tuple(levels), mean) for mean in GRID]) for levels in self.levels}
+        self.products = np.zeros(
+            (len(self.levels), len(self.levels))
+        )  # of deviations, over the blocks so far
+        self.tables = {
+            tuple(levels): np.array([maximum_entropy(tuple(levels), mean) for mean in GRID])
+            for levels in self.levels
+        }
         self.offset = np.random.default_rng([seed, 3]).random(2)
 
     def block(self) -> list[QuantConfig]:
@@ -217,9 +269,14 @@ class _Balanced:
             choices = []
             for level, is_low, acts in zip(bits[:, i], low, others, strict=True):
                 act: Act = acts[int(rng.integers(len(acts)))] if is_low else max(self.space.activations)
-                choices.append(self.space.choice(layer, self._deal(i, float(level), rng), 16 if row == (FP,) else act))
+                choices.append(
+                    self.space.choice(layer, self._deal(i, float(level), rng), 16 if row == (FP,) else act)
+                )
             columns.append(choices)
-        return [self.space.config(dict(zip(self.space.choices, picked, strict=True))) for picked in zip(*columns, strict=True)]
+        return [
+            self.space.config(dict(zip(self.space.choices, picked, strict=True)))
+            for picked in zip(*columns, strict=True)
+        ]
 
     def _bits(self, target: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Levels [BLOCK, layers]."""
@@ -233,7 +290,10 @@ class _Balanced:
             values, mean = np.array(list(levels)), means[operator]
             odds = np.stack([np.interp(mean, GRID, p) for p in self.tables[tuple(levels)].T], 1)
             edges = np.cumsum(odds, 1)[:, :-1]
-            place = (rng.permuted(np.tile(np.arange(BLOCK), (CANDIDATES, 1)), axis=1) + rng.random((CANDIDATES, BLOCK))) / BLOCK
+            place = (
+                rng.permuted(np.tile(np.arange(BLOCK), (CANDIDATES, 1)), axis=1)
+                + rng.random((CANDIDATES, BLOCK))
+            ) / BLOCK
             drawn = values[(place[..., None] > edges).sum(2)]
             off = drawn - odds @ values
             products = self.products[i, :i] + off @ deviation[:, :i]
@@ -255,7 +315,8 @@ class _Balanced:
 
 
 def batches(total: int) -> Iterator[tuple[int, int]]:
-    """(first, end) of the batches of disagreement up to ``total`` configurations; each is as long whatever the total."""
+    """(first, end) of the batches of disagreement up to ``total`` configurations; each is as long whatever
+    the total."""
     first = START
     while first < total:
         end = first + max(1, int(GROWTH * first))
@@ -265,12 +326,13 @@ def batches(total: int) -> Iterator[tuple[int, int]]:
 
 def next_batch(
     encoder: Encoder, configs: list[QuantConfig], y: np.ndarray, surrogate: Surrogate, size: int, seed: int
-) -> list[QuantConfig]:  # fmt: skip
-    """``size`` configurations on which surrogates disagree that are refitted to ``configs`` (all that is known) with labels ``y``
-    (NaN where one failed), the most telling first.
+) -> list[QuantConfig]:
+    """``size`` configurations on which surrogates disagree that are refitted to ``configs`` (all that is
+    known) with labels ``y`` (NaN where one failed), the most telling first.
 
-    Of POOL random candidates those are taken, one after the other, whose prediction varies most over JUDGES refits, given the ones
-    already taken (a Gaussian process with the covariance of the refits), so that a batch does not ask one thing twice.
+    Of POOL random candidates those are taken, one after the other, whose prediction varies most over JUDGES
+    refits, given the ones already taken (a Gaussian process with the covariance of the refits), so that a
+    batch does not ask one thing twice.
     """
     space, known, usable = encoder.space, {c.digest for c in configs}, np.isfinite(y)
     drawn = space.sample(POOL + size, int(np.random.default_rng([seed, 5, len(configs)]).integers(2**31)))
@@ -278,14 +340,22 @@ def next_batch(
     if usable.sum() < LEAST:
         return pool[:size]
     weights, acts = space.indices([c for c, u in zip(configs, usable, strict=True) if u])
-    judges = refits(surrogate, encoder(weights, acts), y[usable], group_numbers(weights, acts), JUDGES, seed + len(configs))
+    judges = refits(
+        surrogate,
+        encoder(weights, acts),
+        y[usable],
+        group_numbers(weights, acts),
+        JUDGES,
+        seed + len(configs),
+    )
     features = encoder(*space.indices(pool))
     found = np.array([judge.predict(features) for judge in judges])
     return [pool[i] for i in telling(np.cov(found.T), min(size, len(pool)))]
 
 
 def telling(covariance: np.ndarray, size: int) -> list[int]:
-    """``size`` indices, each of the largest variance that is left once those before it are measured, with noise of the median variance."""
+    """``size`` indices, each of the largest variance that is left once those before it are measured, with
+    noise of the median variance."""
     left = np.array(covariance, float)
     noise, taken = float(np.median(left.diagonal())) + 1e-30, list[int]()
     for _ in range(size):

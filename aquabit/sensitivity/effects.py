@@ -18,10 +18,16 @@ from aquabit.sensitivity.groups import group_numbers
 from aquabit.sensitivity.surrogate import FittedSurrogate
 from aquabit.space import SearchSpace, maximum_entropy
 
-SWAP = "usq4h:usq2h"  # where at least half of the free layers may take both; else ``default_swap`` follows the space
-APART, ENDS = 1.0, (4.0, 2.0)  # code bits that the ends of a default swap differ by at least, and that they are to be near
+SWAP = (  # where at least half of the free layers may take both; else ``default_swap`` follows the space
+    "usq4h:usq2h"
+)
+APART, ENDS = (
+    1.0,
+    (4.0, 2.0),
+)  # code bits that the ends of a default swap differ by at least, and that they are to be near
 TUNING = 20  # draws that may go into finding the nominal mean; at either end of a space none may fit
-CHUNK = 2048  # configurations encoded at once: bounds memory, and stays in the cache: twice as fast as 8192 on 300 layers
+# configurations encoded at once: bounds memory, and stays in the cache: twice as fast as 8192 on 300 layers
+CHUNK = 2048
 
 Variant = tuple[tuple[int, int], ...]  # (layer, scheme) columns of index matrices: what a context has instead
 
@@ -39,7 +45,8 @@ class Player:
 
 @dataclass(frozen=True)
 class Effects:
-    """Mean predicted objective per (player, scheme) over the contexts, positive = worse; replicates in the leading axis."""
+    """Mean predicted objective per (player, scheme) over the contexts, positive = worse; replicates in the
+    leading axis."""
 
     players: list[Player]
     value: np.ndarray  # [players, schemes of the space], NaN where a layer may not take it
@@ -49,34 +56,42 @@ class Effects:
         """Effect of going from the swap's first scheme to each other one of the layer."""
         player, column = self.players[index], {s: j for j, s in enumerate(space_schemes)}
         start = self.value[index, column[player.before]]
-        return {str(s): float(self.value[index, column[s]] - start) for s in player.schemes if s != player.before}
+        return {
+            str(s): float(self.value[index, column[s]] - start) for s in player.schemes if s != player.before
+        }
 
     def effect(self, space_schemes: Sequence[Scheme]) -> np.ndarray:
         return np.array([self.of_schemes(i, space_schemes)[str(p.after)] for i, p in enumerate(self.players)])
 
 
 def find_players(space: SearchSpace, swap: tuple[Scheme, Scheme]) -> list[Player]:
-    """The layers with a choice. One that lacks a named scheme uses its own nearest in bits, of the same kind where it can;
-    a layer whose two nearest are one scheme has no swap and is left out."""
+    """The layers with a choice. One that lacks a named scheme uses its own nearest in bits, of the same
+    kind where it can; a layer whose two nearest are one scheme has no swap and is left out."""
     found = []
     for column, (layer, row) in enumerate(space.choices.items()):
 
         def nearest(wanted: Scheme, layer: str = layer, row: tuple[Scheme, ...] = row) -> Scheme:
             bits = space.code_bits(layer, wanted)
-            return min(row, key=lambda s: (s != wanted, abs(space.code_bits(layer, s) - bits), s.kind != wanted.kind))
+            return min(
+                row, key=lambda s: (s != wanted, abs(space.code_bits(layer, s) - bits), s.kind != wanted.kind)
+            )
 
         before, after = nearest(swap[0]), nearest(swap[1])
         if before != after:
             found.append(Player(layer, column, before, after, row))
     if not found:
-        raise AquabitError(f"no layer has both ends of the swap {swap[0]}:{swap[1]}; the space has {', '.join(map(str, space.schemes))}")
+        raise AquabitError(
+            f"no layer has both ends of the swap {swap[0]}:{swap[1]}; the space has"
+            f" {', '.join(map(str, space.schemes))}"
+        )
     return found
 
 
 def default_swap(space: SearchSpace) -> str:
-    """The swap that effects speak of where none is named: SWAP where at least half of the free layers may take both of its schemes; else,
-    of all pairs of schemes that differ by APART code bits or more, the one that most layers may take, then the one nearest to ENDS, then
-    one of two schemes of a kind, output-aware where it can.
+    """The swap that effects speak of where none is named: SWAP where at least half of the free layers may
+    take both of its schemes; else, of all pairs of schemes that differ by APART code bits or more, the one
+    that most layers may take, then the one nearest to ENDS, then one of two schemes of a kind, output-aware
+    where it can.
 
     Raises AquabitError where no layer may take two such schemes.
     """
@@ -96,28 +111,35 @@ def default_swap(space: SearchSpace) -> str:
             ranked.append(((-len(layers), round(off, 6), unlike, not before.calibrated), f"{before}:{after}"))
     if not ranked:
         raise AquabitError(
-            f"no layer may take two schemes that differ by {APART:g} bit or more, so no swap can say where it hurts; the space has "
-            f"{', '.join(map(str, space.schemes))}: add a scheme of fewer bits, or name a --swap"
+            f"no layer may take two schemes that differ by {APART:g} bit or more, so no swap can say where it"
+            f" hurts; the space has {', '.join(map(str, space.schemes))}: add a scheme of fewer bits, or name"
+            " a --swap"
         )
     return min(ranked, key=lambda row: row[0])[1]
 
 
 def named_swap(space: SearchSpace, swap: str | None = None) -> str:
-    """``swap``, or the space's own. Raises AquabitError, before anything is measured, where no layer can be swapped so."""
+    """``swap``, or the space's own. Raises AquabitError, before anything is measured, where no layer can
+    be swapped so."""
     chosen = default_swap(space) if swap is None else swap
     find_players(space, parse_swap(chosen))
     return chosen
 
 
 def draw_contexts(
-    space: SearchSpace, cost: CostModel, bits: float, count: int, rng: np.random.Generator, damages: Damages | None = None
+    space: SearchSpace,
+    cost: CostModel,
+    bits: float,
+    count: int,
+    rng: np.random.Generator,
+    damages: Damages | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Index matrices of ``count`` configurations within 0.25 real bits per weight of ``bits``, activations at 8 bits: good ones
-    (``good_contexts``) where the damages are known.
+    """Index matrices of ``count`` configurations within 0.25 real bits per weight of ``bits``, activations at
+    8 bits: good ones (``good_contexts``) where the damages are known.
 
-    Where they are not (a study without probes), random ones, drawn as ``SearchSpace.sample`` draws (maximum entropy over bit levels, then
-    a method), the nominal mean adjusted until the real one fits, the rest rejected. Raises AquabitError where the space cannot reach
-    ``bits``.
+    Where they are not (a study without probes), random ones, drawn as ``SearchSpace.sample`` draws (maximum
+    entropy over bit levels, then a method), the nominal mean adjusted until the real one fits, the rest
+    rejected. Raises AquabitError where the space cannot reach ``bits``.
     """
     if damages is not None:
         return good_contexts(damages, cost, bits, count, rng)
@@ -128,7 +150,9 @@ def draw_contexts(
         drawn = _draw(space, mean, 4 * count, rng)
         real = cost.totals(drawn, acts[:1].repeat(len(drawn), 0))["bits"]
         miss = bits - float(real.mean())
-        if abs(miss) <= REACH / 5 or attempt >= TUNING:  # else the mean first: contexts are to lie around the budget, not beside it
+        if (
+            abs(miss) <= REACH / 5 or attempt >= TUNING
+        ):  # else the mean first: contexts are to lie around the budget, not beside it
             fits = drawn[np.abs(real - bits) <= REACH]
             kept.append(fits)
             have += len(fits)
@@ -136,7 +160,10 @@ def draw_contexts(
                 return np.concatenate(kept)[:count], acts
         mean += float(np.clip(miss, -0.5, 0.5))
     low, high = cost.limits(context_act(space))["bits"]
-    raise AquabitError(f"no random configuration comes within {REACH} of {bits:g} bits per weight; this space has {low:.3g} to {high:.3g}")
+    raise AquabitError(
+        f"no random configuration comes within {REACH} of {bits:g} bits per weight; this space has {low:.3g}"
+        f" to {high:.3g}"
+    )
 
 
 def _draw(space: SearchSpace, mean: float, count: int, rng: np.random.Generator) -> np.ndarray:
@@ -154,11 +181,19 @@ def _draw(space: SearchSpace, mean: float, count: int, rng: np.random.Generator)
 
 
 def mean_predictions(
-    fitted: FittedSurrogate, models: Sequence[Estimator], contexts: tuple[np.ndarray, np.ndarray], variants: Sequence[Variant],
-    seed: int = 0, units: bool = True, progress: Progress = no_progress, what: str = "predict swaps",
-) -> np.ndarray:  # fmt: skip
-    """Mean prediction over the contexts of each variant, positive = worse, [1 + models, variants]: of the surrogate, then of each model
-    over contexts that it redraws. In the objective's units, or (``units=False``) on the fitted, mostly logarithmic, scale."""
+    fitted: FittedSurrogate,
+    models: Sequence[Estimator],
+    contexts: tuple[np.ndarray, np.ndarray],
+    variants: Sequence[Variant],
+    seed: int = 0,
+    units: bool = True,
+    progress: Progress = no_progress,
+    what: str = "predict swaps",
+) -> np.ndarray:
+    """Mean prediction over the contexts of each variant, positive = worse, [1 + models, variants]: of the
+    surrogate, then of each model over contexts that it redraws. In the objective's units, or
+    (``units=False``) on the fitted, mostly logarithmic, scale.
+    """
     weights, acts = contexts
     n = len(weights)
     share = np.full((len(models) + 1, n), 1.0 / n)
@@ -181,16 +216,26 @@ def mean_predictions(
     return out
 
 
-def bootstrap(fitted: FittedSurrogate, replicates: int, seed: int, progress: Progress = no_progress) -> list[Estimator]:
+def bootstrap(
+    fitted: FittedSurrogate, replicates: int, seed: int, progress: Progress = no_progress
+) -> list[Estimator]:
     """The surrogate refitted to measurements drawn with replacement; see ``refits``."""
-    features, groups = fitted.features(fitted.weights, fitted.acts), group_numbers(fitted.weights, fitted.acts)
+    features, groups = (
+        fitted.features(fitted.weights, fitted.acts),
+        group_numbers(fitted.weights, fitted.acts),
+    )
     return refits(fitted.surrogate, features, fitted.y, groups, replicates, seed, progress)
 
 
 def refits(
-    surrogate: Estimator, features: np.ndarray, y: np.ndarray, groups: np.ndarray, replicates: int, seed: int,
+    surrogate: Estimator,
+    features: np.ndarray,
+    y: np.ndarray,
+    groups: np.ndarray,
+    replicates: int,
+    seed: int,
     progress: Progress = no_progress,
-) -> list[Estimator]:  # fmt: skip
+) -> list[Estimator]:
     """``surrogate`` refitted (``Estimator.replicate``) to ``groups`` of rows drawn with replacement."""
     members = [np.flatnonzero(groups == g) for g in range(int(groups.max()) + 1)]
     models = []
@@ -203,31 +248,51 @@ def refits(
 
 
 def predict_effects(
-    fitted: FittedSurrogate, players: list[Player], contexts: tuple[np.ndarray, np.ndarray], models: Sequence[Estimator],
-    seed: int = 0, progress: Progress = no_progress,
-) -> Effects:  # fmt: skip
-    """Mean predicted objective of each (player, scheme), in units, positive = worse; each replicate, of the named swap alone, also redraws
-    the contexts."""
+    fitted: FittedSurrogate,
+    players: list[Player],
+    contexts: tuple[np.ndarray, np.ndarray],
+    models: Sequence[Estimator],
+    seed: int = 0,
+    progress: Progress = no_progress,
+) -> Effects:
+    """Mean predicted objective of each (player, scheme), in units, positive = worse; each replicate, of
+    the named swap alone, also redraws the contexts."""
     column = {s: j for j, s in enumerate(fitted.space.schemes)}
     value = np.full((len(players), len(column)), np.nan)
 
     def predict(pairs: list[tuple[int, int]], models: Sequence[Estimator], what: str) -> np.ndarray:
-        found = mean_predictions(fitted, models, contexts, [((players[i].column, s),) for i, s in pairs], seed, True, progress, what)
+        found = mean_predictions(
+            fitted,
+            models,
+            contexts,
+            [((players[i].column, s),) for i, s in pairs],
+            seed,
+            True,
+            progress,
+            what,
+        )
         value[[i for i, _ in pairs], [s for _, s in pairs]] = found[0]
         return found[1:]
 
-    ends = predict([(i, column[s]) for i, p in enumerate(players) for s in (p.before, p.after)], models, "predict swaps")
-    others = [(i, column[s]) for i, p in enumerate(players) for s in p.schemes if s not in (p.before, p.after)]
+    ends = predict(
+        [(i, column[s]) for i, p in enumerate(players) for s in (p.before, p.after)], models, "predict swaps"
+    )
+    others = [
+        (i, column[s]) for i, p in enumerate(players) for s in p.schemes if s not in (p.before, p.after)
+    ]
     predict(others, [], "predict other schemes")
     return Effects(players, value, ends[:, 1::2] - ends[:, ::2])
 
 
-def interval(effect: np.ndarray, replicates: np.ndarray, factor: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+def interval(
+    effect: np.ndarray, replicates: np.ndarray, factor: float = 1.0
+) -> tuple[np.ndarray, np.ndarray]:
     """95 % interval [n] around ``effect`` from bootstrap replicates [r, n]; NaN below two replicates.
 
-    Student's t with r degrees of freedom, of the errors that replicates show (``replicate_errors``). They know how the surrogate varies
-    with its measurements, not what it never learns: where real swaps show larger errors, ``factor`` is how many times larger
-    (``combined.Combined.ratio``). For what no real swap checks: interactions, scores of groups, effects of studies without swaps.
+    Student's t with r degrees of freedom, of the errors that replicates show (``replicate_errors``). They
+    know how the surrogate varies with its measurements, not what it never learns: where real swaps show
+    larger errors, ``factor`` is how many times larger (``combined.Combined.ratio``). For what no real swap
+    checks: interactions, scores of groups, effects of studies without swaps.
     """
     count = len(replicates)
     if count < 2:
@@ -242,14 +307,17 @@ def replicate_errors(effect: np.ndarray, replicates: np.ndarray) -> np.ndarray:
 
 
 def shap_by_layer(fitted: FittedSurrogate) -> tuple[np.ndarray, float]:
-    """SHAP values [n, layers] of the training configurations in log units, and their base; rows sum to the prediction.
+    """SHAP values [n, layers] of the training configurations in log units, and their base; rows sum to the
+    prediction.
 
-    What a layer's own columns get is its own; an aggregate's value is split among its members by their share of its deviation from
-    the mean. Members that deviate the other way get none, so shares lie in [0, 1] and sum to 1. Raises AquabitError for estimators
-    other than the trees.
+    What a layer's own columns get is its own; an aggregate's value is split among its members by their share
+    of its deviation from the mean. Members that deviate the other way get none, so shares lie in [0, 1] and
+    sum to 1. Raises AquabitError for estimators other than the trees.
     """
     if not isinstance(fitted.surrogate, Surrogate):
-        raise AquabitError(f"TreeSHAP explains boosted trees, not {type(fitted.surrogate).__name__}: fit with estimator gbdt")
+        raise AquabitError(
+            f"TreeSHAP explains boosted trees, not {type(fitted.surrogate).__name__}: fit with estimator gbdt"
+        )
     values, base = fitted.surrogate.contributions(fitted.encoder(fitted.weights, fitted.acts))
     parts = member_parts(fitted.encoder, fitted.weights, fitted.acts)
     out = np.zeros(fitted.weights.shape)
@@ -283,7 +351,8 @@ def member_parts(encoder: Encoder, weights: np.ndarray, acts: np.ndarray) -> Map
 
 
 def signed_shap(values: np.ndarray, error: np.ndarray) -> np.ndarray:
-    """Per layer: mean SHAP value where the layer's weight error is above its median, less the mean elsewhere; 0 without both."""
+    """Per layer: mean SHAP value where the layer's weight error is above its median, less the mean
+    elsewhere; 0 without both."""
     out = np.zeros(values.shape[1])
     for i in range(values.shape[1]):
         high = error[:, i] > np.median(error[:, i])

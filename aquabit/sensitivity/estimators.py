@@ -14,62 +14,114 @@ from aquabit.sensitivity.encoder import Encoder
 from aquabit.sensitivity.graph_network import GraphNetwork
 from aquabit.sensitivity.regressor import Estimator, Linear, Target
 
-__all__ = ["BASELINES", "ESTIMATORS", "AverageBits", "Estimator", "GraphNetwork", "OneHotRidge", "SumOfDamages", "Surrogate", "Target",
-           "estimator_of", "predict_all"]  # fmt: skip
+__all__ = [
+    "BASELINES",
+    "ESTIMATORS",
+    "AverageBits",
+    "Estimator",
+    "GraphNetwork",
+    "OneHotRidge",
+    "SumOfDamages",
+    "Surrogate",
+    "Target",
+    "estimator_of",
+    "predict_all",
+]
 
 RISING = ("weight", "act", "error", "actshare", "damage")  # kinds of columns in which more can only be worse
 
 
 class Surrogate(Estimator):
-    """Gradient-boosted trees over ``sensitivity.encoder.Encoder`` features, on top of ``linear`` times a ridge fit.
+    """Gradient-boosted trees over ``sensitivity.encoder.Encoder`` features, on top of ``linear`` times a
+    ridge fit.
 
-    ``for_model`` leaves the ridge out where the encoder has probes: what layers do together is then among its features, and on both bundled
-    models any share of a ridge lowers the within-budget SRCC and blurs the effects of layers. Without probes it helps.
-    The trees learn what the ridge misses of rows that it was not fitted on (its leave-one-out residuals), since residuals of an
-    overfitted ridge hold nothing to learn. ``members`` boosters of different seeds are averaged. ``monotone``: no prediction improves
-    where a weight error, a damage, or lower activation bits rise; the ridge, which knows no such limit, is then left out, and
-    ``names`` must say what the columns are (``for_model`` does). Deterministic, one thread.
+    ``for_model`` leaves the ridge out where the encoder has probes: what layers do together is then among its
+    features, and on both bundled models any share of a ridge lowers the within-budget SRCC and blurs the
+    effects of layers. Without probes it helps. The trees learn what the ridge misses of rows that it was not
+    fitted on (its leave-one-out residuals), since residuals of an overfitted ridge hold nothing to learn.
+    ``members`` boosters of different seeds are averaged. ``monotone``: no prediction improves where a weight
+    error, a damage, or lower activation bits rise; the ridge, which knows no such limit, is then left out,
+    and ``names`` must say what the columns are (``for_model`` does). Deterministic, one thread.
     """
 
     def __init__(
-        self, rounds: int = 200, depth: int = 3, rate: float = 0.05, rows: float = 0.7, columns: float = 0.5, leaf: float = 5.0,
-        bins: int = 32, linear: float = 0.5, members: int = 2, monotone: bool = False, seed: int = 0,
-        direction: Literal["min", "max"] = "min", log: bool | None = None, names: tuple[str, ...] | None = None,
-    ):  # fmt: skip
-        self.rounds, self.depth, self.rate, self.rows, self.columns, self.leaf = rounds, depth, rate, rows, columns, leaf
+        self,
+        rounds: int = 200,
+        depth: int = 3,
+        rate: float = 0.05,
+        rows: float = 0.7,
+        columns: float = 0.5,
+        leaf: float = 5.0,
+        bins: int = 32,
+        linear: float = 0.5,
+        members: int = 2,
+        monotone: bool = False,
+        seed: int = 0,
+        direction: Literal["min", "max"] = "min",
+        log: bool | None = None,
+        names: tuple[str, ...] | None = None,
+    ):
+        self.rounds, self.depth, self.rate, self.rows, self.columns, self.leaf = (
+            rounds,
+            depth,
+            rate,
+            rows,
+            columns,
+            leaf,
+        )
         self.bins, self.linear, self.members, self.monotone, self.seed = bins, linear, members, monotone, seed
         self.direction, self.log, self.names = direction, log, names
 
     @classmethod
     def for_model(cls, encoder: Encoder, **parameters: Any) -> Self:
-        return cls(**{"names": tuple(encoder.columns), "linear": 0.0 if encoder.probed else 0.5, **parameters})
+        return cls(
+            **{"names": tuple(encoder.columns), "linear": 0.0 if encoder.probed else 0.5, **parameters}
+        )
 
     def features(self, encoder: Encoder, weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
         return encoder(weights, acts)
 
     def replicate(self, rng: np.random.Generator, seed: int) -> Self:
-        """A third of the cost of the full fit. Where there is a ridge its share is drawn from 0 to 1: how additive the model is, is as
-        uncertain as its coefficients."""
+        """A third of the cost of the full fit. Where there is a ridge its share is drawn from 0 to 1: how
+        additive the model is, is as uncertain as its coefficients."""
         cheap = {"rounds": max(1, round(0.6 * self.rounds)), "rate": 1.6 * self.rate, "members": 1}
-        return type(self)(**{**self.get_params(), **cheap, "linear": float(rng.uniform()) if self.linear else 0.0, "seed": seed})
+        return type(self)(
+            **{
+                **self.get_params(),
+                **cheap,
+                "linear": float(rng.uniform()) if self.linear else 0.0,
+                "seed": seed,
+            }
+        )
 
     def _fit(self, X: np.ndarray, z: np.ndarray) -> None:
         options: dict[str, Any] = {
-            "tree_method": "hist", "nthread": 1, "base_score": 0.0, "max_depth": self.depth, "eta": self.rate, "subsample": self.rows,
-            "colsample_bynode": self.columns, "min_child_weight": self.leaf, "max_bin": self.bins,
-        }  # fmt: skip  # 32 bins: five times faster than 256 and as good, since a layer has ten schemes
+            "tree_method": "hist",
+            "nthread": 1,
+            "base_score": 0.0,
+            "max_depth": self.depth,
+            "eta": self.rate,
+            "subsample": self.rows,
+            "colsample_bynode": self.columns,
+            "min_child_weight": self.leaf,
+            "max_bin": self.bins,
+        }  # 32 bins: five times faster than 256 and as good, since a layer has ten schemes
         if self.monotone:
             options["monotone_constraints"] = self._constraints(X.shape[1])
         self.share_ = 0.0 if self.monotone else self.linear
         self.linear_ = Linear.fit(X, z) if self.share_ else None
         left = z - self.share_ * self.linear_.left_out if self.linear_ else z
         data = xgboost.DMatrix(X.astype(np.float32), left, nthread=1)
-        self.boosters_ = [xgboost.train(options | {"seed": 1000 * self.seed + m}, data, self.rounds) for m in range(self.members)]
+        self.boosters_ = [
+            xgboost.train(options | {"seed": 1000 * self.seed + m}, data, self.rounds)
+            for m in range(self.members)
+        ]
 
     def _constraints(self, columns: int) -> tuple[int, ...]:
         if self.names is None or len(self.names) != columns:
             raise AquabitError(
-                f"monotone trees need the names of their {columns} columns, not {len(self.names or ())}: make them by Surrogate.for_model"
+                f"monotone trees need the names of their {columns} columns, not {len(self.names or ())}: make"
+                " them by Surrogate.for_model"
             )
         return tuple(int(name.split(":")[0] in RISING) for name in self.names)
 
@@ -81,7 +133,8 @@ class Surrogate(Estimator):
         return np.asarray(np.mean([np.asarray(b.inplace_predict(X), float) for b in self.boosters_], 0))
 
     def contributions(self, X: np.ndarray) -> tuple[np.ndarray, float]:
-        """Path-dependent TreeSHAP values [n, columns] and their base, on the scale of ``predict``: each row sums to it.
+        """Path-dependent TreeSHAP values [n, columns] and their base, on the scale of ``predict``: each row
+        sums to it.
 
         The ridge part adds weight x (value - mean), which is its exact SHAP value under independent columns.
         """
@@ -100,8 +153,10 @@ class Surrogate(Estimator):
 
 
 def predict_all(models: Sequence[Estimator], X: np.ndarray) -> np.ndarray:
-    """Oriented targets [models, n] of estimators that were fitted to the same columns. Boosted trees share one conversion of ``X`` and one
-    product for their ridge parts: with 21 models over 1,000 columns three times faster than one after the other."""
+    """Oriented targets [models, n] of estimators that were fitted to the same columns. Boosted trees share
+    one conversion of ``X`` and one product for their ridge parts: with 21 models over 1,000 columns three
+    times faster than one after the other.
+    """
     boosted = [m for m in models if isinstance(m, Surrogate)]
     if len(boosted) < len(models):
         return np.stack([m.predict(X) for m in models])
@@ -123,7 +178,11 @@ ESTIMATORS: dict[str, type[Estimator]] = {
     "sum_of_damages": SumOfDamages,
     "graph_network": GraphNetwork,
 }
-BASELINES = ("average_bits", "ridge_one_hot", "sum_of_damages")  # the quick ones, which every fit is set beside
+BASELINES = (
+    "average_bits",
+    "ridge_one_hot",
+    "sum_of_damages",
+)  # the quick ones, which every fit is set beside
 
 
 def estimator_of(name: str, encoder: Encoder, seed: int = 0, **parameters: Any) -> Estimator:

@@ -78,9 +78,11 @@ def single_thread(device: str) -> Iterator[None]:
 
 @cache
 def reuse_memory() -> None:
-    """Let glibc keep freed activations for the next operation: giving them back and faulting them in again costs a tenth of a measurement.
+    """Let glibc keep freed activations for the next operation: giving them back and faulting them in again
+    costs a tenth of a measurement.
 
-    Changes the process: blocks up to 32 MB come from the heap, of which up to 256 MB stay when they are freed. Elsewhere nothing happens.
+    Changes the process: blocks up to 32 MB come from the heap, of which up to 256 MB stay when they are
+    freed. Elsewhere nothing happens.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -107,15 +109,21 @@ def environment(device: str) -> dict[str, str]:
 class Evaluator:
     """Fits schemes and measures configurations; every result is plain data that crosses process borders.
 
-    The pipeline's denoiser is quantized in place: a model given as an object is copied first. ``bank`` also keeps the full-precision
-    images of each protocol, which paired metrics compare with. ``quality`` is what images are measured with beside the model's own.
-    Images are made, measured and let go by micro batch.
+    The pipeline's denoiser is quantized in place: a model given as an object is copied first. ``bank`` also
+    keeps the full-precision images of each protocol, which paired metrics compare with. ``quality`` is what
+    images are measured with beside the model's own. Images are made, measured and let go by micro batch.
     """
 
     def __init__(
-        self, model: str | DiffusionPipeline, graph: nx.DiGraph, bank: Bank, fingerprint: str, device: str = "cpu", dtype: str = "float32",
+        self,
+        model: str | DiffusionPipeline,
+        graph: nx.DiGraph,
+        bank: Bank,
+        fingerprint: str,
+        device: str = "cpu",
+        dtype: str = "float32",
         quality: QualityOptions | None = None,
-    ):  # fmt: skip
+    ):
         if device == "cpu":
             reuse_memory()
         pipe = load(model, device, dtype)
@@ -126,7 +134,9 @@ class Evaluator:
         self.pipe, self.bank, self.fingerprint, self.device = pipe, bank, fingerprint, device
         self.scheduler = pipe.scheduler
         self.adapter = Adapter(pipe)
-        self.quantized = QuantizedDenoiser(self.adapter.denoiser.eval(), graph, bank, fingerprint, recorder(pipe), sampler(pipe))
+        self.quantized = QuantizedDenoiser(
+            self.adapter.denoiser.eval(), graph, bank, fingerprint, recorder(pipe), sampler(pipe)
+        )
         self.gauge = Gauge(quality or QualityOptions(), own_source(self.adapter), bank.folder, device)
         self._full: tuple[str, dict[int, Tensor]] = "", {}
         self._probed: tuple[str, Tensor] | None = None
@@ -139,30 +149,52 @@ class Evaluator:
         return [[layer for group in portion for layer in group] for portion in portions]
 
     def fit(
-        self, schemes: dict[str, list[str]], probes: dict[str, list[int]], acts: list[int], protocol: Protocol,
-        calibration: Calibration | None, steps: StepGroups | None = None,
-    ) -> dict[str, dict[str, dict[str, Any]]]:  # fmt: skip
-        """Fit schemes (layer -> schemes) in the bank, calibrated ones for each of ``acts``; layer -> scheme -> facts, and what activations
-        do alone ("a8", "a6/8") where ``probes`` (layer -> activation choices as ``act_code`` writes them, of groups of ``steps``) asks for
-        it.
+        self,
+        schemes: dict[str, list[str]],
+        probes: dict[str, list[int]],
+        acts: list[int],
+        protocol: Protocol,
+        calibration: Calibration | None,
+        steps: StepGroups | None = None,
+    ) -> dict[str, dict[str, dict[str, Any]]]:
+        """Fit schemes (layer -> schemes) in the bank, calibrated ones for each of ``acts``; layer -> scheme
+        -> facts, and what activations do alone ("a8", "a6/8") where ``probes`` (layer -> activation choices
+        as ``act_code`` writes them, of groups of ``steps``) asks for it.
 
-        ``error`` is the relative squared weight error, ``output`` (with a calibration) the relative output error under H at the first of
-        ``acts``. ``damage`` is the mean squared deviation of PROBE_IMAGES images from full precision where it is the only change,
-        ``sketch`` a fixed random projection of the deviations, SKETCH numbers: sketches add up as deviations do to first order. A scheme
-        that is fitted for rounded activations is probed with them, against images with that layer's activations rounded alone.
+        ``error`` is the relative squared weight error, ``output`` (with a calibration) the relative output
+        error under H at the first of ``acts``. ``damage`` is the mean squared deviation of PROBE_IMAGES
+        images from full precision where it is the only change, ``sketch`` a fixed random projection of the
+        deviations, SKETCH numbers: sketches add up as deviations do to first order. A scheme that is fitted
+        for rounded activations is probed with them, against images with that layer's activations rounded
+        alone.
         """
         with single_thread(self.device):
             wanted = {layer: [Scheme.parse(s) for s in row] for layer, row in schemes.items() if row}
             facts = self.quantized.fitter.facts(list(wanted), wanted, acts, calibration) if wanted else {}
             base = QuantConfig(self.fingerprint, {}, calibration=calibration)
-            return {layer: self._probe(layer, facts.get(layer, {}), probes[layer], acts[0], protocol, base, steps) for layer in schemes}
+            return {
+                layer: self._probe(layer, facts.get(layer, {}), probes[layer], acts[0], protocol, base, steps)
+                for layer in schemes
+            }
 
     def _probe(
-        self, layer: str, facts: dict[str, dict[str, Any]], probes: list[int], act: int, protocol: Protocol, base: QuantConfig,
+        self,
+        layer: str,
+        facts: dict[str, dict[str, Any]],
+        probes: list[int],
+        act: int,
+        protocol: Protocol,
+        base: QuantConfig,
         steps: StepGroups | None,
-    ) -> dict[str, dict[str, Any]]:  # fmt: skip
-        """``facts`` of one layer with what each scheme, and each activation choice of ``probes``, does to images."""
-        few = replace(protocol, images=PROBE_IMAGES, micro_batch=min(PROBE_IMAGES, protocol.micro_batch), seed=PROBE_SEED)
+    ) -> dict[str, dict[str, Any]]:
+        """``facts`` of one layer with what each scheme, and each activation choice of ``probes``, does to
+        images."""
+        few = replace(
+            protocol,
+            images=PROBE_IMAGES,
+            micro_batch=min(PROBE_IMAGES, protocol.micro_batch),
+            seed=PROBE_SEED,
+        )
         if self._probed is None or self._probed[0] != protocol.digest:
             self._probed = protocol.digest, self.generate(QuantConfig(self.fingerprint, {}), few)
         full = self._probed[1]
@@ -172,7 +204,12 @@ class Evaluator:
         for text, value in facts.items():
             scheme = Scheme.parse(text)
             own = act if scheme.calibrated else 16
-            images = self.generate(base.with_layer(layer, scheme, own, self.quantized.partners[layer] if scheme.shared else None), few)
+            images = self.generate(
+                base.with_layer(
+                    layer, scheme, own, self.quantized.partners[layer] if scheme.shared else None
+                ),
+                few,
+            )
             found[text] = {**value, **_deviation(images, rounded[own])}
         return found
 
@@ -181,12 +218,17 @@ class Evaluator:
         with closing(self.batches(config, protocol, packed)) as made:
             return torch.cat([images for _, images in made])
 
-    def batches(self, config: QuantConfig, protocol: Protocol, packed: bool = False) -> Generator[tuple[range, Tensor], None, None]:
-        """The images of a configuration [n, c, h, w] in [0, 1], by micro batch; ``packed``: made by the kernels from coded weights,
-        chosen in their static order, so that images depend neither on timings nor on the number of workers. Close it where you stop early.
+    def batches(
+        self, config: QuantConfig, protocol: Protocol, packed: bool = False
+    ) -> Generator[tuple[range, Tensor], None, None]:
+        """The images of a configuration [n, c, h, w] in [0, 1], by micro batch; ``packed``: made by the
+        kernels from coded weights, chosen in their static order, so that images depend neither on timings nor
+        on the number of workers. Close it where you stop early.
         """
         if config.fingerprint != self.fingerprint:
-            raise AquabitError(f"the configuration is for model {config.fingerprint}, this is model {self.fingerprint}")
+            raise AquabitError(
+                f"the configuration is for model {config.fingerprint}, this is model {self.fingerprint}"
+            )
         watchers = self._watchers(config, protocol)
         self.pipe.scheduler = self.scheduler
         set_scheduler(self.pipe, protocol.scheduler)
@@ -197,9 +239,13 @@ class Evaluator:
         self.quantized.apply(config)
         yield from self._images(config, protocol, watchers)
 
-    def _images(self, config: QuantConfig, protocol: Protocol, watchers: Sequence[Watcher]) -> Generator[tuple[range, Tensor], None, None]:
+    def _images(
+        self, config: QuantConfig, protocol: Protocol, watchers: Sequence[Watcher]
+    ) -> Generator[tuple[range, Tensor], None, None]:
         """Images of the configuration that is applied; what depends on the step follows the sampler."""
-        with following(self.adapter.denoiser, self.pipe.scheduler, [*self.quantized.watchers(config), *watchers]):
+        with following(
+            self.adapter.denoiser, self.pipe.scheduler, [*self.quantized.watchers(config), *watchers]
+        ):
             for batch in self.adapter.batches(protocol):
                 yield batch, self.adapter.images(protocol, batch)
 
@@ -213,9 +259,13 @@ class Evaluator:
         return [Corrector(self.noise(config, Calibration.of(protocol)), config.correction)]
 
     def noise(self, config: QuantConfig, calibration: Calibration) -> Statistics:
-        """The statistics of the noise that a configuration adds, sampled as ``calibration`` says; from the bank where they are kept."""
+        """The statistics of the noise that a configuration adds, sampled as ``calibration`` says; from the
+        bank where they are kept."""
         plain = replace(config, correction=None)
-        path = self.bank.folder / f"noise-{digest([self.fingerprint, plain.digest, calibration.digest])}.safetensors"
+        path = (
+            self.bank.folder
+            / f"noise-{digest([self.fingerprint, plain.digest, calibration.digest])}.safetensors"
+        )
         if path.exists():
             with suppress(AquabitError):  # damaged: measured again
                 return Statistics.load(path)
@@ -225,18 +275,25 @@ class Evaluator:
         return found
 
     def output_errors(self, config: QuantConfig, protocol: Protocol, part: int = 0) -> dict[str, list[float]]:
-        """How far the denoiser's outputs are from full precision on stored inputs (``OutputErrors``), without correction."""
+        """How far the denoiser's outputs are from full precision on stored inputs (``OutputErrors``),
+        without correction."""
         with single_thread(self.device):
             errors = self._errors(protocol, part)
             self.quantized.apply(replace(config, correction=None))
             return errors(self.quantized.watchers(config))
 
     def slopes(
-        self, config: QuantConfig, protocol: Protocol, part: int, weights: Sequence[float], choices: Mapping[str, Sequence[str]]
+        self,
+        config: QuantConfig,
+        protocol: Protocol,
+        part: int,
+        weights: Sequence[float],
+        choices: Mapping[str, Sequence[str]],
     ) -> dict[str, Any]:
-        """What the weighted output error of a configuration is ("value"), and by how much it changes to first order where one layer's
-        weight takes another scheme: "slopes" {layer: {scheme: <gradient, W_scheme - W_full>}}, so that differences count; "overlap" has the
-        cosine between the weight errors of a scheme and of the configuration's own (0 beside full precision). One backward pass serves all
+        """What the weighted output error of a configuration is ("value"), and by how much it changes to
+        first order where one layer's weight takes another scheme: "slopes" {layer: {scheme: <gradient,
+        W_scheme - W_full>}}, so that differences count; "overlap" has the cosine between the weight errors
+        of a scheme and of the configuration's own (0 beside full precision). One backward pass serves all
         of ``choices`` (layer -> schemes). Raises AquabitError where no gradient passes the denoiser."""
         with single_thread(self.device):
             errors = self._errors(protocol, part)
@@ -248,13 +305,21 @@ class Evaluator:
                     if out_of_memory(fault):
                         raise
                     said = str(fault).split(". ")[0]
-                    raise AquabitError(f"no gradient passes this denoiser ({said}); search with --rounds 0") from fault
+                    raise AquabitError(
+                        f"no gradient passes this denoiser ({said}); search with --rounds 0"
+                    ) from fault
                 found: dict[str, Any] = {"value": value, "slopes": {}, "overlap": {}}
                 for layer, row in choices.items():
                     full, own = self.quantized.full(layer), self.quantized.layers[layer].weight.detach()
-                    error = {s: self.quantized.decoded(layer, s, config).float() - full.float() for s in row if s != "fp"}
+                    error = {
+                        s: self.quantized.decoded(layer, s, config).float() - full.float()
+                        for s in row
+                        if s != "fp"
+                    }
                     now, slope = own.float() - full.float(), gradient(layer)
-                    found["slopes"][layer] = {s: float((slope * e).sum()) for s, e in error.items()} | {"fp": 0.0}
+                    found["slopes"][layer] = {s: float((slope * e).sum()) for s, e in error.items()} | {
+                        "fp": 0.0
+                    }
                     found["overlap"][layer] = {s: _cosine(now, e) for s, e in error.items()} | {"fp": 0.0}
         return found
 
@@ -264,7 +329,9 @@ class Evaluator:
         if calibration.digest not in self._stored:
             self.quantized.apply(QuantConfig(self.fingerprint, {}))
             self.pipe.scheduler = self.scheduler
-            self._stored[calibration.digest] = OutputErrors(replay_recorder(self.pipe)(calibration, batch), self.adapter.denoiser)
+            self._stored[calibration.digest] = OutputErrors(
+                replay_recorder(self.pipe)(calibration, batch), self.adapter.denoiser
+            )
         return self._stored[calibration.digest]
 
     @contextmanager
@@ -276,8 +343,11 @@ class Evaluator:
         finally:
             self.quantized.apply(QuantConfig(self.fingerprint, {}))
 
-    def measure(self, config: QuantConfig, protocol: Protocol, packed: bool = False) -> tuple[Measurement, bytes | None]:
-        """A measurement and a PNG of its first images; a failure is a measurement too, with its reason. ``packed`` as for ``generate``."""
+    def measure(
+        self, config: QuantConfig, protocol: Protocol, packed: bool = False
+    ) -> tuple[Measurement, bytes | None]:
+        """A measurement and a PNG of its first images; a failure is a measurement too, with its reason.
+        ``packed`` as for ``generate``."""
         started = time.perf_counter()
         facts = environment(self.device) | {"weights": "packed" if packed else "decoded"}
         try:
@@ -285,10 +355,16 @@ class Evaluator:
                 quality = self._quality(protocol)
                 if config.layers:
                     self._make_full(protocol)
-                started = time.perf_counter()  # full-precision images are made once per protocol, not per configuration
+                started = (
+                    time.perf_counter()
+                )  # full-precision images are made once per protocol, not per configuration
                 first = self._take(quality, config, protocol, packed and bool(config.layers))
                 metrics = quality.compute()
-        except (NonFiniteImages, Uncorrectable, NonFiniteValues) as error:  # else (a full disk, say) it is no property of the configuration
+        except (
+            NonFiniteImages,
+            Uncorrectable,
+            NonFiniteValues,
+        ) as error:  # else (a full disk, say) it is no property of the configuration
             if isinstance(error, NonFiniteValues) and not config.layers:
                 raise  # a metric that fails on full precision will fail on all
             seconds = time.perf_counter() - started
@@ -297,16 +373,22 @@ class Evaluator:
         return Measurement(config.digest, protocol.digest, metrics, seconds, facts), thumbnail(first)
 
     def _quality(self, protocol: Protocol) -> Quality:
-        """An accumulator of what is measured; raises AquabitError where it is not what the protocol names (a file was changed, say)."""
+        """An accumulator of what is measured; raises AquabitError where it is not what the protocol names
+        (a file was changed, say)."""
         size = image_size(self.pipe, protocol.resolution)
-        if self.gauge.options and (protocol.measures, protocol.reference) != (self.gauge.measures, self.gauge.reference_digest(size)):
+        if self.gauge.options and (protocol.measures, protocol.reference) != (
+            self.gauge.measures,
+            self.gauge.reference_digest(size),
+        ):
             raise AquabitError(
-                "the files that quality is measured with are not those that the study was begun with; use those or another study"
+                "the files that quality is measured with are not those that the study was begun with; use"
+                " those or another study"
             )
         return self.gauge.quality(size)
 
     def _take(self, quality: Quality, config: QuantConfig, protocol: Protocol, packed: bool) -> Tensor:
-        """Make images and measure them beside those of full precision, which are kept where the configuration is it; the first few."""
+        """Make images and measure them beside those of full precision, which are kept where the
+        configuration is it; the first few."""
         conditions = None if self.adapter.kind == "batch_size" else self.adapter.conditions(protocol)
         first: list[Tensor] = []
         with closing(self.batches(config, protocol, packed)) as made:
@@ -340,12 +422,14 @@ class Evaluator:
         images = self._stored_batch(protocol, batch)
         if images is None:
             raise AquabitError(
-                f"the full-precision images in {self.bank.folder} went away while they were in use; run the same command again"
+                f"the full-precision images in {self.bank.folder} went away while they were in use; run the"
+                " same command again"
             )
         return images
 
     def _stored_batch(self, protocol: Protocol, batch: range) -> Tensor | None:
-        """Full-precision images from memory or the bank; None where they are missing or damaged. Up to FULL_LIMIT bytes stay in memory."""
+        """Full-precision images from memory or the bank; None where they are missing or damaged. Up to
+        FULL_LIMIT bytes stay in memory."""
         held = self._full[1] if self._full[0] == protocol.digest else {}
         if batch.start not in held:
             try:
@@ -379,8 +463,9 @@ def _deviation(images: Tensor, reference: Tensor) -> dict[str, Any]:
 
 
 def sketch(change: Tensor) -> list[float]:
-    """Deviations [images, pixels] as SKETCH numbers: three quarters a random projection of all of them, the rest one of their mean over
-    images (what shifts every image alike); squared lengths are those of the deviations, in expectation."""
+    """Deviations [images, pixels] as SKETCH numbers: three quarters a random projection of all of them,
+    the rest one of their mean over images (what shifts every image alike); squared lengths are those of
+    the deviations, in expectation."""
     generator, parts = torch.Generator().manual_seed(0), []
     for vector, size in ((change.flatten(), SKETCH * 3 // 4), (change.mean(0), SKETCH // 4)):
         projection = torch.randn(size, vector.numel(), generator=generator) / size**0.5
@@ -389,7 +474,8 @@ def sketch(change: Tensor) -> list[float]:
 
 
 def thumbnail(images: Tensor, columns: int = 8, least: int = 32, most: int = 128) -> bytes:
-    """A PNG grid of images [n, c, h, w] in [0, 1], each enlarged (or shrunk) to a side of ``least`` to ``most`` pixels."""
+    """A PNG grid of images [n, c, h, w] in [0, 1], each enlarged (or shrunk) to a side of ``least`` to
+    ``most`` pixels."""
     n, c, h, w = images.shape
     side = max(h, w)
     factor = -(-least // side) if side < least else 1
@@ -403,7 +489,9 @@ def thumbnail(images: Tensor, columns: int = 8, least: int = 32, most: int = 128
     array: Any = sheet[0].numpy() if c == 1 else sheet[:3].permute(1, 2, 0).numpy()
     picture = Image.fromarray(array)
     if side > most:
-        picture = picture.resize((picture.width * most // side, picture.height * most // side), Image.Resampling.LANCZOS)
+        picture = picture.resize(
+            (picture.width * most // side, picture.height * most // side), Image.Resampling.LANCZOS
+        )
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     return buffer.getvalue()

@@ -1,5 +1,5 @@
-"""Cheap fidelity: the error of a denoiser's outputs on stored inputs of a few full-precision trajectories, for a few per cent of the cost
-of images."""
+"""Cheap fidelity: the error of a denoiser's outputs on stored inputs of a few full-precision trajectories,
+for a few per cent of the cost of images."""
 
 from __future__ import annotations
 
@@ -15,15 +15,20 @@ from aquabit.quant.replay import Recording, Replay, first_tensor
 from aquabit.quant.sampling import Watcher
 from aquabit.scheme import Calibration, Protocol
 
-IMAGES, STEPS = 8, 10  # stored trajectories, and the most steps of each: 80 calls of one sample beside 1,280 of a measurement's images
+IMAGES, STEPS = (
+    8,
+    10,
+    # stored trajectories, and the most steps of each: 80 calls of one sample beside 1,280 of a measurement's
+    # images
+)
 SEED = 700_000_001  # seeds that no measurement uses
 BATCH = 96  # samples of one call
 FLOOR = 1e-7  # relative error of what is not quantized, so that logarithms are finite
 
 
 def stored(protocol: Protocol, part: int = 0) -> tuple[Calibration, int]:
-    """What is recorded for a protocol, and in batches of how many images: trajectories of IMAGES seeds of their own, others for each
-    ``part``."""
+    """What is recorded for a protocol, and in batches of how many images: trajectories of IMAGES seeds of
+    their own, others for each ``part``."""
     return Calibration(
         IMAGES,
         SEED + part * IMAGES,
@@ -37,7 +42,8 @@ def stored(protocol: Protocol, part: int = 0) -> tuple[Calibration, int]:
 
 
 def output_features(values: Sequence[Mapping[str, Sequence[float]]]) -> np.ndarray:
-    """Output errors of n configurations as features [n, 3 x steps]: logarithms of the error and of its common part, and the gain."""
+    """Output errors of n configurations as features [n, 3 x steps]: logarithms of the error and of its
+    common part, and the gain."""
     if not values:
         return np.zeros((0, 0))
     error, common, gain = (np.array([v[name] for v in values], float) for name in ("error", "common", "gain"))
@@ -45,35 +51,47 @@ def output_features(values: Sequence[Mapping[str, Sequence[float]]]) -> np.ndarr
 
 
 class OutputErrors:
-    """Stored denoiser calls of at most STEPS evenly spread steps; called, what a quantized denoiser's outputs differ by.
+    """Stored denoiser calls of at most STEPS evenly spread steps; called, what a quantized denoiser's outputs
+    differ by.
 
-    The result has a number for each of ``steps``, in order, all relative to the mean square of the full-precision output there: "error",
-    the mean square of the difference; "common", that of its mean over images, less what chance leaves of a mean (it may be negative);
-    and "gain", the slope of the difference on the output (PTQD's k, without intercept). Values that are not finite become 1e6.
+    The result has a number for each of ``steps``, in order, all relative to the mean square of the
+    full-precision output there: "error", the mean square of the difference; "common", that of its mean over
+    images, less what chance leaves of a mean (it may be negative); and "gain", the slope of the difference on
+    the output (PTQD's k, without intercept). Values that are not finite become 1e6.
     """
 
     def __init__(self, recording: Recording, denoiser: nn.Module):
         self.denoiser, self.replay = denoiser, Replay(recording, denoiser)
         taken = sorted({step for _, _, step in self.replay.places})
-        self.steps = [taken[i] for i in np.unique(np.linspace(0, len(taken) - 1, min(STEPS, len(taken))).round().astype(int))]
-        self.samples = [[i for i, (_, _, step) in enumerate(self.replay.places) if step == s] for s in self.steps]
+        self.steps = [
+            taken[i]
+            for i in np.unique(np.linspace(0, len(taken) - 1, min(STEPS, len(taken))).round().astype(int))
+        ]
+        self.samples = [
+            [i for i, (_, _, step) in enumerate(self.replay.places) if step == s] for s in self.steps
+        ]
 
     @torch.no_grad()
     def __call__(self, watchers: Sequence[Watcher] = ()) -> dict[str, list[float]]:
-        """``watchers`` are those of the configuration that the denoiser runs; with any, a call holds one step."""
+        """``watchers`` are those of the configuration that the denoiser runs; with any, a call holds one
+        step."""
         change, full = {}, {}
         for part, output, target in self._outputs(watchers):
             for i, row, wanted in zip(part, output.float().cpu(), target.float().cpu(), strict=True):
                 change[i], full[i] = row - wanted, wanted
         found = [
-            self._of_step(torch.stack([change[i] for i in own]).flatten(1), torch.stack([full[i] for i in own]).flatten(1))
+            self._of_step(
+                torch.stack([change[i] for i in own]).flatten(1),
+                torch.stack([full[i] for i in own]).flatten(1),
+            )
             for own in self.samples
         ]
         return {name: [row[name] for row in found] for name in ("error", "common", "gain")}
 
     @torch.enable_grad()
     def backward(self, weights: Sequence[float], watchers: Sequence[Watcher] = ()) -> float:
-        """The relative errors of the steps, weighted and added up; its gradient is left in whatever asks for one."""
+        """The relative errors of the steps, weighted and added up; its gradient is left in whatever asks
+        for one."""
         share = dict(zip(self.steps, weights, strict=True))
         size = {i: (self._scale(own), len(own)) for own in self.samples for i in own}
         value = 0.0
@@ -112,7 +130,9 @@ class OutputErrors:
         change, full = change.double(), full.double()
         scale, n = full.square().mean(), len(change)
         mean = change.mean(0)
-        chance = (change - mean).square().mean() / max(n - 1, 1)  # of a mean over images that have nothing in common
+        chance = (change - mean).square().mean() / max(
+            n - 1, 1
+        )  # of a mean over images that have nothing in common
         found = {
             "error": change.square().mean() / scale,
             "common": (mean.square().mean() - chance) / scale,

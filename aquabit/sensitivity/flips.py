@@ -22,15 +22,17 @@ NEAR = 0.5  # bits per weight from the budget within which a training measuremen
 
 def validation_scores(
     layers: pd.DataFrame, flips: pd.DataFrame, direction: str = "min", top: Collection[tuple[str, str]] = ()
-) -> dict[str, Any]:  # fmt: skip
-    """How the predicted effects of ``Sensitivity.layers`` agree with real swaps (the table of ``Study.flips``).
+) -> dict[str, Any]:
+    """How the predicted effects of ``Sensitivity.layers`` agree with real swaps (the table of
+    ``Study.flips``).
 
-    ``top`` are the (layer, swap) that were swapped because the ranking put them first (``top_layers``); the others were drawn at
-    random. ``srcc`` and ``sign_agreement`` compare, over the random (layer, swap) alone, the predicted effect with the mean real one, since
-    layers that were chosen by what is predicted of them agree by another measure; ``random`` and ``top`` have srcc, sign_agreement, layers
-    and flips of each half. ``flips`` counts all real swaps compared, ``contexts_per_layer`` is their median number; ``rows`` has layer,
-    swap, predicted, real, low, high (90 % t interval over contexts, None below two), n and checks ("top" or "random"). Swaps whose schemes
-    have no prediction are left out.
+    ``top`` are the (layer, swap) that were swapped because the ranking put them first (``top_layers``); the
+    others were drawn at random. ``srcc`` and ``sign_agreement`` compare, over the random (layer, swap) alone,
+    the predicted effect with the mean real one, since layers that were chosen by what is predicted of them
+    agree by another measure; ``random`` and ``top`` have srcc, sign_agreement, layers and flips of each half.
+    ``flips`` counts all real swaps compared, ``contexts_per_layer`` is their median number; ``rows`` has
+    layer, swap, predicted, real, low, high (90 % t interval over contexts, None below two), n and checks
+    ("top" or "random"). Swaps whose schemes have no prediction are left out.
     """
     schemes = {r["name"]: {**r["schemes"], r["swap"].split(":")[0]: 0.0} for r in layers.to_dict("records")}
     rows: list[dict[str, Any]] = []
@@ -40,11 +42,18 @@ def validation_scores(
             continue
         real = _worsening(group, direction)
         mean, half = float(real.mean()), _half_width(real)
-        rows.append({
-            "layer": layer, "swap": f"{before}:{after}", "predicted": known[after] - known[before], "real": mean,
-            "low": None if half is None else mean - half, "high": None if half is None else mean + half, "n": len(real),
-            "checks": "top" if (str(layer), f"{before}:{after}") in top else "random",
-        })  # fmt: skip
+        rows.append(
+            {
+                "layer": layer,
+                "swap": f"{before}:{after}",
+                "predicted": known[after] - known[before],
+                "real": mean,
+                "low": None if half is None else mean - half,
+                "high": None if half is None else mean + half,
+                "n": len(real),
+                "checks": "top" if (str(layer), f"{before}:{after}") in top else "random",
+            }
+        )
     halves = {half: _agreement([r for r in rows if r["checks"] == half]) for half in ("random", "top")}
     return {
         "srcc": halves["random"]["srcc"],
@@ -72,16 +81,22 @@ def _agreement(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def predict_flips(fitted: FittedSurrogate, flips: pd.DataFrame, configs: Mapping[str, QuantConfig]) -> pd.DataFrame:
-    """Each real swap beside the surrogate's prediction in that swap's own context: the table with ``predicted`` and ``real``
-    (positive = worse) added; ``.attrs["srcc_flips"]`` is their SRCC (None below three).
+def predict_flips(
+    fitted: FittedSurrogate, flips: pd.DataFrame, configs: Mapping[str, QuantConfig]
+) -> pd.DataFrame:
+    """Each real swap beside the surrogate's prediction in that swap's own context: the table with
+    ``predicted`` and ``real`` (positive = worse) added; ``.attrs["srcc_flips"]`` is their SRCC (None below
+    three).
 
     Raises AquabitError where the surrogate was trained on one of the ends, since that would not be a test.
     """
     ends = [*flips.config_before, *flips.config_after]
     seen = set(fitted.configs).intersection(ends)
     if seen:
-        raise AquabitError(f"{len(seen)} ends of swaps were training configurations, such as {sorted(seen)[0]}; leave them out of one side")
+        raise AquabitError(
+            f"{len(seen)} ends of swaps were training configurations, such as {sorted(seen)[0]}; leave them"
+            " out of one side"
+        )
     out = flips.copy()
     if len(flips):
         values = fitted.predict([configs[c] for c in ends])
@@ -92,9 +107,11 @@ def predict_flips(fitted: FittedSurrogate, flips: pd.DataFrame, configs: Mapping
 
 
 def training_swaps(fitted: FittedSurrogate, players: Sequence[Player], bits: float) -> pd.DataFrame:
-    """Named swaps among the training measurements, as the design "swaps" makes them: layer, before, after, and what each worsened (real).
+    """Named swaps among the training measurements, as the design "swaps" makes them: layer, before, after,
+    and what each worsened (real).
 
-    Both ends lie within NEAR real bits per weight of ``bits`` and have their activations at those of the contexts.
+    Both ends lie within NEAR real bits per weight of ``bits`` and have their activations at those of the
+    contexts.
     """
     named = {p.column: p for p in players}
     column, act = {s: j for j, s in enumerate(fitted.space.schemes)}, context_act(fitted.space)
@@ -103,13 +120,19 @@ def training_swaps(fitted: FittedSurrogate, players: Sequence[Player], bits: flo
     for group in np.flatnonzero(np.bincount(groups, near) > 1):
         for i, j in combinations(np.flatnonzero((groups == group) & near), 2):
             changed = np.flatnonzero(fitted.weights[i] != fitted.weights[j])
-            player = named.get(int(changed[0])) if len(changed) == 1 and (fitted.acts[i] == fitted.acts[j]).all() else None
+            player = (
+                named.get(int(changed[0]))
+                if len(changed) == 1 and (fitted.acts[i] == fitted.acts[j]).all()
+                else None
+            )
             if player is None:
                 continue
             ends = {int(fitted.weights[k, player.column]): float(fitted.y[k]) for k in (i, j)}
             before, after = (ends.get(column[s]) for s in (player.before, player.after))
             if before is not None and after is not None:
-                rows.append((player.layer, str(player.before), str(player.after), fitted.sign * (after - before)))
+                rows.append(
+                    (player.layer, str(player.before), str(player.after), fitted.sign * (after - before))
+                )
     return pd.DataFrame(rows, columns=["layer", "before", "after", "real"])
 
 

@@ -1,4 +1,5 @@
-"""What pairs of layers, and whole operator types and blocks, do together: second differences and scores of schemes, by the surrogate."""
+"""What pairs of layers, and whole operator types and blocks, do together: second differences and scores of
+schemes, by the surrogate."""
 
 from __future__ import annotations
 
@@ -20,41 +21,64 @@ SCORES = ["level", "name", "scheme", "layers", "change", "score", "low", "high"]
 
 
 def interactions(
-    fitted: FittedSurrogate, effects: Effects, order: Sequence[int], models: Sequence[Estimator],
-    contexts: tuple[np.ndarray, np.ndarray], seed: int = 0, progress: Progress = no_progress, ratio: float = 1.0,
-) -> pd.DataFrame:  # fmt: skip
-    """INTERACTIONS of every pair of the STRONGEST players, ``order`` naming the strongest first; rows with the largest first.
+    fitted: FittedSurrogate,
+    effects: Effects,
+    order: Sequence[int],
+    models: Sequence[Estimator],
+    contexts: tuple[np.ndarray, np.ndarray],
+    seed: int = 0,
+    progress: Progress = no_progress,
+    ratio: float = 1.0,
+) -> pd.DataFrame:
+    """INTERACTIONS of every pair of the STRONGEST players, ``order`` naming the strongest first; rows with
+    the largest first.
 
-    The interaction of a and b is f(ab) - f(a) - f(b) + f(): what swapping both worsens the objective beyond the sum of each swap alone, in
-    its units, as the mean over contexts near the budget; a 95 % interval from the refitted ``models``, ``ratio`` times as wide
-    (``combined.Combined.ratio``).
+    The interaction of a and b is f(ab) - f(a) - f(b) + f(): what swapping both worsens the objective beyond
+    the sum of each swap alone, in its units, as the mean over contexts near the budget; a 95 % interval from
+    the refitted ``models``, ``ratio`` times as wide (``combined.Combined.ratio``).
     """
     column = {s: j for j, s in enumerate(fitted.space.schemes)}
     players = [effects.players[i] for i in order[:STRONGEST]]
     pairs = list(combinations(players, 2))
-    variants = [((a.column, column[i]), (b.column, column[j])) for a, b in pairs for i in (a.before, a.after) for j in (b.before, b.after)]
+    variants = [
+        ((a.column, column[i]), (b.column, column[j]))
+        for a, b in pairs
+        for i in (a.before, a.after)
+        for j in (b.before, b.after)
+    ]
     if not pairs:
         return pd.DataFrame(columns=INTERACTIONS)
-    found = mean_predictions(fitted, models, contexts, variants, seed, progress=progress, what="predict pairs of swaps")
+    found = mean_predictions(
+        fitted, models, contexts, variants, seed, progress=progress, what="predict pairs of swaps"
+    )
     neither, second, first, both = np.moveaxis(found.reshape(len(found), len(pairs), 4), 2, 0)
     change = both - first - second + neither
     low, high = interval(change[0], change[1:], ratio)
-    rows = [(a.layer, b.layer, *map(float, ends)) for (a, b), *ends in zip(pairs, change[0], low, high, strict=True)]
+    rows = [
+        (a.layer, b.layer, *map(float, ends))
+        for (a, b), *ends in zip(pairs, change[0], low, high, strict=True)
+    ]
     table = pd.DataFrame(rows, columns=INTERACTIONS)
     return table.iloc[np.argsort(-table.interaction.abs(), kind="stable")].reset_index(drop=True)
 
 
 def scheme_scores(
-    fitted: FittedSurrogate, models: Sequence[Estimator], contexts: tuple[np.ndarray, np.ndarray], seed: int = 0,
-    progress: Progress = no_progress, ratio: float = 1.0,
-) -> pd.DataFrame:  # fmt: skip
-    """SCORES of each scheme for each operator type and each block (``level``), comparable as Qua²SeDiMo's are (SCIENCE section 1).
+    fitted: FittedSurrogate,
+    models: Sequence[Estimator],
+    contexts: tuple[np.ndarray, np.ndarray],
+    seed: int = 0,
+    progress: Progress = no_progress,
+    ratio: float = 1.0,
+) -> pd.DataFrame:
+    """SCORES of each scheme for each operator type and each block (``level``), comparable as Qua²SeDiMo's are
+    (SCIENCE section 1).
 
-    ``change`` is the mean over contexts near the budget of what happens to the prediction, on the fitted (mostly logarithmic) scale and
-    positive = worse, when all ``layers`` of the group that have a choice take the scheme, which each of them must allow. ``score`` is
-    minus that change, less the mean and over the standard deviation of all changes of the level: larger = better, 0 = like the average
-    group and scheme, and a unit means the same for every group; ``low`` and ``high`` are its 95 % interval from the refitted models,
-    ``ratio`` times as wide.
+    ``change`` is the mean over contexts near the budget of what happens to the prediction, on the fitted
+    (mostly logarithmic) scale and positive = worse, when all ``layers`` of the group that have a choice take
+    the scheme, which each of them must allow. ``score`` is minus that change, less the mean and over the
+    standard deviation of all changes of the level: larger = better, 0 = like the average group and scheme,
+    and a unit means the same for every group; ``low`` and ``high`` are its 95 % interval from the refitted
+    models, ``ratio`` times as wide.
     """
     nodes, space = graph_layers(fitted.graph), fitted.space
     groups: dict[tuple[str, str], list[int]] = {}
@@ -67,12 +91,18 @@ def scheme_scores(
         for j in np.flatnonzero(allowed[members].all(0)):
             rows.append((level, name, str(space.schemes[j]), len(members)))
             variants.append(tuple((i, int(j)) for i in members))
-    found = mean_predictions(fitted, models, contexts, variants, seed, False, progress, "predict whole groups")
+    found = mean_predictions(
+        fitted, models, contexts, variants, seed, False, progress, "predict whole groups"
+    )
     table, change = pd.DataFrame(rows, columns=SCORES[:4]), found[:, 1:] - found[:, :1]
     table["change"] = change[0]
     for level in ("operator", "block"):
         own = (table.level == level).to_numpy()
         center, spread = change[0, own].mean(), change[0, own].std() or 1.0
         low, high = interval(change[0, own], change[1:, own], ratio)
-        table.loc[own, ["score", "low", "high"]] = np.stack([center - change[0, own], center - high, center - low], 1) / spread
-    return table.sort_values(["level", "name", "score"], ascending=[False, True, False], kind="stable").reset_index(drop=True)
+        table.loc[own, ["score", "low", "high"]] = (
+            np.stack([center - change[0, own], center - high, center - low], 1) / spread
+        )
+    return table.sort_values(
+        ["level", "name", "score"], ascending=[False, True, False], kind="stable"
+    ).reset_index(drop=True)

@@ -26,8 +26,10 @@ WARM_SECONDS = 10.0  # a first call that took longer is not repeated: what it ta
 
 @dataclass(frozen=True)
 class Plan:
-    """What ``measure`` would do. Seconds are an estimate: one denoiser call of a full-precision micro-batch was timed, and every image is
-    taken to cost as much; ``fits`` are (layer, scheme, activation bits) that the bank lacks, whose own time is not in it."""
+    """What ``measure`` would do. Seconds are an estimate: one denoiser call of a full-precision micro-batch
+    was timed, and every image is taken to cost as much; ``fits`` are (layer, scheme, activation bits) that
+    the bank lacks, whose own time is not in it.
+    """
 
     measurements: int
     known: int
@@ -45,11 +47,23 @@ class Plan:
 
 
 def plan(
-    model: str | DiffusionPipeline, study: Study | None, samples: int = 120, *, protocol: Protocol | None = None,
-    space: dict[str, Any] | None = None, workers: int = 1, device: str = "cpu", dtype: str = "float32", bank: str | None = None,
-    quality: QualityOptions | None = None, sample_seed: int = 0, design: str = DEFAULT, shard: str | None = None,
-) -> Plan:  # fmt: skip
-    """What ``measure`` with the same arguments would do; nothing is written. ``study=None``: one that is not there yet."""
+    model: str | DiffusionPipeline,
+    study: Study | None,
+    samples: int = 120,
+    *,
+    protocol: Protocol | None = None,
+    space: dict[str, Any] | None = None,
+    workers: int = 1,
+    device: str = "cpu",
+    dtype: str = "float32",
+    bank: str | None = None,
+    quality: QualityOptions | None = None,
+    sample_seed: int = 0,
+    design: str = DEFAULT,
+    shard: str | None = None,
+) -> Plan:
+    """What ``measure`` with the same arguments would do; nothing is written. ``study=None``: one that is
+    not there yet."""
     opened, store, chosen = open_model(model), Bank(bank), Design.parse(design)
     gauge = gauge_of(opened, study, quality, store, device)
     given, made = settings(opened, study, protocol, space, dtype, gauge)
@@ -57,12 +71,19 @@ def plan(
         study.check(opened.reference, opened.fingerprint, made.to_dict(), given)
     first = {c.digest for c in (made.full_precision(), *uniform_references(made))}
     known = study.known(given) if study is not None else frozenset()
-    fixed = chosen.name not in ("near", "disagreement")  # these two know what to draw only once something is probed or measured
-    drawn = shard_of(chosen.draw(made, samples, sample_seed) if fixed else [made.full_precision()] * samples, shard)
+    fixed = chosen.name not in (
+        "near",
+        "disagreement",
+    )  # these two know what to draw only once something is probed or measured
+    drawn = shard_of(
+        chosen.draw(made, samples, sample_seed) if fixed else [made.full_precision()] * samples, shard
+    )
     asked = first | {c.digest for c in drawn} if fixed else first
     done = len(study.measurements(given, "sample", failed=True)) if study is not None else 0
     missing = len(asked - known) + (0 if fixed else max(0, len(drawn) - done))
-    evaluator = Evaluator(opened.source, opened.graph, store, opened.fingerprint, device, given.dtype, gauge.options)
+    evaluator = Evaluator(
+        opened.source, opened.graph, store, opened.fingerprint, device, given.dtype, gauge.options
+    )
     fits, size = _fits(evaluator, made)
     probes = _probes(study, made)
     call = _call_seconds(evaluator, given, device)
@@ -70,7 +91,18 @@ def plan(
     probing = probes * call * given.steps * min(1.0, PROBE_IMAGES / given.micro_batch)
     free = store.limit - sum(p.stat().st_size for p in store.folder.glob("*.safetensors"))
     there = len(asked & known) + (0 if fixed else min(done, len(drawn)))
-    return Plan(missing, there, fits, probes, size, free, call, missing * calls * call / workers, probing / workers, workers)
+    return Plan(
+        missing,
+        there,
+        fits,
+        probes,
+        size,
+        free,
+        call,
+        missing * calls * call / workers,
+        probing / workers,
+        workers,
+    )
 
 
 def _fits(evaluator: Evaluator, space: SearchSpace) -> tuple[int, int]:
@@ -92,9 +124,15 @@ def _bytes(evaluator: Evaluator, layer: str, scheme: Scheme) -> int:
 def _probes(study: Study | None, space: SearchSpace) -> int:
     """Runs of PROBE_IMAGES images that say what a scheme, or an activation choice, does alone."""
     known = study.features() if study is not None else {}
-    schemes = sum(s != FP and "damage" not in known.get((k, str(s)), {}) for k, row in space.choices.items() for s in row)
+    schemes = sum(
+        s != FP and "damage" not in known.get((k, str(s)), {})
+        for k, row in space.choices.items()
+        for s in row
+    )
     acts = [act_text(a) for a in space.act_choices if a != 16]
-    return schemes + sum((k, a) not in known for k, row in space.choices.items() if row != (FP,) for a in acts)
+    return schemes + sum(
+        (k, a) not in known for k, row in space.choices.items() if row != (FP,) for a in acts
+    )
 
 
 def _call_seconds(evaluator: Evaluator, protocol: Protocol, device: str) -> float:

@@ -1,4 +1,5 @@
-"""Pools: the same tasks in this process, or in fresh worker processes that are gone when the parent is gone."""
+"""Pools: the same tasks in this process, or in fresh worker processes that are gone when the parent is
+gone."""
 
 from __future__ import annotations
 
@@ -16,7 +17,10 @@ from typing import Any
 from aquabit.scheme import AquabitError, Calibration, Measurement, Protocol, QuantConfig, StepGroups
 
 Task = dict[str, Any]
-LOWER = "use fewer --workers, a smaller --micro-batch, or --dtype bfloat16 (`aquabit inspect MODEL --memory` says what a model takes)"
+LOWER = (
+    "use fewer --workers, a smaller --micro-batch, or --dtype bfloat16 (`aquabit inspect MODEL --memory` says"
+    " what a model takes)"
+)
 DIED = f"a worker process died twice on the same task, most likely out of memory; {LOWER}"
 OUT_OF_MEMORY = "a worker ran out of memory ({}); " + LOWER
 TRIES = 2  # a task whose worker died (out of memory, say) is given to another once
@@ -33,36 +37,57 @@ class Pool(typing.Protocol):
 
 
 def answer(evaluator: Any, task: Task) -> Any:
-    """What a task asks of an evaluator: portions of layers for "chunks", facts for "fit", (Measurement, PNG) for "measure", a list of
-    output errors for "outputs", slopes for "slopes". Raises AquabitError where memory does not suffice."""
+    """What a task asks of an evaluator: portions of layers for "chunks", facts for "fit", (Measurement,
+    PNG) for "measure", a list of output errors for "outputs", slopes for "slopes". Raises AquabitError
+    where memory does not suffice."""
     try:
         return _answer(evaluator, task)
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        raise AquabitError(OUT_OF_MEMORY.format(str(error).splitlines()[0] if str(error) else type(error).__name__)) from error
+        raise AquabitError(
+            OUT_OF_MEMORY.format(str(error).splitlines()[0] if str(error) else type(error).__name__)
+        ) from error
 
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on the processor or on a GPU; torch says so in several ways."""
     said = str(error)
-    return isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said or "not enough memory" in said
+    return (
+        isinstance(error, MemoryError)
+        or "out of memory" in said
+        or "can't allocate memory" in said
+        or "not enough memory" in said
+    )
 
 
 def _answer(evaluator: Any, task: Task) -> Any:
     if task["task"] == "measure":
-        return evaluator.measure(QuantConfig.from_dict(task["config"]), Protocol.from_dict(task["protocol"]), task["packed"])
+        return evaluator.measure(
+            QuantConfig.from_dict(task["config"]), Protocol.from_dict(task["protocol"]), task["packed"]
+        )
     if task["task"] == "outputs":
         protocol = Protocol.from_dict(task["protocol"])
-        return [evaluator.output_errors(QuantConfig.from_dict(c), protocol, task["part"]) for c in task["configs"]]
+        return [
+            evaluator.output_errors(QuantConfig.from_dict(c), protocol, task["part"]) for c in task["configs"]
+        ]
     if task["task"] == "slopes":
         protocol = Protocol.from_dict(task["protocol"])
-        return evaluator.slopes(QuantConfig.from_dict(task["config"]), protocol, task["part"], task["weights"], task["choices"])
+        return evaluator.slopes(
+            QuantConfig.from_dict(task["config"]), protocol, task["part"], task["weights"], task["choices"]
+        )
     calibration = None if task["calibration"] is None else Calibration(**task["calibration"])
     if task["task"] == "chunks":
         return evaluator.chunks(task["layers"], task["acts"], calibration)
     groups = task["step_groups"] and StepGroups(**task["step_groups"])
-    return evaluator.fit(task["schemes"], task["probes"], task["acts"], Protocol.from_dict(task["protocol"]), calibration, groups)
+    return evaluator.fit(
+        task["schemes"],
+        task["probes"],
+        task["acts"],
+        Protocol.from_dict(task["protocol"]),
+        calibration,
+        groups,
+    )
 
 
 class InlinePool:
@@ -96,9 +121,16 @@ def decoded(answer: dict[str, Any]) -> Any:
 
 class _Worker:
     def __init__(self, begin: Task):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "MKL_NUM_THREADS": "1",
+            "OPENBLAS_NUM_THREADS": "1",
+        }
         command = [sys.executable, "-m", "aquabit.sensitivity.worker"]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
         self.ask(begin)
 
     def ask(self, task: Task) -> Any:
@@ -136,7 +168,8 @@ class WorkerPool:
             pending += 1
         stop = threading.Event()
         threads = [
-            threading.Thread(target=self._serve, args=(i, waiting, finished, stop), daemon=True) for i in range(min(self.count, pending))
+            threading.Thread(target=self._serve, args=(i, waiting, finished, stop), daemon=True)
+            for i in range(min(self.count, pending))
         ]
         for thread in threads:
             thread.start()
@@ -150,7 +183,11 @@ class WorkerPool:
             stop.set()
 
     def _serve(
-        self, index: int, waiting: SimpleQueue[tuple[Task, int]], finished: SimpleQueue[tuple[Task, Any]], stop: threading.Event
+        self,
+        index: int,
+        waiting: SimpleQueue[tuple[Task, int]],
+        finished: SimpleQueue[tuple[Task, Any]],
+        stop: threading.Event,
     ) -> None:
         while not stop.is_set():
             try:

@@ -1,4 +1,5 @@
-"""What every estimator of an objective shares: its target, its features, and fitting on an oriented, standardised scale."""
+"""What every estimator of an objective shares: its target, its features, and fitting on an oriented,
+standardised scale."""
 
 from __future__ import annotations
 
@@ -19,18 +20,23 @@ RIDGE_PENALTIES = (3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 10000.0)
 
 @dataclass(frozen=True)
 class Target:
-    """What is fitted: the logarithm of a positive objective, any other as it is, negated where higher is better."""
+    """What is fitted: the logarithm of a positive objective, any other as it is, negated where higher is
+    better."""
 
     sign: float
     log: bool
 
     @staticmethod
     def of(y: np.ndarray, direction: str = "min", log: bool | None = None) -> Target:
-        """``log=None`` takes the logarithm where all of ``y`` is positive. Raises AquabitError for values that are not finite."""
+        """``log=None`` takes the logarithm where all of ``y`` is positive. Raises AquabitError for values
+        that are not finite."""
         if direction not in ("min", "max"):
             raise AquabitError(f"direction is {direction!r}; it must be min or max")
         if not len(y) or not np.isfinite(y).all():
-            raise AquabitError(f"{int((~np.isfinite(y)).sum())} of {len(y)} labels are not finite; leave failed measurements out")
+            raise AquabitError(
+                f"{int((~np.isfinite(y)).sum())} of {len(y)} labels are not finite; leave failed"
+                " measurements out"
+            )
         return Target(1.0 if direction == "min" else -1.0, bool((y > 0).all()) if log is None else log)
 
     def __call__(self, y: np.ndarray) -> np.ndarray:
@@ -42,8 +48,8 @@ class Target:
 
 
 class Estimator(RegressorMixin, BaseEstimator, ABC):
-    """A scikit-learn regressor of an objective over configurations. ``features`` says what it looks at; ``fit`` takes these and raw
-    objective values; ``predict`` gives the oriented target, larger = worse."""
+    """A scikit-learn regressor of an objective over configurations. ``features`` says what it looks at;
+    ``fit`` takes these and raw objective values; ``predict`` gives the oriented target, larger = worse."""
 
     direction: Literal["min", "max"]
     log: bool | None
@@ -60,7 +66,8 @@ class Estimator(RegressorMixin, BaseEstimator, ABC):
         """Index matrices [n, layers] to what it is fitted on, [n, columns]."""
 
     def replicate(self, rng: np.random.Generator, seed: int) -> Self:
-        """An unfitted one for a bootstrap replicate: cheaper, where that serves, and with its own randomness."""
+        """An unfitted one for a bootstrap replicate: cheaper, where that serves, and with its own
+        randomness."""
         parameters = self.get_params(deep=False)
         return type(self)(**parameters | ({"seed": seed} if "seed" in parameters else {}))
 

@@ -1,4 +1,5 @@
-"""Scores of predictions, all oriented larger = worse; within-budget SRCC is the one to quote (DESIGN section 2)."""
+"""Scores of predictions, all oriented larger = worse; within-budget SRCC is the one to quote (DESIGN
+section 2)."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ from scipy import stats
 
 from aquabit.scheme import AquabitError
 
-GOOD = 1.25  # times the least error at their size: what good ones have at most (DESIGN section 2, "good configuration")
+# times the least error at their size: what good ones have at most (DESIGN section 2, "good configuration")
+GOOD = 1.25
 NEAR = 0.5  # bits within which good ones are compared: front and excess change little there
 ENOUGH = 20  # good ones below which they are not scored
 FLAT = 1e-9  # residuals below this share of what they were taken from are rounding, not ranking
@@ -30,9 +32,11 @@ def kendall(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def ndcg10(y: np.ndarray, predicted: np.ndarray) -> float:
-    """NDCG@10 with linear gains: a configuration gains (worst - its value) / (worst - best), ranked by prediction, smallest first.
+    """NDCG@10 with linear gains: a configuration gains (worst - its value) / (worst - best), ranked by
+    prediction, smallest first.
 
-    Configurations predicted equal share the mean gain of their tie, so that the order of the rows does not matter. 1 where all are equal.
+    Configurations predicted equal share the mean gain of their tie, so that the order of the rows does not
+    matter. 1 where all are equal.
     """
     y, predicted = _paired(y, predicted)
     if len(y) == 0 or np.ptp(y) == 0:
@@ -54,18 +58,23 @@ def r2(y: np.ndarray, predicted: np.ndarray) -> float:
 
 
 def budget_terms(bits: np.ndarray, mean_act: np.ndarray, standardise: bool = True) -> np.ndarray:
-    """The ten terms [n, 10] of a cubic in (real weight bits, mean activation bits), both standardised first; a constant one becomes 0."""
+    """The ten terms [n, 10] of a cubic in (real weight bits, mean activation bits), both standardised
+    first; a constant one becomes 0."""
     bits, acts = np.asarray(bits, float), np.asarray(mean_act, float)
     if standardise:
         bits, acts = _standardised(bits), _standardised(acts)
     return np.stack([bits**i * acts**j for i in range(4) for j in range(4 - i)], 1)
 
 
-def budget_residuals(values: np.ndarray, bits: np.ndarray, mean_act: np.ndarray, fold: np.ndarray) -> np.ndarray:
-    """``values`` minus a cubic in bits and activation bits, each row's cubic fitted on the rows of the other folds.
+def budget_residuals(
+    values: np.ndarray, bits: np.ndarray, mean_act: np.ndarray, fold: np.ndarray
+) -> np.ndarray:
+    """``values`` minus a cubic in bits and activation bits, each row's cubic fitted on the rows of the other
+    folds.
 
-    ``values`` [n] are labels or out-of-fold predictions. With ``values`` [folds, n], row f being what the model fitted without
-    fold f says of every configuration, the cubic is fitted to that same model's predictions of the training folds.
+    ``values`` [n] are labels or out-of-fold predictions. With ``values`` [folds, n], row f being what the
+    model fitted without fold f says of every configuration, the cubic is fitted to that same model's
+    predictions of the training folds.
     """
     values, terms = np.asarray(values, float), budget_terms(bits, mean_act)
     per_fold = np.broadcast_to(values, (int(fold.max()) + 1, len(fold)))
@@ -80,12 +89,15 @@ def budget_residuals(values: np.ndarray, bits: np.ndarray, mean_act: np.ndarray,
     return out
 
 
-def within_budget_srcc(y: np.ndarray, predicted: np.ndarray, bits: np.ndarray, mean_act: np.ndarray, fold: np.ndarray) -> float:
-    """SRCC of what is left of raw labels and of predictions once the budget explains its part (DESIGN section 2).
+def within_budget_srcc(
+    y: np.ndarray, predicted: np.ndarray, bits: np.ndarray, mean_act: np.ndarray, fold: np.ndarray
+) -> float:
+    """SRCC of what is left of raw labels and of predictions once the budget explains its part (DESIGN section
+    2).
 
-    From both a cubic (all ten terms) in real weight bits and mean activation bits is subtracted, fitted on the training
-    folds; the residuals of all folds are pooled. Constant residuals score 0. ``predicted`` is [n], out of fold, or
-    [folds, n] (see ``budget_residuals``); ``fold`` [n] numbers the folds from 0.
+    From both a cubic (all ten terms) in real weight bits and mean activation bits is subtracted, fitted on
+    the training folds; the residuals of all folds are pooled. Constant residuals score 0. ``predicted`` is
+    [n], out of fold, or [folds, n] (see ``budget_residuals``); ``fold`` [n] numbers the folds from 0.
     """
     left = residual_pair(y, predicted, bits, mean_act, fold)
     return 0.0 if left is None else srcc(*left)
@@ -94,32 +106,48 @@ def within_budget_srcc(y: np.ndarray, predicted: np.ndarray, bits: np.ndarray, m
 def residual_pair(
     y: np.ndarray, predicted: np.ndarray, bits: np.ndarray, mean_act: np.ndarray, fold: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """What ``within_budget_srcc`` ranks: the residuals [n] of labels and of predictions; None where either is constant."""
+    """What ``within_budget_srcc`` ranks: the residuals [n] of labels and of predictions; None where either
+    is constant."""
     fold = np.asarray(fold, int)
     left = []
     for values in (np.asarray(y, float), np.asarray(predicted, float)):
         residual = budget_residuals(values, bits, mean_act, fold)
-        if not np.isfinite(residual).all() or np.ptp(residual) <= FLAT * max(float(np.abs(values).max()), np.finfo(float).tiny):
+        if not np.isfinite(residual).all() or np.ptp(residual) <= FLAT * max(
+            float(np.abs(values).max()), np.finfo(float).tiny
+        ):
             return None
         left.append(residual)
     return left[0], left[1]
 
 
 def within_budget_interval(
-    y: np.ndarray, predicted: np.ndarray, bits: np.ndarray, mean_act: np.ndarray, fold: np.ndarray, seed: int = 0, replicates: int = 400
+    y: np.ndarray,
+    predicted: np.ndarray,
+    bits: np.ndarray,
+    mean_act: np.ndarray,
+    fold: np.ndarray,
+    seed: int = 0,
+    replicates: int = 400,
 ) -> tuple[float, float]:
-    """90 % interval of ``within_budget_srcc`` by drawing configurations with replacement; (0, 0) where residuals are constant."""
+    """90 % interval of ``within_budget_srcc`` by drawing configurations with replacement; (0, 0) where
+    residuals are constant."""
     left = residual_pair(y, predicted, bits, mean_act, fold)
     if left is None:
         return 0.0, 0.0
     rng = np.random.default_rng([seed, 3])
-    found = [srcc(left[0][rows], left[1][rows]) for rows in rng.integers(len(left[0]), size=(replicates, len(left[0])))]
+    found = [
+        srcc(left[0][rows], left[1][rows])
+        for rows in rng.integers(len(left[0]), size=(replicates, len(left[0])))
+    ]
     low, high = np.percentile(found, [5, 95])
     return float(low), float(high)
 
 
-def all_scores(y: np.ndarray, predicted: np.ndarray, bits: np.ndarray, mean_act: np.ndarray, fold: np.ndarray) -> dict[str, float]:
-    """The five scores of out-of-fold predictions (forms as in ``within_budget_srcc``), labels and predictions in the same units."""
+def all_scores(
+    y: np.ndarray, predicted: np.ndarray, bits: np.ndarray, mean_act: np.ndarray, fold: np.ndarray
+) -> dict[str, float]:
+    """The five scores of out-of-fold predictions (forms as in ``within_budget_srcc``), labels and
+    predictions in the same units."""
     fold, predicted = np.asarray(fold, int), np.asarray(predicted, float)
     held_out = predicted if predicted.ndim == 1 else predicted[fold, np.arange(len(fold))]
     return {
@@ -132,11 +160,13 @@ def all_scores(y: np.ndarray, predicted: np.ndarray, bits: np.ndarray, mean_act:
 
 
 def good_ones(error: np.ndarray, bits: np.ndarray, within: float = GOOD) -> np.ndarray:
-    """Boolean [n]: which configurations have at most ``within`` times the least error of all that are no larger than they are.
+    """Boolean [n]: which configurations have at most ``within`` times the least error of all that are no
+    larger than they are.
 
-    ``error`` [n] is above full precision's (a mean squared distance to its images, or the oriented difference of an objective), ``bits``
-    [n] the real size. The least error is of what was measured, since sums of damages, which say what might be reached, are of other images.
-    Configurations no worse than full precision (errors of 0 and below) are good.
+    ``error`` [n] is above full precision's (a mean squared distance to its images, or the oriented difference
+    of an objective), ``bits`` [n] the real size. The least error is of what was measured, since sums of
+    damages, which say what might be reached, are of other images. Configurations no worse than full precision
+    (errors of 0 and below) are good.
     """
     error, bits = _paired(error, bits)
     order = np.lexsort((error, bits))
@@ -146,12 +176,18 @@ def good_ones(error: np.ndarray, bits: np.ndarray, within: float = GOOD) -> np.n
 
 
 def good_residuals(values: np.ndarray, bits: np.ndarray, mean_act: np.ndarray) -> np.ndarray:
-    """What is left of values [n] of good ones once what their size explains is subtracted: around each row a quadratic in real bits and a
-    line in mean activation bits, fitted to all rows with Gaussian weights of NEAR bits.
+    """What is left of values [n] of good ones once what their size explains is subtracted: around each row a
+    quadratic in real bits and a line in mean activation bits, fitted to all rows with Gaussian weights of
+    NEAR bits.
 
-    Local, since good ones lie along a front that no one cubic follows from 2 to 8 bits, and what it misses would count as ranking.
+    Local, since good ones lie along a front that no one cubic follows from 2 to 8 bits, and what it misses
+    would count as ranking.
     """
-    bits, acts, values = np.asarray(bits, float), _standardised(np.asarray(mean_act, float)), np.asarray(values, float)
+    bits, acts, values = (
+        np.asarray(bits, float),
+        _standardised(np.asarray(mean_act, float)),
+        np.asarray(values, float),
+    )
     left, out = values - values.mean(), np.empty(len(values))
     for i in range(len(values)):
         off = bits - bits[i]
@@ -161,10 +197,14 @@ def good_residuals(values: np.ndarray, bits: np.ndarray, mean_act: np.ndarray) -
     return out
 
 
-def among_good_srcc(y: np.ndarray, predicted: np.ndarray, bits: np.ndarray, mean_act: np.ndarray, good: np.ndarray) -> float | None:
-    """Within-budget SRCC of held-out predictions among ``good`` configurations (``good_ones``); None below ENOUGH of them.
+def among_good_srcc(
+    y: np.ndarray, predicted: np.ndarray, bits: np.ndarray, mean_act: np.ndarray, good: np.ndarray
+) -> float | None:
+    """Within-budget SRCC of held-out predictions among ``good`` configurations (``good_ones``); None below
+    ENOUGH of them.
 
-    Both sides [n] are oriented, larger = worse, on the scale that was fitted, since errors of good ones shrink with their size.
+    Both sides [n] are oriented, larger = worse, on the scale that was fitted, since errors of good ones
+    shrink with their size.
     """
     good = np.asarray(good, bool)
     if good.sum() < ENOUGH:
@@ -172,25 +212,36 @@ def among_good_srcc(y: np.ndarray, predicted: np.ndarray, bits: np.ndarray, mean
     left = []
     for values in (np.asarray(y, float)[good], np.asarray(predicted, float)[good]):
         residual = good_residuals(values, bits[good], mean_act[good])
-        if not np.isfinite(residual).all() or np.ptp(residual) <= FLAT * max(float(np.abs(values).max()), np.finfo(float).tiny):
+        if not np.isfinite(residual).all() or np.ptp(residual) <= FLAT * max(
+            float(np.abs(values).max()), np.finfo(float).tiny
+        ):
             return 0.0
         left.append(residual)
     return srcc(*left)
 
 
-def noise_ceiling(first: np.ndarray, second: np.ndarray, bits: np.ndarray, mean_act: np.ndarray) -> float | None:
-    """sqrt(reliability) of labels from two seed sets: the within-budget SRCC that a perfect predictor of the mean could reach.
+def noise_ceiling(
+    first: np.ndarray, second: np.ndarray, bits: np.ndarray, mean_act: np.ndarray
+) -> float | None:
+    """sqrt(reliability) of labels from two seed sets: the within-budget SRCC that a perfect predictor of the
+    mean could reach.
 
-    The reliability is the SRCC between the two sets after the cubic is subtracted from each; None below 20 configurations.
+    The reliability is the SRCC between the two sets after the cubic is subtracted from each; None below 20
+    configurations.
     """
     if len(first) < 20:
         return None
     terms = budget_terms(bits, mean_act)
-    left = [v - terms @ np.linalg.lstsq(terms, v, rcond=1e-9)[0] for v in (np.asarray(first, float), np.asarray(second, float))]
+    left = [
+        v - terms @ np.linalg.lstsq(terms, v, rcond=1e-9)[0]
+        for v in (np.asarray(first, float), np.asarray(second, float))
+    ]
     return float(np.sqrt(max(0.0, srcc(*left))))
 
 
-def good_ceiling(first: np.ndarray, second: np.ndarray, bits: np.ndarray, mean_act: np.ndarray, good: np.ndarray) -> float | None:
+def good_ceiling(
+    first: np.ndarray, second: np.ndarray, bits: np.ndarray, mean_act: np.ndarray, good: np.ndarray
+) -> float | None:
     """``noise_ceiling`` of ``among_good_srcc``; None below ENOUGH good ones."""
     reliability = among_good_srcc(first, second, bits, mean_act, good)
     return None if reliability is None else float(np.sqrt(max(0.0, reliability)))

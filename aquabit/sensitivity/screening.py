@@ -1,7 +1,7 @@
 """Screening: the surrogate again, with the output errors of the configurations themselves among its features.
 
-Trees rank configurations best, but step over what a small layer does; ``Blend`` adds models that are smooth in the output errors and in
-the summed sketches, which is what effects of layers need.
+Trees rank configurations best, but step over what a small layer does; ``Blend`` adds models that are smooth
+in the output errors and in the summed sketches, which is what effects of layers need.
 """
 
 from __future__ import annotations
@@ -31,14 +31,27 @@ KNOTS = 5
 
 
 class Blend(Estimator):
-    """The mean of three models of one target: boosted trees over all columns; ridge on splines of the ``smooth`` columns; and the same of
-    ``single`` ones (none: left out). Columns are numbers of those that ``fit`` sees."""
+    """The mean of three models of one target: boosted trees over all columns; ridge on splines of the
+    ``smooth`` columns; and the same of ``single`` ones (none: left out). Columns are numbers of those that
+    ``fit`` sees."""
 
     def __init__(
-        self, smooth: tuple[int, ...], single: tuple[int, ...] = (), members: int = MEMBERS, seed: int = 0,
-        direction: Literal["min", "max"] = "min", log: bool | None = None,
-    ):  # fmt: skip
-        self.smooth, self.single, self.members, self.seed, self.direction, self.log = smooth, single, members, seed, direction, log
+        self,
+        smooth: tuple[int, ...],
+        single: tuple[int, ...] = (),
+        members: int = MEMBERS,
+        seed: int = 0,
+        direction: Literal["min", "max"] = "min",
+        log: bool | None = None,
+    ):
+        self.smooth, self.single, self.members, self.seed, self.direction, self.log = (
+            smooth,
+            single,
+            members,
+            seed,
+            direction,
+            log,
+        )
 
     def features(self, encoder: Encoder, weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
         """Only the encoder's columns; those of output errors stand behind them (``Screen.features``)."""
@@ -59,12 +72,15 @@ class Blend(Estimator):
 
 
 def _spline() -> Any:
-    return make_pipeline(StandardScaler(), SplineTransformer(KNOTS, extrapolation="linear"), RidgeCV(np.logspace(-2, 3, 11)))
+    return make_pipeline(
+        StandardScaler(), SplineTransformer(KNOTS, extrapolation="linear"), RidgeCV(np.logspace(-2, 3, 11))
+    )
 
 
 @dataclass(frozen=True)
 class Screen:
-    """An estimator over a surrogate's features and output errors; ``within_budget_srcc`` is out of fold, as the surrogate's."""
+    """An estimator over a surrogate's features and output errors; ``within_budget_srcc`` is out of fold,
+    as the surrogate's."""
 
     fitted: FittedSurrogate
     estimator: Estimator
@@ -74,27 +90,42 @@ class Screen:
         """Oriented prediction [n], larger = worse, of configurations whose output errors are known."""
         return self.predict(*self.fitted.space.indices(configs), [outputs[c.digest] for c in configs])
 
-    def predict(self, weights: np.ndarray, acts: np.ndarray, values: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    def predict(
+        self, weights: np.ndarray, acts: np.ndarray, values: Sequence[Mapping[str, Any]]
+    ) -> np.ndarray:
         """The same of index matrices [n, layers] and their n output errors."""
         return self.estimator.predict(self.features(weights, acts, values))
 
-    def features(self, weights: np.ndarray, acts: np.ndarray, values: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    def features(
+        self, weights: np.ndarray, acts: np.ndarray, values: Sequence[Mapping[str, Any]]
+    ) -> np.ndarray:
         """What the trees look at, [n, columns]."""
         return _features(self.fitted, weights, acts, values)
 
 
-def _features(fitted: FittedSurrogate, weights: np.ndarray, acts: np.ndarray, values: Sequence[Mapping[str, Any]]) -> np.ndarray:
+def _features(
+    fitted: FittedSurrogate, weights: np.ndarray, acts: np.ndarray, values: Sequence[Mapping[str, Any]]
+) -> np.ndarray:
     return np.concatenate([fitted.encoder(weights, acts), output_features(values)], 1)
 
 
-def fit_screen(fitted: FittedSurrogate, outputs: Outputs, folds: int = 5, seed: int = 0, blend: bool = False) -> Screen:
-    """Fit the screen to what ``fitted`` was trained on: boosted trees, or the ``blend`` that effects are read from.
+def fit_screen(
+    fitted: FittedSurrogate, outputs: Outputs, folds: int = 5, seed: int = 0, blend: bool = False
+) -> Screen:
+    """Fit the screen to what ``fitted`` was trained on: boosted trees, or the ``blend`` that effects are read
+    from.
 
     Raises AquabitError where a training configuration's output errors are missing."""
     missing = [c for c in fitted.configs if c not in outputs]
     if missing:
-        raise AquabitError(f"the output errors of {len(missing)} measured configurations, such as {missing[0]}, are not known")
-    features = np.concatenate([fitted.encoder(fitted.weights, fitted.acts), output_features([outputs[c] for c in fitted.configs])], 1)
+        raise AquabitError(
+            f"the output errors of {len(missing)} measured configurations, such as {missing[0]}, are not"
+            " known"
+        )
+    features = np.concatenate(
+        [fitted.encoder(fitted.weights, fitted.acts), output_features([outputs[c] for c in fitted.configs])],
+        1,
+    )
     model: Estimator = Surrogate(**TREES, members=MEMBERS, seed=seed, direction=fitted.direction)
     if blend:
         shifts = [i for i, name in enumerate(fitted.encoder.columns) if name.startswith("shift:")]

@@ -1,4 +1,5 @@
-"""Choosing an estimator's parameters by nested cross-validation, with the same number of candidates for every estimator."""
+"""Choosing an estimator's parameters by nested cross-validation, with the same number of candidates for
+every estimator."""
 
 from __future__ import annotations
 
@@ -19,17 +20,28 @@ from aquabit.sensitivity.surrogate import fold_numbers, held_out_predictions
 Parameters = Mapping[str, Any]
 GRIDS: dict[str, dict[str, tuple[Any, ...]]] = {
     "gbdt": {
-        "rounds": (100, 200, 400), "depth": (2, 3, 4, 6), "rate": (0.03, 0.05, 0.1), "rows": (0.5, 0.7, 0.9),
-        "columns": (0.1, 0.3, 0.5, 0.8), "leaf": (2.0, 5.0, 10.0), "linear": (0.0, 0.25, 0.5, 0.75, 1.0), "monotone": (False, True),
+        "rounds": (100, 200, 400),
+        "depth": (2, 3, 4, 6),
+        "rate": (0.03, 0.05, 0.1),
+        "rows": (0.5, 0.7, 0.9),
+        "columns": (0.1, 0.3, 0.5, 0.8),
+        "leaf": (2.0, 5.0, 10.0),
+        "linear": (0.0, 0.25, 0.5, 0.75, 1.0),
+        "monotone": (False, True),
     },
     "average_bits": {},
     "ridge_one_hot": {"penalty": (None, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)},
     "sum_of_damages": {"power": (0.25, 0.5, 0.75, 1.0, 1.5), "curve": ("log-linear", "isotonic")},
     "graph_network": {
-        "width": (16, 32, 64), "hops": (2, 3, 4), "heads": (1, 4), "rate": (1e-3, 3e-3, 1e-2), "decay": (0.0, 1e-3, 1e-2, 1e-1),
-        "ranking": (0.0, 0.2, 0.5, 1.0, 2.0), "batch": (16, 32, 64),
+        "width": (16, 32, 64),
+        "hops": (2, 3, 4),
+        "heads": (1, 4),
+        "rate": (1e-3, 3e-3, 1e-2),
+        "decay": (0.0, 1e-3, 1e-2, 1e-1),
+        "ranking": (0.0, 0.2, 0.5, 1.0, 2.0),
+        "batch": (16, 32, 64),
     },
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -38,7 +50,8 @@ class Tuned:
 
     estimator: str
     candidates: list[Parameters]
-    inner: np.ndarray  # [folds + 1, candidates] within-budget SRCC inside the training part of each outer fold, then on all rows
+    # [folds + 1, candidates] within-budget SRCC inside the training part of each outer fold, then on all rows
+    inner: np.ndarray
     chosen: list[Parameters]  # per outer fold
     best: Parameters  # on all rows: what to fit with from now on
     scores: dict[str, Any]  # of the outer folds: all_scores, and the 90 % interval of the within-budget SRCC
@@ -46,7 +59,8 @@ class Tuned:
 
 
 def candidates(estimator: str, count: int = 24, seed: int = 0) -> list[Parameters]:
-    """The defaults (an empty mapping), then distinct random draws from ``GRIDS``: ``count`` in all, or all of a smaller grid."""
+    """The defaults (an empty mapping), then distinct random draws from ``GRIDS``: ``count`` in all, or all
+    of a smaller grid."""
     if estimator not in GRIDS:
         raise AquabitError(f"estimator {estimator!r} has no grid; known: {', '.join(GRIDS)}")
     grid, rng = GRIDS[estimator], np.random.default_rng([seed, 4])
@@ -60,14 +74,26 @@ def candidates(estimator: str, count: int = 24, seed: int = 0) -> list[Parameter
 
 
 def tune(
-    estimator: str, encoder: Encoder, weights: np.ndarray, acts: np.ndarray, y: np.ndarray, bits: np.ndarray,
-    candidates: Sequence[Parameters], mean_act: np.ndarray | None = None, folds: int = 5, inner: int = 3, seed: int = 0,
-    direction: Literal["min", "max"] = "min", progress: Progress = no_progress,
-) -> Tuned:  # fmt: skip
-    """Choose among ``candidates`` (parameters of the estimator) by within-budget SRCC in ``inner`` folds of the training part of each of
-    ``folds`` outer folds; the scores are those of the outer folds, which no choice has seen. The first of equal candidates wins.
+    estimator: str,
+    encoder: Encoder,
+    weights: np.ndarray,
+    acts: np.ndarray,
+    y: np.ndarray,
+    bits: np.ndarray,
+    candidates: Sequence[Parameters],
+    mean_act: np.ndarray | None = None,
+    folds: int = 5,
+    inner: int = 3,
+    seed: int = 0,
+    direction: Literal["min", "max"] = "min",
+    progress: Progress = no_progress,
+) -> Tuned:
+    """Choose among ``candidates`` (parameters of the estimator) by within-budget SRCC in ``inner`` folds of
+    the training part of each of ``folds`` outer folds; the scores are those of the outer folds, which no
+    choice has seen. The first of equal candidates wins.
 
-    Arguments otherwise as in ``cross_validate``, whose outer folds are the same at one seed. Costs (folds + 1) x inner x candidates fits.
+    Arguments otherwise as in ``cross_validate``, whose outer folds are the same at one seed. Costs (folds +
+    1) x inner x candidates fits.
     """
     if not candidates:
         raise AquabitError("there are no candidates to choose from; an empty mapping stands for the defaults")
@@ -83,7 +109,9 @@ def tune(
         inside = fold_numbers(len(train), inner, seed + 1 + f)
         for c, model in enumerate(models):
             held_out = held_out_predictions(model, features[c][train], y[train], inside)
-            found[f, c] = within_budget_srcc(target.sign * y[train], target.sign * held_out, bits[train], mean_act[train], inside)
+            found[f, c] = within_budget_srcc(
+                target.sign * y[train], target.sign * held_out, bits[train], mean_act[train], inside
+            )
         picks.append(int(found[f].argmax()))
         if f < folds:
             fitted = clone(models[picks[f]]).fit(features[picks[f]][train], y[train])
@@ -94,10 +122,18 @@ def tune(
     signed = target.sign * y, target.sign * outer, bits, mean_act, fold
     scores = {**all_scores(*signed), "within_budget_interval": within_budget_interval(*signed, seed=seed)}
     return Tuned(
-        estimator, list(candidates), found, [candidates[p] for p in picks[:folds]], candidates[picks[folds]], scores, predicted[fold, rows]
+        estimator,
+        list(candidates),
+        found,
+        [candidates[p] for p in picks[:folds]],
+        candidates[picks[folds]],
+        scores,
+        predicted[fold, rows],
     )
 
 
-def _oriented(estimator: str, encoder: Encoder, seed: int, parameters: Parameters, target: Target, direction: str) -> Estimator:
+def _oriented(
+    estimator: str, encoder: Encoder, seed: int, parameters: Parameters, target: Target, direction: str
+) -> Estimator:
     model = estimator_of(estimator, encoder, seed, **{"direction": direction, **parameters})
     return model.set_params(log=target.log and not model.budget_only)

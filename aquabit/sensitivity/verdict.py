@@ -1,4 +1,5 @@
-"""What may be believed of a fit: whether there are enough measurements for a claim, and whether it beats average bits."""
+"""What may be believed of a fit: whether there are enough measurements for a claim, and whether it beats
+average bits."""
 
 from __future__ import annotations
 
@@ -14,13 +15,14 @@ def needed(layers: int) -> int:
 
 
 def judged(scores: Mapping[str, Any], estimator: str, count: int, layers: int) -> dict[str, Any]:
-    """``scores`` of ``cross_validate`` with "estimator", "needed" and "cautions": sentences to be read before the ranking."""
+    """``scores`` of ``cross_validate`` with "estimator", "needed" and "cautions": sentences to be read
+    before the ranking."""
     cautions, low_high = [], scores["within_budget_interval"]
     if not scores["useful"]:
         cautions.append(
-            f"The surrogate is no better than average bits at ranking configurations of one size (within-budget SRCC "
-            f"{scores['within_budget_srcc']:.2f}, 90 % interval {low_high[0]:.2f} to {low_high[1]:.2f}): "
-            "its ranking of layers is not to be trusted."
+            "The surrogate is no better than average bits at ranking configurations of one size"
+            f" (within-budget SRCC {scores['within_budget_srcc']:.2f}, 90 % interval {low_high[0]:.2f} to"
+            f" {low_high[1]:.2f}): its ranking of layers is not to be trusted."
         )
     if count < needed(layers):
         cautions.append(

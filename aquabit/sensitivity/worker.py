@@ -1,4 +1,5 @@
-"""A worker process: reads one JSON task a line, answers with one JSON line, and is gone when its parent is gone."""
+"""A worker process: reads one JSON task a line, answers with one JSON line, and is gone when its parent is
+gone."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ def main() -> None:
 
 
 class Responder:
-    """Answers each task with a plain dict, the first one, which describes the model, included; what goes wrong is an answer too."""
+    """Answers each task with a plain dict, the first one, which describes the model, included; what goes
+    wrong is an answer too."""
 
     evaluator: Any = None
 
@@ -59,7 +61,9 @@ def _begin(task: dict[str, Any]) -> Any:
     from aquabit.sensitivity.evaluator import Evaluator
 
     graph, quality = from_json(task["graph"]), QualityOptions.from_dict(task.get("quality"))
-    return Evaluator(task["model"], graph, Bank(task["bank"]), task["fingerprint"], task["device"], task["dtype"], quality)
+    return Evaluator(
+        task["model"], graph, Bank(task["bank"]), task["fingerprint"], task["device"], task["dtype"], quality
+    )
 
 
 def _answer(evaluator: Any, task: dict[str, Any]) -> dict[str, Any]:
