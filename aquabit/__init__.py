@@ -6,7 +6,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from aquabit.integration import register_with_diffusers
+from aquabit.diffusers_hook import register_with_diffusers
 
 __version__ = "0.1.0"
 
@@ -20,27 +20,24 @@ _HOMES = {
     "Study": "study",
     "load": "pipelines",
     "trace": "pipelines",
-    "measure": "sensitivity.measure",
-    "explain": "sensitivity.attribution",
-    "Sensitivity": "sensitivity.attribution",
-    "validate": "flow",
-    "find": "flow",
+    "measure": "workflows",
+    "explain": "sensitivity.result",
+    "Sensitivity": "sensitivity.result",
+    "validate": "workflows",
+    "find": "workflows",
     "Front": "search",
     "quantize": "packing",
     "generate": "packing",
-    "run": "flow",
+    "run": "workflows",
     "report": "reports",
     "quantize_weight": "quant.weights",
     "QualityOptions": "quality",
     "CodebookWeight": "kernels",
-    "FineTuning": "quant.finetune_settings",
+    "FineTuning": "quant.finetuning.settings",
     "AquabitConfig": "quant.diffusers_quantizer",
 }
 
 if TYPE_CHECKING:
-    from aquabit.flow import find as find
-    from aquabit.flow import run as run
-    from aquabit.flow import validate as validate
     from aquabit.kernels import CodebookWeight as CodebookWeight
     from aquabit.packing import generate as generate
     from aquabit.packing import quantize as quantize
@@ -48,7 +45,7 @@ if TYPE_CHECKING:
     from aquabit.pipelines import trace as trace
     from aquabit.quality import QualityOptions as QualityOptions
     from aquabit.quant.diffusers_quantizer import AquabitConfig as AquabitConfig
-    from aquabit.quant.finetune_settings import FineTuning as FineTuning
+    from aquabit.quant.finetuning.settings import FineTuning as FineTuning
     from aquabit.quant.weights import quantize_weight as quantize_weight
     from aquabit.reports import report as report
     from aquabit.scheme import AquabitError as AquabitError
@@ -57,11 +54,14 @@ if TYPE_CHECKING:
     from aquabit.scheme import QuantConfig as QuantConfig
     from aquabit.scheme import Scheme as Scheme
     from aquabit.search import Front as Front
-    from aquabit.sensitivity.attribution import Sensitivity as Sensitivity
-    from aquabit.sensitivity.attribution import explain as explain
-    from aquabit.sensitivity.measure import measure as measure
+    from aquabit.sensitivity.result import Sensitivity as Sensitivity
+    from aquabit.sensitivity.result import explain as explain
     from aquabit.space import SearchSpace as SearchSpace
     from aquabit.study import Study as Study
+    from aquabit.workflows import find as find
+    from aquabit.workflows import measure as measure
+    from aquabit.workflows import run as run
+    from aquabit.workflows import validate as validate
 
 __all__ = list(_HOMES)
 
@@ -85,7 +85,7 @@ def __getattr__(name: str) -> Any:
         "cost",
         "scheme",
         "study",
-        "flow",
+        "workflows",
     ):
         return importlib.import_module(f"aquabit.{name}")
     raise AttributeError(f"module 'aquabit' has no attribute {name!r}")

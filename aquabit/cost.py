@@ -222,11 +222,11 @@ class CostModel:
         latency: Latency, acts: list[int], allowed: np.ndarray, excluded: np.ndarray
     ) -> tuple[float, float]:
         kept = np.array([a in acts for a in latency.activations])
-        open_ = (
+        allowed_activations = (
             allowed[:, :, None]
             & np.where(excluded[:, None], np.array(latency.activations) == 16, kept)[:, None, :]
         )
-        low, high = (np.where(open_, latency.layers, worst) for worst in (np.inf, -np.inf))
+        low, high = (np.where(allowed_activations, latency.layers, worst) for worst in (np.inf, -np.inf))
         return float(low.min((1, 2)).sum() + latency.rest), float(high.max((1, 2)).sum() + latency.rest)
 
     def _size_limits(self, allowed: np.ndarray) -> tuple[int, int]:

@@ -30,14 +30,15 @@ from aquabit.pipelines import (
 )
 from aquabit.quant.artifact import Contents, config_of, save_packed_denoiser
 from aquabit.quant.bank import Bank
-from aquabit.quant.correct import check_correction, corrected_, statistics_of
+from aquabit.quant.correction.corrector import DEFAULT_CORRECTION, check_correction, corrected_, statistics_of
+from aquabit.quant.correction.sampling import follow_, unfollowed, watchers_of
+from aquabit.quant.correction.statistics import Statistics
 from aquabit.quant.diffusers_quantizer import attach_
-from aquabit.quant.finetune import FineTuning, Tuned, check_tunable
-from aquabit.quant.finetune import finetune as tune
+from aquabit.quant.finetuning.finetune import FineTuning, Tuned, check_tunable
+from aquabit.quant.finetuning.finetune import finetune as tune
+from aquabit.quant.kernel_tuning import MEMORY, Placement, layers_of, place_
 from aquabit.quant.model import QuantizedDenoiser, fingerprint
-from aquabit.quant.sampling import follow_, unfollowed, watchers_of
-from aquabit.quant.statistics import Statistics
-from aquabit.quant.tuning import MEMORY, Placement, layers_of, place_
+from aquabit.runtime import single_thread
 from aquabit.scheme import (
     AquabitError,
     Calibration,
@@ -47,8 +48,6 @@ from aquabit.scheme import (
     no_progress,
     parse_correction,
 )
-from aquabit.sensitivity.correction import DEFAULT_CORRECTION
-from aquabit.sensitivity.evaluator import single_thread
 
 Model: TypeAlias = str | DiffusionPipeline
 

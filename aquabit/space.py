@@ -14,9 +14,9 @@ from typing import Any
 import networkx as nx
 import numpy as np
 
-from aquabit.formats import FORMATS, LEVELS, layer_formats
 from aquabit.graph import codebook_names
 from aquabit.graph import layers as graph_layers
+from aquabit.layer_formats import FORMATS, LEVELS, layer_formats
 from aquabit.scheme import (
     ACTIVATION_BITS,
     CODE_SHIFT,
@@ -397,11 +397,11 @@ def make_space(
         additive = layer_formats(
             node["operator"], tuple(node["shape"]), chosen, sharers.get(partners.get(name, ""), 1), table
         )
-        open_ = [s for s in (*default, *additive) if name in partners or not s.shared]
+        offered = [s for s in (*default, *additive) if name in partners or not s.shared]
         if schemes is None:
             tiny = levels is None and int(np.prod(node["shape"])) < TINY * weights
-            open_ = [FP, *(map(Scheme.parse, TINY_SCHEMES) if tiny else open_)]
-        free = tuple(dict.fromkeys(open_))
+            offered = [FP, *(map(Scheme.parse, TINY_SCHEMES) if tiny else offered)]
+        free = tuple(dict.fromkeys(offered))
         choices[name] = (
             (FP,) if name in out else (Scheme.parse((pinned or {})[pins[name]]),) if name in pins else free
         )

@@ -126,10 +126,10 @@ def trained_layers(
     model: str, names: tuple[str, ...], bank: str | None = None
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Weights and H (activations at 8 bits) of some layers of a bundled model."""
+    from aquabit.measuring.evaluator import Evaluator
+    from aquabit.measuring.session import open_model
     from aquabit.quant.bank import Bank
     from aquabit.scheme import Calibration
-    from aquabit.sensitivity.evaluator import Evaluator
-    from aquabit.sensitivity.measure import open_model
 
     opened = open_model(model)
     quantized = Evaluator(model, opened.graph, Bank(bank), opened.fingerprint).quantized
@@ -174,8 +174,8 @@ def baseline(folder: Path, trained: bool = True) -> None:
 def layers(folder: Path, models: list[str]) -> list[dict[str, Any]]:
     """Ours beside the baseline, with the default beam and with one of QUICK. AQLM's tables and scales stay
     in float32; ours are rounded as they are stored."""
-    from aquabit.quant.additive import BEAM, additive
-    from aquabit.quant.hessian import output_error
+    from aquabit.quant.calibration.hessian import output_error
+    from aquabit.quant.schemes.additive import BEAM, additive
     from aquabit.scheme import Scheme
 
     baseline(folder)
@@ -287,7 +287,7 @@ def large(folder: Path, models: list[str], scheme: str = "aq2x8g8", samples: int
 
 def session_of(folder: Path, model: str) -> Any:
     """A study of everything that the comparisons choose from, each fitted with H at a8 and probed."""
-    from aquabit.sensitivity.measure import open_session
+    from aquabit.measuring.session import open_session
     from aquabit.study import Study
 
     space = {
@@ -356,7 +356,7 @@ def families(folder: Path, models: list[str]) -> list[dict[str, Any]]:
     by one integer program on the same errors (the damage that probes saw), never more bytes; uniform usq
     and full precision are there too."""
     from aquabit.scheme import Budget
-    from aquabit.search import assign
+    from benchmarks.research import assign
 
     rows = []
     for model in models:
@@ -390,7 +390,7 @@ def ablation(folder: Path, models: list[str]) -> list[dict[str, Any]]:
     x k convolutions, everything else free in both.
     """
     from aquabit.scheme import Budget
-    from aquabit.search import assign
+    from benchmarks.research import assign
 
     rows = []
     for model in models:

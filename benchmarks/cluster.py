@@ -48,10 +48,10 @@ def measured(
     from ray.cluster_utils import Cluster
 
     from aquabit.graph import to_json
+    from aquabit.measuring.ray_pool import RayPool
+    from aquabit.measuring.session import open_model
     from aquabit.quant.bank import Bank
     from aquabit.scheme import Protocol
-    from aquabit.sensitivity.cluster import RayPool
-    from aquabit.sensitivity.measure import open_model
     from aquabit.space import make_space
 
     node = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": 100 << 20}

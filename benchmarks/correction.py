@@ -51,7 +51,7 @@ OTHER = {
 def synthetic(folder: Path, models: Sequence[str]) -> list[dict[str, Any]]:
     """Coverage over 100 seeds of 64 images with channel means, biases and residuals that differ, and
     effects of whole images in the residual."""
-    from aquabit.quant.noise import NoiseSums, bootstrap
+    from aquabit.quant.correction.noise import NoiseSums, bootstrap
 
     k, bias, spread = 0.07, np.array([0.02, -0.05, 0.1]), np.array([0.1, 0.2, 0.05])
     means, shared = torch.tensor([0.5, -1.0, 0.2])[:, None, None], 0.01
@@ -80,7 +80,7 @@ def synthetic(folder: Path, models: Sequence[str]) -> list[dict[str, Any]]:
 
 def session_of(folder: Path, model: str) -> Any:
     """A study that knows the uniform schemes; the blocks of fresh seeds are measured in it."""
-    from aquabit.sensitivity.measure import open_session
+    from aquabit.measuring.session import open_session
     from aquabit.study import Study
 
     space = {
@@ -166,8 +166,8 @@ def corrections(folder: Path, models: Sequence[str]) -> list[dict[str, Any]]:
 def images(folder: Path, models: Sequence[str]) -> list[dict[str, Any]]:
     """How many images the statistics take: the correction of one configuration measured on fewer and more,
     on the same fresh seeds."""
-    from aquabit.quant.correct import Corrector
-    from aquabit.quant.sampling import following
+    from aquabit.quant.correction.corrector import Corrector
+    from aquabit.quant.correction.sampling import following
     from aquabit.scheme import Calibration
 
     rows = []

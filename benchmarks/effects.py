@@ -45,7 +45,7 @@ FIRST_BLOCK, CEILING_BLOCK = 201, 211  # the other benchmarks use blocks up to 1
 
 def open_study(folder: Path, bank: Path, model: str, what: str) -> Any:
     """A session on ``effects-WHAT-MODEL.db``."""
-    from aquabit.sensitivity.measure import open_session
+    from aquabit.measuring.session import open_session
     from aquabit.study import Study
 
     path, base = file_of(folder, model, what), study_path(folder, model)
@@ -61,12 +61,13 @@ def file_of(folder: Path, model: str, what: str) -> Path:
 
 
 def measure(folder: Path, bank: Path, model: str, arms: Sequence[str]) -> None:
-    from aquabit.sensitivity.validation import validate_in
+    from aquabit.sensitivity.designs import draw
+    from aquabit.sensitivity.effects.validation import validate_in
 
     for arm in arms:
         with open_study(folder, bank, model, arm) as session:
             session.references(say)
-            session.measure(session.draw(arm, SAMPLES, 0), "sample", say, what=f"{model}, {arm}")
+            session.measure(draw(session, arm, SAMPLES, 0), "sample", say, what=f"{model}, {arm}")
             validate_in(session, FLIPS, SWAP, BITS, 0, say)
 
 
@@ -75,8 +76,10 @@ def ceiling(folder: Path, bank: Path, model: str, arms: Sequence[str]) -> None:
         with open_study(folder, bank, model, arm) as session:
             other = [session.protocol.block(CEILING_BLOCK)]
             session.measure([session.space.full_precision()], "reference", say, other, "full precision")
+            from aquabit.sensitivity.designs import draw
+
             session.measure(
-                session.draw(arm, SAMPLES, 0), "fresh", say, other, f"{model}, {arm}, other images"
+                draw(session, arm, SAMPLES, 0), "fresh", say, other, f"{model}, {arm}, other images"
             )
 
 
@@ -85,7 +88,7 @@ def explained_file(folder: Path, model: str, arm: str, metric: str) -> Path:
 
 
 def explain_arms(folder: Path, model: str, arms: Sequence[str]) -> None:
-    from aquabit.sensitivity.attribution import explain
+    from aquabit.sensitivity.result import explain
     from aquabit.study import Study
 
     for arm in arms:
@@ -100,7 +103,7 @@ def explain_arms(folder: Path, model: str, arms: Sequence[str]) -> None:
 def swapped_players(space: Any) -> list[Any]:
     """The layers that have both ends of the swap."""
     from aquabit.scheme import parse_swap
-    from aquabit.sensitivity.effects import find_players
+    from aquabit.sensitivity.effects.predicted import find_players
 
     named = parse_swap(SWAP)
     return [p for p in find_players(space, named) if (p.before, p.after) == named]
@@ -109,7 +112,7 @@ def swapped_players(space: Any) -> list[Any]:
 def ends_in(space: Any, costs: Any, damages: Any, number: int) -> list[tuple[Any, Any]]:
     """Both ends of every layer's swap in the ``number``-th context of the truth."""
     from aquabit.sensitivity.damages import good_contexts
-    from aquabit.sensitivity.in_context import swapped
+    from aquabit.sensitivity.effects.context_effects import swapped
 
     context = good_contexts(damages, costs, BITS, 1, np.random.default_rng([SEED, number]))
     configs = space.configs(*swapped(context, swapped_players(space), space))
@@ -121,7 +124,9 @@ def truth(folder: Path, bank: Path, model: str, contexts: int) -> None:
         for k in range(contexts):
             protocol = [session.protocol.block(FIRST_BLOCK + k)]
             session.measure([session.space.full_precision()], "reference", say, protocol, "full precision")
-            ends = ends_in(session.space, session.costs, session.damages(), k)
+            from aquabit.sensitivity.damages import damages_of
+
+            ends = ends_in(session.space, session.costs, damages_of(session), k)
             configs = [config for pair in ends for config in pair]
             session.measure(configs, "flip", say, protocol, f"{model}, truth, context {k + 1}")
 
@@ -148,7 +153,7 @@ class Truth:
     def reliability(self, metric: str) -> tuple[float, float]:
         """SRCC between two halves of the contexts, the mean of all ways to halve them, and stepped up to
         all (Spearman and Brown)."""
-        from aquabit.sensitivity.scores import srcc
+        from aquabit.sensitivity.surrogate.scores import srcc
 
         values, count = self.worse[metric], self.worse[metric].shape[1]
         halves = [list(h) for h in combinations(range(count), count // 2)]
@@ -196,7 +201,7 @@ def read_truth(folder: Path, model: str) -> Truth:
 def gain(effect: np.ndarray, rival: np.ndarray, real: np.ndarray) -> list[float]:
     """95 % interval of how much higher the SRCC of ``effect`` with the truth is than that of ``rival``,
     layers drawn with replacement."""
-    from aquabit.sensitivity.scores import srcc
+    from aquabit.sensitivity.surrogate.scores import srcc
 
     drawn = np.random.default_rng(0).integers(len(real), size=(REPLICATES, len(real)))
     return np.percentile(
@@ -206,7 +211,7 @@ def gain(effect: np.ndarray, rival: np.ndarray, real: np.ndarray) -> list[float]
 
 def judged(layers: Any, truth: Truth, metric: str) -> dict[str, Any]:
     """What the table of layers of a study says of a metric, beside the truth."""
-    from aquabit.sensitivity.scores import srcc
+    from aquabit.sensitivity.surrogate.scores import srcc
 
     own = layers.set_index("name").loc[truth.layers]
     effect, low, high, predicted = (own[k].to_numpy(float) for k in ("effect", "low", "high", "predicted"))
@@ -254,7 +259,7 @@ def ranking_scores(found: dict[str, Any]) -> dict[str, Any]:
 
 def rows_of(folder: Path, model: str, arms: Sequence[str]) -> list[dict[str, Any]]:
     """One row an arm and metric; then the truth itself, one a layer."""
-    from aquabit.sensitivity.attribution import Sensitivity
+    from aquabit.sensitivity.result import Sensitivity
     from aquabit.study import Study
 
     truth, rows = read_truth(folder, model), list[dict[str, Any]]()

@@ -71,8 +71,8 @@ class Bench:
     """One model: configurations to start from, tuning and measuring."""
 
     def __init__(self, rows: Rows, folder: Path, model: str, session: Any):
+        from aquabit.measuring.evaluator import Evaluator
         from aquabit.quant.bank import Bank
-        from aquabit.sensitivity.evaluator import Evaluator
 
         self.rows, self.model, self.session = rows, model, session
         here = session.model
@@ -82,7 +82,7 @@ class Bench:
     def additive(self, bits: int) -> Any:
         """Additive formats mixed on probed errors within the bytes of uniform ``usq{bits}h``."""
         from aquabit.scheme import Budget
-        from aquabit.search import assign
+        from benchmarks.research import assign
 
         budget = Budget(bytes=self.session.costs(self.uniform(bits)).bytes)
         return assign(
@@ -95,7 +95,7 @@ class Bench:
     def tune(self, part: str, name: str, config: Any, settings: Any) -> Any:
         """A tuned configuration; the row says how the tuning went. Steps are reported every minute or so."""
         from aquabit.pipelines import replay_recorder
-        from aquabit.quant.finetune import code_bits, finetune
+        from aquabit.quant.finetuning.finetune import code_bits, finetune
 
         settings = settings.resolved(code_bits(self.evaluator.quantized, config))
 
@@ -175,7 +175,7 @@ def bench_of(rows: Rows, folder: Path, model: str) -> Iterator[Bench]:
 
 
 def main_part(rows: Rows, folder: Path, models: list[str], options: Any) -> None:
-    from aquabit.quant.finetune import FineTuning
+    from aquabit.quant.finetuning.finetune import FineTuning
 
     for model in models:
         with bench_of(rows, folder, model) as bench:
@@ -187,7 +187,7 @@ def main_part(rows: Rows, folder: Path, models: list[str], options: Any) -> None
 
 def variants(steps: int) -> dict[str, Any]:
     """Settings by name; the first is what the others are compared with."""
-    from aquabit.quant.finetune import FineTuning
+    from aquabit.quant.finetuning.finetune import FineTuning
 
     base = replace(FineTuning(), steps=steps, images=512, semi_groups=False, semi_discontinuity=False)
     flags = {
@@ -216,9 +216,9 @@ def ablation(rows: Rows, folder: Path, models: list[str], options: Any) -> None:
 
 
 def orderings(rows: Rows, folder: Path, models: list[str], options: Any) -> None:
-    from aquabit.quant.finetune import FineTuning
+    from aquabit.quant.finetuning.finetune import FineTuning
 
-    corrected = importlib.util.find_spec("aquabit.quant.correct") is not None
+    corrected = importlib.util.find_spec("aquabit.quant.correction.corrector") is not None
     for model in models:
         with bench_of(rows, folder, model) as bench:
             bench.measure("orderings", FULL, bench.full_precision(), target=16)

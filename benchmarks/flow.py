@@ -69,11 +69,11 @@ def machine() -> dict[str, Any]:
 
 def overhead(folder: Path, models: list[str], pairs: int = 15) -> list[dict[str, Any]]:
     """Median seconds and the median of paired ratios. Full precision is the untouched pipeline."""
+    from aquabit.measuring.evaluator import Evaluator, single_thread
+    from aquabit.measuring.session import open_model
     from aquabit.pipelines import Adapter, load
     from aquabit.quant.bank import Bank
     from aquabit.scheme import Protocol
-    from aquabit.sensitivity.evaluator import Evaluator, single_thread
-    from aquabit.sensitivity.measure import open_model
     from aquabit.space import make_space
 
     rows, protocol = [], Protocol()
@@ -121,7 +121,7 @@ def synthetic_study(path: Path, large: bool = False) -> tuple[Any, Any, Any, Any
     from aquabit.graph import to_json
     from aquabit.pipelines import trace
     from aquabit.scheme import Measurement, Protocol
-    from aquabit.sensitivity.encoder import SKETCH
+    from aquabit.sensitivity.features import SKETCH
     from aquabit.space import make_space
     from aquabit.study import Study
 
@@ -197,8 +197,8 @@ def analysed(path: Path, count: int, big: bool, rounds: int, target: float) -> l
     much."""
     from aquabit.scheme import Budget
     from aquabit.search import find_candidates
-    from aquabit.sensitivity.attribution import explain
-    from aquabit.sensitivity.surrogate import fit_from_study
+    from aquabit.sensitivity.result import explain
+    from aquabit.sensitivity.surrogate.fit import fit_from_study
 
     study, space, costs, put = synthetic_study(path, big)
 
@@ -244,9 +244,9 @@ def analysed(path: Path, count: int, big: bool, rounds: int, target: float) -> l
 
 def quality(folder: Path, models: list[str], samples: int = 300, flips: int = 60) -> list[dict[str, Any]]:
     """What the surrogate and the search reach on the real models, on seeds that neither saw."""
-    from aquabit import flow
-    from aquabit.sensitivity.measure import measure
+    from aquabit import workflows as flow
     from aquabit.study import Study
+    from aquabit.workflows import measure
 
     rows = []
     for name in models:
@@ -281,12 +281,13 @@ def quality(folder: Path, models: list[str], samples: int = 300, flips: int = 60
 
 def packed(folder: Path, models: list[str]) -> list[dict[str, Any]]:
     """FID of images from the packed artifact and of the dense measurement, on the same fresh seeds."""
-    from aquabit import flow, packing
+    from aquabit import packing
+    from aquabit import workflows as flow
+    from aquabit.measuring.evaluator import single_thread
     from aquabit.pipelines import Adapter, load
     from aquabit.quality import Quality, Source
     from aquabit.scheme import QuantConfig
     from aquabit.search import interval, paired_difference
-    from aquabit.sensitivity.evaluator import single_thread
     from aquabit.study import Study
 
     rows = []
@@ -335,7 +336,17 @@ def demo(folder: Path, models: list[str]) -> list[dict[str, Any]]:
         for old in (out, bank):
             shutil.rmtree(old, ignore_errors=True)
         started = time.perf_counter()
-        command = [sys.executable, "-m", "aquabit.cli", "run", name, "--out", str(out), "--bank", str(bank)]
+        command = [
+            sys.executable,
+            "-m",
+            "aquabit.cli.app",
+            "run",
+            name,
+            "--out",
+            str(out),
+            "--bank",
+            str(bank),
+        ]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         seconds = time.perf_counter() - started
         kinds = Study(out / "study.db").measurements(failed=True).kind.value_counts()
@@ -364,7 +375,7 @@ def _uniform_bytes(study: Any) -> dict[str, int]:
 
 
 def _fresh_reference(study: Any) -> float:
-    from aquabit.flow import FRESH_BLOCKS
+    from aquabit.workflows import FRESH_BLOCKS
 
     digests = {study.protocol.block(b).digest for b in FRESH_BLOCKS}
     table = study.measurements(kind="reference")

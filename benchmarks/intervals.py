@@ -72,7 +72,7 @@ class Made:
 
     def __init__(self, kind: str, seed: int):
         from aquabit.cost import CostModel
-        from aquabit.sensitivity.encoder import Encoder
+        from aquabit.sensitivity.features import Encoder
         from aquabit.space import make_space
 
         rng, self.kind = np.random.default_rng(seed), kind
@@ -118,9 +118,9 @@ class Made:
 
     def fitted(self, count: int, noise: float, seed: int, design: str = "random") -> Any:
         """A surrogate of ``count`` noisy measurements."""
-        from aquabit.sensitivity.design import Design
-        from aquabit.sensitivity.estimators import Surrogate
-        from aquabit.sensitivity.surrogate import FittedSurrogate
+        from aquabit.sensitivity.designs import Design
+        from aquabit.sensitivity.surrogate.estimators import Surrogate
+        from aquabit.sensitivity.surrogate.fit import FittedSurrogate
 
         weights, acts = self.space.indices(Design.parse(design).draw(self.space, count, seed))
         y = self.truth(weights, acts) * np.exp(noise * np.random.default_rng([seed, 8]).normal(size=count))
@@ -188,8 +188,8 @@ def made_rows(draws: int, quick: bool) -> list[dict[str, Any]]:
 def made_coverage(kind: str, count: int, noise: float, seed: int) -> list[dict[str, float]]:
     """``coverage`` for one made-up model and its measurements, of each of SWAPPED."""
     from aquabit.scheme import parse_swap
-    from aquabit.sensitivity.combined import combine
-    from aquabit.sensitivity.effects import bootstrap, draw_contexts, find_players, mean_predictions
+    from aquabit.sensitivity.effects.combine_effects import combine
+    from aquabit.sensitivity.effects.predicted import bootstrap, draw_contexts, find_players, mean_predictions
 
     model = Made(kind, seed)
     fitted, players = model.fitted(count, noise, seed), find_players(model.space, parse_swap(SWAP))
@@ -225,7 +225,7 @@ def made_coverage(kind: str, count: int, noise: float, seed: int) -> list[dict[s
 def real_row(study: Path, truth: Path) -> dict[str, Any]:
     """Coverage of a study's effects, combined with the real swaps that it holds; the truth must be of
     other contexts."""
-    from aquabit.sensitivity.attribution import explain
+    from aquabit.sensitivity.result import explain
     from aquabit.study import Study
 
     known = {k: (float(v["mean"]), float(v["error"])) for k, v in json.loads(truth.read_text()).items()}

@@ -19,10 +19,10 @@ from aquabit.kernels.arranged import Arranged
 from aquabit.kernels.backends import Weight
 from aquabit.kernels.codebook import CodebookWeight
 from aquabit.kernels.dispatch import held
-from aquabit.kernels.measuring import random_weight
+from aquabit.kernels.time_requests import random_weight
 from aquabit.quant.attention import patch_attention_
+from aquabit.quant.kernel_tuning import Placement, format_for, layers_of, place_
 from aquabit.quant.layers import quant_layer, resident_bytes
-from aquabit.quant.tuning import Placement, format_for, layers_of, place_
 from aquabit.scheme import Progress, Scheme
 from benchmarks.additive import LDM4
 from benchmarks.kernel_timing import paired, ratio, threads

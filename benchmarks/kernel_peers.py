@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aquabit.quant.aqlm import to_aqlm
+from aquabit.quant.schemes.aqlm import to_aqlm
 from aquabit.scheme import AquabitError, Progress
 from benchmarks.kernel_timing import (
     KERNELS,

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from aquabit.kernels.arranged import NIBBLE, Arranged
-from aquabit.kernels.request import hollow
-from aquabit.quant.tuning import format_for
+from aquabit.kernels.request import empty_like
+from aquabit.quant.kernel_tuning import format_for
 from aquabit.scheme import AquabitError, Progress, Scheme
 
 SOURCE = Path(__file__).with_name("machine.cpp")
@@ -141,7 +141,7 @@ def work(scheme: str, shape: tuple[int, ...], columns: int, accuracy: str = "fas
     one lookup in 256 rows, which are sums of 16 and 16 (fused scalar codes: of half as many bits); taps of a
     convolution share tables where groups run across channels.
     """
-    own = hollow(format_for(Scheme.parse(scheme), shape))
+    own = empty_like(format_for(Scheme.parse(scheme), shape))
     if not isinstance(own, Arranged):
         raise AquabitError(f"{scheme} at {list(shape)} is not arranged for the kernels")
     row_bytes, vectors = sum(own.segment_bytes(s) for s in own.segments), ceil(columns / LANES[accuracy])

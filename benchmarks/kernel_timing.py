@@ -21,9 +21,9 @@ from aquabit.kernels.arranged import Arranged
 from aquabit.kernels.backends import Weight, backend_named
 from aquabit.kernels.codebook import CodebookWeight
 from aquabit.kernels.dispatch import conv2d_request, held, linear_request
-from aquabit.kernels.measuring import random_weight
 from aquabit.kernels.request import Request, format_of
-from aquabit.quant.tuning import format_for
+from aquabit.kernels.time_requests import random_weight
+from aquabit.quant.kernel_tuning import format_for
 from aquabit.scheme import Scheme
 
 Run = Callable[[], Tensor]

@@ -97,7 +97,7 @@ def exchanges(search: Any, context: Any, start: Any) -> list[tuple[np.ndarray, n
 def oracle(folder: Path, model: str, bits: float, count: int) -> dict[str, Any]:
     from aquabit.scheme import Budget, QuantConfig
     from aquabit.search import Search, SearchOptions, judge, refine
-    from aquabit.search import in_context as wide
+    from aquabit.search import context_model as wide
     from aquabit.search.judging import pieces
 
     path = folder / f"oracle-{model}.db"

@@ -286,7 +286,7 @@ def own_choice(
     graph: Any, space: Any, errors: Mapping[tuple[str, str], float], family: str, limit: int
 ) -> QuantConfig:
     """Our integer program on the probed damages of the same schemes, within so many bytes."""
-    from aquabit.search import assign
+    from benchmarks.research import assign
 
     schemes = {scheme_of(b, family) for b in (*BITS, UNQUANTIZED)}
     found = assign(graph, space, Budget(bytes=limit), errors, lambda layer, scheme: scheme in schemes)
@@ -302,7 +302,7 @@ def surrogate_choice(
     precision, which studies do not sample)."""
     from aquabit.cost import CostModel
     from aquabit.search import additive_scores, improve, solve
-    from aquabit.sensitivity.surrogate import fit_from_study
+    from aquabit.sensitivity.surrogate.fit import fit_from_study
     from aquabit.study import Study
 
     fitted = fit_from_study(Study(path, create=False))
@@ -359,7 +359,7 @@ def sides(session: Any, folder: Path, model: str, study: Path | None) -> list[di
 def measure(
     folder: Path, models: Sequence[str], bank: str, workers: int, studies: Mapping[str, Path]
 ) -> dict[str, list[dict[str, Any]]]:
-    from aquabit.sensitivity.measure import open_session
+    from aquabit.measuring.session import open_session
     from aquabit.study import Study
 
     schemes = list(dict.fromkeys(str(scheme_of(b, f)) for f in CASES for b in (UNQUANTIZED, *BITS)))

@@ -103,7 +103,7 @@ def say(what: str, done: int, total: int) -> None:
 
 
 def session_of(folder: Path, model: str, workers: int, bank: str, studies: Mapping[str, Path]) -> Any:
-    from aquabit.sensitivity.measure import open_session
+    from aquabit.measuring.session import open_session
     from aquabit.study import Study
 
     path = folder / f"rivals-{model}.db"

@@ -26,7 +26,7 @@ from torch.nn.functional import cosine_similarity, mse_loss
 
 from aquabit.pipelines import replay_recorder, set_scheduler
 from aquabit.quality.paired import mse, ssim
-from aquabit.quant.replay import Replay, first_tensor
+from aquabit.quant.finetuning.replay import Replay, first_tensor
 from aquabit.scheme import FP, Calibration, QuantConfig, Scheme
 
 IMAGES, SEED = 16, 800_000_001  # seeds that neither measurements, nor probes, nor H use

@@ -41,7 +41,7 @@ CORNER = (20.0, 4.0)  # FID and bits per weight: hypervolume is what a front dom
 
 
 def session_of(folder: Path, model: str) -> Any:
-    from aquabit.sensitivity.measure import open_session
+    from aquabit.measuring.session import open_session
     from aquabit.study import Study
 
     path = folder / f"searchers-{model}.db"
@@ -55,7 +55,7 @@ class Comparison:
 
     def __init__(self, session: Any, folder: Path, model: str):
         from aquabit.scheme import Budget
-        from aquabit.sensitivity.encoder import Encoder
+        from aquabit.sensitivity.features import Encoder
 
         self.session, self.model, self.path = session, model, folder / f"searchers-{model}.json"
         self.study, self.space, self.costs = session.study, session.space, session.costs
@@ -69,15 +69,15 @@ class Comparison:
         return [float(table.loc[c.digest]) for c in configs]
 
     def fit(self, configs: list[Any], values: np.ndarray) -> Any:
-        from aquabit.sensitivity.estimators import estimator_of
+        from aquabit.sensitivity.surrogate.estimators import estimator_of
 
         model = estimator_of("gbdt", self.encoder, 0).fit(self.encoder(*self.space.indices(configs)), values)
         return lambda weights, acts: model.predict(self.encoder(weights, acts))
 
     def screen(self, known: Sequence[tuple[Any, float]], proposed: list[Any]) -> np.ndarray:
-        from aquabit.sensitivity.estimators import Surrogate
-        from aquabit.sensitivity.fidelity import output_features
-        from aquabit.sensitivity.screening import MEMBERS, TREES
+        from aquabit.measuring.output_errors import output_features
+        from aquabit.sensitivity.surrogate.estimators import Surrogate
+        from aquabit.sensitivity.surrogate.output_error_surrogate import MEMBERS, TREES
 
         configs = [c for c, _ in known]
         outputs = self.session.outputs([*configs, *proposed], say)

@@ -40,7 +40,7 @@ def study_path(folder: Path, model: str) -> Path:
 
 
 def session_of(path: Path, model: str, folder: Path) -> Any:
-    from aquabit.sensitivity.measure import open_session
+    from aquabit.measuring.session import open_session
     from aquabit.study import Study
 
     return open_session(
@@ -99,8 +99,8 @@ def search(folder: Path, model: str, seeds: Sequence[int], bits: Sequence[float]
 
 def compared(folder: Path, model: str, session: Any) -> dict[str, list[Any]]:
     """name -> configurations: "ours 2.0 0", "program 2.0", "uniform usq3h", "oracle 2.0"."""
+    from aquabit.measuring.session import uniform_references
     from aquabit.scheme import QuantConfig
-    from aquabit.sensitivity.measure import uniform_references
 
     done = json.loads((folder / f"searches-{model}.json").read_text())
     found: dict[str, Any] = {}

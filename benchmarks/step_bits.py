@@ -56,7 +56,7 @@ QUICK = Size((41, 42), 32, 24, 1, 4, (0,))
 
 def session_of(folder: Path, model: str) -> Any:
     """A study of usq4h at all widths; the blocks of fresh seeds are measured in it."""
-    from aquabit.sensitivity.measure import open_session
+    from aquabit.measuring.session import open_session
     from aquabit.study import Study
 
     space = {"schemes": [WEIGHTS], "levels": [], "activations": [8, 6, 4]}
@@ -80,8 +80,8 @@ def per_bit(session: Any) -> dict[str, float]:
 
 def noise_ratios(session: Any, acts: Sequence[int]) -> tuple[dict[int, list[float]], list[float]]:
     """SNR of every step at some widths, and alpha_t^2 / sigma_t^2."""
-    from aquabit.quant.step_bits import signal_ratios
     from aquabit.scheme import Calibration
+    from benchmarks.research.step_bits_rule import signal_ratios
 
     here, protocol = session.here, session.protocol
     snr = {
@@ -94,7 +94,14 @@ def noise_ratios(session: Any, acts: Sequence[int]) -> tuple[dict[int, list[floa
 
 def patterns(session: Any, mean: float, low: int, high: int) -> dict[str, Any]:
     """The controls of one mean."""
-    from aquabit.quant.step_bits import Mix, by_snr, high_then_low, low_then_high, random_bits, uniform
+    from benchmarks.research.step_bits_rule import (
+        Mix,
+        by_snr,
+        high_then_low,
+        low_then_high,
+        random_bits,
+        uniform,
+    )
 
     steps = session.protocol.steps
     mix = Mix(session.space.uniform(WEIGHTS, 8), low, high, mean, per_bit(session))
@@ -110,7 +117,7 @@ def patterns(session: Any, mean: float, low: int, high: int) -> dict[str, Any]:
 
 def published(session: Any) -> dict[str, Any]:
     """PTQD's rule as it stands, over a4, a6 and a8, and the mix of layers that costs the same."""
-    from aquabit.quant.step_bits import Mix, merged, snr_bits, stepped, uniform
+    from benchmarks.research.step_bits_rule import Mix, merged, snr_bits, stepped, uniform
 
     snr, ratios = noise_ratios(session, (4, 6, 8))
     bits, costs = merged(snr_bits(snr, ratios)), per_bit(session)
@@ -188,9 +195,9 @@ def searched(session: Any, budget: Any, size: Size, seed: int) -> Any:
     on), then the best few told apart on seeds of their own, as ``flow.find_in`` does; no front."""
     import numpy as np
 
-    from aquabit import flow
+    from aquabit import workflows as flow
     from aquabit.search import find_candidates
-    from aquabit.sensitivity.surrogate import fit_from_study
+    from aquabit.sensitivity.surrogate.fit import fit_from_study
 
     study, metric, wanted = session.study, session.protocol.objective, size.rounds * size.per_round
 
@@ -226,8 +233,8 @@ def searched(session: Any, budget: Any, size: Size, seed: int) -> Any:
 def search(folder: Path, models: Sequence[str], size: Size) -> list[dict[str, Any]]:
     """Winners of searches that differ in whether activation bits may change in the middle of sampling, by
     seed of samples and search."""
+    from aquabit.measuring.session import open_session
     from aquabit.scheme import Budget
-    from aquabit.sensitivity.measure import open_session
     from aquabit.study import Study
 
     rows, model = [], "digits-unet"

@@ -45,7 +45,7 @@ FILE = RESULTS / "measurements.csv"
 
 
 def session_of(folder: Path, model: str) -> Any:
-    from aquabit.sensitivity.measure import open_session
+    from aquabit.measuring.session import open_session
     from aquabit.study import Study
 
     study, bank = Study(folder / f"surrogate-{model}.db"), str(folder / "bank")
@@ -59,7 +59,7 @@ def measure(session: Any, seeds: list[int], count: int) -> None:
 
 
 def swap_design(space: Any, seed: int) -> list[Any]:
-    from aquabit.sensitivity.design import Design
+    from aquabit.sensitivity.designs import Design
 
     return Design("swaps").draw(space, SWAPS, seed)
 
@@ -106,7 +106,7 @@ def again(session: Any) -> list[Any]:
 def ceiling(session: Any, model: str) -> list[dict[str, Any]]:
     """What a perfect prediction would score: the root of the within-budget SRCC between two sets of
     images."""
-    from aquabit.sensitivity.scores import noise_ceiling
+    from aquabit.sensitivity.surrogate.scores import noise_ceiling
 
     protocols = [session.protocol, session.protocol.block(CEILING_BLOCK)]
     session.measure(again(session), "sample", say, protocols[1:], "other images")
@@ -151,16 +151,16 @@ def restore(session: Any, model: str, count: int) -> None:
 def random_contexts(space: Any, cost: Any) -> tuple[Any, Any]:
     """The contexts that effects are predicted in: random ones near 3 bits, as those of
     benchmarks/truth.py."""
-    from aquabit.sensitivity.effects import draw_contexts
-    from aquabit.sensitivity.in_context import DRAWN
+    from aquabit.sensitivity.effects.context_effects import DRAWN
+    from aquabit.sensitivity.effects.predicted import draw_contexts
 
     return draw_contexts(space, cost, 3.0, DRAWN, np.random.default_rng([0, 0]))
 
 
 def outputs(session: Any, model: str, count: int) -> None:
     from aquabit.scheme import parse_swap
-    from aquabit.sensitivity.effects import find_players
-    from aquabit.sensitivity.in_context import swapped
+    from aquabit.sensitivity.effects.context_effects import swapped
+    from aquabit.sensitivity.effects.predicted import find_players
 
     space = session.space
     configs = [c for seed in SEEDS for c in (*space.sample(count, seed), *swap_design(space, seed))]
@@ -176,8 +176,8 @@ class Data:
     def __init__(self, folder: Path, model: str, count: int):
         from aquabit.cost import CostModel
         from aquabit.graph import from_json
-        from aquabit.sensitivity.encoder import Encoder
-        from aquabit.sensitivity.fidelity import output_features, stored
+        from aquabit.measuring.output_errors import output_features, stored
+        from aquabit.sensitivity.features import Encoder
         from aquabit.space import SearchSpace
         from aquabit.study import Study
 
@@ -219,8 +219,8 @@ class Data:
 
     def fitted(self, rows: np.ndarray) -> Any:
         """A FittedSurrogate of these rows alone; its out-of-fold parts are empty."""
-        from aquabit.sensitivity.estimators import estimator_of
-        from aquabit.sensitivity.surrogate import FittedSurrogate
+        from aquabit.sensitivity.surrogate.estimators import estimator_of
+        from aquabit.sensitivity.surrogate.fit import FittedSurrogate
 
         model = estimator_of("gbdt", self.encoder, 0).fit(
             self.encoder(self.weights[rows], self.acts[rows]), self.y[rows]
@@ -250,7 +250,7 @@ def held_out_score(
 ) -> list[float]:
     """Within-budget SRCC of predictions in units on rows of other seeds, cubics fitted on the training
     rows; and its 90 % bootstrap interval."""
-    from aquabit.sensitivity.scores import budget_terms, srcc
+    from aquabit.sensitivity.surrogate.scores import budget_terms, srcc
 
     terms = budget_terms(data.bits, data.mean_act)
 
@@ -265,8 +265,8 @@ def held_out_score(
 
 
 def curve(data: Data, model: str) -> list[dict[str, Any]]:
-    from aquabit.sensitivity.estimators import Surrogate, estimator_of
-    from aquabit.sensitivity.screening import MEMBERS, TREES
+    from aquabit.sensitivity.surrogate.estimators import Surrogate, estimator_of
+    from aquabit.sensitivity.surrogate.output_error_surrogate import MEMBERS, TREES
 
     rows = []
     for seed in SEEDS:
@@ -304,11 +304,11 @@ def effects(data: Data, model: str) -> list[dict[str, Any]]:
     where 90 % intervals of the real effects exclude 0, and how many predicted 90 % intervals hold the real
     effect."""
     from aquabit.scheme import parse_swap
-    from aquabit.sensitivity.combined import combine, real_means
-    from aquabit.sensitivity.effects import bootstrap, find_players, predict_effects
-    from aquabit.sensitivity.flips import training_swaps
-    from aquabit.sensitivity.in_context import refine
-    from aquabit.sensitivity.scores import srcc
+    from aquabit.sensitivity.effects.combine_effects import combine, real_means
+    from aquabit.sensitivity.effects.context_effects import refine
+    from aquabit.sensitivity.effects.predicted import bootstrap, find_players, predict_effects
+    from aquabit.sensitivity.effects.swaps import training_swaps
+    from aquabit.sensitivity.surrogate.scores import srcc
 
     players, rows = find_players(data.space, parse_swap(SWAP)), list[dict[str, Any]]()
     stored = [

@@ -21,8 +21,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from aquabit.kernels.backends.triton_kernels import (
+    triton_available,
+    triton_conv2d,
+    triton_linear,
+    triton_weight,
+)
 from aquabit.kernels.codebook import CodebookWeight
-from aquabit.kernels.triton_kernels import triton_available, triton_conv2d, triton_linear, triton_weight
 from benchmarks.flow import RESULTS, machine
 
 # bits, group, codebooks; tables per row (None: uniform codes), groups of inputs with a scale each

@@ -60,7 +60,7 @@ class Truth:
     """One model's contexts, and the configurations that its swaps compare."""
 
     def __init__(self, session: Any, contexts: int = CONTEXTS, others: bool = False):
-        from aquabit.sensitivity.effects import draw_contexts
+        from aquabit.sensitivity.effects.predicted import draw_contexts
 
         self.session, self.space = session, session.space
         count, draw, block = (OTHERS, 2, FIRST_BLOCK + CONTEXTS) if others else (CONTEXTS, 0, FIRST_BLOCK)
@@ -113,7 +113,7 @@ def say(what: str, done: int, total: int) -> None:
 
 
 def session_of(folder: Path, model: str) -> Any:
-    from aquabit.sensitivity.measure import open_session
+    from aquabit.measuring.session import open_session
     from aquabit.study import Study
 
     study, bank = Study(folder / f"truth-{model}.db"), str(folder / "bank")
@@ -253,7 +253,7 @@ def rows_of(truth: Truth, others: Truth, model: str) -> list[dict[str, Any]]:
 
 def reliability(rows: Sequence[dict[str, Any]]) -> float | None:
     """SRCC of the effects between even and odd contexts, stepped up to all of them (Spearman and Brown)."""
-    from aquabit.sensitivity.scores import srcc
+    from aquabit.sensitivity.surrogate.scores import srcc
 
     change = [np.subtract(r["after"], r["before"]) for r in rows]
     if not change or min(map(len, change)) < 4:

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from aquabit.quant.noise import NoiseEstimate
-from aquabit.quant.statistics import About, Statistics, sampler_facts
+from aquabit.quant.correction.noise import NoiseEstimate
+from aquabit.quant.correction.statistics import About, Statistics, sampler_facts
 
 OPEN = {"clip_sample": False}
 SDE = {"algorithm_type": "sde-dpmsolver++", "solver_order": 1}
@@ -156,6 +156,6 @@ def drawing(noise: Tensor):
         )
     ]
     with ExitStack() as stack:
-        for place in (*places, "aquabit.quant.correct.randn_tensor"):
+        for place in (*places, "aquabit.quant.correction.corrector.randn_tensor"):
             stack.enter_context(patch(place, lambda *args, **kwargs: noise.to(kwargs.get("dtype"))))
         yield

@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 
 from aquabit.scheme import Protocol
-from aquabit.sensitivity.measure import measure
 from aquabit.study import Study
+from aquabit.workflows import measure
 
 
 def child(pipeline: str, folder: Path) -> int:

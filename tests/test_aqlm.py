@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from aquabit.kernels import CodebookWeight
-from aquabit.quant.aqlm import from_aqlm, to_aqlm
+from aquabit.quant.schemes.aqlm import from_aqlm, to_aqlm
 from aquabit.quant.weights import quantize_weight
 from aquabit.scheme import AquabitError
 

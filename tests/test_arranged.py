@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from aquabit.formats import LOSS
 from aquabit.kernels.arranged import arrange, arranges
 from aquabit.kernels.codebook import CodebookWeight
+from aquabit.layer_formats import LOSS
 from aquabit.scheme import AquabitError, Scheme
 
 SCALAR = (

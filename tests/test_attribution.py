@@ -14,10 +14,9 @@ from scipy import stats
 
 from aquabit.cost import CostModel
 from aquabit.scheme import FP, AquabitError, Protocol, QuantConfig, Scheme, parse_swap
-from aquabit.sensitivity import validation
-from aquabit.sensitivity.attribution import Sensitivity, explain, save
-from aquabit.sensitivity.damages import Damages, good_contexts
-from aquabit.sensitivity.effects import (
+from aquabit.sensitivity.damages import Damages, damages_of, good_contexts
+from aquabit.sensitivity.effects import validation
+from aquabit.sensitivity.effects.predicted import (
     SWAP,
     default_swap,
     draw_contexts,
@@ -26,11 +25,18 @@ from aquabit.sensitivity.effects import (
     named_swap,
     shap_by_layer,
 )
-from aquabit.sensitivity.flips import predict_flips, top_layers, validation_scores
+from aquabit.sensitivity.effects.swaps import predict_flips, top_layers, validation_scores
+from aquabit.sensitivity.effects.validation import (
+    Contexts,
+    chosen_layers,
+    plan_flips,
+    rank_layers,
+    validate_in,
+)
 from aquabit.sensitivity.interactions import STRONGEST
-from aquabit.sensitivity.scores import srcc
-from aquabit.sensitivity.surrogate import FittedSurrogate, fit_from_study
-from aquabit.sensitivity.validation import Contexts, chosen_layers, plan_flips, rank_layers, validate_in
+from aquabit.sensitivity.result import Sensitivity, explain, save
+from aquabit.sensitivity.surrogate.fit import FittedSurrogate, fit_from_study
+from aquabit.sensitivity.surrogate.scores import srcc
 from aquabit.space import SearchSpace
 from aquabit.study import Study
 from tests.test_surrogate import PLANTED, World, near_study
@@ -578,7 +584,7 @@ def test_layers_are_ranked_by_damage_before_a_surrogate_can_be_fitted(probed: Wo
     study = probed.study(tmp_path / "s.db", 5)
     session, _ = session_of(probed, study)
     players = find_players(probed.space, parse_swap("usq4:usq2"))
-    ranked = rank_layers(session, players, 3.0, session.damages())
+    ranked = rank_layers(session, players, 3.0, damages_of(session))
     change = {
         k: probed.probes[k, "usq2"]["damage"] - probed.probes[k, "usq4"]["damage"]
         for k in probed.space.layers

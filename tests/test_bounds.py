@@ -13,9 +13,9 @@ import pytest
 from aquabit.cost import CostModel
 from aquabit.scheme import AquabitError, Budget
 from aquabit.search import Options, branch_and_bound, columns_of
-from aquabit.sensitivity.bounds import EnsembleBound
-from aquabit.sensitivity.encoder import SKETCH, Encoder
-from aquabit.sensitivity.estimators import AverageBits, Surrogate
+from aquabit.search.bounds import EnsembleBound
+from aquabit.sensitivity.features import SKETCH, Encoder
+from aquabit.sensitivity.surrogate.estimators import AverageBits, Surrogate
 from aquabit.space import SearchSpace, make_space
 
 
@@ -59,7 +59,9 @@ class Small:
         }
         self.encoder = Encoder(space, graph, errors, probes if probed else None)
         weights, acts = self.drawn = space.indices(space.sample(80, seed))
-        error = self.encoder.error[np.arange(count), weights] * (1 + self.encoder.lowness(acts)[0])
+        error = self.encoder.error[np.arange(count), weights] * (
+            1 + self.encoder.activation_reduction(acts)[0]
+        )
         y = self.y = np.exp(
             error @ rng.lognormal(0, 1, count) + 3 * np.sqrt(error[:, 0] * error[:, -1])
         ) + 0.1 * rng.random(80)

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from aquabit.pipelines import Adapter, trace
-from aquabit.quant import calibrate
-from aquabit.quant.calibrate import input_groups, moments, plan, record_calls
-from aquabit.quant.hessian import DAMPING, check_hessian
+from aquabit.quant.calibration import calibrator as calibrate
+from aquabit.quant.calibration.calibrator import input_groups, moments, plan, record_calls
+from aquabit.quant.calibration.hessian import DAMPING, check_hessian
 from aquabit.quant.model import QuantizedDenoiser
 from aquabit.scheme import AquabitError, Protocol, QuantConfig
 

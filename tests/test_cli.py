@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from aquabit.cli import app
+from aquabit.cli.app import app
 from aquabit.study import Study
 from tests.conftest import tiny_pipeline
 
@@ -236,7 +236,7 @@ def test_search_under_a_latency(folder, monkeypatch) -> None:
     """Latencies are made up, so that nothing hangs on how busy the machine is; tests/test_tuning.py
     measures some."""
     from aquabit.cost import Latency
-    from aquabit.search import searching
+    from aquabit.search import searcher as searching
 
     def table(evaluator, space, progress, protocol) -> Latency:
         bits = np.array([s.bits for s in space.schemes], float)
@@ -434,7 +434,7 @@ def test_interrupted_work_says_how_to_continue(folder, tmp_path) -> None:
     command = [
         sys.executable,
         "-m",
-        "aquabit.cli",
+        "aquabit.cli.app",
         "measure",
         str(folder / "pipe"),
         "--study",
@@ -465,7 +465,7 @@ def test_interrupted_work_says_how_to_continue(folder, tmp_path) -> None:
 
 def test_help_is_quick_and_imports_no_torch() -> None:
     code = (
-        "import sys; import aquabit.cli; sys.exit(any(m in sys.modules for m in ('torch', 'diffusers',"
+        "import sys; import aquabit.cli.app; sys.exit(any(m in sys.modules for m in ('torch', 'diffusers',"
         " 'pandas', 'matplotlib', 'numpy')))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

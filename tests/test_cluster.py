@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 
 from aquabit.graph import to_json
+from aquabit.measuring import ray_pool as cluster
+from aquabit.measuring.session import open_model, pool_for
 from aquabit.scheme import AquabitError, Protocol
-from aquabit.sensitivity import cluster
-from aquabit.sensitivity.measure import measure, open_model, pool_for
 from aquabit.study import Study
+from aquabit.workflows import measure
 from tests.conftest import tiny_pipeline
 
 pytest.importorskip("ray")

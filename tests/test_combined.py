@@ -11,13 +11,13 @@ import pytest
 
 from aquabit.cost import CostModel
 from aquabit.scheme import Scheme
-from aquabit.sensitivity.combined import Combined, combine
-from aquabit.sensitivity.design import PER_CONTEXT, Design
-from aquabit.sensitivity.effects import Player, find_players, interval
-from aquabit.sensitivity.estimators import Surrogate
-from aquabit.sensitivity.flips import training_swaps
-from aquabit.sensitivity.scores import srcc
-from aquabit.sensitivity.surrogate import FittedSurrogate
+from aquabit.sensitivity.designs import PER_CONTEXT, Design
+from aquabit.sensitivity.effects.combine_effects import Combined, combine
+from aquabit.sensitivity.effects.predicted import Player, find_players, interval
+from aquabit.sensitivity.effects.swaps import training_swaps
+from aquabit.sensitivity.surrogate.estimators import Surrogate
+from aquabit.sensitivity.surrogate.fit import FittedSurrogate
+from aquabit.sensitivity.surrogate.scores import srcc
 from tests.test_surrogate import World
 
 FOUR, TWO = Scheme.parse("usq4"), Scheme.parse("usq2")

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from aquabit.quant.correct import Corrector, matched_direction
-from aquabit.quant.noise import NoiseSums, estimate
-from aquabit.quant.samplers import prediction_type, step_facts
-from aquabit.quant.sampling import Watcher, following
-from aquabit.quant.statistics import Statistics
+from aquabit.quant.correction.corrector import Corrector, matched_direction
+from aquabit.quant.correction.noise import NoiseSums, estimate
+from aquabit.quant.correction.samplers import prediction_type, step_facts
+from aquabit.quant.correction.sampling import Watcher, following
+from aquabit.quant.correction.statistics import Statistics
 from tests.chains import NOISY, OPEN, STILL, Given, Sampler, drawing, known, sampled
 
 STEPS = 10

@@ -26,14 +26,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from aquabit import packing
+from aquabit.measuring.evaluator import Evaluator
 from aquabit.pipelines import Adapter, denoiser_of, load, noise_statistics, trace
 from aquabit.quant.bank import Bank
-from aquabit.quant.correct import corrected_, statistics_of
+from aquabit.quant.correction.corrector import corrected_, statistics_of
+from aquabit.quant.correction.sampling import watchers_of
+from aquabit.quant.correction.statistics import Statistics
 from aquabit.quant.model import QuantizedDenoiser, fingerprint
-from aquabit.quant.sampling import watchers_of
-from aquabit.quant.statistics import Statistics
 from aquabit.scheme import AquabitError, Calibration, Protocol, QuantConfig
-from aquabit.sensitivity.evaluator import Evaluator
 from aquabit.space import make_space
 from tests.conftest import SCHEDULER, tiny_pipeline
 from tests.families import TINY

@@ -10,17 +10,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from aquabit import flow, packing
+from aquabit import packing
+from aquabit import workflows as flow
+from aquabit.measuring.session import open_session, uniform_references
 from aquabit.pipelines import ClassConditionalPipeline, trace
-from aquabit.quant import correct
+from aquabit.quant.correction import corrector as correct
 from aquabit.quant.model import fingerprint
 from aquabit.scheme import AquabitError, Calibration, Protocol, QuantConfig
-from aquabit.sensitivity.correction import correction_shift, noise_facts
-from aquabit.sensitivity.estimators import Target
-from aquabit.sensitivity.measure import measure, open_session, uniform_references
-from aquabit.sensitivity.surrogate import training_table
+from aquabit.sensitivity.correction_gain import correction_shift, noise_facts
+from aquabit.sensitivity.surrogate.estimators import Target
+from aquabit.sensitivity.surrogate.fit import training_table
 from aquabit.space import SearchSpace, make_space, read_space
 from aquabit.study import Study
+from aquabit.workflows import measure
 from tests.conftest import tiny_pipeline
 
 PROTOCOL = Protocol(images=6, steps=2, micro_batch=6)
@@ -119,7 +121,7 @@ def test_a_sampler_that_cannot_be_corrected_so_is_refused_before_anything_is_mad
 
 
 def test_a_configuration_that_cannot_be_corrected_is_a_failed_measurement(tmp_path, dit, monkeypatch) -> None:
-    monkeypatch.setattr(correct, "LEAST", 100.0)  # every slope is too small to divide by
+    monkeypatch.setattr(correct, "MIN_DIVISOR", 100.0)  # every slope is too small to divide by
     study = Study(tmp_path / "s.db")
     measure(dit, study, 2, protocol=PROTOCOL, space=SPACE, bank=str(tmp_path / "bank"))
     failed = study.measurements(failed=True)
@@ -214,7 +216,7 @@ def test_noise_that_cannot_be_corrected_leaves_its_statistics_and_the_reason(
 ) -> None:
     pipe, folder = begun
     study = copied(begun, tmp_path)
-    monkeypatch.setattr(correct, "LEAST", 100.0)
+    monkeypatch.setattr(correct, "MIN_DIVISOR", 100.0)
     with open_session(pipe, study, bank=str(folder / "bank")) as session:
         facts = noise_facts(session, session.space.uniform("usq2"), [PROTOCOL.block(11)])
     assert "cnc would divide" in facts["reason"] and len(facts["rows"]) == 2 and facts["protocols"] == []

@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from aquabit.kernels.arranged import Arranged, arrange
-from aquabit.kernels.codebook import CodebookWeight
-from aquabit.kernels.decode import (
+from aquabit.kernels.backends.decode import (
     _native,
     _operands,
     _Weight,
@@ -25,7 +24,8 @@ from aquabit.kernels.decode import (
     decode_linear,
     decode_refuses,
 )
-from aquabit.kernels.decode_tiles import scratch
+from aquabit.kernels.backends.decode_tiles import scratch
+from aquabit.kernels.codebook import CodebookWeight
 from aquabit.kernels.fake_quant import fake_quantize
 from aquabit.scheme import AquabitError
 

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from aquabit.cost import CostModel
+from aquabit.measuring import session as measuring
 from aquabit.pipelines import trace
 from aquabit.scheme import FP, AquabitError, Protocol, Scheme, act_of, act_text
-from aquabit.sensitivity import design
-from aquabit.sensitivity import measure as measuring
+from aquabit.sensitivity import designs as design
 from aquabit.sensitivity.damages import Damages, gibbs
-from aquabit.sensitivity.design import (
+from aquabit.sensitivity.designs import (
     BLOCK,
     DEFAULT,
     DESIGNS,
@@ -27,12 +27,12 @@ from aquabit.sensitivity.design import (
     next_batch,
     telling,
 )
-from aquabit.sensitivity.estimators import Surrogate
-from aquabit.sensitivity.groups import group_numbers
-from aquabit.sensitivity.measure import measure
-from aquabit.sensitivity.surrogate import fold_numbers, grouped_folds
+from aquabit.sensitivity.shared_contexts import group_numbers
+from aquabit.sensitivity.surrogate.estimators import Surrogate
+from aquabit.sensitivity.surrogate.fit import fold_numbers, grouped_folds
 from aquabit.space import BITS_RANGE, SearchSpace, make_space
 from aquabit.study import Study
+from aquabit.workflows import measure
 from tests.conftest import tiny_pipeline
 from tests.test_surrogate import World
 

@@ -17,21 +17,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from aquabit.kernels import (
-    CodebookWeight,
-    codebook_conv2d,
-    codebook_linear,
-    dispatch,
-    fake_quantize,
-    measuring,
-    timings,
-)
+from aquabit.kernels import CodebookWeight, codebook_conv2d, codebook_linear, dispatch, fake_quantize, timings
+from aquabit.kernels import time_requests as measuring
 from aquabit.kernels.arranged import Arranged, arrange
 from aquabit.kernels.backends import BACKENDS, Backend
+from aquabit.kernels.backends.reference import decoded
 from aquabit.kernels.dispatch import held, moved, observed, select, serving, static_order, using
-from aquabit.kernels.measuring import measure, random_weight
-from aquabit.kernels.reference import decoded
-from aquabit.kernels.request import Format, Request, bucket, format_of, hollow
+from aquabit.kernels.request import Format, Request, bucket, empty_like, format_of
+from aquabit.kernels.time_requests import measure, random_weight
 from aquabit.kernels.timings import Timings
 from aquabit.scheme import AquabitError
 
@@ -207,13 +200,13 @@ def test_buckets_are_powers_of_two_nearby(rows: int, pixels: int) -> None:
 @pytest.mark.parametrize("form", FORMATS, ids=str)
 def test_the_facts_of_a_weight_survive_its_arrangement(form: Format) -> None:
     weight = random_weight(form)
-    assert format_of(weight) == form == format_of(hollow(form))
+    assert format_of(weight) == form == format_of(empty_like(form))
     for name in (
         ("shape", "span", "width", "segments", "scalar", "channels")
         if form.unarranged is None
         else ("shape", "groups")
     ):
-        assert getattr(hollow(form), name) == getattr(held(weight), name), (
+        assert getattr(empty_like(form), name) == getattr(held(weight), name), (
             "what has no numbers is otherwise the same"
         )
     assert (form.unarranged is None) == isinstance(held(weight), Arranged)

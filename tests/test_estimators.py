@@ -16,10 +16,10 @@ from sklearn.base import clone
 from aquabit.cost import CostModel
 from aquabit.reports import summary
 from aquabit.scheme import AquabitError
-from aquabit.sensitivity.attribution import explain
-from aquabit.sensitivity.effects import bootstrap, shap_by_layer
-from aquabit.sensitivity.encoder import SKETCH, Encoder
-from aquabit.sensitivity.estimators import (
+from aquabit.sensitivity.effects.predicted import bootstrap, shap_by_layer
+from aquabit.sensitivity.features import SKETCH, Encoder
+from aquabit.sensitivity.result import explain
+from aquabit.sensitivity.surrogate.estimators import (
     ESTIMATORS,
     AverageBits,
     GraphNetwork,
@@ -28,13 +28,13 @@ from aquabit.sensitivity.estimators import (
     estimator_of,
     predict_all,
 )
-from aquabit.sensitivity.graph_network import soft_spearman, upstream
-from aquabit.sensitivity.scores import srcc
-from aquabit.sensitivity.surrogate import cross_validate, fit_from_study
-from aquabit.sensitivity.tuning import GRIDS, candidates, tune
-from aquabit.sensitivity.verdict import judged, needed
+from aquabit.sensitivity.surrogate.fit import cross_validate, fit_from_study
+from aquabit.sensitivity.surrogate.graph_network import soft_spearman, upstream
+from aquabit.sensitivity.surrogate.scores import srcc
+from aquabit.sensitivity.surrogate.trust import assess, needed
 from aquabit.space import make_space
 from aquabit.study import Study
+from benchmarks.research.tuning import GRIDS, candidates, tune
 from tests.test_surrogate import World
 
 SCHEMES = ("usq2", "usq3", "usq4", "vq2", "vq4")
@@ -320,11 +320,11 @@ def test_constant_labels(small: Small, tmp_path) -> None:
 
 def test_few_measurements_are_said(small: Small, tmp_path) -> None:
     scores = {"within_budget_srcc": 0.05, "within_budget_interval": (-0.1, 0.2), "useful": False}
-    judgement = judged(scores, "gbdt", 20, 12)
+    judgement = assess(scores, "gbdt", 20, 12)
     assert needed(12) == 24 and len(judgement["cautions"]) == 2
     assert judgement["cautions"][0].startswith("The surrogate is no better than average bits")
     assert "needs 24: intervals of what no real swap checks may be too narrow" in judgement["cautions"][1]
-    assert judged({**scores, "useful": True}, "gbdt", 24, 12)["cautions"] == []
+    assert assess({**scores, "useful": True}, "gbdt", 24, 12)["cautions"] == []
     fitted = fit_from_study(small.study(tmp_path / "few.db", 22), estimator="ridge_one_hot")
     assert (
         fitted.scores["needed"] == 24

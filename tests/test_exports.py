@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from aquabit.cli import app
+from aquabit.cli.app import app
 from aquabit.exports import TARGETS, Export, export_config
 from aquabit.graph import layers, meta_denoiser, trace
 from aquabit.scheme import LayerChoice, QuantConfig, Scheme, StepGroups

@@ -16,7 +16,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import aquabit
-from aquabit.cli import app
+from aquabit.cli.app import app
 from aquabit.cost import CostModel
 from aquabit.graph import meta_denoiser
 from aquabit.graph import trace as trace_denoiser
@@ -241,7 +241,7 @@ def test_memory_that_ends_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(pipe.unet, "forward", full)
     with pytest.raises(
-        AquabitError, match="memory ended while DDPMPipeline made 4 images at once; lower --micro-batch"
+        AquabitError, match="out of memory while DDPMPipeline made 4 images at once; lower --micro-batch"
     ):
         images(pipe, protocol_for("ddpm"))
 
@@ -261,7 +261,7 @@ def test_a_preset_fills_what_is_not_given(
 ) -> None:
     seen: list[Protocol] = []
     monkeypatch.setattr(
-        "aquabit.sensitivity.measure.measure", lambda *_, protocol, **__: seen.append(protocol) or 0
+        "aquabit.measuring.session.measure", lambda *_, protocol, **__: seen.append(protocol) or 0
     )
     result = CliRunner().invoke(
         app, ["measure", "digits-unet", "--study", str(tmp_path / "S.db"), "--preset", "ptqd-ldm4", *given]

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from aquabit.cost import weight_bytes
 from aquabit.kernels.codebook import CodebookWeight
-from aquabit.quant import feedback
-from aquabit.quant.feedback import kmeans_with_feedback, uniform_with_feedback
-from aquabit.quant.hessian import output_error
-from aquabit.quant.levels import Affine, Levels, Table, problem_of
-from aquabit.quant.scalar import kmeans, lloyd, uniform
+from aquabit.quant.calibration.hessian import output_error
+from aquabit.quant.schemes import output_aware as feedback
+from aquabit.quant.schemes.levels import Affine, Levels, Table, problem_of
+from aquabit.quant.schemes.output_aware import kmeans_with_feedback, uniform_with_feedback
+from aquabit.quant.schemes.scalar import kmeans, lloyd, uniform
 from aquabit.scheme import AquabitError, Scheme
 
 SHAPES = st.one_of(

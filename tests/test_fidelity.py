@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import nn
 
+from aquabit.measuring.evaluator import Evaluator
+from aquabit.measuring.output_errors import OutputErrors, stored
 from aquabit.pipelines import replay_recorder, trace
 from aquabit.quant.bank import Bank
+from aquabit.quant.finetuning.replay import Recorded, Recording
 from aquabit.quant.model import fingerprint
-from aquabit.quant.replay import Recorded, Recording
 from aquabit.scheme import Protocol, StepGroups
-from aquabit.sensitivity.evaluator import Evaluator
-from aquabit.sensitivity.fidelity import OutputErrors, stored
 from aquabit.space import make_space
 
 PROTOCOL = Protocol(images=4, steps=4, micro_batch=4)

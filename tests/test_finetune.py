@@ -18,17 +18,18 @@ from torch.nn import functional
 from typer.testing import CliRunner
 
 import aquabit
-from aquabit.cli import app
+from aquabit.cli.app import app
 from aquabit.cost import CostModel
 from aquabit.graph import to_json
 from aquabit.kernels import fake_quantize
+from aquabit.measuring.evaluator import Evaluator
 from aquabit.packing import quantize
 from aquabit.pipelines import replay_recorder
-from aquabit.quant import finetune as module
 from aquabit.quant.attention import quantized_attention
 from aquabit.quant.bank import Bank
-from aquabit.quant.finetune import FineTuning, Tuned, code_bits, finetune
-from aquabit.quant.finetune_settings import COARSE_RATE, FINE_RATE
+from aquabit.quant.finetuning import finetune as module
+from aquabit.quant.finetuning.finetune import FineTuning, Tuned, code_bits, finetune
+from aquabit.quant.finetuning.settings import COARSE_RATE, FINE_RATE
 from aquabit.quant.layers import QuantConv2d, QuantLinear
 from aquabit.quant.model import QuantizedDenoiser, fingerprint
 from aquabit.scheme import (
@@ -41,8 +42,7 @@ from aquabit.scheme import (
     Scheme,
     StepGroups,
 )
-from aquabit.sensitivity.evaluator import Evaluator
-from aquabit.sensitivity.surrogate import training_table
+from aquabit.sensitivity.surrogate.fit import training_table
 from aquabit.space import make_space
 from aquabit.study import Study
 from tests.conftest import tiny_pipeline

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from aquabit.kernels.codebook import CodebookWeight
-from aquabit.quant.finetune_settings import FineTuning
-from aquabit.quant.finetune_step import Optimizer, shared_parameters, within_trust
-from aquabit.quant.finetune_weight import Parameter, TrainedWeight
+from aquabit.quant.finetuning.settings import FineTuning
+from aquabit.quant.finetuning.step import Optimizer, shared_parameters, within_trust
+from aquabit.quant.finetuning.weight import Parameter, TrainedWeight
 from aquabit.quant.weights import quantize_weight, quantize_weights
 from aquabit.scheme import Scheme
 

@@ -14,19 +14,21 @@ import torch
 from torch import Tensor
 
 from aquabit import packing
+from aquabit.measuring.evaluator import Evaluator
+from aquabit.measuring.session import open_model
 from aquabit.pipelines import Adapter, recorder, trace
-from aquabit.quant import calibrate, fitting
 from aquabit.quant.bank import Bank
-from aquabit.quant.calibrate import input_groups, moments
-from aquabit.quant.fitting import Need
-from aquabit.quant.hessian import output_error
+from aquabit.quant.calibration import calibrator as calibrate
+from aquabit.quant.calibration import fitting
+from aquabit.quant.calibration.calibrator import input_groups, moments
+from aquabit.quant.calibration.fitting import FitRequest
+from aquabit.quant.calibration.hessian import output_error
 from aquabit.quant.model import QuantizedDenoiser, fingerprint
 from aquabit.quant.weights import quantize_weight, quantize_weights
 from aquabit.scheme import FP, AquabitError, Calibration, Protocol, QuantConfig, Scheme
-from aquabit.sensitivity.evaluator import Evaluator
-from aquabit.sensitivity.measure import measure, open_model
 from aquabit.space import SearchSpace, make_space
 from aquabit.study import Study
+from aquabit.workflows import measure
 
 PROTOCOL = Protocol(images=4, steps=2, micro_batch=4)
 CALIBRATION = Calibration(images=4, steps=2)
@@ -141,7 +143,7 @@ def test_each_activation_width_has_its_own_fit(dit, tmp_path) -> None:
         model.apply(mixed(space, (act,)))
     fitter = model.fitter
     for name, scheme in zip(KEPT, (SHARED, SHARED, USQ, AQ, VQ), strict=True):
-        needs = [Need(name, scheme, a) for a in (16, 8, 6)]
+        needs = [FitRequest(name, scheme, a) for a in (16, 8, 6)]
         decoded = [f.coded.dequantize() for f in (fitter.found(n, CALIBRATION) for n in needs) if f]
         differ = not torch.equal(decoded[1], decoded[2]) and not torch.equal(decoded[0], decoded[2])
         assert len({fitter.context(n, CALIBRATION) for n in needs}) == (1 if scheme.shared else 3)
@@ -152,7 +154,7 @@ def test_each_activation_width_has_its_own_fit(dit, tmp_path) -> None:
                 torch.equal(model.layers[name].weight, decoded[(16, 8, 6).index(act)])
                 and model.layers[name].act == act
             )
-    assert {fitter.context(Need(Q0, Scheme.parse("usq2"), a), CALIBRATION) for a in (16, 8, 6)} == {""}
+    assert {fitter.context(FitRequest(Q0, Scheme.parse("usq2"), a), CALIBRATION) for a in (16, 8, 6)} == {""}
 
 
 def test_layers_that_share_codebooks_may_differ_in_activation_bits(dit, tmp_path) -> None:
@@ -181,7 +183,7 @@ def test_a_fit_is_that_of_the_layers_own_input(dit, tmp_path) -> None:
     for name, scheme, act in ((V0, USQ, 8), (DOWN0, AQ, 6), (DOWN1, VQ, 8)):
         hessian = moments(plain, calls, [(name,)], [act])[name, act].hessian
         expected = quantize_weight(plain.full(name), scheme, hessian)
-        fit = model.fitter.found(Need(name, scheme, act), CALIBRATION)
+        fit = model.fitter.found(FitRequest(name, scheme, act), CALIBRATION)
         assert fit is not None and torch.equal(fit.coded.dequantize(), expected.dequantize()), name
         assert fit.output == pytest.approx(
             output_error(plain.full(name), expected.dequantize(), hessian), rel=1e-6
@@ -201,7 +203,7 @@ def test_a_fit_is_that_of_the_layers_own_input(dit, tmp_path) -> None:
 
 
 def test_keys_hold_all_that_a_fit_depends_on(dit, tmp_path) -> None:
-    model, need = opened(dit, tmp_path).fitter, Need(Q0, USQ, 8)
+    model, need = opened(dit, tmp_path).fitter, FitRequest(Q0, USQ, 8)
     contexts = {"": model.context(need, CALIBRATION), "act": model.context(replace(need, act=6), CALIBRATION)}
     for change in (
         {"steps": 3},
@@ -213,17 +215,19 @@ def test_keys_hold_all_that_a_fit_depends_on(dit, tmp_path) -> None:
         {"eta": 0.1},
     ):
         contexts[str(change)] = model.context(need, replace(CALIBRATION, **change))
-    contexts["shared"] = model.context(Need(Q0, SHARED, 8), CALIBRATION)
+    contexts["shared"] = model.context(FitRequest(Q0, SHARED, 8), CALIBRATION)
     assert len(set(contexts.values())) == len(contexts)
     assert model.context(need, None) == model.context(need, Calibration()) != contexts[""]
-    assert model.context(Need(Q0, VQ, 8), CALIBRATION) == contexts[""], (
+    assert model.context(FitRequest(Q0, VQ, 8), CALIBRATION) == contexts[""], (
         "the scheme's text is in the file's name"
     )
     paths = {
         model.bank.path(model.model.key(Q0), s, contexts[""]) for s in (USQ, VQ, AQ, Scheme.parse("usq3"))
     }
     assert len(paths) == 4
-    assert model.context(Need(Q0, SHARED, 8), CALIBRATION) == model.context(Need(Q1, SHARED, 8), CALIBRATION)
+    assert model.context(FitRequest(Q0, SHARED, 8), CALIBRATION) == model.context(
+        FitRequest(Q1, SHARED, 8), CALIBRATION
+    )
 
     with torch.no_grad():
         dit.denoiser.pos_embed.proj.weight.mul_(
@@ -233,18 +237,18 @@ def test_keys_hold_all_that_a_fit_depends_on(dit, tmp_path) -> None:
     assert (
         upstream.model.key(Q0) == model.model.key(Q0) and upstream.context(need, CALIBRATION) != contexts[""]
     )
-    assert upstream.context(Need(Q0, Scheme.parse("usq3"), 8), CALIBRATION) == "", (
+    assert upstream.context(FitRequest(Q0, Scheme.parse("usq3"), 8), CALIBRATION) == "", (
         "what sees the weight alone is found whatever is upstream"
     )
 
 
 def test_shared_fits_depend_on_every_member(dit, tmp_path) -> None:
     model = opened(dit, tmp_path)
-    one = model.fitter.context(Need(Q0, SHARED, 8), CALIBRATION)
+    one = model.fitter.context(FitRequest(Q0, SHARED, 8), CALIBRATION)
     model._keys[Q1] = "another"
-    assert model.fitter.context(Need(Q0, SHARED, 8), CALIBRATION) != one
-    assert model.fitter.context(Need(Q0, AQ, 8), CALIBRATION) == opened(dit, tmp_path).fitter.context(
-        Need(Q0, AQ, 8), CALIBRATION
+    assert model.fitter.context(FitRequest(Q0, SHARED, 8), CALIBRATION) != one
+    assert model.fitter.context(FitRequest(Q0, AQ, 8), CALIBRATION) == opened(dit, tmp_path).fitter.context(
+        FitRequest(Q0, AQ, 8), CALIBRATION
     )
 
 
@@ -282,8 +286,10 @@ def test_one_model_switches_between_calibrations(dit, tmp_path) -> None:
         replace(CALIBRATION, seed=1),
         replace(CALIBRATION, seed=2),
     ):  # the same layer, one right after the other
-        fresh = opened(dit, tmp_path / "three").fitter.coded(Need(V0, USQ, 8), calibration)
-        assert torch.equal(model.fitter.coded(Need(V0, USQ, 8), calibration).dequantize(), fresh.dequantize())
+        fresh = opened(dit, tmp_path / "three").fitter.coded(FitRequest(V0, USQ, 8), calibration)
+        assert torch.equal(
+            model.fitter.coded(FitRequest(V0, USQ, 8), calibration).dequantize(), fresh.dequantize()
+        )
 
 
 # ---- the same whoever makes them
@@ -309,7 +315,7 @@ def test_evicted_fits_come_back_to_the_bit(dit, tmp_path) -> None:
     more = opened(dit, tmp_path / "three")  # among many others
     more.fitter.fit(
         [
-            Need(n, s, a)
+            FitRequest(n, s, a)
             for n in KEPT
             for s in (*AWARE, Scheme.parse("usq2"))
             if n != V0 or not s.shared
@@ -469,7 +475,9 @@ def test_unreadable_fits_are_made_again_and_leave_the_other_layers_alone(
     assert equal(weights(again), expected) and {n: layer.act for n, layer in again.layers.items()} == acts
     if damage == "truncated":
         one = opened(dit, tmp_path)
-        path = one.fitter.bank.path(one.key(DOWN1), VQ, one.fitter.context(Need(DOWN1, VQ, 8), CALIBRATION))
+        path = one.fitter.bank.path(
+            one.key(DOWN1), VQ, one.fitter.context(FitRequest(DOWN1, VQ, 8), CALIBRATION)
+        )
         path.write_bytes(b"nothing")
         one.apply(config)  # all others are found
         assert equal(weights(one), expected) and {n: layer.act for n, layer in one.layers.items()} == acts
@@ -484,20 +492,20 @@ def test_unreadable_fits_are_made_again_and_leave_the_other_layers_alone(
 
 def test_a_fit_of_a_member_is_a_fit_of_all(dit, tmp_path, fits) -> None:
     model = opened(dit, tmp_path)
-    one = model.fitter.coded(Need(Q0, SHARED, 8), CALIBRATION)
+    one = model.fitter.coded(FitRequest(Q0, SHARED, 8), CALIBRATION)
     assert fits == [("aq1x4g4s", 2)]
-    assert model.fitter.has(Need(Q1, SHARED, 8), CALIBRATION) and not model.fitter.has(
-        Need(DOWN1, SHARED, 8), CALIBRATION
+    assert model.fitter.has(FitRequest(Q1, SHARED, 8), CALIBRATION) and not model.fitter.has(
+        FitRequest(DOWN1, SHARED, 8), CALIBRATION
     )
-    other = model.fitter.coded(Need(Q1, SHARED, 8), CALIBRATION)
+    other = model.fitter.coded(FitRequest(Q1, SHARED, 8), CALIBRATION)
     assert fits == [("aq1x4g4s", 2)] and one.codebooks is not None and other.codebooks is not None
     assert torch.equal(one.codebooks, other.codebooks) and not torch.equal(one.packed, other.packed)
     for path in tmp_path.glob(f"{model.key(Q1)}*"):
         path.unlink()
-    assert torch.equal(model.fitter.coded(Need(Q1, SHARED, 8), CALIBRATION).packed, other.packed), (
+    assert torch.equal(model.fitter.coded(FitRequest(Q1, SHARED, 8), CALIBRATION).packed, other.packed), (
         "one lost member is the same again"
     )
-    assert torch.equal(model.fitter.coded(Need(Q0, SHARED, 8), CALIBRATION).packed, one.packed)
+    assert torch.equal(model.fitter.coded(FitRequest(Q0, SHARED, 8), CALIBRATION).packed, one.packed)
 
 
 # ---- what is said
@@ -570,9 +578,9 @@ def test_layers_that_did_not_run_are_named(dit, tmp_path) -> None:
     calls = fitter.record(CALIBRATION)  # type: ignore[misc]
     fitter._calls = (CALIBRATION, calls, [g for g in input_groups(fitter.model, calls) if DOWN1 not in g])
     with pytest.raises(AquabitError, match=rf"'{DOWN1}' did not run during calibration") as error:
-        fitter.coded(Need(DOWN1, USQ, 8), CALIBRATION)
+        fitter.coded(FitRequest(DOWN1, USQ, 8), CALIBRATION)
     assert "\n" not in str(error.value)
-    fitter.coded(Need(DOWN0, USQ, 8), CALIBRATION)
+    fitter.coded(FitRequest(DOWN0, USQ, 8), CALIBRATION)
 
 
 @pytest.mark.parametrize("way", ["prepare", "quantize"])
@@ -594,7 +602,7 @@ def test_progress_names_layer_and_loss(dit, tmp_path, way: str) -> None:
         lines = [text for text, _, _ in told if name in text and str(choice.weight) in text]
         assert lines, name
         if choice.weight.calibrated:
-            fit = model.fitter.found(Need(name, choice.weight, choice.act), CALIBRATION)
+            fit = model.fitter.found(FitRequest(name, choice.weight, choice.act), CALIBRATION)
             assert fit is not None and fit.output is not None
             act = 8 if choice.weight.shared else choice.act
             assert f"quantizing: {name} {choice.weight} a{act}, loss {fit.output:.4f}" == lines[-1]
@@ -680,7 +688,7 @@ def test_h_is_measured_where_it_is_needed_and_once_for_all_schemes_of_a_layer(
     monkeypatch.setattr(fitting, "moments", watched)
     model, other = opened(dit, tmp_path), Scheme.parse("aq2x3g4s")
     model.fitter.fit(
-        [Need(n, s, a) for n in (Q0, V0) for s in (USQ, AQ, SHARED, other) for a in (8, 6)], CALIBRATION
+        [FitRequest(n, s, a) for n in (Q0, V0) for s in (USQ, AQ, SHARED, other) for a in (8, 6)], CALIBRATION
     )
     v1 = V0.replace("blocks.0", "blocks.1")
     assert asked == [({Q0, V0}, [8, 6]), ({Q0, Q1}, [8]), ({V0, v1}, [8])]

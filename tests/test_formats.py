@@ -11,11 +11,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aquabit.formats import FORMATS, LEVELS, LOSS, REACH, WORTH, expected_loss, layer_formats, stored_bits
 from aquabit.graph import codebook_names, layers
+from aquabit.layer_formats import (
+    BUDGET_TOLERANCE_BITS,
+    FORMATS,
+    LEVELS,
+    LOSS,
+    MOST_OVERHEAD,
+    expected_loss,
+    layer_formats,
+    stored_bits,
+)
+from aquabit.measuring.session import uniform_references
 from aquabit.pipelines import bundled_models, load, trace
 from aquabit.scheme import FP, AquabitError, Scheme
-from aquabit.sensitivity.measure import uniform_references
 from aquabit.space import TINY, SearchSpace, make_space, read_space
 from tests.conftest import tiny_pipeline
 
@@ -77,7 +86,7 @@ def test_formats_are_worth_their_codebooks_and_the_best_of_their_level(
         assert scheme.kind == "aq" and stored_bits(scheme, shape, sharers) == pytest.approx(
             stored(scheme, shape, sharers)
         )
-        assert stored(scheme, shape, sharers) <= WORTH * parts(scheme, shape)[3] * (1 + 1e-12)
+        assert stored(scheme, shape, sharers) <= MOST_OVERHEAD * parts(scheme, shape)[3] * (1 + 1e-12)
         assert not scheme.shared or sharers > 1
         assert parts(scheme, shape)[2] <= prod(shape[1:])
     row = FORMATS["* 1x1" if prod(shape[2:]) == 1 else "*"]
@@ -85,17 +94,18 @@ def test_formats_are_worth_their_codebooks_and_the_best_of_their_level(
         near = [
             s
             for s in map(Scheme.parse, row)
-            if abs(parts(s, shape)[3] - level) <= REACH
+            if abs(parts(s, shape)[3] - level) <= BUDGET_TOLERANCE_BITS
             and parts(s, shape)[2] <= prod(shape[1:])
             and (sharers > 1 or not s.shared)
-            and stored(s, shape, sharers) <= WORTH * parts(s, shape)[3]
+            and stored(s, shape, sharers) <= MOST_OVERHEAD * parts(s, shape)[3]
         ]
         if not near:
-            assert not any(abs(b - level) <= REACH for b in bits)
+            assert not any(abs(b - level) <= BUDGET_TOLERANCE_BITS for b in bits)
             continue
         best = min(criterion(s, shape, sharers) for s in near)
         assert any(
-            abs(parts(s, shape)[3] - level) <= REACH and criterion(s, shape, sharers) <= best + 1e-9
+            abs(parts(s, shape)[3] - level) <= BUDGET_TOLERANCE_BITS
+            and criterion(s, shape, sharers) <= best + 1e-9
             for s in found
         )
 
@@ -149,9 +159,12 @@ def test_losses_are_told_of_formats_that_were_measured() -> None:
     assert expected_loss(Scheme.parse("aq2x5g4")) == expected_loss(Scheme.parse("usq4")) == 2.4
     assert {s.removesuffix("s") for row in FORMATS.values() for s in row} == set(LOSS)
     for level in LEVELS:
-        assert any(abs(parts(Scheme.parse(f), (64, 64))[3] - level) <= REACH for f in FORMATS["* 1x1"])
         assert any(
-            abs(parts(Scheme.parse(f), (64, 64, 3, 3))[3] - level) <= REACH
+            abs(parts(Scheme.parse(f), (64, 64))[3] - level) <= BUDGET_TOLERANCE_BITS
+            for f in FORMATS["* 1x1"]
+        )
+        assert any(
+            abs(parts(Scheme.parse(f), (64, 64, 3, 3))[3] - level) <= BUDGET_TOLERANCE_BITS
             for f in FORMATS["*"]
             if f.rstrip("s").endswith("k")
         )
@@ -225,7 +238,9 @@ def test_default_spaces_of_bundled_models_have_formats_at_every_level(name: str)
         held = {
             k
             for k, row in space.choices.items()
-            if any(s.kind == "aq" and abs(space.code_bits(k, s) - level) <= REACH for s in row)
+            if any(
+                s.kind == "aq" and abs(space.code_bits(k, s) - level) <= BUDGET_TOLERANCE_BITS for s in row
+            )
         }
         assert sum(weight[k] for k in held) >= 0.95 * sum(weight.values()), level
     total = sum(weight.values())
@@ -238,9 +253,9 @@ def test_default_spaces_of_bundled_models_have_formats_at_every_level(name: str)
             "eight to fit, 8 bits where bytes hardly count"
         )
         for scheme in additive:
-            assert stored(scheme, tuple(nodes[layer]["shape"]), sharers[layer]) <= WORTH * space.code_bits(
-                layer, scheme
-            )
+            assert stored(
+                scheme, tuple(nodes[layer]["shape"]), sharers[layer]
+            ) <= MOST_OVERHEAD * space.code_bits(layer, scheme)
             assert not scheme.shared or space.codebook(layer) == partners[layer]
     assert any(s.shared for s in space.schemes)
     bits = [
@@ -318,7 +333,7 @@ def test_levels_and_formats_are_options_of_a_space() -> None:
     both = make_space(GRAPH, "f", schemes=["usq2"], levels=[2.0])
     assert {str(s) for s in both.schemes} == {"fp", "usq2", *additive(both)} and additive(both)
     assert all(
-        abs(both.code_bits(k, s) - 2) <= REACH
+        abs(both.code_bits(k, s) - 2) <= BUDGET_TOLERANCE_BITS
         for k, row in both.choices.items()
         for s in row
         if s.kind == "aq"

@@ -11,7 +11,7 @@ import pytest
 
 from aquabit.exports import export_config
 from aquabit.scheme import FP, AquabitError, Calibration, LayerChoice, QuantConfig, Scheme
-from aquabit.search.given import read_given
+from aquabit.search.given_configs import read_given
 from aquabit.space import SearchSpace, make_space
 
 LAYERS = {

@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from aquabit.quant.correct import Corrector, check_correction
-from aquabit.quant.noise import NoiseEstimate, Uncorrectable
-from aquabit.quant.sampling import following
-from aquabit.quant.statistics import Statistics, guidance_weights, measure_noise
+from aquabit.quant.correction.corrector import Corrector, check_correction
+from aquabit.quant.correction.noise import NoiseEstimate, Uncorrectable
+from aquabit.quant.correction.sampling import following
+from aquabit.quant.correction.statistics import Statistics, guidance_weights, measure_noise
 from aquabit.scheme import AquabitError
 from tests.chains import NOISY, OPEN, STILL, Given, Sampler, known, sampled
 

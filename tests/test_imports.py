@@ -11,44 +11,39 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "aquabit"
 
-_SENSITIVITY = {
-    "scheme",
-    "graph",
-    "kernels",
-    "quality",
-    "study",
-    "standing",
-    "space",
-    "cost",
-    "quant",
-    "pipelines",
-}
+# Each may import only what stands below it (shared/DESIGN.md, section 1).
+VALUES = {"scheme", "stats", "jsonio", "runtime"}
+STORES = {*VALUES, "graph", "kernels", "quality", "study", "study_status"}
+SPACES = {*STORES, "layer_formats", "space", "choices", "cost"}
+MODELS = {*SPACES, "memory", "quant", "pipelines"}
 ALLOWED: dict[str, set[str]] = {
     "scheme": set(),
-    "kernels": {"scheme"},
-    "graph": {"scheme"},
-    "quality": {"scheme"},
-    "study": {"scheme"},
-    "memory": {"scheme", "graph"},
-    "standing": {"scheme", "study"},
-    "formats": {"scheme"},
-    "space": {"scheme", "graph", "formats"},
-    "cost": {"scheme", "graph", "space"},
-    "quant": {"scheme", "kernels", "graph"},
-    "pipelines": {"scheme", "graph", "quant", "quality", "kernels"},
-    "sensitivity": _SENSITIVITY,
-    "search": {*_SENSITIVITY, "formats", "sensitivity"},
-    "reports": {"scheme", "graph", "study", "space", "cost"},
-    "integration": {"quant"},
-    "exports": {"scheme", "graph"},
+    "stats": {"scheme"},
+    "jsonio": {"scheme"},
+    "runtime": {"scheme"},
+    "kernels": VALUES,
+    "graph": VALUES,
+    "quality": VALUES,
+    "study": VALUES,
+    "study_status": {*VALUES, "study"},
+    "layer_formats": VALUES,
+    "space": {*VALUES, "graph", "layer_formats"},
+    "choices": {*VALUES, "graph", "layer_formats", "space"},
+    "cost": {*VALUES, "graph", "layer_formats", "space", "choices"},
+    "memory": {*VALUES, "graph"},
+    "quant": {*VALUES, "graph", "kernels"},
+    "pipelines": {*VALUES, "graph", "kernels", "quality", "quant"},
+    "exports": {*VALUES, "graph", "kernels", "quant"},
+    "packing": {*VALUES, "graph", "kernels", "quality", "quant", "pipelines"},
+    "measuring": MODELS,
+    "sensitivity": {*MODELS, "measuring"},
+    "search": {*MODELS, "measuring", "sensitivity"},
+    "reports": {*MODELS, "measuring", "sensitivity", "search"},
+    "workflows": {*MODELS, "measuring", "sensitivity", "search", "reports", "packing", "exports"},
+    "diffusers_hook": {"quant"},
 }
-PRIVATE = {
-    "_operators": "graph",
-    "_options": "cli",
-    "_terminal": "cli",
-    "_notebook": "scheme",
-}  # private top-level modules, and the one they belong to
-TOP = {"__init__", "__main__", "cli", "flow", "packing"}  # may import everything
+PRIVATE = {"_operators": "graph", "_notebook": "scheme"}  # private modules, and the one they belong to
+TOP = {"__init__", "__main__", "cli"}  # may import everything
 
 
 def part_of(module: str) -> str | None:
@@ -137,11 +132,11 @@ def test_imports_point_one_way(path: Path) -> None:
         ("aquabit.scheme", "import aquabit.graph"),
         ("aquabit.scheme", "from aquabit import cost"),
         ("aquabit.graph", "def f():\n    from aquabit.cost import size"),
-        ("aquabit.kernels.lut", "from aquabit.quant.usq import fit"),
-        ("aquabit.kernels.lut", "from ..quant import usq"),
-        ("aquabit.kernels.lut", "from .. import quant"),
+        ("aquabit.kernels.backends.lut", "from aquabit.quant.usq import fit"),
+        ("aquabit.kernels.backends.lut", "from ...quant import usq"),
+        ("aquabit.kernels.backends.lut", "from ... import quant"),
         ("aquabit.search.milp", "import numpy, aquabit.reports.page as s"),
-        ("aquabit.study", "import importlib\nimportlib.import_module('aquabit.cli')"),
+        ("aquabit.study", "import importlib\nimportlib.import_module('aquabit.cli.app')"),
         ("aquabit.cost", "from aquabit import load"),
         ("aquabit.cost", "import aquabit"),
         (
@@ -163,9 +158,9 @@ def test_the_checker_sees_a_violation(module: str, source: str) -> None:
             "aquabit.scheme",
             "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from aquabit.graph import LayerGraph",
         ),
-        ("aquabit.scheme", "import typing\nif typing.TYPE_CHECKING:\n    import aquabit.cli"),
+        ("aquabit.scheme", "import typing\nif typing.TYPE_CHECKING:\n    import aquabit.cli.app"),
         (
-            "aquabit.kernels.lut",
+            "aquabit.kernels.backends.lut",
             "from . import fake_quant\nfrom ..scheme import Scheme\nfrom aquabit.kernels import _native",
         ),
         ("aquabit.graph", "from aquabit._operators import TABLE"),

@@ -26,7 +26,7 @@ from aquabit.graph import codebook_names, example_inputs, layers, trace
 from aquabit.pipelines import ClassConditionalPipeline, load
 from aquabit.quant.artifact import Contents, config_of, contents_of, finish_, load_packed_denoiser
 from aquabit.quant.bank import Bank
-from aquabit.quant.correct import statistics_of
+from aquabit.quant.correction.corrector import statistics_of
 from aquabit.quant.diffusers_quantizer import attach_
 from aquabit.quant.layers import QuantConv2d, QuantLinear
 from aquabit.quant.model import QuantizedDenoiser, fingerprint

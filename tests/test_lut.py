@@ -16,10 +16,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import conv2d, linear
 
-from aquabit.kernels import lut
 from aquabit.kernels.arranged import Arranged, arrange
+from aquabit.kernels.backends import lut
+from aquabit.kernels.backends.lut import lut_conv2d, lut_linear, lut_refuses
 from aquabit.kernels.codebook import CodebookWeight
-from aquabit.kernels.lut import lut_conv2d, lut_linear, lut_refuses
 from aquabit.scheme import AquabitError
 from tests.test_arranged import FORMATS, coded, group_of
 

@@ -17,16 +17,18 @@ import torch
 
 from aquabit.graph import layers
 from aquabit.kernels import fake_quantize_reference
+from aquabit.measuring import pools as pool
+from aquabit.measuring.evaluator import Evaluator
+from aquabit.measuring.session import open_model
 from aquabit.pipelines import Adapter, trace
 from aquabit.quant.bank import Bank
 from aquabit.quant.layers import QuantConv2d, QuantLinear
 from aquabit.quant.model import QuantizedDenoiser, fingerprint
 from aquabit.scheme import AquabitError, Protocol
-from aquabit.sensitivity import pool
-from aquabit.sensitivity.evaluator import Evaluator
-from aquabit.sensitivity.measure import measure, open_model, shard_of
+from aquabit.sensitivity.designs import shard_of
 from aquabit.space import make_space
 from aquabit.study import Study
+from aquabit.workflows import measure
 from tests.conftest import tiny_pipeline
 
 PROTOCOL = Protocol(images=4, steps=2, micro_batch=4)

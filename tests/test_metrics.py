@@ -16,14 +16,14 @@ from safetensors.torch import save_file
 from scipy import linalg
 from torch import nn
 
-from aquabit.quality import Features, OwnMetric, Quality, QualityOptions, Reference, Source
-from aquabit.quality import collected as collected_module
+from aquabit.quality import Features, Quality, QualityOptions, Reference, Source, UserMetric
 from aquabit.quality import distances as dist
-from aquabit.quality.collected import Collected, Kept
+from aquabit.quality import feature_statistics as collected_module
+from aquabit.quality.feature_statistics import FeatureStatistics, Reservoir
 from aquabit.quality.features import METRICS_OF, rgb
 from aquabit.quality.folder import ImageFolder
-from aquabit.quality.gauge import Gauge, check_available, default_objective
 from aquabit.quality.lpips import Lpips
+from aquabit.quality.meter import QualityMeter, check_available, default_objective
 from aquabit.quality.moments import Moments
 from aquabit.quality.pretrained import (
     ClipFeatures,
@@ -381,7 +381,7 @@ def test_few_rows_are_kept_as_they_are_and_give_the_same_distance(n: int) -> Non
 
 def test_kept_rows_are_a_sample_that_does_not_depend_on_batches() -> None:
     rows = np.arange(1000.0)[:, None]
-    whole, parts = Kept(100), Kept(100)
+    whole, parts = Reservoir(100), Reservoir(100)
     whole.update(rows)
     for part in np.split(rows, [3, 7, 150, 151, 600]):
         parts.update(part)
@@ -392,7 +392,7 @@ def test_kept_rows_are_a_sample_that_does_not_depend_on_batches() -> None:
         and abs(whole.rows.mean() - 500) < 100
         and (np.diff(whole.rows[:, 0]) > 0).all()
     )
-    few = Kept(100)
+    few = Reservoir(100)
     few.update(rows[:100])
     assert np.array_equal(few.rows, rows[:100]), "up to the limit all of them stay, in order"
 
@@ -409,11 +409,11 @@ def state_size(value: object) -> int:
 def test_what_is_kept_of_a_stream_does_not_grow(monkeypatch: pytest.MonkeyPatch) -> None:
     """After 500 images as large as after 100, of every metric; KID, CMMD, precision and recall beyond
     their limit."""
-    monkeypatch.setattr(collected_module.Kept.__init__, "__defaults__", (40,))
+    monkeypatch.setattr(collected_module.Reservoir.__init__, "__defaults__", (40,))
     kinds = {k for row in METRICS_OF.values() for k in row.values()}
     rng, sizes = np.random.default_rng(0), {}
     for moving in (kinds - {"kernel", "gaussian", "precision", "recall"}, kinds):
-        collected = Collected(moving)
+        collected = FeatureStatistics(moving)
         for step in range(1, 51):
             collected.update(
                 Features(*(rng.normal(size=(10, d)).astype(np.float32) for d in (6, 8, 5))), np.arange(10) % 5
@@ -426,7 +426,7 @@ def test_what_is_kept_of_a_stream_does_not_grow(monkeypatch: pytest.MonkeyPatch)
 def test_every_metric_of_every_extractor_in_chunks_and_at_once(files, real, tmp_path) -> None:
     """Over real files: a stream of chunks, one chunk, and independent computations from the features
     themselves."""
-    gauge = Gauge(
+    gauge = QualityMeter(
         QualityOptions(str(real), tuple(files.values()), ("tests.test_metrics:brightness",)), None, tmp_path
     )
     x, y = pictures(9, 1), pictures(9, 2)
@@ -491,10 +491,10 @@ def test_reference_statistics_are_computed_once_and_follow_the_folder(real, tmp_
             folder / f"{i}.png"
         )
     options = QualityOptions(str(folder))
-    first = Gauge(options, own, tmp_path)
+    first = QualityMeter(options, own, tmp_path)
     digest = first.reference_digest((16, 16))
     calls = Means.calls
-    again = Gauge(options, own, tmp_path)
+    again = QualityMeter(options, own, tmp_path)
     assert again.reference_digest((16, 16)) == digest and Means.calls == calls, (
         "the second time nothing is computed"
     )
@@ -505,18 +505,18 @@ def test_reference_statistics_are_computed_once_and_follow_the_folder(real, tmp_
         for k in ("pooled", "pooled_mean", "pooled_factor", "pooled_radii")
     )
     assert one.kernel_sum == two.kernel_sum
-    assert Gauge(options, own, tmp_path).reference_digest((8, 8)) != digest, (
+    assert QualityMeter(options, own, tmp_path).reference_digest((8, 8)) != digest, (
         "another size is another set of images"
     )
     copied = tmp_path / "copy"
     copied.mkdir()
     for p in folder.iterdir():
         (copied / p.name).write_bytes(p.read_bytes())
-    assert Gauge(QualityOptions(str(copied)), own, tmp_path).reference_digest((16, 16)) == digest, (
+    assert QualityMeter(QualityOptions(str(copied)), own, tmp_path).reference_digest((16, 16)) == digest, (
         "the images count, not where and when"
     )
     Image.fromarray(np.zeros((24, 24), np.uint8)).save(folder / "3.png")
-    assert Gauge(options, own, tmp_path).reference_digest((16, 16)) != digest and Means.calls > calls
+    assert QualityMeter(options, own, tmp_path).reference_digest((16, 16)) != digest and Means.calls > calls
     damaged = next(tmp_path.glob("reference-*.safetensors"))
     damaged.write_bytes(damaged.read_bytes()[:40])
     assert Reference.load(damaged) is None
@@ -543,7 +543,7 @@ def test_unreadable_images_are_named_and_fatal_only_when_many(tmp_path, bad: int
         path = folder / f"{i:02}.png"
         path.write_bytes(path.read_bytes()[:60] if damage is None else damage)
     (folder / "notes.txt").write_text("no image")
-    gauge = Gauge(QualityOptions(str(folder)), Source(Means(), None), tmp_path)
+    gauge = QualityMeter(QualityOptions(str(folder)), Source(Means(), None), tmp_path)
     if bad == 3:
         with pytest.raises(
             AquabitError,
@@ -556,7 +556,7 @@ def test_unreadable_images_are_named_and_fatal_only_when_many(tmp_path, bad: int
         return
     for opened in (
         gauge,
-        Gauge(QualityOptions(str(folder)), Source(Means(), None), tmp_path),
+        QualityMeter(QualityOptions(str(folder)), Source(Means(), None), tmp_path),
     ):  # said again where it is read from the cache
         reference = opened.sources((8, 8))[0].reference
         assert reference is not None and reference.count == 24
@@ -593,8 +593,10 @@ def test_wrong_options_say_what_is_wrong(files, real, tmp_path, monkeypatch) -> 
     }
     for message, options in cases.items():
         with pytest.raises(AquabitError, match=message):
-            Gauge(QualityOptions(**options), None, tmp_path).sources((16, 16))
-    swapped = Gauge(QualityOptions(features=(files["clip"].replace("clip=", "dinov2="),)), None, tmp_path)
+            QualityMeter(QualityOptions(**options), None, tmp_path).sources((16, 16))
+    swapped = QualityMeter(
+        QualityOptions(features=(files["clip"].replace("clip=", "dinov2="),)), None, tmp_path
+    )
     with pytest.raises(AquabitError, match="holds a model of type 'clip'; expected 'dinov2'"):
         swapped.sources((16, 16))
     monkeypatch.setenv("AQUABIT_INCEPTION", files["inception"].partition("=")[2])
@@ -609,7 +611,7 @@ def test_wrong_options_say_what_is_wrong(files, real, tmp_path, monkeypatch) -> 
 def test_what_own_functions_return_is_checked(monkeypatch) -> None:
     import tests.test_metrics as here
 
-    metric, x = OwnMetric("tests.test_metrics:brightness"), pictures(3, channels=1)
+    metric, x = UserMetric("tests.test_metrics:brightness"), pictures(3, channels=1)
     assert metric(x, x * 0, None) == pytest.approx(x.mean((1, 2, 3)).numpy(), rel=1e-5)
     for value, message in (
         (torch.zeros(2), r"returned shape \[2\]; expected .* \[3\]"),
@@ -632,7 +634,7 @@ def test_files_functions_and_real_images_are_part_of_the_protocol(files, real, t
     options = QualityOptions(
         str(real), (files["inception"], files["lpips"]), ("tests.test_metrics:brightness",)
     )
-    gauge = Gauge(options, None, tmp_path)
+    gauge = QualityMeter(options, None, tmp_path)
     protocol = Protocol(measures=gauge.measures, objective="tests.test_metrics:brightness")
     assert [m.partition("=")[0] for m in gauge.measures] == [
         "inception",
@@ -652,7 +654,7 @@ def test_files_functions_and_real_images_are_part_of_the_protocol(files, real, t
         and not QualityOptions()
     )
     assert default_objective(gauge.available(False)) == "fid" and "clip_score" not in gauge.available(True)
-    only = Gauge(QualityOptions(None, (files["clip"],)), None, tmp_path)
+    only = QualityMeter(QualityOptions(None, (files["clip"],)), None, tmp_path)
     assert (
         default_objective(only.available(True)) == "mse"
         and "clip_score" in only.available(True)
@@ -678,7 +680,7 @@ def test_a_study_with_all_of_them(files, real, tmp_path, workers: int) -> None:
     """measure, with workers too; the same again adds nothing; other images are another protocol; nothing
     given continues."""
     import aquabit
-    from aquabit.sensitivity.measure import measure
+    from aquabit.workflows import measure
 
     pipe = tiny_pipeline("dit")
     pipe.register_to_config(real_images="")
@@ -734,10 +736,10 @@ def test_a_study_with_all_of_them(files, real, tmp_path, workers: int) -> None:
 
 def test_full_precision_images_are_kept_by_micro_batch(tmp_path, monkeypatch) -> None:
     """Never more than a micro batch at a time, in memory up to a limit, and the same images either way."""
+    from aquabit.measuring import evaluator as module
     from aquabit.pipelines import Adapter, trace
     from aquabit.quant.bank import Bank
     from aquabit.quant.model import fingerprint
-    from aquabit.sensitivity import evaluator as module
     from aquabit.space import make_space
 
     pipe, seen = tiny_pipeline("unet"), []

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from aquabit.quant.noise import NoiseEstimate, NoiseSums, bootstrap, estimate
+from aquabit.quant.correction.noise import NoiseEstimate, NoiseSums, bootstrap, estimate
 from aquabit.scheme import AquabitError
 
 SHAPES = {"images": (4, 3, 5, 6), "tokens": (4, 7, 3), "video": (4, 3, 2, 3, 4)}

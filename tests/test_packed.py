@@ -19,9 +19,9 @@ from aquabit.graph import codebook_names
 from aquabit.kernels.arranged import Arranged
 from aquabit.pipelines import Adapter, bundled_models, denoiser_name, load, set_scheduler, trace
 from aquabit.quant.bank import Bank
+from aquabit.quant.kernel_tuning import layers_of
 from aquabit.quant.layers import QuantConv2d, QuantLinear, resident_bytes
 from aquabit.quant.model import QuantizedDenoiser, fingerprint
-from aquabit.quant.tuning import layers_of
 from aquabit.scheme import AquabitError, Calibration, Protocol, QuantConfig
 from aquabit.space import make_space
 

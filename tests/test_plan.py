@@ -11,9 +11,9 @@ from aquabit.memory import _Live, activation_bytes, peaks
 from aquabit.pipelines import trace
 from aquabit.quant.bank import Bank
 from aquabit.scheme import Protocol, Scheme
-from aquabit.sensitivity.measure import measure
 from aquabit.sensitivity.plan import plan
 from aquabit.study import Study
+from aquabit.workflows import measure
 from tests.conftest import tiny_pipeline
 
 PROTOCOL = Protocol(images=4, steps=1, micro_batch=4)
@@ -96,8 +96,8 @@ def test_peaks_grow_with_what_they_are_made_of() -> None:
 def test_memory_that_does_not_suffice_says_what_to_lower() -> None:
     import pytest
 
+    from aquabit.measuring.pools import answer
     from aquabit.scheme import AquabitError
-    from aquabit.sensitivity.pool import answer
 
     class Full:
         def __init__(self, error: Exception):

@@ -16,15 +16,15 @@ from aquabit import packing
 from aquabit.cost import CostModel
 from aquabit.graph import layers as graph_layers
 from aquabit.kernels import fake_quantize_static
+from aquabit.measuring.evaluator import Evaluator
 from aquabit.pipelines import Adapter, load, sampler, trace
-from aquabit.quant import ranges as ranges_module
 from aquabit.quant.bank import Bank
+from aquabit.quant.calibration import ranges as ranges_module
+from aquabit.quant.calibration.ranges import RangeRecorder, best_range
+from aquabit.quant.kernel_tuning import layers_of, requests_of
 from aquabit.quant.layers import QuantConv2d, QuantLinear
 from aquabit.quant.model import QuantizedDenoiser, fingerprint
-from aquabit.quant.ranges import RangeRecorder, best_range
-from aquabit.quant.tuning import layers_of, requests_of
 from aquabit.scheme import AquabitError, Calibration, LayerChoice, Protocol, QuantConfig, Scheme, StepGroups
-from aquabit.sensitivity.evaluator import Evaluator
 from aquabit.space import SearchSpace, make_space
 
 CALIBRATION = Calibration(images=6, steps=4)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from aquabit.pipelines import replay_recorder
-from aquabit.quant.replay import Recorded, Recording, Replay, record_outputs
+from aquabit.quant.finetuning.replay import Recorded, Recording, Replay, record_outputs
 from aquabit.scheme import AquabitError, Calibration
 from tests.conftest import tiny_pipeline
 

@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from aquabit import _terminal
+from aquabit.cli import tables as _terminal
 from aquabit.pipelines import FAMILIES, PRESETS
 from aquabit.reports import attribution, catalog, costs, layer_graph, side_by_side, style, svg
 from aquabit.reports import facts as facts_of

@@ -17,11 +17,11 @@ import pytest
 import torch
 
 from aquabit.cost import CostModel
+from aquabit.measuring.evaluator import Evaluator
+from aquabit.measuring.session import open_model
 from aquabit.pipelines import load, trace
 from aquabit.quant.bank import Bank
 from aquabit.scheme import FP, AquabitError, Protocol, QuantConfig, Scheme
-from aquabit.sensitivity.evaluator import Evaluator
-from aquabit.sensitivity.measure import open_model
 from aquabit.space import SearchSpace, make_space
 from benchmarks import peers, rivals, rivals_modelopt, rivals_scores, rivals_searches
 from benchmarks.rivals_searches import bytes_of, cap, prices

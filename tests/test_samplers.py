@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from aquabit.quant.correct import matched_direction
-from aquabit.quant.samplers import SAMPLERS, StepFacts, prediction_type, refuses, step_facts
+from aquabit.quant.correction.corrector import matched_direction
+from aquabit.quant.correction.samplers import SAMPLERS, StepFacts, prediction_type, refuses, step_facts
 from aquabit.scheme import AquabitError
 
 STEPS = 7

@@ -13,8 +13,8 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from aquabit.pipelines import Adapter, set_scheduler
-from aquabit.quant.correct import Corrector, corrected_, statistics_of
-from aquabit.quant.sampling import Watcher, follow_, following, refollow_, unfollowed, watchers_of
+from aquabit.quant.correction.corrector import Corrector, corrected_, statistics_of
+from aquabit.quant.correction.sampling import Watcher, follow_, following, refollow_, unfollowed, watchers_of
 from aquabit.scheme import AquabitError, Protocol
 from tests.chains import OPEN, STILL, Given, known, sampled
 from tests.conftest import tiny_pipeline

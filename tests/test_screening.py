@@ -9,17 +9,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from aquabit import flow
+from aquabit import workflows as flow
+from aquabit.measuring.output_errors import output_features, stored
+from aquabit.measuring.session import open_session
 from aquabit.scheme import AquabitError, Protocol
 from aquabit.search.loop import best_of
-from aquabit.sensitivity.attribution import explain
-from aquabit.sensitivity.effects import draw_contexts, find_players
-from aquabit.sensitivity.fidelity import output_features, stored
-from aquabit.sensitivity.in_context import DRAWN
-from aquabit.sensitivity.measure import measure, open_session
-from aquabit.sensitivity.screening import Blend, fit_screen
-from aquabit.sensitivity.surrogate import fit_from_study
+from aquabit.sensitivity.effects.context_effects import DRAWN
+from aquabit.sensitivity.effects.predicted import draw_contexts, find_players
+from aquabit.sensitivity.result import explain
+from aquabit.sensitivity.surrogate.fit import fit_from_study
+from aquabit.sensitivity.surrogate.output_error_surrogate import Blend, fit_screen
 from aquabit.study import Study
+from aquabit.workflows import measure
 from tests.conftest import tiny_pipeline
 from tests.test_search import Lab, middle, model
 

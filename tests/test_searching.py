@@ -12,22 +12,22 @@ from typing import Any
 import numpy as np
 import pytest
 
-from aquabit import flow
+from aquabit import workflows as flow
 from aquabit.cost import CostModel
+from aquabit.measuring.session import uniform_references
 from aquabit.pipelines import Adapter, trace
 from aquabit.quant.model import fingerprint
 from aquabit.scheme import AquabitError, Budget, Calibration, Protocol, QuantConfig, no_progress
-from aquabit.search import searching
+from aquabit.search import searcher as searching
 from aquabit.search.front import Front, Interval, paired_difference
 from aquabit.search.judging import ROUNDS, pieces
 from aquabit.search.loop import ladder
 from aquabit.search.options import activation_choices
-from aquabit.search.searchers import random_within
-from aquabit.search.searching import FRESH_BLOCKS, Search, SearchOptions, images_to_tell
+from aquabit.search.searcher import FRESH_BLOCKS, Search, SearchOptions, images_to_tell
 from aquabit.sensitivity.damages import Damages
-from aquabit.sensitivity.measure import uniform_references
 from aquabit.space import SearchSpace, make_space
 from aquabit.study import Study
+from benchmarks.research.searchers import random_within
 from tests.conftest import tiny_pipeline
 from tests.test_search import every, model
 

@@ -7,10 +7,11 @@ import time
 
 import pytest
 
+from aquabit.measuring.session import open_session
 from aquabit.scheme import AquabitError, Protocol
-from aquabit.sensitivity.measure import measure, open_session
-from aquabit.standing import standing, start_plan, together
 from aquabit.study import Study, merge
+from aquabit.study_status import merge_status, start_plan, study_status
+from aquabit.workflows import measure
 from tests.conftest import tiny_pipeline
 from tests.test_study import config, filled
 
@@ -41,8 +42,8 @@ def test_three_shards_joined_are_the_run_in_one_piece_bit_for_bit(tmp_path) -> N
     whole, parts = made("all.db", None), [made(f"{i}.db", f"{i}/3") for i in (1, 2, 3)]
     samples = [set(p.measurements(kind="sample").config) for p in parts]
     assert sorted(map(len, samples)) == [2, 2, 3] and len(set.union(*samples)) == 7
-    assert [standing(p).shard for p in parts] == ["1/3", "2/3", "3/3"] and together(
-        [standing(p) for p in parts]
+    assert [study_status(p).shard for p in parts] == ["1/3", "2/3", "3/3"] and merge_status(
+        [study_status(p) for p in parts]
     ).missing == 0
     out = Study(tmp_path / "out.db")
     joined = merge(parts, out)
@@ -86,13 +87,13 @@ def test_what_does_not_belong_together_is_named_before_anything_is_written(tmp_p
 
 def test_standing_counts_what_is_missing_and_estimates_the_rest(tmp_path) -> None:
     study = filled(tmp_path / "s.db", [1])
-    assert (standing(study).missing, standing(study).remaining) == (None, None)
+    assert (study_status(study).missing, study_status(study).remaining) == (None, None)
     start_plan(study, 10, "random", "2/4", 8)
     filled(tmp_path / "s.db", [1, 2, 3, 4])
     now = time.time()
     for i, when in enumerate((now - 999, now - 60, now - 40, now - 20), 1):
         study._db.execute("UPDATE measurements SET created = ? WHERE config = ?", (when, config(i).digest))
-    found = standing(study)
+    found = study_status(study)
     assert (found.shard, found.measurements, found.failed, found.missing) == ("2/4", 4, 0, 5)
     assert (
         found.rate == pytest.approx(180)
@@ -101,8 +102,8 @@ def test_standing_counts_what_is_missing_and_estimates_the_rest(tmp_path) -> Non
     )
     assert found.writer is None
     with study.writing():
-        assert "process" in (standing(Study(tmp_path / "s.db")).writer or "")
-    both = together([found, found])
+        assert "process" in (study_status(Study(tmp_path / "s.db")).writer or "")
+    both = merge_status([found, found])
     assert both.missing == 10 and both.rate == pytest.approx(360) and both.remaining == pytest.approx(100)
 
 

@@ -17,23 +17,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aquabit.cost import CostModel
-from aquabit.formats import LOSS
+from aquabit.layer_formats import LOSS
 from aquabit.pipelines import trace
 from aquabit.quant.bank import Bank
 from aquabit.quant.model import QuantizedDenoiser
 from aquabit.scheme import AquabitError, Budget, Calibration, QuantConfig, Scheme
-from aquabit.search import (
-    Columns,
-    Options,
-    activation_choices,
-    assign,
-    find_candidates,
-    improve,
-    ladder,
-    solve,
-)
+from aquabit.search import Columns, Options, activation_choices, find_candidates, improve, ladder, solve
 from aquabit.search.options import Opening
 from aquabit.space import SearchSpace, make_space
+from benchmarks.research import assign
 from tests.conftest import tiny_pipeline
 
 SHARED = ["usq2", "usq4", "aq2x4g8s", "aq2x6g8s"]

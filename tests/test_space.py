@@ -11,7 +11,7 @@ from scipy.stats import kstest
 from aquabit.cost import CostModel
 from aquabit.pipelines import trace
 from aquabit.scheme import AquabitError, QuantConfig, Scheme
-from aquabit.sensitivity.encoder import Encoder
+from aquabit.sensitivity.features import Encoder
 from aquabit.space import BITS_RANGE, SearchSpace, make_space, maximum_entropy, read_space
 from tests.conftest import tiny_pipeline
 

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from aquabit.cost import CostModel
 from aquabit.pipelines import trace
-from aquabit.quant.step_bits import (
+from aquabit.scheme import AquabitError, LayerChoice, QuantConfig, Scheme, StepGroups
+from aquabit.space import make_space
+from benchmarks.research.step_bits_rule import (
     Mix,
     by_snr,
     chosen_layers,
@@ -27,8 +29,6 @@ from aquabit.quant.step_bits import (
     stepped,
     uniform,
 )
-from aquabit.scheme import AquabitError, LayerChoice, QuantConfig, Scheme, StepGroups
-from aquabit.space import make_space
 from tests.conftest import tiny_pipeline
 
 GRAPH = trace(tiny_pipeline("unet"))

@@ -16,13 +16,15 @@ from hypothesis import strategies as st
 from aquabit import packing
 from aquabit.cost import CostModel, Latency
 from aquabit.graph import layers as graph_layers
+from aquabit.measuring.evaluator import Evaluator
+from aquabit.measuring.session import open_session
 from aquabit.pipelines import Adapter, load, set_scheduler, trace
 from aquabit.quant import attention
 from aquabit.quant.bank import Bank
+from aquabit.quant.correction.sampling import following
+from aquabit.quant.kernel_tuning import layers_of, place_, requests_of
 from aquabit.quant.layers import QuantLinear
 from aquabit.quant.model import fingerprint
-from aquabit.quant.sampling import following
-from aquabit.quant.tuning import layers_of, place_, requests_of
 from aquabit.scheme import (
     ACTIVATION_BITS,
     AquabitError,
@@ -39,12 +41,11 @@ from aquabit.scheme import (
     plain_act,
 )
 from aquabit.search import Options, activation_choices, additive_scores, improve, solve
-from aquabit.sensitivity.effects import member_parts
-from aquabit.sensitivity.encoder import SKETCH, Encoder
-from aquabit.sensitivity.evaluator import Evaluator
-from aquabit.sensitivity.measure import measure, open_session
+from aquabit.sensitivity.effects.predicted import member_parts
+from aquabit.sensitivity.features import SKETCH, Encoder
 from aquabit.space import SearchSpace, make_space, read_space
 from aquabit.study import Study
+from aquabit.workflows import measure
 from tests.conftest import tiny_pipeline
 from tests.test_cli import fails, run
 from tests.test_search import every, middle, model, total
@@ -316,7 +317,7 @@ def test_kernels_are_timed_for_all_bits_that_occur(tmp_path, dit, monkeypatch) -
             assert shares == ({6: 0.75, 16: 0.25} if i % 2 == 0 else {8: 1}), name
         timed: list[int] = []
         monkeypatch.setattr(
-            "aquabit.quant.tuning.measure_missing",
+            "aquabit.quant.kernel_tuning.measure_missing",
             lambda requests, *_: timed.extend(r.act for r in requests) or {},
         )
         place_(quantized.layers, call)
@@ -324,7 +325,7 @@ def test_kernels_are_timed_for_all_bits_that_occur(tmp_path, dit, monkeypatch) -
 
 
 def test_whole_calls_are_averaged_over_groups(tmp_path, dit, monkeypatch) -> None:
-    from aquabit.sensitivity import latency
+    from aquabit.measuring import latency
 
     here, space = evaluator(dit, tmp_path)
     first = here.quantized.layers[space.layers[0]]

@@ -13,12 +13,12 @@ from sklearn.base import clone
 from aquabit.cost import CostModel
 from aquabit.graph import to_json
 from aquabit.scheme import AquabitError, Measurement, Protocol
-from aquabit.sensitivity import scores
 from aquabit.sensitivity.damages import Damages
-from aquabit.sensitivity.design import DEFAULT, Design
-from aquabit.sensitivity.encoder import SKETCH, Encoder
-from aquabit.sensitivity.estimators import AverageBits, Surrogate, Target
-from aquabit.sensitivity.surrogate import cross_validate, fit_from_study, fold_numbers
+from aquabit.sensitivity.designs import DEFAULT, Design
+from aquabit.sensitivity.features import SKETCH, Encoder
+from aquabit.sensitivity.surrogate import scores
+from aquabit.sensitivity.surrogate.estimators import AverageBits, Surrogate, Target
+from aquabit.sensitivity.surrogate.fit import cross_validate, fit_from_study, fold_numbers
 from aquabit.space import SearchSpace, make_space
 from aquabit.study import Study
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from aquabit.sensitivity.curve import learning_curve
-from aquabit.sensitivity.effects import shap_by_layer
-from aquabit.sensitivity.surrogate import fit_from_study
-from aquabit.sensitivity.swarm import SHOWN, shap_by_scheme, shap_in_units, swarm
+from aquabit.sensitivity.effects.predicted import shap_by_layer
+from aquabit.sensitivity.shap_summaries import SHOWN, shap_by_scheme, shap_in_units, swarm
+from aquabit.sensitivity.surrogate.fit import fit_from_study
+from aquabit.sensitivity.surrogate.learning_curve import learning_curve
 from tests.test_surrogate import World
 
 

@@ -20,16 +20,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from aquabit.kernels import triton_kernels
 from aquabit.kernels.arranged import arrange, arranges
-from aquabit.kernels.codebook import CodebookWeight
-from aquabit.kernels.triton_kernels import (
+from aquabit.kernels.backends import triton_kernels
+from aquabit.kernels.backends.triton_kernels import (
     triton_available,
     triton_conv2d,
     triton_linear,
     triton_refuses,
     triton_weight,
 )
+from aquabit.kernels.codebook import CodebookWeight
 from aquabit.scheme import AquabitError
 
 pytest.importorskip("triton")
@@ -551,7 +551,7 @@ def _python(program: str, **environment: str | None) -> str:
 
 def test_the_module_imports_without_triton() -> None:
     program = (
-        "import sys; sys.modules['triton'] = None; from aquabit.kernels.triton_kernels import"
+        "import sys; sys.modules['triton'] = None; from aquabit.kernels.backends.triton_kernels import"
         " triton_available; print(triton_available())"
     )
     assert "triton is not installed" in _python(program)
@@ -559,8 +559,8 @@ def test_the_module_imports_without_triton() -> None:
 
 def test_an_interpreter_set_too_late_is_named() -> None:
     program = (
-        "import os, triton; os.environ['TRITON_INTERPRET'] = '1'; from aquabit.kernels.triton_kernels import"
-        " triton_available as f; print(f())"
+        "import os, triton; os.environ['TRITON_INTERPRET'] = '1';"
+        " from aquabit.kernels.backends.triton_kernels import triton_available as f; print(f())"
     )
     assert "TRITON_INTERPRET was set after triton was imported" in _python(program, TRITON_INTERPRET=None)
 

@@ -15,16 +15,19 @@ import torch
 from aquabit import packing
 from aquabit.cost import CostModel
 from aquabit.graph import codebook_names
-from aquabit.kernels import Request, dispatch, measuring
+from aquabit.kernels import Request, dispatch
+from aquabit.kernels import time_requests as measuring
 from aquabit.kernels.backends import BACKENDS
 from aquabit.kernels.request import format_of
+from aquabit.measuring import latency
+from aquabit.measuring.evaluator import Evaluator
+from aquabit.measuring.pools import InlinePool, WorkerPool
+from aquabit.measuring.session import open_model
 from aquabit.pipelines import Adapter, load, trace
 from aquabit.quant.artifact import load_packed_denoiser
 from aquabit.quant.bank import Bank
 from aquabit.quant.bench import bench_artifact, bench_formats, decoded_, parse_shape, torch_threads
-from aquabit.quant.layers import QuantConv2d, QuantLinear, quant_layer, resident_bytes
-from aquabit.quant.model import fingerprint
-from aquabit.quant.tuning import (
+from aquabit.quant.kernel_tuning import (
     at_scheme,
     example_call,
     format_for,
@@ -34,12 +37,10 @@ from aquabit.quant.tuning import (
     tune,
     worth_copying,
 )
+from aquabit.quant.layers import QuantConv2d, QuantLinear, quant_layer, resident_bytes
+from aquabit.quant.model import fingerprint
 from aquabit.quant.weights import quantize_weight
 from aquabit.scheme import FP, AquabitError, Calibration, Protocol, QuantConfig, Scheme
-from aquabit.sensitivity import latency
-from aquabit.sensitivity.evaluator import Evaluator
-from aquabit.sensitivity.measure import open_model
-from aquabit.sensitivity.pool import InlinePool, WorkerPool
 from aquabit.space import make_space
 from tests.conftest import tiny_pipeline
 

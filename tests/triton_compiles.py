@@ -9,7 +9,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from aquabit.kernels import triton_device
+from aquabit.kernels.backends import triton_device
 
 USQ = {
     "BITS": 4,

@@ -71,7 +71,7 @@ def hollow_weight(form: Format) -> CodebookWeight:
 
 
 @cache
-def hollow(form: Format) -> CodebookWeight | Arranged:
+def empty_like(form: Format) -> CodebookWeight | Arranged:
     """``hollow_weight`` as kernels would read it."""
     weight = hollow_weight(form)
     if form.unarranged is not None:

@@ -22,12 +22,12 @@ from aquabit.pipelines.family import KINDS, denoiser_of, family
 from aquabit.pipelines.prompts import embeddings
 from aquabit.pipelines.running import as_measured, image_batch, native_resolution
 from aquabit.quality import DigitsFeatures, Reference, bundled_reference
-from aquabit.quant.calibrate import Call, record_calls
+from aquabit.quant.calibration.calibrator import Call, record_calls
+from aquabit.quant.calibration.ranges import Sample
+from aquabit.quant.correction.sampling import Watcher, following, refollow_
+from aquabit.quant.correction.statistics import Statistics, measure_noise
+from aquabit.quant.finetuning.replay import Recording, record_outputs
 from aquabit.quant.model import QuantizedDenoiser
-from aquabit.quant.ranges import Sample
-from aquabit.quant.replay import Recording, record_outputs
-from aquabit.quant.sampling import Watcher, following, refollow_
-from aquabit.quant.statistics import Statistics, measure_noise
 from aquabit.scheme import AquabitError, Calibration, Progress, Protocol, QuantConfig, no_progress
 
 CALIBRATION_BATCH, CALIBRATION_CALLS = 16, 64  # images of a denoiser call that is kept, and how many are kept

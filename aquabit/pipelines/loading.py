@@ -15,7 +15,7 @@ from diffusers.utils import logging
 from aquabit.pipelines.class_conditional import ClassConditionalPipeline
 from aquabit.pipelines.class_latent import ClassEmbedder, ClassLatentPipeline
 from aquabit.pipelines.prompts import can_reload
-from aquabit.pipelines.running import out_of_memory
+from aquabit.runtime import out_of_memory
 from aquabit.scheme import AquabitError, read_json
 
 BUNDLED = Path(__file__).parent / "bundled"
@@ -74,7 +74,8 @@ def check_device(device: str | torch.device, offload: bool = False) -> None:
         ) from error
     if kind == "cuda" and not torch.cuda.is_available():
         raise AquabitError(
-            f"device {str(device)!r} is not here: torch {torch.__version__} sees no GPU; use --device cpu"
+            f"device {str(device)!r} is not available: torch {torch.__version__} sees no GPU;"
+            " use --device cpu"
         )
     if offload and kind == "cpu":
         raise AquabitError(
@@ -127,8 +128,8 @@ def _bound(
     """A loaded pipeline on its device; its text encoders can come again, and what a packed denoiser does
     while sampling follows the scheduler."""
     from aquabit.quant.artifact import contents_of
-    from aquabit.quant.correct import corrected_
-    from aquabit.quant.sampling import refollow_
+    from aquabit.quant.correction.corrector import corrected_
+    from aquabit.quant.correction.sampling import refollow_
 
     can_reload(pipe, _reloader(pipe, source, dtype))
     packed = [(part, found) for part in pipe.components.values() if (found := contents_of(part)) is not None]
@@ -211,7 +212,7 @@ def _reason(name: str, error: BaseException) -> str:
     kinds = {base.__name__ for e in behind for base in type(e).__mro__}
     if any(out_of_memory(e) for e in behind):
         return (
-            f"memory ended while {name} was loaded; use --dtype bfloat16, fewer --workers, or a machine with"
+            f"out of memory while {name} was loaded; use --dtype bfloat16, fewer --workers, or a machine with"
             " more"
         )
     if kinds.intersection(_GATED):

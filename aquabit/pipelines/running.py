@@ -11,6 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from aquabit.runtime import out_of_memory
 from aquabit.scheme import AquabitError, Protocol
 
 DECODERS = ("vae", "vqvae", "movq")
@@ -76,7 +77,7 @@ def _said(name: str, protocol: Protocol) -> Iterator[None]:
     except (ValueError, TypeError, RuntimeError, MemoryError) as error:
         if out_of_memory(error):
             raise AquabitError(
-                f"memory ended while {name} made {protocol.micro_batch} images at once; lower --micro-batch"
+                f"out of memory while {name} made {protocol.micro_batch} images at once; lower --micro-batch"
                 " or the resolution, use --dtype bfloat16, or load it with offload on a GPU (generate"
                 " --offload)"
             ) from error
@@ -85,10 +86,6 @@ def _said(name: str, protocol: Protocol) -> Iterator[None]:
         raise AquabitError(
             f"{name} does not make these images: {' '.join(str(error).split()).rstrip('.')}"
         ) from error
-
-
-def out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def image_batch(pipe: DiffusionPipeline, denoiser: nn.Module, resolution: int | None, most: int) -> int:

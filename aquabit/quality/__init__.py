@@ -1,11 +1,11 @@
 """Image quality: feature extractors, exact distances between sets of images and between paired ones,
 streaming accumulation."""
 
-from aquabit.quality.accumulate import PAIRED, Quality, Source
+from aquabit.quality.accumulator import PAIRED, Quality, Source
 from aquabit.quality.features import METRICS_OF, DigitsFeatures, FeatureExtractor, Features, NonFiniteImages
-from aquabit.quality.gauge import Gauge, QualityOptions
-from aquabit.quality.own import NonFiniteValues, OwnMetric
+from aquabit.quality.meter import QualityMeter, QualityOptions
 from aquabit.quality.reference import Reference, bundled_reference, held_out_digits
+from aquabit.quality.user_metrics import NonFiniteValues, UserMetric
 
 __all__ = [
     "METRICS_OF",
@@ -13,14 +13,14 @@ __all__ = [
     "DigitsFeatures",
     "FeatureExtractor",
     "Features",
-    "Gauge",
     "NonFiniteImages",
     "NonFiniteValues",
-    "OwnMetric",
     "Quality",
+    "QualityMeter",
     "QualityOptions",
     "Reference",
     "Source",
+    "UserMetric",
     "bundled_reference",
     "held_out_digits",
 ]

@@ -15,7 +15,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from aquabit.quality.collected import Collected
 from aquabit.quality.distances import (
     NEIGHBOURS,
     Array,
@@ -23,6 +22,7 @@ from aquabit.quality.distances import (
     neighbour_radii,
     within_kernel_sum,
 )
+from aquabit.quality.feature_statistics import FeatureStatistics
 from aquabit.quality.features import BUNDLED, WITHOUT_REAL, FeatureExtractor, load_tensors, unit_images
 from aquabit.scheme import AquabitError
 
@@ -59,7 +59,7 @@ class Reference:
         """``from_images`` for images that do not fit in memory; the digest does not depend on how they are
         batched."""
         hashed = hashlib.sha256(extractor.digest.encode())
-        collected, shape = Collected(real_kinds(extractor)), None
+        collected, shape = FeatureStatistics(real_kinds(extractor)), None
         for batch in batches:
             images = unit_images(batch, "reference images")
             if shape != images.shape[1:]:
@@ -76,7 +76,7 @@ class Reference:
         return Reference.of(collected, hashed.hexdigest()[:16], extractor.digest, (height, width))
 
     @staticmethod
-    def of(collected: Collected, digest: str, extractor: str, size: tuple[int, int]) -> Reference:
+    def of(collected: FeatureStatistics, digest: str, extractor: str, size: tuple[int, int]) -> Reference:
         """Of features that were collected of the real images."""
         if collected.count <= NEIGHBOURS:
             raise AquabitError(

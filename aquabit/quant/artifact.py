@@ -23,13 +23,13 @@ from torch import Tensor, nn
 
 from aquabit.graph import layers as layer_nodes
 from aquabit.kernels.codebook import CodebookWeight, from_tensors
-from aquabit.quant.additive import group_order
-from aquabit.quant.finetune_store import SHARED, shared_name
+from aquabit.quant.correction.sampling import follow_
+from aquabit.quant.correction.statistics import Statistics
+from aquabit.quant.finetuning.store import SHARED, shared_name
 from aquabit.quant.layers import QuantConv2d, QuantLinear, quant_layer
 from aquabit.quant.model import storage_dtype
-from aquabit.quant.sampling import follow_
-from aquabit.quant.statistics import Statistics
-from aquabit.quant.switch import input_parts, settings_of, share_out_, switches
+from aquabit.quant.schemes.additive import group_order
+from aquabit.quant.step_switch import input_parts, settings_of, share_out_, switches
 from aquabit.scheme import FP, METHOD, AquabitError, QuantConfig, read_json
 
 SCHEMA = 2  # of quantization_config; 1 was a file of its own, quantization.json

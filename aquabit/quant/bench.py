@@ -17,12 +17,12 @@ from torch import nn
 
 from aquabit.kernels.backends import BACKENDS
 from aquabit.kernels.dispatch import remember
-from aquabit.kernels.measuring import PLAIN, best_of, interleaved, measure
 from aquabit.kernels.request import Request, bucket
+from aquabit.kernels.time_requests import PLAIN, best_of, interleaved, measure
 from aquabit.kernels.timings import machine
 from aquabit.quant.artifact import contents_of, is_packed, load_packed_denoiser
+from aquabit.quant.kernel_tuning import MEMORY, example_call, format_for, layers_of, place_
 from aquabit.quant.layers import Setting
-from aquabit.quant.tuning import MEMORY, example_call, format_for, layers_of, place_
 from aquabit.scheme import FP, AquabitError, Progress, Scheme, no_progress
 
 FORMATS = (

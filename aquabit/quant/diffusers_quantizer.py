@@ -2,7 +2,7 @@
 ``AquabitConfig`` of a dense one.
 
 Only diffusers' quantizers are imported here, which are there when this is imported (see
-``aquabit.integration``); the rest comes when a model is loaded.
+``aquabit.diffusers_hook``); the rest comes when a model is loaded.
 """
 
 from __future__ import annotations

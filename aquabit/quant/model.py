@@ -18,12 +18,12 @@ from aquabit.kernels import Accuracy
 from aquabit.kernels.codebook import CodebookWeight
 from aquabit.quant.attention import patch_attention_
 from aquabit.quant.bank import Bank, weight_hash
-from aquabit.quant.finetune_store import load_tuned
-from aquabit.quant.fitting import Fitter, Need, Record
+from aquabit.quant.calibration.fitting import FitRequest, Fitter, Record
+from aquabit.quant.calibration.ranges import RangeTables, Sample
+from aquabit.quant.correction.sampling import Watcher
+from aquabit.quant.finetuning.store import load_tuned
 from aquabit.quant.layers import QuantConv2d, QuantLinear, Setting, quant_layer
-from aquabit.quant.ranges import RangeTables, Sample
-from aquabit.quant.sampling import Watcher
-from aquabit.quant.switch import settings_of, share_out_, switches
+from aquabit.quant.step_switch import settings_of, share_out_, switches
 from aquabit.scheme import (
     FP,
     AquabitError,
@@ -167,8 +167,8 @@ class QuantizedDenoiser:
         return self._fitter
 
     @staticmethod
-    def _need(name: str, config: QuantConfig) -> Need:
-        return Need(name, config[name].weight, config.main_act(name))
+    def _need(name: str, config: QuantConfig) -> FitRequest:
+        return FitRequest(name, config[name].weight, config.main_act(name))
 
     def _identity(self, name: str, config: QuantConfig) -> tuple[Any, ...]:
         """What a layer's weight depends on: H is of the activations as they are rounded in most steps."""

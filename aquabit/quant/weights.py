@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from aquabit.kernels.codebook import CodebookWeight
-from aquabit.quant.additive import Report, additive, no_report
-from aquabit.quant.feedback import kmeans_with_feedback, uniform_with_feedback
-from aquabit.quant.scalar import kmeans, uniform
+from aquabit.quant.schemes.additive import Report, additive, no_report
+from aquabit.quant.schemes.output_aware import kmeans_with_feedback, uniform_with_feedback
+from aquabit.quant.schemes.scalar import kmeans, uniform
 from aquabit.scheme import AquabitError, Scheme
 
 PLAIN: dict[str, Callable[[Tensor, Scheme], CodebookWeight]] = {"usq": uniform, "vq": kmeans}

@@ -19,7 +19,7 @@ MEASURED: dict[str, Any] = {
     "color": style.VERMILLION,
     "marker": "D",
     "markerfacecolor": "white",
-}  # hollow diamonds, everywhere
+}  # empty_like diamonds, everywhere
 PREDICTED: dict[str, Any] = {"color": style.BLUE, "marker": "o"}  # filled circles, everywhere
 
 CLOUDS = (  # of many configurations on the study's own seeds: group, legend, colour

@@ -1,7 +1,6 @@
 """Search under hard budgets: the integer program over damages, refined in context, judged in pairs,
 measured on fresh seeds."""
 
-from aquabit.search.assign import assign
 from aquabit.search.front import (
     Front,
     FrontMember,
@@ -19,8 +18,9 @@ from aquabit.search.loop import Candidate, check_method, find_candidates, ladder
 from aquabit.search.options import Columns, Options, activation_choices
 from aquabit.search.proof import Bound, Bounded, Proof, branch_and_bound, columns_of
 from aquabit.search.refine import Seen, Step, refine
-from aquabit.search.searchers import SEARCHERS, Problem, find_searcher
-from aquabit.search.searching import FRESH_BLOCKS, Search, SearchOptions
+from aquabit.search.searcher import FRESH_BLOCKS, Search, SearchOptions
+from benchmarks.research.assign import assign
+from benchmarks.research.searchers import SEARCHERS, Problem, find_searcher
 
 __all__ = [
     "FRESH_BLOCKS",

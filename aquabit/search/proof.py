@@ -146,7 +146,7 @@ def branch_and_bound(
         if low >= value - tolerance * max(abs(value), abs(low)):
             break
         heapq.heappop(heap)
-        layer, column = _torn(allowed, share, best)
+        layer, column = most_fractional_layer(allowed, share, best)
         only, rest = allowed.copy(), allowed.copy()
         only[layer] = False
         only[layer, column], rest[layer, column] = True, False
@@ -156,15 +156,15 @@ def branch_and_bound(
     return Bounded(*options.columns.split(best), value, lowest, used)
 
 
-def _torn(allowed: np.ndarray, share: np.ndarray | None, best: np.ndarray) -> tuple[int, int]:
+def most_fractional_layer(allowed: np.ndarray, share: np.ndarray | None, best: np.ndarray) -> tuple[int, int]:
     """The layer whose largest share is smallest, and that column; without shares, or where none is torn,
     the layer with most columns left and the incumbent's."""
-    open_ = allowed.sum(1) > 1
+    undecided = allowed.sum(1) > 1
     if share is not None:
         share = np.where(allowed, share, -1.0)
-        largest = np.where(open_, share.max(1), np.inf)
+        largest = np.where(undecided, share.max(1), np.inf)
         layer = int(largest.argmin())
         if largest[layer] < 1 - 1e-6:
             return layer, int(share[layer].argmax())
-    layer = int(np.where(open_, allowed.sum(1), 0).argmax())
+    layer = int(np.where(undecided, allowed.sum(1), 0).argmax())
     return layer, int(best[layer]) if allowed[layer, best[layer]] else int(allowed[layer].argmax())

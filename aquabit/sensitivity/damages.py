@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from aquabit.cost import CostModel
+from aquabit.measuring.session import Session
 from aquabit.scheme import FP, AquabitError, act_of, act_text
 from aquabit.space import SearchSpace
 
-REACH = 0.25  # contexts lie within this many real bits per weight of the budget
+BUDGET_TOLERANCE_BITS = 0.25  # contexts lie within this many real bits per weight of the budget
 CONTEXT_ACT = 8  # activation bits of contexts where the space has them, else its highest
 EXCESSES = tuple(
     float(e) for e in np.geomspace(0.05, 1, 6)
@@ -172,10 +173,11 @@ def context_acts(space: SearchSpace) -> np.ndarray:
     return np.where([row == (FP,) for row in space.choices.values()], 16, context_act(space))
 
 
-def check_reach(space: SearchSpace, costs: CostModel, bits: float) -> None:
-    """Raise AquabitError, naming both ends, where no context can lie within REACH of ``bits``."""
+def check_budget_in_reach(space: SearchSpace, costs: CostModel, bits: float) -> None:
+    """Raise AquabitError, naming both ends, where no context can lie within BUDGET_TOLERANCE_BITS of
+    ``bits``."""
     low, high = costs.limits(context_act(space))["bits"]
-    if not low - REACH <= bits <= high + REACH:
+    if not low - BUDGET_TOLERANCE_BITS <= bits <= high + BUDGET_TOLERANCE_BITS:
         raise AquabitError(
             f"bits = {bits:g} is out of reach: this space has {low:.3g} to {high:.3g} bits per weight"
         )
@@ -184,16 +186,16 @@ def check_reach(space: SearchSpace, costs: CostModel, bits: float) -> None:
 def good_contexts(
     damages: Damages, costs: CostModel, bits: float, count: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Scheme indices and activation bits, each [count, L], of good configurations within REACH real bits per
-    weight of ``bits``.
+    """Scheme indices and activation bits, each [count, L], of good configurations within
+    BUDGET_TOLERANCE_BITS real bits per weight of ``bits``.
 
     Each is a draw of ``gibbs`` around the program's optimum with an excess of its own, log-uniform over
     EXCESSES; activations are at ``context_act``. The nominal mean is adjusted until the real sizes, shared
-    codebooks included, lie around ``bits``; what lies beyond REACH is drawn again. Raises AquabitError where
-    the space cannot reach ``bits``.
+    codebooks included, lie around ``bits``; what lies beyond BUDGET_TOLERANCE_BITS is drawn again. Raises
+    AquabitError where the space cannot reach ``bits``.
     """
     space, acts = damages.space, context_acts(damages.space)
-    check_reach(space, costs, bits)
+    check_budget_in_reach(space, costs, bits)
     mean, family = bits, gibbs_each(damages, costs, bits, EXCESSES)
 
     def draw(levels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -205,7 +207,7 @@ def good_contexts(
 
     for _ in range(TUNING):
         miss = bits - float(draw(np.arange(SEEN) % len(EXCESSES))[1].mean())
-        if abs(miss) <= REACH / 5:
+        if abs(miss) <= BUDGET_TOLERANCE_BITS / 5:
             break
         mean += float(np.clip(miss, -0.5, 0.5))
         family = gibbs_each(damages, costs, mean, EXCESSES)
@@ -213,13 +215,18 @@ def good_contexts(
     left = np.arange(count)
     for _ in range(TRIES):
         drawn, real = draw(levels[left])
-        fits = np.abs(real - bits) <= REACH
+        fits = np.abs(real - bits) <= BUDGET_TOLERANCE_BITS
         weights[left[fits]] = drawn[fits]
         left = left[~fits]
         if not len(left):
             return weights, np.tile(acts, (count, 1))
     low, high = costs.limits(context_act(space))["bits"]
     raise AquabitError(
-        f"no good configuration comes within {REACH} of {bits:g} bits per weight; this space has {low:.3g} to"
-        f" {high:.3g}"
+        f"no good configuration comes within {BUDGET_TOLERANCE_BITS} of {bits:g} bits per weight; this"
+        f" space has {low:.3g} to {high:.3g}"
     )
+
+
+def damages_of(session: Session) -> Damages | None:
+    """What a session's study knows of schemes alone, which is all of its space."""
+    return known_damages(session.space, session.study.probes())

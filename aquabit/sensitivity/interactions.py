@@ -11,9 +11,9 @@ import pandas as pd
 
 from aquabit.graph import layers as graph_layers
 from aquabit.scheme import Progress, no_progress
-from aquabit.sensitivity.effects import Effects, Variant, interval, mean_predictions
-from aquabit.sensitivity.estimators import Estimator
-from aquabit.sensitivity.surrogate import FittedSurrogate
+from aquabit.sensitivity.effects.predicted import Effects, Variant, interval, mean_predictions
+from aquabit.sensitivity.surrogate.estimators import Estimator
+from aquabit.sensitivity.surrogate.fit import FittedSurrogate
 
 STRONGEST = 20  # layers whose pairs are looked at
 INTERACTIONS = ["a", "b", "interaction", "low", "high"]

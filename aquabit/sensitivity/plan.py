@@ -10,13 +10,14 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
+from aquabit.measuring.evaluator import PROBE_IMAGES, Evaluator
+from aquabit.measuring.session import meter_of, open_model, settings, uniform_references
 from aquabit.quality import QualityOptions
 from aquabit.quant.bank import Bank
-from aquabit.quant.fitting import Need
+from aquabit.quant.calibration.fitting import FitRequest
+from aquabit.runtime import single_thread
 from aquabit.scheme import FP, Protocol, Scheme, act_text
-from aquabit.sensitivity.design import DEFAULT, Design
-from aquabit.sensitivity.evaluator import PROBE_IMAGES, Evaluator, single_thread
-from aquabit.sensitivity.measure import gauge_of, open_model, settings, shard_of, uniform_references
+from aquabit.sensitivity.designs import DEFAULT, Design, shard_of
 from aquabit.space import SearchSpace
 from aquabit.study import Study
 
@@ -65,7 +66,7 @@ def plan(
     """What ``measure`` with the same arguments would do; nothing is written. ``study=None``: one that is
     not there yet."""
     opened, store, chosen = open_model(model), Bank(bank), Design.parse(design)
-    gauge = gauge_of(opened, study, quality, store, device)
+    gauge = meter_of(opened, study, quality, store, device)
     given, made = settings(opened, study, protocol, space, dtype, gauge)
     if study is not None and "fingerprint" in study:
         study.check(opened.reference, opened.fingerprint, made.to_dict(), given)
@@ -111,7 +112,7 @@ def _fits(evaluator: Evaluator, space: SearchSpace) -> tuple[int, int]:
     for layer, row in space.choices.items():
         for scheme in row:
             acts: Sequence[int] = space.activations if scheme.calibrated else [16]
-            needs = {Need(layer, scheme, a) for a in acts} if scheme != FP else set()
+            needs = {FitRequest(layer, scheme, a) for a in acts} if scheme != FP else set()
             absent = [n for n in needs if not fitter.has(n, space.calibration)]
             count, size = count + len(absent), size + len(absent) * _bytes(evaluator, layer, scheme)
     return count, size

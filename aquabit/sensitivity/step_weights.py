@@ -17,7 +17,7 @@ from aquabit.sensitivity.damages import Damages
 # (layer, scheme) that weights are fitted to: SCIENCE section 8 has .983 with 30 and .9825 with 60 of all
 # damages
 CELLS = 60
-LEAST = 3  # cells below which nothing is fitted
+MIN_CELLS = 3  # cells below which nothing is fitted
 STARTS = 5  # of the fit, which has local optima
 TINY = 1e-12  # relative error that counts as none
 
@@ -46,9 +46,9 @@ def fit_step_weights(errors: np.ndarray, damages: np.ndarray) -> np.ndarray:
     Deterministic. Raises AquabitError for fewer than three cells and for damages that are not positive.
     """
     errors, damages = np.asarray(errors, float), np.asarray(damages, float)
-    if len(damages) < LEAST or not (damages > 0).all():
+    if len(damages) < MIN_CELLS or not (damages > 0).all():
         raise AquabitError(
-            f"step weights need at least {LEAST} damages above 0, got {damages[:3].tolist()} of"
+            f"step weights need at least {MIN_CELLS} damages above 0, got {damages[:3].tolist()} of"
             f" {len(damages)}"
         )
     errors = np.maximum(errors, TINY)

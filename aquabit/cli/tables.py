@@ -1,0 +1,656 @@
+"""What the command line shows: errors, progress bars, JSON and tables."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial, wraps
+from math import floor, isfinite, log, log10, nan
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from aquabit.scheme import AquabitError, Progress
+
+console, errors = Console(), Console(stderr=True)
+GAP, INDENT = 2, 4  # columns between those of a table, and before what stands under a name
+UNIFORMS = 3  # uniform configurations, those nearest to the winner in size, that a front is compared with
+Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback for errors.")]
+
+
+def shielded(verb: Callable[..., None]) -> Callable[..., None]:
+    """Bad input: one sentence and exit code 2. Ctrl-C: a study that continues. Anything else is our fault:
+    exit code 1."""
+
+    @wraps(verb)
+    def call(*args: Any, debug: bool = False, **kwargs: Any) -> None:
+        try:
+            verb(*args, **kwargs)
+        except AquabitError as error:
+            if debug:
+                raise
+            errors.print(f"[bold red]error:[/] {plain(str(error))}", highlight=False, soft_wrap=True)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            _interrupted()
+        except OSError as error:
+            if debug:
+                raise
+            errors.print(f"[bold red]error:[/] {plain(str(error))}", highlight=False, soft_wrap=True)
+            raise typer.Exit(2) from None
+        except Exception as error:
+            cause: BaseException | None = error
+            while (
+                cause is not None
+            ):  # what was left half done on Ctrl-C may fail in its own way (torch's mode stack does)
+                if isinstance(cause, KeyboardInterrupt):
+                    _interrupted()
+                cause = cause.__context__
+            if debug:
+                raise
+            errors.print(
+                f"[bold red]internal error:[/] {type(error).__name__}: {plain(str(error))}\nPlease report it;"
+                " --debug shows where.",
+                highlight=False,
+            )
+            raise typer.Exit(1) from None
+
+    call.__annotations__ = {**verb.__annotations__, "debug": Debug}
+    signature = inspect.signature(verb, eval_str=True)
+    extra = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Debug)
+    call.__signature__ = signature.replace(parameters=[*signature.parameters.values(), extra])  # type: ignore[attr-defined]
+    return call
+
+
+def _interrupted() -> None:
+    errors.print("interrupted; nothing measured is lost: run the same command to continue")
+    os._exit(130)
+
+
+def plain(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+@contextmanager
+def bars() -> Iterator[Progress]:
+    """Progress bars with the time that is left; none when the output is no terminal."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+    from rich.progress import Progress as Bars
+
+    columns = (
+        TextColumn("{task.description:32}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Bars(*columns, console=errors, disable=not errors.is_terminal) as drawn:
+        known: dict[str, Any] = {}
+
+        def progress(what: str, done: int, total: int) -> None:
+            if total <= 0:
+                return
+            name = what.split(": ")[0]  # what comes after it changes from step to step
+            if name not in known or drawn.tasks[known[name]].completed > done:
+                known[name] = drawn.add_task(what, total=total)
+            drawn.update(known[name], completed=done, total=total, description=plain(what))
+
+        yield progress
+
+
+def emit(value: Any, target: str | None) -> bool:
+    """Write JSON where a machine would read it; whether anything was written to standard output."""
+    if target is None:
+        return False
+    if target == "-":
+        sys.stdout.write(json.dumps(value, allow_nan=False) + "\n")
+        return True
+    from aquabit.workflows import write_json
+
+    write_json(Path(target), value)
+    return False
+
+
+def show_failures(study: Any) -> None:
+    table = study.measurements(failed=True)
+    for reason, count in table[table.status == "failed"].reason.value_counts().head(5).items():
+        console.print(f"[yellow]{count} failed:[/] {plain(str(reason))}")
+
+
+def show_notes(study: Any) -> None:
+    """What is to be said of the pipeline, of how quality is measured, and of fits (a diagonal H, codewords
+    that nothing uses): by kind, with one layer."""
+    for note in [*(study.get("family_notes") or []), *(study.get("quality") or {}).get("notes", [])]:
+        console.print(f"[yellow]note:[/] {plain(note)}", highlight=False)
+    notes = study.notes()
+    kinds: dict[str, list[str]] = {}
+    for note in notes:
+        kinds.setdefault(note.split(": ")[-1], []).append(note.split(": ")[0])
+    for text, places in list(kinds.items())[:5]:
+        console.print(
+            f"[yellow]{len(places)} fits:[/] {plain(text)}, for example {plain(places[0])}", highlight=False
+        )
+
+
+def show_families(families: Sequence[Mapping[str, Any]], presets: Sequence[Mapping[str, Any]]) -> None:
+    """Pipeline families and presets, each under its whole name; any other diffusers pipeline is used
+    through a generic adapter."""
+    for row in families:
+        pixels = f" of {row['resolution']} pixels" if row["resolution"] else ""
+        made = f"images{pixels} from {row['conditions']}; for example {row['example']}"
+        _entry(f"{row['name']} ({', '.join(row['pipelines'])})", made)
+    console.print("any other diffusers pipeline: generic adapter and operator types\n", highlight=False)
+    console.print(
+        "presets: mean weight bits, activation bits, settings; what the source reports (of full precision);"
+        " source"
+    )
+    for row in presets:
+        settings = ", ".join(f"{k} {v}" for k, v in row["protocol"].items())
+        before = row["full_precision"]
+        numbers = ", ".join(
+            f"{k} {v:g} ({before[k]:g})" if k in before else f"{k} {v:g}" for k, v in row["reported"].items()
+        )
+        what = [f"{row['weights']:g} bits, a{row['activations']}, {settings}", numbers, row["source"]]
+        _entry(f"{row['name']} ({row['family']})", "; ".join(text for text in what if text))
+    console.print("what a source does not state keeps its default: give it yourself", highlight=False)
+
+
+def _entry(name: str, text: str) -> None:
+    """A whole name on a line of its own, and under it what is said of it."""
+    from textwrap import fill
+
+    console.print(plain(name), highlight=False, soft_wrap=True)
+    margin = " " * INDENT
+    console.print(
+        plain(fill(text, console.width, initial_indent=margin, subsequent_indent=margin)),
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None or not isfinite(value) else f"{value:.{digits}f}"
+
+
+def rounded(value: float | None) -> str:
+    """Three significant digits, all digits before the point."""
+    if value is None or not isfinite(value):
+        return "-"
+    size = floor(log10(abs(value))) if value else 0
+    return f"{value:.2e}" if size < -4 else f"{value:.{max(0, 2 - size)}f}"
+
+
+def ends(row: Mapping[str, Any], low: str = "low", high: str = "high") -> str:
+    """An interval of a row; a dash where an end is unknown."""
+    known = [rounded(row.get(k)) for k in (low, high)]
+    return "-" if "-" in known else " to ".join(known)
+
+
+def named_lines(head: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> list[str]:
+    """A table as lines: names (first column) are never cut. Where names and numbers do not fit ``width``
+    together, each name has a line of its own above its numbers. A title may have several lines."""
+    cells = [[title.split("\n") for title in head], *([[cell] for cell in row] for row in rows)]
+    widths = [max(len(line) for row in cells for line in row[i]) for i in range(len(head))]
+    beside = sum(widths) + GAP * (len(head) - 1) <= width
+    lines = []
+    for row in cells:
+        name, parts = row[0], row[1:]
+        deep = max(map(len, parts), default=1)
+        blocks = [[""] * (deep - len(part)) + part for part in parts]
+        numbers = [
+            (" " * GAP).join(text.rjust(size) for text, size in zip(line, widths[1:], strict=True))
+            for line in zip(*blocks, strict=True)
+        ]
+        if beside:
+            names = [""] * (deep - len(name)) + name
+            lines += [
+                f"{text.ljust(widths[0])}{' ' * GAP}{line}" for text, line in zip(names, numbers, strict=True)
+            ]
+        else:
+            lines += [*name, *(" " * INDENT + line for line in numbers)]
+    return lines
+
+
+def show_named(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    for line in named_lines(head, rows, console.width):
+        console.print(plain(line.rstrip()), highlight=False, soft_wrap=True)
+
+
+def show_sensitivity(result: Any, top: int) -> None:
+    """Scores of the surrogate, the ranking of layers, pairs of layers, and how predictions agree with real
+    swaps. What older studies do not hold is left out."""
+    for caution in result["surrogate"].get("cautions", []):
+        console.print(f"[yellow]{plain(caution)}[/]", highlight=False)
+    console.print(
+        f"{result['measurements']} measurements, objective {result['objective']} ({result['direction']})"
+    )
+    _show_scores(result["surrogate"])
+    console.print(f"ranking: {_ranking(result)}", highlight=False)
+    _show_layers(result, top)
+    _show_interactions(result["interactions"][:5], level(result))
+    _show_validation(result.get("validation"))
+
+
+def level(result: Mapping[str, Any]) -> str:
+    """Of the intervals of effects: they were 90 % before good configurations had a score of their own."""
+    return "95 %" if "among_good" in result["surrogate"] else "90 %"
+
+
+def _show_scores(scores: Mapping[str, Any]) -> None:
+    good, names = scores.get("among_good"), list(scores["baselines"])
+    among = [] if good is None else [_among(good.get("srcc"), good["count"])]
+    among += (
+        []
+        if good is None
+        else [_among(good["baselines"][k], good["count"]) if k in good["baselines"] else "-" for k in names]
+    )
+    head = [
+        "surrogate, out of fold",
+        "within-\nbudget\nSRCC",
+        *([f"among the\n{good['count']} good\nones"] if good else []),
+    ]
+    own = scores.get("estimator", "gbdt")
+    rows: dict[str, Any] = {"gradient-boosted trees" if own == "gbdt" else own: scores}
+    rows |= {f"baseline: {k}": scores["baselines"][k] for k in names}
+    table = []
+    for i, (name, row) in enumerate(rows.items()):
+        first, *rest = (number(row.get(k)) for k in ("within_budget_srcc", "srcc", "kendall", "ndcg10", "r2"))
+        table.append([name, first, *among[i : i + 1], *rest])
+    show_named([*head, "SRCC", "Kendall", "NDCG\n@10", "R2"], table)
+    if good:
+        console.print(
+            "good ones have at most 1.25 times the least error at their size; noise ceilings:"
+            f" {number(scores.get('noise_ceiling'), 2)}, among good ones"
+            f" {number(good.get('noise_ceiling'), 2)}",
+            highlight=False,
+        )
+
+
+def _among(value: float | None, count: int) -> str:
+    return f"too few ({count})" if value is None else number(value)
+
+
+def _ranking(result: Mapping[str, Any]) -> str:
+    source = "predictions of the surrogate"
+    if result["ranking"] == "combined":
+        source = "predictions and real swaps combined"
+        source += " by a hierarchical model fitted to this study's swaps" if level(result) == "95 %" else ""
+    near = result.get("bits")
+    contexts = "good configurations" if level(result) == "95 %" else "random configurations"
+    return source if near is None else f"{source}; effects in {contexts} near {near:g} bits"
+
+
+def _show_layers(result: Mapping[str, Any], top: int) -> None:
+    layers = sorted(result["layers"], key=lambda r: -(r["effect"] or 0))[:top]
+    psnr, combined = any("psnr_effect" in r for r in layers), result["ranking"] == "combined"
+    between = f"{level(result)} interval"
+    head = [f"{result['swap']} in layer (operator)", f"{result['objective']}\nworse by", between]
+    head += ["PSNR\nloses, dB", between] if psnr else []
+    head += ["pre-\ndicted", "real", "swaps"] if combined else []
+    rows = []
+    for r in layers:
+        row = [f"{r['name']} ({r['operator']})", rounded(r["effect"]), ends(r)]
+        row += [rounded(r.get("psnr_effect")), ends(r, "psnr_low", "psnr_high")] if psnr else []
+        row += [rounded(r["predicted"]), rounded(r["real"]), str(r["n"])] if combined else []
+        rows.append(row)
+    show_named(head, rows)
+
+
+def _show_interactions(rows: list[Any], between: str) -> None:
+    if not rows:
+        return
+    console.print("swapped together, what is predicted beyond the sum of each alone:", highlight=False)
+    for r in rows:
+        both = f"{r['a']}\n  with {r['b']}\n{' ' * INDENT}{rounded(r['interaction'])} ({ends(r)}, {between})"
+        console.print(plain(both), highlight=False, soft_wrap=True)
+
+
+def _show_validation(check: Mapping[str, Any] | None) -> None:
+    """Two lines: layers drawn at random, which give the honest score, and those that were swapped because
+    the ranking puts them first."""
+    if not check:
+        console.print("not checked against real swaps yet: `aquabit validate` measures some")
+        return
+
+    def agreement(part: Mapping[str, Any]) -> str:
+        return f"SRCC {number(part['srcc'])}, sign agreement {number(part['sign_agreement'], 2)}"
+
+    if "random" not in check:  # of studies whose layers were all drawn at random
+        console.print(f"checked against {check['flips']} real swaps: {agreement(check)}", highlight=False)
+        return
+    console.print(f"checked against {check['flips']} real swaps:", highlight=False)
+    for half, what in (
+        ("random", "layers drawn at random, the honest score"),
+        ("top", "layers that the ranking puts first"),
+    ):
+        part = check[half]
+        console.print(
+            f"  {what}: {agreement(part)} ({part['layers']} layers, {part['flips']} swaps)", highlight=False
+        )
+
+
+def show_front(front: Any) -> None:
+    """The front as a table, then what speaks for the winner, and how near the search came to its optimum."""
+    from rich.table import Column, Table
+
+    c = front.comparison
+    metrics = _front_metrics(front)
+    between = "± 95 %" if "same_quality" in c else "± 90 %"  # older searches stored the latter
+    timed = any(m.latency_ms is not None for m in front.members)
+    titles = ["", "bits a\nweight", "bytes", *(["ms\na call"] if timed else [])]
+    titles += [
+        f"{shown_metric(m)}\n{what}" for m in metrics for what in ("predicted", f"measured\n{between}")
+    ]
+    table = Table(
+        *(Column(t, justify="right", overflow="fold") for t in titles), box=None, padding=(0, 1, 0, 0)
+    )
+    for member in front.members:
+        row = [
+            "*" if member.config.digest == front.winner else "",
+            f"{member.bits_per_weight:.3f}",
+            f"{member.bytes:,}",
+        ]
+        row += [number(member.latency_ms, 2)] if timed else []
+        for m in metrics:
+            found = member.measured.get(m, {})
+            value, half = (
+                found.get("value"),
+                (found.get("high", nan) - found.get("low", nan)) / 2,
+            )  # Student's interval is symmetric
+            row += [
+                number(member.predicted.get(m), 2),
+                number(value, 2) + (f" ± {half:.2f}" if isfinite(half) else ""),
+            ]
+        table.add_row(*row)
+    console.print(table)
+    for line in front_sentences(front):
+        console.print(plain(line), highlight=False)
+    if front.proof is not None:
+        console.print(proof_line(front.proof), highlight=False)
+
+
+def _front_metrics(front: Any) -> list[str]:
+    """PSNR and the objective, those that were measured."""
+    best = front.best_member
+    objective = (
+        front.comparison.get("metric")
+        or next((m for m in best.predicted if m != "psnr"), None)
+        or next(iter(best.measured), "psnr")
+    )
+    return [m for m in dict.fromkeys(("psnr", objective)) if m in best.measured]
+
+
+def shown_metric(name: str) -> str:
+    """A metric as people write it: abbreviations in capitals."""
+    return name.upper() if name in ("fid", "sfid", "kid", "is", "mse", "psnr", "ssim", "lpips") else name
+
+
+def front_sentences(front: Any) -> list[str]:
+    """What a search found, as sentences: the winner beside uniform in PSNR, then in the objective, how
+    much smaller the front is at uniform quality, how finalists were told apart, and what the winner was
+    held against."""
+    c = front.comparison
+    lines = _beside_uniform(c) if "uniform" in c else []
+    nearest = sorted(
+        c.get("same_quality") or [], key=lambda row: abs(log(row["bytes"] / front.best_member.bytes))
+    )[:UNIFORMS]
+    lines += [_smaller(row) for row in nearest]
+    judged = c.get("judged")
+    if judged and judged["finalists"] > 1:
+        said = (
+            f"{judged['finalists']} finalists were told apart by {shown_metric(judged['metric'])} on up to"
+            f" {judged['images']} images"
+        )
+        gap = judged["next_best"]
+        lines.append(said + (f"; the next best is worse by {_with_ends(gap)}" if gap else ""))
+    return lines + [_held_against(row, c, front) for row in c.get("against") or []]
+
+
+def _beside_uniform(c: Mapping[str, Any]) -> list[str]:
+    winner, uniform, metric, d = c["winner"], c["uniform"], shown_metric(c["metric"]), c["difference"]
+    sizes = f"winner (*): {winner['bytes']:,} bytes; uniform {uniform['scheme']}: {uniform['bytes']:,} bytes"
+    lines, psnr = [f"{sizes} ({c['blocks']} blocks of fresh seeds)"], c.get("psnr_difference")
+    if psnr and c["metric"] != "psnr":
+        sides = f"PSNR {number(winner['psnr'], 2)} and {number(uniform['psnr'], 2)} dB"
+        lines.append(f"{sides}: difference {_with_ends(psnr, '+')}")
+    lines.append(
+        f"{metric} {number(winner.get('value'), 2)} and {number(uniform.get('value'), 2)}: difference"
+        f" {_with_ends(d, '+')}"
+    )
+    if psnr and _holds_zero(d):
+        images, needed = c.get("images"), d.get("images_needed")
+        seen = f"{c['blocks']} x {images} images" if images else f"these {c['blocks']} blocks"
+        would = f" (about {needed:,} images would)" if needed else ""
+        fidelity = (c.get("judged") or {}).get("metric", "psnr")
+        rest = "; fidelity decides" if c["metric"] != fidelity else ""
+        lines.append(f"{metric} of {seen} cannot tell them apart{would}{rest}")
+    return lines
+
+
+def _holds_zero(d: Mapping[str, Any]) -> bool:
+    low, high = d.get("low"), d.get("high")
+    return low is not None and high is not None and low <= 0 <= high
+
+
+def _with_ends(d: Mapping[str, Any], sign: str = "") -> str:
+    value, low, high = (d.get(k) for k in ("value", "low", "high"))
+    if value is None or not isfinite(value):
+        return "unknown"
+    if low is None or high is None or not isfinite(low + high):
+        return f"{value:{sign}.2f}"
+    return f"{value:{sign}.2f} ({low:{sign}.2f} to {high:{sign}.2f}, 95 %)"
+
+
+def _smaller(row: Mapping[str, Any]) -> str:
+    """Of one uniform configuration: the size from which on the front is as good."""
+    unit = " dB" if row["metric"] == "psnr" else f" {shown_metric(row['metric'])}"
+    name = row["uniform"]
+    every = (
+        f"{name} for all layers" if any(c.isdigit() for c in name) and "+" not in name else f"uniform {name}"
+    )
+    said = f"{every} has {number(row['value'], 1 if unit == ' dB' else 3)}{unit} at {row['bytes']:,} bytes; "
+    if row["found_bytes"] is None:
+        return said + "no member of the front has that"
+    share = f"{100 * row['found_bytes'] / row['bytes']:.0f} %"
+    return f"{said}the front has that from {row['found_bytes']:,} bytes on ({share})"
+
+
+def _held_against(row: Mapping[str, Any], c: Mapping[str, Any], front: Any) -> str:
+    """One configuration that was given with ``--against``, beside the winner."""
+    said = f"against {row['name']}: {row['bytes']:,} bytes, PSNR {number(row['psnr'], 2)} dB"
+    ours = (front.best_member.measured.get("psnr") or {}).get("value")
+    if None not in (ours, row["psnr"]) and isfinite(ours - row["psnr"]):
+        said += f" (the winner {ours - row['psnr']:+.2f})"
+    if c.get("metric", "psnr") != "psnr":
+        said += f", {shown_metric(c['metric'])} {_with_ends(row)}"
+    return said
+
+
+def proof_line(proof: Any) -> str:
+    """What a search proved, in one line: of the additive program, and of the surrogate where it searched
+    one."""
+    line = (
+        f"additive program: optimum {proof.optimum:.6g}, bound {proof.optimum_bound:.6g}, gap"
+        f" {proof.optimum_gap:.2g} of its span"
+    )
+    if proof.bound is None and proof.predicted == proof.optimum:
+        return line
+    line += f"; surrogate: best prediction {proof.predicted:.4g}"
+    if proof.bound is None:
+        return line + ", no bound is known"
+    return (
+        line
+        + f", none within the budget is below {proof.bound:.4g} (gap {proof.gap:.3g}, {proof.nodes} nodes)"
+    )
+
+
+def show_noise(statistics: Any, correction: str | None) -> None:
+    """What the noise of quantization is like at the first, the middle and the last step."""
+    table = statistics.table()
+    kept = sorted({0, int(table.step.max()) // 2, int(table.step.max())})
+    console.print(
+        f"noise of quantization, corrected by {correction} (95 % intervals over {statistics.about.images}"
+        " images):"
+    )
+    for row in table[table.step.isin(kept)].itertuples():
+        branch = f", branch {row.branch + 1}" if statistics.branches > 1 else ""
+        console.print(
+            f"  step {row.step + 1}{branch}: k {row.k:.4f} ({row.k_low:.4f} to {row.k_high:.4f}), R2"
+            f" {row.r2:.2f}, ||eps|| / ||Delta|| {row.snr:.3g}, bias {row.bias:.3g}, residual variance"
+            f" {row.variance:.3g}",
+            highlight=False,
+        )
+
+
+def show_placement(placement: Any) -> None:
+    """Which kernels run how many layers, and what their weights hold in memory."""
+    kernels = ", ".join(f"{name} {count}" for name, count in placement.backends.items())
+    share = f"{placement.resident / 1e6:.2f} MB resident of {placement.dense / 1e6:.2f} MB dense"
+    copies = f", {len(placement.copies)} dense copies among them" if placement.copies else ""
+    console.print(f"layers by kernel: {kernels}; weights: {share}{copies}", highlight=False)
+
+
+def _machine(rows: Any) -> None:
+    console.print(
+        ", ".join(f"{k} {v}" for k, v in rows[0].machine.items() if v), highlight=False, soft_wrap=True
+    )
+
+
+def show_timings(rows: Any) -> None:
+    """Milliseconds per format and shape, and how many times as long dense layers take as the best kernel."""
+    from rich.table import Table
+
+    _machine(rows)
+    console.print(f"median milliseconds; coded layers at a{rows[0].act}; dense layers over the best kernel")
+    names = list(dict.fromkeys(name for r in rows for name in r.milliseconds))
+    table = Table(
+        "shape", "format", *names, "fp32", "bf16", "fp32/best", "bf16/best", box=None, padding=(0, 1, 0, 0)
+    )
+    for r in rows:
+        times = [f"{'*' if n == r.best else ''}{number(r.milliseconds.get(n), 2)}" for n in names]
+        dense = [number(r.dense[d], 2) for d in ("float32", "bfloat16")]
+        table.add_row(
+            r.shape, r.format, *times, *dense, *(f"{r.ratio[d]:.2f}" for d in ("float32", "bfloat16"))
+        )
+    console.print(table)
+
+
+def show_calls(rows: Any) -> None:
+    """Whole denoiser calls: milliseconds, ratio to dense float32 and bfloat16, resident weights, layers by
+    kernel."""
+    from rich.table import Table
+
+    _machine(rows)
+    table = Table(
+        "denoiser",
+        "ms a call",
+        "fp32/this",
+        "bf16/this",
+        "weights MB",
+        "layers by kernel",
+        box=None,
+        padding=(0, 1, 0, 0),
+    )
+    dense = {r.name: r.milliseconds for r in rows}
+    for r in rows:
+        ratios = [f"{dense[f'dense {d}'] / r.milliseconds:.2f}" for d in ("float32", "bfloat16")]
+        kernels = ", ".join(f"{name} {count}" for name, count in r.backends.items())
+        table.add_row(r.name, number(r.milliseconds, 2), *ratios, f"{r.resident / 1e6:.2f}", kernels)
+    console.print(table)
+
+
+def show_tuned(tuned: Any) -> None:
+    """How a fine-tuning went: loss before and after, share of codes changed, what is to be said of it."""
+    console.print(
+        f"fine-tuned in {tuned.seconds:.0f} s: difference from the teacher {tuned.before:.3g} ->"
+        f" {tuned.after:.3g} on held-out samples, {tuned.changed:.1%} of codes changed",
+        highlight=False,
+        soft_wrap=True,
+    )
+    for note in tuned.notes:
+        console.print(f"[yellow]note:[/] {plain(note)}", highlight=False, soft_wrap=True)
+
+
+def show_export(found: Any, path: Path) -> None:
+    """What became of how many layers, and what is lost."""
+    console.print(
+        f"{path}: " + ", ".join(f"{n} layers {status}" for status, n in found.counts.items()),
+        highlight=False,
+        soft_wrap=True,
+    )
+    for lost, count in found.losses().items():
+        console.print(f"  {count:4} layers: {plain(lost)}", highlight=False, soft_wrap=True)
+    for sentence in found.whole:
+        console.print(f"  all: {plain(sentence)}", highlight=False, soft_wrap=True)
+
+
+def show_statuses(rows: list[Any]) -> None:
+    """How far studies are (``standing.StudyStatus``), one line each."""
+    for r in rows:
+        parts = [f"{r.measurements} measurements, {r.failed} failed"]
+        parts += [] if r.missing is None else [f"{r.missing} missing"]
+        parts += [f"{r.rate:.0f} an hour"] if r.rate and r.missing else []
+        parts += [f"{_span(r.remaining)} left (estimate)"] if r.remaining else []
+        parts += [] if r.idle is None else [f"last {_span(r.idle)} ago"]
+        parts += [f"written by {r.writer}"] if r.writer else []
+        console.print(
+            plain(f"{r.path}{f' ({r.shard})' if r.shard else ''}: {', '.join(parts)}"),
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def show_plan(plan: Any) -> None:
+    """What measuring would take (``plan.Plan``)."""
+    say = partial(console.print, highlight=False, soft_wrap=True)
+    say(f"measurements: {plan.measurements} to make, {plan.known} there already")
+    say(
+        f"bank: {plan.fits} fits missing, {plan.bank_bytes / 1e6:.1f} MB; {max(0, plan.bank_free) / 1e9:.1f}"
+        " GB are left of its limit"
+    )
+    said = (
+        f"{_span(plan.measuring_seconds)} of measuring and {_span(plan.probing_seconds)} for {plan.probes}"
+        " probes"
+    )
+    say(f"estimated time: {said} with {plan.workers} worker{'s' * (plan.workers > 1)}, besides the fits' own")
+    say(
+        f"(an estimate: from one full-precision denoiser call of {plan.call_seconds:.3g} s; nothing was"
+        " measured)"
+    )
+
+
+def show_peaks(peaks: list[Any], micro_batch: int, not_counted: str) -> None:
+    """Peak memory (``memory.Peak``): a line a task and dtype, largest parts first."""
+    for p in peaks:
+        parts = sorted(((size, name) for name, size in p.parts.items() if size >= 1e6), reverse=True)
+        said = ", ".join(f"{name} {size / 1e9:.2f}" for size, name in parts)
+        console.print(
+            f"{p.task:11} {p.dtype:9} {p.total / 1e9:7.2f} GB: {said}", highlight=False, soft_wrap=True
+        )
+    console.print(
+        f"a process each, with a micro-batch of {micro_batch}; not counted: {not_counted}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _span(seconds: float) -> str:
+    """As 40 s, 12 min, 3.5 h or 2.1 d."""
+    for unit, size in (("d", 86400), ("h", 3600)):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"

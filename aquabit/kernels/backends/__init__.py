@@ -1,0 +1,188 @@
+"""The kernels that run a coded weight, as data: what each is, what it cannot serve, and how it is called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from aquabit.kernels.arranged import Arranged
+from aquabit.kernels.backends.decode import decode_conv2d, decode_linear, decode_refuses
+from aquabit.kernels.backends.lut import lut_conv2d, lut_linear, lut_refuses
+from aquabit.kernels.backends.reference import reference_conv2d, reference_linear
+from aquabit.kernels.backends.triton_kernels import triton_conv2d, triton_linear, triton_refuses
+from aquabit.kernels.codebook import CodebookWeight
+from aquabit.kernels.request import Request, empty_like
+from aquabit.scheme import AquabitError
+
+Weight: TypeAlias = CodebookWeight | Arranged
+Call: TypeAlias = Callable[
+    [Tensor, Weight, Tensor | None, Request, Tensor | None], Tensor
+]  # x, weight, bias, request, dense copy
+
+
+@dataclass(frozen=True)
+class Backend:
+    """``refuses`` says why a request cannot be served, or None. ``quantizes``: it rounds the activations
+    itself; the others get them rounded."""
+
+    name: str
+    does: str
+    refuses: Callable[[Request], str | None]
+    linear: Call
+    conv2d: Call
+    quantizes: bool = False
+
+
+def _native_refuses(request: Request) -> str | None:
+    """What no native CPU kernel serves."""
+    if request.device != "cpu":
+        return f"it runs on the CPU, the input is on {request.device}"
+    if request.dtype not in ("float32", "bfloat16"):
+        return f"it reads float32 and bfloat16, the input is {request.dtype}"
+    return _no_gradient(request)
+
+
+def _no_gradient(request: Request) -> str | None:
+    return "it carries no gradient, and one is asked for" if request.gradient else None
+
+
+def _lut_refuses(request: Request) -> str | None:
+    form = request.format
+    if form.tables == "channel":
+        return "every output has codebooks of its own: it needs shared ones"
+    own = empty_like(form)
+    return _native_refuses(request) or (lut_refuses(own) if isinstance(own, Arranged) else form.unarranged)
+
+
+def _decode_refuses(request: Request) -> str | None:
+    return _native_refuses(request) or decode_refuses(
+        empty_like(request.format), request.device, getattr(torch, request.dtype)
+    )
+
+
+def _triton_refuses(request: Request) -> str | None:
+    if request.device != "cuda":
+        return f"it runs on CUDA, the input is on {request.device}"
+    return _no_gradient(request) or triton_refuses(
+        empty_like(request.format), request.device, getattr(torch, request.dtype)
+    )
+
+
+def _dense_refuses(request: Request) -> str | None:
+    return None if request.dense else "no dense copy of the weight is kept (memory=auto keeps some)"
+
+
+def _lut_linear(x: Tensor, weight: Weight, bias: Tensor | None, request: Request, _: Tensor | None) -> Tensor:
+    assert isinstance(weight, Arranged)
+    return lut_linear(x, weight, bias, request.accuracy == "exact")
+
+
+def _lut_conv2d(x: Tensor, weight: Weight, bias: Tensor | None, request: Request, _: Tensor | None) -> Tensor:
+    r = request
+    assert isinstance(weight, Arranged)
+    return lut_conv2d(x, weight, bias, r.stride, r.padding, r.dilation, r.groups, r.accuracy == "exact")
+
+
+def _decode_linear(
+    x: Tensor, weight: Weight, bias: Tensor | None, request: Request, _: Tensor | None
+) -> Tensor:
+    return decode_linear(x, weight, bias, request.act, request.accuracy)
+
+
+def _decode_conv2d(
+    x: Tensor, weight: Weight, bias: Tensor | None, request: Request, _: Tensor | None
+) -> Tensor:
+    r = request
+    return decode_conv2d(
+        x, weight, bias, r.stride, r.padding, r.dilation, r.groups, r.act, r.split, r.accuracy
+    )
+
+
+def _triton_linear(
+    x: Tensor, weight: Weight, bias: Tensor | None, request: Request, _: Tensor | None
+) -> Tensor:
+    return triton_linear(x, weight, bias, request.accuracy)
+
+
+def _triton_conv2d(
+    x: Tensor, weight: Weight, bias: Tensor | None, request: Request, _: Tensor | None
+) -> Tensor:
+    r = request
+    return triton_conv2d(x, weight, bias, r.stride, r.padding, r.dilation, r.groups, r.accuracy)
+
+
+def _reference_linear(
+    x: Tensor, weight: Weight, bias: Tensor | None, _: Request, __: Tensor | None
+) -> Tensor:
+    return reference_linear(x, weight, bias)
+
+
+def _reference_conv2d(
+    x: Tensor, weight: Weight, bias: Tensor | None, request: Request, _: Tensor | None
+) -> Tensor:
+    return reference_conv2d(
+        x, weight, bias, request.stride, request.padding, request.dilation, request.groups
+    )
+
+
+def _dense_linear(x: Tensor, _: Weight, bias: Tensor | None, __: Request, dense: Tensor | None) -> Tensor:
+    assert dense is not None
+    return functional.linear(x, dense, bias)
+
+
+def _dense_conv2d(
+    x: Tensor, _: Weight, bias: Tensor | None, request: Request, dense: Tensor | None
+) -> Tensor:
+    assert dense is not None
+    return functional.conv2d(
+        x, dense, bias, request.stride, request.padding, request.dilation, request.groups
+    )
+
+
+BACKENDS = (
+    Backend(
+        "dense",
+        "multiplies with a dense copy that memory=auto keeps",
+        _dense_refuses,
+        _dense_linear,
+        _dense_conv2d,
+    ),
+    Backend(
+        "triton",
+        "decodes in shared memory for the matrix units of a GPU",
+        _triton_refuses,
+        _triton_linear,
+        _triton_conv2d,
+    ),
+    Backend(
+        "lut", "adds entries of tables of all codewords' products", _lut_refuses, _lut_linear, _lut_conv2d
+    ),
+    Backend(
+        "decode",
+        "decodes tiles for the processor's matrix instructions",
+        _decode_refuses,
+        _decode_linear,
+        _decode_conv2d,
+        True,
+    ),
+    Backend(
+        "reference",
+        "decodes the whole weight, any device and type",
+        lambda _: None,
+        _reference_linear,
+        _reference_conv2d,
+    ),
+)
+
+
+def backend_named(name: str, backends: tuple[Backend, ...] = BACKENDS) -> Backend:
+    """The backend of that name; raises AquabitError, listing those there are."""
+    found = next((b for b in backends if b.name == name), None)
+    if found is None:
+        raise AquabitError(f"backend {name!r} is unknown; known: {', '.join(b.name for b in backends)}")
+    return found

@@ -1,0 +1,456 @@
+"""The Triton backend: decode tiles of a coded weight on a CUDA device and feed the matrix units; no dense
+copy is stored.
+
+Linear layers and convolutions (implicit GEMM) share one kernel; at most 8 tokens take a path of their own.
+Triton is imported at the first call, so this module can be imported without it. Under Triton's interpreter
+(TRITON_INTERPRET=1 before the first import of triton) the same kernels run on CPU tensors, for tests.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from functools import cache
+from math import prod
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from aquabit.kernels.arranged import Arranged
+from aquabit.kernels.backends.triton_weight import TritonWeight, lay_out, why_not_laid_out
+from aquabit.kernels.codebook import CodebookWeight, ceil_divide
+from aquabit.scheme import AquabitError
+
+Accuracy = Literal["fast", "exact"]
+Pair = int | tuple[int, int]
+Weight = CodebookWeight | Arranged | TritonWeight
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FEW_TOKENS = 8  # up to here one pass over the codes without matrix units
+_ROWS_FEW, _BLOCK_FEW = 8, 128  # outputs and inputs that a program of the path for few tokens takes at a time
+_TILE_INTERPRETED = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 32, "SWIZZLE": 2}
+_BY_GROUP = (2, 4, 8, 16)  # lengths of codewords that are loaded as vectors
+
+
+@cache
+def _device() -> Any:
+    """The module of kernels, or a sentence that says why there is none."""
+    try:
+        from aquabit.kernels.backends import triton_device
+    except ImportError as error:
+        return f"triton is not installed ({error}); pip install 'aquabit[cuda]'"
+    return triton_device
+
+
+def triton_available() -> str | None:
+    """Why Triton's kernels cannot run here, or None: they need triton and a CUDA device of capability 8.0,
+    or the interpreter."""
+    device = _device()
+    if isinstance(device, str):
+        return device
+    if device.INTERPRETED:
+        return "TRITON_INTERPRET was set after triton was imported; set it before" if device.MIXED else None
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    capability = torch.cuda.get_device_capability()
+    return (
+        None
+        if capability >= (8, 0)
+        else f"the CUDA device has capability {capability[0]}.{capability[1]}; 8.0 is needed"
+    )
+
+
+def triton_refuses(weight: Weight, device: torch.device | str, dtype: torch.dtype) -> str | None:
+    """Why this backend cannot multiply ``weight`` with an input of ``dtype`` on ``device``, or None."""
+    why = triton_available()
+    if why:
+        return why
+    kind = torch.device(device).type
+    needed = "cpu" if _device().INTERPRETED else "cuda"
+    if kind != needed:
+        return f"the input is on {device}; it must be on {needed}" + (
+            ", which the interpreter takes" if needed == "cpu" else ""
+        )
+    if dtype not in DTYPES:
+        return f"the input is {dtype}; it must be float32, bfloat16 or float16"
+    return why_not_laid_out(weight)
+
+
+_laid_out: WeakKeyDictionary[CodebookWeight | Arranged, TritonWeight] = WeakKeyDictionary()
+
+
+def triton_weight(weight: Weight) -> TritonWeight:
+    """``weight`` as the kernels read it, made at the first call, kept while ``weight`` lives; raises
+    AquabitError where it cannot be."""
+    if isinstance(weight, TritonWeight):
+        return weight
+    if weight not in _laid_out:
+        _laid_out[weight] = lay_out(weight)
+    return _laid_out[weight]
+
+
+def triton_linear(
+    x: Tensor, weight: Weight, bias: Tensor | None = None, accuracy: Accuracy = "fast"
+) -> Tensor:
+    """x [..., in] times a coded weight [out, in], plus bias [out]: [..., out] in x's dtype.
+
+    "exact": float32 arithmetic, relative error 1e-6 before rounding to x's dtype. "fast": float32 inputs and
+    weights are rounded to tf32 (relative error at most 1e-3), others multiply in x's dtype; sums are float32
+    always. Raises AquabitError for shapes, devices, dtypes or accuracies that do not fit.
+    """
+    laid = _checked(x, weight, bias, accuracy, 2)
+    if x.ndim == 0 or x.shape[-1] != laid.shape[1]:
+        raise AquabitError(
+            f"the input is {list(x.shape)}; a weight {list(laid.shape)} takes [..., {laid.shape[1]}]"
+        )
+    rows = x.reshape(-1, x.shape[-1])
+    y: Tensor = torch.ops.aquabit.triton_linear(rows, *laid.arguments, _contiguous(bias), accuracy == "exact")
+    return y.reshape(*x.shape[:-1], laid.shape[0])
+
+
+def triton_conv2d(
+    x: Tensor,
+    weight: Weight,
+    bias: Tensor | None = None,
+    stride: Pair = 1,
+    padding: Pair | str = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+    accuracy: Accuracy = "fast",
+) -> Tensor:
+    """x [n, cin, h, w] convolved with a coded weight [out, cin / groups, kh, kw]: [n, out, h', w'] in x's
+    dtype and memory format.
+
+    Arguments as ``torch.nn.functional.conv2d``, accuracy as ``triton_linear``; raises AquabitError for what
+    does not fit.
+    """
+    laid = _checked(x, weight, bias, accuracy, 4)
+    out, cin, kh, kw = laid.shape
+    if x.ndim != 4 or groups < 1 or x.shape[1] != cin * groups:
+        raise AquabitError(
+            f"the input is {list(x.shape)}; a weight {list(laid.shape)} in {groups} groups takes [n,"
+            f" {cin * groups}, h, w]"
+        )
+    if out % groups:
+        raise AquabitError(f"{groups} groups do not divide the weight's {out} outputs")
+    steps, spread = _pair(stride, "stride", 1), _pair(dilation, "dilation", 1)
+    reach = (spread[0] * (kh - 1), spread[1] * (kw - 1))
+    before, after = _pads(padding, reach, steps)
+    sizes = [(x.shape[2 + i] + before[i] + after[i] - reach[i] - 1) // steps[i] + 1 for i in (0, 1)]
+    if min(sizes) < 1:
+        image, extent = list(x.shape[2:]), [r + 1 for r in reach]
+        raise AquabitError(
+            f"an image of {image} with padding {padding} is smaller than the kernel, which reaches over"
+            f" {extent}"
+        )
+    y: Tensor = torch.ops.aquabit.triton_conv2d(
+        x, *laid.arguments, _contiguous(bias), steps, before, spread, sizes, groups, accuracy == "exact"
+    )
+    return y
+
+
+def _checked(x: Tensor, weight: Weight, bias: Tensor | None, accuracy: str, ndim: int) -> TritonWeight:
+    if accuracy not in ("fast", "exact"):
+        raise AquabitError(f"accuracy {accuracy!r} is unknown; it must be fast or exact")
+    if len(weight.shape) != ndim:
+        raise AquabitError(
+            f"a weight of shape {list(weight.shape)} does not fit here; {ndim} dimensions are needed"
+        )
+    why = why_not_laid_out(weight) if x.device.type == "meta" else triton_refuses(weight, x.device, x.dtype)
+    if why:
+        raise AquabitError(f"the triton backend cannot serve: {why}")
+    laid = triton_weight(weight)
+    if bias is not None and tuple(bias.shape) != (laid.shape[0],):
+        raise AquabitError(
+            f"the bias is {list(bias.shape)}; a weight {list(laid.shape)} needs [{laid.shape[0]}]"
+        )
+    for name, other in (("weight", laid.codes), ("bias", bias)):
+        if other is not None and other.device != x.device:
+            raise AquabitError(f"the input is on {x.device}, the {name} on {other.device}; move one of them")
+    return laid
+
+
+def _contiguous(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.contiguous()
+
+
+def _pair(value: Pair, name: str, least: int) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or min(pair) < least:
+        raise AquabitError(f"{name} {value} does not fit; it is one or two integers of at least {least}")
+    return int(pair[0]), int(pair[1])
+
+
+def _pads(
+    padding: Pair | str, reach: tuple[int, int], steps: tuple[int, int]
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Rows and columns of zeros before and after the image."""
+    if padding == "same" and steps == (1, 1):
+        before = (reach[0] // 2, reach[1] // 2)
+        return before, (reach[0] - before[0], reach[1] - before[1])
+    if isinstance(padding, str) and padding != "valid":
+        raise AquabitError(
+            f"padding {padding!r} with stride {steps} does not fit; it is valid, same (stride 1) or one or"
+            " two integers"
+        )
+    both = (0, 0) if isinstance(padding, str) else _pair(padding, "padding", 0)
+    return both, both
+
+
+_WEIGHT = "Tensor codes, Tensor? tables, Tensor? scale, Tensor? offset, int[] shape, int[] facts"
+_library = torch.library.Library("aquabit", "FRAGMENT")
+_library.define(f"triton_linear(Tensor x, {_WEIGHT}, Tensor? bias, bool exact) -> Tensor")
+_GEOMETRY = "int[] stride, int[] padding, int[] dilation, int[] size, int groups"
+_library.define(f"triton_conv2d(Tensor x, {_WEIGHT}, Tensor? bias, {_GEOMETRY}, bool exact) -> Tensor")
+
+
+def _linear(
+    x: Tensor,
+    codes: Tensor,
+    tables: Tensor | None,
+    scale: Tensor | None,
+    offset: Tensor | None,
+    shape: list[int],
+    facts: list[int],
+    bias: Tensor | None,
+    exact: bool,
+) -> Tensor:
+    y = _linear_fake(x, codes, tables, scale, offset, shape, facts, bias, exact)
+    tokens = len(x)
+    if y.numel() == 0:
+        return y
+    with _on(x):
+        if tokens <= FEW_TOKENS:
+            _launch_few(x, y, codes, tables, scale, offset, bias, facts)
+        else:
+            strides, geometry = (
+                (*x.stride(), 0, 0, *y.stride(), 0, 0),
+                (shape[1], 1, 1, 1, 1, 1, 1, 0, 0, 1, 1),
+            )
+            _launch(
+                x, y, codes, tables, scale, offset, bias, facts, exact, tokens, 1, strides, geometry, None
+            )
+    return y
+
+
+def _linear_fake(
+    x: Tensor,
+    codes: Tensor,
+    tables: Tensor | None,
+    scale: Tensor | None,
+    offset: Tensor | None,
+    shape: list[int],
+    facts: list[int],
+    bias: Tensor | None,
+    exact: bool,
+) -> Tensor:
+    return x.new_empty(x.shape[0], shape[0])
+
+
+def _conv2d(
+    x: Tensor,
+    codes: Tensor,
+    tables: Tensor | None,
+    scale: Tensor | None,
+    offset: Tensor | None,
+    shape: list[int],
+    facts: list[int],
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    size: list[int],
+    groups: int,
+    exact: bool,
+) -> Tensor:
+    y = _conv2d_fake(
+        x, codes, tables, scale, offset, shape, facts, bias, stride, padding, dilation, size, groups, exact
+    )
+    if y.numel() == 0:
+        return y
+    geometry = (shape[1], x.shape[2], x.shape[3], *size, *stride, *padding, *dilation)
+    with _on(x):
+        strides = (*x.stride(), *y.stride())
+        _launch(
+            x,
+            y,
+            codes,
+            tables,
+            scale,
+            offset,
+            bias,
+            facts,
+            exact,
+            len(x) * prod(size),
+            groups,
+            strides,
+            geometry,
+            shape,
+        )
+    return y
+
+
+def _conv2d_fake(
+    x: Tensor,
+    codes: Tensor,
+    tables: Tensor | None,
+    scale: Tensor | None,
+    offset: Tensor | None,
+    shape: list[int],
+    facts: list[int],
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    size: list[int],
+    groups: int,
+    exact: bool,
+) -> Tensor:
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    y = x.new_empty(x.shape[0], shape[0], *size)
+    return y.contiguous(memory_format=torch.channels_last) if last else y
+
+
+for _name, _run, _fake in (
+    ("triton_linear", _linear, _linear_fake),
+    ("triton_conv2d", _conv2d, _conv2d_fake),
+):
+    for _key in ("CUDA", "CPU"):  # CPU: the interpreter; triton_refuses guards it
+        _library.impl(_name, _run, _key)
+    torch.library.register_fake(f"aquabit::{_name}", _fake, lib=_library)
+
+
+def _on(x: Tensor) -> Any:
+    """Launches go to the current device: make it x's."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def _constants(
+    tables: Tensor | None,
+    scale: Tensor | None,
+    offset: Tensor | None,
+    facts: list[int],
+    row: int,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """What the kernels are specialised for."""
+    bits, width, fused, group, books, _, wide = facts
+    counts = _counts(scale, offset)
+    # A row scale alone is applied to sums: decoded codewords then stay as they are stored, exact in half
+    # precision where there is one codebook. Not where sums of codewords leave float16.
+    in_tile = offset is not None or counts[0] > 1 or (dtype == torch.float16 and bool(wide))
+    return {
+        "BITS": bits,
+        "WIDTH": width,
+        "FUSED": fused,
+        "GROUP": group,
+        "BOOKS": books,
+        "UNIFORM": tables is None,
+        "PER_ROW": tables is not None and len(tables) > 1,
+        "BY_GROUP": group in _BY_GROUP,
+        "IN_TILE": in_tile,
+        "HAS_SCALE": scale is not None,
+        "HAS_OFFSET": offset is not None,
+        "SCALE_SIZE": ceil_divide(row, counts[0]) if counts[0] > 1 else 0,
+        "OFFSET_SIZE": ceil_divide(row, counts[1]) if counts[1] > 1 else 0,
+    }
+
+
+def _launch(
+    x: Tensor,
+    y: Tensor,
+    codes: Tensor,
+    tables: Tensor | None,
+    scale: Tensor | None,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    facts: list[int],
+    exact: bool,
+    tokens: int,
+    groups: int,
+    strides: tuple[int, ...],
+    geometry: tuple[int, ...],
+    conv: list[int] | None,
+) -> None:
+    """The kernel with matrix units, over tiles of tokens x outputs."""
+    device = _device()
+    out, row = len(codes) // groups, (prod(conv[1:]) if conv else geometry[0])
+    constants = _constants(tables, scale, offset, facts, row, torch.float32 if exact else x.dtype)
+    constants |= {
+        "HAS_BIAS": bias is not None,
+        "CONV": conv is not None,
+        "KERNEL_ORDER": bool(facts[5]),
+        "EXACT": exact,
+        "KERNEL_H": conv[2] if conv else 1,
+        "KERNEL_W": conv[3] if conv else 1,
+    }
+    if device.INTERPRETED:
+        constants |= _TILE_INTERPRETED
+
+    def grid(tile: dict[str, int]) -> tuple[int, int]:
+        return ceil_divide(tokens, tile["BLOCK_M"]) * ceil_divide(out, tile["BLOCK_N"]), groups
+
+    unused = codes  # a pointer that is not read
+    pointers = (x, y, codes, *(unused if t is None else t for t in (tables, scale, offset, bias)))
+    sizes = (tokens, out, row, codes.shape[1], *_counts(scale, offset), 1 << (tokens - 1).bit_length())
+    device.tuned_matmul[grid](*pointers, *sizes, *strides, *geometry, **constants)
+
+
+def _counts(*factors: Tensor | None) -> tuple[int, ...]:
+    """How many scales (offsets) each row has."""
+    return tuple(1 if t is None or t.ndim == 1 else t.shape[1] for t in factors)
+
+
+def _launch_few(
+    x: Tensor,
+    y: Tensor,
+    codes: Tensor,
+    tables: Tensor | None,
+    scale: Tensor | None,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    facts: list[int],
+) -> None:
+    """The path for few tokens: the row is split where the outputs alone would leave processors idle."""
+    device, (tokens, row), out = _device(), x.shape, len(codes)
+    constants = _constants(tables, scale, offset, facts, row, torch.float32)
+    unused = codes
+    tables, scale_, offset_, bias_ = (unused if t is None else t for t in (tables, scale, offset, bias))
+    few: dict[str, Any] = {"HAS_BIAS": bias is not None, "TOKENS": 1 << (tokens - 1).bit_length()}
+    tiles, blocks = ceil_divide(out, _ROWS_FEW), ceil_divide(row, _BLOCK_FEW)
+    steps = ceil_divide(blocks, max(1, min(blocks, ceil_divide(4 * _processors(x.device), tiles))))
+    splits = ceil_divide(blocks, steps)
+    parts = x.new_empty(splits, tokens, out, dtype=torch.float32) if splits > 1 else y
+    device.few_tokens[(tiles, splits)](
+        x,
+        y,
+        parts,
+        codes,
+        tables,
+        scale_,
+        offset_,
+        bias_,
+        tokens,
+        out,
+        row,
+        codes.shape[1],
+        *_counts(scale, offset),
+        *x.stride(),
+        steps,
+        **constants,
+        **few,
+        SPLIT=splits > 1,
+        BLOCK_N=_ROWS_FEW,
+        BLOCK_K=_BLOCK_FEW,
+    )
+    if splits > 1:
+        few |= {name: constants[name] for name in ("IN_TILE", "HAS_SCALE")}
+        device.add_parts[(ceil_divide(out, 128),)](
+            parts, y, scale_, bias_, tokens, out, splits, **few, BLOCK_N=128
+        )
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    """Multiprocessors of a CUDA device; under the interpreter few, so that tests see rows split and not."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

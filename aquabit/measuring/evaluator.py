@@ -1,0 +1,467 @@
+"""Evaluator: one process that measures configurations of one model."""
+
+from __future__ import annotations
+
+import io
+import platform
+import time
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import networkx as nx
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
+
+from aquabit.kernels.dispatch import using
+from aquabit.measuring.output_errors import OutputErrors, stored
+from aquabit.pipelines import (
+    Adapter,
+    denoiser_name,
+    free_text_encoders,
+    load,
+    noise_statistics,
+    own_copy,
+    recorder,
+    replay_recorder,
+    sampler,
+    set_scheduler,
+)
+from aquabit.pipelines.sizes import image_size
+from aquabit.quality import NonFiniteImages, NonFiniteValues, Quality, QualityMeter, QualityOptions, Source
+from aquabit.quant.bank import Bank
+from aquabit.quant.correction.corrector import Corrector, check_correction
+from aquabit.quant.correction.noise import Uncorrectable
+from aquabit.quant.correction.sampling import Watcher, following
+from aquabit.quant.correction.statistics import Statistics
+from aquabit.quant.model import QuantizedDenoiser
+from aquabit.runtime import out_of_memory, reuse_memory, single_thread
+from aquabit.scheme import (
+    AquabitError,
+    Calibration,
+    Measurement,
+    Protocol,
+    QuantConfig,
+    Scheme,
+    StepGroups,
+    act_of,
+    act_text,
+    digest,
+)
+
+PROBE_IMAGES, PROBE_SEED = 8, 700_000_001  # seeds that no measurement uses
+SKETCH = 256  # numbers that stand for the deviation of a few images
+THUMBNAILS = 16  # images of the grid that a measurement keeps
+FULL_LIMIT = 256 << 20  # bytes of full-precision images that stay in memory
+
+
+def environment(device: str) -> dict[str, str]:
+    """What numbers may depend on: versions, processor, device."""
+    import diffusers
+
+    gpu = torch.cuda.get_device_name(device) if device.startswith("cuda") else ""
+    return {
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "machine": platform.machine(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "device": gpu or device,
+    }
+
+
+class Evaluator:
+    """Fits schemes and measures configurations; every result is plain data that crosses process borders.
+
+    The pipeline's denoiser is quantized in place: a model given as an object is copied first. ``bank`` also
+    keeps the full-precision images of each protocol, which paired metrics compare with. ``quality`` is what
+    images are measured with beside the model's own. Images are made, measured and let go by micro batch.
+    """
+
+    def __init__(
+        self,
+        model: str | DiffusionPipeline,
+        graph: nx.DiGraph,
+        bank: Bank,
+        fingerprint: str,
+        device: str = "cpu",
+        dtype: str = "float32",
+        quality: QualityOptions | None = None,
+    ):
+        if device == "cpu":
+            reuse_memory()
+        pipe = load(model, device, dtype)
+        if isinstance(model, DiffusionPipeline):
+            pipe = own_copy(pipe, denoiser_name(pipe))
+        else:
+            free_text_encoders(pipe)
+        self.pipe, self.bank, self.fingerprint, self.device = pipe, bank, fingerprint, device
+        self.scheduler = pipe.scheduler
+        self.adapter = Adapter(pipe)
+        self.quantized = QuantizedDenoiser(
+            self.adapter.denoiser.eval(), graph, bank, fingerprint, recorder(pipe), sampler(pipe)
+        )
+        self.gauge = QualityMeter(quality or QualityOptions(), own_source(self.adapter), bank.folder, device)
+        self._full: tuple[str, dict[int, Tensor]] = "", {}
+        self._probed: tuple[str, Tensor] | None = None
+        self._stored: dict[str, OutputErrors] = {}
+
+    def chunks(self, layers: list[str], acts: list[int], calibration: Calibration) -> list[list[str]]:
+        """Layers in portions whose H fit into memory together."""
+        with single_thread(self.device):
+            portions = self.quantized.fitter.chunks(layers, acts, calibration)
+        return [[layer for group in portion for layer in group] for portion in portions]
+
+    def fit(
+        self,
+        schemes: dict[str, list[str]],
+        probes: dict[str, list[int]],
+        acts: list[int],
+        protocol: Protocol,
+        calibration: Calibration | None,
+        steps: StepGroups | None = None,
+    ) -> dict[str, dict[str, dict[str, Any]]]:
+        """Fit schemes (layer -> schemes) in the bank, calibrated ones for each of ``acts``; layer -> scheme
+        -> facts, and what activations do alone ("a8", "a6/8") where ``probes`` (layer -> activation choices
+        as ``act_code`` writes them, of groups of ``steps``) asks for it.
+
+        ``error`` is the relative squared weight error, ``output`` (with a calibration) the relative output
+        error under H at the first of ``acts``. ``damage`` is the mean squared deviation of PROBE_IMAGES
+        images from full precision where it is the only change, ``sketch`` a fixed random projection of the
+        deviations, SKETCH numbers: sketches add up as deviations do to first order. A scheme that is fitted
+        for rounded activations is probed with them, against images with that layer's activations rounded
+        alone.
+        """
+        with single_thread(self.device):
+            wanted = {layer: [Scheme.parse(s) for s in row] for layer, row in schemes.items() if row}
+            facts = self.quantized.fitter.facts(list(wanted), wanted, acts, calibration) if wanted else {}
+            base = QuantConfig(self.fingerprint, {}, calibration=calibration)
+            return {
+                layer: self._probe(layer, facts.get(layer, {}), probes[layer], acts[0], protocol, base, steps)
+                for layer in schemes
+            }
+
+    def _probe(
+        self,
+        layer: str,
+        facts: dict[str, dict[str, Any]],
+        probes: list[int],
+        act: int,
+        protocol: Protocol,
+        base: QuantConfig,
+        steps: StepGroups | None,
+    ) -> dict[str, dict[str, Any]]:
+        """``facts`` of one layer with what each scheme, and each activation choice of ``probes``, does to
+        images."""
+        few = replace(
+            protocol,
+            images=PROBE_IMAGES,
+            micro_batch=min(PROBE_IMAGES, protocol.micro_batch),
+            seed=PROBE_SEED,
+        )
+        if self._probed is None or self._probed[0] != protocol.digest:
+            self._probed = protocol.digest, self.generate(QuantConfig(self.fingerprint, {}), few)
+        full = self._probed[1]
+        asked = {a: base.with_layer(layer, "fp", act_of(a), steps=steps) for a in {*probes, act} if a != 16}
+        rounded = {a: self.generate(config, few) for a, config in asked.items()} | {16: full}
+        found = {act_text(act_of(a)): _deviation(rounded[a], full) for a in probes if a != 16}
+        for text, value in facts.items():
+            scheme = Scheme.parse(text)
+            own = act if scheme.calibrated else 16
+            images = self.generate(
+                base.with_layer(
+                    layer, scheme, own, self.quantized.partners[layer] if scheme.shared else None
+                ),
+                few,
+            )
+            found[text] = {**value, **_deviation(images, rounded[own])}
+        return found
+
+    def generate(self, config: QuantConfig, protocol: Protocol, packed: bool = False) -> Tensor:
+        """All images of a configuration [n, c, h, w] in [0, 1]; see ``batches``."""
+        with closing(self.batches(config, protocol, packed)) as made:
+            return torch.cat([images for _, images in made])
+
+    def batches(
+        self, config: QuantConfig, protocol: Protocol, packed: bool = False
+    ) -> Generator[tuple[range, Tensor], None, None]:
+        """The images of a configuration [n, c, h, w] in [0, 1], by micro batch; ``packed``: made by the
+        kernels from coded weights, chosen in their static order, so that images depend neither on timings nor
+        on the number of workers. Close it where you stop early.
+        """
+        if config.fingerprint != self.fingerprint:
+            raise AquabitError(
+                f"the configuration is for model {config.fingerprint}, this is model {self.fingerprint}"
+            )
+        watchers = self._watchers(config, protocol)
+        self.pipe.scheduler = self.scheduler
+        set_scheduler(self.pipe, protocol.scheduler)
+        if packed:
+            with self.packed(config), using({}):
+                yield from self._images(config, protocol, watchers)
+            return
+        self.quantized.apply(config)
+        yield from self._images(config, protocol, watchers)
+
+    def _images(
+        self, config: QuantConfig, protocol: Protocol, watchers: Sequence[Watcher]
+    ) -> Generator[tuple[range, Tensor], None, None]:
+        """Images of the configuration that is applied; what depends on the step follows the sampler."""
+        with following(
+            self.adapter.denoiser, self.pipe.scheduler, [*self.quantized.watchers(config), *watchers]
+        ):
+            for batch in self.adapter.batches(protocol):
+                yield batch, self.adapter.images(protocol, batch)
+
+    def _watchers(self, config: QuantConfig, protocol: Protocol) -> list[Watcher]:
+        """What takes part in sampling with a configuration."""
+        if not config.correction or not config.layers:
+            return []
+        self.pipe.scheduler = self.scheduler
+        set_scheduler(self.pipe, protocol.scheduler)
+        check_correction(self.pipe.scheduler, config.correction, protocol.eta)
+        return [Corrector(self.noise(config, Calibration.of(protocol)), config.correction)]
+
+    def noise(self, config: QuantConfig, calibration: Calibration) -> Statistics:
+        """The statistics of the noise that a configuration adds, sampled as ``calibration`` says; from the
+        bank where they are kept."""
+        plain = replace(config, correction=None)
+        path = (
+            self.bank.folder
+            / f"noise-{digest([self.fingerprint, plain.digest, calibration.digest])}.safetensors"
+        )
+        if path.exists():
+            with suppress(AquabitError):  # damaged: measured again
+                return Statistics.load(path)
+        self.pipe.scheduler = self.scheduler
+        found = noise_statistics(self.pipe, self.quantized, plain, calibration)
+        self.bank.write(path, *found.tensors())
+        return found
+
+    def output_errors(self, config: QuantConfig, protocol: Protocol, part: int = 0) -> dict[str, list[float]]:
+        """How far the denoiser's outputs are from full precision on stored inputs (``OutputErrors``),
+        without correction."""
+        with single_thread(self.device):
+            errors = self._errors(protocol, part)
+            self.quantized.apply(replace(config, correction=None))
+            return errors(self.quantized.watchers(config))
+
+    def slopes(
+        self,
+        config: QuantConfig,
+        protocol: Protocol,
+        part: int,
+        weights: Sequence[float],
+        choices: Mapping[str, Sequence[str]],
+    ) -> dict[str, Any]:
+        """What the weighted output error of a configuration is ("value"), and by how much it changes to
+        first order where one layer's weight takes another scheme: "slopes" {layer: {scheme: <gradient,
+        W_scheme - W_full>}}, so that differences count; "overlap" has the cosine between the weight errors
+        of a scheme and of the configuration's own (0 beside full precision). One backward pass serves all
+        of ``choices`` (layer -> schemes). Raises AquabitError where no gradient passes the denoiser."""
+        with single_thread(self.device):
+            errors = self._errors(protocol, part)
+            self.quantized.apply(replace(config, correction=None))
+            with self.quantized.gradients() as gradient:
+                try:
+                    value = errors.backward(weights, self.quantized.watchers(config))
+                except RuntimeError as fault:
+                    if out_of_memory(fault):
+                        raise
+                    said = str(fault).split(". ")[0]
+                    raise AquabitError(
+                        f"no gradient passes this denoiser ({said}); search with --rounds 0"
+                    ) from fault
+                found: dict[str, Any] = {"value": value, "slopes": {}, "overlap": {}}
+                for layer, row in choices.items():
+                    full, own = self.quantized.full(layer), self.quantized.layers[layer].weight.detach()
+                    error = {
+                        s: self.quantized.decoded(layer, s, config).float() - full.float()
+                        for s in row
+                        if s != "fp"
+                    }
+                    now, slope = own.float() - full.float(), gradient(layer)
+                    found["slopes"][layer] = {s: float((slope * e).sum()) for s, e in error.items()} | {
+                        "fp": 0.0
+                    }
+                    found["overlap"][layer] = {s: _cosine(now, e) for s, e in error.items()} | {"fp": 0.0}
+        return found
+
+    def _errors(self, protocol: Protocol, part: int) -> OutputErrors:
+        """Stored inputs, recorded in full precision when they are first asked for."""
+        calibration, batch = stored(protocol, part)
+        if calibration.digest not in self._stored:
+            self.quantized.apply(QuantConfig(self.fingerprint, {}))
+            self.pipe.scheduler = self.scheduler
+            self._stored[calibration.digest] = OutputErrors(
+                replay_recorder(self.pipe)(calibration, batch), self.adapter.denoiser
+            )
+        return self._stored[calibration.digest]
+
+    @contextmanager
+    def packed(self, config: QuantConfig) -> Iterator[QuantizedDenoiser]:
+        """The denoiser in packed mode; in full precision afterwards, as fitting needs it."""
+        try:
+            self.quantized.apply_packed(config)
+            yield self.quantized
+        finally:
+            self.quantized.apply(QuantConfig(self.fingerprint, {}))
+
+    def measure(
+        self, config: QuantConfig, protocol: Protocol, packed: bool = False
+    ) -> tuple[Measurement, bytes | None]:
+        """A measurement and a PNG of its first images; a failure is a measurement too, with its reason.
+        ``packed`` as for ``generate``."""
+        started = time.perf_counter()
+        facts = environment(self.device) | {"weights": "packed" if packed else "decoded"}
+        try:
+            with single_thread(self.device):
+                quality = self._quality(protocol)
+                if config.layers:
+                    self._make_full(protocol)
+                started = (
+                    time.perf_counter()
+                )  # full-precision images are made once per protocol, not per configuration
+                first = self._take(quality, config, protocol, packed and bool(config.layers))
+                metrics = quality.compute()
+        except (
+            NonFiniteImages,
+            Uncorrectable,
+            NonFiniteValues,
+        ) as error:  # else (a full disk, say) it is no property of the configuration
+            if isinstance(error, NonFiniteValues) and not config.layers:
+                raise  # a metric that fails on full precision will fail on all
+            seconds = time.perf_counter() - started
+            return Measurement(config.digest, protocol.digest, {}, seconds, facts, "failed", str(error)), None
+        seconds = time.perf_counter() - started
+        return Measurement(config.digest, protocol.digest, metrics, seconds, facts), thumbnail(first)
+
+    def _quality(self, protocol: Protocol) -> Quality:
+        """An accumulator of what is measured; raises AquabitError where it is not what the protocol names
+        (a file was changed, say)."""
+        size = image_size(self.pipe, protocol.resolution)
+        if self.gauge.options and (protocol.measures, protocol.reference) != (
+            self.gauge.measures,
+            self.gauge.reference_digest(size),
+        ):
+            raise AquabitError(
+                "the files that quality is measured with are not those that the study was begun with; use"
+                " those or another study"
+            )
+        return self.gauge.quality(size)
+
+    def _take(self, quality: Quality, config: QuantConfig, protocol: Protocol, packed: bool) -> Tensor:
+        """Make images and measure them beside those of full precision, which are kept where the
+        configuration is it; the first few."""
+        conditions = None if self.adapter.kind == "batch_size" else self.adapter.conditions(protocol)
+        first: list[Tensor] = []
+        with closing(self.batches(config, protocol, packed)) as made:
+            for batch, images in made:
+                if not config.layers:
+                    self._keep(protocol, batch, images)
+                full = self._full_batch(protocol, batch) if config.layers else images
+                quality.update(images, full, None if conditions is None else [conditions[i] for i in batch])
+                if batch.start < THUMBNAILS:
+                    first.append(images[: THUMBNAILS - batch.start])
+        return torch.cat(first)
+
+    def _path(self, protocol: Protocol, batch: range) -> Path:
+        return self.bank.folder / f"images-{self.fingerprint}-{protocol.digest}-{batch.start}.safetensors"
+
+    def full_precision(self, protocol: Protocol) -> Tensor:
+        """The full-precision images of a protocol, from the bank where they are kept."""
+        self._make_full(protocol)
+        return torch.cat([self._full_batch(protocol, batch) for batch in self.adapter.batches(protocol)])
+
+    def _make_full(self, protocol: Protocol) -> None:
+        """Make the full-precision images of a protocol that the bank does not keep."""
+        if self._full[0] != protocol.digest:
+            self._full = protocol.digest, {}
+        if any(self._stored_batch(protocol, b) is None for b in self.adapter.batches(protocol)):
+            with closing(self.batches(QuantConfig(self.fingerprint, {}), protocol)) as made:
+                for batch, images in made:
+                    self._keep(protocol, batch, images)
+
+    def _full_batch(self, protocol: Protocol, batch: range) -> Tensor:
+        images = self._stored_batch(protocol, batch)
+        if images is None:
+            raise AquabitError(
+                f"the full-precision images in {self.bank.folder} went away while they were in use; run the"
+                " same command again"
+            )
+        return images
+
+    def _stored_batch(self, protocol: Protocol, batch: range) -> Tensor | None:
+        """Full-precision images from memory or the bank; None where they are missing or damaged. Up to
+        FULL_LIMIT bytes stay in memory."""
+        held = self._full[1] if self._full[0] == protocol.digest else {}
+        if batch.start not in held:
+            try:
+                images = load_file(self._path(protocol, batch))["images"].float()
+            except (OSError, SafetensorError, KeyError):
+                return None
+            if sum(t.nbytes for t in held.values()) + images.nbytes > FULL_LIMIT:
+                return images
+            held[batch.start] = images
+        return held[batch.start]
+
+    def _keep(self, protocol: Protocol, batch: range, images: Tensor) -> None:
+        self.bank.write(self._path(protocol, batch), {"images": images.contiguous()})
+
+
+def _cosine(a: Tensor, b: Tensor) -> float:
+    length = float(a.norm() * b.norm())
+    return float((a * b).sum()) / length if length > 0 else 0.0
+
+
+def own_source(adapter: Adapter) -> Source | None:
+    """The extractor and the real images that belong to a model; None where it names none."""
+    extractor, reference = adapter.reference()
+    return None if extractor is None else Source(extractor, reference)
+
+
+def _deviation(images: Tensor, reference: Tensor) -> dict[str, Any]:
+    change = (images - reference).nan_to_num(nan=1.0)  # images lie in [0, 1]: NaN is as bad as can be
+    coarse = adaptive_avg_pool2d(change, min(8, *change.shape[-2:])).flatten(1)
+    return {"damage": float(change.square().mean()), "sketch": sketch(coarse)}
+
+
+def sketch(change: Tensor) -> list[float]:
+    """Deviations [images, pixels] as SKETCH numbers: three quarters a random projection of all of them,
+    the rest one of their mean over images (what shifts every image alike); squared lengths are those of
+    the deviations, in expectation."""
+    generator, parts = torch.Generator().manual_seed(0), []
+    for vector, size in ((change.flatten(), SKETCH * 3 // 4), (change.mean(0), SKETCH // 4)):
+        projection = torch.randn(size, vector.numel(), generator=generator) / size**0.5
+        parts.append(projection @ vector.float() / vector.numel() ** 0.5)
+    return [round(float(v), 8) for v in torch.cat(parts)]
+
+
+def thumbnail(images: Tensor, columns: int = 8, least: int = 32, most: int = 128) -> bytes:
+    """A PNG grid of images [n, c, h, w] in [0, 1], each enlarged (or shrunk) to a side of ``least`` to
+    ``most`` pixels."""
+    n, c, h, w = images.shape
+    side = max(h, w)
+    factor = -(-least // side) if side < least else 1
+    pixels = (images.nan_to_num().clamp(0, 1) * 255).round().to(torch.uint8)
+    pixels = pixels.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    h, w, rows = h * factor, w * factor, -(-n // columns)
+    sheet = torch.full((c, rows * (h + 2) + 2, columns * (w + 2) + 2), 128, dtype=torch.uint8)
+    for i, image in enumerate(pixels):
+        y, x = 2 + (i // columns) * (h + 2), 2 + (i % columns) * (w + 2)
+        sheet[:, y : y + h, x : x + w] = image
+    array: Any = sheet[0].numpy() if c == 1 else sheet[:3].permute(1, 2, 0).numpy()
+    picture = Image.fromarray(array)
+    if side > most:
+        picture = picture.resize(
+            (picture.width * most // side, picture.height * most // side), Image.Resampling.LANCZOS
+        )
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()

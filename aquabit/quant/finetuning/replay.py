@@ -1,0 +1,274 @@
+"""Replay buffer: what a full-precision denoiser was asked while images were made, and what it answered, in
+batches, shuffled or in order.
+
+A denoiser call is nested tensors. Those whose first dimension is the batch are taken apart into samples; the
+others belong to the whole call, and only samples whose calls agree in them share a batch. A timestep given
+once for a call is one number a sample where the denoiser takes that, which is tried: then a batch mixes
+steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aquabit.quant.bank import weight_hash
+from aquabit.quant.calibration.calibrator import Call, mapped
+from aquabit.scheme import AquabitError, Calibration
+
+HELD_OUT = 16  # one run of so many is for validation, one at least
+AGREE = 1e-4  # relative difference up to which a denoiser answers the same
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One denoiser call and its output, tensors on the CPU: the ``step``-th call (from 0) of a ``run`` of
+    the sampler."""
+
+    call: Call
+    output: Tensor
+    run: int
+    step: int
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Calls in the order in which they were made; where guidance doubles a batch, which half is the
+    conditional one."""
+
+    calls: list[Recorded]
+    conditional_first: bool = True
+
+
+Record = Callable[[Calibration, int], Recording]  # images as a calibration says, made in batches of so many
+
+
+def first_tensor(result: Any) -> Tensor:
+    """The tensor in a denoiser's result, which may be wrapped."""
+    found: Tensor = result if isinstance(result, Tensor) else result[0]
+    return found
+
+
+def record_outputs(denoiser: nn.Module, runs: Sequence[Callable[[], object]]) -> list[Recorded]:
+    """Every denoiser call that ``runs`` make, with its output. Raises AquabitError where there is none, or
+    one that is not finite."""
+    made: list[Recorded] = []
+    place = [0, 0]
+
+    def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        def copied(tensor: Tensor) -> Tensor:
+            return tensor.detach().to("cpu", copy=True)
+
+        made.append(
+            Recorded((mapped(args, copied), mapped(kwargs, copied)), copied(first_tensor(result)), *place)
+        )
+        place[1] += 1
+
+    handle = denoiser.register_forward_hook(see, with_kwargs=True)
+    try:
+        for i, run in enumerate(runs):
+            place[:] = [i, 0]
+            run()
+    finally:
+        handle.remove()
+    if not made:
+        raise AquabitError(
+            f"no denoiser call was recorded from {len(runs)} micro-batches; fine-tuning needs images"
+        )
+    bad = [r for r in made if not bool(torch.isfinite(r.output).all())]
+    if bad:
+        raise AquabitError(
+            f"the full-precision model returns NaN or infinity in step {bad[0].step} of its own images; it"
+            " cannot teach"
+        )
+    return made
+
+
+def leaves(call: Any) -> list[Tensor]:
+    """The tensors of a call, in order."""
+    found: list[Tensor] = []
+    mapped(call, lambda t: found.append(t) or t)  # type: ignore[func-returns-value]
+    return found
+
+
+@dataclass
+class _Kind:
+    """Samples that may share a batch. ``parts`` holds, for each tensor of the call, [samples, branches,
+    ...], or None where it is shared (then it stands in ``template``)."""
+
+    template: Call
+    parts: list[Tensor | None]
+    target: Tensor
+
+
+class Replay:
+    """Samples of recorded calls, the last runs of them held out. ``branches``: 2 where a sample is a
+    conditional and an unconditional row of one call, which stay together (the conditional one first)."""
+
+    def __init__(self, recording: Recording, denoiser: nn.Module, branches: int = 1):
+        calls = recording.calls
+        self.branches, flip = branches, branches == 2 and not recording.conditional_first
+        odd = [len(c.output) for c in calls if len(c.output) % branches]
+        if odd:
+            raise AquabitError(
+                f"a call of {odd[0]} rows is not two branches of guidance; fine-tune without guidance"
+            )
+        spread = _spread(calls[0], denoiser)
+        keys: dict[Any, list[int]] = {}
+        split = [_split(c, spread) for c in calls]
+        for i, (_, _, key) in enumerate(split):
+            keys.setdefault(key, []).append(i)
+        self.kinds: list[_Kind] = []
+        self.places: list[tuple[int, int, int]] = []  # (run, row, step) of each sample
+        self._where: list[tuple[int, int]] = []  # (kind, index in it)
+        self._calls: list[range] = []  # samples of each call
+        start = {
+            i: n
+            for members in keys.values()
+            for i, n in zip(members, _starts(calls, members, branches), strict=True)
+        }
+        kind_of = {i: k for k, members in enumerate(keys.values()) for i in members}
+        for members in keys.values():
+            columns = [[split[i][1][j] for i in members] for j in range(len(split[members[0]][1]))]
+            parts = [
+                None if c[0] is None else torch.cat([_paired(t, branches, flip) for t in c if t is not None])
+                for c in columns
+            ]
+            target = torch.cat([_paired(calls[i].output, branches, flip) for i in members])
+            self.kinds.append(_Kind(split[members[0]][0], parts, target))
+        for i, c in enumerate(calls):
+            rows = len(c.output) // branches
+            self._calls.append(range(len(self.places), len(self.places) + rows))
+            self.places += [(c.run, row, c.step) for row in range(rows)]
+            self._where += [(kind_of[i], start[i] + row) for row in range(rows)]
+        runs = sorted({c.run for c in calls})
+        if len(runs) < 2:
+            raise AquabitError(
+                "the replay buffer has one batch of images; fine-tuning needs two, since one is held out"
+            )
+        held = set(runs[-max(1, len(runs) // HELD_OUT) :])
+        self._held = [c.run in held for c in calls]
+        self._epoch = lru_cache(1)(self._shuffled)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def kind(self, sample: int) -> int:
+        """The number of the kind that a sample is of: those of one may share a batch."""
+        return self._where[sample][0]
+
+    def batch(self, samples: Sequence[int], device: torch.device) -> tuple[Call, Tensor]:
+        """A call of some samples (of one kind) and the outputs it should have, [branches * samples, ...]:
+        one branch after the other."""
+        kind = self.kinds[self._where[samples[0]][0]]
+        index = torch.tensor([self._where[s][1] for s in samples])
+        waiting = iter(kind.parts)
+
+        def filled(shared: Tensor) -> Tensor:
+            part = next(waiting)
+            return (shared if part is None else part[index].transpose(0, 1).flatten(0, 1)).to(device)
+
+        return mapped(kind.template, filled), kind.target[index].transpose(0, 1).flatten(0, 1).to(device)
+
+    def training(self, step: int, order: str, batch: int, seed: int) -> list[int]:
+        """The samples of a step's batch: a function of these numbers alone."""
+        if order == "walking":
+            own = [c for c, held in zip(self._calls, self._held, strict=True) if not held]
+            return list(own[step % len(own)])
+        epoch, at = divmod(step, len(self._epoch(0, batch, seed)))
+        return self._epoch(epoch, batch, seed)[at]
+
+    def _shuffled(self, epoch: int, batch: int, seed: int) -> list[list[int]]:
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+        by_kind: dict[int, list[int]] = {}
+        for samples, held in zip(self._calls, self._held, strict=True):
+            if not held:
+                by_kind.setdefault(self._where[samples[0]][0], []).extend(samples)
+        batches: list[list[int]] = []
+        for own in by_kind.values():
+            mixed = [own[i] for i in torch.randperm(len(own), generator=generator).tolist()]
+            whole = max(batch, len(mixed) // batch * batch)  # a last short batch would count its samples more
+            batches += [mixed[i : i + batch] for i in range(0, min(whole, len(mixed)), batch)]
+        return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+    def validation(self, batch: int, limit: int) -> list[list[int]]:
+        """Batches of at most ``limit`` held-out samples, evenly spread over trajectories and steps."""
+        by_kind: dict[int, list[int]] = {}
+        for samples, held in zip(self._calls, self._held, strict=True):
+            if held:
+                by_kind.setdefault(self._where[samples[0]][0], []).extend(samples)
+        total, batches = sum(map(len, by_kind.values())), []
+        for own in by_kind.values():
+            keep = max(1, min(len(own), round(limit * len(own) / total)))
+            picked = [own[i * len(own) // keep] for i in range(keep)]
+            batches += [picked[i : i + batch] for i in range(0, keep, batch)]
+        return batches
+
+    def continues(self, before: Sequence[int], now: Sequence[int]) -> bool:
+        """Whether ``now`` holds the trajectories of ``before``, row by row, one step later."""
+        later = [(run, row, step + 1) for run, row, step in (self.places[s] for s in before)]
+        return later == [self.places[s] for s in now]
+
+
+def _starts(calls: Sequence[Recorded], members: Sequence[int], branches: int) -> list[int]:
+    """Where the samples of each member begin among those of all."""
+    found, total = [], 0
+    for i in members:
+        found.append(total)
+        total += len(calls[i].output) // branches
+    return found
+
+
+def _paired(tensor: Tensor, branches: int, flip: bool) -> Tensor:
+    """[branches * n, ...] -> [n, branches, ...], the conditional branch first."""
+    apart = tensor.unflatten(0, (branches, -1)).transpose(0, 1)
+    return apart.flip(1) if flip else apart
+
+
+def _split(recorded: Recorded, spread: set[int]) -> tuple[Call, list[Tensor | None], Any]:
+    """A call's template, its tensors that have one row a sample (None for the others), and what calls must
+    agree in to share a batch."""
+    rows, key, parts = len(recorded.output), list[Any](), list[Tensor | None]()
+    for i, leaf in enumerate(leaves(recorded.call)):
+        if i in spread:
+            leaf = leaf.reshape(1).expand(rows)
+        own = leaf.ndim > 0 and len(leaf) == rows
+        parts.append(leaf if own else None)
+        key.append(
+            (leaf.dtype, tuple(leaf.shape[1:])) if own else (leaf.dtype, tuple(leaf.shape), weight_hash(leaf))
+        )
+    plain = repr(mapped(recorded.call, lambda _: torch.empty(0)))
+    return recorded.call, parts, (tuple(key), plain, tuple(recorded.output.shape[1:]))
+
+
+@torch.no_grad()
+def _spread(recorded: Recorded, denoiser: nn.Module) -> set[int]:
+    """The single numbers of a call that the denoiser takes once a sample as well, with the same answer."""
+    rows, found = len(recorded.output), set[int]()
+    device = next(chain(denoiser.parameters(), denoiser.buffers())).device
+    single = [
+        i
+        for i, leaf in enumerate(leaves(recorded.call))
+        if leaf.numel() == 1 and (leaf.ndim == 0 or rows > 1)
+    ]
+    for i in single:
+        count = iter(range(len(leaves(recorded.call))))
+
+        def given(leaf: Tensor, i: int = i, count: Any = count) -> Tensor:
+            return (leaf.reshape(1).expand(rows) if next(count) == i else leaf).to(device)
+
+        args, kwargs = mapped(recorded.call, given)
+        try:
+            answer = first_tensor(denoiser(*args, **kwargs)).cpu()
+        except Exception:  # whatever a denoiser says to a shape that it does not take
+            continue
+        close = (answer - recorded.output).abs().max() <= AGREE * recorded.output.abs().max()
+        if answer.shape == recorded.output.shape and bool(close):
+            found.add(i)
+    return found

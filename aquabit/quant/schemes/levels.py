@@ -1,0 +1,324 @@
+"""What output-aware scalar quantizers work on: a weight with its H, the levels its codes stand for, and the
+state of a fit.
+
+A weight is [G, R, P]: G groups of a grouped convolution, R inputs in decreasing order of H's diagonal, P
+outputs; parameters of the levels are [G, P, m], or [1, 1, m] where all outputs share them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from aquabit.quant.calibration.hessian import check_hessian, damped
+from aquabit.quant.schemes.scalar import as_rows, halves, lloyd
+
+SHARES = (
+    1.0,
+    0.94,
+    0.88,
+    0.82,
+    0.76,
+    0.7,
+    0.64,
+    0.58,
+    0.52,
+    0.46,
+    0.4,
+)  # of the full range, tried for a first grid
+DEVIATIONS = (
+    1.0,
+    1.25,
+    1.5,
+    1.75,
+    2.0,
+    2.3,
+    2.6,
+    3.0,
+    3.5,
+    4.2,
+)  # half ranges tried, in weighted standard deviations
+
+Encoder = Callable[
+    [Tensor, int], Tensor
+]  # the levels nearest to targets [G, 1, P] of column j; their codes are written on the way
+
+
+class State(NamedTuple):
+    """A fit: parameters and codes [G, R, P]; each row's loss [G, P]; H dW^T and, where ``Levels.moved``
+    has it, H codes, both [G, R, P]."""
+
+    parameters: Tensor
+    codes: Tensor
+    loss: Tensor
+    product: Tensor
+    moved: Tensor | None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A weight in the order in which error feedback goes through its inputs: ``weight`` [G, R, P] and H [G,
+    R, R], or its diagonal [G, R].
+
+    ``order`` [G, R] is each column's place in the stored row, ``product`` [G, R, P] is H W^T.
+    """
+
+    weight: Tensor
+    hessian: Tensor
+    order: Tensor
+    product: Tensor
+
+    def times(self, difference: Tensor) -> Tensor:
+        """H dW^T, [G, R, P]."""
+        return self.hessian[..., None] * difference if self.hessian.ndim == 2 else self.hessian @ difference
+
+    @property
+    def ones(self) -> Tensor:
+        """H 1, [G, R, 1]."""
+        return (self.hessian if self.hessian.ndim == 2 else self.hessian.sum(2))[..., None]
+
+    @property
+    def diagonal(self) -> Tensor:
+        return self.hessian if self.hessian.ndim == 2 else self.hessian.diagonal(dim1=1, dim2=2)
+
+    @property
+    def inverse_diagonal(self) -> Tensor:
+        return torch.where(self.diagonal > 0, 1 / self.diagonal, 0.0)
+
+    def stored(self, columns: Tensor) -> Tensor:
+        """Columns [G, R, P] in stored order, [R, G * P]."""
+        back = torch.empty_like(columns).scatter_(1, self.order[..., None].expand_as(columns), columns)
+        return back.transpose(0, 1).reshape(columns.shape[1], -1)
+
+    def ordered(self, rows: Tensor) -> Tensor:
+        """The inverse of ``stored``."""
+        columns = rows.reshape(rows.shape[0], len(self.order), -1).transpose(0, 1)
+        return columns.gather(1, self.order[..., None].expand_as(columns)).contiguous()
+
+
+def problem_of(weight: Tensor, hessian: Tensor | None) -> Problem:
+    """Rows and H in one order: that of storage, then by decreasing diagonal of H (GPTQ's act-order). An H
+    of zeros is the identity."""
+    rows, h = as_rows(weight), check_hessian(hessian, weight)
+    h = torch.stack([damped(each, 0.0) for each in h])
+    place = torch.arange(rows.shape[1], device=h.device)
+    if weight.ndim == 4:
+        place = place.reshape(weight.shape[1:]).permute(1, 2, 0).reshape(-1)
+    diagonal = (h if h.ndim == 2 else h.diagonal(dim1=1, dim2=2))[:, place]
+    order = diagonal.argsort(dim=1, descending=True, stable=True)
+    rows_of_h = torch.stack([each[place[o]] for each, o in zip(h, order, strict=True)])
+    h = rows_of_h if h.ndim == 2 else rows_of_h.gather(2, place[order][:, None].expand_as(h))
+    empty = Problem(rows, h, order, rows)
+    columns = empty.ordered(rows.t())
+    return Problem(columns, h, order, empty.times(columns))
+
+
+class Affine:
+    """Levels scale * code + offset; parameters [G, P, 2 n]: n scales, then n offsets, one pair for each
+    n-th part of a row."""
+
+    shared, dtype = False, torch.float32
+
+    def __init__(self, part: Tensor, n: int, steps: int):
+        self.part, self.n, self.steps = part, n, steps
+        self.members = one_hot(part, n).transpose(1, 2).float()  # [G, n, R]
+
+    def spread(self, parameters: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and offset of every column, [G, R, P], or [G, 1, P] where a row has one."""
+        g, p, _ = parameters.shape
+        pair = parameters.reshape(g, p, 2, self.n).permute(2, 0, 3, 1).float()
+        if self.n > 1:
+            pair = pair.gather(2, self.part[None, :, :, None].expand(2, g, self.part.shape[1], p))
+        return pair[0], pair[1]
+
+    def decode(self, parameters: Tensor, codes: Tensor) -> Tensor:
+        scale, offset = self.spread(parameters)
+        return torch.addcmul(offset, scale, codes)
+
+    def units(self, parameters: Tensor, values: Tensor) -> Tensor:
+        """``values`` in the unit a sweep works in: codes where a row has one scale, so that a level is a
+        rounded number."""
+        return values.clone() if self.n > 1 else self._fractions(parameters, values)
+
+    def _fractions(self, parameters: Tensor, values: Tensor) -> Tensor:
+        scale, offset = self.spread(parameters)
+        return torch.where(scale.abs() > 1e-12, (values - offset) / scale, 0.0)
+
+    def encoder(self, parameters: Tensor, codes: Tensor) -> Encoder:
+        found = codes.split(1, 1)
+        if self.n == 1:
+            return lambda target, j: torch.clamp(target, 0, self.steps, out=found[j]).round_()
+        scale, offset = self.spread(parameters)
+        inverse = torch.where(scale.abs() > 1e-12, 1 / scale, 0.0)
+        s, o, inv, shift = (t.split(1, 1) for t in (scale, offset, inverse, -offset * inverse))
+
+        def encode(target: Tensor, j: int) -> Tensor:
+            torch.addcmul(shift[j], target, inv[j], out=found[j]).round_().clamp_(0, self.steps)
+            return torch.addcmul(o[j], found[j], s[j])
+
+        return encode
+
+    def nearest(self, parameters: Tensor, target: Tensor) -> Tensor:
+        return self._fractions(parameters, target).round_().clamp_(0, self.steps)
+
+    def moved(self, problem: Problem, codes: Tensor) -> Tensor | None:
+        """H codes where a row has one scale: then no other product with H is needed (around their middle,
+        for float32's sake)."""
+        return problem.times(codes - self.steps / 2) if self.n == 1 else None
+
+    def image(self, problem: Problem, parameters: Tensor, codes: Tensor, moved: Tensor | None) -> Tensor:
+        """H of what the parameters decode to."""
+        if moved is None:
+            return problem.times(self.decode(parameters, codes))
+        scale, offset = self.spread(parameters)
+        return torch.addcmul(problem.ones * (offset + self.steps / 2 * scale), scale, moved)
+
+    def gradient(self, product: Tensor, codes: Tensor) -> Tensor:
+        """Derivative of <decoded, product> by the parameters, float64."""
+        both = torch.cat([self.members @ (codes * product), self.members @ product], 1)
+        return both.transpose(1, 2).double()
+
+    def preconditioner(self, diagonal: Tensor, codes: Tensor) -> Callable[[Tensor], Tensor]:
+        """Inverses of the 2 x 2 normal matrices of each scale and offset under H's diagonal."""
+        h = diagonal[..., None].expand_as(codes)
+        b, c = self.gradient(h, codes).split(self.n, 2)
+        a = (self.members @ (codes * codes * h)).transpose(1, 2).double()
+        determinant = a * c - b * b
+        regular = determinant > 1e-6 * a * c
+
+        def solve(r: Tensor) -> Tensor:
+            x, y = r.split(self.n, 2)
+            scale = torch.where(regular, (c * x - b * y) / determinant, 0.0)
+            return torch.cat(
+                [scale, torch.where(regular, (a * y - b * x) / determinant, torch.where(c > 0, y / c, 0.0))],
+                2,
+            )
+
+        return solve
+
+    def scaled(self, parameters: Tensor, factor: float) -> Tensor:
+        """The same middle, ``factor`` times the range."""
+        scale, offset = parameters.split(self.n, 2)
+        return halves(torch.cat([scale * factor, offset + scale * (1 - factor) * self.steps / 2], 2))
+
+    def sorted(self, parameters: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+        return parameters, codes
+
+    def grid(self, weight: Tensor, mass: Tensor) -> Tensor:
+        """For each row and part the range of least squared error weighted by ``mass`` [G, R]: of the full
+        range and shares of it around its middle, and of multiples of the weighted deviation around the
+        weighted mean (outliers may weigh nothing).
+        """
+        g, _, p = weight.shape
+        index, empty, h = (
+            self.part[..., None].expand_as(weight),
+            weight.new_zeros(g, self.n, p),
+            mass[..., None],
+        )
+        low, high = (
+            empty.scatter_reduce(1, index, weight, r, include_self=False).transpose(1, 2)
+            for r in ("amin", "amax")
+        )
+        total, mean, square = ((self.members @ (h * weight**i)).transpose(1, 2) for i in range(3))
+        mean, square = torch.where(total > 0, mean / total, 0.0), torch.where(total > 0, square / total, 0.0)
+        deviation = (square - mean.square()).clamp_min(0).sqrt()
+        full, normal = (
+            torch.cat([2 * half / self.steps, m - half], 2)
+            for m, half in (((low + high) / 2, (high - low) / 2), (mean, deviation))
+        )
+        best, least = halves(full), torch.full_like(low, torch.inf)
+        for around, factor in [(full, f) for f in SHARES] + [(normal, f) for f in DEVIATIONS]:
+            grid = self.scaled(around, factor)
+            error = (self.decode(grid, self.nearest(grid, weight)) - weight).square() * h
+            error = (self.members @ error).transpose(1, 2)
+            won = error < least
+            best, least = torch.where(won.repeat(1, 1, 2), grid, best), torch.where(won, error, least)
+        return best
+
+
+class Table:
+    """Levels from a table of K values; parameters [G, P, K], or [1, 1, K] where the tensor shares it."""
+
+    dtype = torch.long
+
+    def __init__(self, k: int, shared: bool):
+        self.k, self.shared = k, shared
+
+    def decode(self, parameters: Tensor, codes: Tensor) -> Tensor:
+        if self.shared:
+            return parameters.float()[0, 0].index_select(0, codes.reshape(-1)).reshape(codes.shape)
+        return parameters.float().transpose(1, 2).gather(1, codes)
+
+    def units(self, parameters: Tensor, values: Tensor) -> Tensor:
+        return values.clone()
+
+    def encoder(self, parameters: Tensor, codes: Tensor) -> Encoder:
+        found, boundaries = codes.split(1, 1), self.boundaries(parameters)
+
+        def encode(target: Tensor, j: int) -> Tensor:
+            found[j].copy_(self.search(boundaries, target))
+            return self.decode(parameters, found[j])
+
+        return encode
+
+    def nearest(self, parameters: Tensor, target: Tensor) -> Tensor:
+        return self.search(self.boundaries(parameters), target).contiguous()
+
+    def boundaries(self, parameters: Tensor) -> Tensor:
+        return ((parameters[..., 1:] + parameters[..., :-1]) / 2).contiguous()
+
+    def search(self, boundaries: Tensor, target: Tensor) -> Tensor:
+        if self.shared:
+            return torch.bucketize(target.contiguous(), boundaries[0, 0])
+        return torch.searchsorted(boundaries, target.transpose(1, 2).contiguous()).transpose(1, 2)
+
+    def moved(self, problem: Problem, codes: Tensor) -> None:
+        return None
+
+    def image(self, problem: Problem, parameters: Tensor, codes: Tensor, moved: Tensor | None) -> Tensor:
+        return problem.times(self.decode(parameters, codes))
+
+    def gradient(self, product: Tensor, codes: Tensor) -> Tensor:
+        """Derivative of <decoded, product> by the table; float64, below which float16 tables hide the
+        order of a GPU's additions."""
+        g, _, p = codes.shape
+        sums = torch.zeros(g, self.k, p, dtype=torch.float64, device=codes.device).scatter_add_(
+            1, codes, product.double()
+        )
+        return sums.sum((0, 2)).reshape(1, 1, -1) if self.shared else sums.transpose(1, 2)
+
+    def preconditioner(self, diagonal: Tensor, codes: Tensor) -> Callable[[Tensor], Tensor]:
+        mass = self.gradient(diagonal[..., None].expand(codes.shape), codes)
+        inverse = torch.where(mass > 0, 1 / mass, 0.0)
+        return lambda r: r * inverse
+
+    def scaled(self, parameters: Tensor, factor: float) -> Tensor:
+        middle = parameters.mean(2, keepdim=True)
+        return halves(middle + factor * (parameters - middle))
+
+    def sorted(self, parameters: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """Nearest levels are searched for in ascending tables."""
+        table, order = parameters.sort(-1)
+        return (
+            (table, codes)
+            if torch.equal(table, parameters)
+            else (table, self.decode(order.argsort(dim=-1), codes).long())
+        )
+
+    def grid(self, weight: Tensor, mass: Tensor) -> Tensor:
+        """Centres of a k-means weighted by ``mass`` [G, R]."""
+        g, _, p = weight.shape
+        tables = (1, 1) if self.shared else (g, p)
+        data, mass = (
+            t.transpose(1, 2).reshape(prod(tables), -1) for t in (weight, mass[..., None].expand_as(weight))
+        )
+        return halves(lloyd(data, self.k, mass)).reshape(*tables, self.k)
+
+
+Levels = Affine | Table

@@ -1,0 +1,141 @@
+"""What noise correction gives to a chosen configuration: the noise it adds, and its quality without and
+with correction, same seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from math import isfinite
+from typing import Any
+
+import numpy as np
+
+from aquabit.cost import CostModel
+from aquabit.measuring.session import Session, check_correctable, uniform_references
+from aquabit.quant.correction.corrector import DEFAULT_CORRECTION, Corrector
+from aquabit.runtime import single_thread
+from aquabit.scheme import (
+    AquabitError,
+    Calibration,
+    Progress,
+    Protocol,
+    QuantConfig,
+    no_progress,
+    parse_correction,
+)
+from aquabit.sensitivity.surrogate.estimators import Target
+from aquabit.sensitivity.surrogate.fit import training_table
+
+KIND = "correction"  # of the measurements that are made only to be set beside the chosen configuration's own
+
+
+def without_and_with(config: QuantConfig, calibration: Calibration) -> tuple[QuantConfig, QuantConfig]:
+    """A configuration without correction and with its own, or the default one where it has none, measured
+    on ``calibration``."""
+    corrected = (
+        config
+        if config.correction
+        else replace(config, correction=DEFAULT_CORRECTION, calibration=config.calibration or calibration)
+    )
+    return replace(config, correction=None), corrected
+
+
+def noise_facts(
+    session: Session, config: QuantConfig, protocols: Sequence[Protocol], progress: Progress = no_progress
+) -> dict[str, Any]:
+    """Measure, packed, on each of ``protocols`` what ``config`` is without its correction (with the default
+    one where it has none), and say what a report shows of it.
+
+    Gives {"correction", "without", "with" (digests), "protocols" (digests), "images", "rows" (one a step and
+    guidance branch, as ``Statistics.table``, undefined numbers as None)}; empty for full precision. Where the
+    noise cannot be measured or corrected, nothing is measured and "reason" says why: the search that asks has
+    found its winner without it.
+    """
+    if not config.layers:
+        return {}
+    calibration = Calibration.of(session.protocol)
+    pair = without_and_with(config, calibration)
+    correction = str(pair[1].correction)
+    facts: dict[str, Any] = {
+        "correction": correction,
+        "without": pair[0].digest,
+        "with": pair[1].digest,
+        "protocols": [],
+        "rows": [],
+    }
+    progress("quantization noise of the winner", 0, 1)
+    try:
+        with single_thread(session.device):
+            statistics = session.here.noise(config, calibration)  # kept in the bank, where workers find it
+        rows = statistics.table().to_dict("records")
+        facts |= {
+            "images": statistics.about.images,
+            "rows": [{str(k): _defined(v) for k, v in row.items()} for row in rows],
+        }
+        check_correctable(session.model, session.protocol, correction)
+        Corrector(statistics, correction)
+    except AquabitError as error:
+        return {**facts, "reason": str(error)}
+    progress("quantization noise of the winner", 1, 1)
+    session.measure(
+        [c for c in pair if c.digest != config.digest],
+        KIND,
+        progress,
+        protocols,
+        "without and with correction",
+        packed=True,
+    )
+    return {**facts, "protocols": [p.digest for p in protocols]}
+
+
+def search_corrected(session: Session, correction: str, progress: Progress = no_progress) -> None:
+    """From now on every configuration that the session makes is corrected, in a study that was measured
+    without: a search that follows measures its candidates, and chooses among them, after correction.
+
+    The study's surrogate still learns from what was measured without correction alone (``training_table``),
+    never from both: it orders the candidates, and ``correction_shift`` moves what it predicts. The uniform
+    references are measured after correction here, which makes the pairs that the shift is read from. Nothing
+    changes where the study was measured with this correction. Raises AquabitError where it was measured with
+    another one, and where the sampler cannot be corrected so.
+    """
+    wanted, own = "+".join(parse_correction(correction)), session.space.correction or ""
+    if wanted == own:
+        return
+    if own:
+        raise AquabitError(
+            f"{session.study.path} was measured with --correction {own}; search with that, or without"
+            " --correction"
+        )
+    training_table(
+        session.study, session.protocol.objective
+    )  # too few measurements are said before anything is measured
+    check_correctable(session.model, session.protocol, wanted)
+    calibration = session.space.calibration or Calibration.of(session.protocol)
+    session.space = replace(session.space, correction=wanted, calibration=calibration)
+    session.costs = CostModel(session.model.graph, session.space)
+    session.measure(
+        uniform_references(session.space), "candidate", progress, what="uniform references, corrected"
+    )
+
+
+def correction_shift(session: Session, objective: str, target: Target) -> float:
+    """What correction adds on average to the oriented target of the uniform references, each measured without
+    and with it under the study's protocol; 0 where the session corrects as its study does, and where no
+    reference was measured both ways.
+    """
+    if session.space.correction == session.study.need("space", "run `aquabit measure` first").get(
+        "correction"
+    ):
+        return 0.0
+    table = session.study.measurements(session.protocol)
+    value = dict(zip(table.config, table[objective].astype(float), strict=True))
+    pairs = [(c.digest, replace(c, correction=None).digest) for c in uniform_references(session.space)]
+    known = np.array([(value[a], value[b]) for a, b in pairs if a in value and b in value]).reshape(-1, 2)
+    with np.errstate(all="ignore"):
+        changes = target(known[:, 0]) - target(known[:, 1])
+    finite = changes[np.isfinite(changes)]
+    return float(finite.mean()) if len(finite) else 0.0
+
+
+def _defined(value: Any) -> Any:
+    return None if isinstance(value, float) and not isfinite(value) else value

@@ -1,0 +1,147 @@
+"""Predicted effects beside real swaps; the two are compared and never mixed."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from aquabit.scheme import AquabitError, QuantConfig
+from aquabit.sensitivity.damages import context_act
+from aquabit.sensitivity.effects.predicted import Player
+from aquabit.sensitivity.shared_contexts import group_numbers
+from aquabit.sensitivity.surrogate.fit import FittedSurrogate
+from aquabit.sensitivity.surrogate.scores import srcc
+
+NEAR = 0.5  # bits per weight from the budget within which a training measurement tells something of it
+
+
+def validation_scores(
+    layers: pd.DataFrame, flips: pd.DataFrame, direction: str = "min", top: Collection[tuple[str, str]] = ()
+) -> dict[str, Any]:
+    """How the predicted effects of ``Sensitivity.layers`` agree with real swaps (the table of
+    ``Study.flips``).
+
+    ``top`` are the (layer, swap) that were swapped because the ranking put them first (``top_layers``); the
+    others were drawn at random. ``srcc`` and ``sign_agreement`` compare, over the random (layer, swap) alone,
+    the predicted effect with the mean real one, since layers that were chosen by what is predicted of them
+    agree by another measure; ``random`` and ``top`` have srcc, sign_agreement, layers and flips of each half.
+    ``flips`` counts all real swaps compared, ``contexts_per_layer`` is their median number; ``rows`` has
+    layer, swap, predicted, real, low, high (90 % t interval over contexts, None below two), n and checks
+    ("top" or "random"). Swaps whose schemes have no prediction are left out.
+    """
+    schemes = {r["name"]: {**r["schemes"], r["swap"].split(":")[0]: 0.0} for r in layers.to_dict("records")}
+    rows: list[dict[str, Any]] = []
+    for (layer, before, after), group in flips.groupby(["layer", "before", "after"], sort=False):
+        known = schemes.get(str(layer), {})
+        if before not in known or after not in known:
+            continue
+        real = _worsening(group, direction)
+        mean, half = float(real.mean()), _half_width(real)
+        rows.append(
+            {
+                "layer": layer,
+                "swap": f"{before}:{after}",
+                "predicted": known[after] - known[before],
+                "real": mean,
+                "low": None if half is None else mean - half,
+                "high": None if half is None else mean + half,
+                "n": len(real),
+                "checks": "top" if (str(layer), f"{before}:{after}") in top else "random",
+            }
+        )
+    halves = {half: _agreement([r for r in rows if r["checks"] == half]) for half in ("random", "top")}
+    return {
+        "srcc": halves["random"]["srcc"],
+        "sign_agreement": halves["random"]["sign_agreement"],
+        "flips": int(sum(r["n"] for r in rows)),
+        "contexts_per_layer": float(np.median([r["n"] for r in rows])) if rows else None,
+        **halves,
+        "rows": rows,
+    }
+
+
+def top_layers(plans: Sequence[Mapping[str, Any]]) -> set[tuple[str, str]]:
+    """(layer, swap) that a study's fact "validation_plan" chose because the ranking put them first."""
+    return {(layer, swap) for plan in plans for layer, swap in plan["top"]}
+
+
+def _agreement(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """SRCC (None below three) and share of equal signs (None without any) of predicted and real effects."""
+    predicted, truth = np.array([r["predicted"] for r in rows]), np.array([r["real"] for r in rows])
+    return {
+        "srcc": srcc(predicted, truth) if len(rows) > 2 else None,
+        "sign_agreement": float((np.sign(predicted) == np.sign(truth)).mean()) if rows else None,
+        "layers": len(rows),
+        "flips": int(sum(r["n"] for r in rows)),
+    }
+
+
+def predict_flips(
+    fitted: FittedSurrogate, flips: pd.DataFrame, configs: Mapping[str, QuantConfig]
+) -> pd.DataFrame:
+    """Each real swap beside the surrogate's prediction in that swap's own context: the table with
+    ``predicted`` and ``real`` (positive = worse) added; ``.attrs["srcc_flips"]`` is their SRCC (None below
+    three).
+
+    Raises AquabitError where the surrogate was trained on one of the ends, since that would not be a test.
+    """
+    ends = [*flips.config_before, *flips.config_after]
+    seen = set(fitted.configs).intersection(ends)
+    if seen:
+        raise AquabitError(
+            f"{len(seen)} ends of swaps were training configurations, such as {sorted(seen)[0]}; leave them"
+            " out of one side"
+        )
+    out = flips.copy()
+    if len(flips):
+        values = fitted.predict([configs[c] for c in ends])
+        out["predicted"] = fitted.sign * (values[len(flips) :] - values[: len(flips)])
+        out["real"] = _worsening(flips, fitted.direction)
+    out.attrs["srcc_flips"] = srcc(out.predicted.to_numpy(), out.real.to_numpy()) if len(flips) > 2 else None
+    return out
+
+
+def training_swaps(fitted: FittedSurrogate, players: Sequence[Player], bits: float) -> pd.DataFrame:
+    """Named swaps among the training measurements, as the design "swaps" makes them: layer, before, after,
+    and what each worsened (real).
+
+    Both ends lie within NEAR real bits per weight of ``bits`` and have their activations at those of the
+    contexts.
+    """
+    named = {p.column: p for p in players}
+    column, act = {s: j for j, s in enumerate(fitted.space.schemes)}, context_act(fitted.space)
+    near = (np.abs(fitted.bits - bits) <= NEAR) & np.isin(fitted.acts, (act, 16)).all(1)
+    groups, rows = group_numbers(fitted.weights, fitted.acts), list[tuple[str, str, str, float]]()
+    for group in np.flatnonzero(np.bincount(groups, near) > 1):
+        for i, j in combinations(np.flatnonzero((groups == group) & near), 2):
+            changed = np.flatnonzero(fitted.weights[i] != fitted.weights[j])
+            player = (
+                named.get(int(changed[0]))
+                if len(changed) == 1 and (fitted.acts[i] == fitted.acts[j]).all()
+                else None
+            )
+            if player is None:
+                continue
+            ends = {int(fitted.weights[k, player.column]): float(fitted.y[k]) for k in (i, j)}
+            before, after = (ends.get(column[s]) for s in (player.before, player.after))
+            if before is not None and after is not None:
+                rows.append(
+                    (player.layer, str(player.before), str(player.after), fitted.sign * (after - before))
+                )
+    return pd.DataFrame(rows, columns=["layer", "before", "after", "real"])
+
+
+def _worsening(flips: pd.DataFrame, direction: str) -> np.ndarray:
+    change = (flips.value_after - flips.value_before).to_numpy(float)
+    return np.asarray(change if direction == "min" else -change)
+
+
+def _half_width(values: np.ndarray) -> float | None:
+    if len(values) < 2:
+        return None
+    return float(stats.t.ppf(0.95, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))

@@ -1,0 +1,178 @@
+"""Encoder: configurations to features for the surrogate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import networkx as nx
+import numpy as np
+
+from aquabit.graph import layers as graph_layers
+from aquabit.measuring.evaluator import SKETCH
+from aquabit.scheme import ACTIVATION_BITS, FP, AquabitError, QuantConfig, act_of, act_text
+from aquabit.space import SearchSpace
+
+
+class Encoder:
+    """Configurations to surrogate features: what each layer does, and operator, block and model aggregates.
+
+    ``errors`` maps (layer, scheme) to the relative squared weight error. Columns of one layer are
+    ``weight:NAME`` (log10 of the error) and ``act:NAME`` (bits below 8); ``error:`` and ``actshare:`` columns
+    are their means over an operator type, a block, or the model. ``probes`` maps (layer, scheme) and (layer,
+    "a6") to what happens to a few images when it is the only change: then ``damage:`` columns are added for
+    layers and groups, and ``shift:`` columns, squared lengths of the summed sketches, which see where layers
+    amplify or cancel each other. Where activation bits may change between groups of steps, ``act:`` is their
+    mean over steps, and ``order:`` (with ``ordershare:`` means) how much lower they are in the last steps
+    than in the first. ``members`` names the layers behind every column.
+    """
+
+    FLOOR = 1e-7  # relative error of 16-bit storage, so that log10 is finite
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        graph: nx.DiGraph,
+        errors: Mapping[tuple[str, str], float],
+        probes: Mapping[tuple[str, str], Mapping[str, Any]] | None = None,
+    ):
+        self.space, nodes = space, graph_layers(graph)
+        self.graph = graph
+        self.error = self._table(errors)
+        self.bits = np.array([[space.code_bits(k, s) for s in space.schemes] for k in space.choices])
+        sizes = np.array([float(np.prod(nodes[k]["shape"])) for k in space.choices])
+        self.size_share = sizes / sizes.sum()
+        groups: dict[str, list[int]] = {"model": list(range(len(sizes)))}
+        for i, layer in enumerate(space.choices):
+            groups.setdefault(f"operator:{nodes[layer]['operator']}", []).append(i)
+            groups.setdefault(f"block:{nodes[layer]['block']}", []).append(i)
+        self.groups = {k: v for k, v in groups.items() if len(v) > 1}
+        self.incidence = np.zeros((len(sizes), len(self.groups)))
+        for g, rows in enumerate(self.groups.values()):
+            self.incidence[rows, g] = 1.0
+        names, own, grouped = (
+            space.layers,
+            [(i,) for i in range(len(sizes))],
+            [tuple(rows) for rows in self.groups.values()],
+        )
+        everyone = tuple(range(len(sizes)))
+        self.columns = [f"weight:{n}" for n in names] + [f"act:{n}" for n in names]
+        self.columns += (
+            [f"error:{g}" for g in self.groups] + [f"actshare:{g}" for g in self.groups] + ["bits"]
+        )
+        self.members: list[tuple[int, ...]] = [*own, *own, *grouped, *grouped, everyone]
+        if space.steps is not None:
+            self.columns += [f"order:{n}" for n in names] + [f"ordershare:{g}" for g in self.groups]
+            self.members += [*own, *grouped]
+        self.levels = np.array(
+            sorted({*ACTIVATION_BITS, *space.act_codes})
+        )  # activation choices that are known
+        self.probed = probes is not None and self._probe_tables(probes)
+        if self.probed:
+            self.columns += (
+                [f"damage:{n}" for n in names]
+                + [f"damage:{g}" for g in self.groups]
+                + ["damage:roots", "shift:all", "shift:common"]
+            )
+            self.members += [*own, *grouped, everyone, everyone, everyone]
+
+    def _table(self, errors: Mapping[tuple[str, str], float]) -> np.ndarray:
+        """[layers, schemes] of floored errors, NaN where a layer may not take a scheme and nothing is
+        known."""
+        out = np.full(self.space.allowed().shape, np.nan)
+        for i, (layer, row) in enumerate(self.space.choices.items()):
+            for j, scheme in enumerate(self.space.schemes):
+                known = 0.0 if scheme == FP else errors.get((layer, str(scheme)))
+                if known is None and scheme in row:
+                    raise AquabitError(
+                        f"no weight error is known for layer {layer!r} at {scheme}; run measure first"
+                    )
+                out[i, j] = np.nan if known is None else max(known, self.FLOOR)
+        return out
+
+    def _probe_tables(self, probes: Mapping[tuple[str, str], Mapping[str, Any]]) -> bool:
+        """damage [layers, schemes], sketch [layers, schemes, SKETCH] and the same per activation bits;
+        False where some are missing."""
+        layers, schemes = self.space.layers, self.space.schemes
+        levels = [*map(str, schemes), *(act_text(act_of(int(code))) for code in self.levels)]
+        self.damage, self.sketch = (
+            np.zeros((len(layers), len(levels))),
+            np.zeros((len(layers), len(levels), SKETCH), np.float32),
+        )
+        for i, layer in enumerate(layers):
+            row = self.space.choices[layer]
+            needed = {*map(str, row), *(act_text(a) for a in self.space.act_choices if row != (FP,))} - {
+                "fp",
+                "a16",
+            }
+            for j, level in enumerate(levels):
+                found = probes.get((layer, level))
+                if found is None and level in needed:
+                    return False
+                if found is not None:
+                    self.damage[i, j], self.sketch[i, j] = found["damage"], found["sketch"]
+        return True
+
+    def damages(self, weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
+        """What each layer alone does to the images, [n, layers]: weights' and activations' damage added."""
+        rows, activation = np.arange(weights.shape[1]), self._activation_columns(acts)
+        return np.asarray(self.damage[rows, weights] + self.damage[rows, activation])
+
+    def _activation_columns(self, acts: np.ndarray) -> np.ndarray:
+        return len(self.space.schemes) + np.searchsorted(self.levels, acts)
+
+    def activation_reduction(self, acts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """How low activation bits are, [n, layers]: a6 = 1, a8 = 0, a16 = -1/2, as the mean over steps,
+        and in the last group of steps less that in the first."""
+        low = np.maximum(8 - self.space.group_bits(acts), -1) / 2.0
+        return self.space.over_steps(low), low[..., -1] - low[..., 0]
+
+    def __call__(self, weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
+        """Index matrices [n, layers] to features [n, columns], float32."""
+        rows = np.arange(weights.shape[1])
+        error = self.error[rows, weights]
+        low, order = self.activation_reduction(acts)
+        bits = (self.bits[rows, weights] * self.size_share).sum(1, keepdims=True)
+        size = self.incidence.sum(0)
+        parts = [
+            np.log10(error),
+            low,
+            np.log10(error @ self.incidence / size),
+            low @ self.incidence / size,
+            bits,
+        ]
+        if self.space.steps is not None:
+            parts += [order, order @ self.incidence / size]
+        if self.probed:
+            damage = self.damages(weights, acts)
+            roots = np.sqrt(damage).sum(1, keepdims=True) ** 2
+            parts += [
+                np.log10(
+                    np.concatenate([damage, damage @ self.incidence, roots, *self._shifts(weights, acts)], 1)
+                    + self.FLOOR
+                )
+            ]
+        return np.concatenate(parts, 1).astype(np.float32)
+
+    def _shifts(self, weights: np.ndarray, acts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Squared lengths [n, 1] of the summed sketches: of all deviations, and of those common to all
+        images."""
+        activation = self._activation_columns(acts)
+        total = np.zeros((len(weights), SKETCH), np.float32)
+        for i in range(weights.shape[1]):  # a layer at a time bounds memory: n x SKETCH
+            total += self.sketch[i, weights[:, i]] + self.sketch[i, activation[:, i]]
+        cut = SKETCH * 3 // 4
+        return np.square(total[:, :cut]).sum(1, keepdims=True), np.square(total[:, cut:]).sum(
+            1, keepdims=True
+        )
+
+    def encode(self, configs: Iterable[QuantConfig]) -> np.ndarray:
+        return self(*self.space.indices(configs))
+
+    def one_hot(self, weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
+        """The additive encoding of integer-programming peers: one column per (layer, scheme) and (layer,
+        activation)."""
+        schemes = np.eye(len(self.space.schemes))[weights].reshape(len(weights), -1)
+        low = np.eye(len(self.levels))[np.searchsorted(self.levels, acts)].reshape(len(acts), -1)
+        both = np.concatenate([schemes, low], 1)
+        return np.asarray(both)

@@ -1,0 +1,363 @@
+"""A graph network in the manner of Qua²SeDiMo (arXiv 2412.14628; SCIENCE section 1), for comparison: GATv2
+layers over the graph of layers, trained so that the L1 norm of an embedding ranks configurations."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+import networkx as nx
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from aquabit.graph import layers as graph_layers
+from aquabit.scheme import AquabitError
+from aquabit.sensitivity.features import Encoder
+from aquabit.sensitivity.surrogate.regressor import Estimator
+
+# nearest layers upstream that a layer attends to, beside itself: bounds the work on deep residual streams
+SOURCES = 4
+HELD_OUT = 0.15  # of the training configurations, for early stopping
+# epochs without a better held-out loss, from the middle on: before, the rate is high and the loss may well
+# rise
+PATIENCE = 12
+SOFTNESS = 0.2  # of soft ranks, in standard deviations of a score
+CHUNK = 256  # configurations predicted at once: bounds memory
+FACTS = 6  # numbers of a node beside its operator type and scheme
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """What the network knows of a model: per layer its operator type, its sources and fixed facts; per
+    (layer, scheme) what that does."""
+
+    operator: np.ndarray  # [layers] index of the operator type
+    sources: np.ndarray  # [layers, 1 + SOURCES] itself, then the nearest layers upstream, padded with itself
+    known: np.ndarray  # [layers, 1 + SOURCES] which of these are no padding
+    fixed: np.ndarray  # [layers, 2] depth of its block and log size, standardised
+    schemes: np.ndarray  # [layers, schemes, 2] bits and log10 of the weight error, standardised
+    block: np.ndarray  # [layers] index of the block
+    choices: np.ndarray  # [activation choices], sorted
+    activation_reduction: (
+        np.ndarray
+    )  # [activation choices, 2] how low their bits are, and the change of that over the steps
+
+    @staticmethod
+    def of(encoder: Encoder) -> Nodes:
+        names, facts = encoder.space.layers, graph_layers(encoder.graph)
+        place = {name: i for i, name in enumerate(names)}
+        operators, blocks = (
+            list(dict.fromkeys(str(facts[n][key]) for n in names)) for key in ("operator", "block")
+        )
+        block = np.array([blocks.index(str(facts[n]["block"])) for n in names])
+        sources, known = (
+            np.tile(np.arange(len(names))[:, None], (1, 1 + SOURCES)),
+            np.zeros((len(names), 1 + SOURCES), bool),
+        )
+        known[:, 0] = True
+        for i, name in enumerate(names):
+            for k, source in enumerate(upstream(encoder.graph, name)):
+                sources[i, k + 1], known[i, k + 1] = place[source], True
+        error = np.log10(np.where(np.isnan(encoder.error), np.nanmax(encoder.error), encoder.error))
+        low, order = encoder.activation_reduction(encoder.levels[:, None])
+        fixed = np.stack([block.astype(float), np.log(encoder.size_share)], 1)
+        schemes = np.stack([encoder.bits, error], 2)
+        return Nodes(
+            np.array([operators.index(str(facts[n]["operator"])) for n in names]),
+            sources,
+            known,
+            _standardised(fixed, 0),
+            _standardised(schemes, (0, 1)),
+            block,
+            encoder.levels,
+            np.concatenate([low, order], 1),
+        )
+
+
+def upstream(graph: nx.DiGraph, layer: str, count: int = SOURCES) -> list[str]:
+    """The ``count`` nearest layers before ``layer``, nearest first; merges are seen through."""
+    found: list[str] = []
+    for name in _backwards(graph, layer):
+        found.append(name)
+        if len(found) == count:
+            break
+    return found
+
+
+def _backwards(graph: nx.DiGraph, layer: str) -> Iterator[str]:
+    seen, waiting = {layer}, deque(graph.predecessors(layer))
+    while waiting:
+        node = waiting.popleft()
+        if node in seen:
+            continue
+        seen.add(node)
+        if graph.nodes[node]["kind"] == "merge":
+            waiting.extend(graph.predecessors(node))
+        else:
+            yield node
+
+
+def _standardised(values: np.ndarray, axis: Any) -> np.ndarray:
+    return np.asarray(
+        (values - values.mean(axis, keepdims=True)) / np.maximum(values.std(axis, keepdims=True), 1e-6)
+    )
+
+
+class _Attention(nn.Module):
+    """GATv2: score of source j for layer i = a . leaky_relu(W_to h_i + W_from h_j) per head; softmax over
+    the sources."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.target, self.source, self.heads = nn.Linear(width, width), nn.Linear(width, width), heads
+        self.score = nn.Parameter(torch.randn(heads, width // heads) / (width // heads) ** 0.5)
+
+    def forward(self, h: torch.Tensor, sources: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+        """[n, layers, width] to the same; ``sources`` and ``known`` [layers, k]."""
+        n, count, width = h.shape
+        near = self.source(h)[:, sources.flatten()].view(n, count, -1, self.heads, width // self.heads)
+        mixed = F.leaky_relu(self.target(h).view(n, count, 1, self.heads, -1) + near, 0.2)
+        score = (mixed * self.score).sum(-1).masked_fill(~known[None, :, :, None], -torch.inf)
+        return (score.softmax(2)[..., None] * near).sum(2).flatten(2)
+
+
+class _Network(nn.Module):
+    """Node embeddings after every hop, and a prediction from the mean embedding of the last."""
+
+    def __init__(self, nodes: Nodes, width: int, hops: int, heads: int):
+        super().__init__()
+        schemes = nodes.schemes.shape[1]
+        self.operators, self.schemes = (
+            nn.Embedding(int(nodes.operator.max()) + 1, width),
+            nn.Embedding(schemes, width),
+        )
+        self.blocks = nn.Embedding(int(nodes.block.max()) + 1, width)
+        self.facts, self.mixed = nn.Linear(FACTS, width), nn.Linear(width, width)
+        self.hops = nn.ModuleList(_Attention(width, heads) for _ in range(hops))
+        self.head = nn.Linear(width, 1)
+        for name, value in (
+            ("operator", nodes.operator),
+            ("block", nodes.block),
+            ("sources", nodes.sources),
+            ("known", nodes.known),
+        ):
+            self.register_buffer(name, torch.as_tensor(value))
+        for name, value in (("fixed", nodes.fixed), ("per_scheme", nodes.schemes)):
+            self.register_buffer(name, torch.as_tensor(value, dtype=torch.float32))
+
+    def embed(self, weights: torch.Tensor, low: torch.Tensor) -> list[torch.Tensor]:
+        """Scheme indices [n, layers] and (activation_reduction, its order) of activations [n, layers, 2]
+        to [n, layers, width] for each hop, 0 first."""
+        n, count = weights.shape
+        fixed: Any = self.fixed
+        per_scheme: Any = self.per_scheme
+        facts = torch.cat([fixed.expand(n, -1, -1), per_scheme[torch.arange(count), weights], low], 2)
+        h = F.relu(
+            self.operators(self.operator)
+            + self.blocks(self.block)
+            + self.schemes(weights)
+            + self.facts(facts)
+        )
+        h = F.relu(self.mixed(h))
+        found = [h]
+        for hop in self.hops:
+            h = F.relu(h + hop(h, self.sources, self.known))
+            found.append(h)
+        return found
+
+    def forward(self, weights: torch.Tensor, low: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The prediction [n], and the L1 norm of the mean embedding after each hop, [hops + 1, n]."""
+        means = [h.mean(1) for h in self.embed(weights, low)]
+        return self.head(means[-1])[:, 0], torch.stack([m.abs().sum(1) for m in means])
+
+
+def soft_spearman(score: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    """1 - the correlation between soft ranks of ``score`` [..., n] and ranks of ``z`` [n]; a soft rank
+    sums sigmoids of differences."""
+    score = (score - score.mean(-1, keepdim=True)) / (score.std(-1, keepdim=True) + 1e-6)
+    soft = torch.sigmoid((score[..., :, None] - score[..., None, :]) / SOFTNESS).sum(-1)
+    rank = z.argsort().argsort().to(soft)
+    soft, rank = soft - soft.mean(-1, keepdim=True), rank - rank.mean()
+    return 1 - (soft * rank).sum(-1) / (soft.norm(dim=-1) * rank.norm() + 1e-6)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.inference_mode(False), torch.enable_grad():  # whatever mode the caller is in
+            yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class GraphNetwork(Estimator):
+    """GATv2 layers over the graph of layers; loss = squared error of the standardised target + ``ranking``
+    times (1 - soft Spearman) of the L1 norm of the mean embedding, averaged over hops; so the norm of an
+    embedding is a score, larger = worse.
+
+    ``members`` networks of different seeds are averaged, each stopped when the loss on a held-out 15 % of its
+    configurations no longer falls. ``nodes`` is what it must know of the model: make one by ``for_model``.
+    Deterministic, one thread.
+    """
+
+    def __init__(
+        self,
+        width: int = 32,
+        hops: int = 4,
+        heads: int = 4,
+        rate: float = 1e-2,
+        decay: float = 1e-3,
+        ranking: float = 0.5,
+        batch: int = 32,
+        epochs: int = 80,
+        members: int = 1,
+        seed: int = 0,
+        direction: Literal["min", "max"] = "min",
+        log: bool | None = None,
+        nodes: Nodes | None = None,
+    ):
+        self.width, self.hops, self.heads, self.rate, self.decay, self.ranking = (
+            width,
+            hops,
+            heads,
+            rate,
+            decay,
+            ranking,
+        )
+        self.batch, self.epochs, self.members, self.seed, self.direction, self.log, self.nodes = (
+            batch,
+            epochs,
+            members,
+            seed,
+            direction,
+            log,
+            nodes,
+        )
+
+    @classmethod
+    def for_model(cls, encoder: Encoder, **parameters: Any) -> Self:
+        return cls(**{"nodes": Nodes.of(encoder), **parameters})
+
+    def features(self, encoder: Encoder, weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
+        """Scheme indices, then activation choices: [n, 2 layers]."""
+        return np.concatenate([weights, acts], 1)
+
+    def replicate(self, rng: np.random.Generator, seed: int) -> Self:
+        return type(self)(**{**self.get_params(deep=False), "members": 1, "seed": seed})
+
+    def _fit(self, X: np.ndarray, z: np.ndarray) -> None:
+        inputs, target = self._inputs(X), torch.as_tensor(z, dtype=torch.float32)
+        with _one_thread():
+            self.networks_ = [self._train(inputs, target, 1000 * self.seed + m) for m in range(self.members)]
+
+    def _predict(self, X: np.ndarray) -> np.ndarray:
+        weights, low = self._inputs(X)
+        parts = []
+        with _one_thread(), torch.inference_mode():
+            for start in range(0, len(weights), CHUNK):
+                part = slice(start, start + CHUNK)
+                parts.append(
+                    torch.stack([net(weights[part], low[part])[0] for net in self.networks_]).mean(0)
+                )
+        return torch.cat(parts).double().numpy() if parts else np.zeros(0)
+
+    def operator_scores(self) -> np.ndarray:
+        """The L1 norm of each (layer, scheme)'s own embedding at hop 0 with activations at 8 bits, [layers,
+        schemes]; larger = worse.
+
+        Qua²SeDiMo's operator-level score. In arbitrary units: it compares schemes and layers of one fit only.
+        """
+        layers, schemes = self._nodes().schemes.shape[:2]
+        weights = torch.arange(schemes)[:, None].expand(-1, layers)
+        with _one_thread(), torch.inference_mode():
+            found = [
+                net.embed(weights, torch.zeros(schemes, layers, 2))[0].abs().sum(2) for net in self.networks_
+            ]
+        return torch.stack(found).mean(0).T.double().numpy()
+
+    def block_scores(self, weights: np.ndarray, acts: np.ndarray, hops: int | None = None) -> np.ndarray:
+        """The L1 norm of the mean embedding, after ``hops`` hops (default: all), of the layers in each
+        layer's block where that layer takes each scheme: [layers, schemes], averaged over the contexts
+        ``weights`` and ``acts`` [n, layers]; larger = worse.
+
+        Qua²SeDiMo's block-level score: its subgraph is a block's, its hops 3, 2 and 1 for self-attention,
+        cross-attention and feed-forward.
+        """
+        nodes, hop = self._nodes(), self.hops if hops is None else hops
+        if not 0 <= hop <= self.hops:
+            raise AquabitError(f"hops is {hop}; this network has 0 to {self.hops}")
+        layers, schemes = nodes.schemes.shape[:2]
+        contexts, low = self._inputs(np.concatenate([weights, acts], 1))
+        out = torch.zeros(layers, schemes)
+        with _one_thread(), torch.inference_mode():
+            for i in range(layers):
+                members = torch.as_tensor(np.flatnonzero(nodes.block == nodes.block[i]))
+                for s in range(schemes):
+                    changed = contexts.clone()
+                    changed[:, i] = s
+                    for net in self.networks_:
+                        out[i, s] += net.embed(changed, low)[hop][:, members].mean(1).abs().sum(
+                            1
+                        ).mean() / len(self.networks_)
+        return out.double().numpy()
+
+    def _nodes(self) -> Nodes:
+        if self.nodes is None:
+            raise AquabitError(
+                "a graph network must know the model's graph: make it by GraphNetwork.for_model(encoder)"
+            )
+        return self.nodes
+
+    def _inputs(self, X: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scheme indices [n, layers] and (activation_reduction, its order) [n, layers, 2]."""
+        nodes = self._nodes()
+        weights, acts = np.split(np.asarray(X).astype(int), 2, 1)
+        if weights.shape[1] != len(nodes.operator):
+            raise AquabitError(
+                f"features have {X.shape[1]} columns; {len(nodes.operator)} layers take"
+                f" {2 * len(nodes.operator)}"
+            )
+        low = nodes.activation_reduction[np.searchsorted(nodes.choices, acts)]
+        return torch.as_tensor(weights), torch.as_tensor(low, dtype=torch.float32)
+
+    def _train(self, inputs: tuple[torch.Tensor, torch.Tensor], z: torch.Tensor, seed: int) -> _Network:
+        """One network, as it was at its best held-out loss."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            net = _Network(self._nodes(), self.width, self.hops, self.heads)
+            order = torch.randperm(len(z))
+            held, kept = order[: max(2, round(HELD_OUT * len(z)))], order[max(2, round(HELD_OUT * len(z))) :]
+            optimiser = torch.optim.AdamW(net.parameters(), lr=self.rate, weight_decay=self.decay)
+            steps = self.epochs * -(-len(kept) // self.batch)
+            schedule = torch.optim.lr_scheduler.OneCycleLR(
+                optimiser, self.rate, total_steps=steps, pct_start=0.2
+            )
+            best, state, waited = float("inf"), dict(net.state_dict()), 0
+            for epoch in range(self.epochs):
+                for rows in kept[torch.randperm(len(kept))].split(self.batch):
+                    optimiser.zero_grad()
+                    self._loss(net, inputs, z, rows).backward()
+                    optimiser.step()
+                    schedule.step()
+                with torch.no_grad():
+                    loss = float(self._loss(net, inputs, z, held))
+                if loss < best:
+                    best, state, waited = loss, {k: v.clone() for k, v in net.state_dict().items()}, 0
+                elif epoch >= self.epochs // 2 and (waited := waited + 1) > PATIENCE:
+                    break
+            net.load_state_dict(state)
+        return net.eval()
+
+    def _loss(
+        self, net: _Network, inputs: tuple[torch.Tensor, torch.Tensor], z: torch.Tensor, rows: torch.Tensor
+    ) -> torch.Tensor:
+        predicted, norms = net(inputs[0][rows], inputs[1][rows])
+        loss = F.mse_loss(predicted, z[rows])
+        return loss + self.ranking * soft_spearman(norms, z[rows]).mean() if len(rows) > 2 else loss
