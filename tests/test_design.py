@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from aquabit.cost import CostModel
-from aquabit.measuring import session as measuring
 from aquabit.pipelines import trace
 from aquabit.scheme import FP, AquabitError, Protocol, Scheme, act_of, act_text
 from aquabit.sensitivity import designs as design
@@ -264,8 +263,7 @@ def test_half_of_a_mixture_is_random(unet: SearchSpace) -> None:
 def test_disagreement_is_measured_in_rounds_and_continues(tmp_path, monkeypatch) -> None:
     """Interrupted in the middle of a batch, or asked for more later, a study holds the same
     configurations."""
-    for module in (design, measuring):
-        monkeypatch.setattr(module, "START", 20)
+    monkeypatch.setattr(design, "START", 20)
     monkeypatch.setattr(design, "POOL", 20)
     monkeypatch.setattr(design, "JUDGES", 3)
     pipe, protocol = (
