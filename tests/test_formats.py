@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from aquabit.graph import codebook_names, layers
 from aquabit.layer_formats import (
-    BUDGET_TOLERANCE_BITS,
     FORMATS,
+    LEVEL_TOLERANCE_BITS,
     LEVELS,
     LOSS,
     MOST_OVERHEAD,
@@ -94,17 +94,17 @@ def test_formats_are_worth_their_codebooks_and_the_best_of_their_level(
         near = [
             s
             for s in map(Scheme.parse, row)
-            if abs(parts(s, shape)[3] - level) <= BUDGET_TOLERANCE_BITS
+            if abs(parts(s, shape)[3] - level) <= LEVEL_TOLERANCE_BITS
             and parts(s, shape)[2] <= prod(shape[1:])
             and (sharers > 1 or not s.shared)
             and stored(s, shape, sharers) <= MOST_OVERHEAD * parts(s, shape)[3]
         ]
         if not near:
-            assert not any(abs(b - level) <= BUDGET_TOLERANCE_BITS for b in bits)
+            assert not any(abs(b - level) <= LEVEL_TOLERANCE_BITS for b in bits)
             continue
         best = min(criterion(s, shape, sharers) for s in near)
         assert any(
-            abs(parts(s, shape)[3] - level) <= BUDGET_TOLERANCE_BITS
+            abs(parts(s, shape)[3] - level) <= LEVEL_TOLERANCE_BITS
             and criterion(s, shape, sharers) <= best + 1e-9
             for s in found
         )
@@ -160,11 +160,11 @@ def test_losses_are_told_of_formats_that_were_measured() -> None:
     assert {s.removesuffix("s") for row in FORMATS.values() for s in row} == set(LOSS)
     for level in LEVELS:
         assert any(
-            abs(parts(Scheme.parse(f), (64, 64))[3] - level) <= BUDGET_TOLERANCE_BITS
+            abs(parts(Scheme.parse(f), (64, 64))[3] - level) <= LEVEL_TOLERANCE_BITS
             for f in FORMATS["* 1x1"]
         )
         assert any(
-            abs(parts(Scheme.parse(f), (64, 64, 3, 3))[3] - level) <= BUDGET_TOLERANCE_BITS
+            abs(parts(Scheme.parse(f), (64, 64, 3, 3))[3] - level) <= LEVEL_TOLERANCE_BITS
             for f in FORMATS["*"]
             if f.rstrip("s").endswith("k")
         )
@@ -239,7 +239,7 @@ def test_default_spaces_of_bundled_models_have_formats_at_every_level(name: str)
             k
             for k, row in space.choices.items()
             if any(
-                s.kind == "aq" and abs(space.code_bits(k, s) - level) <= BUDGET_TOLERANCE_BITS for s in row
+                s.kind == "aq" and abs(space.code_bits(k, s) - level) <= LEVEL_TOLERANCE_BITS for s in row
             )
         }
         assert sum(weight[k] for k in held) >= 0.95 * sum(weight.values()), level
@@ -333,7 +333,7 @@ def test_levels_and_formats_are_options_of_a_space() -> None:
     both = make_space(GRAPH, "f", schemes=["usq2"], levels=[2.0])
     assert {str(s) for s in both.schemes} == {"fp", "usq2", *additive(both)} and additive(both)
     assert all(
-        abs(both.code_bits(k, s) - 2) <= BUDGET_TOLERANCE_BITS
+        abs(both.code_bits(k, s) - 2) <= LEVEL_TOLERANCE_BITS
         for k, row in both.choices.items()
         for s in row
         if s.kind == "aq"

@@ -12,15 +12,16 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "aquabit"
 
 # Each may import only what stands below it (shared/DESIGN.md, section 1).
-VALUES = {"scheme", "stats", "jsonio", "runtime"}
+VALUES = {"scheme_kinds", "scheme", "stats", "jsonio", "runtime"}
 STORES = {*VALUES, "graph", "kernels", "quality", "study", "study_status"}
 SPACES = {*STORES, "layer_formats", "space", "choices", "cost"}
 MODELS = {*SPACES, "memory", "quant", "pipelines"}
 ALLOWED: dict[str, set[str]] = {
-    "scheme": set(),
-    "stats": {"scheme"},
-    "jsonio": {"scheme"},
-    "runtime": {"scheme"},
+    "scheme_kinds": set(),
+    "scheme": {"scheme_kinds"},
+    "stats": {"scheme_kinds", "scheme"},
+    "jsonio": {"scheme_kinds", "scheme"},
+    "runtime": {"scheme_kinds", "scheme"},
     "kernels": VALUES,
     "graph": VALUES,
     "quality": VALUES,

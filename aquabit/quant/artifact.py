@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,6 @@ from aquabit.quant.correction.statistics import Statistics
 from aquabit.quant.finetuning.store import SHARED, shared_name
 from aquabit.quant.layers import QuantConv2d, QuantLinear, quant_layer
 from aquabit.quant.model import storage_dtype
-from aquabit.quant.schemes.additive import group_order
 from aquabit.quant.step_switch import input_parts, settings_of, share_out_, switches
 from aquabit.scheme import FP, METHOD, AquabitError, QuantConfig, read_json
 
@@ -236,9 +234,8 @@ def coded_weight(
         if shared not in tensors:
             raise AquabitError(f"layer {name!r} shares the codebooks {shared!r}, which are not stored")
         own["codebooks"] = tensors[shared]
-    order = group_order(choice.weight, prod(shape[2:])) if choice.weight.kind == "aq" else "inputs"
     try:
-        weight = from_tensors(own, shape, choice.weight.bits, order)
+        weight = from_tensors(own, shape, choice.weight.bits, choice.weight.layout(shape).order)
     except (AquabitError, IndexError) as error:
         raise AquabitError(f"the codes of layer {name!r} are not usable: {error}") from error
     kinds = {k: t.dtype for k, t in own.items() if t.dtype != torch.float16 and k != "codes"}

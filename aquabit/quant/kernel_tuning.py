@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from aquabit.kernels.dispatch import conv2d_request, linear_request, observed, p
 from aquabit.kernels.request import Format, Request, format_of, full_format, hollow_weight
 from aquabit.kernels.time_requests import best_of, measure_missing
 from aquabit.quant.layers import QuantConv2d, QuantLinear, resident_bytes
-from aquabit.scheme import AquabitError, Progress, Scheme, no_progress
+from aquabit.scheme import FP, AquabitError, Progress, Scheme, no_progress
 
 MEMORY = ("packed", "auto")  # no dense copies; copies where they save most time per byte
 COPIES = 0.25  # of the dense size: at most so much for copies
@@ -200,20 +200,9 @@ def ran(layers: Layers, call: Callable[[], object]) -> dict[str, int]:
 @cache
 def format_for(scheme: Scheme, shape: tuple[int, ...]) -> Format:
     """The format of a weight of ``shape`` at ``scheme``, without fitting one."""
-    if scheme.kind == "fp":
+    if scheme == FP:
         return full_format(shape)
-    row, area = prod(shape[1:]), prod(shape[2:])
-    if scheme.kind == "usq":
-        form = Format(shape, scheme.bits, 1, 1, "inputs", "uniform", -(-row // (scheme.group or row)), True)
-    elif scheme.kind == "vq":
-        form = Format(
-            shape, scheme.bits, 1, 1, "inputs", "channel" if scheme.per_channel else "shared", None, False
-        )
-    else:
-        order: Literal["inputs", "kernel"] = "kernel" if scheme.group is None and area > 1 else "inputs"
-        form = Format(
-            shape, scheme.bits, scheme.codebooks, scheme.group_size(area), order, "shared", 1, False
-        )
+    form = Format(shape, **vars(scheme.layout(shape)))
     return replace(form, unarranged=arranges(hollow_weight(form)))
 
 

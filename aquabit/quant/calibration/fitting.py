@@ -17,7 +17,7 @@ from aquabit.kernels.codebook import CodebookWeight
 from aquabit.quant.bank import Bank, Fit
 from aquabit.quant.calibration.calibrator import Call, Group, Moments, input_groups, moments, plan
 from aquabit.quant.calibration.hessian import output_error
-from aquabit.quant.schemes.additive import Report
+from aquabit.quant.schemes.progress import Report
 from aquabit.quant.weights import quantize_weight, quantize_weights, relative_error
 from aquabit.scheme import AquabitError, Calibration, Progress, QuantConfig, Scheme, digest, no_progress
 
