@@ -133,7 +133,7 @@ def trained_layers(
 
     opened = open_model(model)
     quantized = Evaluator(model, opened.graph, Bank(bank), opened.fingerprint).quantized
-    known = quantized.fitter.moments(names, [8], Calibration())
+    known = quantized.calibrator.moments(names, [8], Calibration())
     return {name: (quantized.full(name).float(), known[name, 8].hessian) for name in names}
 
 

@@ -51,9 +51,29 @@ class Contents:
     layers: Layers
     ranges: Mapping[str, Tensor] = field(default_factory=dict)
     statistics: Statistics | None = None
-    inputs: Mapping[str, Any] | None = (
-        None  # of an example call, described, where the class does not tell them
-    )
+    inputs: Mapping[str, Any] | None = None  # of an example call, where the class does not tell them
+
+    def facts(self) -> dict[str, Any]:
+        """What ``quantization_config`` holds besides the configuration (FACTS)."""
+        return parsed(described(self.config, self.statistics, self.inputs))[1]
+
+    def tensors(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """All tensors to store: those of the denoiser's ``state`` at 16 bits, except where layers are
+        coded."""
+        tensors: dict[str, Tensor] = {}
+        coded = {n: weight for n, layer in self.layers.items() if (weight := layer.coded) is not None}
+        for name, tensor in state.items():
+            if name.removesuffix(".weight") not in coded:
+                tensors[name] = tensor.detach().to(storage_dtype(tensor)).contiguous().cpu()
+        for name, weight in coded.items():
+            shared = shared_name(self.config[name])
+            for part, tensor in weight.tensors().items():
+                key = shared if shared is not None and part == "codebooks" else f"{name}.weight.{part}"
+                tensors[key] = tensor.contiguous().cpu()
+        tensors |= {f"{RANGES}{name}": ends.contiguous().cpu() for name, ends in self.ranges.items()}
+        if self.statistics is not None:
+            tensors |= {f"{NOISE}{k}": v for k, v in self.statistics.tensors()[0].items()}
+        return tensors
 
 
 def contents_of(denoiser: nn.Module) -> Contents | None:
@@ -113,8 +133,8 @@ def save_packed_denoiser(denoiser: Any, folder: Path, max_shard_size: int | str 
     denoiser.save_pretrained(folder, max_shard_size=max_shard_size)
     found = contents_of(denoiser)
     assert found is not None
-    own = {k: v for k, v in tensors_of(found, denoiser.state_dict()).items() if not k.startswith(NOISE)}
-    return sum(t.numel() * t.element_size() for t in own.values())
+    tensors = found.tensors(denoiser.state_dict())
+    return sum(t.numel() * t.element_size() for k, t in tensors.items() if not k.startswith(NOISE))
 
 
 # ---- quantization_config
@@ -165,24 +185,6 @@ def parsed(value: Mapping[str, Any]) -> tuple[QuantConfig, dict[str, Any]]:
 
 # ---- tensors
 # ------------------------------------------------------------------------------------------------------------
-
-
-def tensors_of(found: Contents, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All tensors to store: those of the denoiser's ``state`` at 16 bits, except where layers are coded."""
-    tensors: dict[str, Tensor] = {}
-    coded = {n: weight for n, layer in found.layers.items() if (weight := layer.coded) is not None}
-    for name, tensor in state.items():
-        if name.removesuffix(".weight") not in coded:
-            tensors[name] = tensor.detach().to(storage_dtype(tensor)).contiguous().cpu()
-    for name, weight in coded.items():
-        shared = shared_name(found.config[name])
-        for part, tensor in weight.tensors().items():
-            key = shared if shared is not None and part == "codebooks" else f"{name}.weight.{part}"
-            tensors[key] = tensor.contiguous().cpu()
-    tensors |= {f"{RANGES}{name}": ends.contiguous().cpu() for name, ends in found.ranges.items()}
-    if found.statistics is not None:
-        tensors |= {f"{NOISE}{k}": v for k, v in found.statistics.tensors()[0].items()}
-    return tensors
 
 
 def is_own(key: str, config: QuantConfig) -> bool:

@@ -54,6 +54,20 @@ def weight_hash(weight: Tensor) -> str:
     return body.hexdigest()[:24]
 
 
+class FullWeights(dict[str, Tensor]):
+    """The full-precision weights of a model's layers, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._keys: dict[str, str] = {}
+
+    def key(self, layer: str) -> str:
+        """What the bank keeps the fits of a layer's weight under."""
+        if layer not in self._keys:
+            self._keys[layer] = weight_hash(self[layer])
+        return self._keys[layer]
+
+
 def _bytes_of(data: Tensor) -> Any:
     import torch
 

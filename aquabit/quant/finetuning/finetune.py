@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,11 +33,9 @@ from aquabit.quant.finetuning.store import (
     write_record,
 )
 from aquabit.quant.finetuning.weight import TrainedWeight
+from aquabit.quant.model import QuantizedDenoiser
 from aquabit.quant.schemes.scalar import halves
 from aquabit.scheme import AquabitError, Calibration, Progress, QuantConfig, digest, no_progress
-
-if TYPE_CHECKING:
-    from aquabit.quant.model import QuantizedDenoiser
 
 __all__ = ["FineTuning", "Tuned", "finetune"]
 
