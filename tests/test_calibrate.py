@@ -395,7 +395,7 @@ def test_what_cannot_be_calibrated(dit) -> None:
         moments(model.full_precision, calls, [(TO_Q,)], [8], rows=0)
     with pytest.raises(AquabitError, match=f"{TO_Q} read nothing"):
         moments(model.full_precision, [], [(TO_Q,)], [8])
-    model.layers[TO_Q].held = object()
+    model.layers[TO_Q].packed = object()
     with pytest.raises(AquabitError, match="packed"):
         moments(model.full_precision, calls, [(TO_Q,)], [8])
 

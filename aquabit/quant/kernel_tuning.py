@@ -89,7 +89,7 @@ def requests_of(layers: Layers, call: Callable[[], object]) -> Asked:
 
 
 def _request(layer: QuantLinear | QuantConv2d, x: Tensor, act: int) -> Request:
-    form = full_format(layer.shape) if layer.held is None else format_of(layer.held)
+    form = full_format(layer.shape) if layer.packed is None else format_of(layer.packed)
     if isinstance(layer, QuantLinear):
         return linear_request(x, form, layer.accuracy, act)
     x, padding = padded(x if x.ndim == 4 else x[None], layer.padding, layer.dilation, layer.shape[2:])
@@ -164,7 +164,7 @@ def worth_copying(layers: Layers, asked: Asked, dtype: torch.dtype) -> tuple[str
     times = measure_missing(r for row in asked.values() for r in row)
     room, gains = COPIES * _dense_bytes(layers.values(), dtype), []
     for name, row in asked.items():
-        if layers[name].held is None or not row:
+        if layers[name].packed is None or not row:
             continue
         coded = milliseconds(row, times)
         dense = 1e3 * sum(n * times[r.key]["dense"] for r, n in row.items())
@@ -183,7 +183,7 @@ def ran(layers: Layers, call: Callable[[], object]) -> dict[str, int]:
     """Layers by the backend that ``call`` runs them on ("full": not coded); one that runs on several
     counts for its last."""
     names, found = (
-        {id(layer.held): name for name, layer in layers.items() if layer.held is not None},
+        {id(layer.packed): name for name, layer in layers.items() if layer.packed is not None},
         dict.fromkeys(layers, "full"),
     )
     with observed(

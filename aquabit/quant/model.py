@@ -227,7 +227,7 @@ class QuantizedDenoiser:
             for layer in self.layers.values():
                 layer.weight = layer.weight.detach()
 
-    def hold_(self, name: str, weight: Tensor, scheme: Scheme) -> None:
+    def set_dense_(self, name: str, weight: Tensor, scheme: Scheme) -> None:
         """Give a layer a dense weight from elsewhere, until the next ``apply``."""
         self.layers[name].set_dense_(weight, scheme)
         self._current.pop(name, None)
@@ -320,11 +320,11 @@ class QuantizedDenoiser:
         self._activate(config)
         for name, layer in self.layers.items():
             choice, wanted = config[name], self._identity(name, config)
-            if self._current.get(name) != wanted or layer.held is not None:
+            if self._current.get(name) != wanted or layer.packed is not None:
                 full = self.weights[name]
                 layer.set_dense_(full if choice.weight == FP else self._decoded(name, config), choice.weight)
                 self._current[name] = wanted
-        if not self._holds(
+        if not self._is_applied(
             config
             # a file of the bank was unreadable: fitting anew left the layers before in full precision
         ):
@@ -339,7 +339,7 @@ class QuantizedDenoiser:
         finally:
             self.apply(config)
 
-    def _holds(self, config: QuantConfig) -> bool:
+    def _is_applied(self, config: QuantConfig) -> bool:
         """Whether every layer is as ``apply`` leaves it."""
         acts = {n: c.act if isinstance(c.act, int) else c.act[0] for n in self.layers for c in [config[n]]}
         return all(

@@ -28,7 +28,7 @@ class FullPrecision:
     def replay(self, calls: Sequence[Call]) -> Iterator[int]:
         """Run recorded calls; yields the index of each before it runs. Leaves the denoiser in full precision.
         Raises AquabitError where it is packed."""
-        if any(layer.held is not None for layer in self.layers.values()):
+        if any(layer.packed is not None for layer in self.layers.values()):
             raise AquabitError("the model is packed; calibration needs its full-precision weights")
         self.set_()
         device = next(iter(self.layers.values())).weight.device
