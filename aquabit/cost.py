@@ -14,7 +14,7 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from aquabit.graph import layers as graph_layers
-from aquabit.scheme import ACTIVATION_BITS, Act, AquabitError, Budget, QuantConfig, Scheme, StepGroups
+from aquabit.scheme import ACTIVATION_BITS, FP, Act, AquabitError, Budget, QuantConfig, Scheme, StepGroups
 from aquabit.space import SearchSpace
 
 RANGE_BYTES = 8  # of a static range: two float32
@@ -113,7 +113,7 @@ class CostModel:
         self.macs = np.array([float(nodes[k]["macs"]) for k in space.choices])
         areas = [prod(s[2:]) for s in shapes]
         self.weight_bits = np.array(
-            [[FULL_BITS if q.kind == "fp" else q.code_bits(a) for q in schemes] for a in areas]
+            [[FULL_BITS if q == FP else q.code_bits(a) for q in schemes] for a in areas]
         )
         self.operations = np.array([[q.operations(s) for q in schemes] for s in shapes])
         self.shared = self._shared()
@@ -182,9 +182,7 @@ class CostModel:
             multiply_adds, lut_adds = multiply_adds + float(macs) * own[0], lut_adds + float(macs) * own[1]
             if choice.weight.shared:
                 tables[choice.codebook, choice.weight] = choice.weight.stored_bytes(shape)[1]
-            weight_bits = (
-                FULL_BITS if choice.weight.kind == "fp" else choice.weight.code_bits(prod(shape[2:]))
-            )
+            weight_bits = FULL_BITS if choice.weight == FP else choice.weight.code_bits(prod(shape[2:]))
             bops += float(macs) * weight_bits * mean_act_bits(choice.act, config.steps)
         size += sum(tables.values())
         ranges = sum(

@@ -87,7 +87,7 @@ def layer_formats(
         (),
     )
     schemes = [Scheme.parse(f) for f in row]
-    wrong = [s for s in schemes if s.kind != "aq"]
+    wrong = [s for s in schemes if not s.additive]
     if wrong:
         raise AquabitError(
             f"the table of additive formats holds {wrong[0]} for {operator!r}; it takes aq schemes only, as"

@@ -201,7 +201,7 @@ def generate(
     )
     layers = layers_of(adapter.denoiser)
     with _switched_correction(adapter, correction):
-        if any(layer.held is not None for layer in layers.values()):
+        if any(layer.packed is not None for layer in layers.values()):
             call = adapter.first_call(
                 protocol
             )  # this samples, and follows the scheduler; the timed calls do not

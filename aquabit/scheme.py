@@ -8,9 +8,11 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
-from math import ceil, prod
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
+
+from aquabit.scheme_kinds import KINDS, Layout, Look, SchemeKind
 
 ACTIVATION_BITS = (16, 8, 6, 4)
 CORRECTIONS = ("cnc", "bc", "vsc", "match", "qdrift")
@@ -29,12 +31,6 @@ def no_progress(what: str, done: int, total: int) -> None:
     """The silent progress callback."""
 
 
-_SCHEME = re.compile(
-    r"fp|usq(?P<usq>\d+)(?:g(?P<usq_group>\d+))?(?P<usq_h>h?)|vq(?P<vq>\d+)(?P<vq_c>c?)(?P<vq_h>h?)"
-    r"|aq(?P<aq_m>\d+)x(?P<aq_b>\d+)(?:g(?P<aq_group>\d+)|(?P<aq_k>k))(?P<aq_s>s?)"
-)
-
-
 @dataclass(frozen=True)
 class Scheme:
     """How one weight is stored; ``Scheme.parse(str(s)) == s``.
@@ -46,12 +42,11 @@ class Scheme:
     output-aware; ``aq`` always is.
     """
 
-    kind: Literal["fp", "usq", "vq", "aq"] = "fp"
+    kind: str = "fp"  # a name in scheme_kinds.KINDS; ask ``record`` what it means
     bits: int = 16  # bits of one code
     codebooks: int = 1
-    group: int | None = (
-        None  # usq: inputs that share a scale; aq: weights a codeword covers; None: the whole row / kernel
-    )
+    # usq: inputs that share a scale; aq: weights a codeword covers; None: the whole row, or kernel slice
+    group: int | None = None
     per_channel: bool = False
     output_aware: bool = False
     shared: bool = False
@@ -61,88 +56,77 @@ class Scheme:
         """The scheme that ``text`` names; raises AquabitError where it names none."""
         if isinstance(text, Scheme):
             return text
-        match = _SCHEME.fullmatch(text)
-        known = "known forms: fp, usq4, usq4g64, vq3, vq3c, aq2x8g8, aq2x8k, aq2x8g8s, and usq3h, vq3h"
-        if not match:
-            raise AquabitError(f"unknown scheme {text!r}; {known}")
-        part = match.groupdict()
-        if text == "fp":
-            return Scheme()
-        if part["usq"]:
-            group = int(part["usq_group"]) if part["usq_group"] else None
-            scheme = Scheme("usq", int(part["usq"]), group=group, output_aware=bool(part["usq_h"]))
-        elif part["vq"]:
-            scheme = Scheme(
-                "vq", int(part["vq"]), per_channel=bool(part["vq_c"]), output_aware=bool(part["vq_h"])
-            )
-        else:
-            group = int(part["aq_group"]) if part["aq_group"] else None
-            scheme = Scheme(
-                "aq", int(part["aq_b"]), codebooks=int(part["aq_m"]), group=group, shared=bool(part["aq_s"])
-            )
-        limit = 16 if scheme.kind == "aq" else 8
-        if not 1 <= scheme.bits <= limit or scheme.group == 0 or scheme.codebooks < 1 or str(scheme) != text:
-            raise AquabitError(
-                f"scheme {text!r} is out of range: codes have 1 to {limit} bits, counts start at 1; {known}"
-            )
-        return scheme
+        for record in KINDS.values():
+            match = re.fullmatch(record.pattern, text)
+            if match is None:
+                continue
+            scheme, most = Scheme(record.name, **record.fields(match)), record.most_bits
+            if (
+                not 1 <= scheme.bits <= most
+                or scheme.group == 0
+                or scheme.codebooks < 1
+                or str(scheme) != text
+            ):
+                raise AquabitError(
+                    f"scheme {text!r} is out of range: codes have 1 to {most} bits, counts start at 1;"
+                    f" {_known_forms()}"
+                )
+            return scheme
+        raise AquabitError(f"unknown scheme {text!r}; {_known_forms()}")
 
     def __str__(self) -> str:
-        if self.kind == "fp":
-            return "fp"
-        tail = "h" if self.output_aware else ""
-        if self.kind == "usq":
-            return f"usq{self.bits}" + (f"g{self.group}" if self.group else "") + tail
-        if self.kind == "vq":
-            return f"vq{self.bits}" + ("c" if self.per_channel else "") + tail
-        return (
-            f"aq{self.codebooks}x{self.bits}"
-            + (f"g{self.group}" if self.group else "k")
-            + ("s" if self.shared else "")
-        )
+        return self.record.text(self)
+
+    @property
+    def record(self) -> SchemeKind:
+        """What is known of the kind: the one place where ``kind`` is asked."""
+        return KINDS[self.kind]
 
     @property
     def calibrated(self) -> bool:
         """Fitted with the second moments of the layer's input (H), so that a fit belongs to a calibration."""
-        return self.kind == "aq" or self.output_aware
+        return self.output_aware or self.record.always_calibrated
+
+    @property
+    def additive(self) -> bool:
+        """Whether a weight is a sum of codewords."""
+        return self.record.additive
+
+    @property
+    def range_group(self) -> int | None:
+        """Inputs that share a scale; None where a row has one scale, or none."""
+        return self.group if self.record.ranged else None
+
+    @property
+    def look(self) -> Look:
+        """How reports show it."""
+        return self.record.look(self)
 
     def code_bits(self, kernel_area: int = 1) -> float:
         """Bits of codes per weight, without codebooks and scales; ``kernel_area`` = kh * kw serves the
         ``k`` form."""
-        if self.kind != "aq":
-            return float(self.bits)
         return self.codebooks * self.bits / self.group_size(kernel_area)
 
     def group_size(self, kernel_area: int = 1) -> int:
-        """Weights that one additive codeword covers; ``k`` is a kernel slice, and 8 inputs where the
-        kernel is 1 x 1 (AQUATIC-Diff)."""
-        return self.group or (kernel_area if kernel_area > 1 else 8)
+        """Weights that one codeword covers (1 where each weight has a code of its own), by the kernel's area
+        kh * kw."""
+        return self.record.codeword(self, kernel_area)
+
+    def layout(self, shape: tuple[int, ...]) -> Layout:
+        """What is stored of a weight [out, in] or [out, in, kh, kw]."""
+        return self.record.layout(self, shape)
 
     def stored_bytes(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """Bytes of one stored weight [out, in] or [out, in, kh, kw]: (packed codes with float16 scales and
-        offsets, float16 codebooks).
-
-        ``usq``: scale and offset per row (or per group of inputs), its codebook {0 .. 2^b - 1} is implied;
-        ``vq``: one table of 2^b values per tensor or per row; ``aq``: M tables of 2^B vectors and one scale a
-        row. ``fp`` takes two bytes a weight.
-        """
-        out, row = shape[0], prod(shape[1:])
-        if self.kind == "fp":
-            return 2 * out * row, 0
-        if self.kind == "usq":
-            return ceil(out * row * self.bits / 8) + 2 * 2 * out * ceil(row / (self.group or row)), 0
-        if self.kind == "vq":
-            return ceil(out * row * self.bits / 8), 2 * 2**self.bits * (out if self.per_channel else 1)
-        size = self.group_size(prod(shape[2:]))
-        codes = ceil(out * ceil(row / size) * self.codebooks * self.bits / 8)
-        return codes + 2 * out, 2 * self.codebooks * 2**self.bits * size
+        offsets, float16 codebooks)."""
+        return self.layout(shape).stored_bytes(shape)
 
     def table_operations(self, shape: tuple[int, ...]) -> tuple[float, float]:
         """(multiply-adds, adds) of the table kernel relative to the dense layer's multiply-adds: M K / out
         to make the tables, divided by the kernel's area where its taps share them (groups of ``gN``), and
         M / g table entries added (AQUATIC-Diff). (1, 0) for schemes that are counted as decoded and
-        multiplied: ``fp``, ``usq`` and ``vq``."""
-        if self.kind != "aq":
+        multiplied: those that are not additive."""
+        if not self.additive:
             return 1.0, 0.0
         area = prod(shape[2:])
         size, taps = self.group_size(area), 1 if self.group is None else area
@@ -152,6 +136,10 @@ class Scheme:
         """Both parts of ``table_operations`` as one number: an add is half a multiply-add."""
         multiply_adds, adds = self.table_operations(shape)
         return multiply_adds + adds / 2
+
+
+def _known_forms() -> str:
+    return f"known forms: {', '.join(form for kind in KINDS.values() for form in kind.examples)}"
 
 
 FP = Scheme()

@@ -241,7 +241,9 @@ def timed(
         )
         size = sum(prod(layer.shape) for layer in layers.values())
         stored = sum(
-            sum(layer.scheme.stored_bytes(layer.shape)) for layer in layers.values() if layer.held is not None
+            sum(layer.scheme.stored_bytes(layer.shape))
+            for layer in layers.values()
+            if layer.packed is not None
         )
         alike = name.split()[0] in (first, "dense") and bool(
             torch.isfinite(y).all() and torch.isfinite(reference).all()

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from aquabit.cost import weight_bytes
 from aquabit.quant.calibration.hessian import check_hessian, output_error
-from aquabit.quant.schemes.additive import _problem, additive, input_order
-from aquabit.quant.schemes.additive_codes import Feedback, feedback, sweep
-from aquabit.quant.schemes.additive_init import initial_tables
-from aquabit.quant.schemes.additive_tables import fit_scales, fit_tables
+from aquabit.quant.schemes.additive.codes import Feedback, feedback, sweep
+from aquabit.quant.schemes.additive.first_tables import initial_tables
+from aquabit.quant.schemes.additive.tables import fit_scales, fit_tables
+from aquabit.quant.schemes.aq import _problem, additive, input_order
 from aquabit.quant.weights import quantize_weight, quantize_weights
 from aquabit.scheme import AquabitError, Scheme
 from benchmarks.aqlm_plain import aqlm

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from aquabit.pipelines import recorder, trace
-from aquabit.quant.bank import Bank, Fit, default_limit, weight_hash
+from aquabit.quant.bank import Bank, Fit, FullWeights, default_limit, weight_hash
 from aquabit.quant.model import QuantizedDenoiser, fingerprint
 from aquabit.quant.weights import quantize_weight
 from aquabit.scheme import AquabitError, Calibration, Scheme
@@ -128,3 +128,12 @@ def test_orphaned_files_are_removed_and_bad_limits_named(tmp_path, monkeypatch) 
         monkeypatch.setenv("AQUABIT_BANK_LIMIT", bad)
         with pytest.raises(AquabitError, match=f"AQUABIT_BANK_LIMIT is {bad!r}"):
             default_limit()
+
+
+def test_full_weights_know_their_keys_and_keep_them() -> None:
+    weights = FullWeights()
+    weights |= {"a": torch.ones(2, 3), "b": torch.ones(3, 2)}
+    key = weights.key("a")
+    assert key == weight_hash(torch.ones(2, 3)) != weights.key("b")
+    del weights["a"]  # as packing does
+    assert weights.key("a") == key

@@ -14,9 +14,11 @@ import torch
 from torch import nn
 
 from aquabit.pipelines import Adapter, trace
-from aquabit.quant.calibration import calibrator as calibrate
-from aquabit.quant.calibration.calibrator import input_groups, moments, plan, record_calls
+from aquabit.quant.calibration import moments as moments_module
 from aquabit.quant.calibration.hessian import DAMPING, check_hessian
+from aquabit.quant.calibration.input_groups import input_groups
+from aquabit.quant.calibration.moments import moments, portions
+from aquabit.quant.calibration.recording import record_calls
 from aquabit.quant.model import QuantizedDenoiser
 from aquabit.scheme import AquabitError, Protocol, QuantConfig
 
@@ -78,7 +80,7 @@ def test_linear_layers_equal_numpy(dit, bits: int) -> None:
     model, calls = recorded(dit)
     rows = np.concatenate([x.reshape(-1, x.shape[-1]) for x in inputs_of(model, calls, PROJ)])
     rounded = rows if bits == 16 else np.stack([grid(row, bits, zero=False) for row in rows])
-    result = moments(model, calls, [(PROJ,)], [bits], rows=10**9)[PROJ, bits]
+    result = moments(model.full_precision, calls, [(PROJ,)], [bits], rows=10**9)[PROJ, bits]
     assert result.rows == len(rows) and not result.diagonal
     close(result.hessian, damped(rounded.T.astype(np.float64) @ rounded / len(rows)))
     assert torch.equal(result.hessian, result.hessian.T)
@@ -148,8 +150,8 @@ def patch_gram(inputs: np.ndarray, kernel, stride, pads, dilation, groups: int) 
     ],
 )
 def test_convolutions_equal_numpy(options, pads, bits: int, monkeypatch) -> None:
-    monkeypatch.setattr(calibrate, "PATCHES", 1000)  # several parts a call
-    monkeypatch.setattr(calibrate, "BLOCK", 7)  # several blocks
+    monkeypatch.setattr(moments_module, "PATCHES", 1000)  # several parts a call
+    monkeypatch.setattr(moments_module, "BLOCK", 7)  # several blocks
     model, calls = convolution(**options), calls_of_convolution()
     layer, split = model.layers["conv"], options.get("split", 0)
     inputs = np.concatenate(inputs_of(model, calls, "conv"))
@@ -159,7 +161,7 @@ def test_convolutions_equal_numpy(options, pads, bits: int, monkeypatch) -> None
             [np.stack([grid(s, bits, zero=True) for s in part]) for part in parts], axis=1
         )
     expected, count = patch_gram(inputs, layer.shape[2:], layer.stride, pads, layer.dilation, layer.groups)
-    result = moments(model, calls, [("conv",)], [bits], rows=10**9)["conv", bits]
+    result = moments(model.full_precision, calls, [("conv",)], [bits], rows=10**9)["conv", bits]
     assert result.rows == count
     for found, h in zip(result.hessian if layer.groups > 1 else result.hessian[None], expected, strict=True):
         close(found, damped(h))
@@ -170,7 +172,7 @@ def test_h_predicts_the_output_error() -> None:
     """tr(dW H dW^T) is the mean squared change of the output: the order of H is that of weight.flatten(1)."""
     model, calls = convolution(kernel_size=(3, 2), stride=2, padding=1), calls_of_convolution()
     layer = model.layers["conv"]
-    h = moments(model, calls, [("conv",)], [16], rows=10**9)["conv", 16].hessian
+    h = moments(model.full_precision, calls, [("conv",)], [16], rows=10**9)["conv", 16].hessian
     h = h - torch.eye(len(h)) * h.trace() / len(h) * DAMPING / (1 + DAMPING)
     change = torch.randn(layer.shape, generator=torch.Generator().manual_seed(2))
     x = torch.cat([torch.from_numpy(x) for x in inputs_of(model, calls, "conv")])
@@ -182,21 +184,21 @@ def test_h_predicts_the_output_error() -> None:
 
 
 def test_the_blocked_product_equals_the_whole() -> None:
-    rows = torch.randn(1, 50, 2 * calibrate.BLOCK + 17, generator=torch.Generator().manual_seed(0))
+    rows = torch.randn(1, 50, 2 * moments_module.BLOCK + 17, generator=torch.Generator().manual_seed(0))
     into = torch.zeros(1, rows.shape[2], rows.shape[2])
-    calibrate._add_gram_(into, rows)
+    moments_module._add_gram_(into, rows)
     torch.testing.assert_close(into[0].triu(), (rows[0].T @ rows[0]).triu(), atol=1e-4, rtol=1e-4)
 
 
 def test_only_the_input_of_the_layer_is_rounded(pipe) -> None:
     model, calls = recorded(pipe)
-    groups = input_groups(model, calls)
-    alone = moments(model, calls, groups, [16])
+    groups = input_groups(model.full_precision, calls)
+    alone = moments(model.full_precision, calls, groups, [16])
     names = list(model.layers)
     model.apply(
         QuantConfig("", {}).with_layer(names[0], "fp", 4).with_layer(names[5], "fp", 4)
     )  # what was applied before is taken back
-    together = moments(model, calls, groups, [4, 16, 8])
+    together = moments(model.full_precision, calls, groups, [4, 16, 8])
     assert all(torch.equal(h.hessian, together[key].hessian) for key, h in alone.items())
     assert not any(torch.equal(together[n, 4].hessian, together[n, 16].hessian) for n in names)
     assert {layer.act for layer in model.layers.values()} == {16}
@@ -204,9 +206,9 @@ def test_only_the_input_of_the_layer_is_rounded(pipe) -> None:
 
 def test_every_layer_gets_moments_that_fit_its_weight(pipe) -> None:
     model, calls = recorded(pipe)
-    groups = input_groups(model, calls)
+    groups = input_groups(model.full_precision, calls)
     assert sorted(n for group in groups for n in group) == sorted(model.layers)
-    found = moments(model, calls, groups, [8, 6])
+    found = moments(model.full_precision, calls, groups, [8, 6])
     assert set(found) == {(n, a) for n in model.layers for a in (8, 6)}
     for (name, _), result in found.items():
         check_hessian(result.hessian, model.layers[name].weight)
@@ -216,7 +218,7 @@ def test_every_layer_gets_moments_that_fit_its_weight(pipe) -> None:
 
 def test_groups_of_a_dit(dit) -> None:
     model, calls = recorded(dit)
-    groups = input_groups(model, calls)
+    groups = input_groups(model.full_precision, calls)
     for block in range(2):
         attention = f"transformer_blocks.{block}.attn1"
         assert (f"{attention}.to_q", f"{attention}.to_k", f"{attention}.to_v") in groups
@@ -226,7 +228,7 @@ def test_groups_of_a_dit(dit) -> None:
 
 def test_groups_of_a_unet(unet) -> None:
     model, calls = recorded(unet)
-    together = [group for group in input_groups(model, calls) if len(group) > 1]
+    together = [group for group in input_groups(model.full_precision, calls) if len(group) > 1]
     embedded = tuple(n for n in model.layers if n.endswith("time_emb_proj"))
     assert embedded in together and len(embedded) > 3
     attentions = [n.removesuffix("to_q") for n in model.layers if n.endswith("to_q")]
@@ -257,29 +259,31 @@ def test_members_of_a_group_agree_in_every_call_and_in_geometry() -> None:
     model = quantized(Fork(), {"split": 2})
     calls = [((torch.randn(1, 4, 5, 5), torch.tensor(float(t))), {}) for t in (1, 1, 2)]
     alone = [("strided",), ("dilated",), ("unpadded",), ("grouped",), ("split",)]
-    assert input_groups(model, calls) == [*alone, ("other", "a", "b"), ("c",), ("twice",)]
-    assert input_groups(model, calls[:2]) == [*alone, ("other", "a", "b", "c"), ("twice",)]
-    assert moments(model, calls, [("twice",)], [16])["twice", 16].rows == 2 * 3 * 25
+    assert input_groups(model.full_precision, calls) == [*alone, ("other", "a", "b"), ("c",), ("twice",)]
+    assert input_groups(model.full_precision, calls[:2]) == [*alone, ("other", "a", "b", "c"), ("twice",)]
+    assert moments(model.full_precision, calls, [("twice",)], [16])["twice", 16].rows == 2 * 3 * 25
 
 
 def test_rows_are_drawn_alike_whatever_else_is_calibrated(pipe) -> None:
     model, calls = recorded(pipe)
-    groups = input_groups(model, calls)
-    together = moments(model, calls, groups, [8], rows=41, seed=3)
+    groups = input_groups(model.full_precision, calls)
+    together = moments(model.full_precision, calls, groups, [8], rows=41, seed=3)
     for group in groups[:: len(groups) // 5]:
-        alone = moments(model, calls, [group[-1:]], [8], rows=41, seed=3)[group[-1], 8]
+        alone = moments(model.full_precision, calls, [group[-1:]], [8], rows=41, seed=3)[group[-1], 8]
         assert torch.equal(alone.hessian, together[group[-1], 8].hessian)
     name = next(g[0] for g in groups if g[0].endswith("to_q"))
     assert together[name, 8].rows == 41
-    other = moments(model, calls, [(name,)], [8], rows=41, seed=4)[name, 8]
+    other = moments(model.full_precision, calls, [(name,)], [8], rows=41, seed=4)[name, 8]
     assert not torch.equal(other.hessian, together[name, 8].hessian)
 
 
 @pytest.mark.parametrize("name", [TO_OUT, "pos_embed.proj"])
 def test_drawn_rows_are_unbiased_and_spread_over_calls(dit, name: str) -> None:
     model, calls = recorded(dit)
-    whole = moments(model, calls, [(name,)], [16], rows=10**9)[name, 16]
-    some = [moments(model, calls, [(name,)], [16], rows=64, seed=s)[name, 16] for s in range(40)]
+    whole = moments(model.full_precision, calls, [(name,)], [16], rows=10**9)[name, 16]
+    some = [
+        moments(model.full_precision, calls, [(name,)], [16], rows=64, seed=s)[name, 16] for s in range(40)
+    ]
     assert {m.rows for m in some} == {64} and whole.rows > 64
 
     def error(h: torch.Tensor) -> float:
@@ -288,19 +292,19 @@ def test_drawn_rows_are_unbiased_and_spread_over_calls(dit, name: str) -> None:
     mean = error(torch.stack([m.hessian for m in some]).mean(0))
     each = np.mean([error(m.hessian) for m in some])
     assert 0 < mean < each / 4, "errors of independent draws average out as 1 / sqrt(40)"
-    assert len(set(calibrate._drawn(100, 40, 0).tolist())) == 40
+    assert len(set(moments_module._drawn(100, 40, 0).tolist())) == 40
 
 
 def test_each_call_gives_the_same_number_of_rows(monkeypatch) -> None:
     model, calls = convolution(kernel_size=3), calls_of_convolution(count=5)
     drawn = []
-    original = calibrate._drawn
+    original = moments_module._drawn
     monkeypatch.setattr(
-        calibrate,
+        moments_module,
         "_drawn",
         lambda total, share, seed: drawn.append((share, seed)) or original(total, share, seed),
     )
-    moments(model, calls, [("conv",)], [8], rows=22)
+    moments(model.full_precision, calls, [("conv",)], [8], rows=22)
     assert sum(share for share, _ in drawn) == 22 and {share for share, _ in drawn} == {4, 5}
     assert len({seed for _, seed in drawn}) == 5
 
@@ -371,7 +375,7 @@ def test_fewer_images_than_the_limit_are_no_error_but_none_are(dit) -> None:
         with pytest.raises(AquabitError, match="no denoiser call was recorded"):
             record_calls(denoiser, made, limit)
     with pytest.raises(AquabitError, match="no denoiser call was recorded"):
-        input_groups(QuantizedDenoiser(denoiser, trace(dit)), [])
+        input_groups(QuantizedDenoiser(denoiser, trace(dit)).full_precision, [])
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
@@ -379,29 +383,29 @@ def test_inputs_that_are_not_finite_name_the_layer(value: float) -> None:
     model, calls = convolution(kernel_size=3), calls_of_convolution()
     calls[1][0][0][1, 2, 3, 4] = value
     with pytest.raises(AquabitError, match=r"conv reads NaN or infinity in recorded call 2 of 2"):
-        moments(model, calls, [("conv",)], [8], rows=2)
+        moments(model.full_precision, calls, [("conv",)], [8], rows=2)
     calls[1][0][0][:] = 1e30
     with pytest.raises(AquabitError, match=r"before overflow float32"):
-        moments(model, calls, [("before",)], [16])
+        moments(model.full_precision, calls, [("before",)], [16])
 
 
 def test_what_cannot_be_calibrated(dit) -> None:
     model, calls = recorded(dit)
     with pytest.raises(AquabitError, match="rows=0"):
-        moments(model, calls, [(TO_Q,)], [8], rows=0)
+        moments(model.full_precision, calls, [(TO_Q,)], [8], rows=0)
     with pytest.raises(AquabitError, match=f"{TO_Q} read nothing"):
-        moments(model, [], [(TO_Q,)], [8])
-    model.layers[TO_Q].held = object()
+        moments(model.full_precision, [], [(TO_Q,)], [8])
+    model.layers[TO_Q].packed = object()
     with pytest.raises(AquabitError, match="packed"):
-        moments(model, calls, [(TO_Q,)], [8])
+        moments(model.full_precision, calls, [(TO_Q,)], [8])
 
 
 @pytest.mark.parametrize("groups", [1, 2])
 def test_wide_layers_keep_the_diagonal(monkeypatch, groups: int) -> None:
     model, calls = convolution(kernel_size=3, groups=groups), calls_of_convolution()
-    whole = moments(model, calls, [("conv",), ("before",)], [8])["conv", 8].hessian
-    monkeypatch.setattr(calibrate, "WIDEST", 17)
-    found = moments(model, calls, [("conv",), ("before",)], [8])
+    whole = moments(model.full_precision, calls, [("conv",), ("before",)], [8])["conv", 8].hessian
+    monkeypatch.setattr(moments_module, "WIDEST", 17)
+    found = moments(model.full_precision, calls, [("conv",), ("before",)], [8])
     result = found["conv", 8]
     assert result.diagonal and not found["before", 8].diagonal
     expected = whole.diagonal() if groups == 1 else whole.diagonal(dim1=1, dim2=2).mean(0)
@@ -411,11 +415,11 @@ def test_wide_layers_keep_the_diagonal(monkeypatch, groups: int) -> None:
 
 def test_plan_stays_within_its_limit(unet) -> None:
     model, calls = recorded(unet)
-    groups = input_groups(model, calls)
+    groups = input_groups(model.full_precision, calls)
     sizes = {g: 4 * model.layers[g[0]].weight[0].numel() ** 2 * 2 for g in groups}
-    assert plan(groups, model, [8, 6]) == [groups]
+    assert portions(groups, model.layers, [8, 6]) == [groups]
     limit = max(sizes.values()) // 2
-    chunks = plan(groups, model, [8, 6, 8], limit)
+    chunks = portions(groups, model.layers, [8, 6, 8], limit)
     assert [g for chunk in chunks for g in chunk] == groups
     assert all(len(chunk) == 1 or sum(sizes[g] for g in chunk) <= limit for chunk in chunks)
     assert 1 < len(chunks) < len(groups)
@@ -427,5 +431,5 @@ def test_plan_stays_within_its_limit(unet) -> None:
 def test_progress_counts_the_calls(dit) -> None:
     model, calls = recorded(dit)
     told = []
-    moments(model, calls, [(TO_Q,)], [8], progress=lambda *event: told.append(event))
+    moments(model.full_precision, calls, [(TO_Q,)], [8], progress=lambda *event: told.append(event))
     assert [e[1:] for e in told] == [(i, len(calls)) for i in range(len(calls) + 1)]

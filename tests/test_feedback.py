@@ -15,8 +15,9 @@ from aquabit.kernels.codebook import CodebookWeight
 from aquabit.quant.calibration.hessian import output_error
 from aquabit.quant.schemes import output_aware as feedback
 from aquabit.quant.schemes.levels import Affine, Levels, Table, problem_of
-from aquabit.quant.schemes.output_aware import kmeans_with_feedback, uniform_with_feedback
-from aquabit.quant.schemes.scalar import kmeans, lloyd, uniform
+from aquabit.quant.schemes.scalar import lloyd
+from aquabit.quant.schemes.usq import uniform, uniform_with_feedback
+from aquabit.quant.schemes.vq import kmeans, kmeans_with_feedback
 from aquabit.scheme import AquabitError, Scheme
 
 SHAPES = st.one_of(

@@ -18,11 +18,12 @@ from aquabit.measuring.evaluator import Evaluator
 from aquabit.measuring.session import open_model
 from aquabit.pipelines import Adapter, recorder, trace
 from aquabit.quant.bank import Bank
-from aquabit.quant.calibration import calibrator as calibrate
-from aquabit.quant.calibration import fitting
-from aquabit.quant.calibration.calibrator import input_groups, moments
+from aquabit.quant.calibration import calibrator, fitting
+from aquabit.quant.calibration import moments as moments_module
 from aquabit.quant.calibration.fitting import FitRequest
 from aquabit.quant.calibration.hessian import output_error
+from aquabit.quant.calibration.moments import moments
+from aquabit.quant.calibration.recording import record_calls
 from aquabit.quant.model import QuantizedDenoiser, fingerprint
 from aquabit.quant.weights import quantize_weight, quantize_weights
 from aquabit.scheme import FP, AquabitError, Calibration, Protocol, QuantConfig, Scheme
@@ -181,7 +182,7 @@ def test_a_fit_is_that_of_the_layers_own_input(dit, tmp_path) -> None:
     plain = QuantizedDenoiser(other.denoiser, trace(other))
     calls = recorder(other)(CALIBRATION)
     for name, scheme, act in ((V0, USQ, 8), (DOWN0, AQ, 6), (DOWN1, VQ, 8)):
-        hessian = moments(plain, calls, [(name,)], [act])[name, act].hessian
+        hessian = moments(plain.full_precision, calls, [(name,)], [act])[name, act].hessian
         expected = quantize_weight(plain.full(name), scheme, hessian)
         fit = model.fitter.found(FitRequest(name, scheme, act), CALIBRATION)
         assert fit is not None and torch.equal(fit.coded.dequantize(), expected.dequantize()), name
@@ -190,7 +191,7 @@ def test_a_fit_is_that_of_the_layers_own_input(dit, tmp_path) -> None:
         )
         assert torch.equal(model.layers[name].weight, expected.dequantize())
     known = [
-        moments(plain, calls, [(n,)], [8])[n, 8].hessian for n in (Q0, Q1)
+        moments(plain.full_precision, calls, [(n,)], [8])[n, 8].hessian for n in (Q0, Q1)
     ]  # for a8, whatever the layers' own bits
     together = quantize_weights([plain.full(Q0), plain.full(Q1)], SHARED, known)
     for name, expected in zip((Q0, Q1), together, strict=True):
@@ -222,7 +223,7 @@ def test_keys_hold_all_that_a_fit_depends_on(dit, tmp_path) -> None:
         "the scheme's text is in the file's name"
     )
     paths = {
-        model.bank.path(model.model.key(Q0), s, contexts[""]) for s in (USQ, VQ, AQ, Scheme.parse("usq3"))
+        model.bank.path(model.weights.key(Q0), s, contexts[""]) for s in (USQ, VQ, AQ, Scheme.parse("usq3"))
     }
     assert len(paths) == 4
     assert model.context(FitRequest(Q0, SHARED, 8), CALIBRATION) == model.context(
@@ -235,7 +236,8 @@ def test_keys_hold_all_that_a_fit_depends_on(dit, tmp_path) -> None:
         )  # upstream: the layer's weight stays, what it reads does not
     upstream = opened(dit, tmp_path).fitter
     assert (
-        upstream.model.key(Q0) == model.model.key(Q0) and upstream.context(need, CALIBRATION) != contexts[""]
+        upstream.weights.key(Q0) == model.weights.key(Q0)
+        and upstream.context(need, CALIBRATION) != contexts[""]
     )
     assert upstream.context(FitRequest(Q0, Scheme.parse("usq3"), 8), CALIBRATION) == "", (
         "what sees the weight alone is found whatever is upstream"
@@ -245,7 +247,7 @@ def test_keys_hold_all_that_a_fit_depends_on(dit, tmp_path) -> None:
 def test_shared_fits_depend_on_every_member(dit, tmp_path) -> None:
     model = opened(dit, tmp_path)
     one = model.fitter.context(FitRequest(Q0, SHARED, 8), CALIBRATION)
-    model._keys[Q1] = "another"
+    model.weights._keys[Q1] = "another"
     assert model.fitter.context(FitRequest(Q0, SHARED, 8), CALIBRATION) != one
     assert model.fitter.context(FitRequest(Q0, AQ, 8), CALIBRATION) == opened(dit, tmp_path).fitter.context(
         FitRequest(Q0, AQ, 8), CALIBRATION
@@ -266,7 +268,7 @@ def test_what_depends_on_something_else_is_fitted_again(dit, tmp_path, fits, cha
     model, config = opened(dit, tmp_path), mixed(space_of(dit, calibration=calibration))
     model.apply(config)
     assert sorted(fits) == before
-    assert {p.name.split("-")[0] for p in tmp_path.iterdir()} == {model.key(n) for n in KEPT}, (
+    assert {p.name.split("-")[0] for p in tmp_path.iterdir()} == {model.weights.key(n) for n in KEPT}, (
         "the same weights"
     )
     assert len(list(tmp_path.iterdir())) == 2 * len(KEPT), "the fits of before stay"
@@ -305,7 +307,7 @@ def test_evicted_fits_come_back_to_the_bit(dit, tmp_path) -> None:
     for path in (tmp_path / "one").iterdir():
         path.unlink()
     first._recent.clear()
-    first._held.clear()
+    first._current.clear()
     first.apply(config)
     assert equal(weights(first), expected)
     alone = opened(dit, tmp_path / "two")
@@ -332,10 +334,8 @@ def test_portions_of_memory_change_nothing(dit, tmp_path, monkeypatch) -> None:
     whole = opened(dit, tmp_path / "one")
     whole.apply(config)
     replays = []
-    monkeypatch.setattr(
-        fitting, "plan", lambda groups, model, acts: calibrate.plan(groups, model, acts, limit_bytes=1)
-    )
-    monkeypatch.setattr(fitting, "moments", lambda *rest: replays.append(rest[2]) or moments(*rest))
+    monkeypatch.setattr(calibrator, "portions", lambda *rest: moments_module.portions(*rest, limit_bytes=1))
+    monkeypatch.setattr(calibrator, "moments", lambda *rest: replays.append(rest[2]) or moments(*rest))
     parts = opened(dit, tmp_path / "two")
     parts.apply(config)
     assert len(replays) >= 4 and equal(weights(parts), weights(whole))
@@ -476,7 +476,7 @@ def test_unreadable_fits_are_made_again_and_leave_the_other_layers_alone(
     if damage == "truncated":
         one = opened(dit, tmp_path)
         path = one.fitter.bank.path(
-            one.key(DOWN1), VQ, one.fitter.context(FitRequest(DOWN1, VQ, 8), CALIBRATION)
+            one.weights.key(DOWN1), VQ, one.fitter.context(FitRequest(DOWN1, VQ, 8), CALIBRATION)
         )
         path.write_bytes(b"nothing")
         one.apply(config)  # all others are found
@@ -500,7 +500,7 @@ def test_a_fit_of_a_member_is_a_fit_of_all(dit, tmp_path, fits) -> None:
     other = model.fitter.coded(FitRequest(Q1, SHARED, 8), CALIBRATION)
     assert fits == [("aq1x4g4s", 2)] and one.codebooks is not None and other.codebooks is not None
     assert torch.equal(one.codebooks, other.codebooks) and not torch.equal(one.packed, other.packed)
-    for path in tmp_path.glob(f"{model.key(Q1)}*"):
+    for path in tmp_path.glob(f"{model.weights.key(Q1)}*"):
         path.unlink()
     assert torch.equal(model.fitter.coded(FitRequest(Q1, SHARED, 8), CALIBRATION).packed, other.packed), (
         "one lost member is the same again"
@@ -513,7 +513,7 @@ def test_a_fit_of_a_member_is_a_fit_of_all(dit, tmp_path, fits) -> None:
 
 
 def test_a_diagonal_h_is_noted(dit, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(calibrate, "WIDEST", 32)
+    monkeypatch.setattr(moments_module, "WIDEST", 32)
     study = Study(tmp_path / "s.db")
     measure(
         dit,
@@ -575,8 +575,8 @@ def test_without_images_calibrated_schemes_are_refused_in_one_sentence(dit, tmp_
 
 def test_layers_that_did_not_run_are_named(dit, tmp_path) -> None:
     fitter = opened(dit, tmp_path).fitter
-    calls = fitter.record(CALIBRATION)  # type: ignore[misc]
-    fitter._calls = (CALIBRATION, calls, [g for g in input_groups(fitter.model, calls) if DOWN1 not in g])
+    calls, groups = fitter.calibrator.recorded(CALIBRATION)
+    fitter.calibrator._recorded = (CALIBRATION, calls, [g for g in groups if DOWN1 not in g])
     with pytest.raises(AquabitError, match=rf"'{DOWN1}' did not run during calibration") as error:
         fitter.coded(FitRequest(DOWN1, USQ, 8), CALIBRATION)
     assert "\n" not in str(error.value)
@@ -685,7 +685,7 @@ def test_h_is_measured_where_it_is_needed_and_once_for_all_schemes_of_a_layer(
         asked.append(({n for group in groups for n in group}, list(acts)))
         return moments(model, calls, groups, acts)
 
-    monkeypatch.setattr(fitting, "moments", watched)
+    monkeypatch.setattr(calibrator, "moments", watched)
     model, other = opened(dit, tmp_path), Scheme.parse("aq2x3g4s")
     model.fitter.fit(
         [FitRequest(n, s, a) for n in (Q0, V0) for s in (USQ, AQ, SHARED, other) for a in (8, 6)], CALIBRATION
@@ -701,7 +701,7 @@ def test_h_is_measured_where_it_is_needed_and_once_for_all_schemes_of_a_layer(
 
 def test_images_for_calibration_are_made_once(dit, tmp_path, monkeypatch) -> None:
     made: list[Any] = []
-    original = calibrate.record_calls
+    original = record_calls
     monkeypatch.setattr(
         "aquabit.pipelines.adapter.record_calls", lambda *rest: made.append(rest) or original(*rest)
     )

@@ -160,8 +160,7 @@ def test_losses_are_told_of_formats_that_were_measured() -> None:
     assert {s.removesuffix("s") for row in FORMATS.values() for s in row} == set(LOSS)
     for level in LEVELS:
         assert any(
-            abs(parts(Scheme.parse(f), (64, 64))[3] - level) <= LEVEL_TOLERANCE_BITS
-            for f in FORMATS["* 1x1"]
+            abs(parts(Scheme.parse(f), (64, 64))[3] - level) <= LEVEL_TOLERANCE_BITS for f in FORMATS["* 1x1"]
         )
         assert any(
             abs(parts(Scheme.parse(f), (64, 64, 3, 3))[3] - level) <= LEVEL_TOLERANCE_BITS
@@ -238,9 +237,7 @@ def test_default_spaces_of_bundled_models_have_formats_at_every_level(name: str)
         held = {
             k
             for k, row in space.choices.items()
-            if any(
-                s.kind == "aq" and abs(space.code_bits(k, s) - level) <= LEVEL_TOLERANCE_BITS for s in row
-            )
+            if any(s.kind == "aq" and abs(space.code_bits(k, s) - level) <= LEVEL_TOLERANCE_BITS for s in row)
         }
         assert sum(weight[k] for k in held) >= 0.95 * sum(weight.values()), level
     total = sum(weight.values())

@@ -1,5 +1,5 @@
-"""Modules import only what stands below them; checked over the source, so that an import inside a function
-counts too."""
+"""Modules import only what stands below them, and form no circles; checked over the source, so that imports
+inside a function and those for types alone count too."""
 
 from __future__ import annotations
 
@@ -7,20 +7,22 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
+import networkx as nx
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "aquabit"
 
 # Each may import only what stands below it (shared/DESIGN.md, section 1).
-VALUES = {"scheme", "stats", "jsonio", "runtime"}
+VALUES = {"scheme_kinds", "scheme", "stats", "jsonio", "runtime"}
 STORES = {*VALUES, "graph", "kernels", "quality", "study", "study_status"}
 SPACES = {*STORES, "layer_formats", "space", "choices", "cost"}
 MODELS = {*SPACES, "memory", "quant", "pipelines"}
 ALLOWED: dict[str, set[str]] = {
-    "scheme": set(),
-    "stats": {"scheme"},
-    "jsonio": {"scheme"},
-    "runtime": {"scheme"},
+    "scheme_kinds": set(),
+    "scheme": {"scheme_kinds"},
+    "stats": {"scheme_kinds", "scheme"},
+    "jsonio": {"scheme_kinds", "scheme"},
+    "runtime": {"scheme_kinds", "scheme"},
     "kernels": VALUES,
     "graph": VALUES,
     "quality": VALUES,
@@ -57,17 +59,9 @@ def part_of(module: str) -> str | None:
 
 
 def imported(source: str, module: str, is_package: bool) -> Iterator[tuple[int, str]]:
-    """(line, full module name) of each import in ``source``, those under ``if TYPE_CHECKING`` left out."""
+    """(line, full module name) of each import in ``source``."""
     package = module.split(".") if is_package else module.split(".")[:-1]
-    waiting: list[ast.AST] = [ast.parse(source)]
-    while waiting:
-        node = waiting.pop()
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in {
-            n.id if isinstance(n, ast.Name) else getattr(n, "attr", "") for n in [node.test]
-        }:
-            waiting.extend(node.orelse)
-            continue
-        waiting.extend(ast.iter_child_nodes(node))
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -117,13 +111,49 @@ def test_the_table_has_no_cycle() -> None:
         placed |= ready
 
 
+def name_of(path: Path) -> str:
+    """``aquabit/quant/model.py`` -> ``aquabit.quant.model``; an ``__init__`` has the name of its package."""
+    parts = ("aquabit", *path.relative_to(PACKAGE).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def circles(sources: dict[str, str]) -> list[list[str]]:
+    """Groups of modules, by name, that import each other; submodules of an imported package do not count."""
+    graph = nx.DiGraph()
+    for module, source in sources.items():
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                found = [f"{node.module}.{alias.name}" for alias in node.names]
+                graph.add_edges_from((module, f if f in sources else node.module) for f in found)
+            elif isinstance(node, ast.Import):
+                graph.add_edges_from((module, alias.name) for alias in node.names)
+    return [sorted(c) for c in nx.strongly_connected_components(graph) if len(c) > 1]
+
+
+@pytest.mark.parametrize("package", ["quant", "exports"])
+def test_modules_form_no_circle(package: str) -> None:
+    sources = {name_of(p): p.read_text() for p in (PACKAGE / package).rglob("*.py")}
+    assert sources and circles(sources) == []
+
+
+def test_a_circle_is_seen() -> None:
+    inner = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from aquabit.quant.a import A"
+    around = {"aquabit.quant.a": "from aquabit.quant import b", "aquabit.quant.b": inner}
+    assert circles(around) == [["aquabit.quant.a", "aquabit.quant.b"]]
+    assert circles(around | {"aquabit.quant.b": "import torch"}) == []
+
+
+def test_no_import_is_for_types_alone() -> None:
+    """A type that must not be imported is a Protocol; the public names of ``aquabit`` are imported lazily."""
+    waiting = [p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py"]
+    assert [name_of(p) for p in waiting if "TYPE_CHECKING" in p.read_text()] == []
+
+
 @pytest.mark.parametrize(
     "path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE))
 )
 def test_imports_point_one_way(path: Path) -> None:
-    parts = ("aquabit", *path.relative_to(PACKAGE).with_suffix("").parts)
-    is_package = parts[-1] == "__init__"
-    assert violations(path.read_text(), ".".join(parts[:-1] if is_package else parts), is_package) == []
+    assert violations(path.read_text(), name_of(path), path.name == "__init__.py") == []
 
 
 @pytest.mark.parametrize(
@@ -140,9 +170,10 @@ def test_imports_point_one_way(path: Path) -> None:
         ("aquabit.cost", "from aquabit import load"),
         ("aquabit.cost", "import aquabit"),
         (
-            "aquabit.space",
-            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    pass\nelse:\n    import aquabit.cli",
+            "aquabit.scheme",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from aquabit.graph import LayerGraph",
         ),
+        ("aquabit.scheme", "import typing\nif typing.TYPE_CHECKING:\n    import aquabit.cli.app"),
         ("aquabit.newcomer", "import os"),
         ("aquabit._operators", "from aquabit.study import Study"),
     ],
@@ -154,11 +185,6 @@ def test_the_checker_sees_a_violation(module: str, source: str) -> None:
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        (
-            "aquabit.scheme",
-            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from aquabit.graph import LayerGraph",
-        ),
-        ("aquabit.scheme", "import typing\nif typing.TYPE_CHECKING:\n    import aquabit.cli.app"),
         (
             "aquabit.kernels.backends.lut",
             "from . import fake_quant\nfrom ..scheme import Scheme\nfrom aquabit.kernels import _native",

@@ -183,7 +183,7 @@ def test_a_pipeline_directory_loads_in_diffusers_and_here(tmp_path: Path) -> Non
         assert (
             isinstance(loaded.unet.conv_in, QuantConv2d)
             and loaded.unet.conv_in.act == 8
-            and loaded.unet.conv_in.held is not None
+            and loaded.unet.conv_in.packed is not None
         )
         assert torch.equal(images(loaded), images(packed.pipe))
         assert loaded.to("cpu") is loaded
@@ -244,7 +244,7 @@ def test_pipelines_quantize_a_component(dit: ClassConditionalPipeline, tmp_path:
         quantization_config=PipelineQuantizationConfig(quant_mapping={"denoiser": AquabitConfig("usq4")}),
     )
     held = [layer for layer in made.denoiser.modules() if isinstance(layer, QuantLinear | QuantConv2d)]
-    assert len(held) == len(layers(trace(dit.denoiser))) and all(layer.held is not None for layer in held)
+    assert len(held) == len(layers(trace(dit.denoiser))) and all(layer.packed is not None for layer in held)
     assert torch.isfinite(packing.generate(made, 2, steps=2)).all()
     made.save_pretrained(tmp_path / "again")
     assert config_of(load(str(tmp_path / "again")).denoiser) == config_of(made.denoiser)

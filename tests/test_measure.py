@@ -206,7 +206,7 @@ def test_layers_compute_what_they_say(tmp_path, unet) -> None:
     assert splits, "a U-Net has layers fed by a concatenated skip"
     g = torch.Generator().manual_seed(0)
     for name, layer in model.layers.items():
-        coded = Bank(tmp_path).get(model.key(name), layer.scheme)
+        coded = Bank(tmp_path).get(model.weights.key(name), layer.scheme)
         assert (
             coded is not None
             and torch.equal(coded.coded.dequantize(), layer.weight)
@@ -252,7 +252,7 @@ def test_decoded_weights_are_kept_within_a_limit(tmp_path, dit, monkeypatch) -> 
     kept = sum(t.nbytes for t in model._recent.values())
     assert kept == model._recent_bytes <= size // 2
     expected = {
-        n: Bank(tmp_path).get(model.key(n), layer.scheme).coded.dequantize()
+        n: Bank(tmp_path).get(model.weights.key(n), layer.scheme).coded.dequantize()
         for n, layer in model.layers.items()
     }
     assert all(torch.equal(layer.weight, expected[n]) for n, layer in model.layers.items())

@@ -78,12 +78,12 @@ def test_artifact_size_is_exact_on_disk_and_in_memory(pipe, tmp_path) -> None:
         assert (
             on_disk
             <= resident_bytes([layer])
-            < on_disk + (dense if layer.held is None else dense / 8) + 16 * 1024
+            < on_disk + (dense if layer.packed is None else dense / 8) + 16 * 1024
         ), "no dense copy"
-        assert layer.held is None or layer.weight.numel() == 0
-    assert sum(layer.held is not None for layer in layers.values()) == len(layers) - 1
+        assert layer.packed is None or layer.weight.numel() == 0
+    assert sum(layer.packed is not None for layer in layers.values()) == len(layers) - 1
     shared = {id(layer.coded.codebooks) for layer in layers.values() if layer.scheme.shared}
-    tables = {id(layer.held.tables) for layer in layers.values() if layer.scheme.shared}
+    tables = {id(layer.packed.tables) for layer in layers.values() if layer.scheme.shared}
     assert len(shared) == len(tables) == sum(k.startswith("codebooks/") for k in stored) > 0, (
         "layers that share codebooks hold one tensor"
     )
@@ -94,7 +94,7 @@ def test_artifact_size_is_exact_on_disk_and_in_memory(pipe, tmp_path) -> None:
         id(t)
         for layer in layers.values()
         if layer.scheme.shared
-        for t in (layer.held.tables, layer.held.stored[0])
+        for t in (layer.packed.tables, layer.packed.stored[0])
     }
     assert len(moved) == 2 * len(shared), "moved to another device, they still share"
 
@@ -127,12 +127,12 @@ def test_packed_equals_dense(pipe, tmp_path, act: int) -> None:
 
 def test_copies_run_on_their_own_weights(dit, tmp_path) -> None:
     packed = packing.quantize(dit, mixed(dit, 8), bank=str(tmp_path / "bank"))
-    name, layer = next((n, m) for n, m in packed.model.layers.items() if isinstance(m.held, Arranged))
+    name, layer = next((n, m) for n, m in packed.model.layers.items() if isinstance(m.packed, Arranged))
     other = copy.deepcopy(layer)
-    assert other.held is not layer.held and torch.equal(other.coded.packed, layer.coded.packed), name
+    assert other.packed is not layer.packed and torch.equal(other.coded.packed, layer.coded.packed), name
     x = torch.randn(2, layer.shape[1]) if len(layer.shape) == 2 else torch.randn(2, layer.shape[1], 8, 8)
     expected = layer(x)
-    other.held.codes.zero_()
+    other.packed.codes.zero_()
     assert torch.equal(layer(x), expected) and not torch.equal(other(x), expected)
     compiled = torch.compile(other, backend="aot_eager")
     torch.testing.assert_close(compiled(x), other(x))

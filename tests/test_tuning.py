@@ -102,7 +102,7 @@ def test_requests_are_those_of_the_forward_in_both_modes(pipe, tmp_path) -> None
     asked, seen = requests_of(layers, call), []
     with dispatch.observed(lambda weight, request, _: seen.append((id(weight), request.key))):
         call()
-    names = {id(layer.held): name for name, layer in layers.items()}
+    names = {id(layer.packed): name for name, layer in layers.items()}
     assert sorted((names[w], key) for w, key in seen) == sorted(
         (n, r.key) for n, row in asked.items() for r, k in row.items() for _ in range(k)
     )
@@ -232,7 +232,7 @@ def test_a_configuration_costs_what_its_kernels_take(dit, evaluator, timed) -> N
             for r, k in row.items()
         )
         assert costs.totals(*space.indices([config]))["latency_ms"][0] == pytest.approx(expected + table.rest)
-    assert all(layer.held is None for layer in evaluator.quantized.layers.values()), "dense again"
+    assert all(layer.packed is None for layer in evaluator.quantized.layers.values()), "dense again"
 
 
 def test_whole_calls_are_measured_packed(dit, evaluator) -> None:
@@ -267,7 +267,7 @@ def test_packed_measurements_do_not_depend_on_timings_or_workers(dit, tmp_path, 
     ran = []
     with dispatch.observed(lambda _, request, name: ran.append((request.threads, name))):
         one = results(InlinePool(inline))
-    assert {t for t, _ in ran} == {1} and inline.quantized.layers[space.layers[0]].held is None
+    assert {t for t, _ in ran} == {1} and inline.quantized.layers[space.layers[0]].packed is None
     measured = inline.measure(config, protocol, packed=True)[0]
     assert measured.environment["weights"] == "packed" and dict(measured.metrics) == one[protocol.digest]
     dense = inline.measure(config, protocol)[0]
@@ -374,7 +374,9 @@ def test_the_dense_model_of_an_artifact_has_its_weights(dit, tmp_path) -> None:
     packed(dit, tmp_path, "usq4", act=16).save(tmp_path / "packed")
     dense = decoded_(load_packed_denoiser(tmp_path / "packed" / "denoiser"), torch.float32)
     coded = load(str(tmp_path / "packed")).denoiser
-    assert all(isinstance(m, QuantLinear | QuantConv2d) and m.held is None for m in layers_of(dense).values())
+    assert all(
+        isinstance(m, QuantLinear | QuantConv2d) and m.packed is None for m in layers_of(dense).values()
+    )
     for layer in layers_of(coded).values():
         layer.accuracy = "exact"
     torch.testing.assert_close(example_call(dense)().sample, example_call(coded)().sample, rtol=0, atol=1e-4)

@@ -115,7 +115,7 @@ class Evaluator:
     def chunks(self, layers: list[str], acts: list[int], calibration: Calibration) -> list[list[str]]:
         """Layers in portions whose H fit into memory together."""
         with single_thread(self.device):
-            portions = self.quantized.fitter.chunks(layers, acts, calibration)
+            portions = self.quantized.calibrator.portions(layers, acts, calibration)
         return [[layer for group in portion for layer in group] for portion in portions]
 
     def fit(

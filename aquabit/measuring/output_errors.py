@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from aquabit.quant.calibration.calibrator import mapped
+from aquabit.quant.calibration.recording import mapped
 from aquabit.quant.correction.sampling import Watcher
 from aquabit.quant.finetuning.replay import Recording, Replay, first_tensor
 from aquabit.scheme import Calibration, Protocol

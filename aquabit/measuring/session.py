@@ -277,20 +277,13 @@ def uniform_references(space: SearchSpace) -> list[QuantConfig]:
     formats at each level they have."""
     act = max(space.activations)
     levels = sorted(
-        {
-            round(2 * space.code_bits(k, s)) / 2
-            for k, row in space.choices.items()
-            for s in row
-            if s.kind == "aq"
-        }
+        {round(2 * space.code_bits(k, s)) / 2 for k, row in space.choices.items() for s in row if s.additive}
     )
     first = [Scheme.parse(s + ("h" if any(q.calibrated for q in space.schemes) else "")) for s in UNIFORM] + [
         Scheme.parse("usq8")
     ]
     own = [
-        s
-        for s in space.schemes
-        if s.kind == "usq" and all(s in space.choices[k] for k in space.free_layers())
+        s for s in space.schemes if s.record.even and all(s in space.choices[k] for k in space.free_layers())
     ]
     return [
         *(space.uniform(s, act) for s in dict.fromkeys((*first, *own))),

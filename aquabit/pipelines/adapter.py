@@ -22,8 +22,8 @@ from aquabit.pipelines.family import KINDS, denoiser_of, family
 from aquabit.pipelines.prompts import embeddings
 from aquabit.pipelines.running import as_measured, image_batch, native_resolution
 from aquabit.quality import DigitsFeatures, Reference, bundled_reference
-from aquabit.quant.calibration.calibrator import Call, record_calls
 from aquabit.quant.calibration.ranges import Sample
+from aquabit.quant.calibration.recording import Call, record_calls
 from aquabit.quant.correction.sampling import Watcher, following, refollow_
 from aquabit.quant.correction.statistics import Statistics, measure_noise
 from aquabit.quant.finetuning.replay import Recording, record_outputs

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,6 @@ from aquabit.quant.correction.statistics import Statistics
 from aquabit.quant.finetuning.store import SHARED, shared_name
 from aquabit.quant.layers import QuantConv2d, QuantLinear, quant_layer
 from aquabit.quant.model import storage_dtype
-from aquabit.quant.schemes.additive import group_order
 from aquabit.quant.step_switch import input_parts, settings_of, share_out_, switches
 from aquabit.scheme import FP, METHOD, AquabitError, QuantConfig, read_json
 
@@ -53,9 +51,29 @@ class Contents:
     layers: Layers
     ranges: Mapping[str, Tensor] = field(default_factory=dict)
     statistics: Statistics | None = None
-    inputs: Mapping[str, Any] | None = (
-        None  # of an example call, described, where the class does not tell them
-    )
+    inputs: Mapping[str, Any] | None = None  # of an example call, where the class does not tell them
+
+    def facts(self) -> dict[str, Any]:
+        """What ``quantization_config`` holds besides the configuration (FACTS)."""
+        return parsed(described(self.config, self.statistics, self.inputs))[1]
+
+    def tensors(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """All tensors to store: those of the denoiser's ``state`` at 16 bits, except where layers are
+        coded."""
+        tensors: dict[str, Tensor] = {}
+        coded = {n: weight for n, layer in self.layers.items() if (weight := layer.coded) is not None}
+        for name, tensor in state.items():
+            if name.removesuffix(".weight") not in coded:
+                tensors[name] = tensor.detach().to(storage_dtype(tensor)).contiguous().cpu()
+        for name, weight in coded.items():
+            shared = shared_name(self.config[name])
+            for part, tensor in weight.tensors().items():
+                key = shared if shared is not None and part == "codebooks" else f"{name}.weight.{part}"
+                tensors[key] = tensor.contiguous().cpu()
+        tensors |= {f"{RANGES}{name}": ends.contiguous().cpu() for name, ends in self.ranges.items()}
+        if self.statistics is not None:
+            tensors |= {f"{NOISE}{k}": v for k, v in self.statistics.tensors()[0].items()}
+        return tensors
 
 
 def contents_of(denoiser: nn.Module) -> Contents | None:
@@ -115,8 +133,8 @@ def save_packed_denoiser(denoiser: Any, folder: Path, max_shard_size: int | str 
     denoiser.save_pretrained(folder, max_shard_size=max_shard_size)
     found = contents_of(denoiser)
     assert found is not None
-    own = {k: v for k, v in tensors_of(found, denoiser.state_dict()).items() if not k.startswith(NOISE)}
-    return sum(t.numel() * t.element_size() for t in own.values())
+    tensors = found.tensors(denoiser.state_dict())
+    return sum(t.numel() * t.element_size() for k, t in tensors.items() if not k.startswith(NOISE))
 
 
 # ---- quantization_config
@@ -169,24 +187,6 @@ def parsed(value: Mapping[str, Any]) -> tuple[QuantConfig, dict[str, Any]]:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def tensors_of(found: Contents, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All tensors to store: those of the denoiser's ``state`` at 16 bits, except where layers are coded."""
-    tensors: dict[str, Tensor] = {}
-    coded = {n: weight for n, layer in found.layers.items() if (weight := layer.coded) is not None}
-    for name, tensor in state.items():
-        if name.removesuffix(".weight") not in coded:
-            tensors[name] = tensor.detach().to(storage_dtype(tensor)).contiguous().cpu()
-    for name, weight in coded.items():
-        shared = shared_name(found.config[name])
-        for part, tensor in weight.tensors().items():
-            key = shared if shared is not None and part == "codebooks" else f"{name}.weight.{part}"
-            tensors[key] = tensor.contiguous().cpu()
-    tensors |= {f"{RANGES}{name}": ends.contiguous().cpu() for name, ends in found.ranges.items()}
-    if found.statistics is not None:
-        tensors |= {f"{NOISE}{k}": v for k, v in found.statistics.tensors()[0].items()}
-    return tensors
-
-
 def is_own(key: str, config: QuantConfig) -> bool:
     """Whether a stored tensor is one that diffusers does not know: codes and what goes with them."""
     layer, _, part = key.rpartition(".weight.")
@@ -236,9 +236,8 @@ def coded_weight(
         if shared not in tensors:
             raise AquabitError(f"layer {name!r} shares the codebooks {shared!r}, which are not stored")
         own["codebooks"] = tensors[shared]
-    order = group_order(choice.weight, prod(shape[2:])) if choice.weight.kind == "aq" else "inputs"
     try:
-        weight = from_tensors(own, shape, choice.weight.bits, order)
+        weight = from_tensors(own, shape, choice.weight.bits, choice.weight.layout(shape).order)
     except (AquabitError, IndexError) as error:
         raise AquabitError(f"the codes of layer {name!r} are not usable: {error}") from error
     kinds = {k: t.dtype for k, t in own.items() if t.dtype != torch.float16 and k != "codes"}

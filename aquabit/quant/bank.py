@@ -54,6 +54,20 @@ def weight_hash(weight: Tensor) -> str:
     return body.hexdigest()[:24]
 
 
+class FullWeights(dict[str, Tensor]):
+    """The full-precision weights of a model's layers, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._keys: dict[str, str] = {}
+
+    def key(self, layer: str) -> str:
+        """What the bank keeps the fits of a layer's weight under."""
+        if layer not in self._keys:
+            self._keys[layer] = weight_hash(self[layer])
+        return self._keys[layer]
+
+
 def _bytes_of(data: Tensor) -> Any:
     import torch
 
@@ -86,7 +100,7 @@ class Bank:
             Path(folder) if folder else default_folder(),
             default_limit() if limit is None else limit,
         )
-        self._held: dict[Path, Fit] | None = None  # what is in use
+        self._in_use: dict[Path, Fit] | None = None
         self._room = self.limit // SCAN  # bytes to write before the folder is looked through again
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -97,14 +111,14 @@ class Bank:
     def using(self) -> Iterator[None]:
         """What is got or put inside stays until the end, even where it is more than the limit or others
         evict it. May be nested."""
-        if self._held is not None:
+        if self._in_use is not None:
             yield
             return
-        self._held = {}
+        self._in_use = {}
         try:
             yield
         finally:
-            self._held = None
+            self._in_use = None
 
     def path(self, key: str, scheme: Scheme, context: str = "") -> Path:
         return self.folder / ("-".join(filter(None, (key, str(scheme), context))) + ".safetensors")
@@ -117,11 +131,11 @@ class Bank:
         """A stored fit; None where it is missing or unreadable. ``context`` is what else than weight and
         scheme it depends on."""
         path = self.path(key, scheme, context)
-        fit = None if self._held is None else self._held.get(path)
+        fit = None if self._in_use is None else self._in_use.get(path)
         if fit is None:
             fit = self._read(path)
-            if fit is not None and self._held is not None:
-                self._held[path] = fit
+            if fit is not None and self._in_use is not None:
+                self._in_use[path] = fit
         return fit
 
     def _read(self, path: Path) -> Fit | None:
@@ -144,11 +158,11 @@ class Bank:
         spec = {"format": FORMAT, "shape": coded.shape, "bits": coded.bits, "order": coded.order}
         facts = {"error": fit.error, "output": fit.output, "notes": fit.notes}
         path = self.path(key, scheme, context)
-        if self._held is not None:
-            self._held[path] = fit  # until it is mapped
+        if self._in_use is not None:
+            self._in_use[path] = fit  # until it is mapped
         self.write(path, coded.tensors(), {"aquabit": json.dumps({**spec, **facts})})
-        if self._held is not None:
-            self._held[path] = self._read(path) or fit
+        if self._in_use is not None:
+            self._in_use[path] = self._read(path) or fit
 
     def write(self, path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
         """A safetensors file in the bank, whole or not at all; raises AquabitError where it cannot be
@@ -195,7 +209,7 @@ class Bank:
         for _, path, size in sorted(files):
             if excess <= 0:
                 break
-            if path != keep and path not in (self._held or {}) and not path.name.startswith(TUNED):
+            if path != keep and path not in (self._in_use or {}) and not path.name.startswith(TUNED):
                 path.unlink(missing_ok=True)
                 excess, removed = excess - size, removed + 1
         self._room = self.limit // SCAN

@@ -123,7 +123,7 @@ def bench_formats(
     asked = [
         (f, s, r)
         for f, s, r in pairs
-        if schemes[f].kind != "aq" or schemes[f].group or r.format.order == "kernel"
+        if not schemes[f].additive or schemes[f].group or r.format.order == "kernel"
     ]
     if any(q == FP for q in schemes.values()) or not asked:
         raise AquabitError(

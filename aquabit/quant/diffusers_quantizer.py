@@ -8,9 +8,9 @@ Only diffusers' quantizers are imported here, which are there when this is impor
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
@@ -21,11 +21,31 @@ from torch import Tensor, nn
 
 from aquabit.scheme import FP, METHOD, AquabitError, LayerChoice, QuantConfig, Scheme
 
-if TYPE_CHECKING:
-    from aquabit.quant.artifact import Contents
-    from aquabit.quant.unpacking import Unpacking
-
 logger = logging.get_logger("diffusers.quantizers.aquabit")
+
+
+class PackedContents(Protocol):
+    """What a packed model is made of (``artifact.Contents``)."""
+
+    config: QuantConfig
+
+    def facts(self) -> dict[str, Any]: ...
+
+    def tensors(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
+
+
+class Loading(Protocol):
+    """The loading of one model (``unpacking.Unpacking``): diffusers' calls are handed on to it."""
+
+    own: set[str]
+
+    def missing(self, keys: Iterable[str]) -> list[str]: ...
+
+    def take(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
+
+    def set_(self, name: str, tensor: Tensor, device: Any) -> None: ...
+
+    def finish_(self) -> PackedContents: ...
 
 
 class AquabitMethod(StrEnum):
@@ -162,12 +182,12 @@ class AquabitQuantizer(DiffusersQuantizer):
                 "quantization_config of a packed model needs schema and groups; this one is a request to"
                 " quantize"
             )
-        self.contents: Contents | None = None
+        self.contents: PackedContents | None = None
         self._dtype = torch.float32
-        self._loading: Unpacking | None = None
+        self._loading: Loading | None = None
 
     @property
-    def loading(self) -> Unpacking:
+    def loading(self) -> Loading:
         assert self._loading is not None  # diffusers calls ``preprocess_model`` before what needs it
         return self._loading
 
@@ -257,14 +277,12 @@ class AquabitQuantizer(DiffusersQuantizer):
     def get_state_dict_and_metadata(
         self, state_dict: Mapping[str, Tensor], safe_serialization: bool = False
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        from aquabit.quant.artifact import tensors_of
-
         if not safe_serialization:
             raise AquabitError(
                 "packed models are saved as safetensors only; leave safe_serialization at True"
             )
         assert self.contents is not None
-        return tensors_of(self.contents, state_dict), {}
+        return self.contents.tensors(state_dict), {}
 
     @property
     def is_serializable(self) -> bool:
@@ -282,17 +300,14 @@ class AquabitQuantizer(DiffusersQuantizer):
 def adopt_(model: Any, quantizer: AquabitQuantizer) -> None:
     """A packed model as diffusers has it after loading: its quantizer, and the configuration that
     ``save_pretrained`` writes."""
-    from aquabit.quant.artifact import described, parsed
-
     found = quantizer.contents
     assert found is not None
-    _, facts = parsed(described(found.config, found.statistics, found.inputs))
-    quantizer.quantization_config = AquabitConfig(found.config, facts=facts)
+    quantizer.quantization_config = AquabitConfig(found.config, facts=found.facts())
     model.hf_quantizer, model.is_quantized, model.quantization_method = quantizer, True, AquabitMethod.AQUABIT
     model.register_to_config(quantization_config=quantizer.quantization_config.to_dict())
 
 
-def attach_(model: nn.Module, contents: Contents) -> None:
+def attach_(model: nn.Module, contents: PackedContents) -> None:
     """Make a model that was packed in memory known to diffusers, so that ``save_pretrained`` writes an
     artifact."""
     quantizer = AquabitQuantizer(AquabitConfig(contents.config), pre_quantized=True)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from aquabit.kernels.dispatch import conv2d_request, linear_request, observed, p
 from aquabit.kernels.request import Format, Request, format_of, full_format, hollow_weight
 from aquabit.kernels.time_requests import best_of, measure_missing
 from aquabit.quant.layers import QuantConv2d, QuantLinear, resident_bytes
-from aquabit.scheme import AquabitError, Progress, Scheme, no_progress
+from aquabit.scheme import FP, AquabitError, Progress, Scheme, no_progress
 
 MEMORY = ("packed", "auto")  # no dense copies; copies where they save most time per byte
 COPIES = 0.25  # of the dense size: at most so much for copies
@@ -89,7 +89,7 @@ def requests_of(layers: Layers, call: Callable[[], object]) -> Asked:
 
 
 def _request(layer: QuantLinear | QuantConv2d, x: Tensor, act: int) -> Request:
-    form = full_format(layer.shape) if layer.held is None else format_of(layer.held)
+    form = full_format(layer.shape) if layer.packed is None else format_of(layer.packed)
     if isinstance(layer, QuantLinear):
         return linear_request(x, form, layer.accuracy, act)
     x, padding = padded(x if x.ndim == 4 else x[None], layer.padding, layer.dilation, layer.shape[2:])
@@ -164,7 +164,7 @@ def worth_copying(layers: Layers, asked: Asked, dtype: torch.dtype) -> tuple[str
     times = measure_missing(r for row in asked.values() for r in row)
     room, gains = COPIES * _dense_bytes(layers.values(), dtype), []
     for name, row in asked.items():
-        if layers[name].held is None or not row:
+        if layers[name].packed is None or not row:
             continue
         coded = milliseconds(row, times)
         dense = 1e3 * sum(n * times[r.key]["dense"] for r, n in row.items())
@@ -183,7 +183,7 @@ def ran(layers: Layers, call: Callable[[], object]) -> dict[str, int]:
     """Layers by the backend that ``call`` runs them on ("full": not coded); one that runs on several
     counts for its last."""
     names, found = (
-        {id(layer.held): name for name, layer in layers.items() if layer.held is not None},
+        {id(layer.packed): name for name, layer in layers.items() if layer.packed is not None},
         dict.fromkeys(layers, "full"),
     )
     with observed(
@@ -200,20 +200,9 @@ def ran(layers: Layers, call: Callable[[], object]) -> dict[str, int]:
 @cache
 def format_for(scheme: Scheme, shape: tuple[int, ...]) -> Format:
     """The format of a weight of ``shape`` at ``scheme``, without fitting one."""
-    if scheme.kind == "fp":
+    if scheme == FP:
         return full_format(shape)
-    row, area = prod(shape[1:]), prod(shape[2:])
-    if scheme.kind == "usq":
-        form = Format(shape, scheme.bits, 1, 1, "inputs", "uniform", -(-row // (scheme.group or row)), True)
-    elif scheme.kind == "vq":
-        form = Format(
-            shape, scheme.bits, 1, 1, "inputs", "channel" if scheme.per_channel else "shared", None, False
-        )
-    else:
-        order: Literal["inputs", "kernel"] = "kernel" if scheme.group is None and area > 1 else "inputs"
-        form = Format(
-            shape, scheme.bits, scheme.codebooks, scheme.group_size(area), order, "shared", 1, False
-        )
+    form = Format(shape, **vars(scheme.layout(shape)))
     return replace(form, unarranged=arranges(hollow_weight(form)))
 
 

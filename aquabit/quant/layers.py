@@ -39,7 +39,7 @@ class _QuantLayer(nn.Module):
     ``split`` the channel where a concatenated skip begins: then the input has two ranges. ``ranges`` and
     ``range_output`` are those of static quantizers (None: each token or sample has its own), ``shares`` the
     activation bits that the layer has while sampling, by share of the steps. In dense mode ``weight`` is a
-    tensor of the original shape; in packed mode ``held`` is the coded weight as kernels read it and
+    tensor of the original shape; in packed mode ``packed`` is the coded weight as kernels read it and
     ``weight`` an empty tensor that carries dtype and device only. ``dense`` is a decoded copy beside it,
     which memory=auto keeps where it saves time.
     """
@@ -55,7 +55,7 @@ class _QuantLayer(nn.Module):
         self.range_output: Range | None = None
         self.shares: dict[int, float] = {}
         self.accuracy: Accuracy = "fast"
-        self.held: CodebookWeight | Arranged | None = None
+        self.packed: CodebookWeight | Arranged | None = None
         self.dense: Tensor | None = None
         self.register_buffer("weight", weight.detach())
         self.register_buffer("bias", None if bias is None else bias.detach())
@@ -77,15 +77,15 @@ class _QuantLayer(nn.Module):
     @property
     def coded(self) -> CodebookWeight | None:
         """The weight as it is stored, restored from what the kernels read; None in dense mode."""
-        return self.held.restore() if isinstance(self.held, Arranged) else self.held
+        return self.packed.restore() if isinstance(self.packed, Arranged) else self.packed
 
     def set_dense_(self, weight: Tensor, scheme: Scheme) -> None:
-        self.held, self.dense, self.weight, self.scheme = None, None, weight, scheme
+        self.packed, self.dense, self.weight, self.scheme = None, None, weight, scheme
 
     def set_packed_(self, coded: CodebookWeight | Arranged, scheme: Scheme) -> None:
         """Run from the coded tensors, arranged for the kernels; the dense weight is dropped."""
         self.weight = torch.empty(0, dtype=self.weight.dtype, device=self.weight.device)
-        self.held, self.dense, self.scheme = held(coded), None, scheme
+        self.packed, self.dense, self.scheme = held(coded), None, scheme
 
     def keep_dense_(self, dtype: torch.dtype | None) -> None:
         """Keep a decoded copy of the coded weight in ``dtype``; None drops it."""
@@ -106,32 +106,38 @@ class _QuantLayer(nn.Module):
     def resident(self) -> list[Tensor]:
         """The tensors that the layer's weight and bias hold in memory; layers may share some."""
         parts: list[Tensor | None] = [self.weight, self.bias, self.dense]
-        if isinstance(self.held, Arranged):
-            parts += [self.held.codes, self.held.tables, self.held.scale, self.held.offset, *self.held.stored]
+        if isinstance(self.packed, Arranged):
             parts += [
-                t for made in self.held.derived.values() for t in made.tensors()
+                self.packed.codes,
+                self.packed.tables,
+                self.packed.scale,
+                self.packed.offset,
+                *self.packed.stored,
+            ]
+            parts += [
+                t for made in self.packed.derived.values() for t in made.tensors()
             ]  # what kernels made of it
-        elif self.held is not None:
-            parts += self.held.tensors().values()
+        elif self.packed is not None:
+            parts += self.packed.tensors().values()
         return [t for t in parts if t is not None]
 
     def extra_repr(self) -> str:
         return (
             f"{'x'.join(map(str, self.shape))}, {self.scheme}, a{self.act},"
-            f" {'dense' if self.held is None else 'packed'}"
+            f" {'dense' if self.packed is None else 'packed'}"
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.held = (
-            None if self.held is None else held(self.held)
+        self.packed = (
+            None if self.packed is None else held(self.packed)
         )  # a copy is a weight of its own to the kernels
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.held is not None:  # codes keep their dtype: only the device moves
-            device = fn(torch.empty(0, device=device_of(self.held))).device
-            self.held = moved(self.held, device)
+        if self.packed is not None:  # codes keep their dtype: only the device moves
+            device = fn(torch.empty(0, device=device_of(self.packed))).device
+            self.packed = moved(self.packed, device)
             self.dense = None if self.dense is None else self.dense.to(device)
         return self
 
@@ -168,13 +174,13 @@ class QuantLinear(_QuantLayer):
 
     def forward(self, x: Tensor, *_: object) -> Tensor:
         act = self.act
-        if self.held is None or self.ranges is not None:  # kernels know dynamic ranges only
+        if self.packed is None or self.ranges is not None:  # kernels know dynamic ranges only
             x, act = self.quantized_input(x, act), 16
-        if self.held is None:
+        if self.packed is None:
             y = functional.linear(x, self.weight.to(x.dtype), self.bias_for(x))
         else:
             y = codebook_linear(
-                x, self.held, self.bias_for(x), self.accuracy, act=act, dense=self.dense_for(x)
+                x, self.packed, self.bias_for(x), self.accuracy, act=act, dense=self.dense_for(x)
             )
         return self.quantized_output(y)
 
@@ -210,9 +216,9 @@ class QuantConv2d(_QuantLayer):
 
     def forward(self, x: Tensor, *_: object) -> Tensor:
         act = self.act
-        if self.held is None or self.ranges is not None:
+        if self.packed is None or self.ranges is not None:
             x, act = self.quantized_input(x, act), 16
-        if self.held is None:
+        if self.packed is None:
             return functional.conv2d(
                 x,
                 self.weight.to(x.dtype),
@@ -224,7 +230,7 @@ class QuantConv2d(_QuantLayer):
             )
         return codebook_conv2d(
             x,
-            self.held,
+            self.packed,
             self.bias_for(x),
             self.stride,
             self.padding,

@@ -17,8 +17,10 @@ from aquabit.graph import codebook_names
 from aquabit.kernels import Accuracy
 from aquabit.kernels.codebook import CodebookWeight
 from aquabit.quant.attention import patch_attention_
-from aquabit.quant.bank import Bank, weight_hash
-from aquabit.quant.calibration.fitting import FitRequest, Fitter, Record
+from aquabit.quant.bank import Bank, FullWeights, weight_hash
+from aquabit.quant.calibration.calibrator import Calibrator, Record
+from aquabit.quant.calibration.fitting import FitRequest, Fitter
+from aquabit.quant.calibration.full_precision import FullPrecision
 from aquabit.quant.calibration.ranges import RangeTables, Sample
 from aquabit.quant.correction.sampling import Watcher
 from aquabit.quant.finetuning.store import load_tuned
@@ -106,18 +108,23 @@ class QuantizedDenoiser:
             "inputs"
         )  # of an example call, described, where the class does not tell them
         self.partners = codebook_names(graph)
-        self._fitter = None if bank is None else Fitter(self, bank, fingerprint, record, self.partners)
         self.layers: dict[str, QuantLinear | QuantConv2d] = {}
-        self._full: dict[str, Tensor] = {}
+        self.weights = FullWeights()
+        self.full_precision = FullPrecision(denoiser, self.layers, lambda: self.apply(QuantConfig("", {})))
+        self.calibrator = Calibrator(self.full_precision, record)
+        self._fitter = (
+            None if bank is None else Fitter(bank, self.weights, self.calibrator, fingerprint, self.partners)
+        )
         self._stored: dict[str, torch.dtype] = {}
-        self._keys: dict[str, str] = {}
-        self._held: dict[str, tuple[Any, ...]] = {}  # what each layer's weight was last set to
+        self._current: dict[str, tuple[Any, ...]] = {}  # what each layer's weight was last set to
         self._tuned: tuple[str, dict[str, CodebookWeight]] | None = None  # the last ones
         self._recent: dict[tuple[Any, ...], Tensor] = {}
         self._recent_bytes = 0
         self._attention = {n: a["attention"] for n, a in graph.nodes(data=True) if a.get("attention")}
         self._range_tables = (
-            None if bank is None else RangeTables(self, bank, fingerprint, self._attention, sample)
+            None
+            if bank is None
+            else RangeTables(self.full_precision, bank, fingerprint, self._attention, sample)
         )
         bad = [n for n, p in denoiser.named_parameters() if not bool(torch.isfinite(p).all())]
         if bad:
@@ -146,19 +153,13 @@ class QuantizedDenoiser:
         layer = quant_layer(module, split)
         owner, _, leaf = name.rpartition(".")
         setattr(self.denoiser.get_submodule(owner), leaf, layer)
-        self.layers[name], self._full[name] = layer, layer.weight
+        self.layers[name], self.weights[name] = layer, layer.weight
         both = [storage_dtype(t) for t in (layer.weight, layer.bias) if t is not None]
         self._stored[name] = torch.bfloat16 if torch.bfloat16 in both else torch.float16
 
-    def key(self, name: str) -> str:
-        """The bank's key of a layer's full-precision weight."""
-        if name not in self._keys:
-            self._keys[name] = weight_hash(self._full[name])
-        return self._keys[name]
-
     def full(self, name: str) -> Tensor:
         """A layer's full-precision weight."""
-        return self._full[name]
+        return self.weights[name]
 
     @property
     def fitter(self) -> Fitter:
@@ -167,7 +168,7 @@ class QuantizedDenoiser:
         return self._fitter
 
     @staticmethod
-    def _need(name: str, config: QuantConfig) -> FitRequest:
+    def _request(name: str, config: QuantConfig) -> FitRequest:
         return FitRequest(name, config[name].weight, config.main_act(name))
 
     def _identity(self, name: str, config: QuantConfig) -> tuple[Any, ...]:
@@ -177,7 +178,7 @@ class QuantizedDenoiser:
             return name, scheme, config.tuned
         if not scheme.calibrated:
             return name, scheme
-        return self._need(name, config), config.calibration or Calibration()
+        return self._request(name, config), config.calibration or Calibration()
 
     def coded(self, name: str, config: QuantConfig) -> CodebookWeight:
         """A layer's coded weight: fine-tuned where the configuration is, else from the bank, fitted first
@@ -185,7 +186,7 @@ class QuantizedDenoiser:
         return (
             self._fine_tuned(config)[name]
             if config.tuned
-            else self.fitter.coded(self._need(name, config), config.calibration)
+            else self.fitter.coded(self._request(name, config), config.calibration)
         )
 
     def _fine_tuned(self, config: QuantConfig) -> dict[str, CodebookWeight]:
@@ -200,7 +201,7 @@ class QuantizedDenoiser:
         it has in ``like``."""
         scheme = Scheme.parse(scheme)
         if scheme == FP:
-            return self._full[name]
+            return self.weights[name]
         choice = LayerChoice(scheme, like[name].act, self.partners.get(name) if scheme.shared else None)
         return self._decoded(
             name,
@@ -226,10 +227,10 @@ class QuantizedDenoiser:
             for layer in self.layers.values():
                 layer.weight = layer.weight.detach()
 
-    def hold_(self, name: str, weight: Tensor, scheme: Scheme) -> None:
+    def set_dense_(self, name: str, weight: Tensor, scheme: Scheme) -> None:
         """Give a layer a dense weight from elsewhere, until the next ``apply``."""
         self.layers[name].set_dense_(weight, scheme)
-        self._held.pop(name, None)
+        self._current.pop(name, None)
 
     def _decoded(self, name: str, config: QuantConfig) -> Tensor:
         """A decoded weight; the last ones used, up to DECODED_LIMIT bytes, are kept (decoding is 3 % of a
@@ -237,7 +238,7 @@ class QuantizedDenoiser:
         key = self._identity(name, config)
         found = self._recent.pop(key, None)
         if found is None:
-            full = self._full[name]
+            full = self.weights[name]
             found = self.coded(name, config).to(full.device).dequantize().to(full.dtype)
             self._recent_bytes += found.nbytes
         self._recent[key] = found  # the newest last
@@ -256,8 +257,8 @@ class QuantizedDenoiser:
             for n, c in config.layers.items()
             if c.weight != FP and self._identity(n, config) not in self._recent
         ]
-        needs = [self._need(n, config) for n in wanted]
-        absent = [need for need in needs if self.fitter.found(need, config.calibration) is None]
+        requests = [self._request(n, config) for n in wanted]
+        absent = [request for request in requests if self.fitter.found(request, config.calibration) is None]
         if absent:
             self.fitter.fit(absent, config.calibration, progress)
 
@@ -318,12 +319,12 @@ class QuantizedDenoiser:
             self.prepare(config)
         self._activate(config)
         for name, layer in self.layers.items():
-            choice, held = config[name], self._identity(name, config)
-            if self._held.get(name) != held or layer.held is not None:
-                full = self._full[name]
+            choice, wanted = config[name], self._identity(name, config)
+            if self._current.get(name) != wanted or layer.packed is not None:
+                full = self.weights[name]
                 layer.set_dense_(full if choice.weight == FP else self._decoded(name, config), choice.weight)
-                self._held[name] = held
-        if not self._holds(
+                self._current[name] = wanted
+        if not self._is_applied(
             config
             # a file of the bank was unreadable: fitting anew left the layers before in full precision
         ):
@@ -338,11 +339,11 @@ class QuantizedDenoiser:
         finally:
             self.apply(config)
 
-    def _holds(self, config: QuantConfig) -> bool:
+    def _is_applied(self, config: QuantConfig) -> bool:
         """Whether every layer is as ``apply`` leaves it."""
         acts = {n: c.act if isinstance(c.act, int) else c.act[0] for n in self.layers for c in [config[n]]}
         return all(
-            layer.act == acts[n] and self._held[n] == self._identity(n, config)
+            layer.act == acts[n] and self._current[n] == self._identity(n, config)
             for n, layer in self.layers.items()
         )
 
@@ -354,13 +355,13 @@ class QuantizedDenoiser:
             self.prepare(config)
             for name, weight in self.coded_weights(config).items():
                 self.layers[name].set_packed_(weight, config[name].weight)
-                self._held.pop(name, None)
+                self._current.pop(name, None)
         self._activate(config)
         for name, layer in self.layers.items():
             layer.accuracy = accuracy
             if config[name].weight == FP:
-                layer.set_dense_(self._full[name], FP)
-                self._held[name] = self._identity(name, config)
+                layer.set_dense_(self.weights[name], FP)
+                self._current[name] = self._identity(name, config)
 
     def coded_weights(self, config: QuantConfig) -> dict[str, CodebookWeight]:
         """The coded weights of a configuration, on the model's device; layers that share codebooks get the
@@ -370,7 +371,7 @@ class QuantizedDenoiser:
         for name, choice in config.layers.items():
             if choice.weight == FP:
                 continue
-            weight = self.coded(name, config).to(self._full[name].device)
+            weight = self.coded(name, config).to(self.weights[name].device)
             if choice.weight.shared:
                 weight = replace(
                     weight,
@@ -399,4 +400,4 @@ class QuantizedDenoiser:
                 layer.set_packed_(coded.pop(name), config[name].weight)
             if name not in self.uncalled:  # a weight that the model reads itself stays as it is used
                 layer.shrink_(self._stored[name])
-            del self._full[name]  # dense and coded weights are not there together
+            del self.weights[name]  # dense and coded weights are not there together

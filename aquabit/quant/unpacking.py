@@ -130,7 +130,7 @@ class Quantizing(Unpacking):
             }
             both = torch.bfloat16 if torch.bfloat16 in kinds else torch.float16
             layer.bias = None if layer.bias is None else layer.bias.to(both)
-            if layer.held is None:
+            if layer.packed is None:
                 layer.weight = layer.weight.to(both)
         return Contents(
             self.config, self.layers, finish_(self.model, self.graph, self.layers, self.config, {})

@@ -9,16 +9,14 @@ import torch
 from torch import Tensor
 
 from aquabit.kernels.codebook import CodebookWeight
-from aquabit.quant.schemes.additive import Report, additive, no_report
-from aquabit.quant.schemes.output_aware import kmeans_with_feedback, uniform_with_feedback
-from aquabit.quant.schemes.scalar import kmeans, uniform
-from aquabit.scheme import AquabitError, Scheme
+from aquabit.quant.schemes import aq, usq, vq
+from aquabit.quant.schemes.progress import Report, no_report
+from aquabit.scheme import FP, AquabitError, Scheme
 
-PLAIN: dict[str, Callable[[Tensor, Scheme], CodebookWeight]] = {"usq": uniform, "vq": kmeans}
-OUTPUT_AWARE: dict[str, Callable[[Tensor, Scheme, Tensor | None], CodebookWeight]] = {
-    "usq": uniform_with_feedback,
-    "vq": kmeans_with_feedback,
-}
+FitWeights = Callable[
+    [Sequence[Tensor], Scheme, Sequence[Tensor | None], int, Report], list[CodebookWeight]
+]  # weights of one shape, scheme, H, seed, report
+FITS: dict[str, FitWeights] = {"usq": usq.fit, "vq": vq.fit, "aq": aq.fit}  # every kind but ``fp``
 
 
 def quantize_weight(
@@ -55,15 +53,11 @@ def quantize_weights(
     ``report`` hears of every step of an additive fit.
     """
     parsed, moments = Scheme.parse(scheme), list(hessians or [None] * len(weights))
-    if parsed.kind == "fp":
+    if parsed == FP:
         raise AquabitError("scheme fp stores the weight as it is; there is nothing to fit")
     for weight, hessian in zip(weights, moments, strict=True):
         _check(weight, parsed, hessian)
-    if parsed.kind == "aq":
-        return additive(weights, parsed, moments, seed, shared=parsed.shared, report=report)
-    if parsed.output_aware:
-        return [OUTPUT_AWARE[parsed.kind](w, parsed, h) for w, h in zip(weights, moments, strict=True)]
-    return [PLAIN[parsed.kind](w, parsed) for w in weights]
+    return FITS[parsed.kind](weights, parsed, moments, seed, report)
 
 
 def _check(weight: Tensor, scheme: Scheme, hessian: Tensor | None) -> None:

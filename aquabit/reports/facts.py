@@ -221,7 +221,7 @@ def family(config: QuantConfig) -> str:
     """Of a configuration that treats all layers alike: ``usq``, ``usq h`` (output-aware), ``vq``, ``vq h``
     or ``aq``; tiny layers for which no additive format is worth its codebooks do not count."""
     schemes = [choice.weight for choice in config.layers.values() if choice.weight != Scheme()]
-    if not schemes or any(s.kind == "aq" for s in schemes):
+    if not schemes or any(s.additive for s in schemes):
         return "aq" if schemes else ""
     return schemes[0].kind + (" h" if schemes[0].output_aware else "")
 

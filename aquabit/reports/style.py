@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator
 
 from aquabit.reports.svg import titled
-from aquabit.scheme import Scheme
+from aquabit.scheme import FP, Scheme
 
 SINGLE, DOUBLE = 3.35, 6.9  # inches: one and two columns of a paper
 
@@ -75,7 +75,6 @@ RC: Any = {
 # by nominal bits, nearest one: the more bits the lighter, so that a grey print keeps the order; full
 # precision is black
 BIT_COLOURS = {2: "#7A2500", 3: VERMILLION, 4: "#7CC4EE", 8: "#D5EAF7", 16: "#1B1B1B"}
-HATCHES = {"usq": "", "vq": "////", "vqc": "xxxx", "aq": "\\\\\\\\", "fp": ""}
 
 
 @contextmanager
@@ -128,18 +127,17 @@ def scheme_look(scheme: str) -> tuple[str, str]:
     """Colour (by nominal bits) and hatch (by method) of a weight scheme."""
     parsed = Scheme.parse(scheme)
     bits = parsed.code_bits(9)
-    method = "vqc" if parsed.kind == "vq" and parsed.per_channel else parsed.kind
-    return BIT_COLOURS[min(BIT_COLOURS, key=lambda b: abs(b - bits))], HATCHES[method]
+    return BIT_COLOURS[min(BIT_COLOURS, key=lambda b: abs(b - bits))], parsed.look.hatch
 
 
 def scheme_group(scheme: str) -> str:
     """Method and nominal bits, as ``aq 2``: schemes of one group look alike, so that a legend can be read;
     ``fp`` is alone."""
     parsed = Scheme.parse(scheme)
-    if parsed.kind == "fp":
+    if parsed == FP:
         return "fp"
     bits = min(BIT_COLOURS, key=lambda b: abs(b - parsed.code_bits(9)))
-    return f"{parsed.kind}{'c' if parsed.kind == 'vq' and parsed.per_channel else ''} {bits}"
+    return f"{parsed.look.method} {bits}"
 
 
 def group_order(group: str) -> tuple[float, str]:
@@ -150,13 +148,7 @@ def group_order(group: str) -> tuple[float, str]:
 
 def scheme_mark(scheme: str) -> dict[str, Any]:
     """Marker (by method) and colour (by nominal bits) of a weight scheme."""
-    parsed = Scheme.parse(scheme)
-    marker = (
-        "v"
-        if parsed.kind == "vq" and parsed.per_channel
-        else {"usq": "s", "vq": "^", "aq": "o"}.get(parsed.kind, "D")
-    )
-    return {"color": scheme_look(scheme)[0], "marker": marker}
+    return {"color": scheme_look(scheme)[0], "marker": Scheme.parse(scheme).look.marker}
 
 
 _named: WeakKeyDictionary[Figure, dict[str, tuple[str, list[str]]]] = WeakKeyDictionary()

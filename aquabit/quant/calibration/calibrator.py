@@ -1,395 +1,75 @@
-"""Calibration: second moments H of the inputs of each layer, which output-aware quantizers weigh their errors
-with.
-
-Denoiser calls are recorded while images are made in full precision, then replayed once for a few layers at a
-time, so that only the H of those are in memory. H of a layer at a bits is the mean of x x^T over its inputs
-x, rounded to a bits as the layer would round them; what stands before the layer stays in full precision
-(GPTQ, section 3; AQLM, eq. 3).
-"""
+"""Calibrator: recorded calls, groups of layers and second moments of a calibration, each made once."""
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from math import prod
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Sequence
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from aquabit.quant.calibration.full_precision import FullPrecision
+from aquabit.quant.calibration.input_groups import Group, input_groups
+from aquabit.quant.calibration.moments import Moments, moments, portions
+from aquabit.quant.calibration.recording import Call
+from aquabit.scheme import AquabitError, Calibration
 
-from aquabit.quant.calibration.hessian import damped
-from aquabit.quant.layers import QuantConv2d, QuantLinear
-from aquabit.scheme import AquabitError, Progress, QuantConfig, no_progress
-
-if TYPE_CHECKING:
-    from aquabit.quant.model import QuantizedDenoiser
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]  # arguments of one denoiser call, tensors on the CPU
-Group = tuple[str, ...]  # layers that read the same tensor
-Layer = QuantLinear | QuantConv2d
-
-WIDEST = 18432  # inputs; a wider layer keeps the diagonal of H alone (the whole takes 1.3 GB there)
-LIMIT_BYTES = 512 * 2**20  # of all H that one replay sums up
-PATCHES = 1 << 24  # elements of the patches that are gathered at a time: 64 MB
-# columns; skipping what lies under the diagonal blocks takes 60 % of the whole product's time on a CPU (R =
-# 576 to 2304)
-BLOCK = 192
+Record = Callable[[Calibration], list[Call]]  # denoiser calls of a full-precision run
 
 
-@dataclass(frozen=True)
-class Moments:
-    """H in the order of ``weight.flatten(1)``: [R, R], [groups, R, R] for a grouped convolution, or [R] where
-    ``diagonal``.
+class Calibrator:
+    """Measures H of layers on the denoiser calls that ``record`` makes; None where nothing can be recorded.
 
-    ``hessian`` is float32 and damped: ``hessian.DAMPING`` (1 %) of its mean diagonal is added to the
-    diagonal. ``rows`` inputs (tokens or output pixels) were averaged. A diagonal is that of a layer wider
-    than ``WIDEST``; with groups it is their mean.
+    The calls of the last calibration are kept, and the last H. Measuring leaves the denoiser in full
+    precision.
     """
 
-    hessian: Tensor
-    rows: int
-    diagonal: bool
+    def __init__(self, model: FullPrecision, record: Record | None = None):
+        self.model, self.record = model, record
+        self._recorded: tuple[Calibration, list[Call], list[Group]] | None = None
+        self._moments: tuple[Calibration, dict[tuple[str, int], Moments]] | None = None
 
-
-def record_calls(denoiser: nn.Module, runs: Sequence[Callable[[], object]], limit: int) -> list[Call]:
-    """At most ``limit`` of the denoiser calls that ``runs`` make, in order; each run makes one micro-batch of
-    images.
-
-    Runs should hold different conditions (and seeds). ``limit`` is shared out evenly over the runs. A run
-    with more calls than its share keeps the steps that were kept least often so far, so that over all runs
-    each step counts the same (+-1 where all runs have as many steps); among equals it takes every n-th, and
-    n's phase moves on with each round through all steps, so that a step meets the conditions of different
-    runs even where those repeat. Tensors are copied to the CPU; one that does not change from call to call is
-    kept once. Raises AquabitError where nothing is recorded.
-    """
-    kept: list[Call] = []
-    seen: list[Call] = []
-    times: Counter[int] = Counter()
-    before: list[Tensor] = []
-
-    def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        now: list[Tensor] = []
-
-        def copied(tensor: Tensor) -> Tensor:
-            copy = tensor.detach().to("cpu", copy=True)
-            same = before[len(now)] if len(now) < len(before) else None
-            now.append(
-                same if same is not None and same.dtype == copy.dtype and torch.equal(same, copy) else copy
-            )
-            return now[-1]
-
-        seen.append((mapped(args, copied), mapped(kwargs, copied)))
-        before[:] = now
-
-    handle = denoiser.register_forward_pre_hook(see, with_kwargs=True)
-    try:
-        for i, run in enumerate(runs):
-            share = limit * (i + 1) // len(runs) - limit * i // len(runs)
-            if share > 0:
-                seen.clear()
-                run()
-                steps = _steps(len(seen), share, times)
-                times.update(steps)
-                kept += [seen[step] for step in steps]
-    finally:
-        handle.remove()
-    if not kept:
-        raise AquabitError(
-            f"no denoiser call was recorded from {len(runs)} micro-batches ({limit=}); calibration needs"
-            " images"
-        )
-    return kept
-
-
-def _steps(total: int, share: int, times: Counter[int]) -> list[int]:
-    """``share`` of ``total`` steps, least often kept first."""
-    if not total:
-        return []
-    stride, rounds = max(1, round(total / share)), times.total() // total
-    return sorted(sorted(range(total), key=lambda t: (times[t], (t - rounds) % stride, t))[:share])
-
-
-def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """``value`` with every tensor in its tuples, lists and dictionaries changed."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, dict):
-        return {k: mapped(v, change) for k, v in value.items()}
-    return type(value)(mapped(v, change) for v in value) if type(value) in (tuple, list) else value
-
-
-@contextmanager
-def _watching(layers: Mapping[str, Layer], see: Callable[[str, Tensor], None]) -> Iterator[None]:
-    with ExitStack() as stack:
-        for name, layer in layers.items():
-            handle = layer.register_forward_pre_hook(lambda _, args, name=name: see(name, args[0]))
-            stack.callback(handle.remove)
-        yield
-
-
-def _replay(model: QuantizedDenoiser, calls: Sequence[Call]) -> Iterator[int]:
-    """Run recorded calls in full precision; yields the index of each before it runs."""
-    if any(layer.held is not None for layer in model.layers.values()):
-        raise AquabitError("the model is packed; calibration needs its full-precision weights")
-    model.apply(QuantConfig("", {}))
-    device = next(iter(model.layers.values())).weight.device
-    for i, (args, kwargs) in enumerate(calls):
-        yield i
-        with torch.inference_mode():
-            model.denoiser(*mapped(args, lambda t: t.to(device)), **mapped(kwargs, lambda t: t.to(device)))
-
-
-def input_groups(model: QuantizedDenoiser, calls: Sequence[Call]) -> list[Group]:
-    """Layers that read the same tensor (q, k and v; projections of one time embedding), in the order in which
-    they first run.
-
-    Members have equal inputs, to the bit, in the first, the middle and the last recorded call, and are of one
-    kind, width and geometry (kernel, stride, padding, dilation, groups, split): H is the same for all. A
-    layer that runs more than once in a call stays alone; one that does not run is left out. Leaves the model
-    in full precision. Raises AquabitError for no calls and for a packed model.
-    """
-    if not calls:
-        raise AquabitError(
-            "no denoiser call was recorded; which layers read the same tensor is seen in calls"
-        )
-    checked = [calls[i] for i in sorted({0, len(calls) // 2, len(calls) - 1})]
-    inputs: dict[str, list[Any]] = defaultdict(list)
-    with _watching(
-        model.layers, lambda name, x: inputs[name].append((tuple(x.shape), float(x.sum(dtype=torch.float64))))
-    ):
-        for _ in _replay(model, checked[:1]):
-            pass
-    alike: dict[Any, list[str]] = defaultdict(list)
-    for name, values in inputs.items():
-        alike[name if len(values) > 1 else (_geometry(model.layers[name]), values[0])].append(name)
-    groups = [tuple(names) for names in alike.values()]
-    for call in checked:
-        groups = _refined(model, call, groups)
-    order = {name: i for i, name in enumerate(inputs)}
-    return sorted(groups, key=lambda group: order[group[0]])
-
-
-def _refined(model: QuantizedDenoiser, call: Call, groups: list[Group]) -> list[Group]:
-    """Groups split by what their members read in one call."""
-    home = {name: i for i, group in enumerate(groups) if len(group) > 1 for name in group}
-    parts: dict[int, list[tuple[Tensor, list[str]]]] = defaultdict(list)
-
-    def see(name: str, x: Tensor) -> None:
-        for first, names in parts[home[name]]:
-            if torch.equal(first, x):
-                names.append(name)
-                return
-        parts[home[name]].append((x.clone(), [name]))
-
-    with _watching({name: model.layers[name] for name in home}, see):
-        for _ in _replay(model, [call]):
-            pass
-    alone = [group for group in groups if len(group) == 1]
-    return alone + [tuple(names) for found in parts.values() for _, names in found]
-
-
-def _geometry(layer: Layer) -> tuple[object, ...]:
-    if isinstance(layer, QuantLinear):
-        return ("linear", layer.in_features)
-    return ("conv", layer.shape[1:], layer.stride, layer.padding, layer.dilation, layer.groups, layer.split)
-
-
-def _width(layer: Layer) -> int:
-    """R: inputs of one output."""
-    return prod(layer.shape[1:])
-
-
-def _sum_shape(layer: Layer) -> tuple[int, ...]:
-    groups = layer.groups if isinstance(layer, QuantConv2d) else 1
-    return (groups, _width(layer), _width(layer)) if _width(layer) <= WIDEST else (groups, _width(layer))
-
-
-def plan(
-    groups: Sequence[Group], model: QuantizedDenoiser, acts: Sequence[int], limit_bytes: int = LIMIT_BYTES
-) -> list[list[Group]]:
-    """Consecutive groups to calibrate in one replay: their H at all ``acts`` take at most ``limit_bytes``,
-    or it is one group alone."""
-    chunks: list[list[Group]] = []
-    used = 0
-    for group in groups:
-        size = 4 * prod(_sum_shape(model.layers[group[0]])) * len(set(acts))
-        if not chunks or used + size > limit_bytes:
-            chunks.append([])
-            used = 0
-        chunks[-1].append(group)
-        used += size
-    return chunks
-
-
-def moments(
-    model: QuantizedDenoiser,
-    calls: Sequence[Call],
-    groups: Sequence[Group],
-    acts: Sequence[int],
-    rows: int | None = None,
-    seed: int = 0,
-    progress: Progress = no_progress,
-) -> dict[tuple[str, int], Moments]:
-    """H of every layer of ``groups`` at each of ``acts`` bits (16: not rounded); layers of a group share one
-    Moments.
-
-    At most ``rows`` inputs (tokens, or output pixels of a convolution) are averaged, max(4096, 6 R) unless
-    given: as many from each call, drawn without replacement by ``seed`` and the call's index, so that a
-    layer's H does not depend on what else is calibrated. (A layer that runs k times in a call gives k times
-    as many.) Leaves the model in full precision. Raises AquabitError, naming the layer, for inputs that are
-    NaN or infinite and for a layer that does not run; and for a packed model.
-    """
-    if rows is not None and rows < 1:
-        raise AquabitError(f"{rows=} inputs cannot be averaged; give at least 1")
-    sums = {group[0]: _Sums(group[0], model.layers[group[0]], acts, rows, len(calls)) for group in groups}
-    call = 0
-
-    def see(name: str, x: Tensor) -> None:
-        sums[name].add_(x, seed, call)
-
-    with _watching({name: model.layers[name] for name in sums}, see):
-        for call in _replay(model, calls):
-            progress("calibrating", call, len(calls))
-    progress("calibrating", len(calls), len(calls))
-    found: dict[tuple[str, int], Moments] = {}
-    for group in groups:
-        for bits, result in sums.pop(group[0]).results():
-            found |= {(name, bits): result for name in group}
-    return found
-
-
-class _Sums:
-    """Running sums of x x^T of one layer's inputs, one for each of ``acts``; above the diagonal blocks
-    only."""
-
-    def __init__(self, name: str, layer: Layer, acts: Sequence[int], rows: int | None, calls: int):
-        self.name, self.layer, self.calls, self.count = name, layer, calls, 0
-        self.limit = max(4096, 6 * _width(layer)) if rows is None else rows
-        self.sums = {
-            bits: torch.zeros(_sum_shape(layer), device=layer.weight.device) for bits in dict.fromkeys(acts)
-        }
-
-    def add_(self, x: Tensor, seed: int, call: int) -> None:
-        """Add this call's share of the rows of an input x."""
-        if not bool(torch.isfinite(torch.stack(x.aminmax())).all()):
-            raise AquabitError(
-                f"{self.name} reads NaN or infinity in recorded call {call + 1} of {self.calls}; it cannot be"
-                " calibrated"
-            )
-        total, share = (
-            _row_count(self.layer, x),
-            self.limit * (call + 1) // self.calls - self.limit * call // self.calls,
-        )
-        index = _drawn(total, share, (seed * 1_000_003 + call) % 2**63).to(x.device)
-        self.count += len(index)
-        for bits, into in self.sums.items():
-            for some in _rows(self.layer, x, bits, index):
-                _add_gram_(into, some)
-
-    def results(self) -> Iterator[tuple[int, Moments]]:
-        """(bits, Moments); each sum is let go when its result is made."""
-        if not self.count:
-            raise AquabitError(
-                f"{self.name} read nothing in the {self.calls} recorded calls; it cannot be calibrated"
-            )
-        for bits in list(self.sums):
-            mean = self.sums.pop(bits).div_(self.count)
-            if not bool(torch.isfinite(mean).all()):
+    def recorded(self, calibration: Calibration) -> tuple[list[Call], list[Group]]:
+        """Denoiser calls, and the layers that read the same tensors. Raises AquabitError where there are none
+        to record."""
+        if self._recorded is None or self._recorded[0] != calibration:
+            if self.record is None:
                 raise AquabitError(
-                    f"the second moments of the inputs of {self.name} overflow float32; it cannot be"
-                    " calibrated"
+                    "calibrated schemes need images to measure H on, and this model was opened without a"
+                    " pipeline"
                 )
-            diagonal = mean.ndim == 2
-            mean = _weight_order(mean.mean(0) if diagonal else mean.triu_().add_(mean.triu(1).mT), self.layer)
-            yield bits, Moments(damped(mean), self.count, diagonal)
+            self.model.set_()
+            calls = self.record(calibration)
+            self._recorded = calibration, calls, input_groups(self.model, calls)
+        return self._recorded[1], self._recorded[2]
 
+    def portions(
+        self, layers: Iterable[str], acts: Sequence[int], calibration: Calibration | None
+    ) -> list[list[Group]]:
+        """Groups of layers that read the same tensor, in portions whose H at ``acts`` fit into memory
+        together. Raises AquabitError for a layer that did not run."""
+        wanted = set(layers)
+        groups = self._groups(wanted, calibration or Calibration())
+        never = wanted - {n for group in groups for n in group}
+        if never:
+            raise AquabitError(
+                f"layer {min(never)!r} did not run during calibration; exclude it or pin it to a scheme that"
+                " needs no H"
+            )
+        return portions(groups, self.model.layers, acts)
 
-def _drawn(total: int, share: int, seed: int) -> Tensor:
-    if share >= total:
-        return torch.arange(total)
-    return torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:share].sort().values
+    def moments(
+        self, layers: Iterable[str], acts: Sequence[int], calibration: Calibration | None
+    ) -> dict[tuple[str, int], Moments]:
+        """H by layer and activation bits; layers that did not run are left out."""
+        wanted, asked = set(layers), calibration or Calibration()
+        if (
+            self._moments is None
+            or self._moments[0] != asked
+            or any((n, a) not in self._moments[1] for n in wanted for a in acts)
+        ):
+            self._moments = None  # no two at a time
+            groups = self._groups(wanted, asked)
+            self._moments = asked, moments(self.model, self.recorded(asked)[0], groups, acts)
+        return self._moments[1]
 
-
-def _add_gram_(into: Tensor, rows: Tensor) -> None:
-    """Add rows^T rows, or its diagonal; rows [groups, k, R]. Entries more than BLOCK columns under the
-    diagonal may be left out."""
-    if into.ndim == 2:
-        into += rows.square().sum(1)
-    elif len(into) > 1 or rows.device.type != "cpu":
-        into.baddbmm_(rows.mT, rows)
-    else:
-        for i in range(0, rows.shape[2], BLOCK):
-            into[0, i : i + BLOCK, i:].addmm_(rows[0, :, i : i + BLOCK].T, rows[0, :, i:])
-
-
-def _extent(layer: QuantConv2d, side: int) -> int:
-    """Pixels from the first to the last that a kernel covers, along height (0) or width (1)."""
-    return layer.dilation[side] * (layer.shape[2 + side] - 1) + 1
-
-
-def _pads(layer: QuantConv2d) -> tuple[int, int, int, int]:
-    """Padding top, bottom, left, right; as torch does for "same", an odd pixel goes to the end."""
-    if layer.padding == "same":
-        tall, wide = (_extent(layer, side) - 1 for side in (0, 1))
-        return tall // 2, tall - tall // 2, wide // 2, wide - wide // 2
-    tall, wide = (0, 0) if isinstance(layer.padding, str) else layer.padding
-    return tall, tall, wide, wide
-
-
-def _output_size(layer: QuantConv2d, x: Tensor) -> tuple[int, int]:
-    top, bottom, left, right = _pads(layer)
-    height, width = x.shape[2] + top + bottom, x.shape[3] + left + right
-    return (height - _extent(layer, 0)) // layer.stride[0] + 1, (width - _extent(layer, 1)) // layer.stride[
-        1
-    ] + 1
-
-
-def _row_count(layer: Layer, x: Tensor) -> int:
-    """Tokens, or output pixels of all samples."""
-    return (
-        x.shape[0] * prod(_output_size(layer, x))
-        if isinstance(layer, QuantConv2d)
-        else x.numel() // x.shape[-1]
-    )
-
-
-def _rows(layer: Layer, x: Tensor, bits: int, index: Tensor) -> Iterator[Tensor]:
-    """The inputs ``index`` as [groups, k, R] float32, k bounded by PATCHES; R in order (kh, kw, channel)
-    for a convolution."""
-    parts = index.split(
-        max(1, PATCHES // prod(x.shape[-1:] if isinstance(layer, QuantLinear) else layer.shape[1:]))
-    )
-    if isinstance(layer, QuantLinear):
-        tokens = x.reshape(-1, x.shape[-1])
-        yield from (layer.quantized_input(tokens[part], bits).float()[None] for part in parts)
-        return
-    top, bottom, left, right = _pads(layer)
-    pixels = functional.pad(
-        layer.quantized_input(x, bits).permute(0, 2, 3, 1), (0, 0, left, right, top, bottom)
-    ).contiguous()
-    height, width = pixels.shape[1:3]
-    flat = pixels.view(-1, pixels.shape[3])  # channels last: a patch is gathered as whole rows
-    tall, wide = _output_size(layer, x)
-    down = torch.arange(layer.shape[2], device=x.device)[:, None] * layer.dilation[0] * width
-    offsets = (down + torch.arange(layer.shape[3], device=x.device) * layer.dilation[1]).flatten()
-    for part in parts:
-        y, column = part // wide % tall * layer.stride[0], part % wide * layer.stride[1]
-        corner = part // (tall * wide) * (height * width) + y * width + column
-        patches = flat.index_select(0, (corner[:, None] + offsets).flatten()).float()
-        patches = patches.view(len(part), len(offsets), layer.groups, layer.shape[1])
-        yield patches.permute(2, 0, 1, 3).reshape(layer.groups, len(part), -1)
-
-
-def _weight_order(h: Tensor, layer: Layer) -> Tensor:
-    """H (or its diagonal) of ``_rows`` in the order of ``weight.flatten(1)``; one group is not a
-    dimension."""
-    if isinstance(layer, QuantLinear):
-        return h if h.ndim == 1 else h[0]
-    channels, taps = layer.shape[1], prod(layer.shape[2:])
-    if h.ndim == 1:
-        return h.view(taps, channels).T.flatten()
-    h = h.view(-1, taps, channels, taps, channels).permute(0, 2, 1, 4, 3).reshape(h.shape)
-    return h if layer.groups > 1 else h[0]
+    def _groups(self, layers: set[str], calibration: Calibration) -> list[Group]:
+        """Groups without the layers that were not asked for."""
+        own = (tuple(n for n in group if n in layers) for group in self.recorded(calibration)[1])
+        return [group for group in own if group]

@@ -6,25 +6,22 @@ from __future__ import annotations
 import ctypes
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from aquabit.kernels.codebook import CodebookWeight
-from aquabit.quant.bank import Bank, Fit
-from aquabit.quant.calibration.calibrator import Call, Group, Moments, input_groups, moments, plan
+from aquabit.quant.bank import Bank, Fit, FullWeights
+from aquabit.quant.calibration.calibrator import Calibrator
 from aquabit.quant.calibration.hessian import output_error
-from aquabit.quant.schemes.additive import Report
+from aquabit.quant.calibration.moments import Moments
+from aquabit.quant.schemes.progress import Report
 from aquabit.quant.weights import quantize_weight, quantize_weights, relative_error
-from aquabit.scheme import AquabitError, Calibration, Progress, QuantConfig, Scheme, digest, no_progress
+from aquabit.scheme import AquabitError, Calibration, Progress, Scheme, digest, no_progress
 
-if TYPE_CHECKING:
-    from aquabit.quant.model import QuantizedDenoiser
-
-Record = Callable[[Calibration], list[Call]]  # denoiser calls of a full-precision run
 # bits of the inputs that shared codebooks are fitted for: one set of tables serves layers of different
 # activation bits
 SHARED_ACT = 8
@@ -55,7 +52,7 @@ class FitRequest:
             object.__setattr__(self, "act", SHARED_ACT)
 
 
-class _Told:
+class _FitProgress:
     """Progress of a run of fits: the text changes from step to step, the count from fit to fit."""
 
     def __init__(self, progress: Progress, total: int):
@@ -72,29 +69,21 @@ class _Told:
 class Fitter:
     """Finds coded weights in the bank, and fits what is missing.
 
-    ``record`` gives the denoiser calls that H is measured on; ``partners`` maps a layer to the name of the
-    codebooks it may share. What is fitted with H is kept under a key of the weight, the scheme, the whole
-    model (which makes the inputs), the calibration, the activation bits and, for shared codebooks, the
-    members' weights.
+    ``partners`` maps a layer to the name of the codebooks it may share. What is fitted with H is kept under
+    a key of the weight, the scheme, the whole model (which makes the inputs), the calibration, the
+    activation bits and, for shared codebooks, the members' weights.
     """
 
     def __init__(
         self,
-        model: QuantizedDenoiser,
         bank: Bank,
+        weights: FullWeights,
+        calibrator: Calibrator,
         fingerprint: str,
-        record: Record | None,
         partners: Mapping[str, str],
     ):
-        self.model, self.bank, self.fingerprint, self.record, self.partners = (
-            model,
-            bank,
-            fingerprint,
-            record,
-            partners,
-        )
-        self._calls: tuple[Calibration, list[Call], list[Group]] | None = None
-        self._moments: tuple[Calibration, dict[tuple[str, int], Moments]] | None = None  # the last ones
+        self.bank, self.weights, self.calibrator = bank, weights, calibrator
+        self.fingerprint, self.partners = fingerprint, partners
 
     def members(self, layer: str, scheme: Scheme) -> list[str]:
         """The layers that are fitted together: those that share codebooks, else the layer alone."""
@@ -107,59 +96,70 @@ class Fitter:
             )
         return [n for n, other in self.partners.items() if other == name]
 
-    def context(self, need: FitRequest, calibration: Calibration | None) -> str:
+    def context(self, request: FitRequest, calibration: Calibration | None) -> str:
         """What else than weight and scheme a fit depends on, as a key; empty for schemes that see the
         weight alone."""
-        if not need.scheme.calibrated:
+        if not request.scheme.calibrated:
             return ""
         members = (
-            [self.model.key(n) for n in self.members(need.layer, need.scheme)] if need.scheme.shared else []
+            [self.weights.key(n) for n in self.members(request.layer, request.scheme)]
+            if request.scheme.shared
+            else []
         )
-        return digest([self.fingerprint, (calibration or Calibration()).digest, need.act, members])
+        return digest([self.fingerprint, (calibration or Calibration()).digest, request.act, members])
 
-    def found(self, need: FitRequest, calibration: Calibration | None) -> Fit | None:
-        return self.bank.get(self.model.key(need.layer), need.scheme, self.context(need, calibration))
+    def found(self, request: FitRequest, calibration: Calibration | None) -> Fit | None:
+        return self.bank.get(
+            self.weights.key(request.layer), request.scheme, self.context(request, calibration)
+        )
 
-    def has(self, need: FitRequest, calibration: Calibration | None) -> bool:
+    def has(self, request: FitRequest, calibration: Calibration | None) -> bool:
         """Whether the bank has a file for it (which may turn out to be damaged)."""
-        return self.bank.has(self.model.key(need.layer), need.scheme, self.context(need, calibration))
+        return self.bank.has(
+            self.weights.key(request.layer), request.scheme, self.context(request, calibration)
+        )
 
-    def coded(self, need: FitRequest, calibration: Calibration | None) -> CodebookWeight:
+    def coded(self, request: FitRequest, calibration: Calibration | None) -> CodebookWeight:
         """The coded weight, fitted first where it is missing."""
         with self.bank.using():
-            found = self.found(need, calibration)
+            found = self.found(request, calibration)
             if found is None:
-                self.fit([need], calibration)
-                found = self.found(need, calibration)
+                self.fit([request], calibration)
+                found = self.found(request, calibration)
                 assert found is not None
             return found.coded
 
     def fit(
-        self, needs: Iterable[FitRequest], calibration: Calibration | None, progress: Progress = no_progress
+        self,
+        requests: Iterable[FitRequest],
+        calibration: Calibration | None,
+        progress: Progress = no_progress,
     ) -> None:
         """Fit what is missing, a few layers' H in memory at a time. Leaves the model in full precision
         where H was measured."""
-        missing = [n for n in dict.fromkeys(needs) if self.found(n, calibration) is None]
-        told = _Told(progress, len(missing))
-        for need in missing:
-            if not need.scheme.calibrated:
-                weight = self.model.full(need.layer)
-                self._store(need, None, quantize_weight(weight, need.scheme), [], None)
+        missing = [n for n in dict.fromkeys(requests) if self.found(n, calibration) is None]
+        counter = _FitProgress(progress, len(missing))
+        for request in missing:
+            if not request.scheme.calibrated:
+                weight = self.weights[request.layer]
+                self._store(request, None, quantize_weight(weight, request.scheme), [], None)
                 if weight.numel() >= LARGE:
                     give_back()
-                told.next(f"{need.layer} {need.scheme}")
+                counter.next(f"{request.layer} {request.scheme}")
         waiting = [n for n in missing if n.scheme.calibrated]
         acts = sorted({n.act for n in waiting if not n.scheme.shared}, reverse=True)
         while waiting:
             part, waiting = self._next(waiting, acts, calibration)
             layers = {m for n in part for m in self.members(n.layer, n.scheme)}
-            known = self.moments(layers, [SHARED_ACT] if part[0].scheme.shared else acts, calibration)
-            self._fit_calibrated(part, known, calibration, told)
+            known = self.calibrator.moments(
+                layers, [SHARED_ACT] if part[0].scheme.shared else acts, calibration
+            )
+            self._fit_calibrated(part, known, calibration, counter)
 
     def _next(
         self, waiting: list[FitRequest], acts: Sequence[int], calibration: Calibration | None
     ) -> tuple[list[FitRequest], list[FitRequest]]:
-        """The needs to fit next, and the rest: one set of shared codebooks, or the layers whose H fit into
+        """The requests to fit next, and the rest: one set of shared codebooks, or the layers whose H fit into
         memory together."""
         first = waiting[0]
         if first.scheme.shared:
@@ -169,107 +169,64 @@ class Fitter:
             ]
         else:
             alone = [n for n in waiting if not n.scheme.shared]
-            chunk = self.chunks({n.layer for n in alone}, acts, calibration)[0]
-            inside = {layer for group in chunk for layer in group}
+            portion = self.calibrator.portions({n.layer for n in alone}, acts, calibration)[0]
+            inside = {layer for group in portion for layer in group}
             part = [n for n in alone if n.layer in inside]
         taken = set(part)
         return part, [n for n in waiting if n not in taken]
 
-    def chunks(
-        self, layers: Iterable[str], acts: Sequence[int], calibration: Calibration | None
-    ) -> list[list[Group]]:
-        """Groups of layers that read the same tensor, in portions whose H fit into memory together."""
-        wanted = set(layers)
-        groups = [
-            kept
-            for group in self._recorded(calibration)[1]
-            if (kept := tuple(n for n in group if n in wanted))
-        ]
-        never = wanted - {n for group in groups for n in group}
-        if never:
-            raise AquabitError(
-                f"layer {min(never)!r} did not run during calibration; exclude it or pin it to a scheme that"
-                " needs no H"
-            )
-        return plan(groups, self.model, acts)
-
-    def moments(
-        self, layers: Iterable[str], acts: Sequence[int], calibration: Calibration | None
-    ) -> dict[tuple[str, int], Moments]:
-        """H of layers at activation bits."""
-        wanted, asked = set(layers), calibration or Calibration()
-        if (
-            self._moments is None
-            or self._moments[0] != asked
-            or any((n, a) not in self._moments[1] for n in wanted for a in acts)
-        ):
-            self._moments = None  # no two at a time
-            calls, groups = self._recorded(asked)
-            kept = [own for group in groups if (own := tuple(n for n in group if n in wanted))]
-            self._moments = asked, moments(self.model, calls, kept, acts)
-        return self._moments[1]
-
-    def _recorded(self, calibration: Calibration | None) -> tuple[list[Call], list[Group]]:
-        """Denoiser calls and the layers that read the same tensors; made once for a calibration."""
-        asked = calibration or Calibration()
-        if self._calls is None or self._calls[0] != asked:
-            if self.record is None:
-                raise AquabitError(
-                    "calibrated schemes need images to measure H on, and this model was opened without a"
-                    " pipeline"
-                )
-            self.model.apply(QuantConfig("", {}))
-            calls = self.record(asked)
-            self._calls = (asked, calls, input_groups(self.model, calls))
-        return self._calls[1], self._calls[2]
-
     def _fit_calibrated(
         self,
-        needs: list[FitRequest],
+        requests: list[FitRequest],
         known: dict[tuple[str, int], Moments],
         calibration: Calibration | None,
-        told: _Told,
+        counter: _FitProgress,
     ) -> None:
-        """Fit needs whose H are known, those of one shape together where that saves time."""
+        """Fit requests whose H are known, those of one shape together where that saves time."""
         batches: dict[Any, list[FitRequest]] = defaultdict(list)
-        for need in needs:
-            weight = self.model.full(need.layer)
+        for request in requests:
+            weight = self.weights[request.layer]
             alone = (
-                weight.device.type == "cpu" and not need.scheme.shared
+                weight.device.type == "cpu" and not request.scheme.shared
             )  # batches save time on a GPU only, and a CPU's results are exact
-            kind = (need.layer if alone else tuple(weight.shape), known[need.layer, need.act].diagonal)
-            batches[kind, need.scheme, need.act].append(need)
+            kind = (
+                request.layer if alone else tuple(weight.shape),
+                known[request.layer, request.act].diagonal,
+            )
+            batches[kind, request.scheme, request.act].append(request)
         for (_, scheme, act), batch in batches.items():
             layers = self.members(batch[0].layer, scheme) if scheme.shared else [n.layer for n in batch]
-            weights, hessians = [self.model.full(n) for n in layers], [known[n, act].hessian for n in layers]
+            weights, hessians = [self.weights[n] for n in layers], [known[n, act].hessian for n in layers]
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 coded = quantize_weights(
-                    weights, scheme, hessians, report=told.report(f"{layers[0]} {scheme} a{act}")
+                    weights, scheme, hessians, report=counter.report(f"{layers[0]} {scheme} a{act}")
                 )
             notes = [str(w.message) for w in caught if not issubclass(w.category, DeprecationWarning)]
             if known[layers[0], act].diagonal:
                 notes.append(f"H of {weights[0][0].numel()} inputs is kept as its diagonal only")
             for layer, weight, hessian, result in zip(layers, weights, hessians, coded, strict=True):
-                error, need = (
+                error, request = (
                     output_error(weight, result.dequantize(), hessian),
                     FitRequest(layer, scheme, act),
                 )
-                self._store(need, calibration, result, notes, error)
-                if need in batch:
-                    told.next(f"{layer} {scheme} a{act}, loss {error:.4f}")
+                self._store(request, calibration, result, notes, error)
+                if request in batch:
+                    counter.next(f"{layer} {scheme} a{act}, loss {error:.4f}")
 
     def _store(
         self,
-        need: FitRequest,
+        request: FitRequest,
         calibration: Calibration | None,
         coded: CodebookWeight,
         notes: list[str],
         output: float | None,
     ) -> None:
-        weight = self.model.full(need.layer)
+        weight = self.weights[request.layer]
         fit = Fit(coded, relative_error(weight, coded), output, tuple(notes))
-        self.bank.put(self.model.key(need.layer), need.scheme, self.context(need, calibration), fit)
+        self.bank.put(
+            self.weights.key(request.layer), request.scheme, self.context(request, calibration), fit
+        )
 
     def facts(
         self,
@@ -294,14 +251,14 @@ class Fitter:
         acts: Sequence[int],
         calibration: Calibration | None,
     ) -> dict[str, dict[str, dict[str, Any]]]:
-        needs = [
+        requests = [
             FitRequest(n, s, a)
             for n in layers
             for s in schemes[n]
             for a in (acts if s.calibrated else acts[:1])
         ]
-        self.fit(needs, calibration)
-        known = {} if calibration is None else self.moments(layers, acts[:1], calibration)
+        self.fit(requests, calibration)
+        known = {} if calibration is None else self.calibrator.moments(layers, acts[:1], calibration)
         found: dict[str, dict[str, dict[str, Any]]] = {}
         for layer in layers:
             for scheme in schemes[layer]:  # a layer that never ran has no H
@@ -310,7 +267,7 @@ class Fitter:
                 value: dict[str, Any] = {"error": fit.error}
                 if (layer, acts[0]) in known:
                     hessian: Tensor = known[layer, acts[0]].hessian
-                    value["output"] = output_error(self.model.full(layer), fit.coded.dequantize(), hessian)
+                    value["output"] = output_error(self.weights[layer], fit.coded.dequantize(), hessian)
                 if fit.notes:
                     value["notes"] = list(fit.notes)
                 found.setdefault(layer, {})[str(scheme)] = value

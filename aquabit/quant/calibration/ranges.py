@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -22,15 +22,12 @@ from torch import Tensor
 
 from aquabit.kernels import fake_quantize_static
 from aquabit.quant.bank import Bank
+from aquabit.quant.calibration.full_precision import FullPrecision, Layer
 from aquabit.quant.correction.sampling import Watcher
-from aquabit.quant.layers import QuantConv2d, QuantLinear, Range
+from aquabit.quant.layers import QuantConv2d, Range
 from aquabit.quant.step_switch import input_parts
 from aquabit.scheme import AquabitError, Calibration, QuantConfig, digest
 
-if TYPE_CHECKING:
-    from aquabit.quant.model import QuantizedDenoiser
-
-Layer = QuantLinear | QuantConv2d
 Sample = Callable[
     [Calibration, Sequence[Watcher]], None
 ]  # makes calibration images with the model as it is, followed by watchers
@@ -139,7 +136,7 @@ class RangeTables:
 
     def __init__(
         self,
-        model: QuantizedDenoiser,
+        model: FullPrecision,
         bank: Bank,
         fingerprint: str,
         attention: Collection[str],
@@ -213,7 +210,7 @@ class RangeTables:
             raise AquabitError(
                 "static ranges need images to be measured on, and this model was opened without a pipeline"
             )
-        self.model.apply(QuantConfig("", {}))
+        self.model.set_()
         calls = 2 * len(self.model.layers) * calibration.steps * -(-calibration.images // 16)
         recorder = RangeRecorder(self.model.layers, self.attention, max(FEWEST, min(MOST, KEPT // calls)))
         with recorder.watching():

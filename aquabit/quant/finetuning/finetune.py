@@ -3,7 +3,7 @@ buffer (AQUATIC-Diff).
 
 The teacher makes images; its inputs and outputs are the buffer. The student runs in dense mode with decoded
 weights as leaves, so that one backward pass gives dL/dW of every coded layer; codes, codebooks, scales and
-offsets are moved by that (quant/finetune_step.py).
+offsets are moved by that (quant/finetuning/step.py).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,11 +33,9 @@ from aquabit.quant.finetuning.store import (
     write_record,
 )
 from aquabit.quant.finetuning.weight import TrainedWeight
+from aquabit.quant.model import QuantizedDenoiser
 from aquabit.quant.schemes.scalar import halves
 from aquabit.scheme import AquabitError, Calibration, Progress, QuantConfig, digest, no_progress
-
-if TYPE_CHECKING:
-    from aquabit.quant.model import QuantizedDenoiser
 
 __all__ = ["FineTuning", "Tuned", "finetune"]
 
@@ -97,7 +95,7 @@ def finetune(
             run.train(progress)
         finally:
             for name in run.leaves:
-                model.hold_(
+                model.set_dense_(
                     name, model.full(name), config[name].weight
                 )  # no leaf of ours stays; the next ``apply`` decodes
         found = run.finish()
@@ -137,7 +135,7 @@ def check_tunable(model: QuantizedDenoiser, config: QuantConfig) -> None:
             f"the configuration has {config.ranges} ranges, but gradients pass dynamic ones only; tune it"
             " without them"
         )
-    if any(layer.held is not None for layer in model.layers.values()):
+    if any(layer.packed is not None for layer in model.layers.values()):
         raise AquabitError("the model is packed; fine-tuning needs its full-precision weights")
 
 
@@ -183,7 +181,7 @@ class _Run:
         self.optimizer = Optimizer({n: TrainedWeight(w, tables[n]) for n, w in start.items()}, s)
         for name, weight in self.optimizer.weights.items():
             self.leaves[name] = weight.dense().clone(memory_format=torch.contiguous_format).requires_grad_()
-            model.hold_(name, self.leaves[name], self.config[name].weight)
+            model.set_dense_(name, self.leaves[name], self.config[name].weight)
         self.best = start
         if not self._resume():
             self.facts["before"] = self.facts["best"] = self._validation()

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from aquabit.quant.bank import weight_hash
-from aquabit.quant.calibration.calibrator import Call, mapped
+from aquabit.quant.calibration.recording import Call, mapped
 from aquabit.scheme import AquabitError, Calibration
 
 HELD_OUT = 16  # one run of so many is for validation, one at least

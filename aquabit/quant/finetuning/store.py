@@ -6,7 +6,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from aquabit.kernels.codebook import CodebookWeight, from_tensors
 from aquabit.quant.bank import TUNED, Bank, weight_hash
-from aquabit.scheme import AquabitError, LayerChoice, QuantConfig
+from aquabit.scheme import FP, AquabitError, LayerChoice, QuantConfig
 
 SHARED = "codebooks/"  # before the names of tensors that several layers use
 
@@ -94,7 +93,7 @@ def weights_from(
 
 def coded_layers(config: QuantConfig) -> list[str]:
     """The layers whose weight is coded."""
-    return [name for name, choice in config.layers.items() if choice.weight.kind != "fp"]
+    return [name for name, choice in config.layers.items() if choice.weight != FP]
 
 
 def _weight(
@@ -108,23 +107,16 @@ def _weight(
     shared = shared_name(choice)
     if shared is not None and shared in tensors:
         own["codebooks"] = tensors[shared]
-    scheme, area = choice.weight, prod(shape[2:])
-    slices = scheme.kind == "aq" and scheme.group is None and area > 1
-    tables = own.get("codebooks")
-    size = scheme.group_size(area) if scheme.kind == "aq" else 1
-    wanted = (
-        None
-        if scheme.kind == "usq"
-        else (shape[0] if scheme.per_channel else 1, scheme.codebooks, 1 << scheme.bits, size)
-    )
+    layout, tables = choice.weight.layout(shape), own.get("codebooks")
+    wanted = layout.codebook_shape(shape[0])
     if (None if tables is None else tuple(tables.shape)) != wanted:
-        held = "none" if tables is None else list(tables.shape)
+        stored = "none" if tables is None else list(tables.shape)
         raise AquabitError(
-            f"{path}: the codebooks of layer {name!r} are {held}; {choice.weight} needs"
+            f"{path}: the codebooks of layer {name!r} are {stored}; {choice.weight} needs"
             f" {wanted and list(wanted)}"
         )
     try:
-        return from_tensors(own, shape, scheme.bits, "kernel" if slices else "inputs")
+        return from_tensors(own, shape, layout.bits, layout.order)
     except AquabitError as error:
         raise AquabitError(
             f"{path}: the tensors of layer {name!r} do not fit {choice.weight}: {error}"

@@ -1,5 +1,5 @@
-"""Output-aware scalar quantizers: the format of ``usq`` and ``vq``, fitted to tr(dW H dW^T) instead of the
-weight's own error.
+"""Output-aware scalar quantizers: codes and levels of ``usq`` and ``vq`` fitted to tr(dW H dW^T) instead of
+the weight's own error.
 
 Codes come from sequential error feedback (GPTQ, in the form that QuIP calls LDLQ and shows to be equal); then
 least squares for the levels alternates with coordinate descent over the codes (QuantEase). Shapes are those
@@ -10,15 +10,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial, reduce
-from math import ceil
 
 import torch
 from torch import Tensor
 
-from aquabit.kernels.codebook import CodebookWeight
-from aquabit.quant.schemes.levels import Affine, Encoder, Levels, Problem, State, Table, problem_of
-from aquabit.quant.schemes.scalar import halves, kmeans, uniform
-from aquabit.scheme import Scheme
+from aquabit.quant.schemes.levels import Encoder, Levels, Problem, State
+from aquabit.quant.schemes.scalar import halves
 
 BLOCK = 64  # columns whose feedback is summed one by one; the others hear of them in one product
 RANGES = (0.95, 1.05)  # times the first grid's, tried with error feedback too: every row keeps its best
@@ -234,41 +231,3 @@ def no_worse(problem: Problem, levels: Levels, state: State, plain: State) -> St
         return s._replace(loss=(difference * wide.times(difference)).sum(1))
 
     return better(levels, exact(plain), exact(state))
-
-
-def uniform_with_feedback(weight: Tensor, scheme: Scheme, hessian: Tensor | None) -> CodebookWeight:
-    """``usq*h``: what ``uniform`` stores, fitted to tr(dW H dW^T).
-
-    ``weight`` [out, in] or [out, in, kh, kw]; ``hessian`` as check_hessian takes it (its errors are raised
-    here), None for the identity. Deterministic, and never worse than ``uniform``.
-    """
-    problem, plain = problem_of(weight, hessian), uniform(weight, scheme)
-    assert plain.scale is not None and plain.offset is not None
-    (g, row, _), out = problem.weight.shape, weight.shape[0]
-    n = plain.scale.numel() // out
-    levels = Affine(problem.order // ceil(row / n), n, (1 << scheme.bits) - 1)
-    grid = torch.cat([t.float().reshape(g, -1, n) for t in (plain.scale, plain.offset)], 2)
-    begin = state_of(problem, levels, grid, problem.ordered(plain.codes[:, 0].float()))
-    state = fitted(problem, levels, begin)
-    scale, offset = state.parameters.reshape(out, 2, n).unbind(1)
-    codes = problem.stored(state.codes).to(torch.int32)[:, None]
-    shape = (out,) if n == 1 else (out, n)
-    return CodebookWeight.from_codes(
-        codes, None, scale.reshape(shape), offset.reshape(shape), tuple(weight.shape), scheme.bits
-    )
-
-
-def kmeans_with_feedback(weight: Tensor, scheme: Scheme, hessian: Tensor | None) -> CodebookWeight:
-    """``vq*h`` and ``vq*ch``: what ``kmeans`` stores, fitted to tr(dW H dW^T); see
-    ``uniform_with_feedback``."""
-    problem, plain = problem_of(weight, hessian), kmeans(weight, scheme)
-    assert plain.codebooks is not None
-    k, shared = 1 << scheme.bits, not scheme.per_channel
-    levels, w = Table(k, shared), problem.weight
-    tables = (1, 1, k) if shared else (w.shape[0], w.shape[2], k)
-    begin = state_of(
-        problem, levels, plain.codebooks.float().reshape(tables), problem.ordered(plain.codes[:, 0].long())
-    )
-    state = fitted(problem, levels, begin)
-    codes, books = problem.stored(state.codes).to(torch.int32)[:, None], state.parameters.reshape(-1, 1, k, 1)
-    return CodebookWeight.from_codes(codes, books, None, None, tuple(weight.shape), scheme.bits)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from aquabit.quant.schemes.additive_state import Problem, State
+from aquabit.quant.schemes.additive.state import Problem, State
 
 ITERATIONS = 3  # from the last tables; more change the outcome by less than one in a thousand
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from aquabit.kernels.additive_search import feedback_search
-from aquabit.quant.schemes.additive_state import Problem, State
+from aquabit.quant.schemes.additive.state import Problem, State
 
 ITERATIONS = 8
 ROWS = (

@@ -1,16 +1,16 @@
-"""Additive quantization of Linear and Conv2d weights (AQLM, arXiv 2401.06118; AQUATIC-Diff, arXiv
+"""``aq``: additive quantization of Linear and Conv2d weights (AQLM, arXiv 2401.06118; AQUATIC-Diff, arXiv
 2506.05960), layer by layer.
 
 A group of g weights is the sum of M codewords of 2^B vectors each, times a scale per output row; ``k`` groups
 are one k x k kernel slice (KAQ). What is minimised is AQLM's loss tr(dW H dW^T), by other means:
 
-1. scales = root mean square of a row; tables by residual k-means (``additive_init``);
+1. scales = root mean square of a row; tables by residual k-means (``additive.first_tables``);
 2. passes of codes, group after group, each group's error fed into the later ones as GPTQ does with columns
-   (``additive_codes.feedback``),
-   scales in closed form and tables by conjugate gradients (``additive_tables``). Groups whose inputs weigh
+   (``additive.codes.feedback``),
+   scales in closed form and tables by conjugate gradients (``additive.tables``). Groups whose inputs weigh
    most come first. On correlated inputs feedback finds codes that no search from other codes reaches: a
    quarter less loss at 4x4;
-3. rounds of codes, each group searched on the residual gradient (W - W_hat) H (``additive_codes.sweep``),
+3. rounds of codes, each group searched on the residual gradient (W - W_hat) H (``additive.codes.sweep``),
    scales and tables; begun from the
    first pass too, since where codes are too few for what feedback asks of the last groups, more passes do
    harm;
@@ -25,9 +25,8 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import ceil, prod
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -35,10 +34,11 @@ from torch.nn.functional import pad
 
 from aquabit.kernels.codebook import CodebookWeight
 from aquabit.quant.calibration.hessian import check_hessian
-from aquabit.quant.schemes.additive_codes import Feedback, feedback, sweep
-from aquabit.quant.schemes.additive_init import initial_tables, start
-from aquabit.quant.schemes.additive_state import Problem, State
-from aquabit.quant.schemes.additive_tables import fit_scales, fit_tables
+from aquabit.quant.schemes.additive.codes import Feedback, feedback, sweep
+from aquabit.quant.schemes.additive.first_tables import initial_tables, start
+from aquabit.quant.schemes.additive.state import Problem, State
+from aquabit.quant.schemes.additive.tables import fit_scales, fit_tables
+from aquabit.quant.schemes.progress import Phase, Report, Step, no_report
 from aquabit.scheme import AquabitError, Scheme
 
 TOLERANCE = 2e-3  # relative improvement of a round below which the alternation stops
@@ -55,26 +55,14 @@ LEARNED, MIN_GROUPS = (
 BEAM = 32
 
 
-Phase = Literal["feedback", "round", "final"]
-
-
-@dataclass(frozen=True)
-class Step:
-    """What progress callbacks get: the phase, the relative loss tr(dW H dW^T) / tr(W H W^T) after it (of
-    the rows that tables are learned on, at first), seconds since the start."""
-
-    phase: Phase
-    number: int
-    loss: float
-    seconds: float
-
-
-Report = Callable[[Step], None]
 Codes = Callable[[Problem, State], None]  # gives a state new codes
 
 
-def no_report(step: Step) -> None:
-    """The silent report."""
+def fit(
+    weights: Sequence[Tensor], scheme: Scheme, hessians: Sequence[Tensor | None], seed: int, report: Report
+) -> list[CodebookWeight]:
+    """All weights together, with the identity where there is no H."""
+    return additive(weights, scheme, hessians, seed, shared=scheme.shared, report=report)
 
 
 def additive(
@@ -120,13 +108,13 @@ def _problem(
 ) -> tuple[Problem, Tensor]:
     """Rows in the order in which their groups are searched, padded, with H in the same order; and that
     order of groups, [Z, groups]."""
-    area = prod(shape[2:])
-    size, order, row = scheme.group_size(area), group_order(scheme, area), prod(shape[1:])
+    layout, row = scheme.layout(shape), prod(shape[1:])
+    size = layout.group
     checked = [check_hessian(h, w) for w, h in zip(weights, hessians, strict=True)]
     if len({h.ndim for h in checked}) > 1:
         raise AquabitError("weights quantized together need H of one kind: all full, or all diagonal")
     moments = max(len(h) for h in checked)
-    index = input_order(shape, order).to(weights[0].device)
+    index = input_order(shape, layout.order).to(weights[0].device)
     extra = -row % size
     rows, metrics = [], []
     for weight, h in zip(weights, checked, strict=True):
@@ -157,11 +145,6 @@ def _heaviest_first(problem: Problem) -> tuple[Problem, Tensor]:
         return replace(problem, weight=weight, hessian=problem.hessian.gather(1, index)), order
     hessian = torch.stack([h[i][:, i] for h, i in zip(problem.hessian, index, strict=True)])
     return replace(problem, weight=weight, hessian=hessian), order
-
-
-def group_order(scheme: Scheme, area: int) -> Literal["inputs", "kernel"]:
-    """ "kernel" where a group is one kernel slice; a 1 x 1 kernel has none, and takes groups of inputs."""
-    return "kernel" if scheme.group is None and area > 1 else "inputs"
 
 
 def input_order(shape: tuple[int, ...], order: str) -> Tensor:
@@ -278,7 +261,7 @@ def _improve(
 
 def _packed(problem: Problem, state: State, shape: tuple[int, ...], scheme: Scheme) -> list[CodebookWeight]:
     """CodebookWeights from the state; those that share tables hold one tensor."""
-    out, order = shape[0], group_order(scheme, prod(shape[2:]))
+    out, order = shape[0], scheme.layout(shape).order
     count = len(problem.weight) * problem.weight.shape[1] // out
     codes = state.codes.reshape(count, out, problem.groups, problem.codebooks)
     scales = state.scale.reshape(count, out).half()

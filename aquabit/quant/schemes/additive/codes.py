@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from aquabit.kernels.additive_search import feedback_search, sweep_search
-from aquabit.quant.schemes.additive_state import Problem, State
+from aquabit.quant.schemes.additive.state import Problem, State
 
 LAZY = 256  # inputs that hear of each other's changes at once; the rest follows once a block
 JITTER = 1e-3  # of the mean diagonal: error feedback inverts H, the loss does not see it

@@ -1,0 +1,49 @@
+"""NVIDIA ModelOpt: the ``config`` of ``mtq.quantize``; tried with nvidia-modelopt 0.47."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+from aquabit.exports.statement import Form, Node, code_bits, even_group, most_bits, uneven_groups
+from aquabit.scheme import FP, LayerChoice
+
+LEAST_BITS = 2  # symmetric whole numbers of 1 bit have no step
+
+
+def layer(choice: LayerChoice, node: Node) -> Form:
+    """Weights at 2 bits or more, activations at their own."""
+    scheme, shape, act = choice.weight, tuple(node["shape"]), most_bits(choice)
+    form, words, lost = dict[str, Any](), [], list[str]()
+    if scheme != FP:
+        wanted, row = code_bits(scheme, shape), prod(shape[1:])
+        bits, group = max(wanted, LEAST_BITS), even_group(scheme, row)
+        if bits != wanted:
+            lost.append(f"{bits} bits instead of {wanted}")
+        lost.append("symmetric levels: no offset")
+        if len(shape) == 4 and scheme.range_group is not None and scheme.range_group < row:
+            group = None
+            lost.append(f"groups of {scheme.group} inputs: one range for each output channel")
+        else:
+            lost += uneven_groups(scheme, row)
+        form["weight"] = (
+            {"num_bits": bits, "axis": 0} if group is None else {"num_bits": bits, "block_sizes": {-1: group}}
+        )
+        words.append(f"{bits} bits" + ("" if group is None else f" in groups of {group}"))
+    if act < 16:
+        lost.append("symmetric activations: no offset")
+        per_token = {"block_sizes": {-1: None, "type": "dynamic"}}
+        form["input"] = {
+            "num_bits": act,
+            **(per_token if len(shape) == 2 else {"axis": 0, "type": "dynamic"}),
+        }
+    return Form(form or None, ", ".join([*words, f"a{act}"]), lost)
+
+
+def whole(forms: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of all layers, from the form of each."""
+    entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
+    for name, form in forms.items():
+        entries += [{"quantizer_name": f"{name}.{part}_quantizer", "cfg": cfg} for part, cfg in form.items()]
+    # "max" would leave three levels up to the largest weight at 2 bits
+    return {"quant_cfg": entries, "algorithm": "mse"}

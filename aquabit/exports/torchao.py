@@ -1,0 +1,87 @@
+"""torchao: an ``FqnToConfig`` as ``torchao.core.config.config_to_dict`` writes it; tried with 0.18."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+from aquabit.exports.statement import Form, Node, code_bits, even_group, most_bits, uneven_groups
+from aquabit.scheme import FP, LayerChoice
+
+
+def layer(choice: LayerChoice, node: Node) -> Form:
+    """A linear layer with activations below 16 bits gets dynamic 8-bit ones; all else is weight-only."""
+    scheme, shape, act = choice.weight, tuple(node["shape"]), most_bits(choice)
+    if scheme == FP:
+        return Form(None, "fp", [f"a{act} of a weight in full precision"])
+    row, lost = prod(shape[1:]), list[str]()
+    bits, group = code_bits(scheme, shape), even_group(scheme, row)
+    if len(shape) == 4:
+        if act < 16:
+            lost.append(f"input at 16 bits instead of {act}: convolutions are weight-only")
+        if scheme.range_group is not None and scheme.range_group < row:
+            lost.append(f"groups of {scheme.group} inputs: one range for each output channel and tap")
+        elif prod(shape[2:]) > 1:
+            lost.append("one range for each output channel and tap, not for each output channel")
+        if shape[1] == 1:
+            return Form(None, "fp", ["convolution of one input channel: a range would hold one weight"])
+        return Form(_weight_only(bits, None), f"int{bits}, a16", lost)
+    lost += uneven_groups(scheme, row)
+    where = "" if group is None else f" in groups of {group}"
+    if act >= 16:
+        return Form(_weight_only(bits, group), f"int{bits}{where}, a16", lost)
+    if act != 8:
+        lost.append(f"input at 8 bits instead of {act}")
+    data = {
+        "weight_dtype": _dtype(bits),
+        "weight_granularity": _granularity(group),
+        "weight_mapping_type": _enum("MappingType", "ASYMMETRIC"),
+        "weight_scale_dtype": None,
+        "act_mapping_type": _enum("MappingType", "ASYMMETRIC"),
+        **_PACKING,
+    }
+    return Form(
+        {"_type": "Int8DynamicActivationIntxWeightConfig", "_version": 2, "_data": data},
+        f"int{bits}{where}, a8",
+        lost,
+    )
+
+
+def _weight_only(bits: int, group: int | None) -> dict[str, Any]:
+    data = {
+        "weight_dtype": _dtype(bits),
+        "granularity": _granularity(group),
+        "mapping_type": _enum("MappingType", "ASYMMETRIC"),
+        "scale_dtype": None,
+        **_PACKING,
+    }
+    return {"_type": "IntxWeightOnlyConfig", "_version": 2, "_data": data}
+
+
+def _enum(kind: str, value: str) -> dict[str, str]:
+    return {"_type": kind, "_data": value}
+
+
+def _dtype(bits: int) -> dict[str, str]:
+    return _enum("torch.dtype", f"int{bits}")
+
+
+def _granularity(group: int | None) -> dict[str, Any]:
+    if group is None:
+        return {"_type": "PerAxis", "_version": 1, "_data": {"axis": 0}}
+    return {"_type": "PerGroup", "_version": 1, "_data": {"group_size": group}}
+
+
+_PACKING = {
+    "intx_packing_format": _enum("IntxPackingFormat", "UNPACKED_TO_INT8"),
+    "intx_choose_qparams_algorithm": _enum("IntxChooseQParamsAlgorithm", "AFFINE"),
+}
+
+
+def whole(forms: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of all layers, from the form of each."""
+    return {
+        "_type": "FqnToConfig",
+        "_version": 1,
+        "_data": {"fqn_to_config": forms, "module_fqn_to_config": forms},
+    }
