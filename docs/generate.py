@@ -56,7 +56,7 @@ def commands() -> dict[str, Any]:
 
     from aquabit.cli.app import app
 
-    return dict(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+    return dict(typer.main.get_command(app).commands)
 
 
 def is_option(parameter: Any) -> bool:
@@ -299,11 +299,12 @@ def draw_front(model: str, path: Path) -> None:
 
     from aquabit.reports import figures, style
 
-    columns = ["group", "label", "family", "config", "bits", "value", "low", "high", "frontier"]
+    columns = ["group", "label", "family", "config", "bits", "bytes", "value", "low", "high", "level"]
+    columns += ["blocks", "frontier"]
 
     def row(group: str, label: str, family: str, bits: float, blocks: list[float]) -> tuple[Any, ...]:
         value, half = mean(blocks), T_OF_5 * stdev(blocks) / len(blocks) ** 0.5
-        return group, label, family, "", bits, value, value - half, value + half, False
+        return group, label, family, "", bits, 0, value, value - half, value + half, 0.95, len(blocks), False
 
     rows = [r for r in searches() if r["model"] == model]
     table = []
