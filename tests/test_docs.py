@@ -107,7 +107,7 @@ def shell_lines(page: Path) -> Iterator[list[str]]:
     backticks."""
     for _, text in blocks(page, "", "sh", "bash"):
         for line in text.replace("\\\n", " ").splitlines():
-            yield shlex.split(re.sub(r"^\S*\$ +", "", line), comments=True)
+            yield shlex.split(re.sub(r"^[\w ]*\$ +", "", line), comments=True)
     for text in INLINE.findall(BLOCK.sub("", page.read_text())):
         if text.startswith(("aquabit ", "make ", "python ")):
             with contextlib.suppress(ValueError):
