@@ -139,6 +139,9 @@ def signature_text(name: str, value: Any) -> str:
         if p.kind is p.KEYWORD_ONLY and not starred:
             parts.append("*")
         starred = starred or p.kind in (p.KEYWORD_ONLY, p.VAR_POSITIONAL)
+        if p.kind is p.VAR_KEYWORD and (keywords := unpacked(value, annotation_text(p.annotation))):
+            parts += [f"{k}: {annotation_text(v)} = ..." for k, v in keywords.items()]
+            continue
         text = {p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "") + p.name
         if p.annotation is not p.empty:
             text += f": {annotation_text(p.annotation)}"
@@ -150,7 +153,17 @@ def signature_text(name: str, value: Any) -> str:
 
 
 def annotation_text(value: Any) -> str:
+    if isinstance(value, typing.ForwardRef):
+        return value.__forward_arg__
     return value if isinstance(value, str) else inspect.formatannotation(value)
+
+
+def unpacked(value: Any, annotation: str) -> dict[str, Any]:
+    """The keywords of ``**options: Unpack[Options]`` with their types; none of other annotations."""
+    named = re.fullmatch(r"(?:\w+\.)?Unpack\[(\w+)\]", annotation)
+    if named is None:
+        return {}
+    return dict(getattr(sys.modules[value.__module__], named.group(1)).__annotations__)
 
 
 def members(kind: type) -> Iterator[tuple[str, str, str]]:
@@ -187,6 +200,9 @@ def python_page() -> str:
         "# Python\n",
         "This page is written by `python docs/generate.py` from the docstrings of the public names."
         " Everything else inside the package may change.\n",
+        "`Model` is a bundled name, the folder of a diffusers pipeline, a hub id, or a `DiffusionPipeline`."
+        " `Progress` is a function of (what is done, number done, number in all). `...` stands for a default"
+        " that the text explains.\n",
         "`import aquabit` loads little: each name is imported when it is first used. Input that is wrong"
         " raises `aquabit.AquabitError` (a `ValueError`), whose message says what would be right.\n",
         "## aquabit\n",
