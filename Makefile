@@ -1,5 +1,5 @@
-# make demo: set up and run the main job on a bundled model; make test: the tests; make check: lint, format, types; make sanitize: the tests
-# of the C++ kernels on a build of their own that finds reads and writes out of bounds and undefined behaviour (gcc).
+# make demo: set up and run the main job on a bundled model; make test: the tests; make check: lint, format, types; make docs: the site;
+# make sanitize: the tests of the C++ kernels on a build of their own that finds reads and writes out of bounds and undefined behaviour (gcc).
 # On a machine where the default torch is not wanted: make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 
 PYTHON ?= python3
@@ -15,7 +15,7 @@ SANITIZED_TESTS ?= test_lut test_arranged test_decode test_fake_quant test_addit
 BUILD_TOOLS ?= $(SANITIZED)/tools
 PIP_FLAGS := --disable-pip-version-check --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo test check sanitize clean
+.PHONY: demo test check docs sanitize clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -28,6 +28,15 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The site, in an environment of its own with what the extra `docs` names; the pages that follow from the program are in docs/ already.
+DOCS_BIN := build/docs-venv/bin
+docs:
+	test -x $(DOCS_BIN)/sphinx-build || $(PYTHON) -m venv build/docs-venv
+	$(DOCS_BIN)/python -m pip install $(PIP_FLAGS) --constraint constraints.txt $$($(DOCS_BIN)/python -c \
+		'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
+	$(DOCS_BIN)/sphinx-build --fail-on-warning --quiet --builder html -c docs . build/docs
+	echo '<meta http-equiv="refresh" content="0; url=docs/index.html">' > build/docs/index.html
 
 # A copy of the package around an extension of its own. Python runs without its site module, whose editable install would find the package
 # here instead; sys.path is handed over by hand. Exceptions need libstdc++ loaded before the sanitizers' runtime looks for it.
