@@ -17,8 +17,8 @@ from aquabit.cost import CostModel
 from aquabit.reports import summary
 from aquabit.scheme import AquabitError
 from aquabit.sensitivity.effects.predicted import bootstrap, shap_by_layer
+from aquabit.sensitivity.explaining import explain
 from aquabit.sensitivity.features import SKETCH, Encoder
-from aquabit.sensitivity.result import explain
 from aquabit.sensitivity.surrogate.estimators import (
     ESTIMATORS,
     AverageBits,
@@ -319,10 +319,16 @@ def test_constant_labels(small: Small, tmp_path) -> None:
 
 
 def test_few_measurements_are_said(small: Small, tmp_path) -> None:
-    scores = {"within_budget_srcc": 0.05, "within_budget_interval": (-0.1, 0.2), "useful": False}
+    scores = {
+        "within_budget_srcc": 0.05,
+        "within_budget_interval": (-0.1, 0.2),
+        "within_budget_level": 0.95,
+        "useful": False,
+    }
     judgement = assess(scores, "gbdt", 20, 12)
     assert needed(12) == 24 and len(judgement["cautions"]) == 2
     assert judgement["cautions"][0].startswith("The surrogate is no better than average bits")
+    assert "0.05, 95 % interval -0.10 to 0.20" in judgement["cautions"][0]
     assert "needs 24: intervals of what no real swap checks may be too narrow" in judgement["cautions"][1]
     assert assess({**scores, "useful": True}, "gbdt", 24, 12)["cautions"] == []
     fitted = fit_from_study(small.study(tmp_path / "few.db", 22), estimator="ridge_one_hot")

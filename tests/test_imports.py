@@ -12,14 +12,15 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "aquabit"
 
 # Each may import only what stands below it (shared/DESIGN.md, section 1).
-VALUES = {"scheme", "stats", "jsonio", "runtime"}
+VALUES = {"errors", "scheme", "stats", "jsonio", "runtime"}
 STORES = {*VALUES, "graph", "kernels", "quality", "study", "study_status"}
 SPACES = {*STORES, "layer_formats", "space", "choices", "cost"}
 MODELS = {*SPACES, "memory", "quant", "pipelines"}
 ALLOWED: dict[str, set[str]] = {
-    "scheme": set(),
-    "stats": {"scheme"},
-    "jsonio": {"scheme"},
+    "errors": set(),
+    "stats": {"errors"},
+    "jsonio": {"errors"},
+    "scheme": {"errors", "jsonio"},
     "runtime": {"scheme"},
     "kernels": VALUES,
     "graph": VALUES,

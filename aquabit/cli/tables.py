@@ -119,7 +119,7 @@ def emit(value: Any, target: str | None) -> bool:
     if target == "-":
         sys.stdout.write(json.dumps(value, allow_nan=False) + "\n")
         return True
-    from aquabit.workflows import write_json
+    from aquabit.jsonio import write_json
 
     write_json(Path(target), value)
     return False
@@ -347,13 +347,15 @@ def show_front(front: Any) -> None:
     """The front as a table, then what speaks for the winner, and how near the search came to its optimum."""
     from rich.table import Column, Table
 
-    c = front.comparison
+    from aquabit.stats import Interval
+
     metrics = _front_metrics(front)
-    between = "± 95 %" if "same_quality" in c else "± 90 %"  # older searches stored the latter
     timed = any(m.latency_ms is not None for m in front.members)
     titles = ["", "bits a\nweight", "bytes", *(["ms\na call"] if timed else [])]
     titles += [
-        f"{shown_metric(m)}\n{what}" for m in metrics for what in ("predicted", f"measured\n{between}")
+        f"{shown_metric(m)}\n{what}"
+        for m in metrics
+        for what in ("predicted", f"measured\n± {front.best_member.measured[m].percent}")
     ]
     table = Table(
         *(Column(t, justify="right", overflow="fold") for t in titles), box=None, padding=(0, 1, 0, 0)
@@ -366,15 +368,9 @@ def show_front(front: Any) -> None:
         ]
         row += [number(member.latency_ms, 2)] if timed else []
         for m in metrics:
-            found = member.measured.get(m, {})
-            value, half = (
-                found.get("value"),
-                (found.get("high", nan) - found.get("low", nan)) / 2,
-            )  # Student's interval is symmetric
-            row += [
-                number(member.predicted.get(m), 2),
-                number(value, 2) + (f" ± {half:.2f}" if isfinite(half) else ""),
-            ]
+            found = member.measured.get(m, Interval(nan, nan, nan))
+            half = f" ± {found.half:.2f}" if found.known else ""  # Student's interval is symmetric
+            row += [number(member.predicted.get(m), 2), number(found.value, 2) + half]
         table.add_row(*row)
     console.print(table)
     for line in front_sentences(front):
@@ -421,6 +417,8 @@ def front_sentences(front: Any) -> list[str]:
 
 
 def _beside_uniform(c: Mapping[str, Any]) -> list[str]:
+    from aquabit.stats import Interval
+
     winner, uniform, metric, d = c["winner"], c["uniform"], shown_metric(c["metric"]), c["difference"]
     sizes = f"winner (*): {winner['bytes']:,} bytes; uniform {uniform['scheme']}: {uniform['bytes']:,} bytes"
     lines, psnr = [f"{sizes} ({c['blocks']} blocks of fresh seeds)"], c.get("psnr_difference")
@@ -431,7 +429,7 @@ def _beside_uniform(c: Mapping[str, Any]) -> list[str]:
         f"{metric} {number(winner.get('value'), 2)} and {number(uniform.get('value'), 2)}: difference"
         f" {_with_ends(d, '+')}"
     )
-    if psnr and _holds_zero(d):
+    if psnr and Interval.from_dict(d).holds_zero:
         images, needed = c.get("images"), d.get("images_needed")
         seen = f"{c['blocks']} x {images} images" if images else f"these {c['blocks']} blocks"
         would = f" (about {needed:,} images would)" if needed else ""
@@ -441,18 +439,16 @@ def _beside_uniform(c: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _holds_zero(d: Mapping[str, Any]) -> bool:
-    low, high = d.get("low"), d.get("high")
-    return low is not None and high is not None and low <= 0 <= high
-
-
 def _with_ends(d: Mapping[str, Any], sign: str = "") -> str:
-    value, low, high = (d.get(k) for k in ("value", "low", "high"))
-    if value is None or not isfinite(value):
+    from aquabit.stats import Interval
+
+    found = Interval.from_dict(d)
+    value, low, high = found
+    if not isfinite(value):
         return "unknown"
-    if low is None or high is None or not isfinite(low + high):
+    if not found.known:
         return f"{value:{sign}.2f}"
-    return f"{value:{sign}.2f} ({low:{sign}.2f} to {high:{sign}.2f}, 95 %)"
+    return f"{value:{sign}.2f} ({low:{sign}.2f} to {high:{sign}.2f}, {found.percent})"
 
 
 def _smaller(row: Mapping[str, Any]) -> str:
@@ -472,8 +468,8 @@ def _smaller(row: Mapping[str, Any]) -> str:
 def _held_against(row: Mapping[str, Any], c: Mapping[str, Any], front: Any) -> str:
     """One configuration that was given with ``--against``, beside the winner."""
     said = f"against {row['name']}: {row['bytes']:,} bytes, PSNR {number(row['psnr'], 2)} dB"
-    ours = (front.best_member.measured.get("psnr") or {}).get("value")
-    if None not in (ours, row["psnr"]) and isfinite(ours - row["psnr"]):
+    ours = front.best_member.measured["psnr"].value if "psnr" in front.best_member.measured else nan
+    if row["psnr"] is not None and isfinite(ours - row["psnr"]):
         said += f" (the winner {ours - row['psnr']:+.2f})"
     if c.get("metric", "psnr") != "psnr":
         said += f", {shown_metric(c['metric'])} {_with_ends(row)}"
