@@ -8,13 +8,12 @@ from types import SimpleNamespace
 
 import networkx as nx
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from sklearn.base import clone
 
 from aquabit.cost import CostModel
-from aquabit.reports import summary
+from aquabit.reports import answer as page
 from aquabit.scheme import AquabitError
 from aquabit.sensitivity.effects.predicted import bootstrap, shap_by_layer
 from aquabit.sensitivity.explaining import explain
@@ -339,13 +338,10 @@ def test_few_measurements_are_said(small: Small, tmp_path) -> None:
 
 
 def test_the_report_says_first_what_speaks_against_the_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    facts = SimpleNamespace(
-        sensitivity={"surrogate": {"cautions": ["The surrogate is no better than average bits."]}}
-    )
-    for name in ("_where", "_which", "_trust"):
-        monkeypatch.setattr(summary, name, lambda *a: summary.Sentence("later"))
-    tables = {k: pd.DataFrame() for k in ("layers", "operators", "comparison", "surrogate")}
-    assert [s.text for s in summary.summary(facts, tables, {})] == [
+    facts = SimpleNamespace(scores={"cautions": ["The surrogate is no better than average bits."]})
+    for subject in (page.ranking, page.comparison, page.trust):
+        monkeypatch.setattr(subject, "sentence", lambda *a: page.Sentence("later"))
+    assert [s.text for s in page.answer(facts, {}, {})] == [
         "The surrogate is no better than average bits.",
         *["later"] * 3,
     ]

@@ -68,10 +68,7 @@ def noise_facts(
         with single_thread(session.device):
             statistics = session.here.noise(config, calibration)  # kept in the bank, where workers find it
         rows = statistics.table().to_dict("records")
-        facts |= {
-            "images": statistics.about.images,
-            "rows": defined(rows),
-        }
+        facts |= {"images": statistics.about.images, "rows": defined(rows)}
         check_correctable(session.model, session.protocol, correction)
         Corrector(statistics, correction)
     except AquabitError as error:
