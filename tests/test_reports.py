@@ -545,7 +545,7 @@ def test_interactions_scores_and_the_source_of_the_ranking_are_shown(built: tupl
     )
     drawn = ET.parse(page.parent / "figures/layer_ranking.svg").getroot().iter()
     words = {"".join(e.itertext()).strip() for e in drawn if e.tag.endswith("text")}
-    assert "combined" in words and "predicted" not in words
+    assert "combined, 90 % interval" in words and not any(w.startswith("predicted") for w in words)
 
 
 def test_fresh_seeds_replace_search_seeds_and_the_interval_is_students(built: tuple[Study, Path]) -> None:
@@ -665,7 +665,7 @@ def test_an_older_study_opens_with_the_levels_it_was_made_with(built: tuple[Stud
         for column in columns:
             shown = "95 %" if name in RECKONED else "90 %"
             assert set(found[name][column]) - {""} == {shown}, (name, column)
-    both = found["quality_vs_bits"].groupby("group").level.unique()
+    both = found["quality_vs_bits"].groupby("group")["level"].unique()
     assert both["found"].tolist() == ["90 %"] and "95 %" in both["uniform"]
     assert "95 % intervals (found: 90 %)" in page.read_text(encoding="utf-8")
     parts = [" ".join(part.split()) for part in parsed(page).text]

@@ -11,12 +11,15 @@ from contextlib import contextmanager
 from functools import partial, wraps
 from math import floor, isfinite, log, log10, nan
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from aquabit.scheme import AquabitError, Progress
+
+if TYPE_CHECKING:  # pandas: only where something is shown
+    from aquabit.sensitivity.result import Sensitivity
 
 console, errors = Console(), Console(stderr=True)
 GAP, INDENT = 2, 4  # columns between those of a table, and before what stands under a name
@@ -230,24 +233,20 @@ def show_named(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         console.print(plain(line.rstrip()), highlight=False, soft_wrap=True)
 
 
-def show_sensitivity(result: Any, top: int) -> None:
+def show_sensitivity(stored: Mapping[str, Any], top: int) -> None:
     """Scores of the surrogate, the ranking of layers, pairs of layers, and how predictions agree with real
-    swaps. What older studies do not hold is left out."""
-    for caution in result["surrogate"].get("cautions", []):
+    swaps, of a sensitivity as a study keeps it. What older studies do not hold is left out."""
+    from aquabit.sensitivity.result import Sensitivity
+
+    result = Sensitivity.from_dict(stored)
+    for caution in result.surrogate.get("cautions", []):
         console.print(f"[yellow]{plain(caution)}[/]", highlight=False)
-    console.print(
-        f"{result['measurements']} measurements, objective {result['objective']} ({result['direction']})"
-    )
-    _show_scores(result["surrogate"])
+    console.print(f"{result.measurements} measurements, objective {result.objective} ({result.direction})")
+    _show_scores(result.surrogate)
     console.print(f"ranking: {_ranking(result)}", highlight=False)
     _show_layers(result, top)
-    _show_interactions(result["interactions"][:5], level(result))
-    _show_validation(result.get("validation"))
-
-
-def level(result: Mapping[str, Any]) -> str:
-    """Of the intervals of effects: they were 90 % before good configurations had a score of their own."""
-    return "95 %" if "among_good" in result["surrogate"] else "90 %"
+    _show_interactions(result)
+    _show_validation(result.validation)
 
 
 def _show_scores(scores: Mapping[str, Any]) -> None:
@@ -284,21 +283,23 @@ def _among(value: float | None, count: int) -> str:
     return f"too few ({count})" if value is None else number(value)
 
 
-def _ranking(result: Mapping[str, Any]) -> str:
+def _ranking(result: Sensitivity) -> str:
     source = "predictions of the surrogate"
-    if result["ranking"] == "combined":
+    if result.ranking == "combined":
         source = "predictions and real swaps combined"
-        source += " by a hierarchical model fitted to this study's swaps" if level(result) == "95 %" else ""
-    near = result.get("bits")
-    contexts = "good configurations" if level(result) == "95 %" else "random configurations"
-    return source if near is None else f"{source}; effects in {contexts} near {near:g} bits"
+        source += " by a hierarchical model fitted to this study's swaps" if result.of_good_ones else ""
+    contexts = "good configurations" if result.of_good_ones else "random configurations"
+    return source if result.bits is None else f"{source}; effects in {contexts} near {result.bits:g} bits"
 
 
-def _show_layers(result: Mapping[str, Any], top: int) -> None:
-    layers = sorted(result["layers"], key=lambda r: -(r["effect"] or 0))[:top]
-    psnr, combined = any("psnr_effect" in r for r in layers), result["ranking"] == "combined"
-    between = f"{level(result)} interval"
-    head = [f"{result['swap']} in layer (operator)", f"{result['objective']}\nworse by", between]
+def _show_layers(result: Sensitivity, top: int) -> None:
+    from aquabit.stats import percent
+
+    table = result.layers.sort_values("effect", key=lambda effect: -effect.fillna(0.0), kind="stable")
+    layers = table.head(top).to_dict("records")
+    psnr, combined = "psnr_effect" in result.layers, result.ranking == "combined"
+    between = f"{percent(result.level)} interval"
+    head = [f"{result.swap} in layer (operator)", f"{result.objective}\nworse by", between]
     head += ["PSNR\nloses, dB", between] if psnr else []
     head += ["pre-\ndicted", "real", "swaps"] if combined else []
     rows = []
@@ -310,12 +311,15 @@ def _show_layers(result: Mapping[str, Any], top: int) -> None:
     show_named(head, rows)
 
 
-def _show_interactions(rows: list[Any], between: str) -> None:
-    if not rows:
+def _show_interactions(result: Sensitivity) -> None:
+    from aquabit.stats import percent
+
+    if result.interactions.empty:
         return
     console.print("swapped together, what is predicted beyond the sum of each alone:", highlight=False)
-    for r in rows:
-        both = f"{r['a']}\n  with {r['b']}\n{' ' * INDENT}{rounded(r['interaction'])} ({ends(r)}, {between})"
+    for r in result.interactions.head(5).to_dict("records"):
+        found = f"{rounded(r['interaction'])} ({ends(r)}, {percent(result.level)} interval)"
+        both = f"{r['a']}\n  with {r['b']}\n{' ' * INDENT}{found}"
         console.print(plain(both), highlight=False, soft_wrap=True)
 
 

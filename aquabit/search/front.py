@@ -26,7 +26,7 @@ def pareto(values: np.ndarray, costs: np.ndarray) -> np.ndarray:
 
     Of equal rows the first stays; rows with a NaN never do.
     """
-    table = np.concatenate([np.asarray(v, float).reshape(len(v), -1) for v in (values, costs)], 1)
+    table = np.column_stack([np.asarray(v, float) for v in (values, costs)])
     keep = ~np.isnan(table).any(1)
     for i in np.flatnonzero(keep):
         no_worse, better = (table <= table[i]).all(1), (table < table[i]).any(1)

@@ -81,12 +81,12 @@ def draw_swaps(
     apart = bool((halves == "top").any())
     lines = ["SRCC unknown" if math.isnan(srcc) else f"SRCC {srcc:.2f}"]
     known = drawing.levels(table)
-    lines += [f"bars: {known} intervals"] if known else []
     lines += [] if math.isnan(sign_agreement) else [f"same sign {100 * sign_agreement:.0f} %"]
     if apart:
         axes.legend(loc="lower right")
         lines[0] += " of random ones"
-    drawing.note(axes, [*lines, f"{flips or int(table.n.sum())} real swaps of {len(table)} layers"])
+    lines += [f"{flips or int(table.n.sum())} real swaps of {len(table)} layers"]
+    drawing.note(axes, [*lines, f"bars: {known} intervals"] if known else lines)
     axes.set_xlabel(f"predicted worsening of {metric}")
     axes.set_ylabel(f"measured worsening of {metric}")
 
