@@ -59,9 +59,11 @@ class Interval:
         """The inverse of ``to_dict``. Undefined or missing numbers are NaN; ``level`` is that of values that
         were stored without one."""
         known = value or {}
-        ends = (nan if known.get(k) is None else float(known[k]) for k in ("value", "low", "high"))
+        middle, low, high = (
+            nan if known.get(k) is None else float(known[k]) for k in ("value", "low", "high")
+        )
         own = known.get("level")
-        return Interval(*ends, level if own is None else float(own))
+        return Interval(middle, low, high, level if own is None else float(own))
 
 
 def percent(level: float) -> str:

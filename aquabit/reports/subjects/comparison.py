@@ -35,7 +35,7 @@ def comparison(facts: Facts) -> pd.DataFrame:
         config = str(side.get("config", ""))
         values = [number(v) for v in next((v for v in side.values() if isinstance(v, list)), [])]
         means = float(np.mean(values)) if values else math.nan, number(side.get("psnr"))
-        row = [which, str(side.get("scheme") or side.get("name") or "mixed"), config]
+        row: list[Any] = [which, str(side.get("scheme") or side.get("name") or "mixed"), config]
         row += [number(side.get("bits")), number(side.get("bytes"))]
         for known, mean in zip(better, means, strict=True):
             found, _ = known.get(config, (Interval(math.nan, math.nan, math.nan), 0))

@@ -113,7 +113,7 @@ def progress(facts: Facts) -> pd.DataFrame:
     for i, (kind, bits, worth) in enumerate(zip(own.kind, own.bits.astype(float), value, strict=True)):
         if not any(b <= bits and v <= worth for v, b in best):
             best = [(v, b) for v, b in best if b < bits or v < worth] + [(worth, bits)]
-            area = hypervolume(*zip(*best, strict=True), corner)
+            area = hypervolume([v for v, _ in best], [b for _, b in best], corner)
         rows.append((i + 1, str(kind), area))
     out = pd.DataFrame(rows, columns=columns)
     return out.assign(hypervolume=out.hypervolume / area) if area else out.iloc[:0]

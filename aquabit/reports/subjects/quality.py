@@ -89,9 +89,9 @@ def _against_bits(facts: Facts, metric: str, direction: str) -> pd.DataFrame:
             rows.append((group, name, kind, r.config, r.bits, r.bytes, *mean, level, blocks, False))
     blocks = int(facts.comparison.get("blocks") or 0)
     for m in facts.members:
-        mean = m.measured.get(metric)
-        if mean is not None and math.isfinite(mean.value):
-            digest, level = m.config.digest, mean.percent if mean.known else ""
+        if metric in m.measured and math.isfinite(m.measured[metric].value):
+            mean, digest = m.measured[metric], m.config.digest
+            level = mean.percent if mean.known else ""
             name = "winner" if facts.front and digest == facts.front.winner else "found"
             rows.append(("found", name, "", digest, m.bits_per_weight, m.bytes, *mean, level, blocks, False))
     limit = number(facts.front.budget.bits) if facts.front and facts.front.budget else math.nan
