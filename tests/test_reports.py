@@ -838,3 +838,10 @@ def test_style_changes_nothing_global_and_embeds_fonts(tmp_path: Path) -> None:
 )
 def test_numbers(value: float, text: str) -> None:
     assert words.figures(value) == text
+
+
+def test_the_figures_that_papers_draw_are_found_under_their_names() -> None:
+    from aquabit.reports import attribution, figures
+
+    assert attribution is figures and callable(attribution.draw_curve)
+    assert all(callable(getattr(figures, name)) for name in figures.__all__)
