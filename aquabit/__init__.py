@@ -21,7 +21,7 @@ _HOMES = {
     "load": "pipelines",
     "trace": "pipelines",
     "measure": "workflows",
-    "explain": "sensitivity.result",
+    "explain": "sensitivity.explaining",
     "Sensitivity": "sensitivity.result",
     "validate": "workflows",
     "find": "workflows",
@@ -54,8 +54,8 @@ if TYPE_CHECKING:
     from aquabit.scheme import QuantConfig as QuantConfig
     from aquabit.scheme import Scheme as Scheme
     from aquabit.search import Front as Front
+    from aquabit.sensitivity.explaining import explain as explain
     from aquabit.sensitivity.result import Sensitivity as Sensitivity
-    from aquabit.sensitivity.result import explain as explain
     from aquabit.space import SearchSpace as SearchSpace
     from aquabit.study import Study as Study
     from aquabit.workflows import find as find

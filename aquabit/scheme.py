@@ -1,4 +1,4 @@
-"""Plain values without torch: Scheme, QuantConfig, Protocol, Measurement, Budget, AquabitError."""
+"""Plain values without torch: Scheme, QuantConfig, Protocol, Measurement, Budget."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
+from aquabit.errors import AquabitError as AquabitError  # with the values, for whoever uses these
+from aquabit.jsonio import read_json
 from aquabit.scheme_kinds import KINDS, Layout, Look, SchemeKind
 
 ACTIVATION_BITS = (16, 8, 6, 4)
@@ -21,10 +23,6 @@ RANGES = ("dynamic", "static", "step")
 SCHEMA_VERSION = 1
 METHOD = "aquabit"  # the quantization method that diffusers knows packed models by
 Progress = Callable[[str, int, int], None]  # called as progress(what, done, total)
-
-
-class AquabitError(ValueError):
-    """The input was wrong: the message names the thing, its value and what would be right."""
 
 
 def no_progress(what: str, done: int, total: int) -> None:
@@ -461,16 +459,6 @@ class QuantConfig:
     def load(path: str | Path) -> QuantConfig:
         """Read ``config.json``; raises AquabitError for a missing, truncated or invalid file."""
         return QuantConfig.from_dict(read_json(path), str(path))
-
-
-def read_json(path: str | Path) -> Any:
-    """Parsed JSON of a file; raises AquabitError with the reason in one sentence."""
-    try:
-        return json.loads(Path(path).read_text())
-    except OSError as error:
-        raise AquabitError(f"cannot read {path}: {error.strerror or error}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise AquabitError(f"{path} is not valid JSON ({error}); it may be truncated") from error
 
 
 @lru_cache(1)

@@ -16,6 +16,7 @@ import numpy as np
 
 from aquabit.graph import codebook_names
 from aquabit.graph import layers as graph_layers
+from aquabit.jsonio import read_json
 from aquabit.layer_formats import FORMATS, LEVELS, layer_formats
 from aquabit.scheme import (
     ACTIVATION_BITS,
@@ -31,7 +32,6 @@ from aquabit.scheme import (
     act_code,
     act_of,
     parse_correction,
-    read_json,
 )
 
 DEFAULT_SCHEMES = (

@@ -3,7 +3,6 @@ aquabit`` both call these."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
+from aquabit.jsonio import write_json
 from aquabit.measuring.evaluator import thumbnail
 from aquabit.measuring.session import Session, open_session
 from aquabit.packing import Model, generate, quantize
@@ -23,7 +23,8 @@ from aquabit.sensitivity.designs import DEFAULT, Design, draw, measure_disagreem
 from aquabit.sensitivity.effects.context_effects import measure_in_context
 from aquabit.sensitivity.effects.predicted import named_swap
 from aquabit.sensitivity.effects.validation import validate_in
-from aquabit.sensitivity.result import Sensitivity, explain, save
+from aquabit.sensitivity.explaining import explain
+from aquabit.sensitivity.result import Sensitivity, save
 from aquabit.study import Study
 from aquabit.study_status import start_plan
 
@@ -200,17 +201,6 @@ def _check(session: Session, options: SearchOptions) -> None:
         session.space.check(config, extra_schemes=True)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """JSON with undefined numbers refused, written atomically."""
-    temporary = path.with_name(path.name + ".part")
-    try:
-        temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise AquabitError(f"{path} could not be written: {error.strerror or error}") from error
-
-
 def run(
     model: Model,
     out: str | Path,
@@ -266,7 +256,7 @@ def run(
         sensitivity = explained(study, bits, swap, progress)
     write_json(out / "sensitivity.json", sensitivity.to_dict())
     write_json(out / "front.json", front.to_list())
-    (out / "config.json").write_text(front.best.to_json())
+    write_json(out / "config.json", front.best.to_dict())
     progress("packing", 0, 1)
     quantize(model, front.best, bank=bank, device=device).save(out / "packed")
     (out / "samples.png").write_bytes(

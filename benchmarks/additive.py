@@ -330,7 +330,7 @@ def measured(session: Any, configs: dict[str, Any]) -> dict[str, dict[str, list[
 def described(
     session: Any, name: str, config: Any, values: dict[str, dict[str, list[float]]], against: Sequence[str]
 ) -> dict[str, Any]:
-    from aquabit.search import interval, paired_difference
+    from aquabit.stats import mean_interval, paired_difference
 
     cost = session.costs(config)
     row = {
@@ -338,15 +338,16 @@ def described(
         "bytes": cost.bytes,
         "bits": cost.bits_per_weight,
         "operations": cost.operations / float(session.costs.macs.sum()),
-        "fid": interval(values[name]["fid"], 0.95),
-        "psnr": interval(values[name]["psnr"], 0.95),
+        "fid": list(mean_interval(values[name]["fid"])),
+        "psnr": list(mean_interval(values[name]["psnr"])),
         "formats": dict(Counter(str(c.weight) for c in config.layers.values())),
     }
     others = [other for other in against if other != name and other in values and config.layers]
     return {
         **row,
         "differences": {
-            o: {m: paired_difference(values[name][m], values[o][m]) for m in ("fid", "psnr")} for o in others
+            o: {m: list(paired_difference(values[name][m], values[o][m])) for m in ("fid", "psnr")}
+            for o in others
         },
     }
 

@@ -116,16 +116,16 @@ def measured(
 
 def compared(values: Mapping[str, Mapping[str, Sequence[float]]], first: str) -> list[dict[str, Any]]:
     """Means with 95 % intervals over blocks, and paired differences to ``first``."""
-    from aquabit.search import interval, paired_difference
+    from aquabit.stats import mean_interval, paired_difference
 
     return [
         {
             "name": name,
-            **{m: interval(found[m], 0.95) for m in METRICS},
+            **{m: list(mean_interval(found[m])) for m in METRICS},
             "differences": (
                 {}
                 if name in (first, "full precision")
-                else {m: paired_difference(found[m], values[first][m]) for m in METRICS}
+                else {m: list(paired_difference(found[m], values[first][m])) for m in METRICS}
             ),
         }
         for name, found in values.items()

@@ -88,7 +88,7 @@ def explained_file(folder: Path, model: str, arm: str, metric: str) -> Path:
 
 
 def explain_arms(folder: Path, model: str, arms: Sequence[str]) -> None:
-    from aquabit.sensitivity.result import explain
+    from aquabit.sensitivity.explaining import explain
     from aquabit.study import Study
 
     for arm in arms:

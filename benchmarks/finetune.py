@@ -242,14 +242,14 @@ def values(rows: list[dict[str, Any]], metric: str) -> list[float]:
 
 
 def shown(rows: list[dict[str, Any]], metric: str) -> str:
-    from aquabit.search import interval
+    from aquabit.stats import mean_interval
 
-    found = interval(values(rows, metric), 0.95)
+    found = mean_interval(values(rows, metric), 0.95)
     return f"{found.value:.2f} ({found.low:.2f} to {found.high:.2f})"
 
 
 def difference(rows: list[dict[str, Any]], others: list[dict[str, Any]], metric: str) -> str:
-    from aquabit.search import paired_difference
+    from aquabit.stats import paired_difference
 
     blocks = {r["block"] for r in rows} & {r["block"] for r in others}
     if len(blocks) < 2:

@@ -197,7 +197,7 @@ def analysed(path: Path, count: int, big: bool, rounds: int, target: float) -> l
     much."""
     from aquabit.scheme import Budget
     from aquabit.search import find_candidates
-    from aquabit.sensitivity.result import explain
+    from aquabit.sensitivity.explaining import explain
     from aquabit.sensitivity.surrogate.fit import fit_from_study
 
     study, space, costs, put = synthetic_study(path, big)
@@ -287,7 +287,7 @@ def packed(folder: Path, models: list[str]) -> list[dict[str, Any]]:
     from aquabit.pipelines import Adapter, load
     from aquabit.quality import Quality, Source
     from aquabit.scheme import QuantConfig
-    from aquabit.search import interval, paired_difference
+    from aquabit.stats import mean_interval, paired_difference
     from aquabit.study import Study
 
     rows = []
@@ -318,9 +318,9 @@ def packed(folder: Path, models: list[str]) -> list[dict[str, Any]]:
                 "model": name,
                 "bytes": size,
                 "study_bytes": front["comparison"]["winner"]["bytes"],
-                "dense": interval(dense)._asdict(),
-                "packed": interval(values)._asdict(),
-                "difference": difference._asdict(),
+                "dense": mean_interval(dense).to_dict(),
+                "packed": mean_interval(values).to_dict(),
+                "difference": difference.to_dict(),
             }
         )
     return rows

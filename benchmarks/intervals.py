@@ -225,7 +225,7 @@ def made_coverage(kind: str, count: int, noise: float, seed: int) -> list[dict[s
 def real_row(study: Path, truth: Path) -> dict[str, Any]:
     """Coverage of a study's effects, combined with the real swaps that it holds; the truth must be of
     other contexts."""
-    from aquabit.sensitivity.result import explain
+    from aquabit.sensitivity.explaining import explain
     from aquabit.study import Study
 
     known = {k: (float(v["mean"]), float(v["error"])) for k, v in json.loads(truth.read_text()).items()}

@@ -385,7 +385,7 @@ def with_values(
 ) -> list[dict[str, Any]]:
     """Rows with their size, their metrics on each block, and paired differences to ModelOpt's of the same
     case."""
-    from aquabit.search import interval, paired_difference
+    from aquabit.stats import mean_interval, paired_difference
 
     table, found = session.study.measurements(failed=True).set_index(["config", "protocol"]), []
     for row in rows:
@@ -399,13 +399,13 @@ def with_values(
                 "bytes": cost.bytes,
                 "bits": cost.bits_per_weight,
                 **values,
-                "fid_interval": interval(values["fid"], 0.95)._asdict(),
+                "fid_interval": mean_interval(values["fid"], 0.95).to_dict(),
             }
         )
     for row in found[1:]:
         theirs = peer_of(row, found)
         if row is not theirs:
-            row["theirs_less_this"] = {m: paired_difference(theirs[m], row[m])._asdict() for m in METRICS}
+            row["theirs_less_this"] = {m: paired_difference(theirs[m], row[m]).to_dict() for m in METRICS}
     return found
 
 

@@ -428,7 +428,7 @@ def measured(session: Any, folder: Path, model: str, bits: Sequence[float] = TAR
 def compared(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Rows of one model with the paired difference of each metric to ours at the same target (to the
     program's where ours are absent)."""
-    from aquabit.search import paired_difference
+    from aquabit.stats import paired_difference
 
     reference = "ours" if any(r["side"] == "ours" for r in rows) else "program"
     base = {r["target"]: r for r in rows if r["side"] == reference}
@@ -439,7 +439,7 @@ def compared(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             row = {
                 **row,
                 "against": reference,
-                "less": {m: paired_difference(row[m], own[m])._asdict() for m in METRICS},
+                "less": {m: paired_difference(row[m], own[m]).to_dict() for m in METRICS},
             }
         found.append(dict(row))
     return found

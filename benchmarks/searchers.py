@@ -198,7 +198,7 @@ def volumes(rows: Sequence[dict[str, Any]]) -> list[float]:
 
 
 def table(rows: Sequence[dict[str, Any]], about_machine: dict[str, Any]) -> str:
-    from aquabit.search import paired_difference
+    from aquabit.stats import paired_difference
 
     lines = [
         "# Searchers at equal numbers of measurements",

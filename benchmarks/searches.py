@@ -169,7 +169,7 @@ def rows(folder: Path, model: str) -> list[dict[str, Any]]:
 def table(found: Sequence[dict[str, Any]], about_machine: dict[str, Any]) -> str:
     """The figures of the issue: ours beside the program and the oracle, paired over blocks and seeds (95
     %)."""
-    from aquabit.search import paired_difference
+    from aquabit.stats import paired_difference
 
     lines = [
         "# The search beside the program over damages",

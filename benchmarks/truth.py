@@ -182,9 +182,9 @@ def ends_of(
 
 def spread(values: Sequence[float], confidence: float) -> list[float | None]:
     """[mean, low, high] over contexts with Student's t interval."""
-    from aquabit.search import interval
+    from aquabit.stats import mean_interval
 
-    return [number(v) for v in interval(values, confidence)]
+    return [number(v) for v in mean_interval(values, confidence)]
 
 
 def number(value: float) -> float | None:

@@ -21,11 +21,10 @@ from aquabit.sensitivity.effects.predicted import (
     default_swap,
     draw_contexts,
     find_players,
-    interval,
     named_swap,
     shap_by_layer,
 )
-from aquabit.sensitivity.effects.swaps import predict_flips, top_layers, validation_scores
+from aquabit.sensitivity.effects.swaps import predict_swaps, top_layers, validation_scores
 from aquabit.sensitivity.effects.validation import (
     Contexts,
     chosen_layers,
@@ -33,11 +32,13 @@ from aquabit.sensitivity.effects.validation import (
     rank_layers,
     validate_in,
 )
+from aquabit.sensitivity.explaining import explain
 from aquabit.sensitivity.interactions import STRONGEST
-from aquabit.sensitivity.result import Sensitivity, explain, save
+from aquabit.sensitivity.result import Sensitivity, save
 from aquabit.sensitivity.surrogate.fit import FittedSurrogate, fit_from_study
 from aquabit.sensitivity.surrogate.scores import srcc
 from aquabit.space import SearchSpace
+from aquabit.stats import around_replicates
 from aquabit.study import Study
 from tests.test_surrogate import PLANTED, World, near_study
 
@@ -199,7 +200,7 @@ def test_interval_of_replicates() -> None:
     """Wider for replicates that vary more or lie aside, and for few of them; none below two."""
     effect = np.array([0.0, 0.0, 8.0])
     replicates = effect + np.random.default_rng(0).normal(size=(2000, 3)) * [1, 3, 1]
-    low, high = interval(effect, replicates)
+    low, high = around_replicates(effect, replicates)
     half = high - effect
     assert (
         np.allclose(half, effect - low)
@@ -207,12 +208,12 @@ def test_interval_of_replicates() -> None:
         and half[2] == pytest.approx(half[0], rel=0.1)
     )
     assert half[0] == pytest.approx(1.96, rel=0.05) and np.allclose(
-        interval(effect, replicates, 2.0)[1] - effect, 2 * half
+        around_replicates(effect, replicates, 2.0)[1] - effect, 2 * half
     )
-    assert (interval(effect, replicates + 5)[1] - effect > 2 * half).any()
-    few = interval(effect, replicates[:5])[1] - effect
+    assert (around_replicates(effect, replicates + 5)[1] - effect > 2 * half).any()
+    few = around_replicates(effect, replicates[:5])[1] - effect
     assert np.allclose(few, stats.t.ppf(0.975, 5) * np.sqrt(np.square(replicates[:5] - effect).mean(0)))
-    assert np.isnan(interval(effect, replicates[:1])[0]).all()
+    assert np.isnan(around_replicates(effect, replicates[:1])[0]).all()
 
 
 def test_interactions_are_second_differences(
@@ -307,18 +308,20 @@ def test_json_round_trip_and_form(study: Study, found: Sensitivity, tmp_path) ->
     )
     assert {"name", "operator", "block", "effect", "low", "high", "schemes"} <= set(value["layers"][0])
     keys = {"within_budget_srcc", "srcc", "kendall", "ndcg10", "r2", "noise_ceiling", "baselines"}
-    keys |= {"within_budget_interval", "useful", "estimator", "needed", "cautions", "among_good"}
+    keys |= {"within_budget_interval", "within_budget_level", "useful", "estimator", "needed", "cautions"}
+    keys |= {"among_good"}
     assert keys == set(value["surrogate"]) and value["surrogate"]["noise_ceiling"] is None
     assert value["measurements"] == len(value["scatter"]) == 300 and value["direction"] == "min"
     save(study, found)
     assert study.get("sensitivity") == value
-    older = {
-        k: v for k, v in value.items() if k not in ("ranking", "interactions", "scores", "curve", "swarm")
-    }
-    assert (
-        Sensitivity.from_dict(older).ranking == "predicted"
-        and Sensitivity.from_dict(older).interactions.empty
-    )
+    later = ("ranking", "interactions", "scores", "curve", "swarm", "level")
+    older = Sensitivity.from_dict({k: v for k, v in value.items() if k not in later})
+    assert older.ranking == "predicted" and older.interactions.empty and older.level == 0.95
+    assert found.level == found.within_budget.level == 0.95 and found.within_budget.known
+    scores = {k: v for k, v in value["surrogate"].items() if k not in ("among_good", "within_budget_level")}
+    oldest = {k: v for k, v in value.items() if k not in later} | {"surrogate": scores}
+    levels = [f(Sensitivity.from_dict(oldest)) for f in (lambda s: s.level, lambda s: s.within_budget.level)]
+    assert levels == [0.9, 0.9] and Sensitivity.from_dict({**oldest, "validation": {}}).swap_level == 0.9
     assert "within-budget SRCC" in found._repr_html_() and "usq4:usq2" in found._repr_html_()
     without = explain(World(40).study(tmp_path / "s.db"), replicates=0, contexts=4).to_dict()
     assert without["layers"][0]["low"] is None and np.isnan(Sensitivity.from_dict(without).layers.low[0])
@@ -368,9 +371,10 @@ def test_validation_scores_by_hand() -> None:
         and result["srcc"] == pytest.approx(0.5)
     )
     first = result["rows"][0]
-    assert (first["predicted"], first["real"], first["n"]) == (3.0, 5.0, 2) and first["low"] < 5 < first[
-        "high"
-    ]
+    assert (first["predicted"], first["real"], first["n"]) == (3.0, 5.0, 2)
+    half = 12.706205 * np.std([4.0, 6.0], ddof=1) / 2**0.5  # t(1) at 95 %, tables
+    assert (first["low"], first["high"]) == (pytest.approx(5 - half), pytest.approx(5 + half))
+    assert result["level"] == 0.95 and result["rows"][1]["low"] is None
     assert validation_scores(layers, flips, "max")["rows"][0]["real"] == -5
     other = validation_scores(layers, flips.assign(before="usq3"))
     assert other["rows"][0]["predicted"] == 2.0 and other["rows"][0]["swap"] == "usq3:usq2"
@@ -640,7 +644,7 @@ def test_flips_are_predicted_in_their_own_context_and_never_trained_on(
     study: Study, fitted: FittedSurrogate
 ) -> None:
     flips, configs = study.flips("fid"), study.configs()
-    table = predict_flips(fitted, flips, configs)
+    table = predict_swaps(fitted, flips, configs)
     row = table.iloc[4]
     before, after = fitted.predict([configs[row.config_before], configs[row.config_after]])
     assert row.predicted == pytest.approx(after - before) and row.real == pytest.approx(
@@ -648,4 +652,4 @@ def test_flips_are_predicted_in_their_own_context_and_never_trained_on(
     )
     assert not set(fitted.configs) & {*flips.config_before, *flips.config_after}
     with pytest.raises(AquabitError, match="training configurations"):
-        predict_flips(replace(fitted, configs=(flips.config_before[0],)), flips, configs)
+        predict_swaps(replace(fitted, configs=(flips.config_before[0],)), flips, configs)

@@ -13,11 +13,12 @@ from aquabit.cost import CostModel
 from aquabit.scheme import Scheme
 from aquabit.sensitivity.designs import PER_CONTEXT, Design
 from aquabit.sensitivity.effects.combine_effects import Combined, combine
-from aquabit.sensitivity.effects.predicted import Player, find_players, interval
+from aquabit.sensitivity.effects.predicted import Player, find_players
 from aquabit.sensitivity.effects.swaps import training_swaps
 from aquabit.sensitivity.surrogate.estimators import Surrogate
 from aquabit.sensitivity.surrogate.fit import FittedSurrogate
 from aquabit.sensitivity.surrogate.scores import srcc
+from aquabit.stats import around_replicates
 from tests.test_surrogate import World
 
 FOUR, TWO = Scheme.parse("usq4"), Scheme.parse("usq2")
@@ -167,7 +168,8 @@ def test_without_swaps_replicates_speak() -> None:
         0.1, 1, 8
     )  # all move together
     for table in (swaps({}), swaps({3: [9.0]}).assign(after="vq2"), swaps({30: [9.0]})):
-        found, (low, high) = combine(players, predicted, replicates, table), interval(predicted, replicates)
+        found = combine(players, predicted, replicates, table)
+        low, high = around_replicates(predicted, replicates)
         assert (
             (found.effect == predicted).all()
             and (found.low == low).all()

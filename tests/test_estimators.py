@@ -8,17 +8,16 @@ from types import SimpleNamespace
 
 import networkx as nx
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from sklearn.base import clone
 
 from aquabit.cost import CostModel
-from aquabit.reports import summary
+from aquabit.reports import answer as page
 from aquabit.scheme import AquabitError
 from aquabit.sensitivity.effects.predicted import bootstrap, shap_by_layer
+from aquabit.sensitivity.explaining import explain
 from aquabit.sensitivity.features import SKETCH, Encoder
-from aquabit.sensitivity.result import explain
 from aquabit.sensitivity.surrogate.estimators import (
     ESTIMATORS,
     AverageBits,
@@ -319,10 +318,16 @@ def test_constant_labels(small: Small, tmp_path) -> None:
 
 
 def test_few_measurements_are_said(small: Small, tmp_path) -> None:
-    scores = {"within_budget_srcc": 0.05, "within_budget_interval": (-0.1, 0.2), "useful": False}
+    scores = {
+        "within_budget_srcc": 0.05,
+        "within_budget_interval": (-0.1, 0.2),
+        "within_budget_level": 0.95,
+        "useful": False,
+    }
     judgement = assess(scores, "gbdt", 20, 12)
     assert needed(12) == 24 and len(judgement["cautions"]) == 2
     assert judgement["cautions"][0].startswith("The surrogate is no better than average bits")
+    assert "0.05, 95 % interval -0.10 to 0.20" in judgement["cautions"][0]
     assert "needs 24: intervals of what no real swap checks may be too narrow" in judgement["cautions"][1]
     assert assess({**scores, "useful": True}, "gbdt", 24, 12)["cautions"] == []
     fitted = fit_from_study(small.study(tmp_path / "few.db", 22), estimator="ridge_one_hot")
@@ -333,13 +338,10 @@ def test_few_measurements_are_said(small: Small, tmp_path) -> None:
 
 
 def test_the_report_says_first_what_speaks_against_the_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    facts = SimpleNamespace(
-        sensitivity={"surrogate": {"cautions": ["The surrogate is no better than average bits."]}}
-    )
-    for name in ("_where", "_which", "_trust"):
-        monkeypatch.setattr(summary, name, lambda *a: summary.Sentence("later"))
-    tables = {k: pd.DataFrame() for k in ("layers", "operators", "comparison", "surrogate")}
-    assert [s.text for s in summary.summary(facts, tables, {})] == [
+    facts = SimpleNamespace(scores={"cautions": ["The surrogate is no better than average bits."]})
+    for subject in (page.ranking, page.comparison, page.trust):
+        monkeypatch.setattr(subject, "sentence", lambda *a: page.Sentence("later"))
+    assert [s.text for s in page.answer(facts, {}, {})] == [
         "The surrogate is no better than average bits.",
         *["later"] * 3,
     ]

@@ -13,16 +13,17 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "aquabit"
 
 # Each may import only what stands below it (shared/DESIGN.md, section 1).
-VALUES = {"scheme_kinds", "scheme", "stats", "jsonio", "runtime"}
+VALUES = {"errors", "scheme_kinds", "scheme", "stats", "jsonio", "runtime"}
 STORES = {*VALUES, "graph", "kernels", "quality", "study", "study_status"}
 SPACES = {*STORES, "layer_formats", "space", "choices", "cost"}
 MODELS = {*SPACES, "memory", "quant", "pipelines"}
 ALLOWED: dict[str, set[str]] = {
-    "scheme_kinds": set(),
-    "scheme": {"scheme_kinds"},
-    "stats": {"scheme_kinds", "scheme"},
-    "jsonio": {"scheme_kinds", "scheme"},
-    "runtime": {"scheme_kinds", "scheme"},
+    "errors": set(),
+    "stats": {"errors"},
+    "jsonio": {"errors"},
+    "scheme_kinds": {"errors"},
+    "scheme": {"errors", "jsonio", "scheme_kinds"},
+    "runtime": {"errors"},
     "kernels": VALUES,
     "graph": VALUES,
     "quality": VALUES,

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from aquabit.scheme import Protocol
-from aquabit.search.front import paired_difference
 from aquabit.search.judging import JUDGED_BLOCK, PAIRED, ROUNDS, fidelity_of, judge, pieces
+from aquabit.stats import paired_difference
 
 
 class Panel:

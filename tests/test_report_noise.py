@@ -13,9 +13,10 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from aquabit.reports import catalog, noise, report, style
+from aquabit.reports import catalog, report, style
 from aquabit.reports import facts as facts_of
-from aquabit.reports.pictures import images
+from aquabit.reports.subjects import noise
+from aquabit.reports.subjects.pictures import images
 from aquabit.scheme import Measurement, QuantConfig
 from tests.test_reports import PROTOCOL, Synthetic, parsed, png, svg_only
 
@@ -218,7 +219,7 @@ def test_a_variance_over_decades_takes_a_logarithmic_axis(tmp_path: Path) -> Non
     with style.use():
         for measure, scale in (("variance", "log"), ("k", "linear"), ("snr", "linear")):
             _, axes = style.canvas(style.SINGLE, 1.9)
-            noise.over_steps(table.assign(snr=3.0, snr_low=2.0, snr_high=4.0), axes, panels[measure])
+            noise.draw_noise(table.assign(snr=3.0, snr_low=2.0, snr_high=4.0), axes, panels[measure])
             assert axes.get_yscale() == scale
             low, high = axes.get_ylim()
             values = table if measure != "snr" else pd.DataFrame({"snr_low": [2.0], "snr_high": [4.0]})

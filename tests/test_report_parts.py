@@ -18,9 +18,10 @@ from rich.console import Console
 
 from aquabit.cli import tables as _terminal
 from aquabit.pipelines import FAMILIES, PRESETS
-from aquabit.reports import attribution, catalog, costs, layer_graph, side_by_side, style, svg
+from aquabit.reports import catalog, side_by_side, style, svg
 from aquabit.reports import facts as facts_of
 from aquabit.reports.page import embedded, page_data
+from aquabit.reports.subjects import chosen, fronts, layer_graph, shap_values
 from aquabit.scheme import Measurement, Protocol
 from aquabit.search.front import Front
 from aquabit.study import Study
@@ -41,7 +42,7 @@ def facts(made: Synthetic) -> facts_of.Facts:
 
 
 def test_progress_is_the_dominated_area_of_what_was_measured_so_far(facts: facts_of.Facts) -> None:
-    table = costs.progress(facts)
+    table = fronts.progress(facts)
     own = facts.measured[
         facts.measured.kind.isin(["sample", "uniform", "candidate"]) & (facts.measured.status == "ok")
     ]
@@ -61,18 +62,18 @@ def test_progress_is_the_dominated_area_of_what_was_measured_so_far(facts: facts
 
 
 def test_budgets_frontiers_and_bits_are_the_winners(made: Synthetic, facts: facts_of.Facts) -> None:
-    (row,) = costs.budgets(facts).itertuples()
+    (row,) = fronts.budgets(facts).itertuples()
     used = made.cost(made.winner).bits_per_weight
     assert (
         row.limit == "bits per weight"
         and row.used == pytest.approx(used)
         and row.slack == pytest.approx(1 - used / 3.17)
     )
-    table = costs.frontiers(facts)
+    table = fronts.frontiers(facts)
     assert (
         table.winner.sum() == 1 and (table.operations == 1.2e7).all() and table.bytes.is_monotonic_increasing
     )
-    bits = costs.chosen_bits(facts).set_index("layer")
+    bits = chosen.chosen_bits(facts).set_index("layer")
     for name in made.space.layers:
         assert bits.loc[name].found == str(made.winner[name].weight) and bits.loc[name].uniform == "usq3"
         assert bits.loc[name].change == made.winner[name].weight.code_bits() - 3
@@ -89,7 +90,7 @@ def test_the_layer_graph_is_of_blocks_where_layers_are_many(
         and (table.to.str.split().str.len() <= 1).all()
     )
     monkeypatch.setattr(layer_graph, "MOST", 15)
-    blocks = layer_graph.layer_graph(facts, found["layers"])
+    blocks = layer_graph.layer_graph(facts)
     assert (
         list(blocks.kind) == ["block"] * 2 and list(blocks.to) == ["n1", ""] and list(blocks.layers) == [8, 8]
     )
@@ -145,16 +146,14 @@ def test_the_pages_data_leaves_no_script_element(facts: facts_of.Facts) -> None:
     row = next(r for r in data["layers"] if r["layer"] == EVIL[0])
     assert row["schemes"]["effect"][data["schemes"].index("usq2")] == pytest.approx(row["effect"], rel=1e-5)
     partners = {data["layers"][i]["layer"] for i, *_ in row["pairs"]}
-    stored = facts.sensitivity["interactions"]
-    assert (
-        partners
-        <= {p["a"] for p in stored if p["b"] == EVIL[0]} | {p["b"] for p in stored if p["a"] == EVIL[0]}
-        and partners
-    )
+    assert facts.sensitivity is not None
+    stored = facts.sensitivity.interactions
+    others = {*stored.a[stored.b == EVIL[0]], *stored.b[stored.a == EVIL[0]]}
+    assert partners <= others and partners
 
 
 def test_a_swarm_keeps_its_points_apart_and_in_their_row() -> None:
-    offsets = attribution._spread(np.sort(np.r_[np.full(30, 0.5), 0.1, 0.9]))
+    offsets = shap_values._spread(np.sort(np.r_[np.full(30, 0.5), 0.1, 0.9]))
     assert len(set(offsets[1:31])) == 30 and np.abs(offsets).max() <= 0.42 and offsets[0] == offsets[-1] == 0
 
 
@@ -292,7 +291,7 @@ def test_a_front_in_the_terminal(terminal: Console, both: tuple[Study, Study]) -
     c, best, words = front.comparison, front.best_member, " ".join(said.split())
     cells = f"* {best.bits_per_weight:.3f} {best.bytes:,} {best.latency_ms:.2f} {best.predicted['psnr']:.2f}"
     assert (
-        f"{cells} {best.measured['psnr']['value']:.2f} \u00b1 0.20 - {best.measured['fid']['value']:.2f}"
+        f"{cells} {best.measured['psnr'].value:.2f} \u00b1 0.20 - {best.measured['fid'].value:.2f}"
         " \u00b1 0.50" in words
     )
     gap = c["psnr_difference"]

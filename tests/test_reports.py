@@ -19,8 +19,10 @@ from PIL import Image
 
 from aquabit.cost import CostModel
 from aquabit.graph import to_json
-from aquabit.reports import attribution, catalog, figures, report, style, summary, tables, writing
+from aquabit.reports import catalog, figures, report, style, words, writing
 from aquabit.reports import facts as facts_of
+from aquabit.reports.answer import answer
+from aquabit.reports.subjects import comparison, interactions, quality, ranking, scheme_scores, swaps
 from aquabit.scheme import AquabitError, Measurement, Protocol, QuantConfig
 from aquabit.space import SearchSpace, make_space
 from aquabit.study import Study
@@ -507,11 +509,11 @@ def test_the_summary_names_worst_layer_winner_and_trust(built: tuple[Study, Path
     study, _ = built
     facts = facts_of.read(study)
     found = catalog.all_tables(facts)
-    where, which, trust = (s.text for s in summary.summary(facts, found, facts_of.missing(facts)))
+    where, which, trust = (s.text for s in answer(facts, found, facts_of.missing(facts)))
     assert found["layers"].layer[0] in where and "a combined (predicted and measured)" in where
-    before = summary.summary(
-        replace(facts, sensitivity={**facts.sensitivity, "ranking": "predicted"}), found, {}
-    )[0].text
+    before = answer(replace(facts, sensitivity=replace(facts.sensitivity, ranking="predicted")), found, {})[
+        0
+    ].text
     assert "by a predicted " in before and "combined" not in before
     assert (
         "usq3" in which
@@ -528,7 +530,7 @@ def test_the_summary_names_worst_layer_winner_and_trust(built: tuple[Study, Path
 def test_interactions_scores_and_the_source_of_the_ranking_are_shown(built: tuple[Study, Path]) -> None:
     study, page = built
     facts = facts_of.read(study)
-    pairs, scores = attribution.pairs(facts), attribution.scheme_scores(facts)
+    pairs, scores = interactions.pairs(facts), scheme_scores.scheme_scores(facts)
     assert (
         pairs.interaction.tolist() == [9.0 / (i + 1) for i in range(12)]
         and scores.score.tolist() == [-0.7] * 3
@@ -543,25 +545,17 @@ def test_interactions_scores_and_the_source_of_the_ranking_are_shown(built: tupl
     )
     drawn = ET.parse(page.parent / "figures/layer_ranking.svg").getroot().iter()
     words = {"".join(e.itertext()).strip() for e in drawn if e.tag.endswith("text")}
-    assert "combined" in words and "predicted" not in words
+    assert "combined, 90 % interval" in words and not any(w.startswith("predicted") for w in words)
 
 
 def test_fresh_seeds_replace_search_seeds_and_the_interval_is_students(built: tuple[Study, Path]) -> None:
     facts = facts_of.read(built[0])
-    table = tables.quality_vs_bits(facts)
+    table = quality.quality_vs_bits(facts)
     usq3 = table[table.label == "usq3"].iloc[0]
     values = facts.rows("fresh").query("config == @usq3.config").value
     assert usq3.blocks == 5 and usq3.value == pytest.approx(values.mean())
     assert usq3.high - usq3.value == pytest.approx(2.7764451 * values.std(ddof=1) / 5**0.5)
     assert table[table.label == "usq2"].iloc[0].blocks == 0
-
-
-@pytest.mark.parametrize(
-    ("direction", "kept"), [("min", [True, False, True, False]), ("max", [True, True, False, False])]
-)
-def test_frontier(direction: str, kept: list[bool]) -> None:
-    bits, value = np.array([2.0, 2.5, 3.0, 3.5]), np.array([5.0, 6.0, 4.0, 4.5])
-    assert tables.frontier(bits, value, direction).tolist() == kept
 
 
 @pytest.fixture(scope="module")
@@ -579,15 +573,15 @@ def test_the_page_says_first_what_the_objective_cannot_tell_then_fidelity_and_si
     made, _ = newer
     facts = facts_of.read(made.study)
     found = catalog.all_tables(facts)
-    which = summary.summary(facts, found, facts_of.missing(facts))[1].text
+    which = answer(facts, found, facts_of.missing(facts))[1].text
     assert which.startswith(
         "FID of 5 \u00d7 128 images cannot tell the found configuration from uniform usq3 (about 10,241"
         " images would)"
     )
     gap = made.psnr(made.winner) - made.psnr(made.uniform["usq3"])
-    ends = f"{summary.figures(gap - 0.3)} to {summary.figures(gap + 0.3)}, 95 %"
+    ends = f"{words.figures(gap - 0.3)} to {words.figures(gap + 0.3)}, 95 %"
     assert (
-        f"a paired difference of {summary.figures(gap)} dB ({ends}) over 5 blocks of fresh seeds: the found"
+        f"a paired difference of {words.figures(gap)} dB ({ends}) over 5 blocks of fresh seeds: the found"
         " configuration wins." in which
     )
     least = min(made.cost(c).bytes for c in made.found if made.psnr(c) >= made.psnr(made.uniform["usq3"]))
@@ -596,12 +590,11 @@ def test_the_page_says_first_what_the_objective_cannot_tell_then_fidelity_and_si
         f"A found configuration of {least:,} bytes, {share:.0f} % of the"
         f" {made.cost(made.uniform['usq3']).bytes:,} of uniform usq3" in which
     )
-    front = {
-        **facts.front,
-        "comparison": {**facts.front["comparison"], "difference": {"value": -0.4, "low": -0.5, "high": -0.3}},
-    }
-    told = replace(facts, front=front)
-    sure = summary.summary(told, catalog.all_tables(told), {})[1].text
+    difference = {"value": -0.4, "low": -0.5, "high": -0.3}
+    told = replace(
+        facts, front=replace(facts.front, comparison={**facts.comparison, "difference": difference})
+    )
+    sure = answer(told, catalog.all_tables(told), {})[1].text
     assert (
         sure.startswith("Within 3.17 bits a weight, the found configuration (") and "cannot tell" not in sure
     )
@@ -621,29 +614,60 @@ def test_the_page_shows_psnr_good_ones_halves_and_levels(newer: tuple[Synthetic,
         and "each by its precision" not in text
     )
     assert "95 % interval" in text
+    found = catalog.all_tables(facts_of.read(made.study))
+    for name, columns in SHOWN.items():
+        levels = {level for column in columns for level in found[name][column]} - {""}
+        old = name in ("layers", "swaps", "learning_curve")  # real swaps and the curve came later
+        assert levels == ({"95 %", "90 %"} if name == "layers" else {"90 %"} if old else {"95 %"}), name
     assert "the surrogate itself" not in text and "additive scores" in text, "the program alone was searched"
     facts = facts_of.read(made.study)
-    table = tables.psnr_vs_bits(facts)
+    table = quality.psnr_vs_bits(facts)
     assert table[table.label == "winner"].value.tolist() == [made.psnr(made.winner)]
+    design = table[table.group == "design"]
+    for r in design.itertuples():  # PSNR: more is better
+        beaten = ((design.bits <= r.bits) & (design.value >= r.value)).sum() > 1
+        assert r.frontier == (not beaten)
     assert (table[table.group == "uniform"].value < 100).all() and list(
         table[table.group == "full precision"].value
     ) == [100.0]
     drawn = ET.parse(page.parent / "figures/psnr_vs_bits.svg").getroot().iter()
     words = {"".join(e.itertext()).strip() for e in drawn if e.tag.endswith("text")}
     assert "PSNR to full precision, dB" in words and "full precision" not in words and "100" not in words
-    rival = tables.comparison(facts).query("which == 'against'").iloc[0]
+    rival = comparison.comparison(facts).query("which == 'against'").iloc[0]
     assert rival.scheme == "rival.json" and rival.psnr == pytest.approx(made.psnr(made.uniform["usq3"]))
-    assert tables.layers(facts).psnr_effect.tolist() == pytest.approx(
-        (tables.layers(facts).effect / 8).tolist()
+    assert ranking.layers(facts).psnr_effect.tolist() == pytest.approx(
+        (ranking.layers(facts).effect / 8).tolist()
     )
+
+
+SHOWN = {  # tables with intervals, and the columns that say their level
+    "front": ["level"],
+    "frontiers": ["level"],
+    "comparison": ["level"],
+    "layers": ["level", "real_level"],
+    "operators": ["level"],
+    "blocks": ["level"],
+    "pairs": ["level"],
+    "scheme_scores": ["interval"],
+    "learning_curve": ["level"],
+    "swaps": ["level"],
+}
+RECKONED = ("comparison",)  # from the measurements, when the report is made
 
 
 def test_an_older_study_opens_with_the_levels_it_was_made_with(built: tuple[Study, Path]) -> None:
     study, page = built
     facts = facts_of.read(study)
-    assert (facts.effect_level, facts.front_level) == ("90 %", "90 %") and facts.contexts.startswith(
-        "random configurations"
-    )
+    assert (facts.effect_level, facts.swap_level) == ("90 %", "90 %")
+    assert facts.contexts.startswith("random configurations")
+    found = catalog.all_tables(facts)
+    for name, columns in SHOWN.items():
+        for column in columns:
+            shown = "95 %" if name in RECKONED else "90 %"
+            assert set(found[name][column]) - {""} == {shown}, (name, column)
+    both = found["quality_vs_bits"].groupby("group")["level"].unique()
+    assert both["found"].tolist() == ["90 %"] and "95 %" in both["uniform"]
+    assert "95 % intervals (found: 90 %)" in page.read_text(encoding="utf-8")
     parts = [" ".join(part.split()) for part in parsed(page).text]
     text = " ".join(parts)
     assert (
@@ -653,8 +677,8 @@ def test_an_older_study_opens_with_the_levels_it_was_made_with(built: tuple[Stud
         and "hierarchical" not in text
     )
     assert (
-        tables.agreement(facts).empty
-        and tables.same_quality(facts).empty
+        swaps.agreement(facts).empty
+        and comparison.same_quality(facts).empty
         and not (page.parent / "figures/psnr_vs_bits.svg").exists()
     )
 
@@ -719,20 +743,32 @@ def test_odd_facts(tmp_path: Path) -> None:
         "high": None,
         "schemes": {},
     }
-    made.study.set(
-        sensitivity={
-            "objective": "is",
-            "direction": "max",
-            "layers": [row],
-            "surrogate": {"within_budget_srcc": None},
-            "scatter": [{}],
-            "validation": {"rows": [{"layer": "gone", "real": 1.0}], "srcc": None},
-        },
-        front={
-            "members": [{"predicted": {"is": 3.0}, "measured": None, "config": None}],
-            "comparison": {"winner": {}},
-        },
-    )
+    told = {
+        "objective": "is",
+        "direction": "max",
+        "protocol": PROTOCOL.digest,
+        "measurements": 3,
+        "bits": None,
+        "swap": "",
+        "layers": [row],
+        "operators": [],
+        "blocks": [],
+        "surrogate": {"within_budget_srcc": None},
+        "scatter": [{}],
+        "validation": {"rows": [{"layer": "gone", "real": 1.0}], "srcc": None},
+    }
+    member = {
+        "bits_per_weight": 2.0,
+        "bytes": 1,
+        "bops": 0.0,
+        "operations": None,
+        "latency_ms": None,
+        "predicted": {"is": 3.0},
+        "measured": {"is": {"value": None, "low": None, "high": None}},
+        "config": made.winner.to_dict(),
+    }
+    front = {"members": [member], "budget": None, "winner": None, "comparison": {"winner": {}}}
+    made.study.set(sensitivity=told, front=front)
     made.study.record(
         made.winner,
         Measurement(made.winner.digest, PROTOCOL.digest, {"is": 1.0}, 1.0),
@@ -742,8 +778,15 @@ def test_odd_facts(tmp_path: Path) -> None:
     )
     text = " ".join(parsed(report(made.study, tmp_path / "out")).text)
     assert "higher is better" in text
-    made.study.set(sensitivity={"objective": "beauty"})
+    made.study.set(sensitivity={**told, "objective": "beauty"})
     with pytest.raises(AquabitError, match="beauty"):
+        report(made.study, tmp_path / "out")
+    for damaged in ({"objective": "is"}, {**told, "layers": [{**row, "effect": "much"}]}):
+        made.study.set(sensitivity=damaged)
+        with pytest.raises(AquabitError, match="run `aquabit explain` again"):
+            report(made.study, tmp_path / "out")
+    made.study.set(sensitivity=None, front={**front, "members": [{**member, "config": None}]})
+    with pytest.raises(AquabitError, match=r"stored front is not a front: 0\.config"):
         report(made.study, tmp_path / "out")
 
 
@@ -794,4 +837,11 @@ def test_style_changes_nothing_global_and_embeds_fonts(tmp_path: Path) -> None:
     ],
 )
 def test_numbers(value: float, text: str) -> None:
-    assert summary.figures(value) == text
+    assert words.figures(value) == text
+
+
+def test_the_figures_that_papers_draw_are_found_under_their_names() -> None:
+    from aquabit.reports import attribution, figures
+
+    assert attribution is figures and callable(attribution.draw_curve)
+    assert all(callable(getattr(figures, name)) for name in figures.__all__)

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aquabit.jsonio import read_json
 from aquabit.scheme import (
     AquabitError,
     Budget,
@@ -15,7 +16,6 @@ from aquabit.scheme import (
     Scheme,
     direction,
     parse_swap,
-    read_json,
 )
 
 SCHEMES = st.one_of(

@@ -16,7 +16,7 @@ from aquabit.scheme import AquabitError, Protocol
 from aquabit.search.loop import best_of
 from aquabit.sensitivity.effects.context_effects import DRAWN
 from aquabit.sensitivity.effects.predicted import draw_contexts, find_players
-from aquabit.sensitivity.result import explain
+from aquabit.sensitivity.explaining import explain
 from aquabit.sensitivity.surrogate.fit import fit_from_study
 from aquabit.sensitivity.surrogate.output_error_surrogate import Blend, fit_screen
 from aquabit.study import Study

@@ -18,7 +18,6 @@ from aquabit.scheme import AquabitError, Budget, QuantConfig
 from aquabit.search import (
     Front,
     FrontMember,
-    Interval,
     Options,
     Proof,
     activation_choices,
@@ -26,15 +25,14 @@ from aquabit.search import (
     hypervolume,
     improve,
     integer_program,
-    interval,
     ladder,
-    paired_difference,
     pareto,
     smallest_uniform,
     solve,
 )
 from aquabit.search.loop import Candidate, find_candidates, schedule
 from aquabit.space import SearchSpace, make_space
+from aquabit.stats import OLD_LEVEL, Interval, mean_interval
 
 MANY = [
     "usq2",
@@ -809,26 +807,6 @@ def test_hypervolume_is_the_area_below_the_reference() -> None:
     assert hypervolume([2.0], [0.5], (1.0, 1.0)) == 0 == hypervolume([], [], (1.0, 1.0))
 
 
-def test_intervals_are_student_t() -> None:
-    x = [1.0, 2.0, 4.0, 7.0]
-    found = interval(x)
-    half = 3.182446305284263 * np.std(x, ddof=1) / 2  # t(3) at 95 %, tables
-    assert (
-        found.value == 3.5
-        and found.low == pytest.approx(3.5 - half)
-        and found.high == pytest.approx(3.5 + half)
-    )
-    difference = paired_difference([1.0, 2.0, 3.0], [0.5, 1.0, 2.5])
-    half = 4.302652729911275 * np.std([0.5, 1.0, 0.5], ddof=1) / np.sqrt(3)
-    assert difference.value == pytest.approx(2 / 3) and difference.high - difference.low == pytest.approx(
-        2 * half
-    )
-    assert np.isnan(interval([1.0]).low) and interval([1.0]).value == 1.0
-    for bad in (lambda: interval([]), lambda: paired_difference([1.0], [1.0, 2.0])):
-        with pytest.raises(AquabitError):
-            bad()
-
-
 def test_the_uniform_baseline_is_the_smallest_that_is_no_smaller() -> None:
     space, cost = model(6, 1, pinned={"l0": "usq4"}, schemes=["usq2", "usq3", "usq3g16", "usq8", "vq4"])
     sizes = {s: cost(space.uniform(s)).bytes for s in ("usq2", "usq3", "usq3g16", "usq8")}
@@ -851,7 +829,7 @@ def front() -> Front:
             cost,
             space.uniform(s),
             {"fid": 2.0},
-            {"fid": Interval(np.float64(1.5), 1.0, 2.0), "psnr": interval([20.0])},
+            {"fid": Interval(np.float64(1.5), 1.0, 2.0), "psnr": mean_interval([20.0])},
         )
         for s in ("usq4", "usq2", "usq3")
     ]
@@ -873,8 +851,8 @@ def test_the_front_in_json_and_back() -> None:
     keys = ["bits_per_weight", "bytes", "bops", "operations", "latency_ms", "predicted", "measured", "config"]
     assert all(list(row) == keys for row in rows)
     assert rows[0]["measured"] == {
-        "fid": {"value": 1.5, "low": 1.0, "high": 2.0},
-        "psnr": {"value": 20.0, "low": None, "high": None},
+        "fid": {"value": 1.5, "low": 1.0, "high": 2.0, "level": 0.95},
+        "psnr": {"value": 20.0, "low": None, "high": None, "level": 0.95},
     }
     assert rows[0]["operations"] == {"multiply_adds": model(4, **TOY)[1].macs.sum(), "lut_adds": 0}
     assert QuantConfig.from_dict(rows[0]["config"]) == here.members[0].config
@@ -892,7 +870,18 @@ def test_the_front_in_json_and_back() -> None:
     with pytest.raises(AquabitError, match="is no proof of a search"):
         Front.from_dict({**stored, "proof": {"optimum": 1.0}})
     html = here._repr_html_()
-    assert html.count("<tr") == 4 and html.count("bold") == 2 and "1.5 (1 to 2)" in html
+    assert html.count("<tr") == 4 and html.count("bold") == 2 and "1.5 (1 to 2, 95 %)" in html
+
+
+def test_intervals_without_a_level_have_that_of_their_time() -> None:
+    stored = front().to_dict()
+    for member in stored["members"]:
+        for found in member["measured"].values():
+            del found["level"]
+    older = Front.from_dict(stored).members[0].measured["fid"]
+    assert [*older] == [1.5, 1.0, 2.0] and older.level == OLD_LEVEL
+    newer = Front.from_dict({**stored, "comparison": {"same_quality": []}})
+    assert newer.members[0].measured["fid"].percent == "95 %"
 
 
 def broken(change: Callable[[list[Any]], Any]) -> Any:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from aquabit.sensitivity.effects.predicted import shap_by_layer
-from aquabit.sensitivity.shap_summaries import SHOWN, shap_by_scheme, shap_in_units, swarm
+from aquabit.sensitivity.shap_summaries import SHOWN, shap_by_operator, shap_by_scheme, shap_in_units
 from aquabit.sensitivity.surrogate.fit import fit_from_study
 from aquabit.sensitivity.surrogate.learning_curve import learning_curve
 from tests.test_surrogate import World
@@ -26,7 +26,7 @@ def test_shap_in_units_adds_up_to_what_the_prediction_is_worse(objective: str, t
     assert units.sum(1) == pytest.approx(fitted.sign * (predicted - average), rel=1e-3, abs=1e-3)
     assert (np.sign(units) == np.sign(values)).all(), "positive = worse, whatever the direction"
 
-    found = swarm(fitted, values, base)
+    found = shap_by_operator(fitted, values, base)
     rows = [fitted.configs.index(c) for c in found["configs"]]
     assert len(rows) == min(SHOWN, len(fitted.y)) and np.array(found["shap"]).sum(1) == pytest.approx(
         units[rows].sum(1), rel=1e-3, abs=1e-3

@@ -239,8 +239,8 @@ def run(
 @shielded
 def models(json_: Json = None) -> None:
     """Bundled models, supported families, and presets of the papers' settings."""
+    from aquabit.jsonio import read_json
     from aquabit.pipelines import BUNDLED, FAMILIES, PRESETS, bundled_models
-    from aquabit.scheme import read_json
 
     rows = []
     for name in bundled_models():

@@ -11,12 +11,15 @@ from contextlib import contextmanager
 from functools import partial, wraps
 from math import floor, isfinite, log, log10, nan
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from aquabit.scheme import AquabitError, Progress
+
+if TYPE_CHECKING:  # pandas: only where something is shown
+    from aquabit.sensitivity.result import Sensitivity
 
 console, errors = Console(), Console(stderr=True)
 GAP, INDENT = 2, 4  # columns between those of a table, and before what stands under a name
@@ -119,7 +122,7 @@ def emit(value: Any, target: str | None) -> bool:
     if target == "-":
         sys.stdout.write(json.dumps(value, allow_nan=False) + "\n")
         return True
-    from aquabit.workflows import write_json
+    from aquabit.jsonio import write_json
 
     write_json(Path(target), value)
     return False
@@ -230,24 +233,20 @@ def show_named(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         console.print(plain(line.rstrip()), highlight=False, soft_wrap=True)
 
 
-def show_sensitivity(result: Any, top: int) -> None:
+def show_sensitivity(stored: Mapping[str, Any], top: int) -> None:
     """Scores of the surrogate, the ranking of layers, pairs of layers, and how predictions agree with real
-    swaps. What older studies do not hold is left out."""
-    for caution in result["surrogate"].get("cautions", []):
+    swaps, of a sensitivity as a study keeps it. What older studies do not hold is left out."""
+    from aquabit.sensitivity.result import Sensitivity
+
+    result = Sensitivity.from_dict(stored)
+    for caution in result.surrogate.get("cautions", []):
         console.print(f"[yellow]{plain(caution)}[/]", highlight=False)
-    console.print(
-        f"{result['measurements']} measurements, objective {result['objective']} ({result['direction']})"
-    )
-    _show_scores(result["surrogate"])
+    console.print(f"{result.measurements} measurements, objective {result.objective} ({result.direction})")
+    _show_scores(result.surrogate)
     console.print(f"ranking: {_ranking(result)}", highlight=False)
     _show_layers(result, top)
-    _show_interactions(result["interactions"][:5], level(result))
-    _show_validation(result.get("validation"))
-
-
-def level(result: Mapping[str, Any]) -> str:
-    """Of the intervals of effects: they were 90 % before good configurations had a score of their own."""
-    return "95 %" if "among_good" in result["surrogate"] else "90 %"
+    _show_interactions(result)
+    _show_validation(result.validation)
 
 
 def _show_scores(scores: Mapping[str, Any]) -> None:
@@ -284,21 +283,23 @@ def _among(value: float | None, count: int) -> str:
     return f"too few ({count})" if value is None else number(value)
 
 
-def _ranking(result: Mapping[str, Any]) -> str:
+def _ranking(result: Sensitivity) -> str:
     source = "predictions of the surrogate"
-    if result["ranking"] == "combined":
+    if result.ranking == "combined":
         source = "predictions and real swaps combined"
-        source += " by a hierarchical model fitted to this study's swaps" if level(result) == "95 %" else ""
-    near = result.get("bits")
-    contexts = "good configurations" if level(result) == "95 %" else "random configurations"
-    return source if near is None else f"{source}; effects in {contexts} near {near:g} bits"
+        source += " by a hierarchical model fitted to this study's swaps" if result.of_good_ones else ""
+    contexts = "good configurations" if result.of_good_ones else "random configurations"
+    return source if result.bits is None else f"{source}; effects in {contexts} near {result.bits:g} bits"
 
 
-def _show_layers(result: Mapping[str, Any], top: int) -> None:
-    layers = sorted(result["layers"], key=lambda r: -(r["effect"] or 0))[:top]
-    psnr, combined = any("psnr_effect" in r for r in layers), result["ranking"] == "combined"
-    between = f"{level(result)} interval"
-    head = [f"{result['swap']} in layer (operator)", f"{result['objective']}\nworse by", between]
+def _show_layers(result: Sensitivity, top: int) -> None:
+    from aquabit.stats import percent
+
+    table = result.layers.sort_values("effect", key=lambda effect: -effect.fillna(0.0), kind="stable")
+    layers = table.head(top).to_dict("records")
+    psnr, combined = "psnr_effect" in result.layers, result.ranking == "combined"
+    between = f"{percent(result.level)} interval"
+    head = [f"{result.swap} in layer (operator)", f"{result.objective}\nworse by", between]
     head += ["PSNR\nloses, dB", between] if psnr else []
     head += ["pre-\ndicted", "real", "swaps"] if combined else []
     rows = []
@@ -310,12 +311,15 @@ def _show_layers(result: Mapping[str, Any], top: int) -> None:
     show_named(head, rows)
 
 
-def _show_interactions(rows: list[Any], between: str) -> None:
-    if not rows:
+def _show_interactions(result: Sensitivity) -> None:
+    from aquabit.stats import percent
+
+    if result.interactions.empty:
         return
     console.print("swapped together, what is predicted beyond the sum of each alone:", highlight=False)
-    for r in rows:
-        both = f"{r['a']}\n  with {r['b']}\n{' ' * INDENT}{rounded(r['interaction'])} ({ends(r)}, {between})"
+    for r in result.interactions.head(5).to_dict("records"):
+        found = f"{rounded(r['interaction'])} ({ends(r)}, {percent(result.level)} interval)"
+        both = f"{r['a']}\n  with {r['b']}\n{' ' * INDENT}{found}"
         console.print(plain(both), highlight=False, soft_wrap=True)
 
 
@@ -347,13 +351,15 @@ def show_front(front: Any) -> None:
     """The front as a table, then what speaks for the winner, and how near the search came to its optimum."""
     from rich.table import Column, Table
 
-    c = front.comparison
+    from aquabit.stats import Interval
+
     metrics = _front_metrics(front)
-    between = "± 95 %" if "same_quality" in c else "± 90 %"  # older searches stored the latter
     timed = any(m.latency_ms is not None for m in front.members)
     titles = ["", "bits a\nweight", "bytes", *(["ms\na call"] if timed else [])]
     titles += [
-        f"{shown_metric(m)}\n{what}" for m in metrics for what in ("predicted", f"measured\n{between}")
+        f"{shown_metric(m)}\n{what}"
+        for m in metrics
+        for what in ("predicted", f"measured\n± {front.best_member.measured[m].percent}")
     ]
     table = Table(
         *(Column(t, justify="right", overflow="fold") for t in titles), box=None, padding=(0, 1, 0, 0)
@@ -366,15 +372,9 @@ def show_front(front: Any) -> None:
         ]
         row += [number(member.latency_ms, 2)] if timed else []
         for m in metrics:
-            found = member.measured.get(m, {})
-            value, half = (
-                found.get("value"),
-                (found.get("high", nan) - found.get("low", nan)) / 2,
-            )  # Student's interval is symmetric
-            row += [
-                number(member.predicted.get(m), 2),
-                number(value, 2) + (f" ± {half:.2f}" if isfinite(half) else ""),
-            ]
+            found = member.measured.get(m, Interval(nan, nan, nan))
+            half = f" ± {found.half:.2f}" if found.known else ""  # Student's interval is symmetric
+            row += [number(member.predicted.get(m), 2), number(found.value, 2) + half]
         table.add_row(*row)
     console.print(table)
     for line in front_sentences(front):
@@ -421,6 +421,8 @@ def front_sentences(front: Any) -> list[str]:
 
 
 def _beside_uniform(c: Mapping[str, Any]) -> list[str]:
+    from aquabit.stats import Interval
+
     winner, uniform, metric, d = c["winner"], c["uniform"], shown_metric(c["metric"]), c["difference"]
     sizes = f"winner (*): {winner['bytes']:,} bytes; uniform {uniform['scheme']}: {uniform['bytes']:,} bytes"
     lines, psnr = [f"{sizes} ({c['blocks']} blocks of fresh seeds)"], c.get("psnr_difference")
@@ -431,7 +433,7 @@ def _beside_uniform(c: Mapping[str, Any]) -> list[str]:
         f"{metric} {number(winner.get('value'), 2)} and {number(uniform.get('value'), 2)}: difference"
         f" {_with_ends(d, '+')}"
     )
-    if psnr and _holds_zero(d):
+    if psnr and Interval.from_dict(d).holds_zero:
         images, needed = c.get("images"), d.get("images_needed")
         seen = f"{c['blocks']} x {images} images" if images else f"these {c['blocks']} blocks"
         would = f" (about {needed:,} images would)" if needed else ""
@@ -441,18 +443,16 @@ def _beside_uniform(c: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _holds_zero(d: Mapping[str, Any]) -> bool:
-    low, high = d.get("low"), d.get("high")
-    return low is not None and high is not None and low <= 0 <= high
-
-
 def _with_ends(d: Mapping[str, Any], sign: str = "") -> str:
-    value, low, high = (d.get(k) for k in ("value", "low", "high"))
-    if value is None or not isfinite(value):
+    from aquabit.stats import Interval
+
+    found = Interval.from_dict(d)
+    value, low, high = found
+    if not isfinite(value):
         return "unknown"
-    if low is None or high is None or not isfinite(low + high):
+    if not found.known:
         return f"{value:{sign}.2f}"
-    return f"{value:{sign}.2f} ({low:{sign}.2f} to {high:{sign}.2f}, 95 %)"
+    return f"{value:{sign}.2f} ({low:{sign}.2f} to {high:{sign}.2f}, {found.percent})"
 
 
 def _smaller(row: Mapping[str, Any]) -> str:
@@ -472,8 +472,8 @@ def _smaller(row: Mapping[str, Any]) -> str:
 def _held_against(row: Mapping[str, Any], c: Mapping[str, Any], front: Any) -> str:
     """One configuration that was given with ``--against``, beside the winner."""
     said = f"against {row['name']}: {row['bytes']:,} bytes, PSNR {number(row['psnr'], 2)} dB"
-    ours = (front.best_member.measured.get("psnr") or {}).get("value")
-    if None not in (ours, row["psnr"]) and isfinite(ours - row["psnr"]):
+    ours = front.best_member.measured["psnr"].value if "psnr" in front.best_member.measured else nan
+    if row["psnr"] is not None and isfinite(ours - row["psnr"]):
         said += f" (the winner {ours - row['psnr']:+.2f})"
     if c.get("metric", "psnr") != "psnr":
         said += f", {shown_metric(c['metric'])} {_with_ends(row)}"

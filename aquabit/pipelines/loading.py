@@ -12,11 +12,12 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 
+from aquabit.jsonio import read_json
 from aquabit.pipelines.class_conditional import ClassConditionalPipeline
 from aquabit.pipelines.class_latent import ClassEmbedder, ClassLatentPipeline
 from aquabit.pipelines.prompts import can_reload
 from aquabit.runtime import out_of_memory
-from aquabit.scheme import AquabitError, read_json
+from aquabit.scheme import AquabitError
 
 BUNDLED = Path(__file__).parent / "bundled"
 OWN_PIPELINES: Mapping[str, Any] = {

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from aquabit.graph import layers as layer_nodes
+from aquabit.jsonio import read_json
 from aquabit.kernels.codebook import CodebookWeight, from_tensors
 from aquabit.quant.correction.sampling import follow_
 from aquabit.quant.correction.statistics import Statistics
@@ -28,7 +29,7 @@ from aquabit.quant.finetuning.store import SHARED, shared_name
 from aquabit.quant.layers import QuantConv2d, QuantLinear, quant_layer
 from aquabit.quant.model import storage_dtype
 from aquabit.quant.step_switch import input_parts, settings_of, share_out_, switches
-from aquabit.scheme import FP, METHOD, AquabitError, QuantConfig, read_json
+from aquabit.scheme import FP, METHOD, AquabitError, QuantConfig
 
 SCHEMA = 2  # of quantization_config; 1 was a file of its own, quantization.json
 RANGES = "ranges/"  # before the names of layers whose static ranges are stored

@@ -12,13 +12,17 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from aquabit.reports import style, summary, svg, tables
+from aquabit.reports import drawing, style, svg, words
 from aquabit.reports.facts import Facts, missing, read, require_metric
 from aquabit.reports.page import Shown, environment, make_folders
+from aquabit.reports.subjects.fronts import front as front_table
+from aquabit.reports.subjects.groups import operators as operators_table
+from aquabit.reports.subjects.measurements import run_card
 from aquabit.reports.writing import write
 from aquabit.scheme import AquabitError, Progress, no_progress
 from aquabit.study import Study
 
+CHANGE = ["change", "change_low", "change_high"]
 LOOKS: tuple[dict[str, Any], ...] = (
     {"color": style.BLUE, "marker": "o"},
     {"color": style.VERMILLION, "marker": "D", "markerfacecolor": "white"},
@@ -43,9 +47,7 @@ def side_by_side(first: Study, second: Study, out: str | Path, progress: Progres
             write(table, out / "tables", f"beside_{name}")
         shown = [_figure(i, name, found, out / "figures", both, progress) for i, name in enumerate(DRAWN)]
         page = out / "index.html"
-        cards = [
-            (name, summary.run_card(facts), _lacks(facts)) for name, facts in zip(names, both, strict=True)
-        ]
+        cards = [(name, run_card(facts), _lacks(facts)) for name, facts in zip(names, both, strict=True)]
         page.write_text(
             environment()
             .get_template("beside.html.j2")
@@ -89,16 +91,14 @@ def operators(both: Sequence[Facts], names: Sequence[str]) -> pd.DataFrame:
     mean share."""
     parts = []
     for facts, name in zip(both, names, strict=True):
-        table = tables.operators(facts).dropna(subset=["effect"])
+        table = operators_table(facts).dropna(subset=["effect"])
         most = float(table.effect.abs().max()) if len(table) else 1.0
         most = most or 1.0
         shares = {
             f"share{end}": table[column] / most
             for end, column in (("", "effect"), ("_low", "low"), ("_high", "high"))
         }
-        parts.append(
-            table.assign(study=name, level=facts.effect_level, **shares, rank=np.arange(1, len(table) + 1))
-        )
+        parts.append(table.assign(study=name, **shares, rank=np.arange(1, len(table) + 1)))
     table = pd.concat(parts, ignore_index=True).rename(columns={"name": "operator"})
     count, mean = (
         table.groupby("operator").study.transform("count"),
@@ -125,7 +125,7 @@ def operators(both: Sequence[Facts], names: Sequence[str]) -> pd.DataFrame:
 
 
 def fronts(both: Sequence[Facts], names: Sequence[str]) -> pd.DataFrame:
-    """study, metric, bits, value, low, high, change, change_low, change_high: measured members of each
+    """study, metric, bits, value, low, high, level, change, change_low, change_high: measured members of each
     front; ``change`` as a ratio to the full-precision model on the same fresh seeds (1 = as good), NaN
     where that was not measured."""
     rows = []
@@ -133,7 +133,7 @@ def fronts(both: Sequence[Facts], names: Sequence[str]) -> pd.DataFrame:
         reference, fresh = facts.rows("reference"), set(facts.rows("fresh").protocol)
         same = reference[reference.protocol.isin(fresh)].value
         full = float(same.mean()) if len(same) and same.mean() else math.nan
-        for r in tables.front(facts).itertuples():
+        for r in front_table(facts).itertuples():
             if not math.isnan(r.measured):
                 rows.append(
                     (
@@ -143,13 +143,11 @@ def fronts(both: Sequence[Facts], names: Sequence[str]) -> pd.DataFrame:
                         r.measured,
                         r.low,
                         r.high,
+                        r.level,
                         *(v / full for v in (r.measured, r.low, r.high)),
                     )
                 )
-    return pd.DataFrame(
-        rows,
-        columns=["study", "metric", "bits", "value", "low", "high", "change", "change_low", "change_high"],
-    )
+    return pd.DataFrame(rows, columns=["study", "metric", "bits", "value", "low", "high", "level", *CHANGE])
 
 
 def sentences(table: pd.DataFrame, names: Sequence[str]) -> list[str]:
@@ -160,7 +158,7 @@ def sentences(table: pd.DataFrame, names: Sequence[str]) -> list[str]:
         own = table[table.study == name].nsmallest(3, "rank")
         if len(own):
             listed = ", ".join(
-                f"{r.operator} {summary.figures(r.effect)}{summary.interval(r.low, r.high, r.level)}"
+                f"{r.operator} {words.figures(r.effect)}{words.ends(r.low, r.high, r.level)}"
                 for r in own.itertuples()
             )
             out.append(f"In {name} quantization hurts most in {listed}, a layer.")
@@ -169,7 +167,7 @@ def sentences(table: pd.DataFrame, names: Sequence[str]) -> list[str]:
         agreement = wide.iloc[:, 0].corr(wide.iloc[:, 1], method="spearman")
         out.append(
             f"The {len(wide)} operator types that both have are ranked alike at SRCC"
-            f" {summary.score(agreement)}."
+            f" {words.score(agreement)}."
         )
     elif wide.shape[1] == 2:
         out.append(f"They share {len(wide)} operator types, too few to compare ranks.")
@@ -185,11 +183,7 @@ def draw_operators(table: pd.DataFrame, axes: Axes, top: int = 30) -> None:
     style.symmetric_axis(axes, "x", shown[["share", "share_low", "share_high"]], ticks_most=3)
     for i, study in enumerate(studies):
         part = shown[shown.study == study]
-        gaps = np.nan_to_num(
-            np.maximum(
-                np.stack([part.share - part.share_low, part.share_high - part.share]).astype(float), 0.0
-            )
-        )
+        gaps = drawing.bars(part, "share", "share_low", "share_high")
         at = np.array([place[n] for n in part.operator]) + (0.17 if i else -0.17)
         drawn = axes.errorbar(
             part.share,
@@ -198,7 +192,7 @@ def draw_operators(table: pd.DataFrame, axes: Axes, top: int = 30) -> None:
             ls="",
             ms=4,
             elinewidth=0.9,
-            label=style.label(study, 40),
+            label=drawing.with_level(style.label(study, 40), part),
             **LOOKS[i % 2],
         )
         tips = [f"{study}, {r.operator}: {r.effect:.3g} a layer, rank {r.rank}" for r in part.itertuples()]
@@ -218,12 +212,8 @@ def draw_fronts(table: pd.DataFrame, axes: Axes) -> None:
     intervals."""
     for i, (study, part) in enumerate(table.dropna(subset=["change"]).groupby("study", sort=False)):
         part = part.sort_values("bits")
-        gaps = np.nan_to_num(
-            np.maximum(
-                np.stack([part.change - part.change_low, part.change_high - part.change]).astype(float), 0.0
-            )
-        )
-        text = f"{style.label(str(study), 40)}, {part.metric.iloc[0]}"
+        gaps = drawing.bars(part, *CHANGE)
+        text = drawing.with_level(f"{style.label(str(study), 40)}, {part.metric.iloc[0]}", part)
         axes.errorbar(
             part.bits,
             part.change,
@@ -246,8 +236,8 @@ DRAWN = {
     "operators": (
         draw_operators,
         (
-            "Mean effect of a layer of each operator type with its interval (its level is in the table"
-            " below), as a share of the most harmful type of the same study; types that both architectures"
+            "Mean effect of a layer of each operator type with its interval (its level is in the legend), as"
+            " a share of the most harmful type of the same study; types that both architectures"
             " have come first."
         ),
     ),
@@ -255,8 +245,8 @@ DRAWN = {
         draw_fronts,
         (
             "Configurations found for each study, measured on fresh seeds with the intervals of their"
-            " searches (95 %, older ones 90 %), as a ratio to full precision on these: where lower is better,"
-            " below 1 is better than full precision."
+            " searches (their level is in the legend), as a ratio to full precision on these: where lower is"
+            " better, below 1 is better than full precision."
         ),
     ),
 }

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,9 @@ import networkx as nx
 import pandas as pd
 
 from aquabit.scheme import AquabitError, Protocol, QuantConfig, Scheme
+from aquabit.search.front import Front, FrontMember
+from aquabit.sensitivity.result import Sensitivity
+from aquabit.stats import percent
 from aquabit.study import Study
 
 METRIC_NAMES = {
@@ -47,14 +51,12 @@ class Facts:
     direction: str  # "min" or "max": which values of the objective are better
     graph: nx.DiGraph | None
     layers: Mapping[str, Mapping[str, Any]]
-    features: Mapping[
-        tuple[str, str], Mapping[str, Any]
-    ]  # (layer, scheme or a6) -> output (else weight) error and damage
+    # (layer, scheme or a6) -> output (else weight) error and damage
+    features: Mapping[tuple[str, str], Mapping[str, Any]]
     space: Mapping[str, Any]
-    sensitivity: Mapping[str, Any]
-    front: Mapping[str, Any]
+    sensitivity: Sensitivity | None
+    front: Front | None
     noise: Mapping[str, Any]  # of the winner; empty in studies that were searched before it was measured
-    validation: Mapping[str, Any]
     measured: pd.DataFrame
     configs: Mapping[str, QuantConfig]
     environments: list[Mapping[str, Any]]
@@ -69,13 +71,12 @@ class Facts:
     @property
     def swap(self) -> str:
         """The named swap all effects speak of, as text; empty where it is not stored."""
-        swap = self.sensitivity.get("swap") or ""
-        return swap if isinstance(swap, str) else ":".join(map(str, swap))
+        return self.sensitivity.swap if self.sensitivity else ""
 
     @property
     def effects(self) -> str:
         """What the ranking's effects are: predicted, or combined with real swaps."""
-        return str(self.sensitivity.get("ranking") or "predicted")
+        return self.sensitivity.ranking if self.sensitivity else "predicted"
 
     @property
     def correction(self) -> str:
@@ -84,27 +85,42 @@ class Facts:
 
     @property
     def effect_level(self) -> str:
-        """Of the intervals of effects; they were 90 % before good configurations had a score of their own."""
-        return "95 %" if self._of_good_ones else "90 %"
+        """The level of the intervals of effects, as text; empty without effects."""
+        return percent(self.sensitivity.level) if self.sensitivity else ""
 
     @property
-    def front_level(self) -> str:
-        """Of the front's measured values; searches that did not compare sizes at equal quality stored 90 %
-        intervals."""
-        return "95 %" if "same_quality" in (self.front.get("comparison") or {}) else "90 %"
+    def swap_level(self) -> str:
+        """The level of the intervals of real swaps, as text; empty without any."""
+        return percent(self.sensitivity.swap_level) if self.sensitivity and self.validation else ""
+
+    @property
+    def scores(self) -> Mapping[str, Any]:
+        """Of the surrogate, by name; empty where there is none."""
+        return self.sensitivity.surrogate if self.sensitivity else {}
+
+    @property
+    def validation(self) -> Mapping[str, Any]:
+        """How predicted effects agree with real swaps (``validation_scores``); empty without any."""
+        return (self.sensitivity.validation if self.sensitivity else None) or {}
+
+    @property
+    def members(self) -> Sequence[FrontMember]:
+        """The found configurations, smallest first."""
+        return self.front.members if self.front else ()
+
+    @property
+    def comparison(self) -> Mapping[str, Any]:
+        """The winner beside uniform and other configurations, as the search left it; empty without."""
+        return self.front.comparison if self.front else {}
 
     @property
     def contexts(self) -> str:
         """What effects are means over: good configurations near the budget, or random ones in studies
         without probes and older ones."""
-        bits = number(self.sensitivity.get("bits"))
+        found = self.sensitivity
         probed = any(math.isfinite(row["damage"]) for row in self.features.values())
-        near = f" near {bits:g} bits" if math.isfinite(bits) else ""
-        return f"{'good' if probed and self._of_good_ones else 'random'} configurations{near}"
-
-    @property
-    def _of_good_ones(self) -> bool:
-        return "among_good" in (self.sensitivity.get("surrogate") or {})
+        near = f" near {found.bits:g} bits" if found and math.isfinite(number(found.bits)) else ""
+        return f"{'good' if probed and found and found.of_good_ones else 'random'} configurations{near}"
 
     def rows(self, kind: str, metric: str | None = None) -> pd.DataFrame:
         """The successful measurements of a kind, with ``metric`` (default: the objective) as ``value``; those
@@ -128,23 +144,21 @@ class Facts:
             else 0
         )
 
+    def is_winner(self, member: FrontMember) -> bool:
+        return self.front is not None and member.config.digest == self.front.winner
+
     def winner(self) -> QuantConfig | None:
         """The configuration that the search chose."""
-        digest = self.front.get("winner")
-        for member in self.front.get("members") or []:
-            if isinstance(member.get("config"), dict):
-                config = QuantConfig.from_dict(member["config"], "a member of the front")
-                if config.digest == digest:
-                    return config
-        return self.configs.get(str(digest))
+        return self.front.best if self.front and self.front.winner else None
 
 
 def read(study: Study) -> Facts:
     """Everything a report shows of ``study``."""
     protocol = study.get("protocol")
     found = Protocol.from_dict(protocol) if protocol else None
-    sensitivity = study.get("sensitivity") or {}
-    objective = sensitivity.get("objective") or (found.objective if found else "fid")
+    told, searched = study.get("sensitivity"), study.get("front")
+    sensitivity = Sensitivity.from_dict(told) if told else None
+    objective = sensitivity.objective if sensitivity else found.objective if found else "fid"
     environments = study._rows("SELECT DISTINCT environment FROM measurements")
     graph = _graph(study.get("graph"))
     return Facts(
@@ -154,15 +168,14 @@ def read(study: Study) -> Facts:
         protocol=found,
         protocols=study.protocols(),
         objective=objective,
-        direction=sensitivity.get("direction") or (found.direction(objective) if found else "min"),
+        direction=sensitivity.direction if sensitivity else found.direction(objective) if found else "min",
         graph=graph,
         layers=_layers(graph),
         features=_features(study),
         space=study.get("space") or {},
         sensitivity=sensitivity,
-        front=study.get("front") or {},
+        front=Front.from_dict(searched) if searched else None,
         noise=study.get("noise") or {},
-        validation=sensitivity.get("validation") or {},
         measured=study.measurements(failed=True),
         configs=study.configs(),
         environments=[_json_object(row[0]) for row in environments],
@@ -197,8 +210,6 @@ def _features(study: Study) -> dict[tuple[str, str], dict[str, float]]:
 
 
 def _json_object(text: str) -> Mapping[str, Any]:
-    import json
-
     value = json.loads(text)
     return value if isinstance(value, dict) else {}
 
@@ -231,8 +242,7 @@ def missing(facts: Facts) -> dict[str, tuple[str, str]]:
     model, source = shlex.quote(facts.model or "MODEL"), shlex.quote(facts.source)
     measure = f"aquabit measure {model} --study {source}"
     protocol = facts.protocol.digest if facts.protocol else ""
-    surrogate = facts.sensitivity.get("surrogate") or {}
-    compared = facts.front.get("comparison") or {}
+    told, compared, timed = facts.sensitivity, facts.comparison, [m.latency_ms for m in facts.members]
     alone = (
         "The winner was not compared with a uniform configuration on fresh seeds.",
         f"aquabit search {source} --bits 3.0",
@@ -267,55 +277,55 @@ def missing(facts: Facts) -> dict[str, tuple[str, str]]:
         ),
         (
             "layers",
-            any(math.isfinite(number(r.get("effect"))) for r in facts.sensitivity.get("layers") or []),
+            told is not None and bool(told.layers.effect.notna().any()),
             "The effects of layers were not estimated.",
             f"aquabit explain {source}",
         ),
         (
             "operators",
-            bool(facts.sensitivity.get("operators")),
+            told is not None and not told.operators.empty,
             "There are no effects by operator type.",
             f"aquabit explain {source}",
         ),
         (
             "blocks",
-            bool(facts.sensitivity.get("blocks")),
+            told is not None and not told.blocks.empty,
             "There are no effects by block.",
             f"aquabit explain {source}",
         ),
         (
             "surrogate",
-            bool(surrogate),
+            bool(facts.scores),
             "The surrogate's held-out scores are not stored.",
             f"aquabit explain {source}",
         ),
         (
             "scatter",
-            bool(facts.sensitivity.get("scatter")),
+            told is not None and bool(told.scatter),
             "There are no out-of-fold predictions.",
             f"aquabit explain {source}",
         ),
         (
             "swarm",
-            bool((facts.sensitivity.get("swarm") or {}).get("shap")),
+            told is not None and bool(told.swarm.get("shap")),
             "SHAP values of single configurations are not stored.",
             f"aquabit explain {source}",
         ),
         (
             "curve",
-            bool(facts.sensitivity.get("curve")),
+            told is not None and not told.curve.empty,
             "There is no learning curve.",
             f"aquabit explain {source}",
         ),
         (
             "pairs",
-            bool(facts.sensitivity.get("interactions")),
+            told is not None and not told.interactions.empty,
             "No pair of layers was looked at.",
             f"aquabit explain {source}",
         ),
         (
             "scores",
-            bool(facts.sensitivity.get("scores")),
+            told is not None and not told.scores.empty,
             "Schemes have no scores by operator type.",
             f"aquabit explain {source}",
         ),
@@ -327,25 +337,25 @@ def missing(facts: Facts) -> dict[str, tuple[str, str]]:
         ),
         (
             "front",
-            bool(facts.front.get("members")),
+            bool(facts.members),
             "No configuration was searched for.",
             f"aquabit search {source} --bits 3.0",
         ),
         (
             "latency",
-            any(math.isfinite(number(m.get("latency_ms"))) for m in facts.front.get("members") or []),
+            any(math.isfinite(number(t)) for t in timed),
             "No found configuration was timed.",
             f"aquabit search {source} --bits 3.0",
         ),
         (
             "operations",
-            any(m.get("operations") for m in facts.front.get("members") or []),
+            any(m.operations for m in facts.members),
             "The operations of found configurations are not stored.",
             f"aquabit search {source} --bits 3.0",
         ),
         (
             "winner",
-            bool(facts.front.get("winner")),
+            bool(facts.front and facts.front.winner),
             "No configuration was chosen.",
             f"aquabit search {source} --bits 3.0",
         ),

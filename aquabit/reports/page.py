@@ -17,10 +17,14 @@ import jinja2
 import pandas as pd
 from markupsafe import Markup, escape
 
-from aquabit.reports import style, summary, svg
-from aquabit.reports.catalog import Plan, Tables, all_tables, plans
+from aquabit.jsonio import write_json
+from aquabit.reports import drawing, style, svg, words
+from aquabit.reports.answer import answer
+from aquabit.reports.catalog import all_tables, plans
 from aquabit.reports.facts import Facts, missing, read, require_metric
-from aquabit.reports.pictures import Images, images
+from aquabit.reports.plan import Plan, Tables
+from aquabit.reports.subjects.measurements import run_card
+from aquabit.reports.subjects.pictures import Images, images
 from aquabit.reports.writing import write
 from aquabit.scheme import AquabitError, Progress, no_progress
 from aquabit.study import Study
@@ -100,20 +104,17 @@ def _write(facts: Facts, out: Path, progress: Progress) -> Path:
 def write_data(facts: Facts, folder: Path) -> list[str]:
     """What machines read: the winner as config.json, front.json and sensitivity.json, as far as they are
     there; their names."""
-    winner, files = facts.winner(), {}
-    if winner is not None:
-        files["config.json"] = winner.to_json()
-    for name, value in (
-        ("front.json", list(facts.front.get("members") or [])),
-        ("sensitivity.json", dict(facts.sensitivity)),
-    ):
-        if value:
-            files[name] = json.dumps(value, indent=1) + "\n"
-    for name in ("config.json", "front.json", "sensitivity.json"):
+    winner = facts.winner()
+    files = {
+        "config.json": winner.to_dict() if winner else None,
+        "front.json": facts.front.to_list() if facts.front else None,
+        "sensitivity.json": facts.sensitivity.to_dict() if facts.sensitivity else None,
+    }
+    for name, value in files.items():
         (folder / name).unlink(missing_ok=True)  # of a report that was written here before
-    for name, text in files.items():
-        (folder / name).write_text(text, encoding="utf-8")
-    return list(files)
+        if value:
+            write_json(folder / name, value)
+    return [name for name, value in files.items() if value]
 
 
 def draw(
@@ -168,6 +169,7 @@ def page_data(facts: Facts, found: Tables) -> Markup:
     value = {
         "metric": facts.metric,
         "effects": facts.effects,
+        "level": facts.effect_level,
         "swap": facts.swap.split(":"),
         "schemes": schemes,
         "layers": rows,
@@ -206,10 +208,11 @@ def environment() -> jinja2.Environment:
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     found.filters.update(
-        figures=summary.figures,
-        count=summary.count,
-        score=summary.score,
-        short=summary.short,
+        figures=words.figures,
+        count=words.count,
+        score=words.score,
+        short=words.short,
+        levels=lambda rows: drawing.levels(pd.DataFrame(rows)),
         breakable=_breakable,
     )
     script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
@@ -244,9 +247,9 @@ def _render(
             lacks=lacks,
             figures=shown,
             images=grids,
-            card=summary.run_card(facts),
+            card=run_card(facts),
             files=files,
-            summary=summary.summary(facts, found, lacks),
+            summary=answer(facts, found, lacks),
             data=page_data(facts, found),
         )
     )

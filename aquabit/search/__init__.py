@@ -1,16 +1,7 @@
 """Search under hard budgets: the integer program over damages, refined in context, judged in pairs,
 measured on fresh seeds."""
 
-from aquabit.search.front import (
-    Front,
-    FrontMember,
-    Interval,
-    hypervolume,
-    interval,
-    paired_difference,
-    pareto,
-    smallest_uniform,
-)
+from aquabit.search.front import Front, FrontMember, hypervolume, pareto, smallest_uniform
 from aquabit.search.integer_program import Solution, additive_scores, choice_effects, solve
 from aquabit.search.judging import Judgement, judge
 from aquabit.search.local import Improved, improve
@@ -32,7 +23,6 @@ __all__ = [
     "Front",
     "FrontMember",
     "Improved",
-    "Interval",
     "Judgement",
     "Options",
     "Problem",
@@ -53,10 +43,8 @@ __all__ = [
     "find_searcher",
     "hypervolume",
     "improve",
-    "interval",
     "judge",
     "ladder",
-    "paired_difference",
     "pareto",
     "refine",
     "smallest_uniform",

@@ -1,4 +1,4 @@
-"""Front: the Pareto set that a search ends with, its JSON, and the statistics it is judged by."""
+"""Front: the Pareto set that a search ends with, its JSON, and what makes one front better than another."""
 
 from __future__ import annotations
 
@@ -6,50 +6,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from html import escape
 from math import isfinite
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from aquabit import _notebook
 from aquabit.cost import CostModel
+from aquabit.jsonio import defined
 from aquabit.scheme import AquabitError, Budget, QuantConfig, Scheme
 from aquabit.search.options import activation_choices
 from aquabit.search.proof import Proof
 from aquabit.space import SearchSpace
-
-
-class Interval(NamedTuple):
-    """A mean with its confidence interval; bounds are NaN where one block alone gives none."""
-
-    value: float
-    low: float
-    high: float
-
-
-def interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
-    """Mean over seed blocks with Student's t interval (n - 1 degrees of freedom)."""
-    x = np.asarray(values, float)
-    if x.ndim != 1 or not len(x):
-        raise AquabitError(f"an interval needs at least one value in a list, got shape {list(x.shape)}")
-    mean = float(x.mean())
-    if len(x) == 1:
-        return Interval(mean, float("nan"), float("nan"))
-    half = float(stats.t.ppf((1 + confidence) / 2, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x)))
-    return Interval(mean, mean - half, mean + half)
-
-
-def paired_difference(
-    a_blocks: Sequence[float], b_blocks: Sequence[float], confidence: float = 0.95
-) -> Interval:
-    """Mean of a - b over the same seed blocks, with its t interval; raises AquabitError where the blocks
-    do not pair up."""
-    if len(a_blocks) != len(b_blocks):
-        raise AquabitError(
-            f"a paired difference needs the same blocks on both sides, got {len(a_blocks)} and"
-            f" {len(b_blocks)}"
-        )
-    return interval([float(a) - float(b) for a, b in zip(a_blocks, b_blocks, strict=True)], confidence)
+from aquabit.stats import LEVEL, OLD_LEVEL, Interval
 
 
 def pareto(values: np.ndarray, costs: np.ndarray) -> np.ndarray:
@@ -58,7 +26,7 @@ def pareto(values: np.ndarray, costs: np.ndarray) -> np.ndarray:
 
     Of equal rows the first stays; rows with a NaN never do.
     """
-    table = np.concatenate([np.asarray(v, float).reshape(len(v), -1) for v in (values, costs)], 1)
+    table = np.column_stack([np.asarray(v, float) for v in (values, costs)])
     keep = ~np.isnan(table).any(1)
     for i in np.flatnonzero(keep):
         no_worse, better = (table <= table[i]).all(1), (table < table[i]).any(1)
@@ -108,14 +76,11 @@ class FrontMember:
     bits_per_weight: float
     bytes: int
     bops: float
-    operations: Mapping[str, float] | float | None = (
-        None  # {"multiply_adds", "lut_adds"} of one image; older files have one number
-    )
+    # {"multiply_adds", "lut_adds"} of one image; older files have one number
+    operations: Mapping[str, float] | float | None = None
     latency_ms: float | None = None  # measured, of the packed denoiser
     predicted: Mapping[str, float] = field(default_factory=dict)
-    measured: Mapping[str, Mapping[str, float]] = field(
-        default_factory=dict
-    )  # metric -> {"value", "low", "high"}
+    measured: Mapping[str, Interval] = field(default_factory=dict)
 
     @staticmethod
     def of(
@@ -126,23 +91,18 @@ class FrontMember:
         latency_ms: float | None = None,
     ) -> FrontMember:
         cost = cost_model(config)
-        values = {metric: dict(found._asdict()) for metric, found in measured.items()}
         operations = {"multiply_adds": cost.multiply_adds, "lut_adds": cost.lut_adds}
         sizes = (cost.bits_per_weight, cost.bytes, cost.bops, operations, latency_ms)
-        return FrontMember(config, *sizes, predicted=dict(predicted), measured=values)
+        return FrontMember(config, *sizes, predicted=dict(predicted), measured=dict(measured))
 
     def to_dict(self) -> dict[str, Any]:
         """One entry of ``front.json``; undefined numbers are None."""
         plain: dict[str, Any] = {
             k: getattr(self, k) for k in ("bits_per_weight", "bytes", "bops", "operations", "latency_ms")
         }
-        measured = {
-            metric: {k: found[k] for k in ("value", "low", "high")} for metric, found in self.measured.items()
-        }
-        return {
-            **_defined({**plain, "predicted": dict(self.predicted), "measured": measured}),
-            "config": self.config.to_dict(),
-        }
+        measured = {metric: found.to_dict() for metric, found in self.measured.items()}
+        values = defined({**plain, "predicted": dict(self.predicted), "measured": measured})
+        return {**values, "config": self.config.to_dict()}
 
 
 @dataclass(frozen=True)
@@ -185,7 +145,9 @@ class Front:
         """Only members that are non-dominated in (bits, measured ``metric``), and the winner, which the
         fresh seeds must not unseat."""
         sign = 1.0 if lower_is_better else -1.0
-        values = np.array([sign * _number(m.measured.get(metric, {}).get("value")) for m in self.members])
+        values = np.array(
+            [sign * m.measured[metric].value if metric in m.measured else np.nan for m in self.members]
+        )
         keep = pareto(values, np.array([m.bits_per_weight for m in self.members]))
         kept = [m for m, k in zip(self.members, keep, strict=True) if k or m.config.digest == self.winner]
         return replace(self, members=kept)
@@ -197,13 +159,12 @@ class Front:
     def to_dict(self) -> dict[str, Any]:
         """What a study keeps: the members, and beside them budget, winner, comparison and proof."""
         budget = None if self.budget is None else asdict(self.budget)
-        proof = None if self.proof is None else _defined(self.proof.to_dict())
-        comparison = _defined(dict(self.comparison))
+        proof = None if self.proof is None else defined(self.proof.to_dict())
         return {
             "members": self.to_list(),
             "budget": budget,
             "winner": self.winner,
-            "comparison": comparison,
+            "comparison": defined(self.comparison),
             "proof": proof,
         }
 
@@ -215,7 +176,9 @@ class Front:
         winner: str | None = None,
         comparison: Mapping[str, Any] | None = None,
     ) -> Front:
-        """Validate untrusted JSON; raises AquabitError with the place and the value that is wrong."""
+        """Validate untrusted JSON; raises AquabitError with the place and the value that is wrong. Intervals
+        that were stored without a level have LEVEL where the search compared sizes at equal quality
+        (``comparison``), and OLD_LEVEL in searches before that."""
         from pydantic import ValidationError
 
         try:
@@ -226,14 +189,13 @@ class Front:
             raise AquabitError(
                 f"{source} is not a front: {place}: {first['msg']} (got {first.get('input')!r:.60})"
             ) from error
+        level = LEVEL if "same_quality" in (comparison or {}) else OLD_LEVEL
         members = []
         for i, row in enumerate(rows):
             body = row.model_dump()
             config = QuantConfig.from_dict(body.pop("config"), f"{source}, entry {i}, config")
             body["predicted"] = {k: _number(v) for k, v in body["predicted"].items()}
-            body["measured"] = {
-                m: {k: _number(v) for k, v in found.items()} for m, found in body["measured"].items()
-            }
+            body["measured"] = {m: Interval.from_dict(v, level) for m, v in body["measured"].items()}
             members.append(FrontMember(config, **body))
         return Front(members, budget, winner, comparison or {})
 
@@ -260,7 +222,7 @@ class Front:
         for m in self.members:
             cells = [f"{m.bits_per_weight:.3f}", f"{m.bytes:,}", f"{m.bops:.4g}", _shown(m.latency_ms)]
             for k in metrics:
-                cells += [_shown(m.predicted.get(k)), _shown_interval(m.measured.get(k, {}))]
+                cells += [_shown(m.predicted.get(k)), _shown_interval(m.measured.get(k))]
             mark = ' style="font-weight: bold"' if m.config.digest == self.winner else ""
             rows.append(f"<tr{mark}>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>")
         budget = (
@@ -275,12 +237,11 @@ class Front:
         """Measured quality against bits, of the first metric: the objective."""
         if not metrics:
             return ""
-        found = [(m.config.digest, m.bits_per_weight, m.measured.get(metrics[0], {})) for m in self.members]
-        rows = [
-            (name, bits, _number(v.get("value")), _number(v.get("low")), _number(v.get("high")))
-            for name, bits, v in found
-        ]
-        return _notebook.points(rows, "bits per weight", f"{metrics[0]}, measured")
+        found = [(m, m.measured[metrics[0]]) for m in self.members if metrics[0] in m.measured]
+        rows = [(m.config.digest, m.bits_per_weight, v.value, v.low, v.high) for m, v in found]
+        levels = " and ".join(sorted({v.percent for _, v in found if v.known}))
+        text = f"{metrics[0]}, measured" + (f" ({levels} intervals)" if levels else "")
+        return _notebook.points(rows, "bits per weight", text)
 
 
 def _number(value: float | None) -> float:
@@ -291,29 +252,16 @@ def _shown(value: float | None) -> str:
     return "" if value is None or not isfinite(value) else f"{value:.4g}"
 
 
-def _shown_interval(found: Mapping[str, float]) -> str:
-    low, high = _shown(found.get("low")), _shown(found.get("high"))
-    return _shown(found.get("value")) + (f" ({low} to {high})" if low and high else "")
-
-
-def _defined(value: Any) -> Any:
-    """Plain JSON values: numpy scalars unwrapped, numbers that are not finite as None."""
-    if isinstance(value, Mapping):
-        return {str(k): _defined(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple, np.ndarray)):
-        return [_defined(v) for v in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and not isfinite(value) else value
+def _shown_interval(found: Interval | None) -> str:
+    if found is None:
+        return ""
+    ends = f" ({_shown(found.low)} to {_shown(found.high)}, {found.percent})"
+    return _shown(found.value) + (ends if found.known else "")
 
 
 def _members_model() -> Any:
-    from pydantic import (
-        BaseModel,
-        ConfigDict,
-        Field,
-        RootModel,
-    )  # pydantic costs 0.1 s to import: only where a file is read
+    # pydantic costs 0.1 s to import: only where a file is read
+    from pydantic import BaseModel, ConfigDict, Field, RootModel
 
     class Part(BaseModel):
         model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -322,6 +270,7 @@ def _members_model() -> Any:
         value: float | None
         low: float | None
         high: float | None
+        level: float | None = Field(None, gt=0, lt=1)
 
     class Operations(Part):
         multiply_adds: float = Field(ge=0)

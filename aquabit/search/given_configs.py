@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from aquabit.scheme import FP, AquabitError, LayerChoice, QuantConfig, Scheme, read_json
+from aquabit.jsonio import read_json
+from aquabit.scheme import FP, AquabitError, LayerChoice, QuantConfig, Scheme
 from aquabit.space import SearchSpace
 
 WEIGHT = "weight_quantizer"

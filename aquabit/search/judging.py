@@ -10,33 +10,23 @@ from math import ceil
 import numpy as np
 
 from aquabit.scheme import Protocol
-from aquabit.search.front import Interval, paired_difference
+from aquabit.stats import Interval, paired_difference
 
 # a protocol's images are judged in so many blocks: differences between blocks say how noisy a difference is
 PIECES = 4
-ROUNDS = (
-    2,
-    4,
-    8,
-    16,
-)  # blocks that the candidates of each round are judged on; about half of them go on to the next
+# blocks that the candidates of each round are judged on; about half of them go on to the next
+ROUNDS = (2, 4, 8, 16)
 # block of fresh seeds that judging takes its images from; block 1 belongs to validation, 11 and up to reports
 JUDGED_BLOCK = 2
 SEEDS_APART = 1000  # blocks between those of two seeds of the search
-PAIRED = (
-    "mse",
-    "psnr",
-    "ssim",
-    "feature_distance",
-    "lpips",
-)  # distances to full-precision images of the same seeds
+# distances to full-precision images of the same seeds
+PAIRED = ("mse", "psnr", "ssim", "feature_distance", "lpips")
 # a mean of logarithms: a few images that turned into others do not rule it, as they rule the mean squared
 # error
 FIDELITY = "psnr"
 
-Measure = Callable[
-    [Sequence[int], int], np.ndarray
-]  # (candidates [n], blocks k) -> values [n, k] on the first k blocks, larger = worse
+# (candidates [n], blocks k) -> values [n, k] on the first k blocks, larger = worse
+Measure = Callable[[Sequence[int], int], np.ndarray]
 
 
 def fidelity_of(protocol: Protocol) -> str:

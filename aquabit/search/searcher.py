@@ -27,7 +27,7 @@ from aquabit.scheme import (
 )
 from aquabit.search.bounds import EnsembleBound
 from aquabit.search.context_model import InContext
-from aquabit.search.front import Front, FrontMember, Interval, interval, paired_difference, smallest_uniform
+from aquabit.search.front import Front, FrontMember, smallest_uniform
 from aquabit.search.integer_program import Solution, solve
 from aquabit.search.judging import PAIRED, Judgement, fidelity_of, judge, pieces
 from aquabit.search.loop import check_method, find_candidates, ladder
@@ -38,6 +38,7 @@ from aquabit.sensitivity.correction_gain import correction_shift
 from aquabit.sensitivity.damages import Damages
 from aquabit.sensitivity.effects.context_effects import screened
 from aquabit.sensitivity.surrogate.fit import FittedSurrogate, fit_from_study, training_table
+from aquabit.stats import Interval, mean_interval, paired_difference
 
 SPREAD = (
     0.9,
@@ -496,7 +497,7 @@ class Search:
         predict, metric = self._predictor(), session.protocol.objective
         rows = []
         for config, call in zip(members, latency, strict=True):
-            found = {m: interval(self._blocks(config, protocols, m)) for m in self._metrics()}
+            found = {m: mean_interval(self._blocks(config, protocols, m)) for m in self._metrics()}
             rows.append(FrontMember.of(costs, config, predict(config), found, call))
         fidelity = fidelity_of(session.protocol)
         front = Front(rows, self.options.budget, winner.digest, {}, self.proof)
@@ -549,15 +550,13 @@ class Search:
 
     def _side(self, config: QuantConfig, protocols: Sequence[Protocol], metric: str) -> dict[str, Any]:
         cost, blocks = self.costs(config), self._blocks(config, protocols, metric)
-        mean = interval(blocks)
+        mean = mean_interval(blocks)
         return {
             "config": config.digest,
             "bytes": cost.bytes,
             "bits": cost.bits_per_weight,
             "blocks": blocks,
-            "value": mean.value,
-            "low": mean.low,
-            "high": mean.high,
+            **mean.to_dict(),
             "psnr": float(np.mean(self._blocks(config, protocols, "psnr"))),
         }
 
@@ -570,9 +569,7 @@ class Search:
             m: paired_difference(self._blocks(winner, protocols, m), self._blocks(uniform, protocols, m))
             for m in (metric, "psnr")
         }
-        shown: dict[str, dict[str, Any]] = {
-            m: {"value": d.value, "low": d.low, "high": d.high} for m, d in gap.items()
-        }
+        shown: dict[str, dict[str, Any]] = {m: d.to_dict() for m, d in gap.items()}
         shown[metric]["images_needed"] = images_to_tell(
             gap[metric], len(protocols), self.session.protocol.images
         )
@@ -595,7 +592,7 @@ class Search:
         sign, rows = (1.0 if self.session.protocol.direction(metric) == "min" else -1.0), []
         for config in uniforms:
             cost, value = self.costs(config), float(np.mean(self._blocks(config, protocols, metric)))
-            good = [m for m in front.members if sign * m.measured[metric]["value"] <= sign * value]
+            good = [m for m in front.members if sign * m.measured[metric].value <= sign * value]
             least = min((m.bytes for m in good), default=None)
             rows.append(
                 {
@@ -611,11 +608,7 @@ class Search:
     def _judged(self, judgement: Judgement) -> dict[str, Any]:
         """How the finalists were told apart, for the page."""
         second = min(judgement.worse.items(), key=lambda row: row[1].value, default=None)
-        gap = (
-            None
-            if second is None
-            else {"value": second[1].value, "low": second[1].low, "high": second[1].high}
-        )
+        gap = None if second is None else second[1].to_dict()
         images = max(judgement.blocks.values()) * pieces(self.session.protocol, 1)[0].images
         return {
             "metric": fidelity_of(self.session.protocol),

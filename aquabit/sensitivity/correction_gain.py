@@ -5,12 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from math import isfinite
 from typing import Any
 
 import numpy as np
 
 from aquabit.cost import CostModel
+from aquabit.jsonio import defined
 from aquabit.measuring.session import Session, check_correctable, uniform_references
 from aquabit.quant.correction.corrector import DEFAULT_CORRECTION, Corrector
 from aquabit.runtime import single_thread
@@ -68,10 +68,7 @@ def noise_facts(
         with single_thread(session.device):
             statistics = session.here.noise(config, calibration)  # kept in the bank, where workers find it
         rows = statistics.table().to_dict("records")
-        facts |= {
-            "images": statistics.about.images,
-            "rows": [{str(k): _defined(v) for k, v in row.items()} for row in rows],
-        }
+        facts |= {"images": statistics.about.images, "rows": defined(rows)}
         check_correctable(session.model, session.protocol, correction)
         Corrector(statistics, correction)
     except AquabitError as error:
@@ -135,7 +132,3 @@ def correction_shift(session: Session, objective: str, target: Target) -> float:
         changes = target(known[:, 0]) - target(known[:, 1])
     finite = changes[np.isfinite(changes)]
     return float(finite.mean()) if len(finite) else 0.0
-
-
-def _defined(value: Any) -> Any:
-    return None if isinstance(value, float) and not isfinite(value) else value

@@ -11,13 +11,13 @@ import pandas as pd
 
 from aquabit.graph import layers as graph_layers
 from aquabit.scheme import Progress, no_progress
-from aquabit.sensitivity.effects.predicted import Effects, Variant, interval, mean_predictions
+from aquabit.sensitivity.effects.predicted import Effects, Variant, mean_predictions
+from aquabit.sensitivity.result import INTERACTIONS, SCORES
 from aquabit.sensitivity.surrogate.estimators import Estimator
 from aquabit.sensitivity.surrogate.fit import FittedSurrogate
+from aquabit.stats import around_replicates
 
 STRONGEST = 20  # layers whose pairs are looked at
-INTERACTIONS = ["a", "b", "interaction", "low", "high"]
-SCORES = ["level", "name", "scheme", "layers", "change", "score", "low", "high"]
 
 
 def interactions(
@@ -35,7 +35,7 @@ def interactions(
 
     The interaction of a and b is f(ab) - f(a) - f(b) + f(): what swapping both worsens the objective beyond
     the sum of each swap alone, in its units, as the mean over contexts near the budget; a 95 % interval from
-    the refitted ``models``, ``ratio`` times as wide (``combined.Combined.ratio``).
+    the refitted ``models``, ``ratio`` times as wide (``combine_effects.Combined.ratio``).
     """
     column = {s: j for j, s in enumerate(fitted.space.schemes)}
     players = [effects.players[i] for i in order[:STRONGEST]]
@@ -53,7 +53,7 @@ def interactions(
     )
     neither, second, first, both = np.moveaxis(found.reshape(len(found), len(pairs), 4), 2, 0)
     change = both - first - second + neither
-    low, high = interval(change[0], change[1:], ratio)
+    low, high = around_replicates(change[0], change[1:], ratio)
     rows = [
         (a.layer, b.layer, *map(float, ends))
         for (a, b), *ends in zip(pairs, change[0], low, high, strict=True)
@@ -99,7 +99,7 @@ def scheme_scores(
     for level in ("operator", "block"):
         own = (table.level == level).to_numpy()
         center, spread = change[0, own].mean(), change[0, own].std() or 1.0
-        low, high = interval(change[0, own], change[1:, own], ratio)
+        low, high = around_replicates(change[0, own], change[1:, own], ratio)
         table.loc[own, ["score", "low", "high"]] = (
             np.stack([center - change[0, own], center - high, center - low], 1) / spread
         )

@@ -27,9 +27,10 @@ def shap_in_units(fitted: FittedSurrogate, values: np.ndarray, base: float) -> n
     return np.asarray(values * factor[:, None])
 
 
-def swarm(fitted: FittedSurrogate, values: np.ndarray, base: float) -> dict[str, Any]:
-    """JSON value: "operators", "configs" (digests, at most SHOWN), and for each configuration and operator
-    type "shap" (sum over its layers, in units) and "bits" (mean code bits of its weights)."""
+def shap_by_operator(fitted: FittedSurrogate, values: np.ndarray, base: float) -> dict[str, Any]:
+    """The value that studies keep as "swarm": "operators", "configs" (digests, at most SHOWN), and for each
+    configuration and operator type "shap" (sum over its layers, in units) and "bits" (mean code bits of its
+    weights)."""
     nodes, space = graph_layers(fitted.graph), fitted.space
     operators = list(dict.fromkeys(str(nodes[name]["operator"]) for name in space.layers))
     belongs = np.array([[nodes[name]["operator"] == o for o in operators] for name in space.layers], float)

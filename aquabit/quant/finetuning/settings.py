@@ -8,7 +8,8 @@ from math import cos, pi
 from pathlib import Path
 from typing import Any, Literal
 
-from aquabit.scheme import AquabitError, digest, read_json
+from aquabit.jsonio import read_json
+from aquabit.scheme import AquabitError, digest
 
 COARSE_RATE, FINE_RATE, FINE_BITS = 1e-2, 2.5e-3, 2.5  # of codes: below and from FINE_BITS a weight on
 

@@ -16,8 +16,8 @@ function short(value) {
   for (const [factor, unit] of [[1e12, " T"], [1e9, " G"], [1e6, " M"], [1e3, " k"]]) if (value >= factor) return figures(value / factor) + unit;
   return String(value);
 }
-function withEnds(value, low, high) {
-  const ends = low === null || high === null || value === null ? "" : ` (${figures(low)} to ${figures(high)})`;
+function withEnds(value, low, high, level) {
+  const ends = low === null || high === null || value === null ? "" : ` (${figures(low)} to ${figures(high)}${level ? `, ${level}` : ""})`;
   return [figures(value), ends];
 }
 function breakable(name) {
@@ -133,9 +133,9 @@ function explain(layer) {
   const swap = data.swap.length === 2 ? ` by ${data.swap[0]} to ${data.swap[1]}` : "";
   const say = (name, ...text) => facts.append(make("dt", {}, name), make("dd", {}, ...text));
   say("place", `${layer.operator || "unknown operator type"} in ${layer.block || "no block"}; ${short(layer.weights)} weights, ${short(layer.macs)} multiply-adds`);
-  say(`effect on ${data.metric}${swap}, ${data.effects}`, withEnds(layer.effect, layer.low, layer.high).join(""));
-  if (decibels) say("PSNR lost, dB", withEnds(layer.psnr_effect, layer.psnr_low, layer.psnr_high).join(""));
-  say("measured swaps", layer.swaps ? `${withEnds(layer.real, layer.real_low, layer.real_high).join("")}, the mean of ${layer.swaps}` : "none");
+  say(`effect on ${data.metric}${swap}, ${data.effects}`, withEnds(layer.effect, layer.low, layer.high, layer.level).join(""));
+  if (decibels) say("PSNR lost, dB", withEnds(layer.psnr_effect, layer.psnr_low, layer.psnr_high, layer.level).join(""));
+  say("measured swaps", layer.swaps ? `${withEnds(layer.real, layer.real_low, layer.real_high, layer.real_level).join("")}, the mean of ${layer.swaps}` : "none");
   if (layer.shap !== null) say("mean |SHAP| (log units)", `${figures(layer.shap)}; with high weight error less with low: ${figures(layer.shap_signed)}`);
   if (layer.scheme) say("the winner gives it", `${layer.scheme}, activations at ${figures(layer.act)} bits`);
   if (layer.pairs.length) {
@@ -143,7 +143,7 @@ function explain(layer) {
     for (const [other, value, low, high] of layer.pairs) {
       const link = make("button", { type: "button", class: "link" }, layers[other].layer);
       link.addEventListener("click", () => choose(other));
-      list.append(make("li", {}, link, `: ${withEnds(value, low, high).join("")}`));
+      list.append(make("li", {}, link, `: ${withEnds(value, low, high, data.level).join("")}`));
     }
     say("swapped together with, beyond the sum", list);
   }

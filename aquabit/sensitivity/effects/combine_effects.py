@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 from scipy import special, stats
 
-from aquabit.sensitivity.effects.predicted import Player, interval, replicate_errors
+from aquabit.sensitivity.effects.predicted import Player
+from aquabit.stats import around_replicates, between_percentiles, replicate_errors
 
 CHAINS, SETTLE, KEEP = (
     32,
@@ -66,19 +67,19 @@ def combine(
     both kinds of noise as likely. Replicates do not count. Swaps of different layers are taken to have
     contexts of their own, and to be new to the predictions.
 
-    Without any swap: the predictions, with the intervals of ``effects.interval``. These do not know the
+    Without any swap: the predictions, with the intervals of ``around_replicates``. These do not know the
     surrogate's bias; none below two replicates.
     """
     values = [_real(p, swaps) for p in players]
     known = [len(v) > 0 for v in values]
     if not any(known):
-        low, high = interval(predicted, replicates)
+        low, high = around_replicates(predicted, replicates)
         return Combined(
             predicted, low, high, predicted + _errors(predicted, replicates, np.random.default_rng([seed, 6]))
         )
     with np.errstate(over="ignore", invalid="ignore"):  # steps too far to compute are not taken
         draws = _posterior(np.asarray(predicted, float), values, np.random.default_rng([seed, 6]))
-    low, effect, high = np.quantile(draws, [0.025, 0.5, 0.975], axis=0)
+    effect, (low, high) = np.quantile(draws, 0.5, axis=0), between_percentiles(draws)
     return Combined(effect, low, high, draws, _ratio(predicted[known], replicates[:, known], draws[:, known]))
 
 

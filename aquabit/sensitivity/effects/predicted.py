@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from itertools import permutations
 
 import numpy as np
-from scipy import stats
 
 from aquabit.cost import CostModel
 from aquabit.scheme import AquabitError, Progress, Scheme, no_progress, parse_swap
@@ -289,28 +288,6 @@ def predict_effects(
     ]
     predict(others, [], "predict other schemes")
     return Effects(players, value, ends[:, 1::2] - ends[:, ::2])
-
-
-def interval(
-    effect: np.ndarray, replicates: np.ndarray, factor: float = 1.0
-) -> tuple[np.ndarray, np.ndarray]:
-    """95 % interval [n] around ``effect`` from bootstrap replicates [r, n]; NaN below two replicates.
-
-    Student's t with r degrees of freedom, of the errors that replicates show (``replicate_errors``). They
-    know how the surrogate varies with its measurements, not what it never learns: where real swaps show
-    larger errors, ``factor`` is how many times larger (``combined.Combined.ratio``). For what no real swap
-    checks: interactions, scores of groups, effects of studies without swaps.
-    """
-    count = len(replicates)
-    if count < 2:
-        return np.full(len(effect), np.nan), np.full(len(effect), np.nan)
-    half = factor * stats.t.ppf(0.975, count) * replicate_errors(effect, replicates)
-    return effect - half, effect + half
-
-
-def replicate_errors(effect: np.ndarray, replicates: np.ndarray) -> np.ndarray:
-    """Root mean squared distance [n] of replicates [r, n] from ``effect``."""
-    return np.asarray(np.sqrt(np.square(replicates - effect).mean(0)))
 
 
 def shap_by_layer(fitted: FittedSurrogate) -> tuple[np.ndarray, float]:

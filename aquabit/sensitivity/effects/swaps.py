@@ -8,20 +8,21 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
+from aquabit.jsonio import defined
 from aquabit.scheme import AquabitError, QuantConfig
 from aquabit.sensitivity.damages import context_act
 from aquabit.sensitivity.effects.predicted import Player
 from aquabit.sensitivity.shared_contexts import group_numbers
 from aquabit.sensitivity.surrogate.fit import FittedSurrogate
 from aquabit.sensitivity.surrogate.scores import srcc
+from aquabit.stats import LEVEL, mean_interval
 
 NEAR = 0.5  # bits per weight from the budget within which a training measurement tells something of it
 
 
 def validation_scores(
-    layers: pd.DataFrame, flips: pd.DataFrame, direction: str = "min", top: Collection[tuple[str, str]] = ()
+    layers: pd.DataFrame, swaps: pd.DataFrame, direction: str = "min", top: Collection[tuple[str, str]] = ()
 ) -> dict[str, Any]:
     """How the predicted effects of ``Sensitivity.layers`` agree with real swaps (the table of
     ``Study.flips``).
@@ -31,25 +32,25 @@ def validation_scores(
     the predicted effect with the mean real one, since layers that were chosen by what is predicted of them
     agree by another measure; ``random`` and ``top`` have srcc, sign_agreement, layers and flips of each half.
     ``flips`` counts all real swaps compared, ``contexts_per_layer`` is their median number; ``rows`` has
-    layer, swap, predicted, real, low, high (90 % t interval over contexts, None below two), n and checks
-    ("top" or "random"). Swaps whose schemes have no prediction are left out.
+    layer, swap, predicted, real, low, high (t interval over contexts at ``level``, None below two), n and
+    checks ("top" or "random"). Swaps whose schemes have no prediction are left out.
     """
     schemes = {r["name"]: {**r["schemes"], r["swap"].split(":")[0]: 0.0} for r in layers.to_dict("records")}
     rows: list[dict[str, Any]] = []
-    for (layer, before, after), group in flips.groupby(["layer", "before", "after"], sort=False):
+    for (layer, before, after), group in swaps.groupby(["layer", "before", "after"], sort=False):
         known = schemes.get(str(layer), {})
         if before not in known or after not in known:
             continue
         real = _worsening(group, direction)
-        mean, half = float(real.mean()), _half_width(real)
+        mean = mean_interval(real)
         rows.append(
             {
                 "layer": layer,
                 "swap": f"{before}:{after}",
                 "predicted": known[after] - known[before],
-                "real": mean,
-                "low": None if half is None else mean - half,
-                "high": None if half is None else mean + half,
+                "real": mean.value,
+                "low": mean.low,
+                "high": mean.high,
                 "n": len(real),
                 "checks": "top" if (str(layer), f"{before}:{after}") in top else "random",
             }
@@ -61,7 +62,8 @@ def validation_scores(
         "flips": int(sum(r["n"] for r in rows)),
         "contexts_per_layer": float(np.median([r["n"] for r in rows])) if rows else None,
         **halves,
-        "rows": rows,
+        "level": LEVEL,
+        "rows": defined(rows),
     }
 
 
@@ -81,8 +83,8 @@ def _agreement(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def predict_flips(
-    fitted: FittedSurrogate, flips: pd.DataFrame, configs: Mapping[str, QuantConfig]
+def predict_swaps(
+    fitted: FittedSurrogate, swaps: pd.DataFrame, configs: Mapping[str, QuantConfig]
 ) -> pd.DataFrame:
     """Each real swap beside the surrogate's prediction in that swap's own context: the table with
     ``predicted`` and ``real`` (positive = worse) added; ``.attrs["srcc_flips"]`` is their SRCC (None below
@@ -90,19 +92,19 @@ def predict_flips(
 
     Raises AquabitError where the surrogate was trained on one of the ends, since that would not be a test.
     """
-    ends = [*flips.config_before, *flips.config_after]
+    ends = [*swaps.config_before, *swaps.config_after]
     seen = set(fitted.configs).intersection(ends)
     if seen:
         raise AquabitError(
             f"{len(seen)} ends of swaps were training configurations, such as {sorted(seen)[0]}; leave them"
             " out of one side"
         )
-    out = flips.copy()
-    if len(flips):
+    out = swaps.copy()
+    if len(swaps):
         values = fitted.predict([configs[c] for c in ends])
-        out["predicted"] = fitted.sign * (values[len(flips) :] - values[: len(flips)])
-        out["real"] = _worsening(flips, fitted.direction)
-    out.attrs["srcc_flips"] = srcc(out.predicted.to_numpy(), out.real.to_numpy()) if len(flips) > 2 else None
+        out["predicted"] = fitted.sign * (values[len(swaps) :] - values[: len(swaps)])
+        out["real"] = _worsening(swaps, fitted.direction)
+    out.attrs["srcc_flips"] = srcc(out.predicted.to_numpy(), out.real.to_numpy()) if len(swaps) > 2 else None
     return out
 
 
@@ -136,12 +138,6 @@ def training_swaps(fitted: FittedSurrogate, players: Sequence[Player], bits: flo
     return pd.DataFrame(rows, columns=["layer", "before", "after", "real"])
 
 
-def _worsening(flips: pd.DataFrame, direction: str) -> np.ndarray:
-    change = (flips.value_after - flips.value_before).to_numpy(float)
+def _worsening(swaps: pd.DataFrame, direction: str) -> np.ndarray:
+    change = (swaps.value_after - swaps.value_before).to_numpy(float)
     return np.asarray(change if direction == "min" else -change)
-
-
-def _half_width(values: np.ndarray) -> float | None:
-    if len(values) < 2:
-        return None
-    return float(stats.t.ppf(0.95, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))

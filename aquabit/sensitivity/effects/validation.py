@@ -17,7 +17,7 @@ from aquabit.scheme import AquabitError, Progress, QuantConfig, Scheme, no_progr
 from aquabit.sensitivity.damages import Damages, damages_of
 from aquabit.sensitivity.effects.context_effects import DRAWN
 from aquabit.sensitivity.effects.predicted import Player, draw_contexts, find_players, named_swap
-from aquabit.sensitivity.result import predicted_effects
+from aquabit.sensitivity.explaining import predicted_effects
 from aquabit.sensitivity.surrogate.fit import fit_from_study
 from aquabit.space import SearchSpace
 

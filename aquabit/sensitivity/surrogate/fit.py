@@ -28,6 +28,7 @@ from aquabit.sensitivity.surrogate.scores import (
 )
 from aquabit.sensitivity.surrogate.trust import assess
 from aquabit.space import SearchSpace
+from aquabit.stats import LEVEL
 from aquabit.study import Study
 
 __all__ = [
@@ -127,9 +128,10 @@ def cross_validate(
 
     ``bits`` are real bits per weight, ``mean_act`` mean activation bits (default: the mean of ``acts`` over
     layers and steps). "out_of_fold" holds the held-out predictions [n] and "fold" the fold of each row.
-    "within_budget_interval" is the 90 % interval of the first score, and "useful" whether it lies above 0,
-    which is what average bits score by definition. Average bits is a cubic of the budget itself, and its
-    residual is taken from the same fold's cubic: exactly constant. Constant labels score 0. With ``good``
+    "within_budget_interval" is the interval of the first score, of the level "within_budget_level", and
+    "useful" whether it lies above 0, which is what average bits score by definition. Average bits is a cubic
+    of the budget itself, and its residual is taken from the same fold's cubic: exactly constant. Constant
+    labels score 0. With ``good``
     (Boolean [n], see ``scores.good_ones``) "among_good" has the SRCC among these, "count" of them, and that
     of "baselines"; None where they are too few.
     """
@@ -151,7 +153,7 @@ def cross_validate(
         scores.pop(""),
         within_budget_interval(target.sign * y, target.sign * predicted[""], bits, mean_act, fold, seed),
     )
-    useful = {"within_budget_interval": interval, "useful": interval[0] > 0}
+    useful = {"within_budget_interval": interval, "within_budget_level": LEVEL, "useful": interval[0] > 0}
     out_of_fold = predicted[""] if predicted[""].ndim == 1 else predicted[""][fold, np.arange(len(y))]
     among: dict[str, Any] = {}
     if good is not None:

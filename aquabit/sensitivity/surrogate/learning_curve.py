@@ -7,17 +7,17 @@ import pandas as pd
 from sklearn.base import clone
 
 from aquabit.scheme import Progress, no_progress
+from aquabit.sensitivity.result import CURVE
 from aquabit.sensitivity.surrogate.fit import MIN_MEASUREMENTS, FittedSurrogate, grouped_folds
 from aquabit.sensitivity.surrogate.scores import within_budget_interval, within_budget_srcc
 
-CURVE = ["measurements", "within_budget_srcc", "low", "high"]
 PARTS = (0.125, 0.25, 0.5)  # of the measurements; all of them are scored already
 FOLDS = 5
 
 
 def learning_curve(fitted: FittedSurrogate, seed: int = 0, progress: Progress = no_progress) -> pd.DataFrame:
     """CURVE: the within-budget SRCC of surrogates trained on PARTS of the measurements, then of the one
-    trained on all, with 90 % intervals.
+    trained on all, with 95 % intervals.
 
     Each is scored on all measurements, out of fold (folds of whole contexts): it is trained on a random part
     of the other folds, and ``measurements`` counts those it would have had without folds. Parts below

@@ -7,6 +7,7 @@ import numpy as np
 from scipy import stats
 
 from aquabit.scheme import AquabitError
+from aquabit.stats import between_percentiles
 
 # times the least error at their size: what good ones have at most (DESIGN section 2, "good configuration")
 GOOD = 1.25
@@ -129,7 +130,7 @@ def within_budget_interval(
     seed: int = 0,
     replicates: int = 400,
 ) -> tuple[float, float]:
-    """90 % interval of ``within_budget_srcc`` by drawing configurations with replacement; (0, 0) where
+    """95 % interval of ``within_budget_srcc`` by drawing configurations with replacement; (0, 0) where
     residuals are constant."""
     left = residual_pair(y, predicted, bits, mean_act, fold)
     if left is None:
@@ -139,7 +140,7 @@ def within_budget_interval(
         srcc(left[0][rows], left[1][rows])
         for rows in rng.integers(len(left[0]), size=(replicates, len(left[0])))
     ]
-    low, high = np.percentile(found, [5, 95])
+    low, high = between_percentiles(np.array(found))
     return float(low), float(high)
 
 

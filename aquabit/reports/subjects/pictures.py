@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from aquabit.reports import summary
+from aquabit.reports import words
 from aquabit.reports.facts import Facts, number, scheme_name
 
 
@@ -31,13 +31,13 @@ def images(facts: Facts, folder: Path) -> list[Images]:
     wanted: list[tuple[str, str]] = []
     reference = facts.rows("reference")
     wanted += [("full precision", str(reference.config.iloc[0]))] if len(reference) else []
-    uniform = ((facts.front.get("comparison") or {}).get("uniform") or {}).get("config")
+    compared = facts.comparison.get("uniform") or {}
+    uniform = compared.get("config")
     names = {c: scheme_name(facts.configs[c]) for c in facts.rows("uniform").config}
     chosen = (
         [str(uniform)] if uniform else [c for c, n in names.items() if n in ("usq2", "usq3", "usq4", "usq8")]
     )
-    other = ((facts.front.get("comparison") or {}).get("uniform") or {}).get("scheme", "")
-    wanted += [(f"uniform {names.get(c) or other}", c) for c in chosen]
+    wanted += [(f"uniform {names.get(c) or compared.get('scheme', '')}", c) for c in chosen]
     found = _found(facts)
     wanted += found
     protocols = dict.fromkeys(
@@ -54,7 +54,7 @@ def images(facts: Facts, folder: Path) -> list[Images]:
 def _found(facts: Facts) -> list[tuple[str, str]]:
     """(title, configuration) of the winner, and of what it is without or with correction where that was
     measured."""
-    winner = str(facts.front.get("winner") or "")
+    winner = (facts.front.winner if facts.front else None) or ""
     without, corrected = (str(facts.noise.get(key) or "") for key in ("without", "with"))
     name = f"corrected by {facts.noise.get('correction')}"
     if not winner or winner not in (without, corrected):
@@ -82,8 +82,8 @@ def _grid(facts: Facts, title: str, config: str, protocol: str, folder: Path) ->
     notes = []
     if len(row):
         r = row.iloc[0]
-        notes.append(f"{summary.figures(r.bits)} bits a weight, {summary.count(r.bytes)} bytes")
-        notes.append(f"{facts.metric} {summary.figures(r.get(facts.objective))}")
+        notes.append(f"{words.figures(r.bits)} bits a weight, {words.count(r.bytes)} bytes")
+        notes.append(f"{facts.metric} {words.figures(r.get(facts.objective))}")
         psnr = number(r.get("psnr"))
         notes += (
             [f"PSNR {psnr:.2f} dB to full precision"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import networkx as nx
@@ -13,14 +14,15 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 
-from aquabit.reports import style
-from aquabit.reports.attribution import diverging
+from aquabit.reports import drawing, style
 from aquabit.reports.facts import Facts
+from aquabit.reports.plan import Plan, Tables
+from aquabit.reports.subjects.ranking import layers as layers_table
 
 MOST = 120  # layers that can be told apart in a picture of two columns' width
 
 
-def layer_graph(facts: Facts, layers: pd.DataFrame) -> pd.DataFrame:
+def layer_graph(facts: Facts) -> pd.DataFrame:
     """node, kind (layer, block or merge), block, operator, layers, weights, effect, x, y, to: nodes of the
     picture with their places (x from left to right) and, in ``to``, the rows that their edges lead to, as
     n3 n5."""
@@ -29,6 +31,7 @@ def layer_graph(facts: Facts, layers: pd.DataFrame) -> pd.DataFrame:
         return pd.DataFrame([], columns=columns)
     graph = _by_block(facts.graph) if len(facts.layers) > MOST else facts.graph
     places = _places(graph)
+    layers = layers_table(facts)
     effect = layers.dropna(subset=["effect"])
     by = (
         effect.groupby("block").effect.mean()
@@ -126,7 +129,7 @@ def draw_layer_graph(table: pd.DataFrame, axes: Axes, metric: str = "FID") -> No
     merges = table[table.kind == "merge"]
     axes.plot(merges.x, merges.y, ls="", marker=".", ms=1.6, color="#7A7A7A", zorder=2)
     nodes = table[table.kind != "merge"]
-    norm, colours = diverging(nodes.effect.to_numpy(float))
+    norm, colours = drawing.diverging(nodes.effect.to_numpy(float))
     share = np.sqrt(nodes.weights.fillna(0.0) / max(1.0, float(nodes.weights.max())))
     known, block = nodes.effect.notna(), (nodes.kind == "block").any()
     for part, colour in ((nodes[known], nodes.effect[known]), (nodes[~known], None)):
@@ -179,3 +182,17 @@ def _worst(nodes: pd.DataFrame, axes: Axes, most: int = 4) -> None:
             arrowprops=line,
             zorder=5,
         )
+
+
+def plans(facts: Facts, found: Tables) -> Iterator[Plan]:
+    yield Plan(
+        "layer_graph",
+        "where",
+        "graph",
+        "layer_graph",
+        lambda table: (style.DOUBLE, height(table)),
+        lambda t, a: draw_layer_graph(t, a, facts.metric),
+        "The layers as data flows, from left to right; colour is the effect, size the number of weights,"
+        f" small dots are merges, arcs are edges that pass over others. Above {MOST} layers a node is"
+        " a block.",
+    )

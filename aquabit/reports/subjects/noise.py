@@ -1,9 +1,9 @@
-"""What a report shows of quantization noise: statistics per step and branch, and quality without and with
-correction; tables, figures."""
+"""Quantization noise: statistics per step and guidance branch, and quality without and with correction."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +14,13 @@ from matplotlib.ticker import MaxNLocator
 
 from aquabit.reports import style
 from aquabit.reports.facts import METRIC_NAMES, Facts, number
+from aquabit.reports.plan import Plan, Tables, fixed
 from aquabit.scheme import LOWER_IS_BETTER
+from aquabit.stats import LEVEL, paired_difference, percent
 
-LEVEL = 0.95  # of the intervals that are computed here
 MEASURES = ("k", "bias", "variance", "r2", "kurtosis", "snr")
+
+
 LINES = (  # of guidance branches: colour, dashes, marker; they differ in print without colour too
     (style.BLUE, "-", "o"),
     (style.VERMILLION, (0, (4, 1.5)), "s"),
@@ -68,7 +71,7 @@ PANELS = (
 def noise(facts: Facts) -> pd.DataFrame:
     """Of the winner: step (from 1), timestep, branch (from 1), weight (by which guidance counts the branch),
     then k, bias (root mean square over channels), variance (mean over channels), r2, kurtosis (excess) and
-    snr, each with the ends of its 95 % interval.
+    snr, each with the ends of its interval at ``LEVEL``.
     """
     columns = [
         "step",
@@ -87,13 +90,22 @@ def noise(facts: Facts) -> pd.DataFrame:
 
 
 def correction(facts: Facts) -> pd.DataFrame:
-    """metric, not_corrected, corrected, difference, low, high, blocks, verdict: means of the winner over
-    blocks of fresh seeds; the paired difference (corrected minus not) with its t interval at ``LEVEL``; the
-    objective first.
+    """metric, not_corrected, corrected, difference, low, high, level, blocks, verdict: means of the winner
+    over blocks of fresh seeds; the paired difference (corrected minus not); the objective first.
 
     ``verdict``: better or worse where the interval excludes zero, else undecided.
     """
-    columns = ["metric", "not_corrected", "corrected", "difference", "low", "high", "blocks", "verdict"]
+    columns = [
+        "metric",
+        "not_corrected",
+        "corrected",
+        "difference",
+        "low",
+        "high",
+        "level",
+        "blocks",
+        "verdict",
+    ]
     sides = [_blocks(facts, str(facts.noise.get(key) or "")) for key in ("without", "with")]
     both = sides[0].index.intersection(sides[1].index)
     if both.empty:
@@ -106,7 +118,11 @@ def correction(facts: Facts) -> pd.DataFrame:
         pair = pair[:, np.isfinite(pair).all(0)]
         if pair.shape[1]:
             lower = LOWER_IS_BETTER.get(metric, facts.direction == "min")
-            rows.append((METRIC_NAMES.get(metric, metric), *pair.mean(1), *_paired(pair[1] - pair[0], lower)))
+            gap = paired_difference(pair[1].tolist(), pair[0].tolist())
+            better = "better" if (gap.value < 0) == lower else "worse"
+            verdict = better if gap.known and not gap.holds_zero else "undecided"
+            row = METRIC_NAMES.get(metric, metric), *pair.mean(1), *gap, gap.percent, pair.shape[1], verdict
+            rows.append(row)
     return pd.DataFrame(rows, columns=columns)
 
 
@@ -121,20 +137,7 @@ def _blocks(facts: Facts, config: str) -> pd.DataFrame:
     )
 
 
-def _paired(change: np.ndarray, lower_is_better: bool) -> tuple[float, float, float, int, str]:
-    """difference, low, high, blocks, verdict."""
-    from scipy.stats import t
-
-    n, mean = len(change), float(change.mean())
-    half = float(t.ppf((1 + LEVEL) / 2, n - 1) * change.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan
-    low, high = mean - half, mean + half
-    verdict = (
-        "undecided" if not (low > 0 or high < 0) else "better" if (mean < 0) == lower_is_better else "worse"
-    )
-    return mean, low, high, n, verdict
-
-
-def over_steps(table: pd.DataFrame, axes: Axes, panel: Panel) -> None:
+def draw_noise(table: pd.DataFrame, axes: Axes, panel: Panel) -> None:
     """One measure over the denoising steps: a line a guidance branch, its interval as a band."""
     measure = panel.measure
     ends = [f"{measure}_low", f"{measure}_high"]
@@ -160,7 +163,7 @@ def over_steps(table: pd.DataFrame, axes: Axes, panel: Panel) -> None:
     if measure == "k":
         axes.axhline(0, color=style.BLACK, lw=0.6)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
-    axes.set_xlabel("denoising step (1 starts from noise)")
+    axes.set_xlabel(f"denoising step (1 starts from noise), with {percent(LEVEL)} intervals")
     axes.set_ylabel(panel.axis)
     if len(branches) > 1:
         axes.legend(loc="best")
@@ -187,3 +190,17 @@ def _value_axis(axes: Axes, values: np.ndarray, positive: bool) -> None:
         low, high = min(low, 0.0), max(high, 0.0)
     pad = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
     axes.set_ylim(low - pad, high + pad)
+
+
+def plans(facts: Facts, found: Tables) -> Iterator[Plan]:
+    for panel in PANELS:
+        yield Plan(
+            panel.name,
+            "steps",
+            "noise",
+            "noise",
+            fixed(style.SINGLE, 1.9),
+            lambda t, a, p=panel: draw_noise(t, a, p),  # type: ignore[misc]
+            f"{panel.caption} Bands are {percent(LEVEL)} intervals over images.",
+            optional=not facts.noise,
+        )

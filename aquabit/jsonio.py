@@ -1,0 +1,48 @@
+"""JSON files: written whole or not at all, without undefined numbers; read with an error that says what is
+wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from aquabit.errors import AquabitError
+
+
+def defined(value: Any) -> Any:
+    """A plain JSON value: numpy's numbers and arrays as Python's, what is not finite (NaN, infinity) as
+    None."""
+    if isinstance(value, Mapping):
+        return {str(k): defined(v) for k, v in value.items()}
+    if hasattr(value, "tolist"):  # numpy's, which is not imported for the sake of a configuration file
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [defined(v) for v in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
+
+
+def read_json(path: str | Path) -> Any:
+    """The value of a JSON file. Raises AquabitError where it cannot be read or is no JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise AquabitError(f"cannot read {path}: {error.strerror or error}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise AquabitError(f"{path} is not valid JSON ({error}); it may be truncated") from error
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write a value; whoever reads meanwhile finds the whole old file or the whole new one. Raises
+    AquabitError where it cannot be written, and ValueError for undefined numbers (see ``defined``)."""
+    path = Path(path)
+    text = json.dumps(value, indent=1, allow_nan=False) + "\n"
+    temporary = path.with_name(path.name + ".part")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise AquabitError(f"{path} could not be written: {error.strerror or error}") from error

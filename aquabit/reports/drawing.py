@@ -1,0 +1,118 @@
+"""What figures share: marks, interval bars, limits of axes, cells, colours, labels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.collections import PatchCollection
+from matplotlib.colors import Normalize, SymLogNorm
+from matplotlib.patches import Rectangle
+
+from aquabit.reports import style
+
+MEASURED: dict[str, Any] = {
+    "color": style.VERMILLION,
+    "marker": "D",
+    "markerfacecolor": "white",
+}  # hollow diamonds, everywhere
+
+
+PREDICTED: dict[str, Any] = {"color": style.BLUE, "marker": "o"}  # filled circles, everywhere
+
+
+def bars(table: pd.DataFrame, value: str, low: str, high: str) -> np.ndarray:
+    """[2, n] distances for ``errorbar``; an unknown end is no bar."""
+    gaps = np.stack([table[value] - table[low], table[high] - table[value]]).astype(float)
+    return np.nan_to_num(np.maximum(gaps, 0.0), nan=0.0)
+
+
+def limits(values: Any, margin: float = 0.06, log: bool = True) -> tuple[float, float, bool]:
+    """Low, high and whether a logarithmic axis serves (``log``: may serve): all positive and a factor of
+    eight or more apart."""
+    seen = np.asarray(values, float)
+    seen = seen[np.isfinite(seen)]
+    if not len(seen):
+        return 0.0, 1.0, False
+    low, high = float(seen.min()), float(seen.max())
+    if log and low > 0 and high > 8 * low:
+        ratio = (high / low) ** margin
+        return low / ratio, high * ratio, True
+    pad = margin * (high - low) or 0.05 * abs(high) or 1.0
+    return low - pad, high + pad, False
+
+
+def scale(axes: Axes, which: str, low: float, high: float, log: bool) -> None:
+    if log:
+        style.log_axis(axes, which, low, high)
+    else:
+        getattr(axes, f"set_{which}lim")(low, high)
+
+
+def better(metric: str, direction: str) -> str:
+    return f"{metric} ({'lower' if direction == 'min' else 'higher'} is better)"
+
+
+def zero(axes: Axes) -> None:
+    axes.axvline(0, color=style.BLACK, lw=0.6)
+
+
+def effect_label(metric: str, swap: str, between: str = " ") -> str:
+    what = " to ".join(swap.split(":")) if swap else "a swap"
+    return f"worsening of {style.label(metric)} by{between}{style.label(what)} (positive = worse)"
+
+
+def note(axes: Axes, lines: list[str]) -> None:
+    box = {
+        "boxstyle": "round,pad=0.25",
+        "facecolor": "white",
+        "edgecolor": "#CCCCCC",
+        "linewidth": 0.5,
+        "alpha": 0.9,
+    }
+    axes.text(
+        0.03, 0.97, "\n".join(lines), transform=axes.transAxes, va="top", fontsize=6.8, bbox=box, zorder=6
+    )
+
+
+def cells(axes: Axes, values: np.ndarray, norm: Any, colours: Any, tip: Callable[[int, int], str]) -> None:
+    """Squares at (column, row) of every finite value, each with its ``tip`` (row, column); shapes, so that
+    they print sharply."""
+    known = list(zip(*np.nonzero(np.isfinite(values)), strict=True))
+    squares = PatchCollection(
+        [Rectangle((j - 0.5, i - 0.5), 1, 1) for i, j in known], cmap=colours, norm=norm, linewidths=0.2
+    )
+    squares.set_array(np.array([values[i, j] for i, j in known]))
+    squares.set_edgecolor("face")
+    axes.add_collection(squares)
+    style.name_points(axes, squares, [tip(int(i), int(j)) for i, j in known], "tip")
+    axes.set_xlim(-0.5, values.shape[1] - 0.5)
+    axes.set_ylim(values.shape[0] - 0.5, -0.5)
+
+
+def diverging(values: np.ndarray) -> tuple[Any, Any]:
+    """White at zero, purple = worse, orange = better, darker = larger (readable in grey and by the
+    colour-blind); logarithmic beyond the typical size where few values dwarf the rest."""
+    size = np.abs(values[np.isfinite(values) & (values != 0)])
+    most = float(size.max()) if len(size) else 1.0
+    colours = matplotlib.colormaps["PuOr"].resampled(41)
+    if len(size) and most > 12 * float(np.median(size)):
+        near = 10.0 ** math.floor(math.log10(float(np.median(size))))
+        return SymLogNorm(near, linscale=0.6, vmin=-most, vmax=most, base=10), colours
+    return Normalize(-most, most), colours
+
+
+def levels(table: pd.DataFrame, column: str = "level") -> str:
+    """The levels of a table's intervals, as text: ``95 %``, or ``90 % and 95 %``; empty without any."""
+    return " and ".join(sorted({str(v) for v in table[column] if v}))
+
+
+def with_level(text: str, table: pd.DataFrame, column: str = "level") -> str:
+    """``text``, and the level of the intervals that are drawn with it."""
+    known = levels(table, column)
+    return f"{text}, {known} interval" if known else text

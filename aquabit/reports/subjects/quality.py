@@ -1,0 +1,297 @@
+"""Measured quality against bits per weight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+
+from aquabit.reports import drawing, style
+from aquabit.reports.facts import Facts, family, number, scheme_name
+from aquabit.reports.plan import Plan, Tables, fixed
+from aquabit.search.front import pareto
+from aquabit.stats import Interval, mean_interval
+
+CLOUDS = (  # of many configurations on the study's own seeds: group, legend, colour
+    ("design", "configurations of the design", style.GREY),
+    ("candidate", "candidates of the search", style.SKY),
+)
+
+
+FAMILIES = {  # of uniform configurations: legend, marker, colour
+    "aq": ("additive, a format per layer", "o", style.GREEN),
+    "usq h": ("uniform usq, output-aware", "s", style.SKY),
+    "usq": ("uniform usq", "s", style.ORANGE),
+    "vq h": ("uniform vq, output-aware", "^", style.PURPLE),
+    "vq": ("uniform vq", "^", style.GREY),
+    "": ("uniform", "s", style.ORANGE),
+}
+
+
+def fresh(facts: Facts, metric: str | None = None) -> dict[str, tuple[Interval, int]]:
+    """configuration -> (mean, blocks) of ``metric`` (default: the objective) over blocks of seeds that the
+    search never saw."""
+    groups = facts.rows("fresh", metric).groupby("config", sort=False)
+    return {str(c): (mean_interval(part.value.to_numpy(float)), len(part)) for c, part in groups}
+
+
+def quality_vs_bits(facts: Facts) -> pd.DataFrame:
+    """group, label, family, config, bits, bytes, value, low, high, level, blocks, frontier: what the scatter
+    of quality against bits shows.
+
+    Groups: design (configurations that were drawn), uniform, full precision, found (measured values of the
+    front), and budget (its bits). Where a configuration was measured on blocks of fresh seeds, value and
+    interval are theirs and ``blocks`` counts them; 0 blocks are the study's own seeds. ``family`` is that of
+    uniform configurations: usq, usq h, vq, aq.
+    """
+    return _against_bits(facts, facts.objective, facts.direction)
+
+
+def psnr_vs_bits(facts: Facts) -> pd.DataFrame:
+    """As ``quality_vs_bits``, of PSNR to full precision in dB; beside it in the group "candidate" what the
+    search measured on the study's own seeds: answers of the program, and their refinements. Empty without
+    a front that has it."""
+    table = _against_bits(facts, "psnr", "max")
+    found, columns = table.group == "found", list(table.columns)
+    if not found.any():
+        return table.iloc[:0]
+    known = set(table.config[found])
+    rows = [
+        ("candidate", "candidate", "", r.config, r.bits, r.bytes, r.value, math.nan, math.nan, "", 0, False)
+        for r in facts.rows("candidate", "psnr").drop_duplicates("config").itertuples()
+        if r.config not in known
+    ]
+    return pd.concat([table, pd.DataFrame(rows, columns=columns)], ignore_index=True) if rows else table
+
+
+def _against_bits(facts: Facts, metric: str, direction: str) -> pd.DataFrame:
+    columns = ["group", "label", "family", "config", "bits", "bytes", "value", "low", "high", "level"]
+    columns += ["blocks", "frontier"]
+    better, nowhere = fresh(facts, metric), (math.nan, math.nan, "", 0)
+    rows: list[tuple[Any, ...]] = []
+    samples = facts.rows("sample", metric)
+    sign = 1.0 if direction == "min" else -1.0
+    edge = pareto(sign * samples.value.to_numpy(float), samples.bits.to_numpy(float))
+    rows += [
+        ("design", "design", "", r.config, r.bits, r.bytes, r.value, *nowhere, bool(e))
+        for r, e in zip(samples.itertuples(), edge, strict=True)
+    ]
+    for group, source in (("uniform", "uniform"), ("full precision", "reference")):
+        for r in facts.rows(source, metric).drop_duplicates("config").itertuples():
+            kind = family(facts.configs[r.config]) if group == "uniform" else ""
+            name = f"aq {round(2 * r.bits) / 2:g}" if kind == "aq" else scheme_name(facts.configs[r.config])
+            mean, blocks = better.get(r.config, (Interval(r.value, math.nan, math.nan), 0))
+            level = mean.percent if mean.known else ""
+            rows.append((group, name, kind, r.config, r.bits, r.bytes, *mean, level, blocks, False))
+    blocks = int(facts.comparison.get("blocks") or 0)
+    for m in facts.members:
+        if metric in m.measured and math.isfinite(m.measured[metric].value):
+            mean, digest = m.measured[metric], m.config.digest
+            level = mean.percent if mean.known else ""
+            name = "winner" if facts.front and digest == facts.front.winner else "found"
+            rows.append(("found", name, "", digest, m.bits_per_weight, m.bytes, *mean, level, blocks, False))
+    limit = number(facts.front.budget.bits) if facts.front and facts.front.budget else math.nan
+    if not math.isnan(limit):
+        rows.append(("budget", "budget", "", "", limit, math.nan, math.nan, *nowhere, False))
+    return pd.DataFrame(rows, columns=columns)
+
+
+def draw_quality_vs_bits(
+    table: pd.DataFrame, axes: Axes, metric: str = "FID", direction: str = "min"
+) -> None:
+    """Measured quality against bits per weight: configurations of the design and their frontier, uniform,
+    candidates of the search, found front, full precision, budget. PSNR is measured against full precision,
+    which then has no place of its own.
+    """
+    decibels = metric == "PSNR"
+    table = table[table.group != "full precision"] if decibels else table
+    group = dict(list(table.groupby("group", sort=False)))
+    shown = table[~table.group.isin(["budget"])]
+    core = table[table.group.isin(["design", "found", "budget"])].bits
+    core = core if len(core) else table[table.group == "uniform"].bits
+    right = float(core.max()) + 0.35 if len(core) else 17.0
+    inside = shown[(shown.bits <= right) | (shown.group == "full precision")]
+    low, high, log = drawing.limits(inside[["value", "low", "high"]], log=not decibels)
+    drawing.scale(axes, "y", low, high, log)
+    bits = inside[inside.group != "full precision"].bits
+    axes.set_xlim(float(bits.min()) - 0.15 if len(bits) else 0.0, right)
+    for name, label, colour in CLOUDS:
+        if name in group:
+            look: dict[str, Any] = {
+                "ls": "",
+                "marker": "o",
+                "ms": 2.6,
+                "mec": "none",
+                "color": colour,
+                "alpha": 0.75,
+            }
+            part = group[name]
+            dots = axes.plot(part.bits, part.value, label=label, **look)[0]
+            style.name_points(
+                axes,
+                dots,
+                [f"{r.config}: {r.bits:.2f} bits, {metric} {r.value:.3g}" for r in part.itertuples()],
+                "tip",
+            )
+    if "design" in group:
+        edge = group["design"][group["design"].frontier].sort_values("bits")
+        axes.plot(
+            edge.bits, edge.value, color="#4D4D4D", lw=1.0, drawstyle="steps-post", label="their frontier"
+        )
+    if "full precision" in group:
+        value = float(group["full precision"].value.iloc[0])
+        axes.axhline(value, color=style.BLACK, lw=0.9, ls=(0, (5, 2)), label="full precision")
+    if "budget" in group:
+        axes.axvline(float(group["budget"].bits.iloc[0]), color=style.GREEN, lw=0.9, ls=":", label="budget")
+    if "uniform" in group:
+        _uniform_points(group["uniform"], axes, right)
+    if "found" in group:
+        _found_points(group["found"], axes)
+    axes.set_xlabel("bits per weight, codebooks and scales included")
+    axes.set_ylabel(f"{metric} to full precision, dB" if decibels else drawing.better(metric, direction))
+    handles, labels = axes.get_legend_handles_labels()
+    families = [name for name, _, _ in FAMILIES.values()]
+    order = [
+        "found (fresh seeds)",
+        "winner",
+        *families,
+        CLOUDS[0][1],
+        "their frontier",
+        CLOUDS[1][1],
+        "full precision",
+        "budget",
+    ]
+    legend = sorted(zip(labels, handles, strict=True), key=lambda item: order.index(item[0]))
+    known = interval_text(table)
+    if known:
+        legend.append((f"bars: {known}", Line2D([], [], ls="")))
+    axes.legend([h for _, h in legend], [t for t, _ in legend], loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+
+def interval_text(table: pd.DataFrame) -> str:
+    """``95 % intervals``, and in older studies the other level of what was found; empty without any."""
+    found = table.group == "found"
+    rest, own = drawing.levels(table[~found]), drawing.levels(table[found])
+    if not rest or not own or rest == own:
+        return f"{rest or own} intervals" if rest or own else ""
+    return f"{rest} intervals (found: {own})"
+
+
+def _uniform_points(uniform: pd.DataFrame, axes: Axes, right: float) -> None:
+    inside = uniform[uniform.bits <= right]
+    for kind, part in inside.sort_values("bits").groupby("family", sort=False):
+        name, marker, colour = FAMILIES.get(kind, FAMILIES[""])
+        look: dict[str, Any] = {
+            "color": colour,
+            "marker": marker,
+            "ms": 4.5,
+            "mec": style.BLACK,
+            "mew": 0.5,
+            "ecolor": style.BLACK,
+        }
+        bars = drawing.bars(part, "value", "low", "high")
+        axes.errorbar(
+            part.bits, part.value, yerr=bars, label=name, ls="-", lw=0.8, elinewidth=0.8, zorder=3, **look
+        )
+        place = (
+            (-4, -11) if kind == "aq" else (5, 4)
+        )  # families of nearly one quality do not write over each other
+        for r in part.itertuples():
+            axes.annotate(
+                style.label(r.label),
+                (r.bits, r.value),
+                place,
+                textcoords="offset points",
+                fontsize=6,
+                annotation_clip=True,
+            )
+    outside = uniform[uniform.bits > right].sort_values("bits")
+    if len(outside):
+        text = "\n".join(
+            f"{style.label(r.label)}: {r.bits:.2f} bits, {r.value:.3g}" for r in outside.itertuples()
+        )
+        axes.annotate(
+            f"beyond the right edge\n{text}",
+            (1.02, 0.02),
+            xycoords="axes fraction",
+            fontsize=6.5,
+            va="bottom",
+            color="#333333",
+        )
+
+
+def _found_points(found: pd.DataFrame, axes: Axes) -> None:
+    found = found.sort_values("bits")
+    bars = drawing.bars(found, "value", "low", "high")
+    look: dict[str, Any] = {
+        "color": style.BLUE,
+        "marker": "D",
+        "ms": 4.5,
+        "mec": style.BLACK,
+        "mew": 0.6,
+        "ecolor": style.BLUE,
+        "elinewidth": 1.0,
+    }
+    axes.errorbar(
+        found.bits,
+        found.value,
+        yerr=bars,
+        ls="-",
+        lw=0.8,
+        capsize=2,
+        label="found (fresh seeds)",
+        zorder=4,
+        **look,
+    )
+    best = found[found.label == "winner"]
+    if len(best):
+        axes.plot(
+            best.bits,
+            best.value,
+            ls="",
+            marker="o",
+            ms=10,
+            mfc="none",
+            mec=style.BLACK,
+            mew=0.8,
+            zorder=5,
+            label="winner",
+        )
+
+
+def plans(facts: Facts, found: Tables) -> Iterator[Plan]:
+    metric, direction = facts.metric, facts.direction
+
+    def between(name: str) -> str:
+        text = interval_text(found[name])
+        return f" with {text}" if text else ""
+
+    yield Plan(
+        "quality_vs_bits",
+        "choose",
+        "points",
+        "quality_vs_bits",
+        fixed(style.DOUBLE, 3.3),
+        lambda t, a: draw_quality_vs_bits(t, a, metric, direction),
+        f"Measured {metric} against bits per weight. Found configurations, and whatever else was measured on"
+        f" fresh seeds, are means over blocks of seeds that the search never"
+        f" saw,{between('quality_vs_bits')}; those of the design were measured on the study's own seeds.",
+    )
+    if facts.objective != "psnr":
+        yield Plan(
+            "psnr_vs_bits",
+            "choose",
+            "front",
+            "psnr_vs_bits",
+            fixed(style.DOUBLE, 3.3),
+            lambda t, a: draw_quality_vs_bits(t, a, "PSNR", "max"),
+            "Measured PSNR to the images of full precision of the same seeds, against bits per weight: the"
+            " found front, the uniform families, and what the search tried on its way. Fresh seeds"
+            f"{between('psnr_vs_bits')}, the rest on the study's own seeds. Full precision has no place here:"
+            " it is what PSNR is measured against.",
+            optional=True,
+        )
