@@ -39,13 +39,8 @@ from aquabit.cli.options import (
     SwapOption,
     Workers,
 )
+from aquabit.cli.progress import bars, console, emit, errors, plain, shielded
 from aquabit.cli.tables import (
-    bars,
-    console,
-    emit,
-    errors,
-    plain,
-    shielded,
     show_calls,
     show_export,
     show_failures,
