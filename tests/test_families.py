@@ -261,7 +261,8 @@ def test_a_preset_fills_what_is_not_given(
 ) -> None:
     seen: list[Protocol] = []
     monkeypatch.setattr(
-        "aquabit.measuring.session.measure", lambda *_, protocol, **__: seen.append(protocol) or 0
+        "aquabit.workflows.measure_model",
+        lambda model, study, sample, options, *_, **__: seen.append(options.protocol) or 0,
     )
     result = CliRunner().invoke(
         app, ["measure", "digits-unet", "--study", str(tmp_path / "S.db"), "--preset", "ptqd-ldm4", *given]

@@ -1,7 +1,6 @@
 """Adapters from diffusers pipelines to "make images from these seeds"; the bundled models."""
 
 from aquabit.pipelines.adapter import (
-    SCHEDULERS,
     Adapter,
     check_scheduler,
     noise_statistics,
@@ -26,7 +25,6 @@ __all__ = [
     "BUNDLED",
     "FAMILIES",
     "PRESETS",
-    "SCHEDULERS",
     "Adapter",
     "ClassConditionalPipeline",
     "ClassEmbedder",

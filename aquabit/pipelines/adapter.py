@@ -28,17 +28,9 @@ from aquabit.quant.correction.sampling import Watcher, following, refollow_
 from aquabit.quant.correction.statistics import Statistics, measure_noise
 from aquabit.quant.finetuning.replay import Recording, record_outputs
 from aquabit.quant.model import QuantizedDenoiser
-from aquabit.scheme import AquabitError, Calibration, Progress, Protocol, QuantConfig, no_progress
+from aquabit.scheme import SCHEDULERS, AquabitError, Calibration, Progress, Protocol, QuantConfig, no_progress
 
 CALIBRATION_BATCH, CALIBRATION_CALLS = 16, 64  # images of a denoiser call that is kept, and how many are kept
-SCHEDULERS = {
-    "ddim": "DDIMScheduler",
-    "ddpm": "DDPMScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "euler-ancestral": "EulerAncestralDiscreteScheduler",
-    "dpm": "DPMSolverMultistepScheduler",
-    "flow-euler": "FlowMatchEulerDiscreteScheduler",
-}
 
 
 def trace(model: DiffusionPipeline | nn.Module) -> nx.DiGraph:
