@@ -39,7 +39,7 @@ class FlowOptions:
     explanation, and the two schemes of a swap, "A:B" (None: ``effects.default_swap``)."""
 
     bits: float = 3.0
-    flips: int = 40
+    swaps: int = 40
     swap: str | None = None
 
 
@@ -79,7 +79,7 @@ def validate_study(
 ) -> Sensitivity:
     """``validate`` with values."""
     with _opened(study, pipe, where, flow.swap, progress) as session:
-        validate_in(session, flow.flips, flow.swap, flow.bits, seed, progress)
+        validate_in(session, flow.swaps, flow.swap, flow.bits, seed, progress)
     return explained(study, flow.bits, flow.swap, progress)
 
 
@@ -307,7 +307,7 @@ def run_flow(
             front = find_in(session, SearchOptions(budget, seed=sample.seed), progress)
         measure_in_context(session, IN_CONTEXT, flow.bits, flow.swap, progress=progress)
         # last: real swaps check the layers that the ranking puts first
-        validate_in(session, flow.flips, flow.swap, flow.bits, sample.seed, progress)
+        validate_in(session, flow.swaps, flow.swap, flow.bits, sample.seed, progress)
         sensitivity = explained(study, flow.bits, flow.swap, progress)
     write_json(out / "sensitivity.json", sensitivity.to_dict())
     write_json(out / "front.json", front.to_list())

@@ -21,7 +21,16 @@ from aquabit.cost import CostModel
 from aquabit.graph import meta_denoiser
 from aquabit.graph import trace as trace_denoiser
 from aquabit.pipelines import FAMILIES as FAMILY_VALUES
-from aquabit.pipelines import PRESETS, Adapter, family_notes, free_text_encoders, load, preset_named, trace
+from aquabit.pipelines import (
+    PRESETS,
+    Adapter,
+    family_notes,
+    free_text_encoders,
+    image_size,
+    load,
+    preset_named,
+    trace,
+)
 from aquabit.scheme import AquabitError, Protocol, direction
 from aquabit.space import make_space
 from aquabit.study import Study
@@ -74,6 +83,7 @@ def test_the_whole_flow(name: str, tmp_path: Path) -> None:
     packed.save(tmp_path / "packed")
     again = load(tmp_path / "packed")
     made = images(again, protocol)
+    assert image_size(again, protocol.resolution) == tuple(made.shape[-2:])
     assert made.shape == images(packed.pipe, protocol).shape and torch.allclose(
         made, images(packed.pipe, protocol), atol=1e-4
     )

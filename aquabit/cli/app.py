@@ -162,31 +162,33 @@ def inspect(
     json_: Json = None,
 ) -> None:
     """Layers, operator types, sizes and multiply-adds; or peak memory."""
-    from aquabit.graph import layers, to_json
-    from aquabit.pipelines import denoiser_of, family_notes, load, trace
+    from aquabit.graph import to_json
+    from aquabit.pipelines import family_notes, load, trace
 
     pipe = load(model)
-    graph = trace(pipe)
     if memory:
-        from aquabit.memory import NOT_COUNTED, elements, peaks
+        _inspect_memory(pipe, micro_batch, guidance != 1.0, json_)
+    elif not emit(to_json(graph := trace(pipe)), json_):
+        for note in family_notes(pipe):
+            console.print(f"[yellow]{plain(note)}[/]", highlight=False)
+        _show_layers(graph)
 
-        found = peaks(
-            graph,
-            micro_batch,
-            guidance != 1.0,
-            others=elements(pipe.components.values()) - elements([denoiser_of(pipe)]),
-        )
-        if not emit(
-            {"micro_batch": micro_batch, "not_counted": NOT_COUNTED, "peaks": [p.to_dict() for p in found]},
-            json_,
-        ):
-            show_peaks(found, micro_batch, NOT_COUNTED)
-        return
-    if emit(to_json(graph), json_):
-        return
-    for note in family_notes(pipe):
-        console.print(f"[yellow]{plain(note)}[/]", highlight=False)
+
+def _inspect_memory(pipe: Any, micro_batch: int, guided: bool, json_: str | None) -> None:
+    from aquabit.memory import NOT_COUNTED, elements, peaks
+    from aquabit.pipelines import denoiser_of, trace
+
+    others = elements(pipe.components.values()) - elements([denoiser_of(pipe)])
+    found = peaks(trace(pipe), micro_batch, guided, others=others)
+    told = {"micro_batch": micro_batch, "not_counted": NOT_COUNTED, "peaks": [p.to_dict() for p in found]}
+    if not emit(told, json_):
+        show_peaks(found, micro_batch, NOT_COUNTED)
+
+
+def _show_layers(graph: Any) -> None:
     from rich.table import Table
+
+    from aquabit.graph import layers
 
     table = Table("layer", "operator", "block", "shape", "MACs", box=None)
     for name, node in layers(graph).items():

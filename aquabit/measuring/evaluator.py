@@ -26,6 +26,7 @@ from aquabit.pipelines import (
     Adapter,
     denoiser_name,
     free_text_encoders,
+    image_size,
     load,
     noise_statistics,
     own_copy,
@@ -34,7 +35,6 @@ from aquabit.pipelines import (
     sampler,
     set_scheduler,
 )
-from aquabit.pipelines.sizes import image_size
 from aquabit.quality import NonFiniteImages, NonFiniteValues, Quality, QualityMeter, QualityOptions, Source
 from aquabit.quant.bank import Bank
 from aquabit.quant.correction.corrector import Corrector, check_correction

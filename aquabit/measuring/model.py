@@ -9,8 +9,7 @@ import networkx as nx
 from diffusers import DiffusionPipeline
 
 from aquabit.measuring.evaluator import own_source
-from aquabit.pipelines import Adapter, denoiser_of, family_notes, load, scheduler_named, trace
-from aquabit.pipelines.sizes import image_size
+from aquabit.pipelines import Adapter, denoiser_of, family_notes, image_size, load, scheduler_named, trace
 from aquabit.quality import Source
 from aquabit.quant.correction.corrector import check_correction
 from aquabit.quant.model import fingerprint

@@ -19,7 +19,7 @@ from aquabit.pipelines.family import FAMILIES, Family, denoiser_name, denoiser_o
 from aquabit.pipelines.loading import BUNDLED, bundled_models, load
 from aquabit.pipelines.presets import PRESETS, Preset, preset_named
 from aquabit.pipelines.prompts import free_text_encoders, restore_text_encoders
-from aquabit.pipelines.running import image_batch
+from aquabit.pipelines.sizes import image_batch, image_size
 
 __all__ = [
     "BUNDLED",
@@ -40,6 +40,7 @@ __all__ = [
     "family_notes",
     "free_text_encoders",
     "image_batch",
+    "image_size",
     "load",
     "noise_statistics",
     "own_copy",

@@ -250,7 +250,7 @@ def predicted_effects(
 
 def _checked(study: Study, fitted: FittedSurrogate) -> pd.DataFrame | None:
     """Real swaps beside what the surrogate says of them; None without any."""
-    flips = study.flips(fitted.objective)
+    flips = study.swaps(fitted.objective)
     return None if flips.empty else predict_flips(fitted, flips, study.configs())
 
 
