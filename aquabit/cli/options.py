@@ -169,9 +169,8 @@ MetricOption = Annotated[
 def grouped(verb: Callable[..., None]) -> Callable[..., None]:
     """``verb`` with each parameter that is a group (a dataclass of options) replaced by the options in it."""
     signature = inspect.signature(verb, eval_str=True)
-    groups: dict[str, type[Any]] = {
-        k: p.annotation for k, p in signature.parameters.items() if is_dataclass(p.annotation)
-    }
+    annotations = {name: p.annotation for name, p in signature.parameters.items()}
+    groups = {k: a for k, a in annotations.items() if isinstance(a, type) and is_dataclass(a)}
     parameters: list[inspect.Parameter] = []
     for name, parameter in signature.parameters.items():
         if name not in groups:

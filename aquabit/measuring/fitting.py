@@ -53,7 +53,8 @@ def fit_all(
         study.add_features(
             {(layer, scheme): value for layer, facts in found.items() for scheme, value in facts.items()}
         )
-        errors = [v.get("output", v.get("error", 0.0)) for facts in found.values() for v in facts.values()]
+        every = [v for facts in found.values() for v in facts.values()]
+        errors = [float(v["output"] if "output" in v else v.get("error", 0.0)) for v in every]
         layer, worst = next(iter(tasks[place].schemes)), max(errors, default=0.0)
         progress(f"fitting and probing: {layer}, largest error {worst:.3f}", done, len(tasks))
 
