@@ -83,7 +83,7 @@ class Study:
             )
         if not self.path.parent.is_dir():
             raise AquabitError(f"the folder {self.path.parent} of the study does not exist")
-        self._held = 0
+        self._nesting = 0
         with _clear_errors(self.path):
             self._db = sqlite3.connect(self.path, isolation_level=None, timeout=10)
             self._open()
@@ -117,12 +117,12 @@ class Study:
     def writing(self) -> Iterator[None]:
         """Hold the study's writer lock; a second writer is refused by its process number. Nested use is
         fine."""
-        if self._held:
-            self._held += 1
+        if self._nesting:
+            self._nesting += 1
             try:
                 yield
             finally:
-                self._held -= 1
+                self._nesting -= 1
             return
         lock = self.path.with_name(self.path.name + ".lock")
         with open(lock, "a+") as file:
@@ -137,11 +137,11 @@ class Study:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {os.uname().nodename}")
             file.flush()
-            self._held = 1
+            self._nesting = 1
             try:
                 yield
             finally:
-                self._held = 0
+                self._nesting = 0
 
     def writer(self) -> str | None:
         """Who writes the study now, as "process 12 on host"; None where nobody does."""

@@ -11,11 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
-from aquabit.measuring.evaluator import thumbnail
 from aquabit.measuring.session import Session, open_session
 from aquabit.measuring.settings import MeasureOptions
 from aquabit.measuring.where import HERE, Where, WhereOptions
 from aquabit.packing import Model, generate, quantize
+from aquabit.pipelines.pictures import thumbnail
 from aquabit.quality import QualityOptions
 from aquabit.reports import report as write_report
 from aquabit.scheme import AquabitError, Budget, Progress, Protocol, QuantConfig, no_progress
@@ -62,7 +62,8 @@ def validate(
     effects: half of the layers that the ranking puts first, half drawn at random. ``swap``: "A:B" (default:
     ``effects.default_swap``).
 
-    ``pipe`` is needed where the study's model was an object; ``where``: see ``measuring.where.Where``.
+    ``pipe`` is needed where the study's model was an object; ``where``: workers, device, dtype, bank and
+    ray, see ``measuring.where.Where``.
     """
     flow = FlowOptions(bits, flips, swap)
     return validate_study(study, flow, Where(**where), pipe=pipe, seed=seed, progress=progress)
@@ -155,7 +156,7 @@ def find(
     own size, on this machine with torch's threads. ``correction`` (as "cnc+bc"): candidates are measured and
     chosen after it, in a study that was measured without (``corrected_session``); a study that was measured
     with one needs none. ``method``, ``rounds``, ``per_round`` and ``screen``: see ``search.SearchOptions``;
-    ``where``: see ``measuring.where.Where``.
+    ``where``: workers, device, dtype, bank and ray, see ``measuring.where.Where``.
     Raises AquabitError for a budget that the space cannot meet (both ends are named), and for a configuration
     of ``against`` that is of another model.
     """
@@ -260,7 +261,7 @@ def run(
     """The whole flow into a folder; run again, it continues where it stopped.
 
     Writes study.db, sensitivity.json, front.json, config.json, packed/, samples.png and report/index.html.
-    ``where``: see ``measuring.where.Where``.
+    ``where``: workers, device, dtype, bank and ray, see ``measuring.where.Where``.
     """
     return run_flow(
         model,
@@ -346,7 +347,8 @@ def measure(
 ) -> int:
     """Measure ``samples`` configurations of a design (``sensitivity.designs.DESIGNS``) in total, or
     ``configs``, references first; the number of new measurements. In ``workers`` processes, or on the cluster
-    at a ``ray`` address (auto, local, host:port); ``where``: see ``measuring.where.Where``.
+    at a ``ray`` address (auto, local, host:port); ``where``: workers, device, dtype, bank and ray, see
+    ``measuring.where.Where``.
 
     Measured again, only what is missing is made: interrupted anywhere, the same call continues, and with more
     samples it adds to them. Raises AquabitError for an unknown design, and for a shard of one that depends on

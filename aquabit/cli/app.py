@@ -531,7 +531,7 @@ def generate(
 ) -> None:
     """Make images from a packed artifact."""
     from aquabit import packing
-    from aquabit.measuring.evaluator import thumbnail
+    from aquabit.pipelines.pictures import thumbnail
 
     placed: list[Any] = []
     with bars() as progress:

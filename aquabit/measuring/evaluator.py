@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import platform
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -14,7 +13,6 @@ from typing import Any, NamedTuple, TypedDict
 import networkx as nx
 import torch
 from diffusers import DiffusionPipeline
-from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -35,6 +33,7 @@ from aquabit.pipelines import (
     sampler,
     set_scheduler,
 )
+from aquabit.pipelines.pictures import thumbnail
 from aquabit.quality import NonFiniteImages, NonFiniteValues, Quality, QualityMeter, QualityOptions, Source
 from aquabit.quant.bank import Bank
 from aquabit.quant.correction.corrector import Corrector, check_correction
@@ -408,16 +407,16 @@ class Evaluator:
     def _stored_batch(self, protocol: Protocol, batch: range) -> Tensor | None:
         """Full-precision images from memory or the bank; None where they are missing or damaged. Up to
         FULL_LIMIT bytes stay in memory."""
-        held = self._full[1] if self._full[0] == protocol.digest else {}
-        if batch.start not in held:
+        cached = self._full[1] if self._full[0] == protocol.digest else {}
+        if batch.start not in cached:
             try:
                 images = load_file(self._path(protocol, batch))["images"].float()
             except (OSError, SafetensorError, KeyError):
                 return None
-            if sum(t.nbytes for t in held.values()) + images.nbytes > FULL_LIMIT:
+            if sum(t.nbytes for t in cached.values()) + images.nbytes > FULL_LIMIT:
                 return images
-            held[batch.start] = images
-        return held[batch.start]
+            cached[batch.start] = images
+        return cached[batch.start]
 
     def _keep(self, protocol: Protocol, batch: range, images: Tensor) -> None:
         self.bank.write(self._path(protocol, batch), {"images": images.contiguous()})
@@ -449,27 +448,3 @@ def sketch(change: Tensor) -> list[float]:
         projection = torch.randn(size, vector.numel(), generator=generator) / size**0.5
         parts.append(projection @ vector.float() / vector.numel() ** 0.5)
     return [round(float(v), 8) for v in torch.cat(parts)]
-
-
-def thumbnail(images: Tensor, columns: int = 8, least: int = 32, most: int = 128) -> bytes:
-    """A PNG grid of images [n, c, h, w] in [0, 1], each enlarged (or shrunk) to a side of ``least`` to
-    ``most`` pixels."""
-    n, c, h, w = images.shape
-    side = max(h, w)
-    factor = -(-least // side) if side < least else 1
-    pixels = (images.nan_to_num().clamp(0, 1) * 255).round().to(torch.uint8)
-    pixels = pixels.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-    h, w, rows = h * factor, w * factor, -(-n // columns)
-    sheet = torch.full((c, rows * (h + 2) + 2, columns * (w + 2) + 2), 128, dtype=torch.uint8)
-    for i, image in enumerate(pixels):
-        y, x = 2 + (i // columns) * (h + 2), 2 + (i % columns) * (w + 2)
-        sheet[:, y : y + h, x : x + w] = image
-    array: Any = sheet[0].numpy() if c == 1 else sheet[:3].permute(1, 2, 0).numpy()
-    picture = Image.fromarray(array)
-    if side > most:
-        picture = picture.resize(
-            (picture.width * most // side, picture.height * most // side), Image.Resampling.LANCZOS
-        )
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return buffer.getvalue()
