@@ -28,7 +28,7 @@ BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 LIBRARIES = 550 << 20
 DECODED = 256 << 20  # of decoded weights that are kept beside the current ones (quant.model.DECODED_LIMIT)
 HEAP = 256 << 20  # of freed activations that the allocator keeps (runtime.reuse_memory)
-HESSIANS = 512 << 20  # of all H that are summed up at a time (quant.calibrate.LIMIT_BYTES)
+HESSIANS = 512 << 20  # of all H that are summed up at a time (quant.calibration.calibrator.LIMIT_BYTES)
 FIT_BYTES = 40  # a weight, of the largest layer: its float32 copy and what a scalar fit makes beside it
 
 

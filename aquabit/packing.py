@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
@@ -175,8 +176,6 @@ def generate(
     ``memory``: "packed" keeps no dense weight, "auto" up to a quarter of them, where they save most time.
     ``told`` hears which kernels run and what is resident.
     """
-    import torch
-
     if memory not in MEMORY:
         raise AquabitError(f"memory {memory!r} is unknown; it must be {' or '.join(MEMORY)}")
     adapter = Adapter(load(pipe, device, offload=offload))
@@ -194,17 +193,14 @@ def generate(
         eta=usual.eta if eta is None else eta,
         guidance=usual.guidance if guidance is None else guidance,
         conditions=tuple(conditions) if conditions else None,
-        micro_batch=min(
-            images, image_batch(adapter.pipe, adapter.denoiser, resolution or usual.resolution, 64)
-        ),
+        micro_batch=min(images, image_batch(adapter.pipe, resolution or usual.resolution, 64)),
         resolution=resolution or usual.resolution,
     )
     layers = layers_of(adapter.denoiser)
     with _switched_correction(adapter, correction):
         if any(layer.packed is not None for layer in layers.values()):
-            call = adapter.first_call(
-                protocol
-            )  # this samples, and follows the scheduler; the timed calls do not
+            # this samples, and follows the scheduler; the timed calls do not
+            call = adapter.first_call(protocol)
             with unfollowed(adapter.denoiser):
                 placed = place_(layers, call, memory, progress)
             if told is not None:

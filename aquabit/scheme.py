@@ -18,6 +18,14 @@ from aquabit.scheme_kinds import KINDS, Layout, Look, SchemeKind
 
 ACTIVATION_BITS = (16, 8, 6, 4)
 CORRECTIONS = ("cnc", "bc", "vsc", "match", "qdrift")
+SCHEDULERS: Mapping[str, str] = {  # what samplers are called here, and their classes in diffusers
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler-ancestral": "EulerAncestralDiscreteScheduler",
+    "dpm": "DPMSolverMultistepScheduler",
+    "flow-euler": "FlowMatchEulerDiscreteScheduler",
+}
 CODE_SHIFT = 5  # bits of a code that one group of steps takes: widths are below 32
 RANGES = ("dynamic", "static", "step")
 SCHEMA_VERSION = 1

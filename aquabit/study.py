@@ -37,15 +37,8 @@ CREATE TABLE flips(layer TEXT NOT NULL, before TEXT NOT NULL, after TEXT NOT NUL
 CREATE TABLE thumbnails(config TEXT NOT NULL, protocol TEXT NOT NULL, png BLOB NOT NULL,
   UNIQUE(config, protocol));
 """
-MERGED = (
-    "configs",
-    "protocols",
-    "measurements",
-    "features",
-    "flips",
-    "thumbnails",
-    "outputs",
-)  # tables of rows that are joined
+# tables of rows that are joined
+MERGED = ("configs", "protocols", "measurements", "features", "flips", "thumbnails", "outputs")
 OUTPUTS = (
     "CREATE TABLE IF NOT EXISTS outputs(config TEXT NOT NULL, inputs TEXT NOT NULL, value TEXT NOT NULL,"
     " UNIQUE(config, inputs))"
@@ -90,7 +83,7 @@ class Study:
             )
         if not self.path.parent.is_dir():
             raise AquabitError(f"the folder {self.path.parent} of the study does not exist")
-        self._held = 0
+        self._nesting = 0
         with _clear_errors(self.path):
             self._db = sqlite3.connect(self.path, isolation_level=None, timeout=10)
             self._open()
@@ -124,12 +117,12 @@ class Study:
     def writing(self) -> Iterator[None]:
         """Hold the study's writer lock; a second writer is refused by its process number. Nested use is
         fine."""
-        if self._held:
-            self._held += 1
+        if self._nesting:
+            self._nesting += 1
             try:
                 yield
             finally:
-                self._held -= 1
+                self._nesting -= 1
             return
         lock = self.path.with_name(self.path.name + ".lock")
         with open(lock, "a+") as file:
@@ -144,11 +137,11 @@ class Study:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {os.uname().nodename}")
             file.flush()
-            self._held = 1
+            self._nesting = 1
             try:
                 yield
             finally:
-                self._held = 0
+                self._nesting = 0
 
     def writer(self) -> str | None:
         """Who writes the study now, as "process 12 on host"; None where nobody does."""
@@ -363,7 +356,7 @@ class Study:
                 )
 
     def features(self) -> dict[tuple[str, str], dict[str, Any]]:
-        """(layer, scheme or activation as a6) -> facts, as ``sensitivity.encoder.Encoder`` takes them."""
+        """(layer, scheme or activation as a6) -> facts, as ``sensitivity.features.Encoder`` takes them."""
         return {(a, b): json.loads(v) for a, b, v in self._rows("SELECT layer, scheme, value FROM features")}
 
     def errors(self) -> dict[tuple[str, str], float]:
@@ -373,7 +366,7 @@ class Study:
 
     def add_outputs(self, inputs: str, values: Mapping[str, Mapping[str, Any]]) -> None:
         """Output errors of configurations (by digest) on the stored inputs of a digest
-        (``sensitivity.fidelity``), in one transaction; the configurations themselves need not be measured."""
+        (``measuring.output_errors``), in one transaction; the configurations need not be measured."""
         with self._transaction() as db:
             db.execute(OUTPUTS)  # older files lack it
             rows = [
@@ -400,10 +393,10 @@ class Study:
         ]
 
     def probes(self) -> dict[tuple[str, str], dict[str, Any]]:
-        """(layer, scheme or a6) -> damage and sketch, as ``sensitivity.encoder.Encoder`` takes them."""
+        """(layer, scheme or a6) -> damage and sketch, as ``sensitivity.features.Encoder`` takes them."""
         return {k: v for k, v in self.features().items() if "damage" in v}
 
-    def add_flip(
+    def add_swap(
         self, layer: str, before: str, after: str, config_before: str, config_after: str, protocol: Protocol
     ) -> None:
         """Two measured configurations that differ in one layer."""
@@ -413,7 +406,7 @@ class Study:
                 (layer, before, after, config_before, config_after, protocol.digest),
             )
 
-    def flips(self, objective: str) -> pd.DataFrame:
+    def swaps(self, objective: str) -> pd.DataFrame:
         """One row a real swap whose both ends were measured: layer, before, after, config_before,
         config_after, protocol, value_before, value_after of the objective."""
         columns = ["layer", "before", "after", "config_before", "config_after", "protocol"]

@@ -1,34 +1,47 @@
-"""The verbs that join the packages: validate, find, quantize, generate, run. The command line and ``import
-aquabit`` both call these."""
+"""The verbs that join the packages: measure, validate, find, run. ``import aquabit`` gives those with
+keywords; the command line calls those that take values."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
-
-from diffusers import DiffusionPipeline
+from typing import Any, Unpack
 
 from aquabit.jsonio import write_json
-from aquabit.measuring.evaluator import thumbnail
 from aquabit.measuring.session import Session, open_session
+from aquabit.measuring.settings import MeasureOptions
+from aquabit.measuring.where import HERE, Where, WhereOptions
 from aquabit.packing import Model, generate, quantize
+from aquabit.pipelines.pictures import thumbnail
 from aquabit.quality import QualityOptions
 from aquabit.reports import report as write_report
 from aquabit.scheme import AquabitError, Budget, Progress, Protocol, QuantConfig, no_progress
 from aquabit.search import FRESH_BLOCKS, Front, Search, SearchOptions, activation_choices
-from aquabit.sensitivity.correction_gain import noise_facts, search_corrected
-from aquabit.sensitivity.designs import DEFAULT, Design, draw, measure_disagreement, shard_of
+from aquabit.sensitivity.correction_gain import corrected_session, noise_facts
+from aquabit.sensitivity.designs import DEFAULT, draw, measure_disagreement, shard_of
 from aquabit.sensitivity.effects.context_effects import measure_in_context
 from aquabit.sensitivity.effects.predicted import named_swap
 from aquabit.sensitivity.effects.validation import validate_in
 from aquabit.sensitivity.explaining import explain
+from aquabit.sensitivity.plan import SampleOptions
 from aquabit.sensitivity.result import Sensitivity, save
 from aquabit.study import Study
 from aquabit.study_status import start_plan
 
 IN_CONTEXT = 4  # contexts in which ``run`` sees the output errors of every layer's swap
+
+
+@dataclass(frozen=True)
+class FlowOptions:
+    """What ``run`` explains, checks and searches: the budget in bits per weight, real swaps that check the
+    explanation, and the two schemes of a swap, "A:B" (None: ``effects.default_swap``)."""
+
+    bits: float = 3.0
+    swaps: int = 40
+    swap: str | None = None
 
 
 def _source(study: Study, pipe: Model | None) -> Model:
@@ -44,32 +57,44 @@ def validate(
     pipe: Model | None = None,
     seed: int = 0,
     progress: Progress = no_progress,
-    **options: Any,
+    **where: Unpack[WhereOptions],
 ) -> Sensitivity:
     """Measure ``flips`` real (layer, context) swaps on seeds of their own and set them beside the predicted
     effects: half of the layers that the ranking puts first, half drawn at random. ``swap``: "A:B" (default:
     ``effects.default_swap``).
 
-    ``pipe`` is needed where the study's model was an object; ``options`` are ``open_session``'s (workers,
-    device, bank).
+    ``pipe`` is needed where the study's model was an object; ``where``: workers, device, dtype, bank and
+    ray, see ``measuring.where.Where``.
     """
-    with open_session(
-        _source(study, pipe), study, progress=progress, check=lambda s: named_swap(s, swap), **options
-    ) as session:
-        validate_in(session, flips, swap, bits, seed, progress)
-    return explained(study, bits, swap, progress)
+    flow = FlowOptions(bits, flips, swap)
+    return validate_study(study, flow, Where(**where), pipe=pipe, seed=seed, progress=progress)
+
+
+def validate_study(
+    study: Study,
+    flow: FlowOptions,
+    where: Where = HERE,
+    *,
+    pipe: Model | None = None,
+    seed: int = 0,
+    progress: Progress = no_progress,
+) -> Sensitivity:
+    """``validate`` with values."""
+    with _opened(study, pipe, where, flow.swap, progress) as session:
+        validate_in(session, flow.swaps, flow.swap, flow.bits, seed, progress)
+    return explained(study, flow.bits, flow.swap, progress)
 
 
 def see_in_context(
     study: Study,
     contexts: int = IN_CONTEXT,
     bits: float = 3.0,
-    swap: str | None = None,
+    where: Where = HERE,
     *,
+    swap: str | None = None,
     pipe: Model | None = None,
     seed: int = 0,
     progress: Progress = no_progress,
-    **options: Any,
 ) -> None:
     """Run every layer's swap in good configurations near ``bits`` on stored inputs, so that ``explain`` knows
     what layers do in context.
@@ -79,10 +104,16 @@ def see_in_context(
     """
     if contexts < 2:
         raise AquabitError(f"contexts is {contexts}; an average needs at least 2")
-    with open_session(
-        _source(study, pipe), study, progress=progress, check=lambda s: named_swap(s, swap), **options
-    ) as session:
+    with _opened(study, pipe, where, swap, progress) as session:
         measure_in_context(session, contexts, bits, swap, seed, progress)
+
+
+def _opened(
+    study: Study, pipe: Model | None, where: Where, swap: str | None, progress: Progress
+) -> AbstractContextManager[Session]:
+    """A session on a study as it was begun; an impossible swap is said before anything is fitted."""
+    check = partial(named_swap, swap=swap)
+    return open_session(_source(study, pipe), study, where=where, check=check, progress=progress)
 
 
 def explained(
@@ -115,7 +146,7 @@ def find(
     screen: int = 4,
     against: Sequence[QuantConfig] = (),
     progress: Progress = no_progress,
-    **options: Any,
+    **where: Unpack[WhereOptions],
 ) -> Front:
     """The best configuration under a hard budget, and a front around it, packed, on fresh seeds; the winner
     without and with noise correction. Stored in the study.
@@ -124,8 +155,9 @@ def find(
     it is refined in context, and judged in pairs beside uniform families, one format a layer, everything that
     the study measured, and ``against``. ``latency_ms`` limits a denoiser call with one sample at the model's
     own size, on this machine with torch's threads. ``correction`` (as "cnc+bc"): candidates are measured and
-    chosen after it, in a study that was measured without (``search_corrected``); a study that was measured
-    with one needs none. ``method``, ``rounds``, ``per_round`` and ``screen``: see ``search.SearchOptions``.
+    chosen after it, in a study that was measured without (``corrected_session``); a study that was measured
+    with one needs none. ``method``, ``rounds``, ``per_round`` and ``screen``: see ``search.SearchOptions``;
+    ``where``: workers, device, dtype, bank and ray, see ``measuring.where.Where``.
     Raises AquabitError for a budget that the space cannot meet (both ends are named), and for a configuration
     of ``against`` that is of another model.
     """
@@ -139,29 +171,28 @@ def find(
     return search(
         study,
         SearchOptions(budget, method, rounds, per_round, screen, seed, named),
+        Where(**where),
         correction=correction,
         pipe=pipe,
         progress=progress,
-        **options,
     )
 
 
 def search(
     study: Study,
     options: SearchOptions,
+    where: Where = HERE,
     *,
     correction: str | None = None,
     pipe: Model | None = None,
     progress: Progress = no_progress,
     told: Callable[[str], object] = lambda _: None,
-    **where: Any,
 ) -> Front:
-    """``find`` with its options as one value; ``told`` gets what is to be said before anything is
-    measured, ``where`` are ``open_session``'s (workers, device, bank)."""
-    with open_session(_source(study, pipe), study, progress=progress, **where) as session:
+    """``find`` with values; ``told`` gets what is to be said before anything is measured."""
+    with open_session(_source(study, pipe), study, where=where, progress=progress) as session:
         _check(session, options)
         if correction is not None:
-            search_corrected(session, correction, progress)
+            session = corrected_session(session, correction, progress)
         return find_in(session, options, progress, told)
 
 
@@ -210,142 +241,150 @@ def run(
     *,
     protocol: Protocol | None = None,
     space: Mapping[str, Any] | None = None,
-    workers: int = 1,
-    device: str = "cpu",
-    dtype: str = "float32",
-    bank: str | None = None,
     quality: QualityOptions | None = None,
     sample_seed: int = 0,
     swap: str | None = None,
     design: str = DEFAULT,
     progress: Progress = no_progress,
+    **where: Unpack[WhereOptions],
 ) -> Front:
     """The whole flow into a folder; run again, it continues where it stopped.
 
     Writes study.db, sensitivity.json, front.json, config.json, packed/, samples.png and report/index.html.
+    ``where``: workers, device, dtype, bank and ray, see ``measuring.where.Where``.
     """
-    out = Path(out)
+    return run_flow(
+        model,
+        Path(out),
+        FlowOptions(bits, flips, swap),
+        SampleOptions(samples, sample_seed, design),
+        MeasureOptions(protocol, space, quality),
+        Where(**where),
+        progress,
+    )
+
+
+def run_flow(
+    model: Model,
+    out: Path,
+    flow: FlowOptions,
+    sample: SampleOptions,
+    options: MeasureOptions,
+    where: Where = HERE,
+    progress: Progress = no_progress,
+) -> Front:
+    """``run`` with values."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise AquabitError(f"the folder {out} cannot be made: {error.strerror}") from error
-    study = Study(out / "study.db")
-    given: dict[str, Any] = {
-        "protocol": protocol,
-        "space_options": dict(space) if space else None,
-        "quality": quality,
-    }
-    given["check"] = lambda made: named_swap(
-        made, swap
-    )  # an impossible swap is said before anything is fitted
+    study, budget = Study(out / "study.db"), Budget(bits=flow.bits)
     with open_session(
-        model, study, workers=workers, device=device, dtype=dtype, bank=bank, progress=progress, **given
+        model,
+        study,
+        options,
+        where,
+        check=partial(named_swap, swap=flow.swap),  # said before anything is fitted
+        progress=progress,
     ) as session:
-        session.costs.check(Budget(bits=bits), max(session.space.activations))
+        session.costs.check(budget, max(session.space.activations))
         session.references(progress)
-        new = session.measure(draw(session, design, samples, sample_seed), "sample", progress)
+        drawn = draw(session, sample.design, sample.samples, sample.seed)
+        new = session.measure(drawn, "sample", progress)
         found = study.get("front")
-        if found is not None and not new and found["budget"] == asdict(Budget(bits=bits)):
+        if found is not None and not new and found["budget"] == asdict(budget):
             front = Front.from_dict(found)  # everything was there: nothing is searched twice
         else:
-            front = find_in(session, SearchOptions(Budget(bits=bits), seed=sample_seed), progress)
-        measure_in_context(session, IN_CONTEXT, bits, swap, progress=progress)
-        validate_in(
-            session, flips, swap, bits, sample_seed, progress
-        )  # last: real swaps check the layers that the ranking puts first
-        sensitivity = explained(study, bits, swap, progress)
+            front = find_in(session, SearchOptions(budget, seed=sample.seed), progress)
+        measure_in_context(session, IN_CONTEXT, flow.bits, flow.swap, progress=progress)
+        # last: real swaps check the layers that the ranking puts first
+        validate_in(session, flow.swaps, flow.swap, flow.bits, sample.seed, progress)
+        sensitivity = explained(study, flow.bits, flow.swap, progress)
     write_json(out / "sensitivity.json", sensitivity.to_dict())
     write_json(out / "front.json", front.to_list())
     write_json(out / "config.json", front.best.to_dict())
     progress("packing", 0, 1)
-    quantize(model, front.best, bank=bank, device=device).save(out / "packed")
-    (out / "samples.png").write_bytes(
-        thumbnail(
-            generate(
-                str(out / "packed"),
-                32,
-                study.protocol.seed,
-                study.protocol.steps,
-                study.protocol.conditions,
-                device,
-                progress=progress,
-            )
-        )
+    quantize(model, front.best, bank=where.bank, device=where.device).save(out / "packed")
+    made = generate(
+        str(out / "packed"),
+        32,
+        study.protocol.seed,
+        study.protocol.steps,
+        study.protocol.conditions,
+        where.device,
+        progress=progress,
     )
+    (out / "samples.png").write_bytes(thumbnail(made))
     progress("packing", 1, 1)
     write_report(study, out / "report", progress=progress)
     return front
 
 
 def measure(
-    model: str | DiffusionPipeline,
+    model: Model,
     study: Study,
     samples: int = 120,
     *,
     configs: Sequence[QuantConfig] | None = None,
     protocol: Protocol | None = None,
-    space: dict[str, Any] | None = None,
-    workers: int = 1,
-    device: str = "cpu",
-    dtype: str = "float32",
-    bank: str | None = None,
+    space: Mapping[str, Any] | None = None,
     quality: QualityOptions | None = None,
-    ray: str | None = None,
     sample_seed: int = 0,
     design: str = DEFAULT,
     shard: str | None = None,
     progress: Progress = no_progress,
+    **where: Unpack[WhereOptions],
 ) -> int:
     """Measure ``samples`` configurations of a design (``sensitivity.designs.DESIGNS``) in total, or
     ``configs``, references first; the number of new measurements. In ``workers`` processes, or on the cluster
-    at a ``ray`` address (auto, local, host:port).
+    at a ``ray`` address (auto, local, host:port); ``where``: workers, device, dtype, bank and ray, see
+    ``measuring.where.Where``.
 
     Measured again, only what is missing is made: interrupted anywhere, the same call continues, and with more
     samples it adds to them. Raises AquabitError for an unknown design, and for a shard of one that depends on
     what was measured.
     """
-    chosen = Design.parse(design)
-    if chosen.name == "disagreement" and shard is not None:
-        raise AquabitError(
-            f"design disagreement chooses by all measurements, so shard {shard} cannot be made alone; shard"
-            " another design"
-        )
-    with open_session(
-        model,
-        study,
-        protocol=protocol,
-        space_options=space,
-        workers=workers,
-        device=device,
-        dtype=dtype,
-        bank=bank,
-        quality=quality,
-        ray=ray,
-        progress=progress,
-    ) as session:
-        before = study.known(session.protocol)
-        fixed = configs is not None or chosen.name != "disagreement"
-        drawn = (
-            list(configs)
-            if configs is not None
-            else draw(session, design, samples, sample_seed)
-            if fixed
-            else []
-        )
-        for config in drawn:
-            session.space.check(config, extra_schemes=True)
-        drawn = shard_of(drawn, shard)
-        asked = {c.digest for c in (*session.first(), *drawn)} - before
-        missing = (
-            len(asked)
-            if fixed
-            else len(asked)
-            + max(0, samples - len(study.measurements(session.protocol, "sample", failed=True)))
-        )
-        start_plan(study, samples, chosen.name, shard, missing)
-        session.references(progress)
-        if fixed:
-            session.measure(drawn, "sample", progress)
-        else:
-            measure_disagreement(session, samples, sample_seed, progress)
-        return len(study.known(session.protocol) - before)
+    sample = SampleOptions(samples, sample_seed, design, shard)
+    options = MeasureOptions(protocol, space, quality)
+    return measure_model(model, study, sample, options, Where(**where), configs, progress)
+
+
+def measure_model(
+    model: Model,
+    study: Study,
+    sample: SampleOptions,
+    options: MeasureOptions,
+    where: Where = HERE,
+    configs: Sequence[QuantConfig] | None = None,
+    progress: Progress = no_progress,
+) -> int:
+    """``measure`` with values."""
+    with open_session(model, study, options, where, progress=progress) as session:
+        return _measure_in(session, sample, configs, progress)
+
+
+def _measure_in(
+    session: Session, sample: SampleOptions, configs: Sequence[QuantConfig] | None, progress: Progress
+) -> int:
+    """References, then what is drawn, in an open session."""
+    study, samples = session.study, sample.samples
+    before = study.known(session.protocol)
+    drawn: list[QuantConfig] | None = None  # a design that depends on measurements draws as they are made
+    if configs is not None:
+        drawn = list(configs)
+    elif not sample.adaptive:
+        drawn = draw(session, sample.design, samples, sample.seed)
+    for config in drawn or ():
+        session.space.check(config, extra_schemes=True)
+    drawn = None if drawn is None else shard_of(drawn, sample.shard)
+    asked = {c.digest for c in (*session.first(), *(drawn or ()))} - before
+    missing = len(asked)
+    if drawn is None:
+        missing += max(0, samples - len(study.measurements(session.protocol, "sample", failed=True)))
+    start_plan(study, samples, sample.name, sample.shard, missing)
+    session.references(progress)
+    if drawn is None:
+        measure_disagreement(session, samples, sample.seed, progress)
+    else:
+        session.measure(drawn, "sample", progress)
+    return len(study.known(session.protocol) - before)

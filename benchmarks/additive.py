@@ -127,7 +127,7 @@ def trained_layers(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Weights and H (activations at 8 bits) of some layers of a bundled model."""
     from aquabit.measuring.evaluator import Evaluator
-    from aquabit.measuring.session import open_model
+    from aquabit.measuring.model import open_model
     from aquabit.quant.bank import Bank
     from aquabit.scheme import Calibration
 
@@ -288,6 +288,8 @@ def large(folder: Path, models: list[str], scheme: str = "aq2x8g8", samples: int
 def session_of(folder: Path, model: str) -> Any:
     """A study of everything that the comparisons choose from, each fitted with H at a8 and probed."""
     from aquabit.measuring.session import open_session
+    from aquabit.measuring.settings import MeasureOptions
+    from aquabit.measuring.where import Where
     from aquabit.study import Study
 
     space = {
@@ -306,9 +308,8 @@ def session_of(folder: Path, model: str) -> Any:
     return open_session(
         model,
         Study(folder / f"families-{model}.db"),
-        space_options=space,
-        workers=2,
-        bank=str(folder / "bank"),
+        MeasureOptions(space=space),
+        Where(workers=2, bank=str(folder / "bank")),
     )
 
 

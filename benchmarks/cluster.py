@@ -27,7 +27,7 @@ except ImportError:  # run as a script
 TARGET = 1.8
 
 
-def seconds(pool: Any, tasks: list[dict[str, Any]], workers: int) -> float:
+def seconds(pool: Any, tasks: list[Any], workers: int) -> float:
     """Of all tasks on so many of the pool's two workers."""
     aside = [pool._idle.pop() for _ in range(2 - workers)]
     pool.slots = lambda: workers
@@ -48,8 +48,9 @@ def measured(
     from ray.cluster_utils import Cluster
 
     from aquabit.graph import to_json
-    from aquabit.measuring.ray_pool import RayPool
-    from aquabit.measuring.session import open_model
+    from aquabit.measuring.model import open_model
+    from aquabit.measuring.pools import RayPool
+    from aquabit.measuring.tasks import Begin, Measure
     from aquabit.quant.bank import Bank
     from aquabit.scheme import Protocol
     from aquabit.space import make_space
@@ -60,19 +61,8 @@ def measured(
     opened, bank = open_model(model), Bank(folder / "bank")
     space = make_space(opened.graph, opened.fingerprint, model, schemes=["usq2", "usq3", "usq4"])
     protocol = Protocol(images=images, steps=steps, micro_batch=min(64, images))
-    begin = {
-        "task": "begin",
-        "model": model,
-        "graph": to_json(opened.graph),
-        "bank": str(bank.folder),
-        "fingerprint": opened.fingerprint,
-        "device": "cpu",
-        "dtype": "float32",
-    }
-    tasks = [
-        {"task": "measure", "config": c.to_dict(), "protocol": protocol.to_dict(), "packed": False}
-        for c in space.sample(configs, 1)
-    ]
+    begin = Begin(model, to_json(opened.graph), str(bank.folder), opened.fingerprint)
+    tasks = [Measure(c, protocol) for c in space.sample(configs, 1)]
     pool = RayPool(cluster.address, begin)
     try:
         while len(pool._idle) < 2:

@@ -81,6 +81,8 @@ def synthetic(folder: Path, models: Sequence[str]) -> list[dict[str, Any]]:
 def session_of(folder: Path, model: str) -> Any:
     """A study that knows the uniform schemes; the blocks of fresh seeds are measured in it."""
     from aquabit.measuring.session import open_session
+    from aquabit.measuring.settings import MeasureOptions
+    from aquabit.measuring.where import Where
     from aquabit.study import Study
 
     space = {
@@ -91,9 +93,8 @@ def session_of(folder: Path, model: str) -> Any:
     return open_session(
         model,
         Study(folder / f"correction-{model}.db"),
-        space_options=space,
-        workers=2,
-        bank=str(folder / "bank"),
+        MeasureOptions(space=space),
+        Where(workers=2, bank=str(folder / "bank")),
     )
 
 
@@ -187,7 +188,7 @@ def images(folder: Path, models: Sequence[str]) -> list[dict[str, Any]]:
                         made = torch.cat(
                             [here.adapter.images(protocol, b) for b in here.adapter.batches(protocol)]
                         )
-                    quality = here.gauge.quality(None)
+                    quality = here.meter.quality(None)
                     quality.update(made, here.full_precision(protocol), here.adapter.conditions(protocol))
                     found = quality.compute()
                     for m in METRICS:

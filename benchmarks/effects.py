@@ -46,14 +46,16 @@ FIRST_BLOCK, CEILING_BLOCK = 201, 211  # the other benchmarks use blocks up to 1
 def open_study(folder: Path, bank: Path, model: str, what: str) -> Any:
     """A session on ``effects-WHAT-MODEL.db``."""
     from aquabit.measuring.session import open_session
+    from aquabit.measuring.settings import MeasureOptions
+    from aquabit.measuring.where import Where
     from aquabit.study import Study
 
     path, base = file_of(folder, model, what), study_path(folder, model)
     if not path.exists() and base.exists():
         shutil.copy(base, path)
     study = Study(path)
-    options = None if "space" in study else dict(SPACE)
-    return open_session(model, study, space_options=options, workers=1, bank=str(bank), progress=say)
+    options = MeasureOptions(space=None if "space" in study else SPACE)
+    return open_session(model, study, options, Where(bank=str(bank)), progress=say)
 
 
 def file_of(folder: Path, model: str, what: str) -> Path:

@@ -70,7 +70,7 @@ def machine() -> dict[str, Any]:
 def overhead(folder: Path, models: list[str], pairs: int = 15) -> list[dict[str, Any]]:
     """Median seconds and the median of paired ratios. Full precision is the untouched pipeline."""
     from aquabit.measuring.evaluator import Evaluator, single_thread
-    from aquabit.measuring.session import open_model
+    from aquabit.measuring.model import open_model
     from aquabit.pipelines import Adapter, load
     from aquabit.quant.bank import Bank
     from aquabit.scheme import Protocol

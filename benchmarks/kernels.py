@@ -202,7 +202,7 @@ def _write(found: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    from aquabit.cli.tables import bars
+    from aquabit.cli.progress import bars
     from aquabit.kernels.timings import machine
 
     parser = argparse.ArgumentParser(

@@ -360,18 +360,16 @@ def measure(
     folder: Path, models: Sequence[str], bank: str, workers: int, studies: Mapping[str, Path]
 ) -> dict[str, list[dict[str, Any]]]:
     from aquabit.measuring.session import open_session
+    from aquabit.measuring.settings import MeasureOptions
+    from aquabit.measuring.where import Where
     from aquabit.study import Study
 
     schemes = list(dict.fromkeys(str(scheme_of(b, f)) for f in CASES for b in (UNQUANTIZED, *BITS)))
     result = {}
     for model in models:
-        options = {
-            "space_options": {"schemes": schemes, "activations": [8]},
-            "workers": workers,
-            "bank": bank,
-            "progress": say,
-        }
-        with open_session(model, Study(folder / f"peers-{model}.db"), **options) as session:  # type: ignore[arg-type]
+        options = MeasureOptions(space={"schemes": schemes, "activations": [8]})
+        where, study = Where(workers=workers, bank=bank), Study(folder / f"peers-{model}.db")
+        with open_session(model, study, options, where, progress=say) as session:
             rows = sides(session, folder, model, studies.get(model))
             protocols = [session.protocol.block(b) for b in BLOCKS]
             session.measure([rows[0]["config"]], "reference", say, protocols, f"{model}, full precision")

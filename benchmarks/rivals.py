@@ -104,12 +104,13 @@ def say(what: str, done: int, total: int) -> None:
 
 def session_of(folder: Path, model: str, workers: int, bank: str, studies: Mapping[str, Path]) -> Any:
     from aquabit.measuring.session import open_session
+    from aquabit.measuring.where import Where
     from aquabit.study import Study
 
     path = folder / f"rivals-{model}.db"
     if not path.exists() and model in studies:
         shutil.copy(studies[model], path)
-    return open_session(model, Study(path), workers=workers, bank=bank, progress=say)
+    return open_session(model, Study(path), where=Where(workers=workers, bank=bank), progress=say)
 
 
 # ---- the rivals

@@ -140,7 +140,7 @@ TASKS = ("measure", "quantize", "run packed")
 def bundled(name: str, task: str, bank: Path) -> dict[str, Any]:
     """One task on a bundled model, with the protocol's micro-batch of 64, beside what is expected."""
     from aquabit.measuring.evaluator import Evaluator, single_thread
-    from aquabit.measuring.session import open_model
+    from aquabit.measuring.model import open_model
     from aquabit.memory import peaks
     from aquabit.packing import quantize
     from aquabit.pipelines import Adapter

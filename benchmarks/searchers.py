@@ -42,12 +42,13 @@ CORNER = (20.0, 4.0)  # FID and bits per weight: hypervolume is what a front dom
 
 def session_of(folder: Path, model: str) -> Any:
     from aquabit.measuring.session import open_session
+    from aquabit.measuring.where import Where
     from aquabit.study import Study
 
     path = folder / f"searchers-{model}.db"
     if not path.exists():
         shutil.copy(folder / f"surrogate-{model}.db", path)
-    return open_session(model, Study(path), workers=2, bank=str(folder / "bank"), progress=say)
+    return open_session(model, Study(path), where=Where(workers=2, bank=str(folder / "bank")), progress=say)
 
 
 class Comparison:

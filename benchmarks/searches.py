@@ -41,10 +41,12 @@ def study_path(folder: Path, model: str) -> Path:
 
 def session_of(path: Path, model: str, folder: Path) -> Any:
     from aquabit.measuring.session import open_session
+    from aquabit.measuring.settings import MeasureOptions
+    from aquabit.measuring.where import Where
     from aquabit.study import Study
 
     return open_session(
-        model, Study(path), space_options=dict(SPACE), workers=1, bank=str(folder / "bank"), progress=say
+        model, Study(path), MeasureOptions(space=SPACE), Where(bank=str(folder / "bank")), progress=say
     )
 
 

@@ -57,11 +57,16 @@ QUICK = Size((41, 42), 32, 24, 1, 4, (0,))
 def session_of(folder: Path, model: str) -> Any:
     """A study of usq4h at all widths; the blocks of fresh seeds are measured in it."""
     from aquabit.measuring.session import open_session
+    from aquabit.measuring.settings import MeasureOptions
+    from aquabit.measuring.where import Where
     from aquabit.study import Study
 
     space = {"schemes": [WEIGHTS], "levels": [], "activations": [8, 6, 4]}
     return open_session(
-        model, Study(folder / f"steps-{model}.db"), space_options=space, workers=2, bank=str(folder / "bank")
+        model,
+        Study(folder / f"steps-{model}.db"),
+        MeasureOptions(space=space),
+        Where(workers=2, bank=str(folder / "bank")),
     )
 
 
@@ -234,6 +239,8 @@ def search(folder: Path, models: Sequence[str], size: Size) -> list[dict[str, An
     """Winners of searches that differ in whether activation bits may change in the middle of sampling, by
     seed of samples and search."""
     from aquabit.measuring.session import open_session
+    from aquabit.measuring.settings import MeasureOptions
+    from aquabit.measuring.where import Where
     from aquabit.scheme import Budget
     from aquabit.study import Study
 
@@ -246,10 +253,8 @@ def search(folder: Path, models: Sequence[str], size: Size) -> list[dict[str, An
             ("with groups", {"total": 10, "starts": list(STARTS)}),
         ):
             study = Study(folder / f"steps-search-{name.split()[0]}-{size.samples}-{seed}.db")
-            options = {**SPACE, **({"step_groups": groups} if groups else {})}
-            with open_session(
-                model, study, space_options=options, workers=2, bank=str(folder / "bank")
-            ) as session:
+            options = MeasureOptions(space={**SPACE, **({"step_groups": groups} if groups else {})})
+            with open_session(model, study, options, Where(workers=2, bank=str(folder / "bank"))) as session:
                 session.references()
                 session.measure(session.space.sample(size.samples, seed), "sample")
                 base = session.costs(session.space.uniform(WEIGHTS, 8)).bops

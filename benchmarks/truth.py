@@ -114,10 +114,12 @@ def say(what: str, done: int, total: int) -> None:
 
 def session_of(folder: Path, model: str) -> Any:
     from aquabit.measuring.session import open_session
+    from aquabit.measuring.settings import MeasureOptions
+    from aquabit.measuring.where import Where
     from aquabit.study import Study
 
     study, bank = Study(folder / f"truth-{model}.db"), str(folder / "bank")
-    return open_session(model, study, space_options=dict(SPACE), workers=2, bank=bank, progress=say)
+    return open_session(model, study, MeasureOptions(space=SPACE), Where(workers=2, bank=bank), progress=say)
 
 
 def swap(truth: Truth) -> None:

@@ -81,7 +81,7 @@ def study(world: World, tmp_path_factory: pytest.TempPathFactory) -> Study:
             for end in ends:
                 value = float(world.truth(*world.space.indices([end]))[0])
                 world.record(study, end, {"fid": value, "is": 100 / value}, "flip", fresh)
-            study.add_flip(layer, "usq4", "usq2", ends[0].digest, ends[1].digest, fresh)
+            study.add_swap(layer, "usq4", "usq2", ends[0].digest, ends[1].digest, fresh)
     return study
 
 
@@ -581,7 +581,7 @@ def test_validate_checks_the_first_layers_and_says_which_were_random(tmp_path) -
         and len(made) <= count + 4
     )
     validate_in(session, 30, "usq8:vq2", 3.0, 0)
-    assert len(study.get("validation_plan")) == 2 and len(set(study.flips("fid").before)) == 2
+    assert len(study.get("validation_plan")) == 2 and len(set(study.swaps("fid").before)) == 2
 
 
 def test_layers_are_ranked_by_damage_before_a_surrogate_can_be_fitted(probed: World, tmp_path) -> None:
@@ -643,7 +643,7 @@ def test_effects_are_of_good_configurations_and_of_psnr_too(tmp_path) -> None:
 def test_flips_are_predicted_in_their_own_context_and_never_trained_on(
     study: Study, fitted: FittedSurrogate
 ) -> None:
-    flips, configs = study.flips("fid"), study.configs()
+    flips, configs = study.swaps("fid"), study.configs()
     table = predict_swaps(fitted, flips, configs)
     row = table.iloc[4]
     before, after = fitted.predict([configs[row.config_before], configs[row.config_after]])

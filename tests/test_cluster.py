@@ -3,7 +3,6 @@ other models, dead addresses."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -14,8 +13,11 @@ from pathlib import Path
 import pytest
 
 from aquabit.graph import to_json
-from aquabit.measuring import ray_pool as cluster
-from aquabit.measuring.session import open_model, pool_for
+from aquabit.measuring.model import open_model
+from aquabit.measuring.pools import pool_for
+from aquabit.measuring.pools import ray as cluster
+from aquabit.measuring.tasks import Answer, Begin, Fit
+from aquabit.measuring.where import Where
 from aquabit.scheme import AquabitError, Protocol
 from aquabit.study import Study
 from aquabit.workflows import measure
@@ -114,22 +116,8 @@ def test_workers_that_are_not_like_the_driver_are_refused_by_name(nodes, tmp_pat
     from aquabit.quant.bank import Bank
 
     def first(model) -> object:
-        with pool_for(model, Bank(tmp_path / "bank"), 1, "cpu", "float32", ray=nodes.address) as pool:
-            return next(
-                pool.run(
-                    [
-                        {
-                            "task": "fit",
-                            "schemes": {},
-                            "probes": {},
-                            "acts": [8],
-                            "protocol": PROTOCOL.to_dict(),
-                            "calibration": None,
-                            "step_groups": None,
-                        }
-                    ]
-                )
-            )[1]
+        with pool_for(model, Bank(tmp_path / "bank"), Where(ray=nodes.address)) as pool:
+            return next(pool.run([Fit({}, {}, (8,), PROTOCOL)]))[1]
 
     assert first(model) == {}
     with pytest.raises(AquabitError, match="give all machines the same files"):
@@ -143,22 +131,17 @@ def test_workers_that_are_not_like_the_driver_are_refused_by_name(nodes, tmp_pat
 
 def test_a_model_that_a_machine_lacks_is_sent(tmp_path) -> None:
     tiny_pipeline("dit").save_pretrained(tmp_path / "pipe")
-    begin = {"task": "begin", "model": str(tmp_path / "elsewhere"), "folder": True}
+    model = open_model(str(tmp_path / "pipe"))
+    begin = Begin(
+        str(tmp_path / "elsewhere"), to_json(model.graph), str(tmp_path / "bank"), model.fingerprint
+    )
     seat = cluster.Seat()
-    assert seat.begin(json.dumps(begin), cluster.versions()) == '{"missing": true}'
+    assert seat.begin(begin, True, cluster.versions()) == Answer(False)
     monkey = [(name, piece) for name, piece in cluster._pieces(tmp_path / "pipe")]
     for name, piece in monkey:
         seat.receive(name, piece[:100])
         seat.receive(name, piece[100:])
-    begin = {
-        **begin,
-        "graph": to_json(open_model(str(tmp_path / "pipe")).graph),
-        "bank": str(tmp_path / "bank"),
-        "fingerprint": open_model(str(tmp_path / "pipe")).fingerprint,
-        "device": "cpu",
-        "dtype": "float32",
-    }
-    assert json.loads(seat.begin(json.dumps(begin), cluster.versions())) == {}
+    assert seat.begin(begin, True, cluster.versions()) == Answer(True)
 
 
 def test_addresses_where_nothing_answers(tmp_path, dit) -> None:
@@ -169,7 +152,7 @@ def test_addresses_where_nothing_answers(tmp_path, dit) -> None:
     def said(address: str, device: str = "cpu", workers: int = 1) -> str:
         with (
             pytest.raises(AquabitError) as caught,
-            pool_for(model, bank, workers, device, "float32", ray=address),
+            pool_for(model, bank, Where(workers, device, ray=address)),
         ):
             pass
         return str(caught.value)

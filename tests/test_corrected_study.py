@@ -13,6 +13,8 @@ import pytest
 from aquabit import packing
 from aquabit import workflows as flow
 from aquabit.measuring.session import open_session, uniform_references
+from aquabit.measuring.settings import MeasureOptions
+from aquabit.measuring.where import Where
 from aquabit.pipelines import ClassConditionalPipeline, trace
 from aquabit.quant.correction import corrector as correct
 from aquabit.quant.model import fingerprint
@@ -135,9 +137,8 @@ def test_corrected_and_uncorrected_measurements_share_no_training_table(tmp_path
     with open_session(
         dit,
         study,
-        protocol=PROTOCOL,
-        space_options={"schemes": ["usq2", "usq3", "usq4"]},
-        bank=str(tmp_path / "bank"),
+        MeasureOptions(PROTOCOL, {"schemes": ["usq2", "usq3", "usq4"]}),
+        Where(bank=str(tmp_path / "bank")),
     ) as session:
         configs = session.space.sample(22)
         session.measure([session.space.full_precision()], "reference")
@@ -179,7 +180,7 @@ def test_noise_facts_hold_the_statistics_and_measure_the_counterpart(begun, tmp_
     pipe, folder = begun
     study = copied(begun, tmp_path)
     blocks = [PROTOCOL.block(i) for i in (11, 12)]
-    with open_session(pipe, study, bank=str(folder / "bank")) as session:
+    with open_session(pipe, study, where=Where(bank=str(folder / "bank"))) as session:
         config = replace(session.space.uniform("usq2"), correction=own, calibration=Calibration.of(PROTOCOL))
         session.measure([config], "fresh", protocols=blocks, packed=True)
         facts = noise_facts(session, config, blocks)
@@ -217,7 +218,7 @@ def test_noise_that_cannot_be_corrected_leaves_its_statistics_and_the_reason(
     pipe, folder = begun
     study = copied(begun, tmp_path)
     monkeypatch.setattr(correct, "MIN_DIVISOR", 100.0)
-    with open_session(pipe, study, bank=str(folder / "bank")) as session:
+    with open_session(pipe, study, where=Where(bank=str(folder / "bank"))) as session:
         facts = noise_facts(session, session.space.uniform("usq2"), [PROTOCOL.block(11)])
     assert "cnc would divide" in facts["reason"] and len(facts["rows"]) == 2 and facts["protocols"] == []
     assert "correction" not in set(study.measurements(failed=True).kind)
@@ -238,10 +239,11 @@ def test_a_search_with_correction_in_a_study_without(begun, tmp_path) -> None:
     candidates = study.measurements(kind="candidate")
     assert set(candidates.correction) == {"cnc+bc"} and len(candidates) >= 3 + 4
     assert study.get("noise")["with"] == front.winner and "correction" not in study.get("space")
-    with open_session(pipe, study, bank=str(folder / "bank")) as session:
+    with open_session(pipe, study, where=Where(bank=str(folder / "bank"))) as session:
         target = Target(1.0, True)
         assert correction_shift(session, "fid", target) == 0.0, "this session corrects as its study does"
-        session.space = replace(session.space, correction="cnc+bc", calibration=Calibration.of(PROTOCOL))
+        corrected = replace(session.space, correction="cnc+bc", calibration=Calibration.of(PROTOCOL))
+        session = session.with_space(corrected)
         values = study.measurements(study.protocol).set_index("config").fid
         pairs = [
             np.log(values[c.digest] / values[replace(c, correction=None).digest])

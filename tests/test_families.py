@@ -21,7 +21,16 @@ from aquabit.cost import CostModel
 from aquabit.graph import meta_denoiser
 from aquabit.graph import trace as trace_denoiser
 from aquabit.pipelines import FAMILIES as FAMILY_VALUES
-from aquabit.pipelines import PRESETS, Adapter, family_notes, free_text_encoders, load, preset_named, trace
+from aquabit.pipelines import (
+    PRESETS,
+    Adapter,
+    family_notes,
+    free_text_encoders,
+    image_size,
+    load,
+    preset_named,
+    trace,
+)
 from aquabit.scheme import AquabitError, Protocol, direction
 from aquabit.space import make_space
 from aquabit.study import Study
@@ -74,6 +83,7 @@ def test_the_whole_flow(name: str, tmp_path: Path) -> None:
     packed.save(tmp_path / "packed")
     again = load(tmp_path / "packed")
     made = images(again, protocol)
+    assert image_size(again, protocol.resolution) == tuple(made.shape[-2:])
     assert made.shape == images(packed.pipe, protocol).shape and torch.allclose(
         made, images(packed.pipe, protocol), atol=1e-4
     )
@@ -261,7 +271,8 @@ def test_a_preset_fills_what_is_not_given(
 ) -> None:
     seen: list[Protocol] = []
     monkeypatch.setattr(
-        "aquabit.measuring.session.measure", lambda *_, protocol, **__: seen.append(protocol) or 0
+        "aquabit.workflows.measure_model",
+        lambda model, study, sample, options, *_, **__: seen.append(options.protocol) or 0,
     )
     result = CliRunner().invoke(
         app, ["measure", "digits-unet", "--study", str(tmp_path / "S.db"), "--preset", "ptqd-ldm4", *given]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from aquabit import packing
 from aquabit.measuring.evaluator import Evaluator
-from aquabit.measuring.session import open_model
+from aquabit.measuring.model import open_model
 from aquabit.pipelines import Adapter, recorder, trace
 from aquabit.quant.bank import Bank
 from aquabit.quant.calibration import calibrator, fitting

@@ -15,11 +15,12 @@ from functools import partial
 import pytest
 import torch
 
-from aquabit.graph import layers
+from aquabit.graph import layers, to_json
 from aquabit.kernels import fake_quantize_reference
-from aquabit.measuring import pools as pool
 from aquabit.measuring.evaluator import Evaluator
-from aquabit.measuring.session import open_model
+from aquabit.measuring.model import open_model
+from aquabit.measuring.pools import ProcessPool, processes
+from aquabit.measuring.tasks import Begin, Fit, Measure
 from aquabit.pipelines import Adapter, trace
 from aquabit.quant.bank import Bank
 from aquabit.quant.layers import QuantConv2d, QuantLinear
@@ -102,20 +103,10 @@ def test_workers_give_the_same_numbers_and_shards_join(tmp_path, dit) -> None:
 def test_workers_are_gone_when_the_parent_is_gone_and_replaced_when_they_die(tmp_path, dit) -> None:
     dit.save_pretrained(tmp_path / "pipe")
     model = open_model(str(tmp_path / "pipe"))
-    from aquabit.graph import to_json
-
-    begin = {
-        "task": "begin",
-        "model": str(tmp_path / "pipe"),
-        "graph": to_json(model.graph),
-        "bank": str(tmp_path / "bank"),
-        "fingerprint": model.fingerprint,
-        "device": "cpu",
-        "dtype": "float32",
-    }
-    workers = pool.WorkerPool(1, begin)
+    begin = Begin(str(tmp_path / "pipe"), to_json(model.graph), str(tmp_path / "bank"), model.fingerprint)
+    workers = ProcessPool(1, begin)
     config = make_space(model.graph, model.fingerprint).uniform("usq4")
-    task = {"task": "measure", "config": config.to_dict(), "protocol": PROTOCOL.to_dict(), "packed": False}
+    task = Measure(config, PROTOCOL)
     first = next(workers.run([task]))[1]
     assert workers._workers[0] is not None
     process = workers._workers[0].process
@@ -135,10 +126,10 @@ def test_workers_are_gone_when_the_parent_is_gone_and_replaced_when_they_die(tmp
 
 
 def test_a_task_that_kills_every_worker_is_an_error(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(pool._Worker, "ask", lambda self, task: (_ for _ in ()).throw(EOFError()))
-    monkeypatch.setattr(pool._Worker, "__init__", lambda self, begin: None)
+    monkeypatch.setattr(processes._Worker, "ask", lambda self, task: (_ for _ in ()).throw(EOFError()))
+    monkeypatch.setattr(processes._Worker, "__init__", lambda self, begin: None)
     with pytest.raises(AquabitError, match="died twice"):
-        list(pool.WorkerPool(2, {}).run([{"task": "fit"}]))
+        list(ProcessPool(2, Begin("m", {}, "b", "f")).run([Fit({}, {}, (8,), PROTOCOL)]))
 
 
 def test_images_do_not_depend_on_their_number_or_order(pipe) -> None:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from math import prod
 
+import pytest
 import torch
 
 from aquabit.graph import layers
+from aquabit.measuring.settings import MeasureOptions
+from aquabit.measuring.tasks import MeasureOutputErrors, run
+from aquabit.measuring.where import Where
 from aquabit.memory import _Live, activation_bytes, peaks
 from aquabit.pipelines import trace
 from aquabit.quant.bank import Bank
-from aquabit.scheme import Protocol, Scheme
-from aquabit.sensitivity.plan import plan
+from aquabit.scheme import AquabitError, Protocol, QuantConfig, Scheme
+from aquabit.sensitivity.plan import SampleOptions, plan
 from aquabit.study import Study
 from aquabit.workflows import measure
 from tests.conftest import tiny_pipeline
@@ -24,7 +28,8 @@ def test_a_plan_is_what_is_then_done(tmp_path) -> None:
     tiny_pipeline("dit").save_pretrained(tmp_path / "pipe")
     pipe, bank = str(tmp_path / "pipe"), str(tmp_path / "bank")
     given = {"protocol": PROTOCOL, "space": SPACE, "bank": bank}
-    before, more = plan(pipe, None, 2, **given), plan(pipe, None, 4, **given)
+    values = MeasureOptions(PROTOCOL, SPACE), Where(bank=bank)
+    before, more = (plan(pipe, None, SampleOptions(n), *values) for n in (2, 4))
     study = Study(tmp_path / "s.db")
     assert measure(pipe, study, 2, **given) == before.measurements < more.measurements
     uniform = (
@@ -42,7 +47,7 @@ def test_a_plan_is_what_is_then_done(tmp_path) -> None:
     assert before.probes == len(study.features())
     written = sum(p.stat().st_size for p in fits)
     assert 0.8 < before.bank_bytes / written < 1.25
-    after = plan(pipe, study, 4, **given)
+    after = plan(pipe, study, SampleOptions(4), *values)
     assert (after.measurements, after.known, after.fits, after.probes, after.bank_bytes) == (
         more.measurements - before.measurements,
         before.measurements,
@@ -54,7 +59,7 @@ def test_a_plan_is_what_is_then_done(tmp_path) -> None:
         after.measuring_seconds > 0 == after.probing_seconds
         and len(study.measurements()) == before.measurements
     )
-    shards = [plan(pipe, None, 4, shard=f"{i}/2", **given).measurements for i in (1, 2)]
+    shards = [plan(pipe, None, SampleOptions(4, shard=f"{i}/2"), *values).measurements for i in (1, 2)]
     assert sum(shards) == more.measurements + 7, (
         "full precision and six uniform references are measured by both"
     )
@@ -94,11 +99,6 @@ def test_peaks_grow_with_what_they_are_made_of() -> None:
 
 
 def test_memory_that_does_not_suffice_says_what_to_lower() -> None:
-    import pytest
-
-    from aquabit.measuring.pools import answer
-    from aquabit.scheme import AquabitError
-
     class Full:
         def __init__(self, error: Exception):
             self.error = error
@@ -106,18 +106,13 @@ def test_memory_that_does_not_suffice_says_what_to_lower() -> None:
         def output_errors(self, *_: object) -> None:
             raise self.error
 
-    task = {
-        "task": "outputs",
-        "protocol": PROTOCOL.to_dict(),
-        "part": 0,
-        "configs": [{"schema": 1, "model": "", "fingerprint": "f", "layers": {}}],
-    }
+    task = MeasureOutputErrors((QuantConfig("f", {}),), PROTOCOL, 0)
     for error in (
         MemoryError(),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
         torch.OutOfMemoryError("CUDA out of memory"),
     ):
         with pytest.raises(AquabitError, match=r"ran out of memory .* --micro-batch"):
-            answer(Full(error), task)
+            run(task, Full(error))
     with pytest.raises(RuntimeError, match="shapes"):
-        answer(Full(RuntimeError("shapes differ")), task)
+        run(task, Full(RuntimeError("shapes differ")))

@@ -18,7 +18,7 @@ import torch
 
 from aquabit.cost import CostModel
 from aquabit.measuring.evaluator import Evaluator
-from aquabit.measuring.session import open_model
+from aquabit.measuring.model import open_model
 from aquabit.pipelines import load, trace
 from aquabit.quant.bank import Bank
 from aquabit.scheme import FP, AquabitError, Protocol, QuantConfig, Scheme

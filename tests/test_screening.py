@@ -12,6 +12,7 @@ import pytest
 from aquabit import workflows as flow
 from aquabit.measuring.output_errors import output_features, stored
 from aquabit.measuring.session import open_session
+from aquabit.measuring.where import Where
 from aquabit.scheme import AquabitError, Protocol
 from aquabit.search.loop import best_of
 from aquabit.sensitivity.effects.context_effects import DRAWN
@@ -36,7 +37,7 @@ def made(tmp_path_factory):
     pipe, study = tiny_pipeline("dit"), Study(folder / "s.db")
     measure(pipe, study, 30, protocol=PROTOCOL, space=SPACE, bank=str(folder / "bank"))
     plain = explain(study, BITS, replicates=4)
-    flow.see_in_context(study, 2, BITS, pipe=pipe, bank=str(folder / "bank"))
+    flow.see_in_context(study, 2, BITS, Where(bank=str(folder / "bank")), pipe=pipe)
     return pipe, study, str(folder / "bank"), plain
 
 
@@ -85,7 +86,7 @@ def test_output_errors_are_kept_and_older_studies_take_them(made, tmp_path) -> N
     table = study.measurements(study.protocol)
     assert set(table[table.kind == "sample"].config) <= set(known)
     config = study.configs()[table.config.iloc[-1]]
-    with open_session(pipe, study, bank=bank) as session:
+    with open_session(pipe, study, where=Where(bank=bank)) as session:
         assert (
             session.outputs([config])[config.digest]
             == known[config.digest]
@@ -164,6 +165,6 @@ def test_what_is_missing_is_named(made) -> None:
     with pytest.raises(AquabitError, match="output errors of 1 measured"):
         fit_screen(fitted, outputs)
     with pytest.raises(AquabitError, match="contexts is 1"):
-        flow.see_in_context(study, 1, pipe=pipe, bank=bank)
+        flow.see_in_context(study, 1, pipe=pipe)
     with pytest.raises(AquabitError, match="screen is 0"):
         flow.find(study, BITS, screen=0, pipe=pipe, bank=bank)

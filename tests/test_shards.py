@@ -8,6 +8,7 @@ import time
 import pytest
 
 from aquabit.measuring.session import open_session
+from aquabit.measuring.where import Where
 from aquabit.scheme import AquabitError, Protocol
 from aquabit.study import Study, merge
 from aquabit.study_status import merge_status, start_plan, study_status
@@ -34,7 +35,7 @@ def test_three_shards_joined_are_the_run_in_one_piece_bit_for_bit(tmp_path) -> N
     def made(name: str, shard: str | None) -> Study:
         study, pipe = Study(tmp_path / name), str(tmp_path / "pipe")
         measure(pipe, study, 7, protocol=PROTOCOL, space=SPACE, bank=str(tmp_path / "bank"), shard=shard)
-        with open_session(pipe, study, bank=str(tmp_path / "bank")) as session:
+        with open_session(pipe, study, where=Where(bank=str(tmp_path / "bank"))) as session:
             done = set(study.measurements().config)
             session.outputs([c for key, c in study.configs().items() if key in done])
         return study

@@ -18,6 +18,8 @@ from aquabit.cost import CostModel, Latency
 from aquabit.graph import layers as graph_layers
 from aquabit.measuring.evaluator import Evaluator
 from aquabit.measuring.session import open_session
+from aquabit.measuring.settings import MeasureOptions
+from aquabit.measuring.where import Where
 from aquabit.pipelines import Adapter, load, set_scheduler, trace
 from aquabit.quant import attention
 from aquabit.quant.bank import Bank
@@ -537,7 +539,7 @@ def test_a_study_measures_patterns_and_probes_them(tmp_path, dit) -> None:
     with (
         pytest.raises(AquabitError, match="of 4 steps, the images are made in 2"),
         open_session(
-            dit, Study(tmp_path / "t.db"), protocol=protocol, space_options=wrong, bank=str(tmp_path / "bank")
+            dit, Study(tmp_path / "t.db"), MeasureOptions(protocol, wrong), Where(bank=str(tmp_path / "bank"))
         ),
     ):
         pass

@@ -68,9 +68,9 @@ def test_a_study_belongs_to_one_model_protocol_and_space(tmp_path) -> None:
 
 def test_flips_pair_up(tmp_path) -> None:
     study = filled(tmp_path / "s.db", [1, 2])
-    study.add_flip("layer1", "usq4", "usq2", config(1).digest, config(2).digest, PROTOCOL)
-    study.add_flip("layer1", "usq4", "usq2", config(1).digest, "not measured", PROTOCOL)
-    table = study.flips("fid")
+    study.add_swap("layer1", "usq4", "usq2", config(1).digest, config(2).digest, PROTOCOL)
+    study.add_swap("layer1", "usq4", "usq2", config(1).digest, "not measured", PROTOCOL)
+    table = study.swaps("fid")
     assert (table.value_before.tolist(), table.value_after.tolist()) == ([1.0], [2.0])
 
 

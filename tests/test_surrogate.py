@@ -326,7 +326,7 @@ def test_fit_from_study_takes_only_training_measurements(world: World, tmp_path)
 def test_ends_of_real_swaps_are_no_training_rows(world: World, tmp_path) -> None:
     study, protocol = world.study(tmp_path / "s.db", 40), Protocol()
     one, other = world.space.configs(world.weights[:2], world.acts[:2])
-    study.add_flip(world.space.layers[0], "usq4", "usq2", one.digest, other.digest, protocol)
+    study.add_swap(world.space.layers[0], "usq4", "usq2", one.digest, other.digest, protocol)
     assert not {one.digest, other.digest} & set(fit_from_study(study).configs)
 
 

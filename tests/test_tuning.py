@@ -21,8 +21,9 @@ from aquabit.kernels.backends import BACKENDS
 from aquabit.kernels.request import format_of
 from aquabit.measuring import latency
 from aquabit.measuring.evaluator import Evaluator
-from aquabit.measuring.pools import InlinePool, WorkerPool
-from aquabit.measuring.session import open_model
+from aquabit.measuring.model import open_model
+from aquabit.measuring.pools import InlinePool, ProcessPool
+from aquabit.measuring.tasks import Begin, Measure
 from aquabit.pipelines import Adapter, load, trace
 from aquabit.quant.artifact import load_packed_denoiser
 from aquabit.quant.bank import Bank
@@ -249,15 +250,7 @@ def test_packed_measurements_do_not_depend_on_timings_or_workers(dit, tmp_path, 
     space = make_space(model.graph, model.fingerprint, calibration=Calibration(images=4, steps=2))
     config = space.uniform("usq3").with_layer(next(iter(names)), "vq4")
     protocol = Protocol(images=6, steps=2, micro_batch=4)
-    tasks = [
-        {
-            "task": "measure",
-            "config": config.to_dict(),
-            "protocol": protocol.block(b).to_dict(),
-            "packed": True,
-        }
-        for b in (0, 1)
-    ]
+    tasks = [Measure(config, protocol.block(b), packed=True) for b in (0, 1)]
     bank = Bank(tmp_path / "bank")
 
     def results(pool) -> dict[str, dict[str, float]]:
@@ -279,16 +272,8 @@ def test_packed_measurements_do_not_depend_on_timings_or_workers(dit, tmp_path, 
     dit.save_pretrained(tmp_path / "pipe")
     from aquabit.graph import to_json
 
-    begin = {
-        "task": "begin",
-        "model": str(tmp_path / "pipe"),
-        "graph": to_json(model.graph),
-        "bank": str(bank.folder),
-        "fingerprint": model.fingerprint,
-        "device": "cpu",
-        "dtype": "float32",
-    }
-    pool = WorkerPool(2, begin)
+    begin = Begin(str(tmp_path / "pipe"), to_json(model.graph), str(bank.folder), model.fingerprint)
+    pool = ProcessPool(2, begin)
     try:
         assert results(pool) == one
     finally:

@@ -1,9 +1,10 @@
-"""The command line: one short function per verb; what they show is in _terminal."""
+"""The command line: one short function per verb. Options are in ``options``, what is shown in ``tables``."""
 
 from __future__ import annotations
 
 import os
-from functools import partial
+from collections.abc import Callable
+from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,40 +13,28 @@ import typer
 from aquabit.cli.options import (
     BankOption,
     Bits,
-    CorrectionOption,
     Device,
     Dtype,
     EstimatorOption,
-    Eta,
-    FeaturesOption,
     Guidance,
-    Images,
     Json,
-    MetricOption,
+    Limits,
+    Machine,
+    Making,
+    Measuring,
     MicroBatch,
     ModelArgument,
-    Objective,
-    Preset,
-    Prompts,
-    Reference,
-    Resolution,
+    Sample,
     Samples,
-    SchedulerOption,
-    Seed,
-    SpaceFile,
-    StepGroupsOption,
-    Steps,
+    Searching,
     StudyArgument,
     SwapOption,
-    Workers,
+    Tuning,
+    given,
+    grouped,
 )
+from aquabit.cli.progress import bars, console, emit, errors, plain, shielded
 from aquabit.cli.tables import (
-    bars,
-    console,
-    emit,
-    errors,
-    plain,
-    shielded,
     show_calls,
     show_export,
     show_failures,
@@ -61,7 +50,7 @@ from aquabit.cli.tables import (
     show_timings,
     show_tuned,
 )
-from aquabit.scheme import AquabitError, Protocol, QuantConfig
+from aquabit.scheme import AquabitError, QuantConfig
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -87,156 +76,54 @@ def _quiet() -> None:
     logging.getLogger("diffusers").setLevel(logging.ERROR)
 
 
-def _protocol(context: typer.Context, preset: str | None, **given: Any) -> Protocol:
-    """A protocol of options; those that were not given are the preset's, where it has them."""
-    if preset is None:
-        return Protocol(**given)
-    from aquabit.pipelines import preset_named
+def verb(function: Callable[..., None]) -> Callable[..., None]:
+    """A verb of the program: groups of options spread out, errors as one sentence, libraries quiet."""
 
-    return Protocol(
-        **{**given, **{k: v for k, v in preset_named(preset).protocol.items() if not _given(context, k)}}
-    )
+    @wraps(function)
+    def call(**options: Any) -> None:
+        _quiet()
+        function(**options)
 
-
-def _given(context: typer.Context, option: str) -> bool:
-    source = context.get_parameter_source(option)
-    return source is not None and source.name == "COMMANDLINE"
+    return app.command()(shielded(grouped(call)))
 
 
-def _workers(workers: int | None, device: str) -> int:
-    return workers or ((os.cpu_count() or 1) if device == "cpu" else 1)
-
-
-def _prompts(path: Path | None) -> tuple[str, ...] | None:
-    if path is None:
-        return None
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise AquabitError(f"prompts file {path} cannot be read as UTF-8 text: {error}") from error
-    kept = tuple(line for line in lines if line)
-    if not kept:
-        raise AquabitError(f"prompts file {path} is empty; it needs one prompt a line")
-    return kept
-
-
-def _quality(reference: Path | None, features: list[str] | None, metrics: list[str] | None) -> Any:
-    """What images are measured with beside the model's own; None where nothing is given, which continues a
-    study's own."""
-    from aquabit.quality import QualityOptions
-
-    return (
-        QualityOptions(str(reference) if reference else None, tuple(features or ()), tuple(metrics or ()))
-        or None
-    )
-
-
-def _space(
-    path: Path | None, correction: str | None, step_groups: str | None, steps: int
-) -> dict[str, Any] | None:
-    """The options of the search space; None where there are none, which continues a study's own."""
-    from aquabit.space import read_space
-
-    options = read_space(path) if path else {}
-    if correction is not None:
-        options["correction"] = correction
-    if step_groups is None:
-        return options or None
-    starts = [part.strip() for part in step_groups.split(",")]
-    if not all(part.isdigit() for part in starts):
-        raise AquabitError(
-            f"step groups {step_groups!r} must be the first steps of the groups, from 0 and separated by"
-            " commas, as in 0,5"
-        )
-    return {**options, "step_groups": {"total": steps, "starts": [int(part) for part in starts]}}
-
-
-@app.command()
-@shielded
+@verb
 def run(
     context: typer.Context,
     model: ModelArgument,
     out: Annotated[Path, typer.Option("--out", help="Folder for everything; run again, it continues.")],
+    measuring: Measuring,
+    machine: Machine,
     bits: Bits = 3.0,
     samples: Samples = 120,
     flips: Annotated[int, typer.Option("--flips", min=1, help="Real swaps that check the explanation.")] = 40,
-    images: Images = 128,
-    steps: Steps = 10,
-    scheduler: SchedulerOption = "default",
-    eta: Eta = 0.0,
-    seed: Seed = 0,
-    workers: Workers = None,
-    device: Device = "cpu",
-    dtype: Dtype = "float32",
-    prompts: Prompts = None,
-    guidance: Guidance = 1.0,
-    space: SpaceFile = None,
-    objective: Objective = "fid",
-    bank: BankOption = None,
-    reference: Reference = None,
-    features: FeaturesOption = None,
-    preset: Preset = None,
-    metric: MetricOption = None,
-    correction: CorrectionOption = None,
-    step_groups: StepGroupsOption = None,
-    micro_batch: MicroBatch = 64,
-    resolution: Resolution = None,
     swap: SwapOption = None,
     json_: Json = None,
 ) -> None:
     """The whole flow: measure, explain, check, search, pack, report."""
-    _quiet()
-    from aquabit import workflows as flow
+    from aquabit import workflows
     from aquabit.pipelines import preset_named
+    from aquabit.sensitivity.plan import SampleOptions
     from aquabit.study import Study
 
-    protocol = _protocol(
-        context,
-        preset,
-        images=images,
-        steps=steps,
-        seed=seed,
-        scheduler=scheduler,
-        eta=eta,
-        guidance=guidance,
-        resolution=resolution,
-        conditions=_prompts(prompts),
-        micro_batch=micro_batch,
-        objective=objective,
-        dtype=dtype,
-    )
-    if preset and not _given(context, "bits"):
-        bits = preset_named(preset).weights
+    if measuring.preset and not given(context, "bits"):
+        bits = preset_named(measuring.preset).weights
+    flow, sample = workflows.FlowOptions(bits, flips, swap), SampleOptions(samples, measuring.seed)
+    options, where = measuring.options(context), machine.where(measuring.dtype)
     with bars() as progress:
-        front = flow.run(
-            model,
-            out,
-            bits,
-            samples,
-            flips,
-            protocol=protocol,
-            space=_space(space, correction, step_groups, steps),
-            workers=_workers(workers, device),
-            device=device,
-            dtype=dtype,
-            bank=str(bank) if bank else None,
-            quality=_quality(reference, features, metric),
-            sample_seed=seed,
-            swap=swap,
-            progress=progress,
-        )
+        front = workflows.run_flow(model, out, flow, sample, options, where, progress)
     if not emit(front.to_list(), json_):
-        show_sensitivity(Study(out / "study.db").get("sensitivity"), 10)
+        study = Study(out / "study.db")
+        show_sensitivity(study.get("sensitivity"), 10)
         show_front(front)
-        show_notes(Study(out / "study.db"))
+        show_notes(study)
         console.print(
             f"report: {out / 'report' / 'index.html'}   images: {out / 'samples.png'}   packed model:"
             f" {out / 'packed'}"
         )
 
 
-@app.command()
-@shielded
+@verb
 def models(json_: Json = None) -> None:
     """Bundled models, supported families, and presets of the papers' settings."""
     from aquabit.jsonio import read_json
@@ -263,8 +150,7 @@ def models(json_: Json = None) -> None:
         show_families(families, presets)
 
 
-@app.command()
-@shielded
+@verb
 def inspect(
     model: ModelArgument,
     memory: Annotated[
@@ -276,32 +162,33 @@ def inspect(
     json_: Json = None,
 ) -> None:
     """Layers, operator types, sizes and multiply-adds; or peak memory."""
-    _quiet()
-    from aquabit.graph import layers, to_json
-    from aquabit.pipelines import denoiser_of, family_notes, load, trace
+    from aquabit.graph import to_json
+    from aquabit.pipelines import family_notes, load, trace
 
     pipe = load(model)
-    graph = trace(pipe)
     if memory:
-        from aquabit.memory import NOT_COUNTED, elements, peaks
+        _inspect_memory(pipe, micro_batch, guidance != 1.0, json_)
+    elif not emit(to_json(graph := trace(pipe)), json_):
+        for note in family_notes(pipe):
+            console.print(f"[yellow]{plain(note)}[/]", highlight=False)
+        _show_layers(graph)
 
-        found = peaks(
-            graph,
-            micro_batch,
-            guidance != 1.0,
-            others=elements(pipe.components.values()) - elements([denoiser_of(pipe)]),
-        )
-        if not emit(
-            {"micro_batch": micro_batch, "not_counted": NOT_COUNTED, "peaks": [p.to_dict() for p in found]},
-            json_,
-        ):
-            show_peaks(found, micro_batch, NOT_COUNTED)
-        return
-    if emit(to_json(graph), json_):
-        return
-    for note in family_notes(pipe):
-        console.print(f"[yellow]{plain(note)}[/]", highlight=False)
+
+def _inspect_memory(pipe: Any, micro_batch: int, guided: bool, json_: str | None) -> None:
+    from aquabit.memory import NOT_COUNTED, elements, peaks
+    from aquabit.pipelines import denoiser_of, trace
+
+    others = elements(pipe.components.values()) - elements([denoiser_of(pipe)])
+    found = peaks(trace(pipe), micro_batch, guided, others=others)
+    told = {"micro_batch": micro_batch, "not_counted": NOT_COUNTED, "peaks": [p.to_dict() for p in found]}
+    if not emit(told, json_):
+        show_peaks(found, micro_batch, NOT_COUNTED)
+
+
+def _show_layers(graph: Any) -> None:
     from rich.table import Table
+
+    from aquabit.graph import layers
 
     table = Table("layer", "operator", "block", "shape", "MACs", box=None)
     for name, node in layers(graph).items():
@@ -320,8 +207,7 @@ def inspect(
     )
 
 
-@app.command()
-@shielded
+@verb
 def convert(
     checkpoint: Annotated[
         Path,
@@ -332,7 +218,6 @@ def convert(
     out: Annotated[Path, typer.Option("--out", help="Folder of the pipeline.")],
 ) -> None:
     """Make a diffusers pipeline of the original class-conditional LDM checkpoint (LDM-4 on ImageNet)."""
-    _quiet()
     from aquabit.pipelines import convert_ldm4
 
     pipe = convert_ldm4(checkpoint, out)
@@ -342,46 +227,14 @@ def convert(
     )
 
 
-@app.command()
-@shielded
+@verb
 def measure(
     context: typer.Context,
     model: ModelArgument,
     study: Annotated[Path, typer.Option("--study", metavar="S.db", help="Study file, created or continued.")],
-    samples: Samples = 120,
-    images: Images = 128,
-    steps: Steps = 10,
-    scheduler: SchedulerOption = "default",
-    eta: Eta = 0.0,
-    seed: Seed = 0,
-    workers: Workers = None,
-    device: Device = "cpu",
-    dtype: Dtype = "float32",
-    prompts: Prompts = None,
-    guidance: Guidance = 1.0,
-    space: SpaceFile = None,
-    objective: Objective = "fid",
-    bank: BankOption = None,
-    reference: Reference = None,
-    features: FeaturesOption = None,
-    preset: Preset = None,
-    metric: MetricOption = None,
-    correction: CorrectionOption = None,
-    step_groups: StepGroupsOption = None,
-    micro_batch: MicroBatch = 64,
-    resolution: Resolution = None,
-    design: Annotated[
-        str,
-        typer.Option(
-            "--design",
-            help=(
-                "near (good configurations), random (independent draws, ruined ones included), balanced"
-                " (nearly orthogonal, evenly over bits), swaps (of one layer in shared contexts),"
-                " disagreement (batches on which refitted surrogates disagree); near:0.75 is a quarter"
-                " random."
-            ),
-        ),
-    ] = "near:0.75",
+    sample: Sample,
+    measuring: Measuring,
+    machine: Machine,
     contexts: Annotated[
         int,
         typer.Option(
@@ -394,9 +247,6 @@ def measure(
         ),
     ] = 0,
     bits: Annotated[float, typer.Option("--bits", help="Bits per weight of these contexts.")] = 3.0,
-    shard: Annotated[
-        str | None, typer.Option("--shard", help="i/n: every n-th configuration, for batch schedulers.")
-    ] = None,
     ray: Annotated[
         str | None,
         typer.Option(
@@ -418,61 +268,23 @@ def measure(
     json_: Json = None,
 ) -> None:
     """Measure configurations into a study; run again, it continues."""
-    _quiet()
-    from aquabit import workflows as flow
+    from aquabit import workflows
     from aquabit.study import Study
-    from aquabit.workflows import measure as measure_model
 
-    protocol = _protocol(
-        context,
-        preset,
-        images=images,
-        steps=steps,
-        seed=seed,
-        scheduler=scheduler,
-        eta=eta,
-        guidance=guidance,
-        resolution=resolution,
-        conditions=_prompts(prompts),
-        micro_batch=micro_batch,
-        objective=objective,
-        dtype=dtype,
-    )
-    processes = (workers or 1) if ray is not None else _workers(workers, device)
-    options: dict[str, Any] = {
-        "protocol": protocol,
-        "space": _space(space, correction, step_groups, steps),
-        "workers": processes,
-        "device": device,
-        "dtype": dtype,
-        "bank": str(bank) if bank else None,
-        "quality": _quality(reference, features, metric),
-        "sample_seed": seed,
-        "design": design,
-        "shard": shard,
-    }
+    drawn, options = sample.options(measuring.seed), measuring.options(context)
+    where = machine.where(measuring.dtype, ray)
     if plan:
         from aquabit.sensitivity.plan import plan as plan_model
 
-        made = plan_model(model, Study(study) if study.exists() else None, samples, **options)
+        made = plan_model(model, Study(study) if study.exists() else None, drawn, options, where)
         if not emit(made.to_dict(), json_):
             show_plan(made)
         return
     with bars() as progress:
         opened = Study(study)
-        count = measure_model(model, opened, samples, ray=ray, progress=progress, **options)
+        count = workflows.measure_model(model, opened, drawn, options, where, progress=progress)
         if contexts:
-            flow.see_in_context(
-                opened,
-                contexts,
-                bits,
-                pipe=model,
-                workers=processes,
-                device=device,
-                bank=str(bank) if bank else None,
-                ray=ray,
-                progress=progress,
-            )
+            workflows.see_in_context(opened, contexts, bits, where, pipe=model, progress=progress)
     if not emit({"new": count, **_counts(opened)}, json_):
         console.print(f"{count} new measurements; {study} holds {_counts(opened)['measurements']}")
         show_failures(opened)
@@ -488,8 +300,7 @@ def _counts(study: Any) -> dict[str, Any]:
     }
 
 
-@app.command()
-@shielded
+@verb
 def status(
     studies: Annotated[list[Path], typer.Argument(metavar="S.db", help="A study, or the shards of one.")],
     json_: Json = None,
@@ -521,8 +332,7 @@ def status(
         show_statuses(rows)
 
 
-@app.command()
-@shielded
+@verb
 def merge(
     sources: Annotated[
         list[Path], typer.Argument(metavar="A.db B.db", help="Studies of one model, space and protocol.")
@@ -545,8 +355,7 @@ def merge(
         )
 
 
-@app.command()
-@shielded
+@verb
 def explain(
     study: StudyArgument,
     top: Annotated[int, typer.Option("--top", min=1, help="Layers to list.")] = 20,
@@ -556,7 +365,6 @@ def explain(
     json_: Json = None,
 ) -> None:
     """How good the surrogate is, then which layers hurt most, with intervals."""
-    _quiet()
     from aquabit.study import Study
     from aquabit.workflows import explained
 
@@ -566,36 +374,27 @@ def explain(
         show_sensitivity(result, top)
 
 
-@app.command()
-@shielded
+@verb
 def validate(
     study: StudyArgument,
+    machine: Machine,
     flips: Annotated[
         int, typer.Option("--flips", min=1, help="(layer, context) swaps, two measurements each.")
     ] = 40,
     swap: SwapOption = None,
     bits: Bits = 3.0,
-    workers: Workers = None,
-    device: Device = "cpu",
     seed: Annotated[int, typer.Option("--seed", help="Which layers and contexts.")] = 0,
-    bank: BankOption = None,
     json_: Json = None,
 ) -> None:
     """Measure real layer swaps and set them beside the predicted effects."""
-    _quiet()
-    from aquabit import workflows as flow
+    from aquabit import workflows
     from aquabit.study import Study
 
     with bars() as progress:
-        opened = Study(study, create=False)
-        options: dict[str, Any] = {
-            "workers": _workers(workers, device),
-            "device": device,
-            "bank": str(bank) if bank else None,
-        }
-        result = flow.validate(opened, flips, swap, bits, seed=seed, progress=progress, **options).to_dict()
-    if not emit(result, json_):
-        show_sensitivity(result, 10)
+        opened, flow = Study(study, create=False), workflows.FlowOptions(bits, flips, swap)
+        result = workflows.validate_study(opened, flow, machine.where(), seed=seed, progress=progress)
+    if not emit(result.to_dict(), json_):
+        show_sensitivity(result.to_dict(), 10)
 
 
 def _tell(json_: str | None, text: str) -> None:
@@ -604,70 +403,13 @@ def _tell(json_: str | None, text: str) -> None:
         errors.print(plain(text), highlight=False, soft_wrap=True)
 
 
-@app.command()
-@shielded
+@verb
 def search(
     study: StudyArgument,
-    bits: Annotated[
-        float | None, typer.Option("--bits", help="Bits per weight, everything counted (default 3.0).")
-    ] = None,
-    bytes_: Annotated[int | None, typer.Option("--bytes", help="Bytes of the saved denoiser.")] = None,
-    bops: Annotated[
-        float | None, typer.Option("--bops", help="Bit operations of one image in one denoiser call.")
-    ] = None,
-    latency: Annotated[
-        float | None,
-        typer.Option(
-            "--latency", help="Milliseconds per denoiser call with one image, packed, on this machine."
-        ),
-    ] = None,
+    limits: Limits,
+    searching: Searching,
+    machine: Machine,
     out: Annotated[Path | None, typer.Option("--out", help="Write the winner here, as config.json.")] = None,
-    against: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--against",
-            metavar="FILE",
-            help=(
-                "A configuration that the winner must not lose to: config.json, or ModelOpt's quant_cfg; may"
-                " be repeated."
-            ),
-        ),
-    ] = None,
-    rounds: Annotated[
-        int | None,
-        typer.Option(
-            "--rounds",
-            min=0,
-            help=(
-                "Rounds of refinement in context (default 3; 0: the program's answer); of fitting and"
-                " proposing where a surrogate proposes (default 2)."
-            ),
-        ),
-    ] = None,
-    per_round: Annotated[
-        int, typer.Option("--per-round", min=1, help="New candidates a round, where a surrogate proposes.")
-    ] = 8,
-    method: Annotated[
-        str,
-        typer.Option(
-            "--method",
-            help=(
-                "program (the integer program over damages, refined in context); surrogate or evolve"
-                " (NSGA-II; needs pymoo) also propose from a surrogate of the study's measurements."
-            ),
-        ),
-    ] = "program",
-    screen: Annotated[
-        int,
-        typer.Option(
-            "--screen",
-            min=1,
-            help=(
-                "Where a surrogate proposes: configurations for each that is measured; output errors on"
-                " stored inputs choose among them (1: none of this)."
-            ),
-        ),
-    ] = 4,
     correction: Annotated[
         str | None,
         typer.Option(
@@ -678,39 +420,18 @@ def search(
             ),
         ),
     ] = None,
-    workers: Workers = None,
-    device: Device = "cpu",
-    seed: Annotated[int, typer.Option("--seed")] = 0,
-    bank: BankOption = None,
     json_: Json = None,
 ) -> None:
     """Find the best configuration under a hard budget; several budgets hold at once. Works before anything
     was measured."""
-    _quiet()
-    from aquabit import workflows as flow
-    from aquabit.scheme import Budget
-    from aquabit.search import SearchOptions
-    from aquabit.search.given_configs import read_given
-    from aquabit.space import SearchSpace
+    from aquabit import workflows
     from aquabit.study import Study
 
     opened = Study(study, create=False)
-    known = SearchSpace.from_dict(opened.need("space", "run `aquabit measure MODEL --study` first"))
-    given = [(path.name, read_given(path, known)) for path in against or ()]
-    limit = bits if any((bits, bytes_, bops, latency)) else 3.0
-    options = SearchOptions(
-        Budget(limit, bytes_, bops, latency), method, rounds, per_round, screen, seed, given
-    )
+    options, where = searching.options(limits.budget(), opened), machine.where()
     with bars() as progress:
-        front = flow.search(
-            opened,
-            options,
-            correction=correction,
-            progress=progress,
-            told=partial(_tell, json_),
-            workers=_workers(workers, device),
-            device=device,
-            bank=str(bank) if bank else None,
+        front = workflows.search(
+            opened, options, where, correction=correction, progress=progress, told=partial(_tell, json_)
         )
     if out:
         out.write_text(front.best.to_json())
@@ -718,8 +439,7 @@ def search(
         show_front(front)
 
 
-@app.command()
-@shielded
+@verb
 def quantize(
     model: ModelArgument,
     config: Annotated[
@@ -727,6 +447,7 @@ def quantize(
         typer.Argument(metavar="config.json", help="A configuration, as `aquabit search --out` writes it."),
     ],
     out: Annotated[Path, typer.Option("--out", help="Folder of the packed pipeline.")],
+    tuning: Tuning,
     correct: Annotated[
         bool,
         typer.Option(
@@ -738,36 +459,19 @@ def quantize(
         str | None,
         typer.Option("--correction", help="cnc, bc, vsc, match, joined by +; or qdrift. Default: cnc+bc."),
     ] = None,
-    finetune: Annotated[
-        bool,
-        typer.Option(
-            "--finetune", help="Tune the codes, codebooks and scales against the full-precision model first."
-        ),
-    ] = False,
-    finetune_steps: Annotated[
-        int | None, typer.Option("--finetune-steps", min=1, help="Steps of the tuning; implies --finetune.")
-    ] = None,
-    finetune_settings: Annotated[
-        Path | None,
-        typer.Option(
-            "--finetune-settings", metavar="FILE.json", help="Settings of the tuning; implies --finetune."
-        ),
-    ] = None,
     device: Device = "cpu",
     bank: BankOption = None,
 ) -> None:
     """Pack a model: a diffusers pipeline directory whose denoiser is stored as codes."""
-    _quiet()
     from aquabit import packing
 
-    tuning = _tuning(finetune, finetune_steps, finetune_settings)
     told: list[Any] = []
     with bars() as progress:
         packed = packing.quantize(
             model,
             QuantConfig.load(config),
             correct=correction or correct,
-            finetune=tuning,
+            finetune=tuning.settings(),
             bank=str(bank) if bank else None,
             device=device,
             progress=progress,
@@ -780,20 +484,7 @@ def quantize(
         show_noise(packed.statistics, packed.config.correction)
 
 
-def _tuning(asked: bool, steps: int | None, path: Path | None) -> Any:
-    """Settings of fine-tuning, or False where it is not asked for."""
-    if not asked and steps is None and path is None:
-        return False
-    from dataclasses import replace
-
-    from aquabit.quant.finetuning.settings import FineTuning
-
-    settings = FineTuning() if path is None else FineTuning.load(path)
-    return settings if steps is None else replace(settings, steps=steps)
-
-
-@app.command()
-@shielded
+@verb
 def export(
     model: ModelArgument,
     config: Annotated[
@@ -808,7 +499,6 @@ def export(
     json_: Json = None,
 ) -> None:
     """A configuration for another library, with what is lost on the way."""
-    _quiet()
     from aquabit.exports import export_config
     from aquabit.pipelines import load, trace
 
@@ -821,35 +511,12 @@ def export(
         show_export(found, out)
 
 
-@app.command()
-@shielded
+@verb
 def generate(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="A packed artifact (or any pipeline).")],
     out: Annotated[Path, typer.Option("--out", help="PNG grid.")],
-    images: Annotated[int, typer.Option("--images", min=1)] = 16,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the first image.")] = 0,
-    steps: Annotated[
-        int | None,
-        typer.Option(
-            "--steps", min=1, help="Denoising steps; default: those the artifact was calibrated for, else 10."
-        ),
-    ] = None,
-    eta: Annotated[
-        float | None, typer.Option("--eta", help="DDIM's noise; default: as calibrated, else 0.")
-    ] = None,
-    guidance: Annotated[
-        float | None,
-        typer.Option("--guidance", help="Classifier-free guidance; default: as calibrated, else 1 (off)."),
-    ] = None,
-    prompts: Prompts = None,
+    making: Making,
     device: Device = "cpu",
-    correction: Annotated[
-        str | None,
-        typer.Option(
-            "--correction",
-            help="none, or some of cnc, bc, vsc, match joined by +, or qdrift; default: the artifact's own.",
-        ),
-    ] = None,
     memory: Annotated[
         str,
         typer.Option(
@@ -861,42 +528,33 @@ def generate(
         bool,
         typer.Option("--offload", help="Components wait on the CPU and are on the GPU only while they run."),
     ] = False,
-    resolution: Resolution = None,
 ) -> None:
     """Make images from a packed artifact."""
-    _quiet()
     from aquabit import packing
-    from aquabit.measuring.evaluator import thumbnail
+    from aquabit.pipelines.pictures import thumbnail
 
     placed: list[Any] = []
     with bars() as progress:
         made = packing.generate(
             folder,
-            images,
-            seed,
-            steps,
-            _prompts(prompts),
-            device,
-            memory,
-            progress,
-            placed.append,
-            correction,
-            eta,
-            guidance,
-            offload,
-            resolution,
+            device=device,
+            memory=memory,
+            offload=offload,
+            progress=progress,
+            told=placed.append,
+            **making.arguments(),
         )
     try:
         out.write_bytes(thumbnail(made))
     except OSError as error:
         raise AquabitError(f"{out} cannot be written: {error.strerror or error}") from error
-    console.print(f"{out}: {images} images, seeds {seed} to {seed + images - 1}")
+    last = making.seed + making.images - 1
+    console.print(f"{out}: {making.images} images, seeds {making.seed} to {last}")
     for placement in placed:
         show_placement(placement)
 
 
-@app.command()
-@shielded
+@verb
 def report(
     studies: Annotated[
         list[Path],
@@ -907,7 +565,6 @@ def report(
     """One page, its figures for print, and its tables; of two studies a page that compares them."""
     if len(studies) > 2:
         raise AquabitError(f"{len(studies)} studies were given; a report shows one, or two side by side")
-    _quiet()
     from aquabit.reports import report as write_report
     from aquabit.reports import side_by_side
     from aquabit.study import Study
@@ -922,8 +579,7 @@ def report(
     console.print(f"{page}")
 
 
-@app.command()
-@shielded
+@verb
 def bench(
     folder: Annotated[
         Path | None,
@@ -949,7 +605,6 @@ def bench(
     """This machine's kernels against dense float32 and bfloat16: medians of interleaved runs."""
     if folder is not None and (formats or shapes):
         raise AquabitError(f"formats and shapes are those of the packed model {folder}; give them without it")
-    _quiet()
     from aquabit.quant.bench import bench_artifact, bench_formats, torch_threads
 
     with torch_threads(threads), bars() as progress:

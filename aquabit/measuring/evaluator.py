@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-import io
 import platform
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypedDict
 
 import networkx as nx
 import torch
 from diffusers import DiffusionPipeline
-from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from aquabit.kernels.dispatch import using
-from aquabit.measuring.output_errors import OutputErrors, stored
+from aquabit.measuring.output_errors import OutputErrors, StepErrors, stored
 from aquabit.pipelines import (
     Adapter,
     denoiser_name,
     free_text_encoders,
+    image_size,
     load,
     noise_statistics,
     own_copy,
@@ -34,7 +33,7 @@ from aquabit.pipelines import (
     sampler,
     set_scheduler,
 )
-from aquabit.pipelines.sizes import image_size
+from aquabit.pipelines.pictures import thumbnail
 from aquabit.quality import NonFiniteImages, NonFiniteValues, Quality, QualityMeter, QualityOptions, Source
 from aquabit.quant.bank import Bank
 from aquabit.quant.correction.corrector import Corrector, check_correction
@@ -76,6 +75,21 @@ def environment(device: str) -> dict[str, str]:
     }
 
 
+class Measured(NamedTuple):
+    """A measurement, and a PNG grid of its first images; None where it failed."""
+
+    measurement: Measurement
+    png: bytes | None
+
+
+class Slopes(TypedDict):
+    """See ``Evaluator.slopes``; "slopes" and "overlap" are {layer: {scheme: value}}."""
+
+    value: float
+    slopes: dict[str, dict[str, float]]
+    overlap: dict[str, dict[str, float]]
+
+
 class Evaluator:
     """Fits schemes and measures configurations; every result is plain data that crosses process borders.
 
@@ -107,12 +121,12 @@ class Evaluator:
         self.quantized = QuantizedDenoiser(
             self.adapter.denoiser.eval(), graph, bank, fingerprint, recorder(pipe), sampler(pipe)
         )
-        self.gauge = QualityMeter(quality or QualityOptions(), own_source(self.adapter), bank.folder, device)
+        self.meter = QualityMeter(quality or QualityOptions(), own_source(self.adapter), bank.folder, device)
         self._full: tuple[str, dict[int, Tensor]] = "", {}
         self._probed: tuple[str, Tensor] | None = None
         self._stored: dict[str, OutputErrors] = {}
 
-    def chunks(self, layers: list[str], acts: list[int], calibration: Calibration) -> list[list[str]]:
+    def chunks(self, layers: Sequence[str], acts: Sequence[int], calibration: Calibration) -> list[list[str]]:
         """Layers in portions whose H fit into memory together."""
         with single_thread(self.device):
             portions = self.quantized.calibrator.portions(layers, acts, calibration)
@@ -120,9 +134,9 @@ class Evaluator:
 
     def fit(
         self,
-        schemes: dict[str, list[str]],
-        probes: dict[str, list[int]],
-        acts: list[int],
+        schemes: Mapping[str, Sequence[str]],
+        probes: Mapping[str, Sequence[int]],
+        acts: Sequence[int],
         protocol: Protocol,
         calibration: Calibration | None,
         steps: StepGroups | None = None,
@@ -151,7 +165,7 @@ class Evaluator:
         self,
         layer: str,
         facts: dict[str, dict[str, Any]],
-        probes: list[int],
+        probes: Sequence[int],
         act: int,
         protocol: Protocol,
         base: QuantConfig,
@@ -174,12 +188,8 @@ class Evaluator:
         for text, value in facts.items():
             scheme = Scheme.parse(text)
             own = act if scheme.calibrated else 16
-            images = self.generate(
-                base.with_layer(
-                    layer, scheme, own, self.quantized.partners[layer] if scheme.shared else None
-                ),
-                few,
-            )
+            codebook = self.quantized.partners[layer] if scheme.shared else None
+            images = self.generate(base.with_layer(layer, scheme, own, codebook), few)
             found[text] = {**value, **_deviation(images, rounded[own])}
         return found
 
@@ -244,7 +254,7 @@ class Evaluator:
         self.bank.write(path, *found.tensors())
         return found
 
-    def output_errors(self, config: QuantConfig, protocol: Protocol, part: int = 0) -> dict[str, list[float]]:
+    def output_errors(self, config: QuantConfig, protocol: Protocol, part: int = 0) -> StepErrors:
         """How far the denoiser's outputs are from full precision on stored inputs (``OutputErrors``),
         without correction."""
         with single_thread(self.device):
@@ -259,7 +269,7 @@ class Evaluator:
         part: int,
         weights: Sequence[float],
         choices: Mapping[str, Sequence[str]],
-    ) -> dict[str, Any]:
+    ) -> Slopes:
         """What the weighted output error of a configuration is ("value"), and by how much it changes to
         first order where one layer's weight takes another scheme: "slopes" {layer: {scheme: <gradient,
         W_scheme - W_full>}}, so that differences count; "overlap" has the cosine between the weight errors
@@ -278,7 +288,7 @@ class Evaluator:
                     raise AquabitError(
                         f"no gradient passes this denoiser ({said}); search with --rounds 0"
                     ) from fault
-                found: dict[str, Any] = {"value": value, "slopes": {}, "overlap": {}}
+                found: Slopes = {"value": value, "slopes": {}, "overlap": {}}
                 for layer, row in choices.items():
                     full, own = self.quantized.full(layer), self.quantized.layers[layer].weight.detach()
                     error = {
@@ -313,9 +323,7 @@ class Evaluator:
         finally:
             self.quantized.apply(QuantConfig(self.fingerprint, {}))
 
-    def measure(
-        self, config: QuantConfig, protocol: Protocol, packed: bool = False
-    ) -> tuple[Measurement, bytes | None]:
+    def measure(self, config: QuantConfig, protocol: Protocol, packed: bool = False) -> Measured:
         """A measurement and a PNG of its first images; a failure is a measurement too, with its reason.
         ``packed`` as for ``generate``."""
         started = time.perf_counter()
@@ -325,36 +333,35 @@ class Evaluator:
                 quality = self._quality(protocol)
                 if config.layers:
                     self._make_full(protocol)
-                started = (
-                    time.perf_counter()
-                )  # full-precision images are made once per protocol, not per configuration
+                # full-precision images are made once per protocol, not per configuration
+                started = time.perf_counter()
                 first = self._take(quality, config, protocol, packed and bool(config.layers))
                 metrics = quality.compute()
-        except (
-            NonFiniteImages,
-            Uncorrectable,
-            NonFiniteValues,
-        ) as error:  # else (a full disk, say) it is no property of the configuration
+        # anything else (a full disk, say) is no property of the configuration
+        except (NonFiniteImages, Uncorrectable, NonFiniteValues) as error:
             if isinstance(error, NonFiniteValues) and not config.layers:
                 raise  # a metric that fails on full precision will fail on all
             seconds = time.perf_counter() - started
-            return Measurement(config.digest, protocol.digest, {}, seconds, facts, "failed", str(error)), None
+            failed = Measurement(config.digest, protocol.digest, {}, seconds, facts, "failed", str(error))
+            return Measured(failed, None)
         seconds = time.perf_counter() - started
-        return Measurement(config.digest, protocol.digest, metrics, seconds, facts), thumbnail(first)
+        return Measured(
+            Measurement(config.digest, protocol.digest, metrics, seconds, facts), thumbnail(first)
+        )
 
     def _quality(self, protocol: Protocol) -> Quality:
         """An accumulator of what is measured; raises AquabitError where it is not what the protocol names
         (a file was changed, say)."""
         size = image_size(self.pipe, protocol.resolution)
-        if self.gauge.options and (protocol.measures, protocol.reference) != (
-            self.gauge.measures,
-            self.gauge.reference_digest(size),
+        if self.meter.options and (protocol.measures, protocol.reference) != (
+            self.meter.measures,
+            self.meter.reference_digest(size),
         ):
             raise AquabitError(
                 "the files that quality is measured with are not those that the study was begun with; use"
                 " those or another study"
             )
-        return self.gauge.quality(size)
+        return self.meter.quality(size)
 
     def _take(self, quality: Quality, config: QuantConfig, protocol: Protocol, packed: bool) -> Tensor:
         """Make images and measure them beside those of full precision, which are kept where the
@@ -400,16 +407,16 @@ class Evaluator:
     def _stored_batch(self, protocol: Protocol, batch: range) -> Tensor | None:
         """Full-precision images from memory or the bank; None where they are missing or damaged. Up to
         FULL_LIMIT bytes stay in memory."""
-        held = self._full[1] if self._full[0] == protocol.digest else {}
-        if batch.start not in held:
+        cached = self._full[1] if self._full[0] == protocol.digest else {}
+        if batch.start not in cached:
             try:
                 images = load_file(self._path(protocol, batch))["images"].float()
             except (OSError, SafetensorError, KeyError):
                 return None
-            if sum(t.nbytes for t in held.values()) + images.nbytes > FULL_LIMIT:
+            if sum(t.nbytes for t in cached.values()) + images.nbytes > FULL_LIMIT:
                 return images
-            held[batch.start] = images
-        return held[batch.start]
+            cached[batch.start] = images
+        return cached[batch.start]
 
     def _keep(self, protocol: Protocol, batch: range, images: Tensor) -> None:
         self.bank.write(self._path(protocol, batch), {"images": images.contiguous()})
@@ -441,27 +448,3 @@ def sketch(change: Tensor) -> list[float]:
         projection = torch.randn(size, vector.numel(), generator=generator) / size**0.5
         parts.append(projection @ vector.float() / vector.numel() ** 0.5)
     return [round(float(v), 8) for v in torch.cat(parts)]
-
-
-def thumbnail(images: Tensor, columns: int = 8, least: int = 32, most: int = 128) -> bytes:
-    """A PNG grid of images [n, c, h, w] in [0, 1], each enlarged (or shrunk) to a side of ``least`` to
-    ``most`` pixels."""
-    n, c, h, w = images.shape
-    side = max(h, w)
-    factor = -(-least // side) if side < least else 1
-    pixels = (images.nan_to_num().clamp(0, 1) * 255).round().to(torch.uint8)
-    pixels = pixels.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-    h, w, rows = h * factor, w * factor, -(-n // columns)
-    sheet = torch.full((c, rows * (h + 2) + 2, columns * (w + 2) + 2), 128, dtype=torch.uint8)
-    for i, image in enumerate(pixels):
-        y, x = 2 + (i // columns) * (h + 2), 2 + (i % columns) * (w + 2)
-        sheet[:, y : y + h, x : x + w] = image
-    array: Any = sheet[0].numpy() if c == 1 else sheet[:3].permute(1, 2, 0).numpy()
-    picture = Image.fromarray(array)
-    if side > most:
-        picture = picture.resize(
-            (picture.width * most // side, picture.height * most // side), Image.Resampling.LANCZOS
-        )
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return buffer.getvalue()

@@ -1,10 +1,11 @@
-"""Cheap fidelity: the error of a denoiser's outputs on stored inputs of a few full-precision trajectories,
+"""Output errors: how far a denoiser's outputs are from full precision on stored inputs of a few trajectories,
 for a few per cent of the cost of images."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -15,12 +16,8 @@ from aquabit.quant.correction.sampling import Watcher
 from aquabit.quant.finetuning.replay import Recording, Replay, first_tensor
 from aquabit.scheme import Calibration, Protocol
 
-IMAGES, STEPS = (
-    8,
-    10,
-    # stored trajectories, and the most steps of each: 80 calls of one sample beside 1,280 of a measurement's
-    # images
-)
+# stored trajectories, and the most steps of each: 80 calls of one sample, 1,280 make a measurement's images
+IMAGES, STEPS = 8, 10
 SEED = 700_000_001  # seeds that no measurement uses
 BATCH = 96  # samples of one call
 FLOOR = 1e-7  # relative error of what is not quantized, so that logarithms are finite
@@ -50,6 +47,14 @@ def output_features(values: Sequence[Mapping[str, Sequence[float]]]) -> np.ndarr
     return np.concatenate([np.log10(np.maximum(error, FLOOR)), np.log10(np.maximum(common, FLOOR)), gain], 1)
 
 
+class StepErrors(TypedDict):
+    """A number for each recorded step, see ``OutputErrors``; a study stores it as it is."""
+
+    error: list[float]
+    common: list[float]
+    gain: list[float]
+
+
 class OutputErrors:
     """Stored denoiser calls of at most STEPS evenly spread steps; called, what a quantized denoiser's outputs
     differ by.
@@ -72,7 +77,7 @@ class OutputErrors:
         ]
 
     @torch.no_grad()
-    def __call__(self, watchers: Sequence[Watcher] = ()) -> dict[str, list[float]]:
+    def __call__(self, watchers: Sequence[Watcher] = ()) -> StepErrors:
         """``watchers`` are those of the configuration that the denoiser runs; with any, a call holds one
         step."""
         change, full = {}, {}
@@ -86,7 +91,8 @@ class OutputErrors:
             )
             for own in self.samples
         ]
-        return {name: [row[name] for row in found] for name in ("error", "common", "gain")}
+        error, common, gain = ([row[name] for row in found] for name in ("error", "common", "gain"))
+        return {"error": error, "common": common, "gain": gain}
 
     @torch.enable_grad()
     def backward(self, weights: Sequence[float], watchers: Sequence[Watcher] = ()) -> float:

@@ -1,7 +1,6 @@
 """Adapters from diffusers pipelines to "make images from these seeds"; the bundled models."""
 
 from aquabit.pipelines.adapter import (
-    SCHEDULERS,
     Adapter,
     check_scheduler,
     noise_statistics,
@@ -20,13 +19,12 @@ from aquabit.pipelines.family import FAMILIES, Family, denoiser_name, denoiser_o
 from aquabit.pipelines.loading import BUNDLED, bundled_models, load
 from aquabit.pipelines.presets import PRESETS, Preset, preset_named
 from aquabit.pipelines.prompts import free_text_encoders, restore_text_encoders
-from aquabit.pipelines.running import image_batch
+from aquabit.pipelines.sizes import image_batch, image_size
 
 __all__ = [
     "BUNDLED",
     "FAMILIES",
     "PRESETS",
-    "SCHEDULERS",
     "Adapter",
     "ClassConditionalPipeline",
     "ClassEmbedder",
@@ -42,6 +40,7 @@ __all__ = [
     "family_notes",
     "free_text_encoders",
     "image_batch",
+    "image_size",
     "load",
     "noise_statistics",
     "own_copy",

@@ -20,7 +20,8 @@ from aquabit.graph import known_class
 from aquabit.graph import trace as trace_denoiser
 from aquabit.pipelines.family import KINDS, denoiser_of, family
 from aquabit.pipelines.prompts import embeddings
-from aquabit.pipelines.running import as_measured, image_batch, native_resolution
+from aquabit.pipelines.running import as_measured
+from aquabit.pipelines.sizes import image_batch, image_size
 from aquabit.quality import DigitsFeatures, Reference, bundled_reference
 from aquabit.quant.calibration.ranges import Sample
 from aquabit.quant.calibration.recording import Call, record_calls
@@ -28,17 +29,9 @@ from aquabit.quant.correction.sampling import Watcher, following, refollow_
 from aquabit.quant.correction.statistics import Statistics, measure_noise
 from aquabit.quant.finetuning.replay import Recording, record_outputs
 from aquabit.quant.model import QuantizedDenoiser
-from aquabit.scheme import AquabitError, Calibration, Progress, Protocol, QuantConfig, no_progress
+from aquabit.scheme import SCHEDULERS, AquabitError, Calibration, Progress, Protocol, QuantConfig, no_progress
 
 CALIBRATION_BATCH, CALIBRATION_CALLS = 16, 64  # images of a denoiser call that is kept, and how many are kept
-SCHEDULERS = {
-    "ddim": "DDIMScheduler",
-    "ddpm": "DDPMScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "euler-ancestral": "EulerAncestralDiscreteScheduler",
-    "dpm": "DPMSolverMultistepScheduler",
-    "flow-euler": "FlowMatchEulerDiscreteScheduler",
-}
 
 
 def trace(model: DiffusionPipeline | nn.Module) -> nx.DiGraph:
@@ -94,7 +87,7 @@ def recorder(pipe: DiffusionPipeline) -> Callable[[Calibration], list[Call]]:
     runs = _runs(pipe)
 
     def record(calibration: Calibration) -> list[Call]:
-        batch = image_batch(pipe, denoiser_of(pipe), calibration.resolution, CALIBRATION_BATCH)
+        batch = image_batch(pipe, calibration.resolution, CALIBRATION_BATCH)
         with runs(calibration, batch) as made:
             return record_calls(denoiser_of(pipe), made, CALIBRATION_CALLS)
 
@@ -167,9 +160,7 @@ def noise_statistics(
     ``model`` wraps the pipeline's denoiser, in dense mode; it is left as ``config`` says.
     """
     plain = replace(config, correction=None)
-    batch = min(
-        image_batch(pipe, denoiser_of(pipe), calibration.resolution, CALIBRATION_BATCH), calibration.images
-    )
+    batch = min(image_batch(pipe, calibration.resolution, CALIBRATION_BATCH), calibration.images)
     protocol, adapter = calibration.protocol(batch), Adapter(pipe)
     now = pipe.scheduler
     try:
@@ -270,12 +261,10 @@ class Adapter:
             raise AquabitError(f"guidance is {protocol.guidance:g}, but this {name} has no guidance; use 1")
         if protocol.conditions is not None and self.kind == "batch_size":
             raise AquabitError(f"{name} is unconditional; it takes no prompts or classes")
-        own = native_resolution(self.pipe, self.denoiser)
-        if protocol.resolution not in (None, own) and "height" not in self.parameters:
-            raise AquabitError(
-                f"resolution is {protocol.resolution}, but {name} makes images of"
-                f" {own or 'its own number of'} pixels only"
-            )
+        own, asked = image_size(self.pipe), protocol.resolution
+        if asked is not None and (asked, asked) != own and "height" not in self.parameters:
+            side = "its own number of" if own is None else " x ".join(map(str, dict.fromkeys(own)))
+            raise AquabitError(f"resolution is {asked}, but {name} makes images of {side} pixels only")
 
     def batches(self, protocol: Protocol) -> list[range]:
         return [

@@ -18,6 +18,7 @@ Kind = Literal[
 ]  # the argument that says what images show; their number where nothing does
 KINDS: tuple[Kind, ...] = ("class_labels", "prompt", "batch_size")
 DENOISERS = ("denoiser", "transformer", "unet")  # where a pipeline holds its denoiser
+DECODERS = ("vae", "vqvae", "movq")  # and what makes images of its latents
 
 
 @dataclass(frozen=True)

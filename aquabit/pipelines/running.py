@@ -11,10 +11,9 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from aquabit.pipelines.family import DECODERS
 from aquabit.runtime import out_of_memory
 from aquabit.scheme import AquabitError, Protocol
-
-DECODERS = ("vae", "vqvae", "movq")
 
 
 @contextmanager
@@ -86,21 +85,3 @@ def _said(name: str, protocol: Protocol) -> Iterator[None]:
         raise AquabitError(
             f"{name} does not make these images: {' '.join(str(error).split()).rstrip('.')}"
         ) from error
-
-
-def image_batch(pipe: DiffusionPipeline, denoiser: nn.Module, resolution: int | None, most: int) -> int:
-    """Images of one call where no protocol says it: ``most``, or as many as have the pixels of 16 images
-    of 256 x 256."""
-    side = resolution or native_resolution(pipe, denoiser) or 256
-    return max(1, min(most, 16 * 256**2 // side**2))
-
-
-def native_resolution(pipe: DiffusionPipeline, denoiser: nn.Module) -> int | None:
-    """The side of the images that a pipeline makes when it is not told [pixels]; None where it cannot be
-    told."""
-    size = getattr(pipe, "default_sample_size", None) or getattr(denoiser.config, "sample_size", None)
-    decoder: Any = next(
-        (d for name in DECODERS if isinstance(d := getattr(pipe, name, None), nn.Module)), None
-    )
-    scale = 1 if decoder is None else 2 ** (len(getattr(decoder.config, "block_out_channels", (0,))) - 1)
-    return size * scale if isinstance(size, int) else None

@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from diffusers import DiffusionPipeline
+from torch import nn
+
+from aquabit.pipelines.family import DECODERS, denoiser_of
 
 
 def image_size(pipe: DiffusionPipeline, resolution: int | None = None) -> tuple[int, int] | None:
@@ -12,11 +15,8 @@ def image_size(pipe: DiffusionPipeline, resolution: int | None = None) -> tuple[
     configuration does not say."""
     if resolution is not None:
         return resolution, resolution
-    denoiser: Any = next(
-        (m for n in ("denoiser", "transformer", "unet") if (m := getattr(pipe, n, None)) is not None), None
-    )
     side = getattr(pipe, "default_sample_size", None) or getattr(
-        getattr(denoiser, "config", None), "sample_size", None
+        getattr(denoiser_of(pipe), "config", None), "sample_size", None
     )
     if side is None:
         return None
@@ -27,8 +27,17 @@ def image_size(pipe: DiffusionPipeline, resolution: int | None = None) -> tuple[
 
 def _latent_factor(pipe: DiffusionPipeline) -> int:
     """Pixels a side of one latent; 1 where there is no decoder."""
-    decoder: Any = getattr(pipe, "vae", None) or getattr(pipe, "vqvae", None)
+    decoder: Any = next(
+        (d for name in DECODERS if isinstance(d := getattr(pipe, name, None), nn.Module)), None
+    )
     if decoder is None:
         return 1
     said = getattr(pipe, "vae_scale_factor", None)
-    return int(said) if said else 2 ** (len(decoder.config.block_out_channels) - 1)
+    return int(said) if said else 2 ** (len(getattr(decoder.config, "block_out_channels", (0,))) - 1)
+
+
+def image_batch(pipe: DiffusionPipeline, resolution: int | None, most: int) -> int:
+    """Images of one call where no protocol says it: ``most``, or as many as have the pixels of 16 images
+    of 256 x 256."""
+    height, width = image_size(pipe, resolution) or (256, 256)
+    return max(1, min(most, 16 * 256**2 // (height * width)))

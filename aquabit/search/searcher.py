@@ -120,9 +120,8 @@ class Search:
     def __post_init__(self) -> None:
         session, budget = self.session, self.options.budget
         if budget.latency_ms is not None:
-            session.costs = session.costs.timed(
-                latency_table(session.here, session.space, self.progress, session.protocol)
-            )
+            latency = latency_table(session.here, session.space, self.progress, session.protocol)
+            self.session = session = session.with_costs(session.costs.timed(latency))
         self.activations = activation_choices(session.space, budget)
         self.costs.check(budget, max(self.activations) if len(self.activations) == 1 else None)
         self.damages = Damages.of(session.space, session.study.features())

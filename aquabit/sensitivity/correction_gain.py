@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from aquabit.cost import CostModel
 from aquabit.jsonio import defined
-from aquabit.measuring.session import Session, check_correctable, uniform_references
+from aquabit.measuring.model import check_correctable
+from aquabit.measuring.session import Session, uniform_references
 from aquabit.quant.correction.corrector import DEFAULT_CORRECTION, Corrector
 from aquabit.runtime import single_thread
 from aquabit.scheme import (
@@ -85,34 +85,33 @@ def noise_facts(
     return {**facts, "protocols": [p.digest for p in protocols]}
 
 
-def search_corrected(session: Session, correction: str, progress: Progress = no_progress) -> None:
-    """From now on every configuration that the session makes is corrected, in a study that was measured
-    without: a search that follows measures its candidates, and chooses among them, after correction.
+def corrected_session(session: Session, correction: str, progress: Progress = no_progress) -> Session:
+    """A session whose configurations are all corrected, on a study that was measured without: a search in it
+    measures its candidates, and chooses among them, after correction.
 
     The study's surrogate still learns from what was measured without correction alone (``training_table``),
     never from both: it orders the candidates, and ``correction_shift`` moves what it predicts. The uniform
-    references are measured after correction here, which makes the pairs that the shift is read from. Nothing
-    changes where the study was measured with this correction. Raises AquabitError where it was measured with
+    references are measured after correction here, which makes the pairs that the shift is read from. The same
+    session where the study was measured with this correction. Raises AquabitError where it was measured with
     another one, and where the sampler cannot be corrected so.
     """
     wanted, own = "+".join(parse_correction(correction)), session.space.correction or ""
     if wanted == own:
-        return
+        return session
     if own:
         raise AquabitError(
             f"{session.study.path} was measured with --correction {own}; search with that, or without"
             " --correction"
         )
-    training_table(
-        session.study, session.protocol.objective
-    )  # too few measurements are said before anything is measured
+    # too few measurements are said before anything is measured
+    training_table(session.study, session.protocol.objective)
     check_correctable(session.model, session.protocol, wanted)
     calibration = session.space.calibration or Calibration.of(session.protocol)
-    session.space = replace(session.space, correction=wanted, calibration=calibration)
-    session.costs = CostModel(session.model.graph, session.space)
-    session.measure(
-        uniform_references(session.space), "candidate", progress, what="uniform references, corrected"
+    corrected = session.with_space(replace(session.space, correction=wanted, calibration=calibration))
+    corrected.measure(
+        uniform_references(corrected.space), "candidate", progress, what="uniform references, corrected"
     )
+    return corrected
 
 
 def correction_shift(session: Session, objective: str, target: Target) -> float:

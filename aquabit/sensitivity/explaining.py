@@ -145,7 +145,7 @@ def predicted_effects(
 
 def _checked(study: Study, fitted: FittedSurrogate) -> pd.DataFrame | None:
     """Real swaps beside what the surrogate says of them; None without any."""
-    swaps = study.flips(fitted.objective)
+    swaps = study.swaps(fitted.objective)
     return None if swaps.empty else predict_swaps(fitted, swaps, study.configs())
 
 

@@ -4,25 +4,60 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import ceil
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline
 
 from aquabit.measuring.evaluator import PROBE_IMAGES, Evaluator
-from aquabit.measuring.session import meter_of, open_model, settings, uniform_references
-from aquabit.quality import QualityOptions
+from aquabit.measuring.model import open_model
+from aquabit.measuring.pools import local_evaluator
+from aquabit.measuring.session import uniform_references
+from aquabit.measuring.settings import AS_BEGUN, MeasureOptions, meter_of, settings
+from aquabit.measuring.where import HERE, Where
 from aquabit.quant.bank import Bank
 from aquabit.quant.calibration.fitting import FitRequest
 from aquabit.runtime import single_thread
-from aquabit.scheme import FP, Protocol, Scheme, act_text
+from aquabit.scheme import FP, AquabitError, Protocol, Scheme, act_text
 from aquabit.sensitivity.designs import DEFAULT, Design, shard_of
 from aquabit.space import SearchSpace
 from aquabit.study import Study
 
 HEADER = 400  # bytes of a file of the bank besides its tensors, about
 WARM_SECONDS = 10.0  # a first call that took longer is not repeated: what it takes once hardly matters
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """Which configurations are measured: ``samples`` of a design (``designs.DESIGNS``, as near:0.75) in
+    total, drawn with ``seed``, of which the part ``shard`` (i/n; None: all) is measured here.
+
+    Raises AquabitError for an unknown design, and for a shard of one that depends on what was measured.
+    """
+
+    samples: int = 120
+    seed: int = 0
+    design: str = DEFAULT
+    shard: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.adaptive and self.shard is not None:
+            raise AquabitError(
+                f"design disagreement chooses by all measurements, so shard {self.shard} cannot be made"
+                " alone; shard another design"
+            )
+
+    @property
+    def name(self) -> str:
+        """The design without its share."""
+        return Design.parse(self.design).name
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether what is drawn depends on what was measured."""
+        return self.name == "disagreement"
 
 
 @dataclass(frozen=True)
@@ -50,44 +85,32 @@ class Plan:
 def plan(
     model: str | DiffusionPipeline,
     study: Study | None,
-    samples: int = 120,
-    *,
-    protocol: Protocol | None = None,
-    space: dict[str, Any] | None = None,
-    workers: int = 1,
-    device: str = "cpu",
-    dtype: str = "float32",
-    bank: str | None = None,
-    quality: QualityOptions | None = None,
-    sample_seed: int = 0,
-    design: str = DEFAULT,
-    shard: str | None = None,
+    sample: SampleOptions,
+    options: MeasureOptions = AS_BEGUN,
+    where: Where = HERE,
 ) -> Plan:
     """What ``measure`` with the same arguments would do; nothing is written. ``study=None``: one that is
     not there yet."""
-    opened, store, chosen = open_model(model), Bank(bank), Design.parse(design)
-    gauge = meter_of(opened, study, quality, store, device)
-    given, made = settings(opened, study, protocol, space, dtype, gauge)
+    opened, store, chosen = open_model(model), Bank(where.bank), Design.parse(sample.design)
+    meter = meter_of(opened, study, options.quality, store, where.device)
+    given, made = settings(opened, study, options, where.dtype, meter)
     if study is not None and "fingerprint" in study:
         study.check(opened.reference, opened.fingerprint, made.to_dict(), given)
     first = {c.digest for c in (made.full_precision(), *uniform_references(made))}
     known = study.known(given) if study is not None else frozenset()
-    fixed = chosen.name not in (
-        "near",
-        "disagreement",
-    )  # these two know what to draw only once something is probed or measured
-    drawn = shard_of(
-        chosen.draw(made, samples, sample_seed) if fixed else [made.full_precision()] * samples, shard
+    # these two know what to draw only once something is probed or measured
+    fixed = chosen.name not in ("near", "disagreement")
+    every = (
+        chosen.draw(made, sample.samples, sample.seed) if fixed else [made.full_precision()] * sample.samples
     )
+    drawn = shard_of(every, sample.shard)
     asked = first | {c.digest for c in drawn} if fixed else first
     done = len(study.measurements(given, "sample", failed=True)) if study is not None else 0
     missing = len(asked - known) + (0 if fixed else max(0, len(drawn) - done))
-    evaluator = Evaluator(
-        opened.source, opened.graph, store, opened.fingerprint, device, given.dtype, gauge.options
-    )
+    evaluator = local_evaluator(opened, store, replace(where, dtype=given.dtype), meter.options)
     fits, size = _fits(evaluator, made)
     probes = _probes(study, made)
-    call = _call_seconds(evaluator, given, device)
+    call = _call_seconds(evaluator, given, where.device)
     calls = given.steps * ceil(given.images / given.micro_batch) * (2 if made.correction else 1)
     probing = probes * call * given.steps * min(1.0, PROBE_IMAGES / given.micro_batch)
     free = store.limit - sum(p.stat().st_size for p in store.folder.glob("*.safetensors"))
@@ -100,9 +123,9 @@ def plan(
         size,
         free,
         call,
-        missing * calls * call / workers,
-        probing / workers,
-        workers,
+        missing * calls * call / where.workers,
+        probing / where.workers,
+        where.workers,
     )
 
 
@@ -143,8 +166,6 @@ def _call_seconds(evaluator: Evaluator, protocol: Protocol, device: str) -> floa
         began = time.perf_counter()
         call()
         if device.startswith("cuda"):
-            import torch
-
             torch.cuda.synchronize(device)
         return time.perf_counter() - began
 

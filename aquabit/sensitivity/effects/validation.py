@@ -181,4 +181,4 @@ def validate_in(
     session.measure([end for flip in flips for end in flip.ends], "flip", progress, [protocol], "real swaps")
     for flip in flips:
         before, after = (end.digest for end in flip.ends)
-        study.add_flip(flip.layer, str(flip.before), str(flip.after), before, after, protocol)
+        study.add_swap(flip.layer, str(flip.before), str(flip.after), before, after, protocol)

@@ -201,7 +201,7 @@ def training_table(study: Study, objective: str) -> pd.DataFrame:
             & table.tuned.isna()
         ]
         if objective in table:
-            flips = study.flips(objective)
+            flips = study.swaps(objective)
             ends = {*flips.config_before, *flips.config_after}
     if len(table) and objective not in table:
         raise AquabitError(

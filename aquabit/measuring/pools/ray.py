@@ -3,7 +3,6 @@ the model and its bank."""
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import subprocess
@@ -11,12 +10,13 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from aquabit.measuring.pools import LOWER, Task, WorkerFault, decoded
+from aquabit.measuring.tasks import LOWER, Answer, Begin, Result, Task, WorkerFault
 from aquabit.scheme import AquabitError
 
 SAME = ("aquabit", "torch", "diffusers", "numpy")  # what every machine must have in the driver's version
@@ -34,9 +34,18 @@ def versions() -> dict[str, str]:
     return {name: version(name).partition("+")[0] for name in SAME}
 
 
+@dataclass(frozen=True)
+class _Job:
+    """A task, its place among those asked for, and how many workers it was given to."""
+
+    place: int
+    task: Task[Any]
+    attempt: int = 1
+
+
 class Seat:
-    """The actor: one worker of a cluster. Only text crosses, and the files of a model that its machine
-    lacks."""
+    """The actor: one worker of a cluster. Tasks and answers cross as the values they are (Ray pickles them,
+    inside one trusted cluster), and the files of a model that its machine lacks."""
 
     def __init__(self) -> None:
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
@@ -55,70 +64,64 @@ class Seat:
         with path.open("ab") as file:
             file.write(piece)
 
-    def begin(self, task: str, wanted: dict[str, str]) -> str:
-        """Load the model; {} where it is there and the driver's, {"missing": true} where its folder must
-        be sent first."""
-        asked, node = json.loads(task), socket.gethostname()
-        own = versions()
+    def begin(self, task: Begin, folder: bool, wanted: dict[str, str]) -> Answer:
+        """Load the model, a folder or a name; the result is whether it is there, or its folder must be sent
+        first. An error where versions are not ``wanted``, and where the model is not the driver's."""
+        node, own = socket.gethostname(), versions()
         other = [
             f"{name} {own[name]} instead of {wanted[name]}" for name in SAME if own[name] != wanted[name]
         ]
         if other:
-            return json.dumps(
-                {"error": f"the worker on {node} has {', '.join(other)}; install the driver's versions there"}
+            return Answer(
+                error=f"the worker on {node} has {', '.join(other)}; install the driver's versions there"
             )
         if self._received is not None:
-            asked["model"] = self._received.name
-        elif asked["folder"] and not Path(asked["model"]).is_dir():
-            return json.dumps({"missing": True})
-        answer = self._respond(asked)
-        if not answer:
-            from aquabit.quant.model import fingerprint
+            task = replace(task, model=self._received.name)
+        elif folder and not Path(task.model).is_dir():
+            return Answer(False)
+        answer = self._respond(task)
+        if answer != Answer():
+            return answer
+        from aquabit.quant.model import fingerprint
 
-            found = fingerprint(self._respond.evaluator.adapter.denoiser)
-            if found != asked["fingerprint"]:
-                said = (
-                    f"the model {asked['model']} is {found} on {node}, and {asked['fingerprint']} here; give"
-                    " all machines the same files"
-                )
-                return json.dumps({"error": said})
-        return json.dumps(answer)
+        found = fingerprint(self._respond.evaluator.adapter.denoiser)
+        if found == task.fingerprint:
+            return Answer(True)
+        return Answer(
+            error=f"the model {task.model} is {found} on {node}, and {task.fingerprint} here; give all"
+            " machines the same files"
+        )
 
-    def ask(self, task: str) -> str:
+    def ask(self, task: Task[Any]) -> Answer:
         """The answer to a task, see ``worker.Responder``."""
-        return json.dumps(self._respond(json.loads(task)))
+        return self._respond(task)
 
 
 class RayPool:
-    """Runs tasks on a Ray cluster; ``begin`` is the first task each worker gets (model, graph, bank, device).
+    """Runs tasks on a Ray cluster; ``begin`` is the first task each worker gets.
 
     A worker or machine that is lost costs the task it was at, which another gets; machines that join are
     used. Raises AquabitError for an address where no cluster answers, for one without a free slot, and for
     workers of other versions.
     """
 
-    def __init__(self, address: str, begin: Task):
+    def __init__(self, address: str, begin: Begin):
         self.ray: Any = _ray()
-        self.kind = "GPU" if str(begin["device"]).startswith("cuda") else "CPU"
-        if ":" in str(begin["device"]):
+        self.kind = "GPU" if begin.device.startswith("cuda") else "CPU"
+        if ":" in begin.device:
             raise AquabitError(
-                f"device {begin['device']} names one GPU; on a cluster each worker has its own: give --device"
+                f"device {begin.device} names one GPU; on a cluster each worker has its own: give --device"
                 " cuda"
             )
-        folder = Path(begin["model"]).is_dir()
-        self.begin = {
-            **begin,
-            "folder": folder,
-            "model": os.path.abspath(begin["model"]) if folder else begin["model"],
-        }
+        self.folder = Path(begin.model).is_dir()
+        self.begin = replace(begin, model=os.path.abspath(begin.model)) if self.folder else begin
         self.address, self._ours = address, _connect(self.ray, address)
         self._seat = self.ray.remote(Seat).options(
             **{f"num_{self.kind.lower()}s": 1}, max_restarts=0, max_task_retries=0
         )
         self._idle: list[Any] = []
-        self._pending: dict[
-            Any, tuple[Any, tuple[Task, int] | None]
-        ] = {}  # answer -> (actor, its task; None while it begins)
+        # answer -> (actor, its task; None while it begins)
+        self._pending: dict[Any, tuple[Any, _Job | None]] = {}
         self._stray: set[Any] = set()  # answers that nobody waits for any more
         self._bad_starts, self._since, self._started = 0, time.monotonic(), False
         if not self.slots():
@@ -132,9 +135,9 @@ class RayPool:
         """GPUs or CPU slots of the cluster as it is now."""
         return int(self.ray.cluster_resources().get(self.kind, 0))
 
-    def run(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Any]]:
+    def run(self, tasks: Sequence[Task[Result]]) -> Iterator[tuple[int, Result]]:
         """In order of completion. A task that costs several workers raises AquabitError."""
-        waiting = deque((task, 1) for task in tasks)
+        waiting = deque(_Job(place, task) for place, task in enumerate(tasks))
         owed = len(waiting)
         try:
             while owed:
@@ -144,7 +147,7 @@ class RayPool:
                 for answer in self._ready():
                     seat, job = self._pending.pop(answer)
                     try:
-                        said = json.loads(self.ray.get(answer))
+                        said: Answer = self.ray.get(answer)
                     except self.ray.exceptions.RayTaskError as error:
                         raise WorkerFault(str(error)) from error
                     except self.ray.exceptions.RayError as error:  # the worker or its machine is gone
@@ -158,7 +161,7 @@ class RayPool:
                         self._stray.discard(answer)
                     else:
                         owed -= 1
-                        yield job[0], decoded(said)
+                        yield job.place, said.value()
         finally:
             self._stray = {answer for answer, (_, job) in self._pending.items() if job is not None}
 
@@ -169,8 +172,11 @@ class RayPool:
         time.sleep(POLL_SECONDS)
         return []
 
-    def _give(self, seat: Any, job: tuple[Task, int]) -> None:
-        self._pending[seat.ask.remote(json.dumps(job[0]))] = seat, job
+    def _give(self, seat: Any, job: _Job) -> None:
+        self._pending[seat.ask.remote(job.task)] = seat, job
+
+    def _start(self, seat: Any) -> None:
+        self._pending[seat.begin.remote(self.begin, self.folder, versions())] = seat, None
 
     def _staff(self, owed: int) -> None:
         """Start workers where slots are free, no more than there are tasks."""
@@ -184,31 +190,22 @@ class RayPool:
                 f" {self.kind} slots {what}; what was measured is kept: run the same command again"
             )
         for _ in range(min(slots, owed) - here):
-            seat = self._seat.remote()
-            self._pending[seat.begin.remote(json.dumps(self.begin), versions())] = seat, None
+            self._start(self._seat.remote())
 
-    def _begun(self, seat: Any, said: dict[str, Any]) -> None:
+    def _begun(self, seat: Any, said: Answer) -> None:
         """A worker has loaded the model, or needs its files."""
-        if said.get("missing"):
+        if not said.value():
             try:
-                for name, piece in _pieces(Path(self.begin["model"])):
+                for name, piece in _pieces(Path(self.begin.model)):
                     self.ray.get(seat.receive.remote(name, piece))
             except self.ray.exceptions.RayError:
                 return  # lost: another takes its place
-            self._pending[seat.begin.remote(json.dumps(self.begin), versions())] = seat, None
+            self._start(seat)
             return
-        decoded(said)
         self._bad_starts, self._started = 0, True
         self._idle.append(seat)
 
-    def _lost(
-        self,
-        answer: Any,
-        seat: Any,
-        job: tuple[Task, int] | None,
-        waiting: deque[tuple[Task, int]],
-        error: Exception,
-    ) -> None:
+    def _lost(self, answer: Any, seat: Any, job: _Job | None, waiting: deque[_Job], error: Exception) -> None:
         """A worker is gone: its task goes to another."""
         if job is None:
             self._bad_starts += 1
@@ -223,12 +220,12 @@ class RayPool:
                 ) from error
         elif answer in self._stray:
             self._stray.discard(answer)
-        elif job[1] >= TRIES:
+        elif job.attempt >= TRIES:
             raise AquabitError(
                 f"{TRIES} workers of the cluster died on the same task, most likely out of memory; {LOWER}"
             ) from error
         else:
-            waiting.appendleft((job[0], job[1] + 1))
+            waiting.appendleft(replace(job, attempt=job.attempt + 1))
 
     def close(self) -> None:
         for seat in [*self._idle, *(seat for seat, _ in self._pending.values())]:

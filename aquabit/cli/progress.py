@@ -1,0 +1,117 @@
+"""What the command line says while it works: progress bars, errors with their exit codes, JSON."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from aquabit.scheme import AquabitError, Progress
+
+console, errors = Console(), Console(stderr=True)
+Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback for errors.")]
+
+
+def shielded(verb: Callable[..., None]) -> Callable[..., None]:
+    """Bad input: one sentence and exit code 2. Ctrl-C: a study that continues. Anything else is our fault:
+    exit code 1."""
+
+    @wraps(verb)
+    def call(*args: Any, debug: bool = False, **kwargs: Any) -> None:
+        try:
+            verb(*args, **kwargs)
+        except (AquabitError, OSError) as error:
+            if debug:
+                raise
+            errors.print(f"[bold red]error:[/] {plain(str(error))}", highlight=False, soft_wrap=True)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            _interrupted()
+        except Exception as error:
+            cause: BaseException | None = error
+            while (
+                cause is not None
+            ):  # what was left half done on Ctrl-C may fail in its own way (torch's mode stack does)
+                if isinstance(cause, KeyboardInterrupt):
+                    _interrupted()
+                cause = cause.__context__
+            if debug:
+                raise
+            errors.print(
+                f"[bold red]internal error:[/] {type(error).__name__}: {plain(str(error))}\nPlease report it;"
+                " --debug shows where.",
+                highlight=False,
+            )
+            raise typer.Exit(1) from None
+
+    call.__annotations__ = {**verb.__annotations__, "debug": Debug}
+    signature = inspect.signature(verb, eval_str=True)
+    extra = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Debug)
+    call.__signature__ = signature.replace(parameters=[*signature.parameters.values(), extra])  # type: ignore[attr-defined]
+    return call
+
+
+def _interrupted() -> None:
+    errors.print("interrupted; nothing measured is lost: run the same command to continue")
+    os._exit(130)
+
+
+def plain(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+@contextmanager
+def bars() -> Iterator[Progress]:
+    """Progress bars with the time that is left; none when the output is no terminal."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+    from rich.progress import Progress as Bars
+
+    columns = (
+        TextColumn("{task.description:32}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Bars(*columns, console=errors, disable=not errors.is_terminal) as drawn:
+        known: dict[str, Any] = {}
+
+        def progress(what: str, done: int, total: int) -> None:
+            if total <= 0:
+                return
+            name = what.split(": ")[0]  # what comes after it changes from step to step
+            if name not in known or drawn.tasks[known[name]].completed > done:
+                known[name] = drawn.add_task(what, total=total)
+            drawn.update(known[name], completed=done, total=total, description=plain(what))
+
+        yield progress
+
+
+def emit(value: Any, target: str | None) -> bool:
+    """Write JSON where a machine would read it; whether anything was written to standard output."""
+    if target is None:
+        return False
+    if target == "-":
+        sys.stdout.write(json.dumps(value, allow_nan=False) + "\n")
+        return True
+    from aquabit.jsonio import write_json
+
+    write_json(Path(target), value)
+    return False
