@@ -18,6 +18,7 @@ from aquabit.quality import QualityOptions
 from aquabit.reports import report as write_report
 from aquabit.scheme import AquabitError, Budget, Progress, Protocol, QuantConfig, no_progress
 from aquabit.search import FRESH_BLOCKS, Front, Search, SearchOptions, activation_choices
+from aquabit.search.options import fixed_act
 from aquabit.sensitivity.correction_gain import noise_facts, search_corrected
 from aquabit.sensitivity.designs import DEFAULT, Design, draw, measure_disagreement, shard_of
 from aquabit.sensitivity.effects.context_effects import measure_in_context
@@ -182,10 +183,7 @@ def _check(session: Session, options: SearchOptions) -> None:
     """Raise AquabitError, before anything is measured, for a budget out of reach and for rivals that
     cannot be compared."""
     if options.budget.latency_ms is None:
-        allowed_activations = activation_choices(session.space, options.budget)
-        session.costs.check(
-            options.budget, max(allowed_activations) if len(allowed_activations) == 1 else None
-        )
+        session.costs.check(options.budget, fixed_act(activation_choices(session.space, options.budget)))
     for name, config in options.against:
         if config.fingerprint != session.space.fingerprint:
             raise AquabitError(

@@ -61,8 +61,7 @@ class World:
         costs = CostModel(graph, space)
         low, high = costs.limits(8)["bits"]
         budget = Budget(bits=low + 0.5 * (high - low))
-        weights, acts = random_within(space, costs, budget, 1, 5)
-        given = space.configs(weights, acts)[0].with_layer(
+        given = random_within(space, costs, budget, 1, 5).config.with_layer(
             space.layers[0], "usq3", 16
         )  # a scheme that the space does not offer
         return World(pipe, Study(folder / "s.db"), str(folder / "bank"), space, costs, budget, given)
@@ -180,7 +179,7 @@ def test_the_winner_is_not_worse_than_any_known_rival(searched: Any) -> None:
     )
     damages = Damages.of(world.space, world.study.features())
     solved = searching.solve(damages.scores((8,)), world.costs, world.budget)
-    program = world.space.configs(solved.weights[None], solved.acts[None])[0].digest
+    program = solved.choices.config.digest
     assert program in kept and rival["config"] in kept and program in first
     own = world.psnr(front.winner, blocks)
     assert len(own) >= ROUNDS[0]
@@ -236,7 +235,7 @@ def searches(space: SearchSpace, costs: CostModel, budget: Budget) -> Search:
     made.damages = Damages(
         space,
         np.where(space.allowed(), rng.random(shape), np.inf),
-        np.zeros((shape[0], len(space.act_codes))),
+        np.zeros((shape[0], len(space.act_choices))),
     )
     made.candidates, made.targets = {}, [budget, *ladder(costs, budget, searching.SPREAD)]
     return made  # type: ignore[no-any-return]
@@ -249,7 +248,7 @@ def test_the_program_answers_every_target() -> None:
     found = search._programs()
     assert list(found) == search.targets and len(search.targets) > 4
     for target, solved in found.items():
-        assert costs.within(costs.totals(solved.weights[None], solved.acts[None]), target)[0]
+        assert costs.within(costs.totals(solved.choices), target)[0]
     assert (
         {c.source for c in search.candidates.values()} == {"program"}
         and search.proof is not None
@@ -261,11 +260,9 @@ def test_a_target_of_the_front_whose_limits_exclude_each_other_is_left_out() -> 
     space, costs = model(
         5, 1, schemes=["usq2g2", "usq3", "usq8"], activations=[8]
     )  # usq2g2: fewer BOPs than usq3, but more bytes
-    weights, acts = every(space, (8,))
-    totals = costs.totals(weights, acts)
-    budgets = [
-        Budget(bits=float(totals["bits"][i]), bops=float(totals["bops"][i])) for i in range(len(weights))
-    ]
+    rows = every(space, (8,))
+    totals = costs.totals(rows)
+    budgets = [Budget(bits=float(totals["bits"][i]), bops=float(totals["bops"][i])) for i in range(len(rows))]
     narrow = [
         b
         for b in budgets

@@ -16,7 +16,7 @@ from aquabit.search.judging import Judgement, judge
 from aquabit.search.local import Improved, improve
 from aquabit.search.loop import Candidate, check_method, find_candidates, ladder
 from aquabit.search.options import Columns, Options, activation_choices
-from aquabit.search.proof import Bound, Bounded, Proof, branch_and_bound, columns_of
+from aquabit.search.proof import Bound, Bounded, Proof, branch_and_bound
 from aquabit.search.refine import Seen, Step, refine
 from aquabit.search.searcher import FRESH_BLOCKS, Search, SearchOptions
 from benchmarks.research.assign import assign
@@ -48,7 +48,6 @@ __all__ = [
     "branch_and_bound",
     "check_method",
     "choice_effects",
-    "columns_of",
     "find_candidates",
     "find_searcher",
     "hypervolume",

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from aquabit.choices import Choices
 from aquabit.cost import CostModel
 from aquabit.measuring.latency import latency_table, packed_latencies
 from aquabit.measuring.session import Session, uniform_references
@@ -21,8 +22,6 @@ from aquabit.scheme import (
     Progress,
     Protocol,
     QuantConfig,
-    act_code,
-    act_of,
     no_progress,
 )
 from aquabit.search.bounds import EnsembleBound
@@ -31,9 +30,9 @@ from aquabit.search.front import Front, FrontMember, Interval, interval, paired_
 from aquabit.search.integer_program import Solution, solve
 from aquabit.search.judging import PAIRED, Judgement, fidelity_of, judge, pieces
 from aquabit.search.loop import check_method, find_candidates, ladder
-from aquabit.search.options import activation_choices
+from aquabit.search.options import activation_choices, fixed_act
 from aquabit.search.proof import Proof
-from aquabit.search.refine import Chosen, refine
+from aquabit.search.refine import refine
 from aquabit.sensitivity.correction_gain import correction_shift
 from aquabit.sensitivity.damages import Damages
 from aquabit.sensitivity.effects.context_effects import screened
@@ -123,7 +122,7 @@ class Search:
                 latency_table(session.here, session.space, self.progress, session.protocol)
             )
         self.activations = activation_choices(session.space, budget)
-        self.costs.check(budget, max(self.activations) if len(self.activations) == 1 else None)
+        self.costs.check(budget, fixed_act(self.activations))
         self.damages = Damages.of(session.space, session.study.features())
         self.targets = [budget, *ladder(self.costs, budget, self.options.spread)]
         self.given = [(name, self._at_budget(config)) for name, config in self.options.against]
@@ -161,7 +160,7 @@ class Search:
         if len(self.activations) > 1:
             return replace(config, correction=self.session.space.correction)
         excluded = {k for k, row in self.session.space.choices.items() if row == (FP,)}
-        act = act_of(self.activations[0])
+        act = self.activations[0]
         changed = {
             k: replace(config[k], act=16 if k in excluded else act) for k in self.session.space.choices
         }
@@ -175,16 +174,14 @@ class Search:
 
     def _expected(self, solved: Solution) -> str:
         """What the damages let expect of the budget, before anything is measured."""
-        space, here = self.session.space, (solved.weights[None], solved.acts[None])
+        space, here = self.session.space, solved.choices
         offset = psnr_offset(self.session, self.damages)
-        bits = float(self.costs.totals(*here)["bits"][0])
+        bits = float(self.costs.totals(here)["bits"][0])
         psnr = expected_psnr(self.damages, here, offset)
         text = f"expected at {self.options.budget}: PSNR {psnr:.1f} dB to full precision at {bits:.2f} bits"
-        uniform = smallest_uniform(
-            self.costs, space, "usq", self.costs(self._config((solved.weights, solved.acts))).bytes
-        )
+        uniform = smallest_uniform(self.costs, space, "usq", self.costs(here.config).bytes)
         if uniform is not None and self._inside(uniform):
-            value = expected_psnr(self.damages, space.indices([uniform]), offset)
+            value = expected_psnr(self.damages, Choices.of(space, [uniform]), offset)
             text += (
                 f"; {_name(uniform)} for all layers, {self.costs(uniform).bits_per_weight:.2f} bits:"
                 f" {value:.1f} dB"
@@ -209,7 +206,7 @@ class Search:
                     raise
                 continue
             found[target] = solved
-            self._add(self._config((solved.weights, solved.acts)), "program", solved.score)
+            self._add(solved.choices.config, "program", solved.score)
         self.progress("integer program over damages", len(self.targets), len(self.targets))
         self.targets = list(found)
         first = found[self.options.budget]
@@ -222,21 +219,15 @@ class Search:
         for number, target in enumerate(self.targets[:REFINED]):
             rounds = self.options.refinements if number == 0 else self.options.refinements // 2
             if rounds and context.ready:
-                start = starts[target]
                 try:
                     steps = refine(
-                        (start.weights, start.acts),
-                        context.look,
-                        context.judge,
-                        self.costs,
-                        target,
-                        rounds=rounds,
+                        starts[target].choices, context.look, context.judge, self.costs, target, rounds=rounds
                     )
                 except AquabitError as error:
                     self.told(f"not refined in context: {error}")
                     break
                 for step in steps[1:]:
-                    self._add(self._config((step.weights, step.acts)), "refined", step.value)
+                    self._add(step.choices.config, "refined", step.value)
         self.spent = context.spent / 15
 
     def _from_surrogate(self) -> None:
@@ -251,8 +242,8 @@ class Search:
             last[:] = [fit_from_study(study)]
             return last[0].badness
 
-        def bound(weights: np.ndarray, acts: np.ndarray, allowed: np.ndarray) -> Any:
-            return EnsembleBound(last[0].surrogate, last[0].encoder, weights, acts, allowed)
+        def bound(each: Choices, allowed: np.ndarray) -> Any:
+            return EnsembleBound(last[0].surrogate, last[0].encoder, each, allowed)
 
         def measure(configs: list[QuantConfig]) -> None:
             session.measure(configs, "candidate", progress, what="measuring candidates")
@@ -318,7 +309,7 @@ class Search:
         kept = []
         for config in configs:
             cost, budget = self.costs(config), self.options.budget
-            allowed_activations = {act_code(config[k].act) for k in self.session.space.free_layers()} <= set(
+            allowed_activations = {config[k].act for k in self.session.space.free_layers()} <= set(
                 self.activations
             )
             fits = (budget.bits is None or cost.bits_per_weight <= budget.bits * (1 + 1e-12)) and (
@@ -445,15 +436,12 @@ class Search:
                 return rival
         return winner
 
-    def _config(self, chosen: Chosen) -> QuantConfig:
-        return self.session.space.configs(chosen[0][None], chosen[1][None])[0]
-
     def _members(self, winner: QuantConfig) -> list[QuantConfig]:
         """The winner, and for each other target its best candidate by fidelity."""
         values, found = self._values(fidelity_of(self.session.protocol)), {winner.digest: winner}
         known = [c for c in self.candidates.values() if isfinite(values.get(c.config.digest, float("nan")))]
         sizes = {
-            c.config.digest: self.costs.totals(*self.session.space.indices([c.config]))
+            c.config.digest: self.costs.totals(Choices.of(self.session.space, [c.config]))
             for c in known
             if self._inside(c.config)
         }
@@ -469,11 +457,8 @@ class Search:
         return list(found.values())
 
     def _inside(self, config: QuantConfig) -> bool:
-        schemes, acts = set(self.session.space.schemes), {*self.session.space.act_codes, 16}
-        return all(
-            config[k].weight in schemes and act_code(config[k].act) in acts
-            for k in self.session.space.choices
-        )
+        schemes, acts = set(self.session.space.schemes), {*self.session.space.act_choices, 16}
+        return all(config[k].weight in schemes and config[k].act in acts for k in self.session.space.choices)
 
     def _front(self, winner: QuantConfig, judgement: Judgement) -> Front:
         """Measure members, uniform baselines and full precision on fresh seeds."""
@@ -531,7 +516,7 @@ class Search:
                 )
                 found[metric] = float(np.ravel(value)[0])
             if inside and "psnr" not in found:
-                found["psnr"] = expected_psnr(self.damages, session.space.indices([config]), offset)
+                found["psnr"] = expected_psnr(self.damages, Choices.of(session.space, [config]), offset)
             return found
 
         return predict
@@ -643,9 +628,9 @@ def _name(config: QuantConfig) -> str:
     return next(iter(found)) if len(found) == 1 else "+".join(sorted(kinds)) if found else "fp"
 
 
-def expected_psnr(damages: Damages, chosen: tuple[np.ndarray, np.ndarray], offset: float = 0.0) -> float:
-    """PSNR in dB that the sum of damages of one configuration (index matrices [1, L]) lets expect."""
-    total = float(damages.total(*chosen)[0])
+def expected_psnr(damages: Damages, chosen: Choices, offset: float = 0.0) -> float:
+    """PSNR in dB that the sum of damages of one configuration (one row) lets expect."""
+    total = float(damages.total(chosen)[0])
     return offset - 10 * log10(max(total, 1e-10))
 
 
@@ -663,5 +648,5 @@ def psnr_offset(session: Session, damages: Damages) -> float:
     for key, psnr in zip(table.config, table.psnr, strict=True):
         config = configs[key]
         if config.layers and isfinite(psnr) and all(config[k].weight in known for k in session.space.choices):
-            gaps.append(float(psnr) - expected_psnr(damages, session.space.indices([config])))
+            gaps.append(float(psnr) - expected_psnr(damages, Choices.of(session.space, [config])))
     return float(np.median(gaps)) if gaps else 0.0

@@ -8,6 +8,7 @@ from typing import Any, Literal, Self
 import numpy as np
 import xgboost
 
+from aquabit.choices import Choices
 from aquabit.scheme import AquabitError
 from aquabit.sensitivity.features import Encoder
 from aquabit.sensitivity.surrogate.baselines import AverageBits, OneHotRidge, SumOfDamages
@@ -78,8 +79,8 @@ class Surrogate(Estimator):
             **{"names": tuple(encoder.columns), "linear": 0.0 if encoder.probed else 0.5, **parameters}
         )
 
-    def features(self, encoder: Encoder, weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
-        return encoder(weights, acts)
+    def features(self, encoder: Encoder, choices: Choices) -> np.ndarray:
+        return encoder(choices)
 
     def replicate(self, rng: np.random.Generator, seed: int) -> Self:
         """A third of the cost of the full fit. Where there is a ridge its share is drawn from 0 to 1: how
