@@ -17,7 +17,16 @@ from aquabit.packing import Model, generate, quantize
 from aquabit.quality import QualityOptions
 from aquabit.reports import report as write_report
 from aquabit.scheme import AquabitError, Budget, Progress, Protocol, QuantConfig, no_progress
-from aquabit.search import FRESH_BLOCKS, Front, Search, SearchOptions, activation_choices
+from aquabit.search import (
+    FRESH_BLOCKS,
+    Front,
+    Search,
+    SearchOptions,
+    activation_choices,
+    choose_winner,
+    measure_front,
+    propose,
+)
 from aquabit.search.options import fixed_act
 from aquabit.sensitivity.correction_gain import noise_facts, search_corrected
 from aquabit.sensitivity.designs import DEFAULT, Design, draw, measure_disagreement, shard_of
@@ -173,7 +182,9 @@ def find_in(
 ) -> Front:
     """The search of ``find`` in an open session."""
     _check(session, options)
-    front = Search(session, options, progress, told).run()
+    search = Search(session, options, progress, told)
+    propose(search)
+    front = measure_front(search, *choose_winner(search))
     noise = noise_facts(session, front.best, [session.protocol.block(b) for b in FRESH_BLOCKS], progress)
     session.study.set(front=front.to_dict(), noise=noise)
     return front

@@ -100,15 +100,16 @@ def oracle(folder: Path, model: str, bits: float, count: int) -> dict[str, Any]:
     from aquabit.search import Search, SearchOptions, judge, refine
     from aquabit.search import context_model as wide
     from aquabit.search.judging import pieces
+    from aquabit.search.proposals import program_answers
 
     path = folder / f"oracle-{model}.db"
     if not path.exists():
         shutil.copy(study_path(folder, model), path)
     with session_of(path, model, folder) as session:
         search = Search(session, SearchOptions(Budget(bits=bits), seed=SEED, spread=()), say)
-        program = search._programs()[search.options.budget]
+        program = program_answers(search)[search.options.budget]
         start = program.choices
-        context = wide.InContext(session, search.damages, search.activations, SEED, say)
+        context = wide.ContextModel(session, search.damages, search.activations, SEED, say)
         drawn = draws(search, context, count)
         value = np.array(context.judge(Choices.concat([start, *drawn])))
         order = np.argsort(value[1:])
@@ -146,7 +147,7 @@ def oracle(folder: Path, model: str, bits: float, count: int) -> dict[str, Any]:
             protocols = pieces(session.protocol, blocks, SEED)
             session.measure([session.space.full_precision()], "reference", say, protocols, "full precision")
             session.measure([configs[i][1] for i in indices], "selection", say, protocols, "race")
-            tables = [search._values("psnr", p) for p in protocols]
+            tables = [search.values("psnr", p) for p in protocols]
             return np.array([[t[configs[i][1].digest] for t in tables] for i in indices])
 
         judged = judge(range(len(configs)), measure, RACE)

@@ -14,7 +14,7 @@ from aquabit.choices import Choices
 from aquabit.measuring.output_errors import output_features, stored
 from aquabit.measuring.session import open_session
 from aquabit.scheme import AquabitError, Protocol
-from aquabit.search.loop import best_of
+from aquabit.search.surrogate_search import best_of
 from aquabit.sensitivity.effects.context_effects import DRAWN
 from aquabit.sensitivity.effects.predicted import draw_contexts, find_players
 from aquabit.sensitivity.result import explain

@@ -35,8 +35,8 @@ from aquabit.search import (
     smallest_uniform,
     solve,
 )
-from aquabit.search.loop import Candidate, find_candidates, schedule
 from aquabit.search.options import Predict
+from aquabit.search.surrogate_search import Candidate, find_candidates, schedule
 from aquabit.space import SearchSpace, make_space
 
 MANY = [

@@ -18,12 +18,16 @@ from aquabit.measuring.session import uniform_references
 from aquabit.pipelines import Adapter, trace
 from aquabit.quant.model import fingerprint
 from aquabit.scheme import AquabitError, Budget, Calibration, Protocol, QuantConfig, no_progress
-from aquabit.search import searcher as searching
+from aquabit.search import fresh_front
+from aquabit.search.fresh_front import FRESH_BLOCKS, images_to_tell
 from aquabit.search.front import Front, Interval, paired_difference
+from aquabit.search.integer_program import solve
 from aquabit.search.judging import ROUNDS, pieces
-from aquabit.search.loop import ladder
 from aquabit.search.options import activation_choices
-from aquabit.search.searcher import FRESH_BLOCKS, Search, SearchOptions, images_to_tell
+from aquabit.search.proposals import program_answers
+from aquabit.search.search import SPREAD, Search, SearchOptions
+from aquabit.search.surrogate_search import ladder
+from aquabit.search.winner import FINALISTS
 from aquabit.sensitivity.damages import Damages
 from aquabit.space import SearchSpace, make_space
 from aquabit.study import Study
@@ -94,7 +98,7 @@ class World:
 def cheap() -> Iterator[None]:
     """No timing of packed calls, which nothing here depends on."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(searching, "packed_latencies", lambda here, configs, *_: [1.0] * len(configs))
+        patch.setattr(fresh_front, "packed_latencies", lambda here, configs, *_: [1.0] * len(configs))
         yield
 
 
@@ -178,7 +182,7 @@ def test_the_winner_is_not_worse_than_any_known_rival(searched: Any) -> None:
         "uniform configurations are known, one of them within the budget"
     )
     damages = Damages.of(world.space, world.study.features())
-    solved = searching.solve(damages.scores((8,)), world.costs, world.budget)
+    solved = solve(damages.scores((8,)), world.costs, world.budget)
     program = solved.choices.config.digest
     assert program in kept and rival["config"] in kept and program in first
     own = world.psnr(front.winner, blocks)
@@ -190,7 +194,7 @@ def test_the_winner_is_not_worse_than_any_known_rival(searched: Any) -> None:
             assert paired_difference(values[:n], own[:n]).low <= 0, (key, values, own)
         else:
             better = sum(first[k] > first[key] for k in kept if k in first)
-            assert better >= searching.FINALISTS, "who is not judged was seen to be worse than all finalists"
+            assert better >= FINALISTS, "who is not judged was seen to be worse than all finalists"
 
 
 def test_run_twice_nothing_is_measured_and_the_front_is_the_same(searched: Any) -> None:
@@ -227,8 +231,9 @@ def searches(space: SearchSpace, costs: CostModel, budget: Budget) -> Search:
     """A search of made-up damages whose targets are set, without a session."""
     rng, shape = np.random.default_rng(0), space.allowed().shape
     made: Any = object.__new__(Search)
-    made.session, made.options, made.progress = (
-        SimpleNamespace(space=space, costs=costs),
+    made.session, made.costs, made.options, made.progress = (
+        SimpleNamespace(space=space),
+        costs,
         SearchOptions(budget),
         no_progress,
     )
@@ -237,7 +242,7 @@ def searches(space: SearchSpace, costs: CostModel, budget: Budget) -> Search:
         np.where(space.allowed(), rng.random(shape), np.inf),
         np.zeros((shape[0], len(space.act_choices))),
     )
-    made.candidates, made.targets = {}, [budget, *ladder(costs, budget, searching.SPREAD)]
+    made.candidates, made.targets = {}, [budget, *ladder(costs, budget, SPREAD)]
     return made  # type: ignore[no-any-return]
 
 
@@ -245,7 +250,7 @@ def test_the_program_answers_every_target() -> None:
     space, costs = model(6, 1, schemes=["usq2", "usq3", "usq4", "usq8"])
     low, high = costs.limits(8)["bits"]
     search = searches(space, costs, Budget(bits=low + 0.4 * (high - low)))
-    found = search._programs()
+    found = program_answers(search)
     assert list(found) == search.targets and len(search.targets) > 4
     for target, solved in found.items():
         assert costs.within(costs.totals(solved.choices), target)[0]
@@ -266,11 +271,11 @@ def test_a_target_of_the_front_whose_limits_exclude_each_other_is_left_out() -> 
     narrow = [
         b
         for b in budgets
-        if any(not costs.within(totals, t).any() for t in ladder(costs, b, searching.SPREAD))
+        if any(not costs.within(totals, t).any() for t in ladder(costs, b, SPREAD))
         and costs.within(totals, b).any()
     ]
     assert narrow and activation_choices(space, narrow[0]) == (8,)
-    assert narrow[0] in searches(space, costs, narrow[0])._programs()
+    assert narrow[0] in program_answers(searches(space, costs, narrow[0]))
 
 
 def test_how_many_images_would_tell() -> None:

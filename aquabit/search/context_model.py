@@ -23,7 +23,7 @@ JUDGED = 8
 
 
 @dataclass
-class InContext:
+class ContextModel:
     """``look`` and ``judge`` for ``refine``; ``spent`` counts the output errors that they ask for (a
     fifteenth of a measurement each; what the study holds already costs nothing)."""
 

@@ -13,7 +13,7 @@ import numpy as np
 from aquabit.choices import Choices
 from aquabit.cost import CostModel
 from aquabit.scheme import AquabitError, Budget
-from aquabit.search.local import improve
+from aquabit.search.local_search import improve
 from aquabit.search.options import Options, Predict
 
 Bound = Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[float, np.ndarray | None]]

@@ -15,8 +15,8 @@ from aquabit.cost import CostModel
 from aquabit.layer_formats import expected_loss
 from aquabit.scheme import AquabitError, Budget, QuantConfig
 from aquabit.search.integer_program import Cut, solve
-from aquabit.search.loop import Proposer, best_of
 from aquabit.search.options import Options, Predict
+from aquabit.search.surrogate_search import Proposer, best_of
 from aquabit.space import BITS_RANGE, SearchSpace, maximum_entropy
 
 Found = list[tuple[QuantConfig, float]]

@@ -1,4 +1,5 @@
-"""The search: surrogate, integer program, local search, measurement, and again."""
+"""Rounds of fitting a surrogate, proposing by integer program, local search or evolution, and measuring:
+``--method surrogate`` and ``evolve``."""
 
 from __future__ import annotations
 
@@ -11,9 +12,9 @@ import numpy as np
 from aquabit.choices import Choices
 from aquabit.cost import CostModel
 from aquabit.scheme import AquabitError, Budget, Progress, QuantConfig, no_progress
-from aquabit.search.evolve import check_installed, evolve
+from aquabit.search.evolution import check_installed, evolve
 from aquabit.search.integer_program import Cut, Solution, choice_effects, solve
-from aquabit.search.local import improve, lighten
+from aquabit.search.local_search import improve, lighten
 from aquabit.search.options import Options, Predict, fixed_act
 from aquabit.search.proof import BoundFactory, Proof, branch_and_bound
 from aquabit.space import BITS_RANGE, SearchSpace

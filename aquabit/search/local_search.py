@@ -1,5 +1,5 @@
-"""Local search on the surrogate: single-layer changes and exchanges between two layers that never leave
-the budget."""
+"""Local search of ``--method surrogate``: single-layer changes and exchanges between two layers that the
+surrogate predicts better, never outside the budget."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""NSGA-II (pymoo's) over whole fronts: what the surrogate predicts against each limited cost."""
+"""Evolution of ``--method evolve``: NSGA-II (pymoo's) over whole fronts, what the surrogate predicts against
+each limited cost."""
 
 from __future__ import annotations
 
