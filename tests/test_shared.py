@@ -60,15 +60,15 @@ def model(
     return graph, space, CostModel(graph, space)
 
 
-def every(space: SearchSpace, activations: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Index matrices of all configurations of a small space."""
-    column = {s: i for i, s in enumerate(space.schemes)}
+def every(space: SearchSpace, activations: tuple[Act, ...]) -> Choices:
+    """All configurations of a small space."""
+    column, off = {s: i for i, s in enumerate(space.schemes)}, len(activations)
     pairs = [
-        [(column[s], 16 if str(row[0]) == "fp" else a) for s in row for a in activations]
+        [(column[s], off if str(row[0]) == "fp" else a) for s in row for a in range(off)]
         for row in space.choices.values()
     ]
     table = np.array(list(itertools.product(*pairs)))
-    return table[..., 0], table[..., 1]
+    return Choices.picked(space, table[..., 0], table[..., 1], (*activations, 16))
 
 
 def counted(graph: nx.DiGraph, picks: Mapping[str, tuple[Scheme, int]]) -> dict[str, float]:
@@ -206,7 +206,7 @@ def test_limits_are_the_ends_of_enumeration(name: str, act: int | None) -> None:
     _, space, cost = model(
         **SPACES[name], activations=[8] if name in ("shared", "one scheme") and act is None else [8, 6]
     )
-    totals = cost.totals(*every(space, space.activations if act is None else (act,)))
+    totals = cost.totals(every(space, space.activations if act is None else (act,)))
     limits = cost.limits(act)
     for key in ("bits", "bytes", "bops"):
         assert limits[key] == pytest.approx((totals[key].min(), totals[key].max()), rel=1e-12), key
@@ -348,7 +348,7 @@ def test_limits_that_cannot_be_kept_together_say_what_each_can_reach(schemes: li
     # fewest BOPs at usq1, whose many scales cost bytes; codebooks cost few bytes once all layers share them,
     # or more than they save
     _, space, cost = model({f"w{i}": ("w", (64, 16)) for i in range(3)}, schemes=schemes, activations=[8])
-    totals = cost.totals(*every(space, (8,)))
+    totals = cost.totals(every(space, (8,)))
     budget = Budget(bytes=int(totals["bytes"].min()) + 3, bops=float(totals["bops"].min()) * 1.01)
     assert not cost.within(totals, budget).any()
     with pytest.raises(AquabitError) as error:
@@ -367,7 +367,7 @@ def test_a_budget_out_of_reach_names_both_ends(limits: dict[str, Any]) -> None:
     _, space, cost = model(only("q0", "q1", "c0", "c1"))
     budget = Budget(**limits)
     key = next(iter(limits))
-    totals = cost.totals(*every(space, activation_choices(space, budget)))
+    totals = cost.totals(every(space, activation_choices(space, budget)))
     ends = f"{totals[key].min():.6g}", f"{totals[key].max():.6g}"
     scores = np.zeros((4, len(space.schemes), len(activation_choices(space, budget))))
     for refused in (
@@ -383,7 +383,7 @@ def test_a_budget_out_of_reach_names_both_ends(limits: dict[str, Any]) -> None:
 
 def test_the_ladder_stays_within_reach() -> None:
     _, space, cost = model(only("q0", "q1", "c0", "c1"))
-    totals = cost.totals(*every(space, (8,)))
+    totals = cost.totals(every(space, (8,)))
     low, high = totals["bits"].min(), totals["bits"].max()
     (top,) = ladder(cost, Budget(bits=low * 1.1), (1e6, 1e-6))
     assert top.bits == pytest.approx(high, rel=1e-12)
