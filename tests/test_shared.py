@@ -167,7 +167,7 @@ def test_costs_are_those_of_brute_force_on_every_configuration(name: str) -> Non
 def test_one_configuration_is_found_at_its_exact_size() -> None:
     _, space, cost = model(**SPACES["one scheme"])
     scores = np.ones((len(space.choices), 2, 1))
-    for key, value in cost.totals(*every(space, (8,))).items():
+    for key, value in cost.totals(every(space, (8,))).items():
         if key != "bops":
             assert solve(scores, cost, Budget(**{key: value[0]})).score == len(space.choices)
 
@@ -235,7 +235,7 @@ def test_size_limits_are_exact_whatever_the_schemes(
     count: int, shape: tuple[int, int], schemes: list[str]
 ) -> None:
     _, space, cost = model({f"w{i}": ("w", shape) for i in range(count)}, schemes=schemes)
-    sizes = cost.totals(*every(space, (8,)))["bytes"]
+    sizes = cost.totals(every(space, (8,)))["bytes"]
     assert cost.limits(8)["bytes"] == (sizes.min(), sizes.max())
 
 

@@ -33,7 +33,7 @@ RISING = ("weight", "act", "error", "actshare", "damage")  # kinds of columns in
 
 
 class Surrogate(Estimator):
-    """Gradient-boosted trees over ``sensitivity.encoder.Encoder`` features, on top of ``linear`` times a
+    """Gradient-boosted trees over ``features.Encoder``'s columns, on top of ``linear`` times a
     ridge fit.
 
     ``for_model`` leaves the ridge out where the encoder has probes: what layers do together is then among its

@@ -1,4 +1,4 @@
-"""Screening: the surrogate again, with the output errors of the configurations themselves among its features.
+"""The surrogate of output errors: with those of the configurations themselves among its features.
 
 Trees rank configurations best, but step over what a small layer does; ``Blend`` adds models that are smooth
 in the output errors and in the summed sketches, which is what effects of layers need.
