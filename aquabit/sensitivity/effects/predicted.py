@@ -287,8 +287,8 @@ def interval(
 
     Student's t with r degrees of freedom, of the errors that replicates show (``replicate_errors``). They
     know how the surrogate varies with its measurements, not what it never learns: where real swaps show
-    larger errors, ``factor`` is how many times larger (``combine_effects.Combined.ratio``). For what no real swap
-    checks: interactions, scores of groups, effects of studies without swaps.
+    larger errors, ``factor`` is how many times larger (``combine_effects.Combined.ratio``). For what no real
+    swap checks: interactions, scores of groups, effects of studies without swaps.
     """
     count = len(replicates)
     if count < 2:
