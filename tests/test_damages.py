@@ -62,7 +62,7 @@ def test_damages_are_those_of_the_study(world: World) -> None:
     )
     free = Damages.of(open_, world.probes)
     assert free.weights[3, 0] == 0 and free.acts[3, 0] == 0 and np.isinf(free.weights[3, 2])
-    both = world.damages.total(np.full((1, 60), 2), np.full((1, 60), 6))[0]
+    both = world.damages.total(Choices.at(world.space, np.full((1, 60), 2), 6))[0]
     assert both == pytest.approx(
         sum(
             world.probes[k, str(world.space.schemes[2])]["damage"] + world.probes[k, "a6"]["damage"]
