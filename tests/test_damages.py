@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy.optimize import linprog
 
+from aquabit.choices import Choices
 from aquabit.cost import CostModel
 from aquabit.scheme import FP, AquabitError, Scheme
 from aquabit.sensitivity.damages import (
