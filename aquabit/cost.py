@@ -13,6 +13,7 @@ import networkx as nx
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
+from aquabit.choices import Choices
 from aquabit.graph import layers as graph_layers
 from aquabit.scheme import ACTIVATION_BITS, FP, Act, AquabitError, Budget, QuantConfig, Scheme, StepGroups
 from aquabit.space import SearchSpace
@@ -50,23 +51,17 @@ class Latency:
     activations: tuple[int, ...]
     rest: float
 
-    def of(self, weights: np.ndarray, acts: np.ndarray, space: SearchSpace | None = None) -> np.ndarray:
-        """Milliseconds of scheme indices and activation choices, each [..., layers]: [..., layers].
-        ``space`` knows the groups of steps that choices may refer to."""
-        if space is not None and space.steps is not None:
-            parts = space.group_bits(acts)
-            return space.over_steps(
-                np.stack([self.of(weights, parts[..., g]) for g in range(parts.shape[-1])], -1)
-            )
+    def of(self, choices: Choices) -> np.ndarray:
+        """Milliseconds [n, layers]; raises AquabitError for activation bits that were not measured."""
+        parts, rows = choices.group_bits, np.arange(choices.weights.shape[1])
         column = np.full(ACTIVATION_BITS[0] + 1, -1)
         column[list(self.activations)] = range(len(self.activations))
-        if (column[acts] < 0).any():
-            asked = sorted(set(np.ravel(acts).tolist()))
+        if (column[parts] < 0).any():
             raise AquabitError(
                 f"latency is known for activations of {list(self.activations)} bits only, not for all of"
-                f" {asked}"
+                f" {sorted(set(np.ravel(parts).tolist()))}"
             )
-        return np.asarray(self.layers[np.arange(acts.shape[-1]), weights, column[acts]])
+        return choices.space.over_steps(self.layers[rows[:, None], choices.weights[..., None], column[parts]])
 
 
 def mean_act_bits(act: Act, steps: StepGroups | None) -> float:
@@ -138,25 +133,25 @@ class CostModel:
             for (n, c), m in members.items()
         ]
 
-    def act_bits(self, acts: np.ndarray) -> np.ndarray:
-        """Activation bits as BOPs count them, averaged over the steps, of activation choices."""
-        parts = self.space.group_bits(acts)
+    def act_bits(self, choices: Choices) -> np.ndarray:
+        """Activation bits as BOPs count them, averaged over the steps, [n, layers]."""
+        parts = choices.group_bits
         return self.space.over_steps(np.where(parts == 16, FULL_BITS, parts))
 
-    def totals(self, weights: np.ndarray, acts: np.ndarray) -> dict[str, np.ndarray]:
-        """bits, bytes and bops, each [n], of index matrices [n, layers]; latency_ms where it was measured."""
-        rows = np.arange(weights.shape[1])
+    def totals(self, choices: Choices) -> dict[str, np.ndarray]:
+        """bits, bytes and bops, each [n]; latency_ms where it was measured."""
+        weights, rows = choices.weights, np.arange(choices.weights.shape[1])
         weight_bytes = self.bytes[rows, weights].sum(1)
         for tables in self.shared:
             weight_bytes = weight_bytes + tables.bytes * tables.used(weights)
-        bops = (self.macs * self.weight_bits[rows, weights] * self.act_bits(acts)).sum(1)
+        bops = (self.macs * self.weight_bits[rows, weights] * self.act_bits(choices)).sum(1)
         found = {
             "bits": 8 * weight_bytes / self.weights,
             "bytes": weight_bytes + self.other_bytes,
             "bops": bops,
         }
         if self.latency is not None:
-            found["latency_ms"] = self.latency.of(weights, acts, self.space).sum(1) + self.latency.rest
+            found["latency_ms"] = self.latency.of(choices).sum(1) + self.latency.rest
         return found
 
     def timed(self, latency: Latency) -> CostModel:

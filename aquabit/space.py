@@ -20,7 +20,6 @@ from aquabit.jsonio import read_json
 from aquabit.layer_formats import FORMATS, LEVELS, layer_formats
 from aquabit.scheme import (
     ACTIVATION_BITS,
-    CODE_SHIFT,
     FP,
     Act,
     AquabitError,
@@ -29,8 +28,6 @@ from aquabit.scheme import (
     QuantConfig,
     Scheme,
     StepGroups,
-    act_code,
-    act_of,
     parse_correction,
 )
 
@@ -52,8 +49,8 @@ class SearchSpace:
     """The weight schemes and activation bits each layer may take, layers in execution order.
 
     A pinned layer has one choice; an excluded one stays in full precision with its activations off. With
-    ``steps`` activation bits may change once while sampling (``act_choices``). Index matrices hold activation
-    choices as ``scheme.act_code`` writes them: bits, and for groups of steps numbers above all bits.
+    ``steps`` activation bits may change once while sampling (``act_choices``). Rows of its configurations
+    are ``choices.Choices``.
     """
 
     fingerprint: str
@@ -90,31 +87,13 @@ class SearchSpace:
         pairs = [pair for high, low in pairwise(widths) for pair in ((low, high), (high, low))]
         return *widths, *((a,) * b + (z,) * (groups - b) for a, z in pairs for b in range(1, groups))
 
-    @property
-    def act_codes(self) -> tuple[int, ...]:
-        """``act_choices`` as index matrices hold them."""
-        return tuple(act_code(a) for a in self.act_choices)
-
-    def group_bits(self, acts: np.ndarray) -> np.ndarray:
-        """Activation choices [...] as the bits in each group of steps, [..., groups] (one group where
-        there are none)."""
-        if self.steps is None:
-            return np.asarray(acts)[..., None]
-        code = np.asarray(acts, np.int64)[..., None]
-        parts = code >> CODE_SHIFT * np.arange(len(self.steps.starts)) & (1 << CODE_SHIFT) - 1
-        return np.where(code < 1 << CODE_SHIFT, code, parts)
-
     def over_steps(self, values: np.ndarray) -> np.ndarray:
         """Values [..., groups] averaged over the steps, [...]."""
         return values[..., 0] if self.steps is None else np.asarray(values @ np.array(self.steps.shares))
 
-    def mean_bits(self, acts: np.ndarray) -> np.ndarray:
-        """Activation bits [...] of activation choices, averaged over the steps."""
-        return self.over_steps(self.group_bits(acts))
-
     @property
     def schemes(self) -> list[Scheme]:
-        """Every scheme that some layer may take, ``fp`` first: the columns of index matrices."""
+        """Every scheme that some layer may take, ``fp`` first: what ``Choices.weights`` index."""
         found = {s: None for row in self.choices.values() for s in row}
         return [FP, *(s for s in found if s != FP)]
 
@@ -160,40 +139,6 @@ class SearchSpace:
         for scheme in row:
             levels.setdefault(round(2 * scheme.code_bits(kernel_area)) / 2, []).append(scheme)
         return dict(sorted(levels.items()))
-
-    def indices(self, configs: Iterable[QuantConfig]) -> tuple[np.ndarray, np.ndarray]:
-        """Weight-scheme indices into ``schemes`` and activation choices, each [configurations, layers]
-        int."""
-        column = {s: i for i, s in enumerate(self.schemes)}
-        weight_rows, act_rows = [], []
-        for config in configs:
-            self.check(config, extra_schemes=True)
-            if config.steps not in (None, self.steps):
-                raise AquabitError(
-                    f"the configuration has other groups of steps ({config.steps}) than the space"
-                    f" ({self.steps})"
-                )
-            picked = [config[layer] for layer in self.choices]
-            missing = [str(p.weight) for p in picked if p.weight not in column]
-            if missing:
-                raise AquabitError(
-                    f"scheme {missing[0]} is in no layer's choices; the space has"
-                    f" {', '.join(map(str, self.schemes))}"
-                )
-            weight_rows.append([column[p.weight] for p in picked])
-            act_rows.append([act_code(p.act) for p in picked])
-        shape = (len(weight_rows), len(self.choices))
-        return np.array(weight_rows, int).reshape(shape), np.array(act_rows, int).reshape(shape)
-
-    def configs(self, weights: np.ndarray, acts: np.ndarray) -> list[QuantConfig]:
-        """The inverse of ``indices``."""
-        schemes, names = self.schemes, self.layers
-        return [
-            self.config(
-                {n: self.choice(n, schemes[w], act_of(int(a))) for n, w, a in zip(names, wr, ar, strict=True)}
-            )
-            for wr, ar in zip(weights, acts, strict=True)
-        ]
 
     def allowed(self) -> np.ndarray:
         """Boolean [layers, schemes]: what each layer may take."""

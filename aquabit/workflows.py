@@ -19,7 +19,17 @@ from aquabit.pipelines.pictures import thumbnail
 from aquabit.quality import QualityOptions
 from aquabit.reports import report as write_report
 from aquabit.scheme import AquabitError, Budget, Progress, Protocol, QuantConfig, no_progress
-from aquabit.search import FRESH_BLOCKS, Front, Search, SearchOptions, activation_choices
+from aquabit.search import (
+    FRESH_BLOCKS,
+    Front,
+    Search,
+    SearchOptions,
+    activation_choices,
+    choose_winner,
+    measure_front,
+    propose,
+)
+from aquabit.search.options import fixed_act
 from aquabit.sensitivity.correction_gain import corrected_session, noise_facts
 from aquabit.sensitivity.designs import DEFAULT, draw, measure_disagreement, shard_of
 from aquabit.sensitivity.effects.context_effects import measure_in_context
@@ -204,7 +214,9 @@ def find_in(
 ) -> Front:
     """The search of ``find`` in an open session."""
     _check(session, options)
-    front = Search(session, options, progress, told).run()
+    search = Search(session, options, progress, told)
+    propose(search)
+    front = measure_front(search, *choose_winner(search))
     noise = noise_facts(session, front.best, [session.protocol.block(b) for b in FRESH_BLOCKS], progress)
     session.study.set(front=front.to_dict(), noise=noise)
     return front
@@ -214,10 +226,7 @@ def _check(session: Session, options: SearchOptions) -> None:
     """Raise AquabitError, before anything is measured, for a budget out of reach and for rivals that
     cannot be compared."""
     if options.budget.latency_ms is None:
-        allowed_activations = activation_choices(session.space, options.budget)
-        session.costs.check(
-            options.budget, max(allowed_activations) if len(allowed_activations) == 1 else None
-        )
+        session.costs.check(options.budget, fixed_act(activation_choices(session.space, options.budget)))
     for name, config in options.against:
         if config.fingerprint != session.space.fingerprint:
             raise AquabitError(

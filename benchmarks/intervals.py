@@ -107,8 +107,9 @@ class Made:
         self.importance = rng.lognormal(0, 0.5, LAYERS) * 0.1
         self.importance[rng.choice(LAYERS, 3, replace=False)] = (1.5, 1.2, 0.9)
 
-    def truth(self, weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
-        damage = self.importance * (self.encoder.error[np.arange(LAYERS), weights] + 0.03 * (acts == 6))
+    def truth(self, rows: Any) -> np.ndarray:
+        error = self.encoder.error[np.arange(LAYERS), rows.weights]
+        damage = self.importance * (error + 0.03 * (rows.acts == 6))
         if self.kind == "exponential":
             total = damage.sum(1) + 2 * np.sqrt((damage[:, :-1] * damage[:, 1:]).sum(1)) + 0.5 * damage.max(1)
             return np.asarray(5 * np.exp(1.2 * np.minimum(total, 4)))
@@ -118,52 +119,26 @@ class Made:
 
     def fitted(self, count: int, noise: float, seed: int, design: str = "random") -> Any:
         """A surrogate of ``count`` noisy measurements."""
+        from aquabit.choices import Choices
         from aquabit.sensitivity.designs import Design
         from aquabit.sensitivity.surrogate.estimators import Surrogate
         from aquabit.sensitivity.surrogate.fit import FittedSurrogate
 
-        weights, acts = self.space.indices(Design.parse(design).draw(self.space, count, seed))
-        y = self.truth(weights, acts) * np.exp(noise * np.random.default_rng([seed, 8]).normal(size=count))
-        model, bits = (
-            Surrogate(seed=seed).fit(self.encoder(weights, acts), y),
-            self.cost.totals(weights, acts)["bits"],
-        )
-        return FittedSurrogate(
-            model,
-            self.encoder,
-            self.cost,
-            self.graph,
-            self.space,
-            (),
-            weights,
-            acts,
-            y,
-            bits,
-            y,
-            {},
-            "made",
-            "min",
-            "",
-        )
+        rows = Choices.of(self.space, Design.parse(design).draw(self.space, count, seed))
+        y = self.truth(rows) * np.exp(noise * np.random.default_rng([seed, 8]).normal(size=count))
+        model, bits = (Surrogate(seed=seed).fit(self.encoder(rows), y), self.cost.totals(rows)["bits"])
+        return FittedSurrogate(model, self.encoder, self.cost, (), rows, y, bits, y, {}, "made", "min", "")
 
-    def changes(
-        self,
-        players: Sequence[Any],
-        contexts: tuple[np.ndarray, np.ndarray],
-        noise: float = 0.0,
-        seed: int = 0,
-    ) -> np.ndarray:
+    def changes(self, players: Sequence[Any], contexts: Any, noise: float = 0.0, seed: int = 0) -> np.ndarray:
         """What the swap of each player does in each context, [players, contexts], both ends measured with
         ``noise``."""
-        weights, acts = contexts
         column = {s: j for j, s in enumerate(self.space.schemes)}
         out = []
         for p in players:
             ends, rng = [], np.random.default_rng([seed, 10, p.column])
             for scheme in (p.before, p.after):
-                swapped = weights.copy()
-                swapped[:, p.column] = column[scheme]
-                ends.append(self.truth(swapped, acts) * np.exp(noise * rng.normal(size=len(swapped))))
+                swapped = contexts.under([[(p.column, column[scheme])]])
+                ends.append(self.truth(swapped) * np.exp(noise * rng.normal(size=len(swapped))))
             out.append(ends[1] - ends[0])
         return np.array(out)
 
@@ -195,7 +170,7 @@ def made_coverage(kind: str, count: int, noise: float, seed: int) -> list[dict[s
     fitted, players = model.fitted(count, noise, seed), find_players(model.space, parse_swap(SWAP))
     column = {s: j for j, s in enumerate(model.space.schemes)}
 
-    def contexts(number: int, stream: int) -> tuple[np.ndarray, np.ndarray]:
+    def contexts(number: int, stream: int) -> Any:
         return draw_contexts(model.space, model.cost, BITS, number, np.random.default_rng([seed, stream]))
 
     ends = [((p.column, column[s]),) for p in players for s in (p.before, p.after)]

@@ -300,6 +300,7 @@ def surrogate_choice(
 ) -> QuantConfig:
     """What the surrogate of a study finds within so many bytes, of the same schemes (without full
     precision, which studies do not sample)."""
+    from aquabit.choices import Choices
     from aquabit.cost import CostModel
     from aquabit.search import additive_scores, improve, solve
     from aquabit.sensitivity.surrogate.fit import fit_from_study
@@ -314,14 +315,13 @@ def surrogate_choice(
     costs, budget = CostModel(fitted.graph, space), Budget(bytes=limit)
     column = np.array([fitted.space.schemes.index(s) for s in space.schemes])
 
-    def predict(weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
-        return fitted.badness(column[weights], acts)
+    def predict(rows: Choices) -> np.ndarray:
+        return fitted.badness(Choices(fitted.space, column[rows.weights], rows.acts))
 
     bits = 8 * (limit - costs.other_bytes) / costs.weights
-    near = space.indices(replace(space, activations=(8,)).sample(contexts, SEED, (bits * 0.9, bits)))
+    near = Choices.of(space, replace(space, activations=(8,)).sample(contexts, SEED, (bits * 0.9, bits)))
     start = solve(additive_scores(predict, space, near), costs, budget)
-    best = improve(start.weights, start.acts, predict, costs, budget, SEED, rows=rows)
-    return space.configs(best.weights[None], best.acts[None])[0]
+    return improve(start.choices, predict, costs, budget, SEED, rows=rows).choices.config
 
 
 def sides(session: Any, folder: Path, model: str, study: Path | None) -> list[dict[str, Any]]:

@@ -192,8 +192,7 @@ class Rivals:
     def config(self, weights: Weights) -> QuantConfig:
         from aquabit.search import Columns
 
-        acts = Columns.of(self.space, (8,)).split(np.asarray(weights))[1]
-        found: QuantConfig = self.space.configs(np.asarray(weights)[None], acts[None])[0]
+        found: QuantConfig = Columns.of(self.space, (8,)).split(np.asarray(weights)).config
         return found
 
     def fits(self, configs: Sequence[QuantConfig], bits: float) -> list[QuantConfig]:
@@ -201,7 +200,9 @@ class Rivals:
 
     def predicted(self, config: QuantConfig) -> float:
         """The sum of probe damages, which the program minimises."""
-        return float(self.damages.total(*self.space.indices([config]))[0])
+        from aquabit.choices import Choices
+
+        return float(self.damages.total(Choices.of(self.space, [config]))[0])
 
     def uniform(self, family: str, bits: float) -> QuantConfig | None:
         free = [row for row in self.space.choices.values() if len(row) > 1]

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from aquabit.choices import Choices
 from aquabit.cost import CostModel
 from aquabit.scheme import AquabitError, Budget
 from aquabit.search import solve
@@ -46,7 +47,7 @@ def prices(costs: Any) -> np.ndarray:
 
 def bytes_of(costs: Any, weights: np.ndarray) -> np.ndarray:
     """True bytes [n] of all weights of scheme indices [n, L]."""
-    return np.asarray(costs.totals(weights, np.full(weights.shape, 8))["bytes"] - costs.other_bytes)
+    return np.asarray(costs.totals(Choices.at(costs.space, weights, 8))["bytes"] - costs.other_bytes)
 
 
 def cap(costs: Any, bits: float) -> float:
@@ -65,7 +66,7 @@ def falling(table: np.ndarray, costs: Any) -> np.ndarray:
 
 def exact(table: np.ndarray, costs: Any, bits: float, relative_gap: float = 0.0) -> Weights:
     """The scheme indices of least total score [L, schemes] within a budget."""
-    return solve(table[:, :, None], costs, Budget(bits=bits), relative_gap=relative_gap).weights
+    return solve(table[:, :, None], costs, Budget(bits=bits), relative_gap=relative_gap).choices.weights[0]
 
 
 def raised(weights: Weights, table: np.ndarray, costs: Any, bits: float) -> Weights:

@@ -58,7 +58,7 @@ def prepare(folder: Path, model: str) -> None:
 
 def search(folder: Path, model: str, seeds: Sequence[int], bits: Sequence[float]) -> None:
     from aquabit.scheme import Budget
-    from aquabit.search import Search, SearchOptions
+    from aquabit.search import Search, SearchOptions, choose_winner, propose
 
     path = folder / f"searches-{model}.json"
     done: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
@@ -73,7 +73,8 @@ def search(folder: Path, model: str, seeds: Sequence[int], bits: Sequence[float]
             with session_of(copied, model, folder) as session:
                 before = len(session.study.measurements(failed=True))
                 found = Search(session, SearchOptions(Budget(bits=budget), seed=seed, spread=()), say)
-                winner, judgement = found.choose()
+                propose(found)
+                winner, judgement = choose_winner(found)
                 table = session.study.measurements(failed=True)
                 size = {
                     p: session.study.protocols()[p].images / session.protocol.images

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
+from aquabit.choices import Choices
 from aquabit.cost import CostModel
 from aquabit.scheme import FP, AquabitError, Protocol, QuantConfig, Scheme, parse_swap
 from aquabit.sensitivity.damages import Damages, damages_of, good_contexts
@@ -45,18 +46,14 @@ from tests.test_surrogate import PLANTED, World, near_study
 FLIPPED = 30  # layers with real swaps
 
 
-def true_effects(
-    world: World, contexts: tuple[np.ndarray, np.ndarray], before: str = "usq4", after: str = "usq2"
-) -> np.ndarray:
+def true_effects(world: World, contexts: Choices, before: str = "usq4", after: str = "usq2") -> np.ndarray:
     """What the made-up model's truth says of every layer's swap in the given contexts."""
     column = {str(s): j for j, s in enumerate(world.space.schemes)}
     out = []
     for i in range(len(world.space.layers)):
         ends = []
         for scheme in (before, after):
-            weights = contexts[0].copy()
-            weights[:, i] = column[scheme]
-            ends.append(world.truth(weights, contexts[1]))
+            ends.append(world.truth(contexts.under([[(i, column[scheme])]])))
         out.append((ends[1] - ends[0]).mean())
     return np.array(out)
 
@@ -72,14 +69,14 @@ def study(world: World, tmp_path_factory: pytest.TempPathFactory) -> Study:
     fresh = Protocol().block(1)
     with study.writing():
         study.add_protocol(fresh)
-        weights, acts = world.draw(40 * FLIPPED, np.random.default_rng(77))
-        acts = np.full_like(acts, 8)
-        near = np.flatnonzero(np.abs(world.cost.totals(weights, acts)["bits"] - 3) < 0.25)[:FLIPPED]
-        for i, context in enumerate(world.space.configs(weights[near], acts[near])):
+        drawn = world.draw(40 * FLIPPED, np.random.default_rng(77))
+        rows = Choices.at(world.space, drawn.weights, 8)
+        near = np.flatnonzero(np.abs(world.cost.totals(rows)["bits"] - 3) < 0.25)[:FLIPPED]
+        for i, context in enumerate(rows[near].configs()):
             layer = world.space.layers[2 * i]
             ends = [context.with_layer(layer, s) for s in ("usq4", "usq2")]
             for end in ends:
-                value = float(world.truth(*world.space.indices([end]))[0])
+                value = float(world.truth(Choices.of(world.space, [end]))[0])
                 world.record(study, end, {"fid": value, "is": 100 / value}, "flip", fresh)
             study.add_swap(layer, "usq4", "usq2", ends[0].digest, ends[1].digest, fresh)
     return study
@@ -135,10 +132,10 @@ def test_roll_ups_are_means_and_totals(found: Sensitivity) -> None:
 
 def test_reencoding_reaches_the_aggregates(world: World, fitted: FittedSurrogate, found: Sensitivity) -> None:
     """One effect, computed by encoding two configurations at a time."""
-    weights, acts = draw_contexts(fitted.space, fitted.cost, 3.0, 64, np.random.default_rng([0, 0]))
+    rows = draw_contexts(fitted.space, fitted.cost, 3.0, 64, np.random.default_rng([0, 0]))
     layer = world.space.layers[PLANTED[0]]
     changes = []
-    for config in world.space.configs(weights, acts):
+    for config in rows.configs():
         before, after = fitted.predict([config.with_layer(layer, "usq4"), config.with_layer(layer, "usq2")])
         changes.append(after - before)
     assert found.layers.set_index("name").predicted[layer] == pytest.approx(np.mean(changes), rel=1e-4)
@@ -146,10 +143,10 @@ def test_reencoding_reaches_the_aggregates(world: World, fitted: FittedSurrogate
 
 def test_contexts_lie_at_the_budget(fitted: FittedSurrogate) -> None:
     for bits in (2.3, 3.0, 4.0, 6.0):
-        weights, acts = draw_contexts(fitted.space, fitted.cost, bits, 40, np.random.default_rng(0))
-        real = fitted.cost.totals(weights, acts)["bits"]
-        assert np.abs(real - bits).max() <= 0.25 and abs(real.mean() - bits) < 0.15 and (acts == 8).all()
-        assert fitted.space.allowed()[np.arange(60), weights].all()
+        rows = draw_contexts(fitted.space, fitted.cost, bits, 40, np.random.default_rng(0))
+        real = fitted.cost.totals(rows)["bits"]
+        assert np.abs(real - bits).max() <= 0.25 and abs(real.mean() - bits) < 0.15 and (rows.acts == 8).all()
+        assert fitted.space.allowed()[np.arange(60), rows.weights].all()
     with pytest.raises(AquabitError, match="out of reach"):
         draw_contexts(fitted.space, fitted.cost, 1.2, 10, np.random.default_rng(0))
 
@@ -178,8 +175,9 @@ def test_pinned_and_excluded_layers_stay(world: World, tmp_path) -> None:
     pinned.space = replace(
         pinned.space, choices={**pinned.space.choices, layers[0]: (FP,), layers[1]: (Scheme.parse("usq8"),)}
     )
-    pinned.weights[:, 0], pinned.acts[:, 0] = 0, 16
-    pinned.weights[:, 1] = pinned.space.schemes.index(Scheme.parse("usq8"))
+    pinned.choices = replace(pinned.choices, space=pinned.space)
+    pinned.choices.weights[:, 0], pinned.choices.acts[:, 0] = 0, 16
+    pinned.choices.weights[:, 1] = pinned.space.schemes.index(Scheme.parse("usq8"))
     result = explain(pinned.study(tmp_path / "s.db"), replicates=2, contexts=8)
     assert (
         result.ranking == "predicted"
@@ -192,7 +190,7 @@ def test_pinned_and_excluded_layers_stay(world: World, tmp_path) -> None:
 def test_shap_by_layer_adds_up_and_finds_the_planted(world: World, fitted: FittedSurrogate) -> None:
     values, base = shap_by_layer(fitted)
     assert values.shape == (300, 60)
-    assert np.abs(values.sum(1) + base - fitted.badness(fitted.weights, fitted.acts)).max() < 1e-4
+    assert np.abs(values.sum(1) + base - fitted.badness(fitted.choices)).max() < 1e-4
     assert set(np.argsort(-np.abs(values).mean(0))[:3]) == set(PLANTED)
 
 
@@ -225,12 +223,12 @@ def test_interactions_are_second_differences(
     assert len(table) == STRONGEST * (STRONGEST - 1) // 2 and (table.interaction.abs().diff()[1:] <= 0).all()
     strongest = set(found.layers.name[:STRONGEST])
     assert set(table.a) | set(table.b) == strongest and (table.low <= table.interaction).all()
-    row, (weights, acts) = (
+    row, rows = (
         table.iloc[0],
         draw_contexts(fitted.space, fitted.cost, 3.0, 64, np.random.default_rng([0, 0])),
     )
     total = []
-    for config in world.space.configs(weights[:32], acts[:32]):
+    for config in rows[:32].configs():
         ends = [
             config.with_layer(row.a, i).with_layer(row.b, j)
             for i in ("usq4", "usq2")
@@ -253,14 +251,10 @@ def test_scores_of_schemes_are_standardised_changes(fitted: FittedSurrogate, fou
         assert np.corrcoef(level.score, level.change)[0, 1] == pytest.approx(-1)
     mean = table.groupby("scheme").score.mean()
     assert mean["usq8"] > mean["usq4"] > mean["usq3"] > mean["usq2"]
-    weights, acts = (
-        part[:32] for part in draw_contexts(space, fitted.cost, 3.0, 64, np.random.default_rng([0, 0]))
-    )
-    changed = weights.copy()
-    changed[:, [i for i, k in enumerate(space.layers) if k.endswith("ff.up")]] = space.schemes.index(
-        Scheme.parse("usq2")
-    )
-    by_hand = (fitted.badness(changed, acts) - fitted.badness(weights, acts)).mean()
+    rows = draw_contexts(space, fitted.cost, 3.0, 64, np.random.default_rng([0, 0]))[:32]
+    column = space.schemes.index(Scheme.parse("usq2"))
+    changed = rows.under([[(i, column) for i, k in enumerate(space.layers) if k.endswith("ff.up")]])
+    by_hand = (fitted.badness(changed) - fitted.badness(rows)).mean()
     row = table[(table.level == "operator") & (table.name == "ff.up") & (table.scheme == "usq2")].iloc[0]
     assert (
         row.change == pytest.approx(by_hand, rel=1e-3)
@@ -511,10 +505,10 @@ def test_planned_swaps_share_good_contexts(probed: World) -> None:
     for flip, at_end in zip(flips, own, strict=True):
         others = [c for c in contexts.block(0) if c[flip.layer].weight in (flip.before, flip.after)]
         assert at_end == (len(others) > 1) or len(others) == 1, "they are taken first"
-    weights, acts = space.indices([f.context for f in flips])
+    rows = Choices.of(space, [f.context for f in flips])
     good = good_contexts(probed.damages, cost, 3.0, 64, np.random.default_rng(9))
-    assert np.median(probed.damages.total(weights, acts)) < 1.3 * np.median(probed.damages.total(*good))
-    assert np.abs(cost.totals(weights, acts)["bits"] - 3).max() <= 0.25
+    assert np.median(probed.damages.total(rows)) < 1.3 * np.median(probed.damages.total(good))
+    assert np.abs(cost.totals(rows)["bits"] - 3).max() <= 0.25
     assert [f.ends for f in plan_flips(players, ranked, contexts, 11, 0)[:2]] == [f.ends for f in flips[:2]]
     rounds = plan_flips(players[:3], [p.layer for p in players[:3]], contexts, 60, 0)
     assert len({(f.layer, f.context.digest) for f in rounds}) == 60, "few layers: more contexts, none twice"
@@ -534,7 +528,7 @@ def session_of(
         study.add_protocol(protocols[0])
         for config in {c.digest: c for c in configs}.values():
             if config.digest not in study.known(protocols[0]) and config.layers:
-                fid = float(world.truth(*world.space.indices([config]))[0])
+                fid = float(world.truth(Choices.of(world.space, [config]))[0])
                 world.record(study, config, {"fid": fid, **world.distance(config)}, kind, protocols[0])
                 made.append(config.digest)
 
@@ -626,7 +620,7 @@ def test_effects_are_of_good_configurations_and_of_psnr_too(tmp_path) -> None:
         good_contexts(near.damages, near.cost, 3.0, 16, np.random.default_rng([0, 0])),
     )
     for model, column, sign in ((fitted, "predicted", 1), (fit_from_study(study, "psnr"), "psnr_effect", -1)):
-        ends = [[c.with_layer(layer, s) for c in near.space.configs(*drawn)] for s in ("usq4", "usq2")]
+        ends = [[c.with_layer(layer, s) for c in drawn.configs()] for s in ("usq4", "usq2")]
         change = model.predict(ends[1]).mean() - model.predict(ends[0]).mean()
         assert table[column][layer] == pytest.approx(sign * change, rel=1e-3)
     assert set(table.psnr_effect.nlargest(3).index) == {near.space.layers[i] for i in PLANTED}

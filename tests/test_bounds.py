@@ -10,9 +10,10 @@ import networkx as nx
 import numpy as np
 import pytest
 
+from aquabit.choices import Choices
 from aquabit.cost import CostModel
 from aquabit.scheme import AquabitError, Budget
-from aquabit.search import Options, branch_and_bound, columns_of
+from aquabit.search import Options, branch_and_bound
 from aquabit.search.bounds import EnsembleBound
 from aquabit.sensitivity.features import SKETCH, Encoder
 from aquabit.sensitivity.surrogate.estimators import AverageBits, Surrogate
@@ -58,22 +59,22 @@ class Small:
             for k, v in itertools.product(space.layers, levels)
         }
         self.encoder = Encoder(space, graph, errors, probes if probed else None)
-        weights, acts = self.drawn = space.indices(space.sample(80, seed))
-        error = self.encoder.error[np.arange(count), weights] * (
-            1 + self.encoder.activation_reduction(acts)[0]
+        rows = self.drawn = Choices.of(space, space.sample(80, seed))
+        error = self.encoder.error[np.arange(count), rows.weights] * (
+            1 + self.encoder.activation_reduction(rows.group_bits)[0]
         )
         y = self.y = np.exp(
             error @ rng.lognormal(0, 1, count) + 3 * np.sqrt(error[:, 0] * error[:, -1])
         ) + 0.1 * rng.random(80)
         self.surrogate = Surrogate(rounds=20, leaf=2.0, linear=float(rng.choice([0.0, 0.5, 1.0]))).fit(
-            self.encoder(weights, acts), y
+            self.encoder(rows), y
         )
 
-    def predict(self, weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
-        return self.surrogate.predict(self.encoder(weights, acts))
+    def predict(self, rows: Choices) -> np.ndarray:
+        return self.surrogate.predict(self.encoder(rows))
 
     def bound(self, options: Options) -> EnsembleBound:
-        return EnsembleBound(self.surrogate, self.encoder, *columns_of(options))
+        return EnsembleBound(self.surrogate, self.encoder, options.columns.each, options.columns.allowed)
 
 
 def between(cost: CostModel, share: float, *names: str) -> Budget:
@@ -104,7 +105,7 @@ def test_no_prediction_in_a_box_within_the_budget_is_below_the_bound(
             found, fractions = bound(allowed, options.costs, caps)
             if not len(inside):
                 continue
-            values = made.predict(*options.columns.split(inside))
+            values = made.predict(options.columns.split(inside))
             assert found <= values.min()
             assert fractions is None or np.allclose(fractions.sum(1), 1)
             tight.append((values.min() - found) / values.std() if values.std() > 0 else 0.0)
@@ -116,12 +117,10 @@ def test_a_single_configuration_is_bounded_by_its_own_prediction() -> None:
     options = Options.of(made.cost, between(made.cost, 0.5, "bits"))
     bound = made.bound(options)
     for config in made.space.sample(5, 9):
-        choice = options.columns.join(
-            *(options.columns.settle(m) if i else m for i, m in enumerate(made.space.indices([config])))
-        )[0]
+        (choice,) = options.columns.join(options.columns.settle(Choices.of(made.space, [config])))
         allowed = np.eye(options.columns.allowed.shape[1], dtype=bool)[choice]
         found, _ = bound(allowed, options.costs, options.caps * 10)
-        value = made.predict(*options.columns.split(choice[None]))[0]
+        value = made.predict(options.columns.split(choice[None]))[0]
         assert (
             found == pytest.approx(value, abs=0.03 * made.surrogate.spread_) and found <= value
         )  # sums that lie on a threshold
@@ -136,7 +135,7 @@ def test_branch_and_bound_finds_and_proves_the_optimum_of_brute_force(
     budget = between(made.cost, 0.45, *names)
     options = Options.of(made.cost, budget)
     choices = all_choices(options.columns.allowed)
-    truth = made.predict(*options.columns.split(choices[options.keeps(choices)])).min()
+    truth = made.predict(options.columns.split(choices[options.keeps(choices)])).min()
     low = np.where(options.columns.allowed, options.costs[0], np.inf)
     if len(options.caps) > 1:
         low = (
@@ -145,7 +144,7 @@ def test_branch_and_bound_finds_and_proves_the_optimum_of_brute_force(
         )
     start = options.columns.split(low.argmin(1))
     found = branch_and_bound(
-        *start, made.predict, made.bound(options), made.cost, budget, nodes=600, rows=1, tolerance=1e-3
+        start, made.predict, made.bound(options), made.cost, budget, nodes=600, rows=1, tolerance=1e-3
     )
     assert (
         found.predicted == pytest.approx(truth, rel=2e-3)
@@ -153,7 +152,7 @@ def test_branch_and_bound_finds_and_proves_the_optimum_of_brute_force(
         and found.gap <= 2e-3 * abs(truth)
     )
     assert 1 < found.nodes < 600
-    short = branch_and_bound(*start, made.predict, made.bound(options), made.cost, budget, nodes=1, rows=1)
+    short = branch_and_bound(start, made.predict, made.bound(options), made.cost, budget, nodes=1, rows=1)
     assert short.nodes == 1 and short.bound <= truth and short.gap >= found.gap
 
 
@@ -162,17 +161,17 @@ def test_what_cannot_be_bounded_is_said() -> None:
     budget = between(made.cost, 0.5, "bits")
     options = Options.of(made.cost, budget)
     with pytest.raises(AquabitError, match="boosted trees only, not for AverageBits"):
-        EnsembleBound(AverageBits(), made.encoder, *columns_of(options))  # type: ignore[arg-type]
+        EnsembleBound(AverageBits(), made.encoder, options.columns.each, options.columns.allowed)  # type: ignore[arg-type]
     over = options.columns.split(options.costs[0].argmax(1))
     with pytest.raises(AquabitError, match="outside the budget"):
-        branch_and_bound(*over, made.predict, made.bound(options), made.cost, budget)
+        branch_and_bound(over, made.predict, made.bound(options), made.cost, budget)
     choices = all_choices(options.columns.allowed)
     choices = choices[options.keeps(choices)]
     place = made.encoder.columns.index("error:model")
     for linear, proven in ((0.0, True), (0.5, False)):  # a kind of feature that the table does not have
-        made.surrogate.set_params(linear=linear).fit(made.encoder(*made.drawn), made.y)
+        made.surrogate.set_params(linear=linear).fit(made.encoder(made.drawn), made.y)
         made.encoder.columns[place] = "novel:model"
         bound, _ = made.bound(options)(options.columns.allowed, options.costs, options.caps)
         made.encoder.columns[place] = "error:model"
         assert np.isfinite(bound) == proven
-        assert bound <= made.predict(*options.columns.split(choices)).min()
+        assert bound <= made.predict(options.columns.split(choices)).min()

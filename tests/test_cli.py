@@ -236,7 +236,8 @@ def test_search_under_a_latency(folder, monkeypatch) -> None:
     """Latencies are made up, so that nothing hangs on how busy the machine is; tests/test_tuning.py
     measures some."""
     from aquabit.cost import Latency
-    from aquabit.search import searcher as searching
+    from aquabit.search import fresh_front, search
+    from aquabit.search import winner as choosing
 
     def table(evaluator, space, progress, protocol) -> Latency:
         bits = np.array([s.bits for s in space.schemes], float)
@@ -246,12 +247,13 @@ def test_search_under_a_latency(folder, monkeypatch) -> None:
     def call_of(config) -> float:
         return 11.0 + sum(16 if str(c.weight) == "fp" else c.weight.bits for c in config.layers.values())
 
-    monkeypatch.setattr(searching, "latency_table", table)
-    monkeypatch.setattr(
-        searching,
-        "packed_latencies",
-        lambda evaluator, configs, progress, protocol: [call_of(c) for c in configs],
-    )
+    monkeypatch.setattr(search, "latency_table", table)
+    for module in (choosing, fresh_front):
+        monkeypatch.setattr(
+            module,
+            "packed_latencies",
+            lambda evaluator, configs, progress, protocol: [call_of(c) for c in configs],
+        )
     shutil.copy(folder / "whole" / "study.db", folder / "fast.db")
     said = fails(folder, "search", "fast.db", "--latency", "1", "--workers", "1")
     low, high = (
@@ -282,7 +284,7 @@ def test_search_under_a_latency(folder, monkeypatch) -> None:
     assert winner["bits_per_weight"] <= 6 and winner["latency_ms"] <= float(middle)
     assert all(m["latency_ms"] > 0 and set(m["operations"]) == {"multiply_adds", "lut_adds"} for m in front)
     monkeypatch.setattr(
-        searching, "packed_latencies", lambda evaluator, configs, progress, protocol: [1e4 for _ in configs]
+        choosing, "packed_latencies", lambda evaluator, configs, progress, protocol: [1e4 for _ in configs]
     )
     assert "whole calls take 1e+04 ms or more" in fails(
         folder, "search", "fast.db", "--latency", middle, "--json", "-", *words

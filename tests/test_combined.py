@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from aquabit.choices import Choices
 from aquabit.cost import CostModel
 from aquabit.scheme import Scheme
 from aquabit.sensitivity.designs import PER_CONTEXT, Design
@@ -201,38 +202,22 @@ def test_swaps_among_the_training_measurements_are_found() -> None:
     """Those of the design, from the first scheme to the second whichever came first; not where activations
     or the budget are others."""
     world = World(20)
-    weights, acts = world.space.indices(Design("swaps").draw(world.space, 50, 0))
+    rows = Choices.of(world.space, Design("swaps").draw(world.space, 50, 0))
     y = np.arange(50.0) ** 2
-    bits = CostModel(world.graph, world.space).totals(weights, acts)["bits"]
-    parts = (
-        Surrogate(),
-        world.encoder,
-        world.cost,
-        world.graph,
-        world.space,
-        (),
-        weights,
-        acts,
-        y,
-        bits,
-        y,
-        {},
-        "fid",
-        "min",
-        "p",
-    )
+    bits = CostModel(world.graph, world.space).totals(rows)["bits"]
+    parts = (Surrogate(), world.encoder, world.cost, (), rows, y, bits, y, {}, "fid", "min", "p")
     players = find_players(world.space, (FOUR, TWO))
     found = training_swaps(FittedSurrogate(*parts), players, 3.0)
     near = [k for k in range(0, 50, 1 + PER_CONTEXT) if abs(bits[k] - 3) < 0.4]
     assert len(found) == 48 and len(near) == 2
     for k in near:
         for j in range(k + 1, k + 1 + PER_CONTEXT):
-            layer = int(np.flatnonzero(weights[j] != weights[k])[0])
-            up = world.space.schemes[weights[k, layer]] == FOUR
+            layer = int(np.flatnonzero(rows.weights[j] != rows.weights[k])[0])
+            up = world.space.schemes[rows.weights[k, layer]] == FOUR
             change = found[(found.layer == world.space.layers[layer])].real
             assert ((y[j] - y[k]) if up else (y[k] - y[j])) in change.to_list()
     assert training_swaps(FittedSurrogate(*parts), players, 4.4).empty
-    lower = (*parts[:7], np.full_like(acts, 6), *parts[8:])
+    lower = (*parts[:4], Choices.at(world.space, rows.weights, 6), *parts[5:])
     assert training_swaps(FittedSurrogate(*lower), players, 3.0).empty
 
 

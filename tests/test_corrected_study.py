@@ -12,6 +12,7 @@ import pytest
 
 from aquabit import packing
 from aquabit import workflows as flow
+from aquabit.choices import Choices
 from aquabit.measuring.session import open_session, uniform_references
 from aquabit.measuring.settings import MeasureOptions
 from aquabit.measuring.where import Where
@@ -45,7 +46,7 @@ def test_a_space_corrects_every_configuration_but_full_precision(dit) -> None:
         *space.sample(3),
         space.uniform("usq3"),
         space.level("usq", 3),
-        *space.configs(*space.indices(space.sample(2))),
+        *Choices.of(space, space.sample(2)).configs(),
     ]
     assert {c.correction for c in made} == {"cnc+bc"}
     first = made[0]

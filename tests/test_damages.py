@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy.optimize import linprog
 
+from aquabit.choices import Choices
 from aquabit.cost import CostModel
 from aquabit.scheme import FP, AquabitError, Scheme
 from aquabit.sensitivity.damages import (
@@ -62,7 +63,7 @@ def test_damages_are_those_of_the_study(world: World) -> None:
     )
     free = Damages.of(open_, world.probes)
     assert free.weights[3, 0] == 0 and free.acts[3, 0] == 0 and np.isinf(free.weights[3, 2])
-    both = world.damages.total(np.full((1, 60), 2), np.full((1, 60), 6))[0]
+    both = world.damages.total(Choices.at(world.space, np.full((1, 60), 2), 6))[0]
     assert both == pytest.approx(
         sum(
             world.probes[k, str(world.space.schemes[2])]["damage"] + world.probes[k, "a6"]["damage"]
@@ -105,19 +106,19 @@ def test_draws_have_the_odds(world: World) -> None:
 
 def test_good_contexts_are_near_the_front_at_the_budget_and_varied(world: World) -> None:
     for bits in (2.3, 3.0, 4.0):
-        weights, acts = good_contexts(world.damages, world.cost, bits, 60, np.random.default_rng(0))
-        real = world.cost.totals(weights, acts)["bits"]
+        rows = good_contexts(world.damages, world.cost, bits, 60, np.random.default_rng(0))
+        real = world.cost.totals(rows)["bits"]
         assert (
             np.abs(real - bits).max() <= BUDGET_TOLERANCE_BITS
             and abs(real.mean() - bits) < 0.1
-            and (acts == 8).all()
+            and (rows.acts == 8).all()
         )
-        assert world.space.allowed()[np.arange(60), weights].all() and len(np.unique(weights, axis=0)) == 60
+        assert (
+            world.space.allowed()[np.arange(60), rows.weights].all()
+            and len(np.unique(rows.weights, axis=0)) == 60
+        )
         excess = np.array(
-            [
-                world.damages.total(weights[i : i + 1], acts[i : i + 1])[0] / least(world, real[i]) - 1
-                for i in range(20)
-            ]
+            [world.damages.total(rows[i : i + 1])[0] / least(world, real[i]) - 1 for i in range(20)]
         )
         assert (
             excess.min() > -0.01
@@ -126,22 +127,26 @@ def test_good_contexts_are_near_the_front_at_the_budget_and_varied(world: World)
             and excess.max() > 3 * excess.min()
         )
         random = draw_contexts(world.space, world.cost, bits, 60, np.random.default_rng(0))
-        assert np.median(world.damages.total(*random)) > 1.5 * np.median(world.damages.total(weights, acts))
+        assert np.median(world.damages.total(random)) > 1.5 * np.median(world.damages.total(rows))
     again = draw_contexts(world.space, world.cost, bits, 60, np.random.default_rng(0), world.damages)
-    assert (again[0] == weights).all(), "what contexts are wherever damages are known"
+    assert again == rows, "what contexts are wherever damages are known"
 
 
 def test_good_contexts_keep_excluded_layers_and_say_what_is_out_of_reach(world: World) -> None:
     layer = world.space.layers[7]
     space = replace(world.space, choices={**world.space.choices, layer: (FP,)}, activations=(6,))
     costs, known = CostModel(world.graph, space), Damages.of(space, world.probes)
-    weights, acts = good_contexts(known, costs, 3.0, 5, np.random.default_rng(0))
-    assert (acts[:, 7] == 16).all() and (np.delete(acts, 7, 1) == 6).all() and (weights[:, 7] == 0).all()
+    rows = good_contexts(known, costs, 3.0, 5, np.random.default_rng(0))
+    assert (
+        (rows.acts[:, 7] == 16).all()
+        and (np.delete(rows.acts, 7, 1) == 6).all()
+        and (rows.weights[:, 7] == 0).all()
+    )
     for bits in (1.2, 12.0):
         with pytest.raises(AquabitError, match="out of reach: this space has"):
             good_contexts(known, costs, bits, 5, np.random.default_rng(0))
     low = costs.limits(6)["bits"][0]
-    edge = costs.totals(*good_contexts(known, costs, low - 0.2, 5, np.random.default_rng(0)))["bits"]
+    edge = costs.totals(good_contexts(known, costs, low - 0.2, 5, np.random.default_rng(0)))["bits"]
     assert edge.max() <= low + 0.05, "at the end of what there is"
 
 
@@ -157,9 +162,9 @@ def test_shared_codebooks_count_in_the_size_of_contexts(world: World) -> None:
     }
     known = Damages.of(space, damage | {(k, a): {"damage": 0.0} for k in space.layers for a in ("a6", "a8")})
     costs = CostModel(world.graph, space)
-    weights, acts = good_contexts(known, costs, 2.6, 80, np.random.default_rng(0))
-    real = costs.totals(weights, acts)["bits"]
-    nominal = costs.bytes[np.arange(60), weights].sum(1) * 8 / costs.weights
+    rows = good_contexts(known, costs, 2.6, 80, np.random.default_rng(0))
+    real = costs.totals(rows)["bits"]
+    nominal = costs.bytes[np.arange(60), rows.weights].sum(1) * 8 / costs.weights
     assert (
         (real - nominal).mean() > 0.1
         and abs(real.mean() - 2.6) < 0.08

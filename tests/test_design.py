@@ -9,9 +9,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from aquabit.choices import Choices
 from aquabit.cost import CostModel
 from aquabit.pipelines import trace
-from aquabit.scheme import FP, AquabitError, Protocol, Scheme, act_of, act_text
+from aquabit.scheme import FP, AquabitError, Protocol, Scheme, act_text
 from aquabit.sensitivity import designs as design
 from aquabit.sensitivity.damages import Damages, gibbs
 from aquabit.sensitivity.designs import (
@@ -65,7 +66,7 @@ def known(unet: SearchSpace) -> tuple[Damages, CostModel]:
     alone = {
         (k, str(s)): 4.0 ** -unet.code_bits(k, s) for k, row in unet.choices.items() for s in row if s != FP
     }
-    alone |= {(k, act_text(act_of(a))): 0.01 for k in unet.choices for a in unet.act_codes}
+    alone |= {(k, act_text(a)): 0.01 for k in unet.choices for a in unet.act_choices}
     probes = {k: {"damage": v * float(rng.lognormal())} for k, v in alone.items()}
     return Damages.of(unet, probes), CostModel(trace(tiny_pipeline("unet")), unet)
 
@@ -95,7 +96,7 @@ def test_balanced_layers_see_each_scheme_equally_often(world: World) -> None:
     counted = {}
     for name in ("random", "balanced"):
         drawn = Design(name).draw(world.space, COUNT, 0)
-        weights, _ = world.space.indices(drawn)
+        weights = Choices.of(world.space, drawn).weights
         counted[name] = np.stack([(weights == j).sum(0) for j in range(1, len(world.space.schemes))])
         levels = bits(world.space, drawn)
         off = levels - levels.mean(1, keepdims=True)
@@ -110,7 +111,7 @@ def test_balanced_budgets_are_evenly_spread(world: World) -> None:
     low, high = BITS_RANGE
     even = low + (np.arange(COUNT) + 0.5) / COUNT * (high - low)
     assert np.abs(means - even).max() < 0.3 and np.abs(means - even).mean() < 0.1
-    acts = world.space.indices(Design("balanced").draw(world.space, COUNT, 1))[1]
+    acts = Choices.of(world.space, Design("balanced").draw(world.space, COUNT, 1)).acts
     assert ((acts == 6).sum(1) == 0).mean() == pytest.approx(0.5, abs=0.06) and (acts == 6).mean(
         1
     ).max() > 0.9
@@ -123,10 +124,10 @@ def test_near_draws_good_configurations_over_all_budgets(probed: World) -> None:
     table = np.where(np.isfinite(damages.weights), damages.weights, 0)
     excess = {}
     for name in ("near", "random"):
-        weights, acts = probed.space.indices(Design(name).draw(probed.space, COUNT, 0, damages, cost))
-        real = cost.totals(weights, acts)["bits"]
+        rows = Choices.of(probed.space, Design(name).draw(probed.space, COUNT, 0, damages, cost))
+        real = cost.totals(rows)["bits"]
         sharp = [float((gibbs(damages, cost, b, 0.0).odds * table).sum()) for b in real[:30]]
-        excess[name] = damages.weights[np.arange(60), weights].sum(1)[:30] / sharp - 1
+        excess[name] = damages.weights[np.arange(60), rows.weights].sum(1)[:30] / sharp - 1
         low, high = BITS_RANGE
         if name == "near":
             assert (
@@ -141,8 +142,8 @@ def test_near_draws_good_configurations_over_all_budgets(probed: World) -> None:
 
 
 def test_near_lowers_activations_where_that_harms_least(probed: World) -> None:
-    _, acts = probed.space.indices(near(probed.damages, probed.cost, 200, 0))
-    low, harm = acts == 6, probed.damages.acts[:, list(probed.space.act_codes).index(6)]
+    acts = Choices.of(probed.space, near(probed.damages, probed.cost, 200, 0)).acts
+    low, harm = acts == 6, probed.damages.acts[:, probed.space.act_choices.index(6)]
     some = low.any(1)
     assert some.mean() == pytest.approx(0.5, abs=0.1) and set(np.unique(acts)) == {6, 8}
     share = low[some].mean(1)
@@ -176,41 +177,36 @@ def test_near_is_served_by_a_space_outside_the_range_and_one_without_choices(pro
 def test_swaps_start_from_good_configurations_where_damages_are_known(probed: World) -> None:
     size = 1 + PER_CONTEXT
     given = (probed.space, 8 * size, 0)
-    weights, acts = probed.space.indices(Design("swaps").draw(*given, probed.damages, probed.cost))
-    plain = probed.space.indices(Design("swaps").draw(*given))
-    assert (acts == 8).all() and np.abs(
-        probed.cost.totals(weights[::size], acts[::size])["bits"] - 3
-    ).max() < 0.6
-    assert np.median(probed.damages.total(weights[::size], acts[::size])) < np.median(
-        probed.damages.total(plain[0][::size], plain[1][::size])
-    )
-    assert ((weights[1:size] != weights[0]).sum(1) == 1).all()
+    rows = Choices.of(probed.space, Design("swaps").draw(*given, probed.damages, probed.cost))
+    plain = Choices.of(probed.space, Design("swaps").draw(*given))
+    assert (rows.acts == 8).all() and np.abs(probed.cost.totals(rows[::size])["bits"] - 3).max() < 0.6
+    assert np.median(probed.damages.total(rows[::size])) < np.median(probed.damages.total(plain[::size]))
+    assert ((rows.weights[1:size] != rows.weights[0]).sum(1) == 1).all()
 
 
 def test_swaps_differ_from_their_context_in_one_layer(world: World) -> None:
     size = 1 + PER_CONTEXT
-    weights, acts = world.space.indices(Design("swaps").draw(world.space, 2 * size, 0))
+    rows = Choices.of(world.space, Design("swaps").draw(world.space, 2 * size, 0))
     ends = {world.space.schemes.index(Scheme.parse(s)) for s in ("usq4", "usq2")}
     seen: Counter[int] = Counter()
-    for start in range(0, len(weights), size):
-        changed = weights[start + 1 : start + size] != weights[start]
-        assert (changed.sum(1) == 1).all() and (acts[start : start + size] == acts[start]).all()
+    for start in range(0, len(rows), size):
+        changed = rows.weights[start + 1 : start + size] != rows.weights[start]
+        assert (changed.sum(1) == 1).all() and (rows.acts[start : start + size] == rows.acts[start]).all()
         for row, layer in enumerate(changed.argmax(1), start + 1):
-            assert {weights[start, layer], weights[row, layer]} == ends
+            assert {rows.weights[start, layer], rows.weights[row, layer]} == ends
             seen[int(layer)] += 1
     assert max(seen.values()) == 1 and len(seen) == 48, "every layer has a turn before one has two"
 
 
 def test_groups_are_contexts_with_their_swaps(world: World) -> None:
     size = 1 + PER_CONTEXT
-    drawn = world.space.indices(Design("swaps").draw(world.space, 2 * size + 5, 0))
-    assert group_numbers(*drawn).tolist() == [0] * size + [1] * size + [2] * 5
-    assert group_numbers(drawn[0][1:5], drawn[1][1:5]).tolist() == [0] * 4, (
-        "also where the context itself failed"
-    )
-    apart = world.space.indices(world.space.sample(10))
-    assert group_numbers(*apart).tolist() == list(range(10))
-    assert group_numbers(np.array([[1], [2], [1]]), np.full((3, 1), 8)).tolist() == [0, 1, 0], (
+    drawn = Choices.of(world.space, Design("swaps").draw(world.space, 2 * size + 5, 0))
+    assert group_numbers(drawn).tolist() == [0] * size + [1] * size + [2] * 5
+    assert group_numbers(drawn[1:5]).tolist() == [0] * 4, "also where the context itself failed"
+    apart = Choices.of(world.space, world.space.sample(10))
+    one = replace(world.space, choices=dict(list(world.space.choices.items())[:1]))
+    assert group_numbers(apart).tolist() == list(range(10))
+    assert group_numbers(Choices.at(one, np.array([[1], [2], [1]]), 8)).tolist() == [0, 1, 0], (
         "one layer: only the same is the same"
     )
 
@@ -225,7 +221,7 @@ def test_telling_spreads_over_what_is_uncertain() -> None:
 
 
 def test_a_batch_is_where_refits_disagree(world: World) -> None:
-    configs = world.space.configs(world.weights, world.acts)
+    configs = world.choices.configs()
     options = (world.encoder, configs, world.y, Surrogate(seed=0))
     batch = next_batch(*options, 10, 0)
     assert len(batch) == 10 and not {c.digest for c in batch} & {c.digest for c in configs}
@@ -291,15 +287,10 @@ def test_disagreement_is_measured_in_rounds_and_continues(tmp_path, monkeypatch)
 
 
 def test_ends_of_a_swap_are_held_out_together(world: World) -> None:
-    weights, acts = world.space.indices(Design("swaps").draw(world.space, 120, 0))
-    groups, fold = group_numbers(weights, acts), grouped_folds(weights, acts)
+    rows = Choices.of(world.space, Design("swaps").draw(world.space, 120, 0))
+    groups, fold = group_numbers(rows), grouped_folds(rows)
     assert len(set(groups.tolist())) == 5 and all(len(set(fold[groups == g].tolist())) == 1 for g in groups)
     assert sorted(set(fold.tolist())) == [0, 1, 2, 3, 4]
-    weights, acts = world.space.indices(world.space.sample(40))
-    assert (grouped_folds(weights, acts) == fold_numbers(40)).all(), (
-        "independent draws are held out one by one"
-    )
-    assert (
-        sorted(Counter(grouped_folds(weights[:1].repeat(10, 0), acts[:1].repeat(10, 0)).tolist()).values())
-        == [2] * 5
-    )
+    rows = Choices.of(world.space, world.space.sample(40))
+    assert (grouped_folds(rows) == fold_numbers(40)).all(), "independent draws are held out one by one"
+    assert sorted(Counter(grouped_folds(rows[np.zeros(10, int)]).tolist()).values()) == [2] * 5

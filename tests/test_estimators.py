@@ -12,6 +12,7 @@ import pytest
 import torch
 from sklearn.base import clone
 
+from aquabit.choices import Choices
 from aquabit.cost import CostModel
 from aquabit.reports import answer as page
 from aquabit.scheme import AquabitError
@@ -94,16 +95,16 @@ class Small(World):
             CostModel(self.graph, self.space),
         )
         self.plain = Encoder(self.space, self.graph, self.errors)
-        self.weights = 1 + rng.integers(0, 5, (count, 12))
-        self.acts = np.where(rng.random((count, 12)) < 0.3, 6, 8)
-        self.y = self.truth(self.weights, self.acts) * np.exp(noise * rng.normal(size=count))
-        self.bits = self.cost.totals(self.weights, self.acts)["bits"]
+        weights = 1 + rng.integers(0, 5, (count, 12))
+        self.choices = Choices(self.space, weights, np.where(rng.random((count, 12)) < 0.3, 6, 8))
+        self.y = self.truth(self.choices) * np.exp(noise * rng.normal(size=count))
+        self.bits = self.cost.totals(self.choices)["bits"]
 
-    def total(self, weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
-        return self.encoder.damages(weights, acts).sum(1)
+    def total(self, rows: Choices) -> np.ndarray:
+        return self.encoder.damages(rows).sum(1)
 
-    def truth(self, weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
-        return 5 + 30 * self.encoder.damages(weights, acts).sum(1)
+    def truth(self, rows: Choices) -> np.ndarray:
+        return 5 + 30 * self.encoder.damages(rows).sum(1)
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +122,7 @@ def test_every_estimator_keeps_the_contract(small: Small, name: str) -> None:
     """Same seed, same numbers; survives cloning; oriented; in units; refits for a bootstrap replicate;
     finite on unseen rows."""
     model = estimator_of(name, small.encoder, 3, **QUICK.get(name, {}))
-    features = model.features(small.encoder, small.weights, small.acts)
+    features = model.features(small.encoder, small.choices)
     assert features.shape[0] == len(small.y) and features.ndim == 2
     first, second = (clone(model).fit(features[:60], small.y[:60]).predict(features) for _ in range(2))
     assert np.array_equal(first, second) and np.isfinite(first).all()
@@ -148,23 +149,23 @@ def test_sum_of_damages_sees_probes_and_falls_back_to_weight_errors(small: Small
     scores = {}
     for encoder in (small.encoder, small.plain):
         found = cross_validate(
-            encoder, small.weights, small.acts, small.y, small.bits, surrogate="sum_of_damages", baselines=()
+            encoder, small.choices, small.y, small.bits, surrogate="sum_of_damages", baselines=()
         )
         scores[encoder.probed] = found["within_budget_srcc"]
     assert scores[True] > 0.95 > scores[False] + 0.1
     for curve in ("log-linear", "isotonic"):
         model = SumOfDamages(curve=curve)
-        features = model.features(small.encoder, small.weights, small.acts)
+        features = model.features(small.encoder, small.choices)
         assert np.diff(model.fit(features, small.y).predict(np.sort(features, 0))).min() >= 0
     falling = SumOfDamages().fit(features, 1 / small.y)
     assert np.ptp(falling.predict(features)) == 0, "damage never improves"
 
 
 def test_average_bits_is_the_budget_alone(small: Small) -> None:
-    features = AverageBits().features(small.encoder, small.weights, small.acts)
-    assert np.array_equal(features, np.stack([small.bits, small.acts.mean(1)], 1))
+    features = AverageBits().features(small.encoder, small.choices)
+    assert np.array_equal(features, np.stack([small.bits, small.choices.acts.mean(1)], 1))
     result = cross_validate(
-        small.encoder, small.weights, small.acts, small.y, small.bits, surrogate="average_bits", baselines=()
+        small.encoder, small.choices, small.y, small.bits, surrogate="average_bits", baselines=()
     )
     assert result["within_budget_srcc"] == 0 and not result["useful"]
 
@@ -172,15 +173,14 @@ def test_average_bits_is_the_budget_alone(small: Small) -> None:
 def test_monotone_trees_never_improve_with_damage(small: Small) -> None:
     """Also where the labels say the opposite."""
     column = {str(s): j for j, s in enumerate(small.space.schemes)}
-    low, high = small.weights.copy(), small.weights.copy()
-    low[:, 2], high[:, 2] = column["usq4"], column["usq2"]
+    low, high = (small.choices.under([[(2, column[s])]]) for s in ("usq4", "usq2"))
     worst = {}
     for monotone in (False, True):
         model = estimator_of("gbdt", small.plain, rounds=60, linear=0.0, monotone=monotone)
-        features = model.features(small.plain, small.weights, small.acts)
-        labels = small.y * np.where(small.weights[:, 2] == column["usq2"], 0.5, 1.0)
+        features = model.features(small.plain, small.choices)
+        labels = small.y * np.where(small.choices.weights[:, 2] == column["usq2"], 0.5, 1.0)
         model.fit(features, labels)
-        ends = [model.predict(model.features(small.plain, w, small.acts)) for w in (low, high)]
+        ends = [model.predict(model.features(small.plain, rows)) for rows in (low, high)]
         worst[monotone] = float((ends[1] - ends[0]).min())
     assert worst[False] < -0.05 and worst[True] >= -1e-6
     with pytest.raises(AquabitError, match=r"Surrogate\.for_model"):
@@ -188,7 +188,7 @@ def test_monotone_trees_never_improve_with_damage(small: Small) -> None:
 
 
 def test_predicting_with_all_models_equals_one_after_the_other(small: Small) -> None:
-    features = small.encoder(small.weights, small.acts)
+    features = small.encoder(small.choices)
     models = [
         Surrogate(rounds=20, linear=share, seed=i).fit(features[i:], small.y[i:])
         for i, share in enumerate((0.0, 0.5, 1.0))
@@ -210,8 +210,8 @@ def test_graph_network_attends_upstream_through_merges(small: Small) -> None:
         and upstream(small.graph, names[0]) == []
     )
     net = estimator_of("graph_network", small.encoder, **QUICK["graph_network"])
-    net.fit(net.features(small.encoder, small.weights, small.acts), small.y)
-    weights, low = net._inputs(net.features(small.encoder, small.weights[:1], small.acts[:1]))
+    net.fit(net.features(small.encoder, small.choices), small.y)
+    weights, low = net._inputs(net.features(small.encoder, small.choices[:1]))
     changed = weights.clone()
     changed[0, 0] = 1 + weights[0, 0] % 5
     with torch.no_grad():
@@ -222,14 +222,14 @@ def test_graph_network_attends_upstream_through_merges(small: Small) -> None:
 
 def test_graph_scores_rank_schemes(small: Small) -> None:
     net = estimator_of("graph_network", small.encoder, width=16, hops=2, batch=16, epochs=30)
-    net.fit(net.features(small.encoder, small.weights, small.acts), small.y)
+    net.fit(net.features(small.encoder, small.choices), small.y)
     column = {str(s): j for j, s in enumerate(small.space.schemes)}
-    operator, block = net.operator_scores(), net.block_scores(small.weights[:8], small.acts[:8])
+    operator, block = net.operator_scores(), net.block_scores(net.features(small.encoder, small.choices[:8]))
     assert operator.shape == block.shape == (12, 6) and (operator >= 0).all() and (block >= 0).all()
     for table in (operator, block):
         assert table[:, column["usq2"]].mean() > table[:, column["usq4"]].mean()
     with pytest.raises(AquabitError, match="hops is 3; this network has 0 to 2"):
-        net.block_scores(small.weights[:2], small.acts[:2], hops=3)
+        net.block_scores(net.features(small.encoder, small.choices[:2]), hops=3)
 
 
 def test_candidates_are_as_many_for_every_estimator() -> None:
@@ -244,7 +244,7 @@ def test_tuning_is_nested(small: Small) -> None:
     """The held-out labels of an outer fold change neither its choice nor its predictions; a useless
     candidate is not chosen."""
     choices = [{"power": 1.0}, {"power": 40.0}]
-    args = (small.encoder, small.weights, small.acts)
+    args = (small.encoder, small.choices)
     tuned = tune("sum_of_damages", *args, small.y, small.bits, choices, folds=4)
     assert tuned.best == choices[0] and tuned.chosen == [choices[0]] * 4 and tuned.inner.shape == (5, 2)
     assert tuned.scores["within_budget_srcc"] > 0.9
@@ -279,34 +279,23 @@ def test_labels_that_say_nothing_about_layers_are_called_useless(small: Small) -
     for seed in range(12):
         y = np.exp(-small.bits) + 0.1 * np.exp(0.3 * rng.normal(size=80))
         found = cross_validate(
-            small.plain,
-            small.weights,
-            small.acts,
-            y,
-            small.bits,
-            seed=seed,
-            surrogate="ridge_one_hot",
-            baselines=(),
+            small.plain, small.choices, y, small.bits, seed=seed, surrogate="ridge_one_hot", baselines=()
         )
         passed += found["useful"]
     assert passed <= 3
     real = cross_validate(
-        small.encoder, small.weights, small.acts, small.y, small.bits, surrogate="ridge_one_hot", baselines=()
+        small.encoder, small.choices, small.y, small.bits, surrogate="ridge_one_hot", baselines=()
     )
     low, high = real["within_budget_interval"]
     assert real["useful"] and low <= real["within_budget_srcc"] <= high
 
 
 def test_constant_labels(small: Small, tmp_path) -> None:
-    found = cross_validate(small.encoder, small.weights, small.acts, np.full(80, 3.0), small.bits)
+    found = cross_validate(small.encoder, small.choices, np.full(80, 3.0), small.bits)
     assert found["within_budget_srcc"] == 0 and found["srcc"] == 0 and not found["useful"]
     with pytest.raises(AquabitError, match="1 of 80 labels are not finite"):
         cross_validate(
-            small.encoder,
-            small.weights,
-            small.acts,
-            np.where(np.arange(80) == 3, np.nan, small.y),
-            small.bits,
+            small.encoder, small.choices, np.where(np.arange(80) == 3, np.nan, small.y), small.bits
         )
     before, small.y = small.y, np.full(80, 3.0)
     try:

@@ -3,7 +3,6 @@ directly."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -11,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from aquabit.choices import Choices
 from aquabit.cost import CostModel
 from aquabit.scheme import Budget
 from aquabit.search.integer_program import solve
-from aquabit.search.refine import Chosen, Seen, Step, crossings, in_context, refine, shrunk
+from aquabit.search.refine import Seen, Step, crossings, in_context, refine, shrunk
 from aquabit.space import SearchSpace
 from tests.test_search import middle, model
 
@@ -32,7 +32,7 @@ class Quadratic:
     cost: CostModel
     vectors: np.ndarray
     looks: int = 0
-    judged: list[Chosen] = field(default_factory=list)
+    judged: list[Choices] = field(default_factory=list)
 
     @staticmethod
     def of(layers: int, seed: int, shared: float = 0.5, **options: Any) -> Quadratic:
@@ -54,23 +54,23 @@ class Quadratic:
         """[...] of weights [..., L]."""
         return np.asarray((self.vectors[np.arange(weights.shape[-1]), weights].sum(-2) ** 2).sum(-1))
 
-    def look(self, chosen: Chosen) -> Seen:
+    def look(self, chosen: Choices) -> Seen:
         self.looks += 1
-        rows = np.arange(len(chosen[0]))
-        own = self.vectors[rows, chosen[0]]
+        (weights,) = chosen.weights
+        own = self.vectors[np.arange(len(weights)), weights]
         slopes = 2 * self.vectors @ own.sum(0)
         lengths = np.linalg.norm(self.vectors, axis=-1) * np.linalg.norm(own, axis=-1)[:, None]
         overlap = (self.vectors * own[:, None]).sum(-1) / np.maximum(lengths, 1e-300)
-        crossing = crossings(slopes, overlap, self.damages, chosen[0])
-        return Seen(float(self.value(chosen[0])), in_context(crossing, self.damages, chosen[0])[:, :, None])
+        crossing = crossings(slopes, overlap, self.damages, weights)
+        return Seen(float(self.value(weights)), in_context(crossing, self.damages, weights)[:, :, None])
 
-    def judge(self, proposals: Sequence[Chosen]) -> list[float]:
+    def judge(self, proposals: Choices) -> list[float]:
         self.judged += proposals
-        return [float(self.value(w)) for w, _ in proposals]
+        return [float(self.value(row.weights[0])) for row in proposals]
 
-    def start(self, budget: Budget) -> Chosen:
+    def start(self, budget: Budget) -> Choices:
         solved = solve(self.damages[:, :, None], self.cost, budget)
-        return solved.weights, solved.acts
+        return solved.choices
 
     def refine(self, budget: Budget, **options: Any) -> list[Step]:
         return refine(self.start(budget), self.look, self.judge, self.cost, budget, **options)
@@ -82,7 +82,7 @@ def test_single_changes_of_a_quadratic_are_exact_in_context() -> None:
     rng = np.random.default_rng(0)
     for _ in range(5):
         own = np.array([rng.choice(np.flatnonzero(row)) for row in allowed])
-        seen = world.look((own, np.full(7, 8)))
+        seen = world.look(Choices.at(world.space, own[None], 8))
         assert seen.value == pytest.approx(float(world.value(own))) and seen.change.shape == (
             7,
             len(world.space.schemes),
@@ -167,26 +167,24 @@ def test_refinement_keeps_the_budget_and_every_step_is_judged_better(
     budget = middle(world.cost, 0.35, *names)
     steps = world.refine(budget, radii=SMALL)
     start = world.start(budget)
-    assert (
-        (steps[0].weights == start[0]).all()
-        and steps[0].changed == 0
-        and steps[0].predicted == steps[0].value
-    )
-    assert all(world.cost.within(world.cost.totals(w[None], a[None]), budget)[0] for w, a in world.judged), (
+    assert steps[0].choices == start and steps[0].changed == 0 and steps[0].predicted == steps[0].value
+    assert all(world.cost.within(world.cost.totals(row), budget)[0] for row in world.judged), (
         "nor are proposals outside"
     )
     for before, after in pairwise(steps):
-        assert after.value < before.value and after.value == pytest.approx(float(world.value(after.weights)))
-        assert world.cost.within(world.cost.totals(after.weights[None], after.acts[None]), budget)[0]
-        assert after.changed == int((after.weights != before.weights).sum()) > 0
+        assert after.value < before.value and after.value == pytest.approx(
+            float(world.value(after.choices.weights[0]))
+        )
+        assert world.cost.within(world.cost.totals(after.choices), budget)[0]
+        assert after.changed == int(after.choices.apart(before.choices)[0]) > 0
         if after.changed == 1:
             assert after.predicted == pytest.approx(after.value)
     again = Quadratic.of(10, seed, pinned={"l1": "usq4"}, excluded=["l6"], activations=[8]).refine(
         budget, radii=SMALL
     )
-    assert [s.weights.tolist() for s in again] == [s.weights.tolist() for s in steps] and [
-        s.value for s in again
-    ] == [s.value for s in steps]
+    assert [(s.choices.weights.tolist(), s.value) for s in again] == [
+        (s.choices.weights.tolist(), s.value) for s in steps
+    ]
 
 
 def test_refinement_gains_where_errors_are_correlated() -> None:
@@ -215,7 +213,7 @@ def test_it_ends_where_nothing_is_gained_and_after_so_many_rounds() -> None:
     assert 1 < len(steps) < 50 and world.looks == len(steps), (
         "the last one was looked at, and nothing was gained"
     )
-    stuck, end = Quadratic.of(20, 4), (steps[-1].weights, steps[-1].acts)
+    stuck, end = Quadratic.of(20, 4), steps[-1].choices
     assert (
         len(refine(end, stuck.look, stuck.judge, stuck.cost, budget, rounds=50, radii=SMALL)) == 1
         and stuck.looks == 1
@@ -223,7 +221,9 @@ def test_it_ends_where_nothing_is_gained_and_after_so_many_rounds() -> None:
     for rounds in (0, 1, 2):
         few = Quadratic.of(20, 4)
         found = few.refine(budget, rounds=rounds, radii=SMALL)
-        assert [s.weights.tolist() for s in found] == [s.weights.tolist() for s in steps[: rounds + 1]]
+        assert [s.choices.weights.tolist() for s in found] == [
+            s.choices.weights.tolist() for s in steps[: rounds + 1]
+        ]
         assert few.looks == max(rounds, 1) and (rounds > 0) == bool(few.judged), (
             "what no round follows is not looked at"
         )
@@ -245,7 +245,7 @@ def test_a_judge_that_knows_no_better_leaves_the_start(said: float) -> None:
     budget = middle(world.cost, 0.35, "bits")
     asked: list[int] = []
 
-    def judge(proposals: Sequence[Chosen]) -> list[float]:
+    def judge(proposals: Choices) -> list[float]:
         asked.append(len(proposals))
         return [said] * len(proposals)
 
@@ -257,7 +257,7 @@ def test_the_judge_decides_and_not_the_prediction() -> None:
     world = Quadratic.of(20, 4)
     budget = middle(world.cost, 0.35, "bits")
 
-    def liar(chosen: Chosen) -> Seen:
+    def liar(chosen: Choices) -> Seen:
         seen = world.look(chosen)
         return Seen(seen.value, np.where(np.isinf(seen.change), np.inf, -seen.change))
 

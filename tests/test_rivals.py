@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 import torch
 
+from aquabit.choices import Choices
 from aquabit.cost import CostModel
 from aquabit.measuring.evaluator import Evaluator
 from aquabit.measuring.model import open_model
@@ -69,7 +70,7 @@ def test_prices_add_up_to_the_true_bytes_where_all_share() -> None:
     assert (
         bytes_of(costs, one[None])[0] > prices(costs)[np.arange(6), one].sum()
     )  # alone it pays for the codebooks
-    config = space.configs(one[None], np.full((1, 6), 8))[0]
+    config = Choices.at(space, one[None], 8).config
     assert bytes_of(costs, one[None])[0] == costs(config).bytes - costs.other_bytes
 
 

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from aquabit import workflows as flow
+from aquabit.choices import Choices
 from aquabit.measuring.output_errors import output_features, stored
 from aquabit.measuring.session import open_session
 from aquabit.measuring.where import Where
 from aquabit.scheme import AquabitError, Protocol
-from aquabit.search.loop import best_of
+from aquabit.search.surrogate_search import best_of
 from aquabit.sensitivity.effects.context_effects import DRAWN
 from aquabit.sensitivity.effects.predicted import draw_contexts, find_players
 from aquabit.sensitivity.explaining import explain
@@ -48,13 +49,13 @@ def test_a_screen_that_knows_more_leads_to_better_measurements() -> None:
 
     def judge(configs):
         asked.append(len(configs))
-        return screened.truth(*space.indices(configs))
+        return screened.truth(Choices.of(space, configs))
 
     plain.search(cost, budget, rounds=1)
     found = screened.search(cost, budget, rounds=1, screen=judge, pool=4)
     assert [len(b) for b in screened.batches] == [8] == [len(b) for b in plain.batches] and asked == [32]
     mean = [
-        float(np.mean([lab.truth(*space.indices([c]))[0] for c in lab.batches[0]]))
+        float(np.mean([lab.truth(Choices.of(space, [c]))[0] for c in lab.batches[0]]))
         for lab in (plain, screened)
     ]
     assert mean[1] < mean[0]
@@ -112,7 +113,7 @@ def test_effects_in_context_are_what_the_screen_says_of_both_ends(made) -> None:
     drawn = draw_contexts(
         fitted.space, fitted.cost, BITS, DRAWN, np.random.default_rng([0, 0]), fitted.damages
     )
-    contexts = fitted.space.configs(*drawn)[:2]
+    contexts = drawn[:2].configs()
     row = found.layers.iloc[0]
     player = next(p for p in find_players(fitted.space, _swap()) if p.layer == row["name"])
     before, after = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import networkx as nx
@@ -13,8 +14,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from aquabit.choices import Choices
 from aquabit.cost import CostModel, Latency
-from aquabit.scheme import AquabitError, Budget, QuantConfig
+from aquabit.scheme import Act, AquabitError, Budget, QuantConfig
 from aquabit.search import (
     Front,
     FrontMember,
@@ -30,7 +32,8 @@ from aquabit.search import (
     smallest_uniform,
     solve,
 )
-from aquabit.search.loop import Candidate, find_candidates, schedule
+from aquabit.search.options import Predict
+from aquabit.search.surrogate_search import Candidate, find_candidates, schedule
 from aquabit.space import SearchSpace, make_space
 from aquabit.stats import OLD_LEVEL, Interval, mean_interval
 
@@ -78,24 +81,20 @@ def timed(cost: CostModel, seed: int) -> CostModel:
     return cost.timed(Latency(np.where(allowed, layers, np.nan), activations, 0.5))
 
 
-def every(space: SearchSpace, activations: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Index matrices of all configurations of a small space."""
-    column = {s: i for i, s in enumerate(space.schemes)}
+def every(space: SearchSpace, activations: tuple[Act, ...]) -> Choices:
+    """All configurations of a small space."""
+    column, off = {s: i for i, s in enumerate(space.schemes)}, len(activations)
     pairs = [
-        [(column[s], 16 if str(row[0]) == "fp" else a) for s in row for a in activations]
+        [(column[s], off if str(row[0]) == "fp" else a) for s in row for a in range(off)]
         for row in space.choices.values()
     ]
     table = np.array(list(itertools.product(*pairs)))
-    return table[..., 0], table[..., 1]
+    return Choices.picked(space, table[..., 0], table[..., 1], (*activations, 16))
 
 
-def total(
-    scores: np.ndarray, activations: tuple[int, ...], weights: np.ndarray, acts: np.ndarray
-) -> np.ndarray:
-    place = np.array([activations.index(a) if a in activations else 0 for a in acts.ravel()]).reshape(
-        acts.shape
-    )
-    return np.asarray(scores[np.arange(weights.shape[1]), weights, place].sum(1))
+def total(scores: np.ndarray, activations: tuple[Act, ...], rows: Choices) -> np.ndarray:
+    place = rows.act_index((*activations, 16)) % len(activations)  # 16 of excluded layers: any
+    return np.asarray(scores[np.arange(rows.weights.shape[1]), rows.weights, place].sum(1))
 
 
 def middle(cost: CostModel, share: float, *names: str) -> Budget:
@@ -137,51 +136,52 @@ def test_options_agree_with_the_cost_model_on_every_configuration(shares: tuple[
     space, cost = model(4, 2, schemes=["usq2", "usq3", "vq4c"], excluded=["l3"])
     bits, bops = middle(cost, shares[0], "bits").bits, middle(cost, shares[1], "bops").bops
     budget = Budget(bits=bits, bops=bops)
-    options, (weights, acts) = Options.of(cost, budget), every(space, (8, 6))
-    choice = options.columns.join(weights, acts)
-    assert (choice >= 0).all() and all(
-        (a == b).all() for a, b in zip(options.columns.split(choice), (weights, acts), strict=True)
-    )
-    inside = cost.within(cost.totals(weights, acts), budget)
+    options, rows = Options.of(cost, budget), every(space, (8, 6))
+    choice = options.columns.join(rows)
+    assert (choice >= 0).all() and options.columns.split(choice) == rows
+    inside = cost.within(cost.totals(rows), budget)
     assert (options.keeps(choice) == inside).all() and 0 < inside.sum() < len(inside)
     assert ((options.overrun(options.used(choice)) <= 0) == inside).all()
-    assert (options.columns.join(weights * 0 + 1, acts)[:, 3] == -1).all()
+    assert (options.columns.join(replace(rows, weights=rows.weights * 0 + 1))[:, 3] == -1).all()
 
 
 def test_latency_is_the_sum_of_what_was_measured() -> None:
     space, cost = model(4, 3, schemes=["usq2", "usq3"], excluded=["l3"])
-    weights, acts = every(space, (8, 6))
+    rows = every(space, (8, 6))
     latency = cost.latency
     assert latency is not None
     place = {a: i for i, a in enumerate(latency.activations)}
-    found = cost.totals(weights, acts)["latency_ms"]
-    for n in range(len(weights)):
+    found = cost.totals(rows)["latency_ms"]
+    for n, row in enumerate(rows):
         own = [
-            latency.layers[i, w, place[a]] for i, (w, a) in enumerate(zip(weights[n], acts[n], strict=True))
+            latency.layers[i, w, place[a]]
+            for i, (w, a) in enumerate(zip(row.weights[0], row.acts[0], strict=True))
         ]
         assert found[n] == pytest.approx(sum(own) + 0.5)
     assert cost.limits()["latency_ms"] == pytest.approx((found.min(), found.max()))
-    fixed = found[(acts[:, :3] == 8).all(1)]
+    fixed = found[(rows.acts[:, :3] == 8).all(1)]
     assert cost.limits(8)["latency_ms"] == pytest.approx((fixed.min(), fixed.max()))
     budget = Budget(latency_ms=float(np.median(found)))
     options = Options.of(cost, budget)
-    choice = options.columns.join(weights, acts)
+    choice = options.columns.join(rows)
     np.testing.assert_allclose(options.used(choice)[0] + latency.rest, found)
-    assert (options.keeps(choice) == cost.within(cost.totals(weights, acts), budget)).all()
+    assert (options.keeps(choice) == cost.within(cost.totals(rows), budget)).all()
 
 
 def test_a_latency_budget_needs_measured_times() -> None:
     space, cost = model(3)
     cost.latency = None
     assert "latency_ms" not in cost.limits() and "latency_ms" not in cost.totals(
-        *space.indices([space.uniform("usq2")])
+        Choices.of(space, [space.uniform("usq2")])
     )
     with pytest.raises(AquabitError, match="measured on this machine: search with --latency"):
         cost.check(Budget(latency_ms=3.0))
     with pytest.raises(AquabitError, match=r"latency has shape \(1, 1, 1\)"):
         cost.timed(Latency(np.zeros((1, 1, 1)), (8,), 0.0))
     with pytest.raises(AquabitError, match=r"activations of \[8\] bits only, not for all of \[6, 8\]"):
-        Latency(np.zeros((2, 1, 1)), (8,), 0.0).of(np.array([0, 0]), np.array([6, 8]))
+        Latency(np.zeros((3, 1, 1)), (8,), 0.0).of(
+            Choices(space, np.zeros((1, 3), int), np.array([[6, 8, 8]]))
+        )
 
 
 # ---- integer program
@@ -195,14 +195,14 @@ def test_solve_finds_the_optimum_of_brute_force(names: tuple[str, ...], seed: in
     budget = middle(cost, 0.4, *names)
     activations = activation_choices(space, budget)
     scores = np.random.default_rng(seed).normal(size=(4, len(space.schemes), len(activations)))
-    weights, acts = every(space, activations)
-    inside = cost.within(cost.totals(weights, acts), budget)
-    truth = total(scores, activations, weights, acts)[inside].min()
+    rows = every(space, activations)
+    inside = cost.within(cost.totals(rows), budget)
+    truth = total(scores, activations, rows)[inside].min()
     found = solve(scores, cost, budget)
     assert found.score == pytest.approx(truth, abs=1e-6)
     assert found.gap < 1e-6 and found.bound <= truth + 1e-6
-    assert cost.within(cost.totals(found.weights[None], found.acts[None]), budget).all()
-    assert total(scores, activations, found.weights[None], found.acts[None])[0] == pytest.approx(found.score)
+    assert cost.within(cost.totals(found.choices), budget).all()
+    assert total(scores, activations, found.choices)[0] == pytest.approx(found.score)
 
 
 @pytest.mark.parametrize("names", [("bits",), ("bits", "bops")])
@@ -225,17 +225,14 @@ def test_the_scale_of_the_scores_does_not_matter(unit: float, names: tuple[str, 
 def test_exact_bytes_are_reachable_and_one_byte_less_is_another_answer() -> None:
     space, cost = model(6, 1, **TOY)
     scores = -cost.bytes[:, :, None].astype(float)  # the largest configuration within the limit
-    weights, acts = every(space, (8,))
-    sizes = np.unique(cost.totals(weights, acts)["bytes"])
+    rows = every(space, (8,))
+    sizes = np.unique(cost.totals(rows)["bytes"])
     for size in sizes[[0, 1, len(sizes) // 2, -1]]:
         found = solve(scores, cost, Budget(bytes=int(size)))
-        assert cost.totals(found.weights[None], found.acts[None])["bytes"][0] == size
+        assert cost.totals(found.choices)["bytes"][0] == size
         if size > sizes[0]:
             below = solve(scores, cost, Budget(bytes=int(size) - 1))
-            assert (
-                cost.totals(below.weights[None], below.acts[None])["bytes"][0]
-                == sizes[np.searchsorted(sizes, size) - 1]
-            )
+            assert cost.totals(below.choices)["bytes"][0] == sizes[np.searchsorted(sizes, size) - 1]
 
 
 @pytest.mark.parametrize("limits", [{"bits": 0.5}, {"bits": 30.0}, {"bytes": 10}, {"bops": 10.0}])
@@ -251,8 +248,8 @@ def test_a_budget_out_of_reach_names_both_ends(limits: dict[str, Any]) -> None:
 def test_limits_that_cannot_be_kept_together_say_what_each_can_reach() -> None:
     # usq2g2 has a scale for every 2 inputs: fewer BOPs than usq3 but more bytes
     space, cost = model(5, schemes=["usq2g2", "usq3"], activations=[8])
-    weights, acts = every(space, (8,))
-    totals = cost.totals(weights, acts)
+    rows = every(space, (8,))
+    totals = cost.totals(rows)
     budget = Budget(bytes=int(totals["bytes"].min()) + 5, bops=float(totals["bops"].min()) * 1.01)
     assert not cost.within(totals, budget).any()
     with pytest.raises(AquabitError) as error:
@@ -270,8 +267,8 @@ def test_three_limits_that_cannot_be_kept_together_name_what_each_can_reach(
     share: float, worst: bool
 ) -> None:
     space, cost = model(4, 2, schemes=["usq2g2", "usq3", "usq4"], activations=[8, 6])
-    weights, acts = every(space, (8, 6))
-    totals = cost.totals(weights, acts)
+    rows = every(space, (8, 6))
+    totals = cost.totals(rows)
     limits = {n: float(totals[n].min()) * share for n in ("bits", "bops", "latency_ms")}
     assert not cost.within(totals, Budget(**limits)).any()
     with pytest.raises(AquabitError, match="cannot be kept") as error:
@@ -292,14 +289,14 @@ def test_three_limits_that_cannot_be_kept_together_name_what_each_can_reach(
 def test_cuts_ask_for_other_solutions_until_none_is_left() -> None:
     space, cost = model(3, schemes=["usq2", "usq4"])
     budget, scores = middle(cost, 0.6, "bits"), np.random.default_rng(0).normal(size=(3, 3, 1))
-    weights, acts = every(space, (8,))
-    inside = cost.within(cost.totals(weights, acts), budget)
-    ordered = np.sort(total(scores, (8,), weights, acts)[inside])
+    rows = every(space, (8,))
+    inside = cost.within(cost.totals(rows), budget)
+    ordered = np.sort(total(scores, (8,), rows)[inside])
     cuts: list[Any] = []
     for value in ordered:
         found = solve(scores, cost, budget, cuts=cuts)
         assert found.score == pytest.approx(value, abs=1e-6)
-        cuts.append((found.weights, found.acts, 1))
+        cuts.append((found.choices, 1))
     with pytest.raises(AquabitError, match="no further configuration"):
         solve(scores, cost, budget, cuts=cuts)
 
@@ -313,26 +310,21 @@ def test_a_trust_region_keeps_the_optimum_within_so_many_changes(seed: int, name
     rng = np.random.default_rng(seed)
     scores, away = (rng.normal(size=(4, len(space.schemes), len(activations))) for _ in range(2))
     known = solve(away, cost, budget)  # the optimum of other scores
-    weights, acts = every(space, activations)
-    inside = cost.within(cost.totals(weights, acts), budget)
-    apart, totals = (
-        ((weights != known.weights) | (acts != known.acts)).sum(1),
-        total(scores, activations, weights, acts),
-    )
+    rows = every(space, activations)
+    inside = cost.within(cost.totals(rows), budget)
+    apart, totals = (rows.apart(known.choices), total(scores, activations, rows))
     found = []
     for k in (1, 2, 3, 4):
-        solved = solve(scores, cost, budget, near=(known.weights, known.acts, k))
-        assert ((solved.weights != known.weights) | (solved.acts != known.acts)).sum() <= k
-        assert cost.within(cost.totals(solved.weights[None], solved.acts[None]), budget)[0]
+        solved = solve(scores, cost, budget, near=(known.choices, k))
+        assert solved.choices.apart(known.choices)[0] <= k
+        assert cost.within(cost.totals(solved.choices), budget)[0]
         assert (
             solved.score == pytest.approx(totals[inside & (apart <= k)].min(), abs=1e-6) and solved.gap < 1e-6
         )
         found.append(solved.score)
     assert all(b <= a + 1e-6 for a, b in itertools.pairwise(found)), "a larger region is no worse"
     assert found[-1] == pytest.approx(solve(scores, cost, budget).score, abs=1e-6)
-    one = solve(
-        scores, cost, budget, near=(known.weights, known.acts, 2), cuts=[(known.weights, known.acts, 2)]
-    )
+    one = solve(scores, cost, budget, near=(known.choices, 2), cuts=[(known.choices, 2)])
     assert one.score == pytest.approx(totals[inside & (apart == 2)].min(), abs=1e-6), "beside a cut"
 
 
@@ -351,7 +343,7 @@ def test_a_rounding_that_slips_over_the_limit_is_caught(monkeypatch: pytest.Monk
     monkeypatch.setattr(integer_program, "_milp", slips)
     for patience in (0, 100):  # slips once; slips always
         found = solve(scores, cost, budget)
-        assert cost.within(cost.totals(found.weights[None], found.acts[None]), budget).all()
+        assert cost.within(cost.totals(found.choices), budget).all()
         if not patience:
             assert found.score == pytest.approx(whole.score)
 
@@ -383,11 +375,11 @@ def test_additive_scores_recover_an_additive_function() -> None:
     rng = np.random.default_rng(0)
     table = rng.normal(size=(5, len(space.schemes), 17))
 
-    def predict(weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
-        assert (acts[:, 2] == 16).all() and (weights[:, 2] == 0).all()
-        return np.asarray(table[np.arange(5), weights, acts].sum(1))
+    def predict(rows: Choices) -> np.ndarray:
+        assert (rows.acts[:, 2] == 16).all() and (rows.weights[:, 2] == 0).all()
+        return np.asarray(table[np.arange(5), rows.weights, rows.acts].sum(1))
 
-    contexts = space.indices(space.sample(3, 1))
+    contexts = Choices.of(space, space.sample(3, 1))
     scores = additive_scores(predict, space, contexts, (8, 6))
     assert scores.shape == (5, len(space.schemes), 2)
     allowed = space.allowed()
@@ -401,20 +393,20 @@ def test_additive_scores_recover_an_additive_function() -> None:
     assert np.isinf(scores[3]).sum() == scores[3].size - 2 and np.isinf(scores[2]).sum() == scores[2].size - 1
     assert additive_scores(predict, space, contexts).shape == (5, len(space.schemes), 1)
     with pytest.raises(AquabitError, match="at least one context"):
-        additive_scores(predict, space, (contexts[0][:0], contexts[1][:0]))
+        additive_scores(predict, space, contexts[:0])
 
 
 # ---- local search
 # ------------------------------------------------------------------------------------------------------------
 
 
-def rough(seed: int) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+def rough(seed: int) -> Predict:
     """A function without any structure, some of whose values are not numbers."""
 
-    def predict(weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
-        key = (weights * 7 + acts + np.arange(weights.shape[1])) * np.random.default_rng(seed).integers(
-            1, 1 << 40, weights.shape[1]
-        )
+    def predict(rows: Choices) -> np.ndarray:
+        layers = rows.weights.shape[1]
+        factors = np.random.default_rng(seed).integers(1, 1 << 40, layers)
+        key = (rows.weights * 7 + rows.acts + np.arange(layers)) * factors
         value = np.sin(key.sum(1) % 100003)
         return np.where(value > 0.95, np.nan, value)
 
@@ -443,21 +435,22 @@ def test_local_search_never_leaves_the_budget_nor_gets_worse(
             raise
         assume(False)
 
-    def predict(weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
+    def predict(asked: Choices) -> np.ndarray:
         nonlocal used
-        used += len(weights)
-        return rough(seed)(weights, acts)
+        used += len(asked)
+        return rough(seed)(asked)
 
-    found = improve(start.weights, start.acts, predict, cost, budget, seed, rows=rows)
-    assert cost.within(cost.totals(found.weights[None], found.acts[None]), budget).all()
-    space.check(space.configs(found.weights[None], found.acts[None])[0])
+    found = improve(start.choices, predict, cost, budget, seed, rows=rows)
+    assert cost.within(cost.totals(found.choices), budget).all()
+    space.check(found.choices.config)
     assert found.predicted <= found.start and found.rows == used <= rows
-    value = float(rough(seed)(found.weights[None], found.acts[None])[0])
+    value = float(rough(seed)(found.choices)[0])
     assert found.predicted == (value if np.isfinite(value) else np.inf)
-    assert set(found.acts.tolist()) <= {*activations, 16} and found.acts[4] == 16 and found.weights[4] == 0
+    (acts,), (weights,) = found.choices.acts, found.choices.weights
+    assert set(acts.tolist()) <= {*activations, 16} and acts[4] == 16 and weights[4] == 0
 
 
-def interacting(space: SearchSpace, seed: int = 0) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+def interacting(space: SearchSpace, seed: int = 0) -> Predict:
     """log of summed layer errors with strong products of distant layers: no additive score tells its
     optimum."""
     rng = np.random.default_rng(seed)
@@ -470,8 +463,8 @@ def interacting(space: SearchSpace, seed: int = 0) -> Callable[[np.ndarray, np.n
     )
     alone, pair = rng.lognormal(0, 1, layers), rng.lognormal(1, 1, layers)
 
-    def predict(weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
-        e = error[np.arange(layers), weights] * np.where(acts == 6, 1.2, 1.0)
+    def predict(rows: Choices) -> np.ndarray:
+        e = error[np.arange(layers), rows.weights] * np.where(rows.acts == 6, 1.2, 1.0)
         return np.asarray(np.log(0.05 + e @ alone + 4 * (e * np.roll(e, layers // 2, axis=1)) @ pair))
 
     return predict
@@ -482,59 +475,57 @@ def test_local_search_improves_on_the_integer_program(names: tuple[str, ...]) ->
     space, cost = model(30, 2)
     predict, budget = interacting(space), middle(cost, 0.2, *names)
     scores = additive_scores(
-        predict, space, space.indices(space.sample(4, 0)), activation_choices(space, budget)
+        predict, space, Choices.of(space, space.sample(4, 0)), activation_choices(space, budget)
     )
     start = solve(scores, cost, budget)
-    found = improve(start.weights, start.acts, predict, cost, budget, rows=40_000)
-    assert found.start == pytest.approx(float(predict(start.weights[None], start.acts[None])[0]))
+    found = improve(start.choices, predict, cost, budget, rows=40_000)
+    assert found.start == pytest.approx(float(predict(start.choices)[0]))
     assert found.predicted < found.start - 0.01
-    again = improve(start.weights, start.acts, predict, cost, budget, rows=40_000)
-    assert (again.weights == found.weights).all() and (again.acts == found.acts).all()
+    again = improve(start.choices, predict, cost, budget, rows=40_000)
+    assert again.choices == found.choices
 
 
 def test_local_search_reaches_the_optimum_of_a_small_space() -> None:
     space, cost = model(6, 4, **TOY)
     predict, budget = interacting(space, 4), middle(cost, 0.35, "bits")
-    weights, acts = every(space, (8,))
-    inside = cost.within(cost.totals(weights, acts), budget)
+    rows = every(space, (8,))
+    inside = cost.within(cost.totals(rows), budget)
     low = cost.bytes + np.where(space.allowed(), 0, 1 << 40)
-    found = improve(low.argmin(1), np.full(6, 8), predict, cost, budget, restarts=20)
-    assert found.predicted == pytest.approx(predict(weights[inside], acts[inside]).min())
+    found = improve(Choices.at(space, low.argmin(1)[None], 8), predict, cost, budget, restarts=20)
+    assert found.predicted == pytest.approx(predict(rows[inside]).min())
 
 
 def test_exchanges_cross_what_single_changes_cannot() -> None:
-    _, cost = model(2, schemes=["usq2", "usq4"])
+    space, cost = model(2, schemes=["usq2", "usq4"])
     shapes = cost.bytes[:, 1]
     up, down = int(shapes.argmin()), int(shapes.argmax())
     budget = Budget(
         bytes=int(cost.bytes[down, 2] + cost.bytes[up, 1] + cost.other_bytes)
     )  # one layer at 4 bits, not both
 
-    def predict(weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
+    def predict(rows: Choices) -> np.ndarray:
         return np.asarray(
-            (weights[:, down] == 1) * -1.0
-            - 3.0 * ((weights[:, up] == 2) & (weights[:, down] == 1))
-            + 2.0 * (weights.sum(1) == 2)
+            (rows.weights[:, down] == 1) * -1.0
+            - 3.0 * ((rows.weights[:, up] == 2) & (rows.weights[:, down] == 1))
+            + 2.0 * (rows.weights.sum(1) == 2)
         )
 
-    start = np.where(np.arange(2) == down, 2, 1)
-    found = improve(start, np.full(2, 8), predict, cost, budget, restarts=0)
-    assert found.weights[up] == 2 and found.weights[down] == 1
-    assert improve(start, np.full(2, 8), predict, cost, budget, restarts=0, pairs=0).predicted == found.start
+    start = Choices.at(space, np.where(np.arange(2) == down, 2, 1)[None], 8)
+    found = improve(start, predict, cost, budget, restarts=0)
+    assert found.choices.weights[0, up] == 2 and found.choices.weights[0, down] == 1
+    assert improve(start, predict, cost, budget, restarts=0, pairs=0).predicted == found.start
 
 
 def test_a_start_outside_the_budget_or_the_space_is_refused() -> None:
     space, cost = model(4, pinned={"l2": "usq4"})
     budget = middle(cost, 0.3, "bits")
-    weights, acts = space.indices(
-        [space.uniform("usq8"), space.uniform("usq2"), space.uniform("usq2", act=6)]
-    )
+    rows = Choices.of(space, [space.uniform("usq8"), space.uniform("usq2"), space.uniform("usq2", act=6)])
     for row, reason in ((0, "outside the budget"), (2, "'l0' usq2 and a6")):
         with pytest.raises(AquabitError, match=reason):
-            improve(weights[row], acts[row], rough(0), cost, budget)
-    weights[1, 2] = 1
+            improve(rows[row], rough(0), cost, budget)
+    rows.weights[1, 2] = 1
     with pytest.raises(AquabitError, match="'l2' usq2"):
-        improve(weights[1], acts[1], rough(0), cost, budget)
+        improve(rows[1], rough(0), cost, budget)
 
 
 def test_repair_gives_up_where_no_change_helps() -> None:
@@ -566,11 +557,11 @@ class Lab:
             self.values
         )
         self.batches.append(configs)
-        for config, value in zip(configs, self.truth(*self.space.indices(configs)), strict=True):
+        for config, value in zip(configs, self.truth(Choices.of(self.space, configs)), strict=True):
             bad = self.failing and len(self.values) % self.failing == 0
             self.values[config.digest] = (config, float("nan") if bad else float(value))
 
-    def predict_factory(self) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    def predict_factory(self) -> Predict:
         from sklearn.kernel_ridge import KernelRidge
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
@@ -578,15 +569,15 @@ class Lab:
         bits = np.array(
             [[self.space.code_bits(k, s) for s in self.space.schemes] for k in self.space.choices]
         )
-        rows = np.arange(len(bits))
 
-        def features(weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
-            return np.concatenate([2.0 ** -bits[rows, weights], weights / 10, acts / 8], 1)
+        def features(rows: Choices) -> np.ndarray:
+            error = 2.0 ** -bits[np.arange(len(bits)), rows.weights]
+            return np.concatenate([error, rows.weights / 10, rows.acts / 8], 1)
 
         good = [(c, v) for c, v in self.values.values() if np.isfinite(v)]
         fitted = make_pipeline(StandardScaler(), KernelRidge(kernel="poly", degree=2, alpha=0.01))
-        fitted.fit(features(*self.space.indices([c for c, _ in good])), [v for _, v in good])
-        return lambda weights, acts: np.asarray(fitted.predict(features(weights, acts)))
+        fitted.fit(features(Choices.of(self.space, [c for c, _ in good])), [v for _, v in good])
+        return lambda rows: np.asarray(fitted.predict(features(rows)))
 
     def search(self, cost: CostModel, budget: Budget, **options: Any) -> list[Candidate]:
         return find_candidates(
@@ -601,12 +592,12 @@ class Lab:
 
     def best(self, cost: CostModel, budget: Budget) -> float:
         """The least value that was measured within the budget, at the activations that it leaves open."""
-        open_ = {*activation_choices(self.space, budget), 16}
-        known = [(self.space.indices([c]), v) for c, v in self.values.values() if np.isfinite(v)]
+        allowed = [*activation_choices(self.space, budget), 16]
+        known = [(Choices.of(self.space, [c]), v) for c, v in self.values.values() if np.isfinite(v)]
         inside = [
             v
-            for (w, a), v in known
-            if set(a.ravel().tolist()) <= open_ and cost.within(cost.totals(w, a), budget)[0]
+            for row, v in known
+            if np.isin(row.acts, allowed).all() and cost.within(cost.totals(row), budget)[0]
         ]
         return min(inside)
 
@@ -616,9 +607,9 @@ def test_the_loop_finds_the_known_optimum_and_never_repeats(names: tuple[str, ..
     space, cost = model(8 if names == ("bits",) else 6, 6, schemes=["usq2", "usq3", "usq4", "vq3"])
     budget = middle(cost, 0.4, *names)
     lab = Lab(space, 80)
-    weights, acts = every(space, activation_choices(space, budget))
-    inside = cost.within(cost.totals(weights, acts), budget)
-    values = lab.truth(weights[inside], acts[inside])
+    rows = every(space, activation_choices(space, budget))
+    inside = cost.within(cost.totals(rows), budget)
+    values = lab.truth(rows[inside])
     seen: list[tuple[str, int, int]] = []
     found = lab.search(cost, budget, progress=lambda *step: seen.append(step))
     assert [len(batch) for batch in lab.batches] == [8, 8] and len({c.config.digest for c in found}) == 16
@@ -626,7 +617,7 @@ def test_the_loop_finds_the_known_optimum_and_never_repeats(names: tuple[str, ..
     assert sum(c.target == budget for c in found) == 10 and seen[-1] == ("search", 16, 16)
     for c in found:
         space.check(c.config)
-        assert cost.within(cost.totals(*space.indices([c.config])), c.target).all()
+        assert cost.within(cost.totals(Choices.of(space, [c.config])), c.target).all()
     assert {c.target for c in found} == {budget, *ladder(cost, budget)[:4]} and {c.round for c in found} == {
         0,
         1,
@@ -653,13 +644,13 @@ def test_the_loop_proposes_the_same_whatever_the_unit_of_the_predictions(unit: f
         def measure(
             configs: list[QuantConfig], scale: float = scale, values: dict[str, Any] = values
         ) -> None:
-            found = truth(*space.indices(configs)) * scale
+            found = truth(Choices.of(space, configs)) * scale
             values.update({c.digest: (c, float(v)) for c, v in zip(configs, found, strict=True)})
 
         measure(space.sample(30, 0))
 
-        def predict(weights: np.ndarray, acts: np.ndarray, scale: float = scale) -> np.ndarray:
-            return truth(weights, acts) * scale
+        def predict(rows: Choices, scale: float = scale) -> np.ndarray:
+            return truth(rows) * scale
 
         options: dict[str, Any] = {"rounds": 1, "rows": 3000}
         found = find_candidates(
@@ -687,18 +678,18 @@ def test_the_loop_says_how_near_to_the_optimum_it_came() -> None:
     space, cost = model(6, 4, **TOY)
     budget, lab = middle(cost, 0.35, "bits"), Lab(space, 60)
     made: list[Any] = []
-    weights, acts = every(space, (8,))
-    inside = cost.within(cost.totals(weights, acts), budget)
+    rows = every(space, (8,))
+    inside = cost.within(cost.totals(rows), budget)
 
     def factory() -> Any:
         made.append(lab.predict_factory())
         return made[-1]
 
-    def bound(weights: np.ndarray, acts: np.ndarray, allowed: np.ndarray) -> Any:
+    def bound(each: Choices, allowed: np.ndarray) -> Any:
         return lambda allowed, costs, caps: (least() - 0.25, None)
 
     def least() -> float:
-        return float(made[-1](weights[inside], acts[inside]).min())
+        return float(made[-1](rows[inside]).min())
 
     found = find_candidates(
         space,
@@ -733,8 +724,8 @@ def test_pins_exclusions_and_the_fixed_activations_are_kept() -> None:
 
 def test_a_small_space_is_exhausted_and_a_study_without_measurements_is_served() -> None:
     space, cost = model(2, schemes=["usq2", "usq4"])
-    weights, acts = every(space, (8,))
-    budget = Budget(bits=float(cost.totals(weights, acts)["bits"].max()))
+    rows = every(space, (8,))
+    budget = Budget(bits=float(cost.totals(rows)["bits"].max()))
     values: dict[str, tuple[QuantConfig, float]] = {}
     truth = interacting(space)
 

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from aquabit.choices import Choices
 from aquabit.cost import CostModel
 from aquabit.layer_formats import expected_loss
 from aquabit.scheme import AquabitError, QuantConfig
 from aquabit.search import SEARCHERS, Options, Problem, find_searcher, solve
-from aquabit.search.evolve import evolve
-from aquabit.search.local import lighten
+from aquabit.search.evolution import evolve
+from aquabit.search.local_search import lighten
 from aquabit.space import SearchSpace
 from benchmarks.research.searchers import random_within
 from tests.test_search import Lab, every, interacting, middle, model
@@ -36,11 +37,11 @@ class Bench:
             for k in space.choices
         ]
         self.table = self.weight[:, None] * np.array(error)
-        self.truth = truth or (lambda weights, acts: self.table[np.arange(weights.shape[1]), weights].sum(1))
+        self.truth = truth or (lambda rows: self.table[np.arange(rows.weights.shape[1]), rows.weights].sum(1))
 
     def measure(self, configs: list[QuantConfig]) -> list[float]:
         self.asked += configs
-        values = self.truth(*self.space.indices(configs))
+        values = self.truth(Choices.of(self.space, configs))
         return [
             float("nan") if self.failing and (len(self.asked) + i) % self.failing == 0 else float(v)
             for i, v in enumerate(values)
@@ -53,9 +54,9 @@ class Bench:
         def features(weights: np.ndarray) -> np.ndarray:
             return np.eye(width)[weights].reshape(len(weights), -1)
 
-        X, mean = features(self.space.indices(configs)[0]), float(np.mean(values))
+        X, mean = features(Choices.of(self.space, configs).weights), float(np.mean(values))
         solution = np.linalg.solve(X.T @ X + 0.1 * np.eye(X.shape[1]), X.T @ (values - mean))
-        return lambda weights, acts: features(weights) @ solution + mean
+        return lambda rows: features(rows.weights) @ solution + mean
 
 
 @pytest.mark.parametrize("name", SEARCHERS)
@@ -74,7 +75,7 @@ def test_every_searcher_keeps_to_its_measurements_and_is_deterministic(
         assert len(bench.asked) == 40 or name == "uniform" or names == ("bits",) or name == "greedy"
         runs.append([c.digest for c in bench.asked])
         for target in targets:
-            inside = [v for c, v in found if cost.within(cost.totals(*space.indices([c])), target)[0]]
+            inside = [v for c, v in found if cost.within(cost.totals(Choices.of(space, [c])), target)[0]]
             assert np.isfinite(inside).any(), target
     assert runs[0] == runs[1]
 
@@ -86,7 +87,7 @@ def test_in_an_additive_world_searchers_end_near_its_optimum(name: str, slack: f
     space, cost = model(10, 2, **TOY)
     target, bench = middle(cost, 0.3, "bits"), Bench(space)
     found = find_searcher(name)(Problem(space, cost, [target], bench.measure, 60, 0, bench.fit))
-    best = min(v for c, v in found if cost.within(cost.totals(*space.indices([c])), target)[0])
+    best = min(v for c, v in found if cost.within(cost.totals(Choices.of(space, [c])), target)[0])
     optimum = solve(bench.table[..., None], cost, target).score
     chance = min(v for _, v in SEARCHERS["random"](Problem(space, cost, [target], Bench(space).measure, 60)))
     assert optimum - 1e-9 <= best <= optimum * (1 + slack)
@@ -122,7 +123,7 @@ def test_damages_that_could_not_be_measured_are_interpolated() -> None:
     found = SEARCHERS["additive"](
         Problem(space, cost, [target], bench.measure, 30)
     )  # 96 pairs, 24 of them measured
-    best = min(v for c, v in found if cost.within(cost.totals(*space.indices([c])), target)[0])
+    best = min(v for c, v in found if cost.within(cost.totals(Choices.of(space, [c])), target)[0])
     assert len(found) == 30 and best <= solve(bench.table[..., None], cost, target).score * 1.01
 
 
@@ -130,13 +131,11 @@ def test_random_configurations_lie_within_and_near_their_target() -> None:
     space, cost = model(20, 3)
     for names in (("bits",), ("bops",), ("bytes", "bops")):
         target = middle(cost, 0.3, *names)
-        weights, acts = random_within(space, cost, target, 30, 1)
+        rows = random_within(space, cost, target, 30, 1)
         options = Options.of(cost, target)
-        assert len(weights) == 30 and cost.within(cost.totals(weights, acts), target).all()
-        assert np.median(options.used(options.columns.join(weights, acts))[0] / options.caps[0]) > 0.9
-    assert (random_within(space, cost, target, 30, 1)[0] == weights).all() and (
-        random_within(space, cost, target, 30, 2)[0] != weights
-    ).any()
+        assert len(rows) == 30 and cost.within(cost.totals(rows), target).all()
+        assert np.median(options.used(options.columns.join(rows))[0] / options.caps[0]) > 0.9
+    assert random_within(space, cost, target, 30, 1) == rows != random_within(space, cost, target, 30, 2)
 
 
 def test_a_problem_that_makes_no_sense_is_refused() -> None:
@@ -163,21 +162,18 @@ def test_the_front_of_an_evolution_is_that_of_brute_force() -> None:
     pytest.importorskip("pymoo")
     space, cost = model(5, 4, **TOY)
     predict, targets = interacting(space, 4), [middle(cost, share, "bits") for share in (0.6, 0.2)]
-    weights, acts = every(space, (8,))
-    values = predict(weights, acts)
+    rows = every(space, (8,))
+    values = predict(rows)
     found = evolve(predict, cost, targets, generations=40)
-    own, own_sizes = predict(*found), cost.totals(*found)["bytes"]
+    own, own_sizes = predict(found), cost.totals(found)["bytes"]
     for target in targets:
-        inside, own_inside = (
-            cost.within(cost.totals(weights, acts), target),
-            cost.within(cost.totals(*found), target),
-        )
+        inside, own_inside = (cost.within(cost.totals(rows), target), cost.within(cost.totals(found), target))
         assert own[own_inside].min() <= values[inside].min() + 0.02 * np.ptp(values)
     assert not (
         (own[:, None] >= own) & (own_sizes[:, None] > own_sizes)
     ).any()  # none beside a better and smaller one
     again = evolve(predict, cost, targets, generations=40)
-    assert (again[0] == found[0]).all()
+    assert again == found
 
 
 def test_starts_are_where_an_evolution_begins() -> None:
@@ -185,8 +181,8 @@ def test_starts_are_where_an_evolution_begins() -> None:
     space, cost = model(30, 2)
     predict, target = interacting(space), middle(cost, 0.2, "bits", "bops")
     start = random_within(space, cost, target, 1, 0)
-    found = evolve(predict, cost, [target], [(start[0][0], start[1][0])], generations=1)
-    assert predict(*found).min() <= predict(*start)[0]
+    found = evolve(predict, cost, [target], [start], generations=1)
+    assert predict(found).min() <= predict(start)[0]
 
 
 def test_the_loop_proposes_from_an_evolution_too() -> None:
@@ -195,10 +191,10 @@ def test_the_loop_proposes_from_an_evolution_too() -> None:
     budget, lab = middle(cost, 0.4, "bits"), Lab(space, 60)
     found = lab.search(cost, budget, method="evolve", rounds=1)
     assert len(found) == 8 and all(
-        cost.within(cost.totals(*space.indices([c.config])), c.target)[0] for c in found
+        cost.within(cost.totals(Choices.of(space, [c.config])), c.target)[0] for c in found
     )
-    weights, acts = every(space, (8,))
-    values = lab.truth(weights[inside := cost.within(cost.totals(weights, acts), budget)], acts[inside])
+    rows = every(space, (8,))
+    values = lab.truth(rows.weights[inside := cost.within(cost.totals(rows), budget)], rows.acts[inside])
     assert lab.best(cost, budget) <= np.quantile(values, 0.02)
     with pytest.raises(AquabitError, match=r"method 'luck' is unknown; known: program, surrogate, evolve"):
         lab.search(cost, budget, method="luck")
@@ -230,32 +226,32 @@ def test_a_tie_goes_to_the_formats_of_fewest_operations() -> None:
         assert light.score <= plain.score + ties * span + 1e-6 * span and light.bound == pytest.approx(
             plain.bound
         )
-        chosen = [space.configs(s.weights[None], s.acts[None])[0] for s in (plain, light)]
+        chosen = [s.choices.config for s in (plain, light)]
         assert operations(cost, chosen[1]) <= operations(cost, chosen[0])
-        assert cost.within(cost.totals(light.weights[None], light.acts[None]), budget)[0]
-        weights, acts = every(space, (8,)) if ties == 0 else (light.weights[None], light.acts[None])
-        inside = cost.within(cost.totals(weights, acts), budget)
-        totals = table[np.arange(8), weights[inside], 0].sum(1)
+        assert cost.within(cost.totals(light.choices), budget)[0]
+        rows = every(space, (8,)) if ties == 0 else light.choices
+        inside = cost.within(cost.totals(rows), budget)
+        totals = table[np.arange(8), rows.weights[inside], 0].sum(1)
         tied = inside.nonzero()[0][totals <= plain.score + 1e-6 * span]
-        least = min((operations(cost, c) for c in space.configs(weights[tied], acts[tied])), default=np.inf)
+        least = min((operations(cost, c) for c in rows[tied].configs()), default=np.inf)
         assert operations(cost, chosen[1]) <= least * (1 + 1e-9)
 
 
 def test_predictions_that_tie_go_to_fewer_operations_and_others_stay() -> None:
     space, cost = model(8, 3, schemes=["usq2", "aq1x6g8", "usq4"])
     budget = middle(cost, 0.6, "bits")
-    weights, acts = (m[0] for m in space.indices([space.uniform("usq2")]))
+    start = Choices.of(space, [space.uniform("usq2")])
 
-    def predict(weights: np.ndarray, acts: np.ndarray) -> np.ndarray:  # what l0 has matters, all else hardly
-        return (weights[:, 0] != 1) + 0.001 * (weights[:, 1:] != 1).sum(1)
+    def predict(rows: Choices) -> np.ndarray:  # what l0 has matters, all else hardly
+        return (rows.weights[:, 0] != 1) + 0.001 * (rows.weights[:, 1:] != 1).sum(1)
 
     work = cost.macs[:, None] * cost.operations
     saves = np.maximum(work[:, 1:2] - work, 0).max(1)
     saves[0] = 0.0  # it may not change
     assert (saves > 0).sum() > 2
     for slack, changes in ((0.0025, 2), (0.1, int((saves > 0).sum()))):
-        light = lighten(weights, acts, predict, cost, budget, slack)
-        changed = np.flatnonzero(light[0] != 1)
-        assert set(changed) == set(np.argsort(-saves)[:changes]) and (light[1] == acts).all()
-    assert (lighten(weights, acts, predict, cost, budget, slack=0.0)[0] == weights).all()
-    assert (lighten(weights, acts, predict, cost, budget, slack=9.0, rows=3)[0] == weights).all()
+        light = lighten(start, predict, cost, budget, slack)
+        changed = np.flatnonzero(light.weights[0] != 1)
+        assert set(changed) == set(np.argsort(-saves)[:changes]) and (light.acts == start.acts).all()
+    assert lighten(start, predict, cost, budget, slack=0.0) == start
+    assert lighten(start, predict, cost, budget, slack=9.0, rows=3) == start

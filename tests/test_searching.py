@@ -18,12 +18,16 @@ from aquabit.measuring.session import uniform_references
 from aquabit.pipelines import Adapter, trace
 from aquabit.quant.model import fingerprint
 from aquabit.scheme import AquabitError, Budget, Calibration, Protocol, QuantConfig, no_progress
-from aquabit.search import searcher as searching
+from aquabit.search import fresh_front
+from aquabit.search.fresh_front import FRESH_BLOCKS, images_to_tell
 from aquabit.search.front import Front
+from aquabit.search.integer_program import solve
 from aquabit.search.judging import ROUNDS, pieces
-from aquabit.search.loop import ladder
 from aquabit.search.options import activation_choices
-from aquabit.search.searcher import FRESH_BLOCKS, Search, SearchOptions, images_to_tell
+from aquabit.search.proposals import program_answers
+from aquabit.search.search import SPREAD, Search, SearchOptions
+from aquabit.search.surrogate_search import ladder
+from aquabit.search.winner import FINALISTS
 from aquabit.sensitivity.damages import Damages
 from aquabit.space import SearchSpace, make_space
 from aquabit.stats import Interval, paired_difference
@@ -62,8 +66,7 @@ class World:
         costs = CostModel(graph, space)
         low, high = costs.limits(8)["bits"]
         budget = Budget(bits=low + 0.5 * (high - low))
-        weights, acts = random_within(space, costs, budget, 1, 5)
-        given = space.configs(weights, acts)[0].with_layer(
+        given = random_within(space, costs, budget, 1, 5).config.with_layer(
             space.layers[0], "usq3", 16
         )  # a scheme that the space does not offer
         return World(pipe, Study(folder / "s.db"), str(folder / "bank"), space, costs, budget, given)
@@ -96,7 +99,7 @@ class World:
 def cheap() -> Iterator[None]:
     """No timing of packed calls, which nothing here depends on."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(searching, "packed_latencies", lambda here, configs, *_: [1.0] * len(configs))
+        patch.setattr(fresh_front, "packed_latencies", lambda here, configs, *_: [1.0] * len(configs))
         yield
 
 
@@ -180,8 +183,8 @@ def test_the_winner_is_not_worse_than_any_known_rival(searched: Any) -> None:
         "uniform configurations are known, one of them within the budget"
     )
     damages = Damages.of(world.space, world.study.features())
-    solved = searching.solve(damages.scores((8,)), world.costs, world.budget)
-    program = world.space.configs(solved.weights[None], solved.acts[None])[0].digest
+    solved = solve(damages.scores((8,)), world.costs, world.budget)
+    program = solved.choices.config.digest
     assert program in kept and rival["config"] in kept and program in first
     own = world.psnr(front.winner, blocks)
     assert len(own) >= ROUNDS[0]
@@ -192,7 +195,7 @@ def test_the_winner_is_not_worse_than_any_known_rival(searched: Any) -> None:
             assert paired_difference(values[:n], own[:n]).low <= 0, (key, values, own)
         else:
             better = sum(first[k] > first[key] for k in kept if k in first)
-            assert better >= searching.FINALISTS, "who is not judged was seen to be worse than all finalists"
+            assert better >= FINALISTS, "who is not judged was seen to be worse than all finalists"
 
 
 def test_run_twice_nothing_is_measured_and_the_front_is_the_same(searched: Any) -> None:
@@ -229,17 +232,18 @@ def searches(space: SearchSpace, costs: CostModel, budget: Budget) -> Search:
     """A search of made-up damages whose targets are set, without a session."""
     rng, shape = np.random.default_rng(0), space.allowed().shape
     made: Any = object.__new__(Search)
-    made.session, made.options, made.progress = (
-        SimpleNamespace(space=space, costs=costs),
+    made.session, made.costs, made.options, made.progress = (
+        SimpleNamespace(space=space),
+        costs,
         SearchOptions(budget),
         no_progress,
     )
     made.damages = Damages(
         space,
         np.where(space.allowed(), rng.random(shape), np.inf),
-        np.zeros((shape[0], len(space.act_codes))),
+        np.zeros((shape[0], len(space.act_choices))),
     )
-    made.candidates, made.targets = {}, [budget, *ladder(costs, budget, searching.SPREAD)]
+    made.candidates, made.targets = {}, [budget, *ladder(costs, budget, SPREAD)]
     return made  # type: ignore[no-any-return]
 
 
@@ -247,10 +251,10 @@ def test_the_program_answers_every_target() -> None:
     space, costs = model(6, 1, schemes=["usq2", "usq3", "usq4", "usq8"])
     low, high = costs.limits(8)["bits"]
     search = searches(space, costs, Budget(bits=low + 0.4 * (high - low)))
-    found = search._programs()
+    found = program_answers(search)
     assert list(found) == search.targets and len(search.targets) > 4
     for target, solved in found.items():
-        assert costs.within(costs.totals(solved.weights[None], solved.acts[None]), target)[0]
+        assert costs.within(costs.totals(solved.choices), target)[0]
     assert (
         {c.source for c in search.candidates.values()} == {"program"}
         and search.proof is not None
@@ -262,19 +266,17 @@ def test_a_target_of_the_front_whose_limits_exclude_each_other_is_left_out() -> 
     space, costs = model(
         5, 1, schemes=["usq2g2", "usq3", "usq8"], activations=[8]
     )  # usq2g2: fewer BOPs than usq3, but more bytes
-    weights, acts = every(space, (8,))
-    totals = costs.totals(weights, acts)
-    budgets = [
-        Budget(bits=float(totals["bits"][i]), bops=float(totals["bops"][i])) for i in range(len(weights))
-    ]
+    rows = every(space, (8,))
+    totals = costs.totals(rows)
+    budgets = [Budget(bits=float(totals["bits"][i]), bops=float(totals["bops"][i])) for i in range(len(rows))]
     narrow = [
         b
         for b in budgets
-        if any(not costs.within(totals, t).any() for t in ladder(costs, b, searching.SPREAD))
+        if any(not costs.within(totals, t).any() for t in ladder(costs, b, SPREAD))
         and costs.within(totals, b).any()
     ]
     assert narrow and activation_choices(space, narrow[0]) == (8,)
-    assert narrow[0] in searches(space, costs, narrow[0])._programs()
+    assert narrow[0] in program_answers(searches(space, costs, narrow[0]))
 
 
 def test_how_many_images_would_tell() -> None:

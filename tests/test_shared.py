@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -16,14 +16,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aquabit.choices import Choices
 from aquabit.cost import CostModel
 from aquabit.layer_formats import LOSS
 from aquabit.pipelines import trace
 from aquabit.quant.bank import Bank
 from aquabit.quant.model import QuantizedDenoiser
-from aquabit.scheme import AquabitError, Budget, Calibration, QuantConfig, Scheme
+from aquabit.scheme import Act, AquabitError, Budget, Calibration, QuantConfig, Scheme
 from aquabit.search import Columns, Options, activation_choices, find_candidates, improve, ladder, solve
-from aquabit.search.options import Opening
+from aquabit.search.options import Opening, Predict
 from aquabit.space import SearchSpace, make_space
 from benchmarks.research import assign
 from tests.conftest import tiny_pipeline
@@ -59,15 +60,15 @@ def model(
     return graph, space, CostModel(graph, space)
 
 
-def every(space: SearchSpace, activations: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Index matrices of all configurations of a small space."""
-    column = {s: i for i, s in enumerate(space.schemes)}
+def every(space: SearchSpace, activations: tuple[Act, ...]) -> Choices:
+    """All configurations of a small space."""
+    column, off = {s: i for i, s in enumerate(space.schemes)}, len(activations)
     pairs = [
-        [(column[s], 16 if str(row[0]) == "fp" else a) for s in row for a in activations]
+        [(column[s], off if str(row[0]) == "fp" else a) for s in row for a in range(off)]
         for row in space.choices.values()
     ]
     table = np.array(list(itertools.product(*pairs)))
-    return table[..., 0], table[..., 1]
+    return Choices.picked(space, table[..., 0], table[..., 1], (*activations, 16))
 
 
 def counted(graph: nx.DiGraph, picks: Mapping[str, tuple[Scheme, int]]) -> dict[str, float]:
@@ -88,16 +89,14 @@ def counted(graph: nx.DiGraph, picks: Mapping[str, tuple[Scheme, int]]) -> dict[
     return {"bits": 8 * stored / weights, "bytes": stored + 2 * 101, "bops": bops}
 
 
-def counted_all(
-    graph: nx.DiGraph, space: SearchSpace, weights: np.ndarray, acts: np.ndarray
-) -> dict[str, np.ndarray]:
-    rows = [
+def counted_all(graph: nx.DiGraph, space: SearchSpace, rows: Choices) -> dict[str, np.ndarray]:
+    table = [
         counted(
             graph, {n: (space.schemes[w], int(a)) for n, w, a in zip(space.layers, ws, bits, strict=True)}
         )
-        for ws, bits in zip(weights, acts, strict=True)
+        for ws, bits in zip(rows.weights, rows.acts, strict=True)
     ]
-    return {k: np.array([row[k] for row in rows]) for k in ("bits", "bytes", "bops")}
+    return {k: np.array([row[k] for row in table]) for k in ("bits", "bytes", "bops")}
 
 
 def middle(cost: CostModel, share: float, *names: str) -> Budget:
@@ -107,14 +106,10 @@ def middle(cost: CostModel, share: float, *names: str) -> Budget:
     return Budget(**{n: int(v) if n == "bytes" else v for n, v in values.items()})  # type: ignore[arg-type]
 
 
-def scored(
-    scores: np.ndarray, activations: tuple[int, ...], weights: np.ndarray, acts: np.ndarray
-) -> np.ndarray:
-    """Sums of scores [L, S, A] over index matrices."""
-    place = np.array([activations.index(a) if a in activations else 0 for a in acts.ravel()]).reshape(
-        acts.shape
-    )
-    return np.asarray(scores[np.arange(weights.shape[1]), weights, place].sum(1))
+def scored(scores: np.ndarray, activations: tuple[Act, ...], rows: Choices) -> np.ndarray:
+    """Sums of scores [L, S, A] over the layers of each row."""
+    place = rows.act_index((*activations, 16)) % len(activations)  # 16 of excluded layers: any
+    return np.asarray(scores[np.arange(rows.weights.shape[1]), rows.weights, place].sum(1))
 
 
 def only(*names: str) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -157,11 +152,11 @@ spaces = pytest.mark.parametrize("name", SPACES)
 @spaces
 def test_costs_are_those_of_brute_force_on_every_configuration(name: str) -> None:
     graph, space, cost = model(**SPACES[name])
-    weights, acts = every(space, (8,))
+    rows = every(space, (8,))
     rng = np.random.default_rng(0)
-    acts = np.where(acts == 8, rng.choice([8, 6], acts.shape), acts)
-    truth, totals = counted_all(graph, space, weights, acts), cost.totals(weights, acts)
-    single = [cost(config) for config in space.configs(weights, acts)]
+    rows = replace(rows, acts=np.where(rows.acts == 8, rng.choice([8, 6], rows.acts.shape), rows.acts))
+    truth, totals = counted_all(graph, space, rows), cost.totals(rows)
+    single = [cost(config) for config in rows.configs()]
     for key, attribute in (("bits", "bits_per_weight"), ("bytes", "bytes"), ("bops", "bops")):
         assert totals[key] == pytest.approx(truth[key], rel=1e-12)
         assert [getattr(c, attribute) for c in single] == pytest.approx(list(truth[key]), rel=1e-12)
@@ -172,7 +167,7 @@ def test_costs_are_those_of_brute_force_on_every_configuration(name: str) -> Non
 def test_one_configuration_is_found_at_its_exact_size() -> None:
     _, space, cost = model(**SPACES["one scheme"])
     scores = np.ones((len(space.choices), 2, 1))
-    for key, value in cost.totals(*every(space, (8,))).items():
+    for key, value in cost.totals(every(space, (8,))).items():
         if key != "bops":
             assert solve(scores, cost, Budget(**{key: value[0]})).score == len(space.choices)
 
@@ -211,7 +206,7 @@ def test_limits_are_the_ends_of_enumeration(name: str, act: int | None) -> None:
     _, space, cost = model(
         **SPACES[name], activations=[8] if name in ("shared", "one scheme") and act is None else [8, 6]
     )
-    totals = cost.totals(*every(space, space.activations if act is None else (act,)))
+    totals = cost.totals(every(space, space.activations if act is None else (act,)))
     limits = cost.limits(act)
     for key in ("bits", "bytes", "bops"):
         assert limits[key] == pytest.approx((totals[key].min(), totals[key].max()), rel=1e-12), key
@@ -240,7 +235,7 @@ def test_size_limits_are_exact_whatever_the_schemes(
     count: int, shape: tuple[int, int], schemes: list[str]
 ) -> None:
     _, space, cost = model({f"w{i}": ("w", shape) for i in range(count)}, schemes=schemes)
-    sizes = cost.totals(*every(space, (8,)))["bytes"]
+    sizes = cost.totals(every(space, (8,)))["bytes"]
     assert cost.limits(8)["bytes"] == (sizes.min(), sizes.max())
 
 
@@ -259,10 +254,10 @@ def test_options_agree_with_the_costs_on_every_configuration(name: str, names: t
     _, space, cost = model(**SPACES[name])
     budget = middle(cost, 0.45, *names)
     options = Options.of(cost, budget)
-    weights, acts = every(space, activation_choices(space, budget))
-    choice = options.columns.join(weights, acts)
+    rows = every(space, activation_choices(space, budget))
+    choice = options.columns.join(rows)
     assert (choice >= 0).all()
-    totals, used = cost.totals(weights, acts), options.used(choice)
+    totals, used = cost.totals(rows), options.used(choice)
     for r, limit in enumerate(options.names):
         expected = totals["bops"] if limit == "bops" else totals["bytes"] - cost.other_bytes
         assert used[r] == pytest.approx(expected, rel=1e-12)
@@ -306,22 +301,22 @@ def test_solve_finds_the_optimum_of_brute_force(names: tuple[str, ...], seed: in
     scores = np.random.default_rng(seed).normal(
         size=(len(space.choices), len(space.schemes), len(activations))
     )
-    weights, acts = every(space, activations)
-    inside = cost.within(cost.totals(weights, acts), budget)
-    truth = scored(scores, activations, weights, acts)[inside].min()
+    rows = every(space, activations)
+    inside = cost.within(cost.totals(rows), budget)
+    truth = scored(scores, activations, rows)[inside].min()
     found = solve(scores, cost, budget)
     assert found.score == pytest.approx(truth, abs=1e-6) and found.gap < 1e-6 and found.bound <= truth + 1e-6
-    assert cost.within(cost.totals(found.weights[None], found.acts[None]), budget).all()
-    assert scored(scores, activations, found.weights[None], found.acts[None])[0] == pytest.approx(found.score)
+    assert cost.within(cost.totals(found.choices), budget).all()
+    assert scored(scores, activations, found.choices)[0] == pytest.approx(found.score)
 
 
 @pytest.mark.parametrize("name", ["codebooks that are worth it", "no other scheme", "shared"])
 def test_every_size_is_reached_to_the_byte(name: str) -> None:
     _, space, cost = model(**SPACES[name])
-    weights, acts = every(space, (8,))
-    sizes = cost.totals(weights, acts)["bytes"]
+    rows = every(space, (8,))
+    sizes = cost.totals(rows)["bytes"]
     scores = np.random.default_rng(1).normal(size=(len(space.choices), len(space.schemes), 1))
-    values = scored(scores, (8,), weights, acts)
+    values = scored(scores, (8,), rows)
     distinct = np.unique(sizes)
     for size in distinct[[0, 1, len(distinct) // 2, -2, -1]]:
         found = solve(scores, cost, Budget(bytes=int(size)))
@@ -331,21 +326,21 @@ def test_every_size_is_reached_to_the_byte(name: str) -> None:
 def test_cuts_ask_for_other_solutions_until_none_is_left() -> None:
     _, space, cost = model(only("q0", "q1", "q2"), schemes=["usq4", "aq2x4g8s", "aq2x6g8s"])
     budget, scores = middle(cost, 0.6, "bits"), np.random.default_rng(0).normal(size=(3, 4, 1))
-    weights, acts = every(space, (8,))
-    inside = cost.within(cost.totals(weights, acts), budget)
-    ordered = np.sort(scored(scores, (8,), weights, acts)[inside])
-    assert 4 < len(ordered) < len(weights)
+    rows = every(space, (8,))
+    inside = cost.within(cost.totals(rows), budget)
+    ordered = np.sort(scored(scores, (8,), rows)[inside])
+    assert 4 < len(ordered) < len(rows)
     cuts: list[Any] = []
     for value in ordered:
         found = solve(scores, cost, budget, cuts=cuts)
         assert found.score == pytest.approx(value, abs=1e-6)
-        cuts.append((found.weights, found.acts, 1))
+        cuts.append((found.choices, 1))
     with pytest.raises(AquabitError, match="no further configuration"):
         solve(scores, cost, budget, cuts=cuts)
     best = solve(scores, cost, budget)
-    far = solve(scores, cost, budget, cuts=[(best.weights, best.acts, 3)])
-    apart = (weights != best.weights).sum(1) == 3
-    assert far.score == pytest.approx(scored(scores, (8,), weights, acts)[inside & apart].min(), abs=1e-6)
+    far = solve(scores, cost, budget, cuts=[(best.choices, 3)])
+    apart = (rows.weights != best.choices.weights).sum(1) == 3
+    assert far.score == pytest.approx(scored(scores, (8,), rows)[inside & apart].min(), abs=1e-6)
 
 
 @pytest.mark.parametrize("schemes", [["usq1g2", "aq2x4g4s", "aq1x6g4s"], ["usq2", "usq1g8", "aq1x8g8s"]])
@@ -353,7 +348,7 @@ def test_limits_that_cannot_be_kept_together_say_what_each_can_reach(schemes: li
     # fewest BOPs at usq1, whose many scales cost bytes; codebooks cost few bytes once all layers share them,
     # or more than they save
     _, space, cost = model({f"w{i}": ("w", (64, 16)) for i in range(3)}, schemes=schemes, activations=[8])
-    totals = cost.totals(*every(space, (8,)))
+    totals = cost.totals(every(space, (8,)))
     budget = Budget(bytes=int(totals["bytes"].min()) + 3, bops=float(totals["bops"].min()) * 1.01)
     assert not cost.within(totals, budget).any()
     with pytest.raises(AquabitError) as error:
@@ -372,7 +367,7 @@ def test_a_budget_out_of_reach_names_both_ends(limits: dict[str, Any]) -> None:
     _, space, cost = model(only("q0", "q1", "c0", "c1"))
     budget = Budget(**limits)
     key = next(iter(limits))
-    totals = cost.totals(*every(space, activation_choices(space, budget)))
+    totals = cost.totals(every(space, activation_choices(space, budget)))
     ends = f"{totals[key].min():.6g}", f"{totals[key].max():.6g}"
     scores = np.zeros((4, len(space.schemes), len(activation_choices(space, budget))))
     for refused in (
@@ -388,7 +383,7 @@ def test_a_budget_out_of_reach_names_both_ends(limits: dict[str, Any]) -> None:
 
 def test_the_ladder_stays_within_reach() -> None:
     _, space, cost = model(only("q0", "q1", "c0", "c1"))
-    totals = cost.totals(*every(space, (8,)))
+    totals = cost.totals(every(space, (8,)))
     low, high = totals["bits"].min(), totals["bits"].max()
     (top,) = ladder(cost, Budget(bits=low * 1.1), (1e6, 1e-6))
     assert top.bits == pytest.approx(high, rel=1e-12)
@@ -401,13 +396,13 @@ def test_the_ladder_stays_within_reach() -> None:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def rough(seed: int) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+def rough(seed: int) -> Predict:
     """A function without any structure, some of whose values are not numbers."""
 
-    def predict(weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
-        key = (weights * 7 + acts + np.arange(weights.shape[1])) * np.random.default_rng(seed).integers(
-            1, 1 << 40, weights.shape[1]
-        )
+    def predict(rows: Choices) -> np.ndarray:
+        layers = rows.weights.shape[1]
+        factors = np.random.default_rng(seed).integers(1, 1 << 40, layers)
+        key = (rows.weights * 7 + rows.acts + np.arange(layers)) * factors
         value = np.sin(key.sum(1) % 100003)
         return np.where(value > 0.95, np.nan, value)
 
@@ -459,7 +454,8 @@ def test_repair_ends_within_the_budget_or_says_that_it_cannot(
 def test_repair_weighs_that_the_last_user_frees_the_codebook() -> None:
     """Two layers share; whichever leaves alone saves little, the last one all. Only what is exact per
     state gets there."""
-    columns = Columns((8,), np.ones((2, 3), bool), np.full((2, 3), 8))
+    space = SearchSpace("", {k: (Scheme(), Scheme.parse("usq2"), Scheme.parse("usq4")) for k in "ab"})
+    columns = Columns.of(space, (8,))
     costs = np.array([[[0.0, 10.0, 9.0], [0.0, 10.0, 9.0]]])  # column 1 shares codebooks of 100
     opening = Opening(np.array([0, 1]), np.array([False, True, False]), np.array([100.0]))
     options = Options(columns, ("bits",), costs, np.array([30.0]), (opening,))
@@ -493,20 +489,19 @@ def test_local_search_never_leaves_the_budget_nor_gets_worse(
     scores = np.random.default_rng(seed).normal(
         size=(len(space.choices), len(space.schemes), len(activations))
     )
-    weights, acts = every(space, activations)
     if not cost.within(
-        cost.totals(weights, acts), budget
+        cost.totals(every(space, activations)), budget
     ).any():  # each limit alone can be kept, all of them cannot
         with pytest.raises(AquabitError, match="cannot be kept"):
             solve(scores, cost, budget)
         return
     start = solve(scores, cost, budget)
-    found = improve(start.weights, start.acts, rough(seed), cost, budget, seed, rows=rows)
-    config = space.configs(found.weights[None], found.acts[None])[0]
+    found = improve(start.choices, rough(seed), cost, budget, seed, rows=rows)
+    config = found.choices.config
     space.check(config)
     truth = counted(graph, {n: (config[n].weight, config[n].act) for n in space.layers})
     assert all(truth[k] <= limit * (1 + 1e-9) for k, limit in budget.limits().items())
-    assert cost.within(cost.totals(found.weights[None], found.acts[None]), budget).all()
+    assert cost.within(cost.totals(found.choices), budget).all()
     assert found.predicted <= found.start and found.rows <= rows
 
 
@@ -519,22 +514,20 @@ def test_exchanges_that_seem_to_fit_but_do_not_are_dropped() -> None:
     lure = space.config({"w0": space.choice("w0", wide, 8), "w1": space.choice("w1", shared, 8)})
     budget = Budget(bytes=cost(lure).bytes - 1)
     options = Options.of(cost, budget)
-    (weights, other), (acts, _) = space.indices([start, lure])
-    changes, used = (
-        options.changes(options.columns.join(weights, acts)),
-        options.used(options.columns.join(weights, acts)),
-    )
+    origin, other = Choices.of(space, [start]), Choices.of(space, [lure]).weights[0]
+    (choice,) = options.columns.join(origin)
+    changes, used = options.changes(choice), options.used(choice)
     assert (
         used[0] + changes[0, 0, other[0]] + changes[0, 1, other[1]]
         <= options.caps[0]
         < cost(lure).bytes - cost.other_bytes
     )
 
-    def predict(weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
-        return np.where((weights == other).all(1), -100.0, np.abs(weights - other).sum(1))
+    def predict(rows: Choices) -> np.ndarray:
+        return np.where((rows.weights == other).all(1), -100.0, np.abs(rows.weights - other).sum(1))
 
-    found = improve(weights, acts, predict, cost, budget)
-    assert cost.within(cost.totals(found.weights[None], found.acts[None]), budget).all()
+    found = improve(origin, predict, cost, budget)
+    assert cost.within(cost.totals(found.choices), budget).all()
 
 
 # ---- the loop
@@ -554,13 +547,17 @@ def test_candidates_keep_their_budgets(names: tuple[str, ...]) -> None:
     error = rng.lognormal(0, 1, (len(bits), 1)) * 4.0**-bits
     values: dict[str, tuple[QuantConfig, float]] = {}
 
-    def predict(weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
-        return np.asarray((error[np.arange(len(error)), weights] * np.where(acts == 6, 1.3, 1.0)).sum(1))
+    def predict(rows: Choices) -> np.ndarray:
+        rounded = np.where(rows.acts == 6, 1.3, 1.0)
+        return np.asarray((error[np.arange(len(error)), rows.weights] * rounded).sum(1))
 
     def measure(configs: list[QuantConfig]) -> None:
         assert not {c.digest for c in configs} & set(values)
         values.update(
-            {c.digest: (c, float(v)) for c, v in zip(configs, predict(*space.indices(configs)), strict=True)}
+            {
+                c.digest: (c, float(v))
+                for c, v in zip(configs, predict(Choices.of(space, configs)), strict=True)
+            }
         )
 
     measure(list({c.digest: c for c in space.sample(20, seed=1)}.values()))
@@ -604,8 +601,8 @@ def test_assign_finds_the_least_error_of_one_family(share: float, given_errors: 
     rng = np.random.default_rng(3)
     errors = {(k, str(s)): float(rng.uniform(0.01, 1)) for k, row in space.choices.items() for s in row}
     family = make_space(graph, "print", "toy", schemes=["aq2x4g8", "aq2x4g8s", "aq2x6g8s", "aq4x4g8"])
-    weights, acts = every(family, (8,))
-    sizes = CostModel(graph, family).totals(weights, acts)["bits"]
+    rows = every(family, (8,))
+    sizes = CostModel(graph, family).totals(rows)["bits"]
     budget = Budget(bits=float(sizes.min() + share * (sizes.max() - sizes.min())))
     found = assign(graph, space, budget, errors if given_errors else None)
 
@@ -617,7 +614,7 @@ def test_assign_finds_the_least_error_of_one_family(share: float, given_errors: 
             for n in space.layers
         )
 
-    inside = [c for c, size in zip(family.configs(weights, acts), sizes, strict=True) if size <= budget.bits]  # type: ignore[operator]
+    inside = [c for c, size in zip(rows.configs(), sizes, strict=True) if size <= budget.bits]  # type: ignore[operator]
     assert error(found) == pytest.approx(min(map(error, inside)), abs=1e-6)
     assert cost(found).bits_per_weight <= budget.bits * (1 + 1e-12)  # type: ignore[operator]
     assert all(c.weight.kind == "aq" and c.act == 8 for c in found.layers.values())

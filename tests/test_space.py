@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import kstest
 
+from aquabit.choices import Choices
 from aquabit.cost import CostModel
 from aquabit.pipelines import trace
 from aquabit.scheme import AquabitError, QuantConfig, Scheme
@@ -49,11 +50,6 @@ def test_samples_cover_the_range_evenly_and_are_reproducible() -> None:
     assert kstest(np.clip((means - low) / (high - low), 0, 1), "uniform").statistic < 0.12
     lows = [np.mean([c.act == 6 for c in config.layers.values()]) for config in drawn]
     assert 0.35 < np.mean(np.array(lows) == 0) < 0.65 and max(lows) > 0.9
-
-
-def test_indices_and_configs_are_inverse() -> None:
-    drawn = SPACE.sample(20)
-    assert [c.digest for c in SPACE.configs(*SPACE.indices(drawn))] == [c.digest for c in drawn]
 
 
 def test_json_round_trip() -> None:
@@ -122,7 +118,7 @@ def test_encoder_aggregates_follow_a_swap() -> None:
 
 def test_cost_limits_are_reached_and_hold() -> None:
     costs = CostModel(GRAPH, SPACE)
-    totals = costs.totals(*SPACE.indices(SPACE.sample(200)))
+    totals = costs.totals(Choices.of(SPACE, SPACE.sample(200)))
     for name, (low, high) in costs.limits().items():
         assert (totals[name] >= low * (1 - 1e-12)).all() and (totals[name] <= high * (1 + 1e-12)).all()
     smallest = min(costs(SPACE.uniform(s)).bytes for s in ("usq2", "vq2"))

@@ -89,7 +89,7 @@ def damages_of(layers: int, seed: int = 0) -> Damages:
     rng = np.random.default_rng(seed)
     weights = np.where(space.allowed(), rng.lognormal(-8, 2, space.allowed().shape), np.inf)
     weights[:, 0] = np.where(space.allowed()[:, 0], 0.0, np.inf)
-    acts = np.full((layers, len(space.act_codes)), 1e-9)
+    acts = np.full((layers, len(space.act_choices)), 1e-9)
     return Damages(space, weights, acts)
 
 

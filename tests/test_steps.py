@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aquabit import packing
+from aquabit.choices import Choices
 from aquabit.cost import CostModel, Latency
 from aquabit.graph import layers as graph_layers
 from aquabit.measuring.evaluator import Evaluator
@@ -149,12 +150,13 @@ def test_bops_are_averaged_over_steps() -> None:
             )
             by_hand += node["macs"] * 4 * (32 if bits == 16 else bits) / 10
     assert costs(config).bops == pytest.approx(by_hand, rel=1e-12)
-    assert costs.totals(*space.indices([config]))["bops"][0] == pytest.approx(by_hand, rel=1e-12)
+    assert costs.totals(Choices.of(space, [config]))["bops"][0] == pytest.approx(by_hand, rel=1e-12)
     same = space.uniform("usq4", (8, 8, 8))
     assert costs(same) == costs(space.uniform("usq4", 8))
     with pytest.raises(AquabitError, match="other groups of steps"):
-        space.indices(
-            [replace(config, layers={names[0]: LayerChoice(USQ4, (6, 8))}, steps=StepGroups(10, (0, 5)))]
+        Choices.of(
+            space,
+            [replace(config, layers={names[0]: LayerChoice(USQ4, (6, 8))}, steps=StepGroups(10, (0, 5)))],
         )
 
 
@@ -164,7 +166,7 @@ def test_latency_is_averaged_over_steps() -> None:
     table[:, 1] = [[9, 4, 2], [9, 7, 5]]
     timed = cost.timed(Latency(table, (16, 8, 6), 0.5))
     config = space.config({"l0": LayerChoice(USQ4, (6, 8)), "l1": LayerChoice(USQ4, 6)})
-    assert timed.totals(*space.indices([config]))["latency_ms"][0] == pytest.approx(
+    assert timed.totals(Choices.of(space, [config]))["latency_ms"][0] == pytest.approx(
         0.3 * 2 + 0.7 * 4 + 5 + 0.5
     )
 
@@ -392,24 +394,24 @@ def test_choices_are_widths_and_one_change_between_neighbours() -> None:
         (6, 6, 4),
     )
     assert grouped_space(step_groups=None).act_choices == (8, 6)
-    assert len(set(three.act_codes)) == len(three.act_codes)
+    assert len(set(three.act_choices)) == len(three.act_choices)
 
 
 @given(st.integers(0, 10**6))
 def test_samples_draw_patterns_and_indices_are_inverse(seed: int) -> None:
     space = grouped_space()
     drawn = space.sample(12, seed)
-    assert [c.digest for c in space.configs(*space.indices(drawn))] == [c.digest for c in drawn]
+    assert [c.digest for c in Choices.of(space, drawn).configs()] == [c.digest for c in drawn]
     assert [c.digest for c in space.sample(3, seed)] == [c.digest for c in drawn[:3]]
-    _, acts = space.indices(drawn)
     means = [[c.mean_act(k) for k in space.layers] for c in drawn]
-    assert np.allclose(space.mean_bits(acts), means)
+    assert np.allclose(Choices.of(space, drawn).mean_bits, means)
 
 
 def test_half_of_the_samples_are_at_the_highest_bits_and_a_quarter_has_patterns() -> None:
-    _, acts = (space := grouped_space()).indices(space.sample(200))
-    assert 0.4 < (acts == 8).all(1).mean() < 0.6 and 0.15 < (acts > 31).any(1).mean() < 0.35
-    assert set(np.unique(acts)) == set(space.act_codes)
+    space = grouped_space()
+    place = Choices.of(space, space.sample(200)).act_index(space.act_choices)
+    assert 0.4 < (place == 0).all(1).mean() < 0.6 and 0.15 < (place > 1).any(1).mean() < 0.35
+    assert set(np.unique(place)) == set(range(len(space.act_choices)))
 
 
 def test_spaces_without_groups_are_as_they_were() -> None:
@@ -480,7 +482,7 @@ def test_the_order_of_widths_is_seen(probed: bool) -> None:
     assert low[act] == high[act] == pytest.approx(0.5) and both[act] == 1
     order = encoder.columns.index(f"order:{layer}")
     assert (low[order], high[order], both[order]) == (-1, 1, 0)
-    parts = member_parts(encoder, *space.indices([base]))
+    parts = member_parts(encoder, Choices.of(space, [base]))
     assert all(
         name.split(":")[0] in parts
         for name, members in zip(encoder.columns, encoder.members, strict=True)
@@ -498,32 +500,29 @@ def test_the_search_chooses_among_patterns(names: tuple[str, ...], seed: int) ->
     )
     budget = middle(cost, 0.5, *names)
     choices = activation_choices(space, budget)
-    assert choices == space.act_codes and activation_choices(space, Budget(bits=3)) == (8,)
-    weights, acts = every(space, choices)
-    totals, options = cost.totals(weights, acts), Options.of(cost, budget)
+    assert choices == space.act_choices and activation_choices(space, Budget(bits=3)) == (8,)
+    rows = every(space, choices)
+    totals, options = cost.totals(rows), Options.of(cost, budget)
     inside = cost.within(totals, budget)
-    choice = options.columns.join(weights, acts)
+    choice = options.columns.join(rows)
     assert (choice >= 0).all() and (options.keeps(choice) == inside).all()
     for name in names:
         low, high = cost.limits()[name]
         assert (totals[name] >= low * (1 - 1e-12)).all() and (totals[name] <= high * (1 + 1e-12)).all()
     scores = np.random.default_rng(seed).normal(size=(4, len(space.schemes), len(choices)))
     found = solve(scores, cost, budget)
-    best = total(scores, choices, weights[inside], acts[inside]).min()
+    best = total(scores, choices, rows[inside]).min()
     assert found.score == pytest.approx(best, abs=1e-9) and found.gap < 1e-12
 
-    def predict(w: np.ndarray, a: np.ndarray) -> np.ndarray:
-        base = total(scores, choices, w, a)
-        return base + 0.3 * np.abs(np.diff(space.mean_bits(a), axis=1)).sum(1)
+    def predict(rows: Choices) -> np.ndarray:
+        return total(scores, choices, rows) + 0.3 * np.abs(np.diff(rows.mean_bits, axis=1)).sum(1)
 
-    again = additive_scores(
-        lambda w, a: total(scores, choices, w, a), space, (weights[:3], acts[:3]), choices
-    )
+    again = additive_scores(lambda rows: total(scores, choices, rows), space, rows[:3], choices)
     cells = again[:, 1:] - scores[:, 1:]
     assert np.allclose(cells, cells[:, :1, :1]), "single choices of an additive function"
-    improved = improve(found.weights, found.acts, predict, cost, budget, seed=seed)
+    improved = improve(found.choices, predict, cost, budget, seed=seed)
     assert improved.predicted <= improved.start
-    assert improved.predicted == pytest.approx(predict(weights[inside], acts[inside]).min(), abs=1e-9)
+    assert improved.predicted == pytest.approx(predict(rows[inside]).min(), abs=1e-9)
 
 
 def test_a_study_measures_patterns_and_probes_them(tmp_path, dit) -> None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 from sklearn.base import clone
 
+from aquabit.choices import Choices
 from aquabit.cost import CostModel
 from aquabit.graph import to_json
 from aquabit.scheme import AquabitError, Measurement, Protocol
@@ -67,9 +68,9 @@ class World:
         self.weight_of[list(PLANTED)] = (1.5, 1.2, 0.9)
         self.probes = self._probes() if probed else {}
         self.encoder = Encoder(self.space, self.graph, self.errors, self.probes or None)
-        self.weights, self.acts = self.draw(count, rng)
-        self.y = self.truth(self.weights, self.acts) * np.exp(noise * rng.normal(size=count))
-        self.bits = self.cost.totals(self.weights, self.acts)["bits"]
+        self.choices = self.draw(count, rng)
+        self.y = self.truth(self.choices) * np.exp(noise * rng.normal(size=count))
+        self.bits = self.cost.totals(self.choices)["bits"]
 
     def _probes(self) -> dict[tuple[str, str], dict]:
         alone = {k: self.weight_of[self.space.layers.index(k[0])] * v for k, v in self.errors.items()}
@@ -84,7 +85,7 @@ class World:
     def damages(self) -> Damages:
         return Damages.of(self.space, self.probes)
 
-    def draw(self, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    def draw(self, count: int, rng: np.random.Generator) -> Choices:
         """Bits of each configuration tilted to a mean of its own; a8, or a6 with a probability of its own
         in half of them."""
         bits = np.array([s.bits for s in self.space.schemes[1:]], float)
@@ -92,14 +93,14 @@ class World:
         odds /= odds.sum(1, keepdims=True)
         weights = 1 + np.stack([rng.choice(len(bits), 60, p=p) for p in odds])
         share = rng.uniform(size=(count, 1)) * (rng.random((count, 1)) < 0.5)
-        return weights, np.where(rng.random(weights.shape) < share, 6, 8)
+        return Choices(self.space, weights, np.where(rng.random(weights.shape) < share, 6, 8))
 
-    def truth(self, weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
-        total = self.total(weights, acts)
+    def truth(self, rows: Choices) -> np.ndarray:
+        total = self.total(rows)
         return 20 + 200 * total / (total + 1.5)
 
-    def total(self, weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
-        damage = self.weight_of * (self.encoder.error[np.arange(60), weights] + 0.03 * (acts == 6))
+    def total(self, rows: Choices) -> np.ndarray:
+        damage = self.weight_of * (self.encoder.error[np.arange(60), rows.weights] + 0.03 * (rows.acts == 6))
         block = damage.reshape(len(damage), 10, 6).sum(2)
         return block.sum(1) + 3 * (block[:, :-1] * block[:, 1:]).sum(1) + 1.5 * np.sqrt(block.max(1))
 
@@ -110,9 +111,7 @@ class World:
             study.add_features(
                 {**self.probes, **{k: {"error": v, **self.probes.get(k, {})} for k, v in self.errors.items()}}
             )
-            for config, y in list(zip(self.space.configs(self.weights, self.acts), self.y, strict=True))[
-                :count
-            ]:
+            for config, y in list(zip(self.choices.configs(), self.y, strict=True))[:count]:
                 self.record(
                     study,
                     config,
@@ -125,7 +124,7 @@ class World:
     def distance(self, config) -> dict[str, float]:
         if not self.probes:
             return {}
-        mse = 1e-3 * float(self.total(*self.space.indices([config]))[0])
+        mse = 1e-3 * float(self.total(Choices.of(self.space, [config]))[0])
         return {"mse": mse, "psnr": -10 * float(np.log10(mse))}
 
     def record(self, study: Study, config, metrics: dict[str, float], kind: str, protocol: Protocol) -> None:
@@ -143,7 +142,7 @@ def world() -> World:
 
 @pytest.fixture(scope="module")
 def validated(world: World) -> dict:
-    return cross_validate(world.encoder, world.weights, world.acts, world.y, world.bits)
+    return cross_validate(world.encoder, world.choices, world.y, world.bits)
 
 
 def budget(n: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -246,9 +245,7 @@ def test_shuffled_labels_score_near_zero(world: World) -> None:
     for seed in range(3):
         y = np.random.default_rng(seed).permutation(world.y)
         found.append(
-            cross_validate(world.encoder, world.weights, world.acts, y, world.bits, seed=seed)[
-                "within_budget_srcc"
-            ]
+            cross_validate(world.encoder, world.choices, y, world.bits, seed=seed)["within_budget_srcc"]
         )
     assert abs(np.mean(found)) < 0.2
 
@@ -256,7 +253,7 @@ def test_shuffled_labels_score_near_zero(world: World) -> None:
 def test_predictions_are_held_out(world: World) -> None:
     """Labels of one fold do not reach its own predictions."""
     half = slice(0, 100)
-    args = (world.encoder, world.weights[half], world.acts[half])
+    args = (world.encoder, world.choices[half])
     first = cross_validate(*args, world.y[half], world.bits[half])
     changed = np.where(first["fold"] == 2, world.y[half] * 3, world.y[half])
     second = cross_validate(*args, changed, world.bits[half])
@@ -265,7 +262,7 @@ def test_predictions_are_held_out(world: World) -> None:
 
 
 def test_surrogate_is_deterministic_and_an_estimator(world: World) -> None:
-    features = world.encoder(world.weights, world.acts)
+    features = world.encoder(world.choices)
     first, second = (clone(Surrogate(rounds=40)).fit(features, world.y).predict(features) for _ in range(2))
     assert np.array_equal(first, second)
     model = Surrogate(rounds=40).fit(features, world.y)
@@ -274,7 +271,7 @@ def test_surrogate_is_deterministic_and_an_estimator(world: World) -> None:
 
 
 def test_higher_is_better_is_turned_round(world: World) -> None:
-    features = world.encoder(world.weights, world.acts)
+    features = world.encoder(world.choices)
     low = Surrogate(rounds=40).fit(features, world.y).predict(features)
     high = Surrogate(rounds=40, direction="max").fit(features, 1 / world.y)
     assert scores.srcc(low, high.predict(features)) > 0.999
@@ -295,7 +292,7 @@ def test_target_round_trip(direction: str, values: list[float]) -> None:
 
 
 def test_contributions_add_up(world: World) -> None:
-    features = world.encoder(world.weights, world.acts)
+    features = world.encoder(world.choices)
     for linear in (0.0, 0.5):
         model = Surrogate(rounds=40, linear=linear).fit(features, world.y)
         values, base = model.contributions(features[:50])
@@ -313,7 +310,7 @@ def test_average_bits_recovers_a_cubic() -> None:
 
 def test_fit_from_study_takes_only_training_measurements(world: World, tmp_path) -> None:
     study, protocol = world.study(tmp_path / "s.db", 60), Protocol()
-    extra = world.space.configs(world.weights[60:80], world.acts[60:80])
+    extra = world.choices[60:80].configs()
     for i, kind in enumerate(["flip"] * 5 + ["reference", "fresh"] + ["candidate"] * 5):
         world.record(study, extra[i], {"fid": 1e6}, kind, protocol)
     for config in extra[12:20]:
@@ -325,7 +322,7 @@ def test_fit_from_study_takes_only_training_measurements(world: World, tmp_path)
 
 def test_ends_of_real_swaps_are_no_training_rows(world: World, tmp_path) -> None:
     study, protocol = world.study(tmp_path / "s.db", 40), Protocol()
-    one, other = world.space.configs(world.weights[:2], world.acts[:2])
+    one, other = world.choices[:2].configs()
     study.add_swap(world.space.layers[0], "usq4", "usq2", one.digest, other.digest, protocol)
     assert not {one.digest, other.digest} & set(fit_from_study(study).configs)
 
@@ -341,7 +338,7 @@ def test_too_few_measurements_say_what_to_do(world: World, tmp_path) -> None:
 def test_noise_ceiling_needs_a_second_seed_set(world: World, tmp_path) -> None:
     study, protocol = world.study(tmp_path / "s.db", 40), Protocol().block(1)
     rng = np.random.default_rng(0)
-    for i, config in enumerate(world.space.configs(world.weights[:40], world.acts[:40])):
+    for i, config in enumerate(world.choices[:40].configs()):
         world.record(
             study, config, {"fid": float(world.y[i] * np.exp(0.01 * rng.normal()))}, "fresh", protocol
         )
@@ -391,12 +388,10 @@ def test_among_good_ones_only_they_count() -> None:
 def near_study(path, count: int = 160, seed: int = 0) -> tuple[World, Study]:
     """A study of the default design."""
     near = World(count, seed, probed=True)
-    near.weights, near.acts = near.space.indices(
-        Design.parse(DEFAULT).draw(near.space, count, seed, near.damages, near.cost)
+    near.choices = Choices.of(
+        near.space, Design.parse(DEFAULT).draw(near.space, count, seed, near.damages, near.cost)
     )
-    near.y = near.truth(near.weights, near.acts) * np.exp(
-        0.02 * np.random.default_rng(seed).normal(size=count)
-    )
+    near.y = near.truth(near.choices) * np.exp(0.02 * np.random.default_rng(seed).normal(size=count))
     return near, near.study(path)
 
 
@@ -405,7 +400,7 @@ def test_the_score_among_good_ones_is_reported_with_their_number(tmp_path) -> No
     fitted = fit_from_study(study)
     among, mse = (
         fitted.scores["among_good"],
-        np.array([near.distance(c)["mse"] for c in near.space.configs(fitted.weights, fitted.acts)]),
+        np.array([near.distance(c)["mse"] for c in fitted.choices.configs()]),
     )
     good = np.array([m <= 1.25 * mse[fitted.bits <= b].min() for m, b in zip(mse, fitted.bits, strict=True)])
     assert among["count"] == good.sum() >= scores.ENOUGH and set(among["baselines"]) == {
@@ -417,7 +412,7 @@ def test_the_score_among_good_ones_is_reported_with_their_number(tmp_path) -> No
         and among["noise_ceiling"] is None
     )
     protocol = Protocol().block(1)
-    for config, y in zip(near.space.configs(near.weights, near.acts), near.y, strict=True):
+    for config, y in zip(near.choices.configs(), near.y, strict=True):
         near.record(study, config, {"fid": float(y)}, "fresh", protocol)
     assert fit_from_study(study).scores["among_good"]["noise_ceiling"] == pytest.approx(1)
     few = fit_from_study(near.study(tmp_path / "few.db", 20)).scores["among_good"]
@@ -428,7 +423,7 @@ def test_the_low_noise_distance_is_learned_too(tmp_path) -> None:
     near, study = near_study(tmp_path / "s.db")
     fitted = fit_from_study(study, "psnr")
     assert fitted.direction == "max" and fitted.objective == "psnr" and fitted.scores["srcc"] > 0.9
-    worse = near.space.configs(near.weights[:1], near.acts[:1])[0]
+    worse = near.choices[:1].configs()[0]
     for layer in near.space.layers:
         worse = worse.with_layer(layer, "usq2")
     assert fitted.predict([worse])[0] < np.median(fitted.y)
@@ -451,7 +446,7 @@ def test_space_of_one_layer_is_served() -> None:
     space: SearchSpace = make_space(graph, "f" * 16, schemes=SCHEMES)
     encoder = Encoder(space, graph, {("only", str(s)): 4.0**-s.bits for s in space.schemes[1:]})
     weights = 1 + np.arange(30)[:, None] % (len(space.schemes) - 1)
-    acts = np.full((30, 1), 8)
+    rows = Choices.at(space, weights, 8)
     y = 1 + encoder.error[0, weights[:, 0]]
-    result = cross_validate(encoder, weights, acts, y, CostModel(graph, space).totals(weights, acts)["bits"])
+    result = cross_validate(encoder, rows, y, CostModel(graph, space).totals(rows)["bits"])
     assert result["srcc"] > 0.9

@@ -19,10 +19,7 @@ def test_shap_in_units_adds_up_to_what_the_prediction_is_worse(objective: str, t
     fitted = fit_from_study(World().study(tmp_path / "s.db"), objective, baselines=())
     values, base = shap_by_layer(fitted)
     units = shap_in_units(fitted, values, base)
-    predicted, average = (
-        fitted.values(fitted.weights, fitted.acts),
-        fitted.surrogate.target_.to_units(np.array(base)),
-    )
+    predicted, average = (fitted.values(fitted.choices), fitted.surrogate.target_.to_units(np.array(base)))
     assert units.sum(1) == pytest.approx(fitted.sign * (predicted - average), rel=1e-3, abs=1e-3)
     assert (np.sign(units) == np.sign(values)).all(), "positive = worse, whatever the direction"
 
@@ -38,7 +35,7 @@ def test_shap_in_units_adds_up_to_what_the_prediction_is_worse(objective: str, t
     by_scheme = shap_by_scheme(fitted, values, base)
     names = [str(s) for s in fitted.space.schemes]
     for i in (0, 3):
-        counts = {s: int((fitted.weights[:, i] == names.index(s)).sum()) for s in by_scheme[i]}
+        counts = {s: int((fitted.choices.weights[:, i] == names.index(s)).sum()) for s in by_scheme[i]}
         assert sum(counts.values()) == len(fitted.y)
         assert sum(by_scheme[i][s] * n for s, n in counts.items()) == pytest.approx(
             units[:, i].sum(), abs=1e-6

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from aquabit import packing
+from aquabit.choices import Choices
 from aquabit.cost import CostModel
 from aquabit.graph import codebook_names
 from aquabit.kernels import Request, dispatch
@@ -232,7 +233,9 @@ def test_a_configuration_costs_what_its_kernels_take(dit, evaluator, timed) -> N
             for row in asked.values()
             for r, k in row.items()
         )
-        assert costs.totals(*space.indices([config]))["latency_ms"][0] == pytest.approx(expected + table.rest)
+        assert costs.totals(Choices.of(space, [config]))["latency_ms"][0] == pytest.approx(
+            expected + table.rest
+        )
     assert all(layer.packed is None for layer in evaluator.quantized.layers.values()), "dense again"
 
 

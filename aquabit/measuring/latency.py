@@ -9,6 +9,7 @@ from statistics import median
 
 import numpy as np
 
+from aquabit.choices import Choices
 from aquabit.cost import Latency
 from aquabit.kernels.time_requests import interleaved, measure_missing
 from aquabit.measuring.evaluator import Evaluator
@@ -42,7 +43,7 @@ def latency_table(
     known = Latency(layers, activations, 0.0)
     config = space.level(*TYPICAL, max(space.activations))
     whole = packed_latencies(evaluator, [config], progress, protocol)[0]
-    return Latency(layers, activations, max(0.0, whole - float(known.of(*space.indices([config])).sum())))
+    return Latency(layers, activations, max(0.0, whole - float(known.of(Choices.of(space, [config])).sum())))
 
 
 def _layer_table(

@@ -1,15 +1,18 @@
 """Search under hard budgets: the integer program over damages, refined in context, judged in pairs,
 measured on fresh seeds."""
 
+from aquabit.search.fresh_front import FRESH_BLOCKS, measure_front
 from aquabit.search.front import Front, FrontMember, hypervolume, pareto, smallest_uniform
 from aquabit.search.integer_program import Solution, additive_scores, choice_effects, solve
 from aquabit.search.judging import Judgement, judge
-from aquabit.search.local import Improved, improve
-from aquabit.search.loop import Candidate, check_method, find_candidates, ladder
+from aquabit.search.local_search import Improved, improve
 from aquabit.search.options import Columns, Options, activation_choices
-from aquabit.search.proof import Bound, Bounded, Proof, branch_and_bound, columns_of
+from aquabit.search.proof import Bound, Bounded, Proof, branch_and_bound
+from aquabit.search.proposals import propose
 from aquabit.search.refine import Seen, Step, refine
-from aquabit.search.searcher import FRESH_BLOCKS, Search, SearchOptions
+from aquabit.search.search import Search, SearchOptions
+from aquabit.search.surrogate_search import Candidate, check_method, find_candidates, ladder
+from aquabit.search.winner import choose_winner
 from benchmarks.research.assign import assign
 from benchmarks.research.searchers import SEARCHERS, Problem, find_searcher
 
@@ -38,14 +41,16 @@ __all__ = [
     "branch_and_bound",
     "check_method",
     "choice_effects",
-    "columns_of",
+    "choose_winner",
     "find_candidates",
     "find_searcher",
     "hypervolume",
     "improve",
     "judge",
     "ladder",
+    "measure_front",
     "pareto",
+    "propose",
     "refine",
     "smallest_uniform",
     "solve",

@@ -12,6 +12,7 @@ import numpy as np
 from scipy.optimize import linprog
 from scipy.sparse import coo_matrix, csr_matrix, vstack
 
+from aquabit.choices import Choices
 from aquabit.measuring.evaluator import SKETCH
 from aquabit.scheme import AquabitError
 from aquabit.sensitivity.features import Encoder
@@ -35,16 +36,17 @@ class _Column:
     concave_from: float = 0.0
 
 
-def _columns(encoder: Encoder, weights: np.ndarray, acts: np.ndarray) -> list[_Column | None]:
-    """What each feature is of the choices that ``weights`` and ``acts`` [L, C] name; None for a kind that is
+def _columns(encoder: Encoder, each: Choices) -> list[_Column | None]:
+    """What each feature is of the choices that ``each`` (C rows) gives the layers; None for a kind that is
     not such a sum.
 
     This is the table of kinds for features of several layers. A new kind has a row here, or nothing is known
     of it: the trees that split on it may give any of their leaves, and where the ridge has a weight for it
     there is no bound. Features of one layer need no row.
     """
-    rows, floor = np.arange(len(weights))[:, None], encoder.FLOOR
-    low, order = (part.T for part in encoder.activation_reduction(acts.T))
+    weights, floor = each.weights.T, encoder.FLOOR
+    rows = np.arange(len(weights))[:, None]
+    low, order = (part.T for part in encoder.activation_reduction(each.group_bits))
     tables = {
         "error": encoder.error[rows, weights],
         "low": low,
@@ -52,8 +54,7 @@ def _columns(encoder: Encoder, weights: np.ndarray, acts: np.ndarray) -> list[_C
         "bits": encoder.bits[rows, weights] * encoder.size_share[:, None],
     }
     if encoder.probed:
-        activation = len(encoder.space.schemes) + np.searchsorted(encoder.levels, acts)
-        tables["damage"] = encoder.damage[rows, weights] + encoder.damage[rows, activation]
+        tables["damage"] = encoder.damages(each).T
         tables["root"] = np.sqrt(tables["damage"])
 
     def log(table: str, layers: np.ndarray, mean: bool = False, add: float = 0.0) -> _Column:
@@ -93,15 +94,13 @@ def _columns(encoder: Encoder, weights: np.ndarray, acts: np.ndarray) -> list[_C
     return found
 
 
-def _own_values(encoder: Encoder, weights: np.ndarray, acts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _own_values(encoder: Encoder, each: Choices) -> tuple[np.ndarray, np.ndarray]:
     """The layer [F] that alone decides each feature, -1 where there is none, and the values [F, C] at its
     choices: as encoded."""
-    values = encoder(weights.T, acts.T)
-    shuffled = np.random.default_rng(0).permuted(
-        np.tile(np.arange(weights.shape[1]), (len(weights), 1)), axis=1
-    )
-    rows = np.arange(len(weights))[:, None]
-    mixed = encoder(weights[rows, shuffled].T, acts[rows, shuffled].T)
+    values, (count, layers) = encoder(each), each.weights.shape
+    shuffled = np.random.default_rng(0).permuted(np.tile(np.arange(count), (layers, 1)), axis=1)
+    rows = np.arange(layers)[:, None]
+    mixed = encoder(Choices(each.space, each.weights.T[rows, shuffled].T, each.acts.T[rows, shuffled].T))
     layer = np.full(len(encoder.columns), -1)
     for f, members in enumerate(encoder.members):
         if len(members) == 1 and np.array_equal(values[shuffled[members[0]], f], mixed[:, f], equal_nan=True):
@@ -160,9 +159,9 @@ class EnsembleBound:
     [R, L, C] at most ``caps`` [R]), and the fractional choice [L, C] that it was found at; (inf, None) where
     none keeps them.
 
-    ``weights`` and ``acts`` [L, C] say what column c of layer i is (scheme index, activation choice);
-    ``allowed`` which there are at all. It is the optimum of a linear program: shares of columns, and of the
-    leaves of each tree, of which those on one side of a split weigh no more than what goes there (Mišić,
+    Row c of ``each`` gives every layer column c; ``allowed`` says which there are at all. It is the optimum
+    of a linear program: shares of columns, and of the leaves of each tree, of which those on one side of a
+    split weigh no more than what goes there (Mišić,
     "Optimization of tree ensembles", 2020); a split on an aggregate, as on the error of an operator type, is
     tied to its sum by the largest and the smallest it can be; the ridge part is exact for columns of one
     layer, and for the logarithm of a sum its chord, or its tangents. Exact where one column a layer is left,
@@ -170,20 +169,16 @@ class EnsembleBound:
     is not the boosted one.
     """
 
-    def __init__(
-        self,
-        surrogate: Surrogate,
-        encoder: Encoder,
-        weights: np.ndarray,
-        acts: np.ndarray,
-        allowed: np.ndarray,
-    ):
+    def __init__(self, surrogate: Surrogate, encoder: Encoder, each: Choices, allowed: np.ndarray):
         if not hasattr(surrogate, "boosters_"):
             raise AquabitError(f"bounds are known for boosted trees only, not for {type(surrogate).__name__}")
-        self.surrogate, self.encoder, self.shape = surrogate, encoder, weights.shape
-        weights, acts = np.where(allowed, weights, 0), np.where(allowed, acts, encoder.levels[0])
-        self.weights, self.acts, self.root = weights, acts, allowed
-        self.columns = _columns(encoder, weights, acts)
+        self.surrogate, self.encoder, self.shape = surrogate, encoder, allowed.shape
+        none = np.zeros_like(each.weights)
+        blank = Choices.picked(each.space, none, none, encoder.levels[:1])
+        acts = np.where(allowed.T, each.acts, blank.acts)
+        each = Choices(each.space, np.where(allowed.T, each.weights, none), acts)
+        self.each, self.root = each, allowed
+        self.columns = _columns(encoder, each)
         self.trees = _Trees.of(surrogate.boosters_)
         linear = surrogate.linear_
         self.ridge = np.zeros(len(self.columns)) if linear is None else surrogate.linear * linear.weights
@@ -192,7 +187,7 @@ class EnsembleBound:
             if linear is None
             else surrogate.linear * (linear.intercept - float(linear.weights @ linear.mean))
         )
-        self.layer, self.value = _own_values(encoder, weights, acts)
+        self.layer, self.value = _own_values(encoder, each)
         self.own = self.layer >= 0
         self.table = np.zeros(self.shape)  # the ridge's columns of one layer
         for f in np.flatnonzero(self.own):
@@ -315,11 +310,7 @@ class EnsembleBound:
             part = names.get(self.encoder.columns[f])
             if part is None:
                 continue
-            activation = len(self.encoder.space.schemes) + np.searchsorted(self.encoder.levels, self.acts)
-            rows = np.arange(self.shape[0])[:, None]
-            sketch = (
-                self.encoder.sketch[rows, self.weights, part] + self.encoder.sketch[rows, activation, part]
-            ).astype(float)
+            sketch = self.encoder.sketches(self.each, part).swapaxes(0, 1).astype(float)
             middle = (sketch * allowed[..., None]).sum(1) / allowed.sum(1)[:, None]
             reach = np.where(allowed, np.linalg.norm(sketch - middle[:, None], axis=2), 0.0).max(1).sum()
             length = float(np.linalg.norm(middle.sum(0)))

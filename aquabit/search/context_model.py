@@ -3,15 +3,16 @@ damages."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from aquabit.choices import Choices
 from aquabit.measuring.session import Session
-from aquabit.scheme import Progress, QuantConfig, no_progress
+from aquabit.scheme import Act, Progress, no_progress
 from aquabit.search.options import activation_choices
-from aquabit.search.refine import Chosen, Seen, crossings, in_context, shrunk
+from aquabit.search.refine import Seen, crossings, in_context, shrunk
 from aquabit.sensitivity.damages import Damages
 from aquabit.sensitivity.step_weights import MIN_CELLS, chosen_cells, fit_step_weights
 from aquabit.space import SearchSpace
@@ -22,13 +23,13 @@ JUDGED = 8
 
 
 @dataclass
-class InContext:
+class ContextModel:
     """``look`` and ``judge`` for ``refine``; ``spent`` counts the output errors that they ask for (a
     fifteenth of a measurement each; what the study holds already costs nothing)."""
 
     session: Session
     damages: Damages
-    activations: tuple[int, ...]
+    activations: tuple[Act, ...]
     seed: int = 0  # which stored inputs
     progress: Progress = no_progress
     spent: float = 0.0
@@ -62,15 +63,16 @@ class InContext:
             ]
             found = self.session.outputs(alone, self.progress)
             self.spent += len(alone)
-            rounded = self.damages.acts[:, self.space.act_codes.index(act)]
+            rounded = self.damages.acts[:, self.space.act_choices.index(act)]
             damage = np.array([self.damages.weights[c] + rounded[c[0]] for c in cells])
             self._weights = fit_step_weights(np.array([found[c.digest]["error"] for c in alone]), damage)
         return self._weights
 
-    def look(self, chosen: Chosen) -> Seen:
-        """The judge's value of a configuration, and what each single change is predicted to do there."""
-        weights, acts = chosen
-        parts = self.session.slopes(self._config(chosen), self.weights.tolist(), self.parts[0], self.progress)
+    def look(self, chosen: Choices) -> Seen:
+        """The judge's value of a configuration (one row), and what each single change is predicted to do
+        there."""
+        weights = chosen.weights[0]
+        parts = self.session.slopes(chosen.config, self.weights.tolist(), self.parts[0], self.progress)
         self.spent += 3 * LOOKED
         overlap = self._table(parts[0]["overlap"])
         damages = self.damages.weights
@@ -78,22 +80,20 @@ class InContext:
             np.array([crossings(self._table(p["slopes"]), overlap, damages, weights) for p in parts]), damages
         )
         change = in_context(crossing, damages, weights)
-        own = [self.space.act_codes.index(a) if a in self.space.act_codes else 0 for a in acts]
-        columns = [self.space.act_codes.index(a) for a in self.activations]
-        rounded = self.damages.acts[:, columns] - self.damages.acts[np.arange(len(acts)), own][:, None]
-        return Seen(self.judge([chosen])[0], change[:, :, None] + rounded[:, None, :])
+        levels = self.space.act_choices
+        own = chosen.act_index((*levels, 16))[0] % len(levels)  # excluded layers (16) have none anywhere
+        columns = [levels.index(a) for a in self.activations]
+        rounded = self.damages.acts[:, columns] - self.damages.acts[np.arange(len(own)), own][:, None]
+        return Seen(self.judge(chosen)[0], change[:, :, None] + rounded[:, None, :])
 
-    def judge(self, proposals: Sequence[Chosen]) -> list[float]:
-        """Weighted output errors, in the unit of damages."""
-        configs = [self._config(c) for c in proposals]
+    def judge(self, proposals: Choices) -> list[float]:
+        """Weighted output errors of each row, in the unit of damages."""
+        configs = proposals.configs()
         found = self.session.outputs_of(configs, self.parts[1], self.progress)
         self.spent += len(configs) * JUDGED
         return [
             float(np.mean([np.asarray(v["error"]) @ self.weights for v in found[c.digest]])) for c in configs
         ]
-
-    def _config(self, chosen: Chosen) -> QuantConfig:
-        return self.space.configs(chosen[0][None], chosen[1][None])[0]
 
     def _table(self, values: Mapping[str, Mapping[str, float]]) -> np.ndarray:
         """{layer: {scheme: value}} as [L, schemes], 0 where nothing is known."""

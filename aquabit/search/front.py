@@ -14,7 +14,7 @@ from aquabit import _notebook
 from aquabit.cost import CostModel
 from aquabit.jsonio import defined
 from aquabit.scheme import AquabitError, Budget, QuantConfig, Scheme
-from aquabit.search.options import activation_choices
+from aquabit.search.options import activation_choices, fixed_act
 from aquabit.search.proof import Proof
 from aquabit.space import SearchSpace
 from aquabit.stats import LEVEL, OLD_LEVEL, Interval
@@ -59,7 +59,8 @@ def smallest_uniform(
     ``act`` defaults to the activation bits that budgets in bits fix. A scheme counts when every free layer
     may take it; of two of one size the output-aware one is taken, which is the harder to beat.
     """
-    act = activation_choices(space)[0] if act is None else act
+    act = fixed_act(activation_choices(space)) if act is None else act
+    assert act is not None  # budgets in bits fix them
     free = [space.choices[k] for k in space.free_layers()]
     schemes: list[Scheme] = [s for s in space.schemes if s.kind == kind and all(s in row for row in free)]
     sized = [(cost_model(space.uniform(s, act)).bytes, not s.output_aware, i) for i, s in enumerate(schemes)]

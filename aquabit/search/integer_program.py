@@ -14,9 +14,10 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_matrix
 
+from aquabit.choices import Choices
 from aquabit.cost import CostModel
-from aquabit.scheme import AquabitError, Budget
-from aquabit.search.options import Columns, Options, Predict, activation_choices, kernel_operations
+from aquabit.scheme import Act, AquabitError, Budget
+from aquabit.search.options import Columns, Options, Predict, activation_choices, fixed_act, kernel_operations
 from aquabit.space import SearchSpace
 
 # the largest difference between two scores of a layer: HiGHS's absolute gap of 1e-6 is then one in 10^10
@@ -27,21 +28,19 @@ BATCH = 4096
 
 @dataclass(frozen=True)
 class Solution:
-    """``weights`` and ``acts`` [L] (scheme indices, activation bits), their total ``score``, and a proven
-    lower ``bound`` on any total.
+    """A configuration (``choices``, one row), its total ``score``, and a proven lower ``bound`` on any total.
 
     ``gap`` is score - bound relative to the largest difference between two totals: 0 where the optimum is
     proven.
     """
 
-    weights: np.ndarray
-    acts: np.ndarray
+    choices: Choices
     score: float
     bound: float
     gap: float
 
 
-Cut = tuple[np.ndarray, np.ndarray, int]  # (weights [L], acts [L], layers that must differ)
+Cut = tuple[Choices, int]  # (one row, layers that must differ)
 
 
 def solve(
@@ -74,11 +73,12 @@ def solve(
     unit = SCALE / spans.max() if spans.max() > 0 else 1.0
     scaled = (table - np.where(options.columns.allowed, table, np.inf).min(1, keepdims=True)) * unit
     scaled = np.where(options.columns.allowed, scaled, 0.0)
-    excluded = [(options.columns.join(w, a), d) for w, a, d in cuts]
+    excluded = [(options.columns.join(known)[0], d) for known, d in cuts]
     if near is not None:
-        if near[2] < 1:
-            raise AquabitError(f"a trust region of {near[2]} layers is empty; give at least 1")
-        excluded.append((options.columns.join(*near[:2]), -near[2]))
+        known, radius = near
+        if radius < 1:
+            raise AquabitError(f"a trust region of {radius} layers is empty; give at least 1")
+        excluded.append((options.columns.join(known)[0], -radius))
     found = _exact(scaled, options, excluded, cost_model, budget, relative_gap, nodes)
     if found is None:
         raise AquabitError(_infeasible(options, cost_model, budget, bool(cuts) or near is not None))
@@ -92,10 +92,8 @@ def solve(
     missing = max(
         above - bound, 0.0
     )  # in scaled units; bound counts from the sum of the layers' smallest scores
-    weights, acts = options.columns.split(choice)
     return Solution(
-        weights,
-        acts,
+        options.columns.split(choice),
         score,
         float(score - missing / unit),
         float(missing / max(unit * float(spans.sum()), 1e-300)),
@@ -189,10 +187,8 @@ def _spans(table: np.ndarray, options: Options) -> np.ndarray:
 
 
 def _within(choice: np.ndarray, options: Options, cost_model: CostModel, budget: Budget) -> bool:
-    weights, acts = options.columns.split(choice[None])
-    return bool(cost_model.within(cost_model.totals(weights, acts), budget)[0]) and bool(
-        options.keeps(choice)
-    )
+    totals = cost_model.totals(options.columns.split(choice))
+    return bool(cost_model.within(totals, budget)[0]) and bool(options.keeps(choice))
 
 
 def _milp(
@@ -299,7 +295,7 @@ def _infeasible(options: Options, cost_model: CostModel, budget: Budget, cut: bo
     """One sentence that says what each limit can reach while the others are kept."""
     if cut and _milp(np.zeros(options.costs.shape[1:]), options, (), 0.0, NODES)[0] is not None:
         return f"no further configuration within {budget} differs enough from those that are known"
-    fixed = options.columns.activations[0] if len(options.columns.activations) == 1 else None
+    fixed = fixed_act(options.columns.activations)
     reach = []
     for r, name in enumerate(options.names):
         others = [k for k in range(len(options.names)) if k != r]
@@ -313,17 +309,14 @@ def _infeasible(options: Options, cost_model: CostModel, budget: Budget, cut: bo
                 f"{name} alone can reach {low:.6g} to {high:.6g}, while {exclude} exclude each other"
             )
             continue
-        totals = cost_model.totals(*options.columns.split(choice[None]))
+        totals = cost_model.totals(options.columns.split(choice))
         beside = f" with {' and '.join(options.names[k] for k in others)} kept" if others else ""
         reach.append(f"{name} can reach {float(totals[name][0]):.6g}{beside}, and at most {high:.6g}")
     return f"the budget ({budget}) cannot be kept: {'; '.join(reach)}"
 
 
 def choice_effects(
-    predict: Predict,
-    space: SearchSpace,
-    contexts: tuple[np.ndarray, np.ndarray],
-    activations: tuple[int, ...] | None = None,
+    predict: Predict, space: SearchSpace, contexts: Choices, activations: tuple[Act, ...] | None = None
 ) -> np.ndarray:
     """Predicted change [n, L, schemes, A] when one layer of context n takes a choice instead of its first
     (see ``additive_scores``).
@@ -331,40 +324,32 @@ def choice_effects(
     Cells that a layer may not take are infinite.
     """
     columns = Columns.of(space, activations or activation_choices(space))
-    weights, acts = (np.asarray(c, int) for c in contexts)
     layer, column = np.argwhere(columns.allowed).T
-    out = np.full((len(weights), *columns.allowed.shape), np.inf)
+    cell, each = np.arange(len(layer)), columns.each
+    out = np.full((len(contexts), *columns.allowed.shape), np.inf)
     base = columns.allowed.argmax(1)
-    picked, bits = columns.split(
-        np.broadcast_to(np.arange(columns.allowed.shape[1])[:, None], columns.allowed.T.shape)
-    )
-    for n in range(len(weights)):
-        many_weights, many_acts = (
-            np.repeat(weights[n : n + 1], len(layer), 0),
-            np.repeat(acts[n : n + 1], len(layer), 0),
+    for n, context in enumerate(contexts):
+        many = context[np.zeros(len(layer), int)]
+        many.weights[cell, layer], many.acts[cell, layer] = (
+            each.weights[column, layer],
+            each.acts[column, layer],
         )
-        cell = np.arange(len(layer))
-        many_weights[cell, layer], many_acts[cell, layer] = picked[column, layer], bits[column, layer]
         for start in range(0, len(layer), BATCH):
             part = slice(start, start + BATCH)
-            out[n, layer[part], column[part]] = predict(many_weights[part], many_acts[part])
+            out[n, layer[part], column[part]] = predict(many[part])
         out[n] -= out[n, np.arange(len(base)), base][:, None]
-    return out.reshape(len(weights), len(base), -1, len(columns.activations))
+    return out.reshape(len(contexts), len(base), -1, len(columns.activations))
 
 
 def additive_scores(
-    predict: Predict,
-    space: SearchSpace,
-    contexts: tuple[np.ndarray, np.ndarray],
-    activations: tuple[int, ...] | None = None,
+    predict: Predict, space: SearchSpace, contexts: Choices, activations: tuple[Act, ...] | None = None
 ) -> np.ndarray:
-    """Scores [L, schemes, A] for ``solve``: mean predicted change for each single choice over ``contexts``,
-    (weights [n, L], acts [n, L]).
+    """Scores [L, schemes, A] for ``solve``: mean predicted change for each single choice over ``contexts``.
 
     A change is relative to the layer's first allowed choice (a constant per layer, which no optimum depends
     on); the axis A is ``activations``, by default the fixed one of a budget in bits or bytes. Cells that a
     layer may not take are infinite. Costs n x sum of the layers' choices rows of ``predict``.
     """
-    if not len(contexts[0]):
+    if not len(contexts):
         raise AquabitError("additive scores need at least one context configuration, got none")
     return np.asarray(choice_effects(predict, space, contexts, activations).mean(0))

@@ -4,72 +4,85 @@ cell."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import floor
 
 import numpy as np
 
+from aquabit.choices import Choices
 from aquabit.cost import CostModel
-from aquabit.scheme import FP, Budget
+from aquabit.scheme import FP, Act, Budget
 from aquabit.space import SearchSpace
 
-Predict = Callable[
-    [np.ndarray, np.ndarray], np.ndarray
-]  # (weights [n, L], acts [n, L]) -> [n], larger = worse
+Predict = Callable[[Choices], np.ndarray]  # n rows -> [n], larger = worse
 
 
-def activation_choices(space: SearchSpace, budget: Budget | None = None) -> tuple[int, ...]:
+def activation_choices(space: SearchSpace, budget: Budget | None = None) -> tuple[Act, ...]:
     """Activation choices open to a search: all of the space's, those that change between groups of steps
     included, where BOPs or latency are limited, which depend on them, else a8 alone (or the highest the
     space has)."""
     if budget is not None and (budget.bops is not None or budget.latency_ms is not None):
-        return space.act_codes
+        return space.act_choices
     return (8,) if 8 in space.activations else (max(space.activations),)
+
+
+def fixed_act(activations: tuple[Act, ...]) -> int | None:
+    """The activation bits of all layers where there is no choice, else None."""
+    first = activations[0]
+    return first if len(activations) == 1 and isinstance(first, int) else None
 
 
 @dataclass(frozen=True)
 class Columns:
     """Column c = s * len(activations) + a stands for scheme s (index into ``space.schemes``) with the
-    activation choice ``activations[a]`` (bits, or the code of bits that change between groups of steps).
+    activation choice ``activations[a]``.
 
-    ``allowed`` and ``acts`` are [L, C]. An excluded layer has one allowed column, whose activation bits are
-    16.
+    ``allowed`` is [L, C]; row c of ``each`` gives every layer column c. An excluded layer has one allowed
+    column, whose activation bits are 16.
     """
 
-    activations: tuple[int, ...]
+    activations: tuple[Act, ...]
     allowed: np.ndarray
-    acts: np.ndarray
+    each: Choices
 
     @staticmethod
-    def of(space: SearchSpace, activations: tuple[int, ...]) -> Columns:
-        allowed = np.repeat(space.allowed(), len(activations), axis=1)
-        acts = np.tile(np.array(activations), (len(allowed), len(space.schemes)))
+    def of(space: SearchSpace, activations: tuple[Act, ...]) -> Columns:
+        count, layers = len(activations), len(space.choices)
+        allowed = np.repeat(space.allowed(), count, axis=1)
+        column = np.repeat(np.arange(allowed.shape[1])[:, None], layers, 1)
+        index = column % count
         for i, row in enumerate(space.choices.values()):
             if row == (FP,):
                 allowed[i, 1:] = False  # schemes start with fp
-                acts[i, 0] = 16
-        return Columns(activations, allowed, acts)
+                index[0, i] = count
+        return Columns(
+            activations, allowed, Choices.picked(space, column // count, index, (*activations, 16))
+        )
 
     @property
     def free(self) -> np.ndarray:
         """Layers [F] that have more than one column to choose from."""
         return np.flatnonzero(self.allowed.sum(1) > 1)
 
-    def settle(self, acts: np.ndarray) -> np.ndarray:
-        """Activation bits [..., L] as they are where there is a choice, else the fixed ones."""
-        return acts if len(self.activations) > 1 else np.broadcast_to(self.acts[:, 0], acts.shape)
+    def settle(self, choices: Choices) -> Choices:
+        """Rows with their activations as they are where there is a choice, else the fixed ones."""
+        if len(self.activations) > 1:
+            return choices
+        return replace(choices, acts=np.broadcast_to(self.each.acts[0], choices.acts.shape))
 
-    def split(self, choice: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Columns [..., L] to weight-scheme indices and activation bits, each [..., L]."""
-        return choice // len(self.activations), self.acts[np.arange(len(self.acts)), choice]
+    def split(self, choice: np.ndarray) -> Choices:
+        """Columns [n, L], or those of one configuration [L], to rows."""
+        choice = np.atleast_2d(choice)
+        acts = self.each.acts[choice, np.arange(len(self.allowed))]
+        return Choices(self.each.space, choice // len(self.activations), acts)
 
-    def join(self, weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
-        """The inverse of ``split``; -1 where a layer may not take that pair."""
-        found = np.full(weights.shape, -1)
-        rows = np.arange(len(self.acts))
+    def join(self, choices: Choices) -> np.ndarray:
+        """The inverse of ``split``, [n, L]; -1 where a layer may not take what it has."""
+        found = np.full(choices.weights.shape, -1)
+        rows = np.arange(len(self.allowed))
         for a in range(len(self.activations)):
-            column = weights * len(self.activations) + a
-            match = self.allowed[rows, column] & (self.acts[rows, column] == acts)
+            column = choices.weights * len(self.activations) + a
+            match = self.allowed[rows, column] & (self.each.acts[column, rows] == choices.acts)
             found = np.where(match & (found < 0), column, found)
         return found
 
@@ -108,9 +121,9 @@ class Options:
         space can reach."""
         space = cost_model.space
         activations = activation_choices(space, budget)
-        cost_model.check(budget, activations[0] if len(activations) == 1 else None)
+        cost_model.check(budget, fixed_act(activations))
         columns = Columns.of(space, activations)
-        every = np.arange(columns.allowed.shape[1]) // len(activations)
+        every = columns.each.weights[:, 0]
         names, costs, caps = [], [], []
         if budget.bits is not None or budget.bytes is not None:
             by_bits = (
@@ -127,15 +140,13 @@ class Options:
             costs.append(
                 cost_model.macs[:, None]
                 * cost_model.weight_bits[:, every]
-                * cost_model.act_bits(columns.acts)
+                * cost_model.act_bits(columns.each).T
             )
             caps.append(budget.bops * (1 + 5e-13))  # inside the tolerance of CostModel.within
         if budget.latency_ms is not None:
             assert cost_model.latency is not None  # checked above
             names.append("latency_ms")
-            per_column = cost_model.latency.of(
-                np.tile(every[:, None], len(columns.acts)), columns.acts.T, space
-            ).T
+            per_column = cost_model.latency.of(columns.each).T
             costs.append(
                 np.where(columns.allowed, per_column, 0.0)
             )  # what a layer may not take was not measured

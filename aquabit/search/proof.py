@@ -10,18 +10,17 @@ from typing import Any
 
 import numpy as np
 
+from aquabit.choices import Choices
 from aquabit.cost import CostModel
 from aquabit.scheme import AquabitError, Budget
-from aquabit.search.local import improve
+from aquabit.search.local_search import improve
 from aquabit.search.options import Options, Predict
 
 Bound = Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[float, np.ndarray | None]]
 """(allowed [L, C], costs [R, L, C], caps [R]) -> a lower bound of the prediction over all choices of one
 allowed column a layer within the limits, and where it was found, as shares [L, C] (None where it knows none);
 inf where no choice keeps the limits."""
-BoundFactory = Callable[
-    [np.ndarray, np.ndarray, np.ndarray], Bound
-]  # (weights [L, C], acts [L, C], allowed [L, C]): what the columns are
+BoundFactory = Callable[[Choices, np.ndarray], Bound]  # (C rows: what the columns are, allowed [L, C])
 
 NODES = 4  # of the branch and bound inside the loop: a bound of a large model takes seconds
 TIGHT = 1e-4  # a gap that counts as none, relative to the incumbent
@@ -29,12 +28,11 @@ TIGHT = 1e-4  # a gap that counts as none, relative to the incumbent
 
 @dataclass(frozen=True)
 class Bounded:
-    """The best choice found, ``weights`` and ``acts`` [L], what is ``predicted`` there, a ``bound`` below
+    """The best choice found (``choices``, one row), what is ``predicted`` there, a ``bound`` below
     which nothing within the budget is predicted, and the number of ``nodes`` that it took. The gap may be
     large; it is what is proven."""
 
-    weights: np.ndarray
-    acts: np.ndarray
+    choices: Choices
     predicted: float
     bound: float
     nodes: int
@@ -76,16 +74,8 @@ class Proof:
             ) from error
 
 
-def columns_of(options: Options) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What the columns are: weights and acts, each [L, C], and which are allowed."""
-    count, layers = options.columns.allowed.shape[1], len(options.columns.allowed)
-    weights, acts = options.columns.split(np.repeat(np.arange(count)[:, None], layers, 1))
-    return weights.T, acts.T, options.columns.allowed
-
-
 def branch_and_bound(
-    weights: np.ndarray,
-    acts: np.ndarray,
+    incumbent: Choices,
     predict: Predict,
     bound: Bound,
     cost_model: CostModel,
@@ -96,8 +86,8 @@ def branch_and_bound(
     tolerance: float = TIGHT,
     seed: int = 0,
 ) -> Bounded:
-    """The least prediction within ``budget``, from the incumbent ``weights``, ``acts`` [L], by best-first
-    branch and bound.
+    """The least prediction within ``budget``, from ``incumbent`` (one row), by best-first branch and
+    bound.
 
     A node is a set of columns that each layer may still take. Where its bound was found at fractions, the
     choice of the largest ones is brought within the budget and improved by local search (``rows``
@@ -106,12 +96,12 @@ def branch_and_bound(
     where the incumbent is outside the budget.
     """
     options = Options.of(cost_model, budget)
-    best = options.columns.join(np.asarray(weights, int), np.asarray(acts, int))
+    best = options.columns.join(incumbent)[0]
     if (best < 0).any() or not options.keeps(best):
         raise AquabitError(
             f"the incumbent is outside the budget ({budget}); start from the integer program's solution"
         )
-    value = float(predict(*options.columns.split(best[None]))[0])
+    value = float(predict(options.columns.split(best))[0])
     closed = np.inf  # the least bound of what was given up without being split
     heap: list[tuple[float, int, np.ndarray, np.ndarray | None]] = []
     used = 0
@@ -125,7 +115,7 @@ def branch_and_bound(
             only = allowed.argmax(1)
             if not options.keeps(only):
                 return
-            here = float(predict(*options.columns.split(only[None]))[0])
+            here = float(predict(options.columns.split(only))[0])
             best, value = (only, here) if here < value else (best, value)
             closed = min(closed, here)
             return
@@ -133,10 +123,10 @@ def branch_and_bound(
             rounded = options.repair(np.where(allowed, share, -1.0).argmax(1), -share)
             if rounded is not None:
                 found = improve(
-                    *options.columns.split(rounded), predict, cost_model, budget, seed, rows=rows, restarts=0
+                    options.columns.split(rounded), predict, cost_model, budget, seed, rows=rows, restarts=0
                 )
                 if found.predicted < value:
-                    best, value = options.columns.join(found.weights, found.acts), found.predicted
+                    best, value = options.columns.join(found.choices)[0], found.predicted
         if low < np.inf:
             heapq.heappush(heap, (low, used, allowed, share))
 
@@ -153,7 +143,7 @@ def branch_and_bound(
         push(only, low)
         push(rest, low)
     lowest = min([closed, value, *(node[0] for node in heap)])
-    return Bounded(*options.columns.split(best), value, lowest, used)
+    return Bounded(options.columns.split(best), value, lowest, used)
 
 
 def most_fractional_layer(allowed: np.ndarray, share: np.ndarray | None, best: np.ndarray) -> tuple[int, int]:

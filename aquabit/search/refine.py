@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from aquabit.choices import Choices
 from aquabit.cost import CostModel
 from aquabit.scheme import AquabitError, Budget
 from aquabit.search.integer_program import solve
@@ -22,7 +23,6 @@ RADII = (
     8,
     16,
 )  # layers that may change at once: each size of a step is tried, the judge says which one was too large
-Chosen = tuple[np.ndarray, np.ndarray]  # (weights [L], acts [L])
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,10 @@ class Seen:
 
 @dataclass(frozen=True)
 class Step:
-    """A configuration that refinement went through: the judge's ``value`` of it, the one that was
+    """A configuration that refinement went through (one row): the judge's ``value`` of it, the one that was
     ``predicted``, and how many layers ``changed`` from the one before."""
 
-    weights: np.ndarray
-    acts: np.ndarray
+    choices: Choices
     value: float
     predicted: float
     changed: int
@@ -91,9 +90,9 @@ def in_context(crossing: np.ndarray, damages: np.ndarray, own: np.ndarray) -> np
 
 
 def refine(
-    start: Chosen,
-    look: Callable[[Chosen], Seen],
-    judge: Callable[[Sequence[Chosen]], Sequence[float]],
+    start: Choices,
+    look: Callable[[Choices], Seen],
+    judge: Callable[[Choices], Sequence[float]],
     cost_model: CostModel,
     budget: Budget,
     *,
@@ -108,41 +107,34 @@ def refine(
     budget.
     """
     seen = look(start)
-    steps = [Step(*start, seen.value, seen.value, 0)]
+    steps = [Step(start, seen.value, seen.value, 0)]
     for _ in range(rounds):
         now = steps[-1]
-        proposals = _proposals((now.weights, now.acts), seen, cost_model, budget, radii)
+        proposals = _proposals(now.choices, seen, cost_model, budget, radii)
         if not proposals:
             break
-        values = [float(v) for v in judge([(w, a) for w, a, _ in proposals])]
+        values = [float(v) for v in judge(Choices.concat([choices for choices, _ in proposals]))]
         best = int(np.argmin(np.where(np.isnan(values), np.inf, values)))
         if not values[best] < now.value:
             break
-        weights, acts, predicted = proposals[best]
-        steps.append(
-            Step(weights, acts, values[best], predicted, _apart((weights, acts), (now.weights, now.acts)))
-        )
+        choices, predicted = proposals[best]
+        steps.append(Step(choices, values[best], predicted, int(choices.apart(now.choices)[0])))
         if len(steps) <= rounds:
-            seen = look((weights, acts))
+            seen = look(choices)
     return steps
 
 
-def _apart(a: Chosen, b: Chosen) -> int:
-    return int(((a[0] != b[0]) | (a[1] != b[1])).sum())
-
-
 def _proposals(
-    incumbent: Chosen, seen: Seen, cost_model: CostModel, budget: Budget, radii: Sequence[int]
-) -> list[tuple[np.ndarray, np.ndarray, float]]:
-    """(weights, acts, predicted value) of the program's optimum within each radius, those that differ from
+    incumbent: Choices, seen: Seen, cost_model: CostModel, budget: Budget, radii: Sequence[int]
+) -> list[tuple[Choices, float]]:
+    """(one row, predicted value) of the program's optimum within each radius, those that differ from
     the incumbent and each other."""
-    found: list[tuple[np.ndarray, np.ndarray, float]] = []
-    for radius in dict.fromkeys(min(r, len(incumbent[0])) for r in radii):
+    found: list[tuple[Choices, float]] = []
+    for radius in dict.fromkeys(min(r, incumbent.weights.shape[1]) for r in radii):
         try:
-            solved = solve(seen.change, cost_model, budget, near=(*incumbent, radius), relative_gap=1e-3)
+            solved = solve(seen.change, cost_model, budget, near=(incumbent, radius), relative_gap=1e-3)
         except AquabitError:  # the incumbent itself keeps the budget, so this is a limit on nodes
             continue
-        one = (solved.weights, solved.acts)
-        if _apart(one, incumbent) and all(_apart(one, (w, a)) for w, a, _ in found):
-            found.append((*one, seen.value + solved.score))
+        if all(solved.choices.apart(other)[0] for other in (incumbent, *(c for c, _ in found))):
+            found.append((solved.choices, seen.value + solved.score))
     return found

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from aquabit.choices import Choices
 from aquabit.cost import CostModel
 from aquabit.measuring.session import Session
-from aquabit.scheme import FP, AquabitError, act_of, act_text
+from aquabit.scheme import FP, Act, AquabitError, act_text
 from aquabit.space import SearchSpace
 
 BUDGET_TOLERANCE_BITS = 0.25  # contexts lie within this many real bits per weight of the budget
@@ -54,29 +55,27 @@ class Damages:
                 )
             return float(found)
 
-        schemes, codes = space.schemes, space.act_codes
+        schemes, levels = space.schemes, space.act_choices
         weights = np.full((len(space.choices), len(schemes)), np.inf)
-        acts = np.zeros((len(space.choices), len(codes)))
+        acts = np.zeros((len(space.choices), len(levels)))
         for i, (layer, row) in enumerate(space.choices.items()):
             weights[i, [schemes.index(s) for s in row]] = [
                 0.0 if s == FP else known(layer, str(s)) for s in row
             ]
             if row != (FP,):
-                acts[i] = [0.0 if code == 16 else known(layer, act_text(act_of(code))) for code in codes]
+                acts[i] = [0.0 if act == 16 else known(layer, act_text(act)) for act in levels]
         return Damages(space, weights, acts)
 
-    def scores(self, activations: tuple[int, ...]) -> np.ndarray:
+    def scores(self, activations: tuple[Act, ...]) -> np.ndarray:
         """Scores [L, schemes, A] for ``search.solve`` with these activation choices."""
-        columns = [self.space.act_codes.index(a) for a in activations]
+        columns = [self.space.act_choices.index(a) for a in activations]
         return np.asarray(self.weights[:, :, None] + self.acts[:, None, columns])
 
-    def total(self, weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
-        """The sum of damages [n] of index matrices [n, L]."""
-        rows, codes = np.arange(weights.shape[1]), np.array([*self.space.act_codes, 16])
-        order = np.argsort(codes, kind="stable")
-        column = order[np.searchsorted(codes[order], acts)]
+    def total(self, choices: Choices) -> np.ndarray:
+        """The sum of damages, [n]."""
+        rows, column = np.arange(len(self.acts)), choices.act_index((*self.space.act_choices, 16))
         padded = np.concatenate([self.acts, np.zeros((len(self.acts), 1))], 1)
-        return np.asarray((self.weights[rows, weights] + padded[rows, column]).sum(-1))
+        return np.asarray((self.weights[rows, choices.weights] + padded[rows, column]).sum(-1))
 
 
 @dataclass(frozen=True)
@@ -168,11 +167,6 @@ def context_act(space: SearchSpace) -> int:
     return CONTEXT_ACT if CONTEXT_ACT in space.activations else max(space.activations)
 
 
-def context_acts(space: SearchSpace) -> np.ndarray:
-    """Activation bits [L] of contexts: excluded layers have theirs off."""
-    return np.where([row == (FP,) for row in space.choices.values()], 16, context_act(space))
-
-
 def check_budget_in_reach(space: SearchSpace, costs: CostModel, bits: float) -> None:
     """Raise AquabitError, naming both ends, where no context can lie within BUDGET_TOLERANCE_BITS of
     ``bits``."""
@@ -185,25 +179,24 @@ def check_budget_in_reach(space: SearchSpace, costs: CostModel, bits: float) -> 
 
 def good_contexts(
     damages: Damages, costs: CostModel, bits: float, count: int, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """Scheme indices and activation bits, each [count, L], of good configurations within
-    BUDGET_TOLERANCE_BITS real bits per weight of ``bits``.
+) -> Choices:
+    """``count`` good configurations within BUDGET_TOLERANCE_BITS real bits per weight of ``bits``.
 
     Each is a draw of ``gibbs`` around the program's optimum with an excess of its own, log-uniform over
     EXCESSES; activations are at ``context_act``. The nominal mean is adjusted until the real sizes, shared
     codebooks included, lie around ``bits``; what lies beyond BUDGET_TOLERANCE_BITS is drawn again. Raises
     AquabitError where the space cannot reach ``bits``.
     """
-    space, acts = damages.space, context_acts(damages.space)
+    space, act = damages.space, context_act(damages.space)
     check_budget_in_reach(space, costs, bits)
     mean, family = bits, gibbs_each(damages, costs, bits, EXCESSES)
 
     def draw(levels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Scheme indices [n, L] of draws with these excesses, and their real bits [n]."""
-        drawn = np.empty((len(levels), len(acts)), int)
+        drawn = np.empty((len(levels), len(space.choices)), int)
         for level in np.unique(levels):
             drawn[levels == level] = family[level].draw(int((levels == level).sum()), rng)
-        return drawn, costs.totals(drawn, np.tile(acts, (len(drawn), 1)))["bits"]
+        return drawn, costs.totals(Choices.at(space, drawn, act))["bits"]
 
     for _ in range(TUNING):
         miss = bits - float(draw(np.arange(SEEN) % len(EXCESSES))[1].mean())
@@ -211,7 +204,7 @@ def good_contexts(
             break
         mean += float(np.clip(miss, -0.5, 0.5))
         family = gibbs_each(damages, costs, mean, EXCESSES)
-    levels, weights = rng.integers(len(EXCESSES), size=count), np.empty((count, len(acts)), int)
+    levels, weights = rng.integers(len(EXCESSES), size=count), np.empty((count, len(space.choices)), int)
     left = np.arange(count)
     for _ in range(TRIES):
         drawn, real = draw(levels[left])
@@ -219,8 +212,8 @@ def good_contexts(
         weights[left[fits]] = drawn[fits]
         left = left[~fits]
         if not len(left):
-            return weights, np.tile(acts, (count, 1))
-    low, high = costs.limits(context_act(space))["bits"]
+            return Choices.at(space, weights, act)
+    low, high = costs.limits(act)["bits"]
     raise AquabitError(
         f"no good configuration comes within {BUDGET_TOLERANCE_BITS} of {bits:g} bits per weight; this"
         f" space has {low:.3g} to {high:.3g}"

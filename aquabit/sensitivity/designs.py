@@ -10,19 +10,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy import special
 
+from aquabit.choices import Choices
 from aquabit.cost import CostModel
 from aquabit.measuring.session import Session
-from aquabit.scheme import (
-    FP,
-    Act,
-    AquabitError,
-    Progress,
-    QuantConfig,
-    Scheme,
-    act_code,
-    no_progress,
-    parse_swap,
-)
+from aquabit.scheme import FP, Act, AquabitError, Progress, QuantConfig, Scheme, no_progress, parse_swap
 from aquabit.sensitivity.damages import EXCESSES, ROUNDS, Damages, Gibbs, context_act, damages_of, gibbs_each
 from aquabit.sensitivity.effects.predicted import default_swap, find_players, refits
 from aquabit.sensitivity.features import Encoder
@@ -153,12 +144,15 @@ class _Near:
         odds = self._odds(rng.uniform(self.means[0], self.means[-1]), int(rng.integers(len(EXCESSES))))
         weights = odds.draw(1, rng)
         share = rng.uniform() if rng.random() < 0.5 and act is None else 0.0
-        acts = np.where(self.excluded, 16, max(self.space.activations) if act is None else act)
+        drawn = Choices.at(self.space, weights, max(self.space.activations) if act is None else act)
         if share > 0 and not self.excluded.all():
-            others = [act_code(a) for a in self.space.lower_acts(share, rng)]
-            choice = np.array(others)[rng.integers(len(others), size=len(acts))]
-            acts = np.where(self._low(choice, share, odds.beta, rng) & ~self.excluded, choice, acts)
-        return self.space.configs(weights, acts[None])[0]
+            levels = self.space.act_choices
+            others = [levels.index(a) for a in self.space.lower_acts(share, rng)]
+            choice = np.array(others)[rng.integers(len(others), size=weights.shape[1])]
+            low = self._low(choice, share, odds.beta, rng) & ~self.excluded
+            lower = Choices.picked(self.space, weights, choice[None], levels)
+            drawn = Choices(self.space, weights, np.where(low, lower.acts, drawn.acts))
+        return drawn.config
 
     def _odds(self, bits: float, level: int) -> Gibbs:
         place = float(np.interp(bits, self.means, np.arange(len(self.means))))
@@ -172,10 +166,9 @@ class _Near:
         return Gibbs((1 - part) * a.odds + part * b.odds, beta, (1 - part) * a.price + part * b.price)
 
     def _low(self, choice: np.ndarray, share: float, beta: float, rng: np.random.Generator) -> np.ndarray:
-        """Boolean [L]: which layers take their lower activation ``choice``."""
-        codes = list(self.space.act_codes)
-        rows, highest = np.arange(len(choice)), codes.index(max(self.space.activations))
-        worse = self.damages.acts[rows, [codes.index(int(c)) for c in choice]] - self.damages.acts[:, highest]
+        """Boolean [L]: which layers take their lower activation, ``choice`` of the space's."""
+        rows, highest = np.arange(len(choice)), self.space.act_choices.index(max(self.space.activations))
+        worse = self.damages.acts[rows, choice] - self.damages.acts[:, highest]
         free = beta * worse[~self.excluded]
         down, up = -float(free.max()) - 40, -float(free.min()) + 40
         for _ in range(ROUNDS):
@@ -350,16 +343,9 @@ def next_batch(
     pool = [c for c in drawn if c.digest not in known]
     if usable.sum() < MIN_LABELS:
         return pool[:size]
-    weights, acts = space.indices([c for c, u in zip(configs, usable, strict=True) if u])
-    judges = refits(
-        surrogate,
-        encoder(weights, acts),
-        y[usable],
-        group_numbers(weights, acts),
-        JUDGES,
-        seed + len(configs),
-    )
-    features = encoder(*space.indices(pool))
+    rows = Choices.of(space, [c for c, u in zip(configs, usable, strict=True) if u])
+    judges = refits(surrogate, encoder(rows), y[usable], group_numbers(rows), JUDGES, seed + len(configs))
+    features = encoder.encode(pool)
     found = np.array([judge.predict(features) for judge in judges])
     return [pool[i] for i in telling(np.cov(found.T), min(size, len(pool)))]
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from aquabit.choices import Choices
 from aquabit.graph import layers as graph_layers
 from aquabit.scheme import AquabitError, Progress, no_progress, parse_swap
 from aquabit.sensitivity.effects.combine_effects import Combined, combine, real_means
@@ -77,10 +78,7 @@ def explain(
     )
     if fidelity and fitted.objective != "psnr":
         layers = _with_psnr(layers, study, players, drawn, bits, replicates, seed, progress, estimator)
-    place, few = (
-        {p.layer: i for i, p in enumerate(players)},
-        (drawn[0][:PAIR_CONTEXTS], drawn[1][:PAIR_CONTEXTS]),
-    )
+    place, few = ({p.layer: i for i, p in enumerate(players)}, drawn[:PAIR_CONTEXTS])
     pairs = interactions(
         fitted, effects, [place[name] for name in layers.name], models, few, seed, progress, combined.ratio
     )
@@ -121,7 +119,7 @@ def predicted_effects(
     study: Study,
     fitted: FittedSurrogate,
     players: list[Player],
-    contexts: tuple[np.ndarray, np.ndarray],
+    contexts: Choices,
     replicates: int,
     seed: int = 0,
     progress: Progress = no_progress,
@@ -153,7 +151,7 @@ def _with_psnr(
     layers: pd.DataFrame,
     study: Study,
     players: list[Player],
-    contexts: tuple[np.ndarray, np.ndarray],
+    contexts: Choices,
     bits: float,
     replicates: int,
     seed: int,
@@ -187,12 +185,8 @@ def _layer_table(
     """The table of layers, and the combined effects. Swaps among the ``training`` measurements are part of
     the prediction; ``real_swaps``, which it never saw, of the ranking alone."""
     nodes, schemes = graph_layers(fitted.graph), fitted.space.schemes
-    values = np.full(fitted.weights.shape, np.nan) if shap is None else shap[0]
-    signed = (
-        signed_shap(values, member_parts(fitted.encoder, fitted.weights, fitted.acts)["error"])
-        if shap
-        else values[0]
-    )
+    values = np.full(fitted.choices.weights.shape, np.nan) if shap is None else shap[0]
+    signed = signed_shap(values, member_parts(fitted.encoder, fitted.choices)["error"]) if shap else values[0]
     of_schemes = shap_by_scheme(fitted, *shap) if shap else [{}] * len(signed)
     effect = effects.effect(schemes)
     ours, found = (
@@ -233,7 +227,7 @@ def _tree_shap(fitted: FittedSurrogate) -> tuple[np.ndarray, float] | None:
     if not isinstance(fitted.surrogate, Surrogate):
         return None
     values, base = shap_by_layer(fitted)
-    predicted = fitted.badness(fitted.weights, fitted.acts)
+    predicted = fitted.badness(fitted.choices)
     worst = float(np.abs(values.sum(1) + base - predicted).max())
     if worst > 1e-4 * max(1.0, float(np.abs(predicted).max())):
         raise RuntimeError(f"SHAP values miss the prediction by {worst:.2g}; this is an error of ours")

@@ -8,9 +8,10 @@ from typing import Any
 import networkx as nx
 import numpy as np
 
+from aquabit.choices import Choices, by_group, in_order
 from aquabit.graph import layers as graph_layers
 from aquabit.measuring.evaluator import SKETCH
-from aquabit.scheme import ACTIVATION_BITS, FP, AquabitError, QuantConfig, act_of, act_text
+from aquabit.scheme import ACTIVATION_BITS, FP, AquabitError, QuantConfig, act_text
 from aquabit.space import SearchSpace
 
 
@@ -64,9 +65,7 @@ class Encoder:
         if space.steps is not None:
             self.columns += [f"order:{n}" for n in names] + [f"ordershare:{g}" for g in self.groups]
             self.members += [*own, *grouped]
-        self.levels = np.array(
-            sorted({*ACTIVATION_BITS, *space.act_codes})
-        )  # activation choices that are known
+        self.levels = in_order((*ACTIVATION_BITS, *space.act_choices))  # activation choices that are known
         self.probed = probes is not None and self._probe_tables(probes)
         if self.probed:
             self.columns += (
@@ -94,7 +93,7 @@ class Encoder:
         """damage [layers, schemes], sketch [layers, schemes, SKETCH] and the same per activation bits;
         False where some are missing."""
         layers, schemes = self.space.layers, self.space.schemes
-        levels = [*map(str, schemes), *(act_text(act_of(int(code))) for code in self.levels)]
+        levels = [*map(str, schemes), *map(act_text, self.levels)]
         self.damage, self.sketch = (
             np.zeros((len(layers), len(levels))),
             np.zeros((len(layers), len(levels), SKETCH), np.float32),
@@ -113,25 +112,40 @@ class Encoder:
                     self.damage[i, j], self.sketch[i, j] = found["damage"], found["sketch"]
         return True
 
-    def damages(self, weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
+    def damages(self, choices: Choices) -> np.ndarray:
         """What each layer alone does to the images, [n, layers]: weights' and activations' damage added."""
-        rows, activation = np.arange(weights.shape[1]), self._activation_columns(acts)
-        return np.asarray(self.damage[rows, weights] + self.damage[rows, activation])
+        rows = np.arange(choices.weights.shape[1])
+        return np.asarray(
+            self.damage[rows, choices.weights] + self.damage[rows, self.activation_columns(choices)]
+        )
 
-    def _activation_columns(self, acts: np.ndarray) -> np.ndarray:
-        return len(self.space.schemes) + np.searchsorted(self.levels, acts)
+    def sketches(self, choices: Choices, part: slice = slice(None)) -> np.ndarray:
+        """Sketches of what each layer alone does, weights' and activations' added, [n, layers, SKETCH] or a
+        part of the last axis."""
+        rows = np.arange(choices.weights.shape[1])
+        own, activation = choices.weights, self.activation_columns(choices)
+        return np.asarray(self.sketch[rows, own, part] + self.sketch[rows, activation, part])
 
-    def activation_reduction(self, acts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """How low activation bits are, [n, layers]: a6 = 1, a8 = 0, a16 = -1/2, as the mean over steps,
-        and in the last group of steps less that in the first."""
-        low = np.maximum(8 - self.space.group_bits(acts), -1) / 2.0
+    def activation_columns(self, choices: Choices) -> np.ndarray:
+        """Columns [n, layers] of ``damage`` and ``sketch`` that activation choices have."""
+        return len(self.space.schemes) + choices.act_index(self.levels)
+
+    def activation_reduction(self, group_bits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """How low activation bits [..., groups] are: a6 = 1, a8 = 0, a16 = -1/2, as the mean over steps,
+        and in the last group of steps less that in the first, each [...]."""
+        low = np.maximum(8 - group_bits, -1) / 2.0
         return self.space.over_steps(low), low[..., -1] - low[..., 0]
 
-    def __call__(self, weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
-        """Index matrices [n, layers] to features [n, columns], float32."""
-        rows = np.arange(weights.shape[1])
+    def level_reduction(self) -> tuple[np.ndarray, np.ndarray]:
+        """``activation_reduction`` of each of ``levels``, each [levels, 1]."""
+        groups = 1 if self.space.steps is None else len(self.space.steps.starts)
+        return self.activation_reduction(np.array([by_group(a, groups) for a in self.levels])[:, None])
+
+    def __call__(self, choices: Choices) -> np.ndarray:
+        """Features [n, columns] of rows, float32."""
+        weights, rows = choices.weights, np.arange(choices.weights.shape[1])
         error = self.error[rows, weights]
-        low, order = self.activation_reduction(acts)
+        low, order = self.activation_reduction(choices.group_bits)
         bits = (self.bits[rows, weights] * self.size_share).sum(1, keepdims=True)
         size = self.incidence.sum(0)
         parts = [
@@ -144,20 +158,20 @@ class Encoder:
         if self.space.steps is not None:
             parts += [order, order @ self.incidence / size]
         if self.probed:
-            damage = self.damages(weights, acts)
+            damage = self.damages(choices)
             roots = np.sqrt(damage).sum(1, keepdims=True) ** 2
             parts += [
                 np.log10(
-                    np.concatenate([damage, damage @ self.incidence, roots, *self._shifts(weights, acts)], 1)
+                    np.concatenate([damage, damage @ self.incidence, roots, *self._shifts(choices)], 1)
                     + self.FLOOR
                 )
             ]
         return np.concatenate(parts, 1).astype(np.float32)
 
-    def _shifts(self, weights: np.ndarray, acts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _shifts(self, choices: Choices) -> tuple[np.ndarray, np.ndarray]:
         """Squared lengths [n, 1] of the summed sketches: of all deviations, and of those common to all
         images."""
-        activation = self._activation_columns(acts)
+        weights, activation = choices.weights, self.activation_columns(choices)
         total = np.zeros((len(weights), SKETCH), np.float32)
         for i in range(weights.shape[1]):  # a layer at a time bounds memory: n x SKETCH
             total += self.sketch[i, weights[:, i]] + self.sketch[i, activation[:, i]]
@@ -167,12 +181,12 @@ class Encoder:
         )
 
     def encode(self, configs: Iterable[QuantConfig]) -> np.ndarray:
-        return self(*self.space.indices(configs))
+        return self(Choices.of(self.space, configs))
 
-    def one_hot(self, weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
+    def one_hot(self, choices: Choices) -> np.ndarray:
         """The additive encoding of integer-programming peers: one column per (layer, scheme) and (layer,
         activation)."""
-        schemes = np.eye(len(self.space.schemes))[weights].reshape(len(weights), -1)
-        low = np.eye(len(self.levels))[np.searchsorted(self.levels, acts)].reshape(len(acts), -1)
+        schemes = np.eye(len(self.space.schemes))[choices.weights].reshape(len(choices), -1)
+        low = np.eye(len(self.levels))[choices.act_index(self.levels)].reshape(len(choices), -1)
         both = np.concatenate([schemes, low], 1)
         return np.asarray(both)

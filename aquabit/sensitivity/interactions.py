@@ -9,9 +9,10 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 
+from aquabit.choices import Choices, Variant
 from aquabit.graph import layers as graph_layers
 from aquabit.scheme import Progress, no_progress
-from aquabit.sensitivity.effects.predicted import Effects, Variant, mean_predictions
+from aquabit.sensitivity.effects.predicted import Effects, mean_predictions
 from aquabit.sensitivity.result import INTERACTIONS, SCORES
 from aquabit.sensitivity.surrogate.estimators import Estimator
 from aquabit.sensitivity.surrogate.fit import FittedSurrogate
@@ -25,7 +26,7 @@ def interactions(
     effects: Effects,
     order: Sequence[int],
     models: Sequence[Estimator],
-    contexts: tuple[np.ndarray, np.ndarray],
+    contexts: Choices,
     seed: int = 0,
     progress: Progress = no_progress,
     ratio: float = 1.0,
@@ -65,7 +66,7 @@ def interactions(
 def scheme_scores(
     fitted: FittedSurrogate,
     models: Sequence[Estimator],
-    contexts: tuple[np.ndarray, np.ndarray],
+    contexts: Choices,
     seed: int = 0,
     progress: Progress = no_progress,
     ratio: float = 1.0,

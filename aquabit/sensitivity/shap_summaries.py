@@ -37,7 +37,7 @@ def shap_by_operator(fitted: FittedSurrogate, values: np.ndarray, base: float) -
     order = np.argsort(fitted.y, kind="stable")
     rows = order[np.unique(np.linspace(0, len(order) - 1, min(SHOWN, len(order))).round().astype(int))]
     size = belongs * np.array([float(np.prod(nodes[name]["shape"])) for name in space.layers])[:, None]
-    code_bits = fitted.encoder.bits[np.arange(len(space.layers)), fitted.weights[rows]]
+    code_bits = fitted.encoder.bits[np.arange(len(space.layers)), fitted.choices.weights[rows]]
     shap = shap_in_units(fitted, values, base)[rows] @ belongs
     bits = code_bits @ (size / size.sum(0))
     return {
@@ -54,7 +54,7 @@ def shap_by_scheme(fitted: FittedSurrogate, values: np.ndarray, base: float) -> 
     units, names = shap_in_units(fitted, values, base), [str(s) for s in fitted.space.schemes]
     out = []
     for i in range(units.shape[1]):
-        drawn = fitted.weights[:, i]
+        drawn = fitted.choices.weights[:, i]
         out.append({names[j]: float(units[drawn == j, i].mean()) for j in np.unique(drawn)})
     return out
 

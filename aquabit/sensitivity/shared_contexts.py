@@ -6,22 +6,21 @@ import numpy as np
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components
 
+from aquabit.choices import Choices
+
 SHARE = (
     8  # configurations belong together where at most two layers differ, in small spaces at most one in eight
 )
 
 
-def group_numbers(weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
-    """A group number from 0 for each row of index matrices [n, layers], in the order of first appearance.
+def group_numbers(choices: Choices) -> np.ndarray:
+    """A group number from 0 for each row, in the order of first appearance.
 
     Two swaps of one context differ from each other in two layers; independent draws differ in most, and each
     is a group of its own.
     """
-    most = min(2, weights.shape[1] // SHARE)
-    near = [
-        np.flatnonzero(((weights != w) | (acts != a)).sum(1) <= most)
-        for w, a in zip(weights, acts, strict=True)
-    ]
+    most = min(2, choices.weights.shape[1] // SHARE)
+    near = [np.flatnonzero(choices.apart(row) <= most) for row in choices]
     rows = np.repeat(np.arange(len(near)), [len(n) for n in near])
     columns = np.concatenate(near) if near else rows
     _, label = connected_components(

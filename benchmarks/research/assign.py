@@ -13,7 +13,7 @@ from aquabit.cost import CostModel
 from aquabit.layer_formats import expected_loss
 from aquabit.scheme import FP, AquabitError, Budget, QuantConfig, Scheme
 from aquabit.search.integer_program import solve
-from aquabit.search.options import activation_choices
+from aquabit.search.options import activation_choices, fixed_act
 from aquabit.space import SearchSpace
 
 
@@ -45,12 +45,12 @@ def assign(
     for i, (layer, row) in enumerate(choices.items()):
         for scheme in row:
             scores[i, restricted.schemes.index(scheme)] = _error(space, errors, layer, scheme)
-    limits = cost_model.limits(activations[0] if len(activations) == 1 else None)
+    limits = cost_model.limits(fixed_act(activations))
     open_ = {
         k: min(v, limits[k][1]) if k in limits else v for k, v in budget.limits().items()
     }  # more than all can cost is no limit
     found = solve(scores, cost_model, Budget(**open_))  # type: ignore[arg-type]
-    config: QuantConfig = restricted.configs(found.weights[None], found.acts[None])[0]
+    config: QuantConfig = found.choices.config
     return config
 
 

@@ -10,16 +10,16 @@ from math import ceil
 
 import numpy as np
 
+from aquabit.choices import Choices
 from aquabit.cost import CostModel
 from aquabit.layer_formats import expected_loss
-from aquabit.scheme import AquabitError, Budget, QuantConfig, act_of
+from aquabit.scheme import AquabitError, Budget, QuantConfig
 from aquabit.search.integer_program import Cut, solve
-from aquabit.search.loop import Proposer, best_of
 from aquabit.search.options import Options, Predict
+from aquabit.search.surrogate_search import Proposer, best_of
 from aquabit.space import BITS_RANGE, SearchSpace, maximum_entropy
 
 Found = list[tuple[QuantConfig, float]]
-Chosen = tuple[np.ndarray, np.ndarray]  # (weights [L], acts [L])
 OutputErrorSurrogate = Callable[[Found, list[QuantConfig]], Sequence[float]]
 PROPOSALS = 0.2  # the share of the measurements that a searcher keeps for what it proposes
 SAMPLES = 0.5  # the share that ``surrogate`` spends on random configurations before it proposes
@@ -98,8 +98,8 @@ class _Ledger:
     def propose(self, scores: np.ndarray) -> None:
         """Spend what is left on the integer program's optima for ``scores`` [L, S, A] under each target in
         turn, each apart from the earlier ones."""
-        space, costs, targets = self.problem.space, self.problem.cost_model, list(self.problem.targets)
-        apart = max(1, len(space.free_layers()) // 20)
+        costs, targets = self.problem.cost_model, list(self.problem.targets)
+        apart = max(1, len(self.problem.space.free_layers()) // 20)
         cuts: dict[Budget, list[Cut]] = {t: [] for t in targets}
         while self.left and targets:
             for target in list(targets):
@@ -108,8 +108,8 @@ class _Ledger:
                 except AquabitError:  # none is left that is far enough from those
                     targets.remove(target)
                     continue
-                cuts[target].append((best.weights, best.acts, apart))
-                self.measure(space.configs(best.weights[None], best.acts[None]))
+                cuts[target].append((best.choices, apart))
+                self.measure(best.choices.configs())
 
 
 Searcher = Callable[[Problem], Found]
@@ -127,12 +127,9 @@ def _uniforms(problem: Problem) -> list[QuantConfig]:
     schemes = [s for s in space.schemes if all(s in space.choices[k] for k in space.free_layers())]
     options = Options.of(problem.cost_model, problem.targets[0])
     configs = [
-        space.uniform(s, int(a))
-        for s in schemes
-        for a in options.columns.activations
-        if a in space.activations
+        space.uniform(s, a) for s in schemes for a in options.columns.activations if a in space.activations
     ]
-    totals = [problem.cost_model.totals(*space.indices([c])) for c in configs]
+    totals = [problem.cost_model.totals(Choices.of(space, [c])) for c in configs]
     order = np.argsort([-float(t["bytes"][0]) for t in totals], kind="stable")
     return [
         configs[i] for i in order if any(problem.cost_model.within(totals[i], t)[0] for t in problem.targets)
@@ -150,7 +147,7 @@ def random_best(problem: Problem) -> Found:
             random_within(problem.space, problem.cost_model, target, share, problem.seed + 1000 * tries + i)
             for i, target in enumerate(problem.targets)
         ]
-        rows = [problem.space.configs(*one) for one in drawn]
+        rows = [one.configs() for one in drawn]
         ledger.measure(config for row in zip_longest(*rows) for config in row if config is not None)
     return ledger.found
 
@@ -173,11 +170,11 @@ def greedy(problem: Problem) -> Found:
             choice = choice.copy()
             choice[layer[k]] = column[k]
             prefixes.append(choice)
-    weights, acts = options.columns.split(np.array(prefixes))
-    totals = problem.cost_model.totals(weights, acts)
+    found = options.columns.split(np.array(prefixes))
+    totals = problem.cost_model.totals(found)
     fits = [np.flatnonzero(problem.cost_model.within(totals, target)) for target in problem.targets]
     turns = [i for row in zip_longest(*fits) for i in row if i is not None]
-    ledger.measure(problem.space.configs(weights[turns], acts[turns]))
+    ledger.measure(found[np.array(turns, int)].configs())
     return ledger.found
 
 
@@ -210,9 +207,9 @@ def swaps(problem: Problem) -> Found:
         target = problem.targets[number % len(problem.targets)]
         drawn = random_within(space, problem.cost_model, target, 1, problem.seed + number)
         number += 1
-        if not len(drawn[0]):
+        if not len(drawn):
             continue
-        context = options.columns.join(*drawn)[0]
+        context = options.columns.join(drawn)[0]
         changed = [context]
         for _ in range(min(SWAPS, ledger.left - reserve - 1, len(free))):
             turn = turn or [int(i) for i in rng.permutation(free)]  # every layer once before any twice
@@ -223,7 +220,7 @@ def swaps(problem: Problem) -> Found:
             other = context.copy()
             other[layer] = rng.choice(np.flatnonzero(far == far.min()))
             changed.append(other)
-        configs = space.configs(*options.columns.split(np.array(changed)))
+        configs = options.columns.split(np.array(changed)).configs()
         ledger.measure(configs)
         values = [ledger.values.get(c.digest, np.nan) for c in configs]
         for one, value in zip(changed[1:], values[1:], strict=True):
@@ -274,8 +271,7 @@ def surrogate(problem: Problem) -> Found:
             problem.seed,
             (max(center - reach, 1.0), center + reach),
         )
-        weights, acts = space.indices(drawn)
-        ledger.measure(space.configs(weights, options.columns.settle(acts)))
+        ledger.measure(options.columns.settle(Choices.of(space, drawn)).configs())
     size = max(len(problem.targets), ceil(ledger.left / ROUNDS))
     for number in range(10 * ROUNDS):
         if not ledger.left:
@@ -317,8 +313,10 @@ def find_searcher(name: str) -> Searcher:
     return SEARCHERS[name]
 
 
-def random_within(space: SearchSpace, cost_model: CostModel, target: Budget, count: int, seed: int) -> Chosen:
-    """Weights and acts, each [n, L] with n up to ``count``, of random configurations that keep ``target``
+def random_within(
+    space: SearchSpace, cost_model: CostModel, target: Budget, count: int, seed: int
+) -> Choices:
+    """Up to ``count`` random configurations that keep ``target``
     and have nine tenths of its first limit or more: of maximum entropy over bit levels as
     ``SearchSpace.sample`` draws, others rejected; where too few fit, drawn ones are repaired at random."""
     options, rng = Options.of(cost_model, target), np.random.default_rng(seed)
@@ -392,7 +390,8 @@ def _expected(problem: Problem, options: Options) -> np.ndarray:
             for k in space.choices
         ]
     )
-    acts = np.where(options.columns.acts == 16, 0.0, 4.0 ** -space.mean_bits(options.columns.acts))
+    bits = options.columns.each.mean_bits.T
+    acts = np.where(bits == 16, 0.0, 4.0**-bits)
     return np.asarray(np.repeat(weight, len(options.columns.activations), axis=1) + acts)
 
 
@@ -415,7 +414,7 @@ def _single_damages(
         len(columns.activations),
         axis=1,
     )
-    start = start if start is not None else space.configs(*columns.split(np.asarray(base)[None]))[0]
+    start = start if start is not None else columns.split(np.asarray(base)).config
     far = np.where(columns.allowed, np.abs(bits - center), np.inf)
     if base is not None:
         far[np.arange(len(base)), base] = np.inf
@@ -427,12 +426,14 @@ def _single_damages(
         if np.isfinite(far[i, order[i, rank]])
     ]
     pairs = pairs[: max(ledger.left - reserve - 1, 0)]
-    weights, acts = columns.split(np.repeat(np.arange(columns.allowed.shape[1])[:, None], len(error), 1))
+    weights = columns.each.weights
+    acts = columns.each.act_index((*columns.activations, 16))
+    levels = (*columns.activations, 16)
     changed = [
         start.with_layer(
             space.layers[i],
             (
-                choice := space.choice(space.layers[i], space.schemes[weights[c, i]], act_of(int(acts[c, i])))
+                choice := space.choice(space.layers[i], space.schemes[weights[c, i]], levels[acts[c, i]])
             ).weight,
             choice.act,
             choice.codebook,

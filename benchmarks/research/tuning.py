@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from sklearn.base import clone
 
+from aquabit.choices import Choices
 from aquabit.scheme import AquabitError, Progress, no_progress
 from aquabit.sensitivity.features import Encoder
 from aquabit.sensitivity.surrogate.estimators import Estimator, Target, estimator_of
@@ -76,8 +77,7 @@ def candidates(estimator: str, count: int = 24, seed: int = 0) -> list[Parameter
 def tune(
     estimator: str,
     encoder: Encoder,
-    weights: np.ndarray,
-    acts: np.ndarray,
+    choices: Choices,
     y: np.ndarray,
     bits: np.ndarray,
     candidates: Sequence[Parameters],
@@ -98,10 +98,10 @@ def tune(
     if not candidates:
         raise AquabitError("there are no candidates to choose from; an empty mapping stands for the defaults")
     y, bits = np.asarray(y, float), np.asarray(bits, float)
-    mean_act = encoder.space.mean_bits(acts).mean(1) if mean_act is None else np.asarray(mean_act, float)
+    mean_act = choices.mean_bits.mean(1) if mean_act is None else np.asarray(mean_act, float)
     target, fold = Target.of(y, direction), fold_numbers(len(y), folds, seed)
     models = [_oriented(estimator, encoder, seed, parameters, target, direction) for parameters in candidates]
-    features = [model.features(encoder, weights, acts) for model in models]
+    features = [model.features(encoder, choices) for model in models]
     found, picks = np.zeros((folds + 1, len(models))), []
     predicted = np.empty((folds, len(y)))
     for f in range(folds + 1):

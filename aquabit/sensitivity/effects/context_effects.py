@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from aquabit.choices import Choices
 from aquabit.measuring.output_errors import stored
 from aquabit.measuring.session import Session
 from aquabit.scheme import Progress, QuantConfig, no_progress, parse_swap
@@ -29,26 +30,17 @@ from aquabit.sensitivity.shared_contexts import group_numbers
 from aquabit.sensitivity.surrogate.estimators import Estimator
 from aquabit.sensitivity.surrogate.fit import FittedSurrogate, training_table
 from aquabit.sensitivity.surrogate.output_error_surrogate import OutputErrorSurrogate, fit_screen
-from aquabit.space import SearchSpace
 from aquabit.study import Study
 
 DRAWN = 64  # contexts that effects are predicted in; the first few of them are run
 MIN_CONTEXTS = 2  # contexts below which nothing is averaged
-Contexts = tuple[np.ndarray, np.ndarray]
 
 
-def swapped(contexts: Contexts, players: Sequence[Player], space: SearchSpace) -> Contexts:
-    """Index matrices [2 x players x contexts, layers]: each player's first scheme in every context, then
-    its second, then the next."""
-    column = {s: j for j, s in enumerate(space.schemes)}
-    weights, acts = contexts
-    changed = np.tile(weights, (2 * len(players), 1, 1))
-    for i, player in enumerate(players):
-        changed[2 * i, :, player.column], changed[2 * i + 1, :, player.column] = (
-            column[player.before],
-            column[player.after],
-        )
-    return changed.reshape(-1, weights.shape[1]), np.tile(acts, (2 * len(players), 1))
+def swapped(contexts: Choices, players: Sequence[Player]) -> Choices:
+    """2 x players x contexts rows: each player's first scheme in every context, then its second, then the
+    next."""
+    column = {s: j for j, s in enumerate(contexts.space.schemes)}
+    return contexts.under([((p.column, column[s]),) for p in players for s in (p.before, p.after)])
 
 
 def measure_in_context(
@@ -70,7 +62,7 @@ def measure_in_context(
     drawn = draw_contexts(
         space, session.costs, bits, DRAWN, np.random.default_rng([seed, 0]), damages_of(session)
     )
-    ends = space.configs(*swapped((drawn[0][:contexts], drawn[1][:contexts]), players, space))
+    ends = swapped(drawn[:contexts], players).configs()
     table = training_table(session.study, session.protocol.objective)
     session.outputs([*(known[c] for c in table.config), *ends], progress)
 
@@ -79,7 +71,7 @@ def refine(
     study: Study,
     fitted: FittedSurrogate,
     effects: Effects,
-    contexts: Contexts,
+    contexts: Choices,
     replicates: int,
     seed: int = 0,
     progress: Progress = no_progress,
@@ -93,8 +85,8 @@ def refine(
         return None
     count, players = 0, effects.players
     values: list[list[Mapping[str, Any]]] = []
-    for k in range(len(contexts[0])):
-        ends = [c.digest for c in fitted.space.configs(*swapped(_one(contexts, k), players, fitted.space))]
+    for context in contexts:
+        ends = [c.digest for c in swapped(context, players).configs()]
         if any(key not in outputs for key in ends):
             break
         values.append([outputs[key] for key in ends])
@@ -102,12 +94,10 @@ def refine(
     if count < MIN_CONTEXTS:
         return None
     screen = fit_screen(fitted, outputs, seed=seed, blend=True)
-    weights, acts = swapped((contexts[0][:count], contexts[1][:count]), players, fitted.space)
-    features = screen.features(
-        weights, acts, [values[k][i] for i in range(2 * len(players)) for k in range(count)]
-    )
-    trained = screen.features(fitted.weights, fitted.acts, [outputs[c] for c in fitted.configs])
-    groups = group_numbers(fitted.weights, fitted.acts)
+    ends_of = swapped(contexts[:count], players)
+    features = screen.features(ends_of, [values[k][i] for i in range(2 * len(players)) for k in range(count)])
+    trained = screen.features(fitted.choices, [outputs[c] for c in fitted.configs])
+    groups = group_numbers(fitted.choices)
     models = refits(screen.estimator, trained, fitted.y, groups, replicates, seed, progress)
     change = (
         np.array([_changes(m, features, len(players), count) for m in (screen.estimator, *models)])
@@ -124,10 +114,6 @@ def refine(
         value[rows, [column[p.before] for p in players]] + effect
     )
     return replace(effects, value=value, replicates=again.reshape(replicates, len(players))), screen, count
-
-
-def _one(contexts: Contexts, k: int) -> Contexts:
-    return contexts[0][k : k + 1], contexts[1][k : k + 1]
 
 
 def _changes(model: Estimator, features: np.ndarray, players: int, contexts: int) -> np.ndarray:

@@ -8,6 +8,7 @@ from itertools import permutations
 
 import numpy as np
 
+from aquabit.choices import Choices, Variant
 from aquabit.cost import CostModel
 from aquabit.scheme import AquabitError, Progress, Scheme, no_progress, parse_swap
 from aquabit.sensitivity.damages import (
@@ -15,7 +16,6 @@ from aquabit.sensitivity.damages import (
     Damages,
     check_budget_in_reach,
     context_act,
-    context_acts,
     good_contexts,
 )
 from aquabit.sensitivity.features import Encoder
@@ -35,15 +35,13 @@ TUNING = 20  # draws that may go into finding the nominal mean; at either end of
 # configurations encoded at once: bounds memory, and stays in the cache: twice as fast as 8192 on 300 layers
 CHUNK = 2048
 
-Variant = tuple[tuple[int, int], ...]  # (layer, scheme) columns of index matrices: what a context has instead
-
 
 @dataclass(frozen=True)
 class Player:
     """One layer with a choice, and the swap that its effect speaks of."""
 
     layer: str
-    column: int  # of index matrices
+    column: int  # its place among the space's layers
     before: Scheme
     after: Scheme
     schemes: tuple[Scheme, ...]
@@ -139,8 +137,8 @@ def draw_contexts(
     count: int,
     rng: np.random.Generator,
     damages: Damages | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Index matrices of ``count`` configurations within 0.25 real bits per weight of ``bits``, activations at
+) -> Choices:
+    """``count`` configurations within 0.25 real bits per weight of ``bits``, activations at
     8 bits: good ones (``good_contexts``) where the damages are known.
 
     Where they are not (a study without probes), random ones, drawn as ``SearchSpace.sample`` draws (maximum
@@ -150,11 +148,10 @@ def draw_contexts(
     if damages is not None:
         return good_contexts(damages, cost, bits, count, rng)
     check_budget_in_reach(space, cost, bits)
-    acts = np.tile(context_acts(space), (count, 1))
-    mean, kept, have = bits, [], 0
+    mean, kept, have = bits, list[Choices](), 0
     for attempt in range(200):
-        drawn = _draw(space, mean, 4 * count, rng)
-        real = cost.totals(drawn, acts[:1].repeat(len(drawn), 0))["bits"]
+        drawn = Choices.at(space, _draw(space, mean, 4 * count, rng), context_act(space))
+        real = cost.totals(drawn)["bits"]
         miss = bits - float(real.mean())
         if (
             abs(miss) <= BUDGET_TOLERANCE_BITS / 5 or attempt >= TUNING
@@ -163,7 +160,7 @@ def draw_contexts(
             kept.append(fits)
             have += len(fits)
             if have >= count:
-                return np.concatenate(kept)[:count], acts
+                return Choices.concat(kept)[:count]
         mean += float(np.clip(miss, -0.5, 0.5))
     low, high = cost.limits(context_act(space))["bits"]
     raise AquabitError(
@@ -189,7 +186,7 @@ def _draw(space: SearchSpace, mean: float, count: int, rng: np.random.Generator)
 def mean_predictions(
     fitted: FittedSurrogate,
     models: Sequence[Estimator],
-    contexts: tuple[np.ndarray, np.ndarray],
+    contexts: Choices,
     variants: Sequence[Variant],
     seed: int = 0,
     units: bool = True,
@@ -200,8 +197,7 @@ def mean_predictions(
     surrogate, then of each model over contexts that it redraws. In the objective's units, or
     (``units=False``) on the fitted, mostly logarithmic, scale.
     """
-    weights, acts = contexts
-    n = len(weights)
+    n = len(contexts)
     share = np.full((len(models) + 1, n), 1.0 / n)
     for r in range(len(models)):
         share[r + 1] = np.random.default_rng([seed, 2, r]).multinomial(n, share[0]) / n
@@ -210,11 +206,7 @@ def mean_predictions(
     step = max(1, CHUNK // n)
     for start in range(0, len(variants), step):
         part = variants[start : start + step]
-        changed = np.tile(weights, (len(part), 1, 1))
-        for k, variant in enumerate(part):
-            for column, scheme in variant:
-                changed[k, :, column] = scheme
-        features = fitted.features(changed.reshape(-1, weights.shape[1]), np.tile(acts, (len(part), 1)))
+        features = fitted.features(contexts.under(part))
         for m, (model, z) in enumerate(zip(everyone, predict_all(everyone, features), strict=True)):
             values = fitted.sign * model.to_units(z) if units else z
             out[m, start : start + len(part)] = values.reshape(len(part), n) @ share[m]
@@ -226,10 +218,7 @@ def bootstrap(
     fitted: FittedSurrogate, replicates: int, seed: int, progress: Progress = no_progress
 ) -> list[Estimator]:
     """The surrogate refitted to measurements drawn with replacement; see ``refits``."""
-    features, groups = (
-        fitted.features(fitted.weights, fitted.acts),
-        group_numbers(fitted.weights, fitted.acts),
-    )
+    features, groups = fitted.features(fitted.choices), group_numbers(fitted.choices)
     return refits(fitted.surrogate, features, fitted.y, groups, replicates, seed, progress)
 
 
@@ -256,7 +245,7 @@ def refits(
 def predict_effects(
     fitted: FittedSurrogate,
     players: list[Player],
-    contexts: tuple[np.ndarray, np.ndarray],
+    contexts: Choices,
     models: Sequence[Estimator],
     seed: int = 0,
     progress: Progress = no_progress,
@@ -302,9 +291,9 @@ def shap_by_layer(fitted: FittedSurrogate) -> tuple[np.ndarray, float]:
         raise AquabitError(
             f"TreeSHAP explains boosted trees, not {type(fitted.surrogate).__name__}: fit with estimator gbdt"
         )
-    values, base = fitted.surrogate.contributions(fitted.encoder(fitted.weights, fitted.acts))
-    parts = member_parts(fitted.encoder, fitted.weights, fitted.acts)
-    out = np.zeros(fitted.weights.shape)
+    values, base = fitted.surrogate.contributions(fitted.encoder(fitted.choices))
+    parts = member_parts(fitted.encoder, fitted.choices)
+    out = np.zeros(fitted.choices.weights.shape)
     for c, (name, members) in enumerate(zip(fitted.encoder.columns, fitted.encoder.members, strict=True)):
         if len(members) == 1:
             out[:, members[0]] += values[:, c]
@@ -319,10 +308,10 @@ def shap_by_layer(fitted: FittedSurrogate) -> tuple[np.ndarray, float]:
     return out, base
 
 
-def member_parts(encoder: Encoder, weights: np.ndarray, acts: np.ndarray) -> Mapping[str, np.ndarray]:
+def member_parts(encoder: Encoder, choices: Choices) -> Mapping[str, np.ndarray]:
     """What each layer adds to the aggregates, [n, layers] by kind of column."""
-    rows = np.arange(weights.shape[1])
-    low, order = encoder.activation_reduction(acts)
+    weights, rows = choices.weights, np.arange(choices.weights.shape[1])
+    low, order = encoder.activation_reduction(choices.group_bits)
     parts = {
         "error": encoder.error[rows, weights],
         "actshare": low,
@@ -330,7 +319,7 @@ def member_parts(encoder: Encoder, weights: np.ndarray, acts: np.ndarray) -> Map
         "bits": encoder.bits[rows, weights] * encoder.size_share,
     }
     if encoder.probed:
-        parts["damage"] = parts["shift"] = encoder.damages(weights, acts)
+        parts["damage"] = parts["shift"] = encoder.damages(choices)
     return parts
 
 

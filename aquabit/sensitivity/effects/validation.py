@@ -77,7 +77,7 @@ class Contexts:
 
     def _block(self, number: int) -> list[QuantConfig]:
         rng = np.random.default_rng([self.seed, 72, number])
-        return self.space.configs(*draw_contexts(self.space, self.costs, self.bits, POOL, rng, self.damages))
+        return draw_contexts(self.space, self.costs, self.bits, POOL, rng, self.damages).configs()
 
     def of(self, player: Player, number: int) -> QuantConfig:
         """The ``number``-th context of a layer: those of a block that have it at an end of its swap come

@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 from sklearn.isotonic import IsotonicRegression
 
+from aquabit.choices import Choices
 from aquabit.cost import CostModel
 from aquabit.scheme import AquabitError
 from aquabit.sensitivity.features import Encoder
@@ -23,9 +24,9 @@ class AverageBits(Estimator):
     def __init__(self, direction: Literal["min", "max"] = "min", log: bool | None = False):
         self.direction, self.log = direction, log
 
-    def features(self, encoder: Encoder, weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
-        bits = CostModel(encoder.graph, encoder.space).totals(weights, acts)["bits"]
-        return np.stack([bits, encoder.space.mean_bits(acts).mean(1)], 1)
+    def features(self, encoder: Encoder, choices: Choices) -> np.ndarray:
+        bits = CostModel(encoder.graph, encoder.space).totals(choices)["bits"]
+        return np.stack([bits, choices.mean_bits.mean(1)], 1)
 
     def _fit(self, X: np.ndarray, z: np.ndarray) -> None:
         self.mean_, spread = X.mean(0), X.std(0)
@@ -52,8 +53,8 @@ class OneHotRidge(Estimator):
     ):
         self.penalty, self.direction, self.log = penalty, direction, log
 
-    def features(self, encoder: Encoder, weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
-        return encoder.one_hot(weights, acts)
+    def features(self, encoder: Encoder, choices: Choices) -> np.ndarray:
+        return encoder.one_hot(choices)
 
     def _fit(self, X: np.ndarray, z: np.ndarray) -> None:
         self.linear_ = Linear.fit(X, z, RIDGE_PENALTIES if self.penalty is None else (self.penalty,))
@@ -81,11 +82,11 @@ class SumOfDamages(Estimator):
     ):
         self.power, self.curve, self.direction, self.log = power, curve, direction, log
 
-    def features(self, encoder: Encoder, weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
+    def features(self, encoder: Encoder, choices: Choices) -> np.ndarray:
         own = (
-            encoder.damages(weights, acts)
+            encoder.damages(choices)
             if encoder.probed
-            else encoder.error[np.arange(weights.shape[1]), weights]
+            else encoder.error[np.arange(choices.weights.shape[1]), choices.weights]
         )
         return np.asarray(np.log10((np.maximum(own, 0) ** self.power).sum(1, keepdims=True) + encoder.FLOOR))
 

@@ -8,6 +8,7 @@ from typing import Any, Literal, Self
 import numpy as np
 import xgboost
 
+from aquabit.choices import Choices
 from aquabit.scheme import AquabitError
 from aquabit.sensitivity.features import Encoder
 from aquabit.sensitivity.surrogate.baselines import AverageBits, OneHotRidge, SumOfDamages
@@ -32,7 +33,7 @@ RISING = ("weight", "act", "error", "actshare", "damage")  # kinds of columns in
 
 
 class Surrogate(Estimator):
-    """Gradient-boosted trees over ``sensitivity.encoder.Encoder`` features, on top of ``linear`` times a
+    """Gradient-boosted trees over ``features.Encoder``'s columns, on top of ``linear`` times a
     ridge fit.
 
     ``for_model`` leaves the ridge out where the encoder has probes: what layers do together is then among its
@@ -78,8 +79,8 @@ class Surrogate(Estimator):
             **{"names": tuple(encoder.columns), "linear": 0.0 if encoder.probed else 0.5, **parameters}
         )
 
-    def features(self, encoder: Encoder, weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
-        return encoder(weights, acts)
+    def features(self, encoder: Encoder, choices: Choices) -> np.ndarray:
+        return encoder(choices)
 
     def replicate(self, rng: np.random.Generator, seed: int) -> Self:
         """A third of the cost of the full fit. Where there is a ridge its share is drawn from 0 to 1: how

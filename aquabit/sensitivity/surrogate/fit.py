@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from sklearn.base import clone
 
+from aquabit.choices import Choices
 from aquabit.cost import CostModel
 from aquabit.graph import from_json
 from aquabit.scheme import AquabitError, Progress, QuantConfig, no_progress
@@ -55,11 +56,8 @@ class FittedSurrogate:
     surrogate: Estimator
     encoder: Encoder
     cost: CostModel
-    graph: nx.DiGraph
-    space: SearchSpace
     configs: tuple[str, ...]  # digests of the training configurations
-    weights: np.ndarray  # [n, layers] indices into space.schemes
-    acts: np.ndarray  # [n, layers] activation bits
+    choices: Choices  # the same
     y: np.ndarray  # [n] objective, in its own units
     bits: np.ndarray  # [n] real bits per weight
     out_of_fold: np.ndarray  # [n] held-out predictions, in the objective's units
@@ -70,25 +68,33 @@ class FittedSurrogate:
     damages: Damages | None = None  # of the space, where all are known: contexts are then good configurations
 
     @property
+    def space(self) -> SearchSpace:
+        return self.encoder.space
+
+    @property
+    def graph(self) -> nx.DiGraph:
+        return self.encoder.graph
+
+    @property
     def sign(self) -> float:
         """Multiplies a difference in units so that positive = worse."""
         return 1.0 if self.direction == "min" else -1.0
 
-    def features(self, weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
-        """What the estimator looks at, [n, columns], of index matrices."""
-        return self.surrogate.features(self.encoder, weights, acts)
+    def features(self, choices: Choices) -> np.ndarray:
+        """What the estimator looks at, [n, columns]."""
+        return self.surrogate.features(self.encoder, choices)
 
-    def badness(self, weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
-        """Oriented prediction [n] of index matrices, larger = worse: what a search minimises."""
-        return self.surrogate.predict(self.features(weights, acts))
+    def badness(self, choices: Choices) -> np.ndarray:
+        """Oriented prediction [n], larger = worse: what a search minimises."""
+        return self.surrogate.predict(self.features(choices))
 
-    def values(self, weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
-        """Predicted objective [n] of index matrices, in its own units."""
-        return self.surrogate.to_units(self.badness(weights, acts))
+    def values(self, choices: Choices) -> np.ndarray:
+        """Predicted objective [n], in its own units."""
+        return self.surrogate.to_units(self.badness(choices))
 
     def predict(self, configs: Iterable[QuantConfig]) -> np.ndarray:
         """Predicted objective [n] of configurations, in its own units."""
-        return self.values(*self.space.indices(configs))
+        return self.values(Choices.of(self.space, configs))
 
 
 def fold_numbers(count: int, folds: int = 5, seed: int = 0) -> np.ndarray:
@@ -98,10 +104,10 @@ def fold_numbers(count: int, folds: int = 5, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).permutation(np.arange(count) % folds)
 
 
-def grouped_folds(weights: np.ndarray, acts: np.ndarray, folds: int = 5, seed: int = 0) -> np.ndarray:
+def grouped_folds(choices: Choices, folds: int = 5, seed: int = 0) -> np.ndarray:
     """A fold number for each row, the same for all that share a context (``group_numbers``): a swap is not
     predicted from its other end. Where there are fewer contexts than folds, each row stands for itself."""
-    groups = group_numbers(weights, acts)
+    groups = group_numbers(choices)
     count = int(groups.max(initial=-1)) + 1
     return (
         fold_numbers(count, folds, seed)[groups] if count >= folds else fold_numbers(len(groups), folds, seed)
@@ -110,8 +116,7 @@ def grouped_folds(weights: np.ndarray, acts: np.ndarray, folds: int = 5, seed: i
 
 def cross_validate(
     encoder: Encoder,
-    weights: np.ndarray,
-    acts: np.ndarray,
+    choices: Choices,
     y: np.ndarray,
     bits: np.ndarray,
     mean_act: np.ndarray | None = None,
@@ -126,8 +131,8 @@ def cross_validate(
     """Out-of-fold scores of an estimator: within_budget_srcc, srcc, kendall, ndcg10, r2 (all on the objective
     in its units), and the same of other estimators (names of ``ESTIMATORS``) under "baselines".
 
-    ``bits`` are real bits per weight, ``mean_act`` mean activation bits (default: the mean of ``acts`` over
-    layers and steps). "out_of_fold" holds the held-out predictions [n] and "fold" the fold of each row.
+    ``bits`` are real bits per weight, ``mean_act`` mean activation bits (default: the mean over layers
+    and steps). "out_of_fold" holds the held-out predictions [n] and "fold" the fold of each row.
     "within_budget_interval" is the interval of the first score, of the level "within_budget_level", and
     "useful" whether it lies above 0, which is what average bits score by definition. Average bits is a cubic
     of the budget itself, and its residual is taken from the same fold's cubic: exactly constant. Constant
@@ -136,14 +141,14 @@ def cross_validate(
     of "baselines"; None where they are too few.
     """
     y, bits = np.asarray(y, float), np.asarray(bits, float)
-    mean_act = encoder.space.mean_bits(acts).mean(1) if mean_act is None else np.asarray(mean_act, float)
-    target, fold = Target.of(y, direction), grouped_folds(weights, acts, folds, seed)
+    mean_act = choices.mean_bits.mean(1) if mean_act is None else np.asarray(mean_act, float)
+    target, fold = Target.of(y, direction), grouped_folds(choices, folds, seed)
     own = estimator_of(surrogate, encoder, seed) if isinstance(surrogate, str) else surrogate
     models = {"": own, **{name: estimator_of(name, encoder, seed) for name in baselines}}
     predicted = {}
     for done, (name, model) in enumerate(models.items()):
         oriented = clone(model).set_params(direction=direction, log=target.log and not model.budget_only)
-        predicted[name] = held_out_predictions(oriented, oriented.features(encoder, weights, acts), y, fold)
+        predicted[name] = held_out_predictions(oriented, oriented.features(encoder, choices), y, fold)
         progress("cross-validate the surrogate", done + 1, len(models))
     scores = {
         name: all_scores(target.sign * y, target.sign * p, bits, mean_act, fold)
@@ -251,8 +256,8 @@ def fit_from_study(
     )  # uniform references may have schemes that no layer of the space may take
     inside = [all(choice.weight in schemes for choice in known[c].layers.values()) for c in table.config]
     table = table[inside].reset_index(drop=True)
-    weights, acts = space.indices([known[c] for c in table.config])
-    y, bits = table[objective].to_numpy(float), cost.totals(weights, acts)["bits"]
+    choices = Choices.of(space, [known[c] for c in table.config])
+    y, bits = table[objective].to_numpy(float), cost.totals(choices)["bits"]
     if np.ptp(y) == 0:
         raise AquabitError(
             f"all {len(y)} measurements of {objective} in {study.path} are {y[0]:g}: a constant says nothing"
@@ -263,24 +268,21 @@ def fit_from_study(
     others = [name for name in baselines if name != estimator]
     good = good_rows(study, table, objective, bits)
     scores = cross_validate(
-        encoder, weights, acts, y, bits, None, folds, seed, oriented, model, others, progress, good
+        encoder, choices, y, bits, None, folds, seed, oriented, model, others, progress, good
     )
     out_of_fold = scores.pop("out_of_fold")
     scores.pop("fold")
     scores = assess(scores, estimator, len(y), len(space.free_layers()))
     scores["noise_ceiling"], scores["among_good"]["noise_ceiling"] = _ceilings(
-        study, objective, table, bits, space.mean_bits(acts).mean(1), good
+        study, objective, table, bits, choices.mean_bits.mean(1), good
     )
-    model.fit(model.features(encoder, weights, acts), y)
+    model.fit(model.features(encoder, choices), y)
     return FittedSurrogate(
         model,
         encoder,
         cost,
-        graph,
-        space,
         tuple(table.config),
-        weights,
-        acts,
+        choices,
         y,
         bits,
         out_of_fold,

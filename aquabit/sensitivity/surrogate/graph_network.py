@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from aquabit.choices import Choices
 from aquabit.graph import layers as graph_layers
 from aquabit.scheme import AquabitError
 from aquabit.sensitivity.features import Encoder
@@ -42,7 +43,6 @@ class Nodes:
     fixed: np.ndarray  # [layers, 2] depth of its block and log size, standardised
     schemes: np.ndarray  # [layers, schemes, 2] bits and log10 of the weight error, standardised
     block: np.ndarray  # [layers] index of the block
-    choices: np.ndarray  # [activation choices], sorted
     activation_reduction: (
         np.ndarray
     )  # [activation choices, 2] how low their bits are, and the change of that over the steps
@@ -64,7 +64,7 @@ class Nodes:
             for k, source in enumerate(upstream(encoder.graph, name)):
                 sources[i, k + 1], known[i, k + 1] = place[source], True
         error = np.log10(np.where(np.isnan(encoder.error), np.nanmax(encoder.error), encoder.error))
-        low, order = encoder.activation_reduction(encoder.levels[:, None])
+        low, order = encoder.level_reduction()
         fixed = np.stack([block.astype(float), np.log(encoder.size_share)], 1)
         schemes = np.stack([encoder.bits, error], 2)
         return Nodes(
@@ -74,7 +74,6 @@ class Nodes:
             _standardised(fixed, 0),
             _standardised(schemes, (0, 1)),
             block,
-            encoder.levels,
             np.concatenate([low, order], 1),
         )
 
@@ -245,9 +244,9 @@ class GraphNetwork(Estimator):
     def for_model(cls, encoder: Encoder, **parameters: Any) -> Self:
         return cls(**{"nodes": Nodes.of(encoder), **parameters})
 
-    def features(self, encoder: Encoder, weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
-        """Scheme indices, then activation choices: [n, 2 layers]."""
-        return np.concatenate([weights, acts], 1)
+    def features(self, encoder: Encoder, choices: Choices) -> np.ndarray:
+        """Scheme indices, then places in ``Encoder.levels`` of activation choices: [n, 2 layers]."""
+        return np.concatenate([choices.weights, choices.act_index(encoder.levels)], 1)
 
     def replicate(self, rng: np.random.Generator, seed: int) -> Self:
         return type(self)(**{**self.get_params(deep=False), "members": 1, "seed": seed})
@@ -282,10 +281,10 @@ class GraphNetwork(Estimator):
             ]
         return torch.stack(found).mean(0).T.double().numpy()
 
-    def block_scores(self, weights: np.ndarray, acts: np.ndarray, hops: int | None = None) -> np.ndarray:
+    def block_scores(self, X: np.ndarray, hops: int | None = None) -> np.ndarray:
         """The L1 norm of the mean embedding, after ``hops`` hops (default: all), of the layers in each
-        layer's block where that layer takes each scheme: [layers, schemes], averaged over the contexts
-        ``weights`` and ``acts`` [n, layers]; larger = worse.
+        layer's block where that layer takes each scheme: [layers, schemes], averaged over contexts
+        with the features ``X``; larger = worse.
 
         Qua²SeDiMo's block-level score: its subgraph is a block's, its hops 3, 2 and 1 for self-attention,
         cross-attention and feed-forward.
@@ -294,7 +293,7 @@ class GraphNetwork(Estimator):
         if not 0 <= hop <= self.hops:
             raise AquabitError(f"hops is {hop}; this network has 0 to {self.hops}")
         layers, schemes = nodes.schemes.shape[:2]
-        contexts, low = self._inputs(np.concatenate([weights, acts], 1))
+        contexts, low = self._inputs(X)
         out = torch.zeros(layers, schemes)
         with _one_thread(), torch.inference_mode():
             for i in range(layers):
@@ -318,13 +317,13 @@ class GraphNetwork(Estimator):
     def _inputs(self, X: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Scheme indices [n, layers] and (activation_reduction, its order) [n, layers, 2]."""
         nodes = self._nodes()
-        weights, acts = np.split(np.asarray(X).astype(int), 2, 1)
+        weights, levels = np.split(np.asarray(X).astype(int), 2, 1)
         if weights.shape[1] != len(nodes.operator):
             raise AquabitError(
                 f"features have {X.shape[1]} columns; {len(nodes.operator)} layers take"
                 f" {2 * len(nodes.operator)}"
             )
-        low = nodes.activation_reduction[np.searchsorted(nodes.choices, acts)]
+        low = nodes.activation_reduction[levels]
         return torch.as_tensor(weights), torch.as_tensor(low, dtype=torch.float32)
 
     def _train(self, inputs: tuple[torch.Tensor, torch.Tensor], z: torch.Tensor, seed: int) -> _Network:

@@ -24,11 +24,8 @@ def learning_curve(fitted: FittedSurrogate, seed: int = 0, progress: Progress = 
     ``MIN_MEASUREMENTS`` are left out. Costs 0.9 of a cross-validation.
     """
     y, bits, count = fitted.y, fitted.bits, len(fitted.y)
-    acts = fitted.space.mean_bits(fitted.acts).mean(1)
-    features, fold = (
-        fitted.features(fitted.weights, fitted.acts),
-        grouped_folds(fitted.weights, fitted.acts, FOLDS, seed),
-    )
+    acts = fitted.choices.mean_bits.mean(1)
+    features, fold = fitted.features(fitted.choices), grouped_folds(fitted.choices, FOLDS, seed)
     rng, sizes, rows = (
         np.random.default_rng([seed, 7]),
         [round(p * count) for p in PARTS if p * count >= MIN_MEASUREMENTS],

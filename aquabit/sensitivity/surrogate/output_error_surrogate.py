@@ -1,4 +1,4 @@
-"""Screening: the surrogate again, with the output errors of the configurations themselves among its features.
+"""The surrogate of output errors: with those of the configurations themselves among its features.
 
 Trees rank configurations best, but step over what a small layer does; ``Blend`` adds models that are smooth
 in the output errors and in the summed sketches, which is what effects of layers need.
@@ -16,6 +16,7 @@ from sklearn.linear_model import RidgeCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import SplineTransformer, StandardScaler
 
+from aquabit.choices import Choices
 from aquabit.measuring.output_errors import output_features
 from aquabit.scheme import AquabitError, QuantConfig
 from aquabit.sensitivity.features import Encoder
@@ -53,10 +54,10 @@ class Blend(Estimator):
             log,
         )
 
-    def features(self, encoder: Encoder, weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
+    def features(self, encoder: Encoder, choices: Choices) -> np.ndarray:
         """Only the encoder's columns; those of output errors stand behind them
         (``OutputErrorSurrogate.features``)."""
-        return encoder(weights, acts)
+        return encoder(choices)
 
     def replicate(self, rng: np.random.Generator, seed: int) -> Self:
         """A third of the trees."""
@@ -89,25 +90,19 @@ class OutputErrorSurrogate:
 
     def __call__(self, configs: Sequence[QuantConfig], outputs: Outputs) -> np.ndarray:
         """Oriented prediction [n], larger = worse, of configurations whose output errors are known."""
-        return self.predict(*self.fitted.space.indices(configs), [outputs[c.digest] for c in configs])
+        return self.predict(Choices.of(self.fitted.space, configs), [outputs[c.digest] for c in configs])
 
-    def predict(
-        self, weights: np.ndarray, acts: np.ndarray, values: Sequence[Mapping[str, Any]]
-    ) -> np.ndarray:
-        """The same of index matrices [n, layers] and their n output errors."""
-        return self.estimator.predict(self.features(weights, acts, values))
+    def predict(self, choices: Choices, values: Sequence[Mapping[str, Any]]) -> np.ndarray:
+        """The same of rows and their n output errors."""
+        return self.estimator.predict(self.features(choices, values))
 
-    def features(
-        self, weights: np.ndarray, acts: np.ndarray, values: Sequence[Mapping[str, Any]]
-    ) -> np.ndarray:
+    def features(self, choices: Choices, values: Sequence[Mapping[str, Any]]) -> np.ndarray:
         """What the trees look at, [n, columns]."""
-        return _features(self.fitted, weights, acts, values)
+        return _features(self.fitted, choices, values)
 
 
-def _features(
-    fitted: FittedSurrogate, weights: np.ndarray, acts: np.ndarray, values: Sequence[Mapping[str, Any]]
-) -> np.ndarray:
-    return np.concatenate([fitted.encoder(weights, acts), output_features(values)], 1)
+def _features(fitted: FittedSurrogate, choices: Choices, values: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    return np.concatenate([fitted.encoder(choices), output_features(values)], 1)
 
 
 def fit_screen(
@@ -123,17 +118,14 @@ def fit_screen(
             f"the output errors of {len(missing)} measured configurations, such as {missing[0]}, are not"
             " known"
         )
-    features = np.concatenate(
-        [fitted.encoder(fitted.weights, fitted.acts), output_features([outputs[c] for c in fitted.configs])],
-        1,
-    )
+    features = _features(fitted, fitted.choices, [outputs[c] for c in fitted.configs])
     model: Estimator = Surrogate(**TREES, members=MEMBERS, seed=seed, direction=fitted.direction)
     if blend:
         shifts = [i for i, name in enumerate(fitted.encoder.columns) if name.startswith("shift:")]
         behind = range(len(fitted.encoder.columns), features.shape[1])
         model = Blend((*shifts, *behind), tuple(shifts[:1]), seed=seed, direction=fitted.direction)
-    fold = grouped_folds(fitted.weights, fitted.acts, min(folds, len(fitted.y)), seed)
+    fold = grouped_folds(fitted.choices, min(folds, len(fitted.y)), seed)
     held_out = fitted.sign * held_out_predictions(model, features, fitted.y, fold)
-    acts = fitted.space.mean_bits(fitted.acts).mean(1)
+    acts = fitted.choices.mean_bits.mean(1)
     score = within_budget_srcc(fitted.sign * fitted.y, held_out, fitted.bits, acts, fold)
     return OutputErrorSurrogate(fitted, clone(model).fit(features, fitted.y), score)

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, Self
 import numpy as np
 from sklearn.base import BaseEstimator, RegressorMixin
 
+from aquabit.choices import Choices
 from aquabit.scheme import AquabitError
 from aquabit.sensitivity.features import Encoder
 from aquabit.sensitivity.surrogate.scores import r2
@@ -62,8 +63,8 @@ class Estimator(RegressorMixin, BaseEstimator, ABC):
         return cls(**parameters)
 
     @abstractmethod
-    def features(self, encoder: Encoder, weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
-        """Index matrices [n, layers] to what it is fitted on, [n, columns]."""
+    def features(self, encoder: Encoder, choices: Choices) -> np.ndarray:
+        """Rows of configurations to what it is fitted on, [n, columns]."""
 
     def replicate(self, rng: np.random.Generator, seed: int) -> Self:
         """An unfitted one for a bootstrap replicate: cheaper, where that serves, and with its own

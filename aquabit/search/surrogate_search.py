@@ -1,4 +1,5 @@
-"""The search: surrogate, integer program, local search, measurement, and again."""
+"""Rounds of fitting a surrogate, proposing by integer program, local search or evolution, and measuring:
+``--method surrogate`` and ``evolve``."""
 
 from __future__ import annotations
 
@@ -8,13 +9,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from aquabit.choices import Choices
 from aquabit.cost import CostModel
 from aquabit.scheme import AquabitError, Budget, Progress, QuantConfig, no_progress
-from aquabit.search.evolve import check_installed, evolve
+from aquabit.search.evolution import check_installed, evolve
 from aquabit.search.integer_program import Cut, Solution, choice_effects, solve
-from aquabit.search.local import improve, lighten
-from aquabit.search.options import Options, Predict
-from aquabit.search.proof import BoundFactory, Proof, branch_and_bound, columns_of
+from aquabit.search.local_search import improve, lighten
+from aquabit.search.options import Options, Predict, fixed_act
+from aquabit.search.proof import BoundFactory, Proof, branch_and_bound
 from aquabit.space import BITS_RANGE, SearchSpace
 
 METHODS = ("program", "surrogate", "evolve")
@@ -28,7 +30,6 @@ SPREAD = (
     0.8,
     1.25,
 )  # limits of the front's other targets relative to the budget's, the nearest first
-Chosen = tuple[np.ndarray, np.ndarray]  # (weights [L], acts [L])
 Measured = Iterable[tuple[QuantConfig, float]]
 Screened = Callable[[list[QuantConfig]], np.ndarray]
 
@@ -87,7 +88,7 @@ def find_candidates(
     targets = [budget, *ladder(cost_model, budget, spread)]
     _check(cost_model, budget)
     known = {c.digest for c, _ in measured()}
-    totals = [(c, cost_model.totals(*space.indices([c]))) for c in uniform if c.digest not in known]
+    totals = [(c, cost_model.totals(Choices.of(space, [c]))) for c in uniform if c.digest not in known]
     baselines = [c for c, t in totals if any(cost_model.within(t, b)[0] for b in targets)]
     if baselines:
         measure(baselines)
@@ -153,8 +154,7 @@ def check_method(method: str) -> None:
 def ladder(cost_model: CostModel, budget: Budget, spread: Sequence[float] = SPREAD) -> list[Budget]:
     """The budget with all limits scaled by each factor of ``spread``, kept within what the space can
     reach; none twice."""
-    fixed = Options.of(cost_model, budget).columns.activations
-    limits = cost_model.limits(fixed[0] if len(fixed) == 1 else None)
+    limits = cost_model.limits(fixed_act(Options.of(cost_model, budget).columns.activations))
     found: list[Budget] = []
     for factor in spread:
         scaled: dict[str, float] = {}
@@ -192,11 +192,11 @@ def _check(cost_model: CostModel, budget: Budget) -> None:
 @dataclass
 class _Aim:
     """What a round knows of one target: effects [n, L, S, A] of single choices in n contexts, and the best
-    measured (weights, acts)."""
+    measured configuration (one row)."""
 
     options: Options
     effects: np.ndarray
-    warm: Chosen | None
+    warm: Choices | None
     tries: int = 0
     solution: Solution | None = None  # of the mean effects over all contexts
 
@@ -227,14 +227,14 @@ class Proposer:
         known = set(self.space.schemes)
         inside = [(c, v) for c, v in self.measured if all(c[k].weight in known for k in self.space.choices)]
         self.known_digests = {c.digest for c, _ in self.measured}
-        self.known = self.space.indices([c for c, _ in inside])
+        self.known = Choices.of(self.space, [c for c, _ in inside])
         self.values = np.array([v for _, v in inside], float)
-        self.picked: list[Chosen] = []  # this round's proposals
-        self.front: Chosen | None = None  # [n, L] each, of the evolution
-        predicted = np.asarray(self.predict(*self.known), float) if len(inside) else np.zeros(0)
+        self.picked: list[Choices] = []  # this round's proposals
+        self.front: Choices | None = None  # of the evolution
+        predicted = np.asarray(self.predict(self.known), float) if len(inside) else np.zeros(0)
         finite = predicted[np.isfinite(predicted)]
         self.slack = self.ties * float(finite.max() - finite.min()) if len(finite) else 0.0
-        self.known_hashes = self._hash(*self.known)
+        self.known_hashes = self._hash(self.known)
 
     def add(self, target: Budget) -> bool:
         """One more candidate under ``target``; False where none is left."""
@@ -247,20 +247,19 @@ class Proposer:
             if self.method == "evolve"
             else self._searched(aim, target, apart, rng)
         )
-        if start is None or not self._new(*start):
+        if start is None or not self._new(start):
             start = self._perturbed(aim, target, rng)
         if start is None:
             return False
         proof = None
         if target == self.targets[0] and aim.tries == 1:
             start, proof = self._proved(aim, target, start)
-        predicted = float(self.predict(start[0][None], start[1][None])[0])
-        config = self.space.configs(start[0][None], start[1][None])[0]
-        self.candidates.append(Candidate(config, target, self.round, predicted, proof))
+        predicted = float(self.predict(start)[0])
+        self.candidates.append(Candidate(start.config, target, self.round, predicted, proof))
         self.picked.append(start)
         return True
 
-    def _searched(self, aim: _Aim, target: Budget, apart: int, rng: np.random.Generator) -> Chosen | None:
+    def _searched(self, aim: _Aim, target: Budget, apart: int, rng: np.random.Generator) -> Choices | None:
         """The integer program's optimum, or the best measured configuration at the second try, improved on
         the surrogate; of ties the one of fewest operations."""
         start = aim.warm if aim.tries == 2 and aim.warm is not None else self._start(aim, target, apart, rng)
@@ -268,10 +267,10 @@ class Proposer:
             return None
         avoiding = self._avoiding(apart)
         rows = self.rows if aim.tries <= self.thorough else self.rows // 4
-        found = improve(*start, avoiding, self.cost_model, target, int(rng.integers(1 << 31)), rows=rows)
-        return lighten(found.weights, found.acts, avoiding, self.cost_model, target, self.slack)
+        found = improve(start, avoiding, self.cost_model, target, int(rng.integers(1 << 31)), rows=rows)
+        return lighten(found.choices, avoiding, self.cost_model, target, self.slack)
 
-    def _evolved(self, target: Budget, apart: int) -> Chosen | None:
+    def _evolved(self, target: Budget, apart: int) -> Choices | None:
         """The best predicted member within ``target`` of one front for all targets, not known and apart
         from the round's others; it starts from the integer program's optimum of each target."""
         if self.front is None:
@@ -286,34 +285,33 @@ class Proposer:
             self.front = evolve(
                 self.predict, self.cost_model, self.targets, starts, seed=self.seed + self.round
             )
-        weights, acts = self.front
-        if not len(weights):
+        if not len(self.front):
             return None
         values = np.where(
-            self.cost_model.within(self.cost_model.totals(weights, acts), target),
-            self._avoiding(apart)(weights, acts),
+            self.cost_model.within(self.cost_model.totals(self.front), target),
+            self._avoiding(apart)(self.front),
             np.inf,
         )
         best = int(values.argmin())
-        return (weights[best], acts[best]) if np.isfinite(values[best]) else None
+        return self.front[best] if np.isfinite(values[best]) else None
 
-    def _proved(self, aim: _Aim, target: Budget, start: Chosen) -> tuple[Chosen, Proof | None]:
+    def _proved(self, aim: _Aim, target: Budget, start: Choices) -> tuple[Choices, Proof | None]:
         """The proof for the budget, and ``start``, or what branch and bound finds better where that is
         new."""
         if aim.solution is None:
             return start, None
         additive = (aim.solution.score, aim.solution.bound, aim.solution.gap)
         inside = [c for c in (start, aim.warm) if c is not None]
-        values = [float(self.predict(c[0][None], c[1][None])[0]) for c in inside]
+        values = [float(self.predict(c)[0]) for c in inside]
         best = inside[int(np.argmin(values))]
         if self.bound is None:
             return start, Proof(*additive, predicted=min(values))
-        bound = self.bound(*columns_of(aim.options))
+        bound = self.bound(aim.options.columns.each, aim.options.columns.allowed)
         found = branch_and_bound(
-            *best, self.predict, bound, self.cost_model, target, rows=self.rows // 4, seed=self.seed
+            best, self.predict, bound, self.cost_model, target, rows=self.rows // 4, seed=self.seed
         )
-        if found.predicted < values[0] - self.slack and self._new(found.weights, found.acts):
-            start = (found.weights, found.acts)
+        if found.predicted < values[0] - self.slack and self._new(found.choices):
+            start = found.choices
         proven = np.isfinite(found.bound)
         return start, Proof(
             *additive,
@@ -327,10 +325,10 @@ class Proposer:
         """Effects in the measured configurations nearest to the target, filled up with random ones; and
         the best measured within it."""
         options = Options.of(self.cost_model, target)
-        weights, acts = self.known[0], options.columns.settle(self.known[1])
-        choice = options.columns.join(weights, acts)
+        known = options.columns.settle(self.known)
+        choice = options.columns.join(known)
         usable = np.flatnonzero((choice >= 0).all(1) & np.isfinite(self.values))
-        weights, acts, values, choice = weights[usable], acts[usable], self.values[usable], choice[usable]
+        known, values, choice = known[usable], self.values[usable], choice[usable]
         contexts = min(self.contexts, max(4, CONTEXT_ROWS // max(int(options.columns.allowed.sum()), 1)))
         distance = np.abs(options.used(choice) / options.caps[:, None] - 1).max(0)
         near = np.argsort(distance, kind="stable")[:contexts]
@@ -339,27 +337,22 @@ class Proposer:
             8 * options.caps[0] / self.cost_model.weights if options.names[0] in ("bits", "bytes") else None
         )
         bits_range = BITS_RANGE if center is None else (center * 0.9, center)
-        more_weights, more_acts = self.space.indices(
-            self.space.sample(max(missing, 0), self.seed, bits_range)
-        )
-        both = (
-            np.concatenate([weights[near], more_weights]),
-            np.concatenate([acts[near], options.columns.settle(more_acts)]),
-        )
+        more = Choices.of(self.space, self.space.sample(max(missing, 0), self.seed, bits_range))
+        both = Choices.concat([known[near], options.columns.settle(more)])
         effects = choice_effects(self.predict, self.space, both, options.columns.activations)
         kept = np.flatnonzero(options.keeps(choice))
         best = kept[np.argmin(values[kept])] if len(kept) else None
-        return _Aim(options, effects, None if best is None else (weights[best], acts[best]))
+        return _Aim(options, effects, None if best is None else known[best])
 
-    def _start(self, aim: _Aim, target: Budget, apart: int, rng: np.random.Generator) -> Chosen | None:
+    def _start(self, aim: _Aim, target: Budget, apart: int, rng: np.random.Generator) -> Choices | None:
         """The integer program's optimum for the mean effects over all contexts, later over a bootstrap;
         None where cuts leave none."""
         count = len(aim.effects)
         rows = np.arange(count) if aim.tries == 1 else rng.integers(count, size=count)
         cuts: list[Cut] = []
-        for weights, acts in self.picked:
-            if (aim.options.columns.join(weights, acts) >= 0).all():
-                cuts.append((weights, acts, apart))
+        for other in self.picked:
+            if (aim.options.columns.join(other) >= 0).all():
+                cuts.append((other, apart))
         try:
             found = solve(
                 aim.effects[rows].mean(0),
@@ -372,32 +365,32 @@ class Proposer:
         except AquabitError:
             return None
         aim.solution = aim.solution or found
-        return found.weights, found.acts
+        return found.choices
 
     @staticmethod
-    def _hash(weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
-        """One integer [n] for each row of [n, L]; equal only by a chance of one in 2^60."""
-        factors = np.random.default_rng(0).integers(1 << 62, size=(2, weights.shape[1]))
-        return np.asarray((weights * factors[0] + acts * factors[1]).sum(-1))  # wraps around
+    def _hash(choices: Choices) -> np.ndarray:
+        """One integer for each row, [n]; equal only by a chance of one in 2^60."""
+        factors = np.random.default_rng(0).integers(1 << 62, size=(2, choices.weights.shape[1]))
+        return np.asarray((choices.weights * factors[0] + choices.acts * factors[1]).sum(-1))  # wraps around
 
     def _avoiding(self, apart: int) -> Predict:
         """The surrogate with infinity on what is known already and on what is close to this round's other
         proposals."""
 
-        def predict(weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
-            values = np.array(self.predict(weights, acts), float)
-            values[np.isin(self._hash(weights, acts), self.known_hashes)] = np.inf
-            for other_weights, other_acts in self.picked:
-                values[((weights != other_weights) | (acts != other_acts)).sum(1) < apart] = np.inf
+        def predict(choices: Choices) -> np.ndarray:
+            values = np.array(self.predict(choices), float)
+            values[np.isin(self._hash(choices), self.known_hashes)] = np.inf
+            for other in self.picked:
+                values[choices.apart(other) < apart] = np.inf
             return values
 
         return predict
 
-    def _new(self, weights: np.ndarray, acts: np.ndarray) -> bool:
-        digest = self.space.configs(weights[None], acts[None])[0].digest
+    def _new(self, one: Choices) -> bool:
+        digest = one.config.digest
         return digest not in self.known_digests and digest not in {c.config.digest for c in self.candidates}
 
-    def _perturbed(self, aim: _Aim, target: Budget, rng: np.random.Generator) -> Chosen | None:
+    def _perturbed(self, aim: _Aim, target: Budget, rng: np.random.Generator) -> Choices | None:
         """The first new configuration among 300 random changes, ever wider, of the integer program's
         optimum; None where all are known."""
         scores = aim.effects.mean(0)
@@ -406,12 +399,12 @@ class Proposer:
         except AquabitError:
             return None
         columns, free = aim.options.columns, aim.options.columns.free
-        center = columns.join(origin.weights, origin.acts)
+        center = columns.join(origin.choices)[0]
         for attempt in range(300 if len(free) else 0):
             moved = center.copy()
             for layer in rng.choice(free, size=min(len(free), 1 + attempt // 20), replace=False):
                 moved[layer] = rng.choice(np.flatnonzero(columns.allowed[layer]))
             mended = aim.options.repair(moved, scores.reshape(len(scores), -1))
-            if mended is not None and self._new(*columns.split(mended)):
+            if mended is not None and self._new(columns.split(mended)):
                 return columns.split(mended)
         return None

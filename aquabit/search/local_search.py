@@ -1,5 +1,5 @@
-"""Local search on the surrogate: single-layer changes and exchanges between two layers that never leave
-the budget."""
+"""Local search of ``--method surrogate``: single-layer changes and exchanges between two layers that the
+surrogate predicts better, never outside the budget."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from aquabit.choices import Choices
 from aquabit.cost import CostModel
-from aquabit.scheme import AquabitError, Budget, act_of, act_text
+from aquabit.scheme import AquabitError, Budget, act_text
 from aquabit.search.options import Options, Predict, kernel_operations
 
 BATCH = 4096
@@ -17,11 +18,10 @@ LIFTS = 256  # first halves of pairs that are ranked against every other change;
 
 @dataclass(frozen=True)
 class Improved:
-    """``weights`` and ``acts`` [L], the ``predicted`` value there and at the start, and the ``rows`` of
-    prediction it took."""
+    """A configuration (``choices``, one row), the ``predicted`` value there and at the start, and the
+    ``rows`` of prediction it took."""
 
-    weights: np.ndarray
-    acts: np.ndarray
+    choices: Choices
     predicted: float
     start: float
     rows: int
@@ -40,7 +40,7 @@ class _Counted:
         if not len(choice):
             return np.zeros(0)
         parts = [
-            self.predict(*self.options.columns.split(choice[i : i + BATCH]))
+            self.predict(self.options.columns.split(choice[i : i + BATCH]))
             for i in range(0, len(choice), BATCH)
         ]
         values = np.concatenate([np.asarray(p, float) for p in parts])
@@ -48,8 +48,7 @@ class _Counted:
 
 
 def improve(
-    weights: np.ndarray,
-    acts: np.ndarray,
+    origin: Choices,
     predict: Predict,
     cost_model: CostModel,
     budget: Budget,
@@ -59,7 +58,7 @@ def improve(
     pairs: int = 1000,
     restarts: int = 8,
 ) -> Improved:
-    """The best predicted configuration found from ``weights``, ``acts`` [L] by steepest descent and
+    """The best predicted configuration found from ``origin`` (one row) by steepest descent and
     ``restarts`` perturbations of the best.
 
     Each step predicts every single-layer change and the ``pairs`` most promising exchanges within the budget,
@@ -68,13 +67,14 @@ def improve(
     or the space.
     """
     options = Options.of(cost_model, budget)
-    choice = options.columns.join(np.asarray(weights, int), np.asarray(acts, int))
+    choice = options.columns.join(origin)[0]
     if (choice < 0).any():
         layer = int(np.argmax(choice < 0))
-        name, scheme = cost_model.space.layers[layer], cost_model.space.schemes[int(weights[layer])]
+        name = cost_model.space.layers[layer]
+        has = origin.config[name]
         raise AquabitError(
-            f"the start gives layer {name!r} {scheme} and {act_text(act_of(int(acts[layer])))}, which it may"
-            f" not take under {budget}"
+            f"the start gives layer {name!r} {has.weight} and {act_text(has.act)}, which it may not take"
+            f" under {budget}"
         )
     if not options.keeps(choice):
         raise AquabitError(
@@ -90,26 +90,24 @@ def improve(
         trial, reached, table = _descend(kicked, float(counted(kicked[None])[0]), counted, pairs)
         if reached < value:
             best, value, singles = trial, reached, table
-    out_weights, out_acts = options.columns.split(best)
-    return Improved(out_weights, out_acts, value, start, counted.rows)
+    return Improved(options.columns.split(best), value, start, counted.rows)
 
 
 def lighten(
-    weights: np.ndarray,
-    acts: np.ndarray,
+    choices: Choices,
     predict: Predict,
     cost_model: CostModel,
     budget: Budget,
     slack: float,
     *,
     rows: int = 20_000,
-) -> tuple[np.ndarray, np.ndarray]:
-    """``weights``, ``acts`` [L] changed in single layers to need fewer operations of the kernel, while the
+) -> Choices:
+    """A configuration (one row) changed in single layers to need fewer operations of the kernel, while the
     prediction stays within ``slack`` of what it was and the budget is kept: a tie goes to the formats that
     run fastest. At most ``rows`` rows are predicted.
     """
     options = Options.of(cost_model, budget)
-    choice, work = options.columns.join(weights, acts), kernel_operations(cost_model, options)
+    choice, work = options.columns.join(choices)[0], kernel_operations(cost_model, options)
     counted, layers = _Counted(predict, options, rows), np.arange(len(choice))
     value: float | None = None
     while True:

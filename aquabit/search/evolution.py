@@ -1,4 +1,5 @@
-"""NSGA-II (pymoo's) over whole fronts: what the surrogate predicts against each limited cost."""
+"""Evolution of ``--method evolve``: NSGA-II (pymoo's) over whole fronts, what the surrogate predicts against
+each limited cost."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from aquabit.choices import Choices
 from aquabit.cost import CostModel
 from aquabit.scheme import AquabitError, Budget
 from aquabit.search.options import Options, Predict
@@ -26,18 +28,18 @@ def evolve(
     predict: Predict,
     cost_model: CostModel,
     targets: Sequence[Budget],
-    starts: Sequence[tuple[np.ndarray, np.ndarray]] = (),
+    starts: Sequence[Choices] = (),
     *,
     population: int = 80,
     generations: int = 60,
     seed: int = 0,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Weights and acts, each [n, L], of the front that NSGA-II (Deb et al., 2002) ends with: none is
+) -> Choices:
+    """The n configurations of the front that NSGA-II (Deb et al., 2002) ends with: none is
     predicted better and cheaper than another.
 
     The objectives are the prediction and every cost that ``targets`` limit (size, BOPs, latency); a gene is
     the place of a layer's column in the order of their size. Configurations lie between the smallest and the
-    largest target. ``starts`` (weights, acts [L], as of integer programs) are in the first population, the
+    largest target. ``starts`` (one row each, as of integer programs) are in the first population, the
     rest are random crossings of them with random configurations. Equal under equal seeds. Raises AquabitError
     where pymoo is not installed.
     """
@@ -65,8 +67,7 @@ def evolve(
         place[i, row] = np.arange(len(row))
     base = np.array([row[0] for row in order])
     if not len(free):
-        weights, acts = columns.split(base[None])
-        return weights, acts
+        return columns.split(base)
 
     def choices(genes: np.ndarray) -> np.ndarray:
         choice = np.repeat(base[None], len(genes), 0)
@@ -78,7 +79,7 @@ def evolve(
         def _evaluate(self, x: np.ndarray, out: dict[str, Any], *_: Any, **__: Any) -> None:
             choice = choices(np.asarray(x, int))
             used = options.used(choice)
-            value = np.asarray(predict(*columns.split(choice)), float)
+            value = np.asarray(predict(columns.split(choice)), float)
             out["F"] = np.stack([np.where(np.isfinite(value), value, 1e30), *(used / largest[:, None])], 1)
             out["G"] = np.stack(
                 [*(used / largest[:, None] - 1), 0.9 * smallest[0] / largest[0] - used[0] / largest[0]], 1
@@ -86,7 +87,7 @@ def evolve(
 
     rng = np.random.default_rng(seed)
     counts = np.array([len(order[i]) for i in free])
-    known = [c for c in (columns.join(w, a) for w, a in starts) if (c >= 0).all()]
+    known = [c for c in (columns.join(start)[0] for start in starts) if (c >= 0).all()]
     first = np.array([place[free, c[free]] for c in known], int).reshape(-1, len(free))[:population]
     drawn = rng.integers(counts, size=(population - len(first), len(free)))
     if len(first):  # a share of each start that differs from row to row, the rest at random

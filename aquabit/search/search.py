@@ -1,0 +1,178 @@
+"""One search: its options, the budgets it answers, what was proposed for each, and what is measured of
+that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from aquabit.cost import CostModel
+from aquabit.measuring.latency import latency_table
+from aquabit.measuring.session import Session
+from aquabit.scheme import FP, AquabitError, Budget, Progress, Protocol, QuantConfig, no_progress
+from aquabit.search.options import activation_choices, fixed_act
+from aquabit.search.proof import Proof
+from aquabit.search.surrogate_search import check_method, ladder
+from aquabit.sensitivity.damages import Damages
+
+SPREAD = (
+    0.9,
+    1.1,
+    0.8,
+    1.25,
+    0.6,
+    1.5,
+    0.5,
+    2.0,
+)  # limits of the front's other targets relative to the budget's
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """``method``: "program" (the program over damages, refined in context), or "surrogate" and "evolve",
+    which also propose from a surrogate of the study's measurements. ``rounds`` of refinement for the
+    budget (half as many for the front's other targets), or of fitting and proposing ``per_round``
+    configurations; ``screen``: configurations proposed for each that is measured. ``against``: (name,
+    configuration) that the winner must not lose to."""
+
+    budget: Budget
+    method: str = "program"
+    rounds: int | None = None
+    per_round: int = 8
+    screen: int = 4
+    seed: int = 0
+    against: Sequence[tuple[str, QuantConfig]] = ()
+    spread: Sequence[float] = SPREAD
+
+    def __post_init__(self) -> None:
+        check_method(self.method)
+        if self.screen < 1:
+            raise AquabitError(
+                f"screen is {self.screen}; it must be at least 1 (1: every proposed configuration is"
+                " measured)"
+            )
+        if self.rounds is not None and self.rounds < 0:
+            raise AquabitError(
+                f"rounds is {self.rounds}; it must be at least 0 (0: the program's answer as it is)"
+            )
+
+    @property
+    def refinements(self) -> int:
+        return 3 if self.rounds is None or self.method != "program" else self.rounds
+
+    @property
+    def proposals(self) -> int:
+        return 2 if self.rounds is None else max(1, self.rounds)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A configuration, where it comes from ("program", "refined", "uniform usq3h", ...), and the damage
+    that is expected of it (NaN where it is not known)."""
+
+    config: QuantConfig
+    source: str
+    expected: float = float("nan")
+
+
+@dataclass
+class Search:
+    """One search in a session: its targets and what is proposed for each."""
+
+    session: Session
+    options: SearchOptions
+    progress: Progress = no_progress
+    told: Callable[[str], object] = lambda _: None  # what is to be said before anything is measured
+    candidates: dict[str, Candidate] = field(default_factory=dict)  # by digest
+    proof: Proof | None = None
+    spent: float = 0.0  # measurements' worth of output errors
+    costs: CostModel = field(init=False)
+
+    def __post_init__(self) -> None:
+        session, budget = self.session, self.options.budget
+        self.costs = session.costs
+        if budget.latency_ms is not None:
+            self.costs = self.costs.timed(
+                latency_table(session.here, session.space, self.progress, session.protocol)
+            )
+        self.activations = activation_choices(session.space, budget)
+        self.costs.check(budget, fixed_act(self.activations))
+        self.damages = Damages.of(session.space, session.study.features())
+        self.targets = [budget, *ladder(self.costs, budget, self.options.spread)]
+        self.given = [(name, self._at_budget(config)) for name, config in self.options.against]
+
+    def _at_budget(self, config: QuantConfig) -> QuantConfig:
+        """A given configuration with its activations at the bits that the budget fixes, where it fixes
+        them: rivals are compared alike."""
+        if len(self.activations) > 1:
+            return replace(config, correction=self.session.space.correction)
+        excluded = {k for k, row in self.session.space.choices.items() if row == (FP,)}
+        act = self.activations[0]
+        changed = {
+            k: replace(config[k], act=16 if k in excluded else act) for k in self.session.space.choices
+        }
+        space = self.session.space
+        return replace(
+            config,
+            layers=changed,
+            correction=space.correction,
+            calibration=config.calibration or space.calibration,
+        )
+
+    def add(self, config: QuantConfig, source: str, expected: float = float("nan")) -> None:
+        """Make it a candidate; one that is there already keeps its source."""
+        self.candidates.setdefault(config.digest, Candidate(config, source, expected))
+
+    def measured(self) -> list[tuple[QuantConfig, float]]:
+        """Every configuration that was measured under the study's protocol and may win, with its objective
+        (larger = worse)."""
+        values = self.values(self.session.protocol.objective)
+        return [(config, values[key]) for key, config in self.usable().items() if key in values]
+
+    def usable(self) -> dict[str, QuantConfig]:
+        """Measured configurations by digest: corrected as the study corrects, not tuned, and either
+        proposed here or with schemes that the space leaves open."""
+        session = self.session
+        table, configs = session.study.measurements(session.protocol, failed=True), session.study.configs()
+        own = table[
+            (table.kind != "reference")
+            & (table.correction.fillna("") == (session.space.correction or ""))
+            & table.tuned.isna()
+        ]
+        rows = session.space.choices
+        return {
+            key: configs[key]
+            for key in own.config
+            if key in self.candidates or all(configs[key][layer].weight in row for layer, row in rows.items())
+        }
+
+    def values(self, metric: str, protocol: Protocol | None = None) -> dict[str, float]:
+        """digest -> a metric under a protocol, larger = worse; NaN where the measurement failed."""
+        session, given = self.session, protocol or self.session.protocol
+        table = session.study.measurements(given, failed=True)
+        if metric not in table:
+            return {}
+        sign = 1.0 if given.direction(metric) == "min" else -1.0
+        return {key: sign * float(v) for key, v in zip(table.config, table[metric], strict=True)}
+
+    def within(self, configs: Sequence[QuantConfig]) -> np.ndarray:
+        """Boolean [n]: keeps every limit, at the activation bits that the budget leaves open."""
+        kept = []
+        for config in configs:
+            cost, budget = self.costs(config), self.options.budget
+            allowed_activations = {config[k].act for k in self.session.space.free_layers()} <= set(
+                self.activations
+            )
+            fits = (budget.bits is None or cost.bits_per_weight <= budget.bits * (1 + 1e-12)) and (
+                budget.bytes is None or cost.bytes <= budget.bytes
+            )
+            fits = fits and (budget.bops is None or cost.bops <= budget.bops * (1 + 1e-12))
+            kept.append(bool(allowed_activations and fits))
+        return np.array(kept, bool)
+
+    def inside(self, config: QuantConfig) -> bool:
+        """Whether damages, costs of choices and surrogates of the space know all that it gives layers."""
+        schemes, acts = set(self.session.space.schemes), {*self.session.space.act_choices, 16}
+        return all(config[k].weight in schemes and config[k].act in acts for k in self.session.space.choices)
