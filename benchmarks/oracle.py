@@ -17,9 +17,6 @@ benchmarks/searches.py.
 
 from __future__ import annotations
 
-import argparse
-import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,9 +24,8 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.flow import MODELS
-from benchmarks.searches import session_of, study_path
-from benchmarks.truth import say
+from benchmarks.common import parsed, parser, read, say, write
+from benchmarks.searches import session_of
 
 BITS = (1.6, 2.0, 3.0)  # those of them that benchmarks/searches.py has too
 DRAWS, KEPT = 150, 6  # configurations drawn; how many of each way race on images
@@ -100,10 +96,7 @@ def oracle(folder: Path, model: str, bits: float, count: int) -> dict[str, Any]:
     from aquabit.search import context_model as wide
     from aquabit.search.judging import pieces
 
-    path = folder / f"oracle-{model}.db"
-    if not path.exists():
-        shutil.copy(study_path(folder, model), path)
-    with session_of(path, model, folder) as session:
+    with session_of(folder / f"oracle-{model}.db", model, folder) as session:
         search = Search(session, SearchOptions(Budget(bits=bits), seed=SEED, spread=()), say)
         program = search._programs()[search.options.budget]
         start = (program.weights, program.acts)
@@ -137,8 +130,7 @@ def oracle(folder: Path, model: str, bits: float, count: int) -> dict[str, Any]:
         racers = {
             search._config(c).digest: (name, search._config(c)) for name, row in found.items() for c in row
         }
-        done = folder / f"searches-{model}.json"
-        for key, run in (json.loads(done.read_text()) if done.exists() else {}).items():
+        for key, run in read(folder / f"searches-{model}.json").items():
             if key.split()[0] == f"{bits:g}":
                 config = QuantConfig.from_dict(run["config"])
                 racers.setdefault(config.digest, ("search", config))
@@ -167,21 +159,17 @@ def oracle(folder: Path, model: str, bits: float, count: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--models", nargs="+", default=list(MODELS))
-    parser.add_argument("--bits", nargs="+", type=float, default=list(BITS))
-    parser.add_argument("--draws", type=int, default=DRAWS)
-    parser.add_argument("--folder", type=Path, default=Path("searches"))
-    given = parser.parse_args()
+    arguments = parser(__doc__, folder="searches")
+    arguments.add_argument("--bits", nargs="+", type=float, default=list(BITS))
+    arguments.add_argument("--draws", type=int, default=DRAWS)
+    given = parsed(arguments)
     for model in given.models:
         path = given.folder / f"oracle-{model}.json"
-        done: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        done: dict[str, Any] = read(path)
         for bits in given.bits:
             if f"{bits:g}" not in done:
                 done[f"{bits:g}"] = oracle(given.folder, model, bits, given.draws)
-                path.write_text(json.dumps(done))
+                write(path, done)
 
 
 if __name__ == "__main__":

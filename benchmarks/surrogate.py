@@ -19,7 +19,6 @@ It takes hours, and continues where it stopped.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import sys
@@ -29,8 +28,8 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.flow import MODELS, RESULTS, machine
-from benchmarks.truth import SPACE, about, say
+from benchmarks.common import RESULTS, about, open_study, parsed, parser, read, say, values_of, write_results
+from benchmarks.truth import SPACE
 
 SEEDS = (0, 1, 2)
 COUNT = 500  # measurements a seed
@@ -45,11 +44,7 @@ FILE = RESULTS / "measurements.csv"
 
 
 def session_of(folder: Path, model: str) -> Any:
-    from aquabit.measuring.session import open_session
-    from aquabit.study import Study
-
-    study, bank = Study(folder / f"surrogate-{model}.db"), str(folder / "bank")
-    return open_session(model, study, space_options=dict(SPACE), workers=2, bank=bank, progress=say)
+    return open_study(folder / f"surrogate-{model}.db", model, space=SPACE)
 
 
 def measure(session: Any, seeds: list[int], count: int) -> None:
@@ -111,9 +106,8 @@ def ceiling(session: Any, model: str) -> list[dict[str, Any]]:
     protocols = [session.protocol, session.protocol.block(CEILING_BLOCK)]
     session.measure(again(session), "sample", say, protocols[1:], "other images")
     configs = again(session)
-    table = session.study.measurements()
-    value = dict(zip(zip(table.config, table.protocol, strict=True), table.fid, strict=True))
-    first, second = (np.array([value[c.digest, p.digest] for c in configs]) for p in protocols)
+    value = values_of(session.study, ["fid"], failed=False)
+    first, second = (np.array([value[c.digest, p.digest]["fid"] for c in configs]) for p in protocols)
     weights, acts = session.space.indices(configs)
     found = noise_ceiling(
         first, second, session.costs.totals(weights, acts)["bits"], session.space.mean_bits(acts).mean(1)
@@ -389,17 +383,10 @@ def effects(data: Data, model: str) -> list[dict[str, Any]]:
 
 def write(part: str, rows: list[dict[str, Any]]) -> None:
     """Replace what the result files say of a part and these models."""
-    path = RESULTS / "surrogate.json"
-    found = json.loads(path.read_text()) if path.exists() else {}
-    models = {r["model"] for r in rows}
-    rows = [r for r in found.get(part, []) if r["model"] not in models] + rows
-    found |= {
-        "machine": machine(),
-        "command": "python benchmarks/surrogate.py measure swaps outputs ceiling curve effects",
-        part: rows,
-    }
-    path.write_text(json.dumps(found, allow_nan=False, indent=0) + "\n")
-    path.with_suffix(".md").write_text(table(found))
+    found, models = read(RESULTS / "surrogate.json"), {r["model"] for r in rows}
+    found[part] = [r for r in found.get(part, []) if r["model"] not in models] + rows
+    command = "python benchmarks/surrogate.py measure swaps outputs ceiling curve effects"
+    write_results("surrogate", command, found, table)
 
 
 def table(found: dict[str, Any]) -> str:
@@ -470,20 +457,11 @@ def table(found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "parts",
-        nargs="+",
-        choices=["measure", "restore", "swaps", "export", "outputs", "ceiling", "curve", "effects"],
-    )
-    parser.add_argument("--models", nargs="+", default=list(MODELS))
-    parser.add_argument("--folder", type=Path, default=Path("truth"))
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
-    parser.add_argument("--count", type=int, default=COUNT)
-    given = parser.parse_args()
-    given.folder.mkdir(parents=True, exist_ok=True)
+    parts = ["measure", "restore", "swaps", "export", "outputs", "ceiling", "curve", "effects"]
+    arguments = parser(__doc__, parts, "truth")
+    arguments.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    arguments.add_argument("--count", type=int, default=COUNT)
+    given = parsed(arguments)
     for part in [p for p in given.parts if p in ("curve", "effects")]:
         rows = [
             r
