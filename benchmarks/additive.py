@@ -338,7 +338,7 @@ def families(folder: Path, models: list[str]) -> list[dict[str, Any]]:
     by one integer program on the same errors (the damage that probes saw), never more bytes; uniform usq
     and full precision are there too."""
     from aquabit.scheme import Budget
-    from benchmarks.research import assign
+    from benchmarks.research.assign import assign
 
     rows = []
     for model in models:
@@ -372,7 +372,7 @@ def ablation(folder: Path, models: list[str]) -> list[dict[str, Any]]:
     x k convolutions, everything else free in both.
     """
     from aquabit.scheme import Budget
-    from benchmarks.research import assign
+    from benchmarks.research.assign import assign
 
     rows = []
     for model in models:

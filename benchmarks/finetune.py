@@ -77,7 +77,7 @@ class Bench:
     def additive(self, bits: int) -> Any:
         """Additive formats mixed on probed errors within the bytes of uniform ``usq{bits}h``."""
         from aquabit.scheme import Budget
-        from benchmarks.research import assign
+        from benchmarks.research.assign import assign
 
         budget = Budget(bytes=self.session.costs(self.uniform(bits)).bytes)
         return assign(

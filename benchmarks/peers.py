@@ -300,7 +300,7 @@ def own_choice(
     graph: Any, space: Any, errors: Mapping[tuple[str, str], float], family: str, limit: int
 ) -> QuantConfig:
     """Our integer program on the probed damages of the same schemes, within so many bytes."""
-    from benchmarks.research import assign
+    from benchmarks.research.assign import assign
 
     schemes = {scheme_of(b, family) for b in (*BITS, UNQUANTIZED)}
     found = assign(graph, space, Budget(bytes=limit), errors, lambda layer, scheme: scheme in schemes)

@@ -19,12 +19,9 @@ from aquabit.search.options import Columns, Options, activation_choices
 from aquabit.search.proof import Bound, Bounded, Proof, branch_and_bound, columns_of
 from aquabit.search.refine import Seen, Step, refine
 from aquabit.search.searcher import FRESH_BLOCKS, Search, SearchOptions
-from benchmarks.research.assign import assign
-from benchmarks.research.searchers import SEARCHERS, Problem, find_searcher
 
 __all__ = [
     "FRESH_BLOCKS",
-    "SEARCHERS",
     "Bound",
     "Bounded",
     "Candidate",
@@ -35,7 +32,6 @@ __all__ = [
     "Interval",
     "Judgement",
     "Options",
-    "Problem",
     "Proof",
     "Search",
     "SearchOptions",
@@ -44,13 +40,11 @@ __all__ = [
     "Step",
     "activation_choices",
     "additive_scores",
-    "assign",
     "branch_and_bound",
     "check_method",
     "choice_effects",
     "columns_of",
     "find_candidates",
-    "find_searcher",
     "hypervolume",
     "improve",
     "interval",
