@@ -17,14 +17,13 @@ Tables go to benchmarks/results/additive.json and additive.md. Everything contin
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,19 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.aqlm_plain import aqlm, output_loss
-from benchmarks.flow import MODELS, RESULTS, machine
+from benchmarks.common import (
+    about,
+    difference,
+    mean,
+    measured_blocks,
+    open_study,
+    parsed,
+    parser,
+    read,
+    run_parts,
+    spans,
+    write,
+)
 
 SYNTHETIC = {
     "linear 1152 x 1152": (1152, 1152),
@@ -127,13 +138,13 @@ def trained_layers(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Weights and H (activations at 8 bits) of some layers of a bundled model."""
     from aquabit.measuring.evaluator import Evaluator
-    from aquabit.measuring.model import open_model
+    from aquabit.measuring.session import open_model
     from aquabit.quant.bank import Bank
     from aquabit.scheme import Calibration
 
     opened = open_model(model)
     quantized = Evaluator(model, opened.graph, Bank(bank), opened.fingerprint).quantized
-    known = quantized.calibrator.moments(names, [8], Calibration())
+    known = quantized.fitter.moments(names, [8], Calibration())
     return {name: (quantized.full(name).float(), known[name, 8].hessian) for name in names}
 
 
@@ -159,23 +170,15 @@ def baseline(folder: Path, trained: bool = True) -> None:
         )
         norm = output_loss(rows, case.hessian.double())
         history = [(phase, s, loss / norm) for phase, s, loss in found.history]
-        path.write_text(
-            json.dumps(
-                {
-                    "error": found.loss / norm,
-                    "cpu_s": found.history[-1][1],
-                    "rounds": found.rounds,
-                    "history": history,
-                }
-            )
-        )
+        row = {"error": found.loss / norm, "cpu_s": found.history[-1][1], "rounds": found.rounds}
+        write(path, row | {"history": history})
 
 
 def layers(folder: Path, models: list[str]) -> list[dict[str, Any]]:
     """Ours beside the baseline, with the default beam and with one of QUICK. AQLM's tables and scales stay
     in float32; ours are rounded as they are stored."""
     from aquabit.quant.calibration.hessian import output_error
-    from aquabit.quant.schemes.aq import BEAM, additive
+    from aquabit.quant.schemes.additive import BEAM, additive
     from aquabit.scheme import Scheme
 
     baseline(folder)
@@ -193,7 +196,7 @@ def layers(folder: Path, models: list[str]) -> list[dict[str, Any]]:
             return output_error(case.weight, coded.dequantize(), case.hessian), statistics.median(seconds)
 
         (error, cpu), (quick_error, quick_cpu) = timed(BEAM, 3), timed(QUICK, 3)
-        theirs = json.loads((folder / f"aqlm-{case.file}.json").read_text())
+        theirs = read(folder / f"aqlm-{case.file}.json")
         rows.append(
             {
                 "layer": case.name,
@@ -263,13 +266,9 @@ def large(folder: Path, models: list[str], scheme: str = "aq2x8g8", samples: int
                 quantize_weight(weight, scheme.replace("g8", "k") if kind == "3x3" else scheme, hessian)
                 rates.append((time.process_time() - started) / weight.numel())
                 print(kind, shape, rates[-1] * weight.numel(), flush=True)
-            path.write_text(json.dumps({"rates": rates, "picked": picked}))
+            write(path, {"rates": rates, "picked": picked})
         below = folder / f"large-{kind}-{size - 1}.json"
-        found = (
-            json.loads(path.read_text())
-            if path.exists()
-            else {"picked": [], "rates": [2 * r for r in json.loads(below.read_text())["rates"]]}
-        )
+        found = read(path) or {"picked": [], "rates": [2 * r for r in read(below)["rates"]]}
         weights = sum(math.prod(s) for s in shapes)
         rows.append(
             {
@@ -287,11 +286,6 @@ def large(folder: Path, models: list[str], scheme: str = "aq2x8g8", samples: int
 
 def session_of(folder: Path, model: str) -> Any:
     """A study of everything that the comparisons choose from, each fitted with H at a8 and probed."""
-    from aquabit.measuring.session import open_session
-    from aquabit.measuring.settings import MeasureOptions
-    from aquabit.measuring.where import Where
-    from aquabit.study import Study
-
     space = {
         "schemes": [
             *(f"{k}{b}h" for k in ("usq", "vq") for b in (1, 2, 3, 4)),
@@ -305,12 +299,7 @@ def session_of(folder: Path, model: str) -> Any:
         "levels": [1.5, 2, 3, 4],
         "activations": [8],
     }
-    return open_session(
-        model,
-        Study(folder / f"families-{model}.db"),
-        MeasureOptions(space=space),
-        Where(workers=2, bank=str(folder / "bank")),
-    )
+    return open_study(folder / f"families-{model}.db", model, space=space)
 
 
 BLOCKS = (21, 22, 23, 24, 25, 26, 27, 28)  # of fresh seeds; the flow's are 11 to 15
@@ -319,36 +308,27 @@ BLOCKS = (21, 22, 23, 24, 25, 26, 27, 28)  # of fresh seeds; the flow's are 11 t
 def measured(session: Any, configs: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
     """name -> metric -> values on each block of fresh seeds."""
     protocols = [session.protocol.block(b) for b in BLOCKS]
-    session.measure([session.space.full_precision()], "reference", protocols=protocols)
-    session.measure(list(configs.values()), "fresh", protocols=protocols)
-    table = session.study.measurements().set_index(["config", "protocol"])
-    return {
-        n: {m: [float(table.loc[(c.digest, p.digest), m]) for p in protocols] for m in ("fid", "psnr")}
-        for n, c in configs.items()
-    }
+    return measured_blocks(session, configs, protocols, ("fid", "psnr"))
 
 
 def described(
     session: Any, name: str, config: Any, values: dict[str, dict[str, list[float]]], against: Sequence[str]
 ) -> dict[str, Any]:
-    from aquabit.stats import mean_interval, paired_difference
-
     cost = session.costs(config)
     row = {
         "name": name,
         "bytes": cost.bytes,
         "bits": cost.bits_per_weight,
         "operations": cost.operations / float(session.costs.macs.sum()),
-        "fid": list(mean_interval(values[name]["fid"])),
-        "psnr": list(mean_interval(values[name]["psnr"])),
+        "fid": mean(values[name]["fid"]),
+        "psnr": mean(values[name]["psnr"]),
         "formats": dict(Counter(str(c.weight) for c in config.layers.values())),
     }
     others = [other for other in against if other != name and other in values and config.layers]
     return {
         **row,
         "differences": {
-            o: {m: list(paired_difference(values[name][m], values[o][m])) for m in ("fid", "psnr")}
-            for o in others
+            o: {m: difference(values[name][m], values[o][m]) for m in ("fid", "psnr")} for o in others
         },
     }
 
@@ -358,7 +338,7 @@ def families(folder: Path, models: list[str]) -> list[dict[str, Any]]:
     by one integer program on the same errors (the damage that probes saw), never more bytes; uniform usq
     and full precision are there too."""
     from aquabit.scheme import Budget
-    from benchmarks.research import assign
+    from benchmarks.research.assign import assign
 
     rows = []
     for model in models:
@@ -392,7 +372,7 @@ def ablation(folder: Path, models: list[str]) -> list[dict[str, Any]]:
     x k convolutions, everything else free in both.
     """
     from aquabit.scheme import Budget
-    from benchmarks.research import assign
+    from benchmarks.research.assign import assign
 
     rows = []
     for model in models:
@@ -443,10 +423,8 @@ def ablation(folder: Path, models: list[str]) -> list[dict[str, Any]]:
 
 
 def markdown(found: dict[str, Any]) -> str:
-    m = found["machine"]
     lines = [
-        f"# Additive quantization\n\n{m['cpu']}, {m['cores']} cores, torch {m['torch']}. Made by"
-        f" `{found['command']}`, part by part.\n"
+        f"# Additive quantization\n\n{about(found['machine'])}. Made by `{found['command']}`, part by part.\n"
     ]
     if "layers" in found:
         lines.append(
@@ -493,9 +471,6 @@ def markdown(found: dict[str, Any]) -> str:
             f" {total / 120:.0f} minutes (half of the CPU time)."
         )
 
-    def number(v: Any) -> str:
-        return f"{v[0]:.2f} ({v[1]:.2f} to {v[2]:.2f})"
-
     for part, title, first in (
         ("families", "Families at equal bytes, a8", "target"),
         ("ablation", "Ablations at equal bytes, a8", "question"),
@@ -508,36 +483,23 @@ def markdown(found: dict[str, Any]) -> str:
             )
             for r in found[part]:
                 ends = "<br>".join(
-                    f"to {o}: {number(d['fid'])}; {number(d['psnr'])}" for o, d in r["differences"].items()
+                    f"to {o}: {spans(d['fid'])}; {spans(d['psnr'])}" for o, d in r["differences"].items()
                 )
                 lines.append(
                     f"| {r['model']} | {r[first]} | {r['name']} | {r['bytes']:,} | {r['bits']:.3f} |"
-                    f" {r['operations']:.2f} | {number(r['fid'])} | {number(r['psnr'])} | {ends} |"
+                    f" {r['operations']:.2f} | {spans(r['fid'])} | {spans(r['psnr'])} | {ends} |"
                 )
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
     known = {"layers": layers, "large": large, "families": families, "ablation": ablation}
-    parser.add_argument("parts", nargs="+", choices=["baseline", *known, "all"])
-    parser.add_argument("--folder", type=Path, default=Path("additive-runs"))
-    parser.add_argument("--models", nargs="+", default=list(MODELS))
-    arguments = parser.parse_args()
-    arguments.folder.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)
-    path = RESULTS / "additive.json"
-    found = json.loads(path.read_text()) if path.exists() else {}
-    found |= {"machine": machine(), "command": "python benchmarks/additive.py all"}
-    for part in known if "all" in arguments.parts else arguments.parts:
-        if part == "baseline":
-            baseline(arguments.folder)
-            continue
-        found[part] = known[part](arguments.folder, arguments.models)
-        path.write_text(json.dumps(found, indent=1) + "\n")
-        (RESULTS / "additive.md").write_text(markdown(found))
+    given = parsed(parser(__doc__, ["baseline", *known, "all"], "additive-runs"))
+    if "baseline" in given.parts:
+        baseline(given.folder)
+    wanted = [p for p in given.parts if p != "baseline"]
+    parts = {name: partial(part, given.folder, given.models) for name, part in known.items()}
+    run_parts("additive", parts, wanted, markdown)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ benchmarks/results/cluster.json and cluster.md.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import statistics
 import sys
@@ -19,10 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-try:
-    from benchmarks.flow import RESULTS, machine
-except ImportError:  # run as a script
-    from flow import RESULTS, machine  # type: ignore[no-redef]
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.common import RESULTS, parser, write_results
 
 TARGET = 1.8
 
@@ -77,16 +73,14 @@ def measured(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="digits-unet")
-    parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--configs", type=int, default=16)
-    parser.add_argument("--images", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    given = parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--model", default="digits-unet")
+    arguments.add_argument("--pairs", type=int, default=5)
+    arguments.add_argument("--configs", type=int, default=16)
+    arguments.add_argument("--images", type=int, default=128)
+    arguments.add_argument("--steps", type=int, default=10)
+    arguments.add_argument("--results", type=Path, default=RESULTS)
+    given = arguments.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         rows = measured(given.model, given.pairs, given.configs, given.images, given.steps, Path(folder))
     ratio = statistics.median(r["1"] / r["2"] for r in rows)
@@ -97,11 +91,8 @@ def main() -> None:
         f" |\n|---|---|\n| 1 | {one:.3f} |\n| 2 | {two:.3f} |\n\nMedian of paired ratios: {ratio:.2f} (target"
         f" {TARGET}: {'kept' if ratio >= TARGET else 'MISSED'}).\n"
     )
-    given.results.mkdir(parents=True, exist_ok=True)
-    (given.results / "cluster.json").write_text(
-        json.dumps({"machine": machine(), "command": sys.argv, "ratio": ratio, "rows": rows}, indent=1) + "\n"
-    )
-    (given.results / "cluster.md").write_text(text)
+    command = f"python {' '.join(sys.argv)}"
+    write_results("cluster", command, {"ratio": ratio, "rows": rows}, lambda _: text, given.results)
     print(text)
 
 

@@ -14,11 +14,10 @@ Tables go to benchmarks/results/correction.json and correction.md. Everything co
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.flow import MODELS, RESULTS, machine
+from benchmarks.common import difference, mean, measured_blocks, open_study, parsed, parser, run_parts, spans
 
 BLOCKS = (
     31,
@@ -80,22 +79,12 @@ def synthetic(folder: Path, models: Sequence[str]) -> list[dict[str, Any]]:
 
 def session_of(folder: Path, model: str) -> Any:
     """A study that knows the uniform schemes; the blocks of fresh seeds are measured in it."""
-    from aquabit.measuring.session import open_session
-    from aquabit.measuring.settings import MeasureOptions
-    from aquabit.measuring.where import Where
-    from aquabit.study import Study
-
     space = {
         "schemes": [f"usq{b}{h}" for b in (2, 3, 4) for h in ("", "h")],
         "levels": [],
         "activations": [8, 6],
     }
-    return open_session(
-        model,
-        Study(folder / f"correction-{model}.db"),
-        MeasureOptions(space=space),
-        Where(workers=2, bank=str(folder / "bank")),
-    )
+    return open_study(folder / f"correction-{model}.db", model, space=space)
 
 
 def blocks_of(session: Any, **changes: Any) -> list[Any]:
@@ -106,27 +95,19 @@ def measured(
     session: Any, configs: Mapping[str, Any], protocols: Sequence[Any]
 ) -> dict[str, dict[str, list[float]]]:
     """name -> metric -> values on each block."""
-    session.measure([session.space.full_precision()], "reference", protocols=protocols)
-    session.measure(list(configs.values()), "fresh", protocols=protocols)
-    table = session.study.measurements(failed=True).set_index(["config", "protocol"])
-    return {
-        n: {m: [float(table.loc[(c.digest, p.digest), m]) for p in protocols] for m in METRICS}
-        for n, c in configs.items()
-    }
+    return measured_blocks(session, configs, protocols, METRICS)
 
 
 def compared(values: Mapping[str, Mapping[str, Sequence[float]]], first: str) -> list[dict[str, Any]]:
     """Means with 95 % intervals over blocks, and paired differences to ``first``."""
-    from aquabit.stats import mean_interval, paired_difference
-
     return [
         {
             "name": name,
-            **{m: list(mean_interval(found[m])) for m in METRICS},
+            **{m: mean(found[m]) for m in METRICS},
             "differences": (
                 {}
                 if name in (first, "full precision")
-                else {m: list(paired_difference(found[m], values[first][m])) for m in METRICS}
+                else {m: difference(found[m], values[first][m]) for m in METRICS}
             ),
         }
         for name, found in values.items()
@@ -188,7 +169,7 @@ def images(folder: Path, models: Sequence[str]) -> list[dict[str, Any]]:
                         made = torch.cat(
                             [here.adapter.images(protocol, b) for b in here.adapter.batches(protocol)]
                         )
-                    quality = here.meter.quality(None)
+                    quality = here.gauge.quality(None)
                     quality.update(made, here.full_precision(protocol), here.adapter.conditions(protocol))
                     found = quality.compute()
                     for m in METRICS:
@@ -229,24 +210,20 @@ def other(folder: Path, models: Sequence[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def number(v: Sequence[float], digits: int = 2) -> str:
-    return f"{v[0]:.{digits}f} ({v[1]:.{digits}f} to {v[2]:.{digits}f})"
-
-
 def metrics_table(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[str]:
     """Markdown rows: the keys, then each metric with its interval, and its paired difference to the
     uncorrected model."""
     head = [*keys, "correction", "FID", "sFID", "IS", "PSNR, dB", "difference to none: FID", "sFID", "PSNR"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for r in rows:
-        psnr = "" if r["name"] == "full precision" else number(r["psnr"], 1)
-        apart = [number(r["differences"][m]) if r["differences"] else "" for m in ("fid", "sfid", "psnr")]
+        psnr = "" if r["name"] == "full precision" else spans(r["psnr"], 1)
+        apart = [spans(r["differences"][m]) if r["differences"] else "" for m in ("fid", "sfid", "psnr")]
         cells = [
             *(str(r[k]) for k in keys),
             r["name"],
-            number(r["fid"]),
-            number(r["sfid"]),
-            number(r["is"]),
+            spans(r["fid"]),
+            spans(r["sfid"]),
+            spans(r["is"]),
             psnr,
             *apart,
         ]
@@ -290,23 +267,10 @@ def markdown(found: Mapping[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
     known = {"synthetic": synthetic, "corrections": corrections, "images": images, "other": other}
-    parser.add_argument("parts", nargs="+", choices=[*known, "all"])
-    parser.add_argument("--folder", type=Path, default=Path("correction-runs"))
-    parser.add_argument("--models", nargs="+", default=list(MODELS))
-    arguments = parser.parse_args()
-    arguments.folder.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)
-    path = RESULTS / "correction.json"
-    for part in known if "all" in arguments.parts else arguments.parts:
-        rows = known[part](arguments.folder, arguments.models)
-        found = json.loads(path.read_text()) if path.exists() else {}
-        found |= {"machine": machine(), "command": "python benchmarks/correction.py all", part: rows}
-        path.write_text(json.dumps(found, indent=1) + "\n")
-        (RESULTS / "correction.md").write_text(markdown(found))
+    given = parsed(parser(__doc__, [*known, "all"], "correction-runs"))
+    parts = {name: partial(part, given.folder, given.models) for name, part in known.items()}
+    run_parts("correction", parts, given.parts, markdown)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,6 @@ model on one core, and continues where it stopped.
 
 from __future__ import annotations
 
-import argparse
-import json
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,9 +28,21 @@ import numpy as np
 from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.flow import MODELS, RESULTS, machine
+from benchmarks import common
+from benchmarks.common import (
+    RESULTS,
+    about,
+    parsed,
+    parser,
+    plain,
+    read,
+    replaced,
+    say,
+    values_of,
+    write,
+    write_results,
+)
 from benchmarks.searches import SPACE, study_path
-from benchmarks.truth import about, number, say
 
 ARMS = ("near:0.75", "random")
 SAMPLES, FLIPS, BITS, SWAP = 60, 20, 3.0, "usq4h:usq2h"
@@ -45,17 +54,8 @@ FIRST_BLOCK, CEILING_BLOCK = 201, 211  # the other benchmarks use blocks up to 1
 
 def open_study(folder: Path, bank: Path, model: str, what: str) -> Any:
     """A session on ``effects-WHAT-MODEL.db``."""
-    from aquabit.measuring.session import open_session
-    from aquabit.measuring.settings import MeasureOptions
-    from aquabit.measuring.where import Where
-    from aquabit.study import Study
-
     path, base = file_of(folder, model, what), study_path(folder, model)
-    if not path.exists() and base.exists():
-        shutil.copy(base, path)
-    study = Study(path)
-    options = MeasureOptions(space=None if "space" in study else SPACE)
-    return open_session(model, study, options, Where(bank=str(bank)), progress=say)
+    return common.open_study(path, model, bank, SPACE, workers=1, base=base)
 
 
 def file_of(folder: Path, model: str, what: str) -> Path:
@@ -90,16 +90,14 @@ def explained_file(folder: Path, model: str, arm: str, metric: str) -> Path:
 
 
 def explain_arms(folder: Path, model: str, arms: Sequence[str]) -> None:
-    from aquabit.sensitivity.explaining import explain
+    from aquabit.sensitivity.result import explain
     from aquabit.study import Study
 
     for arm in arms:
         study = Study(file_of(folder, model, arm), create=False)
         for metric in METRICS:
             found = explain(study, BITS, SWAP, objective=metric, fidelity=False, progress=say)
-            explained_file(folder, model, arm, metric).write_text(
-                json.dumps(found.to_dict(), allow_nan=False)
-            )
+            write(explained_file(folder, model, arm, metric), found.to_dict())
 
 
 def swapped_players(space: Any) -> list[Any]:
@@ -117,7 +115,7 @@ def ends_in(space: Any, costs: Any, damages: Any, number: int) -> list[tuple[Any
     from aquabit.sensitivity.effects.context_effects import swapped
 
     context = good_contexts(damages, costs, BITS, 1, np.random.default_rng([SEED, number]))
-    configs = swapped(context, swapped_players(space)).configs()
+    configs = space.configs(*swapped(context, swapped_players(space), space))
     return list(zip(configs[::2], configs[1::2], strict=True))
 
 
@@ -178,10 +176,8 @@ def read_truth(folder: Path, model: str) -> Truth:
         Damages.of(space, study.probes()),
         swapped_players(space),
     )
-    table = study.measurements()
-    values = dict(
-        zip(zip(table.config, table.protocol, strict=True), table[list(METRICS)].to_numpy(float), strict=True)
-    )
+    known = values_of(study, METRICS, failed=False)
+    values = {key: np.array(list(row.values())) for key, row in known.items()}
     change = []
     for k in range(CONTEXTS):
         protocol = study.protocol.block(FIRST_BLOCK + k).digest
@@ -276,7 +272,7 @@ def rows_of(folder: Path, model: str, arms: Sequence[str]) -> list[dict[str, Any
             "references": int(kinds["uniform"]),
         }
         for metric in METRICS:
-            found = Sensitivity.from_dict(json.loads(explained_file(folder, model, arm, metric).read_text()))
+            found = Sensitivity.from_dict(read(explained_file(folder, model, arm, metric)))
             half, all_of = truth.reliability(metric)
             row = {
                 "kind": "arm",
@@ -292,10 +288,10 @@ def rows_of(folder: Path, model: str, arms: Sequence[str]) -> list[dict[str, Any
                 "reliability": all_of,
                 **judged(found.layers, truth, metric),
             }
-            rows.append(_plain({**row, **ranking_scores(dict(found.surrogate))}))
+            rows.append(plain({**row, **ranking_scores(dict(found.surrogate))}, 6))
             print(rows[-1], flush=True)
     for i, layer in enumerate(truth.layers):
-        worse = {m: [number(v) for v in truth.worse[m][i]] for m in METRICS}
+        worse = {m: plain(truth.worse[m][i].tolist(), 6) for m in METRICS}
         rows.append(
             {
                 "kind": "truth",
@@ -303,31 +299,24 @@ def rows_of(folder: Path, model: str, arms: Sequence[str]) -> list[dict[str, Any
                 "layer": layer,
                 "swap": SWAP,
                 **worse,
-                "damage": number(truth.damage[i]),
+                "damage": plain(truth.damage[i], 6),
             }
         )
     return rows
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_plain(v) for v in value]
-    return number(value) if isinstance(value, float) else value
 
 
 def shown(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
-def table(rows: Sequence[dict[str, Any]], of: dict[str, Any], command: str) -> str:
+def table(found: dict[str, Any]) -> str:
+    rows = found["rows"]
     arms = [r for r in rows if r["kind"] == "arm"]
     first = arms[0]
     lines = [
         "# Effects of layers beside fresh truth in good contexts",
         "",
-        f"{about(of)}. Made by `{command}`.",
+        f"{about(found['machine'])}. Made by `{found['command']}`.",
         "",
         (
             f"What a layer worsens when it goes from {SWAP.replace(':', ' to ')} in good configurations"
@@ -414,36 +403,12 @@ def table(rows: Sequence[dict[str, Any]], of: dict[str, Any], command: str) -> s
     return "\n".join(lines) + "\n"
 
 
-def write(rows: list[dict[str, Any]], models: Sequence[str]) -> None:
-    """Replace what the result files say of these models."""
-    path = RESULTS / "effects.json"
-    kept = (
-        [r for r in json.loads(path.read_text())["rows"] if r["model"] not in models] if path.exists() else []
-    )
-    rows = sorted([*kept, *rows], key=lambda r: MODELS.index(r["model"]))
-    seen = " ceiling" if any(r.get("ceiling") is not None for r in rows) else ""
-    head: dict[str, Any] = {
-        "machine": machine(),
-        "command": f"python benchmarks/effects.py measure truth{seen} explain table",
-        "seed": SEED,
-    }
-    body = ",\n".join(json.dumps(r, allow_nan=False) for r in rows)
-    path.write_text(f'{json.dumps(head)[:-1]}, "rows": [\n{body}\n]}}\n')
-    path.with_suffix(".md").write_text(table(rows, head["machine"], head["command"]))
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("parts", nargs="+", choices=["measure", "truth", "ceiling", "explain", "table"])
-    parser.add_argument("--models", nargs="+", default=list(MODELS))
-    parser.add_argument("--folder", type=Path, default=Path("effects"))
-    parser.add_argument("--bank", type=Path, help="default: bank in the folder")
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
-    parser.add_argument("--contexts", type=int, default=CONTEXTS, help="of the truth")
-    given = parser.parse_args()
-    given.folder.mkdir(parents=True, exist_ok=True)
+    arguments = parser(__doc__, ["measure", "truth", "ceiling", "explain", "table"], "effects")
+    arguments.add_argument("--bank", type=Path, help="default: bank in the folder")
+    arguments.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
+    arguments.add_argument("--contexts", type=int, default=CONTEXTS, help="of the truth")
+    given = parsed(arguments)
     bank = given.bank or given.folder / "bank"
     for model in given.models:
         for part in given.parts:
@@ -456,7 +421,11 @@ def main() -> None:
             elif part == "explain":
                 explain_arms(given.folder, model, given.arms)
     if "table" in given.parts:
-        write([r for m in given.models for r in rows_of(given.folder, m, given.arms)], given.models)
+        found = [r for m in given.models for r in rows_of(given.folder, m, given.arms)]
+        rows = replaced(read(RESULTS / "effects.json").get("rows", []), found, given.models)
+        seen = " ceiling" if any(r.get("ceiling") is not None for r in rows) else ""
+        command = f"python benchmarks/effects.py measure truth{seen} explain table"
+        write_results("effects", command, {"seed": SEED, "rows": rows}, table)
 
 
 if __name__ == "__main__":

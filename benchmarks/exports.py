@@ -10,7 +10,6 @@ Results: benchmarks/results/exports.json and exports.md.
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -27,7 +26,7 @@ from aquabit.packing import quantize
 from aquabit.pipelines import BUNDLED, load, trace
 from aquabit.quant.model import fingerprint
 from aquabit.scheme import AquabitError, LayerChoice, QuantConfig, Scheme
-from benchmarks.flow import MODELS, RESULTS, machine
+from benchmarks.common import MODELS, parsed, parser, write_results
 
 ROOT = Path(__file__).parents[1]
 PINS = (
@@ -160,32 +159,18 @@ def markdown(found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("parts", nargs="+", choices=["install", "run"])
-    parser.add_argument("--folder", type=Path, default=Path("exports-runs"))
-    parser.add_argument(
+    arguments = parser(__doc__, ["install", "run"], "exports-runs", MODELS)
+    arguments.add_argument(
         "--python", type=Path, help="of an environment with the libraries (default: the one in --folder)"
     )
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
-    given = parser.parse_args()
-    given.folder.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)
+    given = parsed(arguments)
+    python = given.python or given.folder / "exports" / "bin" / "python"
     try:
         if "install" in given.parts:
             install(given.folder)
         if "run" in given.parts:
-            rows = run(
-                given.folder, given.python or given.folder / "exports" / "bin" / "python", given.models
-            )
-            found = {
-                "machine": machine(),
-                "command": "python benchmarks/exports.py install run",
-                "rows": rows,
-            }
-            (RESULTS / "exports.json").write_text(json.dumps(found, indent=1) + "\n")
-            (RESULTS / "exports.md").write_text(markdown(found))
+            rows = run(given.folder, python, given.models)
+            write_results("exports", "python benchmarks/exports.py install run", {"rows": rows}, markdown)
     except AquabitError as error:
         sys.exit(str(error))
 

@@ -8,7 +8,6 @@ keeps rows of families not named.
 from __future__ import annotations
 
 import ast
-import json
 import sys
 import tempfile
 import time
@@ -22,7 +21,7 @@ from aquabit.graph import layers
 from aquabit.pipelines import family, trace
 from aquabit.scheme import Protocol
 from aquabit.study import Study
-from benchmarks.flow import RESULTS, machine
+from benchmarks.common import RESULTS, read, write_results
 from tests.tiny_pipelines import PROMPTED, PROMPTS, TINY_PIPELINES, UNGUIDED, tiny
 
 VALUES = Path(aquabit.__file__).parent / "pipelines" / "family.py"
@@ -99,20 +98,16 @@ def flow(name: str, folder: Path) -> dict[str, Any]:
 
 def main(names: list[str]) -> None:
     torch.set_num_threads(1)
-    path = RESULTS / "families.json"
-    known = {r["family"]: r for r in json.loads(path.read_text())["rows"]} if path.exists() else {}
+    known = {r["family"]: r for r in read(RESULTS / "families.json", {"rows": []})["rows"]}
     for name in names or TINY_PIPELINES:
         with tempfile.TemporaryDirectory() as folder:
             known[name] = flow(name, Path(folder))
         print(known[name], flush=True)
-        write([known[n] for n in TINY_PIPELINES if n in known], path)
+        rows = [known[n] for n in TINY_PIPELINES if n in known]
+        write_results("families", "python -m benchmarks.families", {"rows": rows}, markdown)
 
 
-def write(rows: list[dict[str, Any]], path: Path) -> None:
-    path.write_text(
-        json.dumps({"machine": machine(), "command": "python -m benchmarks.families", "rows": rows}, indent=1)
-        + "\n"
-    )
+def markdown(found: dict[str, Any]) -> str:
     table = [
         "| family | pipeline | lines of its own | layers (tiny) | whole flow, s | of that CPU, s |",
         "|---|---|---|---|---|---|",
@@ -120,7 +115,7 @@ def write(rows: list[dict[str, Any]], path: Path) -> None:
     table += [
         f"| {r['family']} | {r['pipeline']} | {r['lines']} | {r['layers']} | {r['seconds']} |"
         f" {r['cpu_seconds']} |"
-        for r in rows
+        for r in found["rows"]
     ]
     text = (
         "# Families\n\nTiny random-weight pipelines of the real classes, from a folder to images of the"
@@ -130,7 +125,7 @@ def write(rows: list[dict[str, Any]], path: Path) -> None:
         "One thread; the CPU seconds say what the flow takes, the others include waiting for what else the"
         " machine ran.\n\n"
     )
-    path.with_suffix(".md").write_text(text + "\n".join(table) + "\n")
+    return text + "\n".join(table) + "\n"
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ is there; finetune.md is written from them. One thread. Studies and fitted weigh
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import sys
@@ -26,11 +25,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.additive import session_of
-from benchmarks.flow import MODELS, RESULTS, machine
+from benchmarks.common import MODELS, RESULTS, difference, machine, mean, parsed, parser, read, spans, write
 
 BLOCKS = (31, 32, 33, 34, 35)  # of fresh seeds; additive's are 21 to 28, the flow's 11 to 15
 IMAGES = 512  # a block: FID of few images is noisy
@@ -44,7 +41,7 @@ class Rows:
 
     def __init__(self, path: Path):
         self.path = path
-        self.found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"rows": []}
+        self.found: dict[str, Any] = read(path, {"rows": []})
         self.found |= {
             "machine": machine(),
             "command": "python benchmarks/finetune.py main ablation orderings",
@@ -61,9 +58,7 @@ class Rows:
         row = {**key, **make()}
         print(json.dumps(row)[:400], flush=True)
         self.found["rows"].append(row)
-        temporary = self.path.with_suffix(".part")
-        temporary.write_text(json.dumps(self.found, indent=1) + "\n")
-        temporary.replace(self.path)
+        write(self.path, self.found, indent=1)
         return row
 
 
@@ -82,7 +77,7 @@ class Bench:
     def additive(self, bits: int) -> Any:
         """Additive formats mixed on probed errors within the bytes of uniform ``usq{bits}h``."""
         from aquabit.scheme import Budget
-        from benchmarks.research import assign
+        from benchmarks.research.assign import assign
 
         budget = Budget(bytes=self.session.costs(self.uniform(bits)).bytes)
         return assign(
@@ -242,21 +237,15 @@ def values(rows: list[dict[str, Any]], metric: str) -> list[float]:
 
 
 def shown(rows: list[dict[str, Any]], metric: str) -> str:
-    from aquabit.stats import mean_interval
-
-    found = mean_interval(values(rows, metric), 0.95)
-    return f"{found.value:.2f} ({found.low:.2f} to {found.high:.2f})"
+    return spans(mean(values(rows, metric)))
 
 
-def difference(rows: list[dict[str, Any]], others: list[dict[str, Any]], metric: str) -> str:
-    from aquabit.stats import paired_difference
-
+def apart(rows: list[dict[str, Any]], others: list[dict[str, Any]], metric: str) -> str:
     blocks = {r["block"] for r in rows} & {r["block"] for r in others}
     if len(blocks) < 2:
         return ""
     a, b = ([r for r in some if r["block"] in blocks] for some in (rows, others))
-    found = paired_difference(values(a, metric), values(b, metric))
-    return f"{found.value:+.2f} ({found.low:+.2f} to {found.high:+.2f})"
+    return spans(difference(values(a, metric), values(b, metric)), sign="+")
 
 
 def named(rows: Rows, **key: Any) -> dict[str, list[dict[str, Any]]]:
@@ -297,7 +286,7 @@ def main_table(rows: Rows) -> list[str]:
             lines.append(
                 f"| {model} | {name} | {own[0]['bytes']:,} | {own[0]['bits']:.3f} |"
                 f" {' | '.join(shown(own, m) for m in METRICS)} | {excess[name]:.2f}{share} |"
-                f" {difference(own, made[LAYERWISE], 'fid') if name == TUNED else ''} | {loss} |"
+                f" {apart(own, made[LAYERWISE], 'fid') if name == TUNED else ''} | {loss} |"
                 f" {tuning['seconds']:.0f} |"
                 if name == TUNED
                 else (
@@ -332,7 +321,7 @@ def ablation_table(rows: Rows) -> list[str]:
                     f"{t['seconds']:.0f}",
                 ]
             ends = [
-                difference(own, made["default"], m) if name != "default" and "default" in made else ""
+                apart(own, made["default"], m) if name != "default" and "default" in made else ""
                 for m in ("fid", "psnr")
             ]
             lines.append(
@@ -362,7 +351,7 @@ def orderings_table(rows: Rows) -> list[str]:
             made = named(rows, part="orderings", model=model, target=target)
             for name, own in made.items():
                 ends = [
-                    difference(own, made["USQ"], m) if "USQ" in made and name != "USQ" else ""
+                    apart(own, made["USQ"], m) if "USQ" in made and name != "USQ" else ""
                     for m in ("fid", "psnr")
                 ]
                 lines.append(
@@ -388,36 +377,29 @@ def markdown(rows: Rows) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
     known = {"main": main_part, "ablation": ablation, "orderings": orderings}
-    parser.add_argument("parts", nargs="+", choices=[*known, "all", "table"])
-    parser.add_argument("--folder", type=Path, default=Path("finetune-runs"))
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--ordering-steps", type=int, default=1000, help="near 3 and 4 bits")
-    parser.add_argument("--ablation-steps", type=int, default=250)
-    parser.add_argument(
+    arguments = parser(__doc__, [*known, "all", "table"], "finetune-runs", MODELS)
+    arguments.add_argument("--steps", type=int, default=2000)
+    arguments.add_argument("--ordering-steps", type=int, default=1000, help="near 3 and 4 bits")
+    arguments.add_argument("--ablation-steps", type=int, default=250)
+    arguments.add_argument(
         "--results",
         type=Path,
         default=RESULTS,
         help="folder of finetune.json; of several, `table --join` makes one",
     )
-    parser.add_argument(
+    arguments.add_argument(
         "--join", type=Path, nargs="+", default=[], help="folders whose rows are joined into --results"
     )
-    arguments = parser.parse_args()
-    arguments.folder.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)
-    rows = Rows(arguments.results / "finetune.json")
-    for folder in arguments.join:
+    given = parsed(arguments)
+    rows = Rows(given.results / "finetune.json")
+    for folder in given.join:
         for row in Rows(folder / "finetune.json").found["rows"]:
             rows.get(row, dict)
-    for part in known if "all" in arguments.parts else arguments.parts:
+    for part in known if "all" in given.parts else given.parts:
         if part != "table":
-            known[part](rows, arguments.folder, arguments.models, arguments)
-        (arguments.results / "finetune.md").write_text(markdown(rows))
+            known[part](rows, given.folder, given.models, given)
+        (given.results / "finetune.md").write_text(markdown(rows))
 
 
 if __name__ == "__main__":

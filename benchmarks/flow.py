@@ -18,10 +18,7 @@ stopped.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import platform
 import resource
 import shutil
 import statistics
@@ -32,10 +29,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-RESULTS = Path(__file__).parent / "results"
-MODELS = ("digits-unet", "digits-dit")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.common import MODELS, RESULTS, about, difference, mean, named, parser, read, write_results
+
 WEIGHT_ONLY = (
     "usq2",
     "usq3",
@@ -50,27 +47,10 @@ WEIGHT_ONLY = (
 )  # what the quality part chooses from
 
 
-def machine() -> dict[str, Any]:
-    cpu = next(
-        (
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ),
-        platform.processor(),
-    )
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
-    }
-
-
 def overhead(folder: Path, models: list[str], pairs: int = 15) -> list[dict[str, Any]]:
     """Median seconds and the median of paired ratios. Full precision is the untouched pipeline."""
     from aquabit.measuring.evaluator import Evaluator, single_thread
-    from aquabit.measuring.model import open_model
+    from aquabit.measuring.session import open_model
     from aquabit.pipelines import Adapter, load
     from aquabit.quant.bank import Bank
     from aquabit.scheme import Protocol
@@ -197,7 +177,7 @@ def analysed(path: Path, count: int, big: bool, rounds: int, target: float) -> l
     much."""
     from aquabit.scheme import Budget
     from aquabit.search import find_candidates
-    from aquabit.sensitivity.explaining import explain
+    from aquabit.sensitivity.result import explain
     from aquabit.sensitivity.surrogate.fit import fit_from_study
 
     study, space, costs, put = synthetic_study(path, big)
@@ -287,7 +267,6 @@ def packed(folder: Path, models: list[str]) -> list[dict[str, Any]]:
     from aquabit.pipelines import Adapter, load
     from aquabit.quality import Quality, Source
     from aquabit.scheme import QuantConfig
-    from aquabit.stats import mean_interval, paired_difference
     from aquabit.study import Study
 
     rows = []
@@ -312,15 +291,14 @@ def packed(folder: Path, models: list[str]) -> list[dict[str, Any]]:
                     quality.update(adapter.images(protocol, batch))
             values.append(quality.compute()["fid"])
         dense = front["comparison"]["winner"]["blocks"]
-        difference = paired_difference(values, dense)
         rows.append(
             {
                 "model": name,
                 "bytes": size,
                 "study_bytes": front["comparison"]["winner"]["bytes"],
-                "dense": mean_interval(dense).to_dict(),
-                "packed": mean_interval(values).to_dict(),
-                "difference": difference.to_dict(),
+                "dense": named(mean(dense)),
+                "packed": named(mean(values)),
+                "difference": named(difference(values, dense)),
             }
         )
     return rows
@@ -384,9 +362,8 @@ def _fresh_reference(study: Any) -> float:
 
 def markdown(found: dict[str, Any]) -> str:
     lines = [
-        f"# The whole flow\n\n{found['machine']['cpu']}, {found['machine']['cores']} cores, torch"
-        f" {found['machine']['torch']}. Made by `{found['command']}` (each part also runs alone, by its"
-        " name).\n"
+        f"# The whole flow\n\n{about(found['machine'])}. Made by `{found['command']}` (each part also runs"
+        " alone, by its name).\n"
     ]
     if "overhead" in found:
         lines.append(
@@ -454,9 +431,6 @@ def markdown(found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
     parts = {
         "overhead": overhead,
         "analysis": analysis,
@@ -465,18 +439,16 @@ def main() -> None:
         "packed": packed,
         "demo": demo,
     }
-    parser.add_argument("part", choices=[*parts, "all"])
-    parser.add_argument("--folder", type=Path, default=Path("benchmarks/work"))
-    parser.add_argument("--models", nargs="*", default=list(MODELS))
-    options = parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("part", choices=[*parts, "all"])
+    arguments.add_argument("--folder", type=Path, default=Path("benchmarks/work"))
+    arguments.add_argument("--models", nargs="*", default=list(MODELS))
+    options = arguments.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / "flow.json"
-    found = json.loads(path.read_text()) if path.exists() else {}
-    found |= {"machine": machine(), "command": "python benchmarks/flow.py all"}
+    found = read(RESULTS / "flow.json")
     for name in parts if options.part == "all" else [options.part]:
         found[name] = parts[name](options.folder, options.models)
-        path.write_text(json.dumps(found, indent=1) + "\n")
-        (RESULTS / "flow.md").write_text(markdown(found))
+        write_results("flow", "python benchmarks/flow.py all", found, markdown)
         print(json.dumps(found[name], indent=1), file=sys.stderr)
     print((RESULTS / "flow.md").read_text())
 

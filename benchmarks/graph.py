@@ -3,16 +3,16 @@ benchmarks/results/graph.json and graph.md."""
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from aquabit.graph import layers, meta_denoiser, trace
-from benchmarks.flow import RESULTS, machine
+from benchmarks.common import about, write_results
 from tests.families import FAMILIES
 
 REPEATS = 3
@@ -40,22 +40,22 @@ def main() -> None:
             }
         )
         print(rows[-1], file=sys.stderr, flush=True)
-    found = {"machine": machine(), "command": "python benchmarks/graph.py", "rows": rows}
-    (RESULTS / "graph.json").write_text(json.dumps(found, indent=1) + "\n")
+    write_results("graph", "python benchmarks/graph.py", {"rows": rows}, markdown)
+
+
+def markdown(found: dict[str, Any]) -> str:
     lines = [
-        f"# Tracing graphs\n\n{found['machine']['cpu']}, torch {found['machine']['torch']}; median of"
-        f" {REPEATS}. Made by `{found['command']}`.\n"
-    ]
-    lines.append(
+        f"# Tracing graphs\n\n{about(found['machine'])}; median of {REPEATS}. Made by"
+        f" `{found['command']}`.\n",
         "| model | layers | weights | GMACs (one sample, one call) | of type other | trace, s | target, s"
-        " |\n|---|---|---|---|---|---|---|"
-    )
+        " |\n|---|---|---|---|---|---|---|",
+    ]
     lines += [
         f"| {r['model']} | {r['layers']} | {r['weights'] / 1e6:,.1f} M | {r['macs'] / 1e9:,.1f} |"
         f" {r['other']} | {r['seconds']:.2f} | {r['target_s']:.0f} |"
-        for r in rows
+        for r in found["rows"]
     ]
-    (RESULTS / "graph.md").write_text("\n".join(lines) + "\n")
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ benchmarks/results/intervals.json and intervals.md.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -25,7 +24,7 @@ import pandas as pd
 from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.flow import RESULTS, machine
+from benchmarks.common import parser, write_results
 
 LAYERS, SCHEMES, SWAP, BITS = (
     60,
@@ -216,25 +215,20 @@ def real_row(study: Path, truth: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--draws", type=int, default=4)
-    parser.add_argument("--study", type=Path)
-    parser.add_argument("--truth", type=Path)
-    parser.add_argument(
+    arguments = parser(__doc__)
+    arguments.add_argument("--draws", type=int, default=4)
+    arguments.add_argument("--study", type=Path)
+    arguments.add_argument("--truth", type=Path)
+    arguments.add_argument(
         "--quick", action="store_true", help="one number of measurements and one noise, nothing written"
     )
-    given = parser.parse_args()
+    given = arguments.parse_args()
     rows = made_rows(given.draws, given.quick)
     if given.study and given.truth:
         rows.append(real_row(given.study, given.truth))
     if given.quick:
         return
     command = " ".join(["python benchmarks/intervals.py", *sys.argv[1:]])
-    (RESULTS / "intervals.json").write_text(
-        json.dumps({"machine": machine(), "command": command, "rows": rows}, indent=1) + "\n"
-    )
     lines = [
         (
             "| truth | measurements | noise | swapped layers | inside | allowing for the truth's error | of"
@@ -248,7 +242,8 @@ def main() -> None:
             f"| {r['truth']} | {r['measurements']} | {noise} | {r['swapped']} | {r['inside']:.2f} |"
             f" {r['inside_allowed']:.2f} | {r['top']:.2f} | {r['width']:.2f} |"
         )
-    (RESULTS / "intervals.md").write_text(f"`{command}`\n\n" + "\n".join(lines) + "\n")
+    text = f"`{command}`\n\n" + "\n".join(lines) + "\n"
+    write_results("intervals", command, {"rows": rows}, lambda _: text)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from aquabit.scheme import Progress
-from benchmarks.flow import RESULTS
+from benchmarks.common import RESULTS
 from benchmarks.kernel_timing import Layer, case, expected, load, threads
 
 LINEAR = {"1152 -> 1152": (1152, 1152), "1152 -> 4608": (4608, 1152), "4608 -> 1152": (1152, 4608)}

@@ -17,9 +17,6 @@ benchmarks/searches.py.
 
 from __future__ import annotations
 
-import argparse
-import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,9 +24,8 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.flow import MODELS
-from benchmarks.searches import session_of, study_path
-from benchmarks.truth import say
+from benchmarks.common import parsed, parser, read, say, write
+from benchmarks.searches import session_of
 
 BITS = (1.6, 2.0, 3.0)  # those of them that benchmarks/searches.py has too
 DRAWS, KEPT = 150, 6  # configurations drawn; how many of each way race on images
@@ -40,7 +36,7 @@ SEED = 77  # of draws, stored inputs and images: no search uses it
 RACE = (4, 8, 16, 32)  # blocks of 32 images
 
 
-def draws(search: Any, context: Any, count: int) -> list[Any]:
+def draws(search: Any, context: Any, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """Near the front, inside the budget, no single change left that lowers the damage and fits."""
     from aquabit.search.options import Options
     from aquabit.sensitivity.damages import gibbs
@@ -70,13 +66,13 @@ def draws(search: Any, context: Any, count: int) -> list[Any]:
     return found[:count]
 
 
-def exchanges(search: Any, context: Any, start: Any) -> list[Any]:
+def exchanges(search: Any, context: Any, start: Any) -> list[tuple[np.ndarray, np.ndarray]]:
     """Configurations two layers away from ``start`` that keep the budget, those of least predicted loss in
     its context first."""
     from aquabit.search.options import Options
 
     options, seen = Options.of(search.costs, search.options.budget), context.look(start)
-    change, choice = seen.change[:, :, 0], options.columns.join(start)[0]
+    change, choice = seen.change[:, :, 0], options.columns.join(*start)
     cells = np.argwhere(np.isfinite(change) & (np.arange(change.shape[1]) != choice[:, None]))
     cost = options.changes(choice)[0][cells[:, 0], cells[:, 1]]
     value = change[cells[:, 0], cells[:, 1]]
@@ -95,23 +91,18 @@ def exchanges(search: Any, context: Any, start: Any) -> list[Any]:
 
 
 def oracle(folder: Path, model: str, bits: float, count: int) -> dict[str, Any]:
-    from aquabit.choices import Choices
     from aquabit.scheme import Budget, QuantConfig
     from aquabit.search import Search, SearchOptions, judge, refine
     from aquabit.search import context_model as wide
     from aquabit.search.judging import pieces
-    from aquabit.search.proposals import program_answers
 
-    path = folder / f"oracle-{model}.db"
-    if not path.exists():
-        shutil.copy(study_path(folder, model), path)
-    with session_of(path, model, folder) as session:
+    with session_of(folder / f"oracle-{model}.db", model, folder) as session:
         search = Search(session, SearchOptions(Budget(bits=bits), seed=SEED, spread=()), say)
-        program = program_answers(search)[search.options.budget]
-        start = program.choices
-        context = wide.ContextModel(session, search.damages, search.activations, SEED, say)
+        program = search._programs()[search.options.budget]
+        start = (program.weights, program.acts)
+        context = wide.InContext(session, search.damages, search.activations, SEED, say)
         drawn = draws(search, context, count)
-        value = np.array(context.judge(Choices.concat([start, *drawn])))
+        value = np.array(context.judge([start, *drawn]))
         order = np.argsort(value[1:])
         found: dict[str, list[Any]] = {"draws": [drawn[i] for i in order[:KEPT]], "program": [start]}
         looked, wide.LOOKED = wide.LOOKED, 4 * wide.LOOKED
@@ -127,17 +118,19 @@ def oracle(folder: Path, model: str, bits: float, count: int) -> dict[str, Any]:
             )
             for s in (start, found["draws"][0])
         ]
-        found["refined"] = [s.choices for row in steps for s in row[1:]]
+        found["refined"] = [(s.weights, s.acts) for row in steps for s in row[1:]]
         best = min(
-            [(value[0], start), *((s.value, s.choices) for row in steps for s in row)], key=lambda r: r[0]
+            [(value[0], start), *((s.value, (s.weights, s.acts)) for row in steps for s in row)],
+            key=lambda r: r[0],
         )[1]
         swapped = exchanges(search, context, best)
         wide.LOOKED = looked
-        after = np.array(context.judge(Choices.concat(swapped)))
+        after = np.array(context.judge(swapped))
         found["swaps"] = [swapped[i] for i in np.argsort(after)[:KEPT]]
-        racers = {c.config.digest: (name, c.config) for name, row in found.items() for c in row}
-        done = folder / f"searches-{model}.json"
-        for key, run in (json.loads(done.read_text()) if done.exists() else {}).items():
+        racers = {
+            search._config(c).digest: (name, search._config(c)) for name, row in found.items() for c in row
+        }
+        for key, run in read(folder / f"searches-{model}.json").items():
             if key.split()[0] == f"{bits:g}":
                 config = QuantConfig.from_dict(run["config"])
                 racers.setdefault(config.digest, ("search", config))
@@ -147,7 +140,7 @@ def oracle(folder: Path, model: str, bits: float, count: int) -> dict[str, Any]:
             protocols = pieces(session.protocol, blocks, SEED)
             session.measure([session.space.full_precision()], "reference", say, protocols, "full precision")
             session.measure([configs[i][1] for i in indices], "selection", say, protocols, "race")
-            tables = [search.values("psnr", p) for p in protocols]
+            tables = [search._values("psnr", p) for p in protocols]
             return np.array([[t[configs[i][1].digest] for t in tables] for i in indices])
 
         judged = judge(range(len(configs)), measure, RACE)
@@ -166,21 +159,17 @@ def oracle(folder: Path, model: str, bits: float, count: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--models", nargs="+", default=list(MODELS))
-    parser.add_argument("--bits", nargs="+", type=float, default=list(BITS))
-    parser.add_argument("--draws", type=int, default=DRAWS)
-    parser.add_argument("--folder", type=Path, default=Path("searches"))
-    given = parser.parse_args()
+    arguments = parser(__doc__, folder="searches")
+    arguments.add_argument("--bits", nargs="+", type=float, default=list(BITS))
+    arguments.add_argument("--draws", type=int, default=DRAWS)
+    given = parsed(arguments)
     for model in given.models:
         path = given.folder / f"oracle-{model}.json"
-        done: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        done: dict[str, Any] = read(path)
         for bits in given.bits:
             if f"{bits:g}" not in done:
                 done[f"{bits:g}"] = oracle(given.folder, model, bits, given.draws)
-                path.write_text(json.dumps(done))
+                write(path, done)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ Studies are kept in --folder and continue where they stopped.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -37,7 +36,22 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from aquabit.scheme import FP, AquabitError, Budget, LayerChoice, QuantConfig, Scheme
-from benchmarks.flow import MODELS, RESULTS, machine
+from benchmarks.common import (
+    MODELS,
+    RESULTS,
+    about,
+    block_values,
+    difference,
+    mean,
+    named,
+    open_study,
+    parsed,
+    parser,
+    read,
+    say,
+    spans,
+    write_results,
+)
 
 ROOT = Path(__file__).parents[1]
 PINS = (
@@ -193,7 +207,7 @@ def chosen(folder: Path, model: str, loss: str) -> dict[str, Any]:
             f"{path} is not there: ModelOpt was not asked yet; run: python benchmarks/peers.py choose"
             f" --folder {folder}"
         )
-    found: dict[str, Any] = json.loads(path.read_text())
+    found: dict[str, Any] = read(path)
     return found
 
 
@@ -286,7 +300,7 @@ def own_choice(
     graph: Any, space: Any, errors: Mapping[tuple[str, str], float], family: str, limit: int
 ) -> QuantConfig:
     """Our integer program on the probed damages of the same schemes, within so many bytes."""
-    from benchmarks.research import assign
+    from benchmarks.research.assign import assign
 
     schemes = {scheme_of(b, family) for b in (*BITS, UNQUANTIZED)}
     found = assign(graph, space, Budget(bytes=limit), errors, lambda layer, scheme: scheme in schemes)
@@ -300,7 +314,6 @@ def surrogate_choice(
 ) -> QuantConfig:
     """What the surrogate of a study finds within so many bytes, of the same schemes (without full
     precision, which studies do not sample)."""
-    from aquabit.choices import Choices
     from aquabit.cost import CostModel
     from aquabit.search import additive_scores, improve, solve
     from aquabit.sensitivity.surrogate.fit import fit_from_study
@@ -315,13 +328,14 @@ def surrogate_choice(
     costs, budget = CostModel(fitted.graph, space), Budget(bytes=limit)
     column = np.array([fitted.space.schemes.index(s) for s in space.schemes])
 
-    def predict(rows: Choices) -> np.ndarray:
-        return fitted.badness(Choices(fitted.space, column[rows.weights], rows.acts))
+    def predict(weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
+        return fitted.badness(column[weights], acts)
 
     bits = 8 * (limit - costs.other_bytes) / costs.weights
-    near = Choices.of(space, replace(space, activations=(8,)).sample(contexts, SEED, (bits * 0.9, bits)))
+    near = space.indices(replace(space, activations=(8,)).sample(contexts, SEED, (bits * 0.9, bits)))
     start = solve(additive_scores(predict, space, near), costs, budget)
-    return improve(start.choices, predict, costs, budget, SEED, rows=rows).choices.config
+    best = improve(start.weights, start.acts, predict, costs, budget, SEED, rows=rows)
+    return space.configs(best.weights[None], best.acts[None])[0]
 
 
 def sides(session: Any, folder: Path, model: str, study: Path | None) -> list[dict[str, Any]]:
@@ -359,17 +373,11 @@ def sides(session: Any, folder: Path, model: str, study: Path | None) -> list[di
 def measure(
     folder: Path, models: Sequence[str], bank: str, workers: int, studies: Mapping[str, Path]
 ) -> dict[str, list[dict[str, Any]]]:
-    from aquabit.measuring.session import open_session
-    from aquabit.measuring.settings import MeasureOptions
-    from aquabit.measuring.where import Where
-    from aquabit.study import Study
-
     schemes = list(dict.fromkeys(str(scheme_of(b, f)) for f in CASES for b in (UNQUANTIZED, *BITS)))
     result = {}
     for model in models:
-        options = MeasureOptions(space={"schemes": schemes, "activations": [8]})
-        where, study = Where(workers=workers, bank=bank), Study(folder / f"peers-{model}.db")
-        with open_session(model, study, options, where, progress=say) as session:
+        path, space = folder / f"peers-{model}.db", {"schemes": schemes, "activations": [8]}
+        with open_study(path, model, bank, space, workers) as session:
             rows = sides(session, folder, model, studies.get(model))
             protocols = [session.protocol.block(b) for b in BLOCKS]
             session.measure([rows[0]["config"]], "reference", say, protocols, f"{model}, full precision")
@@ -383,12 +391,11 @@ def with_values(
 ) -> list[dict[str, Any]]:
     """Rows with their size, their metrics on each block, and paired differences to ModelOpt's of the same
     case."""
-    from aquabit.stats import mean_interval, paired_difference
-
-    table, found = session.study.measurements(failed=True).set_index(["config", "protocol"]), []
+    configs, found = {r["config"].digest: r["config"] for r in rows}, []
+    known = block_values(session, configs, protocols, METRICS)
     for row in rows:
         config, cost = row["config"], session.costs(row["config"])
-        values = {m: [float(table.at[(config.digest, p.digest), m]) for p in protocols] for m in METRICS}
+        values = known[config.digest]
         found.append(
             {
                 **row,
@@ -397,13 +404,13 @@ def with_values(
                 "bytes": cost.bytes,
                 "bits": cost.bits_per_weight,
                 **values,
-                "fid_interval": mean_interval(values["fid"], 0.95).to_dict(),
+                "fid_interval": named(mean(values["fid"])),
             }
         )
     for row in found[1:]:
         theirs = peer_of(row, found)
         if row is not theirs:
-            row["theirs_less_this"] = {m: paired_difference(theirs[m], row[m]).to_dict() for m in METRICS}
+            row["theirs_less_this"] = {m: named(difference(theirs[m], row[m])) for m in METRICS}
     return found
 
 
@@ -419,20 +426,12 @@ def peer_of(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Mappin
     )
 
 
-def say(what: str, done: int, total: int) -> None:
-    if done == total or done % 20 == 0:
-        print(f"{what}: {done}/{total}", flush=True)
-
-
 # ---- tables
 # ------------------------------------------------------------------------------------------------------------
 
 
 def markdown(found: Mapping[str, Any]) -> str:
-    lines = [
-        f"# ModelOpt's choice of bits\n\n{found['machine']['cpu']}, {found['machine']['cores']} cores, torch"
-        f" {found['machine']['torch']}. Made by `{found['command']}`."
-    ]
+    lines = [f"# ModelOpt's choice of bits\n\n{about(found['machine'])}. Made by `{found['command']}`."]
     if found.get("choices"):
         versions = ", ".join(f"{k} {v}" for k, v in found["versions"].items())
         lines.append(
@@ -477,12 +476,8 @@ def _times(value: float | None) -> str:
 
 def _measured_line(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
     theirs = peer_of(row, rows)
-    difference = row.get("theirs_less_this")
-    shown = (
-        [f"{d['value']:+.2f} ({d['low']:+.2f} to {d['high']:+.2f})" for d in (difference[m] for m in METRICS)]
-        if difference
-        else ["", ""]
-    )
+    apart = row.get("theirs_less_this")
+    shown = [spans(tuple(apart[m].values()), sign="+") if apart else "" for m in METRICS]
     psnr = "" if row["side"] == "full precision" else f"{np.mean(row['psnr']):.1f}"
     return (
         f"| {row['model']} | {row['family']} | {row['effective_bits'] or ''} | {row['side']} |"
@@ -503,21 +498,14 @@ def summary(folder: Path, models: Sequence[str]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("parts", nargs="+", choices=["install", "choose", "measure", "run", "table"])
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
-    parser.add_argument("--folder", type=Path, default=Path("peers-runs"))
-    parser.add_argument("--bank", help="fitted weights to reuse (default: bank in --folder)")
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument(
+    arguments = parser(__doc__, ["install", "choose", "measure", "run", "table"], "peers-runs", MODELS)
+    arguments.add_argument("--bank", help="fitted weights to reuse (default: bank in --folder)")
+    arguments.add_argument("--workers", type=int, default=2)
+    arguments.add_argument(
         "--study", nargs="+", default=[], metavar="MODEL=FILE", help="studies whose surrogates choose too"
     )
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    given = parser.parse_args()
-    given.folder.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)
+    arguments.add_argument("--results", type=Path, default=RESULTS)
+    given = parsed(arguments)
     try:
         parts = {
             p: None for part in given.parts for p in (("choose", "measure") if part == "run" else (part,))
@@ -528,28 +516,28 @@ def main() -> None:
         sys.exit(str(error))
 
 
+def studies_of(given: argparse.Namespace) -> dict[str, Path]:
+    """model -> study, of MODEL=FILE."""
+    return {model: Path(file) for model, _, file in (text.partition("=") for text in given.study)}
+
+
 def run_part(part: str, given: argparse.Namespace) -> None:
     if part == "install":
         install(given.folder)
         return
-    path, measured = given.results / "peers.json", dict[str, Any]()
+    measured = dict[str, Any]()
     if part == "choose":
         choose(given.folder, given.models)
     if part == "measure":
-        studies = {k: Path(v) for k, _, v in (text.partition("=") for text in given.study)}
-        measured = measure(
-            given.folder, given.models, given.bank or str(given.folder / "bank"), given.workers, studies
-        )
-    found: dict[str, Any] = (
-        json.loads(path.read_text()) if path.exists() else {}
-    )  # now: another part may have written meanwhile
+        bank = given.bank or str(given.folder / "bank")
+        measured = measure(given.folder, given.models, bank, given.workers, studies_of(given))
+    found: dict[str, Any] = read(given.results / "peers.json")  # now: another part may have written meanwhile
     others = [r for r in found.get("choices", []) if r["model"] not in given.models]
     found |= summary(given.folder, given.models)
     found["choices"] = others + found["choices"]
     found["measured"] = {**found.get("measured", {}), **measured}
-    found |= {"machine": machine(), "command": "python benchmarks/peers.py install run --study MODEL=FILE"}
-    path.write_text(json.dumps(found, indent=1) + "\n")
-    path.with_suffix(".md").write_text(markdown(found))
+    command = "python benchmarks/peers.py install run --study MODEL=FILE"
+    write_results("peers", command, found, markdown, given.results)
 
 
 if __name__ == "__main__":

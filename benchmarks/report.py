@@ -11,8 +11,6 @@ one click on a column's head until the next frame.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import sys
 import tempfile
@@ -23,7 +21,7 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.flow import RESULTS, machine
+from benchmarks.common import RESULTS, about, parser, write_results
 from tests.browser import chromium, opened
 from tests.test_reports import Synthetic
 
@@ -71,10 +69,10 @@ class Large(Synthetic):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int, default=800)
-    parser.add_argument("--samples", type=int, default=1000)
-    options = parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--layers", type=int, default=800)
+    arguments.add_argument("--samples", type=int, default=1000)
+    options = arguments.parse_args()
     from aquabit.reports import report
 
     with tempfile.TemporaryDirectory() as folder:
@@ -93,21 +91,25 @@ def main() -> None:
         }
         if chromium():
             row |= in_browser(page, Path(folder))
-    result = {"machine": machine(), "command": "python " + " ".join(sys.argv), "rows": [row]}
-    (RESULTS / "report.json").write_text(json.dumps(result, indent=1) + "\n")
+    command = f"python {' '.join(sys.argv)}"
+    write_results("report", command, {"rows": [row]}, markdown)
+    print((RESULTS / "report.md").read_text())
+
+
+def markdown(found: dict[str, Any]) -> str:
+    row = found["rows"][0]
     lines = [
         "# A report of a large study",
         "",
-        f"{result['machine']['cpu']}, {result['machine']['cores']} cores",
+        about(found["machine"]),
         "",
-        f"`{result['command']}`",
+        f"`{found['command']}`",
         "",
         "| what | value |",
         "|---|---|",
     ]
     lines += [f"| {k} | {v:,.3g} |" if isinstance(v, float) else f"| {k} | {v:,} |" for k, v in row.items()]
-    (RESULTS / "report.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    return "\n".join(lines) + "\n"
 
 
 def in_browser(page: Path, folder: Path) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -34,7 +33,23 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from aquabit.scheme import AquabitError, QuantConfig
 from benchmarks import peers
 from benchmarks import rivals_scores as scores
-from benchmarks.flow import MODELS, RESULTS, machine
+from benchmarks.common import (
+    MODELS,
+    RESULTS,
+    about,
+    difference,
+    named,
+    open_study,
+    parsed,
+    parser,
+    read,
+    replaced,
+    say,
+    spans,
+    values_of,
+    write,
+    write_results,
+)
 from benchmarks.rivals_searches import (
     Weights,
     cap,
@@ -97,20 +112,9 @@ CONTENT = (
 )  # MixDQ's `attn2` and `ff`; here conditions enter by the others
 
 
-def say(what: str, done: int, total: int) -> None:
-    if done == total or done % 10 == 0:
-        print(f"{what}: {done}/{total}", flush=True)
-
-
 def session_of(folder: Path, model: str, workers: int, bank: str, studies: Mapping[str, Path]) -> Any:
-    from aquabit.measuring.session import open_session
-    from aquabit.measuring.where import Where
-    from aquabit.study import Study
-
     path = folder / f"rivals-{model}.db"
-    if not path.exists() and model in studies:
-        shutil.copy(studies[model], path)
-    return open_session(model, Study(path), where=Where(workers=workers, bank=bank), progress=say)
+    return open_study(path, model, bank, workers=workers, base=studies.get(model))
 
 
 # ---- the rivals
@@ -187,12 +191,13 @@ class Rivals:
         path = self.folder / f"scores-{self.model}-{loss.replace(' ', '-')}.json"
         if not path.exists():
             scores.write(path, scores.gradient_scores(self.layers, peers.calls(self.model, loss), BATCH, say))
-        return scores.table(self.space, json.loads(path.read_text()))
+        return scores.table(self.space, read(path))
 
     def config(self, weights: Weights) -> QuantConfig:
         from aquabit.search import Columns
 
-        found: QuantConfig = Columns.of(self.space, (8,)).split(np.asarray(weights)).config
+        acts = Columns.of(self.space, (8,)).split(np.asarray(weights))[1]
+        found: QuantConfig = self.space.configs(np.asarray(weights)[None], acts[None])[0]
         return found
 
     def fits(self, configs: Sequence[QuantConfig], bits: float) -> list[QuantConfig]:
@@ -200,9 +205,7 @@ class Rivals:
 
     def predicted(self, config: QuantConfig) -> float:
         """The sum of probe damages, which the program minimises."""
-        from aquabit.choices import Choices
-
-        return float(self.damages.total(Choices.of(self.space, [config]))[0])
+        return float(self.damages.total(*self.space.indices([config]))[0])
 
     def uniform(self, family: str, bits: float) -> QuantConfig | None:
         free = [row for row in self.space.choices.values() if len(row) > 1]
@@ -269,7 +272,7 @@ class Rivals:
                 f" {log}"
             )
         texts = [str(s) for s in self.space.schemes]
-        chosen = {float(b): row for b, row in json.loads(out.read_text()).items() if row is not None}
+        chosen = {float(b): row for b, row in read(out).items() if row is not None}
         return {
             b: self.config(np.array([texts.index(row[k]) for k in self.space.layers]))
             for b, row in chosen.items()
@@ -310,7 +313,7 @@ def check_space(path: Path, space: Any) -> None:
     """Note the space that scores and choices in a folder are of; raises AquabitError where they are of
     another."""
     own = json.loads(json.dumps(space.to_dict()))
-    if path.exists() and json.loads(path.read_text()) != own:
+    if path.exists() and read(path) != own:
         raise AquabitError(
             f"scores and choices in {path.parent} are of another search space than the study's; give another"
             " --folder"
@@ -322,7 +325,7 @@ def choose(rivals: Rivals, names: Sequence[str]) -> None:
     """Every rival's configurations into choices-MODEL.json; those that are there stay as they are."""
     path = rivals.folder / f"choices-{rivals.model}.json"
     for name, bits in product(names, TARGETS):
-        found: dict[str, list[dict[str, Any]]] = json.loads(path.read_text()) if path.exists() else {}
+        found: dict[str, list[dict[str, Any]]] = read(path)
         rows = found.setdefault(name, [])
         if any(r["target"] == bits for r in rows):
             continue
@@ -339,7 +342,7 @@ def choose(rivals: Rivals, names: Sequence[str]) -> None:
                 "config": config.to_dict(),
             }
         rows.append(row)
-        scores.write(path, found)
+        write(path, found)
         print(
             f"{rivals.model}, {bits:g} bits, {name}: "
             + (f"damage {row['damage']:.3g}" if config is not None else "none"),
@@ -359,7 +362,7 @@ def entries(folder: Path, model: str) -> list[dict[str, Any]]:
             f"{path} is not there: the rivals have not chosen yet; run: python benchmarks/rivals.py choose"
             f" --folder {folder}"
         )
-    ours = json.loads(own.read_text()) if own.exists() else {}
+    ours = read(own)
     rows = [
         {"side": "ours", "seed": seed, **row}
         for seed, winners in ours.items()
@@ -368,7 +371,7 @@ def entries(folder: Path, model: str) -> list[dict[str, Any]]:
     ]
     return rows + [
         {"side": name, "seed": None, **row}
-        for name, found in json.loads(path.read_text()).items()
+        for name, found in read(path).items()
         for row in found
         if row["config"]
     ]
@@ -385,17 +388,17 @@ def fresh(session: Any, folder: Path, model: str, bits: Sequence[float] = TARGET
 def measured(session: Any, folder: Path, model: str, bits: Sequence[float] = TARGETS) -> list[dict[str, Any]]:
     """One row a side and target: size, and each metric by block (of ours the mean over seeds of the
     search); full precision first."""
-    table = session.study.measurements(failed=True).set_index(["config", "protocol"])
+    known = values_of(session.study, METRICS)
     protocols = [session.protocol.block(b).digest for b in BLOCKS]
 
     def blocks(config: QuantConfig, metric: str) -> np.ndarray:
-        missing = [p for p in protocols if (config.digest, p) not in table.index]
+        missing = [p for p in protocols if (config.digest, p) not in known]
         if missing:
             raise AquabitError(
                 f"{len(missing)} blocks of {model} are not measured; run: python benchmarks/rivals.py fresh"
                 f" --folder {folder}"
             )
-        return np.array([float(table.at[(config.digest, p), metric]) for p in protocols])
+        return np.array([known[config.digest, p][metric] for p in protocols])
 
     free = session.space.full_precision()
     rows = [
@@ -430,8 +433,6 @@ def measured(session: Any, folder: Path, model: str, bits: Sequence[float] = TAR
 def compared(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Rows of one model with the paired difference of each metric to ours at the same target (to the
     program's where ours are absent)."""
-    from aquabit.stats import paired_difference
-
     reference = "ours" if any(r["side"] == "ours" for r in rows) else "program"
     base = {r["target"]: r for r in rows if r["side"] == reference}
     found = []
@@ -441,20 +442,18 @@ def compared(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             row = {
                 **row,
                 "against": reference,
-                "less": {m: paired_difference(row[m], own[m]).to_dict() for m in METRICS},
+                "less": {m: named(difference(row[m], own[m])) for m in METRICS},
             }
         found.append(dict(row))
     return found
 
 
-def markdown(rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> str:
+def markdown(found: Mapping[str, Any]) -> str:
+    rows = found["rows"]
     shown = [r for r in rows if r["target"] is not None]
     lines = [
         "# Rivals of the search, over the same codes and the same bytes",
-        (
-            f"\n{about['cpu']}, {about['cores']} cores, torch {about['torch']}. Made by `python"
-            " benchmarks/rivals.py install choose fresh table`."
-        ),
+        (f"\n{about(found['machine'])}. Made by `{found['command']}`."),
         (
             "\nBudgets in true bits per weight (codes, codebooks once where layers share them, scales), kept"
             f" exactly; a8. Means over {len(BLOCKS)} blocks of fresh seeds, 128 images each; differences are"
@@ -487,7 +486,7 @@ def markdown(rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> str
             "|---|---|---|---|---|---|---|",
         ]
         for r in sorted(own, key=lambda r: (r["target"], list(sides).index(r["side"]))):
-            gaps = [_gap(r["less"][m]) if "less" in r else "" for m in METRICS]
+            gaps = [spans(tuple(r["less"][m].values()), sign="+") if "less" in r else "" for m in METRICS]
             lines.append(
                 f"| {r['target']:g} | {r['side']} | {r['bits']:.3f} | {np.mean(r['psnr']):.2f} |"
                 f" {np.mean(r['fid']):.2f} | " + " | ".join(gaps) + " |"
@@ -495,34 +494,23 @@ def markdown(rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> str
     return "\n".join(lines) + "\n"
 
 
-def _gap(found: Mapping[str, float]) -> str:
-    return f"{found['value']:+.2f} ({found['low']:+.2f} to {found['high']:+.2f})"
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("parts", nargs="+", choices=["install", "choose", "fresh", "table"])
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
-    parser.add_argument("--folder", type=Path, default=Path("rivals-runs"))
-    parser.add_argument("--rivals", nargs="+", default=list(RIVALS), choices=list(RIVALS), metavar="NAME")
-    parser.add_argument(
+    arguments = parser(__doc__, ["install", "choose", "fresh", "table"], "rivals-runs", MODELS)
+    arguments.add_argument("--rivals", nargs="+", default=list(RIVALS), choices=list(RIVALS), metavar="NAME")
+    arguments.add_argument(
         "--bits", nargs="+", type=float, default=list(TARGETS), help="budgets that are measured and shown"
     )
-    parser.add_argument("--bank", help="fitted weights to reuse (default: bank in --folder)")
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument(
+    arguments.add_argument("--bank", help="fitted weights to reuse (default: bank in --folder)")
+    arguments.add_argument("--workers", type=int, default=2)
+    arguments.add_argument(
         "--study",
         nargs="+",
         default=[],
         metavar="MODEL=FILE",
         help="studies whose fits and probes are begun with",
     )
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    given = parser.parse_args()
-    given.folder.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)
+    arguments.add_argument("--results", type=Path, default=RESULTS)
+    given = parsed(arguments)
     try:
         run(given)
     except AquabitError as error:
@@ -534,14 +522,10 @@ def run(given: argparse.Namespace) -> None:
     if "install" in parts:
         peers.install(given.folder)
         parts.remove("install")
-    studies, rows = (
-        {k: Path(v) for k, _, v in (text.partition("=") for text in given.study)},
-        list[dict[str, Any]](),
-    )
+    bank, studies = given.bank or str(given.folder / "bank"), peers.studies_of(given)
+    rows = list[dict[str, Any]]()
     for model in given.models if parts else ():
-        with session_of(
-            given.folder, model, given.workers, given.bank or str(given.folder / "bank"), studies
-        ) as session:
+        with session_of(given.folder, model, given.workers, bank, studies) as session:
             if "choose" in parts:
                 choose(Rivals(session, given.folder, model), given.rivals)
             if "fresh" in parts:
@@ -549,21 +533,9 @@ def run(given: argparse.Namespace) -> None:
             if "table" in parts:
                 rows += compared(measured(session, given.folder, model, given.bits))
     if "table" in parts:
-        path = given.results / "rivals.json"
-        old = json.loads(path.read_text())["rows"] if path.exists() else []
-        rows = sorted(
-            [r for r in old if r["model"] not in given.models] + rows,
-            key=lambda r: list(MODELS).index(r["model"]),
-        )
-        about = machine()
-        found = {
-            "machine": about,
-            "command": "python benchmarks/rivals.py install choose fresh table",
-            "rivals": RIVALS,
-            "rows": rows,
-        }
-        path.write_text(json.dumps(found, allow_nan=False, indent=0) + "\n")
-        path.with_suffix(".md").write_text(markdown(rows, about))
+        rows = replaced(read(given.results / "rivals.json").get("rows", []), rows, given.models)
+        command = "python benchmarks/rivals.py install choose fresh table"
+        write_results("rivals", command, {"rivals": RIVALS, "rows": rows}, markdown, given.results)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,7 @@ Disty0/sdnq (sdnq_quantize_layer_weight_dynamic).
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -28,6 +26,7 @@ from aquabit.pipelines import replay_recorder, set_scheduler
 from aquabit.quality.paired import mse, ssim
 from aquabit.quant.finetuning.replay import Replay, first_tensor
 from aquabit.scheme import FP, Calibration, QuantConfig, Scheme
+from benchmarks.common import read, write
 
 IMAGES, SEED = 16, 800_000_001  # seeds that neither measurements, nor probes, nor H use
 MCT_IMAGES = 32  # MixedPrecisionQuantizationConfig.num_of_images
@@ -119,19 +118,12 @@ def by_kind(replay: Replay, samples: Sequence[int]) -> list[list[int]]:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def write(path: Path, value: Any) -> None:
-    """JSON that is either the old file or the whole new one."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(value, indent=0, allow_nan=False) + "\n")
-    os.replace(part, path)
-
-
 def kept(
     path: Path, layers: Sequence[str], score: Callable[[str], Scored], say: Callable[[str, int, int], None]
 ) -> dict[str, Scored]:
     """layer -> scheme -> score; what the file has is not scored again, and each layer is written as soon
     as it is scored."""
-    found: dict[str, Scored] = json.loads(path.read_text()) if path.exists() else {}
+    found: dict[str, Scored] = read(path)
     for done, layer in enumerate(layers, 1):
         if layer not in found:
             found[layer] = score(layer)

@@ -29,10 +29,8 @@ from typing import Any
 import torch
 from torch import nn
 
-try:
-    from benchmarks.flow import RESULTS, machine
-except ImportError:  # run as a script
-    from flow import RESULTS, machine  # type: ignore[no-redef]
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.common import RESULTS, parser, write_results
 
 DIT_XL_2 = {
     "sample_size": 32,
@@ -210,18 +208,16 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument(
+    arguments = parser(__doc__)
+    arguments.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    arguments.add_argument(
         "--ways", nargs="+", default=["model", "folder", "memory"], choices=["model", "folder", "memory"]
     )
-    parser.add_argument("--blocks", type=int, default=28)
-    parser.add_argument("--scheme", default="usq4")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
-    given = parser.parse_args()
+    arguments.add_argument("--blocks", type=int, default=28)
+    arguments.add_argument("--scheme", default="usq4")
+    arguments.add_argument("--results", type=Path, default=RESULTS)
+    arguments.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
+    given = arguments.parse_args()
     if given.child:
         way, dtype, blocks, scheme, folder = given.child
         if way == "save":
@@ -260,11 +256,8 @@ def main() -> None:
                     }
                 )
             print(markdown(rows[-1:]).splitlines()[-1], flush=True)
-    given.results.mkdir(parents=True, exist_ok=True)
-    (given.results / "scale.json").write_text(
-        json.dumps({"machine": machine(), "command": sys.argv, "rows": rows}, indent=1) + "\n"
-    )
-    (given.results / "scale.md").write_text(markdown(rows))
+    command = f"python {' '.join(sys.argv)}"
+    write_results("scale", command, {"rows": rows}, lambda _: markdown(rows), given.results)
 
 
 if __name__ == "__main__":

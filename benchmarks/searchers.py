@@ -16,9 +16,6 @@ where it stopped.
 
 from __future__ import annotations
 
-import argparse
-import json
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,9 +24,21 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.flow import MODELS, RESULTS, machine
+from benchmarks.common import (
+    about,
+    difference,
+    open_study,
+    parsed,
+    parser,
+    read,
+    say,
+    spans,
+    values_of,
+    write,
+    write_results,
+)
+from benchmarks.research.searchers import Problem, find_searcher
 from benchmarks.surrogate import OUTPUTS_PER_MEASUREMENT, SEEDS
-from benchmarks.truth import about, say
 
 COUNT, START = 200, 120  # measurements of each searcher; how many of ours are random
 TARGETS = (1.75, 2.0, 2.5, 3.0, 3.5)  # bits per weight
@@ -41,14 +50,7 @@ CORNER = (20.0, 4.0)  # FID and bits per weight: hypervolume is what a front dom
 
 
 def session_of(folder: Path, model: str) -> Any:
-    from aquabit.measuring.session import open_session
-    from aquabit.measuring.where import Where
-    from aquabit.study import Study
-
-    path = folder / f"searchers-{model}.db"
-    if not path.exists():
-        shutil.copy(folder / f"surrogate-{model}.db", path)
-    return open_session(model, Study(path), where=Where(workers=2, bank=str(folder / "bank")), progress=say)
+    return open_study(folder / f"searchers-{model}.db", model, base=folder / f"surrogate-{model}.db")
 
 
 class Comparison:
@@ -62,7 +64,7 @@ class Comparison:
         self.study, self.space, self.costs = session.study, session.space, session.costs
         self.targets = [Budget(bits=bits) for bits in TARGETS]
         self.encoder = Encoder(self.space, session.model.graph, self.study.errors(), self.study.probes())
-        self.done: dict[str, Any] = json.loads(self.path.read_text()) if self.path.exists() else {}
+        self.done: dict[str, Any] = read(self.path)
 
     def measure(self, configs: list[Any]) -> list[float]:
         self.session.measure(configs, "candidate", say, what="search")
@@ -72,8 +74,8 @@ class Comparison:
     def fit(self, configs: list[Any], values: np.ndarray) -> Any:
         from aquabit.sensitivity.surrogate.estimators import estimator_of
 
-        model = estimator_of("gbdt", self.encoder, 0).fit(self.encoder.encode(configs), values)
-        return lambda rows: model.predict(self.encoder(rows))
+        model = estimator_of("gbdt", self.encoder, 0).fit(self.encoder(*self.space.indices(configs)), values)
+        return lambda weights, acts: model.predict(self.encoder(weights, acts))
 
     def screen(self, known: Sequence[tuple[Any, float]], proposed: list[Any]) -> np.ndarray:
         from aquabit.measuring.output_errors import output_features
@@ -85,7 +87,8 @@ class Comparison:
 
         def features(some: list[Any]) -> np.ndarray:
             return np.concatenate(
-                [self.encoder.encode(some), output_features([outputs[c.digest] for c in some])], 1
+                [self.encoder(*self.space.indices(some)), output_features([outputs[c.digest] for c in some])],
+                1,
             )
 
         model = Surrogate(**TREES, members=MEMBERS).fit(features(configs), np.array([v for _, v in known]))
@@ -93,8 +96,6 @@ class Comparison:
 
     def search(self, name: str, seed: int) -> None:
         """One searcher; ``done`` has what it found, (layer choices, FID) in order."""
-        from aquabit.search import Problem, find_searcher
-
         key = f"{name} {seed}"
         if key in self.done:
             return
@@ -113,7 +114,7 @@ class Comparison:
             "measurements": len(every),
             "winners": [self.winner(every, t) for t in self.targets],
         }
-        self.path.write_text(json.dumps(self.done))
+        write(self.path, self.done)
 
     def winner(self, found: Sequence[tuple[Any, float]], target: Any) -> dict[str, Any] | None:
         """The best measured configuration within a target."""
@@ -129,11 +130,9 @@ class Comparison:
 
     def _keeps(self, config: Any, target: Any) -> bool:
         """Within the target and with its activations at a8, as budgets of bits fix them."""
-        from aquabit.choices import Choices
-
         acts = {config[k].act for k in self.space.free_layers()}
         return acts == {8} and bool(
-            self.costs.within(self.costs.totals(Choices.of(self.space, [config])), target)[0]
+            self.costs.within(self.costs.totals(*self.space.indices([config])), target)[0]
         )
 
     def fresh(self) -> None:
@@ -151,12 +150,11 @@ class Comparison:
     def rows(self) -> list[dict[str, Any]]:
         from aquabit.scheme import QuantConfig
 
-        table = self.study.measurements(failed=True)
-        fid = dict(zip(zip(table.config, table.protocol, strict=True), table.fid, strict=True))
+        known = values_of(self.study, ["fid"])
         protocols = [self.session.protocol.block(b).digest for b in FRESH]
 
         def blocks(config: Any) -> list[float]:
-            return [float(fid[config.digest, p]) for p in protocols]
+            return [known[config.digest, p]["fid"] for p in protocols]
 
         full, rows = blocks(self.space.full_precision()), []
         for key, run in self.done.items():
@@ -199,13 +197,12 @@ def volumes(rows: Sequence[dict[str, Any]]) -> list[float]:
     ]
 
 
-def table(rows: Sequence[dict[str, Any]], about_machine: dict[str, Any]) -> str:
-    from aquabit.stats import paired_difference
-
+def table(found: dict[str, Any]) -> str:
+    rows = found["rows"]
     lines = [
         "# Searchers at equal numbers of measurements",
         "",
-        f"{about(about_machine)}. Made by `python benchmarks/searchers.py search fresh table`.",
+        f"{about(found['machine'])}. Made by `{found['command']}`.",
         "",
         (
             f"Objective FID, 128 images, {COUNT} measurements each; targets"
@@ -237,9 +234,7 @@ def table(rows: Sequence[dict[str, Any]], about_machine: dict[str, Any]) -> str:
             gap = (
                 ""
                 if name == OURS[1] or OURS[1] not in area
-                else "{:+.2f} ({:+.2f} to {:+.2f})".format(
-                    *paired_difference(list(values), list(area[OURS[1]]))
-                )
+                else spans(difference(list(values), list(area[OURS[1]])), sign="+")
             )
             shown = [
                 float(
@@ -269,14 +264,9 @@ def table(rows: Sequence[dict[str, Any]], about_machine: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("parts", nargs="+", choices=["search", "fresh", "table"])
-    parser.add_argument("--models", nargs="+", default=list(MODELS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
-    parser.add_argument("--folder", type=Path, default=Path("truth"))
-    given = parser.parse_args()
+    arguments = parser(__doc__, ["search", "fresh", "table"], "truth")
+    arguments.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    given = parsed(arguments)
     rows: list[dict[str, Any]] = []
     for model in given.models:
         with session_of(given.folder, model) as session:
@@ -291,14 +281,7 @@ def main() -> None:
                 else:
                     rows += compared.rows()
     if "table" in given.parts:
-        path = RESULTS / "searchers.json"
-        found = {
-            "machine": machine(),
-            "command": "python benchmarks/searchers.py search fresh table",
-            "rows": rows,
-        }
-        path.write_text(json.dumps(found, allow_nan=False, indent=0) + "\n")
-        path.with_suffix(".md").write_text(table(rows, found["machine"]))
+        write_results("searchers", "python benchmarks/searchers.py search fresh table", {"rows": rows}, table)
 
 
 if __name__ == "__main__":

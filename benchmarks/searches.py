@@ -14,19 +14,27 @@ stored inputs and judging images of its own. It takes an hour on two cores, and 
 
 from __future__ import annotations
 
-import argparse
-import json
-import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.flow import MODELS, RESULTS, machine
-from benchmarks.truth import about, say
+from benchmarks.common import (
+    about,
+    difference,
+    open_study,
+    parsed,
+    parser,
+    read,
+    say,
+    spans,
+    values_of,
+    write,
+    write_results,
+)
 
 BITS = (1.6, 2.0, 2.5, 3.0, 3.5)
 SEEDS = (0, 1, 2)
@@ -40,14 +48,8 @@ def study_path(folder: Path, model: str) -> Path:
 
 
 def session_of(path: Path, model: str, folder: Path) -> Any:
-    from aquabit.measuring.session import open_session
-    from aquabit.measuring.settings import MeasureOptions
-    from aquabit.measuring.where import Where
-    from aquabit.study import Study
-
-    return open_session(
-        model, Study(path), MeasureOptions(space=SPACE), Where(bank=str(folder / "bank")), progress=say
-    )
+    """On a copy of the model's study, which is made where there is none."""
+    return open_study(path, model, folder / "bank", SPACE, workers=1, base=study_path(folder, model))
 
 
 def prepare(folder: Path, model: str) -> None:
@@ -58,23 +60,19 @@ def prepare(folder: Path, model: str) -> None:
 
 def search(folder: Path, model: str, seeds: Sequence[int], bits: Sequence[float]) -> None:
     from aquabit.scheme import Budget
-    from aquabit.search import Search, SearchOptions, choose_winner, propose
+    from aquabit.search import Search, SearchOptions
 
     path = folder / f"searches-{model}.json"
-    done: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    done: dict[str, Any] = read(path)
     for budget in bits:
         for seed in seeds:
             key = f"{budget:g} {seed}"
             if key in done:
                 continue
-            copied = folder / f"search-{model}-{seed}.db"
-            if not copied.exists():
-                shutil.copy(study_path(folder, model), copied)
-            with session_of(copied, model, folder) as session:
+            with session_of(folder / f"search-{model}-{seed}.db", model, folder) as session:
                 before = len(session.study.measurements(failed=True))
                 found = Search(session, SearchOptions(Budget(bits=budget), seed=seed, spread=()), say)
-                propose(found)
-                winner, judgement = choose_winner(found)
+                winner, judgement = found.choose()
                 table = session.study.measurements(failed=True)
                 size = {
                     p: session.study.protocols()[p].images / session.protocol.images
@@ -93,11 +91,11 @@ def search(folder: Path, model: str, seeds: Sequence[int], bits: Sequence[float]
                     "refined": sum(c.source == "refined" for c in found.candidates.values()),
                     "images_judged": max(judgement.blocks.values()) * session.protocol.images // 4,
                 }
-            path.write_text(json.dumps(done))
+            write(path, done)
     ours: dict[str, list[dict[str, Any]]] = {}
     for key, run in done.items():
         ours.setdefault(key.split()[1], []).append({"target": float(key.split()[0]), "config": run["config"]})
-    (folder / f"ours-{model}.json").write_text(json.dumps(ours))
+    write(folder / f"ours-{model}.json", ours)
 
 
 def compared(folder: Path, model: str, session: Any) -> dict[str, list[Any]]:
@@ -105,7 +103,7 @@ def compared(folder: Path, model: str, session: Any) -> dict[str, list[Any]]:
     from aquabit.measuring.session import uniform_references
     from aquabit.scheme import QuantConfig
 
-    done = json.loads((folder / f"searches-{model}.json").read_text())
+    done = read(folder / f"searches-{model}.json")
     found: dict[str, Any] = {}
     for key, run in done.items():
         found[f"ours {key}"] = QuantConfig.from_dict(run["config"])
@@ -116,19 +114,14 @@ def compared(folder: Path, model: str, session: Any) -> dict[str, list[Any]]:
         found[f"uniform {next(iter(schemes)) if len(schemes) == 1 else f'additive, {bits:.2f} bits'}"] = (
             config
         )
-    oracle = folder / f"oracle-{model}.json"
-    if oracle.exists():
-        for bits, row in json.loads(oracle.read_text()).items():
-            if row.get("best"):
-                found[f"oracle {bits}"] = QuantConfig.from_dict(row["best"])
+    for bits, row in read(folder / f"oracle-{model}.json").items():
+        if row.get("best"):
+            found[f"oracle {bits}"] = QuantConfig.from_dict(row["best"])
     return found
 
 
 def fresh(folder: Path, model: str) -> None:
-    path = folder / f"fresh-{model}.db"
-    if not path.exists():
-        shutil.copy(study_path(folder, model), path)
-    with session_of(path, model, folder) as session:
+    with session_of(folder / f"fresh-{model}.db", model, folder) as session:
         protocols = [session.protocol.block(b) for b in FRESH]
         session.measure([session.space.full_precision()], "reference", say, protocols, "full precision")
         configs = compared(folder, model, session)
@@ -139,15 +132,9 @@ def fresh(folder: Path, model: str) -> None:
 
 def rows(folder: Path, model: str) -> list[dict[str, Any]]:
     with session_of(folder / f"fresh-{model}.db", model, folder) as session:
-        table = session.study.measurements(failed=True)
-        value = {
-            (c, p): {m: float(v) for m, v in zip(METRICS, row, strict=True)}
-            for c, p, row in zip(
-                table.config, table.protocol, table[list(METRICS)].to_numpy(float), strict=True
-            )
-        }
+        value = values_of(session.study, METRICS)
         blocks = [session.protocol.block(b).digest for b in FRESH]
-        done = json.loads((folder / f"searches-{model}.json").read_text())
+        done = read(folder / f"searches-{model}.json")
         out = []
         for name, config in {
             **compared(folder, model, session),
@@ -169,18 +156,13 @@ def rows(folder: Path, model: str) -> list[dict[str, Any]]:
         return out
 
 
-def table(found: Sequence[dict[str, Any]], about_machine: dict[str, Any]) -> str:
-    """The figures of the issue: ours beside the program and the oracle, paired over blocks and seeds (95
-    %)."""
-    from aquabit.stats import paired_difference
-
+def table(results: Mapping[str, Any]) -> str:
+    """Ours beside the program and the oracle, paired over blocks and seeds (95 %)."""
+    found = results["rows"]
     lines = [
         "# The search beside the program over damages",
         "",
-        (
-            f"{about(about_machine)}. Made by `python benchmarks/searches.py search fresh table` (and"
-            " `benchmarks/oracle.py`)."
-        ),
+        (f"{about(results['machine'])}. Made by `{results['command']}` (and `benchmarks/oracle.py`)."),
         "",
         (
             "Weights of the default space, a8; five blocks of 128 fresh seeds; PSNR in dB to full precision,"
@@ -201,22 +183,14 @@ def table(found: Sequence[dict[str, Any]], about_machine: dict[str, Any]) -> str
             ours = [r for n, r in own.items() if n.startswith(f"ours {bits} ")]
             program, oracle = own[f"program {bits}"], own.get(f"oracle {bits}")
             mean = {m: np.mean([r[m] for r in ours], 0) for m in METRICS}
-            gap = {m: paired_difference(list(mean[m]), program[m]) for m in METRICS}
-            top = (
-                ""
-                if oracle is None
-                else "{:+.2f} ({:+.2f} to {:+.2f})".format(
-                    *paired_difference(list(mean["psnr"]), oracle["psnr"])
-                )
-            )
+            gap = {m: difference(list(mean[m]), program[m]) for m in METRICS}
+            top = "" if oracle is None else spans(difference(list(mean["psnr"]), oracle["psnr"]), sign="+")
             spent = np.mean([r["output_errors"] + r["images"] for r in ours])
             lines.append(
                 f"| {model} | {bits} | {np.mean([r['bits'] for r in ours]):.3f}, {mean['psnr'].mean():.2f},"
                 f" {mean['fid'].mean():.2f} | {spent:.0f} | {program['bits']:.3f},"
-                f" {np.mean(program['psnr']):.2f}, {np.mean(program['fid']):.2f} | "
-                + "{:+.2f} ({:+.2f} to {:+.2f})".format(*gap["psnr"])
-                + f" | {top} | "
-                + "{:+.2f} ({:+.2f} to {:+.2f}) |".format(*gap["fid"])
+                f" {np.mean(program['psnr']):.2f}, {np.mean(program['fid']):.2f} |"
+                f" {spans(gap['psnr'], sign='+')} | {top} | {spans(gap['fid'], sign='+')} |"
             )
     lines += [
         "",
@@ -272,16 +246,10 @@ def table(found: Sequence[dict[str, Any]], about_machine: dict[str, Any]) -> str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("parts", nargs="+", choices=["search", "fresh", "table"])
-    parser.add_argument("--models", nargs="+", default=list(MODELS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
-    parser.add_argument("--bits", nargs="+", type=float, default=list(BITS))
-    parser.add_argument("--folder", type=Path, default=Path("searches"))
-    given = parser.parse_args()
-    given.folder.mkdir(parents=True, exist_ok=True)
+    arguments = parser(__doc__, ["search", "fresh", "table"], "searches")
+    arguments.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    arguments.add_argument("--bits", nargs="+", type=float, default=list(BITS))
+    given = parsed(arguments)
     for model in given.models:
         for part in given.parts:
             if part == "search":
@@ -290,14 +258,9 @@ def main() -> None:
             elif part == "fresh":
                 fresh(given.folder, model)
     if "table" in given.parts:
-        path, every = RESULTS / "searches.json", [r for m in given.models for r in rows(given.folder, m)]
-        found = {
-            "machine": machine(),
-            "command": "python benchmarks/searches.py search fresh table",
-            "rows": every,
-        }
-        path.write_text(json.dumps(found, allow_nan=False, indent=0) + "\n")
-        path.with_suffix(".md").write_text(table(every, found["machine"]))
+        found = [r for m in given.models for r in rows(given.folder, m)]
+        command = "python benchmarks/searches.py search fresh table"
+        write_results("searches", command, {"rows": found}, table)
 
 
 if __name__ == "__main__":

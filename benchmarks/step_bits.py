@@ -16,25 +16,23 @@ continues where it stopped; --quick tries it on a few images.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.correction import compared, measured, number
-from benchmarks.flow import MODELS, RESULTS, machine
+from benchmarks.common import RESULTS, measured_blocks, open_study, parsed, parser, run_parts, spans
+from benchmarks.correction import compared, measured
 
 WEIGHTS = "usq4h"
 MEANS = {5.0: (4, 6), 7.0: (6, 8)}
 RANDOM = 3
 SPACE = {"schemes": ["usq2h", "usq3h", "usq4h"], "levels": [], "activations": [8, 6, 4]}  # of the search
 STARTS = (0, 5)
+FINALISTS = 4  # of a search, judged on more images
 BUDGET = 5.0  # activation bits of uniform usq4h that the search's BOPs stand for
 
 
@@ -56,18 +54,8 @@ QUICK = Size((41, 42), 32, 24, 1, 4, (0,))
 
 def session_of(folder: Path, model: str) -> Any:
     """A study of usq4h at all widths; the blocks of fresh seeds are measured in it."""
-    from aquabit.measuring.session import open_session
-    from aquabit.measuring.settings import MeasureOptions
-    from aquabit.measuring.where import Where
-    from aquabit.study import Study
-
     space = {"schemes": [WEIGHTS], "levels": [], "activations": [8, 6, 4]}
-    return open_session(
-        model,
-        Study(folder / f"steps-{model}.db"),
-        MeasureOptions(space=space),
-        Where(workers=2, bank=str(folder / "bank")),
-    )
+    return open_study(folder / f"steps-{model}.db", model, space=space)
 
 
 def blocks_of(session: Any, size: Size) -> list[Any]:
@@ -197,11 +185,11 @@ def ranges(folder: Path, models: Sequence[str], size: Size) -> list[dict[str, An
 
 def searched(session: Any, budget: Any, size: Size, seed: int) -> Any:
     """The winner of a search: candidates until there are as many as ``size`` says (interrupted, it goes
-    on), then the best few told apart on seeds of their own, as ``flow.find_in`` does; no front."""
+    on), then the best few of them judged on seeds of their own."""
     import numpy as np
 
-    from aquabit import workflows as flow
-    from aquabit.search import find_candidates
+    from aquabit.search import find_candidates, judge
+    from aquabit.search.judging import pieces
     from aquabit.sensitivity.surrogate.fit import fit_from_study
 
     study, metric, wanted = session.study, session.protocol.objective, size.rounds * size.per_round
@@ -230,19 +218,26 @@ def searched(session: Any, budget: Any, size: Size, seed: int) -> Any:
             seed=seed + done,
         ):
             break
-    pairs = [(c, v) for c, v in measured_so_far() if np.isfinite(v)]
-    values = np.array([v for _, v in pairs])
-    return flow._finalists(session, [c for c, _ in pairs], values, budget, metric, 1.0, lambda *_: None)[1]
+    limits = budget.limits()
+    inside = [
+        (v, c)
+        for c, v in measured_so_far()
+        if np.isfinite(v) and all(session.costs.totals_of(c)[k] <= limits[k] for k in limits)
+    ]
+    best = [c for _, c in sorted(inside, key=lambda row: row[0])[:FINALISTS]]
+
+    def values(indices: Sequence[int], blocks: int) -> np.ndarray:
+        protocols = pieces(session.protocol, blocks, seed)
+        found = measured_blocks(session, {c.digest: c for c in best}, protocols, [metric])
+        return np.array([found[best[i].digest][metric] for i in indices])
+
+    return best[judge(range(len(best)), values).winner]
 
 
 def search(folder: Path, models: Sequence[str], size: Size) -> list[dict[str, Any]]:
     """Winners of searches that differ in whether activation bits may change in the middle of sampling, by
     seed of samples and search."""
-    from aquabit.measuring.session import open_session
-    from aquabit.measuring.settings import MeasureOptions
-    from aquabit.measuring.where import Where
     from aquabit.scheme import Budget
-    from aquabit.study import Study
 
     rows, model = [], "digits-unet"
     for seed in size.seeds if model in models else ():
@@ -252,14 +247,14 @@ def search(folder: Path, models: Sequence[str], size: Size) -> list[dict[str, An
             ("without groups", None),
             ("with groups", {"total": 10, "starts": list(STARTS)}),
         ):
-            study = Study(folder / f"steps-search-{name.split()[0]}-{size.samples}-{seed}.db")
-            options = MeasureOptions(space={**SPACE, **({"step_groups": groups} if groups else {})})
-            with open_session(model, study, options, Where(workers=2, bank=str(folder / "bank"))) as session:
+            path = folder / f"steps-search-{name.split()[0]}-{size.samples}-{seed}.db"
+            options = {**SPACE, **({"step_groups": groups} if groups else {})}
+            with open_study(path, model, space=options) as session:
                 session.references()
                 session.measure(session.space.sample(size.samples, seed), "sample")
                 base = session.costs(session.space.uniform(WEIGHTS, 8)).bops
                 winners[name] = searched(session, Budget(bops=base * BUDGET / 8), size, seed)
-                table = study.measurements(session.protocol)
+                table = session.study.measurements(session.protocol)
                 counts[name] = int(table.kind.isin(("sample", "candidate")).sum())
                 print(name, seed, counts[name], "measurements", flush=True)
         with session_of(folder, model) as session:
@@ -296,14 +291,14 @@ def table(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], first: str) ->
     ]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for r in rows:
-        psnr = "" if r["name"] == "full precision" else number(r["psnr"], 1)
-        apart = [number(r["differences"][m]) if r["differences"] else "" for m in ("fid", "psnr")]
+        psnr = "" if r["name"] == "full precision" else spans(r["psnr"], 1)
+        apart = [spans(r["differences"][m]) if r["differences"] else "" for m in ("fid", "psnr")]
         cells = [
             *(str(r[k]) for k in keys),
             r["name"],
             r["bits"],
             f"{r['bops'] / 1e9:.3f}",
-            number(r["fid"]),
+            spans(r["fid"]),
             psnr,
             *apart,
         ]
@@ -337,33 +332,21 @@ def markdown(found: Mapping[str, Any]) -> str:
         for r in found["search"]:
             if r.get("to_without"):
                 lines.append(
-                    f"\nSeed {r['seed']}: with groups less without: FID {number(r['to_without']['fid'])},"
-                    f" PSNR {number(r['to_without']['psnr'])}; {r['changing']} layers of the winner change"
+                    f"\nSeed {r['seed']}: with groups less without: FID {spans(r['to_without']['fid'])},"
+                    f" PSNR {spans(r['to_without']['psnr'])}; {r['changing']} layers of the winner change"
                     f" their bits; {r['measurements']} measurements each search."
                 )
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
     known = {"controls": controls, "ranges": ranges, "search": search}
-    parser.add_argument("parts", nargs="+", choices=[*known, "all"])
-    parser.add_argument("--folder", type=Path, default=Path("step-bits-runs"))
-    parser.add_argument("--models", nargs="+", default=list(MODELS))
-    parser.add_argument("--quick", action="store_true", help="a few images; the tables go to --folder")
-    arguments = parser.parse_args()
-    arguments.folder.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)
-    out = arguments.folder if arguments.quick else RESULTS
-    path = out / "step_bits.json"
-    found = json.loads(path.read_text()) if path.exists() else {}
-    found |= {"machine": machine(), "command": "python benchmarks/step_bits.py all"}
-    for part in known if "all" in arguments.parts else arguments.parts:
-        found[part] = known[part](arguments.folder, arguments.models, QUICK if arguments.quick else Size())
-        path.write_text(json.dumps(found, indent=1) + "\n")
-        (out / "step_bits.md").write_text(markdown(found))
+    arguments = parser(__doc__, [*known, "all"], "step-bits-runs")
+    arguments.add_argument("--quick", action="store_true", help="a few images; the tables go to --folder")
+    given = parsed(arguments)
+    size = QUICK if given.quick else Size()
+    parts = {name: partial(part, given.folder, given.models, size) for name, part in known.items()}
+    run_parts("step_bits", parts, given.parts, markdown, given.folder if given.quick else RESULTS)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ It takes hours, and continues where it stopped.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import sys
@@ -29,8 +28,8 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.flow import MODELS, RESULTS, machine
-from benchmarks.truth import SPACE, about, say
+from benchmarks.common import RESULTS, about, open_study, parsed, parser, read, say, values_of, write_results
+from benchmarks.truth import SPACE
 
 SEEDS = (0, 1, 2)
 COUNT = 500  # measurements a seed
@@ -45,13 +44,7 @@ FILE = RESULTS / "measurements.csv"
 
 
 def session_of(folder: Path, model: str) -> Any:
-    from aquabit.measuring.session import open_session
-    from aquabit.measuring.settings import MeasureOptions
-    from aquabit.measuring.where import Where
-    from aquabit.study import Study
-
-    study, bank = Study(folder / f"surrogate-{model}.db"), str(folder / "bank")
-    return open_session(model, study, MeasureOptions(space=SPACE), Where(workers=2, bank=bank), progress=say)
+    return open_study(folder / f"surrogate-{model}.db", model, space=SPACE)
 
 
 def measure(session: Any, seeds: list[int], count: int) -> None:
@@ -108,17 +101,17 @@ def again(session: Any) -> list[Any]:
 def ceiling(session: Any, model: str) -> list[dict[str, Any]]:
     """What a perfect prediction would score: the root of the within-budget SRCC between two sets of
     images."""
-    from aquabit.choices import Choices
     from aquabit.sensitivity.surrogate.scores import noise_ceiling
 
     protocols = [session.protocol, session.protocol.block(CEILING_BLOCK)]
     session.measure(again(session), "sample", say, protocols[1:], "other images")
     configs = again(session)
-    table = session.study.measurements()
-    value = dict(zip(zip(table.config, table.protocol, strict=True), table.fid, strict=True))
-    first, second = (np.array([value[c.digest, p.digest] for c in configs]) for p in protocols)
-    rows = Choices.of(session.space, configs)
-    found = noise_ceiling(first, second, session.costs.totals(rows)["bits"], rows.mean_bits.mean(1))
+    value = values_of(session.study, ["fid"], failed=False)
+    first, second = (np.array([value[c.digest, p.digest]["fid"] for c in configs]) for p in protocols)
+    weights, acts = session.space.indices(configs)
+    found = noise_ceiling(
+        first, second, session.costs.totals(weights, acts)["bits"], session.space.mean_bits(acts).mean(1)
+    )
     return [{"model": model, "configurations": len(configs), "ceiling": round(float(found or 0.0), 4)}]
 
 
@@ -149,7 +142,7 @@ def restore(session: Any, model: str, count: int) -> None:
         )
 
 
-def random_contexts(space: Any, cost: Any) -> Any:
+def random_contexts(space: Any, cost: Any) -> tuple[Any, Any]:
     """The contexts that effects are predicted in: random ones near 3 bits, as those of
     benchmarks/truth.py."""
     from aquabit.sensitivity.effects.context_effects import DRAWN
@@ -166,7 +159,8 @@ def outputs(session: Any, model: str, count: int) -> None:
     space = session.space
     configs = [c for seed in SEEDS for c in (*space.sample(count, seed), *swap_design(space, seed))]
     known, drawn = session.study.known(session.protocol), random_contexts(space, session.costs)
-    ends = swapped(drawn[:IN_CONTEXT], find_players(space, parse_swap(SWAP))).configs()
+    few = drawn[0][:IN_CONTEXT], drawn[1][:IN_CONTEXT]
+    ends = space.configs(*swapped(few, find_players(space, parse_swap(SWAP)), space))
     session.outputs([*(c for c in configs if c.digest in known), *ends], say)
 
 
@@ -174,7 +168,6 @@ class Data:
     """What a study holds of one model, by seed and draw."""
 
     def __init__(self, folder: Path, model: str, count: int):
-        from aquabit.choices import Choices
         from aquabit.cost import CostModel
         from aquabit.graph import from_json
         from aquabit.measuring.output_errors import output_features, stored
@@ -201,9 +194,12 @@ class Data:
         drawn = [*random, *swapped]
         self.seed, self.configs = np.array([s for s, _ in drawn]), [c for _, c in drawn]
         self.random = np.arange(len(drawn)) < len(random)
-        self.choices = Choices.of(self.space, self.configs)
+        self.weights, self.acts = self.space.indices(self.configs)
         self.y = table.fid.loc[[c.digest for c in self.configs]].to_numpy(float)
-        self.bits, self.mean_act = (self.cost.totals(self.choices)["bits"], self.choices.mean_bits.mean(1))
+        self.bits, self.mean_act = (
+            self.cost.totals(self.weights, self.acts)["bits"],
+            self.space.mean_bits(self.acts).mean(1),
+        )
         self.outputs = self.study.outputs(stored(self.study.protocol)[0].digest)
         self.output_features = output_features([self.outputs[c.digest] for c in self.configs])
 
@@ -220,14 +216,19 @@ class Data:
         from aquabit.sensitivity.surrogate.estimators import estimator_of
         from aquabit.sensitivity.surrogate.fit import FittedSurrogate
 
-        model = estimator_of("gbdt", self.encoder, 0).fit(self.encoder(self.choices[rows]), self.y[rows])
+        model = estimator_of("gbdt", self.encoder, 0).fit(
+            self.encoder(self.weights[rows], self.acts[rows]), self.y[rows]
+        )
         digests = tuple(self.configs[i].digest for i in rows)
         return FittedSurrogate(
             model,
             self.encoder,
             self.cost,
+            self.graph,
+            self.space,
             digests,
-            self.choices[rows],
+            self.weights[rows],
+            self.acts[rows],
             self.y[rows],
             self.bits[rows],
             np.zeros(len(rows)),
@@ -273,7 +274,7 @@ def curve(data: Data, model: str) -> list[dict[str, Any]]:
                 estimator = (
                     estimator_of(name, data.encoder, 0) if plain else Surrogate(**TREES, members=MEMBERS)
                 )
-                features = estimator.features(data.encoder, data.choices)
+                features = estimator.features(data.encoder, data.weights, data.acts)
                 features = features if plain else np.concatenate([features, data.output_features], 1)
                 estimator.fit(features[train], data.y[train])
                 units = estimator.to_units(estimator.predict(features))
@@ -382,17 +383,10 @@ def effects(data: Data, model: str) -> list[dict[str, Any]]:
 
 def write(part: str, rows: list[dict[str, Any]]) -> None:
     """Replace what the result files say of a part and these models."""
-    path = RESULTS / "surrogate.json"
-    found = json.loads(path.read_text()) if path.exists() else {}
-    models = {r["model"] for r in rows}
-    rows = [r for r in found.get(part, []) if r["model"] not in models] + rows
-    found |= {
-        "machine": machine(),
-        "command": "python benchmarks/surrogate.py measure swaps outputs ceiling curve effects",
-        part: rows,
-    }
-    path.write_text(json.dumps(found, allow_nan=False, indent=0) + "\n")
-    path.with_suffix(".md").write_text(table(found))
+    found, models = read(RESULTS / "surrogate.json"), {r["model"] for r in rows}
+    found[part] = [r for r in found.get(part, []) if r["model"] not in models] + rows
+    command = "python benchmarks/surrogate.py measure swaps outputs ceiling curve effects"
+    write_results("surrogate", command, found, table)
 
 
 def table(found: dict[str, Any]) -> str:
@@ -463,20 +457,11 @@ def table(found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "parts",
-        nargs="+",
-        choices=["measure", "restore", "swaps", "export", "outputs", "ceiling", "curve", "effects"],
-    )
-    parser.add_argument("--models", nargs="+", default=list(MODELS))
-    parser.add_argument("--folder", type=Path, default=Path("truth"))
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
-    parser.add_argument("--count", type=int, default=COUNT)
-    given = parser.parse_args()
-    given.folder.mkdir(parents=True, exist_ok=True)
+    parts = ["measure", "restore", "swaps", "export", "outputs", "ceiling", "curve", "effects"]
+    arguments = parser(__doc__, parts, "truth")
+    arguments.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    arguments.add_argument("--count", type=int, default=COUNT)
+    given = parsed(arguments)
     for part in [p for p in given.parts if p in ("curve", "effects")]:
         rows = [
             r

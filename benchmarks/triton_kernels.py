@@ -8,7 +8,6 @@ memory, as in a model whose layers do not fit the cache.
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 from collections.abc import Callable
@@ -28,7 +27,7 @@ from aquabit.kernels.backends.triton_kernels import (
     triton_weight,
 )
 from aquabit.kernels.codebook import CodebookWeight
-from benchmarks.flow import RESULTS, machine
+from benchmarks.common import write_results
 
 # bits, group, codebooks; tables per row (None: uniform codes), groups of inputs with a scale each
 FORMATS = {
@@ -163,13 +162,12 @@ def main() -> None:
     import triton
 
     device = {"gpu": torch.cuda.get_device_name(), "triton": triton.__version__, "cuda": torch.version.cuda}
-    found = {
-        "machine": machine() | device,
-        "command": "python benchmarks/triton_kernels.py",
-        "rows": linear_rows() + conv_rows(),
-    }
-    (RESULTS / "triton.json").write_text(json.dumps(found, indent=1) + "\n")
-    m = found["machine"]
+    rows = linear_rows() + conv_rows()
+    write_results("triton", "python benchmarks/triton_kernels.py", {"device": device, "rows": rows}, markdown)
+
+
+def markdown(found: dict[str, Any]) -> str:
+    m = found["machine"] | found["device"]
     lines = [
         (
             f"# Triton kernels\n\n{m['gpu']}, torch {m['torch']}, CUDA {m['cuda']}, triton {m['triton']};"
@@ -191,7 +189,7 @@ def main() -> None:
         f" {r['over_dequantize']:.2f} | {r['error']:.1e} |"
         for r in found["rows"]
     ]
-    (RESULTS / "triton.md").write_text("\n".join(lines) + "\n")
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -16,8 +16,6 @@ contexts. It takes hours, and continues where it stopped.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +25,20 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from aquabit.scheme import Scheme
-from benchmarks.flow import MODELS, RESULTS, machine
+from benchmarks.common import (
+    RESULTS,
+    about,
+    mean,
+    open_study,
+    parsed,
+    parser,
+    plain,
+    read,
+    replaced,
+    say,
+    values_of,
+    write_results,
+)
 
 BITS, CONTEXTS, FEW, OTHERS = 3.0, 16, 4, 4
 SEED = 20_261_128
@@ -65,7 +76,7 @@ class Truth:
         self.session, self.space = session, session.space
         count, draw, block = (OTHERS, 2, FIRST_BLOCK + CONTEXTS) if others else (CONTEXTS, 0, FIRST_BLOCK)
         drawn = draw_contexts(session.space, session.costs, BITS, count, np.random.default_rng([SEED, draw]))
-        self.contexts = drawn[:contexts].configs()
+        self.contexts = session.space.configs(*drawn)[:contexts]
         self.protocols = [session.protocol.block(block + i) for i in range(len(self.contexts))]
         self.layers = session.space.free_layers()
 
@@ -102,24 +113,11 @@ class Truth:
         return [self.table.get((c.digest, self.protocols[context].digest)) for c in configs]
 
     def read(self) -> None:
-        found = self.session.study.measurements(failed=True)
-        rows = zip(found.config, found.protocol, found[list(METRICS)].to_numpy(float), strict=True)
-        self.table = {(c, p): dict(zip(METRICS, v.tolist(), strict=True)) for c, p, v in rows}
-
-
-def say(what: str, done: int, total: int) -> None:
-    if done == total or done % 50 == 0:
-        print(f"{what}: {done}/{total}", flush=True)
+        self.table = values_of(self.session.study, METRICS)
 
 
 def session_of(folder: Path, model: str) -> Any:
-    from aquabit.measuring.session import open_session
-    from aquabit.measuring.settings import MeasureOptions
-    from aquabit.measuring.where import Where
-    from aquabit.study import Study
-
-    study, bank = Study(folder / f"truth-{model}.db"), str(folder / "bank")
-    return open_session(model, study, MeasureOptions(space=SPACE), Where(workers=2, bank=bank), progress=say)
+    return open_study(folder / f"truth-{model}.db", model, space=SPACE)
 
 
 def swap(truth: Truth) -> None:
@@ -182,17 +180,6 @@ def ends_of(
     return found
 
 
-def spread(values: Sequence[float], confidence: float) -> list[float | None]:
-    """[mean, low, high] over contexts with Student's t interval."""
-    from aquabit.stats import mean_interval
-
-    return [number(v) for v in mean_interval(values, confidence)]
-
-
-def number(value: float) -> float | None:
-    return float(f"{value:.6g}") if np.isfinite(value) else None
-
-
 def swap_rows(truth: Truth, model: str, kind: str, afters: Sequence[str]) -> list[dict[str, Any]]:
     """One row a swap of a layer: effects on FID (positive = worse) with 90 % intervals, and what was
     measured."""
@@ -212,11 +199,11 @@ def swap_rows(truth: Truth, model: str, kind: str, afters: Sequence[str]) -> lis
                     "layer": layer,
                     "swap": f"{BEFORE}:{after}",
                     "n": len(values),
-                    "effect": spread(values, 0.9),
-                    "psnr": spread([a["psnr"] - b["psnr"] for b, a in found.values()], 0.9),
+                    "effect": mean(values, 0.9),
+                    "psnr": mean([a["psnr"] - b["psnr"] for b, a in found.values()], 0.9),
                     "contexts": list(found),
-                    "before": [number(b["fid"]) for b, _ in found.values()],
-                    "after": [number(a["fid"]) for _, a in found.values()],
+                    "before": [b["fid"] for b, _ in found.values()],
+                    "after": [a["fid"] for _, a in found.values()],
                 }
             )
     return rows
@@ -246,8 +233,8 @@ def rows_of(truth: Truth, others: Truth, model: str) -> list[dict[str, Any]]:
                     "swap": f"{BEFORE}:{AFTER}",
                     "n": len(both),
                     "contexts": kept,
-                    "interaction": spread(both, 0.9),
-                    "corners": [[number(x) for x in v] for v in values],
+                    "interaction": mean(both, 0.9),
+                    "corners": values,
                 }
             )
     return rows
@@ -264,10 +251,6 @@ def reliability(rows: Sequence[dict[str, Any]]) -> float | None:
     return 2 * half / (1 + half)
 
 
-def about(machine: dict[str, Any]) -> str:
-    return f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}"
-
-
 def command(rows: Sequence[dict[str, Any]]) -> str:
     """What made these rows: parts that were not run are not named."""
     others = any(r["kind"] == "swap" and not r["swap"].endswith(f":{AFTER}") for r in rows)
@@ -282,11 +265,12 @@ def command(rows: Sequence[dict[str, Any]]) -> str:
     return f"python benchmarks/truth.py {' '.join(parts)}"
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
+def table(found: dict[str, Any]) -> str:
+    rows = found["rows"]
     lines = [
         "# Real effects of single-layer swaps",
         "",
-        f"{about(machine())}. Made by `{command(rows)}`.",
+        f"{about(found['machine'])}. Made by `{found['command']}`.",
         "",
         (
             f"Change of FID (positive = worse) when one layer goes from {BEFORE} to another scheme in random"
@@ -346,29 +330,10 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write(rows: list[dict[str, Any]], models: Sequence[str]) -> None:
-    """Replace what the result files say of these models."""
-    path = RESULTS / "truth.json"
-    kept = (
-        [r for r in json.loads(path.read_text())["rows"] if r["model"] not in models] if path.exists() else []
-    )
-    rows = sorted([*kept, *rows], key=lambda r: list(MODELS).index(r["model"]))
-    body = ",\n".join(json.dumps(r, allow_nan=False) for r in rows)
-    head = json.dumps({"machine": machine(), "command": command(rows), "seed": SEED})
-    path.write_text(f'{head[:-1]}, "rows": [\n{body}\n]}}\n')
-    path.with_suffix(".md").write_text(table(rows))
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("parts", nargs="+", choices=["swap", "fresh", "schemes", "pairs", "table"])
-    parser.add_argument("--models", nargs="+", default=list(MODELS))
-    parser.add_argument("--folder", type=Path, default=Path("truth"))
-    parser.add_argument("--quick", action="store_true", help="two contexts")
-    given = parser.parse_args()
-    given.folder.mkdir(parents=True, exist_ok=True)
+    arguments = parser(__doc__, ["swap", "fresh", "schemes", "pairs", "table"], "truth")
+    arguments.add_argument("--quick", action="store_true", help="two contexts")
+    given = parsed(arguments)
     rows: list[dict[str, Any]] = []
     for model in given.models:
         with session_of(given.folder, model) as session:
@@ -381,7 +346,8 @@ def main() -> None:
                         others if part == "fresh" else truth
                     )
     if "table" in given.parts:
-        write(rows, given.models)
+        rows = replaced(read(RESULTS / "truth.json").get("rows", []), plain(rows, 6), given.models)
+        write_results("truth", command(rows), {"seed": SEED, "rows": rows}, table)
 
 
 if __name__ == "__main__":

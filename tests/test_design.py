@@ -170,7 +170,9 @@ def test_near_is_served_by_a_space_outside_the_range_and_one_without_choices(pro
         {k: (Scheme.parse(s) for s in ("usq8", "vq4")) for k in layers},
     ):
         space = replace(probed.space, choices={k: tuple(row) for k, row in choices.items()})
-        for config in near(Damages.of(space, probed.probes), CostModel(probed.graph, space), 5, 0):
+        drawn = near(Damages.of(space, probed.probes), CostModel(probed.graph, space), 5, 0)
+        assert len(drawn) == 5
+        for config in drawn:
             space.check(config)
 
 

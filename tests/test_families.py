@@ -204,9 +204,12 @@ def test_prompts_are_encoded_once_and_encoders_go(tmp_path: Path) -> None:
 
 def test_a_pipeline_in_memory_keeps_its_encoders() -> None:
     pipe = tiny("sd")
+    encoder = pipe.text_encoder
+    before = {k: v.clone() for k, v in encoder.state_dict().items()}
     free_text_encoders(pipe)
     images(pipe, protocol_for("sd"))
-    assert pipe.text_encoder is not None
+    assert pipe.text_encoder is encoder
+    assert all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items())
 
 
 def test_images_are_decoded_one_by_one_and_checkers_are_off() -> None:

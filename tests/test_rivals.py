@@ -558,7 +558,7 @@ def test_differences_are_to_ours_or_else_to_the_program(sides: tuple[str, ...], 
         "value"
     ] == pytest.approx(-gap)
     assert "less" not in found[0] and "less" not in found[1]
-    text = rivals.markdown(found, {"cpu": "c", "cores": 1, "torch": "t"})
+    text = rivals.markdown({"machine": {"cpu": "c", "cores": 1, "torch": "t"}, "command": "m", "rows": found})
     assert (
         f"less {against}" in text
         and f"| 2 | mct | 2.000 | {40 + gap + 0.2:.2f} | {5 - gap:.2f} | {gap:+.2f} " in text

@@ -12,11 +12,11 @@ from aquabit.choices import Choices
 from aquabit.cost import CostModel
 from aquabit.layer_formats import expected_loss
 from aquabit.scheme import AquabitError, QuantConfig
-from aquabit.search import SEARCHERS, Options, Problem, find_searcher, solve
+from aquabit.search import Options, solve
 from aquabit.search.evolution import evolve
 from aquabit.search.local_search import lighten
 from aquabit.space import SearchSpace
-from benchmarks.research.searchers import random_within
+from benchmarks.research.searchers import SEARCHERS, Problem, find_searcher, random_within
 from tests.test_search import Lab, every, interacting, middle, model
 
 TOY = {"schemes": ["usq2", "usq3", "usq4", "usq8"]}

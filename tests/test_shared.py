@@ -26,7 +26,7 @@ from aquabit.scheme import Act, AquabitError, Budget, Calibration, QuantConfig, 
 from aquabit.search import Columns, Options, activation_choices, find_candidates, improve, ladder, solve
 from aquabit.search.options import Opening, Predict
 from aquabit.space import SearchSpace, make_space
-from benchmarks.research import assign
+from benchmarks.research.assign import assign
 from tests.conftest import tiny_pipeline
 
 SHARED = ["usq2", "usq4", "aq2x4g8s", "aq2x6g8s"]

@@ -3,7 +3,6 @@ a search chooses from."""
 
 from __future__ import annotations
 
-import itertools
 import json
 from dataclasses import replace
 
@@ -26,7 +25,6 @@ from aquabit.quant import attention
 from aquabit.quant.bank import Bank
 from aquabit.quant.correction.sampling import following
 from aquabit.quant.kernel_tuning import layers_of, place_, requests_of
-from aquabit.quant.layers import QuantLinear
 from aquabit.quant.model import fingerprint
 from aquabit.scheme import (
     ACTIVATION_BITS,
@@ -548,13 +546,21 @@ def test_a_study_measures_patterns_and_probes_them(tmp_path, dit) -> None:
 
 def test_switching_costs_nothing_noticeable(tmp_path, dit) -> None:
     here, space = evaluator(dit, tmp_path)
+    name = next(n for n in space.layers if n.endswith("to_q"))
+    layer, output = here.quantized.layers[name], {}
+    x = torch.randn(3, layer.shape[1], generator=torch.Generator().manual_seed(0))
+    for act in (4, 8):
+        here.quantized.apply(space.uniform("usq4", act))
+        output[act] = layer(x)
+    assert not torch.equal(output[4], output[8])
     here.quantized.apply(config := stepped(space, (4, 8)))
-    (watcher,) = here.quantized.watchers(config)
+    weight, (watcher,) = layer.weight, here.quantized.watchers(config)
     with following(here.adapter.denoiser, dit.scheduler, [watcher]):
         dit.scheduler.set_timesteps(4)
-        for step, layer in itertools.product(range(4), [here.quantized.layers[space.layers[0]]]):
+        for step in range(4):
             watcher.before(step)
-            assert layer.act == (4 if step < 2 else 8) and isinstance(layer, QuantLinear | torch.nn.Module)
+            assert layer.act == (4 if step < 2 else 8) and torch.equal(layer(x), output[layer.act])
+            assert here.quantized.layers[name] is layer and layer.weight is weight, "no copy"
 
 
 # ---- the command line

@@ -11,7 +11,7 @@ from aquabit.sensitivity.effects.predicted import shap_by_layer
 from aquabit.sensitivity.shap_summaries import SHOWN, shap_by_operator, shap_by_scheme, shap_in_units
 from aquabit.sensitivity.surrogate.fit import fit_from_study
 from aquabit.sensitivity.surrogate.learning_curve import learning_curve
-from tests.test_surrogate import World
+from tests.test_surrogate import OPERATORS, PLANTED, World
 
 
 @pytest.mark.parametrize("objective", ["fid", "is"])
@@ -28,6 +28,14 @@ def test_shap_in_units_adds_up_to_what_the_prediction_is_worse(objective: str, t
     assert len(rows) == min(SHOWN, len(fitted.y)) and np.array(found["shap"]).sum(1) == pytest.approx(
         units[rows].sum(1), rel=1e-3, abs=1e-3
     )
+    assert set(np.argsort(-np.abs(units).mean(0))[: len(PLANTED)]) == set(PLANTED)
+    assert found["operators"] == list(OPERATORS), "layer i of the made-up model has operator i mod 6"
+    for row, shap, bits in zip(rows, found["shap"], found["bits"], strict=True):
+        for o in range(len(OPERATORS)):
+            own = range(o, 60, len(OPERATORS))
+            assert shap[o] == pytest.approx(sum(units[row, i] for i in own), rel=1e-3, abs=1e-3)
+            schemes = [fitted.space.schemes[fitted.weights[row, i]] for i in own]
+            assert bits[o] == pytest.approx(np.mean([s.bits for s in schemes]), rel=1e-3)
     assert min(fitted.y) in fitted.y[rows] and max(fitted.y) in fitted.y[rows], (
         "the best and the worst are shown"
     )
@@ -41,11 +49,12 @@ def test_shap_in_units_adds_up_to_what_the_prediction_is_worse(objective: str, t
             units[:, i].sum(), abs=1e-6
         )
 
+    for i in PLANTED:
+        assert by_scheme[i]["usq2"] > by_scheme[i]["usq4"] > by_scheme[i]["usq8"]
+
     if objective == "fid":
         curve = learning_curve(fitted)
-        assert list(curve.measurements) == [
-            round(len(fitted.y) * p) for p in (0.125, 0.25, 0.5, 1) if len(fitted.y) * p >= 20
-        ]
+        assert list(curve.measurements) == [38, 75, 150, 300]
         assert (
             curve.within_budget_srcc.iloc[-1]
             == fitted.scores["within_budget_srcc"]

@@ -13,12 +13,9 @@ from aquabit.search.refine import Seen, Step, refine
 from aquabit.search.search import Search, SearchOptions
 from aquabit.search.surrogate_search import Candidate, check_method, find_candidates, ladder
 from aquabit.search.winner import choose_winner
-from benchmarks.research.assign import assign
-from benchmarks.research.searchers import SEARCHERS, Problem, find_searcher
 
 __all__ = [
     "FRESH_BLOCKS",
-    "SEARCHERS",
     "Bound",
     "Bounded",
     "Candidate",
@@ -28,7 +25,6 @@ __all__ = [
     "Improved",
     "Judgement",
     "Options",
-    "Problem",
     "Proof",
     "Search",
     "SearchOptions",
@@ -37,13 +33,11 @@ __all__ = [
     "Step",
     "activation_choices",
     "additive_scores",
-    "assign",
     "branch_and_bound",
     "check_method",
     "choice_effects",
     "choose_winner",
     "find_candidates",
-    "find_searcher",
     "hypervolume",
     "improve",
     "judge",

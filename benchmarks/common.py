@@ -1,0 +1,220 @@
+"""What the benchmarks share: their command lines, the machine, studies, intervals, and the result files."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+MODELS = ("digits-unet", "digits-dit")
+
+
+# ---- command lines
+
+
+def parser(
+    doc: str | None, parts: Sequence[str] = (), folder: str | None = None, models: Sequence[str] | None = None
+) -> argparse.ArgumentParser:
+    """With what most benchmarks take: the parts to run and, where there is a folder for studies, ``--folder``
+    and ``--models`` (no others than ``models``, if given)."""
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if parts:
+        made.add_argument("parts", nargs="+", choices=parts)
+    if folder:
+        made.add_argument("--folder", type=Path, default=Path(folder))
+        made.add_argument("--models", nargs="+", default=list(MODELS), choices=models)
+    return made
+
+
+def parsed(made: argparse.ArgumentParser) -> argparse.Namespace:
+    """What the user wrote, once the folder is there and torch runs on one thread."""
+    given = made.parse_args()
+    given.folder.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    return given
+
+
+def say(what: str, done: int, total: int) -> None:
+    """A progress callback that prints every twentieth step and the last."""
+    if done == total or done % 20 == 0:
+        print(f"{what}: {done}/{total}", flush=True)
+
+
+# ---- the machine
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, vector instructions and torch."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (line.split(":")[1].strip() for line in lines if "model name" in line)
+    return {
+        "cpu": next(names, platform.processor()),
+        "cores": os.cpu_count(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+    }
+
+
+def about(of: Mapping[str, Any]) -> str:
+    """A machine in words."""
+    return f"{of['cpu']}, {of['cores']} cores, torch {of['torch']}"
+
+
+# ---- files
+
+
+def read(path: Path, missing: Any = None) -> Any:
+    """The JSON of a file; ``missing`` (an empty dict) where there is none."""
+    if path.exists():
+        return json.loads(path.read_text())
+    return {} if missing is None else missing
+
+
+def write(path: Path, value: Any, indent: int | None = None) -> None:
+    """JSON that is either the old file or the whole new one; undefined numbers are null."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(plain(value), indent=indent, allow_nan=False) + "\n")
+    os.replace(part, path)
+
+
+def write_results(
+    name: str,
+    command: str,
+    found: Mapping[str, Any],
+    text: Callable[[dict[str, Any]], str],
+    folder: Path = RESULTS,
+) -> None:
+    """NAME.json: the machine, the command that made it and what was found; NAME.md: the same in words."""
+    folder.mkdir(parents=True, exist_ok=True)
+    whole = {**found, "machine": machine(), "command": command}
+    write(folder / f"{name}.json", whole, indent=1)
+    (folder / f"{name}.md").write_text(text(whole))
+
+
+def run_parts(
+    name: str,
+    parts: Mapping[str, Callable[[], Any]],
+    wanted: Sequence[str],
+    text: Callable[[dict[str, Any]], str],
+    folder: Path = RESULTS,
+) -> None:
+    """Run the wanted parts ("all": every one) and write what each found beside what the others had."""
+    for part in parts if "all" in wanted else wanted:
+        rows = parts[part]()
+        found = read(folder / f"{name}.json") | {part: rows}
+        write_results(name, f"python benchmarks/{name}.py all", found, text, folder)
+
+
+def replaced(
+    old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]], models: Sequence[str]
+) -> list[Any]:
+    """The rows of other models that a result file has, and the new ones of these, in the order of MODELS."""
+    rows = [r for r in old if r["model"] not in models] + list(new)
+    return sorted(rows, key=lambda r: MODELS.index(r["model"]))
+
+
+# ---- studies and what they measured
+
+
+def open_study(
+    path: Path,
+    model: str,
+    bank: Path | str | None = None,
+    space: Mapping[str, Any] | None = None,
+    workers: int = 2,
+    base: Path | None = None,
+) -> Any:
+    """A session on the study of a model, made where it is missing: a copy of ``base``, if that is there, or
+    one of the given space. The bank is that of the folder unless another is named."""
+    from aquabit.measuring.session import open_session
+    from aquabit.study import Study
+
+    if base is not None and base.exists() and not path.exists():
+        shutil.copy(base, path)
+    study = Study(path)
+    return open_session(
+        model,
+        study,
+        space_options=None if space is None or "space" in study else dict(space),
+        workers=workers,
+        bank=str(bank or path.parent / "bank"),
+        progress=say,
+    )
+
+
+def measured_blocks(
+    session: Any, configs: Mapping[str, Any], protocols: Sequence[Any], metrics: Sequence[str]
+) -> dict[str, dict[str, list[float]]]:
+    """name -> metric -> value on each block of fresh seeds; full precision is measured there too."""
+    session.measure([session.space.full_precision()], "reference", protocols=protocols)
+    session.measure(list(configs.values()), "fresh", protocols=protocols)
+    return block_values(session, configs, protocols, metrics)
+
+
+def block_values(
+    session: Any, configs: Mapping[str, Any], protocols: Sequence[Any], metrics: Sequence[str]
+) -> dict[str, dict[str, list[float]]]:
+    """As ``measured_blocks``, of what was measured already."""
+    known = values_of(session.study, metrics)
+    return {
+        name: {m: [known[c.digest, p.digest][m] for p in protocols] for m in metrics}
+        for name, c in configs.items()
+    }
+
+
+def values_of(
+    study: Any, metrics: Sequence[str], failed: bool = True
+) -> dict[tuple[str, str], dict[str, float]]:
+    """(digest of a configuration, of a protocol) -> metric -> value (infinitely bad where it failed)."""
+    table = study.measurements(failed=failed)
+    rows = zip(table.config, table.protocol, table[list(metrics)].to_numpy(float).tolist(), strict=True)
+    return {(c, p): dict(zip(metrics, row, strict=True)) for c, p, row in rows}
+
+
+# ---- numbers
+
+
+def mean(values: Sequence[float], level: float = 0.95) -> list[float]:
+    """[mean, low, high] with Student's t interval over blocks."""
+    from aquabit.search import interval
+
+    return list(interval(values, level))
+
+
+def difference(values: Sequence[float], others: Sequence[float]) -> list[float]:
+    """[mean, low, high] of ``values - others``, paired, with a 95 % interval."""
+    from aquabit.search import paired_difference
+
+    return list(paired_difference(values, others))
+
+
+def named(found: Sequence[float]) -> dict[str, float]:
+    """[mean, low, high] as result files write it where its parts have names."""
+    return dict(zip(("value", "low", "high"), found, strict=True))
+
+
+def plain(value: Any, digits: int | None = None) -> Any:
+    """What JSON can say: None for undefined numbers, others to so many significant digits."""
+    if isinstance(value, Mapping):
+        return {k: plain(v, digits) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v, digits) for v in value]
+    if isinstance(value, float | np.floating):
+        rounded = float(value) if digits is None else float(f"{value:.{digits}g}")
+        return rounded if np.isfinite(rounded) else None
+    return value
+
+
+def spans(found: Sequence[float], digits: int = 2, sign: str = "") -> str:
+    """[mean, low, high] in words."""
+    return "{:{f}} ({:{f}} to {:{f}})".format(*found, f=f"{sign}.{digits}f")
