@@ -262,7 +262,7 @@ static void sum_rows(const void* low, int64_t lows, const void* high, int64_t hi
     return exact ? sum_floats(low, lows, high, highs, width, rows) : sum_shorts(low, lows, high, highs, width, rows);
 }
 
-#include "lut_gather.h"
+#include "gather.h"
 
 // y = scale * sums + aux_scale * aux + bias, in place (factors of rows: 1, 0 where the blocks have applied them).
 static void finish(const Call& c, const Tile& t, int64_t from, int64_t to) {

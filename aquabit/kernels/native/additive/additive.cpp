@@ -18,7 +18,7 @@
 #include <immintrin.h>
 #endif
 
-#include "processor.h"
+#include "../processor.h"
 
 namespace nb = nanobind;
 
@@ -83,9 +83,9 @@ struct Level {
 namespace avx512 {
 constexpr int kLanes = 16;
 #define AQUABIT_LEVEL 4
-#include "additive_lowest.h"
-#include "additive_shared.h"
-#include "additive_level.h"
+#include "lowest.h"
+#include "shared.h"
+#include "level.h"
 #undef AQUABIT_LEVEL
 }  // namespace avx512
 #if defined(__clang__)
@@ -99,9 +99,9 @@ constexpr int kLanes = 16;
 namespace avx2 {
 constexpr int kLanes = 8;
 #define AQUABIT_LEVEL 3
-#include "additive_lowest.h"
-#include "additive_shared.h"
-#include "additive_level.h"
+#include "lowest.h"
+#include "shared.h"
+#include "level.h"
 #undef AQUABIT_LEVEL
 }  // namespace avx2
 #if defined(__clang__)
@@ -118,9 +118,9 @@ constexpr int kLanes = 4;
 #else
 #define AQUABIT_LEVEL 0
 #endif
-#include "additive_lowest.h"
-#include "additive_shared.h"
-#include "additive_level.h"
+#include "lowest.h"
+#include "shared.h"
+#include "level.h"
 #undef AQUABIT_LEVEL
 }  // namespace baseline
 

@@ -22,10 +22,10 @@
 #include <immintrin.h>
 #endif
 
-#include "decode_plan.h"
-#include "decode_types.h"
+#include "plan.h"
+#include "types.h"
 
-#include "processor.h"
+#include "../processor.h"
 
 namespace nb = nanobind;
 
@@ -44,10 +44,10 @@ namespace {
 namespace vnni {
 constexpr int kLanes = 16, kRows = 6, kVectors = 4;
 #define AQUABIT_LEVEL 4
-#include "decode_level.h"
-#include "decode_rows.h"
-#include "decode_pack.h"
-#include "decode_few.h"
+#include "level.h"
+#include "rows.h"
+#include "pack.h"
+#include "few.h"
 #undef AQUABIT_LEVEL
 }  // namespace vnni
 #if defined(__clang__)
@@ -61,10 +61,10 @@ constexpr int kLanes = 16, kRows = 6, kVectors = 4;
 namespace avx2 {
 constexpr int kLanes = 8, kRows = 4, kVectors = 2;
 #define AQUABIT_LEVEL 3
-#include "decode_level.h"
-#include "decode_rows.h"
-#include "decode_pack.h"
-#include "decode_few.h"
+#include "level.h"
+#include "rows.h"
+#include "pack.h"
+#include "few.h"
 #undef AQUABIT_LEVEL
 }  // namespace avx2
 #if defined(__clang__)
@@ -81,10 +81,10 @@ constexpr int kLanes = 4, kRows = 4, kVectors = 2;
 #else
 #define AQUABIT_LEVEL 0
 #endif
-#include "decode_level.h"
-#include "decode_rows.h"
-#include "decode_pack.h"
-#include "decode_few.h"
+#include "level.h"
+#include "rows.h"
+#include "pack.h"
+#include "few.h"
 #undef AQUABIT_LEVEL
 }  // namespace baseline
 
@@ -260,7 +260,7 @@ double ratio_of(const Errors& e) { return e.error > 0 ? std::sqrt(e.error / e.al
 // Whether it was done (0: no integers stand for the activations), relative errors of activations and of weights, bytes of scratch.
 using Outcome = std::tuple<int64_t, double, double, int64_t>;
 
-#include "decode_drivers.h"
+#include "drivers.h"
 
 }  // namespace
 

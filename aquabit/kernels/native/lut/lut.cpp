@@ -23,7 +23,7 @@
 #include <immintrin.h>
 #endif
 
-#include "processor.h"
+#include "../processor.h"
 
 namespace nb = nanobind;
 
@@ -31,7 +31,7 @@ namespace {
 
 #define INLINE static inline __attribute__((always_inline))
 
-#include "lut_types.h"
+#include "types.h"
 
 #if defined(__x86_64__)
 #define AQUABIT_X86
@@ -44,7 +44,7 @@ namespace {
 namespace lut_avx512 {
 constexpr int kLanes = 16;
 #define AQUABIT_LEVEL 4
-#include "lut_level.h"
+#include "level.h"
 #undef AQUABIT_LEVEL
 }  // namespace lut_avx512
 #if defined(__clang__)
@@ -58,7 +58,7 @@ constexpr int kLanes = 16;
 namespace lut_avx2 {
 constexpr int kLanes = 8;
 #define AQUABIT_LEVEL 3
-#include "lut_level.h"
+#include "level.h"
 #undef AQUABIT_LEVEL
 }  // namespace lut_avx2
 #if defined(__clang__)
@@ -75,13 +75,13 @@ constexpr int kLanes = 4;
 #else
 #define AQUABIT_LEVEL 0
 #endif
-#include "lut_level.h"
+#include "level.h"
 #undef AQUABIT_LEVEL
 }  // namespace lut_baseline
 
-#include "lut_task.h"
-#include "lut_token.h"
-#include "lut_image.h"
+#include "task.h"
+#include "token.h"
+#include "image.h"
 
 struct Choice {
     const char* name;
