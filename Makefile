@@ -56,7 +56,7 @@ sanitize: $(INSTALLED)
 		$(abspath $(BIN)/python) -S -m pytest -p no:cacheprovider $(SANITIZED_TESTS:%=tests/%.py) $(PYTEST_ARGS)
 
 # Installed from the source tree, so Python files are seen at once; the extension is built again when one of its sources changes.
-$(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(wildcard aquabit/kernels/*.cpp aquabit/kernels/*.h)
+$(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(wildcard $(addprefix aquabit/kernels/native/,*.cpp *.h */*.cpp */*.h))
 	@echo "Installing aquabit and its dependencies into $(VENV) (some minutes the first time)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(PIP_FLAGS) --constraint constraints.txt --editable '.[dev]'

@@ -1,4 +1,4 @@
-// Activations to integers, laid out for multiply_block, and its results to tokens; for one instruction set (see decode_level.h).
+// Activations to integers, laid out for multiply_block, and its results to tokens: part of level.h.
 
 struct Limits {
     float low, high;
@@ -91,35 +91,6 @@ INLINE void quantize_shorts(const float* x, int64_t n, const Grid grid, int16_t*
 }
 
 static void quantize_token(const float* x, int64_t n, const Grid* grid, uint8_t* to) { quantize_bytes(x, n, *grid, to); }
-
-// rows[i][j] becomes rows[j][i], of dwords.
-INLINE void transpose(Ints* rows) {
-#if AQUABIT_LEVEL == 4
-    Ints number, other;
-    for (int lane = 0; lane < kLanes; ++lane) number[lane] = lane;
-#pragma GCC unroll 4
-    for (int s = 1; s < kLanes; s *= 2) {
-        // Lanes with bit s come from the other row, s before; of the other row's those without it, s after.
-        const Ints bit = number & s;
-        const Ints low = bit == 0 ? number : number - s + kLanes;
-        other = bit == 0 ? number + s : number + kLanes;
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) {
-            if (i & s) continue;
-            const __m512i a = (__m512i)rows[i], b = (__m512i)rows[i + s];
-            rows[i] = (Ints)_mm512_permutex2var_epi32(a, (__m512i)low, b);
-            rows[i + s] = (Ints)_mm512_permutex2var_epi32(a, (__m512i)other, b);
-        }
-    }
-#else
-    for (int i = 0; i < kLanes; ++i)
-        for (int j = 0; j < i; ++j) {
-            const int32_t kept = rows[i][j];
-            rows[i][j] = rows[j][i];
-            rows[j][i] = kept;
-        }
-#endif
-}
 
 // ``count`` (at most kLanes) tokens of ``length`` inputs as [step][kLanes] dwords, steps ``step_bytes`` apart.
 static void pack_tokens(const float* x, int64_t count, int64_t length, const Grid* grids, bool wide, uint8_t* out, int64_t step_bytes,

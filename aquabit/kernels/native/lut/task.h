@@ -251,7 +251,7 @@ struct Part {
 std::vector<Part> parts_of(int64_t tiles, int64_t out, int64_t threads) {
     std::vector<Part> parts;
     const int64_t left = tiles % threads;
-    const int64_t shares = left ? std::clamp<int64_t>(threads / left, 1, ceil_divide(out, kRows)) : 1, rows = up(ceil_divide(out, shares), kRows);
+    const int64_t shares = left ? std::clamp<int64_t>(threads / left, 1, ceil_divide(out, kRows)) : 1, rows = rounded_up(ceil_divide(out, shares), kRows);
     for (int64_t tile = 0; tile < tiles - left; ++tile) parts.push_back({tile, 0, out});
     for (int64_t tile = tiles - left; tile < tiles; ++tile)
         for (int64_t from = 0; from < out; from += rows) parts.push_back({tile, from, std::min(out, from + rows)});

@@ -13,7 +13,7 @@ struct Layout {
         rows = m.out_height + reach[0] / m.stride[0];
         pitch = m.out_width + reach[1] / m.stride[1];
         phases = m.stride[0] * m.stride[1];
-        phase = up(m.samples * rows * pitch + slack, 16);
+        phase = rounded_up(m.samples * rows * pitch + slack, 16);
     }
 };
 
@@ -52,7 +52,7 @@ Planes planes_of(const Level& level, const Call& c, const Image& m, std::vector<
         int64_t tiles = ceil_divide(p.columns, kTapTile);
         // An even number suits two threads; by the number of threads, units, and so results, would depend on it.
         if (tiles % 2 && p.columns / (tiles + 1) >= 128) ++tiles;
-        p.width = up(ceil_divide(p.columns, tiles), unit);
+        p.width = rounded_up(ceil_divide(p.columns, tiles), unit);
     } else {
         p.width = std::max<int64_t>(c.exact ? kTile / 2 : kTile, unit);
     }
@@ -82,7 +82,7 @@ void cover(const Level& level, const Call& c, const Layout& l, const std::vector
             for (size_t t = 0; t < p->taps.size(); ++t)
                 if (phase_of_tap[t] == phase) p->offsets[t] = p->table_width + p->taps[t] - low;
             p->starts.push_back(phase * l.phase + low);
-            p->widths.push_back(up(p->width + high - low, 2 * level.lanes));
+            p->widths.push_back(rounded_up(p->width + high - low, 2 * level.lanes));
             p->table_width += p->widths.back();
         }
     }

@@ -1,4 +1,4 @@
-// What the parts of the table kernel (lut.cpp) tell each other; included once, in its unnamed namespace.
+// What the parts of the table kernel tell each other: part of lut.cpp.
 
 constexpr int64_t kSpan = 64;       // inputs of a lookup, at most
 constexpr int64_t kTaps = 64;       // of a kernel, at most
@@ -64,17 +64,3 @@ struct Level {
     void (*token_rows)(const uint8_t*, int64_t, int64_t, const float*, int64_t, int64_t, int64_t, float*);
     void (*product_rows_dots)(const int32_t*, int64_t, const float* const*, int64_t, const float*, float, int64_t, int64_t, int16_t*);  // or null
 };
-
-struct Free {
-    void operator()(void* x) const { ::operator delete[](x, std::align_val_t(64)); }
-};
-
-template <class T>
-struct Buffer {
-    std::unique_ptr<T[], Free> held;
-    explicit Buffer(int64_t count) : held(static_cast<T*>(::operator new[](std::max<int64_t>(count, 1) * sizeof(T) + 64, std::align_val_t(64)))) {}
-    T* get() const { return held.get(); }
-};
-
-int64_t up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }

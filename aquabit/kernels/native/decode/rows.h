@@ -1,46 +1,25 @@
-// Rows of codes to rows of integers or floats, for one instruction set (see decode_level.h, which comes before this).
-
-constexpr int kBytes = 4 * kLanes;  // of a vector
-typedef uint8_t Codes __attribute__((vector_size(kBytes)));
-typedef uint8_t UnalignedCodes __attribute__((vector_size(kBytes), aligned(1), may_alias));
-typedef uint8_t Half __attribute__((vector_size(kBytes / 2), aligned(1), may_alias));
-typedef uint16_t Shorts __attribute__((vector_size(kBytes)));
-typedef uint32_t Words __attribute__((vector_size(kBytes)));
-
-// Bytes as dwords: what the compilers make of a conversion of vectors goes lane by lane.
-INLINE Words widened(const uint8_t* from) {
-#if AQUABIT_LEVEL == 4
-    return (Words)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-#elif AQUABIT_LEVEL == 3
-    return (Words)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
-#else
-    Words wide;
-    for (int lane = 0; lane < kLanes; ++lane) wide[lane] = from[lane];
-    return wide;
-#endif
-}
-
-INLINE Codes splat_code(int64_t code) { return static_cast<uint8_t>(code) - Codes{}; }
+// Rows of codes to rows of integers or floats: part of level.h.
 
 // One vector of codes: ``fused`` of each byte, the first in the lowest bits.
-INLINE Codes spread(const uint8_t* from, int64_t bits, int64_t fused, Codes mask) {
-    if (fused == 1) return *reinterpret_cast<const UnalignedCodes*>(from) & mask;
+INLINE Bytes spread(const uint8_t* from, int64_t bits, int64_t fused, Bytes mask) {
+    if (fused == 1) return load(from) & mask;
     if (fused == 2) {
-        const Shorts wide = __builtin_convertvector(*reinterpret_cast<const Half*>(from), Shorts);
-        return (Codes)(wide | (wide << (8 - bits))) & mask;
+        const UnsignedShorts wide = __builtin_convertvector(load_half(from), UnsignedShorts);
+        return (Bytes)(wide | (wide << (8 - bits))) & mask;
     }
-    const Words wide = widened(from);
-    return (Codes)(wide | (wide << 6) | (wide << 12) | (wide << 18)) & mask;
+    const Words wide = load_widened(from);
+    return (Bytes)(wide | (wide << 6) | (wide << 12) | (wide << 18)) & mask;
 }
 
 // ``count`` scalar codes times ``step`` (1 or 2) less ``center``; nothing beyond them is read or written.
 INLINE void expand(const uint8_t* from, int64_t count, int64_t bits, const int64_t fused, int64_t step, int64_t center, int8_t* to) {
     const int64_t mask = (1 << bits) - 1;
     if (fused < 8) {
-        const Codes masks = splat_code(mask), centers = splat_code(center), again = splat_code(step == 2 ? 255 : 0);
+        const Bytes masks = splat_byte(static_cast<uint8_t>(mask)), centers = splat_byte(static_cast<uint8_t>(center));
+        const Bytes again = splat_byte(step == 2 ? 255 : 0);
         for (; count >= kBytes; count -= kBytes, from += kBytes / fused, to += kBytes) {
-            const Codes codes = spread(from, bits, fused, masks);
-            *reinterpret_cast<UnalignedCodes*>(to) = codes + (codes & again) - centers;
+            const Bytes codes = spread(from, bits, fused, masks);
+            store(to, codes + (codes & again) - centers);
         }
     }
     for (int64_t i = 0; i < count; ++i)
@@ -71,7 +50,7 @@ INLINE int64_t sum_of(const int8_t* x, int64_t n) {
     int64_t total = 0, i = 0;
 #if AQUABIT_LEVEL >= 3
     Ints sums = {};
-    for (; i + kBytes <= n; i += kBytes) sums = dot(sums, 0x01010101 - Ints{}, load_ints(x + i), false);
+    for (; i + kBytes <= n; i += kBytes) sums = dot(sums, splat_int(0x01010101), load_ints(x + i), false);
     for (int lane = 0; lane < kLanes; ++lane) total += sums[lane];
 #endif
     for (; i < n; ++i) total += x[i];
@@ -123,7 +102,7 @@ INLINE void look_up_codes(const float* table, const uint8_t* codes, int64_t coun
             part[v] = (Floats)_mm512_maskz_loadu_ps(mask, table + (mask ? 16 * v : 0));
         }
         for (; i + 16 <= count; i += 16) {
-            const __m512i index = (__m512i)widened(codes + i);
+            const __m512i index = (__m512i)load_widened(codes + i);
             __m512 found = _mm512_permutex2var_ps((__m512)part[0], index, (__m512)part[1]);
             if (bits == 6) {
                 const __m512 other = _mm512_permutex2var_ps((__m512)part[2], index, (__m512)part[3]);
@@ -175,20 +154,21 @@ INLINE void add_eights(const float* table, const uint8_t* from, int64_t groups, 
     }
 }
 
-#define EIGHTS(count)                                                                                                \
-    if (w.books == count)                                                                                            \
-        return nibbles ? add_eights(table, from, groups, vectors, count, true, w.codewords, to)                      \
-                       : add_eights(table, from, groups, vectors, count, false, w.codewords, to);
-
-INLINE void add_eights_of(const Weight& w, const float* table, const uint8_t* from, int64_t groups, const int vectors, float* to) {
-    const bool nibbles = w.bits <= 4;
-    EIGHTS(1)
-    EIGHTS(2)
-    EIGHTS(3)
-    EIGHTS(4)
-    add_eights(table, from, groups, vectors, w.books, nibbles, w.codewords, to);
+INLINE void add_eights_of(const Weight& w, const float* table, const uint8_t* from, int64_t groups, const int vectors,
+                          const int64_t books, float* to) {
+    return w.bits <= 4 ? add_eights(table, from, groups, vectors, books, true, w.codewords, to)
+                       : add_eights(table, from, groups, vectors, books, false, w.codewords, to);
 }
-#undef EIGHTS
+
+// Numbers of codebooks that are constants where add_eights is inlined make it fast.
+INLINE void add_eights_of(const Weight& w, const float* table, const uint8_t* from, int64_t groups, const int vectors,
+                          float* to) {
+    if (w.books == 1) return add_eights_of(w, table, from, groups, vectors, 1, to);
+    if (w.books == 2) return add_eights_of(w, table, from, groups, vectors, 2, to);
+    if (w.books == 3) return add_eights_of(w, table, from, groups, vectors, 3, to);
+    if (w.books == 4) return add_eights_of(w, table, from, groups, vectors, 4, to);
+    add_eights(table, from, groups, vectors, w.books, w.bits <= 4, w.codewords, to);
+}
 
 static void add_codewords(const Weight& w, const float* table, const uint8_t* from, int64_t groups, float* to) {
     const bool nibbles = w.bits <= 4;
@@ -229,59 +209,15 @@ static void decode_row(const Weight& w, int64_t row, float* room) {
             add_codewords(w, table, w.codes + row * w.row_bytes + s->at, count / w.group, here);
         else if (table)
             look_up_codes(table, codes + at, count, w.bits, here);
-        const Floats scale = scale_at(w, row, s->scales) - Floats{}, offset = offset_at(w, row, s->scales) - Floats{};
+        const Floats scale = splat(scale_at(w, row, s->scales)), offset = splat(offset_at(w, row, s->scales));
         int64_t i = 0;
         if (scalar && !table) {
-            for (; i + kLanes <= count; i += kLanes) store(here + i, to_floats((Ints)widened(codes + at + i)) * scale + offset);
+            for (; i + kLanes <= count; i += kLanes) store(here + i, to_floats((Ints)load_widened(codes + at + i)) * scale + offset);
             for (; i < count; ++i) here[i] = codes[at + i] * scale[0] + offset[0];
         }
         for (; i + kLanes <= count; i += kLanes) store(here + i, load(here + i) * scale + offset);
         for (; i < count; ++i) here[i] = here[i] * scale[0] + offset[0];
     }
-}
-
-// Rounded to nearest, of what fits 31 bits.
-INLINE Ints nearest(Floats x) {
-#if AQUABIT_LEVEL == 4
-    return (Ints)_mm512_cvtps_epi32((__m512)x);
-#elif AQUABIT_LEVEL == 3
-    return (Ints)_mm256_cvtps_epi32((__m256)x);
-#elif AQUABIT_LEVEL == 2
-    return (Ints)_mm_cvtps_epi32((__m128)x);
-#else
-    Ints y;
-    for (int lane = 0; lane < kLanes; ++lane) y[lane] = static_cast<int32_t>(__builtin_rintf(x[lane]));
-    return y;
-#endif
-}
-
-INLINE void store_shorts(int16_t* to, Ints x) {
-#if AQUABIT_LEVEL == 4
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16((__m512i)x));
-#elif AQUABIT_LEVEL == 3
-    const __m256i both = _mm256_permute4x64_epi64(_mm256_packs_epi32((__m256i)x, (__m256i)x), 8);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(both));
-#else
-    for (int lane = 0; lane < kLanes; ++lane) to[lane] = static_cast<int16_t>(x[lane]);
-#endif
-}
-
-INLINE float total_of(Floats x) {
-#if AQUABIT_LEVEL == 4
-    return _mm512_reduce_add_ps((__m512)x);
-#else
-    float total = 0;
-    for (int lane = 0; lane < kLanes; ++lane) total += x[lane];
-    return total;
-#endif
-}
-
-// The next lanes of a row, and zeros beyond its end.
-INLINE Floats load_some(const float* x, int64_t left) {
-    if (left >= kLanes) return load(x);
-    Floats some = {};
-    for (int64_t i = 0; i < left; ++i) some[i] = x[i];
-    return some;
 }
 
 // Sum of the squares of a run's weights.
@@ -325,7 +261,7 @@ INLINE void round_to(const float* from, int64_t count, float inverse, int16_t* t
         rounded->error += lost * lost;
         rounded->sum += q;
         if (count - i >= kLanes)
-            store_shorts(to + i, q);
+            store_narrowed(to + i, q);
         else
             for (int64_t lane = 0; lane < count - i; ++lane) to[i + lane] = static_cast<int16_t>(q[lane]);
     }

@@ -1,51 +1,4 @@
-// Vectors of floats for one instruction set, and what is lowest among many sums: with additive_level.h part of additive.cpp, included once
-// per level with kLanes (floats of a vector) and AQUABIT_LEVEL (4: AVX-512, 3: AVX2, 2: SSE2, 0: others).
-
-typedef float Floats __attribute__((vector_size(4 * kLanes)));
-typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
-typedef float Unaligned __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
-typedef int32_t UnalignedInts __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
-
-INLINE Floats load(const float* x) { return *reinterpret_cast<const Unaligned*>(x); }
-INLINE void store(float* x, Floats v) { *reinterpret_cast<Unaligned*>(x) = v; }
-INLINE Floats splat(float x) { return x - Floats{}; }
-INLINE int64_t smaller_of(int64_t a, int64_t b) { return a < b ? a : b; }
-INLINE Floats smaller(Floats a, Floats b) { return a < b ? a : b; }
-
-INLINE Ints lane_numbers() {
-    Ints lanes;
-    for (int i = 0; i < kLanes; ++i) lanes[i] = i;
-    return lanes;
-}
-
-// Bit i: a[i] <= b[i], and a[i] < b[i].
-#if AQUABIT_LEVEL == 4
-INLINE uint32_t at_most(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ); }
-INLINE uint32_t below(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
-#elif AQUABIT_LEVEL == 3
-INLINE uint32_t at_most(Floats a, Floats b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_LE_OQ)); }
-INLINE uint32_t below(Floats a, Floats b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
-#elif AQUABIT_LEVEL == 2
-INLINE uint32_t at_most(Floats a, Floats b) { return _mm_movemask_ps(_mm_cmple_ps(a, b)); }
-#else
-INLINE uint32_t at_most(Floats a, Floats b) {
-    uint32_t bits = 0;
-    for (int i = 0; i < kLanes; ++i) bits |= static_cast<uint32_t>(a[i] <= b[i]) << i;
-    return bits;
-}
-#endif
-
-INLINE float least(Floats v) {
-#if AQUABIT_LEVEL == 4
-    return _mm512_reduce_min_ps(v);
-#else
-    float low = v[0];
-    for (int i = 1; i < kLanes; ++i) low = v[i] < low ? v[i] : low;
-    return low;
-#endif
-}
-
-INLINE int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+// What is lowest among many sums, for one instruction set: part of additive.cpp.
 
 // What scores of codebook m are made of for one partial sum: base + rows[0] + ... + rows[count - 1].
 struct Terms {
@@ -211,8 +164,7 @@ INLINE int64_t collect(const float* sums, int64_t width, int64_t wide, int shift
 #if AQUABIT_LEVEL == 4
             const __mmask16 mask = static_cast<__mmask16>(bits);
             store(values + count, _mm512_maskz_compress_ps(mask, score));
-            *reinterpret_cast<UnalignedInts*>(index + count) =
-                reinterpret_cast<Ints>(_mm512_maskz_compress_epi32(mask, reinterpret_cast<__m512i>(now)));
+            store_ints(index + count, (Ints)_mm512_maskz_compress_epi32(mask, (__m512i)now));
             count += __builtin_popcount(bits);
 #else
             for (; bits; bits &= bits - 1) {

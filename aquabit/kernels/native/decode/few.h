@@ -1,4 +1,4 @@
-// A row at a time for few tokens: decoded and multiplied at once; for one instruction set (see decode_level.h).
+// A row at a time for few tokens: decoded and multiplied at once; part of level.h.
 
 // Dot products of a segment's integers [count] with those of ``tokens`` tokens, and with ones.
 INLINE void dot_bytes(const int8_t* w, const uint8_t* x, int64_t stride, const int64_t tokens, int64_t count, bool narrow, int32_t* sums) {
@@ -7,7 +7,7 @@ INLINE void dot_bytes(const int8_t* w, const uint8_t* x, int64_t stride, const i
 #if AQUABIT_LEVEL >= 3
     if (narrow) {
         Ints acc[kDotRows + 1] = {};
-        const Ints ones = 0x01010101 - Ints{};
+        const Ints ones = splat_int(0x01010101);
 #pragma GCC unroll 2
         for (; done + kBytes <= count; done += kBytes) {
             const Ints weight = load_ints(w + done);
@@ -73,7 +73,3 @@ static void dot_values(const Weight& w, int64_t row, const float* x, int64_t tok
         y[t * y_stride] = total + rest + (w.bias ? w.bias[row] : 0);
     }
 }
-
-constexpr Level kLevel = {
-    kLanes,     kRows,       kVectors,    AQUABIT_LEVEL >= 3, AQUABIT_LEVEL == 4 ? 8 : 7, multiply,   sum,       fill_codes, fill_values,
-    decode_row, token_grid, sample_grid, pack_tokens,        quantize_token,             pack_line,  put_tokens, dot_codes,  dot_values};

@@ -76,7 +76,7 @@ void run_token(const Level& level, const Call& c, const std::vector<Block>& bloc
         for (int64_t i = 0; i < b.inputs; ++i) aux += c.aux_weights[i % c.span] * x[b.first + i];
         aux_total += aux;
         const int64_t bytes = ceil_divide(b.groups * c.codebooks * c.width, 8), scales = b.run->scales, n = c.scale_groups;
-        const int64_t part = up(ceil_divide(c.out, threads), 64);
+        const int64_t part = rounded_up(ceil_divide(c.out, threads), 64);
 #pragma omp parallel for num_threads(threads) if (threads > 1 && c.out * bytes > 65536)
         for (int64_t from = 0; from < c.out; from += part) {
             const int64_t to = std::min(c.out, from + part);

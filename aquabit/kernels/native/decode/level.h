@@ -1,48 +1,14 @@
-// Integer products of activations and decoded rows for one instruction set; included by decode.cpp once per level, inside a namespace and
-// under a target pragma of its own, before decode_rows.h and decode_pack.h. No library code and no templates in any of them: what the
-// linker shares between levels must not be compiled for one of them.
+// Integer products of activations and decoded rows for one instruction set (foreach_level.h).
 //
 // Activations lie as [step][position] dwords, a step being 4 inputs of 8 bits or 2 of 16: a vector holds one step of neighbouring tokens or
 // pixels. Weights lie row after row as they are decoded, and are broadcast. So a tile of weights can be as low as one block of rows, is
 // never transposed, and a convolution reads each tap at an offset of its own.
 
-typedef float Floats __attribute__((vector_size(4 * kLanes)));
-typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
-typedef float Unaligned __attribute__((vector_size(4 * kLanes), aligned(1), may_alias));
-typedef int32_t UnalignedInts __attribute__((vector_size(4 * kLanes), aligned(1), may_alias));
-
-INLINE Floats load(const float* x) { return *reinterpret_cast<const Unaligned*>(x); }
-INLINE void store(float* x, Floats v) { *reinterpret_cast<Unaligned*>(x) = v; }
-INLINE Ints load_ints(const void* x) { return *reinterpret_cast<const UnalignedInts*>(x); }
-INLINE void store_ints(void* x, Ints v) { *reinterpret_cast<UnalignedInts*>(x) = v; }
-INLINE Floats to_floats(Ints v) { return __builtin_convertvector(v, Floats); }
-INLINE int64_t smaller_of(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// Four inputs of 8 bits, or two of 16, of all rows' lanes.
-INLINE Ints broadcast(const uint8_t* at) {
-    int32_t dword;
-    __builtin_memcpy(&dword, at, sizeof dword);
-    return dword - Ints{};
-}
-
-// sum + the product of unsigned x and signed w of 8 bits, or of both signed of 16 (``wide``).
-INLINE Ints dot(Ints sum, Ints x, Ints w, const bool wide) {
-#if AQUABIT_LEVEL == 4
-    return wide ? (Ints)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)x, (__m512i)w)
-                : (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)x, (__m512i)w);
-#elif AQUABIT_LEVEL == 3
-    // Pairs cannot saturate: 2 * 255 * 64 < 2^15 for codes of at most 7 bits.
-    const __m256i pairs = wide ? _mm256_madd_epi16((__m256i)x, (__m256i)w)
-                               : _mm256_madd_epi16(_mm256_maddubs_epi16((__m256i)x, (__m256i)w), _mm256_set1_epi16(1));
-    return sum + (Ints)pairs;
-#elif AQUABIT_LEVEL == 2
-    return sum + (Ints)_mm_madd_epi16((__m128i)x, (__m128i)w);
-#else
-    return sum + (x << 16 >> 16) * (w << 16 >> 16) + (x >> 16) * (w >> 16);
-#endif
-}
+constexpr int kRows = AQUABIT_LEVEL == 4 ? 6 : 4, kVectors = AQUABIT_LEVEL == 4 ? 4 : 2;  // of a block
 
 // kRows rows times ``vectors`` vectors of positions, over all pieces of all runs; y is [kRows][kMostVectors * kLanes].
+// ``wide`` and ``vectors`` are constants where this is called, and not of a template: which products are rounded before
+// they are added is the compiler's choice, and that of a template was another one, of other last bits and 3 % slower.
 INLINE void multiply_block(const Plan& plan, const Tile& tile, int64_t row, const Activations& a, const bool wide, int64_t vector,
                            const int vectors, float* y) {
     const int64_t at = vector * kLanes, row_bytes = tile.row_bytes;
@@ -81,7 +47,7 @@ INLINE void multiply_block(const Plan& plan, const Tile& tile, int64_t row, cons
                     const Ints zero = load_ints(a.zero + range->number * a.positions + at + v * kLanes);
 #pragma GCC unroll 8
                     for (int r = 0; r < kRows; ++r)
-                        acc[r][v] = dot(acc[r][v], zero, tile.shift[i * tile.rows + row + r] - Ints{}, true);
+                        acc[r][v] = dot(acc[r][v], zero, splat_int(tile.shift[i * tile.rows + row + r]), true);
                 }
             const float* factor = tile.factor + i * tile.rows + row;
             const float* offset = tile.offset ? tile.offset + i * tile.rows + row : nullptr;
@@ -103,36 +69,36 @@ INLINE void multiply_block(const Plan& plan, const Tile& tile, int64_t row, cons
             for (int v = 0; v < vectors; ++v) {
                 float* here = y + (r * kMostVectors + v) * kLanes;
                 const Floats rest = load(a.rest + place + v * kLanes), sum = load(sums + (r * vectors + v) * kLanes);
-                const Floats before = range == plan.ranges ? tile.bias[row + r] - Floats{} : load(here);
+                const Floats before = range == plan.ranges ? splat(tile.bias[row + r]) : load(here);
                 store(here, before + load(a.scale + place + v * kLanes) * (sum + rest * total[r]));
             }
     }
 }
 
-#define BLOCKS(count, wide)                                                                                                    \
-    case count + (wide ? 8 : 0):                                                                                              \
-        for (int64_t row = 0; row < tile.rows; row += kRows)                                                                  \
-            multiply_block(plan, tile, row, a, wide, vector, count, y + row * kMostVectors * kLanes);                         \
-        break;
+INLINE void multiply_rows(const Plan& plan, const Tile& tile, const Activations& a, const bool wide, int64_t vector,
+                          const int vectors, float* y) {
+    for (int64_t row = 0; row < tile.rows; row += kRows)
+        multiply_block(plan, tile, row, a, wide, vector, vectors, y + row * kMostVectors * kLanes);
+}
 
-// All rows of a tile; y is [rows][kMostVectors * kLanes].
-static void multiply(const Plan& plan, const Tile& tile, const Activations& a, bool wide, int64_t vector, int64_t vectors, float* y) {
+// All rows of a tile; y is [rows][kMostVectors * kLanes]. ``wide``: of 16 bits, which is all that SSE2 has products of.
+static void multiply(const Plan& plan, const Tile& tile, const Activations& a, bool wide, int64_t vector, int64_t vectors,
+                     float* y) {
     switch (vectors + (wide ? 8 : 0)) {
-        BLOCKS(1, true)
-        BLOCKS(2, true)
+        case 9: return multiply_rows(plan, tile, a, true, vector, 1, y);
+        case 10: return multiply_rows(plan, tile, a, true, vector, 2, y);
 #if AQUABIT_LEVEL >= 3
-        BLOCKS(1, false)
-        BLOCKS(2, false)
+        case 1: return multiply_rows(plan, tile, a, false, vector, 1, y);
+        case 2: return multiply_rows(plan, tile, a, false, vector, 2, y);
 #endif
 #if AQUABIT_LEVEL == 4
-        BLOCKS(3, true)
-        BLOCKS(4, true)
-        BLOCKS(3, false)
-        BLOCKS(4, false)
+        case 11: return multiply_rows(plan, tile, a, true, vector, 3, y);
+        case 12: return multiply_rows(plan, tile, a, true, vector, 4, y);
+        case 3: return multiply_rows(plan, tile, a, false, vector, 3, y);
+        case 4: return multiply_rows(plan, tile, a, false, vector, 4, y);
 #endif
     }
 }
-#undef BLOCKS
 
 // Sums of the integers of each run, which offsets are multiplied with; ``ones`` is a row of ones.
 static void sum(const Plan& plan, const Activations& a, const uint8_t* ones, bool wide, int64_t vector, int64_t vectors) {
@@ -154,3 +120,12 @@ static void sum(const Plan& plan, const Activations& a, const uint8_t* ones, boo
         }
     }
 }
+
+#include "rows.h"
+#include "pack.h"
+#include "few.h"
+
+constexpr Level kLevel = {
+    kLanes,     kRows,       kVectors,   AQUABIT_LEVEL >= 3, AQUABIT_LEVEL == 4 ? 8 : 7, multiply,
+    sum,        fill_codes,  fill_values, decode_row,        token_grid,                 sample_grid,
+    pack_tokens, quantize_token, pack_line, put_tokens,      dot_codes,                  dot_values};

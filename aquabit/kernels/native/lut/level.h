@@ -1,93 +1,8 @@
-// The table kernel for one instruction set; included by lut.cpp once per level, inside a namespace and under a target pragma of its own. No
-// library code and no templates: what the linker shares between levels must not be compiled for one of them.
+// The table kernel for one instruction set (foreach_level.h).
 //
-// Columns are tokens, or the pixels of padded planes in one long row. A table row holds the product of one codeword with a group of inputs
-// for every column, so that a code of a weight costs one load and one add for a whole vector of columns.
-
-typedef float Floats __attribute__((vector_size(4 * kLanes)));
-typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
-typedef int16_t Shorts __attribute__((vector_size(4 * kLanes)));      // 2 kLanes
-typedef uint16_t Wrapping __attribute__((vector_size(4 * kLanes)));   // Shorts whose sums may leave 16 bits on the way
-typedef int16_t HalfShorts __attribute__((vector_size(2 * kLanes)));  // kLanes
-typedef float UnalignedFloats __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
-typedef int16_t UnalignedShorts __attribute__((vector_size(4 * kLanes), aligned(2), may_alias));
-
-INLINE Floats load(const float* x) { return *reinterpret_cast<const UnalignedFloats*>(x); }
-INLINE void store(float* x, Floats v) { *reinterpret_cast<UnalignedFloats*>(x) = v; }
-INLINE Shorts load(const int16_t* x) { return *reinterpret_cast<const UnalignedShorts*>(x); }
-INLINE void store(int16_t* x, Shorts v) { *reinterpret_cast<UnalignedShorts*>(x) = v; }
-INLINE Floats plus(Floats a, Floats b) { return a + b; }
-INLINE Shorts plus(Shorts a, Shorts b) { return reinterpret_cast<Shorts>(reinterpret_cast<Wrapping>(a) + reinterpret_cast<Wrapping>(b)); }
-INLINE Floats splat(float x) { return x - Floats{}; }
-
-// To the nearest integers, in the low half of each lane: adding 1.5 * 2^23 leaves them in the mantissa.
-INLINE Ints rounded(Floats x) { return reinterpret_cast<Ints>(x + 12582912.0f); }
-
-INLINE Shorts narrowed(Ints low, Ints high) {
-#if AQUABIT_LEVEL == 4
-    return reinterpret_cast<Shorts>(_mm512_permutex2var_epi16(
-        reinterpret_cast<__m512i>(low),
-        _mm512_set_epi16(62, 60, 58, 56, 54, 52, 50, 48, 46, 44, 42, 40, 38, 36, 34, 32, 30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4,
-                         2, 0),
-        reinterpret_cast<__m512i>(high)));
-#else
-    const HalfShorts a = __builtin_convertvector(low, HalfShorts), b = __builtin_convertvector(high, HalfShorts);
-    Shorts both;
-    __builtin_memcpy(&both, &a, sizeof a);
-    __builtin_memcpy(reinterpret_cast<char*>(&both) + sizeof a, &b, sizeof b);
-    return both;
-#endif
-}
-
-// By intrinsics: a copy through memory would keep the sums of the inner loop there too.
-INLINE void widened(Shorts x, Floats* low, Floats* high) {
-#if AQUABIT_LEVEL == 4
-    const __m512i v = reinterpret_cast<__m512i>(x);
-    *low = reinterpret_cast<Floats>(_mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm512_castsi512_si256(v))));
-    *high = reinterpret_cast<Floats>(_mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm512_extracti64x4_epi64(v, 1))));
-#elif AQUABIT_LEVEL == 3
-    const __m256i v = reinterpret_cast<__m256i>(x);
-    *low = reinterpret_cast<Floats>(_mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(_mm256_castsi256_si128(v))));
-    *high = reinterpret_cast<Floats>(_mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(_mm256_extracti128_si256(v, 1))));
-#elif AQUABIT_LEVEL == 2
-    const __m128i v = reinterpret_cast<__m128i>(x);
-    *low = reinterpret_cast<Floats>(_mm_cvtepi32_ps(_mm_srai_epi32(_mm_unpacklo_epi16(v, v), 16)));
-    *high = reinterpret_cast<Floats>(_mm_cvtepi32_ps(_mm_srai_epi32(_mm_unpackhi_epi16(v, v), 16)));
-#else
-    HalfShorts a, b;
-    __builtin_memcpy(&a, &x, sizeof a);
-    __builtin_memcpy(&b, reinterpret_cast<const char*>(&x) + sizeof a, sizeof b);
-    *low = __builtin_convertvector(a, Floats);
-    *high = __builtin_convertvector(b, Floats);
-#endif
-}
-
-#if defined(__clang__)
-INLINE Floats shuffled(Floats a, Floats b, Ints from) {
-    Floats out;
-    for (int i = 0; i < kLanes; ++i) out[i] = from[i] < kLanes ? a[from[i]] : b[from[i] - kLanes];
-    return out;
-}
-#else
-INLINE Floats shuffled(Floats a, Floats b, Ints from) { return __builtin_shuffle(a, b, from); }
-#endif
-
-// kLanes vectors, as a square, transposed.
-INLINE void transpose(Floats* v) {
-    Floats w[kLanes];
-    Ints low, high;
-    for (int i = 0; i < kLanes; ++i) {
-        low[i] = i / 2 + (i % 2) * kLanes;
-        high[i] = low[i] + kLanes / 2;
-    }
-    for (int step = 1; step < kLanes; step *= 2) {  // interleaving row i with row i + kLanes / 2, log2(kLanes) times
-        for (int i = 0; i < kLanes / 2; ++i) {
-            w[2 * i] = shuffled(v[i], v[i + kLanes / 2], low);
-            w[2 * i + 1] = shuffled(v[i], v[i + kLanes / 2], high);
-        }
-        for (int i = 0; i < kLanes; ++i) v[i] = w[i];
-    }
-}
+// Columns are tokens, or the pixels of padded planes in one long row. A table row holds the product of one codeword
+// with a group of inputs for every column, so that a code of a weight costs one load and one add for a whole vector of
+// columns.
 
 // Tokens [count, stride] at channels [0, channels) to columns: out [channels, width]; columns past count are zero.
 static void columns_of(const float* x, int64_t stride, int64_t count, int64_t channels, int64_t width, float* out) {
@@ -129,9 +44,10 @@ static void weigh(const float* const* streams, const float* weights, int64_t spa
 }
 
 // Rows of codewords [count, span] times the streams, each column times inverse where rows are int16; rows are ``stride`` columns apart.
-// A register block of four rows by two vectors; ``exact`` is a constant where this is called.
-INLINE void product_rows(const float* codewords, int64_t count, const float* const* streams, int64_t span, const float* inverse,
-                         int64_t width, int64_t stride, void* rows, const bool exact) {
+// A register block of four rows by two vectors.
+template <bool exact>
+INLINE void product_rows(const float* codewords, int64_t count, const float* const* streams, int64_t span,
+                         const float* inverse, int64_t width, int64_t stride, void* rows) {
     for (int64_t q = 0; q < width; q += 2 * kLanes) {
         Floats x[2 * kSpan];
         const Floats a = exact ? splat(1) : load(inverse + q), b = exact ? splat(1) : load(inverse + q + kLanes);
@@ -158,7 +74,7 @@ INLINE void product_rows(const float* codewords, int64_t count, const float* con
                     store(row, sum[2 * r]);
                     store(row + kLanes, sum[2 * r + 1]);
                 } else {
-                    store(static_cast<int16_t*>(rows) + (k + r) * stride + q, narrowed(rounded(sum[2 * r]), rounded(sum[2 * r + 1])));
+                    store(static_cast<int16_t*>(rows) + (k + r) * stride + q, low_halves(nearest_short(sum[2 * r]), nearest_short(sum[2 * r + 1])));
                 }
             }
         }
@@ -173,30 +89,29 @@ INLINE void product_rows(const float* codewords, int64_t count, const float* con
                 store(row, low);
                 store(row + kLanes, high);
             } else {
-                store(static_cast<int16_t*>(rows) + k * stride + q, narrowed(rounded(low), rounded(high)));
+                store(static_cast<int16_t*>(rows) + k * stride + q, low_halves(nearest_short(low), nearest_short(high)));
             }
         }
     }
 }
 
-static void product_rows_exact(const float* codewords, int64_t count, const float* const* streams, int64_t span, const float*,
-                               int64_t width, int64_t stride, void* rows) {
-    product_rows(codewords, count, streams, span, nullptr, width, stride, rows, true);
+static void product_rows_exact(const float* codewords, int64_t count, const float* const* streams, int64_t span,
+                               const float*, int64_t width, int64_t stride, void* rows) {
+    product_rows<true>(codewords, count, streams, span, nullptr, width, stride, rows);
 }
 
-static void product_rows_fast(const float* codewords, int64_t count, const float* const* streams, int64_t span, const float* inverse,
-                              int64_t width, int64_t stride, void* rows) {
-    if (span == 8) return product_rows(codewords, count, streams, 8, inverse, width, stride, rows, false);
-    if (span == 9) return product_rows(codewords, count, streams, 9, inverse, width, stride, rows, false);
-    product_rows(codewords, count, streams, span, inverse, width, stride, rows, false);
+static void product_rows_fast(const float* codewords, int64_t count, const float* const* streams, int64_t span,
+                              const float* inverse, int64_t width, int64_t stride, void* rows) {
+    if (span == 8) return product_rows<false>(codewords, count, streams, 8, inverse, width, stride, rows);
+    if (span == 9) return product_rows<false>(codewords, count, streams, 9, inverse, width, stride, rows);
+    product_rows<false>(codewords, count, streams, span, inverse, width, stride, rows);
 }
 
-#if AQUABIT_LEVEL == 4
+#ifdef AQUABIT_VNNI
 // The same with 16-bit dot products: words [count, pairs] of two int16 each, in units of which 65536 times the sums are 32 bits, whose upper
 // half is the table's. Half as many multiply-adds as with floats; both roundings are far below the table's own.
-__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,bmi,popcnt"))) static void product_rows_dots(
-    const int32_t* words, int64_t count, const float* const* streams, int64_t span, const float* inverse, float factor, int64_t width,
-    int64_t stride, int16_t* rows) {
+static void product_rows_dots(const int32_t* words, int64_t count, const float* const* streams, int64_t span,
+                              const float* inverse, float factor, int64_t width, int64_t stride, int16_t* rows) {
     const int64_t pairs = (span + 1) / 2;
     const __m512i half = _mm512_set1_epi32(1 << 15);
     const __m512i upper = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25, 23, 21, 19, 17, 15,
@@ -243,26 +158,24 @@ __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,bm
 #endif
 
 // Two lookups in one: row high * lows + low is the sum of a row of each.
-#define AQUABIT_SUMS(NAME, TYPE, VECTOR)                                                                                    \
-    static void NAME(const void* low, int64_t lows, const void* high, int64_t highs, int64_t width, void* rows) {           \
-        const int64_t lanes = sizeof(VECTOR) / sizeof(TYPE);                                                                \
-        for (int64_t q = 0; q < width; q += lanes)                                                                          \
-            for (int64_t h = 0; h < highs; ++h) {                                                                           \
-                const VECTOR b = load(static_cast<const TYPE*>(high) + h * width + q);                                      \
-                const TYPE* a = static_cast<const TYPE*>(low) + q;                                                          \
-                TYPE* to = static_cast<TYPE*>(rows) + h * lows * width + q;                                                 \
-                for (int64_t l = 0; l < lows; ++l) store(to + l * width, plus(load(a + l * width), b));                          \
-            }                                                                                                               \
-    }
-AQUABIT_SUMS(sum_shorts, int16_t, Shorts)
-AQUABIT_SUMS(sum_floats, float, Floats)
-#undef AQUABIT_SUMS
-
-static void sum_rows(const void* low, int64_t lows, const void* high, int64_t highs, int64_t width, void* rows, bool exact) {
-    return exact ? sum_floats(low, lows, high, highs, width, rows) : sum_shorts(low, lows, high, highs, width, rows);
+template <class T>
+INLINE void sum_rows_of(const void* low, int64_t lows, const void* high, int64_t highs, int64_t width, void* rows) {
+    for (int64_t q = 0; q < width; q += kLanesOf<T>)
+        for (int64_t h = 0; h < highs; ++h) {
+            const Vector<T> b = load(static_cast<const T*>(high) + h * width + q);
+            const T* a = static_cast<const T*>(low) + q;
+            T* to = static_cast<T*>(rows) + h * lows * width + q;
+            for (int64_t l = 0; l < lows; ++l) store(to + l * width, plus(load(a + l * width), b));
+        }
 }
 
-#include "lut_gather.h"
+static void sum_rows(const void* low, int64_t lows, const void* high, int64_t highs, int64_t width, void* rows,
+                     bool exact) {
+    return exact ? sum_rows_of<float>(low, lows, high, highs, width, rows)
+                 : sum_rows_of<int16_t>(low, lows, high, highs, width, rows);
+}
+
+#include "gather.h"
 
 // y = scale * sums + aux_scale * aux + bias, in place (factors of rows: 1, 0 where the blocks have applied them).
 static void finish(const Call& c, const Tile& t, int64_t from, int64_t to) {
@@ -324,9 +237,12 @@ static void token_rows(const uint8_t* codes, int64_t row_bytes, int64_t bytes, c
     }
 }
 
-static const Level kLevel = {kLanes,     columns_of,  squares, weigh,     product_rows_fast, product_rows_exact, sum_rows,
-                             gather_rows, finish,     tokens_of, token_products, token_pairs, token_rows, nullptr};
-#if AQUABIT_LEVEL == 4
-static const Level kDotsLevel = {kLanes,     columns_of,  squares, weigh,     product_rows_fast, product_rows_exact, sum_rows,
-                                 gather_rows, finish,     tokens_of, token_products, token_pairs, token_rows, product_rows_dots};
+static const Level kLevel = {
+    kLanes,  columns_of, squares,   weigh,          product_rows_fast, product_rows_exact, sum_rows, gather_rows,
+    finish,  tokens_of,  token_products, token_pairs, token_rows,
+#ifdef AQUABIT_VNNI
+    product_rows_dots,
+#else
+    nullptr,
 #endif
+};

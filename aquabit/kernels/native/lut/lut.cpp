@@ -19,90 +19,23 @@
 #include <string>
 #include <vector>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
-#include "processor.h"
+#include "../memory.h"
+#include "../processor.h"
 
 namespace nb = nanobind;
 
 namespace {
 
-#define INLINE static inline __attribute__((always_inline))
+#include "types.h"
 
-#include "lut_types.h"
+#define AQUABIT_AVX512VNNI
+#define AQUABIT_AVX512
+#define AQUABIT_EACH_LEVEL "lut/level.h"
+#include "../foreach_level.h"
 
-#if defined(__x86_64__)
-#define AQUABIT_X86
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,popcnt"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,popcnt,prefer-vector-width=512")
-#endif
-namespace lut_avx512 {
-constexpr int kLanes = 16;
-#define AQUABIT_LEVEL 4
-#include "lut_level.h"
-#undef AQUABIT_LEVEL
-}  // namespace lut_avx512
-#if defined(__clang__)
-#pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx2,fma,bmi,popcnt"))), apply_to = function)
-#else
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,bmi,popcnt")
-#endif
-namespace lut_avx2 {
-constexpr int kLanes = 8;
-#define AQUABIT_LEVEL 3
-#include "lut_level.h"
-#undef AQUABIT_LEVEL
-}  // namespace lut_avx2
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-#endif
-
-namespace lut_baseline {
-constexpr int kLanes = 4;
-#if defined(__x86_64__)
-#define AQUABIT_LEVEL 2
-#else
-#define AQUABIT_LEVEL 0
-#endif
-#include "lut_level.h"
-#undef AQUABIT_LEVEL
-}  // namespace lut_baseline
-
-#include "lut_task.h"
-#include "lut_token.h"
-#include "lut_image.h"
-
-struct Choice {
-    const char* name;
-    const Level* level;
-};
-
-// What this processor can run, best first.
-const std::vector<Choice>& levels() {
-    static const std::vector<Choice> all = [] {
-        std::vector<Choice> found;
-#ifdef AQUABIT_X86
-        const Processor own = processor();
-        if (own.vnni) found.push_back({"avx512vnni", &lut_avx512::kDotsLevel});
-        if (own.avx512) found.push_back({"avx512", &lut_avx512::kLevel});
-        if (own.avx2) found.push_back({"avx2", &lut_avx2::kLevel});
-#endif
-        found.push_back({"baseline", &lut_baseline::kLevel});
-        return found;
-    }();
-    return all;
-}
+#include "task.h"
+#include "token.h"
+#include "image.h"
 
 // Length of the longest row of weights in each block, without scales: what bounds its sums.
 void lut_norms(const Call& c, const std::vector<Block>& blocks, float* norms) {
@@ -143,12 +76,6 @@ std::vector<Block> blocks_of(const int64_t* blocks, int64_t count, const Run* ru
     return found;
 }
 
-std::vector<std::string> level_names() {
-    std::vector<std::string> names;
-    for (const Choice& choice : levels()) names.emplace_back(choice.name);
-    return names;
-}
-
 // The order of these fields is that of _NUMBERS and _TENSORS in lut.py.
 Call call_of(const std::vector<int64_t>& n, const std::vector<uintptr_t>& a, double longest, double word_unit) {
     return {reinterpret_cast<const uint8_t*>(a[0]), floats(a[1]), floats(a[2]), floats(a[3]), floats(a[4]), floats(a[5]),
@@ -173,7 +100,7 @@ void define_lut(nb::module_& m) {
                            int threads, int64_t level) {
         const nb::gil_scoped_release released;
         const Call call = call_of(n, a, longest, word_unit);
-        lut_linear(*levels().at(level).level, call,
+        lut_linear(level_at(level), call,
                    blocks_of(reinterpret_cast<const int64_t*>(blocks), count, reinterpret_cast<const Run*>(runs), floats(norms)),
                    floats(by_input), padded, floats(x), reinterpret_cast<float*>(y), tokens, threads);
     });
@@ -183,7 +110,7 @@ void define_lut(nb::module_& m) {
         const nb::gil_scoped_release released;
         const Call call = call_of(n, a, longest, word_unit);
         const Image image{s[0], s[1], s[2], {s[3], s[4]}, {s[5], s[6]}, {s[7], s[8]}, {s[9], s[10]}, s[11], s[12]};
-        lut_conv2d(*levels().at(level).level, call,
+        lut_conv2d(level_at(level), call,
                    blocks_of(reinterpret_cast<const int64_t*>(blocks), count, reinterpret_cast<const Run*>(runs), floats(norms)), image,
                    floats(x), reinterpret_cast<float*>(y), threads);
     });

@@ -160,15 +160,8 @@ void fake_quant_rows(uintptr_t src, uintptr_t dst, int64_t rows, int64_t row_len
 
 }  // namespace
 
-void define_additive(nb::module_& m);  // additive.cpp
-void define_lut(nb::module_& m);       // lut.cpp
-void define_decode(nb::module_& m);    // decode.cpp
-
-NB_MODULE(_native, m) {
+void define_fake_quant(nb::module_& m) {
     using namespace nb::literals;
-    define_additive(m);
-    define_lut(m);
-    define_decode(m);
     m.def("fake_quant_rows", &fake_quant_rows, "src"_a, "dst"_a, "rows"_a, "row_length"_a, "split"_a, "bits"_a, "zero_in_range"_a,
           "threads"_a, nb::call_guard<nb::gil_scoped_release>());
 }

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "decode_types.h"
+#include "types.h"
 
 // A plan and what it points to.
 struct Planned {

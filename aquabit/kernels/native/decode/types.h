@@ -1,9 +1,6 @@
-// What the tile-decode backend passes between its driver (decode.cpp) and its levels: plain values, no library code.
+// What the tile-decode backend passes between its drivers and its levels: plain values, no library code.
 #pragma once
 #include <cstdint>
-
-// As a macro: its users take on the instruction set of where they are.
-#define INLINE static inline __attribute__((always_inline))
 
 constexpr int kMostLanes = 16, kMostRows = 6, kMostVectors = 4;
 constexpr int64_t kMostTile = 48;      // rows of weights that a thread decodes at once

@@ -1,8 +1,8 @@
-// What the rows of a block share while one group is searched (see additive_level.h, which comes after this).
+// What the rows of a block share while one group is searched, for one instruction set: part of additive.cpp.
 
 // Codewords of one set of tables [M, K, size], padded and transposed.
 static void arrange(const Block& b, const float* tables, float* codewords, float* by_size) {
-    const int64_t k = b.codewords, wide = padded(k), g = b.size, tall = padded(g), stride = b.codebooks * wide;
+    const int64_t k = b.codewords, wide = whole_vectors(k), g = b.size, tall = whole_vectors(g), stride = b.codebooks * wide;
     for (int64_t m = 0; m < b.codebooks; ++m)
         for (int64_t c = 0; c < k; ++c)
             for (int64_t i = 0; i < g; ++i) {
@@ -14,7 +14,7 @@ static void arrange(const Block& b, const float* tables, float* codewords, float
 
 // Codewords times the metric, and times themselves.
 static void project(const Block& b, const float* metric, const float* by_size, float* images, float* own) {
-    const int64_t wide = padded(b.codewords), g = b.size, stride = b.codebooks * wide;
+    const int64_t wide = whole_vectors(b.codewords), g = b.size, stride = b.codebooks * wide;
     for (int64_t at = 0; at < stride; at += kLanes) {
         Floats sum = splat(0);
         for (int64_t i = 0; i < g; ++i) {
@@ -31,7 +31,7 @@ static void project(const Block& b, const float* metric, const float* by_size, f
 
 // Pairs of codewords: row (m (m - 1) / 2 + j) K + k is codeword k of codebook j with all of codebook m.
 static void pair_up(const Block& b, const Group& group, float* pairs) {
-    const int64_t k = b.codewords, wide = padded(k), g = b.size, tall = padded(g), stride = b.codebooks * wide;
+    const int64_t k = b.codewords, wide = whole_vectors(k), g = b.size, tall = whole_vectors(g), stride = b.codebooks * wide;
     for (int64_t m = 1; m < b.codebooks; ++m)
         for (int64_t row = 0; row < m * k; ++row, pairs += wide) {
             const float* codeword = group.codewords + row * tall;

@@ -1,4 +1,4 @@
-// What Python calls: products with tokens and with images, decoded rows (decode.cpp).
+// What Python calls: products with tokens and with images, decoded rows. Part of decode.cpp.
 
 // x [tokens, in] to y [tokens, out].
 Outcome linear_product(const Method& m, const Weight& w, const float* x, float* y, int64_t tokens) {
@@ -6,11 +6,11 @@ Outcome linear_product(const Method& m, const Weight& w, const float* x, float* 
     const int64_t step_bytes = 4 * lanes * size, steps = (w.cin + m.per() - 1) / m.per(), block_bytes = steps * step_bytes;
     std::vector<int64_t> starts;
     for (int64_t v = 0; v < vectors; ++v) starts.push_back(v / size * block_bytes + v % size * 4 * lanes);
-    Buffer<uint8_t> values = room_for<uint8_t>((vectors + size - 1) / size * block_bytes);
+    const Buffer<uint8_t> values((vectors + size - 1) / size * block_bytes);
     std::vector<Grid> grids(positions, Grid{0, 0, 0, 0, 0, 0, 0});
     std::vector<Errors> errors(vectors, Errors{0, 0});
     std::vector<char> usable(vectors, 1);
-    in_parts(vectors, tokens * w.cin > 32768 ? m.threads : 1, [&](int64_t from, int64_t to, int64_t) {
+    in_parts(vectors, tokens * w.cin > 32768 ? m.threads : 1, 1, [&](int64_t from, int64_t to, int64_t) {
         for (int64_t v = from; v < to; ++v) {
             const int64_t first = v * lanes, count = std::min(lanes, tokens - first);
             for (int64_t t = first; t < first + count; ++t)
@@ -31,7 +31,7 @@ Outcome linear_product(const Method& m, const Weight& w, const float* x, float* 
     std::vector<float> scale(positions), rest(positions);
     std::vector<int32_t> zero(positions);
     for (int64_t t = 0; t < positions; ++t) scale[t] = grids[t].scale, rest[t] = grids[t].rest, zero[t] = grids[t].zero * 0x00800001;
-    Buffer<float> sums = room_for<float>(m.codes ? planned.plan.run_count * positions : 0);
+    const Buffer<float> sums(m.codes ? planned.plan.run_count * positions : 0);
     const Activations a = {values.get(), starts.data(), step_bytes, positions, scale.data(), rest.data(), zero.data(), sums.get()};
     const Product product = {m, w, planned, a, vectors, 0, w.out};
     const auto sink = [&](const float* tile, int64_t stride, int64_t row, int64_t rows, int64_t vector, int64_t n) {
@@ -80,10 +80,10 @@ void pack_step(const Method& m, const Convolution& c, const Layout& l, const flo
 Images pack_images(const Method& m, const Convolution& c, const Layout& l, const float* x) {
     const int64_t ranges = c.split ? 2 : 1, area = c.height * c.width, per = m.per(), inputs = c.channels / c.groups;
     const int64_t tail = 4 * m.level->lanes * (m.level->vectors + 1), threads = c.samples * c.channels * area > 32768 ? m.threads : 1;
-    Images all = {room_for<uint8_t>(c.samples * l.sample_bytes + tail), std::vector<Grid>(ranges * c.samples), {0, 0}, true};
+    Images all = {Buffer<uint8_t>(c.samples * l.sample_bytes + tail), std::vector<Grid>(ranges * c.samples), {0, 0}, true};
     std::memset(all.values.get() + c.samples * l.sample_bytes, 0, tail);
     std::vector<char> usable(ranges * c.samples, 1);
-    in_parts(ranges * c.samples, threads, [&](int64_t from, int64_t to, int64_t) {
+    in_parts(ranges * c.samples, threads, 1, [&](int64_t from, int64_t to, int64_t) {
         for (int64_t i = from; i < to; ++i) {
             const int64_t first = i / c.samples ? c.split : 0, last = c.split && i < c.samples ? c.split : c.channels;
             const float* here = x + (i % c.samples * c.channels + first) * area;
@@ -94,7 +94,7 @@ Images pack_images(const Method& m, const Convolution& c, const Layout& l, const
     if (!all.usable) return all;
     const int64_t jobs = c.samples * c.groups * l.group_steps;
     std::vector<Errors> errors(jobs, Errors{0, 0});
-    in_parts(jobs, threads, [&](int64_t from, int64_t to, int64_t) {
+    in_parts(jobs, threads, 1, [&](int64_t from, int64_t to, int64_t) {
         std::vector<int32_t> line(c.width);
         for (int64_t job = from; job < to; ++job) {
             const int64_t n = job / (c.groups * l.group_steps), group = job / l.group_steps % c.groups, step = job % l.group_steps;
@@ -129,7 +129,7 @@ Outcome conv_product(const Method& m, const Weight& w, const Convolution& c, con
         Planned planned;
         const int64_t split = c.split ? std::clamp<int64_t>(c.split - group * w.cin, 0, w.cin) : w.cin;
         make_plan(w, {l.taps, l.step_bytes, group * l.group_steps, split}, m.per(), m.limit, m.by_scale, &planned);
-        Buffer<float> sums = room_for<float>(m.codes ? planned.plan.run_count * positions : 0);
+        const Buffer<float> sums(m.codes ? planned.plan.run_count * positions : 0);
         const Activations a = {images.values.get(), l.starts.data(), l.step_bytes, positions,
                                scale.data(),        rest.data(),     zero.data(),  sums.get()};
         const Product product = {m, w, planned, a, vectors, group * rows, rows};
@@ -159,8 +159,8 @@ Outcome few_tokens(const Method& m, const Weight& w, const float* x, float* y, i
             for (int64_t i = 0; i < w.segments[n].count; ++i) sums[n * tokens + t] += values[t * w.cin + w.segments[n].start + i];
     }
     const int64_t threads = w.out * w.cin > kParallel ? m.threads : 1, room = w.cin * (m.codes ? 1 : 5) + 64;
-    in_parts(w.out, threads, [&](int64_t from, int64_t to, int64_t) {
-        Buffer<float> decoded = room_for<float>(room / 4 + 1);
+    in_parts(w.out, threads, 1, [&](int64_t from, int64_t to, int64_t) {
+        const Buffer<float> decoded(room / 4 + 1);
         for (int64_t row = from; row < to; ++row)
             if (m.codes)
                 m.level->dot_codes(w, row, values.data(), grids.data(), sums.data(), tokens, reinterpret_cast<int8_t*>(decoded.get()),
@@ -174,8 +174,8 @@ Outcome few_tokens(const Method& m, const Weight& w, const float* x, float* y, i
 // Rows [first, last) in the weight's own order [.., cin, area], float32.
 void decoded_rows(const Level& level, const Weight& w, int64_t first, int64_t last, int64_t threads, float* out) {
     const bool turned = w.area > 1;
-    in_parts(last - first, (last - first) * w.length() > 65536 ? threads : 1, [&](int64_t from, int64_t to, int64_t) {
-        Buffer<float> room = room_for<float>(w.length() * 5 / 4 + 16);
+    in_parts(last - first, (last - first) * w.length() > 65536 ? threads : 1, 1, [&](int64_t from, int64_t to, int64_t) {
+        const Buffer<float> room(w.length() * 5 / 4 + 16);
         for (int64_t r = from; r < to; ++r) {
             level.decode_row(w, first + r, room.get());
             float* here = out + r * w.length();

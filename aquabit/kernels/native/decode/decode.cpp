@@ -18,120 +18,20 @@
 #include <tuple>
 #include <vector>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
-#include "decode_plan.h"
-#include "decode_types.h"
-
-#include "processor.h"
+#include "../memory.h"
+#include "../processor.h"
+#include "plan.h"
+#include "types.h"
 
 namespace nb = nanobind;
 
 namespace {
 
-#if defined(__x86_64__)
-#define AQUABIT_X86
-
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,bmi,popcnt"))), \
-                             apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,bmi,popcnt")
-#endif
-namespace vnni {
-constexpr int kLanes = 16, kRows = 6, kVectors = 4;
-#define AQUABIT_LEVEL 4
-#include "decode_level.h"
-#include "decode_rows.h"
-#include "decode_pack.h"
-#include "decode_few.h"
-#undef AQUABIT_LEVEL
-}  // namespace vnni
-#if defined(__clang__)
-#pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx2,fma,bmi,popcnt"))), apply_to = function)
-#else
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,bmi,popcnt")
-#endif
-namespace avx2 {
-constexpr int kLanes = 8, kRows = 4, kVectors = 2;
-#define AQUABIT_LEVEL 3
-#include "decode_level.h"
-#include "decode_rows.h"
-#include "decode_pack.h"
-#include "decode_few.h"
-#undef AQUABIT_LEVEL
-}  // namespace avx2
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-#endif
-
-namespace baseline {
-constexpr int kLanes = 4, kRows = 4, kVectors = 2;
-#if defined(__x86_64__)
-#define AQUABIT_LEVEL 2
-#else
-#define AQUABIT_LEVEL 0
-#endif
-#include "decode_level.h"
-#include "decode_rows.h"
-#include "decode_pack.h"
-#include "decode_few.h"
-#undef AQUABIT_LEVEL
-}  // namespace baseline
+#define AQUABIT_AVX512VNNI
+#define AQUABIT_EACH_LEVEL "decode/level.h"
+#include "../foreach_level.h"
 
 constexpr int64_t kParallel = 1 << 18;  // multiply-adds below which other threads are not woken
-
-struct Free {
-    void operator()(void* x) const { ::operator delete[](x, std::align_val_t(64)); }
-};
-template <class T>
-using Buffer = std::unique_ptr<T[], Free>;
-
-// Uninitialised, aligned to the longest vectors.
-template <class T>
-Buffer<T> room_for(int64_t count) {
-    return Buffer<T>(static_cast<T*>(::operator new[](std::max<int64_t>(count, 1) * sizeof(T), std::align_val_t(64))));
-}
-
-int64_t rounded_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-
-// fn(from, to, part) over [0, count) in contiguous parts.
-template <class Function>
-void in_parts(int64_t count, int64_t threads, const Function& fn) {
-    const int64_t parts = std::min(threads, count);
-    if (parts <= 1) return fn(int64_t(0), count, int64_t(0));
-#pragma omp parallel for num_threads(static_cast<int>(parts)) schedule(static, 1)
-    for (int64_t part = 0; part < parts; ++part) fn(count * part / parts, count * (part + 1) / parts, part);
-}
-
-struct Choice {
-    const char* name;
-    const Level* level;
-};
-
-// What this processor can run, best first.
-const std::vector<Choice>& levels() {
-    static const std::vector<Choice> all = [] {
-        std::vector<Choice> found;
-#ifdef AQUABIT_X86
-        const Processor own = processor();
-        if (own.vnni) found.push_back({"vnni", &vnni::kLevel});
-        if (own.avx2) found.push_back({"avx2", &avx2::kLevel});
-#endif
-        found.push_back({"baseline", &baseline::kLevel});
-        return found;
-    }();
-    return all;
-}
 
 // How a call multiplies.
 struct Method {
@@ -148,7 +48,7 @@ struct Method {
 };
 
 Method method_of(const Weight& w, int64_t level, int64_t bits, int64_t threads) {
-    const Level* l = levels().at(level).level;
+    const Level* l = &level_at(level);
     const bool codes = bits <= 8 && !w.tables, wide = !codes || !l->bytes || w.bits > l->byte_bits;
     const int64_t limit = codes ? kLongestRun : bits <= 8 ? kByteRun : kWideRun;
     const bool by_scale = codes || w.length() / std::max(w.scales, w.offsets) >= kOwnRun;
@@ -183,9 +83,9 @@ struct Product {
 
     Scratch scratch(int64_t tile) const {
         const Plan& p = planned.plan;
-        return {room_for<uint8_t>(tile * row_bytes()), room_for<uint8_t>(room_bytes()),      room_for<float>(tile * p.run_count),
-                room_for<float>(tile * p.run_count),   room_for<float>(tile * p.range_count), room_for<float>(tile),
-                room_for<float>(tile * kMostVectors * method.level->lanes), room_for<int32_t>(tile * p.run_count)};
+        return {Buffer<uint8_t>(tile * row_bytes()), Buffer<uint8_t>(room_bytes()),      Buffer<float>(tile * p.run_count),
+                Buffer<float>(tile * p.run_count),   Buffer<float>(tile * p.range_count), Buffer<float>(tile),
+                Buffer<float>(tile * kMostVectors * method.level->lanes), Buffer<int32_t>(tile * p.run_count)};
     }
 
     int64_t scratch_bytes(int64_t tile) const { return tile * row_bytes() + room_bytes(); }
@@ -217,12 +117,12 @@ struct Product {
     // Sums of the activations' integers of each run, which offsets need.
     void sum(int64_t threads) const {
         const Plan& p = planned.plan;
-        Buffer<uint8_t> ones = room_for<uint8_t>(p.slot_bytes);
+        const Buffer<uint8_t> ones(p.slot_bytes);
         std::memset(ones.get(), 0, p.slot_bytes);
         for (const Piece& piece : planned.pieces)
             for (int64_t k = piece.lead; k < piece.lead + piece.count; ++k) ones[piece.slot + k * (method.wide ? 2 : 1)] = 1;
         const int64_t size = method.level->vectors, blocks = (vectors + size - 1) / size;
-        in_parts(blocks, threads, [&](int64_t from, int64_t to, int64_t) {
+        in_parts(blocks, threads, 1, [&](int64_t from, int64_t to, int64_t) {
             for (int64_t b = from; b < to; ++b)
                 method.level->sum(p, activations, ones.get(), method.wide, b * size, std::min(size, vectors - b * size));
         });
@@ -238,7 +138,7 @@ struct Product {
         std::vector<Scratch> scratch;
         for (int64_t i = 0; i < std::min(threads, jobs); ++i) scratch.push_back(this->scratch(tile));
         const int64_t stride = kMostVectors * method.level->lanes;
-        in_parts(jobs, threads, [&](int64_t from, int64_t to, int64_t part) {
+        in_parts(jobs, threads, 1, [&](int64_t from, int64_t to, int64_t part) {
             Scratch& s = scratch[part];
             for (int64_t job = from; job < to; ++job) {
                 const int64_t row = job / chunks * tile, count = std::min(tile, rows - row), chunk = job % chunks;
@@ -260,7 +160,7 @@ double ratio_of(const Errors& e) { return e.error > 0 ? std::sqrt(e.error / e.al
 // Whether it was done (0: no integers stand for the activations), relative errors of activations and of weights, bytes of scratch.
 using Outcome = std::tuple<int64_t, double, double, int64_t>;
 
-#include "decode_drivers.h"
+#include "drivers.h"
 
 }  // namespace
 
@@ -294,12 +194,6 @@ Convolution convolution_of(const std::vector<int64_t>& f) {
             f.at(13), f.at(14), f.at(15)};
 }
 
-std::vector<std::string> level_names() {
-    std::vector<std::string> names;
-    for (const Choice& choice : levels()) names.emplace_back(choice.name);
-    return names;
-}
-
 }  // namespace
 
 void define_decode(nb::module_& m) {
@@ -326,7 +220,7 @@ void define_decode(nb::module_& m) {
     m.def(
         "decode_rows",
         [](const std::vector<int64_t>& weight, int64_t first, int64_t last, uintptr_t out, int64_t threads, int64_t level) {
-            decoded_rows(*levels().at(level).level, weight_of(weight), first, last, threads, pointer<float>(out));
+            decoded_rows(level_at(level), weight_of(weight), first, last, threads, pointer<float>(out));
         },
         "weight"_a, "first"_a, "last"_a, "out"_a, "threads"_a, "level"_a, nb::call_guard<nb::gil_scoped_release>());
 }

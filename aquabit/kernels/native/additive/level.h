@@ -1,11 +1,12 @@
-// The additive quantizer's code search for one instruction set; included by additive.cpp once per level, inside a namespace and under a
-// target pragma of its own, after additive_lowest.h and additive_shared.h. No library code and no templates in any of them: what the
-// linker shares between levels must not be compiled for one of them.
+// The additive quantizer's code search for one instruction set (foreach_level.h).
 //
 // Minimised over the codes k_1..k_M of a group: c metric c^T - 2 c pull^T with c the sum of its codewords. Expanded, that is
 //     sum_m own_m[k_m] - 2 c_m . pull   +   sum_{j<m} 2 c_j metric c_m^T :
 // scores that depend on the row, and pairs that do not and are computed once for all rows. Every vector of codewords is padded to
 // whole vectors with own = infinity, and what is infinite is never picked.
+
+#include "lowest.h"
+#include "shared.h"
 
 // Partial sums of the beam: their value, codes, and (without pairs) what is left of the pull.
 struct Beam {
@@ -42,7 +43,7 @@ INLINE int64_t lows_of(const Block& b) { return (2 * b.beam + kLanes - 1) / kLan
 
 // Scores of codebook m for what is left of the pull: own - 2 c . left, of all codes.
 INLINE void direct_scores(const Block& b, const Group& group, int64_t m, const float* left, float* scores) {
-    const int64_t wide = padded(b.codewords), stride = b.codebooks * wide;
+    const int64_t wide = whole_vectors(b.codewords), stride = b.codebooks * wide;
     for (int64_t at = 0; at < wide; at += kLanes) {
         Floats sum = splat(0);
         for (int64_t i = 0; i < b.size; ++i) sum += left[i] * load(group.by_size + i * stride + m * wide + at);
@@ -51,22 +52,22 @@ INLINE void direct_scores(const Block& b, const Group& group, int64_t m, const f
 }
 
 INLINE const float* pair_row(const Block& b, const Group& group, int64_t j, int64_t code, int64_t m) {
-    return group.pairs + ((m * (m - 1) / 2 + j) * b.codewords + code) * padded(b.codewords);
+    return group.pairs + ((m * (m - 1) / 2 + j) * b.codewords + code) * whole_vectors(b.codewords);
 }
 
 // left - c metric for codeword ``code`` of codebook m.
 INLINE void take(const Block& b, const Group& group, int64_t m, int64_t code, const float* left, float* out) {
-    const int64_t wide = padded(b.codewords), stride = b.codebooks * wide;
+    const int64_t wide = whole_vectors(b.codewords), stride = b.codebooks * wide;
     for (int64_t i = 0; i < b.size; ++i) out[i] = left[i] - group.images[i * stride + m * wide + code];
 }
 
 // What scores of codebook m are made of for a partial sum with these codes (with pairs), or for what it leaves of the pull (without).
 INLINE void set_terms(const Block& b, const Group& group, int64_t m, const int32_t* codes, const float* left, const float* scores,
                       float* room, Terms* terms) {
-    terms->base = scores + m * padded(b.codewords);
+    terms->base = scores + m * whole_vectors(b.codewords);
     terms->count = 0;
     if (m > 0 && group.pairs) {
-        const int64_t wide = padded(b.codewords), stride = b.codewords * wide;
+        const int64_t wide = whole_vectors(b.codewords), stride = b.codewords * wide;
         const float* pairs = group.pairs + m * (m - 1) / 2 * stride;
         for (int64_t j = 0; j < m; ++j, pairs += stride) terms->rows[j] = pairs + codes[j] * wide;
         terms->count = static_cast<int>(m);
@@ -78,7 +79,7 @@ INLINE void set_terms(const Block& b, const Group& group, int64_t m, const int32
 
 // Each codeword replaced by the best given the others, one after another; from nothing where ``fresh``.
 static void descend(const Block& b, const Group& group, bool fresh, Row* rows, int count) {
-    const int64_t wide = padded(b.codewords), g = b.size, tall = padded(g), books = b.codebooks, stride = books * wide;
+    const int64_t wide = whole_vectors(b.codewords), g = b.size, tall = whole_vectors(g), books = b.codebooks, stride = books * wide;
     for (Row* row = rows; row < rows + count; ++row) {
         for (int64_t i = 0; i < g; ++i) row->next.left[i] = row->pull[i];
         if (fresh) continue;
@@ -109,7 +110,7 @@ static void descend(const Block& b, const Group& group, bool fresh, Row* rows, i
 
 // Candidates for the best sums over codebooks up to m: those at or below a bound that at least ``beam`` keep to.
 INLINE void find_candidates(const Block& b, const Group& group, int64_t m, int shift, Row* row) {
-    const int64_t wide = padded(b.codewords), tall = padded(b.size), lows = lows_of(b);
+    const int64_t wide = whole_vectors(b.codewords), tall = whole_vectors(b.size), lows = lows_of(b);
     for (int64_t v = 0; v < lows; ++v) row->low[v] = splat(kInfinity);
     const int64_t keep = smaller_of(b.beam, row->width * b.codewords);
     int64_t turn = 0;
@@ -129,7 +130,7 @@ INLINE void find_candidates(const Block& b, const Group& group, int64_t m, int s
 
 // The best of the candidates become the beam.
 INLINE void keep_best(const Block& b, const Group& group, int64_t m, int shift, Row* row) {
-    const int64_t tall = padded(b.size), books = b.codebooks, kept = smaller_of(b.beam, smaller_of(row->width * b.codewords, row->count));
+    const int64_t tall = whole_vectors(b.size), books = b.codebooks, kept = smaller_of(b.beam, smaller_of(row->width * b.codewords, row->count));
     if (row->count > ranked(b) || !rank_all(row->values, row->count, kept, row->order))
         insert_all(row->values, row->count, kept, row->order);
     for (int64_t e = 0; e < kept; ++e) {
@@ -147,7 +148,7 @@ INLINE void keep_best(const Block& b, const Group& group, int64_t m, int shift, 
 
 // The best sum over all codebooks from one of the beam; its codes are the beam's first.
 INLINE void finish(const Block& b, const Group& group, Row* row) {
-    const int64_t wide = padded(b.codewords), tall = padded(b.size), books = b.codebooks, m = books - 1;
+    const int64_t wide = whole_vectors(b.codewords), tall = whole_vectors(b.size), books = b.codebooks, m = books - 1;
     const Beam& beam = row->beam;
     Lowest found = {splat(kInfinity), {}};
     Terms terms;
@@ -165,7 +166,7 @@ INLINE void finish(const Block& b, const Group& group, Row* row) {
 
 // The ``beam`` best sums of codewords grown codebook by codebook from nothing; the codes of the best are the beam's first.
 static void grow(const Block& b, const Group& group, Row* rows, int count) {
-    const int shift = 64 - __builtin_clzll(static_cast<uint64_t>(padded(b.codewords) - 1) | 1);
+    const int shift = 64 - __builtin_clzll(static_cast<uint64_t>(whole_vectors(b.codewords) - 1) | 1);
     for (Row* row = rows; row < rows + count; ++row) {
         row->width = 1;
         row->beam.value[0] = 0;
@@ -181,7 +182,7 @@ static void grow(const Block& b, const Group& group, Row* rows, int count) {
 // c metric c^T - 2 c pull^T.
 INLINE float cost_of(const Block& b, const Group& group, const float* pull, const float* total) {
     float cost = 0;
-    const int64_t tall = padded(b.size);
+    const int64_t tall = whole_vectors(b.size);
     for (int64_t i = 0; i < b.size; ++i) {
         float image = 0;
         for (int64_t j = 0; j < b.size; ++j) image += total[j] * group.metric[j * tall + i];
@@ -191,7 +192,7 @@ INLINE float cost_of(const Block& b, const Group& group, const float* pull, cons
 }
 
 INLINE float pair_cost(const Block& b, const Group& group, const float* scores, const int32_t* codes) {
-    const int64_t wide = padded(b.codewords);
+    const int64_t wide = whole_vectors(b.codewords);
     float cost = 0;
     for (int64_t m = 0; m < b.codebooks; ++m) {
         cost += scores[m * wide + codes[m]];
@@ -201,7 +202,7 @@ INLINE float pair_cost(const Block& b, const Group& group, const float* scores, 
 }
 
 INLINE void add_codewords(const Block& b, const Group& group, const int32_t* codes, float* total) {
-    const int64_t tall = padded(b.size);
+    const int64_t tall = whole_vectors(b.size);
     for (int64_t i = 0; i < tall; i += kLanes) {
         Floats sum = load(group.codewords + codes[0] * tall + i);
         for (int64_t m = 1; m < b.codebooks; ++m) sum += load(group.codewords + (m * b.codewords + codes[m]) * tall + i);
@@ -223,14 +224,14 @@ static void choose(const Block& b, const Group& group, bool fresh, Row* rows, in
         const bool better = group.pairs ? pair_cost(b, group, row->scores, other) < pair_cost(b, group, row->scores, row->codes)
                                         : cost_of(b, group, row->pull, sum) < cost_of(b, group, row->pull, row->total);
         if (!better) continue;
-        for (int64_t i = 0; i < padded(b.size); ++i) row->total[i] = sum[i];
+        for (int64_t i = 0; i < whole_vectors(b.size); ++i) row->total[i] = sum[i];
         for (int64_t m = 0; m < b.codebooks; ++m) row->codes[m] = other[m];
     }
 }
 
 // Scores of a tile's rows for all codes of all codebooks: own - 2 c . pull.
 INLINE void score_tile(const Block& b, const Group& group, const Row* rows) {
-    const int64_t stride = b.codebooks * padded(b.codewords);
+    const int64_t stride = b.codebooks * whole_vectors(b.codewords);
     for (int64_t at = 0; at < stride; at += kLanes) {
         Floats sum[kTile];
         for (int r = 0; r < kTile; ++r) sum[r] = splat(0);
@@ -274,7 +275,7 @@ INLINE float* part_of(uintptr_t* room, int64_t count) {
 INLINE int32_t* integers_of(uintptr_t* room, int64_t count) { return reinterpret_cast<int32_t*>(part_of(room, count)); }
 
 INLINE void lay_out(const Block& b, Row* row, uintptr_t* room) {
-    const int64_t wide = padded(b.codewords), tall = padded(b.size), books = b.codebooks;
+    const int64_t wide = whole_vectors(b.codewords), tall = whole_vectors(b.size), books = b.codebooks;
     row->low = reinterpret_cast<Floats*>(part_of(room, lows_of(b) * kLanes));
     row->pull = part_of(room, tall);
     row->total = part_of(room, tall);
@@ -312,7 +313,7 @@ INLINE const float* start_of(const Block& b, const Row* row, int64_t number, int
 
 // Row ``number`` of all: its pull and its codes.
 INLINE void fetch(const Block& b, const Group& group, int64_t number, int64_t n, Row* row) {
-    const int64_t g = b.size, tall = padded(g);
+    const int64_t g = b.size, tall = whole_vectors(g);
     const float by = 1 / divisor(b.scale[number]);
     const float* start = start_of(b, row, number, n);
     for (int64_t i = 0; i < tall; i += kLanes) {
@@ -329,7 +330,7 @@ INLINE void fetch(const Block& b, const Group& group, int64_t number, int64_t n,
 // What moving a group by ``moved`` does to the loss: moved metric moved^T - 2 moved . gradient.
 INLINE float gain_of(const Block& b, const Group& group, const float* moved, const float* gradient) {
     float gain = 0;
-    const int64_t tall = padded(b.size);
+    const int64_t tall = whole_vectors(b.size);
     for (int64_t i = 0; i < tall; i += kLanes) {
         Floats image = splat(0);
         for (int64_t j = 0; j < b.size; ++j) image += moved[j] * load(group.metric + j * tall + i);
@@ -340,7 +341,7 @@ INLINE float gain_of(const Block& b, const Group& group, const float* moved, con
 
 // Its codes, and what they move: feedback's error (w - q) inverse, or a sweep's change.
 INLINE void put(const Block& b, const Group& group, int64_t number, int64_t n, Row* row) {
-    const int64_t g = b.size, tall = padded(g);
+    const int64_t g = b.size, tall = whole_vectors(g);
     int64_t* codes = b.codes + (number * b.groups + n) * b.codebooks;
     for (int64_t m = 0; m < b.codebooks; ++m) codes[m] = row->codes[m];
     const float scale = b.scale[number];
@@ -367,7 +368,7 @@ static void search_rows(const Block& b, const Group& group, int64_t z, int64_t n
         const int64_t number = z * b.rows + first;
         for (int r = 0; r < kTile; ++r) {  // a tile always counts the same rows, those beyond the last as nothing
             rows[r].target = r < count ? b.target + (number + r) * width : nullptr;
-            for (int64_t i = 0; i < padded(g); ++i) rows[r].pull[i] = rows[r].moved[i] = 0;
+            for (int64_t i = 0; i < whole_vectors(g); ++i) rows[r].pull[i] = rows[r].moved[i] = 0;
         }
         for (int r = 0; r < count; ++r) fetch(b, group, number + r, n, rows + r);
         score_tile(b, group, rows);

@@ -1,5 +1,5 @@
 // Codes of the additive quantizer, all rows of a block of groups in one call: group after group, and for each of them every row's search
-// (a pass of coordinate descent, and a beam; see additive_level.h) and what its outcome means for the groups after it.
+// (a pass of coordinate descent, and a beam; see level.h) and what its outcome means for the groups after it.
 //
 // The same source serves every instruction set; which one runs is chosen at run time. Rows are independent of each other, so how many
 // threads share them changes nothing.
@@ -14,18 +14,12 @@
 #include <string>
 #include <vector>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
-#include "processor.h"
+#include "../memory.h"
+#include "../processor.h"
 
 namespace nb = nanobind;
 
 namespace {
-
-// As a macro: its users take on the instruction set of where they are.
-#define INLINE static inline __attribute__((always_inline))
 
 constexpr float kInfinity = __builtin_inff(), kLargest = FLT_MAX, kSmall = 1e-30f;
 constexpr int kTile = 4;                  // rows that share what is loaded
@@ -61,7 +55,7 @@ struct Group {
     const float* inverse;    // the same, or null
 };
 
-// What is compiled for one instruction set: additive_shared.h, additive_level.h.
+// What is compiled for each instruction set: shared.h, level.h.
 struct Level {
     int64_t lanes;  // floats of a vector
     void (*arrange)(const Block&, const float* tables, float* codewords, float* by_size);
@@ -71,82 +65,9 @@ struct Level {
     void (*search_rows)(const Block&, const Group&, int64_t z, int64_t n, int64_t from, int64_t to, float* room);
 };
 
-#if defined(__x86_64__)
-#define AQUABIT_X86
-
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,popcnt"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,popcnt")
-#endif
-namespace avx512 {
-constexpr int kLanes = 16;
-#define AQUABIT_LEVEL 4
-#include "additive_lowest.h"
-#include "additive_shared.h"
-#include "additive_level.h"
-#undef AQUABIT_LEVEL
-}  // namespace avx512
-#if defined(__clang__)
-#pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx2,fma,bmi,popcnt"))), apply_to = function)
-#else
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,bmi,popcnt")
-#endif
-namespace avx2 {
-constexpr int kLanes = 8;
-#define AQUABIT_LEVEL 3
-#include "additive_lowest.h"
-#include "additive_shared.h"
-#include "additive_level.h"
-#undef AQUABIT_LEVEL
-}  // namespace avx2
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-#endif
-
-namespace baseline {
-constexpr int kLanes = 4;
-#if defined(__x86_64__)
-#define AQUABIT_LEVEL 2
-#else
-#define AQUABIT_LEVEL 0
-#endif
-#include "additive_lowest.h"
-#include "additive_shared.h"
-#include "additive_level.h"
-#undef AQUABIT_LEVEL
-}  // namespace baseline
-
-struct Free {
-    void operator()(float* x) const { ::operator delete[](x, std::align_val_t(64)); }
-};
-using Buffer = std::unique_ptr<float[], Free>;
-
-// Zeros, aligned to the longest vectors.
-Buffer zeros(int64_t count) {
-    float* x = static_cast<float*>(::operator new[](count * sizeof(float), std::align_val_t(64)));
-    std::fill(x, x + count, 0.0f);
-    return Buffer(x);
-}
-
-int64_t rounded_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-
-// fn(from, to, part) over [0, count) in contiguous parts.
-template <class Function>
-void in_parts(int64_t count, int threads, int64_t align, const Function& fn) {
-    const int64_t units = (count + align - 1) / align, parts = std::min<int64_t>(threads, units);
-    if (parts <= 1) return fn(int64_t(0), count, int64_t(0));
-#pragma omp parallel for num_threads(static_cast<int>(parts)) schedule(static, 1)
-    for (int64_t part = 0; part < parts; ++part)
-        fn(units * part / parts * align, std::min(count, units * (part + 1) / parts * align), part);
-}
+#define AQUABIT_AVX512
+#define AQUABIT_EACH_LEVEL "additive/level.h"
+#include "../foreach_level.h"
 
 bool keeps_pairs(const Block& b, int64_t floats) {
     return b.codebooks > 1 && floats <= kPairFloats && b.rows * std::max<int64_t>(b.beam, 1) * 2 >= b.codebooks * b.codewords;
@@ -170,7 +91,7 @@ struct Sizes {
 
 // What rows share while a batch of groups is searched, and room for the search of as many parts of the rows as there are threads.
 struct Workspace {
-    Buffer images, own, metric, inverse, pairs, room;
+    Buffer<float> images, own, metric, inverse, pairs, room;
     int64_t room_size;
 
     Workspace(const Level& level, const Block& b, const Sizes& sizes, int threads)
@@ -236,7 +157,7 @@ void run(const Level& level, const Block& b, int threads) {
     const int workers = many ? threads : 1, team = many ? 1 : threads;
     const Sizes sizes(level, b, team);
     const int64_t by_size = rounded_up(b.codebooks * b.codewords * sizes.tall, 16), stride = by_size + rounded_up(b.size * sizes.all, 16);
-    const Buffer tables = zeros(b.table_sets * stride);
+    const Buffer<float> tables = zeros(b.table_sets * stride);
     for (int64_t t = 0; t < b.table_sets; ++t) {
         float* here = tables.get() + t * stride;
         level.arrange(b, b.tables + t * b.codebooks * b.codewords * b.size, here, here + by_size);
@@ -249,32 +170,6 @@ void run(const Level& level, const Block& b, int threads) {
             Job{level, b, sizes, here, here + by_size, work[part]}.run(z, team);
         }
     });
-}
-
-struct Choice {
-    const char* name;
-    const Level* level;
-};
-
-// What this processor can run, best first.
-const std::vector<Choice>& levels() {
-    static const std::vector<Choice> all = [] {
-        std::vector<Choice> found;
-#ifdef AQUABIT_X86
-        const Processor own = processor();
-        if (own.avx512) found.push_back({"avx512", &avx512::kLevel});
-        if (own.avx2) found.push_back({"avx2", &avx2::kLevel});
-#endif
-        found.push_back({"baseline", &baseline::kLevel});
-        return found;
-    }();
-    return all;
-}
-
-std::vector<std::string> level_names() {
-    std::vector<std::string> names;
-    for (const Choice& choice : levels()) names.emplace_back(choice.name);
-    return names;
 }
 
 const float* floats(uintptr_t address) { return reinterpret_cast<const float*>(address); }
@@ -292,7 +187,7 @@ void define_additive(nb::module_& m) {
             const Block block{reinterpret_cast<float*>(target), floats(before), floats(metric), floats(inverse), floats(coupling),
                               floats(scale), floats(tables), reinterpret_cast<int64_t*>(codes), reinterpret_cast<float*>(moved),
                               reinterpret_cast<double*>(gain), blocks, rows, groups, table_sets, codebooks, codewords, size, beam};
-            run(*levels().at(level).level, block, threads);
+            run(level_at(level), block, threads);
         },
         "target"_a, "before"_a, "metric"_a, "inverse"_a, "coupling"_a, "scale"_a, "tables"_a, "codes"_a, "moved"_a, "gain"_a, "blocks"_a,
         "rows"_a, "groups"_a, "table_sets"_a, "codebooks"_a, "codewords"_a, "size"_a, "beam"_a, "threads"_a, "level"_a,

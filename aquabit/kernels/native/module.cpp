@@ -1,0 +1,16 @@
+// aquabit.kernels._native: what Python is given of each kernel.
+#include <nanobind/nanobind.h>
+
+namespace nb = nanobind;
+
+void define_fake_quant(nb::module_& m);  // fakequant.cpp
+void define_additive(nb::module_& m);    // additive/additive.cpp
+void define_lut(nb::module_& m);         // lut/lut.cpp
+void define_decode(nb::module_& m);      // decode/decode.cpp
+
+NB_MODULE(_native, m) {
+    define_fake_quant(m);
+    define_additive(m);
+    define_lut(m);
+    define_decode(m);
+}
