@@ -23,7 +23,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.common import RESULTS, about, parser, write_results
 from tests.browser import chromium, opened
-from tests.test_reports import Synthetic
+from tests.pages import Synthetic
 
 SCHEMES = ("usq2", "usq3", "usq4", "usq8", "vq2", "vq3", "vq4", "vq2c", "vq3c", "vq4c")
 CLICK = (

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from aquabit import _notebook
 from aquabit.study import Study
-from tests.test_reports import EVIL, Synthetic
+from tests.pages import EVIL, Synthetic
 
 
 def test_a_study_shows_its_counts_and_its_measurements(tmp_path: Path) -> None:

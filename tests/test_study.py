@@ -7,29 +7,9 @@ import time
 
 import pytest
 
-from aquabit.scheme import AquabitError, LayerChoice, Measurement, Protocol, QuantConfig, Scheme
+from aquabit.scheme import AquabitError, Measurement, Protocol
 from aquabit.study import Study
-
-PROTOCOL = Protocol()
-COST = {"bits": 3.0, "bytes": 100, "bops": 1e9}
-
-
-def config(i: int) -> QuantConfig:
-    return QuantConfig("f", {f"layer{i}": LayerChoice(Scheme.parse("usq4"), 8)})
-
-
-def filled(path, indices, protocol: Protocol = PROTOCOL) -> Study:
-    study = Study(path)
-    study.begin("model", "f", {}, {}, protocol)
-    for i in indices:
-        study.record(
-            config(i),
-            Measurement(config(i).digest, protocol.digest, {"fid": float(i)}, 1.0),
-            "sample",
-            COST,
-            b"png",
-        )
-    return study
+from tests.worlds import COST, PROTOCOL, config, filled
 
 
 def test_measurements_round_trip_and_stay_unique(tmp_path) -> None:
@@ -144,7 +124,7 @@ def test_killed_at_random_instants_every_recorded_measurement_is_whole(tmp_path)
     code = """if True:
         import sys
         sys.path.insert(0, ".")
-        from tests.test_study import *
+        from tests.worlds import *
         s = filled(sys.argv[1], [])
         k = len(s.measurements(failed=True))
         for i in range(k, 100000):
