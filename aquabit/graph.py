@@ -183,9 +183,12 @@ def meta_denoiser(class_name: str, config: Mapping[str, Any]) -> nn.Module:
 
 
 def _from_config(model_class: Any, config: Mapping[str, Any]) -> nn.Module:
+    # diffusers lists positional arguments of a model among those left at their defaults, and would build it
+    # with the class's own sizes in place of them
+    config = {k: v for k, v in config.items() if k != "_use_default_values"}
     try:
         with torch.device("meta"):
-            model: nn.Module = model_class.from_config(dict(config))
+            model: nn.Module = model_class.from_config(config)
     except (
         Exception
     ) as error:  # diffusers checks little: a wrong config surfaces as any exception of its constructors

@@ -3,6 +3,7 @@ for; and images from it."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -78,7 +79,17 @@ class Packed:
             if component != name and hasattr(value, "save_pretrained"):
                 value.save_pretrained(folder / component)
         self.pipe.save_config(folder)
-        return save_packed_denoiser(self.model.denoiser, folder / name, max_shard_size)
+        size = save_packed_denoiser(self.model.denoiser, folder / name, max_shard_size)
+        for file in (folder / "model_index.json", *folder.glob("*/config.json")):
+            _forget_local_path(file)
+        return size
+
+
+def _forget_local_path(file: Path) -> None:
+    """Where a model was loaded from stays in what diffusers saves; a folder of this machine tells nobody."""
+    value = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    if Path(str(value.pop("_name_or_path", ""))).is_absolute():
+        file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def quantize(

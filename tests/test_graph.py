@@ -409,3 +409,13 @@ def test_bad_input_is_named() -> None:
         g.trace(Toy(), {"x": torch.rand(1, 5, 7), "context": torch.rand(1, 3, 8)})
     with pytest.raises(AquabitError, match="unknown model family 'gan'"):
         g.trace(Toy(), toy_inputs(), family="gan")
+
+
+def test_sizes_given_by_position_are_those_of_the_graph() -> None:
+    """diffusers names them among the arguments left at their defaults."""
+    from diffusers import DiTTransformer2DModel
+
+    model = DiTTransformer2DModel(2, 8, 4, num_layers=1, sample_size=8)
+    shapes = {n: tuple(m.weight.shape) for n, m in model.named_modules() if isinstance(m, QUANTIZABLE)}
+    assert {n: a["shape"] for n, a in g.layers(g.trace(model)).items()} == shapes
+    assert shapes["transformer_blocks.0.attn1.to_q"] == (16, 16)

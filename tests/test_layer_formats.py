@@ -66,7 +66,6 @@ def operations(scheme: Scheme, shape: tuple[int, ...]) -> float:
 
 
 # ---- what is picked
-# ------------------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=300, deadline=None)
@@ -170,7 +169,6 @@ def test_losses_are_told_of_formats_that_were_measured() -> None:
 
 
 # ---- tables
-# ------------------------------------------------------------------------------------------------------------
 
 
 def test_the_first_pattern_of_a_table_counts() -> None:
@@ -222,7 +220,6 @@ def test_groups_longer_than_a_row_are_left_out() -> None:
 
 
 # ---- spaces
-# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", bundled_models())

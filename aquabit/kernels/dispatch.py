@@ -32,7 +32,6 @@ Seen = Callable[[Weight, Request, str], None]  # told of each call: its weight, 
 
 
 # ---- the choice
-# ------------------------------------------------------------------------------------------------------------
 
 
 def serving(request: Request) -> dict[str, str | None]:
@@ -139,7 +138,6 @@ def observed(seen: Seen) -> Iterator[None]:
 
 
 # ---- weights as kernels read them
-# -------------------------------------------------------------------------------------------------------
 
 _arranged: WeakKeyDictionary[CodebookWeight, Arranged] = WeakKeyDictionary()
 _formats: WeakKeyDictionary[Weight, Format] = WeakKeyDictionary()
@@ -213,7 +211,6 @@ def device_of(weight: Weight) -> torch.device:
 
 
 # ---- the functions
-# ------------------------------------------------------------------------------------------------------------
 
 
 def codebook_linear(
@@ -400,7 +397,6 @@ def known_backends() -> Mapping[str, str]:
 
 
 # ---- what compiled code calls
-# ----------------------------------------------------------------------------------------------------------
 
 _library = torch.library.Library("aquabit", "FRAGMENT")
 _library.define(

@@ -40,7 +40,6 @@ def _blocks(rows: Array) -> Iterator[Array]:
 
 
 # Frechet distance
-# ------------------------------------------------------------------------------------------------
 
 
 def covariance_root(covariance: npt.ArrayLike) -> Array:
@@ -102,7 +101,6 @@ def sfid(real_spatial: npt.ArrayLike, generated_spatial: npt.ArrayLike) -> float
 
 
 # Kernel distance
-# -------------------------------------------------------------------------------------------------
 
 
 def polynomial_kernel_sum(x: Array, y: Array) -> float:
@@ -174,7 +172,6 @@ def cmmd(real: npt.ArrayLike, generated: npt.ArrayLike) -> float:
 
 
 # Precision and recall
-# --------------------------------------------------------------------------------------------
 
 
 def _distances(x: Array, y: Array) -> Array:
@@ -215,7 +212,6 @@ def precision_recall(
 
 
 # Logits
-# ----------------------------------------------------------------------------------------------------------
 
 
 def inception_score(logits: npt.ArrayLike) -> float:

@@ -90,7 +90,6 @@ def config_of(denoiser: nn.Module) -> QuantConfig | None:
 
 
 # ---- files
-# ------------------------------------------------------------------------------------------------------------
 
 
 def is_packed(folder: Path) -> bool:
@@ -139,7 +138,6 @@ def save_packed_denoiser(denoiser: Any, folder: Path, max_shard_size: int | str 
 
 
 # ---- quantization_config
-# ------------------------------------------------------------------------------------------------------------
 
 
 def described(
@@ -185,7 +183,6 @@ def parsed(value: Mapping[str, Any]) -> tuple[QuantConfig, dict[str, Any]]:
 
 
 # ---- tensors
-# ------------------------------------------------------------------------------------------------------------
 
 
 def is_own(key: str, config: QuantConfig) -> bool:
@@ -195,7 +192,6 @@ def is_own(key: str, config: QuantConfig) -> bool:
 
 
 # ---- a denoiser from them
-# ------------------------------------------------------------------------------------------------------------
 
 
 def place_layers_(

@@ -159,7 +159,6 @@ def _listed(text: str | None, default: tuple[str, ...]) -> tuple[str, ...]:
 
 
 # ---- whole denoisers
-# ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

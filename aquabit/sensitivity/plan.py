@@ -112,7 +112,8 @@ def plan(
     probes = _probes(study, made)
     call = _call_seconds(evaluator, given, where.device)
     calls = given.steps * ceil(given.images / given.micro_batch) * (2 if made.correction else 1)
-    probing = probes * call * given.steps * min(1.0, PROBE_IMAGES / given.micro_batch)
+    # a call takes ``micro_batch`` images: a probe's images are several calls, or part of one
+    probing = probes * call * given.steps * PROBE_IMAGES / given.micro_batch
     free = store.limit - sum(p.stat().st_size for p in store.folder.glob("*.safetensors"))
     there = len(asked & known) + (0 if fixed else min(done, len(drawn)))
     return Plan(

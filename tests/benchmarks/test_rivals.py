@@ -57,7 +57,6 @@ def every(space: SearchSpace) -> np.ndarray:
 
 
 # ---- searches
-# ------------------------------------------------------------------------------------------------------------
 
 
 def test_prices_add_up_to_the_true_bytes_where_all_share() -> None:
@@ -185,7 +184,6 @@ def test_split_programs_are_within_the_budget_and_best_in_each_group() -> None:
 
 
 # ---- ModelOpt's solver
-# ------------------------------------------------------------------------------------------------------------
 
 
 def given(space: SearchSpace, costs: CostModel, table: np.ndarray, limit: float) -> dict[str, Any]:
@@ -270,7 +268,6 @@ def test_a_limit_that_nothing_meets_has_no_answer() -> None:
 
 
 # ---- scores
-# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -439,7 +436,6 @@ def test_tables_on_disk_are_continued(tmp_path: Path) -> None:
 
 
 # ---- choosing and the table
-# ------------------------------------------------------------------------------------------------------------
 
 
 class FakeRivals:

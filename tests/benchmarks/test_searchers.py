@@ -155,7 +155,6 @@ def test_a_problem_that_makes_no_sense_is_refused() -> None:
 
 
 # ---- evolution
-# ------------------------------------------------------------------------------------------------------------
 
 
 def test_the_front_of_an_evolution_is_that_of_brute_force() -> None:
@@ -208,7 +207,6 @@ def test_without_pymoo_the_command_that_installs_it_is_named(monkeypatch: pytest
 
 
 # ---- ties, proofs and scales
-# -----------------------------------------------------------------------------------------------------------
 
 
 def operations(cost: CostModel, config: QuantConfig) -> float:

@@ -80,7 +80,6 @@ def request(form: Format = AQ, **options) -> Request:
 
 
 # ---- the choice
-# ------------------------------------------------------------------------------------------------------------
 
 
 def test_without_measurements_the_documented_order_counts(log) -> None:
@@ -194,7 +193,6 @@ def test_buckets_are_powers_of_two_nearby(rows: int, pixels: int) -> None:
 
 
 # ---- weights
-# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=str)
@@ -246,7 +244,6 @@ def test_shared_codebooks_stay_one_tensor_wherever_they_go() -> None:
 
 
 # ---- the functions
-# ------------------------------------------------------------------------------------------------------------
 
 
 def relative(y: Tensor, exact: Tensor) -> float:
@@ -330,7 +327,6 @@ def test_bad_arguments_name_the_value() -> None:
 
 
 # ---- timings
-# ------------------------------------------------------------------------------------------------------------
 
 
 def test_the_table_is_kept_merged_and_read_again(tmp_path: Path) -> None:

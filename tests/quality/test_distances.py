@@ -79,7 +79,6 @@ def reference(digits: DigitsFeatures) -> Reference:
 
 
 # Against independent implementations
-# ------------------------------------------------------------------------------
 
 
 def slow_fid(a: np.ndarray, b: np.ndarray) -> float:
@@ -197,7 +196,6 @@ def test_mse_psnr_and_feature_distance_by_hand() -> None:
 
 
 # Laws
-# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n", [3, 10, 200])
@@ -286,7 +284,6 @@ def test_quality_does_not_depend_on_batches(sizes: list[int], seed: int) -> None
 
 
 # Quality and Reference
-# --------------------------------------------------------------------------------------------
 
 
 def test_quality_equals_the_plain_functions(digits: DigitsFeatures, reference: Reference) -> None:
@@ -428,7 +425,6 @@ def test_reference_digest_follows_images_and_extractor_only(
 
 
 # The bundled classifier
-# -------------------------------------------------------------------------------------------
 
 
 def test_classifier_is_accurate_and_fid_tells_digits_from_noise(digits: DigitsFeatures) -> None:

@@ -43,7 +43,6 @@ def pictures(n: int, seed: int = 0, side: int = 32, channels: int = 3) -> torch.
 
 
 # Networks of the real classes
-# -------------------------------------------------------------------------------------
 
 
 class Tower(nn.Module):
@@ -188,7 +187,6 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # Extractors
-# -------------------------------------------------------------------------------------------------------
 
 
 def test_inception_gives_what_the_file_gives_and_its_layers(files) -> None:
@@ -340,7 +338,6 @@ def test_lpips_of_vgg_has_five_slices_and_sees_differences(tmp_path) -> None:
 
 
 # Distances and streams
-# --------------------------------------------------------------------------------------------
 
 
 def test_cmmd_equals_its_double_sum_and_published_form(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -466,7 +463,6 @@ brightness.direction = "min"  # type: ignore[attr-defined]
 
 
 # References
-# -------------------------------------------------------------------------------------------------------
 
 
 class Means:
@@ -625,7 +621,6 @@ def test_what_own_functions_return_is_checked(monkeypatch) -> None:
 
 
 # Protocols and studies
-# --------------------------------------------------------------------------------------------
 
 
 def test_files_functions_and_real_images_are_part_of_the_protocol(files, real, tmp_path) -> None:

@@ -99,6 +99,15 @@ def test_artifact_size_is_exact_on_disk_and_in_memory(pipe, tmp_path) -> None:
     assert len(moved) == 2 * len(shared), "moved to another device, they still share"
 
 
+def test_an_artifact_names_no_folder_of_this_machine(dit, tmp_path) -> None:
+    dit.save_pretrained(tmp_path / "model")
+    loaded = load(str(tmp_path / "model"))
+    assert str(tmp_path) in str(loaded.config["_name_or_path"])
+    packing.quantize(loaded, mixed(loaded, 8), bank=str(tmp_path / "bank")).save(tmp_path / "packed")
+    saved = [f.read_text() for f in (tmp_path / "packed").rglob("*.json")]
+    assert len(saved) > 2 and not any(str(tmp_path) in text for text in saved)
+
+
 @pytest.mark.parametrize("act", [16, 8])
 def test_packed_equals_dense(pipe, tmp_path, act: int) -> None:
     config = mixed(pipe, act)

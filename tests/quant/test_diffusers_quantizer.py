@@ -108,7 +108,6 @@ def saved(folder: Path) -> dict[str, Tensor]:
 
 
 # ---- round trips
-# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["unet", "pixart", "dit", "digits-unet"])
@@ -195,7 +194,6 @@ def test_a_pipeline_directory_loads_in_diffusers_and_here(tmp_path: Path) -> Non
 
 
 # ---- quantizing while loading
-# ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_dense_model_is_quantized_while_it_is_loaded(tmp_path: Path) -> None:
@@ -289,7 +287,6 @@ def test_what_cannot_be_quantized_is_said(
 
 
 # ---- damage
-# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -345,7 +342,6 @@ def test_pickles_are_refused(tmp_path: Path) -> None:
 
 
 # ---- what needs the sampler
-# ------------------------------------------------------------------------------------------------------------
 
 
 def test_what_follows_the_sampler_is_bound_here_and_missed_with_a_warning_there(tmp_path: Path) -> None:
@@ -389,7 +385,6 @@ def test_what_follows_the_sampler_is_bound_here_and_missed_with_a_warning_there(
 
 
 # ---- when diffusers learns of us
-# -------------------------------------------------------------------------------------------------------
 
 ORDERS = {
     "aquabit first": (

@@ -193,7 +193,6 @@ def test_the_first_call_is_one_call_of_the_micro_batch(pipe) -> None:
 
 
 # ---- latency as a cost
-# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -298,7 +297,6 @@ def test_fitting_goes_on_after_a_packed_measurement(dit, tmp_path) -> None:
 
 
 # ---- bench
-# ------------------------------------------------------------------------------------------------------------
 
 
 def test_bench_times_formats_at_shapes() -> None:

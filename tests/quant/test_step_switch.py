@@ -61,7 +61,6 @@ ACTS = st.integers(2, 5).flatmap(
 
 
 # ---- values
-# ------------------------------------------------------------------------------------------------------------
 
 
 @given(ACTS)
@@ -123,7 +122,6 @@ def test_groups_that_do_not_fit_are_refused() -> None:
 
 
 # ---- costs
-# ------------------------------------------------------------------------------------------------------------
 
 
 def test_bops_are_averaged_over_steps() -> None:
@@ -170,7 +168,6 @@ def test_latency_is_averaged_over_steps() -> None:
 
 
 # ---- sampling
-# ------------------------------------------------------------------------------------------------------------
 
 
 def evaluator(pipe, tmp_path) -> tuple[Evaluator, SearchSpace]:
@@ -365,7 +362,6 @@ def test_corrections_act_beside_the_switch(tmp_path, dit, kind: str) -> None:
 
 
 # ---- the space
-# ------------------------------------------------------------------------------------------------------------
 
 
 def grouped_space(graph=None, **options) -> SearchSpace:
@@ -564,7 +560,6 @@ def test_switching_costs_nothing_noticeable(tmp_path, dit) -> None:
 
 
 # ---- the command line
-# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -109,7 +109,6 @@ def test_a_later_round_corrects_an_early_one() -> None:
 
 
 # ---- seeds
-# ------------------------------------------------------------------------------------------------------------
 
 
 def images(protocol: Protocol) -> set[int]:

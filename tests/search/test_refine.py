@@ -117,7 +117,6 @@ def test_the_own_choice_overlaps_with_itself_whatever_is_said() -> None:
 
 
 # ---- parts of the inputs
-# ------------------------------------------------------------------------------------------------------------
 
 
 def crossings_of(noise: float, seed: int, parts: int = 4) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -155,7 +154,6 @@ def test_one_part_alone_says_nothing() -> None:
 
 
 # ---- refinement
-# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -209,7 +209,6 @@ def test_run_twice_nothing_is_measured_and_the_front_is_the_same(searched: Any) 
 
 
 # ---- parts
-# ------------------------------------------------------------------------------------------------------------
 
 
 def test_options_that_make_no_sense_are_refused() -> None:

@@ -146,7 +146,6 @@ spaces = pytest.mark.parametrize("name", SPACES)
 
 
 # ---- costs
-# ------------------------------------------------------------------------------------------------------------
 
 
 @spaces
@@ -240,7 +239,6 @@ def test_size_limits_are_exact_whatever_the_schemes(
 
 
 # ---- options
-# ------------------------------------------------------------------------------------------------------------
 
 
 BUDGETS = [("bits",), ("bytes",), ("bops",), ("bits", "bops"), ("bits", "bytes", "bops")]
@@ -288,7 +286,6 @@ def test_changes_are_what_each_single_change_costs(name: str, names: tuple[str, 
 
 
 # ---- integer program
-# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("names", [("bits",), ("bytes",), ("bits", "bops")])
@@ -393,7 +390,6 @@ def test_the_ladder_stays_within_reach() -> None:
 
 
 # ---- local search
-# ------------------------------------------------------------------------------------------------------------
 
 
 def rough(seed: int) -> Predict:
@@ -531,7 +527,6 @@ def test_exchanges_that_seem_to_fit_but_do_not_are_dropped() -> None:
 
 
 # ---- the loop
-# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("names", [("bits",), ("bits", "bops")])
@@ -589,7 +584,6 @@ def _keeps(graph: nx.DiGraph, space: SearchSpace, config: QuantConfig, budget: B
 
 
 # ---- assign
-# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("share", [0.15, 0.5, 0.9])
@@ -697,7 +691,6 @@ def test_assign_says_what_it_cannot_do() -> None:
 
 
 # ---- configurations
-# ------------------------------------------------------------------------------------------------------------
 
 
 CALIBRATION = Calibration(

@@ -49,7 +49,6 @@ LIMITS = [
 
 
 # ---- options
-# ------------------------------------------------------------------------------------------------------------
 
 
 def test_budgets_in_bits_or_bytes_fix_the_activations() -> None:
@@ -117,7 +116,6 @@ def test_a_latency_budget_needs_measured_times() -> None:
 
 
 # ---- integer program
-# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("names", LIMITS)
@@ -329,7 +327,6 @@ def test_additive_scores_recover_an_additive_function() -> None:
 
 
 # ---- local search
-# ------------------------------------------------------------------------------------------------------------
 
 
 def rough(seed: int) -> Predict:
@@ -450,7 +447,6 @@ def test_repair_gives_up_where_no_change_helps() -> None:
 
 
 # ---- the loop
-# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("names", [("bits",), ("bits", "latency_ms")])
@@ -623,7 +619,6 @@ def test_the_ladder_scales_every_limit_within_reach() -> None:
 
 
 # ---- front
-# ------------------------------------------------------------------------------------------------------------
 
 
 def test_pareto_keeps_what_nothing_dominates() -> None:

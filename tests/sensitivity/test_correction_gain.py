@@ -154,7 +154,6 @@ def test_corrected_and_uncorrected_measurements_share_no_training_table(tmp_path
 
 
 # ---- what a search stores
-# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -79,7 +79,6 @@ def test_too_few_damages_and_those_that_are_not_positive_are_refused(damages: li
 
 
 # ---- cells
-# ------------------------------------------------------------------------------------------------------------
 
 
 def damages_of(layers: int, seed: int = 0) -> Damages:

@@ -221,7 +221,6 @@ def _estimate(tensors: Mapping[str, np.ndarray], head: str) -> NoiseEstimate:
 
 
 # ---- guidance
-# ------------------------------------------------------------------------------------------------------------
 
 
 def guidance_weights(branches: Sequence[Tensor], combined: Tensor) -> tuple[tuple[float, ...], float]:
@@ -316,7 +315,6 @@ def _mean_variance(values: np.ndarray) -> float:
 
 
 # ---- measuring
-# ------------------------------------------------------------------------------------------------------------
 
 
 class _Recorder(Watcher):

@@ -103,7 +103,6 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 # ---- found again
-# ------------------------------------------------------------------------------------------------------------
 
 
 def test_what_measuring_fitted_is_found_again(dit, tmp_path, fits) -> None:
@@ -200,7 +199,6 @@ def test_a_fit_is_that_of_the_layers_own_input(dit, tmp_path) -> None:
 
 
 # ---- keys
-# ------------------------------------------------------------------------------------------------------------
 
 
 def test_keys_hold_all_that_a_fit_depends_on(dit, tmp_path) -> None:
@@ -295,7 +293,6 @@ def test_one_model_switches_between_calibrations(dit, tmp_path) -> None:
 
 
 # ---- the same whoever makes them
-# -------------------------------------------------------------------------------------------------------
 
 
 def test_evicted_fits_come_back_to_the_bit(dit, tmp_path) -> None:
@@ -423,7 +420,6 @@ def test_workers_find_the_same_features(dit, tmp_path) -> None:
 
 
 # ---- interruptions and damage
-# ----------------------------------------------------------------------------------------------------------
 
 
 def test_an_interrupted_fit_continues(dit, tmp_path, fits, monkeypatch) -> None:
@@ -509,7 +505,6 @@ def test_a_fit_of_a_member_is_a_fit_of_all(dit, tmp_path, fits) -> None:
 
 
 # ---- what is said
-# ------------------------------------------------------------------------------------------------------------
 
 
 def test_a_diagonal_h_is_noted(dit, tmp_path, monkeypatch) -> None:
@@ -642,7 +637,6 @@ def test_calibration_images_are_made_as_asked(dit) -> None:
 
 
 # ---- end to end
-# ------------------------------------------------------------------------------------------------------------
 
 
 def test_the_default_space_of_a_tiny_model_is_measured(dit, tmp_path) -> None:

@@ -284,7 +284,6 @@ def test_tokens_of_a_flow_model(tmp_path: Path) -> None:
 
 
 # ---- evaluators
-# ------------------------------------------------------------------------------------------------------------
 
 
 def evaluator(folder: Path, pipe: DiffusionPipeline | None = None) -> Evaluator:

@@ -23,7 +23,6 @@ K, BIAS = -0.12, np.array([0.1, -0.05])
 
 
 # ---- a linear Gaussian chain
-# -----------------------------------------------------------------------------------------------------------
 
 
 def exact(kind: str, alpha: float, sigma: float) -> tuple[np.ndarray, np.ndarray]:
@@ -224,7 +223,6 @@ def test_corrected_chains_by_simulation(sampler: Sampler) -> None:
 
 
 # ---- the matched sampler and Q-Drift
-# ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sampler", STILL[:2], ids=str)
@@ -283,7 +281,6 @@ def test_qdrift_takes_the_mean_of_the_error_given_the_output() -> None:
 
 
 # ---- nothing to correct
-# ------------------------------------------------------------------------------------------------------------
 
 
 def _accepted() -> list[tuple[Sampler, str]]:

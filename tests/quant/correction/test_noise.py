@@ -162,7 +162,6 @@ def test_intervals_need_two_images() -> None:
 
 
 # ---- what was put in
-# ------------------------------------------------------------------------------------------------------------
 
 K, BIAS, SIGMA = np.array([0.15, -0.08]), np.array([0.05, -0.2, 0.4]), np.array([0.1, 0.2, 0.3])
 CENTRE = np.array([1.0, -2.0, 0.5])  # channel means of eps
@@ -221,7 +220,6 @@ def test_intervals_cover_the_truth(effect: float, least: int) -> None:
 
 
 # ---- mistakes of the released code
-# -----------------------------------------------------------------------------------------------------
 
 
 def large() -> NoiseEstimate:

@@ -320,7 +320,6 @@ def test_what_is_refused(
 
 
 # ---- the matched sampler
-# ------------------------------------------------------------------------------------------------------------
 
 
 def matched_cases() -> list[tuple[StepFacts, float]]:

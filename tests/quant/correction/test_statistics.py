@@ -31,7 +31,6 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 # ---- weights and branches
-# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("g", [0.0, 0.5, 1.0, 3.5, 7.5])
@@ -208,7 +207,6 @@ def replace_variance(statistics: Statistics) -> Statistics:
 
 
 # ---- measuring
-# ------------------------------------------------------------------------------------------------------------
 
 
 def measured(pairs: tuple[Any, Any], sample: Any, sampler: Sampler = DDIM, steps: int = 3) -> Statistics:
@@ -315,7 +313,6 @@ def test_every_sampler_can_be_measured(sampler: Sampler) -> None:
 
 
 # ---- statistics of something else
-# ------------------------------------------------------------------------------------------------------
 
 
 def run_with(
@@ -432,7 +429,6 @@ def test_slopes_that_cnc_would_divide_by(k: float) -> None:
 
 
 # ---- files
-# ------------------------------------------------------------------------------------------------------------
 
 
 def written(folder: Path) -> Path:
