@@ -138,13 +138,13 @@ def trained_layers(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Weights and H (activations at 8 bits) of some layers of a bundled model."""
     from aquabit.measuring.evaluator import Evaluator
-    from aquabit.measuring.session import open_model
+    from aquabit.measuring.model import open_model
     from aquabit.quant.bank import Bank
     from aquabit.scheme import Calibration
 
     opened = open_model(model)
     quantized = Evaluator(model, opened.graph, Bank(bank), opened.fingerprint).quantized
-    known = quantized.fitter.moments(names, [8], Calibration())
+    known = quantized.calibrator.moments(names, [8], Calibration())
     return {name: (quantized.full(name).float(), known[name, 8].hessian) for name in names}
 
 
@@ -178,7 +178,7 @@ def layers(folder: Path, models: list[str]) -> list[dict[str, Any]]:
     """Ours beside the baseline, with the default beam and with one of QUICK. AQLM's tables and scales stay
     in float32; ours are rounded as they are stored."""
     from aquabit.quant.calibration.hessian import output_error
-    from aquabit.quant.schemes.additive import BEAM, additive
+    from aquabit.quant.schemes.aq import BEAM, additive
     from aquabit.scheme import Scheme
 
     baseline(folder)

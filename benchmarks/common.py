@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+
+from aquabit.jsonio import defined, read_json, write_json
+from aquabit.stats import LEVEL, mean_interval, paired_difference
 
 RESULTS = Path(__file__).parent / "results"
 MODELS = ("digits-unet", "digits-dit")
@@ -76,15 +77,13 @@ def about(of: Mapping[str, Any]) -> str:
 def read(path: Path, missing: Any = None) -> Any:
     """The JSON of a file; ``missing`` (an empty dict) where there is none."""
     if path.exists():
-        return json.loads(path.read_text())
+        return read_json(path)
     return {} if missing is None else missing
 
 
-def write(path: Path, value: Any, indent: int | None = None) -> None:
+def write(path: Path, value: Any) -> None:
     """JSON that is either the old file or the whole new one; undefined numbers are null."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(plain(value), indent=indent, allow_nan=False) + "\n")
-    os.replace(part, path)
+    write_json(path, defined(value))
 
 
 def write_results(
@@ -97,7 +96,7 @@ def write_results(
     """NAME.json: the machine, the command that made it and what was found; NAME.md: the same in words."""
     folder.mkdir(parents=True, exist_ok=True)
     whole = {**found, "machine": machine(), "command": command}
-    write(folder / f"{name}.json", whole, indent=1)
+    write(folder / f"{name}.json", whole)
     (folder / f"{name}.md").write_text(text(whole))
 
 
@@ -137,6 +136,8 @@ def open_study(
     """A session on the study of a model, made where it is missing: a copy of ``base``, if that is there, or
     one of the given space. The bank is that of the folder unless another is named."""
     from aquabit.measuring.session import open_session
+    from aquabit.measuring.settings import MeasureOptions
+    from aquabit.measuring.where import Where
     from aquabit.study import Study
 
     if base is not None and base.exists() and not path.exists():
@@ -145,9 +146,8 @@ def open_study(
     return open_session(
         model,
         study,
-        space_options=None if space is None or "space" in study else dict(space),
-        workers=workers,
-        bank=str(bank or path.parent / "bank"),
+        MeasureOptions(space=None if "space" in study else space),
+        Where(workers=workers, bank=str(bank or path.parent / "bank")),
         progress=say,
     )
 
@@ -184,37 +184,26 @@ def values_of(
 # ---- numbers
 
 
-def mean(values: Sequence[float], level: float = 0.95) -> list[float]:
+def mean(values: Sequence[float], level: float = LEVEL) -> list[float]:
     """[mean, low, high] with Student's t interval over blocks."""
-    from aquabit.search import interval
-
-    return list(interval(values, level))
+    return list(mean_interval(values, level))
 
 
 def difference(values: Sequence[float], others: Sequence[float]) -> list[float]:
     """[mean, low, high] of ``values - others``, paired, with a 95 % interval."""
-    from aquabit.search import paired_difference
-
     return list(paired_difference(values, others))
 
 
-def named(found: Sequence[float]) -> dict[str, float]:
-    """[mean, low, high] as result files write it where its parts have names."""
-    return dict(zip(("value", "low", "high"), found, strict=True))
-
-
-def plain(value: Any, digits: int | None = None) -> Any:
+def plain(value: Any, digits: int) -> Any:
     """What JSON can say: None for undefined numbers, others to so many significant digits."""
-    if isinstance(value, Mapping):
+    value = defined(value)
+    if isinstance(value, dict):
         return {k: plain(v, digits) for k, v in value.items()}
-    if isinstance(value, list | tuple):
+    if isinstance(value, list):
         return [plain(v, digits) for v in value]
-    if isinstance(value, float | np.floating):
-        rounded = float(value) if digits is None else float(f"{value:.{digits}g}")
-        return rounded if np.isfinite(rounded) else None
-    return value
+    return float(f"{value:.{digits}g}") if isinstance(value, float) else value
 
 
-def spans(found: Sequence[float], digits: int = 2, sign: str = "") -> str:
-    """[mean, low, high] in words."""
+def spans(found: Iterable[float], digits: int = 2, sign: str = "") -> str:
+    """[mean, low, high], or an ``Interval``, in words."""
     return "{:{f}} ({:{f}} to {:{f}})".format(*found, f=f"{sign}.{digits}f")

@@ -169,7 +169,7 @@ def images(folder: Path, models: Sequence[str]) -> list[dict[str, Any]]:
                         made = torch.cat(
                             [here.adapter.images(protocol, b) for b in here.adapter.batches(protocol)]
                         )
-                    quality = here.gauge.quality(None)
+                    quality = here.meter.quality(None)
                     quality.update(made, here.full_precision(protocol), here.adapter.conditions(protocol))
                     found = quality.compute()
                     for m in METRICS:

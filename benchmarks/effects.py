@@ -90,7 +90,7 @@ def explained_file(folder: Path, model: str, arm: str, metric: str) -> Path:
 
 
 def explain_arms(folder: Path, model: str, arms: Sequence[str]) -> None:
-    from aquabit.sensitivity.result import explain
+    from aquabit.sensitivity.explaining import explain
     from aquabit.study import Study
 
     for arm in arms:
@@ -115,7 +115,7 @@ def ends_in(space: Any, costs: Any, damages: Any, number: int) -> list[tuple[Any
     from aquabit.sensitivity.effects.context_effects import swapped
 
     context = good_contexts(damages, costs, BITS, 1, np.random.default_rng([SEED, number]))
-    configs = space.configs(*swapped(context, swapped_players(space), space))
+    configs = swapped(context, swapped_players(space)).configs()
     return list(zip(configs[::2], configs[1::2], strict=True))
 
 

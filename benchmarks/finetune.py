@@ -58,7 +58,7 @@ class Rows:
         row = {**key, **make()}
         print(json.dumps(row)[:400], flush=True)
         self.found["rows"].append(row)
-        write(self.path, self.found, indent=1)
+        write(self.path, self.found)
         return row
 
 

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.common import MODELS, RESULTS, about, difference, mean, named, parser, read, write_results
+from benchmarks.common import MODELS, RESULTS, about, parser, read, write_results
 
 WEIGHT_ONLY = (
     "usq2",
@@ -50,7 +50,7 @@ WEIGHT_ONLY = (
 def overhead(folder: Path, models: list[str], pairs: int = 15) -> list[dict[str, Any]]:
     """Median seconds and the median of paired ratios. Full precision is the untouched pipeline."""
     from aquabit.measuring.evaluator import Evaluator, single_thread
-    from aquabit.measuring.session import open_model
+    from aquabit.measuring.model import open_model
     from aquabit.pipelines import Adapter, load
     from aquabit.quant.bank import Bank
     from aquabit.scheme import Protocol
@@ -177,7 +177,7 @@ def analysed(path: Path, count: int, big: bool, rounds: int, target: float) -> l
     much."""
     from aquabit.scheme import Budget
     from aquabit.search import find_candidates
-    from aquabit.sensitivity.result import explain
+    from aquabit.sensitivity.explaining import explain
     from aquabit.sensitivity.surrogate.fit import fit_from_study
 
     study, space, costs, put = synthetic_study(path, big)
@@ -267,6 +267,7 @@ def packed(folder: Path, models: list[str]) -> list[dict[str, Any]]:
     from aquabit.pipelines import Adapter, load
     from aquabit.quality import Quality, Source
     from aquabit.scheme import QuantConfig
+    from aquabit.stats import mean_interval, paired_difference
     from aquabit.study import Study
 
     rows = []
@@ -296,9 +297,9 @@ def packed(folder: Path, models: list[str]) -> list[dict[str, Any]]:
                 "model": name,
                 "bytes": size,
                 "study_bytes": front["comparison"]["winner"]["bytes"],
-                "dense": named(mean(dense)),
-                "packed": named(mean(values)),
-                "difference": named(difference(values, dense)),
+                "dense": mean_interval(dense).to_dict(),
+                "packed": mean_interval(values).to_dict(),
+                "difference": paired_difference(values, dense).to_dict(),
             }
         )
     return rows

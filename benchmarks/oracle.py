@@ -36,7 +36,7 @@ SEED = 77  # of draws, stored inputs and images: no search uses it
 RACE = (4, 8, 16, 32)  # blocks of 32 images
 
 
-def draws(search: Any, context: Any, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
+def draws(search: Any, context: Any, count: int) -> list[Any]:
     """Near the front, inside the budget, no single change left that lowers the damage and fits."""
     from aquabit.search.options import Options
     from aquabit.sensitivity.damages import gibbs
@@ -66,13 +66,13 @@ def draws(search: Any, context: Any, count: int) -> list[tuple[np.ndarray, np.nd
     return found[:count]
 
 
-def exchanges(search: Any, context: Any, start: Any) -> list[tuple[np.ndarray, np.ndarray]]:
+def exchanges(search: Any, context: Any, start: Any) -> list[Any]:
     """Configurations two layers away from ``start`` that keep the budget, those of least predicted loss in
     its context first."""
     from aquabit.search.options import Options
 
     options, seen = Options.of(search.costs, search.options.budget), context.look(start)
-    change, choice = seen.change[:, :, 0], options.columns.join(*start)
+    change, choice = seen.change[:, :, 0], options.columns.join(start)[0]
     cells = np.argwhere(np.isfinite(change) & (np.arange(change.shape[1]) != choice[:, None]))
     cost = options.changes(choice)[0][cells[:, 0], cells[:, 1]]
     value = change[cells[:, 0], cells[:, 1]]
@@ -91,18 +91,20 @@ def exchanges(search: Any, context: Any, start: Any) -> list[tuple[np.ndarray, n
 
 
 def oracle(folder: Path, model: str, bits: float, count: int) -> dict[str, Any]:
+    from aquabit.choices import Choices
     from aquabit.scheme import Budget, QuantConfig
     from aquabit.search import Search, SearchOptions, judge, refine
     from aquabit.search import context_model as wide
     from aquabit.search.judging import pieces
+    from aquabit.search.proposals import program_answers
 
     with session_of(folder / f"oracle-{model}.db", model, folder) as session:
         search = Search(session, SearchOptions(Budget(bits=bits), seed=SEED, spread=()), say)
-        program = search._programs()[search.options.budget]
-        start = (program.weights, program.acts)
-        context = wide.InContext(session, search.damages, search.activations, SEED, say)
+        program = program_answers(search)[search.options.budget]
+        start = program.choices
+        context = wide.ContextModel(session, search.damages, search.activations, SEED, say)
         drawn = draws(search, context, count)
-        value = np.array(context.judge([start, *drawn]))
+        value = np.array(context.judge(Choices.concat([start, *drawn])))
         order = np.argsort(value[1:])
         found: dict[str, list[Any]] = {"draws": [drawn[i] for i in order[:KEPT]], "program": [start]}
         looked, wide.LOOKED = wide.LOOKED, 4 * wide.LOOKED
@@ -118,18 +120,15 @@ def oracle(folder: Path, model: str, bits: float, count: int) -> dict[str, Any]:
             )
             for s in (start, found["draws"][0])
         ]
-        found["refined"] = [(s.weights, s.acts) for row in steps for s in row[1:]]
+        found["refined"] = [s.choices for row in steps for s in row[1:]]
         best = min(
-            [(value[0], start), *((s.value, (s.weights, s.acts)) for row in steps for s in row)],
-            key=lambda r: r[0],
+            [(value[0], start), *((s.value, s.choices) for row in steps for s in row)], key=lambda r: r[0]
         )[1]
         swapped = exchanges(search, context, best)
         wide.LOOKED = looked
-        after = np.array(context.judge(swapped))
+        after = np.array(context.judge(Choices.concat(swapped)))
         found["swaps"] = [swapped[i] for i in np.argsort(after)[:KEPT]]
-        racers = {
-            search._config(c).digest: (name, search._config(c)) for name, row in found.items() for c in row
-        }
+        racers = {c.config.digest: (name, c.config) for name, row in found.items() for c in row}
         for key, run in read(folder / f"searches-{model}.json").items():
             if key.split()[0] == f"{bits:g}":
                 config = QuantConfig.from_dict(run["config"])
@@ -140,7 +139,7 @@ def oracle(folder: Path, model: str, bits: float, count: int) -> dict[str, Any]:
             protocols = pieces(session.protocol, blocks, SEED)
             session.measure([session.space.full_precision()], "reference", say, protocols, "full precision")
             session.measure([configs[i][1] for i in indices], "selection", say, protocols, "race")
-            tables = [search._values("psnr", p) for p in protocols]
+            tables = [search.values("psnr", p) for p in protocols]
             return np.array([[t[configs[i][1].digest] for t in tables] for i in indices])
 
         judged = judge(range(len(configs)), measure, RACE)

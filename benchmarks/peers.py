@@ -36,14 +36,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from aquabit.scheme import FP, AquabitError, Budget, LayerChoice, QuantConfig, Scheme
+from aquabit.stats import Interval, mean_interval, paired_difference
 from benchmarks.common import (
     MODELS,
     RESULTS,
     about,
     block_values,
-    difference,
-    mean,
-    named,
     open_study,
     parsed,
     parser,
@@ -314,6 +312,7 @@ def surrogate_choice(
 ) -> QuantConfig:
     """What the surrogate of a study finds within so many bytes, of the same schemes (without full
     precision, which studies do not sample)."""
+    from aquabit.choices import Choices
     from aquabit.cost import CostModel
     from aquabit.search import additive_scores, improve, solve
     from aquabit.sensitivity.surrogate.fit import fit_from_study
@@ -328,14 +327,13 @@ def surrogate_choice(
     costs, budget = CostModel(fitted.graph, space), Budget(bytes=limit)
     column = np.array([fitted.space.schemes.index(s) for s in space.schemes])
 
-    def predict(weights: np.ndarray, acts: np.ndarray) -> np.ndarray:
-        return fitted.badness(column[weights], acts)
+    def predict(rows: Choices) -> np.ndarray:
+        return fitted.badness(Choices(fitted.space, column[rows.weights], rows.acts))
 
     bits = 8 * (limit - costs.other_bytes) / costs.weights
-    near = space.indices(replace(space, activations=(8,)).sample(contexts, SEED, (bits * 0.9, bits)))
+    near = Choices.of(space, replace(space, activations=(8,)).sample(contexts, SEED, (bits * 0.9, bits)))
     start = solve(additive_scores(predict, space, near), costs, budget)
-    best = improve(start.weights, start.acts, predict, costs, budget, SEED, rows=rows)
-    return space.configs(best.weights[None], best.acts[None])[0]
+    return improve(start.choices, predict, costs, budget, SEED, rows=rows).choices.config
 
 
 def sides(session: Any, folder: Path, model: str, study: Path | None) -> list[dict[str, Any]]:
@@ -404,13 +402,13 @@ def with_values(
                 "bytes": cost.bytes,
                 "bits": cost.bits_per_weight,
                 **values,
-                "fid_interval": named(mean(values["fid"])),
+                "fid_interval": mean_interval(values["fid"]).to_dict(),
             }
         )
     for row in found[1:]:
         theirs = peer_of(row, found)
         if row is not theirs:
-            row["theirs_less_this"] = {m: named(difference(theirs[m], row[m])) for m in METRICS}
+            row["theirs_less_this"] = {m: paired_difference(theirs[m], row[m]).to_dict() for m in METRICS}
     return found
 
 
@@ -477,7 +475,7 @@ def _times(value: float | None) -> str:
 def _measured_line(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
     theirs = peer_of(row, rows)
     apart = row.get("theirs_less_this")
-    shown = [spans(tuple(apart[m].values()), sign="+") if apart else "" for m in METRICS]
+    shown = [spans(Interval.from_dict(apart[m]), sign="+") if apart else "" for m in METRICS]
     psnr = "" if row["side"] == "full precision" else f"{np.mean(row['psnr']):.1f}"
     return (
         f"| {row['model']} | {row['family']} | {row['effective_bits'] or ''} | {row['side']} |"

@@ -31,14 +31,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from aquabit.scheme import AquabitError, QuantConfig
+from aquabit.stats import Interval, paired_difference
 from benchmarks import peers
 from benchmarks import rivals_scores as scores
 from benchmarks.common import (
     MODELS,
     RESULTS,
     about,
-    difference,
-    named,
     open_study,
     parsed,
     parser,
@@ -196,8 +195,7 @@ class Rivals:
     def config(self, weights: Weights) -> QuantConfig:
         from aquabit.search import Columns
 
-        acts = Columns.of(self.space, (8,)).split(np.asarray(weights))[1]
-        found: QuantConfig = self.space.configs(np.asarray(weights)[None], acts[None])[0]
+        found: QuantConfig = Columns.of(self.space, (8,)).split(np.asarray(weights)).config
         return found
 
     def fits(self, configs: Sequence[QuantConfig], bits: float) -> list[QuantConfig]:
@@ -205,7 +203,9 @@ class Rivals:
 
     def predicted(self, config: QuantConfig) -> float:
         """The sum of probe damages, which the program minimises."""
-        return float(self.damages.total(*self.space.indices([config]))[0])
+        from aquabit.choices import Choices
+
+        return float(self.damages.total(Choices.of(self.space, [config]))[0])
 
     def uniform(self, family: str, bits: float) -> QuantConfig | None:
         free = [row for row in self.space.choices.values() if len(row) > 1]
@@ -442,7 +442,7 @@ def compared(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             row = {
                 **row,
                 "against": reference,
-                "less": {m: named(difference(row[m], own[m])) for m in METRICS},
+                "less": {m: paired_difference(row[m], own[m]).to_dict() for m in METRICS},
             }
         found.append(dict(row))
     return found
@@ -486,7 +486,7 @@ def markdown(found: Mapping[str, Any]) -> str:
             "|---|---|---|---|---|---|---|",
         ]
         for r in sorted(own, key=lambda r: (r["target"], list(sides).index(r["side"]))):
-            gaps = [spans(tuple(r["less"][m].values()), sign="+") if "less" in r else "" for m in METRICS]
+            gaps = [spans(Interval.from_dict(r["less"][m]), sign="+") if "less" in r else "" for m in METRICS]
             lines.append(
                 f"| {r['target']:g} | {r['side']} | {r['bits']:.3f} | {np.mean(r['psnr']):.2f} |"
                 f" {np.mean(r['fid']):.2f} | " + " | ".join(gaps) + " |"

@@ -74,8 +74,8 @@ class Comparison:
     def fit(self, configs: list[Any], values: np.ndarray) -> Any:
         from aquabit.sensitivity.surrogate.estimators import estimator_of
 
-        model = estimator_of("gbdt", self.encoder, 0).fit(self.encoder(*self.space.indices(configs)), values)
-        return lambda weights, acts: model.predict(self.encoder(weights, acts))
+        model = estimator_of("gbdt", self.encoder, 0).fit(self.encoder.encode(configs), values)
+        return lambda rows: model.predict(self.encoder(rows))
 
     def screen(self, known: Sequence[tuple[Any, float]], proposed: list[Any]) -> np.ndarray:
         from aquabit.measuring.output_errors import output_features
@@ -87,8 +87,7 @@ class Comparison:
 
         def features(some: list[Any]) -> np.ndarray:
             return np.concatenate(
-                [self.encoder(*self.space.indices(some)), output_features([outputs[c.digest] for c in some])],
-                1,
+                [self.encoder.encode(some), output_features([outputs[c.digest] for c in some])], 1
             )
 
         model = Surrogate(**TREES, members=MEMBERS).fit(features(configs), np.array([v for _, v in known]))
@@ -130,9 +129,11 @@ class Comparison:
 
     def _keeps(self, config: Any, target: Any) -> bool:
         """Within the target and with its activations at a8, as budgets of bits fix them."""
+        from aquabit.choices import Choices
+
         acts = {config[k].act for k in self.space.free_layers()}
         return acts == {8} and bool(
-            self.costs.within(self.costs.totals(*self.space.indices([config])), target)[0]
+            self.costs.within(self.costs.totals(Choices.of(self.space, [config])), target)[0]
         )
 
     def fresh(self) -> None:

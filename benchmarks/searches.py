@@ -60,7 +60,7 @@ def prepare(folder: Path, model: str) -> None:
 
 def search(folder: Path, model: str, seeds: Sequence[int], bits: Sequence[float]) -> None:
     from aquabit.scheme import Budget
-    from aquabit.search import Search, SearchOptions
+    from aquabit.search import Search, SearchOptions, choose_winner, propose
 
     path = folder / f"searches-{model}.json"
     done: dict[str, Any] = read(path)
@@ -72,7 +72,8 @@ def search(folder: Path, model: str, seeds: Sequence[int], bits: Sequence[float]
             with session_of(folder / f"search-{model}-{seed}.db", model, folder) as session:
                 before = len(session.study.measurements(failed=True))
                 found = Search(session, SearchOptions(Budget(bits=budget), seed=seed, spread=()), say)
-                winner, judgement = found.choose()
+                propose(found)
+                winner, judgement = choose_winner(found)
                 table = session.study.measurements(failed=True)
                 size = {
                     p: session.study.protocols()[p].images / session.protocol.images
@@ -227,17 +228,13 @@ def table(results: Mapping[str, Any]) -> str:
                         )
                 curve = np.array(sorted(tuple(np.mean(v, 0)) for v in points.values()))
                 goal = float(np.mean(uniform["psnr"]))
-                inside = curve[0, 0] <= goal <= curve[-1, 0]
-                size = (
-                    float(np.exp(np.interp(goal, curve[:, 0], np.log(curve[:, 1]))))
-                    if inside
-                    else float("nan")
-                )
-                shares.append(
-                    f"{size:,.0f} ({100 * size / uniform['bytes']:.1f} %)"
-                    if inside
-                    else "outside 1.6 to 3.5 bits"
-                )
+                if goal > curve[-1, 0]:
+                    shares.append("outside 1.6 to 3.5 bits")
+                    continue
+                # below the curve, its end: the smallest measured budget has this PSNR already
+                size = float(np.exp(np.interp(goal, curve[:, 0], np.log(curve[:, 1]))))
+                most = "at most " if goal < curve[0, 0] else ""
+                shares.append(f"{most}{size:,.0f} ({100 * size / uniform['bytes']:.1f} %)")
             lines.append(
                 f"| {model} | {uniform['name']}, {uniform['bytes']:,} bytes |"
                 f" {np.mean(uniform['psnr']):.2f} | " + " | ".join(shares) + " |"

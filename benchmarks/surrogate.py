@@ -101,6 +101,7 @@ def again(session: Any) -> list[Any]:
 def ceiling(session: Any, model: str) -> list[dict[str, Any]]:
     """What a perfect prediction would score: the root of the within-budget SRCC between two sets of
     images."""
+    from aquabit.choices import Choices
     from aquabit.sensitivity.surrogate.scores import noise_ceiling
 
     protocols = [session.protocol, session.protocol.block(CEILING_BLOCK)]
@@ -108,10 +109,8 @@ def ceiling(session: Any, model: str) -> list[dict[str, Any]]:
     configs = again(session)
     value = values_of(session.study, ["fid"], failed=False)
     first, second = (np.array([value[c.digest, p.digest]["fid"] for c in configs]) for p in protocols)
-    weights, acts = session.space.indices(configs)
-    found = noise_ceiling(
-        first, second, session.costs.totals(weights, acts)["bits"], session.space.mean_bits(acts).mean(1)
-    )
+    rows = Choices.of(session.space, configs)
+    found = noise_ceiling(first, second, session.costs.totals(rows)["bits"], rows.mean_bits.mean(1))
     return [{"model": model, "configurations": len(configs), "ceiling": round(float(found or 0.0), 4)}]
 
 
@@ -142,7 +141,7 @@ def restore(session: Any, model: str, count: int) -> None:
         )
 
 
-def random_contexts(space: Any, cost: Any) -> tuple[Any, Any]:
+def random_contexts(space: Any, cost: Any) -> Any:
     """The contexts that effects are predicted in: random ones near 3 bits, as those of
     benchmarks/truth.py."""
     from aquabit.sensitivity.effects.context_effects import DRAWN
@@ -159,8 +158,7 @@ def outputs(session: Any, model: str, count: int) -> None:
     space = session.space
     configs = [c for seed in SEEDS for c in (*space.sample(count, seed), *swap_design(space, seed))]
     known, drawn = session.study.known(session.protocol), random_contexts(space, session.costs)
-    few = drawn[0][:IN_CONTEXT], drawn[1][:IN_CONTEXT]
-    ends = space.configs(*swapped(few, find_players(space, parse_swap(SWAP)), space))
+    ends = swapped(drawn[:IN_CONTEXT], find_players(space, parse_swap(SWAP))).configs()
     session.outputs([*(c for c in configs if c.digest in known), *ends], say)
 
 
@@ -168,6 +166,7 @@ class Data:
     """What a study holds of one model, by seed and draw."""
 
     def __init__(self, folder: Path, model: str, count: int):
+        from aquabit.choices import Choices
         from aquabit.cost import CostModel
         from aquabit.graph import from_json
         from aquabit.measuring.output_errors import output_features, stored
@@ -194,12 +193,9 @@ class Data:
         drawn = [*random, *swapped]
         self.seed, self.configs = np.array([s for s, _ in drawn]), [c for _, c in drawn]
         self.random = np.arange(len(drawn)) < len(random)
-        self.weights, self.acts = self.space.indices(self.configs)
+        self.choices = Choices.of(self.space, self.configs)
         self.y = table.fid.loc[[c.digest for c in self.configs]].to_numpy(float)
-        self.bits, self.mean_act = (
-            self.cost.totals(self.weights, self.acts)["bits"],
-            self.space.mean_bits(self.acts).mean(1),
-        )
+        self.bits, self.mean_act = (self.cost.totals(self.choices)["bits"], self.choices.mean_bits.mean(1))
         self.outputs = self.study.outputs(stored(self.study.protocol)[0].digest)
         self.output_features = output_features([self.outputs[c.digest] for c in self.configs])
 
@@ -216,19 +212,14 @@ class Data:
         from aquabit.sensitivity.surrogate.estimators import estimator_of
         from aquabit.sensitivity.surrogate.fit import FittedSurrogate
 
-        model = estimator_of("gbdt", self.encoder, 0).fit(
-            self.encoder(self.weights[rows], self.acts[rows]), self.y[rows]
-        )
+        model = estimator_of("gbdt", self.encoder, 0).fit(self.encoder(self.choices[rows]), self.y[rows])
         digests = tuple(self.configs[i].digest for i in rows)
         return FittedSurrogate(
             model,
             self.encoder,
             self.cost,
-            self.graph,
-            self.space,
             digests,
-            self.weights[rows],
-            self.acts[rows],
+            self.choices[rows],
             self.y[rows],
             self.bits[rows],
             np.zeros(len(rows)),
@@ -274,7 +265,7 @@ def curve(data: Data, model: str) -> list[dict[str, Any]]:
                 estimator = (
                     estimator_of(name, data.encoder, 0) if plain else Surrogate(**TREES, members=MEMBERS)
                 )
-                features = estimator.features(data.encoder, data.weights, data.acts)
+                features = estimator.features(data.encoder, data.choices)
                 features = features if plain else np.concatenate([features, data.output_features], 1)
                 estimator.fit(features[train], data.y[train])
                 units = estimator.to_units(estimator.predict(features))

@@ -76,7 +76,7 @@ class Truth:
         self.session, self.space = session, session.space
         count, draw, block = (OTHERS, 2, FIRST_BLOCK + CONTEXTS) if others else (CONTEXTS, 0, FIRST_BLOCK)
         drawn = draw_contexts(session.space, session.costs, BITS, count, np.random.default_rng([SEED, draw]))
-        self.contexts = session.space.configs(*drawn)[:contexts]
+        self.contexts = drawn[:contexts].configs()
         self.protocols = [session.protocol.block(block + i) for i in range(len(self.contexts))]
         self.layers = session.space.free_layers()
 

@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 
 from aquabit.measuring.session import open_session
+from aquabit.measuring.settings import MeasureOptions
+from aquabit.measuring.where import Where
 from aquabit.scheme import Protocol
+from aquabit.stats import Interval
 from aquabit.study import Study
 from benchmarks import common
 from tests.conftest import tiny_pipeline
@@ -86,9 +89,8 @@ def test_intervals_and_their_words() -> None:
     low, high = 2 - 4.302652729749464 / 3**0.5, 2 + 4.302652729749464 / 3**0.5  # t quantile of 2 degrees
     assert common.mean([1.0, 2.0, 3.0]) == pytest.approx([2.0, low, high])
     assert common.difference([2.0, 4.0, 6.0], [1.0, 2.0, 3.0]) == pytest.approx([2.0, low, high])
-    assert common.named([1.0, 0.5, 1.5]) == {"value": 1.0, "low": 0.5, "high": 1.5}
     assert common.spans([1.0, -0.25, 1.5], 1) == "1.0 (-0.2 to 1.5)"
-    assert common.spans([1.0, -0.25, 1.5], sign="+") == "+1.00 (-0.25 to +1.50)"
+    assert common.spans(Interval(1.0, -0.25, 1.5), sign="+") == "+1.00 (-0.25 to +1.50)"
 
 
 def test_a_study_starts_as_a_copy_and_keeps_its_space(tmp_path: Path) -> None:
@@ -98,9 +100,8 @@ def test_a_study_starts_as_a_copy_and_keeps_its_space(tmp_path: Path) -> None:
     with open_session(
         str(model),
         Study(base),
-        protocol=Protocol(images=4, steps=2),
-        space_options=space,
-        bank=str(tmp_path / "bank"),
+        MeasureOptions(protocol=Protocol(images=4, steps=2), space=space),
+        Where(bank=str(tmp_path / "bank")),
     ) as session:
         schemes = session.space.schemes
     with common.open_study(path, str(model), workers=1, space={"schemes": ["usq8"]}, base=base) as session:
