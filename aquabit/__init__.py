@@ -25,7 +25,7 @@ _HOMES = {
     "Sensitivity": "sensitivity.result",
     "validate": "workflows",
     "find": "workflows",
-    "Front": "search",
+    "Front": "search.front",
     "quantize": "packing",
     "generate": "packing",
     "run": "workflows",
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from aquabit.scheme import Protocol as Protocol
     from aquabit.scheme import QuantConfig as QuantConfig
     from aquabit.scheme import Scheme as Scheme
-    from aquabit.search import Front as Front
+    from aquabit.search.front import Front as Front
     from aquabit.sensitivity.explaining import explain as explain
     from aquabit.sensitivity.result import Sensitivity as Sensitivity
     from aquabit.space import SearchSpace as SearchSpace

@@ -19,17 +19,12 @@ from aquabit.pipelines.pictures import thumbnail
 from aquabit.quality import QualityOptions
 from aquabit.reports import report as write_report
 from aquabit.scheme import AquabitError, Budget, Progress, Protocol, QuantConfig, no_progress
-from aquabit.search import (
-    FRESH_BLOCKS,
-    Front,
-    Search,
-    SearchOptions,
-    activation_choices,
-    choose_winner,
-    measure_front,
-    propose,
-)
-from aquabit.search.options import fixed_act
+from aquabit.search.fresh_front import FRESH_BLOCKS, measure_front
+from aquabit.search.front import Front
+from aquabit.search.options import activation_choices, fixed_act
+from aquabit.search.proposals import propose
+from aquabit.search.search import Search, SearchOptions
+from aquabit.search.winner import choose_winner
 from aquabit.sensitivity.correction_gain import corrected_session, noise_facts
 from aquabit.sensitivity.designs import DEFAULT, draw, measure_disagreement, shard_of
 from aquabit.sensitivity.effects.context_effects import measure_in_context
@@ -95,7 +90,7 @@ def validate_study(
     return explained(study, flow.bits, flow.swap, progress)
 
 
-def see_in_context(
+def run_contexts(
     study: Study,
     contexts: int = IN_CONTEXT,
     bits: float = 3.0,

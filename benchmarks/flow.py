@@ -176,7 +176,7 @@ def analysed(path: Path, count: int, big: bool, rounds: int, target: float) -> l
     """Seconds, and processor seconds of all threads, which other jobs on a shared machine do not lengthen
     much."""
     from aquabit.scheme import Budget
-    from aquabit.search import find_candidates
+    from aquabit.search.surrogate_search import find_candidates
     from aquabit.sensitivity.explaining import explain
     from aquabit.sensitivity.surrogate.fit import fit_from_study
 

@@ -93,10 +93,11 @@ def exchanges(search: Any, context: Any, start: Any) -> list[Any]:
 def oracle(folder: Path, model: str, bits: float, count: int) -> dict[str, Any]:
     from aquabit.choices import Choices
     from aquabit.scheme import Budget, QuantConfig
-    from aquabit.search import Search, SearchOptions, judge, refine
     from aquabit.search import context_model as wide
-    from aquabit.search.judging import pieces
+    from aquabit.search.judging import judge, pieces
     from aquabit.search.proposals import program_answers
+    from aquabit.search.refine import refine
+    from aquabit.search.search import Search, SearchOptions
 
     with session_of(folder / f"oracle-{model}.db", model, folder) as session:
         search = Search(session, SearchOptions(Budget(bits=bits), seed=SEED, spread=()), say)

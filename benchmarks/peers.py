@@ -314,7 +314,8 @@ def surrogate_choice(
     precision, which studies do not sample)."""
     from aquabit.choices import Choices
     from aquabit.cost import CostModel
-    from aquabit.search import additive_scores, improve, solve
+    from aquabit.search.integer_program import additive_scores, solve
+    from aquabit.search.local_search import improve
     from aquabit.sensitivity.surrogate.fit import fit_from_study
     from aquabit.study import Study
 

@@ -193,7 +193,7 @@ class Rivals:
         return scores.table(self.space, read(path))
 
     def config(self, weights: Weights) -> QuantConfig:
-        from aquabit.search import Columns
+        from aquabit.search.options import Columns
 
         found: QuantConfig = Columns.of(self.space, (8,)).split(np.asarray(weights)).config
         return found

@@ -17,7 +17,7 @@ import numpy as np
 from aquabit.choices import Choices
 from aquabit.cost import CostModel
 from aquabit.scheme import AquabitError, Budget
-from aquabit.search import solve
+from aquabit.search.integer_program import solve
 
 RATIOS, LOWER, STEPS = (
     (0.46, 1.36),

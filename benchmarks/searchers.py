@@ -190,7 +190,7 @@ def excess(row: dict[str, Any]) -> list[float]:
 
 def volumes(rows: Sequence[dict[str, Any]]) -> list[float]:
     """Hypervolume of one searcher's front on each block of fresh seeds."""
-    from aquabit.search import hypervolume
+    from aquabit.search.front import hypervolume
 
     own = [r for r in rows if "fid" in r]
     return [

@@ -60,7 +60,9 @@ def prepare(folder: Path, model: str) -> None:
 
 def search(folder: Path, model: str, seeds: Sequence[int], bits: Sequence[float]) -> None:
     from aquabit.scheme import Budget
-    from aquabit.search import Search, SearchOptions, choose_winner, propose
+    from aquabit.search.proposals import propose
+    from aquabit.search.search import Search, SearchOptions
+    from aquabit.search.winner import choose_winner
 
     path = folder / f"searches-{model}.json"
     done: dict[str, Any] = read(path)

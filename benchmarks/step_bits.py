@@ -188,8 +188,8 @@ def searched(session: Any, budget: Any, size: Size, seed: int) -> Any:
     on), then the best few of them judged on seeds of their own."""
     import numpy as np
 
-    from aquabit.search import find_candidates, judge
-    from aquabit.search.judging import pieces
+    from aquabit.search.judging import judge, pieces
+    from aquabit.search.surrogate_search import find_candidates
     from aquabit.sensitivity.surrogate.fit import fit_from_study
 
     study, metric, wanted = session.study, session.protocol.objective, size.rounds * size.per_round

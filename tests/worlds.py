@@ -12,8 +12,7 @@ from aquabit.choices import Choices
 from aquabit.cost import CostModel, Latency
 from aquabit.graph import to_json
 from aquabit.scheme import Act, Budget, LayerChoice, Measurement, Protocol, QuantConfig, Scheme
-from aquabit.search import activation_choices
-from aquabit.search.options import Predict
+from aquabit.search.options import Predict, activation_choices
 from aquabit.search.surrogate_search import Candidate, find_candidates
 from aquabit.sensitivity.damages import Damages
 from aquabit.sensitivity.designs import DEFAULT, Design

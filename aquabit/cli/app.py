@@ -284,7 +284,7 @@ def measure(
         opened = Study(study)
         count = workflows.measure_model(model, opened, drawn, options, where, progress=progress)
         if contexts:
-            workflows.see_in_context(opened, contexts, bits, where, pipe=model, progress=progress)
+            workflows.run_contexts(opened, contexts, bits, where, pipe=model, progress=progress)
     if not emit({"new": count, **_counts(opened)}, json_):
         console.print(f"{count} new measurements; {study} holds {_counts(opened)['measurements']}")
         show_failures(opened)

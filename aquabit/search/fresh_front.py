@@ -16,7 +16,7 @@ from aquabit.measuring.session import uniform_references
 from aquabit.scheme import LOWER_IS_BETTER, AquabitError, Protocol, QuantConfig
 from aquabit.search.expectations import config_name, expected_psnr, psnr_offset
 from aquabit.search.front import Front, FrontMember, smallest_uniform
-from aquabit.search.judging import Judgement, fidelity_of, pieces
+from aquabit.search.judging import Judgement, paired_metric, pieces
 from aquabit.search.search import Search
 from aquabit.sensitivity.correction_gain import correction_shift
 from aquabit.sensitivity.surrogate.fit import FittedSurrogate, fit_from_study
@@ -48,7 +48,7 @@ def measure_front(search: Search, winner: QuantConfig, judgement: Judgement) -> 
     for config, call in zip(members, latency, strict=True):
         found = {m: mean_interval(_blocks(search, config, protocols, m)) for m in _metrics(search)}
         rows.append(FrontMember.of(costs, config, predict(config), found, call))
-    fidelity = fidelity_of(session.protocol)
+    fidelity = paired_metric(session.protocol)
     front = Front(rows, search.options.budget, winner.digest, {}, search.proof)
     front = front.pruned(fidelity, session.protocol.direction(fidelity) == "min")
     comparison = _comparison(search, winner, baseline, protocols, metric) if baseline else {}
@@ -64,7 +64,7 @@ def measure_front(search: Search, winner: QuantConfig, judgement: Judgement) -> 
 
 def _members(search: Search, winner: QuantConfig) -> list[QuantConfig]:
     """The winner, and for each other target its best candidate by fidelity."""
-    values, found = search.values(fidelity_of(search.session.protocol)), {winner.digest: winner}
+    values, found = search.values(paired_metric(search.session.protocol)), {winner.digest: winner}
     known = [c for c in search.candidates.values() if isfinite(values.get(c.config.digest, float("nan")))]
     sizes = {
         c.config.digest: search.costs.totals(Choices.of(search.session.space, [c.config]))
@@ -186,7 +186,7 @@ def _judged(search: Search, judgement: Judgement) -> dict[str, Any]:
     gap = None if second is None else second[1].to_dict()
     images = max(judgement.blocks.values()) * pieces(search.session.protocol, 1)[0].images
     return {
-        "metric": fidelity_of(search.session.protocol),
+        "metric": paired_metric(search.session.protocol),
         "finalists": len(judgement.mean),
         "images": images,
         "next_best": gap,

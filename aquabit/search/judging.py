@@ -29,7 +29,7 @@ FIDELITY = "psnr"
 Measure = Callable[[Sequence[int], int], np.ndarray]
 
 
-def fidelity_of(protocol: Protocol) -> str:
+def paired_metric(protocol: Protocol) -> str:
     """The metric that tells configurations apart: the objective where it is a paired distance (one of
     ours, or a user's function, which sees full-precision images too), else FIDELITY."""
     return protocol.objective if protocol.objective in PAIRED or ":" in protocol.objective else FIDELITY

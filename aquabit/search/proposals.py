@@ -20,7 +20,7 @@ from aquabit.search.proof import Proof
 from aquabit.search.refine import refine
 from aquabit.search.search import Search
 from aquabit.search.surrogate_search import find_candidates
-from aquabit.sensitivity.effects.context_effects import screened
+from aquabit.sensitivity.effects.context_effects import rank_by_output_errors
 from aquabit.sensitivity.surrogate.fit import FittedSurrogate, fit_from_study, training_table
 
 REFINED = 3  # targets that are refined in context: the budget and those nearest to it
@@ -107,7 +107,7 @@ def _from_surrogate(search: Search) -> None:
         session.measure(configs, "candidate", progress, what="measuring candidates")
 
     def screen(configs: list[QuantConfig]) -> np.ndarray:
-        return screened(session, last[0], configs, progress)
+        return rank_by_output_errors(session, last[0], configs, progress)
 
     found = find_candidates(
         session.space,

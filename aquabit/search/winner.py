@@ -10,7 +10,7 @@ import numpy as np
 
 from aquabit.measuring.latency import packed_latencies
 from aquabit.scheme import AquabitError, Protocol, QuantConfig
-from aquabit.search.judging import PAIRED, Judgement, fidelity_of, judge, pieces
+from aquabit.search.judging import PAIRED, Judgement, judge, paired_metric, pieces
 from aquabit.search.search import Search
 from aquabit.stats import paired_difference
 
@@ -22,7 +22,7 @@ def choose_winner(search: Search) -> tuple[QuantConfig, Judgement]:
     """The best configuration under the budget: by paired distances on common seeds, and by the
     objective where it can tell."""
     session, protocol = search.session, search.session.protocol
-    fidelity = fidelity_of(protocol)
+    fidelity = paired_metric(protocol)
     values, usable = search.values(fidelity), search.usable()
     configs = [c for c, ok in zip(usable.values(), search.within(list(usable.values())), strict=True) if ok]
     configs = [c for c in configs if isfinite(values.get(c.digest, float("nan")))]

@@ -12,9 +12,10 @@ from aquabit.choices import Choices
 from aquabit.cost import CostModel
 from aquabit.layer_formats import expected_loss
 from aquabit.scheme import AquabitError, QuantConfig
-from aquabit.search import Options, solve
 from aquabit.search.evolution import evolve
+from aquabit.search.integer_program import solve
 from aquabit.search.local_search import lighten
+from aquabit.search.options import Options
 from aquabit.space import SearchSpace
 from benchmarks.research.searchers import SEARCHERS, Problem, find_searcher, random_within
 from tests.worlds import Lab, every, interacting, middle, model

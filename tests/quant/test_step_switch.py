@@ -41,7 +41,9 @@ from aquabit.scheme import (
     act_text,
     plain_act,
 )
-from aquabit.search import Options, activation_choices, additive_scores, improve, solve
+from aquabit.search.integer_program import additive_scores, solve
+from aquabit.search.local_search import improve
+from aquabit.search.options import Options, activation_choices
 from aquabit.sensitivity.effects.predicted import member_parts
 from aquabit.sensitivity.features import SKETCH, Encoder
 from aquabit.space import SearchSpace, make_space, read_space

@@ -13,8 +13,9 @@ import pytest
 from aquabit.choices import Choices
 from aquabit.cost import CostModel
 from aquabit.scheme import AquabitError, Budget
-from aquabit.search import Options, branch_and_bound
 from aquabit.search.bounds import EnsembleBound
+from aquabit.search.options import Options
+from aquabit.search.proof import branch_and_bound
 from aquabit.sensitivity.features import SKETCH, Encoder
 from aquabit.sensitivity.surrogate.estimators import AverageBits, Surrogate
 from aquabit.space import SearchSpace, make_space

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from aquabit.scheme import Protocol
-from aquabit.search.judging import JUDGED_BLOCK, PAIRED, ROUNDS, fidelity_of, judge, pieces
+from aquabit.search.judging import JUDGED_BLOCK, PAIRED, ROUNDS, judge, paired_metric, pieces
 from aquabit.stats import paired_difference
 
 
@@ -161,7 +161,7 @@ def test_pieces_cover_what_the_protocol_asks_for() -> None:
 
 def test_fidelity_is_the_objective_where_that_is_a_paired_distance() -> None:
     for metric in PAIRED:
-        assert fidelity_of(Protocol(objective=metric)) == metric
+        assert paired_metric(Protocol(objective=metric)) == metric
     for metric in ("fid", "kid", "is", "clip_score"):
-        assert fidelity_of(Protocol(objective=metric)) == "psnr"
-    assert fidelity_of(Protocol(objective="my.metrics:sharpness")) == "my.metrics:sharpness"
+        assert paired_metric(Protocol(objective=metric)) == "psnr"
+    assert paired_metric(Protocol(objective="my.metrics:sharpness")) == "my.metrics:sharpness"

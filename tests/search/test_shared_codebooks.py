@@ -23,8 +23,10 @@ from aquabit.pipelines import trace
 from aquabit.quant.bank import Bank
 from aquabit.quant.model import QuantizedDenoiser
 from aquabit.scheme import Act, AquabitError, Budget, Calibration, QuantConfig, Scheme
-from aquabit.search import Columns, Options, activation_choices, find_candidates, improve, ladder, solve
-from aquabit.search.options import Opening, Predict
+from aquabit.search.integer_program import solve
+from aquabit.search.local_search import improve
+from aquabit.search.options import Columns, Opening, Options, Predict, activation_choices
+from aquabit.search.surrogate_search import find_candidates, ladder
 from aquabit.space import SearchSpace, make_space
 from benchmarks.research.assign import assign
 from tests.conftest import tiny_pipeline

@@ -16,23 +16,13 @@ from hypothesis import strategies as st
 from aquabit.choices import Choices
 from aquabit.cost import Latency
 from aquabit.scheme import AquabitError, Budget, QuantConfig
-from aquabit.search import (
-    Front,
-    FrontMember,
-    Options,
-    Proof,
-    activation_choices,
-    additive_scores,
-    hypervolume,
-    improve,
-    integer_program,
-    ladder,
-    pareto,
-    smallest_uniform,
-    solve,
-)
-from aquabit.search.options import Predict
-from aquabit.search.surrogate_search import find_candidates, schedule
+from aquabit.search import integer_program
+from aquabit.search.front import Front, FrontMember, hypervolume, pareto, smallest_uniform
+from aquabit.search.integer_program import additive_scores, solve
+from aquabit.search.local_search import improve
+from aquabit.search.options import Options, Predict, activation_choices
+from aquabit.search.proof import Proof
+from aquabit.search.surrogate_search import find_candidates, ladder, schedule
 from aquabit.stats import OLD_LEVEL, Interval, mean_interval
 from tests.worlds import Lab, every, interacting, middle, model, total
 

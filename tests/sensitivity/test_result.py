@@ -29,7 +29,7 @@ from aquabit.sensitivity.effects.swaps import predict_swaps, top_layers, validat
 from aquabit.sensitivity.effects.validation import (
     Contexts,
     chosen_layers,
-    plan_flips,
+    plan_swaps,
     rank_layers,
     validate_in,
 )
@@ -483,7 +483,7 @@ def test_planned_swaps_share_good_contexts(probed: World) -> None:
     players = find_players(space, parse_swap("usq4:usq2"))
     ranked = [p.layer for p in players][::-1]
     contexts = Contexts(space, cost, probed.damages, 3.0, 0)
-    flips = plan_flips(players, ranked, contexts, 40, 0)
+    flips = plan_swaps(players, ranked, contexts, 40, 0)
     assert (
         len(flips) == 40
         and flips[0].layer == flips[1].layer == ranked[0]
@@ -509,8 +509,8 @@ def test_planned_swaps_share_good_contexts(probed: World) -> None:
     good = good_contexts(probed.damages, cost, 3.0, 64, np.random.default_rng(9))
     assert np.median(probed.damages.total(rows)) < 1.3 * np.median(probed.damages.total(good))
     assert np.abs(cost.totals(rows)["bits"] - 3).max() <= 0.25
-    assert [f.ends for f in plan_flips(players, ranked, contexts, 11, 0)[:2]] == [f.ends for f in flips[:2]]
-    rounds = plan_flips(players[:3], [p.layer for p in players[:3]], contexts, 60, 0)
+    assert [f.ends for f in plan_swaps(players, ranked, contexts, 11, 0)[:2]] == [f.ends for f in flips[:2]]
+    rounds = plan_swaps(players[:3], [p.layer for p in players[:3]], contexts, 60, 0)
     assert len({(f.layer, f.context.digest) for f in rounds}) == 60, "few layers: more contexts, none twice"
 
 

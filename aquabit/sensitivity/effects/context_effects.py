@@ -29,7 +29,10 @@ from aquabit.sensitivity.effects.predicted import (
 from aquabit.sensitivity.shared_contexts import group_numbers
 from aquabit.sensitivity.surrogate.estimators import Estimator
 from aquabit.sensitivity.surrogate.fit import FittedSurrogate, training_table
-from aquabit.sensitivity.surrogate.output_error_surrogate import OutputErrorSurrogate, fit_screen
+from aquabit.sensitivity.surrogate.output_error_surrogate import (
+    OutputErrorSurrogate,
+    fit_output_error_surrogate,
+)
 from aquabit.study import Study
 
 DRAWN = 64  # contexts that effects are predicted in; the first few of them are run
@@ -93,7 +96,7 @@ def refine(
         count += 1
     if count < MIN_CONTEXTS:
         return None
-    screen = fit_screen(fitted, outputs, seed=seed, blend=True)
+    screen = fit_output_error_surrogate(fitted, outputs, seed=seed, blend=True)
     ends_of = swapped(contexts[:count], players)
     features = screen.features(ends_of, [values[k][i] for i in range(2 * len(players)) for k in range(count)])
     trained = screen.features(fitted.choices, [outputs[c] for c in fitted.configs])
@@ -122,7 +125,7 @@ def _changes(model: Estimator, features: np.ndarray, players: int, contexts: int
     return np.asarray(units[:, 1] - units[:, 0])
 
 
-def screened(
+def rank_by_output_errors(
     session: Session,
     fitted: FittedSurrogate,
     configs: Sequence[QuantConfig],
@@ -132,4 +135,4 @@ def screened(
     measured where they are not known."""
     known = session.study.configs()
     outputs = session.outputs([*(known[c] for c in fitted.configs), *configs], progress)
-    return fit_screen(fitted, outputs)(configs, outputs)
+    return fit_output_error_surrogate(fitted, outputs)(configs, outputs)

@@ -31,7 +31,7 @@ HALVES: tuple[Half, ...] = ("top", "random")
 
 
 @dataclass(frozen=True)
-class Flip:
+class PlannedSwap:
     """One layer swapped between two schemes inside one context."""
 
     layer: str
@@ -88,9 +88,9 @@ class Contexts:
         return block[order[number % POOL]]
 
 
-def plan_flips(
+def plan_swaps(
     players: Sequence[Player], ranked: Sequence[str], contexts: Contexts, count: int, seed: int
-) -> list[Flip]:
+) -> list[PlannedSwap]:
     """``count`` swaps of ``chosen_layers``, each in CONTEXTS contexts; more layers before more contexts."""
     by_name, names = {p.layer: p for p in players}, contexts.space.codebooks or {}
     turns = chosen_layers(ranked, -(-count // CONTEXTS), seed)
@@ -102,7 +102,9 @@ def plan_flips(
         )
         player = by_name[layer]
         flips.append(
-            Flip(layer, player.before, player.after, contexts.of(player, number), names.get(layer), half)
+            PlannedSwap(
+                layer, player.before, player.after, contexts.of(player, number), names.get(layer), half
+            )
         )
     return flips
 
@@ -160,7 +162,7 @@ def validate_in(
     plans: list[dict[str, Any]] = study.get("validation_plan") or []
     old = next((p for p in plans if all(p[k] == v for k, v in key.items())), None)
     ranked = old["ranked"] if old else rank_layers(session, players, bits, damages, progress)
-    flips = plan_flips(players, ranked, contexts, count, seed)
+    flips = plan_swaps(players, ranked, contexts, count, seed)
     if old is None or count > old["flips"]:
         halves = {
             h: [

@@ -105,7 +105,7 @@ def _features(fitted: FittedSurrogate, choices: Choices, values: Sequence[Mappin
     return np.concatenate([fitted.encoder(choices), output_features(values)], 1)
 
 
-def fit_screen(
+def fit_output_error_surrogate(
     fitted: FittedSurrogate, outputs: Outputs, folds: int = 5, seed: int = 0, blend: bool = False
 ) -> OutputErrorSurrogate:
     """Fit the screen to what ``fitted`` was trained on: boosted trees, or the ``blend`` that effects are read

@@ -20,7 +20,7 @@ from aquabit.sensitivity.effects.context_effects import DRAWN
 from aquabit.sensitivity.effects.predicted import draw_contexts, find_players
 from aquabit.sensitivity.explaining import explain
 from aquabit.sensitivity.surrogate.fit import fit_from_study
-from aquabit.sensitivity.surrogate.output_error_surrogate import Blend, fit_screen
+from aquabit.sensitivity.surrogate.output_error_surrogate import Blend, fit_output_error_surrogate
 from aquabit.study import Study
 from aquabit.workflows import measure
 from tests.conftest import tiny_pipeline
@@ -38,7 +38,7 @@ def made(tmp_path_factory):
     pipe, study = tiny_pipeline("dit"), Study(folder / "s.db")
     measure(pipe, study, 30, protocol=PROTOCOL, space=SPACE, bank=str(folder / "bank"))
     plain = explain(study, BITS, replicates=4)
-    flow.see_in_context(study, 2, BITS, Where(bank=str(folder / "bank")), pipe=pipe)
+    flow.run_contexts(study, 2, BITS, Where(bank=str(folder / "bank")), pipe=pipe)
     return pipe, study, str(folder / "bank"), plain
 
 
@@ -108,7 +108,7 @@ def test_effects_in_context_are_what_the_screen_says_of_both_ends(made) -> None:
     assert found.surrogate["contexts_run"] == 2 and "contexts_run" not in plain.surrogate
     fitted = fit_from_study(study)
     outputs = study.outputs(stored(study.protocol)[0].digest)
-    screen = fit_screen(fitted, outputs, blend=True)
+    screen = fit_output_error_surrogate(fitted, outputs, blend=True)
     assert found.surrogate["screen_within_budget_srcc"] == screen.within_budget_srcc
     drawn = draw_contexts(
         fitted.space, fitted.cost, BITS, DRAWN, np.random.default_rng([0, 0]), fitted.damages
@@ -164,8 +164,8 @@ def test_what_is_missing_is_named(made) -> None:
     outputs = study.outputs(stored(study.protocol)[0].digest)
     outputs.pop(fitted.configs[3])
     with pytest.raises(AquabitError, match="output errors of 1 measured"):
-        fit_screen(fitted, outputs)
+        fit_output_error_surrogate(fitted, outputs)
     with pytest.raises(AquabitError, match="contexts is 1"):
-        flow.see_in_context(study, 1, pipe=pipe)
+        flow.run_contexts(study, 1, pipe=pipe)
     with pytest.raises(AquabitError, match="screen is 0"):
         flow.find(study, BITS, screen=0, pipe=pipe, bank=bank)
