@@ -49,10 +49,11 @@ WEIGHT_ONLY = (
 
 def overhead(folder: Path, models: list[str], pairs: int = 15) -> list[dict[str, Any]]:
     """Median seconds and the median of paired ratios. Full precision is the untouched pipeline."""
-    from aquabit.measuring.evaluator import Evaluator, single_thread
+    from aquabit.measuring.evaluator import Evaluator
     from aquabit.measuring.model import open_model
     from aquabit.pipelines import Adapter, load
     from aquabit.quant.bank import Bank
+    from aquabit.runtime import single_thread
     from aquabit.scheme import Protocol
     from aquabit.space import make_space
 
@@ -64,8 +65,7 @@ def overhead(folder: Path, models: list[str], pairs: int = 15) -> list[dict[str,
         plain = Adapter(load(name))
         configs = space.sample(pairs, seed=5)
         for config in configs:  # schemes are fitted once per model: amortised
-            for layer, choice in config.layers.items():
-                evaluator.quantized.fit(layer, [choice.weight])
+            evaluator.quantized.prepare(config)
         evaluator.full_precision(protocol)
         dense, ours = [], []
         for config in configs:
@@ -99,9 +99,9 @@ def synthetic_study(path: Path, large: bool = False) -> tuple[Any, Any, Any, Any
 
     from aquabit.cost import CostModel
     from aquabit.graph import to_json
+    from aquabit.measuring.evaluator import SKETCH
     from aquabit.pipelines import trace
     from aquabit.scheme import Measurement, Protocol
-    from aquabit.sensitivity.features import SKETCH
     from aquabit.space import make_space
     from aquabit.study import Study
 
@@ -262,11 +262,11 @@ def quality(folder: Path, models: list[str], samples: int = 300, flips: int = 60
 def packed(folder: Path, models: list[str]) -> list[dict[str, Any]]:
     """FID of images from the packed artifact and of the dense measurement, on the same fresh seeds."""
     from aquabit import packing
-    from aquabit import workflows as flow
-    from aquabit.measuring.evaluator import single_thread
     from aquabit.pipelines import Adapter, load
     from aquabit.quality import Quality, Source
+    from aquabit.runtime import single_thread
     from aquabit.scheme import QuantConfig
+    from aquabit.search import FRESH_BLOCKS
     from aquabit.stats import mean_interval, paired_difference
     from aquabit.study import Study
 
@@ -285,7 +285,7 @@ def packed(folder: Path, models: list[str]) -> list[dict[str, Any]]:
         adapter = Adapter(load(str(folder / f"packed-{name}")))
         extractor, real = adapter.reference()
         values = []
-        for block in flow.FRESH_BLOCKS:
+        for block in FRESH_BLOCKS:
             protocol, quality = study.protocol.block(block), Quality([Source(extractor, real)], ["fid"])
             with single_thread("cpu"):
                 for batch in adapter.batches(protocol):
@@ -354,7 +354,7 @@ def _uniform_bytes(study: Any) -> dict[str, int]:
 
 
 def _fresh_reference(study: Any) -> float:
-    from aquabit.workflows import FRESH_BLOCKS
+    from aquabit.search import FRESH_BLOCKS
 
     digests = {study.protocol.block(b).digest for b in FRESH_BLOCKS}
     table = study.measurements(kind="reference")

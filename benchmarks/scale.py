@@ -68,11 +68,11 @@ def size_of(model: nn.Module) -> int:
 
 
 def in_memory(dtype: torch.dtype, blocks: int, scheme: str, bank: Path) -> dict[str, Any]:
-    from aquabit.measuring.evaluator import single_thread
     from aquabit.pipelines import trace
     from aquabit.quant.bank import Bank
     from aquabit.quant.layers import resident_bytes
     from aquabit.quant.model import QuantizedDenoiser, fingerprint
+    from aquabit.runtime import single_thread
     from aquabit.space import make_space
 
     libraries, model = peak(), denoiser(dtype, blocks)
@@ -137,12 +137,13 @@ TASKS = ("measure", "quantize", "run packed")
 
 def bundled(name: str, task: str, bank: Path) -> dict[str, Any]:
     """One task on a bundled model, with the protocol's micro-batch of 64, beside what is expected."""
-    from aquabit.measuring.evaluator import Evaluator, single_thread
+    from aquabit.measuring.evaluator import Evaluator
     from aquabit.measuring.model import open_model
     from aquabit.memory import peaks
     from aquabit.packing import quantize
     from aquabit.pipelines import Adapter
     from aquabit.quant.bank import Bank
+    from aquabit.runtime import single_thread
     from aquabit.scheme import Calibration, Protocol
     from aquabit.space import make_space
 

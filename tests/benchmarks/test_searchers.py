@@ -194,7 +194,7 @@ def test_the_loop_proposes_from_an_evolution_too() -> None:
         cost.within(cost.totals(Choices.of(space, [c.config])), c.target)[0] for c in found
     )
     rows = every(space, (8,))
-    values = lab.truth(rows.weights[inside := cost.within(cost.totals(rows), budget)], rows.acts[inside])
+    values = lab.truth(rows[cost.within(cost.totals(rows), budget)])
     assert lab.best(cost, budget) <= np.quantile(values, 0.02)
     with pytest.raises(AquabitError, match=r"method 'luck' is unknown; known: program, surrogate, evolve"):
         lab.search(cost, budget, method="luck")
