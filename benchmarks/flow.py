@@ -266,7 +266,7 @@ def packed(folder: Path, models: list[str]) -> list[dict[str, Any]]:
     from aquabit.quality import Quality, Source
     from aquabit.runtime import single_thread
     from aquabit.scheme import QuantConfig
-    from aquabit.search import FRESH_BLOCKS
+    from aquabit.search.fresh_front import FRESH_BLOCKS
     from aquabit.stats import mean_interval, paired_difference
     from aquabit.study import Study
 
@@ -354,7 +354,7 @@ def _uniform_bytes(study: Any) -> dict[str, int]:
 
 
 def _fresh_reference(study: Any) -> float:
-    from aquabit.search import FRESH_BLOCKS
+    from aquabit.search.fresh_front import FRESH_BLOCKS
 
     digests = {study.protocol.block(b).digest for b in FRESH_BLOCKS}
     table = study.measurements(kind="reference")
