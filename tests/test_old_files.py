@@ -77,7 +77,7 @@ def test_what_the_study_holds_is_read(folder: Path) -> None:
     assert all(key == protocol.digest for key, protocol in study.protocols().items())
     chosen = QuantConfig.from_dict(json.loads((folder / "config.json").read_text()))
     assert configs[chosen.digest] == chosen and study.get("front")["winner"] == chosen.digest
-    assert len(study.flips("fid")) == 6 and len(study.features()) == 84
+    assert len(study.swaps("fid")) == 6 and len(study.features()) == 84
 
 
 def test_explain_says_the_same_numbers(folder: Path) -> None:

@@ -14,7 +14,9 @@ import pytest
 
 from aquabit import workflows as flow
 from aquabit.cost import CostModel
-from aquabit.measuring.session import uniform_references
+from aquabit.measuring.session import open_session, uniform_references
+from aquabit.measuring.settings import MeasureOptions
+from aquabit.measuring.where import Where
 from aquabit.pipelines import Adapter, trace
 from aquabit.quant.model import fingerprint
 from aquabit.scheme import AquabitError, Budget, Calibration, Protocol, QuantConfig, no_progress
@@ -72,13 +74,11 @@ class World:
         return World(pipe, Study(folder / "s.db"), str(folder / "bank"), space, costs, budget, given)
 
     def find(self, bits: float | None = None, **options: Any) -> Front:
-        given: dict[str, Any] = {
-            "rounds": 1,
-            "against": [self.given],
-            "protocol": PROTOCOL,
-            "space_options": SPACE,
-            **options,
-        }
+        given: dict[str, Any] = {"rounds": 1, "against": [self.given], **options}
+        if "space" not in self.study:  # begun, and nothing measured
+            begun, where = MeasureOptions(PROTOCOL, SPACE), Where(bank=self.bank)
+            with open_session(self.pipe, self.study, begun, where):
+                pass
         return flow.find(self.study, bits or self.budget.bits, pipe=self.pipe, bank=self.bank, **given)
 
     def classes(self) -> tuple[int, ...]:

@@ -34,7 +34,7 @@ def test_shap_in_units_adds_up_to_what_the_prediction_is_worse(objective: str, t
         for o in range(len(OPERATORS)):
             own = range(o, 60, len(OPERATORS))
             assert shap[o] == pytest.approx(sum(units[row, i] for i in own), rel=1e-3, abs=1e-3)
-            schemes = [fitted.space.schemes[fitted.weights[row, i]] for i in own]
+            schemes = [fitted.space.schemes[fitted.choices.weights[row, i]] for i in own]
             assert bits[o] == pytest.approx(np.mean([s.bits for s in schemes]), rel=1e-3)
     assert min(fitted.y) in fitted.y[rows] and max(fitted.y) in fitted.y[rows], (
         "the best and the worst are shown"
