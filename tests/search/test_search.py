@@ -125,7 +125,7 @@ def searched(
         said.append(text)
         rows.append(world.rows())
 
-    front = flow.search(world.study, options(world), pipe=world.pipe, bank=world.bank, told=told)
+    front = flow.search(world.study, options(world), Where(bank=world.bank), pipe=world.pipe, told=told)
     return world, front, said, rows
 
 
@@ -201,7 +201,7 @@ def test_the_winner_is_not_worse_than_any_known_rival(searched: Any) -> None:
 def test_run_twice_nothing_is_measured_and_the_front_is_the_same(searched: Any) -> None:
     world, front, _, _ = searched
     rows = world.rows()
-    again = flow.search(world.study, options(world), pipe=world.pipe, bank=world.bank)
+    again = flow.search(world.study, options(world), Where(bank=world.bank), pipe=world.pipe)
     assert (
         world.rows() == rows
         and again.to_dict() == front.to_dict() == Front.from_dict(world.study.get("front")).to_dict()
