@@ -242,9 +242,9 @@ def share_of_bytes(model: str, uniform: str = "usq3h") -> str:
     """At what share of a uniform configuration's bytes a found one has its PSNR, as searches.md says."""
     text = (RESULTS / "searches.md").read_text()
     row = re.search(
-        rf"\| {model} \| uniform {uniform}, [\d,]+ bytes \| [\d.]+ \| [\d,]+ \(([\d.]+) %\)", text
+        rf"\| {model} \| uniform {uniform}, [\d,]+ bytes \| [\d.]+ \| (at most )?[\d,]+ \(([\d.]+) %\)", text
     )
-    return row.group(1) if row else "?"
+    return (row.group(1) or "") + row.group(2) if row else "?"
 
 
 def reached(budgets: tuple[float, ...]) -> str:
@@ -277,7 +277,7 @@ def short_results() -> str:
     return (
         f"{reached((2.0, 3.0))}\n\n"
         f"Full precision has FID {' and '.join(shown(average(f, 'fid'), 2) for f in full)}."
-        f" A found configuration has the PSNR of uniform `usq3h` at {share_of_bytes(MODELS[0])} % (U-Net) and"
+        f" A found configuration has the PSNR of uniform `usq3h` with {share_of_bytes(MODELS[0])} % (U-Net) and"
         f" {share_of_bytes(MODELS[1])} % (DiT) of its bytes."
     )
 
@@ -320,7 +320,7 @@ def draw_front(model: str, path: Path) -> None:
 
     def row(group: str, label: str, family: str, bits: float, blocks: list[float]) -> tuple[Any, ...]:
         value, half = mean(blocks), T_OF_5 * stdev(blocks) / len(blocks) ** 0.5
-        return group, label, family, "", bits, 0, value, value - half, value + half, 0.95, len(blocks), False
+        return group, label, family, "", bits, 0, value, value - half, value + half, "95 %", len(blocks), False
 
     rows = [r for r in searches() if r["model"] == model]
     table = []
