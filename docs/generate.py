@@ -277,8 +277,8 @@ def short_results() -> str:
     return (
         f"{reached((2.0, 3.0))}\n\n"
         f"Full precision has FID {' and '.join(shown(average(f, 'fid'), 2) for f in full)}."
-        f" A found configuration has the PSNR of uniform `usq3h` with {share_of_bytes(MODELS[0])} % (U-Net) and"
-        f" {share_of_bytes(MODELS[1])} % (DiT) of its bytes."
+        f" A found configuration has the PSNR of uniform `usq3h` with {share_of_bytes(MODELS[0])} % (U-Net)"
+        f" and {share_of_bytes(MODELS[1])} % (DiT) of its bytes."
     )
 
 
@@ -320,7 +320,8 @@ def draw_front(model: str, path: Path) -> None:
 
     def row(group: str, label: str, family: str, bits: float, blocks: list[float]) -> tuple[Any, ...]:
         value, half = mean(blocks), T_OF_5 * stdev(blocks) / len(blocks) ** 0.5
-        return group, label, family, "", bits, 0, value, value - half, value + half, "95 %", len(blocks), False
+        ends = (value - half, value + half, "95 %")
+        return (group, label, family, "", bits, 0, value, *ends, len(blocks), False)
 
     rows = [r for r in searches() if r["model"] == model]
     table = []
