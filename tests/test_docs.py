@@ -146,7 +146,7 @@ def test_a_wrong_line_is_seen() -> None:
 @by_page
 def test_json_blocks_are_json(page: Path) -> None:
     for _, text in blocks(page, "json"):
-        json.loads(text)
+        assert isinstance(json.loads(text), dict | list), text  # ValueError for what is no JSON
 
 
 def imported(tree: ast.Module) -> dict[str, Any]:
