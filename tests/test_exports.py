@@ -202,3 +202,11 @@ def test_the_command_line_exports_and_says_what_is_wrong(tmp_path) -> None:
     ):
         wrong = CliRunner().invoke(app, ["export", *arguments, "--out", str(out)])
         assert wrong.exit_code == 2 and said in wrong.output.replace("\n", " ")
+
+
+def test_quanto_stores_more_than_eight_bits_at_eight_and_says_so() -> None:
+    from aquabit.exports import quanto
+    from aquabit.scheme import LayerChoice, Scheme
+
+    form = quanto.layer(LayerChoice(Scheme.parse("aq3x8g2"), 16), {"shape": (16, 32)})
+    assert form.form["weights"] == "qint8" and "8 bits instead of 12" in form.lost

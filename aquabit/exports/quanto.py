@@ -16,7 +16,7 @@ def layer(choice: LayerChoice, node: Node) -> Form:
     if scheme == FP:
         return Form(None, "fp", lost)
     row, wanted = prod(shape[1:]), code_bits(scheme, shape)
-    bits = next(b for b in (2, 4, 8) if b >= wanted)
+    bits = next((b for b in (2, 4, 8) if b >= wanted), 8)
     if bits != wanted:
         lost.append(f"{bits} bits instead of {wanted}")
     group = None if bits == 8 else _quanto_group(row)
