@@ -1,5 +1,5 @@
 """The Triton kernels against cuBLAS (cuDNN) bf16 and against dequantize-then-multiply: python
-benchmarks/triton_kernels.py, on a CUDA machine.
+benchmarks/triton_kernels.py [--formats usq4 ...] [--layers N], on a CUDA machine.
 
 Writes benchmarks/results/triton.json and triton.md. bfloat16 throughout, random codes. Every round runs all
 three after one another with the L2 cache flushed before each, so that ratios are paired and weights come from
@@ -27,7 +27,7 @@ from aquabit.kernels.backends.triton_kernels import (
     triton_weight,
 )
 from aquabit.kernels.codebook import CodebookWeight
-from benchmarks.common import write_results
+from benchmarks.common import RESULTS, parser, write_results
 
 # bits, group, codebooks; tables per row (None: uniform codes), groups of inputs with a scale each
 FORMATS = {
@@ -110,10 +110,10 @@ def row(
     return found
 
 
-def linear_rows() -> list[dict[str, Any]]:
+def linear_rows(formats: list[str], layers: int) -> list[dict[str, Any]]:
     rows = []
-    for shape in LINEAR:
-        for name in FORMATS:
+    for shape in LINEAR[:layers]:
+        for name in formats:
             weight = made(name, shape)
             laid = triton_weight(weight)
             for tokens in TOKENS:
@@ -132,13 +132,13 @@ def linear_rows() -> list[dict[str, Any]]:
     return rows
 
 
-def conv_rows() -> list[dict[str, Any]]:
+def conv_rows(formats: list[str], layers: int) -> list[dict[str, Any]]:
     rows = []
-    for channels, size in CONV:
+    for channels, size in CONV[:layers]:
         x = torch.randn(BATCH, channels, size, size, device="cuda", dtype=torch.bfloat16).contiguous(
             memory_format=torch.channels_last
         )
-        for name in FORMATS:
+        for name in formats:
             weight = made(name, (channels, channels, 3, 3))
             laid = triton_weight(weight)
             layer = f"conv 3x3, {channels} channels, {BATCH} x {size} x {size}"
@@ -153,6 +153,11 @@ def conv_rows() -> list[dict[str, Any]]:
 
 
 def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--formats", nargs="+", default=list(FORMATS), choices=list(FORMATS))
+    arguments.add_argument("--layers", type=int, default=len(LINEAR), help="of each kind, the first so many")
+    arguments.add_argument("--results", type=Path, default=RESULTS)
+    given = arguments.parse_args()
     why = triton_available()
     if why or not torch.cuda.is_available():
         sys.exit(
@@ -162,8 +167,9 @@ def main() -> None:
     import triton
 
     device = {"gpu": torch.cuda.get_device_name(), "triton": triton.__version__, "cuda": torch.version.cuda}
-    rows = linear_rows() + conv_rows()
-    write_results("triton", "python benchmarks/triton_kernels.py", {"device": device, "rows": rows}, markdown)
+    rows = linear_rows(given.formats, given.layers) + conv_rows(given.formats, given.layers)
+    command = f"python {' '.join(sys.argv)}"
+    write_results("triton", command, {"device": device, "rows": rows}, markdown, given.results)
 
 
 def markdown(found: dict[str, Any]) -> str:
