@@ -39,14 +39,13 @@ from aquabit.quant.layers import resident_bytes
 from aquabit.quant.model import fingerprint
 from aquabit.scheme import Calibration, Protocol
 from aquabit.space import make_space
-from aquabit.study import Study
 from benchmarks.common import MODELS, RESULTS, parser, read, write_results
 
 PROMPTS = ("a cat", "two dogs", "a red car", "the sea")
 UNIFORM = ("usq4", "usq3", "usq2")
 CALLS = 10
 SCHEMES = ("usq4", "usq3h", "aq2x8g8")  # of which fits are timed
-FITTED = 12  # layers a scheme
+FITTED = {"usq4": 12, "usq3h": 12, "aq2x8g8": 2}  # layers a scheme
 SDXL = {
     "sample_size": 128,
     "block_out_channels": (320, 640, 1280),
@@ -194,7 +193,7 @@ def milliseconds(call: Callable[[], object], device: str) -> float:
 
 def psnr(a: Tensor, b: Tensor) -> float:
     error = float((a.double() - b.double()).square().mean())
-    return float("inf") if error == 0 else -10 * torch.tensor(error).log10().item()
+    return 200.0 if error == 0 else -10 * torch.tensor(error).log10().item()
 
 
 # ---- the parts
@@ -203,35 +202,28 @@ def psnr(a: Tensor, b: Tensor) -> float:
 def bundled(device: str, size: str, folder: Path) -> list[dict[str, Any]]:
     """One row a model and dtype."""
     rows = []
+    half = [] if device == "cpu" else [(device, "float16")]
     for name in MODELS:
         opened = load(name)
         graph, own = trace(opened), fingerprint(denoiser_of(opened))
-        space = make_space(graph, own, name)
+        space, bank = make_space(graph, own, name, schemes=UNIFORM), Bank(folder / f"bank-{name}")
         configs = [space.full_precision(), *(space.uniform(s) for s in UNIFORM)]
-        protocol = Protocol(images=IMAGES[size], steps=10, objective="psnr")
         found: dict[str, Any] = {}
-        half = [] if device == "cpu" else [(device, "float16")]
         for where, dtype in (("cpu", "float32"), (device, "float32"), *half):
-            study = Study(folder / f"{name}-{where}-{dtype}.db")
-            aquabit.measure(
-                name, study, 0, configs=configs, protocol=replace(protocol, dtype=dtype), device=where,
-                dtype=dtype, bank=str(folder / f"bank-{name}"),
-            )  # fmt: skip
-            table = study.measurements()
-            table = table.set_index("config").loc[[c.digest for c in configs]]
+            protocol = Protocol(images=IMAGES[size], steps=10, objective="psnr", dtype=dtype)
+            evaluator = Evaluator(name, graph, bank, own, where, dtype)
+            measured = [evaluator.measure(c, protocol).measurement for c in configs]
             found[f"{where} {dtype}"] = {
-                "psnr": table.psnr.iloc[1:].tolist(),
-                "fid": table.fid.tolist() if "fid" in table else None,
-                "seconds": table.seconds.median(),
+                "psnr": [m.metrics["psnr"] for m in measured[1:]],
+                "fid": [m.metrics["fid"] for m in measured],
+                "seconds": median(m.seconds for m in measured),
             }
-        packed = quantize(name, space.uniform("usq4"), bank=str(folder / f"bank-{name}"))
-        packed.save(folder / f"packed-{name}")
-        images = {}
+        packed, images = str(folder / f"packed-{name}"), {}
+        quantize(name, space.uniform("usq4"), bank=str(bank.folder)).save(packed)
         for where in ("cpu", device):
             with timed(where) as clock:
-                images[where] = aquabit.generate(
-                    str(folder / f"packed-{name}"), IMAGES[size] // 2, steps=10, device=where
-                ).cpu()
+                made = aquabit.generate(packed, IMAGES[size], steps=10, device=where)
+            images[where] = made.cpu()
             found[f"packed {where}"] = {"seconds": clock.seconds}
         rows.append(
             {
@@ -276,7 +268,7 @@ def sdxl(device: str, size: str, folder: Path) -> dict[str, Any]:
     full = space.full_precision()
     call = evaluator.adapter.first_call(protocol)
     found["call_ms"] = {"dense": milliseconds(call, device)}
-    found["fits"] = fits(evaluator, space, protocol, device)
+    found["fits"] = [fits(evaluator, space, s, protocol, device) for s in SCHEMES[:2]]
     configs = {
         "full precision": full,
         "usq4, a16": space.uniform("usq4", 16),
@@ -297,7 +289,8 @@ def sdxl(device: str, size: str, folder: Path) -> dict[str, Any]:
     found["configurations"].append(
         {"name": "usq4, a16 again", "seconds": clock.seconds, "bytes": clock.bytes}
     )
-    del evaluator, call
+    if device != "cpu":
+        torch.cuda.empty_cache()
     with timed(device) as clock:
         packed = quantize(where, configs["usq4, a16"], bank=str(bank.folder), device=device)
     found["quantize"] = {"seconds": clock.seconds, "bytes": clock.bytes}
@@ -322,28 +315,30 @@ def sdxl(device: str, size: str, folder: Path) -> dict[str, Any]:
     for name in ("full precision", "usq4, a16"):
         found[f"packed beside {name}"] = psnr(images[name], images["packed"])
     found["usq4 beside full precision"] = psnr(images["full precision"], images["usq4, a16"])
+    print(found, flush=True)
+    del adapter
+    found["fits"].append(fits(evaluator, space, SCHEMES[2], protocol, device))
     return found
 
 
-def fits(evaluator: Evaluator, space: Any, protocol: Protocol, device: str) -> list[dict[str, Any]]:
-    """Seconds of fitting FITTED layers, spread over the model, with each scheme, and of one probe."""
-    rows = []
-    for scheme in SCHEMES:
-        names = [n for n, row in space.choices.items() if scheme in map(str, row)]
-        names = names[:: max(1, len(names) // FITTED)][:FITTED]
-        uniform = space.uniform(scheme, 16)
-        config = replace(uniform, layers={n: uniform.layers[n] for n in names})
-        with timed(device) as clock:
-            evaluator.quantized.prepare(config)
-        weights = sum(evaluator.quantized.layers[n].weight.numel() for n in names)
-        row = {"scheme": scheme, "layers": len(names), "weights": weights, "seconds": clock.seconds}
+def fits(evaluator: Evaluator, space: Any, scheme: str, protocol: Protocol, device: str) -> dict[str, Any]:
+    """Seconds of fitting FITTED layers, spread over the model, with a scheme, and of one probe."""
+    names = [n for n, row in space.choices.items() if scheme in map(str, row)]
+    apart = len(names) // FITTED[scheme]
+    names = names[apart // 2 :: apart][: FITTED[scheme]]
+    uniform = space.uniform(scheme, 16)
+    config = replace(uniform, layers={n: uniform.layers[n] for n in names})
+    with timed(device) as clock:
+        evaluator.quantized.prepare(config)
+    weights = sum(evaluator.quantized.layers[n].weight.numel() for n in names)
+    row = {"scheme": scheme, "layers": len(names), "weights": weights, "seconds": clock.seconds}
+    evaluator.fit({names[0]: [scheme]}, {names[0]: ()}, (16,), protocol, space.calibration)
+    with timed(device) as clock:
         asked = {n: [scheme] for n in names}
-        evaluator.fit({names[0]: [scheme]}, {names[0]: ()}, (16,), protocol, space.calibration)
-        with timed(device) as clock:
-            evaluator.fit(asked, dict.fromkeys(names, ()), (16,), protocol, space.calibration)
-        rows.append(row | {"probe": clock.seconds / len(names), "bytes": clock.bytes})
-        print(rows[-1], flush=True)
-    return rows
+        evaluator.fit(asked, dict.fromkeys(names, ()), (16,), protocol, space.calibration)
+    row |= {"probe": clock.seconds / len(names), "bytes": clock.bytes}
+    print(row, flush=True)
+    return row
 
 
 PARTS: dict[str, Callable[[str, str, Path], Any]] = {"bundled": bundled, "sdxl": sdxl}
@@ -393,7 +388,7 @@ def markdown(found: dict[str, Any]) -> str:
             f"Packed images differ from those of the same weights decoded by"
             f" {s['packed beside usq4, a16']:.1f} dB, those from full precision by"
             f" {s['usq4 beside full precision']:.1f} dB.\n",
-            "| scheme | layers fitted | million weights | seconds | for all weights at that rate | a probe, s |",
+            "| scheme | layers fitted | million weights | seconds | all weights at that rate | a probe, s |",
             "|---|---|---|---|---|---|",
             *(
                 f"| {f['scheme']} | {f['layers']} | {f['weights'] / 1e6:.1f} | {f['seconds']:.1f} |"

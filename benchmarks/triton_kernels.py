@@ -2,14 +2,15 @@
 benchmarks/triton_kernels.py [--formats usq4 ...] [--layers N], on a CUDA machine.
 
 Writes benchmarks/results/triton.json and triton.md. bfloat16 throughout, random codes. Every round runs all
-three after one another with the L2 cache flushed before each, so that ratios are paired and weights come from
-memory, as in a model whose layers do not fit the cache.
+three after one another, as CUDA graphs, with the L2 cache flushed before each, so that ratios are paired and
+weights come from memory, as in a model whose layers do not fit the cache.
 """
 
 from __future__ import annotations
 
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ FORMATS = {
 LINEAR = [(1152, 1152), (4608, 1152), (1152, 4608), (4096, 4096)]  # out, in: DiT-XL/2, and one larger
 TOKENS = (1, 16, 256, 4096)
 CONV = [(192, 32), (384, 32), (576, 16), (960, 16)]  # channels, size: LDM-4, 3 x 3
-BATCH, ROUNDS, WARM = 8, 30, 3
+BATCH, ROUNDS, WARM, ASKED = 8, 30, 3, 20
 
 
 def made(name: str, shape: tuple[int, ...], seed: int = 0) -> CodebookWeight:
@@ -62,23 +63,46 @@ def made(name: str, shape: tuple[int, ...], seed: int = 0) -> CodebookWeight:
     return CodebookWeight.from_codes(codes, tables, scale, offset, shape, bits).to("cuda")
 
 
-def paired(runs: dict[str, Callable[[], Tensor]]) -> dict[str, list[float]]:
-    """Milliseconds of each, round by round."""
-    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
-    for run in runs.values():
+def replayed(run: Callable[[], Tensor]) -> Callable[[], None]:
+    """``run`` as a CUDA graph: what it does on the device, without what Python takes to ask for it."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
         for _ in range(WARM):  # tuning happens here
             run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def paired(runs: dict[str, Callable[[], Tensor]]) -> dict[str, list[float]]:
+    """Milliseconds of each on the device, round by round."""
+    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    graphs = {name: replayed(run) for name, run in runs.items()}
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(ROUNDS):
-        for name, run in runs.items():
+        for name, replay in graphs.items():
             flush.zero_()
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
-            run()
+            replay()
             end.record()
             end.synchronize()
             times[name].append(start.elapsed_time(end))
     return times
+
+
+def asking(run: Callable[[], Tensor]) -> float:
+    """Microseconds that one call takes of the processor, where the device keeps up."""
+    found = []
+    for _ in range(5):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(ASKED):
+            run()
+        found.append(1e6 * (time.perf_counter() - began) / ASKED)
+    return statistics.median(found)
 
 
 def row(
@@ -106,6 +130,7 @@ def row(
     }
     found = {"layer": layer, "format": name, "bits_per_weight": weight.bits_per_weight, "error": error}
     found |= {f"{k}_us": 1e3 * statistics.median(v) for k, v in times.items()} | ratios
+    found |= {"asking_us": asking(ours), "asking_dense_us": asking(lambda: dense(x, held))}
     print(found, file=sys.stderr, flush=True)
     return found
 
@@ -177,22 +202,24 @@ def markdown(found: dict[str, Any]) -> str:
     lines = [
         (
             f"# Triton kernels\n\n{m['gpu']}, torch {m['torch']}, CUDA {m['cuda']}, triton {m['triton']};"
-            f" bfloat16, medians of {ROUNDS} paired rounds, L2"
+            f" bfloat16, medians of {ROUNDS} paired rounds of CUDA graphs, L2"
         ),
         (
-            "flushed before each. A ratio above 1 means that ours is faster. Error: max|y - y64| / max|y64|."
+            "flushed before each. A ratio above 1 means that ours is faster. Asking: what a call takes of\n"
+            "the processor before the device works. Error: max|y - y64| / max|y64|."
             f" Made by `{found['command']}`.\n"
         ),
         (
             "| layer | format | bits | triton, us | dense bf16, us | dequantize + dense, us | over dense |"
-            " over dequantize | error |"
+            " over dequantize | asking, us | asking dense, us | error |"
         ),
-        "|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
         f"| {r['layer']} | {r['format']} | {r['bits_per_weight']:.2f} | {r['triton_us']:.1f} |"
         f" {r['dense_us']:.1f} | {r['dequantize_us']:.1f} | {r['over_dense']:.2f} |"
-        f" {r['over_dequantize']:.2f} | {r['error']:.1e} |"
+        f" {r['over_dequantize']:.2f} | {r['asking_us']:.0f} |"
+        f" {r['asking_dense_us']:.0f} | {r['error']:.1e} |"
         for r in found["rows"]
     ]
     return "\n".join(lines) + "\n"

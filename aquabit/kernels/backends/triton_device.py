@@ -220,6 +220,8 @@ MIXED = INTERPRETED and isinstance(
     tl.sum, triton.JITFunction
 )  # its own library was made for a GPU, our kernels for the interpreter
 _INTERPRETED = tl.constexpr(INTERPRETED)
+# a compiled kernel takes the arguments of the kernel in their order, constants included (read in 3.6 and 3.7)
+DIRECT = not INTERPRETED and tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
 
 
 @triton.jit

@@ -8,6 +8,7 @@ Triton is imported at the first call, so this module can be imported without it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache
 from math import prod
@@ -50,14 +51,16 @@ def triton_available() -> str | None:
         return device
     if device.INTERPRETED:
         return "TRITON_INTERPRET was set after triton was imported; set it before" if device.MIXED else None
+    return _gpu_refusal()
+
+
+@cache
+def _gpu_refusal() -> str | None:
+    """Why the CUDA device cannot serve, or None; asked once, as each call of a layer asks."""
     if not torch.cuda.is_available():
         return "there is no CUDA device"
-    capability = torch.cuda.get_device_capability()
-    return (
-        None
-        if capability >= (8, 0)
-        else f"the CUDA device has capability {capability[0]}.{capability[1]}; 8.0 is needed"
-    )
+    major, minor = torch.cuda.get_device_capability()
+    return None if major >= 8 else f"the CUDA device has capability {major}.{minor}; 8.0 is needed"
 
 
 def triton_refuses(weight: Weight, device: torch.device | str, dtype: torch.dtype) -> str | None:
@@ -346,7 +349,7 @@ def _constants(
         "GROUP": group,
         "BOOKS": books,
         "UNIFORM": tables is None,
-        "PER_ROW": tables is not None and len(tables) > 1,
+        "PER_ROW": _per_row(tables),
         "BY_GROUP": group in _BY_GROUP,
         "IN_TILE": in_tile,
         "HAS_SCALE": scale is not None,
@@ -373,27 +376,72 @@ def _launch(
     conv: list[int] | None,
 ) -> None:
     """The kernel with matrix units, over tiles of tokens x outputs."""
-    device = _device()
     out, row = len(codes) // groups, (prod(conv[1:]) if conv else geometry[0])
-    constants = _constants(tables, scale, offset, facts, row, torch.float32 if exact else x.dtype)
-    constants |= {
-        "HAS_BIAS": bias is not None,
-        "CONV": conv is not None,
-        "KERNEL_ORDER": bool(facts[5]),
-        "EXACT": exact,
-        "KERNEL_H": conv[2] if conv else 1,
-        "KERNEL_W": conv[3] if conv else 1,
-    }
-    if device.INTERPRETED:
-        constants |= _TILE_INTERPRETED
-
-    def grid(tile: dict[str, int]) -> tuple[int, int]:
-        return ceil_divide(tokens, tile["BLOCK_M"]) * ceil_divide(out, tile["BLOCK_N"]), groups
-
-    unused = codes  # a pointer that is not read
-    pointers = (x, y, codes, *(unused if t is None else t for t in (tables, scale, offset, bias)))
     sizes = (tokens, out, row, codes.shape[1], *_counts(scale, offset), 1 << (tokens - 1).bit_length())
-    device.tuned_matmul[grid](*pointers, *sizes, *strides, *geometry, **constants)
+    integers = sizes + strides + geometry
+
+    def chosen() -> tuple[Any, Any, dict[str, Any]]:
+        device = _device()
+        constants = _constants(tables, scale, offset, facts, row, torch.float32 if exact else x.dtype)
+        constants |= {
+            "HAS_BIAS": bias is not None,
+            "CONV": conv is not None,
+            "KERNEL_ORDER": bool(facts[5]),
+            "EXACT": exact,
+            "KERNEL_H": conv[2] if conv else 1,
+            "KERNEL_W": conv[3] if conv else 1,
+        }
+        if device.INTERPRETED:
+            constants |= _TILE_INTERPRETED
+
+        def grid(tile: dict[str, int]) -> tuple[int, int, int]:
+            tiles = ceil_divide(tokens, tile["BLOCK_M"]) * ceil_divide(out, tile["BLOCK_N"])
+            return tiles, groups, 1
+
+        return device.tuned_matmul, grid, constants
+
+    pointers = (x, y, codes, *(codes if t is None else t for t in (tables, scale, offset, bias)))
+    key = ("matmul", exact, conv and tuple(conv), _per_row(tables), *facts)
+    _start(key, codes, pointers, integers, chosen)
+
+
+LAUNCHES = 4096  # launches remembered: shapes of layers and inputs; past that all are forgotten
+_launches: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+
+
+def _start(
+    key: tuple[Any, ...],
+    unread: Tensor,
+    pointers: tuple[Tensor, ...],
+    integers: tuple[int, ...],
+    chosen: Callable[[], tuple[Any, Any, dict[str, Any]]],
+) -> None:
+    """Launch a kernel. Of a call like one before, with the same ``key``, integers, dtypes and alignment of
+    pointers, the compiled kernel and its grid are known, and Triton's own look-up, which takes longer than
+    most of our kernels run, is left out. ``chosen``: the kernel (or its tuner), its grid and constants;
+    ``unread`` stands for a pointer that is not read, so the key tells which there are.
+    """
+    pointed = tuple((p.dtype, p is unread, p.data_ptr() & 15) for p in pointers)
+    known = (*key, pointers[0].device.index, *integers, *pointed)
+    found = _launches.get(known)
+    if found is not None:
+        launch, constants = found
+        launch(*pointers, *integers, *constants)
+        return
+    kernel, grid, named = chosen()
+    compiled = kernel[grid](*pointers, *integers, **named)
+    if not _device().DIRECT:
+        return
+    best = getattr(kernel, "best_config", None)
+    named = named | (best.kwargs if best is not None else {})
+    constants = tuple(named[name] for name in kernel.arg_names[len(pointers) + len(integers) :])
+    if len(_launches) >= LAUNCHES:
+        _launches.clear()
+    _launches[known] = compiled[grid(named) if callable(grid) else grid], constants
+
+
+def _per_row(tables: Tensor | None) -> bool:
+    return tables is not None and len(tables) > 1
 
 
 def _counts(*factors: Tensor | None) -> tuple[int, ...]:
@@ -412,42 +460,34 @@ def _launch_few(
     facts: list[int],
 ) -> None:
     """The path for few tokens: the row is split where the outputs alone would leave processors idle."""
-    device, (tokens, row), out = _device(), x.shape, len(codes)
-    constants = _constants(tables, scale, offset, facts, row, torch.float32)
-    unused = codes
-    tables, scale_, offset_, bias_ = (unused if t is None else t for t in (tables, scale, offset, bias))
-    few: dict[str, Any] = {"HAS_BIAS": bias is not None, "TOKENS": 1 << (tokens - 1).bit_length()}
+    (tokens, row), out = x.shape, len(codes)
+    read = tables
+    tables, scale_, offset_, bias_ = (codes if t is None else t for t in (tables, scale, offset, bias))
     tiles, blocks = ceil_divide(out, _ROWS_FEW), ceil_divide(row, _BLOCK_FEW)
     steps = ceil_divide(blocks, max(1, min(blocks, ceil_divide(4 * _processors(x.device), tiles))))
     splits = ceil_divide(blocks, steps)
     parts = x.new_empty(splits, tokens, out, dtype=torch.float32) if splits > 1 else y
-    device.few_tokens[(tiles, splits)](
-        x,
-        y,
-        parts,
-        codes,
-        tables,
-        scale_,
-        offset_,
-        bias_,
-        tokens,
-        out,
-        row,
-        codes.shape[1],
-        *_counts(scale, offset),
-        *x.stride(),
-        steps,
-        **constants,
-        **few,
-        SPLIT=splits > 1,
-        BLOCK_N=_ROWS_FEW,
-        BLOCK_K=_BLOCK_FEW,
-    )
+    padded = 1 << (tokens - 1).bit_length()
+
+    def constants() -> dict[str, Any]:
+        own = _constants(read, scale, offset, facts, row, torch.float32)
+        return own | {"HAS_BIAS": bias is not None, "TOKENS": padded}
+
+    def few() -> tuple[Any, Any, dict[str, Any]]:
+        tile = {"SPLIT": splits > 1, "BLOCK_N": _ROWS_FEW, "BLOCK_K": _BLOCK_FEW}
+        return _device().few_tokens, (tiles, splits, 1), constants() | tile
+
+    def add() -> tuple[Any, Any, dict[str, Any]]:
+        names = ("IN_TILE", "HAS_SCALE", "HAS_BIAS", "TOKENS")
+        named = {name: value for name, value in constants().items() if name in names}
+        return _device().add_parts, (ceil_divide(out, 128), 1, 1), named | {"BLOCK_N": 128}
+
+    sizes = (tokens, out, row, codes.shape[1], *_counts(scale, offset), *x.stride(), steps)
+    key = (x.dtype, offset is None, _counts(scale, offset), *facts)  # what ``add`` sees nothing else of
+    pointers = (x, y, parts, codes, tables, scale_, offset_, bias_)
+    _start(("few", _per_row(read), *key), codes, pointers, sizes, few)
     if splits > 1:
-        few |= {name: constants[name] for name in ("IN_TILE", "HAS_SCALE")}
-        device.add_parts[(ceil_divide(out, 128),)](
-            parts, y, scale_, bias_, tokens, out, splits, **few, BLOCK_N=128
-        )
+        _start(("add", *key), codes, (parts, y, scale_, bias_), (tokens, out, splits), add)
 
 
 @cache

@@ -406,6 +406,67 @@ def test_a_layout_is_made_once_and_goes_with_its_weight() -> None:
     assert len(triton_kernels._laid_out) == before - 1
 
 
+class Kernel:
+    """Stands for a kernel of Triton: counts its own look-ups, and hands out what it compiled."""
+
+    arg_names = ("x", "y", "codes", "tokens", "OUT", "BLOCK_M")
+    best_config = None
+
+    def __init__(self) -> None:
+        self.looked_up, self.launched = 0, []
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> object:
+        def look_up(*arguments: object, **named: int) -> Kernel:
+            self.looked_up += 1
+            return compiled
+
+        def launch(*arguments: object) -> None:
+            self.launched.append((grid, arguments[3:]))
+
+        compiled = type("Compiled", (), {"__getitem__": lambda _, asked: launch})()
+        return look_up
+
+
+@served
+def test_a_launch_is_looked_up_once_for_calls_that_are_alike() -> None:
+    kernel, x, codes = Kernel(), torch.zeros(33), torch.zeros(4, dtype=torch.uint8)
+
+    def start(key: str = "a", x: Tensor = x, read: Tensor = codes, tokens: int = 32, placed: int = 8) -> int:
+        before = kernel.looked_up
+        named = {"BLOCK_M": placed, "OUT": 5}
+        grid = (tokens // placed, 1, 1)
+        triton_kernels._start((key,), codes, (x, x, read), (tokens,), lambda: (kernel, grid, named))
+        return kernel.looked_up - before
+
+    with (
+        mock.patch.object(triton_kernels._device(), "DIRECT", True),
+        mock.patch.dict(triton_kernels._launches, clear=True),
+    ):
+        assert start() == 1 and start() == 0
+        assert kernel.launched == [((4, 1, 1), (32, 5, 8))]  # the constants in the kernel's order
+        # each of these may be another compiled kernel to Triton
+        assert start("b") == start(tokens=33) == start(x=x[1:]) == start(x=x.half()) == start(read=x) == 1
+        assert start() == 0
+        with mock.patch.object(triton_kernels, "LAUNCHES", 1):
+            start(tokens=34)
+        assert len(triton_kernels._launches) == 1
+
+
+@gpu
+@served
+@pytest.mark.parametrize("tokens", [3, 40])
+@pytest.mark.parametrize("name", ["usq4", "vq3c", "aq2x8g8"])
+def test_launches_that_are_remembered_compute_the_same(name: str, tokens: int) -> None:
+    weight, decoded = made(FORMATS[name], (96, 64))
+    other, others = made(FORMATS[name], (96, 64), seed=1)
+    for repeat in range(3):
+        x = noise(tokens + 1, 64, seed=repeat).to(DEVICE)
+        for w, expected in ((weight.to(DEVICE), decoded), (other.to(DEVICE), others)):
+            for part in (x[:-1], x[1:], x.flatten()[3 : 3 + tokens * 64].reshape(tokens, 64)):
+                found = triton_linear(part, w, accuracy="exact")
+                assert error(found, part.double().cpu() @ torch.from_numpy(expected).T) <= 2e-6
+
+
 @served
 def test_ops_have_shapes_without_running() -> None:
     linear, conv = (
