@@ -1,0 +1,113 @@
+"""Mutated inputs over everything that reads, in processes that may crash: python benchmarks/robustness.py
+[--cases 1000] [--first 0] [--targets NAME ...]
+
+Each target of ``tests/fuzzing.py`` gets ``--cases`` inputs, which follow from its name and a number. A process
+that dies, or takes more than MEMORY, is named with the case that it was at, and the next begins after it.
+Writes benchmarks/results/robustness.json and robustness.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.common import RESULTS, parser, write_results
+
+MEMORY = 6 << 30  # bytes of address space of a process
+KINDS = ("accepted", "refused", "internal error", "wrong number", "hangs", "crash")
+SHOWN = 12  # of each kind of fault
+
+
+def child(name: str, first: int, cases: int) -> None:
+    """One line for each case that is about to run, and one for what came of it."""
+    from tests.fuzzing import limit_memory, outcome, targets
+
+    target = targets()[name]
+    limit_memory(MEMORY)
+    said = os.fdopen(os.dup(1), "w")
+    quiet = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(quiet, 1)
+    os.dup2(quiet, 2)
+    for number in range(first, first + cases):
+        print(number, file=said, flush=True)
+        found = outcome(target, number)
+        print(json.dumps([number, found.kind, found.said]), file=said, flush=True)
+
+
+def run(name: str, first: int, cases: int) -> dict[str, Any]:
+    """How often each outcome came, and the first faults of each kind."""
+    counts: Counter[str] = Counter()
+    faults: list[tuple[str, int, str]] = []
+    began, end = time.perf_counter(), first + cases
+    while first < end:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        words = [sys.executable, __file__, "--child", name, str(first), str(end - first)]
+        done = subprocess.run(words, capture_output=True, text=True, env=environment)
+        lines = done.stdout.splitlines()
+        for line in lines:
+            if line.startswith("["):
+                number, kind, said = json.loads(line)
+                counts[kind] += 1
+                if kind not in ("accepted", "refused"):
+                    faults.append((kind, number, said))
+                first = number + 1
+        if first < end:
+            if not lines:
+                sys.exit(done.stderr or f"{name}: the process said nothing (exit code {done.returncode})")
+            counts["crash"] += 1
+            faults.append(("crash", first, f"exit code {done.returncode}"))
+            first += 1
+    shown = [f for kind in KINDS for f in [f for f in faults if f[0] == kind][:SHOWN]]
+    return {"target": name, "seconds": time.perf_counter() - began, **counts, "faults": shown}
+
+
+def markdown(found: dict[str, Any]) -> str:
+    rows = found["rows"]
+    total = {kind: sum(r.get(kind, 0) for r in rows) for kind in KINDS}
+    lines = [
+        "# Robustness",
+        "",
+        f"{sum(total.values()):,} mutated inputs; made by `{found['command']}`. Refused: one plain sentence. A wrong",
+        "number: something was accepted and then said another number than it should.",
+        "",
+        "| what reads | " + " | ".join(KINDS) + " |",
+        "|---|" + "---|" * len(KINDS),
+        *(f"| {r['target']} | " + " | ".join(str(r.get(k, 0)) for k in KINDS) + " |" for r in rows),
+        "| **all** | " + " | ".join(str(total[k]) for k in KINDS) + " |",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--cases", type=int, default=1000)
+    arguments.add_argument("--first", type=int, default=0)
+    arguments.add_argument("--targets", nargs="+")
+    arguments.add_argument("--results", type=Path, default=RESULTS)
+    arguments.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    given = arguments.parse_args()
+    if given.child:
+        child(given.child[0], int(given.child[1]), int(given.child[2]))
+        return
+    from tests.fuzzing import targets
+
+    rows = []
+    for name in given.targets or targets():
+        rows.append(run(name, given.first, given.cases))
+        print({k: v for k, v in rows[-1].items() if k != "faults"}, flush=True)
+        for fault in rows[-1]["faults"]:
+            print("   ", *fault, flush=True)
+    write_results("robustness", f"python {' '.join(sys.argv)}", {"rows": rows}, markdown, given.results)
+
+
+if __name__ == "__main__":
+    main()
