@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from math import ceil, gcd, prod
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -82,25 +82,41 @@ class CodebookWeight:
     order: Literal["inputs", "kernel"] = "inputs"
 
     def __post_init__(self) -> None:
-        expected = ceil(self.groups * self.codebook_count * self.shape[0] * self.bits / 8)
-        if self.packed.dtype != torch.uint8 or tuple(self.packed.shape) != (expected,):
+        _check_shape(self.shape, self.bits, self.order)
+        _check_tensor("codes", self.packed, torch.uint8, self.packed)
+        for name in ("codebooks", "scale", "offset"):
+            _check_tensor(name, getattr(self, name), torch.float16, self.packed)
+        out, row = self.shape[0], prod(self.shape[1:])
+        if self.codebooks is not None:
+            tables = tuple(self.codebooks.shape)
+            fits = len(tables) == 4 and tables[0] in (1, out) and tables[2] == 1 << self.bits
+            if not fits or min(tables) < 1:
+                raise AquabitError(
+                    f"codebooks are {list(tables)}; needed are [1 or {out}, M, {1 << self.bits}, g]"
+                )
+        for name in ("scale", "offset"):
+            value = getattr(self, name)
+            if value is not None and (
+                value.ndim not in (1, 2) or value.shape[0] != out or not 1 <= prod(value.shape[1:]) <= row
+            ):
+                raise AquabitError(
+                    f"{name} is {list(value.shape)}; a weight {list(self.shape)} needs [{out}], or [{out}, n]"
+                    " for n groups of inputs"
+                )
+        if self.order == "kernel" and (
+            self.group != prod(self.shape[2:]) or self.offset is not None or _by_groups(self.scale)
+        ):
+            raise AquabitError(
+                f"codes of kernel slices cover {prod(self.shape[2:])} weights each, with a scale for each"
+                f" output and no offset; here they cover {self.group}, with scale {_size(self.scale)} and"
+                f" offset {_size(self.offset)}"
+            )
+        expected = ceil_divide(self.groups * self.codebook_count * out * self.bits, 8)
+        if tuple(self.packed.shape) != (expected,):
             raise AquabitError(
                 f"codes are {self.packed.dtype} {list(self.packed.shape)}; a weight {list(self.shape)} needs"
                 f" uint8 [{expected}]"
             )
-        if self.codebooks is not None and (
-            self.codebooks.ndim != 4
-            or self.codebooks.shape[0] not in (1, self.shape[0])
-            or self.codebooks.shape[2] != 1 << self.bits
-        ):
-            raise AquabitError(
-                f"codebooks are {list(self.codebooks.shape)}; needed are [1 or {self.shape[0]}, M,"
-                f" {1 << self.bits}, g]"
-            )
-        for name in ("scale", "offset"):
-            value = getattr(self, name)
-            if value is not None and value.shape[0] != self.shape[0]:
-                raise AquabitError(f"{name} is {list(value.shape)}; it needs {self.shape[0]} rows")
 
     @staticmethod
     def from_codes(
@@ -130,7 +146,7 @@ class CodebookWeight:
 
     @property
     def groups(self) -> int:
-        return self.shape[1] if self.order == "kernel" else ceil(prod(self.shape[1:]) / self.group)
+        return self.shape[1] if self.order == "kernel" else ceil_divide(prod(self.shape[1:]), self.group)
 
     @property
     def codes(self) -> Tensor:
@@ -212,6 +228,45 @@ class CodebookWeight:
         return values
 
 
+LARGEST = 1 << 40  # weights of a layer; the kernels count in 64 bits
+MOST_BITS = 16  # of a code
+
+
+def _check_shape(shape: Any, bits: Any, order: Any) -> None:
+    """Raise AquabitError for what no weight can be."""
+    whole = isinstance(shape, tuple) and all(type(n) is int and n > 0 for n in shape)
+    if not whole or len(shape) not in (2, 4) or prod(shape) > LARGEST:
+        raise AquabitError(
+            f"the shape is {shape!r:.60}; a weight has [out, in] or [out, in, kh, kw], each at least 1"
+        )
+    if type(bits) is not int or not 1 <= bits <= MOST_BITS:
+        raise AquabitError(f"codes have {bits!r:.20} bits; they have 1 to {MOST_BITS}")
+    if order not in ("inputs", "kernel") or (order == "kernel" and len(shape) == 2):
+        raise AquabitError(
+            f"the order of codes is {order!r:.20}; it is inputs, or kernel for a convolution (this weight is"
+            f" {list(shape)})"
+        )
+
+
+def _check_tensor(name: str, value: Any, dtype: torch.dtype, codes: Tensor) -> None:
+    """Raise AquabitError for a part of another type, or on another device."""
+    if value is None and name != "codes":
+        return
+    if not isinstance(value, Tensor) or value.dtype != dtype:
+        said = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else repr(value)[:60]
+        raise AquabitError(f"{name} are {said}; they must be a tensor of {dtype}")
+    if value.device != codes.device:
+        raise AquabitError(f"the codes are on {codes.device}, {name} on {value.device}; move one of them")
+
+
+def _by_groups(factor: Tensor | None) -> bool:
+    return factor is not None and factor.ndim == 2 and factor.shape[1] > 1
+
+
+def _size(value: Tensor | None) -> str:
+    return "none" if value is None else str(list(value.shape))
+
+
 def ceil_divide(a: int, b: int) -> int:
     return -(-a // b)
 
@@ -227,6 +282,10 @@ def from_tensors(
             f" {order!r}"
         )
     tables, scale, offset = (tensors.get(k) for k in ("codebooks", "scale", "offset"))
+    for name, value in (("codebooks", tables), ("scale", scale), ("offset", offset)):
+        if value is not None and value.is_floating_point() and not bool(value.isfinite().all()):
+            bad = int((~value.isfinite()).sum())
+            raise AquabitError(f"{bad} of {value.numel()} numbers of {name} are not finite; it is damaged")
     return CodebookWeight(
         tensors["codes"],
         tables,

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ FORMAT = 2  # raised when the same key would be fitted otherwise: older fits are
 TUNED = "tuned-"  # before the names of files that hold fine-tuned weights
 DEFAULT_LIMIT = 20 * 2**30  # bytes
 SCAN = 16  # the folder is looked through when this part of the limit was written
+BEFORE_DIGESTS = {"format", "shape", "bits", "order", "error", "output", "notes"}  # what files of then say
 ORPHANED = 86400  # seconds after which a temporary file has no writer any more
 
 
@@ -68,6 +69,19 @@ class FullWeights(dict[str, Tensor]):
         return self._keys[layer]
 
 
+def _state(path: Path) -> tuple[int, ...]:
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def content_digest(said: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """A digest of tensors, by name, dtype, shape and bytes, and of what is said of them."""
+    body = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
+    for name in sorted(tensors):
+        body.update(f"\0{name} {weight_hash(tensors[name])}".encode())
+    return body.hexdigest()[:32]
+
+
 def _bytes_of(data: Tensor) -> Any:
     import torch
 
@@ -101,6 +115,7 @@ class Bank:
             default_limit() if limit is None else limit,
         )
         self._in_use: dict[Path, Fit] | None = None
+        self._whole: dict[str, tuple[int, ...]] = {}  # states of files whose digest was found to be right
         self._room = self.limit // SCAN  # bytes to write before the folder is looked through again
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -145,22 +160,37 @@ class Bank:
                 if spec["format"] != FORMAT:
                     return None
                 tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+            if not self._is_whole(path, spec, tensors):
+                return None
             coded = from_tensors(tensors, tuple(spec["shape"]), spec["bits"], spec["order"])
             fit = Fit(coded, float(spec["error"]), spec.get("output"), tuple(spec.get("notes", ())))
             os.utime(path)
-        except (FileNotFoundError, SafetensorError, OSError, KeyError, TypeError, ValueError):
+            self._whole[path.name] = _state(path)
+        except (OSError, SafetensorError, LookupError, TypeError, ValueError, RecursionError):
             return None  # missing, or damaged: it is fitted again
         return fit
+
+    def _is_whole(self, path: Path, spec: dict[str, Any], tensors: dict[str, Tensor]) -> bool:
+        """Whether a file is what was written under this name: its digest covers both. Looked at once for
+        each state of the file; files of before there were digests are taken as they are."""
+        if "digest" not in spec:
+            return set(spec) <= BEFORE_DIGESTS
+        if self._whole.get(path.name) == _state(path):
+            return True
+        said = {k: v for k, v in spec.items() if k != "digest"}
+        return said.get("name") == path.name and spec["digest"] == content_digest(said, tensors)
 
     def put(self, key: str, scheme: Scheme, context: str, fit: Fit) -> None:
         """Store a fit."""
         coded = fit.coded
         spec = {"format": FORMAT, "shape": coded.shape, "bits": coded.bits, "order": coded.order}
         facts = {"error": fit.error, "output": fit.output, "notes": fit.notes}
-        path = self.path(key, scheme, context)
+        path, tensors = self.path(key, scheme, context), coded.tensors()
         if self._in_use is not None:
             self._in_use[path] = fit  # until it is mapped
-        self.write(path, coded.tensors(), {"aquabit": json.dumps({**spec, **facts})})
+        said = json.loads(json.dumps({**spec, **facts, "name": path.name}))
+        whole = said | {"digest": content_digest(said, tensors)}
+        self.write(path, tensors, {"aquabit": json.dumps(whole)})
         if self._in_use is not None:
             self._in_use[path] = self._read(path) or fit
 

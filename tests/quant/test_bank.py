@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -137,3 +138,28 @@ def test_full_weights_know_their_keys_and_keep_them() -> None:
     assert key == weight_hash(torch.ones(2, 3)) != weights.key("b")
     del weights["a"]  # as packing does
     assert weights.key("a") == key
+
+
+def test_a_file_that_was_changed_or_is_another_s_is_no_fit(tmp_path: Path) -> None:
+    bank, scheme = Bank(tmp_path), Scheme.parse("usq4")
+    weight = torch.randn(8, 16)
+    coded = quantize_weight(weight, scheme)
+    bank.put("a", scheme, "", Fit(coded, 0.25))
+    bank.put("b", scheme, "", Fit(quantize_weight(-weight, scheme), 0.5))
+    path, other = bank.path("a", scheme), bank.path("b", scheme)
+    whole = path.read_bytes()
+    body = 8 + int.from_bytes(whole[:8], "little")
+    for at in (*range(body, len(whole), 7), whole.index(b"0.25"), whole.index(b"[8, 16]") + 1):
+        changed = bytearray(whole)
+        changed[at] ^= 1
+        path.unlink()  # fits are mapped: not written over
+        path.write_bytes(bytes(changed))
+        assert Bank(tmp_path).get("a", scheme) is None, at
+    path.unlink()
+    path.write_bytes(other.read_bytes())
+    assert bank.get("a", scheme) is None
+    path.unlink()
+    path.write_bytes(whole)
+    found = bank.get("a", scheme)
+    assert found is not None and found.error == 0.25
+    assert torch.equal(found.coded.dequantize(), coded.dequantize())

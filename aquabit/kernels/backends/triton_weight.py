@@ -113,13 +113,6 @@ def why_not_laid_out(weight: CodebookWeight | Arranged | TritonWeight) -> str | 
     """Why the kernels cannot read ``weight``, or None."""
     if weight.bits > 8:
         return f"codes of {weight.bits} bits do not fit a byte"
-    if isinstance(weight, CodebookWeight) and weight.order == "kernel":
-        if weight.offset is not None or (
-            weight.scale is not None and weight.scale.numel() != weight.shape[0]
-        ):
-            return "kernel slices take one scale a row and no offset"
-        if weight.group != prod(weight.shape[2:]):
-            return f"codewords of {weight.group} weights do not cover kernels of {list(weight.shape[2:])}"
     return None
 
 

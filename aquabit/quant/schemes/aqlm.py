@@ -100,14 +100,8 @@ def _refusal(weight: CodebookWeight) -> str | None:
             f"its scale is {None if scale is None else list(scale.shape)}, and AQLM needs one per output,"
             f" [{shape[0]}]"
         )
-    if tables.dtype != torch.float16 or scale.dtype != torch.float16:
-        return (
-            f"its codebooks and scale are {tables.dtype} and {scale.dtype}, and only torch.float16 is written"
-        )
     if shape[1] % weight.group:
         return f"groups of {weight.group} do not divide its {shape[1]} inputs"
-    if weight.bits > MOST_BITS:
-        return f"its codes have {weight.bits} bits, and at most {MOST_BITS} are written"
     return None
 
 

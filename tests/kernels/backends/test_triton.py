@@ -548,15 +548,10 @@ def test_conv2d_names_what_does_not_fit(change: dict, message: str) -> None:
 
 def test_weights_that_it_refuses() -> None:
     wide = CodebookWeight.from_codes(torch.zeros(4, 1, 5), torch.zeros(1, 1, 512, 2), None, None, (5, 8), 9)
-    ordered = made(Format(4, 9), (6, 4, 3, 3), order="kernel")[0]
-    other = CodebookWeight(
-        ordered.packed, ordered.codebooks, ordered.scale, ordered.scale, ordered.shape, 4, "kernel"
-    )
-    for weight, why in ((wide, "9 bits"), (other, "no offset")):
-        with pytest.raises(AquabitError, match=why):
-            triton_weight(weight)
-        if triton_available() is None:
-            assert why in str(triton_refuses(weight, DEVICE, torch.float32))
+    with pytest.raises(AquabitError, match="9 bits"):
+        triton_weight(wide)
+    if triton_available() is None:
+        assert "9 bits" in str(triton_refuses(wide, DEVICE, torch.float32))
     linear = made(FORMATS["usq4"], (5, 20))[0]
     with pytest.raises(AquabitError, match="4 dimensions"):
         triton_conv2d(torch.zeros(1, 20, 2, 2), linear)
