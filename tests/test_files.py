@@ -1,0 +1,72 @@
+"""Files are written whole or not at all, over links and devices too."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from aquabit.errors import AquabitError
+from aquabit.files import write_bytes, write_text, writing
+
+
+def test_a_file_is_replaced_whole_and_keeps_its_mode(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text("old")
+    path.chmod(0o640)
+    with open(path) as reader:
+        write_text(path, "né")
+        assert reader.read() == "old"  # whoever reads has the whole old file
+    assert path.read_text(encoding="utf-8") == "né" and path.stat().st_mode & 0o777 == 0o640
+    before = os.umask(0o027)
+    try:
+        write_bytes(tmp_path / "new", b"x")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o640
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "new"]
+
+
+def test_what_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text("old")
+
+    def fail() -> None:
+        with writing(path) as temporary:
+            temporary.write_text("half")
+            raise KeyError("x")
+
+    with pytest.raises(KeyError):
+        fail()
+    with pytest.raises(AquabitError, match="could not be written: No space"), writing(path):
+        raise OSError(28, "No space left on device")
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.json"]
+    with pytest.raises(AquabitError, match="is a folder"):
+        write_text(tmp_path, "x")
+    with pytest.raises(AquabitError, match="No such file"):
+        write_text(tmp_path / "missing" / "a", "x")
+
+
+def test_a_link_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "real").write_text("old")
+    link = tmp_path / "link"
+    link.symlink_to("real")
+    write_text(link, "new")
+    assert link.is_symlink() and (tmp_path / "real").read_text() == "new"
+    dangling = tmp_path / "dangling"
+    dangling.symlink_to("later")
+    write_text(dangling, "new")
+    assert dangling.is_symlink() and (tmp_path / "later").read_text() == "new"
+
+
+def test_a_pipe_is_written_to_and_stays_one(tmp_path: Path) -> None:
+    pipe, found = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: found.append(pipe.read_text()))
+    reader.start()
+    write_text(pipe, "through")
+    reader.join(10)
+    assert found == ["through"] and pipe.is_fifo()
+    assert [p.name for p in tmp_path.iterdir()] == ["pipe"]
