@@ -15,7 +15,7 @@ from aquabit.measuring.evaluator import Measured
 from aquabit.quality import QualityOptions
 from aquabit.scheme import Calibration, LayerChoice, Measurement, Protocol, QuantConfig, Scheme, StepGroups
 
-MARK = "$"  # a JSON object {"$Name": ...} is a value of the class of that name; no key of ours begins so
+MARK = "$"  # a JSON object {"$Name": ...} is a value of the class of that name
 CLASSES: dict[str, Any] = {
     c.__name__: c
     for c in (
@@ -50,6 +50,8 @@ def _plain(value: Any) -> Any:
     elif isinstance(value, list):
         return [_plain(v) for v in value]
     elif isinstance(value, Mapping):
+        if any(k.startswith(MARK) for k in value):  # a name of the model's that looks like a mark
+            return {MARK + "dict": [[k, _plain(v)] for k, v in value.items()]}
         return {k: _plain(v) for k, v in value.items()}
     else:
         return value
@@ -65,4 +67,6 @@ def _marked(found: dict[str, Any]) -> Any:
         return Scheme.parse(inner)
     if name == "bytes":
         return base64.b64decode(inner)
+    if name == "dict":
+        return dict(inner)
     return tuple(inner) if name == "tuple" else CLASSES[name](**inner)

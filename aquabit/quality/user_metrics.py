@@ -38,8 +38,8 @@ class UserMetric:
             raise AquabitError(f"metric {name!r} must be module:function, as in my_metrics:sharpness")
         self.name = name
         folder = str(Path.cwd())
-        if folder not in sys.path:  # a command has its own folder there, a worker this one
-            sys.path.insert(0, folder)
+        if folder not in sys.path:  # last: what lies there takes the place of no installed module
+            sys.path.append(folder)
         try:
             found = importlib.import_module(module)
         except Exception as error:  # whatever the user's module does

@@ -188,7 +188,7 @@ class Bank:
         path, tensors = self.path(key, scheme, context), coded.tensors()
         if self._in_use is not None:
             self._in_use[path] = fit  # until it is mapped
-        said = json.loads(json.dumps({**spec, **facts, "name": path.name}))
+        said = {**spec, **facts, "name": path.name}
         whole = said | {"digest": content_digest(said, tensors)}
         self.write(path, tensors, {"aquabit": json.dumps(whole)})
         if self._in_use is not None:

@@ -26,9 +26,15 @@ class _Worker:
             "MKL_NUM_THREADS": "1",
             "OPENBLAS_NUM_THREADS": "1",
         }
-        command = [sys.executable, "-m", "aquabit.measuring.worker"]
+        # -P: modules do not come from the folder that the user stands in (--metric adds it, and says so)
+        command = [sys.executable, "-P", "-m", "aquabit.measuring.worker"]
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+            process_group=0,  # Ctrl-C is for the parent, with whom this process ends
         )
         self.ask(begin)
 
@@ -41,7 +47,7 @@ class _Worker:
             line = self.process.stdout.readline()
         except (BrokenPipeError, ValueError) as error:
             raise EOFError from error
-        if not line:
+        if not line.endswith("\n"):  # it died, perhaps while it answered
             raise EOFError
         return pipe.value(line).value()
 
