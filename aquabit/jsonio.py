@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from aquabit.errors import AquabitError
+from aquabit.files import write_text
 
 
 def defined(value: Any) -> Any:
@@ -27,22 +28,28 @@ def defined(value: Any) -> Any:
 def read_json(path: str | Path) -> Any:
     """The value of a JSON file. Raises AquabitError where it cannot be read or is no JSON."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        data = Path(path).read_bytes()
     except OSError as error:
         raise AquabitError(f"cannot read {path}: {error.strerror or error}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise AquabitError(f"{path} is not valid JSON ({error}); it may be truncated") from error
+    return parse_json(data, str(path))
+
+
+def parse_json(text: str | bytes | None, source: str) -> Any:
+    """The value of JSON from a file or a database. Raises AquabitError, naming ``source``, for anything else:
+    no text, other bytes than UTF-8, thousands of brackets or digits."""
+    try:
+        if isinstance(text, bytes):
+            text = text.decode("utf-8")
+        if not isinstance(text, str):
+            raise ValueError(f"it is {type(text).__name__}, not text")
+        return json.loads(text)
+    except RecursionError as error:
+        raise AquabitError(f"{source} is not valid JSON (it is nested too deeply)") from error
+    except ValueError as error:
+        raise AquabitError(f"{source} is not valid JSON ({error}); it may be truncated") from error
 
 
 def write_json(path: str | Path, value: Any) -> None:
     """Write a value; whoever reads meanwhile finds the whole old file or the whole new one. Raises
     AquabitError where it cannot be written, and ValueError for undefined numbers (see ``defined``)."""
-    path = Path(path)
-    text = json.dumps(value, indent=1, allow_nan=False) + "\n"
-    temporary = path.with_name(path.name + ".part")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise AquabitError(f"{path} could not be written: {error.strerror or error}") from error
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")

@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 
-from aquabit.scheme import AquabitError
+from aquabit.errors import AquabitError
+from aquabit.files import write_text
+from aquabit.jsonio import parse_json
 
 FORMAT = 1  # raised when a key means something else than before
 Table = Mapping[str, Mapping[str, float]]  # request's key -> backend -> seconds
@@ -82,7 +84,7 @@ class Timings:
 
     def _read(self) -> dict[str, dict[str, float]]:
         try:
-            value = json.loads(self.path.read_text())
+            value = parse_json(self.path.read_bytes(), str(self.path))
         except (FileNotFoundError, NotADirectoryError):
             return {}
         except (OSError, ValueError) as error:
@@ -117,15 +119,10 @@ class Timings:
                     warnings.simplefilter("ignore")  # that the file is damaged was said when it was opened
                     known = self._read()
                 self.entries = _merged(known, self.entries)
-                temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-                body: dict[str, Any] = {"machine": self.machine, "entries": self.entries}
-                temporary.write_text(json.dumps(body, indent=0, sort_keys=True, allow_nan=False) + "\n")
-                temporary.replace(self.path)
-        except OSError as error:
-            message = (
-                f"kernel timings {self.path} could not be written ({error.strerror or error}); they serve"
-                " this process only"
-            )
+                body = {"machine": self.machine, "entries": self.entries}
+                write_text(self.path, json.dumps(body, indent=0, sort_keys=True, allow_nan=False) + "\n")
+        except (OSError, AquabitError) as error:
+            message = f"kernel timings are not kept, and serve this process only: {error}"
             warnings.warn(message, RuntimeWarning, stacklevel=2)
 
     def missing(self, keys: Iterable[str]) -> list[str]:
