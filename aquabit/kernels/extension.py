@@ -6,7 +6,9 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-import torch  # noqa: F401  # before the extension: one libgomp then serves both
+from torch import Tensor  # before the extension: one libgomp then serves both
+
+from aquabit.errors import AquabitError
 
 native: Any = None
 why_not = ""  # it is not there
@@ -14,3 +16,11 @@ try:
     native = import_module("aquabit.kernels._native")
 except ImportError as error:
     why_not = str(error)
+
+
+def plain_bias(bias: Tensor | None, outputs: int) -> Tensor | None:
+    """A bias as the extension reads it, which is given its address only. Raises AquabitError for one of
+    another number of outputs."""
+    if bias is not None and tuple(bias.shape) != (outputs,):
+        raise AquabitError(f"bias is {list(bias.shape)}; a weight of {outputs} outputs needs [{outputs}]")
+    return None if bias is None else bias.detach().float().contiguous()

@@ -34,6 +34,7 @@ from aquabit.kernels.backends.decode_tiles import Decoder, conv_by_tiles, linear
 from aquabit.kernels.backends.reference import Accuracy
 from aquabit.kernels.codebook import CodebookWeight
 from aquabit.kernels.extension import native as _native
+from aquabit.kernels.extension import plain_bias
 from aquabit.kernels.fake_quant import fake_quantize
 from aquabit.kernels.geometry import UNPADDED, Geometry
 from aquabit.kernels.registry import weight_at
@@ -226,13 +227,6 @@ def _good(outcome: tuple[int, float, float, int]) -> bool:
     return bool(outcome[0]) and hypot(outcome[1], outcome[2]) <= MOST_LOST
 
 
-def _added(bias: Tensor | None, outputs: int) -> Tensor | None:
-    """A bias as the extension reads it; it sees an address only."""
-    if bias is not None and tuple(bias.shape) != (outputs,):
-        raise AquabitError(f"bias is {list(bias.shape)}; a weight of {outputs} outputs needs [{outputs}]")
-    return None if bias is None else bias.detach().float().contiguous()
-
-
 @torch.library.impl(_library, "decode_linear", "CPU")
 def _decode_linear_cpu(
     x: Tensor, bias: Tensor | None, weight: int, _: int, act: int, exact: bool, level: int
@@ -241,7 +235,7 @@ def _decode_linear_cpu(
     out, inputs = own.shape[0], own.shape[1]
     if not x.ndim or x.shape[-1] != inputs:
         raise AquabitError(f"decode_linear: x is {list(x.shape)}; its rows need {inputs} inputs")
-    added, tokens, shape = _added(bias, out), x.numel() // inputs, (*x.shape[:-1], out)
+    added, tokens, shape = plain_bias(bias, out), x.numel() // inputs, (*x.shape[:-1], out)
     if tokens == 0:
         return x.new_empty(shape)
     few = tokens <= FEW and inputs <= LONGEST
@@ -281,7 +275,7 @@ def _decode_conv2d_cpu(
         raise AquabitError(
             f"decode_conv2d: x is {list(x.shape)}, the weight {list(own.shape)}; 4 dimensions needed"
         )
-    added, form = _added(bias, own.shape[0]), _memory_format(x)
+    added, form = plain_bias(bias, own.shape[0]), _memory_format(x)
     y = torch.empty(len(x), own.shape[0], *(max(s, 0) for s in window.output(x.shape[2:], own.shape[2:])))
     if y.numel() == 0:
         return y.to(x.dtype)

@@ -18,6 +18,7 @@ from aquabit.errors import AquabitError
 from aquabit.kernels.arranged import Arranged
 from aquabit.kernels.backends.lut_plan import Plan, is_rough, plan_of, taps_of
 from aquabit.kernels.extension import native as _native
+from aquabit.kernels.extension import plain_bias
 from aquabit.kernels.geometry import UNPADDED, Geometry
 from aquabit.kernels.registry import weight_at
 
@@ -147,7 +148,7 @@ def _linear_cpu(x: Tensor, bias: Tensor | None, weight: int, _: int, exact: bool
         raise AquabitError(f"lut_linear: x is {list(x.shape)}; its rows need {inputs} inputs")
     y = torch.empty(*x.shape[:-1], out)
     if y.numel():
-        rows, added = x.float().contiguous(), _added(bias, out)
+        rows, added = x.float().contiguous(), plain_bias(bias, out)
         _prepared(own).native.linear(
             rows.data_ptr(),
             y.data_ptr(),
@@ -177,7 +178,7 @@ def _conv2d_cpu(
     size = Geometry.of(geometry).output(x.shape[2:], own.shape[2:])
     y = torch.empty(len(x), own.shape[0], *(max(s, 0) for s in size))
     if y.numel():
-        image, added = x.float().contiguous(), _added(bias, own.shape[0])
+        image, added = x.float().contiguous(), plain_bias(bias, own.shape[0])
         _prepared(own).native.conv2d(
             image.data_ptr(),
             y.data_ptr(),
@@ -196,13 +197,6 @@ def _conv2d_fake(
     x: Tensor, bias: Tensor | None, weight: int, shape: list[int], geometry: list[int], *_: object
 ) -> Tensor:
     return x.new_empty(len(x), shape[0], *Geometry.of(geometry).output(x.shape[2:], shape[2:]))
-
-
-def _added(bias: Tensor | None, outputs: int) -> Tensor | None:
-    """A bias as the extension reads it; it sees an address only."""
-    if bias is not None and tuple(bias.shape) != (outputs,):
-        raise AquabitError(f"bias is {list(bias.shape)}; a weight of {outputs} outputs needs [{outputs}]")
-    return None if bias is None else bias.float().contiguous()
 
 
 def _known(level: int) -> int:
