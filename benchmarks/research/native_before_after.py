@@ -18,9 +18,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 FORMATS = ("usq2", "usq4", "usq4g64", "vq3c", "aq2x8g8", "aq1x8k")
 LINEAR = ((1152, 1152, 1), (1152, 1152, 256), (4608, 1152, 1), (4608, 1152, 256), (1152, 4608, 256))
@@ -57,6 +57,42 @@ def cases() -> Iterator[Case]:
                     if scheme == "usq4g64" and (backend == "lut" and channels % 64):
                         continue
                     yield Case(scheme, (channels, channels, 3, 3), side, act, backend)
+    for shape in ((1, 64), (256, 192), (256, 1152), (2, 192, 32, 32)):
+        yield Case("fake_quantize", shape, 0, 8, "token" if len(shape) == 2 else "sample")
+    for codebooks, codewords, beam in ((1, 256, 1), (2, 64, 8), (2, 256, 8)):
+        yield Case("feedback_search", (codebooks, codewords, 8), beam, 16, "native")
+
+
+def call_of(case: Case) -> Callable[[], Any]:
+    """What runs the case in this process's tree; gives a tensor."""
+    import torch
+
+    from aquabit.kernels import codebook_conv2d, codebook_linear, fake_quantize
+    from aquabit.kernels.additive_search import feedback_search
+    from aquabit.kernels.dispatch import held
+    from aquabit.kernels.time_requests import random_weight
+    from aquabit.quant.kernel_tuning import format_for
+    from aquabit.scheme import Scheme
+
+    generator, shape = torch.Generator().manual_seed(0), case.shape
+
+    def noise(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=generator)
+
+    if case.scheme == "fake_quantize":
+        x = noise(*shape)
+        return lambda: fake_quantize(x, case.act, case.backend)  # type: ignore[arg-type]
+    if case.scheme == "feedback_search":
+        m, k, g = shape
+        rows, tables, metric = noise(1, 96, 8 * g), noise(1, m, k, g), torch.eye(g).expand(1, 8, g, g)
+        return lambda: feedback_search(rows, metric, tables, torch.ones(1, 96), case.size).codes
+    weight = held(random_weight(format_for(Scheme.parse(case.scheme), shape)))
+    bias = noise(shape[0])
+    if len(shape) == 2:
+        x = noise(case.size, shape[1])
+        return lambda: codebook_linear(x, weight, bias, "fast", case.backend, act=case.act)
+    x = noise(1, shape[1], case.size, case.size)
+    return lambda: codebook_conv2d(x, weight, bias, padding=1, backend=case.backend, act=case.act)
 
 
 def work(threads: int) -> None:
@@ -65,31 +101,13 @@ def work(threads: int) -> None:
     import torch
 
     import aquabit
-    from aquabit.kernels import codebook_conv2d, codebook_linear
-    from aquabit.kernels.dispatch import held
-    from aquabit.kernels.time_requests import random_weight
-    from aquabit.quant.kernel_tuning import format_for
-    from aquabit.scheme import Scheme
 
     assert str(Path(aquabit.__file__).parents[1]) == os.environ["PYTHONPATH"], aquabit.__file__
     torch.set_num_threads(threads)
     clock = time.thread_time if threads == 1 else time.perf_counter
     for line in sys.stdin:
         case = Case(*eval(line))
-        weight = held(random_weight(format_for(Scheme.parse(case.scheme), case.shape)))
-        generator = torch.Generator().manual_seed(0)
-        bias = torch.randn(case.shape[0], generator=generator)
-        if len(case.shape) == 2:
-            x = torch.randn(case.size, case.shape[1], generator=generator)
-
-            def call(x=x, w=weight, b=bias, c=case):
-                return codebook_linear(x, w, b, "fast", c.backend, act=c.act)
-        else:
-            x = torch.randn(1, case.shape[1], case.size, case.size, generator=generator)
-
-            def call(x=x, w=weight, b=bias, c=case):
-                return codebook_conv2d(x, w, b, padding=1, backend=c.backend, act=c.act)
-
+        call = call_of(case)
         with torch.inference_mode():
             print(hashlib.sha256(call().numpy().tobytes()).hexdigest()[:16], flush=True)
             for turn in sys.stdin:

@@ -184,6 +184,7 @@ class _Prepared:
     native: Any
     shape: tuple[int, ...]
     scalar: bool  # uniform codes: they are integers as they stand
+    codes: int  # their address then: ``share_memory_`` gives a tensor other memory
 
     def tensors(self) -> list[Tensor]:
         """None besides the weight's own."""
@@ -203,9 +204,9 @@ class _Prepared:
 def _prepared(number: int) -> _Prepared:
     """What the extension has of the weight of that number, made once."""
     weight: Arranged = weight_at(number)
-    found = weight.derived.get("decode")
-    if found is None:
-        found = _Prepared(_native.DecodeWeight(weight), weight.shape, weight.tables is None)
+    found, codes = weight.derived.get("decode"), weight.codes.data_ptr()
+    if found is None or found.codes != codes:
+        found = _Prepared(_native.DecodeWeight(weight), weight.shape, weight.tables is None, codes)
         weight.derived["decode"] = found
     assert isinstance(found, _Prepared)
     return found

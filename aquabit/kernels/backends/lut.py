@@ -34,16 +34,17 @@ class _Prepared:
 
     plan: Plan
     native: Any
+    codes: int  # their address then: ``share_memory_`` gives a tensor other memory
 
     def tensors(self) -> list[Tensor]:
         return [t for t in vars(self.plan).values() if isinstance(t, Tensor)]
 
 
 def _prepared(weight: Arranged) -> _Prepared:
-    found = weight.derived.get("lut")
-    if found is None:
+    found, codes = weight.derived.get("lut"), weight.codes.data_ptr()
+    if found is None or found.codes != codes:
         plan = plan_of(weight)
-        found = weight.derived["lut"] = _Prepared(plan, _native.LutWeight(weight, plan))
+        found = weight.derived["lut"] = _Prepared(plan, _native.LutWeight(weight, plan), codes)
     assert isinstance(found, _Prepared)
     return found
 

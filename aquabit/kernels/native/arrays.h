@@ -2,9 +2,9 @@
 // long as what points to them. For the baseline only: never included in a level.
 #pragma once
 #include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
 
 #include <cstdint>
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -32,11 +32,13 @@ inline std::string text_of(const Shape& shape) {
 
 inline int64_t integer(nanobind::handle owner, const char* name) { return nanobind::cast<int64_t>(owner.attr(name)); }
 
-inline Shape shape_of(nanobind::handle owner, const char* name) {
-    Shape shape;
-    for (nanobind::handle size : owner.attr(name).attr("shape")) shape.push_back(nanobind::cast<int64_t>(size));
-    return shape;
+inline Shape sizes_of(nanobind::handle tensor) {
+    Shape sizes;
+    for (nanobind::handle size : tensor.attr("shape")) sizes.push_back(nanobind::cast<int64_t>(size));
+    return sizes;
 }
+
+inline Shape shape_of(nanobind::handle owner, const char* name) { return sizes_of(nanobind::object(owner.attr(name))); }
 
 class Arrays {
   public:
@@ -45,30 +47,17 @@ class Arrays {
     T* take(nanobind::handle owner, const char* name, const Shape& shape) {
         const nanobind::object tensor = owner.attr(name);
         if (tensor.is_none()) return nullptr;
-        nanobind::ndarray<nanobind::device::cpu> array;
-        // Of what carries a gradient, and of what has no memory, torch gives none away.
-        const bool read = nanobind::try_cast(nanobind::object(tensor.attr("detach")()), array);
-        if (!read || array.dtype() != nanobind::dtype<T>() || !holds(array, shape)) {
-            const nanobind::object kind = tensor.attr("dtype");
-            throw nanobind::value_error((std::string(name) + " is " + nanobind::str(kind).c_str() + " " + text_of(shape_of(owner, name)) +
-                                         "; needed is " + kind_of<T>() + " " + text_of(shape) + ", contiguous, on the CPU")
+        const nanobind::object kind = tensor.attr("dtype");
+        const nanobind::str found(kind);
+        const bool plain = nanobind::cast<bool>(tensor.attr("is_cpu")) && nanobind::cast<bool>(tensor.attr("is_contiguous")());
+        if (!plain || std::strcmp(found.c_str(), kind_of<T>()) != 0 || sizes_of(tensor) != shape)
+            throw nanobind::value_error((std::string(name) + " is " + found.c_str() + " " + text_of(sizes_of(tensor)) + "; needed is " + kind_of<T>() +
+                                         " " + text_of(shape) + ", contiguous, on the CPU")
                                             .c_str());
-        }
-        held_.push_back(array);
-        return static_cast<T*>(array.data());
+        held_.push_back(tensor);
+        return reinterpret_cast<T*>(nanobind::cast<uintptr_t>(tensor.attr("data_ptr")()));
     }
 
   private:
-    static bool holds(const nanobind::ndarray<nanobind::device::cpu>& array, const Shape& shape) {
-        bool equal = array.ndim() == shape.size(), empty = false;
-        for (size_t i = 0; equal && i < shape.size(); ++i) {
-            equal = static_cast<int64_t>(array.shape(i)) == shape[i];
-            empty |= shape[i] == 0;
-        }
-        int64_t stride = 1;
-        for (size_t i = shape.size(); equal && !empty && i-- > 0; stride *= shape[i]) equal = shape[i] == 1 || array.stride(i) == stride;
-        return equal;
-    }
-
-    std::vector<nanobind::ndarray<nanobind::device::cpu>> held_;
+    std::vector<nanobind::object> held_;
 };

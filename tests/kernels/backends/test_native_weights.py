@@ -241,6 +241,20 @@ def test_other_codes_are_another_weight() -> None:
     assert all(torch.equal(a.flip(1), b) for a, b in zip(before, called(x, turned), strict=True))
 
 
+@pytest.mark.parametrize("name", SHAPES)
+def test_memory_that_moved_is_read_where_it_is(name: str) -> None:
+    weight = made(name)
+    x = fitting(weight)
+    before, first = called(x, weight), dict(weight.derived)
+    address = weight.codes.data_ptr()
+    for tensor in (weight.codes, weight.tables, weight.scale, weight.offset):
+        if tensor is not None:
+            tensor.share_memory_()
+    assert weight.codes.data_ptr() != address
+    assert all(torch.equal(a, b) for a, b in zip(before, called(x, weight), strict=True))
+    assert all(weight.derived[kernel] is not first[kernel] for kernel in first)
+
+
 def watched(name: str) -> tuple[Arranged, list[weakref.ref[Any]]]:
     """A weight in memory whose end is seen: that of numpy's arrays."""
     weight = made(name)

@@ -34,7 +34,7 @@ struct Grid {
 
 // What is compiled for each instruction set: level.h.
 struct Level {
-    Limits (*find_limits)(const float* x, int64_t n);
+    void (*find_limits)(const float* x, int64_t n, Limits*);
     void (*to_grid)(const float* x, float* y, int64_t n, const Grid*);
 };
 
@@ -83,7 +83,7 @@ struct Segments {
 void quantize_tile(const Method& m, const float* x, float* y, const Segments& segments, int64_t first, int64_t last) {
     Limits ranges[kTileRows];
     Grid grids[kTileRows];
-    for (int64_t i = first; i < last; ++i) ranges[i - first] = m.level.find_limits(x + segments.start(i), segments.length(i));
+    for (int64_t i = first; i < last; ++i) m.level.find_limits(x + segments.start(i), segments.length(i), &ranges[i - first]);
     for (int64_t i = first; i < last; ++i) grids[i - first] = m.grid(ranges[i - first]);
     for (int64_t i = first; i < last; ++i) {
         const int64_t start = segments.start(i), n = segments.length(i);
@@ -101,7 +101,8 @@ void quantize_segment_shared(const Method& m, const float* x, float* y, int64_t 
     bool finite = true;
 #pragma omp parallel for num_threads(threads) reduction(min : low) reduction(max : high) reduction(&& : finite)
     for (int64_t block = 0; block < blocks; ++block) {
-        const Limits part = m.level.find_limits(x + block * kBlock, std::min(kBlock, n - block * kBlock));
+        Limits part;
+        m.level.find_limits(x + block * kBlock, std::min(kBlock, n - block * kBlock), &part);
         low = std::min(low, part.low);
         high = std::max(high, part.high);
         finite = finite && part.finite;

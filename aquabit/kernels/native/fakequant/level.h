@@ -2,7 +2,7 @@
 
 #include "../find_limits.h"
 
-static Limits find_limits(const float* x, int64_t n) { return limits_of(x, n); }
+static void find_limits(const float* x, int64_t n, Limits* limits) { *limits = limits_of(x, n); }
 
 static void to_grid(const float* x, float* y, int64_t n, const Grid* grid) {
     const float inverse = grid->inverse, scale = grid->scale, low = grid->low, high = grid->high;
