@@ -3,6 +3,7 @@ against float64."""
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import time
@@ -24,6 +25,7 @@ from aquabit.kernels.backends import BACKENDS, Backend
 from aquabit.kernels.backends.reference import decoded
 from aquabit.kernels.dispatch import held, moved, observed, select, serving, static_order, using
 from aquabit.kernels.geometry import Geometry
+from aquabit.kernels.registry import weight_at
 from aquabit.kernels.request import Format, Request, bucket, empty_like, format_of
 from aquabit.kernels.time_requests import measure, random_weight
 from aquabit.kernels.timings import Timings
@@ -325,6 +327,14 @@ def test_bad_arguments_name_the_value() -> None:
     for message, call in cases.items():
         with pytest.raises(AquabitError, match=message):
             call()
+
+
+def test_a_copy_of_a_weight_that_cannot_be_arranged_has_a_number_of_its_own() -> None:
+    weight = held(random_weight(WIDE))
+    other = copy.copy(weight)
+    assert held(other) is other and held(weight) is weight and isinstance(other, CodebookWeight)
+    numbers = [vars(w)["number"] for w in (weight, other)]
+    assert numbers[0] != numbers[1] and [weight_at(n) for n in numbers] == [weight, other]
 
 
 # ---- timings

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from aquabit.kernels.extension import native
 from aquabit.kernels.fake_quant import fake_quantize, fake_quantize_reference, native_available
 from aquabit.scheme import AquabitError
 
@@ -199,6 +200,20 @@ class TestLaws:
     ) -> None:
         with pytest.raises(AquabitError, match=said):
             function(x, bits, per, split)
+
+
+LEVELS = native.fake_quant_levels() if native_available() else []
+
+
+@pytest.mark.parametrize("level", range(len(LEVELS)), ids=LEVELS)
+def test_every_instruction_set_equals_the_reference(level: int) -> None:
+    for shape, bits in (((5, 1), 8), ((7, 16), 2), ((9, 37), 6), ((3, 2049), 8), ((40, 5), 15)):
+        x = torch.randn(shape)
+        x[0, -1], x[1, 0], x[2] = torch.nan, torch.inf, 0
+        for zero in (False, True):
+            y = torch.empty_like(x)
+            native.fake_quant_rows(x.data_ptr(), y.data_ptr(), *shape, 0, bits, zero, 1, level)
+            assert equal(y, fake_quantize_reference(x, bits, "sample" if zero else "token"))
 
 
 @needs_native
