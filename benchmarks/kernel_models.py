@@ -181,7 +181,7 @@ def _put(denoiser: nn.Module, name: str, value: nn.Module) -> None:
 def own(weight: Weight) -> Weight:
     """The same weight in memory of its own, as every layer of a real model has it."""
     if isinstance(weight, Arranged):
-        return replace(weight, codes=weight.codes.clone(), derived={})
+        return replace(weight, codes=weight.codes.clone())
     return replace(weight, packed=weight.packed.clone())
 
 

@@ -21,6 +21,7 @@ from aquabit.kernels.arranged import Arranged
 from aquabit.kernels.backends import Weight, backend_named
 from aquabit.kernels.codebook import CodebookWeight
 from aquabit.kernels.dispatch import conv2d_request, held, linear_request
+from aquabit.kernels.geometry import Geometry
 from aquabit.kernels.request import Request, format_of
 from aquabit.kernels.time_requests import random_weight
 from aquabit.quant.kernel_tuning import format_for
@@ -135,7 +136,7 @@ class Layer:
 def request(layer: Layer, x: Tensor, accuracy: Any = "fast", act: int = 16) -> Request:
     form = format_of(layer.weight)
     if x.ndim == 4:
-        return conv2d_request(x, form, (1, 1), (layer.shape[2] // 2,) * 2, (1, 1), 1, accuracy, act, None)
+        return conv2d_request(x, form, Geometry(padding=(layer.shape[2] // 2,) * 2), accuracy, act, None)
     return linear_request(x, form, accuracy, act)
 
 

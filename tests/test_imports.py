@@ -132,7 +132,7 @@ def circles(sources: dict[str, str]) -> list[list[str]]:
     return [sorted(c) for c in nx.strongly_connected_components(graph) if len(c) > 1]
 
 
-@pytest.mark.parametrize("package", ["quant", "exports"])
+@pytest.mark.parametrize("package", ["kernels", "quant", "exports"])
 def test_modules_form_no_circle(package: str) -> None:
     sources = {name_of(p): p.read_text() for p in (PACKAGE / package).rglob("*.py")}
     assert sources and circles(sources) == []

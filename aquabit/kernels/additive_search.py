@@ -12,21 +12,27 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-import torch  # before the extension: one libgomp then serves both
+import torch
 from torch import Tensor
 
-from aquabit.scheme import AquabitError
-
-try:
-    from aquabit.kernels import _native  # type: ignore[attr-defined]  # built by CMake
-except ImportError:
-    _native = None
+from aquabit.errors import AquabitError
+from aquabit.kernels.extension import native as _native
 
 Backend = Literal["native", "reference"]
 
 CODEBOOKS = 64  # the most that the extension serves
-LARGEST = 1 << 28  # product of beam and codewords that is still counted in 32 bits
 SMALL = 1e-30  # scales up to this are as good as none
+
+
+class Problem(NamedTuple):
+    """What a search of rows is given: ``metric`` [Z, n, g, g], ``tables`` [T, M, K, g], ``scale`` [Z, O];
+    ``coupling`` [Z, R, R], or None where groups do not hear of each other."""
+
+    metric: Tensor
+    tables: Tensor
+    scale: Tensor
+    coupling: Tensor | None
+    beam: int
 
 
 class Found(NamedTuple):
@@ -59,9 +65,10 @@ def feedback_search(
     the groups after it; ``moved`` is the errors. Without ``inverse`` errors are w - q, without ``coupling``
     groups do not hear of each other. Raises AquabitError where ``backend`` cannot serve.
     """
+    problem = Problem(metric, tables, scale, coupling, beam)
     if select(backend, weight, tables) == "native":
-        return _search_natively(weight, None, None, metric, tables, scale, beam, inverse, coupling)
-    return _feedback_reference(weight, metric, tables, scale, beam, inverse, coupling)
+        return _search_natively(weight, problem, inverse=inverse)
+    return _feedback_reference(weight, problem, inverse)
 
 
 def sweep_search(
@@ -83,9 +90,10 @@ def sweep_search(
     block-diagonal; ``moved`` is the change of the decoded weights. Raises AquabitError where ``backend``
     cannot serve.
     """
+    problem = Problem(metric, tables, scale, coupling, beam)
     if select(backend, gradient, tables) == "native":
-        return _search_natively(gradient, decoded, codes, metric, tables, scale, beam, None, coupling)
-    return _sweep_reference(gradient, decoded, codes, metric, tables, scale, beam, coupling)
+        return _search_natively(gradient, problem, decoded, codes)
+    return _sweep_reference(gradient, problem, decoded, codes)
 
 
 def select(backend: Backend | None, rows: Tensor, tables: Tensor) -> Backend:
@@ -111,82 +119,68 @@ def _missing(rows: Tensor, tables: Tensor) -> str | None:
     return None
 
 
+class _Call(NamedTuple):
+    """What the extension reads, by these names; it checks shapes and kinds. ``target``, ``codes``, ``moved``
+    and ``gain`` are written to."""
+
+    target: Tensor
+    decoded: Tensor | None
+    codes: Tensor
+    metric: Tensor
+    tables: Tensor
+    scale: Tensor
+    inverse: Tensor | None
+    coupling: Tensor | None
+    beam: int
+    moved: Tensor
+    gain: Tensor
+
+
 def _search_natively(
     target: Tensor,
-    decoded: Tensor | None,
-    codes: Tensor | None,
-    metric: Tensor,
-    tables: Tensor,
-    scale: Tensor,
-    beam: int,
-    inverse: Tensor | None,
-    coupling: Tensor | None,
+    problem: Problem,
+    decoded: Tensor | None = None,
+    codes: Tensor | None = None,
+    *,
+    inverse: Tensor | None = None,
     level: int = 0,
 ) -> Found:
-    """``level``: index into the extension's list of instruction sets, best first."""
-    z, o, r = target.shape
-    t, m, k, g = tables.shape
-    _check(
-        target,
-        tables,
-        beam,
-        metric=(metric, (z, r // g, g, g)),
-        scale=(scale, (z, o)),
-        decoded=(decoded, (z, o, r)),
-        codes=(codes, (z, o, r // g, m)),
-        inverse=(inverse, (z, r // g, g, g)),
-        coupling=(coupling, (z, r, r)),
-    )
-    beam = beam if m > 1 else 1  # it makes no difference, but takes room
-    changed = target.clone(
-        memory_format=torch.contiguous_format
-    )  # later groups' part of it is changed on the way
-    found = (
-        target.new_zeros(z, o, r // g, m, dtype=torch.int64)
-        if codes is None
-        else codes.clone(memory_format=torch.contiguous_format)
-    )
+    """``level``: index into the extension's list of instruction sets, best first. Raises AquabitError for
+    tensors that do not fit each other."""
+    (z, o, r), (_, m, _, g) = target.shape, problem.tables.shape
+    found = target.new_zeros(z, o, r // g, m, dtype=torch.int64) if codes is None else _copied(codes)
+    changed = _copied(target)  # later groups' part of it is changed on the way
     moved, gain = torch.empty_like(changed), target.new_zeros(z, o, dtype=torch.float64)
-    held = [
-        None if x is None else x.float().contiguous()
-        for x in (decoded, metric, inverse, coupling, scale, tables)
-    ]
-    if changed.numel():
-        addresses = [
-            0 if x is None else x.data_ptr()
-            for x in (changed, *held, found, moved, None if decoded is None else gain)
-        ]
-        _native.additive_search(*addresses, z, o, r // g, t, m, k, g, beam, torch.get_num_threads(), level)
+    call = _Call(
+        changed,
+        _plain(decoded),
+        found,
+        problem.metric.float().contiguous(),
+        problem.tables.float().contiguous(),
+        problem.scale.float().contiguous(),
+        _plain(inverse),
+        _plain(problem.coupling),
+        problem.beam,
+        moved,
+        gain,
+    )
+    try:
+        _native.additive_search(call, torch.get_num_threads(), level)
+    except ValueError as error:
+        raise AquabitError(f"the code search: {error}") from None
     return Found(found, moved, gain)
 
 
-def _check(
-    target: Tensor, tables: Tensor, beam: int, **shapes: tuple[Tensor | None, tuple[int, ...]]
-) -> None:
-    """The extension reads what it is told to: shapes and codes must be right."""
-    t, _, k, g = tables.shape
-    if target.shape[2] % g or len(target) % t or not 1 <= beam <= LARGEST // k:
-        raise AquabitError(
-            f"rows {tuple(target.shape)} do not fit tables {tuple(tables.shape)}, or {beam=} is not from 1 to"
-            f" {LARGEST // k}"
-        )
-    for name, (tensor, shape) in shapes.items():
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise AquabitError(f"{name} is {tuple(tensor.shape)}, but rows and tables need {shape}")
-    codes = shapes["codes"][0]
-    if codes is not None and codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= k):
-        raise AquabitError(f"codes from {int(codes.min())} to {int(codes.max())} do not fit {k} codewords")
+def _copied(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
 
 
-def _feedback_reference(
-    weight: Tensor,
-    metric: Tensor,
-    tables: Tensor,
-    scale: Tensor,
-    beam: int,
-    inverse: Tensor | None,
-    coupling: Tensor | None,
-) -> Found:
+def _plain(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.float().contiguous()
+
+
+def _feedback_reference(weight: Tensor, problem: Problem, inverse: Tensor | None) -> Found:
+    metric, tables, scale, coupling, beam = problem
     rows, size = weight.clone(), tables.shape[3]
     of_blocks = _of_blocks(tables, len(weight))
     codes, errors = [], torch.empty_like(rows)
@@ -202,16 +196,8 @@ def _feedback_reference(
     return Found(torch.stack(codes, 2), errors, weight.new_zeros(weight.shape[:2], dtype=torch.float64))
 
 
-def _sweep_reference(
-    gradient: Tensor,
-    decoded: Tensor,
-    codes: Tensor,
-    metric: Tensor,
-    tables: Tensor,
-    scale: Tensor,
-    beam: int,
-    coupling: Tensor | None,
-) -> Found:
+def _sweep_reference(gradient: Tensor, problem: Problem, decoded: Tensor, codes: Tensor) -> Found:
+    metric, tables, scale, coupling, beam = problem
     gradient, codes, size = gradient.clone(), codes.clone(), tables.shape[3]
     of_blocks = _of_blocks(tables, len(gradient))
     moved, gain = torch.empty_like(gradient), gradient.new_zeros(gradient.shape[:2], dtype=torch.float64)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from aquabit.kernels.codebook import CodebookWeight, ceil_divide, pack
+from aquabit.kernels.registry import numbered
 from aquabit.scheme import AquabitError
 
 FUSED = {1: 8, 2: 4, 3: 2, 4: 2}  # scalar codes that one lookup takes, by their bits
@@ -53,8 +54,20 @@ class Arranged:
     order: str
     segments: tuple[Segment, ...]
     derived: dict[str, Any] = field(
-        default_factory=dict
+        default_factory=dict, init=False
     )  # what each backend made of it for itself: anything with ``tensors()``
+    number: int = field(default=-1, init=False)  # of this very object: registry.py
+
+    def __post_init__(self) -> None:
+        numbered(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is a weight of its own: what kernels made of this one holds its addresses."""
+        return {**self.__dict__, "derived": {}, "number": -1}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        numbered(self)
 
     @property
     def width(self) -> int:
@@ -100,9 +113,8 @@ class Arranged:
         return sum(self.held().values())
 
     def to(self, device: torch.device | str) -> Arranged:
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
         moved |= {k: v.to(device) for k, v in moved.items() if isinstance(v, Tensor)}
-        moved["derived"] = {}
         moved["stored"] = tuple(None if t is None else t.to(device) for t in self.stored)
         return Arranged(**moved)
 

@@ -3,23 +3,23 @@ functions that everyone calls."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from itertools import count
 from typing import Any
-from weakref import WeakKeyDictionary, WeakValueDictionary
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from torch.utils.weak import WeakIdKeyDictionary
 
 from aquabit.kernels.arranged import Arranged, arrange, arranges
 from aquabit.kernels.backends import BACKENDS, Backend, Weight, backend_named
 from aquabit.kernels.codebook import CodebookWeight
 from aquabit.kernels.fake_quant import fake_quantize
-from aquabit.kernels.request import Accuracy, Format, Pair, Request, bucket, format_of, pair
+from aquabit.kernels.geometry import Geometry, Pair, padded, pair
+from aquabit.kernels.registry import numbered, weight_at
+from aquabit.kernels.request import Accuracy, Format, Request, bucket, format_of
 from aquabit.kernels.timings import Table, Timings
 from aquabit.scheme import AquabitError
 
@@ -141,8 +141,6 @@ def observed(seen: Seen) -> Iterator[None]:
 
 _arranged: WeakKeyDictionary[CodebookWeight, Arranged] = WeakKeyDictionary()
 _formats: WeakKeyDictionary[Weight, Format] = WeakKeyDictionary()
-_by_number: WeakValueDictionary[int, Weight] = WeakValueDictionary()
-_count = count()
 _tables: Any = (
     WeakIdKeyDictionary()
 )  # stored codebooks -> as float32: layers that share the ones share the others
@@ -153,20 +151,11 @@ def held(weight: Weight) -> Weight:
     """``weight`` as kernels read it: arranged where it can be. Weights that share codebooks share their
     float32 form too."""
     if isinstance(weight, Arranged) or arranges(weight) is not None:
-        return _numbered(weight)
+        return numbered(weight)
     arranged = arrange(weight)
     if arranged.tables is not None:
         object.__setattr__(arranged, "tables", _tables.setdefault(weight.codebooks, arranged.tables))
-    return _numbered(arranged)
-
-
-def _numbered(weight: Weight) -> Weight:
-    """``weight`` under a number of its own (a copy has that of its original), by which compiled code
-    refers to it."""
-    if _by_number.get(getattr(weight, "number", -1)) is not weight:
-        object.__setattr__(weight, "number", next(_count))
-        _by_number[weight.number] = weight  # type: ignore[union-attr]  # set above
-    return weight
+    return numbered(arranged)
 
 
 def moved(weight: Weight, device: torch.device) -> Weight:
@@ -181,7 +170,7 @@ def moved(weight: Weight, device: torch.device) -> Weight:
     else:
         assert isinstance(weight, CodebookWeight)
         object.__setattr__(there, "codebooks", _once(weight.codebooks, there.codebooks, device))
-    return _numbered(there)
+    return numbered(there)
 
 
 def _once(here: Tensor | None, there: Tensor | None, device: torch.device) -> Tensor | None:
@@ -280,17 +269,15 @@ def codebook_conv2d(
             f"{groups} groups do not divide {x.shape[1]} input and {weight.shape[0]} output channels"
         )
     x, edges = padded(x, padding, pair(dilation), weight.shape[2:])
+    geometry = Geometry(pair(stride), edges, pair(dilation), groups)
     number = _compiled(weight, backend)
     if number is not None:
-        window = [pair(stride), edges, pair(dilation)]
         y: Tensor = torch.ops.aquabit.coded_conv2d(
-            x, bias, dense, number, weight.shape, *window, groups, accuracy, act, split
+            x, bias, dense, number, weight.shape, geometry.numbers, accuracy, act, split
         )
         return y
     own, form = _known(weight)
-    request = conv2d_request(
-        x, form, pair(stride), edges, pair(dilation), groups, accuracy, act, split, dense is not None
-    )
+    request = conv2d_request(x, form, geometry, accuracy, act, split, dense is not None)
     chosen = _chosen(own, request, backend, x.numel())
     if act < 16 and not chosen.quantizes:
         x = fake_quantize(x, act, "sample", split)
@@ -322,10 +309,7 @@ def linear_request(x: Tensor, form: Format, accuracy: Accuracy, act: int, dense:
 def conv2d_request(
     x: Tensor,
     form: Format,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    groups: int,
+    geometry: Geometry,
     accuracy: Accuracy,
     act: int,
     split: int | None,
@@ -338,10 +322,7 @@ def conv2d_request(
         form,
         bucket(n, height * width),
         (height, width),
-        stride,
-        padding,
-        dilation,
-        groups,
+        geometry,
         act,
         split,
         accuracy,
@@ -361,21 +342,6 @@ def _chosen(weight: Weight, request: Request, backend: str | None, size: int) ->
     return found if size else backend_named("reference")  # nothing to multiply
 
 
-def padded(
-    x: Tensor, padding: int | str | Pair, dilation: Pair, kernel: tuple[int, ...]
-) -> tuple[Tensor, Pair]:
-    """Padding as two numbers; where "same" takes one pixel more on one side, x is given it."""
-    if not isinstance(padding, str):
-        return x, pair(padding)
-    if padding not in ("same", "valid"):
-        raise AquabitError(f"padding {padding!r} is unknown; it must be numbers, 'same' or 'valid'")
-    total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
-    more = [t % 2 for t in total]
-    if any(more):
-        x = pad(x, (0, more[1], 0, more[0]))  # at the right and at the bottom, as torch does
-    return x, (total[0] // 2, total[1] // 2)
-
-
 def _check(x: Tensor, weight: Weight, inputs: int, accuracy: str, ndim: int) -> None:
     if accuracy not in ("fast", "exact"):
         raise AquabitError(f"accuracy {accuracy!r} is unknown; it must be fast or exact")
@@ -391,11 +357,6 @@ def _check(x: Tensor, weight: Weight, inputs: int, accuracy: str, ndim: int) -> 
         raise AquabitError(f"the input is on {x.device}, the weight on {device_of(weight)}; move one of them")
 
 
-def known_backends() -> Mapping[str, str]:
-    """Name -> what it does, of all backends."""
-    return {b.name: b.does for b in BACKENDS}
-
-
 # ---- what compiled code calls
 
 _library = torch.library.Library("aquabit", "FRAGMENT")
@@ -404,8 +365,8 @@ _library.define(
     " Tensor"
 )
 _library.define(
-    "coded_conv2d(Tensor x, Tensor? bias, Tensor? dense, int number, int[] shape, int[] stride, int[]"
-    " padding, int[] dilation, int groups, str accuracy, int act, int? split) -> Tensor"
+    "coded_conv2d(Tensor x, Tensor? bias, Tensor? dense, int number, int[] shape, int[] geometry,"
+    " str accuracy, int act, int? split) -> Tensor"
 )
 
 
@@ -413,7 +374,7 @@ _library.define(
 def _coded_linear(
     x: Tensor, bias: Tensor | None, dense: Tensor | None, number: int, _: int, accuracy: Accuracy, act: int
 ) -> Tensor:
-    return codebook_linear(x, _by_number[number], bias, accuracy, act=act, dense=dense)
+    return codebook_linear(x, weight_at(number), bias, accuracy, act=act, dense=dense)
 
 
 @torch.library.register_fake("aquabit::coded_linear", lib=_library)
@@ -430,18 +391,14 @@ def _coded_conv2d(
     dense: Tensor | None,
     number: int,
     _: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
+    geometry: list[int],
     accuracy: Accuracy,
     act: int,
     split: int | None,
 ) -> Tensor:
-    step, edge, spread = ((a, b) for a, b in (stride, padding, dilation))
-    y = codebook_conv2d(
-        x, _by_number[number], bias, step, edge, spread, groups, accuracy, act=act, split=split, dense=dense
-    )
+    g = Geometry.of(geometry)
+    window = (g.stride, g.padding, g.dilation, g.groups)
+    y = codebook_conv2d(x, weight_at(number), bias, *window, accuracy, act=act, split=split, dense=dense)
     return y.contiguous()  # as the fake says
 
 
@@ -452,13 +409,7 @@ def _coded_conv2d_fake(
     dense: Tensor | None,
     number: int,
     shape: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
+    geometry: list[int],
     *_: object,
 ) -> Tensor:
-    size = [
-        (x.shape[2 + d] + 2 * padding[d] - dilation[d] * (shape[2 + d] - 1) - 1) // stride[d] + 1
-        for d in (0, 1)
-    ]
-    return x.new_empty(len(x), shape[0], *size)
+    return x.new_empty(len(x), shape[0], *Geometry.of(geometry).output(x.shape[2:], shape[2:]))

@@ -12,18 +12,13 @@ import warnings
 from functools import cache
 from typing import Any, Literal
 
-import torch  # before the extension: one libgomp then serves both
+import torch
 
+from aquabit.kernels.extension import native as _native
+from aquabit.kernels.extension import why_not
 from aquabit.scheme import AquabitError
 
 Per = Literal["token", "sample"]
-
-
-try:
-    from aquabit.kernels import _native  # type: ignore[attr-defined]  # built by CMake
-except ImportError as _error:
-    _native = None
-    _WHY_NOT = str(_error)
 
 
 def native_available() -> bool:
@@ -34,7 +29,7 @@ def native_available() -> bool:
 @cache
 def _say_that_it_is_slow() -> None:
     message = (
-        f"aquabit runs without its C++ extension ({_WHY_NOT}): activations are quantized by the slower"
+        f"aquabit runs without its C++ extension ({why_not}): activations are quantized by the slower"
         " reference in torch"
     )
     warnings.warn(message, RuntimeWarning, stacklevel=3)
@@ -103,12 +98,6 @@ def straight_through(
     if bits < 16 and x.requires_grad and torch.is_grad_enabled():
         return _StraightThrough.apply(x, bits, per, split)  # type: ignore[no-untyped-call]
     return fake_quantize(x, bits, per, split)
-
-
-def fake_quantize_probabilities(p: torch.Tensor, bits: int) -> torch.Tensor:
-    """``fake_quantize`` of attention probabilities [..., queries, keys]: one range for each query, with
-    zero in it."""
-    return fake_quantize(p.flatten(0, -2), bits, "sample").view(p.shape)
 
 
 def fake_quantize_reference(

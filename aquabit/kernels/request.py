@@ -13,9 +13,9 @@ import torch
 from aquabit.kernels.arranged import FUSED, Arranged, arranges
 from aquabit.kernels.arranged import _segments as segments_of
 from aquabit.kernels.codebook import CodebookWeight
+from aquabit.kernels.geometry import UNPADDED, Geometry, Pair
 
 Accuracy = Literal["fast", "exact"]
-Pair = tuple[int, int]
 MOST_ROWS = 4096  # tokens, or pixels of all images: from there on time grows in proportion
 
 
@@ -125,10 +125,7 @@ class Request:
     format: Format
     rows: int
     size: Pair = (0, 0)
-    stride: Pair = (1, 1)
-    padding: Pair = (0, 0)
-    dilation: Pair = (1, 1)
-    groups: int = 1
+    geometry: Geometry = UNPADDED
     act: int = 16
     split: int | None = None
     accuracy: Accuracy = "fast"
@@ -144,7 +141,7 @@ class Request:
         is left to float kernels."""
         conv = ""
         if self.kind == "conv2d":
-            numbers = (*self.size, *self.stride, *self.padding, *self.dilation, self.groups, self.split or 0)
+            numbers = (*self.size, *self.geometry.numbers, self.split or 0)
             conv = f" at {'x'.join(map(str, numbers[:2]))} " + ",".join(map(str, numbers[2:]))
         act = 16 if self.act >= 16 else 8 if self.act <= 8 else 15
         return (
@@ -160,11 +157,7 @@ class Request:
     @property
     def output(self) -> Pair:
         """Height and width of a convolution's output."""
-        return self._side(0), self._side(1)
-
-    def _side(self, d: int) -> int:
-        reach = self.dilation[d] * (self.format.shape[2 + d] - 1)
-        return (self.size[d] + 2 * self.padding[d] - reach - 1) // self.stride[d] + 1
+        return self.geometry.output(self.size, self.format.shape[2:])
 
 
 def bucket(rows: int, pixels: int = 1) -> int:
@@ -172,7 +165,3 @@ def bucket(rows: int, pixels: int = 1) -> int:
     most = max(1, MOST_ROWS // max(pixels, 1))
     most = 1 << most.bit_length() - 1
     return min(most, 1 << round(log2(rows))) if rows > 1 else 1
-
-
-def pair(value: int | Pair) -> Pair:
-    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))

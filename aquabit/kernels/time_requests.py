@@ -46,7 +46,7 @@ def random_weight(form: Format, device: str = "cpu", seed: int = 0) -> CodebookW
 
 def random_input(request: Request, seed: int = 1) -> Tensor:
     """An input that the request describes: [rows, in], or [rows, cin, h, w]."""
-    shape = (request.rows, request.format.shape[1] * request.groups)
+    shape = (request.rows, request.format.shape[1] * request.geometry.groups)
     size = shape if request.kind == "linear" else (*shape, *request.size)
     x = torch.randn(size, generator=torch.Generator().manual_seed(seed))
     return x.to(request.device, getattr(torch, request.dtype))
@@ -127,17 +127,17 @@ def _runs(request: Request) -> dict[str, Run]:
 def _coded(
     request: Request, x: Tensor, weight: CodebookWeight, bias: Tensor, dense: Tensor, backend: str
 ) -> Run:
-    r, copy = request, dense if backend == "dense" else None
+    r, g, copy = request, request.geometry, dense if backend == "dense" else None
     if r.kind == "linear":
         return lambda: codebook_linear(x, weight, bias, r.accuracy, backend, act=r.act, dense=copy)
     return lambda: codebook_conv2d(
         x,
         weight,
         bias,
-        r.stride,
-        r.padding,
-        r.dilation,
-        r.groups,
+        g.stride,
+        g.padding,
+        g.dilation,
+        g.groups,
         r.accuracy,
         backend,
         act=r.act,
@@ -153,7 +153,8 @@ def _plain(request: Request, x: Tensor, weight: Tensor, bias: Tensor) -> Run:
 def _layer(request: Request, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if request.kind == "linear":
         return linear(x, weight, bias)
-    return conv2d(x, weight, bias, request.stride, request.padding, request.dilation, request.groups)
+    g = request.geometry
+    return conv2d(x, weight, bias, g.stride, g.padding, g.dilation, g.groups)
 
 
 def measure_missing(

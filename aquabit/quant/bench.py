@@ -17,6 +17,7 @@ from torch import nn
 
 from aquabit.kernels.backends import BACKENDS
 from aquabit.kernels.dispatch import remember
+from aquabit.kernels.geometry import Geometry
 from aquabit.kernels.request import Request, bucket
 from aquabit.kernels.time_requests import PLAIN, best_of, interleaved, measure
 from aquabit.kernels.timings import machine
@@ -104,7 +105,7 @@ def parse_shape(text: str, scheme: Scheme, act: int = 16) -> Request:
         format_for(scheme, (out, inputs, *kernel)),
         1,
         size,
-        padding=(kernel[0] // 2, kernel[1] // 2),
+        Geometry(padding=(kernel[0] // 2, kernel[1] // 2)),
         **common,
     )
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from aquabit.graph import described_inputs, example_inputs
 from aquabit.kernels.arranged import arranges
-from aquabit.kernels.dispatch import conv2d_request, linear_request, observed, padded
+from aquabit.kernels.dispatch import conv2d_request, linear_request, observed
+from aquabit.kernels.geometry import Geometry, padded
 from aquabit.kernels.request import Format, Request, format_of, full_format, hollow_weight
 from aquabit.kernels.time_requests import best_of, measure_missing
 from aquabit.quant.layers import QuantConv2d, QuantLinear, resident_bytes
@@ -93,9 +94,8 @@ def _request(layer: QuantLinear | QuantConv2d, x: Tensor, act: int) -> Request:
     if isinstance(layer, QuantLinear):
         return linear_request(x, form, layer.accuracy, act)
     x, padding = padded(x if x.ndim == 4 else x[None], layer.padding, layer.dilation, layer.shape[2:])
-    return conv2d_request(
-        x, form, layer.stride, padding, layer.dilation, layer.groups, layer.accuracy, act, layer.split
-    )
+    geometry = Geometry(layer.stride, padding, layer.dilation, layer.groups)
+    return conv2d_request(x, form, geometry, layer.accuracy, act, layer.split)
 
 
 def tune(layers: Layers, call: Callable[[], object], progress: Progress = no_progress) -> Asked:

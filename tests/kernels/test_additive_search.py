@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from aquabit.kernels import additive_search
-from aquabit.kernels.additive_search import Backend, Found, feedback_search, select, sweep_search
+from aquabit.kernels.additive_search import Backend, Found, Problem, feedback_search, select, sweep_search
 from aquabit.scheme import AquabitError
 
 _extension = additive_search._native
@@ -118,7 +118,7 @@ def swept(
     gradient, coupling = (c.weight - before) @ h, c.hessian if coupled else None
     if level is not None:
         return additive_search._search_natively(
-            gradient, before, c.codes, c.metric, c.tables, c.scale, beam, None, coupling, level
+            gradient, Problem(c.metric, c.tables, c.scale, coupling, beam), before, c.codes, level=level
         )
     return sweep_search(
         gradient, before, c.codes, c.metric, c.tables, c.scale, beam, coupling=coupling, backend=backend
@@ -144,7 +144,7 @@ def fed(c: Case, beam: int, backend: Backend | None = None, level: int | None = 
     f = feedback_of(c)
     if level is not None:
         return additive_search._search_natively(
-            c.weight, None, None, f.metric, c.tables, c.scale, beam, f.inverse, f.upper, level
+            c.weight, Problem(f.metric, c.tables, c.scale, f.upper, beam), inverse=f.inverse, level=level
         )
     return feedback_search(
         c.weight, f.metric, c.tables, c.scale, beam, inverse=f.inverse, coupling=f.upper, backend=backend

@@ -3,6 +3,7 @@ against float64."""
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import time
@@ -23,6 +24,8 @@ from aquabit.kernels.arranged import Arranged, arrange
 from aquabit.kernels.backends import BACKENDS, Backend
 from aquabit.kernels.backends.reference import decoded
 from aquabit.kernels.dispatch import held, moved, observed, select, serving, static_order, using
+from aquabit.kernels.geometry import Geometry
+from aquabit.kernels.registry import weight_at
 from aquabit.kernels.request import Format, Request, bucket, empty_like, format_of
 from aquabit.kernels.time_requests import measure, random_weight
 from aquabit.kernels.timings import Timings
@@ -75,7 +78,7 @@ def log(monkeypatch: pytest.MonkeyPatch):
 
 def request(form: Format = AQ, **options) -> Request:
     kind = "linear" if len(form.shape) == 2 else "conv2d"
-    size = {} if kind == "linear" else {"size": (8, 8), "padding": (1, 1)}
+    size = {} if kind == "linear" else {"size": (8, 8), "geometry": Geometry(padding=(1, 1))}
     return Request(kind, form, 16, **{**size, **options})
 
 
@@ -167,10 +170,10 @@ def test_keys_tell_what_takes_another_time_apart_and_nothing_else() -> None:
         request(replace(CONV, bits=4)),
         replace(r, rows=32),
         replace(r, size=(8, 9)),
-        replace(r, stride=(2, 2)),
-        replace(r, padding=(0, 1)),
-        replace(r, dilation=(2, 2)),
-        replace(r, groups=2),
+        replace(r, geometry=Geometry((2, 2), (1, 1))),
+        replace(r, geometry=Geometry(padding=(0, 1))),
+        replace(r, geometry=Geometry(padding=(1, 1), dilation=(2, 2))),
+        replace(r, geometry=Geometry(padding=(1, 1), groups=2)),
         replace(r, act=16),
         replace(r, split=2),
         replace(r, accuracy="exact"),
@@ -324,6 +327,14 @@ def test_bad_arguments_name_the_value() -> None:
     for message, call in cases.items():
         with pytest.raises(AquabitError, match=message):
             call()
+
+
+def test_a_copy_of_a_weight_that_cannot_be_arranged_has_a_number_of_its_own() -> None:
+    weight = held(random_weight(WIDE))
+    other = copy.copy(weight)
+    assert held(other) is other and held(weight) is weight and isinstance(other, CodebookWeight)
+    numbers = [vars(w)["number"] for w in (weight, other)]
+    assert numbers[0] != numbers[1] and [weight_at(n) for n in numbers] == [weight, other]
 
 
 # ---- timings

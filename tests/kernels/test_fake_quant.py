@@ -14,12 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from aquabit.kernels.fake_quant import (
-    fake_quantize,
-    fake_quantize_probabilities,
-    fake_quantize_reference,
-    native_available,
-)
+from aquabit.kernels.extension import native
+from aquabit.kernels.fake_quant import fake_quantize, fake_quantize_reference, native_available
 from aquabit.scheme import AquabitError
 
 needs_native = pytest.mark.skipif(not native_available(), reason="the C++ extension was not built")
@@ -206,14 +202,18 @@ class TestLaws:
             function(x, bits, per, split)
 
 
-def test_probabilities_keep_zero_per_query() -> None:
-    p = torch.softmax(torch.randn(2, 3, 7, 11) * 4, dim=-1)
-    p[..., 3] = 0
-    y = fake_quantize_probabilities(p, 8)
-    assert y.shape == p.shape and (y[..., 3] == 0).all()
-    for row, out in zip(p.flatten(0, -2), y.flatten(0, -2), strict=True):
-        assert (out - row).abs().max() <= row.max() / 255 * 0.5001
-    assert torch.equal(y[1:], fake_quantize_probabilities(p[1:], 8))
+LEVELS = native.fake_quant_levels() if native_available() else []
+
+
+@pytest.mark.parametrize("level", range(len(LEVELS)), ids=LEVELS)
+def test_every_instruction_set_equals_the_reference(level: int) -> None:
+    for shape, bits in (((5, 1), 8), ((7, 16), 2), ((9, 37), 6), ((3, 2049), 8), ((40, 5), 15)):
+        x = torch.randn(shape)
+        x[0, -1], x[1, 0], x[2] = torch.nan, torch.inf, 0
+        for zero in (False, True):
+            y = torch.empty_like(x)
+            native.fake_quant_rows(x.data_ptr(), y.data_ptr(), *shape, 0, bits, zero, 1, level)
+            assert equal(y, fake_quantize_reference(x, bits, "sample" if zero else "token"))
 
 
 @needs_native

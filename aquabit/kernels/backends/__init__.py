@@ -85,7 +85,7 @@ def _lut_linear(x: Tensor, weight: Weight, bias: Tensor | None, request: Request
 def _lut_conv2d(x: Tensor, weight: Weight, bias: Tensor | None, request: Request, _: Tensor | None) -> Tensor:
     r = request
     assert isinstance(weight, Arranged)
-    return lut_conv2d(x, weight, bias, r.stride, r.padding, r.dilation, r.groups, r.accuracy == "exact")
+    return lut_conv2d(x, weight, bias, r.geometry, r.accuracy == "exact")
 
 
 def _decode_linear(
@@ -98,9 +98,7 @@ def _decode_conv2d(
     x: Tensor, weight: Weight, bias: Tensor | None, request: Request, _: Tensor | None
 ) -> Tensor:
     r = request
-    return decode_conv2d(
-        x, weight, bias, r.stride, r.padding, r.dilation, r.groups, r.act, r.split, r.accuracy
-    )
+    return decode_conv2d(x, weight, bias, r.geometry, r.act, r.split, r.accuracy)
 
 
 def _triton_linear(
@@ -112,8 +110,8 @@ def _triton_linear(
 def _triton_conv2d(
     x: Tensor, weight: Weight, bias: Tensor | None, request: Request, _: Tensor | None
 ) -> Tensor:
-    r = request
-    return triton_conv2d(x, weight, bias, r.stride, r.padding, r.dilation, r.groups, r.accuracy)
+    g = request.geometry
+    return triton_conv2d(x, weight, bias, g.stride, g.padding, g.dilation, g.groups, request.accuracy)
 
 
 def _reference_linear(
@@ -125,9 +123,8 @@ def _reference_linear(
 def _reference_conv2d(
     x: Tensor, weight: Weight, bias: Tensor | None, request: Request, _: Tensor | None
 ) -> Tensor:
-    return reference_conv2d(
-        x, weight, bias, request.stride, request.padding, request.dilation, request.groups
-    )
+    g = request.geometry
+    return reference_conv2d(x, weight, bias, g.stride, g.padding, g.dilation, g.groups)
 
 
 def _dense_linear(x: Tensor, _: Weight, bias: Tensor | None, __: Request, dense: Tensor | None) -> Tensor:
@@ -139,9 +136,8 @@ def _dense_conv2d(
     x: Tensor, _: Weight, bias: Tensor | None, request: Request, dense: Tensor | None
 ) -> Tensor:
     assert dense is not None
-    return functional.conv2d(
-        x, dense, bias, request.stride, request.padding, request.dilation, request.groups
-    )
+    g = request.geometry
+    return functional.conv2d(x, dense, bias, g.stride, g.padding, g.dilation, g.groups)
 
 
 BACKENDS = (

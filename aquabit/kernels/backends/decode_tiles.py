@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import ceil, prod
+from math import ceil
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from aquabit.kernels.codebook import CodebookWeight, pack
+from aquabit.kernels.geometry import Geometry
 
 Decoder = Callable[[int, int], Tensor]  # rows [first, last) of a weight, in its own order, float32
 MIN_ROWS = 8  # rows of a tile
@@ -77,20 +78,11 @@ def linear_by_tiles(x: Tensor, shape: Sequence[int], decode: Decoder, bias: Tens
 
 
 def conv_by_tiles(
-    x: Tensor,
-    shape: Sequence[int],
-    decode: Decoder,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    pads: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    x: Tensor, shape: Sequence[int], decode: Decoder, bias: Tensor | None, geometry: Geometry
 ) -> Tensor:
     """x [n, cin, h, w] convolved with a weight of ``shape`` [out, cin / groups, kh, kw]: tiles of whole
     groups, or of rows of one."""
-    out, inputs = shape[0], shape[1]
-    if pads[0] != pads[1] or pads[2] != pads[3]:
-        x, pads = functional.pad(x, (pads[2], pads[3], pads[0], pads[1])), (0, 0, 0, 0)
+    out, inputs, groups = shape[0], shape[1], geometry.groups
     each, step = out // groups, _tile(shape, x.dtype)
     spans = [
         (g * each + a, min(g * each + each, g * each + a + step))
@@ -107,15 +99,8 @@ def conv_by_tiles(
         tile = decode(first, last).to(x.dtype)
         part = None if bias is None else bias[first:last].to(x.dtype)
         parts.append(
-            functional.conv2d(channels, tile, part, tuple(stride), (pads[0], pads[2]), tuple(dilation), count)
+            functional.conv2d(
+                channels, tile, part, geometry.stride, geometry.padding, geometry.dilation, count
+            )
         )
     return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
-
-
-def scratch(shape: Sequence[int], dtype: torch.dtype) -> int:
-    """Bytes of a tile."""
-    return (
-        min(_tile(shape, dtype), shape[0])
-        * prod(shape[1:])
-        * (4 if dtype == torch.float32 else 4 + dtype.itemsize)
-    )

@@ -12,8 +12,8 @@ from torch.nn import functional
 from aquabit.kernels.arranged import Arranged
 from aquabit.kernels.arranged import _unlaid as unlaid
 from aquabit.kernels.codebook import CodebookWeight
+from aquabit.kernels.geometry import Pair
 from aquabit.kernels.request import Accuracy as Accuracy
-from aquabit.kernels.request import Pair
 
 
 def decoded(weight: CodebookWeight | Arranged, like: Tensor) -> Tensor:

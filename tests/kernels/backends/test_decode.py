@@ -16,17 +16,15 @@ from torch.nn import functional
 
 from aquabit.kernels.arranged import Arranged, arrange
 from aquabit.kernels.backends.decode import (
-    _native,
-    _operands,
-    _Weight,
+    _prepared,
     decode_conv2d,
     decode_levels,
     decode_linear,
     decode_refuses,
 )
-from aquabit.kernels.backends.decode_tiles import scratch
 from aquabit.kernels.codebook import CodebookWeight
 from aquabit.kernels.fake_quant import fake_quantize
+from aquabit.kernels.geometry import Geometry, padded, pair
 from aquabit.scheme import AquabitError
 
 LEVELS = decode_levels()
@@ -113,6 +111,13 @@ def linear64(x: Tensor, weight: CodebookWeight, bias: Tensor | None, act: int) -
     )
 
 
+def convolved(x: Tensor, weight: CodebookWeight | Arranged, bias: Tensor | None = None, **how: Any) -> Tensor:
+    """``decode_conv2d`` with the arguments of torch's."""
+    stride, dilation, groups = pair(how.pop("stride", 1)), pair(how.pop("dilation", 1)), how.pop("groups", 1)
+    x, edges = padded(x, how.pop("padding", 0), dilation, weight.shape[2:])
+    return decode_conv2d(x, weight, bias, Geometry(stride, edges, dilation, groups), **how)
+
+
 def conv64(
     x: Tensor, weight: CodebookWeight, bias: Tensor | None, act: int, split: int | None, **how: Any
 ) -> Tensor:
@@ -168,7 +173,7 @@ def test_convolution_of_uniform_codes(case: Any, level: str) -> None:
         weight, bias, x = make(size, form), inputs(size[0]), inputs(*shape)
         for act, split in ((8, None), (6, shape[1] // 2 or None)):
             split = split if split and split < shape[1] else None
-            y = decode_conv2d(x, arrange(weight), bias, act=act, split=split, level=level, **how)
+            y = convolved(x, arrange(weight), bias, act=act, split=split, level=level, **how)
             assert error(y, conv64(x, weight, bias, act, split, **how)) <= EXACT
 
 
@@ -184,7 +189,7 @@ def test_convolution_of_other_formats(case: Any, level: str) -> None:
             split = split if split and split < shape[1] else None
             expected = conv64(x, weight, bias, act, split, **how)
             for accuracy, bound in (("fast", FAST), ("exact", EXACT)):
-                y = decode_conv2d(
+                y = convolved(
                     x, arrange(weight), bias, act=act, split=split, accuracy=accuracy, level=level, **how
                 )  # type: ignore[arg-type]
                 assert error(y, expected) <= bound
@@ -196,7 +201,7 @@ def test_weights_that_cannot_be_arranged(form: Format) -> None:
     assert error(decode_linear(x, weight, None, 8), linear64(x, weight, None, 8)) <= EXACT
     weight, x = make((6, 5, 3, 3), form._replace(scales=0)), inputs(2, 10, 6, 6)
     for how in ({"groups": 2, "padding": 1}, {"groups": 2, "padding": "same", "dilation": 2}):
-        assert error(decode_conv2d(x, weight, None, **how), conv64(x, weight, None, 16, None, **how)) <= EXACT  # type: ignore[arg-type]
+        assert error(convolved(x, weight, None, **how), conv64(x, weight, None, 16, None, **how)) <= EXACT  # type: ignore[arg-type]
 
 
 def test_a_stored_weight_is_arranged() -> None:
@@ -250,7 +255,7 @@ def test_any_convolution(
         return
     weight, x = make((groups * each, channels, *kernel), form), inputs(samples, groups * channels, *area)
     how = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
-    y = decode_conv2d(x, arrange(weight), None, act=8, level=level, **how)  # type: ignore[arg-type]
+    y = convolved(x, arrange(weight), None, act=8, level=level, **how)  # type: ignore[arg-type]
     bound = 2 * EXACT if form.books == 0 else FAST
     expected, absolute = conv64(x, weight, None, 8, None, **how), fake_quantize(x, 8, "sample").double().abs()
     # the only output may be a sum that cancels: its terms say what rounding may do to it
@@ -274,7 +279,7 @@ def test_threads_change_nothing() -> None:
                         for act in (8, 16)
                     ),
                     decode_linear(inputs(65, 96), arrange(make((3, 96), USQ[3])), None, 8),
-                    decode_conv2d(inputs(2, 8, 20, 20), arrange(convolution), None, padding=1),
+                    convolved(inputs(2, 8, 20, 20), arrange(convolution), None, padding=1),
                 ]
             )
         finally:
@@ -296,14 +301,14 @@ def test_layouts(form: Format, act: int) -> None:
         (6, 8, 3, 3), form._replace(order="kernel", books=form.books or 1, group=1) if form.books else form
     )
     x = inputs(2, 8, 9, 10)
-    plain = decode_conv2d(x, arrange(image), None, padding=1, act=act)
+    plain = convolved(x, arrange(image), None, padding=1, act=act)
     for other in (
         x.contiguous(memory_format=torch.channels_last),
         x.transpose(2, 3).contiguous().transpose(2, 3),
         x.repeat(1, 2, 1, 1)[:, :8],
     ):
-        assert torch.equal(decode_conv2d(other, arrange(image), None, padding=1, act=act), plain)
-    last = decode_conv2d(
+        assert torch.equal(convolved(other, arrange(image), None, padding=1, act=act), plain)
+    last = convolved(
         x.contiguous(memory_format=torch.channels_last), arrange(image), None, padding=1, act=act
     )
     assert last.is_contiguous(memory_format=torch.channels_last) and plain.is_contiguous()
@@ -319,7 +324,7 @@ def test_bfloat16(form: Format, act: int) -> None:
             y = decode_linear(x, arrange(weight), None, act, accuracy)  # type: ignore[arg-type]
             assert y.dtype == torch.bfloat16 and error(y, linear64(x, weight, None, act)) <= 2e-2
     image, x = make((6, 8, 3, 3), Format(form.bits)), inputs(2, 8, 5, 5).bfloat16()
-    y = decode_conv2d(x, arrange(image), None, padding=1, act=act)
+    y = convolved(x, arrange(image), None, padding=1, act=act)
     assert y.dtype == torch.bfloat16 and error(y, conv64(x, image, None, act, None, padding=1)) <= 2e-2
 
 
@@ -351,7 +356,7 @@ def test_samples_without_a_grid(level: str) -> None:
     weight, x = make((7, 4, 3, 3), USQ[3]), inputs(4, 4, 5, 5)
     x[0], x[1], x[3, 2, 1, 1] = 0, 5.5, float("nan")
     for split in (None, 3):
-        y = decode_conv2d(x, arrange(weight), None, padding=1, act=8, split=split, level=level)
+        y = convolved(x, arrange(weight), None, padding=1, act=8, split=split, level=level)
         assert (y[0] == 0).all() and y[3].isnan().all()
         assert error(y[:3], conv64(x[:3], weight, None, 8, split, padding=1)) <= EXACT
 
@@ -417,16 +422,12 @@ def test_scratch_is_a_sixteenth(threads: int, level: str) -> None:
             (OTHER[7], 16, 1),
         ):
             arranged, x, y = arrange(make((640, 256), form)), inputs(tokens, 256), torch.empty(tokens, 640)
-            numbers = _Weight(*_operands(arranged, None)).numbers
-            done, _, _, scratch_bytes = _native.decode_linear(
-                numbers, x.data_ptr(), y.data_ptr(), tokens, act, tokens == 1, threads, LEVELS.index(level)
+            done, _, _, scratch_bytes = _prepared(arranged.number).native.linear(
+                x.data_ptr(), y.data_ptr(), 0, tokens, act, tokens == 1, threads, LEVELS.index(level)
             )
             assert done and 0 < scratch_bytes <= 640 * 256 * 2 // 16
     finally:
         torch.set_num_threads(1)
-    for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
-        assert scratch((4608, 1152), dtype) <= 4608 * 1152 * size // 16
-        assert scratch((16, 10), dtype) <= 8 * 10 * 6
 
 
 @levels
@@ -451,7 +452,7 @@ def test_empty_batches() -> None:
     weight = make((5, 16), USQ[3])
     assert decode_linear(torch.empty(0, 16), arrange(weight), None, 8).shape == (0, 5)
     image = make((5, 4, 3, 3), USQ[3])
-    assert decode_conv2d(torch.empty(0, 4, 8, 8), arrange(image), None, act=8).shape == (0, 5, 6, 6)
+    assert convolved(torch.empty(0, 4, 8, 8), arrange(image), None, act=8).shape == (0, 5, 6, 6)
 
 
 def test_compiles_and_has_meta() -> None:
@@ -462,11 +463,18 @@ def test_compiles_and_has_meta() -> None:
     )
     assert torch.equal(linear(x), decode_linear(x, weight, None, 8) + 1)
     conv = torch.compile(
-        lambda t: decode_conv2d(t, image, None, 2, 1, act=8, split=1), backend="aot_eager", fullgraph=True
+        lambda t: convolved(t, image, None, stride=2, padding=1, act=8, split=1),
+        backend="aot_eager",
+        fullgraph=True,
     )
-    assert torch.equal(conv(picture), decode_conv2d(picture, image, None, 2, 1, act=8, split=1))
+    assert torch.equal(conv(picture), convolved(picture, image, None, stride=2, padding=1, act=8, split=1))
     assert decode_linear(x.to("meta"), weight.to("meta"), None, 8).shape == (3, 5)
-    assert decode_conv2d(picture.to("meta"), image.to("meta"), None, 2, 1, act=8).shape == (2, 5, 4, 5)
+    assert convolved(picture.to("meta"), image.to("meta"), None, stride=2, padding=1, act=8).shape == (
+        2,
+        5,
+        4,
+        5,
+    )
 
 
 def test_bad_arguments_raise() -> None:
@@ -487,18 +495,17 @@ def test_bad_arguments_raise() -> None:
     with pytest.raises(AquabitError, match="meta"):
         decode_linear(x.to("meta"), weight)
     with pytest.raises(AquabitError, match="4 dimensions"):
-        decode_conv2d(picture, weight)
+        convolved(picture, weight)
     for how, message in (
         ({"groups": 3}, "3 groups"),
         ({"split": 4}, "split=4"),
-        ({"stride": 0}, "stride is 0"),
-        ({"padding": -1}, "padding is -1"),
-        ({"dilation": (1, 0)}, "dilation is"),
-        ({"padding": "same", "stride": 2}, "padding='same'"),
+        ({"stride": 0}, r"stride=\(0, 0\)"),
+        ({"padding": -1}, r"padding=\(-1, -1\)"),
+        ({"dilation": (1, 0)}, r"dilation=\(1, 0\)"),
         ({"dilation": 5}, "smaller than the kernel"),
     ):
         with pytest.raises(AquabitError, match=message):
-            decode_conv2d(picture, image, **how)  # type: ignore[arg-type]
+            convolved(picture, image, **how)  # type: ignore[arg-type]
     assert (
         decode_refuses(weight, "cuda")
         and decode_refuses(weight, dtype=torch.float16)
@@ -513,7 +520,7 @@ def test_damaged_weights_raise() -> None:
         with pytest.raises(ValueError, match=message):
             decode_linear(x, damaged)
 
-    refused(replace(good, codes=good.codes[:, :-1].contiguous()), "outside")
+    refused(replace(good, codes=good.codes[:, :-1].contiguous()), "codes is")
     refused(replace(good, codes=good.codes.int()), "codes is torch.int32")
     refused(replace(good, codes=good.codes[:4]), "codes is")
     refused(replace(good, segments=(good.segments[0]._replace(inputs=18),)), "outside")

@@ -20,12 +20,14 @@ from aquabit.kernels.arranged import Arranged, arrange
 from aquabit.kernels.backends import lut
 from aquabit.kernels.backends.lut import lut_conv2d, lut_linear, lut_refuses
 from aquabit.kernels.codebook import CodebookWeight
+from aquabit.kernels.geometry import Geometry
 from aquabit.scheme import AquabitError
 from tests.coded_weights import FORMATS, coded, group_of
 
-native = pytest.mark.skipif(not hasattr(lut._native, "lut_linear"), reason="the C++ extension was not built")
+native = pytest.mark.skipif(not hasattr(lut._native, "LutWeight"), reason="the C++ extension was not built")
 pytestmark = [native, pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")]
 LEVELS = range(len(lut._native.lut_levels())) if hasattr(lut._native, "lut_levels") else range(1)
+PADDED = Geometry(padding=(1, 1))
 BOUNDS = {True: 1e-6, False: 1e-3}  # exact, fast
 SOME = ("usq1", "usq3", "usq4g64", "usq8", "vq2", "vq5", "aq1x8g8", "aq3x4g8", "aq2x6k", "aq4x4k")
 
@@ -101,7 +103,7 @@ def test_convolution_of_every_format_at_every_level(name: str, kernel: tuple[int
             continue
         x, bias = noise(2, channels, height, width), noise(out, seed=2)
         for level in LEVELS:
-            y = lut_conv2d(x, weight, bias, (1, 1), (2, 2), exact=exact, level=level)
+            y = lut_conv2d(x, weight, bias, Geometry(padding=(2, 2)), exact, level)
             assert conv_error(x, decoded, y, bias, 1, 2) <= BOUNDS[exact], (out, channels, level)
 
 
@@ -173,11 +175,12 @@ def test_convolution_of_any_shape(
     weight, decoded = made(name, (out * groups, inputs, *kernel), seed)
     height, width = (max(1, dilation[i] * (kernel[i] - 1) + 1 - 2 * padding[i]) + spare[i] for i in (0, 1))
     x, bias = noise(batch, inputs * groups, height, width, seed=seed), noise(out * groups, seed=seed + 1)
+    geometry = Geometry(stride, padding, dilation, groups)
     if lut_refuses(weight):
         with pytest.raises(AquabitError, match="groups of scales"):
-            lut_conv2d(x, weight, bias, stride, padding, dilation, groups)
+            lut_conv2d(x, weight, bias, geometry)
         return
-    y = lut_conv2d(x, weight, bias, stride, padding, dilation, groups, exact, level)
+    y = lut_conv2d(x, weight, bias, geometry, exact, level)
     assert conv_error(x, decoded, y, bias, stride, padding, dilation, groups) <= BOUNDS[exact]
 
 
@@ -241,8 +244,8 @@ def test_inputs_of_any_layout_in_memory(name: str, exact: bool) -> None:
         noise(2, shape[1], 1, 1).expand(shape),
         noise(6, 5, 2, shape[1]).permute(2, 3, 0, 1),
     ):
-        y = lut_conv2d(x, weight, padding=(1, 1), exact=exact)
-        assert torch.equal(y, lut_conv2d(x.contiguous(), weight, padding=(1, 1), exact=exact))
+        y = lut_conv2d(x, weight, geometry=PADDED, exact=exact)
+        assert torch.equal(y, lut_conv2d(x.contiguous(), weight, geometry=PADDED, exact=exact))
 
 
 @pytest.mark.parametrize("name", SOME)
@@ -287,7 +290,7 @@ def test_constant_inputs_and_zeros(name: str, exact: bool) -> None:
         )
     weight, decoded = made(name, (17, 64, 3, 3))
     x = torch.full((1, 64, 5, 5), -0.3)
-    assert conv_error(x, decoded, lut_conv2d(x, weight, padding=(1, 1), exact=exact), None, 1, 1) <= (
+    assert conv_error(x, decoded, lut_conv2d(x, weight, geometry=PADDED, exact=exact), None, 1, 1) <= (
         2e-6 if exact else 1e-3
     )  # equal addends round alike
     assert torch.equal(lut_conv2d(torch.zeros(1, 64, 5, 5), weight, exact=exact), torch.zeros(1, 17, 3, 3))
@@ -341,13 +344,13 @@ def test_a_bright_spot_does_not_take_the_precision_of_the_rest(name: str) -> Non
     weight, decoded = made(name, (130, 16, 3, 3))
     x = noise(1, 16, 24, 24)
     x[:, :, 3, 5] *= 60
-    y = lut_conv2d(x, weight, padding=(1, 1))
+    y = lut_conv2d(x, weight, geometry=PADDED)
     far = (slice(None), slice(None), slice(8, None))  # rows that the spot does not reach, of the same tile
     expected = conv2d(x.double(), decoded, padding=1)
     assert conv_error(x, decoded, y, None, 1, 1) <= 1e-3
     assert float((y.double() - expected)[far].norm() / expected[far].norm()) <= 6e-3
     with threads(2):
-        assert torch.equal(y, lut_conv2d(x, weight, padding=(1, 1)))
+        assert torch.equal(y, lut_conv2d(x, weight, geometry=PADDED))
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -373,7 +376,7 @@ def test_a_pixel_that_is_not_finite_is_not_forgotten(name: str, exact: bool, val
     weight, _ = made(name, (7, 64, 3, 3))
     x = noise(1, 64, 6, 6)
     x[0, 4, 2, 3] = value
-    y = lut_conv2d(x, weight, padding=(1, 1), exact=exact)
+    y = lut_conv2d(x, weight, geometry=PADDED, exact=exact)
     assert not y[0, :, 1:4, 2:5].isfinite().any()
 
 
@@ -397,7 +400,7 @@ def test_the_number_of_threads_does_not_change_a_bit(name: str, exact: bool) -> 
             x = noise(1, 64, 19, 18)
             tokens = [lut_linear(noise(t, 192), weight, exact=exact) for t in (1, 7, 65)]
             found.append(
-                [*tokens, *(lut_conv2d(x, image, None, (s, s), (1, 1), exact=exact) for s in (1, 2))]
+                [*tokens, *(lut_conv2d(x, image, None, Geometry((s, s), (1, 1)), exact) for s in (1, 2))]
             )
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
@@ -411,25 +414,12 @@ def test_many_rows_for_one_token_in_two_threads() -> None:
     assert linear_error(x, decoded, one) <= 1e-6
 
 
-def arguments(weight: Arranged, x: Tensor, bias: Tensor | None = None, exact: bool = False) -> list[Any]:
-    plan = lut._plan(weight)
-    return [
-        x,
-        weight.codes,
-        weight.scale,
-        bias,
-        *plan.tensors(),
-        plan.numbers,
-        plan.longest,
-        plan.word_unit,
-        exact,
-        0,
-    ]
+def arguments(weight: Arranged, x: Tensor, bias: Tensor | None = None) -> list[Any]:
+    return [x, bias, weight.number, weight.shape[0], False, 0]
 
 
 def image_arguments(weight: Arranged, x: Tensor, bias: Tensor | None = None, groups: int = 1) -> list[Any]:
-    size = [x.shape[2] - weight.shape[2] + 1, x.shape[3] - weight.shape[3] + 1]
-    return [*arguments(weight, x, bias), [1, 1], [0, 0], [1, 1], list(weight.shape[2:]), size, groups]
+    return [x, bias, weight.number, list(weight.shape), Geometry(groups=groups).numbers, False, 0]
 
 
 @pytest.mark.parametrize("name", ["usq4", "aq2x6g8"])
@@ -453,10 +443,10 @@ def test_compiled_as_one_graph() -> None:
     image, _ = made("usq4", (6, 5, 3, 3))
 
     def both(x: Tensor, y: Tensor) -> Tensor:
-        return lut_linear(x, weight).sum() + lut_conv2d(y, image, padding=(1, 1)).relu().sum()
+        return lut_linear(x, weight).sum() + lut_conv2d(y, image, geometry=PADDED).relu().sum()
 
     x, y = noise(3, 16), noise(1, 5, 4, 4)
-    expected = both(x, y)  # the plans are made
+    expected = both(x, y)
     torch.testing.assert_close(torch.compile(both, fullgraph=True, backend="aot_eager")(x, y), expected)
 
 
@@ -466,9 +456,9 @@ def test_fake_tensors_have_the_shape_and_the_type() -> None:
     with FakeTensorMode(allow_non_fake_inputs=True):
         y = lut_linear(torch.empty(2, 3, 16, dtype=torch.bfloat16), weight)
         assert y.shape == (2, 3, 6) and y.dtype == torch.bfloat16
-        y = lut_conv2d(torch.empty(2, 10, 9, 8), image, None, (2, 1), (1, 0), groups=2)
+        y = lut_conv2d(torch.empty(2, 10, 9, 8), image, None, Geometry((2, 1), (1, 0), groups=2))
         assert y.shape == (2, 6, 5, 6) and y.dtype == torch.float32
-    meta = [a.to("meta") if isinstance(a, Tensor) else a for a in arguments(weight, noise(4, 16))]
+    meta = arguments(weight, noise(4, 16).to("meta"))
     assert torch.ops.aquabit.lut_linear(*meta).shape == (4, 6)
 
 
@@ -483,7 +473,7 @@ def test_arguments_that_do_not_fit_are_named() -> None:
         ("runs on a CPU, not on meta", lambda: lut_linear(x, weight.to("meta"))),
         (r"\[2, 9\] has 9 channels, the weight \[6, 10\] takes 10", lambda: lut_linear(x[:, :9], weight)),
         ("has 9 channels", lambda: lut_conv2d(pixels[:, :9], image)),
-        ("takes 20", lambda: lut_conv2d(pixels, image, groups=2)),
+        ("takes 20", lambda: lut_conv2d(pixels, image, geometry=Geometry(groups=2))),
         (
             r"\[10, 5, 5\] and a weight \[6, 10, 3, 3\] do not go together",
             lambda: lut_conv2d(pixels[0], image),
@@ -494,11 +484,11 @@ def test_arguments_that_do_not_fit_are_named() -> None:
         (r"bias is \[5\]; a weight \[6, 10\] needs \[6\]", lambda: lut_linear(x, weight, torch.zeros(5))),
         (r"bias is \[6, 1\]", lambda: lut_conv2d(pixels, image, torch.zeros(6, 1))),
         ("bias is on meta", lambda: lut_linear(x, weight, torch.zeros(6, device="meta"))),
-        (r"stride=\(0, 1\)", lambda: lut_conv2d(pixels, image, stride=(0, 1))),
-        (r"padding=\(0, -1\)", lambda: lut_conv2d(pixels, image, padding=(0, -1))),
-        (r"dilation=\(0, 1\)", lambda: lut_conv2d(pixels, image, dilation=(0, 1))),
-        ("groups=4", lambda: lut_conv2d(noise(1, 40, 5, 5), image, groups=4)),
-        ("groups=0", lambda: lut_conv2d(pixels[:, :0], image, groups=0)),
+        (r"stride=\(0, 1\)", lambda: lut_conv2d(pixels, image, geometry=Geometry((0, 1)))),
+        (r"padding=\(0, -1\)", lambda: lut_conv2d(pixels, image, geometry=Geometry(padding=(0, -1)))),
+        (r"dilation=\(0, 1\)", lambda: lut_conv2d(pixels, image, geometry=Geometry(dilation=(0, 1)))),
+        ("groups=4", lambda: lut_conv2d(noise(1, 40, 5, 5), image, geometry=Geometry(groups=4))),
+        ("groups=0", lambda: lut_conv2d(pixels[:, :0], image, geometry=Geometry(groups=0))),
         ("an image of 2 x 5", lambda: lut_conv2d(pixels[:, :, :2], image)),
         ("level 99", lambda: lut_linear(x, weight, level=99)),
         ("level -1", lambda: lut_conv2d(pixels, image, level=-1)),
@@ -516,63 +506,35 @@ def test_what_is_refused() -> None:
     assert all(lut_refuses(made(name, (6, 64))[0]) is None for name in FORMATS)
 
 
-LINEAR = (
-    "x",
-    "codes",
-    "scale",
-    "bias",
-    "codewords",
-    "words",
-    "by_input",
-    "aux_weights",
-    "aux_scale",
-    "blocks",
-    "runs",
-    "norms",
-    "numbers",
-)
-
-
-@pytest.mark.parametrize("name", ["usq4g64", "vq5", "aq2x6g8", "aq3x4g8"])
-def test_operators_called_directly_refuse_what_would_be_read_out_of_bounds(name: str) -> None:
-    weight, _ = made(name, (6, 64 if name != "usq4g64" else 128))
-    right = arguments(weight, noise(3, weight.shape[1]), noise(6))
-    torch.ops.aquabit.lut_linear(*right)
-    for i, argument in enumerate(LINEAR):
-        for wrong in shorter(right[i], argument):
-            with pytest.raises(
-                AquabitError,
-                match="lut_linear" if argument in ("numbers", "norms") else f"lut_linear: {argument} ",
-            ):
-                torch.ops.aquabit.lut_linear(*right[:i], wrong, *right[i + 1 :])
-
-
-@pytest.mark.parametrize("name", ["usq4", "vq5", "aq2x6k", "aq3x4g8"])
-def test_convolutions_called_directly_refuse_what_would_be_read_out_of_bounds(name: str) -> None:
-    weight, _ = made(name, (6, 8, 3, 3))
-    right = image_arguments(weight, noise(2, 16, 5, 5), noise(6), groups=2)
-    torch.ops.aquabit.lut_conv2d(*right)
-    for i, argument in enumerate(LINEAR):
-        for wrong in shorter(right[i], argument):
-            with pytest.raises(
-                AquabitError,
-                match="lut_conv2d" if argument in ("x", "numbers", "norms") else f"lut_conv2d: {argument} ",
-            ):
-                torch.ops.aquabit.lut_conv2d(*right[:i], wrong, *right[i + 1 :])
-    for i, wrong in ((-6, [0, 1]), (-5, [-1, 0]), (-4, [0, 1]), (-3, [4, 3]), (-2, [4, 3]), (-1, 4)):
-        changed = list(right)
-        changed[i] = wrong
-        with pytest.raises(AquabitError, match="lut_conv2d"):
-            torch.ops.aquabit.lut_conv2d(*changed)
-
-
-def shorter(value: Any, name: str) -> list[Any]:
-    """The same of other sizes and types, and with gaps in memory."""
-    if name == "x":
-        return [value[..., :-1], value[:, :-1], value[0, 0] if value.ndim == 4 else value[0, 0, None]]
-    if value is None or (isinstance(value, Tensor) and not value.numel()):
-        return []
-    if isinstance(value, list):
-        return [value[:-1], [*value, 1], [value[0] + 64, *value[1:]]]
-    apart = [value.repeat_interleave(2, -1)[..., ::2]] if value.numel() > 1 else []
-    return [value[:-1], value[..., :-1], value.to(torch.float64), *apart]
+def test_operators_called_directly_refuse_what_would_be_read_out_of_bounds() -> None:
+    weight, _ = made("aq2x6g8", (6, 16))
+    image, _ = made("usq4", (6, 8, 3, 3))
+    x, pixels = noise(3, 16), noise(2, 16, 5, 5)
+    linear, convolution = torch.ops.aquabit.lut_linear, torch.ops.aquabit.lut_conv2d
+    right, wide = arguments(weight, x, noise(6)), image_arguments(image, pixels, noise(6), groups=2)
+    assert linear(*right).shape == (3, 6) and convolution(*wide).shape == (2, 6, 3, 3)
+    for i, wrong, message in (
+        (0, x[:, :-1], "x is"),
+        (0, torch.tensor(1.0), "x is"),
+        (1, noise(5), "bias is"),
+        (1, noise(6, 1), "bias is"),
+        (2, image.number, "8 inputs"),
+        (2, 1 << 40, "freed"),
+        (5, 99, "level 99"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            linear(*right[:i], wrong, *right[i + 1 :])
+    for i, wrong, message in (
+        (0, pixels[:, :-1], "do not go together"),
+        (0, pixels[0], "x is"),
+        (1, noise(5), "bias is"),
+        (2, weight.number, "4 dimensions"),
+        (4, [1, 1, 0, 0, 1, 1], "7 numbers"),
+        (4, [0, 1, 0, 0, 1, 1, 2], "stride"),
+        (4, [1, 1, 0, -1, 1, 1, 2], "padding"),
+        (4, [1, 1, 0, 0, 1, 0, 2], "dilation"),
+        (4, [1, 1, 0, 0, 1, 1, 1], "do not go together"),
+        (6, -1, "level -1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            convolution(*wide[:i], wrong, *wide[i + 1 :])

@@ -14,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "../arrays.h"
 #include "../memory.h"
 #include "../processor.h"
 
@@ -24,6 +25,7 @@ namespace {
 constexpr float kInfinity = __builtin_inff(), kLargest = FLT_MAX, kSmall = 1e-30f;
 constexpr int kTile = 4;                  // rows that share what is loaded
 constexpr int64_t kCodebooks = 64;        // at most
+constexpr int64_t kMostSums = 1 << 28;    // product of beam and codewords that is still counted in 32 bits
 constexpr int kBisections = 20;           // more would only tell apart what is as good as equal
 constexpr int64_t kPairFloats = 4 << 20;  // products of pairs of codewords are kept up to 16 MiB
 constexpr int64_t kBatchFloats = 8 << 20;  // of pairs and images that threads prepare together
@@ -172,7 +174,37 @@ void run(const Level& level, const Block& b, int threads) {
     });
 }
 
-const float* floats(uintptr_t address) { return reinterpret_cast<const float*>(address); }
+// The call that Python describes (_Call in additive_search.py): rows and tables say how much there is of everything.
+Block block_of(nb::handle call, Arrays* arrays) {
+    const Shape rows = shape_of(call, "target"), tables = shape_of(call, "tables");
+    const int64_t beam = integer(call, "beam"), width = rows.size() == 3 ? rows[2] : 0;
+    const bool sized = rows.size() == 3 && tables.size() == 4 && *std::min_element(tables.begin(), tables.end()) > 0;
+    if (!sized || width % tables[3] || rows[0] % tables[0] || tables[1] > kCodebooks || beam < 1 || beam > kMostSums / tables[2])
+        throw nb::value_error(("rows " + text_of(rows) + " do not fit tables " + text_of(tables) + ", or beam=" + std::to_string(beam) +
+                               " is not from 1 to " + std::to_string(sized ? kMostSums / tables[2] : 0))
+                                  .c_str());
+    const int64_t z = rows[0], o = rows[1], n = width / tables[3], m = tables[1], g = tables[3];
+    Block b{arrays->take<float>(call, "target", rows),
+            arrays->take<float>(call, "decoded", rows),
+            arrays->take<float>(call, "metric", {z, n, g, g}),
+            arrays->take<float>(call, "inverse", {z, n, g, g}),
+            arrays->take<float>(call, "coupling", {z, width, width}),
+            arrays->take<float>(call, "scale", {z, o}),
+            arrays->take<float>(call, "tables", tables),
+            arrays->take<int64_t>(call, "codes", {z, o, n, m}),
+            arrays->take<float>(call, "moved", rows),
+            arrays->take<double>(call, "gain", {z, o}),
+            z, o, n, tables[0], m, tables[2], g, beam};
+    const int64_t count = z * o * n * m;
+    const auto [least, most] = std::minmax_element(b.codes, b.codes + count);
+    if (count && (*least < 0 || *most >= b.codewords))
+        throw nb::value_error(("codes from " + std::to_string(*least) + " to " + std::to_string(*most) + " do not fit " +
+                               std::to_string(b.codewords) + " codewords")
+                                  .c_str());
+    if (!b.before) b.gain = nullptr;
+    if (b.codebooks == 1) b.beam = 1;  // it makes no difference, but takes room
+    return b;
+}
 
 }  // namespace
 
@@ -181,15 +213,11 @@ void define_additive(nb::module_& m) {
     m.def("additive_levels", &level_names);
     m.def(
         "additive_search",
-        [](uintptr_t target, uintptr_t before, uintptr_t metric, uintptr_t inverse, uintptr_t coupling, uintptr_t scale, uintptr_t tables,
-           uintptr_t codes, uintptr_t moved, uintptr_t gain, int64_t blocks, int64_t rows, int64_t groups, int64_t table_sets,
-           int64_t codebooks, int64_t codewords, int64_t size, int64_t beam, int threads, int64_t level) {
-            const Block block{reinterpret_cast<float*>(target), floats(before), floats(metric), floats(inverse), floats(coupling),
-                              floats(scale), floats(tables), reinterpret_cast<int64_t*>(codes), reinterpret_cast<float*>(moved),
-                              reinterpret_cast<double*>(gain), blocks, rows, groups, table_sets, codebooks, codewords, size, beam};
-            run(level_at(level), block, threads);
+        [](nb::handle call, int threads, int64_t level) {
+            Arrays arrays;
+            const Block block = block_of(call, &arrays);
+            const nb::gil_scoped_release released;
+            if (block.blocks * block.rows * block.groups) run(level_at(level), block, threads);
         },
-        "target"_a, "before"_a, "metric"_a, "inverse"_a, "coupling"_a, "scale"_a, "tables"_a, "codes"_a, "moved"_a, "gain"_a, "blocks"_a,
-        "rows"_a, "groups"_a, "table_sets"_a, "codebooks"_a, "codewords"_a, "size"_a, "beam"_a, "threads"_a, "level"_a,
-        nb::call_guard<nb::gil_scoped_release>());
+        "call"_a, "threads"_a, "level"_a);
 }

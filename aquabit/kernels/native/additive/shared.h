@@ -29,6 +29,17 @@ static void project(const Block& b, const float* metric, const float* by_size, f
     }
 }
 
+// A codeword with ``count`` vectors of another codebook's: several share its values, and their sums do not wait for each other. One at a
+// time, a call with 96 rows and 2 codebooks of 256 codewords took 7 or 23 % longer, by where the loop happened to lie in memory.
+INLINE void pair_vectors(const float* codeword, const float* images, int64_t size, int64_t stride, const int count, float* pairs) {
+    Floats sums[4] = {};
+    for (int64_t i = 0; i < size; ++i) {
+        const float twice = 2 * codeword[i];
+        for (int v = 0; v < count; ++v) sums[v] += twice * load(images + i * stride + v * kLanes);
+    }
+    for (int v = 0; v < count; ++v) store(pairs + v * kLanes, sums[v]);
+}
+
 // Pairs of codewords: row (m (m - 1) / 2 + j) K + k is codeword k of codebook j with all of codebook m.
 static void pair_up(const Block& b, const Group& group, float* pairs) {
     const int64_t k = b.codewords, wide = whole_vectors(k), g = b.size, tall = whole_vectors(g), stride = b.codebooks * wide;
@@ -36,10 +47,8 @@ static void pair_up(const Block& b, const Group& group, float* pairs) {
         for (int64_t row = 0; row < m * k; ++row, pairs += wide) {
             const float* codeword = group.codewords + row * tall;
             const float* images = group.images + m * wide;
-            for (int64_t at = 0; at < wide; at += kLanes) {
-                Floats sum = splat(0);
-                for (int64_t i = 0; i < g; ++i) sum += (2 * codeword[i]) * load(images + i * stride + at);
-                store(pairs + at, sum);
-            }
+            int64_t at = 0;
+            for (; at + 4 * kLanes <= wide; at += 4 * kLanes) pair_vectors(codeword, images + at, g, stride, 4, pairs + at);
+            for (; at < wide; at += kLanes) pair_vectors(codeword, images + at, g, stride, 1, pairs + at);
         }
 }

@@ -1,26 +1,8 @@
 // Activations to integers, laid out for multiply_block, and its results to tokens: part of level.h.
 
-struct Limits {
-    float low, high;
-    bool finite;
-};
+#include "../find_limits.h"
 
-INLINE Limits limits_of(const float* x, int64_t n) {
-    float low = __builtin_inff(), high = -low;
-    int32_t magnitude = 0;  // the largest |x| as bits: a NaN is above infinity
-#pragma omp simd reduction(min : low) reduction(max : high) reduction(max : magnitude)
-    for (int64_t i = 0; i < n; ++i) {
-        int32_t bits;
-        __builtin_memcpy(&bits, x + i, sizeof bits);
-        bits &= 0x7fffffff;
-        low = x[i] < low ? x[i] : low;
-        high = x[i] > high ? x[i] : high;
-        magnitude = bits > magnitude ? bits : magnitude;
-    }
-    return {low, high, magnitude < 0x7f800000};
-}
-
-// Grids as fake_quantize's (fakequant.cpp); false where no integers stand for the values: they are left as they are, or not finite
+// Grids as fake_quantize's (fakequant/); false where no integers stand for the values: they are left as they are, or not finite
 // with unquantized activations.
 INLINE bool grid_of(Limits limits, int64_t bits, bool wide, bool zero_in_range, Grid* grid) {
     if (!limits.finite) {

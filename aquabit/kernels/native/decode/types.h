@@ -2,6 +2,9 @@
 #pragma once
 #include <cstdint>
 
+#include "../limits.h"
+#include "../segment.h"
+
 constexpr int kMostLanes = 16, kMostRows = 6, kMostVectors = 4;
 constexpr int64_t kMostTile = 48;      // rows of weights that a thread decodes at once
 constexpr int64_t kDotRows = 4;        // at most so many tokens are multiplied row by row
@@ -12,12 +15,7 @@ constexpr int64_t kByteRun = 512;      // inputs between flushes where activatio
 constexpr int64_t kOwnRun = 64;        // groups of scales of so many inputs or more get integers of their own size
 constexpr int64_t kLongestRun = 16384;  // of 8 bits times 8 bits: their sums fit 128 times 16 bits
 
-// Inputs [start, start + count) at one tap of the kernel; codes from byte ``at`` of a row (arranged.py).
-struct Segment {
-    int64_t tap, start, count, scales, at;
-};
-
-// An arranged weight. Rows are decoded to [area, cin].
+// An arranged weight, with the bias of a call. Rows are decoded to [area, cin].
 struct Weight {
     const uint8_t* codes;
     const float *tables, *scale, *offset, *bias;  // tables, offset and bias may be null

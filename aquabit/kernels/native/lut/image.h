@@ -1,7 +1,8 @@
 // Convolutions as columns of padded planes. Part of lut.cpp.
 
+// ``channels`` and ``outputs`` are of all groups of a convolution.
 struct Image {
-    int64_t samples, height, width, stride[2], padding[2], dilation[2], kernel[2], out_height, out_width;
+    int64_t samples, channels, height, width, stride[2], padding[2], dilation[2], kernel[2], outputs, out_height, out_width;
 };
 
 // The padded planes of an image: phases [inputs, phases, samples, rows, pitch].
@@ -27,7 +28,7 @@ void to_planes(const Image& m, const Layout& l, const float* x, int64_t inputs, 
             for (int64_t y = 0; y < m.height; ++y) {
                 const int64_t py = y + m.padding[0], row = py / m.stride[0];
                 if (row >= l.rows) continue;
-                const float* from = x + ((n * inputs + c) * m.height + y) * m.width;
+                const float* from = x + ((n * m.channels + c) * m.height + y) * m.width;
                 float* to = plane + py % m.stride[0] * m.stride[1] * l.phase + (n * l.rows + row) * l.pitch;
                 if (m.stride[1] == 1) {
                     const int64_t count = std::min(m.width, l.pitch - m.padding[1]);
@@ -107,7 +108,7 @@ void lut_conv2d(const Level& level, const Call& c, const std::vector<Block>& blo
             if (row >= m.out_height || begin >= end) continue;
             const int64_t column = begin - line * layout.pitch;
             for (int64_t o = from; o < to; ++o)
-                std::memcpy(y + ((sample * c.out + o) * m.out_height + row) * m.out_width + column, sums + (o - from) * p.width + begin - q0,
+                std::memcpy(y + ((sample * m.outputs + o) * m.out_height + row) * m.out_width + column, sums + (o - from) * p.width + begin - q0,
                             (end - begin) * sizeof(float));
         }
     });

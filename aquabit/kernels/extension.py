@@ -1,0 +1,26 @@
+"""The C++ extension, or None where it was not built. Modules take it from here, not from the package, which
+imports them."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from torch import Tensor  # before the extension: one libgomp then serves both
+
+from aquabit.errors import AquabitError
+
+native: Any = None
+why_not = ""  # it is not there
+try:
+    native = import_module("aquabit.kernels._native")
+except ImportError as error:
+    why_not = str(error)
+
+
+def plain_bias(bias: Tensor | None, outputs: int) -> Tensor | None:
+    """A bias as the extension reads it, which is given its address only. Raises AquabitError for one of
+    another number of outputs."""
+    if bias is not None and tuple(bias.shape) != (outputs,):
+        raise AquabitError(f"bias is {list(bias.shape)}; a weight of {outputs} outputs needs [{outputs}]")
+    return None if bias is None else bias.detach().float().contiguous()

@@ -1,0 +1,130 @@
+// A product of decoded rows with packed activations, by threads and tiles. Part of decode.cpp.
+
+constexpr int64_t kParallel = 1 << 18;  // multiply-adds below which other threads are not woken
+
+// How a call multiplies.
+struct Method {
+    const Level* level;
+    bool codes;     // uniform codes as they are; else decoded values rounded to 16 bits
+    bool wide;      // 16 bits
+    bool by_scale;  // runs end where a group of scales does
+    int64_t most;   // of the activations' integers
+    int64_t limit;  // inputs of a run
+    int64_t bits;   // of activations
+    int64_t threads;
+
+    int64_t per() const { return wide ? 2 : 4; }
+};
+
+Method method_of(const Weight& w, int64_t level, int64_t bits, int64_t threads) {
+    const Level* l = &level_at(level);
+    const bool codes = bits <= 8 && !w.tables, wide = !codes || !l->bytes || w.bits > l->byte_bits;
+    const int64_t limit = codes ? kLongestRun : bits <= 8 ? kByteRun : kWideRun;
+    const bool by_scale = codes || w.length() / std::max(w.scales, w.offsets) >= kOwnRun;
+    return {l, codes, wide, by_scale, bits <= 8 ? 256 : kActivation, limit, bits, threads};
+}
+
+// A thread's room for decoded rows and results.
+struct Scratch {
+    Buffer<uint8_t> slots, room;
+    Buffer<float> factor, offset, total, bias, y;
+    Buffer<int32_t> shift;
+    Errors errors = {0, 0};
+};
+
+// What is multiplied with one group's rows: [first_row, first_row + rows) of the weight.
+struct Product {
+    const Method& method;
+    const Weight& weight;
+    const Planned& planned;
+    Activations activations;
+    int64_t vectors, first_row, rows;
+
+    int64_t row_bytes() const { return rounded_up(planned.plan.slot_bytes, 64) + 64; }
+    int64_t room_bytes() const { return weight.length() * (method.codes ? 1 : 5) + 64; }
+
+    // Rows of a tile: all threads' scratch within 1/16 of the dense weight in bfloat16, but at least one block of rows each.
+    int64_t tile_rows() const {
+        const int64_t block = method.level->rows, budget = weight.out * weight.length() / 8 / method.threads - room_bytes();
+        const int64_t share = rounded_up((rows + method.threads - 1) / method.threads, block);
+        return std::clamp(budget / row_bytes() / block * block, block, std::max(block, std::min(share, kMostTile / block * block)));
+    }
+
+    Scratch scratch(int64_t tile) const {
+        const Plan& p = planned.plan;
+        return {Buffer<uint8_t>(tile * row_bytes()), Buffer<uint8_t>(room_bytes()),      Buffer<float>(tile * p.run_count),
+                Buffer<float>(tile * p.run_count),   Buffer<float>(tile * p.range_count), Buffer<float>(tile),
+                Buffer<float>(tile * kMostVectors * method.level->lanes), Buffer<int32_t>(tile * p.run_count)};
+    }
+
+    int64_t scratch_bytes(int64_t tile) const { return tile * row_bytes() + room_bytes(); }
+
+    // Rows [from, from + count) of the group, decoded; the rows that fill up the tile are zero.
+    Tile fill(int64_t from, int64_t count, Scratch* s) const {
+        const int64_t padded = rounded_up(count, method.level->rows);
+        for (int64_t r = 0; r < padded; ++r) {
+            const int64_t row = first_row + from + r;
+            uint8_t* slot = s->slots.get() + r * row_bytes();
+            s->bias[r] = r < count && weight.bias ? weight.bias[row] : 0;
+            if (r >= count) {
+                std::memset(slot, 0, row_bytes());
+                for (int64_t i = 0; i < planned.plan.run_count; ++i)
+                    s->factor[i * padded + r] = s->offset[i * padded + r] = 0, s->shift[i * padded + r] = 0;
+                for (int64_t i = 0; i < planned.plan.range_count; ++i) s->total[i * padded + r] = 0;
+            } else if (method.codes) {
+                method.level->fill_codes(weight, planned.plan, method.wide, row, reinterpret_cast<int8_t*>(s->room.get()), slot,
+                                         s->factor.get() + r, s->offset.get() + r, s->shift.get() + r, s->total.get() + r, padded);
+            } else {
+                method.level->fill_values(weight, planned.plan, method.most, row, reinterpret_cast<float*>(s->room.get()), slot,
+                                          s->factor.get() + r, s->total.get() + r, padded, &s->errors);
+            }
+        }
+        return {s->slots.get(), row_bytes(), padded, s->factor.get(), method.codes ? s->offset.get() : nullptr, s->total.get(),
+                s->bias.get(),  s->shift.get()};
+    }
+
+    // Sums of the activations' integers of each run, which offsets need.
+    void sum(int64_t threads) const {
+        const Plan& p = planned.plan;
+        const Buffer<uint8_t> ones(p.slot_bytes);
+        std::memset(ones.get(), 0, p.slot_bytes);
+        for (const Piece& piece : planned.pieces)
+            for (int64_t k = piece.lead; k < piece.lead + piece.count; ++k) ones[piece.slot + k * (method.wide ? 2 : 1)] = 1;
+        const int64_t size = method.level->vectors, blocks = (vectors + size - 1) / size;
+        in_parts(blocks, threads, 1, [&](int64_t from, int64_t to, int64_t) {
+            for (int64_t b = from; b < to; ++b)
+                method.level->sum(p, activations, ones.get(), method.wide, b * size, std::min(size, vectors - b * size));
+        });
+    }
+
+    // All of it; sink(results, stride, row, rows, vector, vectors) takes what is done. Returns scratch bytes of all threads.
+    template <class Sink>
+    int64_t run(Errors* errors, const Sink& sink) const {
+        const int64_t threads = rows * vectors * method.level->lanes * weight.length() > kParallel ? method.threads : 1;
+        if (method.codes) sum(threads);
+        const int64_t tile = tile_rows(), tiles = (rows + tile - 1) / tile, size = method.level->vectors;
+        const int64_t blocks = (vectors + size - 1) / size, chunks = std::min(blocks, tiles < threads ? threads : 1), jobs = tiles * chunks;
+        std::vector<Scratch> scratch;
+        for (int64_t i = 0; i < std::min(threads, jobs); ++i) scratch.push_back(this->scratch(tile));
+        const int64_t stride = kMostVectors * method.level->lanes;
+        in_parts(jobs, threads, 1, [&](int64_t from, int64_t to, int64_t part) {
+            Scratch& s = scratch[part];
+            for (int64_t job = from; job < to; ++job) {
+                const int64_t row = job / chunks * tile, count = std::min(tile, rows - row), chunk = job % chunks;
+                const Tile decoded = fill(row, count, &s);
+                for (int64_t b = blocks * chunk / chunks; b < blocks * (chunk + 1) / chunks; ++b) {
+                    const int64_t n = std::min(size, vectors - b * size);
+                    method.level->multiply(planned.plan, decoded, activations, method.wide, b * size, n, s.y.get());
+                    sink(s.y.get(), stride, first_row + row, count, b * size, n);
+                }
+            }
+        });
+        for (const Scratch& s : scratch) errors->error += s.errors.error, errors->all += s.errors.all;
+        return scratch_bytes(tile) * static_cast<int64_t>(scratch.size());
+    }
+};
+
+double ratio_of(const Errors& e) { return e.error > 0 ? std::sqrt(e.error / e.all) : 0; }
+
+// Whether it was done (0: no integers stand for the activations), relative errors of activations and of weights, bytes of scratch.
+using Outcome = std::tuple<int64_t, double, double, int64_t>;
