@@ -3,6 +3,7 @@ wrong."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from math import isfinite
@@ -46,3 +47,9 @@ def write_json(path: str | Path, value: Any) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise AquabitError(f"{path} could not be written: {error.strerror or error}") from error
+
+
+def digest(value: Any) -> str:
+    """Sixteen hex digits of SHA-256 over the canonical JSON of ``value``."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
