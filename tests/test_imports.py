@@ -13,16 +13,23 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "aquabit"
 
 # Each may import only what stands below it (shared/DESIGN.md, section 1).
-VALUES = {"errors", "scheme_kinds", "scheme", "stats", "jsonio", "runtime"}
+SUBJECTS = {"scheme_kinds", "activation_bits", "protocol", "quant_config", "budget"}  # of what scheme exports
+VALUES = {*SUBJECTS, "errors", "jsonio", "progress", "scheme", "stats", "runtime", "maximum_entropy"}
 STORES = {*VALUES, "graph", "kernels", "quality", "study", "study_status"}
 SPACES = {*STORES, "layer_formats", "space", "choices", "cost"}
 MODELS = {*SPACES, "memory", "quant", "pipelines"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "stats": {"errors"},
+    "maximum_entropy": set(),
     "jsonio": {"errors"},
+    "progress": set(),
     "scheme_kinds": {"errors"},
-    "scheme": {"errors", "jsonio", "scheme_kinds"},
+    "activation_bits": {"errors"},
+    "budget": {"errors"},
+    "protocol": {"errors", "jsonio"},
+    "quant_config": {"errors", "jsonio", "scheme_kinds", "activation_bits", "protocol"},
+    "scheme": {*SUBJECTS, "errors", "jsonio", "progress"},
     "runtime": {"errors"},
     "kernels": VALUES,
     "graph": VALUES,

@@ -16,13 +16,12 @@ from aquabit.measuring.evaluator import Evaluator
 from aquabit.quant.kernel_tuning import Asked, at_scheme, example_call, milliseconds, requests_of, tune
 from aquabit.quant.model import QuantizedDenoiser
 from aquabit.scheme import FP, Progress, Protocol, QuantConfig, no_progress
+from aquabit.scheme_kinds import UNIFORM
 from aquabit.space import SearchSpace
 
-CALLS, SECONDS = (
-    (7, 60),
-    1.0,
-)  # whole denoiser calls of one configuration: at least, at most; and the time after which they end
-TYPICAL = ("usq", 4.0)  # the whole call of a configuration near it tells what calls take besides their layers
+# whole denoiser calls of one configuration: at least, at most; and the time after which they end
+CALLS, SECONDS = (7, 60), 1.0
+TYPICAL = UNIFORM, 4.0  # the whole call of a configuration near it tells what calls take besides their layers
 
 
 def latency_table(

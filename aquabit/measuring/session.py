@@ -22,6 +22,7 @@ from aquabit.measuring.tasks import Measure, MeasureOutputErrors, MeasureSlopes
 from aquabit.measuring.where import HERE, Where
 from aquabit.quant.bank import Bank
 from aquabit.scheme import Progress, Protocol, QuantConfig, Scheme, digest, no_progress
+from aquabit.scheme_kinds import ADDITIVE
 from aquabit.space import SearchSpace
 from aquabit.study import Study
 
@@ -40,12 +41,10 @@ def uniform_references(space: SearchSpace) -> list[QuantConfig]:
     first = [Scheme.parse(s + ("h" if any(q.calibrated for q in space.schemes) else "")) for s in UNIFORM] + [
         Scheme.parse("usq8")
     ]
-    own = [
-        s for s in space.schemes if s.record.even and all(s in space.choices[k] for k in space.free_layers())
-    ]
+    own = [s for s in space.common_schemes() if s.record.even]
     return [
         *(space.uniform(s, act) for s in dict.fromkeys((*first, *own))),
-        *(space.level("aq", b, act) for b in levels),
+        *(space.level(ADDITIVE, b, act) for b in levels),
     ]
 
 
@@ -72,10 +71,6 @@ class Session:
     def with_space(self, space: SearchSpace) -> Session:
         """The same session with configurations of another space."""
         return replace(self, space=space, costs=CostModel(self.model.graph, space))
-
-    def with_costs(self, costs: CostModel) -> Session:
-        """The same session with other costs of its space, timed ones say."""
-        return replace(self, costs=costs)
 
     def measure(
         self,

@@ -22,7 +22,7 @@ def expectation(search: Search, solved: Solution) -> str:
     bits = float(search.costs.totals(here)["bits"][0])
     psnr = expected_psnr(search.damages, here, offset)
     text = f"expected at {search.options.budget}: PSNR {psnr:.1f} dB to full precision at {bits:.2f} bits"
-    uniform = smallest_uniform(search.costs, space, "usq", search.costs(here.config).bytes)
+    uniform = smallest_uniform(search.costs, space, search.costs(here.config).bytes)
     if uniform is not None and search.inside(uniform):
         value = expected_psnr(search.damages, Choices.of(space, [uniform]), offset)
         text += (

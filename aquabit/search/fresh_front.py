@@ -31,7 +31,7 @@ def measure_front(search: Search, winner: QuantConfig, judgement: Judgement) -> 
     members = _members(search, winner)
     protocols = [session.protocol.block(b) for b in FRESH_BLOCKS]
     uniforms = uniform_references(session.space)  # what each family reaches, beside the front
-    baseline = smallest_uniform(costs, session.space, "usq", costs(winner).bytes)
+    baseline = smallest_uniform(costs, session.space, costs(winner).bytes)
     session.measure(
         [session.space.full_precision()], "reference", progress, protocols, "full precision, fresh seeds"
     )

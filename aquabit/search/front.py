@@ -13,8 +13,9 @@ import numpy as np
 from aquabit import _notebook
 from aquabit.cost import CostModel
 from aquabit.jsonio import defined
-from aquabit.scheme import AquabitError, Budget, QuantConfig, Scheme
-from aquabit.search.options import activation_choices, fixed_act
+from aquabit.scheme import AquabitError, Budget, QuantConfig
+from aquabit.scheme_kinds import UNIFORM
+from aquabit.search.options import activation_choices
 from aquabit.search.proof import Proof
 from aquabit.space import SearchSpace
 from aquabit.stats import LEVEL, OLD_LEVEL, Interval
@@ -47,22 +48,16 @@ def hypervolume(values: Sequence[float], costs: Sequence[float], reference: tupl
 
 
 def smallest_uniform(
-    cost_model: CostModel,
-    space: SearchSpace,
-    kind: str = "usq",
-    at_least_bytes: int = 0,
-    act: int | None = None,
+    cost_model: CostModel, space: SearchSpace, at_least_bytes: int = 0
 ) -> QuantConfig | None:
-    """The smallest uniform configuration of a kind that is no smaller than ``at_least_bytes``; None where
-    even the largest is smaller.
+    """The smallest uniform configuration of USQ that is no smaller than ``at_least_bytes``, activations
+    as budgets in bits fix them; None where even the largest is smaller.
 
-    ``act`` defaults to the activation bits that budgets in bits fix. A scheme counts when every free layer
-    may take it; of two of one size the output-aware one is taken, which is the harder to beat.
+    A scheme counts when every free layer may take it; of two of one size the output-aware one is taken, which
+    is the harder to beat.
     """
-    act = fixed_act(activation_choices(space)) if act is None else act
-    assert act is not None  # budgets in bits fix them
-    free = [space.choices[k] for k in space.free_layers()]
-    schemes: list[Scheme] = [s for s in space.schemes if s.kind == kind and all(s in row for row in free)]
+    (act,) = activation_choices(space)
+    schemes = [s for s in space.common_schemes() if s.record is UNIFORM]
     sized = [(cost_model(space.uniform(s, act)).bytes, not s.output_aware, i) for i, s in enumerate(schemes)]
     large = [row for row in sized if row[0] >= at_least_bytes]
     return space.uniform(schemes[min(large)[2]], act) if large else None

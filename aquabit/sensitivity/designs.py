@@ -8,18 +8,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy import special
 
 from aquabit.choices import Choices
 from aquabit.cost import CostModel
+from aquabit.maximum_entropy import Gibbs, level_odds, share_odds
 from aquabit.measuring.session import Session
 from aquabit.scheme import FP, Act, AquabitError, Progress, QuantConfig, Scheme, no_progress, parse_swap
-from aquabit.sensitivity.damages import EXCESSES, ROUNDS, Damages, Gibbs, context_act, damages_of, gibbs_each
+from aquabit.sensitivity.damages import EXCESSES, Damages, context_act, damages_of, gibbs_each
 from aquabit.sensitivity.effects.predicted import default_swap, find_players, refits
 from aquabit.sensitivity.features import Encoder
 from aquabit.sensitivity.shared_contexts import group_numbers
 from aquabit.sensitivity.surrogate.estimators import Surrogate
-from aquabit.space import BITS_RANGE, SearchSpace, maximum_entropy
+from aquabit.space import BITS_RANGE, SearchSpace
 
 DESIGNS = {
     "near": "good configurations: draws near the front of the known damages, evenly over the budgets",
@@ -32,9 +32,7 @@ DESIGNS = {
     "swaps": "good configurations near 3 bits, each followed by copies of it with one layer swapped",
     "disagreement": "a random start, then batches on which refitted surrogates disagree",
 }
-DEFAULT = (  # the random quarter shows what ruins a model, which a search must know to stay away from
-    "near:0.75"
-)
+DEFAULT = "near:0.75"  # the random quarter shows what ruins a model, which a search must know to avoid
 SWAP_RANGE = (2.75, 3.25)  # mean bits of their contexts
 # swaps that share a context, at most half of the layers: each costs one measurement and its share of the
 # context's
@@ -42,9 +40,8 @@ PER_CONTEXT = 24
 BLOCK, CANDIDATES = 24, 16  # configurations that are balanced together; permutations tried for a layer
 TOTALS = 4.0  # what sums near their targets are worth beside deviations that are orthogonal
 OPERATOR_SHIFT = 0.5  # bits by which the mean of an operator type may lie above or below the configuration's
-GRID = np.linspace(
-    *BITS_RANGE, 33
-)  # means at which maximum-entropy odds are computed; linear in between, which keeps the mean
+# means at which maximum-entropy odds are computed; linear in between, which keeps the mean
+GRID = np.linspace(*BITS_RANGE, 33)
 # mean bits at which ``near`` solves for odds; linear in between, which keeps the mean and adds up to 3 % of
 # damage
 MEANS = 9
@@ -157,11 +154,8 @@ class _Near:
     def _odds(self, bits: float, level: int) -> Gibbs:
         place = float(np.interp(bits, self.means, np.arange(len(self.means))))
         first = min(int(place), len(self.means) - 1)
-        a, b, part = (
-            self.families[first][level],
-            self.families[min(first + 1, len(self.means) - 1)][level],
-            place - first,
-        )
+        after, part = min(first + 1, len(self.means) - 1), place - first
+        a, b = self.families[first][level], self.families[after][level]
         beta = float(np.exp((1 - part) * np.log(a.beta) + part * np.log(b.beta)))
         return Gibbs((1 - part) * a.odds + part * b.odds, beta, (1 - part) * a.price + part * b.price)
 
@@ -169,12 +163,7 @@ class _Near:
         """Boolean [L]: which layers take their lower activation, ``choice`` of the space's."""
         rows, highest = np.arange(len(choice)), self.space.act_choices.index(max(self.space.activations))
         worse = self.damages.acts[rows, choice] - self.damages.acts[:, highest]
-        free = beta * worse[~self.excluded]
-        down, up = -float(free.max()) - 40, -float(free.min()) + 40
-        for _ in range(ROUNDS):
-            price = (down + up) / 2
-            down, up = (price, up) if special.expit(-free - price).mean() > share else (down, price)
-        return np.asarray(rng.random(len(choice)) < special.expit(-beta * worse - up))
+        return np.asarray(rng.random(len(choice)) < share_odds(beta * worse, ~self.excluded, share))
 
 
 def swaps(
@@ -250,11 +239,10 @@ class _Balanced:
         self.levels = [space.bit_levels(layer) for layer in space.choices]
         self.operator = [(space.operators or {}).get(layer, "") for layer in space.choices]
         self.decks: dict[tuple[int, float], list[Scheme]] = {}
-        self.products = np.zeros(
-            (len(self.levels), len(self.levels))
-        )  # of deviations, over the blocks so far
+        # of deviations, over the blocks so far
+        self.products = np.zeros((len(self.levels), len(self.levels)))
         self.tables = {
-            tuple(levels): np.array([maximum_entropy(tuple(levels), mean) for mean in GRID])
+            tuple(levels): np.array([level_odds(tuple(levels), mean) for mean in GRID])
             for levels in self.levels
         }
         self.offset = np.random.default_rng([seed, 3]).random(2)
