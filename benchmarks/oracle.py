@@ -97,7 +97,8 @@ def oracle(folder: Path, model: str, bits: float, count: int) -> dict[str, Any]:
     from aquabit.search.judging import judge, pieces
     from aquabit.search.proposals import program_answers
     from aquabit.search.refine import refine
-    from aquabit.search.search import Search, SearchOptions
+    from aquabit.search.search import Search
+    from aquabit.search.search_options import SearchOptions
 
     with session_of(folder / f"oracle-{model}.db", model, folder) as session:
         search = Search(session, SearchOptions(Budget(bits=bits), seed=SEED, spread=()), say)

@@ -11,60 +11,11 @@ import numpy as np
 from aquabit.cost import CostModel
 from aquabit.measuring.latency import latency_table
 from aquabit.measuring.session import Session
-from aquabit.scheme import FP, AquabitError, Budget, Progress, Protocol, QuantConfig, no_progress
+from aquabit.scheme import FP, Progress, Protocol, QuantConfig, no_progress
 from aquabit.search.options import activation_choices, fixed_act
 from aquabit.search.proof import Proof
-from aquabit.search.surrogate_search import check_method, ladder
+from aquabit.search.search_options import SearchOptions, ladder
 from aquabit.sensitivity.damages import Damages
-
-SPREAD = (
-    0.9,
-    1.1,
-    0.8,
-    1.25,
-    0.6,
-    1.5,
-    0.5,
-    2.0,
-)  # limits of the front's other targets relative to the budget's
-
-
-@dataclass(frozen=True)
-class SearchOptions:
-    """``method``: "program" (the program over damages, refined in context), or "surrogate" and "evolve",
-    which also propose from a surrogate of the study's measurements. ``rounds`` of refinement for the
-    budget (half as many for the front's other targets), or of fitting and proposing ``per_round``
-    configurations; ``screen``: configurations proposed for each that is measured. ``against``: (name,
-    configuration) that the winner must not lose to."""
-
-    budget: Budget
-    method: str = "program"
-    rounds: int | None = None
-    per_round: int = 8
-    screen: int = 4
-    seed: int = 0
-    against: Sequence[tuple[str, QuantConfig]] = ()
-    spread: Sequence[float] = SPREAD
-
-    def __post_init__(self) -> None:
-        check_method(self.method)
-        if self.screen < 1:
-            raise AquabitError(
-                f"screen is {self.screen}; it must be at least 1 (1: every proposed configuration is"
-                " measured)"
-            )
-        if self.rounds is not None and self.rounds < 0:
-            raise AquabitError(
-                f"rounds is {self.rounds}; it must be at least 0 (0: the program's answer as it is)"
-            )
-
-    @property
-    def refinements(self) -> int:
-        return 3 if self.rounds is None or self.method != "program" else self.rounds
-
-    @property
-    def proposals(self) -> int:
-        return 2 if self.rounds is None else max(1, self.rounds)
 
 
 @dataclass(frozen=True)
