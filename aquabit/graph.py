@@ -42,14 +42,8 @@ __all__ = [
 ]
 
 LayerGraph: TypeAlias = nx.DiGraph
-STEP_INPUTS = (
-    "sample",
-    "hidden_states",
-    "x",
-    "timestep",
-    "timesteps",
-    "t",
-)  # what changes from one denoising step to the next
+# what changes from one denoising step to the next
+STEP_INPUTS = ("sample", "hidden_states", "x", "timestep", "timesteps", "t")
 SCHEMA_VERSION = 1
 _MATMUL = re.compile(r"(Addmm|Mm|Addmv|Mv|Bmm|Baddbmm|Linear|Convolution)Backward\d*$")
 _ATTENTION = re.compile(r"(Bmm|Baddbmm|ScaledDotProduct\w+)Backward\d*$")
@@ -78,9 +72,8 @@ class _Contraction:
     time_layers: set[str]
     calls: dict[str, _Calls] = field(default_factory=dict)  # in execution order
     sources: dict[Any, tuple[str, ...]] = field(default_factory=dict)  # nearest layers and merges upstream
-    weight: dict[Any, str | None] = field(
-        default_factory=dict
-    )  # the layer whose weight, perhaps transposed, this is
+    # the layer whose weight, perhaps transposed, this is
+    weight: dict[Any, str | None] = field(default_factory=dict)
     depends: dict[Any, bool] = field(default_factory=dict)  # on the noisy sample or the step
 
 
@@ -186,12 +179,11 @@ def _from_config(model_class: Any, config: Mapping[str, Any]) -> nn.Module:
     # diffusers lists positional arguments of a model among those left at their defaults, and would build it
     # with the class's own sizes in place of them
     config = {k: v for k, v in config.items() if k != "_use_default_values"}
+    # diffusers checks little: a wrong config surfaces as any exception of its constructors
     try:
         with torch.device("meta"):
             model: nn.Module = model_class.from_config(config)
-    except (
-        Exception
-    ) as error:  # diffusers checks little: a wrong config surfaces as any exception of its constructors
+    except Exception as error:
         raise AquabitError(f"cannot build {model_class.__name__} from its config: {error}") from error
     return model
 
@@ -422,13 +414,8 @@ def from_json(value: Any, source: str = "graph") -> LayerGraph:
 def _graph_file() -> Any:
     from typing import Annotated, Literal
 
-    from pydantic import (
-        BaseModel,
-        ConfigDict,
-        Field,
-        NonNegativeInt,
-        PositiveInt,
-    )  # slow to import: only where a file is read
+    # slow to import: only where a file is read
+    from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 
     class Strict(BaseModel):
         model_config = ConfigDict(extra="forbid", strict=True)

@@ -105,6 +105,10 @@ class Protocol:
                 return "max" if rest.startswith("max") else "min"
         return direction(name)
 
+    def sign(self, metric: str | None = None) -> float:
+        """What values are multiplied by so that larger = worse."""
+        return 1.0 if self.direction(metric) == "min" else -1.0
+
     def block(self, index: int) -> Protocol:
         """The same protocol on the ``index``-th block of fresh seeds (index 0 = this protocol itself)."""
         return replace(self, seed=self.seed + 1_000_003 * index)

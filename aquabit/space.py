@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,11 @@ class SearchSpace:
         """Every scheme that some layer may take, ``fp`` first: what ``Choices.weights`` index."""
         found = {s: None for row in self.choices.values() for s in row}
         return [FP, *(s for s in found if s != FP)]
+
+    @property
+    def columns(self) -> dict[Scheme, int]:
+        """Where in ``schemes`` each one stands."""
+        return {scheme: j for j, scheme in enumerate(self.schemes)}
 
     def codebook(self, layer: str) -> str:
         """The name of the codebooks that a layer may share."""
@@ -236,6 +241,13 @@ class SearchSpace:
 
     def to_dict(self) -> dict[str, Any]:
         choices = {k: [str(s) for s in v] for k, v in self.choices.items()}
+        steps = self.steps
+        later = {  # absent where there is none: spaces stay what they were
+            "codebooks": dict(self.codebooks or {}),
+            "calibration": self.calibration and asdict(self.calibration),
+            "correction": self.correction,
+            "step_groups": steps and {"total": steps.total, "starts": list(steps.starts)},
+        }
         return {
             "fingerprint": self.fingerprint,
             "choices": choices,
@@ -243,14 +255,7 @@ class SearchSpace:
             "operators": dict(self.operators or {}),
             "kernel_area": dict(self.kernel_area or {}),
             "model": self.model,
-            **({"codebooks": dict(self.codebooks)} if self.codebooks else {}),
-            **({"calibration": asdict(self.calibration)} if self.calibration else {}),
-            **({"correction": self.correction} if self.correction else {}),
-            **(
-                {"step_groups": {"total": self.steps.total, "starts": list(self.steps.starts)}}
-                if self.steps
-                else {}
-            ),
+            **{name: value for name, value in later.items() if value},
         }
 
     @staticmethod
@@ -371,11 +376,9 @@ def read_groups(value: Any, source: str) -> StepGroups | None:
     AquabitError naming ``source``."""
     if value is None:
         return None
-    numbers = (
-        [value.get("total"), *starts]
-        if isinstance(value, Mapping) and isinstance(starts := value.get("starts"), list | tuple)
-        else []
-    )
+    numbers = []
+    if isinstance(value, Mapping) and isinstance(starts := value.get("starts"), list | tuple):
+        numbers = [value.get("total"), *starts]
     if not numbers or set(value) != {"total", "starts"} or any(type(n) is not int for n in numbers):
         raise AquabitError(
             f'{source}: step_groups {value!r:.60} must be as {{"total": 10, "starts": [0, 5]}}'
@@ -412,11 +415,7 @@ def read_space(path: str | Path) -> dict[str, Any]:
     rows = value.get("formats", {}).values()
     if any(not isinstance(row, list) for row in rows):
         raise AquabitError(f"{path}: formats must map operator patterns to lists of additive schemes")
-    for scheme in [
-        *value.get("schemes", []),
-        *value.get("pinned", {}).values(),
-        *(s for row in rows for s in row),
-    ]:
+    for scheme in (*value.get("schemes", []), *value.get("pinned", {}).values(), *chain.from_iterable(rows)):
         if not isinstance(scheme, str):
             raise AquabitError(f"{path}: scheme {scheme!r} must be text, as in usq4")
         Scheme.parse(scheme)

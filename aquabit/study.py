@@ -219,27 +219,20 @@ class Study:
             )
         stored = Protocol.from_dict(self.get("protocol"))
         if stored.digest != protocol.digest:
-            old, new = stored.to_dict(), protocol.to_dict()
-            what = ", ".join(
-                f"{k} {old[k]} instead of {new[k]}" for k in old if old[k] != new[k] and k != "objective"
-            )
+            pairs = {k: (v, protocol.to_dict()[k]) for k, v in stored.to_dict().items() if k != "objective"}
+            what = ", ".join(f"{k} {v} instead of {w}" for k, (v, w) in pairs.items() if v != w)
             raise AquabitError(
                 f"{self.path} was measured under another protocol ({what}); use the same options or another"
                 " file"
             )
-        self._check_correction(self.get("space"), space)
+        old, new = (str(given.get("correction") or "none") for given in (self.get("space"), space))
+        if old != new:  # what both measure is not to be mixed
+            raise AquabitError(
+                f"{self.path} was begun with --correction {old}, not {new}; use that or another file"
+            )
         if self.get("space") != space:
             raise AquabitError(
                 f"{self.path} was begun with another search space; use the same --space or another file"
-            )
-
-    def _check_correction(self, begun: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-        """Raise AquabitError where two spaces correct the noise of quantization differently: what both
-        measure is not to be mixed."""
-        old, new = (str(space.get("correction") or "none") for space in (begun, given))
-        if old != new:
-            raise AquabitError(
-                f"{self.path} was begun with --correction {old}, not {new}; use that or another file"
             )
 
     @property
@@ -273,17 +266,9 @@ class Study:
         bops.
         """
         m = measurement
-        row = (
-            m.config,
-            m.protocol,
-            kind,
-            m.status,
-            m.reason,
-            json.dumps(dict(m.metrics)),
-            m.seconds,
-            json.dumps(dict(m.environment)),
-            time.time(),
-        )
+        metrics, environment = json.dumps(dict(m.metrics)), json.dumps(dict(m.environment))
+        said = (kind, m.status, m.reason, metrics, m.seconds, environment, time.time())
+        row = (m.config, m.protocol, *said)
         with self._transaction() as db:
             body = json.dumps(config.to_dict(), allow_nan=False)
             db.execute(
@@ -314,20 +299,8 @@ class Study:
             " measurements m JOIN configs c ON c.digest = m.config WHERE (? OR m.status = 'ok') ORDER BY"
             " m.rowid"
         )
-        names = [
-            "config",
-            "protocol",
-            "kind",
-            "status",
-            "reason",
-            "seconds",
-            "created",
-            "bits",
-            "bytes",
-            "bops",
-            "correction",
-            "tuned",
-        ]
+        names = ["config", "protocol", "kind", "status", "reason", "seconds", "created"]
+        names += ["bits", "bytes", "bops", "correction", "tuned"]
         rows = [(*r[:-1], json.loads(r[-1])) for r in self._rows(query, (failed,))]
         table = pd.DataFrame([{**dict(zip(names, r[:-1], strict=True)), **r[-1]} for r in rows])
         if table.empty:
@@ -416,10 +389,9 @@ class Study:
             return pd.DataFrame(columns=[*columns, "value_before", "value_after"])
         value = table.set_index(["config", "protocol"])[objective].to_dict()
         out = pd.DataFrame(rows, columns=columns)
-        out["value_before"] = [
-            value.get((c, p)) for c, p in zip(out.config_before, out.protocol, strict=True)
-        ]
-        out["value_after"] = [value.get((c, p)) for c, p in zip(out.config_after, out.protocol, strict=True)]
+        for end in ("before", "after"):
+            keys = zip(out[f"config_{end}"], out.protocol, strict=True)
+            out[f"value_{end}"] = [value.get(key) for key in keys]
         return out.dropna(subset=["value_before", "value_after"]).reset_index(drop=True)
 
     def thumbnails(self) -> dict[tuple[str, str], bytes]:
@@ -485,9 +457,8 @@ def merge(sources: Sequence[Study], out: Study) -> Merged:
             said = [source.get(name) for source in sources if name in source]
             if said and name not in out:
                 out.set(**{name: said[0]})
-        plans = [
-            plan for source in (out, *sources) for plan in source.get("validation_plan") or []
-        ]  # which swaps were drawn at random
+        # which swaps were drawn at random
+        plans = [plan for source in (out, *sources) for plan in source.get("validation_plan") or []]
         if plans:
             out.set(validation_plan=[plan for i, plan in enumerate(plans) if plan not in plans[:i]])
         with out._transaction() as db:

@@ -46,7 +46,7 @@ def draws(search: Any, context: Any, count: int) -> list[Any]:
     scores, rows, found = damages.scores(search.activations)[:, :, 0], np.arange(len(damages.weights)), []
     while len(found) < count:
         excess = float(np.exp(rng.uniform(*np.log(EXCESS))))
-        for choice in gibbs(damages, costs, budget.bits - 0.1, excess).draw(10, rng):
+        for choice in gibbs(damages, costs, budget.bits - 0.1, [excess])[0].draw(10, rng):
             mended = options.repair(choice, scores)
             if mended is None:
                 continue

@@ -172,8 +172,8 @@ class Lab:
         return lambda rows: np.asarray(fitted.predict(features(rows)))
 
     def search(self, cost: CostModel, budget: Budget, rows: int = ROWS, **options: Any) -> list[Candidate]:
-        progress = options.pop("progress", no_progress)
-        experiment = Experiment(self.predict_factory, self.measure, lambda: list(self.values.values()))
+        progress, judge = options.pop("progress", no_progress), options.pop("judge", None)
+        experiment = Experiment(self.predict_factory, self.measure, lambda: list(self.values.values()), judge)
         asked = SearchOptions(budget, **options)
         return find_candidates(cost, asked, experiment, rows=rows, progress=progress)
 

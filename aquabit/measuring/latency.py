@@ -65,11 +65,9 @@ def _layer_table(
 
 def _phases(config: QuantConfig) -> list[tuple[int, float]]:
     """A step of each group of steps, and the group's share."""
-    return (
-        [(0, 1.0)]
-        if config.steps is None
-        else list(zip(config.steps.starts, config.steps.shares, strict=True))
-    )
+    if config.steps is None:
+        return [(0, 1.0)]
+    return list(zip(config.steps.starts, config.steps.shares, strict=True))
 
 
 def _seconds(
@@ -105,11 +103,8 @@ def packed_latencies(
         with evaluator.packed(config) as model:
             call = _one_call(evaluator, protocol)
             tune(model.layers, call)
-            found.append(
-                1e3
-                * sum(
-                    share * _seconds(evaluator, model, config, call, step) for step, share in _phases(config)
-                )
-            )
+            phases = _phases(config)
+            mean = sum(share * _seconds(evaluator, model, config, call, step) for step, share in phases)
+            found.append(1e3 * mean)
     progress("latency of packed models", len(configs), len(configs))
     return found

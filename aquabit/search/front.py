@@ -198,12 +198,8 @@ class Front:
     @staticmethod
     def from_dict(value: Any, source: str = "the stored front") -> Front:
         """The inverse of ``to_dict``; older studies have no proof."""
-        if not isinstance(value, dict) or set(value) - {"proof"} != {
-            "members",
-            "budget",
-            "winner",
-            "comparison",
-        }:
+        parts = {"members", "budget", "winner", "comparison"}
+        if not isinstance(value, dict) or set(value) - {"proof"} != parts:
             raise AquabitError(
                 f"{source} must be an object with members, budget, winner and comparison, got {value!r:.60}"
             )
@@ -221,11 +217,8 @@ class Front:
                 cells += [_shown(m.predicted.get(k)), _shown_interval(m.measured.get(k))]
             mark = ' style="font-weight: bold"' if m.config.digest == self.winner else ""
             rows.append(f"<tr{mark}>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>")
-        budget = (
-            f"<caption>budget: {escape(str(self.budget))}; the winner is bold</caption>"
-            if self.budget
-            else ""
-        )
+        named = f"budget: {escape(str(self.budget))}; the winner is bold"
+        budget = f"<caption>{named}</caption>" if self.budget else ""
         columns = "<th>bits per weight</th><th>bytes</th><th>BOPs</th><th>ms a call</th>"
         return f"{self._figures(metrics)}<table>{budget}<tr>{columns}{head}</tr>{''.join(rows)}</table>"
 

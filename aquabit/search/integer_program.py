@@ -173,9 +173,8 @@ def _spans(table: np.ndarray, options: Options) -> np.ndarray:
     return np.asarray(np.where(allowed, table, -np.inf).max(1) - np.where(allowed, table, np.inf).min(1))
 
 
-Row = tuple[
-    np.ndarray, np.ndarray, float
-]  # weights of the cells and of the openings, and the most they may sum to
+# weights of the cells and of the openings, and the most they may sum to
+Row = tuple[np.ndarray, np.ndarray, float]
 
 
 def _milp(

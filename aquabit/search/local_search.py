@@ -152,9 +152,8 @@ def _descend(
         if len(first):
             double = single[first]
             double[np.arange(len(first)), layer[second]] = column[second]
-            double = double[
-                options.keeps(double)
-            ]  # two changes that share codebooks do not cost what each does alone
+            # two changes that share codebooks do not cost what each does alone
+            double = double[options.keeps(double)]
             paired = counted(double)
             if len(double) and paired.min() < reached:
                 best, reached = double[paired.argmin()], float(paired.min())

@@ -147,9 +147,8 @@ class Options:
             assert cost_model.latency is not None  # checked above
             names.append("latency_ms")
             per_column = cost_model.latency.of(columns.each).T
-            costs.append(
-                np.where(columns.allowed, per_column, 0.0)
-            )  # what a layer may not take was not measured
+            # what a layer may not take was not measured
+            costs.append(np.where(columns.allowed, per_column, 0.0))
             caps.append(budget.latency_ms * (1 + 5e-13) - cost_model.latency.rest)
         sized = np.array([name in ("bits", "bytes") for name in names], float)
         tables = cost_model.shared if sized.any() else []
@@ -194,9 +193,8 @@ class Options:
         while not self.keeps(choice):
             used, change = self.used(choice), self.changes(choice)
             gain = self.overrun(used) - self.overrun(used[:, None, None] + change)
-            with np.errstate(
-                invalid="ignore"
-            ):  # from infinitely bad to infinitely bad is no rise that can be weighed
+            # from infinitely bad to infinitely bad is no rise that can be weighed
+            with np.errstate(invalid="ignore"):
                 rise = np.maximum(scores - scores[rows, choice][:, None], 0)
             useful = self.columns.allowed & (gain > 1e-15) & np.isfinite(rise)
             if not useful.any():

@@ -18,11 +18,8 @@ from aquabit.cost import CostModel
 from aquabit.scheme import AquabitError, Budget
 from aquabit.search.integer_program import solve
 
-RADII = (
-    4,
-    8,
-    16,
-)  # layers that may change at once: each size of a step is tried, the judge says which one was too large
+# layers that may change at once: each size of a step is tried, the judge says which one was too large
+RADII = (4, 8, 16)
 
 
 @dataclass(frozen=True)

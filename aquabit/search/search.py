@@ -57,20 +57,13 @@ class Search:
     def _at_budget(self, config: QuantConfig) -> QuantConfig:
         """A given configuration with its activations at the bits that the budget fixes, where it fixes
         them: rivals are compared alike."""
+        space, act = self.session.space, self.activations[0]
         if len(self.activations) > 1:
-            return replace(config, correction=self.session.space.correction)
-        excluded = {k for k, row in self.session.space.choices.items() if row == (FP,)}
-        act = self.activations[0]
-        changed = {
-            k: replace(config[k], act=16 if k in excluded else act) for k in self.session.space.choices
-        }
-        space = self.session.space
-        return replace(
-            config,
-            layers=changed,
-            correction=space.correction,
-            calibration=config.calibration or space.calibration,
-        )
+            return replace(config, correction=space.correction)
+        rows = space.choices.items()
+        changed = {k: replace(config[k], act=16 if row == (FP,) else act) for k, row in rows}
+        calibration = config.calibration or space.calibration
+        return replace(config, layers=changed, correction=space.correction, calibration=calibration)
 
     def add(self, config: QuantConfig, source: str, expected: float = float("nan")) -> None:
         """Make it a candidate; one that is there already keeps its source."""
@@ -105,7 +98,7 @@ class Search:
         table = session.study.measurements(given, failed=True)
         if metric not in table:
             return {}
-        sign = 1.0 if given.direction(metric) == "min" else -1.0
+        sign = given.sign(metric)
         return {key: sign * float(v) for key, v in zip(table.config, table[metric], strict=True)}
 
     def within(self, configs: Sequence[QuantConfig]) -> np.ndarray:
@@ -113,14 +106,14 @@ class Search:
         kept = []
         for config in configs:
             cost, budget = self.costs(config), self.options.budget
-            allowed_activations = {config[k].act for k in self.session.space.free_layers()} <= set(
-                self.activations
+            acts = {config[k].act for k in self.session.space.free_layers()}
+            fits = (
+                acts <= set(self.activations)
+                and (budget.bits is None or cost.bits_per_weight <= budget.bits * (1 + 1e-12))
+                and (budget.bytes is None or cost.bytes <= budget.bytes)
+                and (budget.bops is None or cost.bops <= budget.bops * (1 + 1e-12))
             )
-            fits = (budget.bits is None or cost.bits_per_weight <= budget.bits * (1 + 1e-12)) and (
-                budget.bytes is None or cost.bytes <= budget.bytes
-            )
-            fits = fits and (budget.bops is None or cost.bops <= budget.bops * (1 + 1e-12))
-            kept.append(bool(allowed_activations and fits))
+            kept.append(fits)
         return np.array(kept, bool)
 
     def inside(self, config: QuantConfig) -> bool:

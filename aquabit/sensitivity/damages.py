@@ -81,18 +81,10 @@ def known_damages(space: SearchSpace, probes: Mapping[tuple[str, str], Mapping[s
         return None
 
 
-def gibbs(damages: Damages, costs: CostModel, bits: float, excess: float) -> Gibbs:
-    """The distribution whose mean size is ``bits`` per weight and whose mean damage is 1 + ``excess`` times
-    the least that any mixture of that size has (the program's optimum, its last layer split).
-
-    Codebooks that layers share are not in the mean size (what is drawn is weighed exactly, see
-    ``good_contexts``). ``bits`` is kept inside what the space reaches, ``excess`` below what equal odds have.
-    """
-    return gibbs_each(damages, costs, bits, [excess])[0]
-
-
-def gibbs_each(damages: Damages, costs: CostModel, bits: float, excesses: Sequence[float]) -> list[Gibbs]:
-    """``gibbs`` for several excesses, in the time of a few."""
+def gibbs(damages: Damages, costs: CostModel, bits: float, excesses: Sequence[float]) -> list[Gibbs]:
+    """For each of ``excesses`` the distribution whose mean size is ``bits`` per weight and whose mean damage
+    is 1 + excess times the least (``solve_gibbs``). Codebooks that layers share are not in the mean size:
+    what is drawn is weighed exactly, see ``good_contexts``."""
     return solve_gibbs(damages.weights, costs.bytes * 8 / costs.weights, bits, excesses)
 
 
@@ -123,7 +115,7 @@ def good_contexts(
     """
     space, act = damages.space, context_act(damages.space)
     check_budget_in_reach(space, costs, bits)
-    mean, family = bits, gibbs_each(damages, costs, bits, EXCESSES)
+    mean, family = bits, gibbs(damages, costs, bits, EXCESSES)
 
     def draw(levels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Scheme indices [n, L] of draws with these excesses, and their real bits [n]."""
@@ -137,7 +129,7 @@ def good_contexts(
         if abs(miss) <= BUDGET_TOLERANCE_BITS / 5:
             break
         mean += float(np.clip(miss, -0.5, 0.5))
-        family = gibbs_each(damages, costs, mean, EXCESSES)
+        family = gibbs(damages, costs, mean, EXCESSES)
     levels, weights = rng.integers(len(EXCESSES), size=count), np.empty((count, len(space.choices)), int)
     left = np.arange(count)
     for _ in range(TRIES):

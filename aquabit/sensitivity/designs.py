@@ -14,7 +14,7 @@ from aquabit.cost import CostModel
 from aquabit.maximum_entropy import Gibbs, level_odds, share_odds
 from aquabit.measuring.session import Session
 from aquabit.scheme import FP, Act, AquabitError, Progress, QuantConfig, Scheme, no_progress, parse_swap
-from aquabit.sensitivity.damages import EXCESSES, Damages, context_act, damages_of, gibbs_each
+from aquabit.sensitivity.damages import EXCESSES, Damages, context_act, damages_of, gibbs
 from aquabit.sensitivity.effects.predicted import default_swap, find_players, refits
 from aquabit.sensitivity.features import Encoder
 from aquabit.sensitivity.shared_contexts import group_numbers
@@ -134,7 +134,7 @@ class _Near:
         self.damages, self.space = damages, damages.space
         low, high = costs.limits(context_act(self.space))["bits"]
         self.means = np.unique(np.clip(np.linspace(*bits_range, MEANS), low, high))
-        self.families = [gibbs_each(damages, costs, float(mean), EXCESSES) for mean in self.means]
+        self.families = [gibbs(damages, costs, float(mean), EXCESSES) for mean in self.means]
         self.excluded = np.array([row == (FP,) for row in self.space.choices.values()])
 
     def __call__(self, rng: np.random.Generator, act: int | None) -> QuantConfig:
@@ -167,15 +167,10 @@ class _Near:
 
 
 def swaps(
-    space: SearchSpace,
-    count: int,
-    seed: int,
-    swap: str | None = None,
-    damages: Damages | None = None,
-    costs: CostModel | None = None,
+    space: SearchSpace, count: int, seed: int, damages: Damages | None = None, costs: CostModel | None = None
 ) -> list[QuantConfig]:
-    """Contexts, each followed by PER_CONTEXT configurations with one layer at the other end of ``swap``
-    (default: the space's own; layers without its schemes are swapped between their nearest).
+    """Contexts, each followed by PER_CONTEXT configurations with one layer at the other end of the space's
+    own swap (layers without its schemes are swapped between their nearest).
 
     Contexts have mean bits in SWAP_RANGE and their activations at 8 bits, as those that effects speak of by
     default: good configurations (``near``) where damages and costs are given, else those of the balanced
@@ -183,7 +178,7 @@ def swaps(
     to the size of effects it does to many layers, so that their order keeps. Layers that are swapped start at
     random ends of the swap, the others are as drawn; every layer has its turn before one has its second.
     """
-    players = find_players(space, parse_swap(swap or default_swap(space)))
+    players = find_players(space, parse_swap(default_swap(space)))
     per = max(1, min(PER_CONTEXT, len(players) // 2))
     bases = math.ceil(count / (1 + per))
     if damages is None or costs is None:
@@ -206,10 +201,8 @@ def swaps(
         chosen = [(players[i], bool(up)) for i, up in zip(turn, rng.random(per) < 0.5, strict=True)]
         for player, up in chosen:
             context = at(context, player.layer, player.before if up else player.after)
-        out += [
-            context,
-            *(at(context, player.layer, player.after if up else player.before) for player, up in chosen),
-        ]
+        out.append(context)
+        out += [at(context, player.layer, player.after if up else player.before) for player, up in chosen]
     return out[:count]
 
 

@@ -157,7 +157,7 @@ def _with_psnr(
     effects = predicted_effects(study, fitted, asked, progress).effects
     checked, swaps = _checked(study, fitted), training_swaps(fitted, players, bits)
     swaps = swaps if checked is None else pd.concat([swaps, checked[swaps.columns]])
-    found = combine(players, effects.effect(fitted.space.schemes), effects.replicates, swaps, seed)
+    found = combine(players, effects.effect(fitted.space.columns), effects.replicates, swaps, seed)
     table = pd.DataFrame(
         {"psnr_effect": found.effect, "psnr_low": found.low, "psnr_high": found.high},
         [p.layer for p in players],
@@ -175,11 +175,11 @@ def _layer_table(
 ) -> tuple[pd.DataFrame, Combined]:
     """The table of layers, and the combined effects. Swaps among the ``training`` measurements are part of
     the prediction; ``real_swaps``, which it never saw, of the ranking alone."""
-    nodes, schemes = graph_layers(fitted.graph), fitted.space.schemes
+    nodes, column = graph_layers(fitted.graph), fitted.space.columns
     values = np.full(fitted.choices.weights.shape, np.nan) if shap is None else shap[0]
     signed = signed_shap(values, member_parts(fitted.encoder, fitted.choices)["error"]) if shap else values[0]
     of_schemes = shap_by_scheme(fitted, *shap) if shap else [{}] * len(signed)
-    effect = effects.effect(schemes)
+    effect = effects.effect(column)
     every = training if real_swaps is None else pd.concat([training, real_swaps[training.columns]])
     ours = combine(effects.players, effect, effects.replicates, training, seed)
     found = combine(effects.players, effect, effects.replicates, every, seed)
@@ -201,7 +201,7 @@ def _layer_table(
                 "n": int(count[i]),
                 "shap": float(np.abs(values[:, player.column]).mean()),
                 "shap_signed": float(signed[player.column]),
-                "schemes": {**effects.of_schemes(i, schemes), str(player.after): float(ours.effect[i])},
+                "schemes": {**effects.of_schemes(i, column), str(player.after): float(ours.effect[i])},
                 "shap_schemes": of_schemes[player.column],
             }
         )

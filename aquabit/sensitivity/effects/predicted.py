@@ -51,16 +51,17 @@ class Effects:
     value: np.ndarray  # [players, schemes of the space], NaN where a layer may not take it
     replicates: np.ndarray  # [replicates, players] effects
 
-    def of_schemes(self, index: int, space_schemes: Sequence[Scheme]) -> dict[str, float]:
-        """Effect of going from the swap's first scheme to each other one of the layer."""
-        player, column = self.players[index], {s: j for j, s in enumerate(space_schemes)}
+    def of_schemes(self, index: int, column: Mapping[Scheme, int]) -> dict[str, float]:
+        """Effect of going from the swap's first scheme to each other one of the layer; ``column`` is the
+        space's (``SearchSpace.columns``)."""
+        player = self.players[index]
         start = self.value[index, column[player.before]]
         return {
             str(s): float(self.value[index, column[s]] - start) for s in player.schemes if s != player.before
         }
 
-    def effect(self, space_schemes: Sequence[Scheme]) -> np.ndarray:
-        return np.array([self.of_schemes(i, space_schemes)[str(p.after)] for i, p in enumerate(self.players)])
+    def effect(self, column: Mapping[Scheme, int]) -> np.ndarray:
+        return np.array([self.of_schemes(i, column)[str(p.after)] for i, p in enumerate(self.players)])
 
 
 def find_players(space: SearchSpace, swap: tuple[Scheme, Scheme]) -> list[Player]:
@@ -166,7 +167,7 @@ def draw_contexts(
 
 
 def _draw(space: SearchSpace, mean: float, count: int, rng: np.random.Generator) -> np.ndarray:
-    column = {s: j for j, s in enumerate(space.schemes)}
+    column = space.columns
     out = np.empty((count, len(space.choices)), int)
     for i, layer in enumerate(space.choices):
         odds = space.scheme_odds(layer, mean)
@@ -243,7 +244,7 @@ def predict_effects(
 ) -> Effects:
     """Mean predicted objective of each (player, scheme), in units, positive = worse; each replicate, of
     the named swap alone, also redraws the contexts."""
-    column = {s: j for j, s in enumerate(fitted.space.schemes)}
+    column = fitted.space.columns
     value = np.full((len(players), len(column)), np.nan)
 
     def predict(pairs: list[tuple[int, int]], models: Sequence[Estimator], what: str) -> np.ndarray:

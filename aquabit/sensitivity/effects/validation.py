@@ -115,11 +115,11 @@ def rank_layers(
         fitted = fit_from_study(session.study, progress=progress, baselines=())
         drawn = draw_contexts(fitted.space, fitted.cost, bits, DRAWN, np.random.default_rng([0, 0]), damages)
         found = predicted_effects(session.study, fitted, Question(list(players), drawn, 0), progress)
-        effect = found.effects.effect(fitted.space.schemes)
+        effect = found.effects.effect(fitted.space.columns)
     except AquabitError:
         effect = np.zeros(len(players))
         if damages is not None:
-            column, rows = {s: j for j, s in enumerate(session.space.schemes)}, [p.column for p in players]
+            column, rows = session.space.columns, [p.column for p in players]
             before, after = [column[p.before] for p in players], [column[p.after] for p in players]
             effect = damages.weights[rows, after] - damages.weights[rows, before]
     return [players[i].layer for i in np.argsort(-effect, kind="stable")]
@@ -157,8 +157,7 @@ def validate_in(
         halves: dict[str, Any] = {h: [list(pair) for pair in dict.fromkeys(own)] for h, own in pairs.items()}
         now: dict[str, Any] = {**key, "flips": count, "ranked": ranked, **halves}
         study.set(validation_plan=[*(p for p in plans if p is not old), now])
-    full = [space.full_precision()]
-    session.measure(full, "reference", progress, [protocol], "full precision, fresh seeds")
+    session.measure_full([protocol], "fresh seeds", progress)
     session.measure([end for flip in flips for end in flip.ends], "flip", progress, [protocol], "real swaps")
     for flip in flips:
         before, after = (end.digest for end in flip.ends)

@@ -297,7 +297,7 @@ def good_rows(study: Study, table: pd.DataFrame, objective: str, bits: np.ndarra
     full = study.measurements(study.protocol, kind="reference")
     if full.empty or objective not in full or not np.isfinite(float(full[objective].iloc[0])):
         return np.zeros(len(table), bool)
-    sign = 1.0 if study.protocol.direction(objective) == "min" else -1.0
+    sign = study.protocol.sign(objective)
     return good_ones(sign * (table[objective].to_numpy(float) - float(full[objective].iloc[0])), bits)
 
 

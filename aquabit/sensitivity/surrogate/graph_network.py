@@ -130,13 +130,8 @@ class _Network(nn.Module):
         self.facts, self.mixed = nn.Linear(FACTS, width), nn.Linear(width, width)
         self.hops = nn.ModuleList(_Attention(width, heads) for _ in range(hops))
         self.head = nn.Linear(width, 1)
-        for name, value in (
-            ("operator", nodes.operator),
-            ("block", nodes.block),
-            ("sources", nodes.sources),
-            ("known", nodes.known),
-        ):
-            self.register_buffer(name, torch.as_tensor(value))
+        for name in ("operator", "block", "sources", "known"):
+            self.register_buffer(name, torch.as_tensor(getattr(nodes, name)))
         for name, value in (("fixed", nodes.fixed), ("per_scheme", nodes.schemes)):
             self.register_buffer(name, torch.as_tensor(value, dtype=torch.float32))
 
@@ -147,12 +142,8 @@ class _Network(nn.Module):
         fixed: Any = self.fixed
         per_scheme: Any = self.per_scheme
         facts = torch.cat([fixed.expand(n, -1, -1), per_scheme[torch.arange(count), weights], low], 2)
-        h = F.relu(
-            self.operators(self.operator)
-            + self.blocks(self.block)
-            + self.schemes(weights)
-            + self.facts(facts)
-        )
+        fixed = self.operators(self.operator) + self.blocks(self.block)
+        h = F.relu(fixed + self.schemes(weights) + self.facts(facts))
         h = F.relu(self.mixed(h))
         found = [h]
         for hop in self.hops:
@@ -222,9 +213,6 @@ class GraphNetwork(Estimator):
     def features(self, encoder: Encoder, choices: Choices) -> np.ndarray:
         """Scheme indices, then places in ``Encoder.levels`` of activation choices: [n, 2 layers]."""
         return np.concatenate([choices.weights, choices.act_index(encoder.levels)], 1)
-
-    def replicate(self, rng: np.random.Generator, seed: int) -> Self:
-        return type(self)(**{**self.get_params(deep=False), "seed": seed})
 
     def _fit(self, X: np.ndarray, z: np.ndarray) -> None:
         inputs, target = self._inputs(X), torch.as_tensor(z, dtype=torch.float32)

@@ -45,14 +45,8 @@ class Blend(Estimator):
         direction: Literal["min", "max"] = "min",
         log: bool | None = None,
     ):
-        self.smooth, self.single, self.members, self.seed, self.direction, self.log = (
-            smooth,
-            single,
-            members,
-            seed,
-            direction,
-            log,
-        )
+        self.smooth, self.single, self.members, self.seed = smooth, single, members, seed
+        self.direction, self.log = direction, log
 
     def features(self, encoder: Encoder, choices: Choices) -> np.ndarray:
         """Only the encoder's columns; those of output errors stand behind them
@@ -106,7 +100,7 @@ def _features(fitted: FittedSurrogate, choices: Choices, values: Sequence[Mappin
 
 
 def fit_output_error_surrogate(
-    fitted: FittedSurrogate, outputs: Outputs, folds: int = 5, seed: int = 0, blend: bool = False
+    fitted: FittedSurrogate, outputs: Outputs, seed: int = 0, blend: bool = False
 ) -> OutputErrorSurrogate:
     """Fit the screen to what ``fitted`` was trained on: boosted trees, or the ``blend`` that effects are read
     from.
@@ -124,7 +118,7 @@ def fit_output_error_surrogate(
         shifts = [i for i, name in enumerate(fitted.encoder.columns) if name.startswith("shift:")]
         behind = range(len(fitted.encoder.columns), features.shape[1])
         model = Blend((*shifts, *behind), tuple(shifts[:1]), seed=seed, direction=fitted.direction)
-    fold = grouped_folds(fitted.choices, min(folds, len(fitted.y)), seed)
+    fold = grouped_folds(fitted.choices, min(5, len(fitted.y)), seed)
     held_out = fitted.sign * held_out_predictions(model, features, fitted.y, fold)
     acts = fitted.choices.mean_bits.mean(1)
     score = within_budget_srcc(fitted.sign * fitted.y, held_out, fitted.bits, acts, fold)

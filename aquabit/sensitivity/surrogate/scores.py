@@ -184,11 +184,9 @@ def good_residuals(values: np.ndarray, bits: np.ndarray, mean_act: np.ndarray) -
     Local, since good ones lie along a front that no one cubic follows from 2 to 8 bits, and what it misses
     would count as ranking.
     """
-    bits, acts, values = (
-        np.asarray(bits, float),
-        _standardised(np.asarray(mean_act, float)),
-        np.asarray(values, float),
-    )
+    bits = np.asarray(bits, float)
+    acts = _standardised(np.asarray(mean_act, float))
+    values = np.asarray(values, float)
     left, out = values - values.mean(), np.empty(len(values))
     for i in range(len(values)):
         off = bits - bits[i]
