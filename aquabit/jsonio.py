@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,19 @@ def read_json(path: str | Path) -> Any:
         raise AquabitError(f"cannot read {path}: {error.strerror or error}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise AquabitError(f"{path} is not valid JSON ({error}); it may be truncated") from error
+
+
+@contextmanager
+def said_in_one_sentence(what: str) -> Iterator[None]:
+    """pydantic's refusal as an AquabitError that says ``what`` is wrong, the place, and the value there."""
+    from pydantic import ValidationError  # 0.1 s to import: only where a file is read
+
+    try:
+        yield
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "the top level"
+        raise AquabitError(f"{what}: {place}: {first['msg']} (got {first.get('input')!r:.60})") from error
 
 
 def write_json(path: str | Path, value: Any) -> None:

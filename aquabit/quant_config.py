@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from aquabit.activation_bits import Act, StepGroups, plain_act
 from aquabit.errors import AquabitError
-from aquabit.jsonio import digest, read_json
+from aquabit.jsonio import digest, read_json, said_in_one_sentence
 from aquabit.protocol import Calibration
 from aquabit.scheme_kinds import FP, Scheme
 
@@ -203,7 +203,8 @@ class QuantConfig:
     @staticmethod
     def from_dict(value: Any, source: str = "configuration") -> QuantConfig:
         """Validate untrusted JSON; raises AquabitError with the place and the value that is wrong."""
-        file = _validated(_config_model(), value, source)
+        with said_in_one_sentence(f"{source} is not a configuration"):
+            file = _config_model().model_validate(value)
         acts = {k: tuple(v.act) if isinstance(v.act, list) else v.act for k, v in file.layers.items()}
         layers = {k: LayerChoice(Scheme.parse(v.weight), acts[k], v.codebook) for k, v in file.layers.items()}
         for name, choice in layers.items():
@@ -231,19 +232,19 @@ def _config_model() -> Any:
     # pydantic costs 0.1 s to import: only where a file is read
     from pydantic import BaseModel, ConfigDict, Field
 
-    class Layer(BaseModel):
+    class Strict(BaseModel):
         model_config = ConfigDict(extra="forbid")
+
+    class Layer(Strict):
         weight: str
         act: Literal[16, 8, 6, 4] | list[Literal[16, 8, 6, 4]]
         codebook: str | None = None
 
-    class Groups(BaseModel):
-        model_config = ConfigDict(extra="forbid")
+    class Groups(Strict):
         total: int = Field(ge=2)
         starts: list[int]
 
-    class CalibrationPart(BaseModel):
-        model_config = ConfigDict(extra="forbid")
+    class CalibrationPart(Strict):
         images: int = Field(ge=1)
         seed: int
         steps: int = Field(ge=1)
@@ -253,9 +254,8 @@ def _config_model() -> Any:
         resolution: int | None
         conditions: list[str | int] | None
 
-    class ConfigFile(BaseModel):
-        model_config = ConfigDict(extra="forbid")
-        schema_: Literal[1]
+    class ConfigFile(Strict):
+        version: Literal[1] = Field(alias="schema")
         model: str
         fingerprint: str
         layers: dict[str, Layer]
@@ -266,18 +266,3 @@ def _config_model() -> Any:
         ranges: str = "dynamic"
 
     return ConfigFile
-
-
-def _validated(model: Any, value: Any, source: str) -> Any:
-    from pydantic import ValidationError
-
-    if isinstance(value, dict) and "schema" in value:
-        value = {("schema_" if k == "schema" else k): v for k, v in value.items()}
-    try:
-        return model.model_validate(value)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(p) for p in first["loc"]).replace("schema_", "schema") or "the top level"
-        raise AquabitError(
-            f"{source} is not a configuration: {place}: {first['msg']} (got {first.get('input')!r:.60})"
-        ) from error

@@ -62,15 +62,15 @@ class Look(NamedTuple):
 class SchemeKind:
     """One kind of schemes: its text form in both directions, its storage, and what others have to know of it.
 
-    ``fields`` makes ``Scheme``'s fields of a match of ``pattern``; ``text`` is the inverse. ``codeword`` is
-    the number of weights that M codes cover, by the kernel's area kh * kw. ``examples`` are texts of every
-    variant: they are named in error messages, and the contract test runs them all.
+    The named groups of ``pattern`` are fields of ``Scheme``, numbers or flags (a letter or nothing); ``text``
+    is the inverse. ``codeword`` is the number of weights that M codes cover, by the kernel's area kh * kw.
+    ``examples`` are texts of every variant: they are named in error messages, and the contract test runs them
+    all.
     """
 
     name: str
     examples: tuple[str, ...]
     pattern: str
-    fields: Callable[[re.Match[str]], dict[str, Any]]
     text: Callable[[Scheme], str]
     layout: Callable[[Scheme, tuple[int, ...]], Layout]
     look: Callable[[Scheme], Look]
@@ -112,13 +112,11 @@ class Scheme:
             match = re.fullmatch(record.pattern, text)
             if match is None:
                 continue
-            scheme, most = Scheme(record.name, **record.fields(match)), record.most_bits
-            if (
-                not 1 <= scheme.bits <= most
-                or scheme.group == 0
-                or scheme.codebooks < 1
-                or str(scheme) != text
-            ):
+            found = {name: value for name, value in match.groupdict().items() if value is not None}
+            fields: dict[str, Any] = {k: int(v) if v.isdigit() else bool(v) for k, v in found.items()}
+            scheme, most = Scheme(record.name, **fields), record.most_bits
+            counts = scheme.codebooks >= 1 and scheme.group != 0
+            if not 1 <= scheme.bits <= most or not counts or str(scheme) != text:
                 raise AquabitError(
                     f"scheme {text!r} is out of range: codes have 1 to {most} bits, counts start at 1;"
                     f" {_known_forms()}"
@@ -193,32 +191,9 @@ class Scheme:
 # ---- one entry for each kind
 
 
-def _usq_fields(match: re.Match[str]) -> dict[str, Any]:
-    group = match["group"]
-    return {
-        "bits": int(match["bits"]),
-        "group": int(group) if group else None,
-        "output_aware": bool(match["h"]),
-    }
-
-
 def _usq_layout(scheme: Scheme, shape: tuple[int, ...]) -> Layout:
     row = prod(shape[1:])
     return Layout(scheme.bits, scales=ceil(row / (scheme.group or row)), offset=True)
-
-
-def _vq_fields(match: re.Match[str]) -> dict[str, Any]:
-    return {"bits": int(match["bits"]), "per_channel": bool(match["c"]), "output_aware": bool(match["h"])}
-
-
-def _aq_fields(match: re.Match[str]) -> dict[str, Any]:
-    group = match["group"]
-    return {
-        "bits": int(match["bits"]),
-        "codebooks": int(match["codebooks"]),
-        "group": int(group) if group else None,
-        "shared": bool(match["s"]),
-    }
 
 
 def _aq_codeword(scheme: Scheme, area: int) -> int:
@@ -239,7 +214,6 @@ FULL = SchemeKind(
     name="fp",
     examples=("fp",),
     pattern=r"fp",
-    fields=lambda match: {},
     text=lambda scheme: "fp",
     layout=lambda scheme, shape: Layout(8 * HALF, tables="none"),
     look=lambda scheme: Look("fp", "D", ""),
@@ -248,8 +222,7 @@ FULL = SchemeKind(
 UNIFORM = SchemeKind(
     name="usq",
     examples=("usq4", "usq4g64", "usq3h", "usq3g32h"),
-    pattern=r"usq(?P<bits>\d+)(?:g(?P<group>\d+))?(?P<h>h?)",
-    fields=_usq_fields,
+    pattern=r"usq(?P<bits>\d+)(?:g(?P<group>\d+))?(?P<output_aware>h?)",
     text=lambda s: f"usq{s.bits}" + (f"g{s.group}" if s.group else "") + _flag(s.output_aware, "h"),
     layout=_usq_layout,
     look=lambda scheme: Look("usq", "s", ""),
@@ -259,8 +232,7 @@ UNIFORM = SchemeKind(
 KMEANS = SchemeKind(
     name="vq",
     examples=("vq3", "vq3c", "vq3h", "vq3ch"),
-    pattern=r"vq(?P<bits>\d+)(?P<c>c?)(?P<h>h?)",
-    fields=_vq_fields,
+    pattern=r"vq(?P<bits>\d+)(?P<per_channel>c?)(?P<output_aware>h?)",
     text=lambda s: f"vq{s.bits}" + _flag(s.per_channel, "c") + _flag(s.output_aware, "h"),
     layout=lambda s, shape: Layout(s.bits, tables="channel" if s.per_channel else "shared"),
     look=lambda s: Look("vqc", "v", "xxxx") if s.per_channel else Look("vq", "^", "////"),
@@ -269,8 +241,7 @@ KMEANS = SchemeKind(
 ADDITIVE = SchemeKind(
     name="aq",
     examples=("aq2x8g8", "aq2x8k", "aq2x8g8s"),
-    pattern=r"aq(?P<codebooks>\d+)x(?P<bits>\d+)(?:g(?P<group>\d+)|k)(?P<s>s?)",
-    fields=_aq_fields,
+    pattern=r"aq(?P<codebooks>\d+)x(?P<bits>\d+)(?:g(?P<group>\d+)|k)(?P<shared>s?)",
     text=lambda s: f"aq{s.codebooks}x{s.bits}" + (f"g{s.group}" if s.group else "k") + _flag(s.shared, "s"),
     layout=_aq_layout,
     look=lambda scheme: Look("aq", "o", "\\\\\\\\"),

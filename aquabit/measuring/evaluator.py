@@ -333,18 +333,15 @@ class Evaluator:
             failed = Measurement(config.digest, protocol.digest, {}, seconds, facts, "failed", str(error))
             return Measured(failed, None)
         seconds = time.perf_counter() - started
-        return Measured(
-            Measurement(config.digest, protocol.digest, metrics, seconds, facts), thumbnail(first)
-        )
+        measured = Measurement(config.digest, protocol.digest, metrics, seconds, facts)
+        return Measured(measured, thumbnail(first))
 
     def _quality(self, protocol: Protocol) -> Quality:
         """An accumulator of what is measured; raises AquabitError where it is not what the protocol names
         (a file was changed, say)."""
         size = image_size(self.pipe, protocol.resolution)
-        if self.meter.options and (protocol.measures, protocol.reference) != (
-            self.meter.measures,
-            self.meter.reference_digest(size),
-        ):
+        begun = protocol.measures, protocol.reference
+        if self.meter.options and begun != (self.meter.measures, self.meter.reference_digest(size)):
             raise AquabitError(
                 "the files that quality is measured with are not those that the study was begun with; use"
                 " those or another study"

@@ -12,7 +12,7 @@ import numpy as np
 
 from aquabit import _notebook
 from aquabit.cost import CostModel
-from aquabit.jsonio import defined
+from aquabit.jsonio import defined, said_in_one_sentence
 from aquabit.scheme import AquabitError, Budget, QuantConfig
 from aquabit.scheme_kinds import UNIFORM
 from aquabit.search.options import activation_choices
@@ -175,16 +175,8 @@ class Front:
         """Validate untrusted JSON; raises AquabitError with the place and the value that is wrong. Intervals
         that were stored without a level have LEVEL where the search compared sizes at equal quality
         (``comparison``), and OLD_LEVEL in searches before that."""
-        from pydantic import ValidationError
-
-        try:
+        with said_in_one_sentence(f"{source} is not a front"):
             rows: list[Any] = _members_model()(value).root
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(str(p) for p in first["loc"]) or "the top level"
-            raise AquabitError(
-                f"{source} is not a front: {place}: {first['msg']} (got {first.get('input')!r:.60})"
-            ) from error
         level = LEVEL if "same_quality" in (comparison or {}) else OLD_LEVEL
         members = []
         for i, row in enumerate(rows):

@@ -51,9 +51,8 @@ def crossings(slopes: np.ndarray, overlap: np.ndarray, damages: np.ndarray, own:
     """
     rows, known = np.arange(len(own)), np.isfinite(damages)
     size = np.sqrt(np.where(known, damages, 0.0))
-    mine = (
-        np.where(np.arange(damages.shape[1]) == own[:, None], 1.0, overlap) * size * size[rows, own][:, None]
-    )
+    cosine = np.where(np.arange(damages.shape[1]) == own[:, None], 1.0, overlap)
+    mine = cosine * size * size[rows, own][:, None]
     return np.asarray(np.where(known, slopes - 2 * mine, 0.0))
 
 
