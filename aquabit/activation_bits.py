@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from aquabit.errors import AquabitError
 
-ACTIVATION_BITS = (16, 8, 6, 4)
+ACTIVATION_BITS = (16, 8, 6, 4)  # what quantized layers round to; 16 is off
 CODE_SHIFT = 5  # bits of a code that one group of steps takes: widths are below 32
 
 Act = int | tuple[int, ...]  # activation bits (16 = off), or those of each group of steps

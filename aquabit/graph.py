@@ -45,7 +45,7 @@ __all__ = [
 LayerGraph: TypeAlias = nx.DiGraph
 # what changes from one denoising step to the next
 STEP_INPUTS = ("sample", "hidden_states", "x", "timestep", "timesteps", "t")
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 1  # of the graph as JSON
 _MATMUL = re.compile(r"(Addmm|Mm|Addmv|Mv|Bmm|Baddbmm|Linear|Convolution)Backward\d*$")
 _ATTENTION = re.compile(r"(Bmm|Baddbmm|ScaledDotProduct\w+)Backward\d*$")
 # what may stand between a concatenation and a layer without mixing channels of its two parts up

@@ -15,9 +15,9 @@ from aquabit.jsonio import digest, read_json, said_in_one_sentence
 from aquabit.protocol import Calibration
 from aquabit.scheme_kinds import FP, Scheme
 
-CORRECTIONS = ("cnc", "bc", "vsc", "match", "qdrift")
-RANGES = ("dynamic", "static", "step")
-SCHEMA_VERSION = 1
+CORRECTIONS = ("cnc", "bc", "vsc", "match", "qdrift")  # see ``quant.correction.corrector``
+RANGES = ("dynamic", "static", "step")  # of activations, see ``QuantConfig``
+SCHEMA_VERSION = 1  # of config.json
 METHOD = "aquabit"  # the quantization method that diffusers knows packed models by
 
 

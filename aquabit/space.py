@@ -31,13 +31,13 @@ from aquabit.scheme import (
     StepGroups,
     parse_correction,
 )
-from aquabit.scheme_kinds import SchemeKind
+from aquabit.scheme_kinds import KINDS
 
 # beside the additive formats; plain rounding and k-means lose to these nearly everywhere
 DEFAULT_SCHEMES = ("usq2h", "usq4h", "usq6h")
 TINY_SCHEMES = (*DEFAULT_SCHEMES, "usq8")  # of layers whose bytes hardly count
 TINY = 1e-3  # share of all weights below which bytes hardly count: at 16 bits they are .01 bit of the model
-DEFAULT_ACTIVATIONS = (8, 6)
+DEFAULT_ACTIVATIONS = (8, 6)  # what budgets in bits fix, and the next lower one, for budgets in BOPs
 BITS_RANGE = (2.0, 4.5)  # mean bits of a random sample: the budgets that people ask for
 
 
@@ -163,13 +163,14 @@ class SearchSpace:
         scheme = Scheme.parse(scheme)
         return self._with([scheme if len(row) > 1 else row[0] for row in self.choices.values()], act)
 
-    def level(self, kind: SchemeKind, bits: float, act: Act = 8) -> QuantConfig:
+    def level(self, kind: str, bits: float, act: Act = 8) -> QuantConfig:
         """Every free layer with its scheme of a kind nearest to ``bits`` of code, of output-aware ones
         where it has some; where it has none of that kind, the nearest output-aware one, else any."""
+        record = KINDS.get(kind)
 
         def nearest(layer: str) -> Scheme:
             def distance(s: Scheme) -> tuple[bool, bool, float]:
-                return s.record is not kind, not s.calibrated, abs(self.code_bits(layer, s) - bits)
+                return s.record is not record, not s.calibrated, abs(self.code_bits(layer, s) - bits)
 
             return min(self.choices[layer], key=distance)
 

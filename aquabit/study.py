@@ -21,7 +21,7 @@ from aquabit import _notebook
 from aquabit.scheme import AquabitError, Measurement, Protocol, QuantConfig
 
 APPLICATION_ID = 0x61714269  # "aqBi"
-VERSION = 1
+VERSION = 1  # of the file's tables
 SHOWN = 400  # points of a notebook's chart: the last ones
 TABLES = """
 CREATE TABLE facts(name TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -423,7 +423,7 @@ class Study:
 
 
 class Merged(NamedTuple):
-    """Measurements that were new, that several sources held, and those of them whose numbers differ (made
+    """Measurements that were new, that several sources have, and those of them whose numbers differ (made
     on other hardware, say)."""
 
     new: int
@@ -450,7 +450,7 @@ def merge(sources: Sequence[Study], out: Study) -> Merged:
         except AquabitError as error:
             raise AquabitError(f"{source.path} cannot be joined: {error}") from error
     before = _numbers(out)
-    held = [_numbers(s) for s in (*([out] if before else []), *sources)]
+    measured = [_numbers(s) for s in (*([out] if before else []), *sources)]
     with out.writing():
         out.begin(**facts[0], graph=sources[0].need("graph", "it is damaged"), protocol=bound[0].protocol)
         for name in ("quality", "family_notes"):
@@ -470,9 +470,9 @@ def merge(sources: Sequence[Study], out: Study) -> Merged:
                     db.executemany(
                         f"INSERT OR IGNORE INTO {table} VALUES ({', '.join('?' * len(turns[0]))})", turns
                     )
-    every = {key for numbers in held for key in numbers}
-    several = [key for key in every if sum(key in numbers for numbers in held) > 1]
-    differing = [key for key in several if len({numbers[key] for numbers in held if key in numbers}) > 1]
+    every = {key for numbers in measured for key in numbers}
+    several = [key for key in every if sum(key in numbers for numbers in measured) > 1]
+    differing = [key for key in several if len({numbers[key] for numbers in measured if key in numbers}) > 1]
     return Merged(len(every) - len(before), len(several), len(differing))
 
 

@@ -221,7 +221,7 @@ class Rivals:
                 if s.additive
             }
         )
-        found = [self.space.level(ADDITIVE, b, 8) for b in levels]
+        found = [self.space.level(ADDITIVE.name, b, 8) for b in levels]
         return min(self.fits(found, bits), key=self.predicted, default=None)
 
     @cached_property

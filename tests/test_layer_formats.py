@@ -25,7 +25,6 @@ from aquabit.layer_formats import (
 from aquabit.measuring.session import uniform_references
 from aquabit.pipelines import bundled_models, load, trace
 from aquabit.scheme import FP, AquabitError, Scheme
-from aquabit.scheme_kinds import ADDITIVE
 from aquabit.space import TINY, SearchSpace, make_space, read_space
 from tests.conftest import tiny_pipeline
 
@@ -270,7 +269,7 @@ def test_a_level_is_each_layers_nearest_additive_format(name: str, bits: float) 
     graph = trace(tiny_pipeline("unet") if name == "tiny" else load(name))
     space = make_space(graph, "f", pinned={"conv_in": "usq8"}, excluded=["conv_out", "time_embedding.*"])
     assert name == "tiny" or any(s.kind == "aq" and s.group is None for s in space.schemes), "kernel slices"
-    config, fallen, shared = space.level(ADDITIVE, bits, act=6), 0, 0
+    config, fallen, shared = space.level("aq", bits, act=6), 0, 0
     space.check(config)
     for layer, row in space.choices.items():
         choice = config[layer]

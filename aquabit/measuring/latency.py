@@ -21,7 +21,10 @@ from aquabit.space import SearchSpace
 
 # whole denoiser calls of one configuration: at least, at most; and the time after which they end
 CALLS, SECONDS = (7, 60), 1.0
-TYPICAL = UNIFORM, 4.0  # the whole call of a configuration near it tells what calls take besides their layers
+TYPICAL = (
+    UNIFORM.name,
+    4.0,
+)  # the whole call of a configuration near it tells what calls take besides their layers
 
 
 def latency_table(

@@ -44,7 +44,7 @@ def uniform_references(space: SearchSpace) -> list[QuantConfig]:
     own = [s for s in space.common_schemes() if s.record.even]
     return [
         *(space.uniform(s, act) for s in dict.fromkeys((*first, *own))),
-        *(space.level(ADDITIVE, b, act) for b in levels),
+        *(space.level(ADDITIVE.name, b, act) for b in levels),
     ]
 
 

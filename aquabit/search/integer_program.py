@@ -22,7 +22,7 @@ from aquabit.space import SearchSpace
 # the largest difference between two scores of a layer: HiGHS's absolute gap of 1e-6 is then one in 10^10
 SCALE = 1e4
 NODES = 20_000  # a limit on nodes, not on seconds, so that the same seed gives the same answer
-BATCH = 4096
+BATCH = 4096  # rows that are predicted at once: bounds memory
 
 
 @dataclass(frozen=True)

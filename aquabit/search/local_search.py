@@ -12,7 +12,7 @@ from aquabit.cost import CostModel
 from aquabit.scheme import AquabitError, Budget, act_text
 from aquabit.search.options import Options, Predict, kernel_operations
 
-BATCH = 4096
+BATCH = 4096  # rows that are predicted at once: bounds memory
 LIFTS = 256  # first halves of pairs that are ranked against every other change; more only slows the ranking
 
 

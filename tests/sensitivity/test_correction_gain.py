@@ -20,7 +20,6 @@ from aquabit.pipelines import ClassConditionalPipeline, trace
 from aquabit.quant.correction import corrector as correct
 from aquabit.quant.model import fingerprint
 from aquabit.scheme import AquabitError, Calibration, Protocol, QuantConfig
-from aquabit.scheme_kinds import UNIFORM
 from aquabit.sensitivity.correction_gain import correction_shift, noise_facts
 from aquabit.sensitivity.surrogate.estimators import Target
 from aquabit.sensitivity.surrogate.fit import training_table
@@ -46,7 +45,7 @@ def test_a_space_corrects_every_configuration_but_full_precision(dit) -> None:
     made = [
         *space.sample(3),
         space.uniform("usq3"),
-        space.level(UNIFORM, 3),
+        space.level("usq", 3),
         *Choices.of(space, space.sample(2)).configs(),
     ]
     assert {c.correction for c in made} == {"cnc+bc"}

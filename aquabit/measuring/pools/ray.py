@@ -25,7 +25,7 @@ TRIES = 4
 STARTS = 3  # workers in a row that do not even start
 ANSWER_SECONDS = 60  # for a cluster to answer at its address
 START_SECONDS = 600  # for the first worker to find a free slot
-POLL_SECONDS = 2.0
+POLL_SECONDS = 2.0  # between looks at whether machines joined
 PIECE = 32 << 20  # bytes of a model's file that are sent at once
 
 

@@ -12,7 +12,7 @@ from aquabit.sensitivity.surrogate.fit import MIN_MEASUREMENTS, FittedSurrogate,
 from aquabit.sensitivity.surrogate.scores import within_budget_interval, within_budget_srcc
 
 PARTS = (0.125, 0.25, 0.5)  # of the measurements; all of them are scored already
-FOLDS = 5
+FOLDS = 5  # as the surrogate's own cross-validation has
 
 
 def learning_curve(fitted: FittedSurrogate, seed: int = 0, progress: Progress = no_progress) -> pd.DataFrame:
