@@ -21,10 +21,8 @@ from aquabit.space import SearchSpace
 
 # whole denoiser calls of one configuration: at least, at most; and the time after which they end
 CALLS, SECONDS = (7, 60), 1.0
-TYPICAL = (
-    UNIFORM.name,
-    4.0,
-)  # the whole call of a configuration near it tells what calls take besides their layers
+# the whole call of a configuration near it tells what calls take besides their layers
+TYPICAL = UNIFORM.name, 4.0
 
 
 def latency_table(

@@ -23,8 +23,8 @@ from aquabit.scheme import (
     no_progress,
     parse_correction,
 )
-from aquabit.sensitivity.surrogate.estimators import Target
 from aquabit.sensitivity.surrogate.fit import training_table
+from aquabit.sensitivity.surrogate.regressor import Target
 
 KIND = "correction"  # of the measurements that are made only to be set beside the chosen configuration's own
 

@@ -31,9 +31,10 @@ from aquabit.sensitivity.effects.swaps import predict_swaps, top_layers, trainin
 from aquabit.sensitivity.interactions import interactions, scheme_scores
 from aquabit.sensitivity.result import Sensitivity
 from aquabit.sensitivity.shap_summaries import shap_by_operator, shap_by_scheme
-from aquabit.sensitivity.surrogate.estimators import Estimator
-from aquabit.sensitivity.surrogate.fit import FittedSurrogate, Surrogate, fit_from_study
+from aquabit.sensitivity.surrogate.estimators import Surrogate
+from aquabit.sensitivity.surrogate.fit import FittedSurrogate, fit_from_study
 from aquabit.sensitivity.surrogate.learning_curve import learning_curve
+from aquabit.sensitivity.surrogate.regressor import Estimator
 from aquabit.stats import between_percentiles
 from aquabit.study import Study
 

@@ -14,8 +14,8 @@ from aquabit.graph import layers as graph_layers
 from aquabit.scheme import Progress, no_progress
 from aquabit.sensitivity.effects.predicted import Effects, mean_predictions
 from aquabit.sensitivity.result import INTERACTIONS, SCORES
-from aquabit.sensitivity.surrogate.estimators import Estimator
 from aquabit.sensitivity.surrogate.fit import FittedSurrogate
+from aquabit.sensitivity.surrogate.regressor import Estimator
 from aquabit.stats import around_replicates
 
 STRONGEST = 20  # layers whose pairs are looked at

@@ -27,12 +27,12 @@ from aquabit.sensitivity.effects.predicted import (
     refits,
 )
 from aquabit.sensitivity.shared_contexts import group_numbers
-from aquabit.sensitivity.surrogate.estimators import Estimator
 from aquabit.sensitivity.surrogate.fit import FittedSurrogate, training_table
 from aquabit.sensitivity.surrogate.output_error_surrogate import (
     OutputErrorSurrogate,
     fit_output_error_surrogate,
 )
+from aquabit.sensitivity.surrogate.regressor import Estimator
 from aquabit.study import Study
 
 DRAWN = 64  # contexts that effects are predicted in; the first few of them are run

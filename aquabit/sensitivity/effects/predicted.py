@@ -20,8 +20,9 @@ from aquabit.sensitivity.damages import (
 )
 from aquabit.sensitivity.features import Encoder
 from aquabit.sensitivity.shared_contexts import group_numbers
-from aquabit.sensitivity.surrogate.estimators import Estimator, Surrogate, predict_all
+from aquabit.sensitivity.surrogate.estimators import Surrogate, predict_all
 from aquabit.sensitivity.surrogate.fit import FittedSurrogate
+from aquabit.sensitivity.surrogate.regressor import Estimator
 from aquabit.space import SearchSpace
 
 SWAP = "usq4h:usq2h"  # where at least half of the free layers may take both, see ``default_swap``

@@ -13,21 +13,7 @@ from aquabit.scheme import AquabitError
 from aquabit.sensitivity.features import Encoder
 from aquabit.sensitivity.surrogate.baselines import AverageBits, OneHotRidge, SumOfDamages
 from aquabit.sensitivity.surrogate.graph_network import GraphNetwork
-from aquabit.sensitivity.surrogate.regressor import Estimator, Linear, Target
-
-__all__ = [
-    "BASELINES",
-    "ESTIMATORS",
-    "AverageBits",
-    "Estimator",
-    "GraphNetwork",
-    "OneHotRidge",
-    "SumOfDamages",
-    "Surrogate",
-    "Target",
-    "estimator_of",
-    "predict_all",
-]
+from aquabit.sensitivity.surrogate.regressor import Estimator, Linear
 
 RISING = ("weight", "act", "error", "actshare", "damage")  # kinds of columns in which more can only be worse
 

@@ -18,7 +18,8 @@ from aquabit.scheme import AquabitError, Progress, QuantConfig, no_progress
 from aquabit.sensitivity.damages import Damages, known_damages
 from aquabit.sensitivity.features import Encoder
 from aquabit.sensitivity.shared_contexts import group_numbers
-from aquabit.sensitivity.surrogate.estimators import BASELINES, Estimator, Surrogate, Target, estimator_of
+from aquabit.sensitivity.surrogate.estimators import BASELINES, estimator_of
+from aquabit.sensitivity.surrogate.regressor import Estimator, Target
 from aquabit.sensitivity.surrogate.scores import (
     all_scores,
     among_good_srcc,
@@ -31,15 +32,6 @@ from aquabit.sensitivity.surrogate.trust import assess
 from aquabit.space import SearchSpace
 from aquabit.stats import LEVEL
 from aquabit.study import Study
-
-__all__ = [
-    "FittedSurrogate",
-    "Surrogate",
-    "cross_validate",
-    "fit_from_study",
-    "fold_numbers",
-    "training_table",
-]
 
 MIN_MEASUREMENTS = 20  # measurements below which nothing is fitted
 # flips stay apart as the truth, fresh seeds as the final check
