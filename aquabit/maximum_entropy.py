@@ -51,12 +51,8 @@ def share_odds(worse: np.ndarray, counted: np.ndarray, share: float) -> np.ndarr
     """Probabilities [n] of a change that is ``worse`` [n] by so much each (in units of beta): 1 / (1 +
     exp(worse - price)), the price such that their mean over the ``counted`` (Boolean [n]) is ``share``."""
     own = worse[counted]
-    _, price = bisect(
-        lambda price: special.expit(-own - price).mean() > share,
-        -float(own.max()) - 40,
-        -float(own.min()) + 40,
-        PRICE_ROUNDS,
-    )
+    ends = -float(own.max()) - 40, -float(own.min()) + 40
+    _, price = bisect(lambda at: special.expit(-own - at).mean() > share, *ends, PRICE_ROUNDS)
     return np.asarray(special.expit(-worse - price))
 
 

@@ -190,10 +190,8 @@ class Study:
     def set(self, **facts: Any) -> None:
         """Store JSON values in one transaction; undefined numbers must already be None."""
         with self._transaction() as db:
-            for name, value in facts.items():
-                db.execute(
-                    "INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, json.dumps(value, allow_nan=False))
-                )
+            rows = [(name, json.dumps(value, allow_nan=False)) for name, value in facts.items()]
+            _insert(db, "facts", rows, replace=True)
 
     def begin(self, model: str, fingerprint: str, graph: Any, space: Any, protocol: Protocol) -> None:
         """Bind an empty study to a model, space and protocol; one that is bound must agree with all three."""
@@ -241,10 +239,7 @@ class Study:
 
     def add_protocol(self, protocol: Protocol) -> None:
         with self._transaction() as db:
-            db.execute(
-                "INSERT OR IGNORE INTO protocols VALUES (?, ?)",
-                (protocol.digest, json.dumps(protocol.to_dict())),
-            )
+            _insert(db, "protocols", [(protocol.digest, json.dumps(protocol.to_dict()))])
 
     def protocols(self) -> dict[str, Protocol]:
         return {
@@ -268,18 +263,12 @@ class Study:
         m = measurement
         metrics, environment = json.dumps(dict(m.metrics)), json.dumps(dict(m.environment))
         said = (kind, m.status, m.reason, metrics, m.seconds, environment, time.time())
-        row = (m.config, m.protocol, *said)
+        body = json.dumps(config.to_dict(), allow_nan=False)
         with self._transaction() as db:
-            body = json.dumps(config.to_dict(), allow_nan=False)
-            db.execute(
-                "INSERT OR IGNORE INTO configs VALUES (?, ?, ?, ?, ?)",
-                (config.digest, body, cost["bits"], cost["bytes"], cost["bops"]),
-            )
-            db.execute("INSERT OR IGNORE INTO measurements VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+            _insert(db, "configs", [(config.digest, body, cost["bits"], cost["bytes"], cost["bops"])])
+            _insert(db, "measurements", [(m.config, m.protocol, *said)])
             if thumbnail is not None:
-                db.execute(
-                    "INSERT OR IGNORE INTO thumbnails VALUES (?, ?, ?)", (m.config, m.protocol, thumbnail)
-                )
+                _insert(db, "thumbnails", [(m.config, m.protocol, thumbnail)])
 
     def known(self, protocol: Protocol) -> frozenset[str]:
         """Digests of the configurations that were measured (or failed) under a protocol."""
@@ -321,12 +310,9 @@ class Study:
     def add_features(self, values: Mapping[tuple[str, str], Mapping[str, Any]]) -> None:
         """Facts per (layer, scheme): "error" (relative squared weight error), "damage" and "sketch" (see
         ``Evaluator.fit``)."""
+        rows = [(*key, json.dumps(dict(value), allow_nan=False)) for key, value in values.items()]
         with self._transaction() as db:
-            for (layer, scheme), value in values.items():
-                db.execute(
-                    "INSERT OR REPLACE INTO features VALUES (?, ?, ?)",
-                    (layer, scheme, json.dumps(dict(value), allow_nan=False)),
-                )
+            _insert(db, "features", rows, replace=True)
 
     def features(self) -> dict[tuple[str, str], dict[str, Any]]:
         """(layer, scheme or activation as a6) -> facts, as ``sensitivity.features.Encoder`` takes them."""
@@ -342,10 +328,8 @@ class Study:
         (``measuring.output_errors``), in one transaction; the configurations need not be measured."""
         with self._transaction() as db:
             db.execute(OUTPUTS)  # older files lack it
-            rows = [
-                (config, inputs, json.dumps(dict(value), allow_nan=False)) for config, value in values.items()
-            ]
-            db.executemany("INSERT OR IGNORE INTO outputs VALUES (?, ?, ?)", rows)
+            rows = [(config, inputs, json.dumps(dict(v), allow_nan=False)) for config, v in values.items()]
+            _insert(db, "outputs", rows)
 
     def outputs(self, inputs: str) -> dict[str, dict[str, Any]]:
         """digest -> output errors of every configuration that has some on these inputs."""
@@ -374,10 +358,7 @@ class Study:
     ) -> None:
         """Two measured configurations that differ in one layer."""
         with self._transaction() as db:
-            db.execute(
-                "INSERT OR IGNORE INTO flips VALUES (?, ?, ?, ?, ?, ?)",
-                (layer, before, after, config_before, config_after, protocol.digest),
-            )
+            _insert(db, "flips", [(layer, before, after, config_before, config_after, protocol.digest)])
 
     def swaps(self, objective: str) -> pd.DataFrame:
         """One row a real swap whose both ends were measured: layer, before, after, config_before,
@@ -420,6 +401,20 @@ class Study:
             for r, b, v in zip(own.config, own.bits, own[objective], strict=True)
         ]
         return counts + _notebook.points(rows, "bits per weight", f"{objective}, measured")
+
+
+def _insert(
+    db: sqlite3.Connection, table: str, rows: Sequence[tuple[Any, ...]], replace: bool = False
+) -> None:
+    """Rows of one table; of what is there already the first stays, or the new one with ``replace``."""
+    for row in rows:
+        verb, places = "REPLACE" if replace else "IGNORE", ", ".join("?" * len(row))
+        db.execute(f"INSERT OR {verb} INTO {table} VALUES ({places})", row)
+
+
+def comparable(table: pd.DataFrame, correction: str | None) -> pd.Series:
+    """Boolean: which ``Study.measurements`` are corrected so (None: not at all), and not fine-tuned."""
+    return (table.correction.fillna("") == (correction or "")) & table.tuned.isna()
 
 
 class Merged(NamedTuple):
@@ -465,11 +460,9 @@ def merge(sources: Sequence[Study], out: Study) -> Merged:
             db.execute(OUTPUTS)  # older files lack it
             for table in MERGED:
                 rows = [s._rows(f"SELECT * FROM {table} ORDER BY rowid") for s in sources if _has(s, table)]
-                turns = [row for row in chain.from_iterable(zip_longest(*rows)) if row is not None]
-                if turns:
-                    db.executemany(
-                        f"INSERT OR IGNORE INTO {table} VALUES ({', '.join('?' * len(turns[0]))})", turns
-                    )
+                _insert(
+                    db, table, [row for row in chain.from_iterable(zip_longest(*rows)) if row is not None]
+                )
     every = {key for numbers in measured for key in numbers}
     several = [key for key in every if sum(key in numbers for numbers in measured) > 1]
     differing = [key for key in several if len({numbers[key] for numbers in measured if key in numbers}) > 1]

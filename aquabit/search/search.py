@@ -16,6 +16,7 @@ from aquabit.search.options import activation_choices, fixed_act
 from aquabit.search.proof import Proof
 from aquabit.search.search_options import SearchOptions, ladder
 from aquabit.sensitivity.damages import Damages
+from aquabit.study import comparable
 
 
 @dataclass(frozen=True)
@@ -80,17 +81,12 @@ class Search:
         proposed here or with schemes that the space leaves open."""
         session = self.session
         table, configs = session.study.measurements(session.protocol, failed=True), session.study.configs()
-        own = table[
-            (table.kind != "reference")
-            & (table.correction.fillna("") == (session.space.correction or ""))
-            & table.tuned.isna()
-        ]
-        rows = session.space.choices
-        return {
-            key: configs[key]
-            for key in own.config
-            if key in self.candidates or all(configs[key][layer].weight in row for layer, row in rows.items())
-        }
+        own = table[(table.kind != "reference") & comparable(table, session.space.correction)]
+
+        def offered(config: QuantConfig) -> bool:
+            return all(config[layer].weight in row for layer, row in session.space.choices.items())
+
+        return {k: configs[k] for k in own.config if k in self.candidates or offered(configs[k])}
 
     def values(self, metric: str, protocol: Protocol | None = None) -> dict[str, float]:
         """digest -> a metric under a protocol, larger = worse; NaN where the measurement failed."""

@@ -234,10 +234,8 @@ class _Balanced:
         self.decks: dict[tuple[int, float], list[Scheme]] = {}
         # of deviations, over the blocks so far
         self.products = np.zeros((len(self.levels), len(self.levels)))
-        self.tables = {
-            tuple(levels): np.array([level_odds(tuple(levels), mean) for mean in GRID])
-            for levels in self.levels
-        }
+        every = {tuple(levels) for levels in self.levels}
+        self.tables = {levels: np.array([level_odds(levels, mean) for mean in GRID]) for levels in every}
         self.offset = np.random.default_rng([seed, 3]).random(2)
 
     def block(self) -> list[QuantConfig]:
@@ -258,10 +256,8 @@ class _Balanced:
                     self.space.choice(layer, self._deal(i, float(level), rng), 16 if row == (FP,) else act)
                 )
             columns.append(choices)
-        return [
-            self.space.config(dict(zip(self.space.choices, picked, strict=True)))
-            for picked in zip(*columns, strict=True)
-        ]
+        rows = (dict(zip(self.space.choices, picked, strict=True)) for picked in zip(*columns, strict=True))
+        return [self.space.config(row) for row in rows]
 
     def _bits(self, target: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Levels [BLOCK, layers]."""
@@ -275,10 +271,8 @@ class _Balanced:
             values, mean = np.array(list(levels)), means[operator]
             odds = np.stack([np.interp(mean, GRID, p) for p in self.tables[tuple(levels)].T], 1)
             edges = np.cumsum(odds, 1)[:, :-1]
-            place = (
-                rng.permuted(np.tile(np.arange(BLOCK), (CANDIDATES, 1)), axis=1)
-                + rng.random((CANDIDATES, BLOCK))
-            ) / BLOCK
+            strata = rng.permuted(np.tile(np.arange(BLOCK), (CANDIDATES, 1)), axis=1)
+            place = (strata + rng.random((CANDIDATES, BLOCK))) / BLOCK
             drawn = values[(place[..., None] > edges).sum(2)]
             off = drawn - odds @ values
             products = self.products[i, :i] + off @ deviation[:, :i]

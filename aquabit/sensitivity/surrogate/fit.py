@@ -31,7 +31,7 @@ from aquabit.sensitivity.surrogate.scores import (
 from aquabit.sensitivity.surrogate.trust import assess
 from aquabit.space import SearchSpace
 from aquabit.stats import LEVEL
-from aquabit.study import Study
+from aquabit.study import Study, comparable
 
 MIN_MEASUREMENTS = 20  # measurements below which nothing is fitted
 # flips stay apart as the truth, fresh seeds as the final check
@@ -183,11 +183,7 @@ def training_table(study: Study, objective: str) -> pd.DataFrame:
     ends: set[str] = set()
     if len(table):
         own = (study.get("space") or {}).get("correction")
-        table = table[
-            table.kind.isin(TRAINING_KINDS)
-            & (table.correction.fillna("") == (own or ""))
-            & table.tuned.isna()
-        ]
+        table = table[table.kind.isin(TRAINING_KINDS) & comparable(table, own)]
         if objective in table:
             flips = study.swaps(objective)
             ends = {*flips.config_before, *flips.config_after}
