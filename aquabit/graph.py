@@ -25,7 +25,7 @@ from aquabit._operators import (
     known_class,
     operator_of,
 )
-from aquabit.jsonio import said_in_one_sentence
+from aquabit.jsonio import clear_errors
 from aquabit.scheme import AquabitError
 
 __all__ = [
@@ -376,7 +376,7 @@ def to_json(graph: LayerGraph) -> dict[str, Any]:
 
 def from_json(value: Any, source: str = "graph") -> LayerGraph:
     """The graph that ``to_json`` wrote; raises AquabitError with the place and the value that is wrong."""
-    with said_in_one_sentence(f"{source} is not a layer graph"):
+    with clear_errors(f"{source} is not a layer graph"):
         _graph_file().model_validate(value)
     names = {node["id"] for node in value["nodes"]}
     if len(names) != len(value["nodes"]):

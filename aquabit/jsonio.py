@@ -37,7 +37,7 @@ def read_json(path: str | Path) -> Any:
 
 
 @contextmanager
-def said_in_one_sentence(what: str) -> Iterator[None]:
+def clear_errors(what: str) -> Iterator[None]:
     """pydantic's refusal as an AquabitError that says ``what`` is wrong, the place, and the value there."""
     from pydantic import ValidationError  # 0.1 s to import: only where a file is read
 

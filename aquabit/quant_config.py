@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from aquabit.activation_bits import Act, StepGroups, plain_act
 from aquabit.errors import AquabitError
-from aquabit.jsonio import digest, read_json, said_in_one_sentence
+from aquabit.jsonio import clear_errors, digest, read_json
 from aquabit.protocol import Calibration
 from aquabit.scheme_kinds import FP, Scheme
 
@@ -203,7 +203,7 @@ class QuantConfig:
     @staticmethod
     def from_dict(value: Any, source: str = "configuration") -> QuantConfig:
         """Validate untrusted JSON; raises AquabitError with the place and the value that is wrong."""
-        with said_in_one_sentence(f"{source} is not a configuration"):
+        with clear_errors(f"{source} is not a configuration"):
             file = _config_model().model_validate(value)
         acts = {k: tuple(v.act) if isinstance(v.act, list) else v.act for k, v in file.layers.items()}
         layers = {k: LayerChoice(Scheme.parse(v.weight), acts[k], v.codebook) for k, v in file.layers.items()}

@@ -12,7 +12,7 @@ import numpy as np
 
 from aquabit import _notebook
 from aquabit.cost import CostModel
-from aquabit.jsonio import defined, said_in_one_sentence
+from aquabit.jsonio import clear_errors, defined
 from aquabit.scheme import AquabitError, Budget, QuantConfig
 from aquabit.scheme_kinds import UNIFORM
 from aquabit.search.options import activation_choices
@@ -175,7 +175,7 @@ class Front:
         """Validate untrusted JSON; raises AquabitError with the place and the value that is wrong. Intervals
         that were stored without a level have LEVEL where the search compared sizes at equal quality
         (``comparison``), and OLD_LEVEL in searches before that."""
-        with said_in_one_sentence(f"{source} is not a front"):
+        with clear_errors(f"{source} is not a front"):
             rows: list[Any] = _members_model()(value).root
         level = LEVEL if "same_quality" in (comparison or {}) else OLD_LEVEL
         members = []

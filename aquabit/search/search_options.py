@@ -10,7 +10,7 @@ from aquabit.scheme import AquabitError, Budget, QuantConfig
 from aquabit.search.evolution import check_installed
 from aquabit.search.options import Options, fixed_act
 
-METHODS = ("program", "surrogate", "evolve")
+METHODS = ("program", "surrogate", "evolve")  # see ``SearchOptions``
 # limits of the front's other targets relative to the budget's, the nearest first
 SPREAD = (0.9, 1.1, 0.8, 1.25, 0.6, 1.5, 0.5, 2.0)
 
