@@ -26,8 +26,8 @@ from aquabit.sensitivity.surrogate.regressor import Estimator
 from aquabit.sensitivity.surrogate.scores import within_budget_srcc
 
 Outputs = Mapping[str, Mapping[str, Any]]  # digest -> output errors, as Study.outputs gives them
-# finer than the surrogate's own trees, since output errors are smooth; benchmarks/results/surrogate.md has what
-# they and the blend reach
+# finer than the surrogate's own trees, since output errors are smooth; what they and the blend reach is in
+# benchmarks/results/surrogate.md
 TREES: dict[str, Any] = {"rounds": 300, "rate": 0.04, "rows": 0.5, "columns": 0.3, "bins": 256, "linear": 0.0}
 MEMBERS = 6  # boosters that are averaged
 KNOTS = 5  # of a spline of one column
