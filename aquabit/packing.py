@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias, TypedDict, Unpack
 
@@ -55,11 +55,21 @@ Model: TypeAlias = str | DiffusionPipeline
 
 
 class SamplingOptions(TypedDict, total=False):
-    """Keywords of ``generate`` that say how images are sampled."""
+    """The fields of ``Sampling`` as keywords of ``generate``."""
 
     eta: float | None
     guidance: float | None
     resolution: int | None
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How images are sampled, ``resolution`` in pixels; None: as the artifact's configuration was calibrated
+    for, else as ``Calibration`` has it."""
+
+    eta: float | None = None
+    guidance: float | None = None
+    resolution: int | None = None
 
 
 class Packed:
@@ -212,17 +222,14 @@ def generate(
     usual = (None if config is None else config.calibration) or Calibration()
     if config is not None and config.total_steps is not None:
         usual = replace(usual, steps=config.total_steps)
-    given = {k: v for k, v in {"steps": steps, **sampling}.items() if v is not None}
-    usual = replace(usual, **given)  # type: ignore[arg-type]  # each as its keyword is typed
+    asked = {"steps": steps, **asdict(Sampling(**sampling))}
+    given: dict[str, Any] = {k: getattr(usual, k) if v is None else v for k, v in asked.items()}
     protocol = Protocol(
         images=images,
-        steps=usual.steps,
         seed=seed,
-        eta=usual.eta,
-        guidance=usual.guidance,
         conditions=tuple(conditions) if conditions else None,
-        micro_batch=min(images, image_batch(adapter.pipe, usual.resolution, 64)),
-        resolution=usual.resolution,
+        micro_batch=min(images, image_batch(adapter.pipe, given["resolution"], 64)),
+        **given,
     )
     layers = layers_of(adapter.denoiser)
     with _switched_correction(adapter, correction):
