@@ -39,7 +39,7 @@ class Choices:
     def of(space: SearchSpace, configs: Iterable[QuantConfig]) -> Choices:
         """Configurations as rows. Raises AquabitError for one of another model, of other groups of steps, or
         with a scheme that no layer of the space may take."""
-        column = {s: i for i, s in enumerate(space.schemes)}
+        column = space.columns
         weight_rows, act_rows = [], []
         for config in configs:
             space.check(config, extra_schemes=True)

@@ -29,9 +29,8 @@ class Cost:
     bits_per_weight: float  # of all Linear and Conv2d weights, codebooks, scales and offsets included
     bytes: int  # of the saved denoiser's tensors
     bops: float  # multiply-adds x weight bits x activation bits, of one image in one denoiser call
-    multiply_adds: (
-        float  # of the table kernel, of one image in one denoiser call; decoded layers count as dense
-    )
+    # of the table kernel, of one image in one denoiser call; decoded layers count as dense
+    multiply_adds: float
     lut_adds: float  # table entries that the table kernel adds
 
     @property
@@ -121,13 +120,11 @@ class CostModel:
 
     def _shared(self) -> list[SharedTables]:
         members: dict[tuple[str, int], list[int]] = {}
+        schemes, column = self.space.schemes, self.space.columns
         for i, (layer, row) in enumerate(self.space.choices.items()):
             for scheme in row:
                 if scheme.shared:
-                    members.setdefault(
-                        (self.space.codebook(layer), self.space.schemes.index(scheme)), []
-                    ).append(i)
-        schemes = self.space.schemes
+                    members.setdefault((self.space.codebook(layer), column[scheme]), []).append(i)
         return [
             SharedTables(n, np.array(m), c, schemes[c].stored_bytes(self.shapes[m[0]])[1])
             for (n, c), m in members.items()
@@ -215,11 +212,9 @@ class CostModel:
         latency: Latency, acts: list[int], allowed: np.ndarray, excluded: np.ndarray
     ) -> tuple[float, float]:
         kept = np.array([a in acts for a in latency.activations])
-        allowed_activations = (
-            allowed[:, :, None]
-            & np.where(excluded[:, None], np.array(latency.activations) == 16, kept)[:, None, :]
-        )
-        low, high = (np.where(allowed_activations, latency.layers, worst) for worst in (np.inf, -np.inf))
+        widths = np.where(excluded[:, None], np.array(latency.activations) == 16, kept)
+        cells = allowed[:, :, None] & widths[:, None, :]
+        low, high = (np.where(cells, latency.layers, worst) for worst in (np.inf, -np.inf))
         return float(low.min((1, 2)).sum() + latency.rest), float(high.max((1, 2)).sum() + latency.rest)
 
     def _size_limits(self, allowed: np.ndarray) -> tuple[int, int]:
@@ -238,10 +233,8 @@ class CostModel:
             index = np.unique(np.concatenate([t.layers for t in group]))
             apart[index] = False
             picks = product((False, True), repeat=len(group))
-            both = [
-                self._opened(low, high, index, [t for t, k in zip(group, pick, strict=True) if k])
-                for pick in picks
-            ]
+            opened = [[t for t, k in zip(group, pick, strict=True) if k] for pick in picks]
+            both = [self._opened(low, high, index, some) for some in opened]
             ends = [b for b in both if b is not None]
             least, most = least + min(b[0] for b in ends), most + max(b[1] for b in ends)
         return int(low[apart].sum()) + least, int(high[apart].sum()) + most

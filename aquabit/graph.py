@@ -25,6 +25,7 @@ from aquabit._operators import (
     known_class,
     operator_of,
 )
+from aquabit.jsonio import clear_errors
 from aquabit.scheme import AquabitError
 
 __all__ = [
@@ -42,15 +43,9 @@ __all__ = [
 ]
 
 LayerGraph: TypeAlias = nx.DiGraph
-STEP_INPUTS = (
-    "sample",
-    "hidden_states",
-    "x",
-    "timestep",
-    "timesteps",
-    "t",
-)  # what changes from one denoising step to the next
-SCHEMA_VERSION = 1
+# what changes from one denoising step to the next
+STEP_INPUTS = ("sample", "hidden_states", "x", "timestep", "timesteps", "t")
+SCHEMA_VERSION = 1  # of the graph as JSON
 _MATMUL = re.compile(r"(Addmm|Mm|Addmv|Mv|Bmm|Baddbmm|Linear|Convolution)Backward\d*$")
 _ATTENTION = re.compile(r"(Bmm|Baddbmm|ScaledDotProduct\w+)Backward\d*$")
 # what may stand between a concatenation and a layer without mixing channels of its two parts up
@@ -78,9 +73,8 @@ class _Contraction:
     time_layers: set[str]
     calls: dict[str, _Calls] = field(default_factory=dict)  # in execution order
     sources: dict[Any, tuple[str, ...]] = field(default_factory=dict)  # nearest layers and merges upstream
-    weight: dict[Any, str | None] = field(
-        default_factory=dict
-    )  # the layer whose weight, perhaps transposed, this is
+    # the layer whose weight, perhaps transposed, this is
+    weight: dict[Any, str | None] = field(default_factory=dict)
     depends: dict[Any, bool] = field(default_factory=dict)  # on the noisy sample or the step
 
 
@@ -116,12 +110,11 @@ def trace(
             module.register_forward_pre_hook(lambda _module, _args, name=name: called.add(name))
         outputs = _forward(model, inputs)
     operators = {name: operator_of(name, family) for name in modules}
+    tensors = (value for value in inputs.values() if isinstance(value, torch.Tensor))
     contraction = _Contraction(
         graph=nx.DiGraph(),
         weight_names={id(module.weight): name for name, module in modules.items()},
-        step_leaves={
-            id(value) for value in inputs.values() if isinstance(value, torch.Tensor) and value.requires_grad
-        },
+        step_leaves={id(value) for value in tensors if value.requires_grad},
         time_layers={name for name, operator in operators.items() if operator == "time_embed"},
     )
     for node in _execution_order(outputs):
@@ -134,9 +127,8 @@ def trace(
         )
     _join_attention(contraction.graph)
     for depth, (name, calls) in enumerate(contraction.calls.items()):
-        contraction.graph.add_node(
-            name, **_attributes(name, modules[name], operators[name], calls, depth, batch)
-        )
+        own = _attributes(name, modules[name], operators[name], calls, depth, batch)
+        contraction.graph.add_node(name, **own)
     weights = sum(module.weight.numel() for module in modules.values())
     graph = _finished(contraction.graph, model, model_class, family, weights)
     if len(called) < len(modules):
@@ -168,16 +160,10 @@ def meta_denoiser(class_name: str, config: Mapping[str, Any]) -> nn.Module:
     """The diffusers model ``class_name`` built from ``config`` on the meta device; raises AquabitError
     where it cannot be."""
     diffusers: Any = importlib.import_module("diffusers")
-    found = (
-        getattr(diffusers, class_name, None)
-        if class_name.isidentifier() and not class_name.startswith("_")
-        else None
-    )
-    if not (
-        isinstance(found, type)
-        and issubclass(found, diffusers.ModelMixin)
-        and issubclass(found, diffusers.ConfigMixin)
-    ):
+    public = class_name.isidentifier() and not class_name.startswith("_")
+    found = getattr(diffusers, class_name, None) if public else None
+    kinds = (diffusers.ModelMixin, diffusers.ConfigMixin)
+    if not isinstance(found, type) or not all(issubclass(found, kind) for kind in kinds):
         raise AquabitError(f"{class_name!r} is not a model of diffusers {diffusers.__version__}")
     return _from_config(found, config)
 
@@ -189,9 +175,7 @@ def _from_config(model_class: Any, config: Mapping[str, Any]) -> nn.Module:
     try:
         with torch.device("meta"):
             model: nn.Module = model_class.from_config(config)
-    except (
-        Exception
-    ) as error:  # diffusers checks little: a wrong config surfaces as any exception of its constructors
+    except Exception as error:  # diffusers checks little: any exception of its constructors
         raise AquabitError(f"cannot build {model_class.__name__} from its config: {error}") from error
     return model
 
@@ -296,9 +280,8 @@ def _contract(state: _Contraction, node: Any) -> None:
         state.graph.add_edges_from((source, weight) for source in origin)
         state.sources[node] = (weight,)
     elif len(origin) > 1:
-        op = (
-            "attention" if _ATTENTION.match(node.name()) else re.sub(r"Backward\d*$", "", node.name()).lower()
-        )
+        own = re.sub(r"Backward\d*$", "", node.name()).lower()
+        op = "attention" if _ATTENTION.match(node.name()) else own
         merge = f"{op}#{len(state.graph)}"
         state.graph.add_node(merge, kind="merge", op=op)
         state.graph.add_edges_from((source, merge) for source in origin)
@@ -320,9 +303,8 @@ def _add_call(state: _Contraction, node: Any, name: str) -> None:
 
 def _data_parents(node: Any) -> list[Any]:
     """The autograd nodes that made this one's inputs, parameters and other leaves left out."""
-    return [
-        parent for parent, _ in node.next_functions if parent is not None and not hasattr(parent, "variable")
-    ]
+    parents = (parent for parent, _ in node.next_functions)
+    return [parent for parent in parents if parent is not None and not hasattr(parent, "variable")]
 
 
 def _concatenated(node: Any) -> int | None:
@@ -394,22 +376,13 @@ def to_json(graph: LayerGraph) -> dict[str, Any]:
 
 def from_json(value: Any, source: str = "graph") -> LayerGraph:
     """The graph that ``to_json`` wrote; raises AquabitError with the place and the value that is wrong."""
-    from pydantic import ValidationError
-
-    try:
+    with clear_errors(f"{source} is not a layer graph"):
         _graph_file().model_validate(value)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "the top level"
-        raise AquabitError(
-            f"{source} is not a layer graph: {place}: {first['msg']} (got {first.get('input')!r:.60})"
-        ) from error
     names = {node["id"] for node in value["nodes"]}
     if len(names) != len(value["nodes"]):
         raise AquabitError(f"{source} is not a layer graph: a node is there twice")
-    unknown = [
-        name for edge in value["edges"] for name in (edge["source"], edge["target"]) if name not in names
-    ]
+    ends = (edge[end] for edge in value["edges"] for end in ("source", "target"))
+    unknown = [name for name in ends if name not in names]
     if unknown:
         raise AquabitError(f"{source} is not a layer graph: edge to unknown node {unknown[0]!r}")
     graph: LayerGraph = nx.node_link_graph({k: v for k, v in value.items() if k != "schema"}, edges="edges")
@@ -422,13 +395,8 @@ def from_json(value: Any, source: str = "graph") -> LayerGraph:
 def _graph_file() -> Any:
     from typing import Annotated, Literal
 
-    from pydantic import (
-        BaseModel,
-        ConfigDict,
-        Field,
-        NonNegativeInt,
-        PositiveInt,
-    )  # slow to import: only where a file is read
+    # slow to import: only where a file is read
+    from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 
     class Strict(BaseModel):
         model_config = ConfigDict(extra="forbid", strict=True)
@@ -466,8 +434,7 @@ def _graph_file() -> Any:
         inputs: dict[str, Any] = Field(default_factory=dict)
         uncalled: list[str] = Field(default_factory=list)
 
-    class GraphFile(BaseModel):
-        model_config = ConfigDict(extra="forbid", strict=True)
+    class GraphFile(Strict):
         version: Literal[1] = Field(alias="schema")
         directed: Literal[True]
         multigraph: Literal[False]

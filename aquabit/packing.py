@@ -6,9 +6,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypedDict, Unpack
 
 import torch
 from diffusers import DiffusionPipeline
@@ -52,6 +52,24 @@ from aquabit.scheme import (
 )
 
 Model: TypeAlias = str | DiffusionPipeline
+
+
+class SamplingOptions(TypedDict, total=False):
+    """The fields of ``Sampling`` as keywords of ``generate``."""
+
+    eta: float | None
+    guidance: float | None
+    resolution: int | None
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How images are sampled, ``resolution`` in pixels; None: as the artifact's configuration was calibrated
+    for, else as ``Calibration`` has it."""
+
+    eta: float | None = None
+    guidance: float | None = None
+    resolution: int | None = None
 
 
 class Packed:
@@ -113,6 +131,35 @@ def quantize(
     "cnc+bc+vsc") corrects the noise of quantization, whose statistics are measured as ``config.calibration``
     samples; the pipeline then keeps that sampler. Raises AquabitError for a configuration of another model.
     """
+    source, model = _copied(pipe, config, bank, device)
+    if finetune:
+        check_tunable(model, config)  # before anything is fitted
+        with single_thread(device):
+            model.prepare(config, progress)
+        settings = finetune if isinstance(finetune, FineTuning) else FineTuning()
+        tuned = tune(model, config, replay_recorder(source), settings, progress)
+        config = tuned.config
+        if told is not None:
+            told(tuned)
+    if correct:
+        asked = correct if isinstance(correct, str) else config.correction or DEFAULT_CORRECTION
+        config = replace(config, correction=asked)
+    with single_thread(device):
+        statistics = _statistics(source, model, config, progress) if config.correction else None
+        model.pack(config, accuracy, progress)
+    follow_(model.denoiser, source.scheduler, model.watchers(config))
+    if statistics is not None:
+        corrected_(model.denoiser, source.scheduler, statistics, config.correction)
+    ranges = model.ranges(config) or {}
+    attach_(model.denoiser, Contents(config, model.layers, ranges, statistics, model.inputs))
+    return Packed(source, model, config, statistics)
+
+
+def _copied(
+    pipe: Model, config: QuantConfig, bank: str | None, device: str
+) -> tuple[DiffusionPipeline, QuantizedDenoiser]:
+    """A pipeline that may be changed, and its denoiser ready to be quantized. Raises AquabitError where the
+    configuration is of another model."""
     source = load(pipe, device)
     name = denoiser_name(source)
     own = fingerprint(getattr(source, name))
@@ -125,40 +172,21 @@ def quantize(
         source = own_copy(source, name, "scheduler")  # what is followed is not the caller's
     else:
         free_text_encoders(source)
-    model = QuantizedDenoiser(
-        getattr(source, name).eval(), graph, Bank(bank), own, recorder(source), sampler(source)
+    denoiser = getattr(source, name).eval()
+    return source, QuantizedDenoiser(denoiser, graph, Bank(bank), own, recorder(source), sampler(source))
+
+
+def _statistics(
+    source: DiffusionPipeline, model: QuantizedDenoiser, config: QuantConfig, progress: Progress
+) -> Statistics:
+    """The noise that a configuration adds, sampled as its calibration says; the pipeline keeps that
+    sampler."""
+    calibration = config.calibration or Calibration()
+    set_scheduler(source, calibration.scheduler)
+    check_correction(source.scheduler, config.correction, calibration.eta)
+    return noise_statistics(
+        source, model, config, replace(calibration, scheduler="default"), progress=progress
     )
-    if finetune:
-        check_tunable(model, config)  # before anything is fitted
-        with single_thread(device):
-            model.prepare(config, progress)
-        settings = finetune if isinstance(finetune, FineTuning) else FineTuning()
-        tuned = tune(model, config, replay_recorder(source), settings, progress)
-        config = tuned.config
-        if told is not None:
-            told(tuned)
-    if correct:
-        config = replace(
-            config,
-            correction=correct if isinstance(correct, str) else config.correction or DEFAULT_CORRECTION,
-        )
-    statistics = None
-    with single_thread(device):
-        if config.correction:
-            calibration = config.calibration or Calibration()
-            set_scheduler(source, calibration.scheduler)
-            check_correction(source.scheduler, config.correction, calibration.eta)
-            statistics = noise_statistics(
-                source, model, config, replace(calibration, scheduler="default"), progress=progress
-            )
-        model.pack(config, accuracy, progress)
-    follow_(model.denoiser, source.scheduler, model.watchers(config))
-    if statistics is not None:
-        corrected_(model.denoiser, source.scheduler, statistics, config.correction)
-    attach_(
-        model.denoiser, Contents(config, model.layers, model.ranges(config) or {}, statistics, model.inputs)
-    )
-    return Packed(source, model, config, statistics)
 
 
 def generate(
@@ -172,10 +200,8 @@ def generate(
     progress: Progress = no_progress,
     told: Callable[[Placement], None] | None = None,
     correction: str | None = None,
-    eta: float | None = None,
-    guidance: float | None = None,
     offload: bool = False,
-    resolution: int | None = None,
+    **sampling: Unpack[SamplingOptions],
 ) -> Tensor:
     """Images [n, c, h, w] in [0, 1] from a pipeline or packed artifact, image i from seed + i.
 
@@ -194,18 +220,16 @@ def generate(
         free_text_encoders(adapter.pipe)
     config = config_of(adapter.denoiser)
     usual = (None if config is None else config.calibration) or Calibration()
-    usual = (
-        usual if config is None or config.total_steps is None else replace(usual, steps=config.total_steps)
-    )
+    if config is not None and config.total_steps is not None:
+        usual = replace(usual, steps=config.total_steps)
+    asked = {"steps": steps, **asdict(Sampling(**sampling))}
+    given: dict[str, Any] = {k: getattr(usual, k) if v is None else v for k, v in asked.items()}
     protocol = Protocol(
         images=images,
-        steps=usual.steps if steps is None else steps,
         seed=seed,
-        eta=usual.eta if eta is None else eta,
-        guidance=usual.guidance if guidance is None else guidance,
         conditions=tuple(conditions) if conditions else None,
-        micro_batch=min(images, image_batch(adapter.pipe, resolution or usual.resolution, 64)),
-        resolution=resolution or usual.resolution,
+        micro_batch=min(images, image_batch(adapter.pipe, given["resolution"], 64)),
+        **given,
     )
     layers = layers_of(adapter.denoiser)
     with _switched_correction(adapter, correction):

@@ -1,4 +1,4 @@
-"""The kinds of schemes without torch: how each is written, how a weight of it is stored, how reports draw it.
+"""Scheme, and the kinds there are: how each is written, how a weight of it is stored, how reports draw it.
 
 ``Scheme`` looks its kind up in ``KINDS`` and nobody else asks for it. What needs torch, the fit, is one file
 for each kind in ``aquabit.quant.schemes``, whose docstring says how to add a kind.
@@ -10,27 +10,12 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import ceil, prod
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
+
+from aquabit.errors import AquabitError
 
 HALF = 2  # bytes of a float16: what scales, offsets, codebooks and weights in full precision are stored in
 WORD = 8  # inputs that the ``k`` form covers where a kernel is 1 x 1 (AQUATIC-Diff)
-
-
-class Fields(Protocol):
-    """What a kind reads of a ``Scheme``."""
-
-    @property
-    def bits(self) -> int: ...
-    @property
-    def codebooks(self) -> int: ...
-    @property
-    def group(self) -> int | None: ...
-    @property
-    def per_channel(self) -> bool: ...
-    @property
-    def output_aware(self) -> bool: ...
-    @property
-    def shared(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -77,19 +62,19 @@ class Look(NamedTuple):
 class SchemeKind:
     """One kind of schemes: its text form in both directions, its storage, and what others have to know of it.
 
-    ``fields`` makes ``Scheme``'s fields of a match of ``pattern``; ``text`` is the inverse. ``codeword`` is
-    the number of weights that M codes cover, by the kernel's area kh * kw. ``examples`` are texts of every
-    variant: they are named in error messages, and the contract test runs them all.
+    The named groups of ``pattern`` are fields of ``Scheme``, numbers or flags (a letter or nothing); ``text``
+    is the inverse. ``codeword`` is the number of weights that M codes cover, by the kernel's area kh * kw.
+    ``examples`` are texts of every variant: they are named in error messages, and the contract test runs them
+    all.
     """
 
     name: str
     examples: tuple[str, ...]
     pattern: str
-    fields: Callable[[re.Match[str]], dict[str, Any]]
-    text: Callable[[Fields], str]
-    layout: Callable[[Fields, tuple[int, ...]], Layout]
-    look: Callable[[Fields], Look]
-    codeword: Callable[[Fields, int], int] = lambda scheme, area: 1
+    text: Callable[[Scheme], str]
+    layout: Callable[[Scheme, tuple[int, ...]], Layout]
+    look: Callable[[Scheme], Look]
+    codeword: Callable[[Scheme, int], int] = lambda scheme, area: 1
     most_bits: int = 8  # of one code
     always_calibrated: bool = False  # fitted with H wherever there is one, without a final ``h``
     even: bool = False  # levels are evenly spaced, as those of plain integers
@@ -98,42 +83,124 @@ class SchemeKind:
     unlike_even: str | None = None  # what a library of evenly spaced levels cannot express
 
 
+@dataclass(frozen=True)
+class Scheme:
+    """How one weight is stored; ``Scheme.parse(str(s)) == s``.
+
+    ``fp`` full precision at 16 bits; ``usq4`` uniform per output channel, ``usq4g64`` per 64 inputs; ``vq3``
+    k-means over the tensor, ``vq3c`` per output channel; ``aq2x8g8`` two codebooks of 2^8 vectors of 8
+    weights, ``aq2x8k`` one k x k kernel slice a group (where the kernel is 1 x 1, 8 inputs); ``aq2x8g8s`` the
+    same with its codebooks shared by the layers of one operator type and shape. A final ``h`` means fitted
+    output-aware; ``aq`` always is.
+    """
+
+    kind: str = "fp"  # a name in KINDS; ask ``record`` what it means
+    bits: int = 16  # bits of one code
+    codebooks: int = 1
+    # usq: inputs that share a scale; aq: weights a codeword covers; None: the whole row, or kernel slice
+    group: int | None = None
+    per_channel: bool = False
+    output_aware: bool = False
+    shared: bool = False
+
+    @staticmethod
+    def parse(text: str | Scheme) -> Scheme:
+        """The scheme that ``text`` names; raises AquabitError where it names none."""
+        if isinstance(text, Scheme):
+            return text
+        for record in KINDS.values():
+            match = re.fullmatch(record.pattern, text)
+            if match is None:
+                continue
+            found = {name: value for name, value in match.groupdict().items() if value is not None}
+            fields: dict[str, Any] = {k: int(v) if v.isdigit() else bool(v) for k, v in found.items()}
+            scheme, most = Scheme(record.name, **fields), record.most_bits
+            counts = scheme.codebooks >= 1 and scheme.group != 0
+            if not 1 <= scheme.bits <= most or not counts or str(scheme) != text:
+                raise AquabitError(
+                    f"scheme {text!r} is out of range: codes have 1 to {most} bits, counts start at 1;"
+                    f" {_known_forms()}"
+                )
+            return scheme
+        raise AquabitError(f"unknown scheme {text!r}; {_known_forms()}")
+
+    def __str__(self) -> str:
+        return self.record.text(self)
+
+    @property
+    def record(self) -> SchemeKind:
+        """What is known of the kind: the one place where ``kind`` is asked."""
+        return KINDS[self.kind]
+
+    @property
+    def calibrated(self) -> bool:
+        """Fitted with the second moments of the layer's input (H), so that a fit belongs to a calibration."""
+        return self.output_aware or self.record.always_calibrated
+
+    @property
+    def additive(self) -> bool:
+        """Whether a weight is a sum of codewords."""
+        return self.record.additive
+
+    @property
+    def range_group(self) -> int | None:
+        """Inputs that share a scale; None where a row has one scale, or none."""
+        return self.group if self.record.ranged else None
+
+    @property
+    def look(self) -> Look:
+        """How reports show it."""
+        return self.record.look(self)
+
+    def code_bits(self, kernel_area: int = 1) -> float:
+        """Bits of codes per weight, without codebooks and scales; ``kernel_area`` = kh * kw serves the
+        ``k`` form."""
+        return self.codebooks * self.bits / self.group_size(kernel_area)
+
+    def group_size(self, kernel_area: int = 1) -> int:
+        """Weights that one codeword covers (1 where each weight has a code of its own), by the kernel's area
+        kh * kw."""
+        return self.record.codeword(self, kernel_area)
+
+    def layout(self, shape: tuple[int, ...]) -> Layout:
+        """What is stored of a weight [out, in] or [out, in, kh, kw]."""
+        return self.record.layout(self, shape)
+
+    def stored_bytes(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """Bytes of one stored weight [out, in] or [out, in, kh, kw]: (packed codes with float16 scales and
+        offsets, float16 codebooks)."""
+        return self.layout(shape).stored_bytes(shape)
+
+    def table_operations(self, shape: tuple[int, ...]) -> tuple[float, float]:
+        """(multiply-adds, adds) of the table kernel relative to the dense layer's multiply-adds: M K / out
+        to make the tables, divided by the kernel's area where its taps share them (groups of ``gN``), and
+        M / g table entries added (AQUATIC-Diff). (1, 0) for schemes that are counted as decoded and
+        multiplied: those that are not additive."""
+        if not self.additive:
+            return 1.0, 0.0
+        area = prod(shape[2:])
+        size, taps = self.group_size(area), 1 if self.group is None else area
+        return self.codebooks * 2**self.bits / (taps * shape[0]), self.codebooks / size
+
+    def operations(self, shape: tuple[int, ...]) -> float:
+        """Both parts of ``table_operations`` as one number: an add is half a multiply-add."""
+        multiply_adds, adds = self.table_operations(shape)
+        return multiply_adds + adds / 2
+
+
 # ---- one entry for each kind
 
 
-def _usq_fields(match: re.Match[str]) -> dict[str, Any]:
-    group = match["group"]
-    return {
-        "bits": int(match["bits"]),
-        "group": int(group) if group else None,
-        "output_aware": bool(match["h"]),
-    }
-
-
-def _usq_layout(scheme: Fields, shape: tuple[int, ...]) -> Layout:
+def _usq_layout(scheme: Scheme, shape: tuple[int, ...]) -> Layout:
     row = prod(shape[1:])
     return Layout(scheme.bits, scales=ceil(row / (scheme.group or row)), offset=True)
 
 
-def _vq_fields(match: re.Match[str]) -> dict[str, Any]:
-    return {"bits": int(match["bits"]), "per_channel": bool(match["c"]), "output_aware": bool(match["h"])}
-
-
-def _aq_fields(match: re.Match[str]) -> dict[str, Any]:
-    group = match["group"]
-    return {
-        "bits": int(match["bits"]),
-        "codebooks": int(match["codebooks"]),
-        "group": int(group) if group else None,
-        "shared": bool(match["s"]),
-    }
-
-
-def _aq_codeword(scheme: Fields, area: int) -> int:
+def _aq_codeword(scheme: Scheme, area: int) -> int:
     return scheme.group or (area if area > 1 else WORD)
 
 
-def _aq_layout(scheme: Fields, shape: tuple[int, ...]) -> Layout:
+def _aq_layout(scheme: Scheme, shape: tuple[int, ...]) -> Layout:
     area = prod(shape[2:])
     order: Literal["inputs", "kernel"] = "kernel" if scheme.group is None and area > 1 else "inputs"
     return Layout(scheme.bits, scheme.codebooks, _aq_codeword(scheme, area), order, "shared", scales=1)
@@ -143,42 +210,38 @@ def _flag(value: bool, letter: str) -> str:
     return letter if value else ""
 
 
-_FULL = SchemeKind(
+FULL = SchemeKind(
     name="fp",
     examples=("fp",),
     pattern=r"fp",
-    fields=lambda match: {},
     text=lambda scheme: "fp",
     layout=lambda scheme, shape: Layout(8 * HALF, tables="none"),
     look=lambda scheme: Look("fp", "D", ""),
     most_bits=8 * HALF,
 )
-_UNIFORM = SchemeKind(
+UNIFORM = SchemeKind(
     name="usq",
     examples=("usq4", "usq4g64", "usq3h", "usq3g32h"),
-    pattern=r"usq(?P<bits>\d+)(?:g(?P<group>\d+))?(?P<h>h?)",
-    fields=_usq_fields,
+    pattern=r"usq(?P<bits>\d+)(?:g(?P<group>\d+))?(?P<output_aware>h?)",
     text=lambda s: f"usq{s.bits}" + (f"g{s.group}" if s.group else "") + _flag(s.output_aware, "h"),
     layout=_usq_layout,
     look=lambda scheme: Look("usq", "s", ""),
     even=True,
     ranged=True,
 )
-_KMEANS = SchemeKind(
+KMEANS = SchemeKind(
     name="vq",
     examples=("vq3", "vq3c", "vq3h", "vq3ch"),
-    pattern=r"vq(?P<bits>\d+)(?P<c>c?)(?P<h>h?)",
-    fields=_vq_fields,
+    pattern=r"vq(?P<bits>\d+)(?P<per_channel>c?)(?P<output_aware>h?)",
     text=lambda s: f"vq{s.bits}" + _flag(s.per_channel, "c") + _flag(s.output_aware, "h"),
     layout=lambda s, shape: Layout(s.bits, tables="channel" if s.per_channel else "shared"),
     look=lambda s: Look("vqc", "v", "xxxx") if s.per_channel else Look("vq", "^", "////"),
     unlike_even="k-means codebook: evenly spaced levels instead",
 )
-_ADDITIVE = SchemeKind(
+ADDITIVE = SchemeKind(
     name="aq",
     examples=("aq2x8g8", "aq2x8k", "aq2x8g8s"),
-    pattern=r"aq(?P<codebooks>\d+)x(?P<bits>\d+)(?:g(?P<group>\d+)|k)(?P<s>s?)",
-    fields=_aq_fields,
+    pattern=r"aq(?P<codebooks>\d+)x(?P<bits>\d+)(?:g(?P<group>\d+)|k)(?P<shared>s?)",
     text=lambda s: f"aq{s.codebooks}x{s.bits}" + (f"g{s.group}" if s.group else "k") + _flag(s.shared, "s"),
     layout=_aq_layout,
     look=lambda scheme: Look("aq", "o", "\\\\\\\\"),
@@ -188,4 +251,19 @@ _ADDITIVE = SchemeKind(
     additive=True,
     unlike_even="additive codebooks: evenly spaced levels instead",
 )
-KINDS: Mapping[str, SchemeKind] = {kind.name: kind for kind in (_FULL, _UNIFORM, _KMEANS, _ADDITIVE)}
+KINDS: Mapping[str, SchemeKind] = {kind.name: kind for kind in (FULL, UNIFORM, KMEANS, ADDITIVE)}
+
+
+def _known_forms() -> str:
+    return f"known forms: {', '.join(form for kind in KINDS.values() for form in kind.examples)}"
+
+
+FP = Scheme()
+
+
+def parse_swap(text: str) -> tuple[Scheme, Scheme]:
+    """``"usq4:usq2"`` as two schemes."""
+    schemes = [Scheme.parse(part) for part in text.split(":")]
+    if len(schemes) != 2 or schemes[0] == schemes[1]:
+        raise AquabitError(f"swap {text!r} must name two different schemes, as in usq4:usq2")
+    return schemes[0], schemes[1]

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from aquabit.graph import codebook_names
 from aquabit.graph import layers as graph_layers
 from aquabit.jsonio import read_json
 from aquabit.layer_formats import FORMATS, LEVELS, layer_formats
+from aquabit.maximum_entropy import level_odds
 from aquabit.scheme import (
     ACTIVATION_BITS,
     FP,
@@ -30,17 +31,13 @@ from aquabit.scheme import (
     StepGroups,
     parse_correction,
 )
+from aquabit.scheme_kinds import KINDS
 
-DEFAULT_SCHEMES = (
-    "usq2h",
-    "usq4h",
-    "usq6h",
-)  # beside the additive formats; plain rounding and k-means lose to these nearly everywhere
+# beside the additive formats; plain rounding and k-means lose to these nearly everywhere
+DEFAULT_SCHEMES = ("usq2h", "usq4h", "usq6h")
 TINY_SCHEMES = (*DEFAULT_SCHEMES, "usq8")  # of layers whose bytes hardly count
-# share of all weights below which a layer's bytes hardly count: at 16 bits it takes what .01 bit of the model
-# takes
-TINY = 1e-3
-DEFAULT_ACTIVATIONS = (8, 6)
+TINY = 1e-3  # share of all weights below which bytes hardly count: at 16 bits they are .01 bit of the model
+DEFAULT_ACTIVATIONS = (8, 6)  # what budgets in bits fix, and the next lower one, for budgets in BOPs
 BITS_RANGE = (2.0, 4.5)  # mean bits of a random sample: the budgets that people ask for
 
 
@@ -97,6 +94,11 @@ class SearchSpace:
         found = {s: None for row in self.choices.values() for s in row}
         return [FP, *(s for s in found if s != FP)]
 
+    @property
+    def columns(self) -> dict[Scheme, int]:
+        """Where in ``schemes`` each one stands."""
+        return {scheme: j for j, scheme in enumerate(self.schemes)}
+
     def codebook(self, layer: str) -> str:
         """The name of the codebooks that a layer may share."""
         name = (self.codebooks or {}).get(layer)
@@ -111,15 +113,19 @@ class SearchSpace:
         return LayerChoice(weight, act, self.codebook(layer) if weight.shared else None)
 
     def config(self, choices: Mapping[str, LayerChoice]) -> QuantConfig:
-        quantizes = any(
-            choice != LayerChoice() for choice in choices.values()
-        )  # full precision has no noise to correct
+        # full precision has no noise to correct
+        quantizes = any(choice != LayerChoice() for choice in choices.values())
         correction = self.correction if quantizes else None
         return QuantConfig(self.fingerprint, choices, self.model, self.steps, correction, self.calibration)
 
     def free_layers(self) -> list[str]:
         """Layers that have more than one weight scheme to choose from."""
         return [k for k, row in self.choices.items() if len(row) > 1]
+
+    def common_schemes(self) -> list[Scheme]:
+        """The schemes that every free layer may take: what a uniform configuration can have."""
+        free = [self.choices[k] for k in self.free_layers()]
+        return [s for s in self.schemes if all(s in row for row in free)]
 
     def code_bits(self, layer: str, scheme: Scheme) -> float:
         """Nominal bits of codes per weight of one layer."""
@@ -140,6 +146,13 @@ class SearchSpace:
             levels.setdefault(round(2 * scheme.code_bits(kernel_area)) / 2, []).append(scheme)
         return dict(sorted(levels.items()))
 
+    def scheme_odds(self, layer: str, mean: float) -> dict[Scheme, float]:
+        """The chance of each scheme of a layer in a random configuration of so many mean bits: levels of
+        maximum entropy, schemes of a level alike."""
+        levels = self.bit_levels(layer)
+        odds = level_odds(tuple(levels), mean)
+        return {s: p / len(row) for row, p in zip(levels.values(), odds, strict=True) for s in row}
+
     def allowed(self) -> np.ndarray:
         """Boolean [layers, schemes]: what each layer may take."""
         schemes = self.schemes
@@ -148,23 +161,25 @@ class SearchSpace:
     def uniform(self, scheme: Scheme | str, act: Act = 8) -> QuantConfig:
         """Every free layer with one scheme, pinned and excluded layers as they are."""
         scheme = Scheme.parse(scheme)
-        picked = {}
-        for layer, row in self.choices.items():
-            weight = scheme if len(row) > 1 else row[0]
-            picked[layer] = self.choice(layer, weight, 16 if row == (FP,) else act)
-        return self.config(picked)
+        return self._with([scheme if len(row) > 1 else row[0] for row in self.choices.values()], act)
 
     def level(self, kind: str, bits: float, act: Act = 8) -> QuantConfig:
         """Every free layer with its scheme of a kind nearest to ``bits`` of code, of output-aware ones
         where it has some; where it has none of that kind, the nearest output-aware one, else any."""
-        picked = {}
-        for layer, row in self.choices.items():
+        record = KINDS.get(kind)
 
-            def distance(s: Scheme, layer: str = layer) -> tuple[bool, bool, float]:
-                return s.kind != kind, not s.calibrated, abs(self.code_bits(layer, s) - bits)
+        def nearest(layer: str) -> Scheme:
+            def distance(s: Scheme) -> tuple[bool, bool, float]:
+                return s.record is not record, not s.calibrated, abs(self.code_bits(layer, s) - bits)
 
-            picked[layer] = self.choice(layer, min(row, key=distance), 16 if row == (FP,) else act)
-        return self.config(picked)
+            return min(self.choices[layer], key=distance)
+
+        return self._with([nearest(layer) for layer in self.choices], act)
+
+    def _with(self, schemes: Sequence[Scheme], act: Act) -> QuantConfig:
+        """One scheme for each layer, activations at ``act``, those of excluded layers off."""
+        rows = zip(self.choices.items(), schemes, strict=True)
+        return self.config({k: self.choice(k, s, 16 if row == (FP,) else act) for (k, row), s in rows})
 
     def full_precision(self) -> QuantConfig:
         return self.config({})
@@ -205,13 +220,10 @@ class SearchSpace:
         target = rng.uniform(*bits_range)
         share = rng.uniform(0, 1) if rng.random() < 0.5 else 0.0
         others = self.lower_acts(share, rng)
-        picked, odds = {}, {}
+        picked = {}
         for layer, row in self.choices.items():
             levels = self.bit_levels(layer)
-            key = tuple(levels)
-            if key not in odds:
-                odds[key] = maximum_entropy(key, target)
-            level = rng.choice(list(levels), p=odds[key])
+            level = rng.choice(list(levels), p=level_odds(tuple(levels), target))
             methods = levels[float(level)]
             scheme = methods[int(rng.integers(len(methods)))]
             low = others[int(rng.integers(len(others)))] if len(others) > 1 else others[0]
@@ -230,6 +242,13 @@ class SearchSpace:
 
     def to_dict(self) -> dict[str, Any]:
         choices = {k: [str(s) for s in v] for k, v in self.choices.items()}
+        steps = self.steps
+        later = {  # absent where there is none: spaces stay what they were
+            "codebooks": dict(self.codebooks or {}),
+            "calibration": self.calibration and asdict(self.calibration),
+            "correction": self.correction,
+            "step_groups": steps and {"total": steps.total, "starts": list(steps.starts)},
+        }
         return {
             "fingerprint": self.fingerprint,
             "choices": choices,
@@ -237,14 +256,7 @@ class SearchSpace:
             "operators": dict(self.operators or {}),
             "kernel_area": dict(self.kernel_area or {}),
             "model": self.model,
-            **({"codebooks": dict(self.codebooks)} if self.codebooks else {}),
-            **({"calibration": asdict(self.calibration)} if self.calibration else {}),
-            **({"correction": self.correction} if self.correction else {}),
-            **(
-                {"step_groups": {"total": self.steps.total, "starts": list(self.steps.starts)}}
-                if self.steps
-                else {}
-            ),
+            **{name: value for name, value in later.items() if value},
         }
 
     @staticmethod
@@ -263,28 +275,6 @@ class SearchSpace:
             read_groups(value.get("step_groups"), "the stored space"),
             value.get("correction"),
         )
-
-
-def maximum_entropy(levels: Sequence[float], mean: float) -> np.ndarray:
-    """Probabilities over ``levels`` of largest entropy with the given mean: p ~ exp(lambda * level); the
-    mean is clipped inside."""
-    values = np.asarray(levels, float)
-    if len(values) == 1:
-        return np.ones(1)
-    mean = float(np.clip(mean, values.min() + 1e-3, values.max() - 1e-3))
-
-    def weights(rate: float) -> np.ndarray:
-        exponent = rate * (values - mean)
-        w = np.exp(exponent - exponent.max())
-        return np.asarray(w / w.sum())
-
-    low, high = -1e4, 1e4
-    for _ in range(200):
-        middle = (low + high) / 2
-        if middle in (low, high):  # no number lies between them
-            break
-        low, high = (middle, high) if weights(middle) @ values < mean else (low, middle)
-    return weights((low + high) / 2)
 
 
 def _matching(patterns: Iterable[str], names: Sequence[str], what: str) -> dict[str, str]:
@@ -328,43 +318,26 @@ def make_space(
     between which activation bits may change.
     """
     nodes = graph_layers(graph)
-    names = list(nodes)
-    default = tuple(dict.fromkeys(Scheme.parse(s) for s in (DEFAULT_SCHEMES if schemes is None else schemes)))
-    chosen = (LEVELS if schemes is None else ()) if levels is None else levels
-    if not default and not chosen:
-        raise AquabitError("the list of schemes is empty; give at least one, as in usq4")
-    pins = _matching(pinned or {}, names, "pinned")
-    out = {*_matching(excluded, names, "excluded"), *graph.graph.get("uncalled", ())}
-    partners, table = codebook_names(graph), FORMATS if formats is None else formats
-    sharers, weights = Counter(partners.values()), sum(int(np.prod(node["shape"])) for node in nodes.values())
-    choices: dict[str, tuple[Scheme, ...]] = {}
-    for name, node in nodes.items():
-        additive = layer_formats(
-            node["operator"], tuple(node["shape"]), chosen, sharers.get(partners.get(name, ""), 1), table
-        )
-        offered = [s for s in (*default, *additive) if name in partners or not s.shared]
-        if schemes is None:
-            tiny = levels is None and int(np.prod(node["shape"])) < TINY * weights
-            offered = [FP, *(map(Scheme.parse, TINY_SCHEMES) if tiny else offered)]
-        free = tuple(dict.fromkeys(offered))
-        choices[name] = (
-            (FP,) if name in out else (Scheme.parse((pinned or {})[pins[name]]),) if name in pins else free
-        )
-        if not choices[name]:
+    pins = _matching(pinned or {}, list(nodes), "pinned")
+    out = {*_matching(excluded, list(nodes), "excluded"), *graph.graph.get("uncalled", ())}
+    partners = codebook_names(graph)
+    choices = _offered(nodes, partners, schemes, levels, FORMATS if formats is None else formats)
+    choices |= {name: (Scheme.parse((pinned or {})[pattern]),) for name, pattern in pins.items()}
+    choices |= dict.fromkeys(out, (FP,))
+    for name, row in choices.items():
+        if not row:
             raise AquabitError(
-                f"no scheme is left for layer {name!r} {node['shape']}; give one that fits it, as in usq4, or"
-                " exclude it"
+                f"no scheme is left for layer {name!r} {nodes[name]['shape']}; give one that fits it, as in"
+                " usq4, or exclude it"
             )
-    operators = {n: str(a["operator"]) for n, a in nodes.items()}
-    area = {n: int(np.prod(a["shape"][2:])) for n, a in nodes.items()}
     calibrated = any(s.calibrated for row in choices.values() for s in row)
-    shared = {s for row in choices.values() for s in row if s.shared}
+    shared = any(s.shared for row in choices.values() for s in row)
     return SearchSpace(
         fingerprint,
         choices,
         tuple(activations),
-        operators,
-        area,
+        {n: str(a["operator"]) for n, a in nodes.items()},
+        {n: int(np.prod(a["shape"][2:])) for n, a in nodes.items()},
         model,
         partners if shared else None,
         (calibration or Calibration()) if calibrated or parse_correction(correction) else None,
@@ -373,16 +346,40 @@ def make_space(
     )
 
 
+def _offered(
+    nodes: Mapping[str, Mapping[str, Any]],
+    partners: Mapping[str, str],
+    schemes: Sequence[str] | None,
+    levels: Sequence[float] | None,
+    formats: Mapping[str, Sequence[str]],
+) -> dict[str, tuple[Scheme, ...]]:
+    """What each layer may take where nothing is pinned or excluded, see ``make_space``; ``partners`` names
+    the codebooks that a layer may share."""
+    plain = [Scheme.parse(s) for s in (DEFAULT_SCHEMES if schemes is None else schemes)]
+    chosen = (LEVELS if schemes is None else ()) if levels is None else levels
+    if not plain and not chosen:
+        raise AquabitError("the list of schemes is empty; give at least one, as in usq4")
+    sharers, weights = Counter(partners.values()), sum(int(np.prod(node["shape"])) for node in nodes.values())
+    choices = {}
+    for name, node in nodes.items():
+        operator, shape = node["operator"], tuple(node["shape"])
+        additive = layer_formats(operator, shape, chosen, sharers.get(partners.get(name, ""), 1), formats)
+        offered = [s for s in (*plain, *additive) if name in partners or not s.shared]
+        if schemes is None:
+            tiny = levels is None and int(np.prod(shape)) < TINY * weights
+            offered = [FP, *(map(Scheme.parse, TINY_SCHEMES) if tiny else offered)]
+        choices[name] = tuple(dict.fromkeys(offered))
+    return choices
+
+
 def read_groups(value: Any, source: str) -> StepGroups | None:
     """Groups of steps from untrusted JSON ({"total": 10, "starts": [0, 5]}; None stays None); raises
     AquabitError naming ``source``."""
     if value is None:
         return None
-    numbers = (
-        [value.get("total"), *starts]
-        if isinstance(value, Mapping) and isinstance(starts := value.get("starts"), list | tuple)
-        else []
-    )
+    numbers = []
+    if isinstance(value, Mapping) and isinstance(starts := value.get("starts"), list | tuple):
+        numbers = [value.get("total"), *starts]
     if not numbers or set(value) != {"total", "starts"} or any(type(n) is not int for n in numbers):
         raise AquabitError(
             f'{source}: step_groups {value!r:.60} must be as {{"total": 10, "starts": [0, 5]}}'
@@ -419,11 +416,7 @@ def read_space(path: str | Path) -> dict[str, Any]:
     rows = value.get("formats", {}).values()
     if any(not isinstance(row, list) for row in rows):
         raise AquabitError(f"{path}: formats must map operator patterns to lists of additive schemes")
-    for scheme in [
-        *value.get("schemes", []),
-        *value.get("pinned", {}).values(),
-        *(s for row in rows for s in row),
-    ]:
+    for scheme in (*value.get("schemes", []), *value.get("pinned", {}).values(), *chain.from_iterable(rows)):
         if not isinstance(scheme, str):
             raise AquabitError(f"{path}: scheme {scheme!r} must be text, as in usq4")
         Scheme.parse(scheme)

@@ -84,14 +84,14 @@ def mean_interval(values: Sequence[float] | np.ndarray, level: float = LEVEL) ->
     return Interval(mean, mean - half, mean + half, level)
 
 
-def paired_difference(a: Sequence[float], b: Sequence[float], level: float = LEVEL) -> Interval:
+def paired_difference(a: Sequence[float], b: Sequence[float]) -> Interval:
     """Mean of a - b over the same blocks of seeds, with its t interval. Raises AquabitError where the blocks
     do not pair up."""
     if len(a) != len(b):
         raise AquabitError(
             f"a paired difference needs the same blocks on both sides, got {len(a)} and {len(b)}"
         )
-    return mean_interval([float(x) - float(y) for x, y in zip(a, b, strict=True)], level)
+    return mean_interval([float(x) - float(y) for x, y in zip(a, b, strict=True)])
 
 
 def between_percentiles(draws: np.ndarray, level: float = LEVEL) -> tuple[np.ndarray, np.ndarray]:
@@ -105,7 +105,7 @@ def between_percentiles(draws: np.ndarray, level: float = LEVEL) -> tuple[np.nda
 
 
 def around_replicates(
-    estimate: np.ndarray, replicates: np.ndarray, factor: float = 1.0, level: float = LEVEL
+    estimate: np.ndarray, replicates: np.ndarray, factor: float = 1.0
 ) -> tuple[np.ndarray, np.ndarray]:
     """The ends [n] of intervals around ``estimate`` [n] from bootstrap replicates [r, n]; NaN below two.
 
@@ -116,7 +116,7 @@ def around_replicates(
     count = len(replicates)
     if count < 2:
         return np.full(len(estimate), nan), np.full(len(estimate), nan)
-    half = factor * stdtrit(count, (1 + level) / 2) * replicate_errors(estimate, replicates)
+    half = factor * stdtrit(count, (1 + LEVEL) / 2) * replicate_errors(estimate, replicates)
     return estimate - half, estimate + half
 
 

@@ -21,7 +21,7 @@ from aquabit import _notebook
 from aquabit.scheme import AquabitError, Measurement, Protocol, QuantConfig
 
 APPLICATION_ID = 0x61714269  # "aqBi"
-VERSION = 1
+VERSION = 1  # of the file's tables
 SHOWN = 400  # points of a notebook's chart: the last ones
 TABLES = """
 CREATE TABLE facts(name TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -190,10 +190,8 @@ class Study:
     def set(self, **facts: Any) -> None:
         """Store JSON values in one transaction; undefined numbers must already be None."""
         with self._transaction() as db:
-            for name, value in facts.items():
-                db.execute(
-                    "INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, json.dumps(value, allow_nan=False))
-                )
+            rows = [(name, json.dumps(value, allow_nan=False)) for name, value in facts.items()]
+            _insert(db, "facts", rows, replace=True)
 
     def begin(self, model: str, fingerprint: str, graph: Any, space: Any, protocol: Protocol) -> None:
         """Bind an empty study to a model, space and protocol; one that is bound must agree with all three."""
@@ -219,27 +217,20 @@ class Study:
             )
         stored = Protocol.from_dict(self.get("protocol"))
         if stored.digest != protocol.digest:
-            old, new = stored.to_dict(), protocol.to_dict()
-            what = ", ".join(
-                f"{k} {old[k]} instead of {new[k]}" for k in old if old[k] != new[k] and k != "objective"
-            )
+            pairs = {k: (v, protocol.to_dict()[k]) for k, v in stored.to_dict().items() if k != "objective"}
+            what = ", ".join(f"{k} {v} instead of {w}" for k, (v, w) in pairs.items() if v != w)
             raise AquabitError(
                 f"{self.path} was measured under another protocol ({what}); use the same options or another"
                 " file"
             )
-        self._check_correction(self.get("space"), space)
+        old, new = (str(given.get("correction") or "none") for given in (self.get("space"), space))
+        if old != new:  # what both measure is not to be mixed
+            raise AquabitError(
+                f"{self.path} was begun with --correction {old}, not {new}; use that or another file"
+            )
         if self.get("space") != space:
             raise AquabitError(
                 f"{self.path} was begun with another search space; use the same --space or another file"
-            )
-
-    def _check_correction(self, begun: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-        """Raise AquabitError where two spaces correct the noise of quantization differently: what both
-        measure is not to be mixed."""
-        old, new = (str(space.get("correction") or "none") for space in (begun, given))
-        if old != new:
-            raise AquabitError(
-                f"{self.path} was begun with --correction {old}, not {new}; use that or another file"
             )
 
     @property
@@ -248,10 +239,7 @@ class Study:
 
     def add_protocol(self, protocol: Protocol) -> None:
         with self._transaction() as db:
-            db.execute(
-                "INSERT OR IGNORE INTO protocols VALUES (?, ?)",
-                (protocol.digest, json.dumps(protocol.to_dict())),
-            )
+            _insert(db, "protocols", [(protocol.digest, json.dumps(protocol.to_dict()))])
 
     def protocols(self) -> dict[str, Protocol]:
         return {
@@ -273,28 +261,14 @@ class Study:
         bops.
         """
         m = measurement
-        row = (
-            m.config,
-            m.protocol,
-            kind,
-            m.status,
-            m.reason,
-            json.dumps(dict(m.metrics)),
-            m.seconds,
-            json.dumps(dict(m.environment)),
-            time.time(),
-        )
+        metrics, environment = json.dumps(dict(m.metrics)), json.dumps(dict(m.environment))
+        said = (kind, m.status, m.reason, metrics, m.seconds, environment, time.time())
+        body = json.dumps(config.to_dict(), allow_nan=False)
         with self._transaction() as db:
-            body = json.dumps(config.to_dict(), allow_nan=False)
-            db.execute(
-                "INSERT OR IGNORE INTO configs VALUES (?, ?, ?, ?, ?)",
-                (config.digest, body, cost["bits"], cost["bytes"], cost["bops"]),
-            )
-            db.execute("INSERT OR IGNORE INTO measurements VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+            _insert(db, "configs", [(config.digest, body, cost["bits"], cost["bytes"], cost["bops"])])
+            _insert(db, "measurements", [(m.config, m.protocol, *said)])
             if thumbnail is not None:
-                db.execute(
-                    "INSERT OR IGNORE INTO thumbnails VALUES (?, ?, ?)", (m.config, m.protocol, thumbnail)
-                )
+                _insert(db, "thumbnails", [(m.config, m.protocol, thumbnail)])
 
     def known(self, protocol: Protocol) -> frozenset[str]:
         """Digests of the configurations that were measured (or failed) under a protocol."""
@@ -314,20 +288,8 @@ class Study:
             " measurements m JOIN configs c ON c.digest = m.config WHERE (? OR m.status = 'ok') ORDER BY"
             " m.rowid"
         )
-        names = [
-            "config",
-            "protocol",
-            "kind",
-            "status",
-            "reason",
-            "seconds",
-            "created",
-            "bits",
-            "bytes",
-            "bops",
-            "correction",
-            "tuned",
-        ]
+        names = ["config", "protocol", "kind", "status", "reason", "seconds", "created"]
+        names += ["bits", "bytes", "bops", "correction", "tuned"]
         rows = [(*r[:-1], json.loads(r[-1])) for r in self._rows(query, (failed,))]
         table = pd.DataFrame([{**dict(zip(names, r[:-1], strict=True)), **r[-1]} for r in rows])
         if table.empty:
@@ -348,12 +310,9 @@ class Study:
     def add_features(self, values: Mapping[tuple[str, str], Mapping[str, Any]]) -> None:
         """Facts per (layer, scheme): "error" (relative squared weight error), "damage" and "sketch" (see
         ``Evaluator.fit``)."""
+        rows = [(*key, json.dumps(dict(value), allow_nan=False)) for key, value in values.items()]
         with self._transaction() as db:
-            for (layer, scheme), value in values.items():
-                db.execute(
-                    "INSERT OR REPLACE INTO features VALUES (?, ?, ?)",
-                    (layer, scheme, json.dumps(dict(value), allow_nan=False)),
-                )
+            _insert(db, "features", rows, replace=True)
 
     def features(self) -> dict[tuple[str, str], dict[str, Any]]:
         """(layer, scheme or activation as a6) -> facts, as ``sensitivity.features.Encoder`` takes them."""
@@ -369,10 +328,8 @@ class Study:
         (``measuring.output_errors``), in one transaction; the configurations need not be measured."""
         with self._transaction() as db:
             db.execute(OUTPUTS)  # older files lack it
-            rows = [
-                (config, inputs, json.dumps(dict(value), allow_nan=False)) for config, value in values.items()
-            ]
-            db.executemany("INSERT OR IGNORE INTO outputs VALUES (?, ?, ?)", rows)
+            rows = [(config, inputs, json.dumps(dict(v), allow_nan=False)) for config, v in values.items()]
+            _insert(db, "outputs", rows)
 
     def outputs(self, inputs: str) -> dict[str, dict[str, Any]]:
         """digest -> output errors of every configuration that has some on these inputs."""
@@ -401,10 +358,7 @@ class Study:
     ) -> None:
         """Two measured configurations that differ in one layer."""
         with self._transaction() as db:
-            db.execute(
-                "INSERT OR IGNORE INTO flips VALUES (?, ?, ?, ?, ?, ?)",
-                (layer, before, after, config_before, config_after, protocol.digest),
-            )
+            _insert(db, "flips", [(layer, before, after, config_before, config_after, protocol.digest)])
 
     def swaps(self, objective: str) -> pd.DataFrame:
         """One row a real swap whose both ends were measured: layer, before, after, config_before,
@@ -416,10 +370,9 @@ class Study:
             return pd.DataFrame(columns=[*columns, "value_before", "value_after"])
         value = table.set_index(["config", "protocol"])[objective].to_dict()
         out = pd.DataFrame(rows, columns=columns)
-        out["value_before"] = [
-            value.get((c, p)) for c, p in zip(out.config_before, out.protocol, strict=True)
-        ]
-        out["value_after"] = [value.get((c, p)) for c, p in zip(out.config_after, out.protocol, strict=True)]
+        for end in ("before", "after"):
+            keys = zip(out[f"config_{end}"], out.protocol, strict=True)
+            out[f"value_{end}"] = [value.get(key) for key in keys]
         return out.dropna(subset=["value_before", "value_after"]).reset_index(drop=True)
 
     def thumbnails(self) -> dict[tuple[str, str], bytes]:
@@ -450,8 +403,22 @@ class Study:
         return counts + _notebook.points(rows, "bits per weight", f"{objective}, measured")
 
 
+def _insert(
+    db: sqlite3.Connection, table: str, rows: Sequence[tuple[Any, ...]], replace: bool = False
+) -> None:
+    """Rows of one table; of what is there already the first stays, or the new one with ``replace``."""
+    for row in rows:
+        verb, places = "REPLACE" if replace else "IGNORE", ", ".join("?" * len(row))
+        db.execute(f"INSERT OR {verb} INTO {table} VALUES ({places})", row)
+
+
+def comparable(table: pd.DataFrame, correction: str | None) -> pd.Series:
+    """Boolean: which ``Study.measurements`` are corrected so (None: not at all), and not fine-tuned."""
+    return (table.correction.fillna("") == (correction or "")) & table.tuned.isna()
+
+
 class Merged(NamedTuple):
-    """Measurements that were new, that several sources held, and those of them whose numbers differ (made
+    """Measurements that were new, that several sources have, and those of them whose numbers differ (made
     on other hardware, say)."""
 
     new: int
@@ -478,30 +445,27 @@ def merge(sources: Sequence[Study], out: Study) -> Merged:
         except AquabitError as error:
             raise AquabitError(f"{source.path} cannot be joined: {error}") from error
     before = _numbers(out)
-    held = [_numbers(s) for s in (*([out] if before else []), *sources)]
+    measured = [_numbers(s) for s in (*([out] if before else []), *sources)]
     with out.writing():
         out.begin(**facts[0], graph=sources[0].need("graph", "it is damaged"), protocol=bound[0].protocol)
         for name in ("quality", "family_notes"):
             said = [source.get(name) for source in sources if name in source]
             if said and name not in out:
                 out.set(**{name: said[0]})
-        plans = [
-            plan for source in (out, *sources) for plan in source.get("validation_plan") or []
-        ]  # which swaps were drawn at random
+        # which swaps were drawn at random
+        plans = [plan for source in (out, *sources) for plan in source.get("validation_plan") or []]
         if plans:
             out.set(validation_plan=[plan for i, plan in enumerate(plans) if plan not in plans[:i]])
         with out._transaction() as db:
             db.execute(OUTPUTS)  # older files lack it
             for table in MERGED:
                 rows = [s._rows(f"SELECT * FROM {table} ORDER BY rowid") for s in sources if _has(s, table)]
-                turns = [row for row in chain.from_iterable(zip_longest(*rows)) if row is not None]
-                if turns:
-                    db.executemany(
-                        f"INSERT OR IGNORE INTO {table} VALUES ({', '.join('?' * len(turns[0]))})", turns
-                    )
-    every = {key for numbers in held for key in numbers}
-    several = [key for key in every if sum(key in numbers for numbers in held) > 1]
-    differing = [key for key in several if len({numbers[key] for numbers in held if key in numbers}) > 1]
+                _insert(
+                    db, table, [row for row in chain.from_iterable(zip_longest(*rows)) if row is not None]
+                )
+    every = {key for numbers in measured for key in numbers}
+    several = [key for key in every if sum(key in numbers for numbers in measured) > 1]
+    differing = [key for key in several if len({numbers[key] for numbers in measured if key in numbers}) > 1]
     return Merged(len(every) - len(before), len(several), len(differing))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
@@ -23,7 +23,8 @@ from aquabit.search.fresh_front import FRESH_BLOCKS, measure_front
 from aquabit.search.front import Front
 from aquabit.search.options import activation_choices, fixed_act
 from aquabit.search.proposals import propose
-from aquabit.search.search import Search, SearchOptions
+from aquabit.search.search import Search
+from aquabit.search.search_options import SearchOptions
 from aquabit.search.winner import choose_winner
 from aquabit.sensitivity.correction_gain import corrected_session, noise_facts
 from aquabit.sensitivity.designs import DEFAULT, draw, measure_disagreement, shard_of
@@ -37,6 +38,23 @@ from aquabit.study import Study
 from aquabit.study_status import start_plan
 
 IN_CONTEXT = 4  # contexts in which ``run`` sees the output errors of every layer's swap
+
+
+class FindOptions(WhereOptions, total=False):
+    """Keywords of ``find``: fields of ``Where``, and these of ``SearchOptions``."""
+
+    method: str
+    rounds: int | None
+    per_round: int
+    screen: int
+
+
+class RunOptions(WhereOptions, total=False):
+    """Keywords of ``measure`` and ``run``: the fields of ``Where`` and of ``MeasureOptions``."""
+
+    protocol: Protocol | None
+    space: Mapping[str, Any] | None
+    quality: QualityOptions | None
 
 
 @dataclass(frozen=True)
@@ -144,14 +162,10 @@ def find(
     latency_ms: float | None = None,
     correction: str | None = None,
     pipe: Model | None = None,
-    rounds: int | None = None,
-    per_round: int = 8,
     seed: int = 0,
-    method: str = "program",
-    screen: int = 4,
     against: Sequence[QuantConfig] = (),
     progress: Progress = no_progress,
-    **where: Unpack[WhereOptions],
+    **options: Unpack[FindOptions],
 ) -> Front:
     """The best configuration under a hard budget, and a front around it, packed, on fresh seeds; the winner
     without and with noise correction. Stored in the study.
@@ -161,26 +175,22 @@ def find(
     the study measured, and ``against``. ``latency_ms`` limits a denoiser call with one sample at the model's
     own size, on this machine with torch's threads. ``correction`` (as "cnc+bc"): candidates are measured and
     chosen after it, in a study that was measured without (``corrected_session``); a study that was measured
-    with one needs none. ``method``, ``rounds``, ``per_round`` and ``screen``: see ``search.SearchOptions``;
-    ``where``: workers, device, dtype, bank and ray, see ``measuring.where.Where``.
+    with one needs none. ``method``, ``rounds``, ``per_round`` and ``screen``: see
+    ``search_options.SearchOptions``; workers, device, dtype, bank and ray: see ``measuring.where.Where``.
     Raises AquabitError for a budget that the space cannot meet (both ends are named), and for a configuration
     of ``against`` that is of another model.
     """
-    budget = Budget(
-        bits=3.0 if not any((bits, bytes, bops, latency_ms)) else bits,
-        bytes=bytes,
-        bops=bops,
-        latency_ms=latency_ms,
-    )
+    budget = Budget(bits if any((bits, bytes, bops, latency_ms)) else 3.0, bytes, bops, latency_ms)
     named = [(f"given {i}", c) for i, c in enumerate(against, 1)]
-    return search(
-        study,
-        SearchOptions(budget, method, rounds, per_round, screen, seed, named),
-        Where(**where),
-        correction=correction,
-        pipe=pipe,
-        progress=progress,
-    )
+    how, where = _split(options, SearchOptions)
+    asked = SearchOptions(budget, seed=seed, against=named, **how)
+    return search(study, asked, Where(**where), correction=correction, pipe=pipe, progress=progress)
+
+
+def _split(options: Mapping[str, Any], kind: type) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options that are fields of a dataclass, and the others."""
+    own = {field.name for field in fields(kind)}
+    return {k: v for k, v in options.items() if k in own}, {k: v for k, v in options.items() if k not in own}
 
 
 def search(
@@ -243,29 +253,21 @@ def run(
     samples: int = 120,
     flips: int = 40,
     *,
-    protocol: Protocol | None = None,
-    space: Mapping[str, Any] | None = None,
-    quality: QualityOptions | None = None,
     sample_seed: int = 0,
     swap: str | None = None,
     design: str = DEFAULT,
     progress: Progress = no_progress,
-    **where: Unpack[WhereOptions],
+    **options: Unpack[RunOptions],
 ) -> Front:
     """The whole flow into a folder; run again, it continues where it stopped.
 
     Writes study.db, sensitivity.json, front.json, config.json, packed/, samples.png and report/index.html.
-    ``where``: workers, device, dtype, bank and ray, see ``measuring.where.Where``.
+    Protocol, space and quality: see ``measuring.settings.MeasureOptions``; workers, device, dtype, bank and
+    ray: see ``measuring.where.Where``.
     """
-    return run_flow(
-        model,
-        Path(out),
-        FlowOptions(bits, flips, swap),
-        SampleOptions(samples, sample_seed, design),
-        MeasureOptions(protocol, space, quality),
-        Where(**where),
-        progress,
-    )
+    flow, sample = FlowOptions(bits, flips, swap), SampleOptions(samples, sample_seed, design)
+    how, where = _split(options, MeasureOptions)
+    return run_flow(model, Path(out), flow, sample, MeasureOptions(**how), Where(**where), progress)
 
 
 def run_flow(
@@ -283,14 +285,8 @@ def run_flow(
     except OSError as error:
         raise AquabitError(f"the folder {out} cannot be made: {error.strerror}") from error
     study, budget = Study(out / "study.db"), Budget(bits=flow.bits)
-    with open_session(
-        model,
-        study,
-        options,
-        where,
-        check=partial(named_swap, swap=flow.swap),  # said before anything is fitted
-        progress=progress,
-    ) as session:
+    check = partial(named_swap, swap=flow.swap)  # an impossible swap is said before anything is fitted
+    with open_session(model, study, options, where, check=check, progress=progress) as session:
         session.costs.check(budget, max(session.space.activations))
         session.references(progress)
         drawn = draw(session, sample.design, sample.samples, sample.seed)
@@ -309,14 +305,9 @@ def run_flow(
     write_json(out / "config.json", front.best.to_dict())
     progress("packing", 0, 1)
     quantize(model, front.best, bank=where.bank, device=where.device).save(out / "packed")
+    protocol, packed = study.protocol, str(out / "packed")
     made = generate(
-        str(out / "packed"),
-        32,
-        study.protocol.seed,
-        study.protocol.steps,
-        study.protocol.conditions,
-        where.device,
-        progress=progress,
+        packed, 32, protocol.seed, protocol.steps, protocol.conditions, where.device, progress=progress
     )
     (out / "samples.png").write_bytes(thumbnail(made))
     progress("packing", 1, 1)
@@ -330,18 +321,16 @@ def measure(
     samples: int = 120,
     *,
     configs: Sequence[QuantConfig] | None = None,
-    protocol: Protocol | None = None,
-    space: Mapping[str, Any] | None = None,
-    quality: QualityOptions | None = None,
     sample_seed: int = 0,
     design: str = DEFAULT,
     shard: str | None = None,
     progress: Progress = no_progress,
-    **where: Unpack[WhereOptions],
+    **options: Unpack[RunOptions],
 ) -> int:
     """Measure ``samples`` configurations of a design (``sensitivity.designs.DESIGNS``) in total, or
     ``configs``, references first; the number of new measurements. In ``workers`` processes, or on the cluster
-    at a ``ray`` address (auto, local, host:port); ``where``: workers, device, dtype, bank and ray, see
+    at a ``ray`` address (auto, local, host:port). Protocol, space and quality: see
+    ``measuring.settings.MeasureOptions``; workers, device, dtype, bank and ray: see
     ``measuring.where.Where``.
 
     Measured again, only what is missing is made: interrupted anywhere, the same call continues, and with more
@@ -349,8 +338,8 @@ def measure(
     what was measured.
     """
     sample = SampleOptions(samples, sample_seed, design, shard)
-    options = MeasureOptions(protocol, space, quality)
-    return measure_model(model, study, sample, options, Where(**where), configs, progress)
+    how, where = _split(options, MeasureOptions)
+    return measure_model(model, study, sample, MeasureOptions(**how), Where(**where), configs, progress)
 
 
 def measure_model(
@@ -374,13 +363,11 @@ def _measure_in(
     study, samples = session.study, sample.samples
     before = study.known(session.protocol)
     drawn: list[QuantConfig] | None = None  # a design that depends on measurements draws as they are made
-    if configs is not None:
-        drawn = list(configs)
-    elif not sample.adaptive:
-        drawn = draw(session, sample.design, samples, sample.seed)
-    for config in drawn or ():
-        session.space.check(config, extra_schemes=True)
-    drawn = None if drawn is None else shard_of(drawn, sample.shard)
+    if configs is not None or not sample.adaptive:
+        every = draw(session, sample.design, samples, sample.seed) if configs is None else configs
+        for config in every:
+            session.space.check(config, extra_schemes=True)
+        drawn = shard_of(every, sample.shard)
     asked = {c.digest for c in (*session.first(), *(drawn or ()))} - before
     missing = len(asked)
     if drawn is None:

@@ -176,7 +176,8 @@ def analysed(path: Path, count: int, big: bool, rounds: int, target: float) -> l
     """Seconds, and processor seconds of all threads, which other jobs on a shared machine do not lengthen
     much."""
     from aquabit.scheme import Budget
-    from aquabit.search.surrogate_search import find_candidates
+    from aquabit.search.search_options import SearchOptions
+    from aquabit.search.surrogate_search import Experiment, find_candidates
     from aquabit.sensitivity.explaining import explain
     from aquabit.sensitivity.surrogate.fit import fit_from_study
 
@@ -196,15 +197,12 @@ def analysed(path: Path, count: int, big: bool, rounds: int, target: float) -> l
         explain(study, fitted=fitted)
         seconds["explain"] = time.perf_counter() - started
         started, first = time.perf_counter(), [fitted]
-        find_candidates(
-            space,
-            costs,
-            Budget(bits=3.0),
+        experiment = Experiment(
             lambda: (first.pop() if first else fit_from_study(study)).badness,
             lambda c: put(c, "candidate"),
             measured,
-            rounds=rounds,
         )
+        find_candidates(costs, SearchOptions(Budget(bits=3.0), rounds=rounds), experiment)
         seconds["search"] = time.perf_counter() - started
         cpu = time.process_time() - cpu
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -46,7 +46,7 @@ def draws(search: Any, context: Any, count: int) -> list[Any]:
     scores, rows, found = damages.scores(search.activations)[:, :, 0], np.arange(len(damages.weights)), []
     while len(found) < count:
         excess = float(np.exp(rng.uniform(*np.log(EXCESS))))
-        for choice in gibbs(damages, costs, budget.bits - 0.1, excess).draw(10, rng):
+        for choice in gibbs(damages, costs, budget.bits - 0.1, [excess])[0].draw(10, rng):
             mended = options.repair(choice, scores)
             if mended is None:
                 continue
@@ -97,7 +97,8 @@ def oracle(folder: Path, model: str, bits: float, count: int) -> dict[str, Any]:
     from aquabit.search.judging import judge, pieces
     from aquabit.search.proposals import program_answers
     from aquabit.search.refine import refine
-    from aquabit.search.search import Search, SearchOptions
+    from aquabit.search.search import Search
+    from aquabit.search.search_options import SearchOptions
 
     with session_of(folder / f"oracle-{model}.db", model, folder) as session:
         search = Search(session, SearchOptions(Budget(bits=bits), seed=SEED, spread=()), say)

@@ -314,7 +314,7 @@ def surrogate_choice(
     precision, which studies do not sample)."""
     from aquabit.choices import Choices
     from aquabit.cost import CostModel
-    from aquabit.search.integer_program import additive_scores, solve
+    from aquabit.search.integer_program import choice_effects, solve
     from aquabit.search.local_search import improve
     from aquabit.sensitivity.surrogate.fit import fit_from_study
     from aquabit.study import Study
@@ -333,7 +333,7 @@ def surrogate_choice(
 
     bits = 8 * (limit - costs.other_bytes) / costs.weights
     near = Choices.of(space, replace(space, activations=(8,)).sample(contexts, SEED, (bits * 0.9, bits)))
-    start = solve(additive_scores(predict, space, near), costs, budget)
+    start = solve(choice_effects(predict, space, near).mean(0), costs, budget)
     return improve(start.choices, predict, costs, budget, SEED, rows=rows).choices.config
 
 

@@ -31,6 +31,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from aquabit.scheme import AquabitError, QuantConfig
+from aquabit.scheme_kinds import ADDITIVE, UNIFORM
 from aquabit.stats import Interval, paired_difference
 from benchmarks import peers
 from benchmarks import rivals_scores as scores
@@ -208,13 +209,8 @@ class Rivals:
         return float(self.damages.total(Choices.of(self.space, [config]))[0])
 
     def uniform(self, family: str, bits: float) -> QuantConfig | None:
-        free = [row for row in self.space.choices.values() if len(row) > 1]
         if family == "usqh":
-            same = [
-                s
-                for s in self.space.schemes
-                if s.kind == "usq" and s.output_aware and all(s in row for row in free)
-            ]
+            same = [s for s in self.space.common_schemes() if s.record is UNIFORM and s.output_aware]
             found = [self.space.uniform(s, 8) for s in same]
             return max(self.fits(found, bits), key=lambda c: self.costs(c).bytes, default=None)
         levels = sorted(
@@ -222,12 +218,11 @@ class Rivals:
                 round(4 * self.space.code_bits(k, s)) / 4
                 for k, row in self.space.choices.items()
                 for s in row
-                if s.kind == "aq"
+                if s.additive
             }
         )
-        return min(
-            self.fits([self.space.level("aq", b, 8) for b in levels], bits), key=self.predicted, default=None
-        )
+        found = [self.space.level(ADDITIVE.name, b, 8) for b in levels]
+        return min(self.fits(found, bits), key=self.predicted, default=None)
 
     @cached_property
     def solved(self) -> dict[str, dict[float, QuantConfig]]:

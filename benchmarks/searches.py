@@ -61,7 +61,8 @@ def prepare(folder: Path, model: str) -> None:
 def search(folder: Path, model: str, seeds: Sequence[int], bits: Sequence[float]) -> None:
     from aquabit.scheme import Budget
     from aquabit.search.proposals import propose
-    from aquabit.search.search import Search, SearchOptions
+    from aquabit.search.search import Search
+    from aquabit.search.search_options import SearchOptions
     from aquabit.search.winner import choose_winner
 
     path = folder / f"searches-{model}.json"

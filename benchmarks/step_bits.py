@@ -189,7 +189,8 @@ def searched(session: Any, budget: Any, size: Size, seed: int) -> Any:
     import numpy as np
 
     from aquabit.search.judging import judge, pieces
-    from aquabit.search.surrogate_search import find_candidates
+    from aquabit.search.search_options import SearchOptions
+    from aquabit.search.surrogate_search import Experiment, find_candidates
     from aquabit.sensitivity.surrogate.fit import fit_from_study
 
     study, metric, wanted = session.study, session.protocol.objective, size.rounds * size.per_round
@@ -205,18 +206,9 @@ def searched(session: Any, budget: Any, size: Size, seed: int) -> Any:
 
     while (done := int((study.measurements(session.protocol).kind == "candidate").sum())) < wanted:
         count = min(size.per_round - done % size.per_round, wanted - done)
-        measure = lambda configs: session.measure(configs, "candidate")  # noqa: E731
-        if not find_candidates(
-            session.space,
-            session.costs,
-            budget,
-            predict,
-            measure,
-            measured_so_far,
-            rounds=1,
-            per_round=count,
-            seed=seed + done,
-        ):
+        experiment = Experiment(predict, lambda c: session.measure(c, "candidate"), measured_so_far)
+        options = SearchOptions(budget, rounds=1, per_round=count, seed=seed + done)
+        if not find_candidates(session.costs, options, experiment):
             break
     limits = budget.limits()
     inside = [

@@ -345,7 +345,7 @@ def effects(data: Data, model: str) -> list[dict[str, Any]]:
                     step = step.format(refined[2])
                 ours = combine(
                     players,
-                    found.effect(data.space.schemes),
+                    found.effect(data.space.columns),
                     found.replicates,
                     training_swaps(fitted, players, 3.0),
                 )

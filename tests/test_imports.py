@@ -13,7 +13,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "aquabit"
 
 # Each may import only what stands below it (shared/DESIGN.md, section 1).
-VALUES = {"errors", "files", "scheme_kinds", "scheme", "stats", "jsonio", "runtime"}
+SUBJECTS = {"scheme_kinds", "activation_bits", "protocol", "quant_config", "budget"}  # of what scheme exports
+VALUES = {*SUBJECTS, "errors", "files", "jsonio", "progress", "scheme", "stats", "runtime", "maximum_entropy"}
 STORES = {*VALUES, "graph", "kernels", "quality", "study", "study_status"}
 SPACES = {*STORES, "layer_formats", "space", "choices", "cost"}
 MODELS = {*SPACES, "memory", "quant", "pipelines"}
@@ -21,9 +22,15 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "stats": {"errors"},
     "files": {"errors"},
+    "maximum_entropy": set(),
     "jsonio": {"errors", "files"},
+    "progress": set(),
     "scheme_kinds": {"errors"},
-    "scheme": {"errors", "jsonio", "scheme_kinds"},
+    "activation_bits": {"errors"},
+    "budget": {"errors"},
+    "protocol": {"errors", "jsonio"},
+    "quant_config": {"errors", "jsonio", "scheme_kinds", "activation_bits", "protocol"},
+    "scheme": {*SUBJECTS, "errors", "jsonio", "progress"},
     "runtime": {"errors"},
     "kernels": VALUES,
     "graph": VALUES,

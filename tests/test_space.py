@@ -10,10 +10,11 @@ from scipy.stats import kstest
 
 from aquabit.choices import Choices
 from aquabit.cost import CostModel
+from aquabit.maximum_entropy import level_odds
 from aquabit.pipelines import trace
 from aquabit.scheme import AquabitError, QuantConfig, Scheme
 from aquabit.sensitivity.features import Encoder
-from aquabit.space import BITS_RANGE, SearchSpace, make_space, maximum_entropy, read_space
+from aquabit.space import BITS_RANGE, SearchSpace, make_space, read_space
 from tests.conftest import tiny_pipeline
 
 GRAPH = trace(tiny_pipeline("unet"))
@@ -23,13 +24,13 @@ SPACE = make_space(GRAPH, "f" * 16, "tiny")
 @given(st.lists(st.integers(1, 16), min_size=2, max_size=6, unique=True), st.floats(0, 1))
 def test_maximum_entropy_has_the_mean(levels: list[int], share: float) -> None:
     mean = min(levels) + share * (max(levels) - min(levels))
-    p = maximum_entropy(levels, mean)
+    p = level_odds(tuple(levels), mean)
     assert p.sum() == pytest.approx(1) and (p >= 0).all()
     assert p @ np.array(levels) == pytest.approx(mean, abs=2e-3)
 
 
 def test_maximum_entropy_is_geometric() -> None:
-    p = maximum_entropy(
+    p = level_odds(
         (2, 3, 4), 2.5
     )  # p ~ exp(rate * level): neighbouring ratios agree, as no other distribution has more entropy
     assert p[1] / p[0] == pytest.approx(p[2] / p[1], rel=1e-6)

@@ -11,9 +11,11 @@ import numpy as np
 from aquabit.choices import Choices
 from aquabit.cost import CostModel, Latency
 from aquabit.graph import to_json
-from aquabit.scheme import Act, Budget, LayerChoice, Measurement, Protocol, QuantConfig, Scheme
+from aquabit.scheme import Act, Budget, LayerChoice, Measurement, Protocol, QuantConfig, Scheme, no_progress
 from aquabit.search.options import Predict, activation_choices
-from aquabit.search.surrogate_search import Candidate, find_candidates
+from aquabit.search.proposer import ROWS, Candidate
+from aquabit.search.search_options import SearchOptions
+from aquabit.search.surrogate_search import Experiment, find_candidates
 from aquabit.sensitivity.damages import Damages
 from aquabit.sensitivity.designs import DEFAULT, Design
 from aquabit.sensitivity.features import SKETCH, Encoder
@@ -169,16 +171,11 @@ class Lab:
         fitted.fit(features(Choices.of(self.space, [c for c, _ in good])), [v for _, v in good])
         return lambda rows: np.asarray(fitted.predict(features(rows)))
 
-    def search(self, cost: CostModel, budget: Budget, **options: Any) -> list[Candidate]:
-        return find_candidates(
-            self.space,
-            cost,
-            budget,
-            self.predict_factory,
-            self.measure,
-            lambda: list(self.values.values()),
-            **options,
-        )
+    def search(self, cost: CostModel, budget: Budget, rows: int = ROWS, **options: Any) -> list[Candidate]:
+        progress, judge = options.pop("progress", no_progress), options.pop("judge", None)
+        experiment = Experiment(self.predict_factory, self.measure, lambda: list(self.values.values()), judge)
+        asked = SearchOptions(budget, **options)
+        return find_candidates(cost, asked, experiment, rows=rows, progress=progress)
 
     def best(self, cost: CostModel, budget: Budget) -> float:
         """The least value that was measured within the budget, at the activations that it leaves open."""

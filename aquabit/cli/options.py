@@ -18,7 +18,7 @@ from aquabit.scheme import LOWER_IS_BETTER, SCHEDULERS, AquabitError, Budget, Pr
 if TYPE_CHECKING:  # torch is loaded when a verb runs, not for --help
     from aquabit.measuring.settings import MeasureOptions
     from aquabit.quant.finetuning.settings import FineTuning
-    from aquabit.search.search import SearchOptions
+    from aquabit.search.search_options import SearchOptions
     from aquabit.sensitivity.plan import SampleOptions
     from aquabit.study import Study
 
@@ -417,7 +417,7 @@ class Searching:
     def options(self, budget: Budget, study: Study) -> SearchOptions:
         """As a value; configurations are read for the study's space."""
         from aquabit.search.given_configs import read_given
-        from aquabit.search.search import SearchOptions
+        from aquabit.search.search_options import SearchOptions
         from aquabit.space import SearchSpace
 
         space = SearchSpace.from_dict(study.need("space", "run `aquabit measure MODEL --study` first"))

@@ -173,12 +173,8 @@ class Evaluator:
     ) -> dict[str, dict[str, Any]]:
         """``facts`` of one layer with what each scheme, and each activation choice of ``probes``, does to
         images."""
-        few = replace(
-            protocol,
-            images=PROBE_IMAGES,
-            micro_batch=min(PROBE_IMAGES, protocol.micro_batch),
-            seed=PROBE_SEED,
-        )
+        batch = min(PROBE_IMAGES, protocol.micro_batch)
+        few = replace(protocol, images=PROBE_IMAGES, micro_batch=batch, seed=PROBE_SEED)
         if self._probed is None or self._probed[0] != protocol.digest:
             self._probed = protocol.digest, self.generate(QuantConfig(self.fingerprint, {}), few)
         full = self._probed[1]
@@ -223,9 +219,8 @@ class Evaluator:
         self, config: QuantConfig, protocol: Protocol, watchers: Sequence[Watcher]
     ) -> Generator[tuple[range, Tensor], None, None]:
         """Images of the configuration that is applied; what depends on the step follows the sampler."""
-        with following(
-            self.adapter.denoiser, self.pipe.scheduler, [*self.quantized.watchers(config), *watchers]
-        ):
+        every = [*self.quantized.watchers(config), *watchers]
+        with following(self.adapter.denoiser, self.pipe.scheduler, every):
             for batch in self.adapter.batches(protocol):
                 yield batch, self.adapter.images(protocol, batch)
 
@@ -242,10 +237,8 @@ class Evaluator:
         """The statistics of the noise that a configuration adds, sampled as ``calibration`` says; from the
         bank where they are kept."""
         plain = replace(config, correction=None)
-        path = (
-            self.bank.folder
-            / f"noise-{digest([self.fingerprint, plain.digest, calibration.digest])}.safetensors"
-        )
+        key = digest([self.fingerprint, plain.digest, calibration.digest])
+        path = self.bank.folder / f"noise-{key}.safetensors"
         if path.exists():
             with suppress(AquabitError):  # damaged: measured again
                 return Statistics.load(path)
@@ -291,16 +284,12 @@ class Evaluator:
                 found: Slopes = {"value": value, "slopes": {}, "overlap": {}}
                 for layer, row in choices.items():
                     full, own = self.quantized.full(layer), self.quantized.layers[layer].weight.detach()
-                    error = {
-                        s: self.quantized.decoded(layer, s, config).float() - full.float()
-                        for s in row
-                        if s != "fp"
-                    }
+                    coded = {s: self.quantized.decoded(layer, s, config) for s in row if s != "fp"}
+                    error = {s: weight.float() - full.float() for s, weight in coded.items()}
                     now, slope = own.float() - full.float(), gradient(layer)
-                    found["slopes"][layer] = {s: float((slope * e).sum()) for s, e in error.items()} | {
-                        "fp": 0.0
-                    }
-                    found["overlap"][layer] = {s: _cosine(now, e) for s, e in error.items()} | {"fp": 0.0}
+                    none = {"fp": 0.0}
+                    found["slopes"][layer] = {s: float((slope * e).sum()) for s, e in error.items()} | none
+                    found["overlap"][layer] = {s: _cosine(now, e) for s, e in error.items()} | none
         return found
 
     def _errors(self, protocol: Protocol, part: int) -> OutputErrors:
@@ -309,9 +298,8 @@ class Evaluator:
         if calibration.digest not in self._stored:
             self.quantized.apply(QuantConfig(self.fingerprint, {}))
             self.pipe.scheduler = self.scheduler
-            self._stored[calibration.digest] = OutputErrors(
-                replay_recorder(self.pipe)(calibration, batch), self.adapter.denoiser
-            )
+            recording = replay_recorder(self.pipe)(calibration, batch)
+            self._stored[calibration.digest] = OutputErrors(recording, self.adapter.denoiser)
         return self._stored[calibration.digest]
 
     @contextmanager
@@ -345,18 +333,15 @@ class Evaluator:
             failed = Measurement(config.digest, protocol.digest, {}, seconds, facts, "failed", str(error))
             return Measured(failed, None)
         seconds = time.perf_counter() - started
-        return Measured(
-            Measurement(config.digest, protocol.digest, metrics, seconds, facts), thumbnail(first)
-        )
+        measured = Measurement(config.digest, protocol.digest, metrics, seconds, facts)
+        return Measured(measured, thumbnail(first))
 
     def _quality(self, protocol: Protocol) -> Quality:
         """An accumulator of what is measured; raises AquabitError where it is not what the protocol names
         (a file was changed, say)."""
         size = image_size(self.pipe, protocol.resolution)
-        if self.meter.options and (protocol.measures, protocol.reference) != (
-            self.meter.measures,
-            self.meter.reference_digest(size),
-        ):
+        begun = protocol.measures, protocol.reference
+        if self.meter.options and begun != (self.meter.measures, self.meter.reference_digest(size)):
             raise AquabitError(
                 "the files that quality is measured with are not those that the study was begun with; use"
                 " those or another study"

@@ -16,13 +16,13 @@ from aquabit.measuring.evaluator import Evaluator
 from aquabit.quant.kernel_tuning import Asked, at_scheme, example_call, milliseconds, requests_of, tune
 from aquabit.quant.model import QuantizedDenoiser
 from aquabit.scheme import FP, Progress, Protocol, QuantConfig, no_progress
+from aquabit.scheme_kinds import UNIFORM
 from aquabit.space import SearchSpace
 
-CALLS, SECONDS = (
-    (7, 60),
-    1.0,
-)  # whole denoiser calls of one configuration: at least, at most; and the time after which they end
-TYPICAL = ("usq", 4.0)  # the whole call of a configuration near it tells what calls take besides their layers
+# whole denoiser calls of one configuration: at least, at most; and the time after which they end
+CALLS, SECONDS = (7, 60), 1.0
+# the whole call of a configuration near it tells what calls take besides their layers
+TYPICAL = UNIFORM.name, 4.0
 
 
 def latency_table(
@@ -66,11 +66,9 @@ def _layer_table(
 
 def _phases(config: QuantConfig) -> list[tuple[int, float]]:
     """A step of each group of steps, and the group's share."""
-    return (
-        [(0, 1.0)]
-        if config.steps is None
-        else list(zip(config.steps.starts, config.steps.shares, strict=True))
-    )
+    if config.steps is None:
+        return [(0, 1.0)]
+    return list(zip(config.steps.starts, config.steps.shares, strict=True))
 
 
 def _seconds(
@@ -106,11 +104,8 @@ def packed_latencies(
         with evaluator.packed(config) as model:
             call = _one_call(evaluator, protocol)
             tune(model.layers, call)
-            found.append(
-                1e3
-                * sum(
-                    share * _seconds(evaluator, model, config, call, step) for step, share in _phases(config)
-                )
-            )
+            phases = _phases(config)
+            mean = sum(share * _seconds(evaluator, model, config, call, step) for step, share in phases)
+            found.append(1e3 * mean)
     progress("latency of packed models", len(configs), len(configs))
     return found

@@ -38,17 +38,8 @@ def open_model(model: str | DiffusionPipeline) -> Model:
     adapter = Adapter(pipe)
     own, prompts = own_source(adapter), adapter.kind == "prompt"
     notes = tuple(family_notes(pipe))
-    return Model(
-        name,
-        fingerprint(denoiser_of(pipe)),
-        trace(pipe),
-        model,
-        pipe.scheduler,
-        own,
-        prompts,
-        image_size(pipe),
-        notes,
-    )
+    own_print, size = fingerprint(denoiser_of(pipe)), image_size(pipe)
+    return Model(name, own_print, trace(pipe), model, pipe.scheduler, own, prompts, size, notes)
 
 
 def check_correctable(model: Model, protocol: Protocol, correction: str | None) -> None:

@@ -136,9 +136,8 @@ class OutputErrors:
         change, full = change.double(), full.double()
         scale, n = full.square().mean(), len(change)
         mean = change.mean(0)
-        chance = (change - mean).square().mean() / max(
-            n - 1, 1
-        )  # of a mean over images that have nothing in common
+        # of a mean over images that have nothing in common
+        chance = (change - mean).square().mean() / max(n - 1, 1)
         found = {
             "error": change.square().mean() / scale,
             "common": (mean.square().mean() - chance) / scale,

@@ -22,6 +22,7 @@ from aquabit.measuring.tasks import Measure, MeasureOutputErrors, MeasureSlopes
 from aquabit.measuring.where import HERE, Where
 from aquabit.quant.bank import Bank
 from aquabit.scheme import Progress, Protocol, QuantConfig, Scheme, digest, no_progress
+from aquabit.scheme_kinds import ADDITIVE
 from aquabit.space import SearchSpace
 from aquabit.study import Study
 
@@ -40,12 +41,10 @@ def uniform_references(space: SearchSpace) -> list[QuantConfig]:
     first = [Scheme.parse(s + ("h" if any(q.calibrated for q in space.schemes) else "")) for s in UNIFORM] + [
         Scheme.parse("usq8")
     ]
-    own = [
-        s for s in space.schemes if s.record.even and all(s in space.choices[k] for k in space.free_layers())
-    ]
+    own = [s for s in space.common_schemes() if s.record.even]
     return [
         *(space.uniform(s, act) for s in dict.fromkeys((*first, *own))),
-        *(space.level("aq", b, act) for b in levels),
+        *(space.level(ADDITIVE.name, b, act) for b in levels),
     ]
 
 
@@ -72,10 +71,6 @@ class Session:
     def with_space(self, space: SearchSpace) -> Session:
         """The same session with configurations of another space."""
         return replace(self, space=space, costs=CostModel(self.model.graph, space))
-
-    def with_costs(self, costs: CostModel) -> Session:
-        """The same session with other costs of its space, timed ones say."""
-        return replace(self, costs=costs)
 
     def measure(
         self,
@@ -146,17 +141,11 @@ class Session:
         every weight of the space."""
         choices = {k: tuple(str(s) for s in row) for k, row in self.space.choices.items() if len(row) > 1}
         share = tuple(float(f"{w:.9g}") for w in weights)
-        keys = {
-            part: digest(["slopes", stored(self.protocol, part)[0].digest, share, choices]) for part in parts
-        }
-        known: dict[int, Any] = {
-            part: self.study.outputs(key).get(config.digest) for part, key in keys.items()
-        }
-        tasks = [
-            MeasureSlopes(config, self.protocol, part, share, choices)
-            for part, value in known.items()
-            if value is None
-        ]
+        inputs = {part: stored(self.protocol, part)[0].digest for part in parts}
+        keys = {part: digest(["slopes", inputs[part], share, choices]) for part in parts}
+        known: dict[int, Any] = {p: self.study.outputs(key).get(config.digest) for p, key in keys.items()}
+        missing = [part for part, value in known.items() if value is None]
+        tasks = [MeasureSlopes(config, self.protocol, part, share, choices) for part in missing]
         for done, (place, value) in enumerate(self.pool.run(tasks), 1):
             part = tasks[place].part
             self.study.add_outputs(keys[part], {config.digest: dict(value)})
@@ -169,12 +158,16 @@ class Session:
         uniform configurations."""
         return [self.space.full_precision(), *uniform_references(self.space)]
 
-    def references(
-        self, progress: Progress = no_progress, protocols: Sequence[Protocol] | None = None
-    ) -> None:
+    def references(self, progress: Progress = no_progress) -> None:
+        """Measure what is ``first``."""
         full, *uniform = self.first()
-        self.measure([full], "reference", progress, protocols, "full precision")
-        self.measure(uniform, "uniform", progress, protocols, "uniform references")
+        self.measure([full], "reference", progress, what="full precision")
+        self.measure(uniform, "uniform", progress, what="uniform references")
+
+    def measure_full(self, protocols: Sequence[Protocol], seeds: str, progress: Progress) -> None:
+        """Measure full precision on other ``seeds``, as they are called: paired metrics need its images."""
+        full = [self.space.full_precision()]
+        self.measure(full, "reference", progress, protocols, f"full precision, {seeds}")
 
 
 @contextmanager
@@ -210,11 +203,9 @@ def open_session(
 
             @cache
             def local() -> Evaluator:
-                return (
-                    pool.evaluator
-                    if isinstance(pool, InlinePool)
-                    else local_evaluator(opened, bank, where, meter.options)
-                )
+                if isinstance(pool, InlinePool):
+                    return pool.evaluator
+                return local_evaluator(opened, bank, where, meter.options)
 
             costs = CostModel(opened.graph, space)
             session = Session(opened, study, space, protocol, pool, costs, where.device, local)

@@ -59,12 +59,8 @@ def settings(
     else:
         given = replace(options.protocol or Protocol(), dtype=dtype)
         protocol = protocol_for(model, given, meter, progress)
-    if (
-        study is not None
-        and options.space is None
-        and "space" in study
-        and study.get("fingerprint") == model.fingerprint
-    ):
+    begun = study is not None and "space" in study and study.get("fingerprint") == model.fingerprint
+    if study is not None and begun and options.space is None:
         space = SearchSpace.from_dict(study.get("space"))
     else:
         kept = {"calibration": Calibration.of(protocol), **(options.space or {})}

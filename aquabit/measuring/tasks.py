@@ -120,15 +120,8 @@ class Begin:
         """An evaluator of the model, on one thread."""
         torch.set_num_threads(1)
         graph, bank = from_json(self.graph), Bank(self.bank)
-        return Evaluator(
-            self.model,
-            graph,
-            bank,
-            self.fingerprint,
-            self.device,
-            self.dtype,
-            self.quality or QualityOptions(),
-        )
+        where = (self.device, self.dtype)
+        return Evaluator(self.model, graph, bank, self.fingerprint, *where, self.quality)
 
 
 def run(task: Task[Result], evaluator: Evaluator) -> Result:
@@ -138,9 +131,8 @@ def run(task: Task[Result], evaluator: Evaluator) -> Result:
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        raise AquabitError(
-            OUT_OF_MEMORY.format(str(error).splitlines()[0] if str(error) else type(error).__name__)
-        ) from error
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise AquabitError(OUT_OF_MEMORY.format(said)) from error
 
 
 class WorkerFault(RuntimeError):

@@ -201,16 +201,6 @@ def fraction_inside(points: Array, centres: Array, radii: Array) -> float:
     return float(np.concatenate(inside).mean())
 
 
-def precision_recall(
-    real: npt.ArrayLike, generated: npt.ArrayLike, k: int = NEIGHBOURS
-) -> tuple[float, float]:
-    """Improved precision and recall of features [m, d] and [n, d] (Kynkaanniemi et al. 2019, eq. 1 and 2),
-    k-th nearest neighbour balls."""
-    a, b = _rows(real), _rows(generated)
-    _same_width(a, b)
-    return fraction_inside(b, a, neighbour_radii(a, k)), fraction_inside(a, b, neighbour_radii(b, k))
-
-
 # Logits
 
 

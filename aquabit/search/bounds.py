@@ -3,9 +3,6 @@ trees and its ridge part."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,142 +12,13 @@ from scipy.sparse import coo_matrix, csr_matrix, vstack
 from aquabit.choices import Choices
 from aquabit.measuring.evaluator import SKETCH
 from aquabit.scheme import AquabitError
+from aquabit.search.ensemble_parts import FeatureSum, Leaves, feature_sums, own_values
 from aquabit.sensitivity.features import Encoder
 from aquabit.sensitivity.surrogate.estimators import Surrogate
 
 TANGENTS = 6  # that stand for a logarithm from above
 ULPS = 8 * 2.0**-24  # relative error of features in float32, with room
 SKETCH_ERROR = 1e-6  # error of the sketches' sums in float32 relative to the sum of their lengths, with room
-
-
-@dataclass(frozen=True)
-class _Column:
-    """A feature that is ``outer`` (rising) of a sum over layers of ``parts`` [L, C] of their choices;
-    ``layers`` [k] are those that it depends on. ``concave`` from ``concave_from`` on."""
-
-    layers: np.ndarray
-    parts: np.ndarray
-    outer: Callable[[np.ndarray], np.ndarray]
-    inverse: Callable[[float], float]
-    slope: Callable[[np.ndarray], np.ndarray] | None = None  # None: it is the sum itself
-    concave_from: float = 0.0
-
-
-def _columns(encoder: Encoder, each: Choices) -> list[_Column | None]:
-    """What each feature is of the choices that ``each`` (C rows) gives the layers; None for a kind that is
-    not such a sum.
-
-    This is the table of kinds for features of several layers. A new kind has a row here, or nothing is known
-    of it: the trees that split on it may give any of their leaves, and where the ridge has a weight for it
-    there is no bound. Features of one layer need no row.
-    """
-    weights, floor = each.weights.T, encoder.FLOOR
-    rows = np.arange(len(weights))[:, None]
-    low, order = (part.T for part in encoder.activation_reduction(each.group_bits))
-    tables = {
-        "error": encoder.error[rows, weights],
-        "low": low,
-        "order": order,
-        "bits": encoder.bits[rows, weights] * encoder.size_share[:, None],
-    }
-    if encoder.probed:
-        tables["damage"] = encoder.damages(each).T
-        tables["root"] = np.sqrt(tables["damage"])
-
-    def log(table: str, layers: np.ndarray, mean: bool = False, add: float = 0.0) -> _Column:
-        parts = tables[table] / (len(layers) if mean else 1)
-        return _Column(
-            layers,
-            parts,
-            lambda s: np.log10(s + add),
-            lambda f: float(10.0**f - add),
-            lambda s: 1 / (np.log(10) * (s + add)),
-        )
-
-    def plain(table: str, layers: np.ndarray, mean: bool = False) -> _Column:
-        return _Column(layers, tables[table] / (len(layers) if mean else 1), np.asarray, float)
-
-    def roots(layers: np.ndarray) -> _Column:
-        return _Column(
-            layers,
-            tables["root"],
-            lambda s: np.log10(s**2 + floor),
-            lambda f: float(np.sqrt(max(10.0**f - floor, 0.0))),
-            lambda s: 2 * s / (np.log(10) * (s**2 + floor)),
-            concave_from=floor**0.5,
-        )
-
-    kinds: dict[str, Callable[[np.ndarray], _Column]] = {
-        "error": lambda k: log("error", k, mean=True),
-        "actshare": lambda k: plain("low", k, mean=True),
-        "bits": lambda k: plain("bits", k),
-        "ordershare": lambda k: plain("order", k, mean=True),
-        "damage": lambda k: log("damage", k, add=floor),
-    }
-    found: list[_Column | None] = []
-    for name, members in zip(encoder.columns, encoder.members, strict=True):
-        make = roots if name == "damage:roots" else kinds.get(name.split(":")[0])
-        found.append(None if make is None or len(members) == 1 else make(np.array(members)))
-    return found
-
-
-def _own_values(encoder: Encoder, each: Choices) -> tuple[np.ndarray, np.ndarray]:
-    """The layer [F] that alone decides each feature, -1 where there is none, and the values [F, C] at its
-    choices: as encoded."""
-    values, (count, layers) = encoder(each), each.weights.shape
-    shuffled = np.random.default_rng(0).permuted(np.tile(np.arange(count), (layers, 1)), axis=1)
-    rows = np.arange(layers)[:, None]
-    mixed = encoder(Choices(each.space, each.weights.T[rows, shuffled].T, each.acts.T[rows, shuffled].T))
-    layer = np.full(len(encoder.columns), -1)
-    for f, members in enumerate(encoder.members):
-        if len(members) == 1 and np.array_equal(values[shuffled[members[0]], f], mixed[:, f], equal_nan=True):
-            layer[f] = members[0]
-    return layer, values.T
-
-
-@dataclass(frozen=True)
-class _Trees:
-    """Leaves of all trees: ``tree`` [N], ``value`` [N] (divided by the number of averaged boosters); and the
-    splits: ``feature``, ``threshold`` [S], with the pairs (split, leaf) of the leaves to the ``left``
-    (feature < threshold) and to the ``right``.
-    """
-
-    tree: np.ndarray
-    value: np.ndarray
-    feature: np.ndarray
-    threshold: np.ndarray
-    left: np.ndarray
-    right: np.ndarray
-
-    @staticmethod
-    def of(boosters: list[Any]) -> _Trees:
-        tree, value, feature, threshold = list[int](), list[float](), list[int](), list[float]()
-        left, right = list[tuple[int, int]](), list[tuple[int, int]]()
-
-        def walk(body: dict[str, Any], node: int, number: int, share: float) -> list[int]:
-            if body["left_children"][node] < 0:
-                tree.append(number)
-                value.append(share * float(body["split_conditions"][node]))
-                return [len(tree) - 1]
-            split = len(feature)
-            feature.append(int(body["split_indices"][node]))
-            threshold.append(float(np.float32(body["split_conditions"][node])))
-            below = [
-                walk(body, body[side][node], number, share) for side in ("left_children", "right_children")
-            ]
-            left.extend((split, leaf) for leaf in below[0])
-            right.extend((split, leaf) for leaf in below[1])
-            return [*below[0], *below[1]]
-
-        number = 0
-        for booster in boosters:
-            for body in json.loads(booster.save_raw("json"))["learner"]["gradient_booster"]["model"]["trees"]:
-                walk(body, 0, number, 1 / len(boosters))
-                number += 1
-        pairs = (np.array(p, int).reshape(-1, 2) for p in (left, right))
-        return _Trees(
-            np.array(tree, int), np.array(value), np.array(feature, int), np.array(threshold), *pairs
-        )
 
 
 class EnsembleBound:
@@ -178,16 +46,14 @@ class EnsembleBound:
         acts = np.where(allowed.T, each.acts, blank.acts)
         each = Choices(each.space, np.where(allowed.T, each.weights, none), acts)
         self.each, self.root = each, allowed
-        self.columns = _columns(encoder, each)
-        self.trees = _Trees.of(surrogate.boosters_)
+        self.columns = feature_sums(encoder, each)
+        self.trees = Leaves.of(surrogate.boosters_)
         linear = surrogate.linear_
         self.ridge = np.zeros(len(self.columns)) if linear is None else surrogate.linear * linear.weights
-        self.constant = (
-            0.0
-            if linear is None
-            else surrogate.linear * (linear.intercept - float(linear.weights @ linear.mean))
-        )
-        self.layer, self.value = _own_values(encoder, each)
+        self.constant = 0.0
+        if linear is not None:
+            self.constant = surrogate.linear * (linear.intercept - float(linear.weights @ linear.mean))
+        self.layer, self.value = own_values(encoder, each)
         self.own = self.layer >= 0
         self.table = np.zeros(self.shape)  # the ridge's columns of one layer
         for f in np.flatnonzero(self.own):
@@ -200,69 +66,65 @@ class EnsembleBound:
         """Variables: x (allowed cells), p (leaves), z (splits on aggregates), s (sums), r (logarithms from
         above); the rows that no domain changes."""
         layer, column = self.cells = tuple(np.argwhere(self.root).T)
-        used = {int(f) for f in (*self.trees.feature, *np.flatnonzero(self.ridge)) if not self.own[f]}
+        trees = self.trees
+        used = {int(f) for f in (*trees.feature, *np.flatnonzero(self.ridge)) if not self.own[f]}
         self.sums = sorted(f for f in used if self.columns[f] is not None)
         self.above = [f for f in self.sums if self._column(f).slope is not None and self.ridge[f] < 0]
-        shared = [s for s, f in enumerate(self.trees.feature) if not self.own[f]]
-        keys = sorted({(int(self.trees.feature[s]), float(self.trees.threshold[s])) for s in shared})
-        self.keys, place = keys, {key: i for i, key in enumerate(keys)}
-        sizes = [len(layer), len(self.trees.tree), len(keys), len(self.sums), len(self.above)]
+        splits = zip(trees.feature, trees.threshold, strict=True)
+        self.keys = sorted({(int(f), float(threshold)) for f, threshold in splits if not self.own[f]})
+        sizes = [len(layer), len(trees.tree), len(self.keys), len(self.sums), len(self.above)]
         self.x, self.p, self.z, self.s, self.r = np.cumsum([0, *sizes])[:5].tolist()
         self.count = sum(sizes)
-        parts = []
-        for pairs, side in ((self.trees.left, 1.0), (self.trees.right, -1.0)):
-            rows, cols, values = [pairs[:, 0]], [self.p + pairs[:, 1]], [np.ones(len(pairs))]
-            high = np.zeros(len(self.trees.feature))
-            for s, (f, threshold) in enumerate(zip(self.trees.feature, self.trees.threshold, strict=True)):
-                if not self.own[f]:  # leaves to the left weigh at most z, to the right at most 1 - z
-                    cols.append(np.array([self.z + place[int(f), float(threshold)]]))
-                    rows.append(np.array([s]))
-                    values.append(np.array([-side]))
-                    high[s] = 0.0 if side > 0 else 1.0
-                    continue
-                goes = (self.value[f] < np.float32(threshold)) == (side > 0)
-                hit = np.flatnonzero((layer == self.layer[f]) & goes[column])
-                cols.append(self.x + hit)
-                rows.append(np.full(len(hit), s))
-                values.append(-np.ones(len(hit)))
-            shape = (len(self.trees.feature), self.count)
-            parts.append(
-                (
-                    coo_matrix(
-                        (np.concatenate(values), (np.concatenate(rows), np.concatenate(cols))), shape
-                    ).tocsr(),
-                    high,
-                )
-            )
-        order = [
-            (i, i + 1) for i in range(len(keys) - 1) if keys[i][0] == keys[i + 1][0]
-        ]  # below a threshold is below a larger one
-        rows_ = np.repeat(np.arange(len(order)), 2)
-        cols_ = self.z + np.array(order, int).reshape(-1)
-        rising = coo_matrix(
-            (np.tile([1.0, -1.0], len(order)), (rows_, cols_)), (len(order), self.count)
-        ).tocsr()
-        self.below = vstack([parts[0][0], parts[1][0], rising]).tocsr()
-        self.below_high = np.concatenate([parts[0][1], parts[1][1], np.zeros(len(order))])
-        picks = coo_matrix(
-            (np.ones(len(layer)), (layer, self.x + np.arange(len(layer)))), (self.shape[0], self.count)
-        )
-        count = int(self.trees.tree.max(initial=-1)) + 1
-        leaves = coo_matrix(
-            (np.ones(len(self.trees.tree)), (self.trees.tree, self.p + np.arange(len(self.trees.tree)))),
-            (count, self.count),
-        )
+        sides = [self._leaf_rows(trees.left, left=True), self._leaf_rows(trees.right, left=False)]
+        rising = self._rising_rows()
+        self.below = vstack([*(rows for rows, _ in sides), rising]).tocsr()
+        self.below_high = np.concatenate([*(high for _, high in sides), np.zeros(rising.shape[0])])
+        picks = self._rows(np.ones(len(layer)), layer, self.x + np.arange(len(layer)), self.shape[0])
+        number = int(trees.tree.max(initial=-1)) + 1
+        leaves = self._rows(np.ones(len(trees.tree)), trees.tree, self.p + np.arange(len(trees.tree)), number)
         equal, self.unit = [picks, leaves], np.ones(len(self.sums))
         for i, f in enumerate(self.sums):
             part = self._parts(f)[layer, column]
             self.unit[i] = max(float(np.abs(part).max()), 1e-30)  # sums in units of their largest part
             at = np.flatnonzero(part)
-            values_, cols__ = np.append(part[at] / self.unit[i], -1.0), np.append(self.x + at, self.s + i)
-            equal.append(coo_matrix((values_, (np.zeros(len(cols__), int), cols__)), (1, self.count)))
+            values, columns = np.append(part[at] / self.unit[i], -1.0), np.append(self.x + at, self.s + i)
+            equal.append(self._rows(values, np.zeros(len(columns), int), columns, 1))
         self.equal = vstack(equal).tocsr()
-        self.equal_to = np.concatenate([np.ones(self.shape[0] + count), np.zeros(len(self.sums))])
+        self.equal_to = np.concatenate([np.ones(self.shape[0] + number), np.zeros(len(self.sums))])
 
-    def _column(self, f: int) -> _Column:
+    def _rows(self, values: np.ndarray, rows: np.ndarray, columns: np.ndarray, count: int) -> Any:
+        """A sparse matrix of ``count`` rows over all variables."""
+        return coo_matrix((values, (rows, columns)), (count, self.count)).tocsr()
+
+    def _leaf_rows(self, pairs: np.ndarray, left: bool) -> tuple[Any, np.ndarray]:
+        """Leaves on one side of a split weigh no more than what goes there: the columns of its layer, or, of
+        a split on an aggregate, z to the left and 1 - z to the right. ``pairs`` are (split, leaf)."""
+        layer, column = self.cells
+        trees, place = self.trees, {key: i for i, key in enumerate(self.keys)}
+        rows, cols, values = [pairs[:, 0]], [self.p + pairs[:, 1]], [np.ones(len(pairs))]
+        high = np.zeros(len(trees.feature))
+        for s, (f, threshold) in enumerate(zip(trees.feature, trees.threshold, strict=True)):
+            if self.own[f]:
+                goes = (self.value[f] < np.float32(threshold)) == left
+                hit = np.flatnonzero((layer == self.layer[f]) & goes[column])
+                cols.append(self.x + hit)
+                values.append(-np.ones(len(hit)))
+            else:
+                cols.append(np.array([self.z + place[int(f), float(threshold)]]))
+                values.append(np.array([-1.0 if left else 1.0]))
+                high[s] = 0.0 if left else 1.0
+            rows.append(np.full(len(cols[-1]), s))
+        weights, at, variables = (np.concatenate(part) for part in (values, rows, cols))
+        return self._rows(weights, at, variables, len(trees.feature)), high
+
+    def _rising_rows(self) -> Any:
+        """What is below a threshold is below a larger one."""
+        keys = self.keys
+        order = [(i, i + 1) for i in range(len(keys) - 1) if keys[i][0] == keys[i + 1][0]]
+        rows, columns = np.repeat(np.arange(len(order)), 2), self.z + np.array(order, int).reshape(-1)
+        return self._rows(np.tile([1.0, -1.0], len(order)), rows, columns, len(order))
+
+    def _column(self, f: int) -> FeatureSum:
         column = self.columns[f]
         assert column is not None
         return column
@@ -275,11 +137,10 @@ class EnsembleBound:
 
     def interval(self, f: int, allowed: np.ndarray) -> tuple[float, float]:
         """Smallest and largest value of the sum behind a known feature."""
-        parts = self._column(f).parts[self._column(f).layers]
-        inside = allowed[self._column(f).layers]
-        return float(np.where(inside, parts, np.inf).min(1).sum()), float(
-            np.where(inside, parts, -np.inf).max(1).sum()
-        )
+        column = self._column(f)
+        parts, inside = column.parts[column.layers], allowed[column.layers]
+        low, high = np.where(inside, parts, np.inf).min(1), np.where(inside, parts, -np.inf).max(1)
+        return float(low.sum()), float(high.sum())
 
     def _least(self, costs: np.ndarray, caps: np.ndarray) -> dict[int, float]:
         """A lower bound of each sum within the limits: a budget leaves no room for small errors
@@ -292,12 +153,10 @@ class EnsembleBound:
             for f in self.sums:
                 part = self._parts(f)[layer, column]
                 unit = max(float(np.abs(part).max()), 1e-30)
-                least = linprog(
-                    part / unit, limits[:, : self.p], room, picks, np.ones(self.shape[0]), method="highs"
-                )  # x from 0 on
-                found[f] = (
-                    (least.fun - 1e-7 * max(abs(least.fun), 1.0)) * unit if least.x is not None else -np.inf
-                )
+                ones = np.ones(self.shape[0])  # x from 0 on
+                least = linprog(part / unit, limits[:, : self.p], room, picks, ones, method="highs")
+                known = least.x is not None
+                found[f] = (least.fun - 1e-7 * max(abs(least.fun), 1.0)) * unit if known else -np.inf
             self._floors = (key, found)
         return self._floors[1]
 
@@ -365,10 +224,8 @@ class EnsembleBound:
         share = np.zeros(self.shape)
         share[layer, column] = found.x[self.x : self.p]
         total = (found.fun + constant) * self.surrogate.spread_ + self.surrogate.center_
-        return (
-            float(total - 1e-5 * self.surrogate.spread_),
-            share,
-        )  # float32 sums of leaves, the solver's tolerance
+        # float32 sums of leaves, the solver's tolerance
+        return float(total - 1e-5 * self.surrogate.spread_), share
 
     def _ridge(
         self,

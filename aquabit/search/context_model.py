@@ -57,10 +57,8 @@ class ContextModel:
             act = activation_choices(self.space)[0]
             layers, schemes = self.space.layers, self.space.schemes
             cells = chosen_cells(self.damages)
-            alone = [
-                self.space.config({layers[i]: self.space.choice(layers[i], schemes[j], act)})
-                for i, j in cells
-            ]
+            picked = [(layers[i], self.space.choice(layers[i], schemes[j], act)) for i, j in cells]
+            alone = [self.space.config({layer: choice}) for layer, choice in picked]
             found = self.session.outputs(alone, self.progress)
             self.spent += len(alone)
             rounded = self.damages.acts[:, self.space.act_choices.index(act)]
@@ -76,9 +74,9 @@ class ContextModel:
         self.spent += 3 * LOOKED
         overlap = self._table(parts[0]["overlap"])
         damages = self.damages.weights
-        crossing = shrunk(
-            np.array([crossings(self._table(p["slopes"]), overlap, damages, weights) for p in parts]), damages
-        )
+        slopes = [self._table(part["slopes"]) for part in parts]
+        own_crossings = [crossings(table, overlap, damages, weights) for table in slopes]
+        crossing = shrunk(np.array(own_crossings), damages)
         change = in_context(crossing, damages, weights)
         levels = self.space.act_choices
         own = chosen.act_index((*levels, 16))[0] % len(levels)  # excluded layers (16) have none anywhere
@@ -91,9 +89,8 @@ class ContextModel:
         configs = proposals.configs()
         found = self.session.outputs_of(configs, self.parts[1], self.progress)
         self.spent += len(configs) * JUDGED
-        return [
-            float(np.mean([np.asarray(v["error"]) @ self.weights for v in found[c.digest]])) for c in configs
-        ]
+        errors = ([np.asarray(v["error"]) @ self.weights for v in found[c.digest]] for c in configs)
+        return [float(np.mean(own)) for own in errors]
 
     def _table(self, values: Mapping[str, Mapping[str, float]]) -> np.ndarray:
         """{layer: {scheme: value}} as [L, schemes], 0 where nothing is known."""

@@ -22,7 +22,7 @@ def expectation(search: Search, solved: Solution) -> str:
     bits = float(search.costs.totals(here)["bits"][0])
     psnr = expected_psnr(search.damages, here, offset)
     text = f"expected at {search.options.budget}: PSNR {psnr:.1f} dB to full precision at {bits:.2f} bits"
-    uniform = smallest_uniform(search.costs, space, "usq", search.costs(here.config).bytes)
+    uniform = smallest_uniform(search.costs, space, search.costs(here.config).bytes)
     if uniform is not None and search.inside(uniform):
         value = expected_psnr(search.damages, Choices.of(space, [uniform]), offset)
         text += (
@@ -41,11 +41,9 @@ def expected_psnr(damages: Damages, chosen: Choices, offset: float = 0.0) -> flo
 def psnr_offset(session: Session, damages: Damages) -> float:
     """What mean PSNR is above that of the summed damages, in the median of what was measured: a mean of
     logarithms is not the logarithm of a mean, and few probes are noisy. 0 where nothing was measured."""
-    table, configs, known = (
-        session.study.measurements(session.protocol),
-        session.study.configs(),
-        set(session.space.schemes),
-    )
+    table = session.study.measurements(session.protocol)
+    configs = session.study.configs()
+    known = set(session.space.schemes)
     if "psnr" not in table:
         return 0.0
     gaps = []

@@ -31,16 +31,12 @@ def measure_front(search: Search, winner: QuantConfig, judgement: Judgement) -> 
     members = _members(search, winner)
     protocols = [session.protocol.block(b) for b in FRESH_BLOCKS]
     uniforms = uniform_references(session.space)  # what each family reaches, beside the front
-    baseline = smallest_uniform(costs, session.space, "usq", costs(winner).bytes)
-    session.measure(
-        [session.space.full_precision()], "reference", progress, protocols, "full precision, fresh seeds"
-    )
+    baseline = smallest_uniform(costs, session.space, costs(winner).bytes)
+    session.measure_full(protocols, "fresh seeds", progress)
     packed = list({c.digest: c for c in (*members, *([baseline] if baseline else []))}.values())
     session.measure(packed, "fresh", progress, protocols, "the front on fresh seeds", packed=True)
-    rivals = [
-        *uniforms,
-        *(c for _, c in search.given),
-    ]  # from decoded weights, which takes half the time and changes PSNR by little
+    # from decoded weights, which takes half the time and changes PSNR by little
+    rivals = [*uniforms, *(c for _, c in search.given)]
     session.measure(rivals, "fresh", progress, protocols, "rivals on fresh seeds")
     latency = packed_latencies(session.here, members, progress, session.protocol)
     predict, metric = _predictor(search), session.protocol.objective
@@ -66,20 +62,13 @@ def _members(search: Search, winner: QuantConfig) -> list[QuantConfig]:
     """The winner, and for each other target its best candidate by fidelity."""
     values, found = search.values(paired_metric(search.session.protocol)), {winner.digest: winner}
     known = [c for c in search.candidates.values() if isfinite(values.get(c.config.digest, float("nan")))]
-    sizes = {
-        c.config.digest: search.costs.totals(Choices.of(search.session.space, [c.config]))
-        for c in known
-        if search.inside(c.config)
-    }
+    inside = [c.config for c in known if search.inside(c.config)]
+    sizes = [search.costs.totals(Choices.of(search.session.space, [c])) for c in inside]
     for target in search.targets[1:]:
-        fits = [
-            c
-            for c in known
-            if c.config.digest in sizes and bool(search.costs.within(sizes[c.config.digest], target)[0])
-        ]
+        fits = [c for c, s in zip(inside, sizes, strict=True) if bool(search.costs.within(s, target)[0])]
         if fits:
-            best = min(fits, key=lambda c: (values[c.config.digest], c.config.digest))
-            found[best.config.digest] = best.config
+            best = min(fits, key=lambda c: (values[c.digest], c.digest))
+            found[best.digest] = best
     return list(found.values())
 
 
@@ -98,9 +87,8 @@ def _predictor(search: Search) -> Any:
     def predict(config: QuantConfig) -> dict[str, float]:
         inside, found = search.inside(config), {}
         if fitted is not None and inside:
-            value = fitted.surrogate.to_units(
-                fitted.surrogate.predict(fitted.encoder.encode([config])) + shift
-            )
+            model = fitted.surrogate
+            value = model.to_units(model.predict(fitted.encoder.encode([config])) + shift)
             found[metric] = float(np.ravel(value)[0])
         if inside and "psnr" not in found:
             found["psnr"] = expected_psnr(search.damages, Choices.of(session.space, [config]), offset)
@@ -116,7 +104,7 @@ def _metrics(search: Search) -> list[str]:
 
 def _blocks(search: Search, config: QuantConfig, protocols: Sequence[Protocol], metric: str) -> list[float]:
     """The metric in its units on each block (NaN where it failed)."""
-    sign = 1.0 if search.session.protocol.direction(metric) == "min" else -1.0
+    sign = search.session.protocol.sign(metric)
     return [sign * search.values(metric, p).get(config.digest, float("nan")) for p in protocols]
 
 
@@ -138,23 +126,20 @@ def _comparison(
 ) -> dict[str, Any]:
     """The winner against the smallest uniform USQ that is no smaller, in paired differences over fresh
     blocks."""
-    gap = {
-        m: paired_difference(_blocks(search, winner, protocols, m), _blocks(search, uniform, protocols, m))
-        for m in (metric, "psnr")
-    }
-    shown: dict[str, dict[str, Any]] = {m: d.to_dict() for m, d in gap.items()}
-    shown[metric]["images_needed"] = images_to_tell(
-        gap[metric], len(protocols), search.session.protocol.images
-    )
-    images = search.session.protocol.images
+
+    def gap(metric: str) -> Interval:
+        return paired_difference(*(_blocks(search, c, protocols, metric) for c in (winner, uniform)))
+
+    images, difference = search.session.protocol.images, gap(metric)
+    needed = images_to_tell(difference, len(protocols), images)
     return {
         "metric": metric,
         "blocks": len(protocols),
         "images": images,
         "winner": _side(search, winner, protocols, metric),
         "uniform": {"scheme": config_name(uniform), **_side(search, uniform, protocols, metric)},
-        "difference": shown[metric],
-        "psnr_difference": shown["psnr"],
+        "difference": {**difference.to_dict(), "images_needed": needed},
+        "psnr_difference": gap("psnr").to_dict(),
     }
 
 
@@ -163,20 +148,13 @@ def _same_quality(
 ) -> list[dict[str, Any]]:
     """For each uniform configuration the smallest member of the front that is measured as good by
     fidelity, or None: how much smaller."""
-    sign, rows = (1.0 if search.session.protocol.direction(metric) == "min" else -1.0), []
+    sign, rows = search.session.protocol.sign(metric), []
     for config in uniforms:
         cost, value = search.costs(config), float(np.mean(_blocks(search, config, protocols, metric)))
         good = [m for m in front.members if sign * m.measured[metric].value <= sign * value]
         least = min((m.bytes for m in good), default=None)
-        rows.append(
-            {
-                "uniform": config_name(config),
-                "bytes": cost.bytes,
-                "metric": metric,
-                "value": value,
-                "found_bytes": least,
-            }
-        )
+        named = {"uniform": config_name(config), "bytes": cost.bytes, "metric": metric, "value": value}
+        rows.append({**named, "found_bytes": least})
     return rows
 
 

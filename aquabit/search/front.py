@@ -12,9 +12,10 @@ import numpy as np
 
 from aquabit import _notebook
 from aquabit.cost import CostModel
-from aquabit.jsonio import defined
-from aquabit.scheme import AquabitError, Budget, QuantConfig, Scheme
-from aquabit.search.options import activation_choices, fixed_act
+from aquabit.jsonio import clear_errors, defined
+from aquabit.scheme import AquabitError, Budget, QuantConfig
+from aquabit.scheme_kinds import UNIFORM
+from aquabit.search.options import activation_choices
 from aquabit.search.proof import Proof
 from aquabit.space import SearchSpace
 from aquabit.stats import LEVEL, OLD_LEVEL, Interval
@@ -47,22 +48,16 @@ def hypervolume(values: Sequence[float], costs: Sequence[float], reference: tupl
 
 
 def smallest_uniform(
-    cost_model: CostModel,
-    space: SearchSpace,
-    kind: str = "usq",
-    at_least_bytes: int = 0,
-    act: int | None = None,
+    cost_model: CostModel, space: SearchSpace, at_least_bytes: int = 0
 ) -> QuantConfig | None:
-    """The smallest uniform configuration of a kind that is no smaller than ``at_least_bytes``; None where
-    even the largest is smaller.
+    """The smallest uniform configuration of USQ that is no smaller than ``at_least_bytes``, activations
+    as budgets in bits fix them; None where even the largest is smaller.
 
-    ``act`` defaults to the activation bits that budgets in bits fix. A scheme counts when every free layer
-    may take it; of two of one size the output-aware one is taken, which is the harder to beat.
+    A scheme counts when every free layer may take it; of two of one size the output-aware one is taken, which
+    is the harder to beat.
     """
-    act = fixed_act(activation_choices(space)) if act is None else act
-    assert act is not None  # budgets in bits fix them
-    free = [space.choices[k] for k in space.free_layers()]
-    schemes: list[Scheme] = [s for s in space.schemes if s.kind == kind and all(s in row for row in free)]
+    (act,) = activation_choices(space)
+    schemes = [s for s in space.common_schemes() if s.record is UNIFORM]
     sized = [(cost_model(space.uniform(s, act)).bytes, not s.output_aware, i) for i, s in enumerate(schemes)]
     large = [row for row in sized if row[0] >= at_least_bytes]
     return space.uniform(schemes[min(large)[2]], act) if large else None
@@ -180,16 +175,8 @@ class Front:
         """Validate untrusted JSON; raises AquabitError with the place and the value that is wrong. Intervals
         that were stored without a level have LEVEL where the search compared sizes at equal quality
         (``comparison``), and OLD_LEVEL in searches before that."""
-        from pydantic import ValidationError
-
-        try:
+        with clear_errors(f"{source} is not a front"):
             rows: list[Any] = _members_model()(value).root
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(str(p) for p in first["loc"]) or "the top level"
-            raise AquabitError(
-                f"{source} is not a front: {place}: {first['msg']} (got {first.get('input')!r:.60})"
-            ) from error
         level = LEVEL if "same_quality" in (comparison or {}) else OLD_LEVEL
         members = []
         for i, row in enumerate(rows):
@@ -203,12 +190,8 @@ class Front:
     @staticmethod
     def from_dict(value: Any, source: str = "the stored front") -> Front:
         """The inverse of ``to_dict``; older studies have no proof."""
-        if not isinstance(value, dict) or set(value) - {"proof"} != {
-            "members",
-            "budget",
-            "winner",
-            "comparison",
-        }:
+        parts = {"members", "budget", "winner", "comparison"}
+        if not isinstance(value, dict) or set(value) - {"proof"} != parts:
             raise AquabitError(
                 f"{source} must be an object with members, budget, winner and comparison, got {value!r:.60}"
             )
@@ -226,11 +209,8 @@ class Front:
                 cells += [_shown(m.predicted.get(k)), _shown_interval(m.measured.get(k))]
             mark = ' style="font-weight: bold"' if m.config.digest == self.winner else ""
             rows.append(f"<tr{mark}>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>")
-        budget = (
-            f"<caption>budget: {escape(str(self.budget))}; the winner is bold</caption>"
-            if self.budget
-            else ""
-        )
+        named = f"budget: {escape(str(self.budget))}; the winner is bold"
+        budget = f"<caption>{named}</caption>" if self.budget else ""
         columns = "<th>bits per weight</th><th>bytes</th><th>BOPs</th><th>ms a call</th>"
         return f"{self._figures(metrics)}<table>{budget}<tr>{columns}{head}</tr>{''.join(rows)}</table>"
 

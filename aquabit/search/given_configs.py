@@ -11,7 +11,7 @@ from aquabit.jsonio import read_json
 from aquabit.scheme import FP, AquabitError, LayerChoice, QuantConfig, Scheme
 from aquabit.space import SearchSpace
 
-WEIGHT = "weight_quantizer"
+WEIGHT = "weight_quantizer"  # what ModelOpt calls the part of a layer that rounds its weight
 
 
 def read_given(path: str | Path, space: SearchSpace) -> QuantConfig:

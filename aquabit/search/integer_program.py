@@ -5,10 +5,9 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -23,7 +22,7 @@ from aquabit.space import SearchSpace
 # the largest difference between two scores of a layer: HiGHS's absolute gap of 1e-6 is then one in 10^10
 SCALE = 1e4
 NODES = 20_000  # a limit on nodes, not on seconds, so that the same seed gives the same answer
-BATCH = 4096
+BATCH = 4096  # rows that are predicted at once: bounds memory
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,6 @@ def solve(
     *,
     cuts: Sequence[Cut] = (),
     relative_gap: float = 0.0,
-    nodes: int = NODES,
     ties: float | None = None,
     near: Cut | None = None,
 ) -> Solution:
@@ -79,86 +77,75 @@ def solve(
         if radius < 1:
             raise AquabitError(f"a trust region of {radius} layers is empty; give at least 1")
         excluded.append((options.columns.join(known)[0], -radius))
-    found = _exact(scaled, options, excluded, cost_model, budget, relative_gap, nodes)
+    program = _Program(cost_model, budget, options, tuple(excluded))
+    found = program.exact(scaled, relative_gap)
     if found is None:
         raise AquabitError(_infeasible(options, cost_model, budget, bool(cuts) or near is not None))
     choice, bound = found
     if ties is not None:
-        choice = _lightest(
-            choice, scaled, options, excluded, cost_model, budget, ties * unit * float(spans.sum()), nodes
-        )
+        choice = program.lightest(choice, scaled, ties * unit * float(spans.sum()))
     rows = np.arange(len(choice))
     score, above = float(table[rows, choice].sum()), float(scaled[rows, choice].sum())
-    missing = max(
-        above - bound, 0.0
-    )  # in scaled units; bound counts from the sum of the layers' smallest scores
-    return Solution(
-        options.columns.split(choice),
-        score,
-        float(score - missing / unit),
-        float(missing / max(unit * float(spans.sum()), 1e-300)),
-    )
+    # in scaled units; the bound counts from the sum of the layers' smallest scores
+    missing = max(above - bound, 0.0)
+    gap = missing / max(unit * float(spans.sum()), 1e-300)
+    return Solution(options.columns.split(choice), score, float(score - missing / unit), float(gap))
 
 
-def _exact(
-    scores: np.ndarray,
-    options: Options,
-    excluded: list[tuple[np.ndarray, int]],
-    cost_model: CostModel,
-    budget: Budget,
-    relative_gap: float,
-    nodes: int,
-) -> tuple[np.ndarray, float] | None:
-    """``_milp`` whose answer keeps the budget exactly: HiGHS rounds within tolerances, which may slip over a
-    limit by some bytes.
+@dataclass(frozen=True)
+class _Program:
+    """What an answer must keep: the budget, as ``options`` count it, and its distance from known choices
+    (``cuts``: columns [L], and in how many layers to differ at least; a negative number: at most)."""
 
-    An answer that slipped is forbidden, which keeps the optimum; after eight, the last is repaired and the
-    bound given up.
-    """
-    choice = None
-    for _ in range(8):
-        choice, bound = _milp(scores, options, excluded, relative_gap, nodes)
-        if choice is None:
-            return None
-        if _within(choice, options, cost_model, budget):
-            return choice, bound
-        excluded = [*excluded, (choice, 1)]
-    mended = None if choice is None else options.repair(choice, scores)
-    return (
-        None if mended is None or not _within(mended, options, cost_model, budget) else (mended, 0.0)
-    )  # scores here are never negative
+    cost_model: CostModel
+    budget: Budget
+    options: Options
+    cuts: tuple[tuple[np.ndarray, int], ...]
 
+    def exact(self, scores: np.ndarray, relative_gap: float) -> tuple[np.ndarray, float] | None:
+        """``_milp`` whose answer keeps the budget exactly: HiGHS rounds within tolerances, which may slip
+        over a limit by some bytes.
 
-def _lightest(
-    choice: np.ndarray,
-    scores: np.ndarray,
-    options: Options,
-    excluded: list[tuple[np.ndarray, int]],
-    cost_model: CostModel,
-    budget: Budget,
-    slack: float,
-    nodes: int,
-) -> np.ndarray:
-    """Of the choices [L] whose total score is at most ``slack`` above that of ``choice``, one of fewest
-    operations."""
-    rows, allowed = np.arange(len(choice)), options.columns.allowed
-    work = kernel_operations(cost_model, options)
-    work = np.where(allowed, work - np.where(allowed, work, np.inf).min(1, keepdims=True), 0.0)
-    if not work.max() > 0:
-        return choice
-    cap = float(scores[rows, choice].sum()) + slack + 1e-9
-    limited = replace(
-        options,
-        names=(*options.names, "score"),
-        costs=np.concatenate([options.costs, scores[None]]),
-        caps=np.append(options.caps, cap),
-        openings=tuple(replace(o, costs=np.append(o.costs, 0.0)) for o in options.openings),
-    )
-    try:
-        found = _exact(work * (SCALE / work.max()), limited, excluded, cost_model, budget, 1e-6, nodes)
-    except AquabitError:  # it ran out of nodes
-        return choice
-    return choice if found is None or work[rows, found[0]].sum() >= work[rows, choice].sum() else found[0]
+        An answer that slipped is forbidden, which keeps the optimum; after eight, the last is repaired and
+        the bound given up.
+        """
+        choice, cuts = None, self.cuts
+        for _ in range(8):
+            choice, bound = _milp(scores, self.options, cuts, relative_gap)
+            if choice is None:
+                return None
+            if self._keeps(choice):
+                return choice, bound
+            cuts = (*cuts, (choice, 1))
+        mended = None if choice is None else self.options.repair(choice, scores)
+        # scores here are never negative
+        return None if mended is None or not self._keeps(mended) else (mended, 0.0)
+
+    def lightest(self, choice: np.ndarray, scores: np.ndarray, slack: float) -> np.ndarray:
+        """Of the choices [L] whose total score is at most ``slack`` above that of ``choice``, one of fewest
+        operations."""
+        rows, options = np.arange(len(choice)), self.options
+        allowed, work = options.columns.allowed, kernel_operations(self.cost_model, options)
+        work = np.where(allowed, work - np.where(allowed, work, np.inf).min(1, keepdims=True), 0.0)
+        if not work.max() > 0:
+            return choice
+        cap = float(scores[rows, choice].sum()) + slack + 1e-9
+        limited = replace(
+            options,
+            names=(*options.names, "score"),
+            costs=np.concatenate([options.costs, scores[None]]),
+            caps=np.append(options.caps, cap),
+            openings=tuple(replace(o, costs=np.append(o.costs, 0.0)) for o in options.openings),
+        )
+        try:
+            found = replace(self, options=limited).exact(work * (SCALE / work.max()), 1e-6)
+        except AquabitError:  # it ran out of nodes
+            return choice
+        return choice if found is None or work[rows, found[0]].sum() >= work[rows, choice].sum() else found[0]
+
+    def _keeps(self, choice: np.ndarray) -> bool:
+        totals = self.cost_model.totals(self.options.columns.split(choice))
+        return bool(self.cost_model.within(totals, self.budget)[0]) and bool(self.options.keeps(choice))
 
 
 def _table(scores: np.ndarray, cost_model: CostModel, options: Options) -> np.ndarray:
@@ -186,9 +173,8 @@ def _spans(table: np.ndarray, options: Options) -> np.ndarray:
     return np.asarray(np.where(allowed, table, -np.inf).max(1) - np.where(allowed, table, np.inf).min(1))
 
 
-def _within(choice: np.ndarray, options: Options, cost_model: CostModel, budget: Budget) -> bool:
-    totals = cost_model.totals(options.columns.split(choice))
-    return bool(cost_model.within(totals, budget)[0]) and bool(options.keeps(choice))
+# weights of the cells and of the openings, and the most they may sum to
+Row = tuple[np.ndarray, np.ndarray, float]
 
 
 def _milp(
@@ -196,75 +182,80 @@ def _milp(
     options: Options,
     cuts: Sequence[tuple[np.ndarray, int]],
     relative_gap: float,
-    nodes: int,
     limits: Sequence[int] | None = None,
     opening_scores: np.ndarray | None = None,
 ) -> tuple[np.ndarray | None, float]:
     """Columns [L] and a lower bound on the total of ``scores`` [L, C]; (None, inf) where no choice keeps the
     limits.
 
-    ``limits`` names the rows of ``options.costs`` to keep (default: all). Costs enter as the excess over the
-    layer's smallest, divided by the largest of them, so that rows of bytes and of BOPs are alike to HiGHS.
-    Shared codebooks are further variables, each 1 where a layer uses them; ``opening_scores`` are theirs
-    (default: none).
+    ``limits`` names the rows of ``options.costs`` to keep (default: all). Each allowed cell is a variable, 1
+    where it is chosen. Shared codebooks are further variables, each 1 where a layer uses them;
+    ``opening_scores`` are theirs (default: none).
     """
-    cells = np.argwhere(options.columns.allowed)
-    layer, column = cells.T
-    count, openings = len(cells), options.openings
-
-    def row(of_cells: np.ndarray, of_openings: np.ndarray | None = None) -> Any:
-        return csr_matrix(
-            np.concatenate([of_cells, np.zeros(len(openings)) if of_openings is None else of_openings])[None]
-        )
-
-    picks = csr_matrix(
-        (np.ones(count), (layer, np.arange(count))), shape=(len(scores), count + len(openings))
-    )
-    rows, low, high = [picks], [np.ones(len(scores))], [np.ones(len(scores))]
-
-    def at_most(left: Any, right: float) -> None:
-        rows.append(left)
-        low.append(np.array([-np.inf]))
-        high.append(np.array([right]))
-
-    for r in range(len(options.caps)) if limits is None else limits:
-        least = np.where(options.columns.allowed, options.costs[r], np.inf).min(1)
-        excess = options.costs[r][layer, column] - least[layer]
-        once = np.array([o.costs[r] for o in openings])
-        unit = 1e3 / max(float(excess.max()), float(once.max(initial=0.0)), 1e-300)
-        at_most(row(excess * unit, once * unit), (options.caps[r] - least.sum()) * unit)
-    for k, opening in enumerate(openings):
-        for member in opening.layers:
-            at_most(
-                row(((layer == member) & opening.columns[column]).astype(float), -np.eye(len(openings))[k]),
-                0.0,
-            )
-    for known, differ in cuts:  # a negative number is that of a trust region
-        same = (known[layer] == column).astype(float)
-        if differ < 0:
-            at_most(row(-same), -(len(scores) + float(differ)))
-        else:
-            at_most(row(same), len(scores) - float(differ))
-    constraints = [LinearConstraint(a, lo, hi) for a, lo, hi in zip(rows, low, high, strict=True)]
-    extra = np.zeros(len(openings)) if opening_scores is None else opening_scores
+    layer, column = np.argwhere(options.columns.allowed).T
+    count, openings = len(layer), len(options.openings)
+    size = count + openings
+    picks = csr_matrix((np.ones(count), (layer, np.arange(count))), shape=(len(scores), size))
+    kept = range(len(options.caps)) if limits is None else limits
+    rows = [
+        *_limit_rows(options, layer, column, kept),
+        *_opening_rows(options, layer, column),
+        *_cut_rows(cuts, layer, column, len(scores), openings),
+    ]
     with _silent():
         found = milp(
-            np.concatenate([scores[layer, column], extra]),
-            integrality=np.ones(count + len(openings)),
+            np.concatenate(
+                [scores[layer, column], np.zeros(openings) if opening_scores is None else opening_scores]
+            ),
+            integrality=np.ones(size),
             bounds=Bounds(0, 1),
-            constraints=constraints,
-            options={"mip_rel_gap": relative_gap, "node_limit": nodes},
+            constraints=[
+                LinearConstraint(picks, np.ones(len(scores)), np.ones(len(scores))),
+                *(
+                    LinearConstraint(csr_matrix(np.concatenate([a, b])[None]), -np.inf, most)
+                    for a, b, most in rows
+                ),
+            ],
+            options={"mip_rel_gap": relative_gap, "node_limit": NODES},
         )
     if found.x is None and found.status == 1:
-        raise AquabitError(
-            f"the integer program stopped after {nodes} nodes without a solution; raise `nodes`"
-        )
+        raise AquabitError(f"the integer program stopped after {NODES} nodes without a solution")
     if found.x is None:
         return None, np.inf
     share = np.full(scores.shape, -1.0)
     share[layer, column] = found.x[:count]
     bound = found.mip_dual_bound if found.mip_dual_bound is not None else found.fun
     return share.argmax(1), float(bound)
+
+
+def _limit_rows(
+    options: Options, layer: np.ndarray, column: np.ndarray, limits: Iterable[int]
+) -> Iterator[Row]:
+    """Limits of costs. These enter as the excess over the layer's smallest, divided by the largest of them,
+    so that rows of bytes and of BOPs are alike to HiGHS."""
+    for r in limits:
+        least = np.where(options.columns.allowed, options.costs[r], np.inf).min(1)
+        excess = options.costs[r][layer, column] - least[layer]
+        once = np.array([o.costs[r] for o in options.openings])
+        unit = 1e3 / max(float(excess.max()), float(once.max(initial=0.0)), 1e-300)
+        yield excess * unit, once * unit, (options.caps[r] - least.sum()) * unit
+
+
+def _opening_rows(options: Options, layer: np.ndarray, column: np.ndarray) -> Iterator[Row]:
+    """A layer uses shared codebooks only where they are there."""
+    for opening, own in zip(options.openings, np.eye(len(options.openings)), strict=True):
+        for member in opening.layers:
+            yield ((layer == member) & opening.columns[column]).astype(float), -own, 0.0
+
+
+def _cut_rows(
+    cuts: Sequence[tuple[np.ndarray, int]], layer: np.ndarray, column: np.ndarray, layers: int, openings: int
+) -> Iterator[Row]:
+    """Distances from known choices: at least so many layers differ, or at most where the number is
+    negative."""
+    for known, differ in cuts:
+        same, none = (known[layer] == column).astype(float), np.zeros(openings)
+        yield (-same, none, -(layers + float(differ))) if differ < 0 else (same, none, layers - float(differ))
 
 
 @contextmanager
@@ -293,7 +284,7 @@ def _silent() -> Iterator[None]:
 
 def _infeasible(options: Options, cost_model: CostModel, budget: Budget, cut: bool) -> str:
     """One sentence that says what each limit can reach while the others are kept."""
-    if cut and _milp(np.zeros(options.costs.shape[1:]), options, (), 0.0, NODES)[0] is not None:
+    if cut and _milp(np.zeros(options.costs.shape[1:]), options, (), 0.0)[0] is not None:
         return f"no further configuration within {budget} differs enough from those that are known"
     fixed = fixed_act(options.columns.activations)
     reach = []
@@ -301,7 +292,7 @@ def _infeasible(options: Options, cost_model: CostModel, budget: Budget, cut: bo
         others = [k for k in range(len(options.names)) if k != r]
         unit = SCALE / max(float(options.costs[r].max()), 1e-300)
         tables = np.array([opening.costs[r] * unit for opening in options.openings])
-        choice, _ = _milp(options.costs[r] * unit, options, (), 0.0, NODES, others, tables)
+        choice, _ = _milp(options.costs[r] * unit, options, (), 0.0, others, tables)
         low, high = cost_model.limits(fixed)[name]
         if choice is None:  # more than one limit is at fault
             exclude = " and ".join(options.names[k] for k in others)
@@ -318,10 +309,11 @@ def _infeasible(options: Options, cost_model: CostModel, budget: Budget, cut: bo
 def choice_effects(
     predict: Predict, space: SearchSpace, contexts: Choices, activations: tuple[Act, ...] | None = None
 ) -> np.ndarray:
-    """Predicted change [n, L, schemes, A] when one layer of context n takes a choice instead of its first
-    (see ``additive_scores``).
+    """Predicted change [n, L, schemes, A] when one layer of context n takes a choice instead of its first (a
+    constant per layer, which no optimum depends on): averaged over contexts, scores for ``solve``.
 
-    Cells that a layer may not take are infinite.
+    The axis A is ``activations``, by default the fixed one of a budget in bits or bytes. Cells that a layer
+    may not take are infinite. Costs n x sum of the layers' choices rows of ``predict``.
     """
     columns = Columns.of(space, activations or activation_choices(space))
     layer, column = np.argwhere(columns.allowed).T
@@ -330,26 +322,10 @@ def choice_effects(
     base = columns.allowed.argmax(1)
     for n, context in enumerate(contexts):
         many = context[np.zeros(len(layer), int)]
-        many.weights[cell, layer], many.acts[cell, layer] = (
-            each.weights[column, layer],
-            each.acts[column, layer],
-        )
+        many.weights[cell, layer] = each.weights[column, layer]
+        many.acts[cell, layer] = each.acts[column, layer]
         for start in range(0, len(layer), BATCH):
             part = slice(start, start + BATCH)
             out[n, layer[part], column[part]] = predict(many[part])
         out[n] -= out[n, np.arange(len(base)), base][:, None]
     return out.reshape(len(contexts), len(base), -1, len(columns.activations))
-
-
-def additive_scores(
-    predict: Predict, space: SearchSpace, contexts: Choices, activations: tuple[Act, ...] | None = None
-) -> np.ndarray:
-    """Scores [L, schemes, A] for ``solve``: mean predicted change for each single choice over ``contexts``.
-
-    A change is relative to the layer's first allowed choice (a constant per layer, which no optimum depends
-    on); the axis A is ``activations``, by default the fixed one of a budget in bits or bytes. Cells that a
-    layer may not take are infinite. Costs n x sum of the layers' choices rows of ``predict``.
-    """
-    if not len(contexts):
-        raise AquabitError("additive scores need at least one context configuration, got none")
-    return np.asarray(choice_effects(predict, space, contexts, activations).mean(0))

@@ -89,9 +89,8 @@ def judge(candidates: Sequence[int], measure: Measure, rounds: Sequence[int] = R
             for i in alive[1:]
             if not np.isfinite(values[i]).all() or paired_difference(list(values[i]), list(best)).low > 0
         ]
-        alive = [i for i in alive if i not in shown][
-            : max(2, ceil(len(alive) / 2))
-        ]  # two stay for all blocks
+        # two stay for all blocks
+        alive = [i for i in alive if i not in shown][: max(2, ceil(len(alive) / 2))]
         if len(alive) == 1:
             break
     winner = alive[0]

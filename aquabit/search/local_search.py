@@ -12,7 +12,7 @@ from aquabit.cost import CostModel
 from aquabit.scheme import AquabitError, Budget, act_text
 from aquabit.search.options import Options, Predict, kernel_operations
 
-BATCH = 4096
+BATCH = 4096  # rows that are predicted at once: bounds memory
 LIFTS = 256  # first halves of pairs that are ranked against every other change; more only slows the ranking
 
 
@@ -152,9 +152,8 @@ def _descend(
         if len(first):
             double = single[first]
             double[np.arange(len(first)), layer[second]] = column[second]
-            double = double[
-                options.keeps(double)
-            ]  # two changes that share codebooks do not cost what each does alone
+            # two changes that share codebooks do not cost what each does alone
+            double = double[options.keeps(double)]
             paired = counted(double)
             if len(double) and paired.min() < reached:
                 best, reached = double[paired.argmin()], float(paired.min())

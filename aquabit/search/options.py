@@ -55,9 +55,8 @@ class Columns:
             if row == (FP,):
                 allowed[i, 1:] = False  # schemes start with fp
                 index[0, i] = count
-        return Columns(
-            activations, allowed, Choices.picked(space, column // count, index, (*activations, 16))
-        )
+        each = Choices.picked(space, column // count, index, (*activations, 16))
+        return Columns(activations, allowed, each)
 
     @property
     def free(self) -> np.ndarray:
@@ -126,30 +125,25 @@ class Options:
         every = columns.each.weights[:, 0]
         names, costs, caps = [], [], []
         if budget.bits is not None or budget.bytes is not None:
-            by_bits = (
-                np.inf if budget.bits is None else floor(budget.bits * cost_model.weights / 8 * (1 + 1e-12))
-            )
-            by_bytes = (
-                np.inf if budget.bytes is None else floor(budget.bytes * (1 + 1e-12)) - cost_model.other_bytes
-            )
+            by_bits = by_bytes = np.inf
+            if budget.bits is not None:
+                by_bits = floor(budget.bits * cost_model.weights / 8 * (1 + 1e-12))
+            if budget.bytes is not None:
+                by_bytes = floor(budget.bytes * (1 + 1e-12)) - cost_model.other_bytes
             names.append("bits" if by_bits <= by_bytes else "bytes")
             costs.append(cost_model.bytes[:, every].astype(float))  # whole numbers below 2^53: sums are exact
             caps.append(float(min(by_bits, by_bytes)))
         if budget.bops is not None:
             names.append("bops")
-            costs.append(
-                cost_model.macs[:, None]
-                * cost_model.weight_bits[:, every]
-                * cost_model.act_bits(columns.each).T
-            )
+            acts = cost_model.act_bits(columns.each).T
+            costs.append(cost_model.macs[:, None] * cost_model.weight_bits[:, every] * acts)
             caps.append(budget.bops * (1 + 5e-13))  # inside the tolerance of CostModel.within
         if budget.latency_ms is not None:
             assert cost_model.latency is not None  # checked above
             names.append("latency_ms")
             per_column = cost_model.latency.of(columns.each).T
-            costs.append(
-                np.where(columns.allowed, per_column, 0.0)
-            )  # what a layer may not take was not measured
+            # what a layer may not take was not measured
+            costs.append(np.where(columns.allowed, per_column, 0.0))
             caps.append(budget.latency_ms * (1 + 5e-13) - cost_model.latency.rest)
         sized = np.array([name in ("bits", "bytes") for name in names], float)
         tables = cost_model.shared if sized.any() else []
@@ -194,17 +188,15 @@ class Options:
         while not self.keeps(choice):
             used, change = self.used(choice), self.changes(choice)
             gain = self.overrun(used) - self.overrun(used[:, None, None] + change)
-            with np.errstate(
-                invalid="ignore"
-            ):  # from infinitely bad to infinitely bad is no rise that can be weighed
+            # from infinitely bad to infinitely bad is no rise that can be weighed
+            with np.errstate(invalid="ignore"):
                 rise = np.maximum(scores - scores[rows, choice][:, None], 0)
             useful = self.columns.allowed & (gain > 1e-15) & np.isfinite(rise)
             if not useful.any():
                 return None
             unit = max(float(rise[useful].max()), 1e-300)  # whatever scores are measured in
-            price = np.where(
-                useful, (np.where(useful, rise, 0) / unit + 1e-12) / np.where(useful, gain, 1), np.inf
-            )
+            price = (np.where(useful, rise, 0) / unit + 1e-12) / np.where(useful, gain, 1)
+            price = np.where(useful, price, np.inf)
             layer, column = np.unravel_index(int(np.argmin(price)), price.shape)
             choice[layer] = column
         return choice
@@ -213,6 +205,5 @@ class Options:
 def kernel_operations(cost_model: CostModel, options: Options) -> np.ndarray:
     """Operations [L, C] of the kernel at each column (``Scheme.operations``: multiply-adds, an add counted
     as half of one)."""
-    return np.repeat(
-        cost_model.macs[:, None] * cost_model.operations, len(options.columns.activations), axis=1
-    )
+    work = cost_model.macs[:, None] * cost_model.operations
+    return np.repeat(work, len(options.columns.activations), axis=1)

@@ -95,55 +95,85 @@ def branch_and_bound(
     ``nodes`` bounds, or at a gap of ``tolerance``; the bound is valid whenever it stops. Raises AquabitError
     where the incumbent is outside the budget.
     """
-    options = Options.of(cost_model, budget)
-    best = options.columns.join(incumbent)[0]
-    if (best < 0).any() or not options.keeps(best):
-        raise AquabitError(
-            f"the incumbent is outside the budget ({budget}); start from the integer program's solution"
-        )
-    value = float(predict(options.columns.split(best))[0])
-    closed = np.inf  # the least bound of what was given up without being split
-    heap: list[tuple[float, int, np.ndarray, np.ndarray | None]] = []
-    used = 0
-
-    def push(allowed: np.ndarray, parent: float) -> None:
-        nonlocal used, best, value, closed
-        used += 1
-        low, share = bound(allowed, options.costs, options.caps)
-        low = max(low, parent)  # a part of the parent's choices
-        if (allowed.sum(1) == 1).all() and low < np.inf:
-            only = allowed.argmax(1)
-            if not options.keeps(only):
-                return
-            here = float(predict(options.columns.split(only))[0])
-            best, value = (only, here) if here < value else (best, value)
-            closed = min(closed, here)
-            return
-        if share is not None and low < value:
-            rounded = options.repair(np.where(allowed, share, -1.0).argmax(1), -share)
-            if rounded is not None:
-                found = improve(
-                    options.columns.split(rounded), predict, cost_model, budget, seed, rows=rows, restarts=0
-                )
-                if found.predicted < value:
-                    best, value = options.columns.join(found.choices)[0], found.predicted
-        if low < np.inf:
-            heapq.heappush(heap, (low, used, allowed, share))
-
-    push(options.columns.allowed, -np.inf)
-    while heap and used < nodes:
-        low, _, allowed, share = heap[0]
-        if low >= value - tolerance * max(abs(value), abs(low)):
+    search = _BranchAndBound(incumbent, predict, bound, cost_model, budget, rows, seed)
+    search.push(search.options.columns.allowed, -np.inf)
+    while search.heap and search.used < nodes:
+        low, _, allowed, share = search.heap[0]
+        if low >= search.value - tolerance * max(abs(search.value), abs(low)):
             break
-        heapq.heappop(heap)
-        layer, column = most_fractional_layer(allowed, share, best)
+        heapq.heappop(search.heap)
+        layer, column = most_fractional_layer(allowed, share, search.best)
         only, rest = allowed.copy(), allowed.copy()
         only[layer] = False
         only[layer, column], rest[layer, column] = True, False
-        push(only, low)
-        push(rest, low)
-    lowest = min([closed, value, *(node[0] for node in heap)])
-    return Bounded(options.columns.split(best), value, lowest, used)
+        search.push(only, low)
+        search.push(rest, low)
+    lowest = min([search.closed, search.value, *(node[0] for node in search.heap)])
+    return Bounded(search.options.columns.split(search.best), search.value, lowest, search.used)
+
+
+class _BranchAndBound:
+    """The incumbent (columns ``best`` [L], predicted ``value``), the open nodes (``heap``: bound, number,
+    columns allowed [L, C], shares), the number of bounds ``used``, and the least bound of what was ``closed``
+    without being split."""
+
+    def __init__(
+        self,
+        incumbent: Choices,
+        predict: Predict,
+        bound: Bound,
+        cost_model: CostModel,
+        budget: Budget,
+        rows: int,
+        seed: int,
+    ):
+        self.options = Options.of(cost_model, budget)
+        self.predict, self.bound, self.cost_model, self.budget = predict, bound, cost_model, budget
+        self.rows, self.seed = rows, seed
+        self.best = self.options.columns.join(incumbent)[0]
+        if (self.best < 0).any() or not self.options.keeps(self.best):
+            raise AquabitError(
+                f"the incumbent is outside the budget ({budget}); start from the integer program's solution"
+            )
+        self.value = self._predicted(self.best)
+        self.closed, self.used = np.inf, 0
+        self.heap: list[tuple[float, int, np.ndarray, np.ndarray | None]] = []
+
+    def _predicted(self, choice: np.ndarray) -> float:
+        return float(self.predict(self.options.columns.split(choice))[0])
+
+    def push(self, allowed: np.ndarray, parent: float) -> None:
+        """Bound a node, look for a better incumbent near where the bound was found, and open the node."""
+        self.used += 1
+        low, share = self.bound(allowed, self.options.costs, self.options.caps)
+        low = max(low, parent)  # a part of the parent's choices
+        if low == np.inf:
+            return
+        if (allowed.sum(1) == 1).all():
+            self._close(allowed.argmax(1))
+            return
+        if share is not None and low < self.value:
+            self._round(np.where(allowed, share, -1.0).argmax(1), share)
+        heapq.heappush(self.heap, (low, self.used, allowed, share))
+
+    def _close(self, only: np.ndarray) -> None:
+        """Take a node of a single choice [L] for what is predicted of it."""
+        if self.options.keeps(only):
+            here = self._predicted(only)
+            self.best, self.value = (only, here) if here < self.value else (self.best, self.value)
+            self.closed = min(self.closed, here)
+
+    def _round(self, choice: np.ndarray, share: np.ndarray) -> None:
+        """Bring a choice [L] within the budget, improve it, and keep it where it beats the incumbent."""
+        rounded = self.options.repair(choice, -share)
+        if rounded is None:
+            return
+        start = self.options.columns.split(rounded)
+        found = improve(
+            start, self.predict, self.cost_model, self.budget, self.seed, rows=self.rows, restarts=0
+        )
+        if found.predicted < self.value:
+            self.best, self.value = self.options.columns.join(found.choices)[0], found.predicted
 
 
 def most_fractional_layer(allowed: np.ndarray, share: np.ndarray | None, best: np.ndarray) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from aquabit.search.options import activation_choices
 from aquabit.search.proof import Proof
 from aquabit.search.refine import refine
 from aquabit.search.search import Search
-from aquabit.search.surrogate_search import find_candidates
+from aquabit.search.surrogate_search import Experiment, find_candidates
 from aquabit.sensitivity.effects.context_effects import rank_by_output_errors
 from aquabit.sensitivity.surrogate.fit import FittedSurrogate, fit_from_study, training_table
 
@@ -91,12 +91,11 @@ def _refine(search: Search, starts: Mapping[Budget, Solution]) -> None:
 def _from_surrogate(search: Search) -> None:
     """What a surrogate of the study's measurements proposes; it is measured as it is proposed."""
     session, study, options, progress = search.session, search.session.study, search.options, search.progress
-    training_table(
-        study, session.protocol.objective
-    )  # too few measurements are said before anything is proposed
+    # too few measurements are said before anything is proposed
+    training_table(study, session.protocol.objective)
     last: list[FittedSurrogate] = []
 
-    def predict_factory() -> Any:
+    def fit() -> Any:
         last[:] = [fit_from_study(study)]
         return last[0].badness
 
@@ -109,22 +108,9 @@ def _from_surrogate(search: Search) -> None:
     def screen(configs: list[QuantConfig]) -> np.ndarray:
         return rank_by_output_errors(session, last[0], configs, progress)
 
-    found = find_candidates(
-        session.space,
-        search.costs,
-        options.budget,
-        predict_factory,
-        measure,
-        search.measured,
-        rounds=options.proposals,
-        per_round=options.per_round,
-        seed=options.seed,
-        method="evolve" if options.method == "evolve" else "program",
-        bound=bound,
-        screen=screen if options.screen > 1 else None,
-        pool=options.screen,
-        progress=progress,
-    )
+    judge = screen if options.screen > 1 else None
+    experiment = Experiment(fit, measure, search.measured, judge, bound)
+    found = find_candidates(search.costs, options, experiment, progress=progress)
     for candidate in found:
         search.add(candidate.config, "surrogate")
     proofs = [c.proof for c in found if c.proof is not None]

@@ -18,11 +18,8 @@ from aquabit.cost import CostModel
 from aquabit.scheme import AquabitError, Budget
 from aquabit.search.integer_program import solve
 
-RADII = (
-    4,
-    8,
-    16,
-)  # layers that may change at once: each size of a step is tried, the judge says which one was too large
+# layers that may change at once: each size of a step is tried, the judge says which one was too large
+RADII = (4, 8, 16)
 
 
 @dataclass(frozen=True)
@@ -54,9 +51,8 @@ def crossings(slopes: np.ndarray, overlap: np.ndarray, damages: np.ndarray, own:
     """
     rows, known = np.arange(len(own)), np.isfinite(damages)
     size = np.sqrt(np.where(known, damages, 0.0))
-    mine = (
-        np.where(np.arange(damages.shape[1]) == own[:, None], 1.0, overlap) * size * size[rows, own][:, None]
-    )
+    cosine = np.where(np.arange(damages.shape[1]) == own[:, None], 1.0, overlap)
+    mine = cosine * size * size[rows, own][:, None]
     return np.asarray(np.where(known, slopes - 2 * mine, 0.0))
 
 

@@ -11,60 +11,12 @@ import numpy as np
 from aquabit.cost import CostModel
 from aquabit.measuring.latency import latency_table
 from aquabit.measuring.session import Session
-from aquabit.scheme import FP, AquabitError, Budget, Progress, Protocol, QuantConfig, no_progress
+from aquabit.scheme import FP, Progress, Protocol, QuantConfig, no_progress
 from aquabit.search.options import activation_choices, fixed_act
 from aquabit.search.proof import Proof
-from aquabit.search.surrogate_search import check_method, ladder
+from aquabit.search.search_options import SearchOptions, ladder
 from aquabit.sensitivity.damages import Damages
-
-SPREAD = (
-    0.9,
-    1.1,
-    0.8,
-    1.25,
-    0.6,
-    1.5,
-    0.5,
-    2.0,
-)  # limits of the front's other targets relative to the budget's
-
-
-@dataclass(frozen=True)
-class SearchOptions:
-    """``method``: "program" (the program over damages, refined in context), or "surrogate" and "evolve",
-    which also propose from a surrogate of the study's measurements. ``rounds`` of refinement for the
-    budget (half as many for the front's other targets), or of fitting and proposing ``per_round``
-    configurations; ``screen``: configurations proposed for each that is measured. ``against``: (name,
-    configuration) that the winner must not lose to."""
-
-    budget: Budget
-    method: str = "program"
-    rounds: int | None = None
-    per_round: int = 8
-    screen: int = 4
-    seed: int = 0
-    against: Sequence[tuple[str, QuantConfig]] = ()
-    spread: Sequence[float] = SPREAD
-
-    def __post_init__(self) -> None:
-        check_method(self.method)
-        if self.screen < 1:
-            raise AquabitError(
-                f"screen is {self.screen}; it must be at least 1 (1: every proposed configuration is"
-                " measured)"
-            )
-        if self.rounds is not None and self.rounds < 0:
-            raise AquabitError(
-                f"rounds is {self.rounds}; it must be at least 0 (0: the program's answer as it is)"
-            )
-
-    @property
-    def refinements(self) -> int:
-        return 3 if self.rounds is None or self.method != "program" else self.rounds
-
-    @property
-    def proposals(self) -> int:
-        return 2 if self.rounds is None else max(1, self.rounds)
+from aquabit.study import comparable
 
 
 @dataclass(frozen=True)
@@ -106,20 +58,13 @@ class Search:
     def _at_budget(self, config: QuantConfig) -> QuantConfig:
         """A given configuration with its activations at the bits that the budget fixes, where it fixes
         them: rivals are compared alike."""
+        space, act = self.session.space, self.activations[0]
         if len(self.activations) > 1:
-            return replace(config, correction=self.session.space.correction)
-        excluded = {k for k, row in self.session.space.choices.items() if row == (FP,)}
-        act = self.activations[0]
-        changed = {
-            k: replace(config[k], act=16 if k in excluded else act) for k in self.session.space.choices
-        }
-        space = self.session.space
-        return replace(
-            config,
-            layers=changed,
-            correction=space.correction,
-            calibration=config.calibration or space.calibration,
-        )
+            return replace(config, correction=space.correction)
+        rows = space.choices.items()
+        changed = {k: replace(config[k], act=16 if row == (FP,) else act) for k, row in rows}
+        calibration = config.calibration or space.calibration
+        return replace(config, layers=changed, correction=space.correction, calibration=calibration)
 
     def add(self, config: QuantConfig, source: str, expected: float = float("nan")) -> None:
         """Make it a candidate; one that is there already keeps its source."""
@@ -136,17 +81,12 @@ class Search:
         proposed here or with schemes that the space leaves open."""
         session = self.session
         table, configs = session.study.measurements(session.protocol, failed=True), session.study.configs()
-        own = table[
-            (table.kind != "reference")
-            & (table.correction.fillna("") == (session.space.correction or ""))
-            & table.tuned.isna()
-        ]
-        rows = session.space.choices
-        return {
-            key: configs[key]
-            for key in own.config
-            if key in self.candidates or all(configs[key][layer].weight in row for layer, row in rows.items())
-        }
+        own = table[(table.kind != "reference") & comparable(table, session.space.correction)]
+
+        def offered(config: QuantConfig) -> bool:
+            return all(config[layer].weight in row for layer, row in session.space.choices.items())
+
+        return {k: configs[k] for k in own.config if k in self.candidates or offered(configs[k])}
 
     def values(self, metric: str, protocol: Protocol | None = None) -> dict[str, float]:
         """digest -> a metric under a protocol, larger = worse; NaN where the measurement failed."""
@@ -154,7 +94,7 @@ class Search:
         table = session.study.measurements(given, failed=True)
         if metric not in table:
             return {}
-        sign = 1.0 if given.direction(metric) == "min" else -1.0
+        sign = given.sign(metric)
         return {key: sign * float(v) for key, v in zip(table.config, table[metric], strict=True)}
 
     def within(self, configs: Sequence[QuantConfig]) -> np.ndarray:
@@ -162,14 +102,14 @@ class Search:
         kept = []
         for config in configs:
             cost, budget = self.costs(config), self.options.budget
-            allowed_activations = {config[k].act for k in self.session.space.free_layers()} <= set(
-                self.activations
+            acts = {config[k].act for k in self.session.space.free_layers()}
+            fits = (
+                acts <= set(self.activations)
+                and (budget.bits is None or cost.bits_per_weight <= budget.bits * (1 + 1e-12))
+                and (budget.bytes is None or cost.bytes <= budget.bytes)
+                and (budget.bops is None or cost.bops <= budget.bops * (1 + 1e-12))
             )
-            fits = (budget.bits is None or cost.bits_per_weight <= budget.bits * (1 + 1e-12)) and (
-                budget.bytes is None or cost.bytes <= budget.bytes
-            )
-            fits = fits and (budget.bops is None or cost.bops <= budget.bops * (1 + 1e-12))
-            kept.append(bool(allowed_activations and fits))
+            kept.append(fits)
         return np.array(kept, bool)
 
     def inside(self, config: QuantConfig) -> bool:

@@ -36,25 +36,14 @@ def choose_winner(search: Search) -> tuple[QuantConfig, Judgement]:
         )
     objective = search.values(protocol.objective)
     best_by_objective = sorted(configs, key=lambda c: objective.get(c.digest, float("inf")))[:1]
-    finalists = list(
-        {
-            c.digest: c
-            for c in (*configs[:FINALISTS], *best_by_objective, *(c for c in configs if c.digest in given))
-        }.values()
-    )
+    chosen = (*configs[:FINALISTS], *best_by_objective, *(c for c in configs if c.digest in given))
+    finalists = list({c.digest: c for c in chosen}.values())
 
     def measure(indices: Sequence[int], count: int) -> np.ndarray:
         blocks = pieces(protocol, count, search.options.seed, _conditions(search, protocol))
-        session.measure(
-            [session.space.full_precision()],
-            "reference",
-            search.progress,
-            blocks,
-            "full precision, judging seeds",
-        )
-        session.measure(
-            [finalists[i] for i in indices], "selection", search.progress, blocks, "telling finalists apart"
-        )
+        session.measure_full(blocks, "judging seeds", search.progress)
+        asked = [finalists[i] for i in indices]
+        session.measure(asked, "selection", search.progress, blocks, "telling finalists apart")
         tables = [search.values(fidelity, b) for b in blocks]
         return np.array([[t.get(finalists[i].digest, float("nan")) for t in tables] for i in indices])
 
@@ -102,24 +91,14 @@ def _by_objective(search: Search, winner: QuantConfig, finalists: Sequence[Quant
     session, metric = search.session, search.session.protocol.objective
     protocols = [session.protocol, *(session.protocol.block(b) for b in OBJECTIVE_BLOCKS)]
     first = search.values(metric)
-    rivals = [
-        c
-        for c in finalists
-        if c.digest != winner.digest and first.get(c.digest, np.inf) < first.get(winner.digest, np.inf)
-    ]
+    own = first.get(winner.digest, np.inf)
+    rivals = [c for c in finalists if c.digest != winner.digest and first.get(c.digest, np.inf) < own]
     rivals = sorted(rivals, key=lambda c: first[c.digest])[:2]
     if not rivals:
         return winner
-    session.measure(
-        [session.space.full_precision()],
-        "reference",
-        search.progress,
-        protocols,
-        "full precision, judging seeds",
-    )
-    session.measure(
-        [winner, *rivals], "selection", search.progress, protocols, f"telling finalists apart by {metric}"
-    )
+    session.measure_full(protocols, "judging seeds", search.progress)
+    what = f"telling finalists apart by {metric}"
+    session.measure([winner, *rivals], "selection", search.progress, protocols, what)
     tables = [search.values(metric, p) for p in protocols]
 
     def blocks(config: QuantConfig) -> list[float]:

@@ -23,8 +23,8 @@ from aquabit.scheme import (
     no_progress,
     parse_correction,
 )
-from aquabit.sensitivity.surrogate.estimators import Target
 from aquabit.sensitivity.surrogate.fit import training_table
+from aquabit.sensitivity.surrogate.regressor import Target
 
 KIND = "correction"  # of the measurements that are made only to be set beside the chosen configuration's own
 
@@ -32,11 +32,10 @@ KIND = "correction"  # of the measurements that are made only to be set beside t
 def without_and_with(config: QuantConfig, calibration: Calibration) -> tuple[QuantConfig, QuantConfig]:
     """A configuration without correction and with its own, or the default one where it has none, measured
     on ``calibration``."""
-    corrected = (
-        config
-        if config.correction
-        else replace(config, correction=DEFAULT_CORRECTION, calibration=config.calibration or calibration)
-    )
+    corrected = config
+    if not config.correction:
+        measured_on = config.calibration or calibration
+        corrected = replace(config, correction=DEFAULT_CORRECTION, calibration=measured_on)
     return replace(config, correction=None), corrected
 
 
@@ -74,14 +73,8 @@ def noise_facts(
     except AquabitError as error:
         return {**facts, "reason": str(error)}
     progress("quantization noise of the winner", 1, 1)
-    session.measure(
-        [c for c in pair if c.digest != config.digest],
-        KIND,
-        progress,
-        protocols,
-        "without and with correction",
-        packed=True,
-    )
+    other, what = [c for c in pair if c.digest != config.digest], "without and with correction"
+    session.measure(other, KIND, progress, protocols, what, packed=True)
     return {**facts, "protocols": [p.digest for p in protocols]}
 
 
@@ -108,9 +101,8 @@ def corrected_session(session: Session, correction: str, progress: Progress = no
     check_correctable(session.model, session.protocol, wanted)
     calibration = session.space.calibration or Calibration.of(session.protocol)
     corrected = session.with_space(replace(session.space, correction=wanted, calibration=calibration))
-    corrected.measure(
-        uniform_references(corrected.space), "candidate", progress, what="uniform references, corrected"
-    )
+    uniform, what = uniform_references(corrected.space), "uniform references, corrected"
+    corrected.measure(uniform, "candidate", progress, what=what)
     return corrected
 
 
@@ -119,9 +111,8 @@ def correction_shift(session: Session, objective: str, target: Target) -> float:
     and with it under the study's protocol; 0 where the session corrects as its study does, and where no
     reference was measured both ways.
     """
-    if session.space.correction == session.study.need("space", "run `aquabit measure` first").get(
-        "correction"
-    ):
+    measured = session.study.need("space", "run `aquabit measure` first")
+    if session.space.correction == measured.get("correction"):
         return 0.0
     table = session.study.measurements(session.protocol)
     value = dict(zip(table.config, table[objective].astype(float), strict=True))

@@ -11,21 +11,15 @@ import numpy as np
 
 from aquabit.choices import Choices
 from aquabit.cost import CostModel
+from aquabit.maximum_entropy import Gibbs, solve_gibbs
 from aquabit.measuring.session import Session
 from aquabit.scheme import FP, Act, AquabitError, act_text
 from aquabit.space import SearchSpace
 
 BUDGET_TOLERANCE_BITS = 0.25  # contexts lie within this many real bits per weight of the budget
 CONTEXT_ACT = 8  # activation bits of contexts where the space has them, else its highest
-EXCESSES = tuple(
-    float(e) for e in np.geomspace(0.05, 1, 6)
-)  # of good configurations: 1.05 to 2 times the least damage
-ROUNDS = 50  # of bisection for a price: what odds as sharp as SHARP can tell apart
-BETA_ROUNDS = 20  # of bisection for beta: to 4e-5 of itself
-FLAT, SHARP = (
-    1e-6,
-    1e12,
-)  # beta of odds that heed no damage, and of the program's own choice; damages are scaled to at most 1
+# of good configurations: 1.05 to 2 times the least damage
+EXCESSES = tuple(float(e) for e in np.geomspace(0.05, 1, 6))
 TUNING = 10  # solves that may go into finding the nominal mean; at either end of a space none may fit
 SEEN = 256  # draws whose mean size is compared with the budget
 TRIES = 200  # draws of a context of a given excess before it is given up
@@ -78,24 +72,6 @@ class Damages:
         return np.asarray((self.weights[rows, choices.weights] + padded[rows, column]).sum(-1))
 
 
-@dataclass(frozen=True)
-class Gibbs:
-    """Independent draws of one scheme a layer with probability p ~ exp(-beta (damage + price x bytes)): of
-    all distributions with the same mean bytes and mean damage the one of largest entropy. ``odds`` [L,
-    schemes]."""
-
-    odds: np.ndarray
-    beta: float
-    price: float
-
-    def draw(self, count: int, rng: np.random.Generator) -> np.ndarray:
-        """Scheme indices [count, L]."""
-        uniform = rng.random((count, len(self.odds)))
-        edges = np.cumsum(self.odds, 1)
-        edges /= edges[:, -1:]
-        return np.asarray((uniform[..., None] > edges[None, :, :-1]).sum(-1))
-
-
 def known_damages(space: SearchSpace, probes: Mapping[tuple[str, str], Mapping[str, Any]]) -> Damages | None:
     """``Damages.of`` a study's probes; None where one is missing, as in studies that were made without
     probes."""
@@ -105,61 +81,11 @@ def known_damages(space: SearchSpace, probes: Mapping[tuple[str, str], Mapping[s
         return None
 
 
-def gibbs(damages: Damages, costs: CostModel, bits: float, excess: float) -> Gibbs:
-    """The distribution whose mean size is ``bits`` per weight and whose mean damage is 1 + ``excess`` times
-    the least that any mixture of that size has (the program's optimum, its last layer split).
-
-    Codebooks that layers share are not in the mean size (what is drawn is weighed exactly, see
-    ``good_contexts``). ``bits`` is kept inside what the space reaches, ``excess`` below what equal odds have.
-    """
-    return gibbs_each(damages, costs, bits, [excess])[0]
-
-
-def gibbs_each(damages: Damages, costs: CostModel, bits: float, excesses: Sequence[float]) -> list[Gibbs]:
-    """``gibbs`` for several excesses, in the time of a few."""
-    allowed = np.isfinite(damages.weights)
-    table = np.where(allowed, damages.weights, 0.0)
-    unit = max(float(np.ptp(table, axis=1).max()), 1e-300)
-    scaled = table / unit
-    size = (
-        np.where(allowed, costs.bytes, 0.0) * 8 / costs.weights
-    )  # bits per weight of the model that a choice takes
-    low, high = (np.where(allowed, costs.bytes, fill) * 8 / costs.weights for fill in (np.inf, -np.inf))
-    reach = float(low.min(1).sum()), float(high.max(1).sum())
-    goal = float(
-        np.clip(bits, reach[0] + 1e-6 * (reach[1] - reach[0]), reach[1] - 1e-6 * (reach[1] - reach[0]))
-    )
-
-    def at(beta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Odds [betas, L, schemes] of mean size ``goal``, and their prices [betas]."""
-        down, up = (
-            np.full(len(beta), -60.0),
-            np.full(len(beta), 60.0),
-        )  # a negative price makes large schemes likely
-        for _ in range(ROUNDS):
-            middle = (down + up) / 2
-            large = (_odds(scaled, size, allowed, beta, np.sinh(middle)) * size).sum((1, 2)) > goal
-            down, up = np.where(large, middle, down), np.where(large, up, middle)
-        return _odds(scaled, size, allowed, beta, np.sinh(up)), np.sinh(up)
-
-    least, flat = (at(np.array([SHARP, FLAT]))[0] * scaled).sum((1, 2))
-    wanted = np.minimum((1 + np.asarray(excesses, float)) * least, flat)
-    down, up = np.full(len(wanted), np.log(FLAT)), np.full(len(wanted), np.log(SHARP))
-    for _ in range(BETA_ROUNDS):
-        middle = (down + up) / 2
-        large = (at(np.exp(middle))[0] * scaled).sum((1, 2)) > wanted
-        down, up = np.where(large, middle, down), np.where(large, up, middle)
-    beta = np.exp(up)
-    odds, price = at(beta)
-    return [Gibbs(o, float(b) / unit, float(p) * unit) for o, b, p in zip(odds, beta, price, strict=True)]
-
-
-def _odds(
-    damage: np.ndarray, size: np.ndarray, allowed: np.ndarray, beta: np.ndarray, price: np.ndarray
-) -> np.ndarray:
-    exponent = np.where(allowed, -beta[:, None, None] * (damage + price[:, None, None] * size), -np.inf)
-    weights = np.exp(exponent - exponent.max(-1, keepdims=True))
-    return np.asarray(weights / weights.sum(-1, keepdims=True))
+def gibbs(damages: Damages, costs: CostModel, bits: float, excesses: Sequence[float]) -> list[Gibbs]:
+    """For each of ``excesses`` the distribution whose mean size is ``bits`` per weight and whose mean damage
+    is 1 + excess times the least (``solve_gibbs``). Codebooks that layers share are not in the mean size:
+    what is drawn is weighed exactly, see ``good_contexts``."""
+    return solve_gibbs(damages.weights, costs.bytes * 8 / costs.weights, bits, excesses)
 
 
 def context_act(space: SearchSpace) -> int:
@@ -189,7 +115,7 @@ def good_contexts(
     """
     space, act = damages.space, context_act(damages.space)
     check_budget_in_reach(space, costs, bits)
-    mean, family = bits, gibbs_each(damages, costs, bits, EXCESSES)
+    mean, family = bits, gibbs(damages, costs, bits, EXCESSES)
 
     def draw(levels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Scheme indices [n, L] of draws with these excesses, and their real bits [n]."""
@@ -203,7 +129,7 @@ def good_contexts(
         if abs(miss) <= BUDGET_TOLERANCE_BITS / 5:
             break
         mean += float(np.clip(miss, -0.5, 0.5))
-        family = gibbs_each(damages, costs, mean, EXCESSES)
+        family = gibbs(damages, costs, mean, EXCESSES)
     levels, weights = rng.integers(len(EXCESSES), size=count), np.empty((count, len(space.choices)), int)
     left = np.arange(count)
     for _ in range(TRIES):

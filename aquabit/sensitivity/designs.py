@@ -8,18 +8,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy import special
 
 from aquabit.choices import Choices
 from aquabit.cost import CostModel
+from aquabit.maximum_entropy import Gibbs, level_odds, share_odds
 from aquabit.measuring.session import Session
 from aquabit.scheme import FP, Act, AquabitError, Progress, QuantConfig, Scheme, no_progress, parse_swap
-from aquabit.sensitivity.damages import EXCESSES, ROUNDS, Damages, Gibbs, context_act, damages_of, gibbs_each
+from aquabit.sensitivity.damages import EXCESSES, Damages, context_act, damages_of, gibbs
 from aquabit.sensitivity.effects.predicted import default_swap, find_players, refits
 from aquabit.sensitivity.features import Encoder
 from aquabit.sensitivity.shared_contexts import group_numbers
 from aquabit.sensitivity.surrogate.estimators import Surrogate
-from aquabit.space import BITS_RANGE, SearchSpace, maximum_entropy
+from aquabit.space import BITS_RANGE, SearchSpace
 
 DESIGNS = {
     "near": "good configurations: draws near the front of the known damages, evenly over the budgets",
@@ -32,9 +32,7 @@ DESIGNS = {
     "swaps": "good configurations near 3 bits, each followed by copies of it with one layer swapped",
     "disagreement": "a random start, then batches on which refitted surrogates disagree",
 }
-DEFAULT = (  # the random quarter shows what ruins a model, which a search must know to stay away from
-    "near:0.75"
-)
+DEFAULT = "near:0.75"  # the random quarter shows what ruins a model, which a search must know to avoid
 SWAP_RANGE = (2.75, 3.25)  # mean bits of their contexts
 # swaps that share a context, at most half of the layers: each costs one measurement and its share of the
 # context's
@@ -42,9 +40,8 @@ PER_CONTEXT = 24
 BLOCK, CANDIDATES = 24, 16  # configurations that are balanced together; permutations tried for a layer
 TOTALS = 4.0  # what sums near their targets are worth beside deviations that are orthogonal
 OPERATOR_SHIFT = 0.5  # bits by which the mean of an operator type may lie above or below the configuration's
-GRID = np.linspace(
-    *BITS_RANGE, 33
-)  # means at which maximum-entropy odds are computed; linear in between, which keeps the mean
+# means at which maximum-entropy odds are computed; linear in between, which keeps the mean
+GRID = np.linspace(*BITS_RANGE, 33)
 # mean bits at which ``near`` solves for odds; linear in between, which keeps the mean and adds up to 3 % of
 # damage
 MEANS = 9
@@ -137,7 +134,7 @@ class _Near:
         self.damages, self.space = damages, damages.space
         low, high = costs.limits(context_act(self.space))["bits"]
         self.means = np.unique(np.clip(np.linspace(*bits_range, MEANS), low, high))
-        self.families = [gibbs_each(damages, costs, float(mean), EXCESSES) for mean in self.means]
+        self.families = [gibbs(damages, costs, float(mean), EXCESSES) for mean in self.means]
         self.excluded = np.array([row == (FP,) for row in self.space.choices.values()])
 
     def __call__(self, rng: np.random.Generator, act: int | None) -> QuantConfig:
@@ -157,11 +154,8 @@ class _Near:
     def _odds(self, bits: float, level: int) -> Gibbs:
         place = float(np.interp(bits, self.means, np.arange(len(self.means))))
         first = min(int(place), len(self.means) - 1)
-        a, b, part = (
-            self.families[first][level],
-            self.families[min(first + 1, len(self.means) - 1)][level],
-            place - first,
-        )
+        after, part = min(first + 1, len(self.means) - 1), place - first
+        a, b = self.families[first][level], self.families[after][level]
         beta = float(np.exp((1 - part) * np.log(a.beta) + part * np.log(b.beta)))
         return Gibbs((1 - part) * a.odds + part * b.odds, beta, (1 - part) * a.price + part * b.price)
 
@@ -169,24 +163,14 @@ class _Near:
         """Boolean [L]: which layers take their lower activation, ``choice`` of the space's."""
         rows, highest = np.arange(len(choice)), self.space.act_choices.index(max(self.space.activations))
         worse = self.damages.acts[rows, choice] - self.damages.acts[:, highest]
-        free = beta * worse[~self.excluded]
-        down, up = -float(free.max()) - 40, -float(free.min()) + 40
-        for _ in range(ROUNDS):
-            price = (down + up) / 2
-            down, up = (price, up) if special.expit(-free - price).mean() > share else (down, price)
-        return np.asarray(rng.random(len(choice)) < special.expit(-beta * worse - up))
+        return np.asarray(rng.random(len(choice)) < share_odds(beta * worse, ~self.excluded, share))
 
 
 def swaps(
-    space: SearchSpace,
-    count: int,
-    seed: int,
-    swap: str | None = None,
-    damages: Damages | None = None,
-    costs: CostModel | None = None,
+    space: SearchSpace, count: int, seed: int, damages: Damages | None = None, costs: CostModel | None = None
 ) -> list[QuantConfig]:
-    """Contexts, each followed by PER_CONTEXT configurations with one layer at the other end of ``swap``
-    (default: the space's own; layers without its schemes are swapped between their nearest).
+    """Contexts, each followed by PER_CONTEXT configurations with one layer at the other end of the space's
+    own swap (layers without its schemes are swapped between their nearest).
 
     Contexts have mean bits in SWAP_RANGE and their activations at 8 bits, as those that effects speak of by
     default: good configurations (``near``) where damages and costs are given, else those of the balanced
@@ -194,7 +178,7 @@ def swaps(
     to the size of effects it does to many layers, so that their order keeps. Layers that are swapped start at
     random ends of the swap, the others are as drawn; every layer has its turn before one has its second.
     """
-    players = find_players(space, parse_swap(swap or default_swap(space)))
+    players = find_players(space, parse_swap(default_swap(space)))
     per = max(1, min(PER_CONTEXT, len(players) // 2))
     bases = math.ceil(count / (1 + per))
     if damages is None or costs is None:
@@ -217,10 +201,8 @@ def swaps(
         chosen = [(players[i], bool(up)) for i, up in zip(turn, rng.random(per) < 0.5, strict=True)]
         for player, up in chosen:
             context = at(context, player.layer, player.before if up else player.after)
-        out += [
-            context,
-            *(at(context, player.layer, player.after if up else player.before) for player, up in chosen),
-        ]
+        out.append(context)
+        out += [at(context, player.layer, player.after if up else player.before) for player, up in chosen]
     return out[:count]
 
 
@@ -250,13 +232,10 @@ class _Balanced:
         self.levels = [space.bit_levels(layer) for layer in space.choices]
         self.operator = [(space.operators or {}).get(layer, "") for layer in space.choices]
         self.decks: dict[tuple[int, float], list[Scheme]] = {}
-        self.products = np.zeros(
-            (len(self.levels), len(self.levels))
-        )  # of deviations, over the blocks so far
-        self.tables = {
-            tuple(levels): np.array([maximum_entropy(tuple(levels), mean) for mean in GRID])
-            for levels in self.levels
-        }
+        # of deviations, over the blocks so far
+        self.products = np.zeros((len(self.levels), len(self.levels)))
+        every = {tuple(levels) for levels in self.levels}
+        self.tables = {levels: np.array([level_odds(levels, mean) for mean in GRID]) for levels in every}
         self.offset = np.random.default_rng([seed, 3]).random(2)
 
     def block(self) -> list[QuantConfig]:
@@ -277,10 +256,8 @@ class _Balanced:
                     self.space.choice(layer, self._deal(i, float(level), rng), 16 if row == (FP,) else act)
                 )
             columns.append(choices)
-        return [
-            self.space.config(dict(zip(self.space.choices, picked, strict=True)))
-            for picked in zip(*columns, strict=True)
-        ]
+        rows = (dict(zip(self.space.choices, picked, strict=True)) for picked in zip(*columns, strict=True))
+        return [self.space.config(row) for row in rows]
 
     def _bits(self, target: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Levels [BLOCK, layers]."""
@@ -294,10 +271,8 @@ class _Balanced:
             values, mean = np.array(list(levels)), means[operator]
             odds = np.stack([np.interp(mean, GRID, p) for p in self.tables[tuple(levels)].T], 1)
             edges = np.cumsum(odds, 1)[:, :-1]
-            place = (
-                rng.permuted(np.tile(np.arange(BLOCK), (CANDIDATES, 1)), axis=1)
-                + rng.random((CANDIDATES, BLOCK))
-            ) / BLOCK
+            strata = rng.permuted(np.tile(np.arange(BLOCK), (CANDIDATES, 1)), axis=1)
+            place = (strata + rng.random((CANDIDATES, BLOCK))) / BLOCK
             drawn = values[(place[..., None] > edges).sum(2)]
             off = drawn - odds @ values
             products = self.products[i, :i] + off @ deviation[:, :i]

@@ -31,9 +31,10 @@ from aquabit.sensitivity.effects.swaps import predict_swaps, top_layers, trainin
 from aquabit.sensitivity.interactions import interactions, scheme_scores
 from aquabit.sensitivity.result import Sensitivity
 from aquabit.sensitivity.shap_summaries import shap_by_operator, shap_by_scheme
-from aquabit.sensitivity.surrogate.estimators import Estimator
-from aquabit.sensitivity.surrogate.fit import FittedSurrogate, Surrogate, fit_from_study
+from aquabit.sensitivity.surrogate.estimators import Surrogate
+from aquabit.sensitivity.surrogate.fit import FittedSurrogate, fit_from_study
 from aquabit.sensitivity.surrogate.learning_curve import learning_curve
+from aquabit.sensitivity.surrogate.regressor import Estimator
 from aquabit.stats import between_percentiles
 from aquabit.study import Study
 
@@ -66,22 +67,18 @@ def explain(
     fitted = fitted or fit_from_study(study, objective, seed, progress=progress, estimator=estimator)
     swap = named_swap(fitted.space, swap)
     players = find_players(fitted.space, parse_swap(swap))
-    drawn = draw_contexts(
-        fitted.space, fitted.cost, bits, contexts, np.random.default_rng([seed, 0]), fitted.damages
-    )
-    predicted = predicted_effects(study, fitted, players, drawn, replicates, seed, progress)
-    effects, models, scores = predicted.effects, predicted.models, {**fitted.scores, **predicted.scores}
-    checked = _checked(study, fitted)
+    rng = np.random.default_rng([seed, 0])
+    drawn = draw_contexts(fitted.space, fitted.cost, bits, contexts, rng, fitted.damages)
+    asked = Question(players, drawn, replicates, seed)
+    predicted = predicted_effects(study, fitted, asked, progress)
+    checked, training = _checked(study, fitted), training_swaps(fitted, players, bits)
     shap = _tree_shap(fitted)
-    layers, combined = _layer_table(
-        fitted, effects, training_swaps(fitted, players, bits), checked, shap, seed
-    )
+    layers, combined = _layer_table(fitted, predicted.effects, training, checked, shap, seed)
     if fidelity and fitted.objective != "psnr":
-        layers = _with_psnr(layers, study, players, drawn, bits, replicates, seed, progress, estimator)
-    place, few = ({p.layer: i for i, p in enumerate(players)}, drawn[:PAIR_CONTEXTS])
-    pairs = interactions(
-        fitted, effects, [place[name] for name in layers.name], models, few, seed, progress, combined.ratio
-    )
+        layers = _with_psnr(layers, study, asked, bits, estimator, progress)
+    place, few, models = {p.layer: i for i, p in enumerate(players)}, drawn[:PAIR_CONTEXTS], predicted.models
+    order = [place[name] for name in layers.name]
+    pairs = interactions(fitted, predicted.effects, order, models, few, seed, progress, combined.ratio)
     groups = scheme_scores(fitted, models, few, seed, progress, combined.ratio)
     operators, blocks = (_rolled(layers, players, combined.draws, key) for key in ("operator", "block"))
     return Sensitivity(
@@ -94,7 +91,7 @@ def explain(
         layers,
         operators,
         blocks,
-        scores,
+        {**fitted.scores, **predicted.scores},
         _validation(study, fitted, layers, checked),
         _scatter(fitted),
         "combined" if layers.n.any() else "predicted",
@@ -103,6 +100,17 @@ def explain(
         learning_curve(fitted, seed, progress),
         shap_by_operator(fitted, *shap) if shap else {},
     )
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a surrogate is asked: what every player's swap does in these ``contexts``, and how sure that is
+    (``replicates``: refitted surrogates)."""
+
+    players: list[Player]
+    contexts: Choices
+    replicates: int
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -116,29 +124,20 @@ class Predicted:
 
 
 def predicted_effects(
-    study: Study,
-    fitted: FittedSurrogate,
-    players: list[Player],
-    contexts: Choices,
-    replicates: int,
-    seed: int = 0,
-    progress: Progress = no_progress,
+    study: Study, fitted: FittedSurrogate, asked: Question, progress: Progress = no_progress
 ) -> Predicted:
-    """What the surrogate says of every player's swap in the contexts; where the study holds their output
-    errors, what these say."""
+    """What the surrogate says; where the study holds output errors in the contexts, what these say."""
+    contexts, replicates, seed = asked.contexts, asked.replicates, asked.seed
     models = bootstrap(fitted, replicates, seed, progress)
-    effects = predict_effects(fitted, players, contexts, models, seed, progress)
-    refined = (
-        refine(study, fitted, effects, contexts, replicates, seed, progress)
-        if isinstance(fitted.surrogate, Surrogate)
-        else None
-    )
+    effects = predict_effects(fitted, asked.players, contexts, models, seed, progress)
+    refined = None
+    if isinstance(fitted.surrogate, Surrogate):
+        refined = refine(study, fitted, effects, contexts, replicates, seed, progress)
     if refined is None:
         return Predicted(effects, models, {})
     effects, screen, count = refined
-    return Predicted(
-        effects, models, {"contexts_run": count, "screen_within_budget_srcc": screen.within_budget_srcc}
-    )
+    scores = {"contexts_run": count, "screen_within_budget_srcc": screen.within_budget_srcc}
+    return Predicted(effects, models, scores)
 
 
 def _checked(study: Study, fitted: FittedSurrogate) -> pd.DataFrame | None:
@@ -148,25 +147,18 @@ def _checked(study: Study, fitted: FittedSurrogate) -> pd.DataFrame | None:
 
 
 def _with_psnr(
-    layers: pd.DataFrame,
-    study: Study,
-    players: list[Player],
-    contexts: Choices,
-    bits: float,
-    replicates: int,
-    seed: int,
-    progress: Progress,
-    estimator: str,
+    layers: pd.DataFrame, study: Study, asked: Question, bits: float, estimator: str, progress: Progress
 ) -> pd.DataFrame:
     """``layers`` with the effects on PSNR; as it is where too few measurements have one, or all the same."""
+    players, seed = asked.players, asked.seed
     try:
         fitted = fit_from_study(study, "psnr", seed, progress=progress, estimator=estimator, baselines=())
     except AquabitError:
         return layers
-    effects = predicted_effects(study, fitted, players, contexts, replicates, seed, progress).effects
+    effects = predicted_effects(study, fitted, asked, progress).effects
     checked, swaps = _checked(study, fitted), training_swaps(fitted, players, bits)
     swaps = swaps if checked is None else pd.concat([swaps, checked[swaps.columns]])
-    found = combine(players, effects.effect(fitted.space.schemes), effects.replicates, swaps, seed)
+    found = combine(players, effects.effect(fitted.space.columns), effects.replicates, swaps, seed)
     table = pd.DataFrame(
         {"psnr_effect": found.effect, "psnr_low": found.low, "psnr_high": found.high},
         [p.layer for p in players],
@@ -184,18 +176,14 @@ def _layer_table(
 ) -> tuple[pd.DataFrame, Combined]:
     """The table of layers, and the combined effects. Swaps among the ``training`` measurements are part of
     the prediction; ``real_swaps``, which it never saw, of the ranking alone."""
-    nodes, schemes = graph_layers(fitted.graph), fitted.space.schemes
+    nodes, column = graph_layers(fitted.graph), fitted.space.columns
     values = np.full(fitted.choices.weights.shape, np.nan) if shap is None else shap[0]
     signed = signed_shap(values, member_parts(fitted.encoder, fitted.choices)["error"]) if shap else values[0]
     of_schemes = shap_by_scheme(fitted, *shap) if shap else [{}] * len(signed)
-    effect = effects.effect(schemes)
-    ours, found = (
-        combine(effects.players, effect, effects.replicates, swaps, seed)
-        for swaps in (
-            training,
-            training if real_swaps is None else pd.concat([training, real_swaps[training.columns]]),
-        )
-    )
+    effect = effects.effect(column)
+    every = training if real_swaps is None else pd.concat([training, real_swaps[training.columns]])
+    ours = combine(effects.players, effect, effects.replicates, training, seed)
+    found = combine(effects.players, effect, effects.replicates, every, seed)
     real, count = real_means(effects.players, training[:0] if real_swaps is None else real_swaps)
     rows = []
     for i, player in enumerate(effects.players):
@@ -214,7 +202,7 @@ def _layer_table(
                 "n": int(count[i]),
                 "shap": float(np.abs(values[:, player.column]).mean()),
                 "shap_signed": float(signed[player.column]),
-                "schemes": {**effects.of_schemes(i, schemes), str(player.after): float(ours.effect[i])},
+                "schemes": {**effects.of_schemes(i, column), str(player.after): float(ours.effect[i])},
                 "shap_schemes": of_schemes[player.column],
             }
         )

@@ -51,11 +51,9 @@ class Encoder:
         self.incidence = np.zeros((len(sizes), len(self.groups)))
         for g, rows in enumerate(self.groups.values()):
             self.incidence[rows, g] = 1.0
-        names, own, grouped = (
-            space.layers,
-            [(i,) for i in range(len(sizes))],
-            [tuple(rows) for rows in self.groups.values()],
-        )
+        names = space.layers
+        own = [(i,) for i in range(len(sizes))]
+        grouped = [tuple(rows) for rows in self.groups.values()]
         everyone = tuple(range(len(sizes)))
         self.columns = [f"weight:{n}" for n in names] + [f"act:{n}" for n in names]
         self.columns += (
@@ -68,11 +66,8 @@ class Encoder:
         self.levels = in_order((*ACTIVATION_BITS, *space.act_choices))  # activation choices that are known
         self.probed = probes is not None and self._probe_tables(probes)
         if self.probed:
-            self.columns += (
-                [f"damage:{n}" for n in names]
-                + [f"damage:{g}" for g in self.groups]
-                + ["damage:roots", "shift:all", "shift:common"]
-            )
+            self.columns += [f"damage:{n}" for n in (*names, *self.groups)]
+            self.columns += ["damage:roots", "shift:all", "shift:common"]
             self.members += [*own, *grouped, everyone, everyone, everyone]
 
     def _table(self, errors: Mapping[tuple[str, str], float]) -> np.ndarray:
@@ -94,16 +89,12 @@ class Encoder:
         False where some are missing."""
         layers, schemes = self.space.layers, self.space.schemes
         levels = [*map(str, schemes), *map(act_text, self.levels)]
-        self.damage, self.sketch = (
-            np.zeros((len(layers), len(levels))),
-            np.zeros((len(layers), len(levels), SKETCH), np.float32),
-        )
+        shape = len(layers), len(levels)
+        self.damage, self.sketch = np.zeros(shape), np.zeros((*shape, SKETCH), np.float32)
         for i, layer in enumerate(layers):
             row = self.space.choices[layer]
-            needed = {*map(str, row), *(act_text(a) for a in self.space.act_choices if row != (FP,))} - {
-                "fp",
-                "a16",
-            }
+            acts = [act_text(a) for a in self.space.act_choices if row != (FP,)]
+            needed = {*map(str, row), *acts} - {"fp", "a16"}
             for j, level in enumerate(levels):
                 found = probes.get((layer, level))
                 if found is None and level in needed:
@@ -160,12 +151,8 @@ class Encoder:
         if self.probed:
             damage = self.damages(choices)
             roots = np.sqrt(damage).sum(1, keepdims=True) ** 2
-            parts += [
-                np.log10(
-                    np.concatenate([damage, damage @ self.incidence, roots, *self._shifts(choices)], 1)
-                    + self.FLOOR
-                )
-            ]
+            own = np.concatenate([damage, damage @ self.incidence, roots, *self._shifts(choices)], 1)
+            parts.append(np.log10(own + self.FLOOR))
         return np.concatenate(parts, 1).astype(np.float32)
 
     def _shifts(self, choices: Choices) -> tuple[np.ndarray, np.ndarray]:
@@ -175,10 +162,8 @@ class Encoder:
         total = np.zeros((len(weights), SKETCH), np.float32)
         for i in range(weights.shape[1]):  # a layer at a time bounds memory: n x SKETCH
             total += self.sketch[i, weights[:, i]] + self.sketch[i, activation[:, i]]
-        cut = SKETCH * 3 // 4
-        return np.square(total[:, :cut]).sum(1, keepdims=True), np.square(total[:, cut:]).sum(
-            1, keepdims=True
-        )
+        every, common = np.split(np.square(total), [SKETCH * 3 // 4], 1)
+        return every.sum(1, keepdims=True), common.sum(1, keepdims=True)
 
     def encode(self, configs: Iterable[QuantConfig]) -> np.ndarray:
         return self(Choices.of(self.space, configs))
@@ -188,5 +173,4 @@ class Encoder:
         activation)."""
         schemes = np.eye(len(self.space.schemes))[choices.weights].reshape(len(choices), -1)
         low = np.eye(len(self.levels))[choices.act_index(self.levels)].reshape(len(choices), -1)
-        both = np.concatenate([schemes, low], 1)
-        return np.asarray(both)
+        return np.concatenate([schemes, low], 1)

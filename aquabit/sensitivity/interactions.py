@@ -14,8 +14,8 @@ from aquabit.graph import layers as graph_layers
 from aquabit.scheme import Progress, no_progress
 from aquabit.sensitivity.effects.predicted import Effects, mean_predictions
 from aquabit.sensitivity.result import INTERACTIONS, SCORES
-from aquabit.sensitivity.surrogate.estimators import Estimator
 from aquabit.sensitivity.surrogate.fit import FittedSurrogate
+from aquabit.sensitivity.surrogate.regressor import Estimator
 from aquabit.stats import around_replicates
 
 STRONGEST = 20  # layers whose pairs are looked at
@@ -38,7 +38,7 @@ def interactions(
     the sum of each swap alone, in its units, as the mean over contexts near the budget; a 95 % interval from
     the refitted ``models``, ``ratio`` times as wide (``combine_effects.Combined.ratio``).
     """
-    column = {s: j for j, s in enumerate(fitted.space.schemes)}
+    column = fitted.space.columns
     players = [effects.players[i] for i in order[:STRONGEST]]
     pairs = list(combinations(players, 2))
     variants = [
@@ -55,10 +55,8 @@ def interactions(
     neither, second, first, both = np.moveaxis(found.reshape(len(found), len(pairs), 4), 2, 0)
     change = both - first - second + neither
     low, high = around_replicates(change[0], change[1:], ratio)
-    rows = [
-        (a.layer, b.layer, *map(float, ends))
-        for (a, b), *ends in zip(pairs, change[0], low, high, strict=True)
-    ]
+    values = zip(pairs, change[0], low, high, strict=True)
+    rows = [(a.layer, b.layer, *map(float, ends)) for (a, b), *ends in values]
     table = pd.DataFrame(rows, columns=INTERACTIONS)
     return table.iloc[np.argsort(-table.interaction.abs(), kind="stable")].reset_index(drop=True)
 
@@ -101,9 +99,7 @@ def scheme_scores(
         own = (table.level == level).to_numpy()
         center, spread = change[0, own].mean(), change[0, own].std() or 1.0
         low, high = around_replicates(change[0, own], change[1:, own], ratio)
-        table.loc[own, ["score", "low", "high"]] = (
-            np.stack([center - change[0, own], center - high, center - low], 1) / spread
-        )
-    return table.sort_values(
-        ["level", "name", "score"], ascending=[False, True, False], kind="stable"
-    ).reset_index(drop=True)
+        scores = np.stack([center - change[0, own], center - high, center - low], 1) / spread
+        table.loc[own, ["score", "low", "high"]] = scores
+    order, rising = ["level", "name", "score"], [False, True, False]
+    return table.sort_values(order, ascending=rising, kind="stable").reset_index(drop=True)

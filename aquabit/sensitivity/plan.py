@@ -100,9 +100,9 @@ def plan(
     known = study.known(given) if study is not None else frozenset()
     # these two know what to draw only once something is probed or measured
     fixed = chosen.name not in ("near", "disagreement")
-    every = (
-        chosen.draw(made, sample.samples, sample.seed) if fixed else [made.full_precision()] * sample.samples
-    )
+    every = [made.full_precision()] * sample.samples
+    if fixed:
+        every = chosen.draw(made, sample.samples, sample.seed)
     drawn = shard_of(every, sample.shard)
     asked = first | {c.digest for c in drawn} if fixed else first
     done = len(study.measurements(given, "sample", failed=True)) if study is not None else 0
@@ -116,18 +116,8 @@ def plan(
     probing = probes * call * given.steps * PROBE_IMAGES / given.micro_batch
     free = store.limit - sum(p.stat().st_size for p in store.folder.glob("*.safetensors"))
     there = len(asked & known) + (0 if fixed else min(done, len(drawn)))
-    return Plan(
-        missing,
-        there,
-        fits,
-        probes,
-        size,
-        free,
-        call,
-        missing * calls * call / where.workers,
-        probing / where.workers,
-        where.workers,
-    )
+    seconds = missing * calls * call / where.workers, probing / where.workers
+    return Plan(missing, there, fits, probes, size, free, call, *seconds, where.workers)
 
 
 def _fits(evaluator: Evaluator, space: SearchSpace) -> tuple[int, int]:
@@ -149,15 +139,11 @@ def _bytes(evaluator: Evaluator, layer: str, scheme: Scheme) -> int:
 def _probes(study: Study | None, space: SearchSpace) -> int:
     """Runs of PROBE_IMAGES images that say what a scheme, or an activation choice, does alone."""
     known = study.features() if study is not None else {}
-    schemes = sum(
-        s != FP and "damage" not in known.get((k, str(s)), {})
-        for k, row in space.choices.items()
-        for s in row
-    )
+    cells = [(k, str(s)) for k, row in space.choices.items() for s in row if s != FP]
     acts = [act_text(a) for a in space.act_choices if a != 16]
-    return schemes + sum(
-        (k, a) not in known for k, row in space.choices.items() if row != (FP,) for a in acts
-    )
+    asked = [(k, a) for k, row in space.choices.items() if row != (FP,) for a in acts]
+    schemes = sum("damage" not in known.get(cell, {}) for cell in cells)
+    return schemes + sum(cell not in known for cell in asked)
 
 
 def _call_seconds(evaluator: Evaluator, protocol: Protocol, device: str) -> float:

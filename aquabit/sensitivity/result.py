@@ -144,11 +144,8 @@ class Sensitivity:
             f" within-budget SRCC {quality}"
         )
         top = self.layers.head(20)
-        rows = list(
-            zip(
-                top.name, top.effect.astype(float), top.low.astype(float), top.high.astype(float), strict=True
-            )
-        )
+        numbers = (top[name].astype(float) for name in ("effect", "low", "high"))
+        rows = list(zip(top.name, *numbers, strict=True))
         listed = [(*row[:1], operator, *row[1:]) for row, operator in zip(rows, top.operator, strict=True)]
         text = (
             f"worsening of {self.objective} by {self.swap}, {self.ranking} ({percent(self.level)} intervals)"

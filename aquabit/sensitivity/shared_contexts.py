@@ -8,9 +8,8 @@ from scipy.sparse.csgraph import connected_components
 
 from aquabit.choices import Choices
 
-SHARE = (
-    8  # configurations belong together where at most two layers differ, in small spaces at most one in eight
-)
+# configurations belong together where at most two layers differ, in small spaces at most one in eight
+SHARE = 8
 
 
 def group_numbers(choices: Choices) -> np.ndarray:

@@ -26,16 +26,12 @@ def chosen_cells(damages: Damages, count: int = CELLS) -> list[tuple[int, int]]:
     """(layer, scheme) indices to fit weights to: evenly spread over the ranks of those whose damage
     exceeds what the layer's activations do, one a layer before a second one."""
     acts = damages.acts.max(1, initial=0.0)
-    cells = [
-        (i, j)
-        for i, j in np.argwhere(np.isfinite(damages.weights))
-        if damages.weights[i, j] > max(acts[i], TINY)
-    ]
+    known = np.argwhere(np.isfinite(damages.weights)).tolist()
+    cells = [(i, j) for i, j in known if damages.weights[i, j] > max(acts[i], TINY)]
     cells.sort(key=lambda c: (-damages.weights[c], c))
     if len(cells) <= count:
-        return [(int(i), int(j)) for i, j in cells]
-    picked = [cells[k] for k in np.unique(np.linspace(0, len(cells) - 1, count).round().astype(int))]
-    return [(int(i), int(j)) for i, j in picked]
+        return cells
+    return [cells[k] for k in np.unique(np.linspace(0, len(cells) - 1, count).round().astype(int))]
 
 
 def fit_step_weights(errors: np.ndarray, damages: np.ndarray) -> np.ndarray:
@@ -61,13 +57,11 @@ def fit_step_weights(errors: np.ndarray, damages: np.ndarray) -> np.ndarray:
         return float(off @ off), (2 * off / predicted) @ errors * weights
 
     level = float(np.median(target - np.log(errors.sum(1))))
-    starts = [
-        np.full(errors.shape[1], level) + np.random.default_rng(s).normal(size=errors.shape[1]) * (s > 0)
-        for s in range(STARTS)
-    ]
+    steps = errors.shape[1]
+    noise = [np.random.default_rng(s).normal(size=steps) * (s > 0) for s in range(STARTS)]
+    starts = [np.full(steps, level) + own for own in noise]
     found = min((minimize(loss, u, jac=True, method="L-BFGS-B") for u in starts), key=lambda f: float(f.fun))
     weights = np.exp(found.x)
-    weights[weights * errors.max(0) < 1e-6 * float((errors @ weights).max())] = (
-        0.0  # what no error of that step could make matter
-    )
+    # what no error of that step could make matter
+    weights[weights * errors.max(0) < 1e-6 * float((errors @ weights).max())] = 0.0
     return np.asarray(weights)

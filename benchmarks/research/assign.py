@@ -22,7 +22,7 @@ def assign(
     space: SearchSpace,
     budget: Budget,
     errors: Mapping[tuple[str, str], float] | None = None,
-    keep: Callable[[str, Scheme], bool] = lambda layer, scheme: scheme.kind == "aq",
+    keep: Callable[[str, Scheme], bool] = lambda layer, scheme: scheme.additive,
 ) -> QuantConfig:
     """The configuration of least summed ``errors`` within ``budget``, of the schemes that ``keep(layer,
     scheme)`` accepts: AQUATIC-Diff's LAQ (a format per layer by shape), as an exact integer program with
@@ -36,7 +36,7 @@ def assign(
     choices = {}
     for layer, row in space.choices.items():
         accepted = tuple(s for s in row if keep(layer, s))
-        aware = tuple(s for s in row if s.kind == "usq" and s.output_aware)
+        aware = tuple(s for s in row if s.record.even and s.output_aware)
         choices[layer] = row if len(row) == 1 else accepted or aware or row
     restricted = replace(space, choices=choices)
     cost_model = CostModel(graph, restricted)
@@ -46,10 +46,9 @@ def assign(
         for scheme in row:
             scores[i, restricted.schemes.index(scheme)] = _error(space, errors, layer, scheme)
     limits = cost_model.limits(fixed_act(activations))
-    open_ = {
-        k: min(v, limits[k][1]) if k in limits else v for k, v in budget.limits().items()
-    }  # more than all can cost is no limit
-    found = solve(scores, cost_model, Budget(**open_))  # type: ignore[arg-type]
+    # more than all can cost is no limit
+    capped = {k: min(v, limits[k][1]) if k in limits else v for k, v in budget.limits().items()}
+    found = solve(scores, cost_model, Budget(**capped))  # type: ignore[arg-type]
     config: QuantConfig = found.choices.config
     return config
 

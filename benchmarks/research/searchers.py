@@ -13,11 +13,12 @@ import numpy as np
 from aquabit.choices import Choices
 from aquabit.cost import CostModel
 from aquabit.layer_formats import expected_loss
-from aquabit.scheme import AquabitError, Budget, QuantConfig
+from aquabit.scheme import FP, AquabitError, Budget, QuantConfig
 from aquabit.search.integer_program import Cut, solve
 from aquabit.search.options import Options, Predict
-from aquabit.search.surrogate_search import Proposer, best_of
-from aquabit.space import BITS_RANGE, SearchSpace, maximum_entropy
+from aquabit.search.proposer import Proposer
+from aquabit.search.surrogate_search import best_of
+from aquabit.space import BITS_RANGE, SearchSpace
 
 Found = list[tuple[QuantConfig, float]]
 OutputErrorSurrogate = Callable[[Found, list[QuantConfig]], Sequence[float]]
@@ -124,11 +125,9 @@ def uniform(problem: Problem) -> Found:
 
 def _uniforms(problem: Problem) -> list[QuantConfig]:
     space = problem.space
-    schemes = [s for s in space.schemes if all(s in space.choices[k] for k in space.free_layers())]
     options = Options.of(problem.cost_model, problem.targets[0])
-    configs = [
-        space.uniform(s, a) for s in schemes for a in options.columns.activations if a in space.activations
-    ]
+    acts = [a for a in options.columns.activations if a in space.activations]
+    configs = [space.uniform(s, a) for s in space.common_schemes() for a in acts]
     totals = [problem.cost_model.totals(Choices.of(space, [c])) for c in configs]
     order = np.argsort([-float(t["bytes"][0]) for t in totals], kind="stable")
     return [
@@ -279,7 +278,7 @@ def surrogate(problem: Problem) -> Found:
         known = [*problem.start, *ledger.found]
         usable = [(c, v) for c, v in known if np.isfinite(v)]
         predict = problem.fit([c for c, _ in usable], np.array([v for _, v in usable]))
-        proposer = Proposer(space, costs, predict, known, number, 16, 15_000, problem.seed, problem.targets)
+        proposer = Proposer(costs, predict, known, problem.targets, number, problem.seed)
         wanted = [problem.targets[slot % len(problem.targets)] for slot in range(min(size, ledger.left))]
         for target in wanted * (POOL if problem.screen else 1):
             proposer.add(target)
@@ -344,16 +343,9 @@ def _drawn(
     """Columns [count, L]: bit levels of maximum entropy with a mean, any scheme of a level, any activation
     choice that is open."""
     place, width = {s: j for j, s in enumerate(space.schemes)}, len(options.columns.activations)
-    odds: dict[tuple[float, ...], np.ndarray] = {}
     out = np.empty((count, len(space.choices)), int)
     for i, layer in enumerate(space.choices):
-        levels = space.bit_levels(layer)
-        key = tuple(levels)
-        if key not in odds:
-            odds[key] = maximum_entropy(key, mean)
-        chance = {
-            place[s]: p / len(row) for row, p in zip(levels.values(), odds[key], strict=True) for s in row
-        }
+        chance = {place[s]: p for s, p in space.scheme_odds(layer, mean).items()}
         acts = np.flatnonzero(options.columns.allowed[i].reshape(-1, width)[next(iter(chance))])
         out[:, i] = width * rng.choice(list(chance), count, p=list(chance.values())) + rng.choice(acts, count)
     return out
@@ -383,10 +375,7 @@ def _expected(problem: Problem, options: Options) -> np.ndarray:
     space = problem.space
     weight = np.array(
         [
-            [
-                0.0 if s.kind == "fp" else expected_loss(s) * 4.0 ** -space.code_bits(k, s)
-                for s in space.schemes
-            ]
+            [0.0 if s == FP else expected_loss(s) * 4.0 ** -space.code_bits(k, s) for s in space.schemes]
             for k in space.choices
         ]
     )

@@ -192,9 +192,8 @@ def by_snr(mix: Mix, snr: Sequence[float], ratios: Sequence[float]) -> QuantConf
     def pattern(count: int) -> list[int]:
         first = set(order[:count])
         bits = merged([mix.low if t in first else mix.high for t in range(len(margin))], MOST_GROUPS - 1)
-        while (
-            have := bits.count(mix.low)
-        ) != count:  # merging may have changed the number: steps beside a boundary, by their margin
+        # merging may have changed the number: steps beside a boundary, by their margin
+        while (have := bits.count(mix.low)) != count:
             old, new, sign = (mix.high, mix.low, 1) if have < count else (mix.low, mix.high, -1)
             bits[max(_edge(bits, old, new), key=lambda t: sign * margin[t])] = new
         return bits

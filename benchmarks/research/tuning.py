@@ -14,8 +14,9 @@ from sklearn.base import clone
 from aquabit.choices import Choices
 from aquabit.scheme import AquabitError, Progress, no_progress
 from aquabit.sensitivity.features import Encoder
-from aquabit.sensitivity.surrogate.estimators import Estimator, Target, estimator_of
+from aquabit.sensitivity.surrogate.estimators import estimator_of
 from aquabit.sensitivity.surrogate.fit import fold_numbers, held_out_predictions
+from aquabit.sensitivity.surrogate.regressor import Estimator, Target
 from aquabit.sensitivity.surrogate.scores import all_scores, within_budget_interval, within_budget_srcc
 
 Parameters = Mapping[str, Any]

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aquabit import packing
+from aquabit.activation_bits import plain_act
 from aquabit.choices import Choices
 from aquabit.cost import CostModel, Latency
 from aquabit.graph import layers as graph_layers
@@ -39,9 +40,8 @@ from aquabit.scheme import (
     act_code,
     act_of,
     act_text,
-    plain_act,
 )
-from aquabit.search.integer_program import additive_scores, solve
+from aquabit.search.integer_program import choice_effects, solve
 from aquabit.search.local_search import improve
 from aquabit.search.options import Options, activation_choices
 from aquabit.sensitivity.effects.predicted import member_parts
@@ -513,7 +513,7 @@ def test_the_search_chooses_among_patterns(names: tuple[str, ...], seed: int) ->
     def predict(rows: Choices) -> np.ndarray:
         return total(scores, choices, rows) + 0.3 * np.abs(np.diff(rows.mean_bits, axis=1)).sum(1)
 
-    again = additive_scores(lambda rows: total(scores, choices, rows), space, rows[:3], choices)
+    again = choice_effects(lambda rows: total(scores, choices, rows), space, rows[:3], choices).mean(0)
     cells = again[:, 1:] - scores[:, 1:]
     assert np.allclose(cells, cells[:, :1, :1]), "single choices of an additive function"
     improved = improve(found.choices, predict, cost, budget, seed=seed)

@@ -27,8 +27,8 @@ from aquabit.search.integer_program import solve
 from aquabit.search.judging import ROUNDS, pieces
 from aquabit.search.options import activation_choices
 from aquabit.search.proposals import program_answers
-from aquabit.search.search import SPREAD, Search, SearchOptions
-from aquabit.search.surrogate_search import ladder
+from aquabit.search.search import Search
+from aquabit.search.search_options import SearchOptions, ladder
 from aquabit.search.winner import FINALISTS
 from aquabit.sensitivity.damages import Damages
 from aquabit.space import SearchSpace, make_space
@@ -242,7 +242,7 @@ def searches(space: SearchSpace, costs: CostModel, budget: Budget) -> Search:
         np.where(space.allowed(), rng.random(shape), np.inf),
         np.zeros((shape[0], len(space.act_choices))),
     )
-    made.candidates, made.targets = {}, [budget, *ladder(costs, budget, SPREAD)]
+    made.candidates, made.targets = {}, [budget, *ladder(costs, budget)]
     return made  # type: ignore[no-any-return]
 
 
@@ -271,8 +271,7 @@ def test_a_target_of_the_front_whose_limits_exclude_each_other_is_left_out() -> 
     narrow = [
         b
         for b in budgets
-        if any(not costs.within(totals, t).any() for t in ladder(costs, b, SPREAD))
-        and costs.within(totals, b).any()
+        if any(not costs.within(totals, t).any() for t in ladder(costs, b)) and costs.within(totals, b).any()
     ]
     assert narrow and activation_choices(space, narrow[0]) == (8,)
     assert narrow[0] in program_answers(searches(space, costs, narrow[0]))

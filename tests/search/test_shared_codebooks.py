@@ -26,7 +26,8 @@ from aquabit.scheme import Act, AquabitError, Budget, Calibration, QuantConfig, 
 from aquabit.search.integer_program import solve
 from aquabit.search.local_search import improve
 from aquabit.search.options import Columns, Opening, Options, Predict, activation_choices
-from aquabit.search.surrogate_search import find_candidates, ladder
+from aquabit.search.search_options import SearchOptions, ladder
+from aquabit.search.surrogate_search import Experiment, find_candidates
 from aquabit.space import SearchSpace, make_space
 from benchmarks.research.assign import assign
 from tests.conftest import tiny_pipeline
@@ -373,7 +374,9 @@ def test_a_budget_out_of_reach_names_both_ends(limits: dict[str, Any]) -> None:
         lambda: solve(scores, cost, budget),
         lambda: ladder(cost, budget),
         lambda: Options.of(cost, budget),
-        lambda: find_candidates(space, cost, budget, lambda: rough(0), lambda _: None, lambda: []),
+        lambda: find_candidates(
+            cost, SearchOptions(budget), Experiment(lambda: rough(0), lambda _: None, lambda: [])
+        ),
     ):
         with pytest.raises(AquabitError) as error:
             refused()
@@ -559,9 +562,8 @@ def test_candidates_keep_their_budgets(names: tuple[str, ...]) -> None:
 
     measure(list({c.digest: c for c in space.sample(20, seed=1)}.values()))
     budget = middle(cost, 0.35, *names)
-    found = find_candidates(
-        space, cost, budget, lambda: predict, measure, lambda: list(values.values()), rows=4000
-    )
+    experiment = Experiment(lambda: predict, measure, lambda: list(values.values()))
+    found = find_candidates(cost, SearchOptions(budget), experiment, rows=4000)
     assert len({c.config.digest for c in found}) == len(found) == 16
     for c in found:
         space.check(c.config)

@@ -18,11 +18,12 @@ from aquabit.cost import Latency
 from aquabit.scheme import AquabitError, Budget, QuantConfig
 from aquabit.search import integer_program
 from aquabit.search.front import Front, FrontMember, hypervolume, pareto, smallest_uniform
-from aquabit.search.integer_program import additive_scores, solve
+from aquabit.search.integer_program import choice_effects, solve
 from aquabit.search.local_search import improve
 from aquabit.search.options import Options, Predict, activation_choices
 from aquabit.search.proof import Proof
-from aquabit.search.surrogate_search import find_candidates, ladder, schedule
+from aquabit.search.search_options import SearchOptions, ladder
+from aquabit.search.surrogate_search import Experiment, find_candidates, schedule
 from aquabit.stats import OLD_LEVEL, Interval, mean_interval
 from tests.worlds import Lab, every, interacting, middle, model, total
 
@@ -290,7 +291,7 @@ def test_what_c_code_prints_is_dropped_and_python_output_stays(capfd: pytest.Cap
     assert capfd.readouterr().out == "before\nafter\n"
 
 
-def test_additive_scores_recover_an_additive_function() -> None:
+def test_effects_of_choices_recover_an_additive_function() -> None:
     space, _ = model(5, excluded=["l2"], pinned={"l3": "usq3"})
     rng = np.random.default_rng(0)
     table = rng.normal(size=(5, len(space.schemes), 17))
@@ -300,7 +301,7 @@ def test_additive_scores_recover_an_additive_function() -> None:
         return np.asarray(table[np.arange(5), rows.weights, rows.acts].sum(1))
 
     contexts = Choices.of(space, space.sample(3, 1))
-    scores = additive_scores(predict, space, contexts, (8, 6))
+    scores = choice_effects(predict, space, contexts, (8, 6)).mean(0)
     assert scores.shape == (5, len(space.schemes), 2)
     allowed = space.allowed()
     allowed[2] = False
@@ -311,9 +312,7 @@ def test_additive_scores_recover_an_additive_function() -> None:
                 table[layer, scheme, bits] - table[layer, first, 8]
             )
     assert np.isinf(scores[3]).sum() == scores[3].size - 2 and np.isinf(scores[2]).sum() == scores[2].size - 1
-    assert additive_scores(predict, space, contexts).shape == (5, len(space.schemes), 1)
-    with pytest.raises(AquabitError, match="at least one context"):
-        additive_scores(predict, space, contexts[:0])
+    assert choice_effects(predict, space, contexts).shape == (3, 5, len(space.schemes), 1)
 
 
 # ---- local search
@@ -373,9 +372,8 @@ def test_local_search_never_leaves_the_budget_nor_gets_worse(
 def test_local_search_improves_on_the_integer_program(names: tuple[str, ...]) -> None:
     space, cost = model(30, 2)
     predict, budget = interacting(space), middle(cost, 0.2, *names)
-    scores = additive_scores(
-        predict, space, Choices.of(space, space.sample(4, 0)), activation_choices(space, budget)
-    )
+    contexts = Choices.of(space, space.sample(4, 0))
+    scores = choice_effects(predict, space, contexts, activation_choices(space, budget)).mean(0)
     start = solve(scores, cost, budget)
     found = improve(start.choices, predict, cost, budget, rows=40_000)
     assert found.start == pytest.approx(float(predict(start.choices)[0]))
@@ -489,16 +487,9 @@ def test_the_loop_proposes_the_same_whatever_the_unit_of_the_predictions(unit: f
         def predict(rows: Choices, scale: float = scale) -> np.ndarray:
             return truth(rows) * scale
 
-        options: dict[str, Any] = {"rounds": 1, "rows": 3000}
-        found = find_candidates(
-            space,
-            cost,
-            middle(cost, 0.4, "bits"),
-            lambda p=predict: p,
-            measure,
-            lambda v=values: list(v.values()),
-            **options,
-        )
+        experiment = Experiment(lambda p=predict: p, measure, lambda v=values: list(v.values()))
+        options = SearchOptions(middle(cost, 0.4, "bits"), rounds=1)
+        found = find_candidates(cost, options, experiment, rows=3000)
         runs.append(([c.config.digest for c in found], found[0].proof))
     assert runs[0][0] == runs[1][0]
     one, other = runs[0][1], runs[1][1]
@@ -528,17 +519,8 @@ def test_the_loop_says_how_near_to_the_optimum_it_came() -> None:
     def least() -> float:
         return float(made[-1](rows[inside]).min())
 
-    found = find_candidates(
-        space,
-        cost,
-        budget,
-        factory,
-        lab.measure,
-        lambda: list(lab.values.values()),
-        rounds=1,
-        rows=6000,
-        bound=bound,
-    )
+    experiment = Experiment(factory, lab.measure, lambda: list(lab.values.values()), bound=bound)
+    found = find_candidates(cost, SearchOptions(budget, rounds=1), experiment, rows=6000)
     proofs = [c.proof for c in found if c.proof is not None]
     assert len(proofs) == 1 and proofs[0] is found[0].proof
     proof = proofs[0]
@@ -569,18 +551,9 @@ def test_a_small_space_is_exhausted_and_a_study_without_measurements_is_served()
     def measure(configs: list[QuantConfig]) -> None:
         values.update({c.digest: (c, 1.0) for c in configs})
 
-    found = find_candidates(
-        space, cost, budget, lambda: truth, measure, lambda: list(values.values()), rounds=3
-    )
+    experiment = Experiment(lambda: truth, measure, lambda: list(values.values()))
+    found = find_candidates(cost, SearchOptions(budget, rounds=3), experiment)
     assert len(values) == len(found) == 4
-
-
-def test_uniform_configurations_within_a_target_are_measured_first() -> None:
-    space, cost = model(6, 1, **TOY)
-    lab, budget = Lab(space, 30), middle(cost, 0.5, "bits")
-    lab.search(cost, budget, uniform=[space.uniform(s) for s in ("usq2", "usq3")], rounds=1)
-    assert [len(batch) for batch in lab.batches] == [2, 8]
-    assert lab.best(cost, budget) <= min(lab.values[space.uniform(s).digest][1] for s in ("usq2", "usq3"))
 
 
 def test_a_budget_that_cannot_be_kept_is_refused_before_anything_is_measured() -> None:
@@ -646,7 +619,6 @@ def test_the_uniform_baseline_is_the_smallest_that_is_no_smaller() -> None:
         found = smallest_uniform(cost, space, at_least_bytes=at_least)
         assert found == space.uniform(expected)
     assert smallest_uniform(cost, space, at_least_bytes=sizes["usq8"] + 1) is None
-    assert smallest_uniform(cost, space, kind="vq") == space.uniform("vq4")
 
 
 def front() -> Front:

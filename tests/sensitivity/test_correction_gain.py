@@ -21,8 +21,8 @@ from aquabit.quant.correction import corrector as correct
 from aquabit.quant.model import fingerprint
 from aquabit.scheme import AquabitError, Calibration, Protocol, QuantConfig
 from aquabit.sensitivity.correction_gain import correction_shift, noise_facts
-from aquabit.sensitivity.surrogate.estimators import Target
 from aquabit.sensitivity.surrogate.fit import training_table
+from aquabit.sensitivity.surrogate.regressor import Target
 from aquabit.space import SearchSpace, make_space, read_space
 from aquabit.study import Study
 from aquabit.workflows import measure

@@ -16,7 +16,6 @@ from aquabit.sensitivity.damages import (
     EXCESSES,
     Damages,
     gibbs,
-    gibbs_each,
     good_contexts,
     known_damages,
 )
@@ -75,20 +74,20 @@ def test_damages_are_those_of_the_study(world: World) -> None:
 @pytest.mark.parametrize("bits", [2.3, 3.0, 4.2])
 def test_gibbs_has_the_size_and_the_excess_that_were_asked_for(world: World, bits: float) -> None:
     table = np.where(np.isfinite(world.damages.weights), world.damages.weights, 0)
-    for excess, found in zip(EXCESSES, gibbs_each(world.damages, world.cost, bits, EXCESSES), strict=True):
+    for excess, found in zip(EXCESSES, gibbs(world.damages, world.cost, bits, EXCESSES), strict=True):
         assert np.allclose(found.odds.sum(1), 1) and (found.odds[:, 0] == 0).all()
         assert (found.odds * world.cost.bytes).sum() * 8 / world.cost.weights == pytest.approx(bits, abs=1e-4)
         assert (found.odds * table).sum() == pytest.approx((1 + excess) * least(world, bits), rel=0.01)
     assert np.allclose(
-        gibbs(world.damages, world.cost, bits, EXCESSES[2]).odds,
-        gibbs_each(world.damages, world.cost, bits, EXCESSES)[2].odds,
+        gibbs(world.damages, world.cost, bits, [EXCESSES[2]])[0].odds,
+        gibbs(world.damages, world.cost, bits, EXCESSES)[2].odds,
     )
 
 
 def test_gibbs_odds_follow_damage_and_size_alone(world: World) -> None:
     """The law that makes entropy largest: differences of log odds are linear in damage and bytes, with one
     beta and price for all layers."""
-    found = gibbs(world.damages, world.cost, 3.0, 0.3)
+    (found,) = gibbs(world.damages, world.cost, 3.0, [0.3])
     damage, size = world.damages.weights[:, 1:], world.cost.bytes[:, 1:] * 8 / world.cost.weights
     expected = -found.beta * (damage + found.price * size)
     seen = found.odds[:, 1:] > 1e-12
@@ -98,7 +97,7 @@ def test_gibbs_odds_follow_damage_and_size_alone(world: World) -> None:
 
 
 def test_draws_have_the_odds(world: World) -> None:
-    found = gibbs(world.damages, world.cost, 3.0, 0.5)
+    (found,) = gibbs(world.damages, world.cost, 3.0, [0.5])
     drawn = found.draw(4000, np.random.default_rng(0))
     share = np.stack([(drawn == j).mean(0) for j in range(found.odds.shape[1])], 1)
     assert np.abs(share - found.odds).max() < 0.04 and found.beta > 0

@@ -126,7 +126,7 @@ def test_near_draws_good_configurations_over_all_budgets(probed: World) -> None:
     for name in ("near", "random"):
         rows = Choices.of(probed.space, Design(name).draw(probed.space, COUNT, 0, damages, cost))
         real = cost.totals(rows)["bits"]
-        sharp = [float((gibbs(damages, cost, b, 0.0).odds * table).sum()) for b in real[:30]]
+        sharp = [float((gibbs(damages, cost, b, [0.0])[0].odds * table).sum()) for b in real[:30]]
         excess[name] = damages.weights[np.arange(60), rows.weights].sum(1)[:30] / sharp - 1
         low, high = BITS_RANGE
         if name == "near":

@@ -46,15 +46,8 @@ def pool_for(model: Model, bank: Bank, where: Where, quality: QualityOptions | N
         if isinstance(source, DiffusionPipeline):
             source.save_pretrained(folder)
             source = folder
-        begin = Begin(
-            source,
-            to_json(model.graph),
-            str(bank.folder),
-            model.fingerprint,
-            where.device,
-            where.dtype,
-            quality,
-        )
+        graph, kept = to_json(model.graph), str(bank.folder)
+        begin = Begin(source, graph, kept, model.fingerprint, where.device, where.dtype, quality)
         pool: Pool = ProcessPool(where.workers, begin) if where.ray is None else RayPool(where.ray, begin)
         try:
             yield pool

@@ -25,7 +25,7 @@ TRIES = 4
 STARTS = 3  # workers in a row that do not even start
 ANSWER_SECONDS = 60  # for a cluster to answer at its address
 START_SECONDS = 600  # for the first worker to find a free slot
-POLL_SECONDS = 2.0
+POLL_SECONDS = 2.0  # between looks at whether machines joined
 PIECE = 32 << 20  # bytes of a model's file that are sent at once
 
 
@@ -68,13 +68,10 @@ class Seat:
         """Load the model, a folder or a name; the result is whether it is there, or its folder must be sent
         first. An error where versions are not ``wanted``, and where the model is not the driver's."""
         node, own = socket.gethostname(), versions()
-        other = [
-            f"{name} {own[name]} instead of {wanted[name]}" for name in SAME if own[name] != wanted[name]
-        ]
-        if other:
-            return Answer(
-                error=f"the worker on {node} has {', '.join(other)}; install the driver's versions there"
-            )
+        differing = [name for name in SAME if own[name] != wanted[name]]
+        if differing:
+            said = ", ".join(f"{name} {own[name]} instead of {wanted[name]}" for name in differing)
+            return Answer(error=f"the worker on {node} has {said}; install the driver's versions there")
         if self._received is not None:
             task = replace(task, model=self._received.name)
         elif folder and not Path(task.model).is_dir():
@@ -116,9 +113,8 @@ class RayPool:
         self.folder = Path(begin.model).is_dir()
         self.begin = replace(begin, model=os.path.abspath(begin.model)) if self.folder else begin
         self.address, self._ours = address, _connect(self.ray, address)
-        self._seat = self.ray.remote(Seat).options(
-            **{f"num_{self.kind.lower()}s": 1}, max_restarts=0, max_task_retries=0
-        )
+        slot = {f"num_{self.kind.lower()}s": 1}
+        self._seat = self.ray.remote(Seat).options(**slot, max_restarts=0, max_task_retries=0)
         self._idle: list[Any] = []
         # answer -> (actor, its task; None while it begins)
         self._pending: dict[Any, tuple[Any, _Job | None]] = {}
@@ -210,10 +206,8 @@ class RayPool:
         if job is None:
             self._bad_starts += 1
             if self._bad_starts >= STARTS:
-                reason = next(
-                    (line.strip() for line in reversed(str(error).splitlines()) if "Error" in line),
-                    str(error).splitlines()[0],
-                )
+                lines = str(error).splitlines()
+                reason = next((line.strip() for line in reversed(lines) if "Error" in line), lines[0])
                 raise AquabitError(
                     f"{STARTS} workers in a row died on starting at {self.address} ({reason}); is the same"
                     f" aquabit installed on every machine, and does the model fit into its memory? {LOWER}"
@@ -247,9 +241,8 @@ def _pieces(folder: Path) -> Iterator[tuple[str, bytes]]:
 
 def _ray() -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster of ours reports to nobody
-    os.environ.setdefault(
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
-    )  # what Ray does in future, without its warning
+    # what Ray does in future, without its warning
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
         version("ray")
         import ray
@@ -280,9 +273,8 @@ def _connect(ray: Any, address: str) -> bool:
     except Exception as error:  # Ray raises many types: all mean that there is no cluster to use
         raise _unanswered(address, str(error)) from error
     if hasattr(ray._private.worker, "_worker_logs_enabled"):
-        ray._private.worker._worker_logs_enabled = (
-            False  # Ray prints what it says of lost workers to standard output, which is ours
-        )
+        # Ray prints what it says of lost workers to standard output, which is ours
+        ray._private.worker._worker_logs_enabled = False
     return True
 
 

@@ -27,12 +27,12 @@ from aquabit.sensitivity.effects.predicted import (
     refits,
 )
 from aquabit.sensitivity.shared_contexts import group_numbers
-from aquabit.sensitivity.surrogate.estimators import Estimator
 from aquabit.sensitivity.surrogate.fit import FittedSurrogate, training_table
 from aquabit.sensitivity.surrogate.output_error_surrogate import (
     OutputErrorSurrogate,
     fit_output_error_surrogate,
 )
+from aquabit.sensitivity.surrogate.regressor import Estimator
 from aquabit.study import Study
 
 DRAWN = 64  # contexts that effects are predicted in; the first few of them are run
@@ -42,7 +42,7 @@ MIN_CONTEXTS = 2  # contexts below which nothing is averaged
 def swapped(contexts: Choices, players: Sequence[Player]) -> Choices:
     """2 x players x contexts rows: each player's first scheme in every context, then its second, then the
     next."""
-    column = {s: j for j, s in enumerate(contexts.space.schemes)}
+    column = contexts.space.columns
     return contexts.under([((p.column, column[s]),) for p in players for s in (p.before, p.after)])
 
 
@@ -62,9 +62,8 @@ def measure_in_context(
     """
     space, known = session.space, session.study.configs()
     players = find_players(space, parse_swap(named_swap(space, swap)))
-    drawn = draw_contexts(
-        space, session.costs, bits, DRAWN, np.random.default_rng([seed, 0]), damages_of(session)
-    )
+    rng, damages = np.random.default_rng([seed, 0]), damages_of(session)
+    drawn = draw_contexts(space, session.costs, bits, DRAWN, rng, damages)
     ends = swapped(drawn[:contexts], players).configs()
     table = training_table(session.study, session.protocol.objective)
     session.outputs([*(known[c] for c in table.config), *ends], progress)
@@ -102,20 +101,15 @@ def refine(
     trained = screen.features(fitted.choices, [outputs[c] for c in fitted.configs])
     groups = group_numbers(fitted.choices)
     models = refits(screen.estimator, trained, fitted.y, groups, replicates, seed, progress)
-    change = (
-        np.array([_changes(m, features, len(players), count) for m in (screen.estimator, *models)])
-        * fitted.sign
-    )
+    estimators = (screen.estimator, *models)
+    change = np.array([_changes(m, features, len(players), count) for m in estimators]) * fitted.sign
     drawn = [np.random.default_rng([seed, 2, r]).integers(count, size=count) for r in range(replicates)]
-    effect, again = (
-        change[0].mean(1),
-        np.array([change[r + 1][:, rows].mean(1) for r, rows in enumerate(drawn)]),
-    )
-    column = {s: j for j, s in enumerate(fitted.space.schemes)}
+    effect = change[0].mean(1)
+    again = np.array([change[r + 1][:, rows].mean(1) for r, rows in enumerate(drawn)])
+    column = fitted.space.columns
     rows, value = np.arange(len(players)), effects.value.copy()
-    value[rows, [column[p.after] for p in players]] = (
-        value[rows, [column[p.before] for p in players]] + effect
-    )
+    before, after = [column[p.before] for p in players], [column[p.after] for p in players]
+    value[rows, after] = value[rows, before] + effect
     return replace(effects, value=value, replicates=again.reshape(replicates, len(players))), screen, count
 
 

@@ -20,17 +20,13 @@ from aquabit.sensitivity.damages import (
 )
 from aquabit.sensitivity.features import Encoder
 from aquabit.sensitivity.shared_contexts import group_numbers
-from aquabit.sensitivity.surrogate.estimators import Estimator, Surrogate, predict_all
+from aquabit.sensitivity.surrogate.estimators import Surrogate, predict_all
 from aquabit.sensitivity.surrogate.fit import FittedSurrogate
-from aquabit.space import SearchSpace, maximum_entropy
+from aquabit.sensitivity.surrogate.regressor import Estimator
+from aquabit.space import SearchSpace
 
-SWAP = (  # where at least half of the free layers may take both; else ``default_swap`` follows the space
-    "usq4h:usq2h"
-)
-APART, ENDS = (
-    1.0,
-    (4.0, 2.0),
-)  # code bits that the ends of a default swap differ by at least, and that they are to be near
+SWAP = "usq4h:usq2h"  # where at least half of the free layers may take both, see ``default_swap``
+APART, ENDS = 1.0, (4.0, 2.0)  # code bits that a default swap's ends differ by at least, and are to be near
 TUNING = 20  # draws that may go into finding the nominal mean; at either end of a space none may fit
 # configurations encoded at once: bounds memory, and stays in the cache: twice as fast as 8192 on 300 layers
 CHUNK = 2048
@@ -56,16 +52,17 @@ class Effects:
     value: np.ndarray  # [players, schemes of the space], NaN where a layer may not take it
     replicates: np.ndarray  # [replicates, players] effects
 
-    def of_schemes(self, index: int, space_schemes: Sequence[Scheme]) -> dict[str, float]:
-        """Effect of going from the swap's first scheme to each other one of the layer."""
-        player, column = self.players[index], {s: j for j, s in enumerate(space_schemes)}
+    def of_schemes(self, index: int, column: Mapping[Scheme, int]) -> dict[str, float]:
+        """Effect of going from the swap's first scheme to each other one of the layer; ``column`` is the
+        space's (``SearchSpace.columns``)."""
+        player = self.players[index]
         start = self.value[index, column[player.before]]
         return {
             str(s): float(self.value[index, column[s]] - start) for s in player.schemes if s != player.before
         }
 
-    def effect(self, space_schemes: Sequence[Scheme]) -> np.ndarray:
-        return np.array([self.of_schemes(i, space_schemes)[str(p.after)] for i, p in enumerate(self.players)])
+    def effect(self, column: Mapping[Scheme, int]) -> np.ndarray:
+        return np.array([self.of_schemes(i, column)[str(p.after)] for i, p in enumerate(self.players)])
 
 
 def find_players(space: SearchSpace, swap: tuple[Scheme, Scheme]) -> list[Player]:
@@ -76,9 +73,11 @@ def find_players(space: SearchSpace, swap: tuple[Scheme, Scheme]) -> list[Player
 
         def nearest(wanted: Scheme, layer: str = layer, row: tuple[Scheme, ...] = row) -> Scheme:
             bits = space.code_bits(layer, wanted)
-            return min(
-                row, key=lambda s: (s != wanted, abs(space.code_bits(layer, s) - bits), s.kind != wanted.kind)
-            )
+
+            def distance(s: Scheme) -> tuple[bool, float, bool]:
+                return s != wanted, abs(space.code_bits(layer, s) - bits), s.record is not wanted.record
+
+            return min(row, key=distance)
 
         before, after = nearest(swap[0]), nearest(swap[1])
         if before != after:
@@ -111,7 +110,7 @@ def default_swap(space: SearchSpace) -> str:
         bits = [float(np.mean([space.code_bits(k, s) for k in layers])) for s in (before, after)]
         if bits[0] - bits[1] >= APART - 1e-9:
             off = sum(abs(b - end) for b, end in zip(bits, ENDS, strict=True))
-            unlike = (before.kind != after.kind) + (before.calibrated != after.calibrated)
+            unlike = (before.record is not after.record) + (before.calibrated != after.calibrated)
             ranked.append(((-len(layers), round(off, 6), unlike, not before.calibrated), f"{before}:{after}"))
     if not ranked:
         raise AquabitError(
@@ -153,9 +152,8 @@ def draw_contexts(
         drawn = Choices.at(space, _draw(space, mean, 4 * count, rng), context_act(space))
         real = cost.totals(drawn)["bits"]
         miss = bits - float(real.mean())
-        if (
-            abs(miss) <= BUDGET_TOLERANCE_BITS / 5 or attempt >= TUNING
-        ):  # else the mean first: contexts are to lie around the budget, not beside it
+        # the mean first: contexts are to lie around the budget, not beside it
+        if abs(miss) <= BUDGET_TOLERANCE_BITS / 5 or attempt >= TUNING:
             fits = drawn[np.abs(real - bits) <= BUDGET_TOLERANCE_BITS]
             kept.append(fits)
             have += len(fits)
@@ -170,16 +168,11 @@ def draw_contexts(
 
 
 def _draw(space: SearchSpace, mean: float, count: int, rng: np.random.Generator) -> np.ndarray:
-    column = {s: j for j, s in enumerate(space.schemes)}
-    odds: dict[tuple[float, ...], np.ndarray] = {}
+    column = space.columns
     out = np.empty((count, len(space.choices)), int)
     for i, layer in enumerate(space.choices):
-        levels = space.bit_levels(layer)
-        key = tuple(levels)
-        if key not in odds:
-            odds[key] = maximum_entropy(key, mean)
-        chance = {s: p / len(row) for (_, row), p in zip(levels.items(), odds[key], strict=True) for s in row}
-        out[:, i] = rng.choice([column[s] for s in chance], count, p=np.array(list(chance.values())))
+        odds = space.scheme_odds(layer, mean)
+        out[:, i] = rng.choice([column[s] for s in odds], count, p=list(odds.values()))
     return out
 
 
@@ -252,20 +245,12 @@ def predict_effects(
 ) -> Effects:
     """Mean predicted objective of each (player, scheme), in units, positive = worse; each replicate, of
     the named swap alone, also redraws the contexts."""
-    column = {s: j for j, s in enumerate(fitted.space.schemes)}
+    column = fitted.space.columns
     value = np.full((len(players), len(column)), np.nan)
 
     def predict(pairs: list[tuple[int, int]], models: Sequence[Estimator], what: str) -> np.ndarray:
-        found = mean_predictions(
-            fitted,
-            models,
-            contexts,
-            [((players[i].column, s),) for i, s in pairs],
-            seed,
-            True,
-            progress,
-            what,
-        )
+        variants = [((players[i].column, s),) for i, s in pairs]
+        found = mean_predictions(fitted, models, contexts, variants, seed, True, progress, what)
         value[[i for i, _ in pairs], [s for _, s in pairs]] = found[0]
         return found[1:]
 

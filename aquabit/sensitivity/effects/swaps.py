@@ -116,25 +116,22 @@ def training_swaps(fitted: FittedSurrogate, players: Sequence[Player], bits: flo
     contexts.
     """
     named = {p.column: p for p in players}
-    column, act = {s: j for j, s in enumerate(fitted.space.schemes)}, context_act(fitted.space)
+    column, act = fitted.space.columns, context_act(fitted.space)
     near = (np.abs(fitted.bits - bits) <= NEAR) & np.isin(fitted.choices.acts, (act, 16)).all(1)
     groups, rows = group_numbers(fitted.choices), list[tuple[str, str, str, float]]()
     for group in np.flatnonzero(np.bincount(groups, near) > 1):
         for i, j in combinations(np.flatnonzero((groups == group) & near), 2):
             changed = np.flatnonzero(fitted.choices.weights[i] != fitted.choices.weights[j])
-            player = (
-                named.get(int(changed[0]))
-                if len(changed) == 1 and (fitted.choices.acts[i] == fitted.choices.acts[j]).all()
-                else None
-            )
+            if len(changed) != 1 or (fitted.choices.acts[i] != fitted.choices.acts[j]).any():
+                continue
+            player = named.get(int(changed[0]))
             if player is None:
                 continue
             ends = {int(fitted.choices.weights[k, player.column]): float(fitted.y[k]) for k in (i, j)}
             before, after = (ends.get(column[s]) for s in (player.before, player.after))
             if before is not None and after is not None:
-                rows.append(
-                    (player.layer, str(player.before), str(player.after), fitted.sign * (after - before))
-                )
+                worse = fitted.sign * (after - before)
+                rows.append((player.layer, str(player.before), str(player.after), worse))
     return pd.DataFrame(rows, columns=["layer", "before", "after", "real"])
 
 

@@ -17,7 +17,7 @@ from aquabit.scheme import AquabitError, Progress, QuantConfig, Scheme, no_progr
 from aquabit.sensitivity.damages import Damages, damages_of
 from aquabit.sensitivity.effects.context_effects import DRAWN
 from aquabit.sensitivity.effects.predicted import Player, draw_contexts, find_players, named_swap
-from aquabit.sensitivity.explaining import predicted_effects
+from aquabit.sensitivity.explaining import Question, predicted_effects
 from aquabit.sensitivity.surrogate.fit import fit_from_study
 from aquabit.space import SearchSpace
 
@@ -61,11 +61,9 @@ def chosen_layers(ranked: Sequence[str], count: int, seed: int) -> list[tuple[st
     top = list(ranked[: (count + 1) // 2])
     order = [sorted(ranked)[i] for i in np.random.default_rng([seed, 71]).permutation(len(ranked))]
     rest = [layer for layer in order if layer not in top][: count - len(top)]
-    halves: tuple[list[tuple[str, Half]], list[tuple[str, Half]]] = (
-        [(k, "top") for k in top],
-        [(k, "random") for k in rest],
-    )
-    return [turn for turns in zip_longest(*halves) for turn in turns if turn is not None]
+    first: list[tuple[str, Half]] = [(k, "top") for k in top]
+    second: list[tuple[str, Half]] = [(k, "random") for k in rest]
+    return [turn for turns in zip_longest(first, second) for turn in turns if turn is not None]
 
 
 class Contexts:
@@ -96,16 +94,11 @@ def plan_swaps(
     turns = chosen_layers(ranked, -(-count // CONTEXTS), seed)
     flips = []
     for i in range(count):
-        (layer, half), number = (
-            turns[i // CONTEXTS % len(turns)],
-            i // CONTEXTS // len(turns) * CONTEXTS + i % CONTEXTS,
-        )
+        layer, half = turns[i // CONTEXTS % len(turns)]
+        number = i // CONTEXTS // len(turns) * CONTEXTS + i % CONTEXTS
         player = by_name[layer]
-        flips.append(
-            PlannedSwap(
-                layer, player.before, player.after, contexts.of(player, number), names.get(layer), half
-            )
-        )
+        context = contexts.of(player, number)
+        flips.append(PlannedSwap(layer, player.before, player.after, context, names.get(layer), half))
     return flips
 
 
@@ -121,17 +114,13 @@ def rank_layers(
     try:
         fitted = fit_from_study(session.study, progress=progress, baselines=())
         drawn = draw_contexts(fitted.space, fitted.cost, bits, DRAWN, np.random.default_rng([0, 0]), damages)
-        effect = predicted_effects(
-            session.study, fitted, list(players), drawn, 0, progress=progress
-        ).effects.effect(fitted.space.schemes)
+        found = predicted_effects(session.study, fitted, Question(list(players), drawn, 0), progress)
+        effect = found.effects.effect(fitted.space.columns)
     except AquabitError:
         effect = np.zeros(len(players))
         if damages is not None:
-            column, rows = {s: j for j, s in enumerate(session.space.schemes)}, [p.column for p in players]
-            before, after = (
-                [column[s] for s in ends]
-                for ends in zip(*((p.before, p.after) for p in players), strict=True)
-            )
+            column, rows = session.space.columns, [p.column for p in players]
+            before, after = [column[p.before] for p in players], [column[p.after] for p in players]
             effect = damages.weights[rows, after] - damages.weights[rows, before]
     return [players[i].layer for i in np.argsort(-effect, kind="stable")]
 
@@ -164,22 +153,11 @@ def validate_in(
     ranked = old["ranked"] if old else rank_layers(session, players, bits, damages, progress)
     flips = plan_swaps(players, ranked, contexts, count, seed)
     if old is None or count > old["flips"]:
-        halves = {
-            h: [
-                list(k)
-                for k in dict.fromkeys((f.layer, f"{f.before}:{f.after}") for f in flips if f.checks == h)
-            ]
-            for h in HALVES
-        }
-        study.set(
-            validation_plan=[
-                *(p for p in plans if p is not old),
-                {**key, "flips": count, "ranked": ranked, **halves},
-            ]
-        )
-    session.measure(
-        [space.full_precision()], "reference", progress, [protocol], "full precision, fresh seeds"
-    )
+        pairs = {h: [(f.layer, f"{f.before}:{f.after}") for f in flips if f.checks == h] for h in HALVES}
+        halves: dict[str, Any] = {h: [list(pair) for pair in dict.fromkeys(own)] for h, own in pairs.items()}
+        now: dict[str, Any] = {**key, "flips": count, "ranked": ranked, **halves}
+        study.set(validation_plan=[*(p for p in plans if p is not old), now])
+    session.measure_full([protocol], "fresh seeds", progress)
     session.measure([end for flip in flips for end in flip.ends], "flip", progress, [protocol], "real swaps")
     for flip in flips:
         before, after = (end.digest for end in flip.ends)

@@ -83,11 +83,8 @@ class SumOfDamages(Estimator):
         self.power, self.curve, self.direction, self.log = power, curve, direction, log
 
     def features(self, encoder: Encoder, choices: Choices) -> np.ndarray:
-        own = (
-            encoder.damages(choices)
-            if encoder.probed
-            else encoder.error[np.arange(choices.weights.shape[1]), choices.weights]
-        )
+        rows = np.arange(choices.weights.shape[1])
+        own = encoder.damages(choices) if encoder.probed else encoder.error[rows, choices.weights]
         return np.asarray(np.log10((np.maximum(own, 0) ** self.power).sum(1, keepdims=True) + encoder.FLOOR))
 
     def _fit(self, X: np.ndarray, z: np.ndarray) -> None:

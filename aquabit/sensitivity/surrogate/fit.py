@@ -18,7 +18,8 @@ from aquabit.scheme import AquabitError, Progress, QuantConfig, no_progress
 from aquabit.sensitivity.damages import Damages, known_damages
 from aquabit.sensitivity.features import Encoder
 from aquabit.sensitivity.shared_contexts import group_numbers
-from aquabit.sensitivity.surrogate.estimators import BASELINES, Estimator, Surrogate, Target, estimator_of
+from aquabit.sensitivity.surrogate.estimators import BASELINES, estimator_of
+from aquabit.sensitivity.surrogate.regressor import Estimator, Target
 from aquabit.sensitivity.surrogate.scores import (
     all_scores,
     among_good_srcc,
@@ -30,23 +31,11 @@ from aquabit.sensitivity.surrogate.scores import (
 from aquabit.sensitivity.surrogate.trust import assess
 from aquabit.space import SearchSpace
 from aquabit.stats import LEVEL
-from aquabit.study import Study
-
-__all__ = [
-    "FittedSurrogate",
-    "Surrogate",
-    "cross_validate",
-    "fit_from_study",
-    "fold_numbers",
-    "training_table",
-]
+from aquabit.study import Study, comparable
 
 MIN_MEASUREMENTS = 20  # measurements below which nothing is fitted
-TRAINING_KINDS = (
-    "sample",
-    "uniform",
-    "candidate",
-)  # flips stay apart as the truth, fresh seeds as the final check
+# flips stay apart as the truth, fresh seeds as the final check
+TRAINING_KINDS = ("sample", "uniform", "candidate")
 
 
 @dataclass(frozen=True)
@@ -119,7 +108,6 @@ def cross_validate(
     choices: Choices,
     y: np.ndarray,
     bits: np.ndarray,
-    mean_act: np.ndarray | None = None,
     folds: int = 5,
     seed: int = 0,
     direction: Literal["min", "max"] = "min",
@@ -131,17 +119,14 @@ def cross_validate(
     """Out-of-fold scores of an estimator: within_budget_srcc, srcc, kendall, ndcg10, r2 (all on the objective
     in its units), and the same of other estimators (names of ``ESTIMATORS``) under "baselines".
 
-    ``bits`` are real bits per weight, ``mean_act`` mean activation bits (default: the mean over layers
-    and steps). "out_of_fold" holds the held-out predictions [n] and "fold" the fold of each row.
-    "within_budget_interval" is the interval of the first score, of the level "within_budget_level", and
-    "useful" whether it lies above 0, which is what average bits score by definition. Average bits is a cubic
-    of the budget itself, and its residual is taken from the same fold's cubic: exactly constant. Constant
-    labels score 0. With ``good``
-    (Boolean [n], see ``scores.good_ones``) "among_good" has the SRCC among these, "count" of them, and that
-    of "baselines"; None where they are too few.
+    ``bits`` are real bits per weight. "out_of_fold" holds the held-out predictions [n] and "fold" the fold of
+    each row. "within_budget_interval" is the interval of the first score, of the level "within_budget_level",
+    and "useful" whether it lies above 0, which is what average bits score by definition. Average bits is a
+    cubic of the budget itself, and its residual is taken from the same fold's cubic: exactly constant.
+    Constant labels score 0. With ``good`` (Boolean [n], see ``scores.good_ones``) "among_good" has the SRCC
+    among these, "count" of them, and that of "baselines"; None where they are too few.
     """
-    y, bits = np.asarray(y, float), np.asarray(bits, float)
-    mean_act = choices.mean_bits.mean(1) if mean_act is None else np.asarray(mean_act, float)
+    y, bits, mean_act = np.asarray(y, float), np.asarray(bits, float), choices.mean_bits.mean(1)
     target, fold = Target.of(y, direction), grouped_folds(choices, folds, seed)
     own = estimator_of(surrogate, encoder, seed) if isinstance(surrogate, str) else surrogate
     models = {"": own, **{name: estimator_of(name, encoder, seed) for name in baselines}}
@@ -154,12 +139,10 @@ def cross_validate(
         name: all_scores(target.sign * y, target.sign * p, bits, mean_act, fold)
         for name, p in predicted.items()
     }
-    first, interval = (
-        scores.pop(""),
-        within_budget_interval(target.sign * y, target.sign * predicted[""], bits, mean_act, fold, seed),
-    )
+    first, held_out, sign = scores.pop(""), predicted[""], target.sign
+    interval = within_budget_interval(sign * y, sign * held_out, bits, mean_act, fold, seed)
     useful = {"within_budget_interval": interval, "within_budget_level": LEVEL, "useful": interval[0] > 0}
-    out_of_fold = predicted[""] if predicted[""].ndim == 1 else predicted[""][fold, np.arange(len(y))]
+    out_of_fold = held_out if held_out.ndim == 1 else held_out[fold, np.arange(len(y))]
     among: dict[str, Any] = {}
     if good is not None:
         found = {
@@ -200,11 +183,7 @@ def training_table(study: Study, objective: str) -> pd.DataFrame:
     ends: set[str] = set()
     if len(table):
         own = (study.get("space") or {}).get("correction")
-        table = table[
-            table.kind.isin(TRAINING_KINDS)
-            & (table.correction.fillna("") == (own or ""))
-            & table.tuned.isna()
-        ]
+        table = table[table.kind.isin(TRAINING_KINDS) & comparable(table, own)]
         if objective in table:
             flips = study.swaps(objective)
             ends = {*flips.config_before, *flips.config_after}
@@ -230,7 +209,6 @@ def fit_from_study(
     study: Study,
     objective: str | None = None,
     seed: int = 0,
-    folds: int = 5,
     progress: Progress = no_progress,
     estimator: str = "gbdt",
     baselines: Sequence[str] = BASELINES,
@@ -245,37 +223,24 @@ def fit_from_study(
     that are all equal.
     """
     objective = objective or study.protocol.objective
-    oriented = study.protocol.direction(objective)
-    table = training_table(study, objective)
-    graph = from_json(study.need("graph", "run `aquabit measure` first"))
-    space = SearchSpace.from_dict(study.need("space", "run `aquabit measure` first"))
-    encoder, cost = Encoder(space, graph, study.errors(), study.probes()), CostModel(graph, space)
-    known, schemes = (
-        study.configs(),
-        set(space.schemes),
-    )  # uniform references may have schemes that no layer of the space may take
-    inside = [all(choice.weight in schemes for choice in known[c].layers.values()) for c in table.config]
-    table = table[inside].reset_index(drop=True)
-    choices = Choices.of(space, [known[c] for c in table.config])
+    direction = study.protocol.direction(objective)
+    table, choices, encoder, cost = _training(study, objective)
     y, bits = table[objective].to_numpy(float), cost.totals(choices)["bits"]
     if np.ptp(y) == 0:
         raise AquabitError(
             f"all {len(y)} measurements of {objective} in {study.path} are {y[0]:g}: a constant says nothing"
             " about layers; choose another --objective"
         )
-    model = estimator_of(estimator, encoder, seed, direction=oriented)
-    model.set_params(log=Target.of(y, oriented).log and not model.budget_only)
+    model = estimator_of(estimator, encoder, seed, direction=direction)
+    model.set_params(log=Target.of(y, direction).log and not model.budget_only)
     others = [name for name in baselines if name != estimator]
     good = good_rows(study, table, objective, bits)
-    scores = cross_validate(
-        encoder, choices, y, bits, None, folds, seed, oriented, model, others, progress, good
-    )
+    scores = cross_validate(encoder, choices, y, bits, 5, seed, direction, model, others, progress, good)
     out_of_fold = scores.pop("out_of_fold")
     scores.pop("fold")
-    scores = assess(scores, estimator, len(y), len(space.free_layers()))
-    scores["noise_ceiling"], scores["among_good"]["noise_ceiling"] = _ceilings(
-        study, objective, table, bits, choices.mean_bits.mean(1), good
-    )
+    scores = assess(scores, estimator, len(y), len(encoder.space.free_layers()))
+    ceilings = _ceilings(study, objective, table, bits, choices.mean_bits.mean(1), good)
+    scores["noise_ceiling"], scores["among_good"]["noise_ceiling"] = ceilings
     model.fit(model.features(encoder, choices), y)
     return FittedSurrogate(
         model,
@@ -288,10 +253,24 @@ def fit_from_study(
         out_of_fold,
         scores,
         objective,
-        oriented,
+        direction,
         study.protocol.digest,
-        known_damages(space, study.probes()),
+        known_damages(encoder.space, study.probes()),
     )
+
+
+def _training(study: Study, objective: str) -> tuple[pd.DataFrame, Choices, Encoder, CostModel]:
+    """The rows of ``training_table`` that the space can express, as a table and as choices; what encodes
+    them, and what they cost."""
+    table = training_table(study, objective)
+    graph = from_json(study.need("graph", "run `aquabit measure` first"))
+    space = SearchSpace.from_dict(study.need("space", "run `aquabit measure` first"))
+    encoder, cost = Encoder(space, graph, study.errors(), study.probes()), CostModel(graph, space)
+    # uniform references may have schemes that no layer of the space may take
+    known, schemes = study.configs(), set(space.schemes)
+    inside = [all(choice.weight in schemes for choice in known[c].layers.values()) for c in table.config]
+    table = table[inside].reset_index(drop=True)
+    return table, Choices.of(space, [known[c] for c in table.config]), encoder, cost
 
 
 def good_rows(study: Study, table: pd.DataFrame, objective: str, bits: np.ndarray) -> np.ndarray:
@@ -306,7 +285,7 @@ def good_rows(study: Study, table: pd.DataFrame, objective: str, bits: np.ndarra
     full = study.measurements(study.protocol, kind="reference")
     if full.empty or objective not in full or not np.isfinite(float(full[objective].iloc[0])):
         return np.zeros(len(table), bool)
-    sign = 1.0 if study.protocol.direction(objective) == "min" else -1.0
+    sign = study.protocol.sign(objective)
     return good_ones(sign * (table[objective].to_numpy(float) - float(full[objective].iloc[0])), bits)
 
 

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Literal, Self
 
 import networkx as nx
@@ -43,9 +44,8 @@ class Nodes:
     fixed: np.ndarray  # [layers, 2] depth of its block and log size, standardised
     schemes: np.ndarray  # [layers, schemes, 2] bits and log10 of the weight error, standardised
     block: np.ndarray  # [layers] index of the block
-    activation_reduction: (
-        np.ndarray
-    )  # [activation choices, 2] how low their bits are, and the change of that over the steps
+    # [activation choices, 2] how low their bits are, and the change of that over the steps
+    activation_reduction: np.ndarray
 
     @staticmethod
     def of(encoder: Encoder) -> Nodes:
@@ -55,10 +55,8 @@ class Nodes:
             list(dict.fromkeys(str(facts[n][key]) for n in names)) for key in ("operator", "block")
         )
         block = np.array([blocks.index(str(facts[n]["block"])) for n in names])
-        sources, known = (
-            np.tile(np.arange(len(names))[:, None], (1, 1 + SOURCES)),
-            np.zeros((len(names), 1 + SOURCES), bool),
-        )
+        sources = np.tile(np.arange(len(names))[:, None], (1, 1 + SOURCES))
+        known = np.zeros(sources.shape, bool)
         known[:, 0] = True
         for i, name in enumerate(names):
             for k, source in enumerate(upstream(encoder.graph, name)):
@@ -78,14 +76,9 @@ class Nodes:
         )
 
 
-def upstream(graph: nx.DiGraph, layer: str, count: int = SOURCES) -> list[str]:
-    """The ``count`` nearest layers before ``layer``, nearest first; merges are seen through."""
-    found: list[str] = []
-    for name in _backwards(graph, layer):
-        found.append(name)
-        if len(found) == count:
-            break
-    return found
+def upstream(graph: nx.DiGraph, layer: str) -> list[str]:
+    """The SOURCES nearest layers before ``layer``, nearest first; merges are seen through."""
+    return list(islice(_backwards(graph, layer), SOURCES))
 
 
 def _backwards(graph: nx.DiGraph, layer: str) -> Iterator[str]:
@@ -131,21 +124,14 @@ class _Network(nn.Module):
     def __init__(self, nodes: Nodes, width: int, hops: int, heads: int):
         super().__init__()
         schemes = nodes.schemes.shape[1]
-        self.operators, self.schemes = (
-            nn.Embedding(int(nodes.operator.max()) + 1, width),
-            nn.Embedding(schemes, width),
-        )
+        self.operators = nn.Embedding(int(nodes.operator.max()) + 1, width)
+        self.schemes = nn.Embedding(schemes, width)
         self.blocks = nn.Embedding(int(nodes.block.max()) + 1, width)
         self.facts, self.mixed = nn.Linear(FACTS, width), nn.Linear(width, width)
         self.hops = nn.ModuleList(_Attention(width, heads) for _ in range(hops))
         self.head = nn.Linear(width, 1)
-        for name, value in (
-            ("operator", nodes.operator),
-            ("block", nodes.block),
-            ("sources", nodes.sources),
-            ("known", nodes.known),
-        ):
-            self.register_buffer(name, torch.as_tensor(value))
+        for name in ("operator", "block", "sources", "known"):
+            self.register_buffer(name, torch.as_tensor(getattr(nodes, name)))
         for name, value in (("fixed", nodes.fixed), ("per_scheme", nodes.schemes)):
             self.register_buffer(name, torch.as_tensor(value, dtype=torch.float32))
 
@@ -156,12 +142,8 @@ class _Network(nn.Module):
         fixed: Any = self.fixed
         per_scheme: Any = self.per_scheme
         facts = torch.cat([fixed.expand(n, -1, -1), per_scheme[torch.arange(count), weights], low], 2)
-        h = F.relu(
-            self.operators(self.operator)
-            + self.blocks(self.block)
-            + self.schemes(weights)
-            + self.facts(facts)
-        )
+        fixed = self.operators(self.operator) + self.blocks(self.block)
+        h = F.relu(fixed + self.schemes(weights) + self.facts(facts))
         h = F.relu(self.mixed(h))
         found = [h]
         for hop in self.hops:
@@ -201,9 +183,8 @@ class GraphNetwork(Estimator):
     times (1 - soft Spearman) of the L1 norm of the mean embedding, averaged over hops; so the norm of an
     embedding is a score, larger = worse.
 
-    ``members`` networks of different seeds are averaged, each stopped when the loss on a held-out 15 % of its
-    configurations no longer falls. ``nodes`` is what it must know of the model: make one by ``for_model``.
-    Deterministic, one thread.
+    Training stops when the loss on a held-out 15 % of the configurations no longer falls. ``nodes`` is what
+    it must know of the model: make one by ``for_model``. Deterministic, one thread.
     """
 
     def __init__(
@@ -216,29 +197,14 @@ class GraphNetwork(Estimator):
         ranking: float = 0.5,
         batch: int = 32,
         epochs: int = 80,
-        members: int = 1,
         seed: int = 0,
         direction: Literal["min", "max"] = "min",
         log: bool | None = None,
         nodes: Nodes | None = None,
     ):
-        self.width, self.hops, self.heads, self.rate, self.decay, self.ranking = (
-            width,
-            hops,
-            heads,
-            rate,
-            decay,
-            ranking,
-        )
-        self.batch, self.epochs, self.members, self.seed, self.direction, self.log, self.nodes = (
-            batch,
-            epochs,
-            members,
-            seed,
-            direction,
-            log,
-            nodes,
-        )
+        self.width, self.hops, self.heads = width, hops, heads
+        self.rate, self.decay, self.ranking, self.batch, self.epochs = rate, decay, ranking, batch, epochs
+        self.seed, self.direction, self.log, self.nodes = seed, direction, log, nodes
 
     @classmethod
     def for_model(cls, encoder: Encoder, **parameters: Any) -> Self:
@@ -248,64 +214,19 @@ class GraphNetwork(Estimator):
         """Scheme indices, then places in ``Encoder.levels`` of activation choices: [n, 2 layers]."""
         return np.concatenate([choices.weights, choices.act_index(encoder.levels)], 1)
 
-    def replicate(self, rng: np.random.Generator, seed: int) -> Self:
-        return type(self)(**{**self.get_params(deep=False), "members": 1, "seed": seed})
-
     def _fit(self, X: np.ndarray, z: np.ndarray) -> None:
         inputs, target = self._inputs(X), torch.as_tensor(z, dtype=torch.float32)
         with _one_thread():
-            self.networks_ = [self._train(inputs, target, 1000 * self.seed + m) for m in range(self.members)]
+            self.network_ = self._train(inputs, target, 1000 * self.seed)
 
     def _predict(self, X: np.ndarray) -> np.ndarray:
         weights, low = self._inputs(X)
-        parts = []
+        if not len(weights):
+            return np.zeros(0)
         with _one_thread(), torch.inference_mode():
-            for start in range(0, len(weights), CHUNK):
-                part = slice(start, start + CHUNK)
-                parts.append(
-                    torch.stack([net(weights[part], low[part])[0] for net in self.networks_]).mean(0)
-                )
-        return torch.cat(parts).double().numpy() if parts else np.zeros(0)
-
-    def operator_scores(self) -> np.ndarray:
-        """The L1 norm of each (layer, scheme)'s own embedding at hop 0 with activations at 8 bits, [layers,
-        schemes]; larger = worse.
-
-        Qua²SeDiMo's operator-level score. In arbitrary units: it compares schemes and layers of one fit only.
-        """
-        layers, schemes = self._nodes().schemes.shape[:2]
-        weights = torch.arange(schemes)[:, None].expand(-1, layers)
-        with _one_thread(), torch.inference_mode():
-            found = [
-                net.embed(weights, torch.zeros(schemes, layers, 2))[0].abs().sum(2) for net in self.networks_
-            ]
-        return torch.stack(found).mean(0).T.double().numpy()
-
-    def block_scores(self, X: np.ndarray, hops: int | None = None) -> np.ndarray:
-        """The L1 norm of the mean embedding, after ``hops`` hops (default: all), of the layers in each
-        layer's block where that layer takes each scheme: [layers, schemes], averaged over contexts
-        with the features ``X``; larger = worse.
-
-        Qua²SeDiMo's block-level score: its subgraph is a block's, its hops 3, 2 and 1 for self-attention,
-        cross-attention and feed-forward.
-        """
-        nodes, hop = self._nodes(), self.hops if hops is None else hops
-        if not 0 <= hop <= self.hops:
-            raise AquabitError(f"hops is {hop}; this network has 0 to {self.hops}")
-        layers, schemes = nodes.schemes.shape[:2]
-        contexts, low = self._inputs(X)
-        out = torch.zeros(layers, schemes)
-        with _one_thread(), torch.inference_mode():
-            for i in range(layers):
-                members = torch.as_tensor(np.flatnonzero(nodes.block == nodes.block[i]))
-                for s in range(schemes):
-                    changed = contexts.clone()
-                    changed[:, i] = s
-                    for net in self.networks_:
-                        out[i, s] += net.embed(changed, low)[hop][:, members].mean(1).abs().sum(
-                            1
-                        ).mean() / len(self.networks_)
-        return out.double().numpy()
+            chunks = zip(weights.split(CHUNK), low.split(CHUNK), strict=True)
+            parts = [self.network_(*chunk)[0] for chunk in chunks]
+        return torch.cat(parts).double().numpy()
 
     def _nodes(self) -> Nodes:
         if self.nodes is None:
@@ -332,7 +253,8 @@ class GraphNetwork(Estimator):
             torch.manual_seed(seed)
             net = _Network(self._nodes(), self.width, self.hops, self.heads)
             order = torch.randperm(len(z))
-            held, kept = order[: max(2, round(HELD_OUT * len(z)))], order[max(2, round(HELD_OUT * len(z))) :]
+            out = max(2, round(HELD_OUT * len(z)))
+            held, kept = order[:out], order[out:]
             optimiser = torch.optim.AdamW(net.parameters(), lr=self.rate, weight_decay=self.decay)
             steps = self.epochs * -(-len(kept) // self.batch)
             schedule = torch.optim.lr_scheduler.OneCycleLR(

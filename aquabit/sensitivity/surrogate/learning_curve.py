@@ -12,7 +12,7 @@ from aquabit.sensitivity.surrogate.fit import MIN_MEASUREMENTS, FittedSurrogate,
 from aquabit.sensitivity.surrogate.scores import within_budget_interval, within_budget_srcc
 
 PARTS = (0.125, 0.25, 0.5)  # of the measurements; all of them are scored already
-FOLDS = 5
+FOLDS = 5  # as the surrogate's own cross-validation has
 
 
 def learning_curve(fitted: FittedSurrogate, seed: int = 0, progress: Progress = no_progress) -> pd.DataFrame:
@@ -26,11 +26,9 @@ def learning_curve(fitted: FittedSurrogate, seed: int = 0, progress: Progress = 
     y, bits, count = fitted.y, fitted.bits, len(fitted.y)
     acts = fitted.choices.mean_bits.mean(1)
     features, fold = fitted.features(fitted.choices), grouped_folds(fitted.choices, FOLDS, seed)
-    rng, sizes, rows = (
-        np.random.default_rng([seed, 7]),
-        [round(p * count) for p in PARTS if p * count >= MIN_MEASUREMENTS],
-        [],
-    )
+    rng = np.random.default_rng([seed, 7])
+    sizes = [round(p * count) for p in PARTS if p * count >= MIN_MEASUREMENTS]
+    rows: list[tuple[float, ...]] = []
     for done, size in enumerate(sizes):
         predicted = np.empty(count)
         for f in range(FOLDS):

@@ -26,9 +26,11 @@ from aquabit.sensitivity.surrogate.regressor import Estimator
 from aquabit.sensitivity.surrogate.scores import within_budget_srcc
 
 Outputs = Mapping[str, Mapping[str, Any]]  # digest -> output errors, as Study.outputs gives them
+# finer than the surrogate's own trees, since output errors are smooth; what they and the blend reach is in
+# benchmarks/results/surrogate.md
 TREES: dict[str, Any] = {"rounds": 300, "rate": 0.04, "rows": 0.5, "columns": 0.3, "bins": 256, "linear": 0.0}
-MEMBERS = 6
-KNOTS = 5
+MEMBERS = 6  # boosters that are averaged
+KNOTS = 5  # of a spline of one column
 
 
 class Blend(Estimator):
@@ -45,14 +47,8 @@ class Blend(Estimator):
         direction: Literal["min", "max"] = "min",
         log: bool | None = None,
     ):
-        self.smooth, self.single, self.members, self.seed, self.direction, self.log = (
-            smooth,
-            single,
-            members,
-            seed,
-            direction,
-            log,
-        )
+        self.smooth, self.single, self.members, self.seed = smooth, single, members, seed
+        self.direction, self.log = direction, log
 
     def features(self, encoder: Encoder, choices: Choices) -> np.ndarray:
         """Only the encoder's columns; those of output errors stand behind them
@@ -106,7 +102,7 @@ def _features(fitted: FittedSurrogate, choices: Choices, values: Sequence[Mappin
 
 
 def fit_output_error_surrogate(
-    fitted: FittedSurrogate, outputs: Outputs, folds: int = 5, seed: int = 0, blend: bool = False
+    fitted: FittedSurrogate, outputs: Outputs, seed: int = 0, blend: bool = False
 ) -> OutputErrorSurrogate:
     """Fit the screen to what ``fitted`` was trained on: boosted trees, or the ``blend`` that effects are read
     from.
@@ -124,7 +120,7 @@ def fit_output_error_surrogate(
         shifts = [i for i, name in enumerate(fitted.encoder.columns) if name.startswith("shift:")]
         behind = range(len(fitted.encoder.columns), features.shape[1])
         model = Blend((*shifts, *behind), tuple(shifts[:1]), seed=seed, direction=fitted.direction)
-    fold = grouped_folds(fitted.choices, min(folds, len(fitted.y)), seed)
+    fold = grouped_folds(fitted.choices, min(5, len(fitted.y)), seed)
     held_out = fitted.sign * held_out_predictions(model, features, fitted.y, fold)
     acts = fitted.choices.mean_bits.mean(1)
     score = within_budget_srcc(fitted.sign * fitted.y, held_out, fitted.bits, acts, fold)

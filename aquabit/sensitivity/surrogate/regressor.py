@@ -16,6 +16,7 @@ from aquabit.scheme import AquabitError
 from aquabit.sensitivity.features import Encoder
 from aquabit.sensitivity.surrogate.scores import r2
 
+# on standardised columns, from hardly any shrinkage to hardly any weight
 RIDGE_PENALTIES = (3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 10000.0)
 
 

@@ -113,12 +113,16 @@ def residual_pair(
     left = []
     for values in (np.asarray(y, float), np.asarray(predicted, float)):
         residual = budget_residuals(values, bits, mean_act, fold)
-        if not np.isfinite(residual).all() or np.ptp(residual) <= FLAT * max(
-            float(np.abs(values).max()), np.finfo(float).tiny
-        ):
+        if _flat(residual, values):
             return None
         left.append(residual)
     return left[0], left[1]
+
+
+def _flat(residual: np.ndarray, values: np.ndarray) -> bool:
+    """Whether nothing is left of ``values`` that ranks them."""
+    size = max(float(np.abs(values).max()), np.finfo(float).tiny)
+    return bool(not np.isfinite(residual).all() or np.ptp(residual) <= FLAT * size)
 
 
 def within_budget_interval(
@@ -136,10 +140,8 @@ def within_budget_interval(
     if left is None:
         return 0.0, 0.0
     rng = np.random.default_rng([seed, 3])
-    found = [
-        srcc(left[0][rows], left[1][rows])
-        for rows in rng.integers(len(left[0]), size=(replicates, len(left[0])))
-    ]
+    drawn = rng.integers(len(left[0]), size=(replicates, len(left[0])))
+    found = [srcc(left[0][rows], left[1][rows]) for rows in drawn]
     low, high = between_percentiles(np.array(found))
     return float(low), float(high)
 
@@ -184,11 +186,9 @@ def good_residuals(values: np.ndarray, bits: np.ndarray, mean_act: np.ndarray) -
     Local, since good ones lie along a front that no one cubic follows from 2 to 8 bits, and what it misses
     would count as ranking.
     """
-    bits, acts, values = (
-        np.asarray(bits, float),
-        _standardised(np.asarray(mean_act, float)),
-        np.asarray(values, float),
-    )
+    bits = np.asarray(bits, float)
+    acts = _standardised(np.asarray(mean_act, float))
+    values = np.asarray(values, float)
     left, out = values - values.mean(), np.empty(len(values))
     for i in range(len(values)):
         off = bits - bits[i]
@@ -213,9 +213,7 @@ def among_good_srcc(
     left = []
     for values in (np.asarray(y, float)[good], np.asarray(predicted, float)[good]):
         residual = good_residuals(values, bits[good], mean_act[good])
-        if not np.isfinite(residual).all() or np.ptp(residual) <= FLAT * max(
-            float(np.abs(values).max()), np.finfo(float).tiny
-        ):
+        if _flat(residual, values):
             return 0.0
         left.append(residual)
     return srcc(*left)
@@ -233,10 +231,8 @@ def noise_ceiling(
     if len(first) < 20:
         return None
     terms = budget_terms(bits, mean_act)
-    left = [
-        v - terms @ np.linalg.lstsq(terms, v, rcond=1e-9)[0]
-        for v in (np.asarray(first, float), np.asarray(second, float))
-    ]
+    both = np.asarray(first, float), np.asarray(second, float)
+    left = [v - terms @ np.linalg.lstsq(terms, v, rcond=1e-9)[0] for v in both]
     return float(np.sqrt(max(0.0, srcc(*left))))
 
 

@@ -16,7 +16,7 @@ from aquabit.quant.weights import FITS, quantize_weights, relative_error
 from aquabit.scheme import FP, Scheme
 from aquabit.scheme_kinds import KINDS
 
-PACKAGE = Path(__file__).parent.parent / "aquabit"
+PACKAGE = Path(__file__).parents[3] / "aquabit"
 EXAMPLES = [(kind.name, text) for kind in KINDS.values() for text in kind.examples]
 CODED = [text for name, text in EXAMPLES if name != "fp"]
 SHAPES = [(24, 40), (7, 33), (12, 8, 3, 3), (10, 16, 1, 1)]

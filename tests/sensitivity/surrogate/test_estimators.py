@@ -215,21 +215,9 @@ def test_graph_network_attends_upstream_through_merges(small: Small) -> None:
     changed = weights.clone()
     changed[0, 0] = 1 + weights[0, 0] % 5
     with torch.no_grad():
-        before, after = (net.networks_[0].embed(w, low) for w in (weights, changed))
+        before, after = (net.network_.embed(w, low) for w in (weights, changed))
     moved = [set(np.flatnonzero((a - b).abs().sum(2)[0].numpy())) for a, b in zip(before, after, strict=True)]
     assert moved[0] == {0} and moved[1] <= {0, 1, 7} and moved[2] <= {0, 1, 2, 7, 8} and len(moved[2]) > 1
-
-
-def test_graph_scores_rank_schemes(small: Small) -> None:
-    net = estimator_of("graph_network", small.encoder, width=16, hops=2, batch=16, epochs=30)
-    net.fit(net.features(small.encoder, small.choices), small.y)
-    column = {str(s): j for j, s in enumerate(small.space.schemes)}
-    operator, block = net.operator_scores(), net.block_scores(net.features(small.encoder, small.choices[:8]))
-    assert operator.shape == block.shape == (12, 6) and (operator >= 0).all() and (block >= 0).all()
-    for table in (operator, block):
-        assert table[:, column["usq2"]].mean() > table[:, column["usq4"]].mean()
-    with pytest.raises(AquabitError, match="hops is 3; this network has 0 to 2"):
-        net.block_scores(net.features(small.encoder, small.choices[:2]), hops=3)
 
 
 def test_candidates_are_as_many_for_every_estimator() -> None:

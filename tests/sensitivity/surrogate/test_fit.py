@@ -15,8 +15,9 @@ from aquabit.cost import CostModel
 from aquabit.scheme import AquabitError, Protocol
 from aquabit.sensitivity.features import Encoder
 from aquabit.sensitivity.surrogate import scores
-from aquabit.sensitivity.surrogate.estimators import AverageBits, Surrogate, Target
+from aquabit.sensitivity.surrogate.estimators import AverageBits, Surrogate
 from aquabit.sensitivity.surrogate.fit import cross_validate, fit_from_study, fold_numbers
+from aquabit.sensitivity.surrogate.regressor import Target
 from aquabit.space import SearchSpace, make_space
 from tests.worlds import SCHEMES, World, near_study
 

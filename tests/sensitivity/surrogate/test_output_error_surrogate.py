@@ -52,7 +52,7 @@ def test_a_screen_that_knows_more_leads_to_better_measurements() -> None:
         return screened.truth(Choices.of(space, configs))
 
     plain.search(cost, budget, rounds=1)
-    found = screened.search(cost, budget, rounds=1, screen=judge, pool=4)
+    found = screened.search(cost, budget, rounds=1, judge=judge)
     assert [len(b) for b in screened.batches] == [8] == [len(b) for b in plain.batches] and asked == [32]
     mean = [
         float(np.mean([lab.truth(Choices.of(space, [c]))[0] for c in lab.batches[0]]))

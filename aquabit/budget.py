@@ -1,0 +1,32 @@
+"""Budget: hard limits of what a configuration may cost."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from aquabit.errors import AquabitError
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Hard upper limits, together where several are given: bits per weight, bytes, BOPs, milliseconds per
+    denoiser call."""
+
+    bits: float | None = None
+    bytes: int | None = None
+    bops: float | None = None
+    latency_ms: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.limits():
+            raise AquabitError("a budget needs at least one of bits, bytes, bops or latency")
+        for name, value in self.limits().items():
+            if not value > 0:
+                raise AquabitError(f"budget {name} is {value}; it must be positive")
+
+    def limits(self) -> dict[str, float]:
+        """Only the limits that are set."""
+        return {k: v for k, v in asdict(self).items() if v is not None}
+
+    def __str__(self) -> str:
+        return ", ".join(f"{k} <= {v:g}" for k, v in self.limits().items())

@@ -1,0 +1,165 @@
+"""How images are made and what is measured of them: Protocol, Calibration, Measurement."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+from aquabit.errors import AquabitError
+from aquabit.jsonio import digest
+
+SCHEDULERS: Mapping[str, str] = {  # what samplers are called here, and their classes in diffusers
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler-ancestral": "EulerAncestralDiscreteScheduler",
+    "dpm": "DPMSolverMultistepScheduler",
+    "flow-euler": "FlowMatchEulerDiscreteScheduler",
+}
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The full-precision images whose denoiser inputs H is made of: seeds that nothing is measured on, the
+    sampler as it is measured."""
+
+    images: int = 64
+    seed: int = 600_000_001
+    steps: int = 10
+    scheduler: str = "default"
+    eta: float = 0.0
+    guidance: float = 1.0
+    resolution: int | None = None
+    conditions: tuple[str | int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.images < 1 or self.steps < 1:
+            raise AquabitError(
+                f"calibration with {self.images} images and {self.steps} steps has no input; give at least"
+                " one of each"
+            )
+        for name in ("eta", "guidance"):
+            object.__setattr__(self, name, float(getattr(self, name)))  # 2 and 2.0 have one digest
+        if self.conditions is not None:
+            object.__setattr__(self, "conditions", tuple(self.conditions[: self.images]))  # no more are used
+
+    @staticmethod
+    def of(protocol: Protocol) -> Calibration:
+        """Sampled as ``protocol`` samples."""
+        kept = ("steps", "scheduler", "eta", "guidance", "resolution", "conditions")
+        return Calibration(**{k: getattr(protocol, k) for k in kept})
+
+    def protocol(self, micro_batch: int) -> Protocol:
+        """As a protocol, to make images by."""
+        return Protocol(**{**asdict(self), "micro_batch": micro_batch})
+
+    @property
+    def digest(self) -> str:
+        return digest(asdict(self))
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How quality is measured; its digest keys every measurement, so numbers of different protocols never
+    mix."""
+
+    images: int = 128
+    steps: int = 10
+    seed: int = 0  # image i is made from seed + i
+    scheduler: str = "default"
+    eta: float = 0.0
+    guidance: float = 1.0
+    resolution: int | None = None
+    # prompts or class labels, repeated in order; None: the model's own
+    conditions: tuple[str | int, ...] | None = None
+    micro_batch: int = 64  # the last one padded, so that images do not depend on the number of images
+    objective: str = "fid"
+    reference: str = "bundled"  # digest or name of the real images
+    dtype: str = "float32"
+    # what the user's files and functions measure by: "clip=DIGEST", and "module:function=min:DIGEST" with the
+    # direction of a metric
+    measures: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("images", "steps", "micro_batch"):
+            if getattr(self, name) < 1:
+                raise AquabitError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.conditions is not None:
+            object.__setattr__(self, "conditions", tuple(self.conditions))
+        object.__setattr__(self, "measures", tuple(self.measures))
+
+    @property
+    def digest(self) -> str:
+        """Changes with everything but the objective (all metrics are always stored)."""
+        absent = {"objective"} if self.measures else {"objective", "measures"}  # digests stay what they were
+        return digest({k: v for k, v in asdict(self).items() if k not in absent})
+
+    def direction(self, metric: str | None = None) -> Literal["min", "max"]:
+        """Whether lower ("min") or higher ("max") values are better, of the objective or of another
+        metric; the user's say it themselves."""
+        name = metric or self.objective
+        for measure in self.measures:
+            own, _, rest = measure.rpartition("=")
+            if own == name and ":" in name:
+                return "max" if rest.startswith("max") else "min"
+        return direction(name)
+
+    def sign(self, metric: str | None = None) -> float:
+        """What values are multiplied by so that larger = worse."""
+        return 1.0 if self.direction(metric) == "min" else -1.0
+
+    def block(self, index: int) -> Protocol:
+        """The same protocol on the ``index``-th block of fresh seeds (index 0 = this protocol itself)."""
+        return replace(self, seed=self.seed + 1_000_003 * index)
+
+    @staticmethod
+    def from_dict(value: Mapping[str, Any]) -> Protocol:
+        return Protocol(**value)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One configuration measured under one protocol; ``status`` is "ok" or "failed" (then ``reason`` says
+    why)."""
+
+    config: str
+    protocol: str
+    metrics: Mapping[str, float]
+    seconds: float
+    environment: Mapping[str, str] = field(default_factory=dict)
+    status: Literal["ok", "failed"] = "ok"
+    reason: str = ""
+
+
+LOWER_IS_BETTER: Mapping[str, bool] = {
+    "fid": True,
+    "sfid": True,
+    "kid": True,
+    "is": False,
+    "precision": False,
+    "recall": False,
+    "accuracy": False,
+    "mse": True,
+    "psnr": False,
+    "ssim": False,
+    "feature_distance": True,
+    "lpips": True,
+    "clip_score": False,
+    "cmmd": True,
+    "fd_dinov2": True,
+    "kd_dinov2": True,
+    "precision_dinov2": False,
+    "recall_dinov2": False,
+}
+
+
+def direction(metric: str) -> Literal["min", "max"]:
+    """Whether lower ("min") or higher ("max") values of a metric are better; an unknown metric is an
+    error."""
+    if metric not in LOWER_IS_BETTER:
+        raise AquabitError(f"unknown metric {metric!r}; known: {', '.join(LOWER_IS_BETTER)}")
+    return "min" if LOWER_IS_BETTER[metric] else "max"

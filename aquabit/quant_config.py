@@ -1,0 +1,268 @@
+"""QuantConfig: what each layer of one model gets, and its JSON file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+from aquabit.activation_bits import Act, StepGroups, plain_act
+from aquabit.errors import AquabitError
+from aquabit.jsonio import clear_errors, digest, read_json
+from aquabit.protocol import Calibration
+from aquabit.scheme_kinds import FP, Scheme
+
+CORRECTIONS = ("cnc", "bc", "vsc", "match", "qdrift")  # see ``quant.correction.corrector``
+RANGES = ("dynamic", "static", "step")  # of activations, see ``QuantConfig``
+SCHEMA_VERSION = 1  # of config.json
+METHOD = "aquabit"  # the quantization method that diffusers knows packed models by
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """What one layer gets: a weight scheme, activation bits (16 = off; a tuple: one number per group of
+    steps), and the name of a shared codebook."""
+
+    weight: Scheme = FP
+    act: Act = 16
+    codebook: str | None = None
+
+
+def parse_correction(text: str | None) -> tuple[str, ...]:
+    """The corrections that ``text`` joins by "+", in the order of ``CORRECTIONS``; none for None and "none".
+
+    Raises AquabitError for unknown ones and for those that exclude each other.
+    """
+    parts = [] if text in (None, "none") else str(text).split("+")
+    unknown = [p for p in parts if p not in CORRECTIONS]
+    if unknown or len(set(parts)) < len(parts):
+        raise AquabitError(
+            f"correction {text!r} is unknown; it joins some of {', '.join(CORRECTIONS)} by +, as cnc+bc, or"
+            " is none"
+        )
+    if len([p for p in parts if p in ("vsc", "match", "qdrift")]) > 1 or (
+        "qdrift" in parts and len(parts) > 1
+    ):
+        raise AquabitError(
+            f"correction {text!r} treats the residual twice; vsc and match exclude each other, and qdrift"
+            " stands alone"
+        )
+    return tuple(p for p in CORRECTIONS if p in parts)
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """Which scheme and activation bits each layer of one model gets; layers not named stay in full precision.
+
+    ``calibration`` says what H the calibrated schemes are fitted with, and what a correction's statistics and
+    static ranges are measured on (None: ``Calibration()``). ``steps`` are the groups that activation bits
+    given as a tuple refer to. ``correction`` joins the noise corrections that act while sampling by "+"
+    (``CORRECTIONS``). ``tuned`` is the digest of fine-tuned tensors that replace the fitted ones. ``ranges``
+    are those of activations: "dynamic" (per token or sample), "static" (one per layer) or "step" (one per
+    layer and step).
+    """
+
+    fingerprint: str
+    layers: Mapping[str, LayerChoice]
+    model: str = ""
+    steps: StepGroups | None = None
+    correction: str | None = None
+    calibration: Calibration | None = None
+    tuned: str | None = None
+    ranges: str = "dynamic"
+
+    def __post_init__(self) -> None:
+        kept = {k: replace(v, act=plain_act(v.act)) for k, v in sorted(self.layers.items())}
+        object.__setattr__(self, "layers", {k: v for k, v in kept.items() if v != LayerChoice()})
+        object.__setattr__(self, "correction", "+".join(parse_correction(self.correction)) or None)
+        if self.ranges not in RANGES:
+            raise AquabitError(f"ranges {self.ranges!r} are unknown; known: {', '.join(RANGES)}")
+        groups = 1 if self.steps is None else len(self.steps.starts)
+        wrong = [
+            (k, v.act) for k, v in self.layers.items() if isinstance(v.act, tuple) and len(v.act) != groups
+        ]
+        if wrong:
+            raise AquabitError(
+                f"layer {wrong[0][0]!r} has activation bits {list(wrong[0][1])} for {groups} groups of steps;"
+                " give one each"
+            )
+        if not any(isinstance(v.act, tuple) for v in self.layers.values()):
+            object.__setattr__(self, "steps", None)  # groups that nothing refers to
+        measured = (self.calibration or Calibration()).steps
+        if self.ranges == "step" and self.steps is not None and self.steps.total != measured:
+            raise AquabitError(
+                f"ranges per step are measured over the calibration's {measured} steps, and the step groups"
+                f" are of {self.steps.total}; give both the same number"
+            )
+
+    def __getitem__(self, layer: str) -> LayerChoice:
+        return self.layers.get(layer, LayerChoice())
+
+    def main_act(self, layer: str) -> int:
+        """The activation bits that a layer has in most steps, the higher of two that share them: what its
+        weight is fitted for."""
+        act = self[layer].act
+        if isinstance(act, int):
+            return act
+        assert self.steps is not None  # checked when it was made
+        return max(set(act), key=lambda bits: (round(self.share(layer, bits), 9), bits))
+
+    def mean_act(self, layer: str) -> float:
+        """The activation bits of a layer, averaged over the steps."""
+        act = self[layer].act
+        return act if isinstance(act, int) else sum(bits * self.share(layer, bits) for bits in set(act))
+
+    def share(self, layer: str, bits: int) -> float:
+        """The share of steps in which a layer has so many activation bits."""
+        act = self[layer].act
+        if isinstance(act, int) or self.steps is None:
+            return float(act == bits)
+        return sum(s for s, b in zip(self.steps.shares, act, strict=True) if b == bits)
+
+    def range_parts(self, layer: str) -> int:
+        """How many static ranges each tensor of a layer has: one for each step, one for each group of
+        steps where bits change, else one; 0 where ranges are dynamic."""
+        act = self[layer].act
+        if self.ranges == "dynamic" or act == 16:
+            return 0
+        if self.ranges == "step":
+            return self.total_steps or 1
+        return 1 if isinstance(act, int) else len(act)
+
+    def range_part(self, layer: str, step: int) -> int:
+        """Which of them a step uses."""
+        if self.ranges == "step":
+            return step
+        return 0 if self.steps is None or isinstance(self[layer].act, int) else self.steps.of(step)
+
+    def group_of_part(self, part: int) -> int:
+        """The group of steps that a part belongs to."""
+        return self.steps.of(part) if self.ranges == "step" and self.steps is not None else part
+
+    @property
+    def total_steps(self) -> int | None:
+        """The number of steps that it can be sampled with; None where any will do."""
+        if self.steps is not None:
+            return self.steps.total
+        return (self.calibration or Calibration()).steps if self.ranges == "step" else None
+
+    @property
+    def digest(self) -> str:
+        """Equal for equal configurations, whatever name the model goes by."""
+        body = {k: v for k, v in self.to_dict().items() if k not in ("model", "schema", "calibration")}
+        calibrated = any(choice.weight.calibrated for choice in self.layers.values())
+        if calibrated or self.correction or self.ranges != "dynamic":
+            body["calibration"] = asdict(self.calibration or Calibration())
+        return digest(body)
+
+    def with_layer(
+        self,
+        layer: str,
+        weight: Scheme | str,
+        act: Act | None = None,
+        codebook: str | None = None,
+        steps: StepGroups | None = None,
+    ) -> QuantConfig:
+        """The same configuration with one layer changed (its activation bits kept unless given);
+        ``codebook`` names a shared one, ``steps`` the groups of activation bits where the configuration
+        has none yet."""
+        choice = LayerChoice(Scheme.parse(weight), self[layer].act if act is None else act, codebook)
+        return replace(self, layers={**self.layers, layer: choice}, steps=self.steps or steps)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The value of ``config.json``."""
+        layers = {
+            k: {
+                "weight": str(v.weight),
+                "act": list(v.act) if isinstance(v.act, tuple) else v.act,
+                "codebook": v.codebook,
+            }
+            for k, v in self.layers.items()
+        }
+        # what later versions brought: absent by default, so that digests stay what they were
+        later = {"tuned": self.tuned, "ranges": None if self.ranges == "dynamic" else self.ranges}
+        return {
+            "schema": SCHEMA_VERSION,
+            "model": self.model,
+            "fingerprint": self.fingerprint,
+            "layers": layers,
+            "steps": (
+                None if self.steps is None else {"total": self.steps.total, "starts": list(self.steps.starts)}
+            ),
+            "correction": self.correction,
+            "calibration": None if self.calibration is None else asdict(self.calibration),
+            **{k: v for k, v in later.items() if v is not None},
+        }
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
+
+    @staticmethod
+    def from_dict(value: Any, source: str = "configuration") -> QuantConfig:
+        """Validate untrusted JSON; raises AquabitError with the place and the value that is wrong."""
+        with clear_errors(f"{source} is not a configuration"):
+            file = _config_model().model_validate(value)
+        acts = {k: tuple(v.act) if isinstance(v.act, list) else v.act for k, v in file.layers.items()}
+        layers = {k: LayerChoice(Scheme.parse(v.weight), acts[k], v.codebook) for k, v in file.layers.items()}
+        for name, choice in layers.items():
+            if choice.weight.shared != (choice.codebook is not None):
+                what = (
+                    "shares its codebooks and must name them"
+                    if choice.weight.shared
+                    else f"has codebooks of its own, not {choice.codebook!r}"
+                )
+                raise AquabitError(f"{source}: layer {name!r} at {choice.weight} {what}")
+        calibration = None if file.calibration is None else Calibration(**file.calibration.model_dump())
+        steps = None if file.steps is None else StepGroups(file.steps.total, tuple(file.steps.starts))
+        return QuantConfig(
+            file.fingerprint, layers, file.model, steps, file.correction, calibration, file.tuned, file.ranges
+        )
+
+    @staticmethod
+    def load(path: str | Path) -> QuantConfig:
+        """Read ``config.json``; raises AquabitError for a missing, truncated or invalid file."""
+        return QuantConfig.from_dict(read_json(path), str(path))
+
+
+@lru_cache(1)
+def _config_model() -> Any:
+    # pydantic costs 0.1 s to import: only where a file is read
+    from pydantic import BaseModel, ConfigDict, Field
+
+    class Strict(BaseModel):
+        model_config = ConfigDict(extra="forbid")
+
+    class Layer(Strict):
+        weight: str
+        act: Literal[16, 8, 6, 4] | list[Literal[16, 8, 6, 4]]
+        codebook: str | None = None
+
+    class Groups(Strict):
+        total: int = Field(ge=2)
+        starts: list[int]
+
+    class CalibrationPart(Strict):
+        images: int = Field(ge=1)
+        seed: int
+        steps: int = Field(ge=1)
+        scheduler: str
+        eta: float
+        guidance: float
+        resolution: int | None
+        conditions: list[str | int] | None
+
+    class ConfigFile(Strict):
+        version: Literal[1] = Field(alias="schema")
+        model: str
+        fingerprint: str
+        layers: dict[str, Layer]
+        steps: Groups | None = None
+        correction: str | None = None
+        calibration: CalibrationPart | None = None
+        tuned: str | None = Field(None, pattern="^[0-9a-f]{16}$")
+        ranges: str = "dynamic"
+
+    return ConfigFile
