@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from aquabit.cli.progress import console, plain
+from aquabit.scheme_kinds import uniform_name
 
 GAP, INDENT = 2, 4  # columns between those of a table, and before what stands under a name
 UNIFORMS = 3  # uniform configurations, those nearest to the winner in size, that a front is compared with
@@ -310,7 +311,8 @@ def _beside_uniform(c: Mapping[str, Any]) -> list[str]:
     from aquabit.stats import Interval
 
     winner, uniform, metric, d = c["winner"], c["uniform"], shown_metric(c["metric"]), c["difference"]
-    sizes = f"winner (*): {winner['bytes']:,} bytes; uniform {uniform['scheme']}: {uniform['bytes']:,} bytes"
+    name = uniform_name(uniform["scheme"])
+    sizes = f"winner (*): {winner['bytes']:,} bytes; uniform {name}: {uniform['bytes']:,} bytes"
     lines, psnr = [f"{sizes} ({c['blocks']} blocks of fresh seeds)"], c.get("psnr_difference")
     if psnr and c["metric"] != "psnr":
         sides = f"PSNR {number(winner['psnr'], 2)} and {number(uniform['psnr'], 2)} dB"
@@ -344,10 +346,8 @@ def _with_ends(d: Mapping[str, Any], sign: str = "") -> str:
 def _smaller(row: Mapping[str, Any]) -> str:
     """Of one uniform configuration: the size from which on the front is as good."""
     unit = " dB" if row["metric"] == "psnr" else f" {shown_metric(row['metric'])}"
-    name = row["uniform"]
-    every = (
-        f"{name} for all layers" if any(c.isdigit() for c in name) and "+" not in name else f"uniform {name}"
-    )
+    name = uniform_name(row["uniform"])
+    every = f"{name} for all layers" if any(c.isdigit() for c in name) else f"uniform {name}"
     said = f"{every} has {number(row['value'], 1 if unit == ' dB' else 3)}{unit} at {row['bytes']:,} bytes; "
     if row["found_bytes"] is None:
         return said + "no member of the front has that"

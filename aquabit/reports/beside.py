@@ -13,7 +13,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from aquabit.reports import drawing, style, svg, words
-from aquabit.reports.facts import Facts, missing, read, require_metric
+from aquabit.reports.facts import Facts, read, require_metric
+from aquabit.reports.lacks import missing
 from aquabit.reports.page import Shown, environment, make_folders
 from aquabit.reports.subjects.fronts import front as front_table
 from aquabit.reports.subjects.groups import operators as operators_table

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.collections import PatchCollection
+from matplotlib.collections import LineCollection, PatchCollection
 from matplotlib.colors import Normalize, SymLogNorm
 from matplotlib.patches import Rectangle
+from matplotlib.transforms import Bbox
 
 from aquabit.reports import style
 
@@ -52,6 +54,72 @@ def scale(axes: Axes, which: str, low: float, high: float, log: bool) -> None:
         style.log_axis(axes, which, low, high)
     else:
         getattr(axes, f"set_{which}lim")(low, high)
+
+
+# where the middle of a label stands beside its point, in halves of its size: the first that is free is taken
+AROUND = ((1, 1), (1, -1), (-1, 1), (-1, -1), (0, 1), (0, -1), (1, 0), (-1, 0))
+
+
+def label_points(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
+    """Write a text beside each (x, y), where it meets no line, no point, no other text and no edge of the
+    axes, or else as few as can be. Call it when all else is drawn."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()  # what a constrained layout does to the axes
+    drawn, frame, pixel = _drawn(axes), axes.get_window_extent(), figure.dpi / 72
+    taken: list[Bbox] = []
+    for x, y, text in points:
+        note = axes.annotate(
+            style.label(text),
+            (x, y),
+            (0, 0),
+            textcoords="offset points",
+            fontsize=6,
+            ha="center",
+            va="center",
+        )
+        note.set_in_layout(False)
+        box, places = note.get_window_extent(), list[tuple[Any, ...]]()
+        for gap in (3.5 * pixel, 8 * pixel):  # from the point to the text
+            for right, up in AROUND:
+                across, high = (
+                    right * (box.width / 2 + gap),
+                    up * (box.height / 2 + gap * (1 if right == 0 else 0.6)),
+                )
+                there = box.translated(across, high)
+                inside = frame.contains(*there.min) and frame.contains(*there.max)
+                met = there.count_contains(drawn) + 100 * there.count_overlaps(taken) + 100 * (not inside)
+                places.append((met, len(places), (across / pixel, high / pixel), there))
+        _, _, place, there = min(places)
+        note.set_position(place)
+        taken.append(there)
+
+
+def _drawn(axes: Axes) -> np.ndarray:
+    """Points [n, 2] of the canvas, two pixels apart, along all lines, bars and marks."""
+    parts = [np.empty((0, 2))]
+    for line in axes.lines:
+        at = line.get_transform().transform(np.column_stack(line.get_data(orig=False)))
+        parts.append(at)
+        if line.get_linestyle() != "None":
+            parts += [_along(a, b) for a, b in pairwise(at)]
+    for bars in axes.collections:
+        if isinstance(bars, LineCollection):
+            parts += [_along(*axes.transData.transform(ends)) for ends in bars.get_segments()]
+    return np.concatenate(parts)
+
+
+def _along(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    length = float(np.hypot(*(b - a)))
+    share = np.linspace(0, 1, int(min(length, 1e4) / 2) + 2 if math.isfinite(length) else 2)[:, None]
+    return np.asarray((1 - share) * a + share * b)
+
+
+def ring(axes: Axes, x: pd.Series, y: pd.Series, winner: pd.Series) -> None:
+    """A ring around the winner, where it is among the points."""
+    if winner.any():
+        look: dict[str, Any] = {"marker": "o", "ms": 10, "mfc": "none", "mec": style.BLACK, "mew": 0.8}
+        axes.plot(x[winner], y[winner], ls="", zorder=5, label="winner", **look)
 
 
 def better(metric: str, direction: str) -> str:

@@ -21,12 +21,14 @@ from aquabit.jsonio import write_json
 from aquabit.reports import drawing, style, svg, words
 from aquabit.reports.answer import answer
 from aquabit.reports.catalog import all_tables, plans
-from aquabit.reports.facts import Facts, missing, read, require_metric
+from aquabit.reports.facts import Facts, read, require_metric
+from aquabit.reports.lacks import Lacks, missing
 from aquabit.reports.plan import Plan, Tables
 from aquabit.reports.subjects.measurements import run_card
 from aquabit.reports.subjects.pictures import Images, images
 from aquabit.reports.writing import write
 from aquabit.scheme import AquabitError, Progress, no_progress
+from aquabit.scheme_kinds import uniform_name
 from aquabit.study import Study
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -117,13 +119,7 @@ def write_data(facts: Facts, folder: Path) -> list[str]:
     return [name for name, value in files.items() if value]
 
 
-def draw(
-    plan: Plan,
-    table: pd.DataFrame,
-    lacks: Mapping[str, tuple[str, str]],
-    folder: Path,
-    places: Mapping[str, int],
-) -> Shown:
+def draw(plan: Plan, table: pd.DataFrame, lacks: Lacks, folder: Path, places: Mapping[str, int]) -> Shown:
     """The files of one figure, and the figure as an element of the page; points of layers carry their row
     in ``places``."""
     if plan.needs in lacks or table.empty:
@@ -214,6 +210,7 @@ def environment() -> jinja2.Environment:
         short=words.short,
         levels=lambda rows: drawing.levels(pd.DataFrame(rows)),
         breakable=_breakable,
+        uniform_name=uniform_name,
     )
     script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
     allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -223,12 +220,7 @@ def environment() -> jinja2.Environment:
 
 
 def _render(
-    facts: Facts,
-    found: Tables,
-    lacks: Mapping[str, tuple[str, str]],
-    shown: Sequence[Shown],
-    grids: list[Images],
-    files: list[str],
+    facts: Facts, found: Tables, lacks: Lacks, shown: Sequence[Shown], grids: list[Images], files: list[str]
 ) -> str:
     frames: dict[str, Any] = {
         name: list(table.itertuples(index=False, name="Row")) for name, table in found.items()

@@ -137,20 +137,7 @@ def draw_frontier(
     axes.plot(edge[cost] / unit, edge.value, color=style.BLUE, lw=0.8, drawstyle="steps-post", zorder=1)
     tips = [f"{r.config}: {metric} {r.value:.3g}" for r in known.itertuples()]
     style.name_points(axes, bars.lines[0], tips, "tip")
-    best = known[known.winner]
-    if len(best):
-        axes.plot(
-            best[cost] / unit,
-            best.value,
-            ls="",
-            marker="o",
-            ms=10,
-            mfc="none",
-            mec=style.BLACK,
-            mew=0.8,
-            zorder=5,
-            label="winner",
-        )
+    drawing.ring(axes, known[cost] / unit, known.value, known.winner)
     axes.legend(loc="best")
     axes.set_xlabel(across)
     axes.set_ylabel(drawing.better(style.label(metric), direction))

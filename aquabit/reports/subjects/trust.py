@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import matplotlib
 import numpy as np
@@ -13,6 +13,7 @@ from matplotlib.colors import Normalize
 
 from aquabit.reports import drawing, style, words
 from aquabit.reports.facts import Facts, number
+from aquabit.reports.lacks import Lacks
 from aquabit.reports.plan import Plan, Tables, fixed
 
 SCORES = ("within_budget_srcc", "srcc", "kendall", "ndcg10", "r2", "noise_ceiling")
@@ -118,7 +119,7 @@ def draw_curve(
     axes.legend(loc="lower right")
 
 
-def sentence(facts: Facts, found: Tables, lacks: Mapping[str, tuple[str, str]]) -> words.Sentence:
+def sentence(facts: Facts, found: Tables, lacks: Lacks) -> words.Sentence:
     scores, halves = found["surrogate"], found["agreement"]
     if scores.empty or math.isnan(scores.within_budget_srcc.iloc[0]):
         return words.Sentence(
