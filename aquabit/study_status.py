@@ -101,3 +101,13 @@ def merge_status(shards: Sequence[StudyStatus]) -> StudyStatus:
         min(idle) if idle else None,
         None,
     )
+
+
+def measurement_counts(study: Study) -> dict[str, Any]:
+    """How many measurements a study holds, how many of them failed, and how many there are of each kind."""
+    table = study.measurements(failed=True)
+    return {
+        "measurements": len(table),
+        "failed": int((table.status == "failed").sum()) if len(table) else 0,
+        "kinds": {str(k): int(v) for k, v in table.kind.value_counts().items()} if len(table) else {},
+    }

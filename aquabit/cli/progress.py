@@ -60,6 +60,18 @@ def shielded(verb: Callable[..., None]) -> Callable[..., None]:
     return call
 
 
+def quiet() -> None:
+    """Libraries' own warnings and bars are not ours to show."""
+    import logging
+    import warnings
+
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+
+
 def _interrupted() -> None:
     errors.print("interrupted; nothing measured is lost: run the same command to continue")
     os._exit(130)
@@ -115,3 +127,9 @@ def emit(value: Any, target: str | None) -> bool:
 
     write_json(Path(target), value)
     return False
+
+
+def tell(json_: str | None, text: str) -> None:
+    """Say something on standard error, but not where a machine reads."""
+    if json_ != "-":
+        errors.print(plain(text), highlight=False, soft_wrap=True)

@@ -30,6 +30,18 @@ def bundled_models() -> list[str]:
     return sorted(p.parent.name for p in BUNDLED.glob("*/model_index.json"))
 
 
+def bundled_facts() -> list[dict[str, Any]]:
+    """Name, denoiser's class and bytes of each bundled model."""
+    return [
+        {
+            "name": name,
+            "denoiser": read_json(BUNDLED / name / "model_index.json")["denoiser"][1],
+            "bytes": next((BUNDLED / name / "denoiser").glob("*.safetensors")).stat().st_size,
+        }
+        for name in bundled_models()
+    ]
+
+
 def load(
     model: str | Path | DiffusionPipeline,
     device: str | torch.device = "cpu",
