@@ -116,7 +116,9 @@ def _entry(name: str, text: str) -> None:
     console.print(plain(name), highlight=False, soft_wrap=True)
     margin = " " * INDENT
     console.print(
-        plain(fill(text, console.width, initial_indent=margin, subsequent_indent=margin)),
+        plain(
+            fill(text, console.width, initial_indent=margin, subsequent_indent=margin, break_on_hyphens=False)
+        ),
         highlight=False,
         soft_wrap=True,
     )

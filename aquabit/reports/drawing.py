@@ -11,6 +11,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.cbook import pts_to_poststep
 from matplotlib.collections import LineCollection, PatchCollection
 from matplotlib.colors import Normalize, SymLogNorm
 from matplotlib.patches import Rectangle
@@ -99,7 +100,10 @@ def _drawn(axes: Axes) -> np.ndarray:
     """Points [n, 2] of the canvas, two pixels apart, along all lines, bars and marks."""
     parts = [np.empty((0, 2))]
     for line in axes.lines:
-        at = line.get_transform().transform(np.column_stack(line.get_data(orig=False)))
+        x, y = line.get_data(orig=False)
+        if line.get_drawstyle() == "steps-post":
+            x, y = pts_to_poststep(x, y)
+        at = line.get_transform().transform(np.column_stack([x, y]))
         parts.append(at)
         if line.get_linestyle() != "None":
             parts += [_along(a, b) for a, b in pairwise(at)]

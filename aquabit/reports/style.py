@@ -204,7 +204,9 @@ def symmetric_axis(axes: Axes, which: str, values: Any, ticks_most: int = 4) -> 
     near = 10.0 ** math.floor(math.log10(float(np.median(size))))
     getattr(axes, f"set_{which}scale")("symlog", linthresh=near, linscale=0.6)
     getattr(axes, f"set_{which}lim")(1.6 * low if low < -near else -0.4 * near + min(low, 0.0), 1.6 * high)
-    powers = [near * 10.0**k for k in range(ticks_most + 2) if near * 10.0**k <= 1.6 * max(high, -low)]
+    decades = math.floor(math.log10(1.6 * max(high, -low) / near))
+    step = decades // (ticks_most + 2) + 1  # over many decades the first ticks would crowd at zero
+    powers = [near * 10.0**k for k in range(step - 1, decades + 1, step)]
     axis = getattr(axes, f"{which}axis")
     axis.set_major_locator(
         FixedLocator([-p for p in powers if -p >= 1.6 * low] + [0.0] + [p for p in powers if p <= 1.6 * high])
@@ -214,7 +216,14 @@ def symmetric_axis(axes: Axes, which: str, values: Any, ticks_most: int = 4) -> 
 
 
 def _tick(value: float, _: int = 0) -> str:
-    text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.6g}"
+    size = abs(value)
+    text = (
+        f"{value:.0e}".replace("e+0", "e")
+        if size >= 1e5
+        else f"{value:,.0f}"
+        if size >= 1000
+        else f"{value:.6g}"
+    )
     return text.replace("-", "\N{MINUS SIGN}")
 
 

@@ -163,7 +163,7 @@ def draw_noise(table: pd.DataFrame, axes: Axes, panel: Panel) -> None:
     if measure == "k":
         axes.axhline(0, color=style.BLACK, lw=0.6)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
-    axes.set_xlabel(f"denoising step (1 starts from noise), with {percent(LEVEL)} intervals")
+    axes.set_xlabel(f"denoising step (1 starts from noise)\nwith {percent(LEVEL)} intervals")
     axes.set_ylabel(panel.axis)
     if len(branches) > 1:
         axes.legend(loc="best")

@@ -161,7 +161,7 @@ def sentence(facts: Facts, found: Tables, lacks: Lacks) -> words.Sentence:
         text += f"; its predicted effects and {words.count(checked.get('flips'))} real swaps {agree}"
         return words.Sentence(text + ".")
     parts = [
-        f"{words.count(r.flips)} real swaps of {words.count(r.layers)} layers {r.half}"
+        f"{words.count(r.flips)} real swaps of {words.count(r.layers)} layer{'s' * (r.layers != 1)} {r.half}"
         f" {_agree(r.srcc, r.sign_agreement)}"
         for r in halves.itertuples()
         if r.layers
@@ -170,8 +170,10 @@ def sentence(facts: Facts, found: Tables, lacks: Lacks) -> words.Sentence:
 
 
 def _agree(srcc: float, sign: float) -> str:
-    same = f", with the same sign in {100 * sign:.0f} % of them" if math.isfinite(sign) else ""
-    return f"agree at SRCC {words.score(srcc)}{same}"
+    same = f" with the same sign in {100 * sign:.0f} % of them" if math.isfinite(sign) else ""
+    if math.isnan(srcc):
+        return f"agree{same} (too few for an SRCC)"
+    return f"agree at SRCC {words.score(srcc)}{',' * bool(same)}{same}"
 
 
 def plans(facts: Facts, found: Tables) -> Iterator[Plan]:
