@@ -26,7 +26,7 @@ from aquabit.kernels.codebook import CodebookWeight, from_tensors
 from aquabit.quant.correction.sampling import follow_
 from aquabit.quant.correction.statistics import Statistics
 from aquabit.quant.finetuning.store import SHARED, shared_name
-from aquabit.quant.layers import QuantConv2d, QuantLinear, quant_layer
+from aquabit.quant.layers import QuantConv2d, QuantLinear, replace_layer_
 from aquabit.quant.model import storage_dtype
 from aquabit.quant.step_switch import input_parts, settings_of, share_out_, switches
 from aquabit.scheme import FP, METHOD, AquabitError, QuantConfig
@@ -212,12 +212,9 @@ def place_layers_(
             )
         del nodes[name]
     for name, node in nodes.items():
-        layer = quant_layer(denoiser.get_submodule(name), node.get("split"))
+        placed[name] = layer = replace_layer_(denoiser, name, node.get("split"))
         if config[name].weight != FP:
             layer.weight = torch.empty(0, dtype=dtypes[name])
-        owner, _, leaf = name.rpartition(".")
-        setattr(denoiser.get_submodule(owner), leaf, layer)
-        placed[name] = layer
     return placed
 
 

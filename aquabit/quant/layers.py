@@ -160,10 +160,6 @@ class QuantLinear(_QuantLayer):
         super().__init__(weight, bias, split)
         self.out_features, self.in_features = weight.shape
 
-    @staticmethod
-    def of(layer: nn.Linear, split: int | None = None) -> QuantLinear:
-        return QuantLinear(layer.weight, layer.bias, split)
-
     def quantized_input(self, x: Tensor, bits: int) -> Tensor:
         """x [..., in] as the layer reads it at ``bits`` (16: x itself)."""
         return (
@@ -199,10 +195,6 @@ class QuantConv2d(_QuantLayer):
             like.groups,
         )
         self.kernel_size = like.kernel_size
-
-    @staticmethod
-    def of(layer: nn.Conv2d, split: int | None = None) -> QuantConv2d:
-        return QuantConv2d(layer.weight, layer.bias, split, layer)
 
     def quantized_input(self, x: Tensor, bits: int) -> Tensor:
         """x [n, cin, h, w] as the layer reads it at ``bits`` (16: x itself)."""
@@ -251,6 +243,16 @@ def pair(values: tuple[int, ...]) -> tuple[int, int]:
     return values[0], values[1]
 
 
-def quant_layer(module: nn.Module, split: int | None) -> QuantLinear | QuantConv2d:
+def quant_layer(module: Any, split: int | None = None) -> QuantLinear | QuantConv2d:
     """The quantizable counterpart of a Linear or Conv2d; it shares the weight's storage."""
-    return QuantConv2d.of(module, split) if isinstance(module, nn.Conv2d) else QuantLinear.of(module, split)  # type: ignore[arg-type]
+    if isinstance(module, nn.Conv2d):
+        return QuantConv2d(module.weight, module.bias, split, module)
+    return QuantLinear(module.weight, module.bias, split)
+
+
+def replace_layer_(network: nn.Module, name: str, split: int | None) -> QuantLinear | QuantConv2d:
+    """Put its quantizable counterpart in the place of a layer, and return it."""
+    layer = quant_layer(network.get_submodule(name), split)
+    owner, _, leaf = name.rpartition(".")
+    setattr(network.get_submodule(owner), leaf, layer)
+    return layer

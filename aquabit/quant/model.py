@@ -24,7 +24,7 @@ from aquabit.quant.calibration.full_precision import FullPrecision
 from aquabit.quant.calibration.ranges import RangeTables, Sample
 from aquabit.quant.correction.sampling import Watcher
 from aquabit.quant.finetuning.store import load_tuned
-from aquabit.quant.layers import QuantConv2d, QuantLinear, Setting, quant_layer
+from aquabit.quant.layers import QuantConv2d, QuantLinear, Setting, replace_layer_
 from aquabit.quant.step_switch import settings_of, share_out_, switches
 from aquabit.scheme import (
     FP,
@@ -145,14 +145,11 @@ class QuantizedDenoiser:
 
     def _replace(self, name: str, split: int | None) -> None:
         try:
-            module = self.denoiser.get_submodule(name)
+            layer = replace_layer_(self.denoiser, name, split)
         except AttributeError as error:
             raise AquabitError(
                 f"the model has no layer {name!r}; the graph belongs to another model"
             ) from error
-        layer = quant_layer(module, split)
-        owner, _, leaf = name.rpartition(".")
-        setattr(self.denoiser.get_submodule(owner), leaf, layer)
         self.layers[name], self.weights[name] = layer, layer.weight
         both = [storage_dtype(t) for t in (layer.weight, layer.bias) if t is not None]
         self._stored[name] = torch.bfloat16 if torch.bfloat16 in both else torch.float16

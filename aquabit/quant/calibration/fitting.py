@@ -19,7 +19,7 @@ from aquabit.quant.calibration.calibrator import Calibrator
 from aquabit.quant.calibration.hessian import output_error
 from aquabit.quant.calibration.moments import Moments
 from aquabit.quant.schemes.progress import Report
-from aquabit.quant.weights import quantize_weight, quantize_weights, relative_error
+from aquabit.quant.weights import quantize_weights, relative_error
 from aquabit.scheme import AquabitError, Calibration, Progress, Scheme, digest, no_progress
 
 # bits of the inputs that shared codebooks are fitted for: one set of tables serves layers of different
@@ -142,7 +142,8 @@ class Fitter:
         for request in missing:
             if not request.scheme.calibrated:
                 weight = self.weights[request.layer]
-                self._store(request, None, quantize_weight(weight, request.scheme), [], None)
+                [coded] = quantize_weights([weight], request.scheme)
+                self._store(request, None, coded, [], None)
                 if weight.numel() >= LARGE:
                     give_back()
                 counter.next(f"{request.layer} {request.scheme}")
