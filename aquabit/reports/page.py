@@ -70,37 +70,33 @@ def report(study: Study, out: str | Path, progress: Progress = no_progress) -> P
     out = Path(out)
     facts = read(study)
     require_metric(facts)
-    try:
-        make_folders(out)
-        return _write(facts, out, progress)
-    except OSError as error:
-        raise AquabitError(f"the report could not be written to {out}: {error.strerror or error}") from error
-
-
-def make_folders(out: Path) -> None:
-    for name in FOLDERS:
-        (out / name).mkdir(parents=True, exist_ok=True)
-
-
-def _write(facts: Facts, out: Path, progress: Progress) -> Path:
     found, lacks = all_tables(facts), missing(facts)
     if found["quality_vs_bits"].value.notna().sum() == 0:
         lacks["points"] = lacks.get("samples", ("Nothing was measured.", ""))
     if found["chosen_schemes"].empty:
         lacks.setdefault("winner", lacks.get("graph", ("The winner is not stored.", "")))
-    for name, table in found.items():
-        write(table, out / "tables", name)
     wanted = list(plans(facts, found))
     shown, places = [], {name: i for i, name in enumerate(found["layers"].layer)}
-    for i, plan in enumerate(wanted):
-        progress("report", i, len(wanted) + 1)
-        shown.append(draw(plan, found[plan.table], lacks, out / "figures", places))
-    progress("report", len(wanted), len(wanted) + 1)
-    pictures, files = images(facts, out / "figures"), write_data(facts, out / "data")
     page = out / "index.html"
-    page.write_text(_render(facts, found, lacks, shown, pictures, files), encoding="utf-8")
+    try:
+        make_folders(out)
+        for name, table in found.items():
+            write(table, out / "tables", name)
+        for i, plan in enumerate(wanted):
+            progress("report", i, len(wanted) + 1)
+            shown.append(draw(plan, found[plan.table], lacks, out / "figures", places))
+        progress("report", len(wanted), len(wanted) + 1)
+        pictures, files = images(facts, out / "figures"), write_data(facts, out / "data")
+        page.write_text(_render(facts, found, lacks, shown, pictures, files), encoding="utf-8")
+    except OSError as error:
+        raise AquabitError(f"the report could not be written to {out}: {error.strerror or error}") from error
     progress("report", len(wanted) + 1, len(wanted) + 1)
     return page
+
+
+def make_folders(out: Path) -> None:
+    for name in FOLDERS:
+        (out / name).mkdir(parents=True, exist_ok=True)
 
 
 def write_data(facts: Facts, folder: Path) -> list[str]:
