@@ -85,10 +85,8 @@ def study_status(study: Study) -> StudyStatus:
 def merge_status(shards: Sequence[StudyStatus]) -> StudyStatus:
     """Several shards as one: counts and rates add up, and the slowest ends last."""
     known = [s.missing for s in shards if s.missing is not None]
-    rates, left = (
-        [s.rate for s in shards if s.rate and s.missing],
-        [s.remaining for s in shards if s.remaining is not None],
-    )
+    rates = [s.rate for s in shards if s.rate and s.missing]
+    left = [s.remaining for s in shards if s.remaining is not None]
     idle = [s.idle for s in shards if s.idle is not None]
     return StudyStatus(
         f"{len(shards)} studies",

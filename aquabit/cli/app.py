@@ -77,11 +77,9 @@ def models(json_: options.Json = None) -> None:
     """Bundled models, supported families, and presets of the papers' settings."""
     from aquabit.pipelines import FAMILIES, PRESETS, bundled_facts
 
-    bundled, families, presets = (
-        bundled_facts(),
-        [f.to_dict() for f in FAMILIES],
-        [p.to_dict() for p in PRESETS],
-    )
+    bundled = bundled_facts()
+    families = [f.to_dict() for f in FAMILIES]
+    presets = [p.to_dict() for p in PRESETS]
     if not emit({"bundled": bundled, "families": families, "presets": presets}, json_):
         tables.show_bundled(bundled)
         tables.show_families(families, presets)

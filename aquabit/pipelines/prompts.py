@@ -115,10 +115,8 @@ def free_text_encoders(pipe: DiffusionPipeline) -> None:
 
 def restore_text_encoders(pipe: DiffusionPipeline) -> None:
     """Load again what was freed."""
-    known, gone = (
-        _known(pipe),
-        [name for name, encoder in _encoders(pipe).items() if encoder is None and pipe.config[name][0]],
-    )
+    known = _known(pipe)
+    gone = [name for name, encoder in _encoders(pipe).items() if encoder is None and pipe.config[name][0]]
     if not gone:
         return
     if known.reload is None:

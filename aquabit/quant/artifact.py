@@ -291,10 +291,8 @@ def _ranges(
     configuration asks for."""
     found = {}
     for name, layer in layers.items():
-        shape, ends = (
-            (config.range_parts(name), input_parts(layer) + (name in attention), 2),
-            tensors.get(f"{RANGES}{name}"),
-        )
+        shape = (config.range_parts(name), input_parts(layer) + (name in attention), 2)
+        ends = tensors.get(f"{RANGES}{name}")
         if shape[0] and (ends is None or tuple(ends.shape) != shape or not bool(torch.isfinite(ends).all())):
             raise AquabitError(
                 f"layer {name!r} needs static ranges of shape {list(shape)}, which are not stored"

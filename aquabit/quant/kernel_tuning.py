@@ -181,10 +181,8 @@ def worth_copying(layers: Layers, asked: Asked, dtype: torch.dtype) -> tuple[str
 def ran(layers: Layers, call: Callable[[], object]) -> dict[str, int]:
     """Layers by the backend that ``call`` runs them on ("full": not coded); one that runs on several
     counts for its last."""
-    names, found = (
-        {id(layer.packed): name for name, layer in layers.items() if layer.packed is not None},
-        dict.fromkeys(layers, "full"),
-    )
+    names = {id(layer.packed): name for name, layer in layers.items() if layer.packed is not None}
+    found = dict.fromkeys(layers, "full")
     with observed(
         lambda weight, _, backend: found.update({names[id(weight)]: backend} if id(weight) in names else {})
     ):

@@ -188,12 +188,10 @@ class QuantConv2d(_QuantLayer):
     def __init__(self, weight: Tensor, bias: Tensor | None, split: int | None, like: nn.Conv2d):
         super().__init__(weight, bias, split)
         self.out_channels, self.in_channels = like.out_channels, like.in_channels
-        self.stride, self.padding, self.dilation, self.groups = (
-            pair(like.stride),
-            _padding(like.padding),
-            pair(like.dilation),
-            like.groups,
-        )
+        self.stride = pair(like.stride)
+        self.padding = _padding(like.padding)
+        self.dilation = pair(like.dilation)
+        self.groups = like.groups
         self.kernel_size = like.kernel_size
 
     def quantized_input(self, x: Tensor, bits: int) -> Tensor:

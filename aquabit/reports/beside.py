@@ -108,10 +108,8 @@ def operators(both: Sequence[Facts], names: Sequence[str]) -> pd.DataFrame:
         }
         parts.append(table.assign(study=name, **shares, rank=np.arange(1, len(table) + 1)))
     table = pd.concat(parts, ignore_index=True).rename(columns={"name": "operator"})
-    count, mean = (
-        table.groupby("operator").study.transform("count"),
-        table.groupby("operator").share.transform("mean"),
-    )
+    count = table.groupby("operator").study.transform("count")
+    mean = table.groupby("operator").share.transform("mean")
     table = table.assign(count=count, mean=mean).sort_values(
         ["count", "mean"], ascending=False, kind="stable", ignore_index=True
     )

@@ -83,10 +83,8 @@ def label_points(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None
         box, places = note.get_window_extent(), list[tuple[Any, ...]]()
         for gap in (3.5 * pixel, 8 * pixel):  # from the point to the text
             for right, up in AROUND:
-                across, high = (
-                    right * (box.width / 2 + gap),
-                    up * (box.height / 2 + gap * (1 if right == 0 else 0.6)),
-                )
+                across = right * (box.width / 2 + gap)
+                high = up * (box.height / 2 + gap * (1 if right == 0 else 0.6))
                 there = box.translated(across, high)
                 inside = frame.contains(*there.min) and frame.contains(*there.max)
                 met = there.count_contains(drawn) + 100 * there.count_overlaps(taken) + 100 * (not inside)

@@ -207,10 +207,8 @@ class Fitter:
             if known[layers[0], act].diagonal:
                 notes.append(f"H of {weights[0][0].numel()} inputs is kept as its diagonal only")
             for layer, weight, hessian, result in zip(layers, weights, hessians, coded, strict=True):
-                error, request = (
-                    output_error(weight, result.dequantize(), hessian),
-                    FitRequest(layer, scheme, act),
-                )
+                error = output_error(weight, result.dequantize(), hessian)
+                request = FitRequest(layer, scheme, act)
                 self._store(request, calibration, result, notes, error)
                 if request in batch:
                     counter.next(f"{layer} {scheme} a{act}, loss {error:.4f}")

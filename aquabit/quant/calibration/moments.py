@@ -127,10 +127,8 @@ class _Sums:
                 f"{self.name} reads NaN or infinity in recorded call {call + 1} of {self.calls}; it cannot be"
                 " calibrated"
             )
-        total, share = (
-            _row_count(self.layer, x),
-            self.limit * (call + 1) // self.calls - self.limit * call // self.calls,
-        )
+        total = _row_count(self.layer, x)
+        share = self.limit * (call + 1) // self.calls - self.limit * call // self.calls
         index = _drawn(total, share, (seed * 1_000_003 + call) % 2**63).to(x.device)
         self.count += len(index)
         for bits, into in self.sums.items():

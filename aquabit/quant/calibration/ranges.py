@@ -118,11 +118,9 @@ class RangeRecorder(Watcher):
     @staticmethod
     def _range(name: str, values: Iterable[_Values], bits: int, zero: bool) -> Range:
         kept = list(values)
-        low, high, sample = (
-            min(v.low for v in kept),
-            max(v.high for v in kept),
-            torch.cat([p for v in kept for p in v.parts]),
-        )
+        low = min(v.low for v in kept)
+        high = max(v.high for v in kept)
+        sample = torch.cat([p for v in kept for p in v.parts])
         if not -torch.inf < low <= high < torch.inf or not bool(torch.isfinite(sample).all()):
             raise AquabitError(
                 f"layer {name!r} meets NaN or Inf in full precision; no static range holds them"
@@ -142,13 +140,11 @@ class RangeTables:
         attention: Collection[str],
         sample: Sample | None,
     ):
-        self.model, self.bank, self.fingerprint, self.attention, self.sample = (
-            model,
-            bank,
-            fingerprint,
-            attention,
-            sample,
-        )
+        self.model = model
+        self.bank = bank
+        self.fingerprint = fingerprint
+        self.attention = attention
+        self.sample = sample
         self._known: dict[tuple[str, int], dict[str, Tensor]] = {}
 
     def of(self, config: QuantConfig) -> dict[str, Tensor]:

@@ -102,10 +102,8 @@ def _x0_gain(prediction: str, alpha: float, sigma: float) -> float:
 def _ddim(scheduler: Any, timestep: Any, eta: float, output: Tensor | None) -> StepFacts:
     t = int(timestep)
     before = t - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
-    now, then = (
-        float(scheduler.alphas_cumprod[t]),
-        float(scheduler.alphas_cumprod[before] if before >= 0 else scheduler.final_alpha_cumprod),
-    )
+    now = float(scheduler.alphas_cumprod[t])
+    then = float(scheduler.alphas_cumprod[before] if before >= 0 else scheduler.final_alpha_cumprod)
     s = eta * sqrt(
         max(float(scheduler._get_variance(t, before)), 0.0)
     )  # as DDIM itself has it; calling it changes nothing
@@ -118,10 +116,8 @@ def _ddim(scheduler: Any, timestep: Any, eta: float, output: Tensor | None) -> S
 def _ddpm(scheduler: Any, timestep: Any, eta: float, output: Tensor | None) -> StepFacts:
     t = int(timestep)
     before = int(scheduler.previous_timestep(t))
-    now, then = (
-        float(scheduler.alphas_cumprod[t]),
-        float(scheduler.alphas_cumprod[before] if before >= 0 else scheduler.one),
-    )
+    now = float(scheduler.alphas_cumprod[t])
+    then = float(scheduler.alphas_cumprod[before] if before >= 0 else scheduler.one)
     kind, alpha, sigma = scheduler.config.prediction_type, sqrt(now), sqrt(1 - now)
     gain = _gain(kind, alpha, sigma)
     coefficient = (

@@ -216,11 +216,9 @@ class Affine:
         weighted mean (outliers may weigh nothing).
         """
         g, _, p = weight.shape
-        index, empty, h = (
-            self.part[..., None].expand_as(weight),
-            weight.new_zeros(g, self.n, p),
-            mass[..., None],
-        )
+        index = self.part[..., None].expand_as(weight)
+        empty = weight.new_zeros(g, self.n, p)
+        h = mass[..., None]
         low, high = (
             empty.scatter_reduce(1, index, weight, r, include_self=False).transpose(1, 2)
             for r in ("amin", "amax")
