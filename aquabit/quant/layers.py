@@ -162,11 +162,9 @@ class QuantLinear(_QuantLayer):
 
     def quantized_input(self, x: Tensor, bits: int) -> Tensor:
         """x [..., in] as the layer reads it at ``bits`` (16: x itself)."""
-        return (
-            straight_through(x, bits, "token")
-            if self.ranges is None
-            else fake_quantize_static(x, bits, *self.ranges[0])
-        )
+        if self.ranges is None:
+            return straight_through(x, bits, "token")
+        return fake_quantize_static(x, bits, *self.ranges[0])
 
     def forward(self, x: Tensor, *_: object) -> Tensor:
         act = self.act

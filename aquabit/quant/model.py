@@ -180,11 +180,9 @@ class QuantizedDenoiser:
     def coded(self, name: str, config: QuantConfig) -> CodebookWeight:
         """A layer's coded weight: fine-tuned where the configuration is, else from the bank, fitted first
         where it is missing there."""
-        return (
-            self._fine_tuned(config)[name]
-            if config.tuned
-            else self.fitter.coded(self._request(name, config), config.calibration)
-        )
+        if config.tuned:
+            return self._fine_tuned(config)[name]
+        return self.fitter.coded(self._request(name, config), config.calibration)
 
     def _fine_tuned(self, config: QuantConfig) -> dict[str, CodebookWeight]:
         """The weights that a configuration was tuned to, from the bank; the last ones are kept."""

@@ -80,11 +80,9 @@ def labels(both: Sequence[Facts]) -> list[str]:
     names = [facts.model or "unknown model" for facts in both]
     if names[0] == names[1]:
         names = [f"{facts.model or 'unknown model'} ({facts.source})" for facts in both]
-    return (
-        names
-        if names[0] != names[1]
-        else [f"{name}, {which}" for name, which in zip(names, ("first", "second"), strict=True)]
-    )
+    if names[0] != names[1]:
+        return names
+    return [f"{name}, {which}" for name, which in zip(names, ("first", "second"), strict=True)]
 
 
 def _shown(lacks: Lacks) -> list[tuple[str, str]]:

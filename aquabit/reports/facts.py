@@ -137,11 +137,11 @@ class Facts:
     @property
     def foreign(self) -> int:
         """Measurements of random and uniform configurations under another protocol than the study's."""
-        return (
-            int((self.measured.kind.isin(OWN) & (self.measured.protocol != self.protocol.digest)).sum())
-            if self.protocol
-            else 0
-        )
+        if self.protocol:
+            return int(
+                (self.measured.kind.isin(OWN) & (self.measured.protocol != self.protocol.digest)).sum()
+            )
+        return 0
 
     def is_winner(self, member: FrontMember) -> bool:
         return self.front is not None and member.config.digest == self.front.winner

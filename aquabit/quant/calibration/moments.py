@@ -195,11 +195,9 @@ def _output_size(layer: QuantConv2d, x: Tensor) -> tuple[int, int]:
 
 def _row_count(layer: Layer, x: Tensor) -> int:
     """Tokens, or output pixels of all samples."""
-    return (
-        x.shape[0] * prod(_output_size(layer, x))
-        if isinstance(layer, QuantConv2d)
-        else x.numel() // x.shape[-1]
-    )
+    if isinstance(layer, QuantConv2d):
+        return x.shape[0] * prod(_output_size(layer, x))
+    return x.numel() // x.shape[-1]
 
 
 def _rows(layer: Layer, x: Tensor, bits: int, index: Tensor) -> Iterator[Tensor]:

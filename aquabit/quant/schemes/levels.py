@@ -303,11 +303,9 @@ class Table:
     def sorted(self, parameters: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
         """Nearest levels are searched for in ascending tables."""
         table, order = parameters.sort(-1)
-        return (
-            (table, codes)
-            if torch.equal(table, parameters)
-            else (table, self.decode(order.argsort(dim=-1), codes).long())
-        )
+        if torch.equal(table, parameters):
+            return (table, codes)
+        return (table, self.decode(order.argsort(dim=-1), codes).long())
 
     def grid(self, weight: Tensor, mass: Tensor) -> Tensor:
         """Centres of a k-means weighted by ``mass`` [G, R]."""

@@ -127,11 +127,9 @@ def _verdict(direction: str, value: float, low: float, high: float) -> str:
         return "the difference has no interval, so nothing is decided"
     if high < 0:
         return "the found configuration wins"
-    return (
-        "the uniform configuration wins"
-        if low > 0
-        else "the interval includes zero, so neither is shown to win"
-    )
+    if low > 0:
+        return "the uniform configuration wins"
+    return "the interval includes zero, so neither is shown to win"
 
 
 def _cannot_tell(facts: Facts, uniform: str) -> str:
