@@ -20,9 +20,8 @@ from aquabit.runtime import out_of_memory
 from aquabit.scheme import AquabitError
 
 BUNDLED = Path(__file__).parent / "bundled"
-OWN_PIPELINES: Mapping[str, Any] = {
-    c.__name__: c for c in (ClassConditionalPipeline, ClassLatentPipeline)
-}  # diffusers does not know these
+# diffusers does not know these
+OWN_PIPELINES: Mapping[str, Any] = {c.__name__: c for c in (ClassConditionalPipeline, ClassLatentPipeline)}
 OWN_COMPONENTS: Mapping[str, Any] = {ClassEmbedder.__name__: ClassEmbedder}
 
 

@@ -137,9 +137,8 @@ def neighbour_radii(x: Array, k: int = NEIGHBOURS) -> Array:
     """Distance [n] of each row of x [n, d] to its k-th nearest other row; NaN where there are no k others."""
     if len(x) <= k:
         return np.full(len(x), np.nan)
-    return np.concatenate(
-        [np.partition(_distances(block, x), k, axis=1)[:, k] for block in _blocks(x)]
-    )  # place 0 is the row itself
+    # place 0 is the row itself
+    return np.concatenate([np.partition(_distances(block, x), k, axis=1)[:, k] for block in _blocks(x)])
 
 
 def fraction_inside(points: Array, centres: Array, radii: Array) -> float:

@@ -34,10 +34,8 @@ from aquabit.scheme import FP, METHOD, AquabitError, QuantConfig
 SCHEMA = 2  # of quantization_config; 1 was a file of its own, quantization.json
 RANGES = "ranges/"  # before the names of layers whose static ranges are stored
 NOISE = "noise/"  # before the names of noise statistics
-FACTS = (
-    "noise",
-    "inputs",
-)  # beside the configuration: what noise statistics belong to, and what an example call takes
+# beside the configuration: what noise statistics belong to, and what an example call takes
+FACTS = ("noise", "inputs")
 PARTS = ("codes", "codebooks", "scale", "offset")
 OLD = "quantization.json"
 

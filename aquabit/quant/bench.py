@@ -39,13 +39,8 @@ FORMATS = (
     "aq2x6k",
     "aq4x4k",
 )
-SHAPES = (
-    "1152x1152@256",
-    "4608x1152@256",
-    "1152x4608@256",
-    "384x384x3x3@32",
-    "576x576x3x3@16",
-)  # of DiT-XL/2 and of LDM-4's U-Net
+# of DiT-XL/2 and of LDM-4's U-Net
+SHAPES = ("1152x1152@256", "4608x1152@256", "1152x4608@256", "384x384x3x3@32", "576x576x3x3@16")
 CALLS, SECONDS = (5, 60), 4.0  # of whole denoisers: rounds at least, at most; the time after which they end
 _SHAPE = re.compile(r"(\d+)x(\d+)(?:x(\d+)x(\d+))?@(\d+)(?:x(\d+))?")
 

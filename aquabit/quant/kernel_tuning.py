@@ -26,9 +26,8 @@ COPIES = 0.25  # of the dense size: at most so much for copies
 GAIN = 1.03  # a copy is kept where coded kernels take so many times as long
 
 Layers = Mapping[str, QuantLinear | QuantConv2d]
-Asked = dict[
-    str, dict[Request, float]
-]  # layer -> its requests in one denoiser call, and how often (on average over the steps)
+# layer -> its requests in one denoiser call, and how often (on average over the steps)
+Asked = dict[str, dict[Request, float]]
 
 
 def layers_of(denoiser: nn.Module) -> dict[str, QuantLinear | QuantConv2d]:

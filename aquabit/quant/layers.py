@@ -114,9 +114,8 @@ class _QuantLayer(nn.Module):
                 self.packed.offset,
                 *self.packed.stored,
             ]
-            parts += [
-                t for made in self.packed.derived.values() for t in made.tensors()
-            ]  # what kernels made of it
+            # what kernels made of it
+            parts += [t for made in self.packed.derived.values() for t in made.tensors()]
         elif self.packed is not None:
             parts += self.packed.tensors().values()
         return [t for t in parts if t is not None]
@@ -129,9 +128,8 @@ class _QuantLayer(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.packed = (
-            None if self.packed is None else held(self.packed)
-        )  # a copy is a weight of its own to the kernels
+        # a copy is a weight of its own to the kernels
+        self.packed = None if self.packed is None else held(self.packed)
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

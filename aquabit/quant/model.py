@@ -104,9 +104,8 @@ class QuantizedDenoiser:
     ):
         self.denoiser = denoiser
         self.uncalled = frozenset[str](graph.graph.get("uncalled", ()))
-        self.inputs = graph.graph.get(
-            "inputs"
-        )  # of an example call, described, where the class does not tell them
+        # of an example call, described, where the class does not tell them
+        self.inputs = graph.graph.get("inputs")
         self.partners = codebook_names(graph)
         self.layers: dict[str, QuantLinear | QuantConv2d] = {}
         self.weights = FullWeights()

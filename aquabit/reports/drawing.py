@@ -19,11 +19,8 @@ from matplotlib.transforms import Bbox
 
 from aquabit.reports import style
 
-MEASURED: dict[str, Any] = {
-    "color": style.VERMILLION,
-    "marker": "D",
-    "markerfacecolor": "white",
-}  # hollow diamonds, everywhere
+# hollow diamonds, everywhere
+MEASURED: dict[str, Any] = {"color": style.VERMILLION, "marker": "D", "markerfacecolor": "white"}
 
 
 PREDICTED: dict[str, Any] = {"color": style.BLUE, "marker": "o"}  # filled circles, everywhere

@@ -81,9 +81,8 @@ BIT_COLOURS = {2: "#7A2500", 3: VERMILLION, 4: "#7CC4EE", 8: "#D5EAF7", 16: "#1B
 def use() -> Iterator[None]:
     """Our style inside a ``with`` block; nothing global stays changed."""
     with matplotlib.rc_context(RC), warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="Glyph .* missing from"
-        )  # a name in a script the font lacks
+        # a name in a script the font lacks
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
         yield
 
 
@@ -93,10 +92,8 @@ def canvas(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, figure.add_subplot()
 
 
-FORMATS = {
-    "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
-    "png": {"Software": None},
-}  # beside SVG; and what they omit
+# beside SVG; and what they omit
+FORMATS = {"pdf": {"CreationDate": None, "Creator": None, "Producer": None}, "png": {"Software": None}}
 
 
 def save(figure: Figure, folder: Path, name: str) -> str:

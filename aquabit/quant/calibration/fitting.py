@@ -187,9 +187,8 @@ class Fitter:
         batches: dict[Any, list[FitRequest]] = defaultdict(list)
         for request in requests:
             weight = self.weights[request.layer]
-            alone = (
-                weight.device.type == "cpu" and not request.scheme.shared
-            )  # batches save time on a GPU only, and a CPU's results are exact
+            # batches save time on a GPU only, and a CPU's results are exact
+            alone = weight.device.type == "cpu" and not request.scheme.shared
             kind = (
                 request.layer if alone else tuple(weight.shape),
                 known[request.layer, request.act].diagonal,

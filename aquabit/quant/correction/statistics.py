@@ -23,9 +23,8 @@ from aquabit.scheme import AquabitError, digest
 def sampler_facts(scheduler: Any) -> dict[str, Any]:
     """What identifies a sampler: its class and a digest of its configuration."""
     config = {k: v for k, v in dict(scheduler.config).items() if not k.startswith("_")}
-    settings = json.dumps(
-        config, default=str, sort_keys=True
-    )  # a text: DPM-Solver has a setting of -inf, which ``digest`` refuses
+    # a text: DPM-Solver has a setting of -inf, which ``digest`` refuses
+    settings = json.dumps(config, default=str, sort_keys=True)
     return {"sampler": type(scheduler).__name__, "settings": digest(settings)}
 
 
@@ -68,9 +67,8 @@ class Statistics:
     @property
     def digest(self) -> str:
         """Changes with everything that a correction reads."""
-        values = {
-            f.name: getattr(self.estimate, f.name) for f in fields(NoiseEstimate) if f.name != "snr"
-        }  # which may be infinite
+        # without the SNR, which may be infinite
+        values = {f.name: getattr(self.estimate, f.name) for f in fields(NoiseEstimate) if f.name != "snr"}
         return digest([asdict(self.about), {k: v.tolist() for k, v in values.items()}])
 
     def table(self) -> pd.DataFrame:

@@ -95,9 +95,8 @@ def finetune(
             run.train(progress)
         finally:
             for name in run.leaves:
-                model.set_dense_(
-                    name, model.full(name), config[name].weight
-                )  # no leaf of ours stays; the next ``apply`` decodes
+                # no leaf of ours stays; the next ``apply`` decodes
+                model.set_dense_(name, model.full(name), config[name].weight)
         found = run.finish()
         write_record(bank, key, found)
         checkpoint_path(bank, key).unlink(missing_ok=True)

@@ -19,35 +19,13 @@ from torch.nn.functional import one_hot
 from aquabit.quant.calibration.hessian import check_hessian, damped
 from aquabit.quant.schemes.scalar import as_rows, halves, lloyd
 
-SHARES = (
-    1.0,
-    0.94,
-    0.88,
-    0.82,
-    0.76,
-    0.7,
-    0.64,
-    0.58,
-    0.52,
-    0.46,
-    0.4,
-)  # of the full range, tried for a first grid
-DEVIATIONS = (
-    1.0,
-    1.25,
-    1.5,
-    1.75,
-    2.0,
-    2.3,
-    2.6,
-    3.0,
-    3.5,
-    4.2,
-)  # half ranges tried, in weighted standard deviations
+# of the full range, tried for a first grid
+SHARES = (1.0, 0.94, 0.88, 0.82, 0.76, 0.7, 0.64, 0.58, 0.52, 0.46, 0.4)
+# half ranges tried, in weighted standard deviations
+DEVIATIONS = (1.0, 1.25, 1.5, 1.75, 2.0, 2.3, 2.6, 3.0, 3.5, 4.2)
 
-Encoder = Callable[
-    [Tensor, int], Tensor
-]  # the levels nearest to targets [G, 1, P] of column j; their codes are written on the way
+# the levels nearest to targets [G, 1, P] of column j; their codes are written on the way
+Encoder = Callable[[Tensor, int], Tensor]
 
 
 class State(NamedTuple):

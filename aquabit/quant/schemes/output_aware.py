@@ -19,16 +19,12 @@ from aquabit.quant.schemes.scalar import halves
 
 BLOCK = 64  # columns whose feedback is summed one by one; the others hear of them in one product
 RANGES = (0.95, 1.05)  # times the first grid's, tried with error feedback too: every row keeps its best
-FEEDS, LEAST_FEED = (
-    6,
-    3e-3,
-)  # fresh feedback on a refitted grid, and the relative improvement below which it stops
+# fresh feedback on a refitted grid, and the relative improvement below which it stops
+FEEDS, LEAST_FEED = (6, 3e-3)
 ROUNDS, LEAST_ROUND = 8, 1e-3  # refit and descent in turns
 POLISHES, LEAST_POLISH = 20, 2e-4  # descent alone, on the grid as stored
-REFIT_STEPS, LEAST_STEP = (
-    3,
-    1e-2,
-)  # products with H in a refit; a step that gains less than this share of the first is the last
+# products with H in a refit; a step that gains less than this share of the first is the last
+REFIT_STEPS, LEAST_STEP = (3, 1e-2)
 
 
 def feedback_gain(problem: Problem) -> tuple[Tensor | None, Tensor]:
