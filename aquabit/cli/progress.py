@@ -38,9 +38,8 @@ def shielded(verb: Callable[..., None]) -> Callable[..., None]:
             _interrupted()
         except Exception as error:
             cause: BaseException | None = error
-            while (
-                cause is not None
-            ):  # what was left half done on Ctrl-C may fail in its own way (torch's mode stack does)
+            # what was left half done on Ctrl-C may fail in its own way (torch's mode stack does)
+            while cause is not None:
                 if isinstance(cause, KeyboardInterrupt):
                     _interrupted()
                 cause = cause.__context__

@@ -200,9 +200,8 @@ def place_layers_(
     wrong = [n for n in config.layers if n not in nodes]
     if wrong:
         raise AquabitError(f"quantization_config: layer {wrong[0]!r} is not in this model")
-    for name in graph.graph.get(
-        "uncalled", ()
-    ):  # the model reads their weights: they stay as they are, in its dtype
+    # the model reads their weights: they stay as they are, in its dtype
+    for name in graph.graph.get("uncalled", ()):
         if config[name].weight != FP:
             raise AquabitError(
                 f"layer {name!r} cannot be {config[name].weight}: the model reads its weight but never calls"

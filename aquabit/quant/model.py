@@ -132,9 +132,8 @@ class QuantizedDenoiser:
                 " overflowed its dtype"
             )
         with torch.no_grad():
-            for tensor in (
-                denoiser.state_dict().values()
-            ):  # buffers that are not saved are made anew on loading, unrounded
+            # buffers that are not saved are made anew on loading, unrounded
+            for tensor in denoiser.state_dict().values():
                 tensor.copy_(rounded(tensor))
         for name, node in graph.nodes(data=True):
             if node["kind"] != "merge":

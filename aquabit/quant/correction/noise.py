@@ -193,9 +193,8 @@ def bootstrap(
         parts = {}
         for field in fields(NoiseEstimate):
             middle = getattr(centre, field.name)
-            with np.errstate(
-                invalid="ignore"
-            ):  # infinite SNR less infinite SNR, where there is no noise at all
+            # infinite SNR less infinite SNR, where there is no noise at all
+            with np.errstate(invalid="ignore"):
                 moved = np.quantile(getattr(drawn, field.name) - middle, quantile, axis=0)
             parts[field.name] = middle + widen * np.nan_to_num(moved)
         ends.append(NoiseEstimate(**parts))
