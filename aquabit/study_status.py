@@ -18,16 +18,8 @@ RECENT = 50  # measurements that a rate is of
 def start_plan(study: Study, samples: int, design: str, shard: str | None, missing: int) -> None:
     """Note what ``measure`` is about to do: ``missing`` measurements on top of what is known."""
     known = len(_planned(study))
-    study.set(
-        plan={
-            "samples": samples,
-            "design": design,
-            "shard": shard,
-            "missing": missing,
-            "known": known,
-            "started": time.time(),
-        }
-    )
+    asked = {"samples": samples, "design": design, "shard": shard, "missing": missing}
+    study.set(plan={**asked, "known": known, "started": time.time()})
 
 
 def _planned(study: Study) -> list[float]:

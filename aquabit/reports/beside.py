@@ -164,20 +164,12 @@ def draw_operators(table: pd.DataFrame, axes: Axes, top: int = OPERATORS_MOST) -
     style.symmetric_axis(axes, "x", shown[["share", "share_low", "share_high"]], ticks_most=3)
     for i, study in enumerate(studies):
         part = shown[shown.study == study]
-        gaps = drawing.bars(part, "share", "share_low", "share_high")
         at = np.array([place[n] for n in part.operator]) + (0.17 if i else -0.17)
-        drawn = axes.errorbar(
-            part.share,
-            at,
-            xerr=gaps,
-            ls="",
-            ms=4,
-            elinewidth=0.9,
-            label=drawing.with_level(style.label(study, 40), part),
-            **LOOKS[i % 2],
-        )
+        look = {"ms": 4, "elinewidth": 0.9, **LOOKS[i % 2]}
+        look["label"] = drawing.with_level(style.label(study, 40), part)
+        drawn = drawing.intervals(axes, part, "share", at, ("share_low", "share_high"), **look)
         tips = [f"{study}, {r.operator}: {r.effect:.3g} a layer, rank {r.rank}" for r in part.itertuples()]
-        style.name_points(axes, drawn.lines[0], tips, "tip")
+        style.name_points(axes, drawn, tips, "tip")
     for i in range(0, len(names), 2):
         axes.axhspan(i - 0.5, i + 0.5, color="#F6F6F6", lw=0, zorder=0)
     axes.axvline(0, color=style.BLACK, lw=0.6)
@@ -193,19 +185,10 @@ def draw_fronts(table: pd.DataFrame, axes: Axes) -> None:
     intervals."""
     for i, (study, part) in enumerate(table.dropna(subset=["change"]).groupby("study", sort=False)):
         part = part.sort_values("bits")
-        gaps = drawing.bars(part, *CHANGE)
         text = drawing.with_level(f"{style.label(str(study), 40)}, {part.metric.iloc[0]}", part)
-        axes.errorbar(
-            part.bits,
-            part.change,
-            yerr=gaps,
-            ls="-",
-            lw=0.8,
-            ms=4.5,
-            elinewidth=0.9,
-            capsize=2,
-            label=text,
-            **LOOKS[i % 2],
+        look = {"ls": "-", "lw": 0.8, "ms": 4.5, "elinewidth": 0.9, "capsize": 2, **LOOKS[i % 2]}
+        drawing.intervals(
+            axes, part, "change", part.bits, ("change_low", "change_high"), upright=True, label=text, **look
         )
     axes.axhline(1, color=style.BLACK, lw=0.9, ls=(0, (5, 2)), label="full precision")
     axes.set_xlabel("bits per weight, codebooks and scales included")

@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.cbook import pts_to_poststep
 from matplotlib.collections import LineCollection, PatchCollection
 from matplotlib.colors import Normalize, SymLogNorm
+from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.transforms import Bbox
 
@@ -30,6 +31,34 @@ def bars(table: pd.DataFrame, value: str, low: str, high: str) -> np.ndarray:
     """[2, n] distances for ``errorbar``; an unknown end is no bar."""
     gaps = np.stack([table[value] - table[low], table[high] - table[value]]).astype(float)
     return np.nan_to_num(np.maximum(gaps, 0.0), nan=0.0)
+
+
+def intervals(
+    axes: Axes,
+    table: pd.DataFrame,
+    value: str,
+    at: Any,
+    ends: tuple[str, str],
+    upright: bool = False,
+    **look: Any,
+) -> Line2D:
+    """Marks of a column with the intervals whose ends are two others, ``at`` these places of the other axis;
+    ``upright``: values go up. The marks without their bars."""
+    gaps = bars(table, value, *ends)
+    look = {"ls": "", **look}
+    if upright:
+        return axes.errorbar(at, table[value], yerr=gaps, **look).lines[0]
+    return axes.errorbar(table[value], at, xerr=gaps, **look).lines[0]
+
+
+def boxes(axes: Axes, at: Sequence[float], groups: Sequence[np.ndarray]) -> None:
+    """A lying box for each group of values."""
+    line: dict[str, Any] = {"color": "#8C8C8C", "lw": 0.7}
+    look: dict[str, Any] = {"whiskerprops": line, "capprops": line, "medianprops": line, "widths": 0.62}
+    look["boxprops"] = {"facecolor": "#EFEFEF", "edgecolor": "#8C8C8C", "lw": 0.7}
+    look |= {"showfliers": False, "patch_artist": True, "manage_ticks": False}
+    if len(at):
+        axes.boxplot(groups, positions=at, orientation="horizontal", **look)
 
 
 def limits(values: Any, margin: float = 0.06, log: bool = True) -> tuple[float, float, bool]:

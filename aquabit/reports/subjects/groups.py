@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -84,25 +84,17 @@ def draw_group_effects(
     table = table.reset_index(drop=True)
     at = np.arange(len(table), dtype=float)
     rows = [members[(members[key] == n) & members.effect.notna()] for n in table.name]
-    _boxes(axes, [part.effect.to_numpy(float) for part in rows])
+    boxed = [i for i, part in enumerate(rows) if len(part) >= 5]
+    drawing.boxes(axes, boxed, [rows[i].effect.to_numpy(float) for i in boxed])
     every = pd.concat([part.assign(at=i) for i, part in enumerate(rows)])
     if len(every):
         ticks = axes.plot(
             every.effect, every["at"], ls="", marker="|", ms=5, mew=0.7, color="#5A5A5A", label="layers"
         )[0]
         style.name_points(axes, ticks, list(every.layer))
-    bars = drawing.bars(table, "effect", "low", "high")
-    axes.errorbar(
-        table.effect,
-        at,
-        xerr=bars,
-        ls="",
-        ms=4.5,
-        elinewidth=1.3,
-        zorder=4,
-        label=drawing.with_level("mean", table),
-        **drawing.PREDICTED,
-    )
+    look: dict[str, Any] = {"ms": 4.5, "elinewidth": 1.3, "zorder": 4, **drawing.PREDICTED}
+    text = drawing.with_level("mean", table)
+    drawing.intervals(axes, table, "effect", at, ("low", "high"), label=text, **look)
     drawing.zero(axes)
     style.symmetric_axis(axes, "x", [*table.effect, *table.low, *table.high, *every.effect], ticks_most=3)
     names = [
@@ -114,27 +106,6 @@ def draw_group_effects(
     axes.grid(axis="y", visible=False)
     axes.set_xlabel(f"{effects} {drawing.effect_label(metric, swap, chr(10))}")
     axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=2, borderaxespad=0.0, handletextpad=0.3)
-
-
-def _boxes(axes: Axes, groups: Sequence[np.ndarray]) -> None:
-    """Boxes of the groups of five values and more, each in its row."""
-    at = [i for i, values in enumerate(groups) if len(values) >= 5]
-    if not at:
-        return
-    line: dict[str, Any] = {"color": "#8C8C8C", "lw": 0.7}
-    axes.boxplot(
-        [groups[i] for i in at],
-        positions=at,
-        orientation="horizontal",
-        widths=0.62,
-        showfliers=False,
-        patch_artist=True,
-        manage_ticks=False,
-        boxprops={"facecolor": "#EFEFEF", "edgecolor": "#8C8C8C", "lw": 0.7},
-        whiskerprops=line,
-        capprops=line,
-        medianprops=line,
-    )
 
 
 def draw_block_operator(

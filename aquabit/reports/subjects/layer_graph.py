@@ -49,19 +49,9 @@ def layer_graph(facts: Facts) -> pd.DataFrame:
         kind = "block" if graph is not facts.graph else "layer" if name in facts.layers else "merge"
         block = str(name) if kind == "block" else str(data.get("block", ""))
         count = int(members.get(name, 0)) if kind == "block" else int(kind == "layer")
-        rows.append(
-            (
-                str(name),
-                kind,
-                block,
-                str(data.get("operator", "")),
-                count,
-                float(weights.get(name, np.nan)),
-                float(by.get(name, np.nan)),
-                *places[name],
-                " ".join(f"n{index[t]}" for t in graph.successors(name)),
-            )
-        )
+        row = (str(name), kind, block, str(data.get("operator", "")), count)
+        numbers = (float(weights.get(name, np.nan)), float(by.get(name, np.nan)), *places[name])
+        rows.append((*row, *numbers, " ".join(f"n{index[t]}" for t in graph.successors(name))))
     return pd.DataFrame(rows, columns=columns)
 
 

@@ -188,21 +188,12 @@ def interval_text(table: pd.DataFrame) -> str:
 
 def _uniform_points(uniform: pd.DataFrame, axes: Axes, right: float) -> None:
     inside = uniform[uniform.bits <= right]
-    edge: dict[str, Any] = {"ms": 4.5, "mec": style.BLACK, "mew": 0.5, "ecolor": style.BLACK}
+    look: dict[str, Any] = {"ls": "-", "lw": 0.8, "elinewidth": 0.8, "zorder": 3, "ms": 4.5, "mew": 0.5}
+    look |= {"mec": style.BLACK, "ecolor": style.BLACK, "upright": True}
     for kind, part in inside.sort_values("bits").groupby("family", sort=False):
-        look = FAMILIES.get(str(kind), FAMILIES[""])
-        axes.errorbar(
-            part.bits,
-            part.value,
-            yerr=drawing.bars(part, "value", "low", "high"),
-            label=look.legend,
-            lw=0.8,
-            elinewidth=0.8,
-            zorder=3,
-            color=look.colour,
-            marker=look.marker,
-            **edge,
-        )
+        own = FAMILIES.get(str(kind), FAMILIES[""])
+        look |= {"label": own.legend, "color": own.colour, "marker": own.marker}
+        drawing.intervals(axes, part, "value", part.bits, ("low", "high"), **look)
     outside = uniform[uniform.bits > right].sort_values("bits")
     if len(outside):
         lines = [f"{style.label(r.label)}: {r.bits:.2f} bits, {r.value:.3g}" for r in outside.itertuples()]
@@ -218,25 +209,10 @@ def _uniform_points(uniform: pd.DataFrame, axes: Axes, right: float) -> None:
 
 def _found_points(found: pd.DataFrame, axes: Axes) -> None:
     found = found.sort_values("bits")
-    look: dict[str, Any] = {
-        "ms": 4.5,
-        "mec": style.BLACK,
-        "mew": 0.6,
-        "ecolor": style.BLUE,
-        "elinewidth": 1.0,
-    }
-    axes.errorbar(
-        found.bits,
-        found.value,
-        yerr=drawing.bars(found, "value", "low", "high"),
-        lw=0.8,
-        capsize=2,
-        label="found (fresh seeds)",
-        zorder=4,
-        color=style.BLUE,
-        marker="D",
-        **look,
-    )
+    look: dict[str, Any] = {"ls": "-", "lw": 0.8, "elinewidth": 1.0, "capsize": 2, "zorder": 4}
+    look |= {"color": style.BLUE, "ecolor": style.BLUE, "marker": "D", "ms": 4.5, "mew": 0.6}
+    look |= {"mec": style.BLACK, "label": "found (fresh seeds)", "upright": True}
+    drawing.intervals(axes, found, "value", found.bits, ("low", "high"), **look)
     drawing.ring(axes, found.bits, found.value, found.label == "winner")
 
 

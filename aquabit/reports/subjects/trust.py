@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -68,16 +69,8 @@ def draw_surrogate_scatter(
     if np.isfinite(bits).any():
         norm = Normalize(np.nanmin(bits), np.nanmax(bits))
         colours = matplotlib.colormaps["cividis"].resampled(12)
-        dots = axes.scatter(
-            table.measured,
-            table.predicted,
-            c=bits,
-            cmap=colours,
-            norm=norm,
-            s=11,
-            linewidths=0.2,
-            edgecolors="white",
-        )
+        look: dict[str, Any] = {"c": bits, "cmap": colours, "norm": norm, "edgecolors": "white"}
+        dots = axes.scatter(table.measured, table.predicted, s=11, linewidths=0.2, **look)
         tips = [
             f"{r.config}: {r.bits:.2f} bits, {metric} {r.measured:.3g}, predicted {r.predicted:.3g}"
             for r in table.itertuples()
