@@ -74,7 +74,7 @@ RC: Any = {
 
 # by nominal bits, nearest one: the more bits the lighter, so that a grey print keeps the order; full
 # precision is black
-BIT_COLOURS = {2: "#7A2500", 3: VERMILLION, 4: "#7CC4EE", 8: "#D5EAF7", 16: "#1B1B1B"}
+BIT_COLOURS = {2: "#7A2500", 3: VERMILLION, 4: "#7CC4EE", 6: "#A8D8F3", 8: "#D5EAF7", 16: "#1B1B1B"}
 
 
 @contextmanager

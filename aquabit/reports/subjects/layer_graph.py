@@ -73,7 +73,7 @@ def _in_order(graph: nx.DiGraph) -> list[str]:
 
 def _places(graph: nx.DiGraph) -> dict[str, tuple[float, float]]:
     """x from left to right, y of nodes that stand side by side: by graphviz where it and its bindings are
-    installed, else ``multipartite_layout`` by depth, in which merges stand half way between layers."""
+    installed, else by depth, in which merges stand half way between layers."""
     if shutil.which("dot"):
         try:
             found = nx.nx_agraph.graphviz_layout(graph, prog="dot", args="-Grankdir=LR")
@@ -86,11 +86,8 @@ def _places(graph: nx.DiGraph) -> dict[str, tuple[float, float]]:
         before = max((depth[p] for p in graph.predecessors(name) if p in depth), default=-1.0)
         merge = graph.nodes[name].get("kind") == "merge"
         depth[name] = before if merge and before % 1 else before + 0.5 if merge else math.floor(before) + 1.0
-    ranked = nx.DiGraph()
-    ranked.add_nodes_from((n, {"rank": depth[n]}) for n in graph)
-    placed = nx.multipartite_layout(ranked, subset_key="rank", scale=1) if len(graph) else {}
     ranks: dict[float, list[str]] = {}
-    for name in sorted(graph, key=lambda n: float(placed[n][1])):
+    for name in graph:
         ranks.setdefault(depth[name], []).append(name)
     return {
         n: (depth[n], 0.5 * (i - (len(row) - 1) / 2) * (1 if depth[n] % 1 == 0 else 0))
