@@ -411,11 +411,10 @@ def report(
 
     with bars() as progress:
         opened = [Study(s, create=False) for s in studies]
-        page = (
-            side_by_side(opened[0], opened[1], out, progress)
-            if len(opened) == 2
-            else write_report(opened[0], out, progress=progress)
-        )
+        if len(opened) == 2:
+            page = side_by_side(opened[0], opened[1], out, progress)
+        else:
+            page = write_report(opened[0], out, progress=progress)
     console.print(f"{page}")
 
 

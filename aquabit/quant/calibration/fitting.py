@@ -101,11 +101,10 @@ class Fitter:
         weight alone."""
         if not request.scheme.calibrated:
             return ""
-        members = (
-            [self.weights.key(n) for n in self.members(request.layer, request.scheme)]
-            if request.scheme.shared
-            else []
-        )
+        if request.scheme.shared:
+            members = [self.weights.key(n) for n in self.members(request.layer, request.scheme)]
+        else:
+            members = []
         return digest([self.fingerprint, (calibration or Calibration()).digest, request.act, members])
 
     def found(self, request: FitRequest, calibration: Calibration | None) -> Fit | None:

@@ -25,11 +25,10 @@ def guidance_weights(branches: Sequence[Tensor], combined: Tensor) -> tuple[tupl
     base = branches[0].double().flatten()
     apart = torch.stack([b.double().flatten() - base for b in branches[1:]], 1)
     wanted = combined.double().flatten() - base
-    found = (
-        torch.linalg.lstsq(apart.T @ apart, apart.T @ wanted, driver="gelsd").solution
-        if bool(apart.any())
-        else apart.new_zeros(apart.shape[1])
-    )
+    if bool(apart.any()):
+        found = torch.linalg.lstsq(apart.T @ apart, apart.T @ wanted, driver="gelsd").solution
+    else:
+        found = apart.new_zeros(apart.shape[1])
     scale = torch.linalg.vector_norm(combined.double())
     error = float(torch.linalg.vector_norm(apart @ found - wanted) / scale) if scale > 0 else 0.0
     rest = [float(w) for w in found]

@@ -151,11 +151,10 @@ def _ddpm_noise(scheduler: Any, t: int, output: Tensor | None) -> float | Tensor
 def _sigmas(scheduler: Any, timestep: Any) -> tuple[float, float]:
     index = scheduler.step_index
     if index is None:
-        index = (
-            scheduler.begin_index
-            if scheduler.begin_index is not None
-            else scheduler.index_for_timestep(timestep)
-        )
+        if scheduler.begin_index is not None:
+            index = scheduler.begin_index
+        else:
+            index = scheduler.index_for_timestep(timestep)
     return float(scheduler.sigmas[index]), float(scheduler.sigmas[index + 1])
 
 

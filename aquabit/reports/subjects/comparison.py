@@ -136,11 +136,8 @@ def _cannot_tell(facts: Facts, uniform: str) -> str:
     """That the objective's noise swallows the difference, how many images would tell, and what decides."""
     stored = facts.comparison
     blocks, needed = int(stored.get("blocks") or 0), number(stored["difference"].get("images_needed"))
-    images = (
-        f"{blocks} \N{MULTIPLICATION SIGN} {facts.protocol.images} images"
-        if facts.protocol
-        else f"{blocks} blocks of images"
-    )
+    each = f" \N{MULTIPLICATION SIGN} {facts.protocol.images}" if facts.protocol else " blocks of"
+    images = f"{blocks}{each} images"
     would = f" (about {words.count(needed)} images would)" if math.isfinite(needed) else ""
     decides = ", so PSNR decides" if (stored.get("judged") or {}).get("metric") == "psnr" else ""
     return f"{facts.metric} of {images} cannot tell the found configuration from {uniform}{would}{decides}. "
@@ -153,11 +150,10 @@ def _smaller(table: pd.DataFrame, theirs: Any) -> str:
     if known.empty:
         return ""
     r = known.loc[(known.bytes - theirs.bytes).abs().idxmin()]
-    value = (
-        f"{words.figures(r['value'], 4)} dB"
-        if r.metric == "psnr"
-        else f"{METRIC_NAMES.get(r.metric, r.metric)} {words.figures(r['value'])}"
-    )
+    if r.metric == "psnr":
+        value = f"{words.figures(r['value'], 4)} dB"
+    else:
+        value = f"{METRIC_NAMES.get(r.metric, r.metric)} {words.figures(r['value'])}"
     if math.isnan(r.found_bytes):
         return (
             f" No found configuration reaches the {value} that uniform {uniform_name(r.uniform)} has at"

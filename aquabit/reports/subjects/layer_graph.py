@@ -33,17 +33,11 @@ def layer_graph(facts: Facts) -> pd.DataFrame:
     places = _places(graph)
     layers = layers_table(facts)
     effect = layers.dropna(subset=["effect"])
-    by = (
-        effect.groupby("block").effect.mean()
-        if graph is not facts.graph
-        else effect.set_index("layer").effect
-    )
+    if graph is not facts.graph:
+        by, weights = effect.groupby("block").effect.mean(), layers.groupby("block").weights.sum()
+    else:
+        by, weights = effect.set_index("layer").effect, layers.set_index("layer").weights
     members, index, rows = layers.groupby("block").size(), {n: i for i, n in enumerate(graph)}, []
-    weights = (
-        layers.groupby("block").weights.sum()
-        if graph is not facts.graph
-        else layers.set_index("layer").weights
-    )
     for name in graph:
         data = facts.graph.nodes[name] if name in facts.graph else {}
         kind = "block" if graph is not facts.graph else "layer" if name in facts.layers else "merge"
