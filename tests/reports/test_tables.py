@@ -7,10 +7,12 @@ import io
 import json
 import re
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import networkx as nx
 import numpy as np
 import pandas as pd
 import pytest
@@ -94,6 +96,25 @@ def test_the_layer_graph_is_of_blocks_where_layers_are_many(
         list(blocks.kind) == ["block"] * 2 and list(blocks.to) == ["n1", ""] and list(blocks.layers) == [8, 8]
     )
     assert blocks.effect.tolist() == pytest.approx(found["blocks"].effect.tolist())
+
+
+def test_layers_side_by_side_stand_in_the_order_of_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)  # no graphviz
+    graph = nx.DiGraph()
+    graph.add_edges_from([("in", "b"), ("in", "a"), ("in", "c"), ("b", "out"), ("a", "out"), ("c", "out")])
+    places = layer_graph._places(graph)
+    assert [name for name in graph if places[name][0] == places["a"][0]] == ["b", "a", "c"]
+    assert places["b"][1] < places["a"][1] < places["c"][1]
+
+
+def test_ticks_over_many_decades_keep_apart() -> None:
+    with style.use():
+        canvas, axes = style.canvas(style.SINGLE, 1.5)
+        axes.set_yticks([0], ["down_blocks.1.attentions.0"])
+        style.symmetric_axis(axes, "x", [0.01, 0.02, -3e9, 4e11], ticks_most=3)
+        canvas.draw_without_rendering()
+    boxes = [tick.get_window_extent() for tick in axes.get_xticklabels() if tick.get_text()]
+    assert len(boxes) >= 5 and not any(a.overlaps(b) for a, b in pairwise(boxes))
 
 
 def test_points_carry_the_names_they_were_given() -> None:

@@ -239,33 +239,24 @@ class Fitter:
         (only with a calibration), "notes" what is to be said of the fit, where there is something.
         """
         with self.bank.using():
-            return self._facts(layers, schemes, acts, calibration)
-
-    def _facts(
-        self,
-        layers: Sequence[str],
-        schemes: Mapping[str, Sequence[Scheme]],
-        acts: Sequence[int],
-        calibration: Calibration | None,
-    ) -> dict[str, dict[str, dict[str, Any]]]:
-        requests = [
-            FitRequest(n, s, a)
-            for n in layers
-            for s in schemes[n]
-            for a in (acts if s.calibrated else acts[:1])
-        ]
-        self.fit(requests, calibration)
-        known = {} if calibration is None else self.calibrator.moments(layers, acts[:1], calibration)
-        found: dict[str, dict[str, dict[str, Any]]] = {}
-        for layer in layers:
-            for scheme in schemes[layer]:  # a layer that never ran has no H
-                fit = self.found(FitRequest(layer, scheme, acts[0]), calibration)
-                assert fit is not None
-                value: dict[str, Any] = {"error": fit.error}
-                if (layer, acts[0]) in known:
-                    hessian: Tensor = known[layer, acts[0]].hessian
-                    value["output"] = output_error(self.weights[layer], fit.coded.dequantize(), hessian)
-                if fit.notes:
-                    value["notes"] = list(fit.notes)
-                found.setdefault(layer, {})[str(scheme)] = value
-        return found
+            requests = [
+                FitRequest(n, s, a)
+                for n in layers
+                for s in schemes[n]
+                for a in (acts if s.calibrated else acts[:1])
+            ]
+            self.fit(requests, calibration)
+            known = {} if calibration is None else self.calibrator.moments(layers, acts[:1], calibration)
+            found: dict[str, dict[str, dict[str, Any]]] = {}
+            for layer in layers:
+                for scheme in schemes[layer]:  # a layer that never ran has no H
+                    fit = self.found(FitRequest(layer, scheme, acts[0]), calibration)
+                    assert fit is not None
+                    value: dict[str, Any] = {"error": fit.error}
+                    if (layer, acts[0]) in known:
+                        hessian: Tensor = known[layer, acts[0]].hessian
+                        value["output"] = output_error(self.weights[layer], fit.coded.dequantize(), hessian)
+                    if fit.notes:
+                        value["notes"] = list(fit.notes)
+                    found.setdefault(layer, {})[str(scheme)] = value
+            return found
