@@ -15,13 +15,8 @@ from math import log, prod
 
 from aquabit.scheme import AquabitError, Scheme
 
-LEVELS = (
-    1.0,
-    1.5,
-    2.0,
-    3.0,
-    4.0,
-)  # code bits per weight: without any of them a budget between 1.6 and 3.5 bits loses .3 dB or more
+# code bits per weight: without any of them a budget between 1.6 and 3.5 bits loses .3 dB or more
+LEVELS = (1.0, 1.5, 2.0, 3.0, 4.0)
 LEVEL_TOLERANCE_BITS = 0.35  # code bits of a format lie within this of the level it stands for
 # a format stores at most this many times its code bits: below that, codebooks and scales outweigh the codes
 MOST_OVERHEAD = 2.0
@@ -56,10 +51,8 @@ LOSS: Mapping[str, float] = {  # measured on 512 x 576 Gaussian weights without 
 UNKNOWN_LOSS = 2.4  # what 4 uniform bits leave: a format that was not measured is not preferred
 LINEAR = tuple(text + tail for text in LOSS if not text.endswith("k") for tail in ("", "s"))
 KERNEL = tuple(text + tail for text in LOSS if text.endswith("k") for tail in ("", "s"))
-FORMATS: Mapping[str, tuple[str, ...]] = {
-    "* 1x1": LINEAR,
-    "*": KERNEL + LINEAR,
-}  # "operator kernel" -> formats; the first match counts
+# "operator kernel" -> formats; the first match counts
+FORMATS: Mapping[str, tuple[str, ...]] = {"* 1x1": LINEAR, "*": KERNEL + LINEAR}
 
 
 def layer_formats(

@@ -51,11 +51,15 @@ class Layout:
 
 
 class Look(NamedTuple):
-    """How reports show a scheme: the method's name in legends, and matplotlib's marker and hatch."""
+    """How reports show a scheme: the method's name in legends, and matplotlib's marker and hatch; of uniform
+    configurations the name of their family, the legend and the colour (Okabe and Ito, 2008) of its line."""
 
     method: str
     marker: str
     hatch: str
+    family: str = ""
+    legend: str = "uniform"
+    colour: str = "#E69F00"
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,7 @@ class SchemeKind:
     additive: bool = False  # a weight is a sum of codewords, for which kernels make tables
     ranged: bool = False  # ``group`` counts inputs that share a scale
     unlike_even: str | None = None  # what a library of evenly spaced levels cannot express
+    plain_name: str = ""  # of a uniform configuration whose layers have formats of their own
 
 
 @dataclass(frozen=True)
@@ -210,6 +215,13 @@ def _flag(value: bool, letter: str) -> str:
     return letter if value else ""
 
 
+def _family(scheme: Scheme, name: str, plain: str, aware: str) -> tuple[str, str, str]:
+    """Family, legend and colour of a kind that has an output-aware form."""
+    if scheme.output_aware:
+        return f"{name} h", f"uniform {name}, output-aware", aware
+    return name, f"uniform {name}", plain
+
+
 FULL = SchemeKind(
     name="fp",
     examples=("fp",),
@@ -225,7 +237,7 @@ UNIFORM = SchemeKind(
     pattern=r"usq(?P<bits>\d+)(?:g(?P<group>\d+))?(?P<output_aware>h?)",
     text=lambda s: f"usq{s.bits}" + (f"g{s.group}" if s.group else "") + _flag(s.output_aware, "h"),
     layout=_usq_layout,
-    look=lambda scheme: Look("usq", "s", ""),
+    look=lambda s: Look("usq", "s", "", *_family(s, "usq", "#E69F00", "#56B4E9")),
     even=True,
     ranged=True,
 )
@@ -235,7 +247,10 @@ KMEANS = SchemeKind(
     pattern=r"vq(?P<bits>\d+)(?P<per_channel>c?)(?P<output_aware>h?)",
     text=lambda s: f"vq{s.bits}" + _flag(s.per_channel, "c") + _flag(s.output_aware, "h"),
     layout=lambda s, shape: Layout(s.bits, tables="channel" if s.per_channel else "shared"),
-    look=lambda s: Look("vqc", "v", "xxxx") if s.per_channel else Look("vq", "^", "////"),
+    look=lambda s: Look(
+        *(("vqc", "v", "xxxx") if s.per_channel else ("vq", "^", "////")),
+        *_family(s, "vq", "#8C8C8C", "#CC79A7"),
+    ),
     unlike_even="k-means codebook: evenly spaced levels instead",
 )
 ADDITIVE = SchemeKind(
@@ -244,18 +259,26 @@ ADDITIVE = SchemeKind(
     pattern=r"aq(?P<codebooks>\d+)x(?P<bits>\d+)(?:g(?P<group>\d+)|k)(?P<shared>s?)",
     text=lambda s: f"aq{s.codebooks}x{s.bits}" + (f"g{s.group}" if s.group else "k") + _flag(s.shared, "s"),
     layout=_aq_layout,
-    look=lambda scheme: Look("aq", "o", "\\\\\\\\"),
+    look=lambda scheme: Look("aq", "o", "\\\\\\\\", "aq", "additive, a format per layer", "#009E73"),
     codeword=_aq_codeword,
     most_bits=16,
     always_calibrated=True,
     additive=True,
     unlike_even="additive codebooks: evenly spaced levels instead",
+    plain_name="additive codebooks",
 )
 KINDS: Mapping[str, SchemeKind] = {kind.name: kind for kind in (FULL, UNIFORM, KMEANS, ADDITIVE)}
 
 
 def _known_forms() -> str:
     return f"known forms: {', '.join(form for kind in KINDS.values() for form in kind.examples)}"
+
+
+def uniform_name(stored: str) -> str:
+    """What people call a uniform configuration: its scheme, or what is said of the kind where its layers have
+    formats of their own, which a study stores as their kinds (``aq+usq``)."""
+    kinds = [KINDS[name] for name in stored.split("+") if name in KINDS]
+    return next((kind.plain_name for kind in kinds if kind.plain_name), stored)
 
 
 FP = Scheme()

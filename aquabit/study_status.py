@@ -18,16 +18,8 @@ RECENT = 50  # measurements that a rate is of
 def start_plan(study: Study, samples: int, design: str, shard: str | None, missing: int) -> None:
     """Note what ``measure`` is about to do: ``missing`` measurements on top of what is known."""
     known = len(_planned(study))
-    study.set(
-        plan={
-            "samples": samples,
-            "design": design,
-            "shard": shard,
-            "missing": missing,
-            "known": known,
-            "started": time.time(),
-        }
-    )
+    asked = {"samples": samples, "design": design, "shard": shard, "missing": missing}
+    study.set(plan={**asked, "known": known, "started": time.time()})
 
 
 def _planned(study: Study) -> list[float]:
@@ -85,10 +77,8 @@ def study_status(study: Study) -> StudyStatus:
 def merge_status(shards: Sequence[StudyStatus]) -> StudyStatus:
     """Several shards as one: counts and rates add up, and the slowest ends last."""
     known = [s.missing for s in shards if s.missing is not None]
-    rates, left = (
-        [s.rate for s in shards if s.rate and s.missing],
-        [s.remaining for s in shards if s.remaining is not None],
-    )
+    rates = [s.rate for s in shards if s.rate and s.missing]
+    left = [s.remaining for s in shards if s.remaining is not None]
     idle = [s.idle for s in shards if s.idle is not None]
     return StudyStatus(
         f"{len(shards)} studies",
@@ -101,3 +91,13 @@ def merge_status(shards: Sequence[StudyStatus]) -> StudyStatus:
         min(idle) if idle else None,
         None,
     )
+
+
+def measurement_counts(study: Study) -> dict[str, Any]:
+    """How many measurements a study holds, how many of them failed, and how many there are of each kind."""
+    table = study.measurements(failed=True)
+    return {
+        "measurements": len(table),
+        "failed": int((table.status == "failed").sum()) if len(table) else 0,
+        "kinds": {str(k): int(v) for k, v in table.kind.value_counts().items()} if len(table) else {},
+    }

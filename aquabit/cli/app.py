@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from functools import partial, wraps
 from pathlib import Path
@@ -10,46 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from aquabit.cli.options import (
-    BankOption,
-    Bits,
-    Device,
-    Dtype,
-    EstimatorOption,
-    Guidance,
-    Json,
-    Limits,
-    Machine,
-    Making,
-    Measuring,
-    MicroBatch,
-    ModelArgument,
-    Sample,
-    Samples,
-    Searching,
-    StudyArgument,
-    SwapOption,
-    Tuning,
-    given,
-    grouped,
-)
-from aquabit.cli.progress import bars, console, emit, errors, plain, shielded
-from aquabit.cli.tables import (
-    show_calls,
-    show_export,
-    show_failures,
-    show_families,
-    show_front,
-    show_noise,
-    show_notes,
-    show_peaks,
-    show_placement,
-    show_plan,
-    show_sensitivity,
-    show_statuses,
-    show_timings,
-    show_tuned,
-)
+from aquabit.cli import findings, groups, options, tables
+from aquabit.cli.progress import bars, console, emit, plain, quiet, shielded, tell
 from aquabit.scheme import AquabitError, QuantConfig
 
 app = typer.Typer(
@@ -64,41 +25,29 @@ app = typer.Typer(
 )
 
 
-def _quiet() -> None:
-    """Libraries' own warnings and bars are not ours to show."""
-    import logging
-    import warnings
-
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    logging.getLogger("diffusers").setLevel(logging.ERROR)
-
-
 def verb(function: Callable[..., None]) -> Callable[..., None]:
     """A verb of the program: groups of options spread out, errors as one sentence, libraries quiet."""
 
     @wraps(function)
-    def call(**options: Any) -> None:
-        _quiet()
-        function(**options)
+    def call(**given: Any) -> None:
+        quiet()
+        function(**given)
 
-    return app.command()(shielded(grouped(call)))
+    return app.command()(shielded(groups.grouped(call)))
 
 
 @verb
 def run(
     context: typer.Context,
-    model: ModelArgument,
+    model: options.Model,
     out: Annotated[Path, typer.Option("--out", help="Folder for everything; run again, it continues.")],
-    measuring: Measuring,
-    machine: Machine,
-    bits: Bits = 3.0,
-    samples: Samples = 120,
+    measuring: groups.Measuring,
+    machine: groups.Machine,
+    bits: options.Bits = 3.0,
+    samples: options.Samples = 120,
     flips: Annotated[int, typer.Option("--flips", min=1, help="Real swaps that check the explanation.")] = 40,
-    swap: SwapOption = None,
-    json_: Json = None,
+    swap: options.Swap = None,
+    json_: options.Json = None,
 ) -> None:
     """The whole flow: measure, explain, check, search, pack, report."""
     from aquabit import workflows
@@ -106,17 +55,17 @@ def run(
     from aquabit.sensitivity.plan import SampleOptions
     from aquabit.study import Study
 
-    if measuring.preset and not given(context, "bits"):
+    if measuring.preset and not groups.given(context, "bits"):
         bits = preset_named(measuring.preset).weights
     flow, sample = workflows.FlowOptions(bits, flips, swap), SampleOptions(samples, measuring.seed)
-    options, where = measuring.options(context), machine.where(measuring.dtype)
+    asked, where = measuring.options(context), machine.where(measuring.dtype)
     with bars() as progress:
-        front = workflows.run_flow(model, out, flow, sample, options, where, progress)
+        front = workflows.run_flow(model, out, flow, sample, asked, where, progress)
     if not emit(front.to_list(), json_):
         study = Study(out / "study.db")
-        show_sensitivity(study.get("sensitivity"), 10)
-        show_front(front)
-        show_notes(study)
+        findings.show_sensitivity(study.get("sensitivity"), 10)
+        findings.show_front(front)
+        findings.show_notes(study)
         console.print(
             f"report: {out / 'report' / 'index.html'}   images: {out / 'samples.png'}   packed model:"
             f" {out / 'packed'}"
@@ -124,97 +73,48 @@ def run(
 
 
 @verb
-def models(json_: Json = None) -> None:
+def models(json_: options.Json = None) -> None:
     """Bundled models, supported families, and presets of the papers' settings."""
-    from aquabit.jsonio import read_json
-    from aquabit.pipelines import BUNDLED, FAMILIES, PRESETS, bundled_models
+    from aquabit.pipelines import FAMILIES, PRESETS, bundled_facts
 
-    rows = []
-    for name in bundled_models():
-        file = next((BUNDLED / name / "denoiser").glob("*.safetensors"))
-        rows.append(
-            {
-                "name": name,
-                "denoiser": read_json(BUNDLED / name / "model_index.json")["denoiser"][1],
-                "bytes": file.stat().st_size,
-            }
-        )
+    bundled = bundled_facts()
     families = [f.to_dict() for f in FAMILIES]
     presets = [p.to_dict() for p in PRESETS]
-    if not emit({"bundled": rows, "families": families, "presets": presets}, json_):
-        for row in rows:
-            console.print(
-                f"{row['name']:14} {row['denoiser']}, {row['bytes'] / 1e6:.1f} MB, trained on scikit-learn's"
-                " digits"
-            )
-        show_families(families, presets)
+    if not emit({"bundled": bundled, "families": families, "presets": presets}, json_):
+        tables.show_bundled(bundled)
+        tables.show_families(families, presets)
 
 
 @verb
 def inspect(
-    model: ModelArgument,
-    memory: Annotated[
-        bool,
-        typer.Option("--memory", help="Peak memory of measuring, quantizing and running packed instead."),
-    ] = False,
-    micro_batch: MicroBatch = 64,
-    guidance: Guidance = 1.0,
-    json_: Json = None,
+    model: options.Model,
+    memory: options.MemoryPeaks = False,
+    micro_batch: options.MicroBatch = 64,
+    guidance: options.Guidance = 1.0,
+    json_: options.Json = None,
 ) -> None:
     """Layers, operator types, sizes and multiply-adds; or peak memory."""
     from aquabit.graph import to_json
-    from aquabit.pipelines import family_notes, load, trace
+    from aquabit.memory import NOT_COUNTED, elements, peaks
+    from aquabit.pipelines import denoiser_of, family_notes, load, trace
 
     pipe = load(model)
+    graph = trace(pipe)
     if memory:
-        _inspect_memory(pipe, micro_batch, guidance != 1.0, json_)
-    elif not emit(to_json(graph := trace(pipe)), json_):
+        others = elements(pipe.components.values()) - elements([denoiser_of(pipe)])
+        found = peaks(graph, micro_batch, guidance != 1.0, others=others)
+        told = [p.to_dict() for p in found]
+        if not emit({"micro_batch": micro_batch, "not_counted": NOT_COUNTED, "peaks": told}, json_):
+            tables.show_peaks(found, micro_batch, NOT_COUNTED)
+    elif not emit(to_json(graph), json_):
         for note in family_notes(pipe):
             console.print(f"[yellow]{plain(note)}[/]", highlight=False)
-        _show_layers(graph)
-
-
-def _inspect_memory(pipe: Any, micro_batch: int, guided: bool, json_: str | None) -> None:
-    from aquabit.memory import NOT_COUNTED, elements, peaks
-    from aquabit.pipelines import denoiser_of, trace
-
-    others = elements(pipe.components.values()) - elements([denoiser_of(pipe)])
-    found = peaks(trace(pipe), micro_batch, guided, others=others)
-    told = {"micro_batch": micro_batch, "not_counted": NOT_COUNTED, "peaks": [p.to_dict() for p in found]}
-    if not emit(told, json_):
-        show_peaks(found, micro_batch, NOT_COUNTED)
-
-
-def _show_layers(graph: Any) -> None:
-    from rich.table import Table
-
-    from aquabit.graph import layers
-
-    table = Table("layer", "operator", "block", "shape", "MACs", box=None)
-    for name, node in layers(graph).items():
-        table.add_row(
-            plain(name),
-            node["operator"],
-            plain(node["block"]),
-            "x".join(map(str, node["shape"])),
-            f"{node['macs'] / 1e6:.2f} M",
-        )
-    console.print(table)
-    nodes = layers(graph).values()
-    console.print(
-        f"{len(nodes)} layers, {graph.graph['weights'] / 1e6:.2f} M weights,"
-        f" {sum(n['macs'] for n in nodes) / 1e6:.1f} M multiply-adds an image and denoiser call"
-    )
+        tables.show_graph(graph)
 
 
 @verb
 def convert(
-    checkpoint: Annotated[
-        Path,
-        typer.Argument(
-            metavar="FILE", help="The original checkpoint: .ckpt (read as tensors alone) or .safetensors."
-        ),
-    ],
+    checkpoint: options.Checkpoint,
     out: Annotated[Path, typer.Option("--out", help="Folder of the pipeline.")],
 ) -> None:
     """Make a diffusers pipeline of the original class-conditional LDM checkpoint (LDM-4 on ImageNet)."""
@@ -230,98 +130,65 @@ def convert(
 @verb
 def measure(
     context: typer.Context,
-    model: ModelArgument,
+    model: options.Model,
     study: Annotated[Path, typer.Option("--study", metavar="S.db", help="Study file, created or continued.")],
-    sample: Sample,
-    measuring: Measuring,
-    machine: Machine,
-    contexts: Annotated[
-        int,
-        typer.Option(
-            "--contexts",
-            min=0,
-            help=(
-                "Good configurations in which every layer's swap is run on stored inputs, a fifteenth of a"
-                " measurement each: truer effects."
-            ),
-        ),
-    ] = 0,
+    sample: groups.Sample,
+    measuring: groups.Measuring,
+    machine: groups.Machine,
+    contexts: options.Contexts = 0,
     bits: Annotated[float, typer.Option("--bits", help="Bits per weight of these contexts.")] = 3.0,
-    ray: Annotated[
-        str | None,
-        typer.Option(
-            "--ray",
-            metavar="ADDRESS",
-            help="Measure on a Ray cluster: auto, local, host:port; a worker for each GPU, or CPU slot.",
-        ),
-    ] = None,
-    plan: Annotated[
-        bool,
-        typer.Option(
-            "--plan",
-            help=(
-                "Say what there is to measure and fit, and time and disk it takes (an estimate); measure"
-                " nothing."
-            ),
-        ),
-    ] = False,
-    json_: Json = None,
+    ray: options.RayAddress = None,
+    plan: options.PlanOnly = False,
+    json_: options.Json = None,
 ) -> None:
     """Measure configurations into a study; run again, it continues."""
     from aquabit import workflows
     from aquabit.study import Study
+    from aquabit.study_status import measurement_counts
 
-    drawn, options = sample.options(measuring.seed), measuring.options(context)
+    drawn, asked = sample.options(measuring.seed), measuring.options(context)
     where = machine.where(measuring.dtype, ray)
     if plan:
         from aquabit.sensitivity.plan import plan as plan_model
 
-        made = plan_model(model, Study(study) if study.exists() else None, drawn, options, where)
+        made = plan_model(model, Study(study) if study.exists() else None, drawn, asked, where)
         if not emit(made.to_dict(), json_):
-            show_plan(made)
+            tables.show_plan(made)
         return
     with bars() as progress:
         opened = Study(study)
-        count = workflows.measure_model(model, opened, drawn, options, where, progress=progress)
+        count = workflows.measure_model(model, opened, drawn, asked, where, progress=progress)
         if contexts:
             workflows.run_contexts(opened, contexts, bits, where, pipe=model, progress=progress)
-    if not emit({"new": count, **_counts(opened)}, json_):
-        console.print(f"{count} new measurements; {study} holds {_counts(opened)['measurements']}")
-        show_failures(opened)
-        show_notes(opened)
-
-
-def _counts(study: Any) -> dict[str, Any]:
-    table = study.measurements(failed=True)
-    return {
-        "measurements": len(table),
-        "failed": int((table.status == "failed").sum()) if len(table) else 0,
-        "kinds": {str(k): int(v) for k, v in table.kind.value_counts().items()} if len(table) else {},
-    }
+    counts = measurement_counts(opened)
+    if not emit({"new": count, **counts}, json_):
+        console.print(f"{count} new measurements; {study} holds {counts['measurements']}")
+        findings.show_failures(opened)
+        findings.show_notes(opened)
 
 
 @verb
 def status(
     studies: Annotated[list[Path], typer.Argument(metavar="S.db", help="A study, or the shards of one.")],
-    json_: Json = None,
+    json_: options.Json = None,
 ) -> None:
     """What a study holds and how far it is; several: the shards of one."""
     from aquabit.study import Study
-    from aquabit.study_status import merge_status, study_status
+    from aquabit.study_status import measurement_counts, merge_status, study_status
 
     opened = [Study(s, create=False) for s in studies]
     rows = [study_status(s) for s in opened]
     if len(opened) > 1:
         every = [*rows, merge_status(rows)]
         if not emit({"studies": [r.to_dict() for r in rows], "together": every[-1].to_dict()}, json_):
-            show_statuses(every)
+            tables.show_statuses(every)
         return
     study = opened[0]
     facts = {
         "model": study.get("model"),
         "fingerprint": study.get("fingerprint"),
         "protocol": study.get("protocol"),
-        **_counts(study),
+        **measurement_counts(study),
         "correction": (study.get("space") or {}).get("correction"),
         "explained": "sensitivity" in study,
         "searched": "front" in study,
@@ -329,7 +196,7 @@ def status(
     if not emit({**rows[0].to_dict(), **facts}, json_):
         for key, value in facts.items():
             console.print(f"{key:14} {plain(str(value))}", highlight=False)
-        show_statuses(rows)
+        tables.show_statuses(rows)
 
 
 @verb
@@ -357,12 +224,12 @@ def merge(
 
 @verb
 def explain(
-    study: StudyArgument,
+    study: options.StudyFile,
     top: Annotated[int, typer.Option("--top", min=1, help="Layers to list.")] = 20,
-    bits: Bits = 3.0,
-    swap: SwapOption = None,
-    estimator: EstimatorOption = "gbdt",
-    json_: Json = None,
+    bits: options.Bits = 3.0,
+    swap: options.Swap = None,
+    estimator: options.Estimator = "gbdt",
+    json_: options.Json = None,
 ) -> None:
     """How good the surrogate is, then which layers hurt most, with intervals."""
     from aquabit.study import Study
@@ -371,20 +238,20 @@ def explain(
     with bars() as progress:
         result = explained(Study(study, create=False), bits, swap, progress, estimator).to_dict()
     if not emit(result, json_):
-        show_sensitivity(result, top)
+        findings.show_sensitivity(result, top)
 
 
 @verb
 def validate(
-    study: StudyArgument,
-    machine: Machine,
+    study: options.StudyFile,
+    machine: groups.Machine,
     flips: Annotated[
         int, typer.Option("--flips", min=1, help="(layer, context) swaps, two measurements each.")
     ] = 40,
-    swap: SwapOption = None,
-    bits: Bits = 3.0,
+    swap: options.Swap = None,
+    bits: options.Bits = 3.0,
     seed: Annotated[int, typer.Option("--seed", help="Which layers and contexts.")] = 0,
-    json_: Json = None,
+    json_: options.Json = None,
 ) -> None:
     """Measure real layer swaps and set them beside the predicted effects."""
     from aquabit import workflows
@@ -394,21 +261,15 @@ def validate(
         opened, flow = Study(study, create=False), workflows.FlowOptions(bits, flips, swap)
         result = workflows.validate_study(opened, flow, machine.where(), seed=seed, progress=progress)
     if not emit(result.to_dict(), json_):
-        show_sensitivity(result.to_dict(), 10)
-
-
-def _tell(json_: str | None, text: str) -> None:
-    """Say something on standard error, but not where a machine reads."""
-    if json_ != "-":
-        errors.print(plain(text), highlight=False, soft_wrap=True)
+        findings.show_sensitivity(result.to_dict(), 10)
 
 
 @verb
 def search(
-    study: StudyArgument,
-    limits: Limits,
-    searching: Searching,
-    machine: Machine,
+    study: options.StudyFile,
+    limits: groups.Limits,
+    searching: groups.Searching,
+    machine: groups.Machine,
     out: Annotated[Path | None, typer.Option("--out", help="Write the winner here, as config.json.")] = None,
     correction: Annotated[
         str | None,
@@ -420,7 +281,7 @@ def search(
             ),
         ),
     ] = None,
-    json_: Json = None,
+    json_: options.Json = None,
 ) -> None:
     """Find the best configuration under a hard budget; several budgets hold at once. Works before anything
     was measured."""
@@ -428,39 +289,30 @@ def search(
     from aquabit.study import Study
 
     opened = Study(study, create=False)
-    options, where = searching.options(limits.budget(), opened), machine.where()
+    asked, where = searching.options(limits.budget(), opened), machine.where()
     with bars() as progress:
         front = workflows.search(
-            opened, options, where, correction=correction, progress=progress, told=partial(_tell, json_)
+            opened, asked, where, correction=correction, progress=progress, told=partial(tell, json_)
         )
     if out:
         out.write_text(front.best.to_json())
     if not emit(front.to_list(), json_):
-        show_front(front)
+        findings.show_front(front)
 
 
 @verb
 def quantize(
-    model: ModelArgument,
-    config: Annotated[
-        Path,
-        typer.Argument(metavar="config.json", help="A configuration, as `aquabit search --out` writes it."),
-    ],
+    model: options.Model,
+    config: options.ConfigFile,
     out: Annotated[Path, typer.Option("--out", help="Folder of the packed pipeline.")],
-    tuning: Tuning,
-    correct: Annotated[
-        bool,
-        typer.Option(
-            "--correct",
-            help="Correct the noise of quantization (PTQD), as the configuration or --correction says.",
-        ),
-    ] = False,
+    tuning: groups.Tuning,
+    correct: options.Correct = False,
     correction: Annotated[
         str | None,
         typer.Option("--correction", help="cnc, bc, vsc, match, joined by +; or qdrift. Default: cnc+bc."),
     ] = None,
-    device: Device = "cpu",
-    bank: BankOption = None,
+    device: options.Device = "cpu",
+    bank: options.Bank = None,
 ) -> None:
     """Pack a model: a diffusers pipeline directory whose denoiser is stored as codes."""
     from aquabit import packing
@@ -478,25 +330,22 @@ def quantize(
             told=told.append,
         )
     for tuned in told:
-        show_tuned(tuned)
+        tables.show_tuned(tuned)
     console.print(f"{out}: {packed.save(out):,} bytes of tensors in the denoiser")
     if packed.statistics is not None:
-        show_noise(packed.statistics, packed.config.correction)
+        tables.show_noise(packed.statistics, packed.config.correction)
 
 
 @verb
 def export(
-    model: ModelArgument,
-    config: Annotated[
-        Path,
-        typer.Argument(metavar="config.json", help="A configuration, as `aquabit search --out` writes it."),
-    ],
+    model: options.Model,
+    config: options.ConfigFile,
     to: Annotated[str, typer.Option("--to", help="torchao, quanto or modelopt.")],
     out: Annotated[
         Path,
         typer.Option("--out", help="JSON file: the library's configuration, and what it cannot express."),
     ],
-    json_: Json = None,
+    json_: options.Json = None,
 ) -> None:
     """A configuration for another library, with what is lost on the way."""
     from aquabit.exports import export_config
@@ -508,26 +357,17 @@ def export(
     except OSError as error:
         raise AquabitError(f"{out} cannot be written: {error.strerror or error}") from error
     if not emit(found.to_dict()["statement"], json_):
-        show_export(found, out)
+        tables.show_export(found, out)
 
 
 @verb
 def generate(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="A packed artifact (or any pipeline).")],
     out: Annotated[Path, typer.Option("--out", help="PNG grid.")],
-    making: Making,
-    device: Device = "cpu",
-    memory: Annotated[
-        str,
-        typer.Option(
-            "--memory",
-            help="packed: no dense weights; auto: up to a quarter of them, where that saves most time.",
-        ),
-    ] = "packed",
-    offload: Annotated[
-        bool,
-        typer.Option("--offload", help="Components wait on the CPU and are on the GPU only while they run."),
-    ] = False,
+    making: groups.Making,
+    device: options.Device = "cpu",
+    memory: options.PackedMemory = "packed",
+    offload: options.Offload = False,
 ) -> None:
     """Make images from a packed artifact."""
     from aquabit import packing
@@ -551,7 +391,7 @@ def generate(
     last = making.seed + making.images - 1
     console.print(f"{out}: {making.images} images, seeds {making.seed} to {last}")
     for placement in placed:
-        show_placement(placement)
+        tables.show_placement(placement)
 
 
 @verb
@@ -571,36 +411,26 @@ def report(
 
     with bars() as progress:
         opened = [Study(s, create=False) for s in studies]
-        page = (
-            side_by_side(opened[0], opened[1], out, progress)
-            if len(opened) == 2
-            else write_report(opened[0], out, progress=progress)
-        )
+        if len(opened) == 2:
+            page = side_by_side(opened[0], opened[1], out, progress)
+        else:
+            page = write_report(opened[0], out, progress=progress)
     console.print(f"{page}")
 
 
 @verb
 def bench(
-    folder: Annotated[
-        Path | None,
-        typer.Argument(
-            metavar="[DIR]", help="A packed artifact: whole denoiser calls instead of single layers."
-        ),
-    ] = None,
-    formats: Annotated[
-        str | None, typer.Option("--formats", help="Comma-separated schemes, as usq4,aq2x8g8.")
-    ] = None,
-    shapes: Annotated[
-        str | None, typer.Option("--shapes", help="Comma-separated OUTxIN@TOKENS and OUTxINxKHxKW@SIDE.")
-    ] = None,
+    folder: options.BenchFolder = None,
+    formats: options.Formats = None,
+    shapes: options.Shapes = None,
     act: Annotated[
         int, typer.Option("--act", min=2, help="Activation bits of the coded layers; 16 is off.")
     ] = 8,
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="Threads; default: torch's.")
     ] = None,
-    dtype: Dtype = "float32",
-    json_: Json = None,
+    dtype: options.Dtype = "float32",
+    json_: options.Json = None,
 ) -> None:
     """This machine's kernels against dense float32 and bfloat16: medians of interleaved runs."""
     if folder is not None and (formats or shapes):
@@ -614,7 +444,7 @@ def bench(
             else bench_formats(formats, shapes, act, progress)
         )
     if not emit({"rows": [r.to_dict() for r in rows]}, json_):
-        show_calls(rows) if folder else show_timings(rows)
+        tables.show_calls(rows) if folder else tables.show_timings(rows)
 
 
 def main() -> None:

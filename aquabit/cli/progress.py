@@ -38,9 +38,8 @@ def shielded(verb: Callable[..., None]) -> Callable[..., None]:
             _interrupted()
         except Exception as error:
             cause: BaseException | None = error
-            while (
-                cause is not None
-            ):  # what was left half done on Ctrl-C may fail in its own way (torch's mode stack does)
+            # what was left half done on Ctrl-C may fail in its own way (torch's mode stack does)
+            while cause is not None:
                 if isinstance(cause, KeyboardInterrupt):
                     _interrupted()
                 cause = cause.__context__
@@ -58,6 +57,18 @@ def shielded(verb: Callable[..., None]) -> Callable[..., None]:
     extra = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Debug)
     call.__signature__ = signature.replace(parameters=[*signature.parameters.values(), extra])  # type: ignore[attr-defined]
     return call
+
+
+def quiet() -> None:
+    """Libraries' own warnings and bars are not ours to show."""
+    import logging
+    import warnings
+
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
 
 
 def _interrupted() -> None:
@@ -115,3 +126,9 @@ def emit(value: Any, target: str | None) -> bool:
 
     write_json(Path(target), value)
     return False
+
+
+def tell(json_: str | None, text: str) -> None:
+    """Say something on standard error, but not where a machine reads."""
+    if json_ != "-":
+        errors.print(plain(text), highlight=False, soft_wrap=True)

@@ -122,8 +122,6 @@ def even_group(scheme: Scheme, row: int) -> int | None:
 def uneven_groups(scheme: Scheme, row: int) -> list[str]:
     """What is lost where groups of inputs do not divide a row."""
     size = scheme.range_group
-    return (
-        [f"groups of {size} do not divide {row} inputs: one range a row"]
-        if size is not None and size < row and row % size
-        else []
-    )
+    if size is not None and size < row and row % size:
+        return [f"groups of {size} do not divide {row} inputs: one range a row"]
+    return []

@@ -16,13 +16,12 @@ from aquabit.pipelines.class_conditional import ClassConditionalPipeline
 from aquabit.pipelines.class_latent import ClassEmbedder, ClassLatentPipeline
 from aquabit.pipelines.convert import convert_ldm4
 from aquabit.pipelines.family import FAMILIES, Family, denoiser_name, denoiser_of, family, family_notes
-from aquabit.pipelines.loading import BUNDLED, bundled_models, load
+from aquabit.pipelines.loading import bundled_facts, bundled_models, load
 from aquabit.pipelines.presets import PRESETS, Preset, preset_named
 from aquabit.pipelines.prompts import free_text_encoders, restore_text_encoders
 from aquabit.pipelines.sizes import image_batch, image_size
 
 __all__ = [
-    "BUNDLED",
     "FAMILIES",
     "PRESETS",
     "Adapter",
@@ -31,6 +30,7 @@ __all__ = [
     "ClassLatentPipeline",
     "Family",
     "Preset",
+    "bundled_facts",
     "bundled_models",
     "check_scheduler",
     "convert_ldm4",

@@ -25,8 +25,9 @@ from aquabit.pipelines.sizes import image_batch, image_size
 from aquabit.quality import DigitsFeatures, Reference, bundled_reference
 from aquabit.quant.calibration.ranges import Sample
 from aquabit.quant.calibration.recording import Call, record_calls
+from aquabit.quant.correction.noise_measuring import measure_noise
 from aquabit.quant.correction.sampling import Watcher, following, refollow_
-from aquabit.quant.correction.statistics import Statistics, measure_noise
+from aquabit.quant.correction.statistics import Statistics
 from aquabit.quant.finetuning.replay import Recording, record_outputs
 from aquabit.quant.model import QuantizedDenoiser
 from aquabit.scheme import SCHEDULERS, AquabitError, Calibration, Progress, Protocol, QuantConfig, no_progress

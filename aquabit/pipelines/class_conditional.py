@@ -4,7 +4,7 @@ of its own."""
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -35,28 +35,47 @@ class ClassConditionalPipeline(DiffusionPipeline):
     ) -> Any:
         """One image a label; ``generator`` is one per image (or one for all). ``output_type`` is pil, np
         or pt."""
-        net, n = self.denoiser, len(class_labels)
-        size = net.config.sample_size
-        x = randn_tensor(
-            (n, net.config.in_channels, size, size), generator, torch.device(self.device), net.dtype
+        x = sample_classes(
+            self,
+            self.denoiser,
+            class_labels,
+            lambda labels: {"class_labels": labels},
+            num_inference_steps,
+            guidance_scale,
+            generator,
+            eta,
         )
-        labels = torch.as_tensor(list(class_labels), device=self.device)
-        both = (
-            torch.cat([labels, torch.full_like(labels, self.config.classes)])
-            if guidance_scale != 1.0
-            else labels
-        )
-        self.scheduler.set_timesteps(num_inference_steps, device=self.device)
-        x = x * self.scheduler.init_noise_sigma
-        extra = step_arguments(self.scheduler, generator, eta)
-        for t in self.progress_bar(self.scheduler.timesteps):
-            scaled = self.scheduler.scale_model_input(torch.cat([x, x]) if len(both) > n else x, t)
-            noise = net(scaled, timestep=t.expand(len(both)), class_labels=both).sample[:, : x.shape[1]]
-            if len(both) > n:
-                conditional, unconditional = noise.chunk(2)
-                noise = unconditional + guidance_scale * (conditional - unconditional)
-            x = self.scheduler.step(noise, t, x, **extra).prev_sample
         return images_output(x, output_type, return_dict)
+
+
+def sample_classes(
+    pipe: Any,
+    net: Any,
+    class_labels: Sequence[int],
+    conditions: Callable[[Tensor], dict[str, Any]],
+    steps: int,
+    guidance_scale: float,
+    generator: Any,
+    eta: float,
+) -> Tensor:
+    """What ``net`` makes of noise for class labels, one sample a label; ``conditions`` are the arguments that
+    it takes for labels. With guidance the label after the last class is run beside each."""
+    n, device, size = len(class_labels), pipe._execution_device, net.config.sample_size
+    x = randn_tensor((n, net.config.in_channels, size, size), generator, device, net.dtype)
+    labels, guided = torch.as_tensor(list(class_labels), device=device), guidance_scale != 1.0
+    labels = torch.cat([labels, torch.full_like(labels, pipe.config.classes)]) if guided else labels
+    given = conditions(labels)
+    pipe.scheduler.set_timesteps(steps, device=device)
+    x = x * pipe.scheduler.init_noise_sigma
+    extra = step_arguments(pipe.scheduler, generator, eta)
+    for t in pipe.progress_bar(pipe.scheduler.timesteps):
+        scaled = pipe.scheduler.scale_model_input(torch.cat([x, x]) if guided else x, t)
+        noise = net(scaled, timestep=t.expand(len(labels)), **given).sample[:, : x.shape[1]]
+        if guided:
+            conditional, unconditional = noise.chunk(2)
+            noise = unconditional + guidance_scale * (conditional - unconditional)
+        x = pipe.scheduler.step(noise, t, x, **extra).prev_sample
+    return x
 
 
 def step_arguments(scheduler: Any, generator: Any, eta: float) -> dict[str, Any]:

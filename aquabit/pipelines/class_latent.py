@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
-from aquabit.pipelines.class_conditional import images_output, step_arguments
+from aquabit.pipelines.class_conditional import images_output, sample_classes
 
 
 class ClassEmbedder(ModelMixin, ConfigMixin):
@@ -53,23 +52,16 @@ class ClassLatentPipeline(DiffusionPipeline):
     ) -> Any:
         """One image a label; ``generator`` is one per image (or one for all). ``output_type`` is pil, np
         or pt."""
-        net, n, device = self.unet, len(class_labels), self._execution_device
-        size = net.config.sample_size
-        x = randn_tensor((n, net.config.in_channels, size, size), generator, device, net.dtype)
-        labels = torch.as_tensor(list(class_labels), device=device)
-        guided = guidance_scale != 1.0
-        both = torch.cat([labels, torch.full_like(labels, self.config.classes)]) if guided else labels
-        context = self.class_embedder(both)
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
-        x = x * self.scheduler.init_noise_sigma
-        extra = step_arguments(self.scheduler, generator, eta)
-        for t in self.progress_bar(self.scheduler.timesteps):
-            scaled = self.scheduler.scale_model_input(torch.cat([x, x]) if guided else x, t)
-            noise = net(scaled, t, encoder_hidden_states=context).sample
-            if guided:
-                conditional, unconditional = noise.chunk(2)
-                noise = unconditional + guidance_scale * (conditional - unconditional)
-            x = self.scheduler.step(noise, t, x, **extra).prev_sample
+        x = sample_classes(
+            self,
+            self.unet,
+            class_labels,
+            lambda labels: {"encoder_hidden_states": self.class_embedder(labels)},
+            num_inference_steps,
+            guidance_scale,
+            generator,
+            eta,
+        )
         decoded = self.vqvae.decode(x / self.vqvae.config.scaling_factor).sample
         self.maybe_free_model_hooks()
         return images_output(decoded, output_type, return_dict)

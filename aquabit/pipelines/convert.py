@@ -20,11 +20,9 @@ from aquabit.pipelines.class_latent import ClassEmbedder, ClassLatentPipeline
 from aquabit.scheme import AquabitError
 
 Tensors = Mapping[str, Tensor]
-UNET, FIRST_STAGE, CLASSES = (
-    "model.diffusion_model.",
-    "first_stage_model.",
-    "cond_stage_model.embedding.weight",
-)
+UNET = "model.diffusion_model."
+FIRST_STAGE = "first_stage_model."
+CLASSES = "cond_stage_model.embedding.weight"
 _UNUSED = ("model_ema.", "first_stage_model.loss.")  # averages of training, and its loss
 _SCHEDULE = (  # buffers of the noise schedule
     "betas",
@@ -93,10 +91,8 @@ def convert_ldm4(
     }
     scale = float(tensors.get("scale_factor", torch.ones(())))
     try:
-        unet_config, vq_config = (
-            _unet_config(parts[UNET], sample_size, heads),
-            _vq_config(parts[FIRST_STAGE], scale),
-        )
+        unet_config = _unet_config(parts[UNET], sample_size, heads)
+        vq_config = _vq_config(parts[FIRST_STAGE], scale)
     except KeyError as error:
         raise AquabitError(
             f"{path} is no LDM checkpoint with cross-attention and a VQ first stage: it lacks {error}"

@@ -13,9 +13,8 @@ from torch import nn
 from aquabit.graph import family_of
 from aquabit.scheme import AquabitError
 
-Kind = Literal[
-    "class_labels", "prompt", "batch_size"
-]  # the argument that says what images show; their number where nothing does
+# the argument that says what images show; their number where nothing does
+Kind = Literal["class_labels", "prompt", "batch_size"]
 KINDS: tuple[Kind, ...] = ("class_labels", "prompt", "batch_size")
 DENOISERS = ("denoiser", "transformer", "unet")  # where a pipeline holds its denoiser
 DECODERS = ("vae", "vqvae", "movq")  # and what makes images of its latents

@@ -20,14 +20,25 @@ from aquabit.runtime import out_of_memory
 from aquabit.scheme import AquabitError
 
 BUNDLED = Path(__file__).parent / "bundled"
-OWN_PIPELINES: Mapping[str, Any] = {
-    c.__name__: c for c in (ClassConditionalPipeline, ClassLatentPipeline)
-}  # diffusers does not know these
+# diffusers does not know these
+OWN_PIPELINES: Mapping[str, Any] = {c.__name__: c for c in (ClassConditionalPipeline, ClassLatentPipeline)}
 OWN_COMPONENTS: Mapping[str, Any] = {ClassEmbedder.__name__: ClassEmbedder}
 
 
 def bundled_models() -> list[str]:
     return sorted(p.parent.name for p in BUNDLED.glob("*/model_index.json"))
+
+
+def bundled_facts() -> list[dict[str, Any]]:
+    """Name, denoiser's class and bytes of each bundled model."""
+    return [
+        {
+            "name": name,
+            "denoiser": read_json(BUNDLED / name / "model_index.json")["denoiser"][1],
+            "bytes": next((BUNDLED / name / "denoiser").glob("*.safetensors")).stat().st_size,
+        }
+        for name in bundled_models()
+    ]
 
 
 def load(

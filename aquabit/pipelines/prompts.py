@@ -27,9 +27,8 @@ class _Known:
     free: bool = False
 
 
-_KNOWN: WeakKeyDictionary[DiffusionPipeline, _Known] = (
-    WeakKeyDictionary()
-)  # several adapters may serve one pipeline
+# several adapters may serve one pipeline
+_KNOWN: WeakKeyDictionary[DiffusionPipeline, _Known] = WeakKeyDictionary()
 
 
 def _known(pipe: DiffusionPipeline) -> _Known:
@@ -86,9 +85,8 @@ def _encoded(
             f"{n}{encoding.suffix}": v.detach().to("cpu") for n, v in named if n is not None and v is not None
         }
     others = next((row for (_, same), row in known.embeddings.items() if same == guided), {})
-    return {
-        k: others[k] if k in others and torch.equal(v, others[k]) else v for k, v in found.items()
-    }  # no prompt: kept once
+    # no prompt: kept once
+    return {k: others[k] if k in others and torch.equal(v, others[k]) else v for k, v in found.items()}
 
 
 def _encoders(pipe: DiffusionPipeline) -> dict[str, Any]:
@@ -115,10 +113,8 @@ def free_text_encoders(pipe: DiffusionPipeline) -> None:
 
 def restore_text_encoders(pipe: DiffusionPipeline) -> None:
     """Load again what was freed."""
-    known, gone = (
-        _known(pipe),
-        [name for name, encoder in _encoders(pipe).items() if encoder is None and pipe.config[name][0]],
-    )
+    known = _known(pipe)
+    gone = [name for name, encoder in _encoders(pipe).items() if encoder is None and pipe.config[name][0]]
     if not gone:
         return
     if known.reload is None:

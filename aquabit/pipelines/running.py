@@ -49,11 +49,10 @@ def _one_by_one(decoder: Any) -> Iterator[None]:
     def decode(latents: Tensor, *args: Any, generator: Any = None, **kwargs: Any) -> Any:
         parts = []
         for i, row in enumerate(latents.split(1)):
-            own = (
-                {}
-                if generator is None
-                else {"generator": generator[i] if isinstance(generator, list) else generator}
-            )
+            if generator is None:
+                own = {}
+            else:
+                own = {"generator": generator[i] if isinstance(generator, list) else generator}
             parts.append(whole(row, *args, **own, **kwargs))
         if isinstance(parts[0], tuple):
             return (torch.cat([part[0] for part in parts]), *parts[0][1:])

@@ -134,11 +134,10 @@ class Quality:
                     )
                     raise AquabitError(f"metric {metric!r} needs {what}")
                 continue
-            result[metric] = (
-                self._sums[metric] / self.count
-                if metric in self._sums
-                else self._compute_one(*self._jobs[metric])
-            )
+            if metric in self._sums:
+                result[metric] = self._sums[metric] / self.count
+            else:
+                result[metric] = self._compute_one(*self._jobs[metric])
         return result | {m.name: self._sums[m.name] / self.count for m in self._own if m.name in self._sums}
 
     def _check_size(self, x: Tensor) -> None:

@@ -28,13 +28,6 @@ def _rows(features: npt.ArrayLike) -> Array:
     return rows
 
 
-def _same_width(a: Array, b: Array) -> None:
-    if a.shape[1] != b.shape[1]:
-        raise AquabitError(
-            f"features have {a.shape[1]} and {b.shape[1]} dimensions; expected the same extractor for both"
-        )
-
-
 def _blocks(rows: Array) -> Iterator[Array]:
     return (rows[i : i + _BLOCK] for i in range(0, len(rows), _BLOCK))
 
@@ -76,30 +69,6 @@ def frechet_from_factors(mean_a: Array, factor_a: Array, mean_b: Array, factor_b
     return max(float(value), 0.0)  # rounding may leave -1e-15
 
 
-def frechet_distance(
-    mean_a: npt.ArrayLike, cov_a: npt.ArrayLike, mean_b: npt.ArrayLike, cov_b: npt.ArrayLike
-) -> float:
-    """|mean_a - mean_b|^2 + tr(A + B - 2 sqrt(A B)) of two Gaussians (Dowson and Landau 1982; Heusel et
-    al. 2017, eq. 6)."""
-    means = [np.asarray(m, dtype=np.float64) for m in (mean_a, mean_b)]
-    return frechet_from_factors(means[0], covariance_root(cov_a), means[1], covariance_root(cov_b))
-
-
-def fid(real: npt.ArrayLike, generated: npt.ArrayLike) -> float:
-    """Frechet distance of pooled features [m, d] and [n, d] (Heusel et al. 2017), with covariances over n
-    - 1 as in their code."""
-    a, b = _rows(real), _rows(generated)
-    _same_width(a, b)
-    if min(len(a), len(b)) < 2:
-        return float("nan")
-    return frechet_from_factors(a.mean(0), covariance_factor(a), b.mean(0), covariance_factor(b))
-
-
-def sfid(real_spatial: npt.ArrayLike, generated_spatial: npt.ArrayLike) -> float:
-    """FID on spatial features [m, s] and [n, s], which see where things are (Nash et al. 2021)."""
-    return fid(real_spatial, generated_spatial)
-
-
 # Kernel distance
 
 
@@ -133,17 +102,6 @@ def kid_from_sums(real_sum: float, real: Array, generated: Array) -> float:
     )
 
 
-def kid(real: npt.ArrayLike, generated: npt.ArrayLike) -> float:
-    """Unbiased squared MMD of features [m, d] and [n, d] under the cubic kernel (Gretton et al. 2012, eq. 3;
-    Binkowski et al. 2018).
-
-    Over the full samples, not over random subsets, so it is deterministic; unbiased, so it may be negative.
-    """
-    a, b = _rows(real), _rows(generated)
-    _same_width(a, b)
-    return kid_from_sums(within_kernel_sum(a), a, b)
-
-
 def gaussian_kernel_sum(x: Array, y: Array) -> float:
     """Sum over all pairs of exp(-|x - y|^2 / (2 sigma^2)) - 1, sigma = 10, for x [m, d] and y [n, d].
 
@@ -163,14 +121,6 @@ def cmmd_from_sums(real_sum: float, real: Array, generated: Array) -> float:
     return CMMD_SCALE * (real_sum / m**2 + gaussian_kernel_sum(generated, generated) / n**2 - 2.0 * cross)
 
 
-def cmmd(real: npt.ArrayLike, generated: npt.ArrayLike) -> float:
-    """1000 times the squared MMD of CLIP embeddings [m, d] and [n, d] of length 1 under a Gaussian kernel
-    of sigma 10, pairs of a row with itself counted (Jayasumana et al. 2024, eq. 3 and section 4)."""
-    a, b = _rows(real), _rows(generated)
-    _same_width(a, b)
-    return cmmd_from_sums(gaussian_kernel_sum(a, a), a, b)
-
-
 # Precision and recall
 
 
@@ -187,9 +137,8 @@ def neighbour_radii(x: Array, k: int = NEIGHBOURS) -> Array:
     """Distance [n] of each row of x [n, d] to its k-th nearest other row; NaN where there are no k others."""
     if len(x) <= k:
         return np.full(len(x), np.nan)
-    return np.concatenate(
-        [np.partition(_distances(block, x), k, axis=1)[:, k] for block in _blocks(x)]
-    )  # place 0 is the row itself
+    # place 0 is the row itself
+    return np.concatenate([np.partition(_distances(block, x), k, axis=1)[:, k] for block in _blocks(x)])
 
 
 def fraction_inside(points: Array, centres: Array, radii: Array) -> float:
@@ -202,12 +151,6 @@ def fraction_inside(points: Array, centres: Array, radii: Array) -> float:
 
 
 # Logits
-
-
-def inception_score(logits: npt.ArrayLike) -> float:
-    """exp of the mean KL(p(y|x) || p(y)) over images, logits [n, classes], one split: 1 to classes
-    (Salimans et al. 2016, section 4)."""
-    return inception_score_from_sums(*class_sums(logits), len(_rows(logits)))
 
 
 def class_sums(logits: npt.ArrayLike) -> tuple[Array, float]:

@@ -42,11 +42,8 @@ class NonFiniteImages(AquabitError):
         self.count, self.total, self.what = count, total, what
 
     def __reduce__(self) -> tuple[type[NonFiniteImages], tuple[int, int, str]]:
-        return type(self), (
-            self.count,
-            self.total,
-            self.what,
-        )  # so that it survives the way back from a worker process
+        # so that it survives the way back from a worker process
+        return type(self), (self.count, self.total, self.what)
 
 
 class Features(NamedTuple):
@@ -102,13 +99,8 @@ METRICS_OF: Mapping[str, Mapping[str, str]] = {
     "clip": {"cmmd": "gaussian", "clip_score": "clip_score"},
     "lpips": {"lpips": "lpips"},
 }
-WITHOUT_REAL = (
-    "inception_score",
-    "accuracy",
-    "feature_distance",
-    "clip_score",
-    "lpips",
-)  # of these, what needs no real images
+# of these, what needs no real images
+WITHOUT_REAL = ("inception_score", "accuracy", "feature_distance", "clip_score", "lpips")
 
 
 def unit_images(images: Any, what: str = "images") -> Tensor:

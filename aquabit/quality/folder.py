@@ -47,11 +47,9 @@ class ImageFolder:
         """uint8 images [n, channels, height, width]: centre-cropped to the shape of ``size`` and resized
         to it (Lanczos), as data sets are prepared for training. Raises AquabitError at the end where more
         than 5 % are unreadable."""
-        hashed, batch, self.unreadable = (
-            hashlib.sha256(str((*size, channels)).encode()),
-            list[Tensor](),
-            list[str](),
-        )
+        hashed = hashlib.sha256(str((*size, channels)).encode())
+        batch = list[Tensor]()
+        self.unreadable = list[str]()
         for done, path in enumerate(self.paths, 1):
             try:
                 picture = read_picture(path, size, channels)

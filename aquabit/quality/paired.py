@@ -36,15 +36,6 @@ def psnr_from_mse(error: Array) -> Array:
     return result
 
 
-def psnr(images: Tensor, others: Tensor) -> Array:
-    """10 log10(1 / mse) of each image, in dB at data range 1, capped at 100 dB so that identical images have
-    a finite value.
-
-    The mean over images is the mean of these, not the PSNR of the mean error.
-    """
-    return psnr_from_mse(mse(images, others))
-
-
 def ssim_window(height: int, width: int) -> Tensor:
     """One-dimensional Gaussian weights [k], float64, sum 1: sigma 1.5, k = 11 or the largest odd number
     that fits the image."""

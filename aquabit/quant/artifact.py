@@ -26,7 +26,7 @@ from aquabit.kernels.codebook import CodebookWeight, from_tensors
 from aquabit.quant.correction.sampling import follow_
 from aquabit.quant.correction.statistics import Statistics
 from aquabit.quant.finetuning.store import SHARED, shared_name
-from aquabit.quant.layers import QuantConv2d, QuantLinear, quant_layer
+from aquabit.quant.layers import QuantConv2d, QuantLinear, replace_layer_
 from aquabit.quant.model import storage_dtype
 from aquabit.quant.step_switch import input_parts, settings_of, share_out_, switches
 from aquabit.scheme import FP, METHOD, AquabitError, QuantConfig
@@ -34,10 +34,8 @@ from aquabit.scheme import FP, METHOD, AquabitError, QuantConfig
 SCHEMA = 2  # of quantization_config; 1 was a file of its own, quantization.json
 RANGES = "ranges/"  # before the names of layers whose static ranges are stored
 NOISE = "noise/"  # before the names of noise statistics
-FACTS = (
-    "noise",
-    "inputs",
-)  # beside the configuration: what noise statistics belong to, and what an example call takes
+# beside the configuration: what noise statistics belong to, and what an example call takes
+FACTS = ("noise", "inputs")
 PARTS = ("codes", "codebooks", "scale", "offset")
 OLD = "quantization.json"
 
@@ -202,9 +200,8 @@ def place_layers_(
     wrong = [n for n in config.layers if n not in nodes]
     if wrong:
         raise AquabitError(f"quantization_config: layer {wrong[0]!r} is not in this model")
-    for name in graph.graph.get(
-        "uncalled", ()
-    ):  # the model reads their weights: they stay as they are, in its dtype
+    # the model reads their weights: they stay as they are, in its dtype
+    for name in graph.graph.get("uncalled", ()):
         if config[name].weight != FP:
             raise AquabitError(
                 f"layer {name!r} cannot be {config[name].weight}: the model reads its weight but never calls"
@@ -212,12 +209,9 @@ def place_layers_(
             )
         del nodes[name]
     for name, node in nodes.items():
-        layer = quant_layer(denoiser.get_submodule(name), node.get("split"))
+        placed[name] = layer = replace_layer_(denoiser, name, node.get("split"))
         if config[name].weight != FP:
             layer.weight = torch.empty(0, dtype=dtypes[name])
-        owner, _, leaf = name.rpartition(".")
-        setattr(denoiser.get_submodule(owner), leaf, layer)
-        placed[name] = layer
     return placed
 
 
@@ -294,10 +288,8 @@ def _ranges(
     configuration asks for."""
     found = {}
     for name, layer in layers.items():
-        shape, ends = (
-            (config.range_parts(name), input_parts(layer) + (name in attention), 2),
-            tensors.get(f"{RANGES}{name}"),
-        )
+        shape = (config.range_parts(name), input_parts(layer) + (name in attention), 2)
+        ends = tensors.get(f"{RANGES}{name}")
         if shape[0] and (ends is None or tuple(ends.shape) != shape or not bool(torch.isfinite(ends).all())):
             raise AquabitError(
                 f"layer {name!r} needs static ranges of shape {list(shape)}, which are not stored"

@@ -77,9 +77,8 @@ def patch_attention_(denoiser: nn.Module) -> None:
     quantized."""
     for module in list(denoiser.modules()):
         if value_layers(module):
-            module.forward = MethodType(
-                _forward_of(type(module)), module
-            )  # a bound method: a copy of the module gets its own
+            # a bound method: a copy of the module gets its own
+            module.forward = MethodType(_forward_of(type(module)), module)
 
 
 def _forward_of(kind: type[nn.Module]) -> Callable[..., Any]:

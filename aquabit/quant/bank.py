@@ -110,10 +110,8 @@ class Bank:
     """
 
     def __init__(self, folder: str | Path | None = None, limit: int | None = None):
-        self.folder, self.limit = (
-            Path(folder) if folder else default_folder(),
-            default_limit() if limit is None else limit,
-        )
+        self.folder = Path(folder) if folder else default_folder()
+        self.limit = default_limit() if limit is None else limit
         self._in_use: dict[Path, Fit] | None = None
         self._whole: dict[str, tuple[int, ...]] = {}  # states of files whose digest was found to be right
         self._room = self.limit // SCAN  # bytes to write before the folder is looked through again

@@ -26,27 +26,10 @@ from aquabit.quant.kernel_tuning import MEMORY, example_call, format_for, layers
 from aquabit.quant.layers import Setting
 from aquabit.scheme import FP, AquabitError, Progress, Scheme, no_progress
 
-FORMATS = (
-    "usq2",
-    "usq3",
-    "usq4",
-    "usq8",
-    "vq4",
-    "vq3c",
-    "aq1x8g8",
-    "aq2x6g8",
-    "aq4x4g8",
-    "aq2x8g8",
-    "aq2x6k",
-    "aq4x4k",
-)
-SHAPES = (
-    "1152x1152@256",
-    "4608x1152@256",
-    "1152x4608@256",
-    "384x384x3x3@32",
-    "576x576x3x3@16",
-)  # of DiT-XL/2 and of LDM-4's U-Net
+ADDITIVE = ("aq1x8g8", "aq2x6g8", "aq4x4g8", "aq2x8g8", "aq2x6k", "aq4x4k")
+FORMATS = ("usq2", "usq3", "usq4", "usq8", "vq4", "vq3c", *ADDITIVE)
+# of DiT-XL/2 and of LDM-4's U-Net
+SHAPES = ("1152x1152@256", "4608x1152@256", "1152x4608@256", "384x384x3x3@32", "576x576x3x3@16")
 CALLS, SECONDS = (5, 60), 4.0  # of whole denoisers: rounds at least, at most; the time after which they end
 _SHAPE = re.compile(r"(\d+)x(\d+)(?:x(\d+)x(\d+))?@(\d+)(?:x(\d+))?")
 

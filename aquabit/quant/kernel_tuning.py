@@ -27,9 +27,8 @@ COPIES = 0.25  # of the dense size: at most so much for copies
 GAIN = 1.03  # a copy is kept where coded kernels take so many times as long
 
 Layers = Mapping[str, QuantLinear | QuantConv2d]
-Asked = dict[
-    str, dict[Request, float]
-]  # layer -> its requests in one denoiser call, and how often (on average over the steps)
+# layer -> its requests in one denoiser call, and how often (on average over the steps)
+Asked = dict[str, dict[Request, float]]
 
 
 def layers_of(denoiser: nn.Module) -> dict[str, QuantLinear | QuantConv2d]:
@@ -181,10 +180,8 @@ def worth_copying(layers: Layers, asked: Asked, dtype: torch.dtype) -> tuple[str
 def ran(layers: Layers, call: Callable[[], object]) -> dict[str, int]:
     """Layers by the backend that ``call`` runs them on ("full": not coded); one that runs on several
     counts for its last."""
-    names, found = (
-        {id(layer.packed): name for name, layer in layers.items() if layer.packed is not None},
-        dict.fromkeys(layers, "full"),
-    )
+    names = {id(layer.packed): name for name, layer in layers.items() if layer.packed is not None}
+    found = dict.fromkeys(layers, "full")
     with observed(
         lambda weight, _, backend: found.update({names[id(weight)]: backend} if id(weight) in names else {})
     ):

@@ -114,9 +114,8 @@ class _QuantLayer(nn.Module):
                 self.packed.offset,
                 *self.packed.stored,
             ]
-            parts += [
-                t for made in self.packed.derived.values() for t in made.tensors()
-            ]  # what kernels made of it
+            # what kernels made of it
+            parts += [t for made in self.packed.derived.values() for t in made.tensors()]
         elif self.packed is not None:
             parts += self.packed.tensors().values()
         return [t for t in parts if t is not None]
@@ -129,9 +128,8 @@ class _QuantLayer(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.packed = (
-            None if self.packed is None else held(self.packed)
-        )  # a copy is a weight of its own to the kernels
+        # a copy is a weight of its own to the kernels
+        self.packed = None if self.packed is None else held(self.packed)
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -160,17 +158,11 @@ class QuantLinear(_QuantLayer):
         super().__init__(weight, bias, split)
         self.out_features, self.in_features = weight.shape
 
-    @staticmethod
-    def of(layer: nn.Linear, split: int | None = None) -> QuantLinear:
-        return QuantLinear(layer.weight, layer.bias, split)
-
     def quantized_input(self, x: Tensor, bits: int) -> Tensor:
         """x [..., in] as the layer reads it at ``bits`` (16: x itself)."""
-        return (
-            straight_through(x, bits, "token")
-            if self.ranges is None
-            else fake_quantize_static(x, bits, *self.ranges[0])
-        )
+        if self.ranges is None:
+            return straight_through(x, bits, "token")
+        return fake_quantize_static(x, bits, *self.ranges[0])
 
     def forward(self, x: Tensor, *_: object) -> Tensor:
         act = self.act
@@ -192,17 +184,11 @@ class QuantConv2d(_QuantLayer):
     def __init__(self, weight: Tensor, bias: Tensor | None, split: int | None, like: nn.Conv2d):
         super().__init__(weight, bias, split)
         self.out_channels, self.in_channels = like.out_channels, like.in_channels
-        self.stride, self.padding, self.dilation, self.groups = (
-            pair(like.stride),
-            _padding(like.padding),
-            pair(like.dilation),
-            like.groups,
-        )
+        self.stride = pair(like.stride)
+        self.padding = _padding(like.padding)
+        self.dilation = pair(like.dilation)
+        self.groups = like.groups
         self.kernel_size = like.kernel_size
-
-    @staticmethod
-    def of(layer: nn.Conv2d, split: int | None = None) -> QuantConv2d:
-        return QuantConv2d(layer.weight, layer.bias, split, layer)
 
     def quantized_input(self, x: Tensor, bits: int) -> Tensor:
         """x [n, cin, h, w] as the layer reads it at ``bits`` (16: x itself)."""
@@ -251,6 +237,16 @@ def pair(values: tuple[int, ...]) -> tuple[int, int]:
     return values[0], values[1]
 
 
-def quant_layer(module: nn.Module, split: int | None) -> QuantLinear | QuantConv2d:
+def quant_layer(module: Any, split: int | None = None) -> QuantLinear | QuantConv2d:
     """The quantizable counterpart of a Linear or Conv2d; it shares the weight's storage."""
-    return QuantConv2d.of(module, split) if isinstance(module, nn.Conv2d) else QuantLinear.of(module, split)  # type: ignore[arg-type]
+    if isinstance(module, nn.Conv2d):
+        return QuantConv2d(module.weight, module.bias, split, module)
+    return QuantLinear(module.weight, module.bias, split)
+
+
+def replace_layer_(network: nn.Module, name: str, split: int | None) -> QuantLinear | QuantConv2d:
+    """Put its quantizable counterpart in the place of a layer, and return it."""
+    layer = quant_layer(network.get_submodule(name), split)
+    owner, _, leaf = name.rpartition(".")
+    setattr(network.get_submodule(owner), leaf, layer)
+    return layer

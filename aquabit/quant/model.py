@@ -24,7 +24,7 @@ from aquabit.quant.calibration.full_precision import FullPrecision
 from aquabit.quant.calibration.ranges import RangeTables, Sample
 from aquabit.quant.correction.sampling import Watcher
 from aquabit.quant.finetuning.store import load_tuned
-from aquabit.quant.layers import QuantConv2d, QuantLinear, Setting, quant_layer
+from aquabit.quant.layers import QuantConv2d, QuantLinear, Setting, replace_layer_
 from aquabit.quant.step_switch import settings_of, share_out_, switches
 from aquabit.scheme import (
     FP,
@@ -104,9 +104,8 @@ class QuantizedDenoiser:
     ):
         self.denoiser = denoiser
         self.uncalled = frozenset[str](graph.graph.get("uncalled", ()))
-        self.inputs = graph.graph.get(
-            "inputs"
-        )  # of an example call, described, where the class does not tell them
+        # of an example call, described, where the class does not tell them
+        self.inputs = graph.graph.get("inputs")
         self.partners = codebook_names(graph)
         self.layers: dict[str, QuantLinear | QuantConv2d] = {}
         self.weights = FullWeights()
@@ -133,9 +132,8 @@ class QuantizedDenoiser:
                 " overflowed its dtype"
             )
         with torch.no_grad():
-            for tensor in (
-                denoiser.state_dict().values()
-            ):  # buffers that are not saved are made anew on loading, unrounded
+            # buffers that are not saved are made anew on loading, unrounded
+            for tensor in denoiser.state_dict().values():
                 tensor.copy_(rounded(tensor))
         for name, node in graph.nodes(data=True):
             if node["kind"] != "merge":
@@ -145,14 +143,11 @@ class QuantizedDenoiser:
 
     def _replace(self, name: str, split: int | None) -> None:
         try:
-            module = self.denoiser.get_submodule(name)
+            layer = replace_layer_(self.denoiser, name, split)
         except AttributeError as error:
             raise AquabitError(
                 f"the model has no layer {name!r}; the graph belongs to another model"
             ) from error
-        layer = quant_layer(module, split)
-        owner, _, leaf = name.rpartition(".")
-        setattr(self.denoiser.get_submodule(owner), leaf, layer)
         self.layers[name], self.weights[name] = layer, layer.weight
         both = [storage_dtype(t) for t in (layer.weight, layer.bias) if t is not None]
         self._stored[name] = torch.bfloat16 if torch.bfloat16 in both else torch.float16
@@ -183,11 +178,9 @@ class QuantizedDenoiser:
     def coded(self, name: str, config: QuantConfig) -> CodebookWeight:
         """A layer's coded weight: fine-tuned where the configuration is, else from the bank, fitted first
         where it is missing there."""
-        return (
-            self._fine_tuned(config)[name]
-            if config.tuned
-            else self.fitter.coded(self._request(name, config), config.calibration)
-        )
+        if config.tuned:
+            return self._fine_tuned(config)[name]
+        return self.fitter.coded(self._request(name, config), config.calibration)
 
     def _fine_tuned(self, config: QuantConfig) -> dict[str, CodebookWeight]:
         """The weights that a configuration was tuned to, from the bank; the last ones are kept."""

@@ -13,9 +13,8 @@ from aquabit.quant.schemes import aq, usq, vq
 from aquabit.quant.schemes.progress import Report, no_report
 from aquabit.scheme import FP, AquabitError, Scheme
 
-FitWeights = Callable[
-    [Sequence[Tensor], Scheme, Sequence[Tensor | None], int, Report], list[CodebookWeight]
-]  # weights of one shape, scheme, H, seed, report
+# weights of one shape, scheme, H, seed, report
+FitWeights = Callable[[Sequence[Tensor], Scheme, Sequence[Tensor | None], int, Report], list[CodebookWeight]]
 FITS: dict[str, FitWeights] = {"usq": usq.fit, "vq": vq.fit, "aq": aq.fit}  # every kind but ``fp``
 
 

@@ -3,15 +3,14 @@ whether to believe it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from aquabit.reports.facts import Facts
+from aquabit.reports.lacks import Lacks
 from aquabit.reports.plan import Tables
 from aquabit.reports.subjects import comparison, ranking, trust
 from aquabit.reports.words import Sentence
 
 
-def answer(facts: Facts, found: Tables, lacks: Mapping[str, tuple[str, str]]) -> list[Sentence]:
+def answer(facts: Facts, found: Tables, lacks: Lacks) -> list[Sentence]:
     """The sentences of the answer; each that cannot be given names the command that makes it."""
     no_effects = lacks.get("layers", ("The effects of layers are unknown.", ""))
     no_front = lacks.get("front") or lacks.get("comparison") or ("There is no comparison.", "")

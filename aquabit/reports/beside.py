@@ -12,9 +12,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from aquabit.reports import drawing, style, svg, words
-from aquabit.reports.facts import Facts, missing, read, require_metric
-from aquabit.reports.page import Shown, environment, make_folders
+from aquabit.reports import drawing, style, words
+from aquabit.reports.facts import Facts, read, require_metric
+from aquabit.reports.lacks import Lacks, missing
+from aquabit.reports.page import draw, environment, make_folders
+from aquabit.reports.plan import Plan, fixed, rows_high
 from aquabit.reports.subjects.fronts import front as front_table
 from aquabit.reports.subjects.groups import operators as operators_table
 from aquabit.reports.subjects.measurements import run_card
@@ -22,6 +24,7 @@ from aquabit.reports.writing import write
 from aquabit.scheme import AquabitError, Progress, no_progress
 from aquabit.study import Study
 
+OPERATORS_MOST = 30  # rows that can be read
 CHANGE = ["change", "change_low", "change_high"]
 LOOKS: tuple[dict[str, Any], ...] = (
     {"color": style.BLUE, "marker": "o"},
@@ -42,12 +45,17 @@ def side_by_side(first: Study, second: Study, out: str | Path, progress: Progres
     names = labels(both)
     try:
         make_folders(out)
-        found = {"operators": operators(both, names), "fronts": fronts(both, names)}
-        for name, table in found.items():
-            write(table, out / "tables", f"beside_{name}")
-        shown = [_figure(i, name, found, out / "figures", both, progress) for i, name in enumerate(DRAWN)]
+        ranked, found = operators(both, names), fronts(both, names)
+        shown, known = [], (ranked, found.dropna(subset=["change"]))
+        lacks = [missing(facts) for facts in both]
+        for i, (plan, table, drawn) in enumerate(zip(PLANS, (ranked, found), known, strict=True)):
+            progress("report", i, len(PLANS))
+            write(table, out / "tables", plan.table)
+            shown.append(draw(plan, drawn, {} if len(drawn) else lacks[1] | lacks[0], out / "figures", {}))
         page = out / "index.html"
-        cards = [(name, run_card(facts), _lacks(facts)) for name, facts in zip(names, both, strict=True)]
+        cards = [
+            (name, run_card(facts), _shown(own)) for name, facts, own in zip(names, both, lacks, strict=True)
+        ]
         page.write_text(
             environment()
             .get_template("beside.html.j2")
@@ -55,14 +63,14 @@ def side_by_side(first: Study, second: Study, out: str | Path, progress: Progres
                 names=names,
                 cards=cards,
                 figures=shown,
-                sentences=sentences(found["operators"], names),
-                rows=list(found["operators"].itertuples(index=False, name="Row")),
+                sentences=sentences(ranked, names),
+                rows=list(ranked.itertuples(index=False, name="Row")),
             ),
             encoding="utf-8",
         )
     except OSError as error:
         raise AquabitError(f"the report could not be written to {out}: {error.strerror or error}") from error
-    progress("report", len(DRAWN), len(DRAWN))
+    progress("report", len(PLANS), len(PLANS))
     return page
 
 
@@ -72,15 +80,13 @@ def labels(both: Sequence[Facts]) -> list[str]:
     names = [facts.model or "unknown model" for facts in both]
     if names[0] == names[1]:
         names = [f"{facts.model or 'unknown model'} ({facts.source})" for facts in both]
-    return (
-        names
-        if names[0] != names[1]
-        else [f"{name}, {which}" for name, which in zip(names, ("first", "second"), strict=True)]
-    )
+    if names[0] != names[1]:
+        return names
+    return [f"{name}, {which}" for name, which in zip(names, ("first", "second"), strict=True)]
 
 
-def _lacks(facts: Facts) -> list[tuple[str, str]]:
-    lacks = missing(facts)
+def _shown(lacks: Lacks) -> list[tuple[str, str]]:
+    """What is said to be missing of one study."""
     return list(dict.fromkeys(lacks[k] for k in ("samples", "operators", "front") if k in lacks))
 
 
@@ -100,28 +106,13 @@ def operators(both: Sequence[Facts], names: Sequence[str]) -> pd.DataFrame:
         }
         parts.append(table.assign(study=name, **shares, rank=np.arange(1, len(table) + 1)))
     table = pd.concat(parts, ignore_index=True).rename(columns={"name": "operator"})
-    count, mean = (
-        table.groupby("operator").study.transform("count"),
-        table.groupby("operator").share.transform("mean"),
-    )
+    count = table.groupby("operator").study.transform("count")
+    mean = table.groupby("operator").share.transform("mean")
     table = table.assign(count=count, mean=mean).sort_values(
         ["count", "mean"], ascending=False, kind="stable", ignore_index=True
     )
-    return table[
-        [
-            "operator",
-            "study",
-            "layers",
-            "effect",
-            "low",
-            "high",
-            "level",
-            "share",
-            "share_low",
-            "share_high",
-            "rank",
-        ]
-    ]
+    columns = ["operator", "study", "layers", "effect", "low", "high", "level"]
+    return table[[*columns, "share", "share_low", "share_high", "rank"]]
 
 
 def fronts(both: Sequence[Facts], names: Sequence[str]) -> pd.DataFrame:
@@ -135,18 +126,8 @@ def fronts(both: Sequence[Facts], names: Sequence[str]) -> pd.DataFrame:
         full = float(same.mean()) if len(same) and same.mean() else math.nan
         for r in front_table(facts).itertuples():
             if not math.isnan(r.measured):
-                rows.append(
-                    (
-                        name,
-                        facts.metric,
-                        r.bits,
-                        r.measured,
-                        r.low,
-                        r.high,
-                        r.level,
-                        *(v / full for v in (r.measured, r.low, r.high)),
-                    )
-                )
+                values = (r.measured, r.low, r.high)
+                rows.append((name, facts.metric, r.bits, *values, r.level, *(v / full for v in values)))
     return pd.DataFrame(rows, columns=["study", "metric", "bits", "value", "low", "high", "level", *CHANGE])
 
 
@@ -174,7 +155,7 @@ def sentences(table: pd.DataFrame, names: Sequence[str]) -> list[str]:
     return out
 
 
-def draw_operators(table: pd.DataFrame, axes: Axes, top: int = 30) -> None:
+def draw_operators(table: pd.DataFrame, axes: Axes, top: int = OPERATORS_MOST) -> None:
     """Effects of operator types as shares of their study's largest, with intervals, the two studies one
     above the other in each row."""
     names, studies = list(dict.fromkeys(table.operator))[:top], list(dict.fromkeys(table.study))
@@ -183,20 +164,12 @@ def draw_operators(table: pd.DataFrame, axes: Axes, top: int = 30) -> None:
     style.symmetric_axis(axes, "x", shown[["share", "share_low", "share_high"]], ticks_most=3)
     for i, study in enumerate(studies):
         part = shown[shown.study == study]
-        gaps = drawing.bars(part, "share", "share_low", "share_high")
         at = np.array([place[n] for n in part.operator]) + (0.17 if i else -0.17)
-        drawn = axes.errorbar(
-            part.share,
-            at,
-            xerr=gaps,
-            ls="",
-            ms=4,
-            elinewidth=0.9,
-            label=drawing.with_level(style.label(study, 40), part),
-            **LOOKS[i % 2],
-        )
+        look = {"ms": 4, "elinewidth": 0.9, **LOOKS[i % 2]}
+        look["label"] = drawing.with_level(style.label(study, 40), part)
+        drawn = drawing.intervals(axes, part, "share", at, ("share_low", "share_high"), **look)
         tips = [f"{study}, {r.operator}: {r.effect:.3g} a layer, rank {r.rank}" for r in part.itertuples()]
-        style.name_points(axes, drawn.lines[0], tips, "tip")
+        style.name_points(axes, drawn, tips, "tip")
     for i in range(0, len(names), 2):
         axes.axhspan(i - 0.5, i + 0.5, color="#F6F6F6", lw=0, zorder=0)
     axes.axvline(0, color=style.BLACK, lw=0.6)
@@ -212,19 +185,10 @@ def draw_fronts(table: pd.DataFrame, axes: Axes) -> None:
     intervals."""
     for i, (study, part) in enumerate(table.dropna(subset=["change"]).groupby("study", sort=False)):
         part = part.sort_values("bits")
-        gaps = drawing.bars(part, *CHANGE)
         text = drawing.with_level(f"{style.label(str(study), 40)}, {part.metric.iloc[0]}", part)
-        axes.errorbar(
-            part.bits,
-            part.change,
-            yerr=gaps,
-            ls="-",
-            lw=0.8,
-            ms=4.5,
-            elinewidth=0.9,
-            capsize=2,
-            label=text,
-            **LOOKS[i % 2],
+        look = {"ls": "-", "lw": 0.8, "ms": 4.5, "elinewidth": 0.9, "capsize": 2, **LOOKS[i % 2]}
+        drawing.intervals(
+            axes, part, "change", part.bits, ("change_low", "change_high"), upright=True, label=text, **look
         )
     axes.axhline(1, color=style.BLACK, lw=0.9, ls=(0, (5, 2)), label="full precision")
     axes.set_xlabel("bits per weight, codebooks and scales included")
@@ -232,54 +196,26 @@ def draw_fronts(table: pd.DataFrame, axes: Axes) -> None:
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0))
 
 
-DRAWN = {
-    "operators": (
+PLANS = (
+    Plan(
+        "beside_operators",
+        "operators",
+        "operators",
+        "beside_operators",
+        rows_high(style.DOUBLE, 0.24, OPERATORS_MOST, "operator", 0.95),
         draw_operators,
-        (
-            "Mean effect of a layer of each operator type with its interval (its level is in the legend), as"
-            " a share of the most harmful type of the same study; types that both architectures"
-            " have come first."
-        ),
+        "Mean effect of a layer of each operator type with its interval (its level is in the legend), as a"
+        " share of the most harmful type of the same study; types that both architectures have come first.",
     ),
-    "fronts": (
+    Plan(
+        "beside_fronts",
+        "fronts",
+        "front",
+        "beside_fronts",
+        fixed(style.DOUBLE, 2.6),
         draw_fronts,
-        (
-            "Configurations found for each study, measured on fresh seeds with the intervals of their"
-            " searches (their level is in the legend), as a ratio to full precision on these: where lower is"
-            " better, below 1 is better than full precision."
-        ),
+        "Configurations found for each study, measured on fresh seeds with the intervals of their searches"
+        " (their level is in the legend), as a ratio to full precision on these: where lower is better, below"
+        " 1 is better than full precision.",
     ),
-}
-
-
-def _figure(
-    index: int,
-    name: str,
-    found: dict[str, pd.DataFrame],
-    folder: Path,
-    both: Sequence[Facts],
-    progress: Progress,
-) -> Shown:
-    progress("report", index, len(DRAWN))
-    (draw, caption), table, file = DRAWN[name], found[name], f"beside_{name}"
-    known = table if name == "operators" else table.dropna(subset=["change"])
-    if known.empty:
-        for old in folder.glob(f"{file}.*"):
-            old.unlink()
-        lacks = [missing(facts).get("operators" if name == "operators" else "front") for facts in both]
-        return Shown(
-            file,
-            name,
-            file,
-            caption,
-            missing=next((entry for entry in lacks if entry), ("There is nothing to draw.", "")),
-        )
-    rows = min(30, known.operator.nunique()) if name == "operators" else 0
-    size = (style.DOUBLE, 0.95 + 0.24 * max(2, rows) if rows else 2.6)
-    with style.use():
-        canvas, axes = style.canvas(*size)
-        draw(known, axes)
-        text = style.save(canvas, folder, file)
-    return Shown(
-        file, name, file, caption, size, svg.inline(text, style.named_points(canvas), file, caption, {})
-    )
+)

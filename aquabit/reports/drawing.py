@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.collections import PatchCollection
+from matplotlib.cbook import pts_to_poststep
+from matplotlib.collections import LineCollection, PatchCollection
 from matplotlib.colors import Normalize, SymLogNorm
+from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
+from matplotlib.transforms import Bbox
 
 from aquabit.reports import style
 
-MEASURED: dict[str, Any] = {
-    "color": style.VERMILLION,
-    "marker": "D",
-    "markerfacecolor": "white",
-}  # hollow diamonds, everywhere
+# hollow diamonds, everywhere
+MEASURED: dict[str, Any] = {"color": style.VERMILLION, "marker": "D", "markerfacecolor": "white"}
 
 
 PREDICTED: dict[str, Any] = {"color": style.BLUE, "marker": "o"}  # filled circles, everywhere
@@ -30,6 +31,34 @@ def bars(table: pd.DataFrame, value: str, low: str, high: str) -> np.ndarray:
     """[2, n] distances for ``errorbar``; an unknown end is no bar."""
     gaps = np.stack([table[value] - table[low], table[high] - table[value]]).astype(float)
     return np.nan_to_num(np.maximum(gaps, 0.0), nan=0.0)
+
+
+def intervals(
+    axes: Axes,
+    table: pd.DataFrame,
+    value: str,
+    at: Any,
+    ends: tuple[str, str],
+    upright: bool = False,
+    **look: Any,
+) -> Line2D:
+    """Marks of a column with the intervals whose ends are two others, ``at`` these places of the other axis;
+    ``upright``: values go up. The marks without their bars."""
+    gaps = bars(table, value, *ends)
+    look = {"ls": "", **look}
+    if upright:
+        return axes.errorbar(at, table[value], yerr=gaps, **look).lines[0]
+    return axes.errorbar(table[value], at, xerr=gaps, **look).lines[0]
+
+
+def boxes(axes: Axes, at: Sequence[float], groups: Sequence[np.ndarray]) -> None:
+    """A lying box for each group of values."""
+    line: dict[str, Any] = {"color": "#8C8C8C", "lw": 0.7}
+    look: dict[str, Any] = {"whiskerprops": line, "capprops": line, "medianprops": line, "widths": 0.62}
+    look["boxprops"] = {"facecolor": "#EFEFEF", "edgecolor": "#8C8C8C", "lw": 0.7}
+    look |= {"showfliers": False, "patch_artist": True, "manage_ticks": False}
+    if len(at):
+        axes.boxplot(groups, positions=at, orientation="horizontal", **look)
 
 
 def limits(values: Any, margin: float = 0.06, log: bool = True) -> tuple[float, float, bool]:
@@ -52,6 +81,73 @@ def scale(axes: Axes, which: str, low: float, high: float, log: bool) -> None:
         style.log_axis(axes, which, low, high)
     else:
         getattr(axes, f"set_{which}lim")(low, high)
+
+
+# where the middle of a label stands beside its point, in halves of its size: the first that is free is taken
+AROUND = ((1, 1), (1, -1), (-1, 1), (-1, -1), (0, 1), (0, -1), (1, 0), (-1, 0))
+
+
+def label_points(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
+    """Write a text beside each (x, y), where it meets no line, no point, no other text and no edge of the
+    axes, or else as few as can be. Call it when all else is drawn."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()  # what a constrained layout does to the axes
+    drawn, frame, pixel = _drawn(axes), axes.get_window_extent(), figure.dpi / 72
+    taken: list[Bbox] = []
+    for x, y, text in points:
+        note = axes.annotate(
+            style.label(text),
+            (x, y),
+            (0, 0),
+            textcoords="offset points",
+            fontsize=6,
+            ha="center",
+            va="center",
+        )
+        note.set_in_layout(False)
+        box, places = note.get_window_extent(), list[tuple[Any, ...]]()
+        for gap in (3.5 * pixel, 8 * pixel):  # from the point to the text
+            for right, up in AROUND:
+                across = right * (box.width / 2 + gap)
+                high = up * (box.height / 2 + gap * (1 if right == 0 else 0.6))
+                there = box.translated(across, high)
+                inside = frame.contains(*there.min) and frame.contains(*there.max)
+                met = there.count_contains(drawn) + 100 * there.count_overlaps(taken) + 100 * (not inside)
+                places.append((met, len(places), (across / pixel, high / pixel), there))
+        _, _, place, there = min(places)
+        note.set_position(place)
+        taken.append(there)
+
+
+def _drawn(axes: Axes) -> np.ndarray:
+    """Points [n, 2] of the canvas, two pixels apart, along all lines, bars and marks."""
+    parts = [np.empty((0, 2))]
+    for line in axes.lines:
+        x, y = line.get_data(orig=False)
+        if line.get_drawstyle() == "steps-post":
+            x, y = pts_to_poststep(x, y)
+        at = line.get_transform().transform(np.column_stack([x, y]))
+        parts.append(at)
+        if line.get_linestyle() != "None":
+            parts += [_along(a, b) for a, b in pairwise(at)]
+    for bars in axes.collections:
+        if isinstance(bars, LineCollection):
+            parts += [_along(*axes.transData.transform(ends)) for ends in bars.get_segments()]
+    return np.concatenate(parts)
+
+
+def _along(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    length = float(np.hypot(*(b - a)))
+    share = np.linspace(0, 1, int(min(length, 1e4) / 2) + 2 if math.isfinite(length) else 2)[:, None]
+    return np.asarray((1 - share) * a + share * b)
+
+
+def ring(axes: Axes, x: pd.Series, y: pd.Series, winner: pd.Series) -> None:
+    """A ring around the winner, where it is among the points."""
+    if winner.any():
+        look: dict[str, Any] = {"marker": "o", "ms": 10, "mfc": "none", "mec": style.BLACK, "mew": 0.8}
+        axes.plot(x[winner], y[winner], ls="", zorder=5, label="winner", **look)
 
 
 def better(metric: str, direction: str) -> str:

@@ -1,11 +1,10 @@
-"""What a study holds, read once; whatever it lacks is empty, and ``missing`` says which command makes it."""
+"""What a study holds, read once; whatever it lacks is empty (``lacks`` says which command makes it)."""
 
 from __future__ import annotations
 
 import json
 import math
-import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,11 +137,11 @@ class Facts:
     @property
     def foreign(self) -> int:
         """Measurements of random and uniform configurations under another protocol than the study's."""
-        return (
-            int((self.measured.kind.isin(OWN) & (self.measured.protocol != self.protocol.digest)).sum())
-            if self.protocol
-            else 0
-        )
+        if self.protocol:
+            return int(
+                (self.measured.kind.isin(OWN) & (self.measured.protocol != self.protocol.digest)).sum()
+            )
+        return 0
 
     def is_winner(self, member: FrontMember) -> bool:
         return self.front is not None and member.config.digest == self.front.winner
@@ -228,147 +227,11 @@ def scheme_name(config: QuantConfig) -> str:
     return "full precision" if not schemes else schemes.pop() if len(schemes) == 1 else "mixed"
 
 
-def family(config: QuantConfig) -> str:
-    """Of a configuration that treats all layers alike: ``usq``, ``usq h`` (output-aware), ``vq``, ``vq h``
-    or ``aq``; tiny layers for which no additive format is worth its codebooks do not count."""
+def leading(config: QuantConfig) -> Scheme | None:
+    """The scheme that names the family of a configuration that treats all layers alike: tiny layers for which
+    no additive format is worth its codebooks do not count."""
     schemes = [choice.weight for choice in config.layers.values() if choice.weight != Scheme()]
-    if not schemes or any(s.additive for s in schemes):
-        return "aq" if schemes else ""
-    return schemes[0].kind + (" h" if schemes[0].output_aware else "")
-
-
-def missing(facts: Facts) -> dict[str, tuple[str, str]]:
-    """What the study lacks: name -> (one sentence, the command that makes it)."""
-    model, source = shlex.quote(facts.model or "MODEL"), shlex.quote(facts.source)
-    measure = f"aquabit measure {model} --study {source}"
-    protocol = facts.protocol.digest if facts.protocol else ""
-    told, compared, timed = facts.sensitivity, facts.comparison, [m.latency_ms for m in facts.members]
-    alone = (
-        "The winner was not compared with a uniform configuration on fresh seeds.",
-        f"aquabit search {source} --bits 3.0",
-    )
-    if "same_quality" in compared:
-        alone = (
-            (
-                "No uniform configuration of the space is as large as the winner, so none was compared with"
-                " it at its size."
-            ),
-            "",
-        )
-    checks: Iterable[tuple[str, bool, str, str]] = (
-        (
-            "graph",
-            bool(facts.layers),
-            "The study holds no layer graph, so layers have no operator type, size or place.",
-            measure,
-        ),
-        (
-            "reference",
-            len(facts.rows("reference")) > 0,
-            "The full-precision model was not measured.",
-            measure,
-        ),
-        ("uniform", len(facts.rows("uniform")) > 0, "No uniform configuration was measured.", measure),
-        (
-            "samples",
-            len(facts.rows("sample")) > 0,
-            "No configuration of a design was measured.",
-            f"{measure} --samples 120",
-        ),
-        (
-            "layers",
-            told is not None and bool(told.layers.effect.notna().any()),
-            "The effects of layers were not estimated.",
-            f"aquabit explain {source}",
-        ),
-        (
-            "operators",
-            told is not None and not told.operators.empty,
-            "There are no effects by operator type.",
-            f"aquabit explain {source}",
-        ),
-        (
-            "blocks",
-            told is not None and not told.blocks.empty,
-            "There are no effects by block.",
-            f"aquabit explain {source}",
-        ),
-        (
-            "surrogate",
-            bool(facts.scores),
-            "The surrogate's held-out scores are not stored.",
-            f"aquabit explain {source}",
-        ),
-        (
-            "scatter",
-            told is not None and bool(told.scatter),
-            "There are no out-of-fold predictions.",
-            f"aquabit explain {source}",
-        ),
-        (
-            "swarm",
-            told is not None and bool(told.swarm.get("shap")),
-            "SHAP values of single configurations are not stored.",
-            f"aquabit explain {source}",
-        ),
-        (
-            "curve",
-            told is not None and not told.curve.empty,
-            "There is no learning curve.",
-            f"aquabit explain {source}",
-        ),
-        (
-            "pairs",
-            told is not None and not told.interactions.empty,
-            "No pair of layers was looked at.",
-            f"aquabit explain {source}",
-        ),
-        (
-            "scores",
-            told is not None and not told.scores.empty,
-            "Schemes have no scores by operator type.",
-            f"aquabit explain {source}",
-        ),
-        (
-            "swaps",
-            bool(facts.validation.get("rows")),
-            "No predicted effect was checked against real swaps.",
-            f"aquabit validate {source} --flips 40",
-        ),
-        (
-            "front",
-            bool(facts.members),
-            "No configuration was searched for.",
-            f"aquabit search {source} --bits 3.0",
-        ),
-        (
-            "latency",
-            any(math.isfinite(number(t)) for t in timed),
-            "No found configuration was timed.",
-            f"aquabit search {source} --bits 3.0",
-        ),
-        (
-            "operations",
-            any(m.operations for m in facts.members),
-            "The operations of found configurations are not stored.",
-            f"aquabit search {source} --bits 3.0",
-        ),
-        (
-            "winner",
-            bool(facts.front and facts.front.winner),
-            "No configuration was chosen.",
-            f"aquabit search {source} --bits 3.0",
-        ),
-        ("comparison", "winner" in compared, *alone),
-        ("images", any(p == protocol for _, p in facts.thumbnails), "No images are stored.", measure),
-    )
-    if facts.foreign:
-        others = (
-            f"{facts.foreign} measurements were made under other protocols and are left out: numbers of"
-            " different protocols never mix."
-        )
-        checks = (*checks, ("protocols", False, others, ""))
-    return {name: (sentence, command) for name, there, sentence, command in checks if not there}
+    return next((s for s in schemes if s.additive), schemes[0] if schemes else None)
 
 
 def require_metric(facts: Facts) -> None:

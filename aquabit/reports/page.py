@@ -21,12 +21,14 @@ from aquabit.jsonio import write_json
 from aquabit.reports import drawing, style, svg, words
 from aquabit.reports.answer import answer
 from aquabit.reports.catalog import all_tables, plans
-from aquabit.reports.facts import Facts, missing, read, require_metric
+from aquabit.reports.facts import Facts, read, require_metric
+from aquabit.reports.lacks import Lacks, missing
 from aquabit.reports.plan import Plan, Tables
 from aquabit.reports.subjects.measurements import run_card
 from aquabit.reports.subjects.pictures import Images, images
 from aquabit.reports.writing import write
 from aquabit.scheme import AquabitError, Progress, no_progress
+from aquabit.scheme_kinds import uniform_name
 from aquabit.study import Study
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -68,37 +70,33 @@ def report(study: Study, out: str | Path, progress: Progress = no_progress) -> P
     out = Path(out)
     facts = read(study)
     require_metric(facts)
-    try:
-        make_folders(out)
-        return _write(facts, out, progress)
-    except OSError as error:
-        raise AquabitError(f"the report could not be written to {out}: {error.strerror or error}") from error
-
-
-def make_folders(out: Path) -> None:
-    for name in FOLDERS:
-        (out / name).mkdir(parents=True, exist_ok=True)
-
-
-def _write(facts: Facts, out: Path, progress: Progress) -> Path:
     found, lacks = all_tables(facts), missing(facts)
     if found["quality_vs_bits"].value.notna().sum() == 0:
         lacks["points"] = lacks.get("samples", ("Nothing was measured.", ""))
     if found["chosen_schemes"].empty:
         lacks.setdefault("winner", lacks.get("graph", ("The winner is not stored.", "")))
-    for name, table in found.items():
-        write(table, out / "tables", name)
     wanted = list(plans(facts, found))
     shown, places = [], {name: i for i, name in enumerate(found["layers"].layer)}
-    for i, plan in enumerate(wanted):
-        progress("report", i, len(wanted) + 1)
-        shown.append(draw(plan, found[plan.table], lacks, out / "figures", places))
-    progress("report", len(wanted), len(wanted) + 1)
-    pictures, files = images(facts, out / "figures"), write_data(facts, out / "data")
     page = out / "index.html"
-    page.write_text(_render(facts, found, lacks, shown, pictures, files), encoding="utf-8")
+    try:
+        make_folders(out)
+        for name, table in found.items():
+            write(table, out / "tables", name)
+        for i, plan in enumerate(wanted):
+            progress("report", i, len(wanted) + 1)
+            shown.append(draw(plan, found[plan.table], lacks, out / "figures", places))
+        progress("report", len(wanted), len(wanted) + 1)
+        pictures, files = images(facts, out / "figures"), write_data(facts, out / "data")
+        page.write_text(_render(facts, found, lacks, shown, pictures, files), encoding="utf-8")
+    except OSError as error:
+        raise AquabitError(f"the report could not be written to {out}: {error.strerror or error}") from error
     progress("report", len(wanted) + 1, len(wanted) + 1)
     return page
+
+
+def make_folders(out: Path) -> None:
+    for name in FOLDERS:
+        (out / name).mkdir(parents=True, exist_ok=True)
 
 
 def write_data(facts: Facts, folder: Path) -> list[str]:
@@ -117,13 +115,7 @@ def write_data(facts: Facts, folder: Path) -> list[str]:
     return [name for name, value in files.items() if value]
 
 
-def draw(
-    plan: Plan,
-    table: pd.DataFrame,
-    lacks: Mapping[str, tuple[str, str]],
-    folder: Path,
-    places: Mapping[str, int],
-) -> Shown:
+def draw(plan: Plan, table: pd.DataFrame, lacks: Lacks, folder: Path, places: Mapping[str, int]) -> Shown:
     """The files of one figure, and the figure as an element of the page; points of layers carry their row
     in ``places``."""
     if plan.needs in lacks or table.empty:
@@ -214,6 +206,7 @@ def environment() -> jinja2.Environment:
         short=words.short,
         levels=lambda rows: drawing.levels(pd.DataFrame(rows)),
         breakable=_breakable,
+        uniform_name=uniform_name,
     )
     script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
     allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -223,12 +216,7 @@ def environment() -> jinja2.Environment:
 
 
 def _render(
-    facts: Facts,
-    found: Tables,
-    lacks: Mapping[str, tuple[str, str]],
-    shown: Sequence[Shown],
-    grids: list[Images],
-    files: list[str],
+    facts: Facts, found: Tables, lacks: Lacks, shown: Sequence[Shown], grids: list[Images], files: list[str]
 ) -> str:
     frames: dict[str, Any] = {
         name: list(table.itertuples(index=False, name="Row")) for name, table in found.items()

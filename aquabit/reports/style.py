@@ -74,16 +74,15 @@ RC: Any = {
 
 # by nominal bits, nearest one: the more bits the lighter, so that a grey print keeps the order; full
 # precision is black
-BIT_COLOURS = {2: "#7A2500", 3: VERMILLION, 4: "#7CC4EE", 8: "#D5EAF7", 16: "#1B1B1B"}
+BIT_COLOURS = {2: "#7A2500", 3: VERMILLION, 4: "#7CC4EE", 6: "#A8D8F3", 8: "#D5EAF7", 16: "#1B1B1B"}
 
 
 @contextmanager
 def use() -> Iterator[None]:
     """Our style inside a ``with`` block; nothing global stays changed."""
     with matplotlib.rc_context(RC), warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="Glyph .* missing from"
-        )  # a name in a script the font lacks
+        # a name in a script the font lacks
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
         yield
 
 
@@ -93,10 +92,8 @@ def canvas(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, figure.add_subplot()
 
 
-FORMATS = {
-    "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
-    "png": {"Software": None},
-}  # beside SVG; and what they omit
+# beside SVG; and what they omit
+FORMATS = {"pdf": {"CreationDate": None, "Creator": None, "Producer": None}, "png": {"Software": None}}
 
 
 def save(figure: Figure, folder: Path, name: str) -> str:
@@ -204,7 +201,9 @@ def symmetric_axis(axes: Axes, which: str, values: Any, ticks_most: int = 4) -> 
     near = 10.0 ** math.floor(math.log10(float(np.median(size))))
     getattr(axes, f"set_{which}scale")("symlog", linthresh=near, linscale=0.6)
     getattr(axes, f"set_{which}lim")(1.6 * low if low < -near else -0.4 * near + min(low, 0.0), 1.6 * high)
-    powers = [near * 10.0**k for k in range(ticks_most + 2) if near * 10.0**k <= 1.6 * max(high, -low)]
+    decades = math.floor(math.log10(1.6 * max(high, -low) / near))
+    step = decades // (ticks_most + 2) + 1  # over many decades the first ticks would crowd at zero
+    powers = [near * 10.0**k for k in range(step - 1, decades + 1, step)]
     axis = getattr(axes, f"{which}axis")
     axis.set_major_locator(
         FixedLocator([-p for p in powers if -p >= 1.6 * low] + [0.0] + [p for p in powers if p <= 1.6 * high])
@@ -214,7 +213,14 @@ def symmetric_axis(axes: Axes, which: str, values: Any, ticks_most: int = 4) -> 
 
 
 def _tick(value: float, _: int = 0) -> str:
-    text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.6g}"
+    size = abs(value)
+    text = (
+        f"{value:.0e}".replace("e+0", "e")
+        if size >= 1e5
+        else f"{value:,.0f}"
+        if size >= 1000
+        else f"{value:.6g}"
+    )
     return text.replace("-", "\N{MINUS SIGN}")
 
 

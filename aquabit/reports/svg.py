@@ -9,9 +9,8 @@ from collections.abc import Iterator, Mapping
 from markupsafe import Markup
 
 SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
-Named = Mapping[
-    str, tuple[str, list[str]]
-]  # SVG id -> kind ("layer" or "tip") and the names of its points, in order
+# SVG id -> kind ("layer" or "tip") and the names of its points, in order
+Named = Mapping[str, tuple[str, list[str]]]
 
 ET.register_namespace("", SVG)
 ET.register_namespace("xlink", XLINK)

@@ -17,6 +17,8 @@ from tests.command_line import fails, run
 from tests.conftest import tiny_pipeline
 
 SMALL = ["--images", "6", "--steps", "2", "--workers", "1"]
+WHOLE = ["run", "pipe", "--out", "whole", "--samples", "24", "--flips", "6", "--bits", "5"]
+WHOLE += ["--space", "space.json", *SMALL]
 
 
 @pytest.fixture(scope="module")
@@ -25,22 +27,7 @@ def folder(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("cli")
     tiny_pipeline("dit").save_pretrained(out / "pipe")
     (out / "space.json").write_text('{"schemes": ["usq2", "usq3", "usq4", "usq8", "vq3"]}')
-    run(
-        out,
-        "run",
-        "pipe",
-        "--out",
-        "whole",
-        "--samples",
-        "24",
-        "--flips",
-        "6",
-        "--bits",
-        "5",
-        "--space",
-        "space.json",
-        *SMALL,
-    )
+    run(out, *WHOLE)
     return out
 
 
@@ -93,22 +80,7 @@ def test_run_writes_everything_and_continues(folder) -> None:
     kinds = study.measurements(failed=True).kind.value_counts()
     assert kinds["candidate"] >= 8 and kinds["flip"] >= 6
     before = study.measurements(failed=True)
-    run(
-        folder,
-        "run",
-        "pipe",
-        "--out",
-        "whole",
-        "--samples",
-        "24",
-        "--flips",
-        "6",
-        "--bits",
-        "5",
-        "--space",
-        "space.json",
-        *SMALL,
-    )
+    run(folder, *WHOLE)
     assert study.measurements(failed=True).equals(before), "run again, nothing is measured twice"
 
 

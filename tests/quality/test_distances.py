@@ -31,6 +31,7 @@ from aquabit.quality import distances as dist
 from aquabit.quality.features import BUNDLED
 from aquabit.quality.moments import Moments
 from aquabit.scheme import AquabitError
+from tests.quality import whole_sets
 
 DIGITS_METRICS = [
     "fid",
@@ -90,14 +91,14 @@ def slow_fid(a: np.ndarray, b: np.ndarray) -> float:
 @pytest.mark.parametrize(("m", "n", "shift"), [(200, 150, 0.0), (60, 500, 0.3), (40, 40, 5.0)])
 def test_fid_equals_scipy_sqrtm(m: int, n: int, shift: float) -> None:
     a, b = features(m, seed=1), features(n, seed=2, shift=shift)
-    assert dist.fid(a, b) == pytest.approx(slow_fid(a, b), **CLOSE)
-    assert dist.sfid(a, b) == dist.fid(a, b)
+    assert whole_sets.fid(a, b) == pytest.approx(slow_fid(a, b), **CLOSE)
+    assert whole_sets.sfid(a, b) == whole_sets.fid(a, b)
 
 
 def test_frechet_distance_of_diagonal_gaussians_in_closed_form() -> None:
     a, b, shift = np.array([4.0, 1.0, 0.0]), np.array([1.0, 9.0, 2.0]), np.array([1.0, -2.0, 0.5])
     expected = (shift**2).sum() + ((np.sqrt(a) - np.sqrt(b)) ** 2).sum()
-    assert dist.frechet_distance(shift, np.diag(a), np.zeros(3), np.diag(b)) == pytest.approx(
+    assert whole_sets.frechet_distance(shift, np.diag(a), np.zeros(3), np.diag(b)) == pytest.approx(
         expected, **CLOSE
     )
 
@@ -108,9 +109,9 @@ def test_kid_equals_sklearn_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     for k in (xx, yy):
         np.fill_diagonal(k, 0)
     expected = xx.sum() / (70 * 69) + yy.sum() / (45 * 44) - 2 * xy.mean()
-    assert dist.kid(a, b) == pytest.approx(expected, **CLOSE)
+    assert whole_sets.kid(a, b) == pytest.approx(expected, **CLOSE)
     monkeypatch.setattr(dist, "_BLOCK", 16)
-    assert dist.kid(a, b) == pytest.approx(expected, **CLOSE)
+    assert whole_sets.kid(a, b) == pytest.approx(expected, **CLOSE)
 
 
 def slow_coverage(points: np.ndarray, centres: np.ndarray, k: int) -> float:
@@ -124,29 +125,21 @@ def slow_coverage(points: np.ndarray, centres: np.ndarray, k: int) -> float:
     return inside / len(points)
 
 
-def precision_recall(
-    real: np.ndarray, generated: np.ndarray, k: int = dist.NEIGHBOURS
-) -> tuple[float, float]:
-    """Kynkaanniemi et al. 2019, eq. 1 and 2."""
-    inside, radii = dist.fraction_inside, dist.neighbour_radii
-    return inside(generated, real, radii(real, k)), inside(real, generated, radii(generated, k))
-
-
 @pytest.mark.parametrize("k", [1, 3])
 def test_precision_recall_equal_loops(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = features(60, d=4, seed=1), features(35, d=4, seed=2, shift=0.3)
     expected = slow_coverage(b, a, k), slow_coverage(a, b, k)
     assert 0 < expected[0] < 1 and 0 < expected[1] < 1 and expected[0] != expected[1]
-    assert precision_recall(a, b, k) == pytest.approx(expected, abs=1e-15)
+    assert whole_sets.precision_recall(a, b, k) == pytest.approx(expected, abs=1e-15)
     monkeypatch.setattr(dist, "_BLOCK", 16)
-    assert precision_recall(a, b, k) == pytest.approx(expected, abs=1e-15)
+    assert whole_sets.precision_recall(a, b, k) == pytest.approx(expected, abs=1e-15)
 
 
 def test_inception_score_equals_its_definition() -> None:
     logits = 3 * features(50, d=10)
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     divergences = [sum(pi * np.log(pi / qi) for pi, qi in zip(row, p.mean(0), strict=True)) for row in p]
-    assert dist.inception_score(logits) == pytest.approx(np.exp(np.mean(divergences)), **CLOSE)
+    assert whole_sets.inception_score(logits) == pytest.approx(np.exp(np.mean(divergences)), **CLOSE)
 
 
 def slow_ssim(x: np.ndarray, y: np.ndarray) -> float:
@@ -196,7 +189,7 @@ def test_mse_psnr_and_feature_distance_by_hand() -> None:
     y = x.clone()
     y[1], y[2, 0, 0, 0] = 0.1, 1.0
     assert paired.mse(x, y) == pytest.approx([0, 0.01, 0.25], **CLOSE)
-    assert paired.psnr(x, y) == pytest.approx([100.0, 20.0, 10 * np.log10(4)], **CLOSE)
+    assert whole_sets.psnr(x, y) == pytest.approx([100.0, 20.0, 10 * np.log10(4)], **CLOSE)
     a, b = np.array([[3.0, 0], [0, 2], [1, 0], [0, 0]]), np.array([[1.0, 0], [5, 0], [-4, 0], [0, 0]])
     assert paired.feature_distance(a, b) == pytest.approx([0, 2, 4, 0], **CLOSE)
     with pytest.raises(AquabitError, match=r"\[3, 1, 2, 2\].*\[2, 1, 2, 2\]"):
@@ -209,12 +202,12 @@ def test_mse_psnr_and_feature_distance_by_hand() -> None:
 @pytest.mark.parametrize("n", [3, 10, 200])
 def test_fid_laws_also_where_the_covariance_is_singular(n: int) -> None:
     a, b = features(n, seed=1), features(300, seed=2)
-    assert dist.fid(a, a) == pytest.approx(0, abs=1e-12)
-    assert dist.fid(a, b) == pytest.approx(dist.fid(b, a), rel=1e-7)
-    assert dist.fid(a, b) > 0.01
-    assert dist.fid(a, a + 2.0) == pytest.approx(4.0 * 16, **CLOSE)
+    assert whole_sets.fid(a, a) == pytest.approx(0, abs=1e-12)
+    assert whole_sets.fid(a, b) == pytest.approx(whole_sets.fid(b, a), rel=1e-7)
+    assert whole_sets.fid(a, b) > 0.01
+    assert whole_sets.fid(a, a + 2.0) == pytest.approx(4.0 * 16, **CLOSE)
     q = linalg.qr(features(16, seed=3))[0]
-    assert dist.fid(a @ q, b @ q) == pytest.approx(dist.fid(a, b), rel=1e-6)
+    assert whole_sets.fid(a @ q, b @ q) == pytest.approx(whole_sets.fid(a, b), rel=1e-6)
 
 
 def test_fid_of_two_singular_covariances_in_closed_form() -> None:
@@ -224,37 +217,36 @@ def test_fid_of_two_singular_covariances_in_closed_form() -> None:
         [-1, 1],
         [-3, 3],
     )  # orthogonal lines with variances 2 and 18, so the cross term vanishes
-    assert dist.fid(a, b) == pytest.approx(20.0, **CLOSE)
+    assert whole_sets.fid(a, b) == pytest.approx(20.0, **CLOSE)
 
 
 def test_kid_is_unbiased_and_precision_recall_reach_their_ends() -> None:
     rng = np.random.default_rng(0)
-    values = [dist.kid(rng.normal(size=(20, 4)), rng.normal(size=(30, 4))) for _ in range(300)]
+    values = [whole_sets.kid(rng.normal(size=(20, 4)), rng.normal(size=(30, 4))) for _ in range(300)]
     assert min(values) < 0  # an estimator that is never negative is biased
     assert abs(np.mean(values)) < 4 * np.std(values) / np.sqrt(300)
     a = features(50, d=4)
-    assert precision_recall(a, a) == (1.0, 1.0)
-    assert precision_recall(a, a + 100) == (0.0, 0.0)
+    assert whole_sets.precision_recall(a, a) == (1.0, 1.0)
+    assert whole_sets.precision_recall(a, a + 100) == (0.0, 0.0)
     collapsed = np.repeat(a[:1], 20, axis=0)
-    assert precision_recall(a, collapsed)[0] == 1.0
-    assert precision_recall(a, collapsed)[1] == pytest.approx(1 / 50)
+    assert whole_sets.precision_recall(a, collapsed)[0] == 1.0
+    assert whole_sets.precision_recall(a, collapsed)[1] == pytest.approx(1 / 50)
 
 
 def test_inception_score_ends() -> None:
-    assert dist.inception_score(np.full((20, 10), 3.7)) == pytest.approx(1.0, **CLOSE)
-    assert dist.inception_score(2000.0 * np.eye(10)) == pytest.approx(10.0, **CLOSE)
-    assert dist.inception_score(2000.0 * np.eye(10)[[0] * 7]) == pytest.approx(1.0, **CLOSE)
+    assert whole_sets.inception_score(np.full((20, 10), 3.7)) == pytest.approx(1.0, **CLOSE)
+    assert whole_sets.inception_score(2000.0 * np.eye(10)) == pytest.approx(10.0, **CLOSE)
+    assert whole_sets.inception_score(2000.0 * np.eye(10)[[0] * 7]) == pytest.approx(1.0, **CLOSE)
 
 
-def test_too_few_rows_are_nan_and_widths_must_agree() -> None:
+def test_too_few_rows_are_nan_and_shapes_must_fit() -> None:
     a = features(20)
-    assert np.isnan([dist.fid(a, a[:1]), dist.kid(a, a[:1]), precision_recall(a, a[:3])[1]]).all()
-    assert precision_recall(a, a[:3])[0] == 1.0
-    for distance in (dist.fid, dist.kid):
-        with pytest.raises(AquabitError, match="16 and 4 dimensions"):
-            distance(a, features(20, d=4))
+    assert np.isnan(
+        [whole_sets.fid(a, a[:1]), whole_sets.kid(a, a[:1]), whole_sets.precision_recall(a, a[:3])[1]]
+    ).all()
+    assert whole_sets.precision_recall(a, a[:3])[0] == 1.0
     with pytest.raises(AquabitError, match="expected \\[n, d\\]"):
-        dist.kid(a[0], a)
+        dist.class_sums(a[0])
     with pytest.raises(AquabitError, match=r"labels have shape \[3\]; expected \[20\]"):
         dist.accuracy(a, [1, 2, 3])
 
@@ -298,18 +290,18 @@ def test_quality_equals_the_plain_functions(digits: DigitsFeatures, reference: R
     images, labels = held_out_digits()
     x = 0.4 * images[:100] + 0.6 * random_images(100)
     real, fake, clean = digits(images), digits(x), digits(images[:100])
-    precision, recall = precision_recall(real.pooled, fake.pooled)
+    precision, recall = whole_sets.precision_recall(real.pooled, fake.pooled)
     assert 0 < precision < 1 and 0 < recall < 1 and precision != recall
     expected = {
-        "fid": dist.fid(real.pooled, fake.pooled),
-        "sfid": dist.sfid(real.spatial, fake.spatial),
-        "kid": dist.kid(real.pooled, fake.pooled),
-        "is": dist.inception_score(fake.logits),
+        "fid": whole_sets.fid(real.pooled, fake.pooled),
+        "sfid": whole_sets.sfid(real.spatial, fake.spatial),
+        "kid": whole_sets.kid(real.pooled, fake.pooled),
+        "is": whole_sets.inception_score(fake.logits),
         "precision": precision,
         "recall": recall,
         "accuracy": float((fake.logits.argmax(1) == labels[:100].numpy()).mean()),
         "mse": paired.mse(x, images[:100]).mean(),
-        "psnr": paired.psnr(x, images[:100]).mean(),
+        "psnr": whole_sets.psnr(x, images[:100]).mean(),
         "ssim": paired.ssim(x, images[:100]).mean(),
         "feature_distance": paired.feature_distance(fake.spatial, clean.spatial).mean(),
     }
@@ -443,12 +435,14 @@ def test_classifier_is_accurate_and_fid_tells_digits_from_noise(digits: DigitsFe
     assert (real.spatial.std(0) > 0.01).mean() > 0.9  # no dead channels among the four
     assert dist.accuracy(real.logits, labels) >= 0.97
     assert (
-        dist.inception_score(real.logits) > 6
+        whole_sets.inception_score(real.logits) > 6
     )  # below 10 because the classifier learned with smoothed labels
-    halves = dist.fid(real.pooled[::2], real.pooled[1::2])
-    assert dist.fid(real.pooled, noise.pooled) > 20 * halves
-    assert dist.sfid(real.spatial, noise.spatial) > 10 * dist.sfid(real.spatial[::2], real.spatial[1::2])
-    assert precision_recall(real.pooled[::2], real.pooled[1::2]) > (0.8, 0.8)
+    halves = whole_sets.fid(real.pooled[::2], real.pooled[1::2])
+    assert whole_sets.fid(real.pooled, noise.pooled) > 20 * halves
+    assert whole_sets.sfid(real.spatial, noise.spatial) > 10 * whole_sets.sfid(
+        real.spatial[::2], real.spatial[1::2]
+    )
+    assert whole_sets.precision_recall(real.pooled[::2], real.pooled[1::2]) > (0.8, 0.8)
 
 
 def test_classifier_equals_the_module_it_was_trained_as(digits: DigitsFeatures) -> None:

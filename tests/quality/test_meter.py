@@ -34,6 +34,7 @@ from aquabit.quality.pretrained import (
 )
 from aquabit.scheme import LOWER_IS_BETTER, AquabitError, Protocol
 from tests.conftest import tiny_pipeline
+from tests.quality import whole_sets
 
 PROMPTS = ["a cat", "the dog", "a dog", "the cat"]
 
@@ -348,10 +349,10 @@ def test_cmmd_equals_its_double_sum_and_published_form(monkeypatch: pytest.Monke
     )
     mean = lambda x, y: np.mean([[math.exp(-(((p - q) ** 2).sum()) / 200) for q in y] for p in x])  # noqa: E731
     expected = 1000 * (mean(a, a) + mean(b, b) - 2 * mean(a, b))
-    assert dist.cmmd(a, b) == pytest.approx(expected, rel=1e-6) and expected > 0.1
+    assert whole_sets.cmmd(a, b) == pytest.approx(expected, rel=1e-6) and expected > 0.1
     monkeypatch.setattr(dist, "_BLOCK", 4)
-    assert dist.cmmd(a, b) == pytest.approx(expected, rel=1e-6)
-    assert dist.cmmd(a, a) == pytest.approx(0, abs=1e-12)
+    assert whole_sets.cmmd(a, b) == pytest.approx(expected, rel=1e-6)
+    assert whole_sets.cmmd(a, a) == pytest.approx(0, abs=1e-12)
 
 
 @pytest.mark.parametrize("n", [3, 9, 10, 11, 40])
@@ -441,12 +442,12 @@ def test_every_metric_of_every_extractor_in_chunks_and_at_once(files, real, tmp_
     loaded = torch.cat([b.float() / 255 for b in ImageFolder(real).batches((32, 32), 3)])
     inception, dinov2, clip = (gauge.extractor(k) for k in ("inception", "dinov2", "clip"))
     expected = {
-        "fid": dist.fid(inception(loaded).pooled, inception(x).pooled),
-        "sfid": dist.sfid(inception(loaded).spatial, inception(x).spatial),
-        "fd_dinov2": dist.fid(dinov2(loaded).pooled, dinov2(x).pooled),
-        "kd_dinov2": dist.kid(dinov2(loaded).pooled, dinov2(x).pooled),
-        "cmmd": dist.cmmd(clip(loaded).pooled, clip(x).pooled),
-        "kid": dist.kid(inception(loaded).pooled, inception(x).pooled),
+        "fid": whole_sets.fid(inception(loaded).pooled, inception(x).pooled),
+        "sfid": whole_sets.sfid(inception(loaded).spatial, inception(x).spatial),
+        "fd_dinov2": whole_sets.fid(dinov2(loaded).pooled, dinov2(x).pooled),
+        "kd_dinov2": whole_sets.kid(dinov2(loaded).pooled, dinov2(x).pooled),
+        "cmmd": whole_sets.cmmd(clip(loaded).pooled, clip(x).pooled),
+        "kid": whole_sets.kid(inception(loaded).pooled, inception(x).pooled),
         f"{__name__}:brightness": (
             float((x.mean() - y.mean()).abs()) * 0 + float((x - y).mean((1, 2, 3)).mean())
         ),

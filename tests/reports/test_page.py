@@ -12,11 +12,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from aquabit.reports import catalog, figures, report, style, words, writing
+from aquabit.reports import catalog, drawing, figures, report, style, words, writing
 from aquabit.reports import facts as facts_of
 from aquabit.reports.answer import answer
+from aquabit.reports.lacks import missing
 from aquabit.reports.subjects import comparison, interactions, quality, ranking, scheme_scores, swaps
 from aquabit.scheme import AquabitError, Measurement
+from aquabit.scheme_kinds import uniform_name
 from aquabit.study import Study
 from tests.pages import EVIL, PROTOCOL, Synthetic, parsed
 
@@ -105,7 +107,7 @@ def test_the_summary_names_worst_layer_winner_and_trust(built: tuple[Study, Path
     study, _ = built
     facts = facts_of.read(study)
     found = catalog.all_tables(facts)
-    where, which, trust = (s.text for s in answer(facts, found, facts_of.missing(facts)))
+    where, which, trust = (s.text for s in answer(facts, found, missing(facts)))
     assert found["layers"].layer[0] in where and "a combined (predicted and measured)" in where
     before = answer(replace(facts, sensitivity=replace(facts.sensitivity, ranking="predicted")), found, {})[
         0
@@ -169,7 +171,7 @@ def test_the_page_says_first_what_the_objective_cannot_tell_then_fidelity_and_si
     made, _ = newer
     facts = facts_of.read(made.study)
     found = catalog.all_tables(facts)
-    which = answer(facts, found, facts_of.missing(facts))[1].text
+    which = answer(facts, found, missing(facts))[1].text
     assert which.startswith(
         "FID of 5 \u00d7 128 images cannot tell the found configuration from uniform usq3 (about 10,241"
         " images would)"
@@ -295,6 +297,32 @@ STAGES = [
     ("measure explain", ["validate", "search"]),
     ("measure search", ["explain", "validate"]),
 ]
+
+
+def test_labels_of_points_meet_no_line_and_no_other_label() -> None:
+    with style.use():
+        canvas, axes = style.canvas(3.0, 2.0)
+        axes.plot([0, 1, 2], [0, 1, 0.5], marker="o")
+        axes.plot([0, 2], [1, 0.4], marker="s")
+        points = [(0, 0, "low"), (1, 1, "high"), (2, 0.5, "first"), (2, 0.4, "second"), (0, 1, "left")]
+        drawing.label_points(axes, points)
+        canvas.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert [text.get_text() for text in axes.texts] == [name for _, _, name in points]
+    assert all(not box.count_contains(drawing._drawn(axes)) for box in boxes)
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    frame = axes.get_window_extent()
+    assert all(frame.contains(*corner) for box in boxes for corner in (box.min, box.max))
+
+
+def test_a_uniform_configuration_of_many_formats_has_a_plain_name() -> None:
+    assert [uniform_name(name) for name in ("usq3h", "aq+usq", "aq", "usq", "mixed")] == [
+        "usq3h",
+        "additive codebooks",
+        "additive codebooks",
+        "usq",
+        "mixed",
+    ]
 
 
 @pytest.mark.usefixtures("svg_only")

@@ -7,16 +7,18 @@ import io
 import json
 import re
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import networkx as nx
 import numpy as np
 import pandas as pd
 import pytest
 from rich.console import Console
 
-from aquabit.cli import tables as _terminal
+from aquabit.cli import findings, tables
 from aquabit.pipelines import FAMILIES, PRESETS
 from aquabit.reports import catalog, side_by_side, style, svg
 from aquabit.reports import facts as facts_of
@@ -94,6 +96,25 @@ def test_the_layer_graph_is_of_blocks_where_layers_are_many(
         list(blocks.kind) == ["block"] * 2 and list(blocks.to) == ["n1", ""] and list(blocks.layers) == [8, 8]
     )
     assert blocks.effect.tolist() == pytest.approx(found["blocks"].effect.tolist())
+
+
+def test_layers_side_by_side_stand_in_the_order_of_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)  # no graphviz
+    graph = nx.DiGraph()
+    graph.add_edges_from([("in", "b"), ("in", "a"), ("in", "c"), ("b", "out"), ("a", "out"), ("c", "out")])
+    places = layer_graph._places(graph)
+    assert [name for name in graph if places[name][0] == places["a"][0]] == ["b", "a", "c"]
+    assert places["b"][1] < places["a"][1] < places["c"][1]
+
+
+def test_ticks_over_many_decades_keep_apart() -> None:
+    with style.use():
+        canvas, axes = style.canvas(style.SINGLE, 1.5)
+        axes.set_yticks([0], ["down_blocks.1.attentions.0"])
+        style.symmetric_axis(axes, "x", [0.01, 0.02, -3e9, 4e11], ticks_most=3)
+        canvas.draw_without_rendering()
+    boxes = [tick.get_window_extent() for tick in axes.get_xticklabels() if tick.get_text()]
+    assert len(boxes) >= 5 and not any(a.overlaps(b) for a, b in pairwise(boxes))
 
 
 def test_points_carry_the_names_they_were_given() -> None:
@@ -200,7 +221,8 @@ LONG = ["down_blocks.1.resnets.0.conv_shortcut", "transformer_blocks.27.norm1.em
 def terminal(monkeypatch: pytest.MonkeyPatch) -> Console:
     """A terminal of 80 columns that records what is printed."""
     console = Console(width=80, file=io.StringIO(), record=True)
-    monkeypatch.setattr(_terminal, "console", console)
+    for module in (findings, tables):
+        monkeypatch.setattr(module, "console", console)
     return console
 
 
@@ -225,13 +247,13 @@ def told(study: Study) -> dict[str, Any]:
 def test_the_terminal_cuts_no_name_at_80_columns(terminal: Console, both: tuple[Study, Study]) -> None:
     for study in both:
         result = told(study)
-        _terminal.show_sensitivity(result, 10)
+        findings.show_sensitivity(result, 10)
         said = terminal.export_text()
         assert "\u2026" not in said
         for row in result["layers"]:
             assert f"{row['name']} ({row['operator']})\n" in said
-            assert _terminal.ends(row) in said
-    _terminal.show_families([f.to_dict() for f in FAMILIES], [p.to_dict() for p in PRESETS])
+            assert tables.ends(row) in said
+    tables.show_families([f.to_dict() for f in FAMILIES], [p.to_dict() for p in PRESETS])
     said = terminal.export_text()
     assert "\u2026" not in said and all(f"{p.name} ({p.family})\n" in said for p in PRESETS)
     assert all(pipeline in said for f in FAMILIES for pipeline in f.pipelines)
@@ -240,13 +262,13 @@ def test_the_terminal_cuts_no_name_at_80_columns(terminal: Console, both: tuple[
 
 def test_names_stand_beside_their_numbers_where_there_is_room() -> None:
     head, rows = ["layer", "worse\nby", "swaps"], [["conv_in", "0.123", "2"], ["x" * 30, "-12.3", "10"]]
-    assert _terminal.named_lines(head, rows, 80) == [
+    assert tables.named_lines(head, rows, 80) == [
         " " * 30 + "  worse       ",
         "layer" + " " * 25 + "     by  swaps",
         "conv_in" + " " * 23 + "  0.123      2",
         "x" * 30 + "  -12.3     10",
     ]
-    assert _terminal.named_lines(head, rows, 40) == [
+    assert tables.named_lines(head, rows, 40) == [
         "layer",
         "    worse       ",
         "       by  swaps",
@@ -260,7 +282,7 @@ def test_names_stand_beside_their_numbers_where_there_is_room() -> None:
 def test_the_terminal_says_what_the_ranking_is_and_how_true(
     terminal: Console, both: tuple[Study, Study]
 ) -> None:
-    _terminal.show_sensitivity(told(both[1]), 10)
+    findings.show_sensitivity(told(both[1]), 10)
     said = " ".join(terminal.export_text().split())
     assert "too few (14)" in said and "95 % interval" in said and "90 %" not in said and "PSNR" in said
     assert (
@@ -272,7 +294,7 @@ def test_the_terminal_says_what_the_ranking_is_and_how_true(
         in said
     )
     assert "layers that the ranking puts first: SRCC 0.440" in said
-    _terminal.show_sensitivity(told(both[0]), 10)
+    findings.show_sensitivity(told(both[0]), 10)
     said = " ".join(terminal.export_text().split())
     assert (
         "90 % interval" in said
@@ -284,7 +306,7 @@ def test_the_terminal_says_what_the_ranking_is_and_how_true(
 
 def test_a_front_in_the_terminal(terminal: Console, both: tuple[Study, Study]) -> None:
     front = Front.from_dict(both[1].get("front"))
-    _terminal.show_front(front)
+    findings.show_front(front)
     said = terminal.export_text()
     assert "\u2026" not in said and max(map(len, said.splitlines())) <= 80
     c, best, words = front.comparison, front.best_member, " ".join(said.split())
@@ -316,13 +338,13 @@ def test_fronts_of_older_searches_and_without_uniform_are_shown(
     terminal: Console, both: tuple[Study, Study]
 ) -> None:
     older = Front.from_dict(both[0].get("front"))
-    _terminal.show_front(older)
+    findings.show_front(older)
     said = " ".join(terminal.export_text().split())
     assert (
         "\u00b1 90 %" in said and "PSNR" not in said and "uniform usq3" in said and "cannot tell" not in said
     )
     newer = Front.from_dict(both[1].get("front"))
     kept = {k: newer.comparison[k] for k in ("same_quality", "judged", "against")}
-    _terminal.show_front(replace(newer, comparison=kept))
+    findings.show_front(replace(newer, comparison=kept))
     said = " ".join(terminal.export_text().split())
     assert "\u00b1 95 %" in said and "for all layers has" in said and "difference" not in said

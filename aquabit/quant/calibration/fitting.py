@@ -19,7 +19,7 @@ from aquabit.quant.calibration.calibrator import Calibrator
 from aquabit.quant.calibration.hessian import output_error
 from aquabit.quant.calibration.moments import Moments
 from aquabit.quant.schemes.progress import Report
-from aquabit.quant.weights import quantize_weight, quantize_weights, relative_error
+from aquabit.quant.weights import quantize_weights, relative_error
 from aquabit.scheme import AquabitError, Calibration, Progress, Scheme, digest, no_progress
 
 # bits of the inputs that shared codebooks are fitted for: one set of tables serves layers of different
@@ -101,11 +101,10 @@ class Fitter:
         weight alone."""
         if not request.scheme.calibrated:
             return ""
-        members = (
-            [self.weights.key(n) for n in self.members(request.layer, request.scheme)]
-            if request.scheme.shared
-            else []
-        )
+        if request.scheme.shared:
+            members = [self.weights.key(n) for n in self.members(request.layer, request.scheme)]
+        else:
+            members = []
         return digest([self.fingerprint, (calibration or Calibration()).digest, request.act, members])
 
     def found(self, request: FitRequest, calibration: Calibration | None) -> Fit | None:
@@ -142,7 +141,8 @@ class Fitter:
         for request in missing:
             if not request.scheme.calibrated:
                 weight = self.weights[request.layer]
-                self._store(request, None, quantize_weight(weight, request.scheme), [], None)
+                [coded] = quantize_weights([weight], request.scheme)
+                self._store(request, None, coded, [], None)
                 if weight.numel() >= LARGE:
                     give_back()
                 counter.next(f"{request.layer} {request.scheme}")
@@ -186,9 +186,8 @@ class Fitter:
         batches: dict[Any, list[FitRequest]] = defaultdict(list)
         for request in requests:
             weight = self.weights[request.layer]
-            alone = (
-                weight.device.type == "cpu" and not request.scheme.shared
-            )  # batches save time on a GPU only, and a CPU's results are exact
+            # batches save time on a GPU only, and a CPU's results are exact
+            alone = weight.device.type == "cpu" and not request.scheme.shared
             kind = (
                 request.layer if alone else tuple(weight.shape),
                 known[request.layer, request.act].diagonal,
@@ -206,10 +205,8 @@ class Fitter:
             if known[layers[0], act].diagonal:
                 notes.append(f"H of {weights[0][0].numel()} inputs is kept as its diagonal only")
             for layer, weight, hessian, result in zip(layers, weights, hessians, coded, strict=True):
-                error, request = (
-                    output_error(weight, result.dequantize(), hessian),
-                    FitRequest(layer, scheme, act),
-                )
+                error = output_error(weight, result.dequantize(), hessian)
+                request = FitRequest(layer, scheme, act)
                 self._store(request, calibration, result, notes, error)
                 if request in batch:
                     counter.next(f"{layer} {scheme} a{act}, loss {error:.4f}")
@@ -242,33 +239,24 @@ class Fitter:
         (only with a calibration), "notes" what is to be said of the fit, where there is something.
         """
         with self.bank.using():
-            return self._facts(layers, schemes, acts, calibration)
-
-    def _facts(
-        self,
-        layers: Sequence[str],
-        schemes: Mapping[str, Sequence[Scheme]],
-        acts: Sequence[int],
-        calibration: Calibration | None,
-    ) -> dict[str, dict[str, dict[str, Any]]]:
-        requests = [
-            FitRequest(n, s, a)
-            for n in layers
-            for s in schemes[n]
-            for a in (acts if s.calibrated else acts[:1])
-        ]
-        self.fit(requests, calibration)
-        known = {} if calibration is None else self.calibrator.moments(layers, acts[:1], calibration)
-        found: dict[str, dict[str, dict[str, Any]]] = {}
-        for layer in layers:
-            for scheme in schemes[layer]:  # a layer that never ran has no H
-                fit = self.found(FitRequest(layer, scheme, acts[0]), calibration)
-                assert fit is not None
-                value: dict[str, Any] = {"error": fit.error}
-                if (layer, acts[0]) in known:
-                    hessian: Tensor = known[layer, acts[0]].hessian
-                    value["output"] = output_error(self.weights[layer], fit.coded.dequantize(), hessian)
-                if fit.notes:
-                    value["notes"] = list(fit.notes)
-                found.setdefault(layer, {})[str(scheme)] = value
-        return found
+            requests = [
+                FitRequest(n, s, a)
+                for n in layers
+                for s in schemes[n]
+                for a in (acts if s.calibrated else acts[:1])
+            ]
+            self.fit(requests, calibration)
+            known = {} if calibration is None else self.calibrator.moments(layers, acts[:1], calibration)
+            found: dict[str, dict[str, dict[str, Any]]] = {}
+            for layer in layers:
+                for scheme in schemes[layer]:  # a layer that never ran has no H
+                    fit = self.found(FitRequest(layer, scheme, acts[0]), calibration)
+                    assert fit is not None
+                    value: dict[str, Any] = {"error": fit.error}
+                    if (layer, acts[0]) in known:
+                        hessian: Tensor = known[layer, acts[0]].hessian
+                        value["output"] = output_error(self.weights[layer], fit.coded.dequantize(), hessian)
+                    if fit.notes:
+                        value["notes"] = list(fit.notes)
+                    found.setdefault(layer, {})[str(scheme)] = value
+            return found

@@ -127,10 +127,8 @@ class _Sums:
                 f"{self.name} reads NaN or infinity in recorded call {call + 1} of {self.calls}; it cannot be"
                 " calibrated"
             )
-        total, share = (
-            _row_count(self.layer, x),
-            self.limit * (call + 1) // self.calls - self.limit * call // self.calls,
-        )
+        total = _row_count(self.layer, x)
+        share = self.limit * (call + 1) // self.calls - self.limit * call // self.calls
         index = _drawn(total, share, (seed * 1_000_003 + call) % 2**63).to(x.device)
         self.count += len(index)
         for bits, into in self.sums.items():
@@ -197,11 +195,9 @@ def _output_size(layer: QuantConv2d, x: Tensor) -> tuple[int, int]:
 
 def _row_count(layer: Layer, x: Tensor) -> int:
     """Tokens, or output pixels of all samples."""
-    return (
-        x.shape[0] * prod(_output_size(layer, x))
-        if isinstance(layer, QuantConv2d)
-        else x.numel() // x.shape[-1]
-    )
+    if isinstance(layer, QuantConv2d):
+        return x.shape[0] * prod(_output_size(layer, x))
+    return x.numel() // x.shape[-1]
 
 
 def _rows(layer: Layer, x: Tensor, bits: int, index: Tensor) -> Iterator[Tensor]:

@@ -28,9 +28,8 @@ from aquabit.quant.layers import QuantConv2d, Range
 from aquabit.quant.step_switch import input_parts
 from aquabit.scheme import AquabitError, Calibration, QuantConfig, digest
 
-Sample = Callable[
-    [Calibration, Sequence[Watcher]], None
-]  # makes calibration images with the model as it is, followed by watchers
+# makes calibration images with the model as it is, followed by watchers
+Sample = Callable[[Calibration, Sequence[Watcher]], None]
 
 FORMAT = 2  # raised when the same images would give other ranges
 # Shares of values beyond either end of the ranges that are tried; 0: the smallest and the largest value. At
@@ -62,10 +61,8 @@ class _Values:
 
     def add(self, x: Tensor, count: int) -> None:
         low, high = (float(end) for end in x.aminmax())
-        self.low, self.high = (
-            min(low, self.low),
-            max(high, self.high),
-        )  # NaN stays where it comes first: it is refused below
+        # NaN stays where it comes first: it is refused below
+        self.low, self.high = (min(low, self.low), max(high, self.high))
         flat = x.detach().reshape(-1)
         if len(flat) > count:
             flat = flat[
@@ -82,9 +79,8 @@ class RangeRecorder(Watcher):
 
     def __init__(self, layers: Mapping[str, Layer], attention: Collection[str], count: int):
         self.layers, self.attention, self.count, self.step, self.steps = layers, attention, count, 0, 0
-        self.values: dict[tuple[str, int], dict[int, _Values]] = defaultdict(
-            lambda: defaultdict(_Values)
-        )  # by layer, part; by step
+        # by layer, part; by step
+        self.values: dict[tuple[str, int], dict[int, _Values]] = defaultdict(lambda: defaultdict(_Values))
 
     def begin(self, scheduler: Any) -> None:
         self.steps = len(scheduler.timesteps)
@@ -118,11 +114,9 @@ class RangeRecorder(Watcher):
     @staticmethod
     def _range(name: str, values: Iterable[_Values], bits: int, zero: bool) -> Range:
         kept = list(values)
-        low, high, sample = (
-            min(v.low for v in kept),
-            max(v.high for v in kept),
-            torch.cat([p for v in kept for p in v.parts]),
-        )
+        low = min(v.low for v in kept)
+        high = max(v.high for v in kept)
+        sample = torch.cat([p for v in kept for p in v.parts])
         if not -torch.inf < low <= high < torch.inf or not bool(torch.isfinite(sample).all()):
             raise AquabitError(
                 f"layer {name!r} meets NaN or Inf in full precision; no static range holds them"
@@ -142,13 +136,11 @@ class RangeTables:
         attention: Collection[str],
         sample: Sample | None,
     ):
-        self.model, self.bank, self.fingerprint, self.attention, self.sample = (
-            model,
-            bank,
-            fingerprint,
-            attention,
-            sample,
-        )
+        self.model = model
+        self.bank = bank
+        self.fingerprint = fingerprint
+        self.attention = attention
+        self.sample = sample
         self._known: dict[tuple[str, int], dict[str, Tensor]] = {}
 
     def of(self, config: QuantConfig) -> dict[str, Tensor]:
@@ -174,9 +166,8 @@ class RangeTables:
         act, rows = config[name].act, []
         for part in range(config.range_parts(name)):
             bits = act if isinstance(act, int) else act[config.group_of_part(part)]
-            known = (
-                min(b for b in ((act,) if isinstance(act, int) else act)) if bits == 16 else bits
-            )  # a16 rounds to no range: any will do
+            # a16 rounds to no range: any will do
+            known = min(b for b in ((act,) if isinstance(act, int) else act)) if bits == 16 else bits
             table = self._known[calibration.digest, known].get(name)
             if table is None:
                 raise AquabitError(

@@ -20,17 +20,11 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
+from aquabit.quant.correction.guidance import SAME, doubled, guidance_weights, noise_part, step_arguments
 from aquabit.quant.correction.noise import NoiseEstimate, Uncorrectable
 from aquabit.quant.correction.samplers import StepFacts, prediction_type, refuses, refuses_eta, step_facts
 from aquabit.quant.correction.sampling import Watcher, follow_, watchers_of
-from aquabit.quant.correction.statistics import (
-    SAME,
-    Statistics,
-    doubled,
-    guidance_weights,
-    noise_part,
-    step_arguments,
-)
+from aquabit.quant.correction.statistics import Statistics
 from aquabit.scheme import AquabitError, parse_correction
 
 DEFAULT_CORRECTION = "cnc+bc"  # defined for every sampler

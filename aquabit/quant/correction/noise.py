@@ -21,12 +21,8 @@ from aquabit.scheme import AquabitError
 ORDER = 4  # moments up to the fourth: what the kurtosis of the residual takes
 POWERS = [(p, q) for p in range(ORDER + 1) for q in range(ORDER + 1 - p)]  # of eps and Delta
 PLACE = {power: i for i, power in enumerate(POWERS)}
-CROSS = (
-    (1, 0, 1, 0),
-    (1, 0, 0, 1),
-    (0, 1, 1, 0),
-    (0, 1, 0, 1),
-)  # powers of eps, Delta in one branch and eps, Delta in another
+# powers of eps, Delta in one branch and eps, Delta in another
+CROSS = ((1, 0, 1, 0), (1, 0, 0, 1), (0, 1, 1, 0), (0, 1, 0, 1))
 
 
 class Uncorrectable(AquabitError):
@@ -197,9 +193,8 @@ def bootstrap(
         parts = {}
         for field in fields(NoiseEstimate):
             middle = getattr(centre, field.name)
-            with np.errstate(
-                invalid="ignore"
-            ):  # infinite SNR less infinite SNR, where there is no noise at all
+            # infinite SNR less infinite SNR, where there is no noise at all
+            with np.errstate(invalid="ignore"):
                 moved = np.quantile(getattr(drawn, field.name) - middle, quantile, axis=0)
             parts[field.name] = middle + widen * np.nan_to_num(moved)
         ends.append(NoiseEstimate(**parts))

@@ -39,9 +39,8 @@ class StepFacts:
         if prediction == "epsilon":
             return output
         if prediction == "v_prediction":
-            scale = (
-                self.alpha**2 + self.sigma**2
-            ) ** 0.5  # 1, or that of a sampler which does not keep the variance
+            # 1, or that of a sampler which does not keep the variance
+            scale = (self.alpha**2 + self.sigma**2) ** 0.5
             return (self.alpha / scale) * output + (self.sigma / scale**2) * sample
         if prediction in ("flow", "flow_prediction"):
             return sample + self.alpha * output  # the output is eps - x0, and alpha = 1 - sigma
@@ -102,13 +101,10 @@ def _x0_gain(prediction: str, alpha: float, sigma: float) -> float:
 def _ddim(scheduler: Any, timestep: Any, eta: float, output: Tensor | None) -> StepFacts:
     t = int(timestep)
     before = t - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
-    now, then = (
-        float(scheduler.alphas_cumprod[t]),
-        float(scheduler.alphas_cumprod[before] if before >= 0 else scheduler.final_alpha_cumprod),
-    )
-    s = eta * sqrt(
-        max(float(scheduler._get_variance(t, before)), 0.0)
-    )  # as DDIM itself has it; calling it changes nothing
+    now = float(scheduler.alphas_cumprod[t])
+    then = float(scheduler.alphas_cumprod[before] if before >= 0 else scheduler.final_alpha_cumprod)
+    # as DDIM itself has it; calling it changes nothing
+    s = eta * sqrt(max(float(scheduler._get_variance(t, before)), 0.0))
     kind, alpha, sigma = scheduler.config.prediction_type, sqrt(now), sqrt(1 - now)
     gain = _gain(kind, alpha, sigma)
     coefficient = sqrt(max(1 - then - s * s, 0.0)) * gain + sqrt(then) * _x0_gain(kind, alpha, sigma)
@@ -118,15 +114,12 @@ def _ddim(scheduler: Any, timestep: Any, eta: float, output: Tensor | None) -> S
 def _ddpm(scheduler: Any, timestep: Any, eta: float, output: Tensor | None) -> StepFacts:
     t = int(timestep)
     before = int(scheduler.previous_timestep(t))
-    now, then = (
-        float(scheduler.alphas_cumprod[t]),
-        float(scheduler.alphas_cumprod[before] if before >= 0 else scheduler.one),
-    )
+    now = float(scheduler.alphas_cumprod[t])
+    then = float(scheduler.alphas_cumprod[before] if before >= 0 else scheduler.one)
     kind, alpha, sigma = scheduler.config.prediction_type, sqrt(now), sqrt(1 - now)
     gain = _gain(kind, alpha, sigma)
-    coefficient = (
-        sqrt(then) * (1 - now / then) / (1 - now) * _x0_gain(kind, alpha, sigma)
-    )  # DDPM, eq. 7: only x0 holds the output
+    # DDPM, eq. 7: only x0 holds the output
+    coefficient = sqrt(then) * (1 - now / then) / (1 - now) * _x0_gain(kind, alpha, sigma)
     return StepFacts(
         alpha, sigma, sqrt(then), sqrt(1 - then), gain, coefficient, _ddpm_noise(scheduler, t, output)
     )
@@ -158,11 +151,10 @@ def _ddpm_noise(scheduler: Any, t: int, output: Tensor | None) -> float | Tensor
 def _sigmas(scheduler: Any, timestep: Any) -> tuple[float, float]:
     index = scheduler.step_index
     if index is None:
-        index = (
-            scheduler.begin_index
-            if scheduler.begin_index is not None
-            else scheduler.index_for_timestep(timestep)
-        )
+        if scheduler.begin_index is not None:
+            index = scheduler.begin_index
+        else:
+            index = scheduler.index_for_timestep(timestep)
     return float(scheduler.sigmas[index]), float(scheduler.sigmas[index + 1])
 
 
@@ -223,10 +215,8 @@ ADDS_NOISE = (
     "DPMSolverMultistepScheduler",
     "FlowMatchEulerDiscreteScheduler",
 )
-MATCHED = (
-    "DDIMScheduler",
-    "EulerDiscreteScheduler",
-)  # a deterministic step of the form sqrt(sigma_next^2 - s^2) eps
+# a deterministic step of the form sqrt(sigma_next^2 - s^2) eps
+MATCHED = ("DDIMScheduler", "EulerDiscreteScheduler")
 
 
 def refuses(scheduler: Any, corrections: tuple[str, ...]) -> str | None:

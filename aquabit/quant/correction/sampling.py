@@ -64,9 +64,8 @@ class Sampling:
         self._handles = []
         for name in ("set_timesteps", "step"):
             now = vars(self._scheduler).get(name) if self._scheduler is not None else None
-            while (
-                isinstance(now, _Followed) and now.run.__self__ is not self
-            ):  # who attached later and is still there
+            # who attached later and is still there
+            while isinstance(now, _Followed) and now.run.__self__ is not self:
                 now = now.before
             if isinstance(now, _Followed):
                 now.leave(self._scheduler, name)

@@ -95,9 +95,8 @@ def finetune(
             run.train(progress)
         finally:
             for name in run.leaves:
-                model.set_dense_(
-                    name, model.full(name), config[name].weight
-                )  # no leaf of ours stays; the next ``apply`` decodes
+                # no leaf of ours stays; the next ``apply`` decodes
+                model.set_dense_(name, model.full(name), config[name].weight)
         found = run.finish()
         write_record(bank, key, found)
         checkpoint_path(bank, key).unlink(missing_ok=True)
@@ -153,19 +152,9 @@ class _Run:
         self.model, self.config, self.settings, self.key, self.device = model, config, settings, key, device
         self.bank = model.fitter.bank
         self.leaves: dict[str, Tensor] = {}
-        self.facts: dict[str, Any] = {
-            "step": 0,
-            "before": 0.0,
-            "best": 0.0,
-            "changed": 0.0,
-            "sum": 0.0,
-            "count": 0,
-            "flipped": 0,
-            "bad": 0,
-            "seconds": 0.0,
-            "history": [],
-            "notes": [],
-        }
+        self.facts: dict[str, Any] = dict.fromkeys(("step", "count", "flipped", "bad"), 0)
+        self.facts |= dict.fromkeys(("before", "best", "changed", "sum", "seconds"), 0.0)
+        self.facts |= {"history": [], "notes": []}
 
     def begin(self, record: Record, buffer: Calibration, progress: Progress) -> None:
         """Ask the teacher, set up the student, and take up a checkpoint where there is one."""

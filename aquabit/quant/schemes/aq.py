@@ -46,10 +46,8 @@ PASSES = 16
 PATIENCE = 2  # passes are not monotone: so many without improvement end them
 SETTLE = 2  # rounds of 3 after which its two beginnings are compared
 ROUNDS = 8
-LEARNED, MIN_GROUPS = (
-    128,
-    160,
-)  # groups a codeword, and rows, that tables are learned on: against all rows, up to 3 % more loss
+# groups a codeword, and rows, that tables are learned on: against all rows, up to 3 % more loss
+LEARNED, MIN_GROUPS = (128, 160)
 # against 8: a tenth less loss at 4x4, a fifth at 6x4, for half as much time again; 64 doubles that for a
 # hundredth
 BEAM = 32

@@ -19,35 +19,13 @@ from torch.nn.functional import one_hot
 from aquabit.quant.calibration.hessian import check_hessian, damped
 from aquabit.quant.schemes.scalar import as_rows, halves, lloyd
 
-SHARES = (
-    1.0,
-    0.94,
-    0.88,
-    0.82,
-    0.76,
-    0.7,
-    0.64,
-    0.58,
-    0.52,
-    0.46,
-    0.4,
-)  # of the full range, tried for a first grid
-DEVIATIONS = (
-    1.0,
-    1.25,
-    1.5,
-    1.75,
-    2.0,
-    2.3,
-    2.6,
-    3.0,
-    3.5,
-    4.2,
-)  # half ranges tried, in weighted standard deviations
+# of the full range, tried for a first grid
+SHARES = (1.0, 0.94, 0.88, 0.82, 0.76, 0.7, 0.64, 0.58, 0.52, 0.46, 0.4)
+# half ranges tried, in weighted standard deviations
+DEVIATIONS = (1.0, 1.25, 1.5, 1.75, 2.0, 2.3, 2.6, 3.0, 3.5, 4.2)
 
-Encoder = Callable[
-    [Tensor, int], Tensor
-]  # the levels nearest to targets [G, 1, P] of column j; their codes are written on the way
+# the levels nearest to targets [G, 1, P] of column j; their codes are written on the way
+Encoder = Callable[[Tensor, int], Tensor]
 
 
 class State(NamedTuple):
@@ -216,11 +194,9 @@ class Affine:
         weighted mean (outliers may weigh nothing).
         """
         g, _, p = weight.shape
-        index, empty, h = (
-            self.part[..., None].expand_as(weight),
-            weight.new_zeros(g, self.n, p),
-            mass[..., None],
-        )
+        index = self.part[..., None].expand_as(weight)
+        empty = weight.new_zeros(g, self.n, p)
+        h = mass[..., None]
         low, high = (
             empty.scatter_reduce(1, index, weight, r, include_self=False).transpose(1, 2)
             for r in ("amin", "amax")
@@ -305,11 +281,9 @@ class Table:
     def sorted(self, parameters: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
         """Nearest levels are searched for in ascending tables."""
         table, order = parameters.sort(-1)
-        return (
-            (table, codes)
-            if torch.equal(table, parameters)
-            else (table, self.decode(order.argsort(dim=-1), codes).long())
-        )
+        if torch.equal(table, parameters):
+            return (table, codes)
+        return (table, self.decode(order.argsort(dim=-1), codes).long())
 
     def grid(self, weight: Tensor, mass: Tensor) -> Tensor:
         """Centres of a k-means weighted by ``mass`` [G, R]."""

@@ -19,16 +19,12 @@ from aquabit.quant.schemes.scalar import halves
 
 BLOCK = 64  # columns whose feedback is summed one by one; the others hear of them in one product
 RANGES = (0.95, 1.05)  # times the first grid's, tried with error feedback too: every row keeps its best
-FEEDS, LEAST_FEED = (
-    6,
-    3e-3,
-)  # fresh feedback on a refitted grid, and the relative improvement below which it stops
+# fresh feedback on a refitted grid, and the relative improvement below which it stops
+FEEDS, LEAST_FEED = (6, 3e-3)
 ROUNDS, LEAST_ROUND = 8, 1e-3  # refit and descent in turns
 POLISHES, LEAST_POLISH = 20, 2e-4  # descent alone, on the grid as stored
-REFIT_STEPS, LEAST_STEP = (
-    3,
-    1e-2,
-)  # products with H in a refit; a step that gains less than this share of the first is the last
+# products with H in a refit; a step that gains less than this share of the first is the last
+REFIT_STEPS, LEAST_STEP = (3, 1e-2)
 
 
 def feedback_gain(problem: Problem) -> tuple[Tensor | None, Tensor]:
@@ -125,10 +121,8 @@ def refit(
         image = levels.image(problem, direction, state.codes, state.moved)
         curvature = pooled(levels, (levels.decode(direction, state.codes) * image).sum(1).double())
         length = torch.where(curvature > 0, slope / curvature, 0.0)
-        parameters, product = (
-            parameters + length[..., None] * direction,
-            product - length[:, None].float() * image,
-        )
+        parameters = parameters + length[..., None] * direction
+        product = product - length[:, None].float() * image
         gained, before = float((length * slope).sum()), slope
         first = max(first, gained)
         if gained <= least * first:
@@ -149,10 +143,8 @@ def fed(problem: Problem, levels: Levels, gain: Tensor | None, parameters: Tenso
     """Codes by sequential error feedback on a given grid; the nearest levels where H is diagonal."""
     if gain is None:
         return state_of(problem, levels, parameters, levels.nearest(parameters, problem.weight))
-    codes, start = (
-        torch.zeros_like(problem.weight, dtype=levels.dtype),
-        levels.units(parameters, problem.weight),
-    )
+    codes = torch.zeros_like(problem.weight, dtype=levels.dtype)
+    start = levels.units(parameters, problem.weight)
     sweep(start.clone(), start, gain, levels.encoder(parameters, codes))
     return state_of(problem, levels, parameters, codes)
 
@@ -162,10 +154,8 @@ def descended(problem: Problem, levels: Levels, gain: Tensor | None, state: Stat
     if gain is None:
         return fed(problem, levels, None, state.parameters)
     values = levels.decode(state.parameters, state.codes)
-    target, codes = (
-        values + state.product * problem.inverse_diagonal[..., None],
-        torch.zeros_like(state.codes),
-    )
+    target = values + state.product * problem.inverse_diagonal[..., None]
+    codes = torch.zeros_like(state.codes)
     target, values = (levels.units(state.parameters, x) for x in (target, values))
     sweep(target, values, gain, levels.encoder(state.parameters, codes))
     return state_of(problem, levels, state.parameters, codes)

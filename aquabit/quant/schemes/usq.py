@@ -52,11 +52,9 @@ def uniform(weight: Tensor, scheme: Scheme) -> CodebookWeight:
         s, o = halves(2 * half / steps), halves(middle - half)
         error = (_codes(padded, s, o, steps) * s + o - padded).nan_to_num().square().sum(1, keepdim=True)
         better = error < best
-        best, scale, offset = (
-            torch.where(better, error, best),
-            torch.where(better, s, scale),
-            torch.where(better, o, offset),
-        )
+        best = torch.where(better, error, best)
+        scale = torch.where(better, s, scale)
+        offset = torch.where(better, o, offset)
     codes = _codes(padded, scale, offset, steps).nan_to_num().reshape(out, n * size)[:, :row]
     shape = (out,) if n == 1 else (out, n)
     return CodebookWeight.from_codes(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -47,18 +48,8 @@ def chosen_bits(facts: Facts) -> pd.DataFrame:
     """layer, place, block, operator, weights, uniform, found, change: schemes of the winner and of the
     uniform configuration that it was compared with, in execution order; ``change`` of code bits a weight
     (found less uniform)."""
-    columns = [
-        "layer",
-        "place",
-        "block",
-        "operator",
-        "weights",
-        "uniform",
-        "uniform_bits",
-        "found",
-        "found_bits",
-        "change",
-    ]
+    columns = ["layer", "place", "block", "operator", "weights"]
+    columns += ["uniform", "uniform_bits", "found", "found_bits", "change"]
     winner = facts.winner()
     if winner is None or not facts.layers:
         return pd.DataFrame([], columns=columns)
@@ -67,21 +58,9 @@ def chosen_bits(facts: Facts) -> pd.DataFrame:
     for place, (name, node) in enumerate(facts.layers.items()):
         area = math.prod(node["shape"][2:]) or 1
         found, uniform = winner[name].weight, other[name].weight if other else None
-        bits = [math.nan if s is None else s.code_bits(area) for s in (uniform, found)]
-        rows.append(
-            (
-                name,
-                place,
-                str(node["block"]),
-                str(node["operator"]),
-                float(np.prod(node["shape"])),
-                "" if uniform is None else str(uniform),
-                bits[0],
-                str(found),
-                bits[1],
-                bits[1] - bits[0],
-            )
-        )
+        before, after = (math.nan if s is None else s.code_bits(area) for s in (uniform, found))
+        layer = (name, place, str(node["block"]), str(node["operator"]), float(np.prod(node["shape"])))
+        rows.append((*layer, str(uniform or ""), before, str(found), after, after - before))
     return pd.DataFrame(rows, columns=columns)
 
 
@@ -114,24 +93,9 @@ def draw_chosen_schemes(table: pd.DataFrame, axes: Axes) -> None:
     for group in sorted(set(table.group), key=style.group_order):
         colour, hatch = style.scheme_look(table.scheme[table.group == group].iloc[0])
         width = share[group].to_numpy(float)
-        axes.barh(
-            at,
-            100 * width,
-            left=100 * left,
-            height=0.74,
-            color=colour,
-            hatch=hatch,
-            edgecolor="white",
-            linewidth=0.5,
-        )
-        handles.append(
-            Patch(
-                facecolor=colour,
-                hatch=hatch,
-                edgecolor="white",
-                label=group if group == "fp" else f"{group} bits",
-            )
-        )
+        look: dict[str, Any] = {"facecolor": colour, "hatch": hatch, "edgecolor": "white"}
+        axes.barh(at, 100 * width, left=100 * left, height=0.74, linewidth=0.5, **look)
+        handles.append(Patch(**look, label=group if group == "fp" else f"{group} bits"))
         left += width
     axes.set_yticks(at, [f"{style.label(n, 30)} ({count[n]:.0f})" for n in names])
     axes.set_ylim(len(names) - 0.4, -0.6)
@@ -150,14 +114,8 @@ def draw_chosen_bits(table: pd.DataFrame, axes: Axes) -> None:
         if i % 2 == 0:
             axes.axvspan(part.place.min() - 0.5, part.place.max() + 0.5, color="#EFEFEF", lw=0, zorder=0)
     if table.uniform_bits.notna().any():
-        axes.plot(
-            table.place,
-            table.uniform_bits,
-            color=style.BLACK,
-            lw=0.8,
-            ls=(0, (4, 2)),
-            label=f"uniform {table.uniform.iloc[0]}",
-        )
+        text = f"uniform {table.uniform.iloc[0]}"
+        axes.plot(table.place, table.uniform_bits, color=style.BLACK, lw=0.8, ls=(0, (4, 2)), label=text)
     groups = table.found.map(style.scheme_group)
     for group in sorted(set(groups), key=style.group_order):
         part = table[groups == group]
@@ -181,16 +139,8 @@ def draw_chosen_bits(table: pd.DataFrame, axes: Axes) -> None:
 
 def draw_step_bits(table: pd.DataFrame, axes: Axes) -> None:
     """Mean activation bits over the denoising steps, and the range of layers."""
-    axes.fill_between(
-        table.step,
-        table.low,
-        table.high,
-        step="mid",
-        color=style.BLUE,
-        alpha=0.2,
-        lw=0,
-        label="lowest to highest layer",
-    )
+    look: dict[str, Any] = {"color": style.BLUE, "alpha": 0.2, "lw": 0, "label": "lowest to highest layer"}
+    axes.fill_between(table.step, table.low, table.high, step="mid", **look)
     axes.plot(table.step, table.act, drawstyle="steps-mid", color=style.BLUE, label="mean of layers")
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
     axes.set_ylim(bottom=0)

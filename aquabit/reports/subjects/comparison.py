@@ -13,6 +13,7 @@ from aquabit.reports.facts import METRIC_NAMES, Facts, number
 from aquabit.reports.plan import Tables
 from aquabit.reports.subjects.fronts import limits_of
 from aquabit.reports.subjects.quality import fresh
+from aquabit.scheme_kinds import uniform_name
 from aquabit.stats import LEVEL, Interval, percent
 
 ENDS = ("value", "low", "high")
@@ -71,6 +72,7 @@ def sentence(facts: Facts, found: Tables) -> words.Sentence | None:
         return None
     row = {r.which: r for r in comparison.itertuples()}
     ours, theirs, change = row["found"], row["uniform"], row["difference"]
+    uniform = f"uniform {uniform_name(theirs.scheme)}"
     sizes = [
         f"{words.count(r.bytes)} bytes, {words.figures(r.bits, 4)} bits a weight" for r in (ours, theirs)
     ]
@@ -83,16 +85,13 @@ def sentence(facts: Facts, found: Tables) -> words.Sentence | None:
     if not math.isfinite(change.psnr) or facts.objective == "psnr":
         verdict = _verdict(facts.direction, change.value, change.low, change.high)
         verdict = verdict if math.isnan(change.value) else f"a paired difference of {gap} {blocks}: {verdict}"
-        text = (
-            f"{who} ({sizes[0]}) measures {values[0]} and uniform {theirs.scheme} ({sizes[1]}) {values[1]},"
-            f" {verdict}."
-        )
+        text = f"{who} ({sizes[0]}) measures {values[0]} and {uniform} ({sizes[1]}) {values[1]}, {verdict}."
         return words.Sentence(text + _smaller(found["same_quality"], theirs))
     undecided = change.low <= 0 <= change.high
-    text = _cannot_tell(facts, theirs.scheme) if undecided else ""
+    text = _cannot_tell(facts, uniform) if undecided else ""
     text += (
-        f"{who} ({sizes[0]}) has {words.figures(ours.psnr, 4)} dB of PSNR to full precision and uniform"
-        f" {theirs.scheme} ({sizes[1]}) "
+        f"{who} ({sizes[0]}) has {words.figures(ours.psnr, 4)} dB of PSNR to full precision and"
+        f" {uniform} ({sizes[1]}) "
     )
     text += (
         f"{words.figures(theirs.psnr, 4)}{corrected}, a paired difference of {words.figures(change.psnr)} dB"
@@ -101,7 +100,7 @@ def sentence(facts: Facts, found: Tables) -> words.Sentence | None:
     text += f"{_verdict('max', change.psnr, change.psnr_low, change.psnr_high)}."
     text += _smaller(found["same_quality"], theirs)
     text += (
-        f" The found configuration measures {values[0]} and uniform {theirs.scheme}"
+        f" The found configuration measures {values[0]} and {uniform}"
         f" {words.figures(theirs.value)}, a paired difference of {gap}"
     )
     return words.Sentence(
@@ -128,28 +127,20 @@ def _verdict(direction: str, value: float, low: float, high: float) -> str:
         return "the difference has no interval, so nothing is decided"
     if high < 0:
         return "the found configuration wins"
-    return (
-        "the uniform configuration wins"
-        if low > 0
-        else "the interval includes zero, so neither is shown to win"
-    )
+    if low > 0:
+        return "the uniform configuration wins"
+    return "the interval includes zero, so neither is shown to win"
 
 
-def _cannot_tell(facts: Facts, scheme: str) -> str:
+def _cannot_tell(facts: Facts, uniform: str) -> str:
     """That the objective's noise swallows the difference, how many images would tell, and what decides."""
     stored = facts.comparison
     blocks, needed = int(stored.get("blocks") or 0), number(stored["difference"].get("images_needed"))
-    images = (
-        f"{blocks} \N{MULTIPLICATION SIGN} {facts.protocol.images} images"
-        if facts.protocol
-        else f"{blocks} blocks of images"
-    )
+    each = f" \N{MULTIPLICATION SIGN} {facts.protocol.images}" if facts.protocol else " blocks of"
+    images = f"{blocks}{each} images"
     would = f" (about {words.count(needed)} images would)" if math.isfinite(needed) else ""
     decides = ", so PSNR decides" if (stored.get("judged") or {}).get("metric") == "psnr" else ""
-    return (
-        f"{facts.metric} of {images} cannot tell the found configuration from uniform"
-        f" {scheme}{would}{decides}. "
-    )
+    return f"{facts.metric} of {images} cannot tell the found configuration from {uniform}{would}{decides}. "
 
 
 def _smaller(table: pd.DataFrame, theirs: Any) -> str:
@@ -159,17 +150,16 @@ def _smaller(table: pd.DataFrame, theirs: Any) -> str:
     if known.empty:
         return ""
     r = known.loc[(known.bytes - theirs.bytes).abs().idxmin()]
-    value = (
-        f"{words.figures(r['value'], 4)} dB"
-        if r.metric == "psnr"
-        else f"{METRIC_NAMES.get(r.metric, r.metric)} {words.figures(r['value'])}"
-    )
+    if r.metric == "psnr":
+        value = f"{words.figures(r['value'], 4)} dB"
+    else:
+        value = f"{METRIC_NAMES.get(r.metric, r.metric)} {words.figures(r['value'])}"
     if math.isnan(r.found_bytes):
         return (
-            f" No found configuration reaches the {value} that uniform {r.uniform} has at"
+            f" No found configuration reaches the {value} that uniform {uniform_name(r.uniform)} has at"
             f" {words.count(r.bytes)} bytes."
         )
     return (
         f" A found configuration of {words.count(r.found_bytes)} bytes, {100 * r.share:.0f} % of the"
-        f" {words.count(r.bytes)} of uniform {r.uniform}, has the {value} of that."
+        f" {words.count(r.bytes)} of uniform {uniform_name(r.uniform)}, has the {value} of that."
     )

@@ -126,31 +126,15 @@ def draw_frontier(
     those that none beats in both."""
     across, unit = COSTS[cost]
     known = table[table[cost].notna() & table.value.notna()].sort_values(cost)
-    gaps = drawing.bars(known, "value", "low", "high")
     look: dict[str, Any] = {"color": style.BLUE, "marker": "D", "ms": 4.5, "mec": style.BLACK, "mew": 0.6}
-    text = drawing.with_level("found", known)
-    bars = axes.errorbar(
-        known[cost] / unit, known.value, yerr=gaps, ls="", elinewidth=1.0, capsize=2, label=text, **look
-    )
+    look |= {"elinewidth": 1.0, "capsize": 2, "label": drawing.with_level("found", known), "upright": True}
+    marks = drawing.intervals(axes, known, "value", known[cost] / unit, ("low", "high"), **look)
     sign = 1.0 if direction == "min" else -1.0
     edge = known[pareto(sign * known.value.to_numpy(float), known[cost].to_numpy(float))]
     axes.plot(edge[cost] / unit, edge.value, color=style.BLUE, lw=0.8, drawstyle="steps-post", zorder=1)
     tips = [f"{r.config}: {metric} {r.value:.3g}" for r in known.itertuples()]
-    style.name_points(axes, bars.lines[0], tips, "tip")
-    best = known[known.winner]
-    if len(best):
-        axes.plot(
-            best[cost] / unit,
-            best.value,
-            ls="",
-            marker="o",
-            ms=10,
-            mfc="none",
-            mec=style.BLACK,
-            mew=0.8,
-            zorder=5,
-            label="winner",
-        )
+    style.name_points(axes, marks, tips, "tip")
+    drawing.ring(axes, known[cost] / unit, known.value, known.winner)
     axes.legend(loc="best")
     axes.set_xlabel(across)
     axes.set_ylabel(drawing.better(style.label(metric), direction))

@@ -84,45 +84,19 @@ def draw_group_effects(
     table = table.reset_index(drop=True)
     at = np.arange(len(table), dtype=float)
     rows = [members[(members[key] == n) & members.effect.notna()] for n in table.name]
-    values = [part.effect.to_numpy(float) for part in rows]
-    boxed = [i for i, m in enumerate(values) if len(m) >= 5]
-    if boxed:
-        line: dict[str, Any] = {"color": "#8C8C8C", "lw": 0.7}
-        axes.boxplot(
-            [values[i] for i in boxed],
-            positions=at[boxed],
-            orientation="horizontal",
-            widths=0.62,
-            showfliers=False,
-            patch_artist=True,
-            manage_ticks=False,
-            boxprops={"facecolor": "#EFEFEF", "edgecolor": "#8C8C8C", "lw": 0.7},
-            whiskerprops=line,
-            capprops=line,
-            medianprops=line,
-        )
-    dots = [(v, i) for i, m in enumerate(values) for v in m]
-    if dots:
+    boxed = [i for i, part in enumerate(rows) if len(part) >= 5]
+    drawing.boxes(axes, boxed, [rows[i].effect.to_numpy(float) for i in boxed])
+    every = pd.concat([part.assign(at=i) for i, part in enumerate(rows)])
+    if len(every):
         ticks = axes.plot(
-            *zip(*dots, strict=True), ls="", marker="|", ms=5, mew=0.7, color="#5A5A5A", label="layers"
+            every.effect, every["at"], ls="", marker="|", ms=5, mew=0.7, color="#5A5A5A", label="layers"
         )[0]
-        style.name_points(axes, ticks, [name for part in rows for name in part.layer])
-    bars = drawing.bars(table, "effect", "low", "high")
-    axes.errorbar(
-        table.effect,
-        at,
-        xerr=bars,
-        ls="",
-        ms=4.5,
-        elinewidth=1.3,
-        zorder=4,
-        label=drawing.with_level("mean", table),
-        **drawing.PREDICTED,
-    )
+        style.name_points(axes, ticks, list(every.layer))
+    look: dict[str, Any] = {"ms": 4.5, "elinewidth": 1.3, "zorder": 4, **drawing.PREDICTED}
+    text = drawing.with_level("mean", table)
+    drawing.intervals(axes, table, "effect", at, ("low", "high"), label=text, **look)
     drawing.zero(axes)
-    style.symmetric_axis(
-        axes, "x", [*table.effect, *table.low, *table.high, *(v for m in values for v in m)], ticks_most=3
-    )
+    style.symmetric_axis(axes, "x", [*table.effect, *table.low, *table.high, *every.effect], ticks_most=3)
     names = [
         style.label(r.name, 30) + (f" ({r.layers:.0f})" if math.isfinite(r.layers) else "")
         for r in table.itertuples(index=False, name="Row")
@@ -172,26 +146,30 @@ def draw_block_operator(
 def plans(facts: Facts, found: Tables) -> Iterator[Plan]:
     metric, swap, effects = facts.metric, facts.swap, facts.effects
     big, wide, members = effects.capitalize(), style.SINGLE * 1.3, found["layers"]
-    yield Plan(
-        "operators",
-        "where",
-        "operators",
-        "operators",
-        rows_high(wide, 0.21, BLOCKS_MOST, "name", 0.95),
-        lambda t, a: draw_group_effects(t, a, members, "operator", metric, swap, effects=effects),
-        f"{big} effects by operator type (number of layers): boxes and ticks are layers, points the mean with"
-        f" its {facts.effect_level} interval.",
-    )
-    yield Plan(
-        "blocks",
-        "where",
-        "blocks",
-        "blocks",
-        rows_high(wide, 0.21, BLOCKS_MOST, "name", 0.95),
-        lambda t, a: draw_group_effects(t, a, members, "block", metric, swap, effects=effects),
-        f"{big} effects by block in execution order (number of layers), with {facts.effect_level} intervals;"
-        f" of more than {BLOCKS_MOST} blocks the most harmful.",
-    )
+    level = facts.effect_level
+    for name, key, caption in (
+        (
+            "operators",
+            "operator",
+            "by operator type (number of layers): boxes and ticks are layers, points the mean with its"
+            f" {level} interval.",
+        ),
+        (
+            "blocks",
+            "block",
+            f"by block in execution order (number of layers), with {level} intervals; of more than"
+            f" {BLOCKS_MOST} blocks the most harmful.",
+        ),
+    ):
+        yield Plan(
+            name,
+            "where",
+            name,
+            name,
+            rows_high(wide, 0.21, BLOCKS_MOST, "name", 0.95),
+            lambda t, a, k=key: draw_group_effects(t, a, members, k, metric, swap, effects=effects),  # type: ignore[misc]
+            f"{big} effects {caption}",
+        )
     yield Plan(
         "block_operator",
         "where",

@@ -33,35 +33,19 @@ def layer_graph(facts: Facts) -> pd.DataFrame:
     places = _places(graph)
     layers = layers_table(facts)
     effect = layers.dropna(subset=["effect"])
-    by = (
-        effect.groupby("block").effect.mean()
-        if graph is not facts.graph
-        else effect.set_index("layer").effect
-    )
+    if graph is not facts.graph:
+        by, weights = effect.groupby("block").effect.mean(), layers.groupby("block").weights.sum()
+    else:
+        by, weights = effect.set_index("layer").effect, layers.set_index("layer").weights
     members, index, rows = layers.groupby("block").size(), {n: i for i, n in enumerate(graph)}, []
-    weights = (
-        layers.groupby("block").weights.sum()
-        if graph is not facts.graph
-        else layers.set_index("layer").weights
-    )
     for name in graph:
         data = facts.graph.nodes[name] if name in facts.graph else {}
         kind = "block" if graph is not facts.graph else "layer" if name in facts.layers else "merge"
         block = str(name) if kind == "block" else str(data.get("block", ""))
         count = int(members.get(name, 0)) if kind == "block" else int(kind == "layer")
-        rows.append(
-            (
-                str(name),
-                kind,
-                block,
-                str(data.get("operator", "")),
-                count,
-                float(weights.get(name, np.nan)),
-                float(by.get(name, np.nan)),
-                *places[name],
-                " ".join(f"n{index[t]}" for t in graph.successors(name)),
-            )
-        )
+        row = (str(name), kind, block, str(data.get("operator", "")), count)
+        numbers = (float(weights.get(name, np.nan)), float(by.get(name, np.nan)), *places[name])
+        rows.append((*row, *numbers, " ".join(f"n{index[t]}" for t in graph.successors(name))))
     return pd.DataFrame(rows, columns=columns)
 
 
@@ -83,7 +67,7 @@ def _in_order(graph: nx.DiGraph) -> list[str]:
 
 def _places(graph: nx.DiGraph) -> dict[str, tuple[float, float]]:
     """x from left to right, y of nodes that stand side by side: by graphviz where it and its bindings are
-    installed, else ``multipartite_layout`` by depth, in which merges stand half way between layers."""
+    installed, else by depth, in which merges stand half way between layers."""
     if shutil.which("dot"):
         try:
             found = nx.nx_agraph.graphviz_layout(graph, prog="dot", args="-Grankdir=LR")
@@ -96,11 +80,8 @@ def _places(graph: nx.DiGraph) -> dict[str, tuple[float, float]]:
         before = max((depth[p] for p in graph.predecessors(name) if p in depth), default=-1.0)
         merge = graph.nodes[name].get("kind") == "merge"
         depth[name] = before if merge and before % 1 else before + 0.5 if merge else math.floor(before) + 1.0
-    ranked = nx.DiGraph()
-    ranked.add_nodes_from((n, {"rank": depth[n]}) for n in graph)
-    placed = nx.multipartite_layout(ranked, subset_key="rank", scale=1) if len(graph) else {}
     ranks: dict[float, list[str]] = {}
-    for name in sorted(graph, key=lambda n: float(placed[n][1])):
+    for name in graph:
         ranks.setdefault(depth[name], []).append(name)
     return {
         n: (depth[n], 0.5 * (i - (len(row) - 1) / 2) * (1 if depth[n] % 1 == 0 else 0))

@@ -42,26 +42,13 @@ def run_card(facts: Facts) -> list[tuple[str, str]]:
     ]
     if nodes:
         weights = sum(math.prod(n["shape"]) for n in nodes)
-        card.append(
-            (
-                "layers",
-                (
-                    f"{len(nodes)} with {weights:,} weights,"
-                    f" {words.short(sum(n.get('macs', 0) for n in nodes))} multiply-adds a denoiser call"
-                ),
-            )
-        )
+        macs = words.short(sum(n.get("macs", 0) for n in nodes))
+        text = f"{len(nodes)} with {weights:,} weights, {macs} multiply-adds a denoiser call"
+        card.append(("layers", text))
     if facts.space:
         schemes = list(dict.fromkeys(s for row in facts.space.get("choices", {}).values() for s in row))
-        card.append(
-            (
-                "search space",
-                (
-                    f"{', '.join(schemes)}; activations"
-                    f" {', '.join(f'a{a}' for a in facts.space.get('activations', []))}"
-                ),
-            )
-        )
+        acts = ", ".join(f"a{a}" for a in facts.space.get("activations", []))
+        card.append(("search space", f"{', '.join(schemes)}; activations {acts}"))
     card += _protocol(facts)
     if facts.correction:
         card.append(("noise correction", f"{facts.correction}, of every quantized configuration"))
@@ -77,17 +64,9 @@ def run_card(facts: Facts) -> list[tuple[str, str]]:
         for r in kinds.itertuples()
     )
     card.append(("measurements", f"{len(ok)}: {listed}" if len(table) else "none"))
-    card.append(
-        (
-            "time",
-            (
-                f"{words.span(float(table.seconds.sum()))} of measuring,"
-                f" {words.figures(ok.seconds.median())} s a configuration"
-                if len(ok)
-                else "none"
-            ),
-        )
-    )
+    spent = f"{words.span(float(table.seconds.sum()))} of measuring, " if len(ok) else "none"
+    each = f"{words.figures(ok.seconds.median())} s a configuration" if len(ok) else ""
+    card.append(("time", spent + each))
     if facts.notes:
         card.append(("fits", f"{len(facts.notes)} with a remark, the first: {facts.notes[0]}"))
     return [*card, *_environment(facts)]

@@ -73,13 +73,8 @@ def noise(facts: Facts) -> pd.DataFrame:
     then k, bias (root mean square over channels), variance (mean over channels), r2, kurtosis (excess) and
     snr, each with the ends of its interval at ``LEVEL``.
     """
-    columns = [
-        "step",
-        "timestep",
-        "branch",
-        "weight",
-        *(f"{m}{end}" for m in MEASURES for end in ("", "_low", "_high")),
-    ]
+    columns = ["step", "timestep", "branch", "weight"]
+    columns += [f"{m}{end}" for m in MEASURES for end in ("", "_low", "_high")]
     rows = []
     for row in facts.noise.get("rows") or []:
         values = {c: number(row.get(c)) for c in columns}
@@ -95,17 +90,8 @@ def correction(facts: Facts) -> pd.DataFrame:
 
     ``verdict``: better or worse where the interval excludes zero, else undecided.
     """
-    columns = [
-        "metric",
-        "not_corrected",
-        "corrected",
-        "difference",
-        "low",
-        "high",
-        "level",
-        "blocks",
-        "verdict",
-    ]
+    columns = ["metric", "not_corrected", "corrected", "difference"]
+    columns += ["low", "high", "level", "blocks", "verdict"]
     sides = [_blocks(facts, str(facts.noise.get(key) or "")) for key in ("without", "with")]
     both = sides[0].index.intersection(sides[1].index)
     if both.empty:
@@ -145,16 +131,8 @@ def draw_noise(table: pd.DataFrame, axes: Axes, panel: Panel) -> None:
     for i, part in enumerate(branches):
         colour, dashes, marker = LINES[i % len(LINES)]
         name = f"branch {part.branch.iloc[0]:.0f} (weight {_weight(part.weight)})"
-        look: dict[str, Any] = {
-            "color": colour,
-            "ls": dashes,
-            "marker": marker,
-            "ms": 3.0,
-            "lw": 1.1,
-            "label": name,
-            "zorder": 3,
-        }
-        axes.plot(part.step, part[measure], **look)
+        look: dict[str, Any] = {"color": colour, "ls": dashes, "marker": marker, "label": name}
+        axes.plot(part.step, part[measure], ms=3.0, lw=1.1, zorder=3, **look)
         low, high = (part[end].fillna(part[measure]) for end in ends)
         axes.fill_between(part.step, low, high, color=colour, alpha=0.2, lw=0, zorder=2)
         if len(part) == 1:  # a band over one step has no width
@@ -163,7 +141,7 @@ def draw_noise(table: pd.DataFrame, axes: Axes, panel: Panel) -> None:
     if measure == "k":
         axes.axhline(0, color=style.BLACK, lw=0.6)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
-    axes.set_xlabel(f"denoising step (1 starts from noise), with {percent(LEVEL)} intervals")
+    axes.set_xlabel(f"denoising step (1 starts from noise)\nwith {percent(LEVEL)} intervals")
     axes.set_ylabel(panel.axis)
     if len(branches) > 1:
         axes.legend(loc="best")

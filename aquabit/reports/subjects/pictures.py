@@ -59,11 +59,9 @@ def _found(facts: Facts) -> list[tuple[str, str]]:
     name = f"corrected by {facts.noise.get('correction')}"
     if not winner or winner not in (without, corrected):
         return [("found", winner)] if winner else []
-    return (
-        [("found", without), (f"found, {name}", corrected)]
-        if winner == without
-        else [("found, not corrected", without), (f"found, {name}", corrected)]
-    )
+    if winner == without:
+        return [("found", without), (f"found, {name}", corrected)]
+    return [("found, not corrected", without), (f"found, {name}", corrected)]
 
 
 def _grid(facts: Facts, title: str, config: str, protocol: str, folder: Path) -> list[Images]:

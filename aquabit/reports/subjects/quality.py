@@ -11,25 +11,36 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from aquabit.reports import drawing, style
-from aquabit.reports.facts import Facts, family, number, scheme_name
+from aquabit.reports.facts import Facts, leading, number, scheme_name
 from aquabit.reports.plan import Plan, Tables, fixed
+from aquabit.scheme import Scheme
+from aquabit.scheme_kinds import KINDS, Look
 from aquabit.search.front import pareto
 from aquabit.stats import Interval, mean_interval
 
-CLOUDS = (  # of many configurations on the study's own seeds: group, legend, colour
-    ("design", "configurations of the design", style.GREY),
-    ("candidate", "candidates of the search", style.SKY),
-)
-
-
-FAMILIES = {  # of uniform configurations: legend, marker, colour
-    "aq": ("additive, a format per layer", "o", style.GREEN),
-    "usq h": ("uniform usq, output-aware", "s", style.SKY),
-    "usq": ("uniform usq", "s", style.ORANGE),
-    "vq h": ("uniform vq, output-aware", "^", style.PURPLE),
-    "vq": ("uniform vq", "^", style.GREY),
-    "": ("uniform", "s", style.ORANGE),
+CLOUDS = {  # of many configurations on the study's own seeds: group -> legend, colour
+    "design": ("configurations of the design", style.GREY),
+    "candidate": ("candidates of the search", style.SKY),
 }
+# of uniform configurations: family -> how it is drawn; the additive ones come first
+FAMILIES = {
+    "": Look("", "s", ""),
+    **{
+        look.family: look
+        for kind in KINDS.values()
+        for look in (Scheme.parse(text).look for text in reversed(kind.examples))
+    },
+}
+ORDER = (  # of the legend
+    "found (fresh seeds)",
+    "winner",
+    *(look.legend for look in reversed(FAMILIES.values())),
+    CLOUDS["design"][0],
+    "their frontier",
+    CLOUDS["candidate"][0],
+    "full precision",
+    "budget",
+)
 
 
 def fresh(facts: Facts, metric: str | None = None) -> dict[str, tuple[Interval, int]]:
@@ -82,8 +93,10 @@ def _against_bits(facts: Facts, metric: str, direction: str) -> pd.DataFrame:
     ]
     for group, source in (("uniform", "uniform"), ("full precision", "reference")):
         for r in facts.rows(source, metric).drop_duplicates("config").itertuples():
-            kind = family(facts.configs[r.config]) if group == "uniform" else ""
-            name = f"aq {round(2 * r.bits) / 2:g}" if kind == "aq" else scheme_name(facts.configs[r.config])
+            config = facts.configs[r.config]
+            lead = leading(config) if group == "uniform" else None
+            kind, name = lead.look.family if lead else "", scheme_name(config)
+            name = f"{kind} {round(2 * r.bits) / 2:g}" if lead and lead.additive else name
             mean, blocks = better.get(r.config, (Interval(r.value, math.nan, math.nan), 0))
             level = mean.percent if mean.known else ""
             rows.append((group, name, kind, r.config, r.bits, r.bytes, *mean, level, blocks, False))
@@ -110,33 +123,9 @@ def draw_quality_vs_bits(
     decibels = metric == "PSNR"
     table = table[table.group != "full precision"] if decibels else table
     group = dict(list(table.groupby("group", sort=False)))
-    shown = table[~table.group.isin(["budget"])]
-    core = table[table.group.isin(["design", "found", "budget"])].bits
-    core = core if len(core) else table[table.group == "uniform"].bits
-    right = float(core.max()) + 0.35 if len(core) else 17.0
-    inside = shown[(shown.bits <= right) | (shown.group == "full precision")]
-    low, high, log = drawing.limits(inside[["value", "low", "high"]], log=not decibels)
-    drawing.scale(axes, "y", low, high, log)
-    bits = inside[inside.group != "full precision"].bits
-    axes.set_xlim(float(bits.min()) - 0.15 if len(bits) else 0.0, right)
-    for name, label, colour in CLOUDS:
-        if name in group:
-            look: dict[str, Any] = {
-                "ls": "",
-                "marker": "o",
-                "ms": 2.6,
-                "mec": "none",
-                "color": colour,
-                "alpha": 0.75,
-            }
-            part = group[name]
-            dots = axes.plot(part.bits, part.value, label=label, **look)[0]
-            style.name_points(
-                axes,
-                dots,
-                [f"{r.config}: {r.bits:.2f} bits, {metric} {r.value:.3g}" for r in part.itertuples()],
-                "tip",
-            )
+    right = _frame(table, axes, log=not decibels)
+    for name in [name for name in CLOUDS if name in group]:
+        _cloud(group[name], axes, metric, *CLOUDS[name])
     if "design" in group:
         edge = group["design"][group["design"].frontier].sort_values("bits")
         axes.plot(
@@ -153,22 +142,38 @@ def draw_quality_vs_bits(
         _found_points(group["found"], axes)
     axes.set_xlabel("bits per weight, codebooks and scales included")
     axes.set_ylabel(f"{metric} to full precision, dB" if decibels else drawing.better(metric, direction))
+    _legend(axes, interval_text(table))
+    if "uniform" in group:
+        inside = group["uniform"][group["uniform"].bits <= right]
+        drawing.label_points(axes, [(r.bits, r.value, r.label) for r in inside.itertuples()])
+
+
+def _frame(table: pd.DataFrame, axes: Axes, log: bool) -> float:
+    """Set both axes by what is drawn, and return the largest bits: uniform configurations far beyond what
+    was searched would leave no room for it."""
+    core = table[table.group.isin(["design", "found", "budget"])].bits
+    core = core if len(core) else table[table.group == "uniform"].bits
+    right = float(core.max()) + 0.35 if len(core) else 17.0
+    shown = table[table.group != "budget"]
+    inside = shown[(shown.bits <= right) | (shown.group == "full precision")]
+    drawing.scale(axes, "y", *drawing.limits(inside[["value", "low", "high"]], log=log))
+    bits = inside[inside.group != "full precision"].bits
+    axes.set_xlim(float(bits.min()) - 0.15 if len(bits) else 0.0, right)
+    return right
+
+
+def _cloud(part: pd.DataFrame, axes: Axes, metric: str, legend: str, colour: str) -> None:
+    look: dict[str, Any] = {"ls": "", "marker": "o", "ms": 2.6, "mec": "none", "color": colour}
+    dots = axes.plot(part.bits, part.value, label=legend, alpha=0.75, **look)[0]
+    tips = [f"{r.config}: {r.bits:.2f} bits, {metric} {r.value:.3g}" for r in part.itertuples()]
+    style.name_points(axes, dots, tips, "tip")
+
+
+def _legend(axes: Axes, intervals: str) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    families = [name for name, _, _ in FAMILIES.values()]
-    order = [
-        "found (fresh seeds)",
-        "winner",
-        *families,
-        CLOUDS[0][1],
-        "their frontier",
-        CLOUDS[1][1],
-        "full precision",
-        "budget",
-    ]
-    legend = sorted(zip(labels, handles, strict=True), key=lambda item: order.index(item[0]))
-    known = interval_text(table)
-    if known:
-        legend.append((f"bars: {known}", Line2D([], [], ls="")))
+    legend = sorted(zip(labels, handles, strict=True), key=lambda item: ORDER.index(item[0]))
+    if intervals:
+        legend.append((f"bars: {intervals}", Line2D([], [], ls="")))
     axes.legend([h for _, h in legend], [t for t, _ in legend], loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
@@ -183,39 +188,17 @@ def interval_text(table: pd.DataFrame) -> str:
 
 def _uniform_points(uniform: pd.DataFrame, axes: Axes, right: float) -> None:
     inside = uniform[uniform.bits <= right]
+    look: dict[str, Any] = {"ls": "-", "lw": 0.8, "elinewidth": 0.8, "zorder": 3, "ms": 4.5, "mew": 0.5}
+    look |= {"mec": style.BLACK, "ecolor": style.BLACK, "upright": True}
     for kind, part in inside.sort_values("bits").groupby("family", sort=False):
-        name, marker, colour = FAMILIES.get(kind, FAMILIES[""])
-        look: dict[str, Any] = {
-            "color": colour,
-            "marker": marker,
-            "ms": 4.5,
-            "mec": style.BLACK,
-            "mew": 0.5,
-            "ecolor": style.BLACK,
-        }
-        bars = drawing.bars(part, "value", "low", "high")
-        axes.errorbar(
-            part.bits, part.value, yerr=bars, label=name, ls="-", lw=0.8, elinewidth=0.8, zorder=3, **look
-        )
-        place = (
-            (-4, -11) if kind == "aq" else (5, 4)
-        )  # families of nearly one quality do not write over each other
-        for r in part.itertuples():
-            axes.annotate(
-                style.label(r.label),
-                (r.bits, r.value),
-                place,
-                textcoords="offset points",
-                fontsize=6,
-                annotation_clip=True,
-            )
+        own = FAMILIES.get(str(kind), FAMILIES[""])
+        look |= {"label": own.legend, "color": own.colour, "marker": own.marker}
+        drawing.intervals(axes, part, "value", part.bits, ("low", "high"), **look)
     outside = uniform[uniform.bits > right].sort_values("bits")
     if len(outside):
-        text = "\n".join(
-            f"{style.label(r.label)}: {r.bits:.2f} bits, {r.value:.3g}" for r in outside.itertuples()
-        )
+        lines = [f"{style.label(r.label)}: {r.bits:.2f} bits, {r.value:.3g}" for r in outside.itertuples()]
         axes.annotate(
-            f"beyond the right edge\n{text}",
+            "\n".join(("beyond the right edge", *lines)),
             (1.02, 0.02),
             xycoords="axes fraction",
             fontsize=6.5,
@@ -226,41 +209,11 @@ def _uniform_points(uniform: pd.DataFrame, axes: Axes, right: float) -> None:
 
 def _found_points(found: pd.DataFrame, axes: Axes) -> None:
     found = found.sort_values("bits")
-    bars = drawing.bars(found, "value", "low", "high")
-    look: dict[str, Any] = {
-        "color": style.BLUE,
-        "marker": "D",
-        "ms": 4.5,
-        "mec": style.BLACK,
-        "mew": 0.6,
-        "ecolor": style.BLUE,
-        "elinewidth": 1.0,
-    }
-    axes.errorbar(
-        found.bits,
-        found.value,
-        yerr=bars,
-        ls="-",
-        lw=0.8,
-        capsize=2,
-        label="found (fresh seeds)",
-        zorder=4,
-        **look,
-    )
-    best = found[found.label == "winner"]
-    if len(best):
-        axes.plot(
-            best.bits,
-            best.value,
-            ls="",
-            marker="o",
-            ms=10,
-            mfc="none",
-            mec=style.BLACK,
-            mew=0.8,
-            zorder=5,
-            label="winner",
-        )
+    look: dict[str, Any] = {"ls": "-", "lw": 0.8, "elinewidth": 1.0, "capsize": 2, "zorder": 4}
+    look |= {"color": style.BLUE, "ecolor": style.BLUE, "marker": "D", "ms": 4.5, "mew": 0.6}
+    look |= {"mec": style.BLACK, "label": "found (fresh seeds)", "upright": True}
+    drawing.intervals(axes, found, "value", found.bits, ("low", "high"), **look)
+    drawing.ring(axes, found.bits, found.value, found.label == "winner")
 
 
 def plans(facts: Facts, found: Tables) -> Iterator[Plan]:

@@ -93,33 +93,18 @@ def draw_layer_ranking(
     theirs beside them."""
     table = table[table.effect.notna()].head(top).reset_index(drop=True)
     at = np.arange(len(table), dtype=float)
-    bars, text = drawing.bars(table, "effect", "low", "high"), drawing.with_level(effects, table)
-    drawn = axes.errorbar(
-        table.effect,
-        at - 0.14,
-        xerr=bars,
-        ls="",
-        ms=4,
-        elinewidth=1.1,
-        capsize=0,
-        label=text,
-        **drawing.PREDICTED,
-    )
-    style.name_points(axes, drawn.lines[0], list(table.layer))
+    look: dict[str, Any] = {"ms": 4, "elinewidth": 1.1, **drawing.PREDICTED}
+    look["label"] = drawing.with_level(effects, table)
+    drawn = drawing.intervals(axes, table, "effect", at - 0.14, ("low", "high"), **look)
+    style.name_points(axes, drawn, list(table.layer))
     real = table[table.real.notna()]
     if len(real):
-        bars = drawing.bars(real, "real", "real_low", "real_high")
-        drawn = axes.errorbar(
-            real.real,
-            at[real.index] + 0.18,
-            xerr=bars,
-            ls="",
-            ms=3.6,
-            elinewidth=0.8,
-            label=drawing.with_level("measured swaps", real, "real_level"),
-            **drawing.MEASURED,
+        look = {"ms": 3.6, "elinewidth": 0.8, **drawing.MEASURED}
+        look["label"] = drawing.with_level("measured swaps", real, "real_level")
+        drawn = drawing.intervals(
+            axes, real, "real", at[real.index] + 0.18, ("real_low", "real_high"), **look
         )
-        style.name_points(axes, drawn.lines[0], list(real.layer))
+        style.name_points(axes, drawn, list(real.layer))
     drawing.zero(axes)
     style.symmetric_axis(
         axes, "x", table[["effect", "low", "high", "real", "real_low", "real_high"]], ticks_most=3

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from aquabit.reports import style
+from aquabit.reports import drawing, style
 from aquabit.reports.facts import Facts
 from aquabit.reports.plan import Plan, Tables, rows_high
 
@@ -34,21 +33,8 @@ def draw_scores(table: pd.DataFrame, axes: Axes, level: str = "operator", top: i
     at = {n: i for i, n in enumerate(names)}
     table = table[table.name.isin(names)]
     boxed = [n for n in names if (table.name == n).sum() >= 4]
-    if boxed:
-        line: dict[str, Any] = {"color": "#8C8C8C", "lw": 0.7}
-        axes.boxplot(
-            [table.score[table.name == n].to_numpy(float) for n in boxed],
-            positions=[at[n] for n in boxed],
-            orientation="horizontal",
-            widths=0.62,
-            showfliers=False,
-            patch_artist=True,
-            manage_ticks=False,
-            boxprops={"facecolor": "#F2F2F2", "edgecolor": "#8C8C8C", "lw": 0.7},
-            whiskerprops=line,
-            capprops=line,
-            medianprops=line,
-        )
+    scores = [table.score[table.name == n].to_numpy(float) for n in boxed]
+    drawing.boxes(axes, [at[n] for n in boxed], scores)
     handles, groups = [], table.scheme.map(style.scheme_group)
     for group in sorted(set(groups), key=style.group_order):
         part = table[groups == group]

@@ -38,10 +38,8 @@ def agreement(facts: Facts) -> pd.DataFrame:
     rows = [
         (
             name,
-            number(half.get("srcc")),
-            number(half.get("sign_agreement")),
-            int(half.get("layers") or 0),
-            int(half.get("flips") or 0),
+            *(number(half.get(k)) for k in ("srcc", "sign_agreement")),
+            *(int(half.get(k) or 0) for k in ("layers", "flips")),
         )
         for name, half in halves.items()
         if half
@@ -73,11 +71,9 @@ def draw_swaps(
     ):
         part = table[halves == half]
         if len(part):
-            bars = drawing.bars(part, "real", "low", "high")
-            drawn = axes.errorbar(
-                part.predicted, part.real, yerr=bars, ls="", ms=4, elinewidth=0.7, mew=0.9, label=text, **look
-            )
-            style.name_points(axes, drawn.lines[0], list(part.layer))
+            look = {"ms": 4, "elinewidth": 0.7, "mew": 0.9, "label": text, "upright": True, **look}
+            drawn = drawing.intervals(axes, part, "real", part.predicted, ("low", "high"), **look)
+            style.name_points(axes, drawn, list(part.layer))
     apart = bool((halves == "top").any())
     lines = ["SRCC unknown" if math.isnan(srcc) else f"SRCC {srcc:.2f}"]
     known = drawing.levels(table)

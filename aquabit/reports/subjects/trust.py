@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -13,6 +14,7 @@ from matplotlib.colors import Normalize
 
 from aquabit.reports import drawing, style, words
 from aquabit.reports.facts import Facts, number
+from aquabit.reports.lacks import Lacks
 from aquabit.reports.plan import Plan, Tables, fixed
 
 SCORES = ("within_budget_srcc", "srcc", "kendall", "ndcg10", "r2", "noise_ceiling")
@@ -67,16 +69,8 @@ def draw_surrogate_scatter(
     if np.isfinite(bits).any():
         norm = Normalize(np.nanmin(bits), np.nanmax(bits))
         colours = matplotlib.colormaps["cividis"].resampled(12)
-        dots = axes.scatter(
-            table.measured,
-            table.predicted,
-            c=bits,
-            cmap=colours,
-            norm=norm,
-            s=11,
-            linewidths=0.2,
-            edgecolors="white",
-        )
+        look: dict[str, Any] = {"c": bits, "cmap": colours, "norm": norm, "edgecolors": "white"}
+        dots = axes.scatter(table.measured, table.predicted, s=11, linewidths=0.2, **look)
         tips = [
             f"{r.config}: {r.bits:.2f} bits, {metric} {r.measured:.3g}, predicted {r.predicted:.3g}"
             for r in table.itertuples()
@@ -118,7 +112,7 @@ def draw_curve(
     axes.legend(loc="lower right")
 
 
-def sentence(facts: Facts, found: Tables, lacks: Mapping[str, tuple[str, str]]) -> words.Sentence:
+def sentence(facts: Facts, found: Tables, lacks: Lacks) -> words.Sentence:
     scores, halves = found["surrogate"], found["agreement"]
     if scores.empty or math.isnan(scores.within_budget_srcc.iloc[0]):
         return words.Sentence(
@@ -160,7 +154,7 @@ def sentence(facts: Facts, found: Tables, lacks: Mapping[str, tuple[str, str]]) 
         text += f"; its predicted effects and {words.count(checked.get('flips'))} real swaps {agree}"
         return words.Sentence(text + ".")
     parts = [
-        f"{words.count(r.flips)} real swaps of {words.count(r.layers)} layers {r.half}"
+        f"{words.count(r.flips)} real swaps of {words.count(r.layers)} layer{'s' * (r.layers != 1)} {r.half}"
         f" {_agree(r.srcc, r.sign_agreement)}"
         for r in halves.itertuples()
         if r.layers
@@ -169,8 +163,10 @@ def sentence(facts: Facts, found: Tables, lacks: Mapping[str, tuple[str, str]]) 
 
 
 def _agree(srcc: float, sign: float) -> str:
-    same = f", with the same sign in {100 * sign:.0f} % of them" if math.isfinite(sign) else ""
-    return f"agree at SRCC {words.score(srcc)}{same}"
+    same = f" with the same sign in {100 * sign:.0f} % of them" if math.isfinite(sign) else ""
+    if math.isnan(srcc):
+        return f"agree{same} (too few for an SRCC)"
+    return f"agree at SRCC {words.score(srcc)}{',' * bool(same)}{same}"
 
 
 def plans(facts: Facts, found: Tables) -> Iterator[Plan]:

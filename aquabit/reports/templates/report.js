@@ -137,7 +137,7 @@ function explain(layer) {
   if (decibels) say("PSNR lost, dB", withEnds(layer.psnr_effect, layer.psnr_low, layer.psnr_high, layer.level).join(""));
   say("measured swaps", layer.swaps ? `${withEnds(layer.real, layer.real_low, layer.real_high, layer.real_level).join("")}, the mean of ${layer.swaps}` : "none");
   if (layer.shap !== null) say("mean |SHAP| (log units)", `${figures(layer.shap)}; with high weight error less with low: ${figures(layer.shap_signed)}`);
-  if (layer.scheme) say("the winner gives it", `${layer.scheme}, activations at ${figures(layer.act)} bits`);
+  if (layer.scheme) say("the winner gives it", `${layer.scheme}, activations at ${Number(figures(layer.act))} bits`);
   if (layer.pairs.length) {
     const list = make("ul", { class: "pairs" });
     for (const [other, value, low, high] of layer.pairs) {

@@ -79,17 +79,12 @@ class Fits(list[tuple[str, int]]):
 
 @pytest.fixture
 def fits(monkeypatch: pytest.MonkeyPatch) -> Iterator[Fits]:
-    made, one, many = Fits(), fitting.quantize_weight, fitting.quantize_weights
-
-    def quantize_one(weight: Tensor, scheme: Scheme, *rest: Any, **options: Any) -> Any:
-        made.append((str(scheme), 1))
-        return one(weight, scheme, *rest, **options)
+    made, many = Fits(), fitting.quantize_weights
 
     def quantize_many(weights: list[Tensor], scheme: Scheme, *rest: Any, **options: Any) -> Any:
         made.append((str(scheme), len(weights)))
         return many(weights, scheme, *rest, **options)
 
-    monkeypatch.setattr(fitting, "quantize_weight", quantize_one)
     monkeypatch.setattr(fitting, "quantize_weights", quantize_many)
     return made
 

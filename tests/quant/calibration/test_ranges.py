@@ -22,7 +22,7 @@ from aquabit.quant.bank import Bank
 from aquabit.quant.calibration import ranges as ranges_module
 from aquabit.quant.calibration.ranges import RangeRecorder, best_range
 from aquabit.quant.kernel_tuning import layers_of, requests_of
-from aquabit.quant.layers import QuantConv2d, QuantLinear
+from aquabit.quant.layers import QuantConv2d, quant_layer
 from aquabit.quant.model import QuantizedDenoiser, fingerprint
 from aquabit.scheme import AquabitError, Calibration, LayerChoice, Protocol, QuantConfig, Scheme, StepGroups
 from aquabit.space import SearchSpace, make_space
@@ -305,10 +305,7 @@ def test_configurations_with_ranges() -> None:
 
 
 def test_ranges_of_convolutions_hold_zero() -> None:
-    layers = {
-        "conv": QuantConv2d.of(torch.nn.Conv2d(2, 2, 1)),
-        "linear": QuantLinear.of(torch.nn.Linear(4, 2)),
-    }
+    layers = {"conv": quant_layer(torch.nn.Conv2d(2, 2, 1)), "linear": quant_layer(torch.nn.Linear(4, 2))}
     recorder = RangeRecorder(layers, (), 4096)
     recorder.steps = 1
     with recorder.watching():

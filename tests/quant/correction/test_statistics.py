@@ -17,9 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from aquabit.quant.correction.corrector import Corrector, check_correction
+from aquabit.quant.correction.guidance import guidance_weights
 from aquabit.quant.correction.noise import NoiseEstimate, Uncorrectable
+from aquabit.quant.correction.noise_measuring import measure_noise
 from aquabit.quant.correction.sampling import following
-from aquabit.quant.correction.statistics import Statistics, guidance_weights, measure_noise
+from aquabit.quant.correction.statistics import Statistics
 from aquabit.scheme import AquabitError
 from tests.chains import NOISY, OPEN, STILL, Given, Sampler, known, sampled
 

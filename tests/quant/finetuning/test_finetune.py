@@ -30,7 +30,7 @@ from aquabit.quant.bank import Bank
 from aquabit.quant.finetuning import finetune as module
 from aquabit.quant.finetuning.finetune import FineTuning, Tuned, code_bits, finetune
 from aquabit.quant.finetuning.settings import COARSE_RATE, FINE_RATE
-from aquabit.quant.layers import QuantConv2d, QuantLinear
+from aquabit.quant.layers import quant_layer
 from aquabit.quant.model import QuantizedDenoiser, fingerprint
 from aquabit.scheme import (
     AquabitError,
@@ -307,7 +307,7 @@ def test_what_cannot_be_tuned_is_refused(tmp_path: Path) -> None:
 
 def test_gradients_pass_rounded_activations_as_if_they_were_not_rounded() -> None:
     torch.manual_seed(0)
-    linear, conv = QuantLinear.of(nn.Linear(12, 7)), QuantConv2d.of(nn.Conv2d(4, 6, 3, padding=1), split=2)
+    linear, conv = quant_layer(nn.Linear(12, 7)), quant_layer(nn.Conv2d(4, 6, 3, padding=1), split=2)
     cases: list[tuple[Any, torch.Tensor, Callable[..., torch.Tensor]]] = [
         (linear, torch.randn(5, 12), lambda x, w: functional.linear(x, w, linear.bias)),
         (conv, torch.randn(2, 4, 5, 5), lambda x, w: functional.conv2d(x, w, conv.bias, padding=1)),

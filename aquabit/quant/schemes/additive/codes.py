@@ -51,11 +51,9 @@ def feedback(problem: Problem, state: State, factor: Feedback, beam: int = 1) ->
     rows, size, total = problem.weight.clone(), problem.size, problem.weight.shape[2]
     span = max(LAZY // size, 1) * size
     for start in range(0, total, span):
-        at, rest, groups = (
-            slice(start, start + span),
-            slice(start + span, None),
-            slice(start // size, (start + span) // size),
-        )
+        at = slice(start, start + span)
+        rest = slice(start + span, None)
+        groups = slice(start // size, (start + span) // size)
         inverse, coupling = factor.inverse[:, groups], factor.coupling
         found = feedback_search(
             rows[..., at],
@@ -97,11 +95,9 @@ def sweep(problem: Problem, state: State, beam: int = 1) -> float:
     size, total = problem.size, problem.weight.shape[2]
     span = total if problem.diagonal else max(LAZY // size, 1) * size
     for start in range(0, total, span):
-        at, rest, groups = (
-            slice(start, start + span),
-            slice(start + span, None),
-            slice(start // size, (start + span) // size),
-        )
+        at = slice(start, start + span)
+        rest = slice(start + span, None)
+        groups = slice(start // size, (start + span) // size)
         coupling = None if problem.diagonal else problem.hessian[:, at, at]
         found = sweep_search(
             gradient[..., at],

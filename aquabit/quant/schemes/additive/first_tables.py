@@ -54,11 +54,9 @@ def _sampled(problem: Problem, generator: torch.Generator) -> Tensor:
     wanted = max(
         ROWS // problem.per_table, PER_CODEWORD * problem.codewords // (problem.groups * problem.per_table), 1
     )
-    return (
-        torch.randperm(rows, generator=generator)[:wanted].sort().values
-        if wanted < rows
-        else torch.arange(rows)
-    )
+    if wanted < rows:
+        return torch.randperm(rows, generator=generator)[:wanted].sort().values
+    return torch.arange(rows)
 
 
 def _kmeans(

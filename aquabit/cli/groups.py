@@ -1,0 +1,348 @@
+"""Groups of options that belong together, and the values that they become."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+
+from aquabit.cli import options
+from aquabit.measuring.where import Where
+from aquabit.scheme import AquabitError, Budget, Protocol
+
+if TYPE_CHECKING:  # torch is loaded when a verb runs, not for --help
+    from aquabit.measuring.settings import MeasureOptions
+    from aquabit.quant.finetuning.settings import FineTuning
+    from aquabit.search.search_options import SearchOptions
+    from aquabit.sensitivity.plan import SampleOptions
+    from aquabit.study import Study
+
+
+def grouped(verb: Callable[..., None]) -> Callable[..., None]:
+    """``verb`` with each parameter that is a group (a dataclass of options) replaced by the options in it."""
+    signature = inspect.signature(verb, eval_str=True)
+    annotations = {name: p.annotation for name, p in signature.parameters.items()}
+    groups = {k: a for k, a in annotations.items() if isinstance(a, type) and is_dataclass(a)}
+    parameters: list[inspect.Parameter] = []
+    for name, parameter in signature.parameters.items():
+        if name not in groups:
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+            continue
+        hints = get_type_hints(groups[name], include_extras=True)
+        parameters += [
+            inspect.Parameter(
+                f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=hints[f.name]
+            )
+            for f in fields(groups[name])
+        ]
+
+    @wraps(verb)
+    def call(**given: Any) -> None:
+        for name, group in groups.items():
+            given[name] = group(**{f.name: given.pop(f.name) for f in fields(group)})
+        verb(**given)
+
+    call.__annotations__ = {p.name: p.annotation for p in parameters}
+    call.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return call
+
+
+def given(context: typer.Context, option: str) -> bool:
+    """Whether the user gave an option."""
+    source = context.get_parameter_source(option)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def read_prompts(path: Path | None) -> tuple[str, ...] | None:
+    """The prompts of a file, one a line; raises AquabitError where it holds none."""
+    if path is None:
+        return None
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise AquabitError(f"prompts file {path} cannot be read as UTF-8 text: {error}") from error
+    kept = tuple(line for line in lines if line)
+    if not kept:
+        raise AquabitError(f"prompts file {path} is empty; it needs one prompt a line")
+    return kept
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a verb works."""
+
+    workers: options.Workers = None
+    device: options.Device = "cpu"
+    bank: options.Bank = None
+
+    def where(self, dtype: str = "float32", ray: str | None = None) -> Where:
+        """All cores of a CPU where nothing else is said; a cluster has workers of its own."""
+        cores = (os.cpu_count() or 1) if self.device == "cpu" and ray is None else 1
+        bank = str(self.bank) if self.bank else None
+        return Where(self.workers or cores, self.device, dtype, bank, ray)
+
+
+OF_PROTOCOL = (  # fields of a protocol that have options of their own
+    "images",
+    "steps",
+    "seed",
+    "scheduler",
+    "eta",
+    "guidance",
+    "resolution",
+    "micro_batch",
+    "objective",
+    "dtype",
+)
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """How images are made and measured, and what is searched."""
+
+    images: options.Images = Protocol.images
+    steps: options.Steps = Protocol.steps
+    scheduler: options.Scheduler = Protocol.scheduler
+    eta: options.Eta = Protocol.eta
+    seed: options.Seed = Protocol.seed
+    dtype: options.Dtype = Protocol.dtype
+    prompts: options.Prompts = None
+    guidance: options.Guidance = Protocol.guidance
+    space: options.SpaceFile = None
+    objective: options.Objective = Protocol.objective
+    reference: options.Reference = None
+    features: options.Features = None
+    preset: options.Preset = None
+    metric: options.Metric = None
+    correction: options.Correction = None
+    step_groups: options.StepGroups = None
+    micro_batch: options.MicroBatch = Protocol.micro_batch
+    resolution: options.Resolution = Protocol.resolution
+
+    def options(self, context: typer.Context) -> MeasureOptions:
+        """As values; what continues a study's own where nothing is given is None."""
+        from aquabit.measuring.settings import MeasureOptions
+        from aquabit.quality import QualityOptions
+
+        quality = QualityOptions(
+            str(self.reference) if self.reference else None,
+            tuple(self.features or ()),
+            tuple(self.metric or ()),
+        )
+        return MeasureOptions(self.protocol(context), self.space_options(), quality or None)
+
+    def protocol(self, context: typer.Context) -> Protocol:
+        """How images are made: options that were not given are the preset's, where it has them."""
+        values = {name: getattr(self, name) for name in OF_PROTOCOL}
+        values["conditions"] = read_prompts(self.prompts)
+        if self.preset is not None:
+            from aquabit.pipelines import preset_named
+
+            stated = preset_named(self.preset).protocol
+            values |= {k: v for k, v in stated.items() if not given(context, k)}
+        return Protocol(**values)
+
+    def space_options(self) -> dict[str, Any] | None:
+        """Options of the search space."""
+        from aquabit.space import read_space
+
+        asked = read_space(self.space) if self.space else {}
+        if self.correction is not None:
+            asked["correction"] = self.correction
+        if self.step_groups is not None:
+            asked["step_groups"] = {"total": self.steps, "starts": _first_steps(self.step_groups)}
+        return asked or None
+
+
+def _first_steps(text: str) -> list[int]:
+    starts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() for part in starts):
+        raise AquabitError(
+            f"step groups {text!r} must be the first steps of the groups, from 0 and separated by commas, as"
+            " in 0,5"
+        )
+    return [int(part) for part in starts]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Which configurations are measured."""
+
+    samples: options.Samples = 120
+    design: Annotated[
+        str,
+        typer.Option(
+            "--design",
+            help=(
+                "near (good configurations), random (independent draws, ruined ones included), balanced"
+                " (nearly orthogonal, evenly over bits), swaps (of one layer in shared contexts),"
+                " disagreement (batches on which refitted surrogates disagree); near:0.75 is a quarter"
+                " random."
+            ),
+        ),
+    ] = "near:0.75"
+    shard: Annotated[
+        str | None, typer.Option("--shard", help="i/n: every n-th configuration, for batch schedulers.")
+    ] = None
+
+    def options(self, seed: int) -> SampleOptions:
+        from aquabit.sensitivity.plan import SampleOptions
+
+        return SampleOptions(self.samples, seed, self.design, self.shard)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of a search; several hold at once."""
+
+    bits: Annotated[
+        float | None, typer.Option("--bits", help="Bits per weight, everything counted (default 3.0).")
+    ] = None
+    bytes_: Annotated[int | None, typer.Option("--bytes", help="Bytes of the saved denoiser.")] = None
+    bops: Annotated[
+        float | None, typer.Option("--bops", help="Bit operations of one image in one denoiser call.")
+    ] = None
+    latency: Annotated[
+        float | None,
+        typer.Option(
+            "--latency", help="Milliseconds per denoiser call with one image, packed, on this machine."
+        ),
+    ] = None
+
+    def budget(self) -> Budget:
+        bits = self.bits if any((self.bits, self.bytes_, self.bops, self.latency)) else 3.0
+        return Budget(bits, self.bytes_, self.bops, self.latency)
+
+
+@dataclass(frozen=True)
+class Searching:
+    """How a search proposes."""
+
+    against: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--against",
+            metavar="FILE",
+            help=(
+                "A configuration that the winner must not lose to: config.json, or ModelOpt's quant_cfg; may"
+                " be repeated."
+            ),
+        ),
+    ] = None
+    rounds: Annotated[
+        int | None,
+        typer.Option(
+            "--rounds",
+            min=0,
+            help=(
+                "Rounds of refinement in context (default 3; 0: the program's answer); of fitting and"
+                " proposing where a surrogate proposes (default 2)."
+            ),
+        ),
+    ] = None
+    per_round: Annotated[
+        int, typer.Option("--per-round", min=1, help="New candidates a round, where a surrogate proposes.")
+    ] = 8
+    method: Annotated[
+        str,
+        typer.Option(
+            "--method",
+            help=(
+                "program (the integer program over damages, refined in context); surrogate or evolve"
+                " (NSGA-II; needs pymoo) also propose from a surrogate of the study's measurements."
+            ),
+        ),
+    ] = "program"
+    screen: Annotated[
+        int,
+        typer.Option(
+            "--screen",
+            min=1,
+            help=(
+                "Where a surrogate proposes: configurations for each that is measured; output errors on"
+                " stored inputs choose among them (1: none of this)."
+            ),
+        ),
+    ] = 4
+    seed: Annotated[int, typer.Option("--seed")] = 0
+
+    def options(self, budget: Budget, study: Study) -> SearchOptions:
+        """As a value; configurations are read for the study's space."""
+        from aquabit.search.given_configs import read_given
+        from aquabit.search.search_options import SearchOptions
+        from aquabit.space import SearchSpace
+
+        space = SearchSpace.from_dict(study.need("space", "run `aquabit measure MODEL --study` first"))
+        rivals = [(path.name, read_given(path, space)) for path in self.against or ()]
+        return SearchOptions(budget, self.method, self.rounds, self.per_round, self.screen, self.seed, rivals)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Whether and how a packed model is fine-tuned."""
+
+    finetune: Annotated[
+        bool,
+        typer.Option(
+            "--finetune", help="Tune the codes, codebooks and scales against the full-precision model first."
+        ),
+    ] = False
+    finetune_steps: Annotated[
+        int | None, typer.Option("--finetune-steps", min=1, help="Steps of the tuning; implies --finetune.")
+    ] = None
+    finetune_settings: Annotated[
+        Path | None,
+        typer.Option(
+            "--finetune-settings", metavar="FILE.json", help="Settings of the tuning; implies --finetune."
+        ),
+    ] = None
+
+    def settings(self) -> FineTuning | bool:
+        """False where it is not asked for."""
+        if not self.finetune and self.finetune_steps is None and self.finetune_settings is None:
+            return False
+        from aquabit.quant.finetuning.settings import FineTuning
+
+        settings = FineTuning.load(self.finetune_settings) if self.finetune_settings else FineTuning()
+        return replace(settings, steps=self.finetune_steps) if self.finetune_steps else settings
+
+
+@dataclass(frozen=True)
+class Making:
+    """Which images a packed model makes."""
+
+    images: Annotated[int, typer.Option("--images", min=1)] = 16
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the first image.")] = 0
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            "--steps", min=1, help="Denoising steps; default: those the artifact was calibrated for, else 10."
+        ),
+    ] = None
+    eta: Annotated[
+        float | None, typer.Option("--eta", help="DDIM's noise; default: as calibrated, else 0.")
+    ] = None
+    guidance: Annotated[
+        float | None,
+        typer.Option("--guidance", help="Classifier-free guidance; default: as calibrated, else 1 (off)."),
+    ] = None
+    prompts: options.Prompts = None
+    resolution: options.Resolution = None
+    correction: Annotated[
+        str | None,
+        typer.Option(
+            "--correction",
+            help="none, or some of cnc, bc, vsc, match joined by +, or qdrift; default: the artifact's own.",
+        ),
+    ] = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Of ``packing.generate``."""
+        asked = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "prompts"}
+        return asked | {"conditions": read_prompts(self.prompts)}
