@@ -21,6 +21,8 @@ from torch import Tensor
 from aquabit.kernels.arranged import Arranged
 from aquabit.kernels.backends.triton_weight import TritonWeight, lay_out, why_not_laid_out
 from aquabit.kernels.codebook import CodebookWeight, ceil_divide
+from aquabit.kernels.geometry import Geometry
+from aquabit.kernels.registry import weight_at
 from aquabit.scheme import AquabitError
 
 Accuracy = Literal["fast", "exact"]
@@ -107,7 +109,9 @@ def triton_linear(
             f"the input is {list(x.shape)}; a weight {list(laid.shape)} takes [..., {laid.shape[1]}]"
         )
     rows = x.reshape(-1, x.shape[-1])
-    y: Tensor = torch.ops.aquabit.triton_linear(rows, *laid.arguments, _contiguous(bias), accuracy == "exact")
+    y: Tensor = torch.ops.aquabit.triton_linear(
+        rows, _contiguous(bias), laid.number, laid.shape[0], accuracy == "exact"
+    )
     return y.reshape(*x.shape[:-1], laid.shape[0])
 
 
@@ -147,7 +151,13 @@ def triton_conv2d(
             f" {extent}"
         )
     y: Tensor = torch.ops.aquabit.triton_conv2d(
-        x, *laid.arguments, _contiguous(bias), steps, before, spread, sizes, groups, accuracy == "exact"
+        x,
+        _contiguous(bias),
+        laid.number,
+        laid.shape,
+        Geometry(steps, before, spread, groups).numbers,
+        sizes,
+        accuracy == "exact",
     )
     return y
 
@@ -200,113 +210,56 @@ def _pads(
     return both, both
 
 
-_WEIGHT = "Tensor codes, Tensor? tables, Tensor? scale, Tensor? offset, int[] shape, int[] facts"
 _library = torch.library.Library("aquabit", "FRAGMENT")
-_library.define(f"triton_linear(Tensor x, {_WEIGHT}, Tensor? bias, bool exact) -> Tensor")
-_GEOMETRY = "int[] stride, int[] padding, int[] dilation, int[] size, int groups"
-_library.define(f"triton_conv2d(Tensor x, {_WEIGHT}, Tensor? bias, {_GEOMETRY}, bool exact) -> Tensor")
+_library.define("triton_linear(Tensor x, Tensor? bias, int weight, int outputs, bool exact) -> Tensor")
+_library.define(
+    "triton_conv2d(Tensor x, Tensor? bias, int weight, int[] shape, int[] geometry, int[] size, bool exact)"
+    " -> Tensor"
+)
 
 
-def _linear(
-    x: Tensor,
-    codes: Tensor,
-    tables: Tensor | None,
-    scale: Tensor | None,
-    offset: Tensor | None,
-    shape: list[int],
-    facts: list[int],
-    bias: Tensor | None,
-    exact: bool,
-) -> Tensor:
-    y = _linear_fake(x, codes, tables, scale, offset, shape, facts, bias, exact)
-    tokens = len(x)
+def _linear(x: Tensor, bias: Tensor | None, weight: int, outputs: int, exact: bool) -> Tensor:
+    y, laid = _linear_fake(x, bias, weight, outputs, exact), weight_at(weight)
     if y.numel() == 0:
         return y
     with _on(x):
-        if tokens <= FEW_TOKENS:
-            _launch_few(x, y, codes, tables, scale, offset, bias, facts)
+        if len(x) <= FEW_TOKENS:
+            _launch_few(x, y, laid, bias)
         else:
-            strides, geometry = (
-                (*x.stride(), 0, 0, *y.stride(), 0, 0),
-                (shape[1], 1, 1, 1, 1, 1, 1, 0, 0, 1, 1),
-            )
-            _launch(
-                x, y, codes, tables, scale, offset, bias, facts, exact, tokens, 1, strides, geometry, None
-            )
+            placed = (*x.stride(), 0, 0, *y.stride(), 0, 0, laid.shape[1], 1, 1, 1, 1, 1, 1, 0, 0, 1, 1)
+            _launch(x, y, laid, bias, exact, len(x), 1, placed)
     return y
 
 
-def _linear_fake(
-    x: Tensor,
-    codes: Tensor,
-    tables: Tensor | None,
-    scale: Tensor | None,
-    offset: Tensor | None,
-    shape: list[int],
-    facts: list[int],
-    bias: Tensor | None,
-    exact: bool,
-) -> Tensor:
-    return x.new_empty(x.shape[0], shape[0])
+def _linear_fake(x: Tensor, bias: Tensor | None, weight: int, outputs: int, exact: bool) -> Tensor:
+    return x.new_empty(x.shape[0], outputs)
 
 
 def _conv2d(
     x: Tensor,
-    codes: Tensor,
-    tables: Tensor | None,
-    scale: Tensor | None,
-    offset: Tensor | None,
-    shape: list[int],
-    facts: list[int],
     bias: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
+    weight: int,
+    shape: list[int],
+    geometry: list[int],
     size: list[int],
-    groups: int,
     exact: bool,
 ) -> Tensor:
-    y = _conv2d_fake(
-        x, codes, tables, scale, offset, shape, facts, bias, stride, padding, dilation, size, groups, exact
-    )
+    y = _conv2d_fake(x, bias, weight, shape, geometry, size, exact)
     if y.numel() == 0:
         return y
-    geometry = (shape[1], x.shape[2], x.shape[3], *size, *stride, *padding, *dilation)
+    placed = (*x.stride(), *y.stride(), shape[1], x.shape[2], x.shape[3], *size, *geometry[:6])
     with _on(x):
-        strides = (*x.stride(), *y.stride())
-        _launch(
-            x,
-            y,
-            codes,
-            tables,
-            scale,
-            offset,
-            bias,
-            facts,
-            exact,
-            len(x) * prod(size),
-            groups,
-            strides,
-            geometry,
-            shape,
-        )
+        _launch(x, y, weight_at(weight), bias, exact, len(x) * prod(size), geometry[6], placed)
     return y
 
 
 def _conv2d_fake(
     x: Tensor,
-    codes: Tensor,
-    tables: Tensor | None,
-    scale: Tensor | None,
-    offset: Tensor | None,
-    shape: list[int],
-    facts: list[int],
     bias: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
+    weight: int,
+    shape: list[int],
+    geometry: list[int],
     size: list[int],
-    groups: int,
     exact: bool,
 ) -> Tensor:
     last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
@@ -328,68 +281,58 @@ def _on(x: Tensor) -> Any:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-def _constants(
-    tables: Tensor | None,
-    scale: Tensor | None,
-    offset: Tensor | None,
-    facts: list[int],
-    row: int,
-    dtype: torch.dtype,
-) -> dict[str, Any]:
+def _constants(laid: TritonWeight, dtype: torch.dtype) -> dict[str, Any]:
     """What the kernels are specialised for."""
-    bits, width, fused, group, books, _, wide = facts
-    counts = _counts(scale, offset)
+    row, counts = prod(laid.shape[1:]), _counts(laid)
     # A row scale alone is applied to sums: decoded codewords then stay as they are stored, exact in half
     # precision where there is one codebook. Not where sums of codewords leave float16.
-    in_tile = offset is not None or counts[0] > 1 or (dtype == torch.float16 and bool(wide))
+    in_tile = laid.offset is not None or counts[0] > 1 or (dtype == torch.float16 and laid.wide)
     return {
-        "BITS": bits,
-        "WIDTH": width,
-        "FUSED": fused,
-        "GROUP": group,
-        "BOOKS": books,
-        "UNIFORM": tables is None,
-        "PER_ROW": _per_row(tables),
-        "BY_GROUP": group in _BY_GROUP,
+        "BITS": laid.bits,
+        "WIDTH": laid.width,
+        "FUSED": laid.fused,
+        "GROUP": laid.group,
+        "BOOKS": laid.codebooks,
+        "UNIFORM": laid.tables is None,
+        "PER_ROW": laid.per_row,
+        "BY_GROUP": laid.group in _BY_GROUP,
         "IN_TILE": in_tile,
-        "HAS_SCALE": scale is not None,
-        "HAS_OFFSET": offset is not None,
+        "HAS_SCALE": laid.scale is not None,
+        "HAS_OFFSET": laid.offset is not None,
         "SCALE_SIZE": ceil_divide(row, counts[0]) if counts[0] > 1 else 0,
         "OFFSET_SIZE": ceil_divide(row, counts[1]) if counts[1] > 1 else 0,
     }
 
 
+def _counts(laid: TritonWeight) -> tuple[int, ...]:
+    """How many scales and offsets each row has."""
+    return tuple(1 if t is None or t.ndim == 1 else t.shape[1] for t in (laid.scale, laid.offset))
+
+
 def _launch(
     x: Tensor,
     y: Tensor,
-    codes: Tensor,
-    tables: Tensor | None,
-    scale: Tensor | None,
-    offset: Tensor | None,
+    laid: TritonWeight,
     bias: Tensor | None,
-    facts: list[int],
     exact: bool,
     tokens: int,
     groups: int,
-    strides: tuple[int, ...],
-    geometry: tuple[int, ...],
-    conv: list[int] | None,
+    placed: tuple[int, ...],
 ) -> None:
-    """The kernel with matrix units, over tiles of tokens x outputs."""
-    out, row = len(codes) // groups, (prod(conv[1:]) if conv else geometry[0])
-    sizes = (tokens, out, row, codes.shape[1], *_counts(scale, offset), 1 << (tokens - 1).bit_length())
-    integers = sizes + strides + geometry
+    """The kernel with matrix units, over tiles of tokens x outputs. ``placed``: strides of x and y, and the
+    geometry, as the kernel takes them."""
+    conv, codes = len(laid.shape) == 4, laid.codes
+    out, row = len(codes) // groups, prod(laid.shape[1:])
 
     def chosen() -> tuple[Any, Any, dict[str, Any]]:
         device = _device()
-        constants = _constants(tables, scale, offset, facts, row, torch.float32 if exact else x.dtype)
-        constants |= {
+        constants = _constants(laid, torch.float32 if exact else x.dtype) | {
             "HAS_BIAS": bias is not None,
-            "CONV": conv is not None,
-            "KERNEL_ORDER": bool(facts[5]),
+            "CONV": conv,
+            "KERNEL_ORDER": laid.kernel_order,
             "EXACT": exact,
-            "KERNEL_H": conv[2] if conv else 1,
-            "KERNEL_W": conv[3] if conv else 1,
+            "KERNEL_H": laid.shape[2] if conv else 1,
+            "KERNEL_W": laid.shape[3] if conv else 1,
         }
         if device.INTERPRETED:
             constants |= _TILE_INTERPRETED
@@ -400,9 +343,14 @@ def _launch(
 
         return device.tuned_matmul, grid, constants
 
-    pointers = (x, y, codes, *(codes if t is None else t for t in (tables, scale, offset, bias)))
-    key = ("matmul", exact, conv and tuple(conv), _per_row(tables), *facts)
-    _start(key, codes, pointers, integers, chosen)
+    sizes = (tokens, out, row, codes.shape[1], *_counts(laid), 1 << (tokens - 1).bit_length())
+    pointers = (x, y, codes, *_pointers(laid, bias))
+    _start(("matmul", exact, laid.facts), codes, pointers, sizes + placed, chosen)
+
+
+def _pointers(laid: TritonWeight, bias: Tensor | None) -> list[Tensor]:
+    """Tables, scale, offset and bias; the codes in the place of what is not there, which is not read."""
+    return [laid.codes if t is None else t for t in (laid.tables, laid.scale, laid.offset, bias)]
 
 
 LAUNCHES = 4096  # launches remembered: shapes of layers and inputs; past that all are forgotten
@@ -440,38 +388,18 @@ def _start(
     _launches[known] = compiled[grid(named) if callable(grid) else grid], constants
 
 
-def _per_row(tables: Tensor | None) -> bool:
-    return tables is not None and len(tables) > 1
-
-
-def _counts(*factors: Tensor | None) -> tuple[int, ...]:
-    """How many scales (offsets) each row has."""
-    return tuple(1 if t is None or t.ndim == 1 else t.shape[1] for t in factors)
-
-
-def _launch_few(
-    x: Tensor,
-    y: Tensor,
-    codes: Tensor,
-    tables: Tensor | None,
-    scale: Tensor | None,
-    offset: Tensor | None,
-    bias: Tensor | None,
-    facts: list[int],
-) -> None:
+def _launch_few(x: Tensor, y: Tensor, laid: TritonWeight, bias: Tensor | None) -> None:
     """The path for few tokens: the row is split where the outputs alone would leave processors idle."""
-    (tokens, row), out = x.shape, len(codes)
-    read = tables
-    tables, scale_, offset_, bias_ = (codes if t is None else t for t in (tables, scale, offset, bias))
+    (tokens, row), codes = x.shape, laid.codes
+    out = len(codes)
     tiles, blocks = ceil_divide(out, _ROWS_FEW), ceil_divide(row, _BLOCK_FEW)
     steps = ceil_divide(blocks, max(1, min(blocks, ceil_divide(4 * _processors(x.device), tiles))))
     splits = ceil_divide(blocks, steps)
     parts = x.new_empty(splits, tokens, out, dtype=torch.float32) if splits > 1 else y
-    padded = 1 << (tokens - 1).bit_length()
 
     def constants() -> dict[str, Any]:
-        own = _constants(read, scale, offset, facts, row, torch.float32)
-        return own | {"HAS_BIAS": bias is not None, "TOKENS": padded}
+        padded = 1 << (tokens - 1).bit_length()
+        return _constants(laid, torch.float32) | {"HAS_BIAS": bias is not None, "TOKENS": padded}
 
     def few() -> tuple[Any, Any, dict[str, Any]]:
         tile = {"SPLIT": splits > 1, "BLOCK_N": _ROWS_FEW, "BLOCK_K": _BLOCK_FEW}
@@ -482,12 +410,12 @@ def _launch_few(
         named = {name: value for name, value in constants().items() if name in names}
         return _device().add_parts, (ceil_divide(out, 128), 1, 1), named | {"BLOCK_N": 128}
 
-    sizes = (tokens, out, row, codes.shape[1], *_counts(scale, offset), *x.stride(), steps)
-    key = (x.dtype, offset is None, _counts(scale, offset), *facts)  # what ``add`` sees nothing else of
-    pointers = (x, y, parts, codes, tables, scale_, offset_, bias_)
-    _start(("few", _per_row(read), *key), codes, pointers, sizes, few)
+    counts, (tables, scale, offset, held) = _counts(laid), _pointers(laid, bias)
+    sizes = (tokens, out, row, codes.shape[1], *counts, *x.stride(), steps)
+    _start(("few", laid.facts), codes, (x, y, parts, codes, tables, scale, offset, held), sizes, few)
     if splits > 1:
-        _start(("add", *key), codes, (parts, y, scale_, bias_), (tokens, out, splits), add)
+        key = ("add", laid.facts, laid.offset is None, counts)  # what it sees nothing else of
+        _start(key, codes, (parts, y, scale, held), (tokens, out, splits), add)
 
 
 @cache

@@ -9,14 +9,17 @@ Groups that reach across taps, which ``Arranged`` has not, are served too.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from aquabit.kernels.arranged import FUSED, Arranged, Segment, _laid, _unlaid
 from aquabit.kernels.codebook import CodebookWeight
+from aquabit.kernels.registry import numbered
 from aquabit.scheme import AquabitError
 
 _FLOAT16_MAX = 65504.0
@@ -41,6 +44,7 @@ class TritonWeight:
     width: int  # bits of a lookup: 4 or 8
     kernel_order: bool
     wide: bool
+    number: int = field(default=-1, init=False)  # of this very object: registry.py
 
     def __post_init__(self) -> None:
         """Everything that the kernels take on trust; they would read past the end of tensors that are too
@@ -78,20 +82,18 @@ class TritonWeight:
                     f"{name} is on {value.device} with strides {value.stride()}; needed is"
                     f" {self.codes.device}, contiguous"
                 )
+        numbered(self)
 
     @property
-    def arguments(self) -> tuple[Tensor | list[int] | None, ...]:
-        """As the ops take a weight: codes, tables, scale, offset, shape, facts."""
-        facts = [
-            self.bits,
-            self.width,
-            self.fused,
-            self.group,
-            self.codebooks,
-            int(self.kernel_order),
-            int(self.wide),
-        ]
-        return self.codes, self.tables, self.scale, self.offset, list(self.shape), facts
+    def per_row(self) -> bool:
+        """Whether each output has tables of its own."""
+        return self.tables is not None and len(self.tables) > 1
+
+    @cached_property
+    def facts(self) -> tuple[Any, ...]:
+        """What kernels are compiled for, beside what their arguments show."""
+        read = (self.bits, self.width, self.fused, self.group, self.codebooks, self.kernel_order, self.wide)
+        return *read, self.per_row, self.shape[2:]
 
     @property
     def nbytes(self) -> int:

@@ -30,6 +30,7 @@ from aquabit.kernels.backends.triton_kernels import (
     triton_weight,
 )
 from aquabit.kernels.codebook import CodebookWeight
+from aquabit.kernels.geometry import Geometry
 from aquabit.scheme import AquabitError
 
 pytest.importorskip("triton")
@@ -389,7 +390,7 @@ def test_arranged_weights_are_read_as_they_are_or_laid_again(name: str, shape: t
         return
     arranged = arrange(weight)
     own, theirs = triton_weight(weight), triton_weight(arranged)
-    assert torch.equal(own.codes, theirs.codes) and own.arguments[5] == theirs.arguments[5]
+    assert torch.equal(own.codes, theirs.codes) and own.facts == theirs.facts
     if len(arranged.segments) == 1:
         assert theirs.codes.data_ptr() == arranged.codes.data_ptr()
 
@@ -477,14 +478,12 @@ def test_ops_have_shapes_without_running() -> None:
     x, image = noise(9, 20).to(DEVICE), noise(2, 4, 6, 5).to(DEVICE)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(
-        torch.ops.aquabit.triton_linear.default, (x, *linear.arguments, None, True), test_utils=checks
+        torch.ops.aquabit.triton_linear.default, (x, None, linear.number, 5, True), test_utils=checks
     )
-    arguments = ([1, 1], [0, 0], [1, 1], [4, 3], 1, False)
+    arguments = (conv.number, conv.shape, Geometry().numbers, [4, 3], False)
     for layout in (image, image.contiguous(memory_format=torch.channels_last)):
         torch.library.opcheck(
-            torch.ops.aquabit.triton_conv2d.default,
-            (layout, *conv.arguments, None, *arguments),
-            test_utils=checks,
+            torch.ops.aquabit.triton_conv2d.default, (layout, None, *arguments), test_utils=checks
         )
     meta = triton_linear(torch.empty(3, 4, 20, device="meta", dtype=torch.bfloat16), linear.to("meta"))
     assert meta.shape == (3, 4, 5) and meta.dtype == torch.bfloat16 and meta.is_meta
