@@ -7,12 +7,16 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
+from functools import cache
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from aquabit.errors import AquabitError
 from aquabit.files import write_text
+
+Record = TypeVar("Record")
 
 
 def defined(value: Any) -> Any:
@@ -49,6 +53,40 @@ def parse_json(text: str | bytes | None, source: str) -> Any:
         raise AquabitError(f"{source} is not valid JSON (it is nested too deeply)") from error
     except ValueError as error:
         raise AquabitError(f"{source} is not valid JSON ({error}); it may be truncated") from error
+
+
+def parse_object(text: str | bytes | None, source: str) -> dict[str, Any]:
+    """As ``parse_json``, of a JSON object."""
+    value = parse_json(text, source)
+    if not isinstance(value, dict):
+        raise AquabitError(f"{source} is {value!r:.60}; it must be a JSON object")
+    return value
+
+
+def record(cls: type[Record], value: Any, source: str) -> Record:
+    """A dataclass of ours from the JSON value of its fields, those that are absent at their defaults. Raises
+    AquabitError, naming ``source``, for unknown fields, values of other types, and what the class refuses."""
+    known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+    if not isinstance(value, Mapping):
+        some = ", ".join(sorted(known))
+        raise AquabitError(f"{source} is a {type(value).__name__}; an object with some of {some} is needed")
+    if unknown := sorted(set(map(str, value)) - known):
+        some = ", ".join(sorted(known))
+        raise AquabitError(f"{source} names {unknown[0]!r:.60}, which is none of its fields; known: {some}")
+    try:
+        text = json.dumps(value)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise AquabitError(f"{source} is no JSON value ({error})") from error
+    with clear_errors(source):
+        found: Record = _reader(cls).validate_json(text, strict=True)  # type: ignore[arg-type]
+    return found
+
+
+@cache
+def _reader(cls: type[Any]) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(cls)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from aquabit.jsonio import read_json
 from aquabit.kernels import Accuracy
 from aquabit.pipelines import (
     Adapter,
@@ -105,7 +106,7 @@ class Packed:
 
 def _forget_local_path(file: Path) -> None:
     """Where a model was loaded from stays in what diffusers saves; a folder of this machine tells nobody."""
-    value = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    value = read_json(file) if file.exists() else {}
     if Path(str(value.pop("_name_or_path", ""))).is_absolute():
         file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 

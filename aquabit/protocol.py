@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from aquabit.errors import AquabitError
-from aquabit.jsonio import digest
+from aquabit.jsonio import digest, record
 
 SCHEDULERS: Mapping[str, str] = {  # what samplers are called here, and their classes in diffusers
     "ddim": "DDIMScheduler",
@@ -114,8 +114,9 @@ class Protocol:
         return replace(self, seed=self.seed + 1_000_003 * index)
 
     @staticmethod
-    def from_dict(value: Mapping[str, Any]) -> Protocol:
-        return Protocol(**value)
+    def from_dict(value: Any, source: str = "the stored protocol") -> Protocol:
+        """The inverse of ``to_dict``; raises AquabitError where it is none."""
+        return record(Protocol, value, source)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

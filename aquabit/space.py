@@ -16,7 +16,7 @@ import numpy as np
 
 from aquabit.graph import codebook_names
 from aquabit.graph import layers as graph_layers
-from aquabit.jsonio import read_json
+from aquabit.jsonio import read_json, record
 from aquabit.layer_formats import FORMATS, LEVELS, layer_formats
 from aquabit.maximum_entropy import level_odds
 from aquabit.scheme import (
@@ -260,21 +260,37 @@ class SearchSpace:
         }
 
     @staticmethod
-    def from_dict(value: Mapping[str, Any]) -> SearchSpace:
-        choices = {k: tuple(Scheme.parse(s) for s in v) for k, v in value["choices"].items()}
-        calibration = Calibration(**value["calibration"]) if value.get("calibration") else None
+    def from_dict(value: Any, source: str = "the stored space") -> SearchSpace:
+        """The inverse of ``to_dict``; raises AquabitError where it is none."""
+        found = record(_Stored, value, source)
         return SearchSpace(
-            value["fingerprint"],
-            choices,
-            tuple(value["activations"]),
-            value["operators"],
-            value["kernel_area"],
-            value["model"],
-            value.get("codebooks"),
-            calibration,
-            read_groups(value.get("step_groups"), "the stored space"),
-            value.get("correction"),
+            found.fingerprint,
+            {k: tuple(Scheme.parse(s) for s in row) for k, row in found.choices.items()},
+            found.activations,
+            found.operators,
+            found.kernel_area,
+            found.model,
+            found.codebooks,
+            found.calibration,
+            read_groups(found.step_groups, source),
+            found.correction,
         )
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A space as JSON."""
+
+    fingerprint: str
+    choices: dict[str, tuple[str, ...]]
+    activations: tuple[int, ...]
+    operators: dict[str, str]
+    kernel_area: dict[str, int]
+    model: str
+    codebooks: dict[str, str] | None = None
+    calibration: Calibration | None = None
+    step_groups: Any = None
+    correction: str | None = None
 
 
 def _matching(patterns: Iterable[str], names: Sequence[str], what: str) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from math import isfinite, nan
+from math import isfinite, isnan, nan
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from scipy.special import stdtrit  # Student's quantile without the second that 
 
 from aquabit.errors import AquabitError
 
+NUMBERS = ("value", "low", "high", "level")  # of a stored interval
 LEVEL = 0.95  # of every interval that is computed today
 OLD_LEVEL = 0.90  # of what earlier versions stored without a level
 
@@ -58,12 +59,18 @@ class Interval:
     def from_dict(value: Mapping[str, Any] | None, level: float = LEVEL) -> Interval:
         """The inverse of ``to_dict``. Undefined or missing numbers are NaN; ``level`` is that of values that
         were stored without one."""
-        known = value or {}
-        middle, low, high = (
-            nan if known.get(k) is None else float(known[k]) for k in ("value", "low", "high")
-        )
-        own = known.get("level")
-        return Interval(middle, low, high, level if own is None else float(own))
+        known = {} if value is None else value
+        if not isinstance(known, Mapping) or not all(_is_number(known.get(k)) for k in NUMBERS):
+            raise AquabitError(f"an interval is {value!r:.60}; it has {', '.join(NUMBERS)} as numbers")
+        middle, low, high, own = (nan if known.get(k) is None else float(known[k]) for k in NUMBERS)
+        return Interval(middle, low, high, level if isnan(own) else own)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a number that a float holds, or None."""
+    if value is None:
+        return True
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def percent(level: float) -> str:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from aquabit import _notebook
+from aquabit.jsonio import parse_json, parse_object
 from aquabit.scheme import AquabitError, Measurement, Protocol, QuantConfig
 
 APPLICATION_ID = 0x61714269  # "aqBi"
@@ -178,7 +179,7 @@ class Study:
         """A stored fact (JSON value): model, fingerprint, graph, space, protocol, sensitivity, front,
         validation, ..."""
         rows = self._rows("SELECT value FROM facts WHERE name = ?", (name,))
-        return json.loads(rows[0][0]) if rows else default
+        return parse_json(rows[0][0], f"{self.path}, {name}") if rows else default
 
     def need(self, name: str, hint: str) -> Any:
         """A stored fact that must be there; ``hint`` says which command makes it."""
@@ -242,9 +243,9 @@ class Study:
             _insert(db, "protocols", [(protocol.digest, json.dumps(protocol.to_dict()))])
 
     def protocols(self) -> dict[str, Protocol]:
-        return {
-            d: Protocol.from_dict(json.loads(v)) for d, v in self._rows("SELECT digest, value FROM protocols")
-        }
+        rows = self._rows("SELECT digest, value FROM protocols")
+        named = [(d, v, f"{self.path}, protocol {d}") for d, v in rows]
+        return {d: Protocol.from_dict(parse_json(v, where), where) for d, v, where in named}
 
     def record(
         self,
@@ -290,7 +291,7 @@ class Study:
         )
         names = ["config", "protocol", "kind", "status", "reason", "seconds", "created"]
         names += ["bits", "bytes", "bops", "correction", "tuned"]
-        rows = [(*r[:-1], json.loads(r[-1])) for r in self._rows(query, (failed,))]
+        rows = [(*r[:-1], self._metrics(r[0], r[-1])) for r in self._rows(query, (failed,))]
         table = pd.DataFrame([{**dict(zip(names, r[:-1], strict=True)), **r[-1]} for r in rows])
         if table.empty:
             return pd.DataFrame(columns=names)
@@ -302,10 +303,19 @@ class Study:
 
     def configs(self) -> dict[str, QuantConfig]:
         """Every configuration by its digest."""
-        return {
-            d: QuantConfig.from_dict(json.loads(v), f"{self.path}, configuration {d}")
-            for d, v in self._rows("SELECT digest, value FROM configs")
-        }
+        rows = self._rows("SELECT digest, value FROM configs")
+        named = [(d, v, f"{self.path}, configuration {d}") for d, v in rows]
+        return {d: QuantConfig.from_dict(parse_json(v, where), where) for d, v, where in named}
+
+    def _metrics(self, config: str, text: Any) -> dict[str, float | None]:
+        """What a measurement found; raises AquabitError for what are no numbers."""
+        found = parse_object(text, f"{self.path}, measurement of {config}")
+        for name, value in found.items():
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise AquabitError(
+                    f"{self.path}, measurement of {config}: {name} is {value!r:.60}, which is no number"
+                )
+        return found
 
     def add_features(self, values: Mapping[tuple[str, str], Mapping[str, Any]]) -> None:
         """Facts per (layer, scheme): "error" (relative squared weight error), "damage" and "sketch" (see
@@ -316,7 +326,8 @@ class Study:
 
     def features(self) -> dict[tuple[str, str], dict[str, Any]]:
         """(layer, scheme or activation as a6) -> facts, as ``sensitivity.features.Encoder`` takes them."""
-        return {(a, b): json.loads(v) for a, b, v in self._rows("SELECT layer, scheme, value FROM features")}
+        rows = self._rows("SELECT layer, scheme, value FROM features")
+        return {(a, b): parse_object(v, f"{self.path}, {a} at {b}") for a, b, v in rows}
 
     def errors(self) -> dict[tuple[str, str], float]:
         """(layer, scheme) -> relative squared output error where H is known, else weight error, as
@@ -336,7 +347,7 @@ class Study:
         if not self._rows("SELECT 1 FROM sqlite_master WHERE name = 'outputs'"):
             return {}
         return {
-            c: json.loads(v)
+            c: parse_object(v, f"{self.path}, output errors of {c}")
             for c, v in self._rows("SELECT config, value FROM outputs WHERE inputs = ?", (inputs,))
         }
 

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from aquabit.jsonio import record
 from aquabit.quality.accumulator import PAIRED, Quality, Source
 from aquabit.quality.feature_statistics import KEPT, FeatureStatistics
 from aquabit.quality.features import METRICS_OF, WITHOUT_REAL, FeatureExtractor, unit_images
@@ -63,11 +64,9 @@ class QualityOptions:
         return asdict(self)
 
     @staticmethod
-    def from_dict(value: Mapping[str, Any] | None) -> QualityOptions:
-        return QualityOptions(
-            **{k: (value or {}).get(k) or () for k in ("features", "metrics")},
-            reference=(value or {}).get("reference"),
-        )
+    def from_dict(value: Any) -> QualityOptions:
+        """The inverse of ``to_dict``; None, as older studies have it, is nothing beside the model's own."""
+        return record(QualityOptions, value or {}, "what images are measured with")
 
     def __bool__(self) -> bool:
         return bool(self.reference or self.features or self.metrics)

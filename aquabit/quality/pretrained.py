@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from aquabit.jsonio import read_json
 from aquabit.quality.features import METRICS_OF, Features, rgb
 from aquabit.quality.paired import Array
 from aquabit.scheme import AquabitError
@@ -216,7 +216,7 @@ def _from_folder(cls: str, folder: Path, device: str, **options: Any) -> Any:
 def _is_a(folder: Path, kind: str) -> None:
     """Raise AquabitError unless ``config.json`` says so: another model would load, with random weights."""
     try:
-        found = json.loads((folder / "config.json").read_text()).get("model_type")
+        found = read_json(folder / "config.json").get("model_type")
     except (OSError, ValueError, AttributeError) as error:
         raise AquabitError(f"{folder / 'config.json'} is not valid JSON; it may be truncated") from error
     if found != kind:
@@ -304,7 +304,7 @@ class ClipFeatures:
 
 def _normalisation(folder: Path) -> tuple[Sequence[float], Sequence[float]]:
     try:
-        said = json.loads((folder / "preprocessor_config.json").read_text())
+        said = read_json(folder / "preprocessor_config.json")
         return said["image_mean"], said["image_std"]
     except (OSError, ValueError, KeyError, TypeError):
         return _CLIP_MEAN, _CLIP_STD

@@ -129,7 +129,7 @@ class Reference:
                 arrays = {k: file.get_tensor(k) for k in _ARRAYS}
             os.utime(path)
             return Reference(**{**spec, "size": tuple(spec["size"])}, **arrays), json.loads(metadata["facts"])
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError):
             return None
 
 

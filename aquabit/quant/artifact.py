@@ -11,21 +11,22 @@ on loading, whatever the dtype asked for.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import networkx as nx
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from aquabit.graph import layers as layer_nodes
-from aquabit.jsonio import read_json
-from aquabit.kernels.codebook import CodebookWeight, from_tensors
+from aquabit.jsonio import digest, parse_object, read_json
+from aquabit.quant.bank import weight_hash
 from aquabit.quant.correction.sampling import follow_
 from aquabit.quant.correction.statistics import Statistics
-from aquabit.quant.finetuning.store import SHARED, shared_name
+from aquabit.quant.finetuning.store import PARTS, SHARED, shared_name
 from aquabit.quant.layers import QuantConv2d, QuantLinear, replace_layer_
 from aquabit.quant.model import storage_dtype
 from aquabit.quant.step_switch import input_parts, settings_of, share_out_, switches
@@ -36,7 +37,6 @@ RANGES = "ranges/"  # before the names of layers whose static ranges are stored
 NOISE = "noise/"  # before the names of noise statistics
 # beside the configuration: what noise statistics belong to, and what an example call takes
 FACTS = ("noise", "inputs")
-PARTS = ("codes", "codebooks", "scale", "offset")
 OLD = "quantization.json"
 
 Layers = dict[str, QuantLinear | QuantConv2d]
@@ -155,10 +155,13 @@ def described(
     return {"quant_method": METHOD, **value}
 
 
-def parsed(value: Mapping[str, Any]) -> tuple[QuantConfig, dict[str, Any]]:
+def parsed(value: Any) -> tuple[QuantConfig, dict[str, Any]]:
     """The configuration that ``described`` wrote, and those of FACTS that it has; raises AquabitError
     where it is not one."""
-    source, given = "quantization_config", dict(value)
+    source = "quantization_config"
+    if not isinstance(value, Mapping):
+        raise AquabitError(f"{source} is {value!r:.60}; it must be an object")
+    given = dict(value)
     if given.get("schema") != SCHEMA:
         raise AquabitError(
             f"{source} has schema {given.get('schema')!r}, this version of aquabit reads {SCHEMA}; quantize"
@@ -178,6 +181,40 @@ def parsed(value: Mapping[str, Any]) -> tuple[QuantConfig, dict[str, Any]]:
             raise AquabitError(f"{source} has layer {twice[0]!r} in two groups")
         layers |= {n: {k: v for k, v in group.items() if k != "layers"} for n in names}
     return QuantConfig.from_dict({**given, "schema": 1, "layers": layers}, source), facts
+
+
+# ---- digests: what was written is what is read
+
+
+def metadata_of(tensors: Mapping[str, Tensor], described: Mapping[str, Any]) -> dict[str, str]:
+    """What every file of an artifact says of all of its tensors, by name, and of its configuration."""
+    digests = {name: weight_hash(tensor) for name, tensor in sorted(tensors.items())}
+    return {METHOD: json.dumps({"configuration": digest(described), "tensors": digests})}
+
+
+def verify(files: Iterable[Path], described: Mapping[str, Any]) -> None:
+    """Raise AquabitError where a tensor or the configuration is not what was written. Artifacts of before
+    there were digests are taken as they are."""
+    missing: set[str] | None = None
+    for path in files:
+        with safe_open(path, "pt") as file:
+            said = (file.metadata() or {}).get(METHOD)
+            if said is None:
+                continue
+            stored = parse_object(said, f"{path}, metadata")
+            digests = stored.get("tensors")
+            if not isinstance(digests, dict) or stored.get("configuration") != digest(described):
+                raise AquabitError(
+                    f"{path.parent / 'config.json'} is not the configuration that {path.name} was written"
+                    " with; quantize again"
+                )
+            missing = set(digests) if missing is None else missing
+            for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                if digests.get(name) != weight_hash(file.get_tensor(name)):
+                    raise AquabitError(f"{path}: tensor {name!r} is damaged; quantize again")
+                missing.discard(name)
+    if missing:
+        raise AquabitError(f"the artifact lacks tensor {min(missing)!r}; quantize again")
 
 
 # ---- tensors
@@ -213,36 +250,6 @@ def place_layers_(
         if config[name].weight != FP:
             layer.weight = torch.empty(0, dtype=dtypes[name])
     return placed
-
-
-def coded_weight(
-    name: str, shape: tuple[int, ...], config: QuantConfig, tensors: Mapping[str, Tensor]
-) -> CodebookWeight:
-    """A layer's weight from the stored tensors; raises AquabitError where they are missing or do not fit
-    scheme and shape."""
-    choice = config[name]
-    own = {part: tensors[key] for part in PARTS if (key := f"{name}.weight.{part}") in tensors}
-    shared = shared_name(choice)
-    if shared is not None:
-        if shared not in tensors:
-            raise AquabitError(f"layer {name!r} shares the codebooks {shared!r}, which are not stored")
-        own["codebooks"] = tensors[shared]
-    try:
-        weight = from_tensors(own, shape, choice.weight.bits, choice.weight.layout(shape).order)
-    except (AquabitError, IndexError) as error:
-        raise AquabitError(f"the codes of layer {name!r} are not usable: {error}") from error
-    kinds = {k: t.dtype for k, t in own.items() if t.dtype != torch.float16 and k != "codes"}
-    if kinds:
-        raise AquabitError(
-            f"layer {name!r} is stored with {', '.join(f'{k} in {v}' for k, v in kinds.items())}; they must"
-            " be float16"
-        )
-    stored = sum(choice.weight.stored_bytes(shape))
-    if weight.nbytes != stored:
-        raise AquabitError(
-            f"layer {name!r} is stored in {weight.nbytes} bytes, {choice.weight} {list(shape)} takes {stored}"
-        )
-    return weight
 
 
 def finish_(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -185,6 +186,7 @@ class AquabitQuantizer(DiffusersQuantizer):
         self.contents: PackedContents | None = None
         self._dtype = torch.float32
         self._loading: Loading | None = None
+        self._files: list[Path] = []  # that a packed model is read from
 
     @property
     def loading(self) -> Loading:
@@ -202,6 +204,8 @@ class AquabitQuantizer(DiffusersQuantizer):
 
         if not self.pre_quantized:
             return loaded_keys
+        given = [checkpoint_files] if isinstance(checkpoint_files, str | Path) else checkpoint_files
+        self._files = [Path(file) for file in given]
         return [k for k in loaded_keys if not is_own(k, self.quantization_config.weights)]
 
     def _process_model_before_weight_loading(
@@ -258,8 +262,11 @@ class AquabitQuantizer(DiffusersQuantizer):
         self.loading.set_(param_name, state_dict[param_name], target_device)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        from aquabit.quant.artifact import verify
+
         self.contents = self.loading.finish_()
-        self._loading = None
+        verify(self._files, self.quantization_config.to_dict())  # after what names more exactly what is wrong
+        self._loading, self._files = None, []
         adopt_(model, self)
         config = self.contents.config
         if config.correction or config.total_steps is not None:
@@ -281,8 +288,11 @@ class AquabitQuantizer(DiffusersQuantizer):
             raise AquabitError(
                 "packed models are saved as safetensors only; leave safe_serialization at True"
             )
+        from aquabit.quant.artifact import metadata_of
+
         assert self.contents is not None
-        return self.contents.tensors(state_dict), {}
+        tensors = self.contents.tensors(state_dict)
+        return tensors, metadata_of(tensors, self.quantization_config.to_dict())
 
     @property
     def is_serializable(self) -> bool:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from aquabit.graph import described_inputs, trace
 from aquabit.graph import layers as layer_nodes
-from aquabit.quant.artifact import Contents, coded_weight, finish_, is_own, place_layers_, stored_statistics
+from aquabit.quant.artifact import Contents, finish_, is_own, place_layers_, stored_statistics
+from aquabit.quant.finetuning.store import stored_weight
 from aquabit.quant.model import fingerprint_of, storage_dtype, stored_hash
 from aquabit.quant.weights import quantize_weight
 from aquabit.scheme import FP, AquabitError, QuantConfig
@@ -77,7 +78,8 @@ class Unpacking:
         for name, layer in self.layers.items():
             scheme, device = self.config[name].weight, layer.weight.device
             if scheme != FP:
-                layer.set_packed_(coded_weight(name, tuple(layer.shape), self.config, self.tensors), scheme)
+                shape, choice = tuple(layer.shape), self.config[name]
+                layer.set_packed_(stored_weight(name, choice, shape, self.tensors, "the artifact"), scheme)
                 if device.type != "cpu":
                     layer.to(device)
         ranges = finish_(self.model, self.graph, self.layers, self.config, self.tensors)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 import networkx as nx
 import pandas as pd
 
+from aquabit.jsonio import parse_json
 from aquabit.scheme import AquabitError, Protocol, QuantConfig, Scheme
 from aquabit.search.front import Front, FrontMember
 from aquabit.sensitivity.result import Sensitivity
@@ -209,7 +209,7 @@ def _features(study: Study) -> dict[tuple[str, str], dict[str, float]]:
 
 
 def _json_object(text: str) -> Mapping[str, Any]:
-    value = json.loads(text)
+    value = parse_json(text, "a stored value")
     return value if isinstance(value, dict) else {}
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from aquabit import _notebook
 from aquabit.cost import CostModel
-from aquabit.jsonio import clear_errors, defined
+from aquabit.jsonio import clear_errors, defined, record
 from aquabit.scheme import AquabitError, Budget, QuantConfig
 from aquabit.scheme_kinds import UNIFORM
 from aquabit.search.options import activation_choices
@@ -195,7 +195,7 @@ class Front:
             raise AquabitError(
                 f"{source} must be an object with members, budget, winner and comparison, got {value!r:.60}"
             )
-        budget = None if value["budget"] is None else Budget(**value["budget"])
+        budget = None if value["budget"] is None else record(Budget, value["budget"], f"{source}, budget")
         front = Front.from_list(value["members"], source, budget, value["winner"], value["comparison"])
         return replace(front, proof=None if value.get("proof") is None else Proof.from_dict(value["proof"]))
 

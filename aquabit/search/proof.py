@@ -4,7 +4,7 @@ between them."""
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from aquabit.choices import Choices
 from aquabit.cost import CostModel
+from aquabit.jsonio import record
 from aquabit.scheme import AquabitError, Budget
 from aquabit.search.local_search import improve
 from aquabit.search.options import Options, Predict
@@ -63,15 +64,9 @@ class Proof:
         return asdict(self)
 
     @staticmethod
-    def from_dict(value: Mapping[str, Any]) -> Proof:
+    def from_dict(value: Any) -> Proof:
         """Raises AquabitError where it is none."""
-        try:
-            return Proof(**value)
-        except TypeError as error:
-            raise AquabitError(
-                f"{dict(value)!r:.60} is no proof of a search: it needs"
-                f" {', '.join(Proof.__dataclass_fields__)}"
-            ) from error
+        return record(Proof, value, "the stored proof of a search")
 
 
 def branch_and_bound(

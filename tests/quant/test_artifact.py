@@ -179,8 +179,8 @@ def test_damaged_artifacts_give_one_sentence(dit, tmp_path, damage: str) -> None
         "scheme": "unknown scheme 'usq44x'",
         "missing": f"lack '{layer}.weight'",
         "unknown": "layer 'nowhere' is not in this model",
-        "lost": f"codes of layer {code.removesuffix('.weight.codes')!r}",
-        "bfloat16": "they must be float16",
+        "lost": f"the tensors of layer {code.removesuffix('.weight.codes')!r} do not fit",
+        "bfloat16": "must be a tensor of torch.float16",
         "earlier": "earlier version",
     }[damage]
     if damage == "truncate":
@@ -256,3 +256,42 @@ def test_guidance_and_other_sizes_change_images(dit) -> None:
         Protocol(images=2, steps=2, micro_batch=2, guidance=3.0),
     )
     assert not torch.allclose(Adapter(dit).images(plain, range(2)), Adapter(dit).images(guided, range(2)))
+
+
+def test_whatever_was_changed_is_noticed(dit, tmp_path) -> None:
+    """A bit of each tensor, a tensor of another layer, and the activation bits of the configuration."""
+    packing.quantize(dit, mixed(dit, 8), bank=str(tmp_path / "bank")).save(tmp_path / "packed")
+    file, recipe = tmp_path / "packed" / WEIGHTS, tmp_path / "packed" / "denoiser" / "config.json"
+    whole, said, first = file.read_bytes(), recipe.read_text(), load(str(tmp_path / "packed"))
+    assert first is not None
+    length = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + length])
+    places = {name: v["data_offsets"] for name, v in header.items() if name != "__metadata__"}
+    for name, (begin, end) in places.items():
+        changed = bytearray(whole)
+        changed[8 + length + (begin + end) // 2] ^= 1
+        file.write_bytes(bytes(changed))
+        with pytest.raises(AquabitError, match=re.escape(name)):
+            load(str(tmp_path / "packed"))
+    alike = [n for n in places if n.endswith("to_q.weight.codes") or n.endswith("to_k.weight.codes")]
+    tensors = load_file(io_free(file, whole))
+    metadata = header["__metadata__"]
+    if len(alike) > 1 and tensors[alike[0]].shape == tensors[alike[1]].shape:
+        tensors[alike[0]], tensors[alike[1]] = tensors[alike[1]], tensors[alike[0]]
+        save_file(tensors, file, metadata)
+        with pytest.raises(AquabitError, match="is damaged"):
+            load(str(tmp_path / "packed"))
+    file.write_bytes(whole)
+    value = json.loads(said)
+    group = next(g for g in value["quantization_config"]["groups"] if g["act"] == 8)
+    group["act"] = 6
+    recipe.write_text(json.dumps(value))
+    with pytest.raises(AquabitError, match="is not the configuration that"):
+        load(str(tmp_path / "packed"))
+
+
+def io_free(file, data: bytes):
+    """The file with ``data`` again: what was read of it before is not mapped into it."""
+    file.unlink()
+    file.write_bytes(data)
+    return file

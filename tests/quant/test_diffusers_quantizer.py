@@ -319,12 +319,12 @@ def test_damaged_models_give_one_sentence(tmp_path: Path, damage: str) -> None:
     elif damage == "shape":
         tensors[code], said = (
             tensors[code][:-1].clone(),
-            f"codes of layer {code.removesuffix('.weight.codes')!r} are not usable",
+            f"the tensors of layer {code.removesuffix('.weight.codes')!r} do not fit",
         )
     else:
         scale = next(k for k in tensors if k.endswith(".offset"))
         del tensors[scale]
-        said = f"layer {scale.removesuffix('.weight.offset')!r} is stored in"
+        said = f"the offset of layer {scale.removesuffix('.weight.offset')!r} are none"
     path.write_text(json.dumps(value))
     save_file(tensors, file)
     for loads in (

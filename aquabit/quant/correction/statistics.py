@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from aquabit.quant.bank import content_digest
 from aquabit.quant.correction.noise import NoiseEstimate
 from aquabit.scheme import AquabitError, digest
 
@@ -117,22 +118,25 @@ class Statistics:
         named = {
             f"{head}{f.name}": getattr(p, f.name) for head, p in parts.items() for f in fields(NoiseEstimate)
         }
-        return {k: torch.from_numpy(np.array(v)) for k, v in named.items()}, {
-            "about": json.dumps(asdict(self.about))
-        }
+        tensors = {k: torch.from_numpy(np.array(v)) for k, v in named.items()}
+        about = json.dumps(asdict(self.about))
+        return tensors, {"about": about, "digest": content_digest(about, tensors)}
 
     @staticmethod
     def load(path: Path) -> Statistics:
         """Raises AquabitError for a file that is missing, truncated, or holds no such statistics."""
         try:
-            with safe_open(path, "np") as file:
+            with safe_open(path, "pt") as file:
                 tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-                about = json.loads((file.metadata() or {})["about"])
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+                said = file.metadata() or {}
+                about = json.loads(said["about"])
+            if said.keys() != {"about"} and said.get("digest") != content_digest(said["about"], tensors):
+                raise ValueError("they are not what was written")  # files of before had no digest
+        except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as error:
             raise AquabitError(
                 f"{path} holds no usable noise statistics ({error}); run `aquabit quantize --correct` again"
             ) from error
-        return Statistics.of(tensors, about, str(path))
+        return Statistics.of({k: v.numpy() for k, v in tensors.items()}, about, str(path))
 
     @staticmethod
     def of(tensors: Mapping[str, np.ndarray], about: Any, source: str) -> Statistics:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from math import cos, pi
 from pathlib import Path
 from typing import Any, Literal
 
-from aquabit.jsonio import read_json
+from aquabit.jsonio import read_json, record
 from aquabit.scheme import AquabitError, digest
 
 COARSE_RATE, FINE_RATE, FINE_BITS = 1e-2, 2.5e-3, 2.5  # of codes: below and from FINE_BITS a weight on
@@ -126,27 +125,7 @@ class FineTuning:
     def from_dict(value: Any, source: str = "fine-tuning settings") -> FineTuning:
         """Validate untrusted JSON, whose absent fields keep their defaults; raises AquabitError with the
         field and the value."""
-        from pydantic import TypeAdapter, ValidationError
-
-        known = {f.name for f in fields(FineTuning)}
-        if not isinstance(value, dict):
-            raise AquabitError(
-                f"{source} is a {type(value).__name__}; an object with some of {', '.join(sorted(known))} is"
-                " needed"
-            )
-        if unknown := sorted(set(value) - known):
-            raise AquabitError(
-                f"{source} names {unknown[0]!r}, which is no setting; known: {', '.join(sorted(known))}"
-            )
-        try:
-            checked = TypeAdapter(FineTuning).validate_json(json.dumps(value), strict=True)
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(str(p) for p in first["loc"]) or "the top level"
-            raise AquabitError(
-                f"{source}: {place}: {first['msg']} (got {first.get('input')!r:.60})"
-            ) from error
-        return checked
+        return record(FineTuning, value, source)
 
     @staticmethod
     def load(path: str | Path) -> FineTuning:

@@ -15,6 +15,9 @@ from torch import Tensor
 from aquabit.kernels.codebook import CodebookWeight, from_tensors
 from aquabit.quant.bank import TUNED, Bank, weight_hash
 from aquabit.scheme import FP, AquabitError, LayerChoice, QuantConfig
+from aquabit.scheme_kinds import Layout
+
+PARTS = ("codes", "codebooks", "scale", "offset")
 
 SHARED = "codebooks/"  # before the names of tensors that several layers use
 
@@ -88,7 +91,8 @@ def weights_from(
     tensors: Mapping[str, Tensor], config: QuantConfig, shapes: Mapping[str, tuple[int, ...]], path: Path
 ) -> dict[str, CodebookWeight]:
     """What ``stored_tensors`` took apart; ``path`` is where it was read."""
-    return {name: _weight(name, config[name], shapes[name], tensors, path) for name in coded_layers(config)}
+    names = coded_layers(config)
+    return {n: stored_weight(n, config[n], shapes[n], tensors, str(path)) for n in names}
 
 
 def coded_layers(config: QuantConfig) -> list[str]:
@@ -96,31 +100,49 @@ def coded_layers(config: QuantConfig) -> list[str]:
     return [name for name, choice in config.layers.items() if choice.weight != FP]
 
 
-def _weight(
-    name: str, choice: LayerChoice, shape: tuple[int, ...], tensors: Mapping[str, Tensor], path: Path
+def stored_weight(
+    name: str, choice: LayerChoice, shape: tuple[int, ...], tensors: Mapping[str, Tensor], source: str
 ) -> CodebookWeight:
-    own = {
-        k: tensors[f"{name}.weight.{k}"]
-        for k in ("codes", "codebooks", "scale", "offset")
-        if f"{name}.weight.{k}" in tensors
-    }
+    """A layer's weight from stored tensors; raises AquabitError, naming ``source``, where parts are missing,
+    are there without a need, or do not fit scheme and shape."""
+    own = {part: tensors[key] for part in PARTS if (key := f"{name}.weight.{part}") in tensors}
     shared = shared_name(choice)
-    if shared is not None and shared in tensors:
+    if shared is not None:
+        if shared not in tensors:
+            raise AquabitError(
+                f"{source}: layer {name!r} shares the codebooks {shared!r}, which are not there"
+            )
         own["codebooks"] = tensors[shared]
-    layout, tables = choice.weight.layout(shape), own.get("codebooks")
-    wanted = layout.codebook_shape(shape[0])
-    if (None if tables is None else tuple(tables.shape)) != wanted:
-        stored = "none" if tables is None else list(tables.shape)
-        raise AquabitError(
-            f"{path}: the codebooks of layer {name!r} are {stored}; {choice.weight} needs"
-            f" {wanted and list(wanted)}"
-        )
+    layout = choice.weight.layout(shape)
+    for part, wanted in _shapes(layout, shape[0]).items():
+        found = tuple(own[part].shape) if part in own else None
+        if found not in wanted:
+            raise AquabitError(
+                f"{source}: the {part} of layer {name!r} are {_said(found)}; {choice.weight} needs"
+                f" {' or '.join(map(_said, wanted))}"
+            )
     try:
         return from_tensors(own, shape, layout.bits, layout.order)
     except AquabitError as error:
         raise AquabitError(
-            f"{path}: the tensors of layer {name!r} do not fit {choice.weight}: {error}"
+            f"{source}: the tensors of layer {name!r} do not fit {choice.weight}: {error}"
         ) from error
+
+
+def _shapes(layout: Layout, out: int) -> dict[str, list[tuple[int, ...] | None]]:
+    """What each part of a weight beside its codes may be; None where it has none."""
+    scale: list[tuple[int, ...] | None] = [None]
+    if layout.scales is not None:
+        scale = [(out, layout.scales), *([(out,)] if layout.scales == 1 else [])]
+    return {
+        "codebooks": [layout.codebook_shape(out)],
+        "scale": scale,
+        "offset": scale if layout.offset else [None],
+    }
+
+
+def _said(shape: tuple[int, ...] | None) -> str:
+    return "none" if shape is None else str(list(shape))
 
 
 def read_record(bank: Bank, key: str) -> dict[str, Any] | None:
@@ -128,7 +150,7 @@ def read_record(bank: Bank, key: str) -> dict[str, Any] | None:
     try:
         value = json.loads((bank.folder / f"finetuned-{key}.json").read_text())
         return value if isinstance(value, dict) and path_of(bank, value["tuned"]).exists() else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
@@ -147,5 +169,5 @@ def read_checkpoint(bank: Bank, key: str) -> tuple[dict[str, Tensor], dict[str, 
     try:
         with safe_open(checkpoint_path(bank, key), "pt") as file:
             return {k: file.get_tensor(k) for k in file.keys()}, json.loads(file.metadata()["aquabit"])  # noqa: SIM118
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError):
         return None

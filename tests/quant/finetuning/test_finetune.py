@@ -292,7 +292,7 @@ def test_what_cannot_be_tuned_is_refused(tmp_path: Path) -> None:
             replace(SETTINGS, **wrong)
     for value, message in (
         ([], "is a list"),
-        ({"rate": 1}, "'rate', which is no setting"),
+        ({"rate": 1}, "'rate', which is none of its fields"),
         ({"steps": "many"}, "steps.*'many'"),
         ({"tau": 2}, "tau 2"),
         ({"steps": 1.5}, "steps"),
