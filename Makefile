@@ -1,5 +1,5 @@
 # make demo: set up and run the main job on a bundled model; make test: the tests; make check: lint, format, types; make docs: the site;
-# make sanitize: the tests of the C++ kernels on a build of their own that finds reads and writes out of bounds and undefined behaviour (gcc).
+# make fuzz: mutated inputs for everything that reads; make sanitize: the tests of the C++ kernels on a build of their own that finds reads and writes out of bounds and undefined behaviour (gcc).
 # On a machine where the default torch is not wanted: make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 
 PYTHON ?= python3
@@ -15,7 +15,7 @@ SANITIZED_TESTS ?= $(addprefix kernels/,backends/test_lut backends/test_decode b
 BUILD_TOOLS ?= $(SANITIZED)/tools
 PIP_FLAGS := --disable-pip-version-check --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo test check docs sanitize clean
+.PHONY: demo test check docs sanitize fuzz clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -28,6 +28,11 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Mutated inputs for everything that reads, CASES of each kind; what is not refused in a sentence, or is another number, is listed.
+CASES ?= 10000
+fuzz: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/robustness.py --cases $(CASES)
 
 # The site, in an environment of its own with what the extra `docs` names; the pages that follow from the program are in docs/ already.
 DOCS_BIN := build/docs-venv/bin

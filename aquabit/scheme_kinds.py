@@ -113,6 +113,8 @@ class Scheme:
         """The scheme that ``text`` names; raises AquabitError where it names none."""
         if isinstance(text, Scheme):
             return text
+        if not isinstance(text, str):
+            raise AquabitError(f"scheme {text!r:.60} must be text, as in usq4; {_known_forms()}")
         for record in KINDS.values():
             match = re.fullmatch(record.pattern, text)
             if match is None:

@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from aquabit.exports import TARGETS, export_config
 from aquabit.graph import layers
 from aquabit.packing import quantize
-from aquabit.pipelines import BUNDLED, load, trace
+from aquabit.pipelines import load, trace
+from aquabit.pipelines.loading import BUNDLED
 from aquabit.quant.model import fingerprint
 from aquabit.scheme import AquabitError, LayerChoice, QuantConfig, Scheme
 from benchmarks.common import MODELS, parsed, parser, write_results

@@ -1,8 +1,9 @@
 """Mutated inputs over everything that reads, in processes that may crash: python benchmarks/robustness.py
 [--cases 1000] [--first 0] [--targets NAME ...]
 
-Each target of ``tests/fuzzing.py`` gets ``--cases`` inputs, which follow from its name and a number. A process
-that dies, or takes more than MEMORY, is named with the case that it was at, and the next begins after it.
+Each target of ``tests/fuzzing.py`` gets ``--cases`` inputs, which follow from its name and a number. A
+process that dies is named with the case that it was at, and the next begins after it; more than MEMORY is
+refused by the system, which counts as an internal error unless it is said.
 Writes benchmarks/results/robustness.json and robustness.md.
 """
 
@@ -75,8 +76,8 @@ def markdown(found: dict[str, Any]) -> str:
     lines = [
         "# Robustness",
         "",
-        f"{sum(total.values()):,} mutated inputs; made by `{found['command']}`. Refused: one plain sentence. A wrong",
-        "number: something was accepted and then said another number than it should.",
+        f"{sum(total.values()):,} mutated inputs; made by `{found['command']}`. Refused: one plain sentence.",
+        "A wrong number: something was accepted and then said another number than it should.",
         "",
         "| what reads | " + " | ".join(KINDS) + " |",
         "|---|" + "---|" * len(KINDS),

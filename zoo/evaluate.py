@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from train import digits_halves
 
-from aquabit.pipelines import BUNDLED, Adapter, bundled_models, load
+from aquabit.pipelines import Adapter, bundled_models, load
+from aquabit.pipelines.loading import BUNDLED
 from aquabit.quality import DigitsFeatures, Quality, Source, bundled_reference
 from aquabit.scheme import Protocol
 

@@ -263,13 +263,21 @@ def codebook_conv2d(
             f"an input of shape {list(x.shape)} does not fit a convolution; it takes [n, channels, height,"
             " width]"
         )
+    steps, spread = pair(stride, "stride"), pair(dilation, "dilation")
+    if not isinstance(groups, int) or groups < 1:
+        raise AquabitError(f"groups is {groups!r:.60}; it must be a whole number, at least 1")
     _check(x, weight, x.shape[1] // groups, accuracy, 4)
     if x.shape[1] % groups or weight.shape[0] % groups:
         raise AquabitError(
             f"{groups} groups do not divide {x.shape[1]} input and {weight.shape[0]} output channels"
         )
-    x, edges = padded(x, padding, pair(dilation), weight.shape[2:])
-    geometry = Geometry(pair(stride), edges, pair(dilation), groups)
+    x, edges = padded(x, padding, steps, spread, weight.shape[2:])
+    geometry = Geometry(steps, edges, spread, groups)
+    if min(geometry.output(x.shape[2:], weight.shape[2:])) < 1:
+        raise AquabitError(
+            f"an image of {x.shape[2]} x {x.shape[3]} with padding {edges} is smaller than a kernel of"
+            f" {list(weight.shape[2:])} with dilation {spread}"
+        )
     number = _compiled(weight, backend)
     if number is not None:
         y: Tensor = torch.ops.aquabit.coded_conv2d(

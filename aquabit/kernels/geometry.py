@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 from aquabit.errors import AquabitError
 
 Pair = tuple[int, int]
+MOST = 4096  # of a stride, a padding, a dilation and of groups: more than models have, and no sum overflows
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,13 @@ class Geometry:
     groups: int = 1
 
     def __post_init__(self) -> None:
-        if min(*self.stride, *self.dilation, self.groups) < 1 or min(self.padding) < 0:
+        steps = (*self.stride, *self.dilation, self.groups)
+        low, high = min(self.padding), max(self.padding)
+        if not (min(steps) >= 1 and max(steps) <= MOST and low >= 0 and high <= MOST):
             raise AquabitError(
                 f"stride={self.stride}, padding={self.padding}, dilation={self.dilation} and"
                 f" groups={self.groups} do not fit a convolution; padding is at least 0, the others at"
-                " least 1"
+                f" least 1, and none is above {MOST}"
             )
 
     @property
@@ -60,18 +63,26 @@ class Geometry:
 UNPADDED = Geometry()  # of torch's defaults
 
 
-def pair(value: int | Pair) -> Pair:
-    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
+def pair(value: int | Pair, name: str = "a size") -> Pair:
+    """One number as two. Raises AquabitError for what is neither."""
+    two = (value, value) if isinstance(value, int) else value
+    if not isinstance(two, tuple | list) or len(two) != 2 or not all(isinstance(n, int) for n in two):
+        raise AquabitError(f"{name} is {value!r:.60}; it must be one or two whole numbers")
+    return int(two[0]), int(two[1])
 
 
 def padded(
-    x: Tensor, padding: int | str | Pair, dilation: Pair, kernel: tuple[int, ...]
+    x: Tensor, padding: int | str | Pair, stride: Pair, dilation: Pair, kernel: tuple[int, ...]
 ) -> tuple[Tensor, Pair]:
     """Padding as two numbers; where "same" takes one pixel more on one side, x is given it."""
     if not isinstance(padding, str):
-        return x, pair(padding)
-    if padding not in ("same", "valid"):
-        raise AquabitError(f"padding {padding!r} is unknown; it must be numbers, 'same' or 'valid'")
+        return x, pair(padding, "padding")
+    if padding not in ("same", "valid") or (padding == "same" and stride != (1, 1)):
+        raise AquabitError(
+            f"padding {padding!r} with stride {stride} does not fit; it must be numbers, 'valid', or 'same'"
+            " where the stride is 1"
+        )
+    Geometry(stride, (0, 0), dilation)  # before x is made larger
     total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
     more = [t % 2 for t in total]
     if any(more):

@@ -11,7 +11,6 @@ import platform
 import warnings
 from collections.abc import Iterable, Mapping
 from functools import cache
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from aquabit.errors import AquabitError
 from aquabit.files import write_text
 from aquabit.jsonio import parse_json
 
+LONGEST = 1e6  # seconds of a call
 FORMAT = 1  # raised when a key means something else than before
 Table = Mapping[str, Mapping[str, float]]  # request's key -> backend -> seconds
 
@@ -131,9 +131,7 @@ class Timings:
 
 def _is_entry(key: Any, row: Any) -> bool:
     numbers = row.values() if isinstance(row, dict) else ()
-    good = all(
-        isinstance(v, float | int) and not isinstance(v, bool) and isfinite(v) and v > 0 for v in numbers
-    )
+    good = all(isinstance(v, float | int) and not isinstance(v, bool) and 0 < v < LONGEST for v in numbers)
     return isinstance(key, str) and isinstance(row, dict) and bool(row) and good
 
 

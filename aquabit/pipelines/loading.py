@@ -111,7 +111,7 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
     if not isinstance(described, dict) or not isinstance(described.get("_class_name"), str):
         raise AquabitError(f"{index} names no pipeline class (_class_name)")
     components = {
-        k: v for k, v in described.items() if isinstance(v, list) and len(v) == 2 and v[1] is not None
+        k: v for k, v in described.items() if isinstance(v, list) and len(v) == 2 and isinstance(v[1], str)
     }
     missing = [name for name in components if not (folder / name).is_dir()]
     if missing:
@@ -124,14 +124,16 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
     for component in components:
         is_packed(folder / component)  # refuses those of earlier versions
     cls: Any = OWN_PIPELINES.get(described["_class_name"], DiffusionPipeline)
-    own = {
-        k: OWN_COMPONENTS[c].from_pretrained(folder / k, dtype=dtype)
-        for k, (_, c) in components.items()
-        if c in OWN_COMPONENTS
-    }
-    return _guarded(
-        str(folder), lambda: cls.from_pretrained(folder, dtype=dtype, use_safetensors=True, **own)
-    )
+
+    def loaded() -> Any:
+        own = {
+            k: OWN_COMPONENTS[c].from_pretrained(folder / k, dtype=dtype)
+            for k, (_, c) in components.items()
+            if c in OWN_COMPONENTS
+        }
+        return cls.from_pretrained(folder, dtype=dtype, use_safetensors=True, **own)
+
+    return _guarded(str(folder), loaded)
 
 
 def _bound(

@@ -11,7 +11,8 @@ on loading, whatever the dtype asked for.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from aquabit.quant.finetuning.store import PARTS, SHARED, shared_name
 from aquabit.quant.layers import QuantConv2d, QuantLinear, replace_layer_
 from aquabit.quant.model import storage_dtype
 from aquabit.quant.step_switch import input_parts, settings_of, share_out_, switches
+from aquabit.runtime import out_of_memory
 from aquabit.scheme import FP, METHOD, AquabitError, QuantConfig
 
 SCHEMA = 2  # of quantization_config; 1 was a file of its own, quantization.json
@@ -101,6 +103,23 @@ def is_packed(folder: Path) -> bool:
     return isinstance(described, dict) and described.get("quant_method") == METHOD
 
 
+@contextmanager
+def building(folder: Path) -> Iterator[None]:
+    """What diffusers says while it builds a model from files as one sentence that names the folder: its
+    classes take what a ``config.json`` holds on trust."""
+    try:
+        yield
+    except AquabitError:
+        raise
+    except (Exception, RecursionError) as error:
+        if out_of_memory(error):
+            raise AquabitError(f"{folder} does not fit into memory ({error!s:.200})") from error
+        raise AquabitError(
+            f"{folder} cannot be read ({type(error).__name__}: {error!s:.200}); a file may be truncated or"
+            " changed: copy, download or quantize it again"
+        ) from error
+
+
 def load_packed_denoiser(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
     """A denoiser that runs from its codes, loaded by diffusers; raises AquabitError for missing, truncated
     or inconsistent files."""
@@ -113,12 +132,8 @@ def load_packed_denoiser(folder: Path, dtype: torch.dtype = torch.float32) -> nn
     known = isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)
     if not known:
         raise AquabitError(f"{folder / 'config.json'}: {name!r} is no model class of diffusers")
-    try:
+    with building(folder):
         denoiser: nn.Module = cls.from_pretrained(folder, dtype=dtype, use_safetensors=True)
-    except OSError as error:
-        raise AquabitError(
-            f"{folder} cannot be read ({str(error).strip()}); it may be truncated: quantize again"
-        ) from error
     return denoiser
 
 

@@ -92,7 +92,9 @@ def _request(layer: QuantLinear | QuantConv2d, x: Tensor, act: int) -> Request:
     form = full_format(layer.shape) if layer.packed is None else format_of(layer.packed)
     if isinstance(layer, QuantLinear):
         return linear_request(x, form, layer.accuracy, act)
-    x, padding = padded(x if x.ndim == 4 else x[None], layer.padding, layer.dilation, layer.shape[2:])
+    x, padding = padded(
+        x if x.ndim == 4 else x[None], layer.padding, layer.stride, layer.dilation, layer.shape[2:]
+    )
     geometry = Geometry(layer.stride, padding, layer.dilation, layer.groups)
     return conv2d_request(x, form, geometry, layer.accuracy, act, layer.split)
 

@@ -13,6 +13,7 @@ from aquabit.quant.schemes import aq, usq, vq
 from aquabit.quant.schemes.progress import Report, no_report
 from aquabit.scheme import FP, AquabitError, Scheme
 
+FLOAT16_MAX = 65504.0
 # weights of one shape, scheme, H, seed, report
 FitWeights = Callable[[Sequence[Tensor], Scheme, Sequence[Tensor | None], int, Report], list[CodebookWeight]]
 FITS: dict[str, FitWeights] = {"usq": usq.fit, "vq": vq.fit, "aq": aq.fit}  # every kind but ``fp``
@@ -60,11 +61,22 @@ def quantize_weights(
 
 
 def _check(weight: Tensor, scheme: Scheme, hessian: Tensor | None) -> None:
+    if weight.ndim not in (2, 4) or not weight.numel() or not weight.is_floating_point():
+        raise AquabitError(
+            f"the weight is {weight.dtype} {list(weight.shape)}; it must be a floating-point tensor [out, in]"
+            " or [out, in, kh, kw], each at least 1"
+        )
     bad = int((~torch.isfinite(weight)).sum())
     if bad:
         raise AquabitError(
             f"{bad} of {weight.numel()} weights are not finite (NaN or Inf); the model file is damaged or"
             " overflowed"
+        )
+    largest = float(weight.abs().max())
+    if largest > FLOAT16_MAX:
+        raise AquabitError(
+            f"weights reach {largest:.4g}; what is stored are floats of 16 bits, which end at"
+            f" {FLOAT16_MAX:.0f}: leave the layer at fp"
         )
     if scheme.output_aware and hessian is None:
         raise AquabitError(
@@ -74,6 +86,13 @@ def _check(weight: Tensor, scheme: Scheme, hessian: Tensor | None) -> None:
         raise AquabitError(
             f"scheme {scheme} is fitted to the weight alone and would ignore H; name {scheme}h to use it"
         )
+
+
+def vanished(weight: Tensor, coded: CodebookWeight) -> int:
+    """Outputs whose weights, not all zero, were too small for scales of 16 bits, and are zero now."""
+    rows = weight.detach().flatten(1).abs().amax(1) > 0
+    stored = coded.dequantize().flatten(1).abs().amax(1) > 0
+    return int((rows & ~stored.to(rows.device)).sum())
 
 
 def relative_error(weight: Tensor, coded: CodebookWeight) -> float:

@@ -195,8 +195,14 @@ class Front:
             raise AquabitError(
                 f"{source} must be an object with members, budget, winner and comparison, got {value!r:.60}"
             )
+        winner, comparison = value["winner"], value["comparison"]
+        if not isinstance(winner, str | None) or not isinstance(comparison, dict | None):
+            raise AquabitError(
+                f"{source}: winner is {winner!r:.60} and comparison {comparison!r:.60}; they must be a digest"
+                " and an object"
+            )
         budget = None if value["budget"] is None else record(Budget, value["budget"], f"{source}, budget")
-        front = Front.from_list(value["members"], source, budget, value["winner"], value["comparison"])
+        front = Front.from_list(value["members"], source, budget, winner, comparison)
         return replace(front, proof=None if value.get("proof") is None else Proof.from_dict(value["proof"]))
 
     def _repr_html_(self) -> str:

@@ -121,6 +121,8 @@ class Sensitivity:
     def from_dict(value: Mapping[str, Any]) -> Sensitivity:
         """The inverse of ``to_dict``; what older studies lack has its default. Raises AquabitError where a
         part is missing."""
+        if not isinstance(value, Mapping):
+            raise AquabitError(f"the sensitivity table is {value!r:.60}; run `aquabit explain` again")
         names = Sensitivity.__dataclass_fields__
         missing = [k for k in names if k not in value and k not in LATER]
         if missing:

@@ -319,7 +319,7 @@ def test_bad_arguments_name_the_value() -> None:
         r"shape \[2, 4\] does not fit a convolution": lambda: codebook_conv2d(torch.randn(2, 4), conv),
         "the input has 5 channels": lambda: codebook_conv2d(torch.randn(2, 5, 8, 8), conv),
         "4 groups do not divide": lambda: codebook_conv2d(torch.randn(2, 16, 8, 8), conv, groups=4),
-        "padding 'around' is unknown": lambda: codebook_conv2d(
+        "padding 'around' with stride": lambda: codebook_conv2d(
             torch.randn(2, 4, 8, 8), conv, padding="around"
         ),
         "the input is on meta": lambda: codebook_linear(torch.randn(2, 16, device="meta"), linear),

@@ -32,7 +32,8 @@ def test_names_that_look_like_marks_cross_the_pipe() -> None:
 
 
 START = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 from aquabit.measuring.pools.processes import _Worker
 sys.path.insert(0, "")  # as python -c and notebooks have it; workers must not
 from aquabit.measuring import pipe

@@ -13,7 +13,7 @@ from aquabit.cost import weight_bytes
 from aquabit.kernels import CodebookWeight, codebook_conv2d, codebook_linear
 from aquabit.kernels.codebook import from_tensors, pack, unpack
 from aquabit.quant.bank import Bank, Fit, weight_hash
-from aquabit.quant.weights import quantize_weight, relative_error
+from aquabit.quant.weights import quantize_weight, relative_error, vanished
 from aquabit.scheme import AquabitError, Scheme
 
 SHAPES = st.one_of(
@@ -172,10 +172,14 @@ def test_groups_that_do_not_divide_a_row_are_coded_as_well(
     assert error(ragged) < 1.1 * error(even)
 
 
-@pytest.mark.parametrize("scheme", ["vq2", "vq2c"])
-def test_a_table_holds_the_largest_float16_for_what_lies_beyond(scheme: str) -> None:
+@pytest.mark.parametrize("scheme", ["usq4", "vq2", "vq2c", "aq1x4g4"])
+def test_what_float16_does_not_hold_is_refused_or_said(scheme: str) -> None:
     weight = torch.tensor([[-1e6, -1e6, 0.0, 0.0, 100.0, 100.0, 1e6, 1e6]])
-    assert torch.equal(quantize_weight(weight, scheme).dequantize(), weight.clamp(-65504, 65504))
+    with pytest.raises(AquabitError, match=r"weights reach 1e\+06"):
+        quantize_weight(weight, scheme)
+    tiny = torch.cat([weight / 1e6, weight * 1e-30])
+    assert vanished(tiny, quantize_weight(tiny, scheme)) == 1
+    assert vanished(weight / 1e6, quantize_weight(weight / 1e6, scheme)) == 0
 
 
 @pytest.mark.parametrize("scheme", ["usq2", "vq2", "vq2c"])
@@ -193,7 +197,7 @@ def test_bad_weights_and_schemes() -> None:
             quantize_weight(torch.randn(4, 8), scheme)
     with pytest.raises(AquabitError, match="would ignore H; name usq3h"):
         quantize_weight(torch.randn(4, 8), "usq3", torch.eye(8))
-    with pytest.raises(AquabitError, match="shape"):
+    with pytest.raises(AquabitError, match=r"the weight is torch.float32 \[4\]"):
         quantize_weight(torch.randn(4), "usq4")
 
 

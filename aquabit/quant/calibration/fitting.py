@@ -19,7 +19,7 @@ from aquabit.quant.calibration.calibrator import Calibrator
 from aquabit.quant.calibration.hessian import output_error
 from aquabit.quant.calibration.moments import Moments
 from aquabit.quant.schemes.progress import Report
-from aquabit.quant.weights import quantize_weights, relative_error
+from aquabit.quant.weights import quantize_weights, relative_error, vanished
 from aquabit.scheme import AquabitError, Calibration, Progress, Scheme, digest, no_progress
 
 # bits of the inputs that shared codebooks are fitted for: one set of tables serves layers of different
@@ -220,6 +220,8 @@ class Fitter:
         output: float | None,
     ) -> None:
         weight = self.weights[request.layer]
+        if gone := vanished(weight, coded):
+            notes = [*notes, f"{gone} outputs are too small for scales of 16 bits, and became 0"]
         fit = Fit(coded, relative_error(weight, coded), output, tuple(notes))
         self.bank.put(
             self.weights.key(request.layer), request.scheme, self.context(request, calibration), fit
