@@ -74,7 +74,7 @@ def record(cls: type[Record], value: Any, source: str) -> Record:
         some = ", ".join(sorted(known))
         raise AquabitError(f"{source} names {unknown[0]!r:.60}, which is none of its fields; known: {some}")
     try:
-        text = json.dumps(value)
+        text = json.dumps(value, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise AquabitError(f"{source} is no JSON value ({error})") from error
     with clear_errors(source):

@@ -19,6 +19,26 @@ SCHEDULERS: Mapping[str, str] = {  # what samplers are called here, and their cl
 }
 
 
+# what sampling can take: beyond lie numbers that nobody means, and that would fill memory
+BOUNDS = {
+    "images": (1, 10_000_000),
+    "steps": (1, 100_000),
+    "micro_batch": (1, 65_536),
+    "resolution": (1, 65_536),
+    "seed": (0, (1 << 63) - 1),
+    "eta": (0, 1000),
+    "guidance": (-1000, 1000),
+}
+
+
+def _check(settings: Calibration | Protocol) -> None:
+    """Raise AquabitError for a number that is out of BOUNDS."""
+    for name, (low, high) in BOUNDS.items():
+        value = getattr(settings, name, None)
+        if value is not None and not low <= value <= high:
+            raise AquabitError(f"{name} is {value}; it must be at least {low} and at most {high:,}")
+
+
 @dataclass(frozen=True)
 class Calibration:
     """The full-precision images whose denoiser inputs H is made of: seeds that nothing is measured on, the
@@ -34,11 +54,7 @@ class Calibration:
     conditions: tuple[str | int, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.images < 1 or self.steps < 1:
-            raise AquabitError(
-                f"calibration with {self.images} images and {self.steps} steps has no input; give at least"
-                " one of each"
-            )
+        _check(self)
         for name in ("eta", "guidance"):
             object.__setattr__(self, name, float(getattr(self, name)))  # 2 and 2.0 have one digest
         if self.conditions is not None:
@@ -82,9 +98,7 @@ class Protocol:
     measures: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("images", "steps", "micro_batch"):
-            if getattr(self, name) < 1:
-                raise AquabitError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        _check(self)
         if self.conditions is not None:
             object.__setattr__(self, "conditions", tuple(self.conditions))
         object.__setattr__(self, "measures", tuple(self.measures))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from aquabit.activation_bits import Act, StepGroups, plain_act
 from aquabit.errors import AquabitError
@@ -237,7 +237,7 @@ def _config_model() -> Any:
 
     class Layer(Strict):
         weight: str
-        act: Literal[16, 8, 6, 4] | list[Literal[16, 8, 6, 4]]
+        act: Literal[16, 8, 6, 4] | Annotated[list[Literal[16, 8, 6, 4]], Field(min_length=1)]
         codebook: str | None = None
 
     class Groups(Strict):
@@ -249,8 +249,8 @@ def _config_model() -> Any:
         seed: int
         steps: int = Field(ge=1)
         scheduler: str
-        eta: float
-        guidance: float
+        eta: float = Field(allow_inf_nan=False)
+        guidance: float = Field(allow_inf_nan=False)
         resolution: int | None
         conditions: list[str | int] | None
 

@@ -40,6 +40,7 @@ NOISE = "noise/"  # before the names of noise statistics
 # beside the configuration: what noise statistics belong to, and what an example call takes
 FACTS = ("noise", "inputs")
 OLD = "quantization.json"
+LARGEST = 1 << 31  # of a number in the config.json of a model: diffusers would build what it says
 
 Layers = dict[str, QuantLinear | QuantConv2d]
 
@@ -99,6 +100,12 @@ def is_packed(folder: Path) -> bool:
             f"{folder / OLD} was written by an earlier version of aquabit; run `aquabit quantize` again"
         )
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    if isinstance(config, dict):
+        too_large = [k for k, v in config.items() if isinstance(v, int | float) and abs(v) > LARGEST]
+        if too_large:
+            raise AquabitError(
+                f"{folder / 'config.json'}: {too_large[0]} is out of range; the file may have been changed"
+            )
     described = config.get("quantization_config") if isinstance(config, dict) else None
     return isinstance(described, dict) and described.get("quant_method") == METHOD
 

@@ -74,7 +74,7 @@ def _scheme(cfg: Mapping[str, Any], source: str) -> Scheme:
     if cfg.get("enable") is False:
         return FP
     bits = cfg.get("num_bits", 8)
-    if type(bits) is not int:
+    if type(bits) is not int or not 0 < bits < 100:
         raise AquabitError(
             f"{source} has num_bits {bits!r:.30}; only whole numbers of bits, 1 to 8, can be compared"
         )
@@ -82,4 +82,6 @@ def _scheme(cfg: Mapping[str, Any], source: str) -> Scheme:
     group = (
         next((v for k, v in blocks.items() if str(k) == "-1"), None) if isinstance(blocks, Mapping) else None
     )
+    if group and (type(group) is not int or not 0 < group < 1 << 31):
+        raise AquabitError(f"{source} has block_sizes whose -1 is no whole number of inputs above 0")
     return Scheme.parse(f"usq{bits}" + (f"g{group}" if group else ""))

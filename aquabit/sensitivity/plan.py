@@ -25,6 +25,7 @@ from aquabit.sensitivity.designs import DEFAULT, Design, shard_of
 from aquabit.space import SearchSpace
 from aquabit.study import Study
 
+MOST_SAMPLES = 1_000_000  # all are drawn before the first is measured
 HEADER = 400  # bytes of a file of the bank besides its tensors, about
 WARM_SECONDS = 10.0  # a first call that took longer is not repeated: what it takes once hardly matters
 
@@ -43,6 +44,12 @@ class SampleOptions:
     shard: str | None = None
 
     def __post_init__(self) -> None:
+        if not 0 <= self.samples <= MOST_SAMPLES:
+            raise AquabitError(
+                f"samples is {self.samples}; it must be at least 0 and at most {MOST_SAMPLES:,}"
+            )
+        if not 0 <= self.seed < 1 << 63:
+            raise AquabitError(f"seed is {self.seed}; it must be at least 0 and below 2^63")
         if self.adaptive and self.shard is not None:
             raise AquabitError(
                 f"design disagreement chooses by all measurements, so shard {self.shard} cannot be made"

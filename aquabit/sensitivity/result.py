@@ -6,12 +6,12 @@ from __future__ import annotations
 import html
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 
 from aquabit import _notebook
-from aquabit.jsonio import defined
+from aquabit.jsonio import defined, record
 from aquabit.scheme import AquabitError
 from aquabit.stats import LEVEL, OLD_LEVEL, Interval, percent
 from aquabit.study import Study
@@ -34,6 +34,24 @@ NUMBERS = {"effect", "low", "high", "predicted", "real", "total", "shap", "inter
 TEXTS = {"a", "b", "level", "name", "scheme", "operator", "block", "swap", "schemes", "shap_schemes"}
 # what older studies lack
 LATER = ("validation", "scatter", "ranking", "interactions", "scores", "curve", "swarm", "level")
+
+
+@dataclass(frozen=True)
+class _Plain:
+    """The fields of a ``Sensitivity`` that are no tables, as JSON has them."""
+
+    objective: str
+    direction: Literal["min", "max"]
+    protocol: str
+    measurements: int
+    bits: float
+    swap: str
+    surrogate: dict[str, Any]
+    validation: dict[str, Any] | None = None
+    scatter: list[dict[str, Any]] = field(default_factory=list)
+    ranking: str = "predicted"
+    swarm: dict[str, Any] = field(default_factory=dict)
+    level: float = LEVEL
 
 
 @dataclass(frozen=True)
@@ -131,11 +149,13 @@ class Sensitivity:
             )
         try:
             tables = {k: _table(value[k], columns) for k, columns in TABLES.items() if k in value}
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise AquabitError(
                 f"the sensitivity table is damaged ({error}); run `aquabit explain` again"
             ) from error
-        found = Sensitivity(**{k: tables.get(k, value[k]) for k in names if k in value})
+        plain = {k: v for k, v in value.items() if k in _Plain.__dataclass_fields__}
+        read = record(_Plain, plain, "the sensitivity table")
+        found = Sensitivity(**{k: getattr(read, k) for k in plain}, **tables)
         return found if "level" in value or found.of_good_ones else replace(found, level=OLD_LEVEL)
 
     def _repr_html_(self) -> str:
