@@ -22,25 +22,27 @@ def writing(path: str | Path) -> Iterator[Path]:
     file keeps its mode, a new one has that of the umask; a device or a pipe is written to as it is. Raises
     AquabitError where it cannot be written, and passes on what the block raises.
     """
-    target = Path(os.path.realpath(path))
     try:
+        target = Path(os.path.realpath(path))
         mode = _mode(target)
         special = mode is not None and not stat.S_ISREG(mode)
         if special and stat.S_ISDIR(mode or 0):
             raise AquabitError(f"{path} is a folder; name a file")
         folder = Path(tempfile.gettempdir()) if special else target.parent
         temporary = folder / f".{target.name[:100]}.{os.getpid()}-{secrets.token_hex(4)}.part"
-        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # less what the umask takes
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        own = os.stat(temporary).st_mode if mode is None else mode  # of a new file: less what the umask takes
     except OSError as error:
         raise AquabitError(f"{path} could not be written: {error.strerror or error}") from error
+    except ValueError as error:
+        raise AquabitError(f"{str(path)!r} is no name of a file ({error})") from error
     try:
         yield temporary
         if special:
             with open(temporary, "rb") as source, open(target, "wb") as device:
                 shutil.copyfileobj(source, device)
         else:
-            if mode is not None:
-                os.chmod(temporary, stat.S_IMODE(mode))
+            os.chmod(temporary, stat.S_IMODE(own))  # safetensors makes files that only their owner reads
             temporary.replace(target)
     except OSError as error:
         raise AquabitError(f"{path} could not be written: {error.strerror or error}") from error
@@ -58,6 +60,17 @@ def write_bytes(path: str | Path, data: bytes) -> None:
     """Write bytes, as ``writing`` does."""
     with writing(path) as temporary:
         temporary.write_bytes(data)
+
+
+def follow_umask(folder: Path) -> None:
+    """Let the files of a folder be read by whom the umask allows: some libraries make them private."""
+    fresh = folder / f".{os.getpid()}-{secrets.token_hex(4)}.part"
+    os.close(os.open(fresh, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    allowed = stat.S_IMODE(os.stat(fresh).st_mode)
+    fresh.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            os.chmod(path, stat.S_IMODE(path.stat().st_mode) | allowed)
 
 
 def _mode(path: Path) -> int | None:

@@ -12,8 +12,10 @@ from typing import Any, TypeAlias, TypedDict, Unpack
 
 import torch
 from diffusers import DiffusionPipeline
+from safetensors import SafetensorError
 from torch import Tensor
 
+from aquabit.files import follow_umask, write_text
 from aquabit.jsonio import read_json
 from aquabit.kernels import Accuracy
 from aquabit.pipelines import (
@@ -92,15 +94,21 @@ class Packed:
         """Write a diffusers pipeline directory, weights in files of at most ``max_shard_size`` (bytes, or
         as "5GB"); the bytes of the denoiser's tensors."""
         folder, name = Path(folder), denoiser_name(self.pipe)
-        folder.mkdir(parents=True, exist_ok=True)
         restore_text_encoders(self.pipe)
-        for component, value in self.pipe.components.items():
-            if component != name and hasattr(value, "save_pretrained"):
-                value.save_pretrained(folder / component)
-        self.pipe.save_config(folder)
-        size = save_packed_denoiser(self.model.denoiser, folder / name, max_shard_size)
-        for file in (folder / "model_index.json", *folder.glob("*/config.json")):
-            _forget_local_path(file)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for component, value in self.pipe.components.items():
+                if component != name and hasattr(value, "save_pretrained"):
+                    value.save_pretrained(folder / component)
+            self.pipe.save_config(folder)
+            size = save_packed_denoiser(self.model.denoiser, folder / name, max_shard_size)
+            for file in (folder / "model_index.json", *folder.glob("*/config.json")):
+                _forget_local_path(file)
+            follow_umask(folder)
+        except (OSError, SafetensorError) as error:
+            raise AquabitError(
+                f"{folder} could not be written ({error}); what is there is not whole"
+            ) from error
         return size
 
 
@@ -108,7 +116,7 @@ def _forget_local_path(file: Path) -> None:
     """Where a model was loaded from stays in what diffusers saves; a folder of this machine tells nobody."""
     value = read_json(file) if file.exists() else {}
     if Path(str(value.pop("_name_or_path", ""))).is_absolute():
-        file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        write_text(file, json.dumps(value, indent=2) + "\n")
 
 
 def quantize(

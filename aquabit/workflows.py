@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
+from aquabit.files import write_bytes
 from aquabit.jsonio import write_json
 from aquabit.measuring.session import Session, open_session
 from aquabit.measuring.settings import MeasureOptions
@@ -309,7 +310,7 @@ def run_flow(
     made = generate(
         packed, 32, protocol.seed, protocol.steps, protocol.conditions, where.device, progress=progress
     )
-    (out / "samples.png").write_bytes(thumbnail(made))
+    write_bytes(out / "samples.png", thumbnail(made))
     progress("packing", 1, 1)
     write_report(study, out / "report", progress=progress)
     return front

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from aquabit.errors import AquabitError
-from aquabit.files import write_bytes, write_text, writing
+from aquabit.files import follow_umask, write_bytes, write_text, writing
 
 
 def test_a_file_is_replaced_whole_and_keeps_its_mode(tmp_path: Path) -> None:
@@ -47,6 +47,28 @@ def test_what_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None
         write_text(tmp_path, "x")
     with pytest.raises(AquabitError, match="No such file"):
         write_text(tmp_path / "missing" / "a", "x")
+
+
+def test_what_libraries_make_private_can_be_read_as_the_umask_says(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        with writing(tmp_path / "tensors") as temporary:
+            temporary.unlink()
+            os.close(os.open(temporary, os.O_CREAT | os.O_WRONLY, 0o600))
+        (tmp_path / "model").mkdir()
+        private = tmp_path / "model" / "weights"
+        os.close(os.open(private, os.O_CREAT | os.O_WRONLY, 0o600))
+        follow_umask(tmp_path)
+    finally:
+        os.umask(before)
+    assert [p.stat().st_mode & 0o777 for p in (tmp_path / "tensors", private)] == [0o644, 0o644]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "tensors"]
+
+
+def test_names_that_no_file_has_are_named(tmp_path: Path) -> None:
+    for name in ("a\0b", "\ud800"):
+        with pytest.raises(AquabitError, match="is no name of a file"):
+            write_text(str(tmp_path / name), "x")
 
 
 def test_a_link_is_followed(tmp_path: Path) -> None:

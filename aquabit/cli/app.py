@@ -11,6 +11,7 @@ import typer
 
 from aquabit.cli import findings, groups, options, tables
 from aquabit.cli.progress import bars, console, emit, plain, quiet, shielded, tell
+from aquabit.files import write_bytes, write_text
 from aquabit.scheme import AquabitError, QuantConfig
 
 app = typer.Typer(
@@ -295,7 +296,7 @@ def search(
             opened, asked, where, correction=correction, progress=progress, told=partial(tell, json_)
         )
     if out:
-        out.write_text(front.best.to_json())
+        write_text(out, front.best.to_json())
     if not emit(front.to_list(), json_):
         findings.show_front(front)
 
@@ -352,10 +353,7 @@ def export(
     from aquabit.pipelines import load, trace
 
     found = export_config(QuantConfig.load(config), trace(load(model)), to)
-    try:
-        out.write_text(found.to_json())
-    except OSError as error:
-        raise AquabitError(f"{out} cannot be written: {error.strerror or error}") from error
+    write_text(out, found.to_json())
     if not emit(found.to_dict()["statement"], json_):
         tables.show_export(found, out)
 
@@ -384,10 +382,7 @@ def generate(
             told=placed.append,
             **making.arguments(),
         )
-    try:
-        out.write_bytes(thumbnail(made))
-    except OSError as error:
-        raise AquabitError(f"{out} cannot be written: {error.strerror or error}") from error
+    write_bytes(out, thumbnail(made))
     last = making.seed + making.images - 1
     console.print(f"{out}: {making.images} images, seeds {making.seed} to {last}")
     for placement in placed:

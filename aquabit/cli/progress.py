@@ -15,7 +15,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from aquabit.scheme import AquabitError, Progress
+from aquabit.errors import AquabitError, printable
+from aquabit.scheme import Progress
 
 console, errors = Console(), Console(stderr=True)
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback for errors.")]
@@ -77,9 +78,10 @@ def _interrupted() -> None:
 
 
 def plain(text: str) -> str:
+    """``text`` as it is: no markup, and no characters that a terminal would obey."""
     from rich.markup import escape
 
-    return escape(text)
+    return escape(printable(text))
 
 
 @contextmanager

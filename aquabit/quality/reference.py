@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from aquabit.files import writing
 from aquabit.quality.distances import (
     NEIGHBOURS,
     Array,
@@ -108,13 +109,11 @@ class Reference:
     def save(self, path: Path, facts: dict[str, Any]) -> None:
         """As a safetensors file with ``facts`` (JSON), whole or not at all."""
         spec = {k: getattr(self, k) for k in ("digest", "extractor", "size", "count", "kernel_sum")}
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            arrays = {k: np.ascontiguousarray(getattr(self, k)) for k in _ARRAYS}
-            save_file(arrays, temporary, {"reference": json.dumps(spec), "facts": json.dumps(facts)})
-            temporary.replace(path)
-        except (OSError, SafetensorError) as error:
-            temporary.unlink(missing_ok=True)
+            with writing(path) as temporary:
+                arrays = {k: np.ascontiguousarray(getattr(self, k)) for k in _ARRAYS}
+                save_file(arrays, temporary, {"reference": json.dumps(spec), "facts": json.dumps(facts)})
+        except (OSError, SafetensorError, AquabitError) as error:
             raise AquabitError(
                 f"the statistics of the reference could not be written to {path} ({error}); free some space"
             ) from error

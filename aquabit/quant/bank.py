@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from aquabit.files import write_text, writing
 from aquabit.kernels.codebook import CodebookWeight, from_tensors
 from aquabit.scheme import AquabitError, Scheme
 
@@ -195,13 +196,11 @@ class Bank:
     def write(self, path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
         """A safetensors file in the bank, whole or not at all; raises AquabitError where it cannot be
         written."""
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            save_file(tensors, temporary, metadata)
-            size = temporary.stat().st_size
-            temporary.replace(path)
-        except (OSError, SafetensorError) as failure:
-            temporary.unlink(missing_ok=True)
+            with writing(path) as temporary:
+                save_file(tensors, temporary, metadata)
+                size = temporary.stat().st_size
+        except (OSError, SafetensorError, AquabitError) as failure:
             raise AquabitError(
                 f"the bank {self.folder} could not be written ({failure}); free some space or choose another"
                 " with --bank"
@@ -212,12 +211,9 @@ class Bank:
 
     def write_text(self, path: Path, text: str) -> None:
         """A text file in the bank, whole or not at all; raises AquabitError where it cannot be written."""
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            temporary.write_text(text)
-            temporary.replace(path)
-        except OSError as failure:
-            temporary.unlink(missing_ok=True)
+            write_text(path, text)
+        except AquabitError as failure:
             raise AquabitError(
                 f"the bank {self.folder} could not be written ({failure}); free some space or choose another"
             ) from failure

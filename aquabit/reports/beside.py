@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
+from aquabit.files import write_text
 from aquabit.reports import drawing, style, words
 from aquabit.reports.facts import Facts, read, require_metric
 from aquabit.reports.lacks import Lacks, missing
@@ -56,7 +57,8 @@ def side_by_side(first: Study, second: Study, out: str | Path, progress: Progres
         cards = [
             (name, run_card(facts), _shown(own)) for name, facts, own in zip(names, both, lacks, strict=True)
         ]
-        page.write_text(
+        write_text(
+            page,
             environment()
             .get_template("beside.html.j2")
             .render(
@@ -66,7 +68,6 @@ def side_by_side(first: Study, second: Study, out: str | Path, progress: Progres
                 sentences=sentences(ranked, names),
                 rows=list(ranked.itertuples(index=False, name="Row")),
             ),
-            encoding="utf-8",
         )
     except OSError as error:
         raise AquabitError(f"the report could not be written to {out}: {error.strerror or error}") from error

@@ -17,6 +17,7 @@ import jinja2
 import pandas as pd
 from markupsafe import Markup, escape
 
+from aquabit.files import write_text
 from aquabit.jsonio import write_json
 from aquabit.reports import drawing, style, svg, words
 from aquabit.reports.answer import answer
@@ -87,7 +88,7 @@ def report(study: Study, out: str | Path, progress: Progress = no_progress) -> P
             shown.append(draw(plan, found[plan.table], lacks, out / "figures", places))
         progress("report", len(wanted), len(wanted) + 1)
         pictures, files = images(facts, out / "figures"), write_data(facts, out / "data")
-        page.write_text(_render(facts, found, lacks, shown, pictures, files), encoding="utf-8")
+        write_text(page, _render(facts, found, lacks, shown, pictures, files))
     except OSError as error:
         raise AquabitError(f"the report could not be written to {out}: {error.strerror or error}") from error
     progress("report", len(wanted) + 1, len(wanted) + 1)

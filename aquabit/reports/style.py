@@ -28,6 +28,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator
 
+from aquabit.files import write_text, writing
 from aquabit.reports.svg import titled
 from aquabit.scheme import FP, Scheme
 
@@ -102,11 +103,12 @@ def save(figure: Figure, folder: Path, name: str) -> str:
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # the layout is found once, not once per format
     for suffix, metadata in FORMATS.items():
-        figure.savefig(folder / f"{name}.{suffix}", metadata=metadata)
+        with writing(folder / f"{name}.{suffix}") as temporary:
+            figure.savefig(temporary, format=suffix, metadata=metadata)
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
-    (folder / f"{name}.svg").write_text(titled(text, named_points(figure)), encoding="utf-8")
+    write_text(folder / f"{name}.svg", titled(text, named_points(figure)))
     return text
 
 

@@ -9,6 +9,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from aquabit.files import write_text
+
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a formula begins with in spreadsheets
+
 _LATEX = {
     "\\": r"\textbackslash{}",
     "{": r"\{",
@@ -84,5 +88,10 @@ def latex(table: pd.DataFrame) -> str:
 
 def write(table: pd.DataFrame, folder: Path, name: str) -> None:
     """``name``.csv (all digits) and ``name``.tex in ``folder``."""
-    table.to_csv(folder / f"{name}.csv", index=False)
-    (folder / f"{name}.tex").write_text("% \\usepackage{booktabs}\n" + latex(table), encoding="utf-8")
+    write_text(folder / f"{name}.csv", table.map(_no_formula).to_csv(index=False))
+    write_text(folder / f"{name}.tex", "% \\usepackage{booktabs}\n" + latex(table))
+
+
+def _no_formula(value: Any) -> Any:
+    """A text that a spreadsheet would compute, with a sign before it that makes it a text there too."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value

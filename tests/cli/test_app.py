@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from aquabit.cli.progress import console, plain
 from aquabit.study import Study
 from tests.command_line import fails, run
 from tests.conftest import tiny_pipeline
@@ -419,3 +420,8 @@ def test_help_is_quick_and_imports_no_torch() -> None:
         " 'pandas', 'matplotlib', 'numpy')))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_names_from_files_do_not_reach_the_terminal_as_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    console.print(plain("layer \x1b[31m[bold]\x07 \u202e x"), highlight=False, soft_wrap=True)
+    assert capsys.readouterr().out.strip() == r"layer \x1b[31m[bold]\x07 \u202e x"

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from aquabit.files import writing
 from aquabit.quant.bank import content_digest
 from aquabit.quant.correction.noise import NoiseEstimate
 from aquabit.scheme import AquabitError, digest
@@ -108,8 +109,9 @@ class Statistics:
         """Write a safetensors file; what they belong to is its metadata."""
         try:
             tensors, about = self.tensors()
-            save_file(tensors, path, about)
-        except (OSError, SafetensorError) as error:
+            with writing(path) as temporary:
+                save_file(tensors, temporary, about)
+        except (OSError, SafetensorError, AquabitError) as error:
             raise AquabitError(f"the statistics could not be written to {path}: {error}") from error
 
     def tensors(self) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from aquabit.files import write_bytes
 from aquabit.reports import words
 from aquabit.reports.facts import Facts, number, scheme_name
 
@@ -74,7 +75,7 @@ def _grid(facts: Facts, title: str, config: str, protocol: str, folder: Path) ->
     except (OSError, Image.DecompressionBombError):
         return []
     name = re.sub(r"\W+", "-", title)
-    (folder / f"images_{name}.png").write_bytes(png)
+    write_bytes(folder / f"images_{name}.png", png)
     rows = facts.measured
     row = rows[(rows.config == config) & (rows.protocol == protocol) & (rows.status == "ok")]
     notes = []
