@@ -18,6 +18,7 @@ from torch import Tensor
 from aquabit.files import follow_umask, write_text
 from aquabit.jsonio import read_json
 from aquabit.kernels import Accuracy
+from aquabit.kernels.dispatch import using
 from aquabit.pipelines import (
     Adapter,
     denoiser_name,
@@ -57,22 +58,28 @@ from aquabit.scheme import (
 Model: TypeAlias = str | DiffusionPipeline
 
 
+MICRO_BATCH = 64  # images of a call, where their pixels allow it
+
+
 class SamplingOptions(TypedDict, total=False):
     """The fields of ``Sampling`` as keywords of ``generate``."""
 
     eta: float | None
     guidance: float | None
     resolution: int | None
+    deterministic: bool
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How images are sampled, ``resolution`` in pixels; None: as the artifact's configuration was calibrated
-    for, else as ``Calibration`` has it."""
+    for, else as ``Calibration`` has it. ``deterministic``: the same bits whatever timings and threads there
+    are."""
 
     eta: float | None = None
     guidance: float | None = None
     resolution: int | None = None
+    deterministic: bool = False
 
 
 class Packed:
@@ -218,7 +225,9 @@ def generate(
     was calibrated for (else 10, 0, 1 and the model's own), ``correction`` to the artifact's own; "none"
     switches it off. ``offload``: what is loaded waits on the CPU and is on the GPU only while it runs.
 
-    A packed one runs on the kernels that are fastest on this machine, timed first where that is missing.
+    A packed one runs on the kernels that are fastest on this machine, timed first where that is missing;
+    images then depend, within a few grey values, on timings, threads and their number. ``deterministic``: one
+    thread and kernels in a fixed order, so that each image is the same bit for bit on processors of one kind.
     ``memory``: "packed" keeps no dense weight, "auto" up to a quarter of them, where they save most time.
     ``told`` hears which kernels run and what is resident.
     """
@@ -232,16 +241,21 @@ def generate(
     if config is not None and config.total_steps is not None:
         usual = replace(usual, steps=config.total_steps)
     asked = {"steps": steps, **asdict(Sampling(**sampling))}
+    same = asked.pop("deterministic")
     given: dict[str, Any] = {k: getattr(usual, k) if v is None else v for k, v in asked.items()}
+    batch = image_batch(adapter.pipe, given["resolution"], MICRO_BATCH)
     protocol = Protocol(
         images=images,
         seed=seed,
         conditions=tuple(conditions) if conditions else None,
-        micro_batch=min(images, image_batch(adapter.pipe, given["resolution"], 64)),
+        micro_batch=batch if same else min(images, batch),
         **given,
     )
     layers = layers_of(adapter.denoiser)
     with _switched_correction(adapter, correction):
+        if same:
+            with single_thread(device), using({}):
+                return torch.cat([adapter.images(protocol, b) for b in adapter.batches(protocol)])
         if any(layer.packed is not None for layer in layers.values()):
             # this samples, and follows the scheduler; the timed calls do not
             call = adapter.first_call(protocol)

@@ -341,6 +341,16 @@ class Making:
             help="none, or some of cnc, bc, vsc, match joined by +, or qdrift; default: the artifact's own.",
         ),
     ] = None
+    deterministic: Annotated[
+        bool,
+        typer.Option(
+            "--deterministic",
+            help=(
+                "The same bits whatever timings, threads and number of images there are, on processors of one"
+                " kind: one thread, kernels in a fixed order."
+            ),
+        ),
+    ] = False
 
     def arguments(self) -> dict[str, Any]:
         """Of ``packing.generate``."""

@@ -46,6 +46,12 @@ def shielded(verb: Callable[..., None]) -> Callable[..., None]:
                 cause = cause.__context__
             if debug:
                 raise
+            from aquabit.runtime import out_of_memory  # with torch, which only what fails has loaded
+
+            if out_of_memory(error):
+                said = f"out of memory ({error!s:.200}); lower --micro-batch, --resolution or --workers"
+                errors.print(f"[bold red]error:[/] {plain(said)}", highlight=False, soft_wrap=True)
+                raise typer.Exit(2) from None
             errors.print(
                 f"[bold red]internal error:[/] {type(error).__name__}: {plain(str(error))}\nPlease report it;"
                 " --debug shows where.",

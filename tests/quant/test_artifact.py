@@ -17,6 +17,7 @@ from aquabit import packing
 from aquabit.cost import CostModel
 from aquabit.graph import codebook_names
 from aquabit.kernels.arranged import Arranged
+from aquabit.kernels.dispatch import using
 from aquabit.pipelines import Adapter, bundled_models, denoiser_name, load, set_scheduler, trace
 from aquabit.quant.bank import Bank
 from aquabit.quant.kernel_tuning import layers_of
@@ -295,3 +296,20 @@ def io_free(file, data: bytes):
     file.unlink()
     file.write_bytes(data)
     return file
+
+
+def test_deterministic_images_do_not_depend_on_threads_timings_or_their_number(dit, tmp_path) -> None:
+    packing.quantize(dit, mixed(dit, 8), bank=str(tmp_path / "bank")).save(tmp_path / "packed")
+    packed = str(tmp_path / "packed")
+
+    def made(images: int) -> torch.Tensor:
+        return packing.generate(packed, images, 3, 2, deterministic=True)
+
+    first, threads = made(5), torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with using({"anything": {"decode": 1e-9}}):
+            assert torch.equal(made(5), first)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(made(2), first[:2])
