@@ -621,11 +621,11 @@ def _noise() -> Any:
 
 def artifact() -> Target:
     """A packed denoiser makes the outputs that it made, or is refused."""
-    from aquabit.quant.artifact import load_packed_denoiser
+    from aquabit.quant.artifact import load_packed_denoiser, save_packed_denoiser
     from aquabit.quant.kernel_tuning import layers_of
 
     source = folder() / "written" / "denoiser"
-    load_packed_denoiser(OLD / "packed" / "denoiser").save_pretrained(source)  # the old one has no digests
+    save_packed_denoiser(load_packed_denoiser(OLD / "packed" / "denoiser"), source)  # the old has no digest
     config, tensors = source / "config.json", source / "diffusion_pytorch_model.safetensors"
 
     def weights(path: Path) -> dict[str, torch.Tensor]:

@@ -15,9 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from safetensors.torch import load
 from typer.testing import CliRunner
 
 from aquabit.cli.app import app
@@ -114,7 +112,7 @@ def test_fits_are_found_in_the_bank_and_give_the_same_artifact(folder: Path) -> 
     assert files(folder / "bank") == before, "nothing is fitted again"
     again, old = files(folder / "packed-again"), files(OLD / "packed")
     weights = "denoiser/diffusion_pytorch_model.safetensors"
-    stored, before = (load(f[weights]) for f in (again, old))  # headers of today hold digests
-    assert set(again) == set(old) and set(stored) == set(before)
-    assert all(torch.equal(stored[k], before[k]) for k in before)
-    assert json.loads(again["denoiser/config.json"]) == json.loads(old["denoiser/config.json"])
+    assert set(again) == set(old) and again[weights] == old[weights]
+    config = json.loads(again["denoiser/config.json"])
+    assert len(config["quantization_config"].pop("digest")) == 16
+    assert config == json.loads(old["denoiser/config.json"])

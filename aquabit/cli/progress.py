@@ -84,10 +84,10 @@ def _interrupted() -> None:
 
 
 def plain(text: str) -> str:
-    """``text`` as it is: no markup, and no characters that a terminal would obey."""
+    """``text`` as it is, line by line: no markup, and no characters that a terminal would obey."""
     from rich.markup import escape
 
-    return escape(printable(text))
+    return escape("\n".join(map(printable, text.split("\n"))))
 
 
 @contextmanager

@@ -244,7 +244,7 @@ class Evaluator:
                 return Statistics.load(path)
         self.pipe.scheduler = self.scheduler
         found = noise_statistics(self.pipe, self.quantized, plain, calibration)
-        self.bank.write(path, *found.tensors())
+        self.bank.write(path, *found.stored())
         return found
 
     def output_errors(self, config: QuantConfig, protocol: Protocol, part: int = 0) -> StepErrors:

@@ -66,6 +66,9 @@ class QualityOptions:
     @staticmethod
     def from_dict(value: Any) -> QualityOptions:
         """The inverse of ``to_dict``; None, as older studies have it, is nothing beside the model's own."""
+        if isinstance(value, Mapping):  # beside which a study keeps what was said of them
+            own = QualityOptions.__dataclass_fields__
+            value = {k: v for k, v in value.items() if k in own and v is not None}
         return record(QualityOptions, value or {}, "what images are measured with")
 
     def __bool__(self) -> bool:

@@ -11,7 +11,7 @@ on loading, whatever the dtype asked for.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from aquabit.graph import layers as layer_nodes
-from aquabit.jsonio import digest, parse_object, read_json
+from aquabit.jsonio import digest, read_json
 from aquabit.quant.bank import weight_hash
 from aquabit.quant.correction.sampling import follow_
 from aquabit.quant.correction.statistics import Statistics
@@ -39,6 +39,7 @@ RANGES = "ranges/"  # before the names of layers whose static ranges are stored
 NOISE = "noise/"  # before the names of noise statistics
 # beside the configuration: what noise statistics belong to, and what an example call takes
 FACTS = ("noise", "inputs")
+DIGEST = "digest"  # of an artifact, in its quantization_config
 OLD = "quantization.json"
 LARGEST = 1 << 31  # of a number in the config.json of a model: diffusers would build what it says
 
@@ -150,10 +151,15 @@ def save_packed_denoiser(denoiser: Any, folder: Path, max_shard_size: int | str 
     folder.mkdir(parents=True, exist_ok=True)
     for old in (*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json"), folder / OLD):
         old.unlink(missing_ok=True)
-    denoiser.save_pretrained(folder, max_shard_size=max_shard_size)
     found = contents_of(denoiser)
     assert found is not None
-    tensors = found.tensors(denoiser.state_dict())
+    tensors, plain = found.tensors(denoiser.state_dict()), denoiser.config.quantization_config
+    hashes = {name: weight_hash(tensor) for name, tensor in tensors.items()}
+    denoiser.register_to_config(quantization_config={**plain, DIGEST: digest_of(plain, hashes)})
+    try:
+        denoiser.save_pretrained(folder, max_shard_size=max_shard_size)
+    finally:
+        denoiser.register_to_config(quantization_config=plain)
     return sum(t.numel() * t.element_size() for k, t in tensors.items() if not k.startswith(NOISE))
 
 
@@ -189,7 +195,8 @@ def parsed(value: Any) -> tuple[QuantConfig, dict[str, Any]]:
             f"{source} has schema {given.get('schema')!r}, this version of aquabit reads {SCHEMA}; quantize"
             " again"
         )
-    given.pop("quant_method", None)
+    for name in ("quant_method", DIGEST):
+        given.pop(name, None)
     facts, groups = {k: given.pop(k) for k in FACTS if k in given}, given.pop("groups", None)
     if not isinstance(groups, list):
         raise AquabitError(f"{source} needs a list of groups of layers, not {groups!s:.60}")
@@ -205,38 +212,29 @@ def parsed(value: Any) -> tuple[QuantConfig, dict[str, Any]]:
     return QuantConfig.from_dict({**given, "schema": 1, "layers": layers}, source), facts
 
 
-# ---- digests: what was written is what is read
+# ---- a digest: what was written is what is read
 
 
-def metadata_of(tensors: Mapping[str, Tensor], described: Mapping[str, Any]) -> dict[str, str]:
-    """What every file of an artifact says of all of its tensors, by name, and of its configuration."""
-    digests = {name: weight_hash(tensor) for name, tensor in sorted(tensors.items())}
-    return {METHOD: json.dumps({"configuration": digest(described), "tensors": digests})}
+def digest_of(described: Mapping[str, Any], hashes: Mapping[str, str]) -> str:
+    """Of an artifact: its configuration, and each tensor's name and ``weight_hash``."""
+    return digest([described, sorted(hashes.items())])
 
 
-def verify(files: Iterable[Path], described: Mapping[str, Any]) -> None:
-    """Raise AquabitError where a tensor or the configuration is not what was written. Artifacts of before
-    there were digests are taken as they are."""
-    missing: set[str] | None = None
+def verify(files: Sequence[Path], described: Mapping[str, Any], stated: str | None) -> None:
+    """Raise AquabitError where tensors or configuration are not what was written; ``stated`` is the digest,
+    None of an artifact that has none: of before there were digests, or saved by diffusers alone."""
+    if stated is None:
+        return
+    hashes: dict[str, str] = {}
     for path in files:
         with safe_open(path, "pt") as file:
-            said = (file.metadata() or {}).get(METHOD)
-            if said is None:
-                continue
-            stored = parse_object(said, f"{path}, metadata")
-            digests = stored.get("tensors")
-            if not isinstance(digests, dict) or stored.get("configuration") != digest(described):
-                raise AquabitError(
-                    f"{path.parent / 'config.json'} is not the configuration that {path.name} was written"
-                    " with; quantize again"
-                )
-            missing = set(digests) if missing is None else missing
-            for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-                if digests.get(name) != weight_hash(file.get_tensor(name)):
-                    raise AquabitError(f"{path}: tensor {name!r} is damaged; quantize again")
-                missing.discard(name)
-    if missing:
-        raise AquabitError(f"the artifact lacks tensor {min(missing)!r}; quantize again")
+            hashes |= {name: weight_hash(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+    if digest_of(described, hashes) != stated:
+        where = next((str(path.parent) for path in files), "the artifact")
+        raise AquabitError(
+            f"{where} is not what was written: a tensor or the configuration is damaged, or of another model;"
+            " quantize again"
+        )
 
 
 # ---- tensors

@@ -75,7 +75,7 @@ def _state(path: Path) -> tuple[int, ...]:
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def content_digest(said: Mapping[str, Any] | str, tensors: Mapping[str, Tensor]) -> str:
+def content_digest(said: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     """A digest of tensors, by name, dtype, shape and bytes, and of what is said of them."""
     body = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
     for name in sorted(tensors):

@@ -76,6 +76,7 @@ class AquabitConfig(QuantizationConfigMixin):
     ):
         self.quant_method = AquabitMethod.AQUABIT
         self.weights, self.act, self.facts = weights, act, dict(facts or {})
+        self.digest: str | None = None  # of the artifact that this was read from
         if isinstance(weights, QuantConfig):
             if act is not None:
                 raise AquabitError(
@@ -99,12 +100,13 @@ class AquabitConfig(QuantizationConfigMixin):
     def from_dict(
         cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
     ) -> Any:
-        from aquabit.quant.artifact import parsed
+        from aquabit.quant.artifact import DIGEST, parsed
 
         value = {k: v for k, v in config_dict.items() if k != "quant_method"}
         if "groups" in value or "schema" in value:
             config, facts = parsed(value)
             found = cls(config, facts=facts)
+            found.digest = value.get(DIGEST)
         else:
             unknown = sorted(set(value) - {"weights", "act"})
             if unknown:
@@ -265,7 +267,8 @@ class AquabitQuantizer(DiffusersQuantizer):
         from aquabit.quant.artifact import verify
 
         self.contents = self.loading.finish_()
-        verify(self._files, self.quantization_config.to_dict())  # after what names more exactly what is wrong
+        asked = self.quantization_config  # after what names more exactly what is wrong
+        verify(self._files, asked.to_dict(), asked.digest)
         self._loading, self._files = None, []
         adopt_(model, self)
         config = self.contents.config
@@ -288,11 +291,8 @@ class AquabitQuantizer(DiffusersQuantizer):
             raise AquabitError(
                 "packed models are saved as safetensors only; leave safe_serialization at True"
             )
-        from aquabit.quant.artifact import metadata_of
-
         assert self.contents is not None
-        tensors = self.contents.tensors(state_dict)
-        return tensors, metadata_of(tensors, self.quantization_config.to_dict())
+        return self.contents.tensors(state_dict), {}
 
     @property
     def is_serializable(self) -> bool:

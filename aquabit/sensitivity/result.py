@@ -44,7 +44,7 @@ class _Plain:
     direction: Literal["min", "max"]
     protocol: str
     measurements: int
-    bits: float
+    bits: float | None
     swap: str
     surrogate: dict[str, Any]
     validation: dict[str, Any] | None = None

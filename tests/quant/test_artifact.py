@@ -268,26 +268,26 @@ def test_whatever_was_changed_is_noticed(dit, tmp_path) -> None:
     length = int.from_bytes(whole[:8], "little")
     header = json.loads(whole[8 : 8 + length])
     places = {name: v["data_offsets"] for name, v in header.items() if name != "__metadata__"}
-    for name, (begin, end) in places.items():
+    for begin, end in places.values():
         changed = bytearray(whole)
         changed[8 + length + (begin + end) // 2] ^= 1
         file.write_bytes(bytes(changed))
-        with pytest.raises(AquabitError, match=re.escape(name)):
+        with pytest.raises(AquabitError, match="is not what was written"):
             load(str(tmp_path / "packed"))
     alike = [n for n in places if n.endswith("to_q.weight.codes") or n.endswith("to_k.weight.codes")]
     tensors = load_file(io_free(file, whole))
-    metadata = header["__metadata__"]
+    metadata = header.get("__metadata__")
     if len(alike) > 1 and tensors[alike[0]].shape == tensors[alike[1]].shape:
         tensors[alike[0]], tensors[alike[1]] = tensors[alike[1]], tensors[alike[0]]
         save_file(tensors, file, metadata)
-        with pytest.raises(AquabitError, match="is damaged"):
+        with pytest.raises(AquabitError, match="is not what was written"):
             load(str(tmp_path / "packed"))
     file.write_bytes(whole)
     value = json.loads(said)
     group = next(g for g in value["quantization_config"]["groups"] if g["act"] == 8)
     group["act"] = 6
     recipe.write_text(json.dumps(value))
-    with pytest.raises(AquabitError, match="is not the configuration that"):
+    with pytest.raises(AquabitError, match="is not what was written"):
         load(str(tmp_path / "packed"))
 
 

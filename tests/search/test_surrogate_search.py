@@ -666,7 +666,7 @@ def test_the_front_in_json_and_back() -> None:
     assert (
         Front.from_dict({k: v for k, v in stored.items() if k != "proof"}).proof is None
     )  # as older studies hold it
-    with pytest.raises(AquabitError, match="is no proof of a search"):
+    with pytest.raises(AquabitError, match="the stored proof of a search: optimum_bound"):
         Front.from_dict({**stored, "proof": {"optimum": 1.0}})
     html = here._repr_html_()
     assert html.count("<tr") == 4 and html.count("bold") == 2 and "1.5 (1 to 2, 95 %)" in html

@@ -108,7 +108,7 @@ class Statistics:
     def save(self, path: Path) -> None:
         """Write a safetensors file; what they belong to is its metadata."""
         try:
-            tensors, about = self.tensors()
+            tensors, about = self.stored()
             with writing(path) as temporary:
                 save_file(tensors, temporary, about)
         except (OSError, SafetensorError, AquabitError) as error:
@@ -120,9 +120,14 @@ class Statistics:
         named = {
             f"{head}{f.name}": getattr(p, f.name) for head, p in parts.items() for f in fields(NoiseEstimate)
         }
-        tensors = {k: torch.from_numpy(np.array(v)) for k, v in named.items()}
         about = json.dumps(asdict(self.about))
-        return tensors, {"about": about, "digest": content_digest(about, tensors)}
+        return {k: torch.from_numpy(np.array(v)) for k, v in named.items()}, {"about": about}
+
+    def stored(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """As ``tensors``, with a digest of both: what a file of their own holds."""
+        tensors, metadata = self.tensors()
+        about = json.loads(metadata["about"])
+        return tensors, {"about": json.dumps({**about, "digest": content_digest(about, tensors)})}
 
     @staticmethod
     def load(path: Path) -> Statistics:
@@ -130,10 +135,10 @@ class Statistics:
         try:
             with safe_open(path, "pt") as file:
                 tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-                said = file.metadata() or {}
-                about = json.loads(said["about"])
-            if said.keys() != {"about"} and said.get("digest") != content_digest(said["about"], tensors):
-                raise ValueError("they are not what was written")  # files of before had no digest
+                about = json.loads((file.metadata() or {})["about"])
+            stated = about.pop("digest", None) if isinstance(about, dict) else None
+            if stated is not None and stated != content_digest(about, tensors):  # files of before had none
+                raise ValueError("they are not what was written")
         except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as error:
             raise AquabitError(
                 f"{path} holds no usable noise statistics ({error}); run `aquabit quantize --correct` again"

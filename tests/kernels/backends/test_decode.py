@@ -114,7 +114,7 @@ def linear64(x: Tensor, weight: CodebookWeight, bias: Tensor | None, act: int) -
 def convolved(x: Tensor, weight: CodebookWeight | Arranged, bias: Tensor | None = None, **how: Any) -> Tensor:
     """``decode_conv2d`` with the arguments of torch's."""
     stride, dilation, groups = pair(how.pop("stride", 1)), pair(how.pop("dilation", 1)), how.pop("groups", 1)
-    x, edges = padded(x, how.pop("padding", 0), dilation, weight.shape[2:])
+    x, edges = padded(x, how.pop("padding", 0), stride, dilation, weight.shape[2:])
     return decode_conv2d(x, weight, bias, Geometry(stride, edges, dilation, groups), **how)
 
 
