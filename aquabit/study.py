@@ -9,7 +9,7 @@ import math
 import os
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -85,6 +85,7 @@ class Study:
         if not self.path.parent.is_dir():
             raise AquabitError(f"the folder {self.path.parent} of the study does not exist")
         self._nesting = 0
+        self._hidden: set[tuple[str, str]] = set()  # see ``hide_after``
         with _clear_errors(self.path):
             self._db = sqlite3.connect(self.path, isolation_level=None, timeout=10)
             self._open()
@@ -277,6 +278,20 @@ class Study:
             r[0] for r in self._rows("SELECT config FROM measurements WHERE protocol = ?", (protocol.digest,))
         )
 
+    def last_row(self) -> int:
+        """A number that later measurements lie above (``hide_after``)."""
+        return int(self._rows("SELECT coalesce(max(rowid), 0) FROM measurements")[0][0])
+
+    def hide_after(self, row: int | None) -> None:
+        """Leave measurements above ``row`` out of ``measurements`` until they are asked for (``show``); None:
+        show all. They stay ``known``."""
+        query = "SELECT config, protocol FROM measurements WHERE rowid > ?"
+        self._hidden = set() if row is None else {(c, p) for c, p in self._rows(query, (row,))}
+
+    def show(self, configs: Iterable[str], protocol: str) -> None:
+        """Configurations (digests) that were asked for under a protocol (digest)."""
+        self._hidden.difference_update((config, protocol) for config in configs)
+
     def measurements(
         self, protocol: Protocol | None = None, kind: str | None = None, failed: bool = False
     ) -> pd.DataFrame:
@@ -291,7 +306,8 @@ class Study:
         )
         names = ["config", "protocol", "kind", "status", "reason", "seconds", "created"]
         names += ["bits", "bytes", "bops", "correction", "tuned"]
-        rows = [(*r[:-1], self._metrics(r[0], r[-1])) for r in self._rows(query, (failed,))]
+        shown = [r for r in self._rows(query, (failed,)) if (r[0], r[1]) not in self._hidden]
+        rows = [(*r[:-1], self._metrics(r[0], r[-1])) for r in shown]
         table = pd.DataFrame([{**dict(zip(names, r[:-1], strict=True)), **r[-1]} for r in rows])
         if table.empty:
             return pd.DataFrame(columns=names)

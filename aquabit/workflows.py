@@ -20,6 +20,7 @@ from aquabit.pipelines.pictures import thumbnail
 from aquabit.quality import QualityOptions
 from aquabit.reports import report as write_report
 from aquabit.scheme import AquabitError, Budget, Progress, Protocol, QuantConfig, no_progress
+from aquabit.search.continuing import continuing
 from aquabit.search.fresh_front import FRESH_BLOCKS, measure_front
 from aquabit.search.front import Front
 from aquabit.search.options import activation_choices, fixed_act
@@ -220,11 +221,13 @@ def find_in(
 ) -> Front:
     """The search of ``find`` in an open session."""
     _check(session, options)
-    search = Search(session, options, progress, told)
-    propose(search)
-    front = measure_front(search, *choose_winner(search))
-    noise = noise_facts(session, front.best, [session.protocol.block(b) for b in FRESH_BLOCKS], progress)
-    session.study.set(front=front.to_dict(), noise=noise)
+    with continuing(session, options):
+        search = Search(session, options, progress, told)
+        propose(search)
+        front = measure_front(search, *choose_winner(search))
+        fresh = [session.protocol.block(b) for b in FRESH_BLOCKS]
+        noise = noise_facts(session, front.best, fresh, progress)
+        session.study.set(front=front.to_dict(), noise=noise)
     return front
 
 

@@ -90,6 +90,7 @@ class Session:
             self.study.add_protocol(protocol)
             known = self.study.known(protocol)
             tasks += [Measure(c, protocol, packed) for key, c in listed.items() if key not in known]
+            self.study.show(listed, protocol.digest)
         progress(what, 0, len(tasks))
         for done, (place, (measurement, png)) in enumerate(self.pool.run(tasks), 1):
             config = tasks[place].config
