@@ -371,7 +371,7 @@ def test_too_few_measurements_say_how_many(folder) -> None:
 def test_a_full_disk_while_writing_is_said(folder) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("there is no /dev/full here")
-    assert "cannot be written" in fails(
+    assert "could not be written" in fails(
         folder, "generate", "whole/packed", "--images", "2", "--steps", "1", "--out", "/dev/full"
     )
 
