@@ -185,7 +185,7 @@ class CodebookWeight:
         row = prod(self.shape[1:])
         if self.order == "kernel":
             if self.scale is not None:
-                values = values * self.scale.float()
+                values = values * self.scale.float().reshape(-1)
             return values.reshape(*self.shape[1:], self.shape[0]).movedim(-1, 0).contiguous()
         values = self._scaled(values[:row])
         if len(self.shape) == 2:

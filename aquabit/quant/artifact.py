@@ -41,7 +41,7 @@ NOISE = "noise/"  # before the names of noise statistics
 FACTS = ("noise", "inputs")
 DIGEST = "digest"  # of an artifact, in its quantization_config
 OLD = "quantization.json"
-LARGEST = 1 << 31  # of a number in the config.json of a model: diffusers would build what it says
+LARGEST = 1 << 24  # of a number in the config.json of a model: diffusers would build what it says
 
 Layers = dict[str, QuantLinear | QuantConv2d]
 

@@ -61,3 +61,8 @@ def test_what_was_stored_must_be_finite() -> None:
         with pytest.raises(AquabitError, match="1 of 6 numbers of scale are not finite"):
             from_tensors(LINEAR.tensors() | {"scale": broken}, LINEAR.shape, LINEAR.bits)
     assert torch.equal(from_tensors(LINEAR.tensors(), LINEAR.shape, 4).dequantize(), LINEAR.dequantize())
+
+
+def test_scales_of_kernel_slices_may_be_a_column() -> None:
+    column = replace(SLICES, scale=SLICES.scale[:, None].contiguous())
+    assert torch.equal(column.dequantize(), SLICES.dequantize())
