@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,9 +26,9 @@ def writing(path: str | Path) -> Iterator[Path]:
     try:
         target = Path(os.path.realpath(path))
         mode = _mode(target)
+        if mode is not None and stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, "it is a folder; name a file")
         special = mode is not None and not stat.S_ISREG(mode)
-        if special and stat.S_ISDIR(mode or 0):
-            raise AquabitError(f"{path} is a folder; name a file")
         folder = Path(tempfile.gettempdir()) if special else target.parent
         temporary = folder / f".{target.name[:100]}.{os.getpid()}-{secrets.token_hex(4)}.part"
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
@@ -62,15 +63,15 @@ def write_bytes(path: str | Path, data: bytes) -> None:
         temporary.write_bytes(data)
 
 
-def follow_umask(folder: Path) -> None:
-    """Let the files of a folder be read by whom the umask allows: some libraries make them private."""
+def follow_umask(folder: Path, written: Iterable[Path]) -> None:
+    """Let files that were ``written`` into a folder be read by whom the umask allows: some libraries make
+    them private."""
     fresh = folder / f".{os.getpid()}-{secrets.token_hex(4)}.part"
     os.close(os.open(fresh, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     allowed = stat.S_IMODE(os.stat(fresh).st_mode)
     fresh.unlink()
-    for path in folder.rglob("*"):
-        if path.is_file() and not path.is_symlink():
-            os.chmod(path, stat.S_IMODE(path.stat().st_mode) | allowed)
+    for path in written:
+        os.chmod(path, stat.S_IMODE(path.stat().st_mode) | allowed)
 
 
 def _mode(path: Path) -> int | None:

@@ -111,7 +111,8 @@ class Packed:
             size = save_packed_denoiser(self.model.denoiser, folder / name, max_shard_size)
             for file in (folder / "model_index.json", *folder.glob("*/config.json")):
                 _forget_local_path(file)
-            follow_umask(folder)
+            parts = [part for part in self.pipe.components if (folder / part).is_dir()]
+            follow_umask(folder, [f for part in parts for f in (folder / part).glob("*.safetensors")])
         except (OSError, SafetensorError) as error:
             raise AquabitError(
                 f"{folder} could not be written ({error}); what is there is not whole"
@@ -233,6 +234,10 @@ def generate(
     """
     if memory not in MEMORY:
         raise AquabitError(f"memory {memory!r} is unknown; it must be {' or '.join(MEMORY)}")
+    if sampling.get("deterministic") and memory != "packed":
+        raise AquabitError(
+            f"memory {memory!r} chooses by timings, and deterministic images know none; leave one out"
+        )
     adapter = Adapter(load(pipe, device, offload=offload))
     if isinstance(pipe, str):
         free_text_encoders(adapter.pipe)

@@ -43,7 +43,7 @@ def test_what_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None
     with pytest.raises(AquabitError, match="could not be written: No space"), writing(path):
         raise OSError(28, "No space left on device")
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.json"]
-    with pytest.raises(AquabitError, match="is a folder"):
+    with pytest.raises(AquabitError, match="could not be written: it is a folder"):
         write_text(tmp_path, "x")
     with pytest.raises(AquabitError, match="No such file"):
         write_text(tmp_path / "missing" / "a", "x")
@@ -58,11 +58,14 @@ def test_what_libraries_make_private_can_be_read_as_the_umask_says(tmp_path: Pat
         (tmp_path / "model").mkdir()
         private = tmp_path / "model" / "weights"
         os.close(os.open(private, os.O_CREAT | os.O_WRONLY, 0o600))
-        follow_umask(tmp_path)
+        own = tmp_path / "own"
+        os.close(os.open(own, os.O_CREAT | os.O_WRONLY, 0o600))
+        follow_umask(tmp_path, [private])
     finally:
         os.umask(before)
     assert [p.stat().st_mode & 0o777 for p in (tmp_path / "tensors", private)] == [0o644, 0o644]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "tensors"]
+    assert own.stat().st_mode & 0o777 == 0o600, "what others put there stays private"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "own", "tensors"]
 
 
 def test_names_that_no_file_has_are_named(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 from aquabit.errors import AquabitError
 
 Pair = tuple[int, int]
-MOST = 4096  # of a stride, a padding, a dilation and of groups: more than models have, and no sum overflows
+MOST = 4096  # of a stride, a padding and a dilation: more than models have, and no sum overflows
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,12 @@ class Geometry:
     groups: int = 1
 
     def __post_init__(self) -> None:
-        steps = (*self.stride, *self.dilation, self.groups)
-        low, high = min(self.padding), max(self.padding)
-        if not (min(steps) >= 1 and max(steps) <= MOST and low >= 0 and high <= MOST):
+        steps, largest = (*self.stride, *self.dilation), max(*self.stride, *self.dilation, *self.padding)
+        if min(*steps, self.groups) < 1 or min(self.padding) < 0 or largest > MOST:
             raise AquabitError(
                 f"stride={self.stride}, padding={self.padding}, dilation={self.dilation} and"
                 f" groups={self.groups} do not fit a convolution; padding is at least 0, the others at"
-                f" least 1, and none is above {MOST}"
+                f" least 1, and none but groups is above {MOST}"
             )
 
     @property

@@ -101,14 +101,15 @@ def is_packed(folder: Path) -> bool:
             f"{folder / OLD} was written by an earlier version of aquabit; run `aquabit quantize` again"
         )
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    if isinstance(config, dict):
-        too_large = [k for k, v in config.items() if isinstance(v, int | float) and abs(v) > LARGEST]
-        if too_large:
-            raise AquabitError(
-                f"{folder / 'config.json'}: {too_large[0]} is out of range; the file may have been changed"
-            )
     described = config.get("quantization_config") if isinstance(config, dict) else None
-    return isinstance(described, dict) and described.get("quant_method") == METHOD
+    if not isinstance(described, dict) or described.get("quant_method") != METHOD:
+        return False
+    for name, value in config.items():
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise AquabitError(
+                f"{folder / 'config.json'}: {name} is out of range; the file may have been changed"
+            )
+    return True
 
 
 @contextmanager
@@ -119,7 +120,7 @@ def building(folder: Path) -> Iterator[None]:
         yield
     except AquabitError:
         raise
-    except (Exception, RecursionError) as error:
+    except Exception as error:
         if out_of_memory(error):
             raise AquabitError(f"{folder} does not fit into memory ({error!s:.200})") from error
         raise AquabitError(

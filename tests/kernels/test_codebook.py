@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from aquabit.errors import AquabitError
+from aquabit.kernels import codebook_conv2d
 from aquabit.kernels.codebook import CodebookWeight, from_tensors
+from aquabit.quant.weights import quantize_weight
 from tests.coded_weights import coded
 
 LINEAR, ADDITIVE = coded("usq4", (6, 32)).weight, coded("aq2x4g8", (6, 32)).weight
@@ -66,3 +68,12 @@ def test_what_was_stored_must_be_finite() -> None:
 def test_scales_of_kernel_slices_may_be_a_column() -> None:
     column = replace(SLICES, scale=SLICES.scale[:, None].contiguous())
     assert torch.equal(column.dequantize(), SLICES.dequantize())
+
+
+def test_a_depthwise_convolution_may_have_thousands_of_groups() -> None:
+    channels = 5000
+    weight = quantize_weight(torch.randn(channels, 1, 3, 3), "usq4")
+    x = torch.randn(1, channels, 4, 4)
+    y = codebook_conv2d(x, weight, None, 1, 1, 1, channels, accuracy="exact")
+    expected = torch.nn.functional.conv2d(x, weight.dequantize(), None, 1, 1, 1, channels)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)

@@ -313,3 +313,5 @@ def test_deterministic_images_do_not_depend_on_threads_timings_or_their_number(d
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(made(2), first[:2])
+    with pytest.raises(AquabitError, match="memory 'auto' chooses by timings"):
+        packing.generate(packed, 2, memory="auto", deterministic=True)

@@ -84,6 +84,11 @@ class TritonWeight:
                 )
         numbered(self)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy is a weight of its own."""
+        self.__dict__.update(state)
+        numbered(self)
+
     @property
     def per_row(self) -> bool:
         """Whether each output has tables of its own."""

@@ -3,6 +3,7 @@ no GPU, on the GPU where there is one."""
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
 import subprocess
@@ -677,3 +678,13 @@ def test_large_conv2d(
     weight, decoded = made(format, (channels, channels, 3, 3), order=order)
     x = noise(2, channels, size, size, dtype=dtype).contiguous(memory_format=memory_format)
     check_conv(weight, decoded, x, noise(channels, seed=4, dtype=dtype), stride, 1)
+
+
+@served
+def test_a_copy_of_a_layout_outlives_its_original() -> None:
+    laid = triton_weight(made(FORMATS["usq4"], (5, 20))[0])
+    x, expected = noise(9, 20).to(DEVICE), triton_linear(noise(9, 20).to(DEVICE), laid.to(DEVICE))
+    copied = copy.copy(laid.to(DEVICE))
+    del laid
+    gc.collect()
+    assert torch.equal(triton_linear(x, copied), expected)
