@@ -1,18 +1,24 @@
-"""Files that are written whole or not at all; the one place that writes over what a user named."""
+"""Files and folders that are written whole or not at all; the one place that writes over what a user
+named."""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import secrets
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from aquabit.errors import AquabitError
+
+PART = ".part"  # how names of what is being written end
+YOUNG = 60  # seconds in which what is being written may not be locked yet
 
 
 @contextmanager
@@ -30,8 +36,9 @@ def writing(path: str | Path) -> Iterator[Path]:
             raise IsADirectoryError(errno.EISDIR, "it is a folder; name a file")
         special = mode is not None and not stat.S_ISREG(mode)
         folder = Path(tempfile.gettempdir()) if special else target.parent
-        temporary = folder / f".{target.name[:100]}.{os.getpid()}-{secrets.token_hex(4)}.part"
-        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        temporary = _part(folder, target.name)
+        held = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+        fcntl.flock(held, fcntl.LOCK_EX)  # see ``clear``
         own = os.stat(temporary).st_mode if mode is None else mode  # of a new file: less what the umask takes
     except OSError as error:
         raise AquabitError(f"{path} could not be written: {error.strerror or error}") from error
@@ -48,7 +55,62 @@ def writing(path: str | Path) -> Iterator[Path]:
     except OSError as error:
         raise AquabitError(f"{path} could not be written: {error.strerror or error}") from error
     finally:
+        os.close(held)
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing_folder(path: str | Path, instead_of: Iterable[str] = ()) -> Iterator[Path]:
+    """A folder to write to, whose files are in ``path`` when the block ends, and vanish where it fails.
+
+    What is in ``path`` already stays, but files that are written anew, which are replaced whole, and those
+    that match a pattern of ``instead_of``, which are removed. A path that is not there yet, or is empty,
+    comes to be at once. Passes on what the block raises, and OSError.
+    """
+    target = Path(os.path.realpath(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    clear(target.parent, target.name)
+    temporary = _part(target.parent, target.name)
+    temporary.mkdir()
+    held = os.open(temporary, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield temporary
+        if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+            temporary.rename(target)
+            return
+        fresh = {target / f.relative_to(temporary): f for f in temporary.rglob("*") if not f.is_dir()}
+        for old in {f for pattern in instead_of for f in target.glob(pattern)} - set(fresh):
+            old.unlink()
+        for own, file in sorted(fresh.items()):
+            own.parent.mkdir(parents=True, exist_ok=True)
+            file.replace(own)
+    finally:
+        os.close(held)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _part(folder: Path, name: str) -> Path:
+    """Where what is to be ``name`` is written meanwhile."""
+    return folder / f".{name[:100]}.{os.getpid()}-{secrets.token_hex(4)}{PART}"
+
+
+def clear(folder: Path, name: str = "*") -> None:
+    """Remove what processes that were killed began to write in a folder: whoever still writes holds a
+    lock."""
+    for path in folder.glob(f".{name}.*{PART}"):
+        try:
+            held = os.open(path, os.O_RDONLY)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if time.time() - path.stat().st_mtime > YOUNG:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        except OSError:
+            continue
+        finally:
+            os.close(held)
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -3,10 +3,14 @@ meta device."""
 
 from __future__ import annotations
 
+import os
+import resource
 import weakref
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import networkx as nx
@@ -17,11 +21,12 @@ from torch.utils._pytree import tree_leaves
 
 from aquabit.graph import example_inputs, meta_denoiser
 from aquabit.graph import layers as graph_layers
-from aquabit.scheme import AquabitError, Scheme
+from aquabit.scheme import AquabitError, Protocol, Scheme
 
 NOT_COUNTED = (
     "activations of the VAE, of text encoders and of feature extractors, images, and a GPU's own context"
 )
+CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of a container
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 # resident in a process that has imported torch, diffusers and what measuring takes (Linux, CPU build: .54
 # GB)
@@ -75,6 +80,63 @@ class _Live(TorchDispatchMode):
         self.now -= size
 
 
+def memory_of(device: str) -> int:
+    """Bytes that a process may take at most: a GPU's memory, or this machine's as far as the container and
+    the limits of the process allow."""
+    if torch.device(device).type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY:
+        found.append(limit)
+    for path in CGROUPS:
+        with suppress(OSError, ValueError):  # there is none, or it says "max"
+            found.append(int(Path(path).read_text()))
+    return min(found)
+
+
+def check_measuring(graph: nx.DiGraph, protocol: Protocol, device: str, workers: int = 1) -> None:
+    """Raise AquabitError where measuring under a protocol takes more than there is, and say what to lower.
+    Nothing is said of a denoiser that does not run on the meta device."""
+    try:
+        activations = activation_bytes(graph)
+    except AquabitError:
+        return
+    there, gpu = memory_of(device), torch.device(device).type == "cuda"
+
+    def taken(batch: int, workers: int = workers) -> int:
+        samples = batch * (2 if protocol.guidance != 1.0 else 1)
+        found = [p for p in _peaks(graph, samples, activations) if p.task == "measure"]
+        (peak,) = [p for p in found if p.dtype == protocol.dtype]
+        return workers * (peak.total - (peak.parts["libraries"] if gpu else 0))
+
+    own = protocol.micro_batch
+    if taken(own) <= there:
+        return
+    fitting = [b for b in (2**i for i in range(16)) if b < own and taken(b) <= there]
+    advice = [f"lower --micro-batch to {fitting[-1]}"] if fitting else []
+    if workers > 1 and taken(own, 1) <= there:
+        advice.append(f"lower --workers to {there // taken(own, 1)}")
+    if protocol.dtype == "float32":
+        advice.append("use --dtype bfloat16")
+    raise AquabitError(
+        f"measuring {own} images at once takes about {taken(own) / 1e9:.1f} GB"
+        f"{f' in {workers} processes' if workers > 1 else ''}, there are {there / 1e9:.1f} GB;"
+        f" {' or '.join(advice) or 'use a machine with more'}"
+    )
+
+
+def check_images(images: int, size: tuple[int, int] | None) -> None:
+    """Raise AquabitError where so many images of a size (pixels) are more than this machine holds."""
+    height, width = size or (1, 1)
+    taken, there = 2 * images * 3 * height * width * BYTES["float32"], memory_of("cpu")
+    if taken > there:
+        raise AquabitError(
+            f"{images} images of {height} x {width} pixels take about {taken / 1e9:.1f} GB, there are"
+            f" {there / 1e9:.1f} GB; lower --images, and make the others with another --seed"
+        )
+
+
 def elements(parts: Iterable[object]) -> int:
     """Elements of the parameters of those parts that are networks."""
     return sum(p.numel() for part in parts if isinstance(part, nn.Module) for p in part.parameters())
@@ -111,18 +173,25 @@ def peaks(
     Counted: libraries, weights (full precision and, while measuring, the current configuration's decoded
     ones), activations, the bank's working set. Not counted: NOT_COUNTED.
     """
+    samples = micro_batch * (2 if guided else 1)
+    return _peaks(graph, samples, activation_bytes(graph), scheme, others)
+
+
+def _peaks(
+    graph: nx.DiGraph, samples: int, activations: int, scheme: str = "usq4", others: int = 0
+) -> list[Peak]:
+    """``peaks`` for ``samples`` in a denoiser call, whose ``activations`` are bytes of one."""
     nodes, parsed = graph_layers(graph).values(), Scheme.parse(scheme)
     weights, rest = int(graph.graph["weights"]), int(graph.graph["other_elements"])
     shapes = [tuple(node["shape"]) for node in nodes]
     coded = sum(sum(parsed.stored_bytes(s)) for s in shapes)
     largest = max(prod(s) for s in shapes)
     hessians = sorted(4 * prod(s[1:]) ** 2 for s in shapes)
-    samples = micro_batch * (2 if guided else 1)
     inputs = max(
         int(node["tokens"]) * prod(s[1:]) // max(1, prod(s[2:]))
         for node, s in zip(nodes, shapes, strict=True)
     )
-    activations = samples * (activation_bytes(graph) + 4 * inputs)  # a layer's rounded input stands beside it
+    activations = samples * (activations + 4 * inputs)  # a layer's rounded input stands beside it
     codes = {f"codes ({scheme}), as stored and as kernels read them": 2 * coded}
     found = []
     for dtype, size in BYTES.items():

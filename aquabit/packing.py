@@ -15,15 +15,17 @@ from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 from torch import Tensor
 
-from aquabit.files import follow_umask, write_text
+from aquabit.files import follow_umask, write_text, writing_folder
 from aquabit.jsonio import read_json
 from aquabit.kernels import Accuracy
 from aquabit.kernels.dispatch import using
+from aquabit.memory import check_images
 from aquabit.pipelines import (
     Adapter,
     denoiser_name,
     free_text_encoders,
     image_batch,
+    image_size,
     load,
     noise_statistics,
     own_copy,
@@ -34,7 +36,7 @@ from aquabit.pipelines import (
     set_scheduler,
     trace,
 )
-from aquabit.quant.artifact import Contents, config_of, save_packed_denoiser
+from aquabit.quant.artifact import WEIGHT_FILES, Contents, config_of, save_packed_denoiser
 from aquabit.quant.bank import Bank
 from aquabit.quant.correction.corrector import DEFAULT_CORRECTION, check_correction, corrected_, statistics_of
 from aquabit.quant.correction.sampling import follow_, unfollowed, watchers_of
@@ -100,23 +102,20 @@ class Packed:
     def save(self, folder: str | Path, max_shard_size: int | str = "10GB") -> int:
         """Write a diffusers pipeline directory, weights in files of at most ``max_shard_size`` (bytes, or
         as "5GB"); the bytes of the denoiser's tensors."""
-        folder, name = Path(folder), denoiser_name(self.pipe)
+        name = denoiser_name(self.pipe)
         restore_text_encoders(self.pipe)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for component, value in self.pipe.components.items():
-                if component != name and hasattr(value, "save_pretrained"):
-                    value.save_pretrained(folder / component)
-            self.pipe.save_config(folder)
-            size = save_packed_denoiser(self.model.denoiser, folder / name, max_shard_size)
-            for file in (folder / "model_index.json", *folder.glob("*/config.json")):
-                _forget_local_path(file)
-            parts = [part for part in self.pipe.components if (folder / part).is_dir()]
-            follow_umask(folder, [f for part in parts for f in (folder / part).glob("*.safetensors")])
+            with writing_folder(folder, [f"{name}/{old}" for old in WEIGHT_FILES]) as made:
+                for component, value in self.pipe.components.items():
+                    if component != name and hasattr(value, "save_pretrained"):
+                        value.save_pretrained(made / component)
+                self.pipe.save_config(made)
+                size = save_packed_denoiser(self.model.denoiser, made / name, max_shard_size)
+                for file in (made / "model_index.json", *made.glob("*/config.json")):
+                    _forget_local_path(file)
+                follow_umask(made, made.glob("*/*.safetensors"))
         except (OSError, SafetensorError) as error:
-            raise AquabitError(
-                f"{folder} could not be written ({error}); what is there is not whole"
-            ) from error
+            raise AquabitError(f"{folder} could not be written ({error})") from error
         return size
 
 
@@ -256,6 +255,8 @@ def generate(
         micro_batch=batch if same else min(images, batch),
         **given,
     )
+    size, own = image_size(adapter.pipe), protocol.resolution
+    check_images(images, size if own is None else (own, own))
     layers = layers_of(adapter.denoiser)
     with _switched_correction(adapter, correction):
         if same:

@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from aquabit import _notebook
+from aquabit import _notebook, checksums
 from aquabit.jsonio import parse_json, parse_object
 from aquabit.scheme import AquabitError, Measurement, Protocol, QuantConfig
 
 APPLICATION_ID = 0x61714269  # "aqBi"
-VERSION = 1  # of the file's tables
+VERSION = 2  # of the file's tables; 1 had no checksums
 SHOWN = 400  # points of a notebook's chart: the last ones
 TABLES = """
 CREATE TABLE facts(name TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -44,6 +44,9 @@ OUTPUTS = (
     "CREATE TABLE IF NOT EXISTS outputs(config TEXT NOT NULL, inputs TEXT NOT NULL, value TEXT NOT NULL,"
     " UNIQUE(config, inputs))"
 )
+
+
+SUMMED = "SELECT 1 FROM sqlite_master WHERE name = 'sums'"
 
 
 @contextmanager
@@ -98,6 +101,7 @@ class Study:
                 self._db.execute(f"PRAGMA user_version = {VERSION}")
                 for statement in TABLES.split(";")[:-1]:
                     self._db.execute(statement)
+                self._db.execute(checksums.TABLE)
             self._db.execute("COMMIT")
         if self._db.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
             raise AquabitError(f"{self.path} is a database, but not a study of aquabit")
@@ -106,11 +110,18 @@ class Study:
             raise AquabitError(
                 f"{self.path} has format {version}, this version reads up to {VERSION}; update aquabit"
             )
-        problem = self._db.execute("PRAGMA quick_check(1)").fetchone()[0]
+        self._db.execute("BEGIN")  # one state of the file, while others write
+        try:
+            problem = self._db.execute("PRAGMA integrity_check(1)").fetchone()[0].splitlines()[0]
+            summed = bool(self._db.execute(SUMMED).fetchone())
+            if problem == "ok" and summed and (changed := checksums.changed(self._db)):
+                problem = f"{changed} is not what was written"
+            elif problem == "ok" and version > 1 and not summed:
+                problem = "it lacks its checksums"
+        finally:
+            self._db.execute("COMMIT")
         if problem != "ok":
-            raise AquabitError(
-                f"{self.path} is damaged ({problem.splitlines()[0]}); restore a copy or start a new one"
-            )
+            raise AquabitError(f"{self.path} is damaged ({problem}); restore a copy or start a new one")
 
     def close(self) -> None:
         self._db.close()
@@ -434,9 +445,14 @@ def _insert(
     db: sqlite3.Connection, table: str, rows: Sequence[tuple[Any, ...]], replace: bool = False
 ) -> None:
     """Rows of one table; of what is there already the first stays, or the new one with ``replace``."""
+    if not db.execute(SUMMED).fetchone():  # a file of an older version, which reads it no longer from now on
+        checksums.start(db)
+        db.execute(f"PRAGMA user_version = {VERSION}")
     for row in rows:
         verb, places = "REPLACE" if replace else "IGNORE", ", ".join("?" * len(row))
-        db.execute(f"INSERT OR {verb} INTO {table} VALUES ({places})", row)
+        done = db.execute(f"INSERT OR {verb} INTO {table} VALUES ({places})", row)
+        if done.rowcount:
+            checksums.add(db, table, int(done.lastrowid or 0))
 
 
 def comparable(table: pd.DataFrame, correction: str | None) -> pd.Series:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import threading
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from aquabit.errors import AquabitError
-from aquabit.files import follow_umask, write_bytes, write_text, writing
+from aquabit.files import clear, follow_umask, write_bytes, write_text, writing, writing_folder
 
 
 def test_a_file_is_replaced_whole_and_keeps_its_mode(tmp_path: Path) -> None:
@@ -95,3 +96,45 @@ def test_a_pipe_is_written_to_and_stays_one(tmp_path: Path) -> None:
     reader.join(10)
     assert found == ["through"] and pipe.is_fifo()
     assert [p.name for p in tmp_path.iterdir()] == ["pipe"]
+
+
+def test_a_folder_comes_to_be_at_once(tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "out"
+    with writing_folder(out) as made:
+        (made / "part").mkdir()
+        (made / "part" / "a").write_text("new")
+        assert not out.exists()
+    assert (out / "part" / "a").read_text() == "new" and [p.name for p in out.parent.iterdir()] == ["out"]
+    (out / "mine").write_text("kept")
+    (out / "part" / "b.old").write_text("of an older one")
+
+    def fail() -> None:
+        with writing_folder(out, ["part/*"]) as made:
+            (made / "half").write_text("half")
+            raise KeyError("x")
+
+    with pytest.raises(KeyError):
+        fail()
+    with writing_folder(out, ["part/*.old"]) as made:
+        (made / "part").mkdir()
+        (made / "part" / "a").write_text("newer")
+    found = {str(p.relative_to(out)): p.read_text() for p in out.rglob("*") if p.is_file()}
+    assert found == {"mine": "kept", "part/a": "newer"} and [p.name for p in out.parent.iterdir()] == ["out"]
+
+
+def test_what_the_killed_left_is_removed_and_what_others_write_is_not(tmp_path: Path) -> None:
+    left, folder, held, young = (tmp_path / f".{n}.1-0.part" for n in ("left", "folder", "held", "young"))
+    folder.mkdir()
+    (folder / "x").touch()
+    for path in (left, held, young):
+        path.touch()
+    for path in (left, held, folder):
+        os.utime(path, (0, 0))
+    with open(held) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        clear(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [held.name, young.name]
+    clear(tmp_path, "other")
+    assert held.exists()
+    clear(tmp_path, "held")
+    assert not held.exists()

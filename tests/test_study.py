@@ -144,3 +144,63 @@ def test_killed_at_random_instants_every_recorded_measurement_is_whole(tmp_path)
         assert table.fid.tolist() == [float(k) for k in range(len(table))]
         counts.append(len(table))
     assert counts == sorted(counts) and counts[-1] >= 5
+
+
+CHANGES = (
+    "UPDATE measurements SET metrics = replace(metrics, '1.0', '1.5') WHERE rowid = 1",
+    "UPDATE measurements SET seconds = 0.125 WHERE rowid = 2",
+    "UPDATE measurements SET rowid = 9 WHERE rowid = 1",
+    "DELETE FROM measurements WHERE rowid = 3",
+    "DELETE FROM measurements WHERE rowid = 1",
+    "INSERT INTO measurements SELECT 'x', protocol, kind, status, reason, metrics, seconds, environment,"
+    " created FROM measurements LIMIT 1",
+    "UPDATE configs SET bits = 2.0 WHERE rowid = 1",
+    "UPDATE facts SET value = '\"other\"' WHERE name = 'model'",
+    "DELETE FROM facts WHERE name = 'model'",
+    "UPDATE features SET value = '{}'",
+    "UPDATE thumbnails SET png = x'00' WHERE rowid = 1",
+    "UPDATE sums SET sum = x'00' WHERE tab = 'configs'",
+    "DELETE FROM sums WHERE tab = 'measurements'",
+    "DROP TABLE sums",
+)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_row_that_is_not_what_was_written_is_noticed(tmp_path, change: str) -> None:
+    study = filled(tmp_path / "s.db", [1, 2, 3])
+    study.add_features({("layer1", "usq4"): {"error": 0.25}})
+    study.add_features({("layer1", "usq4"): {"error": 0.5}})  # replaced: not a change
+    study.set(model="model")
+    study.close()
+    Study(tmp_path / "s.db").close()
+    with sqlite3.connect(tmp_path / "s.db") as db:
+        assert db.execute(change).rowcount
+    db.close()
+    with pytest.raises(AquabitError, match=r"is damaged .* restore a copy"):
+        Study(tmp_path / "s.db")
+
+
+def test_a_file_without_checksums_gets_them_when_it_is_written(tmp_path) -> None:
+    path = tmp_path / "s.db"
+    filled(path, [1, 2, 3]).close()
+    with sqlite3.connect(path) as db:
+        db.execute("DROP TABLE sums")
+        db.execute("PRAGMA user_version = 1")
+    db.close()
+    study = Study(path)  # reading leaves it as it is
+    assert not study._rows("SELECT 1 FROM sqlite_master WHERE name = 'sums'")
+    study.set(model="model")
+    assert study._rows("PRAGMA user_version") == [(2,)] and len(study._rows("SELECT * FROM sums")) > 9
+    study.close()
+    with sqlite3.connect(path) as db:
+        db.execute(CHANGES[0])
+    db.close()
+    with pytest.raises(AquabitError, match="row 1 of measurements is not what was written"):
+        Study(path)
+
+
+def test_checksums_outlive_a_vacuum(tmp_path) -> None:
+    study = filled(tmp_path / "s.db", range(20))
+    study._db.execute("VACUUM")
+    study.close()
+    assert len(Study(tmp_path / "s.db").measurements())

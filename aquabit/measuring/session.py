@@ -20,6 +20,7 @@ from aquabit.measuring.pools import InlinePool, Pool, local_evaluator, pool_for
 from aquabit.measuring.settings import AS_BEGUN, MeasureOptions, meter_of, settings
 from aquabit.measuring.tasks import Measure, MeasureOutputErrors, MeasureSlopes
 from aquabit.measuring.where import HERE, Where
+from aquabit.memory import check_measuring
 from aquabit.quant.bank import Bank
 from aquabit.scheme import Progress, Protocol, QuantConfig, Scheme, digest, no_progress
 from aquabit.scheme_kinds import ADDITIVE
@@ -191,6 +192,8 @@ def open_session(
         bank = Bank(where.bank)
         meter = meter_of(opened, study, options.quality, bank, where.device)
         protocol, space = settings(opened, study, options, where.dtype, meter, progress)
+        if where.ray is None:
+            check_measuring(opened.graph, protocol, where.device, where.workers)
         if check is not None:
             check(space)
         if opened.notes:

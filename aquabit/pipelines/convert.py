@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from aquabit.files import writing_folder
 from aquabit.pipelines.class_latent import ClassEmbedder, ClassLatentPipeline
 from aquabit.scheme import AquabitError
 
@@ -105,7 +106,8 @@ def convert_ldm4(
     pipe = ClassLatentPipeline(
         unet, vqvae, embedder, _scheduler(tensors, path), classes=embedding.shape[0] - 1
     )
-    pipe.save_pretrained(out)
+    with writing_folder(out) as folder:
+        pipe.save_pretrained(folder)
     return pipe
 
 

@@ -41,6 +41,7 @@ NOISE = "noise/"  # before the names of noise statistics
 FACTS = ("noise", "inputs")
 DIGEST = "digest"  # of an artifact, in its quantization_config
 OLD = "quantization.json"
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", OLD)  # what a new artifact takes the place of
 LARGEST = 1 << 24  # of a number in the config.json of a model: diffusers would build what it says
 
 Layers = dict[str, QuantLinear | QuantConv2d]
@@ -147,11 +148,9 @@ def load_packed_denoiser(folder: Path, dtype: torch.dtype = torch.float32) -> nn
 
 
 def save_packed_denoiser(denoiser: Any, folder: Path, max_shard_size: int | str = "10GB") -> int:
-    """Write a packed denoiser into a component folder, instead of what was there; the bytes of its
-    tensors, which are the files' size without headers and noise statistics."""
+    """Write a packed denoiser into a new component folder; the bytes of its tensors, which are the files'
+    size without headers and noise statistics."""
     folder.mkdir(parents=True, exist_ok=True)
-    for old in (*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json"), folder / OLD):
-        old.unlink(missing_ok=True)
     found = contents_of(denoiser)
     assert found is not None
     tensors, plain = found.tensors(denoiser.state_dict()), denoiser.config.quantization_config

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 
 import pytest
 import torch
 
+import aquabit
+from aquabit import memory
 from aquabit.graph import layers
 from aquabit.measuring.settings import MeasureOptions
 from aquabit.measuring.tasks import MeasureOutputErrors, run
 from aquabit.measuring.where import Where
-from aquabit.memory import _Live, activation_bytes, peaks
+from aquabit.memory import _Live, activation_bytes, memory_of, peaks
 from aquabit.pipelines import trace
 from aquabit.quant.bank import Bank
 from aquabit.scheme import AquabitError, Protocol, QuantConfig, Scheme
@@ -96,6 +99,25 @@ def test_peaks_grow_with_what_they_are_made_of() -> None:
     codes = sum(sum(Scheme.parse("usq4").stored_bytes(tuple(n["shape"]))) for n in layers(graph).values())
     assert 2 * codes in found["quantize", "float32"].parts.values()
     assert activation_bytes(graph) >= 4 * max(n["tokens"] * n["shape"][0] for n in layers(graph).values())
+
+
+def test_what_does_not_fit_is_refused_before_it_is_taken(tmp_path, monkeypatch) -> None:
+    graph, large = trace(tiny_pipeline("dit")), replace(PROTOCOL, micro_batch=4096)
+    (peak,) = [p for p in peaks(graph, 4096) if (p.task, p.dtype) == ("measure", "float32")]
+    monkeypatch.setattr(memory, "memory_of", lambda device: peak.total)
+    memory.check_measuring(graph, large, "cpu")
+    with pytest.raises(AquabitError, match=r"4096 images .* in 2 processes, there are .* --workers to 1"):
+        memory.check_measuring(graph, large, "cpu", workers=2)
+    monkeypatch.setattr(memory, "memory_of", lambda device: peak.total - 1)
+    with pytest.raises(AquabitError, match=r"--micro-batch to 2048 or use --dtype bfloat16"):
+        memory.check_measuring(graph, large, "cpu")
+    with pytest.raises(AquabitError, match=r"takes about"):
+        aquabit.measure(tiny_pipeline("dit"), Study(tmp_path / "s.db"), 1, protocol=large)
+    monkeypatch.setattr(memory, "memory_of", lambda device: 24 * 64 * 64 * 10)
+    memory.check_images(10, (64, 64))
+    with pytest.raises(AquabitError, match=r"11 images of 64 x 64 pixels .* --images"):
+        memory.check_images(11, (64, 64))
+    assert 1 << 28 < memory_of("cpu") < 1 << 45
 
 
 def test_memory_that_does_not_suffice_says_what_to_lower() -> None:
