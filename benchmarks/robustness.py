@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -34,13 +35,17 @@ def child(name: str, first: int, cases: int) -> None:
     target = targets()[name]
     limit_memory(MEMORY)
     said = os.fdopen(os.dup(1), "w")
-    quiet = os.open(os.devnull, os.O_WRONLY)
+    quiet, before = os.open(os.devnull, os.O_WRONLY), 0
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
     for number in range(first, first + cases):
         print(number, file=said, flush=True)
         found = outcome(target, number)
         print(json.dumps([number, found.kind, found.said]), file=said, flush=True)
+        if number == first + cases // 10 or number == first + cases - 1:
+            now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            print(f"memory {now - before}", file=said, flush=True)
+            before = now
 
 
 def run(name: str, first: int, cases: int) -> dict[str, Any]:
@@ -53,6 +58,7 @@ def run(name: str, first: int, cases: int) -> dict[str, Any]:
         words = [sys.executable, __file__, "--child", name, str(first), str(end - first)]
         done = subprocess.run(words, capture_output=True, text=True, env=environment)
         lines = done.stdout.splitlines()
+        grown = [int(line.split()[1]) for line in lines if line.startswith("memory")][1:] or [0]
         for line in lines:
             if line.startswith("["):
                 number, kind, said = json.loads(line)
@@ -67,7 +73,8 @@ def run(name: str, first: int, cases: int) -> dict[str, Any]:
             faults.append(("crash", first, f"exit code {done.returncode}"))
             first += 1
     shown = [f for kind in KINDS for f in [f for f in faults if f[0] == kind][:SHOWN]]
-    return {"target": name, "seconds": time.perf_counter() - began, **counts, "faults": shown}
+    seconds = time.perf_counter() - began
+    return {"target": name, "seconds": seconds, **counts, "grown_kib": sum(grown), "faults": shown}
 
 
 def markdown(found: dict[str, Any]) -> str:
@@ -77,12 +84,16 @@ def markdown(found: dict[str, Any]) -> str:
         "# Robustness",
         "",
         f"{sum(total.values()):,} mutated inputs; made by `{found['command']}`. Refused: one plain sentence.",
-        "A wrong number: something was accepted and then said another number than it should.",
+        "A wrong number: something was accepted and then said another number than it should. Growth: of a"
+        " process' peak memory, from a tenth of the cases to the last.",
         "",
-        "| what reads | " + " | ".join(KINDS) + " |",
-        "|---|" + "---|" * len(KINDS),
-        *(f"| {r['target']} | " + " | ".join(str(r.get(k, 0)) for k in KINDS) + " |" for r in rows),
-        "| **all** | " + " | ".join(str(total[k]) for k in KINDS) + " |",
+        "| what reads | " + " | ".join(KINDS) + " | growth, MB |",
+        "|---|" + "---|" * (len(KINDS) + 1),
+        *(
+            f"| {r['target']} | {' | '.join(str(r.get(k, 0)) for k in KINDS)} | {r['grown_kib'] / 1000:.1f} |"
+            for r in rows
+        ),
+        "| **all** | " + " | ".join(str(total[k]) for k in KINDS) + " | |",
         "",
     ]
     return "\n".join(lines)

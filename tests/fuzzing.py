@@ -658,6 +658,108 @@ def artifact() -> Target:
     return Target("artifact", made, use)
 
 
+# ---- targets: one bit
+
+
+def one_bit(data: bytes, random: Random) -> bytes:
+    changed = bytearray(data)
+    changed[random.randrange(len(data))] ^= 1 << random.randrange(8)
+    return bytes(changed)
+
+
+def bit_of_a_study() -> Target:
+    """A study of which one bit turned says what it said, or is refused."""
+    from aquabit.study import Study
+
+    summed = folder().parent / "summed.db"
+    shutil.copyfile(folder() / "study.db", summed)
+    study = Study(summed)
+    study.set(model=study.get("model"))  # gives it its checksums
+    truth = _said_by(study)
+    study.close()
+    data = summed.read_bytes()
+
+    def use(data: bytes) -> None:
+        with written(data, "bit.db") as path:
+            study = Study(path, create=False)
+            try:
+                for what, found in _said_by(study).items():
+                    same(found, truth[what], what)
+            finally:
+                study.close()
+
+    return Target("one bit of a study", lambda r: one_bit(data, r), use)
+
+
+def _said_by(study: Any) -> dict[str, Any]:
+    """All that a study says."""
+    facts = {name: study.get(name) for name in study_facts()}
+    protocol = study.protocol
+    return facts | {
+        "protocols": {k: p.to_dict() for k, p in study.protocols().items()},
+        "measurements": study.measurements(failed=True).to_csv(),
+        "measurements of a protocol": study.measurements(protocol).to_csv(),
+        "known": study.known(protocol),
+        "configs": {k: c.to_dict() for k, c in study.configs().items()},
+        "features": study.features(),
+        "thumbnails": study.thumbnails(),
+        "swaps": study.swaps(protocol.objective).to_csv(),
+    }
+
+
+def bit_of_a_fit() -> Target:
+    fits = bank_file()
+
+    def use(case: tuple[str, bytes]) -> None:
+        from aquabit.quant.bank import Bank
+
+        fits.use(case)  # what is read is what was stored
+        bank = Bank(folder() / "bits")
+        (bank.folder / case[0]).write_bytes(case[1])
+        words = Path(case[0]).stem.split("-")
+        from aquabit.scheme import Scheme
+
+        if bank.get(words[0], Scheme.parse(words[1]), "-".join(words[2:])) is None:
+            raise AquabitError("it is not there, and is fitted again")
+
+    files = {f.name: f.read_bytes() for f in sorted((folder() / "fits").glob("*.safetensors"))}
+
+    def made(random: Random) -> tuple[str, bytes]:
+        name = random.choice(list(files))
+        return name, one_bit(files[name], random)
+
+    return Target("one bit of a fit", made, use)
+
+
+def bit_of_noise() -> Target:
+    noise = noise_file()
+    path = folder().parent / "noise.safetensors"
+    data = path.read_bytes()
+    return Target("one bit of noise statistics", lambda r: one_bit(data, r), noise.use)
+
+
+def bit_of_an_artifact() -> Target:
+    whole = artifact()
+    source = folder() / "written" / "denoiser"
+    config = (source / "config.json").read_bytes()
+    tensors = (source / "diffusion_pytorch_model.safetensors").read_bytes()
+
+    def made(random: Random) -> tuple[bytes, bytes]:
+        if random.random() < 0.2:
+            return one_bit(config, random), tensors
+        return config, one_bit(tensors, random)
+
+    def use(case: tuple[bytes, bytes]) -> None:
+        whole.use(case)
+        with suppress(ValueError):
+            changed, good = json.loads(case[0]), json.loads(config)
+            for key in ("_diffusers_version", "_name_or_path"):  # by what and from where it was written
+                changed.pop(key, None), good.pop(key, None)
+            same(changed, good, "the configuration of a changed artifact")
+
+    return Target("one bit of an artifact", made, use)
+
+
 def timings_file() -> Target:
     from aquabit.kernels.timings import Timings
 
@@ -907,6 +1009,10 @@ MAKERS: tuple[Callable[[], Target], ...] = (
     bank_file,
     noise_file,
     artifact,
+    bit_of_a_study,
+    bit_of_a_fit,
+    bit_of_noise,
+    bit_of_an_artifact,
     timings_file,
     geometry,
     contradictions,

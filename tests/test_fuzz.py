@@ -8,7 +8,7 @@ import pytest
 from tests.fuzzing import ACCEPTED, REFUSED, outcome, targets
 
 CASES = 400
-SLOW = {"artifact": 100, "study": 150, "command line": 100}
+SLOW = {"artifact": 100, "one bit of an artifact": 100, "study": 150, "command line": 100}
 
 
 @pytest.mark.parametrize("name", list(targets()))
@@ -17,5 +17,7 @@ def test_hostile_input_is_refused_in_a_sentence_or_means_what_it_says(name: str)
     found = {n: outcome(target, n) for n in range(SLOW.get(name, CASES))}
     bad = {n: o for n, o in found.items() if o.kind not in (ACCEPTED, REFUSED)}
     assert not bad, bad
-    if name not in ("noise statistics", "artifact"):  # whose every change is noticed
+    if name not in ("noise statistics", "artifact") and not name.startswith(
+        "one bit"
+    ):  # whose every change is noticed
         assert ACCEPTED in {o.kind for o in found.values()}, "what is mutated was no good input"

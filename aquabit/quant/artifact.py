@@ -41,6 +41,8 @@ NOISE = "noise/"  # before the names of noise statistics
 FACTS = ("noise", "inputs")
 DIGEST = "digest"  # of an artifact, in its quantization_config
 OLD = "quantization.json"
+# of config.json: what is said elsewhere, or follows from where and by what it was written
+NOT_DIGESTED = ("quantization_config", "_name_or_path", "_diffusers_version")
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", OLD)  # what a new artifact takes the place of
 LARGEST = 1 << 24  # of a number in the config.json of a model: diffusers would build what it says
 
@@ -155,7 +157,8 @@ def save_packed_denoiser(denoiser: Any, folder: Path, max_shard_size: int | str 
     assert found is not None
     tensors, plain = found.tensors(denoiser.state_dict()), denoiser.config.quantization_config
     hashes = {name: weight_hash(tensor) for name, tensor in tensors.items()}
-    denoiser.register_to_config(quantization_config={**plain, DIGEST: digest_of(plain, hashes)})
+    model = json.loads(denoiser.to_json_string())  # what diffusers writes
+    denoiser.register_to_config(quantization_config={**plain, DIGEST: digest_of(plain, hashes, model)})
     try:
         denoiser.save_pretrained(folder, max_shard_size=max_shard_size)
     finally:
@@ -215,9 +218,13 @@ def parsed(value: Any) -> tuple[QuantConfig, dict[str, Any]]:
 # ---- a digest: what was written is what is read
 
 
-def digest_of(described: Mapping[str, Any], hashes: Mapping[str, str]) -> str:
-    """Of an artifact: its configuration, and each tensor's name and ``weight_hash``."""
-    return digest([described, sorted(hashes.items())])
+def digest_of(
+    described: Mapping[str, Any], hashes: Mapping[str, str], model: Mapping[str, Any] | None
+) -> str:
+    """Of an artifact: its configuration, each tensor's name and ``weight_hash``, and the ``config.json`` of
+    the model around it (None: as it was before that counted)."""
+    own = {k: v for k, v in (model or {}).items() if k not in NOT_DIGESTED}
+    return digest([described, sorted(hashes.items()), *([] if model is None else [own])])
 
 
 def verify(files: Sequence[Path], described: Mapping[str, Any], stated: str | None) -> None:
@@ -229,7 +236,9 @@ def verify(files: Sequence[Path], described: Mapping[str, Any], stated: str | No
     for path in files:
         with safe_open(path, "pt") as file:
             hashes |= {name: weight_hash(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
-    if digest_of(described, hashes) != stated:
+    beside = [path.parent / "config.json" for path in files[:1]]
+    models = [read_json(path) for path in beside if path.is_file()]
+    if stated not in (digest_of(described, hashes, model) for model in (*models, None)):
         where = next((str(path.parent) for path in files), "the artifact")
         raise AquabitError(
             f"{where} is not what was written: a tensor or the configuration is damaged, or of another model;"
