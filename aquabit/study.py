@@ -88,7 +88,8 @@ class Study:
         if not self.path.parent.is_dir():
             raise AquabitError(f"the folder {self.path.parent} of the study does not exist")
         self._nesting = 0
-        self._hidden: set[tuple[str, str]] = set()  # see ``hide_after``
+        self._after: int | None = None  # see ``hide_after``
+        self._asked: dict[tuple[str, str], int] = {}
         with _clear_errors(self.path):
             self._db = sqlite3.connect(self.path, isolation_level=None, timeout=10)
             self._open()
@@ -294,31 +295,41 @@ class Study:
         return int(self._rows("SELECT coalesce(max(rowid), 0) FROM measurements")[0][0])
 
     def hide_after(self, row: int | None) -> None:
-        """Leave measurements above ``row`` out of ``measurements`` until they are asked for (``show``); None:
-        show all. They stay ``known``."""
-        query = "SELECT config, protocol FROM measurements WHERE rowid > ?"
-        self._hidden = set() if row is None else {(c, p) for c, p in self._rows(query, (row,))}
+        """Measurements above ``row`` are in ``measurements`` once they are asked for (``show``), in that
+        order, however they came to be recorded; None: all are, in the order of recording. They stay
+        ``known``."""
+        self._after, self._asked = row, {}
 
     def show(self, configs: Iterable[str], protocol: str) -> None:
         """Configurations (digests) that were asked for under a protocol (digest)."""
-        self._hidden.difference_update((config, protocol) for config in configs)
+        if self._after is not None:
+            for config in configs:
+                self._asked.setdefault((config, protocol), len(self._asked))
+
+    def _shown(self, rows: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+        """Of rows that begin with config, protocol and rowid what is not hidden."""
+        after = self._after
+        if after is None:
+            return rows
+        later = [r for r in rows if r[2] > after and (r[0], r[1]) in self._asked]
+        return [r for r in rows if r[2] <= after] + sorted(later, key=lambda r: self._asked[r[0], r[1]])
 
     def measurements(
         self, protocol: Protocol | None = None, kind: str | None = None, failed: bool = False
     ) -> pd.DataFrame:
-        """One row a measurement in the order of recording: config, protocol, kind, status, reason,
-        seconds, created, bits, bytes, bops, correction and tuned (None without), one column a metric.
-        Failed ones only where ``failed``."""
+        """One row a measurement in the order of recording (see also ``hide_after``): config, protocol, kind,
+        status, reason, seconds, created, bits, bytes, bops, correction and tuned (None without), one column a
+        metric. Failed ones only where ``failed``."""
         query = (
-            "SELECT m.config, m.protocol, m.kind, m.status, m.reason, m.seconds, m.created, c.bits, c.bytes,"
-            " c.bops, json_extract(c.value, '$.correction'), json_extract(c.value, '$.tuned'), m.metrics FROM"
+            "SELECT m.config, m.protocol, m.rowid, m.kind, m.status, m.reason, m.seconds, m.created, c.bits,"
+            " c.bytes, c.bops, json_extract(c.value, '$.correction'), json_extract(c.value, '$.tuned'), m.metrics FROM"
             " measurements m JOIN configs c ON c.digest = m.config WHERE (? OR m.status = 'ok') ORDER BY"
             " m.rowid"
         )
         names = ["config", "protocol", "kind", "status", "reason", "seconds", "created"]
         names += ["bits", "bytes", "bops", "correction", "tuned"]
-        shown = [r for r in self._rows(query, (failed,)) if (r[0], r[1]) not in self._hidden]
-        rows = [(*r[:-1], self._metrics(r[0], r[-1])) for r in shown]
+        shown = self._shown(self._rows(query, (failed,)))
+        rows = [(*r[:2], *r[3:-1], self._metrics(r[0], r[-1])) for r in shown]
         table = pd.DataFrame([{**dict(zip(names, r[:-1], strict=True)), **r[-1]} for r in rows])
         if table.empty:
             return pd.DataFrame(columns=names)

@@ -146,6 +146,19 @@ def test_killed_at_random_instants_every_recorded_measurement_is_whole(tmp_path)
     assert counts == sorted(counts) and counts[-1] >= 5
 
 
+def test_hidden_rows_come_to_light_in_the_order_of_asking(tmp_path) -> None:
+    study = filled(tmp_path / "s.db", [1])
+    study.hide_after(study.last_row())
+    first, second, never = (config(i).digest for i in (2, 3, 4))
+    study.show([first], PROTOCOL.digest)
+    study.show([second, first], PROTOCOL.digest)
+    filled(tmp_path / "s.db", [1, 3, 4, 2])  # as workers finished
+    assert study.measurements().config.tolist() == [config(1).digest, first, second]
+    assert never in study.known(PROTOCOL)
+    study.hide_after(None)
+    assert study.measurements().config.tolist() == [config(1).digest, second, never, first]
+
+
 CHANGES = (
     "UPDATE measurements SET metrics = replace(metrics, '1.0', '1.5') WHERE rowid = 1",
     "UPDATE measurements SET seconds = 0.125 WHERE rowid = 2",

@@ -1,5 +1,6 @@
 """A search that was interrupted goes the same way again: what it measured is there, and comes to light in the
-order in which it is asked for, so that the front is that of an undisturbed one."""
+order in which it is asked for, so that the front is that of an undisturbed one, whatever the number of
+workers."""
 
 from __future__ import annotations
 
@@ -32,10 +33,10 @@ def continuing(session: Session, options: SearchOptions) -> Iterator[None]:
     for since. Ended by an error, the next search with the same options goes on from there."""
     study, asked = session.study, _asked(session, options)
     begun = study.get(BEGUN)
-    if isinstance(begun, dict) and begun.get("asked") == asked and type(begun.get("rows")) is int:
-        study.hide_after(begun["rows"])
-    else:
-        study.set(**{BEGUN: {"asked": asked, "rows": study.last_row()}})
+    if not (isinstance(begun, dict) and begun.get("asked") == asked and type(begun.get("rows")) is int):
+        begun = {"asked": asked, "rows": study.last_row()}
+        study.set(**{BEGUN: begun})
+    study.hide_after(begun["rows"])
     try:
         yield
         study.set(**{BEGUN: None})
