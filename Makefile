@@ -1,5 +1,6 @@
 # make demo: set up and run the main job on a bundled model; make test: the tests; make check: lint, format, types; make docs: the site;
-# make fuzz: mutated inputs for everything that reads; make sanitize: the tests of the C++ kernels on a build of their own that finds reads and writes out of bounds and undefined behaviour (gcc).
+# make fuzz: mutated inputs for everything that reads; make sanitize: the tests of the C++ kernels on a build of their own that finds reads and writes out of bounds and undefined behaviour (gcc); make arm: some of them
+# built for ARM, under qemu.
 # On a machine where the default torch is not wanted: make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 
 PYTHON ?= python3
@@ -15,7 +16,7 @@ SANITIZED_TESTS ?= $(addprefix kernels/,backends/test_lut backends/test_decode b
 BUILD_TOOLS ?= $(SANITIZED)/tools
 PIP_FLAGS := --disable-pip-version-check --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo test check docs sanitize fuzz clean
+.PHONY: demo test check docs sanitize arm fuzz clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -59,6 +60,9 @@ sanitize: $(INSTALLED)
 		OMP_NUM_THREADS=1 AQUABIT_REQUIRE_NATIVE=1 \
 		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(gcc -print-file-name=libstdc++.so)" \
 		$(abspath $(BIN)/python) -S -m pytest -p no:cacheprovider $(SANITIZED_TESTS:%=tests/%.py) $(PYTEST_ARGS)
+
+arm: $(INSTALLED)
+	PYTHON=$(abspath $(BIN)/python) .ci/arm
 
 # Installed from the source tree, so Python files are seen at once; the extension is built again when one of its sources changes.
 $(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(wildcard $(addprefix aquabit/kernels/native/,*.cpp *.h */*.cpp */*.h))

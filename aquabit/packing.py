@@ -167,6 +167,8 @@ def quantize(
     if statistics is not None:
         corrected_(model.denoiser, source.scheduler, statistics, config.correction)
     ranges = model.ranges(config) or {}
+    if Path(config.model).is_absolute():  # a folder of this machine tells nobody
+        config = replace(config, model=Path(config.model).name)
     attach_(model.denoiser, Contents(config, model.layers, ranges, statistics, model.inputs))
     return Packed(source, model, config, statistics)
 

@@ -7,6 +7,7 @@ import copy
 import json
 import re
 import struct
+from dataclasses import replace
 from math import prod
 
 import pytest
@@ -104,7 +105,8 @@ def test_an_artifact_names_no_folder_of_this_machine(dit, tmp_path) -> None:
     dit.save_pretrained(tmp_path / "model")
     loaded = load(str(tmp_path / "model"))
     assert str(tmp_path) in str(loaded.config["_name_or_path"])
-    packing.quantize(loaded, mixed(loaded, 8), bank=str(tmp_path / "bank")).save(tmp_path / "packed")
+    config = replace(mixed(loaded, 8), model=str(tmp_path / "model"))
+    packing.quantize(loaded, config, bank=str(tmp_path / "bank")).save(tmp_path / "packed")
     saved = [f.read_text() for f in (tmp_path / "packed").rglob("*.json")]
     assert len(saved) > 2 and not any(str(tmp_path) in text for text in saved)
 
@@ -286,9 +288,12 @@ def test_whatever_was_changed_is_noticed(dit, tmp_path) -> None:
     value = json.loads(said)
     group = next(g for g in value["quantization_config"]["groups"] if g["act"] == 8)
     group["act"] = 6
-    recipe.write_text(json.dumps(value))
-    with pytest.raises(AquabitError, match="is not what was written"):
-        load(str(tmp_path / "packed"))
+    for changed_config in (value, json.loads(said) | {"norm_eps": 0.001}):
+        recipe.write_text(json.dumps(changed_config))
+        with pytest.raises(AquabitError, match="is not what was written"):
+            load(str(tmp_path / "packed"))
+    recipe.write_text(said)
+    load(str(tmp_path / "packed"))
 
 
 def io_free(file, data: bytes):
