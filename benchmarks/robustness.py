@@ -1,8 +1,8 @@
 """Mutated inputs over everything that reads, in processes that may crash: python benchmarks/robustness.py
 [--cases 1000] [--first 0] [--targets NAME ...]
 
-Each target of ``tests/fuzzing.py`` gets ``--cases`` inputs, which follow from its name and a number. A
-process that dies is named with the case that it was at, and the next begins after it; more than MEMORY is
+Each target of ``tests/fuzzing.py`` gets ``--cases`` inputs (times its ``share``), which follow from its name
+and a number. A process that dies is named with the case that it was at, and the next begins after it; more than MEMORY is
 refused by the system, which counts as an internal error unless it is said.
 Writes benchmarks/results/robustness.json and robustness.md.
 """
@@ -114,7 +114,7 @@ def main() -> None:
 
     rows = []
     for name in given.targets or targets():
-        rows.append(run(name, given.first, given.cases))
+        rows.append(run(name, given.first, round(given.cases * targets()[name].share)))
         print({k: v for k, v in rows[-1].items() if k != "faults"}, flush=True)
         for fault in rows[-1]["faults"]:
             print("   ", *fault, flush=True)
