@@ -2,8 +2,8 @@
 [--cases 1000] [--first 0] [--targets NAME ...]
 
 Each target of ``tests/fuzzing.py`` gets ``--cases`` inputs (times its ``share``), which follow from its name
-and a number. A process that dies is named with the case that it was at, and the next begins after it; more than MEMORY is
-refused by the system, which counts as an internal error unless it is said.
+and a number. A process that dies is named with the case that it was at, and the next begins after it; more
+than MEMORY is refused by the system, which counts as an internal error unless it is said.
 Writes benchmarks/results/robustness.json and robustness.md.
 """
 
