@@ -323,8 +323,8 @@ class Study:
         query = (
             "SELECT m.config, m.protocol, m.rowid, m.kind, m.status, m.reason, m.seconds, m.created, c.bits,"
             " c.bytes, c.bops, json_extract(c.value, '$.correction'), json_extract(c.value, '$.tuned'),"
-            " m.metrics FROM measurements m JOIN configs c ON c.digest = m.config WHERE (? OR m.status = 'ok')"
-            " ORDER BY m.rowid"
+            " m.metrics FROM measurements m JOIN configs c ON c.digest = m.config"
+            " WHERE (? OR m.status = 'ok') ORDER BY m.rowid"
         )
         names = ["config", "protocol", "kind", "status", "reason", "seconds", "created"]
         names += ["bits", "bytes", "bops", "correction", "tuned"]
