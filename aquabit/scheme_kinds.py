@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 from aquabit.errors import AquabitError
 
 HALF = 2  # bytes of a float16: what scales, offsets, codebooks and weights in full precision are stored in
+LONGEST = 60  # characters of a scheme's name
 WORD = 8  # inputs that the ``k`` form covers where a kernel is 1 x 1 (AQUATIC-Diff)
 
 
@@ -115,6 +116,8 @@ class Scheme:
             return text
         if not isinstance(text, str):
             raise AquabitError(f"scheme {text!r:.60} must be text, as in usq4; {_known_forms()}")
+        if len(text) > LONGEST:  # numbers that are none of a scheme
+            raise AquabitError(f"unknown scheme {text[:LONGEST]!r}...; {_known_forms()}")
         for record in KINDS.values():
             match = re.fullmatch(record.pattern, text)
             if match is None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.common import RESULTS, parser, write_results
+from benchmarks.common import RESULTS, parser, read, write_results
 
 MEMORY = 6 << 30  # bytes of address space of a process
 KINDS = ("accepted", "refused", "internal error", "wrong number", "hangs", "crash")
@@ -112,13 +112,17 @@ def main() -> None:
         return
     from tests.fuzzing import targets
 
-    rows = []
+    stored = read(given.results / "robustness.json").get("rows", []) if given.targets else []
+    rows = [row for row in stored if row["target"] not in given.targets]  # of others, found before
     for name in given.targets or targets():
         rows.append(run(name, given.first, round(given.cases * targets()[name].share)))
         print({k: v for k, v in rows[-1].items() if k != "faults"}, flush=True)
         for fault in rows[-1]["faults"]:
             print("   ", *fault, flush=True)
-    write_results("robustness", f"python {' '.join(sys.argv)}", {"rows": rows}, markdown, given.results)
+    rows.sort(key=lambda row: list(targets()).index(row["target"]))
+    write_results(
+        "robustness", f"python {sys.argv[0]} --cases {given.cases}", {"rows": rows}, markdown, given.results
+    )
 
 
 if __name__ == "__main__":

@@ -137,3 +137,9 @@ def test_budget_and_swap_and_direction() -> None:
     assert (direction("fid"), direction("psnr")) == ("min", "max")
     with pytest.raises(AquabitError, match="beauty"):
         direction("beauty")
+
+
+@pytest.mark.parametrize("text", ["aq2x8g" + "8" * 400, "usq" + "4" * 60_000, "usq4g" + "1" * 5000])
+def test_numbers_that_are_none_of_a_scheme(text: str) -> None:
+    with pytest.raises(AquabitError, match="unknown scheme"):
+        Scheme.parse(text)

@@ -31,7 +31,8 @@ FORMATS = ("usq2", "usq3", "usq4", "usq8", "vq4", "vq3c", *ADDITIVE)
 # of DiT-XL/2 and of LDM-4's U-Net
 SHAPES = ("1152x1152@256", "4608x1152@256", "1152x4608@256", "384x384x3x3@32", "576x576x3x3@16")
 CALLS, SECONDS = (5, 60), 4.0  # of whole denoisers: rounds at least, at most; the time after which they end
-_SHAPE = re.compile(r"(\d+)x(\d+)(?:x(\d+)x(\d+))?@(\d+)(?:x(\d+))?")
+LARGEST = 1 << 24  # of a side, or of tokens
+_SHAPE = re.compile(r"(\d+)x(\d+)(?:x(\d+)x(\d+))?@(\d+)(?:x(\d+))?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -71,12 +72,12 @@ def parse_shape(text: str, scheme: Scheme, act: int = 16) -> Request:
     """``4608x1152@256`` (outputs x inputs @ tokens) or ``384x384x3x3@32`` (a convolution's weight @ side,
     or height x width, of one image, padded to keep its size) as a request; raises AquabitError for other
     text."""
-    match = _SHAPE.fullmatch(text)
+    match = _SHAPE.fullmatch(text) if len(text) < 100 else None
     numbers = [int(n) for n in match.groups() if n] if match else [0]
-    if not match or min(numbers) < 1 or (match[6] and not match[3]):
+    if not match or not all(1 <= n <= LARGEST for n in numbers) or (match[6] and not match[3]):
         raise AquabitError(
-            f"shape {text!r} must be OUTxIN@TOKENS, as in 4608x1152@256, or OUTxINxKHxKW@SIDE, as in"
-            " 384x384x3x3@32"
+            f"shape {text[:100]!r} must be OUTxIN@TOKENS, as in 4608x1152@256, or OUTxINxKHxKW@SIDE, as in"
+            f" 384x384x3x3@32, each from 1 to {LARGEST}"
         )
     out, inputs, side = int(match[1]), int(match[2]), int(match[5])
     common: dict[str, Any] = {"act": act, "threads": torch.get_num_threads()}

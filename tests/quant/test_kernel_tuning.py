@@ -323,7 +323,21 @@ def test_bench_times_formats_at_shapes() -> None:
     assert torch.get_num_threads() == 1
 
 
-@pytest.mark.parametrize("text", ["12x16", "12@4", "0x4@4", "12x16@4x4", "12x16x3@4", "axb@c", ""])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "12x16",
+        "12@4",
+        "0x4@4",
+        "12x16@4x4",
+        "12x16x3@4",
+        "axb@c",
+        "",
+        "4x4@99999999",
+        "4x4@" + "9" * 5000,
+        "٣x4@4",
+    ],
+)
 def test_shapes_that_are_none(text: str) -> None:
     with pytest.raises(AquabitError, match="must be OUTxIN@TOKENS"):
         parse_shape(text, Scheme.parse("usq4"))
