@@ -6,10 +6,13 @@ import inspect
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
+from threading import Event, Thread
 from typing import Annotated, Any
 
 import typer
@@ -19,6 +22,7 @@ from aquabit.errors import AquabitError, printable
 from aquabit.scheme import Progress
 
 console, errors = Console(), Console(stderr=True)
+EVERY = 60.0  # seconds between lines where there is no terminal
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback for errors.")]
 
 
@@ -92,7 +96,12 @@ def plain(text: str) -> str:
 
 @contextmanager
 def bars() -> Iterator[Progress]:
-    """Progress bars with the time that is left; none when the output is no terminal."""
+    """Progress with the time that is left: bars on a terminal, elsewhere (a log) a line every EVERY
+    seconds."""
+    if not errors.is_terminal:
+        with _lines() as progress:
+            yield progress
+        return
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -109,7 +118,7 @@ def bars() -> Iterator[Progress]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Bars(*columns, console=errors, disable=not errors.is_terminal) as drawn:
+    with Bars(*columns, console=errors) as drawn:
         known: dict[str, Any] = {}
 
         def progress(what: str, done: int, total: int) -> None:
@@ -121,6 +130,57 @@ def bars() -> Iterator[Progress]:
             drawn.update(known[name], completed=done, total=total, description=plain(what))
 
         yield progress
+
+
+@dataclass
+class _Part:
+    """What is being worked on: ``first`` were done when it was first heard of, at ``began``."""
+
+    what: str
+    done: int
+    total: int
+    began: float
+    first: int
+
+    def line(self, now: float) -> str:
+        """What is done, for how long, and how long the rest takes at the same pace."""
+        made, spent = self.done - self.first, now - self.began
+        rest = f", about {_duration(spent / made * (self.total - self.done))} left" if made else ""
+        return f"{self.what}: {self.done} of {self.total}, {_duration(spent)}{rest}"
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{seconds / 3600:.1f} h"
+
+
+@contextmanager
+def _lines() -> Iterator[Progress]:
+    """A line on standard error every EVERY seconds, also where nothing was heard meanwhile."""
+    parts: list[_Part] = []
+    began, ended = time.monotonic(), Event()
+
+    def progress(what: str, done: int, total: int) -> None:
+        if total <= 0:
+            return
+        name = what.split(": ")[0]
+        if not parts or parts[-1].what.split(": ")[0] != name or parts[-1].done > done:
+            parts.append(_Part(what, done, total, time.monotonic(), done))
+        parts[-1].what, parts[-1].done, parts[-1].total = what, done, total
+
+    def say() -> None:
+        while not ended.wait(EVERY):
+            now = time.monotonic()
+            said = parts[-1].line(now) if parts else f"starting, {_duration(now - began)}"
+            errors.print(plain(said), highlight=False, soft_wrap=True)
+
+    speaker = Thread(target=say, daemon=True)
+    speaker.start()
+    try:
+        yield progress
+    finally:
+        ended.set()
+        speaker.join()
 
 
 def emit(value: Any, target: str | None) -> bool:

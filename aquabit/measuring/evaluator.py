@@ -18,8 +18,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
+from aquabit.kernels import straight_through
 from aquabit.kernels.dispatch import using
 from aquabit.measuring.output_errors import OutputErrors, StepErrors, stored
+from aquabit.measuring.sketches import Sketches
 from aquabit.pipelines import (
     Adapter,
     denoiser_name,
@@ -58,6 +60,7 @@ from aquabit.scheme import (
 PROBE_IMAGES, PROBE_SEED = 8, 700_000_001  # seeds that no measurement uses
 SKETCH = 256  # numbers that stand for the deviation of a few images
 THUMBNAILS = 16  # images of the grid that a measurement keeps
+SKETCH_LIMIT = 1 << 30  # bytes of weight errors that stay in memory between backward passes
 FULL_LIMIT = 256 << 20  # bytes of full-precision images that stay in memory
 
 
@@ -291,6 +294,53 @@ class Evaluator:
                     found["slopes"][layer] = {s: float((slope * e).sum()) for s, e in error.items()} | none
                     found["overlap"][layer] = {s: _cosine(now, e) for s, e in error.items()} | none
         return found
+
+    def sketches(
+        self,
+        choices: Mapping[str, Sequence[str]],
+        acts: Sequence[int],
+        protocol: Protocol,
+        part: int,
+        passes: int,
+        like: QuantConfig,
+    ) -> dict[str, dict[str, list[float]]]:
+        """What schemes (layer -> schemes), and inputs rounded to ``acts`` bits ("a8"), do alone to outputs of
+        a part of stored inputs, to first order (``Sketches``); schemes are fitted as in ``like``. Raises
+        AquabitError where no gradient passes the denoiser."""
+        with single_thread(self.device):
+            errors = self._errors(protocol, part)
+            self.quantized.apply(QuantConfig(self.fingerprint, {}))
+            layers, kept = self.quantized.layers, dict[str, dict[str, Tensor]]()
+            attention = self.quantized.attention
+
+            def changes(name: str) -> dict[str, Tensor]:
+                found = kept.get(name)
+                if found is None:
+                    full = self.quantized.full(name).float()
+                    row = [s for s in choices.get(name, ()) if s != "fp"]
+                    found = {s: self.quantized.decoded(name, s, like).float() - full for s in row}
+                    if sum(t.nbytes for r in kept.values() for t in r.values()) < SKETCH_LIMIT:
+                        kept[name] = found
+                return found
+
+            def gates(name: str, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+                layer, found = layers[name], dict[str, Tensor]()
+                for bits in acts if name in choices else ():
+                    change = layer.forward(layer.quantized_input(x, bits)) - y
+                    found[f"a{bits}"] = change + (
+                        straight_through(y, bits, "token") - y if name in attention else 0.0
+                    )
+                return found
+
+            own = {name: layer for name, layer in layers.items() if name in choices}
+            try:
+                return Sketches(errors, own, changes, gates, passes)()
+            except RuntimeError as fault:
+                if out_of_memory(fault):
+                    raise
+                raise AquabitError(
+                    f"no gradient passes this denoiser ({str(fault).split('. ')[0]})"
+                ) from fault
 
     def _errors(self, protocol: Protocol, part: int) -> OutputErrors:
         """Stored inputs, recorded in full precision when they are first asked for."""

@@ -119,11 +119,11 @@ class QuantizedDenoiser:
         self._tuned: tuple[str, dict[str, CodebookWeight]] | None = None  # the last ones
         self._recent: dict[tuple[Any, ...], Tensor] = {}
         self._recent_bytes = 0
-        self._attention = {n: a["attention"] for n, a in graph.nodes(data=True) if a.get("attention")}
+        self.attention = {n: a["attention"] for n, a in graph.nodes(data=True) if a.get("attention")}
         self._range_tables = (
             None
             if bank is None
-            else RangeTables(self.full_precision, bank, fingerprint, self._attention, sample)
+            else RangeTables(self.full_precision, bank, fingerprint, self.attention, sample)
         )
         bad = [n for n, p in denoiser.named_parameters() if not bool(torch.isfinite(p).all())]
         if bad:
@@ -286,7 +286,7 @@ class QuantizedDenoiser:
         return self._range_tables.of(config)
 
     def _settings(self, config: QuantConfig) -> dict[str, list[Setting]]:
-        return settings_of(config, self.layers, self._attention, self.ranges(config))
+        return settings_of(config, self.layers, self.attention, self.ranges(config))
 
     def _activate(self, config: QuantConfig) -> None:
         """Activations as they are in the first step; ``watchers`` switch them while sampling."""

@@ -1,0 +1,150 @@
+"""Gradient sketches: what every scheme of every layer does to a denoiser's output, to first order, from a few
+backward passes.
+
+To first order a layer's weight error dW moves the output by y = J dW x. For random signs v over the outputs
+of a recorded call, one backward pass gives the gradient of <v, output> at every layer at once, and its inner
+product with dW is <v, y>, whose square has the expectation |y|^2. Samples of a call are kept apart: their
+gradients are products of a layer's own inputs and output gradients, so that a pass over n samples gives n
+numbers for each (layer, scheme), and nothing of the size of the model is held. The rounding of activations is
+a gate of the same kind: W (round(x) - x) at a layer's output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from aquabit.measuring.output_errors import OutputErrors
+from aquabit.quant.layers import QuantConv2d, QuantLinear
+
+Layer = QuantLinear | QuantConv2d
+Changes = Callable[[str], Mapping[str, Tensor]]  # a layer's weight errors dW by what makes them
+Gates = Callable[
+    [str, Tensor, Tensor], Mapping[str, Tensor]
+]  # what rounding a layer's input (and output) adds
+
+
+@dataclass
+class _Pass:
+    """What one backward pass has found so far: layer -> name -> [samples], or [1] where a layer's input does
+    not tell samples apart."""
+
+    samples: int
+    numbers: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+    def add(self, layer: str, found: Mapping[str, Tensor]) -> None:
+        """A layer that is called more than once answers for all of its calls."""
+        own = self.numbers.setdefault(layer, {})
+        for name, value in found.items():
+            own[name] = own[name] + value if name in own else value
+
+
+class Sketches:
+    """Squared first-order changes of the outputs on stored calls: called, {layer: {name: [a number for each
+    of ``errors.steps``]}}, each the mean square of the change relative to that of the full-precision output,
+    as ``OutputErrors`` gives for what is really changed.
+
+    The denoiser must run in full precision. ``passes`` backward passes a step. Deterministic. Raises
+    RuntimeError where no gradient passes.
+    """
+
+    def __init__(
+        self, errors: OutputErrors, layers: Mapping[str, Layer], changes: Changes, gates: Gates, passes: int
+    ):
+        self.errors, self.layers, self.passes = errors, layers, passes
+        self.changes, self.gates = changes, gates
+
+    def __call__(self) -> dict[str, dict[str, list[float]]]:
+        found: dict[str, dict[str, list[float]]] = {}
+        for place in range(len(self.errors.steps)):
+            for layer, row in self._of_step(place).items():
+                for name, value in row.items():
+                    steps = found.setdefault(layer, {}).setdefault(name, [0.0] * len(self.errors.steps))
+                    steps[place] = value
+        return found
+
+    def _of_step(self, place: int) -> dict[str, dict[str, float]]:
+        total: dict[str, dict[str, float]] = {}
+        samples, scale = self.errors.samples[place], self.errors.scale(self.errors.samples[place])
+        current = _Pass(len(samples))
+        seed = torch.Generator().manual_seed(self.errors.steps[place])
+        with torch.enable_grad(), self._listening(lambda: current):
+            output = self.errors.outputs_of(samples).float()
+            for i in range(self.passes):
+                current = _Pass(len(samples))
+                signs = torch.randint(0, 2, output.shape, generator=seed).to(output.device) * 2.0 - 1.0
+                output.backward(signs, retain_graph=i + 1 < self.passes)
+                for layer, row in current.numbers.items():
+                    own = total.setdefault(layer, {})
+                    for name, value in row.items():
+                        own[name] = own.get(name, 0.0) + float(value.double().square().sum())
+        unit = self.passes * output.numel() * scale
+        return {layer: {k: v / unit for k, v in row.items()} for layer, row in total.items()}
+
+    @contextmanager
+    def _listening(self, current: Callable[[], _Pass]) -> Iterator[None]:
+        """While it lasts every layer's call leaves what its output gradient says, when that comes."""
+
+        def listen(name: str, layer: Layer) -> Callable[..., None]:
+            def called(_: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+                x, y = args[0].detach(), output.detach()
+                if not output.requires_grad:  # nothing before it asks for gradients
+                    output.requires_grad_(True)
+                output.register_hook(
+                    lambda slope: current().add(name, self._numbers(name, layer, x, y, slope))
+                )
+
+            return called
+
+        handles = [layer.register_forward_hook(listen(n, layer)) for n, layer in self.layers.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @torch.no_grad()
+    def _numbers(self, name: str, layer: Layer, x: Tensor, y: Tensor, slope: Tensor) -> dict[str, Tensor]:
+        """<slope, change of the layer's output> of each sample, by what makes the change."""
+        samples = len(self.errors.samples[0])
+        parts = samples if len(x) % samples == 0 and len(slope) % samples == 0 else 1
+        found: dict[str, Tensor] = {}
+        changes = self.changes(name)
+        if changes:
+            gradient = per_sample(layer, x, slope, parts).flatten(1).float()
+            stacked = torch.stack([change.flatten().float() for change in changes.values()])
+            found |= dict(zip(changes, (gradient @ stacked.t()).t(), strict=True))
+        for gate, change in self.gates(name, x, y).items():
+            found[gate] = (slope.float() * change.float()).reshape(parts, -1).sum(1)
+        return found
+
+
+def per_sample(layer: Layer, x: Tensor, slope: Tensor, parts: int) -> Tensor:
+    """Gradients [parts, *weight] of a layer's weight from its input and the gradient of its output, for each
+    of ``parts`` equal parts of the batch."""
+    if isinstance(layer, QuantLinear):
+        inputs, outputs = x.reshape(parts, -1, x.shape[-1]), slope.reshape(parts, -1, slope.shape[-1])
+        return torch.bmm(outputs.transpose(1, 2), inputs)
+    out, groups, kernel = layer.shape[0], layer.groups, layer.kernel_size
+    padded = functional.pad(x, _pads(layer, x)) if isinstance(layer.padding, str) else x
+    padding = 0 if isinstance(layer.padding, str) else layer.padding
+    columns = functional.unfold(padded, kernel, layer.dilation, padding, layer.stride)
+    n, places = len(x), columns.shape[-1]
+    inputs = columns.reshape(n, groups, -1, places)
+    outputs = slope.reshape(n, groups, out // groups, places)
+    found = outputs @ inputs.transpose(2, 3)  # [n, groups, out / groups, cin / groups * kh * kw]
+    return found.reshape(parts, n // parts, *layer.shape).sum(1)
+
+
+def _pads(layer: QuantConv2d, x: Tensor) -> Sequence[int]:
+    """What ``padding="same"`` adds, as ``functional.pad`` takes it."""
+    total = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+    if layer.padding == "valid":
+        total = [0, 0]
+    (top, left) = (t // 2 for t in total)
+    return left, total[1] - left, top, total[0] - top

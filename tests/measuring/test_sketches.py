@@ -1,0 +1,98 @@
+"""Gradient sketches against what small changes really do to the outputs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from aquabit.measuring.output_errors import OutputErrors
+from aquabit.measuring.sketches import Sketches, per_sample
+from aquabit.quant.finetuning.replay import Recorded, Recording
+from aquabit.quant.layers import QuantConv2d, QuantLinear, replace_layer_
+
+SMALL = 1e-3
+
+
+class Net(nn.Module):
+    """Convolutions, one of them grouped and strided, a Linear that is called twice, and one that is fed by
+    the time alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(2, 8, 3, padding="same")
+        self.grouped = nn.Conv2d(8, 8, 3, stride=2, padding=1, groups=4)
+        self.mixed = nn.Linear(8, 8)
+        self.time = nn.Linear(1, 8)
+        self.last = nn.Conv2d(8, 2, 2, padding="valid")
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        h = self.grouped(torch.tanh(self.first(x)))
+        h = h + self.time(t.expand(len(x))[:, None])[:, :, None, None]
+        for _ in range(2):
+            h = h + torch.tanh(self.mixed(h.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+        return self.last(torch.tanh(h))
+
+
+def made() -> tuple[dict[str, QuantLinear | QuantConv2d], OutputErrors]:
+    torch.manual_seed(0)
+    net = Net()
+    layers = {n: replace_layer_(net, n, None) for n in ("first", "grouped", "mixed", "time", "last")}
+    net.requires_grad_(False)
+    calls = []
+    for run in range(2):
+        for step in range(2):
+            x, t = torch.randn(2, 2, 8, 8), torch.tensor(float(step))
+            calls.append(Recorded(((x, t), {}), net(x, t), run, step))
+    return layers, OutputErrors(Recording(calls), net)
+
+
+def test_squares_are_those_of_small_changes() -> None:
+    layers, errors = made()
+    changes = {
+        n: {"a": SMALL * torch.randn(layer.shape), "b": SMALL * torch.ones(layer.shape)}
+        for n, layer in layers.items()
+    }
+    found = Sketches(errors, layers, lambda n: changes[n], lambda *_: {}, passes=600)()
+    for name, layer in layers.items():
+        full = layer.weight
+        for way, change in changes[name].items():
+            layer.weight = full + change
+            assert found[name][way] == pytest.approx(errors()["error"], rel=0.15), (name, way)
+        layer.weight = full
+
+
+def test_gates_are_small_changes_of_a_layers_output() -> None:
+    layers, errors = made()
+    shift = SMALL * torch.randn(8)
+
+    def gates(name: str, x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"shift": shift.expand_as(y)} if name == "mixed" else {}
+
+    found = Sketches(errors, layers, lambda n: {}, gates, passes=600)()
+    assert set(found["mixed"]) == {"shift"}
+    layers["mixed"].bias = layers["mixed"].bias + shift  # type: ignore[operator]
+    assert found["mixed"]["shift"] == pytest.approx(errors()["error"], rel=0.15)
+
+
+@pytest.mark.parametrize("name", ["first", "grouped", "mixed", "time", "last"])
+def test_gradients_by_sample_add_up_to_the_gradient(name: str) -> None:
+    layers, errors = made()
+    layer, seen = layers[name], []
+    layer.weight = layer.weight.clone().requires_grad_(True)
+    handle = layer.register_forward_hook(lambda _, args, out: seen.append((args[0].detach(), out)))
+    loss = errors.outputs_of(errors.samples[0]).square().sum()
+    handle.remove()
+    outs = [out for _, out in seen]
+    weight_slope, *slopes = torch.autograd.grad(loss, [layer.weight, *outs])
+    own = [per_sample(layer, x, slope, 4) for (x, _), slope in zip(seen, slopes, strict=True)]
+    assert own[0].shape == (4, *layer.shape)
+    assert torch.allclose(torch.stack(own).sum((0, 1)), weight_slope, atol=1e-4)
+
+
+def test_the_same_again() -> None:
+    def found() -> dict[str, dict[str, list[float]]]:
+        layers, errors = made()
+        return Sketches(errors, layers, lambda n: {"a": torch.ones(layers[n].shape)}, lambda *_: {}, 2)()
+
+    assert found() == found()
