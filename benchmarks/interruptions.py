@@ -35,7 +35,7 @@ MARK = "AQUABIT_INTERRUPTED"  # in the environment of what a part starts: whoeve
 ALONE = 10.0  # seconds in which what was started ends after its parent
 RAY_ALONE = 60.0  # the same of Ray's own processes, which look for their parent now and then
 FAULTS = ("lost or changed", "doubled", "half a file", "another end", "lives on", "does not end")
-MEASURE = "measure model --study s.db --samples 6 --images 4 --steps 2"
+MEASURE = "measure model --study s.db --samples 6 --images 4 --steps 2 --workers"
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,12 @@ class Part:
 
 MEASURED, FOUND = ("bank", "s.db"), ("bank", "s.db", "c.json")
 PARTS = {
-    "measure": Part(MEASURE, every=2.0),
-    "measure, 2 workers": Part(f"{MEASURE} --workers 2", every=6.0, unordered=True),
-    "measure on Ray": Part(f"{MEASURE} --ray local", every=15.0, unordered=True),
-    "search": Part("search s.db --bits 5 --out c.json", ("measure",), 2.0),
+    "measure": Part(f"{MEASURE} 1", every=2.0),
+    "measure, 2 workers": Part(f"{MEASURE} 2", every=6.0, unordered=True),
+    "measure on Ray": Part(f"{MEASURE} 1 --ray local", every=15.0, unordered=True),
+    "search": Part("search s.db --bits 5 --workers 1 --out c.json", ("measure",), 2.0),
     "search, 2 workers": Part("search s.db --bits 5 --workers 2 --out c.json", ("measure",), 6.0, True),
-    "validate": Part("validate s.db --flips 6 --bits 5", ("measure",), 2.0),
+    "validate": Part("validate s.db --flips 6 --bits 5 --workers 1", ("measure",), 2.0),
     "quantize": Part("quantize model c.json --out packed", ("search",), 0.2),
     "quantize over another": Part(
         "quantize model c.json --out packed",
@@ -76,7 +76,9 @@ PARTS = {
     "report": Part("report s.db --out page", ("search",), 2.0),
     "export": Part("export model c.json --to torchao --out exported.json", ("search",), 0.1),
     "explain": Part("explain s.db --json explained.json", ("search",), 0.7),
-    "run": Part("run model --out whole --samples 4 --flips 2 --bits 5 --images 4 --steps 2", (), 4.0),
+    "run": Part(
+        "run model --out whole --samples 4 --flips 2 --bits 5 --images 4 --steps 2 --workers 1", (), 4.0
+    ),
 }
 
 
@@ -119,17 +121,18 @@ def ended(child: int, seconds: float) -> int | None:
         time.sleep(0.002)
 
 
-def alive(mark: str) -> list[int]:
-    """Processes that were started with the mark, but for this one."""
-    found = []
+def alive(mark: str) -> dict[int, str]:
+    """Processes that were started with the mark, but for this one: number -> command."""
+    found = {}
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             if f"{MARK}={mark}".encode() in (path / "environ").read_bytes().split(b"\0"):
-                found.append(int(path.name))
-    return [pid for pid in found if pid != os.getpid()]
+                words = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                found[int(path.name)] = words[:80]
+    return {pid: words for pid, words in found.items() if pid != os.getpid()}
 
 
-def kill(child: int, mark: str, alone: float) -> list[int]:
+def kill(child: int, mark: str, alone: float) -> dict[int, str]:
     """Kill a child; what it had started and lives on after ``alone`` seconds is killed too, and returned."""
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
@@ -244,7 +247,7 @@ def campaign(name: str, kills: int, seed: int, base: Path) -> Found:
                     tries += 1
                     found.kills += 1
                     if left := kill(child, mark, RAY_ALONE if "--ray" in part.words else ALONE):
-                        found.fault("lives on", f"{len(left)} processes")
+                        found.fault("lives on", ", ".join(left.values()))
                     seen = _whole(folder, good, before, seen, found)
             found.ends += 1
             if code:

@@ -5,48 +5,27 @@ from __future__ import annotations
 import os
 import sys
 import threading
-import traceback
 from queue import SimpleQueue
-from typing import Any
-
-from aquabit.measuring import pipe
-from aquabit.measuring.evaluator import Evaluator
-from aquabit.measuring.tasks import Answer, Begin, Task, run
-from aquabit.scheme import AquabitError
 
 
 def main() -> None:
     """Run as ``python -m aquabit.measuring.worker``; the first task describes the model."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print must not mix with the answers
-    tasks: SimpleQueue[Any] = SimpleQueue()
-    threading.Thread(target=_read, args=(tasks,), daemon=True).start()
+    lines: SimpleQueue[str] = SimpleQueue()
+    # before anything large is imported, which takes seconds: the parent may be gone by then
+    threading.Thread(target=_read, args=(lines,), daemon=True).start()
+    from aquabit.measuring import pipe
+    from aquabit.measuring.responder import Responder
+
     respond = Responder()
     while True:
-        answers.write(pipe.text(respond(tasks.get())) + "\n")
+        answers.write(pipe.text(respond(pipe.value(lines.get()))) + "\n")
 
 
-class Responder:
-    """Answers each task, the first one, which describes the model, included; what goes wrong is an answer
-    too."""
-
-    evaluator: Evaluator
-
-    def __call__(self, task: Begin | Task[Any]) -> Answer:
-        try:
-            if isinstance(task, Begin):
-                self.evaluator = task.evaluator()
-                return Answer()
-            return Answer(run(task, self.evaluator))
-        except AquabitError as error:
-            return Answer(error=str(error))
-        except Exception as error:  # the parent reports it as a fault of ours, with this traceback
-            return Answer(fault=f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
-
-
-def _read(tasks: SimpleQueue[Any]) -> None:
+def _read(lines: SimpleQueue[str]) -> None:
     for line in sys.stdin:
-        tasks.put(pipe.value(line))
+        lines.put(line)
     os._exit(0)  # the parent closed the pipe, or died
 
 

@@ -85,3 +85,8 @@ def test_ctrl_c_shows_nothing_of_workers(tmp_path: Path) -> None:
             return
         time.sleep(0.1)
     raise AssertionError("the worker outlived its parent")
+
+
+def test_a_worker_watches_its_parent_before_it_imports_what_takes_long() -> None:
+    code = "import sys, aquabit.measuring.worker; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -50,7 +50,7 @@ class Seat:
     def __init__(self) -> None:
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
             os.environ[name] = "1"  # before torch and numpy are there: results do not depend on cores
-        from aquabit.measuring.worker import Responder
+        from aquabit.measuring.responder import Responder
 
         self._respond = Responder()
         self._received: tempfile.TemporaryDirectory[str] | None = None
