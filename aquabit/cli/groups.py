@@ -124,6 +124,7 @@ class Measuring:
     step_groups: options.StepGroups = None
     micro_batch: options.MicroBatch = Protocol.micro_batch
     resolution: options.Resolution = Protocol.resolution
+    damages: options.Damages = "probes"
 
     def options(self, context: typer.Context) -> MeasureOptions:
         """As values; what continues a study's own where nothing is given is None."""
@@ -135,7 +136,7 @@ class Measuring:
             tuple(self.features or ()),
             tuple(self.metric or ()),
         )
-        return MeasureOptions(self.protocol(context), self.space_options(), quality or None)
+        return MeasureOptions(self.protocol(context), self.space_options(), quality or None, self.damages)
 
     def protocol(self, context: typer.Context) -> Protocol:
         """How images are made: options that were not given are the preset's, where it has them."""

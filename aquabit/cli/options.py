@@ -47,6 +47,16 @@ Workers = Annotated[
 ]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
 Dtype = Annotated[str, typer.Option("--dtype", help="float32, float16 or bfloat16.")]
+Damages = Annotated[
+    str,
+    typer.Option(
+        "--damages",
+        help=(
+            "Where it comes from what each (layer, scheme) does alone: probes (images of each), or gradients"
+            " (a few backward passes and thirty probes, whatever the number of layers and schemes)."
+        ),
+    ),
+]
 Prompts = Annotated[Path | None, typer.Option("--prompts", help="One prompt a line (UTF-8).")]
 Guidance = Annotated[float, typer.Option("--guidance", help="Classifier-free guidance; 1 is off.")]
 SpaceFile = Annotated[

@@ -7,6 +7,8 @@ import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
+from itertools import chain
+from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
@@ -93,6 +95,16 @@ class Slopes(TypedDict):
     overlap: dict[str, dict[str, float]]
 
 
+class SketchedStep(TypedDict):
+    """See ``Evaluator.sketches``: the step's number, how many steps are recorded, how many numbers a sketch
+    has, and {layer: {name: sketch}}."""
+
+    step: int
+    steps: int
+    width: int
+    numbers: dict[str, dict[str, list[float]]]
+
+
 class Evaluator:
     """Fits schemes and measures configurations; every result is plain data that crosses process borders.
 
@@ -143,6 +155,7 @@ class Evaluator:
         protocol: Protocol,
         calibration: Calibration | None,
         steps: StepGroups | None = None,
+        probe: bool = True,
     ) -> dict[str, dict[str, dict[str, Any]]]:
         """Fit schemes (layer -> schemes) in the bank, calibrated ones for each of ``acts``; layer -> scheme
         -> facts, and what activations do alone ("a8", "a6/8") where ``probes`` (layer -> activation choices
@@ -158,6 +171,8 @@ class Evaluator:
         with single_thread(self.device):
             wanted = {layer: [Scheme.parse(s) for s in row] for layer, row in schemes.items() if row}
             facts = self.quantized.fitter.facts(list(wanted), wanted, acts, calibration) if wanted else {}
+            if not probe:
+                return facts
             base = QuantConfig(self.fingerprint, {}, calibration=calibration)
             return {
                 layer: self._probe(layer, facts.get(layer, {}), probes[layer], acts[0], protocol, base, steps)
@@ -300,13 +315,14 @@ class Evaluator:
         choices: Mapping[str, Sequence[str]],
         acts: Sequence[int],
         protocol: Protocol,
+        place: int,
         part: int,
         passes: int,
         like: QuantConfig,
-    ) -> dict[str, dict[str, list[float]]]:
+    ) -> SketchedStep:
         """What schemes (layer -> schemes), and inputs rounded to ``acts`` bits ("a8"), do alone to outputs of
-        a part of stored inputs, to first order (``Sketches``); schemes are fitted as in ``like``. Raises
-        AquabitError where no gradient passes the denoiser."""
+        the step at ``place`` of a part of stored inputs, to first order (``Sketches``); schemes are fitted as
+        in ``like``. Raises AquabitError where no gradient passes the denoiser, or one is not finite."""
         with single_thread(self.device):
             errors = self._errors(protocol, part)
             self.quantized.apply(QuantConfig(self.fingerprint, {}))
@@ -334,13 +350,22 @@ class Evaluator:
 
             own = {name: layer for name, layer in layers.items() if name in choices}
             try:
-                return Sketches(errors, own, changes, gates, passes)()
+                found = Sketches(errors, own, changes, gates, passes)(place)
             except RuntimeError as fault:
                 if out_of_memory(fault):
                     raise
+                said = str(fault).split(". ")[0]
                 raise AquabitError(
-                    f"no gradient passes this denoiser ({str(fault).split('. ')[0]})"
+                    f"no gradient passes this denoiser ({said}); use --damages probes"
                 ) from fault
+            step = errors.steps[place]
+            bad = [k for k, row in found.items() if not all(map(isfinite, chain(*row.values())))]
+            if bad:
+                raise AquabitError(
+                    f"the gradient of layer {bad[0]!r} is not finite in step {step}; use --damages probes"
+                )
+            width = passes * len(errors.samples[place])
+            return {"step": step, "steps": len(errors.steps), "width": width, "numbers": found}
 
     def _errors(self, protocol: Protocol, part: int) -> OutputErrors:
         """Stored inputs, recorded in full precision when they are first asked for."""

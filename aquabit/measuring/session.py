@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from aquabit.cost import CostModel
 from aquabit.graph import to_json
 from aquabit.measuring.evaluator import Evaluator, Slopes
-from aquabit.measuring.fitting import fit_all
+from aquabit.measuring.fitting import check_source, fit_all
 from aquabit.measuring.model import Model, open_model
 from aquabit.measuring.output_errors import StepErrors, stored
 from aquabit.measuring.pools import InlinePool, Pool, local_evaluator, pool_for
@@ -187,6 +187,7 @@ def open_session(
     ``check`` sees the space before anything is fitted, and may raise. Raises AquabitError for a study of
     another model, protocol or space.
     """
+    check_source(options.damages)
     opened = open_model(model)
     with study.writing():
         bank = Bank(where.bank)
@@ -213,6 +214,6 @@ def open_session(
 
             costs = CostModel(opened.graph, space)
             session = Session(opened, study, space, protocol, pool, costs, where.device, local)
-            fit_all(pool, study, space, protocol, progress)
+            fit_all(pool, study, space, protocol, progress, options.damages)
             yield session
             bank.trim()

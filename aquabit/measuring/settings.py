@@ -25,12 +25,14 @@ NO_REAL_IMAGES = (
 class MeasureOptions:
     """What is measured: how images are made (``protocol``), options of the search space as
     ``space.make_space`` takes them, and what images are measured with. None continues what the study has, or
-    takes the defaults where it has nothing.
+    takes the defaults where it has nothing. ``damages`` is where what each (layer, scheme) does alone comes
+    from: "probes", images of each, or "gradients", a few backward passes and thirty probes.
     """
 
     protocol: Protocol | None = None
     space: Mapping[str, Any] | None = None
     quality: QualityOptions | None = None
+    damages: str = "probes"
 
 
 AS_BEGUN = MeasureOptions()  # nothing given: a study continues as it was begun

@@ -1,17 +1,17 @@
 """Gradient sketches: what every scheme of every layer does to a denoiser's output, to first order, from a few
 backward passes.
 
-To first order a layer's weight error dW moves the output by y = J dW x. For random signs v over the outputs
-of a recorded call, one backward pass gives the gradient of <v, output> at every layer at once, and its inner
-product with dW is <v, y>, whose square has the expectation |y|^2. Samples of a call are kept apart: their
-gradients are products of a layer's own inputs and output gradients, so that a pass over n samples gives n
-numbers for each (layer, scheme), and nothing of the size of the model is held. The rounding of activations is
-a gate of the same kind: W (round(x) - x) at a layer's output.
+To first order a layer's weight error dW moves the output of each sample by y = J dW x. For random signs v
+over an output, one backward pass gives the gradient of <v, output> at every layer at once, and its inner
+product with dW is <v, y>: numbers that add up as changes do, and whose squares have the expectation |y|^2.
+Samples of a call are kept apart: their gradients are products of a layer's own inputs and output gradients,
+so that a pass over n samples gives n numbers for each (layer, scheme), and nothing of the size of the model
+is held. The rounding of activations is a gate of the same kind: W (round(x) - x) at a layer's output.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -45,12 +45,15 @@ class _Pass:
 
 
 class Sketches:
-    """Squared first-order changes of the outputs on stored calls: called, {layer: {name: [a number for each
-    of ``errors.steps``]}}, each the mean square of the change relative to that of the full-precision output,
-    as ``OutputErrors`` gives for what is really changed.
+    """First-order changes of the outputs of one recorded step, sketched: called with its place in
+    ``errors.steps``, {layer: {name: [passes x samples]}}, the samples of a pass together.
 
-    The denoiser must run in full precision. ``passes`` backward passes a step. Deterministic. Raises
-    RuntimeError where no gradient passes.
+    The mean of their squares is the mean square of the change relative to that of the full-precision output,
+    as ``OutputErrors`` gives for what is really changed. All samples have the same signs, so that means over
+    the samples of a pass sketch what they have in common.
+
+    The denoiser must run in full precision. ``passes`` backward passes go through one forward pass.
+    Deterministic. Raises RuntimeError where no gradient passes.
     """
 
     def __init__(
@@ -59,32 +62,24 @@ class Sketches:
         self.errors, self.layers, self.passes = errors, layers, passes
         self.changes, self.gates = changes, gates
 
-    def __call__(self) -> dict[str, dict[str, list[float]]]:
-        found: dict[str, dict[str, list[float]]] = {}
-        for place in range(len(self.errors.steps)):
-            for layer, row in self._of_step(place).items():
-                for name, value in row.items():
-                    steps = found.setdefault(layer, {}).setdefault(name, [0.0] * len(self.errors.steps))
-                    steps[place] = value
-        return found
-
-    def _of_step(self, place: int) -> dict[str, dict[str, float]]:
-        total: dict[str, dict[str, float]] = {}
-        samples, scale = self.errors.samples[place], self.errors.scale(self.errors.samples[place])
+    def __call__(self, place: int) -> dict[str, dict[str, list[float]]]:
+        total: dict[str, dict[str, list[float]]] = {}
+        samples = self.errors.samples[place]
         current = _Pass(len(samples))
         seed = torch.Generator().manual_seed(self.errors.steps[place])
         with torch.enable_grad(), self._listening(lambda: current):
             output = self.errors.outputs_of(samples).float()
+            unit = (output[0].numel() * self.errors.scale(samples)) ** 0.5
             for i in range(self.passes):
                 current = _Pass(len(samples))
-                signs = torch.randint(0, 2, output.shape, generator=seed).to(output.device) * 2.0 - 1.0
-                output.backward(signs, retain_graph=i + 1 < self.passes)
+                signs = torch.randint(0, 2, output.shape[1:], generator=seed).to(output.device) * 2.0 - 1.0
+                output.backward(signs.expand_as(output), retain_graph=i + 1 < self.passes)
                 for layer, row in current.numbers.items():
                     own = total.setdefault(layer, {})
                     for name, value in row.items():
-                        own[name] = own.get(name, 0.0) + float(value.double().square().sum())
-        unit = self.passes * output.numel() * scale
-        return {layer: {k: v / unit for k, v in row.items()} for layer, row in total.items()}
+                        spread = value.expand(len(samples)) / (len(samples) / len(value)) ** 0.5
+                        own.setdefault(name, []).extend((spread / unit).tolist())
+        return total
 
     @contextmanager
     def _listening(self, current: Callable[[], _Pass]) -> Iterator[None]:
@@ -95,9 +90,12 @@ class Sketches:
                 x, y = args[0].detach(), output.detach()
                 if not output.requires_grad:  # nothing before it asks for gradients
                     output.requires_grad_(True)
-                output.register_hook(
-                    lambda slope: current().add(name, self._numbers(name, layer, x, y, slope))
-                )
+
+                def heard(slope: Tensor) -> None:
+                    now = current()
+                    now.add(name, self._numbers(name, layer, x, y, slope, now.samples))
+
+                output.register_hook(heard)
 
             return called
 
@@ -109,9 +107,10 @@ class Sketches:
                 handle.remove()
 
     @torch.no_grad()
-    def _numbers(self, name: str, layer: Layer, x: Tensor, y: Tensor, slope: Tensor) -> dict[str, Tensor]:
+    def _numbers(
+        self, name: str, layer: Layer, x: Tensor, y: Tensor, slope: Tensor, samples: int
+    ) -> dict[str, Tensor]:
         """<slope, change of the layer's output> of each sample, by what makes the change."""
-        samples = len(self.errors.samples[0])
         parts = samples if len(x) % samples == 0 and len(slope) % samples == 0 else 1
         found: dict[str, Tensor] = {}
         changes = self.changes(name)
@@ -131,7 +130,7 @@ def per_sample(layer: Layer, x: Tensor, slope: Tensor, parts: int) -> Tensor:
         inputs, outputs = x.reshape(parts, -1, x.shape[-1]), slope.reshape(parts, -1, slope.shape[-1])
         return torch.bmm(outputs.transpose(1, 2), inputs)
     out, groups, kernel = layer.shape[0], layer.groups, layer.kernel_size
-    padded = functional.pad(x, _pads(layer, x)) if isinstance(layer.padding, str) else x
+    padded = functional.pad(x, _pads(layer)) if isinstance(layer.padding, str) else x
     padding = 0 if isinstance(layer.padding, str) else layer.padding
     columns = functional.unfold(padded, kernel, layer.dilation, padding, layer.stride)
     n, places = len(x), columns.shape[-1]
@@ -141,10 +140,10 @@ def per_sample(layer: Layer, x: Tensor, slope: Tensor, parts: int) -> Tensor:
     return found.reshape(parts, n // parts, *layer.shape).sum(1)
 
 
-def _pads(layer: QuantConv2d, x: Tensor) -> Sequence[int]:
+def _pads(layer: QuantConv2d) -> list[int]:
     """What ``padding="same"`` adds, as ``functional.pad`` takes it."""
     total = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
     if layer.padding == "valid":
         total = [0, 0]
     (top, left) = (t // 2 for t in total)
-    return left, total[1] - left, top, total[0] - top
+    return [left, total[1] - left, top, total[0] - top]

@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from aquabit.graph import from_json
-from aquabit.measuring.evaluator import Evaluator, Measured, Slopes
+from aquabit.measuring.evaluator import Evaluator, Measured, SketchedStep, Slopes
 from aquabit.measuring.output_errors import StepErrors
 from aquabit.quality import QualityOptions
 from aquabit.quant.bank import Bank
@@ -74,6 +74,25 @@ class MeasureSlopes:
 
 
 @dataclass(frozen=True)
+class MeasureSketches:
+    """What schemes (layer -> schemes) and rounded inputs do alone to the outputs of one recorded step, to
+    first order (``Evaluator.sketches``)."""
+
+    choices: Mapping[str, tuple[str, ...]]
+    acts: tuple[int, ...]
+    protocol: MeasuringProtocol
+    place: int
+    part: int
+    passes: int
+    like: QuantConfig
+
+    def run(self, evaluator: Evaluator) -> SketchedStep:
+        return evaluator.sketches(
+            self.choices, self.acts, self.protocol, self.place, self.part, self.passes, self.like
+        )
+
+
+@dataclass(frozen=True)
 class Portions:
     """Layers in portions whose H fit into memory together (``Evaluator.chunks``)."""
 
@@ -87,8 +106,8 @@ class Portions:
 
 @dataclass(frozen=True)
 class Fit:
-    """Schemes (layer -> schemes) into the bank, and what they and the activation choices of ``probes`` do
-    alone (``Evaluator.fit``)."""
+    """Schemes (layer -> schemes) into the bank, and (with ``probe``) what they and the activation choices of
+    ``probes`` do alone (``Evaluator.fit``)."""
 
     schemes: Mapping[str, tuple[str, ...]]
     probes: Mapping[str, tuple[int, ...]]
@@ -96,10 +115,11 @@ class Fit:
     protocol: MeasuringProtocol
     calibration: Calibration | None = None
     steps: StepGroups | None = None
+    probe: bool = True
 
     def run(self, evaluator: Evaluator) -> Facts:
         return evaluator.fit(
-            self.schemes, self.probes, self.acts, self.protocol, self.calibration, self.steps
+            self.schemes, self.probes, self.acts, self.protocol, self.calibration, self.steps, self.probe
         )
 
 
