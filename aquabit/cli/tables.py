@@ -250,7 +250,7 @@ def show_plan(plan: Any) -> None:
     )
     said = (
         f"{_span(plan.measuring_seconds)} of measuring and {_span(plan.probing_seconds)} for {plan.probes}"
-        " probes"
+        f" probes{f' and {plan.backward_passes} backward passes' if plan.backward_passes else ''}"
     )
     say(f"estimated time: {said} with {plan.workers} worker{'s' * (plan.workers > 1)}, besides the fits' own")
     say(

@@ -12,7 +12,10 @@ import torch
 from diffusers import DiffusionPipeline
 
 from aquabit.measuring.evaluator import PROBE_IMAGES, Evaluator
+from aquabit.measuring.fitting import GRADIENTS, check_source
+from aquabit.measuring.gradient_damages import CELLS, PARTS, PASSES, ROUNDED
 from aquabit.measuring.model import open_model
+from aquabit.measuring.output_errors import STEPS
 from aquabit.measuring.pools import local_evaluator
 from aquabit.measuring.session import uniform_references
 from aquabit.measuring.settings import AS_BEGUN, MeasureOptions, meter_of, settings
@@ -26,6 +29,7 @@ from aquabit.space import SearchSpace
 from aquabit.study import Study
 
 MOST_SAMPLES = 1_000_000  # all are drawn before the first is measured
+BACKWARD = 3  # denoiser calls that a backward pass costs, with the products of every layer's samples
 HEADER = 400  # bytes of a file of the bank besides its tensors, about
 WARM_SECONDS = 10.0  # a first call that took longer is not repeated: what it takes once hardly matters
 
@@ -70,14 +74,15 @@ class SampleOptions:
 @dataclass(frozen=True)
 class Plan:
     """What ``measure`` would do. Seconds are an estimate: one denoiser call of a full-precision micro-batch
-    was timed, and every image is taken to cost as much; ``fits`` are (layer, scheme, activation bits) that
-    the bank lacks, whose own time is not in it.
+    was timed, and every image is taken to cost as much (a backward pass BACKWARD calls); ``fits`` are (layer,
+    scheme, activation bits) that the bank lacks, whose own time is not in it.
     """
 
     measurements: int
     known: int
     fits: int
     probes: int
+    backward_passes: int  # of 8 samples, where damages come from gradients
     bank_bytes: int  # of these fits
     bank_free: int  # bytes of the bank's limit that are left
     call_seconds: float
@@ -98,6 +103,7 @@ def plan(
 ) -> Plan:
     """What ``measure`` with the same arguments would do; nothing is written. ``study=None``: one that is
     not there yet."""
+    check_source(options.damages)
     opened, store, chosen = open_model(model), Bank(where.bank), Design.parse(sample.design)
     meter = meter_of(opened, study, options.quality, store, where.device)
     given, made = settings(opened, study, options, where.dtype, meter)
@@ -116,15 +122,17 @@ def plan(
     missing = len(asked - known) + (0 if fixed else max(0, len(drawn) - done))
     evaluator = local_evaluator(opened, store, replace(where, dtype=given.dtype), meter.options)
     fits, size = _fits(evaluator, made)
-    probes = _probes(study, made)
+    probes, passes = _probes(study, made), 0
+    if options.damages == GRADIENTS and probes:
+        probes, passes = min(probes, CELLS + ROUNDED), PARTS * PASSES * min(STEPS, given.steps)
     call = _call_seconds(evaluator, given, where.device)
     calls = given.steps * ceil(given.images / given.micro_batch) * (2 if made.correction else 1)
     # a call takes ``micro_batch`` images: a probe's images are several calls, or part of one
-    probing = probes * call * given.steps * PROBE_IMAGES / given.micro_batch
+    probing = (probes * given.steps + passes * BACKWARD) * call * PROBE_IMAGES / given.micro_batch
     free = store.limit - sum(p.stat().st_size for p in store.folder.glob("*.safetensors"))
     there = len(asked & known) + (0 if fixed else min(done, len(drawn)))
     seconds = missing * calls * call / where.workers, probing / where.workers
-    return Plan(missing, there, fits, probes, size, free, call, *seconds, where.workers)
+    return Plan(missing, there, fits, probes, passes, size, free, call, *seconds, where.workers)
 
 
 def _fits(evaluator: Evaluator, space: SearchSpace) -> tuple[int, int]:

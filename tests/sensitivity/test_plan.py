@@ -68,6 +68,20 @@ def test_a_plan_is_what_is_then_done(tmp_path) -> None:
     )
 
 
+def test_a_plan_by_gradients_does_not_grow_with_layers_and_schemes(tmp_path) -> None:
+    pipe, values = tiny_pipeline("dit"), (Where(bank=str(tmp_path / "bank")),)
+    given = MeasureOptions(PROTOCOL, {"schemes": ["usq4", "usq3", "usq2"], "activations": [8]})
+    by_probes = plan(pipe, None, SampleOptions(0), given, *values)
+    found = plan(pipe, None, SampleOptions(0), replace(given, damages="gradients"), *values)
+    steps = min(10, PROTOCOL.steps)
+    assert (found.probes, found.backward_passes) == (30, 4 * steps) and by_probes.probes > 30
+    assert by_probes.backward_passes == 0
+    measured = PROTOCOL.steps * found.probes + 3 * found.backward_passes
+    assert found.probing_seconds / found.call_seconds == pytest.approx(measured * 8 / PROTOCOL.micro_batch)
+    with pytest.raises(AquabitError, match="must be probes or gradients"):
+        plan(pipe, None, SampleOptions(0), replace(given, damages="x"), *values)
+
+
 def test_live_tensors_are_counted_while_they_live() -> None:
     x = torch.empty(1000, device="meta")
     with _Live({x.untyped_storage()._cdata}) as live:
