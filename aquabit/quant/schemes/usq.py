@@ -18,6 +18,7 @@ from aquabit.scheme import Scheme
 
 CLIP_STEPS = 24  # shrunken ranges tried per row, from the full range down to CLIP_LEAST of it
 CLIP_LEAST = 0.35
+CHUNK = 1 << 18  # weights that are fitted together: what is made of them stays in a processor's cache
 
 
 def fit(
@@ -45,16 +46,11 @@ def uniform(weight: Tensor, scheme: Scheme) -> CodebookWeight:
     low = padded.nan_to_num(nan=torch.inf).amin(1, keepdim=True)
     high = padded.nan_to_num(nan=-torch.inf).amax(1, keepdim=True)
     steps = (1 << scheme.bits) - 1
-    best = torch.full_like(low, torch.inf)
     scale, offset = torch.ones_like(low), torch.zeros_like(low)
-    for shrink in torch.linspace(1.0, CLIP_LEAST, CLIP_STEPS).tolist():
-        middle, half = (low + high) / 2, (high - low) / 2 * shrink
-        s, o = halves(2 * half / steps), halves(middle - half)
-        error = (_codes(padded, s, o, steps) * s + o - padded).nan_to_num().square().sum(1, keepdim=True)
-        better = error < best
-        best = torch.where(better, error, best)
-        scale = torch.where(better, s, scale)
-        offset = torch.where(better, o, offset)
+    for rows in torch.arange(len(padded), device=padded.device).split(max(1, CHUNK // size)):
+        part = slice(int(rows[0]), int(rows[-1]) + 1)
+        ends = low[part], high[part]
+        scale[part], offset[part] = _least(padded[part], *ends, steps, padded=n * size > row)
     codes = _codes(padded, scale, offset, steps).nan_to_num().reshape(out, n * size)[:, :row]
     shape = (out,) if n == 1 else (out, n)
     return CodebookWeight.from_codes(
@@ -65,6 +61,25 @@ def uniform(weight: Tensor, scheme: Scheme) -> CodebookWeight:
         tuple(weight.shape),
         scheme.bits,
     )
+
+
+def _least(x: Tensor, low: Tensor, high: Tensor, steps: int, padded: bool) -> tuple[Tensor, Tensor]:
+    """Scale and offset [n, 1] with the least squared error among CLIP_STEPS ranges around the middle of x
+    [n, size], whose ends are ``low`` and ``high``; where x is ``padded``, with NaN, those do not count."""
+    best = torch.full_like(low, torch.inf)
+    scale, offset, off = torch.ones_like(low), torch.zeros_like(low), torch.empty_like(x)
+    middle = (low + high) / 2
+    for shrink in torch.linspace(1.0, CLIP_LEAST, CLIP_STEPS).tolist():
+        half = (high - low) / 2 * shrink
+        s, o = halves(2 * half / steps), halves(middle - half)
+        torch.sub(x, o, out=off).div_(s.clamp_min(1e-12)).round_().clamp_(0, steps).mul_(s).add_(o).sub_(x)
+        if padded:
+            off.nan_to_num_()
+        error = off.square_().sum(1, keepdim=True)
+        better = error < best
+        best = torch.where(better, error, best)
+        scale, offset = torch.where(better, s, scale), torch.where(better, o, offset)
+    return scale, offset
 
 
 def _codes(x: Tensor, scale: Tensor, offset: Tensor, steps: int) -> Tensor:
