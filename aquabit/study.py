@@ -65,7 +65,7 @@ def _clear_errors(path: Path) -> Iterator[None]:
                 f"{path} is being written by another process; wait for it or stop it"
             ) from error
         raise AquabitError(f"{path} cannot be used as a study: {error}") from error
-    except sqlite3.DatabaseError as error:
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # a name or a text of bytes that are none
         raise AquabitError(
             f"{path} is not a readable study ({error}); it may be truncated: restore a copy or start a"
             " new one"

@@ -80,9 +80,10 @@ def answers(folder: Path, model: str, bits: Sequence[float]) -> dict[str, Any]:
 
 
 def fresh(folder: Path, model: str, bits: Sequence[float]) -> None:
+    configs = answers_kept(folder, model, bits)
     with session_of(folder, model, "probes") as session:
         blocks = [session.protocol.block(b) for b in FRESH]
-        measured_blocks(session, answers_kept(folder, model, bits), blocks, ["psnr"])
+        measured_blocks(session, configs, blocks, ["psnr"])
 
 
 def answers_kept(folder: Path, model: str, bits: Sequence[float]) -> dict[str, Any]:
@@ -113,9 +114,9 @@ def row(folder: Path, model: str, bits: Sequence[float]) -> dict[str, Any]:
         "srcc_weights": spearmanr(own[~rounded], true[~rounded]).statistic,
         "budgets": [],
     }
+    configs = answers_kept(folder, model, bits)
     with session_of(folder, model, "probes") as session:
         blocks = [session.protocol.block(b) for b in FRESH]
-        configs = answers_kept(folder, model, bits)
         psnr = {n: v["psnr"] for n, v in block_values(session, configs, blocks, ["psnr"]).items()}
         found["passes"] = session.protocol.steps * g.PARTS * g.PASSES
     for each in bits:
