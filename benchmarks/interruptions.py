@@ -367,10 +367,7 @@ def main() -> None:
     arguments.add_argument("--results", type=Path, default=RESULTS)
     given = arguments.parse_args()
     imported()
-    stored = (
-        read(given.results / "interruptions.json").get("rows", []) if len(given.parts) < len(PARTS) else []
-    )
-    wanted, listed = set(given.parts), [row for row in stored if row["part"] not in given.parts]
+    wanted = set(given.parts)
     for name in reversed(PARTS):
         wanted |= set(PARTS[name].needs) if name in wanted else set()
     with tempfile.TemporaryDirectory(prefix="aquabit-base-") as base:
@@ -378,12 +375,17 @@ def main() -> None:
             kills = given.kills if name in given.parts else 0
             found = campaign(name, kills, given.seed, Path(base))
             if name in given.parts:
-                row = {"part": name, "command": PARTS[name].words, **found.__dict__}
-                listed.append({**row, "faults": dict(found.faults), "said": found.said[:12]})
-                print(name, found.kills, found.ends, dict(found.faults), flush=True)
-    listed.sort(key=lambda row: list(PARTS).index(row["part"]))
-    command = f"python {sys.argv[0]} --kills {given.kills}"
-    write_results("interruptions", command, {"rows": listed}, markdown, given.results)
+                _keep(name, found, given.results)
+
+
+def _keep(name: str, found: Found, results: Path) -> None:
+    """Put what was found of one part into the tables, which hold the others'."""
+    row = {"part": name, "command": PARTS[name].words, **found.__dict__}
+    row |= {"faults": dict(found.faults), "said": found.said[:12]}
+    stored = [r for r in read(results / "interruptions.json").get("rows", []) if r["part"] != name]
+    listed = sorted([*stored, row], key=lambda r: list(PARTS).index(r["part"]))
+    write_results("interruptions", f"python {sys.argv[0]}", {"rows": listed}, markdown, results)
+    print(name, found.kills, found.ends, dict(found.faults), flush=True)
 
 
 if __name__ == "__main__":

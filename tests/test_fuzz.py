@@ -20,3 +20,17 @@ def test_hostile_input_is_refused_in_a_sentence_or_means_what_it_says(name: str)
         "one bit"
     ):  # whose every change is noticed
         assert ACCEPTED in {o.kind for o in found.values()}, "what is mutated was no good input"
+
+
+KNOWN = {  # cases that were faults once
+    "scheme": (12438, 31837, 32915),
+    "swap, correction, design, shape": (51652,),
+    "one bit of a study": (4272, 7639),
+    "contradicting weights": (9222,),
+}
+
+
+@pytest.mark.parametrize(("name", "number"), [(n, i) for n, row in KNOWN.items() for i in row])
+def test_what_was_a_fault_is_none(name: str, number: int) -> None:
+    found = outcome(targets()[name], number)
+    assert found.kind in (ACCEPTED, REFUSED), found
