@@ -6,13 +6,14 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import secrets
 import shutil
 import stat
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from aquabit.errors import AquabitError
@@ -37,25 +38,24 @@ def writing(path: str | Path) -> Iterator[Path]:
         special = mode is not None and not stat.S_ISREG(mode)
         folder = Path(tempfile.gettempdir()) if special else target.parent
         temporary = _part(folder, target.name)
-        held = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-        fcntl.flock(held, fcntl.LOCK_EX)  # see ``clear``
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         own = os.stat(temporary).st_mode if mode is None else mode  # of a new file: less what the umask takes
     except OSError as error:
         raise AquabitError(f"{path} could not be written: {error.strerror or error}") from error
     except ValueError as error:
         raise AquabitError(f"{str(path)!r} is no name of a file ({error})") from error
     try:
-        yield temporary
-        if special:
-            with open(temporary, "rb") as source, open(target, "wb") as device:
-                shutil.copyfileobj(source, device)
-        else:
-            os.chmod(temporary, stat.S_IMODE(own))  # safetensors makes files that only their owner reads
-            temporary.replace(target)
+        with _held(temporary):
+            yield temporary
+            if special:
+                with open(temporary, "rb") as source, open(target, "wb") as device:
+                    shutil.copyfileobj(source, device)
+            else:
+                os.chmod(temporary, stat.S_IMODE(own))  # safetensors makes files that only their owner reads
+                temporary.replace(target)
     except OSError as error:
         raise AquabitError(f"{path} could not be written: {error.strerror or error}") from error
     finally:
-        os.close(held)
         temporary.unlink(missing_ok=True)
 
 
@@ -63,31 +63,47 @@ def writing(path: str | Path) -> Iterator[Path]:
 def writing_folder(path: str | Path, instead_of: Iterable[str] = ()) -> Iterator[Path]:
     """A folder to write to, whose files are in ``path`` when the block ends, and vanish where it fails.
 
-    What is in ``path`` already stays, but files that are written anew, which are replaced whole, and those
-    that match a pattern of ``instead_of``, which are removed. A path that is not there yet, or is empty,
-    comes to be at once. Passes on what the block raises, and OSError.
+    A path that is not there yet comes to be at once. Where there is a folder, its files stay, but those that
+    are written anew, which are replaced whole, one after the other, and then those that match a pattern of
+    ``instead_of``, which are removed. Raises AquabitError where it cannot be written, and passes on what the
+    block raises.
     """
     target = Path(os.path.realpath(path))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    clear(target.parent, target.name)
-    temporary = _part(target.parent, target.name)
-    temporary.mkdir()
-    held = os.open(temporary, os.O_RDONLY)
     try:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        yield temporary
-        if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        there = target.exists()
+        place = target if there else target.parent  # inside it: it may be a file system of its own
+        place.mkdir(parents=True, exist_ok=True)
+        clear(place, target.name)
+        temporary = _part(place, target.name)
+        temporary.mkdir()
+    except OSError as error:
+        raise AquabitError(f"{path} could not be written: {error.strerror or error}") from error
+    with _held(temporary):
+        try:
+            yield temporary
+            _into(temporary, target, instead_of)
+        except OSError as error:
+            raise AquabitError(f"{path} could not be written: {error.strerror or error}") from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _into(temporary: Path, target: Path, instead_of: Iterable[str]) -> None:
+    """Move what was written to where it belongs."""
+    if not target.exists():
+        with suppress(OSError):  # another process was faster
             temporary.rename(target)
             return
-        fresh = {target / f.relative_to(temporary): f for f in temporary.rglob("*") if not f.is_dir()}
-        for old in {f for pattern in instead_of for f in target.glob(pattern)} - set(fresh):
-            old.unlink()
-        for own, file in sorted(fresh.items()):
-            own.parent.mkdir(parents=True, exist_ok=True)
-            file.replace(own)
-    finally:
-        os.close(held)
-        shutil.rmtree(temporary, ignore_errors=True)
+    fresh = {target / f.relative_to(temporary): f for f in temporary.rglob("*") if not f.is_dir()}
+    for own in fresh:  # before anything is touched
+        own.parent.mkdir(parents=True, exist_ok=True)
+        if own.is_dir():
+            raise IsADirectoryError(errno.EISDIR, f"{own} is a folder")
+    old = {f for pattern in instead_of for f in target.glob(pattern) if not f.is_dir()} - set(fresh)
+    for own, file in sorted(fresh.items(), reverse=True):
+        file.replace(own)
+    for file in old:
+        file.unlink()
 
 
 def _part(folder: Path, name: str) -> Path:
@@ -95,22 +111,32 @@ def _part(folder: Path, name: str) -> Path:
     return folder / f".{name[:100]}.{os.getpid()}-{secrets.token_hex(4)}{PART}"
 
 
-def clear(folder: Path, name: str = "*") -> None:
-    """Remove what processes that were killed began to write in a folder: whoever still writes holds a
-    lock."""
-    for path in folder.glob(f".{name}.*{PART}"):
-        try:
+@contextmanager
+def _held(path: Path) -> Iterator[None]:
+    """Lock what is being written, for ``clear`` to see; where the file system has no locks, it stays."""
+    held = os.open(path, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(held)
+
+
+def clear(folder: Path, name: str | None = None) -> None:
+    """Remove what processes that were killed began to write in a folder (as ``name``): whoever still writes
+    holds a lock."""
+    own = ".*" if name is None else re.escape(name[:100])
+    pattern = re.compile(rf"\.{own}\.\d+-[0-9a-f]{{8}}{re.escape(PART)}", re.DOTALL)
+    for path in [p for p in folder.iterdir() if pattern.fullmatch(p.name)]:
+        with suppress(OSError):  # it is held, gone, or has no locks
             held = os.open(path, os.O_RDONLY)
-        except OSError:
-            continue
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if time.time() - path.stat().st_mtime > YOUNG:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        except OSError:
-            continue
-        finally:
-            os.close(held)
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if time.time() - path.stat().st_mtime > YOUNG:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            finally:
+                os.close(held)
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -4,7 +4,6 @@ meta device."""
 from __future__ import annotations
 
 import os
-import resource
 import weakref
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -26,6 +25,7 @@ from aquabit.scheme import AquabitError, Protocol, Scheme
 NOT_COUNTED = (
     "activations of the VAE, of text encoders and of feature extractors, images, and a GPU's own context"
 )
+SKETCHED = 8  # samples of a backward pass (measuring.output_errors.IMAGES)
 CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of a container
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 # resident in a process that has imported torch, diffusers and what measuring takes (Linux, CPU build: .54
@@ -81,49 +81,66 @@ class _Live(TorchDispatchMode):
 
 
 def memory_of(device: str) -> int:
-    """Bytes that a process may take at most: a GPU's memory, or this machine's as far as the container and
-    the limits of the process allow."""
+    """Bytes that there are for all processes: a GPU's memory, or this machine's as far as the container has
+    them."""
     if torch.device(device).type == "cuda":
         return int(torch.cuda.mem_get_info(device)[1])
     found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if limit != resource.RLIM_INFINITY:
-        found.append(limit)
     for path in CGROUPS:
         with suppress(OSError, ValueError):  # there is none, or it says "max"
             found.append(int(Path(path).read_text()))
     return min(found)
 
 
-def check_measuring(graph: nx.DiGraph, protocol: Protocol, device: str, workers: int = 1) -> None:
-    """Raise AquabitError where measuring under a protocol takes more than there is, and say what to lower.
-    Nothing is said of a denoiser that does not run on the meta device."""
+def check_measuring(
+    graph: nx.DiGraph,
+    protocol: Protocol,
+    device: str,
+    workers: int = 1,
+    *,
+    gradients: bool = False,
+    bound: bool = False,
+) -> None:
+    """Raise AquabitError where measuring under a protocol takes more than there is, and say what to lower; of
+    a protocol that is ``bound`` to a study nothing can be. With ``gradients`` every layer's input and output
+    are held too. Nothing is said of a denoiser that does not run on the meta device."""
     try:
         activations = activation_bytes(graph)
     except AquabitError:
         return
     there, gpu = memory_of(device), torch.device(device).type == "cuda"
 
-    def taken(batch: int, workers: int = workers) -> int:
+    def taken(batch: int, workers: int = workers, dtype: str = protocol.dtype) -> int:
         samples = batch * (2 if protocol.guidance != 1.0 else 1)
-        found = [p for p in _peaks(graph, samples, activations) if p.task == "measure"]
-        (peak,) = [p for p in found if p.dtype == protocol.dtype]
-        return workers * (peak.total - (peak.parts["libraries"] if gpu else 0))
+        found = {(p.task, p.dtype): p for p in _peaks(graph, samples, activations)}["measure", dtype]
+        held = min(samples, SKETCHED) * _layer_bytes(graph) * BYTES[dtype] // 4 if gradients else 0
+        own = found.total - LIBRARIES + held
+        return workers * own + (0 if gpu else LIBRARIES * (workers + 1) // 2)  # half of them is shared
 
-    own = protocol.micro_batch
-    if taken(own) <= there:
+    batch = protocol.micro_batch
+    if taken(batch) <= there:
         return
-    fitting = [b for b in (2**i for i in range(16)) if b < own and taken(b) <= there]
-    advice = [f"lower --micro-batch to {fitting[-1]}"] if fitting else []
-    if workers > 1 and taken(own, 1) <= there:
-        advice.append(f"lower --workers to {there // taken(own, 1)}")
-    if protocol.dtype == "float32":
-        advice.append("use --dtype bfloat16")
+    advice = []
+    if workers > 1 and taken(batch, 1) <= there:
+        fits = next(n for n in range(workers - 1, 0, -1) if taken(batch, n) <= there)
+        advice.append(f"lower --workers to {fits}")
+    if not bound:
+        fitting = [b for b in (2**i for i in range(16)) if b < batch and taken(b) <= there]
+        advice += [f"lower --micro-batch to {fitting[-1]}"] if fitting else []
+        if protocol.dtype == "float32" and taken(batch, dtype="bfloat16") <= there:
+            advice.append("use --dtype bfloat16")
     raise AquabitError(
-        f"measuring {own} images at once takes about {taken(own) / 1e9:.1f} GB"
+        f"measuring {batch} images at once takes about {taken(batch) / 1e9:.1f} GB"
         f"{f' in {workers} processes' if workers > 1 else ''}, there are {there / 1e9:.1f} GB;"
-        f" {' or '.join(advice) or 'use a machine with more'}"
+        f" {' or '.join(advice) or 'use a machine with more memory'}"
     )
+
+
+def _layer_bytes(graph: nx.DiGraph) -> int:
+    """Bytes of the float32 inputs and outputs of all layers in one denoiser call with one sample."""
+    nodes = graph_layers(graph).values()
+    widths = ((int(n["tokens"]), tuple(n["shape"])) for n in nodes)
+    return sum(4 * tokens * (shape[0] + shape[1]) for tokens, shape in widths)
 
 
 def check_images(images: int, size: tuple[int, int] | None) -> None:

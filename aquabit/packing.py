@@ -114,7 +114,7 @@ class Packed:
                 for file in (made / "model_index.json", *made.glob("*/config.json")):
                     _forget_local_path(file)
                 follow_umask(made, made.glob("*/*.safetensors"))
-        except (OSError, SafetensorError) as error:
+        except SafetensorError as error:
             raise AquabitError(f"{folder} could not be written ({error})") from error
         return size
 

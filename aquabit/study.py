@@ -482,7 +482,7 @@ class Merged(NamedTuple):
 
 def merge(sources: Sequence[Study], out: Study) -> Merged:
     """Copy everything that was measured in ``sources`` into ``out``, in one transaction; of what several
-    hold, the first stays.
+    hold, the first stays (of features the one that says more).
 
     Rows of the sources take turns, so that shards given in order come out in the order of a run in one piece.
     Raises AquabitError, before anything is written, where a source is empty, or of another model, space or
@@ -514,13 +514,31 @@ def merge(sources: Sequence[Study], out: Study) -> Merged:
             db.execute(OUTPUTS)  # older files lack it
             for table in MERGED:
                 rows = [s._rows(f"SELECT * FROM {table} ORDER BY rowid") for s in sources if _has(s, table)]
-                _insert(
-                    db, table, [row for row in chain.from_iterable(zip_longest(*rows)) if row is not None]
-                )
+                listed = [row for row in chain.from_iterable(zip_longest(*rows)) if row is not None]
+                if table == "features":
+                    _insert(db, table, _best(out, listed), replace=True)
+                else:
+                    _insert(db, table, listed)
     every = {key for numbers in measured for key in numbers}
     several = [key for key in every if sum(key in numbers for numbers in measured) > 1]
     differing = [key for key in several if len({numbers[key] for numbers in measured if key in numbers}) > 1]
     return Merged(len(every) - len(before), len(several), len(differing))
+
+
+def _best(out: Study, rows: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """Of features (layer, scheme, value) those that say more than what ``out`` has: a probed damage more than
+    one from gradients, and that more than none."""
+
+    def said(row: tuple[Any, ...]) -> int:
+        value = parse_object(row[2], f"{out.path}, {row[0]} at {row[1]}")
+        return 0 if "damage" not in value else 1 if "gradient" in value else 2
+
+    there = {row[:2]: said(row) for row in out._rows("SELECT layer, scheme, value FROM features")}
+    best: dict[Any, tuple[Any, ...]] = {}
+    for row in rows:
+        if said(row) > there.get(row[:2], -1):
+            best[row[:2]], there[row[:2]] = row, said(row)
+    return list(best.values())
 
 
 def _numbers(study: Study) -> dict[tuple[str, str], tuple[str, str]]:

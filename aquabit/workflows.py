@@ -57,7 +57,7 @@ class RunOptions(WhereOptions, total=False):
     protocol: Protocol | None
     space: Mapping[str, Any] | None
     quality: QualityOptions | None
-    damages: str
+    damages: str | None
 
 
 @dataclass(frozen=True)

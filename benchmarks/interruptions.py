@@ -155,7 +155,10 @@ def files(folder: Path) -> dict[str, str]:
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = str(path.relative_to(folder))
         skipped = ("model/", "bank/", "log.txt")
-        if not name.startswith(skipped) and ".db" not in name and not name.endswith(".part"):
+        part = any(
+            word.endswith(".part") for word in path.relative_to(folder).parts
+        )  # what a killed one began
+        if not name.startswith(skipped) and ".db" not in name and not part:
             found[name] = sha256(path.read_bytes()).hexdigest()
     return found
 
@@ -384,7 +387,7 @@ def _keep(name: str, found: Found, results: Path) -> None:
     row |= {"faults": dict(found.faults), "said": found.said[:12]}
     stored = [r for r in read(results / "interruptions.json").get("rows", []) if r["part"] != name]
     listed = sorted([*stored, row], key=lambda r: list(PARTS).index(r["part"]))
-    write_results("interruptions", f"python {sys.argv[0]}", {"rows": listed}, markdown, results)
+    write_results("interruptions", "python benchmarks/interruptions.py", {"rows": listed}, markdown, results)
     print(name, found.kills, found.ends, dict(found.faults), flush=True)
 
 

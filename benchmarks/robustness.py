@@ -90,7 +90,8 @@ def markdown(found: dict[str, Any]) -> str:
         "| what reads | " + " | ".join(KINDS) + " | growth, MB |",
         "|---|" + "---|" * (len(KINDS) + 1),
         *(
-            f"| {r['target']} | {' | '.join(str(r.get(k, 0)) for k in KINDS)} | {r['grown_kib'] / 1000:.1f} |"
+            f"| {r['target']} | {' | '.join(str(r.get(k, 0)) for k in KINDS)} |"
+            f" {r.get('grown_kib', 0) / 1000:.1f} |"
             for r in rows
         ),
         "| **all** | " + " | ".join(str(total[k]) for k in KINDS) + " | |",
@@ -121,7 +122,11 @@ def main() -> None:
             print("   ", *fault, flush=True)
     rows.sort(key=lambda row: list(targets()).index(row["target"]))
     write_results(
-        "robustness", f"python {sys.argv[0]} --cases {given.cases}", {"rows": rows}, markdown, given.results
+        "robustness",
+        f"python benchmarks/robustness.py --cases {given.cases}",
+        {"rows": rows},
+        markdown,
+        given.results,
     )
 
 

@@ -123,7 +123,9 @@ def test_a_folder_comes_to_be_at_once(tmp_path: Path) -> None:
 
 
 def test_what_the_killed_left_is_removed_and_what_others_write_is_not(tmp_path: Path) -> None:
-    left, folder, held, young = (tmp_path / f".{n}.1-0.part" for n in ("left", "folder", "held", "young"))
+    left, folder, held, young = (
+        tmp_path / f".{n}.1-0123abcd.part" for n in ("left", "folder", "held", "young")
+    )
     folder.mkdir()
     (folder / "x").touch()
     for path in (left, held, young):
@@ -138,3 +140,58 @@ def test_what_the_killed_left_is_removed_and_what_others_write_is_not(tmp_path: 
     assert held.exists()
     clear(tmp_path, "held")
     assert not held.exists()
+
+
+def test_a_folder_that_is_there_stays_the_same_one(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir(mode=0o700)
+    before = out.stat()
+    with writing_folder(out) as made:
+        (made / "a").write_text("new")
+    assert (out.stat().st_ino, out.stat().st_mode) == (before.st_ino, before.st_mode)
+    assert [p.name for p in out.iterdir()] == ["a"]
+
+
+def test_nothing_of_a_folder_is_touched_where_a_part_cannot_be_written(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / "z").mkdir(parents=True)
+    (out / "old").write_text("old")
+
+    def write() -> None:
+        with writing_folder(out, ["old"]) as made:
+            (made / "a").write_text("new")
+            (made / "z").write_text("a folder stands there")
+
+    with pytest.raises(AquabitError, match="is a folder"):
+        write()
+    assert sorted(p.name for p in out.iterdir()) == ["old", "z"]
+
+
+def test_only_what_is_being_written_is_cleared(tmp_path: Path) -> None:
+    names = [
+        ".out.bak.part",
+        ".out.v2.1-0123abcd.part",
+        ".out.1-0123abcd.part",
+        f".{'x' * 100}.1-0123abcd.part",
+    ]
+    for name in names:
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (0, 0))
+    clear(tmp_path, "out")
+    clear(tmp_path, "x" * 150)
+    assert sorted(p.name for p in tmp_path.iterdir()) == names[:2]
+
+
+def test_where_there_are_no_locks_files_are_written_and_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    write_text(tmp_path / "a", "a")
+    left = tmp_path / ".b.1-0123abcd.part"
+    left.touch()
+    os.utime(left, (0, 0))
+    clear(tmp_path)
+    assert left.exists() and (tmp_path / "a").read_text() == "a"

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from aquabit.scheme import AquabitError, Measurement, Protocol
-from aquabit.study import Study
+from aquabit.study import Study, merge
 from tests.worlds import COST, PROTOCOL, config, filled
 
 
@@ -217,3 +217,16 @@ def test_checksums_outlive_a_vacuum(tmp_path) -> None:
     study._db.execute("VACUUM")
     study.close()
     assert len(Study(tmp_path / "s.db").measurements())
+
+
+def test_of_features_the_one_that_says_more_is_joined(tmp_path) -> None:
+    cells = [("layer1", s) for s in ("usq2", "usq3", "usq4")]
+    fits, gradients, probes = {"error": 0.5}, {"error": 0.5, "damage": 2.0, "gradient": True}, {"damage": 3.0}
+    first, second = (filled(tmp_path / name, [1]) for name in ("a.db", "b.db"))
+    first.add_features(dict(zip(cells, (fits, gradients, probes), strict=True)))
+    second.add_features(dict(zip(cells, (gradients, probes, gradients), strict=True)))
+    out = Study(tmp_path / "out.db")
+    merge([first, second], out)
+    assert [out.features()[c]["damage"] for c in cells] == [2.0, 3.0, 3.0]
+    merge([first], out)
+    assert [out.features()[c]["damage"] for c in cells] == [2.0, 3.0, 3.0]

@@ -124,7 +124,7 @@ class Measuring:
     step_groups: options.StepGroups = None
     micro_batch: options.MicroBatch = Protocol.micro_batch
     resolution: options.Resolution = Protocol.resolution
-    damages: options.Damages = "probes"
+    damages: options.Damages = None
 
     def options(self, context: typer.Context) -> MeasureOptions:
         """As values; what continues a study's own where nothing is given is None."""

@@ -48,12 +48,13 @@ Workers = Annotated[
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
 Dtype = Annotated[str, typer.Option("--dtype", help="float32, float16 or bfloat16.")]
 Damages = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--damages",
         help=(
-            "Where it comes from what each (layer, scheme) does alone: probes (images of each), or gradients"
-            " (a few backward passes and thirty probes, whatever the number of layers and schemes)."
+            "Where what each (layer, scheme) does alone comes from: probes (images of each), or gradients"
+            " (a few backward passes and thirty probes, whatever the number of layers and schemes);"
+            " default: what the study has, else probes."
         ),
     ),
 ]

@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -165,14 +165,15 @@ def _lines() -> Iterator[Progress]:
             return
         name = what.split(": ")[0]
         if not parts or parts[-1].what.split(": ")[0] != name or parts[-1].done > done:
-            parts.append(_Part(what, done, total, time.monotonic(), done))
+            parts[:] = [_Part(what, done, total, time.monotonic(), done)]
         parts[-1].what, parts[-1].done, parts[-1].total = what, done, total
 
     def say() -> None:
         while not ended.wait(EVERY):
             now = time.monotonic()
             said = parts[-1].line(now) if parts else f"starting, {_duration(now - began)}"
-            errors.print(plain(said), highlight=False, soft_wrap=True)
+            with suppress(OSError, ValueError):  # nobody reads the log any more
+                errors.print(plain(said), highlight=False, soft_wrap=True)
 
     speaker = Thread(target=say, daemon=True)
     speaker.start()

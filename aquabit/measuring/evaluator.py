@@ -339,9 +339,10 @@ class Evaluator:
                         kept[name] = found
                 return found
 
-            def gates(name: str, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+            def gates(name: str, x: Tensor) -> dict[str, Tensor]:
                 layer, found = layers[name], dict[str, Tensor]()
-                for bits in acts if name in choices else ():
+                y = layer.forward(x)
+                for bits in acts:
                     change = layer.forward(layer.quantized_input(x, bits)) - y
                     found[f"a{bits}"] = change + (
                         straight_through(y, bits, "token") - y if name in attention else 0.0
@@ -350,7 +351,7 @@ class Evaluator:
 
             own = {name: layer for name, layer in layers.items() if name in choices}
             try:
-                found = Sketches(errors, own, changes, gates, passes)(place)
+                found = Sketches(errors, own, changes, gates, passes, protocol.micro_batch)(place)
             except RuntimeError as fault:
                 if out_of_memory(fault):
                     raise

@@ -126,7 +126,7 @@ def _sketched(pool: Pool, study: Study, space: SearchSpace, protocol: Protocol, 
     bits = sorted({b for a in space.act_choices for b in ((a,) if isinstance(a, int) else a)} - {16})
     full = space.full_precision().digest
     calibration = None if space.calibration is None else space.calibration.digest
-    about = [PASSES, choices, bits, calibration]
+    about = [PASSES, protocol.micro_batch, choices, bits, calibration]
     found: dict[tuple[int, int], SketchedStep] = {}
 
     def key(place: int, part: int) -> str:

@@ -114,7 +114,7 @@ class OutputErrors:
         return float(self.replay.batch(samples, torch.device("cpu"))[1].double().square().mean())
 
     def outputs_of(self, samples: Sequence[int]) -> Tensor:
-        """What the denoiser answers for samples of one step, now and in one call, as gradients pass it."""
+        """What the denoiser answers in one call for samples of one step, as it is now; gradients pass it."""
         device = next(chain(self.denoiser.parameters(), self.denoiser.buffers())).device
         args, kwargs = mapped(self.replay.batch(samples, device)[0], _usable)
         return first_tensor(self.denoiser(*args, **kwargs))

@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from aquabit.cost import CostModel
 from aquabit.graph import to_json
 from aquabit.measuring.evaluator import Evaluator, Slopes
-from aquabit.measuring.fitting import check_source, fit_all
+from aquabit.measuring.fitting import GRADIENTS, PROBES, check_source, fit_all
 from aquabit.measuring.model import Model, open_model
 from aquabit.measuring.output_errors import StepErrors, stored
 from aquabit.measuring.pools import InlinePool, Pool, local_evaluator, pool_for
@@ -21,6 +21,7 @@ from aquabit.measuring.settings import AS_BEGUN, MeasureOptions, meter_of, setti
 from aquabit.measuring.tasks import Measure, MeasureOutputErrors, MeasureSlopes
 from aquabit.measuring.where import HERE, Where
 from aquabit.memory import check_measuring
+from aquabit.pipelines.loading import check_device
 from aquabit.quant.bank import Bank
 from aquabit.scheme import Progress, Protocol, QuantConfig, Scheme, digest, no_progress
 from aquabit.scheme_kinds import ADDITIVE
@@ -187,19 +188,25 @@ def open_session(
     ``check`` sees the space before anything is fitted, and may raise. Raises AquabitError for a study of
     another model, protocol or space.
     """
-    check_source(options.damages)
+    if where.ray is None:
+        check_device(where.device)
+    damages = options.damages or study.get("damages") or PROBES
+    check_source(damages)
     opened = open_model(model)
     with study.writing():
         bank = Bank(where.bank)
         meter = meter_of(opened, study, options.quality, bank, where.device)
         protocol, space = settings(opened, study, options, where.dtype, meter, progress)
         if where.ray is None:
-            check_measuring(opened.graph, protocol, where.device, where.workers)
+            need = {"gradients": damages == GRADIENTS, "bound": "fingerprint" in study}
+            check_measuring(opened.graph, protocol, where.device, where.workers, **need)
         if check is not None:
             check(space)
         if opened.notes:
             study.set(family_notes=list(opened.notes))
         study.begin(opened.reference, opened.fingerprint, to_json(opened.graph), space.to_dict(), protocol)
+        if damages != (study.get("damages") or PROBES):
+            study.set(damages=damages)
         if meter.options or meter.notes:
             notes = meter.notes or (study.get("quality") or {}).get("notes", [])
             study.set(quality={**meter.options.to_dict(), "notes": notes})
@@ -214,6 +221,6 @@ def open_session(
 
             costs = CostModel(opened.graph, space)
             session = Session(opened, study, space, protocol, pool, costs, where.device, local)
-            fit_all(pool, study, space, protocol, progress, options.damages)
+            fit_all(pool, study, space, protocol, progress, damages)
             yield session
             bank.trim()

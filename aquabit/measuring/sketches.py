@@ -11,7 +11,7 @@ is held. The rounding of activations is a gate of the same kind: W (round(x) - x
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -24,9 +24,7 @@ from aquabit.quant.layers import QuantConv2d, QuantLinear
 
 Layer = QuantLinear | QuantConv2d
 Changes = Callable[[str], Mapping[str, Tensor]]  # a layer's weight errors dW by what makes them
-Gates = Callable[
-    [str, Tensor, Tensor], Mapping[str, Tensor]
-]  # what rounding a layer's input (and output) adds
+Gates = Callable[[str, Tensor], Mapping[str, Tensor]]  # what rounding a layer's input (and output) adds
 
 
 @dataclass
@@ -52,34 +50,62 @@ class Sketches:
     as ``OutputErrors`` gives for what is really changed. All samples have the same signs, so that means over
     the samples of a pass sketch what they have in common.
 
-    The denoiser must run in full precision. ``passes`` backward passes go through one forward pass.
-    Deterministic. Raises RuntimeError where no gradient passes.
+    The denoiser must run in full precision. ``passes`` backward passes go through one forward pass of at most
+    ``batch`` samples. Deterministic. Raises RuntimeError where no gradient passes, and where the model
+    changes a layer's input in place.
     """
 
     def __init__(
-        self, errors: OutputErrors, layers: Mapping[str, Layer], changes: Changes, gates: Gates, passes: int
+        self,
+        errors: OutputErrors,
+        layers: Mapping[str, Layer],
+        changes: Changes,
+        gates: Gates,
+        passes: int,
+        batch: int = 1 << 16,
     ):
-        self.errors, self.layers, self.passes = errors, layers, passes
+        self.errors, self.layers, self.passes, self.batch = errors, layers, passes, batch
         self.changes, self.gates = changes, gates
 
     def __call__(self, place: int) -> dict[str, dict[str, list[float]]]:
-        total: dict[str, dict[str, list[float]]] = {}
         samples = self.errors.samples[place]
-        current = _Pass(len(samples))
-        seed = torch.Generator().manual_seed(self.errors.steps[place])
+        parts = [samples[i : i + self.batch] for i in range(0, len(samples), self.batch)]
+        made = [self._of(part, place, i, self.errors.scale(samples)) for i, part in enumerate(parts)]
+        names = {layer: list(row) for layer, row in made[0][0].items()}
+        return {
+            layer: {
+                name: [v for k in range(self.passes) for part in made for v in part[k][layer][name].tolist()]
+                for name in row
+            }
+            for layer, row in names.items()
+        }
+
+    def _of(
+        self, samples: Sequence[int], place: int, part: int, scale: float
+    ) -> list[dict[str, dict[str, Tensor]]]:
+        """For each pass layer -> name -> [samples]. Each sample's signs are the step's, or their opposite: of
+        a layer whose input does not tell samples apart, which gives one number for all, the square then has
+        the sum of the samples' squares as its expectation."""
+        current, found = _Pass(len(samples)), []
+        step = self.errors.steps[place]
+        seed = torch.Generator().manual_seed(step)
+        own = torch.Generator().manual_seed((part + 1) * 1_000_003 + step)
         with torch.enable_grad(), self._listening(lambda: current):
             output = self.errors.outputs_of(samples).float()
-            unit = (output[0].numel() * self.errors.scale(samples)) ** 0.5
+            unit = (output[0].numel() * scale) ** 0.5
             for i in range(self.passes):
                 current = _Pass(len(samples))
+                flips = torch.randint(0, 2, (len(samples),), generator=own).to(output.device) * 2.0 - 1.0
                 signs = torch.randint(0, 2, output.shape[1:], generator=seed).to(output.device) * 2.0 - 1.0
-                output.backward(signs.expand_as(output), retain_graph=i + 1 < self.passes)
-                for layer, row in current.numbers.items():
-                    own = total.setdefault(layer, {})
-                    for name, value in row.items():
-                        spread = value.expand(len(samples)) / (len(samples) / len(value)) ** 0.5
-                        own.setdefault(name, []).extend((spread / unit).tolist())
-        return total
+                each = flips.reshape(-1, *[1] * (output.ndim - 1))
+                output.backward(each * signs, retain_graph=i + 1 < self.passes)
+                found.append(
+                    {
+                        layer: {name: _spread(value, flips) / unit for name, value in row.items()}
+                        for layer, row in current.numbers.items()
+                    }
+                )
+        return found
 
     @contextmanager
     def _listening(self, current: Callable[[], _Pass]) -> Iterator[None]:
@@ -87,13 +113,16 @@ class Sketches:
 
         def listen(name: str, layer: Layer) -> Callable[..., None]:
             def called(_: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-                x, y = args[0].detach(), output.detach()
+                x = args[0].detach()
+                state = x._version
                 if not output.requires_grad:  # nothing before it asks for gradients
                     output.requires_grad_(True)
 
                 def heard(slope: Tensor) -> None:
+                    if x._version != state:
+                        raise RuntimeError(f"the input of layer {name!r} is changed in place")
                     now = current()
-                    now.add(name, self._numbers(name, layer, x, y, slope, now.samples))
+                    now.add(name, self._numbers(name, layer, x, slope, now.samples))
 
                 output.register_hook(heard)
 
@@ -107,9 +136,7 @@ class Sketches:
                 handle.remove()
 
     @torch.no_grad()
-    def _numbers(
-        self, name: str, layer: Layer, x: Tensor, y: Tensor, slope: Tensor, samples: int
-    ) -> dict[str, Tensor]:
+    def _numbers(self, name: str, layer: Layer, x: Tensor, slope: Tensor, samples: int) -> dict[str, Tensor]:
         """<slope, change of the layer's output> of each sample, by what makes the change."""
         parts = samples if len(x) % samples == 0 and len(slope) % samples == 0 else 1
         found: dict[str, Tensor] = {}
@@ -118,9 +145,15 @@ class Sketches:
             gradient = per_sample(layer, x, slope, parts).flatten(1).float()
             stacked = torch.stack([change.flatten().float() for change in changes.values()])
             found |= dict(zip(changes, (gradient @ stacked.t()).t(), strict=True))
-        for gate, change in self.gates(name, x, y).items():
+        for gate, change in self.gates(name, x).items():
             found[gate] = (slope.float() * change.float()).reshape(parts, -1).sum(1)
         return found
+
+
+def _spread(value: Tensor, flips: Tensor) -> Tensor:
+    """[samples] of what a pass found, with the signs that all samples share; one number for all of them
+    becomes as many of the same sum of squares."""
+    return value * flips if len(value) == len(flips) else value.expand(len(flips)) / len(flips) ** 0.5
 
 
 def per_sample(layer: Layer, x: Tensor, slope: Tensor, parts: int) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from aquabit.measuring.evaluator import PROBE_IMAGES, Evaluator
-from aquabit.measuring.fitting import GRADIENTS, check_source
+from aquabit.measuring.fitting import GRADIENTS, PROBES, check_source
 from aquabit.measuring.gradient_damages import CELLS, PARTS, PASSES, ROUNDED
 from aquabit.measuring.model import open_model
 from aquabit.measuring.output_errors import STEPS
@@ -103,7 +103,8 @@ def plan(
 ) -> Plan:
     """What ``measure`` with the same arguments would do; nothing is written. ``study=None``: one that is
     not there yet."""
-    check_source(options.damages)
+    source = options.damages or (study.get("damages") if study is not None else None) or PROBES
+    check_source(source)
     opened, store, chosen = open_model(model), Bank(where.bank), Design.parse(sample.design)
     meter = meter_of(opened, study, options.quality, store, where.device)
     given, made = settings(opened, study, options, where.dtype, meter)
@@ -122,9 +123,10 @@ def plan(
     missing = len(asked - known) + (0 if fixed else max(0, len(drawn) - done))
     evaluator = local_evaluator(opened, store, replace(where, dtype=given.dtype), meter.options)
     fits, size = _fits(evaluator, made)
-    probes, passes = _probes(study, made), 0
-    if options.damages == GRADIENTS and probes:
-        probes, passes = min(probes, CELLS + ROUNDED), PARTS * PASSES * min(STEPS, given.steps)
+    alone, rounded = _probes(study, made)
+    probes, passes = alone + rounded, 0
+    if source == GRADIENTS and probes:
+        probes, passes = min(alone, CELLS) + min(rounded, ROUNDED), PARTS * PASSES * min(STEPS, given.steps)
     call = _call_seconds(evaluator, given, where.device)
     calls = given.steps * ceil(given.images / given.micro_batch) * (2 if made.correction else 1)
     # a call takes ``micro_batch`` images: a probe's images are several calls, or part of one
@@ -151,14 +153,14 @@ def _bytes(evaluator: Evaluator, layer: str, scheme: Scheme) -> int:
     return sum(scheme.stored_bytes(tuple(evaluator.quantized.layers[layer].shape))) + HEADER
 
 
-def _probes(study: Study | None, space: SearchSpace) -> int:
-    """Runs of PROBE_IMAGES images that say what a scheme, or an activation choice, does alone."""
+def _probes(study: Study | None, space: SearchSpace) -> tuple[int, int]:
+    """Runs of PROBE_IMAGES images that say what a scheme does alone, and what an activation choice does."""
     known = study.features() if study is not None else {}
     cells = [(k, str(s)) for k, row in space.choices.items() for s in row if s != FP]
     acts = [act_text(a) for a in space.act_choices if a != 16]
     asked = [(k, a) for k, row in space.choices.items() if row != (FP,) for a in acts]
     schemes = sum("damage" not in known.get(cell, {}) for cell in cells)
-    return schemes + sum(cell not in known for cell in asked)
+    return schemes, sum("damage" not in known.get(cell, {}) for cell in asked)
 
 
 def _call_seconds(evaluator: Evaluator, protocol: Protocol, device: str) -> float:

@@ -68,10 +68,12 @@ def test_an_interrupted_one_continues_and_nothing_is_done_twice(
     (tmp_path / "again").touch()
     continued = measured(tmp_path, "s.db", "gradients").features()
     steps, parts = PROTOCOL.steps, gradient_damages.PARTS
-    assert len(made) == steps * parts, "one forward pass a step and part"
+    calls = 2 * steps * parts  # 8 samples are two micro-batches
+    assert len(made) == calls + 1, "the pass that was broken off is made again, no other"
     whole = measured(tmp_path, "whole.db", "gradients").features()
     assert continued == whole
     before = len(made)
+    assert before == 2 * calls + 1
     measured(tmp_path, "s.db", "gradients")
     assert len(made) == before
 
@@ -87,3 +89,18 @@ def test_sketches_become_changes_of_so_many_images() -> None:
 def test_another_source_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AquabitError, match="damages 'guesses' is unknown; it must be probes or gradients"):
         measured(tmp_path, "s.db", "guesses")
+
+
+def test_a_study_goes_on_as_it_was_begun(tmp_path: Path) -> None:
+    study = Study(tmp_path / "s.db")
+    options: dict[str, Any] = {"protocol": PROTOCOL, "space": SPACE, "bank": str(tmp_path / "bank")}
+    study.set(damages="gradients")  # as one that was interrupted before it had any
+    workflows.measure(tiny_pipeline("dit"), study, 0, **options)
+    assert any("gradient" in v for v in study.features().values())
+
+
+def test_calibrated_and_shared_schemes_are_sketched_too(tmp_path: Path) -> None:
+    found = measured(tmp_path, "s.db", "gradients", schemes=["usq4h", "vq3", "aq1x4g8s"], activations=[8])
+    own = found.probes()
+    assert {c[1] for c, v in own.items() if "gradient" in v} >= {"usq4h", "vq3", "a8"}
+    assert all(v["damage"] > 0 for v in own.values())

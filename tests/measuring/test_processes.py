@@ -88,5 +88,11 @@ def test_ctrl_c_shows_nothing_of_workers(tmp_path: Path) -> None:
 
 
 def test_a_worker_watches_its_parent_before_it_imports_what_takes_long() -> None:
-    code = "import sys, aquabit.measuring.worker; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    code = (
+        "import os, sys, threading\n"
+        "import aquabit.measuring.worker as worker\n"
+        "threading.Thread.start = lambda self: os._exit(7 if 'torch' in sys.modules else 5)\n"
+        "worker.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], stdin=subprocess.DEVNULL, check=False)
+    assert done.returncode == 5

@@ -13,6 +13,7 @@ from aquabit.quant.finetuning.replay import Recorded, Recording
 from aquabit.quant.layers import QuantConv2d, QuantLinear, replace_layer_
 
 SMALL = 1e-3
+NAMES = ("first", "grouped", "mixed", "time", "shared", "last")
 
 
 def squares(sketches: Sketches, layer: str, name: str) -> list[float]:
@@ -21,8 +22,8 @@ def squares(sketches: Sketches, layer: str, name: str) -> list[float]:
 
 
 class Net(nn.Module):
-    """Convolutions, one of them grouped and strided, a Linear that is called twice, and one that is fed by
-    the time alone."""
+    """Convolutions, one of them grouped and strided, a Linear that is called twice, one that is fed by the
+    time alone, and one that is called once for all samples."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,11 +31,13 @@ class Net(nn.Module):
         self.grouped = nn.Conv2d(8, 8, 3, stride=2, padding=1, groups=4)
         self.mixed = nn.Linear(8, 8)
         self.time = nn.Linear(1, 8)
+        self.shared = nn.Linear(3, 8)
         self.last = nn.Conv2d(8, 2, 2, padding="valid")
 
     def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         h = self.grouped(torch.tanh(self.first(x)))
         h = h + self.time(t.expand(len(x))[:, None])[:, :, None, None]
+        h = h + self.shared(torch.ones(1, 3))[:, :, None, None]
         for _ in range(2):
             h = h + torch.tanh(self.mixed(h.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
         return self.last(torch.tanh(h))
@@ -43,7 +46,7 @@ class Net(nn.Module):
 def made() -> tuple[dict[str, QuantLinear | QuantConv2d], OutputErrors]:
     torch.manual_seed(0)
     net = Net()
-    layers = {n: replace_layer_(net, n, None) for n in ("first", "grouped", "mixed", "time", "last")}
+    layers = {n: replace_layer_(net, n, None) for n in NAMES}
     net.requires_grad_(False)
     calls = []
     for run in range(2):
@@ -53,13 +56,14 @@ def made() -> tuple[dict[str, QuantLinear | QuantConv2d], OutputErrors]:
     return layers, OutputErrors(Recording(calls), net)
 
 
-def test_squares_are_those_of_small_changes() -> None:
+@pytest.mark.parametrize("batch", [4, 3, 1])
+def test_squares_are_those_of_small_changes(batch: int) -> None:
     layers, errors = made()
     changes = {
         n: {"a": SMALL * torch.randn(layer.shape), "b": SMALL * torch.ones(layer.shape)}
         for n, layer in layers.items()
     }
-    sketches = Sketches(errors, layers, lambda n: changes[n], lambda *_: {}, passes=400)
+    sketches = Sketches(errors, layers, lambda n: changes[n], lambda *_: {}, 400, batch)
     for name, layer in layers.items():
         full = layer.weight
         for way, change in changes[name].items():
@@ -73,8 +77,8 @@ def test_gates_are_small_changes_of_a_layers_output() -> None:
     layers, errors = made()
     shift = SMALL * torch.randn(8)
 
-    def gates(name: str, x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"shift": shift.expand_as(y)} if name == "mixed" else {}
+    def gates(name: str, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"shift": shift.expand(*x.shape[:-1], 8)} if name == "mixed" else {}
 
     sketches = Sketches(errors, layers, lambda n: {}, gates, passes=400)
     said = squares(sketches, "mixed", "shift")
@@ -103,3 +107,37 @@ def test_the_same_again() -> None:
         return Sketches(errors, layers, lambda n: {"a": torch.ones(layers[n].shape)}, lambda *_: {}, 2)(1)
 
     assert found() == found()
+
+
+def test_samples_share_signs() -> None:
+    layers, errors = made()
+    layers["last"].bias = None
+    change = {"a": torch.ones(layers["last"].shape)}
+    found = Sketches(errors, layers, lambda n: change if n == "last" else {}, lambda *_: {}, 50)(0)
+    rows = np.array(found["last"]["a"]).reshape(50, 4)  # all samples' outputs change much alike
+    assert np.corrcoef(rows.T).min() > 0.5
+
+
+class Changing(nn.Module):
+    """Adds to a layer's input after the layer has read it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        h = x + t
+        y = self.layer(h)
+        h += y.detach()
+        return y + h
+
+
+def test_an_input_that_is_changed_in_place_is_refused() -> None:
+    torch.manual_seed(0)
+    net = Changing()
+    layers = {"layer": replace_layer_(net, "layer", None)}
+    net.requires_grad_(False)
+    calls = [((torch.randn(2, 8), torch.tensor(0.0)), {}) for _ in range(2)]
+    errors = OutputErrors(Recording([Recorded(c, net(*c[0]), i, 0) for i, c in enumerate(calls)]), net)
+    with pytest.raises(RuntimeError, match="'layer' is changed in place"):
+        Sketches(errors, layers, lambda n: {}, lambda *_: {}, 1)(0)

@@ -75,6 +75,8 @@ def test_a_plan_by_gradients_does_not_grow_with_layers_and_schemes(tmp_path) -> 
     found = plan(pipe, None, SampleOptions(0), replace(given, damages="gradients"), *values)
     steps = min(10, PROTOCOL.steps)
     assert (found.probes, found.backward_passes) == (30, 4 * steps) and by_probes.probes > 30
+    alone = replace(given, space={"schemes": ["usq4", "usq3", "usq2"], "activations": [16]})
+    assert plan(pipe, None, SampleOptions(0), replace(alone, damages="gradients"), *values).probes == 24
     assert by_probes.backward_passes == 0
     measured = PROTOCOL.steps * found.probes + 3 * found.backward_passes
     assert found.probing_seconds / found.call_seconds == pytest.approx(measured * 8 / PROTOCOL.micro_batch)
@@ -120,10 +122,17 @@ def test_what_does_not_fit_is_refused_before_it_is_taken(tmp_path, monkeypatch) 
     (peak,) = [p for p in peaks(graph, 4096) if (p.task, p.dtype) == ("measure", "float32")]
     monkeypatch.setattr(memory, "memory_of", lambda device: peak.total)
     memory.check_measuring(graph, large, "cpu")
+    with pytest.raises(AquabitError, match=r"takes about"):
+        memory.check_measuring(graph, large, "cpu", gradients=True)
     with pytest.raises(AquabitError, match=r"4096 images .* in 2 processes, there are .* --workers to 1"):
         memory.check_measuring(graph, large, "cpu", workers=2)
     monkeypatch.setattr(memory, "memory_of", lambda device: peak.total - 1)
     with pytest.raises(AquabitError, match=r"--micro-batch to 2048 or use --dtype bfloat16"):
+        memory.check_measuring(graph, large, "cpu")
+    with pytest.raises(AquabitError, match=r"use a machine with more memory$"):
+        memory.check_measuring(graph, large, "cpu", bound=True)  # the protocol of a study stays
+    monkeypatch.setattr(memory, "memory_of", lambda device: 1 << 20)
+    with pytest.raises(AquabitError, match=r"there are 0.0 GB; use a machine with more memory$"):
         memory.check_measuring(graph, large, "cpu")
     with pytest.raises(AquabitError, match=r"takes about"):
         aquabit.measure(tiny_pipeline("dit"), Study(tmp_path / "s.db"), 1, protocol=large)
@@ -131,6 +140,8 @@ def test_what_does_not_fit_is_refused_before_it_is_taken(tmp_path, monkeypatch) 
     memory.check_images(10, (64, 64))
     with pytest.raises(AquabitError, match=r"11 images of 64 x 64 pixels .* --images"):
         memory.check_images(11, (64, 64))
+    with pytest.raises(AquabitError, match=r"100000 images of 8 x 8 pixels"):
+        aquabit.generate(tiny_pipeline("dit"), 100_000, steps=1)
     assert 1 << 28 < memory_of("cpu") < 1 << 45
 
 

@@ -12,6 +12,7 @@ import torch
 
 from aquabit.kernels.request import format_of
 from aquabit.quant.kernel_tuning import format_for
+from aquabit.quant.schemes import usq
 from aquabit.quant.weights import FITS, quantize_weights, relative_error
 from aquabit.scheme import FP, Scheme
 from aquabit.scheme_kinds import KINDS
@@ -89,3 +90,14 @@ def test_a_question_for_a_kind_is_seen() -> None:
     assert asked_by_name('x = scheme.kind == "aq"') == [1]
     assert asked_by_name('x = scheme.kind in ("usq", "vq")') == [1]
     assert asked_by_name("x = a.kind == b.kind") == []
+
+
+@pytest.mark.parametrize("text", ["usq4", "usq3g7", "usq2g8"])
+def test_weights_that_are_fitted_in_portions_are_those_of_the_whole(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = torch.randn(33, 45, generator=torch.Generator().manual_seed(0))
+    [whole] = quantize_weights([weight], Scheme.parse(text))
+    monkeypatch.setattr(usq, "CHUNK", 100)
+    [parts] = quantize_weights([weight], Scheme.parse(text))
+    assert all(torch.equal(a, parts.tensors()[n]) for n, a in whole.tensors().items())
