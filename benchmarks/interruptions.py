@@ -77,7 +77,11 @@ PARTS = {
     "export": Part("export model c.json --to torchao --out exported.json", ("search",), 0.1),
     "explain": Part("explain s.db --json explained.json", ("search",), 0.7),
     "run": Part(
-        "run model --out whole --samples 4 --flips 2 --bits 5 --images 4 --steps 2 --workers 1", (), 4.0
+        "run model --out whole --samples 4 --flips 2 --bits 5 --images 4 --steps 2 --workers 1",
+        every=4.0,
+        timed=tuple(
+            f"{n}.{kind}" for n in ("front", "frontiers", "counts") for kind in ("csv", "tex", "json")
+        ),
     ),
 }
 
@@ -251,12 +255,12 @@ def campaign(name: str, kills: int, seed: int, base: Path) -> Found:
                     found.kills += 1
                     if left := kill(child, mark, RAY_ALONE if "--ray" in part.words else ALONE):
                         found.fault("lives on", ", ".join(left.values()))
-                    seen = _whole(folder, good, before, seen, found)
+                    seen = _whole(folder, good, before, seen, part, found)
             found.ends += 1
             if code:
                 found.fault("does not end", f"exit code {code}: {(folder / 'log.txt').read_text()[-300:]}")
                 continue
-            _whole(folder, good, before, seen, found)
+            _whole(folder, good, before, seen, part, found)
             _same_end(folder, good, expected, told, part, found)
     return found
 
@@ -287,7 +291,7 @@ Rows = list[tuple[str, ...]]
 def _whole(folder: Path, good: dict[str, str], before: dict[str, str], seen: Rows, found: Found) -> Rows:
     """Look at what a kill left; the measurements that are there now."""
     for name, hash_ in files(folder).items():
-        if not name.endswith(TIMED) and hash_ not in (good.get(name), before.get(name)):
+        if not name.endswith((*TIMED, *part.timed)) and hash_ not in (good.get(name), before.get(name)):
             found.fault("half a file", f"{name} ({(folder / name).stat().st_size} bytes)")
     try:
         now = rows(folder)
@@ -307,7 +311,7 @@ def _same_end(
     """Compare an end with that of the undisturbed run."""
     made, now, ordered = files(folder), rows(folder), sorted if part.unordered else list
     for name in sorted({*made, *good}):
-        if not name.endswith(TIMED) and made.get(name) != good.get(name):
+        if not name.endswith((*TIMED, *part.timed)) and made.get(name) != good.get(name):
             found.fault("another end", name)
     if ordered(now) != ordered(expected):
         found.fault("another end", f"{len(now)} measurements instead of {len(expected)}, or others")
