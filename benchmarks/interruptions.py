@@ -288,7 +288,9 @@ def _prepare(part: Part, start: Path, base: Path) -> None:
 Rows = list[tuple[str, ...]]
 
 
-def _whole(folder: Path, good: dict[str, str], before: dict[str, str], seen: Rows, found: Found) -> Rows:
+def _whole(
+    folder: Path, good: dict[str, str], before: dict[str, str], seen: Rows, part: Part, found: Found
+) -> Rows:
     """Look at what a kill left; the measurements that are there now."""
     for name, hash_ in files(folder).items():
         if not name.endswith((*TIMED, *part.timed)) and hash_ not in (good.get(name), before.get(name)):
