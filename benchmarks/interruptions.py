@@ -48,6 +48,7 @@ class Part:
     every: float = 1.5
     unordered: bool = False
     before: str = ""  # a command whose files are there already, to be replaced
+    timed: tuple[str, ...] = ()  # files that hold times, besides TIMED
 
     @property
     def verb(self) -> str:
