@@ -80,8 +80,9 @@ PARTS = {
     "run": Part(
         "run model --out whole --samples 4 --flips 2 --bits 5 --images 4 --steps 2 --workers 1",
         every=4.0,
-        timed=tuple(
-            f"{n}.{kind}" for n in ("front", "frontiers", "counts") for kind in ("csv", "tex", "json")
+        timed=(
+            *(f"{n}.{kind}" for n in ("front", "frontiers", "counts") for kind in ("csv", "tex", "json")),
+            *(f"frontier_latency.{kind}" for kind in ("svg", "pdf", "png")),
         ),
     ),
 }
