@@ -25,7 +25,8 @@ from aquabit.scheme import AquabitError, Protocol, Scheme
 NOT_COUNTED = (
     "activations of the VAE, of text encoders and of feature extractors, images, and a GPU's own context"
 )
-SKETCHED = 8  # samples of a backward pass (measuring.output_errors.IMAGES)
+SKETCHED = 8  # images of a backward pass (measuring.evaluator.PROBE_IMAGES)
+HELD = 1 << 30  # of layers' inputs and outputs that it holds (measuring.evaluator.HELD_LIMIT)
 CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of a container
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 # resident in a process that has imported torch, diffusers and what measuring takes (Linux, CPU build: .54
@@ -113,7 +114,8 @@ def check_measuring(
     def taken(batch: int, workers: int = workers, dtype: str = protocol.dtype) -> int:
         samples = batch * (2 if protocol.guidance != 1.0 else 1)
         found = {(p.task, p.dtype): p for p in _peaks(graph, samples, activations)}["measure", dtype]
-        held = min(samples, SKETCHED) * _layer_bytes(graph) * BYTES[dtype] // 4 if gradients else 0
+        call = min(samples, SKETCHED) * layer_bytes(graph)  # of gradients: held, or made again step by step
+        held = (call + min(call * protocol.steps, HELD)) * BYTES[dtype] // 4 if gradients else 0
         own = found.total - LIBRARIES + held
         return workers * own + (0 if gpu else LIBRARIES * (workers + 1) // 2)  # half of them is shared
 
@@ -136,7 +138,7 @@ def check_measuring(
     )
 
 
-def _layer_bytes(graph: nx.DiGraph) -> int:
+def layer_bytes(graph: nx.DiGraph) -> int:
     """Bytes of the float32 inputs and outputs of all layers in one denoiser call with one sample."""
     nodes = graph_layers(graph).values()
     widths = ((int(n["tokens"]), tuple(n["shape"])) for n in nodes)

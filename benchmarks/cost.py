@@ -99,6 +99,7 @@ def answers_kept(folder: Path, model: str, bits: Sequence[float]) -> dict[str, A
 
 def row(folder: Path, model: str, bits: Sequence[float]) -> dict[str, Any]:
     from aquabit.measuring import gradient_damages as g
+    from aquabit.measuring.evaluator import PROBE_IMAGES
     from aquabit.study import Study
 
     known = {s: Study(folder / f"{s}-{model}.db", create=False).features() for s in SOURCES}
@@ -118,7 +119,8 @@ def row(folder: Path, model: str, bits: Sequence[float]) -> dict[str, Any]:
     with session_of(folder, model, "probes") as session:
         blocks = [session.protocol.block(b) for b in FRESH]
         psnr = {n: v["psnr"] for n, v in block_values(session, configs, blocks, ["psnr"]).items()}
-        found["passes"] = session.protocol.steps * g.PARTS * g.PASSES
+        few = min(PROBE_IMAGES, session.protocol.micro_batch)
+        found["passes"] = session.protocol.steps * (g.IMAGES // few) * g.PASSES
     for each in bits:
         probes, gradients = (psnr[f"{s} {each:g}"] for s in SOURCES)
         gap = difference(gradients, probes)
@@ -132,11 +134,11 @@ def table(results: Mapping[str, Any]) -> str:
         "",
         f"{about(results['machine'])}. Made by `{results['command']}`; the default space at a8.",
         "",
-        "## Damages: a few backward passes and thirty probes instead of a probe of each",
+        "## Damages: a few backward passes through the sampler instead of a probe of each",
         "",
         "SRCC of the damages that come from gradients with those of probes, of (layer, scheme) and (layer,",
-        "activation bits) that were not probed. Seconds: of probes, and of gradients with thirty probes, one",
-        "process, after the fits.",
+        "activation bits). Backward passes: through one denoiser call of 8 images. Seconds: of probes, and of",
+        "gradients, one process, after the fits; loading, full precision and tracing are in both.",
         "",
         "| model | (layer, scheme) | backward passes of 8 | probed | SRCC | of weights alone | seconds |",
         "|---|---|---|---|---|---|---|",

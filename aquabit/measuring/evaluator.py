@@ -23,7 +23,8 @@ from torch.nn.functional import adaptive_avg_pool2d
 from aquabit.kernels import straight_through
 from aquabit.kernels.dispatch import using
 from aquabit.measuring.output_errors import OutputErrors, StepErrors, stored
-from aquabit.measuring.sketches import Sketches
+from aquabit.measuring.sketches import Numbers, Sketches
+from aquabit.memory import layer_bytes
 from aquabit.pipelines import (
     Adapter,
     denoiser_name,
@@ -47,6 +48,7 @@ from aquabit.quant.correction.statistics import Statistics
 from aquabit.quant.model import QuantizedDenoiser
 from aquabit.runtime import out_of_memory, reuse_memory, single_thread
 from aquabit.scheme import (
+    Act,
     AquabitError,
     Calibration,
     Measurement,
@@ -62,6 +64,10 @@ from aquabit.scheme import (
 PROBE_IMAGES, PROBE_SEED = 8, 700_000_001  # seeds that no measurement uses
 SKETCH = 256  # numbers that stand for the deviation of a few images
 THUMBNAILS = 16  # images of the grid that a measurement keeps
+SKETCH_SEED = (
+    800_000_001  # seeds of images that gradients pass through: no measurement and no probe uses them
+)
+HELD_LIMIT = 1 << 30  # bytes of layers' inputs and outputs that are held for a backward pass, else made again
 SKETCH_LIMIT = 1 << 30  # bytes of weight errors that stay in memory between backward passes
 FULL_LIMIT = 256 << 20  # bytes of full-precision images that stay in memory
 
@@ -95,14 +101,13 @@ class Slopes(TypedDict):
     overlap: dict[str, dict[str, float]]
 
 
-class SketchedStep(TypedDict):
-    """See ``Evaluator.sketches``: the step's number, how many steps are recorded, how many numbers a sketch
-    has, and {layer: {name: sketch}}."""
+class _Place(Watcher):
+    """Knows the step of the sampler."""
 
-    step: int
-    steps: int
-    width: int
-    numbers: dict[str, dict[str, list[float]]]
+    step = 0
+
+    def before(self, step: int) -> None:
+        self.step = step
 
 
 class Evaluator:
@@ -131,6 +136,7 @@ class Evaluator:
         else:
             free_text_encoders(pipe)
         self.pipe, self.bank, self.fingerprint, self.device = pipe, bank, fingerprint, device
+        self.graph = graph
         self.scheduler = pipe.scheduler
         self.adapter = Adapter(pipe)
         self.quantized = QuantizedDenoiser(
@@ -313,60 +319,74 @@ class Evaluator:
     def sketches(
         self,
         choices: Mapping[str, Sequence[str]],
-        acts: Sequence[int],
+        acts: Sequence[Act],
         protocol: Protocol,
-        place: int,
-        part: int,
+        start: int,
         passes: int,
         like: QuantConfig,
-    ) -> SketchedStep:
-        """What schemes (layer -> schemes), and inputs rounded to ``acts`` bits ("a8"), do alone to outputs of
-        the step at ``place`` of a part of stored inputs, to first order (``Sketches``); schemes are fitted as
-        in ``like``. Raises AquabitError where no gradient passes the denoiser, or one is not finite."""
-        with single_thread(self.device):
-            errors = self._errors(protocol, part)
+        steps: StepGroups | None = None,
+    ) -> Numbers:
+        """What schemes (layer -> schemes), and activation choices ("a8", of groups of ``steps``), do
+        alone to the images from ``start`` on of SKETCH_SEED, a micro-batch of at most PROBE_IMAGES, to first
+        order (``Sketches``); schemes are fitted as in ``like``. Raises AquabitError where no gradient passes
+        the pipeline, or one is not finite."""
+        few = min(PROBE_IMAGES, protocol.micro_batch)
+        own = replace(protocol, images=start + few, micro_batch=few, seed=SKETCH_SEED)
+        layers, kept = self.quantized.layers, dict[str, dict[str, Tensor]]()
+        attention, place = self.quantized.attention, _Place()
+
+        def changes(name: str) -> dict[str, Tensor]:
+            found = kept.get(name)
+            if found is None:
+                full = self.quantized.full(name).float()
+                row = [s for s in choices[name] if s != "fp"]
+                found = {s: self.quantized.decoded(name, s, like).float() - full for s in row}
+                if sum(t.nbytes for r in kept.values() for t in r.values()) < SKETCH_LIMIT:
+                    kept[name] = found
+            return found
+
+        def gates(name: str, x: Tensor, step: int) -> dict[str, Tensor]:
+            layer, found, rounded = layers[name], dict[str, Tensor](), dict[int, Tensor]()
+            y = layer.forward(x)
+            for act in acts:
+                bits = act if isinstance(act, int) else act[steps.of(step)]  # type: ignore[union-attr]
+                if bits not in rounded:
+                    out = straight_through(y, bits, "token") - y if name in attention else 0.0
+                    rounded[bits] = layer.forward(layer.quantized_input(x, bits)) - y + out
+                found[act_text(act)] = rounded[bits]
+            return found
+
+        with single_thread(self.device), self.quantized.bank_in_use():
             self.quantized.apply(QuantConfig(self.fingerprint, {}))
-            layers, kept = self.quantized.layers, dict[str, dict[str, Tensor]]()
-            attention = self.quantized.attention
+            self.pipe.scheduler = self.scheduler
+            set_scheduler(self.pipe, protocol.scheduler)
+            held = few * protocol.steps * layer_bytes(self.graph)
+            sketches = Sketches(
+                self.adapter.denoiser,
+                {name: layer for name, layer in layers.items() if name in choices},
+                changes,
+                gates,
+                lambda: place.step,
+                recompute=held > HELD_LIMIT,
+            )
 
-            def changes(name: str) -> dict[str, Tensor]:
-                found = kept.get(name)
-                if found is None:
-                    full = self.quantized.full(name).float()
-                    row = [s for s in choices.get(name, ()) if s != "fp"]
-                    found = {s: self.quantized.decoded(name, s, like).float() - full for s in row}
-                    if sum(t.nbytes for r in kept.values() for t in r.values()) < SKETCH_LIMIT:
-                        kept[name] = found
-                return found
+            def images() -> Tensor:
+                return self.adapter.images(own, range(start, start + few), gradients=True)
 
-            def gates(name: str, x: Tensor) -> dict[str, Tensor]:
-                layer, found = layers[name], dict[str, Tensor]()
-                y = layer.forward(x)
-                for bits in acts:
-                    change = layer.forward(layer.quantized_input(x, bits)) - y
-                    found[f"a{bits}"] = change + (
-                        straight_through(y, bits, "token") - y if name in attention else 0.0
-                    )
-                return found
-
-            own = {name: layer for name, layer in layers.items() if name in choices}
             try:
-                found = Sketches(errors, own, changes, gates, passes, protocol.micro_batch)(place)
+                with following(self.adapter.denoiser, self.pipe.scheduler, [place]):
+                    found = sketches(images, passes, start)
             except RuntimeError as fault:
                 if out_of_memory(fault):
                     raise
                 said = str(fault).split(". ")[0]
                 raise AquabitError(
-                    f"no gradient passes this denoiser ({said}); use --damages probes"
+                    f"no gradient passes this pipeline ({said}); use --damages probes"
                 ) from fault
-            step = errors.steps[place]
-            bad = [k for k, row in found.items() if not all(map(isfinite, chain(*row.values())))]
-            if bad:
-                raise AquabitError(
-                    f"the gradient of layer {bad[0]!r} is not finite in step {step}; use --damages probes"
-                )
-            width = passes * len(errors.samples[place])
-            return {"step": step, "steps": len(errors.steps), "width": width, "numbers": found}
+        bad = [k for k, row in found.items() if not all(map(isfinite, chain(*row.values())))]
+        if bad:
+            raise AquabitError(f"the gradient of layer {bad[0]!r} is not finite; use --damages probes")
+        return found
 
     def _errors(self, protocol: Protocol, part: int) -> OutputErrors:
         """Stored inputs, recorded in full precision when they are first asked for."""

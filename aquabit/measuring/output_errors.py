@@ -99,7 +99,7 @@ class OutputErrors:
         """The relative errors of the steps, weighted and added up; its gradient is left in whatever asks
         for one."""
         share = dict(zip(self.steps, weights, strict=True))
-        size = {i: (self.scale(own), len(own)) for own in self.samples for i in own}
+        size = {i: (self._scale(own), len(own)) for own in self.samples for i in own}
         value = 0.0
         for part, output, target in self._outputs(watchers):
             per_sample = [share[self.replay.places[i][2]] / (size[i][0] * size[i][1]) for i in part]
@@ -109,15 +109,9 @@ class OutputErrors:
             value += float(loss.detach())
         return value
 
-    def scale(self, samples: Sequence[int]) -> float:
+    def _scale(self, samples: Sequence[int]) -> float:
         """The mean square of the full-precision outputs of samples of one step."""
         return float(self.replay.batch(samples, torch.device("cpu"))[1].double().square().mean())
-
-    def outputs_of(self, samples: Sequence[int]) -> Tensor:
-        """What the denoiser answers in one call for samples of one step, as it is now; gradients pass it."""
-        device = next(chain(self.denoiser.parameters(), self.denoiser.buffers())).device
-        args, kwargs = mapped(self.replay.batch(samples, device)[0], _usable)
-        return first_tensor(self.denoiser(*args, **kwargs))
 
     def _outputs(self, watchers: Sequence[Watcher]) -> Iterator[tuple[list[int], Tensor, Tensor]]:
         """Samples, what the denoiser answers for them, and what it should."""

@@ -1,167 +1,172 @@
-"""Gradient sketches: what every scheme of every layer does to a denoiser's output, to first order, from a few
-backward passes.
+"""Gradient sketches: what every scheme of every layer does to images, to first order, from a few backward
+passes through the sampler.
 
-To first order a layer's weight error dW moves the output of each sample by y = J dW x. For random signs v
-over an output, one backward pass gives the gradient of <v, output> at every layer at once, and its inner
-product with dW is <v, y>: numbers that add up as changes do, and whose squares have the expectation |y|^2.
-Samples of a call are kept apart: their gradients are products of a layer's own inputs and output gradients,
-so that a pass over n samples gives n numbers for each (layer, scheme), and nothing of the size of the model
-is held. The rounding of activations is a gate of the same kind: W (round(x) - x) at a layer's output.
+To first order a layer's weight error dW moves each image by y = sum over steps J_step dW x_step. For random
+signs v over the pixels, one backward pass through all steps gives the gradient of <v, image> at every call of
+every layer, and its inner product with dW x, summed over steps, is <v, y>: numbers that add up as changes do,
+and whose squares have the expectation |y|^2. Images are kept apart: their gradients are products of a layer's
+own inputs and output gradients, so that a pass over n images gives n numbers for each (layer, scheme), and
+nothing of the size of the model is held. The rounding of activations is a gate of the same kind: W (round(x)
+- x) at a layer's output.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
-from aquabit.measuring.output_errors import OutputErrors
 from aquabit.quant.layers import QuantConv2d, QuantLinear
 
 Layer = QuantLinear | QuantConv2d
+Images = Callable[[], Tensor]  # [n, ...], made so that gradients pass
 Changes = Callable[[str], Mapping[str, Tensor]]  # a layer's weight errors dW by what makes them
-Gates = Callable[[str, Tensor], Mapping[str, Tensor]]  # what rounding a layer's input (and output) adds
+# what rounding a layer's input, and its output where that is rounded too, adds to its output in a step
+Gates = Callable[[str, Tensor, int], Mapping[str, Tensor]]
+Numbers = dict[str, dict[str, list[float]]]
 
 
 @dataclass
 class _Pass:
-    """What one backward pass has found so far: layer -> name -> [samples], or [1] where a layer's input does
-    not tell samples apart."""
+    """What one backward pass has found so far: layer -> name -> [images], or [1] where a layer's input does
+    not tell images apart."""
 
-    samples: int
+    images: int
     numbers: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     def add(self, layer: str, found: Mapping[str, Tensor]) -> None:
-        """A layer that is called more than once answers for all of its calls."""
+        """A layer answers for all its calls in all steps."""
         own = self.numbers.setdefault(layer, {})
         for name, value in found.items():
             own[name] = own[name] + value if name in own else value
 
 
 class Sketches:
-    """First-order changes of the outputs of one recorded step, sketched: called with its place in
-    ``errors.steps``, {layer: {name: [passes x samples]}}, the samples of a pass together.
+    """First-order changes of images, sketched: called, {layer: {name: [passes x images]}}, the images of a
+    pass together.
 
-    The mean of their squares is the mean square of the change relative to that of the full-precision output,
-    as ``OutputErrors`` gives for what is really changed. All samples have the same signs, so that means over
-    the samples of a pass sketch what they have in common.
-
-    The denoiser must run in full precision. ``passes`` backward passes go through one forward pass of at most
-    ``batch`` samples. Deterministic. Raises RuntimeError where no gradient passes, and where the model
-    changes a layer's input in place.
+    The mean of their squares is the mean square of the images' change. All images have the same signs, so
+    that means over the images of a pass sketch what they have in common. ``step`` says which step of the
+    sampler runs. The denoiser must run in full precision; with ``recompute`` its activations are made again
+    in the backward pass, step by step, and not held. Deterministic for ``seed``. Raises RuntimeError where no
+    gradient passes, and where the model changes a layer's input in place.
     """
 
     def __init__(
         self,
-        errors: OutputErrors,
+        denoiser: nn.Module,
         layers: Mapping[str, Layer],
         changes: Changes,
         gates: Gates,
-        passes: int,
-        batch: int = 1 << 16,
+        step: Callable[[], int] = lambda: 0,
+        recompute: bool = False,
     ):
-        self.errors, self.layers, self.passes, self.batch = errors, layers, passes, batch
+        self.denoiser, self.layers, self.step, self.recompute = denoiser, layers, step, recompute
         self.changes, self.gates = changes, gates
+        self._current = _Pass(0)
 
-    def __call__(self, place: int) -> dict[str, dict[str, list[float]]]:
-        samples = self.errors.samples[place]
-        parts = [samples[i : i + self.batch] for i in range(0, len(samples), self.batch)]
-        made = [self._of(part, place, i, self.errors.scale(samples)) for i, part in enumerate(parts)]
-        names = {layer: list(row) for layer, row in made[0][0].items()}
-        return {
-            layer: {
-                name: [v for k in range(self.passes) for part in made for v in part[k][layer][name].tolist()]
-                for name in row
-            }
-            for layer, row in names.items()
-        }
-
-    def _of(
-        self, samples: Sequence[int], place: int, part: int, scale: float
-    ) -> list[dict[str, dict[str, Tensor]]]:
-        """For each pass layer -> name -> [samples]. Each sample's signs are the step's, or their opposite: of
-        a layer whose input does not tell samples apart, which gives one number for all, the square then has
-        the sum of the samples' squares as its expectation."""
-        current, found = _Pass(len(samples)), []
-        step = self.errors.steps[place]
-        seed = torch.Generator().manual_seed(step)
-        own = torch.Generator().manual_seed((part + 1) * 1_000_003 + step)
-        with torch.enable_grad(), self._listening(lambda: current):
-            output = self.errors.outputs_of(samples).float()
-            unit = (output[0].numel() * scale) ** 0.5
-            for i in range(self.passes):
-                current = _Pass(len(samples))
-                flips = torch.randint(0, 2, (len(samples),), generator=own).to(output.device) * 2.0 - 1.0
-                signs = torch.randint(0, 2, output.shape[1:], generator=seed).to(output.device) * 2.0 - 1.0
-                each = flips.reshape(-1, *[1] * (output.ndim - 1))
-                output.backward(each * signs, retain_graph=i + 1 < self.passes)
-                found.append(
-                    {
-                        layer: {name: _spread(value, flips) / unit for name, value in row.items()}
-                        for layer, row in current.numbers.items()
-                    }
-                )
+    def __call__(self, images: Images, passes: int, seed: int = 0) -> Numbers:
+        found: Numbers = {}
+        generator = torch.Generator().manual_seed(seed)
+        with torch.enable_grad(), self._listening():
+            made = images()
+            if not made.requires_grad:
+                raise RuntimeError("the pipeline's images have no gradient")
+            count, unit = len(made), made[0].numel() ** 0.5
+            for i in range(passes):
+                self._current = _Pass(count)
+                # each image's signs are the shared ones or their opposite: of a layer whose input does not
+                # tell images apart the square then has the sum of the images' squares as its expectation
+                flips = torch.randint(0, 2, (count,), generator=generator).to(made.device) * 2.0 - 1.0
+                signs = torch.randint(0, 2, made.shape[1:], generator=generator).to(made.device) * 2.0 - 1.0
+                each = flips.reshape(-1, *[1] * (made.ndim - 1)) * signs
+                made.backward(each.to(made.dtype), retain_graph=i + 1 < passes)
+                for layer, row in self._current.numbers.items():
+                    own = found.setdefault(layer, {})
+                    for name, value in row.items():
+                        own.setdefault(name, []).extend((_spread(value, flips) / unit).tolist())
         return found
 
     @contextmanager
-    def _listening(self, current: Callable[[], _Pass]) -> Iterator[None]:
+    def _listening(self) -> Iterator[None]:
         """While it lasts every layer's call leaves what its output gradient says, when that comes."""
 
-        def listen(name: str, layer: Layer) -> Callable[..., None]:
-            def called(_: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-                x = args[0].detach()
-                state = x._version
+        def listen(name: str) -> Callable[..., Tensor]:
+            def called(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
                 if not output.requires_grad:  # nothing before it asks for gradients
-                    output.requires_grad_(True)
-
-                def heard(slope: Tensor) -> None:
-                    if x._version != state:
-                        raise RuntimeError(f"the input of layer {name!r} is changed in place")
-                    now = current()
-                    now.add(name, self._numbers(name, layer, x, slope, now.samples))
-
-                output.register_hook(heard)
+                    output = output.requires_grad_(True) if output.is_leaf else output
+                tapped: Tensor = _Tap.apply(  # type: ignore[no-untyped-call]
+                    output, args[0].detach(), self, name, self.step()
+                )
+                return tapped
 
             return called
 
-        handles = [layer.register_forward_hook(listen(n, layer)) for n, layer in self.layers.items()]
+        handles = [layer.register_forward_hook(listen(name)) for name, layer in self.layers.items()]
+        plain = self.denoiser.forward
+
+        def recomputed(*args: Any, **kwargs: Any) -> Any:
+            return checkpoint(plain, *args, use_reentrant=False, **kwargs)
+
+        if self.recompute:
+            self.denoiser.forward = recomputed
         try:
             yield
         finally:
+            if self.recompute:
+                del self.denoiser.forward
             for handle in handles:
                 handle.remove()
 
-    @torch.no_grad()
-    def _numbers(self, name: str, layer: Layer, x: Tensor, slope: Tensor, samples: int) -> dict[str, Tensor]:
-        """<slope, change of the layer's output> of each sample, by what makes the change."""
-        parts = samples if len(x) % samples == 0 and len(slope) % samples == 0 else 1
-        found: dict[str, Tensor] = {}
-        changes = self.changes(name)
+    def hear(self, name: str, x: Tensor, slope: Tensor, step: int) -> None:
+        """<slope, change of a layer's output> of each image, by what makes the change."""
+        layer, count = self.layers[name], self._current.images
+        parts = count if len(x) % count == 0 and len(slope) % count == 0 else 1
+        changes, found = self.changes(name), dict[str, Tensor]()
         if changes:
             gradient = per_sample(layer, x, slope, parts).flatten(1).float()
             stacked = torch.stack([change.flatten().float() for change in changes.values()])
             found |= dict(zip(changes, (gradient @ stacked.t()).t(), strict=True))
-        for gate, change in self.gates(name, x).items():
-            found[gate] = (slope.float() * change.float()).reshape(parts, -1).sum(1)
-        return found
+        for gate, change in self.gates(name, x, step).items():
+            found[gate] = _parted(slope.float() * change.float(), parts).flatten(1).sum(1)
+        self._current.add(name, found)
+
+
+class _Tap(torch.autograd.Function):
+    """A layer's output as it is; its gradient is heard, beside the input that the layer had."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, x: Tensor, sketches: Sketches, name: str, step: int) -> Tensor:
+        ctx.save_for_backward(x)  # made again where activations are; refused where it was changed
+        ctx.facts = sketches, name, step
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> Any:
+        sketches, name, step = ctx.facts
+        (x,) = ctx.saved_tensors
+        sketches.hear(name, x, slopes[0], step)
+        return slopes[0], None, None, None, None
 
 
 def _spread(value: Tensor, flips: Tensor) -> Tensor:
-    """[samples] of what a pass found, with the signs that all samples share; one number for all of them
-    becomes as many of the same sum of squares."""
+    """[images] of what a pass found, with the signs that all images share; one number for all of them becomes
+    as many of the same sum of squares."""
     return value * flips if len(value) == len(flips) else value.expand(len(flips)) / len(flips) ** 0.5
 
 
 def per_sample(layer: Layer, x: Tensor, slope: Tensor, parts: int) -> Tensor:
     """Gradients [parts, *weight] of a layer's weight from its input and the gradient of its output, for each
-    of ``parts`` equal parts of the batch."""
+    of ``parts`` equal parts of the batch; where guidance doubles a batch, its halves follow each other."""
     if isinstance(layer, QuantLinear):
-        inputs, outputs = x.reshape(parts, -1, x.shape[-1]), slope.reshape(parts, -1, slope.shape[-1])
-        return torch.bmm(outputs.transpose(1, 2), inputs)
+        inputs, outputs = _parted(x, parts), _parted(slope, parts)
+        return torch.bmm(outputs.flatten(1, -2).transpose(1, 2), inputs.flatten(1, -2))
     out, groups, kernel = layer.shape[0], layer.groups, layer.kernel_size
     padded = functional.pad(x, _pads(layer)) if isinstance(layer.padding, str) else x
     padding = 0 if isinstance(layer.padding, str) else layer.padding
@@ -170,7 +175,13 @@ def per_sample(layer: Layer, x: Tensor, slope: Tensor, parts: int) -> Tensor:
     inputs = columns.reshape(n, groups, -1, places)
     outputs = slope.reshape(n, groups, out // groups, places)
     found = outputs @ inputs.transpose(2, 3)  # [n, groups, out / groups, cin / groups * kh * kw]
-    return found.reshape(parts, n // parts, *layer.shape).sum(1)
+    return _parted(found, parts).sum(1).reshape(parts, *layer.shape)
+
+
+def _parted(x: Tensor, parts: int) -> Tensor:
+    """[rows, ...] as [parts, rows / parts, ...]: row i belongs to part i modulo ``parts``, as guidance stacks
+    the branches of all images."""
+    return x.reshape(-1, parts, *x.shape[1:]).transpose(0, 1)
 
 
 def _pads(layer: QuantConv2d) -> list[int]:

@@ -9,12 +9,13 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from aquabit.graph import from_json
-from aquabit.measuring.evaluator import Evaluator, Measured, SketchedStep, Slopes
+from aquabit.measuring.evaluator import Evaluator, Measured, Slopes
 from aquabit.measuring.output_errors import StepErrors
+from aquabit.measuring.sketches import Numbers
 from aquabit.quality import QualityOptions
 from aquabit.quant.bank import Bank
 from aquabit.runtime import out_of_memory
-from aquabit.scheme import AquabitError, Calibration, QuantConfig, StepGroups
+from aquabit.scheme import Act, AquabitError, Calibration, QuantConfig, StepGroups
 from aquabit.scheme import Protocol as MeasuringProtocol
 
 LOWER = (
@@ -75,20 +76,20 @@ class MeasureSlopes:
 
 @dataclass(frozen=True)
 class MeasureSketches:
-    """What schemes (layer -> schemes) and rounded inputs do alone to the outputs of one recorded step, to
-    first order (``Evaluator.sketches``)."""
+    """What schemes (layer -> schemes) and activation choices do alone to a few images, to first order
+    (``Evaluator.sketches``)."""
 
     choices: Mapping[str, tuple[str, ...]]
-    acts: tuple[int, ...]
+    acts: tuple[Act, ...]
     protocol: MeasuringProtocol
-    place: int
-    part: int
+    start: int
     passes: int
     like: QuantConfig
+    steps: StepGroups | None = None
 
-    def run(self, evaluator: Evaluator) -> SketchedStep:
+    def run(self, evaluator: Evaluator) -> Numbers:
         return evaluator.sketches(
-            self.choices, self.acts, self.protocol, self.place, self.part, self.passes, self.like
+            self.choices, self.acts, self.protocol, self.start, self.passes, self.like, self.steps
         )
 
 

@@ -273,9 +273,9 @@ class Adapter:
             for i in range(0, protocol.images, protocol.micro_batch)
         ]
 
-    def images(self, protocol: Protocol, indices: range) -> Tensor:
+    def images(self, protocol: Protocol, indices: range, gradients: bool = False) -> Tensor:
         """The images of some indices as one micro-batch, padded to its full size so that arithmetic does not
-        depend on the count.
+        depend on the count; with ``gradients`` as they come, and gradients pass from them to the denoiser.
 
         Raises AquabitError for what the pipeline refuses, and where memory ends.
         """
@@ -284,6 +284,11 @@ class Adapter:
         padded = [*indices, *[indices[-1]] * (protocol.micro_batch - len(indices))]
         with as_measured(self.pipe, protocol, indices.start):
             arguments = self._arguments(protocol, padded)
+            if gradients:
+                call = type(self.pipe).__call__
+                with torch.enable_grad():  # below what switches it off
+                    found: Tensor = getattr(call, "__wrapped__", call)(self.pipe, **arguments).images
+                return found[: len(indices)]
             with torch.inference_mode():
                 images = self.pipe(**arguments).images
         if not isinstance(images, Tensor):

@@ -297,14 +297,14 @@ class QuantizedDenoiser:
         nothing depends on the step."""
         return switches(config, self.layers, self._settings(config)) if config.total_steps is not None else []
 
-    def _bank_in_use(self) -> AbstractContextManager[None]:
+    def bank_in_use(self) -> AbstractContextManager[None]:
         """While it lasts, no fit that a configuration needs is evicted between finding and using it."""
         return nullcontext() if self._fitter is None else self._fitter.bank.using()
 
     def apply(self, config: QuantConfig) -> None:
         """Dense mode: decoded weights and fake-quantized activations."""
         self._check(config)
-        with self._bank_in_use():
+        with self.bank_in_use():
             self._apply(config)
 
     def _apply(self, config: QuantConfig) -> None:
@@ -344,7 +344,7 @@ class QuantizedDenoiser:
         """Packed mode for a while: as ``pack``, but full weights stay, so that ``apply`` leads back to
         dense mode."""
         self._check(config)
-        with self._bank_in_use():
+        with self.bank_in_use():
             self.prepare(config)
             for name, weight in self.coded_weights(config).items():
                 self.layers[name].set_packed_(weight, config[name].weight)
@@ -383,7 +383,7 @@ class QuantizedDenoiser:
         """
         self._check(config)
         self._recent.clear()
-        with self._bank_in_use():
+        with self.bank_in_use():
             self.prepare(config, progress)
             coded = self.coded_weights(config)
         self._activate(config)

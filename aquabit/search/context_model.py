@@ -10,11 +10,11 @@ import numpy as np
 
 from aquabit.choices import Choices
 from aquabit.measuring.session import Session
-from aquabit.measuring.step_weights import MIN_CELLS, fit_step_weights
 from aquabit.scheme import Act, Progress, no_progress
 from aquabit.search.options import activation_choices
 from aquabit.search.refine import Seen, crossings, in_context, shrunk
-from aquabit.sensitivity.damages import Damages, chosen_cells
+from aquabit.sensitivity.damages import Damages
+from aquabit.sensitivity.step_weights import MIN_CELLS, chosen_cells, fit_step_weights
 from aquabit.space import SearchSpace
 
 LOOKED = 8  # parts of stored inputs (8 trajectories each) that slopes are taken on

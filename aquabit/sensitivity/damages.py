@@ -20,10 +20,6 @@ BUDGET_TOLERANCE_BITS = 0.25  # contexts lie within this many real bits per weig
 CONTEXT_ACT = 8  # activation bits of contexts where the space has them, else its highest
 # of good configurations: 1.05 to 2 times the least damage
 EXCESSES = tuple(float(e) for e in np.geomspace(0.05, 1, 6))
-# (layer, scheme) that weights of steps are fitted to: SCIENCE section 8 has .983 with 30 and .9825 with 60 of
-# all damages
-CELLS = 60
-TINY = 1e-12  # damage that counts as none
 TUNING = 10  # solves that may go into finding the nominal mean; at either end of a space none may fit
 SEEN = 256  # draws whose mean size is compared with the budget
 TRIES = 200  # draws of a context of a given excess before it is given up
@@ -90,18 +86,6 @@ def gibbs(damages: Damages, costs: CostModel, bits: float, excesses: Sequence[fl
     is 1 + excess times the least (``solve_gibbs``). Codebooks that layers share are not in the mean size:
     what is drawn is weighed exactly, see ``good_contexts``."""
     return solve_gibbs(damages.weights, costs.bytes * 8 / costs.weights, bits, excesses)
-
-
-def chosen_cells(damages: Damages, count: int = CELLS) -> list[tuple[int, int]]:
-    """(layer, scheme) indices to fit weights to: evenly spread over the ranks of those whose damage
-    exceeds what the layer's activations do, one a layer before a second one."""
-    acts = damages.acts.max(1, initial=0.0)
-    known = np.argwhere(np.isfinite(damages.weights)).tolist()
-    cells = [(i, j) for i, j in known if damages.weights[i, j] > max(acts[i], TINY)]
-    cells.sort(key=lambda c: (-damages.weights[c], c))
-    if len(cells) <= count:
-        return cells
-    return [cells[k] for k in np.unique(np.linspace(0, len(cells) - 1, count).round().astype(int))]
 
 
 def context_act(space: SearchSpace) -> int:

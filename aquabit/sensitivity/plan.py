@@ -13,9 +13,8 @@ from diffusers import DiffusionPipeline
 
 from aquabit.measuring.evaluator import PROBE_IMAGES, Evaluator
 from aquabit.measuring.fitting import GRADIENTS, PROBES, check_source
-from aquabit.measuring.gradient_damages import CELLS, PARTS, PASSES, ROUNDED
+from aquabit.measuring.gradient_damages import IMAGES, PASSES
 from aquabit.measuring.model import open_model
-from aquabit.measuring.output_errors import STEPS
 from aquabit.measuring.pools import local_evaluator
 from aquabit.measuring.session import uniform_references
 from aquabit.measuring.settings import AS_BEGUN, MeasureOptions, meter_of, settings
@@ -82,7 +81,7 @@ class Plan:
     known: int
     fits: int
     probes: int
-    backward_passes: int  # of 8 samples, where damages come from gradients
+    backward_passes: int  # through one denoiser call of 8 images, where damages come from gradients
     bank_bytes: int  # of these fits
     bank_free: int  # bytes of the bank's limit that are left
     call_seconds: float
@@ -123,10 +122,9 @@ def plan(
     missing = len(asked - known) + (0 if fixed else max(0, len(drawn) - done))
     evaluator = local_evaluator(opened, store, replace(where, dtype=given.dtype), meter.options)
     fits, size = _fits(evaluator, made)
-    alone, rounded = _probes(study, made)
-    probes, passes = alone + rounded, 0
+    probes, passes = _probes(study, made), 0
     if source == GRADIENTS and probes:
-        probes, passes = min(alone, CELLS) + min(rounded, ROUNDED), PARTS * PASSES * min(STEPS, given.steps)
+        probes, passes = 0, ceil(IMAGES / PROBE_IMAGES) * PASSES * given.steps
     call = _call_seconds(evaluator, given, where.device)
     calls = given.steps * ceil(given.images / given.micro_batch) * (2 if made.correction else 1)
     # a call takes ``micro_batch`` images: a probe's images are several calls, or part of one
@@ -153,14 +151,14 @@ def _bytes(evaluator: Evaluator, layer: str, scheme: Scheme) -> int:
     return sum(scheme.stored_bytes(tuple(evaluator.quantized.layers[layer].shape))) + HEADER
 
 
-def _probes(study: Study | None, space: SearchSpace) -> tuple[int, int]:
-    """Runs of PROBE_IMAGES images that say what a scheme does alone, and what an activation choice does."""
+def _probes(study: Study | None, space: SearchSpace) -> int:
+    """Runs of PROBE_IMAGES images that say what a scheme, or an activation choice, does alone."""
     known = study.features() if study is not None else {}
     cells = [(k, str(s)) for k, row in space.choices.items() for s in row if s != FP]
     acts = [act_text(a) for a in space.act_choices if a != 16]
     asked = [(k, a) for k, row in space.choices.items() if row != (FP,) for a in acts]
     schemes = sum("damage" not in known.get(cell, {}) for cell in cells)
-    return schemes, sum("damage" not in known.get(cell, {}) for cell in asked)
+    return schemes + sum("damage" not in known.get(cell, {}) for cell in asked)
 
 
 def _call_seconds(evaluator: Evaluator, protocol: Protocol, device: str) -> float:

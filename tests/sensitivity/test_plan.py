@@ -73,12 +73,9 @@ def test_a_plan_by_gradients_does_not_grow_with_layers_and_schemes(tmp_path) -> 
     given = MeasureOptions(PROTOCOL, {"schemes": ["usq4", "usq3", "usq2"], "activations": [8]})
     by_probes = plan(pipe, None, SampleOptions(0), given, *values)
     found = plan(pipe, None, SampleOptions(0), replace(given, damages="gradients"), *values)
-    steps = min(10, PROTOCOL.steps)
-    assert (found.probes, found.backward_passes) == (30, 4 * steps) and by_probes.probes > 30
-    alone = replace(given, space={"schemes": ["usq4", "usq3", "usq2"], "activations": [16]})
-    assert plan(pipe, None, SampleOptions(0), replace(alone, damages="gradients"), *values).probes == 24
+    assert (found.probes, found.backward_passes) == (0, 2 * 4 * PROTOCOL.steps) and by_probes.probes > 30
     assert by_probes.backward_passes == 0
-    measured = PROTOCOL.steps * found.probes + 3 * found.backward_passes
+    measured = 3 * found.backward_passes
     assert found.probing_seconds / found.call_seconds == pytest.approx(measured * 8 / PROTOCOL.micro_batch)
     with pytest.raises(AquabitError, match="must be probes or gradients"):
         plan(pipe, None, SampleOptions(0), replace(given, damages="x"), *values)

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from aquabit.measuring.step_weights import fit_step_weights
 from aquabit.scheme import AquabitError
-from aquabit.sensitivity.damages import Damages, chosen_cells
+from aquabit.sensitivity.damages import Damages
+from aquabit.sensitivity.step_weights import chosen_cells, fit_step_weights
 from tests.worlds import model
 
 TRUE = np.array([8.0, 0.0, 1.0, 0.2, 0.1, 0.5, 0.0, 3.0, 12.0, 6.0]) * 1e-3
