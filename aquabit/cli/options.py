@@ -53,7 +53,7 @@ Damages = Annotated[
         "--damages",
         help=(
             "Where what each (layer, scheme) does alone comes from: probes (images of each), or gradients"
-            " (a few backward passes and thirty probes, whatever the number of layers and schemes);"
+            " (a few backward passes through the sampler, whatever the number of layers and schemes);"
             " default: what the study has, else probes."
         ),
     ),
