@@ -130,7 +130,7 @@ class Sketches:
         parts = count if len(x) % count == 0 and len(slope) % count == 0 else 1
         changes, found = self.changes(name), dict[str, Tensor]()
         if changes:
-            gradient = per_sample(layer, x, slope, parts).flatten(1).float()
+            gradient = per_sample(layer, x.float(), slope.float(), parts).flatten(1)
             stacked = torch.stack([change.flatten().float() for change in changes.values()])
             found |= dict(zip(changes, (gradient @ stacked.t()).t(), strict=True))
         for gate, change in self.gates(name, x, step).items():

@@ -15,6 +15,7 @@ from aquabit.measuring.sketches import Sketches
 from aquabit.scheme import AquabitError, Protocol
 from aquabit.study import Study
 from tests.conftest import tiny_pipeline
+from tests.tiny_pipelines import tiny
 
 PROTOCOL = Protocol(images=4, steps=4, micro_batch=4)
 SPACE = {"schemes": ["usq8", "usq4", "usq3", "usq2"], "activations": [8, 6]}
@@ -87,3 +88,20 @@ def test_calibrated_and_shared_schemes_are_sketched_too(tmp_path: Path) -> None:
     own = found.probes()
     assert {c[1] for c, v in own.items() if "gradient" in v} >= {"usq4h", "vq3", "a8"}
     assert all(v["damage"] > 0 for v in own.values())
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("sd3", "float32"), ("pixart-sigma", "bfloat16")])
+def test_pipelines_of_text_with_guidance(name: str, dtype: str, tmp_path: Path) -> None:
+    protocol = Protocol(
+        images=2, steps=2, micro_batch=2, guidance=5.0, objective="mse", conditions=("a", "b c")
+    )
+    found = {}
+    for damages in ("gradients", "probes"):
+        study = Study(tmp_path / f"{damages}.db")
+        space = {"schemes": ["usq6", "usq3"], "activations": [8]}
+        options: dict[str, Any] = {"protocol": protocol, "space": space, "bank": str(tmp_path / "bank")}
+        workflows.measure(tiny(name), study, 0, damages=damages, dtype=dtype, **options)
+        found[damages] = study.probes()
+    cells = [c for c, v in found["probes"].items() if c[1] != "a8" and v["damage"] > 1e-12]
+    own, true = ([found[s][c]["damage"] for c in cells] for s in ("gradients", "probes"))
+    assert spearmanr(own, true).statistic > (0.95 if dtype == "float32" else 0.5) and len(cells) > 20
