@@ -30,6 +30,10 @@ from aquabit.study import Study
 
 # measured beside samples, output-aware where anything is: what one would take without a search
 UNIFORM = ("usq2", "usq3", "usq4")
+BY_GRADIENTS = (
+    "What each scheme does to each layer alone is predicted from gradients, to first order; probes measure it"
+    " (--damages probes)."
+)
 OUTPUTS_TASK = 8  # configurations whose output errors are one task: an interruption loses at most so many
 
 
@@ -202,8 +206,9 @@ def open_session(
             check_measuring(opened.graph, protocol, where.device, where.workers, **need)
         if check is not None:
             check(space)
-        if opened.notes:
-            study.set(family_notes=list(opened.notes))
+        notes = [*opened.notes, *([BY_GRADIENTS] if damages == GRADIENTS else [])]
+        if notes:
+            study.set(family_notes=notes)
         study.begin(opened.reference, opened.fingerprint, to_json(opened.graph), space.to_dict(), protocol)
         if damages != (study.get("damages") or PROBES):
             study.set(damages=damages)

@@ -81,6 +81,7 @@ def test_a_study_goes_on_as_it_was_begun(tmp_path: Path) -> None:
     study.set(damages="gradients")  # as one that was interrupted before it had any
     workflows.measure(tiny_pipeline("dit"), study, 0, **options)
     assert any("gradient" in v for v in study.features().values())
+    assert "from gradients, to first order" in " ".join(study.get("family_notes"))
 
 
 def test_calibrated_and_shared_schemes_are_sketched_too(tmp_path: Path) -> None:
