@@ -106,6 +106,8 @@ def row(folder: Path, model: str, bits: Sequence[float]) -> dict[str, Any]:
     cells = [c for c, v in known["gradients"].items() if "gradient" in v and known["probes"][c]["damage"] > 0]
     own, true = (np.array([known[s][c]["damage"] for c in cells]) for s in ("gradients", "probes"))
     rounded = np.array([c[1] in ("a6", "a8") for c in cells])
+    facts = (known["gradients"][c] for c in cells)
+    errors = np.array([v.get("output", v.get("error", 0.0)) for v in facts])  # what fits say, for nothing
     found: dict[str, Any] = {
         "model": model,
         "seconds": read(folder / f"seconds-{model}.json"),
@@ -113,6 +115,7 @@ def row(folder: Path, model: str, bits: Sequence[float]) -> dict[str, Any]:
         "probed": sum("damage" in v and "gradient" not in v for v in known["gradients"].values()),
         "srcc": spearmanr(own, true).statistic,
         "srcc_weights": spearmanr(own[~rounded], true[~rounded]).statistic,
+        "srcc_errors": spearmanr(errors[~rounded], true[~rounded]).statistic,
         "budgets": [],
     }
     configs = answers_kept(folder, model, bits)
@@ -138,16 +141,18 @@ def table(results: Mapping[str, Any]) -> str:
         "",
         "SRCC of the damages that come from gradients with those of probes, of (layer, scheme) and (layer,",
         "activation bits). Backward passes: through one denoiser call of 8 images. Seconds: of probes, and",
-        "of gradients, one process, after the fits; loading and tracing are in both.",
+        "of gradients, one process, after the fits; loading and tracing are in both. Output errors under H:",
+        "what the fits know of the same weights, without a gradient.",
         "",
-        "| model | (layer, scheme) | backward passes of 8 | probed | SRCC | of weights alone | seconds |",
-        "|---|---|---|---|---|---|---|",
+        "| model | (layer, scheme) | backward passes of 8 | probed | SRCC | of weights alone |"
+        " output errors under H | seconds |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for r in results["rows"]:
         spent = " and ".join(f"{r['seconds'][s]:.0f}" for s in SOURCES)
         lines.append(
             f"| {r['model']} | {r['cells']} | {r['passes']} | {r['probed']} | {r['srcc']:.4f} |"
-            f" {r['srcc_weights']:.4f} | {spent} |"
+            f" {r['srcc_weights']:.4f} | {r['srcc_errors']:.4f} | {spent} |"
         )
     lines += [
         "",

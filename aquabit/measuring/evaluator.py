@@ -296,15 +296,8 @@ class Evaluator:
             errors = self._errors(protocol, part)
             self.quantized.apply(replace(config, correction=None))
             with self.quantized.gradients() as gradient:
-                try:
+                with _gradients_pass("denoiser", "search with --rounds 0"):
                     value = errors.backward(weights, self.quantized.watchers(config))
-                except RuntimeError as fault:
-                    if out_of_memory(fault):
-                        raise
-                    said = str(fault).split(". ")[0]
-                    raise AquabitError(
-                        f"no gradient passes this denoiser ({said}); search with --rounds 0"
-                    ) from fault
                 found: Slopes = {"value": value, "slopes": {}, "overlap": {}}
                 for layer, row in choices.items():
                     full, own = self.quantized.full(layer), self.quantized.layers[layer].weight.detach()
@@ -373,16 +366,11 @@ class Evaluator:
             def images() -> Tensor:
                 return self.adapter.images(own, range(start, start + few), gradients=True)
 
-            try:
-                with following(self.adapter.denoiser, self.pipe.scheduler, [place]):
-                    found = sketches(images, passes, start)
-            except RuntimeError as fault:
-                if out_of_memory(fault):
-                    raise
-                said = str(fault).split(". ")[0]
-                raise AquabitError(
-                    f"no gradient passes this pipeline ({said}); use --damages probes"
-                ) from fault
+            with (
+                _gradients_pass("pipeline", "use --damages probes"),
+                following(self.adapter.denoiser, self.pipe.scheduler, [place]),
+            ):
+                found = sketches(images, passes, start)
         bad = [k for k, row in found.items() if not all(map(isfinite, chain(*row.values())))]
         if bad:
             raise AquabitError(f"the gradient of layer {bad[0]!r} is not finite; use --damages probes")
@@ -501,6 +489,18 @@ class Evaluator:
 
     def _keep(self, protocol: Protocol, batch: range, images: Tensor) -> None:
         self.bank.write(self._path(protocol, batch), {"images": images.contiguous()})
+
+
+@contextmanager
+def _gradients_pass(what: str, instead: str) -> Iterator[None]:
+    """Torch's own words for a backward pass that fails as one sentence; what memory lacks is passed on."""
+    try:
+        yield
+    except RuntimeError as fault:
+        if out_of_memory(fault):
+            raise
+        said = str(fault).split(". ")[0]
+        raise AquabitError(f"no gradient passes this {what} ({said}); {instead}") from fault
 
 
 def _cosine(a: Tensor, b: Tensor) -> float:

@@ -106,3 +106,15 @@ def test_pipelines_of_text_with_guidance(name: str, dtype: str, tmp_path: Path) 
     cells = [c for c, v in found["probes"].items() if c[1] != "a8" and v["damage"] > 1e-12]
     own, true = ([found[s][c]["damage"] for c in cells] for s in ("gradients", "probes"))
     assert spearmanr(own, true).statistic > (0.95 if dtype == "float32" else 0.5) and len(cells) > 20
+
+
+def test_where_no_gradient_passes_probes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise RuntimeError("element 0 of tensors does not require grad. More words")
+
+    monkeypatch.setattr(Sketches, "__call__", refused)
+    with pytest.raises(AquabitError, match=r"pipeline \(element 0 .* grad\); use --damages probes$"):
+        measured(tmp_path, "refused.db", "gradients")
+    monkeypatch.setattr(Sketches, "__call__", lambda *_: {"proj_out_1": {"usq4": [float("nan")]}})
+    with pytest.raises(AquabitError, match="layer 'proj_out_1' is not finite; use --damages probes"):
+        measured(tmp_path, "nan.db", "gradients")
