@@ -112,9 +112,11 @@ def check_measuring(
     there, gpu = memory_of(device), torch.device(device).type == "cuda"
 
     def taken(batch: int, workers: int = workers, dtype: str = protocol.dtype) -> int:
-        samples = batch * (2 if protocol.guidance != 1.0 else 1)
+        branches = 2 if protocol.guidance != 1.0 else 1
+        samples = batch * branches
         found = {(p.task, p.dtype): p for p in _peaks(graph, samples, activations)}["measure", dtype]
-        call = min(samples, SKETCHED) * layer_bytes(graph)  # of gradients: held, or made again step by step
+        # of gradients: held, or made again step by step
+        call = min(batch, SKETCHED) * branches * layer_bytes(graph)
         held = (call + min(call * protocol.steps, HELD)) * BYTES[dtype] // 4 if gradients else 0
         own = found.total - LIBRARIES + held
         return workers * own + (0 if gpu else LIBRARIES * (workers + 1) // 2)  # half of them is shared

@@ -353,7 +353,8 @@ class Evaluator:
             self.quantized.apply(QuantConfig(self.fingerprint, {}))
             self.pipe.scheduler = self.scheduler
             set_scheduler(self.pipe, protocol.scheduler)
-            held = few * protocol.steps * layer_bytes(self.graph)
+            branches = 2 if protocol.guidance != 1.0 else 1
+            held = few * branches * protocol.steps * layer_bytes(self.graph)
             sketches = Sketches(
                 self.adapter.denoiser,
                 {name: layer for name, layer in layers.items() if name in choices},
