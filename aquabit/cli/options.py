@@ -52,9 +52,9 @@ Damages = Annotated[
     typer.Option(
         "--damages",
         help=(
-            "Where what each (layer, scheme) does alone comes from: probes (images of each), or gradients"
-            " (a few backward passes through the sampler, whatever the number of layers and schemes);"
-            " default: what the study has, else probes."
+            "Where what each (layer, scheme) does alone comes from: gradients (a few backward passes through"
+            " the sampler, whatever the number of layers and schemes), or probes (images of each); default:"
+            " what the study has, else gradients."
         ),
     ),
 ]

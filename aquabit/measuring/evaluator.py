@@ -56,7 +56,6 @@ from aquabit.scheme import (
     QuantConfig,
     Scheme,
     StepGroups,
-    act_of,
     act_text,
     digest,
 )
@@ -99,6 +98,13 @@ class Slopes(TypedDict):
     value: float
     slopes: dict[str, dict[str, float]]
     overlap: dict[str, dict[str, float]]
+
+
+class Sketched(TypedDict):
+    """See ``Evaluator.sketches``; "untold" is {layer: why it has no numbers}."""
+
+    numbers: Numbers
+    untold: dict[str, str]
 
 
 class _Place(Watcher):
@@ -154,64 +160,49 @@ class Evaluator:
         return [[layer for group in portion for layer in group] for portion in portions]
 
     def fit(
-        self,
-        schemes: Mapping[str, Sequence[str]],
-        probes: Mapping[str, Sequence[int]],
-        acts: Sequence[int],
-        protocol: Protocol,
-        calibration: Calibration | None,
-        steps: StepGroups | None = None,
-        probe: bool = True,
+        self, schemes: Mapping[str, Sequence[str]], acts: Sequence[int], calibration: Calibration | None
     ) -> dict[str, dict[str, dict[str, Any]]]:
         """Fit schemes (layer -> schemes) in the bank, calibrated ones for each of ``acts``; layer -> scheme
-        -> facts, and what activations do alone ("a8", "a6/8") where ``probes`` (layer -> activation choices
-        as ``act_code`` writes them, of groups of ``steps``) asks for it.
-
-        ``error`` is the relative squared weight error, ``output`` (with a calibration) the relative output
-        error under H at the first of ``acts``. ``damage`` is the mean squared deviation of PROBE_IMAGES
-        images from full precision where it is the only change, ``sketch`` a fixed random projection of the
-        deviations, SKETCH numbers: sketches add up as deviations do to first order. A scheme that is fitted
-        for rounded activations is probed with them, against images with that layer's activations rounded
-        alone.
-        """
+        -> facts: ``error`` is the relative squared weight error, ``output`` (with a calibration) the relative
+        output error under H at the first of ``acts``."""
         with single_thread(self.device):
             wanted = {layer: [Scheme.parse(s) for s in row] for layer, row in schemes.items() if row}
-            facts = self.quantized.fitter.facts(list(wanted), wanted, acts, calibration) if wanted else {}
-            if not probe:
-                return facts
-            base = QuantConfig(self.fingerprint, {}, calibration=calibration)
-            return {
-                layer: self._probe(layer, facts.get(layer, {}), probes[layer], acts[0], protocol, base, steps)
-                for layer in schemes
-            }
+            return self.quantized.fitter.facts(list(wanted), wanted, acts, calibration) if wanted else {}
 
-    def _probe(
+    def probe(
         self,
         layer: str,
-        facts: dict[str, dict[str, Any]],
-        probes: Sequence[int],
-        act: int,
+        schemes: Sequence[str],
+        acts: Sequence[Act],
         protocol: Protocol,
         base: QuantConfig,
-        steps: StepGroups | None,
+        act: int,
+        steps: StepGroups | None = None,
     ) -> dict[str, dict[str, Any]]:
-        """``facts`` of one layer with what each scheme, and each activation choice of ``probes``, does to
-        images."""
+        """What fitted schemes of a layer, and activation choices ("a8", "a6/8" of groups of ``steps``), do
+        alone.
+
+        ``damage`` is the mean squared deviation of PROBE_IMAGES images from full precision where it is the
+        only change, ``sketch`` a fixed random projection of the deviations, SKETCH numbers: sketches add up
+        as deviations do to first order. A scheme that is fitted for rounded activations is probed with
+        them, at ``act`` bits, against images with that layer's activations rounded alone. ``base``: how
+        schemes are fitted.
+        """
         batch = min(PROBE_IMAGES, protocol.micro_batch)
         few = replace(protocol, images=PROBE_IMAGES, micro_batch=batch, seed=PROBE_SEED)
-        if self._probed is None or self._probed[0] != protocol.digest:
-            self._probed = protocol.digest, self.generate(QuantConfig(self.fingerprint, {}), few)
-        full = self._probed[1]
-        asked = {a: base.with_layer(layer, "fp", act_of(a), steps=steps) for a in {*probes, act} if a != 16}
-        rounded = {a: self.generate(config, few) for a, config in asked.items()} | {16: full}
-        found = {act_text(act_of(a)): _deviation(rounded[a], full) for a in probes if a != 16}
-        for text, value in facts.items():
-            scheme = Scheme.parse(text)
-            own = act if scheme.calibrated else 16
-            codebook = self.quantized.partners[layer] if scheme.shared else None
-            images = self.generate(base.with_layer(layer, scheme, own, codebook), few)
-            found[text] = {**value, **_deviation(images, rounded[own])}
-        return found
+        with single_thread(self.device):
+            if self._probed is None or self._probed[0] != protocol.digest:
+                self._probed = protocol.digest, self.generate(QuantConfig(self.fingerprint, {}), few)
+            full, parsed = self._probed[1], [Scheme.parse(s) for s in schemes]
+            needed = {*acts, *(act for s in parsed if s.calibrated)} - {16}
+            rounded = {a: self.generate(base.with_layer(layer, "fp", a, steps=steps), few) for a in needed}
+            found = {act_text(a): _deviation(rounded[a], full) for a in acts if a != 16}
+            for scheme in parsed:
+                own = act if scheme.calibrated else 16
+                codebook = self.quantized.partners[layer] if scheme.shared else None
+                images = self.generate(base.with_layer(layer, scheme, own, codebook), few)
+                found[str(scheme)] = _deviation(images, full if own == 16 else rounded[own])
+            return found
 
     def generate(self, config: QuantConfig, protocol: Protocol, packed: bool = False) -> Tensor:
         """All images of a configuration [n, c, h, w] in [0, 1]; see ``batches``."""
@@ -296,7 +287,7 @@ class Evaluator:
             errors = self._errors(protocol, part)
             self.quantized.apply(replace(config, correction=None))
             with self.quantized.gradients() as gradient:
-                with _gradients_pass("denoiser", "search with --rounds 0"):
+                with _gradients_pass():
                     value = errors.backward(weights, self.quantized.watchers(config))
                 found: Slopes = {"value": value, "slopes": {}, "overlap": {}}
                 for layer, row in choices.items():
@@ -318,11 +309,11 @@ class Evaluator:
         passes: int,
         like: QuantConfig,
         steps: StepGroups | None = None,
-    ) -> Numbers:
+    ) -> Sketched:
         """What schemes (layer -> schemes), and activation choices ("a8", of groups of ``steps``), do
         alone to the images from ``start`` on of SKETCH_SEED, a micro-batch of at most PROBE_IMAGES, to first
-        order (``Sketches``); schemes are fitted as in ``like``. Raises AquabitError where no gradient passes
-        the pipeline, or one is not finite."""
+        order (``Sketches``); schemes are fitted as in ``like``. Layers that no gradient reaches, or one that
+        is not finite, have no numbers, and are named with the reason."""
         few = min(PROBE_IMAGES, protocol.micro_batch)
         own = replace(protocol, images=start + few, micro_batch=few, seed=SKETCH_SEED)
         layers, kept = self.quantized.layers, dict[str, dict[str, Tensor]]()
@@ -367,15 +358,21 @@ class Evaluator:
             def images() -> Tensor:
                 return self.adapter.images(own, range(start, start + few), gradients=True)
 
-            with (
-                _gradients_pass("pipeline", "use --damages probes"),
-                following(self.adapter.denoiser, self.pipe.scheduler, [place]),
-            ):
-                found = sketches(images, passes, start)
-        bad = [k for k, row in found.items() if not all(map(isfinite, chain(*row.values())))]
-        if bad:
-            raise AquabitError(f"the gradient of layer {bad[0]!r} is not finite; use --damages probes")
-        return found
+            try:
+                with following(self.adapter.denoiser, self.pipe.scheduler, [place]):
+                    found = sketches(images, passes, start)
+            except RuntimeError as fault:
+                if out_of_memory(fault):
+                    raise
+                said = f"no gradient passes the pipeline ({str(fault).split('. ')[0]})"
+                return Sketched(numbers={}, untold=dict.fromkeys(choices, said))
+        untold = dict.fromkeys(choices.keys() - found.keys(), "no gradient reaches it")
+        untold |= {k: f"its gradient is not finite in step {step}" for k, step in sketches.bad.items()}
+        for layer, row in list(found.items()):
+            if not all(map(isfinite, chain(*row.values()))):
+                untold[layer] = "its gradient times what it may change is not finite"
+                del found[layer]
+        return Sketched(numbers=found, untold=untold)
 
     def _errors(self, protocol: Protocol, part: int) -> OutputErrors:
         """Stored inputs, recorded in full precision when they are first asked for."""
@@ -493,7 +490,7 @@ class Evaluator:
 
 
 @contextmanager
-def _gradients_pass(what: str, instead: str) -> Iterator[None]:
+def _gradients_pass() -> Iterator[None]:
     """Torch's own words for a backward pass that fails as one sentence; what memory lacks is passed on."""
     try:
         yield
@@ -501,7 +498,7 @@ def _gradients_pass(what: str, instead: str) -> Iterator[None]:
         if out_of_memory(fault):
             raise
         said = str(fault).split(". ")[0]
-        raise AquabitError(f"no gradient passes this {what} ({said}); {instead}") from fault
+        raise AquabitError(f"no gradient passes this denoiser ({said}); search with --rounds 0") from fault
 
 
 def _cosine(a: Tensor, b: Tensor) -> float:

@@ -1,15 +1,22 @@
-"""Fitting before measuring: every scheme of a space into the bank, and what it does alone into the study."""
+"""Before measuring: every scheme of a space into the bank, and what it does alone into the study."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+
 from aquabit.measuring.gradient_damages import add_gradient_damages
 from aquabit.measuring.pools import Pool
-from aquabit.measuring.tasks import Fit, Portions
-from aquabit.scheme import FP, AquabitError, Progress, Protocol, act_code, act_text, no_progress
+from aquabit.measuring.tasks import Fit, Portions, Probe
+from aquabit.scheme import FP, Act, AquabitError, Progress, Protocol, QuantConfig, act_text, no_progress
 from aquabit.space import SearchSpace
 from aquabit.study import Study
 
 PROBES, GRADIENTS = "probes", "gradients"  # where damages come from
+SCORED = 24  # (layer, scheme) of those that gradients tell of that are probed too, to say how true they are
+Cell = tuple[str, str]  # layer, and a scheme or an activation choice as text
 
 
 def check_source(damages: str) -> None:
@@ -18,40 +25,106 @@ def check_source(damages: str) -> None:
         raise AquabitError(f"damages {damages!r} is unknown; it must be {PROBES} or {GRADIENTS}")
 
 
+def source_of(study: Study | None, given: str | None) -> str:
+    """Where damages come from: as ``given``, as the study was begun (before there were gradients it had
+    probes and did not say so), else gradients."""
+    begun = None
+    if study is not None:
+        begun = study.get("damages") or (PROBES if "fingerprint" in study else None)
+    source = given or begun or GRADIENTS
+    check_source(source)
+    return source
+
+
 def fit_all(
     pool: Pool,
     study: Study,
     space: SearchSpace,
     protocol: Protocol,
     progress: Progress = no_progress,
-    damages: str = PROBES,
+    damages: str = GRADIENTS,
 ) -> None:
-    """Every (layer, scheme) of the space into the bank, and what it does alone into the study, by ``damages``
-    of each; what is known is skipped."""
+    """Every (layer, scheme) of the space into the bank, and what it does alone into the study: from
+    gradients, of which some are probed too (``probed``), or by a probe of each; what is known is skipped.
+    Layers that gradients do not tell of are probed."""
     check_source(damages)
+    _fit(pool, study, space, progress)
     if damages == GRADIENTS:
-        _fit(pool, study, space, protocol, progress, probe=False)
         add_gradient_damages(pool, study, space, protocol, progress)
-    else:
-        _fit(pool, study, space, protocol, progress, probe=True)
+        _score(pool, study, space, protocol, progress)
+    known = study.features()
+    _probe(
+        pool, study, space, protocol, [c for c in cells(space) if "damage" not in known.get(c, {})], progress
+    )
 
 
-def _fit(
-    pool: Pool, study: Study, space: SearchSpace, protocol: Protocol, progress: Progress, probe: bool
+def cells(space: SearchSpace) -> list[Cell]:
+    """Every (layer, scheme) and (layer, activation choice) that changes something."""
+    layers = [k for k, row in space.choices.items() if row != (FP,)]
+    acts = [act_text(a) for a in space.act_choices if a != 16]
+    schemes = [(k, str(s)) for k in layers for s in space.choices[k] if s != FP]
+    return schemes + [(k, a) for k in layers for a in acts]
+
+
+def scored_cells(space: SearchSpace, known: Mapping[Cell, Mapping[str, Any]]) -> list[Cell]:
+    """The (layer, scheme) whose gradients are compared with probes: SCORED drawn of those that changed
+    something."""
+    schemes = {str(s) for s in space.schemes}
+    told = [c for c in cells(space) if known.get(c, {}).get("gradient") and c[1] in schemes]
+    told = [c for c in told if known[c]["damage"] > 0]
+    order = np.random.default_rng(0).permutation(len(told))
+    return [told[i] for i in sorted(order[:SCORED])]
+
+
+def _score(pool: Pool, study: Study, space: SearchSpace, protocol: Protocol, progress: Progress) -> None:
+    """Probe some of what gradients tell of, beside it."""
+    known = study.features()
+    wanted = [c for c in scored_cells(space, known) if "probed" not in known[c]]
+    _probe(pool, study, space, protocol, wanted, progress, beside=True)
+
+
+def _probe(
+    pool: Pool,
+    study: Study,
+    space: SearchSpace,
+    protocol: Protocol,
+    wanted: Collection[Cell],
+    progress: Progress,
+    beside: bool = False,
 ) -> None:
-    """Fit what is not known, and probe it."""
-    known, fact = study.features(), "damage" if probe else "error"
+    """Probe cells that are fitted: as their damage, or ``beside`` the one that they have."""
+    if not wanted:
+        return
+    act, rows, known = max(space.activations), dict[str, list[str]](), study.features()
+    by_text: dict[str, Act] = {act_text(a): a for a in space.act_choices}
+    for layer, name in wanted:
+        rows.setdefault(layer, []).append(name)
+    base = QuantConfig(space.fingerprint, {}, calibration=space.calibration)
+    tasks = []
+    for layer, names in rows.items():
+        schemes, acts = (
+            tuple(n for n in names if n not in by_text),
+            [by_text[n] for n in names if n in by_text],
+        )
+        tasks.append(Probe(layer, schemes, tuple(acts), protocol, base, act, space.steps))
+    progress("probing", 0, len(tasks))
+    for done, (_, found) in enumerate(pool.run(tasks), 1):
+        values = {(k, name): value for k, row in found.items() for name, value in row.items()}
+        if beside:
+            values = {cell: {"probed": value["damage"]} for cell, value in values.items()}
+        study.add_features({cell: {**known.get(cell, {}), **value} for cell, value in values.items()})
+        progress("probing", done, len(tasks))
+
+
+def _fit(pool: Pool, study: Study, space: SearchSpace, progress: Progress) -> None:
+    """Fit what is not known."""
+    known = study.features()
     schemes = {
-        k: [s for s in row if s != FP and fact not in known.get((k, str(s)), {})]
-        for k, row in space.choices.items()
-    }
-    choices = [a for a in space.act_choices if a != 16 and probe]
-    probes = {
-        k: tuple(act_code(a) for a in choices if row != (FP,) and (k, act_text(a)) not in known)
+        k: [s for s in row if s != FP and "error" not in known.get((k, str(s)), {})]
         for k, row in space.choices.items()
     }
     acts = tuple(sorted(space.activations, reverse=True))
-    layers = [k for k in space.choices if schemes[k] or probes[k]]
+    layers = [k for k in space.choices if schemes[k]]
     if not layers:
         return
     portions: list[list[str]] = [[k] for k in layers]
@@ -62,28 +135,27 @@ def _fit(
         portions = [part for _, found in pool.run([request]) for whole in found for part in _parts(whole)]
         portions += [[k] for k in layers if k not in aware]
         progress("calibrating", 1, 1)
-
-    def fit(schemes: dict[str, tuple[str, ...]], probes: dict[str, tuple[int, ...]]) -> Fit:
-        return Fit(schemes, probes, acts, protocol, space.calibration, space.steps, probe)
-
     own = {k: tuple(str(s) for s in schemes[k] if not s.shared) for k in layers}
-    tasks = [fit({k: own[k] for k in part}, {k: probes[k] for k in part}) for part in portions]
+    tasks = [Fit({k: own[k] for k in part}, acts, space.calibration) for part in portions]
     together: dict[str, dict[str, tuple[str, ...]]] = {}  # layers that share codebooks are fitted together
     for k in layers:
         for scheme in schemes[k]:
             if scheme.shared:
                 row = together.setdefault(space.codebook(k), {})
                 row[k] = (*row.get(k, ()), str(scheme))
-    tasks += [fit(row, dict.fromkeys(row, ())) for row in together.values()]
+    tasks += [Fit(row, acts, space.calibration) for row in together.values()]
     for done, (place, found) in enumerate(pool.run(tasks), 1):
         study.add_features(
-            {(layer, scheme): value for layer, facts in found.items() for scheme, value in facts.items()}
+            {
+                (layer, scheme): {**known.get((layer, scheme), {}), **value}
+                for layer, facts in found.items()
+                for scheme, value in facts.items()
+            }
         )
         every = [v for facts in found.values() for v in facts.values()]
-        errors = [float(v["output"] if "output" in v else v.get("error", 0.0)) for v in every]
+        errors = [float(v["output"] if "output" in v else v["error"]) for v in every]
         layer, worst = next(iter(tasks[place].schemes)), max(errors, default=0.0)
-        doing = "fitting and probing" if probe else "fitting"
-        progress(f"{doing}: {layer}, largest error {worst:.3f}", done, len(tasks))
+        progress(f"fitting: {layer}, largest error {worst:.3f}", done, len(tasks))
 
 
 def _parts(layers: list[str], size: int = 6) -> list[list[str]]:

@@ -10,7 +10,6 @@ import torch
 
 from aquabit.measuring.evaluator import PROBE_IMAGES, SKETCH_SEED, sketch
 from aquabit.measuring.pools import Pool
-from aquabit.measuring.sketches import Numbers
 from aquabit.measuring.tasks import MeasureSketches
 from aquabit.scheme import FP, LayerChoice, Progress, Protocol, QuantConfig, act_text, digest, no_progress
 from aquabit.space import SearchSpace
@@ -24,7 +23,8 @@ def add_gradient_damages(
     pool: Pool, study: Study, space: SearchSpace, protocol: Protocol, progress: Progress = no_progress
 ) -> None:
     """Give every (layer, scheme) and activation choice of the space that has none a damage and a sketch, as
-    probes would (``Evaluator.fit``), marked by "gradient". All schemes must be fitted."""
+    probes would (``Evaluator.probe``), marked by "gradient". All schemes must be fitted. Layers that no
+    gradient tells of get none; the study's fact "untold" says why."""
     known = study.features()
     acts = [a for a in space.act_choices if a != 16]
     layers = [k for k, row in space.choices.items() if row != (FP,)]
@@ -34,11 +34,15 @@ def add_gradient_damages(
     if not missing:
         return
     parts = _sketched(pool, study, space, protocol, progress)
+    untold: dict[str, str] = {k: why for part in parts for k, why in part["untold"].items()}
+    if untold:
+        study.set(untold={**(study.get("untold") or {}), **untold})
     values = {}
     for layer, name in missing:
-        found = [np.reshape(part[layer][name], (PASSES, -1)) for part in parts if name in part.get(layer, {})]
-        # so many images, a pixel a pass; a layer that no image depends on changes none
-        change = torch.from_numpy(np.concatenate(found, 1).T if found else np.zeros((IMAGES, PASSES))).float()
+        if layer in untold:
+            continue
+        found = [np.reshape(part["numbers"][layer][name], (PASSES, -1)) for part in parts]
+        change = torch.from_numpy(np.concatenate(found, 1).T).float()  # so many images, a pixel a pass
         facts = {"damage": float(change.square().mean()), "sketch": sketch(change), "gradient": True}
         values[layer, name] = {**known.get((layer, name), {}), **facts}
     study.add_features(values)
@@ -46,7 +50,7 @@ def add_gradient_damages(
 
 def _sketched(
     pool: Pool, study: Study, space: SearchSpace, protocol: Protocol, progress: Progress
-) -> list[Numbers]:
+) -> list[Any]:
     """The sketches of all images, by micro-batch; from the study where it has them."""
     top = max(space.activations)
     layers = [k for k, row in space.choices.items() if row != (FP,)]
@@ -62,14 +66,14 @@ def _sketched(
     calibration = None if space.calibration is None else space.calibration.digest
     about = [protocol.digest, SKETCH_SEED, few, PASSES, choices, [act_text(a) for a in acts], calibration]
     starts = range(0, IMAGES, few)
-    keys = {start: digest(["sketches", *about, start]) for start in starts}
+    keys = {start: digest(["sketched", *about, start]) for start in starts}
     found: dict[int, Any] = {start: study.outputs(key).get(full) for start, key in keys.items()}
     wanted = [start for start in starts if found[start] is None]
     tasks = [MeasureSketches(choices, acts, protocol, start, PASSES, like, space.steps) for start in wanted]
     progress("gradients", 0, len(tasks))
     for done, (place, value) in enumerate(pool.run(tasks), 1):
         start = wanted[place]
-        study.add_outputs(keys[start], {full: value})
+        study.add_outputs(keys[start], {full: dict(value)})
         found[start] = value
         progress("gradients", done, len(tasks))
     return [found[start] for start in starts]

@@ -20,7 +20,7 @@ CLASSES: dict[str, Any] = {
     c.__name__: c
     for c in (
         *(tasks.Begin, tasks.Measure, tasks.MeasureOutputErrors, tasks.MeasureSlopes),
-        *(tasks.MeasureSketches, tasks.Portions, tasks.Fit, tasks.Answer, Measured),
+        *(tasks.MeasureSketches, tasks.Portions, tasks.Fit, tasks.Probe, tasks.Answer, Measured),
         *(QuantConfig, LayerChoice, StepGroups, Calibration, Protocol, Measurement, QualityOptions),
     )
 }

@@ -12,8 +12,9 @@ from diffusers import DiffusionPipeline
 
 from aquabit.cost import CostModel
 from aquabit.graph import to_json
+from aquabit.measuring.damage_scores import damage_notes
 from aquabit.measuring.evaluator import Evaluator, Slopes
-from aquabit.measuring.fitting import GRADIENTS, PROBES, check_source, fit_all
+from aquabit.measuring.fitting import GRADIENTS, PROBES, fit_all, source_of
 from aquabit.measuring.model import Model, open_model
 from aquabit.measuring.output_errors import StepErrors, stored
 from aquabit.measuring.pools import InlinePool, Pool, local_evaluator, pool_for
@@ -30,10 +31,6 @@ from aquabit.study import Study
 
 # measured beside samples, output-aware where anything is: what one would take without a search
 UNIFORM = ("usq2", "usq3", "usq4")
-BY_GRADIENTS = (
-    "What each scheme does to each layer alone is predicted from gradients, to first order; probes measure it"
-    " (--damages probes)."
-)
 OUTPUTS_TASK = 8  # configurations whose output errors are one task: an interruption loses at most so many
 
 
@@ -194,8 +191,7 @@ def open_session(
     """
     if where.ray is None:
         check_device(where.device)
-    damages = options.damages or study.get("damages") or PROBES
-    check_source(damages)
+    damages = source_of(study, options.damages)
     opened = open_model(model)
     with study.writing():
         bank = Bank(where.bank)
@@ -206,12 +202,11 @@ def open_session(
             check_measuring(opened.graph, protocol, where.device, where.workers, **need)
         if check is not None:
             check(space)
-        notes = [*opened.notes, *([BY_GRADIENTS] if damages == GRADIENTS else [])]
-        if notes:
-            study.set(family_notes=notes)
-        study.begin(opened.reference, opened.fingerprint, to_json(opened.graph), space.to_dict(), protocol)
+        if opened.notes:
+            study.set(family_notes=opened.notes)
         if damages != (study.get("damages") or PROBES):
-            study.set(damages=damages)
+            study.set(damages=damages)  # absent: probes, as in studies of before there were gradients
+        study.begin(opened.reference, opened.fingerprint, to_json(opened.graph), space.to_dict(), protocol)
         if meter.options or meter.notes:
             notes = meter.notes or (study.get("quality") or {}).get("notes", [])
             study.set(quality={**meter.options.to_dict(), "notes": notes})
@@ -227,5 +222,7 @@ def open_session(
             costs = CostModel(opened.graph, space)
             session = Session(opened, study, space, protocol, pool, costs, where.device, local)
             fit_all(pool, study, space, protocol, progress, damages)
+            if told := damage_notes(space, study):
+                study.set(family_notes=[*opened.notes, *told])
             yield session
             bank.trim()

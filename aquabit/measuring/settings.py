@@ -26,7 +26,7 @@ class MeasureOptions:
     """What is measured: how images are made (``protocol``), options of the search space as
     ``space.make_space`` takes them, and what images are measured with. None continues what the study has, or
     takes the defaults where it has nothing. ``damages`` is where what each (layer, scheme) does alone comes
-    from: "probes", images of each (the default), or "gradients", a few backward passes through the sampler.
+    from: "gradients", a few backward passes through the sampler (the default), or "probes", images of each.
     """
 
     protocol: Protocol | None = None

@@ -35,7 +35,7 @@ Numbers = dict[str, dict[str, list[float]]]
 @dataclass
 class _Pass:
     """What one backward pass has found so far: layer -> name -> [images], or [1] where a layer's input does
-    not tell images apart."""
+    not tell images apart. Nothing is read from the device before the pass ends."""
 
     images: int
     numbers: dict[str, dict[str, Tensor]] = field(default_factory=dict)
@@ -46,6 +46,14 @@ class _Pass:
         for name, value in found.items():
             own[name] = own[name] + value if name in own else value
 
+    def told(self, flips: Tensor) -> dict[tuple[str, str], list[float]]:
+        """(layer, name) -> [images], with the signs that all images share."""
+        keys = [(layer, name) for layer, row in self.numbers.items() for name in row]
+        if not keys:
+            return {}
+        every = torch.stack([_spread(self.numbers[layer][name], flips) for layer, name in keys])
+        return dict(zip(keys, every.tolist(), strict=True))
+
 
 class Sketches:
     """First-order changes of images, sketched: called, {layer: {name: [passes x images]}}, the images of a
@@ -53,9 +61,10 @@ class Sketches:
 
     The mean of their squares is the mean square of the images' change. All images have the same signs, so
     that means over the images of a pass sketch what they have in common. ``step`` says which step of the
-    sampler runs. The denoiser must run in full precision; with ``recompute`` its activations are made again
-    in the backward pass, step by step, and not held. Deterministic for ``seed``. Raises RuntimeError where no
-    gradient passes, and where the model changes a layer's input in place.
+    sampler runs. A layer whose gradient is not finite is left out, and named in ``bad``. The denoiser must
+    run in full precision; with ``recompute`` its activations are made again in the backward pass, step by
+    step, and not held. Deterministic for ``seed``. Raises RuntimeError where no gradient passes, and where
+    the model changes a layer's input in place.
     """
 
     def __init__(
@@ -69,7 +78,8 @@ class Sketches:
     ):
         self.denoiser, self.layers, self.step, self.recompute = denoiser, layers, step, recompute
         self.changes, self.gates = changes, gates
-        self._current = _Pass(0)
+        self.bad: dict[str, int] = {}  # layer -> a step in which its gradient was not finite
+        self._current, self._bad = _Pass(0), dict[str, Tensor]()
 
     def __call__(self, images: Images, passes: int, seed: int = 0) -> Numbers:
         found: Numbers = {}
@@ -80,18 +90,26 @@ class Sketches:
                 raise RuntimeError("the pipeline's images have no gradient")
             count, unit = len(made), made[0].numel() ** 0.5
             for i in range(passes):
-                self._current = _Pass(count)
+                self._current, self._bad = _Pass(count), {}
                 # each image's signs are the shared ones or their opposite: of a layer whose input does not
                 # tell images apart the square then has the sum of the images' squares as its expectation
                 flips = torch.randint(0, 2, (count,), generator=generator).to(made.device) * 2.0 - 1.0
                 signs = torch.randint(0, 2, made.shape[1:], generator=generator).to(made.device) * 2.0 - 1.0
                 each = flips.reshape(-1, *[1] * (made.ndim - 1)) * signs
                 made.backward(each.to(made.dtype), retain_graph=i + 1 < passes)
-                for layer, row in self._current.numbers.items():
-                    own = found.setdefault(layer, {})
-                    for name, value in row.items():
-                        own.setdefault(name, []).extend((_spread(value, flips) / unit).tolist())
+                for (layer, name), values in self._current.told(flips).items():
+                    found.setdefault(layer, {}).setdefault(name, []).extend(v / unit for v in values)
+                self._name_bad()
+        for layer in self.bad:
+            found.pop(layer, None)
         return found
+
+    def _name_bad(self) -> None:
+        """Read, once a pass, in which step a layer's gradient was first seen not to be finite."""
+        steps = torch.stack(list(self._bad.values())).tolist() if self._bad else []
+        for layer, step in zip(self._bad, steps, strict=True):
+            if step >= 0:
+                self.bad.setdefault(layer, int(step))
 
     @contextmanager
     def _listening(self) -> Iterator[None]:
@@ -127,6 +145,8 @@ class Sketches:
     def hear(self, name: str, x: Tensor, slope: Tensor, step: int) -> None:
         """<slope, change of a layer's output> of each image, by what makes the change."""
         layer, count = self.layers[name], self._current.images
+        bad = torch.where(slope.isfinite().all(), -1, step)
+        self._bad[name] = torch.maximum(self._bad[name], bad) if name in self._bad else bad
         parts = count if len(x) % count == 0 and len(slope) % count == 0 else 1
         changes, found = self.changes(name), dict[str, Tensor]()
         if changes:

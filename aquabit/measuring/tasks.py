@@ -9,9 +9,8 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from aquabit.graph import from_json
-from aquabit.measuring.evaluator import Evaluator, Measured, Slopes
+from aquabit.measuring.evaluator import Evaluator, Measured, Sketched, Slopes
 from aquabit.measuring.output_errors import StepErrors
-from aquabit.measuring.sketches import Numbers
 from aquabit.quality import QualityOptions
 from aquabit.quant.bank import Bank
 from aquabit.runtime import out_of_memory
@@ -87,7 +86,7 @@ class MeasureSketches:
     like: QuantConfig
     steps: StepGroups | None = None
 
-    def run(self, evaluator: Evaluator) -> Numbers:
+    def run(self, evaluator: Evaluator) -> Sketched:
         return evaluator.sketches(
             self.choices, self.acts, self.protocol, self.start, self.passes, self.like, self.steps
         )
@@ -107,21 +106,31 @@ class Portions:
 
 @dataclass(frozen=True)
 class Fit:
-    """Schemes (layer -> schemes) into the bank, and (with ``probe``) what they and the activation choices of
-    ``probes`` do alone (``Evaluator.fit``)."""
+    """Schemes (layer -> schemes) into the bank, and their errors (``Evaluator.fit``)."""
 
     schemes: Mapping[str, tuple[str, ...]]
-    probes: Mapping[str, tuple[int, ...]]
     acts: tuple[int, ...]
-    protocol: MeasuringProtocol
     calibration: Calibration | None = None
-    steps: StepGroups | None = None
-    probe: bool = True
 
     def run(self, evaluator: Evaluator) -> Facts:
-        return evaluator.fit(
-            self.schemes, self.probes, self.acts, self.protocol, self.calibration, self.steps, self.probe
-        )
+        return evaluator.fit(self.schemes, self.acts, self.calibration)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What fitted schemes and activation choices of a layer do alone (``Evaluator.probe``)."""
+
+    layer: str
+    schemes: tuple[str, ...]
+    acts: tuple[Act, ...]
+    protocol: MeasuringProtocol
+    base: QuantConfig
+    act: int
+    steps: StepGroups | None = None
+
+    def run(self, evaluator: Evaluator) -> Facts:
+        given = (self.layer, self.schemes, self.acts, self.protocol, self.base, self.act, self.steps)
+        return {self.layer: evaluator.probe(*given)}
 
 
 @dataclass(frozen=True)

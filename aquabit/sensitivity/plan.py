@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from aquabit.measuring.evaluator import PROBE_IMAGES, Evaluator
-from aquabit.measuring.fitting import GRADIENTS, PROBES, check_source
+from aquabit.measuring.fitting import GRADIENTS, SCORED, source_of
 from aquabit.measuring.gradient_damages import IMAGES, PASSES
 from aquabit.measuring.model import open_model
 from aquabit.measuring.pools import local_evaluator
@@ -102,8 +102,7 @@ def plan(
 ) -> Plan:
     """What ``measure`` with the same arguments would do; nothing is written. ``study=None``: one that is
     not there yet."""
-    source = options.damages or (study.get("damages") if study is not None else None) or PROBES
-    check_source(source)
+    source = source_of(study, options.damages)
     opened, store, chosen = open_model(model), Bank(where.bank), Design.parse(sample.design)
     meter = meter_of(opened, study, options.quality, store, where.device)
     given, made = settings(opened, study, options, where.dtype, meter)
@@ -124,7 +123,7 @@ def plan(
     fits, size = _fits(evaluator, made)
     probes, passes = _probes(study, made), 0
     if source == GRADIENTS and probes:
-        probes, passes = 0, ceil(IMAGES / PROBE_IMAGES) * PASSES * given.steps
+        probes, passes = min(probes, SCORED), ceil(IMAGES / PROBE_IMAGES) * PASSES * given.steps
     call = _call_seconds(evaluator, given, where.device)
     calls = given.steps * ceil(given.images / given.micro_batch) * (2 if made.correction else 1)
     # a call takes ``micro_batch`` images: a probe's images are several calls, or part of one

@@ -8,9 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy.stats import spearmanr
+from torch import Tensor
 
 from aquabit import workflows
 from aquabit.measuring import gradient_damages
+from aquabit.measuring.damage_scores import damage_score
+from aquabit.measuring.fitting import SCORED, source_of
 from aquabit.measuring.sketches import Sketches
 from aquabit.scheme import AquabitError, Protocol
 from aquabit.study import Study
@@ -84,6 +87,14 @@ def test_a_study_goes_on_as_it_was_begun(tmp_path: Path) -> None:
     assert "from gradients, to first order" in " ".join(study.get("family_notes"))
 
 
+def test_where_damages_come_from(tmp_path: Path) -> None:
+    study = Study(tmp_path / "s.db")
+    assert source_of(None, None) == source_of(study, None) == "gradients"
+    assert source_of(study, "probes") == "probes"
+    study.set(fingerprint="f")  # of before there were gradients
+    assert source_of(study, None) == "probes" and source_of(study, "gradients") == "gradients"
+
+
 def test_calibrated_and_shared_schemes_are_sketched_too(tmp_path: Path) -> None:
     found = measured(tmp_path, "s.db", "gradients", schemes=["usq4h", "vq3", "aq1x4g8s"], activations=[8])
     own = found.probes()
@@ -108,13 +119,44 @@ def test_pipelines_of_text_with_guidance(name: str, dtype: str, tmp_path: Path) 
     assert spearmanr(own, true).statistic > (0.95 if dtype == "float32" else 0.5) and len(cells) > 20
 
 
-def test_where_no_gradient_passes_probes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_no_gradient_passes_everything_is_probed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refused(*_: object) -> None:
         raise RuntimeError("element 0 of tensors does not require grad. More words")
 
     monkeypatch.setattr(Sketches, "__call__", refused)
-    with pytest.raises(AquabitError, match=r"pipeline \(element 0 .* grad\); use --damages probes$"):
-        measured(tmp_path, "refused.db", "gradients")
-    monkeypatch.setattr(Sketches, "__call__", lambda *_: {"proj_out_1": {"usq4": [float("nan")]}})
-    with pytest.raises(AquabitError, match="layer 'proj_out_1' is not finite; use --damages probes"):
-        measured(tmp_path, "nan.db", "gradients")
+    study = measured(tmp_path, "refused.db", "gradients", schemes=["usq4"])
+    assert study.probes() == measured(tmp_path, "probes.db", "probes", schemes=["usq4"]).probes()
+    [note] = study.get("family_notes")
+    assert note.endswith("(no gradient passes the pipeline (element 0 of tensors does not require grad)).")
+
+
+def test_a_layer_whose_gradient_is_not_finite_is_probed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, layer = Sketches.hear, "transformer_blocks.0.attn1.to_q"
+
+    def hear(self: Sketches, name: str, x: Tensor, slope: Tensor, step: int) -> None:
+        real(self, name, x, slope * float("inf") if (name, step) == (layer, 1) else slope, step)
+
+    monkeypatch.setattr(Sketches, "hear", hear)
+    study = measured(tmp_path, "s.db", "gradients", schemes=["usq4"])
+    found, probed = study.probes(), measured(tmp_path, "p.db", "probes", schemes=["usq4"]).probes()
+    assert {k for (k, _), v in found.items() if "gradient" not in v} == {layer}
+    assert found[layer, "usq4"] == probed[layer, "usq4"] and found[layer, "a8"] == probed[layer, "a8"]
+    assert f"do not: layer {layer} (its gradient is not finite in step 1)." in study.get("family_notes")[1]
+
+
+def test_some_are_probed_too_and_the_study_says_how_true_gradients_are(tmp_path: Path) -> None:
+    study = measured(tmp_path, "s.db", "gradients")
+    true = measured(tmp_path, "p.db", "probes").probes()
+    both = {cell: v for cell, v in study.features().items() if "probed" in v}
+    assert len(both) == SCORED and all(v["probed"] == true[cell]["damage"] for cell, v in both.items())
+    score = damage_score(study.features())
+    assert score is not None and score.count == SCORED
+    expected = spearmanr([v["damage"] for v in both.values()], [v["probed"] for v in both.values()]).statistic
+    assert score.srcc == pytest.approx(expected) and score.low < score.ratio < score.high
+    assert (
+        f"24 that were probed too have a rank correlation of {score.srcc:.2f}" in study.get("family_notes")[0]
+    )

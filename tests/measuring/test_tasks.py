@@ -18,8 +18,10 @@ from aquabit.measuring.tasks import (
     Fit,
     Measure,
     MeasureOutputErrors,
+    MeasureSketches,
     MeasureSlopes,
     Portions,
+    Probe,
     WorkerFault,
 )
 from aquabit.measuring.where import Where
@@ -60,8 +62,10 @@ TASKS = [
     MeasureOutputErrors((CONFIG, QuantConfig("g", {})), PROTOCOL, 3),
     MeasureSlopes(CONFIG, PROTOCOL, 1, (0.1, 1e-300, 1 / 3), {"a": ("fp", "usq3h")}),
     Portions(("a", "b"), (8, 6), CALIBRATION),
-    Fit({"a": ("usq3h",)}, {"a": (8, 8 + (6 << 5)), "b": ()}, (8, 6), PROTOCOL, CALIBRATION, GROUPS),
-    Fit({}, {}, (8,), Protocol()),
+    MeasureSketches({"a": ("usq3h",), "b": ()}, (8, (6, 8)), PROTOCOL, 8, 4, CONFIG, GROUPS),
+    Fit({"a": ("usq3h",)}, (8, 6), CALIBRATION),
+    Fit({}, (8,)),
+    Probe("a", ("usq3h",), (8, (8, 6)), PROTOCOL, CONFIG, 8, GROUPS),
 ]
 ANSWERS = [
     Answer(
