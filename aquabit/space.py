@@ -29,6 +29,7 @@ from aquabit.scheme import (
     QuantConfig,
     Scheme,
     StepGroups,
+    act_text,
     parse_correction,
 )
 from aquabit.scheme_kinds import KINDS
@@ -98,6 +99,13 @@ class SearchSpace:
     def columns(self) -> dict[Scheme, int]:
         """Where in ``schemes`` each one stands."""
         return {scheme: j for j, scheme in enumerate(self.schemes)}
+
+    def cells(self) -> list[tuple[str, str]]:
+        """Every (layer, scheme) and (layer, activation choice), as text, that changes something."""
+        layers = [k for k, row in self.choices.items() if row != (FP,)]
+        acts = [act_text(a) for a in self.act_choices if a != 16]
+        schemes = [(k, str(s)) for k in layers for s in self.choices[k] if s != FP]
+        return schemes + [(k, a) for k in layers for a in acts]
 
     def codebook(self, layer: str) -> str:
         """The name of the codebooks that a layer may share."""

@@ -21,6 +21,7 @@ from aquabit.quality import QualityOptions
 from aquabit.reports import report as write_report
 from aquabit.scheme import AquabitError, Budget, Progress, Protocol, QuantConfig, no_progress
 from aquabit.search.continuing import continuing
+from aquabit.search.first_answer import FirstAnswer, gradient_answer, quick_answer
 from aquabit.search.fresh_front import FRESH_BLOCKS, measure_front
 from aquabit.search.front import Front
 from aquabit.search.options import activation_choices, fixed_act
@@ -266,7 +267,8 @@ def run(
 ) -> Front:
     """The whole flow into a folder; run again, it continues where it stopped.
 
-    Writes study.db, sensitivity.json, front.json, config.json, packed/, samples.png and report/index.html.
+    Writes study.db, sensitivity.json, front.json, config.json, packed/, samples.png and report/index.html;
+    early on, first.json (``first_answer.FirstAnswer``, from gradients alone), and the page as far as it is.
     Protocol, space and quality: see ``measuring.settings.MeasureOptions``; workers, device, dtype, bank and
     ray: see ``measuring.where.Where``.
     """
@@ -283,16 +285,23 @@ def run_flow(
     options: MeasureOptions,
     where: Where = HERE,
     progress: Progress = no_progress,
+    told: Callable[[str], object] = lambda _: None,
 ) -> Front:
-    """``run`` with values."""
+    """``run`` with values; ``told`` gets the first answers as they come."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise AquabitError(f"the folder {out} cannot be made: {error.strerror}") from error
     study, budget = Study(out / "study.db"), Budget(bits=flow.bits)
-    check = partial(named_swap, swap=flow.swap)  # an impossible swap is said before anything is fitted
-    with open_session(model, study, options, where, check=check, progress=progress) as session:
+    early = _Early(study, out, told, progress)
+
+    def look(session: Session) -> None:
         session.costs.check(budget, max(session.space.activations))
+        early.first(lambda: quick_answer(session, flow.bits, progress), "fitting every format, and gradients")
+
+    check = partial(named_swap, swap=flow.swap)  # an impossible swap is said before anything is fitted
+    with open_session(model, study, options, where, check=check, early=look, progress=progress) as session:
+        early.first(lambda: gradient_answer(session, flow.bits, flow.swap), "measuring a sample")
         session.references(progress)
         drawn = draw(session, sample.design, sample.samples, sample.seed)
         new = session.measure(drawn, "sample", progress)
@@ -301,6 +310,7 @@ def run_flow(
             front = Front.from_dict(found)  # everything was there: nothing is searched twice
         else:
             front = find_in(session, SearchOptions(budget, seed=sample.seed), progress)
+            early.page("checking the ranking by real swaps")
         measure_in_context(session, IN_CONTEXT, flow.bits, flow.swap, progress=progress)
         # last: real swaps check the layers that the ranking puts first
         validate_in(session, flow.swaps, flow.swap, flow.bits, sample.seed, progress)
@@ -316,8 +326,41 @@ def run_flow(
     )
     write_bytes(out / "samples.png", thumbnail(made))
     progress("packing", 1, 1)
+    early.end()
     write_report(study, out / "report", progress=progress)
     return front
+
+
+@dataclass(frozen=True)
+class _Early:
+    """Answers while a run goes on: first.json, and the page as far as it is."""
+
+    study: Study
+    out: Path
+    told: Callable[[str], object]
+    progress: Progress
+
+    def first(self, answer: Callable[[], FirstAnswer | None], coming: str) -> None:
+        """Make an answer from gradients, store and show it; nothing where the study knows better already."""
+        if "sensitivity" in self.study:
+            return
+        found = answer()
+        if found is not None:
+            self.study.set(first=found.to_dict())
+            write_json(self.out / "first.json", found.to_dict())
+            self.told(f"{found.text} (page: {self.out / 'report' / 'index.html'})")
+        self.page(coming)
+
+    def page(self, coming: str) -> None:
+        """The page, which says that the run goes on and what comes next."""
+        if "sensitivity" not in self.study:
+            with self.study.writing():
+                self.study.set(running=coming)
+            write_report(self.study, self.out / "report", progress=self.progress)
+
+    def end(self) -> None:
+        with self.study.writing():
+            self.study.set(running=None)
 
 
 def measure(

@@ -61,7 +61,9 @@ def run(
     flow, sample = workflows.FlowOptions(bits, flips, swap), SampleOptions(samples, measuring.seed)
     asked, where = measuring.options(context), machine.where(measuring.dtype)
     with bars() as progress:
-        front = workflows.run_flow(model, out, flow, sample, asked, where, progress)
+        front = workflows.run_flow(
+            model, out, flow, sample, asked, where, progress, told=partial(tell, json_)
+        )
     if not emit(front.to_list(), json_):
         study = Study(out / "study.db")
         findings.show_sensitivity(study.get("sensitivity"), 10)

@@ -54,23 +54,15 @@ def fit_all(
         _score(pool, study, space, protocol, progress)
     known = study.features()
     _probe(
-        pool, study, space, protocol, [c for c in cells(space) if "damage" not in known.get(c, {})], progress
+        pool, study, space, protocol, [c for c in space.cells() if "damage" not in known.get(c, {})], progress
     )
-
-
-def cells(space: SearchSpace) -> list[Cell]:
-    """Every (layer, scheme) and (layer, activation choice) that changes something."""
-    layers = [k for k, row in space.choices.items() if row != (FP,)]
-    acts = [act_text(a) for a in space.act_choices if a != 16]
-    schemes = [(k, str(s)) for k in layers for s in space.choices[k] if s != FP]
-    return schemes + [(k, a) for k in layers for a in acts]
 
 
 def scored_cells(space: SearchSpace, known: Mapping[Cell, Mapping[str, Any]]) -> list[Cell]:
     """The (layer, scheme) whose gradients are compared with probes: SCORED drawn of those that changed
     something."""
     schemes = {str(s) for s in space.schemes}
-    told = [c for c in cells(space) if known.get(c, {}).get("gradient") and c[1] in schemes]
+    told = [c for c in space.cells() if known.get(c, {}).get("gradient") and c[1] in schemes]
     told = [c for c in told if known[c]["damage"] > 0]
     order = np.random.default_rng(0).permutation(len(told))
     return [told[i] for i in sorted(order[:SCORED])]

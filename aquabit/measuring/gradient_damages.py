@@ -26,30 +26,50 @@ def add_gradient_damages(
     probes would (``Evaluator.probe``), marked by "gradient". All schemes must be fitted. Layers that no
     gradient tells of get none; the study's fact "untold" says why."""
     known = study.features()
-    acts = [a for a in space.act_choices if a != 16]
-    layers = [k for k, row in space.choices.items() if row != (FP,)]
-    cells = [(k, str(s)) for k in layers for s in space.choices[k] if s != FP]
-    cells += [(k, act_text(a)) for k in layers for a in acts]
-    missing = [cell for cell in cells if "damage" not in known.get(cell, {})]
+    missing = [cell for cell in space.cells() if "damage" not in known.get(cell, {})]
     if not missing:
         return
-    parts = _sketched(pool, study, space, protocol, progress)
-    untold: dict[str, str] = {k: why for part in parts for k, why in part["untold"].items()}
+    found, untold = gradient_features(pool, study, space, protocol, progress)
     if untold:
         study.set(untold={**(study.get("untold") or {}), **untold})
+    study.add_features({c: {**known.get(c, {}), **found[c]} for c in missing if c in found})
+
+
+def gradient_features(
+    pool: Pool,
+    study: Study,
+    space: SearchSpace,
+    protocol: Protocol,
+    progress: Progress = no_progress,
+    images: int = IMAGES,
+    passes: int = PASSES,
+    what: str = "gradients",
+) -> tuple[dict[tuple[str, str], dict[str, Any]], dict[str, str]]:
+    """(layer, scheme or activation choice) -> "damage", "sketch", "gradient", from ``passes`` backward passes
+    through ``images``; and the layers that no gradient tells of, with the reason. The study keeps what each
+    pass found, so that nothing is done twice."""
+    parts = _sketched(pool, study, space, protocol, progress, images, passes, what)
+    untold: dict[str, str] = {k: why for part in parts for k, why in part["untold"].items()}
     values = {}
-    for layer, name in missing:
+    for layer, name in space.cells():
         if layer in untold:
             continue
-        found = [np.reshape(part["numbers"][layer][name], (PASSES, -1)) for part in parts]
+        found = [np.reshape(part["numbers"][layer][name], (passes, -1)) for part in parts]
         change = torch.from_numpy(np.concatenate(found, 1).T).float()  # so many images, a pixel a pass
         facts = {"damage": float(change.square().mean()), "sketch": sketch(change), "gradient": True}
-        values[layer, name] = {**known.get((layer, name), {}), **facts}
-    study.add_features(values)
+        values[layer, name] = facts
+    return values, untold
 
 
 def _sketched(
-    pool: Pool, study: Study, space: SearchSpace, protocol: Protocol, progress: Progress
+    pool: Pool,
+    study: Study,
+    space: SearchSpace,
+    protocol: Protocol,
+    progress: Progress,
+    images: int,
+    passes: int,
+    what: str,
 ) -> list[Any]:
     """The sketches of all images, by micro-batch; from the study where it has them."""
     top = max(space.activations)
@@ -64,16 +84,16 @@ def _sketched(
     few = min(PROBE_IMAGES, protocol.micro_batch)
     full = space.full_precision().digest
     calibration = None if space.calibration is None else space.calibration.digest
-    about = [protocol.digest, SKETCH_SEED, few, PASSES, choices, [act_text(a) for a in acts], calibration]
-    starts = range(0, IMAGES, few)
+    about = [protocol.digest, SKETCH_SEED, few, passes, choices, [act_text(a) for a in acts], calibration]
+    starts = range(0, images, few)
     keys = {start: digest(["sketched", *about, start]) for start in starts}
     found: dict[int, Any] = {start: study.outputs(key).get(full) for start, key in keys.items()}
     wanted = [start for start in starts if found[start] is None]
-    tasks = [MeasureSketches(choices, acts, protocol, start, PASSES, like, space.steps) for start in wanted]
-    progress("gradients", 0, len(tasks))
+    tasks = [MeasureSketches(choices, acts, protocol, start, passes, like, space.steps) for start in wanted]
+    progress(what, 0, len(tasks))
     for done, (place, value) in enumerate(pool.run(tasks), 1):
         start = wanted[place]
         study.add_outputs(keys[start], {full: dict(value)})
         found[start] = value
-        progress("gradients", done, len(tasks))
+        progress(what, done, len(tasks))
     return [found[start] for start in starts]

@@ -182,11 +182,13 @@ def open_session(
     where: Where = HERE,
     *,
     check: Callable[[SearchSpace], object] | None = None,
+    early: Callable[[Session], object] | None = None,
     progress: Progress = no_progress,
 ) -> Iterator[Session]:
     """Bind ``study`` to the model, hold its writer lock, start the pool, and see that every scheme is fitted.
 
-    ``check`` sees the space before anything is fitted, and may raise. Raises AquabitError for a study of
+    ``check`` sees the space before anything is fitted, and may raise; ``early`` gets the session before its
+    schemes are fitted. Raises AquabitError for a study of
     another model, protocol or space.
     """
     if where.ray is None:
@@ -221,6 +223,8 @@ def open_session(
 
             costs = CostModel(opened.graph, space)
             session = Session(opened, study, space, protocol, pool, costs, where.device, local)
+            if early is not None:
+                early(session)
             fit_all(pool, study, space, protocol, progress, damages)
             if told := damage_notes(space, study):
                 study.set(family_notes=[*opened.notes, *told])

@@ -6,7 +6,7 @@ from __future__ import annotations
 from aquabit.reports.facts import Facts
 from aquabit.reports.lacks import Lacks
 from aquabit.reports.plan import Tables
-from aquabit.reports.subjects import comparison, ranking, trust
+from aquabit.reports.subjects import comparison, first, ranking, trust
 from aquabit.reports.words import Sentence
 
 
@@ -15,6 +15,7 @@ def answer(facts: Facts, found: Tables, lacks: Lacks) -> list[Sentence]:
     no_effects = lacks.get("layers", ("The effects of layers are unknown.", ""))
     no_front = lacks.get("front") or lacks.get("comparison") or ("There is no comparison.", "")
     return [
+        *first.sentences(facts),
         *(Sentence(str(caution)) for caution in facts.scores.get("cautions") or []),
         ranking.sentence(facts, found) or Sentence(*no_effects),
         comparison.sentence(facts, found) or Sentence(*no_front),

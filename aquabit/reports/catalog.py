@@ -12,6 +12,7 @@ from aquabit.reports.plan import Plan, Tables
 from aquabit.reports.subjects import (
     chosen,
     comparison,
+    first,
     fronts,
     groups,
     interactions,
@@ -40,6 +41,7 @@ TABLES = (
     fronts.progress,
     chosen.chosen_bits,
     chosen.step_bits,
+    first.first_ranking,
     ranking.layers,
     groups.operators,
     groups.blocks,

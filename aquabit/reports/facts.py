@@ -12,6 +12,7 @@ import pandas as pd
 
 from aquabit.jsonio import parse_json
 from aquabit.scheme import AquabitError, Protocol, QuantConfig, Scheme
+from aquabit.search.first_answer import FirstAnswer
 from aquabit.search.front import Front, FrontMember
 from aquabit.sensitivity.result import Sensitivity
 from aquabit.stats import percent
@@ -61,6 +62,8 @@ class Facts:
     environments: list[Mapping[str, Any]]
     thumbnails: Mapping[tuple[str, str], bytes]
     notes: list[str]  # what is to be said of fits
+    first: FirstAnswer | None = None  # from gradients alone, before anything was measured
+    running: str = ""  # what comes next in a run that goes on
 
     @property
     def metric(self) -> str:
@@ -180,6 +183,8 @@ def read(study: Study) -> Facts:
         environments=[_json_object(row[0]) for row in environments],
         thumbnails=study.thumbnails(),
         notes=study.notes(),
+        first=FirstAnswer.from_dict(began) if (began := study.get("first")) else None,
+        running=str(study.get("running") or ""),
     )
 
 

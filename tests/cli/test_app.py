@@ -42,6 +42,7 @@ def test_run_writes_everything_and_continues(folder) -> None:
         "packed/model_index.json",
         "report/index.html",
         "samples.png",
+        "first.json",
     ):
         assert (whole / name).stat().st_size > 0, name
     sensitivity = json.loads((whole / "sensitivity.json").read_text())
@@ -70,7 +71,12 @@ def test_run_writes_everything_and_continues(folder) -> None:
     )
     config = json.loads((whole / "config.json").read_text())
     assert set(config) == {"schema", "model", "fingerprint", "layers", "steps", "correction", "calibration"}
+    first = json.loads((whole / "first.json").read_text())
+    assert first["formats"] == "all formats of the space" and first["bits"] <= 5
     study = Study(whole / "study.db")
+    assert (
+        study.get("running") is None and "This run goes on" not in (whole / "report/index.html").read_text()
+    )
     assert study.get("front")["comparison"]["blocks"] == 5
     proof = study.get("front")["proof"]
     assert (
