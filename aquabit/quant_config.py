@@ -101,15 +101,6 @@ class QuantConfig:
     def __getitem__(self, layer: str) -> LayerChoice:
         return self.layers.get(layer, LayerChoice())
 
-    def main_act(self, layer: str) -> int:
-        """The activation bits that a layer has in most steps, the higher of two that share them: what its
-        weight is fitted for."""
-        act = self[layer].act
-        if isinstance(act, int):
-            return act
-        assert self.steps is not None  # checked when it was made
-        return max(set(act), key=lambda bits: (round(self.share(layer, bits), 9), bits))
-
     def mean_act(self, layer: str) -> float:
         """The activation bits of a layer, averaged over the steps."""
         act = self[layer].act

@@ -153,21 +153,20 @@ class Evaluator:
         self._probed: tuple[str, Tensor] | None = None
         self._stored: dict[str, OutputErrors] = {}
 
-    def chunks(self, layers: Sequence[str], acts: Sequence[int], calibration: Calibration) -> list[list[str]]:
+    def chunks(self, layers: Sequence[str], calibration: Calibration) -> list[list[str]]:
         """Layers in portions whose H fit into memory together."""
         with single_thread(self.device):
-            portions = self.quantized.calibrator.portions(layers, acts, calibration)
+            portions = self.quantized.fitter.portions(layers, calibration)
         return [[layer for group in portion for layer in group] for portion in portions]
 
     def fit(
-        self, schemes: Mapping[str, Sequence[str]], acts: Sequence[int], calibration: Calibration | None
+        self, schemes: Mapping[str, Sequence[str]], calibration: Calibration | None
     ) -> dict[str, dict[str, dict[str, Any]]]:
-        """Fit schemes (layer -> schemes) in the bank, calibrated ones for each of ``acts``; layer -> scheme
-        -> facts: ``error`` is the relative squared weight error, ``output`` (with a calibration) the relative
-        output error under H at the first of ``acts``."""
+        """Fit schemes (layer -> schemes) in the bank; layer -> scheme -> facts: ``error`` is the relative
+        squared weight error, ``output`` (with a calibration) the relative output error under H."""
         with single_thread(self.device):
             wanted = {layer: [Scheme.parse(s) for s in row] for layer, row in schemes.items() if row}
-            return self.quantized.fitter.facts(list(wanted), wanted, acts, calibration) if wanted else {}
+            return self.quantized.fitter.facts(list(wanted), wanted, calibration) if wanted else {}
 
     def probe(
         self,

@@ -115,7 +115,6 @@ def _fit(pool: Pool, study: Study, space: SearchSpace, progress: Progress) -> No
         k: [s for s in row if s != FP and "error" not in known.get((k, str(s)), {})]
         for k, row in space.choices.items()
     }
-    acts = tuple(sorted(space.activations, reverse=True))
     layers = [k for k in space.choices if schemes[k]]
     if not layers:
         return
@@ -123,19 +122,19 @@ def _fit(pool: Pool, study: Study, space: SearchSpace, progress: Progress) -> No
     if space.calibration is not None:  # H of a portion is measured in one run
         progress("calibrating", 0, 1)
         aware = tuple(k for k in layers if any(s.calibrated for s in space.choices[k]))
-        request = Portions(aware, acts, space.calibration)
+        request = Portions(aware, space.calibration)
         portions = [part for _, found in pool.run([request]) for whole in found for part in _parts(whole)]
         portions += [[k] for k in layers if k not in aware]
         progress("calibrating", 1, 1)
     own = {k: tuple(str(s) for s in schemes[k] if not s.shared) for k in layers}
-    tasks = [Fit({k: own[k] for k in part}, acts, space.calibration) for part in portions]
+    tasks = [Fit({k: own[k] for k in part}, space.calibration) for part in portions]
     together: dict[str, dict[str, tuple[str, ...]]] = {}  # layers that share codebooks are fitted together
     for k in layers:
         for scheme in schemes[k]:
             if scheme.shared:
                 row = together.setdefault(space.codebook(k), {})
                 row[k] = (*row.get(k, ()), str(scheme))
-    tasks += [Fit(row, acts, space.calibration) for row in together.values()]
+    tasks += [Fit(row, space.calibration) for row in together.values()]
     for done, (place, found) in enumerate(pool.run(tasks), 1):
         study.add_features(
             {

@@ -97,11 +97,10 @@ class Portions:
     """Layers in portions whose H fit into memory together (``Evaluator.chunks``)."""
 
     layers: tuple[str, ...]
-    acts: tuple[int, ...]
     calibration: Calibration
 
     def run(self, evaluator: Evaluator) -> list[list[str]]:
-        return evaluator.chunks(self.layers, self.acts, self.calibration)
+        return evaluator.chunks(self.layers, self.calibration)
 
 
 @dataclass(frozen=True)
@@ -109,11 +108,10 @@ class Fit:
     """Schemes (layer -> schemes) into the bank, and their errors (``Evaluator.fit``)."""
 
     schemes: Mapping[str, tuple[str, ...]]
-    acts: tuple[int, ...]
     calibration: Calibration | None = None
 
     def run(self, evaluator: Evaluator) -> Facts:
-        return evaluator.fit(self.schemes, self.acts, self.calibration)
+        return evaluator.fit(self.schemes, self.calibration)
 
 
 @dataclass(frozen=True)

@@ -164,7 +164,7 @@ class QuantizedDenoiser:
 
     @staticmethod
     def _request(name: str, config: QuantConfig) -> FitRequest:
-        return FitRequest(name, config[name].weight, config.main_act(name))
+        return FitRequest(name, config[name].weight)
 
     def _identity(self, name: str, config: QuantConfig) -> tuple[Any, ...]:
         """What a layer's weight depends on: H is of the activations as they are rounded in most steps."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from math import ceil
 from typing import Any
@@ -139,10 +139,8 @@ def _fits(evaluator: Evaluator, space: SearchSpace) -> tuple[int, int]:
     fitter, count, size = evaluator.quantized.fitter, 0, 0
     for layer, row in space.choices.items():
         for scheme in row:
-            acts: Sequence[int] = space.activations if scheme.calibrated else [16]
-            needs = {FitRequest(layer, scheme, a) for a in acts} if scheme != FP else set()
-            absent = [n for n in needs if not fitter.has(n, space.calibration)]
-            count, size = count + len(absent), size + len(absent) * _bytes(evaluator, layer, scheme)
+            if scheme != FP and not fitter.has(FitRequest(layer, scheme), space.calibration):
+                count, size = count + 1, size + _bytes(evaluator, layer, scheme)
     return count, size
 
 

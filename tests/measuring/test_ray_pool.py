@@ -117,7 +117,7 @@ def test_workers_that_are_not_like_the_driver_are_refused_by_name(nodes, tmp_pat
 
     def first(model) -> object:
         with pool_for(model, Bank(tmp_path / "bank"), Where(ray=nodes.address)) as pool:
-            return next(pool.run([Fit({}, (8,))]))[1]
+            return next(pool.run([Fit({})]))[1]
 
     assert first(model) == {}
     with pytest.raises(AquabitError, match="give all machines the same files"):

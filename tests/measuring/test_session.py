@@ -129,7 +129,7 @@ def test_a_task_that_kills_every_worker_is_an_error(tmp_path, monkeypatch) -> No
     monkeypatch.setattr(processes._Worker, "ask", lambda self, task: (_ for _ in ()).throw(EOFError()))
     monkeypatch.setattr(processes._Worker, "__init__", lambda self, begin: None)
     with pytest.raises(AquabitError, match="died twice"):
-        list(ProcessPool(2, Begin("m", {}, "b", "f")).run([Fit({}, (8,))]))
+        list(ProcessPool(2, Begin("m", {}, "b", "f")).run([Fit({})]))
 
 
 def test_images_do_not_depend_on_their_number_or_order(pipe) -> None:

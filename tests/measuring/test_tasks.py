@@ -61,10 +61,10 @@ TASKS = [
     Measure(CONFIG, PROTOCOL, True),
     MeasureOutputErrors((CONFIG, QuantConfig("g", {})), PROTOCOL, 3),
     MeasureSlopes(CONFIG, PROTOCOL, 1, (0.1, 1e-300, 1 / 3), {"a": ("fp", "usq3h")}),
-    Portions(("a", "b"), (8, 6), CALIBRATION),
+    Portions(("a", "b"), CALIBRATION),
     MeasureSketches({"a": ("usq3h",), "b": ()}, (8, (6, 8)), PROTOCOL, 8, 4, CONFIG, GROUPS),
-    Fit({"a": ("usq3h",)}, (8, 6), CALIBRATION),
-    Fit({}, (8,)),
+    Fit({"a": ("usq3h",)}, CALIBRATION),
+    Fit({}),
     Probe("a", ("usq3h",), (8, (8, 6)), PROTOCOL, CONFIG, 8, GROUPS),
 ]
 ANSWERS = [

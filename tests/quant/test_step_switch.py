@@ -90,19 +90,7 @@ def test_configurations_with_groups_in_json_and_back(acts) -> None:
     for k, c in config.layers.items():
         row = [c.act if isinstance(c.act, int) else c.act[GROUPS.of(s)] for s in range(10)]
         assert config.mean_act(k) == pytest.approx(sum(row) / 10)
-        assert row.count(config.main_act(k)) == max(row.count(b) for b in row)
         assert sum(config.share(k, b) for b in set(row)) == pytest.approx(1)
-
-
-def test_the_main_width_is_that_of_most_steps_and_the_higher_of_two() -> None:
-    halves = QuantConfig(
-        "f", {"a": LayerChoice(USQ4, (4, 8)), "b": LayerChoice(USQ4, (8, 4))}, steps=StepGroups(10, (0, 5))
-    )
-    assert halves.main_act("a") == halves.main_act("b") == 8
-    third = QuantConfig(
-        "f", {"a": LayerChoice(USQ4, (4, 8, 4)), "b": LayerChoice(USQ4, (8, 6, 8))}, steps=GROUPS
-    )
-    assert (third.main_act("a"), third.main_act("b")) == (4, 8)
 
 
 def test_digests_of_before_step_groups_stay() -> None:

@@ -1,5 +1,4 @@
-"""Fitting: schemes of layers into the bank, calibrated ones with the H of their layer's input at the
-activation bits they are used with."""
+"""Fitting: schemes of layers into the bank, calibrated ones with the H of their layer's input."""
 
 from __future__ import annotations
 
@@ -17,14 +16,16 @@ from aquabit.kernels.codebook import CodebookWeight
 from aquabit.quant.bank import Bank, Fit, FullWeights
 from aquabit.quant.calibration.calibrator import Calibrator
 from aquabit.quant.calibration.hessian import output_error
+from aquabit.quant.calibration.input_groups import Group
 from aquabit.quant.calibration.moments import Moments
 from aquabit.quant.schemes.progress import Report
 from aquabit.quant.weights import quantize_weights, relative_error, vanished
 from aquabit.scheme import AquabitError, Calibration, Progress, Scheme, digest, no_progress
 
-# bits of the inputs that shared codebooks are fitted for: one set of tables serves layers of different
-# activation bits
-SHARED_ACT = 8
+# bits of the inputs that H is measured of, whatever a layer's activations are rounded to: a fit for one width
+# serves the others as well as one of their own (within 2 %, its median within 0.2 %, of the output error)
+FIT_ACT = 8
+FITS = 2  # raised when calibrated schemes are fitted otherwise: older fits are made again
 LARGE = 1 << 20  # weights of a layer whose fit leaves much memory behind
 
 
@@ -40,16 +41,10 @@ def give_back() -> None:
 
 @dataclass(frozen=True)
 class FitRequest:
-    """A layer's weight at a scheme, for inputs at ``act`` bits: SHARED_ACT where codebooks are shared,
-    whatever is asked for."""
+    """A layer's weight at a scheme."""
 
     layer: str
     scheme: Scheme
-    act: int
-
-    def __post_init__(self) -> None:
-        if self.scheme.shared:
-            object.__setattr__(self, "act", SHARED_ACT)
 
 
 class _FitProgress:
@@ -70,8 +65,8 @@ class Fitter:
     """Finds coded weights in the bank, and fits what is missing.
 
     ``partners`` maps a layer to the name of the codebooks it may share. What is fitted with H is kept under
-    a key of the weight, the scheme, the whole model (which makes the inputs), the calibration, the
-    activation bits and, for shared codebooks, the members' weights.
+    a key of the weight, the scheme, the whole model (which makes the inputs), the calibration and, for
+    shared codebooks, the members' weights.
     """
 
     def __init__(
@@ -105,7 +100,7 @@ class Fitter:
             members = [self.weights.key(n) for n in self.members(request.layer, request.scheme)]
         else:
             members = []
-        return digest([self.fingerprint, (calibration or Calibration()).digest, request.act, members])
+        return digest([FITS, self.fingerprint, (calibration or Calibration()).digest, members])
 
     def found(self, request: FitRequest, calibration: Calibration | None) -> Fit | None:
         return self.bank.get(
@@ -147,29 +142,32 @@ class Fitter:
                     give_back()
                 counter.next(f"{request.layer} {request.scheme}")
         waiting = [n for n in missing if n.scheme.calibrated]
-        acts = sorted({n.act for n in waiting if not n.scheme.shared}, reverse=True)
         while waiting:
-            part, waiting = self._next(waiting, acts, calibration)
+            part, waiting = self._next(waiting, calibration)
             layers = {m for n in part for m in self.members(n.layer, n.scheme)}
-            known = self.calibrator.moments(
-                layers, [SHARED_ACT] if part[0].scheme.shared else acts, calibration
-            )
-            self._fit_calibrated(part, known, calibration, counter)
+            self._fit_calibrated(part, self._moments(layers, calibration), calibration, counter)
+
+    def portions(self, layers: Iterable[str], calibration: Calibration | None) -> list[list[Group]]:
+        """Groups of layers that read the same tensor, in portions whose H fit into memory together."""
+        return self.calibrator.portions(layers, [FIT_ACT], calibration)
+
+    def _moments(self, layers: Iterable[str], calibration: Calibration | None) -> dict[str, Moments]:
+        """H by layer; layers that did not run are left out."""
+        found = self.calibrator.moments(layers, [FIT_ACT], calibration)
+        return {layer: value for (layer, act), value in found.items() if act == FIT_ACT}
 
     def _next(
-        self, waiting: list[FitRequest], acts: Sequence[int], calibration: Calibration | None
+        self, waiting: list[FitRequest], calibration: Calibration | None
     ) -> tuple[list[FitRequest], list[FitRequest]]:
         """The requests to fit next, and the rest: one set of shared codebooks, or the layers whose H fit into
         memory together."""
         first = waiting[0]
         if first.scheme.shared:
             together = set(self.members(first.layer, first.scheme))
-            part = [
-                n for n in waiting if n.layer in together and n.scheme == first.scheme and n.act == first.act
-            ]
+            part = [n for n in waiting if n.layer in together and n.scheme == first.scheme]
         else:
             alone = [n for n in waiting if not n.scheme.shared]
-            portion = self.calibrator.portions({n.layer for n in alone}, acts, calibration)[0]
+            portion = self.portions({n.layer for n in alone}, calibration)[0]
             inside = {layer for group in portion for layer in group}
             part = [n for n in alone if n.layer in inside]
         taken = set(part)
@@ -178,7 +176,7 @@ class Fitter:
     def _fit_calibrated(
         self,
         requests: list[FitRequest],
-        known: dict[tuple[str, int], Moments],
+        known: dict[str, Moments],
         calibration: Calibration | None,
         counter: _FitProgress,
     ) -> None:
@@ -188,28 +186,25 @@ class Fitter:
             weight = self.weights[request.layer]
             # batches save time on a GPU only, and a CPU's results are exact
             alone = weight.device.type == "cpu" and not request.scheme.shared
-            kind = (
-                request.layer if alone else tuple(weight.shape),
-                known[request.layer, request.act].diagonal,
-            )
-            batches[kind, request.scheme, request.act].append(request)
-        for (_, scheme, act), batch in batches.items():
+            kind = (request.layer if alone else tuple(weight.shape), known[request.layer].diagonal)
+            batches[kind, request.scheme].append(request)
+        for (_, scheme), batch in batches.items():
             layers = self.members(batch[0].layer, scheme) if scheme.shared else [n.layer for n in batch]
-            weights, hessians = [self.weights[n] for n in layers], [known[n, act].hessian for n in layers]
+            weights, hessians = [self.weights[n] for n in layers], [known[n].hessian for n in layers]
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 coded = quantize_weights(
-                    weights, scheme, hessians, report=counter.report(f"{layers[0]} {scheme} a{act}")
+                    weights, scheme, hessians, report=counter.report(f"{layers[0]} {scheme}")
                 )
             notes = [str(w.message) for w in caught if not issubclass(w.category, DeprecationWarning)]
-            if known[layers[0], act].diagonal:
+            if known[layers[0]].diagonal:
                 notes.append(f"H of {weights[0][0].numel()} inputs is kept as its diagonal only")
             for layer, weight, hessian, result in zip(layers, weights, hessians, coded, strict=True):
                 error = output_error(weight, result.dequantize(), hessian)
-                request = FitRequest(layer, scheme, act)
+                request = FitRequest(layer, scheme)
                 self._store(request, calibration, result, notes, error)
                 if request in batch:
-                    counter.next(f"{layer} {scheme} a{act}, loss {error:.4f}")
+                    counter.next(f"{layer} {scheme}, loss {error:.4f}")
 
     def _store(
         self,
@@ -228,35 +223,24 @@ class Fitter:
         )
 
     def facts(
-        self,
-        layers: Sequence[str],
-        schemes: Mapping[str, Sequence[Scheme]],
-        acts: Sequence[int],
-        calibration: Calibration | None,
+        self, layers: Sequence[str], schemes: Mapping[str, Sequence[Scheme]], calibration: Calibration | None
     ) -> dict[str, dict[str, dict[str, Any]]]:
-        """Fit every scheme of some layers, calibrated ones for each of ``acts``; layer -> scheme -> what is
-        known of it.
+        """Fit every scheme of some layers; layer -> scheme -> what is known of it.
 
-        "error" is the relative weight error, "output" the relative output error at the first of ``acts``
-        (only with a calibration), "notes" what is to be said of the fit, where there is something.
+        "error" is the relative weight error, "output" the relative output error (only with a calibration),
+        "notes" what is to be said of the fit, where there is something.
         """
         with self.bank.using():
-            requests = [
-                FitRequest(n, s, a)
-                for n in layers
-                for s in schemes[n]
-                for a in (acts if s.calibrated else acts[:1])
-            ]
-            self.fit(requests, calibration)
-            known = {} if calibration is None else self.calibrator.moments(layers, acts[:1], calibration)
+            self.fit([FitRequest(n, s) for n in layers for s in schemes[n]], calibration)
+            known = {} if calibration is None else self._moments(layers, calibration)
             found: dict[str, dict[str, dict[str, Any]]] = {}
             for layer in layers:
                 for scheme in schemes[layer]:  # a layer that never ran has no H
-                    fit = self.found(FitRequest(layer, scheme, acts[0]), calibration)
+                    fit = self.found(FitRequest(layer, scheme), calibration)
                     assert fit is not None
                     value: dict[str, Any] = {"error": fit.error}
-                    if (layer, acts[0]) in known:
-                        hessian: Tensor = known[layer, acts[0]].hessian
+                    if layer in known:
+                        hessian: Tensor = known[layer].hessian
                         value["output"] = output_error(self.weights[layer], fit.coded.dequantize(), hessian)
                     if fit.notes:
                         value["notes"] = list(fit.notes)

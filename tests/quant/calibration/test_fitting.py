@@ -106,7 +106,7 @@ def test_what_measuring_fitted_is_found_again(dit, tmp_path, fits) -> None:
     space = SearchSpace.from_dict(study.get("space"))
     assert space.activations == (8, 6) and space.calibration == CALIBRATION
     made = [(s, n) for s, n in fits if s in ("usq3h", "vq2h", "aq2x3g4")]
-    assert len(made) == 3 * len(KEPT) * 2, "each layer at each scheme once for a8 and once for a6"
+    assert len(made) == 3 * len(KEPT), "each layer at each scheme once, whatever the activations"
     assert [f for f in fits if f[0] == "aq1x4g4s"] == [("aq1x4g4s", 2)] * 3, (
         "one fit of all members for each of q, v and down"
     )
@@ -132,24 +132,28 @@ def test_what_measuring_fitted_is_found_again(dit, tmp_path, fits) -> None:
     )
 
 
-def test_each_activation_width_has_its_own_fit(dit, tmp_path) -> None:
+def test_one_fit_serves_every_activation_width(dit, tmp_path, fits) -> None:
     model, space = opened(dit, tmp_path), space_of(dit, activations=(16, 8, 6))
+    seen = []
     for act in (16, 8, 6):
         model.apply(mixed(space, (act,)))
-    fitter = model.fitter
-    for name, scheme in zip(KEPT, (SHARED, SHARED, USQ, AQ, VQ), strict=True):
-        needs = [FitRequest(name, scheme, a) for a in (16, 8, 6)]
-        decoded = [f.coded.dequantize() for f in (fitter.found(n, CALIBRATION) for n in needs) if f]
-        differ = not torch.equal(decoded[1], decoded[2]) and not torch.equal(decoded[0], decoded[2])
-        assert len({fitter.context(n, CALIBRATION) for n in needs}) == (1 if scheme.shared else 3)
-        assert differ != scheme.shared, "one set of tables serves layers of different activation bits"
-        for act in (6, 8, 16):
-            model.apply(mixed(space, (act,)))
-            assert (
-                torch.equal(model.layers[name].weight, decoded[(16, 8, 6).index(act)])
-                and model.layers[name].act == act
-            )
-    assert {fitter.context(FitRequest(Q0, Scheme.parse("usq2"), a), CALIBRATION) for a in (16, 8, 6)} == {""}
+        seen.append(weights(model))
+        assert all(model.layers[n].act == act for n in KEPT)
+    assert equal(seen[0], seen[1]) and equal(seen[1], seen[2])
+    assert len(fits) == len(set(fits)) > 0, "nothing is fitted twice"
+
+
+@pytest.mark.parametrize("scheme", ["usq2h", "usq4h", "vq3h", "aq1x4g4"])
+def test_a_fit_for_8_bits_is_as_good_at_6_as_one_of_its_own(dit, tmp_path, scheme: str) -> None:
+    plain = QuantizedDenoiser(dit.denoiser, trace(dit))
+    names = [n for n, layer in plain.layers.items() if layer.weight.numel() > 256]
+    found = moments(plain.full_precision, recorder(dit)(CALIBRATION), [(n,) for n in names], [8, 6])
+    ratios = []
+    for n in names:
+        full, at6 = plain.full(n), found[n, 6].hessian
+        one, own = (quantize_weight(full, scheme, found[n, a].hessian).dequantize() for a in (8, 6))
+        ratios.append(output_error(full, one, at6) / output_error(full, own, at6))
+    assert abs(float(torch.tensor(ratios).median()) - 1) < 0.06, ratios
 
 
 def test_layers_that_share_codebooks_may_differ_in_activation_bits(dit, tmp_path) -> None:
@@ -169,24 +173,22 @@ def test_layers_that_share_codebooks_may_differ_in_activation_bits(dit, tmp_path
 
 
 def test_a_fit_is_that_of_the_layers_own_input(dit, tmp_path) -> None:
-    """Against H made by hand: full precision before the layer, its own input rounded."""
+    """Against H made by hand: full precision before the layer, its own input rounded to 8 bits."""
     model, space = opened(dit, tmp_path), space_of(dit)
     model.apply(mixed(space))
     other = copy.deepcopy(dit)
     plain = QuantizedDenoiser(other.denoiser, trace(other))
     calls = recorder(other)(CALIBRATION)
-    for name, scheme, act in ((V0, USQ, 8), (DOWN0, AQ, 6), (DOWN1, VQ, 8)):
-        hessian = moments(plain.full_precision, calls, [(name,)], [act])[name, act].hessian
+    for name, scheme in ((V0, USQ), (DOWN0, AQ), (DOWN1, VQ)):
+        hessian = moments(plain.full_precision, calls, [(name,)], [8])[name, 8].hessian
         expected = quantize_weight(plain.full(name), scheme, hessian)
-        fit = model.fitter.found(FitRequest(name, scheme, act), CALIBRATION)
+        fit = model.fitter.found(FitRequest(name, scheme), CALIBRATION)
         assert fit is not None and torch.equal(fit.coded.dequantize(), expected.dequantize()), name
         assert fit.output == pytest.approx(
             output_error(plain.full(name), expected.dequantize(), hessian), rel=1e-6
         )
         assert torch.equal(model.layers[name].weight, expected.dequantize())
-    known = [
-        moments(plain.full_precision, calls, [(n,)], [8])[n, 8].hessian for n in (Q0, Q1)
-    ]  # for a8, whatever the layers' own bits
+    known = [moments(plain.full_precision, calls, [(n,)], [8])[n, 8].hessian for n in (Q0, Q1)]
     together = quantize_weights([plain.full(Q0), plain.full(Q1)], SHARED, known)
     for name, expected in zip((Q0, Q1), together, strict=True):
         assert torch.equal(model.layers[name].weight, expected.dequantize())
@@ -197,8 +199,8 @@ def test_a_fit_is_that_of_the_layers_own_input(dit, tmp_path) -> None:
 
 
 def test_keys_hold_all_that_a_fit_depends_on(dit, tmp_path) -> None:
-    model, need = opened(dit, tmp_path).fitter, FitRequest(Q0, USQ, 8)
-    contexts = {"": model.context(need, CALIBRATION), "act": model.context(replace(need, act=6), CALIBRATION)}
+    model, need = opened(dit, tmp_path).fitter, FitRequest(Q0, USQ)
+    contexts = {"": model.context(need, CALIBRATION)}
     for change in (
         {"steps": 3},
         {"images": 5},
@@ -209,18 +211,18 @@ def test_keys_hold_all_that_a_fit_depends_on(dit, tmp_path) -> None:
         {"eta": 0.1},
     ):
         contexts[str(change)] = model.context(need, replace(CALIBRATION, **change))
-    contexts["shared"] = model.context(FitRequest(Q0, SHARED, 8), CALIBRATION)
+    contexts["shared"] = model.context(FitRequest(Q0, SHARED), CALIBRATION)
     assert len(set(contexts.values())) == len(contexts)
     assert model.context(need, None) == model.context(need, Calibration()) != contexts[""]
-    assert model.context(FitRequest(Q0, VQ, 8), CALIBRATION) == contexts[""], (
+    assert model.context(FitRequest(Q0, VQ), CALIBRATION) == contexts[""], (
         "the scheme's text is in the file's name"
     )
     paths = {
         model.bank.path(model.weights.key(Q0), s, contexts[""]) for s in (USQ, VQ, AQ, Scheme.parse("usq3"))
     }
     assert len(paths) == 4
-    assert model.context(FitRequest(Q0, SHARED, 8), CALIBRATION) == model.context(
-        FitRequest(Q1, SHARED, 8), CALIBRATION
+    assert model.context(FitRequest(Q0, SHARED), CALIBRATION) == model.context(
+        FitRequest(Q1, SHARED), CALIBRATION
     )
 
     with torch.no_grad():
@@ -232,18 +234,18 @@ def test_keys_hold_all_that_a_fit_depends_on(dit, tmp_path) -> None:
         upstream.weights.key(Q0) == model.weights.key(Q0)
         and upstream.context(need, CALIBRATION) != contexts[""]
     )
-    assert upstream.context(FitRequest(Q0, Scheme.parse("usq3"), 8), CALIBRATION) == "", (
+    assert upstream.context(FitRequest(Q0, Scheme.parse("usq3")), CALIBRATION) == "", (
         "what sees the weight alone is found whatever is upstream"
     )
 
 
 def test_shared_fits_depend_on_every_member(dit, tmp_path) -> None:
     model = opened(dit, tmp_path)
-    one = model.fitter.context(FitRequest(Q0, SHARED, 8), CALIBRATION)
+    one = model.fitter.context(FitRequest(Q0, SHARED), CALIBRATION)
     model.weights._keys[Q1] = "another"
-    assert model.fitter.context(FitRequest(Q0, SHARED, 8), CALIBRATION) != one
-    assert model.fitter.context(FitRequest(Q0, AQ, 8), CALIBRATION) == opened(dit, tmp_path).fitter.context(
-        FitRequest(Q0, AQ, 8), CALIBRATION
+    assert model.fitter.context(FitRequest(Q0, SHARED), CALIBRATION) != one
+    assert model.fitter.context(FitRequest(Q0, AQ), CALIBRATION) == opened(dit, tmp_path).fitter.context(
+        FitRequest(Q0, AQ), CALIBRATION
     )
 
 
@@ -281,9 +283,9 @@ def test_one_model_switches_between_calibrations(dit, tmp_path) -> None:
         replace(CALIBRATION, seed=1),
         replace(CALIBRATION, seed=2),
     ):  # the same layer, one right after the other
-        fresh = opened(dit, tmp_path / "three").fitter.coded(FitRequest(V0, USQ, 8), calibration)
+        fresh = opened(dit, tmp_path / "three").fitter.coded(FitRequest(V0, USQ), calibration)
         assert torch.equal(
-            model.fitter.coded(FitRequest(V0, USQ, 8), calibration).dequantize(), fresh.dequantize()
+            model.fitter.coded(FitRequest(V0, USQ), calibration).dequantize(), fresh.dequantize()
         )
 
 
@@ -308,13 +310,7 @@ def test_evicted_fits_come_back_to_the_bit(dit, tmp_path) -> None:
         assert torch.equal(alone.layers[name].weight, expected[name]), name
     more = opened(dit, tmp_path / "three")  # among many others
     more.fitter.fit(
-        [
-            FitRequest(n, s, a)
-            for n in KEPT
-            for s in (*AWARE, Scheme.parse("usq2"))
-            if n != V0 or not s.shared
-            for a in (16, 8, 6)
-        ],
+        [FitRequest(n, s) for n in KEPT for s in (*AWARE, Scheme.parse("usq2")) if n != V0 or not s.shared],
         CALIBRATION,
     )
     more.apply(config)
@@ -467,7 +463,7 @@ def test_unreadable_fits_are_made_again_and_leave_the_other_layers_alone(
     if damage == "truncated":
         one = opened(dit, tmp_path)
         path = one.fitter.bank.path(
-            one.weights.key(DOWN1), VQ, one.fitter.context(FitRequest(DOWN1, VQ, 8), CALIBRATION)
+            one.weights.key(DOWN1), VQ, one.fitter.context(FitRequest(DOWN1, VQ), CALIBRATION)
         )
         path.write_bytes(b"nothing")
         one.apply(config)  # all others are found
@@ -483,20 +479,20 @@ def test_unreadable_fits_are_made_again_and_leave_the_other_layers_alone(
 
 def test_a_fit_of_a_member_is_a_fit_of_all(dit, tmp_path, fits) -> None:
     model = opened(dit, tmp_path)
-    one = model.fitter.coded(FitRequest(Q0, SHARED, 8), CALIBRATION)
+    one = model.fitter.coded(FitRequest(Q0, SHARED), CALIBRATION)
     assert fits == [("aq1x4g4s", 2)]
-    assert model.fitter.has(FitRequest(Q1, SHARED, 8), CALIBRATION) and not model.fitter.has(
-        FitRequest(DOWN1, SHARED, 8), CALIBRATION
+    assert model.fitter.has(FitRequest(Q1, SHARED), CALIBRATION) and not model.fitter.has(
+        FitRequest(DOWN1, SHARED), CALIBRATION
     )
-    other = model.fitter.coded(FitRequest(Q1, SHARED, 8), CALIBRATION)
+    other = model.fitter.coded(FitRequest(Q1, SHARED), CALIBRATION)
     assert fits == [("aq1x4g4s", 2)] and one.codebooks is not None and other.codebooks is not None
     assert torch.equal(one.codebooks, other.codebooks) and not torch.equal(one.packed, other.packed)
     for path in tmp_path.glob(f"{model.weights.key(Q1)}*"):
         path.unlink()
-    assert torch.equal(model.fitter.coded(FitRequest(Q1, SHARED, 8), CALIBRATION).packed, other.packed), (
+    assert torch.equal(model.fitter.coded(FitRequest(Q1, SHARED), CALIBRATION).packed, other.packed), (
         "one lost member is the same again"
     )
-    assert torch.equal(model.fitter.coded(FitRequest(Q0, SHARED, 8), CALIBRATION).packed, one.packed)
+    assert torch.equal(model.fitter.coded(FitRequest(Q0, SHARED), CALIBRATION).packed, one.packed)
 
 
 # ---- what is said
@@ -568,9 +564,9 @@ def test_layers_that_did_not_run_are_named(dit, tmp_path) -> None:
     calls, groups = fitter.calibrator.recorded(CALIBRATION)
     fitter.calibrator._recorded = (CALIBRATION, calls, [g for g in groups if DOWN1 not in g])
     with pytest.raises(AquabitError, match=rf"'{DOWN1}' did not run during calibration") as error:
-        fitter.coded(FitRequest(DOWN1, USQ, 8), CALIBRATION)
+        fitter.coded(FitRequest(DOWN1, USQ), CALIBRATION)
     assert "\n" not in str(error.value)
-    fitter.coded(FitRequest(DOWN0, USQ, 8), CALIBRATION)
+    fitter.coded(FitRequest(DOWN0, USQ), CALIBRATION)
 
 
 @pytest.mark.parametrize("way", ["prepare", "quantize"])
@@ -592,10 +588,9 @@ def test_progress_names_layer_and_loss(dit, tmp_path, way: str) -> None:
         lines = [text for text, _, _ in told if name in text and str(choice.weight) in text]
         assert lines, name
         if choice.weight.calibrated:
-            fit = model.fitter.found(FitRequest(name, choice.weight, choice.act), CALIBRATION)
+            fit = model.fitter.found(FitRequest(name, choice.weight), CALIBRATION)
             assert fit is not None and fit.output is not None
-            act = 8 if choice.weight.shared else choice.act
-            assert f"quantizing: {name} {choice.weight} a{act}, loss {fit.output:.4f}" == lines[-1]
+            assert f"quantizing: {name} {choice.weight}, loss {fit.output:.4f}" == lines[-1]
         else:
             assert lines == [f"quantizing: {name} {choice.weight}"]
 
@@ -658,7 +653,7 @@ def test_the_default_space_of_a_tiny_model_is_measured(dit, tmp_path) -> None:
     table = study.measurements(failed=True)
     assert (table.status == "ok").all() and (table.kind == "sample").sum() == 4
     assert {"calibrating"} == {w for w, _, total in told if total == 1 and w.startswith("calib")}
-    assert any(text.startswith("fitting and probing: ") and "largest error" in text for text, _, _ in told)
+    assert any(text.startswith("fitting: ") and "largest error" in text for text, _, _ in told)
     again = [c for c in study.configs().values() if c.layers]
     model = opened(dit, tmp_path / "bank", record=False)
     for config in again:
@@ -676,11 +671,9 @@ def test_h_is_measured_where_it_is_needed_and_once_for_all_schemes_of_a_layer(
 
     monkeypatch.setattr(calibrator, "moments", watched)
     model, other = opened(dit, tmp_path), Scheme.parse("aq2x3g4s")
-    model.fitter.fit(
-        [FitRequest(n, s, a) for n in (Q0, V0) for s in (USQ, AQ, SHARED, other) for a in (8, 6)], CALIBRATION
-    )
+    model.fitter.fit([FitRequest(n, s) for n in (Q0, V0) for s in (USQ, AQ, SHARED, other)], CALIBRATION)
     v1 = V0.replace("blocks.0", "blocks.1")
-    assert asked == [({Q0, V0}, [8, 6]), ({Q0, Q1}, [8]), ({V0, v1}, [8])]
+    assert asked == [({Q0, V0}, [8]), ({Q0, Q1}, [8]), ({V0, v1}, [8])]
     asked.clear()
     opened(dit, tmp_path / "two").apply(mixed(space_of(dit)))
     assert [layers for layers, _ in asked] == [{Q0, Q1}, {V0, DOWN0, DOWN1}], (
