@@ -7,7 +7,7 @@ import os
 import weakref
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -112,13 +112,8 @@ def check_measuring(
     there, gpu = memory_of(device), torch.device(device).type == "cuda"
 
     def taken(batch: int, workers: int = workers, dtype: str = protocol.dtype) -> int:
-        branches = 2 if protocol.guidance != 1.0 else 1
-        samples = batch * branches
-        found = {(p.task, p.dtype): p for p in _peaks(graph, samples, activations)}["measure", dtype]
-        # of gradients: held, or made again step by step
-        call = min(batch, SKETCHED) * branches * layer_bytes(graph)
-        held = (call + min(call * protocol.steps, HELD)) * BYTES[dtype] // 4 if gradients else 0
-        own = found.total - LIBRARIES + held
+        given = replace(protocol, micro_batch=batch, dtype=dtype)
+        own = _measuring(graph, given, activations, gradients) - LIBRARIES
         return workers * own + (0 if gpu else LIBRARIES * (workers + 1) // 2)  # half of them is shared
 
     batch = protocol.micro_batch
@@ -138,6 +133,24 @@ def check_measuring(
         f"{f' in {workers} processes' if workers > 1 else ''}, there are {there / 1e9:.1f} GB;"
         f" {' or '.join(advice) or 'use a machine with more memory'}"
     )
+
+
+def measuring_bytes(graph: nx.DiGraph, protocol: Protocol, gradients: bool = False) -> int | None:
+    """Peak bytes of a process that measures under a protocol, with its libraries; with ``gradients`` every
+    layer's input and output are held too. None for a denoiser that does not run on the meta device."""
+    try:
+        return _measuring(graph, protocol, activation_bytes(graph), gradients)
+    except AquabitError:
+        return None
+
+
+def _measuring(graph: nx.DiGraph, protocol: Protocol, activations: int, gradients: bool) -> int:
+    branches, dtype = 2 if protocol.guidance != 1.0 else 1, protocol.dtype
+    found = {(p.task, p.dtype): p for p in _peaks(graph, protocol.micro_batch * branches, activations)}
+    # of gradients: held, or made again step by step
+    call = min(protocol.micro_batch, SKETCHED) * branches * layer_bytes(graph)
+    held = (call + min(call * protocol.steps, HELD)) * BYTES[dtype] // 4 if gradients else 0
+    return found["measure", dtype].total + held
 
 
 def layer_bytes(graph: nx.DiGraph) -> int:

@@ -3,9 +3,10 @@ keywords; the command line calls those that take values."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
@@ -35,10 +36,11 @@ from aquabit.sensitivity.effects.context_effects import measure_in_context
 from aquabit.sensitivity.effects.predicted import named_swap
 from aquabit.sensitivity.effects.validation import validate_in
 from aquabit.sensitivity.explaining import explain
-from aquabit.sensitivity.plan import SampleOptions
+from aquabit.sensitivity.plan import Planner, SampleOptions
 from aquabit.sensitivity.result import Sensitivity, save
 from aquabit.study import Study
 from aquabit.study_status import start_plan
+from aquabit.within import Fitted, compared, fit_within, parse_time
 
 IN_CONTEXT = 4  # contexts in which ``run`` sees the output errors of every layer's swap
 
@@ -69,6 +71,8 @@ class FlowOptions:
     bits: float = 3.0
     swaps: int = 40
     swap: str | None = None
+    within: float | None = None  # seconds that a run is to take: settings are lowered until its plan does
+    kept: tuple[str, ...] = ()  # of "samples", "swaps", "images", "steps": what is not lowered
 
 
 def _source(study: Study, pipe: Model | None) -> Model:
@@ -262,17 +266,21 @@ def run(
     sample_seed: int = 0,
     swap: str | None = None,
     design: str = DEFAULT,
+    within: str | None = None,
     progress: Progress = no_progress,
     **options: Unpack[RunOptions],
 ) -> Front:
-    """The whole flow into a folder; run again, it continues where it stopped.
+    """The whole flow into a folder; run again, it continues where it stopped. ``within`` ("90s", "20min",
+    "2h"): samples, swaps, images, steps and formats are lowered until the plan fits that time.
 
     Writes study.db, sensitivity.json, front.json, config.json, packed/, samples.png and report/index.html;
     early on, first.json (``first_answer.FirstAnswer``, from gradients alone), and the page as far as it is.
     Protocol, space and quality: see ``measuring.settings.MeasureOptions``; workers, device, dtype, bank and
     ray: see ``measuring.where.Where``.
     """
-    flow, sample = FlowOptions(bits, flips, swap), SampleOptions(samples, sample_seed, design)
+    time_given = None if within is None else parse_time(within)
+    flow = FlowOptions(bits, flips, swap, time_given)
+    sample = SampleOptions(samples, sample_seed, design)
     how, where = _split(options, MeasureOptions)
     return run_flow(model, Path(out), flow, sample, MeasureOptions(**how), Where(**where), progress)
 
@@ -292,28 +300,36 @@ def run_flow(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise AquabitError(f"the folder {out} cannot be made: {error.strerror}") from error
-    study, budget = Study(out / "study.db"), Budget(bits=flow.bits)
+    study, budget, clock = Study(out / "study.db"), Budget(bits=flow.bits), _Clock()
+    if flow.within is not None:
+        flow, sample, options = _within(model, study, flow, sample, options, where, told, progress)
     early = _Early(study, out, told, progress)
 
     def look(session: Session) -> None:
         session.costs.check(budget, max(session.space.activations))
+        clock.mark("loading")
         early.first(lambda: quick_answer(session, flow.bits, progress), "fitting every format, and gradients")
+        clock.mark("first look")
 
     check = partial(named_swap, swap=flow.swap)  # an impossible swap is said before anything is fitted
     with open_session(model, study, options, where, check=check, early=look, progress=progress) as session:
+        clock.mark("fits and gradients")
         early.first(lambda: gradient_answer(session, flow.bits, flow.swap), "measuring a sample")
         session.references(progress)
         drawn = draw(session, sample.design, sample.samples, sample.seed)
         new = session.measure(drawn, "sample", progress)
+        clock.mark("sample")
         found = study.get("front")
         if found is not None and not new and found["budget"] == asdict(budget):
             front = Front.from_dict(found)  # everything was there: nothing is searched twice
         else:
             front = find_in(session, SearchOptions(budget, seed=sample.seed), progress)
             early.page("checking the ranking by real swaps")
+        clock.mark("search")
         measure_in_context(session, IN_CONTEXT, flow.bits, flow.swap, progress=progress)
         # last: real swaps check the layers that the ranking puts first
         validate_in(session, flow.swaps, flow.swap, flow.bits, sample.seed, progress)
+        clock.mark("checks by swaps")
         sensitivity = explained(study, flow.bits, flow.swap, progress)
     write_json(out / "sensitivity.json", sensitivity.to_dict())
     write_json(out / "front.json", front.to_list())
@@ -326,9 +342,59 @@ def run_flow(
     )
     write_bytes(out / "samples.png", thumbnail(made))
     progress("packing", 1, 1)
-    early.end()
+    early.end(clock.spent)
     write_report(study, out / "report", progress=progress)
+    clock.mark("explaining and pages")
+    planned = study.get("planned")
+    if planned is not None:
+        told(compared(Fitted.from_dict(planned), clock.spent))
     return front
+
+
+def _within(
+    model: Model,
+    study: Study,
+    flow: FlowOptions,
+    sample: SampleOptions,
+    options: MeasureOptions,
+    where: Where,
+    told: Callable[[str], object],
+    progress: Progress,
+) -> tuple[FlowOptions, SampleOptions, MeasureOptions]:
+    """Settings that fit ``flow.within``: those that the study was begun with, else the best that fit."""
+    assert flow.within is not None
+    begun = study.get("planned")
+    if begun is None:
+        kept = (*flow.kept, *(("images", "steps") if "fingerprint" in study else ()))
+        planner = Planner(model, study, options, where, progress)
+        begun = fit_within(planner, flow.within, sample, flow.swaps, options.space, kept).to_dict()
+        with study.writing():
+            study.set(planned=begun)
+    found = Fitted.from_dict(begun)
+    told(found.text)
+    protocol = options.protocol or (study.protocol if "protocol" in study else Protocol())
+    return (
+        replace(flow, swaps=found.swaps),
+        replace(sample, samples=found.samples),
+        replace(
+            options,
+            protocol=replace(protocol, images=found.images, steps=found.steps),
+            space=options.space if found.space is None else found.space,
+        ),
+    )
+
+
+class _Clock:
+    """Seconds of the parts of a run."""
+
+    def __init__(self) -> None:
+        self.spent: dict[str, float] = {}
+        self.last = time.perf_counter()
+
+    def mark(self, part: str) -> None:
+        """What passed since the last mark was this."""
+        now = time.perf_counter()
+        self.spent[part], self.last = self.spent.get(part, 0.0) + now - self.last, now
 
 
 @dataclass(frozen=True)
@@ -358,9 +424,12 @@ class _Early:
                 self.study.set(running=coming)
             write_report(self.study, self.out / "report", progress=self.progress)
 
-    def end(self) -> None:
+    def end(self, spent: Mapping[str, float]) -> None:
+        """No more is to come; where the answer is new, what it took so far is kept."""
         with self.study.writing():
             self.study.set(running=None)
+            if self.study.get("spent") is None:
+                self.study.set(spent={part: round(seconds, 1) for part, seconds in spent.items()})
 
 
 def measure(

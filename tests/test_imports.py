@@ -51,7 +51,8 @@ ALLOWED: dict[str, set[str]] = {
     "sensitivity": {*MODELS, "measuring"},
     "search": {*MODELS, "measuring", "sensitivity"},
     "reports": {*MODELS, "measuring", "sensitivity", "search"},
-    "workflows": {*MODELS, "measuring", "sensitivity", "search", "reports", "packing", "exports"},
+    "within": {*MODELS, "measuring", "sensitivity"},
+    "workflows": {*MODELS, "measuring", "sensitivity", "search", "reports", "packing", "exports", "within"},
     "diffusers_hook": {"quant"},
 }
 PRIVATE = {"_operators": "graph", "_notebook": "scheme"}  # private modules, and the one they belong to

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial, wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +13,12 @@ from aquabit.cli import findings, groups, options, tables
 from aquabit.cli.progress import bars, console, emit, plain, quiet, shielded, tell
 from aquabit.files import write_bytes, write_text
 from aquabit.scheme import AquabitError, QuantConfig
+
+if TYPE_CHECKING:  # torch is loaded when a verb runs, not for --help
+    from aquabit.measuring.settings import MeasureOptions
+    from aquabit.measuring.where import Where
+    from aquabit.sensitivity.plan import SampleOptions
+    from aquabit.workflows import FlowOptions
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -48,6 +54,8 @@ def run(
     samples: options.Samples = 120,
     flips: Annotated[int, typer.Option("--flips", min=1, help="Real swaps that check the explanation.")] = 40,
     swap: options.Swap = None,
+    within: options.Within = None,
+    plan: options.PlanOnly = False,
     json_: options.Json = None,
 ) -> None:
     """The whole flow: measure, explain, check, search, pack, report."""
@@ -55,11 +63,19 @@ def run(
     from aquabit.pipelines import preset_named
     from aquabit.sensitivity.plan import SampleOptions
     from aquabit.study import Study
+    from aquabit.within import parse_time
 
     if measuring.preset and not groups.given(context, "bits"):
         bits = preset_named(measuring.preset).weights
-    flow, sample = workflows.FlowOptions(bits, flips, swap), SampleOptions(samples, measuring.seed)
+    named = {"samples": "samples", "swaps": "flips", "images": "images", "steps": "steps"}
+    kept = tuple(name for name, option in named.items() if groups.given(context, option))
+    seconds = None if within is None else parse_time(within)
+    flow = workflows.FlowOptions(bits, flips, swap, seconds, kept)
+    sample = SampleOptions(samples, measuring.seed)
     asked, where = measuring.options(context), machine.where(measuring.dtype)
+    if plan:
+        _plan_run(model, out, flow, sample, asked, where, json_)
+        return
     with bars() as progress:
         front = workflows.run_flow(
             model, out, flow, sample, asked, where, progress, told=partial(tell, json_)
@@ -73,6 +89,35 @@ def run(
             f"report: {out / 'report' / 'index.html'}   images: {out / 'samples.png'}   packed model:"
             f" {out / 'packed'}"
         )
+
+
+def _plan_run(
+    model: str,
+    out: Path,
+    flow: FlowOptions,
+    sample: SampleOptions,
+    asked: MeasureOptions,
+    where: Where,
+    json_: str | None,
+) -> None:
+    """Say what ``run`` would take."""
+    from aquabit.sensitivity.plan import Planner
+    from aquabit.study import Study
+    from aquabit.within import fit_within
+
+    study = Study(out / "study.db") if (out / "study.db").exists() else None
+    with bars() as progress:
+        planner = Planner(model, study, asked, where, progress)
+    if flow.within is not None:
+        fitted = fit_within(planner, flow.within, sample, flow.swaps, asked.space, flow.kept)
+        if not emit(fitted.to_dict(), json_):
+            console.print(plain(fitted.text), highlight=False, soft_wrap=True)
+            tables.show_parts(fitted.parts)
+        return
+    made = planner.run(sample, flow.swaps)
+    if not emit(made.to_dict(), json_):
+        tables.show_plan(made.measuring)
+        tables.show_parts(made.parts)
 
 
 @verb
@@ -154,7 +199,8 @@ def measure(
     if plan:
         from aquabit.sensitivity.plan import plan as plan_model
 
-        made = plan_model(model, Study(study) if study.exists() else None, drawn, asked, where)
+        with bars() as progress:
+            made = plan_model(model, Study(study) if study.exists() else None, drawn, asked, where, progress)
         if not emit(made.to_dict(), json_):
             tables.show_plan(made)
         return

@@ -58,6 +58,17 @@ Damages = Annotated[
         ),
     ),
 ]
+Within = Annotated[
+    str | None,
+    typer.Option(
+        "--within",
+        metavar="TIME",
+        help=(
+            "A time to fit, as 20min or 2h: samples, swaps, images, steps and formats that were not given"
+            " are lowered until the plan fits."
+        ),
+    ),
+]
 Prompts = Annotated[Path | None, typer.Option("--prompts", help="One prompt a line (UTF-8).")]
 Guidance = Annotated[float, typer.Option("--guidance", help="Classifier-free guidance; 1 is off.")]
 SpaceFile = Annotated[

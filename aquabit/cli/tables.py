@@ -248,15 +248,25 @@ def show_plan(plan: Any) -> None:
         f"bank: {plan.fits} fits missing, {plan.bank_bytes / 1e6:.1f} MB; {max(0, plan.bank_free) / 1e9:.1f}"
         " GB are left of its limit"
     )
+    if plan.memory_bytes is not None:
+        say(f"memory: {plan.memory_bytes / 1e9:.1f} GB in each process at its peak")
+    of_gradients = f" and {plan.backward_passes} backward passes" if plan.backward_passes else ""
     said = (
-        f"{_span(plan.measuring_seconds)} of measuring and {_span(plan.probing_seconds)} for {plan.probes}"
-        f" probes{f' and {plan.backward_passes} backward passes' if plan.backward_passes else ''}"
+        f"{_span(plan.fitting_seconds)} of fits, {_span(plan.probing_seconds)} for {plan.probes} probes"
+        f"{of_gradients}, {_span(plan.measuring_seconds)} of measuring"
     )
-    say(f"estimated time: {said} with {plan.workers} worker{'s' * (plan.workers > 1)}, besides the fits' own")
+    say(f"estimated time: {said} with {plan.workers} worker{'s' * (plan.workers > 1)}")
     say(
-        f"(an estimate: from one full-precision denoiser call of {plan.call_seconds:.3g} s; nothing was"
-        " measured)"
+        f"(an estimate: from one full-precision denoiser call of {plan.call_seconds:.3g} s and fits of a few"
+        " rows of each scheme, timed here; nothing was measured)"
     )
+
+
+def show_parts(parts: Mapping[str, float]) -> None:
+    """Seconds of the parts of a run, planned."""
+    for name, seconds in parts.items():
+        console.print(f"{name:22} {_span(seconds):>8}", highlight=False)
+    console.print(f"{'in all, estimated':22} {_span(sum(parts.values())):>8}", highlight=False)
 
 
 def show_peaks(peaks: list[Any], micro_batch: int, not_counted: str) -> None:

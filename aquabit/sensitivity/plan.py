@@ -1,9 +1,9 @@
-"""plan: what measuring would make, fit and take, without measuring anything."""
+"""plan: what measuring, and the whole flow, would make, fit and take, without measuring anything."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from math import ceil
 from typing import Any
@@ -19,16 +19,26 @@ from aquabit.measuring.pools import local_evaluator
 from aquabit.measuring.session import uniform_references
 from aquabit.measuring.settings import AS_BEGUN, MeasureOptions, meter_of, settings
 from aquabit.measuring.where import HERE, Where
+from aquabit.memory import measuring_bytes
 from aquabit.quant.bank import Bank
 from aquabit.quant.calibration.fitting import FitRequest
+from aquabit.quant.fit_costs import FitCost, fit_costs
 from aquabit.runtime import single_thread
-from aquabit.scheme import FP, AquabitError, Protocol, Scheme, act_text
+from aquabit.scheme import FP, AquabitError, Progress, Protocol, Scheme, no_progress
 from aquabit.sensitivity.designs import DEFAULT, Design, shard_of
 from aquabit.space import SearchSpace
 from aquabit.study import Study
 
 MOST_SAMPLES = 1_000_000  # all are drawn before the first is measured
 BACKWARD = 3  # denoiser calls that a backward pass costs, with the products of every layer's samples
+MEASURING = 1.15  # a measurement over its denoiser calls (benchmarks/flow.py)
+CALIBRATING = 3.0  # calls that calibration costs over those that it records: they are replayed
+# measurements' worth of a search with its own settings, fresh seeds included, and measurements of a swap,
+# whose ends are shared; counted in runs on the bundled models
+SEARCH, PER_SWAP = 130, 1.6
+CONTEXTS, OUTPUTS = 4, 15  # contexts in which ``run`` sees output errors, and how many a measurement is worth
+STARTING = 8.0  # seconds until a process has loaded its libraries
+EXPLAINING, EXPLAINING_LAYER = 20.0, 0.2  # seconds, and a layer
 HEADER = 400  # bytes of a file of the bank besides its tensors, about
 WARM_SECONDS = 10.0  # a first call that took longer is not repeated: what it takes once hardly matters
 
@@ -72,9 +82,8 @@ class SampleOptions:
 
 @dataclass(frozen=True)
 class Plan:
-    """What ``measure`` would do. Seconds are an estimate: one denoiser call of a full-precision micro-batch
-    was timed, and every image is taken to cost as much (a backward pass BACKWARD calls); ``fits`` are (layer,
-    scheme, activation bits) that the bank lacks, whose own time is not in it.
+    """What ``measure`` would do. Seconds are an estimate from unit costs that were timed here (``Units``);
+    ``fits`` are (layer, scheme) that the bank lacks. ``memory_bytes``: of each process at its peak.
     """
 
     measurements: int
@@ -86,11 +95,167 @@ class Plan:
     bank_free: int  # bytes of the bank's limit that are left
     call_seconds: float
     measuring_seconds: float
-    probing_seconds: float
+    probing_seconds: float  # of probes and backward passes
+    fitting_seconds: float  # calibration included
+    loading_seconds: float
+    memory_bytes: int | None
     workers: int
 
+    @property
+    def seconds(self) -> float:
+        """All of it."""
+        return sum((self.loading_seconds, self.fitting_seconds, self.probing_seconds, self.measuring_seconds))
+
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "seconds": self.seconds}
+
+
+@dataclass(frozen=True)
+class Units:
+    """What things cost on this machine, timed once: one denoiser call of a full-precision micro-batch, fits
+    of a few rows of each scheme, opening the model."""
+
+    loading: float
+    call: float
+    fits: Mapping[Scheme, FitCost]
+    memory: int | None
+
+    def measurements(self, count: float, protocol: Protocol, corrected: bool = False) -> float:
+        """Seconds of one worker."""
+        calls = protocol.steps * ceil(protocol.images / protocol.micro_batch) * (1 + corrected)
+        return count * calls * self.call * MEASURING
+
+    def calls(self, count: float, protocol: Protocol) -> float:
+        """Seconds of calls with PROBE_IMAGES images."""
+        return count * self.call * PROBE_IMAGES / protocol.micro_batch
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What ``run`` would take: ``parts`` {name: seconds}, estimated, and what ``measure`` does of it."""
+
+    measuring: Plan
+    parts: dict[str, float]
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.parts.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**self.measuring.to_dict(), "parts": self.parts, "seconds": self.seconds}
+
+
+class Planner:
+    """A model, opened and timed once, whose plans for different settings cost nothing more. Nothing is
+    written."""
+
+    def __init__(
+        self,
+        model: str | DiffusionPipeline,
+        study: Study | None,
+        options: MeasureOptions = AS_BEGUN,
+        where: Where = HERE,
+        progress: Progress = no_progress,
+    ):
+        began = time.perf_counter()
+        self.source, self.study, self.where = source_of(study, options.damages), study, where
+        self.opened, self.store = open_model(model), Bank(where.bank)
+        self.meter = meter_of(self.opened, study, options.quality, self.store, where.device)
+        self.protocol, self.space = settings(self.opened, study, options, where.dtype, self.meter)
+        if study is not None and "fingerprint" in study:
+            study.check(self.opened.reference, self.opened.fingerprint, self.space.to_dict(), self.protocol)
+        here = replace(where, dtype=self.protocol.dtype)
+        self.evaluator = local_evaluator(self.opened, self.store, here, self.meter.options)
+        loading = time.perf_counter() - began
+        progress("timing one call of the denoiser", 0, 2)
+        call = _call_seconds(self.evaluator, self.protocol, where.device)
+        progress("timing fits of a few rows", 1, 2)
+        shapes: dict[Scheme, list[tuple[int, ...]]] = {}
+        for layer, scheme in self._absent(self.space):
+            shapes.setdefault(scheme, []).append(tuple(self.evaluator.quantized.layers[layer].shape))
+        with single_thread(where.device):
+            costs = fit_costs(shapes, where.device)
+        progress("timing fits of a few rows", 2, 2)
+        memory = measuring_bytes(self.opened.graph, self.protocol, gradients=self.source == GRADIENTS)
+        self.units = Units(loading, call, costs, memory)
+
+    def _absent(self, space: SearchSpace) -> list[tuple[str, Scheme]]:
+        """Fits that the bank lacks."""
+        fitter, rows = self.evaluator.quantized.fitter, space.choices.items()
+        cells = [(layer, s) for layer, row in rows for s in row if s != FP]
+        return [c for c in cells if not fitter.has(FitRequest(*c), space.calibration)]
+
+    def measuring(
+        self, sample: SampleOptions, protocol: Protocol | None = None, space: SearchSpace | None = None
+    ) -> Plan:
+        """What ``measure`` does with these, or with the protocol and space that the planner was made for."""
+        given, made, study = protocol or self.protocol, space or self.space, self.study
+        chosen, workers, units = Design.parse(sample.design), self.where.workers, self.units
+        first = {c.digest for c in (made.full_precision(), *uniform_references(made))}
+        known = study.known(given) if study is not None else frozenset()
+        # these two know what to draw only once something is probed or measured
+        fixed = chosen.name not in ("near", "disagreement")
+        every = [made.full_precision()] * sample.samples
+        if fixed:
+            every = chosen.draw(made, sample.samples, sample.seed)
+        drawn = shard_of(every, sample.shard)
+        asked = first | {c.digest for c in drawn} if fixed else first
+        done = len(study.measurements(given, "sample", failed=True)) if study is not None else 0
+        missing = len(asked - known) + (0 if fixed else max(0, len(drawn) - done))
+        absent = self._absent(made)
+        shapes = [(tuple(self.evaluator.quantized.layers[k].shape), s) for k, s in absent]
+        size = sum(sum(scheme.stored_bytes(shape)) + HEADER for shape, scheme in shapes)
+        probes, passes = _probes(study, made), 0
+        if self.source == GRADIENTS and probes:
+            probes, passes = min(probes, SCORED), ceil(IMAGES / PROBE_IMAGES) * PASSES * given.steps
+        fitting = sum(units.fits[scheme].seconds(shape) for shape, scheme in shapes if scheme in units.fits)
+        if any(scheme.calibrated for _, scheme in absent) and made.calibration is not None:
+            runs = made.calibration.images * made.calibration.steps / given.micro_batch
+            fitting += CALIBRATING * runs * units.call
+        free = self.store.limit - sum(p.stat().st_size for p in self.store.folder.glob("*.safetensors"))
+        return Plan(
+            missing,
+            len(asked & known) + (0 if fixed else min(done, len(drawn))),
+            len(absent),
+            probes,
+            passes,
+            size,
+            free,
+            units.call,
+            units.measurements(missing, given, bool(made.correction)) / workers,
+            units.calls(probes * given.steps + passes * BACKWARD, given) / workers,
+            fitting / workers,
+            units.loading,
+            units.memory,
+            workers,
+        )
+
+    def run(
+        self,
+        sample: SampleOptions,
+        swaps: int,
+        protocol: Protocol | None = None,
+        space: SearchSpace | None = None,
+    ) -> RunPlan:
+        """What the whole flow does with these."""
+        given, made = protocol or self.protocol, space or self.space
+        measuring, workers, layers = (
+            self.measuring(sample, given, made),
+            self.where.workers,
+            len(made.choices),
+        )
+        swapped = PER_SWAP * swaps + 2 * layers * CONTEXTS / OUTPUTS
+        checks = self.units.measurements(swapped + sample.samples / OUTPUTS, given, bool(made.correction))
+        parts = {
+            "loading": measuring.loading_seconds + STARTING,
+            "first look": self.units.calls(2 * given.steps * BACKWARD, given) / min(workers, 2),
+            "fits and gradients": measuring.fitting_seconds + measuring.probing_seconds,
+            "sample": measuring.measuring_seconds,
+            "search": self.units.measurements(SEARCH, given, bool(made.correction)) / workers,
+            "checks by swaps": checks / workers,
+            "explaining and pages": EXPLAINING + EXPLAINING_LAYER * layers,
+        }
+        return RunPlan(measuring, parts)
 
 
 def plan(
@@ -99,63 +264,17 @@ def plan(
     sample: SampleOptions,
     options: MeasureOptions = AS_BEGUN,
     where: Where = HERE,
+    progress: Progress = no_progress,
 ) -> Plan:
     """What ``measure`` with the same arguments would do; nothing is written. ``study=None``: one that is
     not there yet."""
-    source = source_of(study, options.damages)
-    opened, store, chosen = open_model(model), Bank(where.bank), Design.parse(sample.design)
-    meter = meter_of(opened, study, options.quality, store, where.device)
-    given, made = settings(opened, study, options, where.dtype, meter)
-    if study is not None and "fingerprint" in study:
-        study.check(opened.reference, opened.fingerprint, made.to_dict(), given)
-    first = {c.digest for c in (made.full_precision(), *uniform_references(made))}
-    known = study.known(given) if study is not None else frozenset()
-    # these two know what to draw only once something is probed or measured
-    fixed = chosen.name not in ("near", "disagreement")
-    every = [made.full_precision()] * sample.samples
-    if fixed:
-        every = chosen.draw(made, sample.samples, sample.seed)
-    drawn = shard_of(every, sample.shard)
-    asked = first | {c.digest for c in drawn} if fixed else first
-    done = len(study.measurements(given, "sample", failed=True)) if study is not None else 0
-    missing = len(asked - known) + (0 if fixed else max(0, len(drawn) - done))
-    evaluator = local_evaluator(opened, store, replace(where, dtype=given.dtype), meter.options)
-    fits, size = _fits(evaluator, made)
-    probes, passes = _probes(study, made), 0
-    if source == GRADIENTS and probes:
-        probes, passes = min(probes, SCORED), ceil(IMAGES / PROBE_IMAGES) * PASSES * given.steps
-    call = _call_seconds(evaluator, given, where.device)
-    calls = given.steps * ceil(given.images / given.micro_batch) * (2 if made.correction else 1)
-    # a call takes ``micro_batch`` images: a probe's images are several calls, or part of one
-    probing = (probes * given.steps + passes * BACKWARD) * call * PROBE_IMAGES / given.micro_batch
-    free = store.limit - sum(p.stat().st_size for p in store.folder.glob("*.safetensors"))
-    there = len(asked & known) + (0 if fixed else min(done, len(drawn)))
-    seconds = missing * calls * call / where.workers, probing / where.workers
-    return Plan(missing, there, fits, probes, passes, size, free, call, *seconds, where.workers)
-
-
-def _fits(evaluator: Evaluator, space: SearchSpace) -> tuple[int, int]:
-    """Fits that the bank lacks, and their bytes."""
-    fitter, count, size = evaluator.quantized.fitter, 0, 0
-    for layer, row in space.choices.items():
-        for scheme in row:
-            if scheme != FP and not fitter.has(FitRequest(layer, scheme), space.calibration):
-                count, size = count + 1, size + _bytes(evaluator, layer, scheme)
-    return count, size
-
-
-def _bytes(evaluator: Evaluator, layer: str, scheme: Scheme) -> int:
-    return sum(scheme.stored_bytes(tuple(evaluator.quantized.layers[layer].shape))) + HEADER
+    return Planner(model, study, options, where, progress).measuring(sample)
 
 
 def _probes(study: Study | None, space: SearchSpace) -> int:
     """Runs of PROBE_IMAGES images that say what a scheme, or an activation choice, does alone."""
     known = study.features() if study is not None else {}
-    cells = [(k, str(s)) for k, row in space.choices.items() for s in row if s != FP]
-    acts = [act_text(a) for a in space.act_choices if a != 16]
-    asked = [(k, a) for k, row in space.choices.items() if row != (FP,) for a in acts]
-    schemes = sum("damage" not in known.get(cell, {}) for cell in cells)
-    return schemes + sum("damage" not in known.get(cell, {}) for cell in asked)
+    return sum("damage" not in known.get(cell, {}) for cell in space.cells())
 
 
 def _call_seconds(evaluator: Evaluator, protocol: Protocol, device: str) -> float:

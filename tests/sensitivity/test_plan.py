@@ -11,6 +11,7 @@ import torch
 import aquabit
 from aquabit import memory
 from aquabit.graph import layers
+from aquabit.measuring.fitting import SCORED
 from aquabit.measuring.settings import MeasureOptions
 from aquabit.measuring.tasks import MeasureOutputErrors, run
 from aquabit.measuring.where import Where
@@ -30,8 +31,8 @@ SPACE = {"schemes": ["usq2", "usq4", "usq3h"]}
 def test_a_plan_is_what_is_then_done(tmp_path) -> None:
     tiny_pipeline("dit").save_pretrained(tmp_path / "pipe")
     pipe, bank = str(tmp_path / "pipe"), str(tmp_path / "bank")
-    given = {"protocol": PROTOCOL, "space": SPACE, "bank": bank}
-    values = MeasureOptions(PROTOCOL, SPACE), Where(bank=bank)
+    given = {"protocol": PROTOCOL, "space": SPACE, "bank": bank, "damages": "probes"}
+    values = MeasureOptions(PROTOCOL, SPACE, damages="probes"), Where(bank=bank)
     before, more = (plan(pipe, None, SampleOptions(n), *values) for n in (2, 4))
     study = Study(tmp_path / "s.db")
     assert measure(pipe, study, 2, **given) == before.measurements < more.measurements
@@ -71,11 +72,11 @@ def test_a_plan_is_what_is_then_done(tmp_path) -> None:
 def test_a_plan_by_gradients_does_not_grow_with_layers_and_schemes(tmp_path) -> None:
     pipe, values = tiny_pipeline("dit"), (Where(bank=str(tmp_path / "bank")),)
     given = MeasureOptions(PROTOCOL, {"schemes": ["usq4", "usq3", "usq2"], "activations": [8]})
-    by_probes = plan(pipe, None, SampleOptions(0), given, *values)
-    found = plan(pipe, None, SampleOptions(0), replace(given, damages="gradients"), *values)
-    assert (found.probes, found.backward_passes) == (0, 2 * 4 * PROTOCOL.steps) and by_probes.probes > 30
-    assert by_probes.backward_passes == 0
-    measured = 3 * found.backward_passes
+    by_probes = plan(pipe, None, SampleOptions(0), replace(given, damages="probes"), *values)
+    found = plan(pipe, None, SampleOptions(0), given, *values)
+    assert (found.probes, found.backward_passes) == (SCORED, 2 * 4 * PROTOCOL.steps)
+    assert by_probes.backward_passes == 0 and by_probes.probes > 30
+    measured = 3 * found.backward_passes + SCORED * PROTOCOL.steps
     assert found.probing_seconds / found.call_seconds == pytest.approx(measured * 8 / PROTOCOL.micro_batch)
     with pytest.raises(AquabitError, match="must be probes or gradients"):
         plan(pipe, None, SampleOptions(0), replace(given, damages="x"), *values)
