@@ -57,7 +57,7 @@ def test_less_time_lowers_rung_by_rung_and_what_was_given_stays(planner: Planner
     assert kept.samples == 120
     few = fit_within(planner, 1e6, SampleOptions(10), 4, None)
     assert (few.samples, few.swaps) == (10, 4), "never more than was asked for"
-    with pytest.raises(AquabitError, match=r"the smallest run of this model takes about \d+\.\d minutes here"):
+    with pytest.raises(AquabitError, match=r"the smallest run of this model takes about \d+\.\d minutes"):
         fit_within(planner, 1.0, sample, 40, None)
 
 
