@@ -25,8 +25,10 @@ from aquabit.scheme import AquabitError, Calibration, Progress, Scheme, digest, 
 # bits of the inputs that H is measured of, whatever a layer's activations are rounded to: a fit for one width
 # serves the others as well as one of their own (within 2 %, its median within 0.2 %, of the output error)
 FIT_ACT = 8
-FITS = 2  # raised when calibrated schemes are fitted otherwise: older fits are made again
 LARGE = 1 << 20  # weights of a layer whose fit leaves much memory behind
+# of the fits with H; raised whenever one of them finds other codes or levels, so that the bank does not mix
+# them with what an earlier version kept
+CALIBRATED_FITS = 2
 
 
 def give_back() -> None:
@@ -100,7 +102,7 @@ class Fitter:
             members = [self.weights.key(n) for n in self.members(request.layer, request.scheme)]
         else:
             members = []
-        return digest([FITS, self.fingerprint, (calibration or Calibration()).digest, members])
+        return digest([CALIBRATED_FITS, self.fingerprint, (calibration or Calibration()).digest, members])
 
     def found(self, request: FitRequest, calibration: Calibration | None) -> Fit | None:
         return self.bank.get(
