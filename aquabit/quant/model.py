@@ -13,11 +13,12 @@ import networkx as nx
 import torch
 from torch import Tensor, nn
 
+from aquabit.file_memory import ConversionsInFiles, in_file, is_large
 from aquabit.graph import codebook_names
 from aquabit.kernels import Accuracy
 from aquabit.kernels.codebook import CodebookWeight
 from aquabit.quant.attention import patch_attention_
-from aquabit.quant.bank import Bank, FullWeights, weight_hash
+from aquabit.quant.bank import Bank, FullWeights, weight_hash, weights_folder
 from aquabit.quant.calibration.calibrator import Calibrator, Record
 from aquabit.quant.calibration.fitting import FitRequest, Fitter
 from aquabit.quant.calibration.full_precision import FullPrecision
@@ -51,6 +52,18 @@ def storage_dtype(tensor: Tensor) -> torch.dtype:
 def rounded(tensor: Tensor) -> Tensor:
     """What is left of a tensor after it was saved at 16 bits, in its own dtype."""
     return tensor.to(storage_dtype(tensor)).to(tensor.dtype)
+
+
+def round_(tensor: Tensor) -> None:
+    """Leave of a parameter or buffer what is ``rounded``; a large one that changes comes to lie in a file:
+    writing into one that is mapped from a model's files would draw its pages into memory."""
+    found = rounded(tensor)
+    if torch.equal(found, tensor):
+        return
+    if is_large(tensor):
+        tensor.data = in_file(found, weights_folder())
+    else:
+        tensor.copy_(found)
 
 
 def fingerprint(denoiser: nn.Module) -> str:
@@ -133,8 +146,8 @@ class QuantizedDenoiser:
             )
         with torch.no_grad():
             # buffers that are not saved are made anew on loading, unrounded
-            for tensor in denoiser.state_dict().values():
-                tensor.copy_(rounded(tensor))
+            for tensor in denoiser.state_dict(keep_vars=True).values():
+                round_(tensor)
         for name, node in graph.nodes(data=True):
             if node["kind"] != "merge":
                 self._replace(name, node.get("split"))
@@ -381,6 +394,18 @@ class QuantizedDenoiser:
 
         Layers that share codebooks hold the same tensor.
         """
+        self.code(config, accuracy, progress)
+        self.arrange()
+
+    def arrange(self) -> None:
+        """Lay coded weights out as kernels read them: in memory, which those of the bank's files are not."""
+        for layer in self.layers.values():
+            layer.arrange_()
+
+    def code(
+        self, config: QuantConfig, accuracy: Accuracy = "fast", progress: Progress = no_progress
+    ) -> None:
+        """``pack`` without ``arrange``: what can be saved, but not run yet."""
         self._check(config)
         self._recent.clear()
         with self.bank_in_use():
@@ -390,7 +415,8 @@ class QuantizedDenoiser:
         for name, layer in self.layers.items():
             layer.accuracy = accuracy
             if name in coded:
-                layer.set_packed_(coded.pop(name), config[name].weight)
+                layer.set_coded_(coded.pop(name), config[name].weight)
             if name not in self.uncalled:  # a weight that the model reads itself stays as it is used
-                layer.shrink_(self._stored[name])
+                with ConversionsInFiles(weights_folder()):
+                    layer.shrink_(self._stored[name])
             del self.weights[name]  # dense and coded weights are not there together
