@@ -17,7 +17,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aquabit.errors import AquabitError
+from aquabit.runtime import give_back
 
+COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.clone.default)
 LARGE = 1 << 20  # bytes; of smaller tensors a model has few in all, and they stay in memory
 
 
@@ -43,9 +45,9 @@ def in_file(tensor: Tensor, folder: Path) -> Tensor:
     return mapped.view(data.shape)
 
 
-class ConversionsInFiles(TorchDispatchMode):
-    """While it lasts what ``Tensor.to`` makes of tensors on the CPU lies in files of ``folder``, where it is
-    large: a library that converts a model as it reads it holds one tensor at a time.
+class CopiesInFiles(TorchDispatchMode):
+    """While it lasts what ``to`` and ``clone`` make of tensors on the CPU lies in files of ``folder``, where
+    it is large: a library that converts a model as it reads it, or copies one, holds one tensor at a time.
 
     In the thread that entered it only.
     """
@@ -56,6 +58,7 @@ class ConversionsInFiles(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten._to_copy.default and is_large(found) and args[0].device.type == "cpu":
-            return in_file(found, self.folder)
+        if func in COPIES and is_large(found) and args[0].device.type == "cpu":
+            found = in_file(found, self.folder)  # its memory is free again
+            give_back()
         return found

@@ -19,9 +19,10 @@ from aquabit.files import follow_umask, write_text, writing_folder
 from aquabit.jsonio import read_json
 from aquabit.kernels import Accuracy
 from aquabit.kernels.dispatch import using
-from aquabit.memory import check_images
+from aquabit.memory import check_images, check_quantizing
 from aquabit.pipelines import (
     Adapter,
+    calibration_samples,
     denoiser_name,
     free_text_encoders,
     image_batch,
@@ -196,6 +197,8 @@ def _copied(
             f"the configuration is for model {config.fingerprint} ({config.model}), this is model {own}"
         )
     graph = trace(source)
+    if device == "cpu":
+        check_quantizing(graph, config, calibration_samples(source, config.calibration or Calibration()))
     if isinstance(pipe, DiffusionPipeline):
         source = own_copy(source, name, "scheduler")  # what is followed is not the caller's
     else:

@@ -13,7 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 
-from aquabit.file_memory import ConversionsInFiles
+from aquabit.file_memory import CopiesInFiles
 from aquabit.jsonio import read_json
 from aquabit.pipelines.class_conditional import ClassConditionalPipeline
 from aquabit.pipelines.class_latent import ClassEmbedder, ClassLatentPipeline
@@ -183,7 +183,7 @@ def _guarded(name: str, loader: Callable[[], Any], device: str | torch.device) -
     """
     stays = torch.device(device).type == "cpu"
     try:
-        with _silence(), _conversions_in_files() if stays else nullcontext():
+        with _silence(), _copies_in_files() if stays else nullcontext():
             pipe = loader()
     except AquabitError:
         raise
@@ -196,14 +196,14 @@ def _guarded(name: str, loader: Callable[[], Any], device: str | torch.device) -
 
 
 @contextmanager
-def _conversions_in_files() -> Iterator[None]:
-    """``ConversionsInFiles`` while a library loads; transformers then converts in this thread, which is its
+def _copies_in_files() -> Iterator[None]:
+    """``CopiesInFiles`` while a library loads; transformers then converts in this thread, which is its
     variable's doing."""
     variable = "HF_DEACTIVATE_ASYNC_LOAD"
     before = os.environ.get(variable)
     os.environ[variable] = "1"
     try:
-        with ConversionsInFiles(weights_folder()):
+        with CopiesInFiles(weights_folder()):
             yield
     finally:
         if before is None:

@@ -3,11 +3,9 @@ activation bits they are used with."""
 
 from __future__ import annotations
 
-import ctypes
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,22 +18,13 @@ from aquabit.quant.calibration.hessian import output_error
 from aquabit.quant.calibration.moments import Moments
 from aquabit.quant.schemes.progress import Report
 from aquabit.quant.weights import quantize_weights, relative_error, vanished
+from aquabit.runtime import give_back
 from aquabit.scheme import AquabitError, Calibration, Progress, Scheme, digest, no_progress
 
 # bits of the inputs that shared codebooks are fitted for: one set of tables serves layers of different
 # activation bits
 SHARED_ACT = 8
 LARGE = 1 << 20  # weights of a layer whose fit leaves much memory behind
-
-
-def give_back() -> None:
-    """Return freed memory to the system: glibc keeps it, in pieces that grow with every large fit (3 GB over
-    those of a DiT-XL/2).
-
-    Elsewhere nothing happens.
-    """
-    with suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 @dataclass(frozen=True)
