@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from safetensors.torch import load_file
 
 from aquabit import file_memory, memory, packing
@@ -20,7 +23,7 @@ from aquabit.quant.model import QuantizedDenoiser, fingerprint
 from aquabit.scheme import AquabitError, Calibration, Protocol, QuantConfig
 from aquabit.space import make_space
 from tests.conftest import tiny_pipeline
-from tests.tiny_pipelines import PROMPTED, PROMPTS, tiny
+from tests.tiny_pipelines import PROMPTED, PROMPTS, tiny, vae
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="says which files are mapped")
 
@@ -116,12 +119,69 @@ def test_no_weight_is_in_memory(tmp_path: Path, monkeypatch, stored: str, dtype:
     config = config.with_layer(next(iter(config.layers)), "fp", 16)
     model = QuantizedDenoiser(pipe.transformer, graph, Bank(tmp_path / "bank"), print_)
     assert all(str(tmp_path) in file_of(w) for w in model.weights.values())
+    if (
+        stored == dtype == "float32"
+    ):  # rounding would have drawn the pages of the model's own files into memory
+        assert all("/bank/" in file_of(w) for w in model.weights.values())
     model.code(config)
     for name, layer in model.layers.items():
         assert layer.coded is None or str(tmp_path / "bank") in file_of(layer.coded.packed), name
         assert layer.coded is not None or file_of(layer.weight), name
     model.arrange()
     assert not any(file_of(layer.packed.codes) for layer in model.layers.values() if layer.packed is not None)
+
+
+MEMORY = """
+import sys, threading, time
+import aquabit.packing
+from aquabit.scheme import QuantConfig
+
+def own():
+    return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("RssAnon")) << 10
+
+def watch():
+    while True:
+        seen.append(own())
+        time.sleep(0.002)
+
+folder, config, work = sys.argv[1:]
+aquabit.packing.quantize("digits-dit", QuantConfig.load(work + "/small.json"), bank=work)  # imports the rest
+seen = [own()]
+threading.Thread(target=watch, daemon=True).start()
+aquabit.packing.quantize(folder, QuantConfig.load(config), bank=work).save(work + "/packed")
+print(max(seen) - seen[0])
+"""
+
+
+@linux
+@pytest.mark.slow
+def test_quantizing_takes_less_memory_than_the_model(tmp_path: Path) -> None:
+    """Of a process's own, which is what the system cannot take back."""
+    folder = tmp_path / "model"
+    net = DiTTransformer2DModel(
+        num_attention_heads=8,
+        attention_head_dim=64,
+        in_channels=4,
+        out_channels=8,
+        num_layers=16,
+        sample_size=8,
+    )
+    size = sum(4 * p.numel() for p in net.parameters())
+    DiTPipeline(net.bfloat16(), vae(), DDIMScheduler()).save_pretrained(folder, max_shard_size="50MB")
+    for name, path in ((str(folder), "config.json"), ("digits-dit", "small.json")):
+        pipe = load(name)
+        space = make_space(trace(pipe), fingerprint(denoiser_of(pipe)))
+        config = space.full_precision()
+        small = [n for n in space.layers if ".attn1." in n]  # a large layer's fit takes memory, for a while
+        for layer in small[: 30 if name == str(folder) else 1]:
+            config = config.with_layer(layer, "usq4", 16)
+        (tmp_path / path).write_text(config.to_json())
+    words = [sys.executable, "-c", MEMORY, str(folder), str(tmp_path / "config.json"), str(tmp_path)]
+    own = {**os.environ, "AQUABIT_BANK": str(tmp_path / "bank"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, env=own, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    taken = int(done.stdout.splitlines()[-1])
+    assert taken < 0.4 * size, f"{taken / 1e6:.0f} MB for a model of {size / 1e6:.0f} MB"
 
 
 def test_a_packed_model_runs_after_it_was_saved(tmp_path: Path) -> None:
