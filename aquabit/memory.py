@@ -18,9 +18,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from aquabit.file_memory import LARGE
 from aquabit.graph import example_inputs, meta_denoiser
 from aquabit.graph import layers as graph_layers
-from aquabit.scheme import AquabitError, Protocol, Scheme
+from aquabit.scheme import FP, AquabitError, Protocol, QuantConfig, Scheme
 
 NOT_COUNTED = (
     "activations of the VAE, of text encoders and of feature extractors, images, and a GPU's own context"
@@ -113,7 +114,9 @@ def check_measuring(
 
     def taken(batch: int, workers: int = workers, dtype: str = protocol.dtype) -> int:
         given = replace(protocol, micro_batch=batch, dtype=dtype)
-        own = _measuring(graph, given, activations, gradients) - LIBRARIES
+        # on the CPU weights lie in files, whose pages need not stay
+        files = 0 if gpu else in_files(graph, BYTES[dtype])
+        own = _measuring(graph, given, activations, gradients) - LIBRARIES - files
         return workers * own + (0 if gpu else LIBRARIES * (workers + 1) // 2)  # half of them is shared
 
     batch = protocol.micro_batch
@@ -151,6 +154,43 @@ def _measuring(graph: nx.DiGraph, protocol: Protocol, activations: int, gradient
     call = min(protocol.micro_batch, SKETCHED) * branches * layer_bytes(graph)
     held = (call + min(call * protocol.steps, HELD)) * BYTES[dtype] // 4 if gradients else 0
     return found["measure", dtype].total + held
+
+
+def check_quantizing(graph: nx.DiGraph, config: QuantConfig, samples: int) -> None:
+    """Raise AquabitError where this machine has too little memory for the largest fit, or for a call of the
+    denoiser with the ``samples`` that a calibration makes at once, and say what to lower.
+
+    Weights lie in files and need not fit. Nothing is said of a denoiser that does not run on the meta device.
+    """
+    there, nodes = memory_of("cpu"), graph_layers(graph)
+    sizes = {n: prod(nodes[n]["shape"]) for n, c in config.layers.items() if n in nodes and c.weight != FP}
+    if not sizes:
+        return
+    largest = max(sizes, key=lambda n: sizes[n])
+    fit = LIBRARIES + FIT_BYTES * sizes[largest]
+    if fit > there:
+        raise AquabitError(
+            f"fitting layer {largest!r} to {config[largest].weight} takes about {fit / 1e9:.1f} GB, there are"
+            f" {there / 1e9:.1f} GB; leave it at fp, or use a machine with more memory"
+        )
+    if not any(config[n].weight.calibrated for n in sizes):
+        return
+    try:
+        call = LIBRARIES + samples * activation_bytes(graph)
+    except AquabitError:
+        return
+    if call > there:
+        raise AquabitError(
+            f"calibrating with {samples} samples at once takes about {call / 1e9:.1f} GB, there are"
+            f" {there / 1e9:.1f} GB; lower the resolution of the configuration's calibration, or use schemes"
+            " that are fitted without images, as usq4"
+        )
+
+
+def in_files(graph: nx.DiGraph, size: int) -> int:
+    """Bytes of the weights, ``size`` bytes each, that lie in files while a model is on the CPU."""
+    each = (size * prod(node["shape"]) for node in graph_layers(graph).values())
+    return sum(found for found in each if found >= LARGE)
 
 
 def layer_bytes(graph: nx.DiGraph) -> int:
@@ -205,7 +245,8 @@ def peaks(
     other networks (VAE, text encoders), all of them loaded.
 
     Counted: libraries, weights (full precision and, while measuring, the current configuration's decoded
-    ones), activations, the bank's working set. Not counted: NOT_COUNTED.
+    ones), activations, the bank's working set. Not counted: NOT_COUNTED, and of quantizing what lies in files
+    (``file_memory``).
     """
     samples = micro_batch * (2 if guided else 1)
     return _peaks(graph, samples, activation_bytes(graph), scheme, others)
@@ -234,6 +275,8 @@ def _peaks(
             "full-precision weights": size * (weights + rest),
             "other networks": size * others,
         }
+        # what lies in files, stored codes too, is read as it is needed
+        small = {"libraries": LIBRARIES, "small weights": size * (weights + rest) - in_files(graph, size)}
         alive = {"activations": activations * size // 4}
         kept = max(min(HESSIANS, sum(hessians)), hessians[-1], min(HEAP, alive["activations"]))
         decoded = {"decoded weights": size * weights, "decoded weights kept": min(DECODED, size * weights)}
@@ -245,7 +288,7 @@ def _peaks(
         }
         found += [
             Peak("measure", dtype, {**own, **alive, **decoded, "H or freed activations kept": kept}),
-            Peak("quantize", dtype, {**own, **codes, "largest fit": FIT_BYTES * largest}),
+            Peak("quantize", dtype, {**small, "largest fit": FIT_BYTES * largest}),
             Peak(
                 "run packed",
                 dtype,

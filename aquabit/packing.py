@@ -19,9 +19,10 @@ from aquabit.files import follow_umask, write_text, writing_folder
 from aquabit.jsonio import read_json
 from aquabit.kernels import Accuracy
 from aquabit.kernels.dispatch import using
-from aquabit.memory import check_images
+from aquabit.memory import check_images, check_quantizing
 from aquabit.pipelines import (
     Adapter,
+    calibration_samples,
     denoiser_name,
     free_text_encoders,
     image_batch,
@@ -94,7 +95,17 @@ class Packed:
         config: QuantConfig,
         statistics: Statistics | None = None,
     ):
-        self.pipe, self.model, self.config, self.statistics = pipe, model, config, statistics
+        self._pipe, self._model, self.config, self.statistics = pipe, model, config, statistics
+
+    @property
+    def pipe(self) -> DiffusionPipeline:
+        self._model.arrange()  # what is only saved never is: its codes stay in the bank's files
+        return self._pipe
+
+    @property
+    def model(self) -> QuantizedDenoiser:
+        self._model.arrange()
+        return self._model
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.pipe(*args, **kwargs)
@@ -102,15 +113,15 @@ class Packed:
     def save(self, folder: str | Path, max_shard_size: int | str = "10GB") -> int:
         """Write a diffusers pipeline directory, weights in files of at most ``max_shard_size`` (bytes, or
         as "5GB"); the bytes of the denoiser's tensors."""
-        name = denoiser_name(self.pipe)
-        restore_text_encoders(self.pipe)
+        name = denoiser_name(self._pipe)
+        restore_text_encoders(self._pipe)
         try:
             with writing_folder(folder, [f"{name}/{old}" for old in WEIGHT_FILES]) as made:
-                for component, value in self.pipe.components.items():
+                for component, value in self._pipe.components.items():
                     if component != name and hasattr(value, "save_pretrained"):
                         value.save_pretrained(made / component)
-                self.pipe.save_config(made)
-                size = save_packed_denoiser(self.model.denoiser, made / name, max_shard_size)
+                self._pipe.save_config(made)
+                size = save_packed_denoiser(self._model.denoiser, made / name, max_shard_size)
                 for file in (made / "model_index.json", *made.glob("*/config.json")):
                     _forget_local_path(file)
                 follow_umask(made, made.glob("*/*.safetensors"))
@@ -162,7 +173,7 @@ def quantize(
         config = replace(config, correction=asked)
     with single_thread(device):
         statistics = _statistics(source, model, config, progress) if config.correction else None
-        model.pack(config, accuracy, progress)
+        model.code(config, accuracy, progress)
     follow_(model.denoiser, source.scheduler, model.watchers(config))
     if statistics is not None:
         corrected_(model.denoiser, source.scheduler, statistics, config.correction)
@@ -186,6 +197,8 @@ def _copied(
             f"the configuration is for model {config.fingerprint} ({config.model}), this is model {own}"
         )
     graph = trace(source)
+    if device == "cpu":
+        check_quantizing(graph, config, calibration_samples(source, config.calibration or Calibration()))
     if isinstance(pipe, DiffusionPipeline):
         source = own_copy(source, name, "scheduler")  # what is followed is not the caller's
     else:

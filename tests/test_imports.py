@@ -14,7 +14,18 @@ PACKAGE = Path(__file__).parent.parent / "aquabit"
 
 # Each may import only what stands below it (shared/DESIGN.md, section 1).
 SUBJECTS = {"scheme_kinds", "activation_bits", "protocol", "quant_config", "budget"}  # of what scheme exports
-VALUES = {*SUBJECTS, "errors", "files", "jsonio", "progress", "scheme", "stats", "runtime", "maximum_entropy"}
+VALUES = {
+    *SUBJECTS,
+    "errors",
+    "files",
+    "jsonio",
+    "progress",
+    "scheme",
+    "stats",
+    "runtime",
+    "file_memory",
+    "maximum_entropy",
+}
 STORES = {*VALUES, "graph", "kernels", "quality", "study", "study_status"}
 SPACES = {*STORES, "layer_formats", "space", "choices", "cost"}
 MODELS = {*SPACES, "memory", "quant", "pipelines"}
@@ -32,6 +43,7 @@ ALLOWED: dict[str, set[str]] = {
     "quant_config": {"errors", "jsonio", "scheme_kinds", "activation_bits", "protocol"},
     "scheme": {*SUBJECTS, "errors", "jsonio", "progress"},
     "runtime": {"errors"},
+    "file_memory": {"errors", "runtime"},
     "kernels": VALUES,
     "graph": VALUES,
     "quality": VALUES,

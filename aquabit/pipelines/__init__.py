@@ -2,6 +2,7 @@
 
 from aquabit.pipelines.adapter import (
     Adapter,
+    calibration_samples,
     check_scheduler,
     noise_statistics,
     own_copy,
@@ -32,6 +33,7 @@ __all__ = [
     "Preset",
     "bundled_facts",
     "bundled_models",
+    "calibration_samples",
     "check_scheduler",
     "convert_ldm4",
     "denoiser_name",

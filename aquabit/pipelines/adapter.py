@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
+from math import ceil, prod
 from typing import Any
 
 import diffusers
@@ -16,6 +17,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from aquabit.file_memory import CopiesInFiles
 from aquabit.graph import known_class
 from aquabit.graph import trace as trace_denoiser
 from aquabit.pipelines.family import KINDS, denoiser_of, family
@@ -23,6 +25,7 @@ from aquabit.pipelines.prompts import embeddings
 from aquabit.pipelines.running import as_measured
 from aquabit.pipelines.sizes import image_batch, image_size
 from aquabit.quality import DigitsFeatures, Reference, bundled_reference
+from aquabit.quant.bank import weights_folder
 from aquabit.quant.calibration.ranges import Sample
 from aquabit.quant.calibration.recording import Call, record_calls
 from aquabit.quant.correction.noise_measuring import measure_noise
@@ -57,7 +60,8 @@ def own_copy(pipe: DiffusionPipeline, *parts: str) -> DiffusionPipeline:
     """A pipeline that shares everything with ``pipe`` but these components, which are copied; it shows no
     progress bar."""
     own = copy.copy(pipe)
-    own.__dict__.update({part: copy.deepcopy(getattr(pipe, part)) for part in parts})
+    with CopiesInFiles(weights_folder()):
+        own.__dict__.update({part: copy.deepcopy(getattr(pipe, part)) for part in parts})
     own.set_progress_bar_config(disable=True)
     return own
 
@@ -80,6 +84,16 @@ def set_scheduler(pipe: DiffusionPipeline, name: str) -> None:
         return
     pipe.scheduler = found
     refollow_(denoiser_of(pipe), pipe.scheduler)
+
+
+def calibration_samples(pipe: DiffusionPipeline, calibration: Calibration) -> int:
+    """Samples of the denoiser's own size that one of its calls takes as much memory as, while ``recorder``'s
+    images are made."""
+    batch = min(image_batch(pipe, calibration.resolution, CALIBRATION_BATCH), calibration.images)
+    branches = 2 if calibration.guidance != 1.0 else 1
+    asked, own = image_size(pipe, calibration.resolution), image_size(pipe)
+    larger = 1.0 if asked is None or own is None else prod(asked) / prod(own)
+    return ceil(batch * branches * larger)
 
 
 def recorder(pipe: DiffusionPipeline) -> Callable[[Calibration], list[Call]]:

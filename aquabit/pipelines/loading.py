@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 
+from aquabit.file_memory import CopiesInFiles
 from aquabit.jsonio import read_json
 from aquabit.pipelines.class_conditional import ClassConditionalPipeline
 from aquabit.pipelines.class_latent import ClassEmbedder, ClassLatentPipeline
 from aquabit.pipelines.prompts import can_reload
+from aquabit.quant.bank import weights_folder
 from aquabit.runtime import out_of_memory
 from aquabit.scheme import AquabitError
 
@@ -61,7 +64,7 @@ def load(
     name = str(model)
     folder = BUNDLED / name if name in bundled_models() else Path(name)
     if folder.is_dir():
-        return _bound(_from_folder(folder, dtype), folder, dtype, device, offload)
+        return _bound(_from_folder(folder, dtype, device), folder, dtype, device, offload)
     if folder.is_file():
         raise AquabitError(
             f"{folder} is a file; give the folder of a diffusers pipeline (a checkpoint of LDM-4 becomes one"
@@ -72,7 +75,7 @@ def load(
             f"unknown model {name!r}; bundled are {', '.join(bundled_models())}, else give a diffusers"
             " directory or a hub id"
         )
-    pipe = _guarded(name, lambda: DiffusionPipeline.from_pretrained(name, dtype=dtype))
+    pipe = _guarded(name, lambda: DiffusionPipeline.from_pretrained(name, dtype=dtype), device)
     return _bound(pipe, name, dtype, device, offload)
 
 
@@ -103,7 +106,7 @@ def _dtype(dtype: torch.dtype | str) -> torch.dtype:
     return known[dtype] if isinstance(dtype, str) else dtype
 
 
-def _from_folder(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
+def _from_folder(folder: Path, dtype: torch.dtype, device: str | torch.device) -> DiffusionPipeline:
     index = folder / "model_index.json"
     if not index.exists():
         raise AquabitError(f"{folder} is not a diffusers pipeline: it has no model_index.json")
@@ -133,7 +136,7 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
         }
         return cls.from_pretrained(folder, dtype=dtype, use_safetensors=True, **own)
 
-    return _guarded(str(folder), loaded)
+    return _guarded(str(folder), loaded, device)
 
 
 def _bound(
@@ -145,7 +148,7 @@ def _bound(
     from aquabit.quant.correction.corrector import corrected_
     from aquabit.quant.correction.sampling import refollow_
 
-    can_reload(pipe, _reloader(pipe, source, dtype))
+    can_reload(pipe, _reloader(pipe, source, dtype, device))
     packed = [(part, found) for part in pipe.components.values() if (found := contents_of(part)) is not None]
     for denoiser, found in packed:
         refollow_(denoiser, pipe.scheduler)
@@ -158,7 +161,7 @@ def _bound(
 
 
 def _reloader(
-    pipe: DiffusionPipeline, source: str | Path, dtype: torch.dtype
+    pipe: DiffusionPipeline, source: str | Path, dtype: torch.dtype, device: str | torch.device
 ) -> Callable[[], Mapping[str, Any]]:
     """What loads a pipeline's text encoders, and nothing else, again; it does not hold the pipeline."""
     cls: Any = type(pipe)
@@ -166,16 +169,21 @@ def _reloader(
     others = {name: None for name in pipe.components if name not in encoders}
 
     def reload() -> Mapping[str, Any]:
-        again = _guarded(str(source), lambda: cls.from_pretrained(source, dtype=dtype, **others))
+        again = _guarded(str(source), lambda: cls.from_pretrained(source, dtype=dtype, **others), device)
         return {name: getattr(again, name) for name in encoders}
 
     return reload
 
 
-def _guarded(name: str, loader: Callable[[], Any]) -> Any:
-    """The loaded pipeline, without diffusers' own bars and warnings; failures as one sentence."""
+def _guarded(name: str, loader: Callable[[], Any], device: str | torch.device) -> Any:
+    """The loaded pipeline, without diffusers' own bars and warnings; failures as one sentence.
+
+    What stays on the CPU may be larger than memory: weights that are used as they are stored are mapped from
+    the model's own files, which is safetensors' doing, and others are converted into files, one by one.
+    """
+    stays = torch.device(device).type == "cpu"
     try:
-        with _silence():
+        with _silence(), _copies_in_files() if stays else nullcontext():
             pipe = loader()
     except AquabitError:
         raise
@@ -185,6 +193,23 @@ def _guarded(name: str, loader: Callable[[], Any]) -> Any:
         raise AquabitError(_reason(name, error)) from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@contextmanager
+def _copies_in_files() -> Iterator[None]:
+    """``CopiesInFiles`` while a library loads; transformers then converts in this thread, which is its
+    variable's doing."""
+    variable = "HF_DEACTIVATE_ASYNC_LOAD"
+    before = os.environ.get(variable)
+    os.environ[variable] = "1"
+    try:
+        with CopiesInFiles(weights_folder()):
+            yield
+    finally:
+        if before is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = before
 
 
 @contextmanager

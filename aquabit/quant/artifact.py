@@ -22,9 +22,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from aquabit.file_memory import CopiesInFiles
 from aquabit.graph import layers as layer_nodes
 from aquabit.jsonio import digest, read_json
-from aquabit.quant.bank import weight_hash
+from aquabit.quant.bank import weight_hash, weights_folder
 from aquabit.quant.correction.sampling import follow_
 from aquabit.quant.correction.statistics import Statistics
 from aquabit.quant.finetuning.store import PARTS, SHARED, shared_name
@@ -68,9 +69,10 @@ class Contents:
         coded."""
         tensors: dict[str, Tensor] = {}
         coded = {n: weight for n, layer in self.layers.items() if (weight := layer.coded) is not None}
-        for name, tensor in state.items():
-            if name.removesuffix(".weight") not in coded:
-                tensors[name] = tensor.detach().to(storage_dtype(tensor)).contiguous().cpu()
+        with CopiesInFiles(weights_folder()):
+            for name, tensor in state.items():
+                if name.removesuffix(".weight") not in coded:
+                    tensors[name] = tensor.detach().to(storage_dtype(tensor)).contiguous().cpu()
         for name, weight in coded.items():
             shared = shared_name(self.config[name])
             for part, tensor in weight.tensors().items():

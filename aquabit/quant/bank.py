@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -46,6 +47,17 @@ def default_limit() -> int:
 def default_folder() -> Path:
     """``$AQUABIT_BANK``, or ``~/.cache/aquabit/bank``."""
     return Path(os.environ.get("AQUABIT_BANK") or Path.home() / ".cache" / "aquabit" / "bank")
+
+
+def weights_folder() -> Path:
+    """Where large weights lie while a process uses them (``file_memory``): the default bank, which is on a
+    disk as temporary folders often are not; a temporary folder where it cannot be written."""
+    folder = default_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return Path(tempfile.gettempdir())
+    return folder if os.access(folder, os.W_OK) else Path(tempfile.gettempdir())
 
 
 def weight_hash(weight: Tensor) -> str:

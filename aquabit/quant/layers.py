@@ -84,8 +84,17 @@ class _QuantLayer(nn.Module):
 
     def set_packed_(self, coded: CodebookWeight | Arranged, scheme: Scheme) -> None:
         """Run from the coded tensors, arranged for the kernels; the dense weight is dropped."""
+        self.set_coded_(coded, scheme)
+        self.arrange_()
+
+    def set_coded_(self, coded: CodebookWeight | Arranged, scheme: Scheme) -> None:
+        """Hold the coded tensors as they are, until ``arrange_``; the dense weight is dropped."""
         self.weight = torch.empty(0, dtype=self.weight.dtype, device=self.weight.device)
-        self.packed, self.dense, self.scheme = held(coded), None, scheme
+        self.packed, self.dense, self.scheme = coded, None, scheme
+
+    def arrange_(self) -> None:
+        """Lay the coded weight, where there is one, out as the kernels read it."""
+        self.packed = None if self.packed is None else held(self.packed)
 
     def keep_dense_(self, dtype: torch.dtype | None) -> None:
         """Keep a decoded copy of the coded weight in ``dtype``; None drops it."""

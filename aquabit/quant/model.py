@@ -7,17 +7,19 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from math import isfinite
 from typing import Any
 
 import networkx as nx
 import torch
 from torch import Tensor, nn
 
+from aquabit.file_memory import CopiesInFiles, in_file, is_large
 from aquabit.graph import codebook_names
 from aquabit.kernels import Accuracy
 from aquabit.kernels.codebook import CodebookWeight
 from aquabit.quant.attention import patch_attention_
-from aquabit.quant.bank import Bank, FullWeights, weight_hash
+from aquabit.quant.bank import Bank, FullWeights, weight_hash, weights_folder
 from aquabit.quant.calibration.calibrator import Calibrator, Record
 from aquabit.quant.calibration.fitting import FitRequest, Fitter
 from aquabit.quant.calibration.full_precision import FullPrecision
@@ -26,6 +28,7 @@ from aquabit.quant.correction.sampling import Watcher
 from aquabit.quant.finetuning.store import load_tuned
 from aquabit.quant.layers import QuantConv2d, QuantLinear, Setting, replace_layer_
 from aquabit.quant.step_switch import settings_of, share_out_, switches
+from aquabit.runtime import give_back
 from aquabit.scheme import (
     FP,
     AquabitError,
@@ -45,12 +48,32 @@ def storage_dtype(tensor: Tensor) -> torch.dtype:
     float16 would overflow."""
     if tensor.dtype in (torch.float16, torch.bfloat16) or not tensor.is_floating_point():
         return tensor.dtype
-    return torch.float16 if not tensor.numel() or float(tensor.abs().max()) <= 65504 else torch.bfloat16
+    return torch.float16 if not tensor.numel() or largest(tensor) <= 65504 else torch.bfloat16
+
+
+def largest(tensor: Tensor) -> float:
+    """The largest magnitude in a tensor, NaN where there is one; nothing of its size is made."""
+    low, high = torch.aminmax(tensor.detach())
+    return float(torch.maximum(-low, high))
 
 
 def rounded(tensor: Tensor) -> Tensor:
     """What is left of a tensor after it was saved at 16 bits, in its own dtype."""
     return tensor.to(storage_dtype(tensor)).to(tensor.dtype)
+
+
+def round_(tensor: Tensor) -> None:
+    """Leave of a parameter or buffer what is ``rounded``; a large one that changes comes to lie in a file:
+    writing into one that is mapped from a model's files would draw its pages into memory."""
+    found = rounded(tensor)
+    if not torch.equal(found, tensor):
+        if is_large(tensor):
+            tensor.data = in_file(found, weights_folder())
+        else:
+            tensor.copy_(found)
+    if is_large(tensor):
+        del found
+        give_back()
 
 
 def fingerprint(denoiser: nn.Module) -> str:
@@ -63,7 +86,10 @@ def fingerprint(denoiser: nn.Module) -> str:
 
 def stored_hash(tensor: Tensor) -> str:
     """Hash of a tensor as it is saved at 16 bits."""
-    return weight_hash(tensor.detach().to(storage_dtype(tensor)))
+    found = weight_hash(tensor.detach().to(storage_dtype(tensor)))
+    if is_large(tensor):
+        give_back()
+    return found
 
 
 def fingerprint_of(denoiser: nn.Module, hashes: Mapping[str, str]) -> str:
@@ -125,7 +151,7 @@ class QuantizedDenoiser:
             if bank is None
             else RangeTables(self.full_precision, bank, fingerprint, self.attention, sample)
         )
-        bad = [n for n, p in denoiser.named_parameters() if not bool(torch.isfinite(p).all())]
+        bad = [n for n, p in denoiser.named_parameters() if p.numel() and not isfinite(largest(p))]
         if bad:
             raise AquabitError(
                 f"{bad[0]} holds NaN or Inf ({len(bad)} such tensors); the model file is damaged or"
@@ -133,8 +159,8 @@ class QuantizedDenoiser:
             )
         with torch.no_grad():
             # buffers that are not saved are made anew on loading, unrounded
-            for tensor in denoiser.state_dict().values():
-                tensor.copy_(rounded(tensor))
+            for tensor in denoiser.state_dict(keep_vars=True).values():
+                round_(tensor)
         for name, node in graph.nodes(data=True):
             if node["kind"] != "merge":
                 self._replace(name, node.get("split"))
@@ -381,6 +407,18 @@ class QuantizedDenoiser:
 
         Layers that share codebooks hold the same tensor.
         """
+        self.code(config, accuracy, progress)
+        self.arrange()
+
+    def arrange(self) -> None:
+        """Lay coded weights out as kernels read them: in memory, which those of the bank's files are not."""
+        for layer in self.layers.values():
+            layer.arrange_()
+
+    def code(
+        self, config: QuantConfig, accuracy: Accuracy = "fast", progress: Progress = no_progress
+    ) -> None:
+        """``pack`` without ``arrange``: what can be saved, but not run yet."""
         self._check(config)
         self._recent.clear()
         with self.bank_in_use():
@@ -390,7 +428,8 @@ class QuantizedDenoiser:
         for name, layer in self.layers.items():
             layer.accuracy = accuracy
             if name in coded:
-                layer.set_packed_(coded.pop(name), config[name].weight)
+                layer.set_coded_(coded.pop(name), config[name].weight)
             if name not in self.uncalled:  # a weight that the model reads itself stays as it is used
-                layer.shrink_(self._stored[name])
+                with CopiesInFiles(weights_folder()):
+                    layer.shrink_(self._stored[name])
             del self.weights[name]  # dense and coded weights are not there together

@@ -95,7 +95,7 @@ def test_live_tensors_are_counted_while_they_live() -> None:
     assert (live.now, live.peak) == (0, 8000)
 
 
-def test_peaks_grow_with_what_they_are_made_of() -> None:
+def test_peaks_grow_with_what_they_are_made_of(monkeypatch) -> None:
     graph = trace(tiny_pipeline("dit"))
     found = {(p.task, p.dtype): p for p in peaks(graph, micro_batch=8)}
     twice = {(p.task, p.dtype): p for p in peaks(graph, micro_batch=8, guided=True, others=1000)}
@@ -111,7 +111,12 @@ def test_peaks_grow_with_what_they_are_made_of() -> None:
         assert two["other networks"] == 4000
     assert found["measure", "float32"].parts["decoded weights"] == 4 * weights
     codes = sum(sum(Scheme.parse("usq4").stored_bytes(tuple(n["shape"]))) for n in layers(graph).values())
-    assert 2 * codes in found["quantize", "float32"].parts.values()
+    assert 2 * codes in found["run packed", "float32"].parts.values()
+    others = graph.graph["other_elements"]
+    assert found["quantize", "float32"].parts["small weights"] == 4 * (weights + others)
+    monkeypatch.setattr(memory, "LARGE", 1)
+    (peak,) = [p for p in peaks(graph, 8) if (p.task, p.dtype) == ("quantize", "float32")]
+    assert peak.parts["small weights"] == 4 * others, "the others lie in files"
     assert activation_bytes(graph) >= 4 * max(n["tokens"] * n["shape"][0] for n in layers(graph).values())
 
 

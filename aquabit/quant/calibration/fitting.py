@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +18,7 @@ from aquabit.quant.calibration.input_groups import Group
 from aquabit.quant.calibration.moments import Moments
 from aquabit.quant.schemes.progress import Report
 from aquabit.quant.weights import quantize_weights, relative_error, vanished
+from aquabit.runtime import give_back
 from aquabit.scheme import AquabitError, Calibration, Progress, Scheme, digest, no_progress
 
 # bits of the inputs that H is measured of, whatever a layer's activations are rounded to: a fit for one width
@@ -29,16 +28,6 @@ LARGE = 1 << 20  # weights of a layer whose fit leaves much memory behind
 # of the fits with H; raised whenever one of them finds other codes or levels, so that the bank does not mix
 # them with what an earlier version kept
 CALIBRATED_FITS = 2
-
-
-def give_back() -> None:
-    """Return freed memory to the system: glibc keeps it, in pieces that grow with every large fit (3 GB over
-    those of a DiT-XL/2).
-
-    Elsewhere nothing happens.
-    """
-    with suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 @dataclass(frozen=True)
