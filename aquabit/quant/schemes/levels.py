@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from aquabit.kernels import scalar_search
+from aquabit.kernels.scalar_search import Even
 from aquabit.quant.calibration.hessian import check_hessian, damped
 from aquabit.quant.schemes.scalar import as_rows, halves, lloyd
 
@@ -24,13 +26,21 @@ SHARES = (1.0, 0.94, 0.88, 0.82, 0.76, 0.7, 0.64, 0.58, 0.52, 0.46, 0.4)
 # half ranges tried, in weighted standard deviations
 DEVIATIONS = (1.0, 1.25, 1.5, 1.75, 2.0, 2.3, 2.6, 3.0, 3.5, 4.2)
 
-# the levels nearest to targets [G, 1, P] of column j; their codes are written on the way
-Encoder = Callable[[Tensor, int], Tensor]
+CHUNK = (
+    1 << 17
+)  # weights whose first grid is found together: what is made of them stays in a processor's cache
+
+
+class Coded(NamedTuple):
+    """Codes [G, R, P] uint8 on their grid, and each row's loss [G, P] float64."""
+
+    parameters: Tensor
+    codes: Tensor
+    loss: Tensor
 
 
 class State(NamedTuple):
-    """A fit: parameters and codes [G, R, P]; each row's loss [G, P]; H dW^T and, where ``Levels.moved``
-    has it, H codes, both [G, R, P]."""
+    """The same with H dW^T and, where ``Levels.moved`` has it, H codes, both [G, R, P]."""
 
     parameters: Tensor
     codes: Tensor
@@ -101,11 +111,17 @@ class Affine:
     """Levels scale * code + offset; parameters [G, P, 2 n]: n scales, then n offsets, one pair for each
     n-th part of a row."""
 
-    shared, dtype = False, torch.float32
+    shared = False
 
     def __init__(self, part: Tensor, n: int, steps: int):
         self.part, self.n, self.steps = part, n, steps
         self.members = one_hot(part, n).transpose(1, 2).float()  # [G, n, R]
+
+    def of(self, parameters: Tensor) -> Even:
+        """The levels as a code search takes them."""
+        g, p, _ = parameters.shape
+        scale, offset = parameters.float().reshape(g, p, 2, self.n).permute(2, 0, 3, 1)
+        return Even(scale, offset, self.part, self.steps)
 
     def spread(self, parameters: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and offset of every column, [G, R, P], or [G, 1, P] where a row has one."""
@@ -117,38 +133,28 @@ class Affine:
 
     def decode(self, parameters: Tensor, codes: Tensor) -> Tensor:
         scale, offset = self.spread(parameters)
-        return torch.addcmul(offset, scale, codes)
-
-    def units(self, parameters: Tensor, values: Tensor) -> Tensor:
-        """``values`` in the unit a sweep works in: codes where a row has one scale, so that a level is a
-        rounded number."""
-        return values.clone() if self.n > 1 else self._fractions(parameters, values)
-
-    def _fractions(self, parameters: Tensor, values: Tensor) -> Tensor:
-        scale, offset = self.spread(parameters)
-        return torch.where(scale.abs() > 1e-12, (values - offset) / scale, 0.0)
-
-    def encoder(self, parameters: Tensor, codes: Tensor) -> Encoder:
-        found = codes.split(1, 1)
-        if self.n == 1:
-            return lambda target, j: torch.clamp(target, 0, self.steps, out=found[j]).round_()
-        scale, offset = self.spread(parameters)
-        inverse = torch.where(scale.abs() > 1e-12, 1 / scale, 0.0)
-        s, o, inv, shift = (t.split(1, 1) for t in (scale, offset, inverse, -offset * inverse))
-
-        def encode(target: Tensor, j: int) -> Tensor:
-            torch.addcmul(shift[j], target, inv[j], out=found[j]).round_().clamp_(0, self.steps)
-            return torch.addcmul(o[j], found[j], s[j])
-
-        return encode
+        return torch.addcmul(offset, scale, codes.float())
 
     def nearest(self, parameters: Tensor, target: Tensor) -> Tensor:
-        return self._fractions(parameters, target).round_().clamp_(0, self.steps)
+        return self._steps(parameters, target).byte()
+
+    def _steps(self, parameters: Tensor, target: Tensor) -> Tensor:
+        scale, offset = self.spread(parameters)
+        inverse = torch.where(scale.abs() > scalar_search.SMALL, 1 / scale, 0.0)
+        return (target - offset).mul_(inverse).round_().clamp_(0, self.steps)
 
     def moved(self, problem: Problem, codes: Tensor) -> Tensor | None:
         """H codes where a row has one scale: then no other product with H is needed (around their middle,
         for float32's sake)."""
-        return problem.times(codes - self.steps / 2) if self.n == 1 else None
+        return problem.times(codes.float() - self.steps / 2) if self.n == 1 else None
+
+    def moved_on(self, state: State, product: Tensor) -> Tensor | None:
+        """H codes of other codes on the grid of ``state``, whose H dW^T is ``product``."""
+        if state.moved is None:
+            return None
+        scale, _ = self.spread(state.parameters)
+        inverse = torch.where(scale.abs() > scalar_search.SMALL, 1 / scale, 0.0)
+        return torch.addcmul(state.moved, state.product - product, inverse)
 
     def image(self, problem: Problem, parameters: Tensor, codes: Tensor, moved: Tensor | None) -> Tensor:
         """H of what the parameters decode to."""
@@ -164,9 +170,9 @@ class Affine:
 
     def preconditioner(self, diagonal: Tensor, codes: Tensor) -> Callable[[Tensor], Tensor]:
         """Inverses of the 2 x 2 normal matrices of each scale and offset under H's diagonal."""
-        h = diagonal[..., None].expand_as(codes)
+        h, steps = diagonal[..., None].expand(codes.shape), codes.float()
         b, c = self.gradient(h, codes).split(self.n, 2)
-        a = (self.members @ (codes * codes * h)).transpose(1, 2).double()
+        a = (self.members @ (steps.square() * h)).transpose(1, 2).double()
         determinant = a * c - b * b
         regular = determinant > 1e-6 * a * c
 
@@ -193,15 +199,19 @@ class Affine:
         range and shares of it around its middle, and of multiples of the weighted deviation around the
         weighted mean (outliers may weigh nothing).
         """
+        width = max(1, CHUNK // max(1, weight.shape[0] * weight.shape[1]))
+        return torch.cat([self._grid(part.contiguous(), mass) for part in weight.split(width, 2)], 1)
+
+    def _grid(self, weight: Tensor, mass: Tensor) -> Tensor:
         g, _, p = weight.shape
         index = self.part[..., None].expand_as(weight)
         empty = weight.new_zeros(g, self.n, p)
-        h = mass[..., None]
         low, high = (
             empty.scatter_reduce(1, index, weight, r, include_self=False).transpose(1, 2)
             for r in ("amin", "amax")
         )
-        total, mean, square = ((self.members @ (h * weight**i)).transpose(1, 2) for i in range(3))
+        weighted = self.members * mass[:, None]
+        total, mean, square = ((weighted @ weight**i).transpose(1, 2) for i in range(3))
         mean, square = torch.where(total > 0, mean / total, 0.0), torch.where(total > 0, square / total, 0.0)
         deviation = (square - mean.square()).clamp_min(0).sqrt()
         full, normal = (
@@ -211,8 +221,9 @@ class Affine:
         best, least = halves(full), torch.full_like(low, torch.inf)
         for around, factor in [(full, f) for f in SHARES] + [(normal, f) for f in DEVIATIONS]:
             grid = self.scaled(around, factor)
-            error = (self.decode(grid, self.nearest(grid, weight)) - weight).square() * h
-            error = (self.members @ error).transpose(1, 2)
+            scale, offset = self.spread(grid)
+            steps = self._steps(grid, weight)
+            error = (weighted @ steps.mul_(scale).add_(offset).sub_(weight).square_()).transpose(1, 2)
             won = error < least
             best, least = torch.where(won.repeat(1, 1, 2), grid, best), torch.where(won, error, least)
         return best
@@ -221,40 +232,25 @@ class Affine:
 class Table:
     """Levels from a table of K values; parameters [G, P, K], or [1, 1, K] where the tensor shares it."""
 
-    dtype = torch.long
-
     def __init__(self, k: int, shared: bool):
         self.k, self.shared = k, shared
 
+    def of(self, parameters: Tensor) -> scalar_search.Table:
+        """The levels as a code search takes them."""
+        return scalar_search.Table(parameters.float().transpose(1, 2))
+
     def decode(self, parameters: Tensor, codes: Tensor) -> Tensor:
         if self.shared:
-            return parameters.float()[0, 0].index_select(0, codes.reshape(-1)).reshape(codes.shape)
-        return parameters.float().transpose(1, 2).gather(1, codes)
-
-    def units(self, parameters: Tensor, values: Tensor) -> Tensor:
-        return values.clone()
-
-    def encoder(self, parameters: Tensor, codes: Tensor) -> Encoder:
-        found, boundaries = codes.split(1, 1), self.boundaries(parameters)
-
-        def encode(target: Tensor, j: int) -> Tensor:
-            found[j].copy_(self.search(boundaries, target))
-            return self.decode(parameters, found[j])
-
-        return encode
+            return parameters.float()[0, 0].index_select(0, codes.reshape(-1).int()).reshape(codes.shape)
+        return parameters.float().transpose(1, 2).gather(1, codes.long())
 
     def nearest(self, parameters: Tensor, target: Tensor) -> Tensor:
-        return self.search(self.boundaries(parameters), target).contiguous()
-
-    def boundaries(self, parameters: Tensor) -> Tensor:
-        return ((parameters[..., 1:] + parameters[..., :-1]) / 2).contiguous()
-
-    def search(self, boundaries: Tensor, target: Tensor) -> Tensor:
-        if self.shared:
-            return torch.bucketize(target.contiguous(), boundaries[0, 0])
-        return torch.searchsorted(boundaries, target.transpose(1, 2).contiguous()).transpose(1, 2)
+        return self.of(parameters).encoded(target, slice(None))[1].contiguous()
 
     def moved(self, problem: Problem, codes: Tensor) -> None:
+        return None
+
+    def moved_on(self, state: State, product: Tensor) -> None:
         return None
 
     def image(self, problem: Problem, parameters: Tensor, codes: Tensor, moved: Tensor | None) -> Tensor:
@@ -265,7 +261,7 @@ class Table:
         order of a GPU's additions."""
         g, _, p = codes.shape
         sums = torch.zeros(g, self.k, p, dtype=torch.float64, device=codes.device).scatter_add_(
-            1, codes, product.double()
+            1, codes.long(), product.double()
         )
         return sums.sum((0, 2)).reshape(1, 1, -1) if self.shared else sums.transpose(1, 2)
 
@@ -283,7 +279,7 @@ class Table:
         table, order = parameters.sort(-1)
         if torch.equal(table, parameters):
             return (table, codes)
-        return (table, self.decode(order.argsort(dim=-1), codes).long())
+        return (table, self.decode(order.argsort(dim=-1), codes).byte())
 
     def grid(self, weight: Tensor, mass: Tensor) -> Tensor:
         """Centres of a k-means weighted by ``mass`` [G, R]."""

@@ -3,21 +3,20 @@ the weight's own error.
 
 Codes come from sequential error feedback (GPTQ, in the form that QuIP calls LDLQ and shows to be equal); then
 least squares for the levels alternates with coordinate descent over the codes (QuantEase). Shapes are those
-of ``aquabit.quant.schemes.levels``.
+of ``aquabit.quant.schemes.levels``; the codes are searched in ``aquabit.kernels.scalar_search``.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial, reduce
 
 import torch
 from torch import Tensor
 
-from aquabit.quant.schemes.levels import Encoder, Levels, Problem, State
+from aquabit.kernels.scalar_search import descend, feed
+from aquabit.quant.schemes.levels import Coded, Levels, Problem, State
 from aquabit.quant.schemes.scalar import halves
 
-BLOCK = 64  # columns whose feedback is summed one by one; the others hear of them in one product
 RANGES = (0.95, 1.05)  # times the first grid's, tried with error feedback too: every row keeps its best
 # fresh feedback on a refitted grid, and the relative improvement below which it stops
 FEEDS, LEAST_FEED = (6, 3e-3)
@@ -33,41 +32,22 @@ def feedback_gain(problem: Problem) -> tuple[Tensor | None, Tensor]:
 
     H = U D U^T with a unit upper U, and A = U^T - 1: the Cholesky factor of H with its columns reversed. Also
     D [G, R]: with targets t_j the loss is sum_j D_j (t_j - level)^2, so that D, not H's diagonal, is what
-    weighs a column. A is None for a diagonal H.
+    weighs a column. A is None for a diagonal H. Made in float64: a factorisation in float32 depends on the
+    number of threads, and what it decides would.
     """
     h = problem.hessian
     if h.ndim == 2:
         return None, h
-    mean = problem.diagonal.mean(1)[:, None, None]
-    eye = torch.eye(h.shape[1], device=h.device)
+    mean = problem.diagonal.mean(1, keepdim=True)
     for jitter in (1e-6, 1e-5, 1e-4, 1e-3, 1e-2):
-        factor, info = torch.linalg.cholesky_ex(h.flip(1, 2) + jitter * mean * eye)
+        flipped = h.flip(1, 2).double()
+        flipped.diagonal(dim1=1, dim2=2).add_(jitter * mean)
+        factor, info = torch.linalg.cholesky_ex(flipped)
         if not bool(info.any()):
-            upper = factor.flip(1, 2)
+            upper = factor.float().flip(1, 2)
             scale = upper.diagonal(dim1=1, dim2=2)
             return (upper / scale[:, None]).transpose(1, 2).tril(-1).contiguous(), scale.square()
     return torch.zeros_like(h), problem.diagonal
-
-
-def descent_gain(problem: Problem) -> Tensor:
-    """A of coordinate descent: H_jk / H_jj; a sweep never reads its diagonal."""
-    return problem.hessian * problem.inverse_diagonal[..., None]
-
-
-def sweep(target: Tensor, values: Tensor, gain: Tensor, encode: Encoder) -> None:
-    """Quantize column by column towards ``target`` = W + A (W - values), [G, R, P], which follows the
-    changes (in place)."""
-    size = target.shape[1]
-    for start in range(0, size, BLOCK):
-        stop = min(start + BLOCK, size)
-        change = torch.empty_like(target[:, start:stop])
-        now, old, new = (t.split(1, 1) for t in (target[:, start:stop], values[:, start:stop], change))
-        rows = gain[:, start:stop, start:stop].split(1, 1)
-        for i in range(stop - start):
-            wanted = torch.baddbmm(now[i], rows[i][..., :i], change[:, :i]) if i else now[i]
-            torch.sub(old[i], encode(wanted, start + i), out=new[i])
-        if stop < size:
-            target[:, stop:].baddbmm_(gain[:, stop:, start:stop], change)
 
 
 def pooled(levels: Levels, per_row: Tensor) -> Tensor:
@@ -75,27 +55,29 @@ def pooled(levels: Levels, per_row: Tensor) -> Tensor:
     return per_row.sum().reshape(1, 1) if levels.shared else per_row
 
 
+def row_losses(difference: Tensor, product: Tensor) -> Tensor:
+    return (difference * product).sum(1).double()
+
+
 def state_of(problem: Problem, levels: Levels, parameters: Tensor, codes: Tensor) -> State:
     moved = levels.moved(problem, codes)
     product = problem.product - levels.image(problem, parameters, codes, moved)
-    return State(
-        parameters,
-        codes,
-        ((problem.weight - levels.decode(parameters, codes)) * product).sum(1),
-        product,
-        moved,
-    )
+    loss = row_losses(problem.weight - levels.decode(parameters, codes), product)
+    return State(parameters, codes, loss, product, moved)
 
 
-def better(levels: Levels, a: State, b: State) -> State:
+def better(levels: Levels, a: Coded, b: Coded) -> Coded:
     """The one of the smaller loss, row by row where every row has its own grid; ``a`` where they are
     equal."""
-    won = pooled(levels, b.loss) < pooled(levels, a.loss)
-    wide, row = won[:, None], won[..., None]
-    moved = None if a.moved is None or b.moved is None else torch.where(wide, b.moved, a.moved)
-    parameters, loss = torch.where(row, b.parameters, a.parameters), torch.where(won, b.loss, a.loss)
-    return State(
-        parameters, torch.where(wide, b.codes, a.codes), loss, torch.where(wide, b.product, a.product), moved
+    return chosen(pooled(levels, b.loss) < pooled(levels, a.loss), a, b)
+
+
+def chosen(won: Tensor, a: Coded, b: Coded) -> Coded:
+    """``b`` where it has ``won`` [G, P], or [1, 1]."""
+    return Coded(
+        torch.where(won[..., None], b.parameters, a.parameters),
+        torch.where(won[:, None], b.codes, a.codes),
+        torch.where(won, b.loss, a.loss),
     )
 
 
@@ -133,90 +115,89 @@ def refit(
 def refitted(problem: Problem, levels: Levels, state: State) -> State:
     """``state`` on its best grid, as that is stored."""
     grid = halves(refit(problem, levels, state))
-    values = levels.decode(grid, state.codes)
     product = problem.product - levels.image(problem, grid, state.codes, state.moved)
+    loss = row_losses(problem.weight - levels.decode(grid, state.codes), product)
     parameters, codes = levels.sorted(grid, state.codes)
-    return State(parameters, codes, ((problem.weight - values) * product).sum(1), product, state.moved)
+    return State(parameters, codes, loss, product, state.moved)
 
 
-def fed(problem: Problem, levels: Levels, gain: Tensor | None, parameters: Tensor) -> State:
+def fed(problem: Problem, levels: Levels, gain: Tensor | None, mass: Tensor, parameters: Tensor) -> Coded:
     """Codes by sequential error feedback on a given grid; the nearest levels where H is diagonal."""
     if gain is None:
-        return state_of(problem, levels, parameters, levels.nearest(parameters, problem.weight))
-    codes = torch.zeros_like(problem.weight, dtype=levels.dtype)
-    start = levels.units(parameters, problem.weight)
-    sweep(start.clone(), start, gain, levels.encoder(parameters, codes))
-    return state_of(problem, levels, parameters, codes)
+        codes = levels.nearest(parameters, problem.weight)
+        difference = problem.weight - levels.decode(parameters, codes)
+        return Coded(parameters, codes, row_losses(difference, problem.times(difference)))
+    found = feed(problem.weight, gain, mass, levels.of(parameters))
+    return Coded(parameters, found.codes, found.loss)
 
 
-def descended(problem: Problem, levels: Levels, gain: Tensor | None, state: State) -> State:
-    """Every code in turn the best one given all others: one sweep of coordinate descent (QuantEase)."""
-    if gain is None:
-        return fed(problem, levels, None, state.parameters)
-    values = levels.decode(state.parameters, state.codes)
-    target = values + state.product * problem.inverse_diagonal[..., None]
-    codes = torch.zeros_like(state.codes)
-    target, values = (levels.units(state.parameters, x) for x in (target, values))
-    sweep(target, values, gain, levels.encoder(state.parameters, codes))
-    return state_of(problem, levels, state.parameters, codes)
+def descended(problem: Problem, levels: Levels, state: State, sweeps: int = 1, least: float = 0.0) -> State:
+    """Every code in turn the best one given all others: sweeps of coordinate descent (QuantEase)."""
+    if problem.hessian.ndim == 2:
+        return state_of(problem, levels, state.parameters, levels.nearest(state.parameters, problem.weight))
+    found = descend(
+        state.codes, state.product, state.loss, problem.hessian, levels.of(state.parameters), sweeps, least
+    )
+    moved = levels.moved_on(state, found.product)
+    return State(state.parameters, found.codes, found.loss, found.product, moved)
 
 
-def started(problem: Problem, levels: Levels, gain: Tensor | None, grids: list[Tensor]) -> State:
-    """Feedback on each grid, side by side where rows have their own, then each row keeping its best."""
-    if levels.shared:
-        return reduce(partial(better, levels), (fed(problem, levels, gain, grid) for grid in grids))
-    n, p = len(grids), problem.weight.shape[2]
-    wide = replace(problem, weight=problem.weight.repeat(1, 1, n), product=problem.product.repeat(1, 1, n))
-    state = fed(wide, levels, gain, torch.cat(grids, 1))
-    best = state.loss.reshape(-1, n, p).argmin(1) * p + torch.arange(p, device=state.loss.device)  # [G, P]
-    grid = state.parameters.gather(1, best[..., None].expand(-1, -1, state.parameters.shape[2]))
-    return state_of(problem, levels, grid, state.codes.gather(2, best[:, None].expand_as(problem.weight)))
+def fed_again(problem: Problem, levels: Levels, gain: Tensor | None, mass: Tensor, last: Coded) -> Coded:
+    """Feedback on the best grid for the codes of ``last``. On a table that all rows share each row may keep
+    its codes."""
+    state = state_of(problem, levels, last.parameters, last.codes)
+    if not levels.shared:
+        grid, _ = levels.sorted(halves(refit(problem, levels, state)), state.codes)
+        return fed(problem, levels, gain, mass, grid)
+    old = refitted(problem, levels, state)
+    fresh = fed(problem, levels, gain, mass, old.parameters)
+    won = fresh.loss < old.loss
+    codes = torch.where(won[:, None], fresh.codes, old.codes)
+    return Coded(fresh.parameters, codes, torch.where(won, fresh.loss, old.loss))
 
 
-def fitted(problem: Problem, levels: Levels, plain: State) -> State:
+def fitted(problem: Problem, levels: Levels, plain: Tensor, codes: Tensor) -> Coded:
     """Feedback, feedback again on refitted grids, then refit and descent in turns, then descent; never
-    worse than ``plain``."""
-    dense = problem.hessian.ndim == 3
+    worse than the grid ``plain`` with ``codes``."""
     gain, mass = feedback_gain(problem)
     grid = levels.grid(problem.weight, mass)
-    grids = [grid, plain.parameters]
+    grids = [plain]
     if not levels.shared:
         grids += [levels.scaled(grid, r) for r in RANGES]
-    current = best = started(problem, levels, gain, grids)
+    best = fed(problem, levels, gain, mass, grid)
+    for other in grids:
+        best = better(levels, best, fed(problem, levels, gain, mass, other))
+    current = best
     for _ in range(FEEDS):
-        old = refitted(problem, levels, current)
-        current = fed(problem, levels, gain, old.parameters)
-        if levels.shared:  # on the same table each row may keep the better codes
-            codes = torch.where((current.loss < old.loss)[:, None], current.codes, old.codes)
-            current = state_of(problem, levels, old.parameters, codes)
+        current = fed_again(problem, levels, gain, mass, current)
         last, best = best, better(levels, best, current)
         if not improved(last, best, LEAST_FEED):
             break
-    gain, current = descent_gain(problem) if dense else None, best
+    state = state_of(problem, levels, best.parameters, best.codes)
+    best = coded(state)
     for _ in range(ROUNDS):
-        current = descended(problem, levels, gain, refitted(problem, levels, current))
-        last, best = best, better(levels, best, current)
+        state = descended(problem, levels, refitted(problem, levels, state))
+        last, best = best, better(levels, best, coded(state))
         if not improved(last, best, LEAST_ROUND):
             break
-    for _ in range(POLISHES):
-        last, best = best, better(levels, best, descended(problem, levels, gain, best))
-        if not improved(last, best, LEAST_POLISH):
-            break
-    return no_worse(problem, levels, best, plain)
+    state = state_of(problem, levels, best.parameters, best.codes)
+    best = coded(descended(problem, levels, state, POLISHES, LEAST_POLISH))
+    return no_worse(problem, levels, best, Coded(plain, codes, torch.zeros_like(best.loss)))
 
 
-def improved(last: State, best: State, least: float) -> bool:
+def coded(state: State) -> Coded:
+    return Coded(*state[:3])
+
+
+def improved(last: Coded, best: Coded, least: float) -> bool:
     before, after = float(last.loss.sum()), float(best.loss.sum())
     return before - after > least * before
 
 
-def no_worse(problem: Problem, levels: Levels, state: State, plain: State) -> State:
+def no_worse(problem: Problem, levels: Levels, fit: Coded, plain: Coded) -> Coded:
     """``plain`` where it is better. In float64: with a singular H the float32 loss of a fit that errs where
     inputs never are is a difference of large numbers, and may be below 0."""
+    ours, theirs = ((problem.weight - levels.decode(c.parameters, c.codes)).double() for c in (fit, plain))
     wide = replace(problem, hessian=problem.hessian.double())
-
-    def exact(s: State) -> State:
-        difference = (problem.weight - levels.decode(s.parameters, s.codes)).double()
-        return s._replace(loss=(difference * wide.times(difference)).sum(1))
-
-    return better(levels, exact(plain), exact(state))
+    lost = ((ours + theirs) * wide.times(ours - theirs)).sum(1)  # one loss less the other
+    return chosen(pooled(levels, lost) < 0, plain, fit)

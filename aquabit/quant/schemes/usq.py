@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from aquabit.kernels.codebook import CodebookWeight
 from aquabit.quant.schemes.levels import Affine, problem_of
-from aquabit.quant.schemes.output_aware import fitted, state_of
+from aquabit.quant.schemes.output_aware import fitted
 from aquabit.quant.schemes.progress import Report
 from aquabit.quant.schemes.scalar import as_rows, halves
 from aquabit.scheme import Scheme
@@ -98,8 +98,8 @@ def uniform_with_feedback(weight: Tensor, scheme: Scheme, hessian: Tensor | None
     n = plain.scale.numel() // out
     levels = Affine(problem.order // ceil(row / n), n, (1 << scheme.bits) - 1)
     grid = torch.cat([t.float().reshape(g, -1, n) for t in (plain.scale, plain.offset)], 2)
-    begin = state_of(problem, levels, grid, problem.ordered(plain.codes[:, 0].float()))
-    state = fitted(problem, levels, begin)
+    begin = grid, problem.ordered(plain.codes[:, 0].byte())
+    state = fitted(problem, levels, *begin)
     scale, offset = state.parameters.reshape(out, 2, n).unbind(1)
     codes = problem.stored(state.codes).to(torch.int32)[:, None]
     shape = (out,) if n == 1 else (out, n)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from aquabit.kernels.codebook import CodebookWeight
 from aquabit.quant.schemes.levels import Table, problem_of
-from aquabit.quant.schemes.output_aware import fitted, state_of
+from aquabit.quant.schemes.output_aware import fitted
 from aquabit.quant.schemes.progress import Report
 from aquabit.quant.schemes.scalar import as_rows, halves, lloyd
 from aquabit.scheme import Scheme
@@ -50,9 +50,7 @@ def kmeans_with_feedback(weight: Tensor, scheme: Scheme, hessian: Tensor | None)
     k, shared = 1 << scheme.bits, not scheme.per_channel
     levels, w = Table(k, shared), problem.weight
     tables = (1, 1, k) if shared else (w.shape[0], w.shape[2], k)
-    begin = state_of(
-        problem, levels, plain.codebooks.float().reshape(tables), problem.ordered(plain.codes[:, 0].long())
-    )
-    state = fitted(problem, levels, begin)
+    begin = plain.codebooks.float().reshape(tables), problem.ordered(plain.codes[:, 0].byte())
+    state = fitted(problem, levels, *begin)
     codes, books = problem.stored(state.codes).to(torch.int32)[:, None], state.parameters.reshape(-1, 1, k, 1)
     return CodebookWeight.from_codes(codes, books, None, None, tuple(weight.shape), scheme.bits)

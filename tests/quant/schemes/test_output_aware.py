@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aquabit.cost import weight_bytes
+from aquabit.kernels import scalar_search
 from aquabit.kernels.codebook import CodebookWeight
 from aquabit.quant.calibration.hessian import output_error
 from aquabit.quant.schemes import output_aware as feedback
@@ -148,7 +149,7 @@ def test_one_sweep_of_feedback_is_gptq() -> None:
     coded = plain(weight, "usq3")
     levels = Affine(problem.order * 0, 1, 7)
     grid = torch.stack([coded.scale, coded.offset], 1).float()[None]
-    state = feedback.fed(problem, levels, feedback.feedback_gain(problem)[0], grid)
+    state = feedback.fed(problem, levels, *feedback.feedback_gain(problem), grid)
     ours = problem.stored(levels.decode(grid, state.codes)).t()
     theirs = plain_gptq(weight.double().numpy(), h[0].double().numpy(), *grid[0].double().t().numpy(), 7)
     assert (ours - torch.from_numpy(theirs)).abs().lt(
@@ -339,3 +340,47 @@ def test_weighted_kmeans_counts_a_point_as_often_as_it_weighs() -> None:
         nearest = (repeated[:, None] - ours).abs().argmin(1)
         for k in nearest.unique():
             assert float(repeated[nearest == k].mean()) == pytest.approx(float(ours[0, k]), abs=1e-4)
+
+
+@pytest.mark.parametrize("text", ["usq3h", "usq4g64h", "vq3h", "vq2ch"])
+def test_threads_change_nothing(text: str) -> None:
+    weight, h, threads = normal(150, 200), moments(200, 1), torch.get_num_threads()
+    found = []
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            found.append(fit(weight, text, h).tensors())
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(other[k], found[0][k]) for other in found[1:] for k in found[0])
+
+
+@pytest.mark.parametrize("text", ["usq1h", "usq3h", "usq3g16h", "vq3h", "vq2ch"])
+@pytest.mark.parametrize("shape", [(40, 100), (1, 70), (9, 1), (12, 3, 3, 3)])
+def test_without_the_extension_fits_are_as_good(
+    text: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the same: sums of another order round otherwise, and a tie falls the other way."""
+    weight, h = normal(*shape), moments(int(np.prod(shape[1:])), 1, 4 if len(shape) == 4 else 1)
+    native = output_error(weight, fit(weight, text, h).dequantize(), h)
+    monkeypatch.setattr(scalar_search, "_native", None)
+    assert output_error(weight, fit(weight, text, h).dequantize(), h) == pytest.approx(native, rel=0.03)
+
+
+@pytest.mark.parametrize("levels", GRIDS.values(), ids=GRIDS.keys())
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_what_feedback_misses_is_the_loss(levels: Levels, diagonal: bool) -> None:
+    h = moments(12, 0, decay=0.5)[0]
+    problem = problem_of(normal(6, 12), h.diagonal() if diagonal else h)
+    if isinstance(levels, Affine):
+        grid = torch.cat([torch.full((1, 6, levels.n), 0.5), torch.full((1, 6, levels.n), -1.5)], 2)
+    else:
+        grid = torch.tensor([-1.5, -0.4, 0.3, 1.2]).expand(1, 1 if levels.shared else 6, 4)
+    found = feedback.fed(problem, levels, *feedback.feedback_gain(problem), grid)
+    state = feedback.state_of(problem, levels, grid, found.codes)
+    torch.testing.assert_close(found.loss, state.loss, rtol=1e-4, atol=0)
+    if not diagonal:
+        swept = feedback.descended(problem, levels, state, 3)
+        exact = feedback.state_of(problem, levels, grid, swept.codes)
+        for a, b in zip(swept[2:], exact[2:], strict=True):
+            assert (a is None and b is None) or torch.allclose(a, b.to(a.dtype), rtol=1e-3, atol=1e-3)
