@@ -26,6 +26,9 @@ from aquabit.scheme import AquabitError, Calibration, Progress, Scheme, digest, 
 # activation bits
 SHARED_ACT = 8
 LARGE = 1 << 20  # weights of a layer whose fit leaves much memory behind
+# of the fits with H; raised whenever one of them finds other codes or levels, so that the bank does not mix
+# them with what an earlier version kept
+CALIBRATED_FITS = 2
 
 
 def give_back() -> None:
@@ -105,7 +108,9 @@ class Fitter:
             members = [self.weights.key(n) for n in self.members(request.layer, request.scheme)]
         else:
             members = []
-        return digest([self.fingerprint, (calibration or Calibration()).digest, request.act, members])
+        return digest(
+            [CALIBRATED_FITS, self.fingerprint, (calibration or Calibration()).digest, request.act, members]
+        )
 
     def found(self, request: FitRequest, calibration: Calibration | None) -> Fit | None:
         return self.bank.get(

@@ -237,6 +237,13 @@ def test_keys_hold_all_that_a_fit_depends_on(dit, tmp_path) -> None:
     )
 
 
+def test_fits_of_an_earlier_version_are_not_found(dit, tmp_path, monkeypatch) -> None:
+    fitter, needs = opened(dit, tmp_path).fitter, [FitRequest(Q0, s, 8) for s in (USQ, SHARED)]
+    now = [fitter.context(n, CALIBRATION) for n in needs]
+    monkeypatch.setattr(fitting, "CALIBRATED_FITS", fitting.CALIBRATED_FITS - 1)
+    assert not set(now) & {fitter.context(n, CALIBRATION) for n in needs}
+
+
 def test_shared_fits_depend_on_every_member(dit, tmp_path) -> None:
     model = opened(dit, tmp_path)
     one = model.fitter.context(FitRequest(Q0, SHARED, 8), CALIBRATION)
