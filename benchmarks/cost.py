@@ -4,8 +4,11 @@
 damages    a study with probes of every (layer, scheme), and one with gradients, from the same fits
 fresh      the integer program's answers over both, at each budget, on five blocks of fresh seeds
 table      benchmarks/results/cost.json and cost.md
+fits       CPU seconds a million weights of each kind of scheme on random layers, one thread, beside what
+           their matrix products take; into the same files
 
-It takes an hour on two cores, most of it fits and probes, and continues where it stopped.
+The first three take an hour on two cores, most of it fits and probes, and continue where they stopped; `fits`
+takes some minutes.
 """
 
 from __future__ import annotations
@@ -21,9 +24,11 @@ from scipy.stats import spearmanr
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.common import (
+    RESULTS,
     about,
     block_values,
     difference,
+    machine,
     measured_blocks,
     parsed,
     parser,
@@ -38,6 +43,8 @@ BITS = (1.6, 2.0, 2.5, 3.0, 3.5)
 FRESH = range(201, 206)  # blocks of seeds that nothing else uses
 SOURCES = ("probes", "gradients")
 SPACE = {"activations": [8]}
+FITTED = ("usq4", "usq4h", "usq4g64h", "vq4", "vq4h", "vq4ch", "aq2x6g8", "aq4x4g8")
+LAYERS = ((1152, 1152), (4608, 1152))  # DiT-XL/2's attention and first feed-forward layers
 
 
 def session_of(folder: Path, model: str, source: str, name: str = "") -> Any:
@@ -131,6 +138,90 @@ def row(folder: Path, model: str, bits: Sequence[float]) -> dict[str, Any]:
     return found
 
 
+def product_rate() -> float:
+    """Float32 operations a second of one thread in a product of 2048 x 2048 matrices, the median of five."""
+    import torch
+
+    square, seconds = torch.randn(2048, 2048), []
+    for _ in range(5):
+        began = time.process_time()
+        square @ square
+        seconds.append(time.process_time() - began)
+    return float(2 * 2048**3 / np.median(seconds))
+
+
+def product_operations(weight: Any, scheme: Any, hessian: Any) -> int:
+    """Operations of the matrix products in a fit."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from aquabit.quant.weights import quantize_weights
+
+    def added(_: Any, a: Any, b: Any, **others: Any) -> int:
+        return int(2 * a[0] * a[1] * a[2] * b[2])
+
+    in_place = {torch.ops.aten.baddbmm_: added}
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        quantize_weights([weight], scheme, [hessian])
+    return int(counter.get_total_flops())
+
+
+def fits(schemes: Sequence[str]) -> None:
+    """Seconds a million weights, and those of the products alone at the rate of a large one. Each row is
+    kept as soon as it is there."""
+    import torch
+
+    from aquabit.quant.weights import quantize_weights
+    from aquabit.scheme import Scheme
+    from benchmarks.additive import synthetic
+
+    torch.set_num_threads(1)
+    rows: list[dict[str, Any]] = []
+    for shape in LAYERS:
+        weight, hessian = synthetic(shape, quick=True)
+        millions = weight.numel() / 1e6
+        for text in schemes:
+            scheme = Scheme.parse(text)
+            h = hessian if scheme.calibrated else None
+            operations = product_operations(weight, scheme, h)
+            began = time.process_time()
+            quantize_weights([weight], scheme, [h])
+            seconds, rate = time.process_time() - began, product_rate()
+            rows.append(
+                {
+                    "layer": list(shape),
+                    "scheme": text,
+                    "seconds": seconds / millions,
+                    "products": operations / rate / millions,
+                    "gigaflops": rate / 1e9,
+                }
+            )
+            say(f"{text} on {shape[0]} x {shape[1]}", len(rows), len(rows))
+            keep_fits(rows)
+
+
+def fits_table(found: Mapping[str, Any]) -> list[str]:
+    rows = found["rows"]
+    rate = np.median([r["gigaflops"] for r in rows])
+    lines = [
+        "",
+        "## Fits",
+        "",
+        f"{about(found['machine'])}. Made by `python benchmarks/cost.py fits`.",
+        "",
+        "CPU seconds a million weights, one thread, on layers of random weights and falling spectra of",
+        "inputs; of these, what the matrix products take at the rate of a product of 2048 x 2048 matrices in",
+        f"the same minute (median {rate:.0f} billion float32 operations a second).",
+        "",
+        "| layer | scheme | s a million weights | its products |",
+        "|---|---|---|---|",
+    ]
+    return lines + [
+        f"| {r['layer'][0]} x {r['layer'][1]} | {r['scheme']} | {r['seconds']:.2f} | {r['products']:.2f} |"
+        for r in rows
+    ]
+
+
 def table(results: Mapping[str, Any]) -> str:
     lines = [
         "# What an answer costs",
@@ -168,12 +259,22 @@ def table(results: Mapping[str, Any]) -> str:
             f" {spans(b['gap'], sign='+')} |"
             for b in r["budgets"]
         ]
+    if "fits" in results:
+        lines += fits_table(results["fits"])
     return "\n".join([*lines, ""])
 
 
+def keep_fits(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write them beside what the other parts found, on whatever machine that was."""
+    whole = read(RESULTS / "cost.json") | {"fits": {"machine": machine(), "rows": rows}}
+    write(RESULTS / "cost.json", whole)
+    (RESULTS / "cost.md").write_text(table(whole))
+
+
 def main() -> None:
-    made = parser(__doc__, ("damages", "fresh", "table"), "cost-study")
+    made = parser(__doc__, ("damages", "fresh", "table", "fits"), "cost-study")
     made.add_argument("--bits", nargs="+", type=float, default=list(BITS))
+    made.add_argument("--schemes", nargs="+", default=list(FITTED), help="of the part fits")
     given = parsed(made)
     for model in given.models:
         if "damages" in given.parts:
@@ -182,7 +283,10 @@ def main() -> None:
             fresh(given.folder, model, given.bits)
     if "table" in given.parts:
         rows = [row(given.folder, model, given.bits) for model in given.models]
-        write_results("cost", "python benchmarks/cost.py damages fresh table", {"rows": rows}, table)
+        found = read(RESULTS / "cost.json") | {"rows": rows}
+        write_results("cost", "python benchmarks/cost.py damages fresh table", found, table)
+    if "fits" in given.parts:
+        fits(given.schemes)
 
 
 if __name__ == "__main__":
