@@ -26,18 +26,19 @@ FRESH_BLOCKS = (11, 12, 13, 14, 15)  # what is reported; block 1 belongs to vali
 
 
 def measure_front(search: Search, winner: QuantConfig, judgement: Judgement) -> Front:
-    """Measure members, uniform baselines and full precision on fresh seeds."""
+    """Measure members, uniform baselines and full precision on fresh seeds; the winner and the uniform of its
+    size packed, as they run in the end."""
     session, costs, progress = search.session, search.costs, search.progress
     members = _members(search, winner)
     protocols = [session.protocol.block(b) for b in FRESH_BLOCKS]
     uniforms = uniform_references(session.space)  # what each family reaches, beside the front
     baseline = smallest_uniform(costs, session.space, costs(winner).bytes)
     session.measure_full(protocols, "fresh seeds", progress)
-    packed = list({c.digest: c for c in (*members, *([baseline] if baseline else []))}.values())
-    session.measure(packed, "fresh", progress, protocols, "the front on fresh seeds", packed=True)
+    packed = list({c.digest: c for c in (winner, *([baseline] if baseline else []))}.values())
+    session.measure(packed, "fresh", progress, protocols, "the winner on fresh seeds", packed=True)
     # from decoded weights, which takes half the time and changes PSNR by little
-    rivals = [*uniforms, *(c for _, c in search.given)]
-    session.measure(rivals, "fresh", progress, protocols, "rivals on fresh seeds")
+    others = [*members, *uniforms, *(c for _, c in search.given)]
+    session.measure(others, "fresh", progress, protocols, "the front on fresh seeds")
     latency = packed_latencies(session.here, members, progress, session.protocol)
     predict, metric = _predictor(search), session.protocol.objective
     rows = []
