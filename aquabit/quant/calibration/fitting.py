@@ -20,7 +20,7 @@ from aquabit.quant.calibration.hessian import output_error
 from aquabit.quant.calibration.moments import Moments
 from aquabit.quant.schemes.progress import Report
 from aquabit.quant.weights import quantize_weights, relative_error, vanished
-from aquabit.scheme import AquabitError, Calibration, Progress, Scheme, digest, no_progress
+from aquabit.scheme import UNIT_GAIN_FITS, AquabitError, Calibration, Progress, Scheme, digest, no_progress
 
 # bits of the inputs that shared codebooks are fitted for: one set of tables serves layers of different
 # activation bits
@@ -97,10 +97,10 @@ class Fitter:
         return [n for n, other in self.partners.items() if other == name]
 
     def context(self, request: FitRequest, calibration: Calibration | None) -> str:
-        """What else than weight and scheme a fit depends on, as a key; empty for schemes that see the
-        weight alone."""
+        """What else than weight and scheme a fit depends on, as a key; of schemes that see the weight alone
+        how it is made, empty where that never changed."""
         if not request.scheme.calibrated:
-            return ""
+            return f"fits{UNIT_GAIN_FITS}" if request.scheme.unit_gain else ""
         if request.scheme.shared:
             members = [self.weights.key(n) for n in self.members(request.layer, request.scheme)]
         else:

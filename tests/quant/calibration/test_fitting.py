@@ -149,7 +149,9 @@ def test_each_activation_width_has_its_own_fit(dit, tmp_path) -> None:
                 torch.equal(model.layers[name].weight, decoded[(16, 8, 6).index(act)])
                 and model.layers[name].act == act
             )
-    assert {fitter.context(FitRequest(Q0, Scheme.parse("usq2"), a), CALIBRATION) for a in (16, 8, 6)} == {""}
+    assert {fitter.context(FitRequest(Q0, Scheme.parse("usq2"), a), CALIBRATION) for a in (16, 8, 6)} == {
+        "fits2"
+    }
 
 
 def test_layers_that_share_codebooks_may_differ_in_activation_bits(dit, tmp_path) -> None:
@@ -232,9 +234,10 @@ def test_keys_hold_all_that_a_fit_depends_on(dit, tmp_path) -> None:
         upstream.weights.key(Q0) == model.weights.key(Q0)
         and upstream.context(need, CALIBRATION) != contexts[""]
     )
-    assert upstream.context(FitRequest(Q0, Scheme.parse("usq3"), 8), CALIBRATION) == "", (
-        "what sees the weight alone is found whatever is upstream"
-    )
+    for text, key in (("usq3", "fits2"), ("vq3c", "fits2"), ("usq8", ""), ("vq8", "")):
+        assert upstream.context(FitRequest(Q0, Scheme.parse(text), 8), CALIBRATION) == key, (
+            "what sees the weight alone is found whatever is upstream, but no fit of before it had gain 1"
+        )
 
 
 def test_shared_fits_depend_on_every_member(dit, tmp_path) -> None:
