@@ -10,4 +10,4 @@ from aquabit.jsonio import digest
 from aquabit.progress import Progress, no_progress
 from aquabit.protocol import LOWER_IS_BETTER, SCHEDULERS, Calibration, Measurement, Protocol, direction
 from aquabit.quant_config import METHOD, RANGES, LayerChoice, QuantConfig, parse_correction
-from aquabit.scheme_kinds import FP, Scheme, parse_swap
+from aquabit.scheme_kinds import FP, UNIT_GAIN_FITS, Scheme, parse_swap

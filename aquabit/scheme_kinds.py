@@ -16,6 +16,10 @@ from aquabit.errors import AquabitError
 
 HALF = 2  # bytes of a float16: what scales, offsets, codebooks and weights in full precision are stored in
 LONGEST = 60  # characters of a scheme's name
+# raised where ``Scheme.unit_gain`` ones are fitted otherwise: banks keep them apart, and no study mixes them.
+# 1 were least squares
+UNIT_GAIN_FITS = 2
+WIDEST = 8  # bits of codes that are as good as the weight
 WORD = 8  # inputs that the ``k`` form covers where a kernel is 1 x 1 (AQUATIC-Diff)
 
 
@@ -146,6 +150,12 @@ class Scheme:
     def calibrated(self) -> bool:
         """Fitted with the second moments of the layer's input (H), so that a fit belongs to a calibration."""
         return self.output_aware or self.record.always_calibrated
+
+    @property
+    def unit_gain(self) -> bool:
+        """Fitted to the weight alone, and then to gain 1. 8 bits need it not: least squares shrinks them by
+        about a ten-thousandth."""
+        return not self.calibrated and self.bits < WIDEST
 
     @property
     def additive(self) -> bool:

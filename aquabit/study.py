@@ -19,7 +19,7 @@ import pandas as pd
 
 from aquabit import _notebook, checksums
 from aquabit.jsonio import parse_json, parse_object
-from aquabit.scheme import AquabitError, Measurement, Protocol, QuantConfig
+from aquabit.scheme import UNIT_GAIN_FITS, AquabitError, Measurement, Protocol, QuantConfig, Scheme
 
 APPLICATION_ID = 0x61714269  # "aqBi"
 VERSION = 2  # of the file's tables; 1 had no checksums
@@ -207,22 +207,39 @@ class Study:
             rows = [(name, json.dumps(value, allow_nan=False)) for name, value in facts.items()]
             _insert(db, "facts", rows, replace=True)
 
-    def begin(self, model: str, fingerprint: str, graph: Any, space: Any, protocol: Protocol) -> None:
-        """Bind an empty study to a model, space and protocol; one that is bound must agree with all three."""
+    def begin(
+        self,
+        model: str,
+        fingerprint: str,
+        graph: Any,
+        space: Any,
+        protocol: Protocol,
+        fits: int = UNIT_GAIN_FITS,
+    ) -> None:
+        """Bind an empty study to a model, space and protocol, and to how schemes without H are fitted; one
+        that is bound must agree with all four."""
         known = self.get("fingerprint")
         if known is None:
-            self.set(
-                model=model, fingerprint=fingerprint, graph=graph, space=space, protocol=protocol.to_dict()
-            )
+            facts = {"model": model, "fingerprint": fingerprint, "graph": graph, "space": space, "fits": fits}
+            self.set(protocol=protocol.to_dict(), **facts)
             self.add_protocol(protocol)
             return
-        self.check(model, fingerprint, space, protocol)
+        self.check(model, fingerprint, space, protocol, fits)
         if self.protocol.objective != protocol.objective:
             self.set(protocol=protocol.to_dict())
 
-    def check(self, model: str, fingerprint: str, space: Any, protocol: Protocol) -> None:
+    @property
+    def fits(self) -> int:
+        """How schemes without H are fitted in it (UNIT_GAIN_FITS); 1 where it was begun before that was
+        said."""
+        found: int = self.get("fits", 1)
+        return found
+
+    def check(
+        self, model: str, fingerprint: str, space: Any, protocol: Protocol, fits: int = UNIT_GAIN_FITS
+    ) -> None:
         """Raise AquabitError where a study that is bound is not one of this model, space and protocol
-        (objectives may differ)."""
+        (objectives may differ), or its space has schemes that are fitted otherwise now."""
         known = self.get("fingerprint")
         if known != fingerprint:
             raise AquabitError(
@@ -245,6 +262,13 @@ class Study:
         if self.get("space") != space:
             raise AquabitError(
                 f"{self.path} was begun with another search space; use the same --space or another file"
+            )
+        offered = {Scheme.parse(text) for row in space.get("choices", {}).values() for text in row}
+        changed = sorted(str(s) for s in offered if s.unit_gain)
+        if self.fits != fits and changed:
+            raise AquabitError(
+                f"{self.path} was begun with other fits of {', '.join(changed)} than this version makes: it"
+                " can be read, explained and reported, but measure into another file"
             )
 
     @property
@@ -490,6 +514,7 @@ def merge(sources: Sequence[Study], out: Study) -> Merged:
     """
     facts = [
         {k: s.need(k, "it is empty: measure into it first") for k in ("model", "fingerprint", "space")}
+        | {"fits": s.fits}
         for s in sources
     ]
     bound = [s for s in (out, *sources) if "fingerprint" in s]

@@ -46,6 +46,25 @@ def test_a_study_belongs_to_one_model_protocol_and_space(tmp_path) -> None:
     assert study.protocol.objective == "psnr"
 
 
+def test_fits_of_one_study_are_of_one_kind(tmp_path) -> None:
+    """A study of before data-free fits had gain 1 is read and joined, and not measured further."""
+    plain, calibrated = ({"choices": {"a": [text, "usq8", "usq4h"]}} for text in ("vq3", "usq3h"))
+    old, new, other = (Study(tmp_path / f"{name}.db") for name in ("old", "new", "other"))
+    for study in (old, new):
+        study.begin("model", "f", {}, plain, PROTOCOL)
+    with old._transaction() as db:
+        db.execute("DELETE FROM facts WHERE name = 'fits'")
+    assert (old.fits, new.fits) == (1, 2)
+    new.begin("model", "f", {}, plain, PROTOCOL)
+    with pytest.raises(AquabitError, match=r"other fits of vq3 than this version makes.*another file"):
+        old.begin("model", "f", {}, plain, PROTOCOL)
+    with pytest.raises(AquabitError, match=r"cannot be joined.*other fits of vq3"):
+        merge([new], old)
+    assert merge([old], other).new == 0 and other.fits == 1
+    old.set(space=calibrated)
+    old.begin("model", "f", {}, calibrated, PROTOCOL)  # nothing in it is fitted otherwise
+
+
 def test_flips_pair_up(tmp_path) -> None:
     study = filled(tmp_path / "s.db", [1, 2])
     study.add_swap("layer1", "usq4", "usq2", config(1).digest, config(2).digest, PROTOCOL)

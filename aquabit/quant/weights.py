@@ -11,9 +11,9 @@ from torch import Tensor
 from aquabit.kernels.codebook import CodebookWeight
 from aquabit.quant.schemes import aq, usq, vq
 from aquabit.quant.schemes.progress import Report, no_report
+from aquabit.quant.schemes.scalar import FLOAT16_MAX
 from aquabit.scheme import FP, AquabitError, Scheme
 
-FLOAT16_MAX = 65504.0
 # weights of one shape, scheme, H, seed, report
 FitWeights = Callable[[Sequence[Tensor], Scheme, Sequence[Tensor | None], int, Report], list[CodebookWeight]]
 FITS: dict[str, FitWeights] = {"usq": usq.fit, "vq": vq.fit, "aq": aq.fit}  # every kind but ``fp``
@@ -24,8 +24,9 @@ def quantize_weight(
 ) -> CodebookWeight:
     """Fit ``scheme`` to a weight [out, in] or [out, in, kh, kw].
 
-    ``usq`` and ``vq`` minimise the weight's squared error; ``usq3h``, ``vq3h`` and ``aq`` the output error
-    tr(dW H dW^T) with ``hessian``, the second moments of the layer's input: [R, R] over
+    ``usq`` and ``vq`` have gain 1, cov(w, q) = var(w) in each row, group or table, where least squares would
+    shrink the weight; at 8 bits they minimise its squared error. ``usq3h``, ``vq3h`` and ``aq`` minimise the
+    output error tr(dW H dW^T) with ``hessian``, the second moments of the layer's input: [R, R] over
     ``weight.flatten(1)``, [groups, R, R] for a grouped convolution, or a diagonal [R]. ``aq`` takes the
     identity where none is given. Only ``aq`` draws from ``seed``. Raises AquabitError for weights or H that
     are not finite, H of the wrong shape or not positive semi-definite, ``h`` schemes without H, and H for a

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,8 @@ from aquabit.cost import weight_bytes
 from aquabit.kernels import CodebookWeight, codebook_conv2d, codebook_linear
 from aquabit.kernels.codebook import from_tensors, pack, unpack
 from aquabit.quant.bank import Bank, Fit, weight_hash
+from aquabit.quant.schemes.usq import least_squares, uniform
+from aquabit.quant.schemes.vq import kmeans
 from aquabit.quant.weights import quantize_weight, relative_error, vanished
 from aquabit.scheme import AquabitError, Scheme
 
@@ -125,7 +129,7 @@ def test_additive_codes_decode_in_order() -> None:
     torch.testing.assert_close(kernel.dequantize(), expected)
 
 
-def test_uniform_beats_the_plain_range_and_is_near_the_best_clip() -> None:
+def test_the_start_of_output_aware_fits_is_near_the_best_clip() -> None:
     weight = torch.randn(16, 256, generator=torch.Generator().manual_seed(0))
     low, high = weight.amin(1, keepdim=True), weight.amax(1, keepdim=True)
 
@@ -136,16 +140,115 @@ def test_uniform_beats_the_plain_range_and_is_near_the_best_clip() -> None:
         return (decoded - weight).square().sum(1)
 
     grid = torch.stack([error(s) for s in np.linspace(0.3, 1, 141)])
-    ours = (quantize_weight(weight, "usq2").dequantize() - weight).square().sum(1)
+    start = uniform(weight, Scheme.parse("usq2"), least_squares)
+    ours = (start.dequantize() - weight).square().sum(1)
     assert (ours < error(1.0)).all()
     assert (ours <= grid.amin(0) * 1.05).all()
+
+
+def groups_of(values: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """The weights that share a scale or a table, a row each, float64; NaN where a group is short."""
+    row = values.shape[1]
+    if scheme.kind == "vq":
+        return (values if scheme.per_channel else values.reshape(1, -1)).double()
+    size = -(-row // -(-row // (scheme.group or row)))
+    short = torch.nn.functional.pad(values.double(), (0, -row % size), value=float("nan"))
+    return short.reshape(-1, size)
+
+
+@given(
+    st.tuples(st.integers(1, 6), st.integers(8, 90)),
+    st.sampled_from(["usq1", "usq2", "usq3", "usq4", "usq2g16", "usq3g13", "usq4g32", "vq2", "vq3", "vq3c"]),
+    st.integers(0, 1000),
+    st.floats(-5.0, 2.0),
+    st.floats(-3.0, 3.0),
+)
+def test_data_free_fits_have_gain_one_and_the_mean_of_the_weight(
+    shape: tuple[int, int], text: str, seed: int, magnitude: float, shift: float
+) -> None:
+    weight = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) ** 3 + shift) * 10**magnitude
+    scheme = Scheme.parse(text)
+    coded = quantize_weight(weight, scheme)
+    w, q = groups_of(weight, scheme), groups_of(coded.dequantize(), scheme)
+    around = (w - w.nanmean(1, keepdim=True)).nan_to_num()
+    gain = (around * q.nan_to_num()).sum(1) / around.square().sum(1)
+    size = (~w.isnan()).sum(1)
+    # half of the last place of what is stored: 2^-11 of a number, 2^-25 of one that is too small
+    stored = [t.double() for t in (coded.scale, coded.offset, coded.codebooks) if t is not None]
+    rounding = sum(float(t.abs().max()) for t in stored) * 2**-11 * 2**scheme.bits + 2**-24
+    spread = (around.square().sum(1) / size).sqrt()
+    alone = size * spread.square() < 1e-12 * w.square().nansum(1)  # float32 does not tell them apart
+    assert ((gain - 1).abs() <= rounding / spread + 1e-3)[~alone].all()
+    assert ((q.nanmean(1) - w.nanmean(1)).abs() <= rounding + 1e-5 * w.abs().nan_to_num().amax(1)).all()
+
+
+@pytest.mark.parametrize("text", ["usq2", "usq3", "usq4", "usq2g64", "usq3g32", "vq2", "vq3", "vq3c"])
+def test_gain_is_one_to_a_thousandth_where_least_squares_shrinks(text: str) -> None:
+    weight = torch.randn(32, 256, generator=torch.Generator().manual_seed(3)) / 20
+    scheme = Scheme.parse(text)
+
+    def gains(decoded: torch.Tensor) -> torch.Tensor:
+        w, q = groups_of(weight, scheme), groups_of(decoded, scheme)
+        around = w - w.mean(1, keepdim=True)
+        return (around * q).sum(1) / around.square().sum(1)
+
+    if scheme.kind == "usq":
+        start = uniform(weight, scheme, least_squares)
+    else:
+        start = kmeans(weight, scheme, gain_one=False)
+    assert (gains(quantize_weight(weight, scheme).dequantize()) - 1).abs().max() < 1e-3
+    assert gains(start.dequantize()).mean() < 0.998
+
+
+@pytest.mark.parametrize("text", ["usq8", "usq8g32", "vq8c"])
+def test_eight_bits_stay_least_squares(text: str) -> None:
+    weight, scheme = torch.randn(8, 512, generator=torch.Generator().manual_seed(4)), Scheme.parse(text)
+    start = (
+        uniform(weight, scheme, least_squares)
+        if scheme.kind == "usq"
+        else kmeans(weight, scheme, gain_one=False)
+    )
+    found = quantize_weight(weight, scheme)
+    assert not scheme.unit_gain and torch.equal(found.dequantize(), start.dequantize())
+
+
+HASHES = {  # of what was fitted before data-free fits had gain 1: studies hold measurements of these
+    ("usq2h", 2): "f6d7e859e3ddd9f0",
+    ("usq3h", 2): "a847fc2e42c41d85",
+    ("usq3g5h", 2): "b4cb853aad54799d",
+    ("usq8h", 2): "9585fd2155c47cfa",
+    ("vq2h", 2): "607f3f430f72cfa3",
+    ("vq2ch", 2): "a77e4bcb70c701ce",
+    ("aq2x3g4", 2): "e70752324973cf5b",
+    ("usq8", 2): "ebc357f5fd87bf64",
+    ("usq2h", 4): "1d41c157c6f09040",
+    ("usq3g5h", 4): "88644001bc9c39ca",
+    ("vq3h", 4): "8810e8963f9a0880",
+    ("vq2ch", 4): "8e6bfd25e9fe9157",
+    ("aq1x4k", 4): "1db6014174cb3462",
+    ("usq8", 4): "92ccd809924b32a7",
+}
+
+
+@pytest.mark.filterwarnings("ignore:aq.*codewords")
+@pytest.mark.parametrize(("text", "dimensions"), HASHES)
+def test_calibrated_and_eight_bit_fits_are_what_they_were(text: str, dimensions: int) -> None:
+    shape, row = {2: ((9, 20), 20), 4: ((6, 3, 3, 2), 18)}[dimensions]
+    generator = torch.Generator().manual_seed(7)
+    weight, inputs = torch.randn(shape, generator=generator), torch.randn(4 * row, row, generator=generator)
+    weight[0], weight[1] = 0.5, 0.0
+    h = inputs.t() @ inputs / len(inputs) if Scheme.parse(text).calibrated else None
+    tensors = quantize_weight(weight, text, h).tensors()
+    body = b"".join(tensors[name].contiguous().numpy().tobytes() for name in sorted(tensors))
+    assert hashlib.sha256(body).hexdigest()[:16] == HASHES[text, dimensions]
 
 
 @pytest.mark.parametrize("bits", [2, 3])
 def test_kmeans_is_as_good_as_scikit_learn(bits: int) -> None:
     weight = torch.randn(12, 150, generator=torch.Generator().manual_seed(0))
     theirs = KMeans(1 << bits, n_init=10, random_state=0).fit(weight.reshape(-1, 1).numpy()).inertia_
-    ours = float((quantize_weight(weight, f"vq{bits}").dequantize() - weight).square().sum())
+    start = kmeans(weight, Scheme.parse(f"vq{bits}"), gain_one=False)
+    ours = float((start.dequantize() - weight).square().sum())
     assert ours <= theirs * 1.03
     assert relative_error(weight, quantize_weight(weight, f"vq{bits}c")) < relative_error(
         weight, quantize_weight(weight, f"vq{bits}")
@@ -182,11 +285,24 @@ def test_what_float16_does_not_hold_is_refused_or_said(scheme: str) -> None:
     assert vanished(weight / 1e6, quantize_weight(weight / 1e6, scheme)) == 0
 
 
-@pytest.mark.parametrize("scheme", ["usq2", "vq2", "vq2c"])
-@pytest.mark.parametrize("value", [0.0, 3.0, -1e-9])
+@pytest.mark.parametrize("scheme", ["usq2", "usq3g4", "vq2", "vq2c"])
+@pytest.mark.parametrize("value", [0.0, 3.0, 0.1, -1e-9, 65504.0])
 def test_constant_weights_are_exact(scheme: str, value: float) -> None:
     weight = torch.full((4, 6), value)
     torch.testing.assert_close(quantize_weight(weight, scheme).dequantize(), weight, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("scheme", ["usq1", "usq2", "usq3g1", "usq3g2", "vq1", "vq2", "vq2c"])
+def test_nothing_is_ever_undefined_or_beyond_float16(scheme: str) -> None:
+    row = torch.randn(12, generator=torch.Generator().manual_seed(0))
+    rows = [row * s for s in (0.0, 1e-38, 1e-20, 1e-7, 1.0, 64000 / float(row.abs().max()))]
+    rows += [torch.eye(12)[0] * 64000, torch.linspace(-64000, 64000, 12), torch.full((12,), 1 / 3)]
+    for weight in [torch.stack(rows), *(r[None] for r in rows), *(r[:1, None] for r in rows)]:
+        decoded = quantize_weight(weight, scheme).dequantize()
+        assert torch.isfinite(decoded.half()).all()
+    for single in rows:
+        decoded = quantize_weight(single[:1, None], scheme).dequantize()
+        torch.testing.assert_close(decoded, single[:1, None], rtol=1e-3, atol=1e-7)
 
 
 def test_bad_weights_and_schemes() -> None:

@@ -19,7 +19,7 @@ from aquabit.quant.calibration.moments import Moments
 from aquabit.quant.schemes.progress import Report
 from aquabit.quant.weights import quantize_weights, relative_error, vanished
 from aquabit.runtime import give_back
-from aquabit.scheme import AquabitError, Calibration, Progress, Scheme, digest, no_progress
+from aquabit.scheme import UNIT_GAIN_FITS, AquabitError, Calibration, Progress, Scheme, digest, no_progress
 
 # bits of the inputs that H is measured of, whatever a layer's activations are rounded to: a fit for one width
 # serves the others as well as one of their own (within 2 %, its median within 0.2 %, of the output error)
@@ -83,10 +83,10 @@ class Fitter:
         return [n for n, other in self.partners.items() if other == name]
 
     def context(self, request: FitRequest, calibration: Calibration | None) -> str:
-        """What else than weight and scheme a fit depends on, as a key; empty for schemes that see the
-        weight alone."""
+        """What else than weight and scheme a fit depends on, as a key; of schemes that see the weight alone
+        how it is made, empty where that never changed."""
         if not request.scheme.calibrated:
-            return ""
+            return f"fits{UNIT_GAIN_FITS}" if request.scheme.unit_gain else ""
         if request.scheme.shared:
             members = [self.weights.key(n) for n in self.members(request.layer, request.scheme)]
         else:

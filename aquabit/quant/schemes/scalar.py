@@ -1,4 +1,4 @@
-"""What scalar quantizers share: rows, float16 rounding and one-dimensional k-means."""
+"""What scalar quantizers share: rows, float16 rounding, gain 1 and one-dimensional k-means."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch.nn.functional import pad
 from aquabit.scheme import AquabitError
 
 LLOYD_ITERATIONS = 60
+FLOAT16_MAX = 65504.0
 
 
 def as_rows(weight: Tensor) -> Tensor:
@@ -24,7 +25,29 @@ def as_rows(weight: Tensor) -> Tensor:
 
 def halves(x: Tensor) -> Tensor:
     """Rounded to float16 as it is stored, the largest finite one where that is exceeded; float32."""
-    return x.float().clamp(-65504.0, 65504.0).half().float()
+    return x.float().clamp(-FLOAT16_MAX, FLOAT16_MAX).half().float()
+
+
+def unit_gain(x: Tensor, y: Tensor, padded: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Scale and offset [n, 1] with which q = scale * y + offset of each row has the mean of x and gain 1,
+    cov(x, q) = var(x), and where there are such [n, 1]; x, y [n, m], ``padded`` with NaN where nothing
+    counts.
+
+    scale = var(x) / cov(x, y), offset = mean(x) - scale * mean(y), both as float16 stores them. It is the
+    regression of y on x turned around: q - x is uncorrelated with x, where a least squares q is shrunken, by
+    the squared correlation of x and y.
+    """
+    mean, level = ((t.nanmean if padded else t.mean)(1, keepdim=True) for t in (x, y))
+    around, other = x - mean, y - level
+    if padded:
+        around, other = around.nan_to_num_(), other.nan_to_num_()
+    covariance = other.mul_(around).sum(1, keepdim=True)
+    variance = around.square_().sum(1, keepdim=True)
+    scale = halves(variance / covariance)
+    offset = halves(mean - scale * level)
+    # a constant row has no gain, and what is beyond float16 is not stored
+    holds = (covariance > 0) & (scale > 0) & (scale < FLOAT16_MAX) & (offset.abs() < FLOAT16_MAX)
+    return scale, offset, holds
 
 
 def lloyd(data: Tensor, k: int, mass: Tensor | None = None) -> Tensor:

@@ -11,7 +11,7 @@ from aquabit.kernels.codebook import CodebookWeight
 from aquabit.quant.schemes.levels import Table, problem_of
 from aquabit.quant.schemes.output_aware import fitted
 from aquabit.quant.schemes.progress import Report
-from aquabit.quant.schemes.scalar import as_rows, halves, lloyd
+from aquabit.quant.schemes.scalar import FLOAT16_MAX, as_rows, halves, lloyd, unit_gain
 from aquabit.scheme import Scheme
 
 
@@ -21,17 +21,27 @@ def fit(
     """Each weight on its own; with H where the scheme is output-aware."""
     if scheme.output_aware:
         return [kmeans_with_feedback(w, scheme, h) for w, h in zip(weights, hessians, strict=True)]
-    return [kmeans(w, scheme) for w in weights]
+    return [kmeans(w, scheme, gain_one=scheme.unit_gain) for w in weights]
 
 
-def kmeans(weight: Tensor, scheme: Scheme) -> CodebookWeight:
+def kmeans(weight: Tensor, scheme: Scheme, gain_one: bool) -> CodebookWeight:
     """2^b values chosen by one-dimensional k-means, shared by the tensor or, for ``vq*c``, by an output
-    channel."""
+    channel.
+
+    ``gain_one``: each table t is spread around its mean to scale * t + offset (``unit_gain``), so that what
+    it decodes to is not shrunken, as the means of clusters are; codes stay.
+    """
     rows = as_rows(weight)
     data = rows if scheme.per_channel else rows.reshape(1, -1)
     centres = halves(lloyd(data, 1 << scheme.bits)).sort(1).values
     boundaries = (centres[:, 1:] + centres[:, :-1]) / 2
-    codes = torch.searchsorted(boundaries.contiguous(), data.contiguous()).reshape(rows.shape)
+    codes = torch.searchsorted(boundaries.contiguous(), data.contiguous())
+    if gain_one:
+        scale, offset, holds = unit_gain(data, centres.gather(1, codes))
+        spread = scale * centres + offset
+        holds &= spread.abs().amax(1, keepdim=True) <= FLOAT16_MAX
+        centres = torch.where(holds, spread, centres)
+    codes = codes.reshape(rows.shape)
     return CodebookWeight.from_codes(
         codes.t().to(torch.int32)[:, None],
         centres[:, None, :, None],
@@ -45,7 +55,7 @@ def kmeans(weight: Tensor, scheme: Scheme) -> CodebookWeight:
 def kmeans_with_feedback(weight: Tensor, scheme: Scheme, hessian: Tensor | None) -> CodebookWeight:
     """``vq*h`` and ``vq*ch``: what ``kmeans`` stores, fitted to tr(dW H dW^T); see
     ``uniform_with_feedback``."""
-    problem, plain = problem_of(weight, hessian), kmeans(weight, scheme)
+    problem, plain = problem_of(weight, hessian), kmeans(weight, scheme, gain_one=False)
     assert plain.codebooks is not None
     k, shared = 1 << scheme.bits, not scheme.per_channel
     levels, w = Table(k, shared), problem.weight

@@ -234,9 +234,10 @@ def test_keys_hold_all_that_a_fit_depends_on(dit, tmp_path) -> None:
         upstream.weights.key(Q0) == model.weights.key(Q0)
         and upstream.context(need, CALIBRATION) != contexts[""]
     )
-    assert upstream.context(FitRequest(Q0, Scheme.parse("usq3")), CALIBRATION) == "", (
-        "what sees the weight alone is found whatever is upstream"
-    )
+    for text, key in (("usq3", "fits2"), ("vq3c", "fits2"), ("usq8", ""), ("vq8", "")):
+        assert upstream.context(FitRequest(Q0, Scheme.parse(text)), CALIBRATION) == key, (
+            "what sees the weight alone is found whatever is upstream, but no fit of before it had gain 1"
+        )
 
 
 def test_fits_of_an_earlier_version_are_not_found(dit, tmp_path, monkeypatch) -> None:

@@ -17,7 +17,7 @@ from aquabit.quant.calibration.hessian import output_error
 from aquabit.quant.schemes import output_aware as feedback
 from aquabit.quant.schemes.levels import Affine, Levels, Table, problem_of
 from aquabit.quant.schemes.scalar import lloyd
-from aquabit.quant.schemes.usq import uniform, uniform_with_feedback
+from aquabit.quant.schemes.usq import least_squares, uniform, uniform_with_feedback
 from aquabit.quant.schemes.vq import kmeans, kmeans_with_feedback
 from aquabit.scheme import AquabitError, Scheme
 
@@ -49,8 +49,11 @@ def fit(weight: torch.Tensor, text: str, hessian: torch.Tensor | None = None) ->
 
 
 def plain(weight: torch.Tensor, text: str) -> CodebookWeight:
+    """What a fit with H begins with."""
     scheme = Scheme.parse(text)
-    return (uniform if scheme.kind == "usq" else kmeans)(weight, scheme)
+    if scheme.kind == "usq":
+        return uniform(weight, scheme, least_squares)
+    return kmeans(weight, scheme, gain_one=False)
 
 
 def moments(row: int, seed: int, groups: int = 1, decay: float = 1.5) -> torch.Tensor:
