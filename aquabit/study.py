@@ -527,7 +527,7 @@ def merge(sources: Sequence[Study], out: Study) -> Merged:
     measured = [_numbers(s) for s in (*([out] if before else []), *sources)]
     with out.writing():
         out.begin(**facts[0], graph=sources[0].need("graph", "it is damaged"), protocol=bound[0].protocol)
-        for name in ("quality", "family_notes"):
+        for name in ("quality", "family_notes", "damages", "untold", "calibrated_fits"):
             said = [source.get(name) for source in sources if name in source]
             if said and name not in out:
                 out.set(**{name: said[0]})

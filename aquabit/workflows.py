@@ -278,7 +278,8 @@ def run(
     "2h"): samples, swaps, images, steps and formats are lowered until the plan fits that time.
 
     Writes study.db, sensitivity.json, front.json, config.json, packed/, samples.png and report/index.html;
-    early on, first.json (``first_answer.FirstAnswer``, from gradients alone), and the page as far as it is.
+    early on, first.json (``first_answer.FirstAnswer``, from gradients alone) with first-config.json, and the
+    page as far as it is.
     Protocol, space and quality: see ``measuring.settings.MeasureOptions``; workers, device, dtype, bank and
     ray: see ``measuring.where.Where``.
     """
@@ -418,6 +419,8 @@ class _Early:
         if found is not None:
             self.study.set(first=found.to_dict())
             write_json(self.out / "first.json", found.to_dict())
+            if found.config is not None:
+                write_json(self.out / "first-config.json", found.config)
             self.told(f"{found.text} (page: {self.out / 'report' / 'index.html'})")
         self.page(coming)
 

@@ -24,6 +24,7 @@ from aquabit.measuring.where import HERE, Where
 from aquabit.memory import check_measuring
 from aquabit.pipelines.loading import check_device
 from aquabit.quant.bank import Bank
+from aquabit.quant.calibration.fitting import CALIBRATED_FITS
 from aquabit.scheme import Progress, Protocol, QuantConfig, Scheme, digest, no_progress
 from aquabit.scheme_kinds import ADDITIVE
 from aquabit.space import SearchSpace
@@ -204,14 +205,15 @@ def open_session(
             check_measuring(opened.graph, protocol, where.device, where.workers, **need)
         if check is not None:
             check(space)
-        if opened.notes:
-            study.set(family_notes=opened.notes)
+        notes = [*opened.notes, *_fit_notes(study, space)]
+        if notes:
+            study.set(family_notes=notes)
         if damages != (study.get("damages") or PROBES):
             study.set(damages=damages)  # absent: probes, as in studies of before there were gradients
         study.begin(opened.reference, opened.fingerprint, to_json(opened.graph), space.to_dict(), protocol)
         if meter.options or meter.notes:
-            notes = meter.notes or (study.get("quality") or {}).get("notes", [])
-            study.set(quality={**meter.options.to_dict(), "notes": notes})
+            said = meter.notes or (study.get("quality") or {}).get("notes", [])
+            study.set(quality={**meter.options.to_dict(), "notes": said})
         where = replace(where, dtype=protocol.dtype)  # a study continues in its own
         with pool_for(opened, bank, where, meter.options) as pool:
 
@@ -227,6 +229,20 @@ def open_session(
                 early(session)
             fit_all(pool, study, space, protocol, progress, damages)
             if told := damage_notes(space, study):
-                study.set(family_notes=[*opened.notes, *told])
+                study.set(family_notes=[*notes, *told])
             yield session
             bank.trim()
+
+
+def _fit_notes(study: Study, space: SearchSpace) -> list[str]:
+    """What is to be said of a study whose measurements were made with calibrated fits of another version; a
+    new one notes its own."""
+    if "fingerprint" not in study:
+        study.set(calibrated_fits=CALIBRATED_FITS)
+    begun = study.get("calibrated_fits", 1)
+    if begun == CALIBRATED_FITS or not any(s.calibrated for s in space.schemes):
+        return []
+    return [
+        "Some measurements were made with calibrated fits of another version; the output errors of nearly all"
+        " layers differ by less than 1 % between them."
+    ]

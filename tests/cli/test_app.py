@@ -43,6 +43,7 @@ def test_run_writes_everything_and_continues(folder) -> None:
         "report/index.html",
         "samples.png",
         "first.json",
+        "first-config.json",
     ):
         assert (whole / name).stat().st_size > 0, name
     sensitivity = json.loads((whole / "sensitivity.json").read_text())

@@ -15,6 +15,7 @@ from aquabit.measuring import gradient_damages
 from aquabit.measuring.damage_scores import damage_score
 from aquabit.measuring.fitting import SCORED, source_of
 from aquabit.measuring.sketches import Sketches
+from aquabit.quant.calibration.fitting import CALIBRATED_FITS
 from aquabit.scheme import AquabitError, Protocol
 from aquabit.study import Study
 from tests.conftest import tiny_pipeline
@@ -160,3 +161,13 @@ def test_some_are_probed_too_and_the_study_says_how_true_gradients_are(tmp_path:
     assert (
         f"24 that were probed too have a rank correlation of {score.srcc:.2f}" in study.get("family_notes")[0]
     )
+
+
+def test_a_study_of_other_calibrated_fits_says_so(tmp_path: Path) -> None:
+    study = measured(tmp_path, "s.db", "gradients", schemes=["usq4h"], activations=[8])
+    assert study.get("calibrated_fits") == CALIBRATED_FITS
+    assert not any("another version" in n for n in study.get("family_notes"))
+    study.set(calibrated_fits=CALIBRATED_FITS - 1)
+    measured(tmp_path, "s.db", "gradients", schemes=["usq4h"], activations=[8])
+    assert sum("another version" in n for n in study.get("family_notes")) == 1
+    assert study.get("calibrated_fits") == CALIBRATED_FITS - 1, "what was measured stays what it is"
