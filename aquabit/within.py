@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from aquabit.jsonio import record
+from aquabit.progress import span
 from aquabit.scheme import AquabitError, Protocol
 from aquabit.sensitivity.plan import Planner, RunPlan, SampleOptions
 from aquabit.space import make_space
@@ -79,13 +80,6 @@ def compared(planned: Fitted, spent: Mapping[str, float]) -> str:
     parts = ", ".join(f"{k} {span(v)} ({span(planned.parts.get(k, 0.0))})" for k, v in spent.items())
     total = sum(spent.values())
     return f"took {span(total)}, planned {span(planned.seconds)}: {parts}"
-
-
-def span(seconds: float) -> str:
-    """As 40 s, 12 min or 3.5 h."""
-    if seconds >= 5400:
-        return f"{seconds / 3600:.1f} h"
-    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
 
 
 def fit_within(

@@ -12,11 +12,12 @@ import pytest
 from aquabit import workflows
 from aquabit.measuring.settings import MeasureOptions
 from aquabit.measuring.where import Where
+from aquabit.progress import span
 from aquabit.quant.fit_costs import FitCost, fit_costs
 from aquabit.scheme import FP, AquabitError, Protocol, Scheme
 from aquabit.sensitivity.plan import Planner, SampleOptions
 from aquabit.study import Study
-from aquabit.within import RUNGS, Fitted, compared, fit_within, parse_time, span
+from aquabit.within import RUNGS, Fitted, compared, fit_within, parse_time
 from tests.conftest import tiny_pipeline
 
 PROTOCOL = Protocol(images=128, steps=4, micro_batch=4)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from aquabit.cli.progress import console, plain
+from aquabit.progress import span
 
 GAP, INDENT = 2, 4  # columns between those of a table, and before what stands under a name
 
@@ -230,8 +231,8 @@ def show_statuses(rows: list[Any]) -> None:
         parts = [f"{r.measurements} measurements, {r.failed} failed"]
         parts += [] if r.missing is None else [f"{r.missing} missing"]
         parts += [f"{r.rate:.0f} an hour"] if r.rate and r.missing else []
-        parts += [f"{_span(r.remaining)} left (estimate)"] if r.remaining else []
-        parts += [] if r.idle is None else [f"last {_span(r.idle)} ago"]
+        parts += [f"{span(r.remaining)} left (estimate)"] if r.remaining else []
+        parts += [] if r.idle is None else [f"last {span(r.idle)} ago"]
         parts += [f"written by {r.writer}"] if r.writer else []
         console.print(
             plain(f"{r.path}{f' ({r.shard})' if r.shard else ''}: {', '.join(parts)}"),
@@ -252,8 +253,8 @@ def show_plan(plan: Any) -> None:
         say(f"memory: {plan.memory_bytes / 1e9:.1f} GB in each process at its peak")
     of_gradients = f" and {plan.backward_passes} backward passes" if plan.backward_passes else ""
     said = (
-        f"{_span(plan.fitting_seconds)} of fits, {_span(plan.probing_seconds)} for {plan.probes} probes"
-        f"{of_gradients}, {_span(plan.measuring_seconds)} of measuring"
+        f"{span(plan.fitting_seconds)} of fits, {span(plan.probing_seconds)} for {plan.probes} probes"
+        f"{of_gradients}, {span(plan.measuring_seconds)} of measuring"
     )
     say(f"estimated time: {said} with {plan.workers} worker{'s' * (plan.workers > 1)}")
     say(
@@ -265,8 +266,8 @@ def show_plan(plan: Any) -> None:
 def show_parts(parts: Mapping[str, float]) -> None:
     """Seconds of the parts of a run, planned."""
     for name, seconds in parts.items():
-        console.print(f"{name:22} {_span(seconds):>8}", highlight=False)
-    console.print(f"{'in all, estimated':22} {_span(sum(parts.values())):>8}", highlight=False)
+        console.print(f"{name:22} {span(seconds):>10}", highlight=False)
+    console.print(f"{'in all, estimated':22} {span(sum(parts.values())):>10}", highlight=False)
 
 
 def show_peaks(peaks: list[Any], micro_batch: int, not_counted: str) -> None:
@@ -282,11 +283,3 @@ def show_peaks(peaks: list[Any], micro_batch: int, not_counted: str) -> None:
         highlight=False,
         soft_wrap=True,
     )
-
-
-def _span(seconds: float) -> str:
-    """As 40 s, 12 min, 3.5 h or 2.1 d."""
-    for unit, size in (("d", 86400), ("h", 3600)):
-        if seconds >= size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import networkx as nx
@@ -64,6 +64,8 @@ class Facts:
     notes: list[str]  # what is to be said of fits
     first: FirstAnswer | None = None  # from gradients alone, before anything was measured
     running: str = ""  # what comes next in a run that goes on
+    remarks: Sequence[str] = ()  # on the model, on where damages come from and how true they are
+    spent: Mapping[str, float] = field(default_factory=dict)  # part of a run -> seconds
 
     @property
     def metric(self) -> str:
@@ -185,6 +187,8 @@ def read(study: Study) -> Facts:
         notes=study.notes(),
         first=FirstAnswer.from_dict(began) if (began := study.get("first")) else None,
         running=str(study.get("running") or ""),
+        remarks=[str(note) for note in study.get("family_notes") or []],
+        spent={str(k): number(v) for k, v in (study.get("spent") or {}).items()},
     )
 
 

@@ -80,10 +80,11 @@ NEEDS: Mapping[str, Mapping[str, tuple[Callable[[Facts], Any], str]]] = {
 
 
 def missing(facts: Facts) -> dict[str, tuple[str, str]]:
-    """What the study lacks: name -> (one sentence, the command that makes it)."""
+    """What the study lacks: name -> (one sentence, the command that makes it; empty while a run goes on,
+    which makes it)."""
     names = {"model": shlex.quote(facts.model or "MODEL"), "study": shlex.quote(facts.source)}
     lacks = {
-        name: (sentence, command.format(**names))
+        name: (sentence, "" if facts.running else command.format(**names))
         for command, needs in NEEDS.items()
         for name, (there, sentence) in needs.items()
         if not there(facts)

@@ -61,11 +61,3 @@ def short(value: Any) -> str:
         if size >= factor:
             return figures(size / factor) + unit
     return count(None if math.isnan(size) else size)
-
-
-def span(seconds: float) -> str:
-    """Seconds as a time that people read."""
-    if seconds < 120:
-        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"

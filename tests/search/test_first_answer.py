@@ -88,12 +88,14 @@ def test_the_page_can_be_opened_from_the_start_and_is_improved(tmp_path: Path) -
     study.set(first=found.to_dict(), running="fitting every format, and gradients")
     page = report(study, tmp_path / "report").read_text()
     assert "This run goes on: fitting every format, and gradients comes next" in page
+    assert "aquabit explain" not in page, "nobody need ask for what the run makes"
     assert found.ranking[0].layer in page and "predicted from gradients alone" in page
     options: dict[str, Any] = {"protocol": PROTOCOL, "space": SPACE, "bank": str(tmp_path / "bank")}
     workflows.measure(tiny_pipeline("dit"), study, 0, **options)
     with open_session(tiny_pipeline("dit"), study, where=Where(bank=str(tmp_path / "bank"))) as session:
         better = gradient_answer(session, 5.0)
         damages = Damages.of(session.space, study.features())
+    assert "is predicted from gradients, to first order" in report(study, tmp_path / "report").read_text()
     assert better.formats == "all formats of the space" and better.swap == "usq4h:usq2h"
     top, columns = better.ranking[0], session.space.columns
     row = damages.weights[session.space.layers.index(top.layer)]

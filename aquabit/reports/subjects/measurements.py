@@ -7,6 +7,7 @@ from importlib import metadata
 
 import pandas as pd
 
+from aquabit.progress import span
 from aquabit.reports import words
 from aquabit.reports.facts import Facts
 
@@ -64,9 +65,13 @@ def run_card(facts: Facts) -> list[tuple[str, str]]:
         for r in kinds.itertuples()
     )
     card.append(("measurements", f"{len(ok)}: {listed}" if len(table) else "none"))
-    spent = f"{words.span(float(table.seconds.sum()))} of measuring, " if len(ok) else "none"
+    spent = f"{span(float(table.seconds.sum()))} of measuring, " if len(ok) else "none"
     each = f"{words.figures(ok.seconds.median())} s a configuration" if len(ok) else ""
     card.append(("time", spent + each))
+    if facts.spent:
+        parts = ", ".join(f"{part} {span(seconds)}" for part, seconds in facts.spent.items())
+        card.append(("the run took", f"{span(sum(facts.spent.values()))}: {parts}"))
+    card += [("remark", note) for note in facts.remarks]
     if facts.notes:
         card.append(("fits", f"{len(facts.notes)} with a remark, the first: {facts.notes[0]}"))
     return [*card, *_environment(facts)]
