@@ -152,8 +152,12 @@ def _measuring(graph: nx.DiGraph, protocol: Protocol, activations: int, gradient
     found = {(p.task, p.dtype): p for p in _peaks(graph, protocol.micro_batch * branches, activations)}
     # of gradients: held, or made again step by step
     call = min(protocol.micro_batch, SKETCHED) * branches * layer_bytes(graph)
-    held = (call + min(call * protocol.steps, HELD)) * BYTES[dtype] // 4 if gradients else 0
-    return found["measure", dtype].total + held
+    held = (call + min(call * protocol.steps, HELD)) * BYTES[dtype] // 4
+    # and gradients of weights, of each sample, and weight errors
+    weights = min(HELD, 4 * SKETCHED * int(graph.graph["weights"])) + min(
+        HELD, 32 * int(graph.graph["weights"])
+    )
+    return found["measure", dtype].total + (held + weights if gradients else 0)
 
 
 def check_quantizing(graph: nx.DiGraph, config: QuantConfig, samples: int) -> None:

@@ -315,18 +315,19 @@ class Evaluator:
         is not finite, have no numbers, and are named with the reason."""
         few = min(PROBE_IMAGES, protocol.micro_batch)
         own = replace(protocol, images=start + few, micro_batch=few, seed=SKETCH_SEED)
-        layers, kept = self.quantized.layers, dict[str, dict[str, Tensor]]()
+        layers, kept = self.quantized.layers, dict[str, Tensor]()
         attention, place = self.quantized.attention, _Place()
 
-        def changes(name: str) -> dict[str, Tensor]:
-            found = kept.get(name)
+        def changes(name: str) -> tuple[tuple[str, ...], Tensor]:
+            found, row = kept.get(name), tuple(s for s in choices[name] if s != "fp")
             if found is None:
-                full = self.quantized.full(name).float()
-                row = [s for s in choices[name] if s != "fp"]
-                found = {s: self.quantized.decoded(name, s, like).float() - full for s in row}
-                if sum(t.nbytes for r in kept.values() for t in r.values()) < SKETCH_LIMIT:
+                full = self.quantized.full(name).float().flatten()
+                found = full.new_empty(len(row), len(full))
+                for into, scheme in zip(found, row, strict=True):
+                    into.copy_(self.quantized.decoded(name, scheme, like).flatten()).sub_(full)
+                if sum(t.nbytes for t in kept.values()) + found.nbytes < SKETCH_LIMIT:
                     kept[name] = found
-            return found
+            return row, found
 
         def gates(name: str, x: Tensor, step: int) -> dict[str, Tensor]:
             layer, found, rounded = layers[name], dict[str, Tensor](), dict[int, Tensor]()

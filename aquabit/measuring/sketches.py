@@ -24,9 +24,12 @@ from torch.utils.checkpoint import checkpoint
 
 from aquabit.quant.layers import QuantConv2d, QuantLinear
 
+HELD = 1 << 30  # bytes of per-sample gradients that a pass keeps; of other layers dW is read in every step
 Layer = QuantLinear | QuantConv2d
 Images = Callable[[], Tensor]  # [n, ...], made so that gradients pass
-Changes = Callable[[str], Mapping[str, Tensor]]  # a layer's weight errors dW by what makes them
+Changes = Callable[
+    [str], tuple[tuple[str, ...], Tensor]
+]  # what changes a layer's weight, and dW [n, weights]
 # what rounding a layer's input, and its output where that is rounded too, adds to its output in a step
 Gates = Callable[[str, Tensor, int], Mapping[str, Tensor]]
 Numbers = dict[str, dict[str, list[float]]]
@@ -39,12 +42,26 @@ class _Pass:
 
     images: int
     numbers: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    # (layer, parts) -> per-sample gradients [parts, weights], summed over steps: dW is then read once a pass
+    held: dict[tuple[str, int], Tensor] = field(default_factory=dict)
 
     def add(self, layer: str, found: Mapping[str, Tensor]) -> None:
         """A layer answers for all its calls in all steps."""
         own = self.numbers.setdefault(layer, {})
         for name, value in found.items():
             own[name] = own[name] + value if name in own else value
+
+    def hold(self, layer: str, gradient: Tensor, limit: int) -> bool:
+        """Add a call's gradients to those that are held; False where they would take more than ``limit``
+        bytes."""
+        key = layer, len(gradient)
+        if key in self.held:
+            self.held[key] += gradient
+            return True
+        if sum(t.nbytes for t in self.held.values()) + gradient.nbytes > limit:
+            return False
+        self.held[key] = gradient
+        return True
 
     def told(self, flips: Tensor) -> dict[tuple[str, str], list[float]]:
         """(layer, name) -> [images], with the signs that all images share."""
@@ -75,9 +92,10 @@ class Sketches:
         gates: Gates,
         step: Callable[[], int] = lambda: 0,
         recompute: bool = False,
+        limit: int = HELD,
     ):
         self.denoiser, self.layers, self.step, self.recompute = denoiser, layers, step, recompute
-        self.changes, self.gates = changes, gates
+        self.changes, self.gates, self.limit = changes, gates, limit
         self.bad: dict[str, int] = {}  # layer -> a step in which its gradient was not finite
         self._current, self._bad = _Pass(0), dict[str, Tensor]()
 
@@ -97,6 +115,8 @@ class Sketches:
                 signs = torch.randint(0, 2, made.shape[1:], generator=generator).to(made.device) * 2.0 - 1.0
                 each = flips.reshape(-1, *[1] * (made.ndim - 1)) * signs
                 made.backward(each.to(made.dtype), retain_graph=i + 1 < passes)
+                for (layer, _), gradient in self._current.held.items():
+                    self._current.add(layer, self._products(layer, gradient))
                 for (layer, name), values in self._current.told(flips).items():
                     found.setdefault(layer, {}).setdefault(name, []).extend(v / unit for v in values)
                 self._name_bad()
@@ -148,14 +168,17 @@ class Sketches:
         bad = torch.where(slope.isfinite().all(), -1, step)
         self._bad[name] = torch.maximum(self._bad[name], bad) if name in self._bad else bad
         parts = count if len(x) % count == 0 and len(slope) % count == 0 else 1
-        changes, found = self.changes(name), dict[str, Tensor]()
-        if changes:
-            gradient = per_sample(layer, x.float(), slope.float(), parts).flatten(1)
-            stacked = torch.stack([change.flatten().float() for change in changes.values()])
-            found |= dict(zip(changes, (gradient @ stacked.t()).t(), strict=True))
+        gradient = per_sample(layer, x.float(), slope.float(), parts).flatten(1)
+        held = self._current.hold(name, gradient, self.limit)
+        found = {} if held else self._products(name, gradient)
         for gate, change in self.gates(name, x, step).items():
             found[gate] = _parted(slope.float() * change.float(), parts).flatten(1).sum(1)
         self._current.add(name, found)
+
+    def _products(self, layer: str, gradient: Tensor) -> dict[str, Tensor]:
+        """<gradient, dW> of each sample, by what makes dW."""
+        names, changes = self.changes(layer)
+        return dict(zip(names, (gradient @ changes.t()).t(), strict=True)) if names else {}
 
 
 class _Tap(torch.autograd.Function):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -60,11 +62,19 @@ class Sampler:
         return x
 
 
+def reader(changes: dict[str, dict[str, Tensor]]) -> Callable[[str], tuple[tuple[str, ...], Tensor]]:
+    def read(layer: str) -> tuple[tuple[str, ...], Tensor]:
+        row = changes.get(layer, {})
+        return tuple(row), torch.stack([v.flatten() for v in row.values()]) if row else torch.empty(0)
+
+    return read
+
+
 def squares(
     sampler: Sampler, changes: dict[str, dict[str, Tensor]], **options: bool
 ) -> dict[str, dict[str, float]]:
     """Mean squares of sketches, over many passes."""
-    sketches = Sketches(sampler.net, sampler.layers, lambda n: changes.get(n, {}), lambda *_: {}, **options)
+    sketches = Sketches(sampler.net, sampler.layers, reader(changes), lambda *_: {}, **options)
     found = sketches(sampler, 400)
     return {layer: {n: float(np.square(v).mean()) for n, v in row.items()} for layer, row in found.items()}
 
@@ -94,7 +104,7 @@ def test_gates_are_small_changes_of_a_layers_output_in_each_step() -> None:
     def gates(name: str, x: Tensor, step: int) -> dict[str, Tensor]:
         return {"shift": shift[step].expand(*x.shape[:-1], 8)} if name == "mixed" else {}
 
-    sketches = Sketches(sampler.net, sampler.layers, lambda n: {}, gates, lambda: sampler.step)
+    sketches = Sketches(sampler.net, sampler.layers, reader({}), gates, lambda: sampler.step)
     said = float(np.square(sketches(sampler, 400)["mixed"]["shift"]).mean())
     plain, bias = sampler(), sampler.layers["mixed"].bias
     sampler.layers["mixed"].register_forward_pre_hook(
@@ -129,7 +139,7 @@ def test_rows_of_guidance_belong_to_their_image() -> None:
 def test_images_share_signs() -> None:
     sampler = Sampler()
     change = {"last": {"a": torch.ones(sampler.layers["last"].shape)}}
-    sketches = Sketches(sampler.net, sampler.layers, lambda n: change.get(n, {}), lambda *_: {})
+    sketches = Sketches(sampler.net, sampler.layers, reader(change), lambda *_: {})
     rows = np.array(sketches(sampler, 60)["last"]["a"]).reshape(60, 4)
     one = np.array(sketches(sampler, 60)["last"]["a"]).reshape(60, 4)
     assert (rows == one).all(), "deterministic"
@@ -156,8 +166,25 @@ def test_an_input_that_is_changed_in_place_is_refused() -> None:
     net = Changing()
     layers = {"layer": replace_layer_(net, "layer", None)}
     net.requires_grad_(False)
-    sketches = Sketches(net, layers, lambda n: {}, lambda *_: {})
+    sketches = Sketches(net, layers, reader({}), lambda *_: {})
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         sketches(lambda: net(torch.randn(2, 8)), 1)
     with pytest.raises(RuntimeError, match="no gradient"):
         sketches(lambda: net(torch.randn(2, 8)).detach(), 1)
+
+
+def test_gradients_that_are_kept_and_those_that_are_not_say_the_same() -> None:
+    sampler = Sampler()
+    change = {
+        n: {"a": torch.ones(layer.shape), "b": torch.randn(layer.shape)}
+        for n, layer in sampler.layers.items()
+    }
+    found = []
+    for limit in (1 << 30, 0, 4 * 4 * 200):  # all of them, none, some
+        sketches = Sketches(sampler.net, sampler.layers, reader(change), lambda *_: {}, limit=limit)
+        found.append(sketches(sampler, 3))
+    for other in found[1:]:
+        assert other.keys() == found[0].keys()
+        for layer, row in found[0].items():
+            for name, values in row.items():
+                assert np.allclose(values, other[layer][name], rtol=1e-4, atol=1e-6), (layer, name)
