@@ -111,3 +111,15 @@ def test_a_run_within_a_time_keeps_its_settings_and_says_how_far_off_it_was(
     [said] = [t for t in told[: len(told) // 2 + 1] if t.startswith("took ")]
     assert f"planned {span(planned.seconds)}" in said and "sample" in said
     assert compared(planned, spent).startswith(f"took {span(sum(spent.values()))}")
+
+
+def test_a_pipeline_that_cannot_be_timed_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied (1x2 and 3x4)\nmore")
+
+    monkeypatch.setattr("aquabit.pipelines.adapter.Adapter.first_call", refused)
+    with pytest.raises(AquabitError, match="could not be timed .mat1 and mat2 shapes") as error:
+        Planner(tiny_pipeline("dit"), None, MeasureOptions(PROTOCOL), Where(bank=str(tmp_path)))
+    assert "\n" not in str(error.value)

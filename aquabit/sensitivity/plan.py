@@ -23,7 +23,7 @@ from aquabit.memory import measuring_bytes
 from aquabit.quant.bank import Bank
 from aquabit.quant.calibration.fitting import FitRequest
 from aquabit.quant.fit_costs import FitCost, fit_costs
-from aquabit.runtime import single_thread
+from aquabit.runtime import out_of_memory, single_thread
 from aquabit.scheme import FP, AquabitError, Progress, Protocol, Scheme, no_progress
 from aquabit.sensitivity.designs import DEFAULT, Design, shard_of
 from aquabit.space import SearchSpace
@@ -288,6 +288,15 @@ def _call_seconds(evaluator: Evaluator, protocol: Protocol, device: str) -> floa
         return time.perf_counter() - began
 
     with single_thread(device):
-        call = evaluator.adapter.first_call(protocol)
-        first = timed(call)
-        return first if first > WARM_SECONDS else min(timed(call), timed(call))
+        try:
+            call = evaluator.adapter.first_call(protocol)
+            first = timed(call)
+            return first if first > WARM_SECONDS else min(timed(call), timed(call))
+        except (RuntimeError, TypeError, ValueError) as fault:
+            if isinstance(fault, AquabitError) or out_of_memory(fault):
+                raise
+            said = str(fault).splitlines()[0] if str(fault) else type(fault).__name__
+            raise AquabitError(
+                f"one call of the denoiser could not be timed ({said:.200}); a plan needs a pipeline that runs:"
+                " try `aquabit generate`, or other --prompts, --resolution or --guidance"
+            ) from fault
