@@ -297,6 +297,6 @@ def _call_seconds(evaluator: Evaluator, protocol: Protocol, device: str) -> floa
                 raise
             said = str(fault).splitlines()[0] if str(fault) else type(fault).__name__
             raise AquabitError(
-                f"one call of the denoiser could not be timed ({said:.200}); a plan needs a pipeline that runs,"
-                " perhaps with other --prompts, --resolution or --guidance"
+                f"one call of the denoiser could not be timed ({said:.200}); a plan needs a pipeline that"
+                " runs, perhaps with other --prompts, --resolution or --guidance"
             ) from fault
