@@ -147,7 +147,9 @@ def test_images_do_not_depend_on_their_number_or_order(pipe) -> None:
 def test_failed_measurements_are_recorded_with_their_reason(tmp_path, unet, monkeypatch) -> None:
     original = Adapter.images
     monkeypatch.setattr(
-        Adapter, "images", lambda self, p, i: original(self, p, i) * (float("nan") if broken(self) else 1)
+        Adapter,
+        "images",
+        lambda self, p, i, **how: original(self, p, i, **how) * (float("nan") if broken(self) else 1),
     )
 
     def broken(adapter: Adapter) -> bool:
