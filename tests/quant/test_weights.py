@@ -297,6 +297,8 @@ def test_nothing_is_ever_undefined_or_beyond_float16(scheme: str) -> None:
     row = torch.randn(12, generator=torch.Generator().manual_seed(0))
     rows = [row * s for s in (0.0, 1e-38, 1e-20, 1e-7, 1.0, 64000 / float(row.abs().max()))]
     rows += [torch.eye(12)[0] * 64000, torch.linspace(-64000, 64000, 12), torch.full((12,), 1 / 3)]
+    even = torch.rand(12, generator=torch.Generator().manual_seed(28)) * 2 - 1
+    rows.append(even / even.abs().max() * 64000)  # gain 1 would reach 73,056
     for weight in [torch.stack(rows), *(r[None] for r in rows), *(r[:1, None] for r in rows)]:
         decoded = quantize_weight(weight, scheme).dequantize()
         assert torch.isfinite(decoded.half()).all()

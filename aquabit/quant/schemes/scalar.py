@@ -45,8 +45,8 @@ def unit_gain(x: Tensor, y: Tensor, padded: bool = False) -> tuple[Tensor, Tenso
     variance = around.square_().sum(1, keepdim=True)
     scale = halves(variance / covariance)
     offset = halves(mean - scale * level)
-    # a constant row has no gain, and what is beyond float16 is not stored
-    holds = (covariance > 0) & (scale > 0) & (scale < FLOAT16_MAX) & (offset.abs() < FLOAT16_MAX)
+    # a constant row has none (0 / 0), and what is beyond float16 is not stored
+    holds = (scale > 0) & (scale < FLOAT16_MAX) & (offset.abs() < FLOAT16_MAX)
     return scale, offset, holds
 
 
