@@ -21,7 +21,9 @@ def call(out: Path, *words: str, ok: bool = True):
 
 
 def run(out: Path, *words: str) -> str:
-    return str(call(out, *words).output)
+    """What it says; where a machine reads, without what is said of long work on standard error."""
+    found = call(out, *words)
+    return str(found.stdout if "--json" in words else found.output)
 
 
 def fails(out: Path, *words: str) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from typing import Any
 
 import networkx as nx
 import numpy as np
+import pytest
 
 from aquabit.choices import Choices
 from aquabit.cost import CostModel, Latency
@@ -312,3 +314,20 @@ def near_study(path, count: int = 160, seed: int = 0) -> tuple[World, Study]:
     )
     near.y = near.truth(near.choices) * np.exp(0.02 * np.random.default_rng(seed).normal(size=count))
     return near, near.study(path)
+
+
+def assert_near(found: Mapping[Any, Mapping[str, Any]], expected: Mapping[Any, Mapping[str, Any]]) -> None:
+    """The same features, numbers from gradients up to rounding: the last digits of a backward pass depend on
+    where a process keeps its weights."""
+    assert found.keys() == expected.keys()
+    for cell, row in found.items():
+        assert row.keys() == expected[cell].keys(), cell
+        for name, value in row.items():
+            other = expected[cell][name]
+            if name == "sketch":
+                size = max(map(abs, other))
+                assert value == pytest.approx(other, rel=1e-3, abs=1e-3 * size), (cell, name)
+            elif name == "damage" and "gradient" in row:
+                assert value == pytest.approx(other, rel=1e-3), (cell, name)
+            else:
+                assert value == other, (cell, name)

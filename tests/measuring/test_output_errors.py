@@ -88,7 +88,7 @@ def test_equals_outputs_compared_by_hand(pipe, tmp_path) -> None:
     ):
         d, e = torch.cat(change[step]), torch.cat(full[step])
         assert error == pytest.approx(float(d.square().sum() / e.square().sum()), rel=1e-3)
-        assert gain == pytest.approx(float((d * e).sum() / e.square().sum()), rel=5e-3, abs=1e-6)
+        assert gain == pytest.approx(float((d * e).sum() / e.square().sum()), rel=5e-3, abs=1e-4)
         assert common == pytest.approx(
             float((d.mean(0).square().mean() - d.var(0).mean() / len(d)) / e.square().mean()),
             rel=1e-2,

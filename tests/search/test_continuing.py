@@ -83,7 +83,7 @@ def test_a_killed_search_ends_as_one_that_was_not(cheap: None, method: str, tmp_
 
 def test_what_was_asked_otherwise_is_another_search(cheap: None, tmp_path: Path) -> None:  # noqa: F811
     world = World.at(tmp_path)
-    assert stopped_at(world, 3)
+    assert stopped_at(world, 5)  # what two backward passes found, and three measurements
     before = world.study.get(BEGUN)
     assert stopped_at(world, 1, rounds=0)
     after = world.study.get(BEGUN)

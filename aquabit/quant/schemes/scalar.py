@@ -10,6 +10,7 @@ from aquabit.scheme import AquabitError
 
 LLOYD_ITERATIONS = 60
 FLOAT16_MAX = 65504.0
+MOST_GAIN = 2.0  # that levels are spread by; more is asked for only where float16 does not tell weights apart
 
 
 def as_rows(weight: Tensor) -> Tensor:

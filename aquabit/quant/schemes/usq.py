@@ -13,7 +13,7 @@ from aquabit.kernels.codebook import CodebookWeight
 from aquabit.quant.schemes.levels import Affine, problem_of
 from aquabit.quant.schemes.output_aware import fitted
 from aquabit.quant.schemes.progress import Report
-from aquabit.quant.schemes.scalar import FLOAT16_MAX, as_rows, halves, unit_gain
+from aquabit.quant.schemes.scalar import FLOAT16_MAX, MOST_GAIN, as_rows, halves, unit_gain
 from aquabit.scheme import Scheme
 
 CLIP_STEPS = 24  # shrunken ranges tried per row, from the full range down to CLIP_LEAST of it
@@ -110,7 +110,7 @@ def gain_one(x: Tensor, low: Tensor, high: Tensor, steps: int, padded: bool) -> 
     scale, offset = halves(2 * half / steps), halves(middle - half)
     codes = _codes(x, scale, offset, steps)
     own_scale, own_offset, holds = unit_gain(x, codes, padded)
-    holds &= (own_scale * steps + own_offset).abs() <= FLOAT16_MAX
+    holds &= ((own_scale * steps + own_offset).abs() <= FLOAT16_MAX) & (own_scale <= MOST_GAIN * scale)
     return torch.where(holds, own_scale, scale), torch.where(holds, own_offset, offset), codes
 
 

@@ -11,7 +11,7 @@ from aquabit.kernels.codebook import CodebookWeight
 from aquabit.quant.schemes.levels import Table, problem_of
 from aquabit.quant.schemes.output_aware import fitted
 from aquabit.quant.schemes.progress import Report
-from aquabit.quant.schemes.scalar import FLOAT16_MAX, as_rows, halves, lloyd, unit_gain
+from aquabit.quant.schemes.scalar import FLOAT16_MAX, MOST_GAIN, as_rows, halves, lloyd, unit_gain
 from aquabit.scheme import Scheme
 
 
@@ -39,7 +39,8 @@ def kmeans(weight: Tensor, scheme: Scheme, gain_one: bool) -> CodebookWeight:
     if gain_one:
         scale, offset, holds = unit_gain(data, centres.gather(1, codes))
         spread = scale * centres + offset
-        holds &= spread.abs().amax(1, keepdim=True) <= FLOAT16_MAX
+        # below what float16 tells apart there is no gain to speak of
+        holds &= (spread.abs().amax(1, keepdim=True) <= FLOAT16_MAX) & (scale <= MOST_GAIN)
         centres = torch.where(holds, spread, centres)
     codes = codes.reshape(rows.shape)
     return CodebookWeight.from_codes(

@@ -315,7 +315,8 @@ def test_few_measurements_are_said(small: Small, tmp_path) -> None:
 
 
 def test_the_report_says_first_what_speaks_against_the_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    facts = SimpleNamespace(scores={"cautions": ["The surrogate is no better than average bits."]})
+    cautions = ["The surrogate is no better than average bits."]
+    facts = SimpleNamespace(scores={"cautions": cautions}, running="", first=None)
     for subject in (page.ranking, page.comparison, page.trust):
         monkeypatch.setattr(subject, "sentence", lambda *a: page.Sentence("later"))
     assert [s.text for s in page.answer(facts, {}, {})] == [
