@@ -193,7 +193,7 @@ class QuantizedDenoiser:
         return FitRequest(name, config[name].weight)
 
     def _identity(self, name: str, config: QuantConfig) -> tuple[Any, ...]:
-        """What a layer's weight depends on: H is of the activations as they are rounded in most steps."""
+        """What a layer's weight depends on."""
         scheme = config[name].weight
         if config.tuned and scheme != FP:
             return name, scheme, config.tuned

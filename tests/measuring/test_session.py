@@ -23,6 +23,7 @@ from aquabit.measuring.pools import ProcessPool, processes
 from aquabit.measuring.tasks import Begin, Fit, Measure
 from aquabit.pipelines import Adapter, trace
 from aquabit.quant.bank import Bank
+from aquabit.quant.calibration.fitting import FitRequest
 from aquabit.quant.layers import QuantConv2d, QuantLinear
 from aquabit.quant.model import QuantizedDenoiser, fingerprint
 from aquabit.scheme import AquabitError, Protocol
@@ -199,7 +200,7 @@ def test_layers_compute_what_they_say(tmp_path, unet) -> None:
     assert splits, "a U-Net has layers fed by a concatenated skip"
     g = torch.Generator().manual_seed(0)
     for name, layer in model.layers.items():
-        coded = Bank(tmp_path).get(model.weights.key(name), layer.scheme)
+        coded = model.fitter.found(FitRequest(name, layer.scheme), None)
         assert (
             coded is not None
             and torch.equal(coded.coded.dequantize(), layer.weight)
@@ -245,7 +246,7 @@ def test_decoded_weights_are_kept_within_a_limit(tmp_path, dit, monkeypatch) -> 
     kept = sum(t.nbytes for t in model._recent.values())
     assert kept == model._recent_bytes <= size // 2
     expected = {
-        n: Bank(tmp_path).get(model.weights.key(n), layer.scheme).coded.dequantize()
+        n: model.fitter.found(FitRequest(n, layer.scheme), None).coded.dequantize()
         for n, layer in model.layers.items()
     }
     assert all(torch.equal(layer.weight, expected[n]) for n, layer in model.layers.items())
