@@ -111,7 +111,14 @@ def gain_one(x: Tensor, low: Tensor, high: Tensor, steps: int, padded: bool) -> 
     codes = _codes(x, scale, offset, steps)
     own_scale, own_offset, holds = unit_gain(x, codes, padded)
     holds &= ((own_scale * steps + own_offset).abs() <= FLOAT16_MAX) & (own_scale <= MOST_GAIN * scale)
-    return torch.where(holds, own_scale, scale), torch.where(holds, own_offset, offset), codes
+    if bool(holds.all()):
+        return own_scale, own_offset, codes
+    # constant rows, and those of weights that float16 does not tell apart
+    plain = least_squares(x, low, high, steps, padded)
+    scale, offset, codes = (
+        torch.where(holds, a, b) for a, b in zip((own_scale, own_offset, codes), plain, strict=True)
+    )
+    return scale, offset, codes
 
 
 def _shrinks() -> list[float]:
