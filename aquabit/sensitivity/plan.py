@@ -35,7 +35,7 @@ MEASURING = 1.15  # a measurement over its denoiser calls (benchmarks/flow.py)
 CALIBRATING = 3.0  # calls that calibration costs over those that it records: they are replayed
 # measurements' worth of a search with its own settings, fresh seeds included, and measurements of a swap,
 # whose ends are shared; counted in runs on the bundled models
-SEARCH, PER_SWAP = 130, 1.6
+SEARCH, PER_SWAP = 170, 1.6
 CONTEXTS, OUTPUTS = 4, 15  # contexts in which ``run`` sees output errors, and how many a measurement is worth
 STARTING = 8.0  # seconds until a process has loaded its libraries
 EXPLAINING, EXPLAINING_LAYER = 20.0, 0.2  # seconds, and a layer
