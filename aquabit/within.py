@@ -18,7 +18,8 @@ UNITS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
 # can be trusted, images how well: the answer itself comes from gradients, so that these go first
 RUNGS: tuple[tuple[int | None, int | None, int | None, float], ...] = (
     (None, None, None, 1.0),
-    (32, 16, None, 1.0),
+    (80, 24, None, 1.0),
+    (48, 16, None, 1.0),
     (32, 10, None, 1.0),
     (32, 10, 64, 1.0),
     (24, 8, 32, 1.0),
