@@ -22,7 +22,7 @@ from aquabit.quality import QualityOptions
 from aquabit.reports import report as write_report
 from aquabit.scheme import AquabitError, Budget, Progress, Protocol, QuantConfig, no_progress
 from aquabit.search.continuing import continuing
-from aquabit.search.first_answer import FirstAnswer, gradient_answer, quick_answer
+from aquabit.search.first_answer import FirstAnswer, damage_answer, quick_answer
 from aquabit.search.fresh_front import FRESH_BLOCKS, measure_front
 from aquabit.search.front import Front
 from aquabit.search.options import activation_choices, fixed_act
@@ -32,7 +32,7 @@ from aquabit.search.search_options import SearchOptions
 from aquabit.search.winner import choose_winner
 from aquabit.sensitivity.correction_gain import corrected_session, noise_facts
 from aquabit.sensitivity.designs import DEFAULT, draw, measure_disagreement, shard_of
-from aquabit.sensitivity.effects.context_effects import measure_in_context
+from aquabit.sensitivity.effects.context_effects import IN_CONTEXT, measure_in_context
 from aquabit.sensitivity.effects.predicted import named_swap
 from aquabit.sensitivity.effects.validation import validate_in
 from aquabit.sensitivity.explaining import explain
@@ -41,8 +41,6 @@ from aquabit.sensitivity.result import Sensitivity, save
 from aquabit.study import Study
 from aquabit.study_status import start_plan
 from aquabit.within import Fitted, compared, fit_within, parse_time
-
-IN_CONTEXT = 4  # contexts in which ``run`` sees the output errors of every layer's swap
 
 
 class FindOptions(WhereOptions, total=False):
@@ -309,13 +307,13 @@ def run_flow(
     def look(session: Session) -> None:
         session.costs.check(budget, max(session.space.activations))
         clock.mark("loading")
-        early.first(lambda: quick_answer(session, flow.bits, progress), "fitting every format, and gradients")
+        early.first(lambda: quick_answer(session, flow.bits, progress), "fitting every format")
         clock.mark("first look")
 
     check = partial(named_swap, swap=flow.swap)  # an impossible swap is said before anything is fitted
     with open_session(model, study, options, where, check=check, early=look, progress=progress) as session:
         clock.mark("fits and gradients")
-        early.first(lambda: gradient_answer(session, flow.bits, flow.swap), "measuring a sample")
+        early.first(lambda: damage_answer(session, flow.bits, flow.swap), "measuring a sample")
         session.references(progress)
         drawn = draw(session, sample.design, sample.samples, sample.seed)
         new = session.measure(drawn, "sample", progress)
@@ -408,7 +406,7 @@ class _Early:
     progress: Progress
 
     def first(self, answer: Callable[[], FirstAnswer | None], coming: str) -> None:
-        """Make an answer from gradients, store and show it; nothing where the study knows better already."""
+        """Make an answer from damages, store and show it; nothing where the study knows better already."""
         if "sensitivity" in self.study:
             return
         found = answer()

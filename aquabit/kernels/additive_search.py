@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from aquabit.errors import AquabitError
+from aquabit.kernels.extension import chosen
 from aquabit.kernels.extension import native as _native
 
 Backend = Literal["native", "reference"]
@@ -99,14 +100,7 @@ def sweep_search(
 def select(backend: Backend | None, rows: Tensor, tables: Tensor) -> Backend:
     """What serves these tensors: ``backend``, or the best there is. Raises AquabitError where ``backend``
     cannot."""
-    missing = _missing(rows, tables)
-    if backend is None:
-        return "reference" if missing else "native"
-    if backend not in ("native", "reference"):
-        raise AquabitError(f"{backend=} is unknown; there are 'native' and 'reference'")
-    if backend == "native" and missing:
-        raise AquabitError(f"the native code search {missing}; backend='reference' serves any tensor")
-    return backend
+    return chosen(backend, _missing(rows, tables))
 
 
 def _missing(rows: Tensor, tables: Tensor) -> str | None:

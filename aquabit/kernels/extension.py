@@ -4,7 +4,7 @@ imports them."""
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor  # before the extension: one libgomp then serves both
 
@@ -16,6 +16,16 @@ try:
     native = import_module("aquabit.kernels._native")
 except ImportError as error:
     why_not = str(error)
+
+
+def chosen(backend: str | None, missing: str | None) -> Literal["native", "reference"]:
+    """Which of a search's two forms serves: ``backend``, or the extension where nothing is ``missing`` for
+    it. Raises AquabitError for an unknown one, and for the extension where it cannot."""
+    if backend not in (None, "native", "reference"):
+        raise AquabitError(f"{backend=} is unknown; there are 'native' and 'reference'")
+    if backend == "native" and missing:
+        raise AquabitError(f"the native code search {missing}; backend='reference' serves any tensor")
+    return "reference" if backend == "reference" or missing else "native"
 
 
 def plain_bias(bias: Tensor | None, outputs: int) -> Tensor | None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from aquabit.errors import AquabitError
+from aquabit.kernels.extension import chosen
 from aquabit.kernels.extension import native as _native
 
 Backend = Literal["native", "reference"]
@@ -147,14 +148,7 @@ def descend(
 def select(backend: Backend | None, columns: Tensor) -> Backend:
     """What serves these tensors: ``backend``, or the best there is. Raises AquabitError where ``backend``
     cannot."""
-    missing = _missing(columns)
-    if backend is None:
-        return "reference" if missing else "native"
-    if backend not in ("native", "reference"):
-        raise AquabitError(f"{backend=} is unknown; there are 'native' and 'reference'")
-    if backend == "native" and missing:
-        raise AquabitError(f"the native code search {missing}; backend='reference' serves any tensor")
-    return backend
+    return chosen(backend, _missing(columns))
 
 
 def _missing(columns: Tensor) -> str | None:

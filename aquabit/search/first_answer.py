@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from aquabit.cost import CostModel
 from aquabit.jsonio import record
 from aquabit.measuring.evaluator import PROBE_IMAGES
+from aquabit.measuring.fitting import GRADIENTS, source_of
 from aquabit.measuring.gradient_damages import gradient_features
 from aquabit.measuring.session import Session
 from aquabit.scheme import FP, AquabitError, Budget, Progress, Scheme, no_progress, parse_swap
@@ -33,10 +34,10 @@ class RankedLayer:
 
 @dataclass(frozen=True)
 class FirstAnswer:
-    """Predicted from gradients alone: ``ranking`` has the layers by what ``swap`` does there, worst first;
-    ``config`` is the program's choice within
-    ``budget`` bits per weight, of ``bits`` and ``psnr`` dB (predicted) to full precision; None where the
-    formats that were looked at do not reach the budget. ``formats`` says which these are."""
+    """Predicted from damages alone, which come from gradients or probes (``source``): ``ranking`` has the
+    layers by what ``swap`` does there, worst first; ``config`` is the program's choice within ``budget`` bits
+    per weight, of ``bits`` and ``psnr`` dB (predicted) to full precision; None where the formats that were
+    looked at do not reach the budget. ``formats`` says which these are."""
 
     formats: str
     swap: str
@@ -45,12 +46,13 @@ class FirstAnswer:
     bits: float | None = None
     psnr: float | None = None
     config: dict[str, Any] | None = None
+    source: str = GRADIENTS
 
     @property
     def text(self) -> str:
         """The answer as a sentence."""
         worst = ", ".join(row.layer for row in self.ranking[:3])
-        text = f"first answer, predicted from gradients alone ({self.formats}): it hurts most in {worst}"
+        text = f"first answer, predicted from {self.source} alone ({self.formats}): it hurts most in {worst}"
         if self.psnr is None or self.bits is None:
             return f"{text}; {self.budget:g} bits a weight are out of reach of these formats"
         return f"{text}; {self.psnr:.1f} dB to full precision at {self.bits:.2f} bits a weight"
@@ -66,7 +68,9 @@ class FirstAnswer:
 
 def quick_answer(session: Session, bits: float, progress: Progress = no_progress) -> FirstAnswer | None:
     """From plain uniform formats, which are fitted in seconds, and few backward passes; None where gradients
-    do not tell of every layer."""
+    do not tell of every layer, and in a study that takes its damages from probes."""
+    if source_of(session.study, None) != GRADIENTS:
+        return None
     space = plain_space(session.space)
     found, untold = gradient_features(
         session.pool, session.study, space, session.protocol, progress, IMAGES, PASSES, "a first look"
@@ -76,10 +80,11 @@ def quick_answer(session: Session, bits: float, progress: Progress = no_progress
     return _answer(space, CostModel(session.model.graph, space), found, bits, "plain uniform formats")
 
 
-def gradient_answer(session: Session, bits: float, swap: str | None = None) -> FirstAnswer:
+def damage_answer(session: Session, bits: float, swap: str | None = None) -> FirstAnswer:
     """From what the study knows of every scheme of its space."""
-    features = session.study.features()
-    return _answer(session.space, session.costs, features, bits, "all formats of the space", swap)
+    features, source = session.study.features(), source_of(session.study, None)
+    found = _answer(session.space, session.costs, features, bits, "all formats of the space", swap)
+    return replace(found, source=source)
 
 
 def plain_space(space: SearchSpace) -> SearchSpace:

@@ -37,7 +37,8 @@ KINDS = ("even", "parts", "table", "tables")
 
 class Case(NamedTuple):
     """Columns with their H and levels, all of them whole multiples of powers of two so small that every sum
-    is exact in float32: then no order of additions matters, and backends agree to the bit."""
+    is exact in float32, and a diagonal of powers of two, so that quotients are too: then neither the order of
+    additions matters nor what a compiler fuses, and backends agree to the bit, ties included."""
 
     weight: Tensor
     hessian: Tensor
@@ -68,6 +69,8 @@ def case(groups: int, row: int, outputs: int, kind: str, levels: int = 8, *, see
     hessian = inputs.transpose(1, 2) @ inputs + torch.eye(row) * 2.0 ** torch.randint(
         0, 3, (groups, row, 1), generator=random
     )
+    diagonal = hessian.diagonal(dim1=1, dim2=2)
+    hessian = hessian + torch.diag_embed(2.0 ** diagonal.log2().ceil() - diagonal)
     hessian[:, :, :1] *= seed % 3 > 0  # an input that never is
     hessian[:, :1] *= seed % 3 > 0
     gain = whole(random, -1, 1, groups, row, row) / 4

@@ -16,7 +16,7 @@ from aquabit.measuring.sketches import Sketches
 from aquabit.measuring.where import Where
 from aquabit.reports import report
 from aquabit.scheme import FP, Protocol, QuantConfig, Scheme
-from aquabit.search.first_answer import FirstAnswer, gradient_answer, plain_space, quick_answer
+from aquabit.search.first_answer import FirstAnswer, damage_answer, plain_space, quick_answer
 from aquabit.sensitivity.damages import Damages
 from aquabit.space import SearchSpace
 from aquabit.study import Study
@@ -93,7 +93,7 @@ def test_the_page_can_be_opened_from_the_start_and_is_improved(tmp_path: Path) -
     options: dict[str, Any] = {"protocol": PROTOCOL, "space": SPACE, "bank": str(tmp_path / "bank")}
     workflows.measure(tiny_pipeline("dit"), study, 0, **options)
     with open_session(tiny_pipeline("dit"), study, where=Where(bank=str(tmp_path / "bank"))) as session:
-        better = gradient_answer(session, 5.0)
+        better = damage_answer(session, 5.0)
         damages = Damages.of(session.space, study.features())
     assert "is predicted from gradients, to first order" in report(study, tmp_path / "report").read_text()
     assert better.formats == "all formats of the space" and better.swap == "usq4h:usq2h"
@@ -102,3 +102,19 @@ def test_the_page_can_be_opened_from_the_start_and_is_improved(tmp_path: Path) -
     high, low = (columns[Scheme.parse(s)] for s in ("usq2h", "usq4h"))
     assert top.damage == pytest.approx(row[high] - row[low])
     assert np.isfinite(better.psnr or np.nan)
+
+
+def test_a_study_of_probes_says_so_and_takes_no_backward_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Sketches, "__call__", None)
+    options = MeasureOptions(PROTOCOL, SPACE, damages="probes")
+    looked_at: list[FirstAnswer | None] = []
+
+    def early(session: Session) -> None:
+        looked_at.append(quick_answer(session, 5.0))
+
+    where = Where(bank=str(tmp_path / "bank"))
+    with open_session(tiny_pipeline("dit"), Study(tmp_path / "s.db"), options, where, early=early) as session:
+        found = damage_answer(session, 5.0)
+    assert looked_at == [None] and found.source == "probes" and "predicted from probes alone" in found.text
