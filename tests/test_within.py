@@ -13,6 +13,7 @@ from aquabit import workflows
 from aquabit.measuring.settings import MeasureOptions
 from aquabit.measuring.where import Where
 from aquabit.progress import span
+from aquabit.quant import fit_costs as fit_costs_module
 from aquabit.quant.fit_costs import FitCost, fit_costs
 from aquabit.scheme import FP, AquabitError, Protocol, Scheme
 from aquabit.sensitivity.plan import Planner, SampleOptions
@@ -41,7 +42,9 @@ def test_bad_times_are_one_sentence(text: str) -> None:
 def planner(tmp_path: Path) -> Planner:
     found = Planner(tiny_pipeline("dit"), None, MeasureOptions(PROTOCOL), Where(bank=str(tmp_path)))
     fits = {s: FitCost(1e-6, 0.0) for s in found.units.fits}
-    found.units = replace(found.units, loading=1.0, call=0.01, fits=fits)  # not this machine's mood
+    found.units = replace(
+        found.units, loading=1.0, call=0.01, few=0.002, backward=0.02, fits=fits
+    )  # not this machine's mood
     return found
 
 
@@ -123,3 +126,17 @@ def test_a_pipeline_that_cannot_be_timed_is_one_sentence(
     with pytest.raises(AquabitError, match=r"could not be timed \(mat1 and mat2 shapes") as error:
         Planner(tiny_pipeline("dit"), None, MeasureOptions(PROTOCOL), Where(bank=str(tmp_path)))
     assert "\n" not in str(error.value)
+
+
+def test_few_schemes_are_timed_and_the_others_cost_as_their_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[str] = []
+
+    def counted(scheme: Scheme, *_: object) -> float:
+        timed.append(str(scheme))
+        return float(scheme.bits)
+
+    monkeypatch.setattr(fit_costs_module, "_timed", counted)
+    names = [f"usq{b}h" for b in range(2, 9)] + [f"vq{b}h" for b in range(2, 9)] + ["usq4"]
+    found = fit_costs({Scheme.parse(s): [(64, 32)] * (20 - i) for i, s in enumerate(names)})
+    assert set(timed) == {*names[:8], "vq2h", "usq4"} and set(map(str, found)) == set(names)
+    assert found[Scheme.parse("vq7h")].base == found[Scheme.parse("vq2h")].base

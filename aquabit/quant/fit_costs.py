@@ -14,6 +14,7 @@ from aquabit.quant.weights import quantize_weights
 from aquabit.scheme import FP, Scheme
 
 ROWS = 128  # of a layer that are fitted: time grows with rows
+MOST = 8  # schemes that are timed; others are taken to cost as those of their kind do
 WIDEST = 2304  # inputs of a layer that is timed; wider ones are extrapolated
 CORRELATION = 0.9  # of neighbouring inputs in the H of timed fits
 
@@ -34,17 +35,27 @@ class FitCost:
 
 def fit_costs(layers: Mapping[Scheme, Iterable[Shape]], device: str = "cpu") -> dict[Scheme, FitCost]:
     """The cost of each scheme, from two widths of the layers that may take it (random weights, correlated
-    inputs)."""
-    found = {}
-    for scheme, shapes in layers.items():
-        if scheme == FP:
-            continue
-        widths = _two_widths(list(shapes))
-        timed = [(prod(s[1:]), _timed(scheme, s, device)) for s in widths]
-        (r0, t0), (r1, t1) = timed[0], timed[-1]
-        slope = max(0.0, (t1 - t0) / (r1 - r0)) if r1 > r0 else 0.0
-        found[scheme] = FitCost(max(0.0, t0 - slope * r0), slope)
+    inputs): of the MOST that most weights may take, and one of each kind; of the others the mean of their
+    kind."""
+    sizes = {s: sum(map(prod, shapes)) for s, shapes in layers.items() if s != FP}
+    ordered = sorted(sizes, key=lambda s: -sizes[s])
+    kinds: dict[tuple[str, bool], list[Scheme]] = {}
+    for scheme in ordered:
+        kinds.setdefault((scheme.kind, scheme.calibrated), []).append(scheme)
+    timed = dict.fromkeys((*ordered[:MOST], *(row[0] for row in kinds.values())))
+    found = {s: _cost(s, list(layers[s]), device) for s in timed}
+    for row in kinds.values():
+        own = [found[s] for s in row if s in timed]
+        mean = FitCost(sum(c.base for c in own) / len(own), sum(c.slope for c in own) / len(own))
+        found |= {s: mean for s in row if s not in timed}
     return found
+
+
+def _cost(scheme: Scheme, shapes: Sequence[Shape], device: str) -> FitCost:
+    timed = [(prod(s[1:]), _timed(scheme, s, device)) for s in _two_widths(shapes)]
+    (r0, t0), (r1, t1) = timed[0], timed[-1]
+    slope = max(0.0, (t1 - t0) / (r1 - r0)) if r1 > r0 else 0.0
+    return FitCost(max(0.0, t0 - slope * r0), slope)
 
 
 def _two_widths(shapes: Sequence[Shape]) -> list[Shape]:
@@ -55,7 +66,7 @@ def _two_widths(shapes: Sequence[Shape]) -> list[Shape]:
     for shape in small:
         half += prod(shape)
         if 2 * half >= total:
-            return [shape, small[-1]]
+            return [shape, small[-1]] if prod(shape[1:]) < prod(small[-1][1:]) else [shape]
     return [small[-1]]
 
 

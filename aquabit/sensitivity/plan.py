@@ -26,17 +26,18 @@ from aquabit.quant.fit_costs import FitCost, fit_costs
 from aquabit.runtime import out_of_memory, single_thread
 from aquabit.scheme import FP, AquabitError, Progress, Protocol, Scheme, no_progress
 from aquabit.sensitivity.designs import DEFAULT, Design, shard_of
+from aquabit.sensitivity.effects.context_effects import IN_CONTEXT
 from aquabit.space import SearchSpace
 from aquabit.study import Study
 
 MOST_SAMPLES = 1_000_000  # all are drawn before the first is measured
-BACKWARD = 3  # denoiser calls that a backward pass costs, with the products of every layer's samples
+TRIED = 2  # steps of the sampler through which one backward pass is timed
 MEASURING = 1.15  # a measurement over its denoiser calls (benchmarks/flow.py)
 CALIBRATING = 3.0  # calls that calibration costs over those that it records: they are replayed
 # measurements' worth of a search with its own settings, fresh seeds included, and measurements of a swap,
 # whose ends are shared; counted in runs on the bundled models
 SEARCH, PER_SWAP = 170, 1.6
-CONTEXTS, OUTPUTS = 4, 15  # contexts in which ``run`` sees output errors, and how many a measurement is worth
+OUTPUTS = 15  # output errors that a measurement is worth
 STARTING = 8.0  # seconds until a process has loaded its libraries
 EXPLAINING, EXPLAINING_LAYER = 20.0, 0.2  # seconds, and a layer
 HEADER = 400  # bytes of a file of the bank besides its tensors, about
@@ -112,11 +113,14 @@ class Plan:
 
 @dataclass(frozen=True)
 class Units:
-    """What things cost on this machine, timed once: one denoiser call of a full-precision micro-batch, fits
-    of a few rows of each scheme, opening the model."""
+    """What things cost on this machine in seconds, timed once: opening the model; one denoiser ``call`` of a
+    full-precision micro-batch; one of PROBE_IMAGES images (``few``); a ``backward`` pass through that (0
+    where damages come from probes); ``fits``, from a few rows."""
 
     loading: float
     call: float
+    few: float
+    backward: float
     fits: Mapping[Scheme, FitCost]
     memory: int | None
 
@@ -124,10 +128,6 @@ class Units:
         """Seconds of one worker."""
         calls = protocol.steps * ceil(protocol.images / protocol.micro_batch) * (1 + corrected)
         return count * calls * self.call * MEASURING
-
-    def calls(self, count: float, protocol: Protocol) -> float:
-        """Seconds of calls with PROBE_IMAGES images."""
-        return count * self.call * PROBE_IMAGES / protocol.micro_batch
 
 
 @dataclass(frozen=True)
@@ -167,8 +167,14 @@ class Planner:
         here = replace(where, dtype=self.protocol.dtype)
         self.evaluator = local_evaluator(self.opened, self.store, here, self.meter.options)
         loading = time.perf_counter() - began
-        progress("timing one call of the denoiser", 0, 2)
+        progress("timing calls of the denoiser", 0, 2)
         call = _call_seconds(self.evaluator, self.protocol, where.device)
+        batch = min(PROBE_IMAGES, self.protocol.micro_batch)
+        few = call if batch == self.protocol.micro_batch else 0.0
+        few = few or _call_seconds(self.evaluator, replace(self.protocol, micro_batch=batch), where.device)
+        back = 0.0
+        if self.source == GRADIENTS:
+            back = _backward_seconds(self.evaluator, self.protocol, self.space)
         progress("timing fits of a few rows", 1, 2)
         shapes: dict[Scheme, list[tuple[int, ...]]] = {}
         for layer, scheme in self._absent(self.space):
@@ -177,7 +183,9 @@ class Planner:
             costs = fit_costs(shapes, where.device)
         progress("timing fits of a few rows", 2, 2)
         memory = measuring_bytes(self.opened.graph, self.protocol, gradients=self.source == GRADIENTS)
-        self.units = Units(loading, call, costs, memory)
+        self.units = Units(
+            loading, call, few * PROBE_IMAGES / batch, back * PROBE_IMAGES / batch, costs, memory
+        )
 
     def _absent(self, space: SearchSpace) -> list[tuple[str, Scheme]]:
         """Fits that the bank lacks."""
@@ -223,7 +231,7 @@ class Planner:
             free,
             units.call,
             units.measurements(missing, given, bool(made.correction)) / workers,
-            units.calls(probes * given.steps + passes * BACKWARD, given) / workers,
+            (probes * given.steps * units.few + passes * units.backward) / workers,
             fitting / workers,
             units.loading,
             units.memory,
@@ -244,11 +252,11 @@ class Planner:
             self.where.workers,
             len(made.choices),
         )
-        swapped = PER_SWAP * swaps + 2 * layers * CONTEXTS / OUTPUTS
+        swapped = PER_SWAP * swaps + 2 * layers * IN_CONTEXT / OUTPUTS
         checks = self.units.measurements(swapped + sample.samples / OUTPUTS, given, bool(made.correction))
         parts = {
             "loading": measuring.loading_seconds + STARTING,
-            "first look": self.units.calls(2 * given.steps * BACKWARD, given) / min(workers, 2),
+            "first look": 2 * given.steps * self.units.backward / min(workers, 2),
             "fits and gradients": measuring.fitting_seconds + measuring.probing_seconds,
             "sample": measuring.measuring_seconds,
             "search": self.units.measurements(SEARCH, given, bool(made.correction)) / workers,
@@ -275,6 +283,21 @@ def _probes(study: Study | None, space: SearchSpace) -> int:
     """Runs of PROBE_IMAGES images that say what a scheme, or an activation choice, does alone."""
     known = study.features() if study is not None else {}
     return sum("damage" not in known.get(cell, {}) for cell in space.cells())
+
+
+def _backward_seconds(evaluator: Evaluator, protocol: Protocol, space: SearchSpace) -> float:
+    """Seconds of one backward pass through one denoiser call of at most PROBE_IMAGES images, on one thread;
+    its share of making the images is in it."""
+    layers = dict.fromkeys((k for k, row in space.choices.items() if row != (FP,)), ())
+    given = (layers, [a for a in space.activations if a != 16], replace(protocol, steps=TRIED), 0, 1)
+
+    def timed() -> float:
+        began = time.perf_counter()
+        evaluator.sketches(*given, space.full_precision())
+        return (time.perf_counter() - began) / TRIED
+
+    first = timed()
+    return first if first > WARM_SECONDS else min(first, timed())
 
 
 def _call_seconds(evaluator: Evaluator, protocol: Protocol, device: str) -> float:

@@ -19,7 +19,7 @@ from aquabit.memory import _Live, activation_bytes, memory_of, peaks
 from aquabit.pipelines import trace
 from aquabit.quant.bank import Bank
 from aquabit.scheme import AquabitError, Protocol, QuantConfig, Scheme
-from aquabit.sensitivity.plan import SampleOptions, plan
+from aquabit.sensitivity.plan import Planner, SampleOptions, plan
 from aquabit.study import Study
 from aquabit.workflows import measure
 from tests.conftest import tiny_pipeline
@@ -76,8 +76,12 @@ def test_a_plan_by_gradients_does_not_grow_with_layers_and_schemes(tmp_path) -> 
     found = plan(pipe, None, SampleOptions(0), given, *values)
     assert (found.probes, found.backward_passes) == (SCORED, 2 * 4 * PROTOCOL.steps)
     assert by_probes.backward_passes == 0 and by_probes.probes > 30
-    measured = 3 * found.backward_passes + SCORED * PROTOCOL.steps
-    assert found.probing_seconds / found.call_seconds == pytest.approx(measured * 8 / PROTOCOL.micro_batch)
+    planner = Planner(pipe, None, given, *values)
+    planner.units = replace(planner.units, few=0.01, backward=1.0)
+    assert planner.measuring(SampleOptions(0)).probing_seconds == pytest.approx(
+        found.backward_passes + 0.01 * SCORED * PROTOCOL.steps
+    )
+    assert planner.measuring(SampleOptions(0)).backward_passes == found.backward_passes
     with pytest.raises(AquabitError, match="must be probes or gradients"):
         plan(pipe, None, SampleOptions(0), replace(given, damages="x"), *values)
 
