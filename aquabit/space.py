@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from itertools import chain, pairwise
 from pathlib import Path
@@ -299,6 +299,14 @@ class _Stored:
     calibration: Calibration | None = None
     step_groups: Any = None
     correction: str | None = None
+
+
+def without_additive(space: SearchSpace) -> SearchSpace:
+    """The space without additive formats, but for layers that may take nothing else but full precision."""
+    kept = {k: tuple(s for s in row if not s.additive) for k, row in space.choices.items()}
+    return replace(
+        space, choices={k: space.choices[k] if set(row) <= {FP} else row for k, row in kept.items()}
+    )
 
 
 def _matching(patterns: Iterable[str], names: Sequence[str], what: str) -> dict[str, str]:

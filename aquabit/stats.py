@@ -91,14 +91,14 @@ def mean_interval(values: Sequence[float] | np.ndarray, level: float = LEVEL) ->
     return Interval(mean, mean - half, mean + half, level)
 
 
-def paired_difference(a: Sequence[float], b: Sequence[float]) -> Interval:
+def paired_difference(a: Sequence[float], b: Sequence[float], level: float = LEVEL) -> Interval:
     """Mean of a - b over the same blocks of seeds, with its t interval. Raises AquabitError where the blocks
     do not pair up."""
     if len(a) != len(b):
         raise AquabitError(
             f"a paired difference needs the same blocks on both sides, got {len(a)} and {len(b)}"
         )
-    return mean_interval([float(x) - float(y) for x, y in zip(a, b, strict=True)])
+    return mean_interval([float(x) - float(y) for x, y in zip(a, b, strict=True)], level)
 
 
 def between_percentiles(draws: np.ndarray, level: float = LEVEL) -> tuple[np.ndarray, np.ndarray]:

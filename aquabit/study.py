@@ -259,7 +259,7 @@ class Study:
             raise AquabitError(
                 f"{self.path} was begun with --correction {old}, not {new}; use that or another file"
             )
-        if self.get("space") != space:
+        if space not in (self.get("space"), self.get("offered")):
             raise AquabitError(
                 f"{self.path} was begun with another search space; use the same --space or another file"
             )

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from typing import Any
 
 from aquabit.jsonio import record
 from aquabit.progress import span
 from aquabit.scheme import AquabitError, Protocol
-from aquabit.sensitivity.plan import Planner, RunPlan, SampleOptions
+from aquabit.sensitivity.plan import ALL, WANTED, Planner, RunPlan, SampleOptions
 from aquabit.space import make_space
 
 UNITS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
@@ -29,6 +30,8 @@ RUNGS: tuple[tuple[int | None, int | None, int | None, float], ...] = (
 UNIFORM: dict[str, Any] = {
     "levels": []
 }  # the default space without additive formats, whose fits take longest
+
+_Formats = tuple[dict[str, Any] | None, str]  # options of the space, and which additive formats are fitted
 
 
 def parse_time(text: str) -> float:
@@ -53,6 +56,7 @@ class Fitted:
     steps: int
     parts: dict[str, float]
     space: dict[str, Any] | None = None
+    fits: str = ALL
 
     @property
     def seconds(self) -> float:
@@ -61,7 +65,8 @@ class Fitted:
     @property
     def text(self) -> str:
         """The settings as a sentence."""
-        formats = " and uniform formats alone" if self.space is not None else ""
+        formats = ", additive formats where they are wanted" if self.fits == WANTED else ""
+        formats = " and uniform formats alone" if self.space is not None else formats
         return (
             f"to fit {span(self.within)}: {self.samples} samples, {self.swaps} swaps, {self.images} images of"
             f" {self.steps} steps{formats}; planned {span(self.seconds)}"
@@ -90,12 +95,13 @@ def fit_within(
     swaps: int,
     space: Mapping[str, Any] | None,
     kept: Collection[str] = (),
+    fits: str = ALL,
 ) -> Fitted:
     """The highest rung whose plan takes at most ``seconds``; what is ``kept`` ("samples", "swaps", "images",
-    "steps") stays as it is, and so does a ``space`` that was given. Raises AquabitError with the least time
-    where none does."""
+    "steps", "fits") stays as it is, and so does a ``space`` that was given. Raises AquabitError with the
+    least time where none does."""
     least = float("inf")
-    for options, tried, count, protocol in _rungs(planner, sample, swaps, space, kept):
+    for (options, formats), tried, count, protocol in _rungs(planner, sample, swaps, space, kept, fits):
         made = planner.space
         if options is not None:
             made = make_space(
@@ -104,10 +110,10 @@ def fit_within(
                 planner.opened.reference,
                 **{"calibration": planner.space.calibration, **options},
             )
-        found: RunPlan = planner.run(tried, count, protocol, made)
+        found: RunPlan = planner.run(tried, count, protocol, made, formats)
         if found.seconds <= seconds:
-            parts = dict(found.parts)
-            return Fitted(seconds, tried.samples, count, protocol.images, protocol.steps, parts, options)
+            parts, images, steps = dict(found.parts), protocol.images, protocol.steps
+            return Fitted(seconds, tried.samples, count, images, steps, parts, options, formats)
         least = min(least, found.seconds)
     raise AquabitError(
         f"the smallest run of this model takes about {least / 60:.1f} minutes here, and {seconds / 60:.3g}"
@@ -121,22 +127,24 @@ def _rungs(
     swaps: int,
     space: Mapping[str, Any] | None,
     kept: Collection[str],
-) -> Iterator[tuple[dict[str, Any] | None, SampleOptions, int, Protocol]]:
-    """(options of the space, sample, swaps, protocol), from the best to the quickest."""
-    spaces: list[dict[str, Any] | None] = [None] if space else [None, UNIFORM]
+    fits: str,
+) -> Iterator[tuple[_Formats, SampleOptions, int, Protocol]]:
+    """(formats, sample, swaps, protocol), from the best to the quickest."""
+    formats = (fits,) if fits == WANTED or "fits" in kept else (ALL, WANTED)
+    asked: list[_Formats] = [(None, each) for each in formats]
+    uniform: list[_Formats] = [] if space else [(UNIFORM, ALL)]
     given = planner.protocol
-    for options in spaces:
-        for samples, count, images, share in RUNGS:
-            tried = min(samples or sample.samples, sample.samples)
-            steps = max(1, round(given.steps * share))
-            protocol = replace(
-                given,
-                images=given.images if "images" in kept else min(images or given.images, given.images),
-                steps=given.steps if "steps" in kept else steps,
-            )
+    for spaces, (samples, count, images, share) in product((asked, uniform), RUNGS):
+        protocol = replace(
+            given,
+            images=given.images if "images" in kept else min(images or given.images, given.images),
+            steps=given.steps if "steps" in kept else max(1, round(given.steps * share)),
+        )
+        fewer = replace(sample, samples=min(samples or sample.samples, sample.samples))
+        for each in spaces:
             yield (
-                options,
-                sample if "samples" in kept else replace(sample, samples=tried),
+                each,
+                sample if "samples" in kept else fewer,
                 swaps if "swaps" in kept else min(count or swaps, swaps),
                 protocol,
             )

@@ -30,14 +30,16 @@ from aquabit.search.proposals import propose
 from aquabit.search.search import Search
 from aquabit.search.search_options import SearchOptions
 from aquabit.search.winner import choose_winner
+from aquabit.search.worth_fitting import worth_fitting
 from aquabit.sensitivity.correction_gain import corrected_session, noise_facts
 from aquabit.sensitivity.designs import DEFAULT, draw, measure_disagreement, shard_of
 from aquabit.sensitivity.effects.context_effects import IN_CONTEXT, measure_in_context
 from aquabit.sensitivity.effects.predicted import named_swap
 from aquabit.sensitivity.effects.validation import validate_in
 from aquabit.sensitivity.explaining import explain
-from aquabit.sensitivity.plan import Planner, SampleOptions
+from aquabit.sensitivity.plan import ALL, WANTED, Planner, SampleOptions
 from aquabit.sensitivity.result import Sensitivity, save
+from aquabit.space import SearchSpace
 from aquabit.study import Study
 from aquabit.study_status import start_plan
 from aquabit.within import Fitted, compared, fit_within, parse_time
@@ -70,7 +72,12 @@ class FlowOptions:
     swaps: int = 40
     swap: str | None = None
     within: float | None = None  # seconds that a run is to take: settings are lowered until its plan does
-    kept: tuple[str, ...] = ()  # of "samples", "swaps", "images", "steps": what is not lowered
+    kept: tuple[str, ...] = ()  # of "samples", "swaps", "images", "steps", "fits": what is not lowered
+    fits: str = ALL  # or WANTED: additive formats only where the budget is expected to want them
+
+    def __post_init__(self) -> None:
+        if self.fits not in (ALL, WANTED):
+            raise AquabitError(f"fits {self.fits!r} is unknown; it must be {ALL} or {WANTED}")
 
 
 def _source(study: Study, pipe: Model | None) -> Model:
@@ -265,11 +272,14 @@ def run(
     swap: str | None = None,
     design: str = DEFAULT,
     within: str | None = None,
+    fits: str = ALL,
     progress: Progress = no_progress,
     **options: Unpack[RunOptions],
 ) -> Front:
     """The whole flow into a folder; run again, it continues where it stopped. ``within`` ("90s", "20min",
-    "2h"): samples, swaps, images, steps and formats are lowered until the plan fits that time.
+    "2h"): samples, swaps, images, steps and formats are lowered until the plan fits that time. ``fits``
+    "wanted": additive formats are fitted only to layers where a configuration near ``bits`` is expected to
+    want them (``search.worth_fitting``).
 
     Writes study.db, sensitivity.json, front.json, config.json, packed/, samples.png and report/index.html;
     early on, first.json (``first_answer.FirstAnswer``, from gradients alone) with first-config.json, and the
@@ -278,7 +288,7 @@ def run(
     ray: see ``measuring.where.Where``.
     """
     time_given = None if within is None else parse_time(within)
-    flow = FlowOptions(bits, flips, swap, time_given)
+    flow = FlowOptions(bits, flips, swap, time_given, fits=fits)
     sample = SampleOptions(samples, sample_seed, design)
     how, where = _split(options, MeasureOptions)
     return run_flow(model, Path(out), flow, sample, MeasureOptions(**how), Where(**where), progress)
@@ -310,8 +320,12 @@ def run_flow(
         early.first(lambda: quick_answer(session, flow.bits, progress), "fitting every format")
         clock.mark("first look")
 
+    def wanted(session: Session) -> SearchSpace:
+        return worth_fitting(session.space, session.costs, study.features(), flow.bits)
+
+    hooks: dict[str, Any] = {"early": look, "wanted": wanted if flow.fits == WANTED else None}
     check = partial(named_swap, swap=flow.swap)  # an impossible swap is said before anything is fitted
-    with open_session(model, study, options, where, check=check, early=look, progress=progress) as session:
+    with open_session(model, study, options, where, check=check, progress=progress, **hooks) as session:
         clock.mark("fits and gradients")
         early.first(lambda: damage_answer(session, flow.bits, flow.swap), "measuring a sample")
         session.references(progress)
@@ -366,14 +380,14 @@ def _within(
     if begun is None:
         kept = (*flow.kept, *(("images", "steps") if "fingerprint" in study else ()))
         planner = Planner(model, study, options, where, progress)
-        begun = fit_within(planner, flow.within, sample, flow.swaps, options.space, kept).to_dict()
+        begun = fit_within(planner, flow.within, sample, flow.swaps, options.space, kept, flow.fits).to_dict()
         with study.writing():
             study.set(planned=begun)
     found = Fitted.from_dict(begun)
     told(found.text)
     protocol = options.protocol or (study.protocol if "protocol" in study else Protocol())
     return (
-        replace(flow, swaps=found.swaps),
+        replace(flow, swaps=found.swaps, fits=found.fits),
         replace(sample, samples=found.samples),
         replace(
             options,

@@ -55,6 +55,7 @@ def run(
     flips: Annotated[int, typer.Option("--flips", min=1, help="Real swaps that check the explanation.")] = 40,
     swap: options.Swap = None,
     within: options.Within = None,
+    fits: options.Fits = "all",
     plan: options.PlanOnly = False,
     json_: options.Json = None,
 ) -> None:
@@ -67,10 +68,10 @@ def run(
 
     if measuring.preset and not groups.given(context, "bits"):
         bits = preset_named(measuring.preset).weights
-    named = {"samples": "samples", "swaps": "flips", "images": "images", "steps": "steps"}
+    named = {"samples": "samples", "swaps": "flips", "images": "images", "steps": "steps", "fits": "fits"}
     kept = tuple(name for name, option in named.items() if groups.given(context, option))
     seconds = None if within is None else parse_time(within)
-    flow = workflows.FlowOptions(bits, flips, swap, seconds, kept)
+    flow = workflows.FlowOptions(bits, flips, swap, seconds, kept, fits)
     sample = SampleOptions(samples, measuring.seed)
     asked, where = measuring.options(context), machine.where(measuring.dtype)
     if plan:
@@ -109,12 +110,12 @@ def _plan_run(
     with bars() as progress:
         planner = Planner(model, study, asked, where, progress)
     if flow.within is not None:
-        fitted = fit_within(planner, flow.within, sample, flow.swaps, asked.space, flow.kept)
+        fitted = fit_within(planner, flow.within, sample, flow.swaps, asked.space, flow.kept, flow.fits)
         if not emit(fitted.to_dict(), json_):
             console.print(plain(fitted.text), highlight=False, soft_wrap=True)
             tables.show_parts(fitted.parts)
         return
-    made = planner.run(sample, flow.swaps)
+    made = planner.run(sample, flow.swaps, fits=flow.fits)
     if not emit(made.to_dict(), json_):
         tables.show_plan(made.measuring)
         tables.show_parts(made.parts)

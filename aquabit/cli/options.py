@@ -69,6 +69,16 @@ Within = Annotated[
         ),
     ),
 ]
+Fits = Annotated[
+    str,
+    typer.Option(
+        "--fits",
+        help=(
+            "Which additive formats are fitted: all, or wanted (only to layers where a configuration near"
+            " --bits is expected to want them; half of the time of fits)."
+        ),
+    ),
+]
 Prompts = Annotated[Path | None, typer.Option("--prompts", help="One prompt a line (UTF-8).")]
 Guidance = Annotated[float, typer.Option("--guidance", help="Classifier-free guidance; 1 is off.")]
 SpaceFile = Annotated[

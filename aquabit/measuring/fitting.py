@@ -43,15 +43,17 @@ def fit_all(
     protocol: Protocol,
     progress: Progress = no_progress,
     damages: str = GRADIENTS,
+    scored: bool = True,
 ) -> None:
     """Every (layer, scheme) of the space into the bank, and what it does alone into the study: from
-    gradients, of which some are probed too (``probed``), or by a probe of each; what is known is skipped.
-    Layers that gradients do not tell of are probed."""
+    gradients, of which some are probed too where they are to be ``scored`` (``probed``), or by a probe of
+    each; what is known is skipped. Layers that gradients do not tell of are probed."""
     check_source(damages)
     _fit(pool, study, space, progress)
     if damages == GRADIENTS:
         add_gradient_damages(pool, study, space, protocol, progress)
-        _score(pool, study, space, protocol, progress)
+        if scored:
+            _score(pool, study, space, protocol, progress)
     known = study.features()
     _probe(
         pool, study, space, protocol, [c for c in space.cells() if "damage" not in known.get(c, {})], progress

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -27,7 +27,7 @@ from aquabit.quant.bank import Bank
 from aquabit.quant.calibration.fitting import CALIBRATED_FITS
 from aquabit.scheme import Progress, Protocol, QuantConfig, Scheme, digest, no_progress
 from aquabit.scheme_kinds import ADDITIVE
-from aquabit.space import SearchSpace
+from aquabit.space import SearchSpace, without_additive
 from aquabit.study import Study
 
 # measured beside samples, output-aware where anything is: what one would take without a search
@@ -184,13 +184,15 @@ def open_session(
     *,
     check: Callable[[SearchSpace], object] | None = None,
     early: Callable[[Session], object] | None = None,
+    wanted: Callable[[Session], SearchSpace] | None = None,
     progress: Progress = no_progress,
 ) -> Iterator[Session]:
     """Bind ``study`` to the model, hold its writer lock, start the pool, and see that every scheme is fitted.
 
     ``check`` sees the space before anything is fitted, and may raise; ``early`` gets the session before its
-    schemes are fitted. Raises AquabitError for a study of
-    another model, protocol or space.
+    schemes are fitted. ``wanted`` gets it when all but the additive ones are, and says of which space the
+    study is to be from then on (a part of its own). Raises AquabitError for a study of another model,
+    protocol or space.
     """
     if where.ray is None:
         check_device(where.device)
@@ -223,15 +225,38 @@ def open_session(
                     return pool.evaluator
                 return local_evaluator(opened, bank, where, meter.options)
 
+            if "offered" in study:
+                space = SearchSpace.from_dict(study.get("space"))
             costs = CostModel(opened.graph, space)
             session = Session(opened, study, space, protocol, pool, costs, where.device, local)
             if early is not None:
                 early(session)
+            if wanted is not None and "offered" not in study:
+                fit_all(pool, study, without_additive(space), protocol, progress, damages, scored=False)
+                session = session.with_space(wanted(session))
+                study.set(offered=space.to_dict(), space=session.space.to_dict())
+                space = session.space
             fit_all(pool, study, space, protocol, progress, damages)
-            if told := damage_notes(space, study):
+            if told := [*_wanted_notes(study, space), *damage_notes(space, study)]:
                 study.set(family_notes=[*notes, *told])
             yield session
             bank.trim()
+
+
+def _wanted_notes(study: Study, space: SearchSpace) -> list[str]:
+    """What is to be said where formats of the space were left out before they were fitted."""
+    if "offered" not in study:
+        return []
+
+    def count(choices: Mapping[str, Sequence[Scheme]]) -> int:
+        return sum(s.additive for row in choices.values() for s in row)
+
+    offered = SearchSpace.from_dict(study.get("offered"))
+    return [
+        f"Of {count(offered.choices)} additive formats of layers {count(space.choices)} were fitted: those"
+        " that a configuration near the budget was expected to want (--fits wanted); the others were not"
+        " looked at."
+    ]
 
 
 def _fit_notes(study: Study, space: SearchSpace) -> list[str]:

@@ -12,10 +12,12 @@ from aquabit.measuring.latency import packed_latencies
 from aquabit.scheme import AquabitError, Protocol, QuantConfig
 from aquabit.search.judging import PAIRED, Judgement, judge, paired_metric, pieces
 from aquabit.search.search import Search
-from aquabit.stats import paired_difference
+from aquabit.stats import LEVEL, paired_difference
 
 FINALISTS = 8  # candidates under the budget that are judged on common seeds
-OBJECTIVE_BLOCKS = (3, 4)  # where the objective is no paired distance, finalists have it on these too
+# where the objective is no paired distance, finalists have it on these: the protocol's own seeds chose them
+OBJECTIVE_BLOCKS = (3, 4, 5, 6)
+OBJECTIVE_RIVALS = 2  # finalists of the best objective that are compared with the winner
 
 
 def choose_winner(search: Search) -> tuple[QuantConfig, Judgement]:
@@ -83,17 +85,20 @@ def _fast(search: Search, configs: Sequence[QuantConfig]) -> list[QuantConfig]:
 
 def _by_objective(search: Search, winner: QuantConfig, finalists: Sequence[QuantConfig]) -> QuantConfig:
     """``winner``, or where its objective is shown to be worse than full precision's, the finalist whose
-    objective is better beyond doubt (95 % paired intervals over blocks of seeds).
+    objective is better beyond doubt (paired intervals over blocks of seeds, at 95 % for all rivals together).
+
+    Rivals are those that the protocol's own seeds favour, so that these seeds do not count: of a hundred
+    configurations the luckiest is better on them than it is.
 
     A quantized model is to be like the model that it replaces: what lies below full precision's FID is no
     gain, it is noise of another kind (36 dB can have a lower FID than 47).
     """
     session, metric = search.session, search.session.protocol.objective
-    protocols = [session.protocol, *(session.protocol.block(b) for b in OBJECTIVE_BLOCKS)]
+    protocols = [session.protocol.block(b) for b in OBJECTIVE_BLOCKS]
     first = search.values(metric)
     own = first.get(winner.digest, np.inf)
     rivals = [c for c in finalists if c.digest != winner.digest and first.get(c.digest, np.inf) < own]
-    rivals = sorted(rivals, key=lambda c: first[c.digest])[:2]
+    rivals = sorted(rivals, key=lambda c: first[c.digest])[:OBJECTIVE_RIVALS]
     if not rivals:
         return winner
     session.measure_full(protocols, "judging seeds", search.progress)
@@ -107,6 +112,7 @@ def _by_objective(search: Search, winner: QuantConfig, finalists: Sequence[Quant
     if not paired_difference(blocks(winner), blocks(session.space.full_precision())).low > 0:
         return winner
     for rival in rivals:
-        if paired_difference(blocks(rival), blocks(winner)).high < 0:
+        level = 1 - (1 - LEVEL) / len(rivals)
+        if paired_difference(blocks(rival), blocks(winner), level).high < 0:
             return rival
     return winner

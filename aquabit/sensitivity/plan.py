@@ -40,6 +40,8 @@ SEARCH, PER_SWAP = 170, 1.6
 OUTPUTS = 15  # output errors that a measurement is worth
 STARTING = 8.0  # seconds until a process has loaded its libraries
 EXPLAINING, EXPLAINING_LAYER = 20.0, 0.2  # seconds, and a layer
+ALL, WANTED = "all", "wanted"  # which additive formats are fitted
+WANTED_SHARE = 0.45  # of the time of additive fits that is left where only wanted ones are made
 HEADER = 400  # bytes of a file of the bank besides its tensors, about
 WARM_SECONDS = 10.0  # a first call that took longer is not repeated: what it takes once hardly matters
 
@@ -194,7 +196,11 @@ class Planner:
         return [c for c in cells if not fitter.has(FitRequest(*c), space.calibration)]
 
     def measuring(
-        self, sample: SampleOptions, protocol: Protocol | None = None, space: SearchSpace | None = None
+        self,
+        sample: SampleOptions,
+        protocol: Protocol | None = None,
+        space: SearchSpace | None = None,
+        fits: str = ALL,
     ) -> Plan:
         """What ``measure`` does with these, or with the protocol and space that the planner was made for."""
         given, made, study = protocol or self.protocol, space or self.space, self.study
@@ -216,7 +222,10 @@ class Planner:
         probes, passes = _probes(study, made), 0
         if self.source == GRADIENTS and probes:
             probes, passes = min(probes, SCORED), ceil(IMAGES / PROBE_IMAGES) * PASSES * given.steps
-        fitting = sum(units.fits[scheme].seconds(shape) for shape, scheme in shapes if scheme in units.fits)
+            passes *= 2 if fits == WANTED else 1  # of what tells which formats are wanted, and of these
+        share = {True: WANTED_SHARE if fits == WANTED else 1.0, False: 1.0}
+        timed = [(shape, scheme) for shape, scheme in shapes if scheme in units.fits]
+        fitting = sum(share[s.additive] * units.fits[s].seconds(shape) for shape, s in timed)
         if any(scheme.calibrated for _, scheme in absent) and made.calibration is not None:
             runs = made.calibration.images * made.calibration.steps / given.micro_batch
             fitting += CALIBRATING * runs * units.call
@@ -244,11 +253,12 @@ class Planner:
         swaps: int,
         protocol: Protocol | None = None,
         space: SearchSpace | None = None,
+        fits: str = ALL,
     ) -> RunPlan:
         """What the whole flow does with these."""
         given, made = protocol or self.protocol, space or self.space
         measuring, workers, layers = (
-            self.measuring(sample, given, made),
+            self.measuring(sample, given, made, fits),
             self.where.workers,
             len(made.choices),
         )

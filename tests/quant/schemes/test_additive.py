@@ -65,11 +65,20 @@ def test_the_loss_never_rises_and_parts_are_optimal() -> None:
     factor = Feedback.of(problem)
     state = initial_tables(problem, factor.metric, 0)
     feedback(problem, state, factor, 4)
+
+    def carried() -> None:
+        assert state.gradient is not None
+        made = problem.times(problem.weight - state.decoded())
+        torch.testing.assert_close(state.gradient, made, rtol=1e-4, atol=1e-4 * float(made.abs().max()))
+
     losses = [float(fit_tables(problem, state))]
     for _ in range(4):
         losses.append(sweep(problem, state, 4))
+        carried()
         fit_scales(problem, state)
+        carried()
         losses.append(float(fit_tables(problem, state, 30)))
+        carried()
     assert all(b <= a * (1 + 1e-5) for a, b in pairwise(losses)), losses
 
     def loss(tables: Tensor, scale: Tensor) -> Tensor:

@@ -45,6 +45,7 @@ def feedback(problem: Problem, state: State, factor: Feedback, beam: int = 1) ->
     GPTQ's update for vectors: with H^-1 = U^T U, group n costs ||(w - q) U_nn^-1||^2, and later inputs move
     by -(w - q) U_nn^-1 U_n,rest.
     """
+    state.gradient = None
     if factor.coupling is None or factor.inverse is None:
         state.codes = feedback_search(problem.weight, factor.metric, state.tables, state.scale, beam).codes
         return
@@ -89,14 +90,12 @@ def sweep(problem: Problem, state: State, beam: int = 1) -> float:
     - 2 d G_n^T.
     """
     decoded, metric = state.decoded(), problem.blocks()
-    left = problem.weight - decoded
-    gradient = problem.times(left)
-    loss = (left * gradient).sum(dtype=torch.float64)
+    gradient = state.residual_gradient(problem).clone()
+    loss = ((problem.weight - decoded) * gradient).sum(dtype=torch.float64)
     size, total = problem.size, problem.weight.shape[2]
     span = total if problem.diagonal else max(LAZY // size, 1) * size
     for start in range(0, total, span):
         at = slice(start, start + span)
-        rest = slice(start + span, None)
         groups = slice(start // size, (start + span) // size)
         coupling = None if problem.diagonal else problem.hessian[:, at, at]
         found = sweep_search(
@@ -111,6 +110,9 @@ def sweep(problem: Problem, state: State, beam: int = 1) -> float:
         )
         state.codes[:, :, groups] = found.codes
         loss += found.gain.sum()
-        if coupling is not None:
-            gradient[..., rest] -= torch.bmm(found.moved, problem.hessian[:, at, rest])
+        if coupling is None:
+            gradient -= found.moved * problem.hessian[:, None]
+        else:
+            gradient.baddbmm_(found.moved, problem.hessian[:, at], alpha=-1)
+    state.gradient = gradient
     return float(loss)

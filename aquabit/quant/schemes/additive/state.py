@@ -55,19 +55,28 @@ class Problem:
         return torch.stack([self.block(n) for n in range(self.groups)], 1)
 
     @cached_property
+    def weight_by_h(self) -> Tensor:
+        """W H, [Z, O, R]."""
+        return self.times(self.weight)
+
+    @cached_property
     def norm(self) -> float:
         """tr(W H W^T)."""
-        return float((self.times(self.weight) * self.weight).sum(dtype=torch.float64))
+        return float((self.weight_by_h * self.weight).sum(dtype=torch.float64))
 
 
 @dataclass
 class State:
     """``tables`` [T, M, K, g], ``scale`` [Z, O], ``codes`` [Z, O, groups, M] int64 (all zero until they
-    are searched)."""
+    are searched).
+
+    ``gradient`` [Z, O, R] is (W - W_hat) H where it is known: scales, tables and searches pass it on, so that
+    a round multiplies by H once for its codes and once for each step of its tables."""
 
     tables: Tensor
     scale: Tensor
     codes: Tensor
+    gradient: Tensor | None = None
 
     def of_blocks(self, m: int) -> Tensor:
         """Table m of every block, [Z, K, g]."""
@@ -85,10 +94,16 @@ class State:
         """The weights that the state stands for, [Z, O, R]."""
         return self.unscaled() * self.scale[..., None]
 
+    def residual_gradient(self, problem: Problem) -> Tensor:
+        """(W - W_hat) H, made where it is not known."""
+        if self.gradient is None:
+            self.gradient = problem.times(problem.weight - self.decoded())
+        return self.gradient
+
     def copy(self) -> State:
-        """A state of its own; tables and scales are replaced, never written into, so only codes are
-        copied."""
-        return State(self.tables, self.scale, self.codes.clone())
+        """A state of its own; tables, scales and gradients are replaced, never written into, so only codes
+        are copied."""
+        return State(self.tables, self.scale, self.codes.clone(), self.gradient)
 
     def take_(self, other: State, tables: Tensor) -> None:
         """The other's state for the sets of tables where the mask [T] is true."""
@@ -96,6 +111,8 @@ class State:
         self.tables = torch.where(tables[:, None, None, None], other.tables, self.tables)
         self.scale = torch.where(blocks[:, None], other.scale, self.scale)
         self.codes = torch.where(blocks[:, None, None, None], other.codes, self.codes)
+        both = self.gradient is not None and other.gradient is not None
+        self.gradient = torch.where(blocks[:, None, None], other.gradient, self.gradient) if both else None  # type: ignore[arg-type]
 
     def round_(self) -> None:
         """Tables and scales as float16 stores them. Tables are brought to a largest entry of 1 first, so
@@ -103,4 +120,4 @@ class State:
         top = self.tables.abs().amax(dim=(1, 2, 3)).clamp_min(1e-30)
         self.tables = (self.tables / top[:, None, None, None]).half().float()
         factor = top.repeat_interleave(len(self.scale) // len(self.tables))
-        self.scale = halves(self.scale * factor[:, None])
+        self.scale, self.gradient = halves(self.scale * factor[:, None]), None

@@ -19,8 +19,7 @@ def fit_tables(problem: Problem, state: State, iterations: int = ITERATIONS) -> 
     preconditioner is its diagonal block per codeword. Unused codewords have no gradient and stay.
     """
     scale = state.scale[..., None]
-    residual = problem.weight - state.decoded()
-    gradient = problem.times(residual)
+    residual, gradient = problem.weight - state.decoded(), state.residual_gradient(problem)
     right = _adjoint(problem, state, gradient * scale)
     inverse = _preconditioner(problem, state)
     z = torch.einsum("tmkij,tmkj->tmki", inverse, right)
@@ -40,6 +39,7 @@ def fit_tables(problem: Problem, state: State, iterations: int = ITERATIONS) -> 
         renewed = (right * z).sum(dim=(1, 2, 3))
         direction = z + (renewed / power.clamp_min(1e-30))[:, None, None, None] * direction
         power = renewed
+    state.gradient = gradient
     return (residual * gradient).reshape(problem.tables, -1).sum(1, dtype=torch.float64)
 
 
@@ -79,11 +79,12 @@ def _preconditioner(problem: Problem, state: State) -> Tensor:
 
 
 def fit_scales(problem: Problem, state: State) -> None:
-    """Least squares for each row's scale: (w H u^T) / (u H u^T) with u the row's sum of codewords; a row
-    without either keeps its own."""
-    unscaled = state.unscaled()
-    by_h = problem.times(unscaled)
-    over, under = (by_h * problem.weight).sum(2), (by_h * unscaled).sum(2)
-    state.scale = torch.where(
-        under > 1e-20 * under.mean().clamp_min(1e-30), over / under.clamp_min(1e-30), state.scale
-    )
+    """Least squares for each row's scale, which changes by the factor (w H q^T) / (q H q^T) with q the row as
+    it is decoded; a row without either keeps its own."""
+    decoded, gradient = state.decoded(), state.residual_gradient(problem)
+    by_h = problem.weight_by_h - gradient
+    over, under = (by_h * problem.weight).sum(2), (by_h * decoded).sum(2)
+    usable = under > 1e-20 * under.mean().clamp_min(1e-30)
+    factor = torch.where(usable, over / under.clamp_min(1e-30), torch.ones_like(over))
+    state.scale = state.scale * factor
+    state.gradient = problem.weight_by_h - factor[..., None] * by_h
