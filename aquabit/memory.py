@@ -154,9 +154,7 @@ def _measuring(graph: nx.DiGraph, protocol: Protocol, activations: int, gradient
     call = min(protocol.micro_batch, SKETCHED) * branches * layer_bytes(graph)
     held = (call + min(call * protocol.steps, HELD)) * BYTES[dtype] // 4
     # and gradients of weights, of each sample, and weight errors
-    weights = min(HELD, 4 * SKETCHED * int(graph.graph["weights"])) + min(
-        HELD, 32 * int(graph.graph["weights"])
-    )
+    weights = 2 * min(HELD, 4 * SKETCHED * int(graph.graph["weights"]))
     return found["measure", dtype].total + (held + weights if gradients else 0)
 
 

@@ -6,9 +6,10 @@ fresh      the integer program's answers over both, at each budget, on five bloc
 table      benchmarks/results/cost.json and cost.md
 fits       CPU seconds a million weights of each kind of scheme on random layers, one thread, beside what
            their matrix products take; into the same files
+wanted     what `run --fits wanted` leaves of the additive formats, and what the integer program loses by it
 
 The first three take an hour on two cores, most of it fits and probes, and continue where they stopped; `fits`
-takes some minutes.
+takes some minutes, and so does `wanted`, where nothing is fitted.
 """
 
 from __future__ import annotations
@@ -138,6 +139,70 @@ def row(folder: Path, model: str, bits: Sequence[float]) -> dict[str, Any]:
     return found
 
 
+def wanted(folder: Path, model: str, bits: Sequence[float]) -> list[dict[str, Any]]:
+    """The formats that are worth a fit by the damages of uniform formats alone, beside all of them: the
+    program's least damage over both around each budget, by the damages of all."""
+    from aquabit.cost import CostModel
+    from aquabit.graph import from_json
+    from aquabit.scheme import Budget
+    from aquabit.search.integer_program import solve
+    from aquabit.search.options import activation_choices
+    from aquabit.search.worth_fitting import REACH, worth_fitting
+    from aquabit.sensitivity.damages import Damages
+    from aquabit.space import SearchSpace
+
+    with session_of(folder, model, "gradients") as session:
+        space, features = session.space, session.study.features()
+        graph = from_json(session.study.get("graph"))
+
+    def least(of: SearchSpace, budget: Budget) -> float:
+        scores = Damages.of(of, features).scores(activation_choices(of, budget))
+        return solve(scores, CostModel(graph, of), budget).score
+
+    def weights(of: SearchSpace) -> int:
+        shapes = dict(zip(of.choices, CostModel(graph, of).shapes, strict=True))
+        return sum(int(np.prod(shapes[k])) for k, row in of.choices.items() for s in row if s.additive)
+
+    uniform = {k: v for k, v in features.items() if not k[1].startswith("aq")}
+    rows = []
+    for each in bits:
+        narrow = worth_fitting(space, CostModel(graph, space), uniform, each)
+        counts = [sum(s.additive for row in of.choices.values() for s in row) for of in (space, narrow)]
+        budgets = [Budget(each + shift) for shift in (-REACH, 0.0, REACH)]
+        rows.append(
+            {
+                "model": model,
+                "bits": each,
+                "offered": counts[0],
+                "wanted": counts[1],
+                "weights": weights(narrow) / weights(space),
+                "lost": [10 * float(np.log10(least(narrow, b) / least(space, b))) for b in budgets],
+            }
+        )
+    return rows
+
+
+def wanted_table(found: Mapping[str, Any]) -> list[str]:
+    lines = [
+        "",
+        "## Fits on demand",
+        "",
+        f"{about(found['machine'])}. Made by `python benchmarks/cost.py wanted`.",
+        "",
+        "Additive formats that `run --fits wanted` fits, of those that the space offers, the share of their",
+        "weights, and by how many dB the program's least sum of damages (of gradients: predicted) is",
+        "worse than with all formats, a quarter of a bit below the budget, at it, and above.",
+        "",
+        "| model | bits | (layer, additive format) | of | share of weights | lost below, at, above, dB |",
+        "|---|---|---|---|---|---|",
+    ]
+    return lines + [
+        f"| {r['model']} | {r['bits']:g} | {r['wanted']} | {r['offered']} | {r['weights']:.2f} |"
+        f" {', '.join(f'{d:.2f}' for d in r['lost'])} |"
+        for r in found["rows"]
+    ]
+
+
 def product_rate() -> float:
     """Float32 operations a second of one thread in a product of 2048 x 2048 matrices, the median of five."""
     import torch
@@ -197,7 +262,7 @@ def fits(schemes: Sequence[str]) -> None:
                 }
             )
             say(f"{text} on {shape[0]} x {shape[1]}", len(rows), len(rows))
-            keep_fits(rows)
+            keep("fits", rows)
 
 
 def fits_table(found: Mapping[str, Any]) -> list[str]:
@@ -261,18 +326,20 @@ def table(results: Mapping[str, Any]) -> str:
         ]
     if "fits" in results:
         lines += fits_table(results["fits"])
+    if "wanted" in results:
+        lines += wanted_table(results["wanted"])
     return "\n".join([*lines, ""])
 
 
-def keep_fits(rows: Sequence[Mapping[str, Any]]) -> None:
+def keep(part: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write them beside what the other parts found, on whatever machine that was."""
-    whole = read(RESULTS / "cost.json") | {"fits": {"machine": machine(), "rows": rows}}
+    whole = read(RESULTS / "cost.json") | {part: {"machine": machine(), "rows": rows}}
     write(RESULTS / "cost.json", whole)
     (RESULTS / "cost.md").write_text(table(whole))
 
 
 def main() -> None:
-    made = parser(__doc__, ("damages", "fresh", "table", "fits"), "cost-study")
+    made = parser(__doc__, ("damages", "fresh", "table", "fits", "wanted"), "cost-study")
     made.add_argument("--bits", nargs="+", type=float, default=list(BITS))
     made.add_argument("--schemes", nargs="+", default=list(FITTED), help="of the part fits")
     given = parsed(made)
@@ -287,6 +354,8 @@ def main() -> None:
         write_results("cost", "python benchmarks/cost.py damages fresh table", found, table)
     if "fits" in given.parts:
         fits(given.schemes)
+    if "wanted" in given.parts:
+        keep("wanted", [r for model in given.models for r in wanted(given.folder, model, given.bits)])
 
 
 if __name__ == "__main__":
