@@ -37,6 +37,7 @@ from aquabit.pipelines import (
     set_scheduler,
     trace,
 )
+from aquabit.pipelines.reference import Reference
 from aquabit.quant.artifact import WEIGHT_FILES, Contents, config_of, save_packed_denoiser
 from aquabit.quant.bank import Bank
 from aquabit.quant.correction.corrector import DEFAULT_CORRECTION, check_correction, corrected_, statistics_of
@@ -178,8 +179,7 @@ def quantize(
     if statistics is not None:
         corrected_(model.denoiser, source.scheduler, statistics, config.correction)
     ranges = model.ranges(config) or {}
-    if Path(config.model).is_absolute():  # a folder of this machine tells nobody
-        config = replace(config, model=Path(config.model).name)
+    config = replace(config, model=Reference.parse(config.model).public)
     attach_(model.denoiser, Contents(config, model.layers, ranges, statistics, model.inputs))
     return Packed(source, model, config, statistics)
 

@@ -91,7 +91,7 @@ def mean_interval(values: Sequence[float] | np.ndarray, level: float = LEVEL) ->
     return Interval(mean, mean - half, mean + half, level)
 
 
-def paired_difference(a: Sequence[float], b: Sequence[float], level: float = LEVEL) -> Interval:
+def paired_difference(a: Sequence[float], b: Sequence[float], *, level: float = LEVEL) -> Interval:
     """Mean of a - b over the same blocks of seeds, with its t interval. Raises AquabitError where the blocks
     do not pair up."""
     if len(a) != len(b):

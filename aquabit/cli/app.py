@@ -47,6 +47,7 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
 def run(
     context: typer.Context,
     model: options.Model,
+    source: groups.Source,
     out: Annotated[Path, typer.Option("--out", help="Folder for everything; run again, it continues.")],
     measuring: groups.Measuring,
     machine: groups.Machine,
@@ -66,6 +67,7 @@ def run(
     from aquabit.study import Study
     from aquabit.within import parse_time
 
+    model = source.of(model)
     if measuring.preset and not groups.given(context, "bits"):
         bits = preset_named(measuring.preset).weights
     named = {"samples": "samples", "swaps": "flips", "images": "images", "steps": "steps", "fits": "fits"}
@@ -137,6 +139,7 @@ def models(json_: options.Json = None) -> None:
 @verb
 def inspect(
     model: options.Model,
+    source: groups.Source,
     memory: options.MemoryPeaks = False,
     micro_batch: options.MicroBatch = 64,
     guidance: options.Guidance = 1.0,
@@ -147,6 +150,7 @@ def inspect(
     from aquabit.memory import NOT_COUNTED, elements, peaks
     from aquabit.pipelines import denoiser_of, family_notes, load, trace
 
+    model = source.of(model)
     pipe = load(model)
     graph = trace(pipe)
     if memory:
@@ -180,6 +184,7 @@ def convert(
 def measure(
     context: typer.Context,
     model: options.Model,
+    source: groups.Source,
     study: Annotated[Path, typer.Option("--study", metavar="S.db", help="Study file, created or continued.")],
     sample: groups.Sample,
     measuring: groups.Measuring,
@@ -195,6 +200,7 @@ def measure(
     from aquabit.study import Study
     from aquabit.study_status import measurement_counts
 
+    model = source.of(model)
     drawn, asked = sample.options(measuring.seed), measuring.options(context)
     where = machine.where(measuring.dtype, ray)
     if plan:
@@ -353,6 +359,7 @@ def search(
 @verb
 def quantize(
     model: options.Model,
+    source: groups.Source,
     config: options.ConfigFile,
     out: Annotated[Path, typer.Option("--out", help="Folder of the packed pipeline.")],
     tuning: groups.Tuning,
@@ -367,6 +374,7 @@ def quantize(
     """Pack a model: a diffusers pipeline directory whose denoiser is stored as codes."""
     from aquabit import packing
 
+    model = source.of(model)
     told: list[Any] = []
     with bars() as progress:
         packed = packing.quantize(
@@ -389,6 +397,7 @@ def quantize(
 @verb
 def export(
     model: options.Model,
+    source: groups.Source,
     config: options.ConfigFile,
     to: Annotated[str, typer.Option("--to", help="torchao, quanto or modelopt.")],
     out: Annotated[
@@ -401,6 +410,7 @@ def export(
     from aquabit.exports import export_config
     from aquabit.pipelines import load, trace
 
+    model = source.of(model)
     found = export_config(QuantConfig.load(config), trace(load(model)), to)
     write_text(out, found.to_json())
     if not emit(found.to_dict()["statement"], json_):

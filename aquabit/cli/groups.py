@@ -74,6 +74,20 @@ def read_prompts(path: Path | None) -> tuple[str, ...] | None:
 
 
 @dataclass(frozen=True)
+class Source:
+    """Where MODEL comes from, besides its name."""
+
+    variant: options.Variant = None
+    base: options.Base = None
+
+    def of(self, model: str) -> str:
+        """The reference of a model."""
+        from aquabit.pipelines.reference import Reference
+
+        return Reference.parse(model).with_(self.variant, self.base).text
+
+
+@dataclass(frozen=True)
 class Machine:
     """Where a verb works."""
 

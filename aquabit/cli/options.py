@@ -12,7 +12,23 @@ from aquabit.scheme import LOWER_IS_BETTER, SCHEDULERS
 Model = Annotated[
     str,
     typer.Argument(
-        metavar="MODEL", help="A bundled name (see `aquabit models`), a diffusers directory, or a hub id."
+        metavar="MODEL",
+        help=(
+            "A bundled name (see `aquabit models`), a diffusers directory, a hub id, or a file of weights"
+            " (--base)."
+        ),
+    ),
+]
+Variant = Annotated[
+    str | None,
+    typer.Option("--variant", help="Which files of MODEL are meant, as fp16 for *.fp16.safetensors."),
+]
+Base = Annotated[
+    str | None,
+    typer.Option(
+        "--base",
+        metavar="DIR|ID",
+        help="The pipeline that MODEL, a file of weights (.safetensors, .gguf), belongs to.",
     ),
 ]
 StudyFile = Annotated[Path, typer.Argument(metavar="S.db", help="A study made by `aquabit measure`.")]

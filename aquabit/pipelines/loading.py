@@ -9,20 +9,28 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import DiffusionPipeline
-from diffusers.utils import logging
+from accelerate import init_empty_weights
+from diffusers import DiffusionPipeline, GGUFQuantizationConfig
+from diffusers.utils import is_gguf_available, logging
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
 
 from aquabit.file_memory import CopiesInFiles
 from aquabit.jsonio import read_json
 from aquabit.pipelines.class_conditional import ClassConditionalPipeline
 from aquabit.pipelines.class_latent import ClassEmbedder, ClassLatentPipeline
+from aquabit.pipelines.family import DENOISERS
 from aquabit.pipelines.prompts import can_reload
+from aquabit.pipelines.reference import Reference
 from aquabit.quant.bank import weights_folder
 from aquabit.runtime import out_of_memory
 from aquabit.scheme import AquabitError
 
 BUNDLED = Path(__file__).parent / "bundled"
+FILES = (".safetensors", ".gguf")  # of weights alone
 # diffusers does not know these
 OWN_PIPELINES: Mapping[str, Any] = {c.__name__: c for c in (ClassConditionalPipeline, ClassLatentPipeline)}
 OWN_COMPONENTS: Mapping[str, Any] = {ClassEmbedder.__name__: ClassEmbedder}
@@ -49,34 +57,50 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | str = "float32",
     offload: bool = False,
+    *,
+    variant: str | None = None,
+    base: str | Path | None = None,
 ) -> DiffusionPipeline:
     """The pipeline that ``model`` names, on a device and in a dtype; a packed artifact comes back running
     packed.
 
-    ``offload``: components wait on the CPU and are on the GPU only while they run. Raises AquabitError for an
-    unknown name, a folder that is no pipeline or lacks components, files that are damaged, a hub that does
-    not give the model, and a device that is not there.
+    ``variant`` ("fp16") names the files of a folder or hub id that are meant. ``model`` may be a file of
+    weights (.safetensors, .gguf): of a denoiser, or of a whole pipeline where ``from_single_file`` of its
+    class reads it; ``base`` is the pipeline that it belongs to, for its configs and all that the file lacks.
+    GGUF is taken as the full precision of what it decodes to. Both may stand in ``model``, as in
+    "org/name?variant=fp16". ``offload``: components wait on the CPU and are on the GPU only while they run.
+    Raises AquabitError for an unknown name, a folder that is no pipeline or lacks components, files that are
+    damaged or do not fit, a hub that does not give the model, and a device that is not there.
     """
     if isinstance(model, DiffusionPipeline):
+        if variant is not None or base is not None:
+            raise AquabitError("variant and base say what is loaded, and this pipeline is loaded already")
         return model
     check_device(device, offload)
     dtype = _dtype(dtype)
-    name = str(model)
+    reference = Reference.parse(str(model)).with_(variant, None if base is None else str(base))
+    name, variant = reference.model, reference.variant
     folder = BUNDLED / name if name in bundled_models() else Path(name)
-    if folder.is_dir():
-        return _bound(_from_folder(folder, dtype, device), folder, dtype, device, offload)
     if folder.is_file():
-        raise AquabitError(
-            f"{folder} is a file; give the folder of a diffusers pipeline (a checkpoint of LDM-4 becomes one"
-            " by `aquabit convert`)"
-        )
+        if variant is not None:
+            raise AquabitError(f"variant {variant!r} names files of a folder, and {folder} is a file")
+        return _bound(_from_file(folder, reference.base, dtype, device), reference, dtype, device, offload)
+    if reference.base is not None:
+        raise AquabitError(f"base is the pipeline of a file of weights, and there is no file {name}")
+    if folder.is_dir():
+        own = Reference(str(folder), variant)
+        return _bound(_from_folder(folder, dtype, device, variant), own, dtype, device, offload)
+    if folder.suffix in FILES:
+        raise AquabitError(f"there is no file {folder}")
     if name.count("/") != 1 or folder.is_absolute() or name.startswith((".", "~")):
         raise AquabitError(
             f"unknown model {name!r}; bundled are {', '.join(bundled_models())}, else give a diffusers"
-            " directory or a hub id"
+            " directory, a hub id, or a file of weights (.safetensors, .gguf)"
         )
-    pipe = _guarded(name, lambda: DiffusionPipeline.from_pretrained(name, dtype=dtype), device)
-    return _bound(pipe, name, dtype, device, offload)
+    pipe = _guarded(
+        name, lambda: DiffusionPipeline.from_pretrained(name, dtype=dtype, variant=variant), device
+    )
+    return _bound(pipe, reference, dtype, device, offload)
 
 
 def check_device(device: str | torch.device, offload: bool = False) -> None:
@@ -106,16 +130,28 @@ def _dtype(dtype: torch.dtype | str) -> torch.dtype:
     return known[dtype] if isinstance(dtype, str) else dtype
 
 
-def _from_folder(folder: Path, dtype: torch.dtype, device: str | torch.device) -> DiffusionPipeline:
+def _index(folder: Path) -> dict[str, Any]:
+    """What a pipeline's folder says of its class and components."""
     index = folder / "model_index.json"
     if not index.exists():
         raise AquabitError(f"{folder} is not a diffusers pipeline: it has no model_index.json")
     described = read_json(index)
     if not isinstance(described, dict) or not isinstance(described.get("_class_name"), str):
         raise AquabitError(f"{index} names no pipeline class (_class_name)")
-    components = {
-        k: v for k, v in described.items() if isinstance(v, list) and len(v) == 2 and isinstance(v[1], str)
-    }
+    return described
+
+
+def _components(described: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Name -> (library, class) of the components that are there."""
+    pairs = ((k, v) for k, v in described.items() if isinstance(v, list | tuple) and len(v) == 2)
+    return {k: (str(v[0]), v[1]) for k, v in pairs if isinstance(v[1], str)}
+
+
+def _from_folder(
+    folder: Path, dtype: torch.dtype, device: str | torch.device, variant: str | None = None
+) -> DiffusionPipeline:
+    described = _index(folder)
+    components = _components(described)
     missing = [name for name in components if not (folder / name).is_dir()]
     if missing:
         raise AquabitError(
@@ -134,13 +170,102 @@ def _from_folder(folder: Path, dtype: torch.dtype, device: str | torch.device) -
             for k, (_, c) in components.items()
             if c in OWN_COMPONENTS
         }
-        return cls.from_pretrained(folder, dtype=dtype, use_safetensors=True, **own)
+        return cls.from_pretrained(folder, dtype=dtype, variant=variant, use_safetensors=True, **own)
 
     return _guarded(str(folder), loaded, device)
 
 
+def _from_file(
+    file: Path, base: str | None, dtype: torch.dtype, device: str | torch.device
+) -> DiffusionPipeline:
+    """The pipeline of a file of weights, with what it lacks from ``base``."""
+    if file.suffix not in FILES:
+        raise AquabitError(
+            f"{file} is no file of weights that is read ({', '.join(FILES)}); a .ckpt holds code: save its"
+            " tensors as .safetensors, and one of LDM-4 becomes a pipeline by `aquabit convert`"
+        )
+    if base is None:
+        raise AquabitError(
+            f"{file} holds weights alone; give the pipeline that they belong to by --base: a diffusers folder"
+            " or a hub id"
+        )
+    place = BUNDLED / base if base in bundled_models() else Path(base)
+
+    def loaded() -> Any:
+        described = _index(place) if place.is_dir() else dict(DiffusionPipeline.load_config(base))
+        cls = _diffusers_class(described["_class_name"])
+        if file.suffix != ".gguf" and _holds_a_pipeline(file):
+            if not hasattr(cls, "from_single_file"):
+                raise AquabitError(f"{cls.__name__} does not read whole pipelines from one file, as {file}")
+            return cls.from_single_file(str(file), config=str(place), dtype=dtype)
+        components = _components(described)
+        name = next((n for n in DENOISERS if n in components), None)
+        if name is None:
+            raise AquabitError(f"{base} names no denoiser: none of {', '.join(DENOISERS)}")
+        denoiser = _denoiser_from_file(file, _diffusers_class(components[name][1]), place, name, dtype)
+        return cls.from_pretrained(place, dtype=dtype, use_safetensors=True, **{name: denoiser})
+
+    return _guarded(str(file), loaded, device)
+
+
+def _diffusers_class(name: str) -> Any:
+    found = OWN_PIPELINES.get(name) or getattr(diffusers, name, None)
+    if not isinstance(found, type):
+        raise AquabitError(f"{name} is no class of diffusers {diffusers.__version__}")
+    return found
+
+
+def _holds_a_pipeline(file: Path) -> bool:
+    """Whether a checkpoint has more than a denoiser: a first stage, as the original ones of LDM have."""
+    with safe_open(file, "pt") as tensors:
+        return any(key.startswith(("first_stage_model.", "vae.")) for key in tensors.keys())  # noqa: SIM118
+
+
+def _denoiser_from_file(file: Path, cls: Any, base: Path, name: str, dtype: torch.dtype) -> nn.Module:
+    """A denoiser with the tensors of a file and the config of ``base``; raises AquabitError where it lacks
+    some."""
+    more: dict[str, Any] = {}
+    if file.suffix == ".gguf":
+        if not is_gguf_available():
+            raise AquabitError(f"{file} is read by the package gguf; install it: pip install 'aquabit[gguf]'")
+        more["quantization_config"] = GGUFQuantizationConfig(compute_dtype=dtype)
+    if not hasattr(cls, "from_single_file"):
+        return _by_names(file, cls, base / name, dtype)
+    model: nn.Module = cls.from_single_file(str(file), config=str(base), subfolder=name, dtype=dtype, **more)
+    if more:
+        model.dequantize()  # type: ignore[operator]
+        del model.hf_quantizer  # a dense model from here on
+        model.to(dtype)
+    absent = [k for k, p in model.named_parameters() if p.is_meta]
+    if absent:
+        raise AquabitError(f"{file} lacks {len(absent)} tensors of {cls.__name__}, {absent[0]!r} among them")
+    return model
+
+
+def _by_names(file: Path, cls: Any, config: Path, dtype: torch.dtype) -> nn.Module:
+    """Of a class that has no loader of single files: tensors under diffusers' own names."""
+    with init_empty_weights():  # buffers that no file holds are made
+        model: nn.Module = cls.from_config(cls.load_config(config))
+    tensors, own = load_file(file), model.state_dict()
+    for what, names in (("lacks", own.keys() - tensors.keys()), ("has", tensors.keys() - own.keys())):
+        if names:
+            verb = "is" if what == "lacks" else "is not"
+            raise AquabitError(
+                f"{file} {what} {min(names)!r}, which {verb} a tensor of {cls.__name__}, and {len(names) - 1}"
+                " others; it needs the names of diffusers"
+            )
+    wrong = [k for k, v in tensors.items() if v.shape != own[k].shape]
+    if wrong:
+        raise AquabitError(
+            f"{file}: {wrong[0]!r} is {list(tensors[wrong[0]].shape)}, {cls.__name__} of {config} has"
+            f" {list(own[wrong[0]].shape)}"
+        )
+    model.load_state_dict({k: v.to(dtype) for k, v in tensors.items()}, assign=True)
+    return model.eval().requires_grad_(False)
+
+
 def _bound(
-    pipe: DiffusionPipeline, source: str | Path, dtype: torch.dtype, device: str | torch.device, offload: bool
+    pipe: DiffusionPipeline, source: Reference, dtype: torch.dtype, device: str | torch.device, offload: bool
 ) -> DiffusionPipeline:
     """A loaded pipeline on its device; its text encoders can come again, and what a packed denoiser does
     while sampling follows the scheduler."""
@@ -161,15 +286,20 @@ def _bound(
 
 
 def _reloader(
-    pipe: DiffusionPipeline, source: str | Path, dtype: torch.dtype, device: str | torch.device
+    pipe: DiffusionPipeline, source: Reference, dtype: torch.dtype, device: str | torch.device
 ) -> Callable[[], Mapping[str, Any]]:
     """What loads a pipeline's text encoders, and nothing else, again; it does not hold the pipeline."""
     cls: Any = type(pipe)
     encoders = [name for name in pipe.components if name.startswith("text_encoder")]
     others = {name: None for name in pipe.components if name not in encoders}
+    whole = source.base or source.model
+    place = str(BUNDLED / whole) if whole in bundled_models() else whole
 
     def reload() -> Mapping[str, Any]:
-        again = _guarded(str(source), lambda: cls.from_pretrained(source, dtype=dtype, **others), device)
+        def loaded() -> Any:
+            return cls.from_pretrained(place, dtype=dtype, variant=source.variant, **others)
+
+        again = _guarded(source.text, loaded, device)
         return {name: getattr(again, name) for name in encoders}
 
     return reload

@@ -113,6 +113,6 @@ def _by_objective(search: Search, winner: QuantConfig, finalists: Sequence[Quant
         return winner
     for rival in rivals:
         level = 1 - (1 - LEVEL) / len(rivals)
-        if paired_difference(blocks(rival), blocks(winner), level).high < 0:
+        if paired_difference(blocks(rival), blocks(winner), level=level).high < 0:
             return rival
     return winner
