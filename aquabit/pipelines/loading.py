@@ -229,12 +229,12 @@ def _denoiser_from_file(file: Path, cls: Any, base: Path, name: str, dtype: torc
         if not is_gguf_available():
             raise AquabitError(f"{file} is read by the package gguf; install it: pip install 'aquabit[gguf]'")
         more["quantization_config"] = GGUFQuantizationConfig(compute_dtype=dtype)
-    if not hasattr(cls, "from_single_file"):
+    elif not hasattr(cls, "from_single_file") or _has_own_names(file, cls, base / name):
         return _by_names(file, cls, base / name, dtype)
     model: nn.Module = cls.from_single_file(str(file), config=str(base), subfolder=name, dtype=dtype, **more)
     if more:
         model.dequantize()  # type: ignore[operator]
-        del model.hf_quantizer  # a dense model from here on
+        model.__dict__.pop("hf_quantizer", None)  # a dense model from here on
         model.to(dtype)
     absent = [k for k, p in model.named_parameters() if p.is_meta]
     if absent:
@@ -242,11 +242,24 @@ def _denoiser_from_file(file: Path, cls: Any, base: Path, name: str, dtype: torc
     return model
 
 
-def _by_names(file: Path, cls: Any, config: Path, dtype: torch.dtype) -> nn.Module:
-    """Of a class that has no loader of single files: tensors under diffusers' own names."""
+def _empty(cls: Any, config: Path) -> nn.Module:
     with init_empty_weights():  # buffers that no file holds are made
         model: nn.Module = cls.from_config(cls.load_config(config))
-    tensors, own = load_file(file), model.state_dict()
+    return model
+
+
+def _has_own_names(file: Path, cls: Any, config: Path) -> bool:
+    """Whether most tensors of a file have diffusers' own names, and not those of an original layout."""
+    own = _empty(cls, config).state_dict()
+    with safe_open(file, "pt") as tensors:
+        names = list(tensors.keys())
+    return 2 * sum(name in own for name in names) > len(names)
+
+
+def _by_names(file: Path, cls: Any, config: Path, dtype: torch.dtype) -> nn.Module:
+    """With tensors under diffusers' own names: each with its shape, none missing."""
+    model, tensors = _empty(cls, config), load_file(file)
+    own = model.state_dict()
     for what, names in (("lacks", own.keys() - tensors.keys()), ("has", tensors.keys() - own.keys())):
         if names:
             verb = "is" if what == "lacks" else "is not"

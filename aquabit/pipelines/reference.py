@@ -28,6 +28,11 @@ class Reference:
         return f"{self.model}?{urlencode(asked)}" if asked else self.model
 
     @property
+    def composed(self) -> bool:
+        """Whether it says more than a place, of files of this machine."""
+        return self.text != self.model and Path(self.model).exists()
+
+    @property
     def public(self) -> str:
         """The text without folders of this machine, which tell nobody."""
         base = None if self.base is None else _named(self.base)

@@ -17,6 +17,8 @@ from aquabit.measuring.pools.processes import ProcessPool
 from aquabit.measuring.pools.ray import RayPool
 from aquabit.measuring.tasks import Begin, Result, Task
 from aquabit.measuring.where import Where
+from aquabit.pipelines import load
+from aquabit.pipelines.reference import Reference
 from aquabit.quality import QualityOptions
 from aquabit.quant.bank import Bank
 
@@ -43,6 +45,8 @@ def pool_for(model: Model, bank: Bank, where: Where, quality: QualityOptions | N
         return
     with tempfile.TemporaryDirectory() as folder:
         source = model.source
+        if isinstance(source, str) and where.ray is not None and Reference.parse(source).composed:
+            source = load(source)  # files that other machines lack
         if isinstance(source, DiffusionPipeline):
             source.save_pretrained(folder)
             source = folder
