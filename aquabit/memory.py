@@ -36,6 +36,8 @@ LIBRARIES = 550 << 20
 DECODED = 256 << 20  # of decoded weights that are kept beside the current ones (quant.model.DECODED_LIMIT)
 HEAP = 256 << 20  # of freed activations that the allocator keeps (runtime.reuse_memory)
 HESSIANS = 512 << 20  # of all H that are summed up at a time (quant.calibration.calibrator.LIMIT_BYTES)
+WIDEST = 18432  # inputs that a full H is kept of (quant.calibration.moments.WIDEST)
+H_COPIES = 4.5  # of a layer's H in a calibrated fit, its own among them (measured: 4.1 to 4.3)
 FIT_BYTES = 40  # a weight, of the largest layer: its float32 copy and what a scalar fit makes beside it
 
 
@@ -168,8 +170,10 @@ def check_quantizing(graph: nx.DiGraph, config: QuantConfig, samples: int) -> No
     sizes = {n: prod(nodes[n]["shape"]) for n, c in config.layers.items() if n in nodes and c.weight != FP}
     if not sizes:
         return
-    largest = max(sizes, key=lambda n: sizes[n])
-    fit = LIBRARIES + FIT_BYTES * sizes[largest]
+    shapes = {n: tuple(nodes[n]["shape"]) for n in sizes}
+    taken = {n: fit_bytes(shape, config[n].weight.calibrated) for n, shape in shapes.items()}
+    largest = max(taken, key=lambda n: taken[n])
+    fit = LIBRARIES + taken[largest]
     if fit > there:
         raise AquabitError(
             f"fitting layer {largest!r} to {config[largest].weight} takes about {fit / 1e9:.1f} GB, there are"
@@ -187,6 +191,13 @@ def check_quantizing(graph: nx.DiGraph, config: QuantConfig, samples: int) -> No
             f" {there / 1e9:.1f} GB; lower the resolution of the configuration's calibration, or use schemes"
             " that are fitted without images, as usq4"
         )
+
+
+def fit_bytes(shape: tuple[int, ...], calibrated: bool) -> int:
+    """Bytes that a fit of a weight [out, in] or [out, in, kh, kw] takes at its peak."""
+    width = prod(shape[1:])
+    full = calibrated and width <= WIDEST
+    return FIT_BYTES * prod(shape) + (int(4 * H_COPIES * width**2) if full else 0)
 
 
 def in_files(graph: nx.DiGraph, size: int) -> int:
@@ -240,7 +251,7 @@ def activation_bytes(graph: nx.DiGraph) -> int:
 
 
 def peaks(
-    graph: nx.DiGraph, micro_batch: int = 64, guided: bool = False, scheme: str = "usq4", others: int = 0
+    graph: nx.DiGraph, micro_batch: int = 64, guided: bool = False, scheme: str = "usq4h", others: int = 0
 ) -> list[Peak]:
     """Peaks of each task in each dtype. ``micro_batch`` samples in a denoiser call, twice as many where they
     are ``guided``; ``scheme`` is what all layers are packed to; ``others`` the elements of the pipeline's
@@ -255,15 +266,16 @@ def peaks(
 
 
 def _peaks(
-    graph: nx.DiGraph, samples: int, activations: int, scheme: str = "usq4", others: int = 0
+    graph: nx.DiGraph, samples: int, activations: int, scheme: str = "usq4h", others: int = 0
 ) -> list[Peak]:
     """``peaks`` for ``samples`` in a denoiser call, whose ``activations`` are bytes of one."""
     nodes, parsed = graph_layers(graph).values(), Scheme.parse(scheme)
     weights, rest = int(graph.graph["weights"]), int(graph.graph["other_elements"])
     shapes = [tuple(node["shape"]) for node in nodes]
     coded = sum(sum(parsed.stored_bytes(s)) for s in shapes)
-    largest = max(prod(s) for s in shapes)
-    hessians = sorted(4 * prod(s[1:]) ** 2 for s in shapes)
+    largest = max(fit_bytes(s, parsed.calibrated) for s in shapes)
+    aware = max(fit_bytes(s, True) for s in shapes)
+    hessians = [4 * prod(s[1:]) ** 2 for s in shapes if prod(s[1:]) <= WIDEST]
     inputs = max(
         int(node["tokens"]) * prod(s[1:]) // max(1, prod(s[2:]))
         for node, s in zip(nodes, shapes, strict=True)
@@ -280,8 +292,10 @@ def _peaks(
         # what lies in files, stored codes too, is read as it is needed
         small = {"libraries": LIBRARIES, "small weights": size * (weights + rest) - in_files(graph, size)}
         alive = {"activations": activations * size // 4}
-        kept = max(min(HESSIANS, sum(hessians)), hessians[-1], min(HEAP, alive["activations"]))
         decoded = {"decoded weights": size * weights, "decoded weights kept": min(DECODED, size * weights)}
+        # fits come before, when neither activations nor decoded weights are there
+        beyond = aware - sum((*alive.values(), *decoded.values()))
+        kept = max(min(HESSIANS, sum(hessians)), beyond, min(HEAP, alive["activations"]))
         resident = {
             "libraries": LIBRARIES,
             "other networks": size * others,
@@ -290,7 +304,7 @@ def _peaks(
         }
         found += [
             Peak("measure", dtype, {**own, **alive, **decoded, "H or freed activations kept": kept}),
-            Peak("quantize", dtype, {**small, "largest fit": FIT_BYTES * largest}),
+            Peak("quantize", dtype, {**small, "largest fit": largest}),
             Peak(
                 "run packed",
                 dtype,

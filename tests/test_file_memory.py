@@ -19,6 +19,7 @@ from aquabit.graph import codebook_names
 from aquabit.measuring.evaluator import Evaluator
 from aquabit.pipelines import calibration_samples, denoiser_name, denoiser_of, load, own_copy, trace
 from aquabit.quant.bank import Bank
+from aquabit.quant.calibration.moments import WIDEST
 from aquabit.quant.model import QuantizedDenoiser, fingerprint
 from aquabit.scheme import AquabitError, Calibration, Protocol, QuantConfig
 from aquabit.space import make_space
@@ -213,6 +214,13 @@ def test_sketches_of_what_lies_in_files_are_the_same_bits(name: str, tmp_path: P
     assert found[0] == found[1] and any(v != 0 for row in found[0].values() for v in row["usq2"])
 
 
+def test_a_calibrated_fit_holds_h_of_layers_that_are_not_too_wide() -> None:
+    plain, width = memory.fit_bytes((8, 1000), False), 4 * 1000 * 1000
+    assert 4 * width < memory.fit_bytes((8, 1000), True) - plain < 5 * width
+    assert memory.WIDEST == WIDEST
+    assert memory.fit_bytes((8, WIDEST + 1), True) == memory.fit_bytes((8, WIDEST + 1), False)
+
+
 def test_too_little_memory_for_one_layer_is_said(tmp_path: Path, monkeypatch) -> None:
     pipe = tiny_pipeline("dit")
     space = make_space(trace(pipe), fingerprint(pipe.denoiser), calibration=Calibration(images=4, steps=2))
@@ -230,6 +238,11 @@ def test_too_little_memory_for_one_layer_is_said(tmp_path: Path, monkeypatch) ->
     memory.check_quantizing(trace(pipe), QuantConfig("", {}), 4)
     monkeypatch.setattr(memory, "memory_of", lambda device: fit)
     packing.quantize(pipe, plain, bank=str(tmp_path))
+    with pytest.raises(AquabitError, match=rf"'{largest}' to usq4h .*, there are"):
+        packing.quantize(pipe, aware, bank=str(tmp_path))  # H of its inputs is held besides
+    shapes = {n: tuple(a["shape"]) for n, a in trace(pipe).nodes(data=True) if n in plain.layers}
+    fit = memory.LIBRARIES + max(memory.fit_bytes(shape, True) for shape in shapes.values())
+    monkeypatch.setattr(memory, "memory_of", lambda device: fit)
     with pytest.raises(AquabitError, match=r"calibrating with \d+ samples .* lower the resolution .* usq4"):
         memory.check_quantizing(trace(pipe), aware, 100_000)
     memory.check_quantizing(trace(pipe), plain, 100_000)

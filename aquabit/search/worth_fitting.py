@@ -55,7 +55,7 @@ def expected_damages(space: SearchSpace, features: Features) -> np.ndarray:
     for i, (layer, row) in enumerate(space.choices.items()):
         damages = {s: features.get((layer, str(s)), {}).get("damage") for s in row}
         known = {s: max(float(d), 1e-30) for s, d in damages.items() if d is not None}
-        uniform = [s for s in known if s.kind == "usq" and s.code_bits(1) in UNIFORM_ERROR]
+        uniform = [s for s in known if s.record.even and s.code_bits(1) in UNIFORM_ERROR]
         points = sorted((log(UNIFORM_ERROR[int(s.code_bits(1))]), log(known[s])) for s in uniform)
         for scheme in row:
             if scheme == FP or (scheme not in known and not points):

@@ -13,6 +13,7 @@ from torch import Tensor
 from aquabit.scheme import AquabitError
 
 DAMPING = 0.01  # of the mean diagonal, added to the diagonal of measured moments (GPTQ, section 3.3)
+COLUMNS = 1024  # of H that are in float64 at a time
 TOLERANCE = 1e-4  # an eigenvalue more negative than this share of the largest is no rounding error
 
 
@@ -48,13 +49,24 @@ def check_hessian(hessian: Tensor | None, weight: Tensor) -> Tensor:
             f"H has a negative diagonal entry ({float(diagonal.min()):.3g}); second moments are never"
             " negative"
         )
-    return h if hessian.ndim == 1 else _semi_definite((h + h.transpose(1, 2)) / 2)
+    return h if hessian.ndim == 1 else _semi_definite(_symmetric(h))
+
+
+def _symmetric(h: Tensor) -> Tensor:
+    """H itself where it is: of a wide layer each copy is a gigabyte."""
+    return h if torch.equal(h, h.transpose(1, 2)) else (h + h.transpose(1, 2)).mul_(0.5)
+
+
+def _raised(h: Tensor, by: Tensor) -> Tensor:
+    """A copy of H [G, R, R] with ``by`` [G, 1] added to the diagonal."""
+    raised = h.clone()
+    raised.diagonal(dim1=1, dim2=2).add_(by)
+    return raised
 
 
 def _semi_definite(h: Tensor) -> Tensor:
-    mean = h.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-    eye = torch.eye(h.shape[-1], device=h.device)
-    if bool((torch.linalg.cholesky_ex(h + 1e-6 * mean * eye).info == 0).all()) or not float(mean.max()):
+    mean = h.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
+    if not float(mean.max()) or bool((torch.linalg.cholesky_ex(_raised(h, 1e-6 * mean)).info == 0).all()):
         return h
     values = torch.linalg.eigvalsh(h.double())
     low, high = float(values.min()), float(values.max())
@@ -62,7 +74,7 @@ def _semi_definite(h: Tensor) -> Tensor:
         raise AquabitError(
             f"H is not positive semi-definite: its smallest eigenvalue is {low:.3g}, its largest {high:.3g}"
         )
-    return h + (1e-6 * mean - values.min(1).values.clamp_max(0)[:, None, None].float() * 1.01) * eye
+    return _raised(h, 1e-6 * mean - values.min(1, keepdim=True).values.clamp_max(0).float() * 1.01)
 
 
 def damped(hessian: Tensor, damping: float = DAMPING) -> Tensor:
@@ -83,11 +95,17 @@ def damped(hessian: Tensor, damping: float = DAMPING) -> Tensor:
 def output_error(weight: Tensor, decoded: Tensor, hessian: Tensor | None = None) -> float:
     """tr(dW H dW^T) / tr(W H W^T), the relative squared output error (relative weight error without H); in
     float64."""
-    h = check_hessian(hessian, weight).double()
+    h = check_hessian(hessian, weight)
     rows = weight.detach().double().reshape(len(h), -1, weight[0].numel())
     difference = rows - decoded.detach().to(weight.device).double().reshape(rows.shape)
-    if h.ndim == 2:
-        error, norm = ((d.square() * h[:, None]).sum() for d in (difference, rows))
-    else:
-        error, norm = (((d @ h) * d).sum() for d in (difference, rows))
+    error, norm = ((times_wide(d, h) * d).sum() for d in (difference, rows))
     return float(error / norm) if float(norm) > 0 else 0.0
+
+
+def times_wide(rows: Tensor, hessian: Tensor) -> Tensor:
+    """float64 rows [G, P, R] times a symmetric float32 H [G, R, R] or [G, R], which is never held in float64
+    whole."""
+    if hessian.ndim == 2:
+        return rows * hessian[:, None].double()
+    parts = hessian.split(COLUMNS, dim=2)
+    return torch.cat([rows @ part.double() for part in parts], 2)

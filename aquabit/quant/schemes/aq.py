@@ -117,14 +117,15 @@ def _problem(
     rows, metrics = [], []
     for weight, h in zip(weights, checked, strict=True):
         h = h.expand(moments, *h.shape[1:])
-        h = h[:, index] if h.ndim == 2 else h[:, index][:, :, index]
+        if len(shape) > 2:
+            h = h[:, index] if h.ndim == 2 else h[:, index][:, :, index]
         wide = weight.detach().float().reshape(moments, -1, row)[:, :, index]
-        rows.append(pad(wide, (0, extra)))
-        metrics.append(pad(h, (0, extra) if h.ndim == 2 else (0, extra, 0, extra)))
-    tables = 1 if shared else len(weights)
-    return _heaviest_first(
-        Problem(torch.cat(rows), torch.cat(metrics), tables, scheme.codebooks, 1 << scheme.bits, size)
-    )
+        rows.append(pad(wide, (0, extra)) if extra else wide)
+        metrics.append(pad(h, (0, extra) if h.ndim == 2 else (0, extra, 0, extra)) if extra else h)
+        del h
+    tables, metric = 1 if shared else len(weights), metrics[0] if len(metrics) == 1 else torch.cat(metrics)
+    del metrics
+    return _heaviest_first(Problem(torch.cat(rows), metric, tables, scheme.codebooks, 1 << scheme.bits, size))
 
 
 def _heaviest_first(problem: Problem) -> tuple[Problem, Tensor]:
@@ -141,7 +142,9 @@ def _heaviest_first(problem: Problem) -> tuple[Problem, Tensor]:
     weight = problem.weight.gather(2, index[:, None].expand_as(problem.weight))
     if problem.diagonal:
         return replace(problem, weight=weight, hessian=problem.hessian.gather(1, index)), order
-    hessian = torch.stack([h[i][:, i] for h, i in zip(problem.hessian, index, strict=True)])
+    hessian = torch.empty_like(problem.hessian)
+    for into, h, i in zip(hessian, problem.hessian, index, strict=True):
+        torch.index_select(h[i], 1, i, out=into)
     return replace(problem, weight=weight, hessian=hessian), order
 
 

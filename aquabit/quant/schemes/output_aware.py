@@ -8,12 +8,11 @@ of ``aquabit.quant.schemes.levels``; the codes are searched in ``aquabit.kernels
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
 from aquabit.kernels.scalar_search import descend, feed
+from aquabit.quant.calibration.hessian import COLUMNS, times_wide
 from aquabit.quant.schemes.levels import Coded, Levels, Problem, State
 from aquabit.quant.schemes.scalar import halves
 
@@ -40,14 +39,34 @@ def feedback_gain(problem: Problem) -> tuple[Tensor | None, Tensor]:
         return None, h
     mean = problem.diagonal.mean(1, keepdim=True)
     for jitter in (1e-6, 1e-5, 1e-4, 1e-3, 1e-2):
-        flipped = h.flip(1, 2).double()
-        flipped.diagonal(dim1=1, dim2=2).add_(jitter * mean)
-        factor, info = torch.linalg.cholesky_ex(flipped)
+        factor, info = _factor(h, jitter * mean)
         if not bool(info.any()):
-            upper = factor.float().flip(1, 2)
-            scale = upper.diagonal(dim1=1, dim2=2)
-            return (upper / scale[:, None]).transpose(1, 2).tril(-1).contiguous(), scale.square()
+            lower = torch.empty_like(h)  # by rows, so that no other copy of H's size is made
+            scale = factor.diagonal(dim1=1, dim2=2).float().flip(1)
+            total = h.shape[1]
+            for start in range(0, total, COLUMNS):
+                end = min(start + COLUMNS, total)
+                part = factor[:, :, total - end : total - start].float().flip(1, 2)  # columns of U
+                lower[:, start:end] = (part / scale[:, None, start:end]).transpose(1, 2)
+            return lower.tril_(-1), scale.square()
     return torch.zeros_like(h), problem.diagonal
+
+
+def _factor(h: Tensor, jitter: Tensor) -> tuple[Tensor, Tensor]:
+    """The lower Cholesky factor of H + jitter with rows and columns reversed, in float64, and LAPACK's
+    info; one copy of H at a time."""
+    flipped = torch.empty(h.shape, dtype=torch.float64, device=h.device)
+    total = h.shape[1]
+    for start in range(0, total, COLUMNS):
+        end = min(start + COLUMNS, total)
+        flipped[:, start:end] = h[:, total - end : total - start].flip(1, 2)
+    flipped.diagonal(dim1=1, dim2=2).add_(jitter)
+    columns = flipped.transpose(1, 2)  # LAPACK's own order: nothing is copied where that is a CPU's
+    info = torch.empty(len(h), dtype=torch.int32, device=h.device)
+    if h.is_cuda:
+        return torch.linalg.cholesky_ex(columns)
+    factor, info = torch.linalg.cholesky_ex(columns, out=(columns, info))
+    return factor, info
 
 
 def pooled(levels: Levels, per_row: Tensor) -> Tensor:
@@ -198,6 +217,6 @@ def no_worse(problem: Problem, levels: Levels, fit: Coded, plain: Coded) -> Code
     """``plain`` where it is better. In float64: with a singular H the float32 loss of a fit that errs where
     inputs never are is a difference of large numbers, and may be below 0."""
     ours, theirs = ((problem.weight - levels.decode(c.parameters, c.codes)).double() for c in (fit, plain))
-    wide = replace(problem, hessian=problem.hessian.double())
-    lost = ((ours + theirs) * wide.times(ours - theirs)).sum(1)  # one loss less the other
+    product = times_wide((ours - theirs).transpose(1, 2), problem.hessian).transpose(1, 2)
+    lost = ((ours + theirs) * product).sum(1)  # one loss less the other
     return chosen(pooled(levels, lost) < 0, plain, fit)

@@ -76,9 +76,12 @@ def _inverse_factor(hessian: Tensor) -> Tensor:
         flipped = hessian.flip(1, 2)
         flipped.diagonal(dim1=1, dim2=2).add_(jitter * diagonal.mean(1, keepdim=True).clamp_min(SMALL))
         lower, info = torch.linalg.cholesky_ex(flipped)
+        del flipped  # of wide layers each of these is a gigabyte
         if not bool(info.any()):  # H + jitter = V V^T with V upper, and U = V^-1
+            upper = lower.flip(1, 2)
+            del lower
             eye = torch.eye(hessian.shape[-1], device=hessian.device).expand_as(hessian)
-            return torch.linalg.solve_triangular(lower.flip(1, 2), eye, upper=True)
+            return torch.linalg.solve_triangular(upper, eye, upper=True)
     return torch.diag_embed(hessian.diagonal(dim1=1, dim2=2).clamp_min(SMALL).rsqrt())
 
 
