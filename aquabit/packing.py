@@ -199,7 +199,8 @@ def quantize(
     # a folder of this machine tells nobody
     config = replace(config, model=without_folders(config.model))
     again = repeated_names(model.denoiser)
-    contents = Contents(config, model.layers, ranges, statistics, model.inputs, model.tied, again)
+    facts = (model.inputs, model.tied, again, model.about)
+    contents = Contents(config, model.layers, ranges, statistics, *facts)
     attach_(model.denoiser, contents)
     return Packed(source, model, config, statistics)
 

@@ -210,3 +210,11 @@ def test_quanto_stores_more_than_eight_bits_at_eight_and_says_so() -> None:
 
     form = quanto.layer(LayerChoice(Scheme.parse("aq3x8g2"), 16), {"shape": (16, 32)})
     assert form.form["weights"] == "qint8" and "8 bits instead of 12" in form.lost
+
+
+def test_both_places_of_a_weight_are_exported() -> None:
+    from tests.test_following import DIGITS, TiedMlp
+
+    graph = trace(TiedMlp(), DIGITS)
+    found = export_config(make_space(graph, "f").uniform("usq4", 16), graph, "torchao")
+    assert set(found.statement) == {"a", "b", "c"} and found.statement["b"] == found.statement["a"]

@@ -3,6 +3,7 @@ places of a weight run from its codes, and what would not load again is refused.
 
 from __future__ import annotations
 
+import json
 import struct
 from pathlib import Path
 from typing import Any
@@ -169,7 +170,14 @@ def test_an_artifact_comes_back(
     model, again = quantized.denoiser, repeated_names(quantized.denoiser)
     attach_(
         model,
-        Contents(config, quantized.layers, inputs=quantized.inputs, tied=quantized.tied, repeated=again),
+        Contents(
+            config,
+            quantized.layers,
+            inputs=quantized.inputs,
+            tied=quantized.tied,
+            repeated=again,
+            about=quantized.about,
+        ),
     )
     written = save_packed_denoiser(model, tmp_path / "packed")
     assert written == CostModel(graph, make_space(graph, config.fingerprint))(config).bytes
@@ -221,3 +229,41 @@ def test_a_changed_model_runs_packed_and_is_saved_where_it_loads_again(change: s
     with pytest.raises(AquabitError, match=r"was changed after it was built \(.*would not load again"):
         made.save(tmp_path / "packed")
     assert not (tmp_path / "packed").exists()
+
+
+class Measured(ModelMixin, ConfigMixin):
+    """Its sizes depend on data: it does not run without."""
+
+    @register_to_config
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.attn = nn.ModuleDict({"to_q": nn.Linear(8, width), "to_v": nn.Linear(width, 8)})
+
+    def forward(self, x: Tensor, length: Tensor) -> Tensor:
+        y: Tensor = self.attn["to_v"](self.attn["to_q"](x)[:, : int(length)])
+        return y
+
+
+def test_an_artifact_of_a_model_that_needs_data_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(diffusers, "Measured", Measured, raising=False)
+    inputs = {**X, "length": torch.tensor(3)}
+    quantized, _, config = packed(Measured(), inputs, tmp_path, "usq4", 8)
+    quantized.pack(config, "exact")
+    about = quantized.about
+    attach_(quantized.denoiser, Contents(config, quantized.layers, inputs=quantized.inputs, about=about))
+    folder = tmp_path / "packed"
+    save_packed_denoiser(quantized.denoiser, folder)
+    loaded: Any = load_packed_denoiser(folder)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**inputs), quantized.denoiser(**inputs), rtol=0, atol=1e-2)
+    assert loaded.attn["to_q"].act_output == quantized.layers["attn.to_q"].act_output == 8, (
+        "Q is quantized too"
+    )
+    facts = json.loads((folder / "config.json").read_text())
+    facts["quantization_config"]["layers"]["names"].append("to_k")
+    del facts["quantization_config"]["digest"]
+    (folder / "config.json").write_text(json.dumps(facts))
+    with pytest.raises(AquabitError, match="'to_k' is no Linear or Conv2d layer of Measured"):
+        load_packed_denoiser(folder)
