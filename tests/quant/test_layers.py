@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import aquabit
+from aquabit.choices import Choices
 from aquabit.cost import CostModel
 from aquabit.graph import fixed_layers, layers, repeated_names, to_json, trace
 from aquabit.packing import quantize
@@ -26,7 +27,9 @@ from aquabit.quant.bank import Bank
 from aquabit.quant.diffusers_quantizer import attach_
 from aquabit.quant.layers import QuantLinear, Tied
 from aquabit.quant.model import QuantizedDenoiser, fingerprint
-from aquabit.scheme import AquabitError, Protocol, QuantConfig
+from aquabit.scheme import AquabitError, Budget, Protocol, QuantConfig
+from aquabit.search.options import Options
+from aquabit.search.search_options import ladder
 from aquabit.space import make_space
 from tests.test_following import MODELS, Ends, TiedMlp
 from tests.tiny_pipelines import tiny
@@ -119,6 +122,12 @@ def test_operations_count_dense_products_at_full_precision() -> None:
     space = make_space(graph, "f", schemes=["usq4"])
     cost, config = CostModel(graph, space), space.uniform("usq4", 8)
     assert cost(config).bops == cost.totals_of(config)["bops"] == 320 * 4 * 8 + 5 * 24 * 32 * 32
+    rows = Choices.of(space, [config])
+    assert cost.totals(rows)["bops"] == [cost(config).bops]
+    budget = Budget(bops=cost(config).bops)
+    options = Options.of(cost, budget)
+    assert options.caps == pytest.approx([320 * 4 * 8]), "what is left for layers"
+    assert ladder(cost, budget, (0.5,)) == [] and cost.within(cost.totals(rows), budget).all()
     assert cost(space.full_precision()).multiply_adds == 320 + 5 * 24
     assert all(value > 5 * 24 * 32 * 32 for value in cost.limits()["bops"])
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from aquabit.quant.layers import quant_layer
 from aquabit.quant.lora import ABOUT, LowRank, by_component, fuse_, low_ranks, read_lora
 from aquabit.scheme import AquabitError
 
@@ -108,3 +109,18 @@ def test_another_model_and_damaged_files_are_refused(tmp_path: Path) -> None:
         read_lora(tmp_path / "l.safetensors")
     with pytest.raises(AquabitError, match="DoRA"):
         low_ranks({"t.x.lora_A.weight": A, "t.x.lora_B.weight": B}, {"t.use_dora": True}, {}, "f")
+
+
+@pytest.mark.parametrize("layer", ["to_q", "conv"])
+def test_a_branch_reads_what_comes_in_before_it_is_rounded(layer: str) -> None:
+    model = Pair()
+    down, up = (A, B) if layer == "to_q" else (torch.randn(2, 3, 3, 3), torch.randn(5, 2))
+    part, x = LowRank(down, up, 0.7), torch.randn(2, 6) if layer == "to_q" else torch.randn(2, 3, 8, 8)
+    dense: Any = model.get_submodule(layer)
+    geometry = () if layer == "to_q" else (dense.stride, dense.padding, dense.dilation, dense.groups)
+    quantized = quant_layer(dense)
+    quantized.act = 4
+    before = quantized(x)
+    quantized.branches.append(part)
+    beside = part.conv2d(x, *geometry) if geometry else part.linear(x)
+    torch.testing.assert_close(quantized(x), before + beside, rtol=0, atol=0)
