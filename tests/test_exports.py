@@ -217,4 +217,4 @@ def test_quanto_stores_more_than_eight_bits_at_eight_and_says_so() -> None:
 def test_both_places_of_a_weight_are_exported() -> None:
     graph = trace(TiedMlp(), DIGITS)
     found = export_config(make_space(graph, "f").uniform("usq4", 16), graph, "torchao")
-    assert set(found.statement) == {"a", "b", "c"} and found.statement["b"] == found.statement["a"]
+    assert set(found.layers) == {"a", "b", "c"} and found.layers["b"] == found.layers["a"]
