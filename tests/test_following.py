@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, CpuOffload, add_hook_to_module
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations, parametrize, weight_norm
@@ -162,6 +163,20 @@ def test_what_cannot_be_followed_is_refused_by_name() -> None:
 
     with pytest.raises(AquabitError, match="the output of Hidden cannot be followed to any of its 2 layers"):
         g.trace(Hidden(), DIGITS)
+
+
+def test_what_moves_or_checkpoints_changes_nothing_and_what_casts_is_refused() -> None:
+    expected, net = g.to_json(g.trace(unet_alone())), unet_alone()
+    net.enable_gradient_checkpointing()
+    add_hook_to_module(net, CpuOffload("cpu"))
+    for module in net.modules():
+        if not list(module.children()):
+            add_hook_to_module(module, AlignDevicesHook("cpu", io_same_device=True))
+    assert g.to_json(g.trace(net)) == expected
+    net = unet_alone()
+    net.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    with pytest.raises(AquabitError, match=r"none of the 41 weights .* layerwise casting"):
+        g.trace(net)
 
 
 # ---- adapters
