@@ -16,12 +16,15 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from aquabit.files import follow_umask, write_text, writing_folder
+from aquabit.graph import repeated_names
 from aquabit.jsonio import read_json
 from aquabit.kernels import Accuracy
 from aquabit.kernels.dispatch import using
 from aquabit.memory import check_images, check_quantizing
 from aquabit.pipelines import (
     Adapter,
+    add_lora,
+    branched,
     calibration_samples,
     denoiser_name,
     free_text_encoders,
@@ -31,12 +34,14 @@ from aquabit.pipelines import (
     noise_statistics,
     own_copy,
     recorder,
+    remove_lora,
     replay_recorder,
     restore_text_encoders,
     sampler,
     set_scheduler,
     trace,
 )
+from aquabit.pipelines.lora import Source
 from aquabit.pipelines.reference import Reference
 from aquabit.quant.artifact import WEIGHT_FILES, Contents, config_of, save_packed_denoiser
 from aquabit.quant.bank import Bank
@@ -111,10 +116,22 @@ class Packed:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.pipe(*args, **kwargs)
 
+    def add_lora(self, source: Source, scale: float = 1.0) -> None:
+        """Put a LoRA beside the packed layers, at 16 bits (``aquabit.add_lora``)."""
+        add_lora(self.pipe, source, scale)
+
+    def remove_lora(self) -> None:
+        """Take every LoRA off again: the model is what it was before."""
+        remove_lora(self.pipe)
+
     def save(self, folder: str | Path, max_shard_size: int | str = "10GB") -> int:
         """Write a diffusers pipeline directory, weights in files of at most ``max_shard_size`` (bytes, or
         as "5GB"); the bytes of the denoiser's tensors."""
         name = denoiser_name(self._pipe)
+        if branched(self._pipe):
+            raise AquabitError(
+                "a LoRA is beside this model and would not be saved; take it off by remove_lora() first"
+            )
         restore_text_encoders(self._pipe)
         try:
             with writing_folder(folder, [f"{name}/{old}" for old in WEIGHT_FILES]) as made:
@@ -179,8 +196,12 @@ def quantize(
     if statistics is not None:
         corrected_(model.denoiser, source.scheduler, statistics, config.correction)
     ranges = model.ranges(config) or {}
+    # a folder of this machine tells nobody
     config = replace(config, model=Reference.parse(config.model).public)
-    attach_(model.denoiser, Contents(config, model.layers, ranges, statistics, model.inputs))
+    again = repeated_names(model.denoiser)
+    facts = (model.inputs, model.tied, again, model.about)
+    contents = Contents(config, model.layers, ranges, statistics, *facts)
+    attach_(model.denoiser, contents)
     return Packed(source, model, config, statistics)
 
 

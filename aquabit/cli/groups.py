@@ -79,12 +79,13 @@ class Source:
 
     variant: options.Variant = None
     base: options.Base = None
+    lora: options.Lora = None
 
     def of(self, model: str) -> str:
         """The reference of a model."""
         from aquabit.pipelines.reference import Reference
 
-        return Reference.parse(model).with_(self.variant, self.base).text
+        return Reference.parse(model).with_(self.variant, self.base, self.lora or ()).text
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,14 @@ Base = Annotated[
         help="The pipeline that MODEL, a file of weights (.safetensors, .gguf), belongs to.",
     ),
 ]
+Lora = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora",
+        metavar="FILE[:SCALE]",
+        help="A LoRA (.safetensors) that is fused with the model's weights first; may be repeated.",
+    ),
+]
 StudyFile = Annotated[Path, typer.Argument(metavar="S.db", help="A study made by `aquabit measure`.")]
 Json = Annotated[
     str | None,

@@ -18,6 +18,7 @@ from aquabit.pipelines.class_latent import ClassEmbedder, ClassLatentPipeline
 from aquabit.pipelines.convert import convert_ldm4
 from aquabit.pipelines.family import FAMILIES, Family, denoiser_name, denoiser_of, family, family_notes
 from aquabit.pipelines.loading import bundled_facts, bundled_models, load
+from aquabit.pipelines.lora import add_lora, branched, remove_lora
 from aquabit.pipelines.presets import PRESETS, Preset, preset_named
 from aquabit.pipelines.prompts import free_text_encoders, restore_text_encoders
 from aquabit.pipelines.sizes import image_batch, image_size
@@ -31,6 +32,8 @@ __all__ = [
     "ClassLatentPipeline",
     "Family",
     "Preset",
+    "add_lora",
+    "branched",
     "bundled_facts",
     "bundled_models",
     "calibration_samples",
@@ -48,6 +51,7 @@ __all__ = [
     "own_copy",
     "preset_named",
     "recorder",
+    "remove_lora",
     "replay_recorder",
     "restore_text_encoders",
     "sampler",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ from aquabit.jsonio import read_json
 from aquabit.pipelines.class_conditional import ClassConditionalPipeline
 from aquabit.pipelines.class_latent import ClassEmbedder, ClassLatentPipeline
 from aquabit.pipelines.family import DENOISERS
+from aquabit.pipelines.lora import fuse_loras_
 from aquabit.pipelines.prompts import can_reload
-from aquabit.pipelines.reference import Reference
+from aquabit.pipelines.reference import Reference, file_and_scale
 from aquabit.quant.bank import weights_folder
 from aquabit.runtime import out_of_memory
 from aquabit.scheme import AquabitError
@@ -60,6 +62,7 @@ def load(
     *,
     variant: str | None = None,
     base: str | Path | None = None,
+    loras: Sequence[str] = (),
 ) -> DiffusionPipeline:
     """The pipeline that ``model`` names, on a device and in a dtype; a packed artifact comes back running
     packed.
@@ -67,18 +70,27 @@ def load(
     ``variant`` ("fp16") names the files of a folder or hub id that are meant. ``model`` may be a file of
     weights (.safetensors, .gguf): of a denoiser, or of a whole pipeline where ``from_single_file`` of its
     class reads it; ``base`` is the pipeline that it belongs to, for its configs and all that the file lacks.
-    GGUF is taken as the full precision of what it decodes to. Both may stand in ``model``, as in
-    "org/name?variant=fp16". ``offload``: components wait on the CPU and are on the GPU only while they run.
+    GGUF is taken as the full precision of what it decodes to. ``loras`` ("FILE" or "FILE:SCALE") are fused
+    with its weights. All of these may stand in ``model``, as in "org/name?variant=fp16&lora=FILE:0.8".
+    ``offload``: components wait on the CPU and are on the GPU only while they run.
     Raises AquabitError for an unknown name, a folder that is no pipeline or lacks components, files that are
     damaged or do not fit, a hub that does not give the model, and a device that is not there.
     """
     if isinstance(model, DiffusionPipeline):
-        if variant is not None or base is not None:
-            raise AquabitError("variant and base say what is loaded, and this pipeline is loaded already")
+        if variant is not None or base is not None or loras:
+            raise AquabitError(
+                "variant, base and loras say what is loaded, and this pipeline is loaded already"
+            )
         return model
     check_device(device, offload)
     dtype = _dtype(dtype)
-    reference = Reference.parse(str(model)).with_(variant, None if base is None else str(base))
+    reference = Reference.parse(str(model)).with_(variant, None if base is None else str(base), loras)
+    if reference.loras:
+        pipe = load(replace(reference, loras=()).text, device, dtype)
+        fuse_loras_(pipe, [file_and_scale(lora) for lora in reference.loras])
+        if offload:
+            pipe.enable_model_cpu_offload(device=device)
+        return pipe
     name, variant = reference.model, reference.variant
     folder = BUNDLED / name if name in bundled_models() else Path(name)
     if folder.is_file():

@@ -7,13 +7,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import networkx as nx
 import torch
 from torch import Tensor
 
-from aquabit.graph import described_inputs, trace
+from aquabit.graph import described_inputs, repeated_names, trace
 from aquabit.graph import layers as layer_nodes
-from aquabit.quant.artifact import Contents, finish_, is_own, place_layers_, stored_statistics
+from aquabit.quant.artifact import Contents, finish_, is_own, place_layers_, stored_statistics, tie_
+from aquabit.quant.correction.statistics import Statistics
 from aquabit.quant.finetuning.store import stored_weight
+from aquabit.quant.layer_facts import graph_from
 from aquabit.quant.model import fingerprint_of, storage_dtype, stored_hash
 from aquabit.quant.weights import quantize_weight
 from aquabit.scheme import FP, AquabitError, QuantConfig
@@ -35,21 +38,30 @@ class Unpacking:
         fp32: Iterable[str] = (),
     ):
         self.model, self.config, self.facts = model, config, facts
-        inputs = described_inputs(facts["inputs"]) if "inputs" in facts else None
-        self.expected, self.graph = set(model.state_dict()), trace(model, inputs)
+        tie_(model, facts.get("tied", {}))
+        self.expected, self.graph = set(model.state_dict()), self._graph()
+        self.tied = dict[str, str](self.graph.graph.get("tied", {}))
         names = layer_nodes(self.graph)
         dtypes = {n: torch.float32 if set(fp32) & set(n.split(".")) else dtype for n in names}
         self.coded = {f"{n}.weight" for n in names if config[n].weight != FP}
         self.layers = place_layers_(model, self.graph, config, dtypes)
+        self.repeated = repeated_names(model)
+        # stored once, by the first of its places
+        self.elsewhere = self.repeated | {f"{place}.weight" for place in self.tied}
         self.own = (
             self.expected & {f"{n}.{part}" for n in self.layers for part in ("weight", "bias")} - self.coded
         )
         self.stored_as_codes = self.coded
         self.tensors: dict[str, Tensor] = {}
 
+    def _graph(self) -> nx.DiGraph:
+        if "layers" in self.facts:
+            return graph_from(self.facts["layers"], self.facts.get("tied", {}), self.model)
+        return trace(self.model, described_inputs(self.facts["inputs"]) if "inputs" in self.facts else None)
+
     def missing(self, keys: Iterable[str]) -> list[str]:
         """Nothing may be missing; raises AquabitError."""
-        left = sorted(set(keys) - self.stored_as_codes)
+        left = sorted(set(keys) - self.stored_as_codes - self.elsewhere)
         if left:
             raise AquabitError(
                 f"the weights of {type(self.model).__name__} lack {left[0]!r} ({len(left)} such tensors)"
@@ -84,7 +96,11 @@ class Unpacking:
                     layer.to(device)
         ranges = finish_(self.model, self.graph, self.layers, self.config, self.tensors)
         statistics = stored_statistics(self.config, self.facts.get("noise"), self.tensors)
-        return Contents(self.config, self.layers, ranges, statistics, self.facts.get("inputs"))
+        return self._contents(ranges, statistics)
+
+    def _contents(self, ranges: Mapping[str, Tensor], statistics: Statistics | None = None) -> Contents:
+        facts = (self.facts.get("inputs"), self.tied, self.repeated, self.facts.get("layers"))
+        return Contents(self.config, self.layers, ranges, statistics, *facts)
 
 
 class Quantizing(Unpacking):
@@ -134,6 +150,4 @@ class Quantizing(Unpacking):
             layer.bias = None if layer.bias is None else layer.bias.to(both)
             if layer.packed is None:
                 layer.weight = layer.weight.to(both)
-        return Contents(
-            self.config, self.layers, finish_(self.model, self.graph, self.layers, self.config, {})
-        )
+        return self._contents(finish_(self.model, self.graph, self.layers, self.config, {}))

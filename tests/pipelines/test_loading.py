@@ -73,6 +73,7 @@ def other(folder: Path) -> dict[str, Tensor]:
         Reference("org/name", "fp16"),
         Reference("/a b/x.safetensors", base="/c?d/e&f"),
         Reference("what?.gguf", base="org/name"),
+        Reference("digits-dit", loras=("/a b/l.safetensors:0.5", "m.safetensors")),
     ],
 )
 def test_a_reference_is_one_text_both_ways(reference: Reference) -> None:
