@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 from torch import Tensor
 
-from aquabit.files import follow_umask, write_text, writing_folder
+from aquabit.files import check_apart, follow_umask, write_text, writing_folder
 from aquabit.jsonio import read_json
 from aquabit.kernels import Accuracy
 from aquabit.kernels.dispatch import using
@@ -35,9 +35,10 @@ from aquabit.pipelines import (
     restore_text_encoders,
     sampler,
     set_scheduler,
+    sources_of,
     trace,
 )
-from aquabit.quant.artifact import WEIGHT_FILES, Contents, config_of, save_packed_denoiser
+from aquabit.quant.artifact import WEIGHT_FILES, Contents, config_of, save_packed_denoiser, was_packed
 from aquabit.quant.bank import Bank
 from aquabit.quant.correction.corrector import DEFAULT_CORRECTION, check_correction, corrected_, statistics_of
 from aquabit.quant.correction.sampling import follow_, unfollowed, watchers_of
@@ -112,11 +113,18 @@ class Packed:
 
     def save(self, folder: str | Path, max_shard_size: int | str = "10GB") -> int:
         """Write a diffusers pipeline directory, weights in files of at most ``max_shard_size`` (bytes, or
-        as "5GB"); the bytes of the denoiser's tensors."""
+        as "5GB"); the bytes of the denoiser's tensors.
+
+        It may take the place of another packed model. Raises AquabitError, and leaves what is there as it is,
+        where the folder is, holds or lies in the place that the pipeline was loaded from, where files of
+        others would be overwritten, and where it cannot be written.
+        """
         name = denoiser_name(self._pipe)
+        for source in sources_of(self._pipe):
+            check_apart(folder, source)
         restore_text_encoders(self._pipe)
         try:
-            with writing_folder(folder, [f"{name}/{old}" for old in WEIGHT_FILES]) as made:
+            with writing_folder(folder, [f"{name}/{old}" for old in WEIGHT_FILES], was_packed) as made:
                 for component, value in self._pipe.components.items():
                     if component != name and hasattr(value, "save_pretrained"):
                         value.save_pretrained(made / component)

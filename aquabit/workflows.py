@@ -11,12 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
-from aquabit.files import write_bytes
+from aquabit.files import check_apart, write_bytes
 from aquabit.jsonio import write_json
 from aquabit.measuring.session import Session, open_session
 from aquabit.measuring.settings import MeasureOptions
 from aquabit.measuring.where import HERE, Where, WhereOptions
 from aquabit.packing import Model, generate, quantize
+from aquabit.pipelines.loading import sources_of
 from aquabit.pipelines.pictures import thumbnail
 from aquabit.quality import QualityOptions
 from aquabit.reports import report as write_report
@@ -295,6 +296,9 @@ def run_flow(
     told: Callable[[str], object] = lambda _: None,
 ) -> Front:
     """``run`` with values; ``told`` gets the first answers as they come."""
+    for source in sources_of(model):
+        check_apart(out, source, inside=False)
+        check_apart(out / "packed", source)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

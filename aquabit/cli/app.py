@@ -38,6 +38,7 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
     @wraps(function)
     def call(**given: Any) -> None:
         quiet()
+        groups.check_outputs(given, folder=function.__name__ in ("run", "quantize", "convert", "report"))
         function(**given)
 
     return app.command()(shielded(groups.grouped(call)))

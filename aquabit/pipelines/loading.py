@@ -79,6 +79,18 @@ def load(
     return _bound(pipe, name, dtype, device, offload)
 
 
+def sources_of(model: str | Path | DiffusionPipeline) -> set[str]:
+    """Where a pipeline and its components were loaded from: folders, of which some may not be there (ids of
+    the hub, and what diffusers and transformers remember of other machines)."""
+    if not isinstance(model, DiffusionPipeline):
+        return {str(BUNDLED / str(model) if str(model) in bundled_models() else model)}
+    known = [getattr(part, "config", None) for part in (model, *model.components.values())]
+    named = [
+        c.get("_name_or_path") if isinstance(c, Mapping) else getattr(c, "_name_or_path", None) for c in known
+    ]
+    return {str(name) for name in named if isinstance(name, str | Path) and str(name)}
+
+
 def check_device(device: str | torch.device, offload: bool = False) -> None:
     """Raise AquabitError for a device that this machine does not have, and for offloading from none."""
     try:

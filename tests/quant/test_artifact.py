@@ -111,6 +111,39 @@ def test_an_artifact_names_no_folder_of_this_machine(dit, tmp_path) -> None:
     assert len(saved) > 2 and not any(str(tmp_path) in text for text in saved)
 
 
+def test_a_model_is_never_packed_over_itself_or_another(dit, tmp_path, monkeypatch) -> None:
+    for name in ("model", "other"):
+        dit.save_pretrained(tmp_path / name)
+    (tmp_path / "link").symlink_to("model")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    config = replace(mixed(dit, 8), layers=dict(list(mixed(dit, 8).layers.items())[:2]))
+    packed = packing.quantize(str(tmp_path / "model"), config, bank=str(tmp_path / "bank"))
+    for out in ("model", "link", "model/packed", "model/../model", "."):
+        with pytest.raises(AquabitError, match="would be overwritten"):
+            packed.save(tmp_path / out)
+    with pytest.raises(AquabitError, match=r"other holds denoiser/.*which was not written here before"):
+        packed.save(tmp_path / "other")
+    live = packing.quantize(load(str(tmp_path / "model")), config, bank=str(tmp_path / "bank"))
+    with pytest.raises(AquabitError, match="is what it is made from"):
+        live.save(tmp_path / "model")
+    assert before == {p: p.read_bytes() for p in before}
+
+    packed.save(tmp_path / "packed")
+    (tmp_path / "packed" / "mine.txt").write_text("mine")
+    kept = {p: p.read_bytes() for p in (tmp_path / "packed").rglob("*") if p.is_file()}
+
+    def full(*_, **__) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(dit.denoiser), "save_pretrained", full)
+        with pytest.raises(AquabitError, match="No space left"):
+            packed.save(tmp_path / "packed")
+    assert kept == {p: p.read_bytes() for p in (tmp_path / "packed").rglob("*") if p.is_file()}
+    packed.save(tmp_path / "packed")  # over the older one
+    assert kept == {p: p.read_bytes() for p in (tmp_path / "packed").rglob("*") if p.is_file()}
+
+
 @pytest.mark.parametrize("act", [16, 8])
 def test_packed_equals_dense(pipe, tmp_path, act: int) -> None:
     config = mixed(pipe, act)
