@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from aquabit.file_memory import CopiesInFiles
 from aquabit.graph import layers as layer_nodes
 from aquabit.jsonio import digest, read_json, read_object
-from aquabit.quant.bank import weight_hash, weights_folder
+from aquabit.quant.bank import owned, weight_hash, weights_folder
 from aquabit.quant.correction.sampling import follow_
 from aquabit.quant.correction.statistics import Statistics
 from aquabit.quant.finetuning.store import PARTS, SHARED, shared_name
@@ -81,7 +81,7 @@ class Contents:
         tensors |= {f"{RANGES}{name}": ends.contiguous().cpu() for name, ends in self.ranges.items()}
         if self.statistics is not None:
             tensors |= {f"{NOISE}{k}": v for k, v in self.statistics.tensors()[0].items()}
-        return tensors
+        return owned(tensors)
 
 
 def contents_of(denoiser: nn.Module) -> Contents | None:

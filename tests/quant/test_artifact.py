@@ -21,6 +21,7 @@ from aquabit.kernels.arranged import Arranged
 from aquabit.kernels.dispatch import using
 from aquabit.pipelines import Adapter, bundled_models, denoiser_name, load, set_scheduler, trace
 from aquabit.quant.bank import Bank
+from aquabit.quant.finetuning.finetune import FineTuning
 from aquabit.quant.kernel_tuning import layers_of
 from aquabit.quant.layers import QuantConv2d, QuantLinear, resident_bytes
 from aquabit.quant.model import QuantizedDenoiser, fingerprint
@@ -109,6 +110,27 @@ def test_an_artifact_names_no_folder_of_this_machine(dit, tmp_path) -> None:
     packing.quantize(loaded, config, bank=str(tmp_path / "bank")).save(tmp_path / "packed")
     saved = [f.read_text() for f in (tmp_path / "packed").rglob("*.json")]
     assert len(saved) > 2 and not any(str(tmp_path) in text for text in saved)
+
+
+@pytest.mark.parametrize("finetune", [False, FineTuning(steps=2, images=8, batch=4, check_every=1)])
+def test_layers_of_equal_weights_are_stored_each_with_its_own(dit, tmp_path, finetune) -> None:
+    """Copied blocks, and layers that are still zero: their tensors came from one fit, and saving crashed."""
+    blocks = dit.denoiser.transformer_blocks
+    torch.nn.init.zeros_(blocks[0].attn1.to_q.weight)
+    torch.nn.init.zeros_(blocks[0].attn1.to_k.weight)
+    blocks[1].load_state_dict(blocks[0].state_dict())
+    space = make_space(trace(dit), fingerprint(dit.denoiser), calibration=CALIBRATION)
+    for scheme in ("usq3h",) if finetune else ("usq4", "vq3", "usq3h", "aq2x4g4"):
+        bank, out = str(tmp_path / f"bank-{scheme}"), tmp_path / scheme
+        config = space.uniform(scheme, 8)
+        packed = packing.quantize(dit, config, bank=bank, finetune=finetune, accuracy="exact")
+        packed.save(out)
+        stored, loaded = load_file(out / WEIGHTS), load(str(out))
+        twins = [f"transformer_blocks.{i}.attn1.to_v.weight.codes" for i in (0, 1)]
+        assert set(twins) <= stored.keys()
+        for name, layer in packed.model.layers.items():
+            other = loaded.denoiser.get_submodule(name)
+            assert torch.equal(layer.coded.dequantize(), other.coded.dequantize()), name
 
 
 def test_a_model_is_never_packed_over_itself_or_another(dit, tmp_path, monkeypatch) -> None:
