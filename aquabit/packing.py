@@ -41,7 +41,7 @@ from aquabit.pipelines import (
 from aquabit.quant.artifact import WEIGHT_FILES, Contents, config_of, save_packed_denoiser, was_packed
 from aquabit.quant.bank import Bank
 from aquabit.quant.correction.corrector import DEFAULT_CORRECTION, check_correction, corrected_, statistics_of
-from aquabit.quant.correction.sampling import follow_, unfollowed, watchers_of
+from aquabit.quant.correction.sampling import follow_, refollow_, unfollowed, watchers_of
 from aquabit.quant.correction.statistics import Statistics
 from aquabit.quant.diffusers_quantizer import attach_
 from aquabit.quant.finetuning.finetune import FineTuning, Tuned, check_tunable
@@ -71,18 +71,20 @@ class SamplingOptions(TypedDict, total=False):
     eta: float | None
     guidance: float | None
     resolution: int | None
+    scheduler: str | None
     deterministic: bool
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How images are sampled, ``resolution`` in pixels; None: as the artifact's configuration was calibrated
-    for, else as ``Calibration`` has it. ``deterministic``: the same bits whatever timings and threads there
+    """How images are sampled, ``resolution`` in pixels; None: as the artifact's configuration was measured,
+    else as ``Calibration`` has it. ``deterministic``: the same bits whatever timings and threads there
     are."""
 
     eta: float | None = None
     guidance: float | None = None
     resolution: int | None = None
+    scheduler: str | None = None
     deterministic: bool = False
 
 
@@ -244,9 +246,10 @@ def generate(
 ) -> Tensor:
     """Images [n, c, h, w] in [0, 1] from a pipeline or packed artifact, image i from seed + i.
 
-    ``steps``, ``eta``, ``guidance`` and ``resolution`` (pixels) default to what the artifact's configuration
-    was calibrated for (else 10, 0, 1 and the model's own), ``correction`` to the artifact's own; "none"
-    switches it off. ``offload``: what is loaded waits on the CPU and is on the GPU only while it runs.
+    ``steps``, ``eta``, ``guidance``, ``resolution`` (pixels), ``scheduler`` and ``conditions`` default to
+    what the artifact's configuration was measured with (else 10, 0, 1 and the model's own), ``correction`` to
+    the artifact's own; "none" switches it off. ``offload``: what is loaded waits on the CPU and is on the
+    GPU only while it runs.
 
     A packed one runs on the kernels that are fastest on this machine, timed first where that is missing;
     images then depend, within a few grey values, on timings, threads and their number. ``deterministic``: one
@@ -274,14 +277,14 @@ def generate(
     protocol = Protocol(
         images=images,
         seed=seed,
-        conditions=tuple(conditions) if conditions else None,
+        conditions=tuple(conditions) if conditions else usual.conditions,
         micro_batch=batch if same else min(images, batch),
         **given,
     )
     size, own = image_size(adapter.pipe), protocol.resolution
     check_images(images, size if own is None else (own, own))
     layers = layers_of(adapter.denoiser)
-    with _switched_correction(adapter, correction):
+    with _scheduled(adapter, protocol.scheduler), _switched_correction(adapter, correction):
         if same:
             with single_thread(device), using({}):
                 return torch.cat([adapter.images(protocol, b) for b in adapter.batches(protocol)])
@@ -293,6 +296,19 @@ def generate(
             if told is not None:
                 told(placed)
         return torch.cat([adapter.images(protocol, b) for b in adapter.batches(protocol)])
+
+
+@contextmanager
+def _scheduled(adapter: Adapter, name: str) -> Iterator[None]:
+    """Another sampler for a while ("default": the pipeline's own)."""
+    before = adapter.pipe.scheduler
+    set_scheduler(adapter.pipe, name)
+    try:
+        yield
+    finally:
+        if adapter.pipe.scheduler is not before:
+            adapter.pipe.scheduler = before
+            refollow_(adapter.denoiser, before)
 
 
 @contextmanager

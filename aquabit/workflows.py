@@ -340,8 +340,16 @@ def run_flow(
     progress("packing", 0, 1)
     quantize(model, front.best, bank=where.bank, device=where.device).save(out / "packed")
     protocol, packed = study.protocol, str(out / "packed")
+    sampling = {k: getattr(protocol, k) for k in ("eta", "guidance", "resolution", "scheduler")}
     made = generate(
-        packed, 32, protocol.seed, protocol.steps, protocol.conditions, where.device, progress=progress
+        packed,
+        32,
+        protocol.seed,
+        protocol.steps,
+        protocol.conditions,
+        where.device,
+        progress=progress,
+        **sampling,
     )
     write_bytes(out / "samples.png", thumbnail(made))
     progress("packing", 1, 1)

@@ -356,6 +356,7 @@ def quantize(
     config: options.ConfigFile,
     out: Annotated[Path, typer.Option("--out", help="Folder of the packed pipeline.")],
     tuning: groups.Tuning,
+    sampled: groups.Sampled,
     correct: options.Correct = False,
     correction: Annotated[
         str | None,
@@ -371,7 +372,7 @@ def quantize(
     with bars() as progress:
         packed = packing.quantize(
             model,
-            QuantConfig.load(config),
+            sampled.applied(QuantConfig.load(config)),
             correct=correction or correct,
             finetune=tuning.settings(),
             bank=str(bank) if bank else None,

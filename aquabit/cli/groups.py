@@ -15,7 +15,7 @@ import typer
 from aquabit.cli import options
 from aquabit.files import check_apart
 from aquabit.measuring.where import Where
-from aquabit.scheme import AquabitError, Budget, Protocol
+from aquabit.scheme import SCHEDULERS, AquabitError, Budget, Calibration, Protocol, QuantConfig
 
 if TYPE_CHECKING:  # torch is loaded when a verb runs, not for --help
     from aquabit.measuring.settings import MeasureOptions
@@ -357,6 +357,39 @@ class Tuning:
         return replace(settings, steps=self.finetune_steps) if self.finetune_steps else settings
 
 
+SamplerName = Annotated[
+    str | None,
+    typer.Option("--scheduler", help=f"{', '.join(('default', *SCHEDULERS))}; default: as measured."),
+]
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """How images are made where a configuration does not say it, or another way is wanted."""
+
+    prompts: options.Prompts = None
+    guidance: Annotated[
+        float | None,
+        typer.Option("--guidance", help="Classifier-free guidance of the images that packing needs."),
+    ] = None
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Their denoising steps.")] = None
+    eta: Annotated[float | None, typer.Option("--eta", help="Their DDIM noise.")] = None
+    resolution: options.Resolution = None
+    scheduler: SamplerName = None
+
+    def applied(self, config: QuantConfig) -> QuantConfig:
+        """A configuration that says so; what is not given stays as it says."""
+        named = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "prompts"}
+        asked = {k: v for k, v in named.items() if v is not None}
+        if (prompts := read_prompts(self.prompts)) is not None:
+            asked["conditions"] = prompts
+        return (
+            replace(config, calibration=replace(config.calibration or Calibration(), **asked))
+            if asked
+            else config
+        )
+
+
 @dataclass(frozen=True)
 class Making:
     """Which images a packed model makes."""
@@ -366,18 +399,19 @@ class Making:
     steps: Annotated[
         int | None,
         typer.Option(
-            "--steps", min=1, help="Denoising steps; default: those the artifact was calibrated for, else 10."
+            "--steps", min=1, help="Denoising steps; default: those the artifact was measured with, else 10."
         ),
     ] = None
     eta: Annotated[
-        float | None, typer.Option("--eta", help="DDIM's noise; default: as calibrated, else 0.")
+        float | None, typer.Option("--eta", help="DDIM's noise; default: as measured, else 0.")
     ] = None
     guidance: Annotated[
         float | None,
-        typer.Option("--guidance", help="Classifier-free guidance; default: as calibrated, else 1 (off)."),
+        typer.Option("--guidance", help="Classifier-free guidance; default: as measured, else 1 (off)."),
     ] = None
     prompts: options.Prompts = None
     resolution: options.Resolution = None
+    scheduler: SamplerName = None
     correction: Annotated[
         str | None,
         typer.Option(
