@@ -18,6 +18,7 @@ from aquabit.jsonio import read_json
 from aquabit.pipelines.class_conditional import ClassConditionalPipeline
 from aquabit.pipelines.class_latent import ClassEmbedder, ClassLatentPipeline
 from aquabit.pipelines.prompts import can_reload
+from aquabit.pipelines.weights_files import check_complete
 from aquabit.quant.bank import weights_folder
 from aquabit.runtime import out_of_memory
 from aquabit.scheme import AquabitError
@@ -203,6 +204,11 @@ def _guarded(name: str, loader: Callable[[], Any], device: str | torch.device) -
         Exception
     ) as error:  # diffusers, safetensors and the hub raise many types: all mean that it cannot be loaded
         raise AquabitError(_reason(name, error)) from error
+    try:
+        with _silence():
+            check_complete(pipe)
+    except AquabitError as error:
+        raise AquabitError(f"{name}: {error}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
