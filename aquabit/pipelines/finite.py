@@ -63,7 +63,7 @@ def checked_images(
 
     handle = denoiser.register_forward_hook(check)
     try:
-        images = adapter.images(protocol, indices, gradients)
+        images = adapter.images(protocol, indices, gradients=gradients)
     finally:
         handle.remove()
     if not _finite(images):

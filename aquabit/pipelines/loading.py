@@ -18,7 +18,7 @@ from aquabit.jsonio import read_json
 from aquabit.pipelines.class_conditional import ClassConditionalPipeline
 from aquabit.pipelines.class_latent import ClassEmbedder, ClassLatentPipeline
 from aquabit.pipelines.prompts import can_reload
-from aquabit.pipelines.weights_files import check_complete
+from aquabit.pipelines.weights_files import check_complete, origin
 from aquabit.quant.bank import weights_folder
 from aquabit.runtime import out_of_memory
 from aquabit.scheme import AquabitError
@@ -85,11 +85,8 @@ def sources_of(model: str | Path | DiffusionPipeline) -> set[str]:
     the hub, and what diffusers and transformers remember of other machines)."""
     if not isinstance(model, DiffusionPipeline):
         return {str(BUNDLED / str(model) if str(model) in bundled_models() else model)}
-    known = [getattr(part, "config", None) for part in (model, *model.components.values())]
-    named = [
-        c.get("_name_or_path") if isinstance(c, Mapping) else getattr(c, "_name_or_path", None) for c in known
-    ]
-    return {str(name) for name in named if isinstance(name, str | Path) and str(name)}
+    named = (origin(part) for part in (model, *model.components.values()))
+    return {name for name in named if name is not None}
 
 
 def check_device(device: str | torch.device, offload: bool = False) -> None:

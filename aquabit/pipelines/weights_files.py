@@ -3,7 +3,7 @@ or draw them at random."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +50,21 @@ def missing(module: nn.Module) -> list[str]:
     return sorted(name for name in found if not name.removeprefix("bert.").startswith(UNREAD))
 
 
-def folder_of(module: Any) -> Path | None:
+def origin(part: Any) -> str | None:
+    """What diffusers and transformers remember of where a pipeline or a component was loaded from: a folder,
+    or an id of the hub."""
+    config = getattr(part, "config", None)
+    if isinstance(config, Mapping):
+        named = config.get("_name_or_path")
+    else:
+        named = getattr(config, "_name_or_path", None)
+    return str(named) if isinstance(named, str | Path) and str(named) else None
+
+
+def folder_of(module: nn.Module) -> Path | None:
     """Where a component was loaded from; None where that is no folder of this machine."""
-    config = getattr(module, "config", None)
-    named = config.get("_name_or_path") if hasattr(config, "get") else getattr(config, "_name_or_path", None)
-    folder = Path(str(named)) if named else None
-    return folder if folder is not None and folder.is_dir() else None
+    named = origin(module)
+    return Path(named) if named is not None and Path(named).is_dir() else None
 
 
 def stored_names(module: nn.Module) -> Iterator[str]:
