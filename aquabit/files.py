@@ -101,7 +101,6 @@ def _into(temporary: Path, target: Path, instead_of: Iterable[str], may_replace:
             return
     fresh = {target / f.relative_to(temporary): f for f in temporary.rglob("*") if not f.is_dir()}
     for own in fresh:  # before anything is touched
-        own.parent.mkdir(parents=True, exist_ok=True)
         if own.is_dir():
             raise IsADirectoryError(errno.EISDIR, f"{own} is a folder")
         if own.parent.resolve() != own.parent:

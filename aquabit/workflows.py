@@ -62,6 +62,16 @@ class RunOptions(WhereOptions, total=False):
     damages: str | None
 
 
+WRITTEN = (  # by ``run``, beside study.db and folders
+    "first.json",
+    "first-config.json",
+    "sensitivity.json",
+    "front.json",
+    "config.json",
+    "samples.png",
+)
+
+
 @dataclass(frozen=True)
 class FlowOptions:
     """What ``run`` explains, checks and searches: the budget in bits per weight, real swaps that check the
@@ -299,6 +309,11 @@ def run_flow(
     for source in sources_of(model):
         check_apart(out, source, inside=False)
         check_apart(out / "packed", source)
+    others = [out / name for name in WRITTEN if (out / name).exists()]
+    if others and not (out / "study.db").exists():
+        raise AquabitError(
+            f"{others[0]} is of no run in {out} and would be overwritten; choose another folder"
+        )
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

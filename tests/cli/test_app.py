@@ -437,6 +437,7 @@ def test_names_from_files_do_not_reach_the_terminal_as_commands(capsys: pytest.C
 def test_no_verb_writes_over_what_it_reads(folder) -> None:
     (folder / "linked").symlink_to("pipe")
     (folder / "site").mkdir()
+    (folder / "site" / "config.json").write_text("my own settings")
     (folder / "site" / "index.html").write_text("my own page")
 
     def kept() -> dict[str, bytes]:
@@ -458,6 +459,7 @@ def test_no_verb_writes_over_what_it_reads(folder) -> None:
         ("status", study, "--json", study),
         ("generate", "whole/packed", "--out", "whole/packed/denoiser/config.json"),
         ("report", study, "--out", "site"),
+        ("run", "pipe", "--out", "site"),
     )
     for words in wrong:
         said = fails(folder, *words)

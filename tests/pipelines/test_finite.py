@@ -70,7 +70,7 @@ def test_verbs_stop_with_one_sentence_and_record_nothing(overflowing: Path, verb
     assert not len(Study(overflowing / "whole" / "study.db").measurements(failed=True))
 
 
-def test_the_step_is_named_and_a_worker_says_the_same(tmp_path: Path) -> None:
+def test_the_step_is_named_whatever_makes_the_images(tmp_path: Path) -> None:
     pipe = tiny_pipeline("dit")
     BreaksAt(pipe, 2)
     with pytest.raises(
