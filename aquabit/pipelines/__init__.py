@@ -17,7 +17,7 @@ from aquabit.pipelines.class_conditional import ClassConditionalPipeline
 from aquabit.pipelines.class_latent import ClassEmbedder, ClassLatentPipeline
 from aquabit.pipelines.convert import convert_ldm4
 from aquabit.pipelines.family import FAMILIES, Family, denoiser_name, denoiser_of, family, family_notes
-from aquabit.pipelines.loading import bundled_facts, bundled_models, load
+from aquabit.pipelines.loading import bundled_facts, bundled_models, load, sources_of
 from aquabit.pipelines.lora import add_lora, branched, remove_lora
 from aquabit.pipelines.presets import PRESETS, Preset, preset_named
 from aquabit.pipelines.prompts import free_text_encoders, restore_text_encoders
@@ -57,5 +57,6 @@ __all__ = [
     "sampler",
     "scheduler_named",
     "set_scheduler",
+    "sources_of",
     "trace",
 ]

@@ -21,6 +21,7 @@ from aquabit.file_memory import CopiesInFiles
 from aquabit.graph import known_class
 from aquabit.graph import trace as trace_denoiser
 from aquabit.pipelines.family import KINDS, denoiser_of, family
+from aquabit.pipelines.finite import finite_images
 from aquabit.pipelines.prompts import embeddings
 from aquabit.pipelines.running import as_measured
 from aquabit.pipelines.sizes import image_batch, image_size
@@ -127,7 +128,7 @@ def _runs(
         now, pipe.scheduler = pipe.scheduler, scheduler
         try:
             set_scheduler(pipe, calibration.scheduler)
-            yield [partial(adapter.images, protocol, part) for part in adapter.batches(protocol)]
+            yield [partial(finite_images, adapter, protocol, part) for part in adapter.batches(protocol)]
         finally:
             pipe.scheduler = now
 

@@ -27,6 +27,7 @@ from aquabit.pipelines.family import DENOISERS
 from aquabit.pipelines.lora import fuse_loras_
 from aquabit.pipelines.prompts import can_reload
 from aquabit.pipelines.reference import Reference, file_and_scale
+from aquabit.pipelines.weights_files import check_complete, origin
 from aquabit.quant.bank import weights_folder
 from aquabit.runtime import out_of_memory
 from aquabit.scheme import AquabitError
@@ -113,6 +114,17 @@ def load(
         name, lambda: DiffusionPipeline.from_pretrained(name, dtype=dtype, variant=variant), device
     )
     return _bound(pipe, reference, dtype, device, offload)
+
+
+def sources_of(model: str | Path | DiffusionPipeline) -> set[str]:
+    """Where a pipeline and its components were loaded from: folders, of which some may not be there (ids of
+    the hub, and what diffusers and transformers remember of other machines)."""
+    if not isinstance(model, DiffusionPipeline):
+        named = Reference.parse(str(model))
+        places = (named.model, named.base, *(file_and_scale(lora)[0] for lora in named.loras))
+        return {str(BUNDLED / p if p in bundled_models() else p) for p in places if p is not None}
+    origins = (origin(part) for part in (model, *model.components.values()))
+    return {name for name in origins if name is not None}
 
 
 def check_device(device: str | torch.device, offload: bool = False) -> None:
@@ -346,6 +358,11 @@ def _guarded(name: str, loader: Callable[[], Any], device: str | torch.device) -
         Exception
     ) as error:  # diffusers, safetensors and the hub raise many types: all mean that it cannot be loaded
         raise AquabitError(_reason(name, error)) from error
+    try:
+        with _silence():
+            check_complete(pipe)
+    except AquabitError as error:
+        raise AquabitError(f"{name}: {error}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

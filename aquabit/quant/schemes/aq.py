@@ -81,8 +81,8 @@ def additive(
     Each weight gets tables of its own; with ``shared`` all of them use the same tables (the very same
     tensor). ``beam`` is the width of the search over the M codes of a group. Groups that do not divide a row
     are padded. Warns where a format has more codewords than the layer has groups (the rest stay zero) or
-    groups longer than a row. Raises AquabitError for H that is not finite or not positive semi-definite, and
-    for weights of different shapes.
+    groups longer than a row. H is positive semi-definite, as ``conditioned`` leaves it. Raises AquabitError
+    for H that is not finite, and for weights of different shapes.
     """
     shapes = {tuple(w.shape) for w in weights}
     if len(shapes) != 1:
@@ -108,7 +108,7 @@ def _problem(
     order of groups, [Z, groups]."""
     layout, row = scheme.layout(shape), prod(shape[1:])
     size = layout.group
-    checked = [check_hessian(h, w) for w, h in zip(weights, hessians, strict=True)]
+    checked = [check_hessian(h, w, definite=False) for w, h in zip(weights, hessians, strict=True)]
     if len({h.ndim for h in checked}) > 1:
         raise AquabitError("weights quantized together need H of one kind: all full, or all diagonal")
     moments = max(len(h) for h in checked)

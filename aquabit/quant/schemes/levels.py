@@ -93,7 +93,7 @@ class Problem:
 def problem_of(weight: Tensor, hessian: Tensor | None) -> Problem:
     """Rows and H in one order: that of storage, then by decreasing diagonal of H (GPTQ's act-order). An H
     of zeros is the identity."""
-    rows, h = as_rows(weight), check_hessian(hessian, weight)
+    rows, h = as_rows(weight), check_hessian(hessian, weight, definite=False)
     if not bool((h if h.ndim == 2 else h.diagonal(dim1=1, dim2=2)).any(1).all()):
         h = torch.stack([damped(each, 0.0) for each in h])
     place = torch.arange(rows.shape[1], device=h.device)
