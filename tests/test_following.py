@@ -376,6 +376,20 @@ def test_other_weights_are_dense_and_their_products_counted_once(name: str) -> N
     assert any("stay dense" in note for note in g.graph_notes(graph))
 
 
+def test_torch_s_own_attention_is_counted_as_it_runs() -> None:
+    class Attends(Mlp):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            y: Tensor = self.second(x, x, x, need_weights=False)[0]
+            return y
+
+    model = Attends(nn.MultiheadAttention(8, 2, batch_first=True))
+    graph = g.trace(model, DIGITS)
+    assert graph.graph["uncalled"] == ["second.out_proj"]
+    assert set(graph.graph["dense"]) == {"second.in_proj_weight"}
+    assert all_macs(graph) == 5 * (64 + 3 * 64 + 64)
+
+
 # ---- one weight in two layers
 
 
