@@ -34,6 +34,7 @@ from aquabit.pipelines import (
     replay_recorder,
     restore_text_encoders,
     sampler,
+    scheduler_of,
     set_scheduler,
     trace,
 )
@@ -70,18 +71,20 @@ class SamplingOptions(TypedDict, total=False):
     eta: float | None
     guidance: float | None
     resolution: int | None
+    frames: int | None
     deterministic: bool
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How images are sampled, ``resolution`` in pixels; None: as the artifact's configuration was calibrated
-    for, else as ``Calibration`` has it. ``deterministic``: the same bits whatever timings and threads there
-    are."""
+    """How images are sampled, ``resolution`` in pixels, ``frames`` of each video; None: as the artifact's
+    configuration was calibrated for, else as ``Calibration`` has it. ``deterministic``: the same bits
+    whatever timings and threads there are."""
 
     eta: float | None = None
     guidance: float | None = None
     resolution: int | None = None
+    frames: int | None = None
     deterministic: bool = False
 
 
@@ -174,9 +177,9 @@ def quantize(
     with single_thread(device):
         statistics = _statistics(source, model, config, progress) if config.correction else None
         model.code(config, accuracy, progress)
-    follow_(model.denoiser, source.scheduler, model.watchers(config))
+    follow_(model.denoiser, scheduler_of(source), model.watchers(config))
     if statistics is not None:
-        corrected_(model.denoiser, source.scheduler, statistics, config.correction)
+        corrected_(model.denoiser, scheduler_of(source), statistics, config.correction)
     ranges = model.ranges(config) or {}
     if Path(config.model).is_absolute():  # a folder of this machine tells nobody
         config = replace(config, model=Path(config.model).name)
@@ -200,7 +203,9 @@ def _copied(
     if device == "cpu":
         check_quantizing(graph, config, calibration_samples(source, config.calibration or Calibration()))
     if isinstance(pipe, DiffusionPipeline):
-        source = own_copy(source, name, "scheduler")  # what is followed is not the caller's
+        source = own_copy(
+            source, name, *(["scheduler"] if scheduler_of(source) is not None else [])
+        )  # what is followed is not the caller's
     else:
         free_text_encoders(source)
     denoiser = getattr(source, name).eval()
@@ -214,7 +219,7 @@ def _statistics(
     sampler."""
     calibration = config.calibration or Calibration()
     set_scheduler(source, calibration.scheduler)
-    check_correction(source.scheduler, config.correction, calibration.eta)
+    check_correction(scheduler_of(source), config.correction, calibration.eta)
     return noise_statistics(
         source, model, config, replace(calibration, scheduler="default"), progress=progress
     )
@@ -234,11 +239,13 @@ def generate(
     offload: bool = False,
     **sampling: Unpack[SamplingOptions],
 ) -> Tensor:
-    """Images [n, c, h, w] in [0, 1] from a pipeline or packed artifact, image i from seed + i.
+    """Images [n, c, h, w] in [0, 1] from a pipeline or packed artifact, image i from seed + i; of videos
+    every frame is one, those of a video after each other.
 
-    ``steps``, ``eta``, ``guidance`` and ``resolution`` (pixels) default to what the artifact's configuration
-    was calibrated for (else 10, 0, 1 and the model's own), ``correction`` to the artifact's own; "none"
-    switches it off. ``offload``: what is loaded waits on the CPU and is on the GPU only while it runs.
+    ``steps``, ``eta``, ``guidance``, ``resolution`` (pixels) and ``frames`` default to what the artifact's
+    configuration was calibrated for (else 10, 0, 1 and the model's own), ``correction`` to the artifact's
+    own; "none" switches it off. ``offload``: what is loaded waits on the CPU and is on the GPU only while it
+    runs.
 
     A packed one runs on the kernels that are fastest on this machine, timed first where that is missing;
     images then depend, within a few grey values, on timings, threads and their number. ``deterministic``: one
@@ -300,8 +307,8 @@ def _switched_correction(adapter: Adapter, correction: str | None) -> Iterator[N
     if statistics is None or correction is None:
         yield
         return
-    corrected_(adapter.denoiser, adapter.pipe.scheduler, statistics, correction)
+    corrected_(adapter.denoiser, scheduler_of(adapter.pipe), statistics, correction)
     try:
         yield
     finally:
-        follow_(adapter.denoiser, adapter.pipe.scheduler, before)
+        follow_(adapter.denoiser, scheduler_of(adapter.pipe), before)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -146,7 +146,7 @@ class QuantConfig:
         body = {k: v for k, v in self.to_dict().items() if k not in ("model", "schema", "calibration")}
         calibrated = any(choice.weight.calibrated for choice in self.layers.values())
         if calibrated or self.correction or self.ranges != "dynamic":
-            body["calibration"] = asdict(self.calibration or Calibration())
+            body["calibration"] = (self.calibration or Calibration()).to_dict()
         return digest(body)
 
     def with_layer(
@@ -184,7 +184,7 @@ class QuantConfig:
                 None if self.steps is None else {"total": self.steps.total, "starts": list(self.steps.starts)}
             ),
             "correction": self.correction,
-            "calibration": None if self.calibration is None else asdict(self.calibration),
+            "calibration": None if self.calibration is None else self.calibration.to_dict(),
             **{k: v for k, v in later.items() if v is not None},
         }
 
@@ -244,6 +244,7 @@ def _config_model() -> Any:
         guidance: float = Field(allow_inf_nan=False)
         resolution: int | None
         conditions: list[str | int] | None
+        frames: int | None = None
 
     class ConfigFile(Strict):
         version: Literal[1] = Field(alias="schema")

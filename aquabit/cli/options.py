@@ -155,6 +155,9 @@ Resolution = Annotated[
     int | None,
     typer.Option("--resolution", min=1, help="Side of the images in pixels; default: the model's own."),
 ]
+Frames = Annotated[
+    int | None, typer.Option("--frames", min=1, help="Frames of each video; default: the model's own.")
+]
 Preset = Annotated[
     str | None,
     typer.Option(

@@ -36,7 +36,8 @@ from aquabit.pipelines import (
     recorder,
     replay_recorder,
     sampler,
-    set_scheduler,
+    scheduler_of,
+    use_scheduler,
 )
 from aquabit.pipelines.pictures import thumbnail
 from aquabit.quality import NonFiniteImages, NonFiniteValues, Quality, QualityMeter, QualityOptions, Source
@@ -143,7 +144,7 @@ class Evaluator:
             free_text_encoders(pipe)
         self.pipe, self.bank, self.fingerprint, self.device = pipe, bank, fingerprint, device
         self.graph = graph
-        self.scheduler = pipe.scheduler
+        self.scheduler = scheduler_of(pipe)
         self.adapter = Adapter(pipe)
         self.quantized = QuantizedDenoiser(
             self.adapter.denoiser.eval(), graph, bank, fingerprint, recorder(pipe), sampler(pipe)
@@ -220,8 +221,7 @@ class Evaluator:
                 f"the configuration is for model {config.fingerprint}, this is model {self.fingerprint}"
             )
         watchers = self._watchers(config, protocol)
-        self.pipe.scheduler = self.scheduler
-        set_scheduler(self.pipe, protocol.scheduler)
+        use_scheduler(self.pipe, self.scheduler, protocol.scheduler)
         if packed:
             with self.packed(config), using({}):
                 yield from self._images(config, protocol, watchers)
@@ -234,7 +234,7 @@ class Evaluator:
     ) -> Generator[tuple[range, Tensor], None, None]:
         """Images of the configuration that is applied; what depends on the step follows the sampler."""
         every = [*self.quantized.watchers(config), *watchers]
-        with following(self.adapter.denoiser, self.pipe.scheduler, every):
+        with following(self.adapter.denoiser, scheduler_of(self.pipe), every):
             for batch in self.adapter.batches(protocol):
                 yield batch, self.adapter.images(protocol, batch)
 
@@ -242,9 +242,8 @@ class Evaluator:
         """What takes part in sampling with a configuration."""
         if not config.correction or not config.layers:
             return []
-        self.pipe.scheduler = self.scheduler
-        set_scheduler(self.pipe, protocol.scheduler)
-        check_correction(self.pipe.scheduler, config.correction, protocol.eta)
+        use_scheduler(self.pipe, self.scheduler, protocol.scheduler)
+        check_correction(scheduler_of(self.pipe), config.correction, protocol.eta)
         return [Corrector(self.noise(config, Calibration.of(protocol)), config.correction)]
 
     def noise(self, config: QuantConfig, calibration: Calibration) -> Statistics:
@@ -256,7 +255,7 @@ class Evaluator:
         if path.exists():
             with suppress(AquabitError):  # damaged: measured again
                 return Statistics.load(path)
-        self.pipe.scheduler = self.scheduler
+        use_scheduler(self.pipe, self.scheduler)
         found = noise_statistics(self.pipe, self.quantized, plain, calibration)
         self.bank.write(path, *found.stored())
         return found
@@ -342,8 +341,7 @@ class Evaluator:
 
         with single_thread(self.device), self.quantized.bank_in_use():
             self.quantized.apply(QuantConfig(self.fingerprint, {}))
-            self.pipe.scheduler = self.scheduler
-            set_scheduler(self.pipe, protocol.scheduler)
+            use_scheduler(self.pipe, self.scheduler, protocol.scheduler)
             branches = 2 if protocol.guidance != 1.0 else 1
             held = few * branches * protocol.steps * layer_bytes(self.graph)
             sketches = Sketches(
@@ -359,7 +357,7 @@ class Evaluator:
                 return self.adapter.images(own, range(start, start + few), gradients=True)
 
             try:
-                with following(self.adapter.denoiser, self.pipe.scheduler, [place]):
+                with following(self.adapter.denoiser, scheduler_of(self.pipe), [place]):
                     found = sketches(images, passes, start)
             except RuntimeError as fault:
                 if out_of_memory(fault):
@@ -379,7 +377,7 @@ class Evaluator:
         calibration, batch = stored(protocol, part)
         if calibration.digest not in self._stored:
             self.quantized.apply(QuantConfig(self.fingerprint, {}))
-            self.pipe.scheduler = self.scheduler
+            use_scheduler(self.pipe, self.scheduler)
             recording = replay_recorder(self.pipe)(calibration, batch)
             self._stored[calibration.digest] = OutputErrors(recording, self.adapter.denoiser)
         return self._stored[calibration.digest]
@@ -440,7 +438,9 @@ class Evaluator:
                 if not config.layers:
                     self._keep(protocol, batch, images)
                 full = self._full_batch(protocol, batch) if config.layers else images
-                quality.update(images, full, None if conditions is None else [conditions[i] for i in batch])
+                frames = range(len(images) // len(batch))  # of a video each shows the same
+                shown = None if conditions is None else [conditions[i] for i in batch for _ in frames]
+                quality.update(images, full, shown)
                 if batch.start < THUMBNAILS:
                     first.append(images[: THUMBNAILS - batch.start])
         return torch.cat(first)

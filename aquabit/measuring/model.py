@@ -9,7 +9,16 @@ import networkx as nx
 from diffusers import DiffusionPipeline
 
 from aquabit.measuring.evaluator import own_source
-from aquabit.pipelines import Adapter, denoiser_of, family_notes, image_size, load, scheduler_named, trace
+from aquabit.pipelines import (
+    Adapter,
+    denoiser_of,
+    family_notes,
+    image_size,
+    load,
+    scheduler_named,
+    scheduler_of,
+    trace,
+)
 from aquabit.quality import Source
 from aquabit.quant.correction.corrector import check_correction
 from aquabit.quant.model import fingerprint
@@ -39,7 +48,7 @@ def open_model(model: str | DiffusionPipeline) -> Model:
     own, prompts = own_source(adapter), adapter.kind == "prompt"
     notes = tuple(family_notes(pipe))
     own_print, size = fingerprint(denoiser_of(pipe)), image_size(pipe)
-    return Model(name, own_print, trace(pipe), model, pipe.scheduler, own, prompts, size, notes)
+    return Model(name, own_print, trace(pipe), model, scheduler_of(pipe), own, prompts, size, notes)
 
 
 def check_correctable(model: Model, protocol: Protocol, correction: str | None) -> None:

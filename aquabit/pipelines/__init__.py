@@ -12,11 +12,20 @@ from aquabit.pipelines.adapter import (
     scheduler_named,
     set_scheduler,
     trace,
+    use_scheduler,
 )
 from aquabit.pipelines.class_conditional import ClassConditionalPipeline
 from aquabit.pipelines.class_latent import ClassEmbedder, ClassLatentPipeline
 from aquabit.pipelines.convert import convert_ldm4
-from aquabit.pipelines.family import FAMILIES, Family, denoiser_name, denoiser_of, family, family_notes
+from aquabit.pipelines.family import (
+    FAMILIES,
+    Family,
+    denoiser_name,
+    denoiser_of,
+    family,
+    family_notes,
+    scheduler_of,
+)
 from aquabit.pipelines.loading import bundled_facts, bundled_models, load
 from aquabit.pipelines.presets import PRESETS, Preset, preset_named
 from aquabit.pipelines.prompts import free_text_encoders, restore_text_encoders
@@ -52,6 +61,8 @@ __all__ = [
     "restore_text_encoders",
     "sampler",
     "scheduler_named",
+    "scheduler_of",
     "set_scheduler",
     "trace",
+    "use_scheduler",
 ]

@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from aquabit.file_memory import CopiesInFiles
 from aquabit.graph import known_class
 from aquabit.graph import trace as trace_denoiser
-from aquabit.pipelines.family import KINDS, denoiser_of, family
+from aquabit.pipelines.effects import check_effects, first_inputs
+from aquabit.pipelines.family import EVERYWHERE, KINDS, denoiser_of, family, scheduler_of
+from aquabit.pipelines.outputs import images_of
 from aquabit.pipelines.prompts import embeddings
 from aquabit.pipelines.running import as_measured
 from aquabit.pipelines.sizes import image_batch, image_size
@@ -35,6 +37,7 @@ from aquabit.quant.finetuning.replay import Recording, record_outputs
 from aquabit.quant.model import QuantizedDenoiser
 from aquabit.scheme import SCHEDULERS, AquabitError, Calibration, Progress, Protocol, QuantConfig, no_progress
 
+GUIDANCE = ("guidance_scale", "true_cfg_scale")  # where a pipeline of no known family takes guidance
 CALIBRATION_BATCH, CALIBRATION_CALLS = 16, 64  # images of a denoiser call that is kept, and how many are kept
 
 
@@ -79,11 +82,33 @@ def scheduler_named(own: Any, name: str) -> Any:
 
 def set_scheduler(pipe: DiffusionPipeline, name: str) -> None:
     """Replace the sampler by name ("default" keeps the pipeline's own)."""
-    found = scheduler_named(pipe.scheduler, name)
-    if found is pipe.scheduler:
+    own = scheduler_of(pipe)
+    if own is None and name != "default":
+        raise AquabitError(f"scheduler is {name}, but {type(pipe).__name__} has no scheduler; leave it out")
+    found = scheduler_named(own, name)
+    if found is own:
         return
     pipe.scheduler = found
     refollow_(denoiser_of(pipe), pipe.scheduler)
+
+
+def use_scheduler(pipe: DiffusionPipeline, scheduler: Any, name: str = "default") -> None:
+    """A pipeline samples with ``scheduler``, or with the sampler of that name made of it; nothing where it
+    has none."""
+    if scheduler is not None:
+        pipe.scheduler = scheduler
+    set_scheduler(pipe, name)
+
+
+@contextmanager
+def scheduled(pipe: DiffusionPipeline, scheduler: Any, name: str) -> Iterator[None]:
+    """For a while a pipeline samples with the sampler of that name, made of ``scheduler``."""
+    now = scheduler_of(pipe)
+    try:
+        use_scheduler(pipe, scheduler, name)
+        yield
+    finally:
+        use_scheduler(pipe, now)
 
 
 def calibration_samples(pipe: DiffusionPipeline, calibration: Calibration) -> int:
@@ -114,17 +139,13 @@ def _runs(
 ) -> Callable[[Calibration, int], AbstractContextManager[list[Callable[[], object]]]]:
     """What gives the runs that make a calibration's images in batches of so many, with the pipeline's
     scheduler of now."""
-    scheduler = pipe.scheduler
+    scheduler = scheduler_of(pipe)
 
     @contextmanager
     def runs(calibration: Calibration, batch: int) -> Iterator[list[Callable[[], object]]]:
         protocol, adapter = calibration.protocol(batch), Adapter(pipe)
-        now, pipe.scheduler = pipe.scheduler, scheduler
-        try:
-            set_scheduler(pipe, calibration.scheduler)
+        with scheduled(pipe, scheduler, calibration.scheduler):
             yield [partial(adapter.images, protocol, part) for part in adapter.batches(protocol)]
-        finally:
-            pipe.scheduler = now
 
     return runs
 
@@ -138,25 +159,25 @@ def replay_recorder(pipe: DiffusionPipeline) -> Callable[[Calibration, int], Rec
         with runs(calibration, batch) as made:
             # pipelines of classes put the conditional half of a guided call first, those of texts the
             # unconditional one
-            return Recording(record_outputs(denoiser_of(pipe), made), Adapter(pipe).kind != "prompt")
+            return Recording(
+                record_outputs(denoiser_of(pipe), made, scheduler_of(pipe)), Adapter(pipe).kind != "prompt"
+            )
 
     return record
 
 
 def sampler(pipe: DiffusionPipeline) -> Sample:
     """What makes calibration images with the pipeline's denoiser as it is, while watchers follow."""
-    scheduler = pipe.scheduler
+    scheduler = scheduler_of(pipe)
 
     def sample(calibration: Calibration, watchers: Sequence[Watcher]) -> None:
         protocol, adapter = calibration.protocol(CALIBRATION_BATCH), Adapter(pipe)
-        now, pipe.scheduler = pipe.scheduler, scheduler
-        try:
-            set_scheduler(pipe, calibration.scheduler)
-            with following(adapter.denoiser, pipe.scheduler, watchers):
-                for batch in adapter.batches(protocol):
-                    adapter.images(protocol, batch)
-        finally:
-            pipe.scheduler = now
+        with (
+            scheduled(pipe, scheduler, calibration.scheduler),
+            following(adapter.denoiser, scheduler_of(pipe), watchers),
+        ):
+            for batch in adapter.batches(protocol):
+                adapter.images(protocol, batch)
 
     return sample
 
@@ -177,9 +198,7 @@ def noise_statistics(
     plain = replace(config, correction=None)
     batch = min(image_batch(pipe, calibration.resolution, CALIBRATION_BATCH), calibration.images)
     protocol, adapter = calibration.protocol(batch), Adapter(pipe)
-    now = pipe.scheduler
-    try:
-        set_scheduler(pipe, calibration.scheduler)
+    with scheduled(pipe, scheduler_of(pipe), calibration.scheduler):
         runs = [
             (lambda batch=batch: adapter.images(protocol, batch), len(batch))
             for batch in adapter.batches(protocol)
@@ -189,14 +208,8 @@ def noise_statistics(
         owner = (config.fingerprint, plain.digest)
         switches = model.watchers(plain)  # of activations that change between steps
         return measure_noise(
-            adapter.denoiser, pipe.scheduler, runs, full, *owner, [*switches, *watchers], progress
+            adapter.denoiser, scheduler_of(pipe), runs, full, *owner, [*switches, *watchers], progress
         )
-    finally:
-        pipe.scheduler = now
-
-
-class _Seen(Exception):
-    """The denoiser was reached."""
 
 
 class Adapter:
@@ -241,7 +254,7 @@ class Adapter:
         """The number of classes; 0 where it is not known."""
         return int(
             getattr(self.pipe.config, "classes", None)
-            or getattr(self.denoiser.config, "num_embeds_ada_norm", None)
+            or getattr(getattr(self.denoiser, "config", None), "num_embeds_ada_norm", None)
             or 0
         )
 
@@ -260,26 +273,38 @@ class Adapter:
 
     def check(self, protocol: Protocol) -> None:
         """Raise AquabitError where the pipeline or its sampler would ignore what the protocol asks for."""
-        name, sampler = type(self.pipe).__name__, type(self.pipe.scheduler).__name__
-        step = inspect.signature(self.pipe.scheduler.step).parameters
+        name, sampler = type(self.pipe).__name__, scheduler_of(self.pipe)
+        step = {} if sampler is None else inspect.signature(sampler.step).parameters
         if protocol.eta and not ("eta" in self.parameters and "eta" in step):
             raise AquabitError(
-                f"eta is {protocol.eta:g}, but {name} with {sampler} has no eta; use --scheduler ddim or"
-                " eta 0"
+                f"eta is {protocol.eta:g}, but {name} with {type(sampler).__name__} has no eta; use"
+                " --scheduler ddim or eta 0"
             )
-        distilled = (
-            self.family is not None
-            and self.family.embedded
-            and not getattr(self.denoiser.config, "guidance_embeds", False)
-        )
-        if protocol.guidance != 1.0 and ("guidance_scale" not in self.parameters or distilled):
+        if protocol.guidance != 1.0 and self.guidance is None:
             raise AquabitError(f"guidance is {protocol.guidance:g}, but this {name} has no guidance; use 1")
+        if "num_inference_steps" not in self.parameters:
+            raise AquabitError(
+                f"{name} takes no number of steps (num_inference_steps), so none can be asked for"
+            )
         if protocol.conditions is not None and self.kind == "batch_size":
             raise AquabitError(f"{name} is unconditional; it takes no prompts or classes")
         own, asked = image_size(self.pipe), protocol.resolution
         if asked is not None and (asked, asked) != own and "height" not in self.parameters:
             side = "its own number of" if own is None else " x ".join(map(str, dict.fromkeys(own)))
             raise AquabitError(f"resolution is {asked}, but {name} makes images of {side} pixels only")
+        if protocol.frames is not None and "num_frames" not in self.parameters:
+            raise AquabitError(f"frames is {protocol.frames}, but {name} takes no number of frames")
+        asked = asked if "height" in self.parameters else None
+        check_effects(self.pipe, self._run, replace(protocol, resolution=asked))
+
+    @property
+    def guidance(self) -> str | None:
+        """The argument that takes guidance, or "guider", the component that has it; None where there is
+        neither."""
+        if hasattr(getattr(self.pipe, "guider", None), "guidance_scale"):
+            return "guider"
+        known = (self.family.guidance,) if self.family else GUIDANCE
+        return next((name for name in known if name in self.parameters), None)
 
     def batches(self, protocol: Protocol) -> list[range]:
         return [
@@ -294,20 +319,31 @@ class Adapter:
         Raises AquabitError for what the pipeline refuses, and where memory ends.
         """
         self.check(protocol)
-        refollow_(self.denoiser, self.pipe.scheduler)  # it may have been replaced
+        refollow_(self.denoiser, scheduler_of(self.pipe))  # it may have been replaced
+        images = self._run(protocol, indices, gradients)
+        side = protocol.resolution
+        if side is not None and tuple(images.shape[-2:]) != (side, side):
+            made = " x ".join(map(str, images.shape[-2:]))
+            raise AquabitError(
+                f"resolution is {side}, but {type(self.pipe).__name__} makes images of {made} pixels of that;"
+                " use a multiple of 64"
+            )
+        return images if gradients else images.float().cpu()
+
+    def _run(self, protocol: Protocol, indices: range, gradients: bool = False) -> Tensor:
+        """The images of some indices as the pipeline gives them, of what was padded the first ones."""
         padded = [*indices, *[indices[-1]] * (protocol.micro_batch - len(indices))]
+        name, call = type(self.pipe).__name__, type(self.pipe).__call__
         with as_measured(self.pipe, protocol, indices.start):
             arguments = self._arguments(protocol, padded)
             if gradients:
-                call = type(self.pipe).__call__
                 with torch.enable_grad():  # below what switches it off
-                    found: Tensor = getattr(call, "__wrapped__", call)(self.pipe, **arguments).images
-                return found[: len(indices)]
-            with torch.inference_mode():
-                images = self.pipe(**arguments).images
-        if not isinstance(images, Tensor):
-            images = torch.from_numpy(images).permute(0, 3, 1, 2)
-        return images[: len(indices)].float().cpu()
+                    output = getattr(call, "__wrapped__", call)(self.pipe, **arguments)
+            else:
+                with torch.inference_mode():
+                    output = call(self.pipe, **arguments)
+        images = images_of(output, len(padded), name)
+        return images[: len(indices) * (len(images) // len(padded))]
 
     def _arguments(self, protocol: Protocol, indices: Sequence[int]) -> dict[str, Any]:
         """Arguments of the pipeline's call for some images."""
@@ -316,14 +352,18 @@ class Adapter:
         given: dict[str, Any] = {
             "generator": [torch.Generator("cpu").manual_seed(protocol.seed + i) for i in indices],
             "num_inference_steps": protocol.steps,
-            "guidance_scale": protocol.guidance,
+            str(self.guidance): protocol.guidance,
             "eta": protocol.eta,
             "output_type": "pt",
             "height": protocol.resolution,
             "width": protocol.resolution,
-            **(self.family.options if self.family else {}),
+            "num_frames": protocol.frames,
         }
-        given = {k: v for k, v in given.items() if k in self.parameters and v is not None}
+        always = {**EVERYWHERE, **(self.family.options if self.family else {})}
+        if self.guidance == "true_cfg_scale":  # it acts beside a negative prompt
+            given["negative_prompt"] = [""] * len(here) if protocol.guidance != 1.0 else None
+        given = {k: v for k, v in given.items() if v is not None} | always
+        given = {k: v for k, v in given.items() if k in self.parameters}
         if self.kind == "batch_size":
             return given | {"batch_size": len(here)}
         if self.family is None or not self.family.encodings:
@@ -337,20 +377,8 @@ class Adapter:
 
     def first_inputs(self, protocol: Protocol) -> Call:
         """Inputs of the first denoiser call of ``protocol``'s first micro-batch; no image is finished."""
-        found: list[Call] = []
-
-        def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found.append((args, kwargs))
-            raise _Seen
-
-        handle = self.denoiser.register_forward_pre_hook(stop, with_kwargs=True)
-        try:
-            self.images(protocol, self.batches(protocol)[0])
-        except _Seen:
-            pass
-        finally:
-            handle.remove()
-        return found[0]
+        self.check(protocol)
+        return first_inputs(self.pipe, lambda: self._run(protocol, self.batches(protocol)[0]))
 
     def first_call(self, protocol: Protocol) -> Callable[[], object]:
         """The first denoiser call of ``protocol``'s first micro-batch, to be made again; no image is

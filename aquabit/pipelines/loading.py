@@ -17,6 +17,7 @@ from aquabit.file_memory import CopiesInFiles
 from aquabit.jsonio import read_json
 from aquabit.pipelines.class_conditional import ClassConditionalPipeline
 from aquabit.pipelines.class_latent import ClassEmbedder, ClassLatentPipeline
+from aquabit.pipelines.family import scheduler_of
 from aquabit.pipelines.prompts import can_reload
 from aquabit.quant.bank import weights_folder
 from aquabit.runtime import out_of_memory
@@ -151,9 +152,9 @@ def _bound(
     can_reload(pipe, _reloader(pipe, source, dtype, device))
     packed = [(part, found) for part in pipe.components.values() if (found := contents_of(part)) is not None]
     for denoiser, found in packed:
-        refollow_(denoiser, pipe.scheduler)
+        refollow_(denoiser, scheduler_of(pipe))
         if found.statistics is not None:
-            corrected_(denoiser, pipe.scheduler, found.statistics, found.config.correction)
+            corrected_(denoiser, scheduler_of(pipe), found.statistics, found.config.correction)
     if offload:
         pipe.enable_model_cpu_offload(device=device)
         return pipe

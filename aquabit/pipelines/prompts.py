@@ -50,6 +50,11 @@ def embeddings(
     after encoders were freed that cannot be loaded again.
     """
     known = _known(pipe)
+    if not guided:  # what guidance needs holds it
+        for (prompt, with_), row in list(known.embeddings.items()):
+            if with_:
+                own = {k: v for k, v in row.items() if not k.startswith("negative_")}
+                known.embeddings.setdefault((prompt, False), own)
     missing = [p for p in dict.fromkeys(every) if (p, guided) not in known.embeddings]
     if missing:
         restore_text_encoders(pipe)
