@@ -52,7 +52,12 @@ def trace(model: DiffusionPipeline | nn.Module) -> nx.DiGraph:
         return trace_denoiser(denoiser)
     adapter = Adapter(model)
     args, kwargs = adapter.first_inputs(
-        Protocol(images=1, steps=1, micro_batch=1, conditions=("",) if adapter.kind == "prompt" else None)
+        Protocol(
+            images=1,
+            steps=adapter.usual_steps,
+            micro_batch=1,
+            conditions=("",) if adapter.kind == "prompt" else None,
+        )
     )
     return trace_denoiser(
         denoiser, {**dict(zip(inspect.signature(denoiser.forward).parameters, args, strict=False)), **kwargs}
@@ -294,8 +299,14 @@ class Adapter:
             raise AquabitError(f"resolution is {asked}, but {name} makes images of {side} pixels only")
         if protocol.frames is not None and "num_frames" not in self.parameters:
             raise AquabitError(f"frames is {protocol.frames}, but {name} takes no number of frames")
-        asked = asked if "height" in self.parameters else None
+        asked = None if (asked, asked) == own else asked  # what would be made anyhow
         check_effects(self.pipe, self._run, replace(protocol, resolution=asked))
+
+    @property
+    def usual_steps(self) -> int:
+        """The number of steps that the pipeline makes where none is asked for."""
+        own = self.parameters.get("num_inference_steps")
+        return own.default if own is not None and isinstance(own.default, int) else 10
 
     @property
     def guidance(self) -> str | None:
@@ -320,7 +331,11 @@ class Adapter:
         """
         self.check(protocol)
         refollow_(self.denoiser, scheduler_of(self.pipe))  # it may have been replaced
-        images = self._run(protocol, indices, gradients)
+        if self.family is not None and self.family.alone:
+            one = replace(protocol, micro_batch=1)
+            images = torch.cat([self._run(one, range(i, i + 1), gradients) for i in indices])
+        else:
+            images = self._run(protocol, indices, gradients)
         side = protocol.resolution
         if side is not None and tuple(images.shape[-2:]) != (side, side):
             made = " x ".join(map(str, images.shape[-2:]))
@@ -378,7 +393,7 @@ class Adapter:
     def first_inputs(self, protocol: Protocol) -> Call:
         """Inputs of the first denoiser call of ``protocol``'s first micro-batch; no image is finished."""
         self.check(protocol)
-        return first_inputs(self.pipe, lambda: self._run(protocol, self.batches(protocol)[0]))
+        return first_inputs(self.pipe, partial(self._run, protocol, self.batches(protocol)[0]))
 
     def first_call(self, protocol: Protocol) -> Callable[[], object]:
         """The first denoiser call of ``protocol``'s first micro-batch, to be made again; no image is

@@ -40,7 +40,8 @@ class Family:
     (``aquabit.graph``). ``encodings`` are how prompts become embeddings; none: the pipeline encodes its
     prompts itself, in every call. ``options`` are arguments of every call. ``guidance`` is the argument that
     takes it; ``embedded``: guidance is an input of the denoiser, where its config says so, and never a second
-    branch. ``resolution`` [pixels] and ``example`` are those of the published model.
+    branch. ``alone``: a call makes one sample. ``resolution`` [pixels] and ``example`` are those of the
+    published model.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Family:
     options: Mapping[str, Any] = field(default_factory=dict)
     guidance: str = "guidance_scale"
     embedded: bool = False
+    alone: bool = False
     resolution: int | None = None
     example: str = ""
 
@@ -68,11 +70,18 @@ _MASKED = (
     "negative_prompt_embeds",
     "negative_prompt_attention_mask",
 )
+_CHROMA = (
+    "prompt_embeds",
+    None,
+    "prompt_attention_mask",
+    "negative_prompt_embeds",
+    None,
+    "negative_prompt_attention_mask",
+)
 _HUNYUAN = (*_PAIR, "prompt_attention_mask", "negative_prompt_attention_mask")
-_AS_IS = {"clean_caption": False}  # cleaning needs bs4 and ftfy: images would depend on what is installed
 # arguments of every pipeline that takes them
 EVERYWHERE: Mapping[str, Any] = {
-    **_AS_IS,
+    "clean_caption": False,  # it needs bs4 and ftfy: images would depend on what is installed
     "use_resolution_binning": False,  # the resolution that is asked for, not the nearest of a list
     "guidance_schedule": None,  # it would stand in guidance's place
 }
@@ -98,7 +107,7 @@ FAMILIES: tuple[Family, ...] = (
         "pixart-alpha",
         ("PixArtAlphaPipeline",),
         "prompt",
-        (Encoding(_MASKED, arguments=_AS_IS),),
+        (Encoding(_MASKED),),
         resolution=1024,
         example="PixArt-alpha/PixArt-XL-2-1024-MS",
     ),
@@ -106,7 +115,7 @@ FAMILIES: tuple[Family, ...] = (
         "pixart-sigma",
         ("PixArtSigmaPipeline",),
         "prompt",
-        (Encoding(_MASKED, arguments=_AS_IS),),
+        (Encoding(_MASKED),),
         resolution=1024,
         example="PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",
     ),
@@ -138,6 +147,87 @@ FAMILIES: tuple[Family, ...] = (
         resolution=1024,
         example="black-forest-labs/FLUX.1-dev",
     ),
+    Family(
+        "flux2",
+        ("Flux2Pipeline",),
+        "prompt",
+        (Encoding(("prompt_embeds", None)),),
+        embedded=True,
+        example="black-forest-labs/FLUX.2-dev",
+    ),
+    Family("flux2-klein", ("Flux2KleinPipeline",), "prompt", example="black-forest-labs/FLUX.2-klein-4B"),
+    Family(
+        "qwen-image",
+        ("QwenImagePipeline",),
+        "prompt",
+        guidance="true_cfg_scale",
+        resolution=1024,
+        example="Qwen/Qwen-Image",
+    ),
+    Family("z-image", ("ZImagePipeline",), "prompt", resolution=1024, example="Tongyi-MAI/Z-Image-Turbo"),
+    Family(
+        "chroma",
+        ("ChromaPipeline",),
+        "prompt",
+        (Encoding(_CHROMA),),
+        resolution=1024,
+        example="lodestones/Chroma1-HD",
+    ),
+    Family("cogview4", ("CogView4Pipeline",), "prompt", resolution=1024, example="zai-org/CogView4-6B"),
+    Family(
+        "lumina2",
+        ("Lumina2Pipeline",),
+        "prompt",
+        (Encoding(_MASKED),),
+        resolution=1024,
+        example="Alpha-VLLM/Lumina-Image-2.0",
+    ),
+    Family(
+        "hidream", ("HiDreamImagePipeline",), "prompt", resolution=1024, example="HiDream-ai/HiDream-I1-Full"
+    ),
+    Family(
+        "sana",
+        ("SanaPipeline",),
+        "prompt",
+        (Encoding(_MASKED),),
+        resolution=1024,
+        example="Efficient-Large-Model/Sana_1600M_1024px_diffusers",
+    ),
+    Family(
+        "sana-sprint",
+        ("SanaSprintPipeline",),
+        "prompt",
+        options={"intermediate_timesteps": None},  # one that two steps alone allow
+        resolution=1024,
+        example="Efficient-Large-Model/Sana_Sprint_1.6B_1024px_diffusers",
+    ),
+    Family(
+        "prx",
+        ("PRXPipeline",),
+        "prompt",
+        alone=True,  # with guidance it takes its batch for one image
+        resolution=512,
+        example="Photoroom/prx-512-t2i-sft",
+    ),
+    Family(
+        "auraflow",
+        ("AuraFlowPipeline",),
+        "prompt",
+        (Encoding(_MASKED),),
+        resolution=1024,
+        example="fal/AuraFlow-v0.3",
+    ),
+    Family("wan", ("WanPipeline",), "prompt", (Encoding(_PAIR),), example="Wan-AI/Wan2.1-T2V-1.3B-Diffusers"),
+    Family("ltx", ("LTXPipeline",), "prompt", (Encoding(_MASKED),), example="Lightricks/LTX-Video"),
+    Family(
+        "hunyuan-video",
+        ("HunyuanVideoPipeline",),
+        "prompt",
+        (Encoding(("prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask")),),
+        embedded=True,
+        example="hunyuanvideo-community/HunyuanVideo",
+    ),
+    Family("cogvideox", ("CogVideoXPipeline",), "prompt", (Encoding(_PAIR),), example="zai-org/CogVideoX-2b"),
     Family("dit", ("DiTPipeline",), "class_labels", resolution=256, example="facebook/DiT-XL-2-256"),
     Family(
         "ldm-class",

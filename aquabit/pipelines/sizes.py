@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from diffusers import DiffusionPipeline
@@ -15,6 +16,10 @@ def image_size(pipe: DiffusionPipeline, resolution: int | None = None) -> tuple[
     configuration does not say."""
     if resolution is not None:
         return resolution, resolution
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    usual = tuple(parameters[k].default for k in ("height", "width") if k in parameters)
+    if len(usual) == 2 and all(isinstance(v, int) for v in usual):
+        return usual[0], usual[1]
     side = getattr(pipe, "default_sample_size", None) or getattr(
         getattr(denoiser_of(pipe), "config", None), "sample_size", None
     )
@@ -32,7 +37,8 @@ def _latent_factor(pipe: DiffusionPipeline) -> int:
     )
     if decoder is None:
         return 1
-    said = getattr(pipe, "vae_scale_factor", None)
+    names = ("vae_scale_factor", "vae_scale_factor_spatial", "vae_spatial_compression_ratio")
+    said = next((value for name in names if (value := getattr(pipe, name, None))), None)
     return int(said) if said else 2 ** (len(getattr(decoder.config, "block_out_channels", (0,))) - 1)
 
 

@@ -57,8 +57,19 @@ class _QuantLayer(nn.Module):
         self.accuracy: Accuracy = "fast"
         self.packed: CodebookWeight | Arranged | None = None
         self.dense: Tensor | None = None
+        # of no elements and in no file: models and pipelines ask the first parameter what to compute in
+        self.compute = nn.Parameter(weight.detach().new_empty(0), requires_grad=False)
         self.register_buffer("weight", weight.detach())
         self.register_buffer("bias", None if bias is None else bias.detach())
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):  # type: ignore[no-untyped-def]
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        del destination[f"{prefix}compute"]
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, *rest):  # type: ignore[no-untyped-def]
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)  # type: ignore[no-untyped-call]
+        if f"{prefix}compute" in missing:
+            missing.remove(f"{prefix}compute")
 
     def set_activations_(self, setting: Setting) -> None:
         self.act, self.act_output, self.ranges, self.range_output = setting
