@@ -258,7 +258,7 @@ def family(pipe: DiffusionPipeline) -> Family | None:
 def denoiser_names(pipe: DiffusionPipeline) -> list[str]:
     """The attributes that hold denoisers: by their usual names, then by what class of diffusers they are."""
     named = [name for name in DENOISERS if isinstance(getattr(pipe, name, None), nn.Module)]
-    parts = [name for name, part in pipe.config.items() if isinstance(part, tuple | list)]
+    parts = [name for name, part in getattr(pipe, "config", {}).items() if isinstance(part, tuple | list)]
     return list(dict.fromkeys([*named, *(n for n in parts if _is_network(getattr(pipe, n, None)))]))
 
 

@@ -115,7 +115,8 @@ class _QuantLayer(nn.Module):
     def shrink_(self, dtype: torch.dtype = torch.float16) -> None:
         """Keep the bias, and a weight that is not coded, at 16 bits; both are widened as they are used."""
         self.bias = None if self.bias is None else self.bias.to(dtype)
-        self.weight = self.weight.to(dtype)
+        if self.packed is None:  # else it is what says what to compute in
+            self.weight = self.weight.to(dtype)
 
     def bias_for(self, x: Tensor) -> Tensor | None:
         return None if self.bias is None else self.bias.to(x.dtype)
