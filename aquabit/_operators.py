@@ -19,9 +19,12 @@ def _attention(path: str, operator: str) -> Patterns:
     included."""
     own = tuple((rf"{path}\.to_{part}$", f"{operator}.{part}") for part in "qkv")
     added = tuple((rf"{path}\.add_{part}_proj$", f"{operator}.add_{part}") for part in "qkv")
+    fused = tuple((rf"{path}\.to_{part}$", f"{operator}.{part}") for part in ("qkv", "kv"))
     return (
         *own,
         *added,
+        *fused,
+        (rf"{path}\.to_added_qkv$", f"{operator}.add_qkv"),
         (rf"{path}\.to_out(\.0)?$", f"{operator}.out"),
         (rf"{path}\.to_add_out$", f"{operator}.add_out"),
     )

@@ -14,6 +14,7 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from aquabit.choices import Choices
+from aquabit.graph import dense_macs
 from aquabit.graph import layers as graph_layers
 from aquabit.scheme import ACTIVATION_BITS, FP, Act, AquabitError, Budget, QuantConfig, Scheme, StepGroups
 from aquabit.space import SearchSpace
@@ -28,7 +29,9 @@ class Cost:
 
     bits_per_weight: float  # of all Linear and Conv2d weights, codebooks, scales and offsets included
     bytes: int  # of the saved denoiser's tensors
-    bops: float  # multiply-adds x weight bits x activation bits, of one image in one denoiser call
+    # multiply-adds x weight bits x activation bits, of one image in one denoiser call; dense weights at
+    # FULL_BITS
+    bops: float
     # of the table kernel, of one image in one denoiser call; decoded layers count as dense
     multiply_adds: float
     lut_adds: float  # table entries that the table kernel adds
@@ -116,7 +119,9 @@ class CostModel:
             for k, s in zip(space.choices, shapes, strict=True)
         ]
         self.weights = sum(prod(s) for s in shapes)
-        self.other_bytes = 2 * int(graph.graph["other_elements"])
+        self.other_bytes = int(graph.graph.get("other_bytes") or 2 * graph.graph["other_elements"])
+        self.other_macs = dense_macs(graph)
+        self.other_bops = float(self.other_macs * FULL_BITS**2)
 
     def _shared(self) -> list[SharedTables]:
         members: dict[tuple[str, int], list[int]] = {}
@@ -145,7 +150,7 @@ class CostModel:
         found = {
             "bits": 8 * weight_bytes / self.weights,
             "bytes": weight_bytes + self.other_bytes,
-            "bops": bops,
+            "bops": bops + self.other_bops,
         }
         if self.latency is not None:
             found["latency_ms"] = self.latency.of(choices).sum(1) + self.latency.rest
@@ -166,7 +171,7 @@ class CostModel:
     def __call__(self, config: QuantConfig) -> Cost:
         """Of any configuration of the model, also one with schemes outside the space."""
         self.space.check(config, extra_schemes=True)
-        size, bops, multiply_adds, lut_adds, tables = 0, 0.0, 0.0, 0.0, {}
+        size, bops, multiply_adds, lut_adds, tables = 0, self.other_bops, float(self.other_macs), 0.0, {}
         for layer, shape, macs in zip(self.space.choices, self.shapes, self.macs, strict=True):
             choice = config[layer]
             size += weight_bytes(shape, choice.weight)
@@ -201,7 +206,7 @@ class CostModel:
         found = {
             "bits": (8 * low / self.weights, 8 * high / self.weights),
             "bytes": (int(low + self.other_bytes), int(high + self.other_bytes)),
-            "bops": (float(bops_low), float(bops_high)),
+            "bops": (float(bops_low) + self.other_bops, float(bops_high) + self.other_bops),
         }
         if self.latency is not None:
             found["latency_ms"] = self._latency_limits(self.latency, acts, allowed, excluded)

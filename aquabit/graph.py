@@ -1,20 +1,20 @@
-"""A denoiser as a graph of its layers, traced from the autograd graph on the meta device; operator-type
-tables."""
+"""A denoiser as a graph of its layers, traced from the autograd graph of one call; operator-type tables."""
 
 from __future__ import annotations
 
-import copy
 import importlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any, TypeAlias
 
 import networkx as nx
 import torch
 from torch import nn
 
+from aquabit._following import Call, follow
 from aquabit._operators import (
     attention_role,
     block_of,
@@ -31,20 +31,26 @@ from aquabit.scheme import AquabitError
 __all__ = [
     "LayerGraph",
     "codebook_names",
+    "dense_macs",
     "described_inputs",
     "example_inputs",
     "family_of",
+    "fixed_layers",
     "from_json",
+    "graph_notes",
+    "is_quantizable",
     "known_class",
     "layers",
     "meta_denoiser",
+    "places_of",
+    "rebuilt",
+    "repeated_names",
+    "tied_places",
     "to_json",
     "trace",
 ]
 
 LayerGraph: TypeAlias = nx.DiGraph
-# what changes from one denoising step to the next
-STEP_INPUTS = ("sample", "hidden_states", "x", "timestep", "timesteps", "t")
 SCHEMA_VERSION = 1  # of the graph as JSON
 _MATMUL = re.compile(r"(Addmm|Mm|Addmv|Mv|Bmm|Baddbmm|Linear|Convolution)Backward\d*$")
 _ATTENTION = re.compile(r"(Bmm|Baddbmm|ScaledDotProduct\w+)Backward\d*$")
@@ -69,12 +75,15 @@ class _Contraction:
 
     graph: LayerGraph
     weight_names: dict[int, str]
+    other_names: dict[int, str]  # of parameters that belong to no layer
     step_leaves: set[int]
     time_layers: set[str]
     calls: dict[str, _Calls] = field(default_factory=dict)  # in execution order
+    products: dict[str, int] = field(default_factory=dict)  # multiply-adds with parameters of no layer
     sources: dict[Any, tuple[str, ...]] = field(default_factory=dict)  # nearest layers and merges upstream
     # the layer whose weight, perhaps transposed, this is
     weight: dict[Any, str | None] = field(default_factory=dict)
+    other: dict[Any, str | None] = field(default_factory=dict)  # the same for parameters of no layer
     depends: dict[Any, bool] = field(default_factory=dict)  # on the noisy sample or the step
 
 
@@ -83,59 +92,107 @@ def trace(
 ) -> LayerGraph:
     """The graph of a denoiser's Linear and Conv2d layers and of the merges between them.
 
-    One forward runs on a copy without memory (meta device); the given weights are neither read nor changed.
-    Layer nodes bear the module's name and ``kind`` ("linear" or "conv"), ``operator``, ``block``, ``depth``
-    (place in execution order), ``shape`` and ``bias`` of the weight, ``groups``, ``tokens`` (rows or pixels
-    of one sample, summed over calls), ``macs`` (multiply-adds for one sample in one call), ``step_invariant``
-    (its input depends neither on the noisy sample nor on the step), ``split`` (channels of the first part
-    where a concatenated skip feeds a convolution, else None) and ``attention`` ("q", "k", "v" or None). Merge
-    nodes have ``kind`` "merge" and ``op`` ("add", "mul", "cat", "attention", ...). The graph has ``family``,
-    ``model_class``, ``config``, ``weights`` (elements of all layer weights) and ``other_elements`` (of
-    everything else in the state dict). Inputs are keyword arguments; they are made from the config where not
-    given, and described in the graph (``inputs``) where they were and the class does not tell them.
-    ``uncalled`` names layers whose weight is read but which are never called (the pooler of Hunyuan-DiT gives
-    them to torch's attention): they cannot run from codes.
+    One forward runs on a copy without memory (meta device) of the very module, with its hooks and whatever
+    layers were replaced in it; where that fails, as with sizes that depend on data, on the module itself. The
+    given weights are not changed. Layer nodes bear the module's name and ``kind`` ("linear" or "conv"),
+    ``operator``, ``block``, ``depth`` (place in execution order), ``shape`` and ``bias`` of the weight,
+    ``groups``, ``tokens`` (rows or pixels of one sample, summed over calls), ``macs`` (multiply-adds for one
+    sample in one call), ``step_invariant`` (its input depends neither on the noisy sample nor on the step),
+    ``split`` (channels of the first part where a concatenated skip feeds a convolution, else None) and
+    ``attention`` ("q", "k", "v" or None). Merge nodes have ``kind`` "merge" and ``op`` ("add", "mul", "cat",
+    "attention", ...). The graph has ``family``, ``model_class``, ``config``, ``weights`` (elements of all
+    layer weights) and ``other_elements`` (of everything else in the state dict). Inputs are keyword
+    arguments; they are made from the config where not given, and described in the graph (``inputs``) where
+    they were and the class does not tell them.
 
-    Raises AquabitError where inputs cannot be made, the forward fails, or a layer is not reached from the
-    output.
+    Where there are such, the graph also names ``uncalled`` layers, whose weight is read but which are never
+    called (the pooler of Hunyuan-DiT gives them to torch's attention): they cannot run from codes; ``unread``
+    ones, on which the output does not depend (they come last, with no ``tokens`` and ``macs``); ``tied``, the
+    places that use another layer's weight, with that layer's name; ``dense``, the other parameters that enter
+    products (of Conv1d, Conv3d, transposed convolutions, layers with a forward or a weight of their own
+    making, bare matrix products), with ``kind``, ``shape`` and ``macs``; and ``other_bytes``, what the other
+    elements take where some are not stored at 16 bits.
+
+    Raises AquabitError where inputs cannot be made, the forward fails, nothing of the output can be followed
+    to a layer, a layer runs in inference mode, or layers carry adapters (LoRA) that are not fused.
     """
+    _refuse_adapters(denoiser)
     model_class = type(denoiser).__name__
     family = family_of(type(denoiser), family)
     inputs = _example_inputs(denoiser) if example_inputs is None else dict(example_inputs)
     with torch.inference_mode(False), torch.enable_grad():  # whatever mode the caller is in
-        model = _meta_copy(denoiser)
-        inputs, batch = _on_meta(inputs)
-        modules, called = _quantizable(model), set[str]()
-        for name, module in modules.items():  # of a copy: the hooks go with it
-            module.register_forward_pre_hook(lambda _module, _args, name=name: called.add(name))
-        outputs = _forward(model, inputs)
-    operators = {name: operator_of(name, family) for name in modules}
-    tensors = (value for value in inputs.values() if isinstance(value, torch.Tensor))
-    contraction = _Contraction(
-        graph=nx.DiGraph(),
-        weight_names={id(module.weight): name for name, module in modules.items()},
-        step_leaves={id(value) for value in tensors if value.requires_grad},
-        time_layers={name for name, operator in operators.items() if operator == "time_embed"},
-    )
-    for node in _execution_order(outputs):
-        _contract(contraction, node)
-    unreached = [name for name in modules if name not in contraction.calls]
-    if unreached:
-        raise AquabitError(
-            f"{len(unreached)} of {len(modules)} layers of {model_class} do not reach its output:"
-            f" {', '.join(unreached)}"
+        call = follow(denoiser, inputs, _watched)
+        grown = _contracted(call, family)
+    places = places_of(call.model)
+    modules = {name: found[0][1] for name, found in places.items()}
+    _check_followed(model_class, modules, grown, call)
+    _join_attention(grown.graph)
+    unread = [name for name in modules if name not in grown.calls]
+    for depth, name in enumerate([*grown.calls, *unread]):
+        calls = grown.calls.get(name, _Calls(step_invariant=False))
+        grown.graph.add_node(
+            name, **_attributes(name, modules[name], operator_of(name, family), calls, depth, call.batch)
         )
-    _join_attention(contraction.graph)
-    for depth, (name, calls) in enumerate(contraction.calls.items()):
-        own = _attributes(name, modules[name], operators[name], calls, depth, batch)
-        contraction.graph.add_node(name, **own)
-    weights = sum(module.weight.numel() for module in modules.values())
-    graph = _finished(contraction.graph, model, model_class, family, weights)
-    if len(called) < len(modules):
-        graph.graph["uncalled"] = [name for name in modules if name not in called]
+    graph = _finished(grown.graph, call.model, model_class, family, places)
+    found = {
+        "uncalled": [n for n in modules if n in grown.calls and n not in call.called],
+        "unread": unread,
+        "tied": {place: name for name, row in places.items() for place, _ in row[1:]},
+        "dense": _dense(call.model, grown.products, call.batch),
+    }
+    graph.graph.update({key: value for key, value in found.items() if value})
     if example_inputs is not None and not known_class(type(denoiser)):
         graph.graph["inputs"] = describe_inputs(example_inputs)
     return graph
+
+
+def _contracted(call: Call, family: str) -> _Contraction:
+    """Everything behind the outputs of a call, read node by node."""
+    places = places_of(call.model)
+    weights = {id(row[0][1].weight): name for name, row in places.items()}
+    contraction = _Contraction(
+        graph=nx.DiGraph(),
+        weight_names=weights,
+        other_names={
+            id(p): name for name, p in call.model.named_parameters() if p.ndim > 1 and id(p) not in weights
+        },
+        step_leaves={id(value) for value in call.steps if value.requires_grad},
+        time_layers={name for name in places if operator_of(name, family) == "time_embed"},
+    )
+    for node in _execution_order(call.outputs):
+        _contract(contraction, node)
+    return contraction
+
+
+def _check_followed(
+    model_class: str, modules: Mapping[str, nn.Module], grown: _Contraction, call: Call
+) -> None:
+    if modules and not grown.calls:
+        raise AquabitError(
+            f"the output of {model_class} cannot be followed to any of its {len(modules)} layers; its forward"
+            " must compute with torch operations on its own weights, and return tensors"
+        )
+    hidden = [name for name in modules if name in call.ungraded and name not in grown.calls]
+    if hidden:
+        raise AquabitError(
+            f"{len(hidden)} of {len(modules)} layers of {model_class} cannot be followed, as their outputs"
+            f" have no autograd graph (torch.inference_mode?): {', '.join(hidden)}"
+        )
+
+
+def _refuse_adapters(denoiser: nn.Module) -> None:
+    """peft's layers hold the ``base_layer`` that they wrap, those of diffusers a ``lora_layer``."""
+    found = [
+        name
+        for name, module in denoiser.named_modules()
+        if isinstance(getattr(module, "base_layer", None) or getattr(module, "lora_layer", None), nn.Module)
+    ]
+    if found:
+        raise AquabitError(
+            f"{len(found)} layers of {type(denoiser).__name__} carry adapters, as {found[0]!r}: fuse a LoRA"
+            " first, with pipe.fuse_lora() and then pipe.unload_lora_weights(), or leave it out and give"
+            " --lora FILE[:SCALE]"
+        )
 
 
 _example_inputs = example_inputs  # the parameter of trace has the same name
@@ -145,6 +202,52 @@ def layers(graph: LayerGraph) -> dict[str, dict[str, Any]]:
     """Name -> attributes of the layer nodes, in execution order."""
     found = ((name, data) for name, data in graph.nodes(data=True) if data["kind"] != "merge")
     return dict(sorted(found, key=lambda item: int(item[1]["depth"])))
+
+
+def fixed_layers(graph: LayerGraph) -> dict[str, str]:
+    """The layers that must stay in full precision, and why."""
+    uncalled = "the model reads its weight but never calls it"
+    unread = "nothing that the model returns depends on it"
+    return {
+        **dict.fromkeys(graph.graph.get("uncalled", ()), uncalled),
+        **dict.fromkeys(graph.graph.get("unread", ()), unread),
+    }
+
+
+def dense_macs(graph: LayerGraph) -> int:
+    """Multiply-adds of one sample in one call with weights of no layer, which stay dense."""
+    return sum(int(row["macs"]) for row in graph.graph.get("dense", {}).values())
+
+
+def graph_notes(graph: LayerGraph) -> list[str]:
+    """What is to be said of a model whose layers cannot all be quantized, or share weights; each one
+    sentence, with the first names."""
+    reasons: dict[str, list[str]] = {}
+    for name, why in fixed_layers(graph).items():
+        reasons.setdefault(why, []).append(name)
+    notes = [f"{len(names)} layers stay fp ({why}): {_first(names)}" for why, names in reasons.items()]
+    dense = graph.graph.get("dense", {})
+    if dense:
+        kinds = [f"{name} ({row['kind']})" for name, row in dense.items()]
+        every = dense_macs(graph) + sum(node["macs"] for node in layers(graph).values())
+        notes.append(
+            f"{len(dense)} other weights stay dense, {dense_macs(graph):,} of {every:,} multiply-adds:"
+            f" {_first(kinds)}"
+        )
+    tied = [f"{place} with {name}" for place, name in graph.graph.get("tied", {}).items()]
+    return [*notes, f"{len(tied)} layers share a weight, stored once: {_first(tied)}"] if tied else notes
+
+
+def _first(names: list[str], shown: int = 3) -> str:
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+
+
+def tied_places(graph: LayerGraph) -> dict[str, list[str]]:
+    """Layer -> the other places in the model that use its weight; only layers that have such."""
+    found: dict[str, list[str]] = {}
+    for place, name in graph.graph.get("tied", {}).items():
+        found.setdefault(name, []).append(place)
+    return found
 
 
 def codebook_names(graph: LayerGraph) -> dict[str, str]:
@@ -168,6 +271,13 @@ def meta_denoiser(class_name: str, config: Mapping[str, Any]) -> nn.Module:
     return _from_config(found, config)
 
 
+def rebuilt(denoiser: nn.Module) -> nn.Module | None:
+    """A denoiser as its class builds it from its config, on the meta device; None where it cannot be built
+    so. Raises AquabitError where building fails."""
+    config = getattr(denoiser, "config", None)
+    return _from_config(type(denoiser), config) if config and hasattr(denoiser, "from_config") else None
+
+
 def _from_config(model_class: Any, config: Mapping[str, Any]) -> nn.Module:
     # diffusers lists positional arguments of a model among those left at their defaults, and would build it
     # with the class's own sizes in place of them
@@ -180,72 +290,69 @@ def _from_config(model_class: Any, config: Mapping[str, Any]) -> nn.Module:
     return model
 
 
-def _meta_copy(denoiser: nn.Module) -> nn.Module:
-    """The same architecture on the meta device, in evaluation mode, every floating-point parameter
-    requiring gradients."""
-    if hasattr(denoiser, "config") and hasattr(denoiser, "from_config"):
-        config: Any = denoiser.config
-        model = _from_config(type(denoiser), config)
-    else:  # a deep copy that shares and allocates nothing: its tensors are replaced before they are copied
-        memo: dict[int, Any] = {
-            id(p): nn.Parameter(torch.empty_like(p, device="meta"), False) for p in denoiser.parameters()
-        }
-        memo |= {id(b): torch.empty_like(b, device="meta") for b in denoiser.buffers()}
-        model = copy.deepcopy(denoiser, memo)
-    if hasattr(model, "disable_gradient_checkpointing"):
-        model.disable_gradient_checkpointing()  # type: ignore[operator]
-    for parameter in model.parameters():
-        parameter.requires_grad_(parameter.is_floating_point())
-    return model.eval()
+Places: TypeAlias = dict[str, list[tuple[str, Any]]]
 
 
-def _quantizable(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
-    """Every Linear and Conv2d of more than one weight; of layers that share one weight, the first."""
-    found: dict[int, tuple[str, nn.Linear | nn.Conv2d]] = {}
+def places_of(model: nn.Module) -> Places:
+    """Every quantizable layer by name: the places that its weight has in the model, with the modules there;
+    the first gives the name.
+
+    Quantizable are Linear and Conv2d of more than one weight that compute what torch's own classes do, with
+    a weight that is a parameter of their own. Layers may share a weight; one that something else uses too is
+    not quantizable.
+    """
+    owners: dict[int, list[tuple[str, nn.Module]]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append((name, module))
+    found: Places = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | nn.Conv2d) and module.weight.numel() > 1:
-            found.setdefault(id(module.weight), (name, module))
-    return dict(found.values())
+        if is_quantizable(module):
+            row = owners[id(module.weight)]
+            if row[0][1] is module and all(_alike(module, other) for _, other in row):
+                found[name] = row
+    return found
 
 
-def _on_meta(inputs: dict[str, Any]) -> tuple[dict[str, Any], int]:
-    """The inputs without their data, those that change with the step as leaves to be found again; and the
-    batch size."""
-
-    def moved(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return torch.empty_like(value, device="meta", requires_grad=False)
-        if isinstance(value, Mapping):
-            return {k: moved(v) for k, v in value.items()}
-        return type(value)(moved(v) for v in value) if type(value) in (list, tuple) else value
-
-    moved_inputs = {name: moved(value) for name, value in inputs.items()}
-    tensors = {name: value for name, value in moved_inputs.items() if isinstance(value, torch.Tensor)}
-    marked = [name for name in STEP_INPUTS if name in tensors] or list(tensors)[:1]
-    for name in marked:
-        tensors[name].requires_grad_(tensors[name].is_floating_point())
-    batches = [tensors[name].shape[0] for name in marked if tensors[name].ndim > 1]
-    return moved_inputs, batches[0] if batches else 1
+def is_quantizable(module: Any) -> bool:
+    """Whether a module is a Linear or Conv2d that computes what torch's own class does, with a weight that is
+    a parameter of its own."""
+    kind = next((k for k in (nn.Linear, nn.Conv2d) if isinstance(module, k)), None)
+    if kind is None or type(module).forward is not kind.forward:
+        return False
+    # accelerate replaces the forward of what it moves between devices by one that does the same
+    own = "forward" in vars(module) and "_hf_hook" not in vars(module)
+    weight = module._parameters.get("weight")  # a parametrized one is made anew in every call
+    if own or weight is None or weight.numel() < 2 or not weight.is_floating_point():
+        return False
+    if not isinstance(module, nn.Conv2d):
+        return True
+    return module.padding_mode == "zeros" and type(module)._conv_forward is nn.Conv2d._conv_forward
 
 
-def _forward(model: nn.Module, inputs: dict[str, Any]) -> list[torch.Tensor]:
-    """The output tensors of one call, with their autograd graph."""
-    try:
-        with torch.device("meta"):
-            output = model(**inputs)
-    except Exception as error:  # any exception of the model's own code
-        raise AquabitError(
-            f"{type(model).__name__} does not run on the example inputs ({', '.join(inputs)}): {error}"
-        ) from error
-    return list(_tensors(output))
+def _alike(first: Any, other: nn.Module) -> bool:
+    """Whether two layers with one weight can run from the same codes."""
+    geometry = ("stride", "padding", "dilation", "groups")
+    same = all(getattr(first, k, None) == getattr(other, k, None) for k in geometry)
+    return is_quantizable(other) and same
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, Mapping | list | tuple):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(item)
+def _watched(model: nn.Module) -> dict[str, list[nn.Module]]:
+    return {
+        name: list({id(module): module for _, module in row}.values())
+        for name, row in places_of(model).items()
+    }
+
+
+def repeated_names(model: nn.Module) -> set[str]:
+    """The names in a model's state dict that stand for a tensor of a module which has another name before:
+    stored once, they come back with that."""
+    seen, found = set[int](), set[str]()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if id(module) in seen:
+            found |= {f"{name}.{key}" for key in (*module._parameters, *module._buffers)}
+        seen.add(id(module))
+    return found & set(model.state_dict())
 
 
 def _execution_order(outputs: list[torch.Tensor]) -> list[Any]:
@@ -264,16 +371,24 @@ def _execution_order(outputs: list[torch.Tensor]) -> list[Any]:
 def _contract(state: _Contraction, node: Any) -> None:
     """Read one autograd node: a leaf, part of a weight's path, a layer's call, a merge, or something to
     pass through."""
-    state.weight[node], state.sources[node] = None, ()
+    state.weight[node], state.other[node], state.sources[node] = None, None, ()
     if hasattr(node, "variable"):
         state.weight[node] = state.weight_names.get(id(node.variable))
+        state.other[node] = state.other_names.get(id(node.variable))
         state.depends[node] = id(node.variable) in state.step_leaves
         return
     parents = [parent for parent, _ in node.next_functions if parent is not None]
     origin = tuple(dict.fromkeys(source for parent in parents for source in state.sources[parent]))
     weight = next((name for parent in parents if (name := state.weight[parent])), None)
+    others = [state.other[parent] for parent in parents]
+    product = bool(_MATMUL.match(node.name()))
     state.depends[node] = any(state.depends[parent] for parent in parents)
-    if weight is not None and not _MATMUL.match(node.name()):
+    if product and weight is None and any(others):
+        name = next(name for name in others if name)
+        state.products[name] = state.products.get(name, 0) + _multiply_adds(state, node)
+    if all(others) and not (product and len(parents) < len(node.next_functions)):
+        state.other[node] = next(iter(others), None)  # made of such parameters alone
+    if weight is not None and not product:
         state.weight[node] = weight
     elif weight is not None:
         _add_call(state, node, weight)
@@ -288,6 +403,24 @@ def _contract(state: _Contraction, node: Any) -> None:
         state.sources[node] = (merge,)
     else:
         state.sources[node] = origin
+
+
+def _multiply_adds(state: _Contraction, node: Any) -> int:
+    """Of a product with a parameter of no layer: elements of the output, or of the input that a transposed
+    convolution spreads, times the products of each."""
+    place = next(i for i, (parent, _) in enumerate(node.next_functions) if parent and state.other[parent])
+    weight, outputs = _shape_of(*node.next_functions[place]), prod(node._input_metadata[0].shape)
+    if node.name().startswith("Convolution"):
+        return prod(weight[1:]) * (node._saved_input.numel() if node._saved_transposed else outputs)
+    right = place == len(node.next_functions) - 1 and not node.name().startswith("Linear")
+    return outputs * weight[-2 if right and len(weight) > 1 else -1]
+
+
+def _shape_of(node: Any, output: int) -> tuple[int, ...]:
+    """Of what an autograd node passes on."""
+    if hasattr(node, "variable"):
+        return tuple(node.variable.shape)
+    return tuple(node._input_metadata[output].shape)
 
 
 def _add_call(state: _Contraction, node: Any, name: str) -> None:
@@ -350,17 +483,35 @@ def _attributes(
     }
 
 
-def _finished(grown: LayerGraph, model: nn.Module, model_class: str, family: str, weights: int) -> LayerGraph:
+def _dense(model: nn.Module, products: Mapping[str, int], batch: int) -> dict[str, dict[str, Any]]:
+    """Parameters of no layer that entered products, by name."""
+    found = {}
+    for name, macs in products.items():
+        owner, _, _ = name.rpartition(".")
+        kind = type(model.get_submodule(owner.split(".parametrizations")[0])).__name__
+        shape = list(model.get_parameter(name).shape)
+        found[name] = {"kind": kind, "shape": shape, "macs": round(macs / batch)}
+    return found
+
+
+def _finished(
+    grown: LayerGraph, model: nn.Module, model_class: str, family: str, places: Places
+) -> LayerGraph:
     """The graph with its own attributes; edges in the order of their sources, as reading it from JSON
     would give."""
     config = {k: v for k, v in dict(getattr(model, "config", {})).items() if not k.startswith("_")}
-    stored = {id(tensor): tensor.numel() for tensor in model.state_dict(keep_vars=True).values()}
+    weights = sum(row[0][1].weight.numel() for row in places.values())
+    stored = {f"{place}.weight" for row in places.values() for place, _ in row} | repeated_names(model)
+    others = [t for name, t in model.state_dict().items() if name not in stored]
+    elements = sum(t.numel() for t in others)
+    taken = sum(t.numel() * (2 if t.is_floating_point() else t.element_size()) for t in others)
     graph = nx.DiGraph(
         family=family,
         model_class=model_class,
         config=json.loads(json.dumps(config, default=str)),
         weights=weights,
-        other_elements=sum(stored.values()) - weights,
+        other_elements=elements,
+        **({} if taken == 2 * elements else {"other_bytes": taken}),
     )
     graph.add_nodes_from(grown.nodes(data=True))
     graph.add_edges_from(grown.edges)
@@ -425,6 +576,11 @@ def _graph_file() -> Any:
         source: str
         target: str
 
+    class Dense(Strict):
+        kind: str
+        shape: list[PositiveInt]
+        macs: NonNegativeInt
+
     class Attributes(Strict):
         family: str
         model_class: str
@@ -433,6 +589,10 @@ def _graph_file() -> Any:
         other_elements: NonNegativeInt
         inputs: dict[str, Any] = Field(default_factory=dict)
         uncalled: list[str] = Field(default_factory=list)
+        unread: list[str] = Field(default_factory=list)
+        tied: dict[str, str] = Field(default_factory=dict)
+        dense: dict[str, Dense] = Field(default_factory=dict)
+        other_bytes: NonNegativeInt = 0
 
     class GraphFile(Strict):
         version: Literal[1] = Field(alias="schema")

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from aquabit.files import follow_umask, write_text, writing_folder
+from aquabit.graph import repeated_names
 from aquabit.jsonio import read_json
 from aquabit.kernels import Accuracy
 from aquabit.kernels.dispatch import using
@@ -183,7 +184,9 @@ def quantize(
     ranges = model.ranges(config) or {}
     if Path(config.model).is_absolute():  # a folder of this machine tells nobody
         config = replace(config, model=Path(config.model).name)
-    attach_(model.denoiser, Contents(config, model.layers, ranges, statistics, model.inputs))
+    again = repeated_names(model.denoiser)
+    contents = Contents(config, model.layers, ranges, statistics, model.inputs, model.tied, again)
+    attach_(model.denoiser, contents)
     return Packed(source, model, config, statistics)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import networkx as nx
 import numpy as np
 
-from aquabit.graph import codebook_names
+from aquabit.graph import codebook_names, fixed_layers
 from aquabit.graph import layers as graph_layers
 from aquabit.jsonio import read_json, record
 from aquabit.layer_formats import FORMATS, LEVELS, layer_formats
@@ -253,7 +253,8 @@ class SearchSpace:
         steps = self.steps
         later = {  # absent where there is none: spaces stay what they were
             "codebooks": dict(self.codebooks or {}),
-            "calibration": self.calibration and asdict(self.calibration),
+            "calibration": self.calibration
+            and {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.calibration).items()},
             "correction": self.correction,
             "step_groups": steps and {"total": steps.total, "starts": list(steps.starts)},
         }
@@ -330,7 +331,7 @@ def make_space(
     step_groups: Mapping[str, Any] | None = None,
 ) -> SearchSpace:
     """The space of a traced model. ``pinned`` maps layer patterns (as in shells) to one scheme; ``excluded``
-    layers stay ``fp``, and so do those that the model never calls (the graph's ``uncalled``).
+    layers stay ``fp``, and so do those that cannot run from codes (``graph.fixed_layers``).
 
     Beside ``schemes`` each layer gets the additive format that suits its operator type and shape
     (``formats``, a table as ``formats.FORMATS``) at each of ``levels`` code bits; levels are given by default
@@ -343,7 +344,7 @@ def make_space(
     """
     nodes = graph_layers(graph)
     pins = _matching(pinned or {}, list(nodes), "pinned")
-    out = {*_matching(excluded, list(nodes), "excluded"), *graph.graph.get("uncalled", ())}
+    out = {*_matching(excluded, list(nodes), "excluded"), *fixed_layers(graph)}
     partners = codebook_names(graph)
     choices = _offered(nodes, partners, schemes, levels, FORMATS if formats is None else formats)
     choices |= {name: (Scheme.parse((pinned or {})[pattern]),) for name, pattern in pins.items()}

@@ -308,11 +308,6 @@ def test_grouped_convolution() -> None:
     assert (attributes["groups"], attributes["tokens"], attributes["macs"]) == (2, 36, 36 * 8 * 2 * 9)
 
 
-def test_unreached_layers_are_named() -> None:
-    with pytest.raises(AquabitError, match=r"1 of 6 layers of Toy do not reach its output: spare$"):
-        g.trace(Toy(use_all=False), toy_inputs())
-
-
 def test_the_given_model_stays_as_it_is() -> None:
     for denoiser, inputs in (
         (diffusers.DiTTransformer2DModel.from_config(DIGITS_DIT[1]), None),

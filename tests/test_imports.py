@@ -67,7 +67,11 @@ ALLOWED: dict[str, set[str]] = {
     "workflows": {*MODELS, "measuring", "sensitivity", "search", "reports", "packing", "exports", "within"},
     "diffusers_hook": {"quant"},
 }
-PRIVATE = {"_operators": "graph", "_notebook": "scheme"}  # private modules, and the one they belong to
+PRIVATE = {
+    "_operators": "graph",
+    "_following": "graph",
+    "_notebook": "scheme",
+}  # private modules, and the one they belong to
 TOP = {"__init__", "__main__", "cli"}  # may import everything
 
 

@@ -12,7 +12,7 @@ from aquabit.choices import Choices
 from aquabit.cost import CostModel
 from aquabit.maximum_entropy import level_odds
 from aquabit.pipelines import trace
-from aquabit.scheme import AquabitError, QuantConfig, Scheme
+from aquabit.scheme import AquabitError, Calibration, QuantConfig, Scheme
 from aquabit.sensitivity.features import Encoder
 from aquabit.space import BITS_RANGE, SearchSpace, make_space, read_space
 from tests.conftest import tiny_pipeline
@@ -124,3 +124,10 @@ def test_cost_limits_are_reached_and_hold() -> None:
         assert (totals[name] >= low * (1 - 1e-12)).all() and (totals[name] <= high * (1 + 1e-12)).all()
     smallest = min(costs(SPACE.uniform(s)).bytes for s in ("usq2", "vq2"))
     assert costs.limits()["bytes"][0] <= smallest
+
+
+def test_a_space_is_what_its_file_says() -> None:
+    """A study that is opened again compares the two."""
+    chosen = Calibration(images=4, steps=2, conditions=("a cat", "two dogs"))
+    value = make_space(GRAPH, "f", calibration=chosen).to_dict()
+    assert json.loads(json.dumps(value)) == value == SearchSpace.from_dict(value).to_dict()

@@ -142,7 +142,7 @@ def inspect(
     json_: options.Json = None,
 ) -> None:
     """Layers, operator types, sizes and multiply-adds; or peak memory."""
-    from aquabit.graph import to_json
+    from aquabit.graph import graph_notes, to_json
     from aquabit.memory import NOT_COUNTED, elements, peaks
     from aquabit.pipelines import denoiser_of, family_notes, load, trace
 
@@ -155,7 +155,7 @@ def inspect(
         if not emit({"micro_batch": micro_batch, "not_counted": NOT_COUNTED, "peaks": told}, json_):
             tables.show_peaks(found, micro_batch, NOT_COUNTED)
     elif not emit(to_json(graph), json_):
-        for note in family_notes(pipe):
+        for note in (*family_notes(pipe), *graph_notes(graph)):
             console.print(f"[yellow]{plain(note)}[/]", highlight=False)
         tables.show_graph(graph)
 

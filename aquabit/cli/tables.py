@@ -72,18 +72,23 @@ def show_graph(graph: Any) -> None:
     """Layers in execution order, and their sums."""
     from rich.table import Table
 
-    from aquabit.graph import layers
+    from aquabit.graph import dense_macs, fixed_layers, layers
 
+    fixed = fixed_layers(graph)
     table = Table("layer", "operator", "block", "shape", "MACs", box=None)
     for name, node in layers(graph).items():
-        shape = "x".join(map(str, node["shape"]))
+        shape = "x".join(map(str, node["shape"])) + (" (fp)" if name in fixed else "")
         row = (plain(name), node["operator"], plain(node["block"]), shape, f"{node['macs'] / 1e6:.2f} M")
         table.add_row(*row)
+    for name, row in graph.graph.get("dense", {}).items():
+        shape = "x".join(map(str, row["shape"])) + " (fp)"
+        table.add_row(plain(name), "dense", plain(row["kind"]), shape, f"{row['macs'] / 1e6:.2f} M")
     console.print(table)
     nodes = layers(graph).values()
     console.print(
         f"{len(nodes)} layers, {graph.graph['weights'] / 1e6:.2f} M weights,"
-        f" {sum(n['macs'] for n in nodes) / 1e6:.1f} M multiply-adds an image and denoiser call"
+        f" {(sum(n['macs'] for n in nodes) + dense_macs(graph)) / 1e6:.1f} M multiply-adds an image and"
+        " denoiser call"
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import networkx as nx
 from diffusers import DiffusionPipeline
 
+from aquabit.graph import graph_notes
 from aquabit.measuring.evaluator import own_source
 from aquabit.pipelines import (
     Adapter,
@@ -37,7 +38,8 @@ class Model:
     own: Source | None  # its feature extractor and real images; None where it names none
     prompts: bool  # it makes images from text
     size: tuple[int, int] | None  # of its images, in pixels
-    notes: tuple[str, ...] = ()  # what is to be said of a pipeline of no known family
+    # what is to be said of a pipeline of no known family, and of weights that stay dense
+    notes: tuple[str, ...] = ()
 
 
 def open_model(model: str | DiffusionPipeline) -> Model:
@@ -46,9 +48,10 @@ def open_model(model: str | DiffusionPipeline) -> Model:
     name = str(model) if isinstance(model, str) else type(pipe).__name__
     adapter = Adapter(pipe)
     own, prompts = own_source(adapter), adapter.kind == "prompt"
-    notes = tuple(family_notes(pipe))
     own_print, size = fingerprint(denoiser_of(pipe)), image_size(pipe)
-    return Model(name, own_print, trace(pipe), model, scheduler_of(pipe), own, prompts, size, notes)
+    graph = trace(pipe)
+    notes = (*family_notes(pipe), *graph_notes(graph))
+    return Model(name, own_print, graph, model, scheduler_of(pipe), own, prompts, size, notes)
 
 
 def check_correctable(model: Model, protocol: Protocol, correction: str | None) -> None:

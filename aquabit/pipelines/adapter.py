@@ -31,7 +31,7 @@ from aquabit.quant.bank import weights_folder
 from aquabit.quant.calibration.ranges import Sample
 from aquabit.quant.calibration.recording import Call, record_calls
 from aquabit.quant.correction.noise_measuring import measure_noise
-from aquabit.quant.correction.sampling import Watcher, following, refollow_
+from aquabit.quant.correction.sampling import Watcher, following, refollow_, unfollowed
 from aquabit.quant.correction.statistics import Statistics
 from aquabit.quant.finetuning.replay import Recording, record_outputs
 from aquabit.quant.model import QuantizedDenoiser
@@ -47,6 +47,11 @@ def trace(model: DiffusionPipeline | nn.Module) -> nx.DiGraph:
     Inputs are made from the config where the denoiser's class is known, else they are those of the pipeline's
     own first call.
     """
+    with unfollowed(denoiser_of(model)):  # this is no sampling
+        return _traced(model)
+
+
+def _traced(model: DiffusionPipeline | nn.Module) -> nx.DiGraph:
     denoiser = denoiser_of(model)
     if isinstance(model, nn.Module) or known_class(type(denoiser)):
         return trace_denoiser(denoiser)

@@ -11,7 +11,7 @@ on loading, whatever the dtype asked for.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from aquabit.file_memory import CopiesInFiles
+from aquabit.graph import fixed_layers, is_quantizable, rebuilt, repeated_names, tied_places
 from aquabit.graph import layers as layer_nodes
 from aquabit.jsonio import digest, read_json
 from aquabit.quant.bank import weight_hash, weights_folder
@@ -38,8 +39,9 @@ from aquabit.scheme import FP, METHOD, AquabitError, QuantConfig
 SCHEMA = 2  # of quantization_config; 1 was a file of its own, quantization.json
 RANGES = "ranges/"  # before the names of layers whose static ranges are stored
 NOISE = "noise/"  # before the names of noise statistics
-# beside the configuration: what noise statistics belong to, and what an example call takes
-FACTS = ("noise", "inputs")
+# beside the configuration: what noise statistics belong to, what an example call takes, and which places use
+# another layer's weight
+FACTS = ("noise", "inputs", "tied")
 DIGEST = "digest"  # of an artifact, in its quantization_config
 OLD = "quantization.json"
 # of config.json: what is said elsewhere, or follows from where and by what it was written
@@ -59,10 +61,12 @@ class Contents:
     ranges: Mapping[str, Tensor] = field(default_factory=dict)
     statistics: Statistics | None = None
     inputs: Mapping[str, Any] | None = None  # of an example call, where the class does not tell them
+    tied: Mapping[str, str] = field(default_factory=dict)  # places that use another layer's weight
+    repeated: Set[str] = frozenset()  # names of the state dict that stand for what another stores
 
     def facts(self) -> dict[str, Any]:
         """What ``quantization_config`` holds besides the configuration (FACTS)."""
-        return parsed(described(self.config, self.statistics, self.inputs))[1]
+        return parsed(described(self.config, self.statistics, self.inputs, self.tied))[1]
 
     def tensors(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """All tensors to store: those of the denoiser's ``state`` at 16 bits, except where layers are
@@ -71,7 +75,7 @@ class Contents:
         coded = {n: weight for n, layer in self.layers.items() if (weight := layer.coded) is not None}
         with CopiesInFiles(weights_folder()):
             for name, tensor in state.items():
-                if name.removesuffix(".weight") not in coded:
+                if name.removesuffix(".weight") not in coded and name not in self.repeated:
                     tensors[name] = tensor.detach().to(storage_dtype(tensor)).contiguous().cpu()
         for name, weight in coded.items():
             shared = shared_name(self.config[name])
@@ -157,6 +161,7 @@ def save_packed_denoiser(denoiser: Any, folder: Path, max_shard_size: int | str 
     folder.mkdir(parents=True, exist_ok=True)
     found = contents_of(denoiser)
     assert found is not None
+    check_rebuilt(denoiser, found)
     tensors, plain = found.tensors(denoiser.state_dict()), denoiser.config.quantization_config
     hashes = {name: weight_hash(tensor) for name, tensor in tensors.items()}
     model = json.loads(denoiser.to_json_string())  # what diffusers writes
@@ -168,11 +173,35 @@ def save_packed_denoiser(denoiser: Any, folder: Path, max_shard_size: int | str 
     return sum(t.numel() * t.element_size() for k, t in tensors.items() if not k.startswith(NOISE))
 
 
+def check_rebuilt(denoiser: nn.Module, contents: Contents) -> None:
+    """Raise AquabitError where the model that loading will build from the configuration is not the one that
+    was packed: layers were replaced, fused, added or put into two places after it was built."""
+    model = rebuilt(denoiser)
+    if model is None:
+        return
+    sizes = {name: tuple(t.shape) for name, t in denoiser.state_dict().items()}
+    sizes |= {f"{name}.weight": tuple(layer.shape) for name, layer in contents.layers.items()}
+    tied = {name: first for name, first in contents.tied.items() if first in contents.layers}
+    sizes |= {f"{name}.weight": tuple(contents.layers[first].shape) for name, first in tied.items()}
+    built = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    wrong = [name for name in {**sizes, **built} if sizes.get(name) != built.get(name)]
+    wrong += sorted(set(contents.repeated) ^ repeated_names(model))
+    if wrong:
+        raise AquabitError(
+            f"{type(denoiser).__name__} was changed after it was built ({wrong[0]}), and its config.json does"
+            " not say so: it runs packed, but would not load again; undo that before quantizing, as with"
+            " unfuse_qkv_projections()"
+        )
+
+
 # ---- quantization_config
 
 
 def described(
-    config: QuantConfig, statistics: Statistics | None = None, inputs: Mapping[str, Any] | None = None
+    config: QuantConfig,
+    statistics: Statistics | None = None,
+    inputs: Mapping[str, Any] | None = None,
+    tied: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """A configuration and what goes with it (FACTS) as ``quantization_config`` holds it: layers of equal
     choices are listed together."""
@@ -185,6 +214,8 @@ def described(
         value["noise"] = json.loads(statistics.tensors()[1]["about"])
     if inputs is not None:
         value["inputs"] = inputs
+    if tied:
+        value["tied"] = dict(tied)
     return {"quant_method": METHOD, **value}
 
 
@@ -264,24 +295,38 @@ def place_layers_(
     denoiser: nn.Module, graph: nx.DiGraph, config: QuantConfig, dtypes: Mapping[str, torch.dtype]
 ) -> Layers:
     """Quantized layers in the place of Linear and Conv2d, those to be coded without a weight yet."""
-    nodes, placed = layer_nodes(graph), Layers()
+    nodes, placed, places = layer_nodes(graph), Layers(), tied_places(graph)
     wrong = [n for n in config.layers if n not in nodes]
     if wrong:
         raise AquabitError(f"quantization_config: layer {wrong[0]!r} is not in this model")
+    for name, why in fixed_layers(graph).items():
+        if config[name].weight != FP:
+            raise AquabitError(f"layer {name!r} cannot be {config[name].weight}: {why}; it must be fp")
     # the model reads their weights: they stay as they are, in its dtype
     for name in graph.graph.get("uncalled", ()):
-        if config[name].weight != FP:
-            raise AquabitError(
-                f"layer {name!r} cannot be {config[name].weight}: the model reads its weight but never calls"
-                " it; it must be fp"
-            )
         del nodes[name]
     for name, node in nodes.items():
-        placed[name] = layer = replace_layer_(denoiser, name, node.get("split"))
+        placed[name] = layer = replace_layer_(denoiser, name, node.get("split"), places.get(name, ()))
         layer.compute = nn.Parameter(torch.empty(0, dtype=dtypes[name]), requires_grad=False)
         if config[name].weight != FP:
             layer.weight = torch.empty(0, dtype=dtypes[name])
     return placed
+
+
+def tie_(denoiser: nn.Module, tied: Any) -> None:
+    """Let places use the weights of other layers, as they did in the model that was packed; raises
+    AquabitError where they are no layers of one shape."""
+    if not isinstance(tied, Mapping) or not all(isinstance(n, str) for row in tied.items() for n in row):
+        raise AquabitError(f"quantization_config: tied is {tied!r:.60}; it must map names to names of layers")
+    modules: dict[str, Any] = dict(denoiser.named_modules(remove_duplicate=False))
+    for place, first in tied.items():
+        both: list[Any] = [modules.get(name) for name in (place, first)]
+        if not all(map(is_quantizable, both)) or both[0].weight.shape != both[1].weight.shape:
+            raise AquabitError(
+                f"quantization_config: {place!r} and {first!r} share a weight, but in this model they are no"
+                " layers of one shape"
+            )
+        both[0].weight = both[1].weight
 
 
 def finish_(

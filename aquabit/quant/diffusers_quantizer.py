@@ -213,7 +213,7 @@ class AquabitQuantizer(DiffusersQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, keep_in_fp32_modules: Any = (), **kwargs: Any
     ) -> None:
-        from aquabit.graph import layers, trace
+        from aquabit.graph import fixed_layers, layers, trace
         from aquabit.quant.unpacking import Quantizing, Unpacking
 
         asked, fp32 = self.quantization_config, list(keep_in_fp32_modules or ())
@@ -221,7 +221,8 @@ class AquabitQuantizer(DiffusersQuantizer):
             self._loading = Unpacking(model, asked.weights, asked.facts, self._dtype, fp32)
         else:
             graph = trace(model)
-            names = [n for n in layers(graph) if n not in graph.graph.get("uncalled", ())]
+            fixed = fixed_layers(graph)
+            names = [n for n in layers(graph) if n not in fixed]
             self._loading = Quantizing(model, asked.resolved(names), self._dtype, fp32)
 
     @property

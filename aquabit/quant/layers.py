@@ -6,18 +6,19 @@ In dense mode gradients pass through: to the weight, and to the input as if it w
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from aquabit.graph import is_quantizable
 from aquabit.kernels import Accuracy, codebook_conv2d, codebook_linear, fake_quantize_static, straight_through
 from aquabit.kernels.arranged import Arranged
 from aquabit.kernels.codebook import CodebookWeight
 from aquabit.kernels.dispatch import device_of, held, moved
-from aquabit.scheme import FP, Scheme
+from aquabit.scheme import FP, AquabitError, Scheme
 
 Range = tuple[float, float]  # the smallest and the largest value of a static quantizer
 
@@ -84,6 +85,13 @@ class _QuantLayer(nn.Module):
         if self.range_output is None:
             return straight_through(y, self.act_output, "token")
         return fake_quantize_static(y, self.act_output, *self.range_output)
+
+    def plain_layer(self, memo: dict[int, Any]) -> nn.Module:
+        """The layer that this one stands in the place of, on the meta device; ``memo`` (by id) keeps it."""
+        if id(self) not in memo:
+            memo[id(self)] = _hooked(_plain(self), self)
+        found: nn.Module = memo[id(self)]
+        return found
 
     @property
     def coded(self) -> CodebookWeight | None:
@@ -185,16 +193,15 @@ class QuantLinear(_QuantLayer):
             return straight_through(x, bits, "token")
         return fake_quantize_static(x, bits, *self.ranges[0])
 
-    def forward(self, x: Tensor, *_: object) -> Tensor:
-        act = self.act
+    def forward(self, x: Tensor, *_: object, place: Tied | None = None) -> Tensor:
+        """``place`` is what calls where that is another layer with this one's weight."""
+        act, bias = self.act, self.bias_for(x) if place is None else place.bias_for(x)
         if self.packed is None or self.ranges is not None:  # kernels know dynamic ranges only
             x, act = self.quantized_input(x, act), 16
         if self.packed is None:
-            y = functional.linear(x, self.weight.to(x.dtype), self.bias_for(x))
+            y = functional.linear(x, self.weight.to(x.dtype), bias)
         else:
-            y = codebook_linear(
-                x, self.packed, self.bias_for(x), self.accuracy, act=act, dense=self.dense_for(x)
-            )
+            y = codebook_linear(x, self.packed, bias, self.accuracy, act=act, dense=self.dense_for(x))
         return self.quantized_output(y)
 
 
@@ -221,24 +228,19 @@ class QuantConv2d(_QuantLayer):
         ]
         return rounded[0] if len(rounded) == 1 else torch.cat(rounded, 1)
 
-    def forward(self, x: Tensor, *_: object) -> Tensor:
-        act = self.act
+    def forward(self, x: Tensor, *_: object, place: Tied | None = None) -> Tensor:
+        """``place`` is what calls where that is another layer with this one's weight."""
+        act, bias = self.act, self.bias_for(x) if place is None else place.bias_for(x)
         if self.packed is None or self.ranges is not None:
             x, act = self.quantized_input(x, act), 16
         if self.packed is None:
             return functional.conv2d(
-                x,
-                self.weight.to(x.dtype),
-                self.bias_for(x),
-                self.stride,
-                self.padding,
-                self.dilation,
-                self.groups,
+                x, self.weight.to(x.dtype), bias, self.stride, self.padding, self.dilation, self.groups
             )
         return codebook_conv2d(
             x,
             self.packed,
-            self.bias_for(x),
+            bias,
             self.stride,
             self.padding,
             self.dilation,
@@ -258,6 +260,53 @@ def pair(values: tuple[int, ...]) -> tuple[int, int]:
     return values[0], values[1]
 
 
+def _plain(layer: Any) -> nn.Module:
+    """A Linear or Conv2d of the same shape, without memory."""
+    bias = layer.bias is not None
+    if isinstance(layer, QuantLinear):
+        return nn.Linear(layer.in_features, layer.out_features, bias, device="meta")
+    sizes = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups)
+    return nn.Conv2d(layer.in_channels, layer.out_channels, *sizes, bias, device="meta")
+
+
+class Tied(nn.Module):
+    """A layer that has its weight, and all that goes with it, from another (``layer``): it runs from that
+    one's codes, with a bias of its own."""
+
+    bias: Tensor | None
+
+    def __init__(self, layer: QuantLinear | QuantConv2d, bias: Tensor | None):
+        super().__init__()
+        self.__dict__["layer"] = layer  # no part of this one: its tensors are stored and moved once
+        self.register_buffer("bias", None if bias is None else bias.detach())
+
+    @property
+    def layer(self) -> QuantLinear | QuantConv2d:
+        found: QuantLinear | QuantConv2d = self.__dict__["layer"]
+        return found
+
+    @property
+    def weight(self) -> Tensor:
+        return self.layer.weight
+
+    def bias_for(self, x: Tensor) -> Tensor | None:
+        return None if self.bias is None else self.bias.to(x.dtype)
+
+    def plain_layer(self, memo: dict[int, Any]) -> nn.Module:
+        """As that of a quantized layer."""
+        if id(self) not in memo:
+            memo[id(self)] = plain = _hooked(_plain(self.layer), self)
+            plain.weight = self.layer.plain_layer(memo).weight
+            own = None if self.bias is None else nn.Parameter(torch.empty_like(self.bias, device="meta"))
+            plain.register_parameter("bias", own)
+        found: nn.Module = memo[id(self)]
+        return found
+
+    def forward(self, x: Tensor, *_: object) -> Tensor:
+        y: Tensor = self.layer(x, place=self)
+        return y
+
+
 def quant_layer(module: Any, split: int | None = None) -> QuantLinear | QuantConv2d:
     """The quantizable counterpart of a Linear or Conv2d; it shares the weight's storage."""
     if isinstance(module, nn.Conv2d):
@@ -265,9 +314,51 @@ def quant_layer(module: Any, split: int | None = None) -> QuantLinear | QuantCon
     return QuantLinear(module.weight, module.bias, split)
 
 
-def replace_layer_(network: nn.Module, name: str, split: int | None) -> QuantLinear | QuantConv2d:
-    """Put its quantizable counterpart in the place of a layer, and return it."""
-    layer = quant_layer(network.get_submodule(name), split)
+def check_layer(network: nn.Module, name: str, node: Mapping[str, Any]) -> None:
+    """Raise AquabitError where a model's layer is not the one that a graph has under its name."""
+    try:
+        module = network.get_submodule(name)
+    except AttributeError as error:
+        raise AquabitError(f"the model has no layer {name!r}; the graph belongs to another model") from error
+    shape = tuple(getattr(module, "weight", torch.empty(0)).shape)
+    if not (isinstance(module, _QuantLayer) or is_quantizable(module)) or shape != tuple(node["shape"]):
+        raise AquabitError(
+            f"layer {name!r} is a {type(module).__name__} of {list(shape)}, in the graph a"
+            f" {node['kind']} layer of {list(node['shape'])}; trace the model as it is now"
+        )
+
+
+M = TypeVar("M", bound=nn.Module)
+HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+
+
+def _hooked(module: M, like: nn.Module) -> M:
+    """A module with the hooks of the one that it replaces, to be removed by the same handles."""
+    vars(module).update({name: vars(like)[name] for name in HOOKS})
+    return module
+
+
+def replace_layer_(
+    network: nn.Module, name: str, split: int | None, tied: Iterable[str] = ()
+) -> QuantLinear | QuantConv2d:
+    """Put its quantizable counterpart in the place of a layer, and return it; the places in ``tied``, which
+    use its weight, run from it. Hooks stay."""
+    module = network.get_submodule(name)
+    layer = _hooked(quant_layer(module, split), module)
+    _put(network, name, layer)
+    for place in tied:
+        other: Any = network.get_submodule(place)
+        if other is not layer:  # else it is in a part that stands in two places itself
+            _put(network, place, layer if other is module else _hooked(Tied(layer, other.bias), other))
+    return layer
+
+
+def _put(network: nn.Module, name: str, layer: nn.Module) -> None:
     owner, _, leaf = name.rpartition(".")
     setattr(network.get_submodule(owner), leaf, layer)
-    return layer

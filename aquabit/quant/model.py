@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from math import isfinite
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from aquabit.file_memory import CopiesInFiles, in_file, is_large
-from aquabit.graph import codebook_names
+from aquabit.graph import codebook_names, fixed_layers, tied_places
 from aquabit.kernels import Accuracy
 from aquabit.kernels.codebook import CodebookWeight
 from aquabit.quant.attention import patch_attention_
@@ -26,7 +26,7 @@ from aquabit.quant.calibration.full_precision import FullPrecision
 from aquabit.quant.calibration.ranges import RangeTables, Sample
 from aquabit.quant.correction.sampling import Watcher
 from aquabit.quant.finetuning.store import load_tuned
-from aquabit.quant.layers import QuantConv2d, QuantLinear, Setting, replace_layer_
+from aquabit.quant.layers import QuantConv2d, QuantLinear, Setting, check_layer, replace_layer_
 from aquabit.quant.step_switch import settings_of, share_out_, switches
 from aquabit.runtime import give_back
 from aquabit.scheme import (
@@ -130,6 +130,8 @@ class QuantizedDenoiser:
     ):
         self.denoiser = denoiser
         self.uncalled = frozenset[str](graph.graph.get("uncalled", ()))
+        self.fixed = fixed_layers(graph)
+        self.tied = dict[str, str](graph.graph.get("tied", {}))
         # of an example call, described, where the class does not tell them
         self.inputs = graph.graph.get("inputs")
         self.partners = codebook_names(graph)
@@ -161,19 +163,16 @@ class QuantizedDenoiser:
             # buffers that are not saved are made anew on loading, unrounded
             for tensor in denoiser.state_dict(keep_vars=True).values():
                 round_(tensor)
+        places = tied_places(graph)
         for name, node in graph.nodes(data=True):
             if node["kind"] != "merge":
-                self._replace(name, node.get("split"))
+                self._replace(name, node, places.get(name, ()))
         patch_attention_(denoiser)
         denoiser.requires_grad_(False)
 
-    def _replace(self, name: str, split: int | None) -> None:
-        try:
-            layer = replace_layer_(self.denoiser, name, split)
-        except AttributeError as error:
-            raise AquabitError(
-                f"the model has no layer {name!r}; the graph belongs to another model"
-            ) from error
+    def _replace(self, name: str, node: Mapping[str, Any], tied: Sequence[str]) -> None:
+        check_layer(self.denoiser, name, node)
+        layer = replace_layer_(self.denoiser, name, node.get("split"), tied)
         self.layers[name], self.weights[name] = layer, layer.weight
         both = [storage_dtype(t) for t in (layer.weight, layer.bias) if t is not None]
         self._stored[name] = torch.bfloat16 if torch.bfloat16 in both else torch.float16
@@ -289,10 +288,9 @@ class QuantizedDenoiser:
                 " `aquabit inspect`"
             )
         for name, choice in config.layers.items():
-            if name in self.uncalled and choice.weight != FP:
+            if name in self.fixed and choice.weight != FP:
                 raise AquabitError(
-                    f"layer {name!r} cannot be {choice.weight}: the model reads its weight but never calls"
-                    " it; it must be fp"
+                    f"layer {name!r} cannot be {choice.weight}: {self.fixed[name]}; it must be fp"
                 )
             shared, own = choice.weight.shared, self.partners.get(name)
             if choice.codebook != (own if shared else None) or (shared and own is None):

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aquabit.graph import described_inputs, trace
+from aquabit.graph import described_inputs, repeated_names, trace
 from aquabit.graph import layers as layer_nodes
-from aquabit.quant.artifact import Contents, finish_, is_own, place_layers_, stored_statistics
+from aquabit.quant.artifact import Contents, finish_, is_own, place_layers_, stored_statistics, tie_
+from aquabit.quant.correction.statistics import Statistics
 from aquabit.quant.finetuning.store import stored_weight
 from aquabit.quant.model import fingerprint_of, storage_dtype, stored_hash
 from aquabit.quant.weights import quantize_weight
@@ -35,12 +36,17 @@ class Unpacking:
         fp32: Iterable[str] = (),
     ):
         self.model, self.config, self.facts = model, config, facts
+        tie_(model, facts.get("tied", {}))
         inputs = described_inputs(facts["inputs"]) if "inputs" in facts else None
         self.expected, self.graph = set(model.state_dict()), trace(model, inputs)
+        self.tied = dict[str, str](self.graph.graph.get("tied", {}))
         names = layer_nodes(self.graph)
         dtypes = {n: torch.float32 if set(fp32) & set(n.split(".")) else dtype for n in names}
         self.coded = {f"{n}.weight" for n in names if config[n].weight != FP}
         self.layers = place_layers_(model, self.graph, config, dtypes)
+        self.repeated = repeated_names(model)
+        # stored once, by the first of its places
+        self.elsewhere = self.repeated | {f"{place}.weight" for place in self.tied}
         self.own = (
             self.expected & {f"{n}.{part}" for n in self.layers for part in ("weight", "bias")} - self.coded
         )
@@ -49,7 +55,7 @@ class Unpacking:
 
     def missing(self, keys: Iterable[str]) -> list[str]:
         """Nothing may be missing; raises AquabitError."""
-        left = sorted(set(keys) - self.stored_as_codes)
+        left = sorted(set(keys) - self.stored_as_codes - self.elsewhere)
         if left:
             raise AquabitError(
                 f"the weights of {type(self.model).__name__} lack {left[0]!r} ({len(left)} such tensors)"
@@ -84,7 +90,11 @@ class Unpacking:
                     layer.to(device)
         ranges = finish_(self.model, self.graph, self.layers, self.config, self.tensors)
         statistics = stored_statistics(self.config, self.facts.get("noise"), self.tensors)
-        return Contents(self.config, self.layers, ranges, statistics, self.facts.get("inputs"))
+        return self._contents(ranges, statistics)
+
+    def _contents(self, ranges: Mapping[str, Tensor], statistics: Statistics | None = None) -> Contents:
+        inputs = self.facts.get("inputs")
+        return Contents(self.config, self.layers, ranges, statistics, inputs, self.tied, self.repeated)
 
 
 class Quantizing(Unpacking):
@@ -134,6 +144,4 @@ class Quantizing(Unpacking):
             layer.bias = None if layer.bias is None else layer.bias.to(both)
             if layer.packed is None:
                 layer.weight = layer.weight.to(both)
-        return Contents(
-            self.config, self.layers, finish_(self.model, self.graph, self.layers, self.config, {})
-        )
+        return self._contents(finish_(self.model, self.graph, self.layers, self.config, {}))

@@ -137,7 +137,8 @@ class Options:
             names.append("bops")
             acts = cost_model.act_bits(columns.each).T
             costs.append(cost_model.macs[:, None] * cost_model.weight_bits[:, every] * acts)
-            caps.append(budget.bops * (1 + 5e-13))  # inside the tolerance of CostModel.within
+            # inside the tolerance of CostModel.within
+            caps.append(budget.bops * (1 + 5e-13) - cost_model.other_bops)
         if budget.latency_ms is not None:
             assert cost_model.latency is not None  # checked above
             names.append("latency_ms")

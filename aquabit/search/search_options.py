@@ -72,6 +72,8 @@ def ladder(cost_model: CostModel, budget: Budget, spread: Sequence[float] = SPRE
             rest = 0.0
             if name == "bytes":  # biases and norms are not quantized
                 rest = float(cost_model.other_bytes)
+            elif name == "bops":
+                rest = cost_model.other_bops
             elif name == "latency_ms" and cost_model.latency is not None:
                 rest = cost_model.latency.rest
             goal = min(rest + (value - rest) * factor, limits[name][1])
