@@ -185,7 +185,9 @@ def quantize(
     if Path(config.model).is_absolute():  # a folder of this machine tells nobody
         config = replace(config, model=Path(config.model).name)
     again = repeated_names(model.denoiser)
-    contents = Contents(config, model.layers, ranges, statistics, model.inputs, model.tied, again)
+    contents = Contents(
+        config, model.layers, ranges, statistics, model.inputs, model.tied, model.live_graph, again
+    )
     attach_(model.denoiser, contents)
     return Packed(source, model, config, statistics)
 

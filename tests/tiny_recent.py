@@ -221,7 +221,7 @@ def hidream() -> Any:
         llama_layers=[0, 1],
         force_inference_output=True,
     )
-    return d.HiDreamImagePipeline(
+    pipe = d.HiDreamImagePipeline(
         flow(),
         vae(shift_factor=0.1),
         clip(projected=True, words=128),
@@ -234,6 +234,8 @@ def hidream() -> Any:
         letters(),
         net,
     )
+    pipe.default_sample_size = 16  # it makes images of this many latents, whatever is asked for
+    return pipe
 
 
 def _dc() -> Any:

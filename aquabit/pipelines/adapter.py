@@ -372,7 +372,7 @@ class Adapter:
         given: dict[str, Any] = {
             "generator": [torch.Generator("cpu").manual_seed(protocol.seed + i) for i in indices],
             "num_inference_steps": protocol.steps,
-            str(self.guidance): protocol.guidance,
+            str(self.guidance): protocol.guidance - 1.0 + (self.family.off if self.family else 1.0),
             "eta": protocol.eta,
             "output_type": "pt",
             "height": protocol.resolution,

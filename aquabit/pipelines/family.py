@@ -39,7 +39,7 @@ class Family:
     """``pipelines`` are classes of diffusers (or ours); operator types follow from the denoiser's class
     (``aquabit.graph``). ``encodings`` are how prompts become embeddings; none: the pipeline encodes its
     prompts itself, in every call. ``options`` are arguments of every call. ``guidance`` is the argument that
-    takes it; ``embedded``: guidance is an input of the denoiser, where its config says so, and never a second
+    takes it, ``off`` its value where there is none (guidance 1); ``embedded``: guidance is an input of the denoiser, where its config says so, and never a second
     branch. ``alone``: a call makes one sample. ``resolution`` [pixels] and ``example`` are those of the
     published model.
     """
@@ -51,6 +51,7 @@ class Family:
     options: Mapping[str, Any] = field(default_factory=dict)
     guidance: str = "guidance_scale"
     embedded: bool = False
+    off: float = 1.0
     alone: bool = False
     resolution: int | None = None
     example: str = ""
@@ -164,7 +165,9 @@ FAMILIES: tuple[Family, ...] = (
         resolution=1024,
         example="Qwen/Qwen-Image",
     ),
-    Family("z-image", ("ZImagePipeline",), "prompt", resolution=1024, example="Tongyi-MAI/Z-Image-Turbo"),
+    Family(
+        "z-image", ("ZImagePipeline",), "prompt", off=0.0, resolution=1024, example="Tongyi-MAI/Z-Image-Turbo"
+    ),
     Family(
         "chroma",
         ("ChromaPipeline",),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from aquabit.file_memory import CopiesInFiles, in_file, is_large
-from aquabit.graph import codebook_names, fixed_layers, tied_places
+from aquabit.graph import codebook_names, fixed_layers, tied_places, to_json
 from aquabit.kernels import Accuracy
 from aquabit.kernels.codebook import CodebookWeight
 from aquabit.quant.attention import patch_attention_
@@ -134,6 +134,7 @@ class QuantizedDenoiser:
         self.tied = dict[str, str](graph.graph.get("tied", {}))
         # of an example call, described, where the class does not tell them
         self.inputs = graph.graph.get("inputs")
+        self.live_graph = to_json(graph) if graph.graph.get("live") else None
         self.partners = codebook_names(graph)
         self.layers: dict[str, QuantLinear | QuantConv2d] = {}
         self.weights = FullWeights()
