@@ -35,6 +35,7 @@ from aquabit.pipelines import (
     replay_recorder,
     restore_text_encoders,
     sampler,
+    scheduler_named,
     scheduler_of,
     set_scheduler,
     trace,
@@ -163,6 +164,10 @@ def quantize(
     samples; the pipeline then keeps that sampler. Raises AquabitError for a configuration of another model.
     """
     source, model = _copied(pipe, config, bank, device)
+    if correct:
+        asked = correct if isinstance(correct, str) else config.correction or DEFAULT_CORRECTION
+        config = replace(config, correction=asked)
+    _check_sampler(source, config)  # before anything is fitted
     if finetune:
         check_tunable(model, config)  # before anything is fitted
         with single_thread(device):
@@ -172,9 +177,6 @@ def quantize(
         config = tuned.config
         if told is not None:
             told(tuned)
-    if correct:
-        asked = correct if isinstance(correct, str) else config.correction or DEFAULT_CORRECTION
-        config = replace(config, correction=asked)
     with single_thread(device):
         statistics = _statistics(source, model, config, progress) if config.correction else None
         model.code(config, accuracy, progress)
@@ -217,6 +219,19 @@ def _copied(
     return source, QuantizedDenoiser(denoiser, graph, Bank(bank), own, recorder(source), sampler(source))
 
 
+def _check_sampler(pipe: DiffusionPipeline, config: QuantConfig) -> None:
+    """Raise AquabitError where a configuration changes from step to step, or is corrected, and the pipeline's
+    sampler does not allow that."""
+    calibration, own = config.calibration or Calibration(), scheduler_of(pipe)
+    if own is None and (config.correction or config.total_steps is not None):
+        raise AquabitError(
+            f"the configuration follows the steps of a scheduler (correction {config.correction}, groups or"
+            f" ranges per step), and {type(pipe).__name__} has none; leave them out"
+        )
+    if config.correction:
+        check_correction(scheduler_named(own, calibration.scheduler), config.correction, calibration.eta)
+
+
 def _statistics(
     source: DiffusionPipeline, model: QuantizedDenoiser, config: QuantConfig, progress: Progress
 ) -> Statistics:
@@ -224,7 +239,6 @@ def _statistics(
     sampler."""
     calibration = config.calibration or Calibration()
     set_scheduler(source, calibration.scheduler)
-    check_correction(scheduler_of(source), config.correction, calibration.eta)
     return noise_statistics(
         source, model, config, replace(calibration, scheduler="default"), progress=progress
     )

@@ -39,9 +39,9 @@ class Family:
     """``pipelines`` are classes of diffusers (or ours); operator types follow from the denoiser's class
     (``aquabit.graph``). ``encodings`` are how prompts become embeddings; none: the pipeline encodes its
     prompts itself, in every call. ``options`` are arguments of every call. ``guidance`` is the argument that
-    takes it, ``off`` its value where there is none (guidance 1); ``embedded``: guidance is an input of the denoiser, where its config says so, and never a second
-    branch. ``alone``: a call makes one sample. ``resolution`` [pixels] and ``example`` are those of the
-    published model.
+    takes it, ``off`` its value where there is none (guidance 1); ``embedded``: guidance is an input of the
+    denoiser, where its config says so, and never a second branch. ``alone``: a call makes one sample.
+    ``resolution`` [pixels] and ``example`` are those of the published model.
     """
 
     name: str

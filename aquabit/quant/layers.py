@@ -64,11 +64,11 @@ class _QuantLayer(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.detach())
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):  # type: ignore[no-untyped-def]
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        super()._save_to_state_dict(destination, prefix, keep_vars)
         del destination[f"{prefix}compute"]
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, *rest):  # type: ignore[no-untyped-def]
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
         if f"{prefix}compute" in missing:
             missing.remove(f"{prefix}compute")
 
