@@ -62,6 +62,12 @@ def qwen_vl() -> Any:
     return t.Qwen2_5_VLForConditionalGeneration(t.Qwen2_5_VLConfig(text_config=text, vision_config=vision))
 
 
+def without_ftfy(module: Any) -> None:
+    """Prompts pass as they are where the package that cleans them is not installed."""
+    if not hasattr(module, "ftfy"):
+        module.ftfy = type("ftfy", (), {"fix_text": staticmethod(lambda text: text)})
+
+
 def flow() -> Any:
     return d.FlowMatchEulerDiscreteScheduler()
 
@@ -100,7 +106,7 @@ def flux2_klein() -> Any:
     return d.Flux2KleinPipeline(flow(), images, language("Qwen3ForCausalLM", 28), letters(), net)
 
 
-def _wide_vae() -> dict[str, Any]:
+def wide_vae() -> dict[str, Any]:
     """As the VAEs of Wan and Qwen-Image are: eight pixels a latent, four frames."""
     return {
         "base_dim": 4,
@@ -122,7 +128,7 @@ def qwen_image() -> Any:
         joint_attention_dim=8,
         axes_dims_rope=(8, 4, 4),
     )
-    return d.QwenImagePipeline(flow(), d.AutoencoderKLQwenImage(**_wide_vae()), qwen_vl(), letters(), net)
+    return d.QwenImagePipeline(flow(), d.AutoencoderKLQwenImage(**wide_vae()), qwen_vl(), letters(), net)
 
 
 def z_image() -> Any:
@@ -185,11 +191,11 @@ def lumina2() -> Any:
         axes_lens=(1024, 512, 512),
         cap_feat_dim=8,
     )
-    pipe = d.Lumina2Pipeline(net, flow(), _eighth(), language("Gemma2Model"), letters())
+    pipe = d.Lumina2Pipeline(net, flow(), eighth(), language("Gemma2Model"), letters())
     return pipe
 
 
-def _eighth() -> Any:
+def eighth() -> Any:
     """A VAE of three halvings, where a pipeline takes eight pixels a latent for granted."""
     return d.AutoencoderKL(
         block_out_channels=(4,) * 4,
@@ -292,8 +298,7 @@ def sana_sprint() -> Any:
 def prx() -> Any:
     import diffusers.pipelines.prx.pipeline_prx as module
 
-    if not hasattr(module, "ftfy"):  # PRX cleans every prompt with it
-        module.ftfy = type("ftfy", (), {"fix_text": staticmethod(lambda text: text)})
+    without_ftfy(module)
     net = d.PRXTransformer2DModel(
         in_channels=4, context_in_dim=8, hidden_size=16, mlp_ratio=2.0, num_heads=2, depth=1, axes_dim=[4, 4]
     )
@@ -319,7 +324,7 @@ def wan(second: bool = False) -> Any:
         t.UMT5Config(vocab_size=64, d_model=24, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     )
     more = {"transformer_2": net(), "boundary_ratio": 0.5} if second else {}
-    images = d.AutoencoderKLWan(**_wide_vae())
+    images = d.AutoencoderKLWan(**wide_vae())
     return d.WanPipeline(t5_tokenizer(), encoder, images, flow(), net(), **more)
 
 

@@ -384,8 +384,12 @@ class Adapter:
             given["negative_prompt"] = [""] * len(here) if protocol.guidance != 1.0 else None
         given = {k: v for k, v in given.items() if v is not None} | always
         given = {k: v for k, v in given.items() if k in self.parameters}
+        if self.family is not None and self.family.alone:
+            given["generator"] = given["generator"][0]
+        if "batch_size" in self.parameters:
+            given["batch_size"] = len(here)
         if self.kind == "batch_size":
-            return given | {"batch_size": len(here)}
+            return given
         if self.family is None or not self.family.encodings:
             return given | {str(self.kind): here}
         every, guided = [str(c) for c in conditions], protocol.guidance > 1.0 and not self.family.embedded

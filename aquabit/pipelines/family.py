@@ -231,6 +231,8 @@ FAMILIES: tuple[Family, ...] = (
         example="hunyuanvideo-community/HunyuanVideo",
     ),
     Family("cogvideox", ("CogVideoXPipeline",), "prompt", (Encoding(_PAIR),), example="zai-org/CogVideoX-2b"),
+    Family("amused", ("AmusedPipeline",), "prompt", alone=True, resolution=512, example="amused/amused-512"),
+    Family("krea2", ("Krea2Pipeline",), "prompt", off=0.0, example="krea/Krea-2"),
     Family("dit", ("DiTPipeline",), "class_labels", resolution=256, example="facebook/DiT-XL-2-256"),
     Family(
         "ldm-class",

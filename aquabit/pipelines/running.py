@@ -93,20 +93,24 @@ def _one_by_one(decoder: Any) -> Iterator[None]:
         del decoder.decode
 
 
+# what says in plain words that a pipeline does not do a thing, or lacks a package that is not installed
+_PLAIN = (ValueError, NotImplementedError, ImportError, NameError)
+
+
 @contextmanager
 def _said(name: str, protocol: Protocol) -> Iterator[None]:
     try:
         yield
     except AquabitError:
         raise
-    except (ValueError, TypeError, RuntimeError, MemoryError) as error:
+    except Exception as error:  # of the pipeline's own code
         if out_of_memory(error):
             raise AquabitError(
                 f"out of memory while {name} made {protocol.micro_batch} images at once; lower --micro-batch"
                 " or the resolution, use --dtype bfloat16, or load it with offload on a GPU (generate"
                 " --offload)"
             ) from error
-        if not isinstance(error, ValueError):
+        if not (isinstance(error, _PLAIN) or type(error) is Exception):
             raise
         raise AquabitError(
             f"{name} does not make these images: {' '.join(str(error).split()).rstrip('.')}"

@@ -193,8 +193,10 @@ class QuantLinear(_QuantLayer):
             return straight_through(x, bits, "token")
         return fake_quantize_static(x, bits, *self.ranges[0])
 
-    def forward(self, x: Tensor, *_: object, place: Tied | None = None) -> Tensor:
-        """``place`` is what calls where that is another layer with this one's weight."""
+    def forward(self, input: Tensor, *_: object, place: Tied | None = None) -> Tensor:
+        """``input`` as torch names it; ``place`` is what calls where that is another layer with this one's
+        weight."""
+        x = input
         act, bias = self.act, self.bias_for(x) if place is None else place.bias_for(x)
         if self.packed is None or self.ranges is not None:  # kernels know dynamic ranges only
             x, act = self.quantized_input(x, act), 16
@@ -228,8 +230,10 @@ class QuantConv2d(_QuantLayer):
         ]
         return rounded[0] if len(rounded) == 1 else torch.cat(rounded, 1)
 
-    def forward(self, x: Tensor, *_: object, place: Tied | None = None) -> Tensor:
-        """``place`` is what calls where that is another layer with this one's weight."""
+    def forward(self, input: Tensor, *_: object, place: Tied | None = None) -> Tensor:
+        """``input`` as torch names it; ``place`` is what calls where that is another layer with this one's
+        weight."""
+        x = input
         act, bias = self.act, self.bias_for(x) if place is None else place.bias_for(x)
         if self.packed is None or self.ranges is not None:
             x, act = self.quantized_input(x, act), 16
@@ -302,8 +306,8 @@ class Tied(nn.Module):
         found: nn.Module = memo[id(self)]
         return found
 
-    def forward(self, x: Tensor, *_: object) -> Tensor:
-        y: Tensor = self.layer(x, place=self)
+    def forward(self, input: Tensor, *_: object) -> Tensor:
+        y: Tensor = self.layer(input, place=self)
         return y
 
 

@@ -265,9 +265,8 @@ def test_unknown_families_are_said_and_known_ones_are_not(tmp_path: Path) -> Non
     assert "CogView3PlusPipeline" in said[0] and "CogView3PlusTransformer2DModel" in said[1]
     tiny("generic").save_pretrained(tmp_path / "model")
     shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "model")])
-    assert shown.exit_code == 0 and "CogView3PlusPipeline is of no known family" in " ".join(
-        shown.output.split()
-    )
+    said_there = " ".join(shown.output.split())
+    assert shown.exit_code == 0 and "CogView3PlusPipeline is of no known family" in said_there
 
 
 @pytest.mark.parametrize("given", [[], ["--images", "8", "--guidance", "1.5"]])
