@@ -12,20 +12,6 @@ from tests import tiny_recent as recent
 from tests.tiny_pipelines import clip, clip_tokenizer, ddim, t5, t5_tokenizer, unet, vae
 
 
-def sd_with_middle() -> Any:
-    return like(
-        "StableDiffusionPipeline", tiny.sd, unet=lambda: unet(mid_block_type="UNetMidBlock2DCrossAttn")
-    )()
-
-
-def sdxl_with_middle() -> Any:
-    parts = tiny.sdxl()
-    config = {**parts.unet.config, "mid_block_type": "UNetMidBlock2DCrossAttn"}
-    return like(
-        "StableDiffusionXLPipeline", lambda: parts, unet=lambda: d.UNet2DConditionModel.from_config(config)
-    )()
-
-
 def like(name: str, base: Callable[[], Any], **more: Any) -> Callable[[], Any]:
     """The pipeline class ``name`` with the components of another, and others in the place of some."""
 
@@ -44,6 +30,24 @@ def like(name: str, base: Callable[[], Any], **more: Any) -> Callable[[], Any]:
         return cls(**given, **dict.fromkeys(missing))
 
     return make
+
+
+def changed(base: Callable[[], Any], name: str, **more: Any) -> Callable[[], Any]:
+    """A pipeline whose denoiser has another config."""
+
+    def make() -> Any:
+        pipe = base()
+        net = getattr(pipe, name)
+        own = {k: v for k, v in net.config.items() if not k.startswith("_")}
+        setattr(pipe, name, type(net)(**{**own, **more}))
+        return pipe
+
+    return make
+
+
+MIDDLE = {"mid_block_type": "UNetMidBlock2DCrossAttn"}
+sd_with_middle = changed(tiny.sd, "unet", **MIDDLE)
+sdxl_with_middle = changed(tiny.sdxl, "unet", **MIDDLE)
 
 
 def lcm_unet() -> Any:
