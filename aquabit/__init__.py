@@ -20,6 +20,8 @@ _HOMES = {
     "Study": "study",
     "load": "pipelines",
     "trace": "pipelines",
+    "add_lora": "pipelines",
+    "remove_lora": "pipelines",
     "measure": "workflows",
     "explain": "sensitivity.explaining",
     "Sensitivity": "sensitivity.result",
@@ -41,7 +43,9 @@ if TYPE_CHECKING:
     from aquabit.kernels import CodebookWeight as CodebookWeight
     from aquabit.packing import generate as generate
     from aquabit.packing import quantize as quantize
+    from aquabit.pipelines import add_lora as add_lora
     from aquabit.pipelines import load as load
+    from aquabit.pipelines import remove_lora as remove_lora
     from aquabit.pipelines import trace as trace
     from aquabit.quality import QualityOptions as QualityOptions
     from aquabit.quant.diffusers_quantizer import AquabitConfig as AquabitConfig

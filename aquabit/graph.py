@@ -103,7 +103,7 @@ def trace(
     "attention", ...). The graph has ``family``, ``model_class``, ``config``, ``weights`` (elements of all
     layer weights) and ``other_elements`` (of everything else in the state dict). Inputs are keyword
     arguments; they are made from the config where not given, and described in the graph (``inputs``) where
-    they were and the class does not tell them; ``live`` says that the module itself ran.
+    they were and the class does not tell them.
 
     Where there are such, the graph also names ``uncalled`` layers, whose weight is read but which are never
     called (the pooler of Hunyuan-DiT gives them to torch's attention): they cannot run from codes; ``unread``
@@ -143,8 +143,6 @@ def trace(
     graph.graph.update({key: value for key, value in found.items() if value})
     if example_inputs is not None and not known_class(type(denoiser)):
         graph.graph["inputs"] = describe_inputs(example_inputs)
-    if call.model is denoiser:
-        graph.graph["live"] = True
     return graph
 
 
@@ -590,7 +588,6 @@ def _graph_file() -> Any:
         weights: NonNegativeInt
         other_elements: NonNegativeInt
         inputs: dict[str, Any] = Field(default_factory=dict)
-        live: bool = False
         uncalled: list[str] = Field(default_factory=list)
         unread: list[str] = Field(default_factory=list)
         tied: dict[str, str] = Field(default_factory=dict)

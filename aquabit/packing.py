@@ -23,6 +23,8 @@ from aquabit.kernels.dispatch import using
 from aquabit.memory import check_images, check_quantizing
 from aquabit.pipelines import (
     Adapter,
+    add_lora,
+    branched,
     calibration_samples,
     denoiser_name,
     free_text_encoders,
@@ -32,6 +34,7 @@ from aquabit.pipelines import (
     noise_statistics,
     own_copy,
     recorder,
+    remove_lora,
     replay_recorder,
     restore_text_encoders,
     sampler,
@@ -39,7 +42,9 @@ from aquabit.pipelines import (
     scheduler_of,
     set_scheduler,
     trace,
+    without_folders,
 )
+from aquabit.pipelines.lora import Source
 from aquabit.quant.artifact import WEIGHT_FILES, Contents, config_of, save_packed_denoiser
 from aquabit.quant.bank import Bank
 from aquabit.quant.correction.corrector import DEFAULT_CORRECTION, check_correction, corrected_, statistics_of
@@ -115,10 +120,22 @@ class Packed:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.pipe(*args, **kwargs)
 
+    def add_lora(self, source: Source, scale: float = 1.0) -> None:
+        """Put a LoRA beside the packed layers, at 16 bits (``aquabit.add_lora``)."""
+        add_lora(self.pipe, source, scale)
+
+    def remove_lora(self) -> None:
+        """Take every LoRA off again: the model is what it was before."""
+        remove_lora(self.pipe)
+
     def save(self, folder: str | Path, max_shard_size: int | str = "10GB") -> int:
         """Write a diffusers pipeline directory, weights in files of at most ``max_shard_size`` (bytes, or
         as "5GB"); the bytes of the denoiser's tensors."""
         name = denoiser_name(self._pipe)
+        if branched(self._pipe):
+            raise AquabitError(
+                "a LoRA is beside this model and would not be saved; take it off by remove_lora() first"
+            )
         restore_text_encoders(self._pipe)
         try:
             with writing_folder(folder, [f"{name}/{old}" for old in WEIGHT_FILES]) as made:
@@ -184,12 +201,11 @@ def quantize(
     if statistics is not None:
         corrected_(model.denoiser, scheduler_of(source), statistics, config.correction)
     ranges = model.ranges(config) or {}
-    if Path(config.model).is_absolute():  # a folder of this machine tells nobody
-        config = replace(config, model=Path(config.model).name)
+    # a folder of this machine tells nobody
+    config = replace(config, model=without_folders(config.model))
     again = repeated_names(model.denoiser)
-    contents = Contents(
-        config, model.layers, ranges, statistics, model.inputs, model.tied, model.live_graph, again
-    )
+    facts = (model.inputs, model.tied, again, model.about)
+    contents = Contents(config, model.layers, ranges, statistics, *facts)
     attach_(model.denoiser, contents)
     return Packed(source, model, config, statistics)
 

@@ -14,7 +14,9 @@ from aquabit.cli.app import app
 from aquabit.exports import TARGETS, Export, export_config
 from aquabit.graph import layers, meta_denoiser, trace
 from aquabit.scheme import LayerChoice, QuantConfig, Scheme, StepGroups
+from aquabit.space import make_space
 from tests.families import DIGITS_DIT, DIGITS_UNET
+from tests.test_following import DIGITS, TiedMlp
 
 DIT, UNET = (trace(meta_denoiser(*family[:2])) for family in (DIGITS_DIT, DIGITS_UNET))
 FF = "transformer_blocks.0.ff.net.2"  # 192 x 768
@@ -210,3 +212,9 @@ def test_quanto_stores_more_than_eight_bits_at_eight_and_says_so() -> None:
 
     form = quanto.layer(LayerChoice(Scheme.parse("aq3x8g2"), 16), {"shape": (16, 32)})
     assert form.form["weights"] == "qint8" and "8 bits instead of 12" in form.lost
+
+
+def test_both_places_of_a_weight_are_exported() -> None:
+    graph = trace(TiedMlp(), DIGITS)
+    found = export_config(make_space(graph, "f").uniform("usq4", 16), graph, "torchao")
+    assert set(found.layers) == {"a", "b", "c"} and found.layers["b"] == found.layers["a"]

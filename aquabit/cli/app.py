@@ -55,16 +55,18 @@ def run(
     flips: Annotated[int, typer.Option("--flips", min=1, help="Real swaps that check the explanation.")] = 40,
     swap: options.Swap = None,
     within: options.Within = None,
+    lora: options.Lora = None,
     plan: options.PlanOnly = False,
     json_: options.Json = None,
 ) -> None:
     """The whole flow: measure, explain, check, search, pack, report."""
     from aquabit import workflows
-    from aquabit.pipelines import preset_named
+    from aquabit.pipelines import preset_named, with_loras
     from aquabit.sensitivity.plan import SampleOptions
     from aquabit.study import Study
     from aquabit.within import parse_time
 
+    model = with_loras(model, lora or ())
     if measuring.preset and not groups.given(context, "bits"):
         bits = preset_named(measuring.preset).weights
     named = {"samples": "samples", "swaps": "flips", "images": "images", "steps": "steps"}
@@ -139,14 +141,15 @@ def inspect(
     memory: options.MemoryPeaks = False,
     micro_batch: options.MicroBatch = 64,
     guidance: options.Guidance = 1.0,
+    lora: options.Lora = None,
     json_: options.Json = None,
 ) -> None:
     """Layers, operator types, sizes and multiply-adds; or peak memory."""
     from aquabit.graph import graph_notes, to_json
     from aquabit.memory import NOT_COUNTED, elements, peaks
-    from aquabit.pipelines import denoiser_of, family_notes, load, trace
+    from aquabit.pipelines import denoiser_of, family_notes, load, trace, with_loras
 
-    pipe = load(model)
+    pipe = load(with_loras(model, lora or ()))
     graph = trace(pipe)
     if memory:
         others = elements(pipe.components.values()) - elements([denoiser_of(pipe)])
@@ -186,14 +189,17 @@ def measure(
     contexts: options.Contexts = 0,
     bits: Annotated[float, typer.Option("--bits", help="Bits per weight of these contexts.")] = 3.0,
     ray: options.RayAddress = None,
+    lora: options.Lora = None,
     plan: options.PlanOnly = False,
     json_: options.Json = None,
 ) -> None:
     """Measure configurations into a study; run again, it continues."""
     from aquabit import workflows
+    from aquabit.pipelines import with_loras
     from aquabit.study import Study
     from aquabit.study_status import measurement_counts
 
+    model = with_loras(model, lora or ())
     drawn, asked = sample.options(measuring.seed), measuring.options(context)
     where = machine.where(measuring.dtype, ray)
     if plan:
@@ -362,14 +368,16 @@ def quantize(
     ] = None,
     device: options.Device = "cpu",
     bank: options.Bank = None,
+    lora: options.Lora = None,
 ) -> None:
     """Pack a model: a diffusers pipeline directory whose denoiser is stored as codes."""
     from aquabit import packing
+    from aquabit.pipelines import with_loras
 
     told: list[Any] = []
     with bars() as progress:
         packed = packing.quantize(
-            model,
+            with_loras(model, lora or ()),
             QuantConfig.load(config),
             correct=correction or correct,
             finetune=tuning.settings(),

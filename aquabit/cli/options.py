@@ -15,6 +15,14 @@ Model = Annotated[
         metavar="MODEL", help="A bundled name (see `aquabit models`), a diffusers directory, or a hub id."
     ),
 ]
+Lora = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora",
+        metavar="FILE[:SCALE]",
+        help="A LoRA (.safetensors) that is fused with the model's weights first; may be repeated.",
+    ),
+]
 StudyFile = Annotated[Path, typer.Argument(metavar="S.db", help="A study made by `aquabit measure`.")]
 Json = Annotated[
     str | None,

@@ -60,7 +60,9 @@ def export_config(config: QuantConfig, graph: LayerGraph, to: str) -> Export:
     target = TARGETS[to]
     forms: dict[str, Any] = {}
     statement: dict[str, LayerExport] = {}
-    for name, choice in config.layers.items():
+    tied = {place: first for place, first in graph.graph.get("tied", {}).items() if first in config.layers}
+    nodes |= {place: nodes[first] for place, first in tied.items()}  # libraries go by name
+    for name, choice in [*config.layers.items(), *((p, config[first]) for p, first in tied.items())]:
         form, words, lost = target.layer(choice, nodes[name])
         lost = [*weight_losses(choice.weight), *lost, *activation_losses(choice, nodes[name])]
         if form is None:

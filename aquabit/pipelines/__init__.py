@@ -27,6 +27,7 @@ from aquabit.pipelines.family import (
     scheduler_of,
 )
 from aquabit.pipelines.loading import bundled_facts, bundled_models, load
+from aquabit.pipelines.lora import add_lora, branched, remove_lora, with_loras, without_folders
 from aquabit.pipelines.presets import PRESETS, Preset, preset_named
 from aquabit.pipelines.prompts import free_text_encoders, restore_text_encoders
 from aquabit.pipelines.sizes import image_batch, image_size
@@ -40,6 +41,8 @@ __all__ = [
     "ClassLatentPipeline",
     "Family",
     "Preset",
+    "add_lora",
+    "branched",
     "bundled_facts",
     "bundled_models",
     "calibration_samples",
@@ -57,6 +60,7 @@ __all__ = [
     "own_copy",
     "preset_named",
     "recorder",
+    "remove_lora",
     "replay_recorder",
     "restore_text_encoders",
     "sampler",
@@ -65,4 +69,6 @@ __all__ = [
     "set_scheduler",
     "trace",
     "use_scheduler",
+    "with_loras",
+    "without_folders",
 ]

@@ -18,6 +18,7 @@ from aquabit.jsonio import read_json
 from aquabit.pipelines.class_conditional import ClassConditionalPipeline
 from aquabit.pipelines.class_latent import ClassEmbedder, ClassLatentPipeline
 from aquabit.pipelines.family import scheduler_of
+from aquabit.pipelines.lora import fuse_loras_, split_loras
 from aquabit.pipelines.prompts import can_reload
 from aquabit.quant.bank import weights_folder
 from aquabit.runtime import out_of_memory
@@ -54,13 +55,21 @@ def load(
     """The pipeline that ``model`` names, on a device and in a dtype; a packed artifact comes back running
     packed.
 
-    ``offload``: components wait on the CPU and are on the GPU only while they run. Raises AquabitError for an
-    unknown name, a folder that is no pipeline or lacks components, files that are damaged, a hub that does
+    ``offload``: components wait on the CPU and are on the GPU only while they run. A name may be followed by
+    LoRAs that are fused with its weights, each as "+lora:FILE" or "+lora:FILE:SCALE". Raises AquabitError for
+    an unknown name, a folder that is no pipeline or lacks components, files that are damaged, a hub that does
     not give the model, and a device that is not there.
     """
     if isinstance(model, DiffusionPipeline):
         return model
     check_device(device, offload)
+    base, loras = split_loras(str(model))
+    if loras:
+        pipe = load(base, device, dtype)
+        fuse_loras_(pipe, loras)
+        if offload:
+            pipe.enable_model_cpu_offload(device=device)
+        return pipe
     dtype = _dtype(dtype)
     name = str(model)
     folder = BUNDLED / name if name in bundled_models() else Path(name)

@@ -113,6 +113,20 @@ def can_reload(pipe: DiffusionPipeline, reload: Callable[[], Encoders]) -> None:
     _known(pipe).reload = reload
 
 
+def change_reloaded(pipe: DiffusionPipeline, change: Callable[[Encoders], None]) -> None:
+    """Let ``change`` see a pipeline's text encoders whenever they were loaded again."""
+    reload = _known(pipe).reload
+    if reload is None:
+        return
+
+    def changed() -> Encoders:
+        again = reload()
+        change(again)
+        return again
+
+    can_reload(pipe, changed)
+
+
 def free_text_encoders(pipe: DiffusionPipeline) -> None:
     """From now on text encoders go as soon as all prompts are embeddings; nothing where they could not be
     loaded again."""

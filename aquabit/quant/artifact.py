@@ -40,8 +40,8 @@ SCHEMA = 2  # of quantization_config; 1 was a file of its own, quantization.json
 RANGES = "ranges/"  # before the names of layers whose static ranges are stored
 NOISE = "noise/"  # before the names of noise statistics
 # beside the configuration: what noise statistics belong to, what an example call takes, which places use
-# another layer's weight, and the layers of a model that does not run without its weights
-FACTS = ("noise", "inputs", "tied", "graph")
+# another layer's weight, and what the layers are
+FACTS = ("noise", "inputs", "tied", "layers")
 DIGEST = "digest"  # of an artifact, in its quantization_config
 OLD = "quantization.json"
 # of config.json: what is said elsewhere, or follows from where and by what it was written
@@ -62,12 +62,12 @@ class Contents:
     statistics: Statistics | None = None
     inputs: Mapping[str, Any] | None = None  # of an example call, where the class does not tell them
     tied: Mapping[str, str] = field(default_factory=dict)  # places that use another layer's weight
-    graph: Mapping[str, Any] | None = None  # as JSON, where it cannot be traced again without weights
     repeated: Set[str] = frozenset()  # names of the state dict that stand for what another stores
+    about: Mapping[str, Any] | None = None  # ``layer_facts``, where the class does not tell an example call
 
     def facts(self) -> dict[str, Any]:
         """What ``quantization_config`` holds besides the configuration (FACTS)."""
-        return parsed(described(self.config, self.statistics, self.inputs, self.tied, self.graph))[1]
+        return parsed(described(self.config, self.statistics, self.inputs, self.tied, self.about))[1]
 
     def tensors(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """All tensors to store: those of the denoiser's ``state`` at 16 bits, except where layers are
@@ -203,7 +203,7 @@ def described(
     statistics: Statistics | None = None,
     inputs: Mapping[str, Any] | None = None,
     tied: Mapping[str, str] | None = None,
-    graph: Mapping[str, Any] | None = None,
+    about: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """A configuration and what goes with it (FACTS) as ``quantization_config`` holds it: layers of equal
     choices are listed together."""
@@ -218,8 +218,8 @@ def described(
         value["inputs"] = inputs
     if tied:
         value["tied"] = dict(tied)
-    if graph is not None:
-        value["graph"] = dict(graph)
+    if about is not None:
+        value["layers"] = dict(about)
     return {"quant_method": METHOD, **value}
 
 

@@ -18,6 +18,7 @@ from aquabit.kernels import Accuracy, codebook_conv2d, codebook_linear, fake_qua
 from aquabit.kernels.arranged import Arranged
 from aquabit.kernels.codebook import CodebookWeight
 from aquabit.kernels.dispatch import device_of, held, moved
+from aquabit.quant.lora import LowRank
 from aquabit.scheme import FP, AquabitError, Scheme
 
 Range = tuple[float, float]  # the smallest and the largest value of a static quantizer
@@ -60,6 +61,7 @@ class _QuantLayer(nn.Module):
         self.dense: Tensor | None = None
         # of no elements and in no file: models and pipelines ask the first parameter what to compute in
         self.compute = nn.Parameter(weight.detach().new_empty(0), requires_grad=False)
+        self.branches: list[LowRank] = []  # LoRAs beside the weight
         self.register_buffer("weight", weight.detach())
         self.register_buffer("bias", None if bias is None else bias.detach())
 
@@ -147,6 +149,7 @@ class _QuantLayer(nn.Module):
             parts += [t for made in self.packed.derived.values() for t in made.tensors()]
         elif self.packed is not None:
             parts += self.packed.tensors().values()
+        parts += [t for part in self.branches for t in (part.down, part.up)]
         return [t for t in parts if t is not None]
 
     def extra_repr(self) -> str:
@@ -162,6 +165,7 @@ class _QuantLayer(nn.Module):
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.branches = [p.to(fn(torch.empty(0, device=p.up.device)).device) for p in self.branches]
         if self.packed is not None:  # codes keep their dtype: only the device moves
             device = fn(torch.empty(0, device=device_of(self.packed))).device
             self.packed = moved(self.packed, device)
@@ -198,13 +202,17 @@ class QuantLinear(_QuantLayer):
         weight."""
         x = input
         act, bias = self.act, self.bias_for(x) if place is None else place.bias_for(x)
+        given, beside = x, self.branches if place is None else []
         if self.packed is None or self.ranges is not None:  # kernels know dynamic ranges only
             x, act = self.quantized_input(x, act), 16
         if self.packed is None:
             y = functional.linear(x, self.weight.to(x.dtype), bias)
         else:
             y = codebook_linear(x, self.packed, bias, self.accuracy, act=act, dense=self.dense_for(x))
-        return self.quantized_output(y)
+        y = self.quantized_output(y)
+        for part in beside:
+            y = y + part.linear(given)
+        return y
 
 
 class QuantConv2d(_QuantLayer):
@@ -235,25 +243,18 @@ class QuantConv2d(_QuantLayer):
         weight."""
         x = input
         act, bias = self.act, self.bias_for(x) if place is None else place.bias_for(x)
+        given, beside = x, self.branches if place is None else []
+        geometry: tuple[Any, ...] = (self.stride, self.padding, self.dilation, self.groups)
         if self.packed is None or self.ranges is not None:
             x, act = self.quantized_input(x, act), 16
         if self.packed is None:
-            return functional.conv2d(
-                x, self.weight.to(x.dtype), bias, self.stride, self.padding, self.dilation, self.groups
-            )
-        return codebook_conv2d(
-            x,
-            self.packed,
-            bias,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
-            self.accuracy,
-            act=act,
-            split=self.split,
-            dense=self.dense_for(x),
-        )
+            y = functional.conv2d(x, self.weight.to(x.dtype), bias, *geometry)
+        else:
+            coded = (x, self.packed, bias, *geometry, self.accuracy)
+            y = codebook_conv2d(*coded, act=act, split=self.split, dense=self.dense_for(x))
+        for part in beside:
+            y = y + part.conv2d(given, *geometry)
+        return y
 
 
 def _padding(values: str | tuple[int, ...]) -> str | tuple[int, int]:

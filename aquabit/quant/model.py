@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from aquabit.file_memory import CopiesInFiles, in_file, is_large
-from aquabit.graph import codebook_names, fixed_layers, tied_places, to_json
+from aquabit.graph import codebook_names, fixed_layers, tied_places
 from aquabit.kernels import Accuracy
 from aquabit.kernels.codebook import CodebookWeight
 from aquabit.quant.attention import patch_attention_
@@ -26,6 +26,7 @@ from aquabit.quant.calibration.full_precision import FullPrecision
 from aquabit.quant.calibration.ranges import RangeTables, Sample
 from aquabit.quant.correction.sampling import Watcher
 from aquabit.quant.finetuning.store import load_tuned
+from aquabit.quant.layer_facts import layer_facts
 from aquabit.quant.layers import QuantConv2d, QuantLinear, Setting, check_layer, replace_layer_
 from aquabit.quant.step_switch import settings_of, share_out_, switches
 from aquabit.runtime import give_back
@@ -134,7 +135,7 @@ class QuantizedDenoiser:
         self.tied = dict[str, str](graph.graph.get("tied", {}))
         # of an example call, described, where the class does not tell them
         self.inputs = graph.graph.get("inputs")
-        self.live_graph = to_json(graph) if graph.graph.get("live") else None
+        self.about = None if self.inputs is None else layer_facts(graph)
         self.partners = codebook_names(graph)
         self.layers: dict[str, QuantLinear | QuantConv2d] = {}
         self.weights = FullWeights()

@@ -7,32 +7,19 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import networkx as nx
 import torch
 from torch import Tensor
 
-from aquabit.graph import LayerGraph, described_inputs, from_json, repeated_names, trace
+from aquabit.graph import described_inputs, repeated_names, trace
 from aquabit.graph import layers as layer_nodes
 from aquabit.quant.artifact import Contents, finish_, is_own, place_layers_, stored_statistics, tie_
 from aquabit.quant.correction.statistics import Statistics
 from aquabit.quant.finetuning.store import stored_weight
+from aquabit.quant.layer_facts import graph_from
 from aquabit.quant.model import fingerprint_of, storage_dtype, stored_hash
 from aquabit.quant.weights import quantize_weight
 from aquabit.scheme import FP, AquabitError, QuantConfig
-
-
-def _graph_of(model: Any, facts: Mapping[str, Any]) -> LayerGraph:
-    """The layers of a model without weights: traced, or as the artifact names them."""
-    if "graph" not in facts:
-        return trace(model, described_inputs(facts["inputs"]) if "inputs" in facts else None)
-    graph, modules = from_json(facts["graph"], "the graph of the artifact"), dict(model.named_modules())
-    for name, node in layer_nodes(graph).items():
-        shape = tuple(getattr(getattr(modules.get(name), "weight", None), "shape", ()))
-        if shape != node["shape"]:
-            raise AquabitError(
-                f"the graph of the artifact has layer {name!r} of {list(node['shape'])}, the model has"
-                f" {list(shape)}"
-            )
-    return graph
 
 
 class Unpacking:
@@ -52,7 +39,7 @@ class Unpacking:
     ):
         self.model, self.config, self.facts = model, config, facts
         tie_(model, facts.get("tied", {}))
-        self.expected, self.graph = set(model.state_dict()), _graph_of(model, facts)
+        self.expected, self.graph = set(model.state_dict()), self._graph()
         self.tied = dict[str, str](self.graph.graph.get("tied", {}))
         names = layer_nodes(self.graph)
         dtypes = {n: torch.float32 if set(fp32) & set(n.split(".")) else dtype for n in names}
@@ -66,6 +53,11 @@ class Unpacking:
         )
         self.stored_as_codes = self.coded
         self.tensors: dict[str, Tensor] = {}
+
+    def _graph(self) -> nx.DiGraph:
+        if "layers" in self.facts:
+            return graph_from(self.facts["layers"], self.facts.get("tied", {}), self.model)
+        return trace(self.model, described_inputs(self.facts["inputs"]) if "inputs" in self.facts else None)
 
     def missing(self, keys: Iterable[str]) -> list[str]:
         """Nothing may be missing; raises AquabitError."""
@@ -107,8 +99,8 @@ class Unpacking:
         return self._contents(ranges, statistics)
 
     def _contents(self, ranges: Mapping[str, Tensor], statistics: Statistics | None = None) -> Contents:
-        inputs, graph = (self.facts.get(name) for name in ("inputs", "graph"))
-        return Contents(self.config, self.layers, ranges, statistics, inputs, self.tied, graph, self.repeated)
+        facts = (self.facts.get("inputs"), self.tied, self.repeated, self.facts.get("layers"))
+        return Contents(self.config, self.layers, ranges, statistics, *facts)
 
 
 class Quantizing(Unpacking):

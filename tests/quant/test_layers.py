@@ -3,6 +3,7 @@ places of a weight run from its codes, and what would not load again is refused.
 
 from __future__ import annotations
 
+import json
 import struct
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import aquabit
+from aquabit.choices import Choices
 from aquabit.cost import CostModel
 from aquabit.graph import fixed_layers, layers, repeated_names, to_json, trace
 from aquabit.packing import quantize
@@ -25,7 +27,9 @@ from aquabit.quant.bank import Bank
 from aquabit.quant.diffusers_quantizer import attach_
 from aquabit.quant.layers import QuantLinear, Tied
 from aquabit.quant.model import QuantizedDenoiser, fingerprint
-from aquabit.scheme import AquabitError, Protocol, QuantConfig
+from aquabit.scheme import AquabitError, Budget, Protocol, QuantConfig
+from aquabit.search.options import Options
+from aquabit.search.search_options import ladder
 from aquabit.space import make_space
 from tests.test_following import MODELS, Ends, TiedMlp
 from tests.tiny_pipelines import tiny
@@ -118,6 +122,12 @@ def test_operations_count_dense_products_at_full_precision() -> None:
     space = make_space(graph, "f", schemes=["usq4"])
     cost, config = CostModel(graph, space), space.uniform("usq4", 8)
     assert cost(config).bops == cost.totals_of(config)["bops"] == 320 * 4 * 8 + 5 * 24 * 32 * 32
+    rows = Choices.of(space, [config])
+    assert cost.totals(rows)["bops"] == [cost(config).bops]
+    budget = Budget(bops=cost(config).bops)
+    options = Options.of(cost, budget)
+    assert options.caps == pytest.approx([320 * 4 * 8]), "what is left for layers"
+    assert ladder(cost, budget, (0.5,)) == [] and cost.within(cost.totals(rows), budget).all()
     assert cost(space.full_precision()).multiply_adds == 320 + 5 * 24
     assert all(value > 5 * 24 * 32 * 32 for value in cost.limits()["bops"])
 
@@ -169,7 +179,14 @@ def test_an_artifact_comes_back(
     model, again = quantized.denoiser, repeated_names(quantized.denoiser)
     attach_(
         model,
-        Contents(config, quantized.layers, inputs=quantized.inputs, tied=quantized.tied, repeated=again),
+        Contents(
+            config,
+            quantized.layers,
+            inputs=quantized.inputs,
+            tied=quantized.tied,
+            repeated=again,
+            about=quantized.about,
+        ),
     )
     written = save_packed_denoiser(model, tmp_path / "packed")
     assert written == CostModel(graph, make_space(graph, config.fingerprint))(config).bytes
@@ -221,3 +238,41 @@ def test_a_changed_model_runs_packed_and_is_saved_where_it_loads_again(change: s
     with pytest.raises(AquabitError, match=r"was changed after it was built \(.*would not load again"):
         made.save(tmp_path / "packed")
     assert not (tmp_path / "packed").exists()
+
+
+class Measured(ModelMixin, ConfigMixin):
+    """Its sizes depend on data: it does not run without."""
+
+    @register_to_config
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.attn = nn.ModuleDict({"to_q": nn.Linear(8, width), "to_v": nn.Linear(width, 8)})
+
+    def forward(self, x: Tensor, length: Tensor) -> Tensor:
+        y: Tensor = self.attn["to_v"](self.attn["to_q"](x)[:, : int(length)])
+        return y
+
+
+def test_an_artifact_of_a_model_that_needs_data_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(diffusers, "Measured", Measured, raising=False)
+    inputs = {**X, "length": torch.tensor(3)}
+    quantized, _, config = packed(Measured(), inputs, tmp_path, "usq4", 8)
+    quantized.pack(config, "exact")
+    about = quantized.about
+    attach_(quantized.denoiser, Contents(config, quantized.layers, inputs=quantized.inputs, about=about))
+    folder = tmp_path / "packed"
+    save_packed_denoiser(quantized.denoiser, folder)
+    loaded: Any = load_packed_denoiser(folder)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**inputs), quantized.denoiser(**inputs), rtol=0, atol=1e-2)
+    assert loaded.attn["to_q"].act_output == quantized.layers["attn.to_q"].act_output == 8, (
+        "Q is quantized too"
+    )
+    facts = json.loads((folder / "config.json").read_text())
+    facts["quantization_config"]["layers"]["names"].append("to_k")
+    del facts["quantization_config"]["digest"]
+    (folder / "config.json").write_text(json.dumps(facts))
+    with pytest.raises(AquabitError, match="'to_k' is no Linear or Conv2d layer of Measured"):
+        load_packed_denoiser(folder)
