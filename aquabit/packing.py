@@ -304,7 +304,7 @@ def generate(
     asked = {"steps": steps, **asdict(Sampling(**sampling))}
     same = asked.pop("deterministic")
     given: dict[str, Any] = {k: getattr(usual, k) if v is None else v for k, v in asked.items()}
-    batch = image_batch(adapter.pipe, given["resolution"], MICRO_BATCH)
+    batch = image_batch(adapter.pipe, replace(usual, **given), MICRO_BATCH)
     protocol = Protocol(
         images=images,
         seed=seed,
@@ -313,7 +313,7 @@ def generate(
         **given,
     )
     size, own = image_size(adapter.pipe), protocol.resolution
-    check_images(images, size if own is None else (own, own))
+    check_images(images * (protocol.frames or 1), size if own is None else (own, own))
     layers = layers_of(adapter.denoiser)
     with _switched_correction(adapter, correction):
         if same:

@@ -150,7 +150,7 @@ def lumina() -> Any:
         learn_sigma=True,
     )
     return d.LuminaPipeline(
-        net, recent.flow(), recent._eighth(), recent.language("GemmaModel"), recent.letters()
+        net, recent.flow(), recent.eighth(), recent.language("GemmaModel"), recent.letters()
     )
 
 

@@ -33,7 +33,7 @@ from aquabit.quant.calibration.recording import Call, record_calls
 from aquabit.quant.correction.noise_measuring import measure_noise
 from aquabit.quant.correction.sampling import Watcher, following, refollow_, unfollowed
 from aquabit.quant.correction.statistics import Statistics
-from aquabit.quant.finetuning.replay import Recording, record_outputs
+from aquabit.quant.finetuning.replay import Recording, recording
 from aquabit.quant.model import QuantizedDenoiser
 from aquabit.scheme import SCHEDULERS, AquabitError, Calibration, Progress, Protocol, QuantConfig, no_progress
 
@@ -124,7 +124,7 @@ def scheduled(pipe: DiffusionPipeline, scheduler: Any, name: str) -> Iterator[No
 def calibration_samples(pipe: DiffusionPipeline, calibration: Calibration) -> int:
     """Samples of the denoiser's own size that one of its calls takes as much memory as, while ``recorder``'s
     images are made."""
-    batch = min(image_batch(pipe, calibration.resolution, CALIBRATION_BATCH), calibration.images)
+    batch = min(image_batch(pipe, calibration, CALIBRATION_BATCH), calibration.images)
     branches = 2 if calibration.guidance != 1.0 else 1
     asked, own = image_size(pipe, calibration.resolution), image_size(pipe)
     larger = 1.0 if asked is None or own is None else prod(asked) / prod(own)
@@ -137,7 +137,7 @@ def recorder(pipe: DiffusionPipeline) -> Callable[[Calibration], list[Call]]:
     runs = _runs(pipe)
 
     def record(calibration: Calibration) -> list[Call]:
-        batch = image_batch(pipe, calibration.resolution, CALIBRATION_BATCH)
+        batch = image_batch(pipe, calibration, CALIBRATION_BATCH)
         with runs(calibration, batch) as made:
             return record_calls(denoiser_of(pipe), made, CALIBRATION_CALLS)
 
@@ -167,11 +167,7 @@ def replay_recorder(pipe: DiffusionPipeline) -> Callable[[Calibration, int], Rec
 
     def record(calibration: Calibration, batch: int) -> Recording:
         with runs(calibration, batch) as made:
-            # pipelines of classes put the conditional half of a guided call first, those of texts the
-            # unconditional one
-            return Recording(
-                record_outputs(denoiser_of(pipe), made, scheduler_of(pipe)), Adapter(pipe).kind != "prompt"
-            )
+            return recording(denoiser_of(pipe), made, scheduler_of(pipe))
 
     return record
 
@@ -206,7 +202,7 @@ def noise_statistics(
     ``model`` wraps the pipeline's denoiser, in dense mode; it is left as ``config`` says.
     """
     plain = replace(config, correction=None)
-    batch = min(image_batch(pipe, calibration.resolution, CALIBRATION_BATCH), calibration.images)
+    batch = min(image_batch(pipe, calibration, CALIBRATION_BATCH), calibration.images)
     protocol, adapter = calibration.protocol(batch), Adapter(pipe)
     with scheduled(pipe, scheduler_of(pipe), calibration.scheduler):
         runs = [
@@ -320,6 +316,8 @@ class Adapter:
         if hasattr(getattr(self.pipe, "guider", None), "guidance_scale"):
             return "guider"
         known = (self.family.guidance,) if self.family else GUIDANCE
+        if not getattr(getattr(self.denoiser, "config", None), "guidance_embeds", False):
+            known = known[::-1]  # where both are there, the other one is of distilled denoisers
         return next((name for name in known if name in self.parameters), None)
 
     def batches(self, protocol: Protocol) -> list[range]:

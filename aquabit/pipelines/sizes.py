@@ -9,6 +9,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from aquabit.pipelines.family import DECODERS, denoiser_of
+from aquabit.scheme import Calibration
 
 
 def image_size(pipe: DiffusionPipeline, resolution: int | None = None) -> tuple[int, int] | None:
@@ -42,8 +43,10 @@ def _latent_factor(pipe: DiffusionPipeline) -> int:
     return int(said) if said else 2 ** (len(getattr(decoder.config, "block_out_channels", (0,))) - 1)
 
 
-def image_batch(pipe: DiffusionPipeline, resolution: int | None, most: int) -> int:
-    """Images of one call where no protocol says it: ``most``, or as many as have the pixels of 16 images
-    of 256 x 256."""
-    height, width = image_size(pipe, resolution) or (256, 256)
-    return max(1, min(most, 16 * 256**2 // (height * width)))
+def image_batch(pipe: DiffusionPipeline, asked: Calibration, most: int) -> int:
+    """Samples of one call where no protocol says it: ``most``, or as many as have the pixels of 16 images
+    of 256 x 256; four frames of a video are one image, as decoders of videos count them."""
+    height, width = image_size(pipe, asked.resolution) or (256, 256)
+    own = inspect.signature(type(pipe).__call__).parameters.get("num_frames")
+    frames = asked.frames or (own.default if own is not None and isinstance(own.default, int) else 1)
+    return max(1, min(most, 16 * 256**2 // (height * width * -(-frames // 4))))

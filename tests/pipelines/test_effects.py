@@ -193,3 +193,37 @@ def test_a_required_safety_checker_lets_images_pass() -> None:
     pipe.__class__ = Requires
     pipe.__dict__["safety_checker"] = checker = Checker()
     assert torch.equal(images(pipe, PROTOCOL), plain) and pipe.safety_checker is checker
+
+
+class Scaled(Bare):
+    """Guidance is a component's, or a schedule's that stands in its place."""
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int,
+        generator: Any,
+        num_inference_steps: int = 4,
+        guidance_scale: float | None = None,
+        guidance_schedule: Any = (7.0,),
+    ) -> Any:
+        if guidance_scale is not None and guidance_schedule is not None:
+            raise ValueError("only one of them may be set")
+        scale = self.guider.guidance_scale if self.__dict__.get("guider") else guidance_scale
+        x = torch.stack([torch.randn(3, 8, 8, generator=g) for g in generator])
+        for _ in range(num_inference_steps):
+            x = x - scale * self.unet(x.flatten(1)).view_as(x) / num_inference_steps
+        return {"images": x.sigmoid()}
+
+
+@pytest.mark.parametrize("guided_by", ["an argument", "a component"])
+def test_guidance_of_a_component_or_beside_a_schedule(guided_by: str) -> None:
+    pipe = bare()
+    pipe.__class__ = Scaled
+    if guided_by == "a component":
+        pipe.__dict__["guider"] = guider = d.guiders.ClassifierFreeGuidance(guidance_scale=5.0)
+    plain = Protocol(images=2, steps=2, micro_batch=2)
+    made = [images(pipe, replace(plain, guidance=g)) for g in (1.0, 3.0, 7.0)]
+    assert not torch.equal(made[0], made[1]) and not torch.equal(made[1], made[2])
+    if guided_by == "a component":
+        assert pipe.guider is guider and guider.guidance_scale == 5.0

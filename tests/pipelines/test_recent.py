@@ -11,12 +11,12 @@ import torch
 from diffusers.utils import logging
 
 import aquabit
-from aquabit.pipelines import Adapter, denoiser_of, family, family_notes, image_size, trace
+from aquabit.pipelines import Adapter, denoiser_of, family, family_notes, image_size, replay_recorder, trace
 from aquabit.quant.finetuning.finetune import FineTuning
 from aquabit.quant.model import fingerprint
 from aquabit.scheme import AquabitError, Calibration, Protocol, StepGroups
 from aquabit.space import make_space
-from tests.tiny_pipelines import PROMPTS, randomised
+from tests.tiny_pipelines import PROMPTS, randomised, tiny
 from tests.tiny_recent import RECENT, VIDEO, wan
 from tests.whole import images, works_whole
 
@@ -120,3 +120,16 @@ def test_guidance_one_is_off_in_every_family() -> None:
     pipe.transformer.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
     images(pipe, protocol_for("z-image", guidance=1.0))
     assert rows == [2, 2]
+
+
+def test_fine_tuning_knows_the_branches_of_guidance(tmp_path: Path) -> None:
+    """Z-Image puts the conditional half first and turns the sign; Stable Diffusion the other way round;
+    Qwen-Image makes a call of each."""
+    for pipe, first in ((randomised(RECENT["z-image"]), True), (tiny("sd"), False)):
+        side = 32 if first else None
+        calibration = Calibration(images=2, steps=2, guidance=3.0, conditions=PROMPTS, resolution=side)
+        assert replay_recorder(pipe)(calibration, 1).conditional_first is first
+    settings = FineTuning(steps=2, images=4, batch=2, guidance=3.0)
+    pipe = randomised(RECENT["qwen-image"])
+    with pytest.raises(AquabitError, match="does not combine the two halves"):
+        aquabit.quantize(pipe, config_of(pipe), bank=str(tmp_path), finetune=settings)

@@ -9,7 +9,7 @@ steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from aquabit.quant.bank import weight_hash
 from aquabit.quant.calibration.recording import Call, has_row_list, mapped, output_tensor
+from aquabit.quant.correction.guidance import doubled, guidance_weights, noise_part, step_arguments
 from aquabit.quant.correction.sampling import Watcher, following
 from aquabit.scheme import AquabitError, Calibration
 
@@ -42,31 +43,74 @@ class Recorded:
 @dataclass(frozen=True)
 class Recording:
     """Calls in the order in which they were made; where guidance doubles a batch, which half is the
-    conditional one."""
+    conditional one (None: it does not)."""
 
     calls: list[Recorded]
-    conditional_first: bool = True
+    conditional_first: bool | None = True
 
 
 Record = Callable[[Calibration, int], Recording]  # images as a calibration says, made in batches of so many
 
 
 class _Steps(Watcher):
-    """Knows the step of the sampler."""
+    """Knows the step of the sampler, and how guidance combined what the denoiser returned in it."""
 
-    now = 0
+    def __init__(self) -> None:
+        self.now, self.outputs, self.orders = 0, list[Tensor](), set[bool | None]()
 
     def before(self, step: int) -> None:
         self.now = step
 
+    def output(self, step: int, call: int, output: Tensor) -> Tensor:
+        self.outputs = [*(self.outputs if call else []), output]
+        return output
+
+    def advance(self, step: int, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self.orders.add(_conditional_first(self.outputs, args, kwargs))
+        return run(*args, **kwargs)
+
+    @property
+    def conditional_first(self) -> bool | None:
+        return self.orders.pop() if len(self.orders) == 1 else None
+
+
+def _conditional_first(
+    outputs: Sequence[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> bool | None:
+    """Whether the first half of a step's only call is the branch that guidance adds: its weight in what the
+    scheduler is given is the larger one (some pipelines turn the sign). None: its halves are no branches."""
+    if len(outputs) != 1 or (len(args) < 3 and "sample" not in kwargs):
+        return None
+    output, (combined, _, sample) = outputs[0], step_arguments(args, kwargs)
+    if doubled(outputs, combined, sample):
+        combined = combined[: len(combined) // 2]
+    if len(output) != 2 * len(combined):
+        return None
+    halves = output.chunk(2)
+    if halves[0].numel() != combined.numel():  # learned variances
+        halves = tuple(noise_part(half, combined.shape[-1 if combined.ndim == 3 else 1]) for half in halves)
+    if halves[0].numel() != combined.numel():
+        return None
+    found = min((guidance_weights(halves, sign * combined) for sign in (1, -1)), key=lambda f: f[1])
+    return found[0][0] > found[0][1]
+
+
+def recording(denoiser: nn.Module, runs: Sequence[Callable[[], object]], scheduler: Any = None) -> Recording:
+    """``record_outputs``, and which half of a guided call is the conditional one."""
+    steps = _Steps()
+    return Recording(record_outputs(denoiser, runs, scheduler, steps), steps.conditional_first)
+
 
 def record_outputs(
-    denoiser: nn.Module, runs: Sequence[Callable[[], object]], scheduler: Any = None
+    denoiser: nn.Module,
+    runs: Sequence[Callable[[], object]],
+    scheduler: Any = None,
+    steps: _Steps | None = None,
 ) -> list[Recorded]:
     """Every denoiser call that ``runs`` make, with its output and the step of ``scheduler`` (None: each call
     is a step). Raises AquabitError where there is none, or one that is not finite."""
     made: list[Recorded] = []
-    steps, number = _Steps(), [0]
+    steps, number = steps or _Steps(), [0]
 
     def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         def copied(tensor: Tensor) -> Tensor:
@@ -141,6 +185,11 @@ class Replay:
     def __init__(self, recording: Recording, denoiser: nn.Module, branches: int = 1):
         calls = recording.calls
         self.branches, flip = branches, branches == 2 and not recording.conditional_first
+        if branches == 2 and recording.conditional_first is None:
+            raise AquabitError(
+                "guidance does not combine the two halves of a denoiser call here (its branches are calls of"
+                " their own, or the sampler is not followed); fine-tune without guidance"
+            )
         odd = [len(c.output) for c in calls if len(c.output) % branches]
         if odd:
             raise AquabitError(
