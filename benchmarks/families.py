@@ -3,9 +3,9 @@
 Run as ``python -m benchmarks.families [CLASS ...]``: every class of text to image, text to video and the like
 of which a tiny random pipeline is made here goes through the whole of it (images in full precision, quantized
 to uniform usq4 at a8, packed, saved and loaded again, the same images), or what refuses it is said.
-``python -m benchmarks.families flow [NAME ...]`` takes the seconds of the whole flow of a family, from a
-folder to images of the packed pipeline that was loaded again. Both write benchmarks/results/families.{json,md},
-and keep rows that are not named.
+``python -m benchmarks.families flow [NAME ...]`` takes the seconds of a family's whole flow, from a folder to
+images of the packed pipeline that was loaded again. Both write benchmarks/results/families.{json,md}, and
+keep rows that are not named.
 """
 
 from __future__ import annotations
