@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypedDict, Unpack
 
 import torch
-from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -20,8 +19,10 @@ from aquabit.jsonio import read_json
 from aquabit.kernels import Accuracy
 from aquabit.kernels.dispatch import using
 from aquabit.memory import check_images, check_quantizing
+from aquabit.pipelines import Model as OwnModel
 from aquabit.pipelines import (
-    Adapter,
+    Pipeline,
+    adapter_of,
     calibration_samples,
     denoiser_name,
     free_text_encoders,
@@ -37,8 +38,10 @@ from aquabit.pipelines import (
     set_scheduler,
     trace,
 )
+from aquabit.pipelines.image_maker import ImageMaker
 from aquabit.quant.artifact import WEIGHT_FILES, Contents, config_of, save_packed_denoiser
 from aquabit.quant.bank import Bank
+from aquabit.quant.bare_artifact import save_bare_denoiser
 from aquabit.quant.correction.corrector import DEFAULT_CORRECTION, check_correction, corrected_, statistics_of
 from aquabit.quant.correction.sampling import follow_, unfollowed, watchers_of
 from aquabit.quant.correction.statistics import Statistics
@@ -58,8 +61,7 @@ from aquabit.scheme import (
     parse_correction,
 )
 
-Model: TypeAlias = str | DiffusionPipeline
-
+Model: TypeAlias = str | Pipeline
 
 MICRO_BATCH = 64  # images of a call, where their pixels allow it
 
@@ -90,7 +92,7 @@ class Packed:
 
     def __init__(
         self,
-        pipe: DiffusionPipeline,
+        pipe: Pipeline,
         model: QuantizedDenoiser,
         config: QuantConfig,
         statistics: Statistics | None = None,
@@ -98,7 +100,12 @@ class Packed:
         self._pipe, self._model, self.config, self.statistics = pipe, model, config, statistics
 
     @property
-    def pipe(self) -> DiffusionPipeline:
+    def is_own(self) -> bool:
+        """Whether it is a model of the user's own, which no folder alone brings back."""
+        return isinstance(self._pipe, OwnModel)
+
+    @property
+    def pipe(self) -> Any:
         self._model.arrange()  # what is only saved never is: its codes stay in the bank's files
         return self._pipe
 
@@ -112,7 +119,10 @@ class Packed:
 
     def save(self, folder: str | Path, max_shard_size: int | str = "10GB") -> int:
         """Write a diffusers pipeline directory, weights in files of at most ``max_shard_size`` (bytes, or
-        as "5GB"); the bytes of the denoiser's tensors."""
+        as "5GB"); the bytes of the denoiser's tensors. Of a model of the user's own: its tensors and the
+        configuration, for ``load(folder, into=model)``."""
+        if isinstance(self._pipe, OwnModel):
+            return save_bare_denoiser(self._model.denoiser, Path(folder), max_shard_size)
         name = denoiser_name(self._pipe)
         restore_text_encoders(self._pipe)
         try:
@@ -184,9 +194,7 @@ def quantize(
     return Packed(source, model, config, statistics)
 
 
-def _copied(
-    pipe: Model, config: QuantConfig, bank: str | None, device: str
-) -> tuple[DiffusionPipeline, QuantizedDenoiser]:
+def _copied(pipe: Model, config: QuantConfig, bank: str | None, device: str) -> tuple[Any, QuantizedDenoiser]:
     """A pipeline that may be changed, and its denoiser ready to be quantized. Raises AquabitError where the
     configuration is of another model."""
     source = load(pipe, device)
@@ -199,7 +207,7 @@ def _copied(
     graph = trace(source)
     if device == "cpu":
         check_quantizing(graph, config, calibration_samples(source, config.calibration or Calibration()))
-    if isinstance(pipe, DiffusionPipeline):
+    if not isinstance(pipe, str):
         source = own_copy(source, name, "scheduler")  # what is followed is not the caller's
     else:
         free_text_encoders(source)
@@ -208,7 +216,7 @@ def _copied(
 
 
 def _statistics(
-    source: DiffusionPipeline, model: QuantizedDenoiser, config: QuantConfig, progress: Progress
+    source: Pipeline, model: QuantizedDenoiser, config: QuantConfig, progress: Progress
 ) -> Statistics:
     """The noise that a configuration adds, sampled as its calibration says; the pipeline keeps that
     sampler."""
@@ -252,7 +260,7 @@ def generate(
         raise AquabitError(
             f"memory {memory!r} chooses by timings, and deterministic images know none; leave one out"
         )
-    adapter = Adapter(load(pipe, device, offload=offload))
+    adapter = adapter_of(load(pipe, device, offload=offload))
     if isinstance(pipe, str):
         free_text_encoders(adapter.pipe)
     config = config_of(adapter.denoiser)
@@ -288,7 +296,7 @@ def generate(
 
 
 @contextmanager
-def _switched_correction(adapter: Adapter, correction: str | None) -> Iterator[None]:
+def _switched_correction(adapter: ImageMaker, correction: str | None) -> Iterator[None]:
     """Correct otherwise than the artifact says (None: as it says) for a while; raises AquabitError where
     it holds no statistics."""
     statistics, before = statistics_of(adapter.denoiser), watchers_of(adapter.denoiser)

@@ -40,6 +40,7 @@ from aquabit.sensitivity.plan import Planner, SampleOptions
 from aquabit.sensitivity.result import Sensitivity, save
 from aquabit.study import Study
 from aquabit.study_status import start_plan
+from aquabit.user_code import names_function
 from aquabit.within import Fitted, compared, fit_within, parse_time
 
 
@@ -74,7 +75,17 @@ class FlowOptions:
 
 
 def _source(study: Study, pipe: Model | None) -> Model:
-    return pipe if pipe is not None else str(study.need("model", "run `aquabit measure MODEL --study` first"))
+    """What a study is measured with: what the user gave, else what the study names, unless that is code: a
+    file does not say what is run."""
+    if pipe is not None:
+        return pipe
+    named = str(study.need("model", "run `aquabit measure MODEL --study` first"))
+    if names_function(named):
+        raise AquabitError(
+            f"{study.path} was measured with the code {named}, which runs only where you name it: give it as"
+            f" pipe={named!r}, or by --model {named}"
+        )
+    return named
 
 
 def validate(
@@ -334,10 +345,17 @@ def run_flow(
     write_json(out / "front.json", front.to_list())
     write_json(out / "config.json", front.best.to_dict())
     progress("packing", 0, 1)
-    quantize(model, front.best, bank=where.bank, device=where.device).save(out / "packed")
-    protocol, packed = study.protocol, str(out / "packed")
+    packed = quantize(model, front.best, bank=where.bank, device=where.device)
+    packed.save(out / "packed")
+    protocol = study.protocol
     made = generate(
-        packed, 32, protocol.seed, protocol.steps, protocol.conditions, where.device, progress=progress
+        packed.pipe if packed.is_own else str(out / "packed"),
+        32,
+        protocol.seed,
+        protocol.steps,
+        protocol.conditions,
+        where.device,
+        progress=progress,
     )
     write_bytes(out / "samples.png", thumbnail(made))
     progress("packing", 1, 1)

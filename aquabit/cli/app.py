@@ -149,7 +149,8 @@ def inspect(
     pipe = load(model)
     graph = trace(pipe)
     if memory:
-        others = elements(pipe.components.values()) - elements([denoiser_of(pipe)])
+        parts = getattr(pipe, "components", {}).values()  # a model of one's own has its denoiser alone
+        others = elements(parts) - elements([denoiser_of(pipe)]) if parts else 0
         found = peaks(graph, micro_batch, guidance != 1.0, others=others)
         told = [p.to_dict() for p in found]
         if not emit({"micro_batch": micro_batch, "not_counted": NOT_COUNTED, "peaks": told}, json_):
@@ -300,6 +301,7 @@ def validate(
     swap: options.Swap = None,
     bits: options.Bits = 3.0,
     seed: Annotated[int, typer.Option("--seed", help="Which layers and contexts.")] = 0,
+    model: options.OwnModel = None,
     json_: options.Json = None,
 ) -> None:
     """Measure real layer swaps and set them beside the predicted effects."""
@@ -308,7 +310,8 @@ def validate(
 
     with bars() as progress:
         opened, flow = Study(study, create=False), workflows.FlowOptions(bits, flips, swap)
-        result = workflows.validate_study(opened, flow, machine.where(), seed=seed, progress=progress)
+        where = machine.where()
+        result = workflows.validate_study(opened, flow, where, pipe=model, seed=seed, progress=progress)
     if not emit(result.to_dict(), json_):
         findings.show_sensitivity(result.to_dict(), 10)
 
@@ -330,6 +333,7 @@ def search(
             ),
         ),
     ] = None,
+    model: options.OwnModel = None,
     json_: options.Json = None,
 ) -> None:
     """Find the best configuration under a hard budget; several budgets hold at once. Works before anything
@@ -341,7 +345,13 @@ def search(
     asked, where = searching.options(limits.budget(), opened), machine.where()
     with bars() as progress:
         front = workflows.search(
-            opened, asked, where, correction=correction, progress=progress, told=partial(tell, json_)
+            opened,
+            asked,
+            where,
+            correction=correction,
+            pipe=model,
+            progress=progress,
+            told=partial(tell, json_),
         )
     if out:
         write_text(out, front.best.to_json())
@@ -414,15 +424,18 @@ def generate(
     device: options.Device = "cpu",
     memory: options.PackedMemory = "packed",
     offload: options.Offload = False,
+    model: options.OwnModel = None,
 ) -> None:
     """Make images from a packed artifact."""
     from aquabit import packing
+    from aquabit.pipelines import load
     from aquabit.pipelines.pictures import thumbnail
 
     placed: list[Any] = []
+    source = folder if model is None else load(folder, into=load(model, device))
     with bars() as progress:
         made = packing.generate(
-            folder,
+            source,
             device=device,
             memory=memory,
             offload=offload,

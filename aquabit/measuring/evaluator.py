@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, TypedDict
 
 import networkx as nx
 import torch
-from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -26,7 +25,8 @@ from aquabit.measuring.output_errors import OutputErrors, StepErrors, stored
 from aquabit.measuring.sketches import Numbers, Sketches
 from aquabit.memory import layer_bytes
 from aquabit.pipelines import (
-    Adapter,
+    Pipeline,
+    adapter_of,
     denoiser_name,
     free_text_encoders,
     image_size,
@@ -38,6 +38,7 @@ from aquabit.pipelines import (
     sampler,
     set_scheduler,
 )
+from aquabit.pipelines.image_maker import ImageMaker
 from aquabit.pipelines.pictures import thumbnail
 from aquabit.quality import NonFiniteImages, NonFiniteValues, Quality, QualityMeter, QualityOptions, Source
 from aquabit.quant.bank import Bank
@@ -126,7 +127,7 @@ class Evaluator:
 
     def __init__(
         self,
-        model: str | DiffusionPipeline,
+        model: str | Pipeline,
         graph: nx.DiGraph,
         bank: Bank,
         fingerprint: str,
@@ -137,14 +138,14 @@ class Evaluator:
         if device == "cpu":
             reuse_memory()
         pipe = load(model, device, dtype)
-        if isinstance(model, DiffusionPipeline):
+        if not isinstance(model, str):
             pipe = own_copy(pipe, denoiser_name(pipe))
         else:
             free_text_encoders(pipe)
         self.pipe, self.bank, self.fingerprint, self.device = pipe, bank, fingerprint, device
         self.graph = graph
         self.scheduler = pipe.scheduler
-        self.adapter = Adapter(pipe)
+        self.adapter = adapter_of(pipe)
         self.quantized = QuantizedDenoiser(
             self.adapter.denoiser.eval(), graph, bank, fingerprint, recorder(pipe), sampler(pipe)
         )
@@ -506,7 +507,7 @@ def _cosine(a: Tensor, b: Tensor) -> float:
     return float((a * b).sum()) / length if length > 0 else 0.0
 
 
-def own_source(adapter: Adapter) -> Source | None:
+def own_source(adapter: ImageMaker) -> Source | None:
     """The extractor and the real images that belong to a model; None where it names none."""
     extractor, reference = adapter.reference()
     return None if extractor is None else Source(extractor, reference)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from aquabit.measuring.model import Model, check_correctable
+from aquabit.measuring.model import Model, check_correctable, settled
 from aquabit.pipelines import check_scheduler
 from aquabit.quality import QualityMeter, QualityOptions
 from aquabit.quality.meter import check_available, default_objective
@@ -58,6 +58,7 @@ def settings(
     Raises AquabitError for what cannot be measured, and for what does not go together."""
     if study is not None and options.protocol is None and "protocol" in study:
         protocol = study.protocol
+        settled(model, protocol)
     else:
         given = replace(options.protocol or Protocol(), dtype=dtype)
         protocol = protocol_for(model, given, meter, progress)
@@ -86,6 +87,7 @@ def protocol_for(
     """
     check_scheduler(given.scheduler)
     given = replace(given, measures=meter.measures)
+    given = settled(model, given)
     given.direction()  # raises for an unknown objective
     available, objective = meter.available(model.prompts), given.objective
     if objective == Protocol.objective and objective not in available:
@@ -93,5 +95,5 @@ def protocol_for(
         if objective == "mse":
             meter.notes.append(NO_REAL_IMAGES.format(model.reference, objective))
     check_available(objective, available, model.reference)
-    size = model.size if given.resolution is None else (given.resolution, given.resolution)
+    size = model.size(given.resolution)
     return replace(given, reference=meter.reference_digest(size, progress), objective=objective)

@@ -1,7 +1,10 @@
-"""Adapters from diffusers pipelines to "make images from these seeds"; the bundled models."""
+"""Adapters from diffusers pipelines and a user's own models to "make images from these seeds"; the bundled
+models."""
 
 from aquabit.pipelines.adapter import (
     Adapter,
+    Pipeline,
+    adapter_of,
     calibration_samples,
     check_scheduler,
     noise_statistics,
@@ -18,6 +21,7 @@ from aquabit.pipelines.class_latent import ClassEmbedder, ClassLatentPipeline
 from aquabit.pipelines.convert import convert_ldm4
 from aquabit.pipelines.family import FAMILIES, Family, denoiser_name, denoiser_of, family, family_notes
 from aquabit.pipelines.loading import bundled_facts, bundled_models, load
+from aquabit.pipelines.own_model import Model, check_sampler
 from aquabit.pipelines.presets import PRESETS, Preset, preset_named
 from aquabit.pipelines.prompts import free_text_encoders, restore_text_encoders
 from aquabit.pipelines.sizes import image_batch, image_size
@@ -30,10 +34,14 @@ __all__ = [
     "ClassEmbedder",
     "ClassLatentPipeline",
     "Family",
+    "Model",
+    "Pipeline",
     "Preset",
+    "adapter_of",
     "bundled_facts",
     "bundled_models",
     "calibration_samples",
+    "check_sampler",
     "check_scheduler",
     "convert_ldm4",
     "denoiser_name",

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from math import ceil, prod
-from typing import Any
+from typing import Any, TypeAlias
 
 import diffusers
 import networkx as nx
@@ -21,6 +21,8 @@ from aquabit.file_memory import CopiesInFiles
 from aquabit.graph import known_class
 from aquabit.graph import trace as trace_denoiser
 from aquabit.pipelines.family import KINDS, denoiser_of, family
+from aquabit.pipelines.image_maker import ImageMaker, first_inputs
+from aquabit.pipelines.own_model import CallSteps, Model, OwnAdapter
 from aquabit.pipelines.prompts import embeddings
 from aquabit.pipelines.running import as_measured
 from aquabit.pipelines.sizes import image_batch, image_size
@@ -35,15 +37,23 @@ from aquabit.quant.finetuning.replay import Recording, record_outputs
 from aquabit.quant.model import QuantizedDenoiser
 from aquabit.scheme import SCHEDULERS, AquabitError, Calibration, Progress, Protocol, QuantConfig, no_progress
 
+Pipeline: TypeAlias = DiffusionPipeline | Model  # what makes images
 CALIBRATION_BATCH, CALIBRATION_CALLS = 16, 64  # images of a denoiser call that is kept, and how many are kept
 
 
-def trace(model: DiffusionPipeline | nn.Module) -> nx.DiGraph:
+def adapter_of(pipe: Pipeline) -> ImageMaker:
+    """What makes images with a pipeline or a model of the user's own."""
+    return OwnAdapter(pipe) if isinstance(pipe, Model) else Adapter(pipe)
+
+
+def trace(model: Pipeline | nn.Module) -> nx.DiGraph:
     """The layer graph of a pipeline's denoiser, or of a bare denoiser.
 
     Inputs are made from the config where the denoiser's class is known, else they are those of the pipeline's
     own first call.
     """
+    if isinstance(model, Model):
+        return model.trace()
     denoiser = denoiser_of(model)
     if isinstance(model, nn.Module) or known_class(type(denoiser)):
         return trace_denoiser(denoiser)
@@ -56,9 +66,11 @@ def trace(model: DiffusionPipeline | nn.Module) -> nx.DiGraph:
     )
 
 
-def own_copy(pipe: DiffusionPipeline, *parts: str) -> DiffusionPipeline:
+def own_copy(pipe: Pipeline, *parts: str) -> Any:
     """A pipeline that shares everything with ``pipe`` but these components, which are copied; it shows no
     progress bar."""
+    if isinstance(pipe, Model):
+        return pipe.copied()
     own = copy.copy(pipe)
     with CopiesInFiles(weights_folder()):
         own.__dict__.update({part: copy.deepcopy(getattr(pipe, part)) for part in parts})
@@ -74,10 +86,12 @@ def check_scheduler(name: str) -> None:
 def scheduler_named(own: Any, name: str) -> Any:
     """The sampler of that name with the settings of a pipeline's own ("default": that one itself)."""
     check_scheduler(name)
+    if name != "default" and isinstance(own, CallSteps):
+        raise AquabitError(f"scheduler is {name}, but a model of one's own has its own sampler; leave it out")
     return own if name == "default" else getattr(diffusers, SCHEDULERS[name]).from_config(own.config)
 
 
-def set_scheduler(pipe: DiffusionPipeline, name: str) -> None:
+def set_scheduler(pipe: Pipeline, name: str) -> None:
     """Replace the sampler by name ("default" keeps the pipeline's own)."""
     found = scheduler_named(pipe.scheduler, name)
     if found is pipe.scheduler:
@@ -86,7 +100,7 @@ def set_scheduler(pipe: DiffusionPipeline, name: str) -> None:
     refollow_(denoiser_of(pipe), pipe.scheduler)
 
 
-def calibration_samples(pipe: DiffusionPipeline, calibration: Calibration) -> int:
+def calibration_samples(pipe: Pipeline, calibration: Calibration) -> int:
     """Samples of the denoiser's own size that one of its calls takes as much memory as, while ``recorder``'s
     images are made."""
     batch = min(image_batch(pipe, calibration.resolution, CALIBRATION_BATCH), calibration.images)
@@ -96,7 +110,7 @@ def calibration_samples(pipe: DiffusionPipeline, calibration: Calibration) -> in
     return ceil(batch * branches * larger)
 
 
-def recorder(pipe: DiffusionPipeline) -> Callable[[Calibration], list[Call]]:
+def recorder(pipe: Pipeline) -> Callable[[Calibration], list[Call]]:
     """What records the denoiser's calls while the pipeline makes calibration images, stratified over steps
     and conditions."""
     runs = _runs(pipe)
@@ -109,16 +123,14 @@ def recorder(pipe: DiffusionPipeline) -> Callable[[Calibration], list[Call]]:
     return record
 
 
-def _runs(
-    pipe: DiffusionPipeline,
-) -> Callable[[Calibration, int], AbstractContextManager[list[Callable[[], object]]]]:
+def _runs(pipe: Pipeline) -> Callable[[Calibration, int], AbstractContextManager[list[Callable[[], object]]]]:
     """What gives the runs that make a calibration's images in batches of so many, with the pipeline's
     scheduler of now."""
     scheduler = pipe.scheduler
 
     @contextmanager
     def runs(calibration: Calibration, batch: int) -> Iterator[list[Callable[[], object]]]:
-        protocol, adapter = calibration.protocol(batch), Adapter(pipe)
+        protocol, adapter = calibration.protocol(batch), adapter_of(pipe)
         now, pipe.scheduler = pipe.scheduler, scheduler
         try:
             set_scheduler(pipe, calibration.scheduler)
@@ -129,7 +141,7 @@ def _runs(
     return runs
 
 
-def replay_recorder(pipe: DiffusionPipeline) -> Callable[[Calibration, int], Recording]:
+def replay_recorder(pipe: Pipeline) -> Callable[[Calibration, int], Recording]:
     """What records every denoiser call and its output while the pipeline makes images, in batches of so
     many (for fine-tuning)."""
     runs = _runs(pipe)
@@ -138,17 +150,17 @@ def replay_recorder(pipe: DiffusionPipeline) -> Callable[[Calibration, int], Rec
         with runs(calibration, batch) as made:
             # pipelines of classes put the conditional half of a guided call first, those of texts the
             # unconditional one
-            return Recording(record_outputs(denoiser_of(pipe), made), Adapter(pipe).kind != "prompt")
+            return Recording(record_outputs(denoiser_of(pipe), made), adapter_of(pipe).kind != "prompt")
 
     return record
 
 
-def sampler(pipe: DiffusionPipeline) -> Sample:
+def sampler(pipe: Pipeline) -> Sample:
     """What makes calibration images with the pipeline's denoiser as it is, while watchers follow."""
     scheduler = pipe.scheduler
 
     def sample(calibration: Calibration, watchers: Sequence[Watcher]) -> None:
-        protocol, adapter = calibration.protocol(CALIBRATION_BATCH), Adapter(pipe)
+        protocol, adapter = calibration.protocol(CALIBRATION_BATCH), adapter_of(pipe)
         now, pipe.scheduler = pipe.scheduler, scheduler
         try:
             set_scheduler(pipe, calibration.scheduler)
@@ -162,7 +174,7 @@ def sampler(pipe: DiffusionPipeline) -> Sample:
 
 
 def noise_statistics(
-    pipe: DiffusionPipeline,
+    pipe: Pipeline,
     model: QuantizedDenoiser,
     config: QuantConfig,
     calibration: Calibration,
@@ -176,7 +188,7 @@ def noise_statistics(
     """
     plain = replace(config, correction=None)
     batch = min(image_batch(pipe, calibration.resolution, CALIBRATION_BATCH), calibration.images)
-    protocol, adapter = calibration.protocol(batch), Adapter(pipe)
+    protocol, adapter = calibration.protocol(batch), adapter_of(pipe)
     now = pipe.scheduler
     try:
         set_scheduler(pipe, calibration.scheduler)
@@ -193,10 +205,6 @@ def noise_statistics(
         )
     finally:
         pipe.scheduler = now
-
-
-class _Seen(Exception):
-    """The denoiser was reached."""
 
 
 class Adapter:
@@ -337,20 +345,9 @@ class Adapter:
 
     def first_inputs(self, protocol: Protocol) -> Call:
         """Inputs of the first denoiser call of ``protocol``'s first micro-batch; no image is finished."""
-        found: list[Call] = []
-
-        def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found.append((args, kwargs))
-            raise _Seen
-
-        handle = self.denoiser.register_forward_pre_hook(stop, with_kwargs=True)
-        try:
-            self.images(protocol, self.batches(protocol)[0])
-        except _Seen:
-            pass
-        finally:
-            handle.remove()
-        return found[0]
+        found = first_inputs(self.denoiser, lambda: self.images(protocol, self.batches(protocol)[0]))
+        assert found is not None  # of every pipeline
+        return found
 
     def first_call(self, protocol: Protocol) -> Callable[[], object]:
         """The first denoiser call of ``protocol``'s first micro-batch, to be made again; no image is

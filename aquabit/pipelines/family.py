@@ -158,7 +158,7 @@ def family(pipe: DiffusionPipeline) -> Family | None:
     return next((_BY_CLASS[base.__name__] for base in type(pipe).__mro__ if base.__name__ in _BY_CLASS), None)
 
 
-def denoiser_name(pipe: DiffusionPipeline) -> str:
+def denoiser_name(pipe: Any) -> str:
     """The attribute that holds the denoiser; raises AquabitError where there is none."""
     for name in DENOISERS:
         if isinstance(getattr(pipe, name, None), nn.Module):
@@ -166,16 +166,16 @@ def denoiser_name(pipe: DiffusionPipeline) -> str:
     raise AquabitError(f"{type(pipe).__name__} has no denoiser: none of {', '.join(DENOISERS)} is a network")
 
 
-def denoiser_of(pipe: DiffusionPipeline | nn.Module) -> nn.Module:
+def denoiser_of(pipe: Any) -> nn.Module:
     module = pipe if isinstance(pipe, nn.Module) else getattr(pipe, denoiser_name(pipe))
     assert isinstance(module, nn.Module)
     return module
 
 
-def family_notes(pipe: DiffusionPipeline) -> list[str]:
+def family_notes(pipe: Any) -> list[str]:
     """What is to be said where a pipeline or its denoiser is of no known family; nothing where both are."""
     notes, denoiser = list[str](), denoiser_of(pipe)
-    if family(pipe) is None:
+    if isinstance(pipe, DiffusionPipeline) and family(pipe) is None:
         notes.append(
             f"{type(pipe).__name__} is of no known family: the generic adapter is used, which encodes its"
             " prompts in every call"

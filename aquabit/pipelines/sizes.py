@@ -1,4 +1,5 @@
-"""The size of the images that a pipeline makes, read from its configuration: no image is made."""
+"""The size of the images that a pipeline makes, read from its configuration: no image is made; a model of the
+user's own makes one."""
 
 from __future__ import annotations
 
@@ -8,11 +9,14 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from aquabit.pipelines.family import DECODERS, denoiser_of
+from aquabit.pipelines.own_model import Model
 
 
-def image_size(pipe: DiffusionPipeline, resolution: int | None = None) -> tuple[int, int] | None:
+def image_size(pipe: DiffusionPipeline | Model, resolution: int | None = None) -> tuple[int, int] | None:
     """Height and width in pixels at a protocol's resolution (None: the model's own); None where the
     configuration does not say."""
+    if isinstance(pipe, Model):
+        return pipe.size(resolution)
     if resolution is not None:
         return resolution, resolution
     side = getattr(pipe, "default_sample_size", None) or getattr(
@@ -36,7 +40,7 @@ def _latent_factor(pipe: DiffusionPipeline) -> int:
     return int(said) if said else 2 ** (len(getattr(decoder.config, "block_out_channels", (0,))) - 1)
 
 
-def image_batch(pipe: DiffusionPipeline, resolution: int | None, most: int) -> int:
+def image_batch(pipe: DiffusionPipeline | Model, resolution: int | None, most: int) -> int:
     """Images of one call where no protocol says it: ``most``, or as many as have the pixels of 16 images
     of 256 x 256."""
     height, width = image_size(pipe, resolution) or (256, 256)

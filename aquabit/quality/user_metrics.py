@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import inspect
-import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -15,6 +12,7 @@ from torch import Tensor
 
 from aquabit.quality.paired import Array
 from aquabit.scheme import AquabitError
+from aquabit.user_code import named_function
 
 
 class NonFiniteValues(AquabitError):
@@ -33,22 +31,9 @@ class UserMetric:
     """
 
     def __init__(self, name: str) -> None:
-        module, _, function = name.partition(":")
-        if not (module and function):
-            raise AquabitError(f"metric {name!r} must be module:function, as in my_metrics:sharpness")
         self.name = name
-        folder = str(Path.cwd())
-        if folder not in sys.path:  # last: what lies there takes the place of no installed module
-            sys.path.append(folder)
-        try:
-            found = importlib.import_module(module)
-        except Exception as error:  # whatever the user's module does
-            raise AquabitError(
-                f"module {module!r} of metric {name!r} cannot be imported ({type(error).__name__}: {error})"
-            ) from error
-        self._function: Callable[..., Any] = getattr(found, function, None)  # type: ignore[assignment]
-        if not callable(self._function):
-            raise AquabitError(f"module {module!r} has no function {function!r}, which metric {name!r} names")
+        self._function, found = named_function(name, "metric")
+        function = name.partition(":")[2]
         said = getattr(self._function, "direction", None)
         if said not in ("min", "max"):
             raise AquabitError(
