@@ -20,6 +20,23 @@ def names_function(text: str) -> bool:
     return named and not Path(text).exists()
 
 
+def search_in(folder: str) -> None:
+    """Let Python find modules in a folder, last: what lies there takes the place of no installed module."""
+    if folder not in sys.path:
+        sys.path.append(folder)
+
+
+def folder_of(name: str) -> str:
+    """The folder that Python finds the module of a ``module:function`` in, once it is imported, for other
+    processes to find it too; "" where that is not known."""
+    top = name.partition(":")[0].partition(".")[0]
+    file = getattr(sys.modules.get(top), "__file__", None)
+    if file is None:
+        return ""
+    path = Path(file).resolve()
+    return str(path.parents[1] if path.stem == "__init__" else path.parent)
+
+
 def named_function(name: str, what: str) -> tuple[Callable[..., Any], ModuleType]:
     """The function that ``name`` names, and its module, found as Python finds it or in the current folder;
     ``what`` says in messages what it is for.
@@ -29,9 +46,7 @@ def named_function(name: str, what: str) -> tuple[Callable[..., Any], ModuleType
     module, _, function = name.partition(":")
     if not (module and function):
         raise AquabitError(f"{what} {name!r} must be module:function, as in my_code:function")
-    folder = str(Path.cwd())
-    if folder not in sys.path:  # last: what lies there takes the place of no installed module
-        sys.path.append(folder)
+    search_in(str(Path.cwd()))
     try:
         found = importlib.import_module(module)
     except Exception as error:  # whatever the user's module does

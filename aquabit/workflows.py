@@ -357,7 +357,8 @@ def run_flow(
         where.device,
         progress=progress,
     )
-    write_bytes(out / "samples.png", thumbnail(made))
+    if not packed.is_own or packed.pipe.images:
+        write_bytes(out / "samples.png", thumbnail(made))
     progress("packing", 1, 1)
     early.end(clock.spent)
     write_report(study, out / "report", progress=progress)

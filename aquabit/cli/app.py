@@ -85,10 +85,8 @@ def run(
         findings.show_sensitivity(study.get("sensitivity"), 10)
         findings.show_front(front)
         findings.show_notes(study)
-        console.print(
-            f"report: {out / 'report' / 'index.html'}   images: {out / 'samples.png'}   packed model:"
-            f" {out / 'packed'}"
-        )
+        pictures = f"images: {out / 'samples.png'}   " if (out / "samples.png").exists() else ""
+        console.print(f"report: {out / 'report' / 'index.html'}   {pictures}packed model: {out / 'packed'}")
 
 
 def _plan_run(
@@ -433,6 +431,8 @@ def generate(
 
     placed: list[Any] = []
     source = folder if model is None else load(folder, into=load(model, device))
+    if not getattr(source, "images", True):
+        raise AquabitError(f"{model} makes no images but other numbers; use aquabit.generate in Python")
     with bars() as progress:
         made = packing.generate(
             source,

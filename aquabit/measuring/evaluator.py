@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d
+from torch.nn.functional import adaptive_avg_pool1d, adaptive_avg_pool2d
 
 from aquabit.kernels import straight_through
 from aquabit.kernels.dispatch import using
@@ -87,7 +87,7 @@ def environment(device: str) -> dict[str, str]:
 
 
 class Measured(NamedTuple):
-    """A measurement, and a PNG grid of its first images; None where it failed."""
+    """A measurement, and a PNG grid of its first images; None where it failed, or makes none."""
 
     measurement: Measurement
     png: bytes | None
@@ -149,7 +149,9 @@ class Evaluator:
         self.quantized = QuantizedDenoiser(
             self.adapter.denoiser.eval(), graph, bank, fingerprint, recorder(pipe), sampler(pipe)
         )
-        self.meter = QualityMeter(quality or QualityOptions(), own_source(self.adapter), bank.folder, device)
+        images = self.adapter.makes_images
+        own = own_source(self.adapter)
+        self.meter = QualityMeter(quality or QualityOptions(), own, bank.folder, device, images)
         self._full: tuple[str, dict[int, Tensor]] = "", {}
         self._probed: tuple[str, Tensor] | None = None
         self._stored: dict[str, OutputErrors] = {}
@@ -417,7 +419,7 @@ class Evaluator:
             return Measured(failed, None)
         seconds = time.perf_counter() - started
         measured = Measurement(config.digest, protocol.digest, metrics, seconds, facts)
-        return Measured(measured, thumbnail(first))
+        return Measured(measured, thumbnail(first) if self.adapter.makes_images else None)
 
     def _quality(self, protocol: Protocol) -> Quality:
         """An accumulator of what is measured; raises AquabitError where it is not what the protocol names
@@ -515,7 +517,10 @@ def own_source(adapter: ImageMaker) -> Source | None:
 
 def _deviation(images: Tensor, reference: Tensor) -> dict[str, Any]:
     change = (images - reference).nan_to_num(nan=1.0)  # images lie in [0, 1]: NaN is as bad as can be
-    coarse = adaptive_avg_pool2d(change, min(8, *change.shape[-2:])).flatten(1)
+    if change.ndim < 4:  # no images, but other numbers
+        coarse = adaptive_avg_pool1d(change.flatten(1)[:, None], min(64, change[0].numel())).flatten(1)
+    else:
+        coarse = adaptive_avg_pool2d(change.flatten(1, -3), min(8, *change.shape[-2:])).flatten(1)
     return {"damage": float(change.square().mean()), "sketch": sketch(coarse)}
 
 

@@ -41,6 +41,11 @@ class Model:
     notes: tuple[str, ...] = ()  # what is to be said of a pipeline of no known family
     made: OwnModel | None = None  # a model of the user's own, as it was opened
 
+    @property
+    def images(self) -> bool:
+        """Whether it makes images, and no other numbers."""
+        return self.made is None or self.made.images
+
     def size(self, resolution: int | None) -> tuple[int, int] | None:
         """Height and width of its images in pixels; None where that is not known."""
         if self.made is not None:

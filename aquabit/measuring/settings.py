@@ -43,7 +43,7 @@ def meter_of(
 ) -> QualityMeter:
     """What images are measured with: a study's own options where none are given."""
     stored = QualityOptions.from_dict(study.get("quality") if study is not None else None)
-    return QualityMeter(quality or stored, model.own, bank.folder, device)
+    return QualityMeter(quality or stored, model.own, bank.folder, device, model.images)
 
 
 def settings(

@@ -215,6 +215,8 @@ class Adapter:
     arguments say. Watermarks and safety checkers, which change images, are off. Prompts are encoded once.
     """
 
+    makes_images = True
+
     def __init__(self, pipe: DiffusionPipeline):
         self.pipe, self.family = pipe, family(pipe)
         self.parameters = inspect.signature(type(pipe).__call__).parameters

@@ -18,6 +18,7 @@ class ImageMaker(Protocol):
     image. ``Adapter`` does it for diffusers pipelines, ``OwnAdapter`` for ``own_model.Model``."""
 
     pipe: Any
+    makes_images: bool  # and no other numbers
     kind: Any  # "class_labels", "prompt", or "batch_size" where images are made from nothing
 
     @property

@@ -9,7 +9,7 @@ import inspect
 import operator
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -38,6 +38,9 @@ OFF: Mapping[str, Any] = {"guidance": 1.0, "eta": 0.0, "resolution": None}  # of
 # different sizes round differently; 16-bit weights leave more
 AGREE = {torch.float32: 1e-3, torch.float64: 1e-3}
 AGREE_16 = 5e-2
+NO_CONDITIONS = (
+    "{} makes images from conditions; give them to aquabit.Model, or by --prompts FILE with one a line"
+)
 
 
 class CallSteps:
@@ -68,7 +71,7 @@ class CallSteps:
         def called(*_: Any) -> None:
             nonlocal made, ended
             made += 1
-            while ended < min(steps, made * steps // max(calls, 1)):
+            while ended < min(steps, made * steps // calls):
                 self.step()
                 ended += 1
 
@@ -182,9 +185,12 @@ class Model:
         chance: int = 0,
     ) -> Tensor:
         key, made, given = tuple(sorted(options.items())), 0, dict(options)
-        calls = self._calls.get(key, 1)
+        calls = self._calls.get(key)  # not known: nobody is told the steps
+        steps = self.scheduler.counting(self.denoiser, options.get("steps", calls), calls) if calls else None
         if "conditions" in self.takes:
-            given["conditions"] = None if conditions is None else list(conditions)
+            if conditions is None:
+                raise AquabitError(NO_CONDITIONS.format(self.name))
+            given["conditions"] = list(conditions)
 
         def called(*_: Any) -> None:
             nonlocal made
@@ -194,7 +200,7 @@ class Model:
         try:
             with self._said(len(seeds), gradients), torch.random.fork_rng():
                 torch.manual_seed(seeds[0] + chance)
-                with self.scheduler.counting(self.denoiser, options.get("steps", calls), calls):
+                with steps or nullcontext():
                     sample = below_no_grad(self.sample) if gradients else self.sample
                     found = sample(self.denoiser, list(seeds), **given)
         finally:
@@ -260,7 +266,7 @@ class Model:
             return None
         if resolution not in self._shapes:
             options = self._usual() | ({} if resolution is None else {"resolution": resolution})
-            first = None if self.conditions is None else self.conditions[:1]
+            first = self.conditions[:1] if self.conditions else ("",)
             with torch.no_grad(), evaluating(self.denoiser):
                 made = self.run([0], first, options)
             self._shapes[resolution] = tuple(made.shape[1:])
@@ -398,7 +404,7 @@ class OwnAdapter:
     """Makes images with a ``Model`` (see ``image_maker.ImageMaker``)."""
 
     def __init__(self, model: Model):
-        self.pipe = model
+        self.pipe, self.makes_images = model, model.images
         if "conditions" not in model.takes:
             self.kind = "batch_size"
         else:
@@ -416,10 +422,7 @@ class OwnAdapter:
         if self.kind == "batch_size":
             return [None] * protocol.images
         if given is None:
-            raise AquabitError(
-                f"{self.pipe.name} makes images from conditions; give them to aquabit.Model, or by --prompts"
-                " FILE with one a line"
-            )
+            raise AquabitError(NO_CONDITIONS.format(self.pipe.name))
         if self.kind == "class_labels":
             given = [self._number(c) for c in given]
         return [given[i % len(given)] for i in range(protocol.images)]

@@ -25,13 +25,14 @@ class UserMetric:
 
     Both images are float32 tensors [n, 3, h, w] in [0, 1] on the CPU, of the same seeds; conditions is a list
     of n prompts or class labels, or None. It returns n numbers, whose mean over all images is the metric.
+    Where a model makes no ``images`` they are its numbers as they are, [n, ...].
     ``function.direction`` must be "min" (lower is better) or "max". The digest is that of the module's
     source, so that numbers of an edited function never mix with those before. Raises AquabitError for a
     module or function that is not there.
     """
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, images: bool = True) -> None:
+        self.name, self.images = name, images
         self._function, found = named_function(name, "metric")
         function = name.partition(":")[2]
         said = getattr(self._function, "direction", None)
@@ -50,7 +51,8 @@ class UserMetric:
     def __call__(self, images: Tensor, full: Tensor, conditions: Sequence[Any] | None) -> Array:
         """Values [n]; raises AquabitError where the function fails or returns something else,
         NonFiniteValues where values are."""
-        given = [x.expand(-1, 3, -1, -1).clone() if x.shape[1] == 1 else x.clone() for x in (images, full)]
+        grey = self.images and images.shape[1] == 1
+        given = [x.expand(-1, 3, -1, -1).clone() if grey else x.clone() for x in (images, full)]
         try:
             values = np.asarray(
                 self._function(*given, None if conditions is None else list(conditions)), dtype=np.float64

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,11 @@ def load_bare_denoiser_(denoiser: nn.Module, folder: Path) -> None:
         if not files:
             raise AquabitError(f"{folder} lacks its weights, {NAME.format(suffix='')}; quantize again")
         loading = Unpacking(denoiser, asked.weights, asked.facts, torch.float32)
-        there = dict(denoiser.named_parameters()) | dict(denoiser.named_buffers())
+        every = (
+            denoiser.named_parameters(remove_duplicate=False),
+            denoiser.named_buffers(remove_duplicate=False),
+        )
+        there = dict(chain(*every))
         missing = set(loading.expected) - loading.coded
         for path in files:
             with safe_open(path, "pt") as file:

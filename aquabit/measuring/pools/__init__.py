@@ -19,6 +19,7 @@ from aquabit.pipelines import Model as OwnModel
 from aquabit.quality import QualityOptions
 from aquabit.quant.bank import Bank
 from aquabit.scheme import AquabitError
+from aquabit.user_code import folder_of
 
 __all__ = ["InlinePool", "Pool", "ProcessPool", "RayPool", "pool_for"]
 
@@ -52,7 +53,8 @@ def pool_for(model: Model, bank: Bank, where: Where, quality: QualityOptions | N
             source.save_pretrained(folder)
             source = folder
         graph, kept = to_json(model.graph), str(bank.folder)
-        begin = Begin(source, graph, kept, model.fingerprint, where.device, where.dtype, quality)
+        code = "" if model.made is None else folder_of(source)
+        begin = Begin(source, graph, kept, model.fingerprint, where.device, where.dtype, quality, code)
         pool: Pool = ProcessPool(where.workers, begin) if where.ray is None else RayPool(where.ray, begin)
         try:
             yield pool
