@@ -23,6 +23,7 @@ from aquabit._operators import (
     example_inputs,
     family_of,
     known_class,
+    module_config,
     operator_of,
 )
 from aquabit.jsonio import clear_errors
@@ -38,6 +39,7 @@ __all__ = [
     "known_class",
     "layers",
     "meta_denoiser",
+    "module_config",
     "to_json",
     "trace",
 ]
@@ -353,7 +355,7 @@ def _attributes(
 def _finished(grown: LayerGraph, model: nn.Module, model_class: str, family: str, weights: int) -> LayerGraph:
     """The graph with its own attributes; edges in the order of their sources, as reading it from JSON
     would give."""
-    config = {k: v for k, v in dict(getattr(model, "config", {})).items() if not k.startswith("_")}
+    config = module_config(model)
     stored = {id(tensor): tensor.numel() for tensor in model.state_dict(keep_vars=True).values()}
     graph = nx.DiGraph(
         family=family,

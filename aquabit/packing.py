@@ -170,10 +170,15 @@ def quantize(
     """
     source, model = _copied(pipe, config, bank, device)
     if finetune:
+        settings = finetune if isinstance(finetune, FineTuning) else FineTuning()
         check_tunable(model, config)  # before anything is fitted
+        if isinstance(source, OwnModel) and settings.guidance is not None:
+            raise AquabitError(
+                f"fine-tuning with guidance {settings.guidance:g} combines two halves of a denoiser call, and"
+                f" how {source.name} makes them is not known; fine-tune without guidance"
+            )
         with single_thread(device):
             model.prepare(config, progress)
-        settings = finetune if isinstance(finetune, FineTuning) else FineTuning()
         tuned = tune(model, config, replay_recorder(source), settings, progress)
         config = tuned.config
         if told is not None:

@@ -142,19 +142,20 @@ def inspect(
     """Layers, operator types, sizes and multiply-adds; or peak memory."""
     from aquabit.graph import to_json
     from aquabit.memory import NOT_COUNTED, elements, peaks
-    from aquabit.pipelines import denoiser_of, family_notes, load, trace
+    from aquabit.pipelines import Model, denoiser_of, load, model_notes, trace
 
     pipe = load(model)
     graph = trace(pipe)
     if memory:
-        parts = getattr(pipe, "components", {}).values()  # a model of one's own has its denoiser alone
-        others = elements(parts) - elements([denoiser_of(pipe)]) if parts else 0
+        if isinstance(pipe, Model):
+            raise AquabitError(f"memory is estimated for models of diffusers; {model} is one of your own")
+        others = elements(pipe.components.values()) - elements([denoiser_of(pipe)])
         found = peaks(graph, micro_batch, guidance != 1.0, others=others)
         told = [p.to_dict() for p in found]
         if not emit({"micro_batch": micro_batch, "not_counted": NOT_COUNTED, "peaks": told}, json_):
             tables.show_peaks(found, micro_batch, NOT_COUNTED)
     elif not emit(to_json(graph), json_):
-        for note in family_notes(pipe):
+        for note in model_notes(pipe, graph):
             console.print(f"[yellow]{plain(note)}[/]", highlight=False)
         tables.show_graph(graph)
 

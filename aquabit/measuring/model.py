@@ -14,9 +14,9 @@ from aquabit.pipelines import (
     adapter_of,
     check_sampler,
     denoiser_of,
-    family_notes,
     image_size,
     load,
+    model_notes,
     scheduler_named,
     trace,
 )
@@ -60,11 +60,12 @@ def open_model(model: str | Pipeline) -> Model:
     name = str(model) if isinstance(model, str) else type(own_class).__name__
     adapter = adapter_of(pipe)
     own, prompts = own_source(adapter), adapter.kind == "prompt"
-    notes = tuple(family_notes(pipe))
+    graph = trace(pipe)
     own_print = fingerprint(denoiser_of(pipe))
     made = pipe if isinstance(pipe, OwnModel) else None
     size = None if made is not None else image_size(pipe)
-    return Model(name, own_print, trace(pipe), model, pipe.scheduler, own, prompts, size, notes, made)
+    notes = tuple(model_notes(pipe, graph))
+    return Model(name, own_print, graph, model, pipe.scheduler, own, prompts, size, notes, made)
 
 
 def settled(model: Model, protocol: Protocol) -> Protocol:

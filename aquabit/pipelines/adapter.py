@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from aquabit.file_memory import CopiesInFiles
 from aquabit.graph import known_class
 from aquabit.graph import trace as trace_denoiser
-from aquabit.pipelines.family import KINDS, denoiser_of, family
+from aquabit.pipelines.family import KINDS, denoiser_of, family, family_notes
 from aquabit.pipelines.image_maker import ImageMaker, first_inputs
-from aquabit.pipelines.own_model import CallSteps, Model, OwnAdapter
+from aquabit.pipelines.own_model import CallSteps, Model, OwnAdapter, unnamed
 from aquabit.pipelines.prompts import embeddings
 from aquabit.pipelines.running import as_measured
 from aquabit.pipelines.sizes import image_batch, image_size
@@ -64,6 +64,11 @@ def trace(model: Pipeline | nn.Module) -> nx.DiGraph:
     return trace_denoiser(
         denoiser, {**dict(zip(inspect.signature(denoiser.forward).parameters, args, strict=False)), **kwargs}
     )
+
+
+def model_notes(pipe: Pipeline, graph: nx.DiGraph) -> list[str]:
+    """What is to be said of operator types and adapters that are not known; nothing where all are."""
+    return unnamed(graph) if isinstance(pipe, Model) else family_notes(pipe)
 
 
 def own_copy(pipe: Pipeline, *parts: str) -> Any:

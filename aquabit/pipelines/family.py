@@ -172,10 +172,10 @@ def denoiser_of(pipe: Any) -> nn.Module:
     return module
 
 
-def family_notes(pipe: Any) -> list[str]:
+def family_notes(pipe: DiffusionPipeline) -> list[str]:
     """What is to be said where a pipeline or its denoiser is of no known family; nothing where both are."""
     notes, denoiser = list[str](), denoiser_of(pipe)
-    if isinstance(pipe, DiffusionPipeline) and family(pipe) is None:
+    if family(pipe) is None:
         notes.append(
             f"{type(pipe).__name__} is of no known family: the generic adapter is used, which encodes its"
             " prompts in every call"

@@ -147,7 +147,7 @@ class Model:
         unknown = [k for k in options if k not in self.takes]
         if unknown:
             raise AquabitError(f"{self.name} takes no {unknown[0]}; it takes {', '.join(sorted(self.takes))}")
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(self.denoiser):
             return self.run(list(seeds), here, self._usual() | options)
 
     def _usual(self) -> dict[str, Any]:
@@ -398,6 +398,17 @@ def below_no_grad(function: Callable[..., Any]) -> Callable[..., Any]:
         function = cast(Any, function).__wrapped__
         code = getattr(function, "__code__", None)
     return function
+
+
+def unnamed(graph: nx.DiGraph) -> list[str]:
+    """What is to be said of layers whose operator type neither the user's patterns nor common names tell."""
+    names = [name for name, node in layer_nodes(graph).items() if node["operator"] == "other"]
+    if not names:
+        return []
+    return [
+        f"{len(names)} of {len(layer_nodes(graph))} layers, as {names[0]!r}, are of no known operator type;"
+        " give aquabit.Model layers={pattern: type} to tell them apart"
+    ]
 
 
 class OwnAdapter:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import types
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -182,8 +183,8 @@ def test_activations_by_step_and_static_ranges(tmp_path: Path) -> None:
     with pytest.raises(AquabitError, match="set for 3 steps, not for 5"):
         packed([0], [0], steps=5)
     packed.save(tmp_path / "packed")
-    back = aquabit.load(tmp_path / "packed", into=own())
-    assert torch.equal(back([0, 1], [0, 1], steps=3), packed([0, 1], [0, 1], steps=3))
+    for back in (aquabit.load(tmp_path / "packed", into=own()), packed.pipe.copied()):
+        assert torch.equal(back([0, 1], [0, 1], steps=3), packed([0, 1], [0, 1], steps=3))
     with pytest.raises(AquabitError, match="set for 3 steps, not for 2"):
         back([0], [0], steps=2)
 
@@ -480,6 +481,7 @@ def test_every_verb_takes_the_code_that_it_is_told(tmp_path: Path) -> None:
     (tmp_path / "space.json").write_text(json.dumps(space))
     measuring = ("--images", "4", "--steps", "3", "--micro-batch", "4", "--space", "space.json")
     assert "self_attn.qkv" in run(tmp_path, "inspect", "mine:made")
+    assert "one of your own" in fails(tmp_path, "inspect", "mine:made", "--memory", code=True)
     for name, said in {"pipeline": "returned a int", "broken": "KeyError", "other": "no function"}.items():
         assert said in fails(tmp_path, "inspect", f"mine:{name}", code=True)
     assert "cannot be imported" in fails(tmp_path, "inspect", "nobodys:made", code=True)
@@ -519,3 +521,30 @@ def test_every_verb_takes_the_code_that_it_is_told(tmp_path: Path) -> None:
 def test_a_model_in_memory_says_what_more_workers_need(tmp_path: Path) -> None:
     with pytest.raises(AquabitError, match="give the model as 'module:function'"):
         aquabit.measure(own(), aquabit.Study(tmp_path / "s.db"), 0, protocol=PROTOCOL, space=SPACE, workers=2)
+
+
+def test_a_class_that_bears_a_name_of_diffusers_and_a_config_of_its_own(tmp_path: Path) -> None:
+    """Neither is taken for what diffusers has under these names."""
+
+    class UNet2DModel(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = types.SimpleNamespace(width=8)
+
+    torch.manual_seed(0)
+    model = aquabit.Model(UNet2DModel(), heun, range(4))
+    graph = aquabit.trace(model)
+    assert graph.graph["family"] == "generic" and set(graph.graph["inputs"]) == {"x", "sigma", "label"}
+    packed = aquabit.quantize(model, coded(model), bank=str(tmp_path / "bank"))
+    packed.save(tmp_path / "packed")
+    assert torch.equal(aquabit.load(tmp_path / "packed", into=model)([0], steps=3), packed([0], steps=3))
+
+
+def test_fine_tuning_goes_by_the_calls_of_the_sampler(tmp_path: Path) -> None:
+    model, bank = own(), str(tmp_path / "bank")
+    calibration = aquabit.scheme.Calibration(images=32, steps=3)
+    config = coded(model, "usq2", calibration=calibration)
+    tuned = aquabit.quantize(model, config, bank=bank, finetune=aquabit.FineTuning(steps=4))
+    assert tuned.config.tuned and tuned([0, 1], steps=3).shape == (2, 1, 8, 8)
+    with pytest.raises(AquabitError, match="fine-tune without guidance"):
+        aquabit.quantize(model, config, bank=bank, finetune=aquabit.FineTuning(steps=4, guidance=2.0))
