@@ -61,7 +61,7 @@ from aquabit.scheme import (
     parse_correction,
 )
 
-Model: TypeAlias = str | Pipeline
+AnyModel: TypeAlias = str | Pipeline
 
 MICRO_BATCH = 64  # images of a call, where their pixels allow it
 
@@ -148,7 +148,7 @@ def _forget_local_path(file: Path) -> None:
 
 
 def quantize(
-    pipe: Model,
+    pipe: AnyModel,
     config: QuantConfig,
     *,
     correct: bool | str = False,
@@ -199,7 +199,9 @@ def quantize(
     return Packed(source, model, config, statistics)
 
 
-def _copied(pipe: Model, config: QuantConfig, bank: str | None, device: str) -> tuple[Any, QuantizedDenoiser]:
+def _copied(
+    pipe: AnyModel, config: QuantConfig, bank: str | None, device: str
+) -> tuple[Any, QuantizedDenoiser]:
     """A pipeline that may be changed, and its denoiser ready to be quantized. Raises AquabitError where the
     configuration is of another model."""
     source = load(pipe, device)
@@ -234,7 +236,7 @@ def _statistics(
 
 
 def generate(
-    pipe: Model,
+    pipe: AnyModel,
     images: int = 16,
     seed: int = 0,
     steps: int | None = None,

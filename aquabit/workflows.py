@@ -16,7 +16,7 @@ from aquabit.jsonio import write_json
 from aquabit.measuring.session import Session, open_session
 from aquabit.measuring.settings import MeasureOptions
 from aquabit.measuring.where import HERE, Where, WhereOptions
-from aquabit.packing import Model, generate, quantize
+from aquabit.packing import AnyModel, generate, quantize
 from aquabit.pipelines.pictures import thumbnail
 from aquabit.quality import QualityOptions
 from aquabit.reports import report as write_report
@@ -74,7 +74,7 @@ class FlowOptions:
     kept: tuple[str, ...] = ()  # of "samples", "swaps", "images", "steps": what is not lowered
 
 
-def _source(study: Study, pipe: Model | None) -> Model:
+def _source(study: Study, pipe: AnyModel | None) -> AnyModel:
     """What a study is measured with: what the user gave, else what the study names, unless that is code: a
     file does not say what is run."""
     if pipe is not None:
@@ -94,7 +94,7 @@ def validate(
     swap: str | None = None,
     bits: float = 3.0,
     *,
-    pipe: Model | None = None,
+    pipe: AnyModel | None = None,
     seed: int = 0,
     progress: Progress = no_progress,
     **where: Unpack[WhereOptions],
@@ -115,7 +115,7 @@ def validate_study(
     flow: FlowOptions,
     where: Where = HERE,
     *,
-    pipe: Model | None = None,
+    pipe: AnyModel | None = None,
     seed: int = 0,
     progress: Progress = no_progress,
 ) -> Sensitivity:
@@ -132,7 +132,7 @@ def run_contexts(
     where: Where = HERE,
     *,
     swap: str | None = None,
-    pipe: Model | None = None,
+    pipe: AnyModel | None = None,
     seed: int = 0,
     progress: Progress = no_progress,
 ) -> None:
@@ -149,7 +149,7 @@ def run_contexts(
 
 
 def _opened(
-    study: Study, pipe: Model | None, where: Where, swap: str | None, progress: Progress
+    study: Study, pipe: AnyModel | None, where: Where, swap: str | None, progress: Progress
 ) -> AbstractContextManager[Session]:
     """A session on a study as it was begun; an impossible swap is said before anything is fitted."""
     check = partial(named_swap, swap=swap)
@@ -178,7 +178,7 @@ def find(
     bops: float | None = None,
     latency_ms: float | None = None,
     correction: str | None = None,
-    pipe: Model | None = None,
+    pipe: AnyModel | None = None,
     seed: int = 0,
     against: Sequence[QuantConfig] = (),
     progress: Progress = no_progress,
@@ -216,7 +216,7 @@ def search(
     where: Where = HERE,
     *,
     correction: str | None = None,
-    pipe: Model | None = None,
+    pipe: AnyModel | None = None,
     progress: Progress = no_progress,
     told: Callable[[str], object] = lambda _: None,
 ) -> Front:
@@ -266,7 +266,7 @@ def _check(session: Session, options: SearchOptions) -> None:
 
 
 def run(
-    model: Model,
+    model: AnyModel,
     out: str | Path,
     bits: float = 3.0,
     samples: int = 120,
@@ -296,7 +296,7 @@ def run(
 
 
 def run_flow(
-    model: Model,
+    model: AnyModel,
     out: Path,
     flow: FlowOptions,
     sample: SampleOptions,
@@ -370,7 +370,7 @@ def run_flow(
 
 
 def _within(
-    model: Model,
+    model: AnyModel,
     study: Study,
     flow: FlowOptions,
     sample: SampleOptions,
@@ -453,7 +453,7 @@ class _Early:
 
 
 def measure(
-    model: Model,
+    model: AnyModel,
     study: Study,
     samples: int = 120,
     *,
@@ -480,7 +480,7 @@ def measure(
 
 
 def measure_model(
-    model: Model,
+    model: AnyModel,
     study: Study,
     sample: SampleOptions,
     options: MeasureOptions,
