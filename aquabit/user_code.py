@@ -3,11 +3,15 @@ never because a file does."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import inspect
 import sys
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 from aquabit.errors import AquabitError
@@ -35,6 +39,61 @@ def folder_of(name: str) -> str:
         return ""
     path = Path(file).resolve()
     return str(path.parents[1] if path.stem == "__init__" else path.parent)
+
+
+def code_digest(function: Callable[..., Any]) -> str:
+    """Of a function's source and of what it uses of its own module: functions, classes and plain constants.
+    Objects that hold state (networks, tensors) are not in it."""
+    parts, waiting, seen = list[str](), [function], set[int]()
+    while waiting:
+        found = inspect.unwrap(waiting.pop())
+        while isinstance(found, partial):
+            parts.append(repr([v for v in (*found.args, *found.keywords.items()) if _plain(v)]))
+            found = found.func
+        if not inspect.isroutine(found) and not inspect.isclass(found):
+            found = type(found)  # an object that is called
+        found = getattr(found, "__func__", found)
+        if id(found) in seen:
+            continue
+        seen.add(id(found))
+        parts.append(_source(found))
+        for name, value in _used(found):
+            if callable(value) and getattr(value, "__module__", None) == getattr(found, "__module__", ""):
+                waiting.append(value)
+            elif _plain(value):
+                parts.append(f"{name} = {value!r}")
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:8]
+
+
+def _source(found: Any) -> str:
+    try:
+        return inspect.getsource(found)
+    except (OSError, TypeError):  # typed in, or compiled
+        code = getattr(found, "__code__", None)
+        return f"{getattr(found, '__qualname__', '')} {'' if code is None else code.co_code.hex()}"
+
+
+def _used(found: Any) -> list[tuple[str, Any]]:
+    """The global and enclosing values that a function names, by name."""
+    if getattr(found, "__code__", None) is None:
+        return []
+    codes, names = [found.__code__], set[str]()
+    while codes:  # those of functions inside it too
+        code = codes.pop()
+        names |= {*code.co_names, *code.co_freevars}
+        codes += [c for c in code.co_consts if isinstance(c, CodeType)]
+    cells = dict(zip(found.__code__.co_freevars, found.__closure__ or (), strict=False))
+    there = {k: v for k, v in found.__globals__.items() if k in names}
+    with suppress(ValueError):  # a cell may be empty yet
+        there |= {k: cell.cell_contents for k, cell in cells.items()}
+    return sorted(there.items(), key=lambda item: item[0])
+
+
+def _plain(value: Any) -> bool:
+    """Whether a value is a constant whose text says all of it."""
+    if isinstance(value, tuple | list):
+        return all(map(_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def named_function(name: str, what: str) -> tuple[Callable[..., Any], ModuleType]:

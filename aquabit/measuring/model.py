@@ -13,6 +13,7 @@ from aquabit.pipelines import (
     Pipeline,
     adapter_of,
     check_sampler,
+    check_scheduler,
     denoiser_of,
     image_size,
     load,
@@ -72,6 +73,7 @@ def settled(model: Model, protocol: Protocol) -> Protocol:
     """A protocol as a model's sampler can follow it; raises AquabitError where it cannot, and where a sample
     function of the user's does not make the same images again (``check_sampler``)."""
     if model.made is None:
+        check_scheduler(protocol.scheduler)
         return protocol
     found = model.made.settled(protocol)
     check_sampler(model.made, found)

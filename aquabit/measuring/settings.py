@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from aquabit.measuring.model import Model, check_correctable, settled
-from aquabit.pipelines import check_scheduler
 from aquabit.quality import QualityMeter, QualityOptions
 from aquabit.quality.meter import check_available, default_objective
 from aquabit.quant.bank import Bank
@@ -85,7 +84,6 @@ def protocol_for(
 
     Raises AquabitError for an objective that cannot be measured, saying what it needs.
     """
-    check_scheduler(given.scheduler)
     given = replace(given, measures=meter.measures)
     given = settled(model, given)
     given.direction()  # raises for an unknown objective

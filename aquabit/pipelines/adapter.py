@@ -90,9 +90,10 @@ def check_scheduler(name: str) -> None:
 
 def scheduler_named(own: Any, name: str) -> Any:
     """The sampler of that name with the settings of a pipeline's own ("default": that one itself)."""
+    if isinstance(own, CallSteps):
+        own.check(name)
+        return own
     check_scheduler(name)
-    if name != "default" and isinstance(own, CallSteps):
-        raise AquabitError(f"scheduler is {name}, but a model of one's own has its own sampler; leave it out")
     return own if name == "default" else getattr(diffusers, SCHEDULERS[name]).from_config(own.config)
 
 

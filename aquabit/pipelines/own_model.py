@@ -29,15 +29,14 @@ from aquabit.quant.calibration.recording import Call
 from aquabit.quant.correction.sampling import refollow_
 from aquabit.runtime import out_of_memory
 from aquabit.scheme import AquabitError, Protocol
-from aquabit.user_code import named_function
+from aquabit.user_code import code_digest, named_function
 
 # what a sample function may take beside the denoiser and the seeds, by name
 OPTIONS = ("conditions", "steps", "guidance", "eta", "resolution")
 OFF: Mapping[str, Any] = {"guidance": 1.0, "eta": 0.0, "resolution": None}  # of those that change images
 # relative difference (of root mean squares) up to which two images of one seed are the same: batches of
-# different sizes round differently; 16-bit weights leave more
-AGREE = {torch.float32: 1e-3, torch.float64: 1e-3}
-AGREE_16 = 5e-2
+# different sizes round differently; with 16-bit weights, and on GPUs, by more
+AGREE, AGREE_ROUGHLY = 1e-3, 5e-2
 NO_CONDITIONS = (
     "{} makes images from conditions; give them to aquabit.Model, or by --prompts FILE with one a line"
 )
@@ -45,10 +44,24 @@ NO_CONDITIONS = (
 
 class CallSteps:
     """The steps of a sampler that has no scheduler, told from the denoiser's calls: call k of n belongs to
-    step k * steps // n. Followed as a scheduler is (``quant.correction.sampling``)."""
+    step k * steps // n. Followed as a scheduler is (``quant.correction.sampling``). Its ``name`` is that of
+    the sample function, with a digest of its code: images of an edited function never mix with those
+    before."""
 
-    def __init__(self) -> None:
-        self.timesteps = range(0)
+    def __init__(self, name: str) -> None:
+        self.name, self.timesteps = name, range(0)
+
+    def check(self, name: str) -> None:
+        """Raise AquabitError where a protocol names another sampler ("default" is this one)."""
+        if name in ("default", self.name):
+            return
+        said = f"scheduler is {name}, but {self.name} is a sampler of its own"
+        if name.partition("@")[0] == self.name.partition("@")[0]:
+            said = (
+                f"the sampler was {name}, and is {self.name} now: its code was changed; use what it was, or"
+                " another study"
+            )
+        raise AquabitError(said)
 
     def set_timesteps(self, steps: int) -> None:
         """An image, or a batch of them, begins."""
@@ -120,14 +133,14 @@ class Model:
                 f"conditions are given, but {self.name} takes none; name conditions among its parameters"
             )
         self.layers = dict(layers or {})
-        self.scheduler = CallSteps()
+        self.scheduler = CallSteps(f"{self.name}@{code_digest(below_no_grad(sample))}")
         self._calls: dict[tuple[tuple[str, Any], ...], int] = {}  # of the denoiser, by options
         self._shapes: dict[int | None, tuple[int, ...]] = {}  # of an image, by resolution
 
     def copied(self) -> Model:
         """The same with a denoiser of its own. Raises AquabitError where that cannot be copied."""
         own = copy.copy(self)
-        own.scheduler = CallSteps()
+        own.scheduler = CallSteps(self.scheduler.name)
         try:
             with CopiesInFiles(weights_folder()):
                 own.denoiser = copy.deepcopy(self.denoiser)
@@ -274,8 +287,11 @@ class Model:
         return height, width
 
     def settled(self, protocol: Protocol) -> Protocol:
-        """A protocol with the steps that the sampler has, where it does not take them. Raises AquabitError
-        for others."""
+        """A protocol that says all that images depend on: this sampler, its conditions, and its steps where
+        it does not take them. Raises AquabitError for another sampler, or other steps."""
+        self.scheduler.check(protocol.scheduler)
+        conditions = protocol.conditions or self.conditions
+        protocol = replace(protocol, scheduler=self.scheduler.name, conditions=conditions)
         if "steps" in self.takes:
             return protocol
         adapter = OwnAdapter(self)
@@ -456,8 +472,7 @@ class OwnAdapter:
                 )
         if protocol.conditions is not None and self.kind == "batch_size":
             raise AquabitError(f"{name} takes no conditions; give no prompts or classes")
-        if protocol.scheduler != "default":
-            raise AquabitError(f"scheduler is {protocol.scheduler}, but {name} is a sampler of its own")
+        self.pipe.scheduler.check(protocol.scheduler)
 
     def options(self, protocol: Protocol) -> dict[str, Any]:
         """What the sample function is given by name, conditions aside."""
@@ -527,8 +542,9 @@ def check_sampler(model: Model, protocol: Protocol) -> None:
     adapter.check(protocol)
     options, name, seed = adapter.options(protocol), model.name, protocol.seed
     asked = adapter.conditions(replace(protocol, images=2))
-    weights = [p.dtype for p in model.denoiser.parameters() if p.is_floating_point()]
-    limit = min((AGREE.get(d, AGREE_16) for d in weights), default=AGREE_16)
+    weights = [p for p in model.denoiser.parameters() if p.is_floating_point()]
+    exact = not weights or all(p.is_cpu and p.dtype in (torch.float32, torch.float64) for p in weights)
+    limit = AGREE if exact else AGREE_ROUGHLY
 
     def made(seeds: Sequence[int], conditions: Sequence[Any], chance: int = 0, **other: Any) -> Tensor:
         with torch.no_grad(), evaluating(model.denoiser):
