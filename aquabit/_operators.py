@@ -249,6 +249,13 @@ _GROUP_OF_OPERATOR: Mapping[str, str] = {
 }
 
 
+def module_config(module: torch.nn.Module) -> dict[str, Any]:
+    """The configuration of a model of diffusers, without its notes to itself; empty where a module has none,
+    or keeps something else under that name."""
+    config = getattr(module, "config", None)
+    return {k: v for k, v in config.items() if not k.startswith("_")} if isinstance(config, Mapping) else {}
+
+
 def family_of(model_class: type, family: str | None = None) -> str:
     """The family to read layer names by: ``family`` where given (AquabitError if unknown), else by class,
     else "generic"."""
@@ -432,10 +439,9 @@ _CLASSES: Mapping[str, tuple[str, Inputs | None]] = {
 
 def _known(model_class: type) -> tuple[str, Inputs | None]:
     """Family and input maker of the class or the nearest of its bases that is known."""
-    return next(
-        (_CLASSES[base.__name__] for base in model_class.__mro__ if base.__name__ in _CLASSES),
-        ("generic", None),
-    )
+    # a class of the user's that bears the name of one of diffusers is another
+    bases = [base for base in model_class.__mro__ if base.__module__.partition(".")[0] == "diffusers"]
+    return next((_CLASSES[base.__name__] for base in bases if base.__name__ in _CLASSES), ("generic", None))
 
 
 def example_inputs(denoiser: torch.nn.Module) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypedDict, Unpack
 
 import torch
-from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -21,8 +20,10 @@ from aquabit.jsonio import read_json
 from aquabit.kernels import Accuracy
 from aquabit.kernels.dispatch import using
 from aquabit.memory import check_images, check_quantizing
+from aquabit.pipelines import Model as OwnModel
 from aquabit.pipelines import (
-    Adapter,
+    Pipeline,
+    adapter_of,
     add_lora,
     branched,
     calibration_samples,
@@ -44,9 +45,11 @@ from aquabit.pipelines import (
     trace,
     without_folders,
 )
+from aquabit.pipelines.image_maker import ImageMaker
 from aquabit.pipelines.lora import Source
 from aquabit.quant.artifact import WEIGHT_FILES, Contents, config_of, save_packed_denoiser
 from aquabit.quant.bank import Bank
+from aquabit.quant.bare_artifact import save_bare_denoiser
 from aquabit.quant.correction.corrector import DEFAULT_CORRECTION, check_correction, corrected_, statistics_of
 from aquabit.quant.correction.sampling import follow_, unfollowed, watchers_of
 from aquabit.quant.correction.statistics import Statistics
@@ -66,8 +69,7 @@ from aquabit.scheme import (
     parse_correction,
 )
 
-Model: TypeAlias = str | DiffusionPipeline
-
+AnyModel: TypeAlias = str | Pipeline
 
 MICRO_BATCH = 64  # images of a call, where their pixels allow it
 
@@ -100,7 +102,7 @@ class Packed:
 
     def __init__(
         self,
-        pipe: DiffusionPipeline,
+        pipe: Pipeline,
         model: QuantizedDenoiser,
         config: QuantConfig,
         statistics: Statistics | None = None,
@@ -108,7 +110,12 @@ class Packed:
         self._pipe, self._model, self.config, self.statistics = pipe, model, config, statistics
 
     @property
-    def pipe(self) -> DiffusionPipeline:
+    def is_own(self) -> bool:
+        """Whether it is a model of the user's own, which no folder alone brings back."""
+        return isinstance(self._pipe, OwnModel)
+
+    @property
+    def pipe(self) -> Any:
         self._model.arrange()  # what is only saved never is: its codes stay in the bank's files
         return self._pipe
 
@@ -130,7 +137,10 @@ class Packed:
 
     def save(self, folder: str | Path, max_shard_size: int | str = "10GB") -> int:
         """Write a diffusers pipeline directory, weights in files of at most ``max_shard_size`` (bytes, or
-        as "5GB"); the bytes of the denoiser's tensors."""
+        as "5GB"); the bytes of the denoiser's tensors. Of a model of the user's own: its tensors and the
+        configuration, for ``load(folder, into=model)``."""
+        if isinstance(self._pipe, OwnModel):
+            return save_bare_denoiser(self._model.denoiser, Path(folder), max_shard_size)
         name = denoiser_name(self._pipe)
         if branched(self._pipe):
             raise AquabitError(
@@ -160,7 +170,7 @@ def _forget_local_path(file: Path) -> None:
 
 
 def quantize(
-    pipe: Model,
+    pipe: AnyModel,
     config: QuantConfig,
     *,
     correct: bool | str = False,
@@ -186,10 +196,15 @@ def quantize(
         config = replace(config, correction=asked)
     _check_sampler(source, config)  # before anything is fitted
     if finetune:
+        settings = finetune if isinstance(finetune, FineTuning) else FineTuning()
         check_tunable(model, config)  # before anything is fitted
+        if isinstance(source, OwnModel) and settings.guidance is not None:
+            raise AquabitError(
+                f"fine-tuning with guidance {settings.guidance:g} combines two halves of a denoiser call, and"
+                f" how {source.name} makes them is not known; fine-tune without guidance"
+            )
         with single_thread(device):
             model.prepare(config, progress)
-        settings = finetune if isinstance(finetune, FineTuning) else FineTuning()
         tuned = tune(model, config, replay_recorder(source), settings, progress)
         config = tuned.config
         if told is not None:
@@ -211,8 +226,8 @@ def quantize(
 
 
 def _copied(
-    pipe: Model, config: QuantConfig, bank: str | None, device: str
-) -> tuple[DiffusionPipeline, QuantizedDenoiser]:
+    pipe: AnyModel, config: QuantConfig, bank: str | None, device: str
+) -> tuple[Any, QuantizedDenoiser]:
     """A pipeline that may be changed, and its denoiser ready to be quantized. Raises AquabitError where the
     configuration is of another model."""
     source = load(pipe, device)
@@ -225,17 +240,15 @@ def _copied(
     graph = trace(source)
     if device == "cpu":
         check_quantizing(graph, config, calibration_samples(source, config.calibration or Calibration()))
-    if isinstance(pipe, DiffusionPipeline):
-        source = own_copy(
-            source, name, *(["scheduler"] if scheduler_of(source) is not None else [])
-        )  # what is followed is not the caller's
+    if not isinstance(pipe, str):  # what is followed is not the caller's
+        source = own_copy(source, name, *(["scheduler"] if scheduler_of(source) is not None else []))
     else:
         free_text_encoders(source)
     denoiser = getattr(source, name).eval()
     return source, QuantizedDenoiser(denoiser, graph, Bank(bank), own, recorder(source), sampler(source))
 
 
-def _check_sampler(pipe: DiffusionPipeline, config: QuantConfig) -> None:
+def _check_sampler(pipe: Pipeline, config: QuantConfig) -> None:
     """Raise AquabitError where a configuration changes from step to step, or is corrected, and the pipeline's
     sampler does not allow that."""
     calibration, own = config.calibration or Calibration(), scheduler_of(pipe)
@@ -249,7 +262,7 @@ def _check_sampler(pipe: DiffusionPipeline, config: QuantConfig) -> None:
 
 
 def _statistics(
-    source: DiffusionPipeline, model: QuantizedDenoiser, config: QuantConfig, progress: Progress
+    source: Pipeline, model: QuantizedDenoiser, config: QuantConfig, progress: Progress
 ) -> Statistics:
     """The noise that a configuration adds, sampled as its calibration says; the pipeline keeps that
     sampler."""
@@ -261,7 +274,7 @@ def _statistics(
 
 
 def generate(
-    pipe: Model,
+    pipe: AnyModel,
     images: int = 16,
     seed: int = 0,
     steps: int | None = None,
@@ -294,7 +307,7 @@ def generate(
         raise AquabitError(
             f"memory {memory!r} chooses by timings, and deterministic images know none; leave one out"
         )
-    adapter = Adapter(load(pipe, device, offload=offload))
+    adapter = adapter_of(load(pipe, device, offload=offload))
     if isinstance(pipe, str):
         free_text_encoders(adapter.pipe)
     config = config_of(adapter.denoiser)
@@ -330,7 +343,7 @@ def generate(
 
 
 @contextmanager
-def _switched_correction(adapter: Adapter, correction: str | None) -> Iterator[None]:
+def _switched_correction(adapter: ImageMaker, correction: str | None) -> Iterator[None]:
     """Correct otherwise than the artifact says (None: as it says) for a while; raises AquabitError where
     it holds no statistics."""
     statistics, before = statistics_of(adapter.denoiser), watchers_of(adapter.denoiser)

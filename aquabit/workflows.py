@@ -16,7 +16,7 @@ from aquabit.jsonio import write_json
 from aquabit.measuring.session import Session, open_session
 from aquabit.measuring.settings import MeasureOptions
 from aquabit.measuring.where import HERE, Where, WhereOptions
-from aquabit.packing import Model, generate, quantize
+from aquabit.packing import AnyModel, generate, quantize
 from aquabit.pipelines.pictures import thumbnail
 from aquabit.quality import QualityOptions
 from aquabit.reports import report as write_report
@@ -40,6 +40,7 @@ from aquabit.sensitivity.plan import Planner, SampleOptions
 from aquabit.sensitivity.result import Sensitivity, save
 from aquabit.study import Study
 from aquabit.study_status import start_plan
+from aquabit.user_code import names_function
 from aquabit.within import Fitted, compared, fit_within, parse_time
 
 
@@ -73,8 +74,18 @@ class FlowOptions:
     kept: tuple[str, ...] = ()  # of "samples", "swaps", "images", "steps": what is not lowered
 
 
-def _source(study: Study, pipe: Model | None) -> Model:
-    return pipe if pipe is not None else str(study.need("model", "run `aquabit measure MODEL --study` first"))
+def _source(study: Study, pipe: AnyModel | None) -> AnyModel:
+    """What a study is measured with: what the user gave, else what the study names, unless that is code: a
+    file does not say what is run."""
+    if pipe is not None:
+        return pipe
+    named = str(study.need("model", "run `aquabit measure MODEL --study` first"))
+    if names_function(named):
+        raise AquabitError(
+            f"{study.path} was measured with the code {named}, which runs only where you name it: give it as"
+            f" pipe={named!r}, or by --model {named}"
+        )
+    return named
 
 
 def validate(
@@ -83,7 +94,7 @@ def validate(
     swap: str | None = None,
     bits: float = 3.0,
     *,
-    pipe: Model | None = None,
+    pipe: AnyModel | None = None,
     seed: int = 0,
     progress: Progress = no_progress,
     **where: Unpack[WhereOptions],
@@ -104,7 +115,7 @@ def validate_study(
     flow: FlowOptions,
     where: Where = HERE,
     *,
-    pipe: Model | None = None,
+    pipe: AnyModel | None = None,
     seed: int = 0,
     progress: Progress = no_progress,
 ) -> Sensitivity:
@@ -121,7 +132,7 @@ def run_contexts(
     where: Where = HERE,
     *,
     swap: str | None = None,
-    pipe: Model | None = None,
+    pipe: AnyModel | None = None,
     seed: int = 0,
     progress: Progress = no_progress,
 ) -> None:
@@ -138,7 +149,7 @@ def run_contexts(
 
 
 def _opened(
-    study: Study, pipe: Model | None, where: Where, swap: str | None, progress: Progress
+    study: Study, pipe: AnyModel | None, where: Where, swap: str | None, progress: Progress
 ) -> AbstractContextManager[Session]:
     """A session on a study as it was begun; an impossible swap is said before anything is fitted."""
     check = partial(named_swap, swap=swap)
@@ -167,7 +178,7 @@ def find(
     bops: float | None = None,
     latency_ms: float | None = None,
     correction: str | None = None,
-    pipe: Model | None = None,
+    pipe: AnyModel | None = None,
     seed: int = 0,
     against: Sequence[QuantConfig] = (),
     progress: Progress = no_progress,
@@ -205,7 +216,7 @@ def search(
     where: Where = HERE,
     *,
     correction: str | None = None,
-    pipe: Model | None = None,
+    pipe: AnyModel | None = None,
     progress: Progress = no_progress,
     told: Callable[[str], object] = lambda _: None,
 ) -> Front:
@@ -255,7 +266,7 @@ def _check(session: Session, options: SearchOptions) -> None:
 
 
 def run(
-    model: Model,
+    model: AnyModel,
     out: str | Path,
     bits: float = 3.0,
     samples: int = 120,
@@ -285,7 +296,7 @@ def run(
 
 
 def run_flow(
-    model: Model,
+    model: AnyModel,
     out: Path,
     flow: FlowOptions,
     sample: SampleOptions,
@@ -334,12 +345,20 @@ def run_flow(
     write_json(out / "front.json", front.to_list())
     write_json(out / "config.json", front.best.to_dict())
     progress("packing", 0, 1)
-    quantize(model, front.best, bank=where.bank, device=where.device).save(out / "packed")
-    protocol, packed = study.protocol, str(out / "packed")
+    packed = quantize(model, front.best, bank=where.bank, device=where.device)
+    packed.save(out / "packed")
+    protocol = study.protocol
     made = generate(
-        packed, 32, protocol.seed, protocol.steps, protocol.conditions, where.device, progress=progress
+        packed.pipe if packed.is_own else str(out / "packed"),
+        32,
+        protocol.seed,
+        protocol.steps,
+        protocol.conditions,
+        where.device,
+        progress=progress,
     )
-    write_bytes(out / "samples.png", thumbnail(made))
+    if not packed.is_own or packed.pipe.images:
+        write_bytes(out / "samples.png", thumbnail(made))
     progress("packing", 1, 1)
     early.end(clock.spent)
     write_report(study, out / "report", progress=progress)
@@ -351,7 +370,7 @@ def run_flow(
 
 
 def _within(
-    model: Model,
+    model: AnyModel,
     study: Study,
     flow: FlowOptions,
     sample: SampleOptions,
@@ -434,7 +453,7 @@ class _Early:
 
 
 def measure(
-    model: Model,
+    model: AnyModel,
     study: Study,
     samples: int = 120,
     *,
@@ -461,7 +480,7 @@ def measure(
 
 
 def measure_model(
-    model: Model,
+    model: AnyModel,
     study: Study,
     sample: SampleOptions,
     options: MeasureOptions,

@@ -7,12 +7,39 @@ from typing import Annotated
 
 import typer
 
+from aquabit.cli.progress import tell
 from aquabit.scheme import LOWER_IS_BETTER, SCHEDULERS
+from aquabit.user_code import names_function
+
+
+def _announced(model: str | None) -> str | None:
+    """Say on standard error that a model is code, which runs now."""
+    if model is not None and names_function(model):
+        tell(None, f"running your code: {model}")
+    return model
+
 
 Model = Annotated[
     str,
     typer.Argument(
-        metavar="MODEL", help="A bundled name (see `aquabit models`), a diffusers directory, or a hub id."
+        metavar="MODEL",
+        help=(
+            "A bundled name (see `aquabit models`), a diffusers directory, a hub id, or module:function, a"
+            " function of yours that returns an aquabit.Model."
+        ),
+        callback=_announced,
+    ),
+]
+OwnModel = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="MODULE:FUNCTION",
+        help=(
+            "The function that returns the aquabit.Model which was measured or packed: no file says what code"
+            " to run."
+        ),
+        callback=_announced,
     ),
 ]
 Lora = Annotated[

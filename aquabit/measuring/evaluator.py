@@ -14,11 +14,10 @@ from typing import Any, NamedTuple, TypedDict
 
 import networkx as nx
 import torch
-from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d
+from torch.nn.functional import adaptive_avg_pool1d, adaptive_avg_pool2d
 
 from aquabit.kernels import straight_through
 from aquabit.kernels.dispatch import using
@@ -26,7 +25,8 @@ from aquabit.measuring.output_errors import OutputErrors, StepErrors, stored
 from aquabit.measuring.sketches import Numbers, Sketches
 from aquabit.memory import layer_bytes
 from aquabit.pipelines import (
-    Adapter,
+    Pipeline,
+    adapter_of,
     denoiser_name,
     free_text_encoders,
     image_size,
@@ -39,6 +39,7 @@ from aquabit.pipelines import (
     scheduler_of,
     use_scheduler,
 )
+from aquabit.pipelines.image_maker import ImageMaker
 from aquabit.pipelines.pictures import thumbnail
 from aquabit.quality import NonFiniteImages, NonFiniteValues, Quality, QualityMeter, QualityOptions, Source
 from aquabit.quant.bank import Bank
@@ -87,7 +88,7 @@ def environment(device: str) -> dict[str, str]:
 
 
 class Measured(NamedTuple):
-    """A measurement, and a PNG grid of its first images; None where it failed."""
+    """A measurement, and a PNG grid of its first images; None where it failed, or makes none."""
 
     measurement: Measurement
     png: bytes | None
@@ -127,7 +128,7 @@ class Evaluator:
 
     def __init__(
         self,
-        model: str | DiffusionPipeline,
+        model: str | Pipeline,
         graph: nx.DiGraph,
         bank: Bank,
         fingerprint: str,
@@ -138,18 +139,20 @@ class Evaluator:
         if device == "cpu":
             reuse_memory()
         pipe = load(model, device, dtype)
-        if isinstance(model, DiffusionPipeline):
+        if not isinstance(model, str):
             pipe = own_copy(pipe, denoiser_name(pipe))
         else:
             free_text_encoders(pipe)
         self.pipe, self.bank, self.fingerprint, self.device = pipe, bank, fingerprint, device
         self.graph = graph
         self.scheduler = scheduler_of(pipe)
-        self.adapter = Adapter(pipe)
+        self.adapter = adapter_of(pipe)
         self.quantized = QuantizedDenoiser(
             self.adapter.denoiser.eval(), graph, bank, fingerprint, recorder(pipe), sampler(pipe)
         )
-        self.meter = QualityMeter(quality or QualityOptions(), own_source(self.adapter), bank.folder, device)
+        images = self.adapter.makes_images
+        own = own_source(self.adapter)
+        self.meter = QualityMeter(quality or QualityOptions(), own, bank.folder, device, images)
         self._full: tuple[str, dict[int, Tensor]] = "", {}
         self._probed: tuple[str, Tensor] | None = None
         self._stored: dict[str, OutputErrors] = {}
@@ -414,7 +417,7 @@ class Evaluator:
             return Measured(failed, None)
         seconds = time.perf_counter() - started
         measured = Measurement(config.digest, protocol.digest, metrics, seconds, facts)
-        return Measured(measured, thumbnail(first))
+        return Measured(measured, thumbnail(first) if self.adapter.makes_images else None)
 
     def _quality(self, protocol: Protocol) -> Quality:
         """An accumulator of what is measured; raises AquabitError where it is not what the protocol names
@@ -506,7 +509,7 @@ def _cosine(a: Tensor, b: Tensor) -> float:
     return float((a * b).sum()) / length if length > 0 else 0.0
 
 
-def own_source(adapter: Adapter) -> Source | None:
+def own_source(adapter: ImageMaker) -> Source | None:
     """The extractor and the real images that belong to a model; None where it names none."""
     extractor, reference = adapter.reference()
     return None if extractor is None else Source(extractor, reference)
@@ -514,7 +517,10 @@ def own_source(adapter: Adapter) -> Source | None:
 
 def _deviation(images: Tensor, reference: Tensor) -> dict[str, Any]:
     change = (images - reference).nan_to_num(nan=1.0)  # images lie in [0, 1]: NaN is as bad as can be
-    coarse = adaptive_avg_pool2d(change, min(8, *change.shape[-2:])).flatten(1)
+    if change.ndim < 4:  # no images, but other numbers
+        coarse = adaptive_avg_pool1d(change.flatten(1)[:, None], min(64, change[0].numel())).flatten(1)
+    else:
+        coarse = adaptive_avg_pool2d(change.flatten(1, -3), min(8, *change.shape[-2:])).flatten(1)
     return {"damage": float(change.square().mean()), "sketch": sketch(coarse)}
 
 

@@ -1,9 +1,13 @@
-"""Adapters from diffusers pipelines to "make images from these seeds"; the bundled models."""
+"""Adapters from diffusers pipelines and a user's own models to "make images from these seeds"; the bundled
+models."""
 
 from aquabit.pipelines.adapter import (
     Adapter,
+    Pipeline,
+    adapter_of,
     calibration_samples,
     check_scheduler,
+    model_notes,
     noise_statistics,
     own_copy,
     recorder,
@@ -28,6 +32,7 @@ from aquabit.pipelines.family import (
 )
 from aquabit.pipelines.loading import bundled_facts, bundled_models, load
 from aquabit.pipelines.lora import add_lora, branched, remove_lora, with_loras, without_folders
+from aquabit.pipelines.own_model import Model, check_sampler
 from aquabit.pipelines.presets import PRESETS, Preset, preset_named
 from aquabit.pipelines.prompts import free_text_encoders, restore_text_encoders
 from aquabit.pipelines.sizes import image_batch, image_size
@@ -40,12 +45,16 @@ __all__ = [
     "ClassEmbedder",
     "ClassLatentPipeline",
     "Family",
+    "Model",
+    "Pipeline",
     "Preset",
+    "adapter_of",
     "add_lora",
     "branched",
     "bundled_facts",
     "bundled_models",
     "calibration_samples",
+    "check_sampler",
     "check_scheduler",
     "convert_ldm4",
     "denoiser_name",
@@ -56,6 +65,7 @@ __all__ = [
     "image_batch",
     "image_size",
     "load",
+    "model_notes",
     "noise_statistics",
     "own_copy",
     "preset_named",

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from math import ceil, prod
-from typing import Any
+from typing import Any, TypeAlias
 
 import diffusers
 import networkx as nx
@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from aquabit.file_memory import CopiesInFiles
 from aquabit.graph import known_class
 from aquabit.graph import trace as trace_denoiser
-from aquabit.pipelines.effects import check_effects, first_inputs
-from aquabit.pipelines.family import EVERYWHERE, KINDS, denoiser_of, family, scheduler_of
+from aquabit.pipelines.effects import check_effects
+from aquabit.pipelines.family import EVERYWHERE, KINDS, denoiser_of, family, family_notes, scheduler_of
+from aquabit.pipelines.image_maker import ImageMaker, first_inputs
 from aquabit.pipelines.outputs import images_of
+from aquabit.pipelines.own_model import CallSteps, Model, OwnAdapter, unnamed
 from aquabit.pipelines.prompts import embeddings
 from aquabit.pipelines.running import as_measured
 from aquabit.pipelines.sizes import image_batch, image_size
@@ -38,15 +40,23 @@ from aquabit.quant.model import QuantizedDenoiser
 from aquabit.scheme import SCHEDULERS, AquabitError, Calibration, Progress, Protocol, QuantConfig, no_progress
 
 GUIDANCE = ("guidance_scale", "true_cfg_scale")  # where a pipeline of no known family takes guidance
+Pipeline: TypeAlias = DiffusionPipeline | Model  # what makes images
 CALIBRATION_BATCH, CALIBRATION_CALLS = 16, 64  # images of a denoiser call that is kept, and how many are kept
 
 
-def trace(model: DiffusionPipeline | nn.Module) -> nx.DiGraph:
+def adapter_of(pipe: Pipeline) -> ImageMaker:
+    """What makes images with a pipeline or a model of the user's own."""
+    return OwnAdapter(pipe) if isinstance(pipe, Model) else Adapter(pipe)
+
+
+def trace(model: Pipeline | nn.Module) -> nx.DiGraph:
     """The layer graph of a pipeline's denoiser, or of a bare denoiser.
 
     Inputs are made from the config where the denoiser's class is known, else they are those of the pipeline's
     own first call.
     """
+    if isinstance(model, Model):
+        return model.trace()
     with unfollowed(denoiser_of(model)):  # this is no sampling
         return _traced(model)
 
@@ -69,9 +79,16 @@ def _traced(model: DiffusionPipeline | nn.Module) -> nx.DiGraph:
     )
 
 
-def own_copy(pipe: DiffusionPipeline, *parts: str) -> DiffusionPipeline:
+def model_notes(pipe: Pipeline, graph: nx.DiGraph) -> list[str]:
+    """What is to be said of operator types and adapters that are not known; nothing where all are."""
+    return unnamed(graph) if isinstance(pipe, Model) else family_notes(pipe)
+
+
+def own_copy(pipe: Pipeline, *parts: str) -> Any:
     """A pipeline that shares everything with ``pipe`` but these components, which are copied; it shows no
     progress bar."""
+    if isinstance(pipe, Model):
+        return pipe.copied()
     own = copy.copy(pipe)
     with CopiesInFiles(weights_folder()):
         own.__dict__.update({part: copy.deepcopy(getattr(pipe, part)) for part in parts})
@@ -86,11 +103,14 @@ def check_scheduler(name: str) -> None:
 
 def scheduler_named(own: Any, name: str) -> Any:
     """The sampler of that name with the settings of a pipeline's own ("default": that one itself)."""
+    if isinstance(own, CallSteps):
+        own.check(name)
+        return own
     check_scheduler(name)
     return own if name == "default" else getattr(diffusers, SCHEDULERS[name]).from_config(own.config)
 
 
-def set_scheduler(pipe: DiffusionPipeline, name: str) -> None:
+def set_scheduler(pipe: Pipeline, name: str) -> None:
     """Replace the sampler by name ("default" keeps the pipeline's own)."""
     own = scheduler_of(pipe)
     if own is None and name != "default":
@@ -102,7 +122,7 @@ def set_scheduler(pipe: DiffusionPipeline, name: str) -> None:
     refollow_(denoiser_of(pipe), pipe.scheduler)
 
 
-def use_scheduler(pipe: DiffusionPipeline, scheduler: Any, name: str = "default") -> None:
+def use_scheduler(pipe: Pipeline, scheduler: Any, name: str = "default") -> None:
     """A pipeline samples with ``scheduler``, or with the sampler of that name made of it; nothing where it
     has none."""
     if scheduler is not None:
@@ -111,7 +131,7 @@ def use_scheduler(pipe: DiffusionPipeline, scheduler: Any, name: str = "default"
 
 
 @contextmanager
-def scheduled(pipe: DiffusionPipeline, scheduler: Any, name: str) -> Iterator[None]:
+def scheduled(pipe: Pipeline, scheduler: Any, name: str) -> Iterator[None]:
     """For a while a pipeline samples with the sampler of that name, made of ``scheduler``."""
     now = scheduler_of(pipe)
     try:
@@ -121,7 +141,7 @@ def scheduled(pipe: DiffusionPipeline, scheduler: Any, name: str) -> Iterator[No
         use_scheduler(pipe, now)
 
 
-def calibration_samples(pipe: DiffusionPipeline, calibration: Calibration) -> int:
+def calibration_samples(pipe: Pipeline, calibration: Calibration) -> int:
     """Samples of the denoiser's own size that one of its calls takes as much memory as, while ``recorder``'s
     images are made."""
     batch = min(image_batch(pipe, calibration, CALIBRATION_BATCH), calibration.images)
@@ -131,7 +151,7 @@ def calibration_samples(pipe: DiffusionPipeline, calibration: Calibration) -> in
     return ceil(batch * branches * larger)
 
 
-def recorder(pipe: DiffusionPipeline) -> Callable[[Calibration], list[Call]]:
+def recorder(pipe: Pipeline) -> Callable[[Calibration], list[Call]]:
     """What records the denoiser's calls while the pipeline makes calibration images, stratified over steps
     and conditions."""
     runs = _runs(pipe)
@@ -144,23 +164,21 @@ def recorder(pipe: DiffusionPipeline) -> Callable[[Calibration], list[Call]]:
     return record
 
 
-def _runs(
-    pipe: DiffusionPipeline,
-) -> Callable[[Calibration, int], AbstractContextManager[list[Callable[[], object]]]]:
+def _runs(pipe: Pipeline) -> Callable[[Calibration, int], AbstractContextManager[list[Callable[[], object]]]]:
     """What gives the runs that make a calibration's images in batches of so many, with the pipeline's
     scheduler of now."""
     scheduler = scheduler_of(pipe)
 
     @contextmanager
     def runs(calibration: Calibration, batch: int) -> Iterator[list[Callable[[], object]]]:
-        protocol, adapter = calibration.protocol(batch), Adapter(pipe)
+        protocol, adapter = calibration.protocol(batch), adapter_of(pipe)
         with scheduled(pipe, scheduler, calibration.scheduler):
             yield [partial(adapter.images, protocol, part) for part in adapter.batches(protocol)]
 
     return runs
 
 
-def replay_recorder(pipe: DiffusionPipeline) -> Callable[[Calibration, int], Recording]:
+def replay_recorder(pipe: Pipeline) -> Callable[[Calibration, int], Recording]:
     """What records every denoiser call and its output while the pipeline makes images, in batches of so
     many (for fine-tuning)."""
     runs = _runs(pipe)
@@ -172,12 +190,12 @@ def replay_recorder(pipe: DiffusionPipeline) -> Callable[[Calibration, int], Rec
     return record
 
 
-def sampler(pipe: DiffusionPipeline) -> Sample:
+def sampler(pipe: Pipeline) -> Sample:
     """What makes calibration images with the pipeline's denoiser as it is, while watchers follow."""
     scheduler = scheduler_of(pipe)
 
     def sample(calibration: Calibration, watchers: Sequence[Watcher]) -> None:
-        protocol, adapter = calibration.protocol(CALIBRATION_BATCH), Adapter(pipe)
+        protocol, adapter = calibration.protocol(CALIBRATION_BATCH), adapter_of(pipe)
         with (
             scheduled(pipe, scheduler, calibration.scheduler),
             following(adapter.denoiser, scheduler_of(pipe), watchers),
@@ -189,7 +207,7 @@ def sampler(pipe: DiffusionPipeline) -> Sample:
 
 
 def noise_statistics(
-    pipe: DiffusionPipeline,
+    pipe: Pipeline,
     model: QuantizedDenoiser,
     config: QuantConfig,
     calibration: Calibration,
@@ -203,7 +221,7 @@ def noise_statistics(
     """
     plain = replace(config, correction=None)
     batch = min(image_batch(pipe, calibration, CALIBRATION_BATCH), calibration.images)
-    protocol, adapter = calibration.protocol(batch), Adapter(pipe)
+    protocol, adapter = calibration.protocol(batch), adapter_of(pipe)
     with scheduled(pipe, scheduler_of(pipe), calibration.scheduler):
         runs = [
             (lambda batch=batch: adapter.images(protocol, batch), len(batch))
@@ -225,6 +243,8 @@ class Adapter:
     What pipelines differ in is told by their ``Family``; one of no known family is used as its call's
     arguments say. Watermarks and safety checkers, which change images, are off. Prompts are encoded once.
     """
+
+    makes_images = True
 
     def __init__(self, pipe: DiffusionPipeline):
         self.pipe, self.family = pipe, family(pipe)
@@ -400,7 +420,10 @@ class Adapter:
     def first_inputs(self, protocol: Protocol) -> Call:
         """Inputs of the first denoiser call of ``protocol``'s first micro-batch; no image is finished."""
         self.check(protocol)
-        return first_inputs(self.pipe, partial(self._run, protocol, self.batches(protocol)[0]))
+        found = first_inputs(self.denoiser, partial(self._run, protocol, self.batches(protocol)[0]))
+        if found is None:
+            raise AquabitError(f"{type(self.pipe).__name__} makes its images without a call of its denoiser")
+        return found
 
     def first_call(self, protocol: Protocol) -> Callable[[], object]:
         """The first denoiser call of ``protocol``'s first micro-batch, to be made again; no image is

@@ -14,10 +14,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor, nn
+from torch import Tensor
 
 from aquabit.pipelines.family import denoiser_of, scheduler_of
-from aquabit.quant.calibration.recording import Call
+from aquabit.pipelines.image_maker import Reached, first_inputs
 from aquabit.scheme import AquabitError, Protocol
 
 
@@ -25,10 +25,6 @@ class Run(Interface):
     """Makes the samples of a protocol with some indices."""
 
     def __call__(self, protocol: Protocol, indices: range) -> Any: ...
-
-
-class _Seen(Exception):
-    """What was waited for has come; the run is given up."""
 
 
 # a pipeline's answers, by what was asked
@@ -66,29 +62,11 @@ def check_effects(pipe: DiffusionPipeline, run: Run, protocol: Protocol) -> None
             )
 
 
-def first_inputs(pipe: DiffusionPipeline, run: Callable[[], Any]) -> Call:
-    """Inputs of the first denoiser call that ``run`` makes; it is given up there."""
-    found: list[Call] = []
-
-    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.append((args, kwargs))
-        raise _Seen
-
-    handle = denoiser_of(pipe).register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        with suppress(_Seen):
-            run()
-    finally:
-        handle.remove()
-    if not found:
-        raise AquabitError(f"{type(pipe).__name__} makes its images without a call of its denoiser")
-    return found[0]
-
-
 def _guided(pipe: DiffusionPipeline, run: Run, protocol: Protocol) -> bool:
+    net = denoiser_of(pipe)
     asked, plain = (partial(run, p, range(1)) for p in (protocol, replace(protocol, guidance=1.0)))
     return (
-        not _same(first_inputs(pipe, asked), first_inputs(pipe, plain))
+        not _same(first_inputs(net, asked), first_inputs(net, plain))
         or not _same(_first_step(pipe, asked), _first_step(pipe, plain))
         or not _same(asked(), plain())
     )
@@ -98,10 +76,12 @@ def _resized(pipe: DiffusionPipeline, run: Run, protocol: Protocol, what: str) -
     """Whether the denoiser's inputs have another size at twice the size (at half of it where twice as much
     is refused)."""
     own = getattr(protocol, what)
-    here = first_inputs(pipe, partial(run, protocol, range(1)))
+    here = first_inputs(denoiser_of(pipe), partial(run, protocol, range(1)))
     for other in (2 * own, max(1, own // 2)):
         with suppress(AquabitError):
-            there = first_inputs(pipe, partial(run, replace(protocol, **{what: other}), range(1)))
+            there = first_inputs(
+                denoiser_of(pipe), partial(run, replace(protocol, **{what: other}), range(1))
+            )
             return _shapes(here) != _shapes(there)
     return True
 
@@ -114,15 +94,15 @@ def _first_step(pipe: DiffusionPipeline, run: Callable[[], Any]) -> Any:
 
     def stop(*args: Any, **kwargs: Any) -> Any:
         found.append((args, kwargs))
-        raise _Seen
+        raise Reached
 
     scheduler.step = update_wrapper(stop, scheduler.step, updated=())  # pipelines read its signature
     try:
-        with suppress(_Seen):
-            return run()
+        return run()
+    except Reached:
+        return found[0]
     finally:
         del scheduler.step
-    return found[0]
 
 
 def _leaves(value: Any) -> Iterator[Tensor | int | float]:

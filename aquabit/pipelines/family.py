@@ -260,7 +260,7 @@ def family(pipe: DiffusionPipeline) -> Family | None:
     return next((_BY_CLASS[base.__name__] for base in type(pipe).__mro__ if base.__name__ in _BY_CLASS), None)
 
 
-def denoiser_names(pipe: DiffusionPipeline) -> list[str]:
+def denoiser_names(pipe: Any) -> list[str]:
     """The attributes that hold denoisers: by their usual names, then by what class of diffusers they are."""
     named = [name for name in DENOISERS if isinstance(getattr(pipe, name, None), nn.Module)]
     parts = [name for name, part in getattr(pipe, "config", {}).items() if isinstance(part, tuple | list)]
@@ -273,7 +273,7 @@ def _is_network(part: Any) -> bool:
     return any(b.__module__.startswith(NETWORKS) and b.__name__ != "MotionAdapter" for b in bases)
 
 
-def denoiser_name(pipe: DiffusionPipeline) -> str:
+def denoiser_name(pipe: Any) -> str:
     """The attribute that holds the denoiser; raises AquabitError where there is none, and where there are
     several, of which all but one would stay as they are."""
     names, kind = denoiser_names(pipe), type(pipe)
@@ -292,13 +292,13 @@ def denoiser_name(pipe: DiffusionPipeline) -> str:
     )
 
 
-def denoiser_of(pipe: DiffusionPipeline | nn.Module) -> nn.Module:
+def denoiser_of(pipe: Any) -> nn.Module:
     module = pipe if isinstance(pipe, nn.Module) else getattr(pipe, denoiser_name(pipe))
     assert isinstance(module, nn.Module)
     return module
 
 
-def scheduler_of(pipe: DiffusionPipeline) -> Any:
+def scheduler_of(pipe: Any) -> Any:
     """The pipeline's sampler; None where it has none."""
     return getattr(pipe, "scheduler", None)
 

@@ -19,10 +19,12 @@ from aquabit.pipelines.class_conditional import ClassConditionalPipeline
 from aquabit.pipelines.class_latent import ClassEmbedder, ClassLatentPipeline
 from aquabit.pipelines.family import scheduler_of
 from aquabit.pipelines.lora import fuse_loras_, split_loras
+from aquabit.pipelines.own_model import Model, named_model
 from aquabit.pipelines.prompts import can_reload
 from aquabit.quant.bank import weights_folder
 from aquabit.runtime import out_of_memory
 from aquabit.scheme import AquabitError
+from aquabit.user_code import names_function
 
 BUNDLED = Path(__file__).parent / "bundled"
 # diffusers does not know these
@@ -47,21 +49,27 @@ def bundled_facts() -> list[dict[str, Any]]:
 
 
 def load(
-    model: str | Path | DiffusionPipeline,
+    model: str | Path | DiffusionPipeline | Model,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | str = "float32",
     offload: bool = False,
-) -> DiffusionPipeline:
+    into: Model | None = None,
+) -> Any:
     """The pipeline that ``model`` names, on a device and in a dtype; a packed artifact comes back running
-    packed.
+    packed. ``module:function`` runs that function, which returns a ``Model`` of the user's own.
 
-    ``offload``: components wait on the CPU and are on the GPU only while they run. A name may be followed by
-    LoRAs that are fused with its weights, each as "+lora:FILE" or "+lora:FILE:SCALE". Raises AquabitError for
-    an unknown name, a folder that is no pipeline or lacks components, files that are damaged, a hub that does
-    not give the model, and a device that is not there.
+    ``offload``: components wait on the CPU and are on the GPU only while they run. ``into``: the model of the
+    user's own that ``model``, a folder, is a packed artifact of; a copy of it then runs from the codes. A
+    name may be followed by LoRAs that are fused with its weights, each as "+lora:FILE" or "+lora:FILE:SCALE".
+    Raises AquabitError for an unknown name, a folder that is no pipeline or lacks components, files that are
+    damaged, a hub that does not give the model, and a device that is not there.
     """
-    if isinstance(model, DiffusionPipeline):
+    if isinstance(model, DiffusionPipeline | Model):
+        if into is not None:
+            raise AquabitError("into is for the folder of a packed artifact; the model given is in memory")
         return model
+    if into is not None:
+        return _packed_into(into, Path(model))
     check_device(device, offload)
     base, loras = split_loras(str(model))
     if loras:
@@ -72,6 +80,10 @@ def load(
         return pipe
     dtype = _dtype(dtype)
     name = str(model)
+    if names_function(name):
+        if offload:
+            raise AquabitError(f"{name} is a model of your own, which is not offloaded; leave offload out")
+        return named_model(name, device, dtype)
     folder = BUNDLED / name if name in bundled_models() else Path(name)
     if folder.is_dir():
         return _bound(_from_folder(folder, dtype, device), folder, dtype, device, offload)
@@ -83,10 +95,21 @@ def load(
     if name.count("/") != 1 or folder.is_absolute() or name.startswith((".", "~")):
         raise AquabitError(
             f"unknown model {name!r}; bundled are {', '.join(bundled_models())}, else give a diffusers"
-            " directory or a hub id"
+            " directory, a hub id, or module:function for a model of your own"
         )
     pipe = _guarded(name, lambda: DiffusionPipeline.from_pretrained(name, dtype=dtype), device)
     return _bound(pipe, name, dtype, device, offload)
+
+
+def _packed_into(model: Model, folder: Path) -> Model:
+    """A copy of a model of the user's own that runs from the codes of an artifact, on the model's device."""
+    from aquabit.quant.bare_artifact import load_bare_denoiser_
+
+    if not isinstance(model, Model):
+        raise AquabitError(f"into is a {type(model).__name__}; it must be the aquabit.Model of {folder}")
+    own = model.copied()
+    load_bare_denoiser_(own.denoiser.eval(), folder)
+    return own
 
 
 def check_device(device: str | torch.device, offload: bool = False) -> None:
@@ -119,6 +142,13 @@ def _dtype(dtype: torch.dtype | str) -> torch.dtype:
 def _from_folder(folder: Path, dtype: torch.dtype, device: str | torch.device) -> DiffusionPipeline:
     index = folder / "model_index.json"
     if not index.exists():
+        from aquabit.quant.bare_artifact import is_bare
+
+        if is_bare(folder):
+            raise AquabitError(
+                f"{folder} holds the packed denoiser of a model of one's own, and not the model: give it too,"
+                " load(folder, into=model) or --model module:function"
+            )
         raise AquabitError(f"{folder} is not a diffusers pipeline: it has no model_index.json")
     described = read_json(index)
     if not isinstance(described, dict) or not isinstance(described.get("_class_name"), str):

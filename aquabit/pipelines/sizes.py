@@ -1,4 +1,5 @@
-"""The size of the images that a pipeline makes, read from its configuration: no image is made."""
+"""The size of the images that a pipeline makes, read from its configuration: no image is made; a model of the
+user's own makes one."""
 
 from __future__ import annotations
 
@@ -9,12 +10,15 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from aquabit.pipelines.family import DECODERS, denoiser_of
+from aquabit.pipelines.own_model import Model
 from aquabit.scheme import Calibration
 
 
-def image_size(pipe: DiffusionPipeline, resolution: int | None = None) -> tuple[int, int] | None:
+def image_size(pipe: DiffusionPipeline | Model, resolution: int | None = None) -> tuple[int, int] | None:
     """Height and width in pixels at a protocol's resolution (None: the model's own); None where the
     configuration does not say."""
+    if isinstance(pipe, Model):
+        return pipe.size(resolution)
     if resolution is not None:
         return resolution, resolution
     parameters = inspect.signature(type(pipe).__call__).parameters
@@ -43,7 +47,7 @@ def _latent_factor(pipe: DiffusionPipeline) -> int:
     return int(said) if said else 2 ** (len(getattr(decoder.config, "block_out_channels", (0,))) - 1)
 
 
-def image_batch(pipe: DiffusionPipeline, asked: Calibration, most: int) -> int:
+def image_batch(pipe: DiffusionPipeline | Model, asked: Calibration, most: int) -> int:
     """Samples of one call where no protocol says it: ``most``, or as many as have the pixels of 16 images
     of 256 x 256; four frames of a video are one image, as decoders of videos count them."""
     height, width = image_size(pipe, asked.resolution) or (256, 256)
