@@ -37,6 +37,7 @@ _HOMES = {
     "CodebookWeight": "kernels",
     "FineTuning": "quant.finetuning.settings",
     "AquabitConfig": "quant.diffusers_quantizer",
+    "Model": "pipelines.own_model",
 }
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from aquabit.pipelines import load as load
     from aquabit.pipelines import remove_lora as remove_lora
     from aquabit.pipelines import trace as trace
+    from aquabit.pipelines.own_model import Model as Model
     from aquabit.quality import QualityOptions as QualityOptions
     from aquabit.quant.diffusers_quantizer import AquabitConfig as AquabitConfig
     from aquabit.quant.finetuning.settings import FineTuning as FineTuning

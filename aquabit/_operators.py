@@ -66,6 +66,18 @@ _PER_BLOCK: Patterns = (
     *_FEED_FORWARD,
 )
 
+_SINGLE: Patterns = (
+    *_attention(r"^single_transformer_blocks\.\d+\.attn", "single"),
+    (r"^single_transformer_blocks\.\d+\.norm1?\.linear$", "single.adaln"),
+    (r"^single_transformer_blocks\.\d+\.proj_mlp$", "single.mlp"),
+    (r"^single_transformer_blocks\.\d+\.proj_out$", "single.out"),
+)
+_GATED: Patterns = (  # feed-forward layers of language models, (act(gate(x)) * up(x)) -> down
+    (r"\.w1$|\bgate_proj$", "ff.gate"),
+    (r"\.w3$|\bup_proj$", "ff.up"),
+    (r"\.w2$|\bdown_proj$", "ff.down"),
+)
+
 OPERATORS: Mapping[str, Patterns] = {
     "unet": (
         (r"^conv_in$", "conv_in"),
@@ -85,12 +97,118 @@ OPERATORS: Mapping[str, Patterns] = {
     "dit": (*_PER_BLOCK, (r"\.norm1\.linear$", "adaln"), *_CONDITION, *_ENDS),
     "pixart": (*_PER_BLOCK, (r"^adaln_single\.linear$", "adaln"), *_CONDITION, *_ENDS),
     "sd3": _JOINT,
-    "flux": (
-        *_attention(r"^single_transformer_blocks\.\d+\.attn", "single"),
-        (r"^single_transformer_blocks\.\d+\.norm\.linear$", "single.adaln"),
-        (r"^single_transformer_blocks\.\d+\.proj_mlp$", "single.mlp"),
-        (r"^single_transformer_blocks\.\d+\.proj_out$", "single.out"),
+    "flux": (*_SINGLE, *_JOINT),
+    "flux2": (
+        (r"\.to_qkv_mlp_proj$", "single.qkv_mlp"),
+        *_SINGLE,
+        (r"\bff\.linear_in$", "ff.up"),
+        (r"\bff\.linear_out$", "ff.down"),
+        (r"\bff_context\.linear_in$", "ff_context.up"),
+        (r"\bff_context\.linear_out$", "ff_context.down"),
+        (r"^(double|single)_stream_modulation(_img)?\.linear$", "adaln"),
+        (r"^double_stream_modulation_txt\.linear$", "adaln_context"),
         *_JOINT,
+    ),
+    "chroma": ((r"^distilled_guidance_layer\.", "adaln"), *_SINGLE, *_JOINT),
+    "qwen": (
+        (r"\.img_mod\.1$", "adaln"),
+        (r"\.txt_mod\.1$", "adaln_context"),
+        (r"\.img_mlp\.net\.0\.proj$", "ff.up"),
+        (r"\.img_mlp\.net\.2$", "ff.down"),
+        (r"\.txt_mlp\.net\.0\.proj$", "ff_context.up"),
+        (r"\.txt_mlp\.net\.2$", "ff_context.down"),
+        (r"^img_in$", "patch_embed"),
+        (r"^txt_in$", "caption_embed"),
+        *_JOINT,
+    ),
+    "hunyuan-video": (
+        (r"^context_embedder\.", "caption_embed"),
+        (r"^x_embedder\.proj$", "patch_embed"),
+        *_SINGLE,
+        *_JOINT,
+    ),
+    "auraflow": (
+        *_attention(r"^joint_transformer_blocks\.\d+\.attn", "joint_attn"),
+        (r"^joint_transformer_blocks\.\d+\.norm1\.linear$", "adaln"),
+        (r"^joint_transformer_blocks\.\d+\.norm1_context\.linear$", "adaln_context"),
+        (r"\bff\.linear_[12]$", "ff.up"),
+        (r"\bff\.out_projection$", "ff.down"),
+        (r"\bff_context\.linear_[12]$", "ff_context.up"),
+        (r"\bff_context\.out_projection$", "ff_context.down"),
+        (r"^time_step_proj\.", "time_embed"),
+        *_SINGLE,
+        *_CONDITION,
+        *_ENDS,
+    ),
+    "hidream": (
+        (r"\battn1\.to_([qkv])_t$", r"joint_attn.add_\1"),
+        (r"\battn1\.to_out_t$", "joint_attn.add_out"),
+        *_attention(r"^double_stream_blocks\..*\battn1", "joint_attn"),
+        *_attention(r"^single_stream_blocks\..*\battn1", "single"),
+        (r"\bff_t\.w[13]$", "ff_context.up"),
+        (r"\bff_t\.w2$", "ff_context.down"),
+        *_GATED,
+        (r"\badaLN_modulation\.1$", "adaln"),
+        (r"^p_embedder\.", "add_embed"),
+        (r"^x_embedder\.proj$", "patch_embed"),
+        (r"^final_layer\.linear$", "proj_out"),
+        *_CONDITION,
+    ),
+    "next": (  # Lumina 2, Z-Image: one stream of text and image tokens
+        *_attention(r"\b(attn|attention)", "self_attn"),
+        (r"\bfeed_forward\.linear_1$", "ff.gate"),
+        (r"\bfeed_forward\.linear_3$", "ff.up"),
+        (r"\bfeed_forward\.linear_2$", "ff.down"),
+        *_GATED,
+        (r"\badaLN_modulation\.\d$|\bnorm1\.linear$|^norm_out\.linear_1$", "adaln"),
+        (r"\bcap(tion)?_embedder\.1$", "caption_embed"),
+        (r"^t_embedder\.mlp\.\d$", "time_embed"),
+        (r"^(all_)?x_embedder\b", "patch_embed"),
+        (r"^all_final_layer\..*\.linear$|^norm_out\.linear_2$", "proj_out"),
+        *_CONDITION,
+    ),
+    "sana": (
+        *_PER_BLOCK,
+        (r"\bff\.conv_inverted$", "ff.up"),
+        (r"\bff\.conv_depth$", "ff.depth"),
+        (r"\bff\.conv_point$", "ff.down"),
+        (r"^time_embed\.linear$", "adaln"),
+        (r"^patch_embed\.proj$", "patch_embed"),
+        *_CONDITION,
+        *_ENDS,
+    ),
+    "prx": (
+        (r"\battention\.img_qkv_proj$", "joint_attn.qkv"),
+        (r"\battention\.txt_kv_proj$", "joint_attn.add_kv"),
+        (r"\battention\.to_out\.0$", "joint_attn.out"),
+        *_GATED,
+        (r"\bmodulation\.lin$|\badaLN_modulation\.1$", "adaln"),
+        (r"^time_in\.", "time_embed"),
+        (r"^img_in$", "patch_embed"),
+        (r"^txt_in$", "caption_embed"),
+        (r"^final_layer\.linear$", "proj_out"),
+    ),
+    "cogview": (  # CogView 3 and 4, CogVideoX: text and image tokens share their projections
+        *_attention(r"\battn1", "joint_attn"),
+        *_FEED_FORWARD,
+        (r"\.norm[12]\.linear$", "adaln"),
+        (r"\bcondition_embedder\.linear_\d$", "add_embed"),
+        (r"^patch_embed\.proj$", "patch_embed"),
+        (r"^patch_embed\.text_proj$", "caption_embed"),
+        *_CONDITION,
+        (r"^time_embedding\.", "time_embed"),
+        *_ENDS,
+    ),
+    "video": (  # Wan, LTX-Video
+        *_PER_BLOCK,
+        (r"\bffn\.net\.0\.proj$", "ff.up"),
+        (r"\bffn\.net\.2$", "ff.down"),
+        (r"^condition_embedder\.time_embedder\.", "time_embed"),
+        (r"^condition_embedder\.time_proj$|^time_embed\.linear$", "adaln"),
+        (r"^condition_embedder\.(text|image)_embedder\.", "caption_embed"),
+        (r"^patch_embedding$|^proj_in$", "patch_embed"),
+        *_CONDITION,
+        *_ENDS,
     ),
     "hunyuan": (
         *_PER_BLOCK,
@@ -117,7 +235,7 @@ OPERATORS: Mapping[str, Patterns] = {
 }
 
 _BLOCK = re.compile(
-    r"(.*\b(?:transformer_blocks|single_transformer_blocks|resnets|attentions|downsamplers|upsamplers|blocks|layers)\.\d+)\."
+    r"(.*\b(?:(?:joint_|single_)?transformer_blocks|(?:double|single)_stream_blocks|(?:noise_|context_)refiner|refiner_blocks|resnets|attentions|downsamplers|upsamplers|blocks|layers)\.\d+)\."
 )
 _GROUP_OF_OPERATOR: Mapping[str, str] = {
     "time_embed": "time_embed",
@@ -129,6 +247,13 @@ _GROUP_OF_OPERATOR: Mapping[str, str] = {
     "conv_in": "stem",
     "patch_embed": "stem",
 }
+
+
+def module_config(module: torch.nn.Module) -> dict[str, Any]:
+    """The configuration of a model of diffusers, without its notes to itself; empty where a module has none,
+    or keeps something else under that name."""
+    config = getattr(module, "config", None)
+    return {k: v for k, v in config.items() if not k.startswith("_")} if isinstance(config, Mapping) else {}
 
 
 def family_of(model_class: type, family: str | None = None) -> str:
@@ -146,7 +271,8 @@ def known_class(model_class: type) -> bool:
 
 def operator_of(name: str, family: str) -> str:
     """The operator type of the layer ``name``: the first pattern of its family that matches, else "other"."""
-    return next((operator for pattern, operator in OPERATORS[family] if re.search(pattern, name)), "other")
+    found = ((re.search(pattern, name), operator) for pattern, operator in OPERATORS[family])
+    return next((match.expand(operator) for match, operator in found if match), "other")
 
 
 def block_of(name: str, operator: str) -> str:
@@ -285,7 +411,8 @@ def described_inputs(value: Any) -> Any:
 
 
 Inputs = Callable[[Mapping[str, Any]], dict[str, Any]]
-_CLASSES: Mapping[str, tuple[str, Inputs]] = {
+# None: inputs are those of the pipeline's own first call
+_CLASSES: Mapping[str, tuple[str, Inputs | None]] = {
     "UNet2DModel": ("unet", _unet),
     "UNet2DConditionModel": ("unet", _unet_condition),
     "DiTTransformer2DModel": ("dit", _dit),
@@ -293,15 +420,28 @@ _CLASSES: Mapping[str, tuple[str, Inputs]] = {
     "SD3Transformer2DModel": ("sd3", _sd3),
     "FluxTransformer2DModel": ("flux", _flux),
     "HunyuanDiT2DModel": ("hunyuan", _hunyuan),
+    "Flux2Transformer2DModel": ("flux2", None),
+    "QwenImageTransformer2DModel": ("qwen", None),
+    "ZImageTransformer2DModel": ("next", None),
+    "Lumina2Transformer2DModel": ("next", None),
+    "ChromaTransformer2DModel": ("chroma", None),
+    "CogView4Transformer2DModel": ("cogview", None),
+    "HiDreamImageTransformer2DModel": ("hidream", None),
+    "SanaTransformer2DModel": ("sana", None),
+    "PRXTransformer2DModel": ("prx", None),
+    "AuraFlowTransformer2DModel": ("auraflow", None),
+    "WanTransformer3DModel": ("video", None),
+    "LTXVideoTransformer3DModel": ("video", None),
+    "HunyuanVideoTransformer3DModel": ("hunyuan-video", None),
+    "CogVideoXTransformer3DModel": ("cogview", None),
 }
 
 
 def _known(model_class: type) -> tuple[str, Inputs | None]:
     """Family and input maker of the class or the nearest of its bases that is known."""
-    return next(
-        (_CLASSES[base.__name__] for base in model_class.__mro__ if base.__name__ in _CLASSES),
-        ("generic", None),
-    )
+    # a class of the user's that bears the name of one of diffusers is another
+    bases = [base for base in model_class.__mro__ if base.__module__.partition(".")[0] == "diffusers"]
+    return next((_CLASSES[base.__name__] for base in bases if base.__name__ in _CLASSES), ("generic", None))
 
 
 def example_inputs(denoiser: torch.nn.Module) -> dict[str, Any]:
@@ -313,7 +453,7 @@ def example_inputs(denoiser: torch.nn.Module) -> dict[str, Any]:
     """
     make = _known(type(denoiser))[1]
     if make is None:
-        known = ", ".join(_CLASSES)
+        known = ", ".join(name for name, (_, own) in _CLASSES.items() if own is not None)
         raise AquabitError(
             f"no example inputs are known for {type(denoiser).__name__}; pass example_inputs, or use one of:"
             f" {known}"

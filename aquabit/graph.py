@@ -23,6 +23,7 @@ from aquabit._operators import (
     example_inputs,
     family_of,
     known_class,
+    module_config,
     operator_of,
 )
 from aquabit.jsonio import clear_errors
@@ -42,6 +43,7 @@ __all__ = [
     "known_class",
     "layers",
     "meta_denoiser",
+    "module_config",
     "places_of",
     "rebuilt",
     "repeated_names",
@@ -505,7 +507,7 @@ def _finished(
 ) -> LayerGraph:
     """The graph with its own attributes; edges in the order of their sources, as reading it from JSON
     would give."""
-    config = {k: v for k, v in dict(getattr(model, "config", {})).items() if not k.startswith("_")}
+    config = module_config(model)
     weights = sum(row[0][1].weight.numel() for row in places.values())
     stored = {f"{place}.weight" for row in places.values() for place, _ in row} | repeated_names(model)
     others = [t for name, t in model.state_dict().items() if name not in stored]

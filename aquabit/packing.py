@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypedDict, Unpack
 
 import torch
-from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -21,8 +20,10 @@ from aquabit.jsonio import read_json
 from aquabit.kernels import Accuracy
 from aquabit.kernels.dispatch import using
 from aquabit.memory import check_images, check_quantizing
+from aquabit.pipelines import Model as OwnModel
 from aquabit.pipelines import (
-    Adapter,
+    Pipeline,
+    adapter_of,
     add_lora,
     branched,
     calibration_samples,
@@ -38,16 +39,21 @@ from aquabit.pipelines import (
     replay_recorder,
     restore_text_encoders,
     sampler,
+    scheduled,
+    scheduler_named,
+    scheduler_of,
     set_scheduler,
     sources_of,
     trace,
 )
+from aquabit.pipelines.image_maker import ImageMaker
 from aquabit.pipelines.lora import Source
 from aquabit.pipelines.reference import Reference
 from aquabit.quant.artifact import WEIGHT_FILES, Contents, config_of, save_packed_denoiser, was_packed
 from aquabit.quant.bank import Bank
+from aquabit.quant.bare_artifact import save_bare_denoiser
 from aquabit.quant.correction.corrector import DEFAULT_CORRECTION, check_correction, corrected_, statistics_of
-from aquabit.quant.correction.sampling import follow_, refollow_, unfollowed, watchers_of
+from aquabit.quant.correction.sampling import follow_, unfollowed, watchers_of
 from aquabit.quant.correction.statistics import Statistics
 from aquabit.quant.diffusers_quantizer import attach_
 from aquabit.quant.finetuning.finetune import FineTuning, Tuned, check_tunable
@@ -65,8 +71,7 @@ from aquabit.scheme import (
     parse_correction,
 )
 
-Model: TypeAlias = str | DiffusionPipeline
-
+AnyModel: TypeAlias = str | Pipeline
 
 MICRO_BATCH = 64  # images of a call, where their pixels allow it
 
@@ -78,19 +83,21 @@ class SamplingOptions(TypedDict, total=False):
     guidance: float | None
     resolution: int | None
     scheduler: str | None
+    frames: int | None
     deterministic: bool
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How images are sampled, ``resolution`` in pixels; None: as the artifact's configuration was measured,
-    else as ``Calibration`` has it. ``deterministic``: the same bits whatever timings and threads there
-    are."""
+    """How images are sampled, ``resolution`` in pixels, ``frames`` of each video; None: as the artifact's
+    configuration was measured, else as ``Calibration`` has it. ``deterministic``: the same bits whatever
+    timings and threads there are."""
 
     eta: float | None = None
     guidance: float | None = None
     resolution: int | None = None
     scheduler: str | None = None
+    frames: int | None = None
     deterministic: bool = False
 
 
@@ -99,7 +106,7 @@ class Packed:
 
     def __init__(
         self,
-        pipe: DiffusionPipeline,
+        pipe: Pipeline,
         model: QuantizedDenoiser,
         config: QuantConfig,
         statistics: Statistics | None = None,
@@ -107,7 +114,12 @@ class Packed:
         self._pipe, self._model, self.config, self.statistics = pipe, model, config, statistics
 
     @property
-    def pipe(self) -> DiffusionPipeline:
+    def is_own(self) -> bool:
+        """Whether it is a model of the user's own, which no folder alone brings back."""
+        return isinstance(self._pipe, OwnModel)
+
+    @property
+    def pipe(self) -> Any:
         self._model.arrange()  # what is only saved never is: its codes stay in the bank's files
         return self._pipe
 
@@ -129,12 +141,15 @@ class Packed:
 
     def save(self, folder: str | Path, max_shard_size: int | str = "10GB") -> int:
         """Write a diffusers pipeline directory, weights in files of at most ``max_shard_size`` (bytes, or
-        as "5GB"); the bytes of the denoiser's tensors.
+        as "5GB"); the bytes of the denoiser's tensors. Of a model of the user's own: its tensors and the
+        configuration, for ``load(folder, into=model)``.
 
         It may take the place of another packed model. Raises AquabitError, and leaves what is there as it is,
         where the folder is, holds or lies in the place that the pipeline was loaded from, where files of
         others would be overwritten, and where it cannot be written.
         """
+        if isinstance(self._pipe, OwnModel):
+            return save_bare_denoiser(self._model.denoiser, Path(folder), max_shard_size)
         name = denoiser_name(self._pipe)
         if branched(self._pipe):
             raise AquabitError(
@@ -166,7 +181,7 @@ def _forget_local_path(file: Path) -> None:
 
 
 def quantize(
-    pipe: Model,
+    pipe: AnyModel,
     config: QuantConfig,
     *,
     correct: bool | str = False,
@@ -187,24 +202,30 @@ def quantize(
     samples; the pipeline then keeps that sampler. Raises AquabitError for a configuration of another model.
     """
     source, model = _copied(pipe, config, bank, device)
+    if correct:
+        asked = correct if isinstance(correct, str) else config.correction or DEFAULT_CORRECTION
+        config = replace(config, correction=asked)
+    _check_sampler(source, config)  # before anything is fitted
     if finetune:
+        settings = finetune if isinstance(finetune, FineTuning) else FineTuning()
         check_tunable(model, config)  # before anything is fitted
+        if isinstance(source, OwnModel) and settings.guidance is not None:
+            raise AquabitError(
+                f"fine-tuning with guidance {settings.guidance:g} combines two halves of a denoiser call, and"
+                f" how {source.name} makes them is not known; fine-tune without guidance"
+            )
         with single_thread(device):
             model.prepare(config, progress)
-        settings = finetune if isinstance(finetune, FineTuning) else FineTuning()
         tuned = tune(model, config, replay_recorder(source), settings, progress)
         config = tuned.config
         if told is not None:
             told(tuned)
-    if correct:
-        asked = correct if isinstance(correct, str) else config.correction or DEFAULT_CORRECTION
-        config = replace(config, correction=asked)
     with single_thread(device):
         statistics = _statistics(source, model, config, progress) if config.correction else None
         model.code(config, accuracy, progress)
-    follow_(model.denoiser, source.scheduler, model.watchers(config))
+    follow_(model.denoiser, scheduler_of(source), model.watchers(config))
     if statistics is not None:
-        corrected_(model.denoiser, source.scheduler, statistics, config.correction)
+        corrected_(model.denoiser, scheduler_of(source), statistics, config.correction)
     ranges = model.ranges(config) or {}
     # a folder of this machine tells nobody
     config = replace(config, model=Reference.parse(config.model).public)
@@ -216,8 +237,8 @@ def quantize(
 
 
 def _copied(
-    pipe: Model, config: QuantConfig, bank: str | None, device: str
-) -> tuple[DiffusionPipeline, QuantizedDenoiser]:
+    pipe: AnyModel, config: QuantConfig, bank: str | None, device: str
+) -> tuple[Any, QuantizedDenoiser]:
     """A pipeline that may be changed, and its denoiser ready to be quantized. Raises AquabitError where the
     configuration is of another model."""
     source = load(pipe, device)
@@ -230,29 +251,41 @@ def _copied(
     graph = trace(source)
     if device == "cpu":
         check_quantizing(graph, config, calibration_samples(source, config.calibration or Calibration()))
-    if isinstance(pipe, DiffusionPipeline):
-        source = own_copy(source, name, "scheduler")  # what is followed is not the caller's
+    if not isinstance(pipe, str):  # what is followed is not the caller's
+        source = own_copy(source, name, *(["scheduler"] if scheduler_of(source) is not None else []))
     else:
         free_text_encoders(source)
     denoiser = getattr(source, name).eval()
     return source, QuantizedDenoiser(denoiser, graph, Bank(bank), own, recorder(source), sampler(source))
 
 
+def _check_sampler(pipe: Pipeline, config: QuantConfig) -> None:
+    """Raise AquabitError where a configuration changes from step to step, or is corrected, and the pipeline's
+    sampler does not allow that."""
+    calibration, own = config.calibration or Calibration(), scheduler_of(pipe)
+    if own is None and (config.correction or config.total_steps is not None):
+        raise AquabitError(
+            f"the configuration follows the steps of a scheduler (correction {config.correction}, groups or"
+            f" ranges per step), and {type(pipe).__name__} has none; leave them out"
+        )
+    if config.correction:
+        check_correction(scheduler_named(own, calibration.scheduler), config.correction, calibration.eta)
+
+
 def _statistics(
-    source: DiffusionPipeline, model: QuantizedDenoiser, config: QuantConfig, progress: Progress
+    source: Pipeline, model: QuantizedDenoiser, config: QuantConfig, progress: Progress
 ) -> Statistics:
     """The noise that a configuration adds, sampled as its calibration says; the pipeline keeps that
     sampler."""
     calibration = config.calibration or Calibration()
     set_scheduler(source, calibration.scheduler)
-    check_correction(source.scheduler, config.correction, calibration.eta)
     return noise_statistics(
         source, model, config, replace(calibration, scheduler="default"), progress=progress
     )
 
 
 def generate(
-    pipe: Model,
+    pipe: AnyModel,
     images: int = 16,
     seed: int = 0,
     steps: int | None = None,
@@ -265,12 +298,13 @@ def generate(
     offload: bool = False,
     **sampling: Unpack[SamplingOptions],
 ) -> Tensor:
-    """Images [n, c, h, w] in [0, 1] from a pipeline or packed artifact, image i from seed + i.
+    """Images [n, c, h, w] in [0, 1] from a pipeline or packed artifact, image i from seed + i; of videos
+    every frame is one, those of a video after each other.
 
-    ``steps``, ``eta``, ``guidance``, ``resolution`` (pixels), ``scheduler`` and ``conditions`` default to
-    what the artifact's configuration was measured with (else 10, 0, 1 and the model's own), ``correction`` to
-    the artifact's own; "none" switches it off. ``offload``: what is loaded waits on the CPU and is on the
-    GPU only while it runs.
+    ``steps``, ``eta``, ``guidance``, ``resolution`` (pixels), ``frames``, ``scheduler`` and ``conditions``
+    default to what the artifact's configuration was measured with (else 10, 0, 1 and the model's own),
+    ``correction`` to the artifact's own; "none" switches it off. ``offload``: what is loaded waits on the CPU
+    and is on the GPU only while it runs.
 
     A packed one runs on the kernels that are fastest on this machine, timed first where that is missing;
     images then depend, within a few grey values, on timings, threads and their number. ``deterministic``: one
@@ -284,7 +318,7 @@ def generate(
         raise AquabitError(
             f"memory {memory!r} chooses by timings, and deterministic images know none; leave one out"
         )
-    adapter = Adapter(load(pipe, device, offload=offload))
+    adapter = adapter_of(load(pipe, device, offload=offload))
     if isinstance(pipe, str):
         free_text_encoders(adapter.pipe)
     config = config_of(adapter.denoiser)
@@ -294,7 +328,7 @@ def generate(
     asked = {"steps": steps, **asdict(Sampling(**sampling))}
     same = asked.pop("deterministic")
     given: dict[str, Any] = {k: getattr(usual, k) if v is None else v for k, v in asked.items()}
-    batch = image_batch(adapter.pipe, given["resolution"], MICRO_BATCH)
+    batch = image_batch(adapter.pipe, replace(usual, **given), MICRO_BATCH)
     protocol = Protocol(
         images=images,
         seed=seed,
@@ -303,9 +337,10 @@ def generate(
         **given,
     )
     size, own = image_size(adapter.pipe), protocol.resolution
-    check_images(images, size if own is None else (own, own))
+    check_images(images * (protocol.frames or 1), size if own is None else (own, own))
     layers = layers_of(adapter.denoiser)
-    with _scheduled(adapter, protocol.scheduler), _switched_correction(adapter, correction):
+    sampler_now = scheduler_of(adapter.pipe)
+    with scheduled(adapter.pipe, sampler_now, protocol.scheduler), _switched_correction(adapter, correction):
         if same:
             with single_thread(device), using({}):
                 return torch.cat([adapter.images(protocol, b) for b in adapter.batches(protocol)])
@@ -320,20 +355,7 @@ def generate(
 
 
 @contextmanager
-def _scheduled(adapter: Adapter, name: str) -> Iterator[None]:
-    """Another sampler for a while ("default": the pipeline's own)."""
-    before = adapter.pipe.scheduler
-    set_scheduler(adapter.pipe, name)
-    try:
-        yield
-    finally:
-        if adapter.pipe.scheduler is not before:
-            adapter.pipe.scheduler = before
-            refollow_(adapter.denoiser, before)
-
-
-@contextmanager
-def _switched_correction(adapter: Adapter, correction: str | None) -> Iterator[None]:
+def _switched_correction(adapter: ImageMaker, correction: str | None) -> Iterator[None]:
     """Correct otherwise than the artifact says (None: as it says) for a while; raises AquabitError where
     it holds no statistics."""
     statistics, before = statistics_of(adapter.denoiser), watchers_of(adapter.denoiser)
@@ -345,8 +367,8 @@ def _switched_correction(adapter: Adapter, correction: str | None) -> Iterator[N
     if statistics is None or correction is None:
         yield
         return
-    corrected_(adapter.denoiser, adapter.pipe.scheduler, statistics, correction)
+    corrected_(adapter.denoiser, scheduler_of(adapter.pipe), statistics, correction)
     try:
         yield
     finally:
-        follow_(adapter.denoiser, adapter.pipe.scheduler, before)
+        follow_(adapter.denoiser, scheduler_of(adapter.pipe), before)

@@ -25,6 +25,7 @@ BOUNDS = {
     "steps": (1, 100_000),
     "micro_batch": (1, 65_536),
     "resolution": (1, 65_536),
+    "frames": (1, 65_536),
     "seed": (0, (1 << 63) - 1),
     "eta": (0, 1000),
     "guidance": (-1000, 1000),
@@ -37,6 +38,11 @@ def _check(settings: Calibration | Protocol) -> None:
         value = getattr(settings, name, None)
         if value is not None and not low <= value <= high:
             raise AquabitError(f"{name} is {value}; it must be at least {low} and at most {high:,}")
+
+
+def _without_absent(settings: dict[str, Any]) -> dict[str, Any]:
+    """Digests of what makes no videos stay what they were."""
+    return {k: v for k, v in settings.items() if k != "frames" or v is not None}
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,7 @@ class Calibration:
     guidance: float = 1.0
     resolution: int | None = None
     conditions: tuple[str | int, ...] | None = None
+    frames: int | None = None
 
     def __post_init__(self) -> None:
         _check(self)
@@ -63,7 +70,7 @@ class Calibration:
     @staticmethod
     def of(protocol: Protocol) -> Calibration:
         """Sampled as ``protocol`` samples."""
-        kept = ("steps", "scheduler", "eta", "guidance", "resolution", "conditions")
+        kept = ("steps", "scheduler", "eta", "guidance", "resolution", "conditions", "frames")
         return Calibration(**{k: getattr(protocol, k) for k in kept})
 
     def protocol(self, micro_batch: int) -> Protocol:
@@ -72,7 +79,10 @@ class Calibration:
 
     @property
     def digest(self) -> str:
-        return digest(asdict(self))
+        return digest(self.to_dict())
+
+    def to_dict(self) -> dict[str, Any]:
+        return _without_absent(asdict(self))
 
 
 @dataclass(frozen=True)
@@ -96,6 +106,7 @@ class Protocol:
     # what the user's files and functions measure by: "clip=DIGEST", and "module:function=min:DIGEST" with the
     # direction of a metric
     measures: tuple[str, ...] = ()
+    frames: int | None = None  # of each video; None: the model's own
 
     def __post_init__(self) -> None:
         _check(self)
@@ -107,7 +118,7 @@ class Protocol:
     def digest(self) -> str:
         """Changes with everything but the objective (all metrics are always stored)."""
         absent = {"objective"} if self.measures else {"objective", "measures"}  # digests stay what they were
-        return digest({k: v for k, v in asdict(self).items() if k not in absent})
+        return digest({k: v for k, v in _without_absent(asdict(self)).items() if k not in absent})
 
     def direction(self, metric: str | None = None) -> Literal["min", "max"]:
         """Whether lower ("min") or higher ("max") values are better, of the objective or of another

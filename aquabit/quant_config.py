@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -159,7 +159,7 @@ class QuantConfig:
         """Equal for equal configurations, whatever name the model goes by."""
         body = {k: v for k, v in self.to_dict().items() if k not in ("model", "schema", "calibration")}
         if self.uses_images:
-            body["calibration"] = asdict(self.calibration or Calibration())
+            body["calibration"] = (self.calibration or Calibration()).to_dict()
         return digest(body)
 
     def with_layer(
@@ -197,7 +197,7 @@ class QuantConfig:
                 None if self.steps is None else {"total": self.steps.total, "starts": list(self.steps.starts)}
             ),
             "correction": self.correction,
-            "calibration": None if self.calibration is None else asdict(self.calibration),
+            "calibration": None if self.calibration is None else self.calibration.to_dict(),
             **{k: v for k, v in later.items() if v is not None},
         }
 
@@ -257,6 +257,7 @@ def _config_model() -> Any:
         guidance: float = Field(allow_inf_nan=False)
         resolution: int | None
         conditions: list[str | int] | None
+        frames: int | None = None
 
     class ConfigFile(Strict):
         version: Literal[1] = Field(alias="schema")

@@ -16,7 +16,7 @@ from aquabit.jsonio import write_json
 from aquabit.measuring.session import Session, open_session
 from aquabit.measuring.settings import MeasureOptions
 from aquabit.measuring.where import HERE, Where, WhereOptions
-from aquabit.packing import Model, generate, quantize
+from aquabit.packing import AnyModel, generate, quantize
 from aquabit.pipelines.loading import sources_of
 from aquabit.pipelines.pictures import thumbnail
 from aquabit.quality import QualityOptions
@@ -43,6 +43,7 @@ from aquabit.sensitivity.result import Sensitivity, save
 from aquabit.space import SearchSpace
 from aquabit.study import Study
 from aquabit.study_status import start_plan
+from aquabit.user_code import names_function
 from aquabit.within import Fitted, compared, fit_within, parse_time
 
 
@@ -91,8 +92,18 @@ class FlowOptions:
             raise AquabitError(f"fits {self.fits!r} is unknown; it must be {ALL} or {WANTED}")
 
 
-def _source(study: Study, pipe: Model | None) -> Model:
-    return pipe if pipe is not None else str(study.need("model", "run `aquabit measure MODEL --study` first"))
+def _source(study: Study, pipe: AnyModel | None) -> AnyModel:
+    """What a study is measured with: what the user gave, else what the study names, unless that is code: a
+    file does not say what is run."""
+    if pipe is not None:
+        return pipe
+    named = str(study.need("model", "run `aquabit measure MODEL --study` first"))
+    if names_function(named):
+        raise AquabitError(
+            f"{study.path} was measured with the code {named}, which runs only where you name it: give it as"
+            f" pipe={named!r}, or by --model {named}"
+        )
+    return named
 
 
 def validate(
@@ -101,7 +112,7 @@ def validate(
     swap: str | None = None,
     bits: float = 3.0,
     *,
-    pipe: Model | None = None,
+    pipe: AnyModel | None = None,
     seed: int = 0,
     progress: Progress = no_progress,
     **where: Unpack[WhereOptions],
@@ -122,7 +133,7 @@ def validate_study(
     flow: FlowOptions,
     where: Where = HERE,
     *,
-    pipe: Model | None = None,
+    pipe: AnyModel | None = None,
     seed: int = 0,
     progress: Progress = no_progress,
 ) -> Sensitivity:
@@ -139,7 +150,7 @@ def run_contexts(
     where: Where = HERE,
     *,
     swap: str | None = None,
-    pipe: Model | None = None,
+    pipe: AnyModel | None = None,
     seed: int = 0,
     progress: Progress = no_progress,
 ) -> None:
@@ -156,7 +167,7 @@ def run_contexts(
 
 
 def _opened(
-    study: Study, pipe: Model | None, where: Where, swap: str | None, progress: Progress
+    study: Study, pipe: AnyModel | None, where: Where, swap: str | None, progress: Progress
 ) -> AbstractContextManager[Session]:
     """A session on a study as it was begun; an impossible swap is said before anything is fitted."""
     check = partial(named_swap, swap=swap)
@@ -185,7 +196,7 @@ def find(
     bops: float | None = None,
     latency_ms: float | None = None,
     correction: str | None = None,
-    pipe: Model | None = None,
+    pipe: AnyModel | None = None,
     seed: int = 0,
     against: Sequence[QuantConfig] = (),
     progress: Progress = no_progress,
@@ -223,7 +234,7 @@ def search(
     where: Where = HERE,
     *,
     correction: str | None = None,
-    pipe: Model | None = None,
+    pipe: AnyModel | None = None,
     progress: Progress = no_progress,
     told: Callable[[str], object] = lambda _: None,
 ) -> Front:
@@ -273,7 +284,7 @@ def _check(session: Session, options: SearchOptions) -> None:
 
 
 def run(
-    model: Model,
+    model: AnyModel,
     out: str | Path,
     bits: float = 3.0,
     samples: int = 120,
@@ -306,7 +317,7 @@ def run(
 
 
 def run_flow(
-    model: Model,
+    model: AnyModel,
     out: Path,
     flow: FlowOptions,
     sample: SampleOptions,
@@ -367,11 +378,13 @@ def run_flow(
     write_json(out / "front.json", front.to_list())
     write_json(out / "config.json", front.best.to_dict())
     progress("packing", 0, 1)
-    quantize(model, front.best, bank=where.bank, device=where.device).save(out / "packed")
-    protocol, packed = study.protocol, str(out / "packed")
-    sampling = {k: getattr(protocol, k) for k in ("eta", "guidance", "resolution", "scheduler")}
+    packed = quantize(model, front.best, bank=where.bank, device=where.device)
+    packed.save(out / "packed")
+    protocol = study.protocol
+    settings = ("eta", "guidance", "resolution", "scheduler", "frames")
+    sampling = {k: getattr(protocol, k) for k in settings}
     made = generate(
-        packed,
+        packed.pipe if packed.is_own else str(out / "packed"),
         32,
         protocol.seed,
         protocol.steps,
@@ -380,7 +393,8 @@ def run_flow(
         progress=progress,
         **sampling,
     )
-    write_bytes(out / "samples.png", thumbnail(made))
+    if not packed.is_own or packed.pipe.images:
+        write_bytes(out / "samples.png", thumbnail(made))
     progress("packing", 1, 1)
     early.end(clock.spent)
     write_report(study, out / "report", progress=progress)
@@ -392,7 +406,7 @@ def run_flow(
 
 
 def _within(
-    model: Model,
+    model: AnyModel,
     study: Study,
     flow: FlowOptions,
     sample: SampleOptions,
@@ -475,7 +489,7 @@ class _Early:
 
 
 def measure(
-    model: Model,
+    model: AnyModel,
     study: Study,
     samples: int = 120,
     *,
@@ -502,7 +516,7 @@ def measure(
 
 
 def measure_model(
-    model: Model,
+    model: AnyModel,
     study: Study,
     sample: SampleOptions,
     options: MeasureOptions,

@@ -24,7 +24,8 @@ from torch.nn.functional import cosine_similarity, mse_loss
 
 from aquabit.pipelines import replay_recorder, set_scheduler
 from aquabit.quality.paired import mse, ssim
-from aquabit.quant.finetuning.replay import Replay, first_tensor
+from aquabit.quant.calibration.recording import output_tensor
+from aquabit.quant.finetuning.replay import Replay
 from aquabit.scheme import FP, Calibration, QuantConfig, Scheme
 from benchmarks.common import read, write
 
@@ -103,7 +104,7 @@ class Layers:
     def run(self, replay: Replay, samples: Sequence[int]) -> tuple[Tensor, Tensor]:
         """The denoiser's outputs for samples (of one kind), and those of full precision, [n, ...]."""
         (args, kwargs), target = replay.batch(samples, torch.device("cpu"))
-        return first_tensor(self.evaluator.adapter.denoiser(*args, **kwargs)), target
+        return output_tensor(self.evaluator.adapter.denoiser(*args, **kwargs)), target
 
 
 def by_kind(replay: Replay, samples: Sequence[int]) -> list[list[int]]:
@@ -276,7 +277,7 @@ def gradient_scores(
                 result = layers.evaluator.adapter.denoiser(
                     part["x"], timestep=part["t"], class_labels=part["y"]
                 )
-                mse_loss(first_tensor(result.sample)[:, : part["x"].shape[1]], part["target"]).backward()
+                mse_loss(output_tensor(result.sample)[:, : part["x"].shape[1]], part["target"]).backward()
             say("gradients", min(start + batch, count), count)
     finally:
         for handle in handles:

@@ -200,7 +200,8 @@ def python_page() -> str:
         "# Python\n",
         "This page is written by `python docs/generate.py` from the docstrings of the public names."
         " Everything else inside the package may change.\n",
-        "`Model` is a bundled name, the folder of a diffusers pipeline, a hub id, or a `DiffusionPipeline`."
+        "`AnyModel` is a bundled name, the folder of a diffusers pipeline, a hub id, `module:function`, or a"
+        " `Pipeline`: a `DiffusionPipeline`, or an `aquabit.Model` of one's own."
         " `Progress` is a function of (what is done, number done, number in all). `...` stands for a default"
         " that the text explains.\n",
         "`import aquabit` loads little: each name is imported when it is first used. Input that is wrong"

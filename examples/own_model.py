@@ -4,91 +4,66 @@
 
 takes a minute or two on a CPU; ``--samples 4 --images 8 --width 8`` make it smaller.
 
-Three things are yours: the network, a ModelMixin around it (so that it can be saved), and a pipeline that
-makes images with it. The pipeline's ``__call__`` takes ``generator`` (a list, one for each image) and one of
-``batch_size``, ``class_labels`` and ``prompt``: that is how aquabit makes the same images again, whatever the
-layers are quantized to.
+Two things are yours: a torch network, and a function that makes images with it from seeds, here the sampler
+of EDM (Karras et al. 2022, algorithm 1 without churn). ``aquabit.Model`` of the two is taken by every verb in
+the place of a pipeline; on the command line it is ``own_model:own_model``, a function that returns it:
+
+    cd examples; aquabit measure own_model:own_model --study own.db
 """
 
 from __future__ import annotations
 
 import argparse
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, ImagePipelineOutput, ModelMixin
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 import aquabit
 
 
 class Network(nn.Module):
-    """Your network: noisy images [n, 1, 8, 8] and steps [n] to the noise in them."""
+    """Your network: noisy images [n, 1, 8, 8], noise levels and classes [n] to images without the noise."""
 
     def __init__(self, width: int):
         super().__init__()
-        self.steps = nn.Sequential(nn.Linear(1, width), nn.SiLU(), nn.Linear(width, width))
+        self.level, self.kind = nn.Linear(1, width), nn.Embedding(10, width)
         self.first = nn.Conv2d(1, width, 3, padding=1)
         self.middle = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(3))
         self.last = nn.Conv2d(width, 1, 3, padding=1)
 
-    def forward(self, x: Tensor, step: Tensor) -> Tensor:
-        embedded = self.steps(step.to(x.dtype)[:, None] / 1000)[:, :, None, None]
-        h = self.first(x)
+    def forward(self, x: Tensor, sigma: Tensor, kinds: Tensor) -> Tensor:
+        scale = (1 + sigma**2).rsqrt()[:, None, None, None]
+        condition = (self.level(sigma.log()[:, None] / 4) + self.kind(kinds))[:, :, None, None]
+        h = self.first(x * scale)
         for layer in self.middle:
-            h = h + layer(nn.functional.silu(h + embedded))
-        return self.last(nn.functional.silu(h))
+            h = h + layer(nn.functional.silu(h + condition))
+        return x * scale**2 + self.last(nn.functional.silu(h)) * (1 - scale**2).sqrt()
 
 
-class OwnDenoiser(ModelMixin, ConfigMixin):
-    """The network as diffusers saves and loads models. ``sample_size`` is the side of the images [pixels]."""
-
-    @register_to_config
-    def __init__(self, width: int = 32, sample_size: int = 8):
-        super().__init__()
-        self.network = Network(width)
-
-    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
-        return self.network(sample, timestep)
-
-
-class OwnPipeline(DiffusionPipeline):
-    """Images [n, 1, 8, 8] from noise. aquabit looks for the network under ``denoiser``, ``transformer`` or
-    ``unet``."""
-
-    def __init__(self, denoiser: Any, scheduler: Any):
-        super().__init__()
-        self.register_modules(denoiser=denoiser, scheduler=scheduler)
-
-    @torch.no_grad()
-    def __call__(
-        self,
-        batch_size: int = 1,
-        generator: Any = None,
-        num_inference_steps: int = 10,
-        output_type: str = "pil",
-    ) -> ImagePipelineOutput:
-        size = self.denoiser.config.sample_size
-        x = randn_tensor(
-            (batch_size, 1, size, size), generator, torch.device(self.device), self.denoiser.dtype
-        )
-        self.scheduler.set_timesteps(num_inference_steps, device=self.device)
-        for t in self.scheduler.timesteps:
-            x = self.scheduler.step(self.denoiser(x, t.expand(batch_size)), t, x).prev_sample
-        images = (x / 2 + 0.5).clamp(0, 1).float().cpu()
-        if output_type != "pt":
-            images = images.permute(0, 2, 3, 1).numpy()
-        return ImagePipelineOutput(images=self.numpy_to_pil(images) if output_type == "pil" else images)
+def sample(net: nn.Module, seeds: list[int], conditions: list[int], steps: int = 4) -> Tensor:
+    """Images [n, 1, 8, 8] in [0, 1]: image i from ``seeds[i]`` and ``conditions[i]`` alone. ``net`` is the
+    network above, or a copy of it with other weights."""
+    device = next(net.parameters()).device
+    noise = [torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    levels = torch.cat([torch.linspace(80 ** (1 / 7), 0.002 ** (1 / 7), steps) ** 7, torch.zeros(1)]).to(
+        device
+    )
+    x, kinds = torch.stack(noise).to(device) * levels[0], torch.tensor(conditions, device=device)
+    for now, then in pairwise(levels):
+        slope = (x - net(x, now.expand(len(x)), kinds)) / now
+        guess = x + (then - now) * slope
+        if then > 0:  # Heun's second call
+            slope = (slope + (guess - net(guess, then.expand(len(x)), kinds)) / then) / 2
+        x = x + (then - now) * slope
+    return (x / 2 + 0.5).clamp(0, 1)
 
 
-def own_pipeline(width: int = 32) -> OwnPipeline:
+def own_model(width: int = 32) -> aquabit.Model:
     """Your trained model; here its weights are random, so that nothing must be trained or downloaded."""
     torch.manual_seed(0)
-    # by keyword: diffusers takes what is given by position for the default, and forgets it
-    return OwnPipeline(OwnDenoiser(width=width).eval(), DDIMScheduler(clip_sample=False))
+    return aquabit.Model(Network(width), sample, conditions=range(10), layers={"middle.*": "res.conv"})
 
 
 def main() -> None:
@@ -99,13 +74,13 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=32, help="channels of the network")
     parser.add_argument("--samples", type=int, default=40, help="configurations to measure")
     parser.add_argument("--images", type=int, default=32, help="images of a measurement")
-    parser.add_argument("--steps", type=int, default=4, help="denoising steps")
+    parser.add_argument("--steps", type=int, default=4, help="steps of the sampler")
     parser.add_argument("--bits", type=float, default=4.0, help="bits per weight of the result")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
 
-    pipe = own_pipeline(given.width)
-    graph = aquabit.trace(pipe)
+    model = own_model(given.width)
+    graph = aquabit.trace(model)
     print(f"{graph.graph['model_class']}: {graph.graph['weights']:,} weights in layers")
 
     # There are no real images here, so quality is the distance to the full-precision images, in decibels.
@@ -115,16 +90,18 @@ def main() -> None:
     study = aquabit.Study(given.out / "study.db")
     space = {"schemes": ["usq2h", "usq3h", "usq4h", "fp"], "activations": [8]}
     bank = str(given.out / "bank")
-    count = aquabit.measure(pipe, study, given.samples, protocol=protocol, space=space, bank=bank)
+    count = aquabit.measure(model, study, given.samples, protocol=protocol, space=space, bank=bank)
     print(f"{count} new measurements")
 
-    front = aquabit.find(study, bits=given.bits, pipe=pipe, bank=bank)
+    front = aquabit.find(study, bits=given.bits, pipe=model, bank=bank)
     for member in front.to_list():
         print(f"{member['bits_per_weight']:.2f} bits: {member['measured']['psnr']['value']:.1f} dB")
 
-    packed = aquabit.quantize(pipe, front.best, bank=bank)
+    packed = aquabit.quantize(model, front.best, bank=bank)
     print(f"{packed.save(given.out / 'packed'):,} bytes in {given.out / 'packed'}")
-    images = packed(batch_size=4, generator=torch.Generator().manual_seed(0), output_type="pt").images
+
+    again = aquabit.load(given.out / "packed", into=own_model(given.width))
+    images = again([0, 1, 2, 3], steps=given.steps)
     print(f"images {list(images.shape)} from codes")
 
 

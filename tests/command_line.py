@@ -26,10 +26,13 @@ def run(out: Path, *words: str) -> str:
     return str(found.stdout if "--json" in words else found.output)
 
 
-def fails(out: Path, *words: str) -> str:
-    """The sentence that a wrong command ends with; exit code 2 and no traceback."""
+def fails(out: Path, *words: str, code: bool = False) -> str:
+    """The sentence that a wrong command ends with; exit code 2 and no traceback. With ``code`` it is said
+    first that code of the user's runs."""
     result = call(out, *words, ok=False)
     assert result.exit_code == 2, result.output
     lines = [line for line in result.output.splitlines() if line.strip()]
+    if code:
+        assert lines.pop(0).startswith("running your code: "), result.output
     assert len(lines) == 1 and lines[0].startswith("error: "), result.output
     return lines[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import runpy
 import sys
@@ -17,13 +18,19 @@ TINY = "WIDTH, SAMPLES, IMAGES, STEPS = 4, 22, 4, 2\n"  # explain needs 20 measu
 def test_own_model_as_a_script(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It goes from a bare network to a packed pipeline, whose images come from codes."""
+    """It goes from a bare network to a packed one, whose images come from codes; the sampler and the call of
+    aquabit.Model take at most 25 lines."""
     sizes = ["--samples", "2", "--images", "4", "--steps", "2", "--width", "4"]
     monkeypatch.setattr(sys, "argv", ["own_model.py", "--out", str(tmp_path), *sizes])
     runpy.run_path(str(EXAMPLES / "own_model.py"), run_name="__main__")
     assert "images [4, 1, 8, 8] from codes" in capsys.readouterr().out
-    config = json.loads((tmp_path / "packed" / "denoiser" / "config.json").read_text())
-    assert config["width"] == 4 and config["quantization_config"]["quant_method"] == "aquabit"
+    config = json.loads((tmp_path / "packed" / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "aquabit"
+    monkeypatch.syspath_prepend(EXAMPLES)
+    from own_model import own_model, sample
+
+    written = [inspect.getsource(f).splitlines() for f in (sample, own_model)]
+    assert sum(len([line for line in lines if line.strip()]) for lines in written) <= 25
 
 
 def test_own_model_as_a_notebook(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ VALUES = {
     "runtime",
     "file_memory",
     "maximum_entropy",
+    "user_code",
 }
 STORES = {*VALUES, "graph", "kernels", "quality", "study", "study_status"}
 SPACES = {*STORES, "layer_formats", "space", "choices", "cost"}
@@ -43,6 +44,7 @@ ALLOWED: dict[str, set[str]] = {
     "quant_config": {"errors", "jsonio", "scheme_kinds", "activation_bits", "protocol"},
     "scheme": {*SUBJECTS, "errors", "jsonio", "progress"},
     "runtime": {"errors"},
+    "user_code": {"errors"},
     "file_memory": {"errors", "runtime"},
     "kernels": VALUES,
     "graph": VALUES,

@@ -33,14 +33,14 @@ def bert_tokenizer() -> Any:
     return t.BertTokenizer(vocab={w: i for i, w in enumerate(words)}, model_max_length=77)
 
 
-def clip(projected: bool = False, width: int = 16) -> Any:
+def clip(projected: bool = False, width: int = 16, words: int = 16) -> Any:
     config = t.CLIPTextConfig(
         vocab_size=64,
         hidden_size=width,
         intermediate_size=16,
         num_hidden_layers=2,
         num_attention_heads=2,
-        max_position_embeddings=16,
+        max_position_embeddings=words,
         projection_dim=12,
         bos_token_id=0,
         eos_token_id=1,
@@ -297,8 +297,24 @@ def ddim_pipeline() -> Any:
     return d.DDIMPipeline(unet_alone(), ddim())
 
 
-def aura() -> Any:
+def cogview3() -> Any:
     """Of no family that is known."""
+    net = d.CogView3PlusTransformer2DModel(
+        in_channels=4,
+        num_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        out_channels=4,
+        text_embed_dim=24,
+        time_embed_dim=8,
+        condition_dim=2,
+        pos_embed_max_size=8,
+        sample_size=8,
+    )
+    return d.CogView3PlusPipeline(t5_tokenizer(), t5(), vae(), net, ddim())
+
+
+def aura() -> Any:
     net = d.AuraFlowTransformer2DModel(
         sample_size=8,
         patch_size=2,
@@ -328,17 +344,22 @@ TINY_PIPELINES: dict[str, Callable[[], Any]] = {
     "ldm": ldm,
     "ddpm": ddpm,
     "ddim": ddim_pipeline,
-    "generic": aura,
+    "auraflow": aura,
+    "generic": cogview3,
 }
 UNGUIDED = ("ldm", "ddpm", "ddim")
-PROMPTED = ("sd", "sdxl", "pixart-alpha", "pixart-sigma", "hunyuan", "sd3", "flux", "generic")
+PROMPTED = ("sd", "sdxl", "pixart-alpha", "pixart-sigma", "hunyuan", "sd3", "flux", "auraflow", "generic")
 
 
 def tiny(name: str, seed: int = 0) -> Any:
-    """The pipeline of a family, with weights such that its outputs depend on what goes in; new networks
-    end in zeros."""
+    """The pipeline of a family, with weights such that its outputs depend on what goes in."""
+    return randomised(TINY_PIPELINES[name], seed)
+
+
+def randomised(make: Callable[[], Any], seed: int = 0) -> Any:
+    """The pipeline that ``make`` makes, with weights drawn anew: new networks end in zeros."""
     torch.manual_seed(seed)
-    pipe = TINY_PIPELINES[name]()
+    pipe = make()
     generator = torch.Generator().manual_seed(seed)
     for module in pipe.components.values():
         if isinstance(module, nn.Module):

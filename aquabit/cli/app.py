@@ -89,10 +89,8 @@ def run(
         findings.show_sensitivity(study.get("sensitivity"), 10)
         findings.show_front(front)
         findings.show_notes(study)
-        console.print(
-            f"report: {out / 'report' / 'index.html'}   images: {out / 'samples.png'}   packed model:"
-            f" {out / 'packed'}"
-        )
+        pictures = f"images: {out / 'samples.png'}   " if (out / "samples.png").exists() else ""
+        console.print(f"report: {out / 'report' / 'index.html'}   {pictures}packed model: {out / 'packed'}")
 
 
 def _plan_run(
@@ -149,19 +147,21 @@ def inspect(
     """Layers, operator types, sizes and multiply-adds; or peak memory."""
     from aquabit.graph import graph_notes, to_json
     from aquabit.memory import NOT_COUNTED, elements, peaks
-    from aquabit.pipelines import denoiser_of, family_notes, load, trace
+    from aquabit.pipelines import Model, denoiser_of, load, model_notes, trace
 
     model = source.of(model)
     pipe = load(model)
     graph = trace(pipe)
     if memory:
+        if isinstance(pipe, Model):
+            raise AquabitError(f"memory is estimated for models of diffusers; {model} is one of your own")
         others = elements(pipe.components.values()) - elements([denoiser_of(pipe)])
         found = peaks(graph, micro_batch, guidance != 1.0, others=others)
         told = [p.to_dict() for p in found]
         if not emit({"micro_batch": micro_batch, "not_counted": NOT_COUNTED, "peaks": told}, json_):
             tables.show_peaks(found, micro_batch, NOT_COUNTED)
     elif not emit(to_json(graph), json_):
-        for note in (*family_notes(pipe), *graph_notes(graph)):
+        for note in (*model_notes(pipe, graph), *graph_notes(graph)):
             console.print(f"[yellow]{plain(note)}[/]", highlight=False)
         tables.show_graph(graph)
 
@@ -308,6 +308,7 @@ def validate(
     swap: options.Swap = None,
     bits: options.Bits = 3.0,
     seed: Annotated[int, typer.Option("--seed", help="Which layers and contexts.")] = 0,
+    model: options.OwnModel = None,
     json_: options.Json = None,
 ) -> None:
     """Measure real layer swaps and set them beside the predicted effects."""
@@ -316,7 +317,8 @@ def validate(
 
     with bars() as progress:
         opened, flow = Study(study, create=False), workflows.FlowOptions(bits, flips, swap)
-        result = workflows.validate_study(opened, flow, machine.where(), seed=seed, progress=progress)
+        where = machine.where()
+        result = workflows.validate_study(opened, flow, where, pipe=model, seed=seed, progress=progress)
     if not emit(result.to_dict(), json_):
         findings.show_sensitivity(result.to_dict(), 10)
 
@@ -338,6 +340,7 @@ def search(
             ),
         ),
     ] = None,
+    model: options.OwnModel = None,
     json_: options.Json = None,
 ) -> None:
     """Find the best configuration under a hard budget; several budgets hold at once. Works before anything
@@ -349,7 +352,13 @@ def search(
     asked, where = searching.options(limits.budget(), opened), machine.where()
     with bars() as progress:
         front = workflows.search(
-            opened, asked, where, correction=correction, progress=progress, told=partial(tell, json_)
+            opened,
+            asked,
+            where,
+            correction=correction,
+            pipe=model,
+            progress=progress,
+            told=partial(tell, json_),
         )
     if out:
         write_text(out, front.best.to_json())
@@ -427,15 +436,20 @@ def generate(
     device: options.Device = "cpu",
     memory: options.PackedMemory = "packed",
     offload: options.Offload = False,
+    model: options.OwnModel = None,
 ) -> None:
     """Make images from a packed artifact."""
     from aquabit import packing
+    from aquabit.pipelines import load
     from aquabit.pipelines.pictures import thumbnail
 
     placed: list[Any] = []
+    source = folder if model is None else load(folder, into=load(model, device))
+    if not getattr(source, "images", True):
+        raise AquabitError(f"{model} makes no images but other numbers; use aquabit.generate in Python")
     with bars() as progress:
         made = packing.generate(
-            folder,
+            source,
             device=device,
             memory=memory,
             offload=offload,

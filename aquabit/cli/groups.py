@@ -154,6 +154,7 @@ OF_PROTOCOL = (  # fields of a protocol that have options of their own
     "eta",
     "guidance",
     "resolution",
+    "frames",
     "micro_batch",
     "objective",
     "dtype",
@@ -182,6 +183,7 @@ class Measuring:
     step_groups: options.StepGroups = None
     micro_batch: options.MicroBatch = Protocol.micro_batch
     resolution: options.Resolution = Protocol.resolution
+    frames: options.Frames = Protocol.frames
     damages: options.Damages = None
 
     def options(self, context: typer.Context) -> MeasureOptions:
@@ -427,6 +429,7 @@ class Making:
     prompts: options.Prompts = None
     resolution: options.Resolution = None
     scheduler: SamplerName = None
+    frames: options.Frames = None
     correction: Annotated[
         str | None,
         typer.Option(

@@ -7,16 +7,27 @@ from typing import Annotated
 
 import typer
 
+from aquabit.cli.progress import tell
 from aquabit.scheme import LOWER_IS_BETTER, SCHEDULERS
+from aquabit.user_code import names_function
+
+
+def _announced(model: str | None) -> str | None:
+    """Say on standard error that a model is code, which runs now."""
+    if model is not None and names_function(model):
+        tell(None, f"running your code: {model}")
+    return model
+
 
 Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
         help=(
-            "A bundled name (see `aquabit models`), a diffusers directory, a hub id, or a file of weights"
-            " (--base)."
+            "A bundled name (see `aquabit models`), a diffusers directory, a hub id, a file of weights"
+            " (--base), or module:function, a function of yours that returns an aquabit.Model."
         ),
+        callback=_announced,
     ),
 ]
 Variant = Annotated[
@@ -29,6 +40,18 @@ Base = Annotated[
         "--base",
         metavar="DIR|ID",
         help="The pipeline that MODEL, a file of weights (.safetensors, .gguf), belongs to.",
+    ),
+]
+OwnModel = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="MODULE:FUNCTION",
+        help=(
+            "The function that returns the aquabit.Model which was measured or packed: no file says what code"
+            " to run."
+        ),
+        callback=_announced,
     ),
 ]
 Lora = Annotated[
@@ -188,6 +211,9 @@ Features = Annotated[
 Resolution = Annotated[
     int | None,
     typer.Option("--resolution", min=1, help="Side of the images in pixels; default: the model's own."),
+]
+Frames = Annotated[
+    int | None, typer.Option("--frames", min=1, help="Frames of each video; default: the model's own.")
 ]
 Preset = Annotated[
     str | None,

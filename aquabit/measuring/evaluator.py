@@ -14,11 +14,10 @@ from typing import Any, NamedTuple, TypedDict
 
 import networkx as nx
 import torch
-from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d
+from torch.nn.functional import adaptive_avg_pool1d, adaptive_avg_pool2d
 
 from aquabit.kernels import straight_through
 from aquabit.kernels.dispatch import using
@@ -26,7 +25,8 @@ from aquabit.measuring.output_errors import OutputErrors, StepErrors, stored
 from aquabit.measuring.sketches import Numbers, Sketches
 from aquabit.memory import layer_bytes
 from aquabit.pipelines import (
-    Adapter,
+    Pipeline,
+    adapter_of,
     denoiser_name,
     free_text_encoders,
     image_size,
@@ -36,9 +36,11 @@ from aquabit.pipelines import (
     recorder,
     replay_recorder,
     sampler,
-    set_scheduler,
+    scheduler_of,
+    use_scheduler,
 )
 from aquabit.pipelines.finite import NotFinite, broken, checked_images, finite_images
+from aquabit.pipelines.image_maker import ImageMaker
 from aquabit.pipelines.pictures import thumbnail
 from aquabit.quality import NonFiniteImages, NonFiniteValues, Quality, QualityMeter, QualityOptions, Source
 from aquabit.quant.bank import Bank
@@ -87,7 +89,7 @@ def environment(device: str) -> dict[str, str]:
 
 
 class Measured(NamedTuple):
-    """A measurement, and a PNG grid of its first images; None where it failed."""
+    """A measurement, and a PNG grid of its first images; None where it failed, or makes none."""
 
     measurement: Measurement
     png: bytes | None
@@ -127,7 +129,7 @@ class Evaluator:
 
     def __init__(
         self,
-        model: str | DiffusionPipeline,
+        model: str | Pipeline,
         graph: nx.DiGraph,
         bank: Bank,
         fingerprint: str,
@@ -138,18 +140,20 @@ class Evaluator:
         if device == "cpu":
             reuse_memory()
         pipe = load(model, device, dtype)
-        if isinstance(model, DiffusionPipeline):
+        if not isinstance(model, str):
             pipe = own_copy(pipe, denoiser_name(pipe))
         else:
             free_text_encoders(pipe)
         self.pipe, self.bank, self.fingerprint, self.device = pipe, bank, fingerprint, device
         self.graph = graph
-        self.scheduler = pipe.scheduler
-        self.adapter = Adapter(pipe)
+        self.scheduler = scheduler_of(pipe)
+        self.adapter = adapter_of(pipe)
         self.quantized = QuantizedDenoiser(
             self.adapter.denoiser.eval(), graph, bank, fingerprint, recorder(pipe), sampler(pipe)
         )
-        self.meter = QualityMeter(quality or QualityOptions(), own_source(self.adapter), bank.folder, device)
+        images = self.adapter.makes_images
+        own = own_source(self.adapter)
+        self.meter = QualityMeter(quality or QualityOptions(), own, bank.folder, device, images)
         self._full: tuple[str, dict[int, Tensor]] = "", {}
         self._probed: tuple[str, Tensor] | None = None
         self._stored: dict[str, OutputErrors] = {}
@@ -221,8 +225,7 @@ class Evaluator:
                 f"the configuration is for model {config.fingerprint}, this is model {self.fingerprint}"
             )
         watchers = self._watchers(config, protocol)
-        self.pipe.scheduler = self.scheduler
-        set_scheduler(self.pipe, protocol.scheduler)
+        use_scheduler(self.pipe, self.scheduler, protocol.scheduler)
         if packed:
             with self.packed(config), using({}):
                 yield from self._images(config, protocol, watchers)
@@ -235,7 +238,7 @@ class Evaluator:
     ) -> Generator[tuple[range, Tensor], None, None]:
         """Images of the configuration that is applied; what depends on the step follows the sampler."""
         every = [*self.quantized.watchers(config), *watchers]
-        with following(self.adapter.denoiser, self.pipe.scheduler, every):
+        with following(self.adapter.denoiser, scheduler_of(self.pipe), every):
             for batch in self.adapter.batches(protocol):
                 if config.layers:
                     yield batch, self.adapter.images(protocol, batch)
@@ -246,9 +249,8 @@ class Evaluator:
         """What takes part in sampling with a configuration."""
         if not config.correction or not config.layers:
             return []
-        self.pipe.scheduler = self.scheduler
-        set_scheduler(self.pipe, protocol.scheduler)
-        check_correction(self.pipe.scheduler, config.correction, protocol.eta)
+        use_scheduler(self.pipe, self.scheduler, protocol.scheduler)
+        check_correction(scheduler_of(self.pipe), config.correction, protocol.eta)
         return [Corrector(self.noise(config, Calibration.of(protocol)), config.correction)]
 
     def noise(self, config: QuantConfig, calibration: Calibration) -> Statistics:
@@ -260,7 +262,7 @@ class Evaluator:
         if path.exists():
             with suppress(AquabitError):  # damaged: measured again
                 return Statistics.load(path)
-        self.pipe.scheduler = self.scheduler
+        use_scheduler(self.pipe, self.scheduler)
         found = noise_statistics(self.pipe, self.quantized, plain, calibration)
         self.bank.write(path, *found.stored())
         return found
@@ -346,8 +348,7 @@ class Evaluator:
 
         with single_thread(self.device), self.quantized.bank_in_use():
             self.quantized.apply(QuantConfig(self.fingerprint, {}))
-            self.pipe.scheduler = self.scheduler
-            set_scheduler(self.pipe, protocol.scheduler)
+            use_scheduler(self.pipe, self.scheduler, protocol.scheduler)
             branches = 2 if protocol.guidance != 1.0 else 1
             held = few * branches * protocol.steps * layer_bytes(self.graph)
             sketches = Sketches(
@@ -365,7 +366,7 @@ class Evaluator:
                 return checked_images(self.adapter, own, few_images, gradients=True)
 
             try:
-                with following(self.adapter.denoiser, self.pipe.scheduler, [place]):
+                with following(self.adapter.denoiser, scheduler_of(self.pipe), [place]):
                     found = sketches(images, passes, start)
             except NotFinite:
                 raise broken(self.adapter, own, few_images) from None
@@ -387,7 +388,7 @@ class Evaluator:
         calibration, batch = stored(protocol, part)
         if calibration.digest not in self._stored:
             self.quantized.apply(QuantConfig(self.fingerprint, {}))
-            self.pipe.scheduler = self.scheduler
+            use_scheduler(self.pipe, self.scheduler)
             recording = replay_recorder(self.pipe)(calibration, batch)
             self._stored[calibration.digest] = OutputErrors(recording, self.adapter.denoiser)
         return self._stored[calibration.digest]
@@ -424,7 +425,7 @@ class Evaluator:
             return Measured(failed, None)
         seconds = time.perf_counter() - started
         measured = Measurement(config.digest, protocol.digest, metrics, seconds, facts)
-        return Measured(measured, thumbnail(first))
+        return Measured(measured, thumbnail(first) if self.adapter.makes_images else None)
 
     def _quality(self, protocol: Protocol) -> Quality:
         """An accumulator of what is measured; raises AquabitError where it is not what the protocol names
@@ -448,7 +449,9 @@ class Evaluator:
                 if not config.layers:
                     self._keep(protocol, batch, images)
                 full = self._full_batch(protocol, batch) if config.layers else images
-                quality.update(images, full, None if conditions is None else [conditions[i] for i in batch])
+                frames = range(len(images) // len(batch))  # of a video each shows the same
+                shown = None if conditions is None else [conditions[i] for i in batch for _ in frames]
+                quality.update(images, full, shown)
                 if batch.start < THUMBNAILS:
                     first.append(images[: THUMBNAILS - batch.start])
         return torch.cat(first)
@@ -516,7 +519,7 @@ def _cosine(a: Tensor, b: Tensor) -> float:
     return float((a * b).sum()) / length if length > 0 else 0.0
 
 
-def own_source(adapter: Adapter) -> Source | None:
+def own_source(adapter: ImageMaker) -> Source | None:
     """The extractor and the real images that belong to a model; None where it names none."""
     extractor, reference = adapter.reference()
     return None if extractor is None else Source(extractor, reference)
@@ -524,7 +527,10 @@ def own_source(adapter: Adapter) -> Source | None:
 
 def _deviation(images: Tensor, reference: Tensor) -> dict[str, Any]:
     change = (images - reference).nan_to_num(nan=1.0)  # images lie in [0, 1]: NaN is as bad as can be
-    coarse = adaptive_avg_pool2d(change, min(8, *change.shape[-2:])).flatten(1)
+    if change.ndim < 4:  # no images, but other numbers
+        coarse = adaptive_avg_pool1d(change.flatten(1)[:, None], min(64, change[0].numel())).flatten(1)
+    else:
+        coarse = adaptive_avg_pool2d(change.flatten(1, -3), min(8, *change.shape[-2:])).flatten(1)
     return {"damage": float(change.square().mean()), "sketch": sketch(coarse)}
 
 

@@ -6,11 +6,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import networkx as nx
-from diffusers import DiffusionPipeline
 
 from aquabit.graph import graph_notes
 from aquabit.measuring.evaluator import own_source
-from aquabit.pipelines import Adapter, denoiser_of, family_notes, image_size, load, scheduler_named, trace
+from aquabit.pipelines import Model as OwnModel
+from aquabit.pipelines import (
+    Pipeline,
+    adapter_of,
+    check_sampler,
+    check_scheduler,
+    denoiser_of,
+    image_size,
+    load,
+    model_notes,
+    scheduler_named,
+    scheduler_of,
+    trace,
+)
 from aquabit.quality import Source
 from aquabit.quant.correction.corrector import check_correction
 from aquabit.quant.model import fingerprint
@@ -24,25 +36,51 @@ class Model:
     reference: str
     fingerprint: str
     graph: nx.DiGraph
-    source: str | DiffusionPipeline  # what workers load
+    source: str | Pipeline  # what workers load
     scheduler: Any  # the pipeline's own
     own: Source | None  # its feature extractor and real images; None where it names none
     prompts: bool  # it makes images from text
-    size: tuple[int, int] | None  # of its images, in pixels
+    usual_size: tuple[int, int] | None  # of a pipeline's images, in pixels
     # what is to be said of a pipeline of no known family, and of weights that stay dense
     notes: tuple[str, ...] = ()
+    made: OwnModel | None = None  # a model of the user's own, as it was opened
+
+    @property
+    def images(self) -> bool:
+        """Whether it makes images, and no other numbers."""
+        return self.made is None or self.made.images
+
+    def size(self, resolution: int | None) -> tuple[int, int] | None:
+        """Height and width of its images in pixels; None where that is not known."""
+        if self.made is not None:
+            return self.made.size(resolution)
+        return self.usual_size if resolution is None else (resolution, resolution)
 
 
-def open_model(model: str | DiffusionPipeline) -> Model:
+def open_model(model: str | Pipeline) -> Model:
     """Load, check and trace a model; raises AquabitError for one that cannot be measured."""
     pipe = load(model)
-    name = str(model) if isinstance(model, str) else type(pipe).__name__
-    adapter = Adapter(pipe)
+    own_class = denoiser_of(pipe) if isinstance(pipe, OwnModel) else pipe
+    name = str(model) if isinstance(model, str) else type(own_class).__name__
+    adapter = adapter_of(pipe)
     own, prompts = own_source(adapter), adapter.kind == "prompt"
-    own_print, size = fingerprint(denoiser_of(pipe)), image_size(pipe)
     graph = trace(pipe)
-    notes = (*family_notes(pipe), *graph_notes(graph))
-    return Model(name, own_print, graph, model, pipe.scheduler, own, prompts, size, notes)
+    own_print = fingerprint(denoiser_of(pipe))
+    made = pipe if isinstance(pipe, OwnModel) else None
+    size = None if made is not None else image_size(pipe)
+    notes = (*model_notes(pipe, graph), *graph_notes(graph))
+    return Model(name, own_print, graph, model, scheduler_of(pipe), own, prompts, size, notes, made)
+
+
+def settled(model: Model, protocol: Protocol) -> Protocol:
+    """A protocol as a model's sampler can follow it; raises AquabitError where it cannot, and where a sample
+    function of the user's does not make the same images again (``check_sampler``)."""
+    if model.made is None:
+        check_scheduler(protocol.scheduler)
+        return protocol
+    found = model.made.settled(protocol)
+    check_sampler(model.made, found)
+    return found
 
 
 def check_correctable(model: Model, protocol: Protocol, correction: str | None) -> None:

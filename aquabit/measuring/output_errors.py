@@ -4,6 +4,7 @@ for a few per cent of the cost of images."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import TypedDict
 
@@ -11,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from aquabit.quant.calibration.recording import mapped
+from aquabit.quant.calibration.recording import mapped, output_tensor
 from aquabit.quant.correction.sampling import Watcher
-from aquabit.quant.finetuning.replay import Recording, Replay, first_tensor
+from aquabit.quant.finetuning.replay import Recording, Replay
 from aquabit.scheme import Calibration, Protocol
 
 # stored trajectories, and the most steps of each: 80 calls of one sample, 1,280 make a measurement's images
@@ -26,16 +27,8 @@ FLOOR = 1e-7  # relative error of what is not quantized, so that logarithms are 
 def stored(protocol: Protocol, part: int = 0) -> tuple[Calibration, int]:
     """What is recorded for a protocol, and in batches of how many images: trajectories of IMAGES seeds of
     their own, others for each ``part``."""
-    return Calibration(
-        IMAGES,
-        SEED + part * IMAGES,
-        protocol.steps,
-        protocol.scheduler,
-        protocol.eta,
-        protocol.guidance,
-        protocol.resolution,
-        protocol.conditions,
-    ), min(IMAGES // 2, protocol.micro_batch)
+    own = replace(Calibration.of(protocol), images=IMAGES, seed=SEED + part * IMAGES)
+    return own, min(IMAGES // 2, protocol.micro_batch)
 
 
 def output_features(values: Sequence[Mapping[str, Sequence[float]]]) -> np.ndarray:
@@ -121,7 +114,7 @@ class OutputErrors:
                 watcher.before(self.replay.places[part[0]][2])
             call, target = self.replay.batch(part, device)
             args, kwargs = mapped(call, _usable) if torch.is_grad_enabled() else call
-            yield part, first_tensor(self.denoiser(*args, **kwargs)), target
+            yield part, output_tensor(self.denoiser(*args, **kwargs)), target
 
     def _batches(self) -> list[list[int]]:
         """All samples in calls of at most BATCH; those of one call are of one kind."""

@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-from diffusers import DiffusionPipeline
-
 from aquabit.cost import CostModel
 from aquabit.graph import to_json
 from aquabit.measuring.damage_scores import damage_notes
@@ -22,6 +20,7 @@ from aquabit.measuring.settings import AS_BEGUN, MeasureOptions, meter_of, setti
 from aquabit.measuring.tasks import Measure, MeasureOutputErrors, MeasureSlopes
 from aquabit.measuring.where import HERE, Where
 from aquabit.memory import check_measuring
+from aquabit.pipelines import Pipeline
 from aquabit.pipelines.loading import check_device
 from aquabit.quant.bank import Bank
 from aquabit.quant.calibration.fitting import CALIBRATED_FITS
@@ -177,7 +176,7 @@ class Session:
 
 @contextmanager
 def open_session(
-    model: str | DiffusionPipeline,
+    model: str | Pipeline,
     study: Study,
     options: MeasureOptions = AS_BEGUN,
     where: Where = HERE,

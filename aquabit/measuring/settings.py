@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from aquabit.measuring.model import Model, check_correctable
-from aquabit.pipelines import check_scheduler
+from aquabit.measuring.model import Model, check_correctable, settled
 from aquabit.quality import QualityMeter, QualityOptions
 from aquabit.quality.meter import check_available, default_objective
 from aquabit.quant.bank import Bank
@@ -43,7 +42,7 @@ def meter_of(
 ) -> QualityMeter:
     """What images are measured with: a study's own options where none are given."""
     stored = QualityOptions.from_dict(study.get("quality") if study is not None else None)
-    return QualityMeter(quality or stored, model.own, bank.folder, device)
+    return QualityMeter(quality or stored, model.own, bank.folder, device, model.images)
 
 
 def settings(
@@ -58,6 +57,7 @@ def settings(
     Raises AquabitError for what cannot be measured, and for what does not go together."""
     if study is not None and options.protocol is None and "protocol" in study:
         protocol = study.protocol
+        settled(model, protocol)
     else:
         given = replace(options.protocol or Protocol(), dtype=dtype)
         protocol = protocol_for(model, given, meter, progress)
@@ -84,8 +84,8 @@ def protocol_for(
 
     Raises AquabitError for an objective that cannot be measured, saying what it needs.
     """
-    check_scheduler(given.scheduler)
     given = replace(given, measures=meter.measures)
+    given = settled(model, given)
     given.direction()  # raises for an unknown objective
     available, objective = meter.available(model.prompts), given.objective
     if objective == Protocol.objective and objective not in available:
@@ -93,5 +93,5 @@ def protocol_for(
         if objective == "mse":
             meter.notes.append(NO_REAL_IMAGES.format(model.reference, objective))
     check_available(objective, available, model.reference)
-    size = model.size if given.resolution is None else (given.resolution, given.resolution)
+    size = model.size(given.resolution)
     return replace(given, reference=meter.reference_digest(size, progress), objective=objective)

@@ -16,6 +16,7 @@ from aquabit.quant.bank import Bank
 from aquabit.runtime import out_of_memory
 from aquabit.scheme import Act, AquabitError, Calibration, QuantConfig, StepGroups
 from aquabit.scheme import Protocol as MeasuringProtocol
+from aquabit.user_code import search_in
 
 LOWER = (
     "use fewer --workers, a smaller --micro-batch, or --dtype bfloat16 (`aquabit inspect MODEL --memory` says"
@@ -134,7 +135,8 @@ class Probe:
 @dataclass(frozen=True)
 class Begin:
     """The first thing that a worker is told: the model, by what it is loaded from, and all that an evaluator
-    of it needs. ``graph`` as ``graph.to_json`` writes it, ``bank`` a folder."""
+    of it needs. ``graph`` as ``graph.to_json`` writes it, ``bank`` a folder; ``code`` is the folder of a
+    module that the model's function is in."""
 
     model: str
     graph: Mapping[str, Any]
@@ -143,10 +145,13 @@ class Begin:
     device: str = "cpu"
     dtype: str = "float32"
     quality: QualityOptions | None = None
+    code: str = ""
 
     def evaluator(self) -> Evaluator:
         """An evaluator of the model, on one thread."""
         torch.set_num_threads(1)
+        if self.code:
+            search_in(self.code)
         graph, bank = from_json(self.graph), Bank(self.bank)
         where = (self.device, self.dtype)
         return Evaluator(self.model, graph, bank, self.fingerprint, *where, self.quality)

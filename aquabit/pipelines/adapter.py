@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from math import ceil, prod
-from typing import Any
+from typing import Any, TypeAlias
 
 import diffusers
 import networkx as nx
@@ -20,8 +20,12 @@ from torch import Tensor, nn
 from aquabit.file_memory import CopiesInFiles
 from aquabit.graph import known_class
 from aquabit.graph import trace as trace_denoiser
-from aquabit.pipelines.family import KINDS, denoiser_of, family
+from aquabit.pipelines.effects import check_effects
+from aquabit.pipelines.family import EVERYWHERE, KINDS, denoiser_of, family, family_notes, scheduler_of
 from aquabit.pipelines.finite import finite_images
+from aquabit.pipelines.image_maker import ImageMaker, first_inputs
+from aquabit.pipelines.outputs import images_of
+from aquabit.pipelines.own_model import CallSteps, Model, OwnAdapter, unnamed
 from aquabit.pipelines.prompts import embeddings
 from aquabit.pipelines.running import as_measured
 from aquabit.pipelines.sizes import image_batch, image_size
@@ -32,19 +36,28 @@ from aquabit.quant.calibration.recording import Call, record_calls
 from aquabit.quant.correction.noise_measuring import measure_noise
 from aquabit.quant.correction.sampling import Watcher, following, refollow_, unfollowed
 from aquabit.quant.correction.statistics import Statistics
-from aquabit.quant.finetuning.replay import Recording, record_outputs
+from aquabit.quant.finetuning.replay import Recording, recording
 from aquabit.quant.model import QuantizedDenoiser
 from aquabit.scheme import SCHEDULERS, AquabitError, Calibration, Progress, Protocol, QuantConfig, no_progress
 
+GUIDANCE = ("guidance_scale", "true_cfg_scale")  # where a pipeline of no known family takes guidance
+Pipeline: TypeAlias = DiffusionPipeline | Model  # what makes images
 CALIBRATION_BATCH, CALIBRATION_CALLS = 16, 64  # images of a denoiser call that is kept, and how many are kept
 
 
-def trace(model: DiffusionPipeline | nn.Module) -> nx.DiGraph:
+def adapter_of(pipe: Pipeline) -> ImageMaker:
+    """What makes images with a pipeline or a model of the user's own."""
+    return OwnAdapter(pipe) if isinstance(pipe, Model) else Adapter(pipe)
+
+
+def trace(model: Pipeline | nn.Module) -> nx.DiGraph:
     """The layer graph of a pipeline's denoiser, or of a bare denoiser.
 
     Inputs are made from the config where the denoiser's class is known, else they are those of the pipeline's
     own first call.
     """
+    if isinstance(model, Model):
+        return model.trace()
     with unfollowed(denoiser_of(model)):  # this is no sampling
         return _traced(model)
 
@@ -55,16 +68,28 @@ def _traced(model: DiffusionPipeline | nn.Module) -> nx.DiGraph:
         return trace_denoiser(denoiser)
     adapter = Adapter(model)
     args, kwargs = adapter.first_inputs(
-        Protocol(images=1, steps=1, micro_batch=1, conditions=("",) if adapter.kind == "prompt" else None)
+        Protocol(
+            images=1,
+            steps=adapter.usual_steps,
+            micro_batch=1,
+            conditions=("",) if adapter.kind == "prompt" else None,
+        )
     )
     return trace_denoiser(
         denoiser, {**dict(zip(inspect.signature(denoiser.forward).parameters, args, strict=False)), **kwargs}
     )
 
 
-def own_copy(pipe: DiffusionPipeline, *parts: str) -> DiffusionPipeline:
+def model_notes(pipe: Pipeline, graph: nx.DiGraph) -> list[str]:
+    """What is to be said of operator types and adapters that are not known; nothing where all are."""
+    return unnamed(graph) if isinstance(pipe, Model) else family_notes(pipe)
+
+
+def own_copy(pipe: Pipeline, *parts: str) -> Any:
     """A pipeline that shares everything with ``pipe`` but these components, which are copied; it shows no
     progress bar."""
+    if isinstance(pipe, Model):
+        return pipe.copied()
     own = copy.copy(pipe)
     with CopiesInFiles(weights_folder()):
         own.__dict__.update({part: copy.deepcopy(getattr(pipe, part)) for part in parts})
@@ -79,96 +104,111 @@ def check_scheduler(name: str) -> None:
 
 def scheduler_named(own: Any, name: str) -> Any:
     """The sampler of that name with the settings of a pipeline's own ("default": that one itself)."""
+    if isinstance(own, CallSteps):
+        own.check(name)
+        return own
     check_scheduler(name)
     return own if name == "default" else getattr(diffusers, SCHEDULERS[name]).from_config(own.config)
 
 
-def set_scheduler(pipe: DiffusionPipeline, name: str) -> None:
+def set_scheduler(pipe: Pipeline, name: str) -> None:
     """Replace the sampler by name ("default" keeps the pipeline's own)."""
-    found = scheduler_named(pipe.scheduler, name)
-    if found is pipe.scheduler:
+    own = scheduler_of(pipe)
+    if own is None and name != "default":
+        raise AquabitError(f"scheduler is {name}, but {type(pipe).__name__} has no scheduler; leave it out")
+    found = scheduler_named(own, name)
+    if found is own:
         return
     pipe.scheduler = found
     refollow_(denoiser_of(pipe), pipe.scheduler)
 
 
-def calibration_samples(pipe: DiffusionPipeline, calibration: Calibration) -> int:
+def use_scheduler(pipe: Pipeline, scheduler: Any, name: str = "default") -> None:
+    """A pipeline samples with ``scheduler``, or with the sampler of that name made of it; nothing where it
+    has none."""
+    if scheduler is not None:
+        pipe.scheduler = scheduler
+    set_scheduler(pipe, name)
+
+
+@contextmanager
+def scheduled(pipe: Pipeline, scheduler: Any, name: str) -> Iterator[None]:
+    """For a while a pipeline samples with the sampler of that name, made of ``scheduler``."""
+    now = scheduler_of(pipe)
+    try:
+        use_scheduler(pipe, scheduler, name)
+        yield
+    finally:
+        use_scheduler(pipe, now)
+
+
+def calibration_samples(pipe: Pipeline, calibration: Calibration) -> int:
     """Samples of the denoiser's own size that one of its calls takes as much memory as, while ``recorder``'s
     images are made."""
-    batch = min(image_batch(pipe, calibration.resolution, CALIBRATION_BATCH), calibration.images)
+    batch = min(image_batch(pipe, calibration, CALIBRATION_BATCH), calibration.images)
     branches = 2 if calibration.guidance != 1.0 else 1
     asked, own = image_size(pipe, calibration.resolution), image_size(pipe)
     larger = 1.0 if asked is None or own is None else prod(asked) / prod(own)
     return ceil(batch * branches * larger)
 
 
-def recorder(pipe: DiffusionPipeline) -> Callable[[Calibration], list[Call]]:
+def recorder(pipe: Pipeline) -> Callable[[Calibration], list[Call]]:
     """What records the denoiser's calls while the pipeline makes calibration images, stratified over steps
     and conditions."""
     runs = _runs(pipe)
 
     def record(calibration: Calibration) -> list[Call]:
-        batch = image_batch(pipe, calibration.resolution, CALIBRATION_BATCH)
+        batch = image_batch(pipe, calibration, CALIBRATION_BATCH)
         with runs(calibration, batch) as made:
             return record_calls(denoiser_of(pipe), made, CALIBRATION_CALLS)
 
     return record
 
 
-def _runs(
-    pipe: DiffusionPipeline,
-) -> Callable[[Calibration, int], AbstractContextManager[list[Callable[[], object]]]]:
+def _runs(pipe: Pipeline) -> Callable[[Calibration, int], AbstractContextManager[list[Callable[[], object]]]]:
     """What gives the runs that make a calibration's images in batches of so many, with the pipeline's
     scheduler of now."""
-    scheduler = pipe.scheduler
+    scheduler = scheduler_of(pipe)
 
     @contextmanager
     def runs(calibration: Calibration, batch: int) -> Iterator[list[Callable[[], object]]]:
-        protocol, adapter = calibration.protocol(batch), Adapter(pipe)
-        now, pipe.scheduler = pipe.scheduler, scheduler
-        try:
-            set_scheduler(pipe, calibration.scheduler)
+        protocol, adapter = calibration.protocol(batch), adapter_of(pipe)
+        with scheduled(pipe, scheduler, calibration.scheduler):
             yield [partial(finite_images, adapter, protocol, part) for part in adapter.batches(protocol)]
-        finally:
-            pipe.scheduler = now
 
     return runs
 
 
-def replay_recorder(pipe: DiffusionPipeline) -> Callable[[Calibration, int], Recording]:
+def replay_recorder(pipe: Pipeline) -> Callable[[Calibration, int], Recording]:
     """What records every denoiser call and its output while the pipeline makes images, in batches of so
     many (for fine-tuning)."""
     runs = _runs(pipe)
 
     def record(calibration: Calibration, batch: int) -> Recording:
         with runs(calibration, batch) as made:
-            # pipelines of classes put the conditional half of a guided call first, those of texts the
-            # unconditional one
-            return Recording(record_outputs(denoiser_of(pipe), made), Adapter(pipe).kind != "prompt")
+            return recording(denoiser_of(pipe), made, scheduler_of(pipe))
 
     return record
 
 
-def sampler(pipe: DiffusionPipeline) -> Sample:
+def sampler(pipe: Pipeline) -> Sample:
     """What makes calibration images with the pipeline's denoiser as it is, while watchers follow."""
-    scheduler = pipe.scheduler
+    scheduler = scheduler_of(pipe)
 
     def sample(calibration: Calibration, watchers: Sequence[Watcher]) -> None:
-        protocol, adapter = calibration.protocol(CALIBRATION_BATCH), Adapter(pipe)
-        now, pipe.scheduler = pipe.scheduler, scheduler
-        try:
-            set_scheduler(pipe, calibration.scheduler)
-            with following(adapter.denoiser, pipe.scheduler, watchers):
-                for batch in adapter.batches(protocol):
-                    adapter.images(protocol, batch)
-        finally:
-            pipe.scheduler = now
+        protocol, adapter = calibration.protocol(CALIBRATION_BATCH), adapter_of(pipe)
+        with (
+            scheduled(pipe, scheduler, calibration.scheduler),
+            following(adapter.denoiser, scheduler_of(pipe), watchers),
+        ):
+            for batch in adapter.batches(protocol):
+                adapter.images(protocol, batch)
 
     return sample
 
 
 def noise_statistics(
-    pipe: DiffusionPipeline,
+    pipe: Pipeline,
     model: QuantizedDenoiser,
     config: QuantConfig,
     calibration: Calibration,
@@ -181,11 +221,9 @@ def noise_statistics(
     ``model`` wraps the pipeline's denoiser, in dense mode; it is left as ``config`` says.
     """
     plain = replace(config, correction=None)
-    batch = min(image_batch(pipe, calibration.resolution, CALIBRATION_BATCH), calibration.images)
-    protocol, adapter = calibration.protocol(batch), Adapter(pipe)
-    now = pipe.scheduler
-    try:
-        set_scheduler(pipe, calibration.scheduler)
+    batch = min(image_batch(pipe, calibration, CALIBRATION_BATCH), calibration.images)
+    protocol, adapter = calibration.protocol(batch), adapter_of(pipe)
+    with scheduled(pipe, scheduler_of(pipe), calibration.scheduler):
         runs = [
             (lambda batch=batch: adapter.images(protocol, batch), len(batch))
             for batch in adapter.batches(protocol)
@@ -195,14 +233,8 @@ def noise_statistics(
         owner = (config.fingerprint, plain.digest)
         switches = model.watchers(plain)  # of activations that change between steps
         return measure_noise(
-            adapter.denoiser, pipe.scheduler, runs, full, *owner, [*switches, *watchers], progress
+            adapter.denoiser, scheduler_of(pipe), runs, full, *owner, [*switches, *watchers], progress
         )
-    finally:
-        pipe.scheduler = now
-
-
-class _Seen(Exception):
-    """The denoiser was reached."""
 
 
 class Adapter:
@@ -212,6 +244,8 @@ class Adapter:
     What pipelines differ in is told by their ``Family``; one of no known family is used as its call's
     arguments say. Watermarks and safety checkers, which change images, are off. Prompts are encoded once.
     """
+
+    makes_images = True
 
     def __init__(self, pipe: DiffusionPipeline):
         self.pipe, self.family = pipe, family(pipe)
@@ -247,7 +281,7 @@ class Adapter:
         """The number of classes; 0 where it is not known."""
         return int(
             getattr(self.pipe.config, "classes", None)
-            or getattr(self.denoiser.config, "num_embeds_ada_norm", None)
+            or getattr(getattr(self.denoiser, "config", None), "num_embeds_ada_norm", None)
             or 0
         )
 
@@ -266,26 +300,46 @@ class Adapter:
 
     def check(self, protocol: Protocol) -> None:
         """Raise AquabitError where the pipeline or its sampler would ignore what the protocol asks for."""
-        name, sampler = type(self.pipe).__name__, type(self.pipe.scheduler).__name__
-        step = inspect.signature(self.pipe.scheduler.step).parameters
+        name, sampler = type(self.pipe).__name__, scheduler_of(self.pipe)
+        step = {} if sampler is None else inspect.signature(sampler.step).parameters
         if protocol.eta and not ("eta" in self.parameters and "eta" in step):
             raise AquabitError(
-                f"eta is {protocol.eta:g}, but {name} with {sampler} has no eta; use --scheduler ddim or"
-                " eta 0"
+                f"eta is {protocol.eta:g}, but {name} with {type(sampler).__name__} has no eta; use"
+                " --scheduler ddim or eta 0"
             )
-        distilled = (
-            self.family is not None
-            and self.family.embedded
-            and not getattr(self.denoiser.config, "guidance_embeds", False)
-        )
-        if protocol.guidance != 1.0 and ("guidance_scale" not in self.parameters or distilled):
+        if protocol.guidance != 1.0 and self.guidance is None:
             raise AquabitError(f"guidance is {protocol.guidance:g}, but this {name} has no guidance; use 1")
+        if "num_inference_steps" not in self.parameters:
+            raise AquabitError(
+                f"{name} takes no number of steps (num_inference_steps), so none can be asked for"
+            )
         if protocol.conditions is not None and self.kind == "batch_size":
             raise AquabitError(f"{name} is unconditional; it takes no prompts or classes")
         own, asked = image_size(self.pipe), protocol.resolution
         if asked is not None and (asked, asked) != own and "height" not in self.parameters:
             side = "its own number of" if own is None else " x ".join(map(str, dict.fromkeys(own)))
             raise AquabitError(f"resolution is {asked}, but {name} makes images of {side} pixels only")
+        if protocol.frames is not None and "num_frames" not in self.parameters:
+            raise AquabitError(f"frames is {protocol.frames}, but {name} takes no number of frames")
+        asked = None if (asked, asked) == own else asked  # what would be made anyhow
+        check_effects(self.pipe, self._run, replace(protocol, resolution=asked))
+
+    @property
+    def usual_steps(self) -> int:
+        """The number of steps that the pipeline makes where none is asked for."""
+        own = self.parameters.get("num_inference_steps")
+        return own.default if own is not None and isinstance(own.default, int) else 10
+
+    @property
+    def guidance(self) -> str | None:
+        """The argument that takes guidance, or "guider", the component that has it; None where there is
+        neither."""
+        if hasattr(getattr(self.pipe, "guider", None), "guidance_scale"):
+            return "guider"
+        known = (self.family.guidance,) if self.family else GUIDANCE
+        if not getattr(getattr(self.denoiser, "config", None), "guidance_embeds", False):
+            known = known[::-1]  # where both are there, the other one is of distilled denoisers
+        return next((name for name in known if name in self.parameters), None)
 
     def batches(self, protocol: Protocol) -> list[range]:
         return [
@@ -300,20 +354,35 @@ class Adapter:
         Raises AquabitError for what the pipeline refuses, and where memory ends.
         """
         self.check(protocol)
-        refollow_(self.denoiser, self.pipe.scheduler)  # it may have been replaced
+        refollow_(self.denoiser, scheduler_of(self.pipe))  # it may have been replaced
+        if self.family is not None and self.family.alone:
+            one = replace(protocol, micro_batch=1)
+            images = torch.cat([self._run(one, range(i, i + 1), gradients) for i in indices])
+        else:
+            images = self._run(protocol, indices, gradients)
+        side = protocol.resolution
+        if side is not None and tuple(images.shape[-2:]) != (side, side):
+            made = " x ".join(map(str, images.shape[-2:]))
+            raise AquabitError(
+                f"resolution is {side}, but {type(self.pipe).__name__} makes images of {made} pixels of that;"
+                " use a multiple of 64"
+            )
+        return images if gradients else images.float().cpu()
+
+    def _run(self, protocol: Protocol, indices: range, gradients: bool = False) -> Tensor:
+        """The images of some indices as the pipeline gives them, of what was padded the first ones."""
         padded = [*indices, *[indices[-1]] * (protocol.micro_batch - len(indices))]
+        name, call = type(self.pipe).__name__, type(self.pipe).__call__
         with as_measured(self.pipe, protocol, indices.start):
             arguments = self._arguments(protocol, padded)
             if gradients:
-                call = type(self.pipe).__call__
                 with torch.enable_grad():  # below what switches it off
-                    found: Tensor = getattr(call, "__wrapped__", call)(self.pipe, **arguments).images
-                return found[: len(indices)]
-            with torch.inference_mode():
-                images = self.pipe(**arguments).images
-        if not isinstance(images, Tensor):
-            images = torch.from_numpy(images).permute(0, 3, 1, 2)
-        return images[: len(indices)].float().cpu()
+                    output = getattr(call, "__wrapped__", call)(self.pipe, **arguments)
+            else:
+                with torch.inference_mode():
+                    output = call(self.pipe, **arguments)
+        images = images_of(output, len(padded), name)
+        return images[: len(indices) * (len(images) // len(padded))]
 
     def _arguments(self, protocol: Protocol, indices: Sequence[int]) -> dict[str, Any]:
         """Arguments of the pipeline's call for some images."""
@@ -322,16 +391,24 @@ class Adapter:
         given: dict[str, Any] = {
             "generator": [torch.Generator("cpu").manual_seed(protocol.seed + i) for i in indices],
             "num_inference_steps": protocol.steps,
-            "guidance_scale": protocol.guidance,
+            str(self.guidance): protocol.guidance - 1.0 + (self.family.off if self.family else 1.0),
             "eta": protocol.eta,
             "output_type": "pt",
             "height": protocol.resolution,
             "width": protocol.resolution,
-            **(self.family.options if self.family else {}),
+            "num_frames": protocol.frames,
         }
-        given = {k: v for k, v in given.items() if k in self.parameters and v is not None}
+        always = {**EVERYWHERE, **(self.family.options if self.family else {})}
+        if self.guidance == "true_cfg_scale":  # it acts beside a negative prompt
+            given["negative_prompt"] = [""] * len(here) if protocol.guidance != 1.0 else None
+        given = {k: v for k, v in given.items() if v is not None} | always
+        given = {k: v for k, v in given.items() if k in self.parameters}
+        if self.family is not None and self.family.alone:
+            given["generator"] = given["generator"][0]
+        if "batch_size" in self.parameters:
+            given["batch_size"] = len(here)
         if self.kind == "batch_size":
-            return given | {"batch_size": len(here)}
+            return given
         if self.family is None or not self.family.encodings:
             return given | {str(self.kind): here}
         every, guided = [str(c) for c in conditions], protocol.guidance > 1.0 and not self.family.embedded
@@ -343,20 +420,11 @@ class Adapter:
 
     def first_inputs(self, protocol: Protocol) -> Call:
         """Inputs of the first denoiser call of ``protocol``'s first micro-batch; no image is finished."""
-        found: list[Call] = []
-
-        def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found.append((args, kwargs))
-            raise _Seen
-
-        handle = self.denoiser.register_forward_pre_hook(stop, with_kwargs=True)
-        try:
-            self.images(protocol, self.batches(protocol)[0])
-        except _Seen:
-            pass
-        finally:
-            handle.remove()
-        return found[0]
+        self.check(protocol)
+        found = first_inputs(self.denoiser, partial(self._run, protocol, self.batches(protocol)[0]))
+        if found is None:
+            raise AquabitError(f"{type(self.pipe).__name__} makes its images without a call of its denoiser")
+        return found
 
     def first_call(self, protocol: Protocol) -> Callable[[], object]:
         """The first denoiser call of ``protocol``'s first micro-batch, to be made again; no image is

@@ -17,6 +17,10 @@ from aquabit.scheme import AquabitError
 Kind = Literal["class_labels", "prompt", "batch_size"]
 KINDS: tuple[Kind, ...] = ("class_labels", "prompt", "batch_size")
 DENOISERS = ("denoiser", "transformer", "unet")  # where a pipeline holds its denoiser
+NETWORKS = (
+    "diffusers.models.transformers",
+    "diffusers.models.unets",
+)  # and where diffusers has their classes
 DECODERS = ("vae", "vqvae", "movq")  # and what makes images of its latents
 
 
@@ -34,9 +38,10 @@ class Encoding:
 class Family:
     """``pipelines`` are classes of diffusers (or ours); operator types follow from the denoiser's class
     (``aquabit.graph``). ``encodings`` are how prompts become embeddings; none: the pipeline encodes its
-    prompts itself, in every call. ``options`` are arguments of every call. ``embedded``: guidance is an input
-    of the denoiser, where its config says so, and never a second branch. ``resolution`` [pixels] and
-    ``example`` are those of the published model.
+    prompts itself, in every call. ``options`` are arguments of every call. ``guidance`` is the argument that
+    takes it, ``off`` its value where there is none (guidance 1); ``embedded``: guidance is an input of the
+    denoiser, where its config says so, and never a second branch. ``alone``: a call makes one sample.
+    ``resolution`` [pixels] and ``example`` are those of the published model.
     """
 
     name: str
@@ -44,7 +49,10 @@ class Family:
     kind: Kind
     encodings: tuple[Encoding, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
+    guidance: str = "guidance_scale"
     embedded: bool = False
+    off: float = 1.0
+    alone: bool = False
     resolution: int | None = None
     example: str = ""
 
@@ -63,9 +71,21 @@ _MASKED = (
     "negative_prompt_embeds",
     "negative_prompt_attention_mask",
 )
+_CHROMA = (
+    "prompt_embeds",
+    None,
+    "prompt_attention_mask",
+    "negative_prompt_embeds",
+    None,
+    "negative_prompt_attention_mask",
+)
 _HUNYUAN = (*_PAIR, "prompt_attention_mask", "negative_prompt_attention_mask")
-_EXACT = {"use_resolution_binning": False}  # the resolution that is asked for, not the nearest of a list
-_AS_IS = {"clean_caption": False}  # cleaning needs bs4 and ftfy: images would depend on what is installed
+# arguments of every pipeline that takes them
+EVERYWHERE: Mapping[str, Any] = {
+    "clean_caption": False,  # it needs bs4 and ftfy: images would depend on what is installed
+    "use_resolution_binning": False,  # the resolution that is asked for, not the nearest of a list
+    "guidance_schedule": None,  # it would stand in guidance's place
+}
 
 FAMILIES: tuple[Family, ...] = (
     Family(
@@ -88,8 +108,7 @@ FAMILIES: tuple[Family, ...] = (
         "pixart-alpha",
         ("PixArtAlphaPipeline",),
         "prompt",
-        (Encoding(_MASKED, arguments=_AS_IS),),
-        {**_EXACT, **_AS_IS},
+        (Encoding(_MASKED),),
         resolution=1024,
         example="PixArt-alpha/PixArt-XL-2-1024-MS",
     ),
@@ -97,8 +116,7 @@ FAMILIES: tuple[Family, ...] = (
         "pixart-sigma",
         ("PixArtSigmaPipeline",),
         "prompt",
-        (Encoding(_MASKED, arguments=_AS_IS),),
-        {**_EXACT, **_AS_IS},
+        (Encoding(_MASKED),),
         resolution=1024,
         example="PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",
     ),
@@ -110,7 +128,6 @@ FAMILIES: tuple[Family, ...] = (
             Encoding(_HUNYUAN, "", {"text_encoder_index": 0, "max_sequence_length": 77}),  # CLIP
             Encoding(_HUNYUAN, "_2", {"text_encoder_index": 1, "max_sequence_length": 256}),  # mT5
         ),
-        _EXACT,
         resolution=1024,
         example="Tencent-Hunyuan/HunyuanDiT-Diffusers",
     ),
@@ -131,6 +148,91 @@ FAMILIES: tuple[Family, ...] = (
         resolution=1024,
         example="black-forest-labs/FLUX.1-dev",
     ),
+    Family(
+        "flux2",
+        ("Flux2Pipeline",),
+        "prompt",
+        (Encoding(("prompt_embeds", None)),),
+        embedded=True,
+        example="black-forest-labs/FLUX.2-dev",
+    ),
+    Family("flux2-klein", ("Flux2KleinPipeline",), "prompt", example="black-forest-labs/FLUX.2-klein-4B"),
+    Family(
+        "qwen-image",
+        ("QwenImagePipeline",),
+        "prompt",
+        guidance="true_cfg_scale",
+        resolution=1024,
+        example="Qwen/Qwen-Image",
+    ),
+    Family(
+        "z-image", ("ZImagePipeline",), "prompt", off=0.0, resolution=1024, example="Tongyi-MAI/Z-Image-Turbo"
+    ),
+    Family(
+        "chroma",
+        ("ChromaPipeline",),
+        "prompt",
+        (Encoding(_CHROMA),),
+        resolution=1024,
+        example="lodestones/Chroma1-HD",
+    ),
+    Family("cogview4", ("CogView4Pipeline",), "prompt", resolution=1024, example="zai-org/CogView4-6B"),
+    Family(
+        "lumina2",
+        ("Lumina2Pipeline",),
+        "prompt",
+        (Encoding(_MASKED),),
+        resolution=1024,
+        example="Alpha-VLLM/Lumina-Image-2.0",
+    ),
+    Family(
+        "hidream", ("HiDreamImagePipeline",), "prompt", resolution=1024, example="HiDream-ai/HiDream-I1-Full"
+    ),
+    Family(
+        "sana",
+        ("SanaPipeline",),
+        "prompt",
+        (Encoding(_MASKED),),
+        resolution=1024,
+        example="Efficient-Large-Model/Sana_1600M_1024px_diffusers",
+    ),
+    Family(
+        "sana-sprint",
+        ("SanaSprintPipeline",),
+        "prompt",
+        options={"intermediate_timesteps": None},  # one that two steps alone allow
+        resolution=1024,
+        example="Efficient-Large-Model/Sana_Sprint_1.6B_1024px_diffusers",
+    ),
+    Family(
+        "prx",
+        ("PRXPipeline",),
+        "prompt",
+        alone=True,  # with guidance it takes its batch for one image
+        resolution=512,
+        example="Photoroom/prx-512-t2i-sft",
+    ),
+    Family(
+        "auraflow",
+        ("AuraFlowPipeline",),
+        "prompt",
+        (Encoding(_MASKED),),
+        resolution=1024,
+        example="fal/AuraFlow-v0.3",
+    ),
+    Family("wan", ("WanPipeline",), "prompt", (Encoding(_PAIR),), example="Wan-AI/Wan2.1-T2V-1.3B-Diffusers"),
+    Family("ltx", ("LTXPipeline",), "prompt", (Encoding(_MASKED),), example="Lightricks/LTX-Video"),
+    Family(
+        "hunyuan-video",
+        ("HunyuanVideoPipeline",),
+        "prompt",
+        (Encoding(("prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask")),),
+        embedded=True,
+        example="hunyuanvideo-community/HunyuanVideo",
+    ),
+    Family("cogvideox", ("CogVideoXPipeline",), "prompt", (Encoding(_PAIR),), example="zai-org/CogVideoX-2b"),
+    Family("amused", ("AmusedPipeline",), "prompt", alone=True, resolution=512, example="amused/amused-512"),
+    Family("krea2", ("Krea2Pipeline",), "prompt", off=0.0, example="krea/Krea-2"),
     Family("dit", ("DiTPipeline",), "class_labels", resolution=256, example="facebook/DiT-XL-2-256"),
     Family(
         "ldm-class",
@@ -158,18 +260,47 @@ def family(pipe: DiffusionPipeline) -> Family | None:
     return next((_BY_CLASS[base.__name__] for base in type(pipe).__mro__ if base.__name__ in _BY_CLASS), None)
 
 
-def denoiser_name(pipe: DiffusionPipeline) -> str:
-    """The attribute that holds the denoiser; raises AquabitError where there is none."""
-    for name in DENOISERS:
-        if isinstance(getattr(pipe, name, None), nn.Module):
-            return name
-    raise AquabitError(f"{type(pipe).__name__} has no denoiser: none of {', '.join(DENOISERS)} is a network")
+def denoiser_names(pipe: Any) -> list[str]:
+    """The attributes that hold denoisers: by their usual names, then by what class of diffusers they are."""
+    named = [name for name in DENOISERS if isinstance(getattr(pipe, name, None), nn.Module)]
+    parts = [name for name, part in getattr(pipe, "config", {}).items() if isinstance(part, tuple | list)]
+    return list(dict.fromkeys([*named, *(n for n in parts if _is_network(getattr(pipe, n, None)))]))
 
 
-def denoiser_of(pipe: DiffusionPipeline | nn.Module) -> nn.Module:
+def _is_network(part: Any) -> bool:
+    """Whether a component is of a class that denoises; an adapter's weights are in the denoiser itself."""
+    bases = type(part).__mro__ if isinstance(part, nn.Module) else ()
+    return any(b.__module__.startswith(NETWORKS) and b.__name__ != "MotionAdapter" for b in bases)
+
+
+def denoiser_name(pipe: Any) -> str:
+    """The attribute that holds the denoiser; raises AquabitError where there is none, and where there are
+    several, of which all but one would stay as they are."""
+    names, kind = denoiser_names(pipe), type(pipe)
+    if not names:
+        raise AquabitError(f"{kind.__name__} has no denoiser: none of {', '.join(DENOISERS)} is a network")
+    if len(names) == 1:
+        return names[0]
+    optional = [name for name in names[1:] if name in kind._optional_components]
+    if len(optional) == len(names) - 1:
+        do = f"load it without ({', '.join(f'{name}=None' for name in optional)}) where the model allows that"
+    else:
+        do = "give a pipeline that holds one of them"
+    raise AquabitError(
+        f"{kind.__name__} has {len(names)} denoisers, {', '.join(names)}, and one is quantized at a time:"
+        f" {', '.join(names[1:])} would stay in full precision, unmeasured and uncounted; {do}"
+    )
+
+
+def denoiser_of(pipe: Any) -> nn.Module:
     module = pipe if isinstance(pipe, nn.Module) else getattr(pipe, denoiser_name(pipe))
     assert isinstance(module, nn.Module)
     return module
+
+
+def scheduler_of(pipe: Any) -> Any:
+    """The pipeline's sampler; None where it has none."""
+    return getattr(pipe, "scheduler", None)
 
 
 def family_notes(pipe: DiffusionPipeline) -> list[str]:

@@ -5,27 +5,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from aquabit.pipelines.family import denoiser_name
+from aquabit.pipelines.family import scheduler_of
+from aquabit.pipelines.image_maker import ImageMaker
 from aquabit.quant.correction.sampling import Watcher, following
 from aquabit.scheme import AquabitError
 from aquabit.scheme import Protocol as Settings
 
 ADVICE = {torch.float16: "use --dtype bfloat16 or float32", torch.bfloat16: "use --dtype float32"}
 DAMAGED = "the model's files may be damaged, or of another pipeline"
-
-
-class MakesImages(Protocol):
-    """``Adapter``, as far as it is needed here."""
-
-    pipe: DiffusionPipeline
-
-    def images(self, protocol: Settings, indices: range, gradients: bool = False) -> Tensor: ...
 
 
 class NotFinite(AquabitError):
@@ -41,7 +33,7 @@ class _Steps(Watcher):
         self.step = step
 
 
-def finite_images(adapter: MakesImages, protocol: Settings, indices: range) -> Tensor:
+def finite_images(adapter: ImageMaker, protocol: Settings, indices: range) -> Tensor:
     """``adapter.images`` of a denoiser in full precision. Raises AquabitError, naming the dtype, the sampling
     step and the layer, where what the denoiser returns, or an image, is NaN or infinite."""
     try:
@@ -51,17 +43,16 @@ def finite_images(adapter: MakesImages, protocol: Settings, indices: range) -> T
 
 
 def checked_images(
-    adapter: MakesImages, protocol: Settings, indices: range, gradients: bool = False
+    adapter: ImageMaker, protocol: Settings, indices: range, gradients: bool = False
 ) -> Tensor:
     """``adapter.images``; raises NotFinite at the first output of the denoiser that is NaN or infinite, and
     for such images. ``broken`` then says where."""
-    denoiser = getattr(adapter.pipe, denoiser_name(adapter.pipe))
 
     def check(*given: Any) -> None:
         if not _finite(given[-1]):
             raise NotFinite("the denoiser's output is not finite")
 
-    handle = denoiser.register_forward_hook(check)
+    handle = adapter.denoiser.register_forward_hook(check)
     try:
         images = adapter.images(protocol, indices, gradients=gradients)
     finally:
@@ -71,10 +62,10 @@ def checked_images(
     return images
 
 
-def broken(adapter: MakesImages, protocol: Settings, indices: range) -> AquabitError:
+def broken(adapter: ImageMaker, protocol: Settings, indices: range) -> AquabitError:
     """What to say of images that are not finite: they are made again, and every layer is looked at."""
-    pipe = adapter.pipe
-    own, steps, found = denoiser_name(pipe), _Steps(), list[str]()
+    pipe, denoiser, steps, found = adapter.pipe, adapter.denoiser, _Steps(), list[str]()
+    components: Mapping[str, Any] = getattr(pipe, "components", {"denoiser": denoiser})
 
     def look(name: str, values: Sequence[tuple[str, Any]], masks: bool = False) -> None:
         for what, value in values:
@@ -90,12 +81,11 @@ def broken(adapter: MakesImages, protocol: Settings, indices: range) -> AquabitE
 
     try:
         with ExitStack() as stack:
-            scheduler = getattr(pipe, "scheduler", None)
-            if scheduler is not None:
-                stack.enter_context(following(getattr(pipe, own), scheduler, [steps]))
-            for part, module in pipe.components.items():
+            if scheduler_of(pipe) is not None:
+                stack.enter_context(following(denoiser, scheduler_of(pipe), [steps]))
+            for part, module in components.items():
                 if isinstance(module, nn.Module):
-                    stack.enter_context(_looking(module, "" if part == own else part, look))
+                    stack.enter_context(_looking(module, "" if module is denoiser else part, look))
             look(f"the pipeline {type(pipe).__name__}", [("an image", adapter.images(protocol, indices))])
     except NotFinite:
         return AquabitError(found[0])

@@ -23,14 +23,16 @@ from aquabit.file_memory import CopiesInFiles
 from aquabit.jsonio import read_json
 from aquabit.pipelines.class_conditional import ClassConditionalPipeline
 from aquabit.pipelines.class_latent import ClassEmbedder, ClassLatentPipeline
-from aquabit.pipelines.family import DENOISERS
+from aquabit.pipelines.family import DENOISERS, scheduler_of
 from aquabit.pipelines.lora import fuse_loras_
+from aquabit.pipelines.own_model import Model, named_model
 from aquabit.pipelines.prompts import can_reload
 from aquabit.pipelines.reference import Reference, file_and_scale
 from aquabit.pipelines.weights_files import check_complete, origin
 from aquabit.quant.bank import weights_folder
 from aquabit.runtime import out_of_memory
 from aquabit.scheme import AquabitError
+from aquabit.user_code import names_function
 
 BUNDLED = Path(__file__).parent / "bundled"
 FILES = (".safetensors", ".gguf")  # of weights alone
@@ -56,7 +58,7 @@ def bundled_facts() -> list[dict[str, Any]]:
 
 
 def load(
-    model: str | Path | DiffusionPipeline,
+    model: str | Path | DiffusionPipeline | Model,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | str = "float32",
     offload: bool = False,
@@ -64,25 +66,29 @@ def load(
     variant: str | None = None,
     base: str | Path | None = None,
     loras: Sequence[str] = (),
-) -> DiffusionPipeline:
+    into: Model | None = None,
+) -> Any:
     """The pipeline that ``model`` names, on a device and in a dtype; a packed artifact comes back running
-    packed.
+    packed. ``module:function`` runs that function, which returns a ``Model`` of the user's own.
 
     ``variant`` ("fp16") names the files of a folder or hub id that are meant. ``model`` may be a file of
     weights (.safetensors, .gguf): of a denoiser, or of a whole pipeline where ``from_single_file`` of its
     class reads it; ``base`` is the pipeline that it belongs to, for its configs and all that the file lacks.
     GGUF is taken as the full precision of what it decodes to. ``loras`` ("FILE" or "FILE:SCALE") are fused
     with its weights. All of these may stand in ``model``, as in "org/name?variant=fp16&lora=FILE:0.8".
-    ``offload``: components wait on the CPU and are on the GPU only while they run.
+    ``into``: the model of the user's own that ``model``, a folder, is a packed artifact of; a copy of it then
+    runs from the codes. ``offload``: components wait on the CPU and are on the GPU only while they run.
     Raises AquabitError for an unknown name, a folder that is no pipeline or lacks components, files that are
     damaged or do not fit, a hub that does not give the model, and a device that is not there.
     """
-    if isinstance(model, DiffusionPipeline):
+    if isinstance(model, DiffusionPipeline | Model):
         if variant is not None or base is not None or loras:
-            raise AquabitError(
-                "variant, base and loras say what is loaded, and this pipeline is loaded already"
-            )
+            raise AquabitError("variant, base and loras say what is loaded, and this model is loaded already")
+        if into is not None:
+            raise AquabitError("into is for the folder of a packed artifact; the model given is in memory")
         return model
+    if into is not None:
+        return _packed_into(into, Path(model))
     check_device(device, offload)
     dtype = _dtype(dtype)
     reference = Reference.parse(str(model)).with_(variant, None if base is None else str(base), loras)
@@ -93,6 +99,12 @@ def load(
             pipe.enable_model_cpu_offload(device=device)
         return pipe
     name, variant = reference.model, reference.variant
+    if names_function(name):
+        if offload or reference.text != name:
+            raise AquabitError(
+                f"{name} is a model of your own, which has no variant and is not offloaded; leave these out"
+            )
+        return named_model(name, device, dtype)
     folder = BUNDLED / name if name in bundled_models() else Path(name)
     if folder.is_file():
         if variant is not None:
@@ -108,7 +120,8 @@ def load(
     if name.count("/") != 1 or folder.is_absolute() or name.startswith((".", "~")):
         raise AquabitError(
             f"unknown model {name!r}; bundled are {', '.join(bundled_models())}, else give a diffusers"
-            " directory, a hub id, or a file of weights (.safetensors, .gguf)"
+            " directory, a hub id, a file of weights (.safetensors, .gguf), or module:function for a model of"
+            " your own"
         )
     pipe = _guarded(
         name, lambda: DiffusionPipeline.from_pretrained(name, dtype=dtype, variant=variant), device
@@ -116,15 +129,28 @@ def load(
     return _bound(pipe, reference, dtype, device, offload)
 
 
-def sources_of(model: str | Path | DiffusionPipeline) -> set[str]:
+def sources_of(model: str | Path | DiffusionPipeline | Model) -> set[str]:
     """Where a pipeline and its components were loaded from: folders, of which some may not be there (ids of
     the hub, and what diffusers and transformers remember of other machines)."""
+    if isinstance(model, Model) or names_function(str(model)):
+        return set()
     if not isinstance(model, DiffusionPipeline):
         named = Reference.parse(str(model))
         places = (named.model, named.base, *(file_and_scale(lora)[0] for lora in named.loras))
         return {str(BUNDLED / p if p in bundled_models() else p) for p in places if p is not None}
     origins = (origin(part) for part in (model, *model.components.values()))
     return {name for name in origins if name is not None}
+
+
+def _packed_into(model: Model, folder: Path) -> Model:
+    """A copy of a model of the user's own that runs from the codes of an artifact, on the model's device."""
+    from aquabit.quant.bare_artifact import load_bare_denoiser_
+
+    if not isinstance(model, Model):
+        raise AquabitError(f"into is a {type(model).__name__}; it must be the aquabit.Model of {folder}")
+    own = model.copied()
+    load_bare_denoiser_(own.denoiser.eval(), folder)
+    return own
 
 
 def check_device(device: str | torch.device, offload: bool = False) -> None:
@@ -158,6 +184,13 @@ def _index(folder: Path) -> dict[str, Any]:
     """What a pipeline's folder says of its class and components."""
     index = folder / "model_index.json"
     if not index.exists():
+        from aquabit.quant.bare_artifact import is_bare
+
+        if is_bare(folder):
+            raise AquabitError(
+                f"{folder} holds the packed denoiser of a model of one's own, and not the model: give it too,"
+                " load(folder, into=model) or --model module:function"
+            )
         raise AquabitError(f"{folder} is not a diffusers pipeline: it has no model_index.json")
     described = read_json(index)
     if not isinstance(described, dict) or not isinstance(described.get("_class_name"), str):
@@ -313,9 +346,9 @@ def _bound(
     can_reload(pipe, _reloader(pipe, source, dtype, device))
     packed = [(part, found) for part in pipe.components.values() if (found := contents_of(part)) is not None]
     for denoiser, found in packed:
-        refollow_(denoiser, pipe.scheduler)
+        refollow_(denoiser, scheduler_of(pipe))
         if found.statistics is not None:
-            corrected_(denoiser, pipe.scheduler, found.statistics, found.config.correction)
+            corrected_(denoiser, scheduler_of(pipe), found.statistics, found.config.correction)
     if offload:
         pipe.enable_model_cpu_offload(device=device)
         return pipe

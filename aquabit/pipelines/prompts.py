@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from aquabit.pipelines.family import Encoding
+from aquabit.pipelines.family import EVERYWHERE, Encoding
 from aquabit.scheme import AquabitError
 
 Encoders = Mapping[str, Any]  # component name -> text encoder
@@ -50,6 +51,11 @@ def embeddings(
     after encoders were freed that cannot be loaded again.
     """
     known = _known(pipe)
+    if not guided:  # what guidance needs holds it
+        for (prompt, with_), row in list(known.embeddings.items()):
+            if with_:
+                own = {k: v for k, v in row.items() if not k.startswith("negative_")}
+                known.embeddings.setdefault((prompt, False), own)
     missing = [p for p in dict.fromkeys(every) if (p, guided) not in known.embeddings]
     if missing:
         restore_text_encoders(pipe)
@@ -65,10 +71,12 @@ def embeddings(
 def _encoded(
     pipe: Any, encodings: Sequence[Encoding], prompt: str, guided: bool, known: _Known
 ) -> dict[str, Tensor]:
-    import inspect
-
     parameters = inspect.signature(pipe.encode_prompt).parameters
+    own = {k: p.default for k, p in inspect.signature(type(pipe).__call__).parameters.items()}
+    own = {k: v for k, v in own.items() if v is not None and v is not inspect.Parameter.empty}
     common = {
+        **own,  # as the pipeline's own call would have it
+        **EVERYWHERE,
         "prompt": [prompt],
         "device": pipe._execution_device,
         "num_images_per_prompt": 1,
@@ -78,7 +86,7 @@ def _encoded(
     for encoding in encodings:
         with torch.no_grad():
             result = pipe.encode_prompt(
-                **{k: v for k, v in common.items() if k in parameters}, **encoding.arguments
+                **{k: v for k, v in {**common, **encoding.arguments}.items() if k in parameters}
             )
         named = zip(encoding.returns, result, strict=True)
         found |= {

@@ -27,7 +27,12 @@ def as_measured(pipe: DiffusionPipeline, protocol: Protocol, first: int) -> Iter
         for name in ("safety_checker", "watermark"):  # they replace or change images
             if getattr(pipe, name, None) is not None:
                 stack.callback(pipe.__dict__.__setitem__, name, pipe.__dict__[name])
-                pipe.__dict__[name] = None
+                pipe.__dict__[name] = (
+                    _LetsPass() if hasattr(pipe.__dict__[name], "check_video_safety") else None
+                )
+        if hasattr(guider := getattr(pipe, "guider", None), "guidance_scale"):
+            stack.callback(pipe.__dict__.__setitem__, "guider", guider)
+            pipe.__dict__["guider"] = guider.new(guidance_scale=protocol.guidance)  # type: ignore[union-attr]
         for name in DECODERS:
             if (
                 isinstance(decoder := getattr(pipe, name, None), nn.Module)
@@ -40,6 +45,20 @@ def as_measured(pipe: DiffusionPipeline, protocol: Protocol, first: int) -> Iter
         yield
 
 
+class _LetsPass:
+    """Stands for a safety checker that a pipeline does not run without (Cosmos): everything passes, as where
+    others have none."""
+
+    def to(self, device: Any) -> _LetsPass:
+        return self
+
+    def check_text_safety(self, prompt: str) -> bool:
+        return True
+
+    def check_video_safety(self, frames: Any) -> Any:
+        return frames
+
+
 @contextmanager
 def _one_by_one(decoder: Any) -> Iterator[None]:
     """``decoder.decode`` on one image at a time: a batch at full resolution takes more memory than the
@@ -47,13 +66,21 @@ def _one_by_one(decoder: Any) -> Iterator[None]:
     whole = decoder.decode
 
     def decode(latents: Tensor, *args: Any, generator: Any = None, **kwargs: Any) -> Any:
+        rows = len(latents)
+
+        def of(value: Any, i: int) -> Any:
+            """What an argument is for one image: its row where it has one for each, as timesteps."""
+            own = isinstance(value, Tensor) and value.ndim and len(value) == rows
+            return value[i : i + 1] if own else value
+
         parts = []
         for i, row in enumerate(latents.split(1)):
             if generator is None:
                 own = {}
             else:
                 own = {"generator": generator[i] if isinstance(generator, list) else generator}
-            parts.append(whole(row, *args, **own, **kwargs))
+            own |= {k: of(v, i) for k, v in kwargs.items()}
+            parts.append(whole(row, *(of(a, i) for a in args), **own))
         if isinstance(parts[0], tuple):
             return (torch.cat([part[0] for part in parts]), *parts[0][1:])
         parts[0].sample = torch.cat([part.sample for part in parts])
@@ -66,20 +93,24 @@ def _one_by_one(decoder: Any) -> Iterator[None]:
         del decoder.decode
 
 
+# what says in plain words that a pipeline does not do a thing, or lacks a package that is not installed
+_PLAIN = (ValueError, NotImplementedError, ImportError, NameError)
+
+
 @contextmanager
 def _said(name: str, protocol: Protocol) -> Iterator[None]:
     try:
         yield
     except AquabitError:
         raise
-    except (ValueError, TypeError, RuntimeError, MemoryError) as error:
+    except Exception as error:  # of the pipeline's own code
         if out_of_memory(error):
             raise AquabitError(
                 f"out of memory while {name} made {protocol.micro_batch} images at once; lower --micro-batch"
                 " or the resolution, use --dtype bfloat16, or load it with offload on a GPU (generate"
                 " --offload)"
             ) from error
-        if not isinstance(error, ValueError):
+        if not (isinstance(error, _PLAIN) or type(error) is Exception):
             raise
         raise AquabitError(
             f"{name} does not make these images: {' '.join(str(error).split()).rstrip('.')}"

@@ -12,7 +12,7 @@ from torch import Tensor
 from aquabit.quality import distances, paired
 from aquabit.quality.distances import Array
 from aquabit.quality.feature_statistics import FeatureStatistics
-from aquabit.quality.features import WITHOUT_REAL, FeatureExtractor, Features, unit_images
+from aquabit.quality.features import WITHOUT_REAL, FeatureExtractor, Features, any_numbers, unit_images
 from aquabit.quality.lpips import Lpips
 from aquabit.quality.moments import Moments
 from aquabit.quality.pretrained import ClipFeatures
@@ -22,6 +22,7 @@ from aquabit.scheme import LOWER_IS_BETTER, AquabitError, direction
 
 PAIRED = ("mse", "psnr", "ssim", "feature_distance", "lpips")
 _PIXELS = ("mse", "psnr", "ssim")  # need no features
+ANY_NUMBERS = ("mse", "psnr")  # of these, what arrays that are no images can be measured by
 _NEEDS_LABELS, _NEEDS_PROMPTS = "accuracy", "clip_score"
 
 
@@ -39,11 +40,16 @@ class Quality:
     ``update`` once per micro batch, then ``compute``. Images are reduced at once; what stays is moments and
     sums, whose size does not depend on the number of images, and pooled features of at most KEPT images where
     a wanted metric needs them (KID, CMMD, precision, recall). ``metrics=None`` means all that the inputs
-    allow; ``own`` are the user's, and need full-precision images.
+    allow; ``own`` are the user's, and need full-precision images. ``images=False``: what is measured is any
+    numbers [n, ...], by mse, psnr (as if 1 were their range) and the user's own.
     """
 
     def __init__(
-        self, sources: Sequence[Source], metrics: Sequence[str] | None = None, own: Sequence[UserMetric] = ()
+        self,
+        sources: Sequence[Source],
+        metrics: Sequence[str] | None = None,
+        own: Sequence[UserMetric] = (),
+        images: bool = True,
     ) -> None:
         for source in sources:
             if source.reference is not None and source.extractor.digest != source.reference.extractor:
@@ -67,7 +73,8 @@ class Quality:
         self._jobs: Mapping[str, tuple[int, str]] = {
             m: served[m] for m in LOWER_IS_BETTER if m in wanted and m in served
         }
-        self._pixels = [m for m in _PIXELS if m in wanted]
+        self._read = unit_images if images else any_numbers
+        self._pixels = [m for m in _PIXELS if m in wanted and (images or m in ANY_NUMBERS)]
         self._sources = tuple(sources)
         self._collected = [
             FeatureStatistics(k for j, k in self._jobs.values() if j == i) for i in range(len(sources))
@@ -85,11 +92,11 @@ class Quality:
         Raises NonFiniteImages, and AquabitError for other images that cannot be measured; nothing of the
         batch is then taken in.
         """
-        x = unit_images(images)
+        x = self._read(images)
         y = (
             None
             if full_precision_images is None
-            else unit_images(full_precision_images, "full-precision images")
+            else self._read(full_precision_images, "full-precision images")
         )
         labels, prompts = _asked(conditions, len(x))
         inputs = (y is not None, labels is not None, prompts is not None)

@@ -128,6 +128,16 @@ def unit_images(images: Any, what: str = "images") -> Tensor:
     return tensor
 
 
+def any_numbers(values: Any, what: str = "arrays") -> Tensor:
+    """Arrays [n, ...] that are no images as float32 on the CPU; raises NonFiniteImages as ``unit_images``
+    does."""
+    tensor = torch.as_tensor(values).detach().to("cpu", torch.float32)
+    bad = int((~tensor.isfinite()).flatten(1).any(1).sum())
+    if bad:
+        raise NonFiniteImages(bad, len(tensor), what)
+    return tensor
+
+
 def rgb(images: Tensor) -> Tensor:
     """Images [n, 1 or 3, h, w] in [0, 1] as [n, 3, h, w] in 0..255, rounded to what an 8-bit file holds:
     published numbers are of files.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from aquabit.jsonio import record
-from aquabit.quality.accumulator import PAIRED, Quality, Source
+from aquabit.quality.accumulator import ANY_NUMBERS, PAIRED, Quality, Source
 from aquabit.quality.feature_statistics import KEPT, FeatureStatistics
 from aquabit.quality.features import METRICS_OF, WITHOUT_REAL, FeatureExtractor, unit_images
 from aquabit.quality.folder import ImageFolder, unreadable_note
@@ -95,14 +95,28 @@ class QualityMeter:
     images kept in ``cache``.
 
     ``own`` is the extractor and reference that belong to the model itself; an extractor of the user's takes
-    the place of its metrics. ``measures`` and ``reference_digest`` identify it all: they are part of the
-    protocol. Raises AquabitError for files, folders and functions that are missing or wrong.
+    the place of its metrics. ``images=False``: it makes other numbers. ``measures`` and ``reference_digest``
+    identify it all: they are part of the protocol. Raises AquabitError for files, folders and functions that
+    are missing or wrong.
     """
 
-    def __init__(self, options: QualityOptions, own: Source | None, cache: Path, device: str = "cpu") -> None:
-        self.options, self.cache, self.device = options, cache, device
+    def __init__(
+        self,
+        options: QualityOptions,
+        own: Source | None,
+        cache: Path,
+        device: str = "cpu",
+        images: bool = True,
+    ) -> None:
+        self.options, self.cache, self.device, self.images = options, cache, device, images
+        if not images and (options.reference or options.features):
+            given = "--reference" if options.reference else "--features"
+            raise AquabitError(
+                f"{given} is for images, and this model makes other numbers; measure them by mse, psnr or a"
+                " --metric of your own"
+            )
         self.own = None if own is None or any(f.startswith("inception=") for f in options.features) else own
-        self.metrics = [UserMetric(name) for name in options.metrics]
+        self.metrics = [UserMetric(name, images) for name in options.metrics]
         self._digests: dict[str, str] = {}
         self._opened: dict[str, FeatureExtractor] = {}
         self._openers: dict[str, Callable[[], FeatureExtractor]] = {}
@@ -233,11 +247,12 @@ class QualityMeter:
             for m, kind in row.items()
             if (kind in WITHOUT_REAL or real) and (m != "clip_score" or prompts)
         ]
-        return [*known, *(m for m in PAIRED if m in ("mse", "psnr", "ssim")), *(m.name for m in self.metrics)]
+        paired = ("mse", "psnr", "ssim") if self.images else ANY_NUMBERS
+        return [*known, *(m for m in PAIRED if m in paired), *(m.name for m in self.metrics)]
 
     def quality(self, size: tuple[int, int] | None) -> Quality:
         """An accumulator of every metric that can be measured."""
-        return Quality(self.sources(size), own=self.metrics)
+        return Quality(self.sources(size), own=self.metrics, images=self.images)
 
 
 def default_objective(available: Sequence[str]) -> str:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import inspect
-import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -15,6 +12,7 @@ from torch import Tensor
 
 from aquabit.quality.paired import Array
 from aquabit.scheme import AquabitError
+from aquabit.user_code import named_function
 
 
 class NonFiniteValues(AquabitError):
@@ -27,28 +25,16 @@ class UserMetric:
 
     Both images are float32 tensors [n, 3, h, w] in [0, 1] on the CPU, of the same seeds; conditions is a list
     of n prompts or class labels, or None. It returns n numbers, whose mean over all images is the metric.
+    Where a model makes no ``images`` they are its numbers as they are, [n, ...].
     ``function.direction`` must be "min" (lower is better) or "max". The digest is that of the module's
     source, so that numbers of an edited function never mix with those before. Raises AquabitError for a
     module or function that is not there.
     """
 
-    def __init__(self, name: str) -> None:
-        module, _, function = name.partition(":")
-        if not (module and function):
-            raise AquabitError(f"metric {name!r} must be module:function, as in my_metrics:sharpness")
-        self.name = name
-        folder = str(Path.cwd())
-        if folder not in sys.path:  # last: what lies there takes the place of no installed module
-            sys.path.append(folder)
-        try:
-            found = importlib.import_module(module)
-        except Exception as error:  # whatever the user's module does
-            raise AquabitError(
-                f"module {module!r} of metric {name!r} cannot be imported ({type(error).__name__}: {error})"
-            ) from error
-        self._function: Callable[..., Any] = getattr(found, function, None)  # type: ignore[assignment]
-        if not callable(self._function):
-            raise AquabitError(f"module {module!r} has no function {function!r}, which metric {name!r} names")
+    def __init__(self, name: str, images: bool = True) -> None:
+        self.name, self.images = name, images
+        self._function, found = named_function(name, "metric")
+        function = name.partition(":")[2]
         said = getattr(self._function, "direction", None)
         if said not in ("min", "max"):
             raise AquabitError(
@@ -65,7 +51,8 @@ class UserMetric:
     def __call__(self, images: Tensor, full: Tensor, conditions: Sequence[Any] | None) -> Array:
         """Values [n]; raises AquabitError where the function fails or returns something else,
         NonFiniteValues where values are."""
-        given = [x.expand(-1, 3, -1, -1).clone() if x.shape[1] == 1 else x.clone() for x in (images, full)]
+        grey = self.images and images.shape[1] == 1
+        given = [x.expand(-1, 3, -1, -1).clone() if grey else x.clone() for x in (images, full)]
         try:
             values = np.asarray(
                 self._function(*given, None if conditions is None else list(conditions)), dtype=np.float64

@@ -324,6 +324,7 @@ def place_layers_(
         del nodes[name]
     for name, node in nodes.items():
         placed[name] = layer = replace_layer_(denoiser, name, node.get("split"), places.get(name, ()))
+        layer.compute = nn.Parameter(torch.empty(0, dtype=dtypes[name]), requires_grad=False)
         if config[name].weight != FP:
             layer.weight = torch.empty(0, dtype=dtypes[name])
     return placed

@@ -315,7 +315,8 @@ def adopt_(model: Any, quantizer: AquabitQuantizer) -> None:
     assert found is not None
     quantizer.quantization_config = AquabitConfig(found.config, facts=found.facts())
     model.hf_quantizer, model.is_quantized, model.quantization_method = quantizer, True, AquabitMethod.AQUABIT
-    model.register_to_config(quantization_config=quantizer.quantization_config.to_dict())
+    if hasattr(model, "register_to_config"):  # a model of the user's own has no config
+        model.register_to_config(quantization_config=quantizer.quantization_config.to_dict())
 
 
 def attach_(model: nn.Module, contents: PackedContents) -> None:

@@ -59,9 +59,20 @@ class _QuantLayer(nn.Module):
         self.accuracy: Accuracy = "fast"
         self.packed: CodebookWeight | Arranged | None = None
         self.dense: Tensor | None = None
+        # of no elements and in no file: models and pipelines ask the first parameter what to compute in
+        self.compute = nn.Parameter(weight.detach().new_empty(0), requires_grad=False)
         self.branches: list[LowRank] = []  # LoRAs beside the weight
         self.register_buffer("weight", weight.detach())
         self.register_buffer("bias", None if bias is None else bias.detach())
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):  # type: ignore[no-untyped-def]
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        del destination[f"{prefix}compute"]
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, *rest):  # type: ignore[no-untyped-def]
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
+        if f"{prefix}compute" in missing:
+            missing.remove(f"{prefix}compute")
 
     def set_activations_(self, setting: Setting) -> None:
         self.act, self.act_output, self.ranges, self.range_output = setting
@@ -114,7 +125,8 @@ class _QuantLayer(nn.Module):
     def shrink_(self, dtype: torch.dtype = torch.float16) -> None:
         """Keep the bias, and a weight that is not coded, at 16 bits; both are widened as they are used."""
         self.bias = None if self.bias is None else self.bias.to(dtype)
-        self.weight = self.weight.to(dtype)
+        if self.packed is None:  # else it is what says what to compute in
+            self.weight = self.weight.to(dtype)
 
     def bias_for(self, x: Tensor) -> Tensor | None:
         return None if self.bias is None else self.bias.to(x.dtype)
@@ -185,8 +197,10 @@ class QuantLinear(_QuantLayer):
             return straight_through(x, bits, "token")
         return fake_quantize_static(x, bits, *self.ranges[0])
 
-    def forward(self, x: Tensor, *_: object, place: Tied | None = None) -> Tensor:
-        """``place`` is what calls where that is another layer with this one's weight."""
+    def forward(self, input: Tensor, *_: object, place: Tied | None = None) -> Tensor:
+        """``input`` as torch names it; ``place`` is what calls where that is another layer with this one's
+        weight."""
+        x = input
         act, bias = self.act, self.bias_for(x) if place is None else place.bias_for(x)
         given, beside = x, self.branches if place is None else []
         if self.packed is None or self.ranges is not None:  # kernels know dynamic ranges only
@@ -224,8 +238,10 @@ class QuantConv2d(_QuantLayer):
         ]
         return rounded[0] if len(rounded) == 1 else torch.cat(rounded, 1)
 
-    def forward(self, x: Tensor, *_: object, place: Tied | None = None) -> Tensor:
-        """``place`` is what calls where that is another layer with this one's weight."""
+    def forward(self, input: Tensor, *_: object, place: Tied | None = None) -> Tensor:
+        """``input`` as torch names it; ``place`` is what calls where that is another layer with this one's
+        weight."""
+        x = input
         act, bias = self.act, self.bias_for(x) if place is None else place.bias_for(x)
         given, beside = x, self.branches if place is None else []
         geometry: tuple[Any, ...] = (self.stride, self.padding, self.dilation, self.groups)
@@ -291,8 +307,8 @@ class Tied(nn.Module):
         found: nn.Module = memo[id(self)]
         return found
 
-    def forward(self, x: Tensor, *_: object) -> Tensor:
-        y: Tensor = self.layer(x, place=self)
+    def forward(self, input: Tensor, *_: object) -> Tensor:
+        y: Tensor = self.layer(input, place=self)
         return y
 
 

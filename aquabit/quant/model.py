@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from aquabit.file_memory import CopiesInFiles, in_file, is_large
-from aquabit.graph import codebook_names, fixed_layers, tied_places
+from aquabit.graph import codebook_names, fixed_layers, module_config, tied_places
 from aquabit.kernels import Accuracy
 from aquabit.kernels.codebook import CodebookWeight
 from aquabit.quant.attention import patch_attention_
@@ -96,11 +96,7 @@ def stored_hash(tensor: Tensor) -> str:
 def fingerprint_of(denoiser: nn.Module, hashes: Mapping[str, str]) -> str:
     """The fingerprint of a model of this class and configuration whose tensors have these
     ``stored_hash``es."""
-    config = {
-        k: v
-        for k, v in dict(getattr(denoiser, "config", {})).items()
-        if not k.startswith("_") and k != "quantization_config"
-    }
+    config = {k: v for k, v in module_config(denoiser).items() if k != "quantization_config"}
     body = hashlib.sha256(
         f"{type(denoiser).__name__} {json.dumps(config, sort_keys=True, default=str)}".encode()
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from aquabit.quant.correction.sampling import Watcher
+from aquabit.quant.correction.sampling import Watcher, steps_of
 from aquabit.quant.layers import QuantConv2d, QuantLinear, Setting
 from aquabit.scheme import AquabitError, QuantConfig
 
@@ -75,12 +75,14 @@ class StepSwitch(Watcher):
     Raises AquabitError where sampling begins with another number of steps than the settings are for.
     """
 
+    needs_steps = True
+
     def __init__(self, total: int, layers: Layers, settings: Mapping[str, list[Setting]]):
         self.total = total
         self.changing = [(layers[name], rows) for name, rows in settings.items() if len(rows) > 1]
 
     def begin(self, scheduler: Any) -> None:
-        count = len(scheduler.timesteps)
+        count = steps_of(scheduler)[-1] + 1
         if count != self.total:
             raise AquabitError(
                 f"this configuration's activations are set for {self.total} steps, not for {count}; sample"

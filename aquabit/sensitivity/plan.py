@@ -9,7 +9,6 @@ from math import ceil
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 
 from aquabit.measuring.evaluator import PROBE_IMAGES, Evaluator
 from aquabit.measuring.fitting import GRADIENTS, SCORED, source_of
@@ -20,6 +19,7 @@ from aquabit.measuring.session import uniform_references
 from aquabit.measuring.settings import AS_BEGUN, MeasureOptions, meter_of, settings
 from aquabit.measuring.where import HERE, Where
 from aquabit.memory import measuring_bytes
+from aquabit.pipelines import Pipeline
 from aquabit.quant.bank import Bank
 from aquabit.quant.calibration.fitting import FitRequest
 from aquabit.quant.fit_costs import FitCost, fit_costs
@@ -153,7 +153,7 @@ class Planner:
 
     def __init__(
         self,
-        model: str | DiffusionPipeline,
+        model: str | Pipeline,
         study: Study | None,
         options: MeasureOptions = AS_BEGUN,
         where: Where = HERE,
@@ -277,7 +277,7 @@ class Planner:
 
 
 def plan(
-    model: str | DiffusionPipeline,
+    model: str | Pipeline,
     study: Study | None,
     sample: SampleOptions,
     options: MeasureOptions = AS_BEGUN,

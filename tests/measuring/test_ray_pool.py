@@ -171,3 +171,28 @@ def test_addresses_where_nothing_answers(tmp_path, dit) -> None:
     assert "must be auto, local, host:port" in said("nonsense")
     assert "give one of them" in said("auto", workers=2)
     assert "give --device cuda" in said("auto", device="cuda:1")
+
+
+def test_a_model_of_ones_own_is_made_again_by_every_worker(nodes, tmp_path, monkeypatch) -> None:
+    """Wherever its module lies."""
+    root = Path(__file__).parents[2]
+    (tmp_path / "on_ray.py").write_text(
+        f"import sys\nsys.path.append({str(root)!r})\n"
+        "from tests.pipelines.test_own_model import own as made\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    found = []
+    for where in ({}, {"ray": nodes.address}):
+        study = Study(tmp_path / f"{len(where)}.db")
+        space = {"schemes": ["usq2", "usq8"], "activations": [8]}
+        measure(
+            "on_ray:made",
+            study,
+            1,
+            protocol=PROTOCOL,
+            space=space,
+            bank=str(tmp_path / study.path.stem),
+            **where,
+        )
+        found.append(study.measurements().set_index("config").psnr.to_dict())
+    assert found[0] == found[1] and len(found[0]) > 2

@@ -49,7 +49,7 @@ def protocol_for(name: str, **more: Any) -> Protocol:
         "objective": "psnr",
         "guidance": 1.0 if name in UNGUIDED else 3.0,
         "conditions": PROMPTS if name in PROMPTED else None,
-        "resolution": 16 if name in ("flux", "generic") else None,
+        "resolution": 16 if name in ("flux", "auraflow") else None,
     }
     return Protocol(**{**given, **more})
 
@@ -262,10 +262,11 @@ def test_memory_that_ends_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_unknown_families_are_said_and_known_ones_are_not(tmp_path: Path) -> None:
     assert [n for n in TINY_PIPELINES if family_notes(tiny(n))] == ["generic"]
     said = family_notes(tiny("generic"))
-    assert "AuraFlowPipeline" in said[0] and "AuraFlowTransformer2DModel" in said[1]
+    assert "CogView3PlusPipeline" in said[0] and "CogView3PlusTransformer2DModel" in said[1]
     tiny("generic").save_pretrained(tmp_path / "model")
     shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "model")])
-    assert shown.exit_code == 0 and "AuraFlowPipeline is of no known family" in " ".join(shown.output.split())
+    said_there = " ".join(shown.output.split())
+    assert shown.exit_code == 0 and "CogView3PlusPipeline is of no known family" in said_there
 
 
 @pytest.mark.parametrize("given", [[], ["--images", "8", "--guidance", "1.5"]])

@@ -25,9 +25,10 @@ from aquabit.pipelines import trace as trace_pipeline
 from aquabit.quant.artifact import Contents, load_packed_denoiser, save_packed_denoiser
 from aquabit.quant.bank import Bank
 from aquabit.quant.diffusers_quantizer import attach_
-from aquabit.quant.layers import QuantLinear, Tied
+from aquabit.quant.layers import QuantLinear, Tied, replace_layer_
 from aquabit.quant.model import QuantizedDenoiser, fingerprint
-from aquabit.scheme import AquabitError, Budget, Protocol, QuantConfig
+from aquabit.quant.weights import quantize_weight
+from aquabit.scheme import AquabitError, Budget, Protocol, QuantConfig, Scheme
 from aquabit.search.options import Options
 from aquabit.search.search_options import ladder
 from aquabit.space import make_space
@@ -276,3 +277,19 @@ def test_an_artifact_of_a_model_that_needs_data_comes_back(
     (folder / "config.json").write_text(json.dumps(facts))
     with pytest.raises(AquabitError, match="'to_k' is no Linear or Conv2d layer of Measured"):
         load_packed_denoiser(folder)
+
+
+def test_a_packed_layer_says_what_to_compute_in_and_stores_nothing_for_it() -> None:
+    """Pipelines draw noise in the dtype of the first parameter, models cast to that of a layer's weight;
+    both called layers by the name of their argument, too."""
+    net = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    layer = replace_layer_(net, "0", None)
+    layer.set_packed_(quantize_weight(torch.randn(8, 8), Scheme.parse("usq4")), Scheme.parse("usq4"))
+    layer.shrink_()
+    first = next(net.parameters())
+    assert first.dtype == torch.float32 and first.numel() == 0 and layer.weight.dtype == torch.float32
+    assert set(net.state_dict()) == {"0.weight", "0.bias"}
+    net.load_state_dict(net.state_dict())
+    assert next(net.to(torch.bfloat16).parameters()).dtype == torch.bfloat16
+    x = torch.randn(2, 8, dtype=torch.bfloat16)
+    assert torch.equal(layer(input=x), layer(x))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -51,6 +52,7 @@ from aquabit.study import Study
 from aquabit.workflows import measure
 from tests.command_line import fails, run
 from tests.conftest import tiny_pipeline
+from tests.tiny_pipelines import PROMPTS, tiny
 from tests.worlds import every, middle, model, total
 
 USQ4 = Scheme.parse("usq4")
@@ -611,3 +613,33 @@ def test_step_groups_on_the_command_line(tmp_path) -> None:
             tmp_path, "generate", "packed", "--images", "2", "--steps", "3", "--out", "grid.png"
         )
     assert "another search space" in fails(tmp_path, *words, "--samples", "22")
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"), [("PNDMScheduler", [6, 6, 6, 8, 8]), ("HeunDiscreteScheduler", [6, 6, 6, 8, 8, 8, 8])]
+)
+def test_groups_follow_steps_where_the_denoiser_runs_more_often(name: str, bits: list[int], tmp_path) -> None:
+    """PNDM, Stable Diffusion's own sampler, and Heun call it more than once a step."""
+    pipe = tiny("sd")
+    pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, skip_prk_steps=True)
+    calibration = Calibration(images=4, steps=4, conditions=PROMPTS)
+    space = make_space(trace(pipe), fingerprint(pipe.unet), schemes=["usq4"])
+    layer = next(iter(space.choices))
+    config = replace(space.uniform("usq4", 8), calibration=calibration)
+    config = config.with_layer(layer, "usq4", (6, 8), steps=HALVES)
+    packed, seen = packing.quantize(pipe, config, bank=str(tmp_path)).pipe, list[int]()
+    packed.unet.register_forward_hook(lambda *_: seen.append(packed.unet.get_submodule(layer).act))
+    protocol = Protocol(images=2, steps=4, micro_batch=2, conditions=PROMPTS)
+    assert torch.isfinite(Adapter(packed).images(protocol, range(2))).all() and seen == bits
+    with pytest.raises(AquabitError, match="set for 4 steps, not for 3"):
+        Adapter(packed).images(replace(protocol, steps=3), range(2))
+
+
+def test_what_a_sampler_does_not_allow_is_said_before_anything_is_fitted(tmp_path) -> None:
+    pipe = tiny("sd")
+    pipe.scheduler = diffusers.PNDMScheduler.from_config(pipe.scheduler.config, skip_prk_steps=True)
+    space = make_space(trace(pipe), fingerprint(pipe.unet), schemes=["usq4"])
+    config = replace(space.uniform("usq4", 8), calibration=Calibration(images=4, conditions=PROMPTS))
+    with pytest.raises(AquabitError, match="corrections are not defined for PNDMScheduler"):
+        packing.quantize(pipe, config, bank=str(tmp_path), correct=True, finetune=True)
+    assert not list(tmp_path.rglob("*.safetensors"))

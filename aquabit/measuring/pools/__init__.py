@@ -7,8 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
-from diffusers import DiffusionPipeline
-
 from aquabit.graph import to_json
 from aquabit.measuring.evaluator import Evaluator
 from aquabit.measuring.model import Model
@@ -17,10 +15,13 @@ from aquabit.measuring.pools.processes import ProcessPool
 from aquabit.measuring.pools.ray import RayPool
 from aquabit.measuring.tasks import Begin, Result, Task
 from aquabit.measuring.where import Where
+from aquabit.pipelines import Model as OwnModel
 from aquabit.pipelines import load
 from aquabit.pipelines.reference import Reference
 from aquabit.quality import QualityOptions
 from aquabit.quant.bank import Bank
+from aquabit.scheme import AquabitError
+from aquabit.user_code import folder_of
 
 __all__ = ["InlinePool", "Pool", "ProcessPool", "RayPool", "pool_for"]
 
@@ -45,13 +46,19 @@ def pool_for(model: Model, bank: Bank, where: Where, quality: QualityOptions | N
         return
     with tempfile.TemporaryDirectory() as folder:
         source = model.source
+        if isinstance(source, OwnModel):
+            raise AquabitError(
+                f"{source.name} is a function of this process, which others cannot reach; give the model as"
+                " 'module:function', a function that returns it and that they can import, or use workers=1"
+            )
         if isinstance(source, str) and where.ray is not None and Reference.parse(source).composed:
             source = load(source)  # files that other machines lack
-        if isinstance(source, DiffusionPipeline):
+        if not isinstance(source, str):
             source.save_pretrained(folder)
             source = folder
         graph, kept = to_json(model.graph), str(bank.folder)
-        begin = Begin(source, graph, kept, model.fingerprint, where.device, where.dtype, quality)
+        code = "" if model.made is None else folder_of(source)
+        begin = Begin(source, graph, kept, model.fingerprint, where.device, where.dtype, quality, code)
         pool: Pool = ProcessPool(where.workers, begin) if where.ray is None else RayPool(where.ray, begin)
         try:
             yield pool
@@ -62,5 +69,6 @@ def pool_for(model: Model, bank: Bank, where: Where, quality: QualityOptions | N
 def local_evaluator(
     model: Model, bank: Bank, where: Where, quality: QualityOptions | None = None
 ) -> Evaluator:
-    """An evaluator of a model in this process."""
-    return Evaluator(model.source, model.graph, bank, model.fingerprint, where.device, where.dtype, quality)
+    """An evaluator of a model in this process; a function of the user's has made it already."""
+    source = model.made or model.source
+    return Evaluator(source, model.graph, bank, model.fingerprint, where.device, where.dtype, quality)

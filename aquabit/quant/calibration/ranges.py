@@ -23,7 +23,7 @@ from torch import Tensor
 from aquabit.kernels import fake_quantize_static
 from aquabit.quant.bank import Bank
 from aquabit.quant.calibration.full_precision import FullPrecision, Layer
-from aquabit.quant.correction.sampling import Watcher
+from aquabit.quant.correction.sampling import Watcher, steps_of
 from aquabit.quant.layers import QuantConv2d, Range
 from aquabit.quant.step_switch import input_parts
 from aquabit.scheme import AquabitError, Calibration, QuantConfig, digest
@@ -83,7 +83,7 @@ class RangeRecorder(Watcher):
         self.values: dict[tuple[str, int], dict[int, _Values]] = defaultdict(lambda: defaultdict(_Values))
 
     def begin(self, scheduler: Any) -> None:
-        self.steps = len(scheduler.timesteps)
+        self.steps = steps_of(scheduler)[-1] + 1
 
     def before(self, step: int) -> None:
         self.step = step

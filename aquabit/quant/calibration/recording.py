@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +70,41 @@ def _steps(total: int, share: int, times: Counter[int]) -> list[int]:
         return []
     stride, rounds = max(1, round(total / share)), times.total() // total
     return sorted(sorted(range(total), key=lambda t: (times[t], (t - rounds) % stride, t))[:share])
+
+
+def output_tensor(result: Any) -> Tensor:
+    """The tensor in a denoiser's result, which may be wrapped; a list of one tensor a sample is stacked.
+
+    Raises AquabitError where the samples of such a list have different sizes.
+    """
+    found = result if isinstance(result, Tensor) or _is_row_list(result) else result[0]
+    if not _is_row_list(found):
+        return cast(Tensor, found)
+    if len({tensor.shape for tensor in found}) > 1:
+        raise AquabitError("the denoiser returns samples of different sizes; make images of one size")
+    return torch.stack(found)
+
+
+def with_output(result: Any, output: Tensor) -> Any:
+    """A denoiser's result with another tensor in the place of the one that ``output_tensor`` gives."""
+    if isinstance(result, Tensor):
+        return output
+    if _is_row_list(result):
+        return list(output)
+    held = list(output) if _is_row_list(result[0]) else output
+    if isinstance(result, tuple):
+        return (held, *result[1:])
+    result[next(iter(result))] = held  # diffusers' outputs are ordered dictionaries
+    return result
+
+
+def has_row_list(result: Any) -> bool:
+    """Whether a denoiser's result is a list of one tensor a sample; its inputs then are such lists too."""
+    return _is_row_list(result) or (not isinstance(result, Tensor) and _is_row_list(result[0]))
+
+
+def _is_row_list(value: Any) -> TypeGuard[list[Tensor]]:
+    return type(value) is list and bool(value) and all(isinstance(part, Tensor) for part in value)
 
 
 def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

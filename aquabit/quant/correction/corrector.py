@@ -40,6 +40,8 @@ class Corrector(Watcher):
     not defined for the sampler.
     """
 
+    needs_steps = True
+
     def __init__(self, statistics: Statistics, correction: str | None):
         self.statistics, self.which = statistics, parse_correction(correction)
         self.slope, self.shift = _output_correction(statistics, self.which)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from aquabit.quant.calibration.recording import output_tensor
 from aquabit.quant.correction.guidance import (
     doubled,
     guidance_weights,
@@ -26,6 +27,8 @@ from aquabit.scheme import AquabitError, Progress, no_progress
 
 class _Recorder(Watcher):
     """Inputs and raw outputs of every denoiser call of one batch, and how guidance combined them."""
+
+    needs_steps = True
 
     def __init__(self, denoiser: nn.Module):
         self.denoiser = denoiser
@@ -145,8 +148,7 @@ def _replay(
         quantized: list[Tensor] = []
         for args, kwargs, output in step:
             with torch.inference_mode():
-                result = teacher(*args, **kwargs)
-            exact = result if isinstance(result, Tensor) else result[0]
+                exact = output_tensor(teacher(*args, **kwargs))
             for parts, whole in ((eps, exact), (quantized, output)):
                 parts += [
                     noise_part(part, recorder.channels)[:count] for part in whole.split(recorder.images)

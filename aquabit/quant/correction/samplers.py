@@ -224,6 +224,11 @@ def refuses(scheduler: Any, corrections: tuple[str, ...]) -> str | None:
     name = type(scheduler).__name__
     if not corrections:
         return None
+    if not hasattr(scheduler, "config"):
+        return (
+            "corrections of noise need a scheduler of diffusers, whose steps they know; a sampler of one's"
+            " own has no scheduler: leave the correction out"
+        )
     if name not in SAMPLERS:
         return f"corrections are not defined for {name}; known samplers: {', '.join(SAMPLERS)}"
     residual = [c for c in corrections if c in ("vsc", "match", "qdrift")]

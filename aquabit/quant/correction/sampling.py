@@ -6,15 +6,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import update_wrapper
+from itertools import accumulate, pairwise
 from typing import Any
 
 from torch import Tensor, nn
+
+from aquabit.quant.calibration.recording import output_tensor, with_output
+from aquabit.scheme import AquabitError
 
 FOLLOWED = "_aquabit_sampling"  # the attribute of a denoiser that holds what follows it for good
 
 
 class Watcher:
-    """What takes part in sampling. Every method does nothing unless it is replaced."""
+    """What takes part in sampling. Every method does nothing unless it is replaced. ``needs_steps``: it does
+    not take part where there is no scheduler to follow."""
+
+    needs_steps = False
 
     def begin(self, scheduler: Any) -> None:
         """The scheduler's timesteps were set: an image, or a batch of them, begins."""
@@ -33,28 +40,61 @@ class Watcher:
         return run(*args, **kwargs)
 
 
+def steps_of(scheduler: Any) -> list[int]:
+    """The step (from 0) that each timestep of a scheduler belongs to.
+
+    Samplers of higher order have more timesteps than steps were asked for: PNDM repeats the second, Heun all
+    but the first; those that are equal are one step. Others stand between two steps, which share them evenly.
+    """
+    times = [float(t) for t in scheduler.timesteps]
+    asked = int(getattr(scheduler, "num_inference_steps", None) or len(times))
+    distinct = list(accumulate((a != b for a, b in pairwise(times)), initial=0))
+    if len(times) > asked and distinct[-1] + 1 == asked:
+        return distinct
+    return (
+        [k * asked // len(times) for k in range(len(times))]
+        if len(times) > asked
+        else list(range(len(times)))
+    )
+
+
 class Sampling:
     """Tells watchers about the sampling of one pipeline: ``attach`` to its scheduler and denoiser, ``detach``
     from both.
 
-    Steps are counted: they are the calls of the scheduler's ``step`` since its ``set_timesteps``. Watchers
-    see the denoiser's output in order, and wrap the scheduler's step so that the first is the outermost.
+    Steps are those that were asked for, as ``steps_of`` counts the calls of the scheduler's ``step`` since
+    its ``set_timesteps``; without a scheduler every call of the denoiser is one. Watchers see the denoiser's
+    output in order, and wrap the scheduler's step so that the first is the outermost.
     """
 
     def __init__(self, watchers: Sequence[Watcher]):
-        self.watchers, self.step, self.calls = list(watchers), 0, 0
+        self.watchers, self.calls = list(watchers), 0
+        self._count = 0  # of the scheduler's steps; of the denoiser's calls where there is no scheduler
+        self._places: list[int] = []  # the step that each of them belongs to
         self._handles: list[Any] = []
         self._scheduler: Any = None
         self.paused = False  # ``refollow_`` is to wait
 
+    @property
+    def step(self) -> int:
+        """The step that runs, from 0; beyond the last one after it."""
+        if self._count < len(self._places):
+            return self._places[self._count]
+        return self._count - len(self._places) + (self._places[-1] + 1 if self._places else 0)
+
     def attach(self, denoiser: nn.Module, scheduler: Any) -> None:
+        if scheduler is None and any(watcher.needs_steps for watcher in self.watchers):
+            raise AquabitError("what changes between steps follows a scheduler, and this pipeline has none")
         self.detach()
-        self.step = self.calls = 0
+        self._count = self.calls = 0
+        self._places = []
         self._handles = [
             denoiser.register_forward_pre_hook(self._before),
             denoiser.register_forward_hook(self._after),
         ]
         self._scheduler = scheduler
+        if scheduler is None:
+            return
         for name, run in (("set_timesteps", self._set_timesteps), ("step", self._advance)):
             setattr(scheduler, name, _Followed(run, getattr(scheduler, name), vars(scheduler).get(name)))
 
@@ -77,24 +117,18 @@ class Sampling:
 
     def _after(self, module: nn.Module, args: Any, result: Any) -> Any:
         """The denoiser's result with the tensor in it passed through all watchers."""
-        bare = isinstance(result, Tensor)
-        first: Tensor = result if bare else result[0]
-        seen = first
+        first = seen = output_tensor(result)
         for watcher in self.watchers:
             seen = watcher.output(self.step, self.calls, seen)
         self.calls += 1
-        if seen is first:
-            return None
-        if bare:
-            return seen
-        if isinstance(result, tuple):
-            return (seen, *result[1:])
-        result[next(iter(result))] = seen  # diffusers' outputs are ordered dictionaries
-        return result
+        if self._scheduler is None:
+            self._count, self.calls = self._count + 1, 0
+        return None if seen is first else with_output(result, seen)
 
     def _set_timesteps(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         found = original(*args, **kwargs)
-        self.step = self.calls = 0
+        self._count = self.calls = 0
+        self._places = steps_of(self._scheduler)
         for watcher in self.watchers:
             watcher.begin(self._scheduler)
         return found
@@ -107,7 +141,7 @@ class Sampling:
         for watcher in reversed(self.watchers):
             run = through(watcher, run)
         found = run(*args, **kwargs)
-        self.step, self.calls = self.step + 1, 0
+        self._count, self.calls = self._count + 1, 0
         return found
 
 

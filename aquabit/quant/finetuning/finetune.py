@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from aquabit.kernels.codebook import CodebookWeight
-from aquabit.quant.finetuning.replay import Record, Replay, first_tensor
+from aquabit.quant.calibration.recording import output_tensor
+from aquabit.quant.finetuning.replay import Record, Replay
 from aquabit.quant.finetuning.settings import FineTuning
 from aquabit.quant.finetuning.step import Optimizer, shared_parameters
 from aquabit.quant.finetuning.store import (
@@ -226,7 +227,7 @@ class _Run:
         """Mean squared difference from the teacher, of outputs combined by guidance where that is asked
         for."""
         (args, kwargs), target = self.replay.batch(samples, self.device)
-        error = first_tensor(self.model.denoiser(*args, **kwargs)).float() - target.float()
+        error = output_tensor(self.model.denoiser(*args, **kwargs)).float() - target.float()
         if self.settings.guidance is not None:
             conditional, unconditional = error.chunk(2)
             error = unconditional + self.settings.guidance * (conditional - unconditional)

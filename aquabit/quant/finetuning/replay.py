@@ -9,7 +9,7 @@ steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
@@ -19,7 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from aquabit.quant.bank import weight_hash
-from aquabit.quant.calibration.recording import Call, mapped
+from aquabit.quant.calibration.recording import Call, has_row_list, mapped, output_tensor
+from aquabit.quant.correction.guidance import doubled, guidance_weights, noise_part, step_arguments
+from aquabit.quant.correction.sampling import Watcher, following
 from aquabit.scheme import AquabitError, Calibration
 
 HELD_OUT = 16  # one run of so many is for validation, one at least
@@ -28,53 +30,102 @@ AGREE = 1e-4  # relative difference up to which a denoiser answers the same
 
 @dataclass(frozen=True)
 class Recorded:
-    """One denoiser call and its output, tensors on the CPU: the ``step``-th call (from 0) of a ``run`` of
-    the sampler."""
+    """One denoiser call and its output, tensors on the CPU, of a ``step`` (from 0) of a ``run`` of the
+    sampler. ``lists``: samples come and go as lists of tensors."""
 
     call: Call
     output: Tensor
     run: int
     step: int
+    lists: bool = False
 
 
 @dataclass(frozen=True)
 class Recording:
     """Calls in the order in which they were made; where guidance doubles a batch, which half is the
-    conditional one."""
+    conditional one (None: it does not)."""
 
     calls: list[Recorded]
-    conditional_first: bool = True
+    conditional_first: bool | None = True
 
 
 Record = Callable[[Calibration, int], Recording]  # images as a calibration says, made in batches of so many
 
 
-def first_tensor(result: Any) -> Tensor:
-    """The tensor in a denoiser's result, which may be wrapped."""
-    found: Tensor = result if isinstance(result, Tensor) else result[0]
-    return found
+class _Steps(Watcher):
+    """Knows the step of the sampler, and how guidance combined what the denoiser returned in it."""
+
+    def __init__(self) -> None:
+        self.now, self.outputs, self.orders = 0, list[Tensor](), set[bool | None]()
+
+    def before(self, step: int) -> None:
+        self.now = step
+
+    def output(self, step: int, call: int, output: Tensor) -> Tensor:
+        self.outputs = [*(self.outputs if call else []), output]
+        return output
+
+    def advance(self, step: int, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self.orders.add(_conditional_first(self.outputs, args, kwargs))
+        return run(*args, **kwargs)
+
+    @property
+    def conditional_first(self) -> bool | None:
+        return self.orders.pop() if len(self.orders) == 1 else None
 
 
-def record_outputs(denoiser: nn.Module, runs: Sequence[Callable[[], object]]) -> list[Recorded]:
-    """Every denoiser call that ``runs`` make, with its output. Raises AquabitError where there is none, or
-    one that is not finite."""
+def _conditional_first(
+    outputs: Sequence[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> bool | None:
+    """Whether the first half of a step's only call is the branch that guidance adds: its weight in what the
+    scheduler is given is the larger one (some pipelines turn the sign). None: its halves are no branches."""
+    if len(outputs) != 1 or (len(args) < 3 and "sample" not in kwargs):
+        return None
+    output, (combined, _, sample) = outputs[0], step_arguments(args, kwargs)
+    if doubled(outputs, combined, sample):
+        combined = combined[: len(combined) // 2]
+    if len(output) != 2 * len(combined):
+        return None
+    halves = output.chunk(2)
+    if halves[0].numel() != combined.numel():  # learned variances
+        halves = tuple(noise_part(half, combined.shape[-1 if combined.ndim == 3 else 1]) for half in halves)
+    if halves[0].numel() != combined.numel():
+        return None
+    found = min((guidance_weights(halves, sign * combined) for sign in (1, -1)), key=lambda f: f[1])
+    return found[0][0] > found[0][1]
+
+
+def recording(denoiser: nn.Module, runs: Sequence[Callable[[], object]], scheduler: Any = None) -> Recording:
+    """``record_outputs``, and which half of a guided call is the conditional one."""
+    steps = _Steps()
+    return Recording(record_outputs(denoiser, runs, scheduler, steps), steps.conditional_first)
+
+
+def record_outputs(
+    denoiser: nn.Module,
+    runs: Sequence[Callable[[], object]],
+    scheduler: Any = None,
+    steps: _Steps | None = None,
+) -> list[Recorded]:
+    """Every denoiser call that ``runs`` make, with its output and the step of ``scheduler`` (None: each call
+    is a step). Raises AquabitError where there is none, or one that is not finite."""
     made: list[Recorded] = []
-    place = [0, 0]
+    steps, number = steps or _Steps(), [0]
 
     def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         def copied(tensor: Tensor) -> Tensor:
             return tensor.detach().to("cpu", copy=True)
 
-        made.append(
-            Recorded((mapped(args, copied), mapped(kwargs, copied)), copied(first_tensor(result)), *place)
-        )
-        place[1] += 1
+        call = mapped(args, copied), mapped(kwargs, copied)
+        output = copied(output_tensor(result))
+        made.append(Recorded(call, output, number[0], steps.now, has_row_list(result)))
 
     handle = denoiser.register_forward_hook(see, with_kwargs=True)
     try:
         for i, run in enumerate(runs):
-            place[:] = [i, 0]
-            run()
+            number[0] = i
+            with following(denoiser, scheduler, [steps]):
+                run()
     finally:
         handle.remove()
     if not made:
@@ -90,20 +141,40 @@ def record_outputs(denoiser: nn.Module, runs: Sequence[Callable[[], object]]) ->
     return made
 
 
-def leaves(call: Any) -> list[Tensor]:
-    """The tensors of a call, in order."""
-    found: list[Tensor] = []
-    mapped(call, lambda t: found.append(t) or t)  # type: ignore[func-returns-value]
+Leaf = Tensor | list[Tensor]  # a tensor, or a list of one a sample
+
+
+def _changed(value: Any, rows: int | None, change: Callable[[Any], Any]) -> Any:
+    """As ``mapped``; a list of ``rows`` tensors is one leaf."""
+    if type(value) is list and len(value) == rows and all(isinstance(v, Tensor) for v in value):
+        return change(value)
+    if isinstance(value, dict):
+        return {k: _changed(v, rows, change) for k, v in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_changed(v, rows, change) for v in value)
+    return change(value) if isinstance(value, Tensor) else value
+
+
+def _rows(recorded: Recorded) -> int | None:
+    """The length of a call's lists of samples; None where samples are rows of tensors."""
+    return len(recorded.output) if recorded.lists else None
+
+
+def leaves(recorded: Recorded) -> list[Leaf]:
+    """The leaves of a call, in order."""
+    found: list[Leaf] = []
+    _changed(recorded.call, _rows(recorded), lambda t: found.append(t) or t)  # type: ignore[func-returns-value]
     return found
 
 
 @dataclass
 class _Kind:
-    """Samples that may share a batch. ``parts`` holds, for each tensor of the call, [samples, branches,
-    ...], or None where it is shared (then it stands in ``template``)."""
+    """Samples that may share a batch. ``parts`` holds, for each leaf of the call, [samples, branches, ...] (a
+    list of samples of lists of branches where that has lists), or None where it is shared (then it stands in
+    ``template``)."""
 
-    template: Call
-    parts: list[Tensor | None]
+    template: Recorded
+    parts: list[Tensor | list[list[Tensor]] | None]
     target: Tensor
 
 
@@ -114,6 +185,11 @@ class Replay:
     def __init__(self, recording: Recording, denoiser: nn.Module, branches: int = 1):
         calls = recording.calls
         self.branches, flip = branches, branches == 2 and not recording.conditional_first
+        if branches == 2 and recording.conditional_first is None:
+            raise AquabitError(
+                "guidance does not combine the two halves of a denoiser call here (its branches are calls of"
+                " their own, or the sampler is not followed); fine-tune without guidance"
+            )
         odd = [len(c.output) for c in calls if len(c.output) % branches]
         if odd:
             raise AquabitError(
@@ -122,7 +198,7 @@ class Replay:
         spread = _spread(calls[0], denoiser)
         keys: dict[Any, list[int]] = {}
         split = [_split(c, spread) for c in calls]
-        for i, (_, _, key) in enumerate(split):
+        for i, (_, key) in enumerate(split):
             keys.setdefault(key, []).append(i)
         self.kinds: list[_Kind] = []
         self.places: list[tuple[int, int, int]] = []  # (run, row, step) of each sample
@@ -135,13 +211,10 @@ class Replay:
         }
         kind_of = {i: k for k, members in enumerate(keys.values()) for i in members}
         for members in keys.values():
-            columns = [[split[i][1][j] for i in members] for j in range(len(split[members[0]][1]))]
-            parts = [
-                None if c[0] is None else torch.cat([_paired(t, branches, flip) for t in c if t is not None])
-                for c in columns
-            ]
+            columns = [[split[i][0][j] for i in members] for j in range(len(split[members[0]][0]))]
+            parts = [_joined(c, branches, flip) for c in columns]
             target = torch.cat([_paired(calls[i].output, branches, flip) for i in members])
-            self.kinds.append(_Kind(split[members[0]][0], parts, target))
+            self.kinds.append(_Kind(calls[members[0]], parts, target))
         for i, c in enumerate(calls):
             rows = len(c.output) // branches
             self._calls.append(range(len(self.places), len(self.places) + rows))
@@ -170,11 +243,16 @@ class Replay:
         index = torch.tensor([self._where[s][1] for s in samples])
         waiting = iter(kind.parts)
 
-        def filled(shared: Tensor) -> Tensor:
+        def filled(shared: Leaf) -> Any:
             part = next(waiting)
-            return (shared if part is None else part[index].transpose(0, 1).flatten(0, 1)).to(device)
+            if part is None:
+                return mapped(shared, lambda t: t.to(device))
+            if isinstance(part, Tensor):
+                return part[index].transpose(0, 1).flatten(0, 1).to(device)
+            return [part[i][b].to(device) for b in range(self.branches) for i in index.tolist()]
 
-        return mapped(kind.template, filled), kind.target[index].transpose(0, 1).flatten(0, 1).to(device)
+        call = _changed(kind.template.call, _rows(kind.template), filled)
+        return call, kind.target[index].transpose(0, 1).flatten(0, 1).to(device)
 
     def training(self, step: int, order: str, batch: int, seed: int) -> list[int]:
         """The samples of a step's batch: a function of these numbers alone."""
@@ -231,11 +309,30 @@ def _paired(tensor: Tensor, branches: int, flip: bool) -> Tensor:
     return apart.flip(1) if flip else apart
 
 
-def _split(recorded: Recorded, spread: set[int]) -> tuple[Call, list[Tensor | None], Any]:
-    """A call's template, its tensors that have one row a sample (None for the others), and what calls must
-    agree in to share a batch."""
-    rows, key, parts = len(recorded.output), list[Any](), list[Tensor | None]()
-    for i, leaf in enumerate(leaves(recorded.call)):
+def _joined(column: Sequence[Leaf | None], branches: int, flip: bool) -> Tensor | list[list[Tensor]] | None:
+    """One leaf of several calls, by sample."""
+    if isinstance(column[0], Tensor):
+        return torch.cat([_paired(t, branches, flip) for t in column if isinstance(t, Tensor)])
+    if column[0] is None:
+        return None
+    order = range(branches - 1, -1, -1) if flip else range(branches)
+    return [
+        [leaf[b * (len(leaf) // branches) + i] for b in order]
+        for leaf in column
+        if leaf is not None
+        for i in range(len(leaf) // branches)
+    ]
+
+
+def _split(recorded: Recorded, spread: set[int]) -> tuple[list[Leaf | None], Any]:
+    """A call's leaves that have one part a sample (None for the others), and what calls must agree in to
+    share a batch."""
+    rows, key, parts = len(recorded.output), list[Any](), list[Leaf | None]()
+    for i, leaf in enumerate(leaves(recorded)):
+        if isinstance(leaf, list):
+            parts.append(leaf)
+            key.append(("list", leaf[0].dtype))
+            continue
         if i in spread:
             leaf = leaf.reshape(1).expand(rows)
         own = leaf.ndim > 0 and len(leaf) == rows
@@ -243,8 +340,8 @@ def _split(recorded: Recorded, spread: set[int]) -> tuple[Call, list[Tensor | No
         key.append(
             (leaf.dtype, tuple(leaf.shape[1:])) if own else (leaf.dtype, tuple(leaf.shape), weight_hash(leaf))
         )
-    plain = repr(mapped(recorded.call, lambda _: torch.empty(0)))
-    return recorded.call, parts, (tuple(key), plain, tuple(recorded.output.shape[1:]))
+    plain = repr(_changed(recorded.call, _rows(recorded), lambda _: None))
+    return parts, (tuple(key), plain, tuple(recorded.output.shape[1:]))
 
 
 @torch.no_grad()
@@ -254,18 +351,19 @@ def _spread(recorded: Recorded, denoiser: nn.Module) -> set[int]:
     device = next(chain(denoiser.parameters(), denoiser.buffers())).device
     single = [
         i
-        for i, leaf in enumerate(leaves(recorded.call))
-        if leaf.numel() == 1 and (leaf.ndim == 0 or rows > 1)
+        for i, leaf in enumerate(leaves(recorded))
+        if isinstance(leaf, Tensor) and leaf.numel() == 1 and (leaf.ndim == 0 or rows > 1)
     ]
     for i in single:
-        count = iter(range(len(leaves(recorded.call))))
+        count = iter(range(len(leaves(recorded))))
 
-        def given(leaf: Tensor, i: int = i, count: Any = count) -> Tensor:
-            return (leaf.reshape(1).expand(rows) if next(count) == i else leaf).to(device)
+        def given(leaf: Leaf, i: int = i, count: Any = count) -> Any:
+            here = next(count) == i and isinstance(leaf, Tensor)
+            return mapped(leaf.reshape(1).expand(rows) if here else leaf, lambda t: t.to(device))  # type: ignore[union-attr]
 
-        args, kwargs = mapped(recorded.call, given)
+        args, kwargs = _changed(recorded.call, _rows(recorded), given)
         try:
-            answer = first_tensor(denoiser(*args, **kwargs)).cpu()
+            answer = output_tensor(denoiser(*args, **kwargs)).cpu()
         except Exception:  # whatever a denoiser says to a shape that it does not take
             continue
         close = (answer - recorded.output).abs().max() <= AGREE * recorded.output.abs().max()

@@ -86,7 +86,8 @@ def _protocol(facts: Facts) -> list[tuple[str, str]]:
             "protocol",
             f"{p.digest}: {p.images} images, {p.steps} steps, scheduler {p.scheduler}, eta {p.eta:g},"
             f" guidance {p.guidance:g}, {p.dtype}, micro-batch {p.micro_batch}, reference {p.reference}"
-            + (f", {p.resolution} pixels" if p.resolution else ""),
+            + (f", {p.resolution} pixels" if p.resolution else "")
+            + (f", {p.frames} frames" if p.frames else ""),
         )
     ]
     if p.conditions:

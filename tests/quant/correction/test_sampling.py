@@ -14,7 +14,15 @@ from torch import Tensor, nn
 
 from aquabit.pipelines import Adapter, set_scheduler
 from aquabit.quant.correction.corrector import Corrector, corrected_, statistics_of
-from aquabit.quant.correction.sampling import Watcher, follow_, following, refollow_, unfollowed, watchers_of
+from aquabit.quant.correction.sampling import (
+    Watcher,
+    follow_,
+    following,
+    refollow_,
+    steps_of,
+    unfollowed,
+    watchers_of,
+)
 from aquabit.scheme import AquabitError, Protocol
 from tests.chains import OPEN, STILL, Given, known, sampled
 from tests.conftest import tiny_pipeline
@@ -284,3 +292,51 @@ def test_timesteps_that_were_set_before_are_no_silence() -> None:
     follow_(denoiser, scheduler, [Corrector(known(scheduler, bias=1.0), "bc")])
     with pytest.raises(AquabitError, match="timesteps were set before"):
         scheduler.step(denoiser(x, 0), scheduler.timesteps[0], x)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("DDIMScheduler", [0, 1, 2, 3]),
+        ("EulerAncestralDiscreteScheduler", [0, 1, 2, 3]),
+        ("PNDMScheduler", [0, 1, 1, 2, 3]),  # one step twice
+        ("HeunDiscreteScheduler", [0, 1, 1, 2, 2, 3, 3]),
+        ("KDPM2DiscreteScheduler", [0, 0, 1, 1, 2, 2, 3]),  # between two steps
+        ("FlowMatchHeunDiscreteScheduler", [0, 1, 1, 2, 2, 3, 3]),
+    ],
+)
+def test_steps_are_those_that_were_asked_for(name: str, expected: list[int]) -> None:
+    more = {"skip_prk_steps": True} if name == "PNDMScheduler" else {}
+    scheduler = getattr(diffusers, name)(**more)
+    scheduler.set_timesteps(4)
+    assert steps_of(scheduler) == expected
+
+
+def test_without_a_scheduler_every_call_is_a_step() -> None:
+    denoiser, log = nn.Linear(2, 2), Log()
+    with following(denoiser, None, [log]):
+        for _ in range(3):
+            denoiser(torch.zeros(1, 2))
+    assert [seen[1] for seen in log.seen if seen[0] == "before"] == [0, 1, 2]
+    log.needs_steps = True  # type: ignore[misc]
+    with pytest.raises(AquabitError, match="this pipeline has none"), following(denoiser, None, [log]):
+        pass
+
+
+@pytest.mark.parametrize("held", ["list", "tuple", "output"])
+def test_outputs_may_be_lists_of_samples(held: str) -> None:
+    class Lists(nn.Module):
+        def forward(self, x: list[Tensor]) -> Any:
+            made = [2 * row for row in x]
+            return {"list": made, "tuple": (made, 1), "output": Transformer2DModelOutput(sample=made)}[held]  # type: ignore[arg-type]
+
+    class Adds(Watcher):
+        def output(self, step: int, call: int, output: Tensor) -> Tensor:
+            assert output.shape == (3, 4, 1, 2)
+            return output + 1
+
+    denoiser, rows = Lists(), list(torch.randn(3, 4, 1, 2))
+    with following(denoiser, None, [Adds()]):
+        result = denoiser(rows)
+    found = result if held == "list" else result[0]
+    assert all(torch.equal(a, 2 * b + 1) for a, b in zip(found, rows, strict=True))
