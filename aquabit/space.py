@@ -250,10 +250,12 @@ class SearchSpace:
 
     def to_dict(self) -> dict[str, Any]:
         choices = {k: [str(s) for s in v] for k, v in self.choices.items()}
-        steps = self.steps
+        steps, calibration = self.steps, self.calibration and asdict(self.calibration)
+        if calibration and calibration["conditions"]:
+            calibration["conditions"] = list(calibration["conditions"])  # as JSON gives it back
         later = {  # absent where there is none: spaces stay what they were
             "codebooks": dict(self.codebooks or {}),
-            "calibration": self.calibration and asdict(self.calibration),
+            "calibration": calibration,
             "correction": self.correction,
             "step_groups": steps and {"total": steps.total, "starts": list(steps.starts)},
         }

@@ -12,10 +12,11 @@ from aquabit.choices import Choices
 from aquabit.cost import CostModel
 from aquabit.maximum_entropy import level_odds
 from aquabit.pipelines import trace
-from aquabit.scheme import AquabitError, QuantConfig, Scheme
+from aquabit.scheme import AquabitError, Calibration, QuantConfig, Scheme
 from aquabit.sensitivity.features import Encoder
 from aquabit.space import BITS_RANGE, SearchSpace, make_space, read_space
 from tests.conftest import tiny_pipeline
+from tests.worlds import model
 
 GRAPH = trace(tiny_pipeline("unet"))
 SPACE = make_space(GRAPH, "f" * 16, "tiny")
@@ -124,3 +125,10 @@ def test_cost_limits_are_reached_and_hold() -> None:
         assert (totals[name] >= low * (1 - 1e-12)).all() and (totals[name] <= high * (1 + 1e-12)).all()
     smallest = min(costs(SPACE.uniform(s)).bytes for s in ("usq2", "vq2"))
     assert costs.limits()["bytes"][0] <= smallest
+
+
+def test_a_space_with_prompts_is_the_one_that_was_stored() -> None:
+    """A study compares what it holds as JSON with the space that continues it."""
+    space, _ = model(2, schemes=["usq2h", "fp"], calibration=Calibration(conditions=("a cat", "a dog")))
+    stored = json.loads(json.dumps(space.to_dict()))
+    assert stored == space.to_dict() == SearchSpace.from_dict(stored).to_dict()
