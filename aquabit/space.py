@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import chain, pairwise
 from pathlib import Path
@@ -253,11 +253,12 @@ class SearchSpace:
 
     def to_dict(self) -> dict[str, Any]:
         choices = {k: [str(s) for s in v] for k, v in self.choices.items()}
-        steps = self.steps
+        steps, calibration = self.steps, self.calibration and self.calibration.to_dict()
+        if calibration and calibration["conditions"]:
+            calibration["conditions"] = list(calibration["conditions"])  # as JSON gives it back
         later = {  # absent where there is none: spaces stay what they were
             "codebooks": dict(self.codebooks or {}),
-            "calibration": self.calibration
-            and {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.calibration).items()},
+            "calibration": calibration,
             "correction": self.correction,
             "step_groups": steps and {"total": steps.total, "starts": list(steps.starts)},
         }
