@@ -103,8 +103,9 @@ class Model:
     ``seeds[i]`` (whole numbers) and ``conditions[i]`` alone: all noise comes from generators of the seeds.
     It gets ``denoiser`` as its first argument, this one or a copy with other weights, and must call that.
     Beside the seeds it takes what it names: ``conditions``, ``steps``, ``guidance``, ``eta``, ``resolution``
-    [pixels], ``frames``; what it does not name is refused where it is asked for. A default of its ``steps`` is what it is
-    traced with. Gradients pass where it allows them (``torch.no_grad`` as its decorator is left out).
+    [pixels], ``frames``; what it does not name is refused where it is asked for. A default of its ``steps``
+    is what it is traced with. Gradients pass where it allows them (``torch.no_grad`` as its decorator is left
+    out).
 
     ``conditions``: one an image, repeated in order, where no others are given: texts, or whole numbers
     (classes, or places in a list of the user's). ``layers``: operator types by patterns of layer names, the

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -133,3 +134,31 @@ def test_fine_tuning_knows_the_branches_of_guidance(tmp_path: Path) -> None:
     pipe = randomised(RECENT["qwen-image"])
     with pytest.raises(AquabitError, match="does not combine the two halves"):
         aquabit.quantize(pipe, config_of(pipe), bank=str(tmp_path), finetune=settings)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("name", [n for n in RECENT if n not in ("prx", "hidream")])
+def test_the_images_are_those_of_the_pipelines_own_call(name: str, guidance: float) -> None:
+    """Embeddings that are made once, and guidance under its name, come to what the pipeline makes itself."""
+    pipe, protocol = randomised(RECENT[name]), protocol_for(name, guidance=guidance)
+    takes = inspect.signature(type(pipe).__call__).parameters
+    more = {"use_resolution_binning": False, "clean_caption": False, "intermediate_timesteps": None}
+    scale = {"true_cfg_scale": guidance} if name == "qwen-image" else {"guidance_scale": guidance}
+    if name == "qwen-image":
+        scale["negative_prompt"] = [""] * 2  # type: ignore[assignment]
+    if name == "z-image":
+        scale["guidance_scale"] -= 1.0
+    with torch.inference_mode():
+        made = pipe(
+            prompt=list(PROMPTS[:2]),
+            generator=[torch.Generator().manual_seed(i) for i in range(2)],
+            num_inference_steps=2,
+            height=32,
+            width=32,
+            output_type="pt",
+            **({"num_frames": FRAMES} if name in VIDEO else {}),
+            **{k: v for k, v in more.items() if k in takes},
+            **scale,
+        )
+    own = made.frames.flatten(0, 1) if name in VIDEO else made.images
+    assert torch.allclose(images(pipe, protocol), own, atol=2e-4)
