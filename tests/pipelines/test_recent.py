@@ -12,7 +12,9 @@ import torch
 from diffusers.utils import logging
 
 import aquabit
+from aquabit.measuring.evaluator import Evaluator
 from aquabit.pipelines import Adapter, denoiser_of, family, family_notes, image_size, replay_recorder, trace
+from aquabit.quant.bank import Bank
 from aquabit.quant.finetuning.finetune import FineTuning
 from aquabit.quant.model import fingerprint
 from aquabit.scheme import AquabitError, Calibration, Protocol, StepGroups
@@ -162,3 +164,15 @@ def test_the_images_are_those_of_the_pipelines_own_call(name: str, guidance: flo
         )
     own = made.frames.flatten(0, 1) if name in VIDEO else made.images
     assert torch.allclose(images(pipe, protocol), own, atol=2e-4)
+
+
+def test_videos_are_measured_frame_by_frame(tmp_path: Path) -> None:
+    pipe, protocol = randomised(wan), protocol_for("wan", objective="psnr")
+    graph, own = trace(pipe), fingerprint(denoiser_of(pipe))
+    evaluator = Evaluator(pipe, graph, Bank(str(tmp_path)), own)
+    space = make_space(graph, own, schemes=["usq4", "usq2"])
+    better, worse = (evaluator.measure(space.uniform(s, 8), protocol) for s in ("usq4", "usq2"))
+    assert better.measurement.metrics["psnr"] > worse.measurement.metrics["psnr"] > 5
+    assert len(evaluator.full_precision(protocol)) == 2 * FRAMES
+    probed = evaluator.probe(next(iter(space.choices)), ["usq2"], [8], protocol, space.uniform("usq4", 8), 8)
+    assert probed["usq2"]["damage"] > 0
