@@ -12,13 +12,14 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from aquabit.errors import AquabitError
 
 PART = ".part"  # how names of what is being written end
+OLD = ".old"  # in what is being written: what it takes the place of, until it does
 YOUNG = 60  # seconds in which what is being written may not be locked yet
 
 
@@ -60,15 +61,19 @@ def writing(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def writing_folder(path: str | Path, instead_of: Iterable[str] = ()) -> Iterator[Path]:
+def writing_folder(
+    path: str | Path, instead_of: Iterable[str] = (), ours: Callable[[Path], bool] = lambda _: False
+) -> Iterator[Path]:
     """A folder to write to, whose files are in ``path`` when the block ends, and vanish where it fails.
 
     A path that is not there yet comes to be at once. Where there is a folder, its files stay, but those that
-    are written anew, which are replaced whole, one after the other, and then those that match a pattern of
-    ``instead_of``, which are removed. Raises AquabitError where it cannot be written, and passes on what the
-    block raises.
+    are written anew, which are replaced, and those that match a pattern of ``instead_of``, which are removed;
+    only where the folder is one of ours (``ours`` of it is true), and all or none of them. Raises
+    AquabitError where it cannot be written or others' files would be lost, and passes on what the block
+    raises.
     """
     target = Path(os.path.realpath(path))
+    may_replace = target.is_dir() and ours(target)
     try:
         there = target.exists()
         place = target if there else target.parent  # inside it: it may be a file system of its own
@@ -81,29 +86,64 @@ def writing_folder(path: str | Path, instead_of: Iterable[str] = ()) -> Iterator
     with _held(temporary):
         try:
             yield temporary
-            _into(temporary, target, instead_of)
+            _into(temporary, target, instead_of, may_replace)
         except OSError as error:
             raise AquabitError(f"{path} could not be written: {error.strerror or error}") from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _into(temporary: Path, target: Path, instead_of: Iterable[str]) -> None:
-    """Move what was written to where it belongs."""
+def _into(temporary: Path, target: Path, instead_of: Iterable[str], may_replace: bool) -> None:
+    """Move what was written to where it belongs; where a file cannot be moved, all are back as they were."""
     if not target.exists():
         with suppress(OSError):  # another process was faster
             temporary.rename(target)
             return
     fresh = {target / f.relative_to(temporary): f for f in temporary.rglob("*") if not f.is_dir()}
     for own in fresh:  # before anything is touched
-        own.parent.mkdir(parents=True, exist_ok=True)
         if own.is_dir():
             raise IsADirectoryError(errno.EISDIR, f"{own} is a folder")
-    old = {f for pattern in instead_of for f in target.glob(pattern) if not f.is_dir()} - set(fresh)
-    for own, file in sorted(fresh.items(), reverse=True):
-        file.replace(own)
-    for file in old:
-        file.unlink()
+        if own.parent.resolve() != own.parent:
+            raise AquabitError(
+                f"{own.parent} leads to {own.parent.resolve()}, where files would be overwritten; choose"
+                " another folder"
+            )
+    old = {f for pattern in instead_of for f in target.glob(pattern) if not f.is_dir()}
+    old |= {own for own in fresh if own.exists() or own.is_symlink()}
+    if old and not may_replace:
+        raise AquabitError(
+            f"{target} holds {min(old).relative_to(target)}, which was not written here before and would be"
+            " lost; choose another folder"
+        )
+    moves = [(own, temporary / OLD / own.relative_to(target)) for own in sorted(old)]
+    moves += [(file, own) for own, file in sorted(fresh.items(), reverse=True)]
+    done = []
+    try:
+        for source, place in moves:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            source.rename(place)
+            done.append((source, place))
+    except BaseException:
+        for source, place in reversed(done):
+            place.rename(source)
+        raise
+
+
+def check_apart(out: str | Path, source: str | Path, *, inside: bool = True) -> None:
+    """Raise AquabitError where ``out`` is the place that ``source`` is read from, or lies in it; where
+    ``inside``, also where ``source`` lies in ``out``. Links are followed; a source that is not there is
+    nowhere."""
+    target, origin = Path(os.path.realpath(out)), Path(os.path.realpath(source))
+    if not origin.exists():
+        return
+    # a mount, or a file system without case, has two names for one place
+    same = target == origin or (target.exists() and target.samefile(origin))
+    if same or origin in target.parents or (inside and target in origin.parents):
+        where = "is" if same else "lies in" if origin in target.parents else "holds"
+        raise AquabitError(
+            f"the output {out} {where} {'what' if same else 'the place that'} it is made from ({source}),"
+            " which would be overwritten; choose another place"
+        )
 
 
 def _part(folder: Path, name: str) -> Path:

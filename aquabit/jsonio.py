@@ -40,12 +40,17 @@ def read_json(path: str | Path) -> Any:
     return parse_json(data, str(path))
 
 
+def read_object(path: str | Path) -> dict[str, Any]:
+    """As ``read_json``, of a JSON object."""
+    return _object(read_json(path), str(path))
+
+
 def parse_json(text: str | bytes | None, source: str) -> Any:
     """The value of JSON from a file or a database. Raises AquabitError, naming ``source``, for anything else:
     no text, other bytes than UTF-8, thousands of brackets or digits."""
     try:
         if isinstance(text, bytes):
-            text = text.decode("utf-8")
+            text = text.decode("utf-8-sig")  # some editors begin with a byte order mark
         if not isinstance(text, str):
             raise ValueError(f"it is {type(text).__name__}, not text")
         return json.loads(text)
@@ -57,7 +62,10 @@ def parse_json(text: str | bytes | None, source: str) -> Any:
 
 def parse_object(text: str | bytes | None, source: str) -> dict[str, Any]:
     """As ``parse_json``, of a JSON object."""
-    value = parse_json(text, source)
+    return _object(parse_json(text, source), source)
+
+
+def _object(value: Any, source: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise AquabitError(f"{source} is {value!r:.60}; it must be a JSON object")
     return value

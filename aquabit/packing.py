@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from aquabit.files import follow_umask, write_text, writing_folder
+from aquabit.files import check_apart, follow_umask, write_text, writing_folder
 from aquabit.graph import repeated_names
 from aquabit.jsonio import read_json
 from aquabit.kernels import Accuracy
@@ -42,16 +42,17 @@ from aquabit.pipelines import (
     scheduler_named,
     scheduler_of,
     set_scheduler,
+    sources_of,
     trace,
     without_folders,
 )
 from aquabit.pipelines.image_maker import ImageMaker
 from aquabit.pipelines.lora import Source
-from aquabit.quant.artifact import WEIGHT_FILES, Contents, config_of, save_packed_denoiser
+from aquabit.quant.artifact import WEIGHT_FILES, Contents, config_of, save_packed_denoiser, was_packed
 from aquabit.quant.bank import Bank
 from aquabit.quant.bare_artifact import save_bare_denoiser
 from aquabit.quant.correction.corrector import DEFAULT_CORRECTION, check_correction, corrected_, statistics_of
-from aquabit.quant.correction.sampling import follow_, unfollowed, watchers_of
+from aquabit.quant.correction.sampling import follow_, refollow_, unfollowed, watchers_of
 from aquabit.quant.correction.statistics import Statistics
 from aquabit.quant.diffusers_quantizer import attach_
 from aquabit.quant.finetuning.finetune import FineTuning, Tuned, check_tunable
@@ -81,19 +82,21 @@ class SamplingOptions(TypedDict, total=False):
     guidance: float | None
     resolution: int | None
     frames: int | None
+    scheduler: str | None
     deterministic: bool
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How images are sampled, ``resolution`` in pixels, ``frames`` of each video; None: as the artifact's
-    configuration was calibrated for, else as ``Calibration`` has it. ``deterministic``: the same bits
-    whatever timings and threads there are."""
+    configuration was measured, else as ``Calibration`` has it. ``deterministic``: the same bits whatever
+    timings and threads there are."""
 
     eta: float | None = None
     guidance: float | None = None
     resolution: int | None = None
     frames: int | None = None
+    scheduler: str | None = None
     deterministic: bool = False
 
 
@@ -138,7 +141,12 @@ class Packed:
     def save(self, folder: str | Path, max_shard_size: int | str = "10GB") -> int:
         """Write a diffusers pipeline directory, weights in files of at most ``max_shard_size`` (bytes, or
         as "5GB"); the bytes of the denoiser's tensors. Of a model of the user's own: its tensors and the
-        configuration, for ``load(folder, into=model)``."""
+        configuration, for ``load(folder, into=model)``.
+
+        It may take the place of another packed model. Raises AquabitError, and leaves what is there as it is,
+        where the folder is, holds or lies in the place that the pipeline was loaded from, where files of
+        others would be overwritten, and where it cannot be written.
+        """
         if isinstance(self._pipe, OwnModel):
             return save_bare_denoiser(self._model.denoiser, Path(folder), max_shard_size)
         name = denoiser_name(self._pipe)
@@ -146,9 +154,11 @@ class Packed:
             raise AquabitError(
                 "a LoRA is beside this model and would not be saved; take it off by remove_lora() first"
             )
+        for source in sources_of(self._pipe):
+            check_apart(folder, source)
         restore_text_encoders(self._pipe)
         try:
-            with writing_folder(folder, [f"{name}/{old}" for old in WEIGHT_FILES]) as made:
+            with writing_folder(folder, [f"{name}/{old}" for old in WEIGHT_FILES], was_packed) as made:
                 for component, value in self._pipe.components.items():
                     if component != name and hasattr(value, "save_pretrained"):
                         value.save_pretrained(made / component)
@@ -290,10 +300,10 @@ def generate(
     """Images [n, c, h, w] in [0, 1] from a pipeline or packed artifact, image i from seed + i; of videos
     every frame is one, those of a video after each other.
 
-    ``steps``, ``eta``, ``guidance``, ``resolution`` (pixels) and ``frames`` default to what the artifact's
-    configuration was calibrated for (else 10, 0, 1 and the model's own), ``correction`` to the artifact's
-    own; "none" switches it off. ``offload``: what is loaded waits on the CPU and is on the GPU only while it
-    runs.
+    ``steps``, ``eta``, ``guidance``, ``resolution`` (pixels), ``frames``, ``scheduler`` and ``conditions``
+    default to what the artifact's configuration was measured with (else 10, 0, 1 and the model's own),
+    ``correction`` to the artifact's own; "none" switches it off. ``offload``: what is loaded waits on the CPU
+    and is on the GPU only while it runs.
 
     A packed one runs on the kernels that are fastest on this machine, timed first where that is missing;
     images then depend, within a few grey values, on timings, threads and their number. ``deterministic``: one
@@ -321,14 +331,14 @@ def generate(
     protocol = Protocol(
         images=images,
         seed=seed,
-        conditions=tuple(conditions) if conditions else None,
+        conditions=tuple(conditions) if conditions else usual.conditions,
         micro_batch=batch if same else min(images, batch),
         **given,
     )
     size, own = image_size(adapter.pipe), protocol.resolution
     check_images(images * (protocol.frames or 1), size if own is None else (own, own))
     layers = layers_of(adapter.denoiser)
-    with _switched_correction(adapter, correction):
+    with _scheduled(adapter, protocol.scheduler), _switched_correction(adapter, correction):
         if same:
             with single_thread(device), using({}):
                 return torch.cat([adapter.images(protocol, b) for b in adapter.batches(protocol)])
@@ -340,6 +350,19 @@ def generate(
             if told is not None:
                 told(placed)
         return torch.cat([adapter.images(protocol, b) for b in adapter.batches(protocol)])
+
+
+@contextmanager
+def _scheduled(adapter: ImageMaker, name: str) -> Iterator[None]:
+    """Another sampler for a while ("default": the pipeline's own)."""
+    before = scheduler_of(adapter.pipe)
+    set_scheduler(adapter.pipe, name)
+    try:
+        yield
+    finally:
+        if scheduler_of(adapter.pipe) is not before:
+            adapter.pipe.scheduler = before
+            refollow_(adapter.denoiser, before)
 
 
 @contextmanager

@@ -57,8 +57,9 @@ def parse_correction(text: str | None) -> tuple[str, ...]:
 class QuantConfig:
     """Which scheme and activation bits each layer of one model gets; layers not named stay in full precision.
 
-    ``calibration`` says what H the calibrated schemes are fitted with, and what a correction's statistics and
-    static ranges are measured on (None: ``Calibration()``). ``steps`` are the groups that activation bits
+    ``calibration`` says how images are made: what H the calibrated schemes are fitted with, what a
+    correction's statistics and static ranges are measured on, and the defaults of whoever makes images with
+    it (None: ``Calibration()``). ``steps`` are the groups that activation bits
     given as a tuple refer to. ``correction`` joins the noise corrections that act while sampling by "+"
     (``CORRECTIONS``). ``tuned`` is the digest of fine-tuned tensors that replace the fitted ones. ``ranges``
     are those of activations: "dynamic" (per token or sample), "static" (one per layer) or "step" (one per
@@ -141,11 +142,23 @@ class QuantConfig:
         return (self.calibration or Calibration()).steps if self.ranges == "step" else None
 
     @property
+    def uses_images(self) -> bool:
+        """Whether what it makes of a model depends on its calibration."""
+        calibrated = any(choice.weight.calibrated for choice in self.layers.values())
+        return calibrated or self.correction is not None or self.ranges != "dynamic"
+
+    def sampled_as(self, calibration: Calibration) -> QuantConfig:
+        """The same configuration, which also says how images are made with it where it did not; its digest
+        stays what it was."""
+        if self.calibration is not None or self.uses_images:
+            return self
+        return replace(self, calibration=calibration)
+
+    @property
     def digest(self) -> str:
         """Equal for equal configurations, whatever name the model goes by."""
         body = {k: v for k, v in self.to_dict().items() if k not in ("model", "schema", "calibration")}
-        calibrated = any(choice.weight.calibrated for choice in self.layers.values())
-        if calibrated or self.correction or self.ranges != "dynamic":
+        if self.uses_images:
             body["calibration"] = (self.calibration or Calibration()).to_dict()
         return digest(body)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from itertools import chain, pairwise
 from pathlib import Path
@@ -61,6 +61,8 @@ class SearchSpace:
     calibration: Calibration | None = None
     steps: StepGroups | None = None
     correction: str | None = None  # of every configuration that quantizes: it is measured after correction
+    # how a session makes images, for configurations that calibrate nothing to say so too; not stored
+    sampled: Calibration | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "correction", "+".join(parse_correction(self.correction)) or None)
@@ -124,7 +126,8 @@ class SearchSpace:
         # full precision has no noise to correct
         quantizes = any(choice != LayerChoice() for choice in choices.values())
         correction = self.correction if quantizes else None
-        return QuantConfig(self.fingerprint, choices, self.model, self.steps, correction, self.calibration)
+        sampled = self.calibration or self.sampled
+        return QuantConfig(self.fingerprint, choices, self.model, self.steps, correction, sampled)
 
     def free_layers(self) -> list[str]:
         """Layers that have more than one weight scheme to choose from."""

@@ -11,12 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
-from aquabit.files import write_bytes
+from aquabit.files import check_apart, write_bytes
 from aquabit.jsonio import write_json
 from aquabit.measuring.session import Session, open_session
 from aquabit.measuring.settings import MeasureOptions
 from aquabit.measuring.where import HERE, Where, WhereOptions
 from aquabit.packing import AnyModel, generate, quantize
+from aquabit.pipelines.loading import sources_of
 from aquabit.pipelines.pictures import thumbnail
 from aquabit.quality import QualityOptions
 from aquabit.reports import report as write_report
@@ -60,6 +61,16 @@ class RunOptions(WhereOptions, total=False):
     space: Mapping[str, Any] | None
     quality: QualityOptions | None
     damages: str | None
+
+
+WRITTEN = (  # by ``run``, beside study.db and folders
+    "first.json",
+    "first-config.json",
+    "sensitivity.json",
+    "front.json",
+    "config.json",
+    "samples.png",
+)
 
 
 @dataclass(frozen=True)
@@ -306,6 +317,14 @@ def run_flow(
     told: Callable[[str], object] = lambda _: None,
 ) -> Front:
     """``run`` with values; ``told`` gets the first answers as they come."""
+    for source in sources_of(model):
+        check_apart(out, source, inside=False)
+        check_apart(out / "packed", source)
+    others = [out / name for name in WRITTEN if (out / name).exists()]
+    if others and not (out / "study.db").exists():
+        raise AquabitError(
+            f"{others[0]} is of no run in {out} and would be overwritten; choose another folder"
+        )
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -348,6 +367,7 @@ def run_flow(
     packed = quantize(model, front.best, bank=where.bank, device=where.device)
     packed.save(out / "packed")
     protocol = study.protocol
+    sampling = {k: getattr(protocol, k) for k in ("eta", "guidance", "resolution", "frames", "scheduler")}
     made = generate(
         packed.pipe if packed.is_own else str(out / "packed"),
         32,
@@ -356,6 +376,7 @@ def run_flow(
         protocol.conditions,
         where.device,
         progress=progress,
+        **sampling,
     )
     if not packed.is_own or packed.pipe.images:
         write_bytes(out / "samples.png", thumbnail(made))

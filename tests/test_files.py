@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from aquabit.errors import AquabitError
-from aquabit.files import clear, follow_umask, write_bytes, write_text, writing, writing_folder
+from aquabit.files import check_apart, clear, follow_umask, write_bytes, write_text, writing, writing_folder
 
 
 def test_a_file_is_replaced_whole_and_keeps_its_mode(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_a_folder_comes_to_be_at_once(tmp_path: Path) -> None:
 
     with pytest.raises(KeyError):
         fail()
-    with writing_folder(out, ["part/*.old"]) as made:
+    with writing_folder(out, ["part/*.old"], lambda _: True) as made:
         (made / "part").mkdir()
         (made / "part" / "a").write_text("newer")
     found = {str(p.relative_to(out)): p.read_text() for p in out.rglob("*") if p.is_file()}
@@ -152,13 +152,88 @@ def test_a_folder_that_is_there_stays_the_same_one(tmp_path: Path) -> None:
     assert [p.name for p in out.iterdir()] == ["a"]
 
 
+def test_files_of_others_are_never_replaced_and_old_ones_only_with_all_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    (out / "part").mkdir(parents=True)
+    for name in ("part/a", "part/b", "z"):
+        (out / name).write_text("old")
+
+    def write(ours: bool) -> None:
+        with writing_folder(out, ["part/b"], lambda _: ours) as made:
+            (made / "part").mkdir()
+            for name in ("part/a", "part/new", "z"):
+                (made / name).write_text("new")
+
+    def found() -> dict[str, str]:
+        return {str(p.relative_to(out)): p.read_text() for p in out.rglob("*") if p.is_file()}
+
+    before = found()
+    with pytest.raises(AquabitError, match="out holds part/a, which was not written here before"):
+        write(False)
+    assert found() == before
+    move, moved = Path.rename, []
+
+    def fails_late(self: Path, target: Path) -> Path:
+        moved.append(self)
+        if len(moved) == 5:
+            raise PermissionError(13, "Permission denied")
+        return move(self, target)
+
+    monkeypatch.setattr(Path, "rename", fails_late)
+    with pytest.raises(AquabitError, match="could not be written: Permission denied"):
+        write(True)
+    assert found() == before, "what was moved is back"
+    monkeypatch.undo()
+    write(True)
+    assert found() == {"part/a": "new", "part/new": "new", "z": "new"}
+
+
+def test_a_part_that_leads_elsewhere_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "part").symlink_to(tmp_path / "other")
+
+    def write() -> None:
+        with writing_folder(tmp_path / "out") as made:
+            (made / "part").mkdir()
+            (made / "part" / "a").write_text("new")
+
+    with pytest.raises(AquabitError, match=r"part leads to .*other, where files would be overwritten"):
+        write()
+    assert not list((tmp_path / "other").iterdir())
+
+
+def test_an_output_lies_apart_from_what_it_is_made_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "models" / "model"
+    model.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(model)
+    monkeypatch.chdir(model)
+    for out, said in (
+        (model, "is what"),
+        (tmp_path / "link", "is what"),
+        (".", "is what"),
+        ("part/..", "is what"),
+        (tmp_path / "link" / "new", "lies in"),
+        ("..", "holds"),
+    ):
+        with pytest.raises(AquabitError, match=f"the output .* {said} .*would be overwritten"):
+            check_apart(out, model)
+    check_apart("..", model, inside=False)
+    check_apart(tmp_path / "models" / "model2", model)
+    check_apart(model, tmp_path / "an id of the hub")
+
+
 def test_nothing_of_a_folder_is_touched_where_a_part_cannot_be_written(tmp_path: Path) -> None:
     out = tmp_path / "out"
     (out / "z").mkdir(parents=True)
     (out / "old").write_text("old")
 
     def write() -> None:
-        with writing_folder(out, ["old"]) as made:
+        with writing_folder(out, ["old"], lambda _: True) as made:
             (made / "a").write_text("new")
             (made / "z").write_text("a folder stands there")
 

@@ -25,6 +25,11 @@ def test_what_is_defined_can_be_written_and_is_so_again(value: object) -> None:
     assert json.loads(json.dumps(clean, allow_nan=False)) == clean == defined(clean)
 
 
+def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"a": 1}', encoding="utf-8-sig")
+    assert read_json(tmp_path / "a.json") == {"a": 1}
+
+
 def test_numpy_becomes_plain_and_undefined_becomes_null() -> None:
     value = {"a": np.float32("nan"), 3: (np.int64(4), np.bool_(True)), "m": np.array([[1.0, np.inf], [2, 3]])}
     found = defined(value)

@@ -38,6 +38,7 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
     @wraps(function)
     def call(**given: Any) -> None:
         quiet()
+        groups.check_outputs(given, folder=function.__name__ in ("run", "quantize", "convert", "report"))
         function(**given)
 
     return app.command()(shielded(groups.grouped(call)))
@@ -370,6 +371,7 @@ def quantize(
     config: options.ConfigFile,
     out: Annotated[Path, typer.Option("--out", help="Folder of the packed pipeline.")],
     tuning: groups.Tuning,
+    sampled: groups.Sampled,
     correct: options.Correct = False,
     correction: Annotated[
         str | None,
@@ -387,7 +389,7 @@ def quantize(
     with bars() as progress:
         packed = packing.quantize(
             with_loras(model, lora or ()),
-            QuantConfig.load(config),
+            sampled.applied(QuantConfig.load(config)),
             correct=correction or correct,
             finetune=tuning.settings(),
             bank=str(bank) if bank else None,

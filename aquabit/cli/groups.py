@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from aquabit.cli import options
+from aquabit.files import check_apart
 from aquabit.measuring.where import Where
-from aquabit.scheme import AquabitError, Budget, Protocol
+from aquabit.scheme import SCHEDULERS, AquabitError, Budget, Calibration, Protocol, QuantConfig
 
 if TYPE_CHECKING:  # torch is loaded when a verb runs, not for --help
     from aquabit.measuring.settings import MeasureOptions
@@ -59,12 +60,54 @@ def given(context: typer.Context, option: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
+NO_INPUT = ("out", "json_", "bank", "sources")  # fits may lie anywhere; ``merge`` may join into a source
+
+
+def check_outputs(given: dict[str, Any], folder: bool) -> None:
+    """Raise AquabitError where a verb would write over, or into, what it reads (``folder``: its --out is
+    one). In a folder that it reads a new file may come to be, and an image take the place of one."""
+    values = {k: v for k, v in given.items() if not is_dataclass(v)}
+    for group in (v for v in given.values() if is_dataclass(v)):
+        values |= {f.name: getattr(group, f.name) for f in fields(group)}
+    read = [
+        path
+        for name, value in values.items()
+        for path in (value if isinstance(value, list) else [value])
+        if name not in NO_INPUT and isinstance(path, Path)
+    ]
+    for model in filter(None, (values.get("model"), values.get("folder"))):
+        if isinstance(model, str):
+            from aquabit.pipelines import sources_of
+
+            read += map(Path, sources_of(model))
+    written = [
+        (Path(v), folder and k == "out") for k in ("out", "json_") if (v := values.get(k)) and v != "-"
+    ]
+    for target, whole in written:
+        if not whole and _is_new_or_image(target):
+            continue
+        for source in read:
+            check_apart(target, source, inside=False)
+    if len(written) == 2 and written[0][0].absolute() == written[1][0].absolute():
+        raise AquabitError(f"--out and --json both are {written[0][0]}; one would overwrite the other")
+
+
+def _is_new_or_image(path: Path) -> bool:
+    if not path.exists():
+        return True
+    try:
+        with open(path, "rb") as file:
+            return file.read(8) == b"\x89PNG\r\n\x1a\n"
+    except OSError:  # writing says why
+        return False
+
+
 def read_prompts(path: Path | None) -> tuple[str, ...] | None:
     """The prompts of a file, one a line; raises AquabitError where it holds none."""
     if path is None:
         return None
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise AquabitError(f"prompts file {path} cannot be read as UTF-8 text: {error}") from error
     kept = tuple(line for line in lines if line)
@@ -316,6 +359,40 @@ class Tuning:
         return replace(settings, steps=self.finetune_steps) if self.finetune_steps else settings
 
 
+SamplerName = Annotated[
+    str | None,
+    typer.Option("--scheduler", help=f"{', '.join(('default', *SCHEDULERS))}; default: as measured."),
+]
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """How images are made where a configuration does not say it, or another way is wanted."""
+
+    prompts: options.Prompts = None
+    guidance: Annotated[
+        float | None,
+        typer.Option("--guidance", help="Classifier-free guidance of the images that packing needs."),
+    ] = None
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Their denoising steps.")] = None
+    eta: Annotated[float | None, typer.Option("--eta", help="Their DDIM noise.")] = None
+    resolution: options.Resolution = None
+    frames: options.Frames = None
+    scheduler: SamplerName = None
+
+    def applied(self, config: QuantConfig) -> QuantConfig:
+        """A configuration that says so; what is not given stays as it says."""
+        named = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "prompts"}
+        asked = {k: v for k, v in named.items() if v is not None}
+        if (prompts := read_prompts(self.prompts)) is not None:
+            asked["conditions"] = prompts
+        return (
+            replace(config, calibration=replace(config.calibration or Calibration(), **asked))
+            if asked
+            else config
+        )
+
+
 @dataclass(frozen=True)
 class Making:
     """Which images a packed model makes."""
@@ -325,19 +402,20 @@ class Making:
     steps: Annotated[
         int | None,
         typer.Option(
-            "--steps", min=1, help="Denoising steps; default: those the artifact was calibrated for, else 10."
+            "--steps", min=1, help="Denoising steps; default: those the artifact was measured with, else 10."
         ),
     ] = None
     eta: Annotated[
-        float | None, typer.Option("--eta", help="DDIM's noise; default: as calibrated, else 0.")
+        float | None, typer.Option("--eta", help="DDIM's noise; default: as measured, else 0.")
     ] = None
     guidance: Annotated[
         float | None,
-        typer.Option("--guidance", help="Classifier-free guidance; default: as calibrated, else 1 (off)."),
+        typer.Option("--guidance", help="Classifier-free guidance; default: as measured, else 1 (off)."),
     ] = None
     prompts: options.Prompts = None
     resolution: options.Resolution = None
     frames: options.Frames = None
+    scheduler: SamplerName = None
     correction: Annotated[
         str | None,
         typer.Option(

@@ -39,6 +39,7 @@ from aquabit.pipelines import (
     scheduler_of,
     use_scheduler,
 )
+from aquabit.pipelines.finite import NotFinite, broken, checked_images, finite_images
 from aquabit.pipelines.image_maker import ImageMaker
 from aquabit.pipelines.pictures import thumbnail
 from aquabit.quality import NonFiniteImages, NonFiniteValues, Quality, QualityMeter, QualityOptions, Source
@@ -239,7 +240,10 @@ class Evaluator:
         every = [*self.quantized.watchers(config), *watchers]
         with following(self.adapter.denoiser, scheduler_of(self.pipe), every):
             for batch in self.adapter.batches(protocol):
-                yield batch, self.adapter.images(protocol, batch)
+                if config.layers:
+                    yield batch, self.adapter.images(protocol, batch)
+                else:
+                    yield batch, finite_images(self.adapter, protocol, batch)
 
     def _watchers(self, config: QuantConfig, protocol: Protocol) -> list[Watcher]:
         """What takes part in sampling with a configuration."""
@@ -356,12 +360,16 @@ class Evaluator:
                 recompute=held > HELD_LIMIT,
             )
 
+            few_images = range(start, start + few)
+
             def images() -> Tensor:
-                return self.adapter.images(own, range(start, start + few), gradients=True)
+                return checked_images(self.adapter, own, few_images, gradients=True)
 
             try:
                 with following(self.adapter.denoiser, scheduler_of(self.pipe), [place]):
                     found = sketches(images, passes, start)
+            except NotFinite:
+                raise broken(self.adapter, own, few_images) from None
             except RuntimeError as fault:
                 if out_of_memory(fault):
                     raise
@@ -483,6 +491,8 @@ class Evaluator:
                 images = load_file(self._path(protocol, batch))["images"].float()
             except (OSError, SafetensorError, KeyError):
                 return None
+            if not bool(torch.isfinite(images).all()):
+                return None  # of a version that kept what was broken
             if sum(t.nbytes for t in cached.values()) + images.nbytes > FULL_LIMIT:
                 return images
             cached[batch.start] = images

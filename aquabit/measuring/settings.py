@@ -73,7 +73,7 @@ def settings(
             f"the step groups are of {space.steps.total} steps, the images are made in {protocol.steps};"
             " give both the same number"
         )
-    return protocol, space
+    return protocol, replace(space, sampled=Calibration.of(protocol))
 
 
 def protocol_for(

@@ -30,7 +30,7 @@ from aquabit.pipelines.family import (
     family_notes,
     scheduler_of,
 )
-from aquabit.pipelines.loading import bundled_facts, bundled_models, load
+from aquabit.pipelines.loading import bundled_facts, bundled_models, load, sources_of
 from aquabit.pipelines.lora import add_lora, branched, remove_lora, with_loras, without_folders
 from aquabit.pipelines.own_model import Model, check_sampler
 from aquabit.pipelines.presets import PRESETS, Preset, preset_named
@@ -77,6 +77,7 @@ __all__ = [
     "scheduler_named",
     "scheduler_of",
     "set_scheduler",
+    "sources_of",
     "trace",
     "use_scheduler",
     "with_loras",

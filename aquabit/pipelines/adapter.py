@@ -22,6 +22,7 @@ from aquabit.graph import known_class
 from aquabit.graph import trace as trace_denoiser
 from aquabit.pipelines.effects import check_effects
 from aquabit.pipelines.family import EVERYWHERE, KINDS, denoiser_of, family, family_notes, scheduler_of
+from aquabit.pipelines.finite import finite_images
 from aquabit.pipelines.image_maker import ImageMaker, first_inputs
 from aquabit.pipelines.outputs import images_of
 from aquabit.pipelines.own_model import CallSteps, Model, OwnAdapter, unnamed
@@ -173,7 +174,7 @@ def _runs(pipe: Pipeline) -> Callable[[Calibration, int], AbstractContextManager
     def runs(calibration: Calibration, batch: int) -> Iterator[list[Callable[[], object]]]:
         protocol, adapter = calibration.protocol(batch), adapter_of(pipe)
         with scheduled(pipe, scheduler, calibration.scheduler):
-            yield [partial(adapter.images, protocol, part) for part in adapter.batches(protocol)]
+            yield [partial(finite_images, adapter, protocol, part) for part in adapter.batches(protocol)]
 
     return runs
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import pickle
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from aquabit.files import writing_folder
+from aquabit.files import check_apart, writing_folder
+from aquabit.jsonio import read_object
 from aquabit.pipelines.class_latent import ClassEmbedder, ClassLatentPipeline
 from aquabit.scheme import AquabitError
 
@@ -106,9 +108,18 @@ def convert_ldm4(
     pipe = ClassLatentPipeline(
         unet, vqvae, embedder, _scheduler(tensors, path), classes=embedding.shape[0] - 1
     )
-    with writing_folder(out) as folder:
+    check_apart(out, path, inside=False)
+    with writing_folder(out, ours=_is_converted) as folder:
         pipe.save_pretrained(folder)
     return pipe
+
+
+def _is_converted(folder: Path) -> bool:
+    """Whether a folder holds a pipeline that was converted before."""
+    with suppress(AquabitError):
+        index = read_object(folder / "model_index.json")
+        return index.get("_class_name") == ClassLatentPipeline.__name__
+    return False
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from aquabit.pipelines.family import scheduler_of
 from aquabit.pipelines.lora import fuse_loras_, split_loras
 from aquabit.pipelines.own_model import Model, named_model
 from aquabit.pipelines.prompts import can_reload
+from aquabit.pipelines.weights_files import check_complete, origin
 from aquabit.quant.bank import weights_folder
 from aquabit.runtime import out_of_memory
 from aquabit.scheme import AquabitError
@@ -110,6 +111,16 @@ def _packed_into(model: Model, folder: Path) -> Model:
     own = model.copied()
     load_bare_denoiser_(own.denoiser.eval(), folder)
     return own
+
+
+def sources_of(model: str | Path | DiffusionPipeline) -> set[str]:
+    """Where a pipeline, its components and its LoRAs were loaded from: folders and files, of which some may
+    not be there (ids of the hub, and what diffusers and transformers remember of other machines)."""
+    if not isinstance(model, DiffusionPipeline):
+        name, loras = split_loras(str(model))
+        return {str(BUNDLED / name if name in bundled_models() else name), *(file for file, _ in loras)}
+    named = (origin(part) for part in (model, *model.components.values()))
+    return {name for name in named if name is not None}
 
 
 def check_device(device: str | torch.device, offload: bool = False) -> None:
@@ -231,6 +242,11 @@ def _guarded(name: str, loader: Callable[[], Any], device: str | torch.device) -
         Exception
     ) as error:  # diffusers, safetensors and the hub raise many types: all mean that it cannot be loaded
         raise AquabitError(_reason(name, error)) from error
+    try:
+        with _silence():
+            check_complete(pipe)
+    except AquabitError as error:
+        raise AquabitError(f"{name}: {error}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

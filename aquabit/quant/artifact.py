@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from aquabit.file_memory import CopiesInFiles
 from aquabit.graph import fixed_layers, is_quantizable, rebuilt, repeated_names, tied_places
 from aquabit.graph import layers as layer_nodes
-from aquabit.jsonio import digest, read_json
-from aquabit.quant.bank import weight_hash, weights_folder
+from aquabit.jsonio import digest, read_json, read_object
+from aquabit.quant.bank import owned, weight_hash, weights_folder
 from aquabit.quant.correction.sampling import follow_
 from aquabit.quant.correction.statistics import Statistics
 from aquabit.quant.finetuning.store import PARTS, SHARED, shared_name
@@ -86,7 +86,7 @@ class Contents:
         tensors |= {f"{RANGES}{name}": ends.contiguous().cpu() for name, ends in self.ranges.items()}
         if self.statistics is not None:
             tensors |= {f"{NOISE}{k}": v for k, v in self.statistics.tensors()[0].items()}
-        return tensors
+        return owned(tensors)
 
 
 def contents_of(denoiser: nn.Module) -> Contents | None:
@@ -120,6 +120,19 @@ def is_packed(folder: Path) -> bool:
                 f"{folder / 'config.json'}: {name} is out of range; the file may have been changed"
             )
     return True
+
+
+def was_packed(folder: Path) -> bool:
+    """Whether a pipeline's folder was written by this version of aquabit or an earlier one, in whatever state
+    its files are now."""
+    for part in folder.iterdir():
+        if (part / OLD).is_file():
+            return True
+        with suppress(AquabitError):
+            described = read_object(part / "config.json").get("quantization_config")
+            if isinstance(described, dict) and described.get("quant_method") == METHOD:
+                return True
+    return False
 
 
 @contextmanager

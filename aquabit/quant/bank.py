@@ -68,18 +68,51 @@ def weight_hash(weight: Tensor) -> str:
     return body.hexdigest()[:24]
 
 
+def owned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of which none lies in the memory of another, as a file stores them: those that do are copied.
+    Layers of equal weights have one fit, and tensors of a user's model may be views of others."""
+    found, end = dict(tensors), 0
+    for name in sorted(tensors, key=lambda name: tensors[name].data_ptr()):
+        begin = tensors[name].data_ptr()
+        if begin < end:
+            found[name] = tensors[name].clone()
+        end = max(end, begin + tensors[name].nbytes)
+    return found
+
+
 class FullWeights(dict[str, Tensor]):
     """The full-precision weights of a model's layers, by name."""
 
     def __init__(self) -> None:
         super().__init__()
         self._keys: dict[str, str] = {}
+        self._firsts: dict[str, tuple[Any, ...]] = {}
 
     def key(self, layer: str) -> str:
         """What the bank keeps the fits of a layer's weight under."""
         if layer not in self._keys:
             self._keys[layer] = weight_hash(self[layer])
         return self._keys[layer]
+
+    def twins(self, layer: str) -> list[str]:
+        """The layers whose weights are equal to a layer's, itself among them."""
+        first = self._firsts[layer]
+        alike = [name for name, other in self._firsts.items() if other == first]
+        # whole weights are read only where some numbers of them are equal
+        return [n for n in alike if n == layer or self.key(n) == self.key(layer)]
+
+    def __setitem__(self, layer: str, weight: Tensor) -> None:
+        self._firsts[layer] = self._first(weight)
+        super().__setitem__(layer, weight)
+
+    def __delitem__(self, layer: str) -> None:
+        self.twins(layer)  # while its key can be told
+        super().__delitem__(layer)
+
+    @staticmethod
+    def _first(weight: Tensor) -> tuple[Any, ...]:
+        """The shape and some numbers of a weight."""
+        return tuple(weight.shape), tuple(weight.detach().flatten()[:: max(1, weight.numel() // 16)].tolist())
 
 
 def _state(path: Path) -> tuple[int, ...]:
@@ -210,7 +243,7 @@ class Bank:
         written."""
         try:
             with writing(path) as temporary:
-                save_file(tensors, temporary, metadata)
+                save_file(owned(tensors), temporary, metadata)
                 size = temporary.stat().st_size
         except (OSError, SafetensorError, AquabitError) as failure:
             raise AquabitError(

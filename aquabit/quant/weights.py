@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from aquabit.kernels.codebook import CodebookWeight
+from aquabit.quant.calibration.hessian import conditioned
 from aquabit.quant.schemes import aq, usq, vq
 from aquabit.quant.schemes.progress import Report, no_report
 from aquabit.quant.schemes.scalar import FLOAT16_MAX
@@ -28,9 +29,10 @@ def quantize_weight(
     shrink the weight; at 8 bits they minimise its squared error. ``usq3h``, ``vq3h`` and ``aq`` minimise the
     output error tr(dW H dW^T) with ``hessian``, the second moments of the layer's input: [R, R] over
     ``weight.flatten(1)``, [groups, R, R] for a grouped convolution, or a diagonal [R]. ``aq`` takes the
-    identity where none is given. Only ``aq`` draws from ``seed``. Raises AquabitError for weights or H that
-    are not finite, H of the wrong shape or not positive semi-definite, ``h`` schemes without H, and H for a
-    scheme that does not use it.
+    identity where none is given. H that leaves some inputs out, of rank 1 for instance, is damped as measured
+    moments are, so that no weights become many times too large. Only ``aq`` draws from ``seed``. Raises
+    AquabitError for weights or H that are not finite, H of the wrong shape or not positive semi-definite,
+    ``h`` schemes without H, and H for a scheme that does not use it.
     """
     parsed = Scheme.parse(scheme)
     if parsed.shared:
@@ -58,6 +60,7 @@ def quantize_weights(
         raise AquabitError("scheme fp stores the weight as it is; there is nothing to fit")
     for weight, hessian in zip(weights, moments, strict=True):
         _check(weight, parsed, hessian)
+    moments = [None if h is None else conditioned(h, w) for w, h in zip(weights, moments, strict=True)]
     return FITS[parsed.kind](weights, parsed, moments, seed, report)
 
 

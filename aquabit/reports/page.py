@@ -34,6 +34,7 @@ from aquabit.study import Study
 
 TEMPLATES = Path(__file__).parent / "templates"
 FOLDERS = ("figures", "tables", "data")
+DATA = ("config.json", "front.json", "sensitivity.json")  # what machines read
 PAIRS_MOST = 8  # interactions of one layer that the page lists
 
 
@@ -96,8 +97,18 @@ def report(study: Study, out: str | Path, progress: Progress = no_progress) -> P
 
 
 def make_folders(out: Path) -> None:
+    """The folders of a report; raises AquabitError where others' files stand in the place of its own."""
+    page = out / "index.html"
+    ours = page.exists() and b"aquabit" in page.read_bytes()
+    others = [file for file in (page, *(out / "data" / name for name in DATA)) if file.exists()]
+    if others and not ours:
+        raise AquabitError(
+            f"{others[0]} is no report of aquabit and would be overwritten; choose another folder"
+        )
     for name in FOLDERS:
         (out / name).mkdir(parents=True, exist_ok=True)
+    if not ours:  # a run that is killed now continues
+        write_text(page, "<!doctype html><title>aquabit: this report is being written</title>\n")
 
 
 def write_data(facts: Facts, folder: Path) -> list[str]:

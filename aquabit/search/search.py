@@ -11,7 +11,7 @@ import numpy as np
 from aquabit.cost import CostModel
 from aquabit.measuring.latency import latency_table
 from aquabit.measuring.session import Session
-from aquabit.scheme import FP, Progress, Protocol, QuantConfig, no_progress
+from aquabit.scheme import FP, Calibration, Progress, Protocol, QuantConfig, no_progress
 from aquabit.search.options import activation_choices, fixed_act
 from aquabit.search.proof import Proof
 from aquabit.search.search_options import SearchOptions, ladder
@@ -86,7 +86,9 @@ class Search:
         def offered(config: QuantConfig) -> bool:
             return all(config[layer].weight in row for layer, row in session.space.choices.items())
 
-        return {k: configs[k] for k in own.config if k in self.candidates or offered(configs[k])}
+        sampled = Calibration.of(session.protocol)  # earlier versions said it of calibrated ones only
+        usable = (k for k in own.config if k in self.candidates or offered(configs[k]))
+        return {k: configs[k].sampled_as(sampled) for k in usable}
 
     def values(self, metric: str, protocol: Protocol | None = None) -> dict[str, float]:
         """digest -> a metric under a protocol, larger = worse; NaN where the measurement failed."""

@@ -432,3 +432,45 @@ def test_help_is_quick_and_imports_no_torch() -> None:
 def test_names_from_files_do_not_reach_the_terminal_as_commands(capsys: pytest.CaptureFixture[str]) -> None:
     console.print(plain("layer \x1b[31m[bold]\x07 \u202e x"), highlight=False, soft_wrap=True)
     assert capsys.readouterr().out.strip() == r"layer \x1b[31m[bold]\x07 \u202e x"
+
+
+def test_no_verb_writes_over_what_it_reads(folder) -> None:
+    (folder / "linked").symlink_to("pipe")
+    (folder / "site").mkdir()
+    (folder / "site" / "config.json").write_text("my own settings")
+    (folder / "site" / "index.html").write_text("my own page")
+
+    def kept() -> dict[str, bytes]:
+        places = ("pipe", "whole", "site")
+        return {str(p): p.read_bytes() for n in places for p in (folder / n).rglob("*") if p.is_file()}
+
+    before, study, config = kept(), "whole/study.db", "whole/config.json"
+    wrong = (
+        ("quantize", "pipe", config, "--out", "linked"),
+        ("quantize", "pipe", config, "--out", "pipe/denoiser"),
+        ("quantize", "pipe", config, "--out", "."),
+        ("run", "pipe", "--out", "pipe/run"),
+        ("run", "whole/packed", "--out", "whole"),
+        ("search", study, "--out", study),
+        ("search", study, "--against", config, "--out", config),
+        ("export", "pipe", config, "--to", "torchao", "--out", "whole/../" + config),
+        ("export", "pipe", config, "--to", "torchao", "--out", "pipe/model_index.json"),
+        ("inspect", "pipe", "--json", "pipe/model_index.json"),
+        ("status", study, "--json", study),
+        ("generate", "whole/packed", "--out", "whole/packed/denoiser/config.json"),
+        ("report", study, "--out", "site"),
+        ("run", "pipe", "--out", "site"),
+    )
+    for words in wrong:
+        said = fails(folder, *words)
+        assert "overwrit" in said, said
+    assert "both are a.json" in fails(
+        folder, *("export", "pipe", config, "--to", "torchao", "--out", "a.json", "--json", "a.json")
+    )
+    for _ in range(2):  # a picture may lie with the model, and be made again
+        run(
+            folder, "generate", "whole/packed", "--images", "1", "--steps", "1", "--out", "whole/packed/a.png"
+        )
+    (folder / "whole/packed/a.png").unlink()
+    (folder / "linked").unlink()
+    assert kept() == before

@@ -262,6 +262,26 @@ def test_what_does_not_fit_is_named(
     assert not (tmp_path / "pipe").exists()
 
 
+def test_a_checkpoint_and_others_files_are_not_written_over(
+    made: tuple[Original, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    (tmp_path / "other" / "unet").mkdir(parents=True)
+    (tmp_path / "other" / "unet" / "config.json").write_text("somebody's")
+    checkpoint = tmp_path / "model.safetensors"
+    save_file(dict(made[0]), checkpoint)
+    before = checkpoint.read_bytes()
+    for out, said in (
+        (checkpoint, "is what it is made from"),
+        (tmp_path / "other", "holds unet/config.json"),
+    ):
+        with pytest.raises(AquabitError, match=said):
+            convert_ldm4(checkpoint, out, sample_size=8)
+    assert checkpoint.read_bytes() == before
+    assert [p.name for p in (tmp_path / "other").rglob("*")] == ["unet", "config.json"]
+    for _ in range(2):  # over an older one
+        convert_ldm4(checkpoint, tmp_path / "pipe", sample_size=8)
+
+
 def test_files_that_are_no_checkpoints(tmp_path: Path) -> None:
     with pytest.raises(AquabitError, match="is not there"):
         convert_ldm4(tmp_path / "none.ckpt", tmp_path / "pipe")

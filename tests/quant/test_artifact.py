@@ -21,6 +21,7 @@ from aquabit.kernels.arranged import Arranged
 from aquabit.kernels.dispatch import using
 from aquabit.pipelines import Adapter, bundled_models, denoiser_name, load, set_scheduler, trace
 from aquabit.quant.bank import Bank
+from aquabit.quant.finetuning.finetune import FineTuning
 from aquabit.quant.kernel_tuning import layers_of
 from aquabit.quant.layers import QuantConv2d, QuantLinear, resident_bytes
 from aquabit.quant.model import QuantizedDenoiser, fingerprint
@@ -109,6 +110,60 @@ def test_an_artifact_names_no_folder_of_this_machine(dit, tmp_path) -> None:
     packing.quantize(loaded, config, bank=str(tmp_path / "bank")).save(tmp_path / "packed")
     saved = [f.read_text() for f in (tmp_path / "packed").rglob("*.json")]
     assert len(saved) > 2 and not any(str(tmp_path) in text for text in saved)
+
+
+@pytest.mark.parametrize("finetune", [False, FineTuning(steps=2, images=8, batch=4, check_every=1)])
+def test_layers_of_equal_weights_are_stored_each_with_its_own(dit, tmp_path, finetune) -> None:
+    """Copied blocks, and layers that are still zero: their tensors came from one fit, and saving crashed."""
+    blocks = dit.denoiser.transformer_blocks
+    torch.nn.init.zeros_(blocks[0].attn1.to_q.weight)
+    torch.nn.init.zeros_(blocks[0].attn1.to_k.weight)
+    blocks[1].load_state_dict(blocks[0].state_dict())
+    space = make_space(trace(dit), fingerprint(dit.denoiser), calibration=CALIBRATION)
+    for scheme in ("usq3h",) if finetune else ("usq4", "vq3", "usq3h", "aq2x4g4"):
+        bank, out = str(tmp_path / f"bank-{scheme}"), tmp_path / scheme
+        config = space.uniform(scheme, 8)
+        packed = packing.quantize(dit, config, bank=bank, finetune=finetune, accuracy="exact")
+        packed.save(out)
+        stored, loaded = load_file(out / WEIGHTS), load(str(out))
+        twins = [f"transformer_blocks.{i}.attn1.to_v.weight.codes" for i in (0, 1)]
+        assert set(twins) <= stored.keys()
+        for name, layer in packed.model.layers.items():
+            other = loaded.denoiser.get_submodule(name)
+            assert torch.equal(layer.coded.dequantize(), other.coded.dequantize()), name
+
+
+def test_a_model_is_never_packed_over_itself_or_another(dit, tmp_path, monkeypatch) -> None:
+    for name in ("model", "other"):
+        dit.save_pretrained(tmp_path / name)
+    (tmp_path / "link").symlink_to("model")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    config = replace(mixed(dit, 8), layers=dict(list(mixed(dit, 8).layers.items())[:2]))
+    packed = packing.quantize(str(tmp_path / "model"), config, bank=str(tmp_path / "bank"))
+    for out in ("model", "link", "model/packed", "model/../model", "."):
+        with pytest.raises(AquabitError, match="would be overwritten"):
+            packed.save(tmp_path / out)
+    with pytest.raises(AquabitError, match=r"other holds denoiser/.*which was not written here before"):
+        packed.save(tmp_path / "other")
+    live = packing.quantize(load(str(tmp_path / "model")), config, bank=str(tmp_path / "bank"))
+    with pytest.raises(AquabitError, match="is what it is made from"):
+        live.save(tmp_path / "model")
+    assert before == {p: p.read_bytes() for p in before}
+
+    packed.save(tmp_path / "packed")
+    (tmp_path / "packed" / "mine.txt").write_text("mine")
+    kept = {p: p.read_bytes() for p in (tmp_path / "packed").rglob("*") if p.is_file()}
+
+    def full(*_, **__) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(dit.denoiser), "save_pretrained", full)
+        with pytest.raises(AquabitError, match="No space left"):
+            packed.save(tmp_path / "packed")
+    assert kept == {p: p.read_bytes() for p in (tmp_path / "packed").rglob("*") if p.is_file()}
+    packed.save(tmp_path / "packed")  # over the older one
+    assert kept == {p: p.read_bytes() for p in (tmp_path / "packed").rglob("*") if p.is_file()}
 
 
 @pytest.mark.parametrize("act", [16, 8])

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from aquabit.pipelines import recorder, trace
 from aquabit.quant.bank import Bank, Fit, FullWeights, default_limit, weight_hash
@@ -133,11 +134,29 @@ def test_orphaned_files_are_removed_and_bad_limits_named(tmp_path, monkeypatch) 
 
 def test_full_weights_know_their_keys_and_keep_them() -> None:
     weights = FullWeights()
-    weights |= {"a": torch.ones(2, 3), "b": torch.ones(3, 2)}
+    weights["a"], weights["b"] = torch.ones(2, 3), torch.ones(3, 2)
     key = weights.key("a")
     assert key == weight_hash(torch.ones(2, 3)) != weights.key("b")
     del weights["a"]  # as packing does
     assert weights.key("a") == key
+
+
+def test_full_weights_know_which_are_equal_whatever_was_let_go() -> None:
+    weights = FullWeights()
+    weights["a"], weights["b"], weights["c"] = torch.ones(40), torch.ones(40), torch.ones(40)
+    weights["c"][1] = 2.0  # the same where it is looked at first
+    assert weights.twins("a") == ["a", "b"] and weights.twins("c") == ["c"]
+    del weights["b"]
+    assert weights.twins("a") == ["a", "b"]
+
+
+def test_what_a_file_stores_is_owned_by_its_layer(tmp_path) -> None:
+    whole = torch.arange(12, dtype=torch.float32)
+    given = {"whole": whole, "again": whole, "part": whole[4:8], "other": torch.ones(3)}
+    path = tmp_path / "a.safetensors"
+    Bank(tmp_path).write(path, given)
+    stored = load_file(path)
+    assert stored.keys() == given.keys() and all(torch.equal(stored[n], t) for n, t in given.items())
 
 
 def test_a_file_that_was_changed_or_is_another_s_is_no_fit(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from aquabit.cost import weight_bytes
 from aquabit.kernels import CodebookWeight, codebook_conv2d, codebook_linear
 from aquabit.kernels.codebook import from_tensors, pack, unpack
 from aquabit.quant.bank import Bank, Fit, weight_hash
+from aquabit.quant.calibration.hessian import conditioned, damped
 from aquabit.quant.schemes.usq import least_squares, uniform
 from aquabit.quant.schemes.vq import kmeans
 from aquabit.quant.weights import quantize_weight, relative_error, vanished
@@ -359,3 +360,67 @@ def test_a_bank_that_cannot_be_made_says_so(tmp_path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(AquabitError, match="cannot be made"):
         Bank(tmp_path / "file" / "bank")
+
+
+@pytest.mark.parametrize("shape", [(24, 32), (16, 4, 3, 3)])
+@pytest.mark.parametrize(
+    "scheme", ["usq2h", "usq4h", "usq8h", "usq4g8h", "vq3h", "vq3ch", "aq2x4g4", "aq2x3k"]
+)
+def test_no_h_makes_weights_many_times_too_large(scheme: str, shape: tuple[int, ...]) -> None:
+    """H that leaves inputs out, or is far from 1: at most a few times the error of the fit without H.
+    Undamped they were 10^2 to 10^12 times it."""
+    if scheme.endswith("k") and len(shape) == 2:
+        return
+    draw = torch.Generator().manual_seed(0)
+    weight, row = torch.randn(shape, generator=draw) * 0.05, int(np.prod(shape[1:]))
+    few, many = (torch.randn(n, row, generator=draw) for n in (1, 4 * row))
+    one, spread, full = torch.zeros(row), torch.logspace(-4, 4, row), many.T @ many / (4 * row)
+    one[3] = 1.0
+    cases = {
+        "rank 1": few.T @ few,
+        "of ones": torch.ones(row, row),
+        "one input": one[:, None] * one,
+        "one input, diagonal": one,
+        "badly scaled": (many * spread).T @ (many * spread),
+        "tiny": 1e-36 * full,
+        "huge rank 1": 1e34 * few.T @ few,
+        "none": torch.zeros(row, row),
+    }
+    plain = relative_error(weight, quantize_weight(weight, scheme.removesuffix("h")))
+    for name, h in cases.items():
+        fit = relative_error(weight, quantize_weight(weight, scheme, hessian=h))
+        assert fit < 10 * plain, (name, fit / plain)
+
+
+def test_an_h_that_can_be_fitted_to_is_fitted_to_as_it_is() -> None:
+    draw = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(8, 16, generator=draw), torch.randn(64, 16, generator=draw)
+    h, singular = x.T @ x / 64, x[:4].T @ x[:4] / 4
+    assert conditioned(h, weight) is h and conditioned(h.diagonal(), weight).shape == (16,)
+    measured = damped(singular)
+    assert conditioned(measured, weight) is measured, "what a calibration gives is damped already"
+    assert torch.equal(conditioned(singular, weight), measured)
+    both = conditioned(torch.stack([h, singular]), torch.randn(4, 16, 1, 1))
+    assert torch.equal(both, torch.stack([h, measured]))
+    for times in (2.0**60, 2.0**-60):
+        assert (
+            torch.equal(conditioned(h * times, weight), h)
+            or 0.5 <= float(conditioned(h * times, weight).diagonal().mean()) <= 2
+        )
+
+
+@pytest.mark.parametrize("scheme", ["usq6", "usq8", "usq8g8", "usq8h"])
+@pytest.mark.parametrize("magnitude", [1e-6, 3e-7, 1e-7])
+def test_rows_whose_scale_float16_ends_above_keep_their_weights(scheme: str, magnitude: float) -> None:
+    """Their scales became 0 (relative error 1 to 2); the smallest scale above it leaves 5 bits and more of
+    them at 1e-6."""
+    weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
+    weight[3] *= magnitude
+    hessian = torch.eye(64) if scheme.endswith("h") else None
+    found = quantize_weight(weight, scheme, hessian=hessian).dequantize()
+    assert relative_error_of(weight[3], found[3]) < 0.012 * (1e-6 / magnitude) ** 2
+    assert relative_error_of(weight[:3], found[:3]) < 1e-3
+
+
+def relative_error_of(x: torch.Tensor, y: torch.Tensor) -> float:
+    return float((x - y).square().sum() / x.square().sum())

@@ -57,7 +57,7 @@ class Fitter:
 
     ``partners`` maps a layer to the name of the codebooks it may share. What is fitted with H is kept under
     a key of the weight, the scheme, the whole model (which makes the inputs), the calibration and, for
-    shared codebooks, the members' weights.
+    shared codebooks, the members' weights; where other layers have the same weight, of the layer.
     """
 
     def __init__(
@@ -91,6 +91,8 @@ class Fitter:
             members = [self.weights.key(n) for n in self.members(request.layer, request.scheme)]
         else:
             members = []
+        if len(self.weights.twins(request.layer)) > 1:  # equal weights, each with the H of its own inputs
+            members.append(request.layer)
         return digest([CALIBRATED_FITS, self.fingerprint, (calibration or Calibration()).digest, members])
 
     def found(self, request: FitRequest, calibration: Calibration | None) -> Fit | None:

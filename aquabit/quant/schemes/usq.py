@@ -18,6 +18,7 @@ from aquabit.scheme import Scheme
 
 CLIP_STEPS = 24  # shrunken ranges tried per row, from the full range down to CLIP_LEAST of it
 CLIP_LEAST = 0.35
+SMALLEST = 2.0**-24  # of float16, above 0
 CHUNK = 1 << 18  # weights that are fitted together: what is made of them stays in a processor's cache
 
 # scale, offset [n, 1] and codes [n, size] of groups [n, size] between two ends, for so many steps; where they
@@ -75,7 +76,7 @@ def least_squares(
     middle = (low + high) / 2
     for shrink in _shrinks():
         half = (high - low) / 2 * shrink
-        s, o = halves(2 * half / steps), halves(middle - half)
+        s, o = _step(half, steps), halves(middle - half)
         torch.sub(x, o, out=off).div_(s.clamp_min(1e-12)).round_().clamp_(0, steps).mul_(s).add_(o).sub_(x)
         if padded:
             off.nan_to_num_()
@@ -107,7 +108,7 @@ def gain_one(x: Tensor, low: Tensor, high: Tensor, steps: int, padded: bool) -> 
         better = error < best
         best, share = torch.where(better, error, best), torch.where(better, shrink, share)
     half = (high - low) / 2 * share
-    scale, offset = halves(2 * half / steps), halves(middle - half)
+    scale, offset = _step(half, steps), halves(middle - half)
     codes = _codes(x, scale, offset, steps)
     own_scale, own_offset, holds = unit_gain(x, codes, padded)
     holds &= ((own_scale * steps + own_offset).abs() <= FLOAT16_MAX) & (own_scale <= MOST_GAIN * scale)
@@ -119,6 +120,12 @@ def gain_one(x: Tensor, low: Tensor, high: Tensor, steps: int, padded: bool) -> 
         torch.where(holds, a, b) for a, b in zip((own_scale, own_offset, codes), plain, strict=True)
     )
     return scale, offset, codes
+
+
+def _step(half: Tensor, steps: int) -> Tensor:
+    """The scale of levels over a range of twice ``half``, as it is stored: where float16 would make it 0, the
+    smallest that it has, and fewer levels are used (rows near 1e-6 at 8 bits)."""
+    return torch.where(half > 0, halves(2 * half / steps).clamp_min(SMALLEST), 0.0)
 
 
 def _shrinks() -> list[float]:

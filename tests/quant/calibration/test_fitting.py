@@ -98,6 +98,22 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
 
 
+def test_layers_of_equal_weights_are_fitted_each_with_its_own_inputs(dit, tmp_path) -> None:
+    """They had one fit, made for the inputs of whichever came first."""
+    blocks = dit.denoiser.transformer_blocks
+    blocks[1].load_state_dict(blocks[0].state_dict())
+    config = space_of(dit).config({n: space_of(dit).choice(n, USQ, 8) for n in (Q0, Q1)})
+    model = opened(dit, tmp_path)
+    model.apply(config)
+    alone = {}
+    for name in (Q0, Q1):
+        other = opened(dit, tmp_path / name)
+        other.apply(space_of(dit).config({name: space_of(dit).choice(name, USQ, 8)}))
+        alone[name] = other.layers[name].weight
+    assert not torch.equal(alone[Q0], alone[Q1]), "the test must see a difference"
+    assert all(torch.equal(model.layers[n].weight, alone[n]) for n in (Q0, Q1))
+
+
 # ---- found again
 
 
