@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain, pairwise
 from pathlib import Path
@@ -257,7 +257,9 @@ class SearchSpace:
         later = {  # absent where there is none: spaces stay what they were
             "codebooks": dict(self.codebooks or {}),
             "calibration": self.calibration
-            and {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.calibration).items()},
+            and {  # as JSON gives it back
+                k: list(v) if isinstance(v, tuple) else v for k, v in self.calibration.to_dict().items()
+            },
             "correction": self.correction,
             "step_groups": steps and {"total": steps.total, "starts": list(steps.starts)},
         }
