@@ -174,6 +174,12 @@ def _check_followed(
             f"the output of {model_class} cannot be followed to any of its {len(modules)} layers; its forward"
             " must compute with torch operations on its own weights, and return tensors"
         )
+    if not modules and grown.products:
+        raise AquabitError(
+            f"none of the {len(grown.products)} weights that {model_class} multiplies with is that of a plain"
+            f" Linear or Conv2d, as {next(iter(grown.products))!r}: their forward or weight was replaced, as"
+            " by layerwise casting, group offloading or another quantization; take that off first"
+        )
     hidden = [name for name in modules if name in call.ungraded and name not in grown.calls]
     if hidden:
         raise AquabitError(

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, CpuOffload, add_hook_to_module
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations, parametrize, weight_norm
@@ -162,6 +163,20 @@ def test_what_cannot_be_followed_is_refused_by_name() -> None:
 
     with pytest.raises(AquabitError, match="the output of Hidden cannot be followed to any of its 2 layers"):
         g.trace(Hidden(), DIGITS)
+
+
+def test_what_moves_or_checkpoints_changes_nothing_and_what_casts_is_refused() -> None:
+    expected, net = g.to_json(g.trace(unet_alone())), unet_alone()
+    net.enable_gradient_checkpointing()
+    add_hook_to_module(net, CpuOffload("cpu"))
+    for module in net.modules():
+        if not list(module.children()):
+            add_hook_to_module(module, AlignDevicesHook("cpu", io_same_device=True))
+    assert g.to_json(g.trace(net)) == expected
+    net = unet_alone()
+    net.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    with pytest.raises(AquabitError, match=r"none of the 41 weights .* layerwise casting"):
+        g.trace(net)
 
 
 # ---- adapters
@@ -359,6 +374,20 @@ def test_other_weights_are_dense_and_their_products_counted_once(name: str) -> N
     state = sum(t.numel() for t in model.state_dict().values())
     assert graph.graph["weights"] + graph.graph["other_elements"] == state
     assert any("stay dense" in note for note in g.graph_notes(graph))
+
+
+def test_torch_s_own_attention_is_counted_as_it_runs() -> None:
+    class Attends(Mlp):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            y: Tensor = self.second(x, x, x, need_weights=False)[0]
+            return y
+
+    model = Attends(nn.MultiheadAttention(8, 2, batch_first=True))
+    graph = g.trace(model, DIGITS)
+    assert graph.graph["uncalled"] == ["second.out_proj"]
+    assert set(graph.graph["dense"]) == {"second.in_proj_weight"}
+    assert all_macs(graph) == 5 * (64 + 3 * 64 + 64)
 
 
 # ---- one weight in two layers

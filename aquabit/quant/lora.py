@@ -132,8 +132,9 @@ def by_component(
         first, _, rest = name.removeprefix("base_model.model.").partition(".")
         known = first in modules and rest
         component, layer = (first, rest) if known else (denoiser, name.removeprefix("base_model.model."))
-        layer = re.sub(r"(^|\.)processor\.", r"\1", layer)
-        module: Any = dict(modules[component].named_modules()).get(layer)
+        named: dict[str, Any] = dict(modules[component].named_modules())
+        layer = next((name for name in _names(layer) if name in named), layer)
+        module = named.get(layer)
         if isinstance(module, nn.ModuleList):  # attention's output, as older files name it
             layer, module = f"{layer}.0", module[0]
         shape = tuple(getattr(module, "shape", None) or getattr(module, "weight", torch.empty(0)).shape)
@@ -146,6 +147,15 @@ def by_component(
             )
         found.setdefault(component, {})[layer] = part
     return found
+
+
+def _names(layer: str) -> list[str]:
+    """A layer's name as it may be today: older files name processors, text encoders inside a ``text_model``,
+    and their projections as diffusers' attention does."""
+    layer = re.sub(r"(^|\.)processor\.", r"\1", layer)
+    clip = re.sub(r"\.self_attn\.to_out(\.0)?$", ".self_attn.out_proj", layer)
+    clip = re.sub(r"\.self_attn\.to_([qkv])$", r".self_attn.\1_proj", clip)
+    return [name for own in (layer, clip) for name in (own, own.removeprefix("text_model."))]
 
 
 def fuse_(module: nn.Module, parts: Mapping[str, LowRank]) -> None:

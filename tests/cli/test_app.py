@@ -474,3 +474,27 @@ def test_no_verb_writes_over_what_it_reads(folder) -> None:
     (folder / "whole/packed/a.png").unlink()
     (folder / "linked").unlink()
     assert kept() == before
+
+
+def test_inspect_lists_what_stays_dense() -> None:
+    from aquabit.cli import tables
+    from aquabit.cli.progress import console
+    from aquabit.graph import graph_notes, trace
+    from tests.test_following import DIGITS, MODELS, Ends
+
+    for model, inputs, shown in (
+        (Ends(), DIGITS, (r"spare +other +head +6x8 \(fp\) +0.00 M", "4 layers")),
+        (*MODELS["conv3d"][:2], (r"then.weight +dense +Conv3d +6x4x1x2x2 \(fp\)", "1 layers")),
+    ):
+        graph = trace(model, inputs)
+        with console.capture() as captured:
+            tables.show_graph(graph)
+        assert all(re.search(text, captured.get()) for text in shown), captured.get()
+        assert graph_notes(graph)
+
+
+def test_a_study_notes_what_stays_dense() -> None:
+    from aquabit.measuring.model import open_model
+    from tests.tiny_pipelines import tiny
+
+    assert open_model(tiny("hunyuan")).notes[-1].startswith("4 layers stay fp (the model reads its weight")

@@ -154,3 +154,31 @@ def test_what_cannot_be_beside_is_refused(tmp_path: Path) -> None:
     packed = aquabit.quantize(pipe, config, bank=str(tmp_path))
     with pytest.raises(AquabitError, match="is packed: a LoRA cannot be fused with it"):
         fuse_loras_(packed.pipe, [(state_for(pipe), 1.0)])
+
+
+ATTENTION = "down_blocks.1.attentions.0.transformer_blocks.0.attn1"
+KOHYA = f"lora_unet_{ATTENTION.replace('.', '_')}_to_q"
+ENCODER = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
+OTHERS = {  # names of other trainers, and the layer's scale
+    "kohya": (f"{KOHYA}.lora_down.weight", f"{KOHYA}.lora_up.weight", f"{KOHYA}.alpha", 0.5),
+    "kohya, encoder": (f"{ENCODER}.lora_down.weight", f"{ENCODER}.lora_up.weight", f"{ENCODER}.alpha", 0.5),
+    "processors": (
+        f"unet.{ATTENTION}.processor.to_q_lora.down.weight",
+        f"unet.{ATTENTION}.processor.to_q_lora.up.weight",
+        None,
+        1.0,
+    ),
+    "no component": (f"{ATTENTION}.to_q.lora_A.weight", f"{ATTENTION}.to_q.lora_B.weight", None, 1.0),
+}
+
+
+@pytest.mark.parametrize("names", OTHERS.values(), ids=OTHERS)
+def test_files_of_other_trainers(names: tuple[str, str, str | None, float]) -> None:
+    pipe, down, up = tiny("sd"), torch.randn(2, 16), torch.randn(16, 2)
+    encoder = next(n for n, _ in pipe.text_encoder.named_modules() if n.endswith("layers.0.self_attn.q_proj"))
+    part, layer = ("text_encoder", encoder) if "te_" in names[0] else ("unet", f"{ATTENTION}.to_q")
+    weight = getattr(pipe, part).get_submodule(layer).weight
+    expected = weight + 0.8 * names[3] * up @ down
+    state = {names[0]: down, names[1]: up} | ({names[2]: torch.tensor(1.0)} if names[2] else {})
+    fuse_loras_(pipe, [(state, 0.8)])
+    torch.testing.assert_close(getattr(pipe, part).get_submodule(layer).weight, expected)
