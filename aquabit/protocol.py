@@ -144,7 +144,7 @@ class Protocol:
         return record(Protocol, value, source)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return _without_absent(asdict(self))
 
 
 @dataclass(frozen=True)

@@ -392,6 +392,7 @@ class Sampled:
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="Their denoising steps.")] = None
     eta: Annotated[float | None, typer.Option("--eta", help="Their DDIM noise.")] = None
     resolution: options.Resolution = None
+    frames: options.Frames = None
     scheduler: SamplerName = None
 
     def applied(self, config: QuantConfig) -> QuantConfig:

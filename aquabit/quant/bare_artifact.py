@@ -35,12 +35,12 @@ def save_bare_denoiser(denoiser: nn.Module, folder: Path, max_shard_size: int | 
     found = contents_of(denoiser)
     assert found is not None
     tensors = _own_storage(found.tensors(denoiser.state_dict()))
-    plain = described(found.config, found.statistics, found.inputs)
+    plain = described(found.config, found.statistics, found.inputs, found.tied, found.about)
     hashes = {name: weight_hash(tensor) for name, tensor in tensors.items()}
     model = {CLASS: type(denoiser).__name__}
     value = {**model, "quantization_config": {**plain, DIGEST: digest_of(plain, hashes, model)}}
     parts = split_torch_state_dict_into_shards(tensors, filename_pattern=NAME, max_shard_size=max_shard_size)
-    with writing_folder(folder, [NAME.format(suffix="*")]) as made:
+    with writing_folder(folder, [NAME.format(suffix="*")], is_bare) as made:
         write_text(made / CONFIG, json.dumps(value, indent=2) + "\n")
         for name, keys in parts.filename_to_tensors.items():
             save_file({key: tensors[key] for key in keys}, made / name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ import torch
 from diffusers.utils import logging
 
 import aquabit
+from aquabit.measuring.evaluator import Evaluator
 from aquabit.pipelines import Adapter, denoiser_of, family, family_notes, image_size, replay_recorder, trace
+from aquabit.quant.bank import Bank
 from aquabit.quant.finetuning.finetune import FineTuning
 from aquabit.quant.model import fingerprint
 from aquabit.scheme import AquabitError, Calibration, Protocol, StepGroups
@@ -133,3 +136,43 @@ def test_fine_tuning_knows_the_branches_of_guidance(tmp_path: Path) -> None:
     pipe = randomised(RECENT["qwen-image"])
     with pytest.raises(AquabitError, match="does not combine the two halves"):
         aquabit.quantize(pipe, config_of(pipe), bank=str(tmp_path), finetune=settings)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("name", [n for n in RECENT if n not in ("prx", "hidream")])
+def test_the_images_are_those_of_the_pipelines_own_call(name: str, guidance: float) -> None:
+    """Embeddings that are made once, and guidance under its name, come to what the pipeline makes itself."""
+    pipe, protocol = randomised(RECENT[name]), protocol_for(name, guidance=guidance)
+    takes = inspect.signature(type(pipe).__call__).parameters
+    more = {"use_resolution_binning": False, "clean_caption": False, "intermediate_timesteps": None}
+    scale = {"true_cfg_scale": guidance} if name == "qwen-image" else {"guidance_scale": guidance}
+    if name == "qwen-image":
+        scale["negative_prompt"] = [""] * 2  # type: ignore[assignment]
+    if name == "z-image":
+        scale["guidance_scale"] -= 1.0
+    with torch.inference_mode():
+        made = pipe(
+            prompt=list(PROMPTS[:2]),
+            generator=[torch.Generator().manual_seed(i) for i in range(2)],
+            num_inference_steps=2,
+            height=32,
+            width=32,
+            output_type="pt",
+            **({"num_frames": FRAMES} if name in VIDEO else {}),
+            **{k: v for k, v in more.items() if k in takes},
+            **scale,
+        )
+    own = made.frames.flatten(0, 1) if name in VIDEO else made.images
+    assert torch.allclose(images(pipe, protocol), own, atol=2e-4)
+
+
+def test_videos_are_measured_frame_by_frame(tmp_path: Path) -> None:
+    pipe, protocol = randomised(wan), protocol_for("wan", objective="psnr")
+    graph, own = trace(pipe), fingerprint(denoiser_of(pipe))
+    evaluator = Evaluator(pipe, graph, Bank(str(tmp_path)), own)
+    space = make_space(graph, own, schemes=["usq4", "usq2"])
+    better, worse = (evaluator.measure(space.uniform(s, 8), protocol) for s in ("usq4", "usq2"))
+    assert better.measurement.metrics["psnr"] > worse.measurement.metrics["psnr"] > 5
+    assert len(evaluator.full_precision(protocol)) == 2 * FRAMES
+    probed = evaluator.probe(next(iter(space.choices)), ["usq2"], [8], protocol, space.uniform("usq4", 8), 8)
+    assert probed["usq2"]["damage"] > 0
