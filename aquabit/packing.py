@@ -339,12 +339,15 @@ def generate(
     size, own = image_size(adapter.pipe), protocol.resolution
     check_images(images * (protocol.frames or 1), size if own is None else (own, own))
     layers = layers_of(adapter.denoiser)
+    packed = any(layer.packed is not None for layer in layers.values())
+    if memory != "packed" and not packed:
+        raise AquabitError(f"memory {memory!r} is for packed layers, and this model has none; leave it out")
     sampler_now = scheduler_of(adapter.pipe)
     with scheduled(adapter.pipe, sampler_now, protocol.scheduler), _switched_correction(adapter, correction):
         if same:
             with single_thread(device), using({}):
                 return torch.cat([adapter.images(protocol, b) for b in adapter.batches(protocol)])
-        if any(layer.packed is not None for layer in layers.values()):
+        if packed:
             # this samples, and follows the scheduler; the timed calls do not
             call = adapter.first_call(protocol)
             with unfollowed(adapter.denoiser):

@@ -166,8 +166,6 @@ def test_verbs_one_by_one(folder) -> None:
             bops,
             "--rounds",
             "1",
-            "--per-round",
-            "3",
             "--workers",
             "1",
             "--out",
@@ -218,7 +216,7 @@ def test_search_under_a_latency(folder, monkeypatch) -> None:
             r"latency_ms = 1 is out of range: this space can reach ([\d.]+) to ([\d.]+)", said
         ).groups()
     )
-    words = ["--rounds", "1", "--per-round", "3", "--workers", "1"]
+    words = ["--rounds", "1", "--workers", "1"]
     middle = str((low + high) / 2)
     front = json.loads(
         run(
