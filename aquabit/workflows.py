@@ -467,9 +467,9 @@ def settled_within(
     for name, value in {"within": flow.within, **{k: asked[k] for k in flow.kept}}.items():
         if (known := getattr(begun, name)) != value:
             known, value = (span(t) if name == "within" else t for t in (known, value))
+            option = {"swaps": "flips"}.get(name, name)
             raise AquabitError(
-                f"{study.path} was begun within {span(begun.within)}, with {name} {known}, not {value}; give"
-                " what it was begun with, or another folder"
+                f"{study.path} was begun with --{option} {known}, not {value}; use that or another folder"
             )
     return begun
 

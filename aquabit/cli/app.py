@@ -429,10 +429,12 @@ def export(
 ) -> None:
     """A configuration for another library, with what is lost on the way."""
     from aquabit.exports import export_config
-    from aquabit.pipelines import load, trace
+    from aquabit.pipelines import denoiser_of, load, trace
+    from aquabit.quant.model import check_fingerprint
 
-    model = source.of(model)
-    found = export_config(QuantConfig.load(config), trace(load(model)), to)
+    pipe, chosen = load(source.of(model)), QuantConfig.load(config)
+    check_fingerprint(chosen, denoiser_of(pipe))
+    found = export_config(chosen, trace(pipe), to)
     write_text(out, found.to_json())
     if not emit(found.to_dict()["statement"], json_):
         tables.show_export(found, out)

@@ -413,7 +413,13 @@ class Sampled:
     scheduler: SamplerName = None
 
     def applied(self, config: QuantConfig) -> QuantConfig:
-        """A configuration that says so; what is not given stays as it says."""
+        """A configuration that says so; what is not given stays as it says. Raises AquabitError for other
+        steps than those that it has groups of."""
+        if self.steps is not None and config.steps is not None and self.steps != config.steps.total:
+            raise AquabitError(
+                f"--steps is {self.steps}, and the configuration is set for groups of {config.steps.total}"
+                " steps; leave it out"
+            )
         named = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "prompts"}
         asked = {k: v for k, v in named.items() if v is not None}
         if (prompts := read_prompts(self.prompts)) is not None:

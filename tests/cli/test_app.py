@@ -342,7 +342,7 @@ def test_bad_input_is_one_sentence(folder) -> None:
         "is for model": ["quantize", "digits-unet", "whole/config.json", "--out", "x"],
         "scheme 'usq99' is out of range": ["bench", "--formats", "usq99"],
         "must be OUTxIN@TOKENS": ["bench", "--shapes", "wide"],
-        "give them without it": ["bench", "whole/packed", "--formats", "usq4"],
+        "changes nothing beside whole/packed": ["bench", "whole/packed", "--formats", "usq4"],
         "memory 'all' is unknown": ["generate", "whole/packed", "--out", "x.png", "--memory", "all"],
         "no model_index.json": ["generate", ".", "--out", "x.png"],
         "3 studies were given": ["report", *["whole/study.db"] * 3, "--out", "x"],
