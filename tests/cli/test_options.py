@@ -438,7 +438,9 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> Calls:
     _, near = near_study(folder / "near.db", 60)
     workflows.explained(near, estimator="average_bits")
     (folder / "words.txt").write_text("a cat\n")
-    grouped = replace(QuantConfig.load(folder / "config.json"), steps=StepGroups(2, (0, 1)))
+    chosen = QuantConfig.load(folder / "config.json")
+    layers = {k: replace(c, act=(8, 6)) for k, c in chosen.layers.items()}
+    grouped = replace(chosen, layers=layers, steps=StepGroups(2, (0, 1)))
     (folder / "groups.json").write_text(grouped.to_json())
     (folder / "begun").mkdir()
     begun = Study(folder / "begun" / "study.db")
