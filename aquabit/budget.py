@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 
 from aquabit.errors import AquabitError
 
+BITS = 3.0  # a weight, where no limit is given
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -23,6 +25,14 @@ class Budget:
         for name, value in self.limits().items():
             if not value > 0:
                 raise AquabitError(f"budget {name} is {value}; it must be positive")
+
+    @staticmethod
+    def of(
+        bits: float | None, bytes: int | None = None, bops: float | None = None, latency: float | None = None
+    ) -> Budget:
+        """The limits that are given; BITS bits per weight where none is."""
+        none = bits is None and bytes is None and bops is None and latency is None
+        return Budget(BITS if none else bits, bytes, bops, latency)
 
     def limits(self) -> dict[str, float]:
         """Only the limits that are set."""

@@ -59,7 +59,7 @@ from aquabit.quant.diffusers_quantizer import attach_
 from aquabit.quant.finetuning.finetune import FineTuning, Tuned, check_tunable
 from aquabit.quant.finetuning.finetune import finetune as tune
 from aquabit.quant.kernel_tuning import MEMORY, Placement, layers_of, place_
-from aquabit.quant.model import QuantizedDenoiser, fingerprint
+from aquabit.quant.model import QuantizedDenoiser, check_fingerprint
 from aquabit.runtime import single_thread
 from aquabit.scheme import (
     AquabitError,
@@ -243,11 +243,7 @@ def _copied(
     configuration is of another model."""
     source = load(pipe, device)
     name = denoiser_name(source)
-    own = fingerprint(getattr(source, name))
-    if config.fingerprint != own:
-        raise AquabitError(
-            f"the configuration is for model {config.fingerprint} ({config.model}), this is model {own}"
-        )
+    own = check_fingerprint(config, getattr(source, name))
     graph = trace(source)
     if device == "cpu":
         check_quantizing(graph, config, calibration_samples(source, config.calibration or Calibration()))
@@ -261,7 +257,7 @@ def _copied(
 
 def _check_sampler(pipe: Pipeline, config: QuantConfig) -> None:
     """Raise AquabitError where a configuration changes from step to step, or is corrected, and the pipeline's
-    sampler does not allow that."""
+    sampler does not allow that, and where images are asked for that the pipeline does not make."""
     calibration, own = config.calibration or Calibration(), scheduler_of(pipe)
     if own is None and (config.correction or config.total_steps is not None):
         raise AquabitError(
@@ -270,6 +266,9 @@ def _check_sampler(pipe: Pipeline, config: QuantConfig) -> None:
         )
     if config.correction:
         check_correction(scheduler_named(own, calibration.scheduler), config.correction, calibration.eta)
+    if config.calibration is not None:
+        with scheduled(pipe, own, calibration.scheduler):
+            adapter_of(pipe).check_taken(calibration.protocol(1))
 
 
 def _statistics(
@@ -339,12 +338,15 @@ def generate(
     size, own = image_size(adapter.pipe), protocol.resolution
     check_images(images * (protocol.frames or 1), size if own is None else (own, own))
     layers = layers_of(adapter.denoiser)
+    packed = any(layer.packed is not None for layer in layers.values())
+    if memory != "packed" and not packed:
+        raise AquabitError(f"memory {memory!r} is for packed layers, and this model has none; leave it out")
     sampler_now = scheduler_of(adapter.pipe)
     with scheduled(adapter.pipe, sampler_now, protocol.scheduler), _switched_correction(adapter, correction):
         if same:
             with single_thread(device), using({}):
                 return torch.cat([adapter.images(protocol, b) for b in adapter.batches(protocol)])
-        if any(layer.packed is not None for layer in layers.values()):
+        if packed:
             # this samples, and follows the scheduler; the timed calls do not
             call = adapter.first_call(protocol)
             with unfollowed(adapter.denoiser):

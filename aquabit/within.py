@@ -134,11 +134,12 @@ def _rungs(
     asked: list[_Formats] = [(None, each) for each in formats]
     uniform: list[_Formats] = [] if space else [(UNIFORM, ALL)]
     given = planner.protocol
+    fixed = "steps" in kept or planner.space.steps is not None  # step groups are of so many steps
     for spaces, (samples, count, images, share) in product((asked, uniform), RUNGS):
         protocol = replace(
             given,
             images=given.images if "images" in kept else min(images or given.images, given.images),
-            steps=given.steps if "steps" in kept else max(1, round(given.steps * share)),
+            steps=given.steps if fixed else max(1, round(given.steps * share)),
         )
         fewer = replace(sample, samples=min(samples or sample.samples, sample.samples))
         for each in spaces:

@@ -19,6 +19,7 @@ from aquabit.measuring.where import HERE, Where, WhereOptions
 from aquabit.packing import AnyModel, generate, quantize
 from aquabit.pipelines.loading import sources_of
 from aquabit.pipelines.pictures import thumbnail
+from aquabit.progress import span
 from aquabit.quality import QualityOptions
 from aquabit.reports import report as write_report
 from aquabit.scheme import AquabitError, Budget, Progress, Protocol, QuantConfig, no_progress
@@ -52,8 +53,8 @@ class FindOptions(WhereOptions, total=False):
 
     method: str
     rounds: int | None
-    per_round: int
-    screen: int
+    per_round: int | None
+    screen: int | None
 
 
 class RunOptions(WhereOptions, total=False):
@@ -160,10 +161,15 @@ def run_contexts(
     Costs about a fifteenth of a measurement for each training measurement and each of 2 x layers x
     ``contexts`` configurations. Raises AquabitError for fewer than 2 contexts.
     """
-    if contexts < 2:
-        raise AquabitError(f"contexts is {contexts}; an average needs at least 2")
+    check_contexts(contexts)
     with _opened(study, pipe, where, swap, progress) as session:
         measure_in_context(session, contexts, bits, swap, seed, progress)
+
+
+def check_contexts(contexts: int) -> None:
+    """Raise AquabitError for a number of contexts that no average can be made of."""
+    if contexts < 2:
+        raise AquabitError(f"contexts is {contexts}; an average needs at least 2")
 
 
 def _opened(
@@ -215,7 +221,7 @@ def find(
     Raises AquabitError for a budget that the space cannot meet (both ends are named), and for a configuration
     of ``against`` that is of another model.
     """
-    budget = Budget(bits if any((bits, bytes, bops, latency_ms)) else 3.0, bytes, bops, latency_ms)
+    budget = Budget.of(bits, bytes, bops, latency_ms)
     named = [(f"given {i}", c) for i, c in enumerate(against, 1)]
     how, where = _split(options, SearchOptions)
     asked = SearchOptions(budget, seed=seed, against=named, **how)
@@ -342,6 +348,7 @@ def run_flow(
     study, budget, clock = Study(out / "study.db"), Budget(bits=flow.bits), _Clock()
     if flow.within is not None:
         flow, sample, options = _within(model, study, flow, sample, options, where, told, progress)
+    check_fits(study, flow.fits)
     early = _Early(study, out, told, progress)
 
     def look(session: Session) -> None:
@@ -363,7 +370,7 @@ def run_flow(
         new = session.measure(drawn, "sample", progress)
         clock.mark("sample")
         found = study.get("front")
-        if found is not None and not new and found["budget"] == asdict(budget):
+        if found is not None and not new and _answers(found, budget, session.protocol.objective):
             front = Front.from_dict(found)  # everything was there: nothing is searched twice
         else:
             front = find_in(session, SearchOptions(budget, seed=sample.seed), progress)
@@ -405,6 +412,12 @@ def run_flow(
     return front
 
 
+def _answers(front: Mapping[str, Any], budget: Budget, objective: str) -> bool:
+    """Whether a stored front is that of a budget and an objective (which older ones do not tell)."""
+    told = (front["comparison"] or {}).get("metric", objective)
+    return bool(front["budget"] == asdict(budget) and told == objective)
+
+
 def _within(
     model: AnyModel,
     study: Study,
@@ -415,16 +428,13 @@ def _within(
     told: Callable[[str], object],
     progress: Progress,
 ) -> tuple[FlowOptions, SampleOptions, MeasureOptions]:
-    """Settings that fit ``flow.within``: those that the study was begun with, else the best that fit."""
-    assert flow.within is not None
-    begun = study.get("planned")
-    if begun is None:
-        kept = (*flow.kept, *(("images", "steps") if "fingerprint" in study else ()))
-        planner = Planner(model, study, options, where, progress)
-        begun = fit_within(planner, flow.within, sample, flow.swaps, options.space, kept, flow.fits).to_dict()
+    """With the settings that fit ``flow.within``."""
+    found = settled_within(
+        lambda: Planner(model, study, options, where, progress), study, flow, sample, options
+    )
+    if "planned" not in study:
         with study.writing():
-            study.set(planned=begun)
-    found = Fitted.from_dict(begun)
+            study.set(planned=found.to_dict())
     told(found.text)
     protocol = options.protocol or (study.protocol if "protocol" in study else Protocol())
     return (
@@ -436,6 +446,40 @@ def _within(
             space=options.space if found.space is None else found.space,
         ),
     )
+
+
+def settled_within(
+    planner: Callable[[], Planner],
+    study: Study | None,
+    flow: FlowOptions,
+    sample: SampleOptions,
+    options: MeasureOptions,
+) -> Fitted:
+    """Settings that fit ``flow.within``: those that the study was begun with, else the best that fit. Raises
+    AquabitError where it was begun with another time, or with others than are given."""
+    assert flow.within is not None
+    if study is None or "planned" not in study:
+        kept = (*flow.kept, *(("images", "steps") if study is not None and "fingerprint" in study else ()))
+        return fit_within(planner(), flow.within, sample, flow.swaps, options.space, kept, flow.fits)
+    begun, protocol = Fitted.from_dict(study.get("planned")), options.protocol or Protocol()
+    asked: dict[str, Any] = {"samples": sample.samples, "swaps": flow.swaps, "fits": flow.fits}
+    asked |= {"images": protocol.images, "steps": protocol.steps}
+    for name, value in {"within": flow.within, **{k: asked[k] for k in flow.kept}}.items():
+        if (known := getattr(begun, name)) != value:
+            known, value = (span(t) if name == "within" else t for t in (known, value))
+            option = {"swaps": "flips"}.get(name, name)
+            raise AquabitError(
+                f"{study.path} was begun with --{option} {known}, not {value}; use that or another folder"
+            )
+    return begun
+
+
+def check_fits(study: Study | None, fits: str) -> None:
+    """Raise AquabitError where formats were left out of a study that are to be fitted now."""
+    if study is not None and fits == ALL and "offered" in study:
+        raise AquabitError(
+            f"{study.path} was begun with --fits {WANTED}, not {ALL}; use that or another folder"
+        )
 
 
 class _Clock:

@@ -164,7 +164,7 @@ def flow(name: str, folder: Path) -> dict[str, Any]:
     part("measure")
     aquabit.explain(study, bits=4.2)
     part("explain")
-    front = aquabit.find(study, bits=4.2, rounds=1, per_round=1, screen=1, bank=bank)
+    front = aquabit.find(study, bits=4.2, rounds=1, bank=bank)
     part("search")
     aquabit.quantize(model, front.best, bank=bank).save(folder / "packed")
     part("quantize")

@@ -207,7 +207,7 @@ def searched(session: Any, budget: Any, size: Size, seed: int) -> Any:
     while (done := int((study.measurements(session.protocol).kind == "candidate").sum())) < wanted:
         count = min(size.per_round - done % size.per_round, wanted - done)
         experiment = Experiment(predict, lambda c: session.measure(c, "candidate"), measured_so_far)
-        options = SearchOptions(budget, rounds=1, per_round=count, seed=seed + done)
+        options = SearchOptions(budget, "surrogate", 1, count, seed=seed + done)
         if not find_candidates(session.costs, options, experiment):
             break
     limits = budget.limits()

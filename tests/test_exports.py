@@ -13,6 +13,8 @@ from typer.testing import CliRunner
 from aquabit.cli.app import app
 from aquabit.exports import TARGETS, Export, export_config
 from aquabit.graph import layers, meta_denoiser, trace
+from aquabit.pipelines import load
+from aquabit.quant.model import fingerprint
 from aquabit.scheme import LayerChoice, QuantConfig, Scheme, StepGroups
 from aquabit.space import make_space
 from tests.families import DIGITS_DIT, DIGITS_UNET
@@ -190,7 +192,8 @@ def test_every_quantized_layer_has_one_status_and_json_keeps_all() -> None:
 
 def test_the_command_line_exports_and_says_what_is_wrong(tmp_path) -> None:
     config, out = tmp_path / "config.json", tmp_path / "export.json"
-    config.write_text(QuantConfig("f", {FF: LayerChoice(Scheme.parse("vq3"), 8)}).to_json())
+    own = fingerprint(load("digits-dit").denoiser)
+    config.write_text(QuantConfig(own, {FF: LayerChoice(Scheme.parse("vq3"), 8)}).to_json())
     done = CliRunner().invoke(app, ["export", "digits-dit", str(config), "--to", "quanto", "--out", str(out)])
     assert (
         done.exit_code == 0
@@ -200,7 +203,7 @@ def test_the_command_line_exports_and_says_what_is_wrong(tmp_path) -> None:
     assert json.loads(out.read_text())["config"] == {FF: {"weights": "qint4", "activations": "none"}}
     for arguments, said in (
         (["digits-dit", str(config), "--to", "gguf"], "known: torchao, quanto, modelopt"),
-        (["digits-unet", str(config), "--to", "quanto"], "is not in this model"),
+        (["digits-unet", str(config), "--to", "quanto"], f"the configuration is for model {own}"),
     ):
         wrong = CliRunner().invoke(app, ["export", *arguments, "--out", str(out)])
         assert wrong.exit_code == 2 and said in wrong.output.replace("\n", " ")

@@ -176,7 +176,7 @@ class Lab:
     def search(self, cost: CostModel, budget: Budget, rows: int = ROWS, **options: Any) -> list[Candidate]:
         progress, judge = options.pop("progress", no_progress), options.pop("judge", None)
         experiment = Experiment(self.predict_factory, self.measure, lambda: list(self.values.values()), judge)
-        asked = SearchOptions(budget, **options)
+        asked = SearchOptions(budget, **{"method": "surrogate", **options})
         return find_candidates(cost, asked, experiment, rows=rows, progress=progress)
 
     def best(self, cost: CostModel, budget: Budget) -> float:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from aquabit.budget import BITS
 from aquabit.cli import findings, groups, options, tables
 from aquabit.cli.progress import bars, console, emit, plain, quiet, shielded, tell
 from aquabit.files import write_bytes, write_text
@@ -52,7 +53,7 @@ def run(
     out: Annotated[Path, typer.Option("--out", help="Folder for everything; run again, it continues.")],
     measuring: groups.Measuring,
     machine: groups.Machine,
-    bits: options.Bits = 3.0,
+    bits: options.Bits = BITS,
     samples: options.Samples = 120,
     flips: Annotated[int, typer.Option("--flips", min=1, help="Real swaps that check the explanation.")] = 40,
     swap: options.Swap = None,
@@ -63,14 +64,11 @@ def run(
 ) -> None:
     """The whole flow: measure, explain, check, search, pack, report."""
     from aquabit import workflows
-    from aquabit.pipelines import preset_named
     from aquabit.sensitivity.plan import SampleOptions
     from aquabit.study import Study
     from aquabit.within import parse_time
 
-    model = source.of(model)
-    if measuring.preset and not groups.given(context, "bits"):
-        bits = preset_named(measuring.preset).weights
+    model, bits = source.of(model), measuring.bits(context, bits)
     named = {"samples": "samples", "swaps": "flips", "images": "images", "steps": "steps", "fits": "fits"}
     kept = tuple(name for name, option in named.items() if groups.given(context, option))
     seconds = None if within is None else parse_time(within)
@@ -105,17 +103,19 @@ def _plan_run(
     """Say what ``run`` would take."""
     from aquabit.sensitivity.plan import Planner
     from aquabit.study import Study
-    from aquabit.within import fit_within
+    from aquabit.workflows import check_fits, settled_within
 
     study = Study(out / "study.db") if (out / "study.db").exists() else None
     with bars() as progress:
         planner = Planner(model, study, asked, where, progress)
+    planner.check(flow.bits, flow.swap)
     if flow.within is not None:
-        fitted = fit_within(planner, flow.within, sample, flow.swaps, asked.space, flow.kept, flow.fits)
+        fitted = settled_within(lambda: planner, study, flow, sample, asked)
         if not emit(fitted.to_dict(), json_):
             console.print(plain(fitted.text), highlight=False, soft_wrap=True)
             tables.show_parts(fitted.parts)
         return
+    check_fits(study, flow.fits)
     made = planner.run(sample, flow.swaps, fits=flow.fits)
     if not emit(made.to_dict(), json_):
         tables.show_plan(made.measuring)
@@ -137,6 +137,7 @@ def models(json_: options.Json = None) -> None:
 
 @verb
 def inspect(
+    context: typer.Context,
     model: options.Model,
     source: groups.Source,
     memory: options.MemoryPeaks = False,
@@ -149,6 +150,7 @@ def inspect(
     from aquabit.memory import NOT_COUNTED, elements, peaks
     from aquabit.pipelines import Model, denoiser_of, load, model_notes, trace
 
+    groups.check_idle(context, not memory, "without --memory", "micro_batch", "guidance")
     model = source.of(model)
     pipe = load(model)
     graph = trace(pipe)
@@ -191,7 +193,7 @@ def measure(
     measuring: groups.Measuring,
     machine: groups.Machine,
     contexts: options.Contexts = 0,
-    bits: Annotated[float, typer.Option("--bits", help="Bits per weight of these contexts.")] = 3.0,
+    bits: Annotated[float, typer.Option("--bits", help="Bits per weight of these contexts.")] = BITS,
     ray: options.RayAddress = None,
     plan: options.PlanOnly = False,
     json_: options.Json = None,
@@ -201,14 +203,20 @@ def measure(
     from aquabit.study import Study
     from aquabit.study_status import measurement_counts
 
-    model = source.of(model)
+    groups.check_idle(context, not contexts, "without --contexts", "bits")
+    model, bits = source.of(model), measuring.bits(context, bits)
     drawn, asked = sample.options(measuring.seed), measuring.options(context)
     where = machine.where(measuring.dtype, ray)
+    if contexts:
+        workflows.check_contexts(contexts)
     if plan:
-        from aquabit.sensitivity.plan import plan as plan_model
+        from aquabit.sensitivity.plan import Planner
 
         with bars() as progress:
-            made = plan_model(model, Study(study) if study.exists() else None, drawn, asked, where, progress)
+            planner = Planner(model, Study(study) if study.exists() else None, asked, where, progress)
+        if contexts:
+            planner.check(bits)
+        made = planner.measuring(drawn, contexts=contexts)
         if not emit(made.to_dict(), json_):
             tables.show_plan(made)
         return
@@ -281,9 +289,10 @@ def merge(
 
 @verb
 def explain(
+    context: typer.Context,
     study: options.StudyFile,
     top: Annotated[int, typer.Option("--top", min=1, help="Layers to list.")] = 20,
-    bits: options.Bits = 3.0,
+    bits: options.Bits = BITS,
     swap: options.Swap = None,
     estimator: options.Estimator = "gbdt",
     json_: options.Json = None,
@@ -292,6 +301,7 @@ def explain(
     from aquabit.study import Study
     from aquabit.workflows import explained
 
+    groups.check_idle(context, json_ == "-", "beside --json -, which lists every layer", "top")
     with bars() as progress:
         result = explained(Study(study, create=False), bits, swap, progress, estimator).to_dict()
     if not emit(result, json_):
@@ -306,7 +316,7 @@ def validate(
         int, typer.Option("--flips", min=1, help="(layer, context) swaps, two measurements each.")
     ] = 40,
     swap: options.Swap = None,
-    bits: options.Bits = 3.0,
+    bits: options.Bits = BITS,
     seed: Annotated[int, typer.Option("--seed", help="Which layers and contexts.")] = 0,
     model: options.OwnModel = None,
     json_: options.Json = None,
@@ -419,10 +429,12 @@ def export(
 ) -> None:
     """A configuration for another library, with what is lost on the way."""
     from aquabit.exports import export_config
-    from aquabit.pipelines import load, trace
+    from aquabit.pipelines import denoiser_of, load, trace
+    from aquabit.quant.model import check_fingerprint
 
-    model = source.of(model)
-    found = export_config(QuantConfig.load(config), trace(load(model)), to)
+    pipe, chosen = load(source.of(model)), QuantConfig.load(config)
+    check_fingerprint(chosen, denoiser_of(pipe))
+    found = export_config(chosen, trace(pipe), to)
     write_text(out, found.to_json())
     if not emit(found.to_dict()["statement"], json_):
         tables.show_export(found, out)
@@ -490,6 +502,7 @@ def report(
 
 @verb
 def bench(
+    context: typer.Context,
     folder: options.BenchFolder = None,
     formats: options.Formats = None,
     shapes: options.Shapes = None,
@@ -503,8 +516,9 @@ def bench(
     json_: options.Json = None,
 ) -> None:
     """This machine's kernels against dense float32 and bfloat16: medians of interleaved runs."""
-    if folder is not None and (formats or shapes):
-        raise AquabitError(f"formats and shapes are those of the packed model {folder}; give them without it")
+    packed = f"beside {folder}, a packed model with formats, shapes and activations of its own"
+    groups.check_idle(context, folder is not None, packed, "formats", "shapes", "act")
+    groups.check_idle(context, folder is None, "without DIR, a packed model", "dtype")
     from aquabit.quant.bench import bench_artifact, bench_formats, torch_threads
 
     with torch_threads(threads), bars() as progress:

@@ -60,6 +60,14 @@ def given(context: typer.Context, option: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
+def check_idle(context: typer.Context, idle: bool, why: str, *names: str) -> None:
+    """Raise AquabitError for an option (by its parameter's name) that was given where it would be ``idle``:
+    it changes nothing, and ``why`` says so."""
+    for parameter in context.command.params if idle else ():
+        if parameter.name in names and given(context, parameter.name):
+            raise AquabitError(f"{parameter.opts[0]} changes nothing {why}; leave it out")
+
+
 NO_INPUT = ("out", "json_", "bank", "sources")  # fits may lie anywhere; ``merge`` may join into a source
 
 
@@ -198,6 +206,14 @@ class Measuring:
         )
         return MeasureOptions(self.protocol(context), self.space_options(), quality or None, self.damages)
 
+    def bits(self, context: typer.Context, bits: float) -> float:
+        """Bits per weight: the preset's where none are given."""
+        if self.preset is None or given(context, "bits"):
+            return bits
+        from aquabit.pipelines import preset_named
+
+        return preset_named(self.preset).weights
+
     def protocol(self, context: typer.Context) -> Protocol:
         """How images are made: options that were not given are the preset's, where it has them."""
         values = {name: getattr(self, name) for name in OF_PROTOCOL}
@@ -277,8 +293,7 @@ class Limits:
     ] = None
 
     def budget(self) -> Budget:
-        bits = self.bits if any((self.bits, self.bytes_, self.bops, self.latency)) else 3.0
-        return Budget(bits, self.bytes_, self.bops, self.latency)
+        return Budget.of(self.bits, self.bytes_, self.bops, self.latency)
 
 
 @dataclass(frozen=True)
@@ -308,8 +323,11 @@ class Searching:
         ),
     ] = None
     per_round: Annotated[
-        int, typer.Option("--per-round", min=1, help="New candidates a round, where a surrogate proposes.")
-    ] = 8
+        int | None,
+        typer.Option(
+            "--per-round", min=1, help="New candidates a round, where a surrogate proposes (default 8)."
+        ),
+    ] = None
     method: Annotated[
         str,
         typer.Option(
@@ -321,16 +339,16 @@ class Searching:
         ),
     ] = "program"
     screen: Annotated[
-        int,
+        int | None,
         typer.Option(
             "--screen",
             min=1,
             help=(
                 "Where a surrogate proposes: configurations for each that is measured; output errors on"
-                " stored inputs choose among them (1: none of this)."
+                " stored inputs choose among them (1: none of this; default 4)."
             ),
         ),
-    ] = 4
+    ] = None
     seed: Annotated[int, typer.Option("--seed")] = 0
 
     def options(self, budget: Budget, study: Study) -> SearchOptions:
@@ -396,7 +414,13 @@ class Sampled:
     scheduler: SamplerName = None
 
     def applied(self, config: QuantConfig) -> QuantConfig:
-        """A configuration that says so; what is not given stays as it says."""
+        """A configuration that says so; what is not given stays as it says. Raises AquabitError for other
+        steps than those that it has groups of."""
+        if self.steps is not None and config.steps is not None and self.steps != config.steps.total:
+            raise AquabitError(
+                f"--steps is {self.steps}, and the configuration is set for groups of {config.steps.total}"
+                " steps; leave it out"
+            )
         named = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "prompts"}
         asked = {k: v for k, v in named.items() if v is not None}
         if (prompts := read_prompts(self.prompts)) is not None:

@@ -261,6 +261,7 @@ def show_plan(plan: Any) -> None:
         f"{span(plan.fitting_seconds)} of fits, {span(plan.probing_seconds)} for {plan.probes} probes"
         f"{of_gradients}, {span(plan.measuring_seconds)} of measuring"
     )
+    said += f", {span(plan.contexts_seconds)} of contexts" if plan.contexts_seconds else ""
     say(f"estimated time: {said} with {plan.workers} worker{'s' * (plan.workers > 1)}")
     say(
         f"(an estimate: from one full-precision denoiser call of {plan.call_seconds:.3g} s and fits of a few"

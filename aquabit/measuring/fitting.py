@@ -27,12 +27,17 @@ def check_source(damages: str) -> None:
 
 def source_of(study: Study | None, given: str | None) -> str:
     """Where damages come from: as ``given``, as the study was begun (before there were gradients it had
-    probes and did not say so), else gradients."""
+    probes and did not say so), else gradients. Raises AquabitError where a study was begun otherwise: what it
+    knows is not made again."""
     begun = None
     if study is not None:
         begun = study.get("damages") or (PROBES if "fingerprint" in study else None)
     source = given or begun or GRADIENTS
     check_source(source)
+    if study is not None and begun is not None and source != begun and "fingerprint" in study:
+        raise AquabitError(
+            f"{study.path} was begun with --damages {begun}, not {source}; use that or another file"
+        )
     return source
 
 

@@ -298,8 +298,9 @@ class Adapter:
             )
         return int(text)
 
-    def check(self, protocol: Protocol) -> None:
-        """Raise AquabitError where the pipeline or its sampler would ignore what the protocol asks for."""
+    def check_taken(self, protocol: Protocol) -> None:
+        """Raise AquabitError where the pipeline or its sampler takes no such thing as the protocol asks for;
+        nothing is run."""
         name, sampler = type(self.pipe).__name__, scheduler_of(self.pipe)
         step = {} if sampler is None else inspect.signature(sampler.step).parameters
         if protocol.eta and not ("eta" in self.parameters and "eta" in step):
@@ -315,12 +316,20 @@ class Adapter:
             )
         if protocol.conditions is not None and self.kind == "batch_size":
             raise AquabitError(f"{name} is unconditional; it takes no prompts or classes")
+        if protocol.conditions is not None and self.kind == "class_labels":
+            for condition in dict.fromkeys(protocol.conditions):
+                self._label(condition)
         own, asked = image_size(self.pipe), protocol.resolution
         if asked is not None and (asked, asked) != own and "height" not in self.parameters:
             side = "its own number of" if own is None else " x ".join(map(str, dict.fromkeys(own)))
             raise AquabitError(f"resolution is {asked}, but {name} makes images of {side} pixels only")
         if protocol.frames is not None and "num_frames" not in self.parameters:
             raise AquabitError(f"frames is {protocol.frames}, but {name} takes no number of frames")
+
+    def check(self, protocol: Protocol) -> None:
+        """Raise AquabitError where the pipeline or its sampler would ignore what the protocol asks for."""
+        self.check_taken(protocol)
+        own, asked = image_size(self.pipe), protocol.resolution
         asked = None if (asked, asked) == own else asked  # what would be made anyhow
         check_effects(self.pipe, self._run, replace(protocol, resolution=asked))
 

@@ -30,6 +30,9 @@ class ImageMaker(Protocol):
     def check(self, protocol: Measuring) -> None:
         """Raise AquabitError where what the protocol asks for would be ignored."""
 
+    def check_taken(self, protocol: Measuring) -> None:
+        """The same as far as it is told without running anything."""
+
     def batches(self, protocol: Measuring) -> list[range]:
         """The indices of each micro-batch."""
 

@@ -86,6 +86,8 @@ def load(
             raise AquabitError("variant, base and loras say what is loaded, and this model is loaded already")
         if into is not None:
             raise AquabitError("into is for the folder of a packed artifact; the model given is in memory")
+        if offload:
+            raise AquabitError("offload says how a model is loaded, and this one is loaded already")
         return model
     if into is not None:
         return _packed_into(into, Path(model))

@@ -464,6 +464,10 @@ class OwnAdapter:
 
     def check(self, protocol: Protocol) -> None:
         """Raise AquabitError for what the sample function does not take."""
+        self.check_taken(protocol)
+
+    def check_taken(self, protocol: Protocol) -> None:
+        """The same; nothing is run."""
         name, takes = self.pipe.name, self.pipe.takes
         for option, off in OFF.items():
             value = getattr(protocol, option)

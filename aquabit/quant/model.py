@@ -77,6 +77,16 @@ def round_(tensor: Tensor) -> None:
         give_back()
 
 
+def check_fingerprint(config: QuantConfig, denoiser: nn.Module) -> str:
+    """The denoiser's fingerprint; raises AquabitError where the configuration is of another model."""
+    own = fingerprint(denoiser)
+    if config.fingerprint != own:
+        raise AquabitError(
+            f"the configuration is for model {config.fingerprint} ({config.model}), this is model {own}"
+        )
+    return own
+
+
 def fingerprint(denoiser: nn.Module) -> str:
     """Hash of a denoiser's class, configuration and all its tensors: equal for equal models wherever they
     were loaded from."""

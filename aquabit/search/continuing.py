@@ -18,7 +18,8 @@ BEGUN = "search_begun"  # the fact of a study: what was asked for, and how many 
 def _asked(session: Session, options: SearchOptions) -> str:
     """What an interrupted search must agree in to be continued: the options, the protocol, and what the user
     had measured."""
-    own = {k: getattr(options, k) for k in ("method", "rounds", "per_round", "screen", "seed")}
+    own = {k: getattr(options, k) for k in ("method", "rounds", "seed")}
+    own |= {"per_round": options.proposed, "screen": options.screened}
     rivals = [(name, config.digest) for name, config in options.against]
     study = session.study
     table = study.measurements(session.protocol, failed=True)

@@ -108,7 +108,7 @@ def _from_surrogate(search: Search) -> None:
     def screen(configs: list[QuantConfig]) -> np.ndarray:
         return rank_by_output_errors(session, last[0], configs, progress)
 
-    judge = screen if options.screen > 1 else None
+    judge = screen if options.screened > 1 else None
     experiment = Experiment(fit, measure, search.measured, judge, bound)
     found = find_candidates(search.costs, options, experiment, progress=progress)
     for candidate in found:

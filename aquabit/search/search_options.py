@@ -11,6 +11,7 @@ from aquabit.search.evolution import check_installed
 from aquabit.search.options import Options, fixed_act
 
 METHODS = ("program", "surrogate", "evolve")  # see ``SearchOptions``
+PER_ROUND, SCREEN = 8, 4
 # limits of the front's other targets relative to the budget's, the nearest first
 SPREAD = (0.9, 1.1, 0.8, 1.25, 0.6, 1.5, 0.5, 2.0)
 
@@ -20,21 +21,22 @@ class SearchOptions:
     """``method``: "program" (the program over damages, refined in context), or "surrogate" and "evolve",
     which also propose from a surrogate of the study's measurements. ``rounds`` of refinement for the
     budget (half as many for the front's other targets), or of fitting and proposing ``per_round``
-    configurations; ``screen``: configurations proposed for each that is measured. ``against``: (name,
-    configuration) that the winner must not lose to."""
+    configurations (None: PER_ROUND); ``screen``: configurations proposed for each that is measured (None:
+    SCREEN). ``against``: (name, configuration) that the winner must not lose to. Raises AquabitError for
+    values out of range, and for ``per_round`` and ``screen`` where no surrogate proposes."""
 
     budget: Budget
     method: str = "program"
     rounds: int | None = None
-    per_round: int = 8
-    screen: int = 4
+    per_round: int | None = None
+    screen: int | None = None
     seed: int = 0
     against: Sequence[tuple[str, QuantConfig]] = ()
     spread: Sequence[float] = SPREAD
 
     def __post_init__(self) -> None:
         check_method(self.method)
-        if self.screen < 1:
+        if self.screened < 1:
             raise AquabitError(
                 f"screen is {self.screen}; it must be at least 1 (1: every proposed configuration is"
                 " measured)"
@@ -43,6 +45,22 @@ class SearchOptions:
             raise AquabitError(
                 f"rounds is {self.rounds}; it must be at least 0 (0: the program's answer as it is)"
             )
+        idle = [name for name in ("per_round", "screen") if getattr(self, name) is not None]
+        if idle and self.method == "program":
+            raise AquabitError(
+                f"{idle[0]} is {getattr(self, idle[0])}, but method program proposes nothing from a"
+                " surrogate; leave it out, or use method surrogate or evolve"
+            )
+
+    @property
+    def proposed(self) -> int:
+        """Configurations a round that are measured, where a surrogate proposes."""
+        return PER_ROUND if self.per_round is None else self.per_round
+
+    @property
+    def screened(self) -> int:
+        """Configurations proposed for each of them."""
+        return SCREEN if self.screen is None else self.screen
 
     @property
     def refinements(self) -> int:

@@ -48,19 +48,19 @@ def find_candidates(
     around it.
 
     Each round fits a fresh surrogate, solves the integer program on its additive part and improves that by
-    local search for ``options.per_round`` configurations that were never measured: five in eight under the
+    local search for ``options.proposed`` configurations that were never measured: five in eight under the
     budget, the rest along the front; fewer only where the space has no more. ``method="evolve"`` proposes
-    from the front of an evolution instead. With a screen each round proposes ``options.screen`` times as many
-    and measures those that it finds best, and always the surrogate's own first: successive halving by ever
-    dearer judges. The last round proves how near to the surrogate's optimum it came. Raises AquabitError
+    from the front of an evolution instead. With a screen each round proposes ``options.screened`` times as
+    many and measures those that it finds best, and always the surrogate's own first: successive halving by
+    ever dearer judges. The last round proves how near to the surrogate's optimum it came. Raises AquabitError
     where the budget cannot be kept.
     """
     budget, rounds = options.budget, options.proposals
     targets = [budget, *ladder(cost_model, budget, options.spread[:TARGETS])]
     _check(cost_model, budget)
-    pool = options.screen if experiment.screen is not None else 1
+    pool = options.screened if experiment.screen is not None else 1
     found: list[Candidate] = []
-    steps = rounds * options.per_round * pool
+    steps = rounds * options.proposed * pool
     for number in range(rounds):
         proposer = Proposer(
             cost_model,
@@ -73,7 +73,7 @@ def find_candidates(
             rows=rows,
             bound=experiment.bound if number == rounds - 1 else None,
         )
-        wanted = schedule(targets, options.per_round, number)
+        wanted = schedule(targets, options.proposed, number)
         for slot, target in enumerate(wanted * pool):
             progress("search", number * len(wanted) * pool + slot, steps)
             if not proposer.add(target) and target is not budget:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from aquabit.cost import CostModel
 from aquabit.measuring.evaluator import PROBE_IMAGES, Evaluator
 from aquabit.measuring.fitting import GRADIENTS, SCORED, source_of
 from aquabit.measuring.gradient_damages import IMAGES, PASSES
@@ -24,9 +25,10 @@ from aquabit.quant.bank import Bank
 from aquabit.quant.calibration.fitting import FitRequest
 from aquabit.quant.fit_costs import FitCost, fit_costs
 from aquabit.runtime import out_of_memory, single_thread
-from aquabit.scheme import FP, AquabitError, Progress, Protocol, Scheme, no_progress
+from aquabit.scheme import FP, AquabitError, Budget, Progress, Protocol, Scheme, no_progress
 from aquabit.sensitivity.designs import DEFAULT, Design, shard_of
 from aquabit.sensitivity.effects.context_effects import IN_CONTEXT
+from aquabit.sensitivity.effects.predicted import named_swap
 from aquabit.space import SearchSpace
 from aquabit.study import Study
 
@@ -42,6 +44,7 @@ STARTING = 8.0  # seconds until a process has loaded its libraries
 EXPLAINING, EXPLAINING_LAYER = 20.0, 0.2  # seconds, and a layer
 ALL, WANTED = "all", "wanted"  # which additive formats are fitted
 WANTED_SHARE = 0.45  # of the time of additive fits that is left where only wanted ones are made
+PARTS = tuple(f"{part}_seconds" for part in ("loading", "fitting", "probing", "measuring", "contexts"))
 HEADER = 400  # bytes of a file of the bank besides its tensors, about
 WARM_SECONDS = 10.0  # a first call that took longer is not repeated: what it takes once hardly matters
 
@@ -103,11 +106,12 @@ class Plan:
     loading_seconds: float
     memory_bytes: int | None
     workers: int
+    contexts_seconds: float = 0.0  # of swaps on stored inputs
 
     @property
     def seconds(self) -> float:
         """All of it."""
-        return sum((self.loading_seconds, self.fitting_seconds, self.probing_seconds, self.measuring_seconds))
+        return sum(value for name, value in asdict(self).items() if name in PARTS)
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "seconds": self.seconds}
@@ -160,6 +164,11 @@ class Planner:
         progress: Progress = no_progress,
     ):
         began = time.perf_counter()
+        if where.ray is not None:
+            raise AquabitError(
+                f"a plan times this machine, not the cluster at --ray {where.ray}; plan with --workers N, its"
+                " number of slots"
+            )
         self.source, self.study, self.where = source_of(study, options.damages), study, where
         self.opened, self.store = open_model(model), Bank(where.bank)
         self.meter = meter_of(self.opened, study, options.quality, self.store, where.device)
@@ -189,6 +198,13 @@ class Planner:
             loading, call, few * PROBE_IMAGES / batch, back * PROBE_IMAGES / batch, costs, memory
         )
 
+    def check(self, bits: float, swap: str | None = None) -> None:
+        """Raise AquabitError for a budget that the space cannot meet, and for a swap that no layer can
+        make."""
+        costs = CostModel(self.opened.graph, self.space)
+        costs.check(Budget(bits=bits), max(self.space.activations))
+        named_swap(self.space, swap)
+
     def _absent(self, space: SearchSpace) -> list[tuple[str, Scheme]]:
         """Fits that the bank lacks."""
         fitter, rows = self.evaluator.quantized.fitter, space.choices.items()
@@ -201,6 +217,7 @@ class Planner:
         protocol: Protocol | None = None,
         space: SearchSpace | None = None,
         fits: str = ALL,
+        contexts: int = 0,
     ) -> Plan:
         """What ``measure`` does with these, or with the protocol and space that the planner was made for."""
         given, made, study = protocol or self.protocol, space or self.space, self.study
@@ -229,6 +246,7 @@ class Planner:
         if any(scheme.calibrated for _, scheme in absent) and made.calibration is not None:
             runs = made.calibration.images * made.calibration.steps / given.micro_batch
             fitting += CALIBRATING * runs * units.call
+        inside = _in_context(contexts, sample.samples, len(made.choices)) if contexts else 0.0
         free = self.store.limit - sum(p.stat().st_size for p in self.store.folder.glob("*.safetensors"))
         return Plan(
             missing,
@@ -245,6 +263,7 @@ class Planner:
             units.loading,
             units.memory,
             workers,
+            units.measurements(inside, given, bool(made.correction)) / workers,
         )
 
     def run(
@@ -262,8 +281,8 @@ class Planner:
             self.where.workers,
             len(made.choices),
         )
-        swapped = PER_SWAP * swaps + 2 * layers * IN_CONTEXT / OUTPUTS
-        checks = self.units.measurements(swapped + sample.samples / OUTPUTS, given, bool(made.correction))
+        swapped = PER_SWAP * swaps + _in_context(IN_CONTEXT, sample.samples, layers)
+        checks = self.units.measurements(swapped, given, bool(made.correction))
         parts = {
             "loading": measuring.loading_seconds + STARTING,
             "first look": 2 * given.steps * self.units.backward / min(workers, 2),
@@ -287,6 +306,12 @@ def plan(
     """What ``measure`` with the same arguments would do; nothing is written. ``study=None``: one that is
     not there yet."""
     return Planner(model, study, options, where, progress).measuring(sample)
+
+
+def _in_context(contexts: int, samples: int, layers: int) -> float:
+    """Measurements that every layer's swap in so many contexts is worth, and the output errors of the samples
+    that are learned from."""
+    return (samples + 2 * layers * contexts) / OUTPUTS
 
 
 def _probes(study: Study | None, space: SearchSpace) -> int:

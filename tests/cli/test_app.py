@@ -166,8 +166,6 @@ def test_verbs_one_by_one(folder) -> None:
             bops,
             "--rounds",
             "1",
-            "--per-round",
-            "3",
             "--workers",
             "1",
             "--out",
@@ -218,7 +216,7 @@ def test_search_under_a_latency(folder, monkeypatch) -> None:
             r"latency_ms = 1 is out of range: this space can reach ([\d.]+) to ([\d.]+)", said
         ).groups()
     )
-    words = ["--rounds", "1", "--per-round", "3", "--workers", "1"]
+    words = ["--rounds", "1", "--workers", "1"]
     middle = str((low + high) / 2)
     front = json.loads(
         run(
@@ -344,7 +342,7 @@ def test_bad_input_is_one_sentence(folder) -> None:
         "is for model": ["quantize", "digits-unet", "whole/config.json", "--out", "x"],
         "scheme 'usq99' is out of range": ["bench", "--formats", "usq99"],
         "must be OUTxIN@TOKENS": ["bench", "--shapes", "wide"],
-        "give them without it": ["bench", "whole/packed", "--formats", "usq4"],
+        "changes nothing beside whole/packed": ["bench", "whole/packed", "--formats", "usq4"],
         "memory 'all' is unknown": ["generate", "whole/packed", "--out", "x.png", "--memory", "all"],
         "no model_index.json": ["generate", ".", "--out", "x.png"],
         "3 studies were given": ["report", *["whole/study.db"] * 3, "--out", "x"],

@@ -93,7 +93,9 @@ def test_where_damages_come_from(tmp_path: Path) -> None:
     assert source_of(None, None) == source_of(study, None) == "gradients"
     assert source_of(study, "probes") == "probes"
     study.set(fingerprint="f")  # of before there were gradients
-    assert source_of(study, None) == "probes" and source_of(study, "gradients") == "gradients"
+    assert source_of(study, None) == source_of(study, "probes") == "probes"
+    with pytest.raises(AquabitError, match="begun with --damages probes, not gradients"):
+        source_of(study, "gradients")
 
 
 def test_calibrated_and_shared_schemes_are_sketched_too(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def test_the_whole_flow(name: str, tmp_path: Path) -> None:
     assert {layer["name"] for layer in result.to_dict()["layers"]} <= {
         n for n, a in graph.nodes(data=True) if a["kind"] != "merge"
     }
-    front = aquabit.find(study, bits=4.2, rounds=1, per_round=1, screen=1, bank=bank)
+    front = aquabit.find(study, bits=4.2, rounds=1, bank=bank)
     packed = aquabit.quantize(folder, front.best, bank=bank)
     packed.save(tmp_path / "packed")
     again = load(tmp_path / "packed")

@@ -592,8 +592,6 @@ def test_step_groups_on_the_command_line(tmp_path) -> None:
         f"{budget:.0f}",
         "--rounds",
         "1",
-        "--per-round",
-        "3",
         "--workers",
         "1",
         "--out",

@@ -228,7 +228,7 @@ def test_a_search_with_correction_in_a_study_without(begun, tmp_path) -> None:
     pipe, folder = begun
     study = copied(begun, tmp_path)
     before = training_table(study, "fid")
-    options = {"pipe": pipe, "bank": str(folder / "bank"), "rounds": 1, "per_round": 3}
+    options = {"pipe": pipe, "bank": str(folder / "bank"), "rounds": 1}
     front = flow.find(study, 4.5, correction="cnc+bc", **options)
     stored = [QuantConfig.from_dict(m["config"]) for m in study.get("front")["members"]]
     assert {m.config.correction for m in front.members} == {c.correction for c in stored} == {"cnc+bc"}
