@@ -10,6 +10,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -191,6 +192,11 @@ class AquabitQuantizer(DiffusersQuantizer):
     required_packages = ("accelerate",)
 
     def __init__(self, quantization_config: AquabitConfig, **kwargs: Any):
+        if "pre_quantized" not in kwargs:  # diffusers' from_single_file
+            raise AquabitError(
+                "a single file cannot be quantized while diffusers loads it; give aquabit.quantize what"
+                " aquabit.load(FILE, base=PIPELINE) makes of it, or load a folder that save_pretrained wrote"
+            )
         super().__init__(quantization_config, **kwargs)
         if self.pre_quantized and not isinstance(quantization_config.weights, QuantConfig):
             raise AquabitError(
@@ -353,7 +359,7 @@ class AquabitQuantizer(DiffusersQuantizer):
         model._internal_dict = type(model.config)(
             {k: v for k, v in model.config.items() if k != "quantization_config"}
         )
-        for name in ADAPTERS:
+        for name in REFUSED:
             vars(model).pop(name, None)
         return model
 
@@ -370,14 +376,21 @@ class AquabitQuantizer(DiffusersQuantizer):
         return True
 
 
-ADAPTERS = ("add_adapter", "load_lora_adapter")  # of diffusers' models: peft cannot wrap packed layers
+ADAPTED = (
+    "peft cannot put adapters on packed layers; aquabit.add_lora(pipe, FILE, scale) puts a LoRA beside them,"
+    " and training needs the dense model"
+)
+REFUSED = {  # methods of diffusers' models that read the weights of layers
+    "add_adapter": ADAPTED,
+    "load_lora_adapter": ADAPTED,
+    "fuse_qkv_projections": (
+        "packed projections cannot be fused; fuse those of the dense model, then quantize it in memory"
+    ),
+}
 
 
-def _refuse_adapter(*_: object, **__: object) -> None:
-    raise AquabitError(
-        "peft cannot put adapters on packed layers; aquabit.add_lora(pipe, FILE, scale) puts a LoRA beside"
-        " them, and training needs the dense model"
-    )
+def _refuse(why: str, *_: object, **__: object) -> None:
+    raise AquabitError(why)
 
 
 def adopt_(model: Any, quantizer: AquabitQuantizer) -> None:
@@ -388,9 +401,9 @@ def adopt_(model: Any, quantizer: AquabitQuantizer) -> None:
     quantizer.quantization_config = AquabitConfig(found.config, facts=found.facts())
     quantizer.model = model
     model.hf_quantizer, model.is_quantized, model.quantization_method = quantizer, True, AquabitMethod.AQUABIT
-    for name in ADAPTERS:
+    for name, why in REFUSED.items():
         if hasattr(model, name):
-            setattr(model, name, _refuse_adapter)
+            setattr(model, name, partial(_refuse, why))
     if hasattr(model, "register_to_config"):  # a model of the user's own has no config
         model.register_to_config(quantization_config=quantizer.quantization_config.to_dict())
 

@@ -272,6 +272,15 @@ def test_adapters_are_refused_with_what_to_do(tmp_path: Path) -> None:
     assert packed.peft_config, "decoded, it takes adapters again"
 
 
+def test_packed_projections_are_not_fused(tmp_path: Path) -> None:
+    net: Any = randomised(TINY_PIPELINES["sd"]).unet
+    net.save_pretrained(tmp_path)
+    packed = type(net).from_pretrained(tmp_path, quantization_config=AquabitConfig("usq4"))
+    with pytest.raises(AquabitError, match="fuse those of the dense model"):
+        packed.fuse_qkv_projections()
+    copy.deepcopy(packed).dequantize().fuse_qkv_projections()
+
+
 # ---- compiling
 
 
@@ -321,9 +330,37 @@ def test_modules_that_are_not_to_be_converted(tmp_path: Path) -> None:
         loaded(tmp_path, quantization_config=AquabitConfig("usq4", modules_to_not_convert="proj_in"))
 
 
-def test_a_whole_pipeline_is_not_asked_for_by_the_name_of_the_method() -> None:
+def test_what_diffusers_cannot_ask_for_is_refused(tmp_path: Path) -> None:
+    """By the name of the method, for text encoders, which are transformers' models, and from one file."""
     with pytest.raises(ValueError, match="quant_backend=aquabit was not found"):
         PipelineQuantizationConfig(quant_backend="aquabit", quant_kwargs={"weights": "usq4"})
+    pipe = randomised(TINY_PIPELINES["flux"])
+    pipe.save_pretrained(tmp_path)
+    encoder = PipelineQuantizationConfig(quant_mapping={"text_encoder": AquabitConfig("usq4")})
+    with pytest.raises(ValueError, match="Unknown quantization type, got aquabit"):
+        type(pipe).from_pretrained(tmp_path, quantization_config=encoder)
+    part: Any = tmp_path / "transformer"
+    file = part / "diffusion_pytorch_model.safetensors"
+    with pytest.raises(AquabitError, match=r"a single file cannot be quantized while diffusers loads it"):
+        type(pipe.transformer).from_single_file(
+            str(file), config=str(part), quantization_config=AquabitConfig("usq4")
+        )
+
+
+def test_modules_that_stay_in_float32_do(tmp_path: Path) -> None:
+    net: Any = randomised(RECENT["wan"]).transformer
+    net.save_pretrained(tmp_path)
+    half: dict[str, Any] = {"torch_dtype": torch.bfloat16}
+    dense = type(net).from_pretrained(tmp_path, **half)
+    packed = type(net).from_pretrained(tmp_path, quantization_config=AquabitConfig("usq8"), **half)
+    wanted = {n: p.dtype for n, p in dense.named_parameters()}
+    assert {torch.float32, torch.bfloat16} == set(wanted.values()) and packed.dtype == dense.dtype
+    for name, layer in layers_of(packed).items():
+        assert layer.compute.dtype == layer.weight.dtype == wanted[f"{name}.weight"], name
+    there = dict(packed.named_parameters())
+    assert all(there[n].dtype == dtype for n, dtype in wanted.items() if n in there)
+    plain = {n: p.dtype for n, p in packed.dequantize().named_parameters()}
+    assert plain == wanted, "decoded, too"
 
 
 # ---- every denoiser class
