@@ -204,6 +204,7 @@ class _QuantLayer(nn.Module):
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         own = set() if self._packed is None else {id(t) for t in self._packed.tensors().values()}
+        was = self.compute.device
 
         def keeping(tensor: Tensor) -> Tensor:  # codes and tables keep their dtype: only the device moves
             made: Tensor = fn(tensor)
@@ -214,6 +215,8 @@ class _QuantLayer(nn.Module):
         self._packed = self.packed  # on the meta device parameters are other objects
         self._remember_()
         device = self.compute.device
+        if device != was and isinstance(self._packed, Arranged):
+            self._packed.derived.clear()  # what kernels of the other device made of it
         self.branches = [p.to(device) for p in self.branches]
         self.dense = None if self.dense is None else self.dense.to(device)
         return self
