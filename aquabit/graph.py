@@ -354,11 +354,14 @@ def _watched(model: nn.Module) -> dict[str, list[nn.Module]]:
 
 def repeated_names(model: nn.Module) -> set[str]:
     """The names in a model's state dict that stand for a tensor of a module which has another name before:
-    stored once, they come back with that."""
+    stored once, they come back with that. A layer that stands in the place of another (``plain_layer``) has
+    that one's names."""
     seen, found = set[int](), set[str]()
     for name, module in model.named_modules(remove_duplicate=False):
         if id(module) in seen:
-            found |= {f"{name}.{key}" for key in (*module._parameters, *module._buffers)}
+            plain = hasattr(module, "plain_layer")
+            keys = ("weight", "bias") if plain else (*module._parameters, *module._buffers)
+            found |= {f"{name}.{key}" for key in keys}
         seen.add(id(module))
     return found & set(model.state_dict())
 

@@ -24,6 +24,8 @@ from aquabit.scheme import AquabitError
 
 FUSED = {1: 8, 2: 4, 3: 2, 4: 2}  # scalar codes that one lookup takes, by their bits
 NIBBLE = 4  # bits of a lookup of which two share a byte
+HELD = ("codes", "tables", "scale", "offset")
+STORED = ("stored_codebooks", "stored_scale", "stored_offset")
 
 
 class Segment(NamedTuple):
@@ -95,17 +97,37 @@ class Arranged:
     def segment_bytes(self, segment: Segment) -> int:
         return ceil(self.lookups(segment) * self.width / 8)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by name."""
+        stored = zip(STORED, self.stored, strict=True)
+        named = {name: getattr(self, name) for name in HELD} | dict(stored)
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def holding(self, tensors: Mapping[str, Tensor]) -> Arranged:
+        """The same weight with other tensors of the same content, by ``tensors``'s names."""
+        own: dict[str, Any] = {name: tensors.get(name) for name in HELD}
+        codebooks, scale, offset = (tensors.get(name) for name in STORED)
+        return replace(self, stored=(codebooks, scale, offset), **own)
+
+    @property
+    def held_codes(self) -> Tensor:
+        return self.codes
+
+    @property
+    def codebook_values(self) -> Tensor | None:
+        """The codebooks as kernels read them."""
+        return self.tables
+
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """Where the tensors lie: ``share_memory_`` and offloading give them other memory."""
+        held = (self.codes, self.tables, self.scale, self.offset)
+        return tuple(0 if t is None else t.data_ptr() for t in held)
+
     def held(self) -> Mapping[int, int]:
         """Bytes of every storage that is held, by address: layers may share some."""
-        mine = [
-            self.codes,
-            self.tables,
-            self.scale,
-            self.offset,
-            *self.stored,
-            *(t for d in self.derived.values() for t in d.tensors()),
-        ]
-        return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in mine if t is not None}
+        mine = [*self.tensors().values(), *(t for d in self.derived.values() for t in d.tensors())]
+        return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in mine}
 
     @property
     def nbytes(self) -> int:

@@ -164,6 +164,19 @@ class CodebookWeight:
         }
         return {k: v for k, v in named.items() if v is not None}
 
+    def holding(self, tensors: Mapping[str, Tensor]) -> CodebookWeight:
+        """The same weight with other tensors of the same content, by ``tensors``'s names."""
+        codebooks, scale, offset = (tensors.get(name) for name in ("codebooks", "scale", "offset"))
+        return CodebookWeight(tensors["codes"], codebooks, scale, offset, self.shape, self.bits, self.order)
+
+    @property
+    def held_codes(self) -> Tensor:
+        return self.packed
+
+    @property
+    def codebook_values(self) -> Tensor | None:
+        return self.codebooks
+
     @property
     def nbytes(self) -> int:
         """Bytes of all stored tensors."""

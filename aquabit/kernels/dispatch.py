@@ -144,7 +144,6 @@ _formats: WeakKeyDictionary[Weight, Format] = WeakKeyDictionary()
 _tables: Any = (
     WeakIdKeyDictionary()
 )  # stored codebooks -> as float32: layers that share the ones share the others
-_moved: Any = WeakIdKeyDictionary()  # codebooks -> {device: the same there}
 
 
 def held(weight: Weight) -> Weight:
@@ -156,28 +155,6 @@ def held(weight: Weight) -> Weight:
     if arranged.tables is not None:
         object.__setattr__(arranged, "tables", _tables.setdefault(weight.codebooks, arranged.tables))
     return numbered(arranged)
-
-
-def moved(weight: Weight, device: torch.device) -> Weight:
-    """``weight`` on a device; codebooks that several weights share stay shared."""
-    there = weight.to(device)
-    if isinstance(there, Arranged):
-        assert isinstance(weight, Arranged)
-        object.__setattr__(there, "tables", _once(weight.tables, there.tables, device))
-        object.__setattr__(
-            there, "stored", (_once(weight.stored[0], there.stored[0], device), *there.stored[1:])
-        )
-    else:
-        assert isinstance(weight, CodebookWeight)
-        object.__setattr__(there, "codebooks", _once(weight.codebooks, there.codebooks, device))
-    return numbered(there)
-
-
-def _once(here: Tensor | None, there: Tensor | None, device: torch.device) -> Tensor | None:
-    if here is None or there is None or here is there:
-        return there
-    found: Tensor = _moved.setdefault(here, {}).setdefault(device, there)
-    return found
 
 
 def _known(weight: Weight) -> tuple[Weight, Format]:
@@ -196,7 +173,7 @@ def _known(weight: Weight) -> tuple[Weight, Format]:
 
 
 def device_of(weight: Weight) -> torch.device:
-    return (weight.codes if isinstance(weight, Arranged) else weight.packed).device
+    return weight.held_codes.device
 
 
 # ---- the functions

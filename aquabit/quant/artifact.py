@@ -69,13 +69,21 @@ class Contents:
         """What ``quantization_config`` holds besides the configuration (FACTS)."""
         return parsed(described(self.config, self.statistics, self.inputs, self.tied, self.about))[1]
 
+    def known(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Of the denoiser's ``state`` what its class has too: of quantized layers weight and bias."""
+        quantized = self.layers.keys() | {n.removesuffix(".weight") for n in self.repeated}
+        rows = ((name, name.rpartition("."), tensor) for name, tensor in state.items())
+        return {
+            n: t for n, (owner, _, leaf), t in rows if owner not in quantized or leaf in ("weight", "bias")
+        }
+
     def tensors(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """All tensors to store: those of the denoiser's ``state`` at 16 bits, except where layers are
         coded."""
         tensors: dict[str, Tensor] = {}
         coded = {n: weight for n, layer in self.layers.items() if (weight := layer.coded) is not None}
         with CopiesInFiles(weights_folder()):
-            for name, tensor in state.items():
+            for name, tensor in self.known(state).items():
                 if name.removesuffix(".weight") not in coded and name not in self.repeated:
                     tensors[name] = tensor.detach().to(storage_dtype(tensor)).contiguous().cpu()
         for name, weight in coded.items():
@@ -193,7 +201,7 @@ def check_rebuilt(denoiser: nn.Module, contents: Contents) -> None:
     model = rebuilt(denoiser)
     if model is None:
         return
-    sizes = {name: tuple(t.shape) for name, t in denoiser.state_dict().items()}
+    sizes = {name: tuple(t.shape) for name, t in contents.known(denoiser.state_dict()).items()}
     sizes |= {f"{name}.weight": tuple(layer.shape) for name, layer in contents.layers.items()}
     tied = {name: first for name, first in contents.tied.items() if first in contents.layers}
     sizes |= {f"{name}.weight": tuple(contents.layers[first].shape) for name, first in tied.items()}

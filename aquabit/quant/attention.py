@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import wraps
 from types import MethodType
 from typing import Any
 
@@ -77,18 +76,23 @@ def patch_attention_(denoiser: nn.Module) -> None:
     quantized."""
     for module in list(denoiser.modules()):
         if value_layers(module):
-            # a bound method: a copy of the module gets its own
-            module.forward = MethodType(_forward_of(type(module)), module)
+            module.forward = _Attention(module)
 
 
-def _forward_of(kind: type[nn.Module]) -> Callable[..., Any]:
-    original = kind.forward
+class _Attention:
+    """The forward of an attention module. An object, which copying and pickling keep with the module that it
+    belongs to; a bound method would come back as that of the class."""
 
-    @wraps(original)  # diffusers reads the signature
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if all(getattr(v, "act", 16) >= 16 for v in value_layers(self)):
-            return original(self, *args, **kwargs)
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:  # diffusers reads the signature
+        return MethodType(type(self.module).forward, self.module)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        forward = type(self.module).forward
+        if all(getattr(v, "act", 16) >= 16 for v in value_layers(self.module)):
+            return forward(self.module, *args, **kwargs)
         with _QuantizedSoftmax():
-            return original(self, *args, **kwargs)
-
-    return forward
+            return forward(self.module, *args, **kwargs)

@@ -8,8 +8,9 @@ Only diffusers' quantizers are imported here, which are there when this is impor
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -42,6 +43,8 @@ class Loading(Protocol):
 
     def missing(self, keys: Iterable[str]) -> list[str]: ...
 
+    def count_(self, counted: bool) -> None: ...
+
     def take(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
 
     def set_(self, name: str, tensor: Tensor, device: Any) -> None: ...
@@ -61,11 +64,14 @@ class AquabitConfig(QuantizationConfigMixin):
     ``weights`` is one scheme for all Linear and Conv2d layers ("usq4"), a mapping of layer names or patterns
     to schemes ({"proj_out": "fp", "*.attn1.*": "usq4", "*": "usq3"}; the first that matches counts, and what
     none matches stays in full precision), or a whole ``QuantConfig``. ``act`` are the activation bits of the
-    quantized layers: 16 (off, the default), 8, 6 or 4.
+    quantized layers: 16 (off, the default), 8, 6 or 4. ``modules_to_not_convert`` names modules whose layers
+    stay in full precision, as in diffusers' other configurations.
 
     Fitted to the weights alone: for schemes with H, static ranges, fine-tuning and noise correction use
-    ``aquabit.quantize``. Raises AquabitError for schemes and bits that are unknown, and on loading for
-    patterns that match no layer.
+    ``aquabit.quantize``. Where a model cannot be followed (the inputs of its class are not known, or sizes
+    depend on data) its layers go by name, every Linear and Conv2d, and activations stay as they are. Raises
+    AquabitError for schemes and bits that are unknown, and on loading for patterns and modules that match no
+    layer, and for activation bits of a model that cannot be followed.
     """
 
     def __init__(
@@ -73,15 +79,17 @@ class AquabitConfig(QuantizationConfigMixin):
         weights: str | Mapping[str, str] | QuantConfig = "usq4",
         act: int | None = None,
         facts: Mapping[str, Any] | None = None,
+        modules_to_not_convert: str | Sequence[str] | None = None,
     ):
         self.quant_method = AquabitMethod.AQUABIT
         self.weights, self.act, self.facts = weights, act, dict(facts or {})
+        names = modules_to_not_convert or ()
+        self.modules_to_not_convert = [names] if isinstance(names, str) else list(names)
         self.digest: str | None = None  # of the artifact that this was read from
         if isinstance(weights, QuantConfig):
-            if act is not None:
-                raise AquabitError(
-                    f"activation bits are {act}, but the configuration names each layer's; leave them out"
-                )
+            if act is not None or self.modules_to_not_convert:
+                what = "modules are left out" if act is None else f"activation bits are {act}"
+                raise AquabitError(f"{what}, but the configuration names each layer's; leave them out")
             return
         self.act = 16 if act is None else act
         for scheme in [weights] if isinstance(weights, str) else weights.values():
@@ -108,7 +116,7 @@ class AquabitConfig(QuantizationConfigMixin):
             found = cls(config, facts=facts)
             found.digest = value.get(DIGEST)
         else:
-            unknown = sorted(set(value) - {"weights", "act"})
+            unknown = sorted(set(value) - {"weights", "act", "modules_to_not_convert"})
             if unknown:
                 raise AquabitError(
                     f"quantization_config has {unknown[0]!r}; a packed model's has schema and groups, a"
@@ -123,7 +131,8 @@ class AquabitConfig(QuantizationConfigMixin):
         if isinstance(self.weights, QuantConfig):
             return {**described(self.weights), **self.facts}
         weights = self.weights if isinstance(self.weights, str) else dict(self.weights)
-        return {"quant_method": METHOD, "weights": weights, "act": self.act}
+        left = {"modules_to_not_convert": self.modules_to_not_convert} if self.modules_to_not_convert else {}
+        return {"quant_method": METHOD, "weights": weights, "act": self.act, **left}
 
     def to_diff_dict(self) -> dict[str, Any]:
         return self.to_dict()
@@ -151,12 +160,16 @@ class AquabitConfig(QuantizationConfigMixin):
         patterns = {"*": self.weights} if isinstance(self.weights, str) else dict(self.weights)
         found, used = dict[str, LayerChoice](), set[str]()
         for name in layers:
+            left = {m for m in self.modules_to_not_convert if f".{m}." in f".{name}."}
+            used |= left
+            if left:
+                continue
             pattern = next((p for p in patterns if fnmatch.fnmatchcase(name, p)), None)
             if pattern is not None:
                 used.add(pattern)
                 scheme = Scheme.parse(patterns[pattern])
                 found[name] = LayerChoice() if scheme == FP else LayerChoice(scheme, self.act or 16)
-        unused = [p for p in patterns if p not in used]
+        unused = [p for p in (*self.modules_to_not_convert, *patterns) if p not in used]
         if unused:
             raise AquabitError(
                 f"{unused[0]!r} matches none of the model's {len(layers)} layers that an earlier one leaves,"
@@ -179,6 +192,11 @@ class AquabitQuantizer(DiffusersQuantizer):
     required_packages = ("accelerate",)
 
     def __init__(self, quantization_config: AquabitConfig, **kwargs: Any):
+        if "pre_quantized" not in kwargs:  # diffusers' from_single_file
+            raise AquabitError(
+                "a single file cannot be quantized while diffusers loads it; give aquabit.quantize what"
+                " aquabit.load(FILE, base=PIPELINE) makes of it, or load a folder that save_pretrained wrote"
+            )
         super().__init__(quantization_config, **kwargs)
         if self.pre_quantized and not isinstance(quantization_config.weights, QuantConfig):
             raise AquabitError(
@@ -186,6 +204,7 @@ class AquabitQuantizer(DiffusersQuantizer):
                 " quantize"
             )
         self.contents: PackedContents | None = None
+        self.model: Any = None
         self._dtype = torch.float32
         self._loading: Loading | None = None
         self._files: list[Path] = []  # that a packed model is read from
@@ -213,17 +232,39 @@ class AquabitQuantizer(DiffusersQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, keep_in_fp32_modules: Any = (), **kwargs: Any
     ) -> None:
-        from aquabit.graph import fixed_layers, layers, trace
-        from aquabit.quant.unpacking import Quantizing, Unpacking
+        from aquabit.graph import fixed_layers, layers
+        from aquabit.quant.unpacking import Quantizing, Unpacking, dense_graph
 
         asked, fp32 = self.quantization_config, list(keep_in_fp32_modules or ())
         if self.pre_quantized:
             self._loading = Unpacking(model, asked.weights, asked.facts, self._dtype, fp32)
         else:
-            graph = trace(model)
+            graph, why = dense_graph(model)
             fixed = fixed_layers(graph)
-            names = [n for n in layers(graph) if n not in fixed]
-            self._loading = Quantizing(model, asked.resolved(names), self._dtype, fp32)
+            config = asked.resolved([n for n in layers(graph) if n not in fixed])
+            if why and any(choice.act != 16 for choice in config.layers.values()):
+                raise AquabitError(
+                    f"activation bits need a model that can be followed, and {why}; leave act at 16"
+                )
+            if why:
+                logger.info(f"{why}: the layers of {type(model).__name__} go by name, weights only")
+            self._loading = Quantizing(model, config, self._dtype, fp32, graph, bool(why))
+
+    def validate_environment(self, device_map: Any = None, **kwargs: Any) -> None:
+        """diffusers calls this again when the device map was made."""
+        if isinstance(device_map, Mapping) and "disk" in device_map.values():
+            raise AquabitError(
+                "the device map puts layers on disk, which packed ones cannot run from; leave them on cpu, or"
+                " give enable_group_offload(offload_to_disk_path=...) when the model is loaded"
+            )
+        if self._loading is not None:
+            self._loading.count_(False)
+
+    def get_special_dtypes_update(self, model: Any, torch_dtype: Any) -> dict[str, torch.dtype]:
+        """Called before diffusers adds up what a device map is made by: codes count from here on."""
+        if self._loading is not None:
+            self._loading.count_(True)
+        return {}
 
     @property
     def supports_parallel_loading(self) -> bool:
@@ -293,7 +334,34 @@ class AquabitQuantizer(DiffusersQuantizer):
                 "packed models are saved as safetensors only; leave safe_serialization at True"
             )
         assert self.contents is not None
+        self._check_there(state_dict)
         return self.contents.tensors(state_dict), {}
+
+    def _check_there(self, state: Mapping[str, Tensor]) -> None:
+        """Raise AquabitError where tensors hold nothing: they are offloaded, to disk or by accelerate."""
+        registries = [vars(m).get("_diffusers_hook") for m in self.model.modules()]
+        hooks = [registry.get_hook("group_offloading") for registry in registries if registry is not None]
+        on_disk = any(hook is not None and hook.config.offload_to_disk_path for hook in hooks)
+        if on_disk or any(tensor.is_meta for tensor in state.values()):
+            raise AquabitError(
+                f"tensors of {type(self.model).__name__} are offloaded; load it without offloading to save or"
+                " decode it"
+            )
+
+    def _dequantize(self, model: Any) -> Any:
+        """Plain layers with decoded weights; nothing is rounded or corrected while it runs any more."""
+        from aquabit.quant.correction.sampling import follow_
+        from aquabit.quant.layers import plain_layers_
+
+        self._check_there(model.state_dict())
+        follow_(model, None, [])
+        plain_layers_(model)
+        model._internal_dict = type(model.config)(
+            {k: v for k, v in model.config.items() if k != "quantization_config"}
+        )
+        for name in REFUSED:
+            vars(model).pop(name, None)
+        return model
 
     @property
     def is_serializable(self) -> bool:
@@ -308,13 +376,34 @@ class AquabitQuantizer(DiffusersQuantizer):
         return True
 
 
+ADAPTED = (
+    "peft cannot put adapters on packed layers; aquabit.add_lora(pipe, FILE, scale) puts a LoRA beside them,"
+    " and training needs the dense model"
+)
+REFUSED = {  # methods of diffusers' models that read the weights of layers
+    "add_adapter": ADAPTED,
+    "load_lora_adapter": ADAPTED,
+    "fuse_qkv_projections": (
+        "packed projections cannot be fused; fuse those of the dense model, then quantize it in memory"
+    ),
+}
+
+
+def _refuse(why: str, *_: object, **__: object) -> None:
+    raise AquabitError(why)
+
+
 def adopt_(model: Any, quantizer: AquabitQuantizer) -> None:
     """A packed model as diffusers has it after loading: its quantizer, and the configuration that
     ``save_pretrained`` writes."""
     found = quantizer.contents
     assert found is not None
     quantizer.quantization_config = AquabitConfig(found.config, facts=found.facts())
+    quantizer.model = model
     model.hf_quantizer, model.is_quantized, model.quantization_method = quantizer, True, AquabitMethod.AQUABIT
+    for name, why in REFUSED.items():
+        if hasattr(model, name):
+            setattr(model, name, partial(_refuse, why))
     if hasattr(model, "register_to_config"):  # a model of the user's own has no config
         model.register_to_config(quantization_config=quantizer.quantization_config.to_dict())
 

@@ -12,12 +12,14 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.weak import WeakIdKeyDictionary
 
 from aquabit.graph import is_quantizable
 from aquabit.kernels import Accuracy, codebook_conv2d, codebook_linear, fake_quantize_static, straight_through
 from aquabit.kernels.arranged import Arranged
 from aquabit.kernels.codebook import CodebookWeight
-from aquabit.kernels.dispatch import device_of, held, moved
+from aquabit.kernels.dispatch import device_of, held
+from aquabit.kernels.registry import numbered
 from aquabit.quant.lora import LowRank
 from aquabit.scheme import FP, AquabitError, Scheme
 
@@ -44,6 +46,9 @@ class _QuantLayer(nn.Module):
     tensor of the original shape; in packed mode ``packed`` is the coded weight as kernels read it and
     ``weight`` an empty tensor that carries dtype and device only. ``dense`` is a decoded copy beside it,
     which memory=auto keeps where it saves time.
+
+    The tensors of the coded weight are parameters of the layer, so that whatever counts, moves or offloads
+    parameters does so with them; casts leave them as they are.
     """
 
     weight: Tensor
@@ -57,7 +62,8 @@ class _QuantLayer(nn.Module):
         self.range_output: Range | None = None
         self.shares: dict[int, float] = {}
         self.accuracy: Accuracy = "fast"
-        self.packed: CodebookWeight | Arranged | None = None
+        self._packed: CodebookWeight | Arranged | None = None
+        self._shared: Tensor | None = None  # codebooks that other layers hold, too, as they are to be
         self.dense: Tensor | None = None
         # of no elements and in no file: models and pipelines ask the first parameter what to compute in
         self.compute = nn.Parameter(weight.detach().new_empty(0), requires_grad=False)
@@ -65,14 +71,33 @@ class _QuantLayer(nn.Module):
         self.register_buffer("weight", weight.detach())
         self.register_buffer("bias", None if bias is None else bias.detach())
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars):  # type: ignore[no-untyped-def]
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        del destination[f"{prefix}compute"]
-
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, *rest):  # type: ignore[no-untyped-def]
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
         if f"{prefix}compute" in missing:
             missing.remove(f"{prefix}compute")
+        self._hold_(self._packed)  # what kernels made of the tensors before is no longer true
+
+    @property
+    def packed(self) -> CodebookWeight | Arranged | None:
+        """The coded weight as it is to be run, None in dense mode: of the layer's parameters, which
+        accelerate replaces by others on the device while the layer runs."""
+        found, own = self._packed, self._parameters
+        if found is None or torch.compiler.is_compiling() or found.held_codes is own["codes"]:
+            return found
+        here = found.holding({name: own[name] for name in found.tensors()})  # type: ignore[misc]
+        if device_of(here) == device_of(found):
+            self._packed = here
+        return here
+
+    def _hold_(self, weight: CodebookWeight | Arranged | None) -> None:
+        """Make a coded weight the layer's own, its tensors the layer's parameters."""
+        for name in () if self._packed is None else self._packed.tensors():
+            del self._parameters[name]
+        self._packed = None
+        if weight is not None:
+            own = {name: _parameter(tensor) for name, tensor in weight.tensors().items()}
+            self._packed = numbered(weight.holding(own))
+            self._parameters.update(own)
 
     def set_activations_(self, setting: Setting) -> None:
         self.act, self.act_output, self.ranges, self.range_output = setting
@@ -98,10 +123,11 @@ class _QuantLayer(nn.Module):
     @property
     def coded(self) -> CodebookWeight | None:
         """The weight as it is stored, restored from what the kernels read; None in dense mode."""
-        return self.packed.restore() if isinstance(self.packed, Arranged) else self.packed
+        return self._packed.restore() if isinstance(self._packed, Arranged) else self._packed
 
     def set_dense_(self, weight: Tensor, scheme: Scheme) -> None:
-        self.packed, self.dense, self.weight, self.scheme = None, None, weight, scheme
+        self._hold_(None)
+        self.dense, self.weight, self.scheme = None, weight, scheme
 
     def set_packed_(self, coded: CodebookWeight | Arranged, scheme: Scheme) -> None:
         """Run from the coded tensors, arranged for the kernels; the dense weight is dropped."""
@@ -111,11 +137,31 @@ class _QuantLayer(nn.Module):
     def set_coded_(self, coded: CodebookWeight | Arranged, scheme: Scheme) -> None:
         """Hold the coded tensors as they are, until ``arrange_``; the dense weight is dropped."""
         self.weight = torch.empty(0, dtype=self.weight.dtype, device=self.weight.device)
-        self.packed, self.dense, self.scheme = coded, None, scheme
+        self._hold_(coded)
+        self.dense, self.scheme = None, scheme
 
     def arrange_(self) -> None:
         """Lay the coded weight, where there is one, out as the kernels read it."""
-        self.packed = None if self.packed is None else held(self.packed)
+        if self._packed is not None:
+            self._hold_(held(self._packed))
+            self._remember_()
+
+    def _remember_(self) -> None:
+        codebooks = None if self._packed is None or not self.scheme.shared else self._packed.codebook_values
+        self._shared = None if codebooks is None else codebooks.detach()
+
+    def _check_shared(self, packed: CodebookWeight | Arranged) -> None:
+        """Raise AquabitError where shared codebooks were lost: diffusers writes each group of layers to disk
+        after it has emptied the tensors of those before."""
+        kept, there = self._shared, packed.codebook_values
+        if kept is None or there is None or torch.compiler.is_compiling():
+            return
+        same = kept.untyped_storage()._cdata == there.untyped_storage()._cdata
+        if not same and not torch.equal(kept, there.to(kept.device)):
+            raise AquabitError(
+                f"codebooks of {self.scheme}, which several layers share, were lost in offloading to disk;"
+                " offload to memory, without offload_to_disk_path"
+            )
 
     def keep_dense_(self, dtype: torch.dtype | None) -> None:
         """Keep a decoded copy of the coded weight in ``dtype``; None drops it."""
@@ -132,23 +178,16 @@ class _QuantLayer(nn.Module):
         return None if self.bias is None else self.bias.to(x.dtype)
 
     def dense_for(self, x: Tensor) -> Tensor | None:
-        return self.dense if self.dense is not None and self.dense.dtype == x.dtype else None
+        alike = self.dense is not None and self.dense.dtype == x.dtype and self.dense.device == x.device
+        return self.dense if alike else None
 
     def resident(self) -> list[Tensor]:
         """The tensors that the layer's weight and bias hold in memory; layers may share some."""
         parts: list[Tensor | None] = [self.weight, self.bias, self.dense]
-        if isinstance(self.packed, Arranged):
-            parts += [
-                self.packed.codes,
-                self.packed.tables,
-                self.packed.scale,
-                self.packed.offset,
-                *self.packed.stored,
-            ]
-            # what kernels made of it
-            parts += [t for made in self.packed.derived.values() for t in made.tensors()]
-        elif self.packed is not None:
-            parts += self.packed.tensors().values()
+        if self._packed is not None:
+            parts += self._packed.tensors().values()
+        if isinstance(self._packed, Arranged):  # what kernels made of it
+            parts += [t for made in self._packed.derived.values() for t in made.tensors()]
         parts += [t for part in self.branches for t in (part.down, part.up)]
         return [t for t in parts if t is not None]
 
@@ -160,17 +199,37 @@ class _QuantLayer(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        # a copy is a weight of its own to the kernels
-        self.packed = None if self.packed is None else held(self.packed)
+        if self._packed is not None:  # a copy is a weight of its own to the kernels
+            numbered(self._packed)
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.branches = [p.to(fn(torch.empty(0, device=p.up.device)).device) for p in self.branches]
-        if self.packed is not None:  # codes keep their dtype: only the device moves
-            device = fn(torch.empty(0, device=device_of(self.packed))).device
-            self.packed = moved(self.packed, device)
-            self.dense = None if self.dense is None else self.dense.to(device)
+        own = set() if self._packed is None else {id(t) for t in self._packed.tensors().values()}
+        was = self.compute.device
+
+        def keeping(tensor: Tensor) -> Tensor:  # codes and tables keep their dtype: only the device moves
+            made: Tensor = fn(tensor)
+            kept = id(tensor) not in own or made.dtype == tensor.dtype
+            return made if kept else tensor.to(made.device)
+
+        super()._apply(keeping, recurse)  # type: ignore[no-untyped-call]
+        self._packed = self.packed  # on the meta device parameters are other objects
+        self._remember_()
+        device = self.compute.device
+        if device != was and isinstance(self._packed, Arranged):
+            self._packed.derived.clear()  # what kernels of the other device made of it
+        self.branches = [p.to(device) for p in self.branches]
+        self.dense = None if self.dense is None else self.dense.to(device)
         return self
+
+
+_parameters: Any = WeakIdKeyDictionary()  # tensors -> the parameters of them: layers may share both
+
+
+def _parameter(tensor: Tensor) -> nn.Parameter:
+    if isinstance(tensor, nn.Parameter):
+        return tensor
+    found: nn.Parameter = _parameters.setdefault(tensor, nn.Parameter(tensor, requires_grad=False))
+    return found
 
 
 def resident_bytes(layers: Iterable[_QuantLayer]) -> int:
@@ -202,13 +261,15 @@ class QuantLinear(_QuantLayer):
         weight."""
         x = input
         act, bias = self.act, self.bias_for(x) if place is None else place.bias_for(x)
-        given, beside = x, self.branches if place is None else []
-        if self.packed is None or self.ranges is not None:  # kernels know dynamic ranges only
+        given, beside, packed = x, self.branches if place is None else [], self.packed
+        if packed is None or self.ranges is not None:  # kernels know dynamic ranges only
             x, act = self.quantized_input(x, act), 16
-        if self.packed is None:
+        if packed is not None and self._shared is not None:
+            self._check_shared(packed)
+        if packed is None:
             y = functional.linear(x, self.weight.to(x.dtype), bias)
         else:
-            y = codebook_linear(x, self.packed, bias, self.accuracy, act=act, dense=self.dense_for(x))
+            y = codebook_linear(x, packed, bias, self.accuracy, act=act, dense=self.dense_for(x))
         y = self.quantized_output(y)
         for part in beside:
             y = y + part.linear(given)
@@ -243,14 +304,16 @@ class QuantConv2d(_QuantLayer):
         weight."""
         x = input
         act, bias = self.act, self.bias_for(x) if place is None else place.bias_for(x)
-        given, beside = x, self.branches if place is None else []
+        given, beside, packed = x, self.branches if place is None else [], self.packed
         geometry: tuple[Any, ...] = (self.stride, self.padding, self.dilation, self.groups)
-        if self.packed is None or self.ranges is not None:
+        if packed is None or self.ranges is not None:
             x, act = self.quantized_input(x, act), 16
-        if self.packed is None:
+        if packed is not None and self._shared is not None:
+            self._check_shared(packed)
+        if packed is None:
             y = functional.conv2d(x, self.weight.to(x.dtype), bias, *geometry)
         else:
-            coded = (x, self.packed, bias, *geometry, self.accuracy)
+            coded = (x, packed, bias, *geometry, self.accuracy)
             y = codebook_conv2d(*coded, act=act, split=self.split, dense=self.dense_for(x))
         for part in beside:
             y = y + part.conv2d(given, *geometry)
@@ -367,3 +430,33 @@ def replace_layer_(
 def _put(network: nn.Module, name: str, layer: nn.Module) -> None:
     owner, _, leaf = name.rpartition(".")
     setattr(network.get_submodule(owner), leaf, layer)
+
+
+def plain_layers_(network: nn.Module) -> None:
+    """Put Linear and Conv2d in the place of quantized layers: of the decoded weights, LoRAs beside them
+    fused, in the dtype that each computes in."""
+    plain = dict[int, Any]()
+    layers = {
+        n: m for n, m in network.named_modules(remove_duplicate=False) if isinstance(m, _QuantLayer | Tied)
+    }
+    for name, layer in sorted(layers.items(), key=lambda item: isinstance(item[1], Tied)):
+        if id(layer) not in plain:
+            plain[id(layer)] = made = _hooked(
+                _plain(layer.layer if isinstance(layer, Tied) else layer), layer
+            )
+            own: Any = layer.bias
+            if isinstance(layer, Tied):
+                made.weight = plain[id(layer.layer)].weight
+            else:
+                made.weight = nn.Parameter(_decoded(layer), requires_grad=False)
+            bias = None if own is None else own.to(made.weight.dtype)
+            made.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+        _put(network, name, plain[id(layer)])
+
+
+def _decoded(layer: _QuantLayer) -> Tensor:
+    coded = layer.coded
+    weight = layer.weight if coded is None else coded.dequantize()
+    for part in layer.branches:
+        weight = weight.float() + part.delta().to(weight.device)
+    return weight.to(layer.compute.dtype)

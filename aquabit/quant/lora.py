@@ -51,14 +51,14 @@ class LowRank:
 
     def linear(self, x: Tensor) -> Tensor:
         """What is added to the output [..., out] of a Linear for its input [..., in]."""
-        low = functional.linear(x, self.down.to(x.dtype))
-        return self.scale * functional.linear(low, self.up.to(x.dtype))
+        low = functional.linear(x, self.down.to(x))
+        return self.scale * functional.linear(low, self.up.to(x))
 
     def conv2d(self, x: Tensor, *geometry: Any) -> Tensor:
         """What is added to the output of a Conv2d of one group; ``geometry`` is its stride, padding, dilation
         and groups."""
-        low = functional.conv2d(x, self.down.to(x.dtype), None, *geometry)
-        return self.scale * functional.conv2d(low, self.up.to(x.dtype)[:, :, None, None])
+        low = functional.conv2d(x, self.down.to(x), None, *geometry)
+        return self.scale * functional.conv2d(low, self.up.to(x)[:, :, None, None])
 
 
 def read_lora(source: str | Path | Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -9,17 +9,34 @@ from typing import Any
 
 import networkx as nx
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from aquabit.graph import described_inputs, repeated_names, trace
+from aquabit.graph import described_inputs, places_of, repeated_names, trace
 from aquabit.graph import layers as layer_nodes
 from aquabit.quant.artifact import Contents, finish_, is_own, place_layers_, stored_statistics, tie_
 from aquabit.quant.correction.statistics import Statistics
 from aquabit.quant.finetuning.store import stored_weight
-from aquabit.quant.layer_facts import graph_from
+from aquabit.quant.layer_facts import graph_from, layer_facts
 from aquabit.quant.model import fingerprint_of, storage_dtype, stored_hash
 from aquabit.quant.weights import quantize_weight
 from aquabit.scheme import FP, AquabitError, QuantConfig
+
+
+def dense_graph(model: Any) -> tuple[nx.DiGraph, str]:
+    """The layers of a model on the meta device: traced, or, where it cannot be followed, by name, and why.
+
+    By name, every Linear and Conv2d is a layer, and what reads a layer's output is not known: no roles in
+    attention, no concatenated skips. Those inside torch's own attention are never called.
+    """
+    try:
+        return trace(model), ""
+    except AquabitError as error:
+        why = str(error).split(";")[0]
+    places = places_of(model)
+    modules = dict(model.named_modules())
+    inside = [n for n in places if isinstance(modules[n.rpartition(".")[0]], nn.MultiheadAttention)]
+    tied = {place: name for name, row in places.items() for place, _ in row[1:]}
+    return graph_from({"names": list(places), "uncalled": inside}, tied, model), why
 
 
 class Unpacking:
@@ -36,16 +53,17 @@ class Unpacking:
         facts: Mapping[str, Any],
         dtype: torch.dtype,
         fp32: Iterable[str] = (),
+        graph: nx.DiGraph | None = None,
     ):
         self.model, self.config, self.facts = model, config, facts
         tie_(model, facts.get("tied", {}))
-        self.expected, self.graph = set(model.state_dict()), self._graph()
+        self.expected, self.repeated = set(model.state_dict()), repeated_names(model)
+        self.graph = self._graph() if graph is None else graph
         self.tied = dict[str, str](self.graph.graph.get("tied", {}))
         names = layer_nodes(self.graph)
         dtypes = {n: torch.float32 if set(fp32) & set(n.split(".")) else dtype for n in names}
         self.coded = {f"{n}.weight" for n in names if config[n].weight != FP}
         self.layers = place_layers_(model, self.graph, config, dtypes)
-        self.repeated = repeated_names(model)
         # stored once, by the first of its places
         self.elsewhere = self.repeated | {f"{place}.weight" for place in self.tied}
         self.own = (
@@ -59,9 +77,20 @@ class Unpacking:
             return graph_from(self.facts["layers"], self.facts.get("tied", {}), self.model)
         return trace(self.model, described_inputs(self.facts["inputs"]) if "inputs" in self.facts else None)
 
+    def count_(self, counted: bool) -> None:
+        """Let the empty weights of coded layers take, on the meta device, the bytes that their codes will."""
+        for key in self.coded:
+            layer = self.layers[key.removesuffix(".weight")]
+            size = sum(self.config[key.removesuffix(".weight")].weight.stored_bytes(layer.shape))
+            layer.weight = (
+                torch.empty(size, dtype=torch.uint8, device="meta")
+                if counted
+                else torch.empty(0, dtype=layer.compute.dtype)
+            )
+
     def missing(self, keys: Iterable[str]) -> list[str]:
         """Nothing may be missing; raises AquabitError."""
-        left = sorted(set(keys) - self.stored_as_codes - self.elsewhere)
+        left = sorted((set(keys) & self.expected) - self.stored_as_codes - self.elsewhere)
         if left:
             raise AquabitError(
                 f"the weights of {type(self.model).__name__} lack {left[0]!r} ({len(left)} such tensors)"
@@ -107,8 +136,17 @@ class Quantizing(Unpacking):
     """Loading of one dense model whose layers are fitted to ``config`` file by file, in float32, from
     weights as they would be stored."""
 
-    def __init__(self, model: Any, config: QuantConfig, dtype: torch.dtype, fp32: Iterable[str] = ()):
-        super().__init__(model, config, {}, dtype, fp32)
+    def __init__(
+        self,
+        model: Any,
+        config: QuantConfig,
+        dtype: torch.dtype,
+        fp32: Iterable[str],
+        graph: nx.DiGraph,
+        by_name: bool,
+    ):
+        facts = {"layers": layer_facts(graph)} if by_name else {}  # so that loading needs no trace either
+        super().__init__(model, config, facts, dtype, fp32, graph)
         self.stored_as_codes = set()
         self.hashes: dict[str, str] = {}
 

@@ -64,19 +64,19 @@ def call(net: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
         return net(**{k: drawn(v) for k, v in example_inputs(net).items()}).sample.float()
 
 
-def packed_model(family: str) -> Any:
+def packed_model(family: str, act: int = 8) -> Any:
     """A model with every kind of scheme that needs no images, shared codebooks among them, packed in
-    memory at a8."""
+    memory."""
     net, full = tiny_model(family), tiny_model(family)
     graph, own = trace(net), fingerprint(net)
     model = QuantizedDenoiser(net, graph, fingerprint=own)
     choices = {
-        name: LayerChoice(Scheme.parse(PLAIN[i % len(PLAIN)]), 8) for i, name in enumerate(model.layers)
+        name: LayerChoice(Scheme.parse(PLAIN[i % len(PLAIN)]), act) for i, name in enumerate(model.layers)
     }
     partners = codebook_names(graph)
     shared = next(iter(partners.values()))
     members = [n for n, name in partners.items() if name == shared]
-    choices |= {n: LayerChoice(Scheme.parse(SHARED), 8, shared) for n in members}
+    choices |= {n: LayerChoice(Scheme.parse(SHARED), act, shared) for n in members}
     together = dict(
         zip(members, quantize_weights([full.get_submodule(n).weight for n in members], SHARED), strict=True)
     )

@@ -184,7 +184,7 @@ class _Prepared:
     native: Any
     shape: tuple[int, ...]
     scalar: bool  # uniform codes: they are integers as they stand
-    codes: int  # their address then: ``share_memory_`` gives a tensor other memory
+    addresses: tuple[int, ...]  # of the weight's tensors then
 
     def tensors(self) -> list[Tensor]:
         """None besides the weight's own."""
@@ -204,9 +204,9 @@ class _Prepared:
 def _prepared(number: int) -> _Prepared:
     """What the extension has of the weight of that number, made once."""
     weight: Arranged = weight_at(number)
-    found, codes = weight.derived.get("decode"), weight.codes.data_ptr()
-    if found is None or found.codes != codes:
-        found = _Prepared(_native.DecodeWeight(weight), weight.shape, weight.tables is None, codes)
+    found, addresses = weight.derived.get("decode"), weight.addresses
+    if found is None or found.addresses != addresses:
+        found = _Prepared(_native.DecodeWeight(weight), weight.shape, weight.tables is None, addresses)
         weight.derived["decode"] = found
     assert isinstance(found, _Prepared)
     return found

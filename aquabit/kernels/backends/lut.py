@@ -34,17 +34,17 @@ class _Prepared:
 
     plan: Plan
     native: Any
-    codes: int  # their address then: ``share_memory_`` gives a tensor other memory
+    addresses: tuple[int, ...]  # of the weight's tensors then
 
     def tensors(self) -> list[Tensor]:
         return [t for t in vars(self.plan).values() if isinstance(t, Tensor)]
 
 
 def _prepared(weight: Arranged) -> _Prepared:
-    found, codes = weight.derived.get("lut"), weight.codes.data_ptr()
-    if found is None or found.codes != codes:
+    found, addresses = weight.derived.get("lut"), weight.addresses
+    if found is None or found.addresses != addresses:
         plan = plan_of(weight)
-        found = weight.derived["lut"] = _Prepared(plan, _native.LutWeight(weight, plan), codes)
+        found = weight.derived["lut"] = _Prepared(plan, _native.LutWeight(weight, plan), addresses)
     assert isinstance(found, _Prepared)
     return found
 

@@ -85,13 +85,14 @@ _laid_out: WeakKeyDictionary[CodebookWeight | Arranged, TritonWeight] = WeakKeyD
 
 
 def triton_weight(weight: Weight) -> TritonWeight:
-    """``weight`` as the kernels read it, made at the first call, kept while ``weight`` lives; raises
-    AquabitError where it cannot be."""
+    """``weight`` as the kernels read it, made at the first call, kept while ``weight`` lives and stays on its
+    device; raises AquabitError where it cannot be."""
     if isinstance(weight, TritonWeight):
         return weight
-    if weight not in _laid_out:
-        _laid_out[weight] = lay_out(weight)
-    return _laid_out[weight]
+    found = _laid_out.get(weight)
+    if found is None or found.codes.device != weight.held_codes.device:
+        found = _laid_out[weight] = lay_out(weight)
+    return found
 
 
 def triton_linear(

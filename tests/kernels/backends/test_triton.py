@@ -409,6 +409,15 @@ def test_a_layout_is_made_once_and_goes_with_its_weight() -> None:
     assert len(triton_kernels._laid_out) == before - 1
 
 
+def test_a_layout_follows_its_weight_to_another_device() -> None:
+    """Offloading moves the tensors of a weight, which stays the same object."""
+    weight = arrange(made(FORMATS["usq4"], (5, 20))[0])
+    assert triton_weight(weight).codes.device == weight.codes.device
+    for name, there in weight.to("meta").__dict__.items():
+        object.__setattr__(weight, name, there)
+    assert triton_weight(weight).codes.is_meta
+
+
 class Kernel:
     """Stands for a kernel of Triton: counts its own look-ups, and hands out what it compiled."""
 

@@ -20,7 +20,8 @@ from aquabit.quant.calibration.input_groups import input_groups
 from aquabit.quant.calibration.moments import moments, portions
 from aquabit.quant.calibration.recording import record_calls
 from aquabit.quant.model import QuantizedDenoiser
-from aquabit.scheme import AquabitError, Protocol, QuantConfig
+from aquabit.quant.weights import quantize_weight
+from aquabit.scheme import AquabitError, Protocol, QuantConfig, Scheme
 
 PROTOCOL = Protocol(images=8, steps=4, micro_batch=4)
 TO_Q, TO_OUT, PROJ = (
@@ -395,7 +396,8 @@ def test_what_cannot_be_calibrated(dit) -> None:
         moments(model.full_precision, calls, [(TO_Q,)], [8], rows=0)
     with pytest.raises(AquabitError, match=f"{TO_Q} read nothing"):
         moments(model.full_precision, [], [(TO_Q,)], [8])
-    model.layers[TO_Q].packed = object()
+    scheme = Scheme.parse("usq4")
+    model.layers[TO_Q].set_packed_(quantize_weight(model.full(TO_Q), scheme), scheme)
     with pytest.raises(AquabitError, match="packed"):
         moments(model.full_precision, calls, [(TO_Q,)], [8])
 
