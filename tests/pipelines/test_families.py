@@ -70,7 +70,8 @@ def test_the_whole_flow(name: str, tmp_path: Path) -> None:
     tiny(name).save_pretrained(folder)
     graph = trace(load(folder))
     study = Study(tmp_path / "S.db")
-    aquabit.measure(folder, study, SAMPLES, protocol=protocol, space=SPACE, bank=bank, sample_seed=1)
+    samples = SAMPLES if name != "generic" else 2 * SAMPLES  # of few layers many draws are the same
+    aquabit.measure(folder, study, samples, protocol=protocol, space=SPACE, bank=bank, sample_seed=1)
     table = study.measurements(study.protocol)
     assert (table.kind == "sample").sum() > SAMPLES // 2 and table.psnr.notna().all()
     assert len(set(table.psnr.round(6))) > 3  # configurations differ
@@ -315,7 +316,7 @@ def test_folders_that_are_no_pipelines(tmp_path: Path) -> None:
     ):
         load(tmp_path / "model")
     (tmp_path / "model.ckpt").write_bytes(b"x")
-    with pytest.raises(AquabitError, match="is a file; give the folder"):
+    with pytest.raises(AquabitError, match=r"is no file of weights that is read .* `aquabit convert`"):
         load(tmp_path / "model.ckpt")
 
 

@@ -301,7 +301,7 @@ def test_what_does_not_go_together_is_said(sd3: Path, tmp_path: Path) -> None:
         (tmp_path / "old.ckpt", {"base": sd3}, "a .ckpt holds code"),
         (tmp_path / "none.gguf", {}, "there is no file"),
         (file, {"base": tmp_path}, "is not a diffusers pipeline"),
-        (tiny("dit"), {"variant": "fp16"}, "this pipeline is loaded already"),
+        (tiny("dit"), {"variant": "fp16"}, "this model is loaded already"),
     ):
         with pytest.raises(AquabitError, match=re.escape(message)):
             load(given, **more)
