@@ -70,16 +70,17 @@ def test_the_whole_flow(name: str, tmp_path: Path) -> None:
     tiny(name).save_pretrained(folder)
     graph = trace(load(folder))
     study = Study(tmp_path / "S.db")
-    samples = SAMPLES if name != "generic" else 2 * SAMPLES  # of few layers many draws are the same
+    # of few layers many draws are the same, and small ones weigh more
+    samples, bits = (SAMPLES, 4.2) if name != "generic" else (2 * SAMPLES, 5.0)
     aquabit.measure(folder, study, samples, protocol=protocol, space=SPACE, bank=bank, sample_seed=1)
     table = study.measurements(study.protocol)
     assert (table.kind == "sample").sum() > SAMPLES // 2 and table.psnr.notna().all()
     assert len(set(table.psnr.round(6))) > 3  # configurations differ
-    result = aquabit.explain(study, bits=4.2)
+    result = aquabit.explain(study, bits=bits)
     assert {layer["name"] for layer in result.to_dict()["layers"]} <= {
         n for n, a in graph.nodes(data=True) if a["kind"] != "merge"
     }
-    front = aquabit.find(study, bits=4.2, rounds=1, bank=bank)
+    front = aquabit.find(study, bits=bits, rounds=1, bank=bank)
     packed = aquabit.quantize(folder, front.best, bank=bank)
     packed.save(tmp_path / "packed")
     again = load(tmp_path / "packed")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import struct
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,7 @@ ODD = {"tied": (TiedMlp, X), "ends": (Ends, X), "buffers": (Buffers, X)}
 @pytest.mark.parametrize("name", [*ODD, *(n for n in MODELS if n != "weight_norm")])
 def test_predicted_bytes_are_stored_bytes(name: str, tmp_path: Path) -> None:
     model, inputs = (ODD[name][0](), ODD[name][1]) if name in ODD else MODELS[name][:2]
+    model = deepcopy(model)  # it is packed where it stands, and others trace the same
     quantized, graph, config = packed(model, inputs, tmp_path)
     cost = CostModel(graph, make_space(graph, config.fingerprint))
     with torch.no_grad():
