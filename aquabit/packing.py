@@ -155,7 +155,7 @@ class Packed:
             raise AquabitError(
                 "a LoRA is beside this model and would not be saved; take it off by remove_lora() first"
             )
-        for source in sources_of(self._pipe):
+        for source in sorted(sources_of(self._pipe), key=len):  # the whole before its parts
             check_apart(folder, source)
         restore_text_encoders(self._pipe)
         try:

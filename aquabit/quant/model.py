@@ -89,10 +89,10 @@ def check_fingerprint(config: QuantConfig, denoiser: nn.Module) -> str:
 
 def fingerprint(denoiser: nn.Module) -> str:
     """Hash of a denoiser's class, configuration and all its tensors: equal for equal models wherever they
-    were loaded from."""
-    return fingerprint_of(
-        denoiser, {name: stored_hash(tensor) for name, tensor in denoiser.state_dict().items()}
-    )
+    were loaded from, and for one whose layers are ours, in full precision: what these have besides is
+    empty."""
+    tensors = denoiser.state_dict().items()
+    return fingerprint_of(denoiser, {name: stored_hash(tensor) for name, tensor in tensors if tensor.numel()})
 
 
 def stored_hash(tensor: Tensor) -> str:

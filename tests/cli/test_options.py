@@ -261,7 +261,7 @@ ROWS: dict[str, dict[str, Row]] = {
         "--finetune": Row("--finetune", "reached", reach="quantize"),
         "--finetune-steps": Row("--finetune-steps 2", "reached", "--finetune", reach="quantize"),
         "--finetune-settings": Row("--finetune-settings tuning.json", "files"),
-        **{k: replace(r, key="files") for k, r in SAMPLED.items() if k != "--frames"},
+        **{k: replace(r, key="files") for k, r in SAMPLED.items()},
         "--correct": Row("--correct", "files"),
         "--correction": Row("--correction bc", "files", more="--correct"),
         "--device": Row("--device meta", "reached", reach="quantize"),

@@ -159,7 +159,7 @@ def groups_of(values: torch.Tensor, scheme: Scheme) -> torch.Tensor:
 
 @given(
     st.tuples(st.integers(1, 6), st.integers(8, 90)),
-    st.sampled_from(["usq1", "usq2", "usq3", "usq4", "usq2g16", "usq3g13", "usq4g32", "vq2", "vq3", "vq3c"]),
+    st.sampled_from(["usq2", "usq3", "usq4", "usq2g16", "usq3g13", "usq4g32", "vq2", "vq3", "vq3c"]),
     st.integers(0, 1000),
     st.floats(-5.0, 2.0),
     st.floats(-3.0, 3.0),
