@@ -86,10 +86,11 @@ class FlowOptions:
     swap: str | None = None
     within: float | None = None  # seconds that a run is to take: settings are lowered until its plan does
     kept: tuple[str, ...] = ()  # of "samples", "swaps", "images", "steps", "fits": what is not lowered
-    fits: str = ALL  # or WANTED: additive formats only where the budget is expected to want them
+    # additive formats: ALL, or only WANTED ones (``search.worth_fitting``); None: as begun, else ALL
+    fits: str | None = None
 
     def __post_init__(self) -> None:
-        if self.fits not in (ALL, WANTED):
+        if self.fits not in (None, ALL, WANTED):
             raise AquabitError(f"fits {self.fits!r} is unknown; it must be {ALL} or {WANTED}")
 
 
@@ -300,14 +301,14 @@ def run(
     swap: str | None = None,
     design: str = DEFAULT,
     within: str | None = None,
-    fits: str = ALL,
+    fits: str | None = None,
     progress: Progress = no_progress,
     **options: Unpack[RunOptions],
 ) -> Front:
     """The whole flow into a folder; run again, it continues where it stopped. ``within`` ("90s", "20min",
     "2h"): samples, swaps, images, steps and formats are lowered until the plan fits that time. ``fits``
     "wanted": additive formats are fitted only to layers where a configuration near ``bits`` is expected to
-    want them (``search.worth_fitting``).
+    want them (``search.worth_fitting``); None: as the study was begun, else "all".
 
     Writes study.db, sensitivity.json, front.json, config.json, packed/, samples.png and report/index.html;
     early on, first.json (``first_answer.FirstAnswer``, from gradients alone) with first-config.json, and the
@@ -349,6 +350,10 @@ def run_flow(
     if flow.within is not None:
         flow, sample, options = _within(model, study, flow, sample, options, where, told, progress)
     check_fits(study, flow.fits)
+    fits = flow.fits or _begun_fits(study)
+    if fits == WANTED:
+        with study.writing():
+            study.set(formats=WANTED)  # interrupted before formats are left out, it goes on so
     early = _Early(study, out, told, progress)
 
     def look(session: Session) -> None:
@@ -360,7 +365,7 @@ def run_flow(
     def wanted(session: Session) -> SearchSpace:
         return worth_fitting(session.space, session.costs, study.features(), flow.bits)
 
-    hooks: dict[str, Any] = {"early": look, "wanted": wanted if flow.fits == WANTED else None}
+    hooks: dict[str, Any] = {"early": look, "wanted": wanted if fits == WANTED else None}
     check = partial(named_swap, swap=flow.swap)  # an impossible swap is said before anything is fitted
     with open_session(model, study, options, where, check=check, progress=progress, **hooks) as session:
         clock.mark("fits and gradients")
@@ -460,7 +465,10 @@ def settled_within(
     assert flow.within is not None
     if study is None or "planned" not in study:
         kept = (*flow.kept, *(("images", "steps") if study is not None and "fingerprint" in study else ()))
-        return fit_within(planner(), flow.within, sample, flow.swaps, options.space, kept, flow.fits)
+        begun_fits = _begun_fits(study)
+        kept = (*kept, *(("fits",) if begun_fits is not None else ()))
+        fits = flow.fits or begun_fits or ALL
+        return fit_within(planner(), flow.within, sample, flow.swaps, options.space, kept, fits)
     begun, protocol = Fitted.from_dict(study.get("planned")), options.protocol or Protocol()
     asked: dict[str, Any] = {"samples": sample.samples, "swaps": flow.swaps, "fits": flow.fits}
     asked |= {"images": protocol.images, "steps": protocol.steps}
@@ -474,12 +482,28 @@ def settled_within(
     return begun
 
 
-def check_fits(study: Study | None, fits: str) -> None:
-    """Raise AquabitError where formats were left out of a study that are to be fitted now."""
-    if study is not None and fits == ALL and "offered" in study:
+def check_fits(study: Study | None, fits: str | None) -> None:
+    """Raise AquabitError where formats were left out of a study that are to be fitted now, and where
+    additive ones were fitted to all layers."""
+    begun = _begun_fits(study)
+    if begun is not None and fits not in (None, begun):
+        assert study is not None
         raise AquabitError(
-            f"{study.path} was begun with --fits {WANTED}, not {ALL}; use that or another folder"
+            f"{study.path} was begun with --fits {begun}, not {fits}; use that or another folder"
         )
+
+
+def _begun_fits(study: Study | None) -> str | None:
+    """Which additive formats a study fits; None where it has fitted none yet."""
+    if study is None:
+        return None
+    if study.get("formats") == WANTED:
+        return WANTED
+    if "space" not in study:
+        return None
+    space, known = SearchSpace.from_dict(study.get("space")), study.features()
+    cells = ((k, str(s)) for k, row in space.choices.items() for s in row if s.additive)
+    return ALL if any(cell in known for cell in cells) else None
 
 
 class _Clock:

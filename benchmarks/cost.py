@@ -6,17 +6,19 @@ fresh      the integer program's answers over both, at each budget, on five bloc
 table      benchmarks/results/cost.json and cost.md
 fits       CPU seconds a million weights of each kind of scheme on random layers, one thread, beside what
            their matrix products take; into the same files
+memory     what a calibrated fit of a wide layer takes at its peak, in copies of its H; into the same files
 wanted     what `run --fits wanted` leaves of the additive formats, and what the integer program loses by it
 
 The first three take an hour on two cores, most of it fits and probes, and continue where they stopped; `fits`
-takes some minutes, and so does `wanted`, where nothing is fitted.
+and `memory` take some minutes, and so does `wanted`, where nothing is fitted.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,7 @@ FRESH = range(201, 206)  # blocks of seeds that nothing else uses
 SOURCES = ("probes", "gradients")
 SPACE = {"activations": [8]}
 FITTED = ("usq4", "usq4h", "usq4g64h", "vq4", "vq4h", "vq4ch", "aq2x6g8", "aq4x4g8")
+HELD, WIDE = ("usq4h", "vq4h", "aq2x6k"), 11520  # of the part memory
 LAYERS = ((1152, 1152), (4608, 1152))  # DiT-XL/2's attention and first feed-forward layers
 
 
@@ -144,7 +147,7 @@ def wanted(folder: Path, model: str, bits: Sequence[float]) -> list[dict[str, An
     program's least damage over both around each budget, by the damages of all."""
     from aquabit.cost import CostModel
     from aquabit.graph import from_json
-    from aquabit.scheme import Budget
+    from aquabit.scheme import AquabitError, Budget
     from aquabit.search.integer_program import solve
     from aquabit.search.options import activation_choices
     from aquabit.search.worth_fitting import REACH, worth_fitting
@@ -155,9 +158,16 @@ def wanted(folder: Path, model: str, bits: Sequence[float]) -> list[dict[str, An
         space, features = session.space, session.study.features()
         graph = from_json(session.study.get("graph"))
 
-    def least(of: SearchSpace, budget: Budget) -> float:
+    def least(of: SearchSpace, budget: Budget) -> float | None:
         scores = Damages.of(of, features).scores(activation_choices(of, budget))
-        return solve(scores, CostModel(graph, of), budget).score
+        try:
+            return solve(scores, CostModel(graph, of), budget).score
+        except AquabitError:  # out of reach of what is left
+            return None
+
+    def lost(of: SearchSpace, budget: Budget) -> float | None:
+        few, every = least(of, budget), least(space, budget)
+        return None if few is None or every is None else 10 * float(np.log10(few / every))
 
     def weights(of: SearchSpace) -> int:
         shapes = dict(zip(of.choices, CostModel(graph, of).shapes, strict=True))
@@ -168,6 +178,7 @@ def wanted(folder: Path, model: str, bits: Sequence[float]) -> list[dict[str, An
     for each in bits:
         narrow = worth_fitting(space, CostModel(graph, space), uniform, each)
         counts = [sum(s.additive for row in of.choices.values() for s in row) for of in (space, narrow)]
+        plain = nearest(space, each, weights, weights(narrow))
         budgets = [Budget(each + shift) for shift in (-REACH, 0.0, REACH)]
         rows.append(
             {
@@ -176,10 +187,86 @@ def wanted(folder: Path, model: str, bits: Sequence[float]) -> list[dict[str, An
                 "offered": counts[0],
                 "wanted": counts[1],
                 "weights": weights(narrow) / weights(space),
-                "lost": [10 * float(np.log10(least(narrow, b) / least(space, b))) for b in budgets],
+                "lost": [lost(narrow, b) for b in budgets],
+                "nearest": [lost(plain, b) for b in budgets],
             }
         )
     return rows
+
+
+def memory() -> list[dict[str, Any]]:
+    """Peak resident memory of fits of 64 rows, beyond what was there before, over the bytes of H."""
+    import threading
+
+    import torch
+
+    from aquabit.quant.weights import quantize_weight
+
+    torch.set_num_threads(1)
+    weight, h = torch.randn(64, WIDE // 9, 3, 3), torch.full((WIDE, WIDE), 0.5)
+    h.diagonal().fill_(1.01)
+    rows = []
+    for scheme in HELD:
+        before, peak, ended = resident(), [0], threading.Event()
+
+        def watch(peak: list[int] = peak, ended: threading.Event = ended) -> None:
+            while not ended.wait(0.01):
+                peak[0] = max(peak[0], resident())
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        quantize_weight(weight, scheme, h)
+        ended.set()
+        watcher.join()
+        rows.append({"scheme": scheme, "width": WIDE, "copies": 1 + (peak[0] - before) / h.nbytes})
+        say("memory", len(rows), len(HELD))
+    return rows
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory (Linux)."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def memory_table(found: Mapping[str, Any]) -> list[str]:
+    lines = [
+        "",
+        "## Memory of calibrated fits",
+        "",
+        f"{about(found['machine'])}. Made by `python benchmarks/cost.py memory`.",
+        "",
+        f"Copies of H at the peak of a fit of 64 rows of {found['rows'][0]['width']:,} inputs, its own among"
+        " them.",
+        "",
+        "| scheme | copies of H |",
+        "|---|---|",
+    ]
+    return lines + [f"| {r['scheme']} | {r['copies']:.1f} |" for r in found["rows"]]
+
+
+def nearest(space: Any, bits: float, weights: Callable[[Any], int], most: int) -> Any:
+    """The dumbest rival of formats that are worth a fit: those of code bits nearest to the budget, as long as
+    no more weights are fitted than ``most``."""
+    from dataclasses import replace
+
+    from aquabit.space import without_additive
+
+    far = {(k, s): abs(space.code_bits(k, s) - bits) for k, row in space.choices.items() for s in row}
+    found = without_additive(space)
+    for distance in sorted({d for (_, s), d in far.items() if s.additive}):
+        choices = {
+            k: tuple(s for s in row if not s.additive or far[k, s] <= distance)
+            for k, row in space.choices.items()
+        }
+        wider = replace(space, choices=choices)
+        if weights(wider) > most:
+            break
+        found = wider
+    return found
+
+
+def spelled(values: Sequence[float | None]) -> str:
+    return ", ".join("out of reach" if d is None else f"{d:.2f}" for d in values)
 
 
 def wanted_table(found: Mapping[str, Any]) -> list[str]:
@@ -191,14 +278,17 @@ def wanted_table(found: Mapping[str, Any]) -> list[str]:
         "",
         "Additive formats that `run --fits wanted` fits, of those that the space offers, the share of their",
         "weights, and by how many dB the program's least sum of damages (of gradients: predicted) is",
-        "worse than with all formats, a quarter of a bit below the budget, at it, and above.",
+        "worse than with all formats, a quarter of a bit below the budget, at it, and above. Beside",
+        "it what at most as many weights lose where the formats of code bits nearest to the",
+        "budget are fitted, without damages.",
         "",
-        "| model | bits | (layer, additive format) | of | share of weights | lost below, at, above, dB |",
-        "|---|---|---|---|---|---|",
+        "| model | bits | (layer, additive format) | of | share of weights | lost below, at, above, dB |"
+        " nearest code bits lose, dB |",
+        "|---|---|---|---|---|---|---|",
     ]
     return lines + [
         f"| {r['model']} | {r['bits']:g} | {r['wanted']} | {r['offered']} | {r['weights']:.2f} |"
-        f" {', '.join(f'{d:.2f}' for d in r['lost'])} |"
+        f" {spelled(r['lost'])} | {spelled(r['nearest'])} |"
         for r in found["rows"]
     ]
 
@@ -326,6 +416,8 @@ def table(results: Mapping[str, Any]) -> str:
         ]
     if "fits" in results:
         lines += fits_table(results["fits"])
+    if "memory" in results:
+        lines += memory_table(results["memory"])
     if "wanted" in results:
         lines += wanted_table(results["wanted"])
     return "\n".join([*lines, ""])
@@ -339,7 +431,7 @@ def keep(part: str, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def main() -> None:
-    made = parser(__doc__, ("damages", "fresh", "table", "fits", "wanted"), "cost-study")
+    made = parser(__doc__, ("damages", "fresh", "table", "fits", "memory", "wanted"), "cost-study")
     made.add_argument("--bits", nargs="+", type=float, default=list(BITS))
     made.add_argument("--schemes", nargs="+", default=list(FITTED), help="of the part fits")
     given = parsed(made)
@@ -354,6 +446,8 @@ def main() -> None:
         write_results("cost", "python benchmarks/cost.py damages fresh table", found, table)
     if "fits" in given.parts:
         fits(given.schemes)
+    if "memory" in given.parts:
+        keep("memory", memory())
     if "wanted" in given.parts:
         keep("wanted", [r for model in given.models for r in wanted(given.folder, model, given.bits)])
 

@@ -58,7 +58,7 @@ def run(
     flips: Annotated[int, typer.Option("--flips", min=1, help="Real swaps that check the explanation.")] = 40,
     swap: options.Swap = None,
     within: options.Within = None,
-    fits: options.Fits = "all",
+    fits: options.Fits = None,
     plan: options.PlanOnly = False,
     json_: options.Json = None,
 ) -> None:
@@ -116,7 +116,7 @@ def _plan_run(
             tables.show_parts(fitted.parts)
         return
     check_fits(study, flow.fits)
-    made = planner.run(sample, flow.swaps, fits=flow.fits)
+    made = planner.run(sample, flow.swaps, fits=flow.fits or "all")
     if not emit(made.to_dict(), json_):
         tables.show_plan(made.measuring)
         tables.show_parts(made.parts)

@@ -117,12 +117,12 @@ Within = Annotated[
     ),
 ]
 Fits = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--fits",
         help=(
             "Which additive formats are fitted: all, or wanted (only to layers where a configuration near"
-            " --bits is expected to want them; half of the time of fits)."
+            " --bits is expected to want them; half of the time of fits). Default: as begun, else all."
         ),
     ),
 ]

@@ -225,7 +225,7 @@ def open_session(
                 return local_evaluator(opened, bank, where, meter.options)
 
             if "offered" in study:
-                space = SearchSpace.from_dict(study.get("space"))
+                space = replace(SearchSpace.from_dict(study.get("space")), sampled=space.sampled)
             costs = CostModel(opened.graph, space)
             session = Session(opened, study, space, protocol, pool, costs, where.device, local)
             if early is not None:

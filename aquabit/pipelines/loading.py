@@ -12,12 +12,8 @@ from typing import Any
 
 import diffusers
 import torch
-from accelerate import init_empty_weights
-from diffusers import DiffusionPipeline, GGUFQuantizationConfig
-from diffusers.utils import is_gguf_available, logging
-from safetensors import safe_open
-from safetensors.torch import load_file
-from torch import nn
+from diffusers import DiffusionPipeline
+from diffusers.utils import logging
 
 from aquabit.file_memory import CopiesInFiles
 from aquabit.jsonio import read_json
@@ -28,6 +24,7 @@ from aquabit.pipelines.lora import fuse_loras_
 from aquabit.pipelines.own_model import Model, named_model
 from aquabit.pipelines.prompts import can_reload
 from aquabit.pipelines.reference import Reference, file_and_scale
+from aquabit.pipelines.single_files import FILES, denoiser_of_file, holds_a_pipeline
 from aquabit.pipelines.weights_files import check_complete, origin
 from aquabit.quant.bank import weights_folder
 from aquabit.runtime import out_of_memory
@@ -35,7 +32,6 @@ from aquabit.scheme import AquabitError
 from aquabit.user_code import names_function
 
 BUNDLED = Path(__file__).parent / "bundled"
-FILES = (".safetensors", ".gguf")  # of weights alone
 # diffusers does not know these
 OWN_PIPELINES: Mapping[str, Any] = {c.__name__: c for c in (ClassConditionalPipeline, ClassLatentPipeline)}
 OWN_COMPONENTS: Mapping[str, Any] = {ClassEmbedder.__name__: ClassEmbedder}
@@ -253,7 +249,7 @@ def _from_file(
     def loaded() -> Any:
         described = _index(place) if place.is_dir() else dict(DiffusionPipeline.load_config(base))
         cls = _diffusers_class(described["_class_name"])
-        if file.suffix != ".gguf" and _holds_a_pipeline(file):
+        if file.suffix != ".gguf" and holds_a_pipeline(file):
             if not hasattr(cls, "from_single_file"):
                 raise AquabitError(f"{cls.__name__} does not read whole pipelines from one file, as {file}")
             return cls.from_single_file(str(file), config=str(place), dtype=dtype)
@@ -261,7 +257,7 @@ def _from_file(
         name = next((n for n in DENOISERS if n in components), None)
         if name is None:
             raise AquabitError(f"{base} names no denoiser: none of {', '.join(DENOISERS)}")
-        denoiser = _denoiser_from_file(file, _diffusers_class(components[name][1]), place, name, dtype)
+        denoiser = denoiser_of_file(file, _diffusers_class(components[name][1]), place, name, dtype)
         return cls.from_pretrained(place, dtype=dtype, use_safetensors=True, **{name: denoiser})
 
     return _guarded(str(file), loaded, device)
@@ -272,68 +268,6 @@ def _diffusers_class(name: str) -> Any:
     if not isinstance(found, type):
         raise AquabitError(f"{name} is no class of diffusers {diffusers.__version__}")
     return found
-
-
-def _holds_a_pipeline(file: Path) -> bool:
-    """Whether a checkpoint has more than a denoiser: a first stage, as the original ones of LDM have."""
-    with safe_open(file, "pt") as tensors:
-        return any(key.startswith(("first_stage_model.", "vae.")) for key in tensors.keys())  # noqa: SIM118
-
-
-def _denoiser_from_file(file: Path, cls: Any, base: Path, name: str, dtype: torch.dtype) -> nn.Module:
-    """A denoiser with the tensors of a file and the config of ``base``; raises AquabitError where it lacks
-    some."""
-    more: dict[str, Any] = {}
-    if file.suffix == ".gguf":
-        if not is_gguf_available():
-            raise AquabitError(f"{file} is read by the package gguf; install it: pip install 'aquabit[gguf]'")
-        more["quantization_config"] = GGUFQuantizationConfig(compute_dtype=dtype)
-    elif not hasattr(cls, "from_single_file") or _has_own_names(file, cls, base / name):
-        return _by_names(file, cls, base / name, dtype)
-    model: nn.Module = cls.from_single_file(str(file), config=str(base), subfolder=name, dtype=dtype, **more)
-    if more:
-        model.dequantize()  # type: ignore[operator]
-        model.__dict__.pop("hf_quantizer", None)  # a dense model from here on
-        model.to(dtype)
-    absent = [k for k, p in model.named_parameters() if p.is_meta]
-    if absent:
-        raise AquabitError(f"{file} lacks {len(absent)} tensors of {cls.__name__}, {absent[0]!r} among them")
-    return model
-
-
-def _empty(cls: Any, config: Path) -> nn.Module:
-    with init_empty_weights():  # buffers that no file holds are made
-        model: nn.Module = cls.from_config(cls.load_config(config))
-    return model
-
-
-def _has_own_names(file: Path, cls: Any, config: Path) -> bool:
-    """Whether most tensors of a file have diffusers' own names, and not those of an original layout."""
-    own = _empty(cls, config).state_dict()
-    with safe_open(file, "pt") as tensors:
-        names = list(tensors.keys())
-    return 2 * sum(name in own for name in names) > len(names)
-
-
-def _by_names(file: Path, cls: Any, config: Path, dtype: torch.dtype) -> nn.Module:
-    """With tensors under diffusers' own names: each with its shape, none missing."""
-    model, tensors = _empty(cls, config), load_file(file)
-    own = model.state_dict()
-    for what, names in (("lacks", own.keys() - tensors.keys()), ("has", tensors.keys() - own.keys())):
-        if names:
-            verb = "is" if what == "lacks" else "is not"
-            raise AquabitError(
-                f"{file} {what} {min(names)!r}, which {verb} a tensor of {cls.__name__}, and {len(names) - 1}"
-                " others; it needs the names of diffusers"
-            )
-    wrong = [k for k, v in tensors.items() if v.shape != own[k].shape]
-    if wrong:
-        raise AquabitError(
-            f"{file}: {wrong[0]!r} is {list(tensors[wrong[0]].shape)}, {cls.__name__} of {config} has"
-            f" {list(own[wrong[0]].shape)}"
-        )
-    model.load_state_dict({k: v.to(dtype) for k, v in tensors.items()}, assign=True)
-    return model.eval().requires_grad_(False)
 
 
 def _bound(

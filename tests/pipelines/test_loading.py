@@ -20,8 +20,8 @@ from aquabit.pipelines import (
     denoiser_of,
     free_text_encoders,
     load,
-    loading,
     restore_text_encoders,
+    single_files,
     trace,
 )
 from aquabit.pipelines.reference import Reference
@@ -274,7 +274,7 @@ def test_without_the_package_that_reads_gguf_it_is_said(
     sd3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "mine.gguf").write_bytes(b"GGUF")
-    monkeypatch.setattr(loading, "is_gguf_available", lambda: False)
+    monkeypatch.setattr(single_files, "is_gguf_available", lambda: False)
     with pytest.raises(AquabitError, match=r"pip install 'aquabit\[gguf\]'"):
         load(tmp_path / "mine.gguf", base=sd3)
 

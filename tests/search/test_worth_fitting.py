@@ -139,3 +139,39 @@ def test_run_takes_it_and_refuses_what_it_does_not_know(tmp_path: Path) -> None:
     study = Study(tmp_path / "out" / "study.db")
     assert study.get("offered") is not None and front.best is not None
     assert "additive formats of layers" in (tmp_path / "out" / "report" / "index.html").read_text()
+
+
+def test_a_run_goes_on_with_the_formats_that_it_was_begun_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where, sample = Where(bank=str(tmp_path / "bank")), workflows.SampleOptions(24)
+    options = MeasureOptions(replace(PROTOCOL, images=8), SPACE)
+
+    class Stop(Exception):
+        pass
+
+    def stop(*_: Any, **__: Any) -> Any:
+        raise Stop
+
+    def begun(name: str, fits: str | None, **patched: Any) -> Study:
+        flow, model = workflows.FlowOptions(5.0, 2, fits=fits), tiny_pipeline("dit")
+        with monkeypatch.context() as patch:
+            for function, what in patched.items():
+                patch.setattr(workflows, function, what)
+            with pytest.raises(Stop):
+                workflows.run_flow(model, tmp_path / name, flow, sample, options, where)
+        return Study(tmp_path / name / "study.db")
+
+    study = begun("few", "wanted", worth_fitting=stop)  # interrupted before anything is left out
+    assert "offered" not in study
+    study = begun("few", None, damage_answer=stop)
+    assert "offered" in study
+    with open_session(tiny_pipeline("dit"), study, where=where) as session:
+        config = session.space.uniform("usq4")
+        assert config.calibration is not None and config.calibration.steps == 2, "it says how images are made"
+    every = begun("every", None, damage_answer=stop)
+    assert "offered" not in every
+    for made, asked, known in ((study, "all", "wanted"), (every, "wanted", "all")):
+        with pytest.raises(AquabitError, match=f"was begun with --fits {known}, not {asked}"):
+            workflows.check_fits(made, asked)
+        workflows.check_fits(made, None)
