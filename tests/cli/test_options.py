@@ -446,7 +446,7 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> Calls:
     begun = Study(folder / "begun" / "study.db")
     begun.set(planned=Fitted(3600.0, 24, 8, 16, 5, {"sample": 60.0}).to_dict())
     (folder / "wanted").mkdir()
-    Study(folder / "wanted" / "study.db").set(offered={})
+    Study(folder / "wanted" / "study.db").set(formats="wanted")
     (folder / "run").mkdir()
     shutil.copy(folder / "near.db", folder / "run" / "study.db")
     return Calls(folder)
@@ -511,7 +511,7 @@ IDLE = {  # what an option would do nothing in, and what is said
     "run pipe --out begun --within 1h --flips 9": "--flips 8, not 9",
     "run pipe --out begun --within 1h --steps 7": "--steps 5, not 7",
     "run pipe --out begun --within 1h --fits wanted": "--fits all, not wanted",
-    "run pipe --out wanted": "wanted/study.db was begun with --fits wanted, not all",
+    "run pipe --out wanted --fits all": "wanted/study.db was begun with --fits wanted, not all",
     "search s.db --bits 0": "budget bits is 0.0; it must be positive",
     "search s.db --bits 0 --bytes 9000": "budget bits is 0.0; it must be positive",
     "search s.db --bits 4 --per-round 3": "per_round is 3, but method program",
