@@ -37,9 +37,7 @@ DECODED = 256 << 20  # of decoded weights that are kept beside the current ones 
 HEAP = 256 << 20  # of freed activations that the allocator keeps (runtime.reuse_memory)
 HESSIANS = 512 << 20  # of all H that are summed up at a time (quant.calibration.calibrator.LIMIT_BYTES)
 WIDEST = 18432  # inputs that a full H is kept of (quant.calibration.moments.WIDEST)
-H_COPIES = (
-    5.5  # of a layer's H in a calibrated fit, its own too (benchmarks/cost.py memory: 5.0 to 5.2)
-)
+H_COPIES = 5.5  # of a layer's H in a calibrated fit, its own too (benchmarks/cost.py memory: 5.0 to 5.2)
 FIT_BYTES = 40  # a weight, of the largest layer: its float32 copy and what a scalar fit makes beside it
 
 
