@@ -19,6 +19,7 @@ from aquabit.pipelines import (
     image_size,
     load,
     model_notes,
+    network_of,
     scheduler_named,
     scheduler_of,
     trace,
@@ -65,7 +66,7 @@ def open_model(model: str | Pipeline) -> Model:
     adapter = adapter_of(pipe)
     own, prompts = own_source(adapter), adapter.kind == "prompt"
     graph = trace(pipe)
-    own_print = fingerprint(denoiser_of(pipe))
+    own_print = fingerprint(network_of(pipe))
     made = pipe if isinstance(pipe, OwnModel) else None
     size = None if made is not None else image_size(pipe)
     notes = (*model_notes(pipe, graph), *graph_notes(graph))

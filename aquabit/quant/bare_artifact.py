@@ -27,9 +27,15 @@ CONFIG, CLASS = "config.json", "_class_name"
 NAME = "model{suffix}.safetensors"  # of weights, numbered where there are several
 
 
-def save_bare_denoiser(denoiser: nn.Module, folder: Path, max_shard_size: int | str = "10GB") -> int:
-    """Write a packed denoiser into a new folder, or in the place of another artifact; the bytes of its
-    tensors. Raises AquabitError for a folder that holds something else."""
+def save_bare_denoiser(
+    denoiser: nn.Module,
+    folder: Path,
+    max_shard_size: int | str = "10GB",
+    config: Mapping[str, Any] | None = None,
+) -> int:
+    """Write a packed denoiser into a new folder, or in the place of another artifact, with the ``config`` of
+    the model around it where that is known; the bytes of its tensors. Raises AquabitError for a folder that
+    holds something else."""
     if folder.is_dir() and any(folder.iterdir()) and not is_bare(folder):
         raise AquabitError(f"{folder} holds files that are no packed model of one's own; give another folder")
     found = contents_of(denoiser)
@@ -37,7 +43,7 @@ def save_bare_denoiser(denoiser: nn.Module, folder: Path, max_shard_size: int | 
     tensors = _own_storage(found.tensors(denoiser.state_dict()))
     plain = described(found.config, found.statistics, found.inputs, found.tied, found.about)
     hashes = {name: weight_hash(tensor) for name, tensor in tensors.items()}
-    model = {CLASS: type(denoiser).__name__}
+    model = {**(config or {}), CLASS: type(denoiser).__name__}
     value = {**model, "quantization_config": {**plain, DIGEST: digest_of(plain, hashes, model)}}
     parts = split_torch_state_dict_into_shards(tensors, filename_pattern=NAME, max_shard_size=max_shard_size)
     with writing_folder(folder, [NAME.format(suffix="*")], is_bare) as made:
