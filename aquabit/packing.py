@@ -28,7 +28,9 @@ from aquabit.pipelines import (
     add_lora,
     branched,
     calibration_samples,
+    check_steps,
     component_names,
+    encoder_names,
     free_text_encoders,
     image_batch,
     image_size,
@@ -270,6 +272,9 @@ def _check_sampler(pipe: Pipeline, config: QuantConfig) -> None:
             f"the configuration follows the steps of a scheduler (correction {config.correction}, groups or"
             f" ranges per step), and {type(pipe).__name__} has none; leave them out"
         )
+    if not isinstance(pipe, OwnModel):
+        changes = (config.correction, config.total_steps)
+        check_steps(component_names(pipe), encoder_names(pipe), *changes)
     if config.correction:
         check_correction(scheduler_named(own, calibration.scheduler), config.correction, calibration.eta)
     if config.calibration is not None:

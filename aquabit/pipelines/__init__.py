@@ -25,7 +25,7 @@ from aquabit.pipelines.convert import convert_ldm4
 from aquabit.pipelines.family import FAMILIES, Family, family, family_notes, scheduler_of
 from aquabit.pipelines.loading import bundled_facts, bundled_models, load, sources_of
 from aquabit.pipelines.lora import add_lora, branched, remove_lora
-from aquabit.pipelines.network import component_names, denoiser_of, encoder_names, network_of
+from aquabit.pipelines.network import check_steps, component_names, denoiser_of, encoder_names, network_of
 from aquabit.pipelines.own_model import Model, check_sampler
 from aquabit.pipelines.presets import PRESETS, Preset, preset_named
 from aquabit.pipelines.prompts import free_text_encoders, restore_text_encoders
@@ -50,6 +50,7 @@ __all__ = [
     "calibration_samples",
     "check_sampler",
     "check_scheduler",
+    "check_steps",
     "component_names",
     "convert_ldm4",
     "denoiser_of",

@@ -100,3 +100,20 @@ def encoder_names(pipe: Any) -> list[str]:
         return []
     denoisers = denoiser_names(pipe)
     return [name for name in component_names(pipe) if name not in denoisers]
+
+
+def check_steps(
+    components: Sequence[str], encoders: Sequence[str], correction: object, steps: object
+) -> None:
+    """Raise AquabitError where what is quantized (``component_names``, ``encoder_names``) cannot change from
+    step to step as a noise correction or groups of steps ask for."""
+    if encoders and (correction or steps is not None):
+        what = f"correction {correction}" if correction else "what changes between steps"
+        raise AquabitError(
+            f"{what} needs the sampler's steps, and {encoders[0]} runs before them; leave it out"
+        )
+    if correction and len(components) > 1:
+        raise AquabitError(
+            f"correction {correction} follows one denoiser, and {' and '.join(components)} are quantized;"
+            " leave it out, or name one of them as the component"
+        )
