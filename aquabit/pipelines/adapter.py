@@ -244,10 +244,20 @@ def noise_statistics(
 
 
 @contextmanager
-def _outlined(network: nn.Module, call: Call) -> Iterator[None]:
-    """For a while a network answers every call with zeros of the sizes that it returns for this one."""
-    answer, before = outline(network, *call), vars(network).get("forward")
-    vars(network)["forward"] = lambda *_, **__: answer
+def _outlined(network: nn.Module) -> Iterator[None]:
+    """For a while a network answers every call with zeros of the sizes that it returns for the first."""
+    before, answers = vars(network).get("forward"), list[Any]()
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not answers:
+            replaced = vars(network).pop("forward")
+            if before is not None:
+                vars(network)["forward"] = before
+            answers.append(outline(network, args, kwargs))
+            vars(network)["forward"] = replaced
+        return answers[0]
+
+    vars(network)["forward"] = forward
     try:
         yield
     finally:
@@ -464,21 +474,22 @@ class Adapter:
 
     def first_calls(self, protocol: Protocol) -> dict[str, Call]:
         """Inputs of the first call of each part of the network (``parts_of``) in ``protocol``'s first
-        micro-batch. Denoisers that are called before that only say what sizes they return."""
+        micro-batch. Other denoisers that are called before that only say what sizes they return."""
         self.check(protocol)
         run, found = partial(self._run, protocol, self.batches(protocol)[0]), dict[str, Call]()
-        with ExitStack() as stack:
-            for name, part in parts_of(self.network).items():
+        for name, part in parts_of(self.network).items():
+            with ExitStack() as stack:
+                for other in (getattr(self.pipe, d) for d in denoiser_names(self.pipe)):
+                    if other is not part:
+                        stack.enter_context(_outlined(other))
                 call = first_inputs(part, run)
-                if call is None:
-                    what = name or ", ".join(component_names(self.pipe))
-                    raise AquabitError(
-                        f"{type(self.pipe).__name__} makes its images of {protocol.steps} steps without a"
-                        f" call of its {what}"
-                    )
-                found[name] = call
-                if name in denoiser_names(self.pipe):
-                    stack.enter_context(_outlined(part, call))
+            if call is None:
+                what = name or ", ".join(component_names(self.pipe))
+                raise AquabitError(
+                    f"{type(self.pipe).__name__} makes its images of {protocol.steps} steps without a call of"
+                    f" its {what}"
+                )
+            found[name] = call
         return found
 
     def first_call(self, protocol: Protocol) -> Callable[[], object]:

@@ -240,7 +240,7 @@ def test_a_choice_is_part_of_the_reference(tmp_path: Path) -> None:
     model = open_model(text)
     assert model.components == ("text_encoder", "unet") and model.encoders == ("text_encoder",)
     assert model.graph.graph["parts"] == ["text_encoder", "unet"]
-    with pytest.raises(AquabitError, match="component is 'text_encoder,unet' in .* and 'vae' besides"):
+    with pytest.raises(AquabitError, match=r"component is 'text_encoder,unet' in .* and 'vae' besides"):
         load(text, component="vae")
 
 
