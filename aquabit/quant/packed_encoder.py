@@ -14,6 +14,9 @@ from aquabit.quant.artifact import building, save_packed_denoiser
 from aquabit.quant.bare_artifact import CLASS, load_bare_denoiser_, save_bare_denoiser
 from aquabit.scheme import AquabitError
 
+# of weights: transformers, which would leave out what it does not know and go on with random weights in its
+# place, finds none of the name that it reads
+WEIGHTS = "packed{suffix}.safetensors"
 OWN = (CLASS, "quantization_config")  # what config.json holds beside the model's own configuration
 
 
@@ -22,7 +25,7 @@ def save_packed(part: Any, folder: Path, max_shard_size: int | str = "10GB") -> 
     if hasattr(part, "register_to_config"):  # a model of diffusers
         return save_packed_denoiser(part, folder, max_shard_size)
     config = {k: v for k, v in part.config.to_dict().items() if k not in OWN}
-    return save_bare_denoiser(part, folder, max_shard_size, config)
+    return save_bare_denoiser(part, folder, max_shard_size, config, WEIGHTS)
 
 
 def load_packed_encoder(folder: Path, name: str, dtype: torch.dtype) -> nn.Module:
@@ -39,5 +42,5 @@ def load_packed_encoder(folder: Path, name: str, dtype: torch.dtype) -> nn.Modul
         config: Any = cls.config_class
         model: nn.Module = cls(config.from_dict(value))
         model = model.to(dtype).eval()
-    load_bare_denoiser_(model, folder)
+    load_bare_denoiser_(model, folder, WEIGHTS, dtype)
     return model

@@ -198,6 +198,10 @@ def test_components_are_quantized_saved_and_loaded(name: str, component: str, tm
     found = config_of(network_of(again))
     assert found is not None and found.layers == config.layers
     assert torch.equal(pictures(_made(name), config), full)
+    with pytest.raises(OSError, match=r"no file named model\.safetensors"):  # and no random weights
+        type(pipe).from_pretrained(tmp_path / "packed")
+    half = load(str(tmp_path / "packed"), dtype="bfloat16")
+    assert float((pictures(half, config) - made).abs().mean()) < 0.1
     plain = [n for n, part in again.components.items() if isinstance(part, torch.nn.Module)]
     for other in set(plain) - set(names):
         assert not hasattr(getattr(again, other), "hf_quantizer")
