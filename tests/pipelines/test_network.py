@@ -14,6 +14,7 @@ from torch import Tensor
 
 import aquabit
 from aquabit import graph as graphs
+from aquabit.exports import export_config
 from aquabit.graph import codebook_names, from_json, layers, to_json
 from aquabit.measuring.model import open_model
 from aquabit.parts import Parts
@@ -268,6 +269,14 @@ def test_components_that_are_not_there(component: str, said: str) -> None:
 def test_a_model_of_ones_own_has_no_components() -> None:
     with pytest.raises(AquabitError, match="component text_encoder is one of a pipeline"):
         load(own(), component="text_encoder")
+
+
+def test_an_export_is_of_one_network() -> None:
+    pipe = chosen("sd", "unet,text_encoder")
+    with pytest.raises(AquabitError, match="torchao configures one network, and unet, text_encoder are"):
+        export_config(config_for(pipe), trace(pipe), "torchao")
+    alone = chosen("sd", "text_encoder")
+    assert "encoder.layers.0.mlp.fc1" in export_config(config_for(alone), trace(alone), "torchao").to_json()
 
 
 def test_the_adapter_knows_its_network() -> None:
