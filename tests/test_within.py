@@ -122,7 +122,7 @@ def test_a_pipeline_that_cannot_be_timed_is_one_sentence(
     def refused(*_: object, **__: object) -> None:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied (1x2 and 3x4)\nmore")
 
-    monkeypatch.setattr("aquabit.pipelines.adapter.Adapter.first_call", refused)
+    monkeypatch.setattr("aquabit.pipelines.adapter.Adapter.step_call", refused)
     with pytest.raises(AquabitError, match=r"could not be timed \(mat1 and mat2 shapes") as error:
         Planner(tiny_pipeline("dit"), None, MeasureOptions(PROTOCOL), Where(bank=str(tmp_path)))
     assert "\n" not in str(error.value)

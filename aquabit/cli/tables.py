@@ -88,7 +88,7 @@ def show_graph(graph: Any) -> None:
     console.print(
         f"{len(nodes)} layers, {graph.graph['weights'] / 1e6:.2f} M weights,"
         f" {(sum(n['macs'] for n in nodes) + dense_macs(graph)) / 1e6:.1f} M multiply-adds an image and"
-        " denoiser call"
+        f" {'call of each network' if 'parts' in graph.graph else 'denoiser call'}"
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -472,12 +472,15 @@ class Adapter:
         """Inputs of the first denoiser call of ``protocol``'s first micro-batch; no image is finished."""
         return next(iter(self.first_calls(protocol).values()))
 
-    def first_calls(self, protocol: Protocol) -> dict[str, Call]:
-        """Inputs of the first call of each part of the network (``parts_of``) in ``protocol``'s first
-        micro-batch. Other denoisers that are called before that only say what sizes they return."""
+    def first_calls(
+        self, protocol: Protocol, parts: Mapping[str, nn.Module] | None = None
+    ) -> dict[str, Call]:
+        """Inputs of the first call of each of ``parts`` (default: those of the network, ``parts_of``) in
+        ``protocol``'s first micro-batch. Other denoisers that are called before that only say what sizes they
+        return."""
         self.check(protocol)
         run, found = partial(self._run, protocol, self.batches(protocol)[0]), dict[str, Call]()
-        for name, part in parts_of(self.network).items():
+        for name, part in (parts_of(self.network) if parts is None else parts).items():
             with ExitStack() as stack:
                 for other in (getattr(self.pipe, d) for d in denoiser_names(self.pipe)):
                     if other is not part:
@@ -495,7 +498,15 @@ class Adapter:
     def first_call(self, protocol: Protocol) -> Callable[[], object]:
         """The first call of each part of the network in ``protocol``'s first micro-batch, to be made
         again."""
-        calls, parts = self.first_calls(protocol), parts_of(self.network)
+        return self._again(protocol, parts_of(self.network))
+
+    def step_call(self, protocol: Protocol) -> Callable[[], object]:
+        """The first denoiser call of ``protocol``'s first micro-batch, whatever is quantized, to be made
+        again."""
+        return self._again(protocol, {denoiser_names(self.pipe)[0]: denoiser_of(self.pipe)})
+
+    def _again(self, protocol: Protocol, parts: Mapping[str, nn.Module]) -> Callable[[], object]:
+        calls = self.first_calls(protocol, parts)
 
         def call() -> object:
             with torch.inference_mode():

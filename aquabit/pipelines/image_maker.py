@@ -43,7 +43,11 @@ class ImageMaker(Protocol):
         """Inputs of the first denoiser call of the first micro-batch; no image is finished."""
 
     def first_call(self, protocol: Measuring) -> Callable[[], object]:
-        """That call, to be made again."""
+        """That call, to be made again; of several networks the first of each."""
+
+    def step_call(self, protocol: Measuring) -> Callable[[], object]:
+        """The first call of what runs in every step of the sampler, whatever is quantized, to be made
+        again."""
 
     def reference(self) -> tuple[DigitsFeatures, Reference] | tuple[None, None]:
         """Feature extractor and statistics of the real images that belong to the model; none where it names

@@ -515,6 +515,9 @@ class OwnAdapter:
 
         return call
 
+    def step_call(self, protocol: Protocol) -> Callable[[], object]:
+        return self.first_call(protocol)
+
     def reference(self) -> tuple[None, None]:
         """It names no real images; --reference does."""
         return None, None

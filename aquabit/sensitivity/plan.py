@@ -347,7 +347,7 @@ def _call_seconds(evaluator: Evaluator, protocol: Protocol, device: str) -> floa
 
     with single_thread(device):
         try:
-            call = evaluator.adapter.first_call(protocol)
+            call = evaluator.adapter.step_call(protocol)
             first = timed(call)
             return first if first > WARM_SECONDS else min(timed(call), timed(call))
         except (RuntimeError, TypeError, ValueError) as fault:

@@ -271,6 +271,23 @@ def test_a_model_of_ones_own_has_no_components() -> None:
         load(own(), component="text_encoder")
 
 
+def test_a_plan_times_what_runs_in_every_step() -> None:
+    """Whatever is quantized: the denoiser's call, and that of one of several."""
+    for name, component, wanted in (("sd", "text_encoder", ["unet"]), ("wan", None, ["transformer"])):
+        pipe, ran = chosen(name, component), list[str]()
+        asked = Calibration(images=2, steps=4, conditions=PROMPTS, **(WAN if name == "wan" else {}))
+        call = Adapter(pipe).step_call(asked.protocol(2))
+        handles = [
+            part.register_forward_hook(lambda *_, part=part_name, ran=ran: ran.append(part))
+            for part_name, part in pipe.components.items()
+            if isinstance(part, torch.nn.Module)
+        ]
+        call()
+        for handle in handles:
+            handle.remove()
+        assert ran == wanted
+
+
 def test_an_export_is_of_one_network() -> None:
     pipe = chosen("sd", "unet,text_encoder")
     with pytest.raises(AquabitError, match="torchao configures one network, and unet, text_encoder are"):
