@@ -51,7 +51,7 @@ def denoiser_of(pipe: Any) -> nn.Module:
 
 def component_names(pipe: Any) -> list[str]:
     """The attributes that hold what is quantized."""
-    return list(vars(pipe).get(CHOSEN, ())) or denoiser_names(pipe)
+    return list(getattr(pipe, CHOSEN, ())) or denoiser_names(pipe)
 
 
 def choose_components_(pipe: DiffusionPipeline, names: Sequence[str]) -> None:

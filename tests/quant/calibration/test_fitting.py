@@ -383,11 +383,12 @@ def test_a_fresh_bank_quantizes_to_what_was_measured(pipe, tmp_path) -> None:
         )
     made = Adapter(packed.pipe).images(PROTOCOL, range(4))
     full = evaluator.generate(QuantConfig(model.fingerprint, {}), PROTOCOL)
-    assert (measured - full).abs().max() > 1e-2, "the test must see a difference"
+    change = float((measured - full).abs().max())
+    assert change > 1e-2, "the test must see a difference"
     close = (
         (made - measured).abs().flatten(1).amax(1)
-    )  # a rounding of activations that falls the other way moves an image a little
-    assert float(close.median()) < 1e-4 and float(close.max()) < 0.05
+    )  # a rounding of activations that falls the other way, on one processor or another, moves an image
+    assert float(close.median()) < 1e-4 and float(close.max()) < change / 2, (close, change)
 
 
 def test_dense_equals_packed_for_shared_codebooks(pipe, tmp_path) -> None:
