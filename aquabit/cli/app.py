@@ -469,7 +469,7 @@ def generate(
             told=placed.append,
             **making.arguments(),
         )
-    write_bytes(out, thumbnail(made))
+    write_bytes(out, thumbnail(made, len(made) // making.images))
     last = making.seed + making.images - 1
     console.print(f"{out}: {making.images} images, seeds {making.seed} to {last}")
     for placement in placed:

@@ -97,7 +97,7 @@ def show_families(families: Sequence[Mapping[str, Any]], presets: Sequence[Mappi
     through a generic adapter."""
     for row in families:
         pixels = f" of {row['resolution']} pixels" if row["resolution"] else ""
-        made = f"images{pixels} from {row['conditions']}; for example {row['example']}"
+        made = f"{row['makes']}{pixels} from {row['conditions']}; for example {row['example']}"
         _entry(f"{row['name']} ({', '.join(row['pipelines'])})", made)
     console.print("any other diffusers pipeline: generic adapter and operator types\n", highlight=False)
     console.print(

@@ -40,6 +40,7 @@ class Model:
     scheduler: Any  # the pipeline's own
     own: Source | None  # its feature extractor and real images; None where it names none
     prompts: bool  # it makes images from text
+    videos: bool  # a sample is a video, whose frames are images
     usual_size: tuple[int, int] | None  # of a pipeline's images, in pixels
     # what is to be said of a pipeline of no known family, and of weights that stay dense
     notes: tuple[str, ...] = ()
@@ -69,7 +70,8 @@ def open_model(model: str | Pipeline) -> Model:
     made = pipe if isinstance(pipe, OwnModel) else None
     size = None if made is not None else image_size(pipe)
     notes = (*model_notes(pipe, graph), *graph_notes(graph))
-    return Model(name, own_print, graph, model, scheduler_of(pipe), own, prompts, size, notes, made)
+    videos = adapter.makes_videos
+    return Model(name, own_print, graph, model, scheduler_of(pipe), own, prompts, videos, size, notes, made)
 
 
 def settled(model: Model, protocol: Protocol) -> Protocol:

@@ -28,7 +28,7 @@ from aquabit.pipelines.outputs import images_of
 from aquabit.pipelines.own_model import CallSteps, Model, OwnAdapter, unnamed
 from aquabit.pipelines.prompts import embeddings
 from aquabit.pipelines.running import as_measured
-from aquabit.pipelines.sizes import image_batch, image_size
+from aquabit.pipelines.sizes import frames_argument, image_batch, image_size
 from aquabit.quality import DigitsFeatures, Reference, bundled_reference
 from aquabit.quant.bank import weights_folder
 from aquabit.quant.calibration.ranges import Sample
@@ -250,6 +250,8 @@ class Adapter:
     def __init__(self, pipe: DiffusionPipeline):
         self.pipe, self.family = pipe, family(pipe)
         self.parameters = inspect.signature(type(pipe).__call__).parameters
+        self.frames = frames_argument(pipe)
+        self.makes_videos = self.frames is not None
         self.kind = (
             self.family.kind if self.family else next((k for k in KINDS if k in self.parameters), None)
         )
@@ -323,7 +325,7 @@ class Adapter:
         if asked is not None and (asked, asked) != own and "height" not in self.parameters:
             side = "its own number of" if own is None else " x ".join(map(str, dict.fromkeys(own)))
             raise AquabitError(f"resolution is {asked}, but {name} makes images of {side} pixels only")
-        if protocol.frames is not None and "num_frames" not in self.parameters:
+        if protocol.frames is not None and self.frames is None:
             raise AquabitError(f"frames is {protocol.frames}, but {name} takes no number of frames")
 
     def check(self, protocol: Protocol) -> None:
@@ -405,7 +407,7 @@ class Adapter:
             "output_type": "pt",
             "height": protocol.resolution,
             "width": protocol.resolution,
-            "num_frames": protocol.frames,
+            str(self.frames): protocol.frames,
         }
         always = {**EVERYWHERE, **(self.family.options if self.family else {})}
         if self.guidance == "true_cfg_scale":  # it acts beside a negative prompt

@@ -13,6 +13,8 @@ from aquabit.pipelines.family import DECODERS, denoiser_of
 from aquabit.pipelines.own_model import Model
 from aquabit.scheme import Calibration
 
+FRAMES = ("num_frames", "frames", "video_length")  # what pipelines of videos call their number
+
 
 def image_size(pipe: DiffusionPipeline | Model, resolution: int | None = None) -> tuple[int, int] | None:
     """Height and width in pixels at a protocol's resolution (None: the model's own); None where the
@@ -35,6 +37,12 @@ def image_size(pipe: DiffusionPipeline | Model, resolution: int | None = None) -
     return height * factor, width * factor
 
 
+def frames_argument(pipe: DiffusionPipeline | Model) -> str | None:
+    """The argument of a pipeline's call that takes the number of frames; None where it makes no videos."""
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    return next((name for name in FRAMES if name in parameters), None)
+
+
 def _latent_factor(pipe: DiffusionPipeline) -> int:
     """Pixels a side of one latent; 1 where there is no decoder."""
     decoder: Any = next(
@@ -51,6 +59,6 @@ def image_batch(pipe: DiffusionPipeline | Model, asked: Calibration, most: int) 
     """Samples of one call where no protocol says it: ``most``, or as many as have the pixels of 16 images
     of 256 x 256; four frames of a video are one image, as decoders of videos count them."""
     height, width = image_size(pipe, asked.resolution) or (256, 256)
-    own = inspect.signature(type(pipe).__call__).parameters.get("num_frames")
+    own = inspect.signature(type(pipe).__call__).parameters.get(frames_argument(pipe) or "")
     frames = asked.frames or (own.default if own is not None and isinstance(own.default, int) else 1)
     return max(1, min(most, 16 * 256**2 // (height * width * -(-frames // 4))))

@@ -10,10 +10,28 @@ from typing import Any
 import pytest
 import torch
 from diffusers.utils import logging
+from typer.testing import CliRunner
 
 import aquabit
+from aquabit.cli.app import app
 from aquabit.measuring.evaluator import Evaluator
-from aquabit.pipelines import Adapter, denoiser_of, family, family_notes, image_size, replay_recorder, trace
+from aquabit.measuring.model import open_model
+from aquabit.measuring.pools import pool_for
+from aquabit.measuring.settings import protocol_for as protocol_of
+from aquabit.measuring.tasks import Measure
+from aquabit.measuring.where import Where
+from aquabit.pipelines import (
+    FAMILIES,
+    Adapter,
+    denoiser_of,
+    family,
+    family_notes,
+    image_size,
+    replay_recorder,
+    trace,
+)
+from aquabit.pipelines.sizes import frames_argument
+from aquabit.quality import QualityMeter, QualityOptions
 from aquabit.quant.bank import Bank
 from aquabit.quant.finetuning.finetune import FineTuning
 from aquabit.quant.model import fingerprint
@@ -173,6 +191,55 @@ def test_videos_are_measured_frame_by_frame(tmp_path: Path) -> None:
     space = make_space(graph, own, schemes=["usq4", "usq2"])
     better, worse = (evaluator.measure(space.uniform(s, 8), protocol) for s in ("usq4", "usq2"))
     assert better.measurement.metrics["psnr"] > worse.measurement.metrics["psnr"] > 5
+    for found, scheme in ((better, "usq4"), (worse, "usq2")):
+        made = torch.cat([i for _, i in evaluator.batches(space.uniform(scheme, 8), protocol)])
+        both = (x.unflatten(0, (2, FRAMES)).double() for x in (made, evaluator.full_precision(protocol)))
+        change = next(both).diff(dim=1) - next(both).diff(dim=1)
+        expected = -10 * change.square().flatten(1).mean(1).log10().mean()
+        assert found.measurement.metrics["temporal_psnr"] == pytest.approx(float(expected), rel=1e-5)
     assert len(evaluator.full_precision(protocol)) == 2 * FRAMES
     probed = evaluator.probe(next(iter(space.choices)), ["usq2"], [8], protocol, space.uniform("usq4", 8), 8)
     assert probed["usq2"]["damage"] > 0
+
+
+def test_temporal_consistency_crosses_processes(tmp_path: Path) -> None:
+    randomised(wan).save_pretrained(tmp_path / "model")
+    model, bank = open_model(str(tmp_path / "model")), Bank(tmp_path / "bank")
+    space = make_space(model.graph, model.fingerprint, schemes=["usq4"])
+    protocol = protocol_for("wan", objective="temporal_psnr", frames=5)
+    tasks = [Measure(c, protocol) for c in (space.full_precision(), space.uniform("usq4", 8))]
+    found = []
+    for workers in (1, 2):
+        with pool_for(model, bank, Where(workers=workers)) as pool:
+            found.append([m.metrics for _, (m, _) in sorted(pool.run(tasks), key=lambda row: row[0])])
+    assert found[0] == found[1] and found[0][0]["temporal_psnr"] == 100 > found[0][1]["temporal_psnr"] > 5
+
+
+def test_temporal_consistency_is_an_objective_of_videos_alone(tmp_path: Path) -> None:
+    """Refused before anything is made where there are no videos, and where they came out as one frame."""
+    pipe, bank, protocol = randomised(wan), str(tmp_path), protocol_for("wan", objective="temporal_psnr")
+    meter = QualityMeter(QualityOptions(), None, tmp_path)
+    assert protocol_of(open_model(pipe), protocol, meter).direction() == "max"
+    said = "objective 'temporal_psnr' of .* needs a pipeline of videos, and more than one frame"
+    one = replace(protocol, frames=1)
+    for model, asked in ((pipe, one), ("digits-unet", replace(protocol, conditions=None, frames=None))):
+        with pytest.raises(AquabitError, match=said):
+            protocol_of(open_model(model), asked, meter)
+    evaluator = Evaluator(pipe, trace(pipe), Bank(bank), fingerprint(denoiser_of(pipe)))
+    full = make_space(evaluator.graph, evaluator.fingerprint).full_precision()
+    with pytest.raises(AquabitError, match=r"WanPipeline made 1 frame a sample; ask for more by --frames"):
+        evaluator.measure(full, one)
+    assert "temporal_psnr" not in evaluator.measure(full, replace(one, objective="psnr")).measurement.metrics
+
+
+def test_families_say_which_make_videos() -> None:
+    said = {name for f in FAMILIES if f.videos for name in f.pipelines}
+    known = {name for f in FAMILIES for name in f.pipelines}
+    for name, make in RECENT.items():
+        pipe = type(make())
+        assert (
+            (frames_argument(object.__new__(pipe)) is not None) == (pipe.__name__ in said) == (name in VIDEO)
+        )
+    assert said < known
+    shown = CliRunner().invoke(app, ["models"]).output
+    assert "videos from prompts; for example Wan-AI" in " ".join(shown.split())
