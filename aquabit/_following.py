@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from aquabit.scheme import AquabitError
 
 # what changes from one denoising step to the next
-STEP_INPUTS = ("sample", "hidden_states", "x", "timestep", "timesteps", "t")
+STEP_INPUTS = ("sample", "hidden_states", "audio_hidden_states", "x", "timestep", "timesteps", "t", "sigma")
 
 Watched = Callable[[nn.Module], Mapping[str, list[nn.Module]]]  # name -> the modules that bear it
 

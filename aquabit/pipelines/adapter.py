@@ -18,7 +18,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from aquabit.file_memory import CopiesInFiles
-from aquabit.graph import known_class
+from aquabit.graph import known_class, layers
 from aquabit.graph import trace as trace_denoiser
 from aquabit.pipelines.effects import check_effects
 from aquabit.pipelines.family import EVERYWHERE, KINDS, denoiser_of, family, family_notes, scheduler_of
@@ -81,8 +81,20 @@ def _traced(model: DiffusionPipeline | nn.Module) -> nx.DiGraph:
 
 
 def model_notes(pipe: Pipeline, graph: nx.DiGraph) -> list[str]:
-    """What is to be said of operator types and adapters that are not known; nothing where all are."""
-    return unnamed(graph) if isinstance(pipe, Model) else family_notes(pipe)
+    """What is to be said of operator types and adapters that are not known, and of what a pipeline makes that
+    is not measured; nothing where there is no such thing."""
+    return unnamed(graph) if isinstance(pipe, Model) else [*family_notes(pipe), *_unheard(pipe, graph)]
+
+
+def _unheard(pipe: DiffusionPipeline, graph: nx.DiGraph) -> list[str]:
+    names = [name for name, node in layers(graph).items() if node["operator"].startswith("audio.")]
+    if not names:
+        return []
+    return [
+        f"{type(pipe).__name__} makes sound too, and only its images are measured: of {len(names)} layers of"
+        f" the sound, as {names[0]!r}, what they do to images is all that is known, so a search gives them"
+        ' few bits; where sound counts keep them precise by --space, as {"pinned": {"*audio_*": "usq8"}}'
+    ]
 
 
 def own_copy(pipe: Pipeline, *parts: str) -> Any:

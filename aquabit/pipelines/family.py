@@ -83,6 +83,11 @@ _CHROMA = (
     "negative_prompt_attention_mask",
 )
 _HUNYUAN = (*_PAIR, "prompt_attention_mask", "negative_prompt_attention_mask")
+_ONE_GUIDANCE = {  # of video and sound, by the prompt alone
+    "stg_scale": 0.0,
+    "modality_scale": 1.0,
+    **{f"audio_{k}": None for k in ("guidance_scale", "stg_scale", "modality_scale", "guidance_rescale")},
+}
 # arguments of every pipeline that takes them
 EVERYWHERE: Mapping[str, Any] = {
     "clean_caption": False,  # it needs bs4 and ftfy: images would depend on what is installed
@@ -233,6 +238,14 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "ltx", ("LTXPipeline",), "prompt", (Encoding(_MASKED),), videos=True, example="Lightricks/LTX-Video"
+    ),
+    Family(
+        "ltx2",
+        ("LTX2Pipeline",),
+        "prompt",
+        options=_ONE_GUIDANCE,  # its embeddings, of every layer of a 12 B encoder, are too large to keep
+        videos=True,
+        example="Lightricks/LTX-2",
     ),
     Family(
         "hunyuan-video",

@@ -14,6 +14,7 @@ from aquabit.pipelines.own_model import Model
 from aquabit.scheme import Calibration
 
 FRAMES = ("num_frames", "frames", "video_length")  # what pipelines of videos call their number
+UNSAID = 49  # frames where a pipeline of videos does not say how many it makes (CogVideoX's)
 
 
 def image_size(pipe: DiffusionPipeline | Model, resolution: int | None = None) -> tuple[int, int] | None:
@@ -60,5 +61,6 @@ def image_batch(pipe: DiffusionPipeline | Model, asked: Calibration, most: int) 
     of 256 x 256; four frames of a video are one image, as decoders of videos count them."""
     height, width = image_size(pipe, asked.resolution) or (256, 256)
     own = inspect.signature(type(pipe).__call__).parameters.get(frames_argument(pipe) or "")
-    frames = asked.frames or (own.default if own is not None and isinstance(own.default, int) else 1)
+    usual = 1 if own is None else own.default if isinstance(own.default, int) else UNSAID
+    frames = asked.frames or usual
     return max(1, min(most, 16 * 256**2 // (height * width * -(-frames // 4))))

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import aquabit
 from aquabit.cli.app import app
+from aquabit.graph import layers
 from aquabit.measuring.evaluator import Evaluator
 from aquabit.measuring.model import open_model
 from aquabit.measuring.pools import pool_for
@@ -27,12 +28,14 @@ from aquabit.pipelines import (
     family,
     family_notes,
     image_size,
+    model_notes,
     replay_recorder,
     trace,
 )
 from aquabit.pipelines.sizes import frames_argument
 from aquabit.quality import QualityMeter, QualityOptions
 from aquabit.quant.bank import Bank
+from aquabit.quant.correction.sampling import Watcher, following
 from aquabit.quant.finetuning.finetune import FineTuning
 from aquabit.quant.model import fingerprint
 from aquabit.scheme import AquabitError, Calibration, Protocol, StepGroups
@@ -126,12 +129,40 @@ def test_lists_of_tensors_are_corrected_and_tuned(tmp_path: Path) -> None:
     assert tuned.config.tuned is not None and torch.isfinite(images(tuned.pipe, protocol)).all()
 
 
-def test_step_groups_of_videos_follow_steps(tmp_path: Path) -> None:
-    pipe = randomised(wan)
+def test_sound_is_denoised_beside_and_nothing_follows_its_scheduler() -> None:
+    """LTX-2 steps a copy of its scheduler for the sound: a step of it is no step of the video."""
+    pipe, seen = randomised(RECENT["ltx2"]), list[Any]()
+
+    class Seen(Watcher):
+        def begin(self, scheduler: Any) -> None:
+            seen.append("begin")
+
+        def advance(self, step: int, run: Any, *args: Any, **kwargs: Any) -> Any:
+            seen.append((step, tuple(args[0].shape[-2:])))
+            return run(*args, **kwargs)
+
+        def __deepcopy__(self, memo: Any) -> Any:
+            raise AssertionError("what follows a scheduler is copied with it")
+
+    with following(pipe.transformer, pipe.scheduler, [Seen()]):
+        followed = images(pipe, protocol_for("ltx2"))
+    shape = seen[1][1]
+    assert seen == ["begin", (0, shape), (1, shape)]
+    assert torch.equal(images(pipe, protocol_for("ltx2")), followed)
+    graph = trace(pipe)
+    assert "LTX2Pipeline makes sound too, and only its images are measured" in model_notes(pipe, graph)[0]
+    space = make_space(graph, "0" * 16, schemes=["usq2", "usq8"], pinned={"*audio_*": "usq8"})
+    sound = [n for n, node in layers(graph).items() if node["operator"].startswith("audio.")]
+    assert len(sound) > 10 and all(len(space.choices[n]) == 1 for n in sound)
+
+
+@pytest.mark.parametrize("name", ["wan", "ltx2"])
+def test_step_groups_of_videos_follow_steps(name: str, tmp_path: Path) -> None:
+    pipe = randomised(RECENT[name])
     config = config_of(pipe, calibration={"frames": FRAMES})
     config = config.with_layer(next(iter(config.layers)), "usq4", (6, 8), steps=StepGroups(2, (0, 1)))
     assert torch.isfinite(
-        images(aquabit.quantize(pipe, config, bank=str(tmp_path)).pipe, protocol_for("wan"))
+        images(aquabit.quantize(pipe, config, bank=str(tmp_path)).pipe, protocol_for(name))
     ).all()
 
 
@@ -163,6 +194,8 @@ def test_the_images_are_those_of_the_pipelines_own_call(name: str, guidance: flo
     pipe, protocol = randomised(RECENT[name]), protocol_for(name, guidance=guidance)
     takes = inspect.signature(type(pipe).__call__).parameters
     more = {"use_resolution_binning": False, "clean_caption": False, "intermediate_timesteps": None}
+    more |= {"stg_scale": 0.0, "modality_scale": 1.0, "audio_guidance_scale": guidance}
+    more |= {"audio_stg_scale": 0.0, "audio_modality_scale": 1.0}
     scale = {"true_cfg_scale": guidance} if name == "qwen-image" else {"guidance_scale": guidance}
     if name == "qwen-image":
         scale["negative_prompt"] = [""] * 2  # type: ignore[assignment]
