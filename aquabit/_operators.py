@@ -283,8 +283,8 @@ def family_of(model_class: type, family: str | None = None) -> str:
 
 
 def known_class(model_class: type) -> bool:
-    """Whether the inputs of a denoiser class (or of one of its bases) are made from its config, and not those of
-    its pipeline's first call."""
+    """Whether the inputs of a denoiser class (or of one of its bases) are made from its config, and not
+    those of its pipeline's first call."""
     return _known(model_class)[1] is not None
 
 

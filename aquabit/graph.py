@@ -14,7 +14,7 @@ import networkx as nx
 import torch
 from torch import nn
 
-from aquabit._following import Call, follow
+from aquabit._following import Call, follow, on_meta
 from aquabit._operators import (
     attention_role,
     block_of,
@@ -44,6 +44,7 @@ __all__ = [
     "layers",
     "meta_denoiser",
     "module_config",
+    "on_meta",
     "places_of",
     "rebuilt",
     "repeated_names",

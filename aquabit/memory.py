@@ -20,9 +20,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from aquabit._following import on_meta
 from aquabit.file_memory import LARGE
-from aquabit.graph import described_inputs, example_inputs, meta_denoiser
+from aquabit.graph import described_inputs, example_inputs, meta_denoiser, on_meta
 from aquabit.graph import layers as graph_layers
 from aquabit.scheme import FP, AquabitError, Protocol, QuantConfig, Scheme
 

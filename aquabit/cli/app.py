@@ -120,6 +120,7 @@ def _plan_run(
     if not emit(made.to_dict(), json_):
         tables.show_plan(made.measuring)
         tables.show_parts(made.parts)
+        tables.show_operations(made.calls, made.to_dict()["operations"])
 
 
 @verb

@@ -276,6 +276,17 @@ def show_parts(parts: Mapping[str, float]) -> None:
     console.print(f"{'in all, estimated':22} {span(sum(parts.values())):>10}", highlight=False)
 
 
+def show_operations(calls: Mapping[str, int], operations: int) -> None:
+    """What a run computes, whatever the machine."""
+    said = ", ".join(f"{name} {count:,}" for name, count in calls.items())
+    console.print(
+        f"{sum(calls.values()):,} calls of the denoiser with one sample ({said}): {operations / 1e15:,.1f}"
+        " PFLOP of its layers",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
 def show_peaks(peaks: list[Any], micro_batch: int, not_counted: str) -> None:
     """Peak memory (``memory.Peak``): a line a task and dtype, largest parts first."""
     for p in peaks:

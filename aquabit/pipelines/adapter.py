@@ -444,7 +444,9 @@ class Adapter:
     def first_inputs(self, protocol: Protocol) -> Call:
         """Inputs of the first denoiser call of ``protocol``'s first micro-batch; no image is finished."""
         self.check(protocol)
-        found = first_inputs(self.denoiser, partial(self._run, protocol, self.batches(protocol)[0]))
+        alone = self.family is not None and self.family.alone
+        asked = replace(protocol, micro_batch=1) if alone else protocol
+        found = first_inputs(self.denoiser, partial(self._run, asked, self.batches(asked)[0]))
         if found is None:
             raise AquabitError(f"{type(self.pipe).__name__} makes its images without a call of its denoiser")
         return found

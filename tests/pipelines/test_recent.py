@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers.utils import logging
+from PIL import Image
 from typer.testing import CliRunner
 
 import aquabit
@@ -21,6 +23,7 @@ from aquabit.measuring.pools import pool_for
 from aquabit.measuring.settings import protocol_for as protocol_of
 from aquabit.measuring.tasks import Measure
 from aquabit.measuring.where import Where
+from aquabit.memory import peaks
 from aquabit.pipelines import (
     FAMILIES,
     Adapter,
@@ -40,7 +43,7 @@ from aquabit.quant.finetuning.finetune import FineTuning
 from aquabit.quant.model import fingerprint
 from aquabit.scheme import AquabitError, Calibration, Protocol, StepGroups
 from aquabit.space import make_space
-from tests.tiny_pipelines import PROMPTS, randomised, tiny
+from tests.tiny_pipelines import PROMPTS, TINY_PIPELINES, randomised, tiny
 from tests.tiny_recent import RECENT, VIDEO, wan
 from tests.whole import images, works_whole
 
@@ -73,6 +76,23 @@ def test_it_works_whole(name: str, tmp_path: Path) -> None:
     assert image_size(pipe, protocol.resolution) == (32, 32)
     rows = found.images.flatten(1)
     assert float((rows[0] - rows[-1]).abs().mean()) > 1e-3  # prompts and seeds count
+    if name == "hidream":
+        assert {p.task for p in peaks(trace(pipe), 1)} == {"measure", "quantize", "run packed"}
+        return
+    said = CliRunner().invoke(
+        app, ["inspect", str(tmp_path / "model"), "--memory", "--micro-batch", "2", "--json", "-"]
+    )
+    told = {p["task"]: p for p in json.loads(said.stdout)["peaks"] if p["dtype"] == "float32"}
+    assert min(p["bytes"] for p in told.values()) > 0.5e9  # libraries at the least
+    assert told["measure"]["parts"]["activations"] > 0
+    prompts, packed = tmp_path / "prompts.txt", str(tmp_path / "packed")
+    prompts.write_text("\n".join(PROMPTS))
+    options = ["--images", "2", "--steps", "2", "--prompts", str(prompts), "--guidance", "3"]
+    options += ["--resolution", "32", *(["--frames", str(FRAMES)] if name in VIDEO else [])]
+    made = CliRunner().invoke(app, ["generate", packed, "--out", str(tmp_path / "grid.png"), *options])
+    assert made.exit_code == 0, made.output
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.size == (2 + 34 * 8, 2 + 34 * (4 if name in VIDEO else 1))  # two rows a video of 9 frames
 
 
 @pytest.mark.parametrize("name", ["qwen-image", "z-image", "wan", "cogview4", "prx"])
@@ -263,6 +283,12 @@ def test_temporal_consistency_is_an_objective_of_videos_alone(tmp_path: Path) ->
     with pytest.raises(AquabitError, match=r"WanPipeline made 1 frame a sample; ask for more by --frames"):
         evaluator.measure(full, one)
     assert "temporal_psnr" not in evaluator.measure(full, replace(one, objective="psnr")).measurement.metrics
+
+
+def test_every_family_has_a_tiny_pipeline_that_goes_through_the_whole() -> None:
+    """Those of before are in ``test_families``."""
+    made = {family(make()).name for make in (*RECENT.values(), *TINY_PIPELINES.values()) if family(make())}  # type: ignore[union-attr]
+    assert {f.name for f in FAMILIES} - made == {"amused", "krea2", "pixels-class"}
 
 
 def test_families_say_which_make_videos() -> None:
