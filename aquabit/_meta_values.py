@@ -46,7 +46,7 @@ class MetaValues(TorchDispatchMode):
             self._hold(tensor, values)
 
     def __enter__(self) -> Any:
-        self._of_data.__enter__()
+        self._of_data.__enter__()  # type: ignore[no-untyped-call]
         return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *error: Any) -> None:
