@@ -79,6 +79,9 @@ _GATED: Patterns = (  # feed-forward layers of language models, (act(gate(x)) * 
     (r"\.w2$|\bdown_proj$", "ff.down"),
 )
 
+_SELF = r"\b(?:self_attn|SelfAttention|attention\.self)\."
+_QKV = (("q", "query"), ("k", "key"), ("v", "value"))
+
 OPERATORS: Mapping[str, Patterns] = {
     "unet": (
         (r"^conv_in$", "conv_in"),
@@ -238,6 +241,15 @@ OPERATORS: Mapping[str, Patterns] = {
         *_CONDITION,
         *_ENDS,
     ),
+    "text": (  # encoders of transformers: CLIP, T5, BERT, language models
+        *((rf"{_SELF}(?:{p}_proj|{p}|{word})$", f"self_attn.{p}") for p, word in _QKV),
+        (r"\b(?:self_attn\.(?:out|o)_proj|SelfAttention\.o|attention\.output\.dense)$", "self_attn.out"),
+        (r"\bmlp\.fc1$|\bDenseReluDense\.wi(_1)?$|\bintermediate\.dense$", "ff.up"),
+        (r"\bDenseReluDense\.wi_0$", "ff.gate"),
+        (r"\bmlp\.fc2$|\bDenseReluDense\.wo$|\boutput\.dense$", "ff.down"),
+        *_GATED,
+        (r"\btext_projection$|\bpooler\.", "proj_out"),
+    ),
     "generic": (
         *_PER_BLOCK,
         *_attention(r"", "attn"),
@@ -253,7 +265,7 @@ OPERATORS: Mapping[str, Patterns] = {
 }
 
 _BLOCK = re.compile(
-    r"(.*\b(?:(?:joint_|single_)?transformer_blocks|(?:double|single)_stream_blocks|(?:noise_|context_)refiner|refiner_blocks|resnets|attentions|downsamplers|upsamplers|blocks|layers)\.\d+)\."
+    r"(.*\b(?:(?:joint_|single_)?transformer_blocks|(?:double|single)_stream_blocks|(?:noise_|context_)refiner|refiner_blocks|resnets|attentions|downsamplers|upsamplers|blocks|block|layers|layer)\.\d+)\."
 )
 _GROUP_OF_OPERATOR: Mapping[str, str] = {
     "time_embed": "time_embed",
@@ -462,6 +474,8 @@ def _class_of(model_class: type) -> str | None:
 
 def _known(model_class: type) -> tuple[str, Inputs | None]:
     """Family and input maker of a class."""
+    if any(base.__module__.partition(".")[0] == "transformers" for base in model_class.__mro__):
+        return "text", None
     name = _class_of(model_class)
     return ("generic", None) if name is None else _CLASSES[name]
 

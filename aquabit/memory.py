@@ -247,9 +247,17 @@ def elements(parts: Iterable[object]) -> int:
 
 def activation_bytes(graph: nx.DiGraph) -> int:
     """Bytes of the float32 activations that are alive together at the worst moment of one denoiser call
-    with one sample."""
-    model = meta_denoiser(graph.graph["model_class"], graph.graph["config"]).eval()
-    described = graph.graph.get("inputs")
+    with one sample; of several networks those of the largest."""
+    about = graph.graph
+    if "parts" not in about:
+        return _activation_bytes(about["model_class"], about["config"], about.get("inputs"))
+    classes, inputs = about["model_class"].split("+"), about.get("inputs", {})
+    rows = zip(classes, about["config"].items(), strict=True)
+    return max(_activation_bytes(kind, config, inputs.get(part)) for kind, (part, config) in rows)
+
+
+def _activation_bytes(model_class: str, config: Mapping[str, Any], described: Any) -> int:
+    model = meta_denoiser(model_class, config).eval()
     inputs = described_inputs(described) if described else example_inputs(model)
     known = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
 
@@ -262,9 +270,7 @@ def activation_bytes(graph: nx.DiGraph) -> int:
     try:
         return on_meta(inputs, run)
     except Exception as error:  # any exception of the model's own code
-        raise AquabitError(
-            f"{graph.graph['model_class']} does not run on the meta device: {error}"
-        ) from error
+        raise AquabitError(f"{model_class} does not run on the meta device: {error}") from error
 
 
 def _tensors(value: Any) -> list[Tensor]:

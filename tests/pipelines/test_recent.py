@@ -26,7 +26,6 @@ from aquabit.measuring.where import Where
 from aquabit.memory import peaks
 from aquabit.pipelines import (
     FAMILIES,
-    Adapter,
     denoiser_of,
     family,
     family_notes,
@@ -115,17 +114,6 @@ def test_frames_are_images_of_their_sample() -> None:
     assert len(images(pipe, replace(protocol, frames=5))) == 2 * 5
     with pytest.raises(AquabitError, match="frames is 9, but ZImagePipeline takes no number of frames"):
         images(randomised(RECENT["z-image"]), protocol_for("z-image", frames=9))
-
-
-def test_several_denoisers_are_refused_by_name() -> None:
-    pipe = randomised(lambda: wan(second=True))
-    said = "WanPipeline has 2 denoisers, transformer, transformer_2, .*transformer_2=None"
-    for ask in (trace, denoiser_of, lambda p: Adapter(p).denoiser):
-        with pytest.raises(AquabitError, match=said):
-            ask(pipe)
-    pipe.transformer_2 = None
-    pipe.register_to_config(boundary_ratio=None)
-    assert len(images(pipe, protocol_for("wan"))) == 2 * FRAMES
 
 
 def config_of(pipe: Any, **more: Any) -> Any:
