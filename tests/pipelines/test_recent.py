@@ -23,7 +23,7 @@ from aquabit.measuring.pools import pool_for
 from aquabit.measuring.settings import protocol_for as protocol_of
 from aquabit.measuring.tasks import Measure
 from aquabit.measuring.where import Where
-from aquabit.memory import peaks
+from aquabit.memory import activation_bytes, peaks
 from aquabit.pipelines import (
     FAMILIES,
     denoiser_of,
@@ -290,3 +290,9 @@ def test_families_say_which_make_videos() -> None:
     assert said < known
     shown = CliRunner().invoke(app, ["models"]).output
     assert "videos from prompts; for example Wan-AI" in " ".join(shown.split())
+
+
+def test_memory_of_several_denoisers_is_that_of_the_largest() -> None:
+    """Each with the inputs of its own first call."""
+    both = trace(randomised(lambda: wan(second=True)))
+    assert activation_bytes(both) == activation_bytes(trace(randomised(wan))) > 0
