@@ -7,18 +7,20 @@ import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
+from aquabit._meta_values import MetaValues
 from aquabit.scheme import AquabitError
 
 # what changes from one denoising step to the next
-STEP_INPUTS = ("sample", "hidden_states", "x", "timestep", "timesteps", "t")
+STEP_INPUTS = ("sample", "hidden_states", "audio_hidden_states", "x", "timestep", "timesteps", "t", "sigma")
 
+T = TypeVar("T")
 Watched = Callable[[nn.Module], Mapping[str, list[nn.Module]]]  # name -> the modules that bear it
 
 
@@ -36,13 +38,16 @@ class Call:
 
 def follow(denoiser: nn.Module, inputs: Mapping[str, Any], watched: Watched) -> Call:
     """A call with these keyword arguments. First of a deep copy on the meta device, hooks, replaced layers
-    and all, in float32 whatever its dtype; where this cannot be made or does not run (sizes that depend on
-    data), of the model itself, on its device, which is left as it was.
+    and all, in float32 whatever its dtype; where its sizes depend on data, of the same with the values of
+    whole numbers (``MetaValues``); where this cannot be made or does not run, of the model itself, on its
+    device, which is left as it was.
 
-    Raises AquabitError where neither runs.
+    Raises AquabitError where none runs.
     """
     try:
-        return _call(meta_copy(denoiser), _marked(inputs, _on_meta), watched, torch.device("meta"))
+        return on_meta(
+            inputs, lambda moved: _call(meta_copy(denoiser), _marked(moved), watched, torch.device("meta"))
+        )
     except Exception as error:  # any exception of the model's own code, or of its attributes' copying
         device = _device(denoiser)
         if device.type == "meta":
@@ -50,7 +55,8 @@ def follow(denoiser: nn.Module, inputs: Mapping[str, Any], watched: Watched) -> 
     try:
         with _as_it_is(denoiser), torch.autograd.graph.saved_tensors_hooks(_forgotten, _remembered):
             dtype = getattr(denoiser, "dtype", torch.float32)
-            return _call(denoiser, _marked(inputs, lambda t: _real(t, device, dtype)), watched)
+            moved = _moved(dict(inputs), lambda t: _real(t, device, dtype))
+            return _call(denoiser, _marked(moved), watched)
     except Exception as error:  # any exception of the model's own code
         raise _refused(denoiser, inputs, error) from error
 
@@ -107,6 +113,26 @@ def _nothing() -> Iterator[None]:
 
 
 # ---- a copy without memory
+
+
+def on_meta(inputs: Mapping[str, Any], run: Callable[[dict[str, Any]], T]) -> T:
+    """What ``run`` makes of inputs on the meta device; where that fails, once more with the values of whole
+    numbers, ones where they are not known (masks hide nothing)."""
+    try:
+        return run(_moved(dict(inputs), _on_meta))
+    except Exception:  # sizes that depend on data, or anything else, which fails again
+        values: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            known = tensor.device.type != "meta"
+            values.append(
+                (_on_meta(tensor), tensor.cpu() if known else torch.ones_like(tensor, device="cpu"))
+            )
+            return values[-1][0]
+
+        moved = _moved(dict(inputs), move)
+        with MetaValues(values):
+            return run(moved)
 
 
 class _CopiesOnMeta(TorchFunctionMode):
@@ -222,20 +248,17 @@ def outline(network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 # ---- inputs and outputs
 
 
-def _marked(
-    inputs: Mapping[str, Any], move: Callable[[torch.Tensor], torch.Tensor]
-) -> tuple[dict[str, Any], list[torch.Tensor], int]:
-    """The inputs, each tensor moved; of those, what changes with the step as leaves to be found again; and
-    the batch size."""
+def _moved(value: Any, move: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Inputs, each tensor moved."""
+    if isinstance(value, torch.Tensor):
+        return move(value)
+    if isinstance(value, Mapping):
+        return {k: _moved(v, move) for k, v in value.items()}
+    return type(value)(_moved(v, move) for v in value) if type(value) in (list, tuple) else value
 
-    def moved(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return move(value)
-        if isinstance(value, Mapping):
-            return {k: moved(v) for k, v in value.items()}
-        return type(value)(moved(v) for v in value) if type(value) in (list, tuple) else value
 
-    found = {name: moved(value) for name, value in inputs.items()}
+def _marked(found: dict[str, Any]) -> tuple[dict[str, Any], list[torch.Tensor], int]:
+    """The inputs; of those, what changes with the step as leaves to be found again; and the batch size."""
     holders = [name for name in STEP_INPUTS if any(True for _ in _tensors(found.get(name)))]
     holders = holders or [name for name, value in found.items() if isinstance(value, torch.Tensor)][:1]
     steps = [tensor for name in holders for tensor in _tensors(found[name])]

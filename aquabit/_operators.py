@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from aquabit._inputs import AT_SIZE, meta
 from aquabit.scheme import AquabitError
 
 Patterns = tuple[tuple[str, str], ...]
@@ -213,6 +214,23 @@ OPERATORS: Mapping[str, Patterns] = {
         *_CONDITION,
         *_ENDS,
     ),
+    "ltx2": (  # a stream of video, one of sound, and attention between them
+        *_attention(r"\baudio_attn1", "audio.self_attn"),
+        *_attention(r"\baudio_attn2", "audio.cross_attn"),
+        *_attention(r"\bvideo_to_audio_attn", "audio.video_attn"),
+        *_attention(r"\baudio_to_video_attn", "audio_attn"),
+        (r"\b(audio_attn\d|video_to_audio_attn)\.to_gate_logits$", "audio.attn.gate"),
+        (r"\.to_gate_logits$", "attn.gate"),
+        (r"\baudio_ff\.net\.0\.proj$", "audio.ff.up"),
+        (r"\baudio_ff\.net\.2$", "audio.ff.down"),
+        *_PER_BLOCK,
+        (r"_embed\.linear$|_scale_shift\.linear$|_gate\.linear$|prompt_adaln\.linear$", "adaln"),
+        (r"^(audio_)?proj_in$", "patch_embed"),
+        (r"^audio_caption_projection\.", "caption_embed"),
+        (r"^audio_proj_out$", "proj_out"),
+        *_CONDITION,
+        *_ENDS,
+    ),
     "hunyuan": (
         *_PER_BLOCK,
         (r"\.norm1\.linear$", "adaln"),
@@ -277,7 +295,8 @@ def family_of(model_class: type, family: str | None = None) -> str:
 
 
 def known_class(model_class: type) -> bool:
-    """Whether the inputs of a denoiser class (or of one of its bases) can be made from its config."""
+    """Whether the inputs of a denoiser class (or of one of its bases) are made from its config, and not
+    those of its pipeline's first call."""
     return _known(model_class)[1] is not None
 
 
@@ -305,25 +324,21 @@ def attention_role(operator: str) -> str | None:
     return part if part in ("q", "k", "v") else None
 
 
-def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
 def _latent(config: Mapping[str, Any], default: int) -> torch.Tensor:
     size = config.get("sample_size") or default
     height, width = (size, size) if isinstance(size, int) else size
-    return _meta(1, config["in_channels"], height, width)
+    return meta(1, config["in_channels"], height, width)
 
 
 def _label() -> torch.Tensor:
-    return _meta(1, dtype=torch.long)
+    return meta(1, dtype=torch.long)
 
 
 def _unet(config: Mapping[str, Any]) -> dict[str, Any]:
     learned = config.get("time_embedding_type") == "learned"  # then steps index an embedding table
-    inputs: dict[str, Any] = {"sample": _latent(config, 64), "timestep": _label() if learned else _meta(1)}
+    inputs: dict[str, Any] = {"sample": _latent(config, 64), "timestep": _label() if learned else meta(1)}
     if config.get("class_embed_type") in ("projection", "simple_projection"):
-        inputs["class_labels"] = _meta(1, config["projection_class_embeddings_input_dim"])
+        inputs["class_labels"] = meta(1, config["projection_class_embeddings_input_dim"])
     elif config.get("class_embed_type") or config.get("num_class_embeds"):
         inputs["class_labels"] = _label()
     return inputs
@@ -332,15 +347,15 @@ def _unet(config: Mapping[str, Any]) -> dict[str, Any]:
 def _unet_condition(config: Mapping[str, Any]) -> dict[str, Any]:
     width = config.get("encoder_hid_dim") or config["cross_attention_dim"]
     inputs = _unet(config)
-    inputs["encoder_hidden_states"] = _meta(1, 77, width if isinstance(width, int) else width[0])
+    inputs["encoder_hidden_states"] = meta(1, 77, width if isinstance(width, int) else width[0])
     if config.get("addition_embed_type") == "text_time":
         pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-        inputs["added_cond_kwargs"] = {"text_embeds": _meta(1, pooled), "time_ids": _meta(1, 6)}
+        inputs["added_cond_kwargs"] = {"text_embeds": meta(1, pooled), "time_ids": meta(1, 6)}
     return inputs
 
 
 def _dit(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {"hidden_states": _latent(config, 32), "timestep": _meta(1), "class_labels": _label()}
+    return {"hidden_states": _latent(config, 32), "timestep": meta(1), "class_labels": _label()}
 
 
 def _pixart(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -348,15 +363,15 @@ def _pixart(config: Mapping[str, Any]) -> dict[str, Any]:
     if conditions is None:  # PixArt-alpha's 1024 px models, as diffusers decides it
         conditions = config["sample_size"] == 128
     sizes = (
-        {"resolution": _meta(1, 2), "aspect_ratio": _meta(1, 1)}
+        {"resolution": meta(1, 2), "aspect_ratio": meta(1, 1)}
         if conditions
         else {"resolution": None, "aspect_ratio": None}
     )
-    text = _meta(1, 300, config.get("caption_channels") or config["cross_attention_dim"])
+    text = meta(1, 300, config.get("caption_channels") or config["cross_attention_dim"])
     return {
         "hidden_states": _latent(config, 128),
         "encoder_hidden_states": text,
-        "timestep": _meta(1),
+        "timestep": meta(1),
         "added_cond_kwargs": sizes,
     }
 
@@ -364,35 +379,35 @@ def _pixart(config: Mapping[str, Any]) -> dict[str, Any]:
 def _sd3(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "hidden_states": _latent(config, 128),
-        "encoder_hidden_states": _meta(1, 77 + 256, config["joint_attention_dim"]),
-        "pooled_projections": _meta(1, config["pooled_projection_dim"]),
-        "timestep": _meta(1),
+        "encoder_hidden_states": meta(1, 77 + 256, config["joint_attention_dim"]),
+        "pooled_projections": meta(1, config["pooled_projection_dim"]),
+        "timestep": meta(1),
     }
 
 
 def _flux(config: Mapping[str, Any]) -> dict[str, Any]:
     tokens, words = 64 * 64, 512  # 1024 x 1024 pixels, patches of 16
     inputs = {
-        "hidden_states": _meta(1, tokens, config["in_channels"]),
-        "encoder_hidden_states": _meta(1, words, config["joint_attention_dim"]),
-        "pooled_projections": _meta(1, config["pooled_projection_dim"]),
-        "timestep": _meta(1),
-        "img_ids": _meta(tokens, 3),
-        "txt_ids": _meta(words, 3),
+        "hidden_states": meta(1, tokens, config["in_channels"]),
+        "encoder_hidden_states": meta(1, words, config["joint_attention_dim"]),
+        "pooled_projections": meta(1, config["pooled_projection_dim"]),
+        "timestep": meta(1),
+        "img_ids": meta(tokens, 3),
+        "txt_ids": meta(words, 3),
     }
-    return {**inputs, "guidance": _meta(1)} if config.get("guidance_embeds") else inputs
+    return {**inputs, "guidance": meta(1)} if config.get("guidance_embeds") else inputs
 
 
 def _hunyuan(config: Mapping[str, Any]) -> dict[str, Any]:
     words, words_t5 = config["text_len"], config["text_len_t5"]
     return {
         "hidden_states": _latent(config, 128),
-        "timestep": _meta(1),
-        "encoder_hidden_states": _meta(1, words, config["cross_attention_dim"]),
-        "text_embedding_mask": _meta(1, words),
-        "encoder_hidden_states_t5": _meta(1, words_t5, config["cross_attention_dim_t5"]),
-        "text_embedding_mask_t5": _meta(1, words_t5),
-        "image_meta_size": _meta(1, 6),
+        "timestep": meta(1),
+        "encoder_hidden_states": meta(1, words, config["cross_attention_dim"]),
+        "text_embedding_mask": meta(1, words),
+        "encoder_hidden_states_t5": meta(1, words_t5, config["cross_attention_dim_t5"]),
+        "text_embedding_mask_t5": meta(1, words_t5),
+        "image_meta_size": meta(1, 6),
         "style": _label(),
     }
 
@@ -416,14 +431,14 @@ def described_inputs(value: Any) -> Any:
         dtype = getattr(torch, str(value["dtype"]), None)
         if not isinstance(dtype, torch.dtype):
             raise AquabitError(f"example inputs have the dtype {value['dtype']!r}, which torch does not know")
-        return _meta(*(int(s) for s in value["shape"]), dtype=dtype)
+        return meta(*(int(s) for s in value["shape"]), dtype=dtype)
     if isinstance(value, dict):
         return {k: described_inputs(v) for k, v in value.items()}
     return [described_inputs(v) for v in value] if isinstance(value, list) else value
 
 
 Inputs = Callable[[Mapping[str, Any]], dict[str, Any]]
-# None: inputs are those of the pipeline's own first call
+# None: inputs are those of the pipeline's own first call, of a bare denoiser those of AT_SIZE
 _CLASSES: Mapping[str, tuple[str, Inputs | None]] = {
     "UNet2DModel": ("unet", _unet),
     "UNet2DConditionModel": ("unet", _unet_condition),
@@ -444,18 +459,25 @@ _CLASSES: Mapping[str, tuple[str, Inputs | None]] = {
     "AuraFlowTransformer2DModel": ("auraflow", None),
     "WanTransformer3DModel": ("video", None),
     "LTXVideoTransformer3DModel": ("video", None),
+    "LTX2VideoTransformer3DModel": ("ltx2", None),
     "HunyuanVideoTransformer3DModel": ("hunyuan-video", None),
     "CogVideoXTransformer3DModel": ("cogview", None),
 }
 
 
-def _known(model_class: type) -> tuple[str, Inputs | None]:
-    """Family and input maker of the class or the nearest of its bases that is known."""
-    if any(base.__module__.partition(".")[0] == "transformers" for base in model_class.__mro__):
-        return "text", None
+def _class_of(model_class: type) -> str | None:
+    """The class or the nearest of its bases that is known; None where none is."""
     # a class of the user's that bears the name of one of diffusers is another
     bases = [base for base in model_class.__mro__ if base.__module__.partition(".")[0] == "diffusers"]
-    return next((_CLASSES[base.__name__] for base in bases if base.__name__ in _CLASSES), ("generic", None))
+    return next((base.__name__ for base in bases if base.__name__ in _CLASSES), None)
+
+
+def _known(model_class: type) -> tuple[str, Inputs | None]:
+    """Family and input maker of a class."""
+    if any(base.__module__.partition(".")[0] == "transformers" for base in model_class.__mro__):
+        return "text", None
+    name = _class_of(model_class)
+    return ("generic", None) if name is None else _CLASSES[name]
 
 
 def example_inputs(denoiser: torch.nn.Module) -> dict[str, Any]:
@@ -465,12 +487,12 @@ def example_inputs(denoiser: torch.nn.Module) -> dict[str, Any]:
     Text lengths are those of the family's pipeline (77 words for U-Nets, 300 for PixArt, 333 for SD3, 512 for
     Flux). Raises AquabitError for a class that is not known.
     """
-    make = _known(type(denoiser))[1]
+    name = _class_of(type(denoiser))
+    make = None if name is None else _CLASSES[name][1] or AT_SIZE.get(name)
     if make is None:
-        known = ", ".join(name for name, (_, own) in _CLASSES.items() if own is not None)
         raise AquabitError(
             f"no example inputs are known for {type(denoiser).__name__}; pass example_inputs, or use one of:"
-            f" {known}"
+            f" {', '.join(_CLASSES)}"
         )
     config: Any = denoiser.config
     return make(config)

@@ -14,7 +14,7 @@ import networkx as nx
 import torch
 from torch import nn
 
-from aquabit._following import Call, follow, outline
+from aquabit._following import Call, follow, on_meta, outline
 from aquabit._operators import (
     attention_role,
     block_of,
@@ -45,6 +45,7 @@ __all__ = [
     "layers",
     "meta_denoiser",
     "module_config",
+    "on_meta",
     "outline",
     "places_of",
     "rebuilt",

@@ -14,12 +14,14 @@ from typing import Any
 
 import networkx as nx
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from aquabit.file_memory import LARGE
-from aquabit.graph import example_inputs, meta_denoiser
+from aquabit.graph import described_inputs, example_inputs, meta_denoiser, on_meta
 from aquabit.graph import layers as graph_layers
 from aquabit.scheme import FP, AquabitError, Protocol, QuantConfig, Scheme
 
@@ -82,6 +84,20 @@ class _Live(TorchDispatchMode):
     def _gone(self, key: int, size: int) -> None:
         self.known.discard(key)
         self.now -= size
+
+
+class _NoScores(TorchFunctionMode):
+    """While it lasts torch's attention makes its output alone, as its kernels do, and ours block by block
+    (``quant.attention``); on the meta device it would hold all scores, hundreds of GB for a video."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is functional.scaled_dot_product_attention:
+            query, _, value = [
+                *args,
+                *((kwargs or {}).get(k) for k in ("query", "key", "value")[len(args) :]),
+            ][:3]
+            return query.new_empty((*query.shape[:-1], value.shape[-1]))
+        return func(*args, **(kwargs or {}))
 
 
 def memory_of(device: str) -> int:
@@ -232,27 +248,33 @@ def elements(parts: Iterable[object]) -> int:
 def activation_bytes(graph: nx.DiGraph) -> int:
     """Bytes of the float32 activations that are alive together at the worst moment of one denoiser call
     with one sample; of several networks those of the largest."""
-    if "parts" in graph.graph:
-        classes, configs = graph.graph["model_class"].split("+"), graph.graph["config"]
-        return max(_activation_bytes(c, configs[p]) for c, p in zip(classes, configs, strict=True))
-    return _activation_bytes(graph.graph["model_class"], graph.graph["config"])
+    about = graph.graph
+    if "parts" not in about:
+        return _activation_bytes(about["model_class"], about["config"], about.get("inputs"))
+    classes, inputs = about["model_class"].split("+"), about.get("inputs", {})
+    rows = zip(classes, about["config"].items(), strict=True)
+    return max(_activation_bytes(kind, config, inputs.get(part)) for kind, (part, config) in rows)
 
 
-def _activation_bytes(model_class: str, config: Mapping[str, Any]) -> int:
+def _activation_bytes(model_class: str, config: Mapping[str, Any], described: Any) -> int:
     model = meta_denoiser(model_class, config).eval()
-    inputs = example_inputs(model)
-    known = {
-        t.untyped_storage()._cdata
-        for t in (*model.parameters(), *model.buffers(), *tree_leaves(inputs))
-        if isinstance(t, torch.Tensor)
-    }
-    live = _Live(known)
-    try:
-        with torch.no_grad(), torch.device("meta"), live:
+    inputs = described_inputs(described) if described else example_inputs(model)
+    known = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+
+    def run(inputs: dict[str, Any]) -> int:
+        live = _Live(known | {t.untyped_storage()._cdata for t in _tensors(inputs)})
+        with torch.no_grad(), torch.device("meta"), live, _NoScores():
             model(**inputs)
+        return live.peak
+
+    try:
+        return on_meta(inputs, run)
     except Exception as error:  # any exception of the model's own code
         raise AquabitError(f"{model_class} does not run on the meta device: {error}") from error
-    return live.peak
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(value) if isinstance(t, Tensor)]
 
 
 def peaks(

@@ -172,6 +172,7 @@ LOWER_IS_BETTER: Mapping[str, bool] = {
     "mse": True,
     "psnr": False,
     "ssim": False,
+    "temporal_psnr": False,
     "feature_distance": True,
     "lpips": True,
     "clip_score": False,

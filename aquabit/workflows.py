@@ -66,6 +66,7 @@ class RunOptions(WhereOptions, total=False):
     damages: str | None
 
 
+SAMPLES = 32  # images, or videos, of the grid that a run ends with
 WRITTEN = (  # by ``run``, beside study.db and folders
     "first.json",
     "first-config.json",
@@ -397,7 +398,7 @@ def run_flow(
     sampling = {k: getattr(protocol, k) for k in settings}
     made = generate(
         packed.pipe if packed.is_own else str(out / "packed"),
-        32,
+        SAMPLES,
         protocol.seed,
         protocol.steps,
         protocol.conditions,
@@ -406,7 +407,7 @@ def run_flow(
         **sampling,
     )
     if not packed.is_own or packed.pipe.images:
-        write_bytes(out / "samples.png", thumbnail(made))
+        write_bytes(out / "samples.png", thumbnail(made, len(made) // SAMPLES))
     progress("packing", 1, 1)
     early.end(clock.spent)
     write_report(study, out / "report", progress=progress)

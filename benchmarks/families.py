@@ -129,7 +129,7 @@ def not_tried(rows: list[dict[str, Any]]) -> list[str]:
 def flow(name: str, folder: Path) -> dict[str, Any]:
     """Seconds of each part of the flow, measured from a saved pipeline to images of the packed one that
     was loaded again."""
-    pipe = tiny(name)
+    pipe = randomised(RECENT[name]) if name in RECENT else tiny(name)
     known, model, bank = family(pipe), str(folder / "model"), str(folder / "bank")
     pipe.save_pretrained(model)
     protocol = Protocol(
@@ -138,8 +138,9 @@ def flow(name: str, folder: Path) -> dict[str, Any]:
         micro_batch=4,
         objective="psnr",
         guidance=1.0 if name in UNGUIDED else 3.0,
-        conditions=PROMPTS if name in PROMPTED else None,
-        resolution=16 if name in ("flux", "auraflow") else None,
+        conditions=PROMPTS if name in PROMPTED or name in RECENT else None,
+        resolution=32 if name in RECENT else 16 if name in ("flux", "auraflow") else None,
+        frames=9 if name in VIDEO else None,
     )
     seconds: dict[str, float] = {}
     started, cpu = time.perf_counter(), time.process_time()
@@ -169,7 +170,12 @@ def flow(name: str, folder: Path) -> dict[str, Any]:
     aquabit.quantize(model, front.best, bank=bank).save(folder / "packed")
     part("quantize")
     aquabit.generate(
-        str(folder / "packed"), 2, steps=2, conditions=protocol.conditions, resolution=protocol.resolution
+        str(folder / "packed"),
+        2,
+        steps=2,
+        conditions=protocol.conditions,
+        resolution=protocol.resolution,
+        frames=protocol.frames,
     )
     part("reload and generate")
     entry = known.name if known else "none: generic"
@@ -206,7 +212,7 @@ def main(names: list[str]) -> None:
                 classes[name] = row = tried(name, every[name], Path(folder))
         print(row, flush=True)
         found = {
-            "rows": [flows[n] for n in TINY_PIPELINES if n in flows],
+            "rows": [flows[n] for n in every if n in flows],
             "classes": [classes[n] for n in every if n in classes],
         }
         found["not_tried"] = not_tried(found["classes"])

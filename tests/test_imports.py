@@ -74,6 +74,8 @@ ALLOWED: dict[str, set[str]] = {
 PRIVATE = {
     "_operators": "graph",
     "_following": "graph",
+    "_inputs": "graph",
+    "_meta_values": "graph",
     "_notebook": "scheme",
 }  # private modules, and the one they belong to
 TOP = {"__init__", "__main__", "cli"}  # may import everything

@@ -355,6 +355,83 @@ def ltx() -> Any:
     return d.LTXPipeline(flow(), images, t5(), t5_tokenizer(), net)
 
 
+def ltx2() -> Any:
+    """Video and sound; the VAE makes 8 pixels of a latent, where the published one makes 32."""
+    from diffusers.pipelines.ltx2 import connectors, vocoder
+
+    net = d.LTX2VideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        audio_in_channels=4,
+        audio_out_channels=4,
+        audio_num_attention_heads=2,
+        audio_attention_head_dim=4,
+        audio_cross_attention_dim=8,
+        num_layers=1,
+        caption_channels=8,
+        rope_double_precision=False,
+    )
+    images = d.AutoencoderKLLTX2Video(
+        latent_channels=4,
+        block_out_channels=(8,),
+        decoder_block_out_channels=(8,),
+        layers_per_block=(1,),
+        decoder_layers_per_block=(1, 1),
+        spatio_temporal_scaling=(True,),
+        decoder_spatio_temporal_scaling=(True,),
+        decoder_inject_noise=(False, False),
+        downsample_type=("spatial",),
+        upsample_residual=(False,),
+        upsample_factor=(1,),
+        timestep_conditioning=False,
+        patch_size=1,
+        patch_size_t=1,
+        encoder_causal=True,
+        decoder_causal=False,
+    )
+    images.use_framewise_encoding = images.use_framewise_decoding = False
+    sound = d.AutoencoderKLLTX2Audio(
+        base_channels=4,
+        output_channels=2,
+        ch_mult=(1,),
+        num_res_blocks=1,
+        in_channels=2,
+        resolution=32,
+        latent_channels=2,
+        sample_rate=16000,
+        mel_hop_length=160,
+        mel_bins=8,
+    )
+    text = connectors.LTX2TextConnectors(
+        caption_channels=8,
+        text_proj_in_factor=3,
+        video_connector_num_attention_heads=2,
+        video_connector_attention_head_dim=4,
+        video_connector_num_layers=1,
+        video_connector_num_learnable_registers=None,
+        audio_connector_num_attention_heads=2,
+        audio_connector_attention_head_dim=4,
+        audio_connector_num_layers=1,
+        audio_connector_num_learnable_registers=None,
+        connector_rope_base_seq_len=32,
+        rope_double_precision=False,
+    )
+    waves = vocoder.LTX2Vocoder(
+        in_channels=sound.config.output_channels * sound.config.mel_bins,
+        hidden_channels=8,
+        out_channels=2,
+        upsample_kernel_sizes=[4, 4],
+        upsample_factors=[2, 2],
+        resnet_kernel_sizes=[3],
+        resnet_dilations=[[1, 3, 5]],
+        output_sampling_rate=16000,
+    )
+    return d.LTX2Pipeline(flow(), images, sound, language("Gemma2Model"), letters("left"), text, net, waves)
+
+
 def hunyuan_video() -> Any:
     net = d.HunyuanVideoTransformer3DModel(
         in_channels=4,
@@ -419,7 +496,8 @@ RECENT: dict[str, Callable[[], Any]] = {
     "prx": prx,
     "wan": wan,
     "ltx": ltx,
+    "ltx2": ltx2,
     "hunyuan-video": hunyuan_video,
     "cogvideox": cogvideox,
 }
-VIDEO = ("wan", "ltx", "hunyuan-video", "cogvideox")
+VIDEO = ("wan", "ltx", "ltx2", "hunyuan-video", "cogvideox")

@@ -120,6 +120,7 @@ def _plan_run(
     if not emit(made.to_dict(), json_):
         tables.show_plan(made.measuring)
         tables.show_parts(made.parts)
+        tables.show_operations(made.calls, made.to_dict()["operations"])
 
 
 @verb
@@ -469,7 +470,7 @@ def generate(
             told=placed.append,
             **making.arguments(),
         )
-    write_bytes(out, thumbnail(made))
+    write_bytes(out, thumbnail(made, len(made) // making.images))
     last = making.seed + making.images - 1
     console.print(f"{out}: {making.images} images, seeds {making.seed} to {last}")
     for placement in placed:

@@ -185,18 +185,20 @@ def show_front(front: Any) -> None:
 
 
 def _front_metrics(front: Any) -> list[str]:
-    """PSNR and the objective, those that were measured."""
+    """PSNR, the objective, and of videos temporal PSNR, those that were measured."""
     best = front.best_member
     objective = (
         front.comparison.get("metric")
         or next((m for m in best.predicted if m != "psnr"), None)
         or next(iter(best.measured), "psnr")
     )
-    return [m for m in dict.fromkeys(("psnr", objective)) if m in best.measured]
+    return [m for m in dict.fromkeys(("psnr", objective, "temporal_psnr")) if m in best.measured]
 
 
 def shown_metric(name: str) -> str:
     """A metric as people write it: abbreviations in capitals."""
+    if name == "temporal_psnr":
+        return "temporal PSNR"
     return name.upper() if name in ("fid", "sfid", "kid", "is", "mse", "psnr", "ssim", "lpips") else name
 
 

@@ -97,7 +97,7 @@ def show_families(families: Sequence[Mapping[str, Any]], presets: Sequence[Mappi
     through a generic adapter."""
     for row in families:
         pixels = f" of {row['resolution']} pixels" if row["resolution"] else ""
-        made = f"images{pixels} from {row['conditions']}; for example {row['example']}"
+        made = f"{row['makes']}{pixels} from {row['conditions']}; for example {row['example']}"
         _entry(f"{row['name']} ({', '.join(row['pipelines'])})", made)
     console.print("any other diffusers pipeline: generic adapter and operator types\n", highlight=False)
     console.print(
@@ -274,6 +274,17 @@ def show_parts(parts: Mapping[str, float]) -> None:
     for name, seconds in parts.items():
         console.print(f"{name:22} {span(seconds):>10}", highlight=False)
     console.print(f"{'in all, estimated':22} {span(sum(parts.values())):>10}", highlight=False)
+
+
+def show_operations(calls: Mapping[str, int], operations: int) -> None:
+    """What a run computes, whatever the machine."""
+    said = ", ".join(f"{name} {count:,}" for name, count in calls.items())
+    console.print(
+        f"{sum(calls.values()):,} calls of the denoiser with one sample ({said}): {operations / 1e15:,.1f}"
+        " PFLOP of its layers",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def show_peaks(peaks: list[Any], micro_batch: int, not_counted: str) -> None:

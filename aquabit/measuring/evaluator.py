@@ -40,8 +40,16 @@ from aquabit.pipelines import (
 )
 from aquabit.pipelines.finite import NotFinite, broken, checked_images, finite_images
 from aquabit.pipelines.image_maker import ImageMaker
-from aquabit.pipelines.pictures import thumbnail
-from aquabit.quality import NonFiniteImages, NonFiniteValues, Quality, QualityMeter, QualityOptions, Source
+from aquabit.pipelines.pictures import COLUMNS, spaced, thumbnail
+from aquabit.quality import (
+    TEMPORAL,
+    NonFiniteImages,
+    NonFiniteValues,
+    Quality,
+    QualityMeter,
+    QualityOptions,
+    Source,
+)
 from aquabit.quant.bank import Bank
 from aquabit.quant.correction.corrector import Corrector, check_correction
 from aquabit.quant.correction.noise import Uncorrectable
@@ -413,7 +421,7 @@ class Evaluator:
                     self._make_full(protocol)
                 # full-precision images are made once per protocol, not per configuration
                 started = time.perf_counter()
-                first = self._take(quality, config, protocol, packed and bool(config.layers))
+                first, row = self._take(quality, config, protocol, packed and bool(config.layers))
                 metrics = quality.compute()
         # anything else (a full disk, say) is no property of the configuration
         except (NonFiniteImages, Uncorrectable, NonFiniteValues) as error:
@@ -424,7 +432,7 @@ class Evaluator:
             return Measured(failed, None)
         seconds = time.perf_counter() - started
         measured = Measurement(config.digest, protocol.digest, metrics, seconds, facts)
-        return Measured(measured, thumbnail(first) if self.adapter.makes_images else None)
+        return Measured(measured, thumbnail(first, row) if self.adapter.makes_images else None)
 
     def _quality(self, protocol: Protocol) -> Quality:
         """An accumulator of what is measured; raises AquabitError where it is not what the protocol names
@@ -438,22 +446,39 @@ class Evaluator:
             )
         return self.meter.quality(size)
 
-    def _take(self, quality: Quality, config: QuantConfig, protocol: Protocol, packed: bool) -> Tensor:
+    def _take(
+        self, quality: Quality, config: QuantConfig, protocol: Protocol, packed: bool
+    ) -> tuple[Tensor, int]:
         """Make images and measure them beside those of full precision, which are kept where the
-        configuration is it; the first few."""
+        configuration is it; the first few (of each video a few frames), and how many of them are a video's.
+        """
         conditions = None if self.adapter.kind == "batch_size" else self.adapter.conditions(protocol)
-        first: list[Tensor] = []
+        first, missing, row = list[Tensor](), THUMBNAILS, 1
         with closing(self.batches(config, protocol, packed)) as made:
             for batch, images in made:
                 if not config.layers:
                     self._keep(protocol, batch, images)
                 full = self._full_batch(protocol, batch) if config.layers else images
-                frames = range(len(images) // len(batch))  # of a video each shows the same
-                shown = None if conditions is None else [conditions[i] for i in batch for _ in frames]
-                quality.update(images, full, shown)
-                if batch.start < THUMBNAILS:
-                    first.append(images[: THUMBNAILS - batch.start])
-        return torch.cat(first)
+                frames = self._frames(images, batch, protocol)
+                # of a video each frame shows the same
+                shown = None if conditions is None else [conditions[i] for i in batch for _ in range(frames)]
+                quality.update(images, full, shown, frames)
+                row = min(frames, COLUMNS)
+                if missing >= row:
+                    first.append(spaced(images, frames)[: missing // row * row])
+                    missing -= len(first[-1])
+        return torch.cat(first), row
+
+    def _frames(self, images: Tensor, batch: range, protocol: Protocol) -> int:
+        """How many of the images that were made belong to each sample; raises AquabitError where the
+        objective is one of videos, and these are none."""
+        frames = len(images) // len(batch)
+        if frames < 2 and protocol.objective == TEMPORAL:
+            raise AquabitError(
+                f"objective {TEMPORAL} compares consecutive frames, and {type(self.pipe).__name__} made 1"
+                " frame a sample; ask for more by --frames, or choose psnr"
+            )
+        return frames
 
     def _path(self, protocol: Protocol, batch: range) -> Path:
         return self.bank.folder / f"images-{self.fingerprint}-{protocol.digest}-{batch.start}.safetensors"

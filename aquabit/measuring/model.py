@@ -44,6 +44,7 @@ class Model:
     scheduler: Any  # the pipeline's own
     own: Source | None  # its feature extractor and real images; None where it names none
     prompts: bool  # it makes images from text
+    videos: bool  # a sample is a video, whose frames are images
     usual_size: tuple[int, int] | None  # of a pipeline's images, in pixels
     # what is to be said of a pipeline of no known family, and of weights that stay dense
     notes: tuple[str, ...] = ()
@@ -84,6 +85,7 @@ def open_model(model: str | Pipeline) -> Model:
         scheduler=scheduler_of(pipe),
         own=own,
         prompts=prompts,
+        videos=adapter.makes_videos,
         usual_size=size,
         notes=notes,
         made=made,

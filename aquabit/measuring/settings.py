@@ -87,7 +87,8 @@ def protocol_for(
     given = replace(given, measures=meter.measures)
     given = settled(model, given)
     given.direction()  # raises for an unknown objective
-    available, objective = meter.available(model.prompts), given.objective
+    videos = model.videos and given.frames != 1
+    available, objective = meter.available(model.prompts, videos), given.objective
     if objective == Protocol.objective and objective not in available:
         objective = default_objective(available)
         if objective == "mse":

@@ -17,7 +17,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from aquabit.graph import known_class, outline
+from aquabit.graph import known_class, layers, outline
 from aquabit.graph import trace as trace_denoiser
 from aquabit.parts import Parts, parts_of
 from aquabit.pipelines.effects import check_effects
@@ -36,7 +36,7 @@ from aquabit.pipelines.outputs import images_of
 from aquabit.pipelines.own_model import CallSteps, Model, OwnAdapter, unnamed
 from aquabit.pipelines.prompts import embeddings
 from aquabit.pipelines.running import as_measured
-from aquabit.pipelines.sizes import image_batch, image_size
+from aquabit.pipelines.sizes import frames_argument, image_batch, image_size
 from aquabit.quality import DigitsFeatures, Reference, bundled_reference
 from aquabit.quant.calibration.ranges import Sample
 from aquabit.quant.calibration.recording import Call, record_calls
@@ -84,8 +84,20 @@ def _traced(model: DiffusionPipeline | nn.Module) -> nx.DiGraph:
 
 
 def model_notes(pipe: Pipeline, graph: nx.DiGraph) -> list[str]:
-    """What is to be said of operator types and adapters that are not known; nothing where all are."""
-    return unnamed(graph) if isinstance(pipe, Model) else family_notes(pipe)
+    """What is to be said of operator types and adapters that are not known, and of what a pipeline makes that
+    is not measured; nothing where there is no such thing."""
+    return unnamed(graph) if isinstance(pipe, Model) else [*family_notes(pipe), *_unheard(pipe, graph)]
+
+
+def _unheard(pipe: DiffusionPipeline, graph: nx.DiGraph) -> list[str]:
+    names = [name for name, node in layers(graph).items() if node["operator"].startswith("audio.")]
+    if not names:
+        return []
+    return [
+        f"{type(pipe).__name__} makes sound too, and only its images are measured: of {len(names)} layers of"
+        f" the sound, as {names[0]!r}, what they do to images is all that is known, so a search gives them"
+        ' few bits; where sound counts keep them precise by --space, as {"pinned": {"*audio_*": "usq8"}}'
+    ]
 
 
 def own_copy(pipe: Pipeline, *parts: str) -> Any:
@@ -279,6 +291,8 @@ class Adapter:
     def __init__(self, pipe: DiffusionPipeline):
         self.pipe, self.family = pipe, family(pipe)
         self.parameters = inspect.signature(type(pipe).__call__).parameters
+        self.frames = frames_argument(pipe)
+        self.makes_videos = self.frames is not None
         self.kind = (
             self.family.kind if self.family else next((k for k in KINDS if k in self.parameters), None)
         )
@@ -352,7 +366,7 @@ class Adapter:
         if asked is not None and (asked, asked) != own and "height" not in self.parameters:
             side = "its own number of" if own is None else " x ".join(map(str, dict.fromkeys(own)))
             raise AquabitError(f"resolution is {asked}, but {name} makes images of {side} pixels only")
-        if protocol.frames is not None and "num_frames" not in self.parameters:
+        if protocol.frames is not None and self.frames is None:
             raise AquabitError(f"frames is {protocol.frames}, but {name} takes no number of frames")
 
     def check(self, protocol: Protocol) -> None:
@@ -441,7 +455,7 @@ class Adapter:
             "output_type": "pt",
             "height": protocol.resolution,
             "width": protocol.resolution,
-            "num_frames": protocol.frames,
+            str(self.frames): protocol.frames,
         }
         always = {**EVERYWHERE, **(self.family.options if self.family else {})}
         if self.guidance == "true_cfg_scale":  # it acts beside a negative prompt
@@ -479,7 +493,9 @@ class Adapter:
         ``protocol``'s first micro-batch. Other denoisers that are called before that only say what sizes they
         return."""
         self.check(protocol)
-        run, found = partial(self._run, protocol, self.batches(protocol)[0]), dict[str, Call]()
+        alone = self.family is not None and self.family.alone
+        asked = replace(protocol, micro_batch=1) if alone else protocol
+        run, found = partial(self._run, asked, self.batches(asked)[0]), dict[str, Call]()
         for name, part in (parts_of(self.network) if parts is None else parts).items():
             with ExitStack() as stack:
                 for other in (getattr(self.pipe, d) for d in denoiser_names(self.pipe)):

@@ -28,6 +28,8 @@ class Run(Interface):
     def __call__(self, protocol: Protocol, indices: range) -> Any: ...
 
 
+# frames that every decoder of videos makes of more latents, whatever it makes of one (4, 6 or 8)
+FURTHER = 24
 # a pipeline's answers, by what was asked
 _TOLD: WeakKeyDictionary[DiffusionPipeline, dict[tuple[str, Any], bool]] = WeakKeyDictionary()
 
@@ -38,7 +40,7 @@ def check_effects(pipe: DiffusionPipeline, run: Run, protocol: Protocol) -> None
 
     Each question is asked once a pipeline. Guidance acts where the first denoiser call is another than
     without it, or what the scheduler is given after the first step, or the sample itself; a size acts where
-    the inputs of the first denoiser call have another than at twice the size.
+    the inputs of the first denoiser call have another than at twice the size, or with more frames.
     """
     told, name = _TOLD.setdefault(pipe, {}), type(pipe).__name__
     one = replace(protocol, images=1, micro_batch=1)
@@ -74,11 +76,12 @@ def _guided(pipe: DiffusionPipeline, run: Run, protocol: Protocol) -> bool:
 
 
 def _resized(pipe: DiffusionPipeline, run: Run, protocol: Protocol, what: str) -> bool:
-    """Whether the denoiser's inputs have another size at twice the size (at half of it where twice as much
-    is refused)."""
+    """Whether the denoiser's inputs have another size at twice the size, or at FURTHER frames (at half of it
+    where as much is refused)."""
     own = getattr(protocol, what)
+    more = own + FURTHER if what == "frames" else 2 * own
     here = first_inputs(denoiser_of(pipe), partial(run, protocol, range(1)))
-    for other in (2 * own, max(1, own // 2)):
+    for other in (more, max(1, own // 2)):
         with suppress(AquabitError):
             there = first_inputs(
                 denoiser_of(pipe), partial(run, replace(protocol, **{what: other}), range(1))

@@ -36,6 +36,7 @@ class Family:
     prompts itself, in every call. ``options`` are arguments of every call. ``guidance`` is the argument that
     takes it, ``off`` its value where there is none (guidance 1); ``embedded``: guidance is an input of the
     denoiser, where its config says so, and never a second branch. ``alone``: a call makes one sample.
+    ``videos``: it makes videos.
     ``resolution`` [pixels] and ``example`` are those of the published model.
     """
 
@@ -48,6 +49,7 @@ class Family:
     embedded: bool = False
     off: float = 1.0
     alone: bool = False
+    videos: bool = False
     resolution: int | None = None
     example: str = ""
 
@@ -55,7 +57,8 @@ class Family:
         """What a user chooses by."""
         conditions = {"class_labels": "classes", "prompt": "prompts", "batch_size": "nothing"}[self.kind]
         facts = {"name": self.name, "pipelines": list(self.pipelines), "conditions": conditions}
-        return {**facts, "resolution": self.resolution, "example": self.example}
+        makes = "videos" if self.videos else "images"
+        return {**facts, "makes": makes, "resolution": self.resolution, "example": self.example}
 
 
 _PAIR = ("prompt_embeds", "negative_prompt_embeds")
@@ -75,6 +78,11 @@ _CHROMA = (
     "negative_prompt_attention_mask",
 )
 _HUNYUAN = (*_PAIR, "prompt_attention_mask", "negative_prompt_attention_mask")
+_ONE_GUIDANCE = {  # of video and sound, by the prompt alone
+    "stg_scale": 0.0,
+    "modality_scale": 1.0,
+    **{f"audio_{k}": None for k in ("guidance_scale", "stg_scale", "modality_scale", "guidance_rescale")},
+}
 # arguments of every pipeline that takes them
 EVERYWHERE: Mapping[str, Any] = {
     "clean_caption": False,  # it needs bs4 and ftfy: images would depend on what is installed
@@ -215,17 +223,42 @@ FAMILIES: tuple[Family, ...] = (
         resolution=1024,
         example="fal/AuraFlow-v0.3",
     ),
-    Family("wan", ("WanPipeline",), "prompt", (Encoding(_PAIR),), example="Wan-AI/Wan2.1-T2V-1.3B-Diffusers"),
-    Family("ltx", ("LTXPipeline",), "prompt", (Encoding(_MASKED),), example="Lightricks/LTX-Video"),
+    Family(
+        "wan",
+        ("WanPipeline",),
+        "prompt",
+        (Encoding(_PAIR),),
+        videos=True,
+        example="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+    ),
+    Family(
+        "ltx", ("LTXPipeline",), "prompt", (Encoding(_MASKED),), videos=True, example="Lightricks/LTX-Video"
+    ),
+    Family(
+        "ltx2",
+        ("LTX2Pipeline",),
+        "prompt",
+        options=_ONE_GUIDANCE,  # its embeddings, of every layer of a 12 B encoder, are too large to keep
+        videos=True,
+        example="Lightricks/LTX-2",
+    ),
     Family(
         "hunyuan-video",
         ("HunyuanVideoPipeline",),
         "prompt",
         (Encoding(("prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask")),),
         embedded=True,
+        videos=True,
         example="hunyuanvideo-community/HunyuanVideo",
     ),
-    Family("cogvideox", ("CogVideoXPipeline",), "prompt", (Encoding(_PAIR),), example="zai-org/CogVideoX-2b"),
+    Family(
+        "cogvideox",
+        ("CogVideoXPipeline",),
+        "prompt",
+        (Encoding(_PAIR),),
+        videos=True,
+        example="zai-org/CogVideoX-2b",
+    ),
     Family("amused", ("AmusedPipeline",), "prompt", alone=True, resolution=512, example="amused/amused-512"),
     Family("krea2", ("Krea2Pipeline",), "prompt", off=0.0, example="krea/Krea-2"),
     Family("dit", ("DiTPipeline",), "class_labels", resolution=256, example="facebook/DiT-XL-2-256"),

@@ -19,6 +19,7 @@ class ImageMaker(Protocol):
 
     pipe: Any
     makes_images: bool  # and no other numbers
+    makes_videos: bool  # a sample is a video, each frame of it an image
     kind: Any  # "class_labels", "prompt", or "batch_size" where images are made from nothing
 
     @property

@@ -432,6 +432,8 @@ def unnamed(graph: nx.DiGraph) -> list[str]:
 class OwnAdapter:
     """Makes images with a ``Model`` (see ``image_maker.ImageMaker``)."""
 
+    makes_videos = False
+
     def __init__(self, model: Model):
         self.pipe, self.makes_images = model, model.images
         if "conditions" not in model.takes:

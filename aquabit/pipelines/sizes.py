@@ -14,6 +14,9 @@ from aquabit.pipelines.network import denoiser_of
 from aquabit.pipelines.own_model import Model
 from aquabit.scheme import Calibration
 
+FRAMES = ("num_frames", "frames", "video_length")  # what pipelines of videos call their number
+UNSAID = 49  # frames where a pipeline of videos does not say how many it makes (CogVideoX's)
+
 
 def image_size(pipe: DiffusionPipeline | Model, resolution: int | None = None) -> tuple[int, int] | None:
     """Height and width in pixels at a protocol's resolution (None: the model's own); None where the
@@ -36,6 +39,12 @@ def image_size(pipe: DiffusionPipeline | Model, resolution: int | None = None) -
     return height * factor, width * factor
 
 
+def frames_argument(pipe: DiffusionPipeline | Model) -> str | None:
+    """The argument of a pipeline's call that takes the number of frames; None where it makes no videos."""
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    return next((name for name in FRAMES if name in parameters), None)
+
+
 def _latent_factor(pipe: DiffusionPipeline) -> int:
     """Pixels a side of one latent; 1 where there is no decoder."""
     decoder: Any = next(
@@ -52,6 +61,7 @@ def image_batch(pipe: DiffusionPipeline | Model, asked: Calibration, most: int) 
     """Samples of one call where no protocol says it: ``most``, or as many as have the pixels of 16 images
     of 256 x 256; four frames of a video are one image, as decoders of videos count them."""
     height, width = image_size(pipe, asked.resolution) or (256, 256)
-    own = inspect.signature(type(pipe).__call__).parameters.get("num_frames")
-    frames = asked.frames or (own.default if own is not None and isinstance(own.default, int) else 1)
+    own = inspect.signature(type(pipe).__call__).parameters.get(frames_argument(pipe) or "")
+    usual = 1 if own is None else own.default if isinstance(own.default, int) else UNSAID
+    frames = asked.frames or usual
     return max(1, min(most, 16 * 256**2 // (height * width * -(-frames // 4))))

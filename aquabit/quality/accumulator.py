@@ -20,8 +20,9 @@ from aquabit.quality.reference import Reference
 from aquabit.quality.user_metrics import UserMetric
 from aquabit.scheme import LOWER_IS_BETTER, AquabitError, direction
 
-PAIRED = ("mse", "psnr", "ssim", "feature_distance", "lpips")
-_PIXELS = ("mse", "psnr", "ssim")  # need no features
+PAIRED = ("mse", "psnr", "ssim", "temporal_psnr", "feature_distance", "lpips")
+TEMPORAL = "temporal_psnr"  # of videos alone
+_PIXELS = ("mse", "psnr", "ssim", TEMPORAL)  # need no features
 ANY_NUMBERS = ("mse", "psnr")  # of these, what arrays that are no images can be measured by
 _NEEDS_LABELS, _NEEDS_PROMPTS = "accuracy", "clip_score"
 
@@ -80,14 +81,16 @@ class Quality:
             FeatureStatistics(k for j, k in self._jobs.values() if j == i) for i in range(len(sources))
         ]
         self.count = 0
-        self._inputs: tuple[bool, bool, bool] | None = (
-            None  # whether full-precision images, labels and prompts come with each batch
-        )
+        # whether full-precision images, labels and prompts come with each batch, and frames of a video
+        self._inputs: tuple[bool, bool, bool, int] | None = None
         self._sums: dict[str, float] = {}
 
-    def update(self, images: Any, full_precision_images: Any = None, conditions: Any = None) -> None:
+    def update(
+        self, images: Any, full_precision_images: Any = None, conditions: Any = None, frames: int = 1
+    ) -> None:
         """Take in one micro batch [n, c, h, w], floats in [0, 1] or uint8; ``conditions`` [n] are the class
-        labels or the prompts that were asked for.
+        labels or the prompts that were asked for. With ``frames`` above 1 so many images in a row are a
+        video.
 
         Raises NonFiniteImages, and AquabitError for other images that cannot be measured; nothing of the
         batch is then taken in.
@@ -99,10 +102,11 @@ class Quality:
             else self._read(full_precision_images, "full-precision images")
         )
         labels, prompts = _asked(conditions, len(x))
-        inputs = (y is not None, labels is not None, prompts is not None)
+        inputs = (y is not None, labels is not None, prompts is not None, frames)
         if self._inputs not in (None, inputs):
             raise AquabitError(
-                "full-precision images and labels must come with every micro batch or with none"
+                "full-precision images, labels and frames must come with every micro batch or with none, and"
+                " all videos have as many frames"
             )
         self._check_size(x)
         features = [
@@ -110,6 +114,9 @@ class Quality:
             for i, s in enumerate(self._sources)
         ]
         values = self._values(x, y, features, prompts)
+        if y is not None and frames > 1 and TEMPORAL in self._pixels:
+            each = paired.psnr_from_mse(paired.temporal_mse(x, y, frames))
+            values[TEMPORAL] = np.repeat(each, frames)  # sums are divided by the number of images
         if y is not None:
             values |= {m.name: m(x, y, conditions) for m in self._own}
         for collected, found in zip(self._collected, features, strict=True):
@@ -130,15 +137,18 @@ class Quality:
         """
         if not self.count or self._inputs is None:
             raise AquabitError("no images to measure; call update first")
-        has_pairs, has_labels, has_prompts = self._inputs
+        has_pairs, has_labels, has_prompts, frames = self._inputs
         there = {**dict.fromkeys(PAIRED, has_pairs), _NEEDS_LABELS: has_labels, _NEEDS_PROMPTS: has_prompts}
+        there[TEMPORAL] = has_pairs and frames > 1
         result: dict[str, float] = {}
         for metric in (m for m in LOWER_IS_BETTER if m in self._jobs or m in self._pixels):
             if not there.get(metric, True):
                 if metric in self._required:
-                    what = {_NEEDS_LABELS: "labels", _NEEDS_PROMPTS: "prompts"}.get(
-                        metric, "full-precision images"
-                    )
+                    what = {
+                        _NEEDS_LABELS: "labels",
+                        _NEEDS_PROMPTS: "prompts",
+                        TEMPORAL: "videos of two frames and more, and those of full precision",
+                    }.get(metric, "full-precision images")
                     raise AquabitError(f"metric {metric!r} needs {what}")
                 continue
             if metric in self._sums:

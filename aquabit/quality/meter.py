@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from aquabit.jsonio import record
-from aquabit.quality.accumulator import ANY_NUMBERS, PAIRED, Quality, Source
+from aquabit.quality.accumulator import ANY_NUMBERS, PAIRED, TEMPORAL, Quality, Source
 from aquabit.quality.feature_statistics import KEPT, FeatureStatistics
 from aquabit.quality.features import METRICS_OF, WITHOUT_REAL, FeatureExtractor, unit_images
 from aquabit.quality.folder import ImageFolder, unreadable_note
@@ -29,6 +29,7 @@ NEEDED = {  # metric -> what to give for it
     "cmmd": "--reference DIR and --features clip=DIR",
     "clip_score": "--features clip=DIR and a pipeline of prompts",
     "lpips": "--features lpips=FILE",
+    TEMPORAL: "a pipeline of videos, and more than one frame of each",
     "accuracy": "a bundled model",
     "feature_distance": "a bundled model",
 }
@@ -235,9 +236,9 @@ class QualityMeter:
             )
             made.save(paths[name], facts)
 
-    def available(self, prompts: bool) -> list[str]:
+    def available(self, prompts: bool, videos: bool = False) -> list[str]:
         """The metrics that can be measured, the user's functions last; ``prompts``: images are made from
-        text."""
+        text; ``videos``: they are frames of videos."""
         rows = {"digits": self.own.extractor.metrics} if self.own else {}
         rows |= {name: METRICS_OF[name] for name in self._digests}
         real = self.options.reference is not None or (self.own is not None and self.own.reference is not None)
@@ -247,7 +248,7 @@ class QualityMeter:
             for m, kind in row.items()
             if (kind in WITHOUT_REAL or real) and (m != "clip_score" or prompts)
         ]
-        paired = ("mse", "psnr", "ssim") if self.images else ANY_NUMBERS
+        paired = ("mse", "psnr", "ssim", *((TEMPORAL,) if videos else ())) if self.images else ANY_NUMBERS
         return [*known, *(m for m in PAIRED if m in paired), *(m.name for m in self.metrics)]
 
     def quality(self, size: tuple[int, int] | None) -> Quality:

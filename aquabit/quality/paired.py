@@ -1,5 +1,5 @@
-"""Distances between two images of the same seed, one number per image; images [n, c, h, w] in [0, 1],
-results [n] float64."""
+"""Distances between two images of the same seed, one number per image, or between two videos, one per video;
+images [n, c, h, w] in [0, 1], results [n] float64."""
 
 from __future__ import annotations
 
@@ -34,6 +34,33 @@ def psnr_from_mse(error: Array) -> Array:
     """``psnr`` where ``mse`` is known."""
     result: Array = -10.0 * np.log10(np.maximum(error, 10.0 ** (-PSNR_CAP / 10.0)))
     return result
+
+
+def temporal_mse(images: Tensor, others: Tensor, frames: int) -> Array:
+    """How much the error of each video changes from one frame to the next: the mean squared difference of the
+    differences of consecutive frames, [videos]; images [videos * frames, c, h, w], those of a video in order.
+
+    The square of dtSSD over the number of values (Erofeev et al. 2015, "Perceptually motivated benchmark for
+    video matting"), in which flicker counts and what is wrong in every frame alike does not. Where errors of
+    frames are independent it is twice ``mse``. Raises AquabitError where no video has two frames.
+    """
+    _same_shape(images.shape, others.shape, "images")
+    if frames < 2 or len(images) % frames:
+        raise AquabitError(
+            f"{len(images)} images in videos of {frames} frames have no differences of consecutive frames"
+        )
+    videos = zip(images.split(frames), others.split(frames), strict=True)
+    return np.array([_mean_squared_steps(made, full) for made, full in videos])
+
+
+def _mean_squared_steps(video: Tensor, other: Tensor) -> float:
+    """Of one video; frame by frame, as a video of real size fills memory."""
+    total, last = 0.0, video[0].float() - other[0].float()
+    for made, full in zip(video[1:], other[1:], strict=True):
+        error = made.float() - full.float()
+        total += float((error - last).square().mean(dtype=torch.float64))
+        last = error
+    return total / (len(video) - 1)
 
 
 def ssim_window(height: int, width: int) -> Tensor:

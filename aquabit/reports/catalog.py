@@ -32,6 +32,7 @@ TABLES = (
     measurements.failures,
     quality.quality_vs_bits,
     quality.psnr_vs_bits,
+    quality.temporal_vs_bits,
     fronts.front,
     comparison.comparison,
     comparison.same_quality,

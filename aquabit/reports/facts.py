@@ -26,6 +26,7 @@ METRIC_NAMES = {
     "mse": "MSE",
     "psnr": "PSNR",
     "ssim": "SSIM",
+    "temporal_psnr": "temporal PSNR",
     "lpips": "LPIPS",
     "clip_score": "CLIP score",
     "feature_distance": "feature distance",
@@ -34,6 +35,7 @@ METRIC_NAMES = {
     "kd_dinov2": "KD-DINOv2",
 }
 
+DECIBELS = ("PSNR", "temporal PSNR")  # to full precision, which has none itself
 OWN = ("sample", "uniform", "candidate")  # kinds of measurements that are made on the study's own seeds
 
 

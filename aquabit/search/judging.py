@@ -9,6 +9,7 @@ from math import ceil
 
 import numpy as np
 
+from aquabit.quality import PAIRED  # distances to full-precision images of the same seeds
 from aquabit.scheme import Protocol
 from aquabit.stats import Interval, paired_difference
 
@@ -19,8 +20,6 @@ ROUNDS = (2, 4, 8, 16)
 # block of fresh seeds that judging takes its images from; block 1 belongs to validation, 11 and up to reports
 JUDGED_BLOCK = 2
 SEEDS_APART = 1000  # blocks between those of two seeds of the search
-# distances to full-precision images of the same seeds
-PAIRED = ("mse", "psnr", "ssim", "feature_distance", "lpips")
 # a mean of logarithms: a few images that turned into others do not rule it, as they rule the mean squared
 # error
 FIDELITY = "psnr"

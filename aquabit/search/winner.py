@@ -9,8 +9,9 @@ from math import isfinite
 import numpy as np
 
 from aquabit.measuring.latency import packed_latencies
+from aquabit.quality import PAIRED
 from aquabit.scheme import AquabitError, Protocol, QuantConfig
-from aquabit.search.judging import PAIRED, Judgement, judge, paired_metric, pieces
+from aquabit.search.judging import Judgement, judge, paired_metric, pieces
 from aquabit.search.search import Search
 from aquabit.stats import LEVEL, paired_difference
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 from aquabit.cost import CostModel
+from aquabit.graph import dense_macs
+from aquabit.graph import layers as graph_layers
 from aquabit.measuring.evaluator import PROBE_IMAGES, Evaluator
 from aquabit.measuring.fitting import GRADIENTS, SCORED, source_of
 from aquabit.measuring.gradient_damages import IMAGES, PASSES
@@ -138,17 +140,44 @@ class Units:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What ``run`` would take: ``parts`` {name: seconds}, estimated, and what ``measure`` does of it."""
+    """What ``run`` would take: ``parts`` {name: seconds}, estimated, and what ``measure`` does of it;
+    ``calls`` are those of ``run_calls``, of ``macs`` multiply-adds each."""
 
     measuring: Plan
     parts: dict[str, float]
+    calls: dict[str, int]
+    macs: int
 
     @property
     def seconds(self) -> float:
         return sum(self.parts.values())
 
     def to_dict(self) -> dict[str, Any]:
-        return {**self.measuring.to_dict(), "parts": self.parts, "seconds": self.seconds}
+        calls = {"calls": self.calls, "operations": operations(self.calls, self.macs)}
+        return {**self.measuring.to_dict(), "parts": self.parts, **calls, "seconds": self.seconds}
+
+
+def run_calls(space: SearchSpace, protocol: Protocol, sample: SampleOptions, swaps: int) -> dict[str, int]:
+    """Calls of the denoiser with one sample that each part of a new run makes, told from its settings alone:
+    a backward pass counts as two calls beside the one that it goes through, guidance as another."""
+    a_run = (2 if protocol.guidance != 1.0 else 1) * protocol.steps  # of one sample
+    each = a_run * protocol.images * (2 if space.correction else 1)  # of a measurement
+    calibrated = any(s.calibrated for row in space.choices.values() for s in row)
+    fits = CALIBRATING * space.calibration.images * a_run if calibrated and space.calibration else 0
+    checks = PER_SWAP * swaps + _in_context(IN_CONTEXT, sample.samples, len(space.choices))
+    found = {
+        "fits": fits,
+        "gradients": 3 * PASSES * IMAGES * a_run + SCORED * PROBE_IMAGES * a_run,
+        "sample": (1 + len(uniform_references(space)) + sample.samples) * each,
+        "search": SEARCH * each,
+        "checks by swaps": checks * each,
+    }
+    return {part: round(count) for part, count in found.items()}
+
+
+def operations(calls: Mapping[str, int], macs: int) -> int:
+    """Floating-point operations of the layers in these calls, of ``macs`` multiply-adds each."""
+    return 2 * macs * sum(calls.values())
 
 
 class Planner:
@@ -292,7 +321,9 @@ class Planner:
             "checks by swaps": checks / workers,
             "explaining and pages": EXPLAINING + EXPLAINING_LAYER * layers,
         }
-        return RunPlan(measuring, parts)
+        calls, graph = run_calls(made, given, sample, swaps), self.opened.graph
+        macs = dense_macs(graph) + sum(int(node["macs"]) for node in graph_layers(graph).values())
+        return RunPlan(measuring, parts, calls, macs)
 
 
 def plan(

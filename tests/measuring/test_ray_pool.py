@@ -16,12 +16,16 @@ from aquabit.graph import to_json
 from aquabit.measuring.model import open_model
 from aquabit.measuring.pools import pool_for
 from aquabit.measuring.pools import ray as cluster
-from aquabit.measuring.tasks import Answer, Begin, Fit
+from aquabit.measuring.tasks import Answer, Begin, Fit, Measure
 from aquabit.measuring.where import Where
+from aquabit.quant.bank import Bank
 from aquabit.scheme import AquabitError, Protocol
+from aquabit.space import make_space
 from aquabit.study import Study
 from aquabit.workflows import measure
 from tests.conftest import tiny_pipeline
+from tests.tiny_pipelines import PROMPTS, randomised
+from tests.tiny_recent import wan
 from tests.worlds import assert_near
 
 pytest.importorskip("ray")
@@ -114,7 +118,6 @@ def test_killed_three_times_a_cluster_gives_the_numbers_of_a_local_run(nodes, tm
 def test_workers_that_are_not_like_the_driver_are_refused_by_name(nodes, tmp_path, dit, monkeypatch) -> None:
     dit.save_pretrained(tmp_path / "pipe")
     model = open_model(str(tmp_path / "pipe"))
-    from aquabit.quant.bank import Bank
 
     def first(model) -> object:
         with pool_for(model, Bank(tmp_path / "bank"), Where(ray=nodes.address)) as pool:
@@ -128,6 +131,27 @@ def test_workers_that_are_not_like_the_driver_are_refused_by_name(nodes, tmp_pat
         AquabitError, match=rf"worker on {socket.gethostname()} has aquabit .* torch [0-9.]+ instead of 99\.0"
     ):
         first(model)
+
+
+def test_videos_are_measured_on_a_cluster_as_here(nodes, tmp_path) -> None:
+    randomised(wan).save_pretrained(tmp_path / "pipe")
+    model = open_model(str(tmp_path / "pipe"))
+    space = make_space(model.graph, model.fingerprint, schemes=["usq4"])
+    protocol = Protocol(
+        images=2,
+        steps=2,
+        micro_batch=2,
+        resolution=32,
+        frames=5,
+        conditions=PROMPTS,
+        objective="temporal_psnr",
+    )
+    found = []
+    for where in (Where(), Where(ray=nodes.address)):
+        with pool_for(model, Bank(tmp_path / "bank"), where) as pool:
+            (_, (measured, _)) = next(pool.run([Measure(space.uniform("usq4", 8), protocol)]))
+            found.append(measured.metrics)
+    assert found[0] == found[1] and "temporal_psnr" in found[0]
 
 
 def test_a_model_that_a_machine_lacks_is_sent(tmp_path) -> None:
@@ -146,8 +170,6 @@ def test_a_model_that_a_machine_lacks_is_sent(tmp_path) -> None:
 
 
 def test_addresses_where_nothing_answers(tmp_path, dit) -> None:
-    from aquabit.quant.bank import Bank
-
     model, bank = open_model(dit), Bank(tmp_path / "bank")
 
     def said(address: str, device: str = "cpu", workers: int = 1) -> str:

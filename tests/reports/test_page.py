@@ -3,6 +3,7 @@ names."""
 
 from __future__ import annotations
 
+import io
 import re
 import xml.etree.ElementTree as ET
 from dataclasses import replace
@@ -11,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from rich.console import Console
 
+from aquabit.cli import findings
 from aquabit.reports import catalog, drawing, figures, report, style, words, writing
 from aquabit.reports import facts as facts_of
 from aquabit.reports.answer import answer
@@ -279,6 +282,26 @@ def test_an_older_study_opens_with_the_levels_it_was_made_with(built: tuple[Stud
         and comparison.same_quality(facts).empty
         and not (page.parent / "figures/psnr_vs_bits.svg").exists()
     )
+
+
+@pytest.mark.usefixtures("svg_only")
+def test_videos_have_a_figure_of_temporal_consistency(
+    newer: tuple[Synthetic, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Synthetic(tmp_path / "S.db", videos=True).measure().explain().validate().search().judged()
+    page = report(made.study, tmp_path / "report")
+    table = quality.temporal_vs_bits(facts_of.read(made.study))
+    assert table[table.label == "winner"].value.tolist() == [made.psnr(made.winner) - 3]
+    drawn = ET.parse(page.parent / "figures/temporal_vs_bits.svg").getroot().iter()
+    words = {"".join(e.itertext()).strip() for e in drawn if e.tag.endswith("text")}
+    assert "temporal PSNR to full precision, dB" in words and "full precision" not in words
+    assert "temporal PSNR 3" in page.read_text(encoding="utf-8")  # of the pictures
+    monkeypatch.setattr(findings, "console", shown := Console(width=200, file=io.StringIO()))
+    findings.show_front(facts_of.read(made.study).front)
+    assert isinstance(shown.file, io.StringIO) and "temporal PSNR" in shown.file.getvalue()
+    images, page = newer
+    assert quality.temporal_vs_bits(facts_of.read(images.study)).empty
+    assert not (page.parent / "figures/temporal_vs_bits.svg").exists()
 
 
 @pytest.mark.usefixtures("svg_only")

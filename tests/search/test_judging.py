@@ -9,8 +9,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from aquabit.quality import PAIRED
 from aquabit.scheme import Protocol
-from aquabit.search.judging import JUDGED_BLOCK, PAIRED, ROUNDS, judge, paired_metric, pieces
+from aquabit.search.judging import JUDGED_BLOCK, ROUNDS, judge, paired_metric, pieces
 from aquabit.stats import paired_difference
 
 

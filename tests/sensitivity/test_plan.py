@@ -12,14 +12,16 @@ import aquabit
 from aquabit import memory
 from aquabit.graph import layers
 from aquabit.measuring.fitting import SCORED
+from aquabit.measuring.session import uniform_references
 from aquabit.measuring.settings import MeasureOptions
 from aquabit.measuring.tasks import MeasureOutputErrors, run
 from aquabit.measuring.where import Where
 from aquabit.memory import _Live, activation_bytes, memory_of, peaks
 from aquabit.pipelines import trace
 from aquabit.quant.bank import Bank
-from aquabit.scheme import AquabitError, Protocol, QuantConfig, Scheme
-from aquabit.sensitivity.plan import Planner, SampleOptions, plan
+from aquabit.scheme import AquabitError, Calibration, Protocol, QuantConfig, Scheme
+from aquabit.sensitivity.plan import Planner, SampleOptions, operations, plan, run_calls
+from aquabit.space import make_space
 from aquabit.study import Study
 from aquabit.workflows import measure
 from tests.conftest import tiny_pipeline
@@ -84,6 +86,23 @@ def test_a_plan_by_gradients_does_not_grow_with_layers_and_schemes(tmp_path) -> 
     assert planner.measuring(SampleOptions(0)).backward_passes == found.backward_passes
     with pytest.raises(AquabitError, match="must be probes or gradients"):
         plan(pipe, None, SampleOptions(0), replace(given, damages="x"), *values)
+
+
+def test_calls_of_a_run_are_those_of_its_parts() -> None:
+    graph = trace(tiny_pipeline("dit"))
+    space = make_space(graph, "0" * 16, schemes=["usq4", "usq2"])
+    given, sample = replace(PROTOCOL, images=4, steps=3), SampleOptions(7)
+    calls = run_calls(space, given, sample, 5)
+    measurements = 1 + len(uniform_references(space)) + 7
+    assert calls["sample"] == measurements * 4 * 3 and calls["fits"] == 0 and min(calls.values()) == 0
+    guided = run_calls(space, replace(given, guidance=2.0), sample, 5)
+    corrected = run_calls(replace(space, correction="cnc"), given, sample, 5)
+    assert guided == {part: 2 * count for part, count in calls.items()}
+    assert corrected["search"] == 2 * calls["search"] and corrected["gradients"] == calls["gradients"]
+    assert run_calls(space, given, sample, 6)["checks by swaps"] > calls["checks by swaps"]
+    calibrated = make_space(graph, "0" * 16, schemes=["usq4h"], calibration=Calibration.of(given))
+    assert run_calls(calibrated, given, sample, 5)["fits"] == 3 * 64 * 3
+    assert operations(calls, 10) == 20 * sum(calls.values())
 
 
 def test_live_tensors_are_counted_while_they_live() -> None:

@@ -3,12 +3,14 @@ makes of that."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import update_wrapper
 from itertools import accumulate, pairwise
 from typing import Any
 
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from aquabit.parts import Parts
@@ -150,13 +152,21 @@ class _Followed:
     """A scheduler's method while it is followed: ``run`` gets the ``original`` one and its arguments.
 
     An object and no closure, so that a deep copy of a pipeline follows the copied scheduler, not the one that
-    it was copied from. ``before`` is what the scheduler had as an attribute of its own: another's, or None
-    where that is the class's method.
+    it was copied from. A scheduler that is copied alone is followed by nobody: pipelines do that for what
+    they sample beside images, as LTX-2 for its sound. ``before`` is what the scheduler had as an attribute of
+    its own: another's, or None where that is the class's method.
     """
 
     def __init__(self, run: Any, original: Callable[..., Any], before: Any):
         update_wrapper(self, original, updated=())  # pipelines read the signature
         self.run, self.original, self.before = run, original, before
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if not any(isinstance(made, nn.Module | DiffusionPipeline) for made in memo.values()):
+            return copy.deepcopy(self.original, memo)
+        made = memo[id(self)] = object.__new__(_Followed)
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return made
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.run(self.original, *args, **kwargs)

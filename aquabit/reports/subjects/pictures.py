@@ -11,7 +11,7 @@ from pathlib import Path
 
 from aquabit.files import write_bytes
 from aquabit.reports import words
-from aquabit.reports.facts import Facts, number, scheme_name
+from aquabit.reports.facts import METRIC_NAMES, Facts, number, scheme_name
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,9 @@ def _grid(facts: Facts, title: str, config: str, protocol: str, folder: Path) ->
         r = row.iloc[0]
         notes.append(f"{words.figures(r.bits)} bits a weight, {words.count(r.bytes)} bytes")
         notes.append(f"{facts.metric} {words.figures(r.get(facts.objective))}")
-        psnr = number(r.get("psnr"))
-        notes += (
-            [f"PSNR {psnr:.2f} dB to full precision"]
-            if title != "full precision" and math.isfinite(psnr)
-            else []
-        )
+        for metric in ("psnr", "temporal_psnr"):
+            value = number(r.get(metric))
+            if title != "full precision" and math.isfinite(value):
+                notes.append(f"{METRIC_NAMES[metric]} {value:.2f} dB to full precision")
     source = "data:image/png;base64," + base64.b64encode(png).decode()
     return [Images(name, title, "; ".join(notes), source, width, height)]

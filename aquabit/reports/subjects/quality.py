@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from aquabit.reports import drawing, style
-from aquabit.reports.facts import Facts, leading, number, scheme_name
+from aquabit.reports.facts import DECIBELS, METRIC_NAMES, Facts, leading, number, scheme_name
 from aquabit.reports.plan import Plan, Tables, fixed
 from aquabit.scheme import Scheme
 from aquabit.scheme_kinds import KINDS, Look
@@ -31,6 +31,15 @@ FAMILIES = {
         for look in (Scheme.parse(text).look for text in reversed(kind.examples))
     },
 }
+DECIBEL_FIGURES = (  # table, metric, what it says
+    ("psnr_vs_bits", "psnr", "to the images of full precision of the same seeds"),
+    (
+        "temporal_vs_bits",
+        "temporal_psnr",
+        "(of the differences of consecutive frames, in which flicker counts and a standing error does not) to"
+        " the videos of full precision of the same seeds",
+    ),
+)
 ORDER = (  # of the legend
     "found (fresh seeds)",
     "winner",
@@ -66,14 +75,24 @@ def psnr_vs_bits(facts: Facts) -> pd.DataFrame:
     """As ``quality_vs_bits``, of PSNR to full precision in dB; beside it in the group "candidate" what the
     search measured on the study's own seeds: answers of the program, and their refinements. Empty without
     a front that has it."""
-    table = _against_bits(facts, "psnr", "max")
+    return _decibels_vs_bits(facts, "psnr")
+
+
+def temporal_vs_bits(facts: Facts) -> pd.DataFrame:
+    """As ``psnr_vs_bits``, of the PSNR of frame-to-frame differences (``quality.paired.temporal_mse``); empty
+    where no videos were measured."""
+    return _decibels_vs_bits(facts, "temporal_psnr")
+
+
+def _decibels_vs_bits(facts: Facts, metric: str) -> pd.DataFrame:
+    table = _against_bits(facts, metric, "max")
     found, columns = table.group == "found", list(table.columns)
     if not found.any():
         return table.iloc[:0]
     known = set(table.config[found])
     rows = [
         ("candidate", "candidate", "", r.config, r.bits, r.bytes, r.value, math.nan, math.nan, "", 0, False)
-        for r in facts.rows("candidate", "psnr").drop_duplicates("config").itertuples()
+        for r in facts.rows("candidate", metric).drop_duplicates("config").itertuples()
         if r.config not in known
     ]
     return pd.concat([table, pd.DataFrame(rows, columns=columns)], ignore_index=True) if rows else table
@@ -120,7 +139,7 @@ def draw_quality_vs_bits(
     candidates of the search, found front, full precision, budget. PSNR is measured against full precision,
     which then has no place of its own.
     """
-    decibels = metric == "PSNR"
+    decibels = metric in DECIBELS
     table = table[table.group != "full precision"] if decibels else table
     group = dict(list(table.groupby("group", sort=False)))
     right = _frame(table, axes, log=not decibels)
@@ -234,17 +253,20 @@ def plans(facts: Facts, found: Tables) -> Iterator[Plan]:
         f" fresh seeds, are means over blocks of seeds that the search never"
         f" saw,{between('quality_vs_bits')}; those of the design were measured on the study's own seeds.",
     )
-    if facts.objective != "psnr":
+    for table, of, what in DECIBEL_FIGURES:
+        if facts.objective == of:
+            continue
+        name = METRIC_NAMES[of]
         yield Plan(
-            "psnr_vs_bits",
+            table,
             "choose",
             "front",
-            "psnr_vs_bits",
+            table,
             fixed(style.DOUBLE, 3.3),
-            lambda t, a: draw_quality_vs_bits(t, a, "PSNR", "max"),
-            "Measured PSNR to the images of full precision of the same seeds, against bits per weight: the"
+            lambda t, a, name=name: draw_quality_vs_bits(t, a, name, "max"),  # type: ignore[misc]
+            f"Measured {name} {what}, against bits per weight: the"
             " found front, the uniform families, and what the search tried on its way. Fresh seeds"
-            f"{between('psnr_vs_bits')}, the rest on the study's own seeds. Full precision has no place here:"
-            " it is what PSNR is measured against.",
+            f"{between(table)}, the rest on the study's own seeds. Full precision has no place here:"
+            f" it is what {name} is measured against.",
             optional=True,
         )
