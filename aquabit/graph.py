@@ -33,6 +33,7 @@ __all__ = [
     "LayerGraph",
     "codebook_names",
     "dense_macs",
+    "describe_inputs",
     "described_inputs",
     "example_inputs",
     "family_of",

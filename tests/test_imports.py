@@ -26,6 +26,7 @@ VALUES = {
     "file_memory",
     "maximum_entropy",
     "user_code",
+    "inputs",
 }
 STORES = {*VALUES, "graph", "kernels", "quality", "study", "study_status"}
 SPACES = {*STORES, "layer_formats", "space", "choices", "cost"}
@@ -40,9 +41,10 @@ ALLOWED: dict[str, set[str]] = {
     "scheme_kinds": {"errors"},
     "activation_bits": {"errors"},
     "budget": {"errors"},
-    "protocol": {"errors", "jsonio"},
-    "quant_config": {"errors", "jsonio", "scheme_kinds", "activation_bits", "protocol"},
-    "scheme": {*SUBJECTS, "errors", "jsonio", "progress"},
+    "inputs": {"errors"},
+    "protocol": {"errors", "jsonio", "inputs"},
+    "quant_config": {"errors", "jsonio", "scheme_kinds", "activation_bits", "protocol", "inputs"},
+    "scheme": {*SUBJECTS, "errors", "inputs", "jsonio", "progress"},
     "runtime": {"errors"},
     "user_code": {"errors"},
     "file_memory": {"errors", "runtime"},

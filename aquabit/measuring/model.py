@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import networkx as nx
@@ -19,6 +19,7 @@ from aquabit.pipelines import (
     image_size,
     load,
     model_notes,
+    scheduled,
     scheduler_named,
     scheduler_of,
     trace,
@@ -44,6 +45,7 @@ class Model:
     # what is to be said of a pipeline of no known family, and of weights that stay dense
     notes: tuple[str, ...] = ()
     made: OwnModel | None = None  # a model of the user's own, as it was opened
+    strength: float | None = None  # that its pipeline takes where none is asked for
 
     @property
     def images(self) -> bool:
@@ -69,7 +71,8 @@ def open_model(model: str | Pipeline) -> Model:
     made = pipe if isinstance(pipe, OwnModel) else None
     size = None if made is not None else image_size(pipe)
     notes = (*model_notes(pipe, graph), *graph_notes(graph))
-    return Model(name, own_print, graph, model, scheduler_of(pipe), own, prompts, size, notes, made)
+    strength = getattr(adapter, "usual_strength", None)
+    return Model(name, own_print, graph, model, scheduler_of(pipe), own, prompts, size, notes, made, strength)
 
 
 def settled(model: Model, protocol: Protocol) -> Protocol:
@@ -77,10 +80,20 @@ def settled(model: Model, protocol: Protocol) -> Protocol:
     function of the user's does not make the same images again (``check_sampler``)."""
     if model.made is None:
         check_scheduler(protocol.scheduler)
-        return protocol
+        usual = None if protocol.inputs is None else model.strength
+        return replace(protocol, strength=protocol.strength or usual)
     found = model.made.settled(protocol)
     check_sampler(model.made, found)
     return found
+
+
+def first_step(model: Model, protocol: Protocol) -> int:
+    """The first of a protocol's steps that runs: not 0 where sampling begins with a picture."""
+    if protocol.strength is None:
+        return 0
+    pipe = load(model.source)
+    with scheduled(pipe, scheduler_of(pipe), protocol.scheduler):
+        return adapter_of(pipe).first_step(protocol)
 
 
 def check_correctable(model: Model, protocol: Protocol, correction: str | None) -> None:

@@ -18,14 +18,21 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from aquabit.file_memory import CopiesInFiles
-from aquabit.graph import known_class
+from aquabit.graph import describe_inputs, known_class
 from aquabit.graph import trace as trace_denoiser
-from aquabit.pipelines.effects import check_effects
+from aquabit.pipelines.effects import check_effects, first_step, runs_without
 from aquabit.pipelines.family import EVERYWHERE, KINDS, denoiser_of, family, family_notes, scheduler_of
 from aquabit.pipelines.finite import finite_images
 from aquabit.pipelines.image_maker import ImageMaker, first_inputs
 from aquabit.pipelines.outputs import images_of
 from aquabit.pipelines.own_model import CallSteps, Model, OwnAdapter, unnamed
+from aquabit.pipelines.picture_arguments import (
+    check_roles,
+    made_up,
+    missing_pictures,
+    picture_arguments,
+    pictures_for,
+)
 from aquabit.pipelines.prompts import embeddings
 from aquabit.pipelines.running import as_measured
 from aquabit.pipelines.sizes import image_batch, image_size
@@ -64,20 +71,28 @@ def trace(model: Pipeline | nn.Module) -> nx.DiGraph:
 
 def _traced(model: DiffusionPipeline | nn.Module) -> nx.DiGraph:
     denoiser = denoiser_of(model)
-    if isinstance(model, nn.Module) or known_class(type(denoiser)):
+    if isinstance(model, nn.Module):
+        return trace_denoiser(denoiser)
+    known, takes = known_class(type(denoiser)), bool(picture_arguments(model))
+    if known and not takes:
         return trace_denoiser(denoiser)
     adapter = Adapter(model)
-    args, kwargs = adapter.first_inputs(
-        Protocol(
-            images=1,
-            steps=adapter.usual_steps,
-            micro_batch=1,
-            conditions=("",) if adapter.kind == "prompt" else None,
-        )
+    asked = Protocol(
+        images=1,
+        steps=adapter.usual_steps,
+        micro_batch=1,
+        conditions=("",) if adapter.kind == "prompt" else None,
     )
-    return trace_denoiser(
-        denoiser, {**dict(zip(inspect.signature(denoiser.forward).parameters, args, strict=False)), **kwargs}
-    )
+    if takes and adapter.needs_pictures(asked):
+        asked = replace(asked, inputs=made_up(model))
+    elif known:
+        return trace_denoiser(denoiser)
+    args, kwargs = adapter.first_inputs(asked)
+    names = inspect.signature(denoiser.forward).parameters
+    inputs = {**dict(zip(names, args, strict=False)), **kwargs}
+    graph = trace_denoiser(denoiser, inputs)
+    graph.graph["inputs"] = describe_inputs(inputs)  # pictures may be more of them than the class tells
+    return graph
 
 
 def model_notes(pipe: Pipeline, graph: nx.DiGraph) -> list[str]:
@@ -253,6 +268,8 @@ class Adapter:
         self.kind = (
             self.family.kind if self.family else next((k for k in KINDS if k in self.parameters), None)
         )
+        if self.kind is None and picture_arguments(pipe):
+            self.kind = "batch_size"  # of the pictures alone
         if self.kind is None or "generator" not in self.parameters:
             raise AquabitError(
                 f"{type(pipe).__name__} takes neither class_labels, prompt nor batch_size with a generator;"
@@ -319,19 +336,58 @@ class Adapter:
         if protocol.conditions is not None and self.kind == "class_labels":
             for condition in dict.fromkeys(protocol.conditions):
                 self._label(condition)
+        check_roles(self.pipe, protocol)
+        self._check_strength(protocol)
         own, asked = image_size(self.pipe), protocol.resolution
-        if asked is not None and (asked, asked) != own and "height" not in self.parameters:
+        sized = "height" in self.parameters or picture_arguments(
+            self.pipe
+        )  # images have their picture's size
+        if asked is not None and (asked, asked) != own and not sized:
             side = "its own number of" if own is None else " x ".join(map(str, dict.fromkeys(own)))
             raise AquabitError(f"resolution is {asked}, but {name} makes images of {side} pixels only")
         if protocol.frames is not None and "num_frames" not in self.parameters:
             raise AquabitError(f"frames is {protocol.frames}, but {name} takes no number of frames")
 
+    def _check_strength(self, protocol: Protocol) -> None:
+        name, strength = type(self.pipe).__name__, protocol.strength
+        if strength is not None and "strength" not in self.parameters:
+            raise AquabitError(f"strength is {strength:g}, but {name} takes none; leave it out")
+        share = self.usual_strength if strength is None else strength
+        if share is not None and int(protocol.steps * share + 1e-9) < 1:
+            raise AquabitError(
+                f"strength {share:g} of {protocol.steps} steps leaves none to run; give at least"
+                f" {ceil(1 / share)} steps, or more strength"
+            )
+
+    @property
+    def usual_strength(self) -> float | None:
+        """The strength that the pipeline takes where none is asked for; None where it has none."""
+        own = self.parameters.get("strength")
+        return float(own.default) if own is not None and isinstance(own.default, int | float) else None
+
+    def needs_pictures(self, protocol: Protocol) -> bool:
+        """Whether the pipeline does not come to its denoiser without pictures."""
+        return runs_without(self.pipe, self._run, replace(protocol, inputs=None)) is not None
+
+    def _check_pictures(self, protocol: Protocol) -> None:
+        """Raise AquabitError where the pipeline needs pictures that the protocol does not have."""
+        missing = missing_pictures(self.pipe, protocol)
+        said = runs_without(self.pipe, self._run, protocol) if missing else None
+        if said is not None:
+            files = " and ".join(f"cat{'.' * bool(role)}{role}.png" for role in missing)
+            raise AquabitError(
+                f"{type(self.pipe).__name__} makes no images without {', '.join(missing.values())}; give"
+                f" --inputs DIR, a folder with {files} for every picture ({said})"
+            )
+
     def check(self, protocol: Protocol) -> None:
         """Raise AquabitError where the pipeline or its sampler would ignore what the protocol asks for."""
         self.check_taken(protocol)
+        self._check_pictures(protocol)
         own, asked = image_size(self.pipe), protocol.resolution
         asked = None if (asked, asked) == own else asked  # what would be made anyhow
-        check_effects(self.pipe, self._run, replace(protocol, resolution=asked))
+        strength = None if protocol.strength == self.usual_strength else protocol.strength
+        check_effects(self.pipe, self._run, replace(protocol, resolution=asked, strength=strength))
 
     @property
     def usual_steps(self) -> int:
@@ -350,6 +406,22 @@ class Adapter:
             known = known[::-1]  # where both are there, the other one is of distilled denoisers
         return next((name for name in known if name in self.parameters), None)
 
+    def alone(self, protocol: Protocol) -> bool:
+        """Whether a call of the pipeline makes one sample, whatever the micro-batch: with pictures it does
+        unless its family is known to take one a sample."""
+        if self.family is not None and self.family.alone:
+            return True
+        return protocol.inputs is not None and not (self.family is not None and self.family.together)
+
+    def first_step(self, protocol: Protocol) -> int:
+        """The first of the protocol's steps that runs: not 0 where sampling begins with a picture."""
+        return first_step(self.pipe, self._run, protocol) if "strength" in self.parameters else 0
+
+    def calls(self, protocol: Protocol) -> int:
+        """Steps of the sampler that all of a protocol's images take, each of a micro-batch."""
+        batches = protocol.images if self.alone(protocol) else len(self.batches(protocol))
+        return batches * (protocol.steps - self.first_step(protocol))
+
     def batches(self, protocol: Protocol) -> list[range]:
         return [
             range(i, min(i + protocol.micro_batch, protocol.images))
@@ -364,7 +436,7 @@ class Adapter:
         """
         self.check(protocol)
         refollow_(self.denoiser, scheduler_of(self.pipe))  # it may have been replaced
-        if self.family is not None and self.family.alone:
+        if self.alone(protocol):
             one = replace(protocol, micro_batch=1)
             images = torch.cat([self._run(one, range(i, i + 1), gradients) for i in indices])
         else:
@@ -406,14 +478,17 @@ class Adapter:
             "height": protocol.resolution,
             "width": protocol.resolution,
             "num_frames": protocol.frames,
+            "strength": protocol.strength,
+            "max_area": None if protocol.resolution is None else protocol.resolution**2,  # of FLUX.1 Kontext
         }
         always = {**EVERYWHERE, **(self.family.options if self.family else {})}
         if self.guidance == "true_cfg_scale":  # it acts beside a negative prompt
             given["negative_prompt"] = [""] * len(here) if protocol.guidance != 1.0 else None
         given = {k: v for k, v in given.items() if v is not None} | always
         given = {k: v for k, v in given.items() if k in self.parameters}
-        if self.family is not None and self.family.alone:
+        if alone := self.alone(protocol):
             given["generator"] = given["generator"][0]
+        given |= pictures_for(self.pipe, protocol, indices, alone)
         if "batch_size" in self.parameters:
             given["batch_size"] = len(here)
         if self.kind == "batch_size":
@@ -430,7 +505,8 @@ class Adapter:
     def first_inputs(self, protocol: Protocol) -> Call:
         """Inputs of the first denoiser call of ``protocol``'s first micro-batch; no image is finished."""
         self.check(protocol)
-        found = first_inputs(self.denoiser, partial(self._run, protocol, self.batches(protocol)[0]))
+        one = replace(protocol, micro_batch=1) if self.alone(protocol) else protocol
+        found = first_inputs(self.denoiser, partial(self._run, one, self.batches(one)[0]))
         if found is None:
             raise AquabitError(f"{type(self.pipe).__name__} makes its images without a call of its denoiser")
         return found

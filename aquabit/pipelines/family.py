@@ -40,7 +40,9 @@ class Family:
     (``aquabit.graph``). ``encodings`` are how prompts become embeddings; none: the pipeline encodes its
     prompts itself, in every call. ``options`` are arguments of every call. ``guidance`` is the argument that
     takes it, ``off`` its value where there is none (guidance 1); ``embedded``: guidance is an input of the
-    denoiser, where its config says so, and never a second branch. ``alone``: a call makes one sample.
+    denoiser, where its config says so, and never a second branch. ``alone``: a call makes one sample;
+    ``together``: one picture a sample, where it takes pictures (``picture_arguments``), which have 1 /
+    ``shrink`` of the images' sides.
     ``resolution`` [pixels] and ``example`` are those of the published model.
     """
 
@@ -53,6 +55,8 @@ class Family:
     embedded: bool = False
     off: float = 1.0
     alone: bool = False
+    together: bool = False
+    shrink: int = 1
     resolution: int | None = None
     example: str = ""
 
@@ -90,17 +94,19 @@ EVERYWHERE: Mapping[str, Any] = {
 FAMILIES: tuple[Family, ...] = (
     Family(
         "sd",
-        ("StableDiffusionPipeline",),
+        ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"),
         "prompt",
         (Encoding(_PAIR),),
+        together=True,
         resolution=512,
         example="stable-diffusion-v1-5/stable-diffusion-v1-5",
     ),
     Family(
         "sdxl",
-        ("StableDiffusionXLPipeline",),
+        ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline"),
         "prompt",
         (Encoding(_POOLED),),
+        together=True,
         resolution=1024,
         example="stabilityai/stable-diffusion-xl-base-1.0",
     ),
@@ -133,18 +139,30 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "sd3",
-        ("StableDiffusion3Pipeline",),
+        ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline"),
         "prompt",
         (Encoding(_POOLED, arguments={"prompt_2": None, "prompt_3": None}),),
+        together=True,
         resolution=1024,
         example="stabilityai/stable-diffusion-3-medium-diffusers",
     ),
     Family(
         "flux",
-        ("FluxPipeline",),
+        (
+            "FluxPipeline",
+            "FluxImg2ImgPipeline",
+            "FluxInpaintPipeline",
+            "FluxFillPipeline",
+            "FluxKontextPipeline",
+            "FluxControlPipeline",
+        ),
         "prompt",
         (Encoding(("prompt_embeds", "pooled_prompt_embeds", None)),),  # text ids are all zero
+        options={
+            "_auto_resize": False
+        },  # Kontext: the resolution that is asked for, not the nearest of a list
         embedded=True,
+        together=True,
         resolution=1024,
         example="black-forest-labs/FLUX.1-dev",
     ),
