@@ -33,7 +33,6 @@ __all__ = [
     "LayerGraph",
     "codebook_names",
     "dense_macs",
-    "describe_inputs",
     "described_inputs",
     "example_inputs",
     "family_of",

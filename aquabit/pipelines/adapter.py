@@ -18,7 +18,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from aquabit.file_memory import CopiesInFiles
-from aquabit.graph import describe_inputs, known_class
+from aquabit.graph import known_class
 from aquabit.graph import trace as trace_denoiser
 from aquabit.pipelines.effects import check_effects, first_step, runs_without
 from aquabit.pipelines.family import EVERYWHERE, KINDS, denoiser_of, family, family_notes, scheduler_of
@@ -47,6 +47,8 @@ from aquabit.quant.finetuning.replay import Recording, recording
 from aquabit.quant.model import QuantizedDenoiser
 from aquabit.scheme import SCHEDULERS, AquabitError, Calibration, Progress, Protocol, QuantConfig, no_progress
 
+# of a video from a picture that is made to be traced: its encoder would take minutes for all of them
+FEW_FRAMES = 9
 GUIDANCE = ("guidance_scale", "true_cfg_scale")  # where a pipeline of no known family takes guidance
 Pipeline: TypeAlias = DiffusionPipeline | Model  # what makes images
 CALIBRATION_BATCH, CALIBRATION_CALLS = 16, 64  # images of a denoiser call that is kept, and how many are kept
@@ -73,8 +75,7 @@ def _traced(model: DiffusionPipeline | nn.Module) -> nx.DiGraph:
     denoiser = denoiser_of(model)
     if isinstance(model, nn.Module):
         return trace_denoiser(denoiser)
-    known, takes = known_class(type(denoiser)), bool(picture_arguments(model))
-    if known and not takes:
+    if known_class(type(denoiser)):
         return trace_denoiser(denoiser)
     adapter = Adapter(model)
     asked = Protocol(
@@ -83,16 +84,28 @@ def _traced(model: DiffusionPipeline | nn.Module) -> nx.DiGraph:
         micro_batch=1,
         conditions=("",) if adapter.kind == "prompt" else None,
     )
-    if takes and adapter.needs_pictures(asked):
-        asked = replace(asked, inputs=made_up(model))
-    elif known:
-        return trace_denoiser(denoiser)
-    args, kwargs = adapter.first_inputs(asked)
+    if picture_arguments(model) and adapter.stops_at(asked) is not None:
+        frames = FEW_FRAMES if "num_frames" in adapter.parameters else None
+        asked = replace(asked, inputs=made_up(model, ()), frames=frames)
+        if missing_pictures(model, asked) and adapter.stops_at(asked) is not None:
+            asked = replace(asked, inputs=made_up(model))
+    args, kwargs = _calls_it(adapter, asked)
     names = inspect.signature(denoiser.forward).parameters
     inputs = {**dict(zip(names, args, strict=False)), **kwargs}
-    graph = trace_denoiser(denoiser, inputs)
-    graph.graph["inputs"] = describe_inputs(inputs)  # pictures may be more of them than the class tells
-    return graph
+    return trace_denoiser(denoiser, inputs)
+
+
+def _calls_it(adapter: Adapter, asked: Protocol) -> Call:
+    """Inputs of a pipeline's first denoiser call; raises AquabitError for whatever its own code raises."""
+    try:
+        return adapter.first_inputs(asked)
+    except AquabitError:
+        raise
+    except Exception as error:
+        raise AquabitError(
+            f"{type(adapter.pipe).__name__} does not come to its denoiser, which is to be traced there"
+            f" ({type(error).__name__}: {' '.join(str(error).split()):.200})"
+        ) from error
 
 
 def model_notes(pipe: Pipeline, graph: nx.DiGraph) -> list[str]:
@@ -365,14 +378,15 @@ class Adapter:
         own = self.parameters.get("strength")
         return float(own.default) if own is not None and isinstance(own.default, int | float) else None
 
-    def needs_pictures(self, protocol: Protocol) -> bool:
-        """Whether the pipeline does not come to its denoiser without pictures."""
-        return runs_without(self.pipe, self._run, replace(protocol, inputs=None)) is not None
+    def stops_at(self, protocol: Protocol) -> str | None:
+        """Why the pipeline does not come to its denoiser with the pictures that a protocol has; None where it
+        does."""
+        return runs_without(self.pipe, self._run, protocol)
 
     def _check_pictures(self, protocol: Protocol) -> None:
         """Raise AquabitError where the pipeline needs pictures that the protocol does not have."""
         missing = missing_pictures(self.pipe, protocol)
-        said = runs_without(self.pipe, self._run, protocol) if missing else None
+        said = self.stops_at(protocol) if missing else None
         if said is not None:
             files = " and ".join(f"cat{'.' * bool(role)}{role}.png" for role in missing)
             raise AquabitError(

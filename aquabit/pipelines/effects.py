@@ -71,10 +71,11 @@ def check_effects(pipe: DiffusionPipeline, run: Run, protocol: Protocol) -> None
             f"strength is {strength:g}, but it changes nothing of what this {name} makes; leave it out"
         )
     if inputs is not None and inputs.folder != MADE_UP:
-        made = replace(made_up(pipe), roles=inputs.roles)
+        made = made_up(pipe, inputs.roles)
         if not acts("inputs", inputs.folder, differs(inputs=made)):
             raise AquabitError(
-                f"inputs are {inputs.folder}, but no picture changes what this {name} makes; leave them out"
+                f"inputs are {inputs.folder}, but no picture changes what this {name} makes; lower --strength"
+                " where it is what leaves nothing of them, or leave them out"
             )
     for what, value in (("resolution", protocol.resolution), ("frames", protocol.frames)):
         if value is not None and not acts(what, value, partial(_resized, pipe, run, one, what)):

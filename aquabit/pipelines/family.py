@@ -102,6 +102,14 @@ FAMILIES: tuple[Family, ...] = (
         example="stable-diffusion-v1-5/stable-diffusion-v1-5",
     ),
     Family(
+        "sd-upscale",
+        ("StableDiffusionUpscalePipeline",),
+        "prompt",
+        shrink=4,
+        resolution=512,
+        example="stabilityai/stable-diffusion-x4-upscaler",
+    ),
+    Family(
         "sdxl",
         ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline"),
         "prompt",
@@ -155,6 +163,8 @@ FAMILIES: tuple[Family, ...] = (
             "FluxFillPipeline",
             "FluxKontextPipeline",
             "FluxControlPipeline",
+            "FluxControlImg2ImgPipeline",
+            "FluxControlInpaintPipeline",
         ),
         "prompt",
         (Encoding(("prompt_embeds", "pooled_prompt_embeds", None)),),  # text ids are all zero
@@ -177,18 +187,23 @@ FAMILIES: tuple[Family, ...] = (
     Family("flux2-klein", ("Flux2KleinPipeline",), "prompt", example="black-forest-labs/FLUX.2-klein-4B"),
     Family(
         "qwen-image",
-        ("QwenImagePipeline",),
+        ("QwenImagePipeline", "QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline"),
         "prompt",
         guidance="true_cfg_scale",
         resolution=1024,
         example="Qwen/Qwen-Image",
     ),
     Family(
-        "z-image", ("ZImagePipeline",), "prompt", off=0.0, resolution=1024, example="Tongyi-MAI/Z-Image-Turbo"
+        "z-image",
+        ("ZImagePipeline", "ZImageImg2ImgPipeline", "ZImageInpaintPipeline"),
+        "prompt",
+        off=0.0,
+        resolution=1024,
+        example="Tongyi-MAI/Z-Image-Turbo",
     ),
     Family(
         "chroma",
-        ("ChromaPipeline",),
+        ("ChromaPipeline", "ChromaImg2ImgPipeline"),
         "prompt",
         (Encoding(_CHROMA),),
         resolution=1024,
@@ -216,7 +231,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "sana-sprint",
-        ("SanaSprintPipeline",),
+        ("SanaSprintPipeline", "SanaSprintImg2ImgPipeline"),
         "prompt",
         options={"intermediate_timesteps": None},  # one that two steps alone allow
         resolution=1024,
@@ -238,8 +253,20 @@ FAMILIES: tuple[Family, ...] = (
         resolution=1024,
         example="fal/AuraFlow-v0.3",
     ),
-    Family("wan", ("WanPipeline",), "prompt", (Encoding(_PAIR),), example="Wan-AI/Wan2.1-T2V-1.3B-Diffusers"),
-    Family("ltx", ("LTXPipeline",), "prompt", (Encoding(_MASKED),), example="Lightricks/LTX-Video"),
+    Family(
+        "wan",
+        ("WanPipeline", "WanImageToVideoPipeline"),
+        "prompt",
+        (Encoding(_PAIR),),
+        example="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+    ),
+    Family(
+        "ltx",
+        ("LTXPipeline", "LTXImageToVideoPipeline"),
+        "prompt",
+        (Encoding(_MASKED),),
+        example="Lightricks/LTX-Video",
+    ),
     Family(
         "hunyuan-video",
         ("HunyuanVideoPipeline",),
@@ -248,7 +275,13 @@ FAMILIES: tuple[Family, ...] = (
         embedded=True,
         example="hunyuanvideo-community/HunyuanVideo",
     ),
-    Family("cogvideox", ("CogVideoXPipeline",), "prompt", (Encoding(_PAIR),), example="zai-org/CogVideoX-2b"),
+    Family(
+        "cogvideox",
+        ("CogVideoXPipeline", "CogVideoXImageToVideoPipeline"),
+        "prompt",
+        (Encoding(_PAIR),),
+        example="zai-org/CogVideoX-2b",
+    ),
     Family("amused", ("AmusedPipeline",), "prompt", alone=True, resolution=512, example="amused/amused-512"),
     Family("krea2", ("Krea2Pipeline",), "prompt", off=0.0, example="krea/Krea-2"),
     Family("dit", ("DiTPipeline",), "class_labels", resolution=256, example="facebook/DiT-XL-2-256"),

@@ -19,6 +19,7 @@ ROLES: Mapping[str, tuple[str, ...]] = {
     "last": ("last_image",),
 }
 MADE_UP = ""  # the folder of pictures that are in none
+ANY_SIDE = 512  # pixels of these where nothing tells a size
 
 
 def picture_arguments(pipe: Any) -> dict[str, str]:
@@ -33,9 +34,11 @@ def picture_arguments(pipe: Any) -> dict[str, str]:
     return {role: name for role, name in found.items() if name is not None}
 
 
-def made_up(pipe: Any) -> Inputs:
-    """One picture with all that a pipeline may take beside it, for calls whose images nobody sees."""
-    return Inputs(MADE_UP, (("", ""),), tuple(role for role in picture_arguments(pipe) if role))
+def made_up(pipe: Any, roles: Sequence[str] | None = None) -> Inputs:
+    """One picture with ``roles`` (None: all that a pipeline may take) beside it, for calls whose images
+    nobody sees."""
+    every = tuple(role for role in picture_arguments(pipe) if role)
+    return Inputs(MADE_UP, (("", ""),), every if roles is None else tuple(roles))
 
 
 def check_roles(pipe: Any, protocol: Protocol) -> None:
@@ -68,6 +71,9 @@ def pictures_for(pipe: Any, protocol: Protocol, indices: Sequence[int], alone: b
         return {}
     own, names = family(pipe), picture_arguments(pipe)
     whole = image_size(pipe, protocol.resolution)
+    published = own.resolution if own is not None else None
+    if whole is None and (published is not None or protocol.inputs.folder == MADE_UP):
+        whole = published or ANY_SIDE, published or ANY_SIDE
     if whole is None:
         raise AquabitError(
             f"{type(pipe).__name__} does not tell the size of its images, which pictures are cut to; give"
