@@ -1,8 +1,9 @@
 """Which pipeline classes of diffusers work, on tiny pipelines of the real classes.
 
 Run as ``python -m benchmarks.families [CLASS ...]``: every class of text to image, text to video, image to
-image, inpainting, edits, image to video and the like of which a tiny random pipeline is made here goes through the whole of it (images in full precision, quantized
-to uniform usq4 at a8, packed, saved and loaded again, the same images), or what refuses it is said.
+image, inpainting, edits, image to video and the like of which a tiny random pipeline is made here goes
+through the whole of it (images in full precision, quantized to uniform usq4 at a8, packed, saved and loaded
+again, the same images), or what refuses it is said.
 ``python -m benchmarks.families flow [NAME ...]`` takes the seconds of a family's whole flow, from a folder to
 images of the packed pipeline that was loaded again. Both write benchmarks/results/families.{json,md}, and
 keep rows that are not named.
@@ -59,8 +60,8 @@ def makers() -> dict[str, Callable[[], Any]]:
 
 
 def protocol_of(name: str, pipe: Any, folder: Path) -> Protocol:
-    """Two samples of a tiny pipeline, guided where it takes guidance, at its small size, from pictures where it
-    is one of those that take them."""
+    """Two samples of a tiny pipeline, guided where it takes guidance, at its small size, from pictures where
+    it is one of those that take them."""
     if name in WITH_PICTURES:
         return from_pictures(name, pipe, folder)
     takes = inspect.signature(type(pipe).__call__).parameters
