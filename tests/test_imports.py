@@ -25,6 +25,7 @@ VALUES = {
     "runtime",
     "file_memory",
     "maximum_entropy",
+    "parts",
     "user_code",
     "inputs",
 }
@@ -47,6 +48,7 @@ ALLOWED: dict[str, set[str]] = {
     "scheme": {*SUBJECTS, "errors", "inputs", "jsonio", "progress"},
     "runtime": {"errors"},
     "user_code": {"errors"},
+    "parts": set(),
     "file_memory": {"errors", "runtime"},
     "kernels": VALUES,
     "graph": VALUES,

@@ -70,7 +70,7 @@ def settings(
             first = {"first": found} if (found := first_step(model, protocol)) else {}
             kept["step_groups"] = {**groups, **first}
         space = make_space(model.graph, model.fingerprint, model.reference, **kept)
-    check_correctable(model, protocol, space.correction)
+    check_correctable(model, protocol, space.correction, space.steps)
     if space.steps is not None and space.steps.total != protocol.steps:
         raise AquabitError(
             f"the step groups are of {space.steps.total} steps, the images are made in {protocol.steps};"

@@ -173,7 +173,7 @@ def test_steps_that_a_picture_leaves_out(name: str, tmp_path: Path) -> None:
     pipe = randomised(WITH_PICTURES[name])
     protocol = from_pictures(name, pipe, tmp_path, steps=10, strength=0.7, guidance=1.0)
     adapter, steps = Adapter(pipe), Steps()
-    with following(adapter.denoiser, pipe.scheduler, [steps]):
+    with following(denoiser_of(pipe), pipe.scheduler, [steps]):
         images(pipe, protocol)
     assert steps.seen == list(range(3, 10))
     assert adapter.first_step(protocol) == 3 and adapter.calls(protocol) == 7
