@@ -53,7 +53,7 @@ def test_the_whole_flow(name: str, tmp_path: Path) -> None:
     protocol = from_pictures(name, pipe, tmp_path, steps=3, objective="psnr")
     graph, study = trace(load(folder)), Study(tmp_path / "S.db")
     space = {"schemes": ["usq4h", "usq2"], "activations": [8]}
-    aquabit.measure(folder, study, 12, protocol=protocol, space=space, bank=bank, sample_seed=1)
+    aquabit.measure(folder, study, 24, protocol=protocol, space=space, bank=bank, sample_seed=1)
     table = study.measurements(study.protocol)
     assert table.psnr.notna().all() and len(set(table.psnr.round(6))) > 3  # configurations differ
     named = {
