@@ -38,9 +38,13 @@ _HOMES = {
     "FineTuning": "quant.finetuning.settings",
     "AquabitConfig": "quant.diffusers_quantizer",
     "Model": "pipelines.own_model",
+    "Inputs": "inputs",
+    "read_inputs": "inputs",
 }
 
 if TYPE_CHECKING:
+    from aquabit.inputs import Inputs as Inputs
+    from aquabit.inputs import read_inputs as read_inputs
     from aquabit.kernels import CodebookWeight as CodebookWeight
     from aquabit.packing import generate as generate
     from aquabit.packing import quantize as quantize

@@ -16,10 +16,12 @@ Act = int | tuple[int, ...]  # activation bits (16 = off), or those of each grou
 @dataclass(frozen=True)
 class StepGroups:
     """Contiguous groups of the ``total`` denoising steps: ``starts`` are the first steps of the groups, in
-    order of sampling."""
+    order of sampling. ``first``: the first step that runs, where sampling begins with a picture; each group
+    must have one that does."""
 
     total: int
     starts: tuple[int, ...]
+    first: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "starts", tuple(self.starts))
@@ -29,6 +31,11 @@ class StepGroups:
                 f"step groups that start at {list(self.starts)} of {self.total} steps are not usable; give 2"
                 " to 5 rising starts from 0"
             )
+        if not 0 <= self.first < self.starts[1]:
+            raise AquabitError(
+                f"the first group of steps, 1 to {self.starts[1]}, never runs: with this strength sampling"
+                f" begins with step {self.first + 1} of {self.total}; let the second group begin after that"
+            )
 
     def of(self, step: int) -> int:
         """The group that a step (from 0) belongs to."""
@@ -36,8 +43,14 @@ class StepGroups:
 
     @property
     def shares(self) -> tuple[float, ...]:
-        """Each group's share of the steps; they add up to 1."""
-        return tuple((end - start) / self.total for start, end in pairwise((*self.starts, self.total)))
+        """Each group's share of the steps that run; they add up to 1."""
+        ends = pairwise((self.first, *self.starts[1:], self.total))
+        return tuple((end - start) / (self.total - self.first) for start, end in ends)
+
+    def to_dict(self) -> dict[str, object]:
+        """As JSON has it."""
+        first = {"first": self.first} if self.first else {}  # absent: groups stay what they were
+        return {"total": self.total, "starts": list(self.starts), **first}
 
 
 def plain_act(act: Act) -> Act:

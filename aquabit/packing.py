@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeAlias, TypedDict, Unpack
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from aquabit.files import check_apart, follow_umask, write_text, writing_folder
 from aquabit.graph import repeated_names
+from aquabit.inputs import Inputs, read_inputs
 from aquabit.jsonio import read_json
 from aquabit.kernels import Accuracy
 from aquabit.kernels.dispatch import using
@@ -89,20 +90,25 @@ class SamplingOptions(TypedDict, total=False):
     resolution: int | None
     scheduler: str | None
     frames: int | None
+    inputs: str | Path | Inputs | None
+    strength: float | None
     deterministic: bool
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How images are sampled, ``resolution`` in pixels, ``frames`` of each video; None: as the artifact's
-    configuration was measured, else as ``Calibration`` has it. ``deterministic``: the same bits whatever
-    timings and threads there are."""
+    """How images are sampled, ``resolution`` in pixels, ``frames`` of each video, from pictures (``inputs``:
+    a folder for ``aquabit.read_inputs``) with a ``strength``; None: as the artifact's configuration was
+    measured, else as ``Calibration`` has it. ``deterministic``: the same bits whatever timings and threads
+    there are."""
 
     eta: float | None = None
     guidance: float | None = None
     resolution: int | None = None
     scheduler: str | None = None
     frames: int | None = None
+    inputs: str | Path | Inputs | None = None
+    strength: float | None = None
     deterministic: bool = False
 
 
@@ -237,6 +243,9 @@ def quantize(
     ranges = model.ranges(config) or {}
     # a folder of this machine tells nobody
     config = replace(config, model=Reference.parse(config.model).public)
+    if config.calibration is not None and config.calibration.inputs is not None:
+        public = config.calibration.inputs.public
+        config = replace(config, calibration=replace(config.calibration, inputs=public))
     again = repeated_names(model.denoiser)
     facts = (model.inputs, model.tied, again, model.about)
     contents = Contents(config, model.layers, ranges, statistics, *facts)
@@ -311,10 +320,11 @@ def generate(
     """Images [n, c, h, w] in [0, 1] from a pipeline or packed artifact, image i from seed + i; of videos
     every frame is one, those of a video after each other.
 
-    ``steps``, ``eta``, ``guidance``, ``resolution`` (pixels), ``frames``, ``scheduler`` and ``conditions``
-    default to what the artifact's configuration was measured with (else 10, 0, 1 and the model's own),
-    ``correction`` to the artifact's own; "none" switches it off. ``offload``: what is loaded waits on the CPU
-    and is on the GPU only while it runs.
+    ``steps``, ``eta``, ``guidance``, ``resolution`` (pixels), ``frames``, ``scheduler``, ``inputs`` (a folder
+    of pictures), ``strength`` and ``conditions`` (else the texts beside the pictures) default to what the
+    artifact's configuration was measured with (else 10, 0, 1 and the model's own), ``correction`` to the
+    artifact's own; "none" switches it off. ``offload``: what is loaded waits on the CPU and is on the GPU
+    only while it runs.
 
     A packed one runs on the kernels that are fastest on this machine, timed first where that is missing;
     images then depend, within a few grey values, on timings, threads and their number. ``deterministic``: one
@@ -335,8 +345,13 @@ def generate(
     usual = (None if config is None else config.calibration) or Calibration()
     if config is not None and config.total_steps is not None:
         usual = replace(usual, steps=config.total_steps)
-    asked = {"steps": steps, **asdict(Sampling(**sampling))}
+    how = Sampling(**sampling)
+    asked = {"steps": steps, **{f.name: getattr(how, f.name) for f in fields(how)}}
     same = asked.pop("deterministic")
+    if isinstance(how.inputs, str | Path):
+        asked["inputs"] = read_inputs(how.inputs)
+    if isinstance(asked["inputs"], Inputs) and not conditions:
+        conditions = asked["inputs"].texts()
     given: dict[str, Any] = {k: getattr(usual, k) if v is None else v for k, v in asked.items()}
     batch = image_batch(adapter.pipe, replace(usual, **given), MICRO_BATCH)
     protocol = Protocol(

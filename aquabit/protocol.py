@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from aquabit.errors import AquabitError
+from aquabit.inputs import Inputs
 from aquabit.jsonio import digest, record
 
 SCHEDULERS: Mapping[str, str] = {  # what samplers are called here, and their classes in diffusers
@@ -29,7 +30,9 @@ BOUNDS = {
     "seed": (0, (1 << 63) - 1),
     "eta": (0, 1000),
     "guidance": (-1000, 1000),
+    "strength": (0.001, 1),
 }
+LATER = ("frames", "inputs", "strength")  # absent where they are not asked for: digests stay what they were
 
 
 def _check(settings: Calibration | Protocol) -> None:
@@ -40,9 +43,17 @@ def _check(settings: Calibration | Protocol) -> None:
             raise AquabitError(f"{name} is {value}; it must be at least {low} and at most {high:,}")
 
 
-def _without_absent(settings: dict[str, Any]) -> dict[str, Any]:
-    """Digests of what makes no videos stay what they were."""
-    return {k: v for k, v in settings.items() if k != "frames" or v is not None}
+def _as_dict(settings: Calibration | Protocol) -> dict[str, Any]:
+    found = {f.name: getattr(settings, f.name) for f in fields(settings)}
+    if settings.inputs is not None:
+        found["inputs"] = settings.inputs.to_dict()
+    return {k: v for k, v in found.items() if k not in LATER or v is not None}
+
+
+def _identity(settings: Calibration | Protocol) -> dict[str, Any]:
+    """What digests are made of: where pictures lie is no part of what is done."""
+    found = _as_dict(settings)
+    return found if settings.inputs is None else {**found, "inputs": settings.inputs.identity}
 
 
 @dataclass(frozen=True)
@@ -59,6 +70,8 @@ class Calibration:
     resolution: int | None = None
     conditions: tuple[str | int, ...] | None = None
     frames: int | None = None
+    inputs: Inputs | None = None
+    strength: float | None = None
 
     def __post_init__(self) -> None:
         _check(self)
@@ -66,23 +79,32 @@ class Calibration:
             object.__setattr__(self, name, float(getattr(self, name)))  # 2 and 2.0 have one digest
         if self.conditions is not None:
             object.__setattr__(self, "conditions", tuple(self.conditions[: self.images]))  # no more are used
+        if self.inputs is not None and len(self.inputs.pictures) > self.images:
+            object.__setattr__(self, "inputs", self.inputs.turned(range(self.images)))
 
     @staticmethod
     def of(protocol: Protocol) -> Calibration:
         """Sampled as ``protocol`` samples."""
-        kept = ("steps", "scheduler", "eta", "guidance", "resolution", "conditions", "frames")
+        own = {f.name for f in fields(Calibration)} - {"images", "seed"}
+        kept = [f.name for f in fields(Protocol) if f.name in own]
         return Calibration(**{k: getattr(protocol, k) for k in kept})
 
     def protocol(self, micro_batch: int) -> Protocol:
         """As a protocol, to make images by."""
-        return Protocol(**{**asdict(self), "micro_batch": micro_batch})
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Protocol(**own, micro_batch=micro_batch)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What it is, wherever its pictures lie."""
+        return _identity(self)
 
     @property
     def digest(self) -> str:
-        return digest(self.to_dict())
+        return digest(self.identity)
 
     def to_dict(self) -> dict[str, Any]:
-        return _without_absent(asdict(self))
+        return _as_dict(self)
 
 
 @dataclass(frozen=True)
@@ -107,6 +129,8 @@ class Protocol:
     # direction of a metric
     measures: tuple[str, ...] = ()
     frames: int | None = None  # of each video; None: the model's own
+    inputs: Inputs | None = None  # pictures that images are made from, repeated in order
+    strength: float | None = None  # how far from its picture an image may be; None: the pipeline's own
 
     def __post_init__(self) -> None:
         _check(self)
@@ -118,7 +142,7 @@ class Protocol:
     def digest(self) -> str:
         """Changes with everything but the objective (all metrics are always stored)."""
         absent = {"objective"} if self.measures else {"objective", "measures"}  # digests stay what they were
-        return digest({k: v for k, v in _without_absent(asdict(self)).items() if k not in absent})
+        return digest({k: v for k, v in _identity(self).items() if k not in absent})
 
     def direction(self, metric: str | None = None) -> Literal["min", "max"]:
         """Whether lower ("min") or higher ("max") values are better, of the objective or of another
@@ -144,7 +168,7 @@ class Protocol:
         return record(Protocol, value, source)
 
     def to_dict(self) -> dict[str, Any]:
-        return _without_absent(asdict(self))
+        return _as_dict(self)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from aquabit.activation_bits import Act, StepGroups, plain_act
 from aquabit.errors import AquabitError
+from aquabit.inputs import Inputs
 from aquabit.jsonio import clear_errors, digest, read_json
 from aquabit.protocol import Calibration
 from aquabit.scheme_kinds import FP, Scheme
@@ -159,7 +160,7 @@ class QuantConfig:
         """Equal for equal configurations, whatever name the model goes by."""
         body = {k: v for k, v in self.to_dict().items() if k not in ("model", "schema", "calibration")}
         if self.uses_images:
-            body["calibration"] = (self.calibration or Calibration()).to_dict()
+            body["calibration"] = (self.calibration or Calibration()).identity
         return digest(body)
 
     def with_layer(
@@ -193,9 +194,7 @@ class QuantConfig:
             "model": self.model,
             "fingerprint": self.fingerprint,
             "layers": layers,
-            "steps": (
-                None if self.steps is None else {"total": self.steps.total, "starts": list(self.steps.starts)}
-            ),
+            "steps": None if self.steps is None else self.steps.to_dict(),
             "correction": self.correction,
             "calibration": None if self.calibration is None else self.calibration.to_dict(),
             **{k: v for k, v in later.items() if v is not None},
@@ -219,8 +218,8 @@ class QuantConfig:
                     else f"has codebooks of its own, not {choice.codebook!r}"
                 )
                 raise AquabitError(f"{source}: layer {name!r} at {choice.weight} {what}")
-        calibration = None if file.calibration is None else Calibration(**file.calibration.model_dump())
-        steps = None if file.steps is None else StepGroups(file.steps.total, tuple(file.steps.starts))
+        calibration = None if file.calibration is None else _calibration(file.calibration.model_dump())
+        steps = None if file.steps is None else StepGroups(**file.steps.model_dump())
         return QuantConfig(
             file.fingerprint, layers, file.model, steps, file.correction, calibration, file.tuned, file.ranges
         )
@@ -229,6 +228,11 @@ class QuantConfig:
     def load(path: str | Path) -> QuantConfig:
         """Read ``config.json``; raises AquabitError for a missing, truncated or invalid file."""
         return QuantConfig.from_dict(read_json(path), str(path))
+
+
+def _calibration(read: dict[str, Any]) -> Calibration:
+    given = read.pop("inputs")
+    return Calibration(**read, inputs=None if given is None else Inputs(**given))
 
 
 @lru_cache(1)
@@ -247,6 +251,12 @@ def _config_model() -> Any:
     class Groups(Strict):
         total: int = Field(ge=2)
         starts: list[int]
+        first: int = 0
+
+    class InputsPart(Strict):
+        folder: str
+        pictures: list[tuple[str, str]]
+        roles: list[str]
 
     class CalibrationPart(Strict):
         images: int = Field(ge=1)
@@ -258,6 +268,8 @@ def _config_model() -> Any:
         resolution: int | None
         conditions: list[str | int] | None
         frames: int | None = None
+        inputs: InputsPart | None = None
+        strength: float | None = Field(None, allow_inf_nan=False)
 
     class ConfigFile(Strict):
         version: Literal[1] = Field(alias="schema")

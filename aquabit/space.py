@@ -260,7 +260,7 @@ class SearchSpace:
             "codebooks": dict(self.codebooks or {}),
             "calibration": calibration,
             "correction": self.correction,
-            "step_groups": steps and {"total": steps.total, "starts": list(steps.starts)},
+            "step_groups": steps and steps.to_dict(),
         }
         return {
             "fingerprint": self.fingerprint,
@@ -410,18 +410,22 @@ def _offered(
 
 
 def read_groups(value: Any, source: str) -> StepGroups | None:
-    """Groups of steps from untrusted JSON ({"total": 10, "starts": [0, 5]}; None stays None); raises
-    AquabitError naming ``source``."""
+    """Groups of steps from untrusted JSON ({"total": 10, "starts": [0, 5]}, and "first", the first that runs;
+    None stays None); raises AquabitError naming ``source``."""
     if value is None:
         return None
     numbers = []
     if isinstance(value, Mapping) and isinstance(starts := value.get("starts"), list | tuple):
-        numbers = [value.get("total"), *starts]
-    if not numbers or set(value) != {"total", "starts"} or any(type(n) is not int for n in numbers):
+        numbers = [value.get("total"), value.get("first", 0), *starts]
+    if (
+        not numbers
+        or {*value, "first"} != {"total", "starts", "first"}
+        or any(type(n) is not int for n in numbers)
+    ):
         raise AquabitError(
             f'{source}: step_groups {value!r:.60} must be as {{"total": 10, "starts": [0, 5]}}'
         )
-    return StepGroups(numbers[0], tuple(numbers[1:]))
+    return StepGroups(numbers[0], tuple(numbers[2:]), numbers[1])
 
 
 def read_space(path: str | Path) -> dict[str, Any]:

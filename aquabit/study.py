@@ -72,6 +72,38 @@ def _clear_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
+def _differing(stored: Protocol, given: Protocol) -> str:
+    """What of a protocol is another, in words."""
+    now = given.to_dict()
+    pairs = {k: (v, now.get(k)) for k, v in {**dict.fromkeys(now), **stored.to_dict()}.items()}
+    told = [
+        f"{k} {v} instead of {w}"
+        for k, (v, w) in pairs.items()
+        if k not in ("objective", "inputs") and v != w
+    ]
+    if stored.inputs is not None and given.inputs is not None:
+        old, new = dict(stored.inputs.pictures), dict(given.inputs.pictures)
+        names = [n for n in (*old, *(set(new) - set(old))) if old.get(n) != new.get(n)]
+        told += [f"the picture {names[0]} is another"] if names else []
+        told += (
+            ["pictures in another order"]
+            if not names and stored.inputs.identity != given.inputs.identity
+            else []
+        )
+    elif stored.inputs is not given.inputs:
+        told.append("--inputs of some pictures" if given.inputs is None else "no --inputs")
+    return ", ".join(told)
+
+
+def _moved(space: Any, other: Any = None) -> Any:
+    """A space with the folder of its pictures as another has it, or with none."""
+    inputs = ((space or {}).get("calibration") or {}).get("inputs")
+    if not inputs:
+        return space
+    folder = "" if other is None else other["calibration"]["inputs"]["folder"]
+    return {**space, "calibration": {**space["calibration"], "inputs": {**inputs, "folder": folder}}}
+
+
 class Study:
     """Open (or create) a study file; reading needs no lock, writing takes ``with study.writing():``.
 
@@ -225,8 +257,11 @@ class Study:
             self.add_protocol(protocol)
             return
         self.check(model, fingerprint, space, protocol, fits)
-        if self.protocol.objective != protocol.objective:
+        stored = self.protocol
+        if stored.objective != protocol.objective or stored.inputs != protocol.inputs:
             self.set(protocol=protocol.to_dict())
+        if stored.inputs != protocol.inputs:  # the same pictures lie elsewhere now
+            self.set(**{name: _moved(self.get(name), space) for name in ("space", "offered") if name in self})
 
     @property
     def fits(self) -> int:
@@ -248,8 +283,7 @@ class Study:
             )
         stored = Protocol.from_dict(self.get("protocol"))
         if stored.digest != protocol.digest:
-            pairs = {k: (v, protocol.to_dict()[k]) for k, v in stored.to_dict().items() if k != "objective"}
-            what = ", ".join(f"{k} {v} instead of {w}" for k, (v, w) in pairs.items() if v != w)
+            what = _differing(stored, protocol)
             raise AquabitError(
                 f"{self.path} was measured under another protocol ({what}); use the same options or another"
                 " file"
@@ -259,7 +293,7 @@ class Study:
             raise AquabitError(
                 f"{self.path} was begun with --correction {old}, not {new}; use that or another file"
             )
-        if space not in (self.get("space"), self.get("offered")):
+        if _moved(space) not in map(_moved, (self.get("space"), self.get("offered"))):
             raise AquabitError(
                 f"{self.path} was begun with another search space; use the same --space or another file"
             )

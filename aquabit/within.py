@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import product
+from math import ceil
 from typing import Any
 
 from aquabit.jsonio import record
@@ -139,7 +140,8 @@ def _rungs(
         protocol = replace(
             given,
             images=given.images if "images" in kept else min(images or given.images, given.images),
-            steps=given.steps if fixed else max(1, round(given.steps * share)),
+            # at least as many as leave one to run where sampling begins with a picture
+            steps=given.steps if fixed else max(ceil(1 / (given.strength or 1)), round(given.steps * share)),
         )
         fewer = replace(sample, samples=min(samples or sample.samples, sample.samples))
         for each in spaces:

@@ -394,7 +394,7 @@ def run_flow(
     packed = quantize(model, front.best, bank=where.bank, device=where.device)
     packed.save(out / "packed")
     protocol = study.protocol
-    settings = ("eta", "guidance", "resolution", "scheduler", "frames")
+    settings = ("eta", "guidance", "resolution", "scheduler", "frames", "inputs", "strength")
     sampling = {k: getattr(protocol, k) for k in settings}
     made = generate(
         packed.pipe if packed.is_own else str(out / "packed"),

@@ -1,8 +1,9 @@
 """Which pipeline classes of diffusers work, on tiny pipelines of the real classes.
 
-Run as ``python -m benchmarks.families [CLASS ...]``: every class of text to image, text to video and the like
-of which a tiny random pipeline is made here goes through the whole of it (images in full precision, quantized
-to uniform usq4 at a8, packed, saved and loaded again, the same images), or what refuses it is said.
+Run as ``python -m benchmarks.families [CLASS ...]``: every class of text to image, text to video, image to
+image, inpainting, edits, image to video and the like of which a tiny random pipeline is made here goes
+through the whole of it (images in full precision, quantized to uniform usq4 at a8, packed, saved and loaded
+again, the same images), or what refuses it is said.
 ``python -m benchmarks.families flow [NAME ...]`` takes the seconds of a family's whole flow, from a folder to
 images of the packed pipeline that was loaded again. Both write benchmarks/results/families.{json,md}, and
 keep rows that are not named.
@@ -30,6 +31,7 @@ from aquabit.pipelines import family, trace
 from aquabit.scheme import AquabitError, Protocol
 from aquabit.study import Study
 from benchmarks.common import RESULTS, read, write_results
+from tests.tiny_inputs import WITH_PICTURES, from_pictures
 from tests.tiny_pipelines import PROMPTED, PROMPTS, TINY_PIPELINES, UNGUIDED, randomised, tiny
 from tests.tiny_recent import RECENT, VIDEO
 from tests.tiny_variants import IN_MEMORY, VARIANTS, VIDEOS
@@ -54,11 +56,14 @@ def lines_of(name: str) -> int:
 
 def makers() -> dict[str, Callable[[], Any]]:
     """Every tiny pipeline, by what it is called in the table."""
-    return {**TINY_PIPELINES, **RECENT, **VARIANTS}
+    return {**TINY_PIPELINES, **RECENT, **VARIANTS, **WITH_PICTURES}
 
 
-def protocol_of(name: str, pipe: Any) -> Protocol:
-    """Two samples of a tiny pipeline, guided where it takes guidance, at its small size."""
+def protocol_of(name: str, pipe: Any, folder: Path) -> Protocol:
+    """Two samples of a tiny pipeline, guided where it takes guidance, at its small size, from pictures where
+    it is one of those that take them."""
+    if name in WITH_PICTURES:
+        return from_pictures(name, pipe, folder)
     takes = inspect.signature(type(pipe).__call__).parameters
     own = name in ("hidream", *TINY_PIPELINES) and name not in ("flux", "auraflow")
     return Protocol(
@@ -83,7 +88,9 @@ def tried(name: str, make: Callable[[], Any], folder: Path) -> dict[str, Any]:
         "lines": lines_of(entry.name) if entry else 0,
     }
     try:
-        found = works_whole(pipe, protocol_of(name, pipe), folder, name not in (*IN_MEMORY, "hidream"))
+        found = works_whole(
+            pipe, protocol_of(name, pipe, folder), folder, name not in (*IN_MEMORY, "hidream")
+        )
         if found.same > 1e-5:
             raise AssertionError(f"the packed pipeline makes other images once loaded, by {found.same:.2g}")
     except AquabitError as refusal:

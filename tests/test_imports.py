@@ -27,6 +27,7 @@ VALUES = {
     "maximum_entropy",
     "parts",
     "user_code",
+    "inputs",
 }
 STORES = {*VALUES, "graph", "kernels", "quality", "study", "study_status"}
 SPACES = {*STORES, "layer_formats", "space", "choices", "cost"}
@@ -41,9 +42,10 @@ ALLOWED: dict[str, set[str]] = {
     "scheme_kinds": {"errors"},
     "activation_bits": {"errors"},
     "budget": {"errors"},
-    "protocol": {"errors", "jsonio"},
-    "quant_config": {"errors", "jsonio", "scheme_kinds", "activation_bits", "protocol"},
-    "scheme": {*SUBJECTS, "errors", "jsonio", "progress"},
+    "inputs": {"errors"},
+    "protocol": {"errors", "jsonio", "inputs"},
+    "quant_config": {"errors", "jsonio", "scheme_kinds", "activation_bits", "protocol", "inputs"},
+    "scheme": {*SUBJECTS, "errors", "inputs", "jsonio", "progress"},
     "runtime": {"errors"},
     "user_code": {"errors"},
     "parts": set(),

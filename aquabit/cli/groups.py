@@ -14,6 +14,7 @@ import typer
 
 from aquabit.cli import options
 from aquabit.files import check_apart
+from aquabit.inputs import read_inputs
 from aquabit.measuring.where import Where
 from aquabit.scheme import SCHEDULERS, AquabitError, Budget, Calibration, Protocol, QuantConfig
 
@@ -124,6 +125,18 @@ def read_prompts(path: Path | None) -> tuple[str, ...] | None:
     return kept
 
 
+FILES = ("prompts", "inputs")  # options that name what is read
+
+
+def read_given(prompts: Path | None, inputs: Path | None) -> dict[str, Any]:
+    """What images are made of: "inputs", the pictures of a folder, and "conditions", the prompts of a file,
+    else the texts beside the pictures."""
+    pictures, conditions = None if inputs is None else read_inputs(inputs), read_prompts(prompts)
+    if conditions is None and pictures is not None:
+        conditions = pictures.texts()
+    return {"inputs": pictures, "conditions": conditions}
+
+
 @dataclass(frozen=True)
 class Source:
     """Where MODEL comes from, besides its name."""
@@ -164,6 +177,7 @@ OF_PROTOCOL = (  # fields of a protocol that have options of their own
     "guidance",
     "resolution",
     "frames",
+    "strength",
     "micro_batch",
     "objective",
     "dtype",
@@ -193,6 +207,8 @@ class Measuring:
     micro_batch: options.MicroBatch = Protocol.micro_batch
     resolution: options.Resolution = Protocol.resolution
     frames: options.Frames = Protocol.frames
+    inputs: options.Inputs = None
+    strength: options.Strength = Protocol.strength
     damages: options.Damages = None
 
     def options(self, context: typer.Context) -> MeasureOptions:
@@ -218,7 +234,7 @@ class Measuring:
     def protocol(self, context: typer.Context) -> Protocol:
         """How images are made: options that were not given are the preset's, where it has them."""
         values = {name: getattr(self, name) for name in OF_PROTOCOL}
-        values["conditions"] = read_prompts(self.prompts)
+        values |= read_given(self.prompts, self.inputs)
         if self.preset is not None:
             from aquabit.pipelines import preset_named
 
@@ -412,6 +428,8 @@ class Sampled:
     eta: Annotated[float | None, typer.Option("--eta", help="Their DDIM noise.")] = None
     resolution: options.Resolution = None
     frames: options.Frames = None
+    inputs: options.Inputs = None
+    strength: options.Strength = None
     scheduler: SamplerName = None
 
     def applied(self, config: QuantConfig) -> QuantConfig:
@@ -422,10 +440,9 @@ class Sampled:
                 f"--steps is {self.steps}, and the configuration is set for groups of {config.steps.total}"
                 " steps; leave it out"
             )
-        named = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "prompts"}
+        named = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in FILES}
+        named |= read_given(self.prompts, self.inputs)
         asked = {k: v for k, v in named.items() if v is not None}
-        if (prompts := read_prompts(self.prompts)) is not None:
-            asked["conditions"] = prompts
         return (
             replace(config, calibration=replace(config.calibration or Calibration(), **asked))
             if asked
@@ -456,6 +473,8 @@ class Making:
     resolution: options.Resolution = None
     scheduler: SamplerName = None
     frames: options.Frames = None
+    inputs: options.Inputs = None
+    strength: options.Strength = None
     correction: Annotated[
         str | None,
         typer.Option(
@@ -476,5 +495,5 @@ class Making:
 
     def arguments(self) -> dict[str, Any]:
         """Of ``packing.generate``."""
-        asked = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "prompts"}
-        return asked | {"conditions": read_prompts(self.prompts)}
+        asked = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in FILES}
+        return asked | read_given(self.prompts, self.inputs)

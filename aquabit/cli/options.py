@@ -223,6 +223,23 @@ Resolution = Annotated[
 Frames = Annotated[
     int | None, typer.Option("--frames", min=1, help="Frames of each video; default: the model's own.")
 ]
+Inputs = Annotated[
+    Path | None,
+    typer.Option(
+        "--inputs",
+        metavar="DIR",
+        help=(
+            "Folder of pictures that images are made from, image i from picture i; cat.mask.png and cat.txt"
+            " (its prompt) belong to cat.png."
+        ),
+    ),
+]
+Strength = Annotated[
+    float | None,
+    typer.Option(
+        "--strength", help="How far from its picture an image may be, up to 1; default: the pipeline's own."
+    ),
+]
 Preset = Annotated[
     str | None,
     typer.Option(

@@ -277,11 +277,11 @@ def show_parts(parts: Mapping[str, float]) -> None:
 
 
 def show_operations(calls: Mapping[str, int], operations: int) -> None:
-    """What a run computes, whatever the machine."""
+    """What a run computes, whatever the machine; 0 operations: the graph does not tell."""
     said = ", ".join(f"{name} {count:,}" for name, count in calls.items())
+    told = f": {operations / 1e15:,.1f} PFLOP of its layers" if operations else ""
     console.print(
-        f"{sum(calls.values()):,} calls of the denoiser with one sample ({said}): {operations / 1e15:,.1f}"
-        " PFLOP of its layers",
+        f"{sum(calls.values()):,} calls of the denoiser with one sample ({said}){told}",
         highlight=False,
         soft_wrap=True,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import networkx as nx
@@ -23,6 +23,7 @@ from aquabit.pipelines import (
     load,
     model_notes,
     network_of,
+    scheduled,
     scheduler_named,
     scheduler_of,
     trace,
@@ -49,6 +50,7 @@ class Model:
     # what is to be said of a pipeline of no known family, and of weights that stay dense
     notes: tuple[str, ...] = ()
     made: OwnModel | None = None  # a model of the user's own, as it was opened
+    strength: float | None = None  # that its pipeline takes where none is asked for
     components: tuple[str, ...] = ()  # of a pipeline, what is quantized
     encoders: tuple[str, ...] = ()  # of these, what runs before the sampler's steps
 
@@ -91,6 +93,7 @@ def open_model(model: str | Pipeline) -> Model:
         made=made,
         components=components,
         encoders=tuple(encoder_names(pipe)),
+        strength=getattr(adapter, "usual_strength", None),
     )
 
 
@@ -99,10 +102,20 @@ def settled(model: Model, protocol: Protocol) -> Protocol:
     function of the user's does not make the same images again (``check_sampler``)."""
     if model.made is None:
         check_scheduler(protocol.scheduler)
-        return protocol
+        usual = None if protocol.inputs is None else model.strength
+        return replace(protocol, strength=protocol.strength or usual)
     found = model.made.settled(protocol)
     check_sampler(model.made, found)
     return found
+
+
+def first_step(model: Model, protocol: Protocol) -> int:
+    """The first of a protocol's steps that runs: not 0 where sampling begins with a picture."""
+    if protocol.strength is None:
+        return 0
+    pipe = load(model.source)
+    with scheduled(pipe, scheduler_of(pipe), protocol.scheduler):
+        return adapter_of(pipe).first_step(protocol)
 
 
 def check_correctable(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from aquabit.measuring.model import Model, check_correctable, settled
+from aquabit.measuring.model import Model, check_correctable, first_step, settled
 from aquabit.quality import QualityMeter, QualityOptions
 from aquabit.quality.meter import check_available, default_objective
 from aquabit.quant.bank import Bank
@@ -66,6 +66,9 @@ def settings(
         space = SearchSpace.from_dict(study.get("space"))
     else:
         kept = {"calibration": Calibration.of(protocol), **(options.space or {})}
+        if groups := kept.get("step_groups"):  # what does not run counts in no group
+            first = {"first": found} if (found := first_step(model, protocol)) else {}
+            kept["step_groups"] = {**groups, **first}
         space = make_space(model.graph, model.fingerprint, model.reference, **kept)
     check_correctable(model, protocol, space.correction, space.steps)
     if space.steps is not None and space.steps.total != protocol.steps:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from aquabit.graph import known_class, layers, outline
 from aquabit.graph import trace as trace_denoiser
 from aquabit.parts import Parts, parts_of
-from aquabit.pipelines.effects import check_effects
+from aquabit.pipelines.effects import check_effects, first_step, runs_without
 from aquabit.pipelines.family import EVERYWHERE, KINDS, family, family_notes, scheduler_of
 from aquabit.pipelines.finite import finite_images
 from aquabit.pipelines.image_maker import ImageMaker, first_inputs
@@ -34,6 +34,13 @@ from aquabit.pipelines.network import (
 )
 from aquabit.pipelines.outputs import images_of
 from aquabit.pipelines.own_model import CallSteps, Model, OwnAdapter, unnamed
+from aquabit.pipelines.picture_arguments import (
+    check_roles,
+    made_up,
+    missing_pictures,
+    picture_arguments,
+    pictures_for,
+)
 from aquabit.pipelines.prompts import embeddings
 from aquabit.pipelines.running import as_measured
 from aquabit.pipelines.sizes import frames_argument, image_batch, image_size
@@ -47,6 +54,8 @@ from aquabit.quant.finetuning.replay import Recording, recording
 from aquabit.quant.model import QuantizedDenoiser
 from aquabit.scheme import SCHEDULERS, AquabitError, Calibration, Progress, Protocol, QuantConfig, no_progress
 
+# of a video from a picture that is made to be traced: its encoder would take minutes for all of them
+FEW_FRAMES = 9
 GUIDANCE = ("guidance_scale", "true_cfg_scale")  # where a pipeline of no known family takes guidance
 Pipeline: TypeAlias = DiffusionPipeline | Model  # what makes images
 CALIBRATION_BATCH, CALIBRATION_CALLS = 16, 64  # images of a denoiser call that is kept, and how many are kept
@@ -74,13 +83,32 @@ def _traced(model: DiffusionPipeline | nn.Module) -> nx.DiGraph:
     parts = parts_of(network)
     if isinstance(model, nn.Module) or all(known_class(type(part)) for part in parts.values()):
         return trace_denoiser(network)
-    adapter = Adapter(model)
     given = {
         name: {**dict(zip(inspect.signature(parts[name].forward).parameters, args, strict=False)), **kwargs}
-        for name, (args, kwargs) in adapter.first_calls(adapter.shortest()).items()
+        for name, (args, kwargs) in _calls_it(Adapter(model)).items()
         if not known_class(type(parts[name]))
     }
     return trace_denoiser(network, given if isinstance(network, Parts) else given[""])
+
+
+def _calls_it(adapter: Adapter) -> dict[str, Call]:
+    """Inputs of a pipeline's first calls of what is quantized, of made-up pictures where it needs some;
+    raises AquabitError for whatever its own code raises."""
+    pipe, asked = adapter.pipe, adapter.shortest()
+    if picture_arguments(pipe) and adapter.stops_at(asked) is not None:
+        frames = FEW_FRAMES if "num_frames" in adapter.parameters else None
+        asked = replace(asked, inputs=made_up(pipe, ()), frames=frames)
+        if missing_pictures(pipe, asked) and adapter.stops_at(asked) is not None:
+            asked = replace(asked, inputs=made_up(pipe))
+    try:
+        return adapter.first_calls(asked)
+    except AquabitError:
+        raise
+    except Exception as error:
+        raise AquabitError(
+            f"{type(pipe).__name__} does not come to its denoiser, which is to be traced there"
+            f" ({type(error).__name__}: {' '.join(str(error).split()):.200})"
+        ) from error
 
 
 def model_notes(pipe: Pipeline, graph: nx.DiGraph) -> list[str]:
@@ -296,6 +324,8 @@ class Adapter:
         self.kind = (
             self.family.kind if self.family else next((k for k in KINDS if k in self.parameters), None)
         )
+        if self.kind is None and picture_arguments(pipe):
+            self.kind = "batch_size"  # of the pictures alone
         if self.kind is None or "generator" not in self.parameters:
             raise AquabitError(
                 f"{type(pipe).__name__} takes neither class_labels, prompt nor batch_size with a generator;"
@@ -362,19 +392,58 @@ class Adapter:
         if protocol.conditions is not None and self.kind == "class_labels":
             for condition in dict.fromkeys(protocol.conditions):
                 self._label(condition)
+        check_roles(self.pipe, protocol)
+        self._check_strength(protocol)
         own, asked = image_size(self.pipe), protocol.resolution
-        if asked is not None and (asked, asked) != own and "height" not in self.parameters:
+        # images have their picture's size
+        sized = "height" in self.parameters or picture_arguments(self.pipe)
+        if asked is not None and (asked, asked) != own and not sized:
             side = "its own number of" if own is None else " x ".join(map(str, dict.fromkeys(own)))
             raise AquabitError(f"resolution is {asked}, but {name} makes images of {side} pixels only")
         if protocol.frames is not None and self.frames is None:
             raise AquabitError(f"frames is {protocol.frames}, but {name} takes no number of frames")
 
+    def _check_strength(self, protocol: Protocol) -> None:
+        name, strength = type(self.pipe).__name__, protocol.strength
+        if strength is not None and "strength" not in self.parameters:
+            raise AquabitError(f"strength is {strength:g}, but {name} takes none; leave it out")
+        share = self.usual_strength if strength is None else strength
+        if share is not None and int(protocol.steps * share + 1e-9) < 1:
+            raise AquabitError(
+                f"strength {share:g} of {protocol.steps} steps leaves none to run; give at least"
+                f" {ceil(1 / share)} steps, or more strength"
+            )
+
+    @property
+    def usual_strength(self) -> float | None:
+        """The strength that the pipeline takes where none is asked for; None where it has none."""
+        own = self.parameters.get("strength")
+        return float(own.default) if own is not None and isinstance(own.default, int | float) else None
+
+    def stops_at(self, protocol: Protocol) -> str | None:
+        """Why the pipeline does not come to its denoiser with the pictures that a protocol has; None where it
+        does."""
+        return runs_without(self.pipe, self._run, protocol)
+
+    def _check_pictures(self, protocol: Protocol) -> None:
+        """Raise AquabitError where the pipeline needs pictures that the protocol does not have."""
+        missing = missing_pictures(self.pipe, protocol)
+        said = self.stops_at(protocol) if missing else None
+        if said is not None:
+            files = " and ".join(f"cat{'.' * bool(role)}{role}.png" for role in missing)
+            raise AquabitError(
+                f"{type(self.pipe).__name__} makes no images without {', '.join(missing.values())}; give"
+                f" --inputs DIR, a folder with {files} for every picture ({said})"
+            )
+
     def check(self, protocol: Protocol) -> None:
         """Raise AquabitError where the pipeline or its sampler would ignore what the protocol asks for."""
         self.check_taken(protocol)
+        self._check_pictures(protocol)
         own, asked = image_size(self.pipe), protocol.resolution
         asked = None if (asked, asked) == own else asked  # what would be made anyhow
-        check_effects(self.pipe, self._run, replace(protocol, resolution=asked))
+        strength = None if protocol.strength == self.usual_strength else protocol.strength
+        check_effects(self.pipe, self._run, replace(protocol, resolution=asked, strength=strength))
 
     def shortest(self) -> Protocol:
         """One image of no prompt, as the pipeline makes it where nothing else is asked for."""
@@ -398,6 +467,22 @@ class Adapter:
             known = known[::-1]  # where both are there, the other one is of distilled denoisers
         return next((name for name in known if name in self.parameters), None)
 
+    def alone(self, protocol: Protocol) -> bool:
+        """Whether a call of the pipeline makes one sample, whatever the micro-batch: with pictures it does
+        unless its family is known to take one a sample."""
+        if self.family is not None and self.family.alone:
+            return True
+        return protocol.inputs is not None and not (self.family is not None and self.family.together)
+
+    def first_step(self, protocol: Protocol) -> int:
+        """The first of the protocol's steps that runs: not 0 where sampling begins with a picture."""
+        return first_step(self.pipe, self._run, protocol) if "strength" in self.parameters else 0
+
+    def calls(self, protocol: Protocol) -> int:
+        """Steps of the sampler that all of a protocol's images take, each of a micro-batch."""
+        batches = protocol.images if self.alone(protocol) else len(self.batches(protocol))
+        return batches * (protocol.steps - self.first_step(protocol))
+
     def batches(self, protocol: Protocol) -> list[range]:
         return [
             range(i, min(i + protocol.micro_batch, protocol.images))
@@ -412,7 +497,7 @@ class Adapter:
         """
         self.check(protocol)
         refollow_(self.network, scheduler_of(self.pipe))  # it may have been replaced
-        if self.family is not None and self.family.alone:
+        if self.alone(protocol):
             one = replace(protocol, micro_batch=1)
             images = torch.cat([self._run(one, range(i, i + 1), gradients) for i in indices])
         else:
@@ -456,14 +541,17 @@ class Adapter:
             "height": protocol.resolution,
             "width": protocol.resolution,
             str(self.frames): protocol.frames,
+            "strength": protocol.strength,
+            "max_area": None if protocol.resolution is None else protocol.resolution**2,  # of FLUX.1 Kontext
         }
         always = {**EVERYWHERE, **(self.family.options if self.family else {})}
         if self.guidance == "true_cfg_scale":  # it acts beside a negative prompt
             given["negative_prompt"] = [""] * len(here) if protocol.guidance != 1.0 else None
         given = {k: v for k, v in given.items() if v is not None} | always
         given = {k: v for k, v in given.items() if k in self.parameters}
-        if self.family is not None and self.family.alone:
+        if alone := self.alone(protocol):
             given["generator"] = given["generator"][0]
+        given |= pictures_for(self.pipe, protocol, indices, alone)
         if "batch_size" in self.parameters:
             given["batch_size"] = len(here)
         if self.kind == "batch_size":
@@ -493,9 +581,8 @@ class Adapter:
         ``protocol``'s first micro-batch. Other denoisers that are called before that only say what sizes they
         return."""
         self.check(protocol)
-        alone = self.family is not None and self.family.alone
-        asked = replace(protocol, micro_batch=1) if alone else protocol
-        run, found = partial(self._run, asked, self.batches(asked)[0]), dict[str, Call]()
+        one = replace(protocol, micro_batch=1) if self.alone(protocol) else protocol
+        run, found = partial(self._run, one, self.batches(one)[0]), dict[str, Call]()
         for name, part in (parts_of(self.network) if parts is None else parts).items():
             with ExitStack() as stack:
                 for other in (getattr(self.pipe, d) for d in denoiser_names(self.pipe)):

@@ -19,6 +19,8 @@ from torch import Tensor
 from aquabit.pipelines.family import scheduler_of
 from aquabit.pipelines.image_maker import Reached, first_inputs
 from aquabit.pipelines.network import denoiser_of, network_of
+from aquabit.pipelines.picture_arguments import MADE_UP, made_up
+from aquabit.quant.correction.sampling import Watcher, following
 from aquabit.scheme import AquabitError, Protocol
 
 
@@ -31,32 +33,53 @@ class Run(Interface):
 # frames that every decoder of videos makes of more latents, whatever it makes of one (4, 6 or 8)
 FURTHER = 24
 # a pipeline's answers, by what was asked
-_TOLD: WeakKeyDictionary[DiffusionPipeline, dict[tuple[str, Any], bool]] = WeakKeyDictionary()
+_TOLD: WeakKeyDictionary[DiffusionPipeline, dict[tuple[str, Any], Any]] = WeakKeyDictionary()
 
 
 def check_effects(pipe: DiffusionPipeline, run: Run, protocol: Protocol) -> None:
-    """Raise AquabitError where guidance, the resolution or the number of frames that a protocol asks for
-    would change nothing.
+    """Raise AquabitError where guidance, strength, pictures, the resolution or the number of frames that a
+    protocol asks for would change nothing.
 
-    Each question is asked once a pipeline. Guidance acts where the first denoiser call is another than
-    without it, or what the scheduler is given after the first step, or the sample itself; a size acts where
-    the inputs of the first denoiser call have another than at twice the size, or with more frames.
+    Each question is asked once a pipeline. Guidance, strength and pictures act where the first denoiser call
+    is another than without them (or with others), or what the scheduler is given after the first step, or
+    the sample itself; a size acts where the inputs of the first denoiser call have another than at twice the
+    size, or with more frames.
     """
     told, name = _TOLD.setdefault(pipe, {}), type(pipe).__name__
     one = replace(protocol, images=1, micro_batch=1)
 
     def acts(what: str, value: Any, ask: Callable[[], bool]) -> bool:
-        key = what, (value, protocol.resolution, protocol.frames)
+        key = what, (value, protocol.resolution, protocol.frames, protocol.strength)
         if key not in told:
             with _alone(pipe):
                 told[key] = ask()
-        return told[key]
+        return bool(told[key])
 
-    if protocol.guidance != 1.0 and not acts("guidance", protocol.guidance, partial(_guided, pipe, run, one)):
+    def differs(**other: Any) -> Callable[[], bool]:
+        return partial(_differ, pipe, run, one, replace(one, **other))
+
+    if protocol.guidance != 1.0 and not acts("guidance", protocol.guidance, differs(guidance=1.0)):
         raise AquabitError(
             f"guidance is {protocol.guidance:g}, but it changes nothing of what this {name} makes: it has no"
             " guidance there; use 1"
         )
+    strength, inputs = protocol.strength, protocol.inputs
+    others = [s for s in (1.0, 0.5) if s != strength and int(protocol.steps * s)]  # which leave a step
+
+    def strengthens() -> bool:
+        return any(differs(strength=other)() for other in others)
+
+    if strength is not None and others and not acts("strength", strength, strengthens):
+        raise AquabitError(
+            f"strength is {strength:g}, but it changes nothing of what this {name} makes; leave it out"
+        )
+    if inputs is not None and inputs.folder != MADE_UP:
+        made = made_up(pipe, inputs.roles)
+        if not acts("inputs", inputs.folder, differs(inputs=made)):
+            raise AquabitError(
+                f"inputs are {inputs.folder}, but no picture changes what this {name} makes; lower --strength"
+                " where it is what leaves nothing of them, or leave them out"
+            )
     for what, value in (("resolution", protocol.resolution), ("frames", protocol.frames)):
         if value is not None and not acts(what, value, partial(_resized, pipe, run, one, what)):
             raise AquabitError(
@@ -65,14 +88,56 @@ def check_effects(pipe: DiffusionPipeline, run: Run, protocol: Protocol) -> None
             )
 
 
-def _guided(pipe: DiffusionPipeline, run: Run, protocol: Protocol) -> bool:
+def _differ(pipe: DiffusionPipeline, run: Run, protocol: Protocol, other: Protocol) -> bool:
+    """Whether two protocols make another sample."""
     net = denoiser_of(pipe)
-    asked, plain = (partial(run, p, range(1)) for p in (protocol, replace(protocol, guidance=1.0)))
+    asked, plain = (partial(run, p, range(1)) for p in (protocol, other))
     return (
         not _same(first_inputs(net, asked), first_inputs(net, plain))
         or not _same(_first_step(pipe, asked), _first_step(pipe, plain))
         or not _same(asked(), plain())
     )
+
+
+def runs_without(pipe: DiffusionPipeline, run: Run, protocol: Protocol) -> str | None:
+    """Why a pipeline does not come to its denoiser with the pictures that a protocol has or lacks; None where
+    it does. Asked once a pipeline."""
+    told = _TOLD.setdefault(pipe, {})
+    roles = None if protocol.inputs is None else protocol.inputs.roles
+    key = "pictures", (roles, protocol.resolution, protocol.frames)
+    if key not in told:
+        one = replace(protocol, images=1, micro_batch=1, guidance=1.0)
+        with _alone(pipe):
+            try:
+                first_inputs(denoiser_of(pipe), partial(run, one, range(1)))
+                told[key] = None
+            except Exception as error:  # of the pipeline's own code, which may take None for a picture
+                told[key] = " ".join(str(error).split()) or type(error).__name__
+    found: str | None = told[key]
+    return found
+
+
+def first_step(pipe: DiffusionPipeline, run: Run, protocol: Protocol) -> int:
+    """The first of a protocol's steps (from 0) in which the denoiser runs; asked once a pipeline."""
+    told, scheduler = _TOLD.setdefault(pipe, {}), scheduler_of(pipe)
+    key = "first step", (protocol.steps, protocol.strength, type(scheduler).__name__)
+    if key not in told and scheduler is not None:
+        one, place = replace(protocol, images=1, micro_batch=1), _Stop()
+        with _alone(pipe), suppress(Reached), following(denoiser_of(pipe), scheduler_of(pipe), [place]):
+            run(one, range(1))
+        told[key] = place.step
+    step: int = told.get(key, 0)
+    return step
+
+
+class _Stop(Watcher):
+    """Stops sampling at the first call of the denoiser, and knows its step."""
+
+    step = 0
+
+    def before(self, step: int) -> None:
+        self.step = step
+        raise Reached
 
 
 def _resized(pipe: DiffusionPipeline, run: Run, protocol: Protocol, what: str) -> bool:

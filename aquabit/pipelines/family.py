@@ -35,8 +35,9 @@ class Family:
     (``aquabit.graph``). ``encodings`` are how prompts become embeddings; none: the pipeline encodes its
     prompts itself, in every call. ``options`` are arguments of every call. ``guidance`` is the argument that
     takes it, ``off`` its value where there is none (guidance 1); ``embedded``: guidance is an input of the
-    denoiser, where its config says so, and never a second branch. ``alone``: a call makes one sample.
-    ``videos``: it makes videos.
+    denoiser, where its config says so, and never a second branch. ``alone``: a call makes one sample;
+    ``together``: one picture a sample, where it takes pictures (``picture_arguments``), which have 1 /
+    ``shrink`` of the images' sides. ``videos``: it makes videos.
     ``resolution`` [pixels] and ``example`` are those of the published model.
     """
 
@@ -50,6 +51,8 @@ class Family:
     off: float = 1.0
     alone: bool = False
     videos: bool = False
+    together: bool = False
+    shrink: int = 1
     resolution: int | None = None
     example: str = ""
 
@@ -93,17 +96,27 @@ EVERYWHERE: Mapping[str, Any] = {
 FAMILIES: tuple[Family, ...] = (
     Family(
         "sd",
-        ("StableDiffusionPipeline",),
+        ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"),
         "prompt",
         (Encoding(_PAIR),),
+        together=True,
         resolution=512,
         example="stable-diffusion-v1-5/stable-diffusion-v1-5",
     ),
     Family(
+        "sd-upscale",
+        ("StableDiffusionUpscalePipeline",),
+        "prompt",
+        shrink=4,
+        resolution=512,
+        example="stabilityai/stable-diffusion-x4-upscaler",
+    ),
+    Family(
         "sdxl",
-        ("StableDiffusionXLPipeline",),
+        ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline"),
         "prompt",
         (Encoding(_POOLED),),
+        together=True,
         resolution=1024,
         example="stabilityai/stable-diffusion-xl-base-1.0",
     ),
@@ -136,18 +149,32 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "sd3",
-        ("StableDiffusion3Pipeline",),
+        ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline"),
         "prompt",
         (Encoding(_POOLED, arguments={"prompt_2": None, "prompt_3": None}),),
+        together=True,
         resolution=1024,
         example="stabilityai/stable-diffusion-3-medium-diffusers",
     ),
     Family(
         "flux",
-        ("FluxPipeline",),
+        (
+            "FluxPipeline",
+            "FluxImg2ImgPipeline",
+            "FluxInpaintPipeline",
+            "FluxFillPipeline",
+            "FluxKontextPipeline",
+            "FluxControlPipeline",
+            "FluxControlImg2ImgPipeline",
+            "FluxControlInpaintPipeline",
+        ),
         "prompt",
         (Encoding(("prompt_embeds", "pooled_prompt_embeds", None)),),  # text ids are all zero
+        options={
+            "_auto_resize": False
+        },  # Kontext: the resolution that is asked for, not the nearest of a list
         embedded=True,
+        together=True,
         resolution=1024,
         example="black-forest-labs/FLUX.1-dev",
     ),
@@ -162,18 +189,23 @@ FAMILIES: tuple[Family, ...] = (
     Family("flux2-klein", ("Flux2KleinPipeline",), "prompt", example="black-forest-labs/FLUX.2-klein-4B"),
     Family(
         "qwen-image",
-        ("QwenImagePipeline",),
+        ("QwenImagePipeline", "QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline"),
         "prompt",
         guidance="true_cfg_scale",
         resolution=1024,
         example="Qwen/Qwen-Image",
     ),
     Family(
-        "z-image", ("ZImagePipeline",), "prompt", off=0.0, resolution=1024, example="Tongyi-MAI/Z-Image-Turbo"
+        "z-image",
+        ("ZImagePipeline", "ZImageImg2ImgPipeline", "ZImageInpaintPipeline"),
+        "prompt",
+        off=0.0,
+        resolution=1024,
+        example="Tongyi-MAI/Z-Image-Turbo",
     ),
     Family(
         "chroma",
-        ("ChromaPipeline",),
+        ("ChromaPipeline", "ChromaImg2ImgPipeline"),
         "prompt",
         (Encoding(_CHROMA),),
         resolution=1024,
@@ -201,7 +233,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "sana-sprint",
-        ("SanaSprintPipeline",),
+        ("SanaSprintPipeline", "SanaSprintImg2ImgPipeline"),
         "prompt",
         options={"intermediate_timesteps": None},  # one that two steps alone allow
         resolution=1024,
@@ -225,14 +257,19 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "wan",
-        ("WanPipeline",),
+        ("WanPipeline", "WanImageToVideoPipeline"),
         "prompt",
         (Encoding(_PAIR),),
         videos=True,
         example="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
     ),
     Family(
-        "ltx", ("LTXPipeline",), "prompt", (Encoding(_MASKED),), videos=True, example="Lightricks/LTX-Video"
+        "ltx",
+        ("LTXPipeline", "LTXImageToVideoPipeline"),
+        "prompt",
+        (Encoding(_MASKED),),
+        videos=True,
+        example="Lightricks/LTX-Video",
     ),
     Family(
         "ltx2",
@@ -253,7 +290,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "cogvideox",
-        ("CogVideoXPipeline",),
+        ("CogVideoXPipeline", "CogVideoXImageToVideoPipeline"),
         "prompt",
         (Encoding(_PAIR),),
         videos=True,

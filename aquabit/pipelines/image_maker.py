@@ -37,6 +37,15 @@ class ImageMaker(Protocol):
     def batches(self, protocol: Measuring) -> list[range]:
         """The indices of each micro-batch."""
 
+    def alone(self, protocol: Measuring) -> bool:
+        """Whether a call makes one sample, whatever the micro-batch."""
+
+    def first_step(self, protocol: Measuring) -> int:
+        """The first of the protocol's steps that runs."""
+
+    def calls(self, protocol: Measuring) -> int:
+        """Steps of the sampler that all of a protocol's images take, each of a micro-batch."""
+
     def images(self, protocol: Measuring, indices: range, gradients: bool = False) -> Tensor:
         """The images of some indices as one micro-batch; with ``gradients`` they pass to the denoiser."""
 

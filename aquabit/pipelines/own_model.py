@@ -480,6 +480,12 @@ class OwnAdapter:
                 )
         if protocol.conditions is not None and self.kind == "batch_size":
             raise AquabitError(f"{name} takes no conditions; give no prompts or classes")
+        for option in ("inputs", "strength"):
+            if getattr(protocol, option) is not None:
+                raise AquabitError(
+                    f"{option} are for pipelines of diffusers that take pictures, and {name} is a function of"
+                    " yours; give it what it needs by its conditions"
+                )
         self.pipe.scheduler.check(protocol.scheduler)
 
     def options(self, protocol: Protocol) -> dict[str, Any]:
@@ -489,6 +495,18 @@ class OwnAdapter:
     def batches(self, protocol: Protocol) -> list[range]:
         size = protocol.micro_batch
         return [range(i, min(i + size, protocol.images)) for i in range(0, protocol.images, size)]
+
+    def alone(self, protocol: Protocol) -> bool:
+        """It makes a micro-batch."""
+        return False
+
+    def first_step(self, protocol: Protocol) -> int:
+        """All run."""
+        return 0
+
+    def calls(self, protocol: Protocol) -> int:
+        """Steps of a micro-batch that all images take."""
+        return protocol.steps * len(self.batches(protocol))
 
     def images(self, protocol: Protocol, indices: range, gradients: bool = False) -> Tensor:
         """The images of some indices as one micro-batch, padded to its full size; with ``gradients`` as they

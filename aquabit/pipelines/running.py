@@ -66,6 +66,8 @@ def _one_by_one(decoder: Any) -> Iterator[None]:
     whole = decoder.decode
 
     def decode(latents: Tensor, *args: Any, generator: Any = None, **kwargs: Any) -> Any:
+        if "num_frames" in kwargs:  # rows are frames of one video, which are decoded together
+            return whole(latents, *args, **kwargs)
         rows = len(latents)
 
         def of(value: Any, i: int) -> Any:

@@ -29,9 +29,11 @@ def image_size(pipe: DiffusionPipeline | Model, resolution: int | None = None) -
     usual = tuple(parameters[k].default for k in ("height", "width") if k in parameters)
     if len(usual) == 2 and all(isinstance(v, int) for v in usual):
         return usual[0], usual[1]
-    side = getattr(pipe, "default_sample_size", None) or getattr(
-        getattr(denoiser_of(pipe), "config", None), "sample_size", None
-    )
+    config = getattr(denoiser_of(pipe), "config", None)
+    both = [getattr(config, f"sample_{end}", None) for end in ("height", "width")]  # of CogVideoX
+    side = getattr(pipe, "default_sample_size", None) or getattr(config, "sample_size", None)
+    if side is None and None not in both:
+        side = both
     if side is None:
         return None
     height, width = (int(v) for v in (side if isinstance(side, list | tuple) else (side, side)))

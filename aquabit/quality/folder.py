@@ -12,9 +12,9 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from aquabit.inputs import SUFFIXES, centre_box
 from aquabit.scheme import AquabitError, Progress, no_progress
 
-SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"))
 UNREADABLE = 0.05  # the largest share of images that may be unreadable
 _NAMED = 5  # of them are named
 _BATCH = 64
@@ -94,16 +94,8 @@ def read_picture(path: Path, size: tuple[int, int], channels: int) -> Tensor:
     with Image.open(path) as image:
         picture = image.convert("L" if channels == 1 else "RGB")
     if picture.size != size[::-1]:
-        picture = picture.crop(_centre(picture.width, picture.height, size)).resize(
+        picture = picture.crop(centre_box(picture.width, picture.height, size)).resize(
             size[::-1], Image.Resampling.LANCZOS
         )
     pixels = torch.from_numpy(np.array(picture))
     return pixels[None] if channels == 1 else pixels.permute(2, 0, 1).contiguous()
-
-
-def _centre(width: int, height: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """The largest box in the centre, as PIL has boxes, with the shape of ``size`` (height, width)."""
-    scale = min(height / size[0], width / size[1])
-    high, wide = max(1, round(scale * size[0])), max(1, round(scale * size[1]))
-    left, top = (width - wide) // 2, (height - high) // 2
-    return left, top, left + wide, top + high

@@ -39,7 +39,7 @@ def pieces(
 ) -> list[Protocol]:
     """The first ``count`` blocks that judging uses: small ones, on image seeds that nothing else is measured
     on, others for each ``seed``. ``conditions`` are the protocol's prompts or classes (default: those it
-    names): a block goes on where the last one ended.
+    names): a block goes on where the last one ended, and so with pictures.
     """
     size = max(2, ceil(protocol.images / PIECES))
     block = protocol.block(JUDGED_BLOCK + SEEDS_APART * seed)
@@ -49,7 +49,13 @@ def pieces(
         return None if asked is None else tuple(asked[(i * size + k) % len(asked)] for k in range(size))
 
     small = replace(block, images=size, micro_batch=min(size, protocol.micro_batch))
-    return [replace(small, seed=block.seed + i * size, conditions=of(i)) for i in range(count)]
+    blocks = [replace(small, seed=block.seed + i * size, conditions=of(i)) for i in range(count)]
+    if protocol.inputs is None:
+        return blocks
+    return [
+        replace(b, inputs=protocol.inputs.turned(range(i * size, (i + 1) * size)))
+        for i, b in enumerate(blocks)
+    ]
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from aquabit.measuring.session import uniform_references
 from aquabit.measuring.settings import AS_BEGUN, MeasureOptions, meter_of, settings
 from aquabit.measuring.where import HERE, Where
 from aquabit.memory import measuring_bytes
-from aquabit.pipelines import Pipeline
+from aquabit.pipelines import Pipeline, scheduled
 from aquabit.quant.bank import Bank
 from aquabit.quant.calibration.fitting import FitRequest
 from aquabit.quant.fit_costs import FitCost, fit_costs
@@ -35,7 +35,7 @@ from aquabit.space import SearchSpace
 from aquabit.study import Study
 
 MOST_SAMPLES = 1_000_000  # all are drawn before the first is measured
-TRIED = 2  # steps of the sampler through which one backward pass is timed
+TRIED = 2  # steps of the sampler, at least, through which one backward pass is timed
 MEASURING = 1.15  # a measurement over its denoiser calls (benchmarks/flow.py)
 CALIBRATING = 3.0  # calls that calibration costs over those that it records: they are replayed
 # measurements' worth of a search with its own settings, fresh seeds included, and measurements of a swap,
@@ -132,10 +132,10 @@ class Units:
     fits: Mapping[Scheme, FitCost]
     memory: int | None
 
-    def measurements(self, count: float, protocol: Protocol, corrected: bool = False) -> float:
-        """Seconds of one worker."""
-        calls = protocol.steps * ceil(protocol.images / protocol.micro_batch) * (1 + corrected)
-        return count * calls * self.call * MEASURING
+    def measurements(self, count: float, calls: int, corrected: bool = False) -> float:
+        """Seconds of one worker, each of so many calls (and as many of full precision where it is
+        corrected)."""
+        return count * calls * (1 + corrected) * self.call * MEASURING
 
 
 @dataclass(frozen=True)
@@ -234,6 +234,12 @@ class Planner:
         costs.check(Budget(bits=bits), max(self.space.activations))
         named_swap(self.space, swap)
 
+    def _runs(self, protocol: Protocol) -> tuple[int, int]:
+        """Steps of a protocol that run, and calls of the denoiser that its images take."""
+        adapter, pipe = self.evaluator.adapter, self.evaluator.pipe
+        with scheduled(pipe, self.evaluator.scheduler, protocol.scheduler):
+            return protocol.steps - adapter.first_step(protocol), adapter.calls(protocol)
+
     def _absent(self, space: SearchSpace) -> list[tuple[str, Scheme]]:
         """Fits that the bank lacks."""
         fitter, rows = self.evaluator.quantized.fitter, space.choices.items()
@@ -250,6 +256,7 @@ class Planner:
     ) -> Plan:
         """What ``measure`` does with these, or with the protocol and space that the planner was made for."""
         given, made, study = protocol or self.protocol, space or self.space, self.study
+        steps, calls = self._runs(given)
         chosen, workers, units = Design.parse(sample.design), self.where.workers, self.units
         first = {c.digest for c in (made.full_precision(), *uniform_references(made))}
         known = study.known(given) if study is not None else frozenset()
@@ -267,13 +274,15 @@ class Planner:
         size = sum(sum(scheme.stored_bytes(shape)) + HEADER for shape, scheme in shapes)
         probes, passes = _probes(study, made), 0
         if self.source == GRADIENTS and probes:
-            probes, passes = min(probes, SCORED), ceil(IMAGES / PROBE_IMAGES) * PASSES * given.steps
+            probes, passes = min(probes, SCORED), ceil(IMAGES / PROBE_IMAGES) * PASSES * steps
             passes *= 2 if fits == WANTED else 1  # of what tells which formats are wanted, and of these
         share = {True: WANTED_SHARE if fits == WANTED else 1.0, False: 1.0}
         timed = [(shape, scheme) for shape, scheme in shapes if scheme in units.fits]
         fitting = sum(share[s.additive] * units.fits[s].seconds(shape) for shape, s in timed)
         if any(scheme.calibrated for _, scheme in absent) and made.calibration is not None:
-            runs = made.calibration.images * made.calibration.steps / given.micro_batch
+            recorded = made.calibration.protocol(given.micro_batch)
+            batch = 1 if self.evaluator.adapter.alone(recorded) else given.micro_batch
+            runs = recorded.images * self._runs(recorded)[0] / batch
             fitting += CALIBRATING * runs * units.call
         inside = _in_context(contexts, sample.samples, len(made.choices)) if contexts else 0.0
         free = self.store.limit - sum(p.stat().st_size for p in self.store.folder.glob("*.safetensors"))
@@ -286,13 +295,13 @@ class Planner:
             size,
             free,
             units.call,
-            units.measurements(missing, given, bool(made.correction)) / workers,
-            (probes * given.steps * units.few + passes * units.backward) / workers,
+            units.measurements(missing, calls, bool(made.correction)) / workers,
+            (probes * steps * units.few + passes * units.backward) / workers,
             fitting / workers,
             units.loading,
             units.memory,
             workers,
-            units.measurements(inside, given, bool(made.correction)) / workers,
+            units.measurements(inside, calls, bool(made.correction)) / workers,
         )
 
     def run(
@@ -305,25 +314,34 @@ class Planner:
     ) -> RunPlan:
         """What the whole flow does with these."""
         given, made = protocol or self.protocol, space or self.space
+        steps, calls = self._runs(given)
         measuring, workers, layers = (
             self.measuring(sample, given, made, fits),
             self.where.workers,
             len(made.choices),
         )
         swapped = PER_SWAP * swaps + _in_context(IN_CONTEXT, sample.samples, layers)
-        checks = self.units.measurements(swapped, given, bool(made.correction))
+        checks = self.units.measurements(swapped, calls, bool(made.correction))
         parts = {
             "loading": measuring.loading_seconds + STARTING,
-            "first look": 2 * given.steps * self.units.backward / min(workers, 2),
+            "first look": 2 * steps * self.units.backward / min(workers, 2),
             "fits and gradients": measuring.fitting_seconds + measuring.probing_seconds,
             "sample": measuring.measuring_seconds,
-            "search": self.units.measurements(SEARCH, given, bool(made.correction)) / workers,
+            "search": self.units.measurements(SEARCH, calls, bool(made.correction)) / workers,
             "checks by swaps": checks / workers,
             "explaining and pages": EXPLAINING + EXPLAINING_LAYER * layers,
         }
-        calls, graph = run_calls(made, given, sample, swaps), self.opened.graph
-        macs = dense_macs(graph) + sum(int(node["macs"]) for node in graph_layers(graph).values())
-        return RunPlan(measuring, parts, calls, macs)
+        made_calls = run_calls(made, replace(given, steps=steps), sample, swaps)
+        return RunPlan(measuring, parts, made_calls, self._macs())
+
+    def _macs(self) -> int:
+        """Of a denoiser call with one sample: one of several denoisers runs in a step; 0 where what is
+        quantized does not tell, as a text encoder."""
+        graph = self.opened.graph
+        if self.opened.encoders:
+            return 0
+        every = dense_macs(graph) + sum(int(node["macs"]) for node in graph_layers(graph).values())
+        return every // max(1, len(graph.graph.get("parts", ())))
 
 
 def plan(
@@ -355,12 +373,14 @@ def _backward_seconds(evaluator: Evaluator, protocol: Protocol, space: SearchSpa
     """Seconds of one backward pass through one denoiser call of at most PROBE_IMAGES images, on one thread;
     its share of making the images is in it."""
     layers = dict.fromkeys((k for k, row in space.choices.items() if row != (FP,)), ())
-    given = (layers, [a for a in space.activations if a != 16], replace(protocol, steps=TRIED), 0, 1)
+    tried = replace(protocol, steps=ceil(TRIED / (protocol.strength or 1.0)))
+    ran = tried.steps - evaluator.adapter.first_step(tried)
+    given = (layers, [a for a in space.activations if a != 16], tried, 0, 1)
 
     def timed() -> float:
         began = time.perf_counter()
         evaluator.sketches(*given, space.full_precision())
-        return (time.perf_counter() - began) / TRIED
+        return (time.perf_counter() - began) / ran
 
     first = timed()
     return first if first > WARM_SECONDS else min(first, timed())

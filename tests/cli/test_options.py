@@ -26,17 +26,21 @@ from safetensors.torch import save_file
 from aquabit import workflows
 from aquabit.cli.app import app
 from aquabit.measuring.model import Model
-from aquabit.pipelines import loading
+from aquabit.pipelines import loading, trace
 from aquabit.quant.bank import Bank
+from aquabit.quant.model import fingerprint
 from aquabit.scheme import AquabitError, Budget, QuantConfig, StepGroups
 from aquabit.search.front import Front
 from aquabit.sensitivity.plan import PARTS
 from aquabit.sensitivity.result import Sensitivity
+from aquabit.space import make_space
 from aquabit.study import Study
 from aquabit.within import Fitted
 from tests.command_line import call, fails, run
 from tests.conftest import tiny_pipeline
 from tests.pipelines.test_lora import state_for
+from tests.tiny_inputs import WITH_PICTURES, pictures
+from tests.tiny_pipelines import randomised
 from tests.worlds import near_study
 
 
@@ -129,6 +133,12 @@ SAMPLED = {  # how images are made
     "--prompts": Row("--prompts classes.txt", "pictures"),
     "--resolution": Row("--resolution 16", "", refused="resolution is 16, but Class"),
     "--frames": Row("--frames 3", "", refused="frames is 3, but Class"),
+    "--inputs": Row("--inputs colours", "", refused="ClassConditionalPipeline takes no pictures"),
+    "--strength": Row("--strength 0.5", "", refused="strength is 0.5, but Class"),
+}
+EDITED = {  # of a pipeline that takes pictures
+    "--inputs": Row("--inputs colours", "", more="--prompts words.txt"),
+    "--strength": Row("--strength 0.99", "", more="--prompts words.txt --inputs colours"),
 }
 MACHINE = {
     "--workers": Row("--workers 3", "reached"),
@@ -163,6 +173,14 @@ def reaching(where: str, rows: Mapping[str, Row]) -> dict[str, Row]:
     }
 
 
+def edited(words: str, key: str, first: str = "") -> dict[str, Row]:
+    """The options of pictures for ``words``, which are called with the pictures ``first`` without."""
+    return {
+        k: replace(r, key=key, words=f"{words} {first if k == '--inputs' else ''}") for k, r in EDITED.items()
+    }
+
+
+EDIT = "edit --space edit.json --images 2 --steps 3 --workers 1 --samples 0 --study {here}/s.db"
 ROWS: dict[str, dict[str, Row]] = {
     "run": reaching(
         "run",
@@ -201,6 +219,7 @@ ROWS: dict[str, dict[str, Row]] = {
         **SOURCE,
         "--base": Row("--base pipe", "exit", words=WORDS["measure"].replace("pipe", "net.safetensors", 1)),
         **MEASURING,
+        **edited(EDIT, "pictures", "--inputs greys"),
         **reaching("pool", MACHINE),
         "--study": Row("--study {here}/t.db", "files"),
         "--samples": Row("--samples 2", "rows"),
@@ -265,6 +284,7 @@ ROWS: dict[str, dict[str, Row]] = {
         "--finetune-steps": Row("--finetune-steps 2", "reached", "--finetune", reach="quantize"),
         "--finetune-settings": Row("--finetune-settings tuning.json", "files"),
         **{k: replace(r, key="files") for k, r in SAMPLED.items()},
+        **edited("edit uniform.json --out {here}/packed", "files"),
         "--correct": Row("--correct", "files"),
         "--correction": Row("--correction bc", "files", more="--correct"),
         "--device": Row("--device meta", "reached", reach="quantize"),
@@ -281,6 +301,7 @@ ROWS: dict[str, dict[str, Row]] = {
     },
     "generate": {
         **{k: replace(r, key="files") for k, r in SAMPLED.items()},
+        **edited("edit --steps 3 --images 2 --out {here}/a.png", "files", "--inputs greys"),
         "--out": Row("--out {here}/b.png", "files"),
         "--images": Row("--images 3", "files"),
         "--seed": Row("--seed 4", "files"),
@@ -428,6 +449,14 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> Calls:
     for i in range(4):
         pixels = rng.integers(0, 255, (8, 8), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / "photos" / f"{i}.png")
+    edit = randomised(WITH_PICTURES["StableDiffusion3Img2ImgPipeline"])
+    edit.save_pretrained(folder / "edit")
+    uniform = make_space(trace(edit), fingerprint(edit.transformer), schemes=["usq4"]).uniform("usq4", 8)
+    (folder / "uniform.json").write_text(uniform.to_json())
+    (folder / "edit.json").write_text(json.dumps({"schemes": ["usq4"], "activations": [8]}))
+    for name, grey in (("colours", False), ("greys", True)):
+        for file in pictures(folder / name, 2).iterdir():
+            Image.open(file).convert("L" if grey else "RGB").save(file)
     (folder / "space.json").write_text(json.dumps(SPACE))
     (folder / "other.json").write_text(json.dumps(SPACE | {"schemes": ["usq3", "usq4"]}))
     (folder / "classes.txt").write_text("7\n3\n")
@@ -523,6 +552,11 @@ IDLE = {  # what an option would do nothing in, and what is said
     "quantize pipe groups.json --out new --steps 3": "is set for groups of 2 steps",
     f"{PACK} --scheduler euler --eta 0.5": "EulerDiscreteScheduler has no eta",
     f"{PACK} --prompts words.txt": "condition 'a cat' is no class label",
+    f"{PACK} --inputs colours": "ClassConditionalPipeline takes no pictures; leave them out",
+    "generate edit --out new.png --prompts words.txt": "makes no images without image; give --inputs DIR",
+    f"measure {EDIT.format(here='.')} --strength 0.2 --inputs greys --prompts words.txt": (
+        "strength 0.2 of 3 steps leaves none to run; give at least 5"
+    ),
     "generate pipe --out new.png --memory auto": "memory 'auto' is for packed layers",
 }
 

@@ -24,7 +24,7 @@ from aquabit.quant.correction.guidance import SAME, doubled, guidance_weights, n
 from aquabit.quant.correction.noise import NoiseEstimate, Uncorrectable
 from aquabit.quant.correction.samplers import StepFacts, prediction_type, refuses, refuses_eta, step_facts
 from aquabit.quant.correction.sampling import Watcher, follow_, watchers_of
-from aquabit.quant.correction.statistics import Statistics
+from aquabit.quant.correction.statistics import Statistics, timesteps
 from aquabit.scheme import AquabitError, parse_correction
 
 DEFAULT_CORRECTION = "cnc+bc"  # defined for every sampler
@@ -47,6 +47,7 @@ class Corrector(Watcher):
         self.slope, self.shift = _output_correction(statistics, self.which)
         self.scheduler: Any = None
         self.seen: list[Tensor] = []  # this step's corrected outputs, one a branch
+        self.first = 0  # the step that the statistics begin with: not that of noise, where it is of pictures
 
     def begin(self, scheduler: Any) -> None:
         if not self.which:
@@ -56,10 +57,12 @@ class Corrector(Watcher):
         if reason:
             raise AquabitError(reason)
         self.scheduler, self.seen = scheduler, []
+        self.first = len(timesteps(scheduler)) - len(self.slope)
 
     def output(self, step: int, call: int, output: Tensor) -> Tensor:
         if call == 0:
             self.seen = []
+        step = self._row(step)
         if self._idle(step):
             return output
         channels = self.slope.shape[2]
@@ -69,6 +72,15 @@ class Corrector(Watcher):
         ]
         self.seen += [noise_part(part, channels) for part in corrected]
         return torch.cat(corrected)
+
+    def _row(self, step: int) -> int:
+        """Where the statistics of a step are; raises AquabitError for one before them."""
+        if self.which and self.scheduler is not None and step < self.first:
+            raise AquabitError(
+                f"the noise statistics begin with step {self.first + 1}, sampling is at step {step + 1}; use"
+                " the strength that they were measured with"
+            )
+        return step - self.first
 
     def _idle(self, step: int) -> bool:
         """Nothing is corrected, or the denoiser is called outside of sampling."""
@@ -105,6 +117,7 @@ class Corrector(Watcher):
             raise AquabitError(
                 "the sampler's timesteps were set before corrections were attached to it; set them again"
             )
+        step = self._row(step)
         if self._idle(step):
             return run(*args, **kwargs)
         self._check_time(step, timestep)

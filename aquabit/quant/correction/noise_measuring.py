@@ -68,7 +68,8 @@ class _Recorder(Watcher):
     def check_steps(self, first: tuple[Any, ...] | None) -> tuple[Any, ...]:
         """What a batch's steps were; raises AquabitError where that is not as in the ``first`` batch, or
         where guidance acts in some of them only."""
-        seen = (self.facts, self.times, len(self.calls), len(self.calls[0]))
+        ran = self.times[max(0, len(self.times) - len(self.calls)) :]  # from a picture, the last ones
+        seen = (self.facts, ran, len(self.calls), len(self.calls[0]))
         if first is not None and seen != first:
             raise AquabitError(
                 "the sampler's steps change from batch to batch; its noise statistics are not defined"
@@ -132,7 +133,7 @@ def measure_noise(
         fingerprint,
         config,
         **recorder.facts,
-        timesteps=recorder.times,
+        timesteps=first[1],
         weights=tuple(recorder.weights),
         calls=first[3],
         images=counted,

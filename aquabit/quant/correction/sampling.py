@@ -4,12 +4,14 @@ makes of that."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import update_wrapper
 from itertools import accumulate, pairwise
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
@@ -61,12 +63,30 @@ def steps_of(scheduler: Any) -> list[int]:
     )
 
 
+TIME_INPUTS = ("timestep", "timesteps", "t")  # what denoisers of diffusers call the time of a call
+
+
+def first_place(scheduler: Any, denoiser: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """Which of a scheduler's timesteps a pipeline begins with, by the inputs of the denoiser's first call:
+    the one that it told the scheduler, or, of those that are told nothing, that of the call; else 0."""
+    if hasattr(scheduler, "begin_index"):
+        return int(scheduler.begin_index or 0)
+    names = inspect.signature(denoiser.forward).parameters
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    value = next((given[name] for name in TIME_INPUTS if name in given), None)
+    if not hasattr(scheduler, "config") or not isinstance(value, Tensor | int | float):
+        return 0
+    time, times = float(torch.as_tensor(value).flatten()[0]), [float(t) for t in scheduler.timesteps]
+    return times.index(time) if time in times else 0
+
+
 class Sampling:
     """Tells watchers about the sampling of one pipeline: ``attach`` to its scheduler and denoiser, ``detach``
     from both.
 
     Steps are those that were asked for, as ``steps_of`` counts the calls of the scheduler's ``step`` since
-    its ``set_timesteps``; without a scheduler every call of the denoiser is one. Watchers see the denoiser's
+    its ``set_timesteps``; without a scheduler every call of the denoiser is one. A pipeline that begins with
+    a later step, from an image that is partly noise, makes none of those before. Watchers see the denoiser's
     output in order, and wrap the scheduler's step so that the first is the outermost.
     """
 
@@ -92,7 +112,7 @@ class Sampling:
         self._count = self.calls = 0
         self._places = []
         self._handles = [
-            denoiser.register_forward_pre_hook(self._before),
+            denoiser.register_forward_pre_hook(self._before, with_kwargs=True),
             denoiser.register_forward_hook(self._after),
         ]
         self._scheduler = scheduler
@@ -114,7 +134,9 @@ class Sampling:
                 now.leave(self._scheduler, name)
         self._scheduler = None
 
-    def _before(self, module: nn.Module, args: Any) -> None:
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if self._places and not self._count and not self.calls:
+            self._count = first_place(self._scheduler, module, args, kwargs)
         for watcher in self.watchers:
             watcher.before(self.step)
 

@@ -209,13 +209,14 @@ class Statistics:
                 f"the noise statistics are of {self.about.sampler}, the pipeline samples with"
                 f" {facts['sampler']}; use that one"
             )
-        times = timesteps(scheduler)
-        if len(times) != len(self.about.timesteps):
+        times, own = timesteps(scheduler), self.about.timesteps
+        same = times[max(0, len(times) - len(own)) :] == own  # from pictures, the last ones
+        if not same and len(times) != len(own):
             raise AquabitError(
                 f"the noise statistics are of {len(self.about.timesteps)} steps, the sampler makes"
                 f" {len(times)}; use as many"
             )
-        if times != self.about.timesteps or facts["settings"] != self.about.settings:
+        if not same or facts["settings"] != self.about.settings:
             raise AquabitError(
                 f"the noise statistics are of a {self.about.sampler} with other settings or timesteps;"
                 " measure them for this one"

@@ -87,12 +87,18 @@ def _protocol(facts: Facts) -> list[tuple[str, str]]:
             f"{p.digest}: {p.images} images, {p.steps} steps, scheduler {p.scheduler}, eta {p.eta:g},"
             f" guidance {p.guidance:g}, {p.dtype}, micro-batch {p.micro_batch}, reference {p.reference}"
             + (f", {p.resolution} pixels" if p.resolution else "")
-            + (f", {p.frames} frames" if p.frames else ""),
+            + (f", {p.frames} frames" if p.frames else "")
+            + (f", strength {p.strength:g}" if p.strength else ""),
         )
     ]
     if p.conditions:
         some = ", ".join(map(str, p.conditions[:3]))
         card.append(("conditions", f"{len(p.conditions)}: {some}{', ...' if len(p.conditions) > 3 else ''}"))
+    if p.inputs is not None:
+        names = [name for name, _ in p.inputs.pictures]
+        beside = "".join(f" with {role}" for role in p.inputs.roles)
+        some = f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+        card.append(("pictures", f"{len(names)}{beside} of {p.inputs.folder}: {some}"))
     used = set(facts.rows("fresh").protocol)
     seeds = sorted(q.seed for d, q in facts.protocols.items() if d in used)
     fresh = (

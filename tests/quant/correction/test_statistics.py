@@ -388,20 +388,37 @@ def test_a_denoiser_that_runs_more_often() -> None:
     scheduler, denoiser = DDIM.made(3), Given(lambda x, t: x)
     with following(denoiser, scheduler, [Corrector(known(scheduler), "cnc")]):
         scheduler.set_timesteps(3)
-        denoiser(normal(1, 2, 3, 3), 0)
+        t = scheduler.timesteps[0]
+        denoiser(normal(1, 2, 3, 3), t)
         with pytest.raises(AquabitError, match="ran more often in step 1"):
-            denoiser(normal(1, 2, 3, 3), 0)
+            denoiser(normal(1, 2, 3, 3), t)
 
 
-def test_sampling_from_an_image_that_is_partly_noise_is_refused() -> None:
-    """Timesteps are left out there: the statistics of the first step would be taken for those of a later
-    one."""
+def test_sampling_from_an_image_that_is_partly_noise() -> None:
+    """Timesteps are left out there: a step takes its own statistics, and those of later steps serve no
+    earlier one."""
     scheduler, denoiser = DDIM.made(5), Given(lambda x, t: x)
-    with following(denoiser, scheduler, [Corrector(known(scheduler), "cnc")]):
+    statistics = known(scheduler)
+    statistics.estimate.k[:] = np.arange(5)[:, None] / 10
+    x = normal(1, 2, 3, 3)
+    with following(denoiser, scheduler, [Corrector(statistics, "cnc")]):
         scheduler.set_timesteps(5)
-        t, x = scheduler.timesteps[2], normal(1, 2, 3, 3)
-        with pytest.raises(AquabitError, match=r"step 1 are of timestep 800, sampling is at 400"):
-            scheduler.step(denoiser(x, t), t, x)
+        for step in (2, 3, 4):
+            t = scheduler.timesteps[step]
+            output = denoiser(x, t)
+            assert torch.allclose(output, x / (1 + step / 10), rtol=1e-5)
+            scheduler.step(output, t, x)
+    rows = {f.name: getattr(statistics.estimate, f.name)[2:] for f in fields(statistics.estimate)}
+    about = replace(
+        statistics.about, timesteps=statistics.about.timesteps[2:], weights=statistics.about.weights[2:]
+    )
+    late = Statistics(about, *[NoiseEstimate(**rows)] * 3).checked()
+    with following(denoiser, scheduler, [Corrector(late, "cnc")]):
+        scheduler.set_timesteps(5)
+        assert torch.allclose(denoiser(x, scheduler.timesteps[2]), x / 1.2, rtol=1e-5)
+        scheduler.set_timesteps(5)
+        with pytest.raises(AquabitError, match="begin with step 3, sampling is at step 2; use the strength"):
+            denoiser(x, scheduler.timesteps[1])
 
 
 @pytest.mark.parametrize(
