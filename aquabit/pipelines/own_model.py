@@ -515,9 +515,8 @@ class OwnAdapter:
 
         return call
 
-    def reference(self) -> tuple[None, None]:
+    def reference(self) -> None:
         """It names no real images; --reference does."""
-        return None, None
 
 
 def named_model(name: str, device: str | torch.device, dtype: torch.dtype) -> Model:
