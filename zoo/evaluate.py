@@ -1,9 +1,11 @@
 """Measure what the training reached: python zoo/evaluate.py [NAME ...] [--data DIR] [--images N] [--steps N]
+[--schemes S]
 
 Prints Markdown tables for zoo/README.md: images of seeds that nothing else uses, against all held-out images
 of the model's set; beside them training images, as the best that can be hoped for. The nearest training
 image, in the classifier's features, shows how far a model memorises: one that is nearer than to nearly every
-held-out image may have been copied. NAME is a bundled model or a folder of one.
+held-out image may have been copied. NAME is a bundled model or a folder of one; each of --schemes, in all
+layers with activations of 8 bits, shows what quantizing costs.
 """
 
 from __future__ import annotations
@@ -11,16 +13,21 @@ from __future__ import annotations
 import argparse
 import hashlib
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from aquabit.pipelines import Adapter, bundled_models, load
+from aquabit import packing
+from aquabit.pipelines import Adapter, bundled_models, load, trace
 from aquabit.pipelines.loading import BUNDLED
-from aquabit.quality import Quality, Reference, Source, real_images
+from aquabit.quality import Quality, Reference, Source, paired, real_images
+from aquabit.quant.model import fingerprint
 from aquabit.scheme import AquabitError, Protocol
+from aquabit.space import make_space
 from zoo.data import DATA
 
 FIRST_SEED = 18_000  # studies use the first ones
@@ -28,8 +35,8 @@ TRAINING_IMAGES = 10_000  # of the row of training images, at most
 CLOSEST = 0.01  # held-out images of which the nearest training image counts as near
 COLUMNS = ("fid", "kid", "sfid", "is", "precision", "recall", "accuracy")
 HEAD = (
-    "| images | steps | FID | KID | sFID | IS | precision | recall | class accuracy | nearest training image"
-    " | nearer than 1 % of held-out |\n|---|---|---|---|---|---|---|---|---|---|---|"
+    "| images | steps | PSNR | FID | KID | sFID | IS | precision | recall | class accuracy | nearest training image"
+    " | nearer than 1 % of held-out |\n|---|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -60,15 +67,23 @@ class Judge:
             found.append(distances.min(1).values)
         return torch.cat(found)
 
-    def row(self, what: str, images: torch.Tensor, labels: list[int], own: bool = False) -> str:
+    def row(
+        self, what: str, images: torch.Tensor, labels: list[int], near: torch.Tensor, psnr: str = "-"
+    ) -> str:
+        """A line of the table; ``near`` are the images' distances to the nearest training image."""
         quality = Quality([self.source])
         for part, asked in zip(images.split(500), torch.tensor(labels).split(500), strict=True):
             quality.update(part, None, asked.tolist())
         found = quality.compute()
-        near = self.nearest(images, own)
         share = (near < self.held_out.quantile(CLOSEST)).float().mean()
         numbers = " | ".join(f"{found[c]:.{4 if c == 'accuracy' else 3}f}" for c in COLUMNS)
-        return f"| {what} | {numbers} | {near.median():.3f} | {100 * share:.1f} % |"
+        return f"| {what} | {psnr} | {numbers} | {near.median():.3f} | {100 * share:.1f} % |"
+
+    def training_row(self) -> str:
+        """Of training images themselves, each of which is compared with the others."""
+        n = min(TRAINING_IMAGES, len(self.training))
+        images, labels = self.training[:n], self.labels[:n].tolist()
+        return self.row(f"training images ({n}) | -", images, labels, self.nearest(images, own=True))
 
 
 def generated(adapter: Adapter, steps: int, count: int) -> tuple[torch.Tensor, list[int]]:
@@ -81,6 +96,27 @@ def generated(adapter: Adapter, steps: int, count: int) -> tuple[torch.Tensor, l
     return torch.cat(parts), labels
 
 
+def quantized(name: str, scheme: str) -> Adapter:
+    """The model with one scheme in all layers, activations at 8 bits."""
+    pipe = load(name)
+    space = make_space(trace(pipe), fingerprint(pipe.denoiser), name, schemes=["fp", scheme], activations=[8])
+    with tempfile.TemporaryDirectory() as bank:
+        return Adapter(packing.quantize(name, space.uniform(scheme), bank=bank, accuracy="exact").pipe)
+
+
+def rows(name: str, judge: Judge, count: int, lengths: list[int], schemes: list[str]) -> Iterator[str]:
+    """Lines of the table for one model: full precision, then each scheme."""
+    made: dict[int, torch.Tensor] = {}
+    for scheme in ("", *schemes):
+        adapter = quantized(name, scheme) if scheme else Adapter(load(name))
+        for steps in lengths:
+            images, labels = generated(adapter, steps, count)
+            full = made.setdefault(steps, images)
+            psnr = f"{paired.psnr_from_mse(paired.mse(images, full)).mean():.2f}" if scheme else "-"
+            what = " ".join(filter(None, (Path(name).name, scheme, f"({len(labels)})")))
+            yield judge.row(f"{what} | {steps}", images, labels, judge.nearest(images), psnr)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -89,26 +125,20 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder of Fashion-MNIST's files")
     parser.add_argument("--images", type=int, default=900)
     parser.add_argument("--steps", type=int, nargs="+", default=[10, 50])
+    parser.add_argument("--schemes", nargs="+", default=[], metavar="SCHEME", help="such as usq3h")
     options = parser.parse_args()
     torch.set_num_threads(1)
     judges: dict[str, Judge] = {}
     for name in options.names:
-        adapter = Adapter(load(name))
-        real = adapter.pipe.config.real_images
+        real = load(name).config.real_images
         if real not in judges:
             judge = judges[real] = Judge(real, options.data)
-            n = min(TRAINING_IMAGES, len(judge.training))
             print(
                 f"{real}: the nearest training image of held-out ones is at {judge.held_out.median():.3f}\n"
             )
-            print(HEAD)
-            what = f"training images ({n}) | -"
-            print(judge.row(what, judge.training[:n], judge.labels[:n].tolist(), own=True), flush=True)
-        for steps in options.steps:
-            images, labels = generated(adapter, steps, options.images)
-            print(
-                judges[real].row(f"{Path(name).name} ({len(labels)}) | {steps}", images, labels), flush=True
-            )
+            print(HEAD, judge.training_row(), sep="\n", flush=True)
+        for line in rows(name, judges[real], options.images, options.steps, options.schemes):
+            print(line, flush=True)
     print()
     for path in sorted(BUNDLED.rglob("*.safetensors")):
         print(

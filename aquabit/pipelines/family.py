@@ -248,8 +248,7 @@ FAMILIES: tuple[Family, ...] = (
         "pixels-class",
         ("ClassConditionalPipeline",),
         "class_labels",
-        resolution=8,
-        example="digits-dit, digits-unet",
+        example="digits-dit, digits-unet, fashion-dit, fashion-unet",
     ),
 )
 _BY_CLASS = {pipeline: family for family in FAMILIES for pipeline in family.pipelines}
