@@ -23,6 +23,7 @@ from zoo import data as zoo_data
 from zoo import train as zoo_train
 from zoo.classifiers import shifted
 from zoo.data import DATA, Data
+from zoo.evaluate import Judge
 from zoo.recipes import FASHION_SCHEDULE, RECIPES, Recipe, build
 from zoo.train import Training, export_denoiser, train, training_loss
 
@@ -189,3 +190,16 @@ def test_larger_networks_have_the_layers_and_weights_that_are_stated(name: str, 
     model = build(name)
     assert sum(isinstance(m, (nn.Linear, nn.Conv2d)) for m in model.modules()) == layers
     assert 5e6 < sum(p.numel() for p in model.parameters()) < 6.5e6  # 13 MB in fp16
+
+
+def test_copies_of_training_images_are_seen() -> None:
+    judge = Judge("digits", None)
+    copies = judge.nearest(judge.training[:50])
+    others = judge.nearest(judge.training[:50], own=True)
+    known = torch.cdist(judge.known[:50], judge.known)
+    assert copies.max() < 0.05 < others.min()  # rounding of the products that make distances
+    assert torch.allclose(others, known.topk(2, largest=False).values[:, 1], atol=0.05)
+    labels = judge.labels[:50].tolist()
+    assert judge.row("copies | 1", judge.training[:50], labels, copies).endswith("| 100.0 % |")
+    share = float(judge.row("others | 1", judge.training[:50], labels, others).split()[-3])
+    assert share < 20

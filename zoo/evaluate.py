@@ -35,8 +35,8 @@ TRAINING_IMAGES = 10_000  # of the row of training images, at most
 CLOSEST = 0.01  # held-out images of which the nearest training image counts as near
 COLUMNS = ("fid", "kid", "sfid", "is", "precision", "recall", "accuracy")
 HEAD = (
-    "| images | steps | PSNR | FID | KID | sFID | IS | precision | recall | class accuracy | nearest training image"
-    " | nearer than 1 % of held-out |\n|---|---|---|---|---|---|---|---|---|---|---|---|"
+    "| images | steps | PSNR | FID | KID | sFID | IS | precision | recall | class accuracy"
+    " | nearest training image | nearer than 1 % of held-out |\n" + 12 * "|---" + "|"
 )
 
 
