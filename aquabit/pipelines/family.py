@@ -248,7 +248,7 @@ FAMILIES: tuple[Family, ...] = (
         "pixels-class",
         ("ClassConditionalPipeline",),
         "class_labels",
-        example="digits-dit, digits-unet, fashion-dit, fashion-unet",
+        example="digits-dit, digits-unet",
     ),
 )
 _BY_CLASS = {pipeline: family for family in FAMILIES for pipeline in family.pipelines}
