@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 from aquabit.scheme import AquabitError
 
@@ -197,6 +198,25 @@ def _real(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> tor
 def _device(denoiser: nn.Module) -> torch.device:
     first = next(denoiser.parameters(), None)
     return torch.device("cpu") if first is None else first.device
+
+
+def outline(network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What a network returns for a call, all numbers zero: none is computed, except where sizes depend on
+    data."""
+    device, dtype = _device(network), getattr(network, "dtype", torch.float32)
+
+    def zeros(tensor: torch.Tensor) -> torch.Tensor:
+        kind = dtype if tensor.is_floating_point() else tensor.dtype
+        return torch.zeros(tensor.shape, dtype=kind, device=device)
+
+    with torch.no_grad():
+        try:
+            empty = tree_map_only(torch.Tensor, _on_meta, (args, dict(kwargs)))
+            with torch.device("meta"):
+                found = meta_copy(network)(*empty[0], **empty[1])
+        except Exception:  # any exception of the model's own code
+            found = network(*args, **kwargs)
+    return tree_map_only(torch.Tensor, zeros, found)
 
 
 # ---- inputs and outputs

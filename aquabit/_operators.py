@@ -78,6 +78,9 @@ _GATED: Patterns = (  # feed-forward layers of language models, (act(gate(x)) * 
     (r"\.w2$|\bdown_proj$", "ff.down"),
 )
 
+_SELF = r"\b(?:self_attn|SelfAttention|attention\.self)\."
+_QKV = (("q", "query"), ("k", "key"), ("v", "value"))
+
 OPERATORS: Mapping[str, Patterns] = {
     "unet": (
         (r"^conv_in$", "conv_in"),
@@ -220,6 +223,15 @@ OPERATORS: Mapping[str, Patterns] = {
         *_CONDITION,
         *_ENDS,
     ),
+    "text": (  # encoders of transformers: CLIP, T5, BERT, language models
+        *((rf"{_SELF}(?:{p}_proj|{p}|{word})$", f"self_attn.{p}") for p, word in _QKV),
+        (r"\b(?:self_attn\.(?:out|o)_proj|SelfAttention\.o|attention\.output\.dense)$", "self_attn.out"),
+        (r"\bmlp\.fc1$|\bDenseReluDense\.wi(_1)?$|\bintermediate\.dense$", "ff.up"),
+        (r"\bDenseReluDense\.wi_0$", "ff.gate"),
+        (r"\bmlp\.fc2$|\bDenseReluDense\.wo$|\boutput\.dense$", "ff.down"),
+        *_GATED,
+        (r"\btext_projection$|\bpooler\.", "proj_out"),
+    ),
     "generic": (
         *_PER_BLOCK,
         *_attention(r"", "attn"),
@@ -235,7 +247,7 @@ OPERATORS: Mapping[str, Patterns] = {
 }
 
 _BLOCK = re.compile(
-    r"(.*\b(?:(?:joint_|single_)?transformer_blocks|(?:double|single)_stream_blocks|(?:noise_|context_)refiner|refiner_blocks|resnets|attentions|downsamplers|upsamplers|blocks|layers)\.\d+)\."
+    r"(.*\b(?:(?:joint_|single_)?transformer_blocks|(?:double|single)_stream_blocks|(?:noise_|context_)refiner|refiner_blocks|resnets|attentions|downsamplers|upsamplers|blocks|block|layers|layer)\.\d+)\."
 )
 _GROUP_OF_OPERATOR: Mapping[str, str] = {
     "time_embed": "time_embed",
@@ -439,6 +451,8 @@ _CLASSES: Mapping[str, tuple[str, Inputs | None]] = {
 
 def _known(model_class: type) -> tuple[str, Inputs | None]:
     """Family and input maker of the class or the nearest of its bases that is known."""
+    if any(base.__module__.partition(".")[0] == "transformers" for base in model_class.__mro__):
+        return "text", None
     # a class of the user's that bears the name of one of diffusers is another
     bases = [base for base in model_class.__mro__ if base.__module__.partition(".")[0] == "diffusers"]
     return next((_CLASSES[base.__name__] for base in bases if base.__name__ in _CLASSES), ("generic", None))

@@ -14,7 +14,7 @@ import networkx as nx
 import torch
 from torch import nn
 
-from aquabit._following import Call, follow
+from aquabit._following import Call, follow, outline
 from aquabit._operators import (
     attention_role,
     block_of,
@@ -27,6 +27,7 @@ from aquabit._operators import (
     operator_of,
 )
 from aquabit.jsonio import clear_errors
+from aquabit.parts import Parts, prefixed
 from aquabit.scheme import AquabitError
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "layers",
     "meta_denoiser",
     "module_config",
+    "outline",
     "places_of",
     "rebuilt",
     "repeated_names",
@@ -105,7 +107,8 @@ def trace(
     "attention", ...). The graph has ``family``, ``model_class``, ``config``, ``weights`` (elements of all
     layer weights) and ``other_elements`` (of everything else in the state dict). Inputs are keyword
     arguments; they are made from the config where not given, and described in the graph (``inputs``) where
-    they were and the class does not tell them.
+    they were and the class does not tell them. The graph of ``Parts`` (then inputs are those of each part)
+    holds theirs one after the other, a call of the whole being one of each; it names its ``parts``.
 
     Where there are such, the graph also names ``uncalled`` layers, whose weight is read but which are never
     called (the pooler of Hunyuan-DiT gives them to torch's attention): they cannot run from codes; ``unread``
@@ -118,6 +121,9 @@ def trace(
     Raises AquabitError where inputs cannot be made, the forward fails, nothing of the output can be followed
     to a layer, a layer runs in inference mode, or layers carry adapters (LoRA) that are not fused.
     """
+    if isinstance(denoiser, Parts):
+        given = example_inputs or {}
+        return _joined({name: trace(part, given.get(name)) for name, part in denoiser.named_children()})
     _refuse_adapters(denoiser)
     model_class = type(denoiser).__name__
     family = family_of(type(denoiser), family)
@@ -146,6 +152,46 @@ def trace(
     if example_inputs is not None and not known_class(type(denoiser)):
         graph.graph["inputs"] = describe_inputs(example_inputs)
     return graph
+
+
+def _joined(graphs: Mapping[str, LayerGraph]) -> LayerGraph:
+    """The graphs of several networks as one."""
+    every, depth = nx.DiGraph(), 0
+    for part, graph in graphs.items():
+        for name, node in graph.nodes(data=True):
+            own = dict(node)
+            if "depth" in node:
+                own |= {"depth": depth + node["depth"], "block": prefixed(part, node["block"])}
+            every.add_node(prefixed(part, name), **own)
+        every.add_edges_from((prefixed(part, a), prefixed(part, b)) for a, b in graph.edges)
+        depth += len(layers(graph))
+    about = {part: graph.graph for part, graph in graphs.items()}
+    named = {
+        "uncalled": [prefixed(p, name) for p, own in about.items() for name in own.get("uncalled", ())],
+        "unread": [prefixed(p, name) for p, own in about.items() for name in own.get("unread", ())],
+        "tied": {
+            prefixed(p, place): prefixed(p, name)
+            for p, own in about.items()
+            for place, name in own.get("tied", {}).items()
+        },
+        "dense": {
+            prefixed(p, name): row for p, own in about.items() for name, row in own.get("dense", {}).items()
+        },
+        "inputs": {p: own["inputs"] for p, own in about.items() if "inputs" in own},
+    }
+    elements = sum(own["other_elements"] for own in about.values())
+    taken = sum(own.get("other_bytes", 2 * own["other_elements"]) for own in about.values())
+    every.graph.update(
+        family="+".join(dict.fromkeys(own["family"] for own in about.values())),
+        model_class="+".join(own["model_class"] for own in about.values()),
+        config={p: own["config"] for p, own in about.items()},
+        parts=list(graphs),
+        weights=sum(own["weights"] for own in about.values()),
+        other_elements=elements,
+        **({} if taken == 2 * elements else {"other_bytes": taken}),
+        **{key: value for key, value in named.items() if value},
+    )
+    return every
 
 
 def _contracted(call: Call, family: str) -> _Contraction:
@@ -259,11 +305,12 @@ def tied_places(graph: LayerGraph) -> dict[str, list[str]]:
 
 
 def codebook_names(graph: LayerGraph) -> dict[str, str]:
-    """Layer -> the name of the codebooks it may share: its operator type and weight shape; only layers
-    that share them with another."""
+    """Layer -> the name of the codebooks it may share: its operator type and weight shape, and its part
+    where there are several; only layers that share them with another."""
     found: dict[str, list[str]] = {}
     for name, node in layers(graph).items():
-        found.setdefault(f"{node['operator']} {'x'.join(map(str, node['shape']))}", []).append(name)
+        part = f"{name.partition('.')[0]} " if "parts" in graph.graph else ""
+        found.setdefault(f"{part}{node['operator']} {'x'.join(map(str, node['shape']))}", []).append(name)
     return {layer: name for name, members in found.items() if len(members) > 1 for layer in members}
 
 
@@ -596,6 +643,7 @@ def _graph_file() -> Any:
         family: str
         model_class: str
         config: dict[str, Any]
+        parts: list[str] = Field(default_factory=list)
         weights: NonNegativeInt
         other_elements: NonNegativeInt
         inputs: dict[str, Any] = Field(default_factory=dict)

@@ -231,8 +231,15 @@ def elements(parts: Iterable[object]) -> int:
 
 def activation_bytes(graph: nx.DiGraph) -> int:
     """Bytes of the float32 activations that are alive together at the worst moment of one denoiser call
-    with one sample."""
-    model = meta_denoiser(graph.graph["model_class"], graph.graph["config"]).eval()
+    with one sample; of several networks those of the largest."""
+    if "parts" in graph.graph:
+        classes, configs = graph.graph["model_class"].split("+"), graph.graph["config"]
+        return max(_activation_bytes(c, configs[p]) for c, p in zip(classes, configs, strict=True))
+    return _activation_bytes(graph.graph["model_class"], graph.graph["config"])
+
+
+def _activation_bytes(model_class: str, config: Mapping[str, Any]) -> int:
+    model = meta_denoiser(model_class, config).eval()
     inputs = example_inputs(model)
     known = {
         t.untyped_storage()._cdata
@@ -244,9 +251,7 @@ def activation_bytes(graph: nx.DiGraph) -> int:
         with torch.no_grad(), torch.device("meta"), live:
             model(**inputs)
     except Exception as error:  # any exception of the model's own code
-        raise AquabitError(
-            f"{graph.graph['model_class']} does not run on the meta device: {error}"
-        ) from error
+        raise AquabitError(f"{model_class} does not run on the meta device: {error}") from error
     return live.peak
 
 

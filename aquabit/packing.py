@@ -20,6 +20,7 @@ from aquabit.jsonio import read_json
 from aquabit.kernels import Accuracy
 from aquabit.kernels.dispatch import using
 from aquabit.memory import check_images, check_quantizing
+from aquabit.parts import parts_of
 from aquabit.pipelines import Model as OwnModel
 from aquabit.pipelines import (
     Pipeline,
@@ -27,11 +28,14 @@ from aquabit.pipelines import (
     add_lora,
     branched,
     calibration_samples,
-    denoiser_name,
+    check_steps,
+    component_names,
+    encoder_names,
     free_text_encoders,
     image_batch,
     image_size,
     load,
+    network_of,
     noise_statistics,
     own_copy,
     recorder,
@@ -49,7 +53,7 @@ from aquabit.pipelines import (
 from aquabit.pipelines.image_maker import ImageMaker
 from aquabit.pipelines.lora import Source
 from aquabit.pipelines.reference import Reference
-from aquabit.quant.artifact import WEIGHT_FILES, Contents, config_of, save_packed_denoiser, was_packed
+from aquabit.quant.artifact import WEIGHT_FILES, Contents, config_of, was_packed
 from aquabit.quant.bank import Bank
 from aquabit.quant.bare_artifact import save_bare_denoiser
 from aquabit.quant.correction.corrector import DEFAULT_CORRECTION, check_correction, corrected_, statistics_of
@@ -60,6 +64,7 @@ from aquabit.quant.finetuning.finetune import FineTuning, Tuned, check_tunable
 from aquabit.quant.finetuning.finetune import finetune as tune
 from aquabit.quant.kernel_tuning import MEMORY, Placement, layers_of, place_
 from aquabit.quant.model import QuantizedDenoiser, check_fingerprint
+from aquabit.quant.packed_encoder import save_packed
 from aquabit.runtime import single_thread
 from aquabit.scheme import (
     AquabitError,
@@ -150,7 +155,7 @@ class Packed:
         """
         if isinstance(self._pipe, OwnModel):
             return save_bare_denoiser(self._model.denoiser, Path(folder), max_shard_size)
-        name = denoiser_name(self._pipe)
+        names = component_names(self._pipe)
         if branched(self._pipe):
             raise AquabitError(
                 "a LoRA is beside this model and would not be saved; take it off by remove_lora() first"
@@ -159,12 +164,15 @@ class Packed:
             check_apart(folder, source)
         restore_text_encoders(self._pipe)
         try:
-            with writing_folder(folder, [f"{name}/{old}" for old in WEIGHT_FILES], was_packed) as made:
+            replaced = [f"{name}/{old}" for name in names for old in WEIGHT_FILES]
+            with writing_folder(folder, replaced, was_packed) as made:
                 for component, value in self._pipe.components.items():
-                    if component != name and hasattr(value, "save_pretrained"):
+                    if component not in names and hasattr(value, "save_pretrained"):
                         value.save_pretrained(made / component)
                 self._pipe.save_config(made)
-                size = save_packed_denoiser(self._model.denoiser, made / name, max_shard_size)
+                size = sum(
+                    save_packed(getattr(self._pipe, name), made / name, max_shard_size) for name in names
+                )
                 for file in (made / "model_index.json", *made.glob("*/config.json")):
                     _forget_local_path(file)
                 follow_umask(made, made.glob("*/*.safetensors"))
@@ -232,7 +240,8 @@ def quantize(
     again = repeated_names(model.denoiser)
     facts = (model.inputs, model.tied, again, model.about)
     contents = Contents(config, model.layers, ranges, statistics, *facts)
-    attach_(model.denoiser, contents)
+    for name, part in parts_of(model.denoiser).items():
+        attach_(part, contents.of_part(name) if name else contents)
     return Packed(source, model, config, statistics)
 
 
@@ -242,17 +251,16 @@ def _copied(
     """A pipeline that may be changed, and its denoiser ready to be quantized. Raises AquabitError where the
     configuration is of another model."""
     source = load(pipe, device)
-    name = denoiser_name(source)
-    own = check_fingerprint(config, getattr(source, name))
+    own = check_fingerprint(config, network_of(source))
     graph = trace(source)
     if device == "cpu":
         check_quantizing(graph, config, calibration_samples(source, config.calibration or Calibration()))
     if not isinstance(pipe, str):  # what is followed is not the caller's
-        source = own_copy(source, name, *(["scheduler"] if scheduler_of(source) is not None else []))
+        source = own_copy(source, *(["scheduler"] if scheduler_of(source) is not None else []))
     else:
         free_text_encoders(source)
-    denoiser = getattr(source, name).eval()
-    return source, QuantizedDenoiser(denoiser, graph, Bank(bank), own, recorder(source), sampler(source))
+    network = network_of(source).eval()
+    return source, QuantizedDenoiser(network, graph, Bank(bank), own, recorder(source), sampler(source))
 
 
 def _check_sampler(pipe: Pipeline, config: QuantConfig) -> None:
@@ -264,6 +272,9 @@ def _check_sampler(pipe: Pipeline, config: QuantConfig) -> None:
             f"the configuration follows the steps of a scheduler (correction {config.correction}, groups or"
             f" ranges per step), and {type(pipe).__name__} has none; leave them out"
         )
+    if not isinstance(pipe, OwnModel):
+        changes = (config.correction, config.total_steps)
+        check_steps(component_names(pipe), encoder_names(pipe), *changes)
     if config.correction:
         check_correction(scheduler_named(own, calibration.scheduler), config.correction, calibration.eta)
     if config.calibration is not None:
@@ -320,7 +331,7 @@ def generate(
     adapter = adapter_of(load(pipe, device, offload=offload))
     if isinstance(pipe, str):
         free_text_encoders(adapter.pipe)
-    config = config_of(adapter.denoiser)
+    config = config_of(adapter.network)
     usual = (None if config is None else config.calibration) or Calibration()
     if config is not None and config.total_steps is not None:
         usual = replace(usual, steps=config.total_steps)
@@ -337,7 +348,7 @@ def generate(
     )
     size, own = image_size(adapter.pipe), protocol.resolution
     check_images(images * (protocol.frames or 1), size if own is None else (own, own))
-    layers = layers_of(adapter.denoiser)
+    layers = layers_of(adapter.network)
     packed = any(layer.packed is not None for layer in layers.values())
     if memory != "packed" and not packed:
         raise AquabitError(f"memory {memory!r} is for packed layers, and this model has none; leave it out")
@@ -349,7 +360,7 @@ def generate(
         if packed:
             # this samples, and follows the scheduler; the timed calls do not
             call = adapter.first_call(protocol)
-            with unfollowed(adapter.denoiser):
+            with unfollowed(adapter.network):
                 placed = place_(layers, call, memory, progress)
             if told is not None:
                 told(placed)
@@ -360,7 +371,7 @@ def generate(
 def _switched_correction(adapter: ImageMaker, correction: str | None) -> Iterator[None]:
     """Correct otherwise than the artifact says (None: as it says) for a while; raises AquabitError where
     it holds no statistics."""
-    statistics, before = statistics_of(adapter.denoiser), watchers_of(adapter.denoiser)
+    statistics, before = statistics_of(adapter.network), watchers_of(adapter.network)
     if statistics is None and parse_correction(correction):
         raise AquabitError(
             f"correction {correction!r} needs noise statistics, which this model lacks; run `aquabit quantize"
@@ -369,8 +380,8 @@ def _switched_correction(adapter: ImageMaker, correction: str | None) -> Iterato
     if statistics is None or correction is None:
         yield
         return
-    corrected_(adapter.denoiser, scheduler_of(adapter.pipe), statistics, correction)
+    corrected_(adapter.network, scheduler_of(adapter.pipe), statistics, correction)
     try:
         yield
     finally:
-        follow_(adapter.denoiser, scheduler_of(adapter.pipe), before)
+        follow_(adapter.network, scheduler_of(adapter.pipe), before)

@@ -164,7 +164,7 @@ def images(folder: Path, models: Sequence[str]) -> list[dict[str, Any]]:
                 for protocol in protocols:
                     here.quantized.apply(config)
                     with following(
-                        here.adapter.denoiser, here.pipe.scheduler, [Corrector(statistics, "cnc+bc")]
+                        here.adapter.network, here.pipe.scheduler, [Corrector(statistics, "cnc+bc")]
                     ):
                         made = torch.cat(
                             [here.adapter.images(protocol, b) for b in here.adapter.batches(protocol)]

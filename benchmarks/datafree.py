@@ -93,7 +93,7 @@ class World:
 
     def __init__(self, model: str):
         self.adapter = Adapter(load(model))
-        modules = dict(self.adapter.denoiser.eval().named_modules())
+        modules = dict(self.adapter.network.eval().named_modules())
         self.layers: dict[str, Any] = {n: modules[n] for n in layers(trace(self.adapter.pipe))}
         self.full = {n: m.weight.detach().clone() for n, m in self.layers.items()}
 

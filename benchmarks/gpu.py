@@ -310,7 +310,7 @@ def sdxl(device: str, size: str, folder: Path) -> dict[str, Any]:
         adapter.images(protocol, range(4))
     found["packed"] |= {"images": clock.seconds, "bytes": clock.bytes}
     found["call_ms"]["packed"] = milliseconds(adapter.first_call(protocol), device)
-    found["packed"]["weights"] = resident_bytes(layers_of(adapter.denoiser).values())
+    found["packed"]["weights"] = resident_bytes(layers_of(adapter.network).values())
     found["finite"] = {name: bool(x.isfinite().all()) for name, x in images.items()}
     for name in ("full precision", "usq4, a16"):
         found[f"packed beside {name}"] = psnr(images[name], images["packed"])

@@ -98,13 +98,13 @@ class Layers:
         self.evaluator.pipe.scheduler = self.evaluator.scheduler
         return Replay(
             replay_recorder(self.evaluator.pipe)(calibration, max(1, p.images // 2)),
-            self.evaluator.adapter.denoiser,
+            self.evaluator.adapter.network,
         )
 
     def run(self, replay: Replay, samples: Sequence[int]) -> tuple[Tensor, Tensor]:
         """The denoiser's outputs for samples (of one kind), and those of full precision, [n, ...]."""
         (args, kwargs), target = replay.batch(samples, torch.device("cpu"))
-        return output_tensor(self.evaluator.adapter.denoiser(*args, **kwargs)), target
+        return output_tensor(self.evaluator.adapter.network(*args, **kwargs)), target
 
 
 def by_kind(replay: Replay, samples: Sequence[int]) -> list[list[int]]:
@@ -274,7 +274,7 @@ def gradient_scores(
         for start in range(0, count, batch):
             part = {k: v[start : start + batch] for k, v in calls.items()}
             with torch.enable_grad():
-                result = layers.evaluator.adapter.denoiser(
+                result = layers.evaluator.adapter.network(
                     part["x"], timestep=part["t"], class_labels=part["y"]
                 )
                 mse_loss(output_tensor(result.sample)[:, : part["x"].shape[1]], part["target"]).backward()

@@ -17,7 +17,7 @@ from aquabit import file_memory, memory, packing
 from aquabit.file_memory import CopiesInFiles, in_file
 from aquabit.graph import codebook_names
 from aquabit.measuring.evaluator import Evaluator
-from aquabit.pipelines import calibration_samples, denoiser_name, denoiser_of, load, own_copy, trace
+from aquabit.pipelines import calibration_samples, component_names, denoiser_of, load, own_copy, trace
 from aquabit.quant.bank import Bank
 from aquabit.quant.calibration.moments import WIDEST
 from aquabit.quant.model import QuantizedDenoiser, fingerprint
@@ -91,7 +91,7 @@ def test_what_lies_in_files_is_quantized_to_the_same_bits(
 ) -> None:
     pipe = tiny(name).to(dtype=getattr(torch, stored))
     pipe.save_pretrained(tmp_path / "model", max_shard_size=shard)
-    own = tmp_path / "model" / denoiser_name(pipe)
+    own = tmp_path / "model" / component_names(pipe)[0]
     assert len(list(own.glob("*.safetensors"))) == (1 if shard == "1GB" else len(list(own.glob("*-of-*"))))
     assert (own / "diffusion_pytorch_model.safetensors.index.json").exists() == (shard != "1GB")
     monkeypatch.setattr(file_memory, "LARGE", 1 << 60)
@@ -113,7 +113,7 @@ def test_no_weight_is_in_memory(tmp_path: Path, monkeypatch, stored: str, dtype:
     pipe = load(str(tmp_path / "model"), dtype=dtype)
     for part in (pipe.transformer, pipe.text_encoder_3, pipe.vae):
         assert all(str(tmp_path) in file_of(p) for p in part.parameters()), type(part).__name__
-    own = own_copy(pipe, "transformer")
+    own = own_copy(pipe)
     assert all(file_of(p) for p in own.transformer.parameters())
     graph, print_ = trace(pipe), fingerprint(pipe.transformer)
     config = make_space(graph, print_).uniform("usq4", 16)

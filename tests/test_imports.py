@@ -25,6 +25,7 @@ VALUES = {
     "runtime",
     "file_memory",
     "maximum_entropy",
+    "parts",
     "user_code",
 }
 STORES = {*VALUES, "graph", "kernels", "quality", "study", "study_status"}
@@ -45,6 +46,7 @@ ALLOWED: dict[str, set[str]] = {
     "scheme": {*SUBJECTS, "errors", "jsonio", "progress"},
     "runtime": {"errors"},
     "user_code": {"errors"},
+    "parts": set(),
     "file_memory": {"errors", "runtime"},
     "kernels": VALUES,
     "graph": VALUES,

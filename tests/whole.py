@@ -11,7 +11,7 @@ from torch import Tensor
 
 import aquabit
 from aquabit.graph import layers
-from aquabit.pipelines import Adapter, denoiser_of, load, trace
+from aquabit.pipelines import Adapter, load, network_of, trace
 from aquabit.quant.model import fingerprint
 from aquabit.scheme import Protocol
 from aquabit.space import make_space
@@ -42,7 +42,7 @@ def works_whole(pipe: Any, protocol: Protocol, folder: Path, saved: bool = True)
         source = str(folder / "model")
     own = load(source)
     graph = trace(own)
-    space = make_space(graph, fingerprint(denoiser_of(own)), schemes=["usq4"])
+    space = make_space(graph, fingerprint(network_of(own)), schemes=["usq4"])
     full = images(own, protocol)
     packed = aquabit.quantize(source, space.uniform("usq4", 8), bank=str(folder / "bank"))
     made = images(packed.pipe, protocol)

@@ -148,7 +148,7 @@ def inspect(
     """Layers, operator types, sizes and multiply-adds; or peak memory."""
     from aquabit.graph import graph_notes, to_json
     from aquabit.memory import NOT_COUNTED, elements, peaks
-    from aquabit.pipelines import Model, denoiser_of, load, model_notes, trace
+    from aquabit.pipelines import Model, load, model_notes, network_of, trace
 
     groups.check_idle(context, not memory, "without --memory", "micro_batch", "guidance")
     model = source.of(model)
@@ -157,7 +157,7 @@ def inspect(
     if memory:
         if isinstance(pipe, Model):
             raise AquabitError(f"memory is estimated for models of diffusers; {model} is one of your own")
-        others = elements(pipe.components.values()) - elements([denoiser_of(pipe)])
+        others = elements(pipe.components.values()) - elements([network_of(pipe)])
         found = peaks(graph, micro_batch, guidance != 1.0, others=others)
         told = [p.to_dict() for p in found]
         if not emit({"micro_batch": micro_batch, "not_counted": NOT_COUNTED, "peaks": told}, json_):
@@ -429,11 +429,11 @@ def export(
 ) -> None:
     """A configuration for another library, with what is lost on the way."""
     from aquabit.exports import export_config
-    from aquabit.pipelines import denoiser_of, load, trace
+    from aquabit.pipelines import load, network_of, trace
     from aquabit.quant.model import check_fingerprint
 
     pipe, chosen = load(source.of(model)), QuantConfig.load(config)
-    check_fingerprint(chosen, denoiser_of(pipe))
+    check_fingerprint(chosen, network_of(pipe))
     found = export_config(chosen, trace(pipe), to)
     write_text(out, found.to_json())
     if not emit(found.to_dict()["statement"], json_):

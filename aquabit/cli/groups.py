@@ -131,12 +131,13 @@ class Source:
     variant: options.Variant = None
     base: options.Base = None
     lora: options.Lora = None
+    component: options.Component = None
 
     def of(self, model: str) -> str:
         """The reference of a model."""
         from aquabit.pipelines.reference import Reference
 
-        return Reference.parse(model).with_(self.variant, self.base, self.lora or ()).text
+        return Reference.parse(model).with_(self.variant, self.base, self.lora or (), self.component).text
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,14 @@ OwnModel = Annotated[
         callback=_announced,
     ),
 ]
+Component = Annotated[
+    str | None,
+    typer.Option(
+        "--component",
+        metavar="NAME[,NAME]",
+        help="What of MODEL is quantized, as text_encoder; by default its denoiser, or all of them.",
+    ),
+]
 Lora = Annotated[
     list[str] | None,
     typer.Option(

@@ -46,11 +46,16 @@ def export_config(config: QuantConfig, graph: LayerGraph, to: str) -> Export:
     ``torchao.core.config.config_to_dict`` writes it), "quanto" (a map of layers as
     ``optimum.quanto.quantization_map`` gives it) or "modelopt" (the ``config`` of ``mtq.quantize``).
 
-    ``graph`` is the model's, for shapes and kinds of layers. Raises AquabitError for an unknown library and
-    for layers not in the graph.
+    ``graph`` is the model's, for shapes and kinds of layers. Raises AquabitError for an unknown library,
+    for layers not in the graph, and for a graph of several networks.
     """
     if to not in TARGETS:
         raise AquabitError(f"export to {to!r} is unknown; known: {', '.join(TARGETS)}")
+    if "parts" in graph.graph:
+        raise AquabitError(
+            f"{to} configures one network, and {', '.join(graph.graph['parts'])} are quantized together; give"
+            " a configuration of one component"
+        )
     nodes = layers(graph)
     wrong = [n for n in config.layers if n not in nodes]
     if wrong:

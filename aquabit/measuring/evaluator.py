@@ -27,7 +27,6 @@ from aquabit.memory import layer_bytes
 from aquabit.pipelines import (
     Pipeline,
     adapter_of,
-    denoiser_name,
     free_text_encoders,
     image_size,
     load,
@@ -140,7 +139,7 @@ class Evaluator:
             reuse_memory()
         pipe = load(model, device, dtype)
         if not isinstance(model, str):
-            pipe = own_copy(pipe, denoiser_name(pipe))
+            pipe = own_copy(pipe)
         else:
             free_text_encoders(pipe)
         self.pipe, self.bank, self.fingerprint, self.device = pipe, bank, fingerprint, device
@@ -148,7 +147,7 @@ class Evaluator:
         self.scheduler = scheduler_of(pipe)
         self.adapter = adapter_of(pipe)
         self.quantized = QuantizedDenoiser(
-            self.adapter.denoiser.eval(), graph, bank, fingerprint, recorder(pipe), sampler(pipe)
+            self.adapter.network.eval(), graph, bank, fingerprint, recorder(pipe), sampler(pipe)
         )
         images = self.adapter.makes_images
         own = self.adapter.reference()
@@ -237,7 +236,7 @@ class Evaluator:
     ) -> Generator[tuple[range, Tensor], None, None]:
         """Images of the configuration that is applied; what depends on the step follows the sampler."""
         every = [*self.quantized.watchers(config), *watchers]
-        with following(self.adapter.denoiser, scheduler_of(self.pipe), every):
+        with following(self.adapter.network, scheduler_of(self.pipe), every):
             for batch in self.adapter.batches(protocol):
                 if config.layers:
                     yield batch, self.adapter.images(protocol, batch)
@@ -351,7 +350,7 @@ class Evaluator:
             branches = 2 if protocol.guidance != 1.0 else 1
             held = few * branches * protocol.steps * layer_bytes(self.graph)
             sketches = Sketches(
-                self.adapter.denoiser,
+                self.adapter.network,
                 {name: layer for name, layer in layers.items() if name in choices},
                 changes,
                 gates,
@@ -365,7 +364,7 @@ class Evaluator:
                 return checked_images(self.adapter, own, few_images, gradients=True)
 
             try:
-                with following(self.adapter.denoiser, scheduler_of(self.pipe), [place]):
+                with following(self.adapter.network, scheduler_of(self.pipe), [place]):
                     found = sketches(images, passes, start)
             except NotFinite:
                 raise broken(self.adapter, own, few_images) from None
@@ -389,7 +388,7 @@ class Evaluator:
             self.quantized.apply(QuantConfig(self.fingerprint, {}))
             use_scheduler(self.pipe, self.scheduler)
             recording = replay_recorder(self.pipe)(calibration, batch)
-            self._stored[calibration.digest] = OutputErrors(recording, self.adapter.denoiser)
+            self._stored[calibration.digest] = OutputErrors(recording, self.adapter.network)
         return self._stored[calibration.digest]
 
     @contextmanager

@@ -14,10 +14,14 @@ from aquabit.pipelines import (
     adapter_of,
     check_sampler,
     check_scheduler,
+    check_steps,
+    component_names,
     denoiser_of,
+    encoder_names,
     image_size,
     load,
     model_notes,
+    network_of,
     scheduler_named,
     scheduler_of,
     trace,
@@ -25,7 +29,7 @@ from aquabit.pipelines import (
 from aquabit.quality import Source
 from aquabit.quant.correction.corrector import check_correction
 from aquabit.quant.model import fingerprint
-from aquabit.scheme import Protocol
+from aquabit.scheme import Protocol, StepGroups
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,8 @@ class Model:
     # what is to be said of a pipeline of no known family, and of weights that stay dense
     notes: tuple[str, ...] = ()
     made: OwnModel | None = None  # a model of the user's own, as it was opened
+    components: tuple[str, ...] = ()  # of a pipeline, what is quantized
+    encoders: tuple[str, ...] = ()  # of these, what runs before the sampler's steps
 
     @property
     def images(self) -> bool:
@@ -64,11 +70,25 @@ def open_model(model: str | Pipeline) -> Model:
     adapter = adapter_of(pipe)
     own, prompts = adapter.reference(), adapter.kind == "prompt"
     graph = trace(pipe)
-    own_print = fingerprint(denoiser_of(pipe))
+    own_print = fingerprint(network_of(pipe))
     made = pipe if isinstance(pipe, OwnModel) else None
     size = None if made is not None else image_size(pipe)
     notes = (*model_notes(pipe, graph), *graph_notes(graph))
-    return Model(name, own_print, graph, model, scheduler_of(pipe), own, prompts, size, notes, made)
+    components = tuple(component_names(pipe)) if made is None else ()
+    return Model(
+        reference=name,
+        fingerprint=own_print,
+        graph=graph,
+        source=model,
+        scheduler=scheduler_of(pipe),
+        own=own,
+        prompts=prompts,
+        usual_size=size,
+        notes=notes,
+        made=made,
+        components=components,
+        encoders=tuple(encoder_names(pipe)),
+    )
 
 
 def settled(model: Model, protocol: Protocol) -> Protocol:
@@ -82,7 +102,10 @@ def settled(model: Model, protocol: Protocol) -> Protocol:
     return found
 
 
-def check_correctable(model: Model, protocol: Protocol, correction: str | None) -> None:
-    """Raise AquabitError where the sampler of a protocol cannot be corrected so, before anything is fitted
-    or measured."""
+def check_correctable(
+    model: Model, protocol: Protocol, correction: str | None, steps: StepGroups | None = None
+) -> None:
+    """Raise AquabitError where the sampler of a protocol cannot be corrected so, and where what is quantized
+    cannot change between ``steps``, before anything is fitted or measured."""
+    check_steps(model.components, model.encoders, correction, steps)
     check_correction(scheduler_named(model.scheduler, protocol.scheduler), correction, protocol.eta)

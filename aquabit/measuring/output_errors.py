@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
-from typing import TypedDict
+from statistics import fmean
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -53,9 +54,10 @@ class OutputErrors:
     differ by.
 
     The result has a number for each of ``steps``, in order, all relative to the mean square of the
-    full-precision output there: "error", the mean square of the difference; "common", that of its mean over
-    images, less what chance leaves of a mean (it may be negative); and "gain", the slope of the difference on
-    the output (PTQD's k, without intercept). Values that are not finite become 1e6.
+    full-precision output there (means over networks, where several are called in a step): "error", the mean
+    square of the difference; "common", that of its mean over images, less what chance leaves of a mean (it
+    may be negative); and "gain", the slope of the difference on the output (PTQD's k, without intercept).
+    Values that are not finite become 1e6.
     """
 
     def __init__(self, recording: Recording, denoiser: nn.Module):
@@ -65,9 +67,14 @@ class OutputErrors:
             taken[i]
             for i in np.unique(np.linspace(0, len(taken) - 1, min(STEPS, len(taken))).round().astype(int))
         ]
-        self.samples = [
-            [i for i, (_, _, step) in enumerate(self.replay.places) if step == s] for s in self.steps
-        ]
+        self.samples = [self._alike(s) for s in self.steps]  # of each step, those of one output together
+
+    def _alike(self, step: int) -> list[list[int]]:
+        found: dict[Any, list[int]] = {}
+        for i, place in enumerate(self.replay.places):
+            if place[2] == step:
+                found.setdefault(self.replay.output_of(i), []).append(i)
+        return list(found.values())
 
     @torch.no_grad()
     def __call__(self, watchers: Sequence[Watcher] = ()) -> StepErrors:
@@ -78,13 +85,19 @@ class OutputErrors:
             for i, row, wanted in zip(part, output.float().cpu(), target.float().cpu(), strict=True):
                 change[i], full[i] = row - wanted, wanted
         found = [
-            self._of_step(
-                torch.stack([change[i] for i in own]).flatten(1),
-                torch.stack([full[i] for i in own]).flatten(1),
-            )
-            for own in self.samples
+            [
+                self._of_output(
+                    torch.stack([change[i] for i in own]).flatten(1),
+                    torch.stack([full[i] for i in own]).flatten(1),
+                )
+                for own in groups
+            ]
+            for groups in self.samples
         ]
-        error, common, gain = ([row[name] for row in found] for name in ("error", "common", "gain"))
+        error, common, gain = (
+            [round(fmean(row[name] for row in rows), 9) for rows in found]
+            for name in ("error", "common", "gain")
+        )
         return {"error": error, "common": common, "gain": gain}
 
     @torch.enable_grad()
@@ -92,7 +105,12 @@ class OutputErrors:
         """The relative errors of the steps, weighted and added up; its gradient is left in whatever asks
         for one."""
         share = dict(zip(self.steps, weights, strict=True))
-        size = {i: (self._scale(own), len(own)) for own in self.samples for i in own}
+        size = {
+            i: (self._scale(own), len(own) * len(groups))
+            for groups in self.samples
+            for own in groups
+            for i in own
+        }
         value = 0.0
         for part, output, target in self._outputs(watchers):
             per_sample = [share[self.replay.places[i][2]] / (size[i][0] * size[i][1]) for i in part]
@@ -103,13 +121,14 @@ class OutputErrors:
         return value
 
     def _scale(self, samples: Sequence[int]) -> float:
-        """The mean square of the full-precision outputs of samples of one step."""
+        """The mean square of the full-precision outputs of samples of one step and network."""
         return float(self.replay.batch(samples, torch.device("cpu"))[1].double().square().mean())
 
     def _outputs(self, watchers: Sequence[Watcher]) -> Iterator[tuple[list[int], Tensor, Tensor]]:
         """Samples, what the denoiser answers for them, and what it should."""
         device = next(chain(self.denoiser.parameters(), self.denoiser.buffers())).device
-        for part in self.samples if watchers else self._batches():
+        every = [own for groups in self.samples for own in groups]
+        for part in every if watchers else self._batches():
             for watcher in watchers:
                 watcher.before(self.replay.places[part[0]][2])
             call, target = self.replay.batch(part, device)
@@ -119,13 +138,13 @@ class OutputErrors:
     def _batches(self) -> list[list[int]]:
         """All samples in calls of at most BATCH; those of one call are of one kind."""
         kinds: dict[int, list[int]] = {}
-        for own in self.samples:
-            for i in own:
+        for groups in self.samples:
+            for i in chain(*groups):
                 kinds.setdefault(self.replay.kind(i), []).append(i)
         return [row[i : i + BATCH] for row in kinds.values() for i in range(0, len(row), BATCH)]
 
     @staticmethod
-    def _of_step(change: Tensor, full: Tensor) -> dict[str, float]:
+    def _of_output(change: Tensor, full: Tensor) -> dict[str, float]:
         change, full = change.double(), full.double()
         scale, n = full.square().mean(), len(change)
         mean = change.mean(0)

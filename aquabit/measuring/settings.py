@@ -67,7 +67,7 @@ def settings(
     else:
         kept = {"calibration": Calibration.of(protocol), **(options.space or {})}
         space = make_space(model.graph, model.fingerprint, model.reference, **kept)
-    check_correctable(model, protocol, space.correction)
+    check_correctable(model, protocol, space.correction, space.steps)
     if space.steps is not None and space.steps.total != protocol.steps:
         raise AquabitError(
             f"the step groups are of {space.steps.total} steps, the images are made in {protocol.steps};"

@@ -22,17 +22,10 @@ from aquabit.pipelines.adapter import (
 from aquabit.pipelines.class_conditional import ClassConditionalPipeline
 from aquabit.pipelines.class_latent import ClassEmbedder, ClassLatentPipeline
 from aquabit.pipelines.convert import convert_ldm4
-from aquabit.pipelines.family import (
-    FAMILIES,
-    Family,
-    denoiser_name,
-    denoiser_of,
-    family,
-    family_notes,
-    scheduler_of,
-)
+from aquabit.pipelines.family import FAMILIES, Family, family, family_notes, scheduler_of
 from aquabit.pipelines.loading import bundled_facts, bundled_models, load, sources_of
 from aquabit.pipelines.lora import add_lora, branched, remove_lora
+from aquabit.pipelines.network import check_steps, component_names, denoiser_of, encoder_names, network_of
 from aquabit.pipelines.own_model import Model, check_sampler
 from aquabit.pipelines.presets import PRESETS, Preset, preset_named
 from aquabit.pipelines.prompts import free_text_encoders, restore_text_encoders
@@ -57,9 +50,11 @@ __all__ = [
     "calibration_samples",
     "check_sampler",
     "check_scheduler",
+    "check_steps",
+    "component_names",
     "convert_ldm4",
-    "denoiser_name",
     "denoiser_of",
+    "encoder_names",
     "family",
     "family_notes",
     "free_text_encoders",
@@ -67,6 +62,7 @@ __all__ = [
     "image_size",
     "load",
     "model_notes",
+    "network_of",
     "noise_statistics",
     "own_copy",
     "preset_named",

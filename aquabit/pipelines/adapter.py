@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from math import ceil, prod
@@ -17,20 +17,27 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from aquabit.file_memory import CopiesInFiles
-from aquabit.graph import known_class
+from aquabit.graph import known_class, outline
 from aquabit.graph import trace as trace_denoiser
+from aquabit.parts import Parts, parts_of
 from aquabit.pipelines.effects import check_effects
-from aquabit.pipelines.family import EVERYWHERE, KINDS, denoiser_of, family, family_notes, scheduler_of
+from aquabit.pipelines.family import EVERYWHERE, KINDS, family, family_notes, scheduler_of
 from aquabit.pipelines.finite import finite_images
 from aquabit.pipelines.image_maker import ImageMaker, first_inputs
+from aquabit.pipelines.network import (
+    component_names,
+    copy_network_,
+    denoiser_names,
+    denoiser_of,
+    encoder_names,
+    network_of,
+)
 from aquabit.pipelines.outputs import images_of
 from aquabit.pipelines.own_model import CallSteps, Model, OwnAdapter, unnamed
 from aquabit.pipelines.prompts import embeddings
 from aquabit.pipelines.running import as_measured
 from aquabit.pipelines.sizes import image_batch, image_size
 from aquabit.quality import Source, real_images
-from aquabit.quant.bank import weights_folder
 from aquabit.quant.calibration.ranges import Sample
 from aquabit.quant.calibration.recording import Call, record_calls
 from aquabit.quant.correction.noise_measuring import measure_noise
@@ -58,26 +65,22 @@ def trace(model: Pipeline | nn.Module) -> nx.DiGraph:
     """
     if isinstance(model, Model):
         return model.trace()
-    with unfollowed(denoiser_of(model)):  # this is no sampling
+    with unfollowed(network_of(model)):  # this is no sampling
         return _traced(model)
 
 
 def _traced(model: DiffusionPipeline | nn.Module) -> nx.DiGraph:
-    denoiser = denoiser_of(model)
-    if isinstance(model, nn.Module) or known_class(type(denoiser)):
-        return trace_denoiser(denoiser)
+    network = network_of(model)
+    parts = parts_of(network)
+    if isinstance(model, nn.Module) or all(known_class(type(part)) for part in parts.values()):
+        return trace_denoiser(network)
     adapter = Adapter(model)
-    args, kwargs = adapter.first_inputs(
-        Protocol(
-            images=1,
-            steps=adapter.usual_steps,
-            micro_batch=1,
-            conditions=("",) if adapter.kind == "prompt" else None,
-        )
-    )
-    return trace_denoiser(
-        denoiser, {**dict(zip(inspect.signature(denoiser.forward).parameters, args, strict=False)), **kwargs}
-    )
+    given = {
+        name: {**dict(zip(inspect.signature(parts[name].forward).parameters, args, strict=False)), **kwargs}
+        for name, (args, kwargs) in adapter.first_calls(adapter.shortest()).items()
+        if not known_class(type(parts[name]))
+    }
+    return trace_denoiser(network, given if isinstance(network, Parts) else given[""])
 
 
 def model_notes(pipe: Pipeline, graph: nx.DiGraph) -> list[str]:
@@ -86,13 +89,13 @@ def model_notes(pipe: Pipeline, graph: nx.DiGraph) -> list[str]:
 
 
 def own_copy(pipe: Pipeline, *parts: str) -> Any:
-    """A pipeline that shares everything with ``pipe`` but these components, which are copied; it shows no
-    progress bar."""
+    """A pipeline that shares everything with ``pipe`` but what is quantized and these components, which are
+    copied; it shows no progress bar."""
     if isinstance(pipe, Model):
         return pipe.copied()
     own = copy.copy(pipe)
-    with CopiesInFiles(weights_folder()):
-        own.__dict__.update({part: copy.deepcopy(getattr(pipe, part)) for part in parts})
+    copy_network_(own)
+    own.__dict__.update({part: copy.deepcopy(getattr(pipe, part)) for part in parts})
     own.set_progress_bar_config(disable=True)
     return own
 
@@ -120,7 +123,7 @@ def set_scheduler(pipe: Pipeline, name: str) -> None:
     if found is own:
         return
     pipe.scheduler = found
-    refollow_(denoiser_of(pipe), pipe.scheduler)
+    refollow_(network_of(pipe), pipe.scheduler)
 
 
 def use_scheduler(pipe: Pipeline, scheduler: Any, name: str = "default") -> None:
@@ -160,7 +163,7 @@ def recorder(pipe: Pipeline) -> Callable[[Calibration], list[Call]]:
     def record(calibration: Calibration) -> list[Call]:
         batch = image_batch(pipe, calibration, CALIBRATION_BATCH)
         with runs(calibration, batch) as made:
-            return record_calls(denoiser_of(pipe), made, CALIBRATION_CALLS)
+            return record_calls(network_of(pipe), made, CALIBRATION_CALLS)
 
     return record
 
@@ -174,7 +177,10 @@ def _runs(pipe: Pipeline) -> Callable[[Calibration, int], AbstractContextManager
     def runs(calibration: Calibration, batch: int) -> Iterator[list[Callable[[], object]]]:
         protocol, adapter = calibration.protocol(batch), adapter_of(pipe)
         with scheduled(pipe, scheduler, calibration.scheduler):
-            yield [partial(finite_images, adapter, protocol, part) for part in adapter.batches(protocol)]
+            if isinstance(adapter, Adapter) and encoder_names(pipe) == component_names(pipe):
+                yield [partial(adapter.encode, protocol, part) for part in adapter.batches(protocol)]
+            else:
+                yield [partial(finite_images, adapter, protocol, part) for part in adapter.batches(protocol)]
 
     return runs
 
@@ -186,7 +192,7 @@ def replay_recorder(pipe: Pipeline) -> Callable[[Calibration, int], Recording]:
 
     def record(calibration: Calibration, batch: int) -> Recording:
         with runs(calibration, batch) as made:
-            return recording(denoiser_of(pipe), made, scheduler_of(pipe))
+            return recording(network_of(pipe), made, scheduler_of(pipe))
 
     return record
 
@@ -199,7 +205,7 @@ def sampler(pipe: Pipeline) -> Sample:
         protocol, adapter = calibration.protocol(CALIBRATION_BATCH), adapter_of(pipe)
         with (
             scheduled(pipe, scheduler, calibration.scheduler),
-            following(adapter.denoiser, scheduler_of(pipe), watchers),
+            following(adapter.network, scheduler_of(pipe), watchers),
         ):
             for batch in adapter.batches(protocol):
                 adapter.images(protocol, batch)
@@ -233,8 +239,31 @@ def noise_statistics(
         owner = (config.fingerprint, plain.digest)
         switches = model.watchers(plain)  # of activations that change between steps
         return measure_noise(
-            adapter.denoiser, scheduler_of(pipe), runs, full, *owner, [*switches, *watchers], progress
+            adapter.network, scheduler_of(pipe), runs, full, *owner, [*switches, *watchers], progress
         )
+
+
+@contextmanager
+def _outlined(network: nn.Module) -> Iterator[None]:
+    """For a while a network answers every call with zeros of the sizes that it returns for the first."""
+    before, answers = vars(network).get("forward"), list[Any]()
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not answers:
+            replaced = vars(network).pop("forward")
+            if before is not None:
+                vars(network)["forward"] = before
+            answers.append(outline(network, args, kwargs))
+            vars(network)["forward"] = replaced
+        return answers[0]
+
+    vars(network)["forward"] = forward
+    try:
+        yield
+    finally:
+        del vars(network)["forward"]
+        if before is not None:
+            vars(network)["forward"] = before
 
 
 class Adapter:
@@ -260,8 +289,8 @@ class Adapter:
             )
 
     @property
-    def denoiser(self) -> nn.Module:
-        return denoiser_of(self.pipe)
+    def network(self) -> nn.Module:
+        return network_of(self.pipe)
 
     def conditions(self, protocol: Protocol) -> list[Any]:
         """One condition an image, repeated in order: the protocol's, else every class in turn."""
@@ -281,7 +310,7 @@ class Adapter:
         """The number of classes; 0 where it is not known."""
         return int(
             getattr(self.pipe.config, "classes", None)
-            or getattr(getattr(self.denoiser, "config", None), "num_embeds_ada_norm", None)
+            or getattr(getattr(denoiser_of(self.pipe), "config", None), "num_embeds_ada_norm", None)
             or 0
         )
 
@@ -333,6 +362,11 @@ class Adapter:
         asked = None if (asked, asked) == own else asked  # what would be made anyhow
         check_effects(self.pipe, self._run, replace(protocol, resolution=asked))
 
+    def shortest(self) -> Protocol:
+        """One image of no prompt, as the pipeline makes it where nothing else is asked for."""
+        conditions = ("",) if self.kind == "prompt" else None
+        return Protocol(images=1, steps=self.usual_steps, micro_batch=1, conditions=conditions)
+
     @property
     def usual_steps(self) -> int:
         """The number of steps that the pipeline makes where none is asked for."""
@@ -346,7 +380,7 @@ class Adapter:
         if hasattr(getattr(self.pipe, "guider", None), "guidance_scale"):
             return "guider"
         known = (self.family.guidance,) if self.family else GUIDANCE
-        if not getattr(getattr(self.denoiser, "config", None), "guidance_embeds", False):
+        if not getattr(getattr(denoiser_of(self.pipe), "config", None), "guidance_embeds", False):
             known = known[::-1]  # where both are there, the other one is of distilled denoisers
         return next((name for name in known if name in self.parameters), None)
 
@@ -363,7 +397,7 @@ class Adapter:
         Raises AquabitError for what the pipeline refuses, and where memory ends.
         """
         self.check(protocol)
-        refollow_(self.denoiser, scheduler_of(self.pipe))  # it may have been replaced
+        refollow_(self.network, scheduler_of(self.pipe))  # it may have been replaced
         if self.family is not None and self.family.alone:
             one = replace(protocol, micro_batch=1)
             images = torch.cat([self._run(one, range(i, i + 1), gradients) for i in indices])
@@ -383,7 +417,7 @@ class Adapter:
         padded = [*indices, *[indices[-1]] * (protocol.micro_batch - len(indices))]
         name, call = type(self.pipe).__name__, type(self.pipe).__call__
         with as_measured(self.pipe, protocol, indices.start):
-            arguments = self._arguments(protocol, padded)
+            arguments = self._arguments(protocol, padded, gradients)
             if gradients:
                 with torch.enable_grad():  # below what switches it off
                     output = getattr(call, "__wrapped__", call)(self.pipe, **arguments)
@@ -393,7 +427,9 @@ class Adapter:
         images = images_of(output, len(padded), name)
         return images[: len(indices) * (len(images) // len(padded))]
 
-    def _arguments(self, protocol: Protocol, indices: Sequence[int]) -> dict[str, Any]:
+    def _arguments(
+        self, protocol: Protocol, indices: Sequence[int], gradients: bool = False
+    ) -> dict[str, Any]:
         """Arguments of the pipeline's call for some images."""
         conditions = self.conditions(protocol)
         here = [conditions[i] for i in indices]
@@ -425,25 +461,45 @@ class Adapter:
             given["negative_prompt"] = (
                 None  # of some pipelines it is text by default, which they refuse beside embeddings
             )
-        return given | embeddings(self.pipe, self.family.encodings, [str(c) for c in here], every, guided)
+        prompts = [str(c) for c in here]
+        return given | embeddings(self.pipe, self.family.encodings, prompts, every, guided, gradients)
+
+    def encode(self, protocol: Protocol, indices: range) -> None:
+        """What runs before the denoiser for some images; they are not made."""
+        first_inputs(denoiser_of(self.pipe), partial(self._run, protocol, indices))
 
     def first_inputs(self, protocol: Protocol) -> Call:
         """Inputs of the first denoiser call of ``protocol``'s first micro-batch; no image is finished."""
+        return next(iter(self.first_calls(protocol).values()))
+
+    def first_calls(self, protocol: Protocol) -> dict[str, Call]:
+        """Inputs of the first call of each part of the network (``parts_of``) in ``protocol``'s first
+        micro-batch. Other denoisers that are called before that only say what sizes they return."""
         self.check(protocol)
-        found = first_inputs(self.denoiser, partial(self._run, protocol, self.batches(protocol)[0]))
-        if found is None:
-            raise AquabitError(f"{type(self.pipe).__name__} makes its images without a call of its denoiser")
+        run, found = partial(self._run, protocol, self.batches(protocol)[0]), dict[str, Call]()
+        for name, part in parts_of(self.network).items():
+            with ExitStack() as stack:
+                for other in (getattr(self.pipe, d) for d in denoiser_names(self.pipe)):
+                    if other is not part:
+                        stack.enter_context(_outlined(other))
+                call = first_inputs(part, run)
+            if call is None:
+                what = name or ", ".join(component_names(self.pipe))
+                raise AquabitError(
+                    f"{type(self.pipe).__name__} makes its images of {protocol.steps} steps without a call of"
+                    f" its {what}"
+                )
+            found[name] = call
         return found
 
     def first_call(self, protocol: Protocol) -> Callable[[], object]:
-        """The first denoiser call of ``protocol``'s first micro-batch, to be made again; no image is
-        finished."""
-        args, kwargs = self.first_inputs(protocol)
-        denoiser = self.denoiser
+        """The first call of each part of the network in ``protocol``'s first micro-batch, to be made
+        again."""
+        calls, parts = self.first_calls(protocol), parts_of(self.network)
 
         def call() -> object:
             with torch.inference_mode():
-                return denoiser(*args, **kwargs)
+                return [parts[name](*args, **kwargs) for name, (args, kwargs) in calls.items()]
 
         return call
 

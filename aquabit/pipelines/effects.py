@@ -16,8 +16,9 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from aquabit.pipelines.family import denoiser_of, scheduler_of
+from aquabit.pipelines.family import scheduler_of
 from aquabit.pipelines.image_maker import Reached, first_inputs
+from aquabit.pipelines.network import denoiser_of, network_of
 from aquabit.scheme import AquabitError, Protocol
 
 
@@ -133,9 +134,9 @@ def _same(a: Any, b: Any) -> bool:
 
 @contextmanager
 def _alone(pipe: DiffusionPipeline) -> Iterator[None]:
-    """Nothing sees the pipeline for a while: no hook of its denoiser's modules runs, and nothing that
-    follows its scheduler hears of a step."""
-    modules, scheduler = list(denoiser_of(pipe).modules()), scheduler_of(pipe)
+    """Nothing sees the pipeline for a while: no hook of its denoiser's modules, and of what is quantized,
+    runs, and nothing that follows its scheduler hears of a step."""
+    modules, scheduler = {*denoiser_of(pipe).modules(), *network_of(pipe).modules()}, scheduler_of(pipe)
     kept = [(module, name, module.__dict__[name]) for module in modules for name in _HOOKS]
     for module, name, _ in kept:
         module.__dict__[name] = OrderedDict()

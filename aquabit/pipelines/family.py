@@ -8,19 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from diffusers import DiffusionPipeline
-from torch import nn
 
 from aquabit.graph import family_of
-from aquabit.scheme import AquabitError
+from aquabit.parts import parts_of
+from aquabit.pipelines.network import network_of
 
 # the argument that says what images show; their number where nothing does
 Kind = Literal["class_labels", "prompt", "batch_size"]
 KINDS: tuple[Kind, ...] = ("class_labels", "prompt", "batch_size")
-DENOISERS = ("denoiser", "transformer", "unet")  # where a pipeline holds its denoiser
-NETWORKS = (
-    "diffusers.models.transformers",
-    "diffusers.models.unets",
-)  # and where diffusers has their classes
 DECODERS = ("vae", "vqvae", "movq")  # and what makes images of its latents
 
 
@@ -244,12 +239,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("ldm", ("LDMPipeline",), "batch_size", resolution=256, example="CompVis/ldm-celebahq-256"),
     Family("ddpm", ("DDPMPipeline",), "batch_size", resolution=32, example="google/ddpm-cifar10-32"),
     Family("ddim", ("DDIMPipeline",), "batch_size", resolution=256, example="fusing/ddim-lsun-bedroom"),
-    Family(
-        "pixels-class",
-        ("ClassConditionalPipeline",),
-        "class_labels",
-        example="digits-dit, digits-unet",
-    ),
+    Family("pixels-class", ("ClassConditionalPipeline",), "class_labels", example="digits-dit, digits-unet"),
 )
 _BY_CLASS = {pipeline: family for family in FAMILIES for pipeline in family.pipelines}
 
@@ -259,44 +249,6 @@ def family(pipe: DiffusionPipeline) -> Family | None:
     return next((_BY_CLASS[base.__name__] for base in type(pipe).__mro__ if base.__name__ in _BY_CLASS), None)
 
 
-def denoiser_names(pipe: Any) -> list[str]:
-    """The attributes that hold denoisers: by their usual names, then by what class of diffusers they are."""
-    named = [name for name in DENOISERS if isinstance(getattr(pipe, name, None), nn.Module)]
-    parts = [name for name, part in getattr(pipe, "config", {}).items() if isinstance(part, tuple | list)]
-    return list(dict.fromkeys([*named, *(n for n in parts if _is_network(getattr(pipe, n, None)))]))
-
-
-def _is_network(part: Any) -> bool:
-    """Whether a component is of a class that denoises; an adapter's weights are in the denoiser itself."""
-    bases = type(part).__mro__ if isinstance(part, nn.Module) else ()
-    return any(b.__module__.startswith(NETWORKS) and b.__name__ != "MotionAdapter" for b in bases)
-
-
-def denoiser_name(pipe: Any) -> str:
-    """The attribute that holds the denoiser; raises AquabitError where there is none, and where there are
-    several, of which all but one would stay as they are."""
-    names, kind = denoiser_names(pipe), type(pipe)
-    if not names:
-        raise AquabitError(f"{kind.__name__} has no denoiser: none of {', '.join(DENOISERS)} is a network")
-    if len(names) == 1:
-        return names[0]
-    optional = [name for name in names[1:] if name in kind._optional_components]
-    if len(optional) == len(names) - 1:
-        do = f"load it without ({', '.join(f'{name}=None' for name in optional)}) where the model allows that"
-    else:
-        do = "give a pipeline that holds one of them"
-    raise AquabitError(
-        f"{kind.__name__} has {len(names)} denoisers, {', '.join(names)}, and one is quantized at a time:"
-        f" {', '.join(names[1:])} would stay in full precision, unmeasured and uncounted; {do}"
-    )
-
-
-def denoiser_of(pipe: Any) -> nn.Module:
-    module = pipe if isinstance(pipe, nn.Module) else getattr(pipe, denoiser_name(pipe))
-    assert isinstance(module, nn.Module)
-    return module
-
-
 def scheduler_of(pipe: Any) -> Any:
     """The pipeline's sampler; None where it has none."""
     return getattr(pipe, "scheduler", None)
@@ -304,15 +256,16 @@ def scheduler_of(pipe: Any) -> Any:
 
 def family_notes(pipe: DiffusionPipeline) -> list[str]:
     """What is to be said where a pipeline or its denoiser is of no known family; nothing where both are."""
-    notes, denoiser = list[str](), denoiser_of(pipe)
+    notes = list[str]()
     if family(pipe) is None:
         notes.append(
             f"{type(pipe).__name__} is of no known family: the generic adapter is used, which encodes its"
             " prompts in every call"
         )
-    if family_of(type(denoiser)) == "generic":
-        notes.append(
-            f"{type(denoiser).__name__} is of no known family: its operator types are generic, told by common"
-            " layer names"
-        )
+    for part in parts_of(network_of(pipe)).values():
+        if family_of(type(part)) == "generic":
+            notes.append(
+                f"{type(part).__name__} is of no known family: its operator types are generic, told by common"
+                " layer names"
+            )
     return notes

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from aquabit.pipelines.family import scheduler_of
 from aquabit.pipelines.image_maker import ImageMaker
+from aquabit.pipelines.network import denoiser_of
 from aquabit.quant.correction.sampling import Watcher, following
 from aquabit.scheme import AquabitError
 from aquabit.scheme import Protocol as Settings
@@ -52,7 +53,7 @@ def checked_images(
         if not _finite(given[-1]):
             raise NotFinite("the denoiser's output is not finite")
 
-    handle = adapter.denoiser.register_forward_hook(check)
+    handle = adapter.network.register_forward_hook(check)
     try:
         images = adapter.images(protocol, indices, gradients=gradients)
     finally:
@@ -64,7 +65,7 @@ def checked_images(
 
 def broken(adapter: ImageMaker, protocol: Settings, indices: range) -> AquabitError:
     """What to say of images that are not finite: they are made again, and every layer is looked at."""
-    pipe, denoiser, steps, found = adapter.pipe, adapter.denoiser, _Steps(), list[str]()
+    pipe, denoiser, steps, found = adapter.pipe, denoiser_of(adapter.pipe), _Steps(), list[str]()
     components: Mapping[str, Any] = getattr(pipe, "components", {"denoiser": denoiser})
 
     def look(name: str, values: Sequence[tuple[str, Any]], masks: bool = False) -> None:
@@ -82,7 +83,7 @@ def broken(adapter: ImageMaker, protocol: Settings, indices: range) -> AquabitEr
     try:
         with ExitStack() as stack:
             if scheduler_of(pipe) is not None:
-                stack.enter_context(following(denoiser, scheduler_of(pipe), [steps]))
+                stack.enter_context(following(adapter.network, scheduler_of(pipe), [steps]))
             for part, module in components.items():
                 if isinstance(module, nn.Module):
                     stack.enter_context(_looking(module, "" if module is denoiser else part, look))

@@ -22,7 +22,7 @@ class ImageMaker(Protocol):
     kind: Any  # "class_labels", "prompt", or "batch_size" where images are made from nothing
 
     @property
-    def denoiser(self) -> nn.Module: ...
+    def network(self) -> nn.Module: ...
 
     def conditions(self, protocol: Measuring) -> list[Any]:
         """One condition an image."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,13 +18,15 @@ from diffusers.utils import logging
 
 from aquabit.file_memory import CopiesInFiles
 from aquabit.jsonio import read_json
+from aquabit.parts import Parts
 from aquabit.pipelines.class_conditional import ClassConditionalPipeline
 from aquabit.pipelines.class_latent import ClassEmbedder, ClassLatentPipeline
-from aquabit.pipelines.family import DENOISERS, scheduler_of
+from aquabit.pipelines.family import scheduler_of
 from aquabit.pipelines.lora import fuse_loras_
+from aquabit.pipelines.network import DENOISERS, choose_components_, network_of
 from aquabit.pipelines.own_model import Model, named_model
 from aquabit.pipelines.prompts import can_reload
-from aquabit.pipelines.reference import Reference, file_and_scale
+from aquabit.pipelines.reference import Reference, component_list, file_and_scale
 from aquabit.pipelines.single_files import FILES, denoiser_of_file, holds_a_pipeline
 from aquabit.pipelines.weights_files import check_complete, origin
 from aquabit.quality import real_images
@@ -62,6 +65,7 @@ def load(
     variant: str | None = None,
     base: str | Path | None = None,
     loras: Sequence[str] = (),
+    component: str | None = None,
     into: Model | None = None,
 ) -> Any:
     """The pipeline that ``model`` names, on a device and in a dtype; a packed artifact comes back running
@@ -71,7 +75,9 @@ def load(
     weights (.safetensors, .gguf): of a denoiser, or of a whole pipeline where ``from_single_file`` of its
     class reads it; ``base`` is the pipeline that it belongs to, for its configs and all that the file lacks.
     GGUF is taken as the full precision of what it decodes to. ``loras`` ("FILE" or "FILE:SCALE") are fused
-    with its weights. All of these may stand in ``model``, as in "org/name?variant=fp16&lora=FILE:0.8".
+    with its weights. ``component`` ("text_encoder", "transformer,text_encoder_2") is what is quantized of a
+    pipeline, else its denoisers; of a pipeline in memory a copy with that choice comes back, which shares its
+    networks. All of these may stand in ``model``, as in "org/name?variant=fp16&lora=FILE:0.8".
     ``into``: the model of the user's own that ``model``, a folder, is a packed artifact of; a copy of it then
     runs from the codes. ``offload``: components wait on the CPU and are on the GPU only while they run.
     Raises AquabitError for an unknown name, a folder that is no pipeline or lacks components, files that are
@@ -84,15 +90,20 @@ def load(
             raise AquabitError("into is for the folder of a packed artifact; the model given is in memory")
         if offload:
             raise AquabitError("offload says how a model is loaded, and this one is loaded already")
-        return model
+        return model if component is None else _chosen(copy.copy(model), component_list(component))
     if into is not None:
         return _packed_into(into, Path(model))
     check_device(device, offload)
     dtype = _dtype(dtype)
-    reference = Reference.parse(str(model)).with_(variant, None if base is None else str(base), loras)
-    if reference.loras:
-        pipe = load(replace(reference, loras=()).text, device, dtype)
-        fuse_loras_(pipe, [file_and_scale(lora) for lora in reference.loras])
+    reference = Reference.parse(str(model)).with_(
+        variant, None if base is None else str(base), loras, component
+    )
+    if reference.loras or reference.components:
+        pipe = load(replace(reference, loras=(), components=()).text, device, dtype)
+        if reference.loras:
+            fuse_loras_(pipe, [file_and_scale(lora) for lora in reference.loras])
+        if reference.components:
+            _chosen(pipe, reference.components)
         if offload:
             pipe.enable_model_cpu_offload(device=device)
         return pipe
@@ -125,6 +136,17 @@ def load(
         name, lambda: DiffusionPipeline.from_pretrained(name, dtype=dtype, variant=variant), device
     )
     return _bound(pipe, reference, dtype, device, offload)
+
+
+def _chosen(pipe: Any, components: Sequence[str]) -> Any:
+    """The pipeline, of which these components are quantized from now on."""
+    if isinstance(pipe, Model):
+        raise AquabitError(
+            f"component {', '.join(components)} is one of a pipeline, and this is a model of your own; its"
+            " denoiser is what is quantized"
+        )
+    choose_components_(pipe, components)
+    return pipe
 
 
 def sources_of(model: str | Path | DiffusionPipeline | Model) -> set[str]:
@@ -214,9 +236,10 @@ def _from_folder(
             " download them too"
         )
     from aquabit.quant.artifact import is_packed
+    from aquabit.quant.packed_encoder import load_packed_encoder
 
-    for component in components:
-        is_packed(folder / component)  # refuses those of earlier versions
+    packed = [name for name in components if is_packed(folder / name)]  # refuses those of earlier versions
+    encoders = [name for name in packed if components[name][0] == "transformers"]
     cls: Any = OWN_PIPELINES.get(described["_class_name"], DiffusionPipeline)
 
     def loaded() -> Any:
@@ -224,7 +247,7 @@ def _from_folder(
             k: OWN_COMPONENTS[c].from_pretrained(folder / k, dtype=dtype)
             for k, (_, c) in components.items()
             if c in OWN_COMPONENTS
-        }
+        } | {k: load_packed_encoder(folder / k, components[k][1], dtype) for k in encoders}
         return cls.from_pretrained(folder, dtype=dtype, variant=variant, use_safetensors=True, **own)
 
     return _guarded(str(folder), loaded, device)
@@ -277,14 +300,19 @@ def _bound(
     while sampling follows the scheduler."""
     from aquabit.quant.artifact import contents_of
     from aquabit.quant.correction.corrector import corrected_
-    from aquabit.quant.correction.sampling import refollow_
+    from aquabit.quant.correction.sampling import follow_, refollow_, unfollow_parts_
 
     can_reload(pipe, _reloader(pipe, source, dtype, device))
-    packed = [(part, found) for part in pipe.components.values() if (found := contents_of(part)) is not None]
-    for denoiser, found in packed:
-        refollow_(denoiser, scheduler_of(pipe))
-        if found.statistics is not None:
-            corrected_(denoiser, scheduler_of(pipe), found.statistics, found.config.correction)
+    packed = [name for name, part in pipe.components.items() if contents_of(part) is not None]
+    if packed:
+        choose_components_(pipe, packed)
+        network = network_of(pipe)
+        if isinstance(network, Parts):  # their watchers take part together
+            follow_(network, scheduler_of(pipe), unfollow_parts_(network))
+        refollow_(network, scheduler_of(pipe))
+        found = contents_of(network)
+        if found is not None and found.statistics is not None:
+            corrected_(network, scheduler_of(pipe), found.statistics, found.config.correction)
     if offload:
         pipe.enable_model_cpu_offload(device=device)
         return pipe
@@ -295,8 +323,11 @@ def _reloader(
     pipe: DiffusionPipeline, source: Reference, dtype: torch.dtype, device: str | torch.device
 ) -> Callable[[], Mapping[str, Any]]:
     """What loads a pipeline's text encoders, and nothing else, again; it does not hold the pipeline."""
+    from aquabit.quant.artifact import contents_of
+
     cls: Any = type(pipe)
-    encoders = [name for name in pipe.components if name.startswith("text_encoder")]
+    parts = pipe.components.items()
+    encoders = [n for n, part in parts if n.startswith("text_encoder") and contents_of(part) is None]
     others = {name: None for name in pipe.components if name not in encoders}
     whole = source.base or source.model
     place = str(BUNDLED / whole) if whole in bundled_models() else whole

@@ -10,7 +10,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from aquabit.pipelines.family import denoiser_name
+from aquabit.pipelines.network import component_names, denoiser_names, network_of
 from aquabit.pipelines.prompts import change_reloaded
 from aquabit.quant.layers import QuantConv2d, QuantLinear
 from aquabit.quant.lora import LowRank, by_component, fuse_, low_ranks, read_lora
@@ -31,7 +31,8 @@ def fuse_loras_(pipe: DiffusionPipeline, loras: Sequence[tuple[Source, float]]) 
         }
         for component, parts in every.items():
             fuse_(getattr(pipe, component), parts)
-        every.pop(denoiser_name(pipe), None)
+        for name in denoiser_names(pipe):
+            every.pop(name, None)
         if every:
             change_reloaded(pipe, partial(_fuse_encoders_, every))
 
@@ -49,17 +50,17 @@ def add_lora(pipe: DiffusionPipeline, source: Source, scale: float = 1.0) -> Non
     Raises AquabitError for files that are no plain LoRAs or of other models, and for parts that are no
     layers of a packed denoiser (text encoders: fuse those).
     """
-    name, found = denoiser_name(pipe), _parts(pipe, source)
-    denoiser: nn.Module = getattr(pipe, name)
-    others = [component for component in found if component != name]
+    names, found = component_names(pipe), _parts(pipe, source)
+    others = [component for component in found if component not in names]
     if others:
         raise AquabitError(
-            f"{_told(source)} also changes {others[0]}, which is not packed; give a LoRA of the denoiser"
-            " alone"
+            f"{_told(source)} also changes {others[0]}, which is not packed; give a LoRA of"
+            f" {' and '.join(names)} alone"
         )
     chosen: list[tuple[QuantLinear | QuantConv2d, LowRank]] = []
-    for layer, part in found.get(name, {}).items():
-        module = denoiser.get_submodule(layer)
+    additions = [(c, layer, part) for c, parts in found.items() for layer, part in parts.items()]
+    for component, layer, part in additions:
+        module = getattr(pipe, component).get_submodule(layer)
         if not isinstance(module, QuantLinear | QuantConv2d) or getattr(module, "groups", 1) != 1:
             raise AquabitError(
                 f"{_told(source)} changes {layer!r}, a {type(module).__name__}, beside which no LoRA can be"
@@ -79,7 +80,7 @@ def remove_lora(pipe: DiffusionPipeline) -> None:
 
 def branched(pipe: DiffusionPipeline) -> list[QuantLinear | QuantConv2d]:
     """The layers of a packed denoiser that have LoRAs beside them."""
-    modules = getattr(pipe, denoiser_name(pipe)).modules()
+    modules = network_of(pipe).modules()
     return [m for m in modules if isinstance(m, QuantLinear | QuantConv2d) and m.branches]
 
 
@@ -98,7 +99,7 @@ def _parts(pipe: DiffusionPipeline, source: Source) -> dict[str, dict[str, LowRa
         tensors, alphas = (*converted, None)[:2] if isinstance(converted, tuple) else (converted, None)
     parts = low_ranks(tensors, about, alphas or {}, _told(source))
     here = {n: p for n, p in parts.items() if getattr(pipe, n.partition(".")[0], ...) is not None}
-    return by_component(here, modules, denoiser_name(pipe), _told(source))
+    return by_component(here, modules, denoiser_names(pipe)[0], _told(source))
 
 
 def _told(source: Source) -> str:

@@ -441,7 +441,7 @@ class OwnAdapter:
             self.kind = "class_labels" if numbers else "prompt"
 
     @property
-    def denoiser(self) -> nn.Module:
+    def network(self) -> nn.Module:
         return self.pipe.denoiser
 
     def conditions(self, protocol: Protocol) -> list[Any]:
@@ -501,13 +501,13 @@ class OwnAdapter:
 
     def first_inputs(self, protocol: Protocol) -> Call:
         first = self.batches(protocol)[0]
-        found = first_inputs(self.denoiser, lambda: self.images(protocol, first))
+        found = first_inputs(self.network, lambda: self.images(protocol, first))
         assert found is not None  # a run without a call raises
         return found
 
     def first_call(self, protocol: Protocol) -> Callable[[], object]:
         args, kwargs = self.first_inputs(protocol)
-        denoiser = self.denoiser
+        denoiser = self.network
 
         def call() -> object:
             with torch.no_grad():

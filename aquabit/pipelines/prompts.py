@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from aquabit.pipelines.family import EVERYWHERE, Encoding
+from aquabit.pipelines.network import encoder_names
 from aquabit.scheme import AquabitError
 
 Encoders = Mapping[str, Any]  # component name -> text encoder
@@ -42,15 +43,21 @@ def embeddings(
     prompts: Sequence[str],
     every: Sequence[str],
     guided: bool,
+    gradients: bool = False,
 ) -> dict[str, Tensor]:
     """Call argument -> tensor with a row for each of ``prompts``, on the pipeline's device; those without
     guidance too where ``guided``.
 
     ``every`` are all prompts that will be asked for: what is new among them is encoded in one go. A prompt is
-    encoded by itself, so that its embedding depends on no other. Raises AquabitError where a new prompt comes
-    after encoders were freed that cannot be loaded again.
+    encoded by itself, so that its embedding depends on no other. Where text encoders are what is quantized,
+    nothing is kept: ``prompts`` are encoded in every call, with ``gradients`` so that these pass. Raises
+    AquabitError where a new prompt comes after encoders were freed that cannot be loaded again.
     """
     known = _known(pipe)
+    if encoder_names(pipe):
+        with torch.set_grad_enabled(gradients):
+            fresh = {p: _encoded(pipe, encodings, p, guided, gradients) for p in dict.fromkeys(prompts)}
+        return {name: torch.cat([fresh[p][name] for p in prompts]) for name in fresh[prompts[0]]}
     if not guided:  # what guidance needs holds it
         for (prompt, with_), row in list(known.embeddings.items()):
             if with_:
@@ -60,7 +67,13 @@ def embeddings(
     if missing:
         restore_text_encoders(pipe)
         for prompt in missing:
-            known.embeddings[prompt, guided] = _encoded(pipe, encodings, prompt, guided, known)
+            with torch.no_grad():
+                row = {k: v.to("cpu") for k, v in _encoded(pipe, encodings, prompt, guided).items()}
+            others = next((o for (_, same), o in known.embeddings.items() if same == guided), {})
+            # no prompt: kept once
+            known.embeddings[prompt, guided] = {
+                k: others[k] if k in others and torch.equal(v, others[k]) else v for k, v in row.items()
+            }
         if known.free:
             _set(pipe, dict.fromkeys(_encoders(pipe)))
     rows = [known.embeddings[p, guided] for p in prompts]
@@ -69,7 +82,7 @@ def embeddings(
 
 
 def _encoded(
-    pipe: Any, encodings: Sequence[Encoding], prompt: str, guided: bool, known: _Known
+    pipe: Any, encodings: Sequence[Encoding], prompt: str, guided: bool, gradients: bool = False
 ) -> dict[str, Tensor]:
     parameters = inspect.signature(pipe.encode_prompt).parameters
     own = {k: p.default for k, p in inspect.signature(type(pipe).__call__).parameters.items()}
@@ -84,21 +97,23 @@ def _encoded(
     }
     found: dict[str, Tensor] = {}
     for encoding in encodings:
-        with torch.no_grad():
-            result = pipe.encode_prompt(
-                **{k: v for k, v in {**common, **encoding.arguments}.items() if k in parameters}
-            )
+        result = pipe.encode_prompt(
+            **{k: v for k, v in {**common, **encoding.arguments}.items() if k in parameters}
+        )
         named = zip(encoding.returns, result, strict=True)
         found |= {
-            f"{n}{encoding.suffix}": v.detach().to("cpu") for n, v in named if n is not None and v is not None
+            f"{n}{encoding.suffix}": v if gradients else v.detach()
+            for n, v in named
+            if n is not None and v is not None
         }
-    others = next((row for (_, same), row in known.embeddings.items() if same == guided), {})
-    # no prompt: kept once
-    return {k: others[k] if k in others and torch.equal(v, others[k]) else v for k, v in found.items()}
+    return found
 
 
 def _encoders(pipe: DiffusionPipeline) -> dict[str, Any]:
-    return {name: getattr(pipe, name, None) for name in pipe.config if name.startswith("text_encoder")}
+    """The text encoders that are not what is quantized."""
+    own = encoder_names(pipe)
+    names = (name for name in pipe.config if name.startswith("text_encoder") and name not in own)
+    return {name: getattr(pipe, name, None) for name in names}
 
 
 def _set(pipe: DiffusionPipeline, encoders: Encoders) -> None:

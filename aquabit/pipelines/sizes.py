@@ -9,7 +9,8 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from aquabit.pipelines.family import DECODERS, denoiser_of
+from aquabit.pipelines.family import DECODERS
+from aquabit.pipelines.network import denoiser_of
 from aquabit.pipelines.own_model import Model
 from aquabit.scheme import Calibration
 

@@ -26,10 +26,12 @@ from aquabit.file_memory import CopiesInFiles
 from aquabit.graph import fixed_layers, is_quantizable, rebuilt, repeated_names, tied_places
 from aquabit.graph import layers as layer_nodes
 from aquabit.jsonio import digest, read_json, read_object
+from aquabit.parts import Parts, own_names, prefixed
 from aquabit.quant.bank import owned, weight_hash, weights_folder
 from aquabit.quant.correction.sampling import follow_
 from aquabit.quant.correction.statistics import Statistics
 from aquabit.quant.finetuning.store import PARTS, SHARED, shared_name
+from aquabit.quant.layer_facts import facts_of_part
 from aquabit.quant.layers import QuantConv2d, QuantLinear, replace_layer_
 from aquabit.quant.model import storage_dtype
 from aquabit.quant.step_switch import input_parts, settings_of, share_out_, switches
@@ -65,6 +67,42 @@ class Contents:
     repeated: Set[str] = frozenset()  # names of the state dict that stand for what another stores
     about: Mapping[str, Any] | None = None  # ``layer_facts``, where the class does not tell an example call
 
+    def of_part(self, part: str) -> Contents:
+        """What belongs to one part of a network of several (``Parts``), by the names that it has there."""
+
+        def own(values: Mapping[str, Any]) -> dict[str, Any]:
+            return {name: values[whole] for whole, name in own_names(part, values).items()}
+
+        return Contents(
+            replace(self.config, layers=own(self.config.layers)),
+            own(self.layers),
+            own(self.ranges),
+            None,
+            (self.inputs or {}).get(part),
+            {name: first.removeprefix(prefixed(part, "")) for name, first in own(self.tied).items()},
+            set(own_names(part, self.repeated).values()),
+            None if part not in (self.inputs or {}) else facts_of_part(self.about, part),
+        )
+
+    @staticmethod
+    def joined(parts: Mapping[str, Contents]) -> Contents:
+        """The inverse of ``of_part``, as far as running needs it."""
+
+        def every(values: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+            return {prefixed(part, name): v for part, own in values.items() for name, v in own.items()}
+
+        configs = [found.config for found in parts.values()]
+        config = replace(
+            configs[0],
+            layers=every({part: found.config.layers for part, found in parts.items()}),
+            steps=next((config.steps for config in configs if config.steps is not None), None),
+        )
+        return Contents(
+            config,
+            every({part: found.layers for part, found in parts.items()}),
+            every({part: found.ranges for part, found in parts.items()}),
+        )
+
     def facts(self) -> dict[str, Any]:
         """What ``quantization_config`` holds besides the configuration (FACTS)."""
         return parsed(described(self.config, self.statistics, self.inputs, self.tied, self.about))[1]
@@ -98,7 +136,11 @@ class Contents:
 
 
 def contents_of(denoiser: nn.Module) -> Contents | None:
-    """What a packed denoiser is made of; None where it is not packed."""
+    """What a packed denoiser is made of; None where it, or one of several, is not packed."""
+    if isinstance(denoiser, Parts):
+        parts = {name: contents_of(part) for name, part in denoiser.named_children()}
+        packed = {name: found for name, found in parts.items() if found is not None}
+        return Contents.joined(packed) if len(packed) == len(parts) else None
     found: Contents | None = getattr(getattr(denoiser, "hf_quantizer", None), "contents", None)
     return found
 

@@ -27,9 +27,16 @@ CONFIG, CLASS = "config.json", "_class_name"
 NAME = "model{suffix}.safetensors"  # of weights, numbered where there are several
 
 
-def save_bare_denoiser(denoiser: nn.Module, folder: Path, max_shard_size: int | str = "10GB") -> int:
-    """Write a packed denoiser into a new folder, or in the place of another artifact; the bytes of its
-    tensors. Raises AquabitError for a folder that holds something else."""
+def save_bare_denoiser(
+    denoiser: nn.Module,
+    folder: Path,
+    max_shard_size: int | str = "10GB",
+    config: Mapping[str, Any] | None = None,
+    name: str = NAME,
+) -> int:
+    """Write a packed denoiser into a new folder, or in the place of another artifact, with the ``config`` of
+    the model around it where that is known, weights in files of this ``name``; the bytes of its tensors.
+    Raises AquabitError for a folder that holds something else."""
     if folder.is_dir() and any(folder.iterdir()) and not is_bare(folder):
         raise AquabitError(f"{folder} holds files that are no packed model of one's own; give another folder")
     found = contents_of(denoiser)
@@ -37,13 +44,13 @@ def save_bare_denoiser(denoiser: nn.Module, folder: Path, max_shard_size: int | 
     tensors = _own_storage(found.tensors(denoiser.state_dict()))
     plain = described(found.config, found.statistics, found.inputs, found.tied, found.about)
     hashes = {name: weight_hash(tensor) for name, tensor in tensors.items()}
-    model = {CLASS: type(denoiser).__name__}
+    model = {**(config or {}), CLASS: type(denoiser).__name__}
     value = {**model, "quantization_config": {**plain, DIGEST: digest_of(plain, hashes, model)}}
-    parts = split_torch_state_dict_into_shards(tensors, filename_pattern=NAME, max_shard_size=max_shard_size)
-    with writing_folder(folder, [NAME.format(suffix="*")], is_bare) as made:
+    parts = split_torch_state_dict_into_shards(tensors, filename_pattern=name, max_shard_size=max_shard_size)
+    with writing_folder(folder, [name.format(suffix="*")], is_bare) as made:
         write_text(made / CONFIG, json.dumps(value, indent=2) + "\n")
-        for name, keys in parts.filename_to_tensors.items():
-            save_file({key: tensors[key] for key in keys}, made / name)
+        for file, keys in parts.filename_to_tensors.items():
+            save_file({key: tensors[key] for key in keys}, made / file)
         follow_umask(made, made.glob("*.safetensors"))
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
@@ -63,7 +70,9 @@ def is_bare(folder: Path) -> bool:
     return (folder / CONFIG).is_file() and not (folder / "model_index.json").exists() and is_packed(folder)
 
 
-def load_bare_denoiser_(denoiser: nn.Module, folder: Path) -> None:
+def load_bare_denoiser_(
+    denoiser: nn.Module, folder: Path, name: str = NAME, dtype: torch.dtype = torch.float32
+) -> None:
     """Let a dense denoiser run from the codes in a folder: all its tensors are replaced. Raises AquabitError
     for one of another class or shape, and for missing, truncated or changed files."""
     if not is_bare(folder):
@@ -74,12 +83,12 @@ def load_bare_denoiser_(denoiser: nn.Module, folder: Path) -> None:
             f"{folder} was made of a {value.get(CLASS)}, and the model's denoiser is a"
             f" {type(denoiser).__name__}; give the model that it was made of"
         )
-    files = sorted(folder.glob(NAME.format(suffix="*")))
+    files = sorted(folder.glob(name.format(suffix="*")))
     with building(folder):
         asked = AquabitConfig.from_dict(value["quantization_config"])
         if not files:
-            raise AquabitError(f"{folder} lacks its weights, {NAME.format(suffix='')}; quantize again")
-        loading = Unpacking(denoiser, asked.weights, asked.facts, torch.float32)
+            raise AquabitError(f"{folder} lacks its weights, {name.format(suffix='')}; quantize again")
+        loading = Unpacking(denoiser, asked.weights, asked.facts, dtype)
         every = (
             denoiser.named_parameters(remove_duplicate=False),
             denoiser.named_buffers(remove_duplicate=False),
@@ -88,10 +97,10 @@ def load_bare_denoiser_(denoiser: nn.Module, folder: Path) -> None:
         missing = set(loading.expected) - loading.coded
         for path in files:
             with safe_open(path, "pt") as file:
-                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            for name, tensor in loading.take(state).items():
-                missing.discard(name)
-                _set(loading, there, name, tensor)
+                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            for key, tensor in loading.take(state).items():
+                missing.discard(key)
+                _set(loading, there, key, tensor)
         loading.missing(missing)
         contents = loading.finish_()
         verify(files, asked.to_dict(), asked.digest)

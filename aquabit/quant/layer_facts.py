@@ -12,6 +12,7 @@ from torch import nn
 
 from aquabit.graph import is_quantizable, layers
 from aquabit.jsonio import record
+from aquabit.parts import own_names
 from aquabit.scheme import AquabitError
 
 SOURCE = "quantization_config: layers"
@@ -39,6 +40,21 @@ def layer_facts(graph: nx.DiGraph) -> dict[str, Any]:
         "uncalled": list(graph.graph.get("uncalled", ())),
         "unread": list(graph.graph.get("unread", ())),
     }
+
+
+def facts_of_part(value: Mapping[str, Any] | None, part: str) -> dict[str, Any] | None:
+    """Of the facts of a network of several parts those of one, by the names that its layers have there."""
+    if value is None:
+        return None
+    found: dict[str, Any] = {}
+    for key, own in value.items():
+        names = own_names(part, own)
+        found[key] = (
+            {names[n]: v for n, v in own.items() if n in names}
+            if isinstance(own, Mapping)
+            else [names[n] for n in own if n in names]
+        )
+    return found
 
 
 def graph_from(value: Any, tied: Mapping[str, str], model: nn.Module) -> nx.DiGraph:

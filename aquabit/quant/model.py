@@ -18,6 +18,7 @@ from aquabit.file_memory import CopiesInFiles, in_file, is_large
 from aquabit.graph import codebook_names, fixed_layers, module_config, tied_places
 from aquabit.kernels import Accuracy
 from aquabit.kernels.codebook import CodebookWeight
+from aquabit.parts import parts_of, prefixed
 from aquabit.quant.attention import patch_attention_
 from aquabit.quant.bank import Bank, FullWeights, weight_hash, weights_folder
 from aquabit.quant.calibration.calibrator import Calibrator, Record
@@ -106,10 +107,11 @@ def stored_hash(tensor: Tensor) -> str:
 def fingerprint_of(denoiser: nn.Module, hashes: Mapping[str, str]) -> str:
     """The fingerprint of a model of this class and configuration whose tensors have these
     ``stored_hash``es."""
-    config = {k: v for k, v in module_config(denoiser).items() if k != "quantization_config"}
-    body = hashlib.sha256(
-        f"{type(denoiser).__name__} {json.dumps(config, sort_keys=True, default=str)}".encode()
-    )
+    body = hashlib.sha256()
+    for part, module in parts_of(denoiser).items():
+        config = {k: v for k, v in module_config(module).items() if k != "quantization_config"}
+        text = f"{type(module).__name__} {json.dumps(config, sort_keys=True, default=str)}"
+        body.update(prefixed(part, text).encode())
     for name, value in sorted(hashes.items()):
         body.update(f"{name} {value}".encode())
     return body.hexdigest()[:16]

@@ -384,7 +384,7 @@ def test_gradient_scores_are_squared_gradient_times_change(layers: rivals_scores
                 seen[k] = args[0].detach(), output
 
             handles.append(layers.modules[k].register_forward_hook(keep))
-        output = layers.evaluator.adapter.denoiser(
+        output = layers.evaluator.adapter.network(
             part["x"], timestep=part["t"], class_labels=part["y"]
         ).sample
         ((output - part["target"]) ** 2).mean().backward()

@@ -119,6 +119,7 @@ SOURCE = {
     "--variant": Row("--variant fp16", "loaded"),
     "--base": Row("--base pipe", "exit", words="net.safetensors"),
     "--lora": Row("--lora lora.safetensors:0.5", "loaded"),
+    "--component": Row("--component vae", "", refused="component 'vae' is no network of"),
 }
 SAMPLED = {  # how images are made
     "--steps": Row("--steps 1", "pictures"),
@@ -184,6 +185,7 @@ ROWS: dict[str, dict[str, Row]] = {
         "--variant": Row("--variant fp16", "reached", reach="run"),
         "--base": Row("--base pipe", "reached", reach="run"),
         "--lora": Row("--lora lora.safetensors", "reached", reach="run"),
+        "--component": Row("--component denoiser", "reached", reach="run"),
         "--json": Row("--json -", "said", reach="run"),
     },
     "models": {"--json": Row("--json -", "said")},
@@ -257,6 +259,7 @@ ROWS: dict[str, dict[str, Row]] = {
         "--variant": Row("--variant fp16", "", refused="this is model"),
         "--base": Row("--base pipe", "exit", words=WORDS["quantize"].replace("pipe", "same.safetensors", 1)),
         "--lora": Row("--lora lora.safetensors", "", refused="this is model"),
+        "--component": SOURCE["--component"],
         "--out": Row("--out {here}/other", "files"),
         "--finetune": Row("--finetune", "reached", reach="quantize"),
         "--finetune-steps": Row("--finetune-steps 2", "reached", "--finetune", reach="quantize"),
@@ -271,6 +274,7 @@ ROWS: dict[str, dict[str, Row]] = {
         "--variant": Row("--variant fp16", "", refused="this is model"),
         "--base": Row("--base pipe", "exit", words=WORDS["export"].replace("pipe", "same.safetensors", 1)),
         "--lora": Row("--lora lora.safetensors", "", refused="this is model"),
+        "--component": SOURCE["--component"],
         "--to": Row("--to quanto", "files"),
         "--out": Row("--out {here}/f.json", "files"),
         "--json": Row("--json {here}/x.json", "files"),

@@ -80,7 +80,7 @@ def test_equals_outputs_compared_by_hand(pipe, tmp_path) -> None:
     with torch.no_grad():
         for c in made:
             change.setdefault(c.step, []).append(
-                evaluator.adapter.denoiser(*c.call[0], **c.call[1])[0] - c.output
+                evaluator.adapter.network(*c.call[0], **c.call[1])[0] - c.output
             )
             full.setdefault(c.step, []).append(c.output)
     for step, error, common, gain in zip(

@@ -154,7 +154,7 @@ def test_failed_measurements_are_recorded_with_their_reason(tmp_path, unet, monk
     )
 
     def broken(adapter: Adapter) -> bool:
-        return str(getattr(adapter.denoiser.get_submodule("conv_in"), "scheme", "")) == "usq2"
+        return str(getattr(adapter.network.get_submodule("conv_in"), "scheme", "")) == "usq2"
 
     study = Study(tmp_path / "s.db")
     measure(unet, study, 4, protocol=PROTOCOL, space=SPACE, bank=str(tmp_path / "bank"))

@@ -13,7 +13,7 @@ from diffusers.utils import logging
 
 import aquabit
 from aquabit.measuring.evaluator import Evaluator
-from aquabit.pipelines import Adapter, denoiser_of, family, family_notes, image_size, replay_recorder, trace
+from aquabit.pipelines import denoiser_of, family, family_notes, image_size, replay_recorder, trace
 from aquabit.quant.bank import Bank
 from aquabit.quant.finetuning.finetune import FineTuning
 from aquabit.quant.model import fingerprint
@@ -74,17 +74,6 @@ def test_frames_are_images_of_their_sample() -> None:
     assert len(images(pipe, replace(protocol, frames=5))) == 2 * 5
     with pytest.raises(AquabitError, match="frames is 9, but ZImagePipeline takes no number of frames"):
         images(randomised(RECENT["z-image"]), protocol_for("z-image", frames=9))
-
-
-def test_several_denoisers_are_refused_by_name() -> None:
-    pipe = randomised(lambda: wan(second=True))
-    said = "WanPipeline has 2 denoisers, transformer, transformer_2, .*transformer_2=None"
-    for ask in (trace, denoiser_of, lambda p: Adapter(p).denoiser):
-        with pytest.raises(AquabitError, match=said):
-            ask(pipe)
-    pipe.transformer_2 = None
-    pipe.register_to_config(boundary_ratio=None)
-    assert len(images(pipe, protocol_for("wan"))) == 2 * FRAMES
 
 
 def config_of(pipe: Any, **more: Any) -> Any:

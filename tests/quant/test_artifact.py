@@ -19,7 +19,7 @@ from aquabit.cost import CostModel
 from aquabit.graph import codebook_names
 from aquabit.kernels.arranged import Arranged
 from aquabit.kernels.dispatch import using
-from aquabit.pipelines import Adapter, bundled_models, denoiser_name, load, set_scheduler, trace
+from aquabit.pipelines import Adapter, bundled_models, component_names, load, set_scheduler, trace
 from aquabit.quant.bank import Bank
 from aquabit.quant.finetuning.finetune import FineTuning
 from aquabit.quant.kernel_tuning import layers_of
@@ -311,7 +311,7 @@ def test_schedulers_by_name(dit) -> None:
     with pytest.raises(AquabitError, match="known: default, ddim"):
         set_scheduler(dit, "heun2")
     with pytest.raises(AquabitError, match="no denoiser"):
-        denoiser_name(object())  # type: ignore[arg-type]
+        component_names(object())  # type: ignore[arg-type]
 
 
 def test_guidance_and_other_sizes_change_images(dit) -> None:

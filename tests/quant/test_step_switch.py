@@ -208,7 +208,7 @@ def test_images_are_those_of_switching_by_hand(tmp_path, pipe) -> None:
         here.quantized.apply(halves[calls[0] % 4 >= 2])
         calls[0] += 1
 
-    handle = here.adapter.denoiser.register_forward_pre_hook(switch)
+    handle = here.adapter.network.register_forward_pre_hook(switch)
     by_hand = torch.cat([here.adapter.images(PROTOCOL, b) for b in here.adapter.batches(PROTOCOL)])
     handle.remove()
     assert torch.equal(here.generate(config, PROTOCOL), by_hand)
@@ -541,7 +541,7 @@ def test_switching_costs_nothing_noticeable(tmp_path, dit) -> None:
     assert not torch.equal(output[4], output[8])
     here.quantized.apply(config := stepped(space, (4, 8)))
     weight, (watcher,) = layer.weight, here.quantized.watchers(config)
-    with following(here.adapter.denoiser, dit.scheduler, [watcher]):
+    with following(here.adapter.network, dit.scheduler, [watcher]):
         dit.scheduler.set_timesteps(4)
         for step in range(4):
             watcher.before(step)

@@ -81,7 +81,7 @@ class Seat:
             return answer
         from aquabit.quant.model import fingerprint
 
-        found = fingerprint(self._respond.evaluator.adapter.denoiser)
+        found = fingerprint(self._respond.evaluator.adapter.network)
         if found == task.fingerprint:
             return Answer(True)
         return Answer(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from aquabit.quant.calibration.full_precision import FullPrecision, Layer, watching
-from aquabit.quant.calibration.recording import Call
+from aquabit.quant.calibration.recording import Call, part_of
 from aquabit.quant.layers import QuantLinear
 from aquabit.scheme import AquabitError
 
@@ -30,6 +30,13 @@ def input_groups(model: FullPrecision, calls: Sequence[Call]) -> list[Group]:
         raise AquabitError(
             "no denoiser call was recorded; which layers read the same tensor is seen in calls"
         )
+    parts: dict[str, list[Call]] = {}  # layers of several networks read different tensors
+    for call in calls:
+        parts.setdefault(part_of(call), []).append(call)
+    return [group for own in parts.values() for group in _groups(model, own)]
+
+
+def _groups(model: FullPrecision, calls: Sequence[Call]) -> list[Group]:
     checked = [calls[i] for i in sorted({0, len(calls) // 2, len(calls) - 1})]
     inputs: dict[str, list[Any]] = defaultdict(list)
     with watching(

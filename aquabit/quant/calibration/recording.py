@@ -64,6 +64,12 @@ def record_calls(denoiser: nn.Module, runs: Sequence[Callable[[], object]], limi
     return kept
 
 
+def part_of(call: Call) -> str:
+    """The part of several (``aquabit.parts.Parts``) that a call is of; "" of one network."""
+    first = next(iter(call[0]), None)
+    return first if isinstance(first, str) else ""
+
+
 def _steps(total: int, share: int, times: Counter[int]) -> list[int]:
     """``share`` of ``total`` steps, least often kept first."""
     if not total:

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from aquabit.parts import Parts
 from aquabit.quant.calibration.recording import output_tensor, with_output
 from aquabit.scheme import AquabitError
 
@@ -197,6 +198,15 @@ def follow_(denoiser: nn.Module, scheduler: Any, watchers: Sequence[Watcher]) ->
     object.__setattr__(denoiser, FOLLOWED, sampling)  # no module or parameter of it
     if watchers and scheduler is not None:
         sampling.attach(denoiser, scheduler)
+
+
+def unfollow_parts_(network: Parts) -> list[Watcher]:
+    """What followed the parts of a network for good, each on its own; it does not any more."""
+    found = list[Watcher]()
+    for part in network.children():
+        found += watchers_of(part)
+        follow_(part, None, [])
+    return found
 
 
 @contextmanager

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from aquabit.quant.bank import weight_hash
-from aquabit.quant.calibration.recording import Call, has_row_list, mapped, output_tensor
+from aquabit.quant.calibration.recording import Call, has_row_list, mapped, output_tensor, part_of
 from aquabit.quant.correction.guidance import doubled, guidance_weights, noise_part, step_arguments
 from aquabit.quant.correction.sampling import Watcher, following
 from aquabit.scheme import AquabitError, Calibration
@@ -195,9 +195,12 @@ class Replay:
             raise AquabitError(
                 f"a call of {odd[0]} rows is not two branches of guidance; fine-tune without guidance"
             )
-        spread = _spread(calls[0], denoiser)
+        spread: dict[str, set[int]] = {}
+        for c in calls:  # of each form of call
+            if _form(c) not in spread:
+                spread[_form(c)] = _spread(c, denoiser)
         keys: dict[Any, list[int]] = {}
-        split = [_split(c, spread) for c in calls]
+        split = [_split(c, spread[_form(c)]) for c in calls]
         for i, (_, key) in enumerate(split):
             keys.setdefault(key, []).append(i)
         self.kinds: list[_Kind] = []
@@ -235,6 +238,11 @@ class Replay:
     def kind(self, sample: int) -> int:
         """The number of the kind that a sample is of: those of one may share a batch."""
         return self._where[sample][0]
+
+    def output_of(self, sample: int) -> tuple[Any, ...]:
+        """What tells the network and the form of a sample's output: those of one are equal in it."""
+        template = self.kinds[self.kind(sample)].template
+        return part_of(template.call), tuple(template.output.shape[1:])
 
     def batch(self, samples: Sequence[int], device: torch.device) -> tuple[Call, Tensor]:
         """A call of some samples (of one kind) and the outputs it should have, [branches * samples, ...]:
@@ -340,8 +348,12 @@ def _split(recorded: Recorded, spread: set[int]) -> tuple[list[Leaf | None], Any
         key.append(
             (leaf.dtype, tuple(leaf.shape[1:])) if own else (leaf.dtype, tuple(leaf.shape), weight_hash(leaf))
         )
-    plain = repr(_changed(recorded.call, _rows(recorded), lambda _: None))
-    return parts, (tuple(key), plain, tuple(recorded.output.shape[1:]))
+    return parts, (tuple(key), _form(recorded), tuple(recorded.output.shape[1:]))
+
+
+def _form(recorded: Recorded) -> str:
+    """A call without its tensors."""
+    return repr(_changed(recorded.call, _rows(recorded), lambda _: None))
 
 
 @torch.no_grad()
