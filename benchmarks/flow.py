@@ -261,7 +261,7 @@ def packed(folder: Path, models: list[str]) -> list[dict[str, Any]]:
     """FID of images from the packed artifact and of the dense measurement, on the same fresh seeds."""
     from aquabit import packing
     from aquabit.pipelines import Adapter, load
-    from aquabit.quality import Quality, Source
+    from aquabit.quality import Quality
     from aquabit.runtime import single_thread
     from aquabit.scheme import QuantConfig
     from aquabit.search.fresh_front import FRESH_BLOCKS
@@ -281,10 +281,10 @@ def packed(folder: Path, models: list[str]) -> list[dict[str, Any]]:
             folder / f"packed-{name}"
         )
         adapter = Adapter(load(str(folder / f"packed-{name}")))
-        extractor, real = adapter.reference()
+        source = adapter.reference()
         values = []
         for block in FRESH_BLOCKS:
-            protocol, quality = study.protocol.block(block), Quality([Source(extractor, real)], ["fid"])
+            protocol, quality = study.protocol.block(block), Quality([source], ["fid"])
             with single_thread("cpu"):
                 for batch in adapter.batches(protocol):
                     quality.update(adapter.images(protocol, batch))

@@ -121,9 +121,10 @@ def calls(model: str, loss: str) -> dict[str, torch.Tensor]:
 
     pipe, generator = load(model), torch.Generator().manual_seed(SEED)
     if loss == "denoising":
-        from zoo.train import digits_halves
+        from zoo.data import DATA
 
-        images, labels, _, _ = digits_halves()
+        data = DATA[pipe.config.real_images](None)
+        images, labels = data.pixels(data.images), data.labels
         picked = torch.randperm(len(images), generator=generator)[:REAL_IMAGES]
         steps = pipe.scheduler.config.num_train_timesteps
         t = (
@@ -132,11 +133,12 @@ def calls(model: str, loss: str) -> dict[str, torch.Tensor]:
             * steps
         ).long()
         noise = torch.randn(images[picked].shape, generator=generator)
+        velocity = pipe.scheduler.config.prediction_type == "v_prediction"
         return {
             "x": pipe.scheduler.add_noise(images[picked], noise, t),
             "t": t,
             "y": labels[picked],
-            "target": noise,
+            "target": pipe.scheduler.get_velocity(images[picked], noise, t) if velocity else noise,
         }
     found: dict[str, list[torch.Tensor]] = {"x": [], "t": [], "y": [], "target": []}
     for (x,), given in recorder(pipe)(Calibration()):

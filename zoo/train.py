@@ -1,278 +1,265 @@
-"""Train the bundled models: python zoo/train.py [classifier|digits-unet|digits-dit ...] [--checkpoints DIR]
+"""Train the bundled models: python zoo/train.py [NAME ...] [--checkpoints DIR] [--data DIR] [--device cuda]
 
-Everything is seeded and runs on one CPU thread per model. To resume an interrupted training, run the same
-command again. The classifier and the denoisers see the training half of scikit-learn's digits only; the other
-half is the reference of every FID. `python zoo/evaluate.py` measures what the training reached.
+Everything is seeded; on a CPU a model takes one thread. To resume an interrupted training, run the same
+command again. A constant rate can be cooled down at any time: stop the training, and run it again with as
+many --steps as it has taken plus those of --cooldown. --start begins with the weights of a file and a fresh
+optimizer: with those of a bundled model, to train it further. Nothing sees the held-out images;
+`python zoo/evaluate.py` measures what the training reached.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
+import signal
+import sys
 import time
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, DiTTransformer2DModel, UNet2DModel
+from diffusers import DDIMScheduler
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from aquabit.scheme import AquabitError
+from zoo.classifiers import CLASSIFIERS, train_classifier
+from zoo.data import DATA, Data
+from zoo.recipes import CLASSES, NULL_CLASS, RECIPES, Recipe, build
 
 BUNDLED = Path(__file__).parents[1] / "aquabit" / "pipelines" / "bundled"
-CLASSES = 10
-NULL_CLASS = CLASSES  # the label that stands for "no condition"
+CLASSIFIER = "classifier-"
 CLASS_DROPOUT = 0.1
-BATCH = 128
-STEPS = {"digits-dit": 3000, "digits-unet": 2600}
-HORIZON = {"digits-dit": 6000, "digits-unet": 4200}  # the cosine's length; it is cut short by a cooldown
-COOLDOWN = 800  # last steps, over which the rate falls linearly to zero
-LEARNING_RATE = {"digits-dit": 5e-4, "digits-unet": 6e-4}
 EMA_DECAY = 0.999
-SCHEDULER = {
-    "num_train_timesteps": 1000,
-    "beta_schedule": "linear",
-    "clip_sample": False,
-    "timestep_spacing": "leading",
-}
+KEPT_EVERY = 100  # steps between checkpoints, and between lines of the log
 
 
-def digits_halves(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Stratified halves: training images [898, 1, 8, 8] in [-1, 1], their labels, held-out images and
-    labels."""
-    data = load_digits()
-    images = (data.images / 8.0 - 1.0).astype(np.float32)[:, None]
-    x, xh, y, yh = train_test_split(
-        images, data.target, test_size=0.5, stratify=data.target, random_state=seed
-    )
-    return torch.from_numpy(x), torch.from_numpy(y).long(), torch.from_numpy(xh), torch.from_numpy(yh).long()
+class Training:
+    """Model, EMA and the optimizers' state; a checkpoint is one safetensors file, written whole or not at
+    all."""
 
+    def __init__(self, name: str, recipe: Recipe, path: Path, device: torch.device) -> None:
+        self.name, self.recipe, self.path, self.device = name, recipe, path, device
+        self.model = build(name).train().to(device)
+        self.ema = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+        self.optimizers = optimizers_of(self.model, recipe)
+        self.step = 0  # the next one
 
-def build(name: str) -> nn.Module:
-    """The untrained denoiser: 57 layers of 4.6 M weights (DiT) or 51 layers of 2.8 M weights (U-Net)."""
-    torch.manual_seed(0)
-    if name == "digits-unet":
-        return UNet2DModel(
-            sample_size=8,
-            in_channels=1,
-            out_channels=1,
-            block_out_channels=(64, 128),
-            layers_per_block=1,
-            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-            num_class_embeds=CLASSES + 1,
-            attention_head_dim=32,
-            norm_num_groups=16,
-        )
-    model = DiTTransformer2DModel(
-        num_attention_heads=6,
-        attention_head_dim=32,
-        in_channels=1,
-        out_channels=1,
-        num_layers=6,
-        sample_size=8,
-        patch_size=2,
-        num_embeds_ada_norm=CLASSES,
-        norm_elementwise_affine=False,
-    )
-    for (
-        block
-    ) in model.transformer_blocks:  # adaLN-Zero (DiT, section 3.2): every block starts as the identity
-        nn.init.zeros_(block.norm1.linear.weight)
-        nn.init.zeros_(block.norm1.linear.bias)
-    for head in (model.proj_out_1, model.proj_out_2):
-        nn.init.zeros_(head.weight)
-        nn.init.zeros_(head.bias)
-    return model
+    def update(self) -> None:
+        """One step of the optimizers from the gradients, and of the EMA."""
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.recipe.rate_at(self.step)
+            optimizer.step()
+            optimizer.zero_grad()
+        decay = min(EMA_DECAY, (1 + self.step) / (10 + self.step))
+        state = self.model.state_dict()
+        keys = [k for k, v in state.items() if v.is_floating_point()]
+        torch._foreach_lerp_([self.ema[k] for k in keys], [state[k] for k in keys], 1 - decay)
+        self.step += 1
 
-
-class Checkpoint:
-    """Model, EMA and Adam moments as one safetensors file, written atomically."""
-
-    def __init__(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer):
-        self.path, self.model, self.optimizer = path, model, optimizer
-        self.ema = {k: v.detach().clone() for k, v in model.state_dict().items()}
-
-    def update_ema(self, step: int) -> None:
-        decay = min(EMA_DECAY, (1 + step) / (10 + step))
-        for key, value in self.model.state_dict().items():
-            if value.is_floating_point():
-                self.ema[key].lerp_(value, 1 - decay)
-
-    def save(self, step: int) -> None:
-        tensors = {f"ema.{k}": v.contiguous() for k, v in self.ema.items()}
-        tensors |= {f"model.{k}": v.contiguous().clone() for k, v in self.model.state_dict().items()}
-        for name, parameter in self.model.named_parameters():
-            state = self.optimizer.state.get(parameter)
-            if state:
-                tensors |= {f"adam.{k}.{name}": v for k, v in state.items()}
+    def save(self) -> None:
+        tensors = {f"ema.{k}": v for k, v in self.ema.items()}
+        tensors |= {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        for name, optimizer, parameter in self._states():
+            tensors |= {f"optimizer.{k}.{name}": v for k, v in optimizer.state.get(parameter, {}).items()}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_suffix(".tmp")
-        save_file(tensors, temporary, {"step": str(step)})
+        facts = {"step": str(self.step), "recipe": self.recipe.digest}
+        save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, temporary, facts)
         temporary.replace(self.path)
 
-    def load(self) -> int:
-        """The next step to take: 0 where there is no checkpoint."""
-        if not self.path.exists():
-            return 0
-        from safetensors import safe_open
-
+    def load(self) -> None:
+        """Go on where the checkpoint is; raises AquabitError for one of other settings."""
         with safe_open(self.path, "pt") as file:
-            step = int(file.metadata()["step"])
-        tensors = load_file(self.path)
+            facts = file.metadata() or {}
+        if facts.get("recipe") != self.recipe.digest:
+            raise AquabitError(
+                f"{self.path} is of a training with other settings ({facts.get('recipe')}, here"
+                f" {self.recipe.digest}); give another folder with --checkpoints"
+            )
+        tensors = load_file(self.path, str(self.device))
+        self.step = int(facts["step"])
         self.ema = {k: tensors[f"ema.{k}"] for k in self.ema}
         self.model.load_state_dict({k: tensors[f"model.{k}"] for k in self.ema})
-        for name, parameter in self.model.named_parameters():
-            keys = ("step", "exp_avg", "exp_avg_sq")
-            if f"adam.step.{name}" in tensors:
-                self.optimizer.state[parameter] = {k: tensors[f"adam.{k}.{name}"] for k in keys}
-        return step
+        for name, optimizer, parameter in self._states():
+            kept = {key.split(".", 2)[1]: key for key in tensors if key.split(".", 2)[2:] == [name]}
+            state = {k: tensors[v] for k, v in kept.items() if v.startswith("optimizer.")}
+            if state:
+                optimizer.state[parameter] = state | (
+                    {"step": state["step"].cpu()} if "step" in state else {}
+                )
+
+    def start(self, path: Path) -> None:
+        """From the weights of a file, at step 0 with a fresh optimizer."""
+        try:
+            self.model.load_state_dict({k: v.float() for k, v in load_file(path).items()})
+        except (OSError, RuntimeError) as error:
+            raise AquabitError(f"{path} does not hold the weights of {self.name}: {error}") from error
+        self.ema = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+
+    def _states(self) -> list[tuple[str, torch.optim.Optimizer, nn.Parameter]]:
+        names = {id(p): n for n, p in self.model.named_parameters()}
+        return [(names[id(p)], o, p) for o in self.optimizers for g in o.param_groups for p in g["params"]]
 
 
-def learning_rate(step: int, name: str) -> float:
-    """Linear warm-up over 200 steps, a cosine, and a linear cooldown over the last steps."""
-    cosine = 0.5 * (1 + math.cos(math.pi * step / HORIZON[name]))
-    return (
-        LEARNING_RATE[name] * min(1.0, (step + 1) / 200) * cosine * min(1.0, (STEPS[name] - step) / COOLDOWN)
-    )
+def optimizers_of(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """AdamW, beside Muon for the matrices between the embeddings and the heads where the recipe has it."""
+    hidden = [
+        p
+        for n, p in model.named_parameters()
+        if recipe.muon and p.ndim == 2 and n.startswith("transformer_blocks.") and "embedding_table" not in n
+    ]
+    chosen = {id(p) for p in hidden}
+    rest = [p for p in model.parameters() if id(p) not in chosen]
+    found: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(rest, weight_decay=0.0, betas=(0.9, 0.99), fused=True)
+    ]
+    if hidden:
+        found.append(torch.optim.Muon(hidden, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+    return found
 
 
 def training_loss(
-    model: nn.Module, scheduler: DDIMScheduler, x: torch.Tensor, y: torch.Tensor, generator
+    model: nn.Module,
+    scheduler: DDIMScheduler,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    generator: torch.Generator,
+    min_snr: float | None,
 ) -> torch.Tensor:
-    """Mean squared error of the predicted noise at stratified timesteps."""
-    n = len(x)
+    """Mean squared error of the predicted noise or velocity at stratified timesteps; random numbers are
+    drawn on the CPU, whatever the device of ``x``."""
+    n, device, total = len(x), x.device, scheduler.config.num_train_timesteps
     offset = torch.rand(n, generator=generator)
-    t = ((torch.randperm(n, generator=generator) + offset) / n * scheduler.config.num_train_timesteps).long()
-    noise = torch.randn(x.shape, generator=generator)
-    y = torch.where(torch.rand(n, generator=generator) < CLASS_DROPOUT, NULL_CLASS, y)
-    prediction = model(scheduler.add_noise(x, noise, t), timestep=t, class_labels=y).sample
-    return nn.functional.mse_loss(prediction, noise)
+    t = ((torch.randperm(n, generator=generator) + offset) / n * total).long().to(device)
+    noise = torch.randn(x.shape, generator=generator).to(device)
+    y = torch.where(torch.rand(n, generator=generator).to(device) < CLASS_DROPOUT, NULL_CLASS, y)
+    prediction = model(scheduler.add_noise(x, noise, t), timestep=t, class_labels=y).sample.float()
+    velocity = scheduler.config.prediction_type == "v_prediction"
+    target = scheduler.get_velocity(x, noise, t) if velocity else noise
+    if min_snr is None:
+        return nn.functional.mse_loss(prediction, target)
+    alpha = scheduler.alphas_cumprod.to(device)[t]
+    snr = alpha / (1 - alpha)
+    weight = snr.clamp(max=min_snr) / (snr + 1 if velocity else snr)
+    return (weight * (prediction - target).square().mean((1, 2, 3))).mean()
 
 
-def train_denoiser(name: str, checkpoints: Path) -> None:
-    x, y, _, _ = digits_halves()
-    model, scheduler = build(name).train(), DDIMScheduler(**SCHEDULER)
-    if (
-        name == "digits-dit"
-    ):  # our own class dropout serves both models; diffusers' embedding would drop again
-        for block in model.transformer_blocks:
-            block.norm1.emb.class_embedder.dropout_prob = 0.0
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=0.0)
-    checkpoint = Checkpoint(checkpoints / f"{name}.safetensors", model, optimizer)
+def arithmetic(recipe: Recipe, device: torch.device) -> AbstractContextManager[Any]:
+    """bfloat16 where the recipe has it. Attention by plain products: on a CPU torch's fused one takes half
+    of a step in bfloat16."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=recipe.bfloat16)
+
+
+def train(training: Training, data: Data, compiled: bool) -> None:
+    """To the recipe's last step; a checkpoint every KEPT_EVERY steps, and where the process is asked to
+    end."""
+    recipe, device = training.recipe, training.device
+    model = torch.compile(training.model) if compiled else training.model
+    scheduler, stopped = DDIMScheduler(**recipe.scheduler), []
+    signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
     started, losses = time.time(), []
-    for step in range(checkpoint.load(), STEPS[name]):
-        generator = torch.Generator().manual_seed(step)
-        batch = torch.randint(0, len(x), (BATCH,), generator=generator)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, name)
-        loss = training_loss(model, scheduler, x[batch], y[batch], generator)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        checkpoint.update_ema(step)
+    while training.step < recipe.steps:
+        generator = torch.Generator().manual_seed(training.step)
+        batch = torch.randint(0, len(data.images), (recipe.batch,), generator=generator)
+        x, y = data.pixels(data.images[batch]).to(device), data.labels[batch].to(device)
+        with arithmetic(recipe, device), sdpa_kernel(SDPBackend.MATH):
+            loss = training_loss(model, scheduler, x, y, generator, recipe.min_snr)
+            loss.backward()
+        training.update()
         losses.append(loss.item())
-        if (step + 1) % 100 == 0:
+        if training.step % KEPT_EVERY == 0 or stopped:
             print(
-                f"{name} step {step + 1}/{STEPS[name]} loss {np.mean(losses):.4f}"
-                f" {time.time() - started:.0f} s",
+                f"{training.name} step {training.step}/{recipe.steps} loss {np.mean(losses):.4f}"
+                f" {time.time() - started:.0f} s, of a core {time.process_time():.0f} s",
                 flush=True,
             )
             losses = []
-            checkpoint.save(step + 1)
-    export_denoiser(name, checkpoint.ema)
+            training.save()
+        if stopped:
+            sys.exit(f"{training.name} stopped at step {training.step}; run it again to go on")
 
 
-def export_denoiser(name: str, ema: dict[str, torch.Tensor]) -> None:
+def export_denoiser(name: str, ema: dict[str, torch.Tensor], folder: Path) -> None:
     """Write the EMA weights in fp16 as a diffusers pipeline directory."""
-    folder, model = BUNDLED / name, build(name)
-    model.load_state_dict(ema)
+    recipe, model = RECIPES[name], build(name)
+    model.load_state_dict({k: v.cpu() for k, v in ema.items()})
     model.half().save_pretrained(folder / "denoiser")
-    DDIMScheduler(**SCHEDULER).save_pretrained(folder / "scheduler")
+    DDIMScheduler(**recipe.scheduler).save_pretrained(folder / "scheduler")
     index = {
         "_class_name": "ClassConditionalPipeline",
         "_diffusers_version": "0.42.1",
         "denoiser": ["diffusers", type(model).__name__],
         "scheduler": ["diffusers", "DDIMScheduler"],
         "classes": CLASSES,
-        "real_images": "digits",
+        "real_images": recipe.data,
     }
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def build_classifier() -> nn.Sequential:
-    """Convolutions 1-32-64-64 to a 32-dimensional feature and ten logits; layer names are the state dict's
-    keys."""
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(1, 32, 3, padding=1),
-        nn.SiLU(),
-        nn.Conv2d(32, 64, 3, stride=2, padding=1),
-        nn.SiLU(),
-        nn.Conv2d(64, 64, 3, padding=1),
-        nn.SiLU(),
-        nn.Flatten(),
-        nn.Linear(64 * 16, 32),
-        nn.SiLU(),
-        nn.Linear(32, CLASSES),
+def train_denoiser(name: str, options: argparse.Namespace) -> None:
+    recipe = RECIPES[name]
+    given = {k: getattr(options, k) for k in ("steps", "cooldown") if getattr(options, k) is not None}
+    training = Training(
+        name,
+        replace(recipe, **given),
+        options.checkpoints / f"{name}.safetensors",
+        torch.device(options.device),
     )
+    if training.path.exists():
+        training.load()
+    elif options.start:
+        training.start(options.start)
+    train(training, DATA[recipe.data](options.data), options.compile)
+    export_denoiser(name, training.ema, options.out / name)
 
 
-def shifted(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Each image moved by at most one pixel in each direction."""
-    moves = torch.randint(-1, 2, (len(x), 2), generator=generator)
-    padded = nn.functional.pad(x, (1, 1, 1, 1), value=-1.0)
-    return torch.stack(
-        [p[:, 1 + dy : 9 + dy, 1 + dx : 9 + dx] for p, (dy, dx) in zip(padded, moves.tolist(), strict=True)]
-    )
+def train_features(name: str, options: argparse.Namespace) -> None:
+    """The classifier of ``classifier-NAME``."""
+    of = name.removeprefix(CLASSIFIER)
+    accuracy = train_classifier(of, DATA[of](options.data), options.out / "real_images" / of)
+    print(f"{name}: held-out accuracy {accuracy:.4f}")
 
 
-def train_classifier(_: Path, epochs: int = 60) -> None:
-    x, y, xh, yh = digits_halves()
-    model = build_classifier().train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.02)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
-    generator = torch.Generator().manual_seed(0)
-    for _epoch in range(epochs):
-        for batch in torch.randperm(len(x), generator=generator).split(64):
-            images = shifted(x[batch], generator) + 0.1 * torch.randn(
-                len(batch), 1, 8, 8, generator=generator
-            )
-            loss = nn.functional.cross_entropy(model(images), y[batch], label_smoothing=0.05)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        schedule.step()
-    with torch.no_grad():
-        held_out = (model.eval()(xh).argmax(1) == yh).float().mean()
-    print(f"classifier: held-out accuracy {held_out:.4f}")
-    path = BUNDLED / "classifier.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.half().contiguous() for k, v in model.state_dict().items()}, path)
-    save_file(
-        {"images": ((xh + 1) * 8).round().to(torch.uint8), "labels": yh.to(torch.uint8)},
-        BUNDLED / "held_out.safetensors",
-    )
-
-
-def main() -> None:
+def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = ["classifier", "digits-unet", "digits-dit"]
-    parser.add_argument("names", nargs="*", default=names, choices=names)
-    parser.add_argument("--checkpoints", type=Path, default=Path("zoo/checkpoints"))
-    options = parser.parse_args()
+    names = [*(CLASSIFIER + name for name in CLASSIFIERS), *RECIPES]
+    add = parser.add_argument
+    add("names", nargs="*", default=names, choices=names, metavar="NAME", help=", ".join(names))
+    add("--checkpoints", type=Path, default=Path("zoo/checkpoints"), help="folder of what to resume from")
+    add("--data", type=Path, help="folder of Fashion-MNIST's files; default: where Debian installs them")
+    add("--out", type=Path, default=BUNDLED, help="folder of the finished models")
+    add("--start", type=Path, help="a safetensors file of weights to begin with, where no checkpoint is")
+    add("--steps", type=int, help="how many to train in all; default: the recipe's")
+    add(
+        "--cooldown",
+        type=int,
+        help="the last steps, over which the rate falls to zero; default: the recipe's",
+    )
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--compile", action="store_true", help="by torch.compile: a third faster on a CPU, after a minute")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parsed()
     torch.set_num_threads(1)
-    for name in options.names:
-        (
-            train_classifier(options.checkpoints)
-            if name == "classifier"
-            else train_denoiser(name, options.checkpoints)
-        )
+    torch.set_flush_denormal(True)
+    try:
+        for name in options.names:
+            (train_features if name.startswith(CLASSIFIER) else train_denoiser)(name, options)
+    except AquabitError as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def show_named(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 def show_bundled(rows: Sequence[Mapping[str, Any]]) -> None:
     for row in rows:
         size = f"{row['bytes'] / 1e6:.1f} MB"
-        console.print(f"{row['name']:14} {row['denoiser']}, {size}, trained on scikit-learn's digits")
+        console.print(f"{row['name']:14} {row['denoiser']}, {size}, trained on {row['trained_on']}")
 
 
 def show_graph(graph: Any) -> None:

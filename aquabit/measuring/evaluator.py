@@ -39,17 +39,8 @@ from aquabit.pipelines import (
     use_scheduler,
 )
 from aquabit.pipelines.finite import NotFinite, broken, checked_images, finite_images
-from aquabit.pipelines.image_maker import ImageMaker
 from aquabit.pipelines.pictures import COLUMNS, spaced, thumbnail
-from aquabit.quality import (
-    TEMPORAL,
-    NonFiniteImages,
-    NonFiniteValues,
-    Quality,
-    QualityMeter,
-    QualityOptions,
-    Source,
-)
+from aquabit.quality import TEMPORAL, NonFiniteImages, NonFiniteValues, Quality, QualityMeter, QualityOptions
 from aquabit.quant.bank import Bank
 from aquabit.quant.correction.corrector import Corrector, check_correction
 from aquabit.quant.correction.noise import Uncorrectable
@@ -159,7 +150,7 @@ class Evaluator:
             self.adapter.network.eval(), graph, bank, fingerprint, recorder(pipe), sampler(pipe)
         )
         images = self.adapter.makes_images
-        own = own_source(self.adapter)
+        own = self.adapter.reference()
         self.meter = QualityMeter(quality or QualityOptions(), own, bank.folder, device, images)
         self._full: tuple[str, dict[int, Tensor]] = "", {}
         self._probed: tuple[str, Tensor] | None = None
@@ -541,12 +532,6 @@ def _gradients_pass() -> Iterator[None]:
 def _cosine(a: Tensor, b: Tensor) -> float:
     length = float(a.norm() * b.norm())
     return float((a * b).sum()) / length if length > 0 else 0.0
-
-
-def own_source(adapter: ImageMaker) -> Source | None:
-    """The extractor and the real images that belong to a model; None where it names none."""
-    extractor, reference = adapter.reference()
-    return None if extractor is None else Source(extractor, reference)
 
 
 def _deviation(images: Tensor, reference: Tensor) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from typing import Any
 import networkx as nx
 
 from aquabit.graph import graph_notes
-from aquabit.measuring.evaluator import own_source
 from aquabit.pipelines import Model as OwnModel
 from aquabit.pipelines import (
     Pipeline,
@@ -72,7 +71,7 @@ def open_model(model: str | Pipeline) -> Model:
     own_class = denoiser_of(pipe) if isinstance(pipe, OwnModel) else pipe
     name = str(model) if isinstance(model, str) else type(own_class).__name__
     adapter = adapter_of(pipe)
-    own, prompts = own_source(adapter), adapter.kind == "prompt"
+    own, prompts = adapter.reference(), adapter.kind == "prompt"
     graph = trace(pipe)
     own_print = fingerprint(network_of(pipe))
     made = pipe if isinstance(pipe, OwnModel) else None

@@ -44,7 +44,7 @@ from aquabit.pipelines.picture_arguments import (
 from aquabit.pipelines.prompts import embeddings
 from aquabit.pipelines.running import as_measured
 from aquabit.pipelines.sizes import frames_argument, image_batch, image_size
-from aquabit.quality import DigitsFeatures, Reference, bundled_reference
+from aquabit.quality import Source, real_images
 from aquabit.quant.calibration.ranges import Sample
 from aquabit.quant.calibration.recording import Call, record_calls
 from aquabit.quant.correction.noise_measuring import measure_noise
@@ -622,10 +622,8 @@ class Adapter:
         conditions = self.conditions(protocol)
         return [int(conditions[i]) for i in indices] if self.kind == "class_labels" else None
 
-    def reference(self) -> tuple[DigitsFeatures, Reference] | tuple[None, None]:
-        """Feature extractor and statistics of the real images that belong to the pipeline; none where it
+    def reference(self) -> Source | None:
+        """Feature extractor and statistics of the real images that belong to the pipeline; None where it
         names no such set."""
-        if getattr(self.pipe.config, "real_images", "") != "digits":
-            return None, None
-        extractor = DigitsFeatures()
-        return extractor, bundled_reference(extractor)
+        name = getattr(self.pipe.config, "real_images", "")
+        return real_images(name).source() if name else None

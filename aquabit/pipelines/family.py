@@ -309,13 +309,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("ldm", ("LDMPipeline",), "batch_size", resolution=256, example="CompVis/ldm-celebahq-256"),
     Family("ddpm", ("DDPMPipeline",), "batch_size", resolution=32, example="google/ddpm-cifar10-32"),
     Family("ddim", ("DDIMPipeline",), "batch_size", resolution=256, example="fusing/ddim-lsun-bedroom"),
-    Family(
-        "pixels-class",
-        ("ClassConditionalPipeline",),
-        "class_labels",
-        resolution=8,
-        example="digits-dit, digits-unet",
-    ),
+    Family("pixels-class", ("ClassConditionalPipeline",), "class_labels", example="digits-dit, digits-unet"),
 )
 _BY_CLASS = {pipeline: family for family in FAMILIES for pipeline in family.pipelines}
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from aquabit.quality import DigitsFeatures, Reference
+from aquabit.quality import Source
 from aquabit.quant.calibration.recording import Call
 from aquabit.scheme import Protocol as Measuring
 
@@ -59,8 +59,8 @@ class ImageMaker(Protocol):
         """The first call of what runs in every step of the sampler, whatever is quantized, to be made
         again."""
 
-    def reference(self) -> tuple[DigitsFeatures, Reference] | tuple[None, None]:
-        """Feature extractor and statistics of the real images that belong to the model; none where it names
+    def reference(self) -> Source | None:
+        """Feature extractor and statistics of the real images that belong to the model; None where it names
         no such set."""
 
 

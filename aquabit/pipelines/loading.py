@@ -29,6 +29,7 @@ from aquabit.pipelines.prompts import can_reload
 from aquabit.pipelines.reference import Reference, component_list, file_and_scale
 from aquabit.pipelines.single_files import FILES, denoiser_of_file, holds_a_pipeline
 from aquabit.pipelines.weights_files import check_complete, origin
+from aquabit.quality import real_images
 from aquabit.quant.bank import weights_folder
 from aquabit.runtime import out_of_memory
 from aquabit.scheme import AquabitError
@@ -45,15 +46,14 @@ def bundled_models() -> list[str]:
 
 
 def bundled_facts() -> list[dict[str, Any]]:
-    """Name, denoiser's class and bytes of each bundled model."""
-    return [
-        {
-            "name": name,
-            "denoiser": read_json(BUNDLED / name / "model_index.json")["denoiser"][1],
-            "bytes": next((BUNDLED / name / "denoiser").glob("*.safetensors")).stat().st_size,
-        }
-        for name in bundled_models()
-    ]
+    """Name, denoiser's class and bytes of each bundled model, and what it was trained on."""
+    found = []
+    for name in bundled_models():
+        index = read_json(BUNDLED / name / "model_index.json")
+        weights = next((BUNDLED / name / "denoiser").glob("*.safetensors"))
+        facts = {"name": name, "denoiser": index["denoiser"][1], "bytes": weights.stat().st_size}
+        found.append({**facts, "trained_on": real_images(index["real_images"]).title})
+    return found
 
 
 def load(

@@ -538,9 +538,8 @@ class OwnAdapter:
     def step_call(self, protocol: Protocol) -> Callable[[], object]:
         return self.first_call(protocol)
 
-    def reference(self) -> tuple[None, None]:
+    def reference(self) -> None:
         """It names no real images; --reference does."""
-        return None, None
 
 
 def named_model(name: str, device: str | torch.device, dtype: torch.dtype) -> Model:

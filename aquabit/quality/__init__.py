@@ -2,16 +2,16 @@
 paired ones, streaming accumulation."""
 
 from aquabit.quality.accumulator import PAIRED, TEMPORAL, Quality, Source
-from aquabit.quality.features import METRICS_OF, DigitsFeatures, FeatureExtractor, Features, NonFiniteImages
+from aquabit.quality.features import METRICS_OF, FeatureExtractor, Features, NonFiniteImages
 from aquabit.quality.meter import QualityMeter, QualityOptions
-from aquabit.quality.reference import Reference, bundled_reference, held_out_digits
+from aquabit.quality.real_images import RealImages, real_images
+from aquabit.quality.reference import Reference
 from aquabit.quality.user_metrics import NonFiniteValues, UserMetric
 
 __all__ = [
     "METRICS_OF",
     "PAIRED",
     "TEMPORAL",
-    "DigitsFeatures",
     "FeatureExtractor",
     "Features",
     "NonFiniteImages",
@@ -19,9 +19,9 @@ __all__ = [
     "Quality",
     "QualityMeter",
     "QualityOptions",
+    "RealImages",
     "Reference",
     "Source",
     "UserMetric",
-    "bundled_reference",
-    "held_out_digits",
+    "real_images",
 ]

@@ -1,9 +1,7 @@
-"""Images to features: what an extractor returns, what images must look like, and the bundled digits
-classifier."""
+"""Images to features: what an extractor returns, and what images must look like."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -14,24 +12,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
-from torch.nn import functional as F
 
 from aquabit.scheme import AquabitError
-
-BUNDLED = Path(__file__).parents[1] / "pipelines" / "bundled"
-SPATIAL_CHANNELS = 4
-_SHAPES = {
-    "0.weight": (32, 1, 3, 3),
-    "0.bias": (32,),
-    "2.weight": (64, 32, 3, 3),
-    "2.bias": (64,),
-    "4.weight": (64, 64, 3, 3),
-    "4.bias": (64,),
-    "7.weight": (32, 1024),
-    "7.bias": (32,),
-    "9.weight": (10, 32),
-    "9.bias": (10,),
-}
 
 
 class NonFiniteImages(AquabitError):
@@ -72,7 +54,7 @@ class FeatureExtractor(Protocol):
 
 # extractor -> metric -> how it is computed from the features
 METRICS_OF: Mapping[str, Mapping[str, str]] = {
-    "digits": {
+    "classifier": {
         "fid": "frechet",
         "sfid": "spatial_frechet",
         "kid": "kernel",
@@ -149,60 +131,18 @@ def rgb(images: Tensor) -> Tensor:
     return (images * 255).round().clamp(0, 255).expand(-1, 3, -1, -1)
 
 
-class DigitsFeatures:
-    """The bundled classifier of 8 x 8 digits (``zoo/train.py``, ``build_classifier``), trained on the half
-    that no reference holds.
-
-    pooled [n, 32] the penultimate activation; spatial [n, 64] the first 4 channels of the last convolution's
-    activation, as sFID takes the first channels of a spatial Inception layer; logits [n, 10].
-    """
-
-    metrics = METRICS_OF["digits"]
-
-    def __init__(self, path: Path | str = BUNDLED / "classifier.safetensors") -> None:
-        data = _read(Path(path))
-        self.digest = hashlib.sha256(data).hexdigest()[:16]
-        self._weights = {k: v.float() for k, v in _parse(data, Path(path)).items()}
-        shapes = {k: tuple(v.shape) for k, v in self._weights.items()}
-        if shapes != _SHAPES:
-            wrong = sorted(k for k in shapes.keys() | _SHAPES if shapes.get(k) != _SHAPES.get(k))
-            raise AquabitError(
-                f"{path} does not hold the digits classifier: wrong, missing or unknown tensors"
-                f" {', '.join(wrong)}"
-            )
-        if not all(v.isfinite().all() for v in self._weights.values()):
-            raise AquabitError(f"{path} holds non-finite weights")
-
-    @torch.inference_mode()
-    def __call__(self, images: Tensor) -> Features:
-        """Features of images [n, 1, 8, 8], float32 in [0, 1]."""
-        if images.shape[1:] != (1, 8, 8):
-            raise AquabitError(f"the digits classifier takes images [n, 1, 8, 8], not {list(images.shape)}")
-        w = self._weights
-        x = images.to("cpu", torch.float32) * 2 - 1
-        x = F.silu(F.conv2d(x, w["0.weight"], w["0.bias"], padding=1))
-        x = F.silu(F.conv2d(x, w["2.weight"], w["2.bias"], stride=2, padding=1))
-        x = F.silu(F.conv2d(x, w["4.weight"], w["4.bias"], padding=1))
-        pooled = F.silu(F.linear(x.flatten(1), w["7.weight"], w["7.bias"]))
-        logits = F.linear(pooled, w["9.weight"], w["9.bias"])
-        return Features(pooled.numpy(), x[:, :SPATIAL_CHANNELS].flatten(1).numpy(), logits.numpy())
-
-
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file; AquabitError where it is missing, truncated or something else."""
-    return _parse(_read(path), path)
+    return tensors_of(path)[1]
 
 
-def _read(path: Path) -> bytes:
+def tensors_of(path: Path) -> tuple[bytes, dict[str, Tensor]]:
+    """The bytes of a safetensors file, and their tensors; raises as ``load_tensors`` does."""
     try:
-        return path.read_bytes()
+        data = path.read_bytes()
+        return data, load(data)
     except OSError as error:
         raise AquabitError(f"cannot read {path}: {error.strerror or error}") from error
-
-
-def _parse(data: bytes, path: Path) -> dict[str, Tensor]:
-    try:
-        return load(data)
     except (SafetensorError, ValueError, KeyError) as error:
         raise AquabitError(
             f"{path} is not a whole safetensors file ({error}); it may be truncated"

@@ -239,7 +239,7 @@ class QualityMeter:
     def available(self, prompts: bool, videos: bool = False) -> list[str]:
         """The metrics that can be measured, the user's functions last; ``prompts``: images are made from
         text; ``videos``: they are frames of videos."""
-        rows = {"digits": self.own.extractor.metrics} if self.own else {}
+        rows = {"own": self.own.extractor.metrics} if self.own else {}
         rows |= {name: METRICS_OF[name] for name in self._digests}
         real = self.options.reference is not None or (self.own is not None and self.own.reference is not None)
         known = [

@@ -24,7 +24,7 @@ from aquabit.quality.distances import (
     within_kernel_sum,
 )
 from aquabit.quality.feature_statistics import FeatureStatistics
-from aquabit.quality.features import BUNDLED, WITHOUT_REAL, FeatureExtractor, load_tensors, unit_images
+from aquabit.quality.features import WITHOUT_REAL, FeatureExtractor, unit_images
 from aquabit.scheme import AquabitError
 
 _MICRO_BATCH = 64
@@ -135,18 +135,3 @@ class Reference:
 def real_kinds(extractor: FeatureExtractor) -> set[str]:
     """How the extractor's metrics that need real images are computed."""
     return set(extractor.metrics.values()) - set(WITHOUT_REAL)
-
-
-def bundled_reference(extractor: FeatureExtractor) -> Reference:
-    """The 899 held-out digits that neither the bundled models nor the classifier were trained on."""
-    return Reference.from_images(held_out_digits()[0], extractor)
-
-
-def held_out_digits() -> tuple[torch.Tensor, torch.Tensor]:
-    """The held-out half of scikit-learn's digits: images [899, 1, 8, 8], float32 in [0, 1], and labels
-    [899], int64."""
-    path = BUNDLED / "held_out.safetensors"
-    tensors = load_tensors(path)
-    if tensors.keys() != {"images", "labels"}:
-        raise AquabitError(f"{path} holds {', '.join(sorted(tensors))}; expected images and labels")
-    return tensors["images"].float() / 16, tensors["labels"].long()  # the digits have 17 grey levels, 0 to 16

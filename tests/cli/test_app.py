@@ -286,10 +286,11 @@ def test_shards_merge_to_the_same_numbers(folder) -> None:
 def test_inspect_and_models(folder) -> None:
     assert len(json.loads(run(folder, "inspect", "pipe", "--json", "-"))["nodes"]) > 20
     assert "ff.up" in run(folder, "inspect", "pipe")
-    assert [m["name"] for m in json.loads(run(folder, "models", "--json", "-"))["bundled"]] == [
-        "digits-dit",
-        "digits-unet",
-    ]
+    bundled = json.loads(run(folder, "models", "--json", "-"))["bundled"]
+    assert {m["name"]: m["trained_on"] for m in bundled} == {
+        "digits-dit": "scikit-learn's digits",
+        "digits-unet": "scikit-learn's digits",
+    }
 
 
 def test_bad_input_is_one_sentence(folder) -> None:

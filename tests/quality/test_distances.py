@@ -17,19 +17,17 @@ from sklearn.metrics.pairwise import polynomial_kernel
 
 from aquabit.quality import (
     METRICS_OF,
-    DigitsFeatures,
     Features,
     NonFiniteImages,
     Quality,
     Reference,
     Source,
-    bundled_reference,
-    held_out_digits,
     paired,
+    real_images,
 )
 from aquabit.quality import distances as dist
-from aquabit.quality.features import BUNDLED
 from aquabit.quality.moments import Moments
+from aquabit.quality.real_images import ClassifierFeatures
 from aquabit.scheme import AquabitError
 from tests.quality import whole_sets
 
@@ -62,21 +60,24 @@ def random_images(n: int, seed: int = 0, shape: tuple[int, ...] = (1, 8, 8)) -> 
 class PixelFeatures:
     """An extractor without rounding that depends on the batch: single pixels."""
 
-    digest, metrics = "pixels", METRICS_OF["digits"]
+    digest, metrics = "pixels", METRICS_OF["classifier"]
 
     def __call__(self, images: torch.Tensor) -> Features:
         x = images.flatten(1).numpy()
         return Features(x[:, :6], x[:, 6:20], 8 * x[:, 20:30])
 
 
-@pytest.fixture(scope="module")
-def digits() -> DigitsFeatures:
-    return DigitsFeatures()
+DIGITS = real_images("digits")
 
 
 @pytest.fixture(scope="module")
-def reference(digits: DigitsFeatures) -> Reference:
-    return bundled_reference(digits)
+def digits() -> ClassifierFeatures:
+    return DIGITS.features
+
+
+@pytest.fixture(scope="module")
+def reference() -> Reference:
+    return DIGITS.source().reference
 
 
 # Against independent implementations
@@ -286,8 +287,8 @@ def test_quality_does_not_depend_on_batches(sizes: list[int], seed: int) -> None
 # Quality and Reference
 
 
-def test_quality_equals_the_plain_functions(digits: DigitsFeatures, reference: Reference) -> None:
-    images, labels = held_out_digits()
+def test_quality_equals_the_plain_functions(digits: ClassifierFeatures, reference: Reference) -> None:
+    images, labels = DIGITS.held_out()
     x = 0.4 * images[:100] + 0.6 * random_images(100)
     real, fake, clean = digits(images), digits(x), digits(images[:100])
     precision, recall = whole_sets.precision_recall(real.pooled, fake.pooled)
@@ -312,8 +313,8 @@ def test_quality_equals_the_plain_functions(digits: DigitsFeatures, reference: R
     assert quality.compute() == pytest.approx(expected, rel=1e-4, abs=1e-6)  # the classifier runs in float32
 
 
-def test_keys_follow_what_was_given_and_asked_for(digits: DigitsFeatures, reference: Reference) -> None:
-    x, labels = held_out_digits()
+def test_keys_follow_what_was_given_and_asked_for(digits: ClassifierFeatures, reference: Reference) -> None:
+    x, labels = DIGITS.held_out()
     keys = {}
     for name, arguments in {
         "alone": (x[:9],),
@@ -347,11 +348,11 @@ def test_pixel_metrics_never_run_the_extractor() -> None:
     assert quality.compute() == pytest.approx({"mse": 0, "psnr": 100, "ssim": 1})
 
 
-def test_one_image_gives_nan_where_undefined(digits: DigitsFeatures, reference: Reference) -> None:
+def test_one_image_gives_nan_where_undefined(digits: ClassifierFeatures, reference: Reference) -> None:
     quality = Quality([Source(digits, reference)])
     with pytest.raises(AquabitError, match="no images"):
         quality.compute()
-    quality.update(held_out_digits()[0][:1])
+    quality.update(DIGITS.held_out()[0][:1])
     result = quality.compute()
     assert {k for k, v in result.items() if np.isnan(v)} == {"fid", "sfid", "kid", "recall"}
     assert result["is"] == pytest.approx(1) and result["precision"] == 1
@@ -359,9 +360,9 @@ def test_one_image_gives_nan_where_undefined(digits: DigitsFeatures, reference: 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_non_finite_images_are_counted_and_not_taken_in(
-    value: float, digits: DigitsFeatures, reference: Reference
+    value: float, digits: ClassifierFeatures, reference: Reference
 ) -> None:
-    x = held_out_digits()[0][:10].clone()
+    x = DIGITS.held_out()[0][:10].clone()
     quality = Quality([Source(digits, reference)])
     quality.update(x)
     before = quality.compute()
@@ -380,8 +381,8 @@ def test_non_finite_images_are_counted_and_not_taken_in(
     )  # it must survive the way back from a worker
 
 
-def test_wrong_inputs_say_what_is_wrong(digits: DigitsFeatures, reference: Reference) -> None:
-    x = held_out_digits()[0][:6]
+def test_wrong_inputs_say_what_is_wrong(digits: ClassifierFeatures, reference: Reference) -> None:
+    x = DIGITS.held_out()[0][:6]
     cases = {
         r"span \[-1, 1\]": (x * 2 - 1,),
         r"shape \[1, 8, 8\]": (x[0],),
@@ -405,9 +406,9 @@ def test_wrong_inputs_say_what_is_wrong(digits: DigitsFeatures, reference: Refer
 
 
 def test_reference_digest_follows_images_and_extractor_only(
-    digits: DigitsFeatures, reference: Reference
+    digits: ClassifierFeatures, reference: Reference
 ) -> None:
-    images = held_out_digits()[0]
+    images = DIGITS.held_out()[0]
     assert Reference.from_batches(images.split(100), digits).digest == reference.digest
     assert Reference.from_images(images[:-1], digits).digest != reference.digest
     assert Reference.from_images(images, PixelFeatures()).digest != reference.digest
@@ -424,76 +425,9 @@ def test_reference_digest_follows_images_and_extractor_only(
     assert np.array_equal(pickle.loads(pickle.dumps(reference)).pooled_factor, reference.pooled_factor)
 
 
-# The bundled classifier
-
-
-def test_classifier_is_accurate_and_fid_tells_digits_from_noise(digits: DigitsFeatures) -> None:
-    images, labels = held_out_digits()
-    real, noise = digits(images), digits(random_images(400))
-    assert (real.pooled.shape, real.spatial.shape, real.logits.shape) == ((899, 32), (899, 64), (899, 10))
-    assert all(v.dtype == np.float32 for v in real)
-    assert (real.spatial.std(0) > 0.01).mean() > 0.9  # no dead channels among the four
-    assert dist.accuracy(real.logits, labels) >= 0.97
-    assert (
-        whole_sets.inception_score(real.logits) > 6
-    )  # below 10 because the classifier learned with smoothed labels
-    halves = whole_sets.fid(real.pooled[::2], real.pooled[1::2])
-    assert whole_sets.fid(real.pooled, noise.pooled) > 20 * halves
-    assert whole_sets.sfid(real.spatial, noise.spatial) > 10 * whole_sets.sfid(
-        real.spatial[::2], real.spatial[1::2]
-    )
-    assert whole_sets.precision_recall(real.pooled[::2], real.pooled[1::2]) > (0.8, 0.8)
-
-
-def test_classifier_equals_the_module_it_was_trained_as(digits: DigitsFeatures) -> None:
-    from torch import nn
-
-    model = nn.Sequential(
-        nn.Conv2d(1, 32, 3, padding=1),
-        nn.SiLU(),
-        nn.Conv2d(32, 64, 3, stride=2, padding=1),
-        nn.SiLU(),
-        nn.Conv2d(64, 64, 3, padding=1),
-        nn.SiLU(),
-        nn.Flatten(),
-        nn.Linear(64 * 16, 32),
-        nn.SiLU(),
-        nn.Linear(32, 10),
-    )
-    from safetensors.torch import load_file
-
-    model.load_state_dict(load_file(BUNDLED / "classifier.safetensors"))
-    x = held_out_digits()[0][:20]
-    with torch.no_grad():
-        assert np.allclose(model(x * 2 - 1).numpy(), digits(x).logits, atol=1e-5)
-        assert np.allclose(model[:6](x * 2 - 1)[:, :4].flatten(1).numpy(), digits(x).spatial, atol=1e-5)
-        assert np.allclose(model[:9](x * 2 - 1).numpy(), digits(x).pooled, atol=1e-5)
-
-
-def test_damaged_classifier_files_are_named(tmp_path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    whole = (BUNDLED / "classifier.safetensors").read_bytes()
-    path = tmp_path / "weights.safetensors"
-    with pytest.raises(AquabitError, match=r"cannot read .*weights\.safetensors: No such file"):
-        DigitsFeatures(path)
-    for size in (0, 5, 300, len(whole) - 1):
-        path.write_bytes(whole[:size])
-        with pytest.raises(AquabitError, match=r"weights\.safetensors is not a whole safetensors file"):
-            DigitsFeatures(path)
-    tensors = load_file(BUNDLED / "classifier.safetensors")
-    save_file({k: v for k, v in tensors.items() if k != "4.bias"} | {"9.bias": torch.zeros(3)}, path)
-    with pytest.raises(AquabitError, match=r"unknown tensors 4\.bias, 9\.bias"):
-        DigitsFeatures(path)
-    tensors["7.bias"][3] = float("nan")
-    save_file(tensors, path)
-    with pytest.raises(AquabitError, match="non-finite weights"):
-        DigitsFeatures(path)
-
-
-def test_compute_is_fast(digits: DigitsFeatures, reference: Reference) -> None:
+def test_compute_is_fast(digits: ClassifierFeatures, reference: Reference) -> None:
     quality = Quality([Source(digits, reference)])
-    x = held_out_digits()[0][:128]
+    x = DIGITS.held_out()[0][:128]
     quality.update(x, x)
     seconds = []
     for _ in range(15):

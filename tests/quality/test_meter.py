@@ -469,7 +469,7 @@ brightness.direction = "min"  # type: ignore[attr-defined]
 class Means:
     """An extractor of three numbers that counts its calls."""
 
-    digest, metrics, calls = "means", METRICS_OF["digits"], 0
+    digest, metrics, calls = "means", METRICS_OF["classifier"], 0
 
     def __call__(self, images: torch.Tensor) -> Features:
         type(self).calls += 1
