@@ -22,6 +22,7 @@ from aquabit.pipelines import Adapter, load, network_of, own_copy, recorder, rep
 from aquabit.pipelines.reference import Reference
 from aquabit.quant.artifact import config_of
 from aquabit.quant.calibration.recording import part_of
+from aquabit.quant.correction.sampling import first_place
 from aquabit.quant.finetuning.settings import FineTuning
 from aquabit.quant.model import fingerprint
 from aquabit.scheme import AquabitError, Calibration, LayerChoice, QuantConfig, Scheme, StepGroups
@@ -286,6 +287,14 @@ def test_a_plan_times_what_runs_in_every_step() -> None:
         for handle in handles:
             handle.remove()
         assert ran == wanted
+
+
+def test_the_first_step_is_told_by_the_call_of_a_part() -> None:
+    network, pipe = network_of(chosen("sd", "text_encoder,unet")), _made("sd")
+    pipe.scheduler.set_timesteps(4)
+    times = pipe.scheduler.timesteps
+    for place, time in enumerate(times):
+        assert first_place(pipe.scheduler, network, ("unet", torch.zeros(1, 4, 8, 8), time), {}) == place
 
 
 def test_an_export_is_of_one_network() -> None:

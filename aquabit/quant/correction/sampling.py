@@ -71,6 +71,8 @@ def first_place(scheduler: Any, denoiser: nn.Module, args: Sequence[Any], kwargs
     the one that it told the scheduler, or, of those that are told nothing, that of the call; else 0."""
     if hasattr(scheduler, "begin_index"):
         return int(scheduler.begin_index or 0)
+    if isinstance(denoiser, Parts):
+        denoiser, args = denoiser.get_submodule(args[0]), args[1:]
     names = inspect.signature(denoiser.forward).parameters
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     value = next((given[name] for name in TIME_INPUTS if name in given), None)
