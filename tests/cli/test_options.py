@@ -138,7 +138,7 @@ SAMPLED = {  # how images are made
 }
 EDITED = {  # of a pipeline that takes pictures
     "--inputs": Row("--inputs colours", "", more="--prompts words.txt"),
-    "--strength": Row("--strength 0.99", "", more="--prompts words.txt --inputs colours"),
+    "--strength": Row("--strength 0.3", "", more="--prompts words.txt --inputs colours --steps 5"),
 }
 MACHINE = {
     "--workers": Row("--workers 3", "reached"),
