@@ -98,7 +98,8 @@ def show_families(families: Sequence[Mapping[str, Any]], presets: Sequence[Mappi
     for row in families:
         pixels = f" of {row['resolution']} pixels" if row["resolution"] else ""
         made = f"{row['makes']}{pixels} from {row['conditions']}; for example {row['example']}"
-        _entry(f"{row['name']} ({', '.join(row['pipelines'])})", made)
+        first, *others = row["pipelines"]
+        _entry(f"{row['name']} ({first})", f"{made}; also {', '.join(others)}" if others else made)
     console.print("any other diffusers pipeline: generic adapter and operator types\n", highlight=False)
     console.print(
         "presets: mean weight bits, activation bits, settings; what the source reports (of full precision);"

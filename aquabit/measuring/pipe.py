@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from aquabit.inputs import Inputs
 from aquabit.measuring import tasks
 from aquabit.measuring.evaluator import Measured
 from aquabit.quality import QualityOptions
@@ -21,7 +22,7 @@ CLASSES: dict[str, Any] = {
     for c in (
         *(tasks.Begin, tasks.Measure, tasks.MeasureOutputErrors, tasks.MeasureSlopes),
         *(tasks.MeasureSketches, tasks.Portions, tasks.Fit, tasks.Probe, tasks.Answer, Measured),
-        *(QuantConfig, LayerChoice, StepGroups, Calibration, Protocol, Measurement, QualityOptions),
+        *(QuantConfig, LayerChoice, StepGroups, Calibration, Protocol, Measurement, QualityOptions, Inputs),
     )
 }
 

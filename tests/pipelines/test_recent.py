@@ -274,9 +274,9 @@ def test_temporal_consistency_is_an_objective_of_videos_alone(tmp_path: Path) ->
 
 
 def test_every_family_has_a_tiny_pipeline_that_goes_through_the_whole() -> None:
-    """Those of before are in ``test_families``."""
+    """Those of before are in ``test_families``, that of upscalers in ``test_from_pictures``."""
     made = {family(make()).name for make in (*RECENT.values(), *TINY_PIPELINES.values()) if family(make())}  # type: ignore[union-attr]
-    assert {f.name for f in FAMILIES} - made == {"amused", "krea2", "pixels-class"}
+    assert {f.name for f in FAMILIES} - made == {"amused", "krea2", "pixels-class", "sd-upscale"}
 
 
 def test_families_say_which_make_videos() -> None:

@@ -235,7 +235,7 @@ def test_a_changed_model_runs_packed_and_is_saved_where_it_loads_again(change: s
         made.save(tmp_path / "packed")
         again = aquabit.pipelines.Adapter(aquabit.load(str(tmp_path / "packed")))
         torch.testing.assert_close(again.images(protocol, range(2)), coded, rtol=0, atol=1e-2)
-        attention = again.denoiser.transformer_blocks[0].attn1
+        attention = again.network.transformer_blocks[0].attn1
         assert isinstance(attention.to_k, Tied) and attention.to_k.layer is attention.to_q
         return
     with pytest.raises(AquabitError, match=r"was changed after it was built \(.*would not load again"):

@@ -213,20 +213,22 @@ def test_eight_bits_stay_least_squares(text: str) -> None:
     assert not scheme.unit_gain and torch.equal(found.dequantize(), start.dequantize())
 
 
-HASHES = {  # of what was fitted before data-free fits had gain 1: studies hold measurements of these
+# of what was fitted before data-free fits had gain 1: studies hold measurements of these; of two, whose sums
+# round otherwise on some processors, each way
+HASHES = {
     ("usq2h", 2): "f6d7e859e3ddd9f0",
     ("usq3h", 2): "a847fc2e42c41d85",
     ("usq3g5h", 2): "b4cb853aad54799d",
     ("usq8h", 2): "9585fd2155c47cfa",
     ("vq2h", 2): "607f3f430f72cfa3",
-    ("vq2ch", 2): "a77e4bcb70c701ce",
+    ("vq2ch", 2): "a77e4bcb70c701ce 55e71d94b99c8991",
     ("aq2x3g4", 2): "e70752324973cf5b",
     ("usq8", 2): "ebc357f5fd87bf64",
     ("usq2h", 4): "1d41c157c6f09040",
     ("usq3g5h", 4): "88644001bc9c39ca",
     ("vq3h", 4): "8810e8963f9a0880",
     ("vq2ch", 4): "8e6bfd25e9fe9157",
-    ("aq1x4k", 4): "1db6014174cb3462",
+    ("aq1x4k", 4): "1db6014174cb3462 af5e57ebf91a93f1",
     ("usq8", 4): "92ccd809924b32a7",
 }
 
@@ -241,7 +243,7 @@ def test_calibrated_and_eight_bit_fits_are_what_they_were(text: str, dimensions:
     h = inputs.t() @ inputs / len(inputs) if Scheme.parse(text).calibrated else None
     tensors = quantize_weight(weight, text, h).tensors()
     body = b"".join(tensors[name].contiguous().numpy().tobytes() for name in sorted(tensors))
-    assert hashlib.sha256(body).hexdigest()[:16] == HASHES[text, dimensions]
+    assert hashlib.sha256(body).hexdigest()[:16] in HASHES[text, dimensions].split()
 
 
 @pytest.mark.parametrize("bits", [2, 3])
