@@ -180,6 +180,7 @@ def edited(words: str, key: str, first: str = "") -> dict[str, Row]:
     }
 
 
+WEAK = "edit --space edit.json --images 2 --steps 3 --workers 1 --samples 0 --study weak.db"
 EDIT = "edit --space edit.json --images 2 --steps 3 --workers 1 --samples 0 --study {here}/s.db"
 ROWS: dict[str, dict[str, Row]] = {
     "run": reaching(
@@ -554,7 +555,7 @@ IDLE = {  # what an option would do nothing in, and what is said
     f"{PACK} --prompts words.txt": "condition 'a cat' is no class label",
     f"{PACK} --inputs colours": "ClassConditionalPipeline takes no pictures; leave them out",
     "generate edit --out new.png --prompts words.txt": "makes no images without image; give --inputs DIR",
-    f"measure {EDIT.format(here='.').replace('s.db', 'weak.db')} --strength 0.2 --inputs greys --prompts words.txt": (
+    f"measure {WEAK} --strength 0.2 --inputs greys --prompts words.txt": (
         "strength 0.2 of 3 steps leaves none to run; give at least 5"
     ),
     "generate pipe --out new.png --memory auto": "memory 'auto' is for packed layers",

@@ -13,16 +13,18 @@ SAME = 0.02  # relative difference of guidance weights that rounding may make
 
 def guidance_weights(branches: Sequence[Tensor], combined: Tensor) -> tuple[tuple[float, ...], float]:
     """Weights, adding up to 1, by which ``combined`` was made of ``branches``, and the relative error of
-    that (NaN where they are not finite, or of other sizes); 1 without guidance.
+    that (NaN where they are not finite, infinite where they have other sizes); 1 without guidance.
 
     They are solved for, so that no family's order of branches has to be known. Branches that are equal share
     their weight.
     """
     if len(branches) == 1:
         return (1.0,), 0.0
-    alike = all(x.numel() == combined.numel() for x in branches)
-    if not alike or not all(bool(torch.isfinite(x).all()) for x in (*branches, combined)):
-        return (1.0, *[0.0] * (len(branches) - 1)), float("nan")
+    first = (1.0, *[0.0] * (len(branches) - 1))
+    if any(x.numel() != combined.numel() for x in branches):
+        return first, float("inf")
+    if not all(bool(torch.isfinite(x).all()) for x in (*branches, combined)):
+        return first, float("nan")
     base = branches[0].double().flatten()
     apart = torch.stack([b.double().flatten() - base for b in branches[1:]], 1)
     wanted = combined.double().flatten() - base
