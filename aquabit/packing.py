@@ -130,6 +130,11 @@ class Packed:
         return isinstance(self._pipe, OwnModel)
 
     @property
+    def components(self) -> tuple[str, ...]:
+        """The names of what is packed."""
+        return ("denoiser",) if isinstance(self._pipe, OwnModel) else tuple(component_names(self._pipe))
+
+    @property
     def pipe(self) -> Any:
         self._model.arrange()  # what is only saved never is: its codes stay in the bank's files
         return self._pipe

@@ -411,7 +411,7 @@ def quantize(
         )
     for tuned in told:
         tables.show_tuned(tuned)
-    console.print(f"{out}: {packed.save(out):,} bytes of tensors in the denoiser")
+    console.print(f"{out}: {packed.save(out):,} bytes of tensors in the {' and '.join(packed.components)}")
     if packed.statistics is not None:
         tables.show_noise(packed.statistics, packed.config.correction)
 

@@ -85,10 +85,11 @@ def show_graph(graph: Any) -> None:
         table.add_row(plain(name), "dense", plain(row["kind"]), shape, f"{row['macs'] / 1e6:.2f} M")
     console.print(table)
     nodes = layers(graph).values()
+    one = "call" if graph.graph["family"] == "text" else "denoiser call"
     console.print(
         f"{len(nodes)} layers, {graph.graph['weights'] / 1e6:.2f} M weights,"
         f" {(sum(n['macs'] for n in nodes) + dense_macs(graph)) / 1e6:.1f} M multiply-adds an image and"
-        f" {'call of each network' if 'parts' in graph.graph else 'denoiser call'}"
+        f" {'call of each network' if 'parts' in graph.graph else one}"
     )
 
 

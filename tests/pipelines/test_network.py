@@ -88,16 +88,18 @@ def _blocks(graph: Any) -> list[tuple[str, str]]:
 
 
 def test_no_step_is_computed_to_trace_the_second() -> None:
-    pipe, ran = chosen("wan"), list[str]()
+    pipe, ran = chosen("wan"), list[tuple[str, str]]()
     handles = [
-        part.blocks[0].register_forward_hook(lambda *_, name=name: ran.append(name))
+        part.blocks[0].register_forward_hook(
+            lambda _, args, __, name=name: ran.append((name, args[0].device.type))
+        )
         for name, part in network_of(pipe).named_children()
     ]
     trace(pipe)
-    real = [name for name in ran if name == "transformer"]
     for handle in handles:
         handle.remove()
-    assert len(real) <= 2  # on the meta device: once traced, once for its output's size
+    assert {name for name, _ in ran} == {"transformer", "transformer_2"}
+    assert {device for _, device in ran} == {"meta"}
 
 
 def test_calls_of_all_parts_are_recorded_and_made_again() -> None:
