@@ -229,7 +229,7 @@ def test_distances_rise_with_noise(features: EffnetFeatures) -> None:
         measured(
             features, (images[:64] + s * drawn).clamp(0, 1), images[:64], list(METRICS_OF["effnet"]), real
         )
-        for s in (0.0, 0.05, 0.1, 0.2)
+        for s in (0.0, 0.05, 0.2)
     ]
     for metric in ("effnet_fd", "effnet_kd", "effnet_distance"):
         values = [r[metric] for r in rows]
