@@ -316,6 +316,7 @@ def made():
 MEASURING = ("--images", "8", "--steps", "2", "--micro-batch", "4", "--space", "space.json", "--workers", "1")
 
 
+@pytest.mark.slow
 @installed
 def test_a_model_of_ones_own_in_colour_is_measured_searched_and_reported(tmp_path: Path) -> None:
     """It brings no features and no real images."""
