@@ -171,9 +171,9 @@ def text(found: dict[str, Any]) -> str:
         f" step. PSNR [dB] to its full-precision height fields, {len(FRESH)} blocks of {IMAGES} fresh seeds;"
         " 95 % intervals.",
         "",
-        "| | bytes | bits a weight | PSNR |",
-        "|---|---|---|---|",
     ]
+    if found["fresh"]:
+        lines += ["| | bytes | bits a weight | PSNR |", "|---|---|---|---|"]
     for row in found["fresh"]:
         lines.append(
             f"| {row['name']}, a8 | {row['bytes']:,.0f} | {row['bits']:.2f} | {spans(mean(row['psnr']), 1)} |"
