@@ -1,8 +1,8 @@
 """A weight of one of GGUF's formats in the bytes of its blocks, and back (llama.cpp, ggml-common.h).
 
 Every format has a list of fields, in the order of a block's bytes. Codes of more than 4 bits are split: low
-bits lie as nibbles or pairs, the rest in a field of their own. In a run of weights, the ones that share a byte
-are ``stride`` apart, the first in the lowest bits.
+bits lie as nibbles or pairs, the rest in a field of their own. Weights that share a byte are not neighbours:
+see ``spread``.
 """
 
 from __future__ import annotations
@@ -132,8 +132,8 @@ def to_blocks(weight: CodebookWeight, scheme: Scheme | str) -> Tensor:
     layout, out = parsed.layout(weight.shape), weight.shape[0]
     if (weight.levels, weight.bits, weight.order) != (layout.levels, layout.bits, layout.order):
         raise AquabitError(
-            f"the weight has {weight.bits} bits of {weight.levels} levels in the order {weight.order}; {parsed}"
-            f" has {layout.bits} of {layout.levels}, {layout.order}"
+            f"the weight has {weight.bits} bits of {weight.levels} levels in the order {weight.order};"
+            f" {parsed} has {layout.bits} of {layout.levels}, {layout.order}"
         )
     size = (parsed.group or 1) * (layout.factors.every or 1)
     codes = weight.codes[:, 0].t().reshape(-1, size)

@@ -45,6 +45,24 @@ def level_values(levels: Levels, bits: int, codes: Tensor) -> Tensor:
     return values.to(codes.device)[codes.int()]
 
 
+def nearest_codes(levels: Levels, bits: int, wanted: Tensor) -> Tensor:
+    """The codes of the levels that are nearest to numbers of any shape, int64."""
+    ascending, codes = ascending_levels(levels, bits)
+    bounds = ((ascending[1:] + ascending[:-1]) / 2).to(wanted.device)
+    return codes.to(wanted.device)[torch.bucketize(wanted.contiguous(), bounds)]
+
+
+@cache
+def ascending_levels(levels: Levels, bits: int) -> tuple[Tensor, Tensor]:
+    """What codes stand for, ascending, and the code of each; of equal values one."""
+    values, codes = table(levels), torch.arange(1 << bits)
+    if values is None:
+        return level_values(levels, bits, codes), codes
+    once = torch.tensor([float(v) not in values[:i].tolist() for i, v in enumerate(values)])
+    kept = codes[once]
+    return values[kept].sort().values, kept[values[kept].argsort()]
+
+
 def check_levels(levels: Levels, packed: Tensor) -> None:
     """Raise AquabitError for codes that stand for no number."""
     if levels == "e4m3" and bool(((packed & NO_NUMBER) == NO_NUMBER).any()):

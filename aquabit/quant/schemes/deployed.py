@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from aquabit.kernels.codebook import CodebookWeight
-from aquabit.kernels.fixed_levels import table
+from aquabit.kernels.fixed_levels import ascending_levels, table
 from aquabit.quant.schemes.factors import Store
 from aquabit.quant.schemes.grouped import Best, Groups, ideal, near, one_for_all, settled
 from aquabit.quant.schemes.levels import Problem, problem_of
@@ -40,7 +40,9 @@ def _fit(weight: Tensor, scheme: Scheme, hessian: Tensor | None) -> CodebookWeig
     problem = _problem(weight, hessian, layout) if scheme.output_aware else None
     grid = Grid.of(weight, layout, problem)
     index, best = (grid.index(grid.best), grid.best) if problem is None else _with_feedback(problem, grid)
-    codes = coded_levels(layout)[1].to(index.device)[index.long()].flatten(1).t()[:, None]
+    codes = (
+        ascending_levels(layout.levels, layout.bits)[1].to(index.device)[index.long()].flatten(1).t()[:, None]
+    )
     offset = None if grid.offset is None or best.offset is None else grid.offset.stored(best.offset)
     scale, shape = grid.scale.stored(best.scale), tuple(weight.shape)
     return CodebookWeight.from_codes(
@@ -53,16 +55,6 @@ def _problem(weight: Tensor, hessian: Tensor | None, layout: Layout) -> Problem:
     row = prod(weight.shape[1:])
     together = 1 if table(layout.levels) is None else row // (layout.scales or 1)
     return problem_of(weight, hessian, layout.order, 1 if together == row else together)
-
-
-def coded_levels(layout: Layout) -> tuple[Tensor, Tensor]:
-    """What codes stand for, ascending, and the code of each; of equal values one."""
-    values, codes = table(layout.levels), torch.arange(1 << layout.bits)
-    if values is None:
-        return codes.float() - (1 << (layout.bits - 1) if layout.levels == "signed" else 0), codes
-    once = torch.tensor([float(v) not in values[:i].tolist() for i, v in enumerate(values)])
-    kept = codes[once]
-    return values[kept].sort().values, kept[values[kept].argsort()]
 
 
 @dataclass(frozen=True)
@@ -78,7 +70,7 @@ class Grid:
     @staticmethod
     def of(weight: Tensor, layout: Layout, problem: Problem | None) -> Grid:
         rows = as_rows(weight, layout.order)
-        values = coded_levels(layout)[0].to(rows.device)
+        values = ascending_levels(layout.levels, layout.bits)[0].to(rows.device)
         n, factors = layout.scales or 1, layout.factors
         mass = None if problem is None else _by_rows(problem, problem.diagonal, n)
         sunk = layout.offset and factors.coded
