@@ -48,7 +48,7 @@ class CodebookWeight:
         _check_tensor("codes", self.packed, torch.uint8, self.packed)
         _check_tensor("codebooks", self.codebooks, torch.float16, self.packed)
         for name in ("scale", "offset"):
-            _check_factor(name, getattr(self, name), self.packed)
+            _check_factor(name, getattr(self, name), self.packed, self.levels)
         out, row = self.shape[0], prod(self.shape[1:])
         if self.codebooks is not None:
             tables = tuple(self.codebooks.shape)
@@ -245,14 +245,14 @@ def _check_tensor(name: str, value: Any, dtype: torch.dtype, codes: Tensor) -> N
         raise AquabitError(f"the codes are on {codes.device}, {name} on {value.device}; move one of them")
 
 
-def _check_factor(name: str, value: Any, codes: Tensor) -> None:
-    """Raise AquabitError for scales or offsets of another type, or on another device."""
+def _check_factor(name: str, value: Any, codes: Tensor, levels: Levels) -> None:
+    """Raise AquabitError for scales or offsets of another type, or on another device: float16, or float32
+    where a format has levels of its own."""
     if isinstance(value, CodedScale):
         value.check(name)
-        value = value.codes
-        _check_tensor(name, value, torch.uint8, codes)
+        _check_tensor(name, value.codes, torch.uint8, codes)
     else:
-        wide = isinstance(value, Tensor) and value.dtype == torch.float32
+        wide = isinstance(value, Tensor) and value.dtype == torch.float32 and levels != "uniform"
         _check_tensor(name, value, torch.float32 if wide else torch.float16, codes)
 
 

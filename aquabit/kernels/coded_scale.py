@@ -86,6 +86,14 @@ class CodedScale:
             values = values * self.over_each()
         return values if self.base is None else values + self.base
 
+    def rows(self, first: int, last: int) -> CodedScale:
+        """The scales of rows [first, last): each then has its own factor over it."""
+        codes = self.integers[first:last]
+        if self.over is None:
+            return CodedScale.from_codes(codes, None, self.base, self.factors)
+        over = self.over_each()[first:last].reshape(-1)
+        return CodedScale.from_codes(codes, over, self.base, replace(self.factors, over="float32", every=1))
+
     def tensors(self, name: str) -> dict[str, Tensor | None]:
         """What is stored, by name."""
         return {name: self.codes, f"{name}_over": self.over, f"{name}_base": self.base}

@@ -46,7 +46,7 @@ def _rows(factor: Scale | None, first: int, last: int) -> Scale | None:
     """Scales or offsets of some rows; one for all stays."""
     if factor is None or factor.shape[0] == 1:
         return factor
-    return factor.float()[first:last] if isinstance(factor, CodedScale) else factor[first:last]
+    return factor.rows(first, last) if isinstance(factor, CodedScale) else factor[first:last]
 
 
 def _codes(weight: CodebookWeight, first: int, last: int) -> Tensor:

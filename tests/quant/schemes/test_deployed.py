@@ -17,6 +17,7 @@ from torch import Tensor
 import aquabit.pipelines
 from aquabit import AquabitError, Scheme, quantize_weight
 from aquabit.kernels.arranged import arrange
+from aquabit.kernels.backends.decode_tiles import rows_of
 from aquabit.kernels.codebook import CodebookWeight, from_tensors
 from aquabit.kernels.coded_scale import CodedScale
 from aquabit.kernels.dispatch import codebook_conv2d, codebook_linear, observed
@@ -252,6 +253,12 @@ def test_kernels_run_what_is_stored(row: Row) -> None:
                 y = run(x, coded, accuracy=accuracy)
                 assert float((y - expected).norm() / expected.norm()) < most
     assert "reference" not in used and len(used) == 4
+
+
+@EVERY
+def test_rows_are_decoded_alone(row: Row) -> None:
+    coded = quantize_weight(gaussian(9, 512), row.text)
+    assert torch.equal(rows_of(coded)(2, 7), coded.dequantize()[2:7])
 
 
 @EVERY
