@@ -10,6 +10,7 @@ INSTALLED := $(VENV)/.installed
 MODEL ?= digits-unet
 DEMO ?= demo
 JOBS ?= 2
+TERRAIN := adaptive-terrain-diffusion==0.4.2
 SANITIZED := build/sanitize
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1
 SANITIZED_TESTS ?= $(addprefix kernels/,backends/test_lut backends/test_decode backends/test_native_weights test_arranged test_fake_quant test_additive_search test_scalar_search)
@@ -69,6 +70,7 @@ $(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(wildcard $(addpref
 	@echo "Installing aquabit and its dependencies into $(VENV) (some minutes the first time)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(PIP_FLAGS) --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps $(TERRAIN) # without onnxruntime-gpu, which it asks for
 	@touch $@
 
 clean:

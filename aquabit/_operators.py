@@ -79,6 +79,19 @@ _GATED: Patterns = (  # feed-forward layers of language models, (act(gate(x)) * 
     (r"\.w2$|\bdown_proj$", "ff.down"),
 )
 
+_GUIDED: Patterns = (  # OpenAI's guided-diffusion, and what came of it: latent diffusion, consistency models
+    (r"^input_blocks\.0\.0$", "conv_in"),
+    (r"^out\.2$", "conv_out"),
+    (r"\bin_layers\.\d+$", "res.conv1"),
+    (r"\bout_layers\.\d+$", "res.conv2"),
+    (r"\bemb_layers\.\d+$", "res.time"),
+    (r"\bskip_connection$", "res.shortcut"),
+    (r"_blocks?\..*\bop$", "downsample"),
+    (r"_blocks?\.\d+\.\d+\.conv$", "upsample"),
+    (r"_blocks?\..*\bqkv$", "self_attn.qkv"),
+    (r"^label_emb\.", "class_embed"),
+)
+
 _SELF = r"\b(?:self_attn|SelfAttention|attention\.self)\."
 _QKV = (("q", "query"), ("k", "key"), ("v", "value"))
 
@@ -252,6 +265,7 @@ OPERATORS: Mapping[str, Patterns] = {
     ),
     "generic": (
         *_PER_BLOCK,
+        *_GUIDED,
         *_attention(r"", "attn"),
         (r"\bconv_in$", "conv_in"),
         (r"\bconv_out$", "conv_out"),
@@ -265,7 +279,7 @@ OPERATORS: Mapping[str, Patterns] = {
 }
 
 _BLOCK = re.compile(
-    r"(.*\b(?:(?:joint_|single_)?transformer_blocks|(?:double|single)_stream_blocks|(?:noise_|context_)refiner|refiner_blocks|resnets|attentions|downsamplers|upsamplers|blocks|block|layers|layer)\.\d+)\."
+    r"(.*\b(?:(?:joint_|single_)?transformer_blocks|(?:double|single)_stream_blocks|(?:noise_|context_)refiner|refiner_blocks|(?:input|output)_blocks|resnets|attentions|downsamplers|upsamplers|blocks|block|layers|layer)\.\d+)\."
 )
 _GROUP_OF_OPERATOR: Mapping[str, str] = {
     "time_embed": "time_embed",
@@ -312,8 +326,8 @@ def block_of(name: str, operator: str) -> str:
     match = _BLOCK.match(name)
     if match:
         return match[1]
-    if name.startswith("mid_block."):
-        return "mid_block"
+    if name.startswith(("mid_block.", "middle_block.")):
+        return name.partition(".")[0]
     shared = "adaln" if name.startswith("adaln_single.") else "head"
     return _GROUP_OF_OPERATOR.get(operator, shared)
 

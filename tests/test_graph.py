@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from aquabit import graph as g
+from aquabit._operators import block_of, operator_of
 from aquabit.scheme import AquabitError
 from tests.families import DIGITS_DIT, DIGITS_UNET, FAMILIES, TINY
 
@@ -414,3 +415,28 @@ def test_sizes_given_by_position_are_those_of_the_graph() -> None:
     shapes = {n: tuple(m.weight.shape) for n, m in model.named_modules() if isinstance(m, QUANTIZABLE)}
     assert {n: a["shape"] for n, a in g.layers(g.trace(model)).items()} == shapes
     assert shapes["transformer_blocks.0.attn1.to_q"] == (16, 16)
+
+
+@pytest.mark.parametrize(
+    ("layer", "operator", "block"),
+    [
+        ("input_blocks.0.0", "conv_in", "input_blocks.0"),
+        ("input_blocks.3.0.op", "downsample", "input_blocks.3"),
+        ("input_blocks.11.0.emb_layers.1", "res.time", "input_blocks.11"),
+        ("middle_block.1.qkv", "self_attn.qkv", "middle_block"),
+        ("output_blocks.4.0.in_layers.2", "res.conv1", "output_blocks.4"),
+        ("output_blocks.4.0.out_layers.3", "res.conv2", "output_blocks.4"),
+        ("output_blocks.4.0.skip_connection", "res.shortcut", "output_blocks.4"),
+        ("output_blocks.4.2.conv", "upsample", "output_blocks.4"),
+        (
+            "output_blocks.5.1.transformer_blocks.0.attn2.to_k",
+            "cross_attn.k",
+            "output_blocks.5.1.transformer_blocks.0",
+        ),
+        ("label_emb.2", "class_embed", "add_embed"),
+        ("out.2", "conv_out", "head"),
+    ],
+)
+def test_names_of_guided_diffusion(layer: str, operator: str, block: str) -> None:
+    """A network of one's own that is named as OpenAI's U-Nets, and those that came of them."""
+    assert (operator_of(layer, "generic"), block_of(layer, operator)) == (operator, block)

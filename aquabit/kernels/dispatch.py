@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -23,6 +24,7 @@ from aquabit.kernels.request import Accuracy, Format, Request, bucket, format_of
 from aquabit.kernels.timings import Table, Timings
 from aquabit.scheme import AquabitError
 
+REMEMBERED = 4096  # requests: of every layer of a large model, at some sizes
 FEW = 4  # tokens up to which the weight, not the arithmetic, takes the time
 _DTYPES = {
     d: str(d).removeprefix("torch.") for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -277,17 +279,23 @@ def _compiled(weight: Weight, backend: str | None) -> int | None:
 
 def linear_request(x: Tensor, form: Format, accuracy: Accuracy, act: int, dense: bool = False) -> Request:
     """What ``codebook_linear`` asks for."""
+    return _linear_request(form, x.numel(), accuracy, act, *_of(x, dense))
+
+
+@lru_cache(maxsize=REMEMBERED)
+def _linear_request(form: Format, elements: int, accuracy: Accuracy, act: int, *of: Any) -> Request:
+    dtype, device, threads, dense, gradient = of
     return Request(
         "linear",
         form,
-        bucket(x.numel() // form.shape[1]),
+        bucket(elements // form.shape[1]),
         act=act,
         accuracy=accuracy,
-        dtype=_DTYPES.get(x.dtype, str(x.dtype)),
-        device=x.device.type,
-        threads=torch.get_num_threads(),
+        dtype=dtype,
+        device=device,
+        threads=threads,
         dense=dense,
-        gradient=torch.is_grad_enabled() and x.requires_grad,
+        gradient=gradient,
     )
 
 
@@ -301,22 +309,19 @@ def conv2d_request(
     dense: bool = False,
 ) -> Request:
     """What ``codebook_conv2d`` asks for."""
-    n, _, height, width = x.shape
-    return Request(
-        "conv2d",
-        form,
-        bucket(n, height * width),
-        (height, width),
-        geometry,
-        act,
-        split,
-        accuracy,
-        _DTYPES.get(x.dtype, str(x.dtype)),
-        x.device.type,
-        torch.get_num_threads(),
-        dense,
-        torch.is_grad_enabled() and x.requires_grad,
-    )
+    return _conv2d_request(form, x.shape, geometry, act, split, accuracy, *_of(x, dense))
+
+
+@lru_cache(maxsize=REMEMBERED)
+def _conv2d_request(form: Format, shape: tuple[int, ...], *rest: Any) -> Request:
+    n, _, height, width = shape
+    return Request("conv2d", form, bucket(n, height * width), (height, width), *rest)
+
+
+def _of(x: Tensor, dense: bool) -> tuple[str, str, int, bool, bool]:
+    """The last facts of a request: dtype, device, threads, dense, gradient."""
+    gradient = torch.is_grad_enabled() and x.requires_grad
+    return _DTYPES.get(x.dtype, str(x.dtype)), x.device.type, torch.get_num_threads(), dense, gradient
 
 
 def _chosen(weight: Weight, request: Request, backend: str | None, size: int) -> Backend:

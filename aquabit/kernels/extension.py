@@ -6,7 +6,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any, Literal
 
-from torch import Tensor  # before the extension: one libgomp then serves both
+from torch import Tensor, float32  # before the extension: one libgomp then serves both
 
 from aquabit.errors import AquabitError
 
@@ -28,9 +28,16 @@ def chosen(backend: str | None, missing: str | None) -> Literal["native", "refer
     return "reference" if backend == "reference" or missing else "native"
 
 
+def plain(x: Tensor) -> Tensor:
+    """Float32 values in a row, as the extension reads them by their address: ``x`` itself where it is so."""
+    if x.dtype != float32:
+        x = x.float()
+    return x if x.is_contiguous() else x.contiguous()
+
+
 def plain_bias(bias: Tensor | None, outputs: int) -> Tensor | None:
     """A bias as the extension reads it, which is given its address only. Raises AquabitError for one of
     another number of outputs."""
-    if bias is not None and tuple(bias.shape) != (outputs,):
+    if bias is not None and bias.shape != (outputs,):
         raise AquabitError(f"bias is {list(bias.shape)}; a weight of {outputs} outputs needs [{outputs}]")
-    return None if bias is None else bias.detach().float().contiguous()
+    return None if bias is None else plain(bias)

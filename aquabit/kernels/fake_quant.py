@@ -53,9 +53,10 @@ def fake_quantize(x: torch.Tensor, bits: int, per: Per = "token", split: int | N
         _say_that_it_is_slow()
     if not served or _native is None:
         return fake_quantize_reference(x.detach(), bits, per, split)
-    # float() is x itself for float32; half precision is widened, computed in float32 and narrowed again.
-    y: torch.Tensor = torch.ops.aquabit.fake_quantize(x.detach().float(), bits, per == "sample", split or 0)
-    return _narrow(y, x.dtype)
+    # half precision is widened, computed in float32 and narrowed again
+    wide = x if x.dtype == torch.float32 else x.float()
+    y: torch.Tensor = torch.ops.aquabit.fake_quantize(wide.detach(), bits, per == "sample", split or 0)
+    return y if x.dtype == torch.float32 else _narrow(y, x.dtype)
 
 
 def fake_quantize_static(x: torch.Tensor, bits: int, low: float, high: float) -> torch.Tensor:

@@ -3,10 +3,10 @@ is kept under."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import dataclass, fields, replace
+from functools import cache, cached_property
 from math import log2, prod
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -20,8 +20,22 @@ Accuracy = Literal["fast", "exact"]
 MOST_ROWS = 4096  # tokens, or pixels of all images: from there on time grows in proportion
 
 
+class _Hashed:
+    """Of a frozen dataclass: its hash is computed once, since every call of a layer asks for it."""
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, f.name) for f in fields(self)))  # type: ignore[arg-type]
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_hash"}  # texts hash otherwise elsewhere
+
+
 @dataclass(frozen=True)
-class Format:
+class Format(_Hashed):
     """What a coded weight is, without its numbers. ``unarranged`` says why it has no ``Arranged`` form, or
     is None where it has."""
 
@@ -36,6 +50,7 @@ class Format:
     scales: int | None  # groups of inputs with a scale each, 1 for one a row; None where nothing is scaled
     offset: bool
     unarranged: str | None = None
+    __hash__ = _Hashed.__hash__
 
     def __str__(self) -> str:
         size = "x".join(map(str, self.shape))
@@ -132,7 +147,7 @@ def format_of_layout(layout: Layout, shape: tuple[int, ...]) -> Format:
 
 
 @dataclass(frozen=True)
-class Request:
+class Request(_Hashed):
     """One call of a layer. ``rows`` are tokens (linear) or images (convolution), as ``bucket`` counts them;
     ``size`` is the height and width of a convolution's input. ``dense`` says that a dense copy of the weight
     is kept, ``gradient`` that one is wanted.
@@ -151,6 +166,7 @@ class Request:
     threads: int = 1
     dense: bool = False
     gradient: bool = False
+    __hash__ = _Hashed.__hash__
 
     @property
     def key(self) -> str:

@@ -259,7 +259,12 @@ class QuantLinear(_QuantLayer):
     def forward(self, input: Tensor, *_: object, place: Tied | None = None) -> Tensor:
         """``input`` as torch names it; ``place`` is what calls where that is another layer with this one's
         weight."""
-        x = input
+        if torch.compiler.is_compiling():
+            return self._product(input, place)
+        with torch._C.DisableTorchFunction():  # an attention's mode would be asked at each step in here
+            return self._product(input, place)
+
+    def _product(self, x: Tensor, place: Tied | None) -> Tensor:
         act, bias = self.act, self.bias_for(x) if place is None else place.bias_for(x)
         given, beside, packed = x, self.branches if place is None else [], self.packed
         if packed is None or self.ranges is not None:  # kernels know dynamic ranges only

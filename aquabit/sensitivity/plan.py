@@ -35,7 +35,7 @@ from aquabit.space import SearchSpace
 from aquabit.study import Study
 
 MOST_SAMPLES = 1_000_000  # all are drawn before the first is measured
-TRIED = 2  # steps of the sampler, at least, through which one backward pass is timed
+TRIED = 2  # steps of the sampler, at most those of the protocol, through which one backward pass is timed
 MEASURING = 1.15  # a measurement over its denoiser calls (benchmarks/flow.py)
 CALIBRATING = 3.0  # calls that calibration costs over those that it records: they are replayed
 # measurements' worth of a search with its own settings, fresh seeds included, and measurements of a swap,
@@ -373,7 +373,7 @@ def _backward_seconds(evaluator: Evaluator, protocol: Protocol, space: SearchSpa
     """Seconds of one backward pass through one denoiser call of at most PROBE_IMAGES images, on one thread;
     its share of making the images is in it."""
     layers = dict.fromkeys((k for k, row in space.choices.items() if row != (FP,)), ())
-    tried = replace(protocol, steps=ceil(TRIED / (protocol.strength or 1.0)))
+    tried = replace(protocol, steps=min(protocol.steps, ceil(TRIED / (protocol.strength or 1.0))))
     ran = tried.steps - evaluator.adapter.first_step(tried)
     given = (layers, [a for a in space.activations if a != 16], tried, 0, 1)
 

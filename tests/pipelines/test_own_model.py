@@ -22,10 +22,13 @@ from torch.nn.functional import silu
 import aquabit
 from aquabit.measuring.evaluator import Evaluator
 from aquabit.measuring.model import open_model
+from aquabit.measuring.settings import MeasureOptions
+from aquabit.measuring.where import Where
 from aquabit.pipelines import adapter_of, check_sampler
 from aquabit.quant.bank import Bank
 from aquabit.quant.correction.sampling import Watcher, following
 from aquabit.scheme import AquabitError, LayerChoice, Protocol, QuantConfig, Scheme
+from aquabit.sensitivity.plan import SampleOptions, plan
 from tests.command_line import fails, run
 
 PROTOCOL = Protocol(images=4, steps=3, micro_batch=4, objective="mse")
@@ -228,6 +231,20 @@ def test_artifacts_hold_what_was_packed_and_refuse_what_was_changed(tmp_path: Pa
     save_file({k: v for k, v in tensors.items() if k != "scale"}, folder / "model.safetensors")
     with pytest.raises(AquabitError, match="lack 'scale'"):
         aquabit.load(folder, into=model)
+
+
+def test_a_sampler_of_one_step_is_planned(tmp_path: Path) -> None:
+    """What is timed is asked for no more steps than the protocol has: a distilled model knows no others."""
+
+    def one(net: nn.Module, seeds: list[int], conditions: list[int], steps: int = 1) -> Tensor:
+        assert steps == 1
+        return simple(net, seeds, conditions, steps)
+
+    torch.manual_seed(0)
+    given = MeasureOptions(replace(PROTOCOL, steps=1), {"schemes": ["usq4", "usq2"], "activations": [8]})
+    where = Where(bank=str(tmp_path / "bank"))
+    found = plan(aquabit.Model(Net(), one, range(4)), None, SampleOptions(0), given, where)
+    assert found.backward_passes == 2 * 4 and found.probing_seconds > 0
 
 
 def test_tied_tensors_are_stored_and_come_back(tmp_path: Path) -> None:

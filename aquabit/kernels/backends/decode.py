@@ -14,9 +14,9 @@ Three ways, by what is asked:
   library.
 
 At most FEW tokens are multiplied row by row, by the bytes or in float32. Decoded weights take at most 1/16 of
-the dense weight in bfloat16 in all threads together (tiles: in the activations' dtype), but a thread needs a
-row and a block of rows (6, or 4 below AVX-512; tiles 8): that is the floor for layers of fewer than about 60
-outputs a thread by bytes, 140 by shorts. The activations' integers take 1 or 2 bytes each.
+the dense weight in bfloat16 in all threads together (tiles: in the activations' dtype), or 16 KiB a thread
+where that is more; but a thread needs a row and a block of rows (6, or 4 below AVX-512; tiles 8). The
+activations' integers take 1 or 2 bytes each.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from aquabit.kernels.backends.decode_tiles import Decoder, conv_by_tiles, linear
 from aquabit.kernels.backends.reference import Accuracy
 from aquabit.kernels.codebook import CodebookWeight
 from aquabit.kernels.extension import native as _native
-from aquabit.kernels.extension import plain_bias
+from aquabit.kernels.extension import plain, plain_bias
 from aquabit.kernels.fake_quant import fake_quantize
 from aquabit.kernels.geometry import UNPADDED, Geometry
 from aquabit.kernels.registry import weight_at
@@ -232,8 +232,8 @@ def _good(outcome: tuple[int, float, float, int]) -> bool:
 def _decode_linear_cpu(
     x: Tensor, bias: Tensor | None, weight: int, _: int, act: int, exact: bool, level: int
 ) -> Tensor:
-    own, x = _prepared(weight), x.detach()
-    out, inputs = own.shape[0], own.shape[1]
+    own = _prepared(weight)
+    out, inputs = own.shape
     if not x.ndim or x.shape[-1] != inputs:
         raise AquabitError(f"decode_linear: x is {list(x.shape)}; its rows need {inputs} inputs")
     added, tokens, shape = plain_bias(bias, out), x.numel() // inputs, (*x.shape[:-1], out)
@@ -242,8 +242,8 @@ def _decode_linear_cpu(
     few = tokens <= FEW and inputs <= LONGEST
     fused = act <= 8 and (own.scalar or not (few or exact))  # the kernel quantizes
     if fused or few or not exact:
-        rows = (x if fused else fake_quantize(x, act)).float().reshape(tokens, -1).contiguous()
-        y = torch.empty(tokens, out)
+        rows = plain(x if fused else fake_quantize(x, act))
+        y = torch.empty(shape)
         outcome = own.native.linear(
             rows.data_ptr(),
             y.data_ptr(),
@@ -255,8 +255,8 @@ def _decode_linear_cpu(
             level,
         )
         if _good(outcome):
-            return y.reshape(shape).to(x.dtype)
-    return linear_by_tiles(fake_quantize(x, act), own.shape, own.rows(level), added)
+            return y.to(x.dtype)
+    return linear_by_tiles(fake_quantize(x.detach(), act), own.shape, own.rows(level), added)
 
 
 @torch.library.impl(_library, "decode_conv2d", "CPU")
@@ -282,7 +282,7 @@ def _decode_conv2d_cpu(
         return y.to(x.dtype)
     fused = act <= 8  # the kernel quantizes
     if not exact or (fused and own.scalar):
-        image = (x if fused else fake_quantize(x, act, "sample", split or None)).float().contiguous()
+        image = plain(x if fused else fake_quantize(x, act, "sample", split or None))
         outcome = own.native.conv2d(
             image.data_ptr(),
             y.data_ptr(),

@@ -411,7 +411,7 @@ def test_outliers_are_served_exactly(level: str) -> None:
 @levels
 @pytest.mark.parametrize("threads", [1, 2])
 def test_scratch_is_a_sixteenth(threads: int, level: str) -> None:
-    """Of all threads together, by what the extension says it took."""
+    """Of all threads together, or 16 KiB each, by what the extension says it took."""
     torch.set_num_threads(threads)
     try:
         for form, act, tokens in (
@@ -425,7 +425,7 @@ def test_scratch_is_a_sixteenth(threads: int, level: str) -> None:
             done, _, _, scratch_bytes = _prepared(arranged.number).native.linear(
                 x.data_ptr(), y.data_ptr(), 0, tokens, act, tokens == 1, threads, LEVELS.index(level)
             )
-            assert done and 0 < scratch_bytes <= 640 * 256 * 2 // 16
+            assert done and 0 < scratch_bytes <= max(640 * 256 * 2 // 16, 16384 * threads)
     finally:
         torch.set_num_threads(1)
 

@@ -43,9 +43,10 @@ struct Product {
     int64_t row_bytes() const { return rounded_up(planned.plan.slot_bytes, 64) + 64; }
     int64_t room_bytes() const { return weight.length() * (method.codes ? 1 : 5) + 64; }
 
-    // Rows of a tile: all threads' scratch within 1/16 of the dense weight in bfloat16, but at least one block of rows each.
+    // Rows of a tile: all threads' scratch within 1/16 of the dense weight in bfloat16, or kSmallTile each, but at least one block of rows.
     int64_t tile_rows() const {
-        const int64_t block = method.level->rows, budget = weight.out * weight.length() / 8 / method.threads - room_bytes();
+        const int64_t block = method.level->rows;
+        const int64_t budget = std::max(weight.out * weight.length() / 8 / method.threads, kSmallTile) - room_bytes();
         const int64_t share = rounded_up((rows + method.threads - 1) / method.threads, block);
         return std::clamp(budget / row_bytes() / block * block, block, std::max(block, std::min(share, kMostTile / block * block)));
     }

@@ -1,0 +1,211 @@
+"""What bits do to a model that somebody else trained: python benchmarks/terrain.py PART ... [--folder DIR]
+
+kinds      weights rounded to nearest (range of each output channel) at 8, 6, 4 and 3 bits, in all layers and
+           in one kind of layer at a time; activations in full precision
+search     what the program over damages and the search choose within the bytes of a uniform configuration of
+           4 and of 3 bits (usq), activations at 8 bits
+fresh      uniform ones and what was found, on blocks of fresh seeds
+table      benchmarks/results/terrain.json and terrain.md
+
+The model is examples/terrain (which says what to install). Its quality is the PSNR to its own full-precision
+height fields as grey levels. It takes an hour on two cores, and continues where it stopped.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "terrain"))
+import terrain
+
+import aquabit
+from aquabit.graph import layers
+from aquabit.quality import paired
+from aquabit.scheme import Budget, Protocol, QuantConfig
+from benchmarks.common import (
+    about,
+    difference,
+    mean,
+    parser,
+    read,
+    say,
+    spans,
+    values_of,
+    write,
+    write_results,
+)
+
+BITS = (8, 6, 4, 3)
+IMAGES = 16  # of a block
+FRESH = range(401, 406)  # blocks of seeds that nothing else uses
+SCHEMES = ["usq2h", "usq3h", "usq4h", "usq6h", "usq8h"]
+BUDGETS = ("usq4", "usq3")  # whose bytes a search may spend
+PROTOCOL = Protocol(images=IMAGES, steps=1, micro_batch=8, objective="psnr")
+
+
+def nearest(weight: Tensor, bits: int) -> Tensor:
+    """Each output channel rounded to 2^bits levels between its smallest and largest weight."""
+    rows = weight.flatten(1)
+    low, high = rows.min(1, keepdim=True).values, rows.max(1, keepdim=True).values
+    step = (high - low).clamp_min(1e-12) / (2**bits - 1)
+    return (((rows - low) / step).round() * step + low).view_as(weight)
+
+
+def rounded(model: aquabit.Model, names: Collection[str], bits: int) -> nn.Module:
+    """A copy of the network with some layers' weights rounded to nearest."""
+    network = copy.deepcopy(model.denoiser)
+    modules = dict(network.named_modules())
+    with torch.no_grad():
+        for name in names:
+            weight: Any = modules[name].weight
+            weight.copy_(nearest(weight, bits))
+    return network
+
+
+def images(model: aquabit.Model, network: nn.Module, block: int) -> Tensor:
+    seeds = range(PROTOCOL.block(block).seed, PROTOCOL.block(block).seed + IMAGES)
+    assert model.conditions
+    every = [model.conditions[i % len(model.conditions)] for i in range(IMAGES)]
+    with torch.no_grad():
+        parts = [
+            terrain.sample(network, list(seeds[i : i + 8]), every[i : i + 8]) for i in range(0, IMAGES, 8)
+        ]
+    return torch.cat(parts)
+
+
+def kinds(folder: Path) -> None:
+    """Case -> PSNR on each block."""
+    model, path = terrain.terrain_model(), folder / "kinds.json"
+    of_kind: dict[str, list[str]] = {"all layers": []}
+    for name, node in layers(aquabit.trace(model)).items():
+        of_kind["all layers"].append(name)
+        of_kind.setdefault(node["operator"], []).append(name)
+    found = read(path)
+    full = {block: images(model, model.denoiser, block) for block in FRESH}
+    for kind, names in of_kind.items():
+        for bits in BITS if kind == "all layers" else (3,):
+            key = f"{kind}, {bits} bits"
+            if key not in found:
+                network = rounded(model, names, bits)
+                values = [
+                    paired.psnr_from_mse(paired.mse(images(model, network, b), full[b])).mean() for b in FRESH
+                ]
+                found[key] = {"layers": len(names), "psnr": [float(v) for v in values]}
+                write(path, found)
+                print(key, f"{values[0]:.2f} dB", flush=True)
+
+
+def session_of(folder: Path) -> Any:
+    from aquabit.measuring.session import open_session
+    from aquabit.measuring.settings import MeasureOptions
+    from aquabit.measuring.where import Where
+    from aquabit.study import Study
+
+    options = MeasureOptions(PROTOCOL, {"schemes": [*SCHEMES, *BUDGETS], "activations": [8]})
+    where = Where(workers=1, bank=str(folder / "bank"))
+    return open_session(terrain.terrain_model(), Study(folder / "terrain.db"), options, where, progress=say)
+
+
+def search(folder: Path) -> None:
+    from aquabit.search.proposals import propose
+    from aquabit.search.search import Search
+    from aquabit.search.search_options import SearchOptions
+    from aquabit.search.winner import choose_winner
+
+    path = folder / "found.json"
+    done: dict[str, Any] = read(path)
+    with session_of(folder) as session:
+        session.references(say)
+        for name in BUDGETS:
+            if "search" in done.get(name, {}):
+                continue
+            budget = Budget(bytes=int(session.costs(session.space.uniform(name)).bytes))
+            found = Search(session, SearchOptions(budget, spread=()), say)
+            propose(found)
+            program = next(c.config for c in found.candidates.values() if c.source == "program")
+            done[name] = {"program": program.to_dict()}
+            write(path, done)
+            winner, _ = choose_winner(found)
+            done[name]["search"] = winner.to_dict()
+            write(path, done)
+
+
+def fresh(folder: Path) -> None:
+    """Rows of the table: name, bytes, bits per weight, PSNR on each block."""
+    rows = []
+    with session_of(folder) as session:
+        protocols = [session.protocol.block(b) for b in FRESH]
+        configs = {f"uniform {s}": session.space.uniform(s) for s in (*BUDGETS, *SCHEMES)}
+        for name, found in read(folder / "found.json").items():
+            configs |= {f"{how} at the bytes of {name}": QuantConfig.from_dict(c) for how, c in found.items()}
+        session.measure([session.space.full_precision()], "reference", say, protocols, "full precision")
+        session.measure({c.digest: c for c in configs.values()}.values(), "fresh", say, protocols, "fresh")
+        known = values_of(session.study, ("psnr",))
+        for name, config in configs.items():
+            cost = session.costs(config)
+            rows.append(
+                {
+                    "name": name,
+                    "bytes": cost.bytes,
+                    "bits": cost.bits_per_weight,
+                    "psnr": [known[config.digest, p.digest]["psnr"] for p in protocols],
+                }
+            )
+    write(folder / "fresh.json", rows)
+
+
+def text(found: dict[str, Any]) -> str:
+    lines = [
+        "# A model that somebody else trained",
+        "",
+        f"`{found['command']}` on {about(found['machine'])}. Adaptive-Diffusion-Terrain"
+        " ([examples/terrain](../../examples/terrain/terrain.py)): 255 layers, 10.4 million weights, one"
+        f" step. PSNR [dB] to its full-precision height fields, {len(FRESH)} blocks of {IMAGES} fresh seeds;"
+        " 95 % intervals.",
+        "",
+        "| | bytes | bits a weight | PSNR |",
+        "|---|---|---|---|",
+    ]
+    for row in found["fresh"]:
+        lines.append(
+            f"| {row['name']}, a8 | {row['bytes']:,.0f} | {row['bits']:.2f} | {spans(mean(row['psnr']), 1)} |"
+        )
+    lines += ["", "Rounded to nearest in the range of each channel, activations in full precision:", ""]
+    lines += ["| what is rounded | layers | PSNR |", "|---|---|---|"]
+    for name, row in found["kinds"].items():
+        lines.append(f"| {name} | {row['layers']} | {spans(mean(row['psnr']), 1)} |")
+    four = found["kinds"]["all layers, 4 bits"]["psnr"]
+    for how in ("program", "search"):
+        row = next((r for r in found["fresh"] if r["name"] == f"{how} at the bytes of usq4"), None)
+        if row:
+            above = spans(difference(row["psnr"], four), 1, "+")
+            lines += ["", f"The {how} at 4 bits above rounding to nearest at 4 bits: {above} dB."]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parts = {"kinds": kinds, "search": search, "fresh": fresh}
+    made = parser(__doc__, [*parts, "table", "all"])
+    made.add_argument("--folder", type=Path, default=Path("bench-terrain"))
+    given = made.parse_args()
+    folder = given.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    for part in parts if "all" in given.parts else given.parts:
+        if part in parts:
+            parts[part](folder)
+    if {"table", "all"} & set(given.parts):
+        found = {"kinds": read(folder / "kinds.json"), "fresh": read(folder / "fresh.json")}
+        write_results("terrain", "python benchmarks/terrain.py all", found, text)
+
+
+if __name__ == "__main__":
+    main()
