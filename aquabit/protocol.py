@@ -205,6 +205,11 @@ LOWER_IS_BETTER: Mapping[str, bool] = {
     "kd_dinov2": True,
     "precision_dinov2": False,
     "recall_dinov2": False,
+    "effnet_fd": True,
+    "effnet_kd": True,
+    "precision_effnet": False,
+    "recall_effnet": False,
+    "effnet_distance": True,
 }
 
 

@@ -212,7 +212,8 @@ Features = Annotated[
         metavar="NAME=PATH",
         help=(
             "inception=FILE (inception-2015-12-05.pt, or FILE@SHA256; default: AQUABIT_INCEPTION), clip=DIR,"
-            " dinov2=DIR (transformers), lpips=FILE (safetensors); may be repeated."
+            " dinov2=DIR (transformers), lpips=FILE (safetensors), effnet (needs the extra `effnet`); may be"
+            " repeated."
         ),
     ),
 ]

@@ -16,7 +16,8 @@ from aquabit.study import Study
 
 NO_REAL_IMAGES = (
     "{} names no real images, so the objective is {}, the distance to its own full-precision images; for FID"
-    " give --reference DIR with --features inception=FILE, or choose psnr or ssim by --objective"
+    " give --reference DIR with --features inception=FILE (or effnet, for a distance like it), or choose psnr"
+    " or ssim by --objective"
 )
 
 

@@ -20,10 +20,11 @@ from aquabit.quality.reference import Reference
 from aquabit.quality.user_metrics import UserMetric
 from aquabit.scheme import LOWER_IS_BETTER, AquabitError, direction
 
-PAIRED = ("mse", "psnr", "ssim", "temporal_psnr", "feature_distance", "lpips")
+PAIRED = ("mse", "psnr", "ssim", "temporal_psnr", "feature_distance", "lpips", "effnet_distance")
 TEMPORAL = "temporal_psnr"  # of videos alone
 _PIXELS = ("mse", "psnr", "ssim", TEMPORAL)  # need no features
 ANY_NUMBERS = ("mse", "psnr")  # of these, what arrays that are no images can be measured by
+_OF_SPATIAL = {"feature_distance": paired.feature_distance, "squared_distance": paired.squared_distance}
 _NEEDS_LABELS, _NEEDS_PROMPTS = "accuracy", "clip_score"
 
 
@@ -182,8 +183,8 @@ class Quality:
             values["ssim"] = paired.ssim(x, y)
         for metric, (i, kind) in self._jobs.items():
             extractor, found = self._sources[i].extractor, features[i]
-            if found is not None and kind == "feature_distance" and y is not None:
-                values[metric] = paired.feature_distance(found.spatial, extractor(y).spatial)
+            if found is not None and kind in _OF_SPATIAL and y is not None:
+                values[metric] = _OF_SPATIAL[kind](found.spatial, extractor(y).spatial)
             elif kind == "lpips" and y is not None and isinstance(extractor, Lpips):
                 values[metric] = extractor.distances(x, y)
             elif (

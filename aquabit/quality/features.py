@@ -32,7 +32,7 @@ class Features(NamedTuple):
     """What the metrics see of n images, float32; empty arrays [n, 0] where an extractor has none."""
 
     pooled: npt.NDArray[np.float32]  # [n, d]: FID, KID, CMMD, precision and recall
-    spatial: npt.NDArray[np.float32]  # [n, s]: sFID and the feature distance
+    spatial: npt.NDArray[np.float32]  # [n, s]: sFID and distances of paired images
     logits: npt.NDArray[np.float32]  # [n, classes]: IS and accuracy
 
 
@@ -80,9 +80,16 @@ METRICS_OF: Mapping[str, Mapping[str, str]] = {
     },
     "clip": {"cmmd": "gaussian", "clip_score": "clip_score"},
     "lpips": {"lpips": "lpips"},
+    "effnet": {
+        "effnet_fd": "frechet",
+        "effnet_kd": "kernel",
+        "precision_effnet": "precision",
+        "recall_effnet": "recall",
+        "effnet_distance": "squared_distance",
+    },
 }
 # of these, what needs no real images
-WITHOUT_REAL = ("inception_score", "accuracy", "feature_distance", "clip_score", "lpips")
+WITHOUT_REAL = ("inception_score", "accuracy", "feature_distance", "clip_score", "lpips", "squared_distance")
 
 
 def unit_images(images: Any, what: str = "images") -> Tensor:
@@ -120,15 +127,18 @@ def any_numbers(values: Any, what: str = "arrays") -> Tensor:
     return tensor
 
 
-def rgb(images: Tensor) -> Tensor:
-    """Images [n, 1 or 3, h, w] in [0, 1] as [n, 3, h, w] in 0..255, rounded to what an 8-bit file holds:
-    published numbers are of files.
-
-    Raises AquabitError for another number of channels.
-    """
+def three_channels(images: Tensor) -> Tensor:
+    """Images [n, 1 or 3, h, w] as [n, 3, h, w], grey ones repeated; AquabitError for another number of
+    channels."""
     if images.shape[1] not in (1, 3):
         raise AquabitError(f"images have {images.shape[1]} channels; extractors of real images take 1 or 3")
-    return (images * 255).round().clamp(0, 255).expand(-1, 3, -1, -1)
+    return images.expand(-1, 3, -1, -1)
+
+
+def rgb(images: Tensor) -> Tensor:
+    """Images [n, 1 or 3, h, w] in [0, 1] as [n, 3, h, w] in 0..255, rounded to what an 8-bit file holds:
+    published numbers are of files. Raises as ``three_channels`` does."""
+    return three_channels((images * 255).round().clamp(0, 255))
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

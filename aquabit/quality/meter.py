@@ -20,8 +20,9 @@ from aquabit.quality.user_metrics import UserMetric
 from aquabit.scheme import AquabitError, Progress, digest, no_progress
 
 INCEPTION_VARIABLE = "AQUABIT_INCEPTION"
-GIVEN = {"inception": "FILE", "clip": "DIR", "dinov2": "DIR", "lpips": "FILE"}
-DEFAULT_OBJECTIVES = ("fid", "fd_dinov2", "cmmd", "mse")  # the first that can be measured
+GIVEN = {"inception": "=FILE", "clip": "=DIR", "dinov2": "=DIR", "lpips": "=FILE", "effnet": ""}
+OWN = "own"  # stands among the user's extractors for the model's
+DEFAULT_OBJECTIVES = ("fid", "fd_dinov2", "cmmd", "effnet_fd", "mse")  # the first that can be measured
 NEEDED = {  # metric -> what to give for it
     **dict.fromkeys(METRICS_OF["inception"], "--reference DIR and --features inception=FILE"),
     "is": "--features inception=FILE",
@@ -29,6 +30,8 @@ NEEDED = {  # metric -> what to give for it
     "cmmd": "--reference DIR and --features clip=DIR",
     "clip_score": "--features clip=DIR and a pipeline of prompts",
     "lpips": "--features lpips=FILE",
+    **dict.fromkeys(METRICS_OF["effnet"], "--reference DIR and --features effnet"),
+    "effnet_distance": "--features effnet",
     TEMPORAL: "a pipeline of videos, and more than one frame of each",
     "accuracy": "a bundled model",
     "feature_distance": "a bundled model",
@@ -38,8 +41,8 @@ NEEDED = {  # metric -> what to give for it
 @dataclass(frozen=True)
 class QualityOptions:
     """``reference``: a folder of real images. ``features``: extractors, as inception=FILE (or FILE@SHA256, or
-    alone: the file that the environment variable AQUABIT_INCEPTION names), clip=DIR, dinov2=DIR, lpips=FILE.
-    ``metrics``: functions as module:function.
+    alone: the file that the environment variable AQUABIT_INCEPTION names), clip=DIR, dinov2=DIR, lpips=FILE,
+    effnet (EfficientNet-Lite0, from a package). ``metrics``: functions as module:function.
     """
 
     reference: str | None = None
@@ -77,13 +80,15 @@ class QualityOptions:
 
 
 def _absolute(text: str) -> str:
-    """``name=PATH`` with an absolute path, so that a study continues from another folder; raises
-    AquabitError for another form."""
-    name, _, path = text.partition("=")
+    """``name=PATH`` with an absolute path, so that a study continues from another folder, or a name alone
+    that takes none; raises AquabitError for another form."""
+    name, equals, path = text.partition("=")
+    if name in GIVEN and not GIVEN[name] and not equals:
+        return name
     if name == "inception" and not path:
         path = os.environ.get(INCEPTION_VARIABLE, "")
-    if name not in GIVEN or not path:
-        known = ", ".join(f"{k}={v}" for k, v in GIVEN.items())
+    if not GIVEN.get(name) or not path:
+        known = ", ".join(f"{k}{v}" for k, v in GIVEN.items())
         raise AquabitError(
             f"features {text!r} must be one of {known} (inception alone: the file that {INCEPTION_VARIABLE}"
             " names)"
@@ -122,13 +127,13 @@ class QualityMeter:
         self._opened: dict[str, FeatureExtractor] = {}
         self._openers: dict[str, Callable[[], FeatureExtractor]] = {}
         for text in options.features:
-            self._name(*text.split("=", 1))
-        if options.reference is not None and not (
-            self._digests.keys() & {"inception", "clip", "dinov2"} or self.own
-        ):
+            name, _, path = text.partition("=")
+            self._name(name, path)
+        comparing = [k for k in self._digests if set(METRICS_OF[k].values()) - set(WITHOUT_REAL)]
+        if options.reference is not None and not (comparing or self.own):
             raise AquabitError(
                 f"--reference {options.reference} needs features to compare images by; "
-                "add --features inception=FILE, dinov2=DIR or clip=DIR"
+                "add --features inception=FILE, dinov2=DIR, clip=DIR or effnet"
             )
         self._references: dict[tuple[str, tuple[int, int]], Reference] = {}
         self._image_digests: dict[tuple[int, int], str] = {}
@@ -137,6 +142,7 @@ class QualityMeter:
     def _name(self, name: str, path: str) -> None:
         """Hash what an extractor is made from, and remember how to open it."""
         from aquabit.quality import pretrained
+        from aquabit.quality.effnet import EffnetFeatures
         from aquabit.quality.lpips import Lpips
 
         if name == "inception":
@@ -148,8 +154,10 @@ class QualityMeter:
                 pretrained.InceptionFeatures, data, str(file), self.device
             )
             self._digests[name] = pretrained.bytes_digest(data)
-        elif name == "lpips":
-            opened = Lpips(Path(path), self.device)
+        elif name in ("lpips", "effnet"):
+            opened: Lpips | EffnetFeatures = (
+                Lpips(Path(path), self.device) if name == "lpips" else EffnetFeatures(self.device)
+            )
             opener, self._digests[name] = (lambda: opened), opened.digest
         else:
             found = pretrained.folder_digest(Path(path))
@@ -188,7 +196,7 @@ class QualityMeter:
                 "the size of the model's images is not known, so the reference cannot be cropped to it; set"
                 " the protocol's resolution"
             )
-        every = {**opened, **({"own": self.own.extractor} if self.own else {})}
+        every = {**opened, **({OWN: self.own.extractor} if self.own else {})}
         needing = {k: e for k, e in every.items() if real_kinds(e)}
         if any((k, size) not in self._references for k in needing):
             self._read(needing, size, progress)
@@ -204,9 +212,11 @@ class QualityMeter:
         }
         found = {k: Reference.load(path) for k, path in paths.items()}
         if any(value is None for value in found.values()):
-            self._compute(
-                {k: e for k, e in extractors.items() if found[k] is None}, paths, folder, size, progress
-            )
+            missing = {k: e for k, e in extractors.items() if found[k] is None}
+            for channels, own in ((1, True), (3, False)):  # the model's own features are of grey images
+                wanted = {k: e for k, e in missing.items() if (k == OWN) == own}
+                if wanted:
+                    self._compute(wanted, paths, folder, size, channels, progress)
             found = {k: value or Reference.load(paths[k]) for k, value in found.items()}
         for name, value in found.items():
             assert value is not None  # just written
@@ -221,11 +231,12 @@ class QualityMeter:
         paths: Mapping[str, Path],
         folder: ImageFolder,
         size: tuple[int, int],
+        channels: int,
         progress: Progress,
     ) -> None:
-        grey = self.own is not None and len(extractors) == 1 and self.own.extractor in extractors.values()
+        """Write what extractors of images with so many channels see of a folder."""
         collected = {k: FeatureStatistics(real_kinds(e)) for k, e in extractors.items()}
-        for batch in folder.batches(size, 1 if grey else 3, progress):
+        for batch in folder.batches(size, channels, progress):
             images = unit_images(batch, "reference images")
             for name, extractor in extractors.items():
                 collected[name].update(extractor(images))
@@ -239,7 +250,7 @@ class QualityMeter:
     def available(self, prompts: bool, videos: bool = False) -> list[str]:
         """The metrics that can be measured, the user's functions last; ``prompts``: images are made from
         text; ``videos``: they are frames of videos."""
-        rows = {"own": self.own.extractor.metrics} if self.own else {}
+        rows = {OWN: self.own.extractor.metrics} if self.own else {}
         rows |= {name: METRICS_OF[name] for name in self._digests}
         real = self.options.reference is not None or (self.own is not None and self.own.reference is not None)
         known = [

@@ -107,5 +107,12 @@ def feature_distance(spatial: npt.ArrayLike, others: npt.ArrayLike) -> Array:
     a, b = np.asarray(spatial, dtype=np.float64), np.asarray(others, dtype=np.float64)
     _same_shape(a.shape, b.shape, "features")
     unit_a, unit_b = (v / np.maximum(np.linalg.norm(v, axis=1, keepdims=True), 1e-10) for v in (a, b))
-    result: Array = ((unit_a - unit_b) ** 2).sum(1)
+    return squared_distance(unit_a, unit_b)
+
+
+def squared_distance(features: npt.ArrayLike, others: npt.ArrayLike) -> Array:
+    """Squared distance of the features [n, s] of each image as they are."""
+    a, b = np.asarray(features, dtype=np.float64), np.asarray(others, dtype=np.float64)
+    _same_shape(a.shape, b.shape, "features")
+    result: Array = ((a - b) ** 2).sum(1)
     return result

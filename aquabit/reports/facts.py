@@ -33,6 +33,9 @@ METRIC_NAMES = {
     "cmmd": "CMMD",
     "fd_dinov2": "FD-DINOv2",
     "kd_dinov2": "KD-DINOv2",
+    "effnet_fd": "EffNet FD",
+    "effnet_kd": "EffNet KD",
+    "effnet_distance": "EffNet distance",
 }
 
 DECIBELS = ("PSNR", "temporal PSNR")  # to full precision, which has none itself

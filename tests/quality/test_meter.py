@@ -436,7 +436,8 @@ def test_every_metric_of_every_extractor_in_chunks_and_at_once(files, real, tmp_
         parts.update(x[i:end], y[i:end], prompts[i:end])
     found = whole.compute()
     assert parts.compute() == pytest.approx(found, rel=1e-5, abs=1e-6)
-    names = [m for m in LOWER_IS_BETTER if m not in ("accuracy", "feature_distance", "temporal_psnr")]
+    other = {"accuracy", "feature_distance", "temporal_psnr", *METRICS_OF["effnet"]}  # test_effnet.py
+    names = [m for m in LOWER_IS_BETTER if m not in other]
     assert list(found) == [*names, f"{__name__}:brightness"] and all(map(math.isfinite, found.values()))
     assert set(found) == set(gauge.available(prompts=True))
     loaded = torch.cat([b.float() / 255 for b in ImageFolder(real).batches((32, 32), 3)])
